@@ -1,0 +1,53 @@
+# make demo    two pods on this machine, with everything between them encrypted
+# make test    everything that CI runs
+# Both set up what they need: a virtual environment in .venv, and, as root on Debian, the system packages.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# command:package
+NEEDED := nft:nftables ip:iproute2 unshare:util-linux setpriv:util-linux venv:python3-venv
+PEERS := curl:curl wrk:wrk h2load:nghttp2-client nginx:nginx-light psql:postgresql-client postgres:postgresql openssl:openssl socat:socat
+
+.PHONY: demo test lint pytest perf lock clean
+
+demo: $(VENV)/.demo
+	$(BIN)/isthmus demo
+
+test: lint pytest
+
+# The optional rules of flake8-async (ASYNC9..) are off: proxy/net/streams.py says how checkpoints are placed, and why. ASYNC109 is off because
+# a timeout parameter is the contract of the dialer and of the handshakes.
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/flake8-async --enable ASYNC1,ASYNC2 --disable ASYNC109 $(shell git ls-files -co --exclude-standard "*.py")
+	$(BIN)/mypy
+
+# The whole suite runs in network namespaces of its own, so that no test can touch, or be touched by, the machine it runs on.
+pytest: $(VENV)/.dev
+	@./scripts/system-packages "$(NEEDED)" "$(PEERS)"
+	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+perf: $(VENV)/.dev
+	$(BIN)/python -m perf
+
+$(VENV)/.demo: pyproject.toml requirements/demo.txt
+	@./scripts/system-packages "$(NEEDED)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/demo.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	touch $@
+
+# The lock files: exact versions with their hashes, for every supported Python.
+lock: $(VENV)/.dev
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade pyproject.toml -o requirements/run.txt
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header -c requirements/run.txt pyproject.toml --extra demo --group build -o requirements/demo.txt
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header -c requirements/demo.txt pyproject.toml --extra demo --group dev -o requirements/dev.txt
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

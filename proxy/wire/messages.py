@@ -1,0 +1,193 @@
+"""Requests and responses, independent of the wire they came by.
+
+The canonical form is HTTP/1's: a method, a request target, and an ordered list of fields in which the authority is the Host
+field (RFC 9110 §7.2). Names keep the case they arrived in, because a sidecar that nobody asked for should change as little as it
+can; comparisons are made in lower case.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+Field = tuple[bytes, bytes]
+
+# uri-host [":" port] (RFC 3986 §3.2.2, §3.2.3): what a Host field and an absolute-form target may name. User information has no place in
+# either, and is what lets two readers see two hosts in one name (RFC 9110 §4.2.4). No capturing groups: other expressions use these.
+HOST = rb"(?:\[[0-9A-Za-z:.%]+\]|[-0-9A-Za-z._~%!$&'()*+,;=]*)"
+AUTHORITY = HOST + rb"(?::[0-9]{0,5})?"
+_ABSOLUTE = re.compile(rb"[A-Za-z][-+.0-9A-Za-z]*://(" + AUTHORITY + rb")(?:[/?#].*)?", re.DOTALL)
+
+
+class ProtocolError(Exception):
+    """The peer broke the protocol. `status` is what a server would answer it with (RFC 9110 §15); the message names what and where."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Signal(Enum):
+    """What a reader says when it has no event."""
+
+    NEED_DATA = "need data"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one message's head and trailers: bytes, but for `fields`, which is a count."""
+
+    head: int = 65536
+    target: int = 16384
+    fields: int = 128
+
+
+class Headers:
+    """Ordered fields. Lookups take the name in lower case."""
+
+    __slots__ = ("items",)
+
+    def __init__(self, items: Iterable[Field] = ()) -> None:
+        self.items: list[Field] = list(items)
+
+    def __iter__(self) -> Iterator[Field]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __contains__(self, name: bytes) -> bool:
+        return any(n.lower() == name for n, _ in self.items)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal as a recipient would see them: the same names in any case, the same values, in the same order."""
+        if not isinstance(other, Headers):
+            return NotImplemented
+        return [(n.lower(), v) for n, v in self.items] == [(n.lower(), v) for n, v in other.items]
+
+    __hash__ = None  # type: ignore[assignment]  # mutable: the documented way to say so
+
+    def __repr__(self) -> str:
+        return f"Headers({self.items!r})"
+
+    def get(self, name: bytes) -> bytes | None:
+        """The first value of the field, or None."""
+        for n, value in self.items:
+            if n.lower() == name:
+                return value
+        return None
+
+    def all(self, name: bytes) -> list[bytes]:
+        return [value for n, value in self.items if n.lower() == name]
+
+    def tokens(self, name: bytes) -> list[bytes]:
+        """The members of a comma-separated field over all its lines, trimmed, in lower case, without empty ones (RFC 9110 §5.6.1)."""
+        found = [t.strip(b" \t").lower() for value in self.all(name) for t in value.split(b",")]
+        return [t for t in found if t]
+
+    def add(self, name: bytes, value: bytes) -> None:
+        self.items.append((name, value))
+
+    def remove(self, *names: bytes) -> None:
+        self.items = [item for item in self.items if item[0].lower() not in names]
+
+    def replace(self, name: bytes, value: bytes) -> None:
+        """Put `value` where the first such field stands (at the end if there is none) and drop the other ones."""
+        lower = name.lower()
+        for index, (n, _) in enumerate(self.items):
+            if n.lower() == lower:
+                rest = [item for item in self.items[index + 1 :] if item[0].lower() != lower]
+                self.items[index:] = [(n, value), *rest]
+                return
+        self.items.append((name, value))
+
+    def copy(self) -> Headers:
+        return Headers(self.items)
+
+
+@dataclass(slots=True)
+class RequestHead:
+    """A request's head. `target` is as on the wire: origin-form, absolute-form, authority-form (CONNECT) or `*` (RFC 9112 §3.2)."""
+
+    method: bytes
+    target: bytes
+    headers: Headers
+    version: bytes = b"1.1"
+
+    @property
+    def authority(self) -> bytes | None:
+        """Whom the request is for: the target's own authority before the Host field (RFC 9112 §3.2.2)."""
+        if self.method == b"CONNECT":
+            return self.target
+        if not self.target.startswith((b"/", b"*")):
+            return absolute_authority(self.target)
+        return self.headers.get(b"host")
+
+
+@dataclass(slots=True)
+class ResponseHead:
+    status: int
+    headers: Headers = field(default_factory=Headers)
+    reason: bytes = b""
+    version: bytes = b"1.1"
+
+    @property
+    def informational(self) -> bool:
+        """An interim response, which another one follows. 101 is not one: it ends HTTP on the connection (RFC 9110 §15.2.2)."""
+        return 100 <= self.status < 200 and self.status != 101
+
+
+@dataclass(frozen=True, slots=True)
+class EndOfMessage:
+    trailers: Headers = field(default_factory=Headers)
+
+
+Head = RequestHead | ResponseHead
+
+# Without trailers there is nothing to tell two ends apart, so all share one.
+END = EndOfMessage()
+
+
+def absolute_authority(target: bytes) -> bytes | None:
+    """The authority of an absolute-form target; None if it has none, or one that is no host and port (user information included)."""
+    match = _ABSOLUTE.fullmatch(target)
+    if match is None or match[1].startswith(b":"):
+        return None
+    return match[1] or None
+
+
+# Fields that speak of one connection only (RFC 9110 §7.6.1; Keep-Alive and Proxy-Connection are RFC 2068's and de facto). Two come back:
+# Transfer-Encoding, as the framing of the other side has it, and TE as `TE: trailers` where trailers can be carried.
+HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding", b"upgrade"})
+
+# A Connection option may name any field, but dropping one of these would change what the message means, to whom it goes, or what the
+# proxies before us have said about it.
+NEVER_NOMINATED = frozenset(
+    {b"host", b"content-length", b"content-type", b"content-encoding", b"content-range", b"range", b"location", b"authorization"}
+    | {b"cookie", b"set-cookie", b"date", b"cache-control", b"forwarded", b"via", b"x-forwarded-for", b"traceparent", b"tracestate"}
+)
+
+
+def strip_hop_by_hop(headers: Headers) -> None:
+    """Remove in place what ends at this hop: the fixed list, and what Connection names (RFC 9110 §7.6.1)."""
+    nominated = headers.tokens(b"connection")
+    drop = HOP_BY_HOP.union(nominated) - NEVER_NOMINATED if nominated else HOP_BY_HOP
+    headers.items = [item for item in headers.items if item[0].lower() not in drop]
+
+
+def wants_trailers(headers: Headers) -> bool:
+    """The client said `TE: trailers` (RFC 9110 §10.1.4)."""
+    return any(token.split(b";")[0].strip() == b"trailers" for token in headers.tokens(b"te"))
+
+
+def upgrade_offer(headers: Headers) -> bytes | None:
+    """The value of Upgrade if Connection names it, as it must (RFC 9110 §7.8). `h2c` is never offered onward: it would take the proxy's
+    sight of the single requests (RFC 9113 §3.1 has retired it)."""
+    if b"upgrade" not in headers.tokens(b"connection"):
+        return None
+    offers = [value for value in headers.all(b"upgrade") if value]
+    names = [name.strip() for value in offers for name in value.split(b",")]
+    return b", ".join([n for n in names if n and n.lower().partition(b"/")[0] != b"h2c"]) or None
