@@ -1,0 +1,54 @@
+"""Network addresses as values.
+
+An address here is always a literal: names are resolved before a connection reaches this room. A socket that was opened for IPv6
+may report an IPv4 peer as `::ffff:10.0.0.1` (RFC 4291, section 2.5.5.2); everything above this room compares addresses, so the
+mapped form is unwrapped once, here, and never seen again.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import NamedTuple, Self
+
+_MAPPED = "::ffff:"
+
+
+class Address(NamedTuple):
+    """An IP literal (no brackets, IPv4-mapped IPv6 already unwrapped) and a port. `str()` gives `10.0.0.1:80` or `[fd00::1]:80`."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_ipv6(self) -> bool:
+        return ":" in self.host
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `10.0.0.1:80` or `[fd00::1]:80`. Raises ValueError that quotes the text and says what is wrong with it."""
+        host, colon, digits = text.rpartition(":")
+        if not colon:
+            raise ValueError(f"{text!r} is not an address: no port (expected 10.0.0.1:80 or [fd00::1]:80)")
+        if not (digits.isascii() and digits.isdigit() and int(digits) <= 65535):
+            raise ValueError(f"{text!r} is not an address: {digits!r} is not a port (0 to 65535)")
+        bracketed = host.startswith("[") and host.endswith("]")
+        try:
+            literal = ipaddress.ip_address(host[1:-1] if bracketed else host)
+        except ValueError:
+            raise ValueError(f"{text!r} is not an address: {host!r} is not an IP literal (names are not resolved here)") from None
+        if bracketed != (literal.version == 6):
+            raise ValueError(f"{text!r} is not an address: IPv6 is written in brackets, IPv4 without")
+        if isinstance(literal, ipaddress.IPv6Address) and literal.ipv4_mapped is not None:
+            literal = literal.ipv4_mapped
+        return cls(str(literal), int(digits))
+
+    @classmethod
+    def of(cls, sockaddr: tuple[str, int] | tuple[str, int, int, int]) -> Self:
+        """The address in what getpeername(), getsockname() and accept() return."""
+        host = sockaddr[0]
+        if host.startswith(_MAPPED) and "." in host:
+            host = host[len(_MAPPED) :]
+        return cls(host, sockaddr[1])

@@ -1,0 +1,132 @@
+"""Connecting to an address.
+
+Addresses are literals, so there is nothing to resolve and nothing that blocks: connect(2) on a non-blocking socket, wait until
+it is writable, read SO_ERROR. One attempt to one address; which address to try, and how often, is the balancer's business.
+
+Two guards stand here because every connection we open comes by: `refuse`, which is asked before a packet is sent, and the mark,
+by which the packet filter knows our own traffic and does not send it back to us.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+from trio.lowlevel import checkpoint_if_cancelled, notify_closing, wait_writable
+
+from proxy.net.address import Address
+from proxy.net.errors import ConnectFailed, ConnectionLost, ConnectReason
+from proxy.net.streams import SocketStream
+
+# After the idle time, probes that far apart (seconds), and so many unanswered ones, make a dead peer an error: half a minute.
+_KEEPALIVE_INTERVAL = 10
+_KEEPALIVE_PROBES = 3
+
+_REASONS: dict[int, ConnectReason] = {
+    errno.ECONNREFUSED: "refused",
+    errno.ETIMEDOUT: "timeout",
+    errno.ENETUNREACH: "unreachable",
+    errno.EHOSTUNREACH: "unreachable",
+    errno.ENETDOWN: "unreachable",
+    errno.EHOSTDOWN: "unreachable",
+    errno.ECONNRESET: "reset",
+    errno.ECONNABORTED: "reset",
+}
+
+_WORDS = {
+    errno.EMFILE: "this process has no file descriptor left (RLIMIT_NOFILE)",
+    errno.ENFILE: "this machine has no file descriptor left",
+    errno.EADDRNOTAVAIL: "no local port is left (net.ipv4.ip_local_port_range), or this machine has no address of that family",
+    errno.EAFNOSUPPORT: "this machine does not speak that address family",
+    errno.EPERM: "the local packet filter forbids it",
+    errno.EACCES: "the local packet filter forbids it",
+}
+
+
+def _allow(_: Address) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Dialer:
+    """How this proxy opens connections.
+
+    mark: SO_MARK of every packet (needs CAP_NET_ADMIN), or None. timeout: seconds for one attempt. keepalive: seconds of
+    silence before TCP asks whether the peer is still there, or None. refuse: raises if we must not connect there (a loop).
+    """
+
+    mark: int | None = None
+    timeout: float = 10.0
+    keepalive: float | None = None
+    refuse: Callable[[Address], None] = _allow
+
+    async def dial(self, address: Address) -> SocketStream:
+        """Connect. The caller owns the stream. Raises ConnectFailed, or what `refuse` raises, and leaves nothing open then."""
+        self.refuse(address)
+        await checkpoint_if_cancelled()
+        try:
+            sock = socket.socket(socket.AF_INET6 if address.is_ipv6 else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        except OSError as error:
+            raise _failure(address, error.errno or 0) from error
+        connected = False
+        try:
+            self._prepare(sock, address)
+            await self._connect(sock, address)
+            stream = _stream(sock, address)
+            connected = True
+            return stream
+        finally:
+            if not connected:
+                notify_closing(sock)
+                sock.close()
+
+    def _prepare(self, sock: socket.socket, address: Address) -> None:
+        if self.mark is not None:
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, self.mark)
+            except PermissionError as error:
+                detail = f"marking our packets with {self.mark:#x} is not permitted (SO_MARK needs the capability CAP_NET_ADMIN)"
+                raise ConnectFailed(address, "other", detail) from error
+        if self.keepalive is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(self.keepalive)))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+
+    async def _connect(self, sock: socket.socket, address: Address) -> None:
+        try:
+            sock.connect((address.host, address.port))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise _failure(address, error.errno or 0) from error
+        else:
+            return
+        with trio.move_on_after(self.timeout) as scope:
+            await wait_writable(sock)
+        if scope.cancelled_caught:
+            raise ConnectFailed(address, "timeout", f"no answer within {self.timeout:g} s")
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise _failure(address, code)
+
+
+def _stream(sock: socket.socket, address: Address) -> SocketStream:
+    try:
+        stream = SocketStream(sock)
+    except ConnectionLost as error:
+        raise ConnectFailed(address, "reset", str(error)) from error
+    if stream.peer == stream.local:
+        # TCP lets a socket connect to itself, if nobody listens on a port of the ephemeral range and the kernel picks that very
+        # port for our end (simultaneous open, RFC 9293, section 3.5). Nobody is there: a refusal is the truth.
+        stream.reset()
+        raise ConnectFailed(address, "refused", "nobody listens there (the connection met itself)")
+    return stream
+
+
+def _failure(address: Address, code: int) -> ConnectFailed:
+    return ConnectFailed(address, _REASONS.get(code, "other"), _WORDS.get(code) or os.strerror(code).lower())

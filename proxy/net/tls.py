@@ -1,0 +1,137 @@
+"""The TLS handshake, as server and as client.
+
+Everything about a connection that has been agreed on is in proxy.net.tls_stream. Here is how it comes about: under one deadline,
+with the stream owned and closed on every way out but the good one, and with the caller's own verification as the last step, before
+any byte of the application is read or written.
+
+Resumption is not a way around that step. A TLS 1.3 server that resumes a session does not see the client's certificate again, but
+the ticket carries it; so the caller judges it anew on every connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+from OpenSSL import SSL
+from trio.lowlevel import checkpoint_if_cancelled
+
+from proxy.net.errors import TLSFailed
+from proxy.net.streams import SocketStream
+from proxy.net.tls_errors import explain, note_refusal
+from proxy.net.tls_stream import TLSInfo, TLSStream, discard_unread
+
+if TYPE_CHECKING:
+    from cryptography.x509 import Certificate
+
+__all__ = ["TLSInfo", "TLSOffer", "TLSStream", "Verify", "tls_client", "tls_server"]
+
+Verify = Callable[["Certificate | None"], object]
+
+
+@dataclass(frozen=True, slots=True)
+class TLSOffer:
+    """What a client asks for. `session` must come from the same context; if it does not, a full handshake is made.
+
+    `on_session` is called once, when the session can be resumed by a later connection.
+    """
+
+    server_name: str = ""
+    alpn: tuple[bytes, ...] = ()
+    session: SSL.Session | None = None
+    on_session: Callable[[SSL.Session], None] | None = None
+
+
+async def tls_server(stream: SocketStream, context: SSL.Context, *, verify: Verify | None, timeout: float) -> TLSStream:
+    """Answer a client's handshake on `stream`, which must not have been read from (peeking is fine).
+
+    `verify` gets the peer's certificate (None if it showed none), also when a session was resumed, and raises if it is not good
+    enough; what it returns becomes `info.peer_identity`. Takes ownership of `stream`: whatever is raised, it is closed, and no
+    application byte was read or written. Raises TLSFailed, ConnectionLost, and what `verify` raises, unchanged. `timeout` in
+    seconds, for the handshake as a whole.
+    """
+    try:
+        connection = _connection(context, stream)
+        connection.set_accept_state()
+        await _handshake(connection, stream, timeout)
+        info = _info(connection, (connection.get_servername() or b"").decode("ascii", "replace"), verify)
+    except BaseException:
+        stream.close()
+        raise
+    return TLSStream(stream, connection, info, None)
+
+
+async def tls_client(
+    stream: SocketStream, context: SSL.Context, offer: TLSOffer, *, verify: Verify | None, timeout: float
+) -> TLSStream:
+    """Open TLS as the client. Everything else as tls_server.
+
+    In TLS 1.3 the client is done before the server has looked at its certificate: a refusal arrives as TLSFailed (`alert`) from
+    the first read, or write, after this.
+    """
+    try:
+        connection = _connection(context, stream)
+        if offer.server_name:
+            connection.set_tlsext_host_name(offer.server_name.encode("ascii"))
+        if offer.alpn:
+            connection.set_alpn_protos(list(offer.alpn))
+        if offer.session is not None:
+            with suppress(ValueError):  # made by another context: its trust or our certificate has changed since
+                connection.set_session(offer.session)
+        connection.set_connect_state()
+        await _handshake(connection, stream, timeout)
+        info = _info(connection, offer.server_name, verify)
+    except BaseException:
+        stream.close()
+        raise
+    return TLSStream(stream, connection, info, offer.on_session)
+
+
+def _connection(context: SSL.Context, stream: SocketStream) -> SSL.Connection:
+    connection = SSL.Connection(context, stream.socket)
+    connection.set_verify(context.get_verify_mode(), note_refusal)
+    return connection
+
+
+async def _handshake(connection: SSL.Connection, stream: SocketStream, timeout: float) -> None:
+    with trio.move_on_after(timeout) as scope:
+        await checkpoint_if_cancelled()
+        while True:
+            try:
+                connection.do_handshake()
+            except SSL.WantReadError:
+                await trio.lowlevel.wait_readable(stream.socket)
+            except SSL.WantWriteError:
+                await trio.lowlevel.wait_writable(stream.socket)
+            except SSL.Error as error:
+                discard_unread(stream.socket)  # so that the alert we have just sent is not destroyed by a reset
+                raise explain(error, connection, "during the TLS handshake") from error
+            else:
+                return
+    if scope.cancelled_caught:
+        raise TLSFailed("timeout", f"the TLS handshake with {stream.peer} was not done within {timeout:g} s")
+
+
+def _info(connection: SSL.Connection, sni: str, verify: Verify | None) -> TLSInfo:
+    identity = verify(connection.get_peer_certificate(as_cryptography=True)) if verify is not None else None
+    return TLSInfo(
+        version=connection.get_protocol_version_name(),
+        cipher=connection.get_cipher_name() or "",
+        group=connection.get_group_name() or "",
+        alpn=connection.get_alpn_proto_negotiated(),
+        resumed=_was_resumed(connection),
+        peer_identity=None if identity is None else str(identity),
+        sni=sni,
+    )
+
+
+def _was_resumed(connection: SSL.Connection) -> bool:
+    """Whether the handshake resumed a session. pyOpenSSL does not offer SSL_session_reused; this is what it does offer.
+
+    The verified chain belongs to the connection, the peer's certificate to the session. So a certificate that has no chain was
+    not verified on this connection: it came with a session. (Without any certificate of the peer there is nothing to tell by.)
+    """
+    return connection.get_peer_certificate() is not None and connection.get_verified_chain() is None

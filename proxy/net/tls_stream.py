@@ -1,0 +1,318 @@
+"""TLS 1.3 on the non-blocking socket itself.
+
+Theory of operation
+===================
+
+OpenSSL reads and writes the socket; each of its calls either succeeds, or says which readiness it misses (WantRead, WantWrite). Then
+we wait for that and make *the same call again*. Five things about this are easy to get wrong:
+
+*Readable is not the same as "something to read".* Decrypted bytes may already lie in OpenSSL, and bytes on the socket may be a
+session ticket only. So the call always comes first, and waiting second.
+
+*Reading may want to write, and the reverse.* Not by renegotiation, which TLS 1.3 does not have; but a key update (RFC 8446, section
+4.6.3) must be answered by the reader, and a writer may meet a half-arrived post-handshake message. Then two tasks wait for the
+same direction of one socket, which trio forbids (rightly: only one of them would be woken). `Readiness` lets the first one wait
+and the others wait for the first.
+
+*A refused write must be repeated with the same bytes.* The record is already encrypted, and a part of it may be on its way. The memory may
+have moved (SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER, set by pyOpenSSL), the contents may not have changed. So a send that was cancelled while
+it waited has torn the stream: nothing can be sent any more, not even close_notify.
+
+*A failed write kills the reading half too.* OpenSSL does not read from a connection on which a write failed, although the peer's last
+words (an early answer, or the alert that says why it refuses us) may have arrived. So every write first asks the socket for its
+error (SO_ERROR, a third of a microsecond) and fails without OpenSSL hearing of it.
+
+*The end has two layers.* close_notify ends one direction (RFC 8446, section 6.1), and the other goes on. The end of TCP without
+it is an attack or an accident, never an end: ConnectionLost with reason `truncated`.
+
+Session tickets arrive after the handshake, before the server's first data. So a client asks for its session when it has read data for
+the first time, and hands it on for the next connection to the same peer.
+
+Fairness and cancellation are those of proxy.net.streams, with the same deviation from trio's contract.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+from OpenSSL import SSL
+from trio.lowlevel import checkpoint, checkpoint_if_cancelled
+
+from proxy.net import streams
+from proxy.net.errors import ConnectionLost, NetError, again, lost
+from proxy.net.readiness import Readiness
+from proxy.net.streams import SocketStream
+from proxy.net.tls_errors import explain
+
+# The most plain text that one record carries (RFC 8446, section 5.1), and so the most that one call of OpenSSL reads or writes.
+_RECORD = 16384
+
+# How long aclose() waits, in seconds, until the kernel takes the 24 bytes of close_notify. The peer is stuck if it does not, and
+# it is not our business to wait for it.
+_CLOSE_TIMEOUT = 1.0
+
+# Sends and unread bytes that aclose() throws away, so that the kernel ends the connection with FIN: closing with unread bytes (a session
+# ticket is enough) makes it RST, and RST destroys what the peer has not read yet.
+_DISCARD_READS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TLSInfo:
+    """What was agreed on. `peer_identity`: what `verify` gave for the peer's certificate, as text; None without `verify`."""
+
+    version: str
+    cipher: str
+    group: str
+    alpn: bytes
+    resumed: bool
+    peer_identity: str | None
+    sni: str
+
+
+def discard_unread(sock: socket.socket) -> None:
+    """Throw away what has arrived, within reason: see _DISCARD_READS."""
+    try:
+        for _ in range(_DISCARD_READS):
+            if not sock.recv(65536):
+                return
+    except OSError:  # nothing there (EAGAIN), or the connection is gone
+        return
+
+
+class TLSStream(trio.abc.HalfCloseableStream):
+    """An established TLS connection; made by tls_server and tls_client. See proxy.net.streams.Stream for what its methods promise."""
+
+    __slots__ = (
+        "_connection", "_eof_sent", "_failure", "_on_session", "_option", "_raw", "_readiness", "_reading", "_recv", "_send", "_streak",
+        "_torn", "_writing", "bytes_read", "bytes_written", "info", "local", "peer", "socket",
+    )  # fmt: skip
+
+    def __init__(
+        self, raw: SocketStream, connection: SSL.Connection, info: TLSInfo, on_session: Callable[[SSL.Session], None] | None
+    ) -> None:
+        self._raw = raw
+        self.socket = raw.socket
+        self.peer = raw.peer
+        self.local = raw.local
+        self.info = info
+        self.bytes_read = 0  # of plain text; `raw` is not told of the bytes on the wire
+        self.bytes_written = 0
+        self._connection = connection
+        self._recv = connection.recv
+        self._send = connection.send
+        self._option = raw.socket.getsockopt
+        self._failure: NetError | None = None  # what ended the reading half
+        self._on_session = on_session
+        self._readiness = Readiness(raw.socket)
+        self._streak = 0
+        self._reading = self._writing = self._eof_sent = self._torn = False
+
+    def __repr__(self) -> str:
+        return f"<TLSStream {self.local} -> {self.peer} {self.info.peer_identity or ''}{' closed' if self._raw.closed else ''}>"
+
+    # Reading
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if max_bytes is None or max_bytes > _RECORD:
+            max_bytes = _RECORD  # no call gives more, and OpenSSL's binding would allocate it
+        elif max_bytes < 1:
+            raise ValueError("max_bytes must be at least 1")
+        self._check_open()
+        if self._reading:
+            raise trio.BusyResourceError("another task is already reading from this connection")
+        if self._failure is not None:
+            raise again(self._failure)
+        self._reading = True
+        try:
+            await self._pass()
+            while True:
+                try:
+                    data: bytes = self._recv(max_bytes)
+                except SSL.WantReadError:
+                    await self._wait_readable()
+                except SSL.WantWriteError:
+                    await self._wait_writable()
+                except SSL.ZeroReturnError:
+                    return b""
+                except SSL.Error as error:
+                    raise self._failed(error, "while reading") from error
+                else:
+                    break
+        finally:
+            self._reading = False
+        self.bytes_read += len(data)
+        if self._on_session is not None:
+            self._hand_on_session()
+        return data
+
+    def _hand_on_session(self) -> None:
+        on_session, self._on_session = self._on_session, None
+        session = self._connection.get_session()
+        if on_session is not None and session is not None:
+            on_session(session)
+
+    def _failed(self, error: SSL.Error, doing: str) -> NetError:
+        self._torn = True
+        self._failure = explain(error, self._connection, doing)
+        return self._failure
+
+    def is_idle(self) -> bool:
+        if self._raw.closed or self._torn or self._failure is not None:
+            return False
+        try:
+            self._recv(1, socket.MSG_PEEK)  # takes in what is not data: session tickets, key updates
+        except SSL.WantReadError:
+            return True
+        except SSL.Error:
+            return False
+        return False
+
+    # Writing
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        self._begin_write()
+        try:
+            if self._eof_sent:
+                raise trio.ClosedResourceError("this direction was ended by send_eof")
+            await self._pass()
+            size = len(data)
+            if size:
+                sent = await self._send_some(data)
+                if sent < size:  # one call takes one record at most; only longer messages need a view
+                    await self._send_rest(memoryview(data), sent)
+        finally:
+            self._writing = False
+        self.bytes_written += size
+
+    async def _send_rest(self, view: memoryview, sent: int) -> None:
+        size = len(view)
+        while sent < size:
+            self._streak += 1
+            if self._streak >= streams.BURST:
+                self._torn = True  # unless we come back: a part is on its way
+                await self._pass()
+                self._torn = False
+            with view[sent : sent + _RECORD] as record:
+                sent += await self._send_some(record)
+
+    async def _send_some(self, data: bytes | bytearray | memoryview) -> int:
+        """One record of `data`; how much of it that was."""
+        self._torn = True
+        while True:
+            if code := self._option(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise self._refused(lost(code))
+            try:
+                sent = self._send(data)
+            except SSL.WantWriteError:
+                await self._wait_writable()
+            except SSL.WantReadError:
+                await self._wait_readable()
+            except SSL.Error as error:
+                raise self._failed(error, "while sending") from error
+            else:
+                self._torn = False
+                return sent
+
+    def _refused(self, loss: ConnectionLost) -> NetError:
+        """A peer that refuses us sends an alert and closes: the better reason, if nobody is about to read it anyway."""
+        if not self._reading:
+            try:
+                self._recv(1, socket.MSG_PEEK)
+            except (SSL.WantReadError, SSL.WantWriteError, SSL.ZeroReturnError, SSL.SysCallError):
+                return loss
+            except SSL.Error as error:
+                return self._failed(error, "while sending")
+        return loss
+
+    async def wait_send_all_might_not_block(self) -> None:
+        self._begin_write()
+        try:
+            await self._wait_writable()
+        finally:
+            self._writing = False
+
+    async def send_eof(self) -> None:
+        self._begin_write()
+        try:
+            await checkpoint()
+            self._check_open()
+            if not self._eof_sent:
+                await self._send_close_notify()
+        finally:
+            self._writing = False
+
+    async def _send_close_notify(self) -> None:
+        self._torn = True
+        while True:
+            if code := self._option(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise self._refused(lost(code))
+            try:
+                self._connection.shutdown()
+            except SSL.WantWriteError:
+                await self._wait_writable()
+            except SSL.WantReadError:
+                break  # sent: it is the peer's that OpenSSL is waiting for
+            except SSL.Error as error:
+                raise self._failed(error, "while ending TLS") from error
+            else:
+                break
+        self._torn = False
+        self._eof_sent = True
+
+    # Closing
+
+    async def aclose(self) -> None:
+        """Send close_notify if it has not been sent, do not wait for the peer's, close. Takes at most a second."""
+        try:
+            if not (self._raw.closed or self._torn or self._writing or self._eof_sent):
+                with trio.move_on_after(_CLOSE_TIMEOUT):
+                    await self._send_close_notify()  # at once, as a rule: it is sent even if our task is cancelled
+                discard_unread(self.socket)
+        except NetError:
+            pass  # the peer was faster
+        finally:
+            self.close()
+        await checkpoint()
+
+    def close(self) -> None:
+        # From here on the number of the descriptor may belong to another connection: OpenSSL must never be called again.
+        self._raw.close()
+
+    def reset(self) -> None:
+        self._raw.reset()
+
+    # The parts of the operations
+
+    def _check_open(self) -> None:
+        if self._raw.closed:
+            raise trio.ClosedResourceError("this connection was already closed")
+
+    def _begin_write(self) -> None:
+        self._check_open()
+        if self._writing:
+            raise trio.BusyResourceError("another task is already writing to this connection")
+        if self._torn:
+            raise ConnectionLost("an earlier operation on this connection failed or was cancelled half-way", "torn")
+        self._writing = True
+
+    async def _pass(self) -> None:
+        self._streak += 1
+        if self._streak >= streams.BURST:
+            self._streak = 0
+            await checkpoint()
+        else:
+            await checkpoint_if_cancelled()
+        self._check_open()
+
+    async def _wait_readable(self) -> None:
+        self._streak = 0
+        await self._readiness.wait_readable()
+        self._check_open()
+
+    async def _wait_writable(self) -> None:
+        self._streak = 0
+        await self._readiness.wait_writable()
+        self._check_open()

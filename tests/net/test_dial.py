@@ -1,0 +1,135 @@
+"""Dialling: one attempt, an exact reason when it fails, nothing left open, and the loop guard is asked first."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import trio
+
+from proxy.net.dial import Dialer, _stream
+from proxy.net.streams import Address, ConnectFailed
+from tests.net.conftest import LOOPBACKS, listen, no_descriptor_left
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def address_of(listener: socket.socket) -> Address:
+    return Address(*listener.getsockname()[:2])
+
+
+@pytest.mark.parametrize("host", LOOPBACKS)
+async def test_dialling_gives_a_connected_stream(host: str) -> None:
+    with listen(host) as listener:
+        stream = await Dialer(keepalive=7).dial(address_of(listener))
+        accepted, _ = listener.accept()
+    assert stream.peer == address_of(accepted)
+    assert stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    assert stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 7
+    stream.close()
+    accepted.close()
+
+
+@pytest.mark.parametrize("host", LOOPBACKS)
+async def test_a_port_where_nobody_listens_is_refused(host: str) -> None:
+    with listen(host) as listener:
+        nobody = address_of(listener)
+    before = open_descriptors()
+    with pytest.raises(ConnectFailed, match="refused") as caught:
+        await Dialer().dial(nobody)
+    assert caught.value.reason == "refused"
+    assert caught.value.address == nobody
+    assert open_descriptors() == before
+
+
+async def test_no_answer_is_a_timeout() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(0)
+        # A full backlog drops further SYNs: the nearest thing to a dead host that loopback has.
+        filling = [socket.socket() for _ in range(3)]
+        for sock in filling:
+            sock.setblocking(False)
+            sock.connect_ex(silent.getsockname())
+        before = open_descriptors()
+        with trio.fail_after(5), pytest.raises(ConnectFailed, match=r"within 0\.05 s") as caught:
+            await Dialer(timeout=0.05).dial(address_of(silent))
+        assert caught.value.reason == "timeout"
+
+        with trio.move_on_after(0.02) as scope:
+            await Dialer(timeout=30).dial(address_of(silent))
+        assert scope.cancelled_caught
+        assert open_descriptors() == before
+        for sock in filling:
+            sock.close()
+
+
+@pytest.mark.parametrize("address", [Address("224.0.0.1", 80), Address("ff02::1", 80)])
+async def test_where_no_tcp_leads_is_unreachable(address: Address) -> None:
+    """The kernel says so of multicast at once, whatever this machine's routes are."""
+    before = open_descriptors()
+    with pytest.raises(ConnectFailed) as caught:
+        await Dialer(timeout=1).dial(address)
+    assert caught.value.reason == "unreachable"
+    assert str(address) in str(caught.value)
+    assert open_descriptors() == before
+
+
+async def test_the_guard_is_asked_before_a_packet_is_sent() -> None:
+    class Loop(Exception):
+        pass
+
+    def refuse(address: Address) -> None:
+        raise Loop(str(address))
+
+    with listen() as listener:
+        listener.setblocking(False)
+        before = open_descriptors()
+        with pytest.raises(Loop):
+            await Dialer(refuse=refuse).dial(address_of(listener))
+        assert open_descriptors() == before
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+async def test_a_connection_to_itself_is_a_refusal() -> None:
+    """What happens when the kernel picks, for our end, the very port that is dialled: here it is made to."""
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    sock.connect(sock.getsockname())
+    with pytest.raises(ConnectFailed, match="met itself") as caught:
+        _stream(sock, Address(*sock.getsockname()))
+    assert caught.value.reason == "refused"
+    assert sock.fileno() == -1
+
+
+async def test_running_out_of_descriptors_is_a_connect_failure_in_words() -> None:
+    with listen() as listener:
+        address = address_of(listener)
+        with no_descriptor_left(), pytest.raises(ConnectFailed, match="file descriptor") as caught:
+            await Dialer().dial(address)
+    assert caught.value.reason == "other"
+
+
+def may_mark() -> bool:
+    with socket.socket() as sock:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 1)
+        except PermissionError:
+            return False
+        return True
+
+
+async def test_the_mark_is_set_or_the_missing_capability_is_named() -> None:
+    with listen() as listener:
+        dialer = Dialer(mark=0x2102)
+        if may_mark():
+            stream = await dialer.dial(address_of(listener))
+            assert stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == 0x2102
+            stream.close()
+        else:
+            with pytest.raises(ConnectFailed, match="CAP_NET_ADMIN"):
+                await dialer.dial(address_of(listener))

@@ -1,0 +1,226 @@
+"""The relay keeps half-closes, passes every byte on, and never lets a broken connection look like a finished one."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import trio
+
+from proxy.net.relay import Relayed, relay
+from proxy.net.streams import ConnectionLost, SocketStream
+from proxy.net.tls import TLSStream
+from tests.net.conftest import Mesh, both, pair, read_all
+
+Either = SocketStream | TLSStream
+
+
+@dataclass
+class Joined:
+    """client <-> a =relay= b <-> server"""
+
+    client: Either
+    a: Either
+    b: Either
+    server: Either
+
+    def close(self) -> None:
+        for stream in (self.client, self.a, self.b, self.server):
+            stream.close()
+
+
+def plain(buffers: int | None = None) -> Joined:
+    client, a = pair(buffers=buffers)
+    b, server = pair(buffers=buffers)
+    return Joined(client, a, b, server)
+
+
+@pytest.fixture(params=["plain-plain", "plain-tls", "tls-plain", "tls-tls"])
+async def joined(request: pytest.FixtureRequest, mesh: Mesh) -> Joined:
+    left, _, right = request.param.partition("-")
+    client, a = await mesh.connect() if left == "tls" else pair()
+    b, server = await mesh.connect() if right == "tls" else pair()
+    return Joined(client, a, b, server)
+
+
+async def test_a_conversation_with_half_closes_passes_whole(joined: Joined) -> None:
+    question, answer = b"q" * 300_000, b"a" * 500_000
+
+    async def ask() -> bytes:
+        await joined.client.send_all(question)
+        await joined.client.send_eof()
+        return await read_all(joined.client)
+
+    async def reply() -> bytes:
+        received = await read_all(joined.server)  # answers only after the end of the question
+        await joined.server.send_all(answer)
+        await joined.server.send_eof()
+        return received
+
+    with trio.fail_after(5):
+        results = await both(partial(relay, joined.a, joined.b, idle=5), ask, reply)
+    assert results[0] == Relayed(300_000, 500_000, "a", "eof", None)
+    assert results[1:] == [answer, question]
+    joined.close()
+
+
+async def test_both_directions_run_at_once(joined: Joined) -> None:
+    data = bytes(range(256)) * 8192
+
+    async def send(stream: Either) -> None:
+        await stream.send_all(data)
+        await stream.send_eof()
+
+    pieces = [0, 0]
+
+    def count(forward: int, backward: int) -> None:
+        pieces[0] += forward
+        pieces[1] += backward
+
+    with trio.fail_after(10):
+        results = await both(
+            partial(relay, joined.a, joined.b, idle=5, on_bytes=count),
+            partial(send, joined.client), partial(send, joined.server),
+            partial(read_all, joined.client), partial(read_all, joined.server),
+        )  # fmt: skip
+    assert results[3] == results[4] == data
+    assert pieces == [len(data), len(data)]
+    joined.close()
+
+
+@pytest.mark.parametrize("how", ["reset", "truncated"])
+async def test_a_side_that_is_lost_resets_the_other(joined: Joined, how: str) -> None:
+    async def break_off() -> None:
+        await joined.client.send_all(b"half a mess")
+        await joined.server.receive_some()
+        if how == "reset":
+            joined.client.reset()
+        elif isinstance(joined.client, TLSStream):
+            joined.client.socket.shutdown(socket.SHUT_WR)
+        else:
+            joined.client.reset()  # TCP alone has no truncation
+
+    with trio.fail_after(5):
+        results = await both(partial(relay, joined.a, joined.b, idle=5), break_off)
+    outcome = results[0]
+    assert isinstance(outcome, Relayed)
+    assert (outcome.first, outcome.how, outcome.forward) == ("a", "lost", 11)
+    assert isinstance(outcome.error, ConnectionLost)
+    with pytest.raises(ConnectionLost) as caught:
+        await read_all(joined.server)
+    assert caught.value.reason == "reset"
+    joined.close()
+
+
+async def test_the_answer_of_a_side_that_takes_no_more_still_arrives(joined: Joined) -> None:
+    async def pour() -> None:
+        with suppress(ConnectionLost):
+            while True:
+                await joined.client.send_all(bytes(65536))
+
+    async def refuse() -> None:
+        await joined.server.receive_some(1)
+        await joined.server.send_all(b"413 too much")
+        await joined.server.aclose()
+
+    with trio.fail_after(5):
+        outcome: list[Relayed] = []
+        received: list[bytes] = []
+
+        async def run() -> None:
+            outcome.append(await relay(joined.a, joined.b, idle=5))
+            joined.a.close()
+
+        async def hear() -> None:
+            received.append(await joined.client.receive_some())
+
+        async with trio.open_nursery() as nursery:
+            for task in (run, pour, refuse, hear):
+                nursery.start_soon(task)
+    assert received == [b"413 too much"]
+    assert outcome[0].first == "b"
+    assert outcome[0].how in {"eof", "unread", "lost"}
+    joined.close()
+
+
+async def test_silence_on_both_sides_ends_it_with_resets(autojump_clock: trio.abc.Clock) -> None:
+    joined = plain()
+    began = trio.current_time()
+    outcome = await relay(joined.a, joined.b, idle=60)
+    assert outcome == Relayed(0, 0, None, "idle", None)
+    assert 60 <= trio.current_time() - began <= 68
+    for stream in (joined.client, joined.server):
+        with pytest.raises(ConnectionLost):
+            await read_all(stream)
+    joined.close()
+
+
+async def test_a_word_in_either_direction_keeps_it_open(autojump_clock: trio.abc.Clock) -> None:
+    joined = plain()
+    began = trio.current_time()
+
+    async def chat() -> None:
+        for number in range(6):
+            await trio.sleep(50)
+            speaker, hearer = (joined.client, joined.server) if number % 2 else (joined.server, joined.client)
+            await speaker.send_all(b"x")
+            assert await hearer.receive_some() == b"x"
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(chat)
+        outcome = await relay(joined.a, joined.b, idle=60)
+    assert (outcome.forward, outcome.backward, outcome.how) == (3, 3, "idle")
+    assert 360 <= trio.current_time() - began <= 368
+    joined.close()
+
+
+async def test_a_half_closed_silence_ends_too(autojump_clock: trio.abc.Clock) -> None:
+    joined = plain()
+    await joined.client.send_eof()
+    outcome = await relay(joined.a, joined.b, idle=60)
+    assert (outcome.first, outcome.how) == ("a", "idle")
+    with pytest.raises(ConnectionLost):
+        await read_all(joined.client)
+    joined.close()
+
+
+async def test_a_side_that_is_lost_after_the_other_has_ended_cleanly_is_not_forgotten() -> None:
+    joined = plain()
+
+    async def end() -> None:
+        await joined.client.send_eof()
+        assert await read_all(joined.server) == b""
+        joined.server.reset()
+
+    results = await both(partial(relay, joined.a, joined.b, idle=5), end)
+    outcome = results[0]
+    assert isinstance(outcome, Relayed)
+    assert (outcome.first, outcome.how) == ("a", "lost")
+    with pytest.raises(ConnectionLost):
+        await read_all(joined.client)
+    joined.close()
+
+
+async def test_a_cancelled_relay_resets_both_sides() -> None:
+    joined = plain()
+    with trio.move_on_after(0.01) as scope:
+        await relay(joined.a, joined.b, idle=60)
+    assert scope.cancelled_caught
+    for stream in (joined.client, joined.server):
+        with pytest.raises(ConnectionLost):
+            await read_all(stream)
+    joined.close()
+
+
+async def test_a_reader_that_is_slow_holds_its_sender_back() -> None:
+    joined = plain(buffers=16384)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(relay, joined.a, joined.b, idle=60))
+        with trio.move_on_after(0.1):
+            await joined.client.send_all(bytes(64 << 20))
+        assert joined.a.bytes_read < 1 << 20
+        nursery.cancel_scope.cancel()
+    joined.close()
