@@ -1,0 +1,354 @@
+"""The files behind an identity: certificate chain, private key, trust roots; read, checked and understood as a whole.
+
+Material is all or nothing. A certificate whose key is missing, a key of yesterday's certificate, a leaf that our own roots do
+not vouch for: each of them would load into OpenSSL without a word, and then every handshake would fail for a reason that only
+the other side knows. So everything that a peer will check is checked here first, by the same judge (OpenSSL's chain
+verification), and the error names the file and what to mend.
+
+Files change under us while we read. In Kubernetes a mounted volume is a directory of symbolic links into `..data`, which is
+swapped at once; elsewhere files are replaced one after the other. Either way a reader may catch the new certificate and the
+old key. Such a set is refused as a whole, and is whole again at the next look.
+"""
+
+import hashlib
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID
+from OpenSSL import crypto
+
+from proxy.mesh.spiffe import SpiffeId, SpiffeIdError
+
+# What reading a certificate's extensions raises when their encoding is broken: they are parsed on first use.
+UNREADABLE = (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
+
+PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
+PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey
+
+# Below these a key can be broken, or OpenSSL's default security level refuses it in the handshake with an obscure message.
+MIN_RSA_BITS = 2048
+MIN_EC_BITS = 256
+
+# Reading is bounded: a bundle of a thousand roots has about 1 MiB, and a wrong path may be a device or a log file.
+MAX_FILE_BYTES = 4 * 1024 * 1024
+
+_Extension = TypeVar("_Extension", bound=x509.ExtensionType)
+
+_WEAK_HASHES = (hashes.MD5, hashes.SHA1)
+
+
+class MaterialError(Exception):
+    """A file of the identity cannot be used. `path` is the file, `reason` what is wrong with it and how to mend it."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class MaterialFiles:
+    """Where an identity lives on disk. All files are PEM; each of the root files may hold several certificates."""
+
+    certificate: Path
+    key: Path
+    roots: tuple[Path, ...]
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        return (self.certificate, self.key, *self.roots)
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """A complete, consistent and currently valid set. `warnings` are things that work but should be mended."""
+
+    id: SpiffeId
+    leaf: x509.Certificate
+    intermediates: tuple[x509.Certificate, ...]
+    key: PrivateKey
+    roots: tuple[x509.Certificate, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The bytes of all files as read in one go. `digest` tells two contents apart, whatever their time stamps say."""
+
+    files: MaterialFiles
+    parts: tuple[bytes, ...]
+    key_mode: int
+
+    @property
+    def digest(self) -> bytes:
+        digest = hashlib.sha256()
+        for part in self.parts:
+            digest.update(len(part).to_bytes(8, "big"))
+            digest.update(part)
+        return digest.digest()
+
+
+def utc_now() -> datetime:
+    """The wall clock, aware. Certificates are the one thing in the proxy that is about wall-clock time."""
+    return datetime.now(UTC)
+
+
+def read_files(files: MaterialFiles) -> Contents:
+    """Read all files. Raises MaterialError for the first one that cannot be read."""
+    if not files.roots:
+        raise MaterialError(files.certificate, "no trust root file is configured for this certificate: name at least one")
+    parts = tuple(read_file(path) for path in files.all)
+    try:
+        mode = files.key.stat().st_mode
+    except OSError as error:
+        raise MaterialError(files.key, f"cannot be read: {error.strerror or error}") from None
+    return Contents(files, parts, mode)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of one file, at most MAX_FILE_BYTES. Raises MaterialError."""
+    try:
+        # O_NONBLOCK: a path that is a FIFO by mistake must not stop the process for ever.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise MaterialError(path, "is not a regular file")
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise MaterialError(path, f"cannot be read: {error.strerror or error}") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise MaterialError(path, f"is larger than {MAX_FILE_BYTES // (1024 * 1024)} MiB: not a PEM file of certificates or keys")
+    return data
+
+
+def load(contents: Contents, now: datetime) -> Material:
+    """Understand the contents and check everything a peer would check. Raises MaterialError naming file and reason."""
+    files = contents.files
+    leaf, *others = parse_certificates(files.certificate, contents.parts[0])
+    key = parse_key(files.key, contents.parts[1])
+    roots = _parse_roots(files, contents.parts[2:], now)
+    if key.public_key() != _public_key(files.certificate, leaf):
+        raise MaterialError(files.key, f"does not belong to the certificate in {files.certificate}: both must be replaced together")
+    identity = _check_leaf(files.certificate, leaf, now)
+    intermediates = tuple(certificate for certificate in others if certificate not in roots)
+    for certificate in intermediates:
+        check_validity(files.certificate, certificate, now, "the intermediate certificate")
+    try:
+        verify_chain(leaf, intermediates, roots, now)
+    except ValueError as error:
+        names = ", ".join(str(path) for path in files.roots)
+        raise MaterialError(files.certificate, f"is not vouched for by the trust roots in {names}: {error}") from None
+    return Material(identity, leaf, intermediates, key, roots, _warnings(contents, roots, now))
+
+
+def parse_certificates(path: Path, data: bytes) -> list[x509.Certificate]:
+    """All certificates of a PEM file, at least one. Raises MaterialError."""
+    if b"-----BEGIN CERTIFICATE-----" not in data:
+        what = "is empty" if not data.strip() else "holds no PEM certificate (no line '-----BEGIN CERTIFICATE-----')"
+        raise MaterialError(path, what)
+    try:
+        return x509.load_pem_x509_certificates(data)
+    except ValueError as error:
+        raise MaterialError(path, f"holds a certificate that cannot be parsed: {error}") from None
+
+
+def parse_key(path: Path, data: bytes) -> PrivateKey:
+    """The one private key of a PEM file, checked for type and strength. Raises MaterialError; the key is never quoted."""
+    try:
+        key = serialization.load_pem_private_key(data, password=None)
+    except TypeError:
+        raise MaterialError(path, "holds an encrypted private key: a proxy that starts alone cannot type a passphrase") from None
+    except (ValueError, UnsupportedAlgorithm):
+        # The library's message may quote its input, which is the one text that must never reach a log.
+        what = "is empty" if not data.strip() else "holds no PEM private key that can be read (PKCS #8, SEC 1 or PKCS #1)"
+        raise MaterialError(path, what) from None
+    if isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey):
+        weakness = key_weakness(key.public_key())
+        if weakness is not None:
+            raise MaterialError(path, f"holds a weak private key: {weakness}")
+        return key
+    raise MaterialError(path, f"holds a private key of a kind that TLS 1.3 certificates do not use here ({type(key).__name__})")
+
+
+def key_weakness(key: object) -> str | None:
+    """What is wrong with a public key's type or strength, or None."""
+    match key:
+        case ec.EllipticCurvePublicKey():
+            if not isinstance(key.curve, ec.SECP256R1 | ec.SECP384R1 | ec.SECP521R1):
+                return f"the curve {key.curve.name} is not one of P-256, P-384 and P-521, the curves of TLS 1.3"
+            return None
+        case rsa.RSAPublicKey():
+            return None if key.key_size >= MIN_RSA_BITS else f"RSA with {key.key_size} bits, at least {MIN_RSA_BITS} are needed"
+        case ed25519.Ed25519PublicKey() | ed448.Ed448PublicKey():
+            return None
+        case _:
+            return f"a key of the kind {type(key).__name__}, which TLS 1.3 does not use"
+
+
+def spiffe_uri(certificate: x509.Certificate) -> str:
+    """The one URI SAN of a certificate. Raises SpiffeIdError when there is none, or more than one (X.509-SVID, section 2)."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        raise SpiffeIdError("the certificate has no subject alternative name, so it names no identity") from None
+    except UNREADABLE as error:
+        raise SpiffeIdError(f"the certificate's extensions cannot be parsed: {error}") from None
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    if len(uris) != 1:
+        found = "none" if not uris else f"{len(uris)}: " + ", ".join(repr(uri[:100]) for uri in uris[:4])
+        raise SpiffeIdError(f"the certificate must have exactly one URI among its subject alternative names, it has {found}")
+    return uris[0]
+
+
+def verify_chain(
+    leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], roots: Sequence[x509.Certificate], now: datetime
+) -> None:
+    """Judge the chain as OpenSSL does in the handshake. Raises ValueError with the reason in words."""
+    store = crypto.X509Store()
+    for root in roots:
+        store.add_cert(crypto.X509.from_cryptography(root))
+    # Whatever is in the trust root files is an anchor, also a certificate that is not self-signed (SPIFFE bundles may be so).
+    store.set_flags(crypto.X509StoreFlags.PARTIAL_CHAIN)
+    store.set_time(now)
+    chain = [crypto.X509.from_cryptography(certificate) for certificate in intermediates]
+    try:
+        crypto.X509StoreContext(store, crypto.X509.from_cryptography(leaf), chain).verify_certificate()
+    except crypto.X509StoreContextError as error:
+        raise ValueError(str(error)) from None
+
+
+def check_validity(path: Path, certificate: x509.Certificate, now: datetime, what: str) -> None:
+    """Raise MaterialError when the certificate is not valid at `now`."""
+    reason = validity_problem(certificate, now)
+    if reason is not None:
+        raise MaterialError(path, f"{what} {reason}")
+
+
+def validity_problem(certificate: x509.Certificate, now: datetime) -> str | None:
+    """Why the certificate is not valid at `now`, in words that follow "the certificate ..."; None when it is valid."""
+    if now > certificate.not_valid_after_utc:
+        return f"expired on {when(certificate.not_valid_after_utc)} (it is {when(now)} here)"
+    if now < certificate.not_valid_before_utc:
+        return f"is not yet valid until {when(certificate.not_valid_before_utc)} (it is {when(now)} here: is the clock right?)"
+    return None
+
+
+def when(moment: datetime) -> str:
+    """A moment as it stands in messages: UTC, to the second."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _parse_roots(files: MaterialFiles, parts: Sequence[bytes], now: datetime) -> tuple[x509.Certificate, ...]:
+    """All roots of all files, each once, without those that have expired: they vouch for nobody any more.
+
+    A root that begins later stays: it may have been handed out ahead of its time, and nobody touches the files when it begins.
+    """
+    found: dict[x509.Certificate, str | None] = {}
+    for path, data in zip(files.roots, parts, strict=True):
+        for certificate in parse_certificates(path, data):
+            _check_authority(path, certificate)
+            found.setdefault(certificate, validity_problem(certificate, now))
+    if all(found.values()):
+        raise MaterialError(files.roots[0], f"holds no trust root that is valid now: the first one {next(iter(found.values()))}")
+    return tuple(certificate for certificate in found if now <= certificate.not_valid_after_utc)
+
+
+def _check_authority(path: Path, certificate: x509.Certificate) -> None:
+    try:
+        extensions = certificate.extensions
+        constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
+    except x509.ExtensionNotFound:
+        raise MaterialError(path, f"holds a certificate that is no authority (no basic constraints): {name_of(certificate)}") from None
+    except UNREADABLE as error:
+        raise MaterialError(path, f"holds a certificate whose extensions cannot be parsed: {error}") from None
+    if not constraints.ca:
+        raise MaterialError(path, f"holds a certificate that is no authority (a workload's certificate?): {name_of(certificate)}")
+    weakness = key_weakness(_public_key(path, certificate)) or _weak_signature(certificate)
+    if weakness is not None:
+        raise MaterialError(path, f"holds a weak trust root ({name_of(certificate)}): {weakness}")
+
+
+def _check_leaf(path: Path, leaf: x509.Certificate, now: datetime) -> SpiffeId:
+    check_validity(path, leaf, now, "the certificate")
+    try:
+        identity = SpiffeId.parse(spiffe_uri(leaf))
+    except SpiffeIdError as error:
+        raise MaterialError(path, str(error)) from None
+    for problem in (_weak_signature(leaf), _role_problem(leaf)):
+        if problem is not None:
+            raise MaterialError(path, problem)
+    return identity
+
+
+def _public_key(path: Path, certificate: x509.Certificate) -> object:
+    try:
+        return certificate.public_key()
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise MaterialError(path, f"holds a certificate whose public key cannot be read: {error}") from None
+
+
+def _weak_signature(certificate: x509.Certificate) -> str | None:
+    try:
+        algorithm = certificate.signature_hash_algorithm
+    except UnsupportedAlgorithm:
+        return f"it is signed with an algorithm that is not known here ({certificate.signature_algorithm_oid.dotted_string})"
+    if isinstance(algorithm, _WEAK_HASHES):
+        return f"it is signed with {algorithm.name}, which is broken: SHA-256 or better is needed"
+    return None
+
+
+def _role_problem(leaf: x509.Certificate) -> str | None:
+    """A sidecar is a server for its callers and a client for those it calls; its certificate must allow both, and not more.
+
+    OpenSSL checks the same in the handshake (check_purpose_ssl_client and _server; it does not take anyExtendedKeyUsage for
+    either), but there the error appears on the other side only.
+    """
+    constraints = _extension(leaf, x509.BasicConstraints)
+    if constraints is not None and constraints.ca:
+        return "the first certificate is an authority, not a workload's certificate: put the leaf first"
+    usage = _extension(leaf, x509.KeyUsage)
+    if usage is not None and not usage.digital_signature:
+        return "the certificate's key usage does not allow digital signatures, with which TLS 1.3 proves who is there"
+    extended = _extension(leaf, x509.ExtendedKeyUsage)
+    if extended is None:
+        return None
+    wanted = ((ExtendedKeyUsageOID.SERVER_AUTH, "servers"), (ExtendedKeyUsageOID.CLIENT_AUTH, "clients"))
+    missing = [who for oid, who in wanted if oid not in extended]
+    if missing:
+        return f"the certificate's extended key usage does not allow TLS {' and '.join(missing)}: the mesh needs both"
+    return None
+
+
+def _extension(certificate: x509.Certificate, kind: type[_Extension]) -> _Extension | None:
+    try:
+        return certificate.extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None
+
+
+def _warnings(contents: Contents, roots: Sequence[x509.Certificate], now: datetime) -> tuple[str, ...]:
+    files = contents.files
+    found = []
+    if contents.key_mode & stat.S_IROTH:
+        found.append(f"{files.key}: the private key can be read by every user of this machine: chmod 600 {files.key}")
+    for path, data in zip(files.roots, contents.parts[2:], strict=True):
+        for certificate in parse_certificates(path, data):
+            problem = validity_problem(certificate, now)
+            if problem is not None:
+                use = "it counts from then on" if certificate in roots else "it is not used"
+                found.append(f"{path}: the trust root {name_of(certificate)} {problem}: {use}")
+    return tuple(found)
+
+
+def name_of(certificate: x509.Certificate) -> str:
+    """A certificate's subject for a message; its serial number when it has none."""
+    return certificate.subject.rfc4514_string() or f"serial number {certificate.serial_number:x}"

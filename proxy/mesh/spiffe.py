@@ -1,0 +1,206 @@
+"""SPIFFE IDs: the names that workloads have in the mesh.
+
+A SPIFFE ID is a URI, `spiffe://<trust-domain>/<path>`. The trust domain says whose trust roots vouch for the name; the path
+says which workload it is. The mesh uses one form of path only, the one that Kubernetes meshes agree on:
+
+    spiffe://<trust-domain>/ns/<namespace>/sa/<service-account>
+
+The same name travels in three disguises: as the one URI SAN of a certificate, as text in the directory and in allow-lists,
+and as a DNS name in the SNI of a TLS handshake (`<service-account>.<namespace>.sa.<trust-domain>`), by which the inbound side
+tells a handshake that is meant for it from one that is the application's own. A name that does not fit all three would fail
+late and in the dark, so it is refused here, when it is read.
+
+Parsing is strict, since two readings of one name are a hole in an allow-list: no percent-encoding, no upper case in the trust
+domain, no empty or dot segments, no port, no user, no query, no fragment (SPIFFE-ID specification, sections 2.1 to 2.4).
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Self
+
+SCHEME = "spiffe://"
+
+# The SPIFFE-ID specification, section 2.3: implementations must support 2048 bytes and may refuse more.
+MAX_ID_BYTES = 2048
+# Section 2.1 limits the trust domain to what fits the host of a URI.
+MAX_TRUST_DOMAIN_BYTES = 255
+# RFC 1035, section 2.3.4: a label has 63 bytes, a name 253 in its written form.
+MAX_DNS_LABEL = 63
+MAX_DNS_NAME = 253
+
+_TRUST_DOMAIN = re.compile(r"[a-z0-9._-]+", re.ASCII)
+_SEGMENT = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
+# Kubernetes names: a namespace is one DNS label, a service account is a DNS subdomain (RFC 1123).
+_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?", re.ASCII)
+# Labels of the SNI come from the trust domain too, which may hold underscores; DNS allows them, host names do not.
+_SNI_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?", re.ASCII)
+
+
+class SpiffeIdError(ValueError):
+    """A text is not a SPIFFE ID (or pattern) of this mesh; the message quotes it and says which part is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpiffeId:
+    """A workload's name. Hashable and comparable; every instance is valid, whichever way it was made.
+
+    Raises SpiffeIdError when a part is not allowed, or when the three together make no legal DNS name for the SNI.
+    """
+
+    trust_domain: str
+    namespace: str
+    service_account: str
+
+    def __post_init__(self) -> None:
+        check_trust_domain(self.trust_domain)
+        _check_label("namespace", self.namespace)
+        if len(self.service_account) > MAX_DNS_NAME:
+            raise SpiffeIdError(f"service account is longer than {MAX_DNS_NAME} characters: {_quote(self.service_account)}")
+        for label in self.service_account.split("."):
+            _check_label("service account", label, self.service_account)
+        _check_sni(self.sni)
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.trust_domain}/ns/{self.namespace}/sa/{self.service_account}"
+
+    @property
+    def sni(self) -> str:
+        """The name in DNS form, as it stands in the SNI of a handshake with this workload."""
+        return f"{self.service_account}.{self.namespace}.sa.{self.trust_domain}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a SPIFFE ID of the form spiffe://<trust-domain>/ns/<namespace>/sa/<service-account>.
+
+        Raises SpiffeIdError, which quotes the text and names the part that is wrong.
+        """
+        try:
+            trust_domain, path = split_uri(text)
+            segments = path.split("/")
+            if len(segments) != 4 or segments[0] != "ns" or segments[2] != "sa":
+                raise SpiffeIdError("the path must be /ns/<namespace>/sa/<service-account>")
+            return cls(trust_domain, segments[1], segments[3])
+        except SpiffeIdError as error:
+            raise SpiffeIdError(f"{_quote(text)} is not a SPIFFE ID of this mesh: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityPattern:
+    """One entry of an allow-list: an exact SPIFFE ID, a prefix of one with a trailing `*`, or a bare `*`.
+
+    A bare `*` matches every identity. Identities reach an allow-list only after `Identity.verify_peer`, so that means every
+    identity of our own trust domain (and of those that were configured beside it). A prefix must name its trust domain in
+    full: `spiffe://mesh.example*` would match `spiffe://mesh.example.attacker.test` too.
+    """
+
+    prefix: str
+    exact: bool
+
+    def __str__(self) -> str:
+        return self.prefix if self.exact else f"{self.prefix}*"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a pattern. Raises SpiffeIdError, which quotes the text and says what is wrong."""
+        if "*" not in text:
+            return cls(str(SpiffeId.parse(text)), exact=True)
+        prefix = text[:-1]
+        if not text.endswith("*") or "*" in prefix:
+            raise SpiffeIdError(f"{_quote(text)} is not an identity pattern: one '*' is allowed, as the last character")
+        if prefix:
+            try:
+                _check_prefix(prefix)
+            except SpiffeIdError as error:
+                raise SpiffeIdError(f"{_quote(text)} is not an identity pattern: {error}") from None
+        return cls(prefix, exact=False)
+
+    def matches(self, identity: SpiffeId) -> bool:
+        text = str(identity)
+        return text == self.prefix if self.exact else text.startswith(self.prefix)
+
+
+def check_trust_domain(name: str) -> None:
+    """Raise SpiffeIdError unless the name is a legal trust domain."""
+    if not name:
+        raise SpiffeIdError("the trust domain is empty")
+    if "@" in name:
+        raise SpiffeIdError(f"the trust domain {_quote(name)} contains user information ('@')")
+    if ":" in name:
+        raise SpiffeIdError(f"the trust domain {_quote(name)} contains a port (':')")
+    if not _TRUST_DOMAIN.fullmatch(name):
+        raise SpiffeIdError(f"the trust domain {_quote(name)} may contain lower-case letters, digits, '.', '-' and '_' only")
+    if len(name) > MAX_TRUST_DOMAIN_BYTES:
+        raise SpiffeIdError(f"the trust domain is longer than {MAX_TRUST_DOMAIN_BYTES} bytes ({len(name)})")
+
+
+def split_uri(text: str) -> tuple[str, str]:
+    """Split any SPIFFE URI into its trust domain and its path without the leading slash ("" for a bare trust domain).
+
+    Such a bare URI names a trust domain itself: it stands in the certificate of a root. Raises SpiffeIdError.
+    """
+    if not text.startswith(SCHEME):
+        raise SpiffeIdError(f"it does not start with {SCHEME!r}")
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_ID_BYTES:
+        raise SpiffeIdError(f"it is longer than {MAX_ID_BYTES} bytes")
+    for mark, part in (("?", "a query"), ("#", "a fragment"), ("%", "percent-encoding")):
+        if mark in text:
+            raise SpiffeIdError(f"it contains {part} ({mark!r})")
+    trust_domain, slash, path = text[len(SCHEME) :].partition("/")
+    check_trust_domain(trust_domain)
+    if slash:
+        _check_path(path.split("/"))
+    return trust_domain, path
+
+
+def _check_path(segments: list[str]) -> None:
+    for segment in segments:
+        if not segment:
+            raise SpiffeIdError("the path has an empty segment (a doubled or trailing '/')")
+        if segment in {".", ".."}:
+            raise SpiffeIdError(f"the path has a {segment!r} segment")
+        if not _SEGMENT.fullmatch(segment):
+            raise SpiffeIdError(f"the path segment {_quote(segment)} may contain letters, digits, '.', '-' and '_' only")
+
+
+def _check_prefix(prefix: str) -> None:
+    """Refuse a prefix that no identity can have, since an entry that never matches is a mistake that nobody would notice."""
+    if not prefix.startswith(SCHEME):
+        raise SpiffeIdError(f"it does not start with {SCHEME!r}")
+    trust_domain, slash, path = prefix[len(SCHEME) :].partition("/")
+    check_trust_domain(trust_domain)
+    if not slash:
+        raise SpiffeIdError(f"the '*' may not stand inside the trust domain: write {SCHEME}{trust_domain}/*")
+    given = path.split("/")
+    for position, (wanted, segment) in enumerate(zip(("ns", None, "sa", None), given, strict=False)):
+        complete = position < len(given) - 1
+        if wanted is not None:
+            fits = segment == wanted if complete else wanted.startswith(segment)
+        else:
+            fits = bool(_LABEL.fullmatch(segment)) if complete else re.fullmatch(r"([a-z0-9][a-z0-9.-]*)?", segment) is not None
+        if not fits:
+            raise SpiffeIdError(f"no identity starts like this: {_quote(segment)} does not fit /ns/<namespace>/sa/<service-account>")
+    if len(given) > 4:
+        raise SpiffeIdError("no identity has so many path segments")
+
+
+def _check_label(part: str, label: str, whole: str | None = None) -> None:
+    where = part if whole is None or whole == label else f"{part} {_quote(whole)}, label"
+    if len(label) > MAX_DNS_LABEL:
+        raise SpiffeIdError(f"the {where} is longer than {MAX_DNS_LABEL} characters: {_quote(label)}")
+    if not _LABEL.fullmatch(label):
+        raise SpiffeIdError(
+            f"the {where} {_quote(label)} is not a Kubernetes name (lower-case letters, digits and '-', a letter or digit at both ends)"
+        )
+
+
+def _check_sni(name: str) -> None:
+    if len(name) > MAX_DNS_NAME:
+        raise SpiffeIdError(f"its DNS form, which goes into the SNI, is longer than {MAX_DNS_NAME} characters: {_quote(name)}")
+    for label in name.split("."):
+        if len(label) > MAX_DNS_LABEL or not _SNI_LABEL.fullmatch(label):
+            raise SpiffeIdError(f"its DNS form, which goes into the SNI, has the label {_quote(label)}, which is not legal: {_quote(name)}")
+
+
+def _quote(text: str) -> str:
+    """The text for a message: visible, and never longer than a line."""
+    return repr(text if len(text) <= 120 else text[:117] + "...")

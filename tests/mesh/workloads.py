@@ -1,0 +1,95 @@
+"""Workloads for tests: real certificates in real files, and handshakes between them over a real socket pair."""
+
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from OpenSSL import SSL
+
+from proxy.mesh import certificates, files
+from proxy.mesh.certificates import Issued
+from proxy.mesh.identity import Identity, MaterialFiles, SpiffeId, TLSSettings
+
+DOMAIN = "mesh.test"
+
+
+def spiffe(name: str, trust_domain: str = DOMAIN) -> SpiffeId:
+    return SpiffeId(trust_domain, "shop", name)
+
+
+@dataclass
+class Workload:
+    """A directory with certificate, key and roots, whose contents a test replaces as an issuer would."""
+
+    directory: Path
+    id: SpiffeId
+
+    @property
+    def files(self) -> MaterialFiles:
+        return MaterialFiles(self.directory / "certificate.pem", self.directory / "key.pem", (self.directory / "roots.pem",))
+
+    def write(self, issued: Issued, roots: Sequence[Issued]) -> None:
+        files.make_private_directory(self.directory)
+        files.write_private(self.files.key, issued.key_pem)
+        files.write_public(self.files.certificate, issued.certificate_pem)
+        self.write_roots(*roots)
+
+    def write_roots(self, *roots: Issued) -> None:
+        files.write_public(self.files.roots[0], b"".join(root.certificate_pem for root in roots))
+
+    def renew(self, root: Issued, lifetime: timedelta = certificates.WORKLOAD_LIFETIME, *, now: datetime | None = None) -> Issued:
+        issued = certificates.issue(root, self.id, lifetime, now=now)
+        self.write(issued, [root])
+        return issued
+
+    def identity(self, settings: TLSSettings | None = None, clock: Callable[[], datetime] | None = None) -> Identity:
+        return Identity(self.files, settings, clock=clock) if clock else Identity(self.files, settings)
+
+
+def workload(directory: Path, name: str, root: Issued) -> Workload:
+    made = Workload(directory / name, spiffe(name, certificates.root_trust_domain(root.certificate) or DOMAIN))
+    made.renew(root)
+    return made
+
+
+@contextmanager
+def handshake(
+    client: SSL.Context, server: SSL.Context, *, alpn: Sequence[bytes] = (b"h2",), session: SSL.Session | None = None
+) -> Iterator[tuple[SSL.Connection, SSL.Connection]]:
+    """A client and a server that have shaken hands and exchanged one byte each way; closes the sockets. Raises SSL.Error."""
+    left, right = socket.socketpair()
+    with left, right:
+        left.setblocking(False)
+        right.setblocking(False)
+        dialled, accepted = SSL.Connection(client, left), SSL.Connection(server, right)
+        dialled.set_connect_state()
+        accepted.set_accept_state()
+        dialled.set_tlsext_host_name(b"name.test")
+        if alpn:
+            dialled.set_alpn_protos(list(alpn))
+        if session is not None:
+            dialled.set_session(session)
+        waiting = [dialled, accepted]
+        for _round in range(10):
+            waiting = [connection for connection in waiting if not _shaken(connection)]
+        assert not waiting
+        # In TLS 1.3 a client learns only here that the server refused its certificate, and only here it gets its tickets.
+        accepted.send(b"a")
+        assert dialled.recv(1) == b"a"
+        yield dialled, accepted
+
+
+def _shaken(connection: SSL.Connection) -> bool:
+    try:
+        connection.do_handshake()
+    except SSL.WantReadError:
+        return False
+    return True
+
+
+def resumed(connection: SSL.Connection) -> bool:
+    """Whether the handshake went by a ticket: then no chain has been verified in it."""
+    return not connection.get_verified_chain(as_cryptography=True)
