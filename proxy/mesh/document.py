@@ -1,0 +1,209 @@
+"""Documents that people write: YAML text to plain values, with every mistake and the place of each.
+
+YAML is read here from the parser's events, not through PyYAML's constructor, for three reasons. The constructor silently keeps
+the last of two equal keys, which in a configuration is always a mistake. It follows YAML 1.1, in which `no` is a boolean and
+`22:30` a number; here the core schema of YAML 1.2 holds (section 10.3.2 of that specification), in which both are words. And it
+takes three times as long, which is what a directory of many thousand services is made of.
+
+Anchors, aliases and tags are refused: nobody needs them in these files, and an alias can make a kilobyte unfold to a gigabyte.
+
+A path is written as one would say it: `services[3].ports[0].port`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import yaml
+
+Plain: TypeAlias = bool | int | float | str | list["Plain"] | dict[str, "Plain"] | None
+
+# More than a screenful helps nobody, and a file that is wrong in one place is often wrong in ten thousand.
+SHOWN = 50
+# The deepest legal document has five levels; the limit keeps a hostile one from exhausting the interpreter's stack.
+DEEPEST = 32
+
+_WORDS: Mapping[str, bool | None] = {
+    "": None, "~": None, "null": None, "Null": None, "NULL": None,
+    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
+}  # fmt: skip
+_INT = re.compile(r"[-+]?[0-9]+\Z")
+_HEX = re.compile(r"0x[0-9a-fA-F]+\Z")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
+_NUMERIC_START = frozenset("0123456789+-.")
+
+
+class Mistakes:
+    """All mistakes found in one document, each with its path; empty is false. Keeps the first `SHOWN`, and counts the others."""
+
+    def __init__(self) -> None:
+        self._found: list[str] = []
+        self._more = 0
+
+    def add(self, path: str, message: str) -> None:
+        if len(self._found) < SHOWN:
+            self._found.append(f"{path}: {message}" if path else message)
+        else:
+            self._more += 1
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def found(self) -> tuple[str, ...]:
+        """Each mistake in one line, in the order of the document."""
+        return (*self._found, f"and {self._more} more") if self._more else tuple(self._found)
+
+
+class DocumentError(Exception):
+    """The text is not a document of the expected kind. `.mistakes` has one line for each thing that is wrong, with its path."""
+
+    def __init__(self, source: str, mistakes: Iterable[str]) -> None:
+        self.source = source
+        self.mistakes = tuple(mistakes)
+        super().__init__(f"{source}: " + "; ".join(self.mistakes))
+
+
+def child(path: str, key: str) -> str:
+    """The path of a key below `path`."""
+    return f"{path}.{key}" if path else key
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean ...?)` when a known word is near, else nothing."""
+    near = difflib.get_close_matches(word, [str(name) for name in known], n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def said(value: Plain) -> str:
+    """A value as a mistake names it: short, and on one line."""
+    match value:
+        case None:
+            return "nothing"
+        case dict():
+            return "a mapping"
+        case list():
+            return "a list"
+        case bool():
+            return "true" if value else "false"
+        case _:
+            text = repr(value)
+            return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def mapping(value: Plain, path: str, mistakes: Mistakes) -> dict[str, Plain] | None:
+    """`value` if it is a mapping; otherwise a mistake, and None."""
+    if isinstance(value, dict):
+        return value
+    mistakes.add(path, f"expected a mapping, found {said(value)}")
+    return None
+
+
+def sequence(value: Plain, path: str, mistakes: Mistakes) -> list[Plain]:
+    """`value` if it is a list, [] for nothing; otherwise a mistake, and []."""
+    if isinstance(value, list):
+        return value
+    if value is not None:
+        mistakes.add(path, f"expected a list, found {said(value)}")
+    return []
+
+
+def unknown_keys(value: Mapping[str, Plain], known: Iterable[str], path: str, mistakes: Mistakes) -> None:
+    """A mistake for every key that is not known, with the nearest known one."""
+    names = tuple(known)
+    for key in value:
+        if key not in names:
+            mistakes.add(child(path, key), f"unknown key{closest(key, names)}")
+
+
+def scalar(text: str) -> bool | int | float | str | None:
+    """The value of a plain (unquoted) scalar by YAML 1.2's core schema."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if text[0] in _NUMERIC_START and len(text) < 40:
+        if _INT.match(text):
+            return int(text)
+        if _HEX.match(text):
+            return int(text, 16)
+        if _FLOAT.match(text):
+            return float(text)
+    return text
+
+
+def load(text: str, source: str) -> Plain:
+    """The value of the one document in `text`; None for an empty one.
+
+    Raises DocumentError for what is not YAML (with line and column), for repeated keys, and for anchors, aliases and tags.
+    """
+    reader = _Reader(text)
+    try:
+        value = reader.document()
+    except yaml.YAMLError as error:
+        raise DocumentError(source, [_syntax(error)]) from error
+    if reader.mistakes:
+        raise DocumentError(source, reader.mistakes.found())
+    return value
+
+
+def _syntax(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    what = " ".join(str(part) for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part)
+    what = what or str(error).splitlines()[0]
+    return f"line {mark.line + 1}, column {mark.column + 1}: not YAML: {what}" if mark else f"not YAML: {what}"
+
+
+class _Reader:
+    """Builds plain values from the events of the parser (libyaml where PyYAML has it, which is four times as fast)."""
+
+    def __init__(self, text: str) -> None:
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+        self._next: Callable[[], Any] = loader.get_event
+        self.mistakes = Mistakes()
+
+    def document(self) -> Plain:
+        self._next()  # the start of the stream
+        if isinstance(self._next(), yaml.StreamEndEvent):
+            return None
+        value = self._value(self._next(), "", 0)
+        self._next()  # the end of the document
+        if not isinstance(event := self._next(), yaml.StreamEndEvent):
+            self.mistakes.add(f"line {event.start_mark.line + 1}", "a second document in the same file")
+        return value
+
+    def _value(self, event: Any, path: str, depth: int) -> Plain:
+        kind = type(event)
+        if kind is yaml.AliasEvent:
+            self._refuse(event, path, "an alias (*name) is not read here: write the value out")
+            return None
+        if event.anchor is not None or (event.tag is not None and kind is not yaml.ScalarEvent):
+            self._refuse(event, path, "anchors (&name) and tags (!name) are not read here")
+        if kind is yaml.ScalarEvent:
+            if event.tag is not None and event.tag != "!":
+                self._refuse(event, path, "tags (!name) are not read here")
+            # implicit[0]: the scalar stands there without quotes, so that its form decides what it is
+            return scalar(event.value) if event.implicit[0] else str(event.value)
+        if depth >= DEEPEST:
+            raise yaml.MarkedYAMLError(None, None, f"nested more than {DEEPEST} levels deep", event.start_mark)
+        return self._list(path, depth + 1) if kind is yaml.SequenceStartEvent else self._dict(path, depth + 1)
+
+    def _list(self, path: str, depth: int) -> list[Plain]:
+        values: list[Plain] = []
+        while type(event := self._next()) is not yaml.SequenceEndEvent:
+            values.append(self._value(event, f"{path}[{len(values)}]", depth))
+        return values
+
+    def _dict(self, path: str, depth: int) -> dict[str, Plain]:
+        values: dict[str, Plain] = {}
+        while type(event := self._next()) is not yaml.MappingEndEvent:
+            if type(event) is not yaml.ScalarEvent:
+                raise yaml.MarkedYAMLError(None, None, "a key must be a single word", event.start_mark)
+            key = event.value
+            if key in values:
+                self._refuse(event, child(path, key), "the same key twice")
+            values[key] = self._value(self._next(), f"{path}.{key}" if path else key, depth)
+        return values
+
+    def _refuse(self, event: Any, path: str, message: str) -> None:
+        self.mistakes.add(path, f"{message} (line {event.start_mark.line + 1})")

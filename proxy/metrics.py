@@ -1,0 +1,279 @@
+"""What a proxy counts, and how Prometheus reads it.
+
+Three rules. Label sets are bounded: nothing that a client chooses (an authority, a path, an unknown method) becomes a label value, and
+should a value come in that nobody foresaw, a family stops growing at `MOST_SERIES` and counts on as "other". Every connection and
+every request is recorded exactly once, on every path out of its `with` block, cancellation included. And the hot path does not look
+anything up: the children of the families are bound once and kept (`HttpMeasures`, `ConnectionMeasures`), one per direction.
+
+Names follow Prometheus: the unit in the name, `_total` for counters, seconds and bytes. The registry is our own, not the global one,
+so that several proxies in one process (tests, the laboratory) do not meet.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from types import TracebackType
+from typing import Generic, Literal, Self, TypeVar
+
+import prometheus_client
+import trio
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+Direction = Literal["inbound", "outbound"]
+Peer = Literal["src", "dst"]
+Tls = Literal["mutual", "none", "passthrough", "unknown"]
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MOST_SERIES = 256
+# Linkerd's buckets with fewer steps above a second, and two below a millisecond, where a proxy's own share lies.
+LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 30)
+DETECTION_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2, 3, 5, 10)
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
+
+_Child = TypeVar("_Child", Counter, Gauge, Histogram)
+
+
+class Series(Generic[_Child]):
+    """The children of one family by their label values, looked up once and kept; past `MOST_SERIES` all new ones are "other"."""
+
+    def __init__(self, family: _Child, labels: int) -> None:
+        self._family: _Child = family
+        self._other = ("other",) * labels
+        self._children: dict[tuple[str, ...], _Child] = {}
+
+    def at(self, *values: str) -> _Child:
+        child = self._children.get(values)
+        if child is None:
+            if len(self._children) >= MOST_SERIES and values != self._other:
+                return self.at(*self._other)
+            child = self._children[values] = self._family.labels(*values) if values else self._family
+        return child
+
+
+class RequestRecord:
+    """The account of one request, opened and closed by `with`. Call `head` when the response's head is there."""
+
+    __slots__ = ("_measures", "_started", "failed", "status")
+
+    def __init__(self, measures: HttpMeasures, started: float) -> None:
+        self._measures = measures
+        self._started = started
+        self.status = 0
+        self.failed = False
+
+    def head(self, status: int) -> None:
+        """The response's head has arrived, or was made up: the latency ends here. The last one counts, so leave out 1xx."""
+        if self.status == 0:
+            self._measures.latency.observe(self._measures.clock() - self._started)
+        self.status = status
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._measures.finished(self, kind)
+
+
+class HttpMeasures:
+    """Requests and responses of one direction."""
+
+    def __init__(self, metrics: Metrics, direction: Direction, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.latency = metrics.response_latency.at(direction)
+        self._requests = {method: metrics.requests.at(direction, method) for method in (*METHODS, "other")}
+        self._other = self._requests["other"]
+        self._responses = {
+            (status, outcome): metrics.responses.at(direction, name, outcome)
+            for status, name in enumerate(("none", "1xx", "2xx", "3xx", "4xx", "5xx"))
+            for outcome in ("success", "failure", "cancelled")
+        }
+
+    def request(self, method: str) -> RequestRecord:
+        """Counts a request, and opens its account: `with measures.request("GET") as record: ... record.head(200)`."""
+        self._requests.get(method, self._other).inc()
+        return RequestRecord(self, self.clock())
+
+    def finished(self, record: RequestRecord, kind: type[BaseException] | None) -> None:
+        """Closes an account; called by the record itself. Server errors, and whatever ended without a response, are failures."""
+        status = record.status // 100 if 100 <= record.status < 600 else 0
+        if kind is None:
+            outcome = "failure" if record.failed or status in (0, 5) else "success"
+        else:
+            outcome = "cancelled" if issubclass(kind, trio.Cancelled | GeneratorExit) else "failure"
+        self._responses[status, outcome].inc()
+
+
+class ConnectionRecord:
+    """The account of one connection, opened and closed by `with`.
+
+    It is counted as open once it is known whether it is TLS: at once, or when `secured` is called. One that ends before is "unknown".
+    """
+
+    __slots__ = ("_gauge", "_measures", "_peer", "_read", "_tls", "_written")
+
+    def __init__(self, measures: ConnectionMeasures, peer: Peer, tls: Tls | None) -> None:
+        self._measures = measures
+        self._peer = peer
+        self._tls: Tls | None = tls
+        self._gauge: Gauge | None = None
+        self._read = 0
+        self._written = 0
+
+    def secured(self, tls: Tls) -> None:
+        """It is known now whether the connection is TLS, and whose. Later calls change nothing."""
+        if self._gauge is None:
+            self._tls = tls
+            self._measures.opened.at(self._measures.direction, self._peer, tls).inc()
+            self._gauge = self._measures.open.at(self._measures.direction, self._peer, tls)
+            self._gauge.inc()
+
+    def transferred(self, read: int, written: int) -> None:
+        """The connection's totals so far, in bytes; may be called as often as one likes."""
+        if read > self._read:
+            self._measures.read[self._peer].inc(read - self._read)
+            self._read = read
+        if written > self._written:
+            self._measures.written[self._peer].inc(written - self._written)
+            self._written = written
+
+    def __enter__(self) -> Self:
+        if self._tls is not None:
+            self.secured(self._tls)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.secured("unknown")
+        if self._gauge is not None:
+            self._gauge.dec()
+        self._measures.closed.at(self._measures.direction, self._peer, self._tls or "unknown").inc()
+
+
+class ConnectionMeasures:
+    """Connections of one direction: from the client (peer "src") and to the server (peer "dst")."""
+
+    def __init__(self, metrics: Metrics, direction: Direction) -> None:
+        self.direction = direction
+        self.opened, self.open, self.closed = metrics.opened, metrics.open, metrics.closed
+        self.read = {peer: metrics.transferred.at(direction, peer, "read") for peer in ("src", "dst")}
+        self.written = {peer: metrics.transferred.at(direction, peer, "written") for peer in ("src", "dst")}
+
+    def connection(self, peer: Peer, tls: Tls | None = None) -> ConnectionRecord:
+        """Opens an account: `with measures.connection("src") as record: ... record.secured("mutual")`."""
+        return ConnectionRecord(self, peer, tls)
+
+
+class Metrics:
+    """All families of one proxy. What happens seldom is counted by methods, the rest through `http` and `connections`."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        # Two thirds of all series would be `_created` timestamps otherwise. The switch is the library's own, and process-wide.
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._data_path()
+        self._events()
+        self._states()
+        self.http: dict[Direction, HttpMeasures] = {way: HttpMeasures(self, way, clock) for way in ("inbound", "outbound")}
+        self.connections: dict[Direction, ConnectionMeasures] = {way: ConnectionMeasures(self, way) for way in ("inbound", "outbound")}
+
+    def _counter(self, name: str, text: str, *labels: str) -> Series[Counter]:
+        return Series(Counter(f"isthmus_{name}", text, labels, registry=self.registry), len(labels))
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Series[Gauge]:
+        return Series(Gauge(f"isthmus_{name}", text, labels, registry=self.registry), len(labels))
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Series[Histogram]:
+        return Series(Histogram(f"isthmus_{name}", text, labels, registry=self.registry, buckets=buckets), len(labels))
+
+    def _data_path(self) -> None:
+        self.requests = self._counter("requests_total", "HTTP requests that arrived.", "direction", "method")
+        self.responses = self._counter(
+            "responses_total", "HTTP exchanges that ended, by class of status.", "direction", "status_class", "classification"
+        )
+        self.response_latency = self._histogram(
+            "response_latency_seconds", "From the head of a request to the head of its response.", LATENCY_BUCKETS, "direction"
+        )
+        which = ("direction", "peer", "tls")
+        self.opened = self._counter("connections_opened_total", "Connections opened (src: from the client, dst: to the server).", *which)
+        self.open = self._gauge("connections_open", "Connections open now.", *which)
+        self.closed = self._counter("connections_closed_total", "Connections closed.", *which)
+        self.transferred = self._counter("bytes_total", "Bytes read from and written to peers.", "direction", "peer", "way")
+
+    def _events(self) -> None:
+        self._handshakes = self._counter(
+            "tls_handshakes_total", "TLS handshakes that ended.", "direction", "side", "result", "version", "group", "resumed"
+        )
+        self._tls_failures = self._counter("tls_failures_total", "Failed TLS handshakes by kind.", "direction", "kind")
+        self._detections = self._counter("detections_total", "Protocol detections by result.", "direction", "result")
+        self._detection_time = self._histogram(
+            "detection_seconds", "From the start of protocol detection to its result.", DETECTION_BUCKETS, "direction"
+        )
+        self._loops = self._counter("loops_total", "Traffic loops that were stopped.", "kind")
+        self._errors = self._counter("errors_total", "Connections and requests that failed in the proxy.", "direction", "reason")
+        self._declined = self._counter("heads_declined_total", "Heads that the fast recogniser left to h11.", "role", "reason")
+        self._directory = self._counter("directory_reloads_total", "Changed directory files by what became of them.", "result")
+        self._identity = self._counter("identity_reloads_total", "Changed certificates, keys or roots by what became of them.", "result")
+        self._dropped_logs = self._counter("dropped_logs_total", "Log lines dropped since their writer could not keep up.")
+
+    def _states(self) -> None:
+        self._certificate = self._gauge("certificate_expiry_timestamp_seconds", "When the proxy's certificate ends (Unix time).")
+        self._roots = self._gauge("root_expiry_timestamp_seconds", "When the first of the trust roots ends (Unix time).")
+        self._pool = self._gauge("pool_connections", "Connections to endpoints kept by the pools.", "state")
+        info = self._gauge("build_info", "Always 1; the labels say what runs.", "version", "python")
+        info.at(_version(), platform.python_version()).set(1)
+
+    def handshake(self, direction: Direction, side: Literal["client", "server"], facts: tuple[str, str, bool]) -> None:
+        """A TLS handshake succeeded; `facts` are the version, the key-exchange group, and whether the session was resumed."""
+        tls_version, group, resumed = facts
+        self._handshakes.at(direction, side, "ok", tls_version, group, "true" if resumed else "false").inc()
+
+    def handshake_failed(self, direction: Direction, side: Literal["client", "server"], kind: str) -> None:
+        """A TLS handshake failed; `kind` is the one of TLSFailed."""
+        self._handshakes.at(direction, side, "failed", "", "", "false").inc()
+        self._tls_failures.at(direction, kind).inc()
+
+    def detected(self, direction: Direction, result: str, seconds: float) -> None:
+        """Detection ended with `result` (http1, http2, opaque, tls, timeout, eof, declared) after `seconds`."""
+        self._detections.at(direction, result).inc()
+        self._detection_time.at(direction).observe(seconds)
+
+    def loop(self, kind: str) -> None:
+        self._loops.at(kind).inc()
+
+    def error(self, direction: Direction, reason: str) -> None:
+        self._errors.at(direction, reason).inc()
+
+    def head_declined(self, role: Literal["request", "response"], reason: str) -> None:
+        self._declined.at(role, reason).inc()
+
+    def directory_reloaded(self, result: Literal["ok", "error"]) -> None:
+        self._directory.at(result).inc()
+
+    def identity_reloaded(self, result: Literal["ok", "error"]) -> None:
+        self._identity.at(result).inc()
+
+    def expiries(self, certificate: float, first_root: float) -> None:
+        """When the certificate and the first of the roots end, in seconds since 1970."""
+        self._certificate.at().set(certificate)
+        self._roots.at().set(first_root)
+
+    def pool(self, state: Literal["active", "idle"]) -> Gauge:
+        """The gauge of a pool's connections; the pools of both directions count in the same."""
+        return self._pool.at(state)
+
+    def logs_dropped(self, count: int) -> None:
+        self._dropped_logs.at().inc(count)
+
+    def render(self) -> bytes:
+        """All of it in Prometheus' text format 0.0.4 (`CONTENT_TYPE`)."""
+        return generate_latest(self.registry)
+
+
+def _version() -> str:
+    try:
+        return version("isthmus")
+    except PackageNotFoundError:
+        return "unknown"

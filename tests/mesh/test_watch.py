@@ -1,0 +1,170 @@
+"""Watching the directory: a good change swaps the snapshot whole, a bad one keeps the old and is reported once.
+
+The files are real; only the clock is not.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from proxy.mesh.directory import DirectoryError
+from proxy.mesh.watch import DirectorySource
+from proxy.net.address import Address
+
+A = "services: [{name: a, addresses: [10.0.0.1], ports: [{port: 80}]}]\n"
+B = A.replace("name: a", "name: b")
+
+
+def rewrite_in_the_same_tick(path: Path, text: str) -> None:
+    """The same size, inode and time, and another text."""
+    first = path.stat()
+    path.write_text(text)
+    os.utime(path, ns=(first.st_atime_ns, first.st_mtime_ns))
+
+
+def make(directory: Path, text: str) -> None:
+    directory.mkdir()
+    write(directory / "directory.yaml", text)
+
+
+def move(path: Path, target: Path) -> None:
+    path.rename(target)
+
+
+def swap(link: Path, target: str) -> None:
+    """Point a symbolic link elsewhere in one step, as Kubernetes does."""
+    new = link.with_name("..new")
+    new.symlink_to(target)
+    new.rename(link)
+
+
+class Reports(list[DirectoryError | None]):
+    def __call__(self, error: DirectoryError | None) -> None:
+        self.append(error)
+
+
+def name(source: DirectorySource) -> str | None:
+    return source.current.resolve(Address("10.0.0.1", 80)).service
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "directory.yaml"
+    write(path, A)
+    return path
+
+
+def test_a_missing_file_at_the_start_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(DirectoryError, match=r"nowhere.yaml: cannot be read: No such file"):
+        DirectorySource(tmp_path / "nowhere.yaml")
+
+
+def test_a_broken_file_at_the_start_is_an_error(file: Path) -> None:
+    write(file, "services: 3")
+    with pytest.raises(DirectoryError, match="services: expected a list"):
+        DirectorySource(file)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"services: [\xe9]"])
+def test_a_file_that_is_not_utf8_is_an_error(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    with pytest.raises(DirectoryError, match="not UTF-8 at byte"):
+        DirectorySource(file)
+
+
+async def test_a_change_swaps_the_snapshot_and_leaves_the_old_one_as_it_was(file: Path) -> None:
+    source, reports = DirectorySource(file), Reports()
+    before = source.current
+    write(file, B)
+    await source.look(reports)
+    assert (name(source), reports) == ("default/b", [None])
+    assert before.resolve(Address("10.0.0.1", 80)).service == "default/a"
+
+
+async def test_two_writes_in_one_tick_of_the_clock_are_both_seen(file: Path) -> None:
+    source, reports = DirectorySource(file), Reports()
+    rewrite_in_the_same_tick(file, B)
+    await source.look(reports)
+    assert name(source) == "default/b"
+
+
+async def test_a_file_that_was_touched_and_not_changed_is_no_change(file: Path) -> None:
+    source, reports = DirectorySource(file), Reports()
+    before = source.current
+    os.utime(file, (1, 1))
+    await source.look(reports)
+    assert source.current is before
+    assert reports == []
+
+
+async def test_a_broken_file_keeps_the_old_snapshot_and_is_reported_once_for_each_state(file: Path) -> None:
+    source, reports = DirectorySource(file), Reports()
+    write(file, "services: [{name: a}]")
+    for _ in range(3):
+        await source.look(reports)
+    assert name(source) == "default/a"
+    assert [str(error).split(": ", 1)[1] for error in reports] == ["services[0].ports: at least one port must be given"]
+    write(file, "services: 3")
+    await source.look(reports)
+    write(file, B)
+    await source.look(reports)
+    assert len(reports) == 3
+    assert reports[-1] is None
+    assert name(source) == "default/b"
+
+
+async def test_a_file_that_goes_and_comes_back_is_reported_each_time(file: Path) -> None:
+    source, reports = DirectorySource(file), Reports()
+    away = file.with_name("away")
+    for _ in range(2):
+        move(file, away)
+        await source.look(reports)
+        await source.look(reports)
+        move(away, file)
+        await source.look(reports)
+    assert len(reports) == 2
+    assert all("cannot be read" in str(error) for error in reports)
+    assert name(source) == "default/a"
+
+
+async def test_the_symbolic_links_that_kubernetes_swaps_are_followed(tmp_path: Path) -> None:
+    for version, text in (("1", A), ("2", B)):
+        (tmp_path / version).mkdir()
+        write(tmp_path / version / "directory.yaml", text)
+    swap(tmp_path / "..data", "1")
+    swap(tmp_path / "directory.yaml", "..data/directory.yaml")
+    source, reports = DirectorySource(tmp_path / "directory.yaml"), Reports()
+    assert name(source) == "default/a"
+    swap(tmp_path / "..data", "2")
+    await source.look(reports)
+    assert name(source) == "default/b"
+
+
+async def test_watching_looks_once_in_every_interval(file: Path, mock_clock: MockClock) -> None:
+    source, reports = DirectorySource(file), Reports()
+    swapped = trio.Event()
+
+    def report(error: DirectoryError | None) -> None:
+        reports(error)
+        swapped.set()
+
+    write(file, B)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(source.watch, 10, report)
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(9)
+        await trio.testing.wait_all_tasks_blocked()
+        assert name(source) == "default/a"
+        mock_clock.jump(1)
+        await swapped.wait()
+        assert name(source) == "default/b"
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,196 @@
+"""Logs: one line for one event whatever peers send, and a writer that nobody waits for."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.config import LogConfig
+from proxy.logs import (
+    ConnectionLine,
+    JsonFormatter,
+    QueueHandler,
+    RateLimit,
+    RequestLine,
+    TextFormatter,
+    configure,
+    log_connection,
+    log_request,
+    warn,
+)
+from proxy.net.tls import TLSInfo
+
+LOGGER = logging.getLogger("isthmus.test")
+
+
+def written(act: Callable[[], None], **settings: object) -> list[str]:
+    stream = io.StringIO()
+    close = configure(LogConfig(**settings), stream)  # type: ignore[arg-type]
+    act()
+    close()
+    return stream.getvalue().splitlines()
+
+
+CONNECTION = ConnectionLine(
+    direction="inbound",
+    peer="10.0.0.1:5",
+    destination="10.0.0.2:80",
+    protocol="http/1.1",
+    identity="spiffe://t/ns/a/sa/b",
+    tls=TLSInfo("TLSv1.3", "TLS_AES_256_GCM_SHA384", "X25519MLKEM768", b"http/1.1", False, "spiffe://t/ns/a/sa/b", "b.a.sa.t"),
+    read=1,
+    written=0,
+    seconds=0.25,
+    reason="closed",
+)
+
+
+def test_a_connection_is_one_json_object() -> None:
+    (line,) = written(lambda: log_connection(CONNECTION), format="json")
+    found = json.loads(line)
+    assert (found["level"], found["message"], found["logger"]) == ("info", "connection", "isthmus.connection")
+    assert (found["identity"], found["tls"], found["group"], found["resumed"]) == (
+        "spiffe://t/ns/a/sa/b",
+        "TLSv1.3",
+        "X25519MLKEM768",
+        False,
+    )
+    assert (found["read"], found["written"], found["seconds"]) == (1, 0, 0.25)
+    assert "upstream" not in found
+
+
+def test_a_request_is_one_line_of_text() -> None:
+    line = RequestLine("outbound", "10.0.0.1:5", method=b"GET", target=b"/a b", authority=b"c", status=200, seconds=0.1)
+    (text,) = written(lambda: log_request(line))
+    assert 'direction=outbound peer=10.0.0.1:5 method=GET target="/a b" authority=c status=200' in text
+
+
+def test_lines_below_the_level_are_not_written() -> None:
+    assert written(lambda: log_connection(CONNECTION), level="warning") == []
+    assert len(written(lambda: LOGGER.warning("x"), level="warning")) == 1
+
+
+@given(st.text(), st.binary())
+def test_nothing_that_a_peer_sends_makes_a_second_line_or_a_field(text: str, octets: bytes) -> None:
+    record = LOGGER.makeRecord(
+        "isthmus", logging.INFO, "f", 1, text, (), None, extra={"line": RequestLine(text, text, target=octets, status=7)}
+    )
+    plain = TextFormatter().format(record)
+    assert plain.isprintable()
+    assert " status=7" in plain
+    parsed = json.loads(JsonFormatter().format(record))
+    assert parsed["status"] == 7
+    assert len(JsonFormatter().format(record).splitlines()) == 1
+
+
+def test_a_value_cannot_forge_another_field() -> None:
+    line = RequestLine("inbound", "p", target=b'/ status=200 identity="spiffe://x"', status=403)
+    (text,) = written(lambda: log_request(line))
+    assert 'target="/ status=200 identity=\\"spiffe://x\\"" status=403' in text
+
+
+def test_the_lines_of_a_traceback_are_indented() -> None:
+    def fail() -> None:
+        try:
+            raise KeyError("a\n2026-01-01T00:00:00.000Z info forged")
+        except KeyError:
+            LOGGER.exception("failed")
+
+    first, *rest = written(fail)
+    assert first.endswith("failed")
+    assert rest
+    assert all(line.startswith("    | ") for line in rest)
+
+
+class Stuck(io.StringIO):
+    """A standard error whose reader has stopped, until `go`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+        self.reached = threading.Event()
+
+    def write(self, text: str) -> int:
+        self.reached.set()
+        self.go.wait(10)
+        return super().write(text)
+
+
+@pytest.fixture
+def stuck() -> Iterator[Stuck]:
+    stream = Stuck()
+    yield stream
+    stream.go.set()
+
+
+def test_a_stuck_reader_holds_nobody_up_and_losses_are_counted_and_confessed(stuck: Stuck) -> None:
+    drops: list[int] = []
+    close = configure(LogConfig(queue=16), stuck, drops.append)
+    LOGGER.warning("first")
+    assert stuck.reached.wait(5)
+    started = time.monotonic()
+    for number in range(1000):
+        LOGGER.warning("%d", number)
+    assert time.monotonic() - started < 1
+    assert sum(drops) == 1000 - 16
+    stuck.go.set()
+    close()
+    assert "984 log lines were dropped: their reader is too slow" in stuck.getvalue()
+
+
+def test_the_process_ends_although_the_reader_is_stuck(stuck: Stuck, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.logs.CLOSING", 0.05)
+    close = configure(LogConfig(), stuck)
+    LOGGER.warning("x")
+    assert stuck.reached.wait(5)
+    started = time.monotonic()
+    close()
+    assert time.monotonic() - started < 1
+
+
+def test_a_reader_that_has_gone_ends_nothing() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    drops: list[int] = []
+    with open(writer, "w", buffering=1, closefd=False) as stream:
+        close = configure(LogConfig(), stream, drops.append)
+        LOGGER.warning("x")
+        LOGGER.warning("y")
+        close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+    os.close(writer)
+    assert sum(drops) == 2
+
+
+def test_a_message_that_does_not_fit_its_arguments_ends_nothing() -> None:
+    stream = io.StringIO()
+    handler = QueueHandler(stream, TextFormatter(), 16, lambda _: None)
+    for message in ("%d", "%s"):
+        handler.handle(LOGGER.makeRecord("isthmus", logging.INFO, "file.py", 7, message, ("x",), None))
+    handler.close()
+    first, second = stream.getvalue().splitlines()
+    assert first == "a log line could not be formatted: TypeError (file.py:7)"
+    assert second.endswith("isthmus: x")
+
+
+def test_a_limit_lets_some_through_each_second_and_says_how_many_it_kept() -> None:
+    now = [0.0]
+    limit = RateLimit(2, lambda: now[0])
+
+    def act() -> None:
+        for _ in range(5):
+            warn(LOGGER, limit, "bad %s", "thing")
+        now[0] = 1.0
+        warn(LOGGER, limit, "bad %s", "thing")
+
+    lines = [line.split(": ", 1)[1] for line in written(act)]
+    assert lines == ["bad thing", "bad thing", "bad thing (3 similar suppressed)"]

@@ -1,0 +1,146 @@
+"""Metrics: recorded exactly once on every path, bounded label sets, and text that Prometheus reads."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import trio
+from prometheus_client.parser import text_string_to_metric_families
+
+from proxy.metrics import MOST_SERIES, Metrics
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    found = metrics.registry.get_sample_value(f"isthmus_{name}", labels)
+    return None if found is None else float(found)
+
+
+def request(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return value(metrics, name, direction="inbound", **labels)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_request_is_counted_timed_and_classified() -> None:
+    clock = Clock()
+    metrics = Metrics(clock)
+    with metrics.http["inbound"].request("GET") as record:
+        clock.now = 0.004
+        record.head(200)
+        clock.now = 9
+    assert request(metrics, "requests_total", method="GET") == 1
+    assert request(metrics, "responses_total", status_class="2xx", classification="success") == 1
+    assert request(metrics, "response_latency_seconds_sum") == 0.004
+    assert request(metrics, "response_latency_seconds_bucket", le="0.005") == 1
+    assert request(metrics, "response_latency_seconds_bucket", le="0.003") == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "status_class", "classification"),
+    [(404, "4xx", "success"), (503, "5xx", "failure"), (0, "none", "failure"), (999, "none", "failure"), (101, "1xx", "success")],
+)
+def test_a_server_error_and_no_response_are_failures(status: int, status_class: str, classification: str) -> None:
+    metrics = Metrics()
+    with metrics.http["inbound"].request("GET") as record:
+        if status:
+            record.head(status)
+    assert request(metrics, "responses_total", status_class=status_class, classification=classification) == 1
+
+
+def test_a_request_that_raises_is_a_failure_and_recorded_once() -> None:
+    metrics = Metrics()
+    with contextlib.suppress(KeyError), metrics.http["inbound"].request("GET") as record:
+        record.head(200)
+        raise KeyError
+    assert request(metrics, "responses_total", status_class="2xx", classification="failure") == 1
+    assert request(metrics, "responses_total", status_class="2xx", classification="success") == 0
+
+
+async def test_a_cancelled_request_and_connection_are_recorded() -> None:
+    metrics = Metrics()
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        with metrics.connections["inbound"].connection("src", "mutual"), metrics.http["inbound"].request("GET"):
+            await trio.sleep_forever()
+    assert request(metrics, "responses_total", status_class="none", classification="cancelled") == 1
+    assert request(metrics, "connections_open", peer="src", tls="mutual") == 0
+    assert request(metrics, "connections_closed_total", peer="src", tls="mutual") == 1
+
+
+def test_a_connection_counts_once_it_is_known_whether_it_is_tls() -> None:
+    metrics = Metrics()
+    with metrics.connections["inbound"].connection("src") as record:
+        assert request(metrics, "connections_open", peer="src", tls="mutual") is None
+        record.secured("mutual")
+        record.secured("none")
+        assert request(metrics, "connections_open", peer="src", tls="mutual") == 1
+        record.transferred(10, 4)
+        record.transferred(15, 4)
+    assert request(metrics, "connections_open", peer="src", tls="mutual") == 0
+    assert request(metrics, "connections_opened_total", peer="src", tls="mutual") == 1
+    assert request(metrics, "connections_opened_total", peer="src", tls="none") is None
+    assert request(metrics, "bytes_total", peer="src", way="read") == 15
+    assert request(metrics, "bytes_total", peer="src", way="written") == 4
+
+
+def test_a_connection_that_ends_before_is_unknown() -> None:
+    metrics = Metrics()
+    with pytest.raises(KeyError), metrics.connections["inbound"].connection("src"):
+        raise KeyError
+    assert request(metrics, "connections_opened_total", peer="src", tls="unknown") == 1
+    assert request(metrics, "connections_closed_total", peer="src", tls="unknown") == 1
+
+
+def test_what_a_client_chooses_does_not_become_a_label() -> None:
+    metrics = Metrics()
+    for number in range(1000):
+        with metrics.http["inbound"].request(f"M{number}") as record:
+            record.head(number % 700)
+    assert request(metrics, "requests_total", method="other") == 1000
+    assert len(metrics.render()) < 40_000
+
+
+def test_a_family_stops_growing_and_counts_on_as_other() -> None:
+    metrics = Metrics()
+    for number in range(MOST_SERIES + 44):
+        metrics.error("inbound", f"reason-{number}")
+    assert value(metrics, "errors_total", direction="other", reason="other") == 44
+    assert value(metrics, "errors_total", direction="inbound", reason="reason-0") == 1
+
+
+def test_the_text_is_what_prometheus_reads_and_has_every_family() -> None:
+    metrics = Metrics()
+    metrics.handshake("inbound", "server", ("TLSv1.3", "X25519MLKEM768", True))
+    metrics.handshake_failed("outbound", "client", "certificate")
+    metrics.detected("inbound", "http1", 0.01)
+    metrics.loop("own-port")
+    metrics.error("inbound", "connection_refused")
+    metrics.head_declined("request", "obs-fold")
+    metrics.directory_reloaded("error")
+    metrics.identity_reloaded("ok")
+    metrics.expiries(100.0, 200.0)
+    metrics.pool("idle").inc()
+    metrics.logs_dropped(3)
+    found = {family.name: family for family in text_string_to_metric_families(metrics.render().decode())}
+    for name in (
+        "requests", "responses", "response_latency_seconds", "connections_opened", "connections_open", "connections_closed", "bytes",
+        "tls_handshakes", "tls_failures", "detections", "detection_seconds", "loops", "errors", "heads_declined", "directory_reloads",
+        "identity_reloads", "certificate_expiry_timestamp_seconds", "root_expiry_timestamp_seconds", "pool_connections", "dropped_logs",
+        "build_info",
+    ):  # fmt: skip
+        assert f"isthmus_{name}" in found, name
+    assert "process_resident_memory_bytes" in found
+    assert value(metrics, "dropped_logs_total") == 3
+    assert not [name for name in found if name.endswith("_created")]
+
+
+def test_two_proxies_in_one_process_do_not_share_their_metrics() -> None:
+    one, two = Metrics(), Metrics()
+    one.loop("own-port")
+    assert value(two, "loops_total", kind="own-port") is None
