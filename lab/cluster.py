@@ -1,0 +1,221 @@
+"""The laboratory and its clusters.
+
+    async with Lab() as lab:
+        west = lab.cluster("west")
+        web = west.pod("web")
+
+A cluster is a bridge in a network namespace of its own, with subnets for its pods and for the virtual addresses of its services;
+nothing answers at the virtual ones, the sidecars know what they mean.  Clusters do not reach each other: that needs a link between
+two pods that are their gateways (`Lab.connect`).
+
+Everything ends with the `async with`: programs are ended, namespaces deleted.  What cannot run any more, because the process was
+killed, is done by the sandbox.
+"""
+
+import contextlib
+import ipaddress
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import trio
+
+from lab import network
+from lab.network import Subnets
+from lab.pod import Pod
+from lab.process import LabError
+from lab.sandbox import inside
+
+_FIRST_POD = 10  # host number of the first pod; .1 is the bridge
+_MAX_PODS = 200
+_LABS = Path("/run/isthmus-lab")  # a directory per laboratory: several test processes may share one sandbox
+
+POD_SYSCTLS = {
+    "net/ipv4/ip_unprivileged_port_start": "0",
+    "net/ipv6/conf/all/accept_dad": "0",
+    "net/ipv6/conf/default/accept_dad": "0",
+    "net/ipv6/conf/eth0/accept_dad": "0",
+}
+BRIDGE_SYSCTLS = {"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1", "net/ipv6/conf/default/accept_dad": "0"}
+
+
+class Cluster:
+    """A failure domain: a bridge with pods.  Made by `Lab.cluster`."""
+
+    def __init__(self, lab: "Lab", name: str, subnets: Subnets) -> None:
+        self.lab = lab
+        self.name = name
+        self.subnets = subnets
+        self.netns = lab.claim(name)
+        self.directory = lab.directory / name
+        self.directory.mkdir(mode=0o755)
+        self.pods: dict[str, Pod] = {}
+        self.hosts: dict[str, list[str]] = {}
+        self.hosts_file = self.directory / "hosts"
+        self.resolver_file = self.directory / "resolv.conf"
+        self.resolver_file.write_text("options attempts:1 timeout:1\n")
+        self._write_hosts()
+        self._services = 0
+        self._build()
+
+    def _build(self) -> None:
+        network.batch(f"netns add {self.netns}")
+        network.sysctl(self.netns, BRIDGE_SYSCTLS)
+        gateway4, gateway6 = self.gateways()
+        network.batch(
+            "link set lo up",
+            "link add br0 type bridge",
+            f"address add {gateway4}/{self.subnets.pods4.prefixlen} dev br0",
+            f"address add {gateway6}/{self.subnets.pods6.prefixlen} dev br0 nodad",
+            "link set br0 up",
+            # Nobody has a virtual address: a clear error at once instead of a connection that hangs.
+            f"route add unreachable {self.subnets.services4}",
+            f"route add unreachable {self.subnets.services6}",
+            netns=self.netns,
+        )
+
+    def gateways(self) -> tuple[str, str]:
+        """The bridge's own addresses, the pods' default routes."""
+        return str(self.subnets.pods4[1]), str(self.subnets.pods6[1])
+
+    def pod(self, name: str) -> Pod:
+        """A new pod with its link and addresses; its name is in every pod's /etc/hosts."""
+        if name in self.pods:
+            raise LabError(f"cluster {self.name} already has a pod {name}")
+        number = _FIRST_POD + len(self.pods)
+        if len(self.pods) >= _MAX_PODS:
+            raise LabError(f"cluster {self.name} is full ({_MAX_PODS} pods)")
+        directory = self.directory / name
+        directory.mkdir()
+        directory.chmod(0o777)  # the programs of the pod run as other users
+        ipv4, ipv6 = str(self.subnets.pods4[number]), str(self.subnets.pods6[number])
+        pod = Pod(self, name, self.lab.claim(f"{self.name}-{name}"), ipv4, ipv6, directory)
+        self._plug_in(pod)
+        self.pods[name] = pod
+        self.name_host(name, pod.ipv4, pod.ipv6)
+        return pod
+
+    def _plug_in(self, pod: Pod) -> None:
+        network.batch(f"netns add {pod.netns}")
+        link = (f"link add {pod.link} type veth peer name eth0 netns {pod.netns}", f"link set {pod.link} master br0 up")
+        network.batch(*link, netns=self.netns)
+        network.sysctl(pod.netns, POD_SYSCTLS)
+        gateway4, gateway6 = self.gateways()
+        network.batch(
+            "link set lo up",
+            f"address add {pod.ipv4}/{self.subnets.pods4.prefixlen} dev eth0",
+            f"address add {pod.ipv6}/{self.subnets.pods6.prefixlen} dev eth0 nodad",
+            "link set eth0 up",
+            f"route add default via {gateway4}",
+            f"route add default via {gateway6}",
+            netns=pod.netns,
+        )
+
+    def service_addresses(self, name: str) -> tuple[str, str]:
+        """The next virtual addresses (IPv4, IPv6) for a service; its name is in every pod's /etc/hosts."""
+        self._services += 1
+        if self._services > _MAX_PODS:
+            raise LabError(f"cluster {self.name} has no virtual address left")
+        ipv4, ipv6 = str(self.subnets.services4[self._services]), str(self.subnets.services6[self._services])
+        self.name_host(name, ipv4, ipv6)
+        return ipv4, ipv6
+
+    def name_host(self, name: str, *addresses: str) -> None:
+        """Put a name into the /etc/hosts of the cluster's pods; programs that run already see it too."""
+        self.hosts[name] = list(addresses)
+        self._write_hosts()
+
+    def _write_hosts(self) -> None:
+        lines = ["127.0.0.1 localhost", "::1 localhost"]
+        lines += [f"{address} {name}" for name, addresses in self.hosts.items() for address in addresses]
+        # Written in place: the file is bind-mounted, a new one under its name would not be seen.
+        self.hosts_file.write_text("\n".join(lines) + "\n")
+
+    async def aclose(self) -> None:
+        """End all pods and free the bridge."""
+        async with trio.open_nursery() as nursery:
+            for pod in self.pods.values():
+                nursery.start_soon(pod.aclose)
+        network.batch(f"netns delete {self.netns}")
+
+
+class Lab:
+    """All clusters of one experiment, and the nursery in which their programs are watched."""
+
+    def __init__(self) -> None:
+        self.clusters: dict[str, Cluster] = {}
+        self._stack = contextlib.AsyncExitStack()
+        self._prefix = ""
+        self.directory = Path()
+
+    async def __aenter__(self) -> Self:
+        if not inside():
+            raise LabError("the laboratory runs in its sandbox only: python -m lab.sandbox -- COMMAND")
+        self._claim_directory()
+        self.nursery = await self._stack.enter_async_context(trio.open_nursery())
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 30):
+            async with trio.open_nursery() as nursery:
+                for cluster in self.clusters.values():
+                    nursery.start_soon(cluster.aclose)
+        self.nursery.cancel_scope.cancel()
+        # The nursery is not told of the error: it only holds reading tasks, and would wrap the error into a group.
+        await self._stack.aclose()
+
+    def cluster(self, name: str, subnets: Subnets | None = None) -> Cluster:
+        """A new, empty cluster."""
+        if name in self.clusters:
+            raise LabError(f"there already is a cluster {name}")
+        cluster = Cluster(self, name, subnets or Subnets.numbered(len(self.clusters) + 1))
+        self.clusters[name] = cluster
+        return cluster
+
+    def connect(self, first: Pod, second: Pod, subnets: Mapping[int, str] | None = None) -> None:
+        """A direct link between two pods of different clusters (their gateways): eth1 at both ends, routes to the other cluster's pods.
+
+        `subnets` are the link's own /30 and /126; the first address belongs to `first`.
+        """
+        nets = subnets or {4: "192.168.255.0/30", 6: "fd15:7400:ffff::/126"}
+        ends = {version: _hosts(nets[version]) for version in (4, 6)}
+        network.batch(f"link add eth1 netns {first.netns} type veth peer name eth1 netns {second.netns}")
+        for end, (pod, other) in enumerate(((first, second), (second, first))):
+            (own4, own6), (next4, next6) = [[ends[version][side] for version in (4, 6)] for side in (end, 1 - end)]
+            network.batch(
+                f"address add {own4}/{nets[4].partition('/')[2]} dev eth1",
+                f"address add {own6}/{nets[6].partition('/')[2]} dev eth1 nodad",
+                "link set eth1 up",
+                f"route add {other.ipv4} via {next4}",
+                f"route add {other.ipv6} via {next6}",
+                netns=pod.netns,
+            )
+
+    def claim(self, name: str) -> str:
+        """The name of a network namespace, distinct from those of other laboratories in the same sandbox."""
+        return self._prefix + name
+
+    def _claim_directory(self) -> None:
+        """A directory of our own, whose number also keeps our namespaces apart from those of others.
+
+        It lies in the sandbox's private /run, which is gone with the sandbox even when nobody is left to clean up.
+        """
+        _LABS.mkdir(exist_ok=True)
+        for number in range(1000):
+            self.directory = _LABS / str(number)
+            try:
+                self.directory.mkdir()
+            except FileExistsError:
+                continue
+            self.directory.chmod(0o755)
+            self._prefix = "" if number == 0 else f"{number}-"
+            self._stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
+            return
+        raise LabError("there are already 1000 laboratories in this sandbox")
+
+
+def _hosts(subnet: str) -> tuple[str, str]:
+    net = ipaddress.ip_network(subnet)
+    return str(net[1]), str(net[2])

@@ -1,0 +1,69 @@
+"""What goes wrong in real clusters, made to go wrong here: each a `with` block, and mended when it ends.
+
+Crashes and hangs of programs are methods of lab.process.Process: kill, pause, resume.
+"""
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lab.pod import Pod
+from lab.process import LabError, Process
+from lab.sidecar import Sidecar
+
+
+@contextmanager
+def paused(process: Process) -> Iterator[None]:
+    """A program that hangs: its port still accepts connections, and nobody answers."""
+    process.pause()
+    try:
+        yield
+    finally:
+        process.resume()
+
+
+@contextmanager
+def link_cut(pod: Pod) -> Iterator[None]:
+    """A pod that cannot be reached: packets vanish, as when its node dies."""
+    pod.cut_link()
+    try:
+        yield
+    finally:
+        pod.restore_link()
+
+
+@contextmanager
+def slow_link(pod: Pod, *, delay_ms: float = 0, loss_percent: float = 0) -> Iterator[None]:
+    """A link that delays and loses what the pod sends.  Raises LabError where the kernel lacks netem (module sch_netem)."""
+    tc = ["tc", "-n", pod.netns, "qdisc"]
+    netem = ["netem", "delay", f"{delay_ms}ms", "loss", f"{loss_percent}%"]
+    done = subprocess.run([*tc, "replace", "dev", "eth0", "root", *netem], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise LabError(f"the link of pod {pod.name} cannot be slowed down: {done.stderr.strip()} (the kernel module sch_netem is needed)")
+    try:
+        yield
+    finally:
+        subprocess.run([*tc, "delete", "dev", "eth0", "root"], capture_output=True, check=False)
+
+
+@contextmanager
+def expired_certificate(sidecar: Sidecar) -> Iterator[None]:
+    """A sidecar whose certificate file ended an hour ago.  A running proxy does not take it and keeps the old one."""
+    if sidecar.authority is None or sidecar.identity is None:
+        raise LabError(f"the sidecar of pod {sidecar.pod.name} has no identity that could expire")
+    sidecar.write_certificate(sidecar.authority.issue_expired(sidecar.identity))
+    try:
+        yield
+    finally:
+        sidecar.write_certificate(sidecar.authority.issue(sidecar.identity))
+
+
+@contextmanager
+def broken_directory(sidecar: Sidecar, text: bytes = b"services: [{name: 'half a file") -> Iterator[None]:
+    """A directory file that somebody broke."""
+    before = sidecar.directory_file.read_bytes()
+    sidecar.write(sidecar.directory_file, text)
+    try:
+        yield
+    finally:
+        sidecar.write(sidecar.directory_file, before)

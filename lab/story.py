@@ -1,0 +1,317 @@
+"""The story that `isthmus demo` tells: two pods with sidecars, three intruders, and what each step proved.
+
+The steps only start programs and look; what they found goes into a Report (lab/report.py).  Identities, ciphers and groups are read
+from the proxies' logs and from the wire, never from what the story itself configured.
+"""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from lab.capture import Capture
+from lab.cluster import Cluster, Lab
+from lab.mesh import Mesh
+from lab.pod import ROOT, Pod
+from lab.process import LabError
+from lab.report import Report, latency_line, megabytes
+from lab.sandbox import outside_pid, rootless
+from lab.sidecar import Authority, Sidecar
+from proxy.mesh.spiffe import SpiffeId
+
+SECRET = "the-password-is-tangerine"  # noqa: S105  # what a listener on the wire must not find
+HTTP, PLAIN, SOCKET, MAIL = 8080, 8081, 9000, 2525
+REQUESTS = 400  # per side, for the latency
+MEMORY_ALLOWED = 5 * 1024 * 1024  # bytes a sidecar may grow by while a large body passes
+LOG_PATIENCE = 4.0  # seconds; a pooled connection is closed, and its line written, after 3 s without a request
+STORY_TIMEOUT = 120.0  # seconds; the story takes about twenty
+
+
+@dataclass(slots=True)
+class Stage:
+    """The pods of the story."""
+
+    lab: Lab
+    west: Cluster
+    mesh: Mesh
+    report: Report
+    web: Pod
+    shop: Pod
+    stranger: Pod
+    size: int
+    sidecars: dict[str, Sidecar] = field(default_factory=dict)
+    server_names: dict[int, set[str]] = field(default_factory=dict)  # port -> what the hellos on the wire asked for
+
+    async def client(self, pod: Pod, what: str, host: str, port: int, *rest: str) -> dict[str, Any]:
+        """Run an ordinary client in a pod; what it says it saw."""
+        command = [sys.executable, "-m", "lab.apps.client", what, host, str(port), *rest]
+        done = await pod.run(command, env={"PYTHONPATH": str(ROOT)}, timeout=60)
+        try:
+            result: dict[str, Any] = json.loads(done.stdout)
+        except ValueError:
+            return {"error": done.stderr.decode(errors="replace").strip()[-300:] or f"exit code {done.returncode}"}
+        return result
+
+    async def server(self, name: str, *arguments: str, port: int) -> None:
+        """Start an ordinary server in the shop."""
+        command = [sys.executable, "-m", f"lab.apps.{name.partition('-')[0]}", *arguments]
+        await self.shop.start(name, command, port=port, env={"PYTHONPATH": str(ROOT)})
+
+
+def tell(*, size: int, keep: bool) -> int:
+    """Tell the story; the exit code of `isthmus demo`."""
+    report = Report()
+    try:
+        return trio.run(_tell, report, size, keep)
+    except LabError as error:
+        report.broke(str(error))
+    except KeyboardInterrupt:
+        report.say("\nended; nothing is left of it")
+        return 0 if report.held else 1
+    return 1
+
+
+async def _tell(report: Report, size: int, keep: bool) -> int:
+    began = time.monotonic()
+    async with Lab() as lab:
+        with trio.move_on_after(STORY_TIMEOUT) as limit:
+            stage = await build(lab, report, size)
+            steps: tuple[tuple[str, Callable[[Stage], Awaitable[None]]], ...] = (
+                ("ordinary programs talk, a listener sits on the wire", traffic),
+                ("large bodies are streamed", large_bodies),
+                ("intruders try", intruders),
+                ("latency is measured, with and without the mesh in turn", latency),
+                ("reading the proxies' logs", who_was_who),
+            )
+            for title, step in steps:
+                report.step(title)
+                await step(stage)
+        if limit.cancelled_caught:
+            report.broke(f"the demonstration did not end within {STORY_TIMEOUT:g} s")
+        report.finish(time.monotonic() - began)
+        if keep and not limit.cancelled_caught:
+            explain_how_to_enter(stage)
+            await trio.sleep_forever()
+    return 0 if report.held else 1
+
+
+async def build(lab: Lab, report: Report, size: int) -> Stage:
+    """Cluster, pods, programs, sidecars."""
+    report.step(f"building a cluster of pods ({'as an ordinary user, rootless' if rootless() else 'as root'})")
+    west = lab.cluster("west")
+    mesh = Mesh(west)
+    web, shop, stranger, guest, forger = (west.pod(name) for name in ("web", "shop", "stranger", "guest", "forger"))
+    stage = Stage(lab, west, mesh, report, web, shop, stranger, size)
+    only_web = [str(mesh.authority.identity("web"))]
+    skip = {"skip_inbound_ports": [PLAIN], "skip_outbound_ports": [PLAIN]}
+    mesh.join(web, "web", intercept=skip)
+    mesh.join(shop, "shop", intercept=skip, inbound={"require_identity": True, "allow": {str(HTTP): only_web}})
+    mesh.join(guest, "guest")
+    mesh.join(forger, "web", authority=Authority())  # the right name, vouched for by nobody the shop trusts
+    mesh.service("shop", [shop], {HTTP: "detect", SOCKET: "detect", MAIL: "opaque"})
+    west.name_host("shop.plain", shop.ipv4)
+    stage.sidecars = mesh.sidecars
+    report.step("starting a web server, a WebSocket server and a mail server in `shop`")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: stage.server("web", "::", str(HTTP), port=HTTP))
+        nursery.start_soon(lambda: stage.server("web-plain", "::", str(PLAIN), port=PLAIN))
+        nursery.start_soon(lambda: stage.server("chat", str(SOCKET), port=SOCKET))
+        nursery.start_soon(lambda: stage.server("mail", str(MAIL), port=MAIL))
+    report.step("issuing certificates, installing the interception rules, starting the sidecars")
+    await mesh.start()
+    return stage
+
+
+async def traffic(stage: Stage) -> None:
+    """HTTP, WebSocket and SMTP, all with the secret in them, while the link of `web` is being listened to."""
+    report = stage.report
+    report.section = "Ordinary programs, through two sidecars: `web` calls `shop`"
+    async with Capture(stage.web) as wire:
+        answer = await stage.client(stage.web, "get", "shop", HTTP, SECRET)
+        held = answer.get("status") == 200 and answer.get("same") is True and SECRET in answer.get("body", "")
+        report.prove("HTTP/1.1", f"http.client -> http.server, 3 requests on one connection {_why(answer, held)}", held)
+        if shutil.which("curl"):
+            done = await stage.web.run(["curl", "-sS", "-m", "10", "-H", f"X-Secret: {SECRET}", f"http://shop:{HTTP}/"])
+            held = SECRET in done.text
+            report.prove("curl", f"curl -> http.server {'' if held else done.stderr.decode()[:60]}", held)
+        answer = await stage.client(stage.web, "websocket", "shop", SOCKET, SECRET)
+        held = answer.get("echoed") == 50 and answer.get("large") is True
+        report.prove("WebSocket", f"50 messages and one of 1 MiB, echoed {_why(answer, held)}", held)
+        answer = await stage.client(stage.web, "mail", "shop", MAIL, SECRET)
+        held = answer.get("refused") == 0 and "error" not in answer
+        greeting = f"greeted after {answer.get('greeting_seconds', 0) * 1000:.1f} ms" if held else ""
+        report.prove("SMTP", f"smtplib -> aiosmtpd, the server speaks first, {greeting} {_why(answer, held)}", held)
+        control = await stage.client(stage.web, "get", "shop.plain", PLAIN, "visible-without-the-mesh")
+    on_the_wire(stage, wire, control)
+
+
+def on_the_wire(stage: Stage, wire: Capture, control: dict[str, Any]) -> None:
+    """What the listener saw."""
+    report = stage.report
+    report.section = "A listener on the link of `web`"
+    verdict = wire.verdict(HTTP, SOCKET, MAIL)
+    facts = [fact for fact in verdict.facts if fact.version]
+    stage.server_names = {port: {fact.server_name for fact in wire.verdict(port).facts} for port in (HTTP, SOCKET, MAIL)}
+    detail = f"{verdict.flows} connections, {sum(fact.records for fact in facts)} records: TLS 1.3 from the first byte to the last"
+    report.prove("on the wire", detail if verdict.ok else "; ".join(verdict.problems) or "no connection was seen", verdict.ok)
+    terms = {"cipher": {fact.cipher for fact in facts}, "key exchange": {fact.group for fact in facts if "only" not in fact.group}}
+    for label, values in terms.items():
+        report.prove(label, f"{', '.join(sorted(values)) or 'none'} (read from the hellos on the wire)", bool(values))
+    hidden = not wire.contains(SECRET.encode())
+    seen = wire.contains(b"visible-without-the-mesh")
+    report.prove(
+        "no clear text", "the secret that all clients sent is not in the capture" if hidden else "the secret IS on the wire", hidden
+    )
+    detail = "the same capture does show what was sent past the mesh" if seen else f"the listener saw nothing at all: {control}"
+    report.prove("the ear works", detail, seen)
+    wire.write_pcap(stage.lab.directory / "wire.pcap")
+
+
+async def large_bodies(stage: Stage) -> None:
+    """A large body each way; the sidecars must not grow."""
+    report, size = stage.report, stage.size
+    report.section = "Large bodies, and what it costs"
+    proxies = [stage.sidecars[name].running() for name in ("web", "shop")]
+    before = [proxy.rss() for proxy in proxies]
+    for what, key, expected in (("download", "bytes", size), ("upload", "right", True)):
+        answer = await stage.client(stage.web, what, "shop", HTTP, str(size))
+        held = answer.get("status") == 200 and answer.get(key) == expected
+        speed = f"{size / 2**20 / answer['seconds']:.0f} MiB/s" if held else ""
+        report.prove(f"large {what}", f"{size // 2**20} MiB, chunked, unchanged, {speed} {_why(answer, held)}", held)
+    growth = [proxy.rss() - old for proxy, old in zip(proxies, before, strict=True)]
+    told = zip(("web", "shop"), before, growth, strict=True)
+    detail = ", ".join(f"{name} {megabytes(old)} {grown / 2**20:+.1f}" for name, old, grown in told)
+    report.prove("memory", f"of the sidecars before and after, in MiB: {detail}", max(growth) < MEMORY_ALLOWED)
+
+
+async def intruders(stage: Stage) -> None:
+    """Who has no right to be served is not served."""
+    stage.report.section = "Intruders"
+    address = stage.shop.ipv4
+    answer = await stage.client(stage.stranger, "get", address, HTTP, SECRET)
+    refused(stage, "clear text", "a pod without a sidecar", answer, stage.stranger)
+    forged = Authority()
+    certificate, key = stage.stranger.directory / "forged.pem", stage.stranger.directory / "forged.key"
+    issued = forged.issue(forged.identity("web"))
+    certificate.write_bytes(issued.certificate_pem)
+    key.write_bytes(issued.key_pem)
+    server_name = stage.mesh.authority.identity("shop").sni
+    answer = await stage.client(stage.stranger, "forged", address, HTTP, server_name, str(certificate), str(key))
+    refused(stage, "forged certificate", "TLS as `web`, signed by another root", answer, stage.stranger)
+    forger, guest = (stage.west.pods[name] for name in ("forger", "guest"))
+    answer = await stage.client(forger, "get", "shop", HTTP, SECRET)
+    refused(stage, "another trust root", "a sidecar that trusts another root", answer, forger)
+    answer = await stage.client(guest, "get", "shop", HTTP, SECRET)
+    refused(stage, "not on the list", "a member of the mesh that is not allowed here", answer, guest)
+
+
+def refused(stage: Stage, label: str, who: str, answer: dict[str, Any], pod: Pod) -> None:
+    """An intruder held if it saw an error, or a status that says no, and nothing of the shop."""
+    status = answer.get("status", 0)
+    held = "hello from the shop" not in answer.get("body", "") and (status in (403, 502, 503) or "error" in answer)
+    saw = f"{status} {_error_type(answer.get('proxy-status', ''))}" if status else answer.get("error", "")
+    stage.report.prove(label, f"{who}: {saw}{_reason(stage, pod)}", held)
+
+
+def _error_type(proxy_status: str) -> str:
+    """The error type of a Proxy-Status field (RFC 9209)."""
+    return next((part[6:] for part in proxy_status.split(";") if part.startswith("error=")), proxy_status)
+
+
+def _reason(stage: Stage, pod: Pod) -> str:
+    """What the shop's sidecar wrote about a peer."""
+    hosts = (f"{pod.ipv4}:", f"[{pod.ipv6}]:")
+    for line in reversed(stage.sidecars["shop"].logged()):
+        words = line.get("error") or line.get("words") or ""
+        if words and str(line.get("peer", "")).startswith(hosts):
+            return f'; the log of `shop` says: "{words}"'
+    return ""
+
+
+async def who_was_who(stage: Stage) -> None:
+    """Who talked to whom, as the proxy at the other end verified it."""
+    report = stage.report
+    report.section = "Identities, as the proxies verified and logged them"
+    web, shop = (str(stage.mesh.authority.identity(name)) for name in ("web", "shop"))
+    for name, port in (("HTTP/1.1", HTTP), ("WebSocket", SOCKET), ("SMTP", MAIL)):
+        inbound = await logged(stage.sidecars["shop"], "inbound", port, stage.web)
+        callers = {str(line.get("identity", "nobody")) for line in inbound}
+        held = callers == {web} and all(line.get("tls") == "TLSv1.3" for line in inbound)
+        terms = {f"{line.get('tls')}, {line.get('cipher')}, {line.get('group')}" for line in inbound}
+        who = " and ".join(sorted(callers)) or "nobody"
+        report.prove(f"{name}: from", f"{who}, verified by the sidecar of `shop` ({'; '.join(sorted(terms))})", held)
+        outbound = await logged(stage.sidecars["web"], "outbound", port, stage.web)
+        callees = {str(value) for line in outbound for key, value in line.items() if key.endswith("identity")}
+        detail = f"{' and '.join(sorted(callees))}, verified by the sidecar of `web`"
+        if outbound and not callees:
+            # The outbound log does not name the server: then what the wire and the other end say of it.
+            callees, asked = own_identity(stage.sidecars["shop"]), stage.server_names.get(port, set())
+            detail = f"{' and '.join(sorted(callees)) or 'nobody'}, asked for on the wire as {' and '.join(sorted(asked)) or 'nothing'}"
+            callees = callees if asked == {SpiffeId.parse(each).sni for each in callees} else set()
+        report.prove(f"{name}: to", detail, callees == {shop})
+
+
+def own_identity(sidecar: Sidecar) -> set[str]:
+    """Who a proxy says it is, in its log."""
+    lines = [str(line.get("message", "")) for line in sidecar.logged()]
+    return {line.removeprefix("identity: ").partition(",")[0] for line in lines if line.startswith("identity: ")}
+
+
+async def logged(sidecar: Sidecar, direction: str, port: int, peer: Pod) -> list[dict[str, Any]]:
+    """A proxy's lines of finished connections from a pod to a port; waits for one, since a pooled connection lives on for a while."""
+    found: list[dict[str, Any]] = []
+    hosts = (f"{peer.ipv4}:", f"[{peer.ipv6}]:")
+    with trio.move_on_after(LOG_PATIENCE):
+        while True:
+            found = [
+                line
+                for line in sidecar.logged()
+                if line.get("direction") == direction
+                and line.get("message") == "connection"
+                and str(line.get("destination", "")).endswith(f":{port}")
+                and str(line.get("peer", "")).startswith(hosts)
+            ]
+            if found:
+                break
+            await trio.sleep(0.1)
+    return found
+
+
+async def latency(stage: Stage) -> None:
+    """The price, measured on the same two pods in turn."""
+    stage.report.section = "Large bodies, and what it costs"
+    answer = await stage.client(stage.web, "latency", stage.shop.ipv4, HTTP, str(PLAIN), str(REQUESTS))
+    meshed, plain = answer.get(str(HTTP), []), answer.get(str(PLAIN), [])
+    held = len(meshed) == len(plain) == REQUESTS
+    stage.report.prove("latency", latency_line(meshed, plain) if held else _why(answer, held), held)
+
+
+def _why(answer: dict[str, Any], held: bool) -> str:
+    """What the client saw, when that was not what it should have seen."""
+    return "" if held else f"- the client saw {json.dumps({key: value for key, value in answer.items() if key != 'peak_rss'})[:200]}"
+
+
+def explain_how_to_enter(stage: Stage) -> None:
+    """What to do with a mesh that keeps running."""
+    pid, say = outside_pid(), stage.report.say
+    if pid is None:
+        return
+    say("The pods keep running until you press Ctrl-C. In another terminal, as the same user:")
+    say()
+    for name in ("web", "shop", "stranger"):
+        say(f"  {name:<9} {stage.west.pods[name].enter_command(pid)}")
+    say(f"""
+and there, for example:
+  in web        curl -v http://shop:{HTTP}/            through both sidecars; an ordinary client, as you see
+                curl -v http://shop.plain:{PLAIN}/      past them
+                curl http://localhost:4191/metrics   what the sidecar counts
+                nft list table inet isthmus          the interception rules
+                tcpdump -ni eth0 -X                  what a listener on the wire sees meanwhile
+  in stranger   curl -v http://{stage.shop.ipv4}:{HTTP}/      a pod without an identity is refused
+  anywhere      ls {stage.lab.directory}/west/*/sidecar   configuration, certificates, directory; logs are beside it
+                tcpdump -nr {stage.lab.directory}/wire.pcap     the capture""")

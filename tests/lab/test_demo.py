@@ -1,0 +1,65 @@
+"""The demonstration: it holds, it says so in its exit code, and its table fits a terminal."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+
+from lab.report import WIDTH, Report, latency_line, percentile
+
+
+@pytest.mark.lab
+def test_the_demonstration_holds() -> None:
+    command = [sys.executable, "-m", "proxy.cli", "demo", "--size", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "All of it held" in done.stdout
+    assert "FAIL" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= WIDTH
+
+
+def test_a_size_that_makes_no_sense_is_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "proxy.cli", "demo", "--size", "0"], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert done.returncode == 64
+    assert "--size 0" in done.stderr
+
+
+def report(*held: bool) -> tuple[Report, str]:
+    out = io.StringIO()
+    made = Report(out=out)
+    made.section = "A section"
+    for number, each in enumerate(held):
+        made.prove(f"proof {number}", "word " * 60, each)
+    made.finish(1.0)
+    return made, out.getvalue()
+
+
+def test_all_proofs_together_make_it_hold() -> None:
+    made, text = report(True, True)
+    assert made.held
+    assert "All of it held: 2 of 2" in text
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
+@pytest.mark.parametrize("held", [(), (False,), (True, False)])
+def test_one_failure_or_no_proof_at_all_does_not_hold(held: tuple[bool, ...]) -> None:
+    made, text = report(*held)
+    assert not made.held
+    assert "NOT all of it held" in text
+
+
+def test_trouble_of_the_laboratory_does_not_hold() -> None:
+    made, _ = report(True)
+    made.broke("a pod could not be made")
+    assert not made.held
+
+
+def test_percentiles_are_of_the_values() -> None:
+    values = [float(number) for number in range(1, 101)]
+    assert percentile(values, 0.5) == 51
+    assert percentile(values, 0.99) == 100
+    assert percentile([7.0], 0.99) == 7
+    assert "p50 0.05 ms, p99 0.10 ms" in latency_line(values, values)
