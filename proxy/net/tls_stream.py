@@ -129,18 +129,20 @@ class TLSStream(trio.abc.HalfCloseableStream):
         try:
             await self._pass()
             while True:
+                # Waiting is done outside of the handlers: an exception that is being handled keeps its traceback, and with it the
+                # binding's buffer of 16 KiB, for as long as an idle connection waits.
                 try:
                     data: bytes = self._recv(max_bytes)
+                    break
                 except SSL.WantReadError:
-                    await self._wait_readable()
+                    wait = self._wait_readable
                 except SSL.WantWriteError:
-                    await self._wait_writable()
+                    wait = self._wait_writable
                 except SSL.ZeroReturnError:
                     return b""
                 except SSL.Error as error:
                     raise self._failed(error, "while reading") from error
-                else:
-                    break
+                await wait()
         finally:
             self._reading = False
         self.bytes_read += len(data)

@@ -1,0 +1,57 @@
+"""Where wire.sniff meets a stream: what a connection begins with, found by peeking, under one deadline.
+
+Nothing is consumed. So TLS that is for us goes to OpenSSL from its first byte, TLS that is not goes on untouched, and whichever
+engine speaks the protocol reads it from its beginning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import trio
+
+from proxy.net.streams import SocketStream
+from proxy.wire.sniff import HELLO_LIMIT, UNDECIDED, ClientHello, Protocol, Undecided, client_hello, protocol, settle
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a connection begins with. `hello`: its ClientHello, if it begins with one. `how`: for the metrics."""
+
+    protocol: Protocol
+    how: str  # "http1", "http2", "tls", "opaque"; "silent": nothing came in time; "closed": it ended without a byte, as probes do
+    hello: ClientHello | None = None
+
+
+def _judge(data: bytes) -> Opening | Undecided:
+    hello = client_hello(data)
+    if isinstance(hello, ClientHello):
+        return Opening(Protocol.OPAQUE, "tls", hello)
+    if hello is UNDECIDED:
+        return UNDECIDED
+    verdict = protocol(data)
+    return UNDECIDED if isinstance(verdict, Undecided) else _opening(verdict)
+
+
+def _opening(verdict: Protocol) -> Opening:
+    return Opening(verdict, {Protocol.HTTP1: "http1", Protocol.HTTP2: "http2", Protocol.OPAQUE: "opaque"}[verdict])
+
+
+async def detect(stream: SocketStream, timeout: float) -> Opening:
+    """What `stream` begins with. A client that says nothing for `timeout` seconds speaks a protocol in which the server is first: opaque.
+
+    Raises ConnectionLost.
+    """
+    data = b""
+    with trio.move_on_after(timeout):
+        while True:
+            seen = await stream.peek(HELLO_LIMIT, len(data) + 1)
+            if len(seen) == len(data):  # the client ended its side; there will be no more to go by
+                return _opening(settle(data)) if data else Opening(Protocol.OPAQUE, "closed")
+            data = seen
+            verdict = _judge(data)
+            if isinstance(verdict, Opening):
+                return verdict
+            if len(data) >= HELLO_LIMIT:
+                return _opening(settle(data))
+    return _opening(settle(data)) if data else Opening(Protocol.OPAQUE, "silent")

@@ -1,0 +1,145 @@
+"""What can go wrong with an exchange or a connection, and the one table of what is said about it.
+
+Errors are raised where they are noticed, typed: wire.ProtocolError and net's errors by those rooms, the ones below by the rooms that
+drive them. `describe` finds the row for any of them: the HTTP status, the gRPC status, the error type of Proxy-Status (RFC 9209 §2.3) and
+the reason that the metrics count. So whose fault it was is told in the same words everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from proxy.net.errors import ConnectFailed, ConnectionLost, NetError, TLSFailed
+from proxy.wire.messages import ProtocolError
+
+
+class IsthmusError(Exception):
+    """Of the errors of a running proxy that are not net's or wire's."""
+
+
+class RequestError(IsthmusError):
+    """The client's fault: it broke the protocol, with the status that answers it."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class RequestTimeout(IsthmusError):
+    """The client did not send the rest of its request in time."""
+
+
+class ClientGone(IsthmusError):
+    """The client's connection broke before its exchange was over; there is nobody left to answer."""
+
+
+class NotAuthorised(IsthmusError):
+    """Policy wants an identity that the peer has not shown."""
+
+
+class LoopDetected(IsthmusError):
+    """The traffic would come back to where it came from. `kind` is loopguard's."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class NoEndpoint(IsthmusError):
+    """The directory knows the service, and no endpoint of it is ready."""
+
+
+class PoolExhausted(IsthmusError):
+    """All connections that an endpoint may have are in use, and the queue for them is full or too slow."""
+
+
+class UpstreamProtocolError(IsthmusError):
+    """The server's response is not HTTP, or is ambiguous."""
+
+
+class UpstreamClosed(IsthmusError):
+    """The server closed the connection before its response was complete."""
+
+
+class UpstreamReset(UpstreamClosed):
+    """The server ended the one stream of the exchange, and said why: `code` is RST_STREAM's (RFC 9113 §7)."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class UpstreamTimeout(IsthmusError):
+    """The server did not answer, or did not go on, in time."""
+
+
+class UpstreamTLSError(IsthmusError):
+    """Mutual TLS with the endpoint failed. A meshed endpoint is never spoken to in clear text instead."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One row: what is said about a cause."""
+
+    status: int
+    grpc_status: int  # 1 cancelled, 4 deadline exceeded, 7 permission denied, 8 resource exhausted, 10 aborted, 13 internal, 14 unavailable
+    proxy_status: str  # RFC 9209 §2.3
+    reason: str  # the metric's label, and the log's
+
+
+INTERNAL = Answer(500, 13, "proxy_internal_error", "internal")
+
+TABLE: dict[type[BaseException], Answer] = {
+    RequestError: Answer(400, 13, "http_request_error", "bad_request"),
+    RequestTimeout: Answer(408, 4, "http_request_error", "request_timeout"),
+    ClientGone: Answer(499, 1, "connection_terminated", "client_gone"),  # never sent: 499 is nginx's word for it in logs
+    NotAuthorised: Answer(403, 7, "http_request_denied", "identity_required"),
+    LoopDetected: Answer(508, 10, "proxy_loop_detected", "loop"),
+    NoEndpoint: Answer(503, 14, "destination_unavailable", "no_endpoint"),
+    PoolExhausted: Answer(503, 8, "connection_limit_reached", "pool_exhausted"),
+    UpstreamProtocolError: Answer(502, 13, "http_protocol_error", "upstream_protocol"),
+    UpstreamClosed: Answer(502, 14, "connection_terminated", "upstream_closed"),
+    UpstreamReset: Answer(502, 14, "http_response_incomplete", "upstream_reset"),
+    UpstreamTimeout: Answer(504, 4, "http_response_timeout", "upstream_timeout"),
+    ProtocolError: Answer(400, 13, "http_request_error", "bad_request"),
+    ConnectionLost: Answer(502, 14, "connection_terminated", "connection_lost"),
+    NetError: Answer(502, 14, "connection_terminated", "connection_lost"),
+}
+
+_CONNECT: dict[str, Answer] = {
+    "refused": Answer(502, 14, "connection_refused", "connect_refused"),
+    "timeout": Answer(504, 14, "connection_timeout", "connect_timeout"),
+    "unreachable": Answer(502, 14, "destination_ip_unroutable", "connect_unreachable"),
+    "reset": Answer(502, 14, "connection_terminated", "connect_reset"),
+}
+_CONNECT_OTHER = Answer(502, 14, "connection_refused", "connect_failed")
+
+_TLS: dict[str, Answer] = {
+    "certificate": Answer(502, 14, "tls_certificate_error", "tls_certificate"),
+    "alert": Answer(502, 14, "tls_alert_received", "tls_alert"),
+    "timeout": Answer(504, 14, "connection_timeout", "tls_timeout"),
+}
+_TLS_OTHER = Answer(502, 14, "tls_protocol_error", "tls_protocol")
+
+
+def describe(error: BaseException) -> Answer:
+    """The row for `error`; what the table does not know is our own fault."""
+    if isinstance(error, ConnectFailed):
+        return _CONNECT.get(error.reason, _CONNECT_OTHER)
+    if isinstance(error, (TLSFailed, UpstreamTLSError)):
+        return _TLS.get(error.kind, _TLS_OTHER)
+    for kind in type(error).__mro__:
+        if kind in TABLE:
+            answer = TABLE[kind]
+            status = getattr(error, "status", answer.status)
+            return answer if status == answer.status else Answer(status, answer.grpc_status, answer.proxy_status, answer.reason)
+    return INTERNAL
+
+
+def known(error: BaseException) -> bool:
+    """The table has a row for it: it is no bug of ours."""
+    return describe(error) is not INTERNAL

@@ -1,0 +1,128 @@
+"""What happens around every exchange. Each layer is a function from handler to handler; a flow stacks them in reading order.
+
+measure   outermost: counts, times and logs every request, also those that fail or cannot be read
+rescue    the one place where an error becomes a response
+deadline  gives the exchange its clock
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from email.utils import formatdate
+
+import trio
+
+from proxy.errors import INTERNAL, Answer, ClientGone, LoopDetected, describe
+from proxy.exchange.exchange import NO_CLOCK, Clock, Exchange, Handler, Layer, Whole
+from proxy.wire.messages import Headers, ResponseHead
+
+_log = logging.getLogger("isthmus.exchange")
+
+# RFC 8941 §3.3.4.
+_TOKEN = re.compile(rb"[A-Za-z*][-!#$%&'*+.^_`|~0-9A-Za-z:/]*")
+
+# For the few hundred bytes of an error's response: a client that does not take them has no use for them.
+_ANSWER_SECONDS = 5.0
+
+_REASONS = {
+    400: b"Bad Request", 403: b"Forbidden", 408: b"Request Timeout", 414: b"URI Too Long", 431: b"Request Header Fields Too Large",
+    500: b"Internal Server Error", 501: b"Not Implemented", 502: b"Bad Gateway", 503: b"Service Unavailable", 504: b"Gateway Timeout",
+    505: b"HTTP Version Not Supported", 508: b"Loop Detected",
+}  # fmt: skip
+
+
+def measure(account: Callable[[Exchange], AbstractContextManager[object]]) -> Layer:
+    """Open an account for each exchange; it closes once, however the exchange ended."""
+
+    def layer(handler: Handler) -> Handler:
+        async def handle(exchange: Exchange) -> None:
+            with account(exchange):
+                await handler(exchange)
+
+        return handle
+
+    return layer
+
+
+def rescue(name: Callable[[Exchange], bytes], open_to: Callable[[Exchange], bool]) -> Layer:
+    """Errors become responses here and nowhere else. `name` is what Proxy-Status calls this proxy; whoever is not `open_to` detail is told
+    the kind of the error only, not the addresses behind the proxy."""
+
+    def layer(handler: Handler) -> Handler:
+        async def handle(exchange: Exchange) -> None:
+            try:
+                if exchange.malformed is not None:
+                    raise exchange.malformed
+                await handler(exchange)
+            except Exception as error:  # the table knows which are ours; a bug is logged with its trace, and answered
+                answer = describe(error)
+                exchange.failure, exchange.failure_words = answer.reason, str(error)
+                exchange.loop = error.kind if isinstance(error, LoopDetected) else None
+                if answer is INTERNAL:
+                    _log.error("a request failed by a fault of this proxy's", exc_info=error)
+                if isinstance(error, ClientGone) or exchange.response is not None:
+                    exchange.abort()  # there is nobody, or it is too late, to tell
+                    return
+                detail = str(error) if open_to(exchange) else ""
+                await _answer(exchange, made_up(answer, name(exchange), detail))
+
+        return handle
+
+    return layer
+
+
+async def _answer(exchange: Exchange, response: tuple[ResponseHead, Whole]) -> None:
+    head, body = response
+    with trio.move_on_after(_ANSWER_SECONDS) as scope:
+        try:
+            await exchange.respond(head, body)
+        except ClientGone:
+            exchange.abort()
+    if scope.cancelled_caught:
+        exchange.abort()
+
+
+def made_up(answer: Answer, name: bytes, detail: str) -> tuple[ResponseHead, Whole]:
+    """A response that the proxy makes up itself, with Proxy-Status (RFC 9209)."""
+    status = _member(name) + b";error=" + answer.proxy_status.encode("ascii")
+    if detail:
+        status += b";details=" + sf_string(detail)
+    text = f"{answer.proxy_status}: {detail}\n" if detail else f"{answer.proxy_status}\n"
+    headers = Headers(
+        [
+            (b"Date", formatdate(usegmt=True).encode("ascii")),
+            (b"Content-Type", b"text/plain; charset=utf-8"),
+            (b"Proxy-Status", status),
+        ]
+    )
+    return ResponseHead(answer.status, headers, _REASONS.get(answer.status, b"")), Whole(text.encode("utf-8", "replace"))
+
+
+def _member(name: bytes) -> bytes:
+    """A proxy's name as RFC 9209 §2 has it: a token where it is one. Kubernetes lets names begin with a digit; tokens may not."""
+    return name if _TOKEN.fullmatch(name) else sf_string(name.decode("latin-1"))
+
+
+def sf_string(text: str) -> bytes:
+    """A structured field's string (RFC 8941 §3.3.3): ASCII, quoted; what does not fit is replaced. So no detail can end the field."""
+    plain = "".join(c if " " <= c <= "~" else "?" for c in text[:512])
+    return b'"' + plain.replace("\\", "\\\\").replace('"', '\\"').encode("ascii") + b'"'
+
+
+def deadline(handler: Handler) -> Handler:
+    """Give the exchange its clock; what was late is raised here."""
+
+    async def handle(exchange: Exchange) -> None:
+        with trio.CancelScope() as scope:
+            exchange.clock = clock = Clock(scope)
+            try:
+                await handler(exchange)
+            finally:
+                exchange.clock = NO_CLOCK
+        if scope.cancelled_caught and clock.late is not None:
+            raise clock.late()
+
+    return handle

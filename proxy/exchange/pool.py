@@ -1,0 +1,231 @@
+"""The connections that are kept to endpoints.
+
+Every decision is a plain function on plain data: `give_back` keeps, hands over or closes, `sweep` closes what has been idle too long;
+none of them awaits, so a cancellation cannot fall between the two halves of a fact. Only `acquire` waits, and it holds what it has
+reserved in a `try`.
+
+Who waits is served in order: a connection that comes back, or its room, belongs to the first who waits from that moment, so that no
+newcomer can overtake. Hence there are never idle connections, nor room, while somebody waits.
+
+A connection belongs to the pool while it is idle and to one exchange while it is lent out. Idle connections are used last in, first
+out, so that those that are not needed grow old and go. They go before a server would close them: most servers keep an idle connection
+for 5 s or longer, and a request that crosses with the server's close is one that may have to fail.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+import trio
+
+from proxy.errors import PoolExhausted
+from proxy.net.streams import Stream
+from proxy.wire.http1 import Http1Connection, Role
+from proxy.wire.messages import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """Bounds per endpoint; times in seconds."""
+
+    connections: int = 1024  # open ones, in use and idle together
+    idle: int = 128
+    idle_timeout: float = 3.0
+    max_age: float = 3600.0
+    waiting: int = 1024  # requests that wait for a connection
+    wait_timeout: float = 5.0
+
+
+class Account(Protocol):
+    """Where a connection's life is recorded; closed with the connection."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Upstream:
+    """One HTTP/1 connection to an endpoint."""
+
+    stream: Stream
+    http: Http1Connection
+    opened: float
+    account: Account
+    idle_since: float = 0.0
+    reused: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """One that waits. When `given` is set, `upstream` is its own; None: the room for a new connection is, and is counted as open."""
+
+    fresh: bool
+    given: trio.Event = field(default_factory=trio.Event)
+    upstream: Upstream | None = None
+
+
+@dataclass(slots=True)
+class _Slot:
+    """What is kept for one endpoint."""
+
+    open: int = 0  # connections, and those being opened
+    idle: deque[Upstream] = field(default_factory=deque)
+    waiting: OrderedDict[_Turn, None] = field(default_factory=OrderedDict)
+
+
+K = TypeVar("K", bound=Hashable)
+
+
+class Pool(Generic[K]):
+    """Connections by endpoint. `connect` opens one, and raises what dialling and TLS raise; `account` records it."""
+
+    def __init__(
+        self, connect: Callable[[K], Awaitable[Stream]], account: Callable[[Stream], Account], settings: PoolSettings, limits: Limits
+    ) -> None:
+        self._connect = connect
+        self._account = account
+        self._settings = settings
+        self._limits = limits
+        self._slots: dict[K, _Slot] = {}
+        self.closed = False
+
+    # Synchronous decisions...
+
+    def counts(self) -> tuple[int, int]:
+        """(connections in use, idle connections)"""
+        idle = sum(len(slot.idle) for slot in self._slots.values())
+        return sum(slot.open for slot in self._slots.values()) - idle, idle
+
+    def _slot(self, key: K) -> _Slot:
+        slot = self._slots.get(key)
+        if slot is None:
+            slot = self._slots[key] = _Slot()
+        return slot
+
+    def _take_idle(self, slot: _Slot) -> Upstream | None:
+        while slot.idle:
+            upstream = slot.idle.pop()
+            if self._good(upstream):
+                upstream.reused = True
+                return upstream
+            self._close(slot, upstream)
+        return None
+
+    @staticmethod
+    def _close(slot: _Slot, upstream: Upstream) -> None:
+        slot.open -= 1
+        upstream.stream.close()
+        upstream.account.close()
+
+    def _fresh(self, upstream: Upstream, now: float) -> bool:
+        return now - upstream.idle_since <= self._settings.idle_timeout and now - upstream.opened <= self._settings.max_age
+
+    def _good(self, upstream: Upstream) -> bool:
+        """Neither too old, nor closed by its server."""
+        return self._fresh(upstream, trio.current_time()) and upstream.stream.is_idle()
+
+    def give_back(self, key: K, upstream: Upstream, *, usable: bool) -> None:
+        """End a loan. A connection that is not usable, or not reusable, is closed and leaves room for another."""
+        slot = self._slots[key]  # the loan has kept it
+        if usable and upstream.http.reusable:
+            upstream.http.next_cycle()
+            upstream.idle_since = trio.current_time()
+            self._keep(key, slot, upstream)
+        else:
+            self._close(slot, upstream)
+            self._freed(key, slot)
+
+    def _keep(self, key: K, slot: _Slot, upstream: Upstream) -> None:
+        """A connection for the first who waits; nobody does: an idle one."""
+        first = next(iter(slot.waiting), None)
+        if first is not None and not first.fresh and self._good(upstream):
+            del slot.waiting[first]
+            upstream.reused = True
+            first.upstream = upstream
+            first.given.set()
+        elif first is None and not self.closed and len(slot.idle) < self._settings.idle:
+            slot.idle.append(upstream)
+        else:
+            self._close(slot, upstream)
+            self._freed(key, slot)
+
+    def _freed(self, key: K, slot: _Slot) -> None:
+        """There is room in `slot`: for the first who waits."""
+        if slot.waiting:
+            slot.open += 1
+            slot.waiting.popitem(last=False)[0].given.set()
+        elif not slot.open:
+            self._slots.pop(key, None)
+
+    def sweep(self) -> int:
+        """Close what has been idle too long; returns how many. To be called about once a second."""
+        now, swept = trio.current_time(), 0
+        for key, slot in list(self._slots.items()):
+            stale = [upstream for upstream in slot.idle if not self._fresh(upstream, now)]
+            for upstream in stale:
+                slot.idle.remove(upstream)
+                self._close(slot, upstream)
+            swept += len(stale)
+            if not slot.open:
+                del self._slots[key]
+        return swept
+
+    def close(self) -> None:
+        """Close the idle connections; those in use are closed as they come back."""
+        self.closed = True
+        for key, slot in list(self._slots.items()):
+            while slot.idle:
+                self._close(slot, slot.idle.pop())
+            if not slot.open:
+                del self._slots[key]
+
+    # Waiting...
+
+    async def acquire(self, key: K, *, fresh: bool = False) -> Upstream:
+        """A connection to `key`: an idle one (unless `fresh`), a new one, or one that another exchange gives back.
+
+        To be ended with `give_back` in every case. Raises PoolExhausted, and what `connect` raises.
+        """
+        slot = self._slot(key)
+        upstream = None if fresh else self._take_idle(slot)
+        if upstream is None and slot.open >= self._settings.connections and slot.idle:
+            self._close(slot, slot.idle.popleft())  # a fresh one is wanted: the oldest makes room
+        if upstream is None and slot.open >= self._settings.connections:
+            upstream = await self._wait(key, slot, _Turn(fresh))
+        elif upstream is None:
+            slot.open += 1
+        if upstream is not None:
+            return upstream
+        try:
+            stream = await self._connect(key)
+        except BaseException:
+            slot.open -= 1
+            self._freed(key, slot)
+            raise
+        return Upstream(stream, Http1Connection(Role.CLIENT, self._limits), trio.current_time(), self._account(stream))
+
+    async def _wait(self, key: K, slot: _Slot, turn: _Turn) -> Upstream | None:
+        """Wait for a connection, or for the room to open one (None)."""
+        if len(slot.waiting) >= self._settings.waiting:
+            raise PoolExhausted(f"{slot.open} connections to {key} are in use, and {len(slot.waiting)} requests wait for one")
+        slot.waiting[turn] = None
+        try:
+            with trio.move_on_after(self._settings.wait_timeout):
+                await turn.given.wait()
+        except BaseException:
+            # Cancelled in the very moment in which it was given: what it was given is the next one's.
+            slot.waiting.pop(turn, None)
+            if turn.upstream is not None:
+                self._keep(key, slot, turn.upstream)
+            elif turn.given.is_set():
+                slot.open -= 1
+                self._freed(key, slot)
+            raise
+        slot.waiting.pop(turn, None)
+        if turn.given.is_set():
+            return turn.upstream
+        raise PoolExhausted(
+            f"none of the {self._settings.connections} connections to {key} became free within {self._settings.wait_timeout} s"
+        )

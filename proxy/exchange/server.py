@@ -1,0 +1,365 @@
+"""One downstream HTTP/1 connection: requests in, one after the other, responses out.
+
+The connection's task reads a head, gives the exchange to the handler, and sees to what is left over when the handler has returned. It
+waits for heads under one cancel scope whose deadline it moves; within an exchange the exchange's own clock rules. Reading and
+writing a body is one call each for whoever needs it, so nothing is read that nobody wants: the client's TCP window is the back-pressure.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import trio
+
+from proxy.errors import ClientGone, RequestTimeout
+from proxy.exchange.exchange import Body, Exchange, Facts, Handler
+from proxy.net.address import Address
+from proxy.net.errors import NetError
+from proxy.net.streams import Stream, linger
+from proxy.wire.bodies import Framing, Length
+from proxy.wire.http1 import At, Http1Connection, Role
+from proxy.wire.messages import EndOfMessage, Headers, Limits, ProtocolError, RequestHead, ResponseHead, Signal
+
+READ_SIZE = 65536
+
+# What is written together: a head with the first piece of its body, small chunks with their neighbours; more would only wait.
+_GATHER = 65536
+
+# How long a client that is still sending may take to notice that it has been answered (see net.streams.linger).
+_LINGER_SECONDS = 2.0
+
+# The rest of a request that nobody read is worth reading to keep the connection, if it is no more than this.
+_DRAIN_BYTES = 65536
+
+_NOTHING_READ = RequestHead(b"-", b"-", Headers())
+
+
+@dataclass(slots=True)
+class Drain:
+    """Whether the proxy is going down. Connections that wait for a request are closed at once, the others after their response."""
+
+    draining: bool = False
+    idle: set[Stream] = field(default_factory=set)
+
+    def begin(self) -> None:
+        self.draining = True
+        for stream in list(self.idle):
+            stream.close()
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """Limits of a downstream connection; all times in seconds."""
+
+    limits: Limits = field(default_factory=Limits)
+    idle_timeout: float = 90.0  # between two requests
+    head_timeout: float = 10.0  # from a head's first byte to its last
+    body_timeout: float = 60.0  # between two pieces of a request's body
+    body_min_rate: float = 0.0  # bytes per second that a body must reach on average; 0: any
+    write_timeout: float = 60.0  # for the client to take what it is sent
+
+
+class _RequestBody:
+    """The body of the request being read."""
+
+    __slots__ = ("_connection", "_received", "_settings", "_stream", "_waited")
+
+    def __init__(self, connection: Http1Connection, stream: Stream, settings: ServerSettings) -> None:
+        self._connection = connection
+        self._stream = stream
+        self._settings = settings
+        self._received = 0
+        self._waited = 0.0  # seconds, for the client: what the server takes is not the client's slowness
+
+    @property
+    def length(self) -> Length:
+        return self._connection.body_length
+
+    def receive_nowait(self) -> bytes | EndOfMessage | None:
+        try:
+            event = self._connection.next_body()
+        except ProtocolError:
+            self._connection.keep_alive = False
+            raise
+        if isinstance(event, Signal):
+            return None
+        if isinstance(event, bytes):
+            self._received += len(event)
+        return event
+
+    async def receive(self) -> bytes | EndOfMessage:
+        while (event := self.receive_nowait()) is None:
+            started = trio.current_time()
+            with trio.move_on_after(self._patience()) as scope:
+                try:
+                    self._connection.receive_data(await self._stream.receive_some(READ_SIZE))
+                except NetError as error:
+                    raise ClientGone(f"the client's connection broke within its request's body: {error}") from error
+            if scope.cancelled_caught:
+                self._connection.keep_alive = False
+                raise RequestTimeout(f"the request's body stopped after {self._received} bytes")
+            self._waited += trio.current_time() - started
+        return event
+
+    def _patience(self) -> float:
+        """Seconds that may pass until the next piece."""
+        patience = self._settings.body_timeout
+        if self._settings.body_min_rate > 0:
+            allowed = patience + self._received / self._settings.body_min_rate
+            patience = min(patience, max(0.0, allowed - self._waited))
+        return patience
+
+
+class Http1Exchange(Exchange):
+    __slots__ = ("_continued", "_server")
+
+    def __init__(self, server: Http1Server, request: RequestHead, body: Body, malformed: ProtocolError | None = None) -> None:
+        super().__init__(request, body, server.facts, malformed)
+        self._server = server
+        self._continued = False  # the client was told to send its body
+
+    async def inform(self, head: ResponseHead) -> None:
+        self._continued = self._continued or head.status == 100
+        if self._server.connection.peer_version != b"1.0":
+            await self._server.send(self._server.connection.send_response(head, 0))
+
+    async def respond(self, head: ResponseHead, body: Body) -> None:
+        server = self._server
+        length = self._frame(head, body)
+        self.response = head
+        self.on_response(head.status)
+        out = [server.connection.send_response(head, length)]
+        gathered = 0
+        while True:
+            piece = body.receive_nowait()
+            if piece is None or gathered >= _GATHER:
+                await self._flush(out)
+                gathered = 0
+                if piece is None:
+                    piece = await body.receive()
+            if isinstance(piece, EndOfMessage):
+                out.append(server.connection.send_end(piece))
+                break
+            if length != 0 or not isinstance(length, int):
+                self.response_bytes += len(piece)
+                gathered += len(piece)
+                out.append(server.connection.send_data(piece))
+        await self._flush(out)
+
+    async def _flush(self, out: list[bytes]) -> None:
+        data = out[0] if len(out) == 1 else b"".join(out)
+        out.clear()
+        if data:
+            self.clock.expect(self._client_stalls, self._server.settings.write_timeout)
+            await self._server.send(data)
+            self.clock.rest()
+
+    def _client_stalls(self) -> Exception:
+        return ClientGone(f"the client took nothing for {self._server.settings.write_timeout} s")
+
+    def _frame(self, head: ResponseHead, body: Body) -> Length:
+        """Set the fields that belong to this hop; how the body is delimited on it."""
+        connection, headers = self._server.connection, head.headers
+        length = body.length
+        if self.request.method == b"HEAD" or head.status in (204, 304):
+            length = 0
+            if head.status == 204:  # RFC 9110 §8.6
+                headers.remove(b"content-length")
+        elif isinstance(length, int):
+            if b"content-length" not in headers:
+                headers.add(b"Content-Length", b"%d" % length)
+        else:
+            headers.remove(b"content-length")
+            length = Framing.CLOSE if connection.peer_version == b"1.0" else Framing.CHUNKED
+            if length is Framing.CHUNKED:
+                headers.add(b"Transfer-Encoding", b"chunked")
+        if not connection.keep_alive or self._server.drain.draining or length is Framing.CLOSE or self._body_unlikely():
+            connection.keep_alive = False
+            headers.add(b"Connection", b"close")
+        elif connection.peer_version == b"1.0":
+            headers.add(b"Connection", b"keep-alive")
+        return length
+
+    def _body_unlikely(self) -> bool:
+        """The client waits to be told to send its body, and now will not be: nobody could tell a late body from a next request
+        (RFC 9110 §10.1.1)."""
+        if self._server.connection.reading is not At.BODY or self._continued:
+            return False
+        return b"100-continue" in self.request.headers.tokens(b"expect") and not self.request_bytes
+
+    async def switch(self, head: ResponseHead) -> Stream:
+        server = self._server
+        self.response = head
+        self.on_response(head.status)
+        if head.status != 101:  # RFC 9110 §9.3.6: a 2xx to CONNECT has no body, and no field says so
+            head.headers.remove(b"content-length", b"transfer-encoding")
+        await server.send(server.connection.send_response(head, 0))
+        server.tunnelled = True
+        return Resumed(server.stream, server.connection.take_rest())
+
+    def abort(self) -> None:
+        self._server.abort()
+
+
+class Resumed:
+    """A stream of which some bytes were read before: they come first."""
+
+    __slots__ = ("_first", "_stream")
+
+    def __init__(self, stream: Stream, first: bytes) -> None:
+        self._stream = stream
+        self._first = first
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if self._first:
+            await trio.lowlevel.checkpoint()
+            data, self._first = self._first[:max_bytes], self._first[len(self._first[:max_bytes]) :]
+            return data
+        return await self._stream.receive_some(max_bytes)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def reset(self) -> None:
+        self._stream.reset()
+
+    def is_idle(self) -> bool:
+        return not self._first and self._stream.is_idle()
+
+    @property
+    def peer(self) -> Address:
+        return self._stream.peer
+
+    @property
+    def local(self) -> Address:
+        return self._stream.local
+
+    @property
+    def bytes_read(self) -> int:
+        return self._stream.bytes_read
+
+    @property
+    def bytes_written(self) -> int:
+        return self._stream.bytes_written
+
+
+class Http1Server:
+    """`run` returns when the connection is of no further use; closing the stream stays with its owner."""
+
+    def __init__(self, stream: Stream, facts: Facts, settings: ServerSettings, drain: Drain) -> None:
+        self.stream = stream
+        self.facts = facts
+        self.settings = settings
+        self.drain = drain
+        self.connection = Http1Connection(Role.SERVER, settings.limits)
+        self.tunnelled = False
+        self.aborted = False
+
+    async def run(self, handler: Handler) -> None:
+        """Serve until either side has enough. Raises ConnectionLost when the client's connection breaks within a request's head."""
+        with trio.CancelScope() as scope:
+            while await self._serve_one(handler, scope):
+                self.connection.next_cycle()
+        if scope.cancelled_caught and self.connection.buffered:
+            late = ProtocolError(f"the request's head was not complete after {self.settings.head_timeout} s", 408)
+            await self._refuse(handler, late)
+
+    async def _serve_one(self, handler: Handler, scope: trio.CancelScope) -> bool:
+        """One exchange. False: the connection ends behind it."""
+        connection = self.connection
+        try:
+            head = await self._next_request(scope)
+        except ProtocolError as error:
+            await self._refuse(handler, error)
+            return False
+        if head is None:
+            return False
+        self.facts.declined_requests = connection.declined
+        exchange = Http1Exchange(self, head, _RequestBody(connection, self.stream, self.settings))
+        await handler(exchange)
+        if self.tunnelled or self.aborted:
+            return False
+        if connection.writing is not At.DONE:
+            self.abort()
+            return False
+        if connection.reading is not At.DONE and connection.keep_alive:
+            await self._finish_reading()
+        if not connection.reusable:
+            await self._linger()
+            return False
+        return True
+
+    async def _next_request(self, scope: trio.CancelScope) -> RequestHead | None:
+        """The next head; None: the client has closed, or the proxy is going down."""
+        connection = self.connection
+        if self.drain.draining:
+            return None
+        if not connection.buffered:
+            scope.deadline = trio.current_time() + self.settings.idle_timeout
+            self.drain.idle.add(self.stream)
+            try:
+                connection.receive_data(await self.stream.receive_some(READ_SIZE))
+            except (trio.ClosedResourceError, NetError):
+                return None  # by the drain, or by the client: between two requests nothing is lost
+            finally:
+                self.drain.idle.discard(self.stream)
+        head = connection.next_request()
+        if head is Signal.NEED_DATA:
+            scope.deadline = trio.current_time() + self.settings.head_timeout
+            while head is Signal.NEED_DATA:
+                connection.receive_data(await self.stream.receive_some(READ_SIZE))
+                head = connection.next_request()
+        scope.deadline = math.inf
+        return None if isinstance(head, Signal) else head
+
+    async def _refuse(self, handler: Handler, error: ProtocolError) -> None:
+        """A request that cannot be read goes the way of all others, so that it is counted, logged and answered as they are."""
+        connection = self.connection
+        connection.keep_alive = False
+        connection.reading = At.DONE
+        await handler(Http1Exchange(self, _NOTHING_READ, _RequestBody(connection, self.stream, self.settings), error))
+        await self._linger()
+
+    async def _finish_reading(self) -> None:
+        """Read a short rest of the request, so that the connection can be kept. Where it is long, or late, the connection ends."""
+        body = _RequestBody(self.connection, self.stream, self.settings)
+        length = body.length
+        if isinstance(length, int) and length > _DRAIN_BYTES:
+            return
+        seen = 0
+        with trio.move_on_after(_LINGER_SECONDS):
+            try:
+                while isinstance(piece := await body.receive(), bytes) and seen <= _DRAIN_BYTES:
+                    seen += len(piece)
+            except (ProtocolError, ClientGone, RequestTimeout):
+                self.connection.keep_alive = False
+
+    async def _linger(self) -> None:
+        """End our side, then read and drop what still comes, within bounds."""
+        connection = self.connection
+        read = connection.reading is At.DONE and connection.method and not connection.buffered
+        if self.aborted or (read and self.stream.is_idle()):
+            return
+        await linger(self.stream, seconds=_LINGER_SECONDS)
+
+    async def send(self, data: bytes) -> None:
+        try:
+            await self.stream.send_all(data)
+        except NetError as error:
+            self.connection.keep_alive = False
+            raise ClientGone(f"the client's connection broke within the response: {error}") from error
+
+    def abort(self) -> None:
+        """Cut the connection so that the client cannot take what it got for a whole response."""
+        self.aborted = True
+        self.stream.reset()

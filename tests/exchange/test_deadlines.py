@@ -1,0 +1,310 @@
+"""Every wait has a deadline, and each deadline its own answer. Time is trio's mock clock, the sockets are real.
+
+Also here: going down. Idle connections end at once, those in use after their response.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from proxy.exchange.client import ClientSettings
+from proxy.exchange.server import ServerSettings
+from tests.kit.hop import Settings, hop, through
+from tests.kit.http import BROKEN, GET, OK, POST, Message, Peer, answering, echo, origin
+
+SETTINGS = Settings(
+    server=ServerSettings(idle_timeout=90, head_timeout=10, body_timeout=60, write_timeout=50),
+    client=ClientSettings(response_timeout=300, stream_timeout=400),
+    buffers=16384,
+)
+UPLOAD = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
+
+
+@pytest.fixture
+def clock(mock_clock: MockClock) -> MockClock:
+    """Jumps as soon as nothing has happened for so many real seconds: the kernel delays acknowledgements by 40 ms."""
+    mock_clock.autojump_threshold = 0.06
+    return mock_clock
+
+
+async def _silent(peer: Peer) -> None:
+    await peer.rest()
+
+
+def about(seconds: float) -> object:
+    return pytest.approx(seconds, abs=2)
+
+
+# The client's
+
+
+@pytest.mark.parametrize("sent", [b"", GET], ids=["new", "used"])
+async def test_a_connection_on_which_nothing_is_asked_is_closed_quietly(clock: MockClock, sent: bytes) -> None:
+    async with through(answering(), SETTINGS) as (client, proxy):
+        if sent:
+            await client.ask(sent)
+        started = trio.current_time()
+        assert await client.rest() == b""
+        assert trio.current_time() - started == about(90)
+        assert len(proxy.ended) == bool(sent)
+
+
+@pytest.mark.parametrize("first", [b"", GET], ids=["first", "second"])
+async def test_a_slow_head_is_cut_at_its_deadline_however_it_trickles(clock: MockClock, first: bytes) -> None:
+    async with through(answering(), SETTINGS) as (client, proxy):
+        if first:
+            await client.ask(first)
+        started = trio.current_time()
+        with contextlib.suppress(trio.BrokenResourceError):
+            for byte in b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 100:
+                await client.send(bytes([byte]))
+                await trio.sleep(1)
+        answer = await client.response()
+        assert trio.current_time() - started < 15
+        assert answer.status == 408
+        assert answer.get(b"connection") == b"close"
+        assert proxy.ended[-1].status == 408
+
+
+async def test_a_body_that_stops_is_cut_at_its_deadline(clock: MockClock) -> None:
+    async with through(_silent, SETTINGS) as (client, proxy):
+        await client.send(UPLOAD % 10 + b"01234")
+        started = trio.current_time()
+        answer = await client.response()
+        assert trio.current_time() - started == about(60)
+        assert answer.status == 408
+        assert b"stopped after 5 bytes" in answer.body
+        assert proxy.ended[0].failure == "request_timeout"
+        assert proxy.pool.counts() == (0, 0)
+
+
+async def test_a_body_that_trickles_may_take_its_time_if_no_rate_is_asked(clock: MockClock) -> None:
+    async with through(echo, SETTINGS) as (client, _):
+        await client.send(UPLOAD % 20)
+        for _ in range(20):
+            await client.send(b"x")
+            await trio.sleep(50)
+        assert (await client.response()).body == b"x" * 20
+
+
+async def test_a_body_below_the_least_rate_is_cut(clock: MockClock) -> None:
+    settings = Settings(server=ServerSettings(body_timeout=60, body_min_rate=100))
+    async with through(_silent, settings) as (client, _), trio.open_nursery() as nursery:
+
+        async def trickle() -> None:
+            while True:
+                await client.send(b"x")
+                await trio.sleep(5)
+
+        await client.send(UPLOAD % 1000)
+        nursery.start_soon(trickle)
+        started = trio.current_time()
+        answer = await client.response()
+        assert answer.status == 408
+        assert trio.current_time() - started == about(60)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_slow_server_is_not_the_client_s_low_rate(clock: MockClock) -> None:
+    """The client has sent all it could; it is the server that did not take it."""
+    size = 2_000_000
+
+    async def script(peer: Peer) -> None:
+        await peer.head()
+        for _ in range(3):
+            await trio.sleep(100)
+            await peer.exactly(size // 4)
+        await peer.exactly(size - 3 * (size // 4))
+        await peer.send(OK)
+        await peer.rest()
+
+    server = ServerSettings(body_timeout=60, body_min_rate=1e6)
+    async with through(script, Settings(server=server, buffers=16384), buffers=16384) as (client, proxy):
+        await client.send(UPLOAD % size + bytes(size))
+        assert (await client.response()).status == 200
+        await proxy.idle()
+        assert proxy.ended[0].request_bytes == size
+
+
+# These two in real time: with clogged buffers the kernel waits for timers of its own, which a mock clock would jump over.
+
+
+async def test_a_client_that_takes_nothing_loses_its_connection() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
+        await peer.flood()
+
+    settings = Settings(server=ServerSettings(write_timeout=0.1), buffers=16384)
+    async with through(script, settings, buffers=16384) as (client, proxy):
+        await client.send(GET)
+        await client.head()
+        await proxy.gone()
+        assert proxy.ended[0].failure == "client_gone"
+        assert "took nothing for 0.1" in proxy.ended[0].words
+        with pytest.raises(trio.BrokenResourceError):
+            await client.rest()
+
+
+async def test_a_client_that_reads_slowly_keeps_its_connection() -> None:
+    size = 3_000_000
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
+        await peer.rest()
+
+    settings = Settings(server=ServerSettings(write_timeout=0.7), buffers=65536)
+    async with through(script, settings, buffers=65536) as (client, _):
+        await client.send(GET)
+        await client.head()
+        received = len(client.received)
+        started = trio.current_time()
+        while received < size:
+            await trio.sleep(0.03)
+            received += len(await client.stream.receive_some(65536))
+        assert trio.current_time() - started > 0.7
+        assert received == size
+
+
+# The server's
+
+
+@pytest.mark.parametrize("request_bytes", [GET, POST])
+async def test_a_server_that_says_nothing_is_a_504(clock: MockClock, request_bytes: bytes) -> None:
+    async with through(_silent, SETTINGS) as (client, proxy):
+        started = trio.current_time()
+        answer = await client.ask(request_bytes)
+        assert answer.status == 504
+        assert trio.current_time() - started == about(300)
+        assert b"error=http_response_timeout" in (answer.get(b"proxy-status") or b"")
+        assert proxy.pool.counts() == (0, 0)
+        assert (await client.ask(request_bytes)).status == 504  # the client's connection is still good
+
+
+async def test_the_time_for_the_response_begins_at_the_end_of_the_request(clock: MockClock) -> None:
+    async with through(_silent, SETTINGS) as (client, _):
+        await client.send(UPLOAD % 10)
+        for _ in range(10):
+            await client.send(b"x")
+            await trio.sleep(50)
+        started = trio.current_time()
+        assert (await client.response()).status == 504
+        assert trio.current_time() - started == about(250)
+
+
+async def test_interim_responses_do_not_move_the_deadline(clock: MockClock) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        while True:
+            await peer.send(b"HTTP/1.1 102 Processing\r\n\r\n")
+            await trio.sleep(100)
+
+    async with through(script, SETTINGS) as (client, _):
+        answer = await client.ask()
+        assert (answer.status, answer.interim) == (504, [102, 102, 102])
+
+
+async def test_a_server_that_stops_within_its_response_breaks_the_connection(clock: MockClock) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n01234")
+        await peer.rest()
+
+    async with through(script, SETTINGS) as (client, proxy):
+        started = trio.current_time()
+        with pytest.raises(BROKEN):
+            await client.ask()
+        assert trio.current_time() - started == about(400)
+        assert proxy.ended[0].failure == "upstream_timeout"
+
+
+async def test_a_server_that_takes_nothing_of_the_request_is_a_504(clock: MockClock) -> None:
+    async def script(peer: Peer) -> None:
+        await trio.sleep_forever()
+
+    async with through(script, SETTINGS, buffers=16384) as (client, _), trio.open_nursery() as nursery:
+        await client.send(UPLOAD % 100_000_000)
+        nursery.start_soon(client.flood)
+        started = trio.current_time()
+        answer = await client.response()
+        assert answer.status == 504
+        assert b"took nothing of the request" in answer.body
+        assert trio.current_time() - started == about(400)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_server_that_stays_silent_after_100_continue_was_asked_for_is_not_waited_for_for_ever(clock: MockClock) -> None:
+    async with through(_silent, SETTINGS) as (client, _):
+        await client.send((UPLOAD % 5).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
+        assert (await client.response()).status in (408, 504)
+
+
+async def test_a_tunnel_has_no_deadline_of_an_exchange(clock: MockClock) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.head()
+        await peer.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n")
+        assert await peer.exactly(1) == b"?"
+        await peer.send(b"!")
+        await peer.rest()
+
+    settings = Settings(server=SETTINGS.server, client=SETTINGS.client, tunnel_idle=10_000)
+    async with through(script, settings) as (client, _):
+        await client.send(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n")
+        await client.head()
+        await trio.sleep(5000)
+        await client.send(b"?")
+        assert await client.exactly(1) == b"!"
+
+
+# Going down
+
+
+async def test_idle_connections_end_at_once() -> None:
+    async with origin(answering()) as server, hop(server.address) as proxy:
+        new, used = await proxy.connect(), await proxy.connect()
+        await used.ask()
+        await wait_all_tasks_blocked(0.01)
+        proxy.drain.begin()
+        assert await new.rest() == await used.rest() == b""
+        await proxy.gone()
+        assert proxy.errors == []
+        assert not proxy.drain.idle
+
+
+async def test_connections_in_use_end_after_their_response() -> None:
+    release = trio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await release.wait()
+        await peer.send(OK)
+        await peer.rest()
+
+    async with through(script) as (client, proxy):
+        await client.send(GET + GET)
+        await wait_all_tasks_blocked(0.01)
+        proxy.drain.begin()
+        release.set()
+        answer = await client.response()
+        assert (answer.body, answer.get(b"connection")) == (b"ok", b"close")
+        assert await client.rest() == b""
+        client.close()
+        await proxy.gone()
+        assert len(proxy.ended) == 1
+
+
+async def test_a_request_that_has_begun_is_still_served() -> None:
+    heard: list[Message] = []
+    async with through(answering(heard=heard)) as (client, proxy):
+        await client.send(GET[:10])
+        await wait_all_tasks_blocked(0.01)
+        proxy.drain.begin()
+        await client.send(GET[10:])
+        answer = await client.response()
+        assert (answer.status, answer.get(b"connection")) == (200, b"close")
+        assert await client.ended()

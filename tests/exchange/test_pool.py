@@ -1,0 +1,269 @@
+"""The pool by itself: connections are used again while they are good, bounded in number, and waited for in order and not for long."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from proxy.errors import PoolExhausted
+from proxy.exchange.pool import Pool, PoolSettings, Upstream
+from proxy.net.address import Address
+from proxy.net.dial import Dialer
+from proxy.wire.messages import EndOfMessage, Headers, Limits, RequestHead
+from tests.kit.http import listen
+
+KEY = "endpoint"
+HEAD = RequestHead(b"GET", b"/", Headers([(b"Host", b"a")]))
+
+
+class Bench:
+    """A pool with connections to a silent server, and the accounts that it opened."""
+
+    def __init__(self, **settings: float) -> None:
+        self.listener = listen()
+        self.address = Address.of(self.listener.getsockname())
+        self.opened = self.closed = 0
+        self.pool: Pool[str] = Pool(self.dial, lambda _: self.account(), PoolSettings(**settings), Limits())  # type: ignore[arg-type]
+        self.dials: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+
+    async def dial(self, _: str) -> trio.abc.Stream:
+        await self.dials()
+        return await Dialer().dial(self.address)
+
+    def account(self) -> Bench:
+        self.opened += 1
+        return self
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def end(self) -> None:
+        self.pool.close()
+        self.listener.close()
+        assert self.pool.counts() == (0, 0)
+        assert not self.pool._slots
+        assert self.opened == self.closed
+
+    def give_back(self, upstream: Upstream, *, usable: bool = True) -> None:
+        """After an exchange, if the connection is to be usable."""
+        if usable:
+            upstream.http.send_request(HEAD, 0)
+            upstream.http.send_end(EndOfMessage())
+            upstream.http.receive_data(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            upstream.http.next_response()
+            upstream.http.next_body()
+        self.pool.give_back(KEY, upstream, usable=usable)
+
+
+async def test_the_last_connection_given_back_is_the_first_to_be_used_again() -> None:
+    bench = Bench()
+    first, second = await bench.pool.acquire(KEY), await bench.pool.acquire(KEY)
+    assert bench.pool.counts() == (2, 0)
+    bench.give_back(first)
+    bench.give_back(second)
+    assert bench.pool.counts() == (0, 2)
+    again = await bench.pool.acquire(KEY)
+    assert again is second
+    assert again.reused
+    bench.give_back(again, usable=False)
+    assert bench.pool.counts() == (0, 1)
+    bench.end()
+
+
+async def test_no_more_than_so_many_idle_connections_are_kept() -> None:
+    bench = Bench(idle=1)
+    first, second = await bench.pool.acquire(KEY), await bench.pool.acquire(KEY)
+    bench.give_back(first)
+    bench.give_back(second)
+    assert bench.pool.counts() == (0, 1)
+    assert bench.closed == 1
+    bench.end()
+
+
+async def test_idle_connections_are_dropped_in_time(autojump_clock: MockClock) -> None:
+    bench = Bench(idle_timeout=3)
+    bench.give_back(await bench.pool.acquire(KEY))
+    await trio.sleep(2.9)
+    assert bench.pool.sweep() == 0
+    kept = await bench.pool.acquire(KEY)
+    assert kept.reused
+    bench.give_back(kept)
+    await trio.sleep(3.1)
+    fresh = await bench.pool.acquire(KEY)  # also before the sweep has come
+    assert not fresh.reused
+    bench.give_back(fresh)
+    await trio.sleep(3.1)
+    assert bench.pool.sweep() == 1
+    assert not bench.pool._slots  # nothing is remembered of an endpoint that nobody uses
+    bench.end()
+
+
+async def test_a_connection_has_a_greatest_age(autojump_clock: MockClock) -> None:
+    bench = Bench(max_age=10)
+    old = await bench.pool.acquire(KEY)
+    for _ in range(5):
+        await trio.sleep(2)
+        bench.give_back(old)
+        assert await bench.pool.acquire(KEY) is old
+    await trio.sleep(1)
+    bench.give_back(old)
+    young = await bench.pool.acquire(KEY)
+    assert young is not old
+    assert bench.closed == 1
+    bench.give_back(young)
+    bench.end()
+
+
+async def test_a_connection_that_the_server_closed_meanwhile_is_not_used() -> None:
+    bench = Bench()
+    upstream = await bench.pool.acquire(KEY)
+    bench.give_back(upstream)
+    bench.listener.accept()[0].close()
+    fresh = await bench.pool.acquire(KEY)
+    assert fresh is not upstream
+    bench.give_back(fresh)
+    bench.end()
+
+
+async def test_a_connection_on_which_the_server_spoke_unasked_is_not_used() -> None:
+    bench = Bench()
+    bench.give_back(await bench.pool.acquire(KEY))
+    sock, _ = bench.listener.accept()
+    with sock:
+        sock.sendall(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
+        fresh = await bench.pool.acquire(KEY)
+        assert not fresh.reused
+    bench.give_back(fresh)
+    bench.end()
+
+
+async def test_who_waits_is_served_in_order_and_no_newcomer_overtakes() -> None:
+    bench = Bench(connections=1)
+    served: list[str] = []
+
+    async def use(name: str) -> None:
+        upstream = await bench.pool.acquire(KEY)
+        served.append(name)
+        await trio.lowlevel.checkpoint()
+        bench.give_back(upstream)
+
+    held = await bench.pool.acquire(KEY)
+    async with trio.open_nursery() as nursery:
+        for name in "abc":
+            nursery.start_soon(use, name)
+            await wait_all_tasks_blocked()
+        bench.give_back(held)
+        await use("newcomer")
+    assert served == ["a", "b", "c", "newcomer"]
+    assert bench.opened == 1
+    bench.end()
+
+
+async def test_a_connection_that_breaks_leaves_its_room_to_who_waits() -> None:
+    bench = Bench(connections=1)
+    reused: list[bool] = []
+
+    async def use() -> None:
+        upstream = await bench.pool.acquire(KEY)
+        reused.append(upstream.reused)
+        bench.give_back(upstream)
+
+    held = await bench.pool.acquire(KEY)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(use)
+        nursery.start_soon(use)
+        await wait_all_tasks_blocked()
+        bench.give_back(held, usable=False)
+    assert reused == [False, True]
+    bench.end()
+
+
+async def test_waiting_has_a_deadline_that_overtaking_cannot_move(autojump_clock: MockClock) -> None:
+    bench = Bench(connections=1, wait_timeout=5)
+    held = await bench.pool.acquire(KEY)
+    started = trio.current_time()
+    with pytest.raises(PoolExhausted, match="none of the 1 connections to endpoint became free within 5"):
+        await bench.pool.acquire(KEY)
+    assert trio.current_time() - started == pytest.approx(5)
+    bench.give_back(held)
+    bench.end()
+
+
+async def test_the_queue_is_bounded() -> None:
+    bench = Bench(connections=1, waiting=2)
+    held = await bench.pool.acquire(KEY)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.pool.acquire, KEY)
+        nursery.start_soon(bench.pool.acquire, KEY)
+        await wait_all_tasks_blocked()
+        with pytest.raises(PoolExhausted, match="1 connections to endpoint are in use, and 2 requests wait"):
+            await bench.pool.acquire(KEY)
+        nursery.cancel_scope.cancel()
+    bench.give_back(held)
+    bench.end()
+
+
+@pytest.mark.parametrize("usable", [True, False], ids=["a connection", "room"])
+async def test_what_is_given_to_one_who_was_cancelled_in_that_moment_goes_to_the_next(usable: bool) -> None:
+    bench = Bench(connections=1)
+    held = await bench.pool.acquire(KEY)
+    served = False
+
+    async def next_one() -> None:
+        nonlocal served
+        bench.give_back(await bench.pool.acquire(KEY))
+        served = True
+
+    async with trio.open_nursery() as nursery:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as cancelled:
+                cancelled.start_soon(bench.pool.acquire, KEY)
+                await wait_all_tasks_blocked()
+                nursery.start_soon(next_one)
+                await wait_all_tasks_blocked()
+                scope.cancel()
+                bench.give_back(held, usable=usable)
+        await wait_all_tasks_blocked()
+        assert served
+    bench.end()
+
+
+async def test_a_fresh_connection_is_to_be_had_although_all_places_are_taken_by_idle_ones() -> None:
+    bench = Bench(connections=2)
+    first, second = await bench.pool.acquire(KEY), await bench.pool.acquire(KEY)
+    bench.give_back(first)
+    bench.give_back(second)
+    with trio.fail_after(1):
+        fresh = await bench.pool.acquire(KEY, fresh=True)
+    assert fresh not in (first, second)
+    assert bench.pool.counts() == (1, 1)
+    bench.give_back(fresh)
+    bench.end()
+
+
+async def test_dialling_that_fails_leaves_room_for_the_next() -> None:
+    bench = Bench(connections=1)
+
+    async def fail() -> None:
+        await trio.lowlevel.checkpoint()
+        raise OSError("no")
+
+    bench.dials = fail
+    for _ in range(3):
+        with pytest.raises(OSError, match="no"):
+            await bench.pool.acquire(KEY)
+    assert not bench.pool._slots
+    bench.end()
+
+
+async def test_a_closed_pool_keeps_nothing_that_comes_back() -> None:
+    bench = Bench()
+    lent, idle = await bench.pool.acquire(KEY), await bench.pool.acquire(KEY)
+    bench.give_back(idle)
+    bench.pool.close()
+    assert bench.pool.counts() == (1, 0)
+    bench.give_back(lent)
+    bench.end()

@@ -1,0 +1,166 @@
+"""A proxy made of the parts of the exchange room, between real clients and servers, and what it has seen."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+from proxy.exchange.client import Client, ClientSettings
+from proxy.exchange.exchange import Exchange, Facts, stack
+from proxy.exchange.layers import deadline, measure, rescue
+from proxy.exchange.pool import Pool, PoolSettings
+from proxy.exchange.server import Drain, Http1Server, ServerSettings
+from proxy.net.accept import Acceptor, Connection
+from proxy.net.address import Address
+from proxy.net.dial import Dialer
+from proxy.net.relay import relay
+from proxy.net.streams import SocketStream, Stream
+from tests.kit.http import Peer, Script, connect, listen, origin, small, until
+
+
+@dataclass
+class Ended:
+    """What the measure layer saw of an exchange."""
+
+    status: int | None
+    failure: str | None
+    words: str
+    attempts: int
+    request_bytes: int
+    response_bytes: int
+
+
+@dataclass
+class _Life:
+    """The pool's account of one connection."""
+
+    hop: Hop
+    open: bool = True
+
+    def close(self) -> None:
+        assert self.open, "an account was closed twice"
+        self.open = False
+        self.hop.closed += 1
+
+
+@dataclass
+class Hop:
+    """A proxy from the parts of this room, and what it has seen."""
+
+    pool: Pool[Address] = field(init=False)
+    address: Address = field(init=False)
+    target: Address = field(init=False)
+    acceptor: Acceptor = field(init=False)
+    drain: Drain = field(default_factory=Drain)
+    ended: list[Ended] = field(default_factory=list)
+    errors: list[BaseException] = field(default_factory=list)  # that reached the connection boundary
+    dialled: int = 0
+    closed: int = 0
+    hangs: trio.Event | None = None  # dialling waits for it
+    raises: Exception | None = None  # by the endpoint, instead of an exchange
+    clients: list[Peer] = field(default_factory=list)
+
+    async def connect(self, buffers: int | None = None) -> Peer:
+        """A new client, closed with the hop at the latest."""
+        self.clients.append(await connect(self.address, buffers))
+        return self.clients[-1]
+
+    async def idle(self, seconds: float = 5) -> None:
+        """Wait until no exchange is under way."""
+        await until(lambda: self.pool.counts()[0] == 0, seconds)
+
+    async def gone(self, seconds: float = 5) -> None:
+        """Wait until no downstream connection is left."""
+        await until(lambda: self.acceptor.open == 0, seconds)
+
+
+@dataclass
+class Settings:
+    """How a hop is set up. `open_to`: whether clients are told details; `buffers`: of the proxy's own sockets, in bytes."""
+
+    server: ServerSettings = field(default_factory=ServerSettings)
+    client: ClientSettings = field(default_factory=ClientSettings)
+    pool: PoolSettings = field(default_factory=PoolSettings)
+    open_to: bool = True
+    name: bytes = b"test"
+    buffers: int | None = None
+    dial_timeout: float = 5.0
+    tunnel_idle: float = 10.0
+
+
+def _serve(nursery: trio.Nursery, proxy: Hop, listener: socket.socket) -> None:
+    nursery.start_soon(proxy.acceptor.serve, [listener])
+
+
+@asynccontextmanager
+async def hop(target: Address, settings: Settings | None = None) -> AsyncIterator[Hop]:
+    """A running proxy to `target`. At its end all its connections must have been given back and closed, each once."""
+    settings = settings or Settings()
+    proxy = Hop()
+    proxy.target = target
+    dialer = Dialer(timeout=settings.dial_timeout)
+
+    async def dial(address: Address) -> Stream:
+        if proxy.hangs is not None:
+            await proxy.hangs.wait()
+        stream = await dialer.dial(address)
+        small(stream.socket, settings.buffers)
+        return stream
+
+    def account(_: Stream) -> _Life:
+        proxy.dialled += 1
+        return _Life(proxy)
+
+    async def bridge(_: Exchange, client: Stream, server: Stream) -> None:
+        await relay(client, server, idle=settings.tunnel_idle)
+
+    @contextmanager
+    def book(exchange: Exchange) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            status = exchange.response.status if exchange.response else None
+            counted = exchange.attempts, exchange.request_bytes, exchange.response_bytes
+            proxy.ended.append(Ended(status, exchange.failure, exchange.failure_words, *counted))
+
+    proxy.pool = Pool(dial, account, settings.pool, settings.server.limits)
+    client = Client(proxy.pool, settings.client, bridge)
+
+    async def send(exchange: Exchange) -> None:
+        if proxy.raises is not None:
+            raise proxy.raises
+        await client.send(exchange, proxy.target)
+
+    handler = stack(measure(book), rescue(lambda _: settings.name, lambda _: settings.open_to), deadline, endpoint=send)
+
+    async def serve(connection: Connection) -> None:
+        assert isinstance(connection.stream, SocketStream)
+        facts = Facts("outbound", connection.peer, proxy.target)
+        await Http1Server(connection.stream, facts, settings.server, proxy.drain).run(handler)
+
+    listener = listen(settings.buffers)
+    proxy.address = Address.of(listener.getsockname())
+    proxy.acceptor = Acceptor(serve, limit=4096, on_error=lambda _, error: proxy.errors.append(error))
+    async with trio.open_nursery() as nursery:
+        _serve(nursery, proxy, listener)
+        try:
+            yield proxy
+        finally:
+            nursery.cancel_scope.cancel()
+            for peer in proxy.clients:
+                peer.close()
+    assert proxy.pool.counts()[0] == 0, "connections that nobody gave back"
+    proxy.pool.close()
+    assert proxy.pool.counts() == (0, 0)
+    assert proxy.dialled == proxy.closed, "connections that nobody closed"
+
+
+@asynccontextmanager
+async def through(script: Script, settings: Settings | None = None, *, buffers: int | None = None) -> AsyncIterator[tuple[Peer, Hop]]:
+    """A client connected by a hop to a server that runs `script`."""
+    async with origin(script, buffers=buffers) as server, hop(server.address, settings) as proxy:
+        yield await proxy.connect(buffers), proxy
