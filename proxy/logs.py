@@ -22,8 +22,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Final, TextIO
 
-from proxy.config import LogConfig
 from proxy.net.tls import TLSInfo
+from proxy.sections import LogConfig
 
 ROOT: Final = "isthmus"
 _CONNECTION = logging.getLogger(f"{ROOT}.connection")
@@ -77,6 +77,10 @@ class RequestLine:
     words: str = ""
 
 
+def _uncounted(_: int) -> None:
+    pass
+
+
 def log_connection(line: ConnectionLine) -> None:
     """One line for a connection, at level info."""
     if _CONNECTION.isEnabledFor(logging.INFO):
@@ -109,6 +113,22 @@ def configure(config: LogConfig, stream: TextIO | None = None, on_drop: Callable
     return close
 
 
+class _NoLock:
+    """What logging takes around `emit`: acquire and release until Python 3.12, `with` from 3.13 on."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+    def __enter__(self) -> bool:
+        return True
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 class QueueHandler(logging.Handler):
     """Hands records to the writing thread, or drops them. Its `emit` never blocks and never raises."""
 
@@ -127,7 +147,7 @@ class QueueHandler(logging.Handler):
 
     def createLock(self) -> None:  # noqa: N802  (logging's name)
         """No lock: the queue has its own, and a thread that holds one must never make the data path wait."""
-        self.lock = None
+        self.lock = _NoLock()  # type: ignore[assignment]  # the interface of threading.RLock, of which logging uses these four
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

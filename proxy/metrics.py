@@ -213,7 +213,7 @@ class Metrics:
         )
         self._loops = self._counter("loops_total", "Traffic loops that were stopped.", "kind")
         self._errors = self._counter("errors_total", "Connections and requests that failed in the proxy.", "direction", "reason")
-        self._declined = self._counter("heads_declined_total", "Heads that the fast recogniser left to h11.", "role", "reason")
+        self._declined = self._counter("heads_declined_total", "HTTP/1 heads that the fast recogniser left to h11.", "direction", "role")
         self._directory = self._counter("directory_reloads_total", "Changed directory files by what became of them.", "result")
         self._identity = self._counter("identity_reloads_total", "Changed certificates, keys or roots by what became of them.", "result")
         self._dropped_logs = self._counter("dropped_logs_total", "Log lines dropped since their writer could not keep up.")
@@ -236,7 +236,7 @@ class Metrics:
         self._tls_failures.at(direction, kind).inc()
 
     def detected(self, direction: Direction, result: str, seconds: float) -> None:
-        """Detection ended with `result` (http1, http2, opaque, tls, timeout, eof, declared) after `seconds`."""
+        """Detection ended with `result` (http1, http2, opaque, tls, silent, closed, declared) after `seconds`."""
         self._detections.at(direction, result).inc()
         self._detection_time.at(direction).observe(seconds)
 
@@ -246,8 +246,8 @@ class Metrics:
     def error(self, direction: Direction, reason: str) -> None:
         self._errors.at(direction, reason).inc()
 
-    def head_declined(self, role: Literal["request", "response"], reason: str) -> None:
-        self._declined.at(role, reason).inc()
+    def heads_declined(self, direction: Direction, role: Literal["request", "response"], count: int) -> None:
+        self._declined.at(direction, role).inc(count)
 
     def directory_reloaded(self, result: Literal["ok", "error"]) -> None:
         self._directory.at(result).inc()

@@ -220,7 +220,7 @@ def test_any_values_are_a_configuration_or_mistakes(
     try:
         load(file, {})
     except ConfigError as error:
-        assert all(re.match(r"[a-z_]+(\.|\[|: |$)", mistake) for mistake in error.mistakes), error.mistakes  # noqa: PT017  (either is right)
+        assert all(re.match(r"[a-z0-9_]+(\.|\[|: |$)", mistake) for mistake in error.mistakes), error.mistakes  # noqa: PT017  (either is right)
 
 
 @given(st.integers(0, 10**9))

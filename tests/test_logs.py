@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.config import LogConfig
 from proxy.logs import (
     ConnectionLine,
     JsonFormatter,
@@ -28,6 +27,7 @@ from proxy.logs import (
     warn,
 )
 from proxy.net.tls import TLSInfo
+from proxy.sections import LogConfig
 
 LOGGER = logging.getLogger("isthmus.test")
 

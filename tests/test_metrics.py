@@ -121,7 +121,7 @@ def test_the_text_is_what_prometheus_reads_and_has_every_family() -> None:
     metrics.detected("inbound", "http1", 0.01)
     metrics.loop("own-port")
     metrics.error("inbound", "connection_refused")
-    metrics.head_declined("request", "obs-fold")
+    metrics.heads_declined("inbound", "request", 1)
     metrics.directory_reloaded("error")
     metrics.identity_reloaded("ok")
     metrics.expiries(100.0, 200.0)

@@ -116,6 +116,7 @@ class RequestHead:
     target: bytes
     headers: Headers
     version: bytes = b"1.1"
+    protocol: bytes | None = None  # of an extended CONNECT (RFC 8441), which is how HTTP/2 asks for a WebSocket
 
     @property
     def authority(self) -> bytes | None:

@@ -1,0 +1,60 @@
+# Isthmus as a container image: the sidecar, and, with another user and command, the init container that installs the redirection.
+#
+#   docker build --tag isthmus:0.1.0 .
+#   docker run --rm isthmus:0.1.0 --help
+#
+# What goes to the builder stands in .dockerignore. The laboratory, the tests and the demo do not: `isthmus demo` says so in one line.
+
+# The newest Python that the steps of this file have been tried with.
+ARG PYTHON=3.12-slim-bookworm
+
+FROM python:${PYTHON} AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /src
+
+# The environment that runs, at the path where it will run: exact versions, checked against their hashes, wheels only (there is no compiler).
+# It has no pip of its own.
+COPY requirements/run.txt requirements/demo.txt requirements/
+RUN python -m venv --without-pip /opt/isthmus \
+    && pip --python /opt/isthmus/bin/python install --only-binary :all: --require-hashes -r requirements/run.txt \
+    # The build backend is locked in demo.txt. It goes into this stage's own Python, which is thrown away.
+    && pip install --only-binary :all: --require-hashes -r requirements/demo.txt
+
+# The project's own packages last: a change of the source builds from here only.
+COPY LICENSE README.md pyproject.toml ./
+COPY loopguard loopguard
+COPY tracing tracing
+COPY proxy proxy
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
+    && pip --python /opt/isthmus/bin/python install --no-deps --no-index /wheels/isthmus-*.whl
+
+
+FROM python:${PYTHON}
+LABEL org.opencontainers.image.title="isthmus" \
+      org.opencontainers.image.description="A service-mesh sidecar in Python: upgrades a pod's traffic to mutual TLS" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="0.1.0"
+
+# nft is for the init container (`isthmus intercept`). Its version is the distribution's: an older one leaves the archive when a newer one
+# comes, and a pinned build would break on that day.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends nftables \
+    && rm -rf /var/lib/apt/lists/* \
+    && groupadd --gid 2102 isthmus \
+    && useradd --uid 2102 --gid 2102 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin isthmus
+
+COPY --from=build /opt/isthmus /opt/isthmus
+ENV PATH=/opt/isthmus/bin:$PATH PYTHONDONTWRITEBYTECODE=1
+
+# The user that the redirection exempts. A number, so that Kubernetes can see that it is not root (runAsNonRoot).
+USER 2102:2102
+WORKDIR /
+
+# outbound, inbound, admin
+EXPOSE 4140 4143 4191
+
+# The first SIGTERM lets open connections finish within `shutdown.grace`, a second one ends at once.
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["isthmus"]
+CMD ["run"]

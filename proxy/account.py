@@ -1,0 +1,219 @@
+"""The books: every connection and every exchange is recorded exactly once, in the metrics and in the log, however it ended.
+
+A flow opens an account with `with`, tells it what it learns, and the account closes itself. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Literal, Self
+
+import trio
+
+from proxy.detect import Opening, detect
+from proxy.errors import LoopDetected, describe
+from proxy.exchange.exchange import Exchange, Facts
+from proxy.logs import ConnectionLine, RequestLine, log_connection, log_request
+from proxy.metrics import ConnectionRecord, Direction, Metrics, RequestRecord, Tls
+from proxy.net.relay import Relayed, relay
+from proxy.net.streams import SocketStream, Stream
+from proxy.net.tls import TLSInfo, TLSStream
+from proxy.wire.sniff import Protocol as Spoken
+
+
+class Ledger:
+    """All accounts of one proxy. `access`: whether each request gets a line in the log."""
+
+    def __init__(self, metrics: Metrics, *, access: bool) -> None:
+        self.metrics = metrics
+        self.access = access
+
+    def connection(self, stream: SocketStream, facts: Facts) -> ConnectionAccount:
+        return ConnectionAccount(self, stream, facts)
+
+    def exchange(self, exchange: Exchange) -> ExchangeAccount:
+        return ExchangeAccount(self, exchange)
+
+    def upstream(self, direction: Direction, stream: Stream) -> StreamAccount:
+        """Open the account of a connection to a server."""
+        tls: Tls = "mutual" if isinstance(stream, TLSStream) else "none"
+        return StreamAccount(self.metrics.connections[direction].connection("dst", tls), stream)
+
+    def tls_established(self, direction: Direction, info: TLSInfo) -> None:
+        side: Literal["client", "server"] = "client" if direction == "outbound" else "server"
+        self.metrics.handshake(direction, side, (info.version, info.group, info.resumed))
+
+    def tls_failed(self, direction: Direction, kind: str) -> None:
+        self.metrics.handshake_failed(direction, "client" if direction == "outbound" else "server", kind)
+
+    def bridge(self, idle: float) -> Callable[[Exchange, Stream, Stream], Awaitable[None]]:
+        """Joins the two streams of an upgraded exchange; what they carry is the exchange's."""
+
+        async def join(exchange: Exchange, client: Stream, server: Stream) -> None:
+            def moved(forward: int, backward: int) -> None:
+                exchange.request_bytes += forward
+                exchange.response_bytes += backward
+
+            ended = await relay(client, server, idle=idle, on_bytes=moved)
+            if ended.how != "eof":
+                exchange.failure, exchange.failure_words = f"tunnel_{ended.how}", str(ended.error or "")
+
+        return join
+
+
+class StreamAccount:
+    """One connection's entry in the metrics. `close` once the stream is closed; a second call changes nothing."""
+
+    __slots__ = ("_open", "_record", "stream")
+
+    def __init__(self, record: ConnectionRecord, stream: Stream) -> None:
+        self._record = record.__enter__()
+        self._open = True
+        self.stream = stream
+
+    def secured(self, tls: Tls) -> None:
+        self._record.secured(tls)
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self._record.transferred(self.stream.bytes_read, self.stream.bytes_written)
+            self._record.__exit__(None, None, None)
+
+
+class ConnectionAccount:
+    """A downstream connection. Its line in the log is written when it ends."""
+
+    __slots__ = ("_account", "_facts", "_ledger", "_relayed", "_started", "detection")
+
+    def __init__(self, ledger: Ledger, stream: SocketStream, facts: Facts) -> None:
+        self._ledger = ledger
+        self._facts = facts
+        self._started = time.perf_counter()
+        self._account = StreamAccount(ledger.metrics.connections[facts.direction].connection("src"), stream)
+        self._relayed: Relayed | None = None
+        self.detection = "none"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._account.close()
+        metrics, facts = self._ledger.metrics, self._facts
+        metrics.heads_declined(facts.direction, "request", facts.declined_requests)
+        metrics.heads_declined(facts.direction, "response", facts.declined_responses)
+        if isinstance(error, LoopDetected):
+            metrics.loop(error.kind)
+        if error is not None and not isinstance(error, trio.Cancelled):
+            metrics.error(facts.direction, describe(error).reason)
+        log_connection(self._line(error))
+
+    async def detect(self, stream: SocketStream, timeout: float | None) -> Opening:
+        """What the connection begins with; None: nobody looks, it is declared opaque."""
+        started = time.perf_counter()
+        opening = Opening(Spoken.OPAQUE, "declared") if timeout is None else await detect(stream, timeout)
+        self.detection = opening.how
+        self._ledger.metrics.detected(self._facts.direction, opening.how, time.perf_counter() - started)
+        return opening
+
+    def plain(self, opening: Opening) -> None:
+        """The connection is not ours to decrypt."""
+        self._account.secured("passthrough" if opening.hello is not None else "none")
+
+    def secured(self, stream: TLSStream) -> None:
+        """The connection was decrypted; bytes are counted behind the decryption."""
+        self._account.secured("mutual")
+        self._account.stream = stream
+
+    @contextmanager
+    def upstream(self, stream: Stream) -> Iterator[None]:
+        """The account of the one connection to a server that this one is relayed to."""
+        self._facts.carried(stream)
+        account = self._ledger.upstream(self._facts.direction, stream)
+        try:
+            yield
+        finally:
+            account.close()
+
+    def relayed(self, ended: Relayed) -> None:
+        self._relayed = ended
+
+    def _line(self, error: BaseException | None) -> ConnectionLine:
+        facts, stream = self._facts, self._account.stream
+        if error is not None:
+            reason = "cancelled" if isinstance(error, trio.Cancelled) else describe(error).reason
+            words = str(error)
+        elif self._relayed is not None and self._relayed.how != "eof":
+            reason, words = self._relayed.how, f"{self._relayed.first or 'nobody'}: {self._relayed.error or 'silent for too long'}"
+        else:
+            reason, words = "closed", ""
+        return ConnectionLine(
+            direction=facts.direction,
+            peer=str(facts.peer),
+            destination=str(facts.destination),
+            upstream=str(facts.upstream or ""),
+            upstream_identity=_identity(facts.upstream_tls),
+            upstream_tls=facts.upstream_tls,
+            protocol=self.detection if facts.tls is None else facts.tls.alpn.decode("ascii", "replace"),
+            identity=facts.identity or "",
+            tls=facts.tls,
+            read=stream.bytes_read,
+            written=stream.bytes_written,
+            seconds=time.perf_counter() - self._started,
+            reason=reason,
+            words=words,
+        )
+
+
+class ExchangeAccount:
+    """One request and its response."""
+
+    __slots__ = ("_exchange", "_ledger", "_record", "_started")
+
+    def __init__(self, ledger: Ledger, exchange: Exchange) -> None:
+        self._ledger = ledger
+        self._exchange = exchange
+        self._started = time.perf_counter()
+        method = exchange.request.method.decode("ascii", "replace")
+        self._record: RequestRecord = ledger.metrics.http[exchange.facts.direction].request(method)
+        exchange.on_response = self._record.head
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        exchange = self._exchange
+        self._record.failed = exchange.failure is not None and exchange.response is not None and exchange.response.status < 400
+        self._record.__exit__(kind, error, trace)
+        if exchange.failure is not None:
+            self._ledger.metrics.error(exchange.facts.direction, exchange.failure)
+        if exchange.loop is not None:
+            self._ledger.metrics.loop(exchange.loop)
+        if self._ledger.access:
+            log_request(self._line())
+
+    def _line(self) -> RequestLine:
+        exchange = self._exchange
+        return RequestLine(
+            direction=exchange.facts.direction,
+            peer=str(exchange.facts.peer),
+            identity=exchange.facts.identity or "",
+            method=exchange.request.method,
+            target=exchange.request.target,
+            authority=exchange.request.authority or b"",
+            status=exchange.response.status if exchange.response is not None else 0,
+            upstream=str(exchange.upstream or ""),
+            upstream_identity=_identity(exchange.upstream_tls),
+            request_bytes=exchange.request_bytes,
+            response_bytes=exchange.response_bytes,
+            seconds=time.perf_counter() - self._started,
+            reason=exchange.failure or "",
+            words=exchange.failure_words,
+        )
+
+
+def _identity(tls: TLSInfo | None) -> str:
+    return tls.peer_identity or "" if tls is not None else ""

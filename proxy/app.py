@@ -1,0 +1,311 @@
+"""The composition root: reads the material, binds the sockets, builds the flows, and runs them. The only module that knows all others.
+
+The order of the start is the order of what depends on what: identity (no socket without it, if it is configured), directory, sockets
+(bound early, served late), then
+
+    run
+    ├── admin                    from the first moment to the last: its answers are how the rest is seen
+    ├── identity.watch           new certificates and roots, without a restart
+    ├── directory.watch          new snapshots
+    ├── sweep                    idle connections that have become too old
+    ├── inbound                  a task for each connection
+    └── outbound                 a task for each connection
+
+and the end is the same backwards. SIGTERM: not ready any more; inbound accepts nothing new; connections between two requests are closed,
+the others after their response. Outbound goes on accepting until the application has been quiet for a moment, because Kubernetes
+stops the application at the same time and it may have work to finish. After `shutdown.grace` seconds what is still open is cut.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from loopguard import OwnListeners
+from proxy.account import Ledger
+from proxy.admin import admin
+from proxy.config import Config
+from proxy.errors import LoopDetected, known
+from proxy.exchange.pool import Pool
+from proxy.exchange.server import Drain
+from proxy.inbound import inbound, inbound_pool
+from proxy.logs import configure
+from proxy.mesh import identity as identities
+from proxy.mesh.balance import Balancer
+from proxy.mesh.directory import Directory, DirectoryError, Endpoint
+from proxy.mesh.identity import Identity, TLSSettings
+from proxy.mesh.material import MaterialError, MaterialFiles
+from proxy.mesh.watch import DirectorySource
+from proxy.metrics import Metrics
+from proxy.net.accept import Acceptor, BindFailed, Connection, bind
+from proxy.net.address import Address
+from proxy.net.dial import Dialer
+from proxy.net.interfaces import local_addresses
+from proxy.outbound import outbound, outbound_pool
+from proxy.runtime import Runtime, Settings
+
+_log = logging.getLogger("isthmus")
+
+# An application that is finishing its work makes its next connection within this time (seconds) of its last.
+_QUIET = 1.0
+_TICK = 0.1
+_SWEEP = 1.0
+
+
+class StartError(Exception):
+    """The proxy cannot start. `code` is the exit code (sysexits.h)."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A directory that does not change: there is none."""
+
+    current: Directory
+
+
+@dataclass(frozen=True, slots=True)
+class Listeners:
+    """Bound sockets. Whoever serves them closes them."""
+
+    outbound: list[socket.socket]
+    inbound: list[socket.socket]
+    admin: list[socket.socket]
+
+    def ports(self) -> frozenset[int]:
+        """Those that forward what they accept."""
+        return frozenset(sock.getsockname()[1] for sock in (*self.outbound, *self.inbound))
+
+
+def start(config: Config) -> int:
+    """Run a proxy until it is told to stop; returns the exit code. Raises StartError."""
+    metrics = Metrics()
+    close_logs = configure(config.log, on_drop=metrics.logs_dropped)
+    try:
+        trio.run(App(config, metrics).run)
+    finally:
+        close_logs()
+    return 0
+
+
+class App:
+    """One proxy. The constructor reads and binds, and raises StartError; `run` serves."""
+
+    def __init__(self, config: Config, metrics: Metrics) -> None:
+        self.config = config
+        self.metrics = metrics
+        self.ledger = Ledger(metrics, access=config.log.access)
+        self.identity = _identity(config)
+        self.source = _directory(config)
+        self.listeners = _bind(config)
+        self.drain = Drain()
+        addresses = frozenset(map(str, config.pod.addresses)) or local_addresses()
+        own = OwnListeners(self.listeners.ports(), addresses)
+        self.runtime = Runtime(
+            config=config,
+            settings=Settings.of(config),
+            listeners=own,
+            identity=self.identity,
+            directory=self.source or _Known(Directory()),
+            balancer=Balancer(trio.current_time),
+            dialer=Dialer(config.mark, config.tcp.connect_timeout, config.tcp.keepalive or None, _refuse(own)),
+            ledger=self.ledger,
+            drain=self.drain,
+        )
+        self.outbound_pool: Pool[Endpoint] = outbound_pool(self.runtime)
+        self.inbound_pool: Pool[Address] = inbound_pool(self.runtime)
+        self.inbound = Acceptor(inbound(self.runtime, self.inbound_pool), limit=config.inbound.max_connections, on_error=_report)
+        self.outbound = Acceptor(outbound(self.runtime, self.outbound_pool), limit=config.outbound.max_connections, on_error=_report)
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, and through the drain that follows."""
+        admins = Acceptor(admin(self.not_ready, self.render), limit=_ADMIN_CONNECTIONS, on_error=_report)
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(admins.serve, self.listeners.admin)
+                nursery.start_soon(self._watch_identity)
+                nursery.start_soon(self._watch_directory)
+                nursery.start_soon(self._sweep)
+                nursery.start_soon(self._serve_until, signals.__aiter__().__anext__, nursery.cancel_scope)
+                self._say_hello()
+
+    async def _serve_until(self, stop: Callable[[], object], everything: trio.CancelScope) -> None:
+        """Serve the traffic until `stop`, then drain; `stop` again ends it at once."""
+        async with trio.open_nursery() as flows:
+            flows.start_soon(self.inbound.serve, self.listeners.inbound)
+            flows.start_soon(self.outbound.serve, self.listeners.outbound)
+            await stop()  # type: ignore[misc]  # an awaitable of a signal number
+            _log.info("stopping: open connections have %g s", self.config.shutdown.grace)
+            flows.start_soon(self._hurry, stop, everything)
+            await self._drain(self.config.shutdown.grace)
+            flows.cancel_scope.cancel()
+        everything.cancel()
+
+    @staticmethod
+    async def _hurry(stop: Callable[[], object], everything: trio.CancelScope) -> None:
+        await stop()  # type: ignore[misc]
+        everything.cancel()
+
+    async def _drain(self, grace: float) -> None:
+        self.drain.begin()
+        self.inbound.drain(grace)
+        quiet = 0.0
+        with trio.move_on_after(grace):
+            while self.inbound.open or quiet < _QUIET:
+                await trio.sleep(_TICK)
+                quiet = 0.0 if self.outbound.open else quiet + _TICK
+        self.outbound.drain(0)
+        self.outbound_pool.close()
+        self.inbound_pool.close()
+
+    # What goes on beside the traffic...
+
+    async def _watch_identity(self) -> None:
+        if self.identity is None or self.config.identity is None:
+            return
+        self._note_expiry(self.identity)
+        for warning in self.identity.warnings:
+            _log.warning("%s", warning)
+        await identities.watch(
+            self.identity, self.config.identity.reload_interval, self._identity_changed, self._identity_broken, _warn
+        )
+
+    def _identity_changed(self, identity: Identity) -> None:
+        self.metrics.identity_reloaded("ok")
+        self._note_expiry(identity)
+        _log.info("new certificate or trust roots in use: %s, valid until %s", identity.id, identity.not_after.isoformat())
+
+    def _identity_broken(self, error: MaterialError) -> None:
+        self.metrics.identity_reloaded("error")
+        _log.error("the changed certificate, key or roots cannot be used, the old ones stay: %s", error)
+
+    def _note_expiry(self, identity: Identity) -> None:
+        self.metrics.expiries(identity.not_after.timestamp(), identity.roots_not_after.timestamp())
+
+    async def _watch_directory(self) -> None:
+        if self.source is not None and self.config.directory is not None:
+            await self.source.watch(self.config.directory.poll_interval, self._directory_changed)
+
+    def _directory_changed(self, error: DirectoryError | None) -> None:
+        self.metrics.directory_reloaded("ok" if error is None else "error")
+        if error is None:
+            _log.info("new directory in use: %d services", len(self.runtime.directory.current.services))
+        else:
+            _log.error("the changed directory cannot be used, the old one stays: %s", error)
+
+    async def _sweep(self) -> None:
+        while True:
+            await trio.sleep(_SWEEP)
+            self.outbound_pool.sweep()
+            self.inbound_pool.sweep()
+
+    # What the admin listener says...
+
+    def not_ready(self) -> list[str]:
+        reasons = []
+        if self.drain.draining:
+            reasons.append("shutting down")
+        if self.identity is not None and self.identity.time_left.total_seconds() <= 0:
+            reasons.append(f"the certificate has expired at {self.identity.not_after.isoformat()}")
+        return reasons
+
+    def render(self) -> bytes:
+        used = [pool.counts() for pool in (self.outbound_pool, self.inbound_pool)]
+        self.metrics.pool("active").set(sum(active for active, _ in used))
+        self.metrics.pool("idle").set(sum(idle for _, idle in used))
+        return self.metrics.render()
+
+    def _say_hello(self) -> None:
+        # What has been built so far lives as long as the process: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        for path, address in self.config.listeners():
+            _log.info("%s: %s", path.split(".")[0], address)
+        if self.identity is None:
+            _log.warning("no identity is configured: everything is clear text")
+        else:
+            _log.info("identity: %s, valid until %s", self.identity.id, self.identity.not_after.isoformat())
+
+
+# Probes and scrapers; whoever opens more waits.
+_ADMIN_CONNECTIONS = 64
+
+
+def _identity(config: Config) -> Identity | None:
+    if config.identity is None:
+        return None
+    files = MaterialFiles(config.identity.certificate, config.identity.key, config.identity.roots)
+    try:
+        identity = Identity(files, TLSSettings(session_lifetime=config.identity.session_lifetime))
+    except MaterialError as error:
+        raise StartError(str(error), 64) from error
+    if identity.id.trust_domain != config.trust_domain:
+        raise StartError(f"{files.certificate} is of the trust domain {identity.id.trust_domain}, not {config.trust_domain}", 64)
+    return identity
+
+
+def _directory(config: Config) -> DirectorySource | None:
+    if config.directory is None:
+        return None
+    try:
+        return DirectorySource(config.directory.file)
+    except DirectoryError as error:
+        raise StartError(str(error), 64) from error
+
+
+def _bind(config: Config) -> Listeners:
+    bound: list[socket.socket] = []
+
+    def listen(addresses: tuple[Address, ...]) -> list[socket.socket]:
+        sockets = [bind(address) for address in addresses if _has_family(address)]
+        bound.extend(sockets)
+        return sockets
+
+    try:
+        return Listeners(listen(config.outbound.listen), listen(config.inbound.listen), listen(config.admin.listen))
+    except BindFailed as error:
+        for sock in bound:
+            sock.close()
+        raise StartError(str(error), 69) from error
+
+
+def _has_family(address: Address) -> bool:
+    """Whether the kernel knows the address's family: where IPv6 is switched off, its listeners are left out."""
+    if not address.is_ipv6:
+        return True
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def _refuse(own: OwnListeners) -> Callable[[Address], None]:
+    """The loop guard at the dialler."""
+
+    def refuse(address: Address) -> None:
+        loop = own.dialled(address.host, address.port)
+        if loop is not None:
+            raise LoopDetected(loop.words, loop.kind)
+
+    return refuse
+
+
+def _report(connection: Connection, error: BaseException) -> None:
+    """Errors that the table knows stand in the connection's line in the log already; the others are bugs."""
+    if not known(error):
+        _log.error("a connection from %s failed by a fault of this proxy's", connection.peer, exc_info=error)
+
+
+def _warn(sentence: str) -> None:
+    _log.warning("%s", sentence)

@@ -1,0 +1,90 @@
+"""The command `isthmus`: one subcommand a job, each with a --help that a newcomer can follow."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# sysexits.h: the command, or a file it was given, is not usable.
+USAGE = 64
+UNAVAILABLE = 69
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns its exit code. argparse's own exit code for bad usage, 2, becomes 64."""
+    parser = _parser()
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:
+        return USAGE if stop.code == 2 else int(stop.code or 0)
+    result: int = args.run(args)
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    from proxy.commands import check, identity, intercept
+
+    parser = argparse.ArgumentParser(
+        prog="isthmus",
+        description="A service-mesh data plane: a small process beside every pod that upgrades its traffic to mutual TLS.",
+        epilog="In a checkout begin with `isthmus demo`, which builds a small mesh on this machine and shows what it does.",
+    )
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_run(subparsers)
+    for command in (intercept, identity, check):
+        command.add_parser(subparsers)
+    _add_demo(subparsers)
+    return parser
+
+
+def _add_demo(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The laboratory belongs to a checkout; the container image has only what runs, and then the command says so."""
+    if importlib.util.find_spec("lab") is not None:
+        from lab import demo
+
+        demo.add_parser(subparsers)
+    else:
+        subparsers.add_parser("demo", help="not in this installation: run `make demo` in a checkout").set_defaults(run=_no_demo)
+
+
+def _no_demo(_: argparse.Namespace) -> int:
+    print("isthmus: the demonstration needs the laboratory (package lab), which is not installed here: use a checkout", file=sys.stderr)
+    return UNAVAILABLE
+
+
+def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "run",
+        help="run the proxy",
+        description=(
+            "Run the proxy: outbound (4140), inbound (4143) and admin (4191) listeners. SIGTERM lets open connections finish within "
+            "the grace period; a second one ends at once."
+        ),
+        epilog="docs/configuration.md describes every setting; ISTHMUS_<SECTION>__<FIELD>=value in the environment overrides the file.",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the configuration file in YAML (default: $ISTHMUS_CONFIG, or none)")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from proxy.app import StartError, start
+    from proxy.config import ConfigError, load
+
+    try:
+        config = load(args.config, os.environ)
+    except ConfigError as error:
+        print(f"isthmus: {error}", file=sys.stderr)
+        return USAGE
+    try:
+        return start(config)
+    except StartError as error:
+        print(f"isthmus: {error}", file=sys.stderr)
+        return error.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

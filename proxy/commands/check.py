@@ -1,0 +1,125 @@
+"""`isthmus check`: proves in words that this pod is set up right, or says what is wrong and how to mend it."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import trio
+
+from proxy.commands.check_peers import MAX_PEERS, check_peers
+from proxy.commands.check_redirection import PROBE_PORT, check_proxy, check_redirection
+from proxy.commands.checks import Moment, Result, check_certificates, check_clock, check_configuration, check_directory, worst
+
+DESCRIPTION = """\
+Prove that this pod is set up right, and say what is wrong and how to mend it:
+
+  configuration   the file and the environment are understood
+  certificates    certificate, key and trust roots fit together and are valid
+  proxy           if a proxy runs here already: it is ready
+  clock           this machine's time is believable
+  directory       the directory file is understood
+  redirection     a connection to an address that belongs to nobody arrives at the proxy (nothing is sent on it)
+  peers           the directory's endpoints answer, and are who they should be
+
+Run it as root, best as an init container after `isthmus intercept`: the proxy's own user is exempt from redirection and
+cannot prove it, and other users cannot go around it to reach the peers themselves.
+The exit code is 0 when nothing failed and 1 when something did; warnings alone do not fail."""
+
+EPILOG = """\
+examples:
+  isthmus check --config /etc/isthmus/config.yaml
+  isthmus check --only configuration --only redirection      in an init container: peers may not be up yet
+  isthmus check --only certificates --only clock
+  isthmus check --json | jq '.checks[] | select(.status != "ok")'"""
+
+CHECKS = ("configuration", "certificates", "proxy", "clock", "directory", "redirection", "peers")
+_LABELS = {"ok": "ok", "warning": "WARNING", "failed": "FAILED", "skipped": "skipped"}
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the subcommand `check`."""
+    parser = subparsers.add_parser(
+        "check",
+        help="prove that redirection, certificates, clock, directory and peers are right",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the proxy's configuration file")
+    parser.add_argument("--only", action="append", choices=CHECKS, metavar="CHECK", help="do only this check; may be repeated")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument("--timeout", type=_positive, default=3.0, metavar="SECONDS", help="for each connection (default 3)")
+    parser.add_argument(
+        "--probe-port", type=int, default=PROBE_PORT, metavar="PORT", help=f"dialled to prove redirection (default {PROBE_PORT})"
+    )
+    parser.add_argument("--max-peers", type=int, default=MAX_PEERS, metavar="N", help=f"endpoints to try (default {MAX_PEERS})")
+    parser.set_defaults(run=run)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds between 0 and 3600")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    results = trio.run(examine, args)
+    print(_as_json(results) if args.json else _as_text(results))
+    return 1 if worst(results) == "failed" else 0
+
+
+async def examine(args: argparse.Namespace) -> list[Result]:
+    """All the checks that were asked for, in the order of CHECKS. What later checks need is loaded even when it is not asked for."""
+    started = Moment.now()
+    results, config = check_configuration(args.config, os.environ)
+    if config is None:
+        return [*results, Result("everything else", "skipped", "without a configuration nothing more can be checked")]
+    found, identity = check_certificates(config)
+    results += found
+    wanted = frozenset(args.only or CHECKS)
+    reported = None
+    if wanted & {"proxy", "clock"}:
+        found, reported = await check_proxy(config, args.timeout)
+        results += found
+    found, directory = check_directory(config)
+    results += found
+    if "redirection" in wanted:
+        results += await check_redirection(config, args.probe_port, args.timeout)
+    if "peers" in wanted and directory is not None:
+        results += await check_peers(config, identity, directory, args.max_peers, args.timeout)
+    certificate = config.identity.certificate if config.identity is not None else None
+    # Last, so that the clock can be watched over the time that all the others took.
+    results += check_clock(certificate, started, reported)
+    asked = [result for result in results if result.name in wanted]
+    return sorted(asked, key=lambda result: CHECKS.index(result.name))
+
+
+def _as_json(results: Sequence[Result]) -> str:
+    checks = [{"name": r.name, "status": r.status, "what": r.what, "remedy": r.remedy} for r in results]
+    return json.dumps({"status": worst(results), "checks": checks}, indent=2)
+
+
+def _as_text(results: Sequence[Result]) -> str:
+    lines = []
+    for result in results:
+        lines.append(f"{_LABELS[result.status]:<8} {result.name:<14} {result.what}")
+        if result.remedy and result.status != "ok":
+            lines.append(f"{'':<23} -> {result.remedy}")
+    count = {status: sum(result.status == status for result in results) for status in _LABELS}
+    lines += ["", ", ".join(f"{number} {status}" for status, number in count.items() if number)]
+    if not sys.stdout.isatty():
+        return "\n".join(lines)
+    colours = {"ok": "32", "WARNING": "33", "FAILED": "31"}
+    return "\n".join(_coloured(line, colours) for line in lines)
+
+
+def _coloured(line: str, colours: dict[str, str]) -> str:
+    word = line.split(" ", 1)[0]
+    return f"\x1b[{colours[word]}m{word}\x1b[0m{line[len(word) :]}" if word in colours else line

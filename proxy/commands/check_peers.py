@@ -1,0 +1,180 @@
+"""Proof that the endpoints of the directory are reachable, and are who the directory says.
+
+A meshed endpoint must complete a mutual TLS handshake with our certificate and show the identity that the directory expects; then
+the connection ends, before a byte of any application. An unmeshed one must accept a TCP connection.
+
+These connections must leave as the proxy's own do, past the redirection, or they would be answered by our own proxy in the peer's
+place. The packet filter knows the proxy's connections by their owner or by their mark, so the check takes on either.
+"""
+
+import dataclasses
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+import trio
+
+from proxy.commands.checks import Result
+from proxy.config import Config
+from proxy.mesh.directory import Directory, Endpoint
+from proxy.mesh.identity import ALPN_HTTP1, Identity, PeerRefused, SpiffeId
+from proxy.net.dial import Dialer
+from proxy.net.errors import ConnectFailed, ConnectionLost, TLSFailed
+from proxy.net.streams import SocketStream
+from proxy.net.tls import TLSOffer, tls_client
+
+# Enough to prove that the mesh works; a directory may hold thousands of endpoints, and each of them would feel the handshake.
+MAX_PEERS = 50
+_AT_ONCE = 10
+
+_NAME = "peers"
+
+
+@dataclass(frozen=True, slots=True)
+class PeerCheck:
+    """How to try one endpoint."""
+
+    dialer: Dialer
+    identity: Identity | None
+    timeout: float
+
+    async def run(self, endpoint: Endpoint) -> Result:
+        who = f"{endpoint.address} ({endpoint.identity or 'not meshed'})"
+        try:
+            with trio.fail_after(self.timeout):
+                stream = await self.dialer.dial(endpoint.address)
+                with closing(stream):
+                    return await self._talk(stream, endpoint, who)
+        except trio.TooSlowError:
+            return Result(_NAME, "failed", f"{who}: not done within {self.timeout:g} s", "is the peer overloaded?")
+        except ConnectFailed as error:
+            remedy = "is the endpoint up, is the directory's address right, does a network policy forbid it?"
+            return Result(_NAME, "failed", f"{who}: {error}", remedy)
+
+    async def _talk(self, stream: SocketStream, endpoint: Endpoint, who: str) -> Result:
+        expected = endpoint.identity
+        if expected is None:
+            return Result(_NAME, "ok", f"{who}: accepts connections")
+        if self.identity is None:
+            return Result(_NAME, "skipped", f"{who}: without a certificate of our own it cannot be tried")
+        try:
+            return await self._shake_hands(stream, self.identity, expected, who)
+        except PeerRefused as error:
+            remedy = "the directory names another identity than the peer has: mend the one that is wrong"
+            return Result(_NAME, "failed", f"{who}: {error}", remedy)
+        except (TLSFailed, ConnectionLost) as error:
+            return Result(_NAME, "failed", f"{who}: {error}", _remedy(error))
+
+    async def _shake_hands(self, stream: SocketStream, identity: Identity, expected: SpiffeId, who: str) -> Result:
+        offer = TLSOffer(server_name=expected.sni, alpn=(ALPN_HTTP1,))
+        verify = lambda certificate: identity.verify_peer(certificate, expected)  # noqa: E731
+        tls = await tls_client(stream, identity.client_context, offer, verify=verify, timeout=self.timeout)
+        # In TLS 1.3 the server judges our certificate after our side of the handshake is done. So end our direction and read:
+        # a refusal comes as an alert, acceptance as the end of the other direction.
+        await tls.send_eof()
+        try:
+            await tls.receive_some(1)
+        except ConnectionLost:
+            pass  # it ended the connection its own way, and has not refused us
+        finally:
+            tls.close()
+        return Result(_NAME, "ok", f"{who}: mutual TLS, {tls.info.version}, {tls.info.group}")
+
+
+def _remedy(error: TLSFailed | ConnectionLost) -> str:
+    if isinstance(error, ConnectionLost):
+        return "something answers there that does not finish TLS: is it the proxy's inbound port?"
+    return {
+        "certificate": "both sides need each other's trust root: compare with `isthmus identity show`",
+        "alert": "the peer refuses our certificate: is our trust root among its roots, is its clock right?",
+        "protocol": "what answers there does not speak the mesh's TLS: is the pod meshed, is its redirection installed?",
+        "timeout": "is the peer overloaded?",
+    }[error.kind]
+
+
+async def check_peers(config: Config, identity: Identity | None, directory: Directory, limit: int, timeout: float) -> list[Result]:
+    """Try up to `limit` endpoints, `_AT_ONCE` at a time, each for at most `timeout` seconds."""
+    endpoints = [endpoint for endpoint in _endpoints(directory) if not _ourselves(endpoint, identity)]
+    if not endpoints:
+        return [Result(_NAME, "skipped", "the directory names no ready endpoint but our own")]
+    results: list[Result | None] = [None] * min(limit, len(endpoints))
+    slots = trio.CapacityLimiter(_AT_ONCE)
+    with _as_the_proxy(config) as (dialer, unproven):
+        check = PeerCheck(dialer, identity, timeout)
+
+        async def one(index: int) -> None:
+            async with slots:
+                results[index] = await check.run(endpoints[index])
+
+        async with trio.open_nursery() as nursery:
+            for index in range(len(results)):
+                nursery.start_soon(one, index)
+    found = [result for result in results if result is not None]
+    if len(endpoints) > limit:
+        found.append(Result(_NAME, "skipped", f"{len(endpoints) - limit} more endpoints were not tried", "raise --max-peers"))
+    if unproven:
+        found.append(Result(_NAME, "warning", unproven, "run it as root or as the proxy's user"))
+    return found
+
+
+def _endpoints(directory: Directory) -> list[Endpoint]:
+    """Each ready endpoint once, in the order of the directory."""
+    targets = [target for service in directory.services for target in service.targets.values()]
+    found = {endpoint.address: endpoint for target in targets for endpoint in target.endpoints if endpoint.ready}
+    return list(found.values())
+
+
+def _ourselves(endpoint: Endpoint, identity: Identity | None) -> bool:
+    """What stays inside a pod is not redirected, so that our own endpoint answers without TLS: that proves nothing."""
+    if identity is None or endpoint.identity != identity.id:
+        return False
+    family = socket.AF_INET6 if ":" in endpoint.address.host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((endpoint.address.host, 0))
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _as_the_proxy(config: Config) -> Iterator[tuple[Dialer, str]]:
+    """A dialer whose connections are not redirected, and "" or why that could not be had.
+
+    Root becomes the proxy's user while the block runs: the packet filter looks at who opened a socket. This is a command-line
+    program with nothing else going on, so changing the process's user for a moment harms nobody.
+    """
+    dialer = Dialer(timeout=config.tcp.connect_timeout)
+    if config.mark is not None:
+        if _may_mark(config.mark):
+            yield dataclasses.replace(dialer, mark=config.mark), ""
+        else:
+            yield dialer, "our packets may not be marked (CAP_NET_ADMIN), so our own proxy may have answered for peers"
+        return
+    before = os.geteuid()
+    if not _became(config.intercept.uid):
+        yield dialer, f"this is not user {config.intercept.uid} and cannot become it, so our own proxy may have answered for peers"
+        return
+    try:
+        yield dialer, ""
+    finally:
+        os.seteuid(before)
+
+
+def _may_mark(mark: int) -> bool:
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+    except OSError:
+        return False
+    return True
+
+
+def _became(uid: int) -> bool:
+    try:
+        os.seteuid(uid)
+    except OSError:
+        return False
+    return True

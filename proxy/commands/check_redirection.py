@@ -1,0 +1,238 @@
+"""Proof that the packet filter brings this pod's connections to the proxy.
+
+The proof is a TCP connection to an address that belongs to nobody (RFC 5737 and RFC 3849 keep it for documentation). Without
+redirection nothing answers there; with it, the outbound listener does, and the kernel tells it the address that was dialled. Nothing
+is sent but the TCP handshake.
+
+Two situations. Before the proxy runs (an init container), the check listens on the outbound port itself and reads what the
+kernel says about the connection: that proves everything. While the proxy runs the port is taken; then the connection must be
+answered all the same, and the running proxy must have counted it (`isthmus_connections_opened_total` on the admin port). An
+answer alone would prove little, since some networks answer for everybody.
+
+The proxy's own user is exempt from redirection, so the check must run as another one.
+"""
+
+import errno
+import os
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+
+import h11
+import trio
+
+from proxy.commands.checks import Result
+from proxy.config import Config
+from proxy.net.accept import BindFailed, bind, original_destination
+from proxy.net.address import Address
+from proxy.net.dial import Dialer
+from proxy.net.errors import ConnectFailed
+
+# Documentation addresses: TEST-NET-1 (RFC 5737) and the IPv6 documentation prefix (RFC 3849). No router knows a way to them.
+PROBES = ("192.0.2.1", "2001:db8::1")
+# Not a port that anybody would leave out of redirection, or that a network would answer in another's place.
+PROBE_PORT = 4101
+
+_NAME = "redirection"
+_INSTALL = "install the rules with `isthmus intercept` (as root), and look at them with `isthmus intercept --dry-run`"
+_OPENED = "isthmus_connections_opened_total"
+_MAX_ANSWER = 4 * 1024 * 1024  # bytes of /metrics; a proxy with a thousand services has a tenth of it
+
+
+@dataclass(frozen=True, slots=True)
+class AdminAnswer:
+    """What the admin port said: status code, the moment of its Date header (None without one), body."""
+
+    status: int
+    date: datetime | None
+    body: str
+
+
+async def check_redirection(config: Config, probe_port: int, timeout: float) -> list[Result]:
+    """Dial each documentation address and find out where the connection arrives. `timeout` in seconds, for each address."""
+    exempt = config.intercept.uid
+    if os.geteuid() == exempt:
+        what = f"this runs as user {exempt}, the proxy's own, whose connections are never redirected: nothing can be proven"
+        return [Result(_NAME, "skipped", what, "run it as another user, in an init container as root")]
+    if not config.outbound.listen:
+        return [Result(_NAME, "skipped", "outbound.listen is empty: no connection is to be redirected")]
+    results = [await _probe(config, Address(host, probe_port), timeout) for host in PROBES]
+    if all(result.status == "skipped" for result in results):
+        what = "nothing could be proven: there is no route along which a connection could be redirected"
+        results.append(Result(_NAME, "failed", what, "give this network namespace a default route"))
+    return results
+
+
+async def _probe(config: Config, target: Address, timeout: float) -> Result:
+    listeners = [address for address in config.outbound.listen if address.is_ipv6 == target.is_ipv6 and address.port]
+    family = "IPv6" if target.is_ipv6 else "IPv4"
+    if not listeners:
+        return Result(_NAME, "skipped", f"{family}: the proxy has no outbound listener for it")
+    with ExitStack() as stack:
+        sockets = []
+        try:
+            sockets = [stack.enter_context(bind(address)) for address in listeners]
+        except BindFailed as error:
+            if not _taken(error):
+                return Result(_NAME, "skipped", f"{family}: {error}", "if the pod has no such address, leave the listener out")
+        if len(sockets) == len(listeners):
+            return await _probe_ourselves(sockets, target, timeout)
+    return await _probe_running(config, target, timeout)
+
+
+def _taken(error: BindFailed) -> bool:
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE
+
+
+async def _probe_ourselves(listeners: Sequence[socket.socket], target: Address, timeout: float) -> Result:
+    """Nobody listens yet: be the proxy for a moment."""
+    dialled: list[Address | ConnectFailed] = []
+    arrived: list[tuple[Address, Address | None]] = []
+    with trio.move_on_after(timeout):
+        async with trio.open_nursery() as nursery:
+
+            async def accept(listener: socket.socket) -> None:
+                while not any(original == target for _peer, original in arrived):
+                    arrived.extend(await _accept_some(listener))
+                nursery.cancel_scope.cancel()
+
+            for listener in listeners:
+                nursery.start_soon(accept, listener)
+            dialled.append(await _dial(target, timeout))
+            if isinstance(dialled[0], ConnectFailed):
+                nursery.cancel_scope.cancel()
+    if any(original == target for _peer, original in arrived):
+        return Result(_NAME, "ok", f"a connection to {target} arrives at the outbound port, and the kernel says where it was going")
+    outcome = dialled[0] if dialled else None
+    # Other programs of the pod may have connected in the meantime: ours is known by its own end.
+    for peer, original in arrived:
+        if peer == outcome:
+            what = f"a connection to {target} arrives at the outbound port, but the kernel says it was going to {original or 'us'}"
+            return Result(_NAME, "failed", what, "connection tracking is missing (module nf_conntrack), or another rule rewrites first")
+    return _not_redirected(target, outcome, timeout)
+
+
+async def _accept_some(listener: socket.socket) -> list[tuple[Address, Address | None]]:
+    """The next connection's other end, and where it was going; closes it at once."""
+    await trio.lowlevel.wait_readable(listener)
+    try:
+        accepted, peer = listener.accept()
+    except OSError:
+        return []
+    with accepted:
+        return [(Address.of(peer), original_destination(accepted))]
+
+
+async def _dial(target: Address, timeout: float) -> Address | ConnectFailed:
+    """Connect and close at once: our own end, or why not."""
+    try:
+        stream = await Dialer(timeout=timeout).dial(target)
+    except ConnectFailed as error:
+        return error
+    with closing(stream):
+        return stream.local
+
+
+def _not_redirected(target: Address, outcome: Address | ConnectFailed | None, timeout: float) -> Result:
+    if isinstance(outcome, ConnectFailed) and outcome.reason in {"unreachable", "other"}:
+        what = f"{outcome}: without a route nothing leaves, and nothing can be redirected"
+        return Result(_NAME, "skipped", what, "give the pod a default route if it is to use this address family")
+    if isinstance(outcome, Address):
+        what = f"a connection to {target} was answered, but not by the outbound port: the network in between answers for everybody"
+        return Result(_NAME, "failed", what, _INSTALL)
+    why = str(outcome).removeprefix(f"cannot connect to {target}: ") if outcome is not None else f"no answer within {timeout:g} s"
+    return Result(_NAME, "failed", f"a connection to {target} is not redirected to the proxy ({why})", _INSTALL)
+
+
+async def _probe_running(config: Config, target: Address, timeout: float) -> Result:
+    """A proxy listens already: it must answer, and count."""
+    before = await _accepted(config, timeout)
+    outcome = await _dial(target, timeout)
+    if isinstance(outcome, ConnectFailed):
+        return _not_redirected(target, outcome, timeout)
+    # The proxy counts a connection when it accepts it; give its loop a few turns.
+    with trio.move_on_after(timeout):
+        while before is not None:
+            after = await _accepted(config, timeout)
+            if after is not None and after > before:
+                return Result(_NAME, "ok", f"a connection to {target} is answered by the running proxy, which has counted it")
+            await trio.sleep(0.05)
+    if before is None:
+        what = f"a connection to {target} is answered, but the proxy's admin port does not, so it is not proven who answered"
+        return Result(_NAME, "warning", what, "configure admin.listen, or run the check before the proxy starts")
+    what = f"a connection to {target} is answered, but not by the running proxy: it has not counted it"
+    return Result(_NAME, "failed", what, _INSTALL)
+
+
+async def _accepted(config: Config, timeout: float) -> float | None:
+    answer = await ask_admin(config, "/metrics", timeout)
+    return None if answer is None or answer.status != 200 else outbound_connections(answer.body)
+
+
+def outbound_connections(exposition: str) -> float | None:
+    """How many connections the outbound side has accepted, out of the text of /metrics; None if this is not a proxy's."""
+    if _OPENED not in exposition:
+        return None
+    found = 0.0
+    for line in exposition.splitlines():
+        if line.startswith(f"{_OPENED}{{") and 'direction="outbound"' in line and 'peer="src"' in line:
+            with suppress(ValueError, IndexError):
+                found += float(line.rpartition("} ")[2].split()[0])
+    return found
+
+
+async def check_proxy(config: Config, timeout: float) -> tuple[list[Result], datetime | None]:
+    """Ask a running proxy whether it is ready. Also gives the moment of its Date header, if it has sent one."""
+    name = "proxy"
+    answer = await ask_admin(config, "/ready", timeout)
+    if answer is None:
+        return [Result(name, "skipped", "no proxy answers on the admin port: it does not run yet, or elsewhere")], None
+    if answer.status == 200:
+        return [Result(name, "ok", "the running proxy is ready")], answer.date
+    reason = " ".join(answer.body.split())[:200] or f"status {answer.status}"
+    return [Result(name, "failed", f"the running proxy is not ready: {reason}", "its log says more")], answer.date
+
+
+async def ask_admin(config: Config, path: str, timeout: float) -> AdminAnswer | None:
+    """GET a path from the first admin listener that answers in HTTP; None if none does within `timeout` seconds each."""
+    for listener in config.admin.listen:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listener.host, listener.host)
+        with trio.move_on_after(timeout):
+            try:
+                stream = await Dialer(timeout=timeout).dial(Address(host, listener.port))
+                async with stream:
+                    return await _get(stream, path)
+            except (ConnectFailed, trio.BrokenResourceError, h11.RemoteProtocolError):
+                continue
+    return None
+
+
+async def _get(stream: trio.abc.Stream, path: str) -> AdminAnswer:
+    connection = h11.Connection(h11.CLIENT)
+    request = h11.Request(method="GET", target=path, headers=[("Host", "localhost"), ("Connection", "close")])
+    await stream.send_all((connection.send(request) or b"") + (connection.send(h11.EndOfMessage()) or b""))
+    status, date, body = 0, None, b""
+    while True:
+        match connection.next_event():
+            case h11.Response() as response:
+                status, date = response.status_code, _date(dict(response.headers).get(b"date"))
+            case h11.Data() as data if len(body) <= _MAX_ANSWER:
+                body += bytes(data.data)
+            case h11.EndOfMessage() | h11.ConnectionClosed() | h11.Data():
+                return AdminAnswer(status, date, body.decode("utf-8", "replace"))
+            case h11.NEED_DATA:
+                connection.receive_data(bytes(await stream.receive_some(65536)))
+            case _:
+                continue
+
+
+def _date(field: bytes | None) -> datetime | None:
+    if field is None:
+        return None
+    try:
+        return parsedate_to_datetime(field.decode("ascii", "replace"))
+    except ValueError:
+        return None

@@ -1,0 +1,165 @@
+"""The checks of `isthmus check` that need no traffic: configuration, certificates, clock, directory.
+
+Every check answers with results and never raises: a check that fails is a finding, and the next one is still of interest.
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+from cryptography import x509
+
+from proxy import config
+from proxy.config import Config, ConfigError
+from proxy.mesh import directory, material
+from proxy.mesh.describe import expiry_in_words, in_words, life_left
+from proxy.mesh.directory import Directory, DirectoryError
+from proxy.mesh.identity import WARN_AT, Identity, MaterialError, MaterialFiles, TLSSettings
+
+Status = Literal["ok", "warning", "failed", "skipped"]
+
+# A clock before this software was written is a clock that nobody has set (machines without a battery begin in 1970 or 2000).
+_EARLIEST = datetime(2026, 1, 1, tzinfo=UTC)
+# Below the first, clocks differ as clocks do (the Date header has whole seconds); beyond the second, certificates that last hours
+# and traces stop making sense.
+_SKEW_WARNING = 3.0
+_SKEW_FAILURE = 60.0
+# Wall clock against monotonic clock over the few seconds that a check takes.
+_STEP = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one check found: `what` is the finding in words, `remedy` what to do about it ("" when there is nothing to do)."""
+
+    name: str
+    status: Status
+    what: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Both clocks, read together."""
+
+    wall: datetime
+    monotonic: float
+
+    @classmethod
+    def now(cls) -> "Moment":
+        return cls(material.utc_now(), time.monotonic())
+
+
+def check_configuration(path: Path | None, environment: Mapping[str, str]) -> tuple[list[Result], Config | None]:
+    """Read the configuration; every mistake is a result of its own."""
+    name = "configuration"
+    try:
+        found = config.load(path, environment)
+    except ConfigError as error:
+        remedy = "docs/configuration.md lists every setting with its limits"
+        return [Result(name, "failed", f"{error.source}: {mistake}", remedy) for mistake in error.mistakes], None
+    source = str(path) if path is not None else "defaults and environment"
+    return [Result(name, "ok", f"{source}: cluster {found.cluster}, trust domain {found.trust_domain}")], found
+
+
+def check_certificates(settings: Config) -> tuple[list[Result], Identity | None]:
+    """Load the identity as the proxy does, with everything that it checks."""
+    name = "certificates"
+    section = settings.identity
+    if section is None:
+        return [Result(name, "skipped", "no identity is configured: traffic goes in clear text", "configure the section identity")], None
+    files = MaterialFiles(section.certificate, section.key, tuple(section.roots))
+    try:
+        identity = Identity(files, TLSSettings(session_lifetime=section.session_lifetime))
+    except MaterialError as error:
+        return [Result(name, "failed", str(error), f"look at the file with: isthmus identity show {error.path}")], None
+    results = [Result(name, "warning", warning) for warning in identity.warnings]
+    if identity.id.trust_domain != settings.trust_domain:
+        what = f"the certificate is of the trust domain {identity.id.trust_domain}, but trust_domain is {settings.trust_domain}"
+        results.append(Result(name, "warning", what, "set trust_domain to the one of the certificates"))
+    now = material.utc_now()
+    results.append(_lifetime(name, f"{identity.id}: the certificate", identity.certificate, now))
+    results += [_lifetime(name, f"trust root {material.name_of(root)}", root, now) for root in identity.roots]
+    return results, identity
+
+
+def _lifetime(name: str, what: str, certificate: x509.Certificate, now: datetime) -> Result:
+    words = f"{what} {expiry_in_words(certificate, now)}"
+    if life_left(certificate, now) > WARN_AT[0]:
+        return Result(name, "ok", words)
+    return Result(name, "warning", words, "find out why it was not renewed: less than a third of its life is left")
+
+
+def check_clock(certificate: Path | None, started: Moment, reported: datetime | None) -> list[Result]:
+    """Judge this machine's clock by the certificate, by the running proxy's Date header (`reported`), and by itself.
+
+    `started` was read before the other checks: if the two clocks have moved apart since, somebody is setting the time.
+    """
+    name = "clock"
+    now = Moment.now()
+    results = []
+    if now.wall < _EARLIEST:
+        what = f"it is {material.when(now.wall)} here, before this software was written"
+        results.append(Result(name, "failed", what, "set the clock of this machine (NTP)"))
+    drift = (now.wall - started.wall).total_seconds() - (now.monotonic - started.monotonic)
+    if abs(drift) > _STEP:
+        what = f"the clock jumped by {drift:+.1f} s while these checks ran"
+        results.append(Result(name, "warning", what, "something sets the time in steps; let NTP slew it"))
+    results += _clock_by_certificate(name, certificate, now.wall)
+    if reported is not None:
+        results.append(_clock_by_proxy(name, now.wall, reported))
+    return results or [Result(name, "ok", f"it is {material.when(now.wall)} here; there is nothing to compare it with")]
+
+
+def _clock_by_certificate(name: str, path: Path | None, now: datetime) -> list[Result]:
+    if path is None:
+        return []
+    try:
+        leaf = material.parse_certificates(path, material.read_file(path))[0]
+    except MaterialError:
+        return []  # that is the certificates' finding
+    start, end = leaf.not_valid_before_utc, leaf.not_valid_after_utc
+    if now < start:
+        what = f"it is {material.when(now)} here, but our certificate begins {in_words(start - now)} later: this clock is slow"
+        return [Result(name, "failed", f"{what}, or the issuer's is fast", "compare both clocks with NTP")]
+    if now > end:
+        what = f"it is {material.when(now)} here, and our certificate ended {in_words(now - end)} ago"
+        return [Result(name, "warning", what, "if the certificate is new this clock is fast; otherwise renew it")]
+    return [Result(name, "ok", f"it is {material.when(now)} here, {in_words(now - start)} after our certificate begins")]
+
+
+def _clock_by_proxy(name: str, now: datetime, reported: datetime) -> Result:
+    difference = (reported - now).total_seconds()
+    if abs(difference) <= _SKEW_WARNING:
+        return Result(name, "ok", "the running proxy has the same time")
+    status: Status = "failed" if abs(difference) > _SKEW_FAILURE else "warning"
+    words = f"the running proxy's clock is {in_words(timedelta(seconds=abs(difference)))} {'ahead' if difference > 0 else 'behind'}"
+    return Result(name, status, words, "set both clocks by NTP")
+
+
+def check_directory(settings: Config) -> tuple[list[Result], Directory | None]:
+    """Read the directory file as the proxy does; every mistake is a result of its own."""
+    name = "directory"
+    if settings.directory is None:
+        what = "no directory is configured: connections go where they were addressed, in clear text"
+        return [Result(name, "skipped", what, "configure directory.file")], None
+    path = settings.directory.file
+    try:
+        found = directory.parse(material.read_file(path).decode("utf-8"), str(path))
+    except DirectoryError as error:
+        return [Result(name, "failed", f"{error.source}: {mistake}", "mend the file") for mistake in error.mistakes], None
+    except MaterialError as error:
+        return [Result(name, "failed", str(error), "check directory.file")], None
+    except UnicodeDecodeError as error:
+        return [Result(name, "failed", f"{path}: not UTF-8 at byte {error.start}", "mend the file")], None
+    return [Result(name, "ok", f"{path}: {len(found.services)} services, {found.endpoint_count} endpoints")], found
+
+
+def worst(results: Iterable[Result]) -> Status:
+    """The status that decides: failed before warning before ok; skipped only when nothing else was found."""
+    found = {result.status for result in results}
+    order: tuple[Status, ...] = ("failed", "warning", "ok")
+    return next((status for status in order if status in found), "skipped")

@@ -1,0 +1,133 @@
+"""Traffic from the mesh to the local application.
+
+    accept -> original destination -> loop guard -> TLS for me? terminate it, and know who the peer is : leave it as it is
+      -> may this peer use this port?
+      -> HTTP/1 or opaque? (named by ALPN where TLS was ours; otherwise seen)
+           opaque  relay <-> dial(application)
+           HTTP/1  server -> measure -> rescue -> deadline -> policy -> client -> pool -> dial(application)
+
+The application is dialled at the very address that the peer dialled, so it is found on whatever address it listens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from proxy.account import ConnectionAccount
+from proxy.detect import Opening
+from proxy.errors import NotAuthorised
+from proxy.exchange.client import Client
+from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
+from proxy.exchange.layers import deadline, measure, rescue
+from proxy.exchange.pool import Pool
+from proxy.exchange.server import Http1Server
+from proxy.mesh.contexts import ALPN_HTTP1
+from proxy.mesh.identity import PeerRefused
+from proxy.net.accept import Connection
+from proxy.net.address import Address
+from proxy.net.errors import NetError, TLSFailed
+from proxy.net.relay import relay
+from proxy.net.streams import SocketStream, Stream
+from proxy.net.tls import TLSStream, tls_server
+from proxy.runtime import Runtime, closing
+from proxy.wire.sniff import Protocol
+
+DIRECTION: Direction = "inbound"
+
+# A peer of the mesh sends its ClientHello as soon as it is connected. On a port that is declared opaque, and open to peers without
+# an identity, a client that has said nothing for so long (seconds) is one of the latter, waiting for the server to speak first.
+_HELLO_GRACE = 0.25
+
+
+def inbound(rt: Runtime, pool: Pool[Address]) -> Callable[[Connection], Awaitable[None]]:
+    """The handler of the inbound listeners' connections."""
+    config = rt.config.inbound
+    handler = stack(
+        measure(rt.ledger.exchange),
+        rescue(rt.name, rt.tells),
+        deadline,
+        endpoint=to_application(rt, pool),
+    )
+
+    async def accept(connection: Connection) -> None:
+        about = Facts(DIRECTION, connection.peer, rt.destination(connection, config.fixed_destination))
+        with rt.ledger.connection(connection.stream, about) as account:
+            rt.refuse_loop(about.destination)
+            port = about.destination.port
+            opaque = port in config.opaque_ports
+            patience = _HELLO_GRACE if opaque and not config.requires_identity(port) else config.detect_timeout
+            opening = await account.detect(connection.stream, patience)
+            if opening.how == "closed":
+                return
+            async with closing(await terminate(rt, connection.stream, opening, about)) as stream:
+                if isinstance(stream, TLSStream):
+                    account.secured(stream)
+                    protocol = Protocol.HTTP1 if stream.info.alpn == ALPN_HTTP1 else Protocol.OPAQUE
+                else:
+                    account.plain(opening)
+                    protocol = Protocol.OPAQUE if opaque else opening.protocol
+                if protocol is Protocol.HTTP1:
+                    await Http1Server(stream, about, rt.settings.server, rt.drain).run(handler)
+                else:
+                    authorise(rt, about)
+                    await to_listener(rt, stream, about, account)
+
+    return accept
+
+
+async def terminate(rt: Runtime, stream: SocketStream, opening: Opening, about: Facts) -> Stream:
+    """Mutual TLS, if the ClientHello asks for a workload of the mesh; who the peer is goes into `about`. Any other TLS is the
+    application's own, and passes untouched. Raises TLSFailed, ConnectionLost.
+
+    A peer that asks for another workload of our trust domain has been sent to the wrong place. It is answered as who we are, so that it
+    refuses us and can say why; passed on to the application, its handshake would fail without a reason.
+    """
+    identity = rt.identity
+    if identity is None or opening.hello is None or not (opening.hello.server_name or "").endswith(f".sa.{identity.id.trust_domain}"):
+        return stream
+    try:
+        tls = await tls_server(stream, identity.server_context, verify=identity.verify_peer, timeout=rt.config.tcp.handshake_timeout)
+    except PeerRefused as error:
+        rt.ledger.tls_failed(DIRECTION, "certificate")
+        raise TLSFailed("certificate", str(error)) from error
+    except NetError as error:
+        rt.ledger.tls_failed(DIRECTION, error.kind if isinstance(error, TLSFailed) else "lost")
+        raise
+    rt.ledger.tls_established(DIRECTION, tls.info)
+    about.tls, about.identity = tls.info, tls.info.peer_identity
+    return tls
+
+
+def authorise(rt: Runtime, about: Facts) -> None:
+    """Raises NotAuthorised if the port's policy does not let this peer in."""
+    port = about.destination.port
+    if rt.config.inbound.allows(port, about.identity):
+        return
+    if about.identity is None:
+        raise NotAuthorised(f"port {port} takes peers with a verified identity only, and {about.peer} has shown none")
+    raise NotAuthorised(f"{about.identity} is not on the list of those who may use port {port}")
+
+
+def to_application(rt: Runtime, pool: Pool[Address]) -> Handler:
+    """The endpoint of the stack: each request to the application."""
+    client = Client(pool, rt.settings.client, rt.ledger.bridge(rt.config.tcp.idle_timeout))
+
+    async def send(exchange: Exchange) -> None:
+        authorise(rt, exchange.facts)
+        exchange.upstream = exchange.facts.destination
+        await client.send(exchange, exchange.facts.destination)
+
+    return send
+
+
+async def to_listener(rt: Runtime, stream: Stream, about: Facts, account: ConnectionAccount) -> None:
+    """Relay `stream` to the application, byte for byte."""
+    async with closing(await rt.dialer.dial(about.destination)) as application:
+        with account.upstream(application):
+            account.relayed(await relay(stream, application, idle=rt.config.tcp.idle_timeout))
+
+
+def inbound_pool(rt: Runtime) -> Pool[Address]:
+    """The kept connections to the application."""
+    return Pool(rt.dialer.dial, partial(rt.ledger.upstream, DIRECTION), rt.settings.pool, rt.settings.limits)

@@ -1,0 +1,91 @@
+"""Traffic from the local application to the mesh.
+
+    accept -> original destination -> loop guard -> what does the directory say of it? -> HTTP/1 or opaque?
+        opaque  relay <-> connect(endpoint, mutual TLS if it is meshed)
+        HTTP/1  server -> measure -> rescue -> deadline -> endpoint -> client -> pool -> connect
+
+The destination is resolved when the connection is accepted, and again for each request: the directory may have changed since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from proxy.account import ConnectionAccount
+from proxy.exchange.client import Client
+from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
+from proxy.exchange.layers import deadline, measure, rescue
+from proxy.exchange.pool import Pool
+from proxy.exchange.server import Http1Server
+from proxy.mesh.contexts import ALPN_HTTP1, ALPN_TCP
+from proxy.mesh.directory import Endpoint, Hint
+from proxy.net.accept import Connection
+from proxy.net.relay import relay
+from proxy.net.streams import Stream
+from proxy.runtime import Runtime, closing
+from proxy.wire.sniff import Protocol
+
+DIRECTION: Direction = "outbound"
+
+
+def outbound(rt: Runtime, pool: Pool[Endpoint]) -> Callable[[Connection], Awaitable[None]]:
+    """The handler of the outbound listeners' connections."""
+    config = rt.config.outbound
+    handler = stack(
+        measure(rt.ledger.exchange),
+        rescue(rt.name, rt.tells),
+        deadline,
+        endpoint=to_service(rt, pool),
+    )
+
+    async def accept(connection: Connection) -> None:
+        about = Facts(DIRECTION, connection.peer, rt.destination(connection, config.fixed_destination))
+        with rt.ledger.connection(connection.stream, about) as account:
+            rt.refuse_loop(about.destination)
+            target = rt.directory.current.resolve(about.destination)
+            opaque = target.protocol is Hint.OPAQUE or about.destination.port in config.opaque_ports
+            opening = await account.detect(connection.stream, None if opaque else config.detect_timeout)
+            account.plain(opening)
+            if opening.how == "closed":
+                return
+            if opening.protocol is Protocol.HTTP1:
+                await Http1Server(connection.stream, about, rt.settings.server, rt.drain).run(handler)
+            else:
+                await rt.reach(target, to_endpoint(rt, connection.stream, account))
+
+    return accept
+
+
+def to_service(rt: Runtime, pool: Pool[Endpoint]) -> Handler:
+    """The endpoint of the stack: each request to one of the endpoints of its destination."""
+    client = Client(pool, rt.settings.client, rt.ledger.bridge(rt.config.tcp.idle_timeout))
+
+    async def send(exchange: Exchange) -> None:
+        async def use(endpoint: Endpoint) -> None:
+            exchange.upstream = endpoint.address
+            await client.send(exchange, endpoint)
+
+        await rt.reach(rt.directory.current.resolve(exchange.facts.destination), use)
+
+    return send
+
+
+def to_endpoint(rt: Runtime, client: Stream, account: ConnectionAccount) -> Callable[[Endpoint], Awaitable[None]]:
+    """Relay `client` to an endpoint, byte for byte."""
+
+    async def use(endpoint: Endpoint) -> None:
+        async with closing(await rt.connect(endpoint, ALPN_TCP)) as upstream:
+            with account.upstream(upstream):
+                account.relayed(await relay(client, upstream, idle=rt.config.tcp.idle_timeout))
+
+    return use
+
+
+def outbound_pool(rt: Runtime) -> Pool[Endpoint]:
+    """The kept connections to endpoints."""
+
+    async def connect(endpoint: Endpoint) -> Stream:
+        return await rt.connect(endpoint, ALPN_HTTP1)
+
+    return Pool(connect, partial(rt.ledger.upstream, DIRECTION), rt.settings.pool, rt.settings.limits)

@@ -1,0 +1,187 @@
+"""What every flow is given: one object instead of nine parameters, and the few steps that both directions share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from loopguard import OwnListeners
+from proxy.account import Ledger
+from proxy.config import Config
+from proxy.errors import LoopDetected, NoEndpoint, UpstreamTLSError
+from proxy.exchange.client import ClientSettings
+from proxy.exchange.exchange import Exchange
+from proxy.exchange.pool import PoolSettings
+from proxy.exchange.server import Drain, ServerSettings
+from proxy.mesh.balance import Balancer
+from proxy.mesh.directory import Directory, Endpoint, Target
+from proxy.mesh.identity import Identity, PeerRefused
+from proxy.net.accept import Connection
+from proxy.net.address import Address
+from proxy.net.dial import Dialer
+from proxy.net.errors import ConnectFailed, ConnectionLost, TLSFailed
+from proxy.net.streams import Stream
+from proxy.net.tls import TLSOffer, tls_client
+from proxy.wire.messages import Limits
+
+T = TypeVar("T")
+
+# A request whose endpoint cannot be connected to has not been sent, so another endpoint may have it. More than a few tries would
+# only make the client wait: then the service is down, not an endpoint of it.
+_ENDPOINTS_TRIED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The parts of the configuration in the words of the rooms that they are for."""
+
+    server: ServerSettings
+    client: ClientSettings
+    pool: PoolSettings
+    limits: Limits
+
+    @classmethod
+    def of(cls, config: Config) -> Settings:
+        http, pool = config.http, config.pool
+        limits = Limits(head=http.max_head_bytes, target=http.max_target_bytes, fields=http.max_headers)
+        return cls(
+            server=ServerSettings(
+                limits=limits,
+                idle_timeout=http.idle_timeout,
+                head_timeout=http.head_timeout,
+                body_timeout=http.body_timeout,
+                body_min_rate=http.body_min_rate,
+                write_timeout=http.response_body_timeout,
+            ),
+            client=ClientSettings(response_timeout=http.response_timeout, stream_timeout=http.response_body_timeout),
+            pool=PoolSettings(
+                connections=pool.max_connections_per_endpoint,
+                idle=pool.max_idle_per_endpoint,
+                idle_timeout=pool.idle_timeout,
+                max_age=pool.max_age,
+                wait_timeout=pool.wait_timeout,
+            ),
+            limits=limits,
+        )
+
+
+class Source(Protocol):
+    """Where the directory is looked up: the snapshot changes under it, whole, so take it once for one decision."""
+
+    @property
+    def current(self) -> Directory: ...
+
+
+@dataclass(slots=True)
+class Runtime:
+    """Built by app.py before anything is accepted; shared by the flows; owns nothing that has to be closed."""
+
+    config: Config
+    settings: Settings
+    listeners: OwnListeners
+    identity: Identity | None
+    directory: Source
+    balancer: Balancer
+    dialer: Dialer
+    ledger: Ledger
+    drain: Drain
+
+    # Where a connection was going...
+
+    def destination(self, connection: Connection, fixed: Address | None) -> Address:
+        """Where `connection` was going before it was redirected. Without a redirection: to `fixed` if that is configured, otherwise
+        it was made to our own listener, which the loop guard then says."""
+        return connection.original or fixed or connection.local
+
+    def refuse_loop(self, destination: Address) -> None:
+        """Raises LoopDetected for a connection that was made to one of our own listeners."""
+        loop = self.listeners.accepted(destination.host, destination.port)
+        if loop is not None:
+            raise LoopDetected(loop.words, loop.kind)
+
+    # Reaching an endpoint...
+
+    async def connect(self, endpoint: Endpoint, alpn: bytes) -> Stream:
+        """A connection to `endpoint`: mutual TLS if it has an identity, clear text if it has none. The caller owns it.
+
+        Its identity decides, and nothing else: if TLS fails, the connection fails. An endpoint with our own identity at our own
+        address is this pod's application: that connection neither leaves the pod nor passes its inbound proxy, so it is clear text.
+        Raises ConnectFailed, LoopDetected, UpstreamTLSError.
+        """
+        stream = await self.dialer.dial(endpoint.address)
+        self.balancer.connected(endpoint)
+        identity, expected = self.identity, endpoint.identity
+        if expected is None or (identity is not None and expected == identity.id and self.listeners.own(endpoint.address.host)):
+            return stream
+        if identity is None:
+            stream.close()
+            raise UpstreamTLSError(f"{endpoint.address} has the identity {expected}, and this proxy has none to meet it with", "protocol")
+        context, sessions = identity.client_context, identity.sessions
+        host = endpoint.address.host
+        offer = TLSOffer(
+            server_name=expected.sni,
+            alpn=(alpn,),
+            session=sessions.get(expected, host),
+            on_session=lambda session: sessions.put(expected, host, session),
+        )
+        try:
+            tls = await tls_client(
+                stream,
+                context,
+                offer,
+                verify=lambda certificate: identity.verify_peer(certificate, expected),
+                timeout=self.config.tcp.handshake_timeout,
+            )
+        except (TLSFailed, PeerRefused, ConnectionLost) as error:
+            kind = error.kind if isinstance(error, TLSFailed) else "certificate" if isinstance(error, PeerRefused) else "protocol"
+            self.ledger.tls_failed("outbound", kind)
+            raise UpstreamTLSError(f"mutual TLS with {endpoint.address} as {expected}: {error}", kind) from error
+        self.ledger.tls_established("outbound", tls.info)
+        return tls
+
+    async def reach(self, target: Target, use: Callable[[Endpoint], Awaitable[T]]) -> T:
+        """`use` an endpoint of `target`; another one if the first cannot be connected to. Raises NoEndpoint, and what `use` raises."""
+        tried: list[Endpoint] = []
+        failure: ConnectFailed | None = None
+        while True:
+            endpoint = self.balancer.pick(target, exclude=tried) if len(tried) < _ENDPOINTS_TRIED else None
+            if endpoint is None:
+                if failure is not None:
+                    raise failure
+                raise NoEndpoint(f"none of the {len(target.endpoints)} endpoints of {target.service or 'the destination'} is ready")
+            try:
+                with self.balancer.using(endpoint):
+                    return await use(endpoint)
+            except UpstreamTLSError:
+                self.balancer.failed(endpoint)  # let the next one go elsewhere; this one fails, and says why
+                raise
+            except ConnectFailed as error:
+                self.balancer.failed(endpoint)
+                tried.append(endpoint)
+                failure = error
+
+    # What is said to whom...
+
+    def name(self, exchange: Exchange) -> bytes:
+        """What Proxy-Status calls this proxy: pods are named to those who may know them."""
+        if not self.tells(exchange):
+            return b"isthmus"
+        pod = self.config.pod
+        return f"{pod.name or 'isthmus'}.{pod.namespace}.{exchange.facts.direction}".encode("ascii", "replace").replace(b"?", b"_")
+
+    def tells(self, exchange: Exchange) -> bool:
+        """Whether the client may know what is behind this proxy: the own application may, and peers whose identity is verified."""
+        return exchange.facts.direction == "outbound" or exchange.facts.identity is not None
+
+
+@asynccontextmanager
+async def closing(stream: Stream) -> AsyncIterator[Stream]:
+    """Own `stream` for a block: closed politely behind it, or at once if the block fails or is cancelled."""
+    try:
+        yield stream
+    except BaseException:
+        stream.close()
+        raise
+    await stream.aclose()

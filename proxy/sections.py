@@ -1,0 +1,244 @@
+"""What an operator can decide: every setting, typed, with its meaning, its limits and its default.
+
+The type of a field says everything about it, and docs/configuration.md repeats it (a test holds the two together). Durations are
+seconds (float), sizes are bytes (int) once parsed. The reasons behind the numbers stand above the sections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from proxy.mesh.spiffe import IdentityPattern, SpiffeId
+from proxy.net.address import Address
+from proxy.settings import described, number, octets, seconds
+from proxy.units import IP, Network, PortSwitch
+
+_HOUR, _DAY, _WEEK = 3600, 86400, 7 * 86400
+
+Port = Annotated[int, number(1, 65535, "a port")]
+Ports = tuple[Port, ...]
+# Protocols in which the server speaks first, or that look like nothing known: SMTP, MySQL, Galera, PostgreSQL, Redis, Elasticsearch's
+# transport, memcached. The same list as Linkerd's, so that nobody has to learn a second one.
+OPAQUE_PORTS = (25, 587, 3306, 4444, 5432, 6379, 9300, 11211)
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A group of settings."""
+
+
+class PodConfig(Section, frozen=True):
+    """Who this pod is. In Kubernetes all of it comes from the downward API."""
+
+    name: Annotated[str, described("the pod's name; from POD_NAME")] = ""
+    namespace: Annotated[str, described("its namespace; from POD_NAMESPACE")] = "default"
+    uid: Annotated[str, described("its unique id; from POD_UID")] = ""
+    ip: Annotated[IP | None, described("its main address; from POD_IP")] = None
+    node: Annotated[str, described("the node it runs on; from NODE_NAME")] = ""
+    service_account: Annotated[str, described("its service account; from SERVICE_ACCOUNT")] = "default"
+    addresses: Annotated[
+        tuple[IP, ...], described("all addresses of the pod, by which it knows itself; from POD_IPS; empty: asked from the system", 64)
+    ] = ()
+
+
+# An HTTP client speaks as soon as it is connected, so three seconds of silence mean a server that speaks first on a port that nobody
+# declared, or a connection opened in advance; both work as opaque. Ten seconds, Linkerd's value, is as long as MySQL and many
+# clients are willing to wait for a greeting: they would fail where they now are slow.
+class OutboundConfig(Section, frozen=True):
+    """From the application to the mesh."""
+
+    listen: Annotated[tuple[Address, ...], described("where redirected connections of the application arrive; empty: off", 16)] = (
+        Address("127.0.0.1", 4140),
+        Address("::1", 4140),
+    )
+    opaque_ports: Annotated[Ports, described("destination ports whose bytes are not looked at", 1024)] = OPAQUE_PORTS
+    fixed_destination: Annotated[
+        Address | None, described("where a connection goes that was not redirected (standalone use, measuring); none: it is refused")
+    ] = None
+    detect_timeout: Annotated[float, seconds(0.05, 60, "how long to wait for the first bytes before going on as opaque")] = 3.0
+    max_connections: Annotated[int, number(1, 1_000_000, "open connections; more wait in the kernel's backlog")] = 10_000
+
+
+class InboundConfig(Section, frozen=True):
+    """From the mesh to the application."""
+
+    listen: Annotated[tuple[Address, ...], described("where redirected connections to the pod arrive; empty: off", 16)] = (
+        Address("0.0.0.0", 4143),
+        Address("::", 4143),
+    )
+    opaque_ports: Annotated[Ports, described("ports whose bytes are not looked at on connections without TLS", 1024)] = OPAQUE_PORTS
+    fixed_destination: Annotated[
+        Address | None, described("where a connection goes that was not redirected (standalone use, measuring); none: it is refused")
+    ] = None
+    detect_timeout: Annotated[float, seconds(0.05, 60, "how long to wait for the first bytes before going on as opaque")] = 3.0
+    require_identity: Annotated[
+        PortSwitch,
+        described("whether a peer must prove who it is: for all ports, a list of ports, or a mapping of ports (and `default`)"),
+    ] = PortSwitch(False, {})
+    allow: Annotated[
+        dict[int, Annotated[tuple[IdentityPattern, ...], described("", 1024)]],
+        described("who may use a port: SPIFFE identities, exact or with a trailing `*`; other ports are open to all", 1024),
+    ] = {}
+    max_connections: Annotated[int, number(1, 1_000_000, "open connections; more wait in the kernel's backlog")] = 10_000
+
+    def requires_identity(self, port: int) -> bool:
+        """Whether a peer must prove its identity on `port`; a port with an allow-list always asks for it."""
+        return port in self.allow or self.require_identity.at(port)
+
+    def allows(self, port: int, identity: SpiffeId | str | None) -> bool:
+        """Whether the peer with this verified identity (None: it has shown none) may use `port`."""
+        if identity is None:
+            return not self.requires_identity(port)
+        patterns = self.allow.get(port)
+        if patterns is None:
+            return True
+        name = str(identity)
+        return any(name == pattern.prefix if pattern.exact else name.startswith(pattern.prefix) for pattern in patterns)
+
+
+class AdminConfig(Section, frozen=True):
+    """Probes and metrics."""
+
+    listen: Annotated[tuple[Address, ...], described("where /live, /ready and /metrics are served; empty: off", 16)] = (
+        Address("0.0.0.0", 4191),
+        Address("::", 4191),
+    )
+
+
+class IdentityConfig(Section, frozen=True):
+    """The proxy's certificate and what it trusts. Without this section there is no mutual TLS, only clear text."""
+
+    certificate: Annotated[Path, described("file with the certificate, and its intermediates, in PEM")]
+    key: Annotated[Path, described("file with the certificate's private key in PEM")]
+    roots: Annotated[tuple[Path, ...], described("files with the trust roots in PEM, several in each if need be", 64)]
+    reload_interval: Annotated[float, seconds(0.05, _HOUR, "how often the files are looked at for a change")] = 10.0
+    session_lifetime: Annotated[float, seconds(0, _DAY, "how long a TLS session may be resumed; 0: never")] = 3600.0
+
+
+class DirectoryConfig(Section, frozen=True):
+    """The file that says which services there are. Without this section connections go where they were addressed, in clear text."""
+
+    file: Annotated[Path, described("the directory file")]
+    poll_interval: Annotated[float, seconds(0.05, _HOUR, "how often the file is looked at for a change")] = 1.0
+
+
+# idle_timeout is longer than the pools of common clients keep a connection (Go 90 s), so that it is the client who closes first and
+# no request meets a closing connection. body_min_rate cuts a body that trickles in order to hold a connection.
+class HttpConfig(Section, frozen=True):
+    """Limits of HTTP messages, on both sides of the proxy."""
+
+    max_head_bytes: Annotated[int, octets(1024, 2**20, "start line and header fields together; above: 431")] = 64 * 1024
+    max_target_bytes: Annotated[int, octets(256, 2**16, "the request target; above: 414")] = 8 * 1024
+    max_headers: Annotated[int, number(8, 10_000, "header fields in one head; above: 431")] = 200
+    head_timeout: Annotated[float, seconds(0.1, _HOUR, "from the first byte of a request's head to its end; above: 408")] = 10.0
+    idle_timeout: Annotated[float, seconds(1, _DAY, "how long a client's connection may stay open between requests")] = 120.0
+    body_timeout: Annotated[float, seconds(0.1, _DAY, "longest pause within the body of a request; above: 408")] = 60.0
+    body_min_rate: Annotated[
+        int, number(0, 2**30, "lowest average rate of a request's body, once `body_timeout` has passed; 0: any", "bytes/s")
+    ] = 16
+    response_timeout: Annotated[float, seconds(0.1, _DAY, "from the end of a request to the head of its response; above: 504")] = 300.0
+    response_body_timeout: Annotated[float, seconds(1, _DAY, "longest pause within the body of a response (event streams pause)")] = 3600.0
+
+
+# One window for a stream is what it may be ahead of a slow consumer; the connection's holds several of them. A connection ends after
+# max_age so that new endpoints get their share and what a burst has taken is given back.
+class Http2Config(Section, frozen=True):
+    """HTTP/2 connections, which many requests share."""
+
+    max_streams: Annotated[int, number(1, 100_000, "requests that a client may have open on one connection")] = 256
+    stream_window: Annotated[int, octets(65536, 2**30, "bytes of one request or response that may wait for a slow consumer")] = 256 * 1024
+    connection_window: Annotated[int, octets(65536, 2**30, "the same for all of a connection together")] = 1024 * 1024
+    idle_timeout: Annotated[float, seconds(1, _DAY, "how long a connection to an endpoint is kept without a request")] = 60.0
+    ping_interval: Annotated[float, seconds(1, _DAY, "silence after which a peer that owes an answer is asked whether it is there")] = 20.0
+    ping_timeout: Annotated[float, seconds(0.1, _HOUR, "how long it may take to answer")] = 10.0
+
+
+# idle_timeout lies below the 5 s of Node.js, the shortest among common servers, so that the server seldom closes a connection that
+# is just being used again.
+class PoolConfig(Section, frozen=True):
+    """Connections kept open to endpoints for the next request."""
+
+    max_connections_per_endpoint: Annotated[int, number(1, 100_000, "open connections to one endpoint")] = 1024
+    max_idle_per_endpoint: Annotated[int, number(0, 100_000, "of these, kept while idle; 0: none is used twice")] = 128
+    idle_timeout: Annotated[float, seconds(0.1, _HOUR, "how long an idle connection is kept; keep it below the servers' own")] = 3.0
+    max_age: Annotated[float, seconds(1, _WEEK, "after which a connection is not used again")] = 600.0
+    wait_timeout: Annotated[float, seconds(0.01, _HOUR, "how long a request waits for a free connection; above: 503")] = 3.0
+
+
+# connect_timeout lets a lost first packet be sent again (after 1 s), and still leaves time for another endpoint.
+class TcpConfig(Section, frozen=True):
+    """Sockets, and connections that are relayed byte for byte."""
+
+    connect_timeout: Annotated[float, seconds(0.01, 300, "how long opening a connection may take")] = 2.0
+    handshake_timeout: Annotated[float, seconds(0.05, 300, "how long a TLS handshake may take")] = 5.0
+    idle_timeout: Annotated[float, seconds(1, _WEEK, "how long a relayed connection may be silent in both directions")] = 3600.0
+    keepalive: Annotated[float, seconds(0, 2 * _HOUR, "silence after which TCP keep-alive probes begin; 0: none")] = 10.0
+
+
+class LogConfig(Section, frozen=True):
+    """What is written to standard error."""
+
+    level: Annotated[Literal["debug", "info", "warning", "error"], described("the least important line written")] = "info"
+    format: Annotated[Literal["text", "json"], described("how lines look")] = "text"
+    access: Annotated[bool, described("whether every request gets a line")] = False
+    queue: Annotated[int, number(16, 1_000_000, "lines that may wait to be written; more are dropped and counted", "lines")] = 8192
+
+
+# Kubernetes kills a pod 30 s after asking it to stop.
+class ShutdownConfig(Section, frozen=True):
+    """The end."""
+
+    grace: Annotated[float, seconds(0, _HOUR, "how long open connections may go on after SIGTERM")] = 25.0
+
+
+class InterceptConfig(Section, frozen=True):
+    """What `isthmus intercept` leaves alone. The proxy's own listeners, the admin port included, are always left alone."""
+
+    uid: Annotated[int, number(1, 2**32 - 2, "user id of the proxy, whose connections are not redirected", "user id")] = 2102
+    skip_inbound_ports: Annotated[Ports, described("ports of the pod that are reached without the proxy", 1024)] = ()
+    skip_outbound_ports: Annotated[Ports, described("destination ports that the application reaches without the proxy", 1024)] = ()
+    skip_inbound_subnets: Annotated[tuple[Network, ...], described("sources that reach the pod without the proxy", 1024)] = ()
+    skip_outbound_subnets: Annotated[
+        tuple[Network, ...], described("destinations that the application reaches without the proxy", 1024)
+    ] = ()
+
+
+class Config(Section, frozen=True):
+    """Everything."""
+
+    cluster: Annotated[str, described("the name of this cluster: lower-case letters, digits, dashes", 63)] = "local"
+    trust_domain: Annotated[str, described("the SPIFFE trust domain of this mesh", 255)] = "cluster.local"
+    mark: Annotated[
+        int | None, number(1, 2**32 - 1, "packet mark of the proxy's own connections, where user ids cannot be told apart", "packet mark")
+    ] = None
+    pod: PodConfig = PodConfig()
+    outbound: OutboundConfig = OutboundConfig()
+    inbound: InboundConfig = InboundConfig()
+    admin: AdminConfig = AdminConfig()
+    identity: IdentityConfig | None = None
+    directory: DirectoryConfig | None = None
+    http: HttpConfig = HttpConfig()
+    http2: Http2Config = Http2Config()
+    pool: PoolConfig = PoolConfig()
+    tcp: TcpConfig = TcpConfig()
+    log: LogConfig = LogConfig()
+    shutdown: ShutdownConfig = ShutdownConfig()
+    intercept: InterceptConfig = InterceptConfig()
+
+    def listeners(self) -> Iterator[tuple[str, Address]]:
+        """(path, address) of every listener."""
+        for name, section in (("outbound", self.outbound), ("inbound", self.inbound), ("admin", self.admin)):
+            for index, address in enumerate(section.listen):
+                yield f"{name}.listen[{index}]", address
+
+    @property
+    def own_ports(self) -> frozenset[int]:
+        """Every port that the proxy itself listens on: a connection to one of them on this pod would be a loop."""
+        return frozenset(address.port for _, address in self.listeners() if address.port)
+
+    @property
+    def admin_ports(self) -> frozenset[int]:
+        return frozenset(address.port for address in self.admin.listen if address.port)

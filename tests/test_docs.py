@@ -1,0 +1,212 @@
+"""The documents are true in what a machine can check.
+
+Every row of the tables of errors and metrics is in the code, and the other way round; links lead somewhere; examples of configurations are
+configurations; pictures and manifests can be read; and nothing names a place on the machine that it was written on.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+import yaml
+from prometheus_client.metrics import MetricWrapperBase
+
+from proxy import config, errors, metrics
+from proxy.errors import Answer
+from proxy.mesh import directory
+from proxy.mesh.intercept import InterceptSettings
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PICTURES = sorted((ROOT / "docs").rglob("*.svg"))
+MANIFESTS = sorted((ROOT / "deploy").rglob("*.yaml"))
+PACKAGING = [ROOT / "Dockerfile", ROOT / ".dockerignore"]
+
+# Home directories, temporary ones, and the usual places of checkouts on builders.
+_MACHINE = re.compile(r"(?<![\w.~-])/(?:home|root|Users|work|workspace|tmp|builds)/[\w.-]+")
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def table(document: str, what: str) -> list[list[str]]:
+    """The rows of the table between the marks `what`, without its head; the cells without backquotes."""
+    text = (ROOT / "docs" / document).read_text("utf-8")
+    inner = text.split(f"<!-- {what} -->")[1].split(f"<!-- /{what} -->")[0].strip()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in inner.splitlines()]
+    return [[cell.strip("`") for cell in row] for row in rows[2:]]
+
+
+def answers() -> Iterator[Answer]:
+    """Every row that errors.describe can find."""
+    yield from errors.TABLE.values()
+    yield from errors._CONNECT.values()
+    yield from errors._TLS.values()
+    yield from (errors._CONNECT_OTHER, errors._TLS_OTHER, errors.INTERNAL)
+
+
+def families() -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(name, type, labels) of each of our own families, as a scraper sees it."""
+    for family in metrics.Metrics().registry._collector_to_names:
+        if isinstance(family, MetricWrapperBase):
+            suffix = "_total" if family._type == "counter" else ""
+            yield f"{family._name}{suffix}", family._type, tuple(family._labelnames)
+
+
+def anchors(path: Path) -> set[str]:
+    """What can stand behind the # of a link to the document: its headings, as they are made into anchors."""
+    found = set()
+    text = _FENCE.sub("", path.read_text("utf-8"))
+    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
+        kept = [c for c in heading.lower() if c in " -_" or unicodedata.category(c)[0] in "LN"]
+        found.add("".join(kept).replace(" ", "-"))
+    return found
+
+
+def fenced(path: Path, language: str) -> Iterator[str]:
+    return (text for kind, text in _FENCE.findall(path.read_text("utf-8")) if kind == language)
+
+
+def documents_of(path: Path) -> list[dict[str, object]]:
+    return list(yaml.safe_load_all(path.read_text("utf-8")))
+
+
+def manifests(kind: str) -> Iterator[dict[str, dict[str, object]]]:
+    return (document for path in MANIFESTS for document in documents_of(path) if document["kind"] == kind)  # type: ignore[misc]
+
+
+def test_there_are_documents_to_check() -> None:
+    assert len(DOCUMENTS) > 15
+    assert PICTURES
+    assert MANIFESTS
+
+
+def test_the_page_of_errors_has_every_row_of_the_code_and_no_other() -> None:
+    told = [(row[0], row[1], row[2]) for row in table("errors.md", "errors")]
+    real = {(str(answer.status), answer.proxy_status, answer.reason) for answer in answers()}
+    assert set(told) == real
+    assert len(told) == len(set(told)), "a row stands there twice"
+
+
+def test_the_page_of_errors_says_of_each_row_what_it_means_and_what_to_do() -> None:
+    assert all(len(row) == 5 and all(row) for row in table("errors.md", "errors"))
+
+
+def test_the_page_of_metrics_has_every_family_with_its_type_and_labels_and_no_other() -> None:
+    rows = table("metrics.md", "metrics")
+    told = {(row[0], row[1], () if row[2] == "none" else tuple(label.strip(" `") for label in row[2].split(","))) for row in rows}
+    assert told == set(families())
+
+
+def test_metrics_that_documents_name_exist() -> None:
+    known = {family for family, _, _ in families()}
+    known |= {f"{family}{end}" for family, kind, _ in families() if kind == "histogram" for end in ("_bucket", "_sum", "_count")}
+    wrong = [
+        f"{name(path)}: {found}"
+        for path in DOCUMENTS
+        for found in re.findall(r"\bisthmus_[a-z_]+\b", path.read_text("utf-8"))
+        if found not in known
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_links_lead_somewhere(path: Path) -> None:
+    wrong = []
+    for link in _LINK.findall(_FENCE.sub("", path.read_text("utf-8"))):
+        if re.match(r"[a-z]+:", link):
+            continue
+        target, _, anchor = link.partition("#")
+        file = (path.parent / target).resolve() if target else path
+        if not file.exists():
+            wrong.append(f"{link}: there is no such file")
+        elif anchor and anchor not in anchors(file):
+            wrong.append(f"{link}: there is no such heading")
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *PICTURES, *MANIFESTS, *PACKAGING], ids=name)
+def test_no_place_on_a_builders_machine_is_named(path: Path) -> None:
+    assert not _MACHINE.findall(path.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("path", PICTURES, ids=name)
+def test_pictures_are_well_formed_and_say_in_words_what_they_show(path: Path) -> None:
+    picture = ET.fromstring(path.read_text("utf-8"))  # noqa: S314
+    space = "{http://www.w3.org/2000/svg}"
+    assert picture.tag == f"{space}svg"
+    assert all((picture.findtext(f"{space}{part}") or "").strip() for part in ("title", "desc"))
+
+
+def test_the_configurations_of_the_readme_are_good(tmp_path: Path) -> None:
+    seen = []
+    for text in fenced(ROOT / "README.md", "yaml"):
+        file = tmp_path / text.splitlines()[0].removeprefix("# ")
+        file.write_text(text)
+        seen.append(file.name)
+        if file.name == "directory.yaml":
+            assert directory.parse(text, file.name).services
+        else:
+            config.load(file, {})
+    assert sorted(seen) == ["back.yaml", "directory.yaml", "front.yaml"]
+
+
+def test_the_configuration_of_the_manifests_is_good(tmp_path: Path) -> None:
+    (found,) = manifests("ConfigMap")
+    data = found["data"]
+    (tmp_path / "isthmus.yaml").write_text(str(data["isthmus.yaml"]))
+    loaded = config.load(tmp_path / "isthmus.yaml", {})
+    assert directory.parse(str(data["directory.yaml"]), "directory.yaml").services
+    assert loaded.directory is not None
+    assert loaded.directory.file.name in data
+
+
+def test_the_pod_of_the_manifests_fits_the_proxy() -> None:
+    (found,) = manifests("Pod")
+    spec: dict[str, list[dict[str, dict[str, object]]]] = found["spec"]  # type: ignore[assignment]
+    intercept, sidecar = spec["initContainers"]
+    settings = InterceptSettings()
+    assert sidecar["securityContext"]["runAsUser"] == settings.uid
+    assert {port["containerPort"] for port in sidecar["ports"]} == {settings.admin_port}  # type: ignore[index]
+    assert intercept["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN"]}
+    assert {variable["name"] for variable in sidecar["env"]} == {*config.DOWNWARD.values(), "POD_IPS"}  # type: ignore[index]
+
+
+def test_the_image_runs_as_the_user_that_the_redirection_exempts() -> None:
+    text = (ROOT / "Dockerfile").read_text("utf-8")
+    assert re.findall(r"^USER (\S+)", text, re.MULTILINE) == [f"{InterceptSettings().uid}:{InterceptSettings().uid}"]
+
+
+def test_the_image_is_built_of_files_that_are_there_and_that_the_builder_gets() -> None:
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
+    text = (ROOT / "Dockerfile").read_text("utf-8").replace("\\\n", "")
+    copied = {
+        source
+        for line in text.splitlines()
+        if line.startswith("COPY ") and "--from=" not in line
+        for source in shlex.split(line)[1:-1]
+    }
+    assert copied == allowed
+    assert all((ROOT / path).exists() for path in allowed)
+    assert not {"lab", "tests"} & allowed
+
+
+def test_without_the_laboratory_the_demonstration_says_so_in_one_line() -> None:
+    without = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda name: None if name == 'lab' else find(name)"
+    program = f"{without}\nimport sys; from proxy import cli; sys.exit(cli.main(['demo']))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 69
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "checkout" in done.stderr
