@@ -8,6 +8,7 @@ The order of the start is the order of what depends on what: identity (no socket
     ├── identity.watch           new certificates and roots, without a restart
     ├── directory.watch          new snapshots
     ├── sweep                    idle connections that have become too old
+    ├── pools.serve              HTTP/2 connections to endpoints, which no single exchange owns
     ├── inbound                  a task for each connection
     └── outbound                 a task for each connection
 
@@ -32,9 +33,8 @@ from proxy.account import Ledger
 from proxy.admin import admin
 from proxy.config import Config
 from proxy.errors import LoopDetected, known
-from proxy.exchange.pool import Pool
 from proxy.exchange.server import Drain
-from proxy.inbound import inbound, inbound_pool
+from proxy.inbound import inbound, inbound_pools
 from proxy.logs import configure
 from proxy.mesh import identity as identities
 from proxy.mesh.balance import Balancer
@@ -47,7 +47,8 @@ from proxy.net.accept import Acceptor, BindFailed, Connection, bind
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
 from proxy.net.interfaces import local_addresses
-from proxy.outbound import outbound, outbound_pool
+from proxy.outbound import outbound, outbound_pools
+from proxy.pools import Pools
 from proxy.runtime import Runtime, Settings
 
 _log = logging.getLogger("isthmus")
@@ -121,10 +122,10 @@ class App:
             ledger=self.ledger,
             drain=self.drain,
         )
-        self.outbound_pool: Pool[Endpoint] = outbound_pool(self.runtime)
-        self.inbound_pool: Pool[Address] = inbound_pool(self.runtime)
-        self.inbound = Acceptor(inbound(self.runtime, self.inbound_pool), limit=config.inbound.max_connections, on_error=_report)
-        self.outbound = Acceptor(outbound(self.runtime, self.outbound_pool), limit=config.outbound.max_connections, on_error=_report)
+        self.outbound_pools: Pools[Endpoint] = outbound_pools(self.runtime)
+        self.inbound_pools: Pools[Address] = inbound_pools(self.runtime)
+        self.inbound = Acceptor(inbound(self.runtime, self.inbound_pools), limit=config.inbound.max_connections, on_error=_report)
+        self.outbound = Acceptor(outbound(self.runtime, self.outbound_pools), limit=config.outbound.max_connections, on_error=_report)
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, and through the drain that follows."""
@@ -135,6 +136,8 @@ class App:
                 nursery.start_soon(self._watch_identity)
                 nursery.start_soon(self._watch_directory)
                 nursery.start_soon(self._sweep)
+                nursery.start_soon(self.outbound_pools.serve)
+                nursery.start_soon(self.inbound_pools.serve)
                 nursery.start_soon(self._serve_until, signals.__aiter__().__anext__, nursery.cancel_scope)
                 self._say_hello()
 
@@ -158,14 +161,16 @@ class App:
     async def _drain(self, grace: float) -> None:
         self.drain.begin()
         self.inbound.drain(grace)
-        quiet = 0.0
+        quiet, seen = 0.0, self.outbound.accepted
         with trio.move_on_after(grace):
             while self.inbound.open or quiet < _QUIET:
                 await trio.sleep(_TICK)
-                quiet = 0.0 if self.outbound.open else quiet + _TICK
+                # A short connection may have come and gone since the last look.
+                busy = self.outbound.open > 0 or self.outbound.accepted != seen
+                quiet, seen = 0.0 if busy else quiet + _TICK, self.outbound.accepted
         self.outbound.drain(0)
-        self.outbound_pool.close()
-        self.inbound_pool.close()
+        self.outbound_pools.close()
+        self.inbound_pools.close()
 
     # What goes on beside the traffic...
 
@@ -205,8 +210,8 @@ class App:
     async def _sweep(self) -> None:
         while True:
             await trio.sleep(_SWEEP)
-            self.outbound_pool.sweep()
-            self.inbound_pool.sweep()
+            self.outbound_pools.sweep()
+            self.inbound_pools.sweep()
 
     # What the admin listener says...
 
@@ -219,7 +224,7 @@ class App:
         return reasons
 
     def render(self) -> bytes:
-        used = [pool.counts() for pool in (self.outbound_pool, self.inbound_pool)]
+        used = [pool.counts() for pool in (self.outbound_pools, self.inbound_pools)]
         self.metrics.pool("active").set(sum(active for active, _ in used))
         self.metrics.pool("idle").set(sum(idle for _, idle in used))
         return self.metrics.render()

@@ -2,9 +2,9 @@
 
     accept -> original destination -> loop guard -> TLS for me? terminate it, and know who the peer is : leave it as it is
       -> may this peer use this port?
-      -> HTTP/1 or opaque? (named by ALPN where TLS was ours; otherwise seen)
+      -> HTTP or opaque? (named by ALPN where TLS was ours; otherwise seen)
            opaque  relay <-> dial(application)
-           HTTP/1  server -> measure -> rescue -> deadline -> policy -> client -> pool -> dial(application)
+           HTTP    server -> measure -> rescue -> deadline -> policy -> client -> pool -> dial(application)
 
 The application is dialled at the very address that the peer dialled, so it is found on whatever address it listens.
 """
@@ -12,7 +12,6 @@ The application is dialled at the very address that the peer dialled, so it is f
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from functools import partial
 
 from proxy.account import ConnectionAccount
 from proxy.detect import Opening
@@ -20,9 +19,7 @@ from proxy.errors import NotAuthorised
 from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
 from proxy.exchange.layers import deadline, measure, rescue
-from proxy.exchange.pool import Pool
-from proxy.exchange.server import Http1Server
-from proxy.mesh.contexts import ALPN_HTTP1
+from proxy.mesh.contexts import ALPN_HTTP1, ALPN_HTTP2
 from proxy.mesh.identity import PeerRefused
 from proxy.net.accept import Connection
 from proxy.net.address import Address
@@ -30,24 +27,28 @@ from proxy.net.errors import NetError, TLSFailed
 from proxy.net.relay import relay
 from proxy.net.streams import SocketStream, Stream
 from proxy.net.tls import TLSStream, tls_server
+from proxy.pools import Pools, serve, spoken
 from proxy.runtime import Runtime, closing
 from proxy.wire.sniff import Protocol
 
 DIRECTION: Direction = "inbound"
+
+# What ALPN says is inside; anything else, and nothing, is relayed as it is.
+_INNER = {ALPN_HTTP1: Protocol.HTTP1, ALPN_HTTP2: Protocol.HTTP2}
 
 # A peer of the mesh sends its ClientHello as soon as it is connected. On a port that is declared opaque, and open to peers without
 # an identity, a client that has said nothing for so long (seconds) is one of the latter, waiting for the server to speak first.
 _HELLO_GRACE = 0.25
 
 
-def inbound(rt: Runtime, pool: Pool[Address]) -> Callable[[Connection], Awaitable[None]]:
+def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaitable[None]]:
     """The handler of the inbound listeners' connections."""
     config = rt.config.inbound
     handler = stack(
         measure(rt.ledger.exchange),
         rescue(rt.name, rt.tells),
         deadline,
-        endpoint=to_application(rt, pool),
+        endpoint=to_application(rt, pools),
     )
 
     async def accept(connection: Connection) -> None:
@@ -63,12 +64,12 @@ def inbound(rt: Runtime, pool: Pool[Address]) -> Callable[[Connection], Awaitabl
             async with closing(await terminate(rt, connection.stream, opening, about)) as stream:
                 if isinstance(stream, TLSStream):
                     account.secured(stream)
-                    protocol = Protocol.HTTP1 if stream.info.alpn == ALPN_HTTP1 else Protocol.OPAQUE
+                    about.protocol = _INNER.get(stream.info.alpn, Protocol.OPAQUE)
                 else:
                     account.plain(opening)
-                    protocol = Protocol.OPAQUE if opaque else opening.protocol
-                if protocol is Protocol.HTTP1:
-                    await Http1Server(stream, about, rt.settings.server, rt.drain).run(handler)
+                    about.protocol = Protocol.OPAQUE if opaque else opening.protocol
+                if about.protocol is not Protocol.OPAQUE:
+                    await serve(rt, stream, about, handler)
                 else:
                     authorise(rt, about)
                     await to_listener(rt, stream, about, account)
@@ -109,14 +110,14 @@ def authorise(rt: Runtime, about: Facts) -> None:
     raise NotAuthorised(f"{about.identity} is not on the list of those who may use port {port}")
 
 
-def to_application(rt: Runtime, pool: Pool[Address]) -> Handler:
-    """The endpoint of the stack: each request to the application."""
-    client = Client(pool, rt.settings.client, rt.ledger.bridge(rt.config.tcp.idle_timeout))
+def to_application(rt: Runtime, pools: Pools[Address]) -> Handler:
+    """The endpoint of the stack: each request to the application, in the protocol it came by: the outbound side has translated already."""
+    client: Client[Address] = Client(rt.settings.client, rt.ledger.bridge(rt.config.tcp.idle_timeout))
 
     async def send(exchange: Exchange) -> None:
         authorise(rt, exchange.facts)
         exchange.upstream = exchange.facts.destination
-        await client.send(exchange, exchange.facts.destination)
+        await client.send(exchange, exchange.facts.destination, pools.lender(spoken(exchange.request.version)))
 
     return send
 
@@ -128,6 +129,10 @@ async def to_listener(rt: Runtime, stream: Stream, about: Facts, account: Connec
             account.relayed(await relay(stream, application, idle=rt.config.tcp.idle_timeout))
 
 
-def inbound_pool(rt: Runtime) -> Pool[Address]:
+def inbound_pools(rt: Runtime) -> Pools[Address]:
     """The kept connections to the application."""
-    return Pool(rt.dialer.dial, partial(rt.ledger.upstream, DIRECTION), rt.settings.pool, rt.settings.limits)
+
+    async def connect(address: Address, _: bytes) -> Stream:
+        return await rt.dialer.dial(address)
+
+    return Pools(rt, DIRECTION, connect)

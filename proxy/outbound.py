@@ -1,42 +1,42 @@
 """Traffic from the local application to the mesh.
 
-    accept -> original destination -> loop guard -> what does the directory say of it? -> HTTP/1 or opaque?
+    accept -> original destination -> loop guard -> what does the directory say of it? -> HTTP or opaque?
         opaque  relay <-> connect(endpoint, mutual TLS if it is meshed)
-        HTTP/1  server -> measure -> rescue -> deadline -> endpoint -> client -> pool -> connect
+        HTTP    server -> measure -> rescue -> deadline -> endpoint -> client -> pool -> connect
 
-The destination is resolved when the connection is accepted, and again for each request: the directory may have changed since.
+The destination is resolved when the connection is accepted, and again for each request: the directory may have changed since, and
+the requests of one connection may go to different endpoints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from functools import partial
 
 from proxy.account import ConnectionAccount
 from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
 from proxy.exchange.layers import deadline, measure, rescue
-from proxy.exchange.pool import Pool
-from proxy.exchange.server import Http1Server
-from proxy.mesh.contexts import ALPN_HTTP1, ALPN_TCP
+from proxy.mesh.contexts import ALPN_TCP
 from proxy.mesh.directory import Endpoint, Hint
 from proxy.net.accept import Connection
 from proxy.net.relay import relay
 from proxy.net.streams import Stream
+from proxy.pools import Pools, serve, spoken
 from proxy.runtime import Runtime, closing
+from proxy.wire.messages import upgrade_offer
 from proxy.wire.sniff import Protocol
 
 DIRECTION: Direction = "outbound"
 
 
-def outbound(rt: Runtime, pool: Pool[Endpoint]) -> Callable[[Connection], Awaitable[None]]:
+def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awaitable[None]]:
     """The handler of the outbound listeners' connections."""
     config = rt.config.outbound
     handler = stack(
         measure(rt.ledger.exchange),
         rescue(rt.name, rt.tells),
         deadline,
-        endpoint=to_service(rt, pool),
+        endpoint=to_service(rt, pools),
     )
 
     async def accept(connection: Connection) -> None:
@@ -49,26 +49,37 @@ def outbound(rt: Runtime, pool: Pool[Endpoint]) -> Callable[[Connection], Awaita
             account.plain(opening)
             if opening.how == "closed":
                 return
-            if opening.protocol is Protocol.HTTP1:
-                await Http1Server(connection.stream, about, rt.settings.server, rt.drain).run(handler)
+            about.protocol = opening.protocol
+            if about.protocol is not Protocol.OPAQUE:
+                await serve(rt, connection.stream, about, handler)
             else:
                 await rt.reach(target, to_endpoint(rt, connection.stream, account))
 
     return accept
 
 
-def to_service(rt: Runtime, pool: Pool[Endpoint]) -> Handler:
+def to_service(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
     """The endpoint of the stack: each request to one of the endpoints of its destination."""
-    client = Client(pool, rt.settings.client, rt.ledger.bridge(rt.config.tcp.idle_timeout))
+    client: Client[Endpoint] = Client(rt.settings.client, rt.ledger.bridge(rt.config.tcp.idle_timeout))
 
     async def send(exchange: Exchange) -> None:
         async def use(endpoint: Endpoint) -> None:
             exchange.upstream = endpoint.address
-            await client.send(exchange, endpoint)
+            await client.send(exchange, endpoint, pools.lender(upstream_protocol(exchange, endpoint)))
 
         await rt.reach(rt.directory.current.resolve(exchange.facts.destination), use)
 
     return send
+
+
+def upstream_protocol(exchange: Exchange, endpoint: Endpoint) -> Protocol:
+    """What the endpoint speaks, as far as the directory knows; otherwise what the client spoke. A tunnel cannot be translated: an offer to
+    upgrade needs HTTP/1, an extended CONNECT HTTP/2."""
+    if upgrade_offer(exchange.request.headers) is not None:
+        return Protocol.HTTP1
+    if exchange.request.protocol is not None:
+        return Protocol.HTTP2
+    return {Hint.HTTP1: Protocol.HTTP1, Hint.HTTP2: Protocol.HTTP2}.get(endpoint.protocol) or spoken(exchange.request.version)
 
 
 def to_endpoint(rt: Runtime, client: Stream, account: ConnectionAccount) -> Callable[[Endpoint], Awaitable[None]]:
@@ -82,10 +93,6 @@ def to_endpoint(rt: Runtime, client: Stream, account: ConnectionAccount) -> Call
     return use
 
 
-def outbound_pool(rt: Runtime) -> Pool[Endpoint]:
+def outbound_pools(rt: Runtime) -> Pools[Endpoint]:
     """The kept connections to endpoints."""
-
-    async def connect(endpoint: Endpoint) -> Stream:
-        return await rt.connect(endpoint, ALPN_HTTP1)
-
-    return Pool(connect, partial(rt.ledger.upstream, DIRECTION), rt.settings.pool, rt.settings.limits)
+    return Pools(rt, DIRECTION, rt.connect)

@@ -13,6 +13,7 @@ from proxy.config import Config
 from proxy.errors import LoopDetected, NoEndpoint, UpstreamTLSError
 from proxy.exchange.client import ClientSettings
 from proxy.exchange.exchange import Exchange
+from proxy.exchange.mux import MuxSettings
 from proxy.exchange.pool import PoolSettings
 from proxy.exchange.server import Drain, ServerSettings
 from proxy.mesh.balance import Balancer
@@ -24,6 +25,7 @@ from proxy.net.dial import Dialer
 from proxy.net.errors import ConnectFailed, ConnectionLost, TLSFailed
 from proxy.net.streams import Stream
 from proxy.net.tls import TLSOffer, tls_client
+from proxy.wire.events2 import Http2Limits
 from proxy.wire.messages import Limits
 
 T = TypeVar("T")
@@ -41,11 +43,15 @@ class Settings:
     client: ClientSettings
     pool: PoolSettings
     limits: Limits
+    downstream: MuxSettings  # of HTTP/2 connections from clients
+    upstream: MuxSettings  # and to servers
 
     @classmethod
     def of(cls, config: Config) -> Settings:
-        http, pool = config.http, config.pool
+        http, http2, pool = config.http, config.http2, config.pool
         limits = Limits(head=http.max_head_bytes, target=http.max_target_bytes, fields=http.max_headers)
+        windows = Http2Limits(http2.max_streams, http.max_head_bytes, http2.stream_window, http2.connection_window)
+        pings = {"ping_interval": http2.ping_interval, "ping_timeout": http2.ping_timeout}
         return cls(
             server=ServerSettings(
                 limits=limits,
@@ -64,6 +70,8 @@ class Settings:
                 wait_timeout=pool.wait_timeout,
             ),
             limits=limits,
+            downstream=MuxSettings(windows, idle_timeout=http.idle_timeout, write_timeout=http.response_body_timeout, **pings),
+            upstream=MuxSettings(windows, idle_timeout=http2.idle_timeout, write_timeout=http.response_body_timeout, **pings),
         )
 
 

@@ -137,7 +137,7 @@ async def _dial(target: Address, timeout: float) -> Address | ConnectFailed:
 
 
 def _not_redirected(target: Address, outcome: Address | ConnectFailed | None, timeout: float) -> Result:
-    if isinstance(outcome, ConnectFailed) and outcome.reason in {"unreachable", "other"}:
+    if isinstance(outcome, ConnectFailed) and outcome.reason in {"unreachable", "other"} and not _routed(target):
         what = f"{outcome}: without a route nothing leaves, and nothing can be redirected"
         return Result(_NAME, "skipped", what, "give the pod a default route if it is to use this address family")
     if isinstance(outcome, Address):
@@ -145,6 +145,16 @@ def _not_redirected(target: Address, outcome: Address | ConnectFailed | None, ti
         return Result(_NAME, "failed", what, _INSTALL)
     why = str(outcome).removeprefix(f"cannot connect to {target}: ") if outcome is not None else f"no answer within {timeout:g} s"
     return Result(_NAME, "failed", f"a connection to {target} is not redirected to the proxy ({why})", _INSTALL)
+
+
+def _routed(target: Address) -> bool:
+    """Whether the kernel has a route to it. "Unreachable" may also be a router's word for it, and what it heard of had left this pod."""
+    try:
+        with socket.socket(socket.AF_INET6 if target.is_ipv6 else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((target.host, target.port))  # sends nothing
+    except OSError:
+        return False
+    return True
 
 
 async def _probe_running(config: Config, target: Address, timeout: float) -> Result:

@@ -1,4 +1,4 @@
-"""One exchange carried to an endpoint over a pooled HTTP/1 connection, and its response brought back.
+"""One exchange carried to an endpoint, and its response brought back; carriers.py has the protocols that it may be carried by.
 
 The task of the exchange sends the head together with what there is of the body, then reads the response. Only if more of the body
 is to come, a second task (the pump) sends it meanwhile, in a nursery that ends here: an upload takes as long as it takes, and the
@@ -11,33 +11,36 @@ that is safe (RFC 9110 §9.2.2): the method is idempotent, there was no body, an
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, Protocol, TypeVar
 
 import trio
 
 from proxy.errors import UpstreamClosed, UpstreamProtocolError, UpstreamTimeout
+from proxy.exchange.carriers import Carrier, Unanswered
 from proxy.exchange.exchange import Exchange
-from proxy.exchange.pool import K, Pool, Upstream
-from proxy.exchange.server import READ_SIZE, Resumed
 from proxy.net.address import Address
 from proxy.net.errors import ConnectionLost
 from proxy.net.streams import Stream
-from proxy.wire.bodies import Framing, Length
-from proxy.wire.http1 import At
+from proxy.wire.bodies import Length
 from proxy.wire.messages import (
+    END,
     EndOfMessage,
     Headers,
-    ProtocolError,
     RequestHead,
-    ResponseHead,
-    Signal,
     absolute_authority,
     strip_hop_by_hop,
     upgrade_offer,
     wants_trailers,
 )
+
+K = TypeVar("K", bound=Hashable)
+K_contra = TypeVar("K_contra", bound=Hashable, contravariant=True)
+
+# More interim responses than anybody needs; each is passed on, so they may not go on for ever.
+_INTERIM = 32
 
 # RFC 9110 §9.2.2.
 IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"})
@@ -56,64 +59,62 @@ class ClientSettings:
 Bridge = Callable[[Exchange, Stream, Stream], Awaitable[None]]
 
 
-class _Unanswered(Exception):
-    """The server closed before it sent one byte of a final response: (words, whether it may just have been closing an idle connection)."""
+class Lender(Protocol[K_contra]):
+    """Where carriers come from: the kept connections of one protocol."""
+
+    def carrier(self, endpoint: K_contra, *, fresh: bool) -> AbstractAsyncContextManager[Carrier]:
+        """A carrier for one exchange, given back behind the block. `fresh`: on a connection that has not been used before."""
+        ...
 
 
 class Client(Generic[K]):
     """Carries exchanges to endpoints. `bridge` joins the two streams of an upgraded connection until they end (net.relay)."""
 
-    def __init__(self, pool: Pool[K], settings: ClientSettings, bridge: Bridge) -> None:
-        self._pool = pool
+    def __init__(self, settings: ClientSettings, bridge: Bridge) -> None:
         self._settings = settings
         self._bridge = bridge
 
-    async def send(self, exchange: Exchange, endpoint: K) -> None:
+    async def send(self, exchange: Exchange, endpoint: K, lender: Lender[K]) -> None:
         """Carry `exchange` to `endpoint` and back. Raises what dialling raises, and the Upstream* errors."""
-        again = exchange.request.method in IDEMPOTENT and exchange.body.length == 0
+        replayable = exchange.body.length == 0
         try:
-            await self._attempt(exchange, endpoint, fresh=False)
-        except _Unanswered as error:
-            if not (again and error.args[1]):
-                raise UpstreamClosed(error.args[0]) from error
+            await self._attempt(exchange, endpoint, lender, fresh=False)
+        except Unanswered as error:
+            safe = error.untouched or (error.again and exchange.request.method in IDEMPOTENT)
+            if not (safe and replayable):
+                raise UpstreamClosed(str(error)) from error
             try:
-                await self._attempt(exchange, endpoint, fresh=True)
-            except _Unanswered as second:
-                raise UpstreamClosed(second.args[0]) from second
+                await self._attempt(exchange, endpoint, lender, fresh=not error.untouched)
+            except Unanswered as second:
+                raise UpstreamClosed(str(second)) from second
 
-    async def _attempt(self, exchange: Exchange, endpoint: K, *, fresh: bool) -> None:
-        upstream = await self._pool.acquire(endpoint, fresh=fresh)
-        exchange.carried(upstream.stream)
-        usable, declined = False, upstream.http.declined
-        try:
-            await _Attempt(self._settings, exchange, upstream, self._bridge).run()
-            usable = True
-        finally:
-            exchange.facts.declined_responses += upstream.http.declined - declined
-            self._pool.give_back(endpoint, upstream, usable=usable)
+    async def _attempt(self, exchange: Exchange, endpoint: K, lender: Lender[K], *, fresh: bool) -> None:
+        async with lender.carrier(endpoint, fresh=fresh) as carrier:
+            exchange.carried(carrier.stream)
+            try:
+                await _Attempt(self._settings, exchange, carrier, self._bridge).run()
+            finally:
+                exchange.facts.declined_responses += carrier.declined
 
 
 class _Attempt:
-    """One exchange on one connection."""
+    """One exchange on one carrier."""
 
-    __slots__ = ("_bridge", "_exchange", "_fault", "_http", "_settings", "_silence", "_stream", "_upstream")
+    __slots__ = ("_bridge", "_carrier", "_exchange", "_fault", "_settings")
 
-    def __init__(self, settings: ClientSettings, exchange: Exchange, upstream: Upstream, bridge: Bridge) -> None:
+    def __init__(self, settings: ClientSettings, exchange: Exchange, carrier: Carrier, bridge: Bridge) -> None:
         self._settings = settings
         self._exchange = exchange
-        self._upstream = upstream
-        self._stream = upstream.stream
-        self._http = upstream.http
+        self._carrier = carrier
         self._bridge = bridge
         self._fault: Exception | None = None  # of the pump or of the reader, whichever failed first
-        self._silence = True  # the server has not sent anything yet
 
     async def run(self) -> None:
         exchange = self._exchange
-        length = exchange.body.length
-        head = forwarded_request(exchange.request, length, exchange.facts.destination)
-        out = [self._http.send_request(head, length)]
-        if await self._send_ready(out):
+        # What follows a CONNECT is not its body but the tunnel, and belongs to whoever answers it.
+        length = 0 if exchange.request.method == b"CONNECT" else exchange.body.length
+        self._carrier.begin(forwarded_request(exchange.request, exchange.facts.destination), length)
+        if await self._send_ready():
             await self._receive()
             return
         async with trio.open_nursery() as nursery:
@@ -130,48 +131,51 @@ class _Attempt:
         if self._fault is not None:
             raise self._fault
 
-    async def _send_ready(self, out: list[bytes]) -> bool:
+    async def _send_ready(self) -> bool:
         """Send the head with what there is of the body. True: that was all of it."""
-        gathered, whole = 0, False
-        while gathered < _GATHER:
-            piece = self._exchange.body.receive_nowait()
+        exchange, carrier = self._exchange, self._carrier
+        gathered, whole = 0, exchange.request.method == b"CONNECT"
+        if whole:
+            carrier.finish(END)
+        while not whole and gathered < _GATHER:
+            piece = exchange.body.receive_nowait()
             if piece is None:
                 break
             if isinstance(piece, EndOfMessage):
-                out.append(self._http.send_end(piece))
+                carrier.finish(piece)
                 whole = True
-                break
-            gathered += len(piece)
-            out.append(self._http.send_data(piece))
-        self._exchange.request_bytes += gathered
-        self._exchange.clock.expect(self._stalls, self._settings.stream_timeout)
+            else:
+                gathered += len(piece)
+                carrier.put(piece)
+        exchange.request_bytes += gathered
+        exchange.clock.expect(self._stalls, self._settings.stream_timeout)
         try:
-            await self._stream.send_all(out[0] if len(out) == 1 else b"".join(out))
+            await carrier.flush()
         except ConnectionLost as error:
-            raise self._unanswered(f"the connection broke while the request was sent: {error}") from error
+            raise carrier.unanswered(f"the connection broke while the request was sent: {error}") from error
         if whole:
-            self._exchange.clock.expect(self._silent, self._settings.response_timeout)
+            exchange.clock.expect(self._silent, self._settings.response_timeout)
         return whole
 
     async def _pump(self, attempt: trio.CancelScope) -> None:
         """Send the rest of the body as it comes."""
-        exchange, http, stream = self._exchange, self._http, self._stream
+        exchange, carrier = self._exchange, self._carrier
         try:
             while True:
                 exchange.clock.rest()  # the client's own deadlines rule while it is waited for
                 piece = await exchange.body.receive()
                 exchange.clock.expect(self._stalls, self._settings.stream_timeout)
                 if isinstance(piece, EndOfMessage):
-                    if last := http.send_end(piece):
-                        await stream.send_all(last)
+                    carrier.finish(piece)
+                    await carrier.flush()
                     if exchange.response is None:
                         exchange.clock.expect(self._silent, self._settings.response_timeout)
                     return
                 exchange.request_bytes += len(piece)
-                await stream.send_all(http.send_data(piece))
+                carrier.put(piece)
+                await carrier.flush()
         except ConnectionLost:
             # The server takes no more. It may have said why: the response is still to be read.
-            http.keep_alive = False
             exchange.clock.expect(self._silent, self._settings.response_timeout)
         except Exception as error:  # handed over to the attempt, which raises it
             self._fault = error
@@ -179,98 +183,60 @@ class _Attempt:
 
     async def _receive(self) -> None:
         """Read the response, the interim ones first, and hand it on."""
-        exchange = self._exchange
-        while True:
-            head = await self._read_head()
-            strip = upgrade_offer(head.headers) if head.status == 101 else None
+        exchange, carrier = self._exchange, self._carrier
+        for _ in range(_INTERIM):
+            head = await carrier.head()
+            protocol = upgrade_offer(head.headers) if head.status == 101 else None
             strip_hop_by_hop(head.headers)
-            if head.informational:
-                self._silence = False
-                await exchange.inform(head)
-                continue
-            break
-        if self._http.reading is At.TUNNEL:
-            await self._tunnel(head, strip)
+            if not head.informational:
+                break
+            await exchange.inform(head)
+        else:
+            raise UpstreamProtocolError(f"more than {_INTERIM} interim responses")
+        tunnel = carrier.tunnel()
+        if tunnel is None:
+            await exchange.respond(head, _ResponseBody(self._settings, exchange, carrier))
             return
-        await exchange.respond(head, _ResponseBody(self))
-
-    async def _tunnel(self, head: ResponseHead, protocol: bytes | None) -> None:
-        if self._http.writing is not At.DONE:
-            raise UpstreamProtocolError("the server switched protocols before it had the whole request")
         if head.status == 101:
-            if protocol is None or offered(self._exchange.request) is None:
+            if protocol is None or offered(exchange.request) is None:
                 raise UpstreamProtocolError("a 101 response to a request that offered no upgrade")
             head.headers.add(b"Connection", b"Upgrade")
             head.headers.add(b"Upgrade", protocol)
-        self._http.keep_alive = False
-        client = await self._exchange.switch(head)
-        self._exchange.clock.rest()
-        await self._bridge(self._exchange, client, Resumed(self._stream, self._http.take_rest()))
-
-    async def _read_head(self) -> ResponseHead:
-        http = self._http
-        while True:
-            try:
-                head = http.next_response()
-            except ProtocolError as error:
-                raise UpstreamProtocolError(f"the response's head: {error}") from error
-            if isinstance(head, ResponseHead):
-                return head
-            if head is Signal.CLOSED:
-                raise self._unanswered("the server closed the connection without a response")
-            try:
-                http.receive_data(await self._stream.receive_some(READ_SIZE))
-            except ConnectionLost as error:
-                if http.buffered:
-                    raise UpstreamClosed(f"the connection broke within the response's head: {error}") from error
-                raise self._unanswered(f"the connection broke before a response came: {error}") from error
-
-    def _unanswered(self, words: str) -> _Unanswered:
-        return _Unanswered(words, self._upstream.reused and self._silence)
-
-    async def read_body(self) -> bytes | EndOfMessage:
-        """The next piece of the response's body, waited for."""
-        while (piece := self.read_body_nowait()) is None:
-            self._exchange.clock.expect(self._silent, self._settings.stream_timeout)
-            try:
-                self._http.receive_data(await self._stream.receive_some(READ_SIZE))
-            except ConnectionLost as error:
-                raise UpstreamClosed(f"the connection broke within the response's body: {error}") from error
-        self._exchange.clock.rest()
-        return piece
-
-    def read_body_nowait(self) -> bytes | EndOfMessage | None:
-        try:
-            piece = self._http.next_body()
-        except ProtocolError as error:
-            raise UpstreamClosed(f"the response's body: {error}") from error
-        return None if isinstance(piece, Signal) else piece
-
-    @property
-    def body_length(self) -> Length:
-        return self._http.body_length
+        client = await exchange.switch(head)
+        exchange.clock.rest()
+        await self._bridge(exchange, client, tunnel)
 
     def _stalls(self) -> Exception:
         return UpstreamTimeout(f"the server took nothing of the request for {self._settings.stream_timeout} s")
 
     def _silent(self) -> Exception:
-        return UpstreamTimeout("the server did not answer in time, or stopped within its response")
+        return UpstreamTimeout(f"the server did not answer within {self._settings.response_timeout} s")
 
 
 class _ResponseBody:
-    """The response's body as an exchange.Body."""
+    """The response's body as an exchange.Body, with the exchange's clock."""
 
-    __slots__ = ("_attempt", "length")
+    __slots__ = ("_carrier", "_clock", "_patience", "length")
 
-    def __init__(self, attempt: _Attempt) -> None:
-        self._attempt = attempt
-        self.length: Length = attempt.body_length
+    def __init__(self, settings: ClientSettings, exchange: Exchange, carrier: Carrier) -> None:
+        self._carrier = carrier
+        self._clock = exchange.clock
+        self._patience = settings.stream_timeout
+        self.length: Length = carrier.length
 
     def receive_nowait(self) -> bytes | EndOfMessage | None:
-        return self._attempt.read_body_nowait()
+        return self._carrier.body_nowait()
 
     async def receive(self) -> bytes | EndOfMessage:
-        return await self._attempt.read_body()
+        piece = self._carrier.body_nowait()
+        if piece is None:
+            self._clock.expect(self._stops, self._patience)
+            piece = await self._carrier.body()
+            self._clock.rest()
+        return piece
+
+    def _stops(self) -> Exception:
+        return UpstreamTimeout(f"the response paused for {self._patience} s")
 
 
 def offered(request: RequestHead) -> bytes | None:
@@ -278,8 +244,8 @@ def offered(request: RequestHead) -> bytes | None:
     return None if request.version == b"1.0" else upgrade_offer(request.headers)
 
 
-def forwarded_request(request: RequestHead, length: Length, destination: Address) -> RequestHead:
-    """The head as it goes to the next hop: without what belonged to the last one, with what belongs to this one (RFC 9110 §7.6).
+def forwarded_request(request: RequestHead, destination: Address) -> RequestHead:
+    """The head as it goes to the next hop: without what belonged to the last one (RFC 9110 §7.6), with what it offers to the next.
     `destination`, where the client went, is the authority of a request that names none."""
     headers = Headers(request.headers.items)
     offer, trailers = offered(request), wants_trailers(headers)
@@ -287,11 +253,9 @@ def forwarded_request(request: RequestHead, length: Length, destination: Address
     if request.target[:1] not in (b"/", b"*") and request.method != b"CONNECT":
         # RFC 9112 §3.2.2: the absolute-form's authority is the one that counts, whatever Host said.
         headers.replace(b"Host", absolute_authority(request.target) or b"")
-    elif request.version == b"1.0" and b"host" not in headers:
-        # HTTP/1.0 may do without, and we speak 1.1 from here on, which may not (RFC 9112 §3.2).
+    elif request.version != b"1.1" and b"host" not in headers:
+        # HTTP/1.0 and HTTP/2 may do without; HTTP/1.1 may not (RFC 9112 §3.2).
         headers.items.insert(0, (b"Host", request.authority or str(destination).encode("ascii")))
-    if length is Framing.CHUNKED:
-        headers.add(b"Transfer-Encoding", b"chunked")
     options = []
     if trailers:
         headers.add(b"TE", b"trailers")
@@ -301,4 +265,4 @@ def forwarded_request(request: RequestHead, length: Length, destination: Address
         options.append(b"Upgrade")
     if options:
         headers.add(b"Connection", b", ".join(options))
-    return RequestHead(request.method, request.target, headers)
+    return RequestHead(request.method, request.target, headers, request.version, request.protocol)

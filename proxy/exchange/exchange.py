@@ -25,7 +25,7 @@ from proxy.net.address import Address
 from proxy.net.streams import Stream
 from proxy.net.tls import TLSInfo, TLSStream
 from proxy.wire.bodies import Length
-from proxy.wire.messages import END, EndOfMessage, ProtocolError, RequestHead, ResponseHead
+from proxy.wire.messages import END, EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead
 from proxy.wire.sniff import Protocol as Spoken
 
 
@@ -142,8 +142,14 @@ class Exchange(ABC):
         """
 
     @abstractmethod
-    def abort(self) -> None:
-        """The response cannot be ended properly: make sure that the client notices."""
+    def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:
+        """The response cannot be ended properly: make sure that the client notices. Where the protocol has a code for that, with `code`;
+        where a message may say so at its end, with `trailers`."""
+
+    @property
+    def is_grpc(self) -> bool:
+        """gRPC is what this request speaks, so its errors have to be gRPC's (they travel in trailers, which HTTP/2 has)."""
+        return self.request.version == b"2" and (self.request.headers.get(b"content-type") or b"").startswith(b"application/grpc")
 
 
 class Clock:

@@ -15,7 +15,7 @@ from email.utils import formatdate
 
 import trio
 
-from proxy.errors import INTERNAL, Answer, ClientGone, LoopDetected, describe
+from proxy.errors import INTERNAL, Answer, ClientGone, LoopDetected, UpstreamReset, describe
 from proxy.exchange.exchange import NO_CLOCK, Clock, Exchange, Handler, Layer, Whole
 from proxy.wire.messages import Headers, ResponseHead
 
@@ -63,11 +63,17 @@ def rescue(name: Callable[[Exchange], bytes], open_to: Callable[[Exchange], bool
                 exchange.loop = error.kind if isinstance(error, LoopDetected) else None
                 if answer is INTERNAL:
                     _log.error("a request failed by a fault of this proxy's", exc_info=error)
-                if isinstance(error, ClientGone) or exchange.response is not None:
-                    exchange.abort()  # there is nobody, or it is too late, to tell
-                    return
                 detail = str(error) if open_to(exchange) else ""
-                await _answer(exchange, made_up(answer, name(exchange), detail))
+                if isinstance(error, ClientGone):
+                    exchange.abort()  # there is nobody to tell
+                elif isinstance(error, UpstreamReset) and exchange.request.version == b"2":
+                    exchange.abort(error.code)  # the server's own word, which the client understands
+                elif exchange.response is not None:
+                    exchange.abort(trailers=grpc_status(answer, detail) if exchange.is_grpc else None)
+                elif exchange.is_grpc:
+                    await _answer(exchange, made_up_grpc(answer, name(exchange), detail))
+                else:
+                    await _answer(exchange, made_up(answer, name(exchange), detail))
 
         return handle
 
@@ -104,6 +110,20 @@ def made_up(answer: Answer, name: bytes, detail: str) -> tuple[ResponseHead, Who
 def _member(name: bytes) -> bytes:
     """A proxy's name as RFC 9209 §2 has it: a token where it is one. Kubernetes lets names begin with a digit; tokens may not."""
     return name if _TOKEN.fullmatch(name) else sf_string(name.decode("latin-1"))
+
+
+def grpc_status(answer: Answer, detail: str) -> Headers:
+    """The status of a gRPC call (github.com/grpc/grpc, PROTOCOL-HTTP2.md): its message is percent-encoded."""
+    text = f"{answer.proxy_status}: {detail}" if detail else answer.proxy_status
+    message = "".join(c if " " <= c <= "~" and c != "%" else "".join(f"%{byte:02X}" for byte in c.encode("utf-8", "replace")) for c in text)
+    return Headers([(b"grpc-status", b"%d" % answer.grpc_status), (b"grpc-message", message.encode("ascii"))])
+
+
+def made_up_grpc(answer: Answer, name: bytes, detail: str) -> tuple[ResponseHead, Whole]:
+    """The same for a gRPC call: HTTP says 200, and the head is the trailers too."""
+    head, _ = made_up(answer, name, detail)
+    kept = [item for item in head.headers.items if item[0] in (b"Date", b"Proxy-Status")]
+    return ResponseHead(200, Headers([(b"content-type", b"application/grpc"), *kept, *grpc_status(answer, detail)])), Whole()
 
 
 def sf_string(text: str) -> bytes:

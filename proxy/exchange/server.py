@@ -8,6 +8,7 @@ writing a body is one call each for whoever needs it, so nothing is read that no
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
@@ -41,9 +42,12 @@ class Drain:
 
     draining: bool = False
     idle: set[Stream] = field(default_factory=set)
+    on_begin: set[Callable[[], None]] = field(default_factory=set)  # for connections that have a way to say it
 
     def begin(self) -> None:
         self.draining = True
+        for tell in list(self.on_begin):
+            tell()
         for stream in list(self.idle):
             stream.close()
 
@@ -198,7 +202,7 @@ class Http1Exchange(Exchange):
         server.tunnelled = True
         return Resumed(server.stream, server.connection.take_rest())
 
-    def abort(self) -> None:
+    def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:  # noqa: ARG002  # HTTP/1 can only break off
         self._server.abort()
 
 
@@ -262,6 +266,7 @@ class Http1Server:
         self.settings = settings
         self.drain = drain
         self.connection = Http1Connection(Role.SERVER, settings.limits)
+        self.served = False  # whoever was let in has one request answered, even while the proxy is going down
         self.tunnelled = False
         self.aborted = False
 
@@ -287,6 +292,7 @@ class Http1Server:
         self.facts.declined_requests = connection.declined
         exchange = Http1Exchange(self, head, _RequestBody(connection, self.stream, self.settings))
         await handler(exchange)
+        self.served = True
         if self.tunnelled or self.aborted:
             return False
         if connection.writing is not At.DONE:
@@ -302,7 +308,7 @@ class Http1Server:
     async def _next_request(self, scope: trio.CancelScope) -> RequestHead | None:
         """The next head; None: the client has closed, or the proxy is going down."""
         connection = self.connection
-        if self.drain.draining:
+        if self.drain.draining and self.served:
             return None
         if not connection.buffered:
             scope.deadline = trio.current_time() + self.settings.idle_timeout

@@ -138,6 +138,7 @@ class Acceptor:
             raise ValueError(f"a limit of {limit} connections would accept none")
         self.limit = limit
         self.open = 0  # connections open now
+        self.accepted = 0  # connections so far
         self._handler = handler
         self._on_error = on_error
         self._on_pause = on_pause
@@ -192,6 +193,7 @@ class Acceptor:
                     await checkpoint()
                 continue
             self.open += 1
+            self.accepted += 1
             connections.start_soon(self._run, sock)
             streak += 1
             if streak >= _ACCEPT_BURST:

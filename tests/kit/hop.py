@@ -12,6 +12,7 @@ import trio
 from proxy.exchange.client import Client, ClientSettings
 from proxy.exchange.exchange import Exchange, Facts, stack
 from proxy.exchange.layers import deadline, measure, rescue
+from proxy.exchange.lenders import Http1Lender
 from proxy.exchange.pool import Pool, PoolSettings
 from proxy.exchange.server import Drain, Http1Server, ServerSettings
 from proxy.net.accept import Acceptor, Connection
@@ -128,12 +129,13 @@ async def hop(target: Address, settings: Settings | None = None) -> AsyncIterato
             proxy.ended.append(Ended(status, exchange.failure, exchange.failure_words, *counted))
 
     proxy.pool = Pool(dial, account, settings.pool, settings.server.limits)
-    client = Client(proxy.pool, settings.client, bridge)
+    client: Client[Address] = Client(settings.client, bridge)
+    lender = Http1Lender(proxy.pool)
 
     async def send(exchange: Exchange) -> None:
         if proxy.raises is not None:
             raise proxy.raises
-        await client.send(exchange, proxy.target)
+        await client.send(exchange, proxy.target, lender)
 
     handler = stack(measure(book), rescue(lambda _: settings.name, lambda _: settings.open_to), deadline, endpoint=send)
 

@@ -1,0 +1,276 @@
+"""What carries one request to an endpoint, and its response back: an HTTP/1 connection, or a stream of an HTTP/2 one.
+
+client.py drives either through the same few steps and knows no difference:
+
+    begin(head, length), put(data) ..., flush()      the request; what is put is sent by flush
+    finish(end)                                      its end
+    head()                                           the response's heads, interim ones first
+    body_nowait(), body()                            its body
+    tunnel()                                         or raw bytes, behind a 101 or a 2xx to CONNECT
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from http import HTTPStatus
+
+from proxy.errors import UpstreamClosed, UpstreamProtocolError, UpstreamReset
+from proxy.exchange.mux import Mux
+from proxy.exchange.mux_stream import MuxStream, StreamLost
+from proxy.exchange.pool import Upstream
+from proxy.exchange.server import READ_SIZE, Resumed
+from proxy.exchange.server2 import Tunnel, body_length
+from proxy.net.errors import ConnectionLost
+from proxy.net.streams import Stream
+from proxy.wire.bodies import Framing, Length
+from proxy.wire.events2 import StreamGone
+from proxy.wire.http1 import At
+from proxy.wire.messages import EndOfMessage, ProtocolError, RequestHead, ResponseHead, Signal
+
+
+class Unanswered(Exception):
+    """The server ended before it sent one byte of a final response. `again`: the request may be tried once more, if it is idempotent;
+    `untouched`: it may in any case, since the server has certainly not looked at it."""
+
+    def __init__(self, message: str, *, again: bool, untouched: bool = False) -> None:
+        super().__init__(message)
+        self.again = again
+        self.untouched = untouched
+
+
+class Carrier(ABC):
+    """One exchange on one connection; made for it, and dropped behind it."""
+
+    stream: Stream  # of the connection, for the logs
+
+    @property
+    def declined(self) -> int:
+        """HTTP/1 heads of this exchange that took the longer road."""
+        return 0
+
+    @abstractmethod
+    def unanswered(self, words: str) -> Unanswered:
+        """The error for a request that could not be sent."""
+
+    @abstractmethod
+    def begin(self, head: RequestHead, length: Length) -> None:
+        """The request's head; hop-by-hop fields are stripped already."""
+
+    @abstractmethod
+    def put(self, data: bytes) -> None: ...
+
+    @abstractmethod
+    def finish(self, end: EndOfMessage) -> None: ...
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Send what was put. Raises ConnectionLost: the server takes no more."""
+
+    @abstractmethod
+    async def head(self) -> ResponseHead:
+        """The next head, interim ones too. Raises Unanswered, UpstreamProtocolError, UpstreamClosed."""
+
+    @property
+    @abstractmethod
+    def length(self) -> Length:
+        """Of the response's body."""
+
+    @abstractmethod
+    def body_nowait(self) -> bytes | EndOfMessage | None:
+        """Raises UpstreamClosed, UpstreamReset."""
+
+    @abstractmethod
+    async def body(self) -> bytes | EndOfMessage: ...
+
+    @abstractmethod
+    def tunnel(self) -> Stream | None:
+        """The raw bytes behind a head that ended HTTP here; None: it did not."""
+
+
+class Http1Carrier(Carrier):
+    def __init__(self, upstream: Upstream) -> None:
+        self.stream = upstream.stream
+        self._http = upstream.http
+        self._reused = upstream.reused
+        self._declined = upstream.http.declined
+        self._interim = False
+        self._out: list[bytes] = []
+
+    @property
+    def declined(self) -> int:
+        return self._http.declined - self._declined
+
+    def begin(self, head: RequestHead, length: Length) -> None:
+        if length is Framing.CHUNKED:
+            head.headers.add(b"Transfer-Encoding", b"chunked")
+        self._out.append(self._http.send_request(head, length))
+
+    def put(self, data: bytes) -> None:
+        self._out.append(self._http.send_data(data))
+
+    def finish(self, end: EndOfMessage) -> None:
+        if last := self._http.send_end(end):
+            self._out.append(last)
+
+    async def flush(self) -> None:
+        data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
+        self._out.clear()
+        if data:
+            try:
+                await self.stream.send_all(data)
+            except ConnectionLost:
+                self._http.keep_alive = False
+                raise
+
+    async def head(self) -> ResponseHead:
+        http = self._http
+        while True:
+            try:
+                head = http.next_response()
+            except ProtocolError as error:
+                raise UpstreamProtocolError(f"the response's head: {error}") from error
+            if isinstance(head, ResponseHead):
+                self._interim = True
+                return head
+            if head is Signal.CLOSED:
+                raise self.unanswered("the server closed the connection without a response")
+            try:
+                http.receive_data(await self.stream.receive_some(READ_SIZE))
+            except ConnectionLost as error:
+                if http.buffered:
+                    raise UpstreamClosed(f"the connection broke within the response's head: {error}") from error
+                raise self.unanswered(f"the connection broke before a response came: {error}") from error
+
+    def unanswered(self, words: str) -> Unanswered:
+        # Only a kept connection may have been closed for another reason than our request.
+        return Unanswered(words, again=self._reused and not self._interim)
+
+    @property
+    def length(self) -> Length:
+        return self._http.body_length
+
+    def body_nowait(self) -> bytes | EndOfMessage | None:
+        try:
+            piece = self._http.next_body()
+        except ProtocolError as error:
+            raise UpstreamClosed(f"the response's body: {error}") from error
+        return None if isinstance(piece, Signal) else piece
+
+    async def body(self) -> bytes | EndOfMessage:
+        while (piece := self.body_nowait()) is None:
+            try:
+                self._http.receive_data(await self.stream.receive_some(READ_SIZE))
+            except ConnectionLost as error:
+                raise UpstreamClosed(f"the connection broke within the response's body: {error}") from error
+        return piece
+
+    def tunnel(self) -> Stream | None:
+        if self._http.reading is not At.TUNNEL:
+            return None
+        if self._http.writing is not At.DONE:
+            raise UpstreamProtocolError("the server switched protocols before it had the whole request")
+        self._http.keep_alive = False
+        return Resumed(self.stream, self._http.take_rest())
+
+
+class Http2Carrier(Carrier):
+    """A stream. A request without a body ends with its head; a CONNECT does not end, for its stream is the tunnel."""
+
+    def __init__(self, mux: Mux) -> None:
+        self.stream = mux.stream
+        self._mux = mux
+        self._request: RequestHead | None = None
+        self._stream: MuxStream | None = None
+        self._response: ResponseHead | None = None
+        self._pieces: list[bytes] = []
+        self._end: EndOfMessage | None = None
+        self._sends = True
+
+    def begin(self, head: RequestHead, length: Length) -> None:
+        self._request = head
+        self._sends = length != 0
+        self._stream = self._mux.open(head, end=length == 0 and head.method != b"CONNECT")
+
+    def put(self, data: bytes) -> None:
+        self._pieces.append(data)
+
+    def finish(self, end: EndOfMessage) -> None:
+        self._end = end
+
+    async def flush(self) -> None:
+        stream = self._opened()
+        pieces, self._pieces = self._pieces, []
+        end, self._end = self._end, None
+        if not self._sends or (not pieces and end is None):
+            return
+        trailers = end is not None and bool(len(end.trailers))
+        try:
+            await stream.send(b"".join(pieces) if len(pieces) != 1 else pieces[0], end=end is not None and not trailers)
+            if end is not None and trailers:
+                self._mux.http.send_trailers(stream.number, end.trailers)
+                self._mux.touch()
+        except (StreamLost, StreamGone) as error:
+            raise ConnectionLost(str(error), "reset") from error
+
+    def _opened(self) -> MuxStream:
+        if self._stream is None:
+            raise RuntimeError("begin comes first")
+        return self._stream
+
+    async def head(self) -> ResponseHead:
+        stream = self._opened()
+        try:
+            head = await stream.head()
+        except StreamLost as error:
+            if error.refused:
+                raise Unanswered(str(error), again=True, untouched=True) from error
+            raise self._broken(error) from error
+        if not head.reason:
+            head.reason = _reason(head.status)
+        self._response = head
+        return head
+
+    def unanswered(self, words: str) -> Unanswered:
+        lost = self._stream.lost if self._stream is not None else None
+        return Unanswered(words, again=False, untouched=lost is not None and lost.refused)
+
+    def _broken(self, error: StreamLost) -> Exception:
+        if self._mux.broken is not None:
+            return UpstreamClosed(f"the connection broke: {error}")
+        return UpstreamReset(str(error), error.code)
+
+    @property
+    def length(self) -> Length:
+        if self._response is None or self._request is None or self._request.method == b"HEAD":
+            return 0
+        return body_length(self._response.headers, ended=self._opened().empty)
+
+    def body_nowait(self) -> bytes | EndOfMessage | None:
+        try:
+            return self._opened().receive_nowait()
+        except StreamLost as error:
+            raise self._broken(error) from error
+
+    async def body(self) -> bytes | EndOfMessage:
+        try:
+            return await self._opened().receive()
+        except StreamLost as error:
+            raise self._broken(error) from error
+
+    def tunnel(self) -> Stream | None:
+        if self._request is None or self._request.method != b"CONNECT" or self._response is None or self._response.status >= 300:
+            return None
+        return Tunnel(self._opened())
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+
+def _reason(status: int) -> bytes:
+    """HTTP/2 has no reason phrases; an HTTP/1 client expects the usual one."""
+    try:
+        return HTTPStatus(status).phrase.encode("ascii")
+    except ValueError:
+        return b""
+

@@ -1,0 +1,149 @@
+"""One stream of a shared HTTP/2 connection, as an exchange sees it: what has come and was not taken yet, and what may be sent."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from trio.lowlevel import ParkingLot
+
+from proxy.wire.events2 import DataReceived, HeadReceived, StreamBroken, StreamGone, TrailersReceived
+from proxy.wire.frames2 import Code
+from proxy.wire.messages import END, EndOfMessage, RequestHead, ResponseHead
+
+if TYPE_CHECKING:
+    from proxy.exchange.mux import Mux
+
+
+class StreamLost(Exception):
+    """A stream ended before its message did. `code`: of RST_STREAM; `refused`: the peer has certainly not looked at the request."""
+
+    def __init__(self, message: str, code: int, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.code = code
+        self.refused = refused
+
+
+class MuxStream:
+    """One stream: what has come and was not taken yet, and its end."""
+
+    __slots__ = ("_chunks", "_end", "_heads", "_lost", "_news", "mux", "number", "on_lost", "request")
+
+    def __init__(self, mux: Mux, number: int) -> None:
+        self.mux = mux
+        self.number = number
+        self.request: RequestHead | None = None
+        self.on_lost: Callable[[], None] | None = None  # told when nobody waits for the stream's message any more
+        self._heads: deque[ResponseHead] = deque()
+        self._chunks: deque[tuple[bytes, int]] = deque()
+        self._end: EndOfMessage | None = None
+        self._lost: StreamLost | None = None
+        self._news = ParkingLot()
+
+    # Filled by the reader...
+
+    def file(self, event: HeadReceived | DataReceived | TrailersReceived | StreamBroken) -> None:
+        match event:
+            case DataReceived():
+                if event.data or event.credit:
+                    self._chunks.append((event.data, event.credit))
+                if event.ended:
+                    self._end = END
+            case HeadReceived(head=ResponseHead() as head):
+                self._heads.append(head)
+                if event.ended:
+                    self._end = END
+            case HeadReceived():
+                self._end = END if event.ended else None
+            case TrailersReceived():
+                self._end = EndOfMessage(event.trailers)
+            case StreamBroken():
+                self.lose(StreamLost(event.words, event.code, refused=event.code == Code.REFUSED_STREAM))
+        self._news.unpark_all()
+
+    def lose(self, error: StreamLost) -> None:
+        """The stream has ended early. A client that has the whole response has lost nothing: the server wants no more of the request."""
+        if self._lost is None and not (self.mux.client and self._end is not None):
+            self._lost = error
+            if self.on_lost is not None:
+                self.on_lost()
+        self._news.unpark_all()
+
+    def wake(self) -> None:
+        self._news.unpark_all()
+
+    # Taken by the exchange...
+
+    @property
+    def ended(self) -> bool:
+        """Everything has come; it may not all have been taken yet."""
+        return self._end is not None
+
+    @property
+    def empty(self) -> bool:
+        """Everything has come and been taken; there may have been nothing."""
+        return self._end is not None and not self._chunks and not len(self._end.trailers)
+
+    @property
+    def lost(self) -> StreamLost | None:
+        return self._lost
+
+    async def head(self) -> ResponseHead:
+        """The next head of the response, interim ones too. Raises StreamLost."""
+        while not self._heads:
+            if self._lost is not None:
+                raise self._lost
+            await self._news.park()
+        return self._heads.popleft()
+
+    def receive_nowait(self) -> bytes | EndOfMessage | None:
+        """The next piece of the body; its bytes count as taken, and the peer may send as many more. Raises StreamLost."""
+        while self._chunks:
+            data, credit = self._chunks.popleft()
+            self.mux.consumed(self.number, credit)
+            if data:
+                return data
+        if self._lost is not None:
+            raise self._lost
+        return self._end
+
+    async def receive(self) -> bytes | EndOfMessage:
+        while (piece := self.receive_nowait()) is None:
+            await self._news.park()
+        return piece
+
+    async def send(self, data: bytes, *, end: bool) -> None:
+        """Send DATA as the windows allow, and no faster than the writer. Raises StreamLost."""
+        at = 0
+        while True:
+            if self._lost is not None:
+                raise self._lost
+            window = self._window()
+            piece = data if not at and len(data) <= window else data[at : at + window]
+            if piece or at >= len(data):
+                at += len(piece)
+                self.mux.put_data(self.number, piece, end=end and at >= len(data))
+                if at >= len(data):
+                    await self.mux.paced()
+                    return
+                await self.mux.paced()
+            else:
+                await self._news.park()
+
+    def _window(self) -> int:
+        try:
+            return self.mux.http.window(self.number)
+        except StreamGone as error:
+            raise StreamLost(str(error), Code.STREAM_CLOSED) from error
+
+    def close(self, code: int | None = None) -> None:
+        """Give the stream up: reset if it has not ended (with `code`), and nothing more is filed for it."""
+        if code is not None:
+            self.mux.http.reset(self.number, code)
+        self.mux.forget(self)
+
+    def give_back(self) -> None:
+        """What has come and nobody will take."""
+        while self._chunks:
+            self.mux.http.consumed(self.number, self._chunks.popleft()[1])

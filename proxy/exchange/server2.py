@@ -1,0 +1,242 @@
+"""One downstream HTTP/2 connection: each of its streams is an exchange, in a task of its own.
+
+The connection's reader and writer are the mux's; a stream that the peer resets cancels its exchange, and no other.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from proxy.errors import ClientGone, RequestTimeout
+from proxy.exchange.exchange import Body, Exchange, Facts, Handler
+from proxy.exchange.mux import Mux, MuxSettings
+from proxy.exchange.mux_stream import MuxStream, StreamLost
+from proxy.exchange.server import Drain, ServerSettings
+from proxy.net.address import Address
+from proxy.net.errors import ConnectionLost
+from proxy.net.streams import Stream
+from proxy.wire.bodies import Framing, Length
+from proxy.wire.events2 import StreamGone
+from proxy.wire.frames2 import Code
+from proxy.wire.http1 import Role
+from proxy.wire.messages import EndOfMessage, Headers, RequestHead, ResponseHead
+
+
+class StreamBody:
+    """What comes on a stream, as an exchange.Body. `length`: as its head said. Nothing is limited here but the silence of a stream: calls
+    that stream, as gRPC's do, may pause, and a peer that has gone is noticed by PING."""
+
+    __slots__ = ("_patience", "_stream", "length")
+
+    def __init__(self, stream: MuxStream, length: Length, patience: float) -> None:
+        self._stream = stream
+        self._patience = patience
+        self.length = length
+
+    def receive_nowait(self) -> bytes | EndOfMessage | None:
+        try:
+            return self._stream.receive_nowait()
+        except StreamLost as error:
+            raise ClientGone(f"within the request: {error}") from error
+
+    async def receive(self) -> bytes | EndOfMessage:
+        piece = self.receive_nowait()
+        if piece is not None:
+            return piece
+        with trio.move_on_after(self._patience):
+            try:
+                return await self._stream.receive()
+            except StreamLost as error:
+                raise ClientGone(f"within the request: {error}") from error
+        raise RequestTimeout(f"the request's body paused for {self._patience} s")
+
+
+def body_length(headers: Headers, *, ended: bool) -> Length:
+    """How long the body of an HTTP/2 message is, by its head."""
+    if ended:
+        return 0
+    value = headers.get(b"content-length")
+    return int(value) if value is not None else Framing.CHUNKED
+
+
+class Http2Exchange(Exchange):
+    __slots__ = ("_settings", "_stream")
+
+    def __init__(self, stream: MuxStream, request: RequestHead, facts: Facts, settings: ServerSettings) -> None:
+        length = body_length(request.headers, ended=stream.empty)
+        super().__init__(request, StreamBody(stream, length, settings.write_timeout), facts)
+        self._stream = stream
+        self._settings = settings
+
+    async def inform(self, head: ResponseHead) -> None:
+        await trio.lowlevel.checkpoint()
+        self._send_head(head, end=False)
+
+    async def respond(self, head: ResponseHead, body: Body) -> None:
+        self.response = head
+        self.on_response(head.status)
+        bodiless = self.request.method == b"HEAD" or head.status in (204, 304)
+        length = body.length
+        if head.status == 204:
+            head.headers.remove(b"content-length")
+        elif isinstance(length, int) and not bodiless and b"content-length" not in head.headers and not self.is_grpc:
+            head.headers.add(b"content-length", b"%d" % length)
+        piece = body.receive_nowait()
+        ended = bodiless or (isinstance(piece, EndOfMessage) and not len(piece.trailers))
+        self._send_head(head, end=ended)
+        if ended:
+            await trio.lowlevel.checkpoint()
+            return
+        try:
+            await self._send_body(piece, body)
+        except (StreamLost, StreamGone) as error:
+            raise ClientGone(f"within the response: {error}") from error
+
+    async def _send_body(self, piece: bytes | EndOfMessage | None, body: Body) -> None:
+        """Send `piece` and what follows it. The last DATA carries the end, if it is known in time."""
+        while True:
+            if piece is None:
+                piece = await body.receive()
+            if isinstance(piece, EndOfMessage):
+                self._send_end(piece)
+                return
+            following = body.receive_nowait()
+            last = isinstance(following, EndOfMessage) and not len(following.trailers)
+            self.response_bytes += len(piece)
+            self.clock.expect(self._client_stalls, self._settings.write_timeout)
+            await self._stream.send(piece, end=last)
+            self.clock.rest()
+            if last:
+                return
+            piece = following
+
+    def _send_end(self, end: EndOfMessage) -> None:
+        http = self._stream.mux.http
+        if len(end.trailers):
+            http.send_trailers(self._stream.number, end.trailers)
+        else:
+            http.send_data(self._stream.number, b"", end=True)
+        self._stream.mux.touch()
+
+    def _send_head(self, head: ResponseHead, *, end: bool) -> None:
+        try:
+            self._stream.mux.http.send_response(self._stream.number, head, end=end)
+        except StreamGone as error:
+            raise ClientGone(str(error)) from error
+        self._stream.mux.touch()
+
+    def _client_stalls(self) -> Exception:
+        return ClientGone(f"the client took nothing for {self._settings.write_timeout} s")
+
+    async def switch(self, head: ResponseHead) -> Stream:
+        """A tunnel within a stream: CONNECT (RFC 9113 §8.5), or WebSocket by extended CONNECT (RFC 8441)."""
+        self.response = head
+        self.on_response(head.status)
+        head.headers.remove(b"content-length")
+        await self.inform(head)
+        return Tunnel(self._stream)
+
+    def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:
+        """End the stream as broken; with trailers where the protocol has them for that."""
+        if trailers is not None:
+            try:
+                self._stream.mux.http.send_trailers(self._stream.number, trailers)
+            except StreamGone:
+                return
+            self._stream.mux.touch()
+        else:
+            self._stream.close(Code.INTERNAL_ERROR if code is None else code)
+
+
+class Tunnel:
+    """The bytes of a stream behind the head of a CONNECT, as a Stream for relay."""
+
+    def __init__(self, stream: MuxStream) -> None:
+        self._stream = stream
+        self._rest = b""
+        self._ended = False
+        self.bytes_read = 0
+        self.bytes_written = 0
+
+    @property
+    def peer(self) -> Address:
+        return self._stream.mux.stream.peer
+
+    @property
+    def local(self) -> Address:
+        return self._stream.mux.stream.local
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if not self._rest:
+            try:
+                piece = await self._stream.receive()
+            except StreamLost as error:
+                raise ConnectionLost(str(error), "reset") from error
+            if isinstance(piece, EndOfMessage):
+                return b""
+            self._rest = piece
+        data, self._rest = self._rest[:max_bytes], self._rest[len(self._rest[:max_bytes]) :]
+        self.bytes_read += len(data)
+        return data
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        try:
+            await self._stream.send(bytes(data), end=False)
+        except StreamLost as error:
+            raise ConnectionLost(str(error), "reset") from error
+        self.bytes_written += len(data)
+
+    async def send_eof(self) -> None:
+        if not self._ended:
+            self._ended = True
+            try:
+                await self._stream.send(b"", end=True)
+            except StreamLost as error:
+                raise ConnectionLost(str(error), "reset") from error
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.close()
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def reset(self) -> None:
+        self._stream.close(Code.CONNECT_ERROR)
+
+    def is_idle(self) -> bool:
+        return self._stream.lost is None and not self._stream.ended
+
+
+class Http2Server:
+    """`run` returns when the connection has ended."""
+
+    def __init__(self, stream: Stream, facts: Facts, settings: ServerSettings, mux: MuxSettings, drain: Drain) -> None:
+        self.facts = facts
+        self.settings = settings
+        self.drain = drain
+        self.mux = Mux(stream, Role.SERVER, mux)
+
+    async def run(self, handler: Handler) -> None:
+        if self.drain.draining:
+            self.mux.retire()
+        self.drain.on_begin.add(self.mux.retire)
+        try:
+            async with trio.open_nursery() as exchanges:
+
+                def serve(stream: MuxStream) -> None:
+                    exchanges.start_soon(self._serve, handler, stream)
+
+                await self.mux.run(serve)
+                exchanges.cancel_scope.cancel()
+        finally:
+            self.drain.on_begin.discard(self.mux.retire)
+
+    async def _serve(self, handler: Handler, stream: MuxStream) -> None:
+        if stream.request is None or stream.lost is not None:
+            stream.close()
+            return
+        with trio.CancelScope() as scope:
+            stream.on_lost = scope.cancel
+            await handler(Http2Exchange(stream, stream.request, self.facts, self.settings))
+        stream.close()

@@ -1,0 +1,68 @@
+"""The connections that a flow keeps, by the protocol that they speak; and the server for the protocol that a client speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Hashable
+from functools import partial
+from typing import Generic, TypeVar
+
+from proxy.exchange.client import Lender
+from proxy.exchange.exchange import Direction, Facts, Handler
+from proxy.exchange.lenders import Http1Lender, Http2Lender
+from proxy.exchange.pool import Pool
+from proxy.exchange.pool2 import MuxPool
+from proxy.exchange.server import Http1Server
+from proxy.exchange.server2 import Http2Server
+from proxy.mesh.contexts import ALPN_HTTP1, ALPN_HTTP2
+from proxy.net.streams import Stream
+from proxy.runtime import Runtime
+from proxy.wire.sniff import Protocol
+
+K = TypeVar("K", bound=Hashable)
+
+
+class Pools(Generic[K]):
+    """One pool for each version of HTTP. `connect` opens a connection that speaks what its ALPN name says."""
+
+    def __init__(self, rt: Runtime, direction: Direction, connect: Callable[[K, bytes], Awaitable[Stream]]) -> None:
+        account = partial(rt.ledger.upstream, direction)
+        self._http1: Pool[K] = Pool(lambda key: connect(key, ALPN_HTTP1), account, rt.settings.pool, rt.settings.limits)
+        self._http2: MuxPool[K] = MuxPool(lambda key: connect(key, ALPN_HTTP2), account, rt.settings.pool, rt.settings.upstream)
+        self._lenders: dict[Protocol, Lender[K]] = {
+            Protocol.HTTP1: Http1Lender(self._http1),
+            Protocol.HTTP2: Http2Lender(self._http2),
+        }
+
+    def lender(self, protocol: Protocol) -> Lender[K]:
+        return self._lenders[protocol]
+
+    async def serve(self) -> None:
+        """Own the connections that live beside the exchanges, until cancelled."""
+        await self._http2.serve()
+
+    def counts(self) -> tuple[int, int]:
+        """(connections in use, idle connections)"""
+        one, two = self._http1.counts(), self._http2.counts()
+        return one[0] + two[0], one[1] + two[1]
+
+    def sweep(self) -> None:
+        """Close what is too old; about once a second."""
+        self._http1.sweep()
+        self._http2.sweep()
+
+    def close(self) -> None:
+        self._http1.close()
+        self._http2.close()
+
+
+def spoken(version: bytes) -> Protocol:
+    """The protocol that a request came by."""
+    return Protocol.HTTP2 if version == b"2" else Protocol.HTTP1
+
+
+async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler) -> None:
+    """Serve a downstream HTTP connection of either version until it ends."""
+    if about.protocol is Protocol.HTTP2:
+        await Http2Server(stream, about, rt.settings.server, rt.settings.downstream, rt.drain).run(handler)
+    else:
+        await Http1Server(stream, about, rt.settings.server, rt.drain).run(handler)

@@ -1,0 +1,140 @@
+"""The fields of HTTP/2 messages: from a decoded header list to a head of messages.py, checked, and back (RFC 9113 §8).
+
+h2 could check header lists, too, but it ends the whole connection for a bad one. A malformed message is a fault of its stream
+(§8.1.1), so the check is here, and what fails it is one stream's ProtocolError.
+
+In canonical form the authority is the Host field (messages.py). So `:authority` becomes Host on the way in, in front of the other
+fields, and Host becomes `:authority` on the way out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from proxy.wire.messages import Headers, ProtocolError, RequestHead, ResponseHead
+
+Pair = tuple[bytes, bytes]
+
+# RFC 9113 §8.2.1: lower-case tokens; values without NUL, CR and LF, and without white space at their ends.
+_NAME = re.compile(rb"[-!#$%&'*+.^_`|~0-9a-z]+")
+_VALUE = re.compile(rb"(?:[!-~\x80-\xff](?:[ -~\t\x80-\xff]*[!-~\x80-\xff])?)?")
+_PATH = re.compile(rb"/[!-~\x80-\xff]*")
+_METHOD = re.compile(rb"[-!#$%&'*+.^_`|~0-9A-Za-z]{1,64}")
+_AUTHORITY = re.compile(rb"[-A-Za-z0-9._~%!$&'()*+,;=:\[\]]+")
+_STATUS = re.compile(rb"[1-5][0-9][0-9]")
+
+# §8.2.2: what speaks of an HTTP/1 connection has no place here.
+_CONNECTION_FIELDS = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
+_REQUEST_PSEUDO = frozenset({b":method", b":scheme", b":authority", b":path", b":protocol"})
+
+
+def request_head(pairs: Iterable[Pair]) -> RequestHead:
+    """The head of a request. Raises ProtocolError if the message is malformed."""
+    pseudo, headers = _split(pairs, _REQUEST_PSEUDO)
+    method = pseudo.get(b":method", b"")
+    authority = pseudo.get(b":authority")
+    host = headers.all(b"host")
+    if not _METHOD.fullmatch(method):
+        raise ProtocolError("a request without a valid :method")
+    if authority is not None and not _AUTHORITY.fullmatch(authority):
+        raise ProtocolError("a malformed :authority")
+    if len(host) > 1 or (host and authority is not None and host[0].lower() != authority.lower()):
+        raise ProtocolError("a Host field that contradicts :authority")
+    protocol = pseudo.get(b":protocol")
+    if method == b"CONNECT" and protocol is None:
+        if authority is None or b":path" in pseudo or b":scheme" in pseudo:
+            raise ProtocolError("a CONNECT request must have :authority, and neither :path nor :scheme")
+        target = authority
+    else:
+        target = _target(method, pseudo, protocol)
+    if authority is not None and not host:
+        headers.items.insert(0, (b"host", authority))
+    return RequestHead(method, target, headers, b"2", protocol)
+
+
+def _target(method: bytes, pseudo: dict[bytes, bytes], protocol: bytes | None) -> bytes:
+    path = pseudo.get(b":path", b"")
+    if pseudo.get(b":scheme", b"").lower() not in (b"http", b"https"):
+        raise ProtocolError("a request without a :scheme of http or https")
+    if not _PATH.fullmatch(path) and not (path == b"*" and method == b"OPTIONS"):
+        raise ProtocolError("a request without a valid :path")
+    if protocol is not None and method != b"CONNECT":
+        raise ProtocolError(":protocol in a request that is no CONNECT (RFC 8441 §4)")
+    return path
+
+
+def response_head(pairs: Iterable[Pair]) -> ResponseHead:
+    """The head of a response, informational ones too. Raises ProtocolError if it is malformed."""
+    pseudo, headers = _split(pairs, frozenset({b":status"}))
+    status = pseudo.get(b":status", b"")
+    if not _STATUS.fullmatch(status) or status == b"101":  # §8.6: there is nothing to switch to
+        raise ProtocolError("a response without a valid :status")
+    return ResponseHead(int(status), headers, b"", b"2")
+
+
+def trailers(pairs: Iterable[Pair]) -> Headers:
+    """A trailer section: no pseudo-field may stand in it (§8.1)."""
+    return _split(pairs, frozenset())[1]
+
+
+def _split(pairs: Iterable[Pair], allowed: frozenset[bytes]) -> tuple[dict[bytes, bytes], Headers]:
+    pseudo: dict[bytes, bytes] = {}
+    headers = Headers()
+    cookies: list[bytes] = []
+    for name, value in pairs:
+        if not _VALUE.fullmatch(value):
+            raise ProtocolError("a field value with bytes that are not allowed in one")
+        if name[:1] == b":":
+            if name not in allowed or name in pseudo or headers.items or cookies:
+                raise ProtocolError("a pseudo-field that is unknown, repeated, or behind the fields")
+            pseudo[name] = value
+        elif not _NAME.fullmatch(name) or name in _CONNECTION_FIELDS or (name == b"te" and value.lower() != b"trailers"):
+            raise ProtocolError(f"the field {name[:64]!r} is not allowed in HTTP/2")
+        elif name == b"cookie":
+            cookies.append(value)
+        else:
+            headers.items.append((name, value))
+    if cookies:  # §8.2.3: split for the sake of compression, and one field everywhere else
+        headers.items.append((b"cookie", b"; ".join(cookies)))
+    lengths = headers.all(b"content-length")
+    if len(lengths) > 1 or (lengths and not (lengths[0].isdigit() and len(lengths[0]) < 19)):
+        raise ProtocolError("a Content-Length that is repeated, or not a number")
+    return pseudo, headers
+
+
+def request_pairs(head: RequestHead) -> list[Pair]:
+    """The header list of a request whose hop-by-hop fields have been stripped."""
+    authority = head.authority or b""
+    if head.method == b"CONNECT" and head.protocol is None:
+        pseudo = [(b":method", b"CONNECT"), (b":authority", head.target)]
+    else:
+        path = head.target if head.target[:1] in (b"/", b"*") else _origin_form(head.target)
+        pseudo = [(b":method", head.method), (b":scheme", b"http"), (b":path", path)]
+        if authority:
+            pseudo.insert(2, (b":authority", authority))
+        if head.protocol is not None:
+            pseudo.append((b":protocol", head.protocol))
+    return pseudo + field_pairs(head.headers, without=b"host")
+
+
+def _origin_form(target: bytes) -> bytes:
+    """The path and query of an absolute-form target."""
+    rest = target.partition(b"://")[2]
+    start = min((at for at in (rest.find(b"/"), rest.find(b"?")) if at >= 0), default=len(rest))
+    path = rest[start:]
+    return path if path.startswith(b"/") else b"/" + path
+
+
+def response_pairs(head: ResponseHead) -> list[Pair]:
+    return [(b":status", b"%d" % head.status), *field_pairs(head.headers)]
+
+
+def field_pairs(headers: Headers, without: bytes = b"") -> list[Pair]:
+    """Fields with their names in lower case; those of an HTTP/1 connection, which somebody may have left, are dropped."""
+    pairs = []
+    for name, value in headers.items:
+        lower = name.lower()
+        if lower != without and lower not in _CONNECTION_FIELDS:
+            pairs.append((lower, value))
+    return pairs

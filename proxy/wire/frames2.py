@@ -1,0 +1,169 @@
+"""HTTP/2 frames (RFC 9113 §4, §6): their numbers, and their bytes."""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+HEADER_SIZE = 9
+DEFAULT_WINDOW = 65535
+DEFAULT_FRAME_SIZE = 16384
+LARGEST_FRAME_SIZE = 2**24 - 1
+LARGEST_WINDOW = 2**31 - 1
+
+
+class Kind(IntEnum):
+    """Frame types."""
+
+    DATA = 0
+    HEADERS = 1
+    PRIORITY = 2
+    RST_STREAM = 3
+    SETTINGS = 4
+    PUSH_PROMISE = 5
+    PING = 6
+    GOAWAY = 7
+    WINDOW_UPDATE = 8
+    CONTINUATION = 9
+
+
+# Flags.
+END_STREAM = 0x1
+ACK = 0x1
+END_HEADERS = 0x4
+PADDED = 0x8
+PRIORITY = 0x20
+
+
+class Setting(IntEnum):
+    HEADER_TABLE_SIZE = 1
+    ENABLE_PUSH = 2
+    MAX_CONCURRENT_STREAMS = 3
+    INITIAL_WINDOW_SIZE = 4
+    MAX_FRAME_SIZE = 5
+    MAX_HEADER_LIST_SIZE = 6
+    ENABLE_CONNECT_PROTOCOL = 8  # RFC 8441
+
+
+class Code(IntEnum):
+    """Error codes (§7)."""
+
+    NO_ERROR = 0
+    PROTOCOL_ERROR = 1
+    INTERNAL_ERROR = 2
+    FLOW_CONTROL_ERROR = 3
+    SETTINGS_TIMEOUT = 4
+    STREAM_CLOSED = 5
+    FRAME_SIZE_ERROR = 6
+    REFUSED_STREAM = 7
+    CANCEL = 8
+    COMPRESSION_ERROR = 9
+    CONNECT_ERROR = 10
+    ENHANCE_YOUR_CALM = 11
+    INADEQUATE_SECURITY = 12
+    HTTP_1_1_REQUIRED = 13
+
+
+def code_name(code: int) -> str:
+    return Code(code).name if code in Code.__members__.values() else f"code {code}"
+
+
+class ConnectionFault(Exception):
+    """The connection has to end, with this code."""
+
+    def __init__(self, code: Code, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class StreamFault(Exception):
+    """A stream has to end, with this code; the others go on."""
+
+    def __init__(self, stream: int, code: Code, message: str) -> None:
+        super().__init__(message)
+        self.stream = stream
+        self.code = code
+
+
+_HEADER = struct.Struct(">BHBBL")
+_SETTING = struct.Struct(">HL")
+_LONG = struct.Struct(">L")
+_GOAWAY = struct.Struct(">LL")
+
+
+def header(size: int, kind: int, flags: int, stream: int) -> bytes:
+    return _HEADER.pack(size >> 16, size & 0xFFFF, kind, flags, stream)
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return _HEADER.pack(len(payload) >> 16, len(payload) & 0xFFFF, kind, flags, stream) + payload
+
+
+def settings(values: dict[int, int]) -> bytes:
+    return frame(Kind.SETTINGS, 0, 0, b"".join(_SETTING.pack(key, value) for key, value in values.items()))
+
+
+def window_update(stream: int, increment: int) -> bytes:
+    return frame(Kind.WINDOW_UPDATE, 0, stream, _LONG.pack(increment))
+
+
+def rst_stream(stream: int, code: int) -> bytes:
+    return frame(Kind.RST_STREAM, 0, stream, _LONG.pack(code))
+
+
+def goaway(last: int, code: int, words: str = "") -> bytes:
+    return frame(Kind.GOAWAY, 0, 0, _GOAWAY.pack(last, code) + words.encode("ascii", "replace")[:256])
+
+
+def headers(stream: int, block: bytes, size: int, *, end: bool) -> list[bytes]:
+    """A header block as HEADERS and, where it is larger than `size`, CONTINUATION frames."""
+    flags = END_STREAM if end else 0
+    if len(block) <= size:
+        return [frame(Kind.HEADERS, flags | END_HEADERS, stream, block)]
+    pieces = [block[at : at + size] for at in range(0, len(block), size)]
+    frames = [frame(Kind.HEADERS, flags, stream, pieces[0])]
+    frames += [frame(Kind.CONTINUATION, 0, stream, piece) for piece in pieces[1:-1]]
+    frames.append(frame(Kind.CONTINUATION, END_HEADERS, stream, pieces[-1]))
+    return frames
+
+
+def read_settings(payload: bytes) -> list[tuple[int, int]]:
+    if len(payload) % 6:
+        raise ConnectionFault(Code.FRAME_SIZE_ERROR, "a SETTINGS frame whose size is no multiple of 6")
+    return list(_SETTING.iter_unpack(payload))
+
+
+def read_long(payload: bytes, what: str) -> int:
+    """The one 32-bit number that is all of the payload."""
+    if len(payload) != 4:
+        raise ConnectionFault(Code.FRAME_SIZE_ERROR, f"a {what} frame of {len(payload)} bytes")
+    number: int = _LONG.unpack(payload)[0]
+    return number
+
+
+def read_goaway(payload: bytes) -> tuple[int, int]:
+    if len(payload) < 8:
+        raise ConnectionFault(Code.FRAME_SIZE_ERROR, "a GOAWAY frame that is too short")
+    last, code = _GOAWAY.unpack_from(payload)
+    return last & LARGEST_WINDOW, code
+
+
+def unpadded(payload: bytes, flags: int) -> bytes:
+    """The payload of a DATA or HEADERS frame without its padding."""
+    if not flags & PADDED:
+        return payload
+    if not payload or payload[0] >= len(payload):
+        raise ConnectionFault(Code.PROTOCOL_ERROR, "padding that is longer than its frame")
+    return payload[1 : len(payload) - payload[0]]
+
+
+def without_priority(payload: bytes, flags: int, stream: int) -> bytes:
+    """The payload of a HEADERS frame without its priority, which nobody reads any more (§5.3)."""
+    if not flags & PRIORITY:
+        return payload
+    if len(payload) < 5:
+        raise ConnectionFault(Code.FRAME_SIZE_ERROR, "a HEADERS frame too short for its priority")
+    if _LONG.unpack_from(payload)[0] & LARGEST_WINDOW == stream:
+        raise StreamFault(stream, Code.PROTOCOL_ERROR, "a stream that depends on itself")
+    return payload[5:]

@@ -1,0 +1,383 @@
+"""One HTTP/2 connection, in either role: what the peer sends, read into events of single streams (RFC 9113).
+
+What is wrong with one stream ends that stream (StreamFault: RST_STREAM), what is wrong with the connection ends it (ConnectionFault:
+GOAWAY, and ProtocolError to the caller). GOAWAY without an error ends nothing but the opening of new streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from proxy.wire import frames2 as frames
+from proxy.wire.events2 import (
+    DataReceived,
+    Event,
+    GoingAway,
+    HeadReceived,
+    Http2Limits,
+    PingAnswered,
+    StreamBroken,
+    TrailersReceived,
+    WindowOpened,
+)
+from proxy.wire.fields2 import Pair, request_head, response_head, trailers
+from proxy.wire.frames2 import Code, ConnectionFault, Kind, Setting, StreamFault
+from proxy.wire.hpack2 import Decoder
+from proxy.wire.http1 import Role
+from proxy.wire.messages import ProtocolError, RequestHead, ResponseHead
+from proxy.wire.streams2 import COST_CONTROL, COST_RESET, COST_WINDOW, OF_AGE, PER_SECOND, Stream, Streams
+
+# A header block in more pieces than this is an attack (CVE-2024-27316): ours come in one, the largest legal ones in four or five.
+_MOST_CONTINUATIONS = 16
+# A CONTINUATION of at least this many bytes costs the peer more than us.
+_LARGE_PIECE = 1024
+# Parameters of one SETTINGS frame: each may move the window of every stream. nghttp2 has the same bound.
+_MOST_SETTINGS = 32
+# A flag of ours beside the wire's eight.
+_SELF_DEPENDENT = 0x100
+
+
+@dataclass(slots=True)
+class _Block:
+    """A header block that is still coming in."""
+
+    stream: int
+    flags: int
+    pieces: list[bytes]
+    size: int
+
+
+class Http2Connection(Streams):
+    """Raises ProtocolError when the connection is over; what is in `data_to_send` then (GOAWAY) is still to be sent."""
+
+    def __init__(self, role: Role, limits: Http2Limits) -> None:
+        super().__init__(role, limits)
+        self._buffer = b""
+        self._preface_pending = not self._client
+        self._settings_pending = True
+        self._decoder = Decoder(limits.head)
+        self._block: _Block | None = None
+        self._refilled = 0.0
+
+    @property
+    def before_fault(self) -> list[Event]:
+        """What was read in front of the fault that made `receive_data` raise, in the same piece of bytes."""
+        return self._events if self._over else []
+
+    def receive_data(self, data: bytes, now: float) -> list[Event]:
+        """Take bytes that were read at `now` (seconds of any clock). Raises ProtocolError: the connection is over."""
+        if self._over:
+            raise ProtocolError("HTTP/2: the connection is over")
+        self._earn((now - self._refilled) * PER_SECOND)
+        self._refilled = now
+        self._buffer = self._buffer + data if self._buffer else data
+        self._events = []
+        try:
+            self._read_frames()
+        except ConnectionFault as fault:
+            self._buffer = b""
+            self._block = None
+            self.close(fault.code, str(fault))
+            raise ProtocolError(f"HTTP/2: {fault} ({fault.code.name})") from fault
+        return self._events
+
+    def _read_frames(self) -> None:
+        buffer, at = self._buffer, 0
+        if self._preface_pending:
+            if not buffer.startswith(frames.PREFACE[: len(buffer)]):
+                raise ConnectionFault(Code.PROTOCOL_ERROR, "no HTTP/2 preface")
+            if len(buffer) < len(frames.PREFACE):
+                return
+            self._preface_pending = False
+            at = len(frames.PREFACE)
+        while len(buffer) - at >= frames.HEADER_SIZE:
+            size = int.from_bytes(buffer[at : at + 3], "big")
+            if size > frames.DEFAULT_FRAME_SIZE:
+                raise ConnectionFault(Code.FRAME_SIZE_ERROR, f"a frame of {size} bytes")
+            end = at + frames.HEADER_SIZE + size
+            if len(buffer) < end:
+                break
+            kind, flags = buffer[at + 3], buffer[at + 4]
+            stream = int.from_bytes(buffer[at + 5 : at + 9], "big") & frames.LARGEST_WINDOW
+            try:
+                self._read_frame(kind, flags, stream, buffer[at + frames.HEADER_SIZE : end])
+            except StreamFault as fault:
+                self._break(fault)
+            at = end
+        self._buffer = buffer[at:]
+
+    def _read_frame(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
+        self._check_order(kind, flags, stream)
+        match kind:
+            case Kind.DATA:
+                self._on_data(stream, flags, payload)
+            case Kind.HEADERS:
+                self._on_headers(stream, flags, payload)
+            case Kind.CONTINUATION:
+                self._on_continuation(flags, payload)
+            case Kind.WINDOW_UPDATE:
+                self._on_window_update(stream, payload)
+            case Kind.RST_STREAM:
+                self._on_reset(stream, payload)
+            case Kind.SETTINGS:
+                self._on_settings(stream, flags, payload)
+            case Kind.PING:
+                self._on_ping(stream, flags, payload)
+            case Kind.GOAWAY:
+                self._on_goaway(stream, payload)
+            case Kind.PUSH_PROMISE:
+                raise ConnectionFault(Code.PROTOCOL_ERROR, "a PUSH_PROMISE, which was not enabled")
+            case Kind.PRIORITY:
+                self._on_priority(stream, payload)
+            case _:
+                self._spend(COST_CONTROL)
+
+    def _check_order(self, kind: int, flags: int, stream: int) -> None:
+        if self._settings_pending and (kind != Kind.SETTINGS or flags & frames.ACK):
+            raise ConnectionFault(Code.PROTOCOL_ERROR, "the first frame was not SETTINGS")
+        if self._block is not None and (kind != Kind.CONTINUATION or stream != self._block.stream):
+            raise ConnectionFault(Code.PROTOCOL_ERROR, "a frame within a header block")
+
+    # ... bodies
+
+    def _on_data(self, number: int, flags: int, payload: bytes) -> None:
+        credit = len(payload)
+        if credit > self._window:
+            raise ConnectionFault(Code.FLOW_CONTROL_ERROR, "more DATA than the connection's window")
+        stream = self._streams.get(number)
+        if stream is None or not stream.receives:
+            self._window -= credit
+            self.consumed(0, credit)
+            self._late(number, "DATA", stream, credit)
+            return
+        data = frames.unpadded(payload, flags)
+        self._window -= credit
+        stream.window -= credit
+        ended = bool(flags & frames.END_STREAM)
+        if not data and not ended:
+            self._spend(COST_CONTROL)
+        if stream.headless or stream.window < 0 or not self._promised(stream, len(data), ended):
+            self.consumed(0, credit)
+            if stream.window < 0:
+                raise StreamFault(number, Code.FLOW_CONTROL_ERROR, "more DATA than the stream's window")
+            raise StreamFault(number, Code.PROTOCOL_ERROR, "DATA before the head, or not as many as Content-Length says")
+        self._events.append(DataReceived(number, data, credit, ended))
+        if ended:
+            self._received_end(stream)
+
+    @staticmethod
+    def _promised(stream: Stream, size: int, ended: bool) -> bool:
+        """Whether the body is as long as its head says, as far as one can see (§8.1.1)."""
+        if stream.expected is None:
+            return True
+        stream.expected -= size
+        return stream.expected == 0 if ended else stream.expected >= 0
+
+    # ... heads and trailers
+
+    def _on_headers(self, number: int, flags: int, payload: bytes) -> None:
+        if number == 0:
+            raise ConnectionFault(Code.PROTOCOL_ERROR, "HEADERS on stream 0")
+        self._block = _Block(number, flags, [], 0)
+        fragment = frames.unpadded(payload, flags)
+        try:
+            fragment = frames.without_priority(fragment, flags, number)
+        except StreamFault:
+            # The block has to be decoded all the same, or the table would be out of step.
+            self._block.flags |= _SELF_DEPENDENT
+            fragment = fragment[5:]
+        self._add(self._block, fragment, flags)
+
+    def _on_continuation(self, flags: int, payload: bytes) -> None:
+        if self._block is None:
+            raise ConnectionFault(Code.PROTOCOL_ERROR, "a CONTINUATION that continues nothing")
+        if len(payload) < _LARGE_PIECE:
+            self._spend(COST_CONTROL)
+        self._add(self._block, payload, flags)
+
+    def _add(self, block: _Block, fragment: bytes, flags: int) -> None:
+        block.pieces.append(fragment)
+        block.size += len(fragment)
+        if block.size > self._limits.head or len(block.pieces) > _MOST_CONTINUATIONS:
+            raise ConnectionFault(Code.ENHANCE_YOUR_CALM, f"a header block of more than {self._limits.head} bytes, or in too many pieces")
+        if flags & frames.END_HEADERS:
+            self._block = None
+            self._on_block(block, self._decoder.decode(block.pieces[0] if len(block.pieces) == 1 else b"".join(block.pieces)))
+
+    def _on_block(self, block: _Block, pairs: Sequence[Pair] | None) -> None:
+        number, ended = block.stream, bool(block.flags & frames.END_STREAM)
+        stream = self._streams.get(number)
+        if stream is None:
+            stream = self._opened_by_peer(number)
+            if stream is None:
+                return
+        elif not stream.receives:
+            raise StreamFault(number, Code.STREAM_CLOSED, "HEADERS behind the end of the stream")
+        if block.flags & _SELF_DEPENDENT:
+            raise StreamFault(number, Code.PROTOCOL_ERROR, "a stream that depends on itself")
+        if pairs is None:
+            raise StreamFault(number, Code.ENHANCE_YOUR_CALM, f"a header list of more than {self._limits.head} bytes")
+        try:
+            if stream.headless:
+                self._on_head(stream, pairs, ended)
+            else:
+                self._on_trailers(stream, pairs, ended)
+        except ProtocolError as error:
+            raise StreamFault(number, Code.PROTOCOL_ERROR, str(error)) from error
+
+    def _opened_by_peer(self, number: int) -> Stream | None:
+        """A new stream of the peer's; None: refused, or the rest of one that is gone."""
+        if number <= self._highest_theirs or self._client or number % 2 == 0:
+            self._late(number, "HEADERS", None)
+            return None
+        self._highest_theirs = number
+        refused = self._open_theirs >= self._limits.streams
+        if refused or (self._refuse_above is not None and number > self._refuse_above):
+            # Not dear: a client may open many before it has read our SETTINGS, and it costs us no more than a PING.
+            self._spend(COST_CONTROL)
+            self._forgive(number, None)
+            self._out.append(frames.rst_stream(number, Code.REFUSED_STREAM))
+            return None
+        stream = self._streams[number] = Stream(number, self._peer_window, self._limits.stream_window, self._refilled)
+        self._open_theirs += 1
+        return stream
+
+    def _on_head(self, stream: Stream, pairs: Sequence[Pair], ended: bool) -> None:
+        head: RequestHead | ResponseHead
+        if self._client:
+            head = response_head(pairs)
+            if head.informational:
+                self._spend(COST_CONTROL)
+                if ended:
+                    raise ProtocolError("an informational response that ends its stream")
+                self._events.append(HeadReceived(stream.number, head, False))
+                return
+            bodiless = stream.method == b"HEAD" or head.status in (204, 304)
+            tunnel = stream.method == b"CONNECT" and 200 <= head.status < 300
+        else:
+            head = request_head(pairs)
+            stream.method = head.method
+            bodiless, tunnel = False, head.method == b"CONNECT"
+        stream.headless = False
+        length = head.headers.get(b"content-length")
+        if bodiless:  # whatever Content-Length says of the body that it would have had
+            stream.expected = 0
+        elif length is not None and not tunnel:
+            stream.expected = int(length)
+            if ended and stream.expected:
+                raise ProtocolError("a message without the body that its Content-Length promises")
+        self._events.append(HeadReceived(stream.number, head, ended))
+        if ended:
+            self._received_end(stream)
+
+    def _on_trailers(self, stream: Stream, pairs: Sequence[Pair], ended: bool) -> None:
+        if not ended:
+            raise ProtocolError("a second header block that does not end the stream")
+        fields = trailers(pairs)
+        if stream.expected:
+            raise ProtocolError("trailers before the end of the body that Content-Length promises")
+        self._events.append(TrailersReceived(stream.number, fields))
+        self._received_end(stream)
+
+    # ... the rest
+
+    def _on_window_update(self, number: int, payload: bytes) -> None:
+        self._spend(COST_WINDOW)
+        increment = frames.read_long(payload, "WINDOW_UPDATE") & frames.LARGEST_WINDOW
+        if number == 0:
+            self._send_window += increment
+            if not increment or self._send_window > frames.LARGEST_WINDOW:
+                code = Code.FLOW_CONTROL_ERROR if increment else Code.PROTOCOL_ERROR
+                raise ConnectionFault(code, f"the connection's window moved by {increment}, to {self._send_window}")
+        else:
+            self._check_not_idle(number, "WINDOW_UPDATE")
+            stream = self._streams.get(number)
+            if stream is None:
+                return
+            stream.send_window += increment
+            if not increment or stream.send_window > frames.LARGEST_WINDOW:
+                code = Code.FLOW_CONTROL_ERROR if increment else Code.PROTOCOL_ERROR
+                raise StreamFault(number, code, f"the stream's window moved by {increment}, to {stream.send_window}")
+        self._events.append(WindowOpened(number))
+
+    def _on_reset(self, number: int, payload: bytes) -> None:
+        code = frames.read_long(payload, "RST_STREAM")
+        self._check_not_idle(number, "RST_STREAM")
+        stream = self._streams.get(number)
+        if stream is None or (not self._client and self._refilled - stream.opened < OF_AGE):
+            self._spend(COST_RESET)  # a client is sent no more of them than it has opened streams
+        if stream is not None:
+            self._forget(stream)
+            self._events.append(StreamBroken(number, code, True, f"the peer reset the stream ({frames.code_name(code)})"))
+
+    def _on_settings(self, number: int, flags: int, payload: bytes) -> None:
+        if number:
+            raise ConnectionFault(Code.PROTOCOL_ERROR, f"SETTINGS on stream {number}")
+        self._settings_pending = False
+        if flags & frames.ACK:
+            if payload:
+                raise ConnectionFault(Code.FRAME_SIZE_ERROR, "a SETTINGS acknowledgement with a payload")
+            self._spend(COST_CONTROL)
+            return
+        self._spend(COST_RESET)
+        values = frames.read_settings(payload)
+        if len(values) > _MOST_SETTINGS:
+            raise ConnectionFault(Code.ENHANCE_YOUR_CALM, f"{len(values)} parameters in a SETTINGS frame")
+        for key, value in values:
+            self._set(key, value)
+        self._out.append(frames.frame(Kind.SETTINGS, frames.ACK, 0, b""))
+        self._events.append(WindowOpened(0))
+
+    def _set(self, key: int, value: int) -> None:
+        match key:
+            case Setting.HEADER_TABLE_SIZE:
+                self._encoder.resize(value)
+            case Setting.ENABLE_PUSH if value > 1 or (self._client and value):
+                raise ConnectionFault(Code.PROTOCOL_ERROR, f"ENABLE_PUSH of {value}")
+            case Setting.MAX_CONCURRENT_STREAMS:
+                self._peer_streams = value
+            case Setting.INITIAL_WINDOW_SIZE:
+                if value > frames.LARGEST_WINDOW:
+                    raise ConnectionFault(Code.FLOW_CONTROL_ERROR, f"INITIAL_WINDOW_SIZE of {value}")
+                for stream in self._streams.values():
+                    stream.send_window += value - self._peer_window
+                    if stream.send_window > frames.LARGEST_WINDOW:
+                        raise ConnectionFault(Code.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE opens a window too far")
+                self._peer_window = value
+            case Setting.MAX_FRAME_SIZE:
+                if not frames.DEFAULT_FRAME_SIZE <= value <= frames.LARGEST_FRAME_SIZE:
+                    raise ConnectionFault(Code.PROTOCOL_ERROR, f"MAX_FRAME_SIZE of {value}")
+                self._peer_frame_size = value
+            case Setting.ENABLE_CONNECT_PROTOCOL:
+                if value > 1 or (self.extended_connect and not value):
+                    raise ConnectionFault(Code.PROTOCOL_ERROR, f"ENABLE_CONNECT_PROTOCOL of {value}")
+                self.extended_connect = value == 1
+
+    def _on_ping(self, number: int, flags: int, payload: bytes) -> None:
+        if number:
+            raise ConnectionFault(Code.PROTOCOL_ERROR, f"PING on stream {number}")
+        if len(payload) != 8:
+            raise ConnectionFault(Code.FRAME_SIZE_ERROR, f"a PING of {len(payload)} bytes")
+        self._spend(COST_CONTROL)
+        if flags & frames.ACK:
+            self._events.append(PingAnswered(payload))
+        else:
+            self._out.append(frames.frame(Kind.PING, frames.ACK, 0, payload))
+
+    def _on_goaway(self, number: int, payload: bytes) -> None:
+        if number:
+            raise ConnectionFault(Code.PROTOCOL_ERROR, f"GOAWAY on stream {number}")
+        last, code = frames.read_goaway(payload)
+        self._last_allowed = last if self._last_allowed is None else min(last, self._last_allowed)
+        self._spend(COST_CONTROL)
+        self._events.append(GoingAway(self._last_allowed, code))
+
+    def _on_priority(self, number: int, payload: bytes) -> None:
+        self._spend(COST_CONTROL)
+        if number == 0:
+            raise ConnectionFault(Code.PROTOCOL_ERROR, "PRIORITY on stream 0")
+        if len(payload) != 5:
+            raise StreamFault(number, Code.FRAME_SIZE_ERROR, f"a PRIORITY of {len(payload)} bytes")
+        if int.from_bytes(payload[:4], "big") & frames.LARGEST_WINDOW == number:
+            raise StreamFault(number, Code.PROTOCOL_ERROR, "a stream that depends on itself")

@@ -1,0 +1,303 @@
+"""The streams of an HTTP/2 connection: their life, their windows, and what we send on them (RFC 9113 §5).
+
+The states of a stream are two bits, one for each direction, because that is all they are: a direction is open until END_STREAM or
+RST_STREAM passes in it.
+
+        idle --HEADERS--> open --END_STREAM from one side--> half closed --END_STREAM from the other--> closed
+                            +------------------------- RST_STREAM, either side ------------------------^
+
+Credit. What DATA carried counts against the peer's window until `consumed` says that somebody took it. So a consumer that is slow, or
+gone, stops its sender and nobody else: each stream has a window of its own, and the connection's is large enough for several.
+
+Patience. Some frames cost us work and the peer nothing: a stream that is opened and reset (CVE-2023-44487), PING and SETTINGS, which
+must be answered, empty DATA, WINDOW_UPDATE by the byte, PRIORITY and unknown frames. All of them draw on one account. Streams that
+end well in both directions, DATA that we send (which is what honest peers answer with WINDOW_UPDATE and PING) and time passing pay
+into it, so an honest peer never notices; when it is empty the connection ends with ENHANCE_YOUR_CALM. What the peer sends pays
+nothing: it could buy resets with padding. A reset is free if its stream has lived for a while, because the number of streams bounds
+those already: cancelling a hundred slow requests at their deadline is no attack.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from proxy.wire import frames2 as frames
+from proxy.wire.events2 import Event, Http2Limits, StreamBroken, StreamGone
+from proxy.wire.fields2 import Pair, field_pairs, request_pairs, response_pairs
+from proxy.wire.frames2 import Code, ConnectionFault, Kind, Setting, StreamFault
+from proxy.wire.hpack2 import Encoder
+from proxy.wire.http1 import Role
+from proxy.wire.messages import Headers, RequestHead, ResponseHead
+
+_PATIENCE = 1000.0
+PER_SECOND = 100.0
+# For a frame of DATA that we send: grpc-go answers each one with a PING while it measures the bandwidth, others with WINDOW_UPDATE for
+# the stream and for the connection; and for each largest frame's worth of it.
+_PER_FRAME = 1.0
+_PER_STREAM = 2.0
+COST_RESET = 2.0
+COST_CONTROL = 1.0
+COST_WINDOW = 0.25
+
+# A stream that has lived so long (seconds) may be reset for nothing.
+OF_AGE = 0.1
+
+# Streams that we reset, and whose late frames we therefore forgive. Of older ones we do not know, and forgive for a price.
+_FORGIVEN = 1024
+# A peer may allow frames of up to 16 MiB; a larger one than this would only keep the other streams waiting.
+_LARGEST_SENT = 65536
+
+
+class Stream:
+    """One stream. `sends`, `receives`: the direction is still open. `expected`: bytes of the body that its head promised and that have
+    not come yet; None: it promised nothing."""
+
+    __slots__ = ("expected", "headless", "method", "number", "opened", "receives", "send_window", "sends", "taken", "window")
+
+    def __init__(self, number: int, send_window: int, window: int, opened: float = 0.0) -> None:
+        self.number = number
+        self.opened = opened
+        self.sends = True
+        self.receives = True
+        self.headless = True  # the peer's (final) head has not come
+        self.method = b""
+        self.expected: int | None = None
+        self.send_window = send_window
+        self.window = window  # what the peer may still send
+        self.taken = 0  # consumed, and not given back yet
+
+
+class Streams:
+    """All streams of one connection, and its output. What the peer sends is http2.py's to read."""
+
+    def __init__(self, role: Role, limits: Http2Limits) -> None:
+        self._client = role is Role.CLIENT
+        self._limits = limits
+        self._encoder = Encoder()
+        self._streams: dict[int, Stream] = {}
+        self._forgiven: OrderedDict[int, int] = OrderedDict()  # and how many bytes may still be under way to them
+        self._forgotten = 0  # the highest number that is not forgiven any more
+        self._events: list[Event] = []
+        self._out: list[bytes] = []
+        self._highest_theirs = 0
+        self._next_ours = 1 if self._client else 2
+        self._open_ours = 0
+        self._open_theirs = 0
+        self._last_allowed: int | None = None  # of the peer's GOAWAY
+        self._refuse_above: int | None = None  # of ours
+        self._send_window = frames.DEFAULT_WINDOW
+        self._window = max(limits.connection_window, frames.DEFAULT_WINDOW)
+        self._taken = 0
+        self._patience = _PATIENCE
+        self._over = False
+        # What the peer has set, with the initial values of RFC 9113 §6.5.2.
+        self._peer_window = frames.DEFAULT_WINDOW
+        self._peer_frame_size = frames.DEFAULT_FRAME_SIZE
+        self._peer_streams = 100  # until it says otherwise; the RFC's "no limit" would have us send streams that are refused
+        self.extended_connect = False  # the peer takes CONNECT with :protocol (RFC 8441)
+        self._greet()
+
+    def _greet(self) -> None:
+        values: dict[int, int] = {
+            Setting.INITIAL_WINDOW_SIZE: self._limits.stream_window,
+            Setting.MAX_HEADER_LIST_SIZE: self._limits.head,
+        }
+        if self._client:
+            self._out.append(frames.PREFACE)
+            values[Setting.ENABLE_PUSH] = 0
+        else:
+            values[Setting.MAX_CONCURRENT_STREAMS] = self._limits.streams
+            values[Setting.ENABLE_CONNECT_PROTOCOL] = 1
+        self._out.append(frames.settings(values))
+        if self._window > frames.DEFAULT_WINDOW:
+            self._out.append(frames.window_update(0, self._window - frames.DEFAULT_WINDOW))
+
+    # The life of streams...
+
+    def _idle(self, number: int) -> bool:
+        """Nobody has opened it yet."""
+        ours = (number % 2 == 1) == self._client
+        return number >= self._next_ours if ours else number > self._highest_theirs
+
+    def _check_not_idle(self, number: int, what: str) -> None:
+        if number == 0 or self._idle(number):
+            raise ConnectionFault(Code.PROTOCOL_ERROR, f"{what} on stream {number}, which nobody has opened")
+
+    def _late(self, number: int, what: str, stream: Stream | None, credit: int = 0) -> None:
+        """A frame for a stream that does not receive any more: forgiven if it could not know, a fault otherwise (§5.1)."""
+        self._check_not_idle(number, what)
+        left = self._forgiven.get(number, 0) - credit
+        if stream is not None:
+            raise StreamFault(number, Code.STREAM_CLOSED, f"{what} behind the end of the stream")
+        if number in self._forgiven and credit and left >= 0:
+            self._forgiven[number] = left
+            return
+        self._spend(COST_CONTROL)
+        if number not in self._forgiven and number > self._forgotten:
+            raise ConnectionFault(Code.STREAM_CLOSED, f"{what} on the closed stream {number}")
+
+    def _break(self, fault: StreamFault) -> None:
+        """RST_STREAM for what the peer did, and the event if the stream was one. An idle stream cannot be reset (§6.4)."""
+        if self._idle(fault.stream):
+            raise ConnectionFault(fault.code, str(fault))
+        self._spend(COST_RESET)
+        stream = self._streams.get(fault.stream)
+        self._out.append(frames.rst_stream(fault.stream, fault.code))
+        self._forgive(fault.stream, stream)
+        if stream is not None:
+            self._forget(stream)
+            self._events.append(StreamBroken(fault.stream, int(fault.code), False, str(fault)))
+
+    def _received_end(self, stream: Stream) -> None:
+        stream.receives = False
+        if not stream.sends:
+            self._ended_well(stream)
+
+    def _sent_end(self, stream: Stream) -> None:
+        stream.sends = False
+        if not stream.receives:
+            self._ended_well(stream)
+
+    def _ended_well(self, stream: Stream) -> None:
+        self._earn(_PER_STREAM)
+        self._forget(stream)
+
+    def _forget(self, stream: Stream) -> None:
+        if self._streams.pop(stream.number, None) is not None:
+            if (stream.number % 2 == 1) == self._client:
+                self._open_ours -= 1
+            else:
+                self._open_theirs -= 1
+
+    def _forgive(self, number: int, stream: Stream | None) -> None:
+        self._forgiven.setdefault(number, self._limits.stream_window if stream is None else max(0, stream.window))
+        if len(self._forgiven) > _FORGIVEN:
+            self._forgotten = max(self._forgotten, self._forgiven.popitem(last=False)[0])
+
+    def _earn(self, amount: float) -> None:
+        self._patience = min(_PATIENCE, self._patience + amount)
+
+    def _spend(self, amount: float) -> None:
+        self._patience -= amount
+        if self._patience < 0:
+            raise ConnectionFault(Code.ENHANCE_YOUR_CALM, "too many frames that only cost time (resets, pings, settings, empty data)")
+
+    # Writing...
+
+    def data_to_send(self) -> bytes:
+        """All frames since the last call."""
+        if not self._out:
+            return b""
+        data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
+        self._out.clear()
+        return data
+
+    @property
+    def pending(self) -> bool:
+        """There is something to send."""
+        return bool(self._out)
+
+    @property
+    def room(self) -> int:
+        """How many more streams of ours the peer takes now; 0 behind its GOAWAY, and when the numbers are used up."""
+        if self._last_allowed is not None or self._over or self._next_ours > frames.LARGEST_WINDOW:
+            return 0
+        return max(0, self._peer_streams - self._open_ours)
+
+    @property
+    def open_streams(self) -> int:
+        return len(self._streams)
+
+    def send_request(self, head: RequestHead, *, end: bool) -> int:
+        """Open a stream; only while there is `room`. Returns its number."""
+        number = self._next_ours
+        self._next_ours += 2
+        stream = self._streams[number] = Stream(number, self._peer_window, self._limits.stream_window)
+        stream.method = head.method
+        self._open_ours += 1
+        self._send_headers(stream, request_pairs(head), end)
+        return number
+
+    def send_response(self, number: int, head: ResponseHead, *, end: bool) -> None:
+        """Raises StreamGone, as all of these do."""
+        self._send_headers(self._sending(number), response_pairs(head), end)
+
+    def send_trailers(self, number: int, fields: Headers) -> None:
+        self._send_headers(self._sending(number), field_pairs(fields), end=True)
+
+    def _send_headers(self, stream: Stream, pairs: list[Pair], end: bool) -> None:
+        self._out += frames.headers(stream.number, self._encoder.encode(pairs), self._peer_frame_size, end=end)
+        if end:
+            self._sent_end(stream)
+
+    def window(self, number: int) -> int:
+        """How many bytes of DATA may be sent on a stream now. Raises StreamGone."""
+        return max(0, min(self._sending(number).send_window, self._send_window))
+
+    def send_data(self, number: int, data: bytes, *, end: bool) -> None:
+        """Send no more than `window` says; it is cut to the peer's frame size. The bytes themselves are not copied here."""
+        stream = self._sending(number)
+        size, largest = len(data), min(self._peer_frame_size, _LARGEST_SENT)
+        if size <= largest:
+            self._out.append(frames.header(size, Kind.DATA, frames.END_STREAM if end else 0, number))
+            if data:
+                self._out.append(data)
+        else:
+            for at in range(0, size, largest):
+                piece = data[at : at + largest]
+                last = end and at + largest >= size
+                self._out.append(frames.header(len(piece), Kind.DATA, frames.END_STREAM if last else 0, number))
+                self._out.append(piece)
+        stream.send_window -= size
+        self._send_window -= size
+        self._earn(_PER_FRAME + size / frames.DEFAULT_FRAME_SIZE)
+        if end:
+            self._sent_end(stream)
+
+    def _sending(self, number: int) -> Stream:
+        stream = self._streams.get(number)
+        if stream is None or not stream.sends or self._over:
+            raise StreamGone(f"stream {number} has ended")
+        return stream
+
+    def consumed(self, number: int, credit: int) -> None:
+        """`credit` bytes have been taken by a consumer, or dropped: the peer may send as many more. Stream 0: the stream is gone."""
+        if self._over:
+            return
+        self._taken += credit
+        if self._taken * 2 >= self._limits.connection_window:
+            self._out.append(frames.window_update(0, self._taken))
+            self._window += self._taken
+            self._taken = 0
+        stream = self._streams.get(number)
+        if stream is not None and stream.receives:
+            stream.taken += credit
+            if stream.taken * 2 >= self._limits.stream_window:
+                self._out.append(frames.window_update(number, stream.taken))
+                stream.window += stream.taken
+                stream.taken = 0
+
+    def reset(self, number: int, code: int) -> None:
+        """End a stream in both directions; nothing happens if it has ended already."""
+        stream = self._streams.get(number)
+        if stream is not None and not self._over:
+            self._forget(stream)
+            self._forgive(number, stream)
+            self._out.append(frames.rst_stream(number, code))
+
+    def go_away(self) -> None:
+        """Take no new streams of the peer's; those that are open go on."""
+        if self._refuse_above is None and not self._over:
+            self._refuse_above = self._highest_theirs
+            self._out.append(frames.goaway(self._highest_theirs, Code.NO_ERROR))
+
+    def close(self, code: Code, words: str = "") -> None:
+        """The connection is over."""
+        if not self._over:
+            self._over = True
+            self._out.append(frames.goaway(self._highest_theirs, code, words))
+
+    def ping(self, payload: bytes) -> None:
+        """`payload` has 8 bytes; PingAnswered comes back with it."""
+        if not self._over:
+            self._out.append(frames.frame(Kind.PING, 0, 0, payload))
