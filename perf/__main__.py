@@ -1,8 +1,10 @@
 """All questions, one after the other."""
 
-from perf import hop, idle
+from perf import hop, http2, idle
 
 print("-- the cost of a hop")
 hop.main()
+print("-- the cost of a hop in HTTP/2")
+http2.main()
 print("-- the memory of an idle connection")
 idle.main()

@@ -107,12 +107,20 @@ def server(folder: Path) -> Iterator[int]:
 
 @contextmanager
 def pair() -> Iterator[Pair]:
-    """Start everything, and stop and remove it behind the block."""
+    """Two of ours in front of nginx; everything is stopped and removed behind the block."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="isthmus-perf-")))
-        isthmus = [sys.executable, "-m", "proxy.cli"]
-        _make_identities([*isthmus, "identity"], folder)
-        back = stack.enter_context(server(folder))
+        make_identities(folder)
+        found = stack.enter_context(isthmus_pair(folder, stack.enter_context(server(folder))))
+        with urllib.request.urlopen(f"http://{HOST}:{found.outbound.port}/", timeout=10) as response:
+            assert response.read() == BODY
+        yield found
+
+
+@contextmanager
+def isthmus_pair(folder: Path, back: int) -> Iterator[Pair]:
+    """Two of ours in front of the server at port `back`; `folder` holds the identities that make_identities has made."""
+    with ExitStack() as stack:
         ports = {name: free_port() for name in ("inbound", "outbound", "inbound-admin", "outbound-admin")}
         services = [
             {
@@ -133,16 +141,15 @@ def pair() -> Iterator[Pair]:
         for name, config in started.items():
             path, log = folder / f"{name}.yaml", folder / f"{name}.log"
             path.write_text(json.dumps(config))
-            process = stack.enter_context(running([*isthmus, "run", "--config", str(path)], log))
+            process = stack.enter_context(running([sys.executable, "-m", "proxy.cli", "run", "--config", str(path)], log))
             await_port(ports[name], process, log)
             proxies[name] = Proxy(name, process.pid, ports[name])
-        with urllib.request.urlopen(f"http://{HOST}:{ports['outbound']}/", timeout=10) as response:
-            assert response.read() == BODY
         yield Pair(proxies["outbound"], proxies["inbound"], back)
 
 
-def _make_identities(command: list[str], folder: Path) -> None:
-    root = folder / "root"
+def make_identities(folder: Path) -> None:
+    """A trust root, and the certificates of a client and a server."""
+    command, root = [sys.executable, "-m", "proxy.cli", "identity"], folder / "root"
     subprocess.run([*command, "root", "--trust-domain", "perf.test", "--out", root], check=True, stdout=subprocess.DEVNULL)
     for name in ("client", "server"):
         who = ["--namespace", "perf", "--service-account", name]
