@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import gc
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import trio
@@ -35,7 +37,7 @@ from proxy.config import Config
 from proxy.errors import LoopDetected, known
 from proxy.exchange.server import Drain
 from proxy.inbound import inbound, inbound_pools
-from proxy.logs import configure
+from proxy.logs import RateLimit, configure, warn
 from proxy.mesh import identity as identities
 from proxy.mesh.balance import Balancer
 from proxy.mesh.directory import Directory, DirectoryError, Endpoint
@@ -89,6 +91,7 @@ class Listeners:
 
 def start(config: Config) -> int:
     """Run a proxy until it is told to stop; returns the exit code. Raises StartError."""
+    _allow_descriptors()
     metrics = Metrics()
     close_logs = configure(config.log, on_drop=metrics.logs_dropped)
     try:
@@ -96,6 +99,14 @@ def start(config: Config) -> int:
     finally:
         close_logs()
     return 0
+
+
+def _allow_descriptors() -> None:
+    """Take as many descriptors as we may have: the usual soft limit of 1024 is there for programs that use select(), and a relayed
+    connection needs two of them."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # then it is the soft limit that holds, and Acceptor sees to it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class App:
@@ -124,8 +135,12 @@ class App:
         )
         self.outbound_pools: Pools[Endpoint] = outbound_pools(self.runtime)
         self.inbound_pools: Pools[Address] = inbound_pools(self.runtime)
-        self.inbound = Acceptor(inbound(self.runtime, self.inbound_pools), limit=config.inbound.max_connections, on_error=_report)
-        self.outbound = Acceptor(outbound(self.runtime, self.outbound_pools), limit=config.outbound.max_connections, on_error=_report)
+        self.inbound = Acceptor(
+            inbound(self.runtime, self.inbound_pools), limit=config.inbound.max_connections, on_error=_report, on_pause=_pausing
+        )
+        self.outbound = Acceptor(
+            outbound(self.runtime, self.outbound_pools), limit=config.outbound.max_connections, on_error=_report, on_pause=_pausing
+        )
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, and through the drain that follows."""
@@ -310,6 +325,13 @@ def _report(connection: Connection, error: BaseException) -> None:
     """Errors that the table knows stand in the connection's line in the log already; the others are bugs."""
     if not known(error):
         _log.error("a connection from %s failed by a fault of this proxy's", connection.peer, exc_info=error)
+
+
+_PAUSES = RateLimit(1)
+
+
+def _pausing(error: OSError) -> None:
+    warn(_log, _PAUSES, "new connections have to wait: %s (RLIMIT_NOFILE)", error.strerror)
 
 
 def _warn(sentence: str) -> None:

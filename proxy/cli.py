@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import sys
@@ -14,41 +15,51 @@ USAGE = 64
 UNAVAILABLE = 69
 
 
+# Imported when they are asked for: a proxy need not carry the code of the other commands, nor an init container wait for it.
+COMMANDS = {
+    "intercept": "proxy.commands.intercept",
+    "identity": "proxy.commands.identity",
+    "check": "proxy.commands.check",
+    "demo": "lab.demo",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns its exit code. argparse's own exit code for bad usage, 2, becomes 64."""
-    parser = _parser()
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser(words[0] if words else None)
     try:
-        args = parser.parse_args(argv)
+        args = parser.parse_args(words)
     except SystemExit as stop:
         return USAGE if stop.code == 2 else int(stop.code or 0)
     result: int = args.run(args)
     return result
 
 
-def _parser() -> argparse.ArgumentParser:
-    from proxy.commands import check, identity, intercept
-
+def _parser(wanted: str | None) -> argparse.ArgumentParser:
+    """The parser with the one subcommand that is `wanted`, or with all of them if it is none of them."""
     parser = argparse.ArgumentParser(
         prog="isthmus",
         description="A service-mesh data plane: a small process beside every pod that upgrades its traffic to mutual TLS.",
         epilog="In a checkout begin with `isthmus demo`, which builds a small mesh on this machine and shows what it does.",
     )
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_run(subparsers)
-    for command in (intercept, identity, check):
-        command.add_parser(subparsers)
-    _add_demo(subparsers)
+    everything = wanted not in {"run", *COMMANDS}
+    if everything or wanted == "run":
+        _add_run(subparsers)
+    for name, module in COMMANDS.items():
+        if everything or wanted == name:
+            _add(subparsers, name, module)
     return parser
 
 
-def _add_demo(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str, module: str) -> None:
     """The laboratory belongs to a checkout; the container image has only what runs, and then the command says so."""
-    if importlib.util.find_spec("lab") is not None:
-        from lab import demo
-
-        demo.add_parser(subparsers)
-    else:
-        subparsers.add_parser("demo", help="not in this installation: run `make demo` in a checkout").set_defaults(run=_no_demo)
+    if name == "demo" and importlib.util.find_spec("lab") is None:
+        absent = subparsers.add_parser("demo", help="not in this installation: run `make demo` in a checkout")
+        absent.set_defaults(run=_no_demo)
+        return
+    importlib.import_module(module).add_parser(subparsers)
 
 
 def _no_demo(_: argparse.Namespace) -> int:

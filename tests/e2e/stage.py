@@ -1,0 +1,195 @@
+"""What the end-to-end tests build and look at: pairs of meshed pods, what curl saw, what a proxy counted and logged."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import trio
+from prometheus_client.parser import text_string_to_metric_families
+
+from lab.cluster import Cluster, Lab
+from lab.mesh import Mesh, Service
+from lab.pod import ROOT, Pod
+from lab.process import Process
+from lab.sidecar import Sidecar
+
+WEB, SOCKET, ECHO, MAIL = 8080, 9000, 7000, 2525
+PROGRAMS = {"PYTHONPATH": str(ROOT)}
+LAST_GET = b"GET / HTTP/1.1\r\nHost: shop\r\nConnection: close\r\n\r\n"
+_numbers = count(1)
+
+
+@dataclass
+class Pair:
+    """Two pods with sidecars: `web` calls the service `shop`, which the pod `shop` serves."""
+
+    cluster: Cluster
+    mesh: Mesh
+    web: Pod
+    shop: Pod
+    service: Service
+    near: Sidecar = field(init=False)
+    far: Sidecar = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.near, self.far = self.mesh.sidecars["web"], self.mesh.sidecars["shop"]
+
+    @property
+    def both(self) -> tuple[Sidecar, Sidecar]:
+        return self.near, self.far
+
+
+def prepare(lab: Lab, ports: Mapping[int, str], *, web: Mapping[str, Any] | None = None, shop: Mapping[str, Any] | None = None) -> Pair:
+    """A pair in a cluster of its own; `web` and `shop` are laid over the configurations. Nothing runs yet."""
+    cluster = lab.cluster(f"c{next(_numbers)}")
+    mesh = Mesh(cluster)
+    first, second = cluster.pod("web"), cluster.pod("shop")
+    mesh.join(first, **(web or {}))
+    mesh.join(second, **(shop or {}))
+    return Pair(cluster, mesh, first, second, mesh.service("shop", [second], ports))
+
+
+async def serve(pod: Pod, app: str, *arguments: str, port: int, name: str | None = None) -> Process:
+    """Start one of the laboratory's servers (lab/apps) in a pod."""
+    return await pod.start(name or app, [sys.executable, "-m", f"lab.apps.{app}", *arguments], port=port, env=PROGRAMS)
+
+
+async def web_server(pod: Pod, port: int = WEB) -> Process:
+    return await serve(pod, "web", "::", str(port), port=port, name=f"web-{port}")
+
+
+async def client(pod: Pod, what: str, *arguments: str, timeout: float = 60) -> dict[str, Any]:
+    """Run one of the laboratory's clients (lab.apps.client) in a pod: what it says it saw."""
+    done = await pod.run([sys.executable, "-m", "lab.apps.client", what, *arguments], env=PROGRAMS, timeout=timeout)
+    assert done.ok, done.stderr.decode()
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+async def python(pod: Pod, code: str, *arguments: str, timeout: float = 60) -> str:
+    """Run a Python program given as text; what it printed."""
+    done = await pod.run_python(code, *arguments, timeout=timeout)
+    assert done.ok, done.stderr.decode()
+    return done.text
+
+
+# curl...
+
+
+@dataclass(frozen=True)
+class Curled:
+    """What curl saw of its last answer. `exit` is curl's exit code, `errors` what it complained of."""
+
+    exit: int
+    status: int
+    headers: dict[str, list[str]]
+    body: bytes
+    info: dict[str, Any]
+    errors: str
+
+    @property
+    def error(self) -> str:
+        """The error type in Proxy-Status (RFC 9209); empty if the answer was not made by a proxy."""
+        return proxy_error(self.headers.get("proxy-status", [""])[0])
+
+
+def proxy_error(status: str) -> str:
+    return next((part[6:] for part in status.split(";") if part.startswith("error=")), "")
+
+
+async def curl(pod: Pod, *arguments: str, stdin: bytes = b"", timeout: float = 30) -> Curled:
+    """Run curl in a pod. Its own report goes behind a NUL on standard error, so that neither body nor complaints can be mistaken for it."""
+    report = "%{stderr}\\0%{json}%{header_json}".replace("\\0", "\x01")
+    done = await pod.run(["curl", "-sS", "-m", str(timeout - 5), "-w", report, *arguments], stdin=stdin, timeout=timeout)
+    errors, _, text = done.stderr.decode(errors="replace").partition("\x01")
+    info, end = json.JSONDecoder().raw_decode(text)
+    headers = json.JSONDecoder().raw_decode(text[end:].lstrip())[0]
+    return Curled(done.returncode, info["response_code"], headers, done.stdout, info, errors)
+
+
+# What a proxy counted and logged...
+
+
+async def counted(sidecar: Sidecar, name: str, **labels: str) -> float:
+    """The sum of the samples with this name that have these labels."""
+    status, text = await sidecar.admin("/metrics")
+    assert status == 200, text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return sum(sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items())
+
+
+async def logged(sidecar: Sidecar, text: str, **facts: object) -> dict[str, Any]:
+    """Wait for a line of the log in which `text` stands somewhere and these facts are as given; that line."""
+
+    def find() -> dict[str, Any] | None:
+        for line in reversed(sidecar.logged()):
+            if text in json.dumps(line, ensure_ascii=False) and facts.items() <= line.items():
+                return line
+        return None
+
+    return await eventually(find, f"a line with {text!r} and {facts} in the log of {sidecar.pod.name}")
+
+
+async def eventually(probe: Callable[[], Any], what: str, timeout: float = 8.0) -> Any:
+    """Ask `probe` (sync or async) until its answer is true; that answer."""
+    with trio.move_on_after(timeout):
+        while True:
+            answer = probe()
+            if isinstance(answer, Awaitable):
+                answer = await answer
+            if answer:
+                return answer
+            await trio.sleep(0.05)
+    raise AssertionError(f"not within {timeout:g} s: {what}")
+
+
+# Raw connections...
+
+
+async def say(pod: Pod, host: str, port: int, data: bytes, *, patience: float = 5.0, end: bool = False) -> bytes:
+    """Connect from a pod, send `data`, and read until the other side ends or resets the connection; what came.
+
+    Fails if it does not end within `patience` seconds. `end`: say at once that there is no more to come.
+    """
+    heard = b""
+    stream = await pod.connect(host, port)
+    async with stream:
+        with trio.fail_after(patience):
+            try:
+                await stream.send_all(data)
+                if end:
+                    await stream.send_eof()
+                while piece := await stream.receive_some():
+                    heard += piece
+            except trio.BrokenResourceError:
+                pass
+    return heard
+
+
+ECHO_SERVER = """
+import asyncio, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+async def echo(reader, writer):
+    try:
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+        writer.write_eof()
+    except OSError:
+        pass
+    finally:
+        writer.close()
+async def main():
+    server = await asyncio.start_server(echo, None, int(sys.argv[1]), backlog=1024)
+    await server.serve_forever()
+asyncio.run(main())
+"""
+
+
+async def echo_server(pod: Pod, port: int = ECHO) -> Process:
+    return await pod.python(f"echo-{port}", ECHO_SERVER, str(port), port=port)

@@ -1,0 +1,115 @@
+"""The administration port, as probes and Prometheus see it."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.e2e.conftest import Laboratory
+from tests.e2e.stage import ECHO, WEB, Pair, counted, curl, echo_server, eventually, prepare, say, web_server
+
+pytestmark = [pytest.mark.lab, pytest.mark.real]
+
+ADMIN = "http://127.0.0.1:4191"
+
+
+@pytest.fixture(scope="module")
+def pair(laboratory: Laboratory) -> Pair:
+    async def build() -> Pair:
+        pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque"})
+        pair.cluster.pod("prometheus")
+        await web_server(pair.shop)
+        await echo_server(pair.shop)
+        await pair.mesh.start()
+        return pair
+
+    return laboratory.run(build)
+
+
+@pytest.mark.parametrize(("path", "body"), [("/live", b"live\n"), ("/ready", b"ready\n"), ("/live?probe=1", b"live\n")])
+async def test_probes(pair: Pair, path: str, body: bytes) -> None:
+    seen = await curl(pair.shop, ADMIN + path)
+    assert (seen.status, seen.body, seen.headers["content-type"]) == (200, body, ["text/plain; charset=utf-8"])
+
+
+async def test_head_other_methods_and_other_paths(pair: Pair) -> None:
+    head = await curl(pair.shop, "-I", f"{ADMIN}/ready")
+    assert (head.status, head.headers["content-length"]) == (200, ["6"])
+    assert "\n\n" not in head.body.decode().replace("\r", "").rstrip("\n")
+    post = await curl(pair.shop, "-d", "x", f"{ADMIN}/ready")
+    assert (post.status, post.headers["allow"]) == (405, ["GET, HEAD"])
+    missing = await curl(pair.shop, f"{ADMIN}/")
+    assert (missing.status, missing.body) == (404, b"there are /live, /ready and /metrics\n")
+    assert (await curl(pair.shop, "-0", f"{ADMIN}/live")).body == b"live\n"
+
+
+@pytest.mark.parametrize("version", [4, 6])
+async def test_it_is_reached_from_outside_without_the_mesh(pair: Pair, version: int) -> None:
+    address = pair.shop.address(version)
+    host = f"[{address}]" if version == 6 else address
+    seen = await curl(pair.cluster.pods["prometheus"], f"http://{host}:4191/metrics")
+    assert seen.status == 200
+    assert seen.headers["content-type"] == ["text/plain; version=0.0.4; charset=utf-8"]
+
+
+async def test_what_is_wrong_with_a_request_is_answered_there_too(pair: Pair) -> None:
+    assert (await say(pair.shop, "127.0.0.1", 4191, b"nonsense\r\n\r\n")).startswith(b"HTTP/1.1 400")
+    assert (await curl(pair.shop, f"{ADMIN}/live")).status == 200
+
+
+async def test_the_metrics_can_be_parsed_and_keep_prometheus_rules(pair: Pair) -> None:
+    await curl(pair.web, f"http://shop:{WEB}/")
+    text = (await curl(pair.web, f"{ADMIN}/metrics")).body.decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    for name, family in families.items():
+        assert family.documentation, name
+        assert family.type in ("counter", "gauge", "histogram"), name
+    wanted = """
+        requests responses response_latency_seconds connections_opened connections_open connections_closed bytes tls_handshakes tls_failures
+        detections detection_seconds loops errors certificate_expiry_timestamp_seconds root_expiry_timestamp_seconds build_info
+        identity_reloads directory_reloads pool_connections dropped_logs
+    """
+    missing = {f"isthmus_{name}" for name in wanted.split()} - set(families)
+    assert missing == set()
+    assert "process_resident_memory_bytes" in families
+
+
+async def test_requests_connections_and_bytes_are_counted_in_both_proxies(pair: Pair) -> None:
+    places = ((pair.near, "outbound"), (pair.far, "inbound"))
+    before = [await _numbers(sidecar, direction) for sidecar, direction in places]
+    for _ in range(5):
+        assert (await curl(pair.web, f"http://shop:{WEB}/stream/100000")).status == 200
+    stream = await pair.web.connect(pair.service.ipv4, ECHO)
+    async with stream:
+        await stream.send_all(b"x" * 1000)
+        assert len(await stream.receive_some()) <= 1000
+        for sidecar, direction in places:
+            await eventually(lambda s=sidecar, d=direction: _open(s, d), "the connection is counted as open")
+    for (sidecar, direction), old in zip(places, before, strict=True):
+        await eventually(lambda s=sidecar, d=direction: _all_closed(s, d), "all connections are counted as closed")
+        new = await _numbers(sidecar, direction)
+        assert new["requests"] == old["requests"] + 5
+        assert new["responses"] == old["responses"] + 5
+        assert new["latency"] == old["latency"] + 5
+        assert new["written"] >= old["written"] + 500_000 + 1000
+        assert new["opened"] == new["closed"]
+
+
+async def _numbers(sidecar: object, direction: str) -> dict[str, float]:
+    samples = {
+        "requests": ("isthmus_requests_total", {"method": "GET"}),
+        "responses": ("isthmus_responses_total", {"status_class": "2xx", "classification": "success"}),
+        "latency": ("isthmus_response_latency_seconds_count", {}),
+        "written": ("isthmus_bytes_total", {"peer": "src", "way": "written"}),
+        "opened": ("isthmus_connections_opened_total", {}),
+        "closed": ("isthmus_connections_closed_total", {}),
+    }
+    return {key: await counted(sidecar, name, direction=direction, **labels) for key, (name, labels) in samples.items()}  # type: ignore[arg-type]
+
+
+async def _open(sidecar: object, direction: str) -> bool:
+    return await counted(sidecar, "isthmus_connections_open", direction=direction, peer="src") >= 1  # type: ignore[arg-type]
+
+
+async def _all_closed(sidecar: object, direction: str) -> bool:
+    return await counted(sidecar, "isthmus_connections_open", direction=direction) == 0  # type: ignore[arg-type]

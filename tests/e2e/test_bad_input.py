@@ -1,0 +1,247 @@
+"""Malformed, oversized and slow input through two sidecars: each gets its own clear answer, the application hears nothing of it, and
+all other connections go on.
+
+Rules: bytes are sent as they stand here; the first proxy answers (Proxy-Status names it); a good request is made behind each attack.
+"""
+
+from __future__ import annotations
+
+import ssl
+
+import pytest
+import trio
+
+from lab.sidecar import Sidecar
+from tests.e2e.conftest import Laboratory
+from tests.e2e.stage import ECHO, LAST_GET, WEB, Pair, counted, echo_server, eventually, logged, prepare, say, web_server
+
+pytestmark = pytest.mark.lab
+
+QUICK = {"head_timeout": "600ms", "body_timeout": "600ms"}
+HEAD = b"POST /sink HTTP/1.1\r\nHost: shop\r\n"
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: shop\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def pair(laboratory: Laboratory) -> Pair:
+    async def build() -> Pair:
+        settings = {"http": QUICK, "inbound": {"detect_timeout": "600ms"}}
+        pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque"}, web=settings, shop=settings)
+        pair.cluster.pod("stranger")
+        await web_server(pair.shop)
+        await echo_server(pair.shop)
+        await pair.mesh.start()
+        return pair
+
+    return laboratory.run(build)
+
+
+async def attack(pair: Pair, data: bytes, *, patience: float = 5.0) -> bytes:
+    """What the shop's service answers to these bytes until it ends the connection."""
+    return await say(pair.web, pair.service.ipv4, WEB, data, patience=patience)
+
+
+async def requests(sidecar: Sidecar, direction: str) -> float:
+    return await counted(sidecar, "isthmus_requests_total", direction=direction)
+
+
+async def goes_on(pair: Pair) -> None:
+    answer = await attack(pair, LAST_GET)
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
+def status(answer: bytes) -> int:
+    return int(answer.split(b" ")[1])
+
+
+# A transfer coding that is not ours to understand is 501 (RFC 9112, section 6.1), which refuses it as well.
+UNKNOWN_CODINGS = {"chunked-twice", "chunked-not-last", "chunked-misspelt"}
+VECTORS = {
+    "content-length-twice": HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello" + SMUGGLED,
+    "content-length-repeated": HEAD + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello" + SMUGGLED,
+    "content-length-list": HEAD + b"Content-Length: 5, 6\r\n\r\nhello" + SMUGGLED,
+    "content-length-signed": HEAD + b"Content-Length: +5\r\n\r\nhello" + SMUGGLED,
+    "content-length-negative": HEAD + b"Content-Length: -1\r\n\r\nhello" + SMUGGLED,
+    "content-length-hexadecimal": HEAD + b"Content-Length: 0x5\r\n\r\nhello" + SMUGGLED,
+    "content-length-and-chunked": HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "chunked-and-content-length": HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "chunked-twice": HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "chunked-not-last": HEAD + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "chunked-misspelt": HEAD + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "chunked-with-a-vertical-tab": HEAD + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "blank-before-colon": HEAD + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "folded-line": HEAD + b"X: a\r\n Transfer-Encoding: chunked\r\n\r\n" + SMUGGLED,
+    "folded-first-line": b"GET / HTTP/1.1\r\n Host: shop\r\n\r\n" + SMUGGLED,
+    "bare-line-feed": b"GET / HTTP/1.1\nHost: shop\n\n" + SMUGGLED,
+    "bare-line-feed-within": HEAD + b"X: a\nContent-Length: 5\r\n\r\nhello" + SMUGGLED,
+    "bare-carriage-return": HEAD + b"X: a\rContent-Length: 5\r\n\r\nhello" + SMUGGLED,
+    "nul-in-a-value": HEAD + b"X: a\x00b\r\nContent-Length: 0\r\n\r\n" + SMUGGLED,
+    "nul-in-a-name": HEAD + b"Content\x00-Length: 5\r\n\r\nhello" + SMUGGLED,
+    "no-colon": HEAD + b"Nonsense\r\n\r\n" + SMUGGLED,
+    "empty-name": HEAD + b": nothing\r\n\r\n" + SMUGGLED,
+    "two-hosts": b"GET / HTTP/1.1\r\nHost: shop\r\nHost: bank\r\n\r\n" + SMUGGLED,
+    "no-host": b"GET / HTTP/1.1\r\nX: a\r\n\r\n" + SMUGGLED,
+    "chunk-size-misspelt": HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nhello\r\n0\r\n\r\n" + SMUGGLED,
+    "chunk-size-signed": HEAD + b"Transfer-Encoding: chunked\r\n\r\n+5\r\nhello\r\n0\r\n\r\n" + SMUGGLED,
+    "chunk-size-hexadecimal": HEAD + b"Transfer-Encoding: chunked\r\n\r\n0x5\r\nhello\r\n0\r\n\r\n" + SMUGGLED,
+    "chunk-size-huge": HEAD + b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\nhello\r\n0\r\n\r\n" + SMUGGLED,
+    "chunk-longer-than-said": HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nhello\r\n0\r\n\r\n" + SMUGGLED,
+    "chunk-line-bare-line-feed": HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\nhello\r\n0\r\n\r\n" + SMUGGLED,
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+async def test_what_two_readers_could_read_in_two_ways_is_refused_by_the_first_proxy(pair: Pair, name: str) -> None:
+    before = await counted(pair.far, "isthmus_responses_total", status_class="2xx")
+    answer = await attack(pair, VECTORS[name])
+    assert status(answer) == (501 if name in UNKNOWN_CODINGS else 400), answer[:300]
+    assert b"web.default.outbound;error=http_request_error" in answer
+    assert answer.count(b"HTTP/1.1 ") == 1  # and nothing behind it was taken for a request
+    assert await counted(pair.far, "isthmus_responses_total", status_class="2xx") == before
+    assert not any(line.get("target") == "/smuggled" for line in pair.near.logged() + pair.far.logged())
+    await goes_on(pair)
+
+
+async def test_each_of_them_is_counted_and_logged(pair: Pair) -> None:
+    assert await counted(pair.near, "isthmus_errors_total", direction="outbound", reason="bad_request") >= len(VECTORS)
+    assert (await logged(pair.near, "bare LF", status=400))["reason"] == "bad_request"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: shop\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\nHost: shop\r\n" + b"".join(b"X-%d: a\r\n" % number for number in range(300)) + b"\r\n", 431),
+        (b"GET /" + b"a" * 10_000 + b" HTTP/1.1\r\nHost: shop\r\n\r\n", 414),
+        (b"GET / HTTP/3.7\r\nHost: shop\r\n\r\n", 505),
+    ],
+    ids=["a field of 70 kB", "300 fields", "a target of 10 kB", "a version that is not there"],
+)
+async def test_too_much_or_too_new_is_told_so(pair: Pair, data: bytes, expected: int) -> None:
+    before = await requests(pair.far, "inbound")
+    answer = await attack(pair, data)
+    assert status(answer) == expected, answer[:300]
+    assert b"Proxy-Status: web.default.outbound" in answer
+    assert await requests(pair.far, "inbound") == before
+    await goes_on(pair)
+
+
+async def test_a_head_without_end_is_cut_off_at_the_limit_not_collected(pair: Pair) -> None:
+    stream = await pair.web.connect(pair.service.ipv4, WEB)
+    sent = 0
+    async with stream:
+        with trio.fail_after(5):
+            try:
+                await stream.send_all(b"GET / HTTP/1.1\r\nHost: shop\r\n")
+                while sent < 50_000_000:
+                    await stream.send_all(b"X: " + b"a" * 60_000 + b"\r\n")
+                    sent += 60_005
+            except trio.BrokenResourceError:
+                pass
+    assert sent < 20_000_000
+    await goes_on(pair)
+
+
+@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: shop\r\nX-Slow: "], ids=["a line", "half a field"])
+async def test_a_head_that_never_ends_is_answered_408(pair: Pair, sent: bytes) -> None:
+    began = trio.current_time()
+    answer = await attack(pair, sent)
+    assert status(answer) == 408
+    assert b"web.default.outbound;error=http_request_error" in answer
+    assert trio.current_time() - began < 4
+    await goes_on(pair)
+
+
+async def test_what_does_not_begin_as_http_is_the_servers_business(pair: Pair) -> None:
+    """Bytes go through as they are, so there is no second reading of them that a proxy could get wrong."""
+    answer = await attack(pair, b"GET /a b HTTP/1.1\r\nHost: shop\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 Bad request syntax")
+    assert b"Proxy-Status" not in answer
+
+
+async def test_a_head_that_comes_byte_by_byte_is_cut_at_the_same_deadline(pair: Pair) -> None:
+    began = trio.current_time()
+    stream = await pair.web.connect(pair.service.ipv4, WEB)
+    answer = b""
+    async with stream:
+        await stream.send_all(b"GET / HTTP/1.1\r\nHost: shop\r\nX-Slow: ")
+        with trio.fail_after(8):
+            while not answer:
+                await stream.send_all(b"a")
+                with trio.move_on_after(0.1):
+                    answer = await stream.receive_some()
+    assert status(answer) == 408
+    assert trio.current_time() - began < 4
+
+
+async def test_a_body_that_stops_is_answered_408(pair: Pair) -> None:
+    for framing in (b"Content-Length: 100\r\n\r\nhello", b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"):
+        answer = await attack(pair, HEAD + framing)
+        assert status(answer) == 408, answer[:300]
+    await logged(pair.near, "body stopped after 5 bytes", status=408)
+    await goes_on(pair)
+
+
+async def test_a_crowd_of_slow_clients_leaves_room_for_the_others(pair: Pair) -> None:
+    slow = [await pair.web.connect(pair.service.ipv4, WEB) for _ in range(100)]
+    for stream in slow:
+        await stream.send_all(b"GET / HTTP/1.1\r\nHost: ")
+    await goes_on(pair)
+    answers = []
+    with trio.fail_after(8):
+        for stream in slow:
+            async with stream:
+                answers.append(status(await stream.receive_some()))
+    assert answers == [408] * 100
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\xff\xff" + b"\x00" * 100,
+        b"\x16\x03\x01\x00\x05hello",
+        b"\x16\x03\x03\x00\x10\x01\x00\x00\x0c" + b"\xff" * 12,
+        b"\x80\x2e\x01\x03\x01" + b"\x00" * 41,
+        bytes(range(256)) * 300,
+        b"PRI * HTTP/2.0\r\n\r\nnonsense\r\n\r\n" + b"\xff" * 100,
+    ],
+    ids=["record too long", "no hello", "hello of nonsense", "SSL 2", "all bytes", "half a preface"],
+)
+async def test_bytes_that_are_no_tls_harm_nobody(pair: Pair, data: bytes) -> None:
+    """From outside the mesh, to the inbound listener. They are no TLS for this workload, so they are the application's business."""
+    stranger = pair.cluster.pods["stranger"]
+    await say(stranger, pair.shop.ipv4, WEB, data, patience=10, end=True)
+    await say(stranger, pair.shop.ipv4, ECHO, data, patience=10, end=True)
+    await goes_on(pair)
+    assert pair.far.running().alive
+
+
+async def test_a_hello_for_us_that_goes_wrong_behind_it_is_told_by_the_log(pair: Pair) -> None:
+    assert pair.far.identity is not None
+    outgoing = ssl.MemoryBIO()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    half = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=pair.far.identity.sni)
+    with pytest.raises(ssl.SSLWantReadError):
+        half.do_handshake()
+    hello = outgoing.read()
+    stranger = pair.cluster.pods["stranger"]
+    before = await counted(pair.far, "isthmus_tls_failures_total", direction="inbound")
+    await say(stranger, pair.shop.ipv4, WEB, hello + b"\x17\x03\x03\x00\x20" + b"\xaa" * 32)
+    await say(stranger, pair.shop.ipv4, WEB, hello + b"GET / HTTP/1.1\r\n\r\n")
+    await say(stranger, pair.shop.ipv4, WEB, hello, end=True)
+    await eventually(lambda: _failures(pair, before + 3), "three failed handshakes counted")
+    await goes_on(pair)
+
+
+async def _failures(pair: Pair, number: float) -> bool:
+    return await counted(pair.far, "isthmus_tls_failures_total", direction="inbound") >= number
+
+
+async def test_no_bug_was_reported_and_nobody_was_restarted(pair: Pair) -> None:
+    """The last test of the file: nothing of all this was a surprise."""
+    for sidecar in pair.both:
+        assert sidecar.running().alive
+        assert [line for line in sidecar.logged() if line.get("level") == "error" or "exception" in line] == []
+        assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0

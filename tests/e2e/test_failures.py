@@ -1,0 +1,189 @@
+"""Crashes, hangs and cut links under load: the client is told what happened and whose fault it was, and it ends when the fault ends.
+
+Rules: every request of the load has an outcome: the server's answer, or a proxy's own with Proxy-Status (RFC 9209). A connection that
+breaks within a response is allowed only where the response had begun. No proxy is restarted, except where that is the fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import trio
+
+from lab.faults import link_cut, paused
+from tests.e2e.conftest import Laboratory
+from tests.e2e.load import Load
+from tests.e2e.stage import ECHO, WEB, Pair, counted, curl, echo_server, eventually, logged, prepare, web_server
+
+pytestmark = [pytest.mark.lab, pytest.mark.real]
+
+HELLO = b"hello from the shop"
+PATIENCE = 1.0  # seconds: response_timeout, configured below
+SETTINGS = {"log": {"access": True}, "http": {"response_timeout": "1s"}, "tcp": {"connect_timeout": "1s", "handshake_timeout": "1s"}}
+
+
+@pytest.fixture(scope="module")
+def pair(laboratory: Laboratory) -> Pair:
+    async def build() -> Pair:
+        pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque"}, web=SETTINGS, shop=SETTINGS | {"http": {}})
+        await web_server(pair.shop)
+        await echo_server(pair.shop)
+        await pair.mesh.start()
+        return pair
+
+    return laboratory.run(build)
+
+
+def explained(load: Load, *statuses: str) -> bool:
+    """Whether everything that was not good is one of these statuses, with the type of the error behind it."""
+    return all(outcome.split()[0] in statuses and len(outcome.split()) == 2 for outcome in load.bad)
+
+
+async def test_a_server_that_is_killed_under_load_and_comes_back(pair: Pair) -> None:
+    server, pids = pair.shop.processes[f"web-{WEB}"], [sidecar.running().pid for sidecar in pair.both]
+    async with Load(pair.web, pair.service.ipv4, WEB) as load:
+        await load.more(100)
+        server.kill()
+        await server.wait()
+        await load.more(100, "502 connection_refused")
+        seen = await curl(pair.web, f"http://shop:{WEB}/")
+        assert seen.status == 502
+        status = seen.headers["proxy-status"][0]
+        # The proxy that noticed is the server's own.
+        assert status.startswith("shop.default.inbound;error=connection_refused;details=")
+        await web_server(pair.shop)
+        await load.more(300)
+    print(dict(load.outcomes))  # noqa: T201
+    assert explained(load, "502", "503")
+    assert [sidecar.running().pid for sidecar in pair.both] == pids
+    assert await counted(pair.far, "isthmus_errors_total", direction="inbound", reason="connect_refused") >= 100
+    await logged(pair.far, "connection refused", status=502)
+    await clean(pair)
+
+
+async def test_the_servers_sidecar_is_killed_under_load_and_comes_back(pair: Pair) -> None:
+    near = pair.near.running().pid
+    async with Load(pair.web, pair.service.ipv4, WEB) as load:
+        await load.more(100)
+        pair.far.running().kill()
+        await pair.far.running().wait()
+        await load.more(100, "502 connection_refused")
+        status = (await curl(pair.web, f"http://shop:{WEB}/")).headers["proxy-status"][0]
+        assert status.startswith("web.default.outbound;error=connection_refused;details=")
+        await pair.far.start(intercept=False)
+        await load.more(300)
+    print(dict(load.outcomes))  # noqa: T201
+    assert explained(load, "502", "503")
+    assert pair.near.running().pid == near
+    await clean(pair)
+
+
+async def test_the_servers_sidecar_is_restarted_politely_under_load(pair: Pair) -> None:
+    """Nobody takes its pod out of the directory here, so requests fail while it is down, but none that it had taken.
+
+    A connection that was still in the kernel's queue when the listener closed breaks in the TLS handshake.
+    """
+    async with Load(pair.web, pair.service.ipv4, WEB) as load:
+        await load.more(100)
+        await pair.far.restart()
+        await load.more(300)
+    print(dict(load.outcomes))  # noqa: T201
+    assert set(load.bad) <= {"502 connection_refused", "502 tls_protocol_error"}
+    await clean(pair)
+
+
+async def test_a_server_that_hangs_is_given_up_after_the_response_timeout(pair: Pair) -> None:
+    async with Load(pair.web, pair.service.ipv4, WEB, clients=3) as load:
+        await load.more(50)
+        with paused(pair.shop.processes[f"web-{WEB}"]):
+            began = trio.current_time()
+            seen = await curl(pair.web, f"http://shop:{WEB}/")
+            assert PATIENCE - 0.1 < trio.current_time() - began < PATIENCE + 1.5
+            assert (seen.status, seen.error) == (504, "http_response_timeout")
+            await load.more(3, "504 http_response_timeout")
+        await load.more(200)
+    print(dict(load.outcomes))  # noqa: T201
+    assert explained(load, "504")
+    assert await counted(pair.near, "isthmus_errors_total", direction="outbound", reason="upstream_timeout") >= 4
+    await logged(pair.near, "did not answer within 1.0 s", status=504)
+    await clean(pair)
+
+
+async def test_a_sidecar_that_hangs_is_given_up_too(pair: Pair) -> None:
+    async with Load(pair.web, pair.service.ipv4, WEB, clients=3) as load:
+        await load.more(50)
+        with paused(pair.far.running()):
+            await load.more(3, "504 http_response_timeout")
+            # Connections that are kept have been given up; a new one fails in the handshake.
+            await load.more(3, "504 connection_timeout")
+        await load.more(200)
+    print(dict(load.outcomes))  # noqa: T201
+    assert explained(load, "504")
+    await clean(pair)
+
+
+async def test_a_link_that_is_cut_under_load_and_mended(pair: Pair) -> None:
+    async with Load(pair.web, pair.service.ipv4, WEB, clients=3) as load:
+        await load.more(50)
+        with link_cut(pair.shop):
+            await load.more(3, "504 http_response_timeout")
+            await load.more(3, "504 connection_timeout")
+        await load.more(200)
+    print(dict(load.outcomes))  # noqa: T201
+    # Where the neighbour's address is not known any more, the kernel itself says that there is no way to it.
+    assert explained(load, "504", "502")
+    assert set(load.bad) <= {"504 http_response_timeout", "504 connection_timeout", "502 destination_ip_unroutable"}
+    await clean(pair)
+
+
+async def test_a_server_that_dies_within_a_response_is_not_taken_for_a_whole_response(pair: Pair) -> None:
+    server = pair.shop.processes[f"web-{WEB}"]
+    stream = await pair.web.connect(pair.service.ipv4, WEB)
+    async with stream:
+        await stream.send_all(b"GET /stream/10000000000 HTTP/1.1\r\nHost: shop\r\n\r\n")
+        heard = await stream.receive_some(65536)
+        assert heard.startswith(b"HTTP/1.1 200")
+        server.kill()
+        last = b""
+        with trio.fail_after(10), pytest.raises(trio.BrokenResourceError):
+            last = await _drain(stream)
+        assert not last.endswith(b"0\r\n\r\n")
+    await server.wait()
+    await web_server(pair.shop)
+    await clean(pair)
+
+
+async def _drain(stream: trio.SocketStream) -> bytes:
+    last = b""
+    while piece := await stream.receive_some(65536):
+        last = piece
+    return last
+
+
+async def test_an_opaque_connection_whose_server_dies_is_reset(pair: Pair) -> None:
+    server = pair.shop.processes[f"echo-{ECHO}"]
+    stream = await pair.web.connect(pair.service.ipv4, ECHO)
+    async with stream:
+        await stream.send_all(b"hello")
+        assert await stream.receive_some() == b"hello"
+        server.kill()
+        with trio.fail_after(5):
+            # A killed server's kernel ends its connections: cleanly where nothing was unread.
+            with contextlib.suppress(trio.BrokenResourceError):
+                assert await stream.receive_some() == b""
+    await server.wait()
+    await echo_server(pair.shop)
+
+
+async def clean(pair: Pair) -> None:
+    """All is well again, nothing was a surprise, and nothing is left of it."""
+    assert HELLO in (await curl(pair.web, f"http://shop:{WEB}/")).body
+    for sidecar in pair.both:
+        assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0
+        assert [line for line in sidecar.logged() if "exception" in line] == []
+        await eventually(lambda sidecar=sidecar: _nothing_active(sidecar), f"nothing is active in {sidecar.pod.name}")
+
+
+async def _nothing_active(sidecar: object) -> bool:
+    return await counted(sidecar, "isthmus_pool_connections", state="active") == 0  # type: ignore[arg-type]

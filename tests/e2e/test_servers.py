@@ -1,0 +1,174 @@
+"""Servers that are no web servers: a real PostgreSQL, and mail servers, which speak first.
+
+Rules: a port that somebody declared opaque costs no waiting; a port that nobody declared works as well, after the detection timeout if
+the server is the one who speaks first.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from lab.pod import Pod, User
+from lab.process import Completed
+from tests.e2e.conftest import Laboratory
+from tests.e2e.stage import MAIL, Pair, client, counted, eventually, prepare, say, serve
+
+pytestmark = [pytest.mark.lab, pytest.mark.real]
+
+POSTGRES, UNDECLARED = 5432, 15432
+UNDECLARED_MAIL, PLAIN_MAIL = 2526, 25
+DETECTION = 0.7  # seconds, configured below
+QUICK = 0.3
+
+ROOTLESS_SERVER = User(never_root=True)
+
+
+@pytest.fixture(scope="module")
+def pair(laboratory: Laboratory) -> Pair:
+    async def build() -> Pair:
+        timeouts = {"detect_timeout": f"{DETECTION * 1000:.0f}ms"}
+        ports = {POSTGRES: "opaque", UNDECLARED: "detect", MAIL: "opaque", UNDECLARED_MAIL: "detect", PLAIN_MAIL: "opaque"}
+        pair = prepare(laboratory.lab, ports, web={"outbound": timeouts}, shop={"inbound": timeouts})
+        pair.cluster.pod("stranger")
+        await postgres(pair.shop)
+        for port in (MAIL, UNDECLARED_MAIL, PLAIN_MAIL):
+            await serve(pair.shop, "mail", str(port), port=port, name=f"mail-{port}")
+        await pair.mesh.start()
+        # The undeclared port leads to the same database.
+        document = pair.mesh.document()
+        next(port for port in document["services"][0]["ports"] if port["port"] == UNDECLARED)["target_port"] = POSTGRES
+        pair.near.write_directory(document)
+        await eventually(lambda: counted(pair.near, "isthmus_directory_reloads_total", result="ok"), "the directory is taken")
+        return pair
+
+    return laboratory.run(build)
+
+
+def find_initdb() -> Path:
+    """Debian keeps the server's programs out of the PATH."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not programs or shutil.which("psql") is None:
+        pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql postgresql-client)")
+    return programs[-1]
+
+
+async def postgres(pod: Pod) -> None:
+    """Debian's PostgreSQL, as somebody who is not root, with a password so that the authentication is a conversation too."""
+    initdb = find_initdb()
+    data, password = pod.directory / "data", pod.directory / "password"
+    password.write_text("tangerine\n")
+    password.chmod(0o644)
+    made = await pod.run(
+        [
+            str(initdb),
+            "-D",
+            str(data),
+            "-U",
+            "tester",
+            "-A",
+            "scram-sha-256",
+            "--pwfile",
+            str(password),
+            "-N",
+            "--no-locale",
+            "-E",
+            "UTF8",
+        ],
+        user=ROOTLESS_SERVER,
+        timeout=60,
+    )
+    assert made.ok, made.stderr.decode()
+    with (data / "pg_hba.conf").open("a") as file:
+        file.write("host all all 0.0.0.0/0 scram-sha-256\nhost all all ::/0 scram-sha-256\n")
+    settings = ["listen_addresses=*", f"port={POSTGRES}", f"unix_socket_directories={pod.directory}", "fsync=off", "shared_buffers=8MB"]
+    command = [str(initdb.with_name("postgres")), "-D", str(data), *(part for each in settings for part in ("-c", each))]
+    await pod.start("postgres", command, user=ROOTLESS_SERVER, port=POSTGRES)
+
+
+async def psql(pair: Pair, sql: str, *, host: str = "shop", port: int = POSTGRES, sslmode: str = "prefer", stdin: bytes = b"") -> Completed:
+    target = f"host={host} port={port} user=tester dbname=postgres sslmode={sslmode} connect_timeout=10"
+    command = ["psql", target, "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", *(["-c", sql] if sql else [])]
+    return await pair.web.run(command, env={"PGPASSWORD": "tangerine"}, stdin=stdin)
+
+
+@pytest.mark.parametrize("sslmode", ["disable", "prefer"])
+@pytest.mark.parametrize("port", [POSTGRES, UNDECLARED])
+async def test_psql_talks_to_a_postgresql_server(pair: Pair, port: int, sslmode: str) -> None:
+    began = time.monotonic()
+    done = await psql(pair, "select 6 * 7, inet_server_port()", port=port, sslmode=sslmode)
+    assert done.text == f"42|{POSTGRES}\n", done.stderr.decode()
+    assert time.monotonic() - began < DETECTION  # the client speaks first, so nobody waited
+
+
+@pytest.mark.parametrize("version", [4, 6])
+async def test_psql_over_both_address_families(pair: Pair, version: int) -> None:
+    done = await psql(pair, "select family(inet_client_addr())", host=pair.service.address(version))
+    assert done.text.strip().isdigit(), done.stderr.decode()
+
+
+async def test_psql_copies_a_large_table_in_and_out(pair: Pair) -> None:
+    rows = b"".join(b"%d\t%s\n" % (number, b"x" * (number % 200)) for number in range(100_000))
+    script = (
+        b"create table t (n int, text text);\n\\copy t from stdin\n"
+        + rows
+        + b"\\.\nselect count(*), sum(length(text)) from t;\n\\copy (select * from t order by n) to stdout\n"
+    )
+    done = await psql(pair, "", stdin=script)
+    assert done.ok, done.stderr.decode()
+    first, _, copied = done.stdout.partition(b"\n")
+    assert first == b"100000|%d" % sum(number % 200 for number in range(100_000))
+    assert copied == rows
+
+
+async def test_an_error_of_the_database_is_the_clients_and_a_wrong_password_is_refused(pair: Pair) -> None:
+    failed = await psql(pair, "select 1/0")
+    assert failed.returncode == 1
+    assert b"division by zero" in failed.stderr
+    target = f"host=shop port={POSTGRES} user=tester dbname=postgres"
+    refused = await pair.web.run(["psql", target, "-c", "select 1"], env={"PGPASSWORD": "wrong"})
+    assert b"password authentication failed" in refused.stderr
+
+
+async def test_the_database_was_reached_by_mutual_tls_only(pair: Pair) -> None:
+    await psql(pair, "select 1")
+
+    def lines() -> list[dict[str, object]]:
+        return [line for line in pair.far.logged() if str(line.get("destination", "")).endswith(f":{POSTGRES}")]
+
+    await eventually(lines, "connections to the database in the log")
+    assert {(line.get("protocol"), line.get("tls")) for line in lines()} == {("isthmus-tcp", "TLSv1.3")}
+    assert {line.get("identity") for line in lines()} == {str(pair.near.identity)}
+
+
+async def test_a_server_that_speaks_first_is_heard_at_once_on_a_declared_port(pair: Pair) -> None:
+    seen = await client(pair.web, "mail", "shop", str(MAIL), "tangerine")
+    assert seen["refused"] == 0
+    assert seen["greeting_seconds"] < QUICK
+
+
+async def test_a_server_that_speaks_first_is_heard_after_the_detection_timeout_on_an_undeclared_port(pair: Pair) -> None:
+    seen = await client(pair.web, "mail", "shop", str(UNDECLARED_MAIL), "tangerine")
+    assert seen["refused"] == 0
+    assert DETECTION - 0.1 < seen["greeting_seconds"] < DETECTION + 1
+    assert await counted(pair.near, "isthmus_detections_total", result="silent") >= 1
+
+
+async def test_a_client_without_a_sidecar_hears_the_server_too(pair: Pair) -> None:
+    """Its connection is not TLS: on a declared port that is known after a moment, on an undeclared one after the timeout."""
+    stranger = pair.cluster.pods["stranger"]
+    declared = await client(stranger, "mail", pair.shop.ipv4, str(PLAIN_MAIL), "tangerine")
+    undeclared = await client(stranger, "mail", pair.shop.ipv4, str(UNDECLARED_MAIL), "tangerine")
+    assert (declared["refused"], undeclared["refused"]) == (0, 0)
+    assert declared["greeting_seconds"] < DETECTION
+    assert DETECTION - 0.1 < undeclared["greeting_seconds"] < DETECTION + 1
+
+
+async def test_a_client_that_leaves_without_a_word_harms_nobody(pair: Pair) -> None:
+    for port in (MAIL, UNDECLARED_MAIL):
+        heard = await say(pair.web, pair.service.ipv4, port, b"", end=True)
+        assert heard == b"" or heard.startswith(b"220")
+    assert (await client(pair.web, "mail", "shop", str(MAIL), "tangerine"))["refused"] == 0
