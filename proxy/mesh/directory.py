@@ -148,6 +148,13 @@ def parse(text: str, source: str) -> Directory:
     return builder.directory()
 
 
+def _of_family(target: Target, host: str) -> Target:
+    """The endpoints of a target that have the address family of `host`, as without a proxy: an application may listen on that one only. All
+    of them, if none has it: then a proxy can help that the network could not."""
+    same = tuple(endpoint for endpoint in target.endpoints if endpoint.address.is_ipv6 == (":" in host))
+    return Target(target.service, same, target.protocol) if same and len(same) < len(target.endpoints) else target
+
+
 @dataclass(slots=True)
 class _Pod:
     """One entry under `endpoints`, before it is known on which ports it serves."""
@@ -190,7 +197,7 @@ class _Builder:
         targets = {port.port: self._target(qualified, port, pods) for port in ports}
         for index, host in enumerate(hosts):
             for port in ports:
-                self._claim(Address(host, port.port), targets[port.port], f"{path}.addresses[{index}]")
+                self._claim(Address(host, port.port), _of_family(targets[port.port], host), f"{path}.addresses[{index}]")
         self._services.append(Service(name, namespace, hosts, tuple(ports), targets))
 
     def _claim(self, address: Address, target: Target, path: str) -> None:

@@ -41,19 +41,21 @@ def directory() -> Directory:
 
 def test_a_cluster_address_and_port_resolve_to_the_endpoints_of_the_service() -> None:
     identity = SpiffeId.parse(ONE)
-    assert directory().resolve(Address("10.96.0.1", 80)) == Target(
-        "shop/web",
-        (
-            Endpoint(Address("10.1.0.1", 8080), identity, Hint.HTTP1, ready=True, weight=2, zone="a"),
-            Endpoint(Address("fd00::2", 9090), None, Hint.HTTP1, ready=False),
-        ),
-        Hint.HTTP1,
-    )
+    four = Endpoint(Address("10.1.0.1", 8080), identity, Hint.HTTP1, ready=True, weight=2, zone="a")
+    six = Endpoint(Address("fd00::2", 9090), None, Hint.HTTP1, ready=False)
+    assert directory().resolve(Address("10.96.0.1", 80)) == Target("shop/web", (four,), Hint.HTTP1)
+    assert directory().resolve(Address("fd00:96::1", 80)) == Target("shop/web", (six,), Hint.HTTP1)
+    assert directory().services[0].targets[80] == Target("shop/web", (four, six), Hint.HTTP1)
     assert directory().resolve(Address("fd00:96::1", 25)).protocol == "opaque"
 
 
+def test_a_cluster_address_without_an_endpoint_of_its_family_has_those_of_the_other() -> None:
+    text = "services: [{name: a, addresses: [10.0.0.1], ports: [{port: 80}], endpoints: [{address: 'fd00::1'}, {address: 'fd00::2'}]}]"
+    assert len(parse(text, "test").resolve(Address("10.0.0.1", 80)).endpoints) == 2
+
+
 def test_a_port_without_a_target_port_is_the_same_on_the_endpoints() -> None:
-    assert [endpoint.address.port for endpoint in directory().resolve(Address("10.96.0.1", 25)).endpoints] == [25, 25]
+    assert [endpoint.address.port for endpoint in directory().services[0].targets[25].endpoints] == [25, 25]
 
 
 def test_a_pod_on_its_target_port_has_the_protocol_of_the_service() -> None:
