@@ -1,66 +1,34 @@
-"""The story that `isthmus demo` tells: two pods with sidecars, three intruders, and what each step proved.
+"""The story that `isthmus demo` tells: three pods with sidecars, four intruders, and what each step proved.
 
 The steps only start programs and look; what they found goes into a Report (lab/report.py).  Identities, ciphers and groups are read
 from the proxies' logs and from the wire, never from what the story itself configured.
 """
 
-import json
 import shutil
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import trio
 
+from lab.calls import calls, grpc_server
 from lab.capture import Capture
-from lab.cluster import Cluster, Lab
+from lab.cluster import Lab
 from lab.mesh import Mesh
-from lab.pod import ROOT, Pod
+from lab.pod import Pod
 from lab.process import LabError
 from lab.report import Report, latency_line, megabytes
 from lab.sandbox import outside_pid, rootless
 from lab.sidecar import Authority, Sidecar
+from lab.stage import GRPC, HTTP, MAIL, PLAIN, SECRET, SOCKET, Stage, error_type, why
 from proxy.mesh.spiffe import SpiffeId
 
-SECRET = "the-password-is-tangerine"  # noqa: S105  # what a listener on the wire must not find
-HTTP, PLAIN, SOCKET, MAIL = 8080, 8081, 9000, 2525
 REQUESTS = 400  # per side, for the latency
 MEMORY_ALLOWED = 5 * 1024 * 1024  # bytes a sidecar may grow by while a large body passes
+SHORT_LIVED = {"idle_timeout": "1s", "ping_interval": "1s"}  # so that the connections of gRPC calls end, and are in the log, in time
 LOG_PATIENCE = 4.0  # seconds; a pooled connection is closed, and its line written, after 3 s without a request
-STORY_TIMEOUT = 120.0  # seconds; the story takes about twenty
-
-
-@dataclass(slots=True)
-class Stage:
-    """The pods of the story."""
-
-    lab: Lab
-    west: Cluster
-    mesh: Mesh
-    report: Report
-    web: Pod
-    shop: Pod
-    stranger: Pod
-    size: int
-    sidecars: dict[str, Sidecar] = field(default_factory=dict)
-    server_names: dict[int, set[str]] = field(default_factory=dict)  # port -> what the hellos on the wire asked for
-
-    async def client(self, pod: Pod, what: str, host: str, port: int, *rest: str) -> dict[str, Any]:
-        """Run an ordinary client in a pod; what it says it saw."""
-        command = [sys.executable, "-m", "lab.apps.client", what, host, str(port), *rest]
-        done = await pod.run(command, env={"PYTHONPATH": str(ROOT)}, timeout=60)
-        try:
-            result: dict[str, Any] = json.loads(done.stdout)
-        except ValueError:
-            return {"error": done.stderr.decode(errors="replace").strip()[-300:] or f"exit code {done.returncode}"}
-        return result
-
-    async def server(self, name: str, *arguments: str, port: int) -> None:
-        """Start an ordinary server in the shop."""
-        command = [sys.executable, "-m", f"lab.apps.{name.partition('-')[0]}", *arguments]
-        await self.shop.start(name, command, port=port, env={"PYTHONPATH": str(ROOT)})
+STORY_TIMEOUT = 120.0  # seconds; the story takes about fifteen
 
 
 def tell(*, size: int, keep: bool) -> int:
@@ -105,47 +73,59 @@ async def build(lab: Lab, report: Report, size: int) -> Stage:
     report.step(f"building a cluster of pods ({'as an ordinary user, rootless' if rootless() else 'as root'})")
     west = lab.cluster("west")
     mesh = Mesh(west)
-    web, shop, stranger, guest, forger = (west.pod(name) for name in ("web", "shop", "stranger", "guest", "forger"))
-    stage = Stage(lab, west, mesh, report, web, shop, stranger, size)
+    web, shop, annex, stranger = (west.pod(name) for name in ("web", "shop", "annex", "stranger"))
+    guest, forger = west.pod("guest"), west.pod("forger")
+    stage = Stage(lab, west, mesh, report, web, shop, annex, stranger, size)
     only_web = [str(mesh.authority.identity("web"))]
     skip = {"skip_inbound_ports": [PLAIN], "skip_outbound_ports": [PLAIN]}
-    mesh.join(web, "web", intercept=skip)
+    mesh.join(web, "web", intercept=skip, http2=SHORT_LIVED)
     mesh.join(shop, "shop", intercept=skip, inbound={"require_identity": True, "allow": {str(HTTP): only_web}})
+    mesh.join(annex, "shop")
     mesh.join(guest, "guest")
     mesh.join(forger, "web", authority=Authority())  # the right name, vouched for by nobody the shop trusts
     mesh.service("shop", [shop], {HTTP: "detect", SOCKET: "detect", MAIL: "opaque"})
+    mesh.service("stock", [shop, annex], {GRPC: "detect"})
     west.name_host("shop.plain", shop.ipv4)
     stage.sidecars = mesh.sidecars
-    report.step("starting a web server, a WebSocket server and a mail server in `shop`")
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: stage.server("web", "::", str(HTTP), port=HTTP))
-        nursery.start_soon(lambda: stage.server("web-plain", "::", str(PLAIN), port=PLAIN))
-        nursery.start_soon(lambda: stage.server("chat", str(SOCKET), port=SOCKET))
-        nursery.start_soon(lambda: stage.server("mail", str(MAIL), port=MAIL))
+    report.step("starting web, WebSocket, mail and gRPC servers")
+    await servers(stage)
     report.step("issuing certificates, installing the interception rules, starting the sidecars")
     await mesh.start()
     return stage
 
 
+async def servers(stage: Stage) -> None:
+    """Start the programs that are called."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: stage.server(stage.shop, "web", "::", str(HTTP), port=HTTP))
+        nursery.start_soon(lambda: stage.server(stage.shop, "web-plain", "::", str(PLAIN), port=PLAIN))
+        nursery.start_soon(lambda: stage.server(stage.shop, "chat", str(SOCKET), port=SOCKET))
+        nursery.start_soon(lambda: stage.server(stage.shop, "mail", str(MAIL), port=MAIL))
+        nursery.start_soon(grpc_server, stage, stage.shop)
+        nursery.start_soon(grpc_server, stage, stage.annex)
+
+
 async def traffic(stage: Stage) -> None:
-    """HTTP, WebSocket and SMTP, all with the secret in them, while the link of `web` is being listened to."""
+    """HTTP, WebSocket, SMTP and gRPC, all with the secret in them, while the link of `web` is being listened to."""
     report = stage.report
     report.section = "Ordinary programs, through two sidecars: `web` calls `shop`"
     async with Capture(stage.web) as wire:
         answer = await stage.client(stage.web, "get", "shop", HTTP, SECRET)
         held = answer.get("status") == 200 and answer.get("same") is True and SECRET in answer.get("body", "")
-        report.prove("HTTP/1.1", f"http.client -> http.server, 3 requests on one connection {_why(answer, held)}", held)
+        report.prove("HTTP/1.1", f"http.client -> http.server, 3 requests on one connection {why(answer, held)}", held)
         if shutil.which("curl"):
             done = await stage.web.run(["curl", "-sS", "-m", "10", "-H", f"X-Secret: {SECRET}", f"http://shop:{HTTP}/"])
             held = SECRET in done.text
             report.prove("curl", f"curl -> http.server {'' if held else done.stderr.decode()[:60]}", held)
         answer = await stage.client(stage.web, "websocket", "shop", SOCKET, SECRET)
         held = answer.get("echoed") == 50 and answer.get("large") is True
-        report.prove("WebSocket", f"50 messages and one of 1 MiB, echoed {_why(answer, held)}", held)
+        report.prove("WebSocket", f"50 messages and one of 1 MiB, echoed {why(answer, held)}", held)
         answer = await stage.client(stage.web, "mail", "shop", MAIL, SECRET)
         held = answer.get("refused") == 0 and "error" not in answer
         greeting = f"greeted after {answer.get('greeting_seconds', 0) * 1000:.1f} ms" if held else ""
-        report.prove("SMTP", f"smtplib -> aiosmtpd, the server speaks first, {greeting} {_why(answer, held)}", held)
+        report.prove("SMTP", f"smtplib -> aiosmtpd, the server speaks first, {greeting} {why(answer, held)}", held)
+        stage.report.step("gRPC calls of all kinds, spread over two pods, with deadlines, and with nobody there")
+        await calls(stage)
         control = await stage.client(stage.web, "get", "shop.plain", PLAIN, "visible-without-the-mesh")
     on_the_wire(stage, wire, control)
 
@@ -154,9 +134,9 @@ def on_the_wire(stage: Stage, wire: Capture, control: dict[str, Any]) -> None:
     """What the listener saw."""
     report = stage.report
     report.section = "A listener on the link of `web`"
-    verdict = wire.verdict(HTTP, SOCKET, MAIL)
+    verdict = wire.verdict(HTTP, SOCKET, MAIL, GRPC)
     facts = [fact for fact in verdict.facts if fact.version]
-    stage.server_names = {port: {fact.server_name for fact in wire.verdict(port).facts} for port in (HTTP, SOCKET, MAIL)}
+    stage.server_names = {port: {fact.server_name for fact in wire.verdict(port).facts} for port in (HTTP, SOCKET, MAIL, GRPC)}
     detail = f"{verdict.flows} connections, {sum(fact.records for fact in facts)} records: TLS 1.3 from the first byte to the last"
     report.prove("on the wire", detail if verdict.ok else "; ".join(verdict.problems) or "no connection was seen", verdict.ok)
     terms = {"cipher": {fact.cipher for fact in facts}, "key exchange": {fact.group for fact in facts if "only" not in fact.group}}
@@ -182,7 +162,7 @@ async def large_bodies(stage: Stage) -> None:
         answer = await stage.client(stage.web, what, "shop", HTTP, str(size))
         held = answer.get("status") == 200 and answer.get(key) == expected
         speed = f"{size / 2**20 / answer['seconds']:.0f} MiB/s" if held else ""
-        report.prove(f"large {what}", f"{size // 2**20} MiB, chunked, unchanged, {speed} {_why(answer, held)}", held)
+        report.prove(f"large {what}", f"{size // 2**20} MiB, chunked, unchanged, {speed} {why(answer, held)}", held)
     growth = [proxy.rss() - old for proxy, old in zip(proxies, before, strict=True)]
     told = zip(("web", "shop"), before, growth, strict=True)
     detail = ", ".join(f"{name} {megabytes(old)} {grown / 2**20:+.1f}" for name, old, grown in told)
@@ -214,13 +194,8 @@ def refused(stage: Stage, label: str, who: str, answer: dict[str, Any], pod: Pod
     """An intruder held if it saw an error, or a status that says no, and nothing of the shop."""
     status = answer.get("status", 0)
     held = "hello from the shop" not in answer.get("body", "") and (status in (403, 502, 503) or "error" in answer)
-    saw = f"{status} {_error_type(answer.get('proxy-status', ''))}" if status else answer.get("error", "")
+    saw = f"{status} {error_type(answer.get('proxy-status', ''))}" if status else answer.get("error", "")
     stage.report.prove(label, f"{who}: {saw}{_reason(stage, pod)}", held)
-
-
-def _error_type(proxy_status: str) -> str:
-    """The error type of a Proxy-Status field (RFC 9209)."""
-    return next((part[6:] for part in proxy_status.split(";") if part.startswith("error=")), proxy_status)
 
 
 def _reason(stage: Stage, pod: Pod) -> str:
@@ -238,7 +213,7 @@ async def who_was_who(stage: Stage) -> None:
     report = stage.report
     report.section = "Identities, as the proxies verified and logged them"
     web, shop = (str(stage.mesh.authority.identity(name)) for name in ("web", "shop"))
-    for name, port in (("HTTP/1.1", HTTP), ("WebSocket", SOCKET), ("SMTP", MAIL)):
+    for name, port in (("HTTP/1.1", HTTP), ("WebSocket", SOCKET), ("SMTP", MAIL), ("gRPC", GRPC)):
         inbound = await logged(stage.sidecars["shop"], "inbound", port, stage.web)
         callers = {str(line.get("identity", "nobody")) for line in inbound}
         held = callers == {web} and all(line.get("tls") == "TLSv1.3" for line in inbound)
@@ -288,12 +263,7 @@ async def latency(stage: Stage) -> None:
     answer = await stage.client(stage.web, "latency", stage.shop.ipv4, HTTP, str(PLAIN), str(REQUESTS))
     meshed, plain = answer.get(str(HTTP), []), answer.get(str(PLAIN), [])
     held = len(meshed) == len(plain) == REQUESTS
-    stage.report.prove("latency", latency_line(meshed, plain) if held else _why(answer, held), held)
-
-
-def _why(answer: dict[str, Any], held: bool) -> str:
-    """What the client saw, when that was not what it should have seen."""
-    return "" if held else f"- the client saw {json.dumps({key: value for key, value in answer.items() if key != 'peak_rss'})[:200]}"
+    stage.report.prove("latency", latency_line(meshed, plain) if held else why(answer, held), held)
 
 
 def explain_how_to_enter(stage: Stage) -> None:
@@ -303,12 +273,14 @@ def explain_how_to_enter(stage: Stage) -> None:
         return
     say("The pods keep running until you press Ctrl-C. In another terminal, as the same user:")
     say()
-    for name in ("web", "shop", "stranger"):
+    for name in ("web", "shop", "annex", "stranger"):
         say(f"  {name:<9} {stage.west.pods[name].enter_command(pid)}")
     say(f"""
 and there, for example:
   in web        curl -v http://shop:{HTTP}/            through both sidecars; an ordinary client, as you see
                 curl -v http://shop.plain:{PLAIN}/      past them
+                {sys.executable} -m lab.apps.client grpc-spread stock {GRPC} 600
+                                                     gRPC calls over one connection, answered by two pods
                 curl http://localhost:4191/metrics   what the sidecar counts
                 nft list table inet isthmus          the interception rules
                 tcpdump -ni eth0 -X                  what a listener on the wire sees meanwhile

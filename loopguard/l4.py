@@ -61,9 +61,10 @@ class OwnListeners:
         """Whether connecting to `host` stays in this pod."""
         return loopback(host) or _plain(host) in self.addresses
 
-    def accepted(self, host: str, port: int) -> Loop | None:
-        """The verdict on a connection whose destination, before any redirection, was (host, port)."""
-        if port in self.ports and self.own(host):
+    def accepted(self, host: str, port: int, *, ours: bool = False) -> Loop | None:
+        """The verdict on a connection whose destination, before any redirection, was (host, port). `ours`: it is known to be an address of
+        this pod, whatever the list says: it came in by it. Pods have addresses that nobody has told them of."""
+        if port in self.ports and (ours or self.own(host)):
             return Loop("own_listener", f"the connection was made to {_join(host, port)}, which is this proxy's own listener")
         return None
 

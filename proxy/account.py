@@ -111,10 +111,10 @@ class ConnectionAccount:
             metrics.error(facts.direction, describe(error).reason)
         log_connection(self._line(error))
 
-    async def detect(self, stream: SocketStream, timeout: float | None) -> Opening:
+    async def detect(self, stream: SocketStream, silence: float | None, patience: float) -> Opening:
         """What the connection begins with; None: nobody looks, it is declared opaque."""
         started = time.perf_counter()
-        opening = Opening(Spoken.OPAQUE, "declared") if timeout is None else await detect(stream, timeout)
+        opening = Opening(Spoken.OPAQUE, "declared") if silence is None else await detect(stream, silence, patience)
         self.detection = opening.how
         self._ledger.metrics.detected(self._facts.direction, opening.how, time.perf_counter() - started)
         return opening

@@ -12,11 +12,11 @@ from email.utils import formatdate
 from proxy.exchange.exchange import Exchange, Facts, Whole, stack
 from proxy.exchange.layers import deadline, rescue
 from proxy.exchange.server import Drain, Http1Server, ServerSettings
+from proxy.metrics import CONTENT_TYPE
 from proxy.net.accept import Connection
 from proxy.wire.messages import Headers, ResponseHead
 
 _TEXT = b"text/plain; charset=utf-8"
-_METRICS = b"text/plain; version=0.0.4; charset=utf-8"
 
 # Probes and scrapers are many and short-lived, and slow ones are of no use.
 _SETTINGS = ServerSettings(idle_timeout=60.0, head_timeout=5.0, body_timeout=5.0, write_timeout=10.0)
@@ -34,7 +34,7 @@ def admin(not_ready: Callable[[], list[str]], metrics: Callable[[], bytes]) -> C
     pages: dict[bytes, Callable[[], tuple[int, bytes, bytes]]] = {
         b"/live": lambda: (200, _TEXT, b"live\n"),
         b"/ready": ready,
-        b"/metrics": lambda: (200, _METRICS, metrics()),
+        b"/metrics": lambda: (200, CONTENT_TYPE.encode(), metrics()),
     }
 
     async def answer(exchange: Exchange) -> None:

@@ -20,11 +20,12 @@ stops the application at the same time and it may have work to finish. After `sh
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import resource
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -59,6 +60,7 @@ _log = logging.getLogger("isthmus")
 _QUIET = 1.0
 _TICK = 0.1
 _SWEEP = 1.0
+_ADDRESSES = 10  # sweeps
 
 
 class StartError(Exception):
@@ -109,6 +111,16 @@ def _allow_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def _acceptor(handler: Callable[[Connection], Awaitable[None]], connections: int) -> Acceptor:
+    """An acceptor for as many connections as there are descriptors for: each takes one here and one to its server, in either direction,
+    and the administration listener has to go on answering when everything else is taken."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = connections if soft == resource.RLIM_INFINITY else max(1, (soft - _RESERVED) // 4)
+    if most < connections:
+        _log.info("RLIMIT_NOFILE is %d: %d connections in each direction are accepted at a time, not %d", soft, most, connections)
+    return Acceptor(handler, limit=min(most, connections), on_error=_report, on_pause=_pausing)
+
+
 class App:
     """One proxy. The constructor reads and binds, and raises StartError; `run` serves."""
 
@@ -120,8 +132,7 @@ class App:
         self.source = _directory(config)
         self.listeners = _bind(config)
         self.drain = Drain()
-        addresses = frozenset(map(str, config.pod.addresses)) or local_addresses()
-        own = OwnListeners(self.listeners.ports(), addresses)
+        own = self._own()
         self.runtime = Runtime(
             config=config,
             settings=Settings.of(config),
@@ -129,18 +140,14 @@ class App:
             identity=self.identity,
             directory=self.source or _Known(Directory()),
             balancer=Balancer(trio.current_time),
-            dialer=Dialer(config.mark, config.tcp.connect_timeout, config.tcp.keepalive or None, _refuse(own)),
+            dialer=Dialer(config.mark, config.tcp.connect_timeout, config.tcp.keepalive or None, self._refuse_loop),
             ledger=self.ledger,
             drain=self.drain,
         )
         self.outbound_pools: Pools[Endpoint] = outbound_pools(self.runtime)
         self.inbound_pools: Pools[Address] = inbound_pools(self.runtime)
-        self.inbound = Acceptor(
-            inbound(self.runtime, self.inbound_pools), limit=config.inbound.max_connections, on_error=_report, on_pause=_pausing
-        )
-        self.outbound = Acceptor(
-            outbound(self.runtime, self.outbound_pools), limit=config.outbound.max_connections, on_error=_report, on_pause=_pausing
-        )
+        self.inbound = _acceptor(inbound(self.runtime, self.inbound_pools), config.inbound.max_connections)
+        self.outbound = _acceptor(outbound(self.runtime, self.outbound_pools), config.outbound.max_connections)
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, and through the drain that follows."""
@@ -156,12 +163,12 @@ class App:
                 nursery.start_soon(self._serve_until, signals.__aiter__().__anext__, nursery.cancel_scope)
                 self._say_hello()
 
-    async def _serve_until(self, stop: Callable[[], object], everything: trio.CancelScope) -> None:
+    async def _serve_until(self, stop: Callable[[], Awaitable[int]], everything: trio.CancelScope) -> None:
         """Serve the traffic until `stop`, then drain; `stop` again ends it at once."""
         async with trio.open_nursery() as flows:
             flows.start_soon(self.inbound.serve, self.listeners.inbound)
             flows.start_soon(self.outbound.serve, self.listeners.outbound)
-            await stop()  # type: ignore[misc]  # an awaitable of a signal number
+            await stop()
             _log.info("stopping: open connections have %g s", self.config.shutdown.grace)
             flows.start_soon(self._hurry, stop, everything)
             await self._drain(self.config.shutdown.grace)
@@ -169,8 +176,8 @@ class App:
         everything.cancel()
 
     @staticmethod
-    async def _hurry(stop: Callable[[], object], everything: trio.CancelScope) -> None:
-        await stop()  # type: ignore[misc]
+    async def _hurry(stop: Callable[[], Awaitable[int]], everything: trio.CancelScope) -> None:
+        await stop()
         everything.cancel()
 
     async def _drain(self, grace: float) -> None:
@@ -222,9 +229,24 @@ class App:
         else:
             _log.error("the changed directory cannot be used, the old one stays: %s", error)
 
+    def _own(self) -> OwnListeners:
+        """What the loop guard knows of us: what we were told, and what the system says now."""
+        told = frozenset(map(str, self.config.pod.addresses))
+        return OwnListeners(self.listeners.ports(), told | local_addresses())
+
+    def _refuse_loop(self, address: Address) -> None:
+        """The loop guard at the dialler."""
+        loop = self.runtime.listeners.dialled(address.host, address.port)
+        if loop is not None:
+            raise LoopDetected(loop.words, loop.kind)
+
     async def _sweep(self) -> None:
-        while True:
+        """About once a second: what has become too old, and who has gone. Addresses come and go with interfaces, more seldom."""
+        for turn in itertools.count(1):
             await trio.sleep(_SWEEP)
+            self.drain.look()
+            if turn % _ADDRESSES == 0:
+                self.runtime.listeners = self._own()
             self.outbound_pools.sweep()
             self.inbound_pools.sweep()
 
@@ -248,13 +270,17 @@ class App:
         # What has been built so far lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
-        for path, address in self.config.listeners():
-            _log.info("%s: %s", path.split(".")[0], address)
+        for name in ("outbound", "inbound", "admin"):
+            for sock in getattr(self.listeners, name):
+                _log.info("%s: %s", name, Address.of(sock.getsockname()))
         if self.identity is None:
             _log.warning("no identity is configured: everything is clear text")
         else:
             _log.info("identity: %s, valid until %s", self.identity.id, self.identity.not_after.isoformat())
 
+
+# Descriptors for listeners, files, pools' idle connections and the administration listener.
+_RESERVED = 128
 
 # Probes and scrapers; whoever opens more waits.
 _ADMIN_CONNECTIONS = 64
@@ -308,17 +334,6 @@ def _has_family(address: Address) -> bool:
     except OSError:
         return False
     return True
-
-
-def _refuse(own: OwnListeners) -> Callable[[Address], None]:
-    """The loop guard at the dialler."""
-
-    def refuse(address: Address) -> None:
-        loop = own.dialled(address.host, address.port)
-        if loop is not None:
-            raise LoopDetected(loop.words, loop.kind)
-
-    return refuse
 
 
 def _report(connection: Connection, error: BaseException) -> None:

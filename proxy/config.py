@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from proxy.describe import schema
+from proxy.mesh import files
 from proxy.mesh.document import DocumentError, Mistakes, Plain, closest, said
 from proxy.mesh.document import load as load_document
 from proxy.mesh.spiffe import SpiffeIdError, check_trust_domain
@@ -35,6 +36,9 @@ DOWNWARD = {
     "node": "NODE_NAME",
     "service_account": "SERVICE_ACCOUNT",
 }
+DOWNWARD_ADDRESSES = "POD_IPS"
+# Every setting and an allow-list of ten thousand identities fit many times.
+MOST_BYTES = 4 * 1024 * 1024
 _SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_[0-9]+_(TCP|UDP|SCTP).*)?)\Z")
 _CLUSTER = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 
@@ -48,10 +52,11 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Config:
 
     Raises ConfigError with all mistakes; a file that cannot be read is one of them.
     """
+    mistakes = Mistakes()
+    environ = _ours(environ, mistakes)
     if path is None and (named := environ.get(f"{PREFIX}CONFIG")):
         path = Path(named)
     source = str(path) if path is not None else "the environment"
-    mistakes = Mistakes()
     values = _file(path, source) if path is not None else {}
     _pod_defaults(values, environ)
     _overrides(values, environ, mistakes)
@@ -65,16 +70,28 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Config:
 
 def _file(path: Path, source: str) -> dict[str, Plain]:
     try:
-        values = load_document(path.read_text("utf-8"), source)
-    except OSError as error:
-        raise ConfigError(source, [f"cannot be read: {error.strerror}"]) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(source, [f"not UTF-8 at byte {error.start}"]) from error
+        values = load_document(files.read_text(path, MOST_BYTES), source)
+    except files.FileUnusable as error:
+        raise ConfigError(source, [error.reason]) from error
     except DocumentError as error:
         raise ConfigError(source, error.mistakes) from error
     if not isinstance(values, dict | None):
         raise ConfigError(source, [f"expected a mapping of sections, found {said(values)}"])
     return values or {}
+
+
+def _ours(environ: Mapping[str, str], mistakes: Mistakes) -> dict[str, str]:
+    """The variables that are looked at here. One that is not UTF-8, which the system does not mind, is a mistake and left out."""
+    found = {}
+    for name, text in sorted(environ.items()):
+        if name.startswith(PREFIX) or name in DOWNWARD.values() or name == DOWNWARD_ADDRESSES:
+            try:
+                f"{name}{text}".encode()
+            except UnicodeEncodeError:
+                mistakes.add(name.encode("ascii", "backslashreplace").decode(), "not UTF-8")
+            else:
+                found[name] = text
+    return found
 
 
 def _pod_defaults(values: dict[str, Plain], environ: Mapping[str, str]) -> None:
@@ -83,7 +100,7 @@ def _pod_defaults(values: dict[str, Plain], environ: Mapping[str, str]) -> None:
     if not isinstance(pod, dict | None):
         return
     found: dict[str, Plain] = {name: environ[variable] for name, variable in DOWNWARD.items() if environ.get(variable)}
-    if addresses := environ.get("POD_IPS"):
+    if addresses := environ.get(DOWNWARD_ADDRESSES):
         found["addresses"] = [address.strip() for address in addresses.split(",")]
     if found:
         values["pod"] = {**found, **(pod or {})}
@@ -92,7 +109,7 @@ def _pod_defaults(values: dict[str, Plain], environ: Mapping[str, str]) -> None:
 def _overrides(values: dict[str, Plain], environ: Mapping[str, str], mistakes: Mistakes) -> None:
     """Puts ISTHMUS_<SECTION>__<FIELD> over what the file says."""
     known = {variable(section, field): (section, field) for section, field in _names()}
-    for name, text in sorted(environ.items()):
+    for name, text in environ.items():
         if not name.startswith(PREFIX) or name == f"{PREFIX}CONFIG":
             continue
         if name not in known:

@@ -37,17 +37,20 @@ def _opening(verdict: Protocol) -> Opening:
     return Opening(verdict, {Protocol.HTTP1: "http1", Protocol.HTTP2: "http2", Protocol.OPAQUE: "opaque"}[verdict])
 
 
-async def detect(stream: SocketStream, timeout: float) -> Opening:
-    """What `stream` begins with. A client that says nothing for `timeout` seconds speaks a protocol in which the server is first: opaque.
+async def detect(stream: SocketStream, silence: float, patience: float) -> Opening:
+    """What `stream` begins with. A client that says nothing for `silence` seconds speaks a protocol in which the server is first:
+    opaque. One that has begun has `patience` seconds to go on, so that a first message in several packets is not taken for something else.
 
     Raises ConnectionLost.
     """
     data = b""
-    with trio.move_on_after(timeout):
+    with trio.move_on_after(silence) as scope:
         while True:
             seen = await stream.peek(HELLO_LIMIT, len(data) + 1)
             if len(seen) == len(data):  # the client ended its side; there will be no more to go by
                 return _opening(settle(data)) if data else Opening(Protocol.OPAQUE, "closed")
+            if not data:
+                scope.deadline = trio.current_time() + patience
             data = seen
             verdict = _judge(data)
             if isinstance(verdict, Opening):

@@ -115,6 +115,7 @@ _CONNECT: dict[str, Answer] = {
     "timeout": Answer(504, 14, "connection_timeout", "connect_timeout"),
     "unreachable": Answer(502, 14, "destination_ip_unroutable", "connect_unreachable"),
     "reset": Answer(502, 14, "connection_terminated", "connect_reset"),
+    "local": Answer(503, 14, "proxy_internal_error", "connect_local"),
 }
 _CONNECT_OTHER = Answer(502, 14, "connection_refused", "connect_failed")
 

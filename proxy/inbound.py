@@ -36,10 +36,6 @@ DIRECTION: Direction = "inbound"
 # What ALPN says is inside; anything else, and nothing, is relayed as it is.
 _INNER = {ALPN_HTTP1: Protocol.HTTP1, ALPN_HTTP2: Protocol.HTTP2}
 
-# A peer of the mesh sends its ClientHello as soon as it is connected. On a port that is declared opaque, and open to peers without
-# an identity, a client that has said nothing for so long (seconds) is one of the latter, waiting for the server to speak first.
-_HELLO_GRACE = 0.25
-
 
 def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaitable[None]]:
     """The handler of the inbound listeners' connections."""
@@ -54,11 +50,10 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
     async def accept(connection: Connection) -> None:
         about = Facts(DIRECTION, connection.peer, rt.destination(connection, config.fixed_destination))
         with rt.ledger.connection(connection.stream, about) as account:
-            rt.refuse_loop(about.destination)
+            rt.refuse_loop(connection, about)
             port = about.destination.port
             opaque = port in config.opaque_ports
-            patience = _HELLO_GRACE if opaque and not config.requires_identity(port) else config.detect_timeout
-            opening = await account.detect(connection.stream, patience)
+            opening = await account.detect(connection.stream, silence(rt, port), config.detect_timeout)
             if opening.how == "closed":
                 return
             async with closing(await terminate(rt, connection.stream, opening, about)) as stream:
@@ -75,6 +70,18 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
                     await to_listener(rt, stream, about, account)
 
     return accept
+
+
+def silence(rt: Runtime, port: int) -> float | None:
+    """Seconds that a client may say nothing until it is taken for one that waits for the server; None: at once.
+
+    A peer of the mesh sends its ClientHello as soon as it is connected. So on a port that is declared opaque, and open to peers without an
+    identity, a short wait tells the two apart; and where no TLS can be ours, there is nothing to wait for.
+    """
+    config = rt.config.inbound
+    if port not in config.opaque_ports or config.requires_identity(port):
+        return config.detect_timeout
+    return None if rt.identity is None else config.hello_timeout
 
 
 async def terminate(rt: Runtime, stream: SocketStream, opening: Opening, about: Facts) -> Stream:

@@ -42,10 +42,10 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
     async def accept(connection: Connection) -> None:
         about = Facts(DIRECTION, connection.peer, rt.destination(connection, config.fixed_destination))
         with rt.ledger.connection(connection.stream, about) as account:
-            rt.refuse_loop(about.destination)
+            rt.refuse_loop(connection, about)
             target = rt.directory.current.resolve(about.destination)
             opaque = target.protocol is Hint.OPAQUE or about.destination.port in config.opaque_ports
-            opening = await account.detect(connection.stream, None if opaque else config.detect_timeout)
+            opening = await account.detect(connection.stream, None if opaque else config.detect_timeout, config.detect_timeout)
             account.plain(opening)
             if opening.how == "closed":
                 return

@@ -12,7 +12,7 @@ from proxy.account import Ledger
 from proxy.config import Config
 from proxy.errors import LoopDetected, NoEndpoint, UpstreamTLSError
 from proxy.exchange.client import ClientSettings
-from proxy.exchange.exchange import Exchange
+from proxy.exchange.exchange import Exchange, Facts
 from proxy.exchange.mux import MuxSettings
 from proxy.exchange.pool import PoolSettings
 from proxy.exchange.server import Drain, ServerSettings
@@ -59,7 +59,8 @@ class Settings:
                 head_timeout=http.head_timeout,
                 body_timeout=http.body_timeout,
                 body_min_rate=http.body_min_rate,
-                write_timeout=http.response_body_timeout,
+                write_timeout=http.write_timeout,
+                stream_timeout=http.response_body_timeout,
             ),
             client=ClientSettings(response_timeout=http.response_timeout, stream_timeout=http.response_body_timeout),
             pool=PoolSettings(
@@ -70,8 +71,8 @@ class Settings:
                 wait_timeout=pool.wait_timeout,
             ),
             limits=limits,
-            downstream=MuxSettings(windows, idle_timeout=http.idle_timeout, write_timeout=http.response_body_timeout, **pings),
-            upstream=MuxSettings(windows, idle_timeout=http2.idle_timeout, write_timeout=http.response_body_timeout, **pings),
+            downstream=MuxSettings(windows, idle_timeout=http.idle_timeout, write_timeout=http.write_timeout, **pings),
+            upstream=MuxSettings(windows, idle_timeout=http2.idle_timeout, write_timeout=http.write_timeout, **pings),
         )
 
 
@@ -103,9 +104,12 @@ class Runtime:
         it was made to our own listener, which the loop guard then says."""
         return connection.original or fixed or connection.local
 
-    def refuse_loop(self, destination: Address) -> None:
-        """Raises LoopDetected for a connection that was made to one of our own listeners."""
-        loop = self.listeners.accepted(destination.host, destination.port)
+    def refuse_loop(self, connection: Connection, about: Facts) -> None:
+        """Raises LoopDetected for a connection that was made to one of our own listeners: one that was not redirected, with no other
+        destination configured, or one that was redirected although it was meant for us."""
+        destination = about.destination
+        ours = destination == connection.local or about.direction == "inbound"
+        loop = self.listeners.accepted(destination.host, destination.port, ours=ours)
         if loop is not None:
             raise LoopDetected(loop.words, loop.kind)
 
@@ -166,6 +170,8 @@ class Runtime:
                 self.balancer.failed(endpoint)  # let the next one go elsewhere; this one fails, and says why
                 raise
             except ConnectFailed as error:
+                if error.reason == "local":
+                    raise  # another endpoint would not help, and this one is not to be avoided for it
                 self.balancer.failed(endpoint)
                 tried.append(endpoint)
                 failure = error

@@ -6,13 +6,14 @@ seconds (float), sizes are bytes (int) once parsed. The reasons behind the numbe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
-from proxy.mesh.spiffe import IdentityPattern, SpiffeId
+from proxy.mesh.spiffe import IdentityPattern, SpiffeId, SpiffeIdError
 from proxy.net.address import Address
 from proxy.settings import described, number, octets, seconds
 from proxy.units import IP, Network, PortSwitch
@@ -62,6 +63,10 @@ class OutboundConfig(Section, frozen=True):
     max_connections: Annotated[int, number(1, 1_000_000, "open connections; more wait in the kernel's backlog")] = 10_000
 
 
+# A pod has few callers, and each of them many requests.
+_spiffe_id = functools.lru_cache(maxsize=1024)(SpiffeId.parse)
+
+
 class InboundConfig(Section, frozen=True):
     """From the mesh to the application."""
 
@@ -74,6 +79,9 @@ class InboundConfig(Section, frozen=True):
         Address | None, described("where a connection goes that was not redirected (standalone use, measuring); none: it is refused")
     ] = None
     detect_timeout: Annotated[float, seconds(0.05, 60, "how long to wait for the first bytes before going on as opaque")] = 3.0
+    hello_timeout: Annotated[
+        float, seconds(0.05, 60, "how long a client may be silent on an opaque port that is open to all, before it is one without TLS")
+    ] = 0.5
     require_identity: Annotated[
         PortSwitch,
         described("whether a peer must prove who it is: for all ports, a list of ports, or a mapping of ports (and `default`)"),
@@ -89,14 +97,17 @@ class InboundConfig(Section, frozen=True):
         return port in self.allow or self.require_identity.at(port)
 
     def allows(self, port: int, identity: SpiffeId | str | None) -> bool:
-        """Whether the peer with this verified identity (None: it has shown none) may use `port`."""
+        """Whether the peer with this verified identity (None: it has shown none) may use `port`. Asked for every request."""
         if identity is None:
             return not self.requires_identity(port)
         patterns = self.allow.get(port)
         if patterns is None:
             return True
-        name = str(identity)
-        return any(name == pattern.prefix if pattern.exact else name.startswith(pattern.prefix) for pattern in patterns)
+        try:
+            who = _spiffe_id(identity) if isinstance(identity, str) else identity
+        except SpiffeIdError:
+            return False
+        return any(pattern.matches(who) for pattern in patterns)
 
 
 class AdminConfig(Section, frozen=True):
@@ -139,6 +150,7 @@ class HttpConfig(Section, frozen=True):
     body_min_rate: Annotated[
         int, number(0, 2**30, "lowest average rate of a request's body, once `body_timeout` has passed; 0: any", "bytes/s")
     ] = 16
+    write_timeout: Annotated[float, seconds(1, _DAY, "how long a client may take nothing of what it is sent")] = 300.0
     response_timeout: Annotated[float, seconds(0.1, _DAY, "from the end of a request to the head of its response; above: 504")] = 300.0
     response_body_timeout: Annotated[float, seconds(1, _DAY, "longest pause within the body of a response (event streams pause)")] = 3600.0
 
@@ -150,7 +162,7 @@ class Http2Config(Section, frozen=True):
 
     max_streams: Annotated[int, number(1, 100_000, "requests that a client may have open on one connection")] = 256
     stream_window: Annotated[int, octets(65536, 2**30, "bytes of one request or response that may wait for a slow consumer")] = 256 * 1024
-    connection_window: Annotated[int, octets(65536, 2**30, "the same for all of a connection together")] = 1024 * 1024
+    connection_window: Annotated[int, octets(65536, 2**30, "the same for all of a connection together")] = 4 * 1024 * 1024
     idle_timeout: Annotated[float, seconds(1, _DAY, "how long a connection to an endpoint is kept without a request")] = 60.0
     ping_interval: Annotated[float, seconds(1, _DAY, "silence after which a peer that owes an answer is asked whether it is there")] = 20.0
     ping_timeout: Annotated[float, seconds(0.1, _HOUR, "how long it may take to answer")] = 10.0

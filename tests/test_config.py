@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
@@ -11,9 +13,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.config import Config, ConfigError, config_schema, load
+from proxy.config import MOST_BYTES, Config, ConfigError, config_schema, load
 from proxy.describe import tables
 from proxy.mesh.directory import parse
+from proxy.mesh.document import DocumentError
+from proxy.mesh.document import load as load_document
+from proxy.mesh.spiffe import SpiffeId
 from proxy.net.address import Address
 from proxy.settings import fields, is_struct
 from proxy.units import parse_duration, parse_size, show_duration, show_size
@@ -166,6 +171,9 @@ def test_an_allow_list_lets_in_whom_it_names_and_asks_for_an_identity(tmp_path: 
     assert inbound.allows(80, "spiffe://t/ns/c/sa/x")
     for other in (None, "spiffe://t/ns/a/sa/bb", "spiffe://t/ns/cc/sa/x", "spiffe://other/ns/a/sa/b"):
         assert not inbound.allows(80, other)
+        assert other is None or not inbound.allows(80, SpiffeId.parse(other))
+    assert inbound.allows(80, SpiffeId.parse("spiffe://t/ns/c/sa/x"))
+    assert not inbound.allows(80, "spiffe://t/ns/c/sa/")
     assert inbound.allows(81, None)
     assert inbound.requires_identity(80)
 
@@ -195,6 +203,32 @@ def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) ->
     (tmp_path / "bytes.yaml").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=r"bytes.yaml: not UTF-8 at byte 0"):
         load(tmp_path / "bytes.yaml", {})
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
+def test_what_is_no_regular_file_is_an_error_and_nobody_waits_for_it(tmp_path: Path, put: Callable[[Path], None]) -> None:
+    put(tmp_path / "isthmus.yaml")
+    with pytest.raises(ConfigError, match=r"isthmus.yaml: is not a regular file"):
+        load(tmp_path / "isthmus.yaml", {})
+
+
+def test_a_file_that_is_too_large_is_an_error(tmp_path: Path) -> None:
+    assert mistakes(tmp_path, "#" * (MOST_BYTES + 1)) == ["is larger than 4 MiB: is it the right file?"]
+
+
+def test_variables_that_are_not_utf8_are_mistakes(tmp_path: Path) -> None:
+    """So they come from the system: each byte that is not UTF-8 is half of a surrogate pair."""
+    environ = {"ISTHMUS_CLUSTER": "\udcff", "ISTHMUS_LOG__LEVEL": "loud", "POD_NAME": "a\udcfe", "ISTHMUS_\udcfd": "", "PATH": "\udcff"}
+    found = mistakes(tmp_path, "", environ)
+    assert found[:3] == ["ISTHMUS_CLUSTER: not UTF-8", r"ISTHMUS_\udcfd: not UTF-8", "POD_NAME: not UTF-8"]
+    assert [mistake.split(": ")[0] for mistake in found[3:]] == ["log.level"]
+    with pytest.raises(ConfigError, match="the environment: ISTHMUS_CONFIG: not UTF-8"):
+        load(None, {"ISTHMUS_CONFIG": "\udcff.yaml"})
+
+
+def test_text_that_is_not_unicode_is_no_document() -> None:
+    with pytest.raises(DocumentError, match="x: not Unicode text at character 3"):
+        load_document("a: \ud800", "x")
 
 
 def test_a_configuration_cannot_be_changed() -> None:

@@ -1,4 +1,4 @@
-"""Ordinary clients: http.client, websockets, smtplib.  `python -m lab.apps.client WHAT HOST PORT ...` prints one line of JSON."""
+"""Ordinary clients: http.client, websockets, smtplib, grpcio.  `python -m lab.apps.client WHAT HOST PORT ...` prints one line of JSON."""
 
 import email.message
 import hashlib
@@ -123,11 +123,20 @@ CLIENTS: dict[str, Callable[..., Result]] = {
 }  # fmt: skip
 
 
+def find(what: str) -> Callable[..., Result]:
+    """The client of this name."""
+    if what.startswith("grpc-"):
+        from lab.apps.grpc_client import CALLS  # noqa: PLC0415  # only these clients need the package, which takes a while to load
+
+        return CALLS[what]
+    return CLIENTS[what]
+
+
 def main() -> None:
     """Run one client; an error is a result too."""
     what, host, port, *rest = sys.argv[1:]
     try:
-        result = CLIENTS[what](host, int(port), *rest)
+        result = find(what)(host, int(port), *rest)
     except (OSError, http.client.HTTPException, smtplib.SMTPException, ValueError) as error:
         result = {"error": f"{type(error).__name__}: {error}"}
     result["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -12,6 +12,7 @@ import trio
 from proxy.commands.check_peers import MAX_PEERS, check_peers
 from proxy.commands.check_redirection import PROBE_PORT, check_proxy, check_redirection
 from proxy.commands.checks import Moment, Result, check_certificates, check_clock, check_configuration, check_directory, worst
+from proxy.mesh.describe import write_everything
 
 DESCRIPTION = """\
 Prove that this pod is set up right, and say what is wrong and how to mend it:
@@ -71,6 +72,7 @@ def _positive(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     results = trio.run(examine, args)
+    write_everything()
     print(_as_json(results) if args.json else _as_text(results))
     return 1 if worst(results) == "failed" else 0
 

@@ -14,7 +14,7 @@ from cryptography import x509
 
 from proxy import config
 from proxy.config import Config, ConfigError
-from proxy.mesh import directory, material
+from proxy.mesh import directory, material, watch
 from proxy.mesh.describe import expiry_in_words, in_words, life_left
 from proxy.mesh.directory import Directory, DirectoryError
 from proxy.mesh.identity import WARN_AT, Identity, MaterialError, MaterialFiles, TLSSettings
@@ -148,13 +148,10 @@ def check_directory(settings: Config) -> tuple[list[Result], Directory | None]:
         return [Result(name, "skipped", what, "configure directory.file")], None
     path = settings.directory.file
     try:
-        found = directory.parse(material.read_file(path).decode("utf-8"), str(path))
+        found = directory.parse(watch.read(path), str(path))
     except DirectoryError as error:
-        return [Result(name, "failed", f"{error.source}: {mistake}", "mend the file") for mistake in error.mistakes], None
-    except MaterialError as error:
-        return [Result(name, "failed", str(error), "check directory.file")], None
-    except UnicodeDecodeError as error:
-        return [Result(name, "failed", f"{path}: not UTF-8 at byte {error.start}", "mend the file")], None
+        remedy = "mend the file, or directory.file"
+        return [Result(name, "failed", f"{error.source}: {mistake}", remedy) for mistake in error.mistakes], None
     return [Result(name, "ok", f"{path}: {len(found.services)} services, {found.endpoint_count} endpoints")], found
 
 

@@ -11,7 +11,7 @@ from cryptography import x509
 
 from proxy.mesh import certificates, files, material
 from proxy.mesh.certificates import Issued, IssueError
-from proxy.mesh.describe import describe, expiry_in_words, life_left
+from proxy.mesh.describe import describe, expiry_in_words, life_left, write_everything
 from proxy.mesh.identity import WARN_AT
 from proxy.mesh.material import MaterialError, utc_now
 from proxy.mesh.spiffe import SpiffeId, SpiffeIdError
@@ -57,7 +57,7 @@ examples:
 _SHOW_HELP = """\
 Show every certificate of PEM files in words. Private keys in the same file are ignored and never shown.
 
-The exit code is 1 when a certificate is expired or not yet valid, or, with --roots, when a workload's certificate is not
+The exit code is 1 when a certificate is malformed, expired or not yet valid, or, with --roots, when a workload's certificate is not
 signed by one of these trust roots.
 
 examples:
@@ -130,6 +130,7 @@ def _guarded(action: Callable[[argparse.Namespace], int]) -> Callable[[argparse.
     """Errors of the input become one line that names it."""
 
     def run(args: argparse.Namespace) -> int:
+        write_everything()
         try:
             return action(args)
         except OSError as error:
@@ -178,7 +179,7 @@ def load_root(directory: Path) -> Issued:
     certificate_path, key_path = directory / ROOT_CERTIFICATE, directory / ROOT_KEY
     certificate = material.parse_certificates(certificate_path, material.read_file(certificate_path))[0]
     key = material.parse_key(key_path, material.read_file(key_path))
-    if key.public_key() != certificate.public_key():
+    if key.public_key() != material.public_key(certificate_path, certificate):
         raise MaterialError(key_path, f"does not belong to the certificate in {certificate_path}")
     return Issued(certificate, key)
 
@@ -208,7 +209,13 @@ def _run_show(args: argparse.Namespace) -> int:
     roots = [root for path in args.roots for root in material.parse_certificates(path, material.read_file(path))]
     good = True
     for path in args.files:
-        chain = material.parse_certificates(path, material.read_file(path))
+        data = material.read_file(path)
+        try:
+            chain = material.parse_certificates(path, data)
+        except MaterialError as error:
+            print(f"{path}\n  {'FAILED':<12} {error.reason}\n")
+            good = False
+            continue
         for number, certificate in enumerate(chain, start=1):
             title = str(path) if len(chain) == 1 else f"{path}, certificate {number} of {len(chain)}"
             print(title)

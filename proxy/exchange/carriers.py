@@ -18,12 +18,11 @@ from proxy.errors import UpstreamClosed, UpstreamProtocolError, UpstreamReset
 from proxy.exchange.mux import Mux
 from proxy.exchange.mux_stream import MuxStream, StreamLost
 from proxy.exchange.pool import Upstream
-from proxy.exchange.server import READ_SIZE, Resumed
+from proxy.exchange.resumed import READ_SIZE, Resumed
 from proxy.exchange.server2 import Tunnel, body_length
 from proxy.net.errors import ConnectionLost
 from proxy.net.streams import Stream
 from proxy.wire.bodies import Framing, Length
-from proxy.wire.events2 import StreamGone
 from proxy.wire.http1 import At
 from proxy.wire.messages import EndOfMessage, ProtocolError, RequestHead, ResponseHead, Signal
 
@@ -49,10 +48,6 @@ class Carrier(ABC):
         return 0
 
     @abstractmethod
-    def unanswered(self, words: str) -> Unanswered:
-        """The error for a request that could not be sent."""
-
-    @abstractmethod
     def begin(self, head: RequestHead, length: Length) -> None:
         """The request's head; hop-by-hop fields are stripped already."""
 
@@ -64,7 +59,7 @@ class Carrier(ABC):
 
     @abstractmethod
     async def flush(self) -> None:
-        """Send what was put. Raises ConnectionLost: the server takes no more."""
+        """Send what was put. Raises ConnectionLost: the server takes no more, and `head` may say why; UpstreamProtocolError, Unanswered."""
 
     @abstractmethod
     async def head(self) -> ResponseHead:
@@ -133,15 +128,15 @@ class Http1Carrier(Carrier):
                 self._interim = True
                 return head
             if head is Signal.CLOSED:
-                raise self.unanswered("the server closed the connection without a response")
+                raise self._unanswered("the server closed the connection without a response")
             try:
                 http.receive_data(await self.stream.receive_some(READ_SIZE))
             except ConnectionLost as error:
                 if http.buffered:
                     raise UpstreamClosed(f"the connection broke within the response's head: {error}") from error
-                raise self.unanswered(f"the connection broke before a response came: {error}") from error
+                raise self._unanswered(f"the connection broke before a response came: {error}") from error
 
-    def unanswered(self, words: str) -> Unanswered:
+    def _unanswered(self, words: str) -> Unanswered:
         # Only a kept connection may have been closed for another reason than our request.
         return Unanswered(words, again=self._reused and not self._interim)
 
@@ -189,7 +184,17 @@ class Http2Carrier(Carrier):
     def begin(self, head: RequestHead, length: Length) -> None:
         self._request = head
         self._sends = length != 0
-        self._stream = self._mux.open(head, end=length == 0 and head.method != b"CONNECT")
+        if head.protocol is None:
+            self._stream = self._mux.open(head, end=length == 0 and head.method != b"CONNECT")
+
+    async def _begin_tunnel(self, head: RequestHead) -> None:
+        """An extended CONNECT may only be sent to a server that has said that it takes it (RFC 8441 §3)."""
+        await self._mux.greeted.wait()
+        if not self._mux.room:
+            raise Unanswered("the connection took no more streams", again=True, untouched=True)
+        if not self._mux.http.extended_connect:
+            raise UpstreamProtocolError("the server does not take CONNECT with :protocol (RFC 8441)")
+        self._stream = self._mux.open(head, end=False)
 
     def put(self, data: bytes) -> None:
         self._pieces.append(data)
@@ -198,6 +203,8 @@ class Http2Carrier(Carrier):
         self._end = end
 
     async def flush(self) -> None:
+        if self._stream is None and self._request is not None:
+            await self._begin_tunnel(self._request)
         stream = self._opened()
         pieces, self._pieces = self._pieces, []
         end, self._end = self._end, None
@@ -207,9 +214,8 @@ class Http2Carrier(Carrier):
         try:
             await stream.send(b"".join(pieces) if len(pieces) != 1 else pieces[0], end=end is not None and not trailers)
             if end is not None and trailers:
-                self._mux.http.send_trailers(stream.number, end.trailers)
-                self._mux.touch()
-        except (StreamLost, StreamGone) as error:
+                stream.send_trailers(end.trailers)
+        except StreamLost as error:
             raise ConnectionLost(str(error), "reset") from error
 
     def _opened(self) -> MuxStream:
@@ -230,11 +236,9 @@ class Http2Carrier(Carrier):
         self._response = head
         return head
 
-    def unanswered(self, words: str) -> Unanswered:
-        lost = self._stream.lost if self._stream is not None else None
-        return Unanswered(words, again=False, untouched=lost is not None and lost.refused)
-
     def _broken(self, error: StreamLost) -> Exception:
+        if error.fault:
+            return UpstreamProtocolError(f"the response: {error}")
         if self._mux.broken is not None:
             return UpstreamClosed(f"the connection broke: {error}")
         return UpstreamReset(str(error), error.code)
@@ -265,6 +269,8 @@ class Http2Carrier(Carrier):
     def close(self) -> None:
         if self._stream is not None:
             self._stream.close()
+        else:
+            self._mux.on_room()  # what was to be ours is somebody else's
 
 
 def _reason(status: int) -> bytes:

@@ -6,7 +6,9 @@ server may answer before its end.
 
 What is tried again, and when: a connection that cannot be opened leaves the request untouched, so another endpoint may have it. A
 kept connection that the server closes just as we use it says nothing about our request; it is repeated once on a new connection if
-that is safe (RFC 9110 §9.2.2): the method is idempotent, there was no body, and not a byte of a response has come.
+that is safe (RFC 9110 §9.2.2): the method is idempotent, there was no body, and not a byte of a response has come. A request that an
+HTTP/2 server has refused it has not looked at (RFC 9113 §8.7); any such request is repeated once, unless a part of its body is gone: then
+the client is told the same, and may repeat it.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ from typing import Generic, Protocol, TypeVar
 
 import trio
 
-from proxy.errors import UpstreamClosed, UpstreamProtocolError, UpstreamTimeout
+from proxy.errors import UpstreamClosed, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
 from proxy.exchange.carriers import Carrier, Unanswered
 from proxy.exchange.exchange import Exchange
 from proxy.net.address import Address
 from proxy.net.errors import ConnectionLost
 from proxy.net.streams import Stream
 from proxy.wire.bodies import Length
+from proxy.wire.frames2 import Code
 from proxy.wire.messages import (
     END,
     EndOfMessage,
@@ -76,17 +79,19 @@ class Client(Generic[K]):
 
     async def send(self, exchange: Exchange, endpoint: K, lender: Lender[K]) -> None:
         """Carry `exchange` to `endpoint` and back. Raises what dialling raises, and the Upstream* errors."""
-        replayable = exchange.body.length == 0
+        bodiless = exchange.body.length == 0
         try:
             await self._attempt(exchange, endpoint, lender, fresh=False)
         except Unanswered as error:
-            safe = error.untouched or (error.again and exchange.request.method in IDEMPOTENT)
-            if not (safe and replayable):
+            if error.untouched:
+                if exchange.request_bytes:
+                    raise UpstreamReset(str(error), Code.REFUSED_STREAM) from error
+            elif not (error.again and bodiless and exchange.request.method in IDEMPOTENT):
                 raise UpstreamClosed(str(error)) from error
             try:
                 await self._attempt(exchange, endpoint, lender, fresh=not error.untouched)
             except Unanswered as second:
-                raise UpstreamClosed(str(second)) from second
+                raise (UpstreamReset(str(second), Code.REFUSED_STREAM) if second.untouched else UpstreamClosed(str(second))) from second
 
     async def _attempt(self, exchange: Exchange, endpoint: K, lender: Lender[K], *, fresh: bool) -> None:
         async with lender.carrier(endpoint, fresh=fresh) as carrier:
@@ -117,19 +122,30 @@ class _Attempt:
         if await self._send_ready():
             await self._receive()
             return
+        group = None
+        try:
+            await self._receive_and_pump()
+        except BaseExceptionGroup as error:
+            group = error
+        if group is not None:
+            # Cancelled in both tasks: one Cancelled for all, so that it counts as what it is.
+            await trio.lowlevel.checkpoint_if_cancelled()
+            raise group
+        if self._fault is not None:
+            raise self._fault
+
+    async def _receive_and_pump(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._pump, nursery.cancel_scope)
             try:
                 await self._receive()
-            except Exception as error:  # raised below: out of a nursery it would come as a group
+            except Exception as error:  # raised by the caller: out of a nursery it would come as a group
                 self._fault = self._fault or error
             else:
                 # The client has its response: what became of the rest of its request in the same moment changes nothing any more.
                 self._fault = None
             # A server that wants no more of the request has said so by ending its response.
             nursery.cancel_scope.cancel()
-        if self._fault is not None:
-            raise self._fault
 
     async def _send_ready(self) -> bool:
         """Send the head with what there is of the body. True: that was all of it."""
@@ -151,8 +167,8 @@ class _Attempt:
         exchange.clock.expect(self._stalls, self._settings.stream_timeout)
         try:
             await carrier.flush()
-        except ConnectionLost as error:
-            raise carrier.unanswered(f"the connection broke while the request was sent: {error}") from error
+        except ConnectionLost:
+            whole = True  # The server takes no more. It may have said why: the response is still to be read.
         if whole:
             exchange.clock.expect(self._silent, self._settings.response_timeout)
         return whole

@@ -149,11 +149,12 @@ class Exchange(ABC):
     @property
     def is_grpc(self) -> bool:
         """gRPC is what this request speaks, so its errors have to be gRPC's (they travel in trailers, which HTTP/2 has)."""
-        return self.request.version == b"2" and (self.request.headers.get(b"content-type") or b"").startswith(b"application/grpc")
+        kind = self.request.headers.get(b"content-type") or b""
+        return self.request.version == b"2" and kind.startswith(b"application/grpc") and kind[16:17] in (b"", b"+", b";", b" ")
 
 
 class Clock:
-    """The deadline of one exchange: moved at each step, for one cancel scope is dearer than moving it (about 11 µs against 1).
+    """The deadline of one exchange: moved at each step, for one cancel scope is dearer than moving it (about 6 to 11 µs against 2).
 
     `expect` says what is waited for now; when the time is up, the deadline layer raises that.
     """
@@ -173,6 +174,11 @@ class Clock:
         """Nothing is waited for that has a limit."""
         self.scope.deadline = math.inf
 
+    def give_up(self, late: Callable[[], Exception]) -> None:
+        """It is over now, because of `late()`."""
+        self.late = late
+        self.scope.cancel()
+
 
 class _NoClock(Clock):
     """Of an exchange outside the deadline layer: nothing is limited there."""
@@ -181,6 +187,9 @@ class _NoClock(Clock):
         pass
 
     def rest(self) -> None:
+        pass
+
+    def give_up(self, late: Callable[[], Exception]) -> None:
         pass
 
 

@@ -27,6 +27,9 @@ _TOKEN = re.compile(rb"[A-Za-z*][-!#$%&'*+.^_`|~0-9A-Za-z:/]*")
 # For the few hundred bytes of an error's response: a client that does not take them has no use for them.
 _ANSWER_SECONDS = 5.0
 
+# Errors may quote what the peer sent; an answer is not made long by that.
+_DETAIL = 512
+
 _REASONS = {
     400: b"Bad Request", 403: b"Forbidden", 408: b"Request Timeout", 414: b"URI Too Long", 431: b"Request Header Fields Too Large",
     500: b"Internal Server Error", 501: b"Not Implemented", 502: b"Bad Gateway", 503: b"Service Unavailable", 504: b"Gateway Timeout",
@@ -93,6 +96,7 @@ async def _answer(exchange: Exchange, response: tuple[ResponseHead, Whole]) -> N
 
 def made_up(answer: Answer, name: bytes, detail: str) -> tuple[ResponseHead, Whole]:
     """A response that the proxy makes up itself, with Proxy-Status (RFC 9209)."""
+    detail = detail[:_DETAIL]
     status = _member(name) + b";error=" + answer.proxy_status.encode("ascii")
     if detail:
         status += b";details=" + sf_string(detail)
@@ -114,7 +118,7 @@ def _member(name: bytes) -> bytes:
 
 def grpc_status(answer: Answer, detail: str) -> Headers:
     """The status of a gRPC call (github.com/grpc/grpc, PROTOCOL-HTTP2.md): its message is percent-encoded."""
-    text = f"{answer.proxy_status}: {detail}" if detail else answer.proxy_status
+    text = f"{answer.proxy_status}: {detail[:_DETAIL]}" if detail else answer.proxy_status
     message = "".join(c if " " <= c <= "~" and c != "%" else "".join(f"%{byte:02X}" for byte in c.encode("utf-8", "replace")) for c in text)
     return Headers([(b"grpc-status", b"%d" % answer.grpc_status), (b"grpc-message", message.encode("ascii"))])
 
@@ -128,7 +132,7 @@ def made_up_grpc(answer: Answer, name: bytes, detail: str) -> tuple[ResponseHead
 
 def sf_string(text: str) -> bytes:
     """A structured field's string (RFC 8941 §3.3.3): ASCII, quoted; what does not fit is replaced. So no detail can end the field."""
-    plain = "".join(c if " " <= c <= "~" else "?" for c in text[:512])
+    plain = "".join(c if " " <= c <= "~" else "?" for c in text)
     return b'"' + plain.replace("\\", "\\\\").replace('"', '\\"').encode("ascii") + b'"'
 
 

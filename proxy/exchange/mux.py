@@ -8,8 +8,9 @@ that belongs to all. Whoever puts something down says `touch`.
     exchange task --put down frames--> Http2Connection --data_to_send--> writer --> socket
     socket --> reader --> Http2Connection --events--> MuxStream buffers --receive--> exchange task
 
-What is put down is bounded: heads by the number of streams, DATA by `_AHEAD` bytes for the connection, beyond which senders wait for
-the writer; and by the peer's windows.
+What is put down is bounded: beyond `_AHEAD` bytes for the connection, whoever would send waits for the writer before it puts anything
+down, so that a peer that asks and does not read has its streams open and no more. DATA is also bound by the peer's windows; where it is
+the connection's that is used up, the streams take turns, for whoever runs first would take all of it every time.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from trio.lowlevel import ParkingLot
 
 from proxy.exchange.mux_stream import MuxStream, StreamLost
 from proxy.net.errors import NetError
-from proxy.net.streams import Stream
+from proxy.net.streams import Stream, linger
+from proxy.net.tls import TLSStream
 from proxy.wire.events2 import (
     DataReceived,
     Event,
@@ -39,13 +41,20 @@ from proxy.wire.events2 import (
 from proxy.wire.frames2 import Code
 from proxy.wire.http1 import Role
 from proxy.wire.http2 import Http2Connection
-from proxy.wire.messages import ProtocolError, RequestHead
+from proxy.wire.messages import Headers, ProtocolError, RequestHead, ResponseHead
 
 # One TLS record carries 16 KiB; reading more at a time would let one connection's frames hold up the others for longer.
 _READ = 16384
-# DATA that may be put down ahead of the writer: enough to fill a write while the next pieces are made.
+# What may be put down ahead of the writer: enough to fill a write while the next pieces are made.
 _AHEAD = 256 * 1024
+# What a header block counts for in that: most are far smaller once they are compressed.
+_HEAD = 1024
+# One write, which has `write_timeout` to itself: a slow peer is not one that takes nothing.
+_WRITE = 65536
 _PING = b"isthmus\0"
+# gRPC servers end a connection on which they are asked more than a few times within this (seconds) while they have nothing to say
+# themselves (gRFC A8, GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS), and with it the quiet streams that we ask for.
+_SELDOM = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,28 +84,38 @@ class Mux:
         self.idle_since = self.opened
         self.broken: str | None = None
         self.going_away = False  # no new streams, from whichever side it was said
+        self.greeted = trio.Event()  # the peer's SETTINGS are known; or the connection is broken
+        self.reserved = 0  # streams that have been promised to somebody who has not opened them yet
         self._streams: dict[int, MuxStream] = {}
         self._ahead = 0
+        self._held = 0  # bytes of the connection's window that wait for consumers
         self._put_down = ParkingLot()  # the writer waits here
-        self._sent = ParkingLot()  # senders of DATA wait here for the writer
+        self._sent = ParkingLot()  # senders wait here for the writer
+        self._turns: dict[MuxStream, None] = {}  # senders of DATA that wait for a window, in order
         self.on_room: Callable[[], object] = _nobody  # told when there may be more room for streams, or none any more
         self._heard = self.opened
         self._pinged: float | None = None
+        self._ping_next = self.opened  # not before: an application's server may mind, another proxy does not
+        self._seldom = _SELDOM if self.client and not isinstance(stream, TLSStream) else 0.0
         self._scope = trio.CancelScope()
 
     async def run(self, on_request: Callable[[MuxStream], None] | None = None) -> None:
         """Read and write until the connection ends. `on_request` is told of each stream that the peer opens (server).
 
-        Does not raise what ends the connection: every stream is told, and `broken` says it. Closes the stream.
+        Does not raise what ends the connection: every stream is told, and `broken` says it. Closes the stream in every case.
         """
-        with self._scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._write)
-                nursery.start_soon(self._watch)
-                await self._read(on_request)
-                nursery.cancel_scope.cancel()
-        self._end(self.broken or "the connection was closed")
-        await self._say_goodbye()
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write)
+                    nursery.start_soon(self._watch)
+                    await self._read(on_request)
+                    nursery.cancel_scope.cancel()
+            self._end("the connection was closed")
+            await self._say_goodbye()
+        finally:
+            self._end("the connection was cut")
+            self.stream.close()
 
     async def _read(self, on_request: Callable[[MuxStream], None] | None) -> None:
         try:
@@ -106,14 +125,19 @@ class Mux:
                     self._dispatch(event, on_request)
                 self.touch()
             self._end("the peer closed the connection")
-        except (NetError, ProtocolError, trio.ClosedResourceError) as error:
+        except ProtocolError as error:
+            if self.client:  # responses that were complete in front of the fault count
+                for event in self.http.before_fault:
+                    self._dispatch(event, on_request)
+            self._end(str(error))
+        except (NetError, trio.ClosedResourceError) as error:
             self._end(str(error))
 
     def _dispatch(self, event: Event, on_request: Callable[[MuxStream], None] | None) -> None:
         match event:
             case WindowOpened(stream=0):
-                for stream in self._streams.values():
-                    stream.wake()
+                self.greeted.set()  # it comes with SETTINGS, and a peer's first frame is SETTINGS
+                self.next_turn()
                 self.on_room()
             case GoingAway():
                 self._peer_goes(event)
@@ -126,64 +150,85 @@ class Mux:
                 if on_request is not None:
                     on_request(stream)
             case WindowOpened():
-                self._wake(event.stream)
-            case DataReceived() | HeadReceived() | TrailersReceived() | StreamBroken():
                 known = self._streams.get(event.stream)
                 if known is not None:
+                    self._turns.pop(known, None)
+                    known.wake()
+            case DataReceived() | HeadReceived() | TrailersReceived() | StreamBroken():
+                self._ping_next = self._heard
+                known = self._streams.get(event.stream)
+                if known is not None:
+                    if isinstance(event, DataReceived):
+                        self._held += event.credit
                     known.file(event)
                 elif isinstance(event, DataReceived):
                     self.http.consumed(event.stream, event.credit)
 
-    def _wake(self, number: int) -> None:
-        stream = self._streams.get(number)
-        if stream is not None:
-            stream.wake()
-
     def _peer_goes(self, event: GoingAway) -> None:
         self.going_away = True
         for number, stream in list(self._streams.items()):
-            if number > event.last:
+            # What a client says of streams that a server has pushed, and nobody pushes, is nothing about its requests.
+            if self.client and number > event.last:
                 stream.lose(StreamLost("the peer is going away and did not take the stream", Code.REFUSED_STREAM, refused=True))
         self.on_room()
         self.touch()
 
     async def _write(self) -> None:
-        while True:
-            data = self.http.data_to_send()
-            if not data:
-                if self.going_away and not self._streams:
-                    self._scope.cancel()  # everything has been said
-                await self._put_down.park()
-                continue
-            self._ahead = 0
-            with trio.move_on_after(self.settings.write_timeout) as scope:
-                try:
-                    await self.stream.send_all(data)
-                except (NetError, trio.ClosedResourceError) as error:
-                    self._end(str(error))
-                    return
-            if scope.cancelled_caught:
-                self._end(f"the peer took nothing for {self.settings.write_timeout} s")
-                return
-            self._sent.unpark_all()
+        with trio.CancelScope() as patience:
+            try:
+                while True:
+                    data = self.http.data_to_send()
+                    if data:
+                        self._ahead = 0
+                        await self._send(data, patience)
+                        self._sent.unpark_all()
+                    elif self.going_away and not self._streams:
+                        self._scope.cancel()  # everything has been said
+                        return
+                    else:
+                        await self._put_down.park()
+            except (NetError, trio.ClosedResourceError) as error:
+                self._end(str(error))
+        if patience.cancelled_caught:
+            self._end(f"the peer took nothing for {self.settings.write_timeout} s")
+
+    async def _send(self, data: bytes, patience: trio.CancelScope) -> None:
+        whole = memoryview(data)
+        for at in range(0, len(data), _WRITE):
+            patience.deadline = trio.current_time() + self.settings.write_timeout
+            await self.stream.send_all(whole[at : at + _WRITE] if len(data) > _WRITE else data)
+        patience.deadline = math.inf
 
     async def _watch(self) -> None:
-        """Ask a silent peer whether it is there, while somebody waits for it."""
-        interval, patience = self.settings.ping_interval, self.settings.ping_timeout
+        """Ask a silent peer whether it is there, while somebody waits for it; end a connection that nobody has used for long."""
         while True:
-            await trio.sleep(min(interval, patience) / 2)
             now = trio.current_time()
-            if self._pinged is not None and now - self._pinged > patience and self._heard < self._pinged:
-                self._end(f"the peer did not answer a PING for {patience} s")
+            if self._pinged is not None and self._heard >= self._pinged:
+                self._pinged = None
+            if self._pinged is not None and now >= self._pinged + self.settings.ping_timeout:
+                self._end(f"the peer did not answer a PING for {self.settings.ping_timeout} s")
                 return
-            if not self._streams and now - max(self.idle_since, self._heard) > self.settings.idle_timeout:
+            if not self._streams and now >= self.idle_since + self.settings.idle_timeout:
                 self.retire()
-            elif self._streams and self._pinged is None and now - self._heard > interval:
+            elif self._streams and self._pinged is None and now >= self._next_ping:
                 self._pinged = now
+                self._ping_next = now + self._seldom
                 self.http.ping(_PING)
                 self.touch()
-            elif self._heard >= (self._pinged or 0.0):
-                self._pinged = None
+            await trio.sleep_until(self._next_look(now))
+
+    @property
+    def _next_ping(self) -> float:
+        return max(self._heard + self.settings.ping_interval, self._ping_next)
+
+    def _next_look(self, now: float) -> float:
+        if self._pinged is not None:
+            return self._pinged + self.settings.ping_timeout
+        if self._streams:
+            return min(self._next_ping, now + self.settings.ping_interval)
+        # Without a stream: one may be opened at any moment.
+        soon = now + self.settings.ping_interval / 4
+        return soon if self.going_away else min(soon, self.idle_since + self.settings.idle_timeout)
 
     def _end(self, words: str) -> None:
         """The connection is of no further use: everybody is told, once."""
@@ -192,20 +237,23 @@ class Mux:
             self.going_away = True
             for stream in list(self._streams.values()):
                 stream.lose(StreamLost(words, Code.CANCEL))
+            self.greeted.set()
             self._sent.unpark_all()
             self.on_room()
         self._scope.cancel()
 
     async def _say_goodbye(self) -> None:
-        """The last frames (GOAWAY), if they can be sent at once, and the end of the connection."""
+        """The last frames (GOAWAY), if they can be sent at once. What a client still sends is read meanwhile, for closing with unread bytes
+        would destroy the answers that are on their way to it."""
         self.http.close(Code.NO_ERROR)
         with trio.move_on_after(1, shield=True):
             try:
                 await self.stream.send_all(self.http.data_to_send())
+                if not self.client:
+                    await linger(self.stream, seconds=1)
                 await self.stream.aclose()
             except (NetError, trio.ClosedResourceError):
                 pass
-        self.stream.close()
 
     # For the exchanges...
 
@@ -215,7 +263,7 @@ class Mux:
             self._put_down.unpark_all()
 
     def put_data(self, number: int, data: bytes, *, end: bool) -> None:
-        """Put down DATA that the windows allow. Raises StreamLost."""
+        """Put down DATA that the windows allow. Raises StreamLost, as the next two do."""
         try:
             self.http.send_data(number, data, end=end)
         except StreamGone as error:
@@ -223,14 +271,62 @@ class Mux:
         self._ahead += len(data)
         self.touch()
 
+    def put_head(self, number: int, head: ResponseHead, *, end: bool) -> None:
+        try:
+            self.http.send_response(number, head, end=end)
+        except StreamGone as error:
+            raise StreamLost(str(error), Code.STREAM_CLOSED) from error
+        self._ahead += _HEAD
+        self.touch()
+
+    def put_trailers(self, number: int, fields: Headers) -> None:
+        try:
+            self.http.send_trailers(number, fields)
+        except StreamGone as error:
+            raise StreamLost(str(error), Code.STREAM_CLOSED) from error
+        self._ahead += _HEAD
+        self.touch()
+
+    @property
+    def behind(self) -> bool:
+        """The writer is too far behind for more to be put down."""
+        return self._ahead > _AHEAD and self.broken is None
+
     async def paced(self) -> None:
         """Wait until the writer is not too far behind."""
-        while self._ahead > _AHEAD and self.broken is None:
+        while self.behind:
             await self._sent.park()
 
+    async def turn(self, stream: MuxStream) -> None:
+        """Wait for a window. Whoever returns from here, or is cancelled here, calls `next_turn` when it has taken what it takes."""
+        self._turns[stream] = None
+        try:
+            await stream.window_opens()
+        finally:
+            self._turns.pop(stream, None)
+
+    def next_turn(self) -> bool:
+        """Wake the first sender whose windows are open; False: there is none."""
+        for stream in self._turns:
+            if stream.may_send:
+                del self._turns[stream]
+                stream.wake()
+                return True
+        return False
+
     def consumed(self, number: int, credit: int) -> None:
+        clogged = self.clogged
+        self._held -= credit
         self.http.consumed(number, credit)
         self.touch()
+        if clogged and not self.clogged:
+            self.on_room()
+
+    @property
+    def clogged(self) -> bool:
+        """Slow consumers hold so much of the connection's window that one more stream might not get its share."""
+        limits = self.settings.limits
+        return self._held > max(0, limits.connection_window - limits.stream_window)
 
     @property
     def usable(self) -> bool:
@@ -238,8 +334,11 @@ class Mux:
 
     @property
     def room(self) -> int:
-        """How many more exchanges it can take now."""
-        return self.http.room if self.usable else 0
+        """How many more exchanges it can take now; one until its server has said how many it takes."""
+        if not self.usable or self.clogged:
+            return 0
+        free = self.http.room if self.greeted.is_set() else min(self.http.room, 1 - len(self._streams))
+        return max(0, free - self.reserved)
 
     def open(self, head: RequestHead, *, end: bool) -> MuxStream:
         """A new stream with this head; only while there is `room`, and with no await in between."""
@@ -270,7 +369,3 @@ class Mux:
             self.http.go_away()
             self.on_room()
             self.touch()
-
-    def cut(self) -> None:
-        """End it now."""
-        self._end("the connection was cut")

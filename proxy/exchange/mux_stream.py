@@ -6,29 +6,38 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import trio
 from trio.lowlevel import ParkingLot
 
 from proxy.wire.events2 import DataReceived, HeadReceived, StreamBroken, StreamGone, TrailersReceived
 from proxy.wire.frames2 import Code
-from proxy.wire.messages import END, EndOfMessage, RequestHead, ResponseHead
+from proxy.wire.messages import END, EndOfMessage, Headers, RequestHead, ResponseHead
 
 if TYPE_CHECKING:
     from proxy.exchange.mux import Mux
 
 
-class StreamLost(Exception):
-    """A stream ended before its message did. `code`: of RST_STREAM; `refused`: the peer has certainly not looked at the request."""
+# Pieces are put together up to this size: a window's worth of single bytes would take a hundred times its size in memory.
+_PIECE = 4096
+# Heads that nobody has taken: interim responses that come faster than they can be passed on.
+_HEADS = 64
 
-    def __init__(self, message: str, code: int, *, refused: bool = False) -> None:
+
+class StreamLost(Exception):
+    """A stream ended before its message did. `code`: of RST_STREAM; `refused`: the peer has certainly not looked at the request; `fault`:
+    we ended it, for what the peer sent."""
+
+    def __init__(self, message: str, code: int, *, refused: bool = False, fault: bool = False) -> None:
         super().__init__(message)
         self.code = code
         self.refused = refused
+        self.fault = fault
 
 
 class MuxStream:
     """One stream: what has come and was not taken yet, and its end."""
 
-    __slots__ = ("_chunks", "_end", "_heads", "_lost", "_news", "mux", "number", "on_lost", "request")
+    __slots__ = ("_chunks", "_end", "_heads", "_lost", "_news", "_window", "mux", "number", "on_lost", "request")
 
     def __init__(self, mux: Mux, number: int) -> None:
         self.mux = mux
@@ -39,18 +48,23 @@ class MuxStream:
         self._chunks: deque[tuple[bytes, int]] = deque()
         self._end: EndOfMessage | None = None
         self._lost: StreamLost | None = None
-        self._news = ParkingLot()
+        self._news = ParkingLot()  # whoever takes waits here
+        self._window = ParkingLot()  # and here whoever sends
 
     # Filled by the reader...
 
     def file(self, event: HeadReceived | DataReceived | TrailersReceived | StreamBroken) -> None:
         match event:
             case DataReceived():
-                if event.data or event.credit:
-                    self._chunks.append((event.data, event.credit))
+                if event.credit:
+                    self._append(event.data, event.credit)
                 if event.ended:
                     self._end = END
             case HeadReceived(head=ResponseHead() as head):
+                if len(self._heads) == _HEADS:
+                    self.mux.http.reset(self.number, Code.ENHANCE_YOUR_CALM)
+                    self.lose(StreamLost(f"more than {_HEADS} interim responses at once", Code.ENHANCE_YOUR_CALM, fault=True))
+                    return
                 self._heads.append(head)
                 if event.ended:
                     self._end = END
@@ -59,8 +73,15 @@ class MuxStream:
             case TrailersReceived():
                 self._end = EndOfMessage(event.trailers)
             case StreamBroken():
-                self.lose(StreamLost(event.words, event.code, refused=event.code == Code.REFUSED_STREAM))
+                refused = event.by_peer and event.code == Code.REFUSED_STREAM
+                self.lose(StreamLost(event.words, event.code, refused=refused, fault=not event.by_peer))
         self._news.unpark_all()
+
+    def _append(self, data: bytes, credit: int) -> None:
+        if self._chunks and len(self._chunks[-1][0]) + len(data) <= _PIECE:
+            before = self._chunks.pop()
+            data, credit = before[0] + data, before[1] + credit
+        self._chunks.append((data, credit))
 
     def lose(self, error: StreamLost) -> None:
         """The stream has ended early. A client that has the whole response has lost nothing: the server wants no more of the request."""
@@ -69,9 +90,14 @@ class MuxStream:
             if self.on_lost is not None:
                 self.on_lost()
         self._news.unpark_all()
+        self._window.unpark_all()
 
     def wake(self) -> None:
-        self._news.unpark_all()
+        """There is room in the windows."""
+        self._window.unpark_all()
+
+    async def window_opens(self) -> None:
+        await self._window.park()
 
     # Taken by the exchange...
 
@@ -113,29 +139,51 @@ class MuxStream:
             await self._news.park()
         return piece
 
+    def send_head(self, head: ResponseHead, *, end: bool) -> None:
+        """Raises StreamLost, as all that send do."""
+        self.mux.put_head(self.number, head, end=end)
+
+    def send_trailers(self, fields: Headers) -> None:
+        self.mux.put_trailers(self.number, fields)
+
     async def send(self, data: bytes, *, end: bool) -> None:
-        """Send DATA as the windows allow, and no faster than the writer. Raises StreamLost."""
+        """Send DATA as the windows allow, and no faster than the writer."""
         at = 0
-        while True:
-            if self._lost is not None:
-                raise self._lost
-            window = self._window()
-            piece = data if not at and len(data) <= window else data[at : at + window]
-            if piece or at >= len(data):
+        try:
+            while True:
+                await self.mux.paced()
+                window = self._room()
+                piece = data if not at and len(data) <= window else data[at : at + window]
+                if not piece and at < len(data):
+                    await self.mux.turn(self)
+                    continue
                 at += len(piece)
                 self.mux.put_data(self.number, piece, end=end and at >= len(data))
+                if self.mux.next_turn():
+                    await trio.lowlevel.checkpoint()
                 if at >= len(data):
-                    await self.mux.paced()
                     return
-                await self.mux.paced()
-            else:
-                await self._news.park()
+        except BaseException:
+            self.mux.next_turn()
+            raise
 
-    def _window(self) -> int:
+    def _room(self) -> int:
+        if self._lost is not None:
+            raise self._lost
+        if self.mux.broken is not None:
+            raise StreamLost(self.mux.broken, Code.CANCEL)
         try:
             return self.mux.http.window(self.number)
         except StreamGone as error:
             raise StreamLost(str(error), Code.STREAM_CLOSED) from error
+
+    @property
+    def may_send(self) -> bool:
+        """`send` would not have to wait for a window, or would raise."""
+        try:
+            return self._room() > 0
+        except StreamLost:
+            return True
 
     def close(self, code: int | None = None) -> None:
         """Give the stream up: reset if it has not ended (with `code`), and nothing more is filed for it."""
@@ -146,4 +194,4 @@ class MuxStream:
     def give_back(self) -> None:
         """What has come and nobody will take."""
         while self._chunks:
-            self.mux.http.consumed(self.number, self._chunks.popleft()[1])
+            self.mux.consumed(self.number, self._chunks.popleft()[1])

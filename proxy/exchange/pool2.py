@@ -1,8 +1,11 @@
 """The HTTP/2 connections that are kept to endpoints, each shared by many exchanges.
 
 An exchange takes a stream where there is room: on the first connection that has some, otherwise on a new one, and where an endpoint has
-all the connections it may have, it waits for the first stream that ends. Connections are opened one at a time for an endpoint; who comes
-meanwhile waits for that one, which most likely has room for all of them.
+all the connections it may have, it waits. Connections are opened one at a time for an endpoint, and the next one not before the last has
+said how many streams it takes (its SETTINGS): who comes meanwhile waits for that one, which most likely has room for all of them.
+
+Who waits is served in order. Room, or the task of opening a connection, is given to the first who waits in the moment in which it is
+there, and reserved, so that no newcomer can overtake.
 
 Connections do not live for ever: after `idle_timeout` without an exchange, and after `max_age` in any case, a connection takes nothing
 new and ends with its last stream. So memory that a burst has taken is given back, and a service's new endpoints get their share.
@@ -12,12 +15,13 @@ Decisions are synchronous; `serve` is the task that owns the connections.
 
 from __future__ import annotations
 
+import logging
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import trio
-from trio.lowlevel import ParkingLot
 
 from proxy.errors import PoolExhausted
 from proxy.exchange.mux import Mux, MuxSettings
@@ -27,9 +31,21 @@ from proxy.wire.http1 import Role
 
 K = TypeVar("K", bound=Hashable)
 
+_log = logging.getLogger("isthmus.exchange")
+
 # One connection takes as many streams as the server allows, commonly 100 or more. More than a few for one endpoint only help where the
 # server allows next to none, and cost it memory.
 _CONNECTIONS = 16
+
+
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """One that waits. When `given` is set, `mux` has a stream reserved for it, or `failure` is what it waited for; neither: it is to open
+    a connection itself, and that is noted as under way."""
+
+    given: trio.Event = field(default_factory=trio.Event)
+    mux: Mux | None = None
+    failure: Exception | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -38,9 +54,19 @@ class _Slot:
 
     muxes: list[Mux] = field(default_factory=list)
     opening: bool = False
-    attempts: int = 0
-    failure: tuple[int, Exception] | None = None  # of which attempt
-    waiting: ParkingLot = field(default_factory=ParkingLot)
+    waiting: OrderedDict[_Turn, None] = field(default_factory=OrderedDict)
+
+    def with_room(self) -> Mux | None:
+        for mux in self.muxes:
+            if mux.room > 0:
+                return mux
+        return None
+
+    @property
+    def may_open(self) -> bool:
+        """Connections that take nothing new any more do not count: their last streams may take hours."""
+        usable = [mux for mux in self.muxes if mux.usable]
+        return not self.opening and len(usable) < _CONNECTIONS and all(mux.greeted.is_set() for mux in usable)
 
 
 class MuxPool(Generic[K]):
@@ -78,48 +104,98 @@ class MuxPool(Generic[K]):
             slot = self._slots.get(key)
             if slot is None:
                 slot = self._slots[key] = _Slot()
-            for mux in slot.muxes:
-                if mux.room > 0:
-                    return mux
-            if not slot.opening and len(slot.muxes) < _CONNECTIONS:
-                return await self._open(key, slot)
-            attempt = slot.attempts
-            with trio.move_on_at(deadline) as scope:
-                await slot.waiting.park()
-            if slot.failure is not None and slot.failure[0] == attempt:
-                raise slot.failure[1]  # it was our attempt, too
-            if scope.cancelled_caught:
-                raise PoolExhausted(f"no stream to {key} became free within {self._settings.wait_timeout} s")
+            mux = None if slot.waiting else slot.with_room()
+            if mux is None and not slot.waiting and slot.may_open:
+                slot.opening = True
+                mux = await self._open(key, slot)
+            elif mux is None:
+                mux = await self._wait(key, slot, deadline)
+            if mux.usable:
+                return mux
+
+    async def _wait(self, key: K, slot: _Slot, deadline: float) -> Mux:
+        if len(slot.waiting) >= self._settings.waiting:
+            raise PoolExhausted(f"{len(slot.waiting)} requests wait for a stream to {key}")
+        turn = _Turn()
+        slot.waiting[turn] = None
+        try:
+            with trio.move_on_at(deadline):
+                await turn.given.wait()
+        except BaseException:
+            # Cancelled, perhaps in the very moment in which it was given: what it was given is the next one's.
+            slot.waiting.pop(turn, None)
+            if turn.mux is not None:
+                turn.mux.reserved -= 1
+            elif turn.given.is_set() and turn.failure is None:
+                slot.opening = False
+            self._share(key, slot)
+            raise
+        slot.waiting.pop(turn, None)
+        if not turn.given.is_set():
+            raise PoolExhausted(f"no stream to {key} became free within {self._settings.wait_timeout} s")
+        if turn.failure is not None:
+            raise turn.failure.with_traceback(None)  # which is one for all who waited, and would grow with each
+        if turn.mux is None:
+            return await self._open(key, slot)
+        turn.mux.reserved -= 1
+        return turn.mux
+
+    def _share(self, key: K, slot: _Slot) -> None:
+        """Give what there is to those who wait, in order; forget a slot that holds nothing."""
+        while slot.waiting:
+            mux = slot.with_room()
+            if mux is None and not slot.may_open:
+                return
+            turn, _ = slot.waiting.popitem(last=False)
+            turn.mux = mux
+            if mux is not None:
+                mux.reserved += 1
+            else:
+                slot.opening = True
+            turn.given.set()
+        if not slot.muxes and not slot.opening and self._slots.get(key) is slot:
+            del self._slots[key]
 
     async def _open(self, key: K, slot: _Slot) -> Mux:
-        if self._nursery is None:
-            raise RuntimeError("MuxPool.serve is not running")
-        slot.opening = True
-        slot.attempts += 1
+        """Open a connection, which is noted as under way already. What fails has failed for all who wait for it, too."""
         try:
-            stream = await self._connect(key)
-            mux = Mux(stream, Role.CLIENT, self._mux)
-            mux.on_room = slot.waiting.unpark_all
-            slot.muxes.append(mux)
-            self._nursery.start_soon(self._run, key, slot, mux)
-            return mux
+            mux = self._start(key, slot, await self._connect(key))
+            mux.reserved += 1  # for us: those who wait come behind
         except Exception as error:
-            slot.failure = (slot.attempts, error)
+            while slot.waiting and not any(mux.usable for mux in slot.muxes):
+                turn, _ = slot.waiting.popitem(last=False)
+                turn.failure = error
+                turn.given.set()
             raise
         finally:
             slot.opening = False
-            slot.waiting.unpark_all()
+            self._share(key, slot)
+        mux.reserved -= 1
+        return mux
+
+    def _start(self, key: K, slot: _Slot, stream: Stream) -> Mux:
+        mux = Mux(stream, Role.CLIENT, self._mux)
+        mux.on_room = lambda: self._share(key, slot)
+        try:
+            if self._nursery is None:
+                raise RuntimeError("MuxPool.serve is not running")
+            self._nursery.start_soon(self._run, key, slot, mux)
+        except BaseException:
+            stream.close()
+            raise
+        slot.muxes.append(mux)
+        return mux
 
     async def _run(self, key: K, slot: _Slot, mux: Mux) -> None:
         account = self._account(mux.stream)
         try:
             await mux.run()
+        except Exception as error:  # the boundary of these connections, as net.accept is of the clients': the others go on
+            _log.error("the connection to %s ended by a fault of this proxy's", mux.stream.peer, exc_info=error)
         finally:
             account.close()
             slot.muxes.remove(mux)
-            slot.waiting.unpark_all()
-            if not slot.muxes and not slot.opening and self._slots.get(key) is slot and not slot.waiting:
-                del self._slots[key]
+            self._share(key, slot)
 
     def sweep(self) -> int:
         """Retire what is too old; returns how many. To be called about once a second."""

@@ -15,14 +15,12 @@ import trio
 
 from proxy.errors import ClientGone, RequestTimeout
 from proxy.exchange.exchange import Body, Exchange, Facts, Handler
-from proxy.net.address import Address
+from proxy.exchange.resumed import READ_SIZE, Resumed
 from proxy.net.errors import NetError
 from proxy.net.streams import Stream, linger
 from proxy.wire.bodies import Framing, Length
 from proxy.wire.http1 import At, Http1Connection, Role
 from proxy.wire.messages import EndOfMessage, Headers, Limits, ProtocolError, RequestHead, ResponseHead, Signal
-
-READ_SIZE = 65536
 
 # What is written together: a head with the first piece of its body, small chunks with their neighbours; more would only wait.
 _GATHER = 65536
@@ -33,23 +31,39 @@ _LINGER_SECONDS = 2.0
 # The rest of a request that nobody read is worth reading to keep the connection, if it is no more than this.
 _DRAIN_BYTES = 65536
 
+# See Http1Exchange.look.
+_HALF_CLOSED = 1.0
+
 _NOTHING_READ = RequestHead(b"-", b"-", Headers())
 
 
 @dataclass(slots=True)
 class Drain:
-    """Whether the proxy is going down. Connections that wait for a request are closed at once, the others after their response."""
+    """The downstream HTTP connections as a whole: whether the proxy is going down, and who of them waits for what.
+
+    Connections that wait for a request are closed when the draining begins, unless a request has come that is not read yet; the others
+    after their response.
+    """
 
     draining: bool = False
     idle: set[Stream] = field(default_factory=set)
     on_begin: set[Callable[[], None]] = field(default_factory=set)  # for connections that have a way to say it
+    waiting: set[Http1Exchange] = field(default_factory=set)
 
     def begin(self) -> None:
         self.draining = True
         for tell in list(self.on_begin):
             tell()
         for stream in list(self.idle):
-            stream.close()
+            if stream.is_idle():
+                stream.close()
+
+    def look(self) -> None:
+        """Give up exchanges whose client has gone while the server was thinking. About once a second: nobody reads from a client
+        that waits for a response, and watching each of them would cost every request what only abandoned ones are worth."""
+        now = trio.current_time()
+        for exchange in list(self.waiting):
+            exchange.look(now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +76,11 @@ class ServerSettings:
     body_timeout: float = 60.0  # between two pieces of a request's body
     body_min_rate: float = 0.0  # bytes per second that a body must reach on average; 0: any
     write_timeout: float = 60.0  # for the client to take what it is sent
+    stream_timeout: float = 3600.0  # between two pieces of a request that comes on a stream of HTTP/2, where pauses are nothing unusual
+
+
+def _client_went() -> Exception:
+    return ClientGone("the client closed its connection before it was answered")
 
 
 class _RequestBody:
@@ -116,12 +135,21 @@ class _RequestBody:
 
 
 class Http1Exchange(Exchange):
-    __slots__ = ("_continued", "_server")
+    __slots__ = ("_continued", "_server", "_started")
 
     def __init__(self, server: Http1Server, request: RequestHead, body: Body, malformed: ProtocolError | None = None) -> None:
         super().__init__(request, body, server.facts, malformed)
         self._server = server
+        self._started = trio.current_time()
         self._continued = False  # the client was told to send its body
+
+    def look(self, now: float) -> None:
+        """Give up if nobody is there to answer. A client that ends its direction behind its request (a half-close) still gets an answer
+        that comes within `_HALF_CLOSED` seconds; after that the end means what it nearly always does: that it has gone."""
+        server = self._server
+        waited = self.response is None and server.connection.reading is At.DONE and now - self._started > _HALF_CLOSED
+        if waited and server.stream.gone():
+            self.clock.give_up(_client_went)
 
     async def inform(self, head: ResponseHead) -> None:
         self._continued = self._continued or head.status == 100
@@ -206,57 +234,6 @@ class Http1Exchange(Exchange):
         self._server.abort()
 
 
-class Resumed:
-    """A stream of which some bytes were read before: they come first."""
-
-    __slots__ = ("_first", "_stream")
-
-    def __init__(self, stream: Stream, first: bytes) -> None:
-        self._stream = stream
-        self._first = first
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        if self._first:
-            await trio.lowlevel.checkpoint()
-            data, self._first = self._first[:max_bytes], self._first[len(self._first[:max_bytes]) :]
-            return data
-        return await self._stream.receive_some(max_bytes)
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await self._stream.send_all(data)
-
-    async def send_eof(self) -> None:
-        await self._stream.send_eof()
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def reset(self) -> None:
-        self._stream.reset()
-
-    def is_idle(self) -> bool:
-        return not self._first and self._stream.is_idle()
-
-    @property
-    def peer(self) -> Address:
-        return self._stream.peer
-
-    @property
-    def local(self) -> Address:
-        return self._stream.local
-
-    @property
-    def bytes_read(self) -> int:
-        return self._stream.bytes_read
-
-    @property
-    def bytes_written(self) -> int:
-        return self._stream.bytes_written
-
-
 class Http1Server:
     """`run` returns when the connection is of no further use; closing the stream stays with its owner."""
 
@@ -291,7 +268,11 @@ class Http1Server:
             return False
         self.facts.declined_requests = connection.declined
         exchange = Http1Exchange(self, head, _RequestBody(connection, self.stream, self.settings))
-        await handler(exchange)
+        self.drain.waiting.add(exchange)
+        try:
+            await handler(exchange)
+        finally:
+            self.drain.waiting.discard(exchange)
         self.served = True
         if self.tunnelled or self.aborted:
             return False

@@ -5,6 +5,9 @@ The connection's reader and writer are the mux's; a stream that the peer resets 
 
 from __future__ import annotations
 
+import contextlib
+import logging
+
 import trio
 
 from proxy.errors import ClientGone, RequestTimeout
@@ -16,10 +19,11 @@ from proxy.net.address import Address
 from proxy.net.errors import ConnectionLost
 from proxy.net.streams import Stream
 from proxy.wire.bodies import Framing, Length
-from proxy.wire.events2 import StreamGone
 from proxy.wire.frames2 import Code
 from proxy.wire.http1 import Role
 from proxy.wire.messages import EndOfMessage, Headers, RequestHead, ResponseHead
+
+_log = logging.getLogger("isthmus.exchange")
 
 
 class StreamBody:
@@ -64,7 +68,7 @@ class Http2Exchange(Exchange):
 
     def __init__(self, stream: MuxStream, request: RequestHead, facts: Facts, settings: ServerSettings) -> None:
         length = body_length(request.headers, ended=stream.empty)
-        super().__init__(request, StreamBody(stream, length, settings.write_timeout), facts)
+        super().__init__(request, StreamBody(stream, length, settings.stream_timeout), facts)
         self._stream = stream
         self._settings = settings
 
@@ -73,15 +77,19 @@ class Http2Exchange(Exchange):
         self._send_head(head, end=False)
 
     async def respond(self, head: ResponseHead, body: Body) -> None:
-        self.response = head
-        self.on_response(head.status)
         bodiless = self.request.method == b"HEAD" or head.status in (204, 304)
         length = body.length
         if head.status == 204:
             head.headers.remove(b"content-length")
         elif isinstance(length, int) and not bodiless and b"content-length" not in head.headers and not self.is_grpc:
             head.headers.add(b"content-length", b"%d" % length)
-        piece = body.receive_nowait()
+        piece = body.receive_nowait()  # which may raise, while another response can still be given
+        if self._stream.mux.behind:
+            self.clock.expect(self._client_stalls, self._settings.write_timeout)
+            await self._stream.mux.paced()
+            self.clock.rest()
+        self.response = head
+        self.on_response(head.status)
         ended = bodiless or (isinstance(piece, EndOfMessage) and not len(piece.trailers))
         self._send_head(head, end=ended)
         if ended:
@@ -89,7 +97,7 @@ class Http2Exchange(Exchange):
             return
         try:
             await self._send_body(piece, body)
-        except (StreamLost, StreamGone) as error:
+        except StreamLost as error:
             raise ClientGone(f"within the response: {error}") from error
 
     async def _send_body(self, piece: bytes | EndOfMessage | None, body: Body) -> None:
@@ -111,19 +119,16 @@ class Http2Exchange(Exchange):
             piece = following
 
     def _send_end(self, end: EndOfMessage) -> None:
-        http = self._stream.mux.http
         if len(end.trailers):
-            http.send_trailers(self._stream.number, end.trailers)
+            self._stream.send_trailers(end.trailers)
         else:
-            http.send_data(self._stream.number, b"", end=True)
-        self._stream.mux.touch()
+            self._stream.mux.put_data(self._stream.number, b"", end=True)
 
     def _send_head(self, head: ResponseHead, *, end: bool) -> None:
         try:
-            self._stream.mux.http.send_response(self._stream.number, head, end=end)
-        except StreamGone as error:
+            self._stream.send_head(head, end=end)
+        except StreamLost as error:
             raise ClientGone(str(error)) from error
-        self._stream.mux.touch()
 
     def _client_stalls(self) -> Exception:
         return ClientGone(f"the client took nothing for {self._settings.write_timeout} s")
@@ -139,11 +144,8 @@ class Http2Exchange(Exchange):
     def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:
         """End the stream as broken; with trailers where the protocol has them for that."""
         if trailers is not None:
-            try:
-                self._stream.mux.http.send_trailers(self._stream.number, trailers)
-            except StreamGone:
-                return
-            self._stream.mux.touch()
+            with contextlib.suppress(StreamLost):
+                self._stream.send_trailers(trailers)
         else:
             self._stream.close(Code.INTERNAL_ERROR if code is None else code)
 
@@ -207,6 +209,9 @@ class Tunnel:
     def is_idle(self) -> bool:
         return self._stream.lost is None and not self._stream.ended
 
+    def gone(self) -> bool:
+        return self._stream.lost is not None or (self._stream.empty and not self._rest)
+
 
 class Http2Server:
     """`run` returns when the connection has ended."""
@@ -218,25 +223,37 @@ class Http2Server:
         self.mux = Mux(stream, Role.SERVER, mux)
 
     async def run(self, handler: Handler) -> None:
-        if self.drain.draining:
-            self.mux.retire()
         self.drain.on_begin.add(self.mux.retire)
+        group = None
         try:
             async with trio.open_nursery() as exchanges:
 
                 def serve(stream: MuxStream) -> None:
                     exchanges.start_soon(self._serve, handler, stream)
+                    if self.drain.draining:  # whoever was let in has one request answered, as with HTTP/1
+                        self.mux.retire()
 
                 await self.mux.run(serve)
                 exchanges.cancel_scope.cancel()
+        except BaseExceptionGroup as error:
+            group = error
         finally:
             self.drain.on_begin.discard(self.mux.retire)
+        if group is not None:
+            # Cancelled in every task: one Cancelled for all, so that it counts as what it is.
+            await trio.lowlevel.checkpoint_if_cancelled()
+            raise group
 
     async def _serve(self, handler: Handler, stream: MuxStream) -> None:
         if stream.request is None or stream.lost is not None:
             stream.close()
             return
+        code = None
         with trio.CancelScope() as scope:
             stream.on_lost = scope.cancel
-            await handler(Http2Exchange(stream, stream.request, self.facts, self.settings))
-        stream.close()
+            try:
+                await handler(Http2Exchange(stream, stream.request, self.facts, self.settings))
+            except Exception as error:  # the layers have answered what they know: what is left may end this stream, but not the others
+                _log.error("a stream failed by a fault of this proxy's", exc_info=error)
+                code = Code.INTERNAL_ERROR
+        stream.close(code)

@@ -96,10 +96,6 @@ class SessionCache:
         if len(self._sessions) > self._limit:
             self._sessions.popitem(last=False)
 
-    def drop(self, expected: SpiffeId, host: str) -> None:
-        """Forget a session, after a handshake with it failed."""
-        self._sessions.pop((expected, host), None)
-
 
 def server_context(material: Material, session_lifetime: float) -> SSL.Context:
     """A new context for accepting. `session_lifetime` in seconds: how long a ticket can be resumed; 0: never."""

@@ -1,26 +1,30 @@
 """A certificate in words, for people: who it is, who says so, how long it holds, and what it may do."""
 
+import io
+import sys
+import warnings
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from proxy.mesh.material import UNREADABLE, name_of, spiffe_uri, validity_problem, when
+from proxy.mesh.material import UNREADABLE, name_of, spiffe_uri, validity_problem, visible, when
 from proxy.mesh.spiffe import SpiffeId, SpiffeIdError, split_uri
 
 _USAGES = {ExtendedKeyUsageOID.SERVER_AUTH: "TLS server", ExtendedKeyUsageOID.CLIENT_AUTH: "TLS client"}
 
 
 def describe(certificate: x509.Certificate, now: datetime) -> list[tuple[str, str]]:
-    """The facts of a certificate as (label, words), in the order a reader wants them. Never raises for odd contents."""
-    try:
-        names, usage, authority = _san(certificate), _usage(certificate), _authority(certificate)
-    except UNREADABLE as error:
-        names = usage = authority = f"cannot be read: {error}"
+    """The facts of a certificate that material.parse_certificates gave, as (label, words), in the order a reader wants them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [(label, visible(words)) for label, words in _facts(certificate, now)]
+
+
+def _facts(certificate: x509.Certificate, now: datetime) -> list[tuple[str, str]]:
     return [
         ("identity", _identity(certificate)),
         ("subject", name_of(certificate)),
@@ -29,12 +33,18 @@ def describe(certificate: x509.Certificate, now: datetime) -> list[tuple[str, st
         ("valid until", f"{when(certificate.not_valid_after_utc)} ({_left(certificate, now)})"),
         ("key", _key(certificate)),
         ("signature", _signature(certificate)),
-        ("names", names),
-        ("used for", usage),
-        ("authority", authority),
+        ("names", _san(certificate)),
+        ("used for", _usage(certificate)),
+        ("authority", _authority(certificate)),
         ("serial", f"{certificate.serial_number:x}"),
         ("SHA-256", certificate.fingerprint(hashes.SHA256()).hex(":")),
     ]
+
+
+def write_everything() -> None:
+    """Lets standard output escape what its encoding does not know, instead of raising: names come from files and peers."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def expiry_in_words(certificate: x509.Certificate, now: datetime) -> str:
@@ -83,7 +93,7 @@ def _identity(certificate: x509.Certificate) -> str:
 def _key(certificate: x509.Certificate) -> str:
     try:
         key = certificate.public_key()
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         return f"cannot be read: {error}"
     match key:
         case ec.EllipticCurvePublicKey():
@@ -101,7 +111,7 @@ def _key(certificate: x509.Certificate) -> str:
 def _signature(certificate: x509.Certificate) -> str:
     try:
         algorithm = certificate.signature_hash_algorithm
-    except UnsupportedAlgorithm:
+    except UNREADABLE:
         return f"unknown ({certificate.signature_algorithm_oid.dotted_string})"
     return algorithm.name if algorithm is not None else "without a separate hash (Ed25519 or Ed448)"
 

@@ -137,11 +137,13 @@ def load(text: str, source: str) -> Plain:
 
     Raises DocumentError for what is not YAML (with line and column), for repeated keys, and for anchors, aliases and tags.
     """
-    reader = _Reader(text)
     try:
+        reader = _Reader(text)
         value = reader.document()
     except yaml.YAMLError as error:
         raise DocumentError(source, [_syntax(error)]) from error
+    except UnicodeEncodeError as error:
+        raise DocumentError(source, [f"not Unicode text at character {error.start}"]) from error
     if reader.mistakes:
         raise DocumentError(source, reader.mistakes.found())
     return value

@@ -21,7 +21,7 @@ from typing import Literal
 import trio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from OpenSSL import SSL
+from OpenSSL import SSL, crypto
 
 from proxy.mesh import contexts, material
 from proxy.mesh.contexts import ALPN_HTTP1, ALPN_HTTP2, ALPN_TCP, INNER_PROTOCOLS, NoCommonProtocol, SessionCache
@@ -100,8 +100,8 @@ class Identity:
         try:
             server = contexts.server_context(new, self.settings.session_lifetime)
             client = contexts.client_context(new, self.settings.session_lifetime)
-        except SSL.Error as error:
-            raise MaterialError(self.files.certificate, f"is refused by OpenSSL: {error}") from error
+        except (SSL.Error, crypto.Error) as error:
+            raise MaterialError(self.files.certificate, f"is refused by OpenSSL: {material.openssl_reason(error)}") from error
         self._digest = digest
         self._material = new
         self._server_context = server

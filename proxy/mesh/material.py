@@ -11,8 +11,8 @@ old key. Such a set is refused as a whole, and is whole again at the next look.
 """
 
 import hashlib
-import os
 import stat
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,21 +24,30 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from OpenSSL import crypto
+from OpenSSL import SSL, crypto
 
+from proxy.mesh.files import FileUnusable, read_bytes
 from proxy.mesh.spiffe import SpiffeId, SpiffeIdError
 
-# What reading a certificate's extensions raises when their encoding is broken: they are parsed on first use.
-UNREADABLE = (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
+# What reading a malformed certificate raises. Most of its parts are parsed only when they are asked for, and then turned into objects
+# whose constructors raise what they like: the library says of a few of these only that it may raise them.
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
-PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey
 
-# Below these a key can be broken, or OpenSSL's default security level refuses it in the handshake with an obscure message.
+# Below this a key can be broken, and OpenSSL's default security level refuses it in the handshake with an obscure message.
 MIN_RSA_BITS = 2048
-MIN_EC_BITS = 256
 
-# Reading is bounded: a bundle of a thousand roots has about 1 MiB, and a wrong path may be a device or a log file.
+# A bundle of a thousand roots has about 1 MiB.
 MAX_FILE_BYTES = 4 * 1024 * 1024
 
 _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
@@ -117,17 +126,9 @@ def read_files(files: MaterialFiles) -> Contents:
 def read_file(path: Path) -> bytes:
     """The bytes of one file, at most MAX_FILE_BYTES. Raises MaterialError."""
     try:
-        # O_NONBLOCK: a path that is a FIFO by mistake must not stop the process for ever.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise MaterialError(path, "is not a regular file")
-            data = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise MaterialError(path, f"cannot be read: {error.strerror or error}") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise MaterialError(path, f"is larger than {MAX_FILE_BYTES // (1024 * 1024)} MiB: not a PEM file of certificates or keys")
-    return data
+        return read_bytes(path, MAX_FILE_BYTES)
+    except FileUnusable as error:
+        raise MaterialError(path, error.reason) from None
 
 
 def load(contents: Contents, now: datetime) -> Material:
@@ -136,7 +137,7 @@ def load(contents: Contents, now: datetime) -> Material:
     leaf, *others = parse_certificates(files.certificate, contents.parts[0])
     key = parse_key(files.key, contents.parts[1])
     roots = _parse_roots(files, contents.parts[2:], now)
-    if key.public_key() != _public_key(files.certificate, leaf):
+    if key.public_key() != public_key(files.certificate, leaf):
         raise MaterialError(files.key, f"does not belong to the certificate in {files.certificate}: both must be replaced together")
     identity = _check_leaf(files.certificate, leaf, now)
     intermediates = tuple(certificate for certificate in others if certificate not in roots)
@@ -151,14 +152,49 @@ def load(contents: Contents, now: datetime) -> Material:
 
 
 def parse_certificates(path: Path, data: bytes) -> list[x509.Certificate]:
-    """All certificates of a PEM file, at least one. Raises MaterialError."""
+    """All certificates of a PEM file, at least one, each of them well-formed as a whole. Raises MaterialError."""
     if b"-----BEGIN CERTIFICATE-----" not in data:
         what = "is empty" if not data.strip() else "holds no PEM certificate (no line '-----BEGIN CERTIFICATE-----')"
         raise MaterialError(path, what)
+    # The library warns of oddities that it means to refuse one day, a serial number of zero for example. Till then they do no harm.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = x509.load_pem_x509_certificates(data)
+        except UNREADABLE as error:
+            raise MaterialError(path, f"holds a certificate that cannot be parsed: {visible(str(error))}") from None
+        for number, certificate in enumerate(found, start=1):
+            problem = _malformation(certificate)
+            if problem is not None:
+                which = "a certificate" if len(found) == 1 else f"a certificate (number {number} of {len(found)})"
+                raise MaterialError(path, f"holds {which} that cannot be parsed: {problem}")
+    return found
+
+
+def _malformation(certificate: x509.Certificate) -> str | None:
+    """What is malformed in a certificate, or None. After this none of its parts raises when it is asked for, except the public key
+    and the signature's algorithm, which may be of a kind that is not known here.
+
+    Both libraries are asked, since the one that shakes hands reads some of the parts more strictly than the one that shows them.
+    """
     try:
-        return x509.load_pem_x509_certificates(data)
-    except ValueError as error:
-        raise MaterialError(path, f"holds a certificate that cannot be parsed: {error}") from None
+        crypto.X509.from_cryptography(certificate)
+        name_of(certificate)
+        certificate.issuer.rfc4514_string()
+        when(certificate.not_valid_before_utc)
+        when(certificate.not_valid_after_utc)
+        list(certificate.extensions)
+    except crypto.Error as error:
+        return openssl_reason(error)
+    except UNREADABLE as error:
+        return visible(str(error))
+    return None
+
+
+def openssl_reason(error: crypto.Error | SSL.Error) -> str:
+    """Why OpenSSL refuses something: pyOpenSSL raises a list of (library, function, reason), the last of them the most general."""
+    queue = error.args[0] if error.args and isinstance(error.args[0], list) else []
+    return ", in ".join(dict.fromkeys(reason for _library, _function, reason in queue)) or visible(str(error)) or "it does not say why"
 
 
 def parse_key(path: Path, data: bytes) -> PrivateKey:
@@ -214,16 +250,18 @@ def verify_chain(
 ) -> None:
     """Judge the chain as OpenSSL does in the handshake. Raises ValueError with the reason in words."""
     store = crypto.X509Store()
-    for root in roots:
-        store.add_cert(crypto.X509.from_cryptography(root))
     # Whatever is in the trust root files is an anchor, also a certificate that is not self-signed (SPIFFE bundles may be so).
     store.set_flags(crypto.X509StoreFlags.PARTIAL_CHAIN)
     store.set_time(now)
-    chain = [crypto.X509.from_cryptography(certificate) for certificate in intermediates]
     try:
+        for root in roots:
+            store.add_cert(crypto.X509.from_cryptography(root))
+        chain = [crypto.X509.from_cryptography(certificate) for certificate in intermediates]
         crypto.X509StoreContext(store, crypto.X509.from_cryptography(leaf), chain).verify_certificate()
     except crypto.X509StoreContextError as error:
         raise ValueError(str(error)) from None
+    except crypto.Error as error:
+        raise ValueError(openssl_reason(error)) from None
 
 
 def check_validity(path: Path, certificate: x509.Certificate, now: datetime, what: str) -> None:
@@ -272,7 +310,7 @@ def _check_authority(path: Path, certificate: x509.Certificate) -> None:
         raise MaterialError(path, f"holds a certificate whose extensions cannot be parsed: {error}") from None
     if not constraints.ca:
         raise MaterialError(path, f"holds a certificate that is no authority (a workload's certificate?): {name_of(certificate)}")
-    weakness = key_weakness(_public_key(path, certificate)) or _weak_signature(certificate)
+    weakness = key_weakness(public_key(path, certificate)) or _weak_signature(certificate)
     if weakness is not None:
         raise MaterialError(path, f"holds a weak trust root ({name_of(certificate)}): {weakness}")
 
@@ -289,17 +327,18 @@ def _check_leaf(path: Path, leaf: x509.Certificate, now: datetime) -> SpiffeId:
     return identity
 
 
-def _public_key(path: Path, certificate: x509.Certificate) -> object:
+def public_key(path: Path, certificate: x509.Certificate) -> object:
+    """The certificate's public key. Raises MaterialError when it is malformed, or of a kind that is not known here."""
     try:
         return certificate.public_key()
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         raise MaterialError(path, f"holds a certificate whose public key cannot be read: {error}") from None
 
 
 def _weak_signature(certificate: x509.Certificate) -> str | None:
     try:
         algorithm = certificate.signature_hash_algorithm
-    except UnsupportedAlgorithm:
+    except UNREADABLE:
         return f"it is signed with an algorithm that is not known here ({certificate.signature_algorithm_oid.dotted_string})"
     if isinstance(algorithm, _WEAK_HASHES):
         return f"it is signed with {algorithm.name}, which is broken: SHA-256 or better is needed"
@@ -351,4 +390,11 @@ def _warnings(contents: Contents, roots: Sequence[x509.Certificate], now: dateti
 
 def name_of(certificate: x509.Certificate) -> str:
     """A certificate's subject for a message; its serial number when it has none."""
-    return certificate.subject.rfc4514_string() or f"serial number {certificate.serial_number:x}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a part that is longer than it should be; nobody is harmed
+        return visible(certificate.subject.rfc4514_string()) or f"serial number {certificate.serial_number:x}"
+
+
+def visible(text: str) -> str:
+    """A text from outside for a message: on one line, and nothing in it that a terminal would obey."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import trio
 
+from proxy.mesh import files
 from proxy.mesh.directory import Directory, DirectoryError, parse
 
 # A directory of 10,000 services with five endpoints each has 6 MB.
@@ -36,8 +37,8 @@ class DirectorySource:
         """Reads the file. Raises DirectoryError if it is missing or broken: a proxy does not start without its directory."""
         self.path = path
         self._seen: _Stat | None = _settled(_stat(path))
-        text, self._digest = _read(path)
-        self.current = parse(text, str(path))
+        text = read(path)
+        self.current, self._digest = parse(text, str(path)), _digest(text)
         self._reported: str | None = None
 
     async def watch(self, interval: float, report: Outcome) -> None:
@@ -86,25 +87,23 @@ def _settled(seen: _Stat) -> _Stat | None:
     return seen if time.time() - seen[3] / 1e9 > _YOUNG else None
 
 
-def _read(path: Path) -> tuple[str, bytes]:
-    """The text of the file, and a digest of it. Raises DirectoryError."""
+def read(path: Path) -> str:
+    """The text of a directory file. Raises DirectoryError."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise DirectoryError(str(path), [f"cannot be read: {error.strerror}"]) from error
-    if len(content) > MOST_BYTES:
-        raise DirectoryError(str(path), [f"larger than {MOST_BYTES >> 20} MiB"])
-    try:
-        return content.decode("utf-8"), hashlib.sha256(content).digest()
-    except UnicodeDecodeError as error:
-        raise DirectoryError(str(path), [f"not UTF-8 at byte {error.start}"]) from error
+        return files.read_text(path, MOST_BYTES)
+    except files.FileUnusable as error:
+        raise DirectoryError(str(path), [error.reason]) from error
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8")).digest()
 
 
 def _load(path: Path, known: bytes) -> tuple[bytes, Directory | DirectoryError | None]:
     """Runs in a thread: the digest, and the new directory, None when the bytes are those that are `known`, or what is wrong."""
     try:
-        text, digest = _read(path)
+        text = read(path)
+        digest = _digest(text)
         return digest, None if digest == known else parse(text, str(path))
     except DirectoryError as error:
         return b"", error

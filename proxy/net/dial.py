@@ -35,6 +35,14 @@ _REASONS: dict[int, ConnectReason] = {
     errno.EHOSTDOWN: "unreachable",
     errno.ECONNRESET: "reset",
     errno.ECONNABORTED: "reset",
+    errno.EMFILE: "local",
+    errno.ENFILE: "local",
+    errno.ENOBUFS: "local",
+    errno.ENOMEM: "local",
+    errno.EADDRNOTAVAIL: "local",
+    errno.EAFNOSUPPORT: "local",
+    errno.EPERM: "local",
+    errno.EACCES: "local",
 }
 
 _WORDS = {

@@ -14,7 +14,8 @@ import trio
 from proxy.net.address import Address
 
 LossReason = Literal["reset", "closed", "timeout", "truncated", "torn", "other"]
-ConnectReason = Literal["refused", "timeout", "unreachable", "reset", "other"]
+# `local`: it is this machine, or this process, that cannot; the address is not to blame.
+ConnectReason = Literal["refused", "timeout", "unreachable", "reset", "local", "other"]
 TLSKind = Literal["certificate", "protocol", "alert", "timeout"]
 
 

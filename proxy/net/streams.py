@@ -108,6 +108,10 @@ class Stream(Protocol):
         """True if the stream is open, and the peer has neither sent anything nor closed."""
         ...
 
+    def gone(self) -> bool:
+        """True if the peer has ended its direction, or the connection is lost, and there is nothing left to read."""
+        ...
+
 
 class SocketStream(trio.abc.HalfCloseableStream):
     """A TCP connection. Takes ownership of `sock`, which must be connected; makes it non-blocking and sets TCP_NODELAY.
@@ -221,6 +225,16 @@ class SocketStream(trio.abc.HalfCloseableStream):
         except OSError:
             return False
         return False
+
+    def gone(self) -> bool:
+        if self._closed or self._loss is not None:
+            return True
+        try:
+            return not self._recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     # Writing
 

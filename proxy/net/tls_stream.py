@@ -172,6 +172,17 @@ class TLSStream(trio.abc.HalfCloseableStream):
             return False
         return False
 
+    def gone(self) -> bool:
+        if self._raw.closed or self._torn or self._failure is not None:
+            return True
+        try:
+            self._recv(1, socket.MSG_PEEK)
+        except (SSL.WantReadError, SSL.WantWriteError):
+            return False
+        except SSL.Error:
+            return True
+        return False
+
     # Writing
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:

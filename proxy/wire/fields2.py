@@ -12,16 +12,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from proxy.wire.messages import Headers, ProtocolError, RequestHead, ResponseHead
+from proxy.wire.messages import AUTHORITY, Headers, ProtocolError, RequestHead, ResponseHead
 
 Pair = tuple[bytes, bytes]
+
+
+class Secret(tuple[bytes, bytes]):
+    """A field that came as never to be indexed, and has to go on as such (RFC 7541 §6.2.3). It travels through Headers like any other."""
+
+    __slots__ = ()
+
 
 # RFC 9113 §8.2.1: lower-case tokens; values without NUL, CR and LF, and without white space at their ends.
 _NAME = re.compile(rb"[-!#$%&'*+.^_`|~0-9a-z]+")
 _VALUE = re.compile(rb"(?:[!-~\x80-\xff](?:[ -~\t\x80-\xff]*[!-~\x80-\xff])?)?")
-_PATH = re.compile(rb"/[!-~\x80-\xff]*")
+_PATH = re.compile(rb"/[!-~]*")
 _METHOD = re.compile(rb"[-!#$%&'*+.^_`|~0-9A-Za-z]{1,64}")
-_AUTHORITY = re.compile(rb"[-A-Za-z0-9._~%!$&'()*+,;=:\[\]]+")
+_AUTHORITY = re.compile(rb"(?!:|\Z)" + AUTHORITY)
 _STATUS = re.compile(rb"[1-5][0-9][0-9]")
 
 # §8.2.2: what speaks of an HTTP/1 connection has no place here.
@@ -37,9 +44,11 @@ def request_head(pairs: Iterable[Pair]) -> RequestHead:
     host = headers.all(b"host")
     if not _METHOD.fullmatch(method):
         raise ProtocolError("a request without a valid :method")
-    if authority is not None and not _AUTHORITY.fullmatch(authority):
-        raise ProtocolError("a malformed :authority")
-    if len(host) > 1 or (host and authority is not None and host[0].lower() != authority.lower()):
+    named = authority if authority is not None or not host else host[0]
+    # Neither is no fault here (§8.3.1): who accepted the connection knows where it was to go.
+    if named is not None and not _AUTHORITY.fullmatch(named):
+        raise ProtocolError("a malformed :authority or Host")
+    if len(host) > 1 or (host and named is not None and host[0].lower() != named.lower()):
         raise ProtocolError("a Host field that contradicts :authority")
     protocol = pseudo.get(b":protocol")
     if method == b"CONNECT" and protocol is None:
@@ -81,31 +90,41 @@ def trailers(pairs: Iterable[Pair]) -> Headers:
 def _split(pairs: Iterable[Pair], allowed: frozenset[bytes]) -> tuple[dict[bytes, bytes], Headers]:
     pseudo: dict[bytes, bytes] = {}
     headers = Headers()
-    cookies: list[bytes] = []
-    for name, value in pairs:
+    cookies: list[Pair] = []
+    for pair in pairs:
+        name, value = pair
         if not _VALUE.fullmatch(value):
             raise ProtocolError("a field value with bytes that are not allowed in one")
         if name[:1] == b":":
-            if name not in allowed or name in pseudo or headers.items or cookies:
+            if name not in allowed or name in pseudo or headers.items:
                 raise ProtocolError("a pseudo-field that is unknown, repeated, or behind the fields")
             pseudo[name] = value
         elif not _NAME.fullmatch(name) or name in _CONNECTION_FIELDS or (name == b"te" and value.lower() != b"trailers"):
             raise ProtocolError(f"the field {name[:64]!r} is not allowed in HTTP/2")
-        elif name == b"cookie":
-            cookies.append(value)
         else:
-            headers.items.append((name, value))
-    if cookies:  # §8.2.3: split for the sake of compression, and one field everywhere else
-        headers.items.append((b"cookie", b"; ".join(cookies)))
+            if name == b"cookie":
+                cookies.append(pair)
+            headers.items.append(pair)
+    if len(cookies) > 1:
+        _join(headers, cookies)
     lengths = headers.all(b"content-length")
     if len(lengths) > 1 or (lengths and not (lengths[0].isdigit() and len(lengths[0]) < 19)):
         raise ProtocolError("a Content-Length that is repeated, or not a number")
     return pseudo, headers
 
 
+def _join(headers: Headers, cookies: list[Pair]) -> None:
+    """§8.2.3: cookies are split for the sake of compression; everywhere else they are one field."""
+    joined = b"; ".join([value for _, value in cookies])
+    headers.replace(b"cookie", joined)
+    if any(isinstance(pair, Secret) for pair in cookies):
+        headers.items = [Secret(pair) if pair[0] == b"cookie" else pair for pair in headers.items]
+
+
 def request_pairs(head: RequestHead) -> list[Pair]:
     """The header list of a request whose hop-by-hop fields have been stripped."""
-    authority = head.authority or b""
+    # An extended CONNECT has a path for its target, and its authority where other requests have it.
+    authority = (head.authority if head.protocol is None else head.headers.get(b"host")) or b""
     if head.method == b"CONNECT" and head.protocol is None:
         pseudo = [(b":method", b"CONNECT"), (b":authority", head.target)]
     else:
@@ -133,8 +152,9 @@ def response_pairs(head: ResponseHead) -> list[Pair]:
 def field_pairs(headers: Headers, without: bytes = b"") -> list[Pair]:
     """Fields with their names in lower case; those of an HTTP/1 connection, which somebody may have left, are dropped."""
     pairs = []
-    for name, value in headers.items:
+    for item in headers.items:
+        name = item[0]
         lower = name.lower()
         if lower != without and lower not in _CONNECTION_FIELDS:
-            pairs.append((lower, value))
+            pairs.append(item if lower == name else (lower, item[1]))
     return pairs

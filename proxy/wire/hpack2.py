@@ -1,12 +1,22 @@
-"""HPACK (RFC 7541) by the hpack library, with a memory in front of it.
+"""HPACK (RFC 7541) by the hpack library, with a memory in front of it, and a choice of what is worth a place in the table.
 
 Peers send the same header block again and again, and a block that neither reads nor changes anything but a table that has not
-changed since means what it meant before. So each direction remembers blocks, as long as its dynamic table stays as it is:
+changed since means what it meant before. So the decoder remembers blocks, and the encoder fields, as long as the dynamic table stays
+as it is:
 
-    a block that left the table unchanged  ->  remembered
-    a block that changed the table         ->  everything that was remembered is forgotten
+    what left the table unchanged  ->  remembered
+    what changed the table         ->  everything that was remembered is forgotten
 
-The table is FIFO: using an entry does not move it (§2.3.2). So remembered blocks can be replayed without the library seeing them.
+The table is FIFO: using an entry does not move it (§2.3.2). So what is remembered can be replayed without the library seeing it.
+
+A block that is new because of one literal (a trace context is in every request) is often made of nothing else but indexes and literals
+that have no place in the table. `_recognise` reads those blocks, or declines without an opinion: it touches no table, so the library
+can still read the block from its beginning.
+
+What is sent without a place in the table. Secrets that are short enough to be guessed, because many clients share one connection to
+an endpoint, and one of them could find another's secret by the size of its own requests (§7.1.1, §7.1.3): Authorization and short
+cookies, as nghttp2 (and so Envoy) has it, and whatever was received marked as never to be indexed, because the mark has to be passed
+on (§6.2.3). And values that are hardly ever sent twice: they would push out the others, and the memory would never hit.
 """
 
 from __future__ import annotations
@@ -14,15 +24,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import hpack
+from hpack.hpack import encode_integer
+from hpack.table import HeaderTable
 
-from proxy.wire.fields2 import Pair
+from proxy.wire.fields2 import Pair, Secret
 from proxy.wire.frames2 import Code, ConnectionFault
 
-# What is remembered of one direction: more kinds of messages than one peer usually sends, and none that is unusually large, so that
-# a connection's memory stays some tens of KiB whatever its peer sends.
-_REMEMBERED = 64
-_LARGEST_BLOCK = 1024
-_MOST_FIELDS = 64
+# How many bytes the memory of one direction may take, keys and all, by a rough count from above.
+_REMEMBERED = 64 * 1024
+# Of Python's own for a field: the tuple, two bytes objects, a place in a list or dict.
+_OVERHEAD = 256
+# What a peer may have us use for its table (§4.2 lets us use less).
+_LARGEST_TABLE = 4096
+# A list over the limit is one stream's fault, as long as it can be decoded at all within this many times the limit.
+_BOMB = 4
+
+_NEVER = frozenset({b"authorization", b"proxy-authorization"})
+_SHORT_COOKIE = 20
+_WITHOUT = frozenset(
+    {b":path", b"age", b"content-length", b"etag", b"if-modified-since", b"if-none-match", b"location", b"set-cookie"}
+    | {b"grpc-timeout", b"traceparent", b"tracestate", b"x-b3-spanid", b"x-b3-traceid", b"x-request-id"}
+)
+# Of those, what is different in every message is not remembered either.
+_FLEETING = frozenset({b"grpc-timeout", b"traceparent", b"tracestate", b"x-b3-spanid", b"x-b3-traceid", b"x-request-id"})
+# What is recognised is no longer than this: it cannot become a bomb, whatever the table holds.
+_SHORT_BLOCK = 2048
+_STATIC = HeaderTable.STATIC_TABLE_MAPPING
+_LITERAL_NEVER, _LITERAL_WITHOUT = 0x10, 0x00
 
 State = tuple[int, int, object]
 
@@ -39,61 +67,182 @@ def _same(one: State, other: State) -> bool:
     return one[0] == other[0] and one[1] == other[1] and one[2] is other[2]
 
 
+def _recognise(block: bytes, table: HeaderTable) -> list[Pair] | None:
+    """The fields of a block of indexes and of uncompressed literals that leave the table alone; None for any other block."""
+    static, dynamic = HeaderTable.STATIC_TABLE, table.dynamic_entries
+    known = len(static) + len(dynamic)
+    pairs: list[Pair] = []
+    at = 0
+    try:
+        while at < len(block):
+            first = block[at]
+            at += 1
+            if first >= 0x80:
+                index = first & 0x7F
+                if index == 0x7F or not 0 < index <= known:
+                    return None
+                pairs.append(static[index - 1] if index <= len(static) else dynamic[index - len(static) - 1])
+                continue
+            if first >= 0x20:
+                return None
+            index = first & 0x0F
+            if index == 0x0F:
+                index += block[at]
+                at += 1
+            if index > len(static):
+                return None
+            if index:
+                name = static[index - 1][0]
+            else:
+                name, at = _text(block, at)
+            value, at = _text(block, at)
+            pairs.append(Secret((name, value)) if first & 0x10 else (name, value))
+    except (IndexError, _NotPlain):
+        return None
+    return pairs
+
+
+class _NotPlain(Exception):
+    """A string that is compressed, cut off, or so long that it takes three bytes to say so."""
+
+
+def _text(block: bytes, at: int) -> tuple[bytes, int]:
+    size = block[at]
+    at += 1
+    if size == 0x7F:
+        size += block[at] & 0x7F
+        if block[at] >= 0x80:
+            at += 1
+            size += block[at] << 7
+        at += 1
+    end = at + size
+    if block[at - 1] >= 0x80 or end > len(block):
+        raise _NotPlain
+    return block[at:end], end
+
+
 class Decoder:
     """Raises ConnectionFault for what cannot be decoded: the table is lost then, and the connection with it (§4.1)."""
 
-    __slots__ = ("_hpack", "_known")
+    __slots__ = ("_held", "_hpack", "_known", "_limit")
 
     def __init__(self, limit: int) -> None:
-        self._hpack = hpack.Decoder(max_header_list_size=limit)
+        self._limit = limit
+        self._hpack = hpack.Decoder(max_header_list_size=limit * _BOMB)
         self._known: dict[bytes, Sequence[Pair]] = {}
+        self._held = 0
 
-    def decode(self, block: bytes) -> Sequence[Pair]:
+    def decode(self, block: bytes) -> Sequence[Pair] | None:
+        """The header list; None if it is over the limit (bytes, counted as in RFC 9113 §6.5.2)."""
         known = self._known.get(block)
         if known is not None:
             return known
-        before = _state(self._hpack)
+        pairs = _recognise(block, self._hpack.header_table) if len(block) <= _SHORT_BLOCK else None
+        changed = False
+        if pairs is None:
+            before = _state(self._hpack)
+            pairs = self._decode(block)
+            changed = not _same(_state(self._hpack), before)
+        size = sum([len(name) + len(value) + 32 for name, value in pairs])
+        if changed:
+            self._known.clear()
+            self._held = 0
+        elif size <= self._limit:
+            self._remember(block, pairs)
+        return pairs if size <= self._limit else None
+
+    def _decode(self, block: bytes) -> list[Pair]:
         try:
-            pairs = [(bytes(name), bytes(value)) for name, value in self._hpack.decode(block, raw=True)]
+            decoded = self._hpack.decode(block, raw=True)
         except hpack.OversizedHeaderListError as error:
-            raise ConnectionFault(Code.ENHANCE_YOUR_CALM, f"a header list over the limit: {error}") from error
+            raise ConnectionFault(Code.ENHANCE_YOUR_CALM, f"a header list far over the limit: {error}") from error
         except hpack.HPACKError as error:
             raise ConnectionFault(Code.COMPRESSION_ERROR, f"a header block that cannot be decoded: {error}") from error
-        if not _same(_state(self._hpack), before):
+        return [(bytes(f[0]), bytes(f[1])) if f.indexable else Secret((bytes(f[0]), bytes(f[1]))) for f in decoded]
+
+    def _remember(self, block: bytes, pairs: Sequence[Pair]) -> None:
+        # The values of indexed fields are the table's own; a literal's are no longer than its block, nearly doubled by Huffman's code.
+        size = 3 * len(block) + _OVERHEAD * (len(pairs) + 1)
+        if size > _REMEMBERED // 8:
+            return
+        if self._held + size > _REMEMBERED:
             self._known.clear()
-        elif len(block) <= _LARGEST_BLOCK and len(pairs) <= _MOST_FIELDS:
-            if len(self._known) >= _REMEMBERED:
-                self._known.clear()
-            self._known[block] = pairs
-        return pairs
+            self._held = 0
+        self._known[block] = pairs
+        self._held += size
 
 
 class Encoder:
-    __slots__ = ("_hpack", "_known", "_resized")
+    __slots__ = ("_held", "_hpack", "_known", "_sizes")
 
     def __init__(self) -> None:
         self._hpack = hpack.Encoder()
-        self._resized = False
-        self._known: dict[tuple[Pair, ...], bytes] = {}
+        self._known: dict[Pair, bytes] = {}
+        self._held = 0
+        self._sizes: tuple[int, int] | None = None  # the smallest and the last table size that was set since the last block
 
     def encode(self, pairs: Sequence[Pair]) -> bytes:
-        key = tuple(pairs)
-        known = self._known.get(key)
-        if known is not None:
-            return known
-        before = _state(self._hpack)
-        block = self._hpack.encode(pairs)
-        if self._resized or not _same(_state(self._hpack), before):
-            self._resized = False
-            self._known.clear()
-        elif len(block) <= _LARGEST_BLOCK:
-            if len(self._known) >= _REMEMBERED:
+        known = self._known
+        pieces = [self._resized()] if self._sizes is not None else []
+        for pair in pairs:
+            # A Secret equals the same field that is none.
+            piece = known.get(pair) if type(pair) is tuple else None
+            pieces.append(self._field(pair) if piece is None else piece)
+        return b"".join(pieces)
+
+    def _field(self, pair: Pair) -> bytes:
+        name, value = pair
+        static = _STATIC.get(name)
+        if isinstance(pair, Secret) or name in _NEVER or (name == b"cookie" and len(value) < _SHORT_COOKIE):
+            piece = _literal(_LITERAL_NEVER, static[0] if static else 0, name, value)
+        elif (static is None or value not in static[1]) and self._not_worth_it(name, value):
+            piece = _literal(_LITERAL_WITHOUT, static[0] if static else 0, name, value)
+        else:
+            before = _state(self._hpack)
+            piece = self._hpack.add((name, value), sensitive=False, huffman=True)
+            if not _same(_state(self._hpack), before):
                 self._known.clear()
-            self._known[key] = block
-        return block
+                self._held = 0
+                return piece
+        if type(pair) is tuple and name not in _FLEETING:
+            self._remember(pair, piece)
+        return piece
+
+    def _not_worth_it(self, name: bytes, value: bytes) -> bool:
+        """Hardly ever sent twice, or so large that the table would hold little else."""
+        return name in _WITHOUT or (len(name) + len(value) + 32) * 4 > self._hpack.header_table_size * 3
+
+    def _remember(self, pair: Pair, piece: bytes) -> None:
+        size = len(pair[0]) + len(pair[1]) + len(piece) + _OVERHEAD
+        if size > _REMEMBERED // 8:
+            return
+        if self._held + size > _REMEMBERED:
+            self._known.clear()
+            self._held = 0
+        self._known[pair] = piece
+        self._held += size
 
     def resize(self, size: int) -> None:
-        """The peer's SETTINGS_HEADER_TABLE_SIZE, in bytes. The next block begins with it, so that one cannot be a remembered one."""
-        self._hpack.header_table_size = min(size, 4096)
+        """The peer's SETTINGS_HEADER_TABLE_SIZE, in bytes; it may come many times before the next block."""
+        size = min(size, _LARGEST_TABLE)
+        self._sizes = (min(size, self._sizes[0]) if self._sizes is not None else size, size)
+
+    def _resized(self) -> bytes:
+        """What the next block begins with: the smallest size since the last one, then the last one (§4.2)."""
+        for size in self._sizes or ():
+            # Not setting the same size again: the library would forget that there is something to say.
+            if size != self._hpack.header_table_size:
+                self._hpack.header_table_size = size
+        self._sizes = None
         self._known.clear()
-        self._resized = True
+        self._held = 0
+        return self._hpack.encode([])
+
+
+def _literal(kind: int, index: int, name: bytes, value: bytes) -> bytes:
+    """A literal that has no place in the table (§6.2.2, §6.2.3). Not Huffman-coded: that would cost more than the bytes it saves."""
+    head = encode_integer(index, 4)
+    head[0] |= kind
+    if not index:
+        head += encode_integer(len(name), 7) + name
+    return bytes(head + encode_integer(len(value), 7) + value)

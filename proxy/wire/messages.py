@@ -121,7 +121,7 @@ class RequestHead:
     @property
     def authority(self) -> bytes | None:
         """Whom the request is for: the target's own authority before the Host field (RFC 9112 §3.2.2)."""
-        if self.method == b"CONNECT":
+        if self.method == b"CONNECT" and self.protocol is None:
             return self.target
         if not self.target.startswith((b"/", b"*")):
             return absolute_authority(self.target)

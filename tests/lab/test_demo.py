@@ -16,6 +16,10 @@ def test_the_demonstration_holds() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All of it held" in done.stdout
     assert "FAIL" not in done.stdout
+    for label in ("WebSocket", "SMTP", "bidirectional", "balanced by call", "deadline", "cancellation", "servers stopped", "gRPC: from"):
+        assert f" ok   {label} " in done.stdout
+    assert "the client had 1 TCP connection" in " ".join(done.stdout.split())
+    assert "UNAVAILABLE, Proxy-Status: " in " ".join(done.stdout.split())
     assert max(map(len, done.stdout.splitlines())) <= WIDTH
 
 

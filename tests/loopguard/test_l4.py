@@ -39,6 +39,11 @@ def test_own_address_on_the_applications_port_is_legitimate() -> None:
     assert OWN.accepted("127.0.0.1", 8080) is None
 
 
+def test_an_address_that_the_connection_came_in_by_is_ours_whatever_the_list_says() -> None:
+    assert OWN.accepted("192.0.2.7", 4143, ours=True) is not None
+    assert OWN.accepted("192.0.2.7", 8080, ours=True) is None
+
+
 def test_words_name_an_ipv6_address_in_brackets() -> None:
     loop = OWN.dialled("fd00:1::5", 4143)
     assert loop is not None

@@ -5,6 +5,7 @@ What needs a packet filter is proven in network namespaces elsewhere; here the v
 """
 
 import argparse
+import base64
 import json
 import os
 from contextlib import asynccontextmanager, contextmanager
@@ -13,6 +14,7 @@ from email.utils import format_datetime
 
 import pytest
 import trio
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from proxy.commands import check
 from proxy.commands.check_peers import check_peers
@@ -173,6 +175,19 @@ def test_a_broken_certificate_is_named_with_the_way_to_look_at_it(tmp_path, cart
     assert "isthmus identity show" in result.remedy
 
 
+def test_malformed_certificates_are_findings(tmp_path, cart, root):
+    config = configuration(tmp_path, identity=identity_section(cart))
+    der = root.certificate.public_bytes(Encoding.DER).replace(b"mesh.test root", b"\xff\xfesh.test root")
+    broken = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(der) + b"-----END CERTIFICATE-----\n"
+    for path in (cart.files.roots[0], cart.files.certificate):
+        path.write_bytes(path.read_bytes() + broken)
+        (result,), identity = check_certificates(config)
+        assert identity is None
+        assert result.status == "failed"
+        assert f"{path}: holds a certificate (number 2 of 2) that cannot be parsed" in result.what
+    assert statuses(check_clock(cart.files.certificate, Moment.now(), None)) == ["ok"]
+
+
 def test_a_short_rest_a_readable_key_and_another_trust_domain_are_warnings(tmp_path, cart, root):
     old_root = certificates.make_root(DOMAIN, now=material.utc_now() - timedelta(days=1))
     cart.renew(old_root, timedelta(hours=20), now=material.utc_now() - timedelta(hours=18))
@@ -204,6 +219,12 @@ def test_the_directory_file_is_read_as_the_proxy_reads_it(tmp_path):
     assert "not UTF-8" in check_directory(config)[0][0].what
     path.write_text("services: []")
     assert statuses(check_directory(config)[0]) == ["ok"]
+    # Larger than a file of certificates may be, and no larger than the proxy takes.
+    path.write_text("services: []\n" + "#" * material.MAX_FILE_BYTES)
+    assert statuses(check_directory(config)[0]) == ["ok"]
+    path.unlink()
+    os.mkfifo(path)
+    assert "is not a regular file" in check_directory(config)[0][0].what
 
 
 # Clock
@@ -453,6 +474,11 @@ def test_a_broken_configuration_ends_the_command_with_its_mistakes(tmp_path, cap
     (tmp_path / "config.yaml").write_text("cluster: [")
     assert run("--config", tmp_path / "config.yaml") == 1
     assert "config.yaml" in capsys.readouterr().out
+
+
+def test_a_text_that_cannot_be_written_is_escaped(tmp_path, capfd):
+    assert run("--config", os.fsdecode(bytes(tmp_path / "\udcff.yaml"))) == 1
+    assert r"\udcff.yaml: cannot be read" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "inf"])

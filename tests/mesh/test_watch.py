@@ -6,6 +6,7 @@ The files are real; only the clock is not.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import trio
 from trio.testing import MockClock
 
 from proxy.mesh.directory import DirectoryError
-from proxy.mesh.watch import DirectorySource
+from proxy.mesh.watch import MOST_BYTES, DirectorySource
 from proxy.net.address import Address
 
 A = "services: [{name: a, addresses: [10.0.0.1], ports: [{port: 80}]}]\n"
@@ -78,6 +79,38 @@ def test_a_broken_file_at_the_start_is_an_error(file: Path) -> None:
 def test_a_file_that_is_not_utf8_is_an_error(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     with pytest.raises(DirectoryError, match="not UTF-8 at byte"):
+        DirectorySource(file)
+
+
+def replace(path: Path, put: Callable[[Path], None]) -> None:
+    path.unlink()
+    put(path)
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("put", [pipe, device, Path.mkdir])
+async def test_what_is_no_regular_file_is_an_error_and_stops_nothing(file: Path, put: Callable[[Path], None]) -> None:
+    source, reports = DirectorySource(file), Reports()
+    replace(file, put)
+    with trio.fail_after(5):
+        await source.look(reports)
+        await source.look(reports)
+    assert [str(error) for error in reports] == [f"{file}: is not a regular file"]
+    assert name(source) == "default/a"
+    with pytest.raises(DirectoryError, match="is not a regular file"):
+        DirectorySource(file)
+
+
+def test_a_file_without_end_is_not_read_to_its_end(file: Path) -> None:
+    os.truncate(file, MOST_BYTES + 1)
+    with pytest.raises(DirectoryError, match="is larger than 64 MiB"):
         DirectorySource(file)
 
 

@@ -111,7 +111,7 @@ async def test_running_out_of_descriptors_is_a_connect_failure_in_words() -> Non
         address = address_of(listener)
         with no_descriptor_left(), pytest.raises(ConnectFailed, match="file descriptor") as caught:
             await Dialer().dial(address)
-    assert caught.value.reason == "other"
+    assert caught.value.reason == "local"
 
 
 def may_mark() -> bool:

@@ -1,0 +1,103 @@
+"""The part of the demonstration's story that is told by gRPC: `web` calls the service `stock`, which two pods of the shop serve."""
+
+import trio
+
+from lab.pod import Pod
+from lab.stage import GRPC, SECRET, Stage, error_type, why
+
+CALLS = 600  # over one connection of the client
+FAIR = 0.35  # of the calls, at least, for each of two pods: a fair coin misses this once in 10**13 demonstrations
+DEADLINE = 0.5  # seconds
+PATIENCE = 3.0  # seconds, for a line of a server's output
+
+KINDS = {
+    "unary": ("unary call", "one message there, one back"),
+    "server": ("server streaming", "one there, 100 back"),
+    "client": ("client streaming", "200 there, and their digest back"),
+    "both": ("bidirectional", "50 and 50 in turn, on one stream"),
+}
+
+
+async def calls(stage: Stage) -> None:
+    """All kinds of calls, one connection over two pods, a deadline, a cancellation, and servers that are gone."""
+    stage.report.section = "gRPC, grpcio to grpcio: `web` calls `stock`, which the pods `shop` and `annex` serve"
+    answer = await stage.client(stage.web, "grpc-kinds", "stock", GRPC, SECRET)
+    for key, (label, detail) in KINDS.items():
+        held = answer.get(key) is True
+        stage.report.prove(label, f"{detail} {why(answer, held)}", held)
+    await spread(stage)
+    await patience(stage)
+    await unavailable(stage)
+
+
+async def grpc_server(stage: Stage, pod: Pod) -> None:
+    """Start the server of one pod."""
+    await stage.server(pod, "grpc_service", str(GRPC), pod.name, port=GRPC)
+
+
+async def spread(stage: Stage) -> None:
+    """The requests of one connection go to both pods. That it was one is what the sidecar of `web` has counted."""
+    before = await connections(stage)
+    answer = await stage.client(stage.web, "grpc-spread", "stock", GRPC, str(CALLS))
+    opened = await connections(stage) - before
+    answered = answer.get("answered", {})
+    shares = [answered.get(pod.name, 0) for pod in (stage.shop, stage.annex)]
+    held = opened == 1 and sum(shares) == CALLS and min(shares) >= FAIR * CALLS
+    told = f"{CALLS} calls, of which `shop` answered {shares[0]} and `annex` {shares[1]}; the client had {opened:.0f} TCP connection"
+    stage.report.prove("balanced by call", f"{told} {why(answer, held)}", held)
+
+
+async def connections(stage: Stage) -> float:
+    """How many connections the programs in `web` have opened, as the sidecar that they all arrive at has counted."""
+    counted = await stage.sidecars["web"].metrics()
+    wanted = ("isthmus_connections_opened_total{", 'direction="outbound"', 'peer="src"')
+    return sum(value for name, value in counted.items() if all(part in name for part in wanted))
+
+
+async def patience(stage: Stage) -> None:
+    """The caller's deadline is known to the server, and a cancelled call ends there too."""
+    answer = await stage.client(stage.web, "grpc-impatient", "stock", GRPC, str(DEADLINE))
+    left, over = await heard(stage, "deadline: ", "deadline: over")
+    late = answer.get("deadline", {})
+    held = late.get("code") == "DEADLINE_EXCEEDED" and "s left" in left and 0 < float(left.split()[1]) <= DEADLINE and bool(over)
+    told = f"DEADLINE_EXCEEDED after {late.get('seconds', 0):.2f} s; the server was told at once: {left.partition(': ')[2]}"
+    stage.report.prove("deadline", f"{told} {why(answer, held)}", held)
+    _, over = await heard(stage, "cancelled: ", "cancelled: over")
+    held = answer.get("cancelled") == "CANCELLED" and "active: False" in over
+    stage.report.prove("cancellation", f"the server heard of it: its call was {over.partition(': ')[2]} {why(answer, held)}", held)
+
+
+async def heard(stage: Stage, *beginnings: str) -> list[str]:
+    """What the servers wrote: for each beginning the first line that has it, \"\" if none comes."""
+    outputs = [pod.processes["grpc_service"].output for pod in (stage.shop, stage.annex)]
+
+    def find(beginning: str) -> str:
+        return next((line for output in outputs for line in output.lines if line.startswith(beginning)), "")
+
+    with trio.move_on_after(PATIENCE):
+        while not all(map(find, beginnings)):  # noqa: ASYNC110  # two programs may write it, and a moment's delay harms nobody
+            await trio.sleep(0.02)
+    return [find(beginning) for beginning in beginnings]
+
+
+async def unavailable(stage: Stage) -> None:
+    """Nobody serves: the answer is a gRPC status, made up by the proxy that noticed; and all is well when the servers are back."""
+    pods = (stage.shop, stage.annex)
+    async with trio.open_nursery() as nursery:
+        for pod in pods:
+            nursery.start_soon(pod.processes["grpc_service"].aclose)
+    answer = await stage.client(stage.web, "grpc-gone", "stock", GRPC)
+    status = answer.get("proxy-status", "")
+    held = answer.get("code") == "UNAVAILABLE" and error_type(status) == "connection_refused" and status.startswith(_inbound_names(pods))
+    told = f"{answer.get('code')}, Proxy-Status: {status.partition(';')[0]};error={error_type(status)}"
+    stage.report.prove("servers stopped", f"{told} {why(answer, held)}", held)
+    async with trio.open_nursery() as nursery:
+        for pod in pods:
+            nursery.start_soon(grpc_server, stage, pod)
+    answer = await stage.client(stage.web, "grpc-gone", "stock", GRPC)
+    held = answer.get("code") == "OK"
+    stage.report.prove("servers back", f"{answer.get('code')}, with no sidecar restarted {why(answer, held)}", held)
+
+
+def _inbound_names(pods: tuple[Pod, ...]) -> tuple[str, ...]:
+    return tuple(f"{pod.name}.default.inbound;" for pod in pods)

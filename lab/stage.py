@@ -1,0 +1,57 @@
+"""What the parts of the demonstration's story share: its pods, its programs, and how it tells what a client saw."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from lab.cluster import Cluster, Lab
+from lab.mesh import Mesh
+from lab.pod import ROOT, Pod
+from lab.report import Report
+from lab.sidecar import Sidecar
+
+SECRET = "the-password-is-tangerine"  # noqa: S105  # what a listener on the wire must not find
+HTTP, PLAIN, SOCKET, MAIL, GRPC = 8080, 8081, 9000, 2525, 50051
+
+
+@dataclass(slots=True)
+class Stage:
+    """The pods of the story."""
+
+    lab: Lab
+    west: Cluster
+    mesh: Mesh
+    report: Report
+    web: Pod
+    shop: Pod
+    annex: Pod  # a second pod of the shop, under the same service account
+    stranger: Pod
+    size: int
+    sidecars: dict[str, Sidecar] = field(default_factory=dict)
+    server_names: dict[int, set[str]] = field(default_factory=dict)  # port -> what the hellos on the wire asked for
+
+    async def client(self, pod: Pod, what: str, host: str, port: int, *rest: str) -> dict[str, Any]:
+        """Run an ordinary client in a pod; what it says it saw."""
+        command = [sys.executable, "-m", "lab.apps.client", what, host, str(port), *rest]
+        done = await pod.run(command, env={"PYTHONPATH": str(ROOT)}, timeout=60)
+        try:
+            result: dict[str, Any] = json.loads(done.stdout)
+        except ValueError:
+            return {"error": done.stderr.decode(errors="replace").strip()[-300:] or f"exit code {done.returncode}"}
+        return result
+
+    async def server(self, pod: Pod, name: str, *arguments: str, port: int) -> None:
+        """Start an ordinary server in a pod."""
+        command = [sys.executable, "-m", f"lab.apps.{name.partition('-')[0]}", *arguments]
+        await pod.start(name, command, port=port, env={"PYTHONPATH": str(ROOT)})
+
+
+def why(answer: dict[str, Any], held: bool) -> str:
+    """What the client saw, when that was not what it should have seen."""
+    return "" if held else f"- the client saw {json.dumps({key: value for key, value in answer.items() if key != 'peak_rss'})[:200]}"
+
+
+def error_type(proxy_status: str) -> str:
+    """The error type of a Proxy-Status field (RFC 9209)."""
+    return next((part[6:] for part in proxy_status.split(";") if part.startswith("error=")), proxy_status)

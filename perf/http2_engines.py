@@ -1,0 +1,107 @@
+"""How much processor time does one unary exchange take in our HTTP/2 engine, client and server together, beside the h2 library?
+
+Nothing but the engines: bytes go from one side's output to the other side's input, with no socket between. A request in the manner of gRPC:
+100 bytes up and down, trailers, flow control given back for every DATA. Rounds are interleaved; the best of each counts.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+
+import h2.config
+import h2.connection
+import h2.events
+
+from proxy.wire.events2 import DataReceived, HeadReceived, Http2Limits, TrailersReceived
+from proxy.wire.http1 import Role
+from proxy.wire.http2 import Http2Connection
+from proxy.wire.messages import Headers, RequestHead, ResponseHead
+
+ROUNDS, EXCHANGES = 15, 2000
+BODY = b"y" * 100
+FIELDS = [(b"content-type", b"application/grpc"), (b"te", b"trailers"), (b"user-agent", b"grpc-python/1.85.1 grpc-c/56.0.0 (linux)")]
+PSEUDO = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/perf.Echo/Call"), (b":authority", b"shop:50051")]
+ANSWER = [(b"content-type", b"application/grpc"), (b"grpc-accept-encoding", b"identity, deflate, gzip")]
+STATUS = [(b"grpc-status", b"0")]
+
+
+def ours() -> Callable[[], None]:
+    client, server = (Http2Connection(role, Http2Limits()) for role in (Role.CLIENT, Role.SERVER))
+    server.receive_data(client.data_to_send(), 0.0)
+    client.receive_data(server.data_to_send(), 0.0)
+    now = 0.0
+
+    def exchange() -> None:
+        nonlocal now
+        now += 0.001
+        headers = Headers([(b"host", PSEUDO[3][1]), *FIELDS])
+        number = client.send_request(RequestHead(b"POST", PSEUDO[2][1], headers, b"2"), end=False)
+        client.send_data(number, BODY, end=True)
+        for event in server.receive_data(client.data_to_send(), now):
+            if isinstance(event, DataReceived):
+                server.consumed(event.stream, event.credit)
+        server.send_response(number, ResponseHead(200, Headers(list(ANSWER))), end=False)
+        server.send_data(number, BODY, end=False)
+        server.send_trailers(number, Headers(list(STATUS)))
+        seen = client.receive_data(server.data_to_send(), now)
+        for event in seen:
+            if isinstance(event, DataReceived):
+                client.consumed(event.stream, event.credit)
+        if [type(event) for event in seen if type(event) in (HeadReceived, DataReceived, TrailersReceived)] != _OURS:
+            raise SystemExit(f"not the answer: {seen}")
+
+    return exchange
+
+
+_OURS = [HeadReceived, DataReceived, TrailersReceived]
+
+
+def theirs() -> Callable[[], None]:
+    client, server = (
+        h2.connection.H2Connection(h2.config.H2Configuration(client_side=client_side, header_encoding=None))
+        for client_side in (True, False)
+    )
+    client.initiate_connection()
+    server.initiate_connection()
+    server.receive_data(client.data_to_send())
+    client.receive_data(server.data_to_send())
+
+    def exchange() -> None:
+        number = client.get_next_available_stream_id()
+        client.send_headers(number, [*PSEUDO, *FIELDS])
+        client.send_data(number, BODY, end_stream=True)
+        for event in server.receive_data(client.data_to_send()):
+            if isinstance(event, h2.events.DataReceived):
+                server.acknowledge_received_data(event.flow_controlled_length, number)
+        server.send_headers(number, [(b":status", b"200"), *ANSWER])
+        server.send_data(number, BODY)
+        server.send_headers(number, list(STATUS), end_stream=True)
+        seen = client.receive_data(server.data_to_send())
+        for event in seen:
+            if isinstance(event, h2.events.DataReceived):
+                client.acknowledge_received_data(event.flow_controlled_length, number)
+        if not any(isinstance(event, h2.events.TrailersReceived) for event in seen):
+            raise SystemExit(f"not the answer: {seen}")
+
+    return exchange
+
+
+def main() -> None:
+    engines = {"ours": ours(), "h2": theirs()}
+    best = dict.fromkeys(engines, float("inf"))
+    for _ in range(ROUNDS):
+        for name, exchange in engines.items():
+            gc.collect()
+            began = time.process_time()
+            for _ in range(EXCHANGES):
+                exchange()
+            best[name] = min(best[name], (time.process_time() - began) / EXCHANGES)
+    for name, seconds in best.items():
+        print(f"  {name:5} {seconds * 1e6:6.1f} µs of processor time for an exchange (client and server)")
+    print(f"  h2 takes {best['h2'] / best['ours']:.1f} times as much")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""How streams and connections end: each end reaches the other side as what it was, and what was not looked at is tried again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import h2.errors
+import pytest
+import trio
+
+from proxy.exchange.exchange import Exchange
+from proxy.exchange.mux import MuxSettings
+from proxy.exchange.pool import PoolSettings
+from tests.kit.http import Peer, origin, until
+from tests.kit.http2_hop import Settings2, hop2, through2
+from tests.kit.http2_peers import GET, GRPC, OK, POST, Answer, Pair, Peer2, answering2, frames_goaway, ok, reserve, speaking
+
+CANCEL = h2.errors.ErrorCodes.CANCEL
+REFUSED = h2.errors.ErrorCodes.REFUSED_STREAM
+MAX_STREAMS = h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS
+
+
+async def _silent(peer: Peer2) -> None:
+    while True:
+        await peer.read()
+
+
+async def test_a_client_that_cancels_cancels_at_the_server() -> None:
+    heard: list[Peer2] = []
+
+    async def script(peer: Peer2) -> None:
+        heard.append(peer)
+        await _silent(peer)
+
+    async with through2(script) as (client, proxy):
+        number = await client.request(GET)
+        await until(lambda: bool(heard and heard[0].told))
+        await client.reset(number)
+        await until(lambda: bool(heard[0].ended - {0}) and heard[0].messages[1].reset is not None)
+        assert heard[0].messages[1].reset == CANCEL
+        await proxy.idle()
+        assert proxy.outcomes == ["cancelled"]
+
+
+@pytest.mark.parametrize("code", [0, 2, 8, 11, 13, 4242])
+@pytest.mark.parametrize("headers", [GET, GRPC], ids=["plain", "grpc"])
+@pytest.mark.parametrize("begun", [False, True], ids=["before the head", "behind the head"])
+async def test_a_server_s_code_reaches_the_client(code: int, headers: list[Pair], begun: bool) -> None:
+    async def respond(peer: Peer2, number: int, _: Answer) -> None:
+        if begun:
+            peer.h2.send_headers(number, OK)
+        peer.h2.reset_stream(number, code)
+        await peer.flush()
+
+    async with through2(answering2(respond)) as (client, proxy):
+        answer = await client.ask(headers)
+        assert answer.reset == code
+        assert proxy.ended[0].failure == "upstream_reset"
+
+
+async def test_an_http1_client_is_told_502() -> None:
+    async def respond(peer: Peer2, number: int, _: Answer) -> None:
+        await peer.reset(number, 8)
+
+    async with origin(speaking(answering2(respond))) as up, hop2(up.address) as proxy:
+        answer = await (await proxy.connect()).ask()
+        assert answer.status == 502
+        assert b"http_response_incomplete" in (answer.get(b"proxy-status") or b"")
+
+
+async def _dies(peer: Peer2, *, begun: bool) -> None:
+    await peer.next(h2.events.StreamEnded)
+    if begun:
+        peer.h2.send_headers(1, OK)
+        peer.h2.send_data(1, b"half")
+        await peer.flush()
+    peer.peer.reset()
+
+
+async def test_a_server_that_dies_within_a_grpc_call_leaves_a_grpc_status() -> None:
+    async with through2(lambda peer: _dies(peer, begun=True)) as (client, _):
+        answer = await client.ask(GRPC)
+        assert (answer.status, answer.reset) == (200, None)
+        assert dict(answer.trailers)[b"grpc-status"] == b"14"
+
+
+async def test_a_server_that_dies_within_a_response_breaks_the_stream_and_not_the_connection() -> None:
+    async with through2(lambda peer: _dies(peer, begun=True)) as (client, _):
+        assert (await client.ask()).reset is not None
+        assert (await client.ask()).reset is not None
+
+
+async def test_a_server_that_dies_before_its_answer_is_answered_for() -> None:
+    async with through2(lambda peer: _dies(peer, begun=False)) as (client, _):
+        call = await client.ask(GRPC)
+        assert (call.status, call.reset) == (200, None)
+        assert call.get(b"content-type") == b"application/grpc"
+        assert call.get(b"grpc-status") == b"14"
+        assert b"connection_terminated" in (call.get(b"proxy-status") or b"")
+        assert (call.get(b"grpc-message") or b"").startswith(b"connection_terminated")
+        assert (await client.ask()).status == 502
+
+
+async def test_nobody_listens() -> None:
+    sock, address = reserve()
+    with sock:
+        async with hop2(address) as proxy:
+            client = await proxy.connect2()
+            assert (await client.ask()).status == 502
+            assert (await client.ask(GRPC)).get(b"grpc-status") == b"14"
+
+
+async def _refuses(peer: Peer2, *, how: str, after_body: bool = False) -> None:
+    """Take nothing of what is asked first on this connection."""
+    await peer.next(h2.events.StreamEnded if after_body else h2.events.RequestReceived)
+    if how == "reset":
+        await peer.reset(1, REFUSED)
+        await _silent(peer)
+    peer.h2.close_connection(last_stream_id=0)
+    await peer.flush()
+
+
+@pytest.mark.parametrize("how", ["reset", "goaway"])
+@pytest.mark.parametrize("headers", [GET, POST])
+async def test_what_a_server_refuses_is_tried_again(how: str, headers: list[Pair]) -> None:
+    first = True
+
+    async def script(peer: Peer2) -> None:
+        nonlocal first
+        if first:
+            first = False
+            await _refuses(peer, how=how)
+        else:
+            await answering2(ok)(peer)
+
+    async def script_same(peer: Peer2) -> None:
+        if how == "goaway":
+            await script(peer)
+            return
+
+        async def respond(peer: Peer2, number: int, message: Answer) -> None:
+            if number == 1:
+                await peer.reset(1, REFUSED)
+            else:
+                await ok(peer, number, message)
+
+        await answering2(respond)(peer)
+
+    async with through2(script_same) as (client, proxy):
+        assert (await client.ask(headers)).body == b"ok"
+        assert proxy.ended[0].attempts == 2
+
+
+async def test_what_is_refused_behind_its_body_is_the_client_s_to_repeat() -> None:
+    async with through2(lambda peer: _refuses(peer, how="reset", after_body=True)) as (client, proxy):
+        number = await client.request(POST, end=False)
+        await client.send(number, b"body", end=True)
+        assert (await client.message(number)).reset == REFUSED
+        assert proxy.ended[0].attempts == 1
+
+
+async def test_goaway_lets_what_is_under_way_finish_and_new_requests_go_elsewhere() -> None:
+    release = trio.Event()
+    connections: list[Peer2] = []
+
+    async def script(peer: Peer2) -> None:
+        connections.append(peer)
+
+        async def respond(peer: Peer2, number: int, message: Answer) -> None:
+            if message.get(b":path") == b"/slow":
+                peer.h2.send_headers(number, OK)
+                await peer.flush()
+                await peer.peer.send(frames_goaway(number))
+                await release.wait()
+                await peer.send(number, b"slow", end=True)
+            else:
+                await ok(peer, number, message)
+
+        await answering2(respond)(peer)
+
+    async with through2(script) as (client, proxy):
+        slow = await client.request([*GET[:3], (b":path", b"/slow")])
+        while not client.messages.get(slow, Answer()).headers:
+            await client.read()
+        assert (await client.ask()).body == b"ok"
+        assert len(connections) == 2
+        release.set()
+        assert (await client.message(slow)).body == b"slow"
+        await until(lambda: proxy.closed == 1)
+
+
+async def test_a_response_that_is_no_http2_message_is_the_server_s_fault() -> None:
+    async def respond(peer: Peer2, number: int, _: Answer) -> None:
+        peer.h2.send_headers(number, [*OK, (b"content-length", b"10")])
+        await peer.send(number, b"short")
+        await peer.peer.send(bytes((0, 0, 0, 0, 1)) + number.to_bytes(4, "big"))  # END_STREAM too early
+
+    async with through2(answering2(respond)) as (client, proxy):
+        assert (await client.ask()).reset is not None
+        assert proxy.ended[0].failure == "upstream_protocol"
+
+
+async def test_an_http1_server_where_http2_was_expected() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.more()
+        await peer.send(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+    async with origin(script) as up, hop2(up.address) as proxy:
+        assert (await (await proxy.connect2()).ask()).status == 502
+
+
+@pytest.mark.parametrize("allowed", [1, 3])
+async def test_no_more_streams_than_the_server_takes(allowed: int) -> None:
+    most = now = 0
+
+    async def respond(peer: Peer2, number: int, message: Answer) -> None:
+        nonlocal most, now
+        now += 1
+        most = max(most, peer.h2.open_inbound_streams)
+        await trio.sleep(0.003)
+        now -= 1
+        await ok(peer, number, message)
+
+    async with through2(answering2(respond), server={MAX_STREAMS: allowed}) as (client, proxy):
+        numbers = [await client.request(POST, end=False) for _ in range(90)]
+        for number in numbers:
+            await client.send(number, b"x", end=True)
+        with trio.fail_after(8):
+            for number in numbers:
+                assert (await client.message(number)).body == b"ok"
+        assert most <= allowed
+        assert proxy.dialled <= 16
+        assert {e.failure for e in proxy.ended} == {None}
+
+
+async def test_a_request_waits_for_a_stream_so_long_and_no_longer() -> None:
+    settings = Settings2(pool=PoolSettings(wait_timeout=0.1))
+    async with through2(_silent, settings, server={MAX_STREAMS: 1}) as (client, proxy):
+        for _ in range(16):
+            await client.request(GET)
+            await until(lambda: proxy.exchanges % 2 == 0)
+        answer = await client.ask()
+        assert answer.status == 503
+        assert b"connection_limit_reached" in (answer.get(b"proxy-status") or b"")
+
+
+async def test_one_dial_that_fails_fails_for_all_who_waited_for_it() -> None:
+    sock, address = reserve()
+    with sock:
+        async with hop2(address) as proxy:
+            client = await proxy.connect2()
+            proxy.hangs = trio.Event()
+            numbers = [await client.request(GET) for _ in range(20)]
+            await until(lambda: proxy.exchanges == 20)
+            slot = next(iter(proxy.pool2._slots.values()))
+            await until(lambda: len(slot.waiting) == 19)
+            proxy.hangs.set()
+            assert {(await client.message(number)).status for number in numbers} == {502}
+            assert not proxy.pool2._slots
+
+
+async def test_a_fault_of_ours_in_one_exchange_ends_its_stream_only(caplog: pytest.LogCaptureFixture) -> None:
+    def account(exchange: Exchange) -> object:
+        if exchange.request.target == b"/bug":
+            raise RuntimeError("a bug")
+        return trio.CancelScope()
+
+    async with through2(answering2(), Settings2(account=account)) as (client, _):  # type: ignore[arg-type]
+        assert (await client.ask([*GET[:3], (b":path", b"/bug")])).reset == h2.errors.ErrorCodes.INTERNAL_ERROR
+        assert (await client.ask()).body == b"ok"
+    assert "a bug" in caplog.text
+
+
+async def test_draining_says_goaway_lets_streams_finish_and_takes_no_new_ones() -> None:
+    release = trio.Event()
+
+    async def respond(peer: Peer2, number: int, message: Answer) -> None:
+        await release.wait()
+        await ok(peer, number, message)
+
+    async with through2(answering2(respond)) as (client, proxy):
+        number = await client.request(GET)
+        await until(lambda: proxy.exchanges == 2)
+        proxy.drain.begin()
+        late = await client.request(GET)
+        goaway = await client.next(h2.events.ConnectionTerminated)
+        assert (goaway.error_code, goaway.last_stream_id) == (0, number)
+        await until(lambda: proxy.servers[0].mux.http.open_streams == 1)
+        release.set()
+        rest = await client.peer.rest()  # by hand: h2 takes GOAWAY for the end
+        client.peer.close()
+        assert b"\0\0\x02\0" in rest
+        assert b"ok" in rest
+        assert b"\0\0\x04\x03\0" + late.to_bytes(4, "big") + REFUSED.to_bytes(4, "big") in rest
+        await proxy.gone()
+
+
+async def test_a_silent_server_is_given_up_and_an_idle_client_told_to_go(autojump_clock: trio.testing.MockClock) -> None:
+    autojump_clock.autojump_threshold = 0.06
+    settings = Settings2(upstream=MuxSettings(ping_interval=20, ping_timeout=10))
+    settings.downstream = MuxSettings(idle_timeout=90, ping_interval=1e6)
+
+    async def deaf(peer: Peer2) -> None:
+        await peer.next(h2.events.RequestReceived)
+        await trio.sleep_forever()
+
+    async with through2(deaf, settings) as (client, _):
+        started = trio.current_time()
+        answer = await client.ask()
+        assert answer.status == 502
+        assert trio.current_time() - started == pytest.approx(30, abs=6)
+        started = trio.current_time()
+        assert (await client.gone()) is not None
+        assert trio.current_time() - started == pytest.approx(90, abs=3)
+
+
+async def test_a_connection_that_is_too_old_takes_nothing_new_and_finishes() -> None:
+    async with through2(answering2(), Settings2(pool=PoolSettings(max_age=0))) as (client, proxy):
+        await client.ask()
+        await until(lambda: proxy.pool2.sweep() == 1)
+        await until(lambda: proxy.closed == 1)
+        assert (await client.ask()).body == b"ok"
+        assert proxy.dialled == 2
+
+
+async def test_a_client_that_takes_nothing_is_given_up() -> None:
+    settings = Settings2()
+
+    async def respond(peer: Peer2, number: int, _: Answer) -> None:
+        peer.h2.send_headers(number, OK)
+        await peer.send(number, bytes(200_000), end=True)
+
+    settings.server = replace(settings.server, write_timeout=0.2)
+    async with through2(answering2(respond), settings) as (client, proxy):
+        number = await client.request(GET)
+        with trio.fail_after(3):
+            while number not in client.ended:
+                await client.read()
+        assert client.messages[number].reset is not None
+        assert proxy.ended[0].failure == "client_gone"

@@ -1,0 +1,219 @@
+"""A proxy for both versions of HTTP, made of the parts of the exchange room, between real clients and servers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import trio
+
+from proxy.exchange.client import Client, ClientSettings, Lender
+from proxy.exchange.exchange import Exchange, Facts, stack
+from proxy.exchange.layers import deadline, measure, rescue
+from proxy.exchange.lenders import Http1Lender, Http2Lender
+from proxy.exchange.mux import MuxSettings
+from proxy.exchange.pool import Pool, PoolSettings
+from proxy.exchange.pool2 import MuxPool
+from proxy.exchange.server import Drain, Http1Server, ServerSettings
+from proxy.exchange.server2 import Http2Server
+from proxy.net.accept import Acceptor, Connection
+from proxy.net.address import Address
+from proxy.net.dial import Dialer
+from proxy.net.relay import relay
+from proxy.net.streams import SocketStream, Stream
+from tests.kit.hop import Ended
+from tests.kit.http import Peer, connect, listen, origin, small, until
+from tests.kit.http2_peers import Peer2, Script2, speaking
+
+
+@dataclass
+class Settings2:
+    """How a hop is set up. `up`: the versions that the endpoints speak, b"2" or b"1.1"."""
+
+    server: ServerSettings = field(default_factory=ServerSettings)
+    client: ClientSettings = field(default_factory=ClientSettings)
+    pool: PoolSettings = field(default_factory=PoolSettings)
+    downstream: MuxSettings = field(default_factory=MuxSettings)
+    upstream: MuxSettings = field(default_factory=MuxSettings)
+    up: bytes = b"2"
+    buffers: int | None = None
+    account: Callable[[Exchange], AbstractContextManager[object]] | None = None
+    around: Callable[[Exchange], AbstractContextManager[object]] = lambda _: contextlib.nullcontext()  # inside of `rescue`
+
+
+@dataclass
+class Hop2:
+    """A proxy for both versions of HTTP, and what it has seen."""
+
+    targets: list[Address]
+    pool1: Pool[Address] = field(init=False)
+    pool2: MuxPool[Address] = field(init=False)
+    address: Address = field(init=False)
+    acceptor: Acceptor = field(init=False)
+    drain: Drain = field(default_factory=Drain)
+    ended: list[Ended] = field(default_factory=list)
+    outcomes: list[str] = field(default_factory=list)
+    errors: list[BaseException] = field(default_factory=list)
+    servers: list[Http2Server] = field(default_factory=list)  # that run
+    streams: list[Stream] = field(default_factory=list)  # to the endpoints
+    served: int = 0
+    dialled: int = 0
+    closed: int = 0
+    hangs: trio.Event | None = None
+    clients: list[Peer] = field(default_factory=list)
+
+    async def connect(self, buffers: int | None = None) -> Peer:
+        self.clients.append(await connect(self.address, buffers))
+        return self.clients[-1]
+
+    async def connect2(self, buffers: int | None = None, settings: dict[int, int] | None = None, *, checked: bool = True) -> Peer2:
+        peer = Peer2(await self.connect(buffers), client=True, settings=settings, checked=checked)
+        await peer.start()
+        return peer
+
+    @property
+    def exchanges(self) -> int:
+        """Streams open in all muxes."""
+        return sum(server.mux.exchanges for server in self.servers) + sum(mux.exchanges for mux in self.muxes())
+
+    def muxes(self) -> list[object]:
+        return [mux for slot in self.pool2._slots.values() for mux in slot.muxes]
+
+    async def idle(self, seconds: float = 5) -> None:
+        """Wait until no exchange is under way anywhere."""
+        await until(lambda: self.exchanges == 0 and self.pool1.counts()[0] == 0, seconds)
+
+    async def gone(self, seconds: float = 5) -> None:
+        await until(lambda: self.acceptor.open == 0, seconds)
+
+    def next_target(self) -> Address:
+        self.served += 1
+        return self.targets[self.served % len(self.targets)]
+
+
+@contextmanager
+def _book(proxy: Hop2, exchange: Exchange) -> Iterator[None]:
+    outcome = "done"
+    try:
+        yield
+    except trio.Cancelled:
+        outcome = "cancelled"
+        raise
+    except BaseException:
+        outcome = "raised"
+        raise
+    finally:
+        status = exchange.response.status if exchange.response else None
+        counted = exchange.attempts, exchange.request_bytes, exchange.response_bytes
+        proxy.ended.append(Ended(status, exchange.failure, exchange.failure_words, *counted))
+        proxy.outcomes.append(outcome)
+
+
+@dataclass
+class _Life:
+    hop: Hop2
+    open: bool = True
+
+    def close(self) -> None:
+        assert self.open, "an account was closed twice"
+        self.open = False
+        self.hop.closed += 1
+
+
+def _pools(proxy: Hop2, settings: Settings2) -> dict[bytes, Lender[Address]]:
+    dialer = Dialer(timeout=5)
+
+    async def dial(address: Address) -> Stream:
+        if proxy.hangs is not None:
+            await proxy.hangs.wait()
+        stream = await dialer.dial(address)
+        small(stream.socket, settings.buffers)
+        proxy.streams.append(stream)
+        return stream
+
+    def account(_: Stream) -> _Life:
+        proxy.dialled += 1
+        return _Life(proxy)
+
+    proxy.pool1 = Pool(dial, account, settings.pool, settings.server.limits)
+    proxy.pool2 = MuxPool(dial, account, settings.pool, settings.upstream)
+    return {b"1.1": Http1Lender(proxy.pool1), b"2": Http2Lender(proxy.pool2)}
+
+
+def _serving(proxy: Hop2, settings: Settings2) -> Callable[[Connection], Awaitable[None]]:
+    async def bridge(exchange: Exchange, client: Stream, server: Stream) -> None:
+        await relay(client, server, idle=10)
+
+    lenders = _pools(proxy, settings)
+    client: Client[Address] = Client(settings.client, bridge)
+
+    async def send(exchange: Exchange) -> None:
+        with settings.around(exchange):
+            await client.send(exchange, proxy.next_target(), lenders[settings.up])
+
+    account = settings.account or (lambda exchange: _book(proxy, exchange))
+    handler = stack(measure(account), rescue(lambda _: b"test", lambda _: True), deadline, endpoint=send)
+
+    async def serve(connection: Connection) -> None:
+        assert isinstance(connection.stream, SocketStream)
+        small(connection.stream.socket, settings.buffers)
+        facts = Facts("outbound", connection.peer, proxy.targets[0])
+        if await connection.stream.peek(4, 4) != b"PRI ":
+            await Http1Server(connection.stream, facts, settings.server, proxy.drain).run(handler)
+            return
+        server = Http2Server(connection.stream, facts, settings.server, settings.downstream, proxy.drain)
+        proxy.servers.append(server)
+        try:
+            await server.run(handler)
+        finally:
+            proxy.servers.remove(server)
+
+    return serve
+
+
+def _start(nursery: trio.Nursery, *tasks: Callable[[], Awaitable[None]]) -> None:
+    for task in tasks:
+        nursery.start_soon(task)
+
+
+@asynccontextmanager
+async def hop2(*targets: Address, settings: Settings2 | None = None) -> AsyncIterator[Hop2]:
+    """A running proxy to `targets`, which take turns. At its end everything must have been given back and closed, once."""
+    settings = settings or Settings2()
+    proxy = Hop2(list(targets))
+    serve = _serving(proxy, settings)
+    listener = listen(settings.buffers)
+    proxy.address = Address.of(listener.getsockname())
+    proxy.acceptor = Acceptor(serve, limit=4096, on_error=lambda _, error: proxy.errors.append(error))
+    async with trio.open_nursery() as nursery:
+        pooled = trio.CancelScope()
+
+        async def own() -> None:
+            with pooled:
+                await proxy.pool2.serve()
+
+        _start(nursery, own, partial(proxy.acceptor.serve, [listener]))
+        try:
+            yield proxy
+        finally:
+            nursery.cancel_scope.cancel()
+            for peer in proxy.clients:
+                peer.close()
+    proxy.pool1.close()
+    assert proxy.pool1.counts() == (0, 0)
+    assert not proxy.pool2._slots, "what the pool should have forgotten"
+    assert proxy.dialled == proxy.closed, "connections that nobody closed"
+    assert all(isinstance(s, SocketStream) and s.closed for s in proxy.streams), "sockets that nobody closed"
+    assert not proxy.errors, proxy.errors
+
+
+@asynccontextmanager
+async def through2(
+    script: Script2, settings: Settings2 | None = None, *, server: dict[int, int] | None = None, buffers: int | None = None
+) -> AsyncIterator[tuple[Peer2, Hop2]]:
+    """An HTTP/2 client connected by a hop to an HTTP/2 server that runs `script`."""
+    async with origin(speaking(script, server), buffers=buffers) as up, hop2(up.address, settings=settings) as proxy:
+        yield await proxy.connect2(buffers), proxy

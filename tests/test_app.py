@@ -1,0 +1,170 @@
+"""The whole proxy in this process, on loopback, with real sockets: what its parts promise only together."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import yaml
+
+from proxy.app import App
+from proxy.config import load
+from proxy.exchange.server import Drain
+from proxy.mesh.certificates import issue, make_root
+from proxy.mesh.spiffe import SpiffeId
+from proxy.metrics import Metrics
+from tests.net.conftest import pair
+
+HOST = "127.0.0.1"
+Application = Callable[[trio.SocketStream], Awaitable[None]]
+
+
+@asynccontextmanager
+async def application(serve: Application) -> AsyncIterator[int]:
+    """A TCP server; the port it listens on."""
+    async with trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host=HOST)
+        nursery.start_soon(trio.serve_listeners, serve, [listener])
+        yield listener.socket.getsockname()[1]
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def running(tmp_path: Path, **settings: Any) -> AsyncIterator[App]:
+    """A proxy with these settings; other listeners than those that are named are off."""
+    document: dict[str, Any] = {"outbound": {"listen": []}, "inbound": {"listen": []}, "admin": {"listen": []}}
+    for name, section in settings.items():
+        document[name] = {**document.get(name, {}), **section}
+    file = tmp_path / "isthmus.yaml"
+    file.write_text(yaml.safe_dump(document))
+    app = App(load(file, {}), Metrics())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(app.run)
+        yield app
+        nursery.cancel_scope.cancel()
+
+
+def identity(tmp_path: Path) -> tuple[dict[str, Any], SpiffeId]:
+    """Settings for a proxy with a certificate of its own, and its identity."""
+    root, who = make_root("cluster.local"), SpiffeId("cluster.local", "shop", "web")
+    leaf = issue(root, who)
+    for name, pem in (("certificate", leaf.certificate_pem), ("key", leaf.key_pem), ("roots", root.certificate_pem)):
+        (tmp_path / f"{name}.pem").write_bytes(pem)
+        (tmp_path / f"{name}.pem").chmod(0o600)
+    paths = {"certificate": str(tmp_path / "certificate.pem"), "key": str(tmp_path / "key.pem"), "roots": [str(tmp_path / "roots.pem")]}
+    return paths, who
+
+
+def port_of(listeners: list[socket.socket]) -> int:
+    port: int = listeners[0].getsockname()[1]
+    return port
+
+
+def inbound_to(port: int, **more: Any) -> dict[str, Any]:
+    return {"listen": [f"{HOST}:0"], "fixed_destination": f"{HOST}:{port}", **more}
+
+
+async def connected(app: App) -> trio.SocketStream:
+    return await trio.open_tcp_stream(HOST, port_of(app.listeners.inbound))
+
+
+async def greet(stream: trio.SocketStream) -> None:
+    await stream.send_all(b"220 ready\r\n")
+    await trio.sleep_forever()
+
+
+async def test_without_an_identity_nobody_waits_for_tls_on_an_opaque_port(tmp_path: Path) -> None:
+    async with application(greet) as port:
+        settings = inbound_to(port, opaque_ports=[port], hello_timeout="30s", detect_timeout="30s")
+        async with running(tmp_path, inbound=settings) as app, await connected(app) as client:
+            with trio.fail_after(10):
+                assert await client.receive_some() == b"220 ready\r\n"
+
+
+async def test_a_client_hello_in_two_parts_is_one_however_late_the_second_comes(tmp_path: Path) -> None:
+    seen = []
+
+    async def record(stream: trio.SocketStream) -> None:
+        seen.append(await stream.receive_some())
+
+    paths, who = identity(tmp_path)
+    outgoing, context = ssl.MemoryBIO(), ssl.create_default_context()
+    try:
+        context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=who.sni).do_handshake()
+    except ssl.SSLWantReadError:
+        hello = outgoing.read()
+    async with application(record) as port:
+        settings = inbound_to(port, opaque_ports=[port], hello_timeout="100ms", detect_timeout="30s")
+        async with running(tmp_path, inbound=settings, identity=paths) as app:
+            async with await connected(app) as client:
+                await client.send_all(hello[:40])
+                await trio.sleep(0.4)  # four times what a silent client gets
+                await client.send_all(hello[40:])
+                with trio.fail_after(10):
+                    answer = await client.receive_some()
+            assert answer[:1] == b"\x16", "a handshake record: the proxy has answered, and not the application"
+            assert not seen
+
+
+@pytest.mark.parametrize("told", [[], ["192.0.2.1"]], ids=["addresses found", "addresses told"])
+async def test_a_connection_made_to_the_listener_itself_is_a_loop_whatever_the_pod_calls_its_own(tmp_path: Path, told: list[str]) -> None:
+    settings = {"listen": ["127.9.9.9:0"]}  # an address that no list names, as a second interface's would be
+    async with running(tmp_path, inbound=settings, pod={"addresses": told}) as app:
+        port = port_of(app.listeners.inbound)
+        async with await trio.open_tcp_stream("127.9.9.9", port) as client:
+            with trio.fail_after(10), suppress(trio.BrokenResourceError):
+                assert await client.receive_some() == b""
+        assert b'isthmus_loops_total{kind="own_listener"} 1.0' in app.render()
+        assert app.inbound.accepted == 1, "it did not come back"
+
+
+@pytest.mark.parametrize("way", ["closed", "reset"])
+async def test_a_client_that_goes_while_the_server_thinks_is_noticed(tmp_path: Path, way: str) -> None:
+    asked, left = trio.Event(), trio.Event()
+
+    async def think(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+        asked.set()
+        with suppress(trio.BrokenResourceError):
+            await stream.receive_some()
+        left.set()
+
+    async with application(think) as port, running(tmp_path, inbound=inbound_to(port)) as app:
+        client = await connected(app)
+        await client.send_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        await asked.wait()
+        if way == "reset":
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        client.socket.close()
+        with trio.fail_after(15):
+            await left.wait()
+        assert b'isthmus_errors_total{direction="inbound",reason="client_gone"} 1.0' in app.render()
+
+
+async def test_a_client_that_half_closes_behind_its_request_is_answered(tmp_path: Path) -> None:
+    async def answer(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+        await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+
+    async with application(answer) as port, running(tmp_path, inbound=inbound_to(port)) as app, await connected(app) as client:
+        await client.send_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        await client.send_eof()
+        with trio.fail_after(10):
+            assert (await client.receive_some()).startswith(b"HTTP/1.1 200 OK")
+
+
+async def test_draining_closes_the_silent_and_leaves_those_who_have_asked() -> None:
+    (asking, asker), (waiting, silent) = pair(), pair()
+    await asker.send_all(b"POST / HTTP/1.1\r\n")
+    await asking.peek(1)
+    Drain(idle={asking, waiting}).begin()
+    assert not asking.closed
+    assert waiting.closed
+    for stream in (asking, asker, silent):
+        stream.close()
