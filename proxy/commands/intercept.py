@@ -20,7 +20,8 @@ DESCRIPTION = """\
 Redirects the TCP traffic of this network namespace (a pod) to the proxy, by one nftables table `inet isthmus`:
 what the pod's programs send goes to the outbound port (4140), what arrives from outside to the inbound port (4143).
 Untouched: the proxy's own connections (known by user id or packet mark), the loopback interface, UDP, the admin port
-(4191), connections that are already open, and the ports and subnets you skip.
+(4191), connections that are already open, link-local IPv6 destinations, and the ports and subnets you skip.
+A new TCP connection that gets around the redirection by a trick, in either direction, is refused.
 
 Running it again replaces the rules in one step. It needs the capability NET_ADMIN and the program nft."""
 

@@ -5,7 +5,7 @@ which the kernel sends the first packet of a connection only; what they decide h
 
 * `output` sees what the pod's own programs send.  It sends every new TCP connection to the outbound port, except: the proxy's
   own (recognised by its user id or by a packet mark; without this exemption the proxy would be its own client for ever),
-  what stays inside the pod (leaves through `lo`), and what the settings skip.
+  what stays inside the pod (leaves through `lo`), link-local IPv6 (below), and what the settings skip.
 * `prerouting` sees what arrives from outside.  It sends every new TCP connection for an address of the pod to the inbound port,
   except the admin port and what the settings skip.  A connection straight to the inbound port arrives there too: its original
   destination is then the proxy itself, which is how the proxy recognises a loop.
@@ -16,8 +16,30 @@ Only a first SYN is redirected.  Connection tracking begins when the first NAT c
 of an already open connection for the first one of a new connection; without the test of the flags a running pod would lose its
 connections at that moment.
 
+That test alone would be a hole.  A peer can send a bare ACK before its SYN: connection tracking takes it for a connection that was
+open (nf_conntrack_tcp_loose), NAT decides to do nothing, and the SYN that follows from the same port belongs to that "connection" and
+is not redirected.  (Most such ACKs are answered by a reset, which ends it; one with a TCP-MD5 signature that nobody expects is not,
+RFC 2385.)  A program of the pod can leave past the outbound proxy in the same way, if somebody outside sends it the ACK.  So two
+chains of the type `filter`, through which every packet goes, stand behind the redirection:
+
+* `guard_input` refuses each SYN from outside that has not come out of the redirection at the inbound port, but for the same exceptions.
+* `guard_output` refuses each SYN that would leave the pod, but for the same exceptions: a redirected one goes to a local address.
+
+They look at the packet, after NAT, and never ask connection tracking: whatever it believes (a stray entry, a packet it calls invalid,
+a `notrack` of somebody else), a SYN that was not redirected opens nothing.  Packets other than SYN pass, because they open nothing:
+a listener answers them by a reset.  (But for the answer to a SYN cookie, and none is made for a SYN that has not been let through.)
+What the kernel cannot read as far as the flags, such as fragments within fragments, does not match the exceptions and is dropped.
+
+They refuse by a reset rather than silently.  An honest client that runs into this (its port has a stale entry) knows at once and can
+try again from another port, and newer kernels mark the entry as closed, so that it is gone in ten seconds rather than five minutes; a
+dropped SYN would be repeated for two minutes, each time in vain.  A reset tells an attacker no more than a closed port does.
+
+Link-local IPv6 (fe80::/10): an address without its interface cannot be dialled, and SO_ORIGINAL_DST does not tell the interface.
+Outbound it is therefore left alone.  Inbound it is not, or each neighbour on the link could reach the application without the proxy:
+such a connection arrives at the proxy and fails there.
+
 The whole ruleset is one nft transaction which begins with `add table` and `delete table`: it replaces what was there, does not
-fail when nothing was there, and at no time is there half a ruleset.  UDP is never touched.
+fail when nothing was there, and at no time is there half a ruleset.  UDP, and all else that is not TCP, is never touched.
 """
 
 import dataclasses
@@ -30,6 +52,16 @@ from collections.abc import Iterable, Sequence
 TABLE = "isthmus"
 SYSTEM_PATH = ":/usr/sbin:/sbin"  # where nft lives; an ordinary user's PATH often lacks them
 NFT_TIMEOUT = 20.0  # seconds; a transaction takes milliseconds, but the kernel may have to load modules first
+
+# -100 is what nft calls dstnat; in the output hook the name is known only to newer versions.  0 comes after it: ports are those after NAT.
+_NAT = "type nat hook {} priority -100; policy accept;"
+_FILTER = "type filter hook {} priority 0; policy accept;"
+_FIRST_SYN_ONLY = (
+    "# Only a first SYN opens a connection; open ones are left alone.",
+    "meta l4proto != tcp return",
+    "tcp flags & (fin | syn | rst | ack) != syn return",
+)
+_REFUSE = "meta l4proto tcp counter reject with tcp reset"
 
 PortSpec = int | str
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -162,25 +194,47 @@ def render(settings: InterceptSettings) -> str:
     """The ruleset as text for `nft -f -`: pure, the same settings give the same text.  Raises SettingsInvalid."""
     if mistakes := check(settings):
         raise SettingsInvalid(mistakes)
-    out_sets, out_rules = _direction(settings, "outbound")
-    in_sets, in_rules = _direction(settings, "inbound")
-    own = [f"meta skuid {settings.uid} return"] if settings.uid is not None else []
-    own += [f"meta mark {settings.mark:#010x} return"] if settings.mark is not None else []
-    first_syn_only = ["meta l4proto != tcp return", "tcp flags & (fin | syn | rst | ack) != syn return"]
-    output = [*own, 'oifname "lo" return', *first_syn_only, *out_rules, f"meta l4proto tcp redirect to :{settings.outbound_port}"]
-    prerouting = ['iifname "lo" return', "fib daddr type != local return", *first_syn_only, f"tcp dport {settings.admin_port} return"]
-    prerouting += [*in_rules, f"meta l4proto tcp redirect to :{settings.inbound_port}"]
     chains: list[str] = []
     if settings.outbound_port is not None:
-        chains += [*out_sets, *_chain("output", output)]
+        chains += _outbound(settings, settings.outbound_port)
     if settings.inbound_port is not None:
-        chains += [*in_sets, *_chain("prerouting", prerouting)]
+        chains += _inbound(settings, settings.inbound_port)
     return "\n".join([f"add table inet {TABLE}", f"delete table inet {TABLE}", f"table inet {TABLE} {{", *chains[:-1], "}", ""])
 
 
-def _chain(hook: str, rules: Sequence[str]) -> list[str]:
-    # -100 is what nft calls dstnat; in the output hook the name is known only to newer versions.
-    return [f"\tchain {hook} {{", f"\t\ttype nat hook {hook} priority -100; policy accept;", *(f"\t\t{rule}" for rule in rules), "\t}", ""]
+def _outbound(settings: InterceptSettings, port: int) -> list[str]:
+    sets, skips = _direction(settings, "outbound")
+    own = [f"meta skuid {settings.uid} return"] if settings.uid is not None else []
+    own += [f"meta mark {settings.mark:#010x} return"] if settings.mark is not None else []
+    skips = ["# Link-local: the proxy could not dial it.", "ip6 daddr fe80::/10 return", *skips]
+    redirect = ["# The proxy's own.", *own, "# What stays inside the pod.", 'oifname "lo" return', *_FIRST_SYN_ONLY, *skips]
+    guard = ["# The proxy's own.", *own, "# What stays inside the pod, and so all that was redirected.", "fib daddr type local return"]
+    return [
+        *sets,
+        "\t# What the pod's programs send goes to the outbound port.",
+        *_chain("output", _NAT.format("output"), [*redirect, f"meta l4proto tcp redirect to :{port}"]),
+        "\t# A new connection that left the pod without it, by whatever trick, would go past the mesh.",
+        *_chain("guard_output", _FILTER.format("output"), [*guard, *_FIRST_SYN_ONLY, *skips, _REFUSE]),
+    ]
+
+
+def _inbound(settings: InterceptSettings, port: int) -> list[str]:
+    sets, skips = _direction(settings, "inbound")
+    admin = f"tcp dport {settings.admin_port} return"
+    redirect = ['iifname "lo" return', "fib daddr type != local return", *_FIRST_SYN_ONLY, admin, *skips]
+    guard = ['iifname "lo" return', *_FIRST_SYN_ONLY, "# What was redirected.", f"tcp dport {port} return", admin, *skips]
+    unreadable = ["# All else is not readable: fragments within fragments, for instance.", "counter drop"]
+    return [
+        *sets,
+        "\t# What arrives from outside goes to the inbound port.",
+        *_chain("prerouting", _NAT.format("prerouting"), [*redirect, f"meta l4proto tcp redirect to :{port}"]),
+        "\t# A new connection that arrived without it, by whatever trick, would reach the application without the proxy's judgement.",
+        *_chain("guard_input", _FILTER.format("input"), [*guard, _REFUSE, *unreadable]),
+    ]
+
+
+def _chain(name: str, kind: str, rules: Sequence[str]) -> list[str]:
+    return [f"\tchain {name} {{", f"\t\t{kind}", *(f"\t\t{rule}" for rule in rules), "\t}", ""]
 
 
 def render_removal() -> str:
@@ -220,6 +274,6 @@ def explain(stderr: str) -> str:
     if "Operation not permitted" in stderr or "must be root" in stderr:
         return f"the kernel does not let this process change its rules: it needs the capability NET_ADMIN (nft: {first})"
     if any(text in stderr for text in ("Protocol not supported", "Operation not supported", "No such file or directory", "address family")):
-        needed = "nftables with NAT and fib lookups (modules nft_chain_nat, nft_redir, nft_fib_inet)"
+        needed = "nftables with NAT, fib lookups and reject (modules nft_chain_nat, nft_redir, nft_fib_inet, nft_reject_inet)"
         return f"the kernel lacks what the rules need: {needed} (nft: {first})"
     return f"nft refused the rules: {first}"

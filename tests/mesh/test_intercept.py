@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import ipaddress
 import itertools
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -42,17 +43,42 @@ table inet isthmus {
 \t\telements = { fd00::/8 }
 \t}
 
+\t# What the pod's programs send goes to the outbound port.
 \tchain output {
 \t\ttype nat hook output priority -100; policy accept;
+\t\t# The proxy's own.
 \t\tmeta skuid 2102 return
 \t\tmeta mark 0x00002102 return
+\t\t# What stays inside the pod.
 \t\toifname "lo" return
+\t\t# Only a first SYN opens a connection; open ones are left alone.
 \t\tmeta l4proto != tcp return
 \t\ttcp flags & (fin | syn | rst | ack) != syn return
+\t\t# Link-local: the proxy could not dial it.
+\t\tip6 daddr fe80::/10 return
 \t\ttcp dport @skip_outbound_ports return
 \t\tip daddr @skip_outbound_subnets4 return
 \t\tip6 daddr @skip_outbound_subnets6 return
 \t\tmeta l4proto tcp redirect to :4140
+\t}
+
+\t# A new connection that left the pod without it, by whatever trick, would go past the mesh.
+\tchain guard_output {
+\t\ttype filter hook output priority 0; policy accept;
+\t\t# The proxy's own.
+\t\tmeta skuid 2102 return
+\t\tmeta mark 0x00002102 return
+\t\t# What stays inside the pod, and so all that was redirected.
+\t\tfib daddr type local return
+\t\t# Only a first SYN opens a connection; open ones are left alone.
+\t\tmeta l4proto != tcp return
+\t\ttcp flags & (fin | syn | rst | ack) != syn return
+\t\t# Link-local: the proxy could not dial it.
+\t\tip6 daddr fe80::/10 return
+\t\ttcp dport @skip_outbound_ports return
+\t\tip daddr @skip_outbound_subnets4 return
+\t\tip6 daddr @skip_outbound_subnets6 return
+\t\tmeta l4proto tcp counter reject with tcp reset
 \t}
 
 \tset skip_inbound_ports {
@@ -67,16 +93,35 @@ table inet isthmus {
 \t\telements = { 192.0.2.1/32 }
 \t}
 
+\t# What arrives from outside goes to the inbound port.
 \tchain prerouting {
 \t\ttype nat hook prerouting priority -100; policy accept;
 \t\tiifname "lo" return
 \t\tfib daddr type != local return
+\t\t# Only a first SYN opens a connection; open ones are left alone.
 \t\tmeta l4proto != tcp return
 \t\ttcp flags & (fin | syn | rst | ack) != syn return
 \t\ttcp dport 4191 return
 \t\ttcp dport @skip_inbound_ports return
 \t\tip saddr @skip_inbound_subnets4 return
 \t\tmeta l4proto tcp redirect to :4143
+\t}
+
+\t# A new connection that arrived without it, by whatever trick, would reach the application without the proxy's judgement.
+\tchain guard_input {
+\t\ttype filter hook input priority 0; policy accept;
+\t\tiifname "lo" return
+\t\t# Only a first SYN opens a connection; open ones are left alone.
+\t\tmeta l4proto != tcp return
+\t\ttcp flags & (fin | syn | rst | ack) != syn return
+\t\t# What was redirected.
+\t\ttcp dport 4143 return
+\t\ttcp dport 4191 return
+\t\ttcp dport @skip_inbound_ports return
+\t\tip saddr @skip_inbound_subnets4 return
+\t\tmeta l4proto tcp counter reject with tcp reset
+\t\t# All else is not readable: fragments within fragments, for instance.
+\t\tcounter drop
 \t}
 }
 """
@@ -117,19 +162,44 @@ def test_the_ruleset_reads_as_documented() -> None:
 
 
 def test_a_direction_without_a_port_is_not_redirected() -> None:
-    assert "hook output" not in intercept.render(InterceptSettings(outbound_port=None))
-    assert "hook prerouting" not in intercept.render(InterceptSettings(inbound_port=None))
+    only_inbound = intercept.render(InterceptSettings(outbound_port=None))
+    assert re.findall(r"hook (\w+)", only_inbound) == ["prerouting", "input"]
+    only_outbound = intercept.render(InterceptSettings(inbound_port=None))
+    assert re.findall(r"hook (\w+)", only_outbound) == ["output", "output"]
 
 
 @settings(max_examples=200)
 @given(all_settings)
-def test_rendering_is_pure_and_redirects_come_last(chosen: InterceptSettings) -> None:
+def test_rendering_is_pure_and_verdicts_come_last(chosen: InterceptSettings) -> None:
     text = intercept.render(chosen)
     assert text == intercept.render(dataclasses.replace(chosen))
+    chains = _rules(text)
+    assert list(chains) == ["output", "guard_output", "prerouting", "guard_input"]
+    for name, rules in chains.items():
+        assert {"output": "4140", "prerouting": "4143"}.get(name, "reset") in rules[-2 if name == "guard_input" else -1]
+        exceptions = [rule for rule in rules if not re.search(r"redirect to|reject with|drop", rule)]
+        assert exceptions == rules[: len(exceptions)]
+        assert all(rule.endswith(" return") for rule in exceptions)
+
+
+@settings(max_examples=200)
+@given(all_settings)
+def test_a_guard_makes_the_same_exceptions_as_its_redirection(chosen: InterceptSettings) -> None:
+    chains = {name: {rule for rule in rules if rule.endswith(" return")} for name, rules in _rules(intercept.render(chosen)).items()}
+    # Where these differ: the guards stand behind NAT, so what was redirected is an exception of theirs.
+    assert chains["output"] - chains["guard_output"] == {'oifname "lo" return'}
+    assert chains["guard_output"] - chains["output"] == {"fib daddr type local return"}
+    assert chains["prerouting"] - chains["guard_input"] == {"fib daddr type != local return"}
+    assert chains["guard_input"] - chains["prerouting"] == {"tcp dport 4143 return"}
+
+
+def _rules(text: str) -> dict[str, list[str]]:
+    """The rules of each chain, without comments."""
+    found = {}
     for chain in text.split("\tchain ")[1:]:
-        rules = [line.strip() for line in chain.partition("\t}")[0].splitlines()[2:]]
-        assert [rule for rule in rules if "redirect to" in rule] == rules[-1:]
-        assert all(rule.endswith(" return") for rule in rules[:-1])
+        lines = [line.strip() for line in chain.partition("\t}")[0].splitlines()[2:]]
+        found[chain.split()[0]] = [line for line in lines if not line.startswith("#")]
+    return found
 
 
 @settings(max_examples=200)
