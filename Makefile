@@ -21,7 +21,7 @@ test: lint pytest
 # a timeout parameter is the contract of the dialer and of the handshakes, ASYNC124 because tests run in trio whether they wait or not.
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
-	$(BIN)/flake8-async --enable ASYNC1,ASYNC2 --disable ASYNC109,ASYNC124 $(shell git ls-files -co --exclude-standard "*.py")
+	git ls-files -coz --exclude-standard "*.py" | xargs -0 -n 50 -P 2 $(BIN)/flake8-async --enable ASYNC1,ASYNC2 --disable ASYNC109,ASYNC124
 	$(BIN)/mypy
 
 # The whole suite runs in network namespaces of its own, so that no test can touch, or be touched by, the machine it runs on.

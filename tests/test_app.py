@@ -30,7 +30,7 @@ async def application(serve: Application) -> AsyncIterator[int]:
     """A TCP server; the port it listens on."""
     async with trio.open_nursery() as nursery:
         (listener,) = await trio.open_tcp_listeners(0, host=HOST)
-        nursery.start_soon(trio.serve_listeners, serve, [listener])
+        await nursery.start(trio.serve_listeners, serve, [listener])
         yield listener.socket.getsockname()[1]
         nursery.cancel_scope.cancel()
 
