@@ -109,7 +109,9 @@ def test_signals_reach_the_command_exactly_once(number: signal.Signals) -> None:
         "print('ready', flush=True)\n"
         "signal.pause(); time.sleep(0.2); sys.exit(5)"
     )
-    outer = subprocess.Popen([*COMMAND, sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    # A shell starts what it runs in the background with SIGINT ignored, and that is inherited.
+    command = ["env", "--default-signal=INT", *COMMAND, sys.executable, "-c", code]
+    outer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert outer.stdout is not None
     assert outer.stdout.readline() == "ready\n"
     outer.send_signal(number)
