@@ -146,7 +146,7 @@ def _init(command: Sequence[str], alive: int) -> int:
             raise SandboxError(f"{command[0]} cannot be started: {error.strerror}") from error
         return _wait(child)
     except SandboxError as error:
-        print(f"isthmus lab: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        print(f"isthmus lab: {error}", file=sys.stderr, flush=True)
         return 64
 
 
@@ -286,12 +286,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.check:
         reason = available()
-        print(reason or "a sandbox can be made here")  # noqa: T201
+        print(reason or "a sandbox can be made here")
         return 1 if reason else 0
     try:
         return run(args.command or [os.environ.get("SHELL", "/bin/sh")])
     except SandboxError as error:
-        print(f"isthmus lab: {error}", file=sys.stderr)  # noqa: T201
+        print(f"isthmus lab: {error}", file=sys.stderr)
         return 64
 
 

@@ -247,10 +247,5 @@ class Config(Section, frozen=True):
                 yield f"{name}.listen[{index}]", address
 
     @property
-    def own_ports(self) -> frozenset[int]:
-        """Every port that the proxy itself listens on: a connection to one of them on this pod would be a loop."""
-        return frozenset(address.port for _, address in self.listeners() if address.port)
-
-    @property
     def admin_ports(self) -> frozenset[int]:
         return frozenset(address.port for address in self.admin.listen if address.port)

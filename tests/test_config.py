@@ -46,7 +46,6 @@ def test_without_a_file_and_an_environment_everything_has_a_default() -> None:
     found = load(None, {})
     assert found == Config()
     assert found.outbound.listen == (Address("127.0.0.1", 4140), Address("::1", 4140))
-    assert found.own_ports == {4140, 4143, 4191}
     assert found.admin_ports == {4191}
 
 

@@ -140,7 +140,7 @@ def main() -> None:
     except (OSError, http.client.HTTPException, smtplib.SMTPException, ValueError) as error:
         result = {"error": f"{type(error).__name__}: {error}"}
     result["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps(result))  # noqa: T201
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
