@@ -24,7 +24,6 @@ import itertools
 import logging
 import resource
 import signal
-import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from proxy.config import Config
 from proxy.errors import LoopDetected, known
 from proxy.exchange.server import Drain
 from proxy.inbound import inbound, inbound_pools
+from proxy.listeners import StartError, listen
 from proxy.logs import RateLimit, configure, warn
 from proxy.mesh import identity as identities
 from proxy.mesh.balance import Balancer
@@ -46,7 +46,7 @@ from proxy.mesh.identity import Identity, TLSSettings
 from proxy.mesh.material import MaterialError, MaterialFiles
 from proxy.mesh.watch import DirectorySource
 from proxy.metrics import Metrics
-from proxy.net.accept import Acceptor, BindFailed, Connection, bind
+from proxy.net.accept import Acceptor, Connection
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
 from proxy.net.interfaces import local_addresses
@@ -63,32 +63,11 @@ _SWEEP = 1.0
 _ADDRESSES = 10  # sweeps
 
 
-class StartError(Exception):
-    """The proxy cannot start. `code` is the exit code (sysexits.h)."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 @dataclass(frozen=True, slots=True)
 class _Known:
     """A directory that does not change: there is none."""
 
     current: Directory
-
-
-@dataclass(frozen=True, slots=True)
-class Listeners:
-    """Bound sockets. Whoever serves them closes them."""
-
-    outbound: list[socket.socket]
-    inbound: list[socket.socket]
-    admin: list[socket.socket]
-
-    def ports(self) -> frozenset[int]:
-        """Those that forward what they accept."""
-        return frozenset(sock.getsockname()[1] for sock in (*self.outbound, *self.inbound))
 
 
 def start(config: Config) -> int:
@@ -130,7 +109,7 @@ class App:
         self.ledger = Ledger(metrics, access=config.log.access)
         self.identity = _identity(config)
         self.source = _directory(config)
-        self.listeners = _bind(config)
+        self.listeners = listen(config)
         self.drain = Drain()
         own = self._own()
         self.runtime = Runtime(
@@ -306,34 +285,6 @@ def _directory(config: Config) -> DirectorySource | None:
         return DirectorySource(config.directory.file)
     except DirectoryError as error:
         raise StartError(str(error), 64) from error
-
-
-def _bind(config: Config) -> Listeners:
-    bound: list[socket.socket] = []
-
-    def listen(addresses: tuple[Address, ...]) -> list[socket.socket]:
-        sockets = [bind(address) for address in addresses if _has_family(address)]
-        bound.extend(sockets)
-        return sockets
-
-    try:
-        return Listeners(listen(config.outbound.listen), listen(config.inbound.listen), listen(config.admin.listen))
-    except BindFailed as error:
-        for sock in bound:
-            sock.close()
-        raise StartError(str(error), 69) from error
-
-
-def _has_family(address: Address) -> bool:
-    """Whether the kernel knows the address's family: where IPv6 is switched off, its listeners are left out."""
-    if not address.is_ipv6:
-        return True
-    try:
-        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
 
 
 def _report(connection: Connection, error: BaseException) -> None:

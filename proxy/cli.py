@@ -82,8 +82,9 @@ def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(args: argparse.Namespace) -> int:
-    from proxy.app import StartError, start
+    from proxy.app import start
     from proxy.config import ConfigError, load
+    from proxy.listeners import StartError
 
     try:
         config = load(args.config, os.environ)
