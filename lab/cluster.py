@@ -5,17 +5,15 @@
         web = west.pod("web")
 
 A cluster is a bridge in a network namespace of its own, with subnets for its pods and for the virtual addresses of its services;
-nothing answers at the virtual ones, the sidecars know what they mean.  Clusters do not reach each other: that needs a link between
-two pods that are their gateways (`Lab.connect`).
+nothing answers at the virtual ones, the sidecars know what they mean.  Clusters do not reach each other; what lies between them, and
+which of their ports can be reached from there, is in lab/wide_area.py (`Lab.wide_area`).
 
 Everything ends with the `async with`: programs are ended, namespaces deleted.  What cannot run any more, because the process was
 killed, is done by the sandbox.
 """
 
 import contextlib
-import ipaddress
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -27,6 +25,7 @@ from lab.network import Subnets
 from lab.pod import Pod
 from lab.process import LabError
 from lab.sandbox import inside
+from lab.wide_area import WideArea
 
 _FIRST_POD = 10  # host number of the first pod; .1 is the bridge
 _MAX_PODS = 200
@@ -63,12 +62,12 @@ class Cluster:
     def _build(self) -> None:
         network.batch(f"netns add {self.netns}")
         network.sysctl(self.netns, BRIDGE_SYSCTLS)
-        gateway4, gateway6 = self.gateways()
+        router4, router6 = self.router()
         network.batch(
             "link set lo up",
             "link add br0 type bridge",
-            f"address add {gateway4}/{self.subnets.pods4.prefixlen} dev br0",
-            f"address add {gateway6}/{self.subnets.pods6.prefixlen} dev br0 nodad",
+            f"address add {router4}/{self.subnets.pods4.prefixlen} dev br0",
+            f"address add {router6}/{self.subnets.pods6.prefixlen} dev br0 nodad",
             "link set br0 up",
             # Nobody has a virtual address: a clear error at once instead of a connection that hangs.
             f"route add unreachable {self.subnets.services4}",
@@ -76,7 +75,7 @@ class Cluster:
             netns=self.netns,
         )
 
-    def gateways(self) -> tuple[str, str]:
+    def router(self) -> tuple[str, str]:
         """The bridge's own addresses, the pods' default routes."""
         return str(self.subnets.pods4[1]), str(self.subnets.pods6[1])
 
@@ -102,14 +101,14 @@ class Cluster:
         link = (f"link add {pod.link} type veth peer name eth0 netns {pod.netns}", f"link set {pod.link} master br0 up")
         network.batch(*link, netns=self.netns)
         network.sysctl(pod.netns, POD_SYSCTLS)
-        gateway4, gateway6 = self.gateways()
+        router4, router6 = self.router()
         network.batch(
             "link set lo up",
             f"address add {pod.ipv4}/{self.subnets.pods4.prefixlen} dev eth0",
             f"address add {pod.ipv6}/{self.subnets.pods6.prefixlen} dev eth0 nodad",
             "link set eth0 up",
-            f"route add default via {gateway4}",
-            f"route add default via {gateway6}",
+            f"route add default via {router4}",
+            f"route add default via {router6}",
             netns=pod.netns,
         )
 
@@ -148,6 +147,7 @@ class Lab:
         self.clusters: dict[str, Cluster] = {}
         self._stack = contextlib.AsyncExitStack()
         self._prefix = ""
+        self._wide_area: WideArea | None = None
         self.directory = Path()
 
     async def __aenter__(self) -> Self:
@@ -162,6 +162,8 @@ class Lab:
             async with trio.open_nursery() as nursery:
                 for cluster in self.clusters.values():
                     nursery.start_soon(cluster.aclose)
+            if self._wide_area is not None:
+                self._wide_area.close()
         self.nursery.cancel_scope.cancel()
         # The nursery is not told of the error: it only holds reading tasks, and would wrap the error into a group.
         await self._stack.aclose()
@@ -174,24 +176,11 @@ class Lab:
         self.clusters[name] = cluster
         return cluster
 
-    def connect(self, first: Pod, second: Pod, subnets: Mapping[int, str] | None = None) -> None:
-        """A direct link between two pods of different clusters (their gateways): eth1 at both ends, routes to the other cluster's pods.
-
-        `subnets` are the link's own /30 and /126; the first address belongs to `first`.
-        """
-        nets = subnets or {4: "192.168.255.0/30", 6: "fd15:7400:ffff::/126"}
-        ends = {version: _hosts(nets[version]) for version in (4, 6)}
-        network.batch(f"link add eth1 netns {first.netns} type veth peer name eth1 netns {second.netns}")
-        for end, (pod, other) in enumerate(((first, second), (second, first))):
-            (own4, own6), (next4, next6) = [[ends[version][side] for version in (4, 6)] for side in (end, 1 - end)]
-            network.batch(
-                f"address add {own4}/{nets[4].partition('/')[2]} dev eth1",
-                f"address add {own6}/{nets[6].partition('/')[2]} dev eth1 nodad",
-                "link set eth1 up",
-                f"route add {other.ipv4} via {next4}",
-                f"route add {other.ipv6} via {next6}",
-                netns=pod.netns,
-            )
+    def wide_area(self) -> WideArea:
+        """The network between the clusters, made at the first call."""
+        if self._wide_area is None:
+            self._wide_area = WideArea(self)
+        return self._wide_area
 
     def claim(self, name: str) -> str:
         """The name of a network namespace, distinct from those of other laboratories in the same sandbox."""
@@ -214,8 +203,3 @@ class Lab:
             self._stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
             return
         raise LabError("there are already 1000 laboratories in this sandbox")
-
-
-def _hosts(subnet: str) -> tuple[str, str]:
-    net = ipaddress.ip_network(subnet)
-    return str(net[1]), str(net[2])

@@ -46,6 +46,15 @@ def batch(*lines: str, netns: str | None = None) -> None:
         raise LabError(f"ip: {done.stderr.strip()} (commands: {'; '.join(lines)})")
 
 
+def nft(netns: str, *lines: str) -> str:
+    """Run `nft` commands, one a line, as one transaction; what they list.  Raises LabError."""
+    command = ["nsenter", f"--net=/run/netns/{netns}", "--", "nft", "-f", "-"]
+    done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise LabError(f"nft: {done.stderr.strip()} (commands: {'; '.join(lines)})")
+    return done.stdout
+
+
 def sysctl(netns: str, values: dict[str, str]) -> None:
     """Set kernel settings of a network namespace; unknown ones (a kernel without IPv6) are left out."""
 

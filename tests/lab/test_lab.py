@@ -11,7 +11,6 @@ import trio
 from lab import faults
 from lab.capture import Capture
 from lab.cluster import Cluster, Lab
-from lab.network import Subnets
 from lab.pod import APP, OPERATOR, SIDECAR, User
 from lab.process import LabError, Process
 from lab.sandbox import rootless
@@ -40,19 +39,6 @@ async def test_pods_of_a_cluster_reach_each_other_by_address_and_name(west: Clus
     await accepted.aclose()
     found = await a.run_python("import socket; print(sorted({entry[4][0] for entry in socket.getaddrinfo('b', 80)}))")
     assert found.text.strip() == str(sorted([b.ipv4, b.ipv6]))
-
-
-async def test_clusters_do_not_reach_each_other_until_gateways_are_connected(lab: Lab) -> None:
-    west, east = lab.cluster("west"), lab.cluster("east")
-    one, other = west.pod("gateway"), east.pod("gateway")
-    listener = await other.listen(80)
-    with pytest.raises(OSError), trio.fail_after(5):
-        await one.connect(other.ipv4, 80)
-    lab.connect(one, other)
-    with trio.fail_after(5):
-        await one.connect(other.ipv4, 80)
-        await (await listener.accept()).aclose()
-    assert not Subnets.numbered(1).pods4.overlaps(Subnets.numbered(2).pods4)
 
 
 @pytest.mark.skipif(rootless(), reason="one user id only")
