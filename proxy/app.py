@@ -52,6 +52,7 @@ from proxy.net.dial import Dialer
 from proxy.net.interfaces import local_addresses
 from proxy.outbound import outbound, outbound_pools
 from proxy.pools import Pools
+from proxy.reach import Reach
 from proxy.runtime import Runtime, Settings
 
 _log = logging.getLogger("isthmus")
@@ -112,13 +113,15 @@ class App:
         self.listeners = listen(config)
         self.drain = Drain()
         own = self._own()
+        balancer = Balancer(trio.current_time)
         self.runtime = Runtime(
             config=config,
             settings=Settings.of(config),
             listeners=own,
             identity=self.identity,
             directory=self.source or _Known(Directory()),
-            balancer=Balancer(trio.current_time),
+            balancer=balancer,
+            reach=Reach(balancer),
             dialer=Dialer(config.mark, config.tcp.connect_timeout, config.tcp.keepalive or None, self._refuse_loop),
             ledger=self.ledger,
             drain=self.drain,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
 from proxy.settings import Shape, fields, is_struct, kind, limits, shape, show
-from proxy.units import LEAVES, PortSwitch
+from proxy.units import LEAVES, GrpcCode, PortSwitch, StatusRange
 
 
 def schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
@@ -25,17 +26,19 @@ def schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
     if required:
         found["required"] = required
     if struct.__doc__:
-        found["description"] = struct.__doc__
+        found["description"] = inspect.getdoc(struct)
     return found
 
 
 def _written(default: object, form: Shape) -> Any:
+    if isinstance(default, StatusRange | GrpcCode):
+        return str(default) if isinstance(default, StatusRange) else default.name
     if isinstance(default, tuple) and get_origin(form.type) is tuple:
         element = shape(get_args(form.type)[0])
         return [_written(item, element) for item in default]
     if default is None or isinstance(default, dict):
         return default
-    if isinstance(default, bool | int) and form.unit not in ("duration", "size"):
+    if isinstance(default, bool | int | float) and form.unit not in ("duration", "size"):
         return default
     if isinstance(default, PortSwitch):
         return default.default
@@ -47,6 +50,8 @@ def _node(form: Shape) -> dict[str, Any]:
     node = dict(_type(form))
     if form.optional and "type" in node:
         node["type"] = [node["type"], "null"]
+    elif form.optional and "anyOf" in node:
+        node["anyOf"] = [*node["anyOf"], {"type": "null"}]
     if form.meta.description:
         node["description"] = form.meta.description + (f" ({limits(form)})" if form.unit in ("duration", "size") else "")
     return node
@@ -70,6 +75,10 @@ def _type(form: Shape) -> dict[str, Any]:
         return {"anyOf": [{"type": "string", "pattern": "^[0-9]+([.][0-9]+)?(ms|s|m|h|d)$"}, {"const": 0}]}
     if form.unit == "size":
         return {"anyOf": [{"type": "string", "pattern": "^[0-9]+(B|KiB|MiB|GiB)?$"}, {"type": "integer", "minimum": 0}]}
+    if form.unit == "ratio":
+        return {"type": "number", "minimum": form.meta.ge, "maximum": form.meta.le}
+    if form.type in (StatusRange, GrpcCode):
+        return {"type": ["string", "integer"]}
     if form.type in LEAVES:
         return {"type": "string"} | ({"maxLength": most} if most else {})
     return {"type": "integer", "minimum": form.meta.ge, "maximum": form.meta.le}
@@ -80,11 +89,11 @@ def tables(struct: type[msgspec.Struct], section: str = "") -> str:
     rows, below = [], []
     for name, default, form in fields(struct):
         if is_struct(form.type):
-            below.append(tables(form.type, name))
+            below.append(tables(form.type, f"{section}.{name}" if section else name))
             continue
         given = "must be given" if default is msgspec.NODEFAULT else f"`{show(default, form)}`"
         label = f"{section}.{name}" if section else name
         rows.append(f"| `{label}` | {form.meta.description} | {kind(form)} | {given} | {limits(form) or '-'} |")
-    title = f"### {section or 'At the top'}\n\n{struct.__doc__ if section else 'What is true of the whole proxy.'}\n\n"
+    title = f"### {section or 'At the top'}\n\n{inspect.getdoc(struct) if section else 'What is true of the whole proxy.'}\n\n"
     head = "| Setting | Meaning | Unit or kind | Default | Limit |\n| --- | --- | --- | --- | --- |\n"
     return "\n".join([title + head + "\n".join(rows) + "\n", *below])

@@ -17,7 +17,7 @@ from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
 from proxy.exchange.layers import deadline, measure, rescue
 from proxy.mesh.contexts import ALPN_TCP
-from proxy.mesh.directory import Endpoint, Hint
+from proxy.mesh.directory import Endpoint, Hint, Target
 from proxy.net.accept import Connection
 from proxy.net.relay import relay
 from proxy.net.streams import Stream
@@ -53,7 +53,7 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
             if about.protocol is not Protocol.OPAQUE:
                 await serve(rt, connection.stream, about, handler)
             else:
-                await rt.reach(target, to_endpoint(rt, connection.stream, account))
+                await rt.reach.connection(lambda: target, to_endpoint(rt, connection.stream, account))
 
     return accept
 
@@ -62,14 +62,17 @@ def to_service(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
     """The endpoint of the stack: each request to one of the endpoints of its destination."""
     client: Client[Endpoint] = Client(rt.settings.client, rt.ledger.bridge(rt.config.tcp.idle_timeout))
 
-    async def send(exchange: Exchange) -> None:
-        async def use(endpoint: Endpoint) -> None:
-            exchange.upstream = endpoint.address
-            await client.send(exchange, endpoint, pools.lender(upstream_protocol(exchange, endpoint)))
+    def choose(exchange: Exchange) -> Target:
+        return rt.directory.current.resolve(exchange.facts.destination)
 
-        await rt.reach(rt.directory.current.resolve(exchange.facts.destination), use)
+    async def send(exchange: Exchange, _: Target, endpoint: Endpoint) -> None:
+        exchange.upstream = endpoint.address
+        await client.send(exchange, endpoint, pools.lender(upstream_protocol(exchange, endpoint)))
 
-    return send
+    async def handle(exchange: Exchange) -> None:
+        await rt.reach.exchange(exchange, choose, send)
+
+    return handle
 
 
 def upstream_protocol(exchange: Exchange, endpoint: Endpoint) -> Protocol:
@@ -82,10 +85,10 @@ def upstream_protocol(exchange: Exchange, endpoint: Endpoint) -> Protocol:
     return {Hint.HTTP1: Protocol.HTTP1, Hint.HTTP2: Protocol.HTTP2}.get(endpoint.protocol) or spoken(exchange.request.version)
 
 
-def to_endpoint(rt: Runtime, client: Stream, account: ConnectionAccount) -> Callable[[Endpoint], Awaitable[None]]:
+def to_endpoint(rt: Runtime, client: Stream, account: ConnectionAccount) -> Callable[[Target, Endpoint], Awaitable[None]]:
     """Relay `client` to an endpoint, byte for byte."""
 
-    async def use(endpoint: Endpoint) -> None:
+    async def use(_: Target, endpoint: Endpoint) -> None:
         async with closing(await rt.connect(endpoint, ALPN_TCP)) as upstream:
             with account.upstream(upstream):
                 account.relayed(await relay(client, upstream, idle=rt.config.tcp.idle_timeout))

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from loopguard import OwnListeners
 from proxy.account import Ledger
 from proxy.config import Config
-from proxy.errors import LoopDetected, NoEndpoint, UpstreamTLSError
+from proxy.errors import LoopDetected, UpstreamTLSError
 from proxy.exchange.client import ClientSettings
 from proxy.exchange.exchange import Exchange, Facts
 from proxy.exchange.mux import MuxSettings
 from proxy.exchange.pool import PoolSettings
 from proxy.exchange.server import Drain, ServerSettings
 from proxy.mesh.balance import Balancer
-from proxy.mesh.directory import Directory, Endpoint, Target
+from proxy.mesh.directory import Directory, Endpoint
 from proxy.mesh.identity import Identity, PeerRefused
 from proxy.net.accept import Connection
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
-from proxy.net.errors import ConnectFailed, ConnectionLost, TLSFailed
+from proxy.net.errors import ConnectionLost, TLSFailed
 from proxy.net.streams import Stream
 from proxy.net.tls import TLSOffer, tls_client
+from proxy.reach import Reach
 from proxy.wire.events2 import Http2Limits
 from proxy.wire.messages import Limits
-
-T = TypeVar("T")
-
-# A request whose endpoint cannot be connected to has not been sent, so another endpoint may have it. More than a few tries would
-# only make the client wait: then the service is down, not an endpoint of it.
-_ENDPOINTS_TRIED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +88,7 @@ class Runtime:
     identity: Identity | None
     directory: Source
     balancer: Balancer
+    reach: Reach
     dialer: Dialer
     ledger: Ledger
     drain: Drain
@@ -152,29 +148,6 @@ class Runtime:
             raise UpstreamTLSError(f"mutual TLS with {endpoint.address} as {expected}: {error}", kind) from error
         self.ledger.tls_established("outbound", tls.info)
         return tls
-
-    async def reach(self, target: Target, use: Callable[[Endpoint], Awaitable[T]]) -> T:
-        """`use` an endpoint of `target`; another one if the first cannot be connected to. Raises NoEndpoint, and what `use` raises."""
-        tried: list[Endpoint] = []
-        failure: ConnectFailed | None = None
-        while True:
-            endpoint = self.balancer.pick(target, exclude=tried) if len(tried) < _ENDPOINTS_TRIED else None
-            if endpoint is None:
-                if failure is not None:
-                    raise failure
-                raise NoEndpoint(f"none of the {len(target.endpoints)} endpoints of {target.service or 'the destination'} is ready")
-            try:
-                with self.balancer.using(endpoint):
-                    return await use(endpoint)
-            except UpstreamTLSError:
-                self.balancer.failed(endpoint)  # let the next one go elsewhere; this one fails, and says why
-                raise
-            except ConnectFailed as error:
-                if error.reason == "local":
-                    raise  # another endpoint would not help, and this one is not to be avoided for it
-                self.balancer.failed(endpoint)
-                tried.append(endpoint)
-                failure = error
 
     # What is said to whom...
 

@@ -9,9 +9,10 @@ meaning, from which the checks, the JSON schema and the tables in the documentat
 
 from __future__ import annotations
 
+import functools
+import math
 import types
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -33,6 +34,11 @@ def octets(low: int, high: int, text: str) -> msgspec.Meta:
 
 def number(low: int, high: int, text: str, unit: str = "number") -> msgspec.Meta:
     return msgspec.Meta(ge=low, le=high, description=text, extra={"unit": unit})
+
+
+def ratio(low: float, high: float, text: str) -> msgspec.Meta:
+    """A number that need not be whole."""
+    return msgspec.Meta(ge=low, le=high, description=text, extra={"unit": "ratio"})
 
 
 def described(text: str, most: int | None = None) -> msgspec.Meta:
@@ -75,12 +81,15 @@ def is_struct(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 
 
-def fields(struct: type[msgspec.Struct]) -> Iterator[tuple[str, Any, Shape]]:
+@functools.cache  # a directory may have ten thousand policies
+def fields(struct: type[msgspec.Struct]) -> tuple[tuple[str, Any, Shape], ...]:
     """(name, default, shape) of every field. The default is msgspec.NODEFAULT where the field has to be given."""
     hints = typing.get_type_hints(struct, include_extras=True)
+    found = []
     for info in msgspec.structs.fields(struct):
         default = info.default if info.default_factory is msgspec.NODEFAULT else info.default_factory()
-        yield info.name, default, shape(hints[info.name])
+        found.append((info.name, default, shape(hints[info.name])))
+    return tuple(found)
 
 
 def decode(value: Plain, struct: type[msgspec.Struct], path: str, mistakes: Mistakes) -> Any:
@@ -89,7 +98,7 @@ def decode(value: Plain, struct: type[msgspec.Struct], path: str, mistakes: Mist
     if given is None:
         return None
     found: dict[str, object] = {}
-    known = list(fields(struct))
+    known = fields(struct)
     unknown_keys(given, (name for name, _, _ in known), path, mistakes)
     for name, default, form in known:
         if name in given:
@@ -163,6 +172,10 @@ def _bounded(value: Plain, form: Shape) -> float:
         amount = parse_duration(value)
     elif form.unit == "size":
         amount = parse_size(value)
+    elif form.unit == "ratio":
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"expected a number such as 0.2, found {said(value)}")
+        amount = float(value)
     elif isinstance(value, int) and not isinstance(value, bool):
         amount = value
     else:
@@ -188,6 +201,8 @@ def show(value: object, form: Shape) -> str:
             return show_duration(value)
         case int() if form.unit == "size":
             return show_size(value)
+        case int() | float() if form.unit == "ratio":
+            return f"{value:g}"
     return LEAVES[form.type][2](value) if form.type in LEAVES else str(value)
 
 

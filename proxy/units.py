@@ -6,13 +6,14 @@ spelled so (KiB). Every parser takes a plain value of the document and raises Va
 
 from __future__ import annotations
 
+import enum
 import ipaddress
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from proxy.mesh.document import Plain, said
+from proxy.mesh.document import Plain, closest, said
 from proxy.mesh.spiffe import IdentityPattern
 from proxy.net.address import Address
 
@@ -22,6 +23,7 @@ IP = ipaddress.IPv4Address | ipaddress.IPv6Address
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)\Z")
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE = re.compile(r"([0-9]+)(B|KiB|MiB|GiB)?\Z")
+_STATUSES = re.compile(r"(?:([45])xx|([0-9]{3})(?:-([0-9]{3}))?)\Z")
 _BYTES: Final = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -33,6 +35,39 @@ class PortSwitch(NamedTuple):
 
     def at(self, port: int) -> bool:
         return self.ports.get(port, self.default)
+
+
+class StatusRange(NamedTuple):
+    """HTTP statuses from `low` to `high`, both included; written 503, 5xx or 500-504."""
+
+    low: int
+    high: int
+
+    def __str__(self) -> str:
+        if self.low % 100 == 0 and self.high == self.low + 99:
+            return f"{self.low // 100}xx"
+        return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
+
+
+class GrpcCode(enum.IntEnum):
+    """The statuses of gRPC that are errors (github.com/grpc/grpc, statuscodes.md)."""
+
+    cancelled = 1
+    unknown = 2
+    invalid_argument = 3
+    deadline_exceeded = 4
+    not_found = 5
+    already_exists = 6
+    permission_denied = 7
+    resource_exhausted = 8
+    failed_precondition = 9
+    aborted = 10
+    out_of_range = 11
+    unimplemented = 12
+    internal = 13
+    unavailable = 14
+    data_loss = 15
+    unauthenticated = 16
 
 
 def parse_duration(value: Plain) -> float:
@@ -120,6 +155,26 @@ def _port_switch(value: Plain) -> PortSwitch:
     raise ValueError(f"expected true, false, a list of ports, or a mapping of ports to true or false, found {said(value)}")
 
 
+def _statuses(value: Plain) -> StatusRange:
+    if isinstance(value, int | str) and not isinstance(value, bool) and (match := _STATUSES.match(str(value))):
+        if match[1]:
+            return StatusRange(int(match[1]) * 100, int(match[1]) * 100 + 99)
+        low = int(match[2])
+        high = int(match[3] or low)
+        if 400 <= low <= high <= 599:
+            return StatusRange(low, high)
+    raise ValueError(f"expected statuses such as 503, 5xx or 500-504, from 400 to 599, found {said(value)}")
+
+
+def _grpc_code(value: Plain) -> GrpcCode:
+    name = value.lower() if isinstance(value, str) else ""
+    for code in GrpcCode:
+        if name == code.name or (isinstance(value, int) and not isinstance(value, bool) and value == code.value):
+            return code
+    near = closest(name, GrpcCode.__members__) if name else ""
+    raise ValueError(f"expected a gRPC status such as unavailable or 14, found {said(value)}{near}")
+
+
 def parse_port(value: Plain) -> int:
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 6:
         value = int(value)
@@ -134,6 +189,8 @@ LEAVES: Mapping[object, tuple[Callable[[Plain], object], str, Callable[[Any], st
     Network: (_network, "subnet", str),
     Path: (_path, "path", str),
     PortSwitch: (_port_switch, "true, false or ports", lambda switch: "true" if switch.default else "false"),
+    StatusRange: (_statuses, "HTTP statuses", str),
+    GrpcCode: (_grpc_code, "gRPC status", lambda code: str(code.name)),
     IdentityPattern: (lambda value: IdentityPattern.parse(_text(value)), "identity pattern", str),
     str: (_text, "text", str),
 }  # fmt: skip
