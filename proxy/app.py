@@ -12,8 +12,8 @@ The order of the start is the order of what depends on what: identity (no socket
     ├── inbound                  a task for each connection
     └── outbound                 a task for each connection
 
-and the end is the same backwards. SIGTERM: not ready any more; inbound accepts nothing new; connections between two requests are closed,
-the others after their response. Outbound goes on accepting until the application has been quiet for a moment, because Kubernetes
+and the end is the same backwards. SIGTERM: not ready any more; inbound accepts nothing new; connections end with their next response,
+or when they have been quiet for a moment. Outbound goes on accepting until the application has been quiet for a moment, because Kubernetes
 stops the application at the same time and it may have work to finish. After `shutdown.grace` seconds what is still open is cut.
 """
 

@@ -15,11 +15,9 @@ import yaml
 
 from proxy.app import App
 from proxy.config import load
-from proxy.exchange.server import Drain
 from proxy.mesh.certificates import issue, make_root
 from proxy.mesh.spiffe import SpiffeId
 from proxy.metrics import Metrics
-from tests.net.conftest import pair
 
 HOST = "127.0.0.1"
 Application = Callable[[trio.SocketStream], Awaitable[None]]
@@ -157,14 +155,3 @@ async def test_a_client_that_half_closes_behind_its_request_is_answered(tmp_path
         await client.send_eof()
         with trio.fail_after(10):
             assert (await client.receive_some()).startswith(b"HTTP/1.1 200 OK")
-
-
-async def test_draining_closes_the_silent_and_leaves_those_who_have_asked() -> None:
-    (asking, asker), (waiting, silent) = pair(), pair()
-    await asker.send_all(b"POST / HTTP/1.1\r\n")
-    await asking.peek(1)
-    Drain(idle={asking, waiting}).begin()
-    assert not asking.closed
-    assert waiting.closed
-    for stream in (asking, asker, silent):
-        stream.close()

@@ -88,6 +88,7 @@ class Client(Generic[K]):
                     raise UpstreamReset(str(error), Code.REFUSED_STREAM) from error
             elif not (error.again and bodiless and exchange.request.method in IDEMPOTENT):
                 raise UpstreamClosed(str(error)) from error
+            exchange.clock.rest()  # nothing is waited for until this one has been sent
             try:
                 await self._attempt(exchange, endpoint, lender, fresh=not error.untouched)
             except Unanswered as second:
@@ -209,6 +210,8 @@ class _Attempt:
             await exchange.inform(head)
         else:
             raise UpstreamProtocolError(f"more than {_INTERIM} interim responses")
+        # If it is too late already, or the request has failed meanwhile, the client is told so. From here on it can only be told this.
+        await trio.lowlevel.checkpoint_if_cancelled()
         tunnel = carrier.tunnel()
         if tunnel is None:
             await exchange.respond(head, _ResponseBody(self._settings, exchange, carrier))

@@ -34,6 +34,11 @@ _DRAIN_BYTES = 65536
 # See Http1Exchange.look.
 _HALF_CLOSED = 1.0
 
+# When the proxy goes down, a request may be on its way on any connection that waits for one (seconds since it began to wait). A client that
+# has just been let in came to ask; one that has been quiet for longer than this has nothing under way.
+_FIRST_REQUEST = 5.0
+_NEXT_REQUEST = 1.0
+
 _NOTHING_READ = RequestHead(b"-", b"-", Headers())
 
 
@@ -41,12 +46,12 @@ _NOTHING_READ = RequestHead(b"-", b"-", Headers())
 class Drain:
     """The downstream HTTP connections as a whole: whether the proxy is going down, and who of them waits for what.
 
-    Connections that wait for a request are closed when the draining begins, unless a request has come that is not read yet; the others
-    after their response.
+    All end after their next response, which says so. Those that wait for a request may wait a moment more, for one that is on its way: a
+    client that sent it cannot know whether it has been seen, and may not send it again if it is not idempotent.
     """
 
     draining: bool = False
-    idle: set[Stream] = field(default_factory=set)
+    idle: set[Http1Server] = field(default_factory=set)
     on_begin: set[Callable[[], None]] = field(default_factory=set)  # for connections that have a way to say it
     waiting: set[Http1Exchange] = field(default_factory=set)
 
@@ -54,9 +59,8 @@ class Drain:
         self.draining = True
         for tell in list(self.on_begin):
             tell()
-        for stream in list(self.idle):
-            if stream.is_idle():
-                stream.close()
+        for server in self.idle:
+            server.hurry()
 
     def look(self) -> None:
         """Give up exchanges whose client has gone while the server was thinking. About once a second: nobody reads from a client
@@ -243,24 +247,32 @@ class Http1Server:
         self.settings = settings
         self.drain = drain
         self.connection = Http1Connection(Role.SERVER, settings.limits)
-        self.served = False  # whoever was let in has one request answered, even while the proxy is going down
+        self.served = False  # whether a request has been answered
         self.tunnelled = False
         self.aborted = False
+        self._scope = trio.CancelScope()  # of the whole connection; its deadline is that of the head that is waited for
+        self._waits_since = 0.0
 
     async def run(self, handler: Handler) -> None:
         """Serve until either side has enough. Raises ConnectionLost when the client's connection breaks within a request's head."""
-        with trio.CancelScope() as scope:
-            while await self._serve_one(handler, scope):
+        with self._scope:
+            while await self._serve_one(handler):
                 self.connection.next_cycle()
-        if scope.cancelled_caught and self.connection.buffered:
+        if self._scope.cancelled_caught and self.connection.buffered:
             late = ProtocolError(f"the request's head was not complete after {self.settings.head_timeout} s", 408)
             await self._refuse(handler, late)
 
-    async def _serve_one(self, handler: Handler, scope: trio.CancelScope) -> bool:
+    def hurry(self) -> None:
+        """The proxy is going down, and this connection waits for a request: not for much longer."""
+        if self.stream.is_idle():
+            patience = _NEXT_REQUEST if self.served else _FIRST_REQUEST
+            self._scope.deadline = min(self._scope.deadline, self._waits_since + patience)
+
+    async def _serve_one(self, handler: Handler) -> bool:
         """One exchange. False: the connection ends behind it."""
         connection = self.connection
         try:
-            head = await self._next_request(scope)
+            head = await self._next_request()
         except ProtocolError as error:
             await self._refuse(handler, error)
             return False
@@ -286,20 +298,21 @@ class Http1Server:
             return False
         return True
 
-    async def _next_request(self, scope: trio.CancelScope) -> RequestHead | None:
-        """The next head; None: the client has closed, or the proxy is going down."""
-        connection = self.connection
-        if self.drain.draining and self.served:
-            return None
+    async def _next_request(self) -> RequestHead | None:
+        """The next head; None: the client has closed, or nothing came in time."""
+        connection, scope = self.connection, self._scope
         if not connection.buffered:
-            scope.deadline = trio.current_time() + self.settings.idle_timeout
-            self.drain.idle.add(self.stream)
+            self._waits_since = trio.current_time()
+            scope.deadline = self._waits_since + self.settings.idle_timeout
+            if self.drain.draining:
+                self.hurry()
+            self.drain.idle.add(self)
             try:
                 connection.receive_data(await self.stream.receive_some(READ_SIZE))
             except (trio.ClosedResourceError, NetError):
-                return None  # by the drain, or by the client: between two requests nothing is lost
+                return None  # between two requests nothing is lost
             finally:
-                self.drain.idle.discard(self.stream)
+                self.drain.idle.discard(self)
         head = connection.next_request()
         if head is Signal.NEED_DATA:
             scope.deadline = trio.current_time() + self.settings.head_timeout

@@ -8,7 +8,9 @@ Two things bound what a flood can cost us. Over `limit` open connections nothing
 backlog, and beyond it the kernel drops their SYN, so that clients try again instead of being refused. And if the process runs out of
 file descriptors, accepting pauses for a moment and goes on; connections that are open do not notice.
 
-Draining: `drain(grace)` stops accepting at once, lets open connections finish, and cancels what is left after `grace` seconds.
+Draining: `drain(grace)` stops accepting at once, lets open connections finish, and cancels what is left after `grace` seconds. What
+waits in the kernel's queue then is still taken: for these clients the connection is open, and they may have sent something; closing
+the listener would reset them.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ _log = logging.getLogger(__name__)
 _SO_ORIGINAL_DST = 80
 _SOCKADDR_IN = struct.Struct("=H2s4s8x")  # family, port, address
 _SOCKADDR_IN6 = struct.Struct("=H2sI16sI")  # family, port, flow, address, scope
+
+# Connections that the kernel completes and keeps until they are accepted.
+_BACKLOG = 1024
 
 # Connections accepted in a row before other tasks run: in a flood, those that are open must go on. The tasks just started get
 # their turn at the same time, so accepting cannot run ahead of serving by more than this.
@@ -62,7 +67,7 @@ class Connection:
     original: Address | None
 
 
-def bind(address: Address, backlog: int = 1024) -> socket.socket:
+def bind(address: Address, backlog: int = _BACKLOG) -> socket.socket:
     """A listening, non-blocking socket. An IPv6 one takes IPv6 only, so that `0.0.0.0` and `::` can be bound side by side.
 
     `backlog` is capped by net.core.somaxconn. Raises BindFailed.
@@ -168,6 +173,8 @@ class Acceptor:
                         async with trio.open_nursery() as loops:
                             for listener in listeners:
                                 loops.start_soon(self._accept_from, listener, connections)
+                    for listener in listeners:
+                        self._accept_rest(listener, connections)
                 finally:
                     for listener in listeners:
                         notify_closing(listener)
@@ -193,13 +200,27 @@ class Acceptor:
                 else:
                     await checkpoint()
                 continue
-            self.open += 1
-            self.accepted += 1
-            connections.start_soon(self._run, sock)
+            self._take(sock, connections)
             streak += 1
             if streak >= _ACCEPT_BURST:
                 streak = 0
                 await checkpoint()
+
+    def _accept_rest(self, listener: socket.socket, connections: trio.Nursery) -> None:
+        """Take what is in the kernel's queue, as far as there is room. A flood cannot keep us here: the queue's length is the bound."""
+        for _ in range(min(self.limit - self.open, _BACKLOG)):
+            try:
+                self._take(listener.accept()[0], connections)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _LISTENER_BROKEN or error.errno in _EXHAUSTED:
+                    return
+
+    def _take(self, sock: socket.socket, connections: trio.Nursery) -> None:
+        self.open += 1
+        self.accepted += 1
+        connections.start_soon(self._run, sock)
 
     async def _run(self, sock: socket.socket) -> None:
         try:

@@ -6,6 +6,7 @@ Also here: going down. Idle connections end at once, those in use after their re
 from __future__ import annotations
 
 import contextlib
+import os
 
 import pytest
 import trio
@@ -14,7 +15,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from proxy.exchange.client import ClientSettings
 from proxy.exchange.server import ServerSettings
 from tests.kit.hop import Settings, hop, through
-from tests.kit.http import BROKEN, GET, OK, POST, Message, Peer, answering, echo, origin
+from tests.kit.http import BROKEN, GET, OK, POST, Message, Peer, answering, echo, origin, until
 
 SETTINGS = Settings(
     server=ServerSettings(idle_timeout=90, head_timeout=10, body_timeout=60, write_timeout=50),
@@ -107,6 +108,28 @@ async def test_a_body_below_the_least_rate_is_cut(clock: MockClock) -> None:
         assert answer.status == 408
         assert trio.current_time() - started == about(60)
         nursery.cancel_scope.cancel()
+
+
+async def test_a_body_that_is_late_in_the_moment_of_the_response_still_gets_one_of_the_two_answers(clock: MockClock) -> None:
+    """Both are known at once; which is looked at first is trio's choice, so it is tried often."""
+    servers: list[Peer] = []
+
+    async def script(peer: Peer) -> None:
+        await peer.head()
+        servers.append(peer)
+        await peer.rest()
+
+    seen = set()
+    async with origin(script) as server, hop(server.address, SETTINGS) as proxy:
+        for number in range(20):
+            client = await proxy.connect()
+            await client.send(UPLOAD % 100 + b"hello")
+            await until(lambda number=number: len(servers) > number)
+            await wait_all_tasks_blocked()
+            os.write(servers[-1].stream.socket.fileno(), OK)
+            clock.jump(61)
+            seen.add((await client.response()).status)
+    assert seen <= {200, 408}
 
 
 async def test_a_slow_server_is_not_the_client_s_low_rate(clock: MockClock) -> None:
@@ -264,16 +287,62 @@ async def test_a_tunnel_has_no_deadline_of_an_exchange(clock: MockClock) -> None
 # Going down
 
 
-async def test_idle_connections_end_at_once() -> None:
-    async with origin(answering()) as server, hop(server.address) as proxy:
-        new, used = await proxy.connect(), await proxy.connect()
-        await used.ask()
-        await wait_all_tasks_blocked(0.01)
+@pytest.mark.parametrize(("quiet", "wait"), [(0, 1), (0.7, 0.3), (30, 0)], ids=["just answered", "a moment ago", "long ago"])
+async def test_a_kept_connection_ends_when_it_has_been_quiet_for_a_moment(clock: MockClock, quiet: float, wait: float) -> None:
+    async with origin(answering()) as server, hop(server.address, SETTINGS) as proxy:
+        client = await proxy.connect()
+        await client.ask()
+        await trio.sleep(quiet)
+        await wait_all_tasks_blocked()
         proxy.drain.begin()
-        assert await new.rest() == await used.rest() == b""
+        began = trio.current_time()
+        assert await client.rest() == b""
+        assert trio.current_time() - began == pytest.approx(wait, abs=0.2)
         await proxy.gone()
         assert proxy.errors == []
         assert not proxy.drain.idle
+
+
+async def test_a_request_that_was_on_its_way_to_a_kept_connection_is_served(clock: MockClock) -> None:
+    heard: list[Message] = []
+    async with through(answering(heard=heard), SETTINGS) as (client, proxy):
+        await client.ask()
+        await wait_all_tasks_blocked()
+        proxy.drain.begin()
+        await trio.sleep(0.5)
+        await client.send(POST)  # not to be sent again by itself
+        answer = await client.response()
+        assert (answer.status, answer.get(b"connection")) == (200, b"close")
+        assert await client.ended()
+        assert len(heard) == 2
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["before", "after"])
+async def test_a_client_that_has_just_been_let_in_may_still_ask(clock: MockClock, early: bool) -> None:
+    """It is in the handshake, say, when the proxy is told to stop: its request is under way, and nothing says that it may be repeated."""
+    async with origin(answering()) as server, hop(server.address, SETTINGS) as proxy:
+        if not early:
+            proxy.drain.begin()
+        client = await proxy.connect()
+        await wait_all_tasks_blocked()
+        if early:
+            proxy.drain.begin()
+        await trio.sleep(3)
+        await client.send(POST)
+        answer = await client.response()
+        assert (answer.status, answer.get(b"connection")) == (200, b"close")
+        assert await client.ended()
+
+
+async def test_a_client_that_has_been_let_in_and_does_not_ask_holds_nobody_up(clock: MockClock) -> None:
+    async with origin(answering()) as server, hop(server.address, SETTINGS) as proxy:
+        client = await proxy.connect()
+        await wait_all_tasks_blocked()
+        proxy.drain.begin()
+        began = trio.current_time()
+        assert await client.rest() == b""
+        assert trio.current_time() - began == about(5)
+        await proxy.gone()
 
 
 async def test_connections_in_use_end_after_their_response() -> None:

@@ -264,6 +264,25 @@ async def test_draining_stops_accepting_at_once_and_lets_connections_finish() ->
         client.close()
 
 
+async def test_what_waits_in_the_kernels_queue_is_taken_as_far_as_there_is_room() -> None:
+    """For these clients the connection is open already, and they may have said something."""
+    listener = bind(Address("127.0.0.1", 0))
+    acceptor = Acceptor(echo, limit=3, on_error=ignore)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(acceptor.serve, [listener])
+        await wait_all_tasks_blocked()
+        clients = [dial(listener) for _ in range(4)]
+        acceptor.drain(60)
+        for client in clients[:3]:
+            await client.send_all(b"hello")
+            assert await client.receive_some() == b"hello"
+            client.close()
+        with pytest.raises(ConnectionLost):
+            await clients[3].receive_some()
+        clients[3].close()
+    assert (acceptor.accepted, acceptor.open, listener.fileno()) == (3, 0, -1)
+
+
 async def test_what_does_not_finish_in_its_grace_is_cancelled() -> None:
     listener = bind(Address("127.0.0.1", 0))
     acceptor = Acceptor(echo, limit=10, on_error=ignore)
@@ -279,7 +298,7 @@ async def test_what_does_not_finish_in_its_grace_is_cancelled() -> None:
     client.close()
 
 
-async def test_a_drain_before_serving_serves_nobody() -> None:
+async def test_a_drain_before_serving_serves_nobody_who_has_not_come() -> None:
     listener = bind(Address("127.0.0.1", 0))
     acceptor = Acceptor(echo, limit=10, on_error=ignore)
     acceptor.drain(60)
