@@ -26,7 +26,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "tracing": ({"tracing"}, {"opentelemetry"}),
     "proxy.wire": ({"proxy.wire"}, {"h11", "h2", "hpack"}),
     "proxy.net": ({"proxy.net"}, {"trio", "OpenSSL", "cryptography"}),
-    "proxy.mesh": ({"proxy.mesh", "proxy.net", "proxy.settings", "proxy.units"}, {"trio", "OpenSSL", "cryptography", "msgspec", "yaml"}),
+    "proxy.mesh": (
+        {"proxy.mesh", "proxy.net", "proxy.settings", "proxy.units", "proxy.describe", "loopguard"},
+        {"trio", "OpenSSL", "cryptography", "msgspec", "yaml"},
+    ),
     "proxy.exchange": ({"proxy.exchange", "proxy.wire", "proxy.net", "proxy.errors", "loopguard", "tracing"}, {"trio"}),
     "proxy.detect": ({"proxy.net", "proxy.wire"}, {"trio"}),
     "proxy.errors": ({"proxy.net", "proxy.wire"}, set()),

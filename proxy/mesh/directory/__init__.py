@@ -1,0 +1,44 @@
+"""The directory: which services there are, where their endpoints are, who they are, and how other clusters are reached.
+
+    snapshot.py   what is known, immutable, and the look-ups
+    reader.py     a YAML document -> a snapshot, or all its mistakes; with
+                  values.py, clusters.py (other clusters), plans.py (splits, failovers)
+    schema.py     the document's JSON schema
+"""
+
+from proxy.mesh.directory.reader import DirectoryError, parse
+from proxy.mesh.directory.schema import directory_schema
+from proxy.mesh.directory.snapshot import (
+    Backend,
+    Cluster,
+    Directory,
+    Endpoint,
+    Gateway,
+    Hint,
+    Plan,
+    Port,
+    Remote,
+    Service,
+    Target,
+    itself,
+    normalised,
+)
+
+__all__ = [
+    "Backend",
+    "Cluster",
+    "Directory",
+    "DirectoryError",
+    "Endpoint",
+    "Gateway",
+    "Hint",
+    "Plan",
+    "Port",
+    "Remote",
+    "Service",
+    "Target",
+    "directory_schema",
+    "itself",
+    "normalised",
+    "parse",
+]
