@@ -1,10 +1,19 @@
 """A mesh in a cluster: who is in it, which services there are, and the directory that its sidecars read.
 
-mesh = Mesh(cluster)
-mesh.join(client, "client")
-mesh.join(server, "server", inbound={"require_identity": True})
-mesh.service("shop", [server], {80: "detect", 25: "opaque"})
-await mesh.start()
+    mesh = Mesh(cluster)
+    mesh.join(client, "client")
+    mesh.join(server, "server", inbound={"require_identity": True})
+    mesh.service("shop", [server], {80: "detect", 25: "opaque"})
+    await mesh.start()
+
+Meshes of several clusters share their trust root, and know of each other what a control plane would copy: the gateways, and the names and
+ports of what is exported.  Nothing else of one cluster stands in the directory of another, least of all the address of a pod.
+
+    west, east = Mesh(lab.cluster("west")), Mesh(lab.cluster("east"), authority=west.authority)
+    east.gateway(east_gateway, area.attach(east_gateway))
+    east.service("c", [server], {80: "http1"}, export=True)
+    west.link(east)
+    west.service("c", [other], {80: "http1"}, failover={"clusters": ["east"]})
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,18 +25,23 @@ import trio
 from lab.cluster import Cluster
 from lab.pod import Pod
 from lab.process import LabError
-from lab.sidecar import Authority, Sidecar
+from lab.sidecar import Authority, Member, Sidecar
+from lab.wide_area import Leg
+
+GATEWAY_PORT = 4143
+GATEWAY_NAMESPACE = "isthmus"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Service:
-    """A service: virtual addresses, and pods behind them."""
+    """A service: virtual addresses, and pods behind them.  `traits` stand in the directory as they are: export, split, failover, policy."""
 
     name: str
     ipv4: str
     ipv6: str
     ports: Mapping[int, str]  # port -> protocol hint
     pods: tuple[Pod, ...]
+    traits: dict[str, Any]
 
     def address(self, version: int) -> str:
         """The virtual address of IP version 4 or 6."""
@@ -42,6 +56,8 @@ class Mesh:
     authority: Authority = field(default_factory=Authority)
     sidecars: dict[str, Sidecar] = field(default_factory=dict)
     services: dict[str, Service] = field(default_factory=dict)
+    ways_in: list[dict[str, Any]] = field(default_factory=list)  # the gateways, as other clusters' directories describe them
+    peers: list["Mesh"] = field(default_factory=list)  # the clusters that this one knows
 
     def join(self, pod: Pod, service_account: str | None = None, *, authority: Authority | None = None, **settings: Any) -> Sidecar:
         """Give a pod a sidecar with an identity; `settings` are laid over its configuration.  Started by `start`.
@@ -55,23 +71,49 @@ class Mesh:
         self.sidecars[pod.name] = sidecar
         return sidecar
 
-    def service(self, name: str, pods: Iterable[Pod], ports: Mapping[int, str]) -> Service:
+    def gateway(self, pod: Pod, leg: Leg, *, port: int = GATEWAY_PORT, **settings: Any) -> Sidecar:
+        """Make a pod a gateway of this cluster (`isthmus run --gateway`), which others reach at the wide-area addresses of `leg`."""
+        gateway = self.join(pod, **settings)
+        gateway.identity = self.authority.identity("gateway", GATEWAY_NAMESPACE)
+        gateway.gateway = True
+        self.way_in(gateway, address=leg.ipv4, port=port)
+        return gateway
+
+    def way_in(self, member: Member, **way: Any) -> None:
+        """Tell other clusters of a gateway, of whatever make: `address` or `host`, and `port`."""
+        self.ways_in.append({**way, "identity": str(member.identity)})
+
+    def link(self, *others: "Mesh") -> None:
+        """Know other clusters: by their names, gateways and exports."""
+        self.peers += others
+
+    def service(self, name: str, pods: Iterable[Pod], ports: Mapping[int, str], **traits: Any) -> Service:
         """A service on these pods; ports are the same on both sides.  Its name resolves in every pod of the cluster."""
         ipv4, ipv6 = self.cluster.service_addresses(name)
-        service = Service(name, ipv4, ipv6, dict(ports), tuple(pods))
+        service = Service(name, ipv4, ipv6, dict(ports), tuple(pods), traits)
         self.services[name] = service
         return service
 
     def document(self) -> dict[str, Any]:
         """The directory as the sidecars read it."""
-        return {"services": [self._described(service) for service in self.services.values()]}
+        services = [self._described(service) for service in self.services.values()]
+        if not self.peers:
+            return {"services": services}
+        return {"cluster": self.cluster.name, "services": services, "clusters": [peer.exports() for peer in self.peers]}
+
+    def exports(self) -> dict[str, Any]:
+        """This cluster as the directories of others describe it."""
+        exported = [service for service in self.services.values() if service.traits.get("export")]
+        services = [{"name": service.name, "ports": _ports(service)} for service in exported]
+        return {"name": self.cluster.name, "gateways": self.ways_in, "services": services}
 
     def _described(self, service: Service) -> dict[str, Any]:
         return {
             "name": service.name,
             "addresses": [service.ipv4, service.ipv6],
-            "ports": [{"port": port, "protocol": hint} for port, hint in service.ports.items()],
+            "ports": _ports(service),
             "endpoints": [entry for pod in service.pods for entry in self._endpoints(pod)],
+            **service.traits,
         }
 
     def _endpoints(self, pod: Pod) -> list[dict[str, Any]]:
@@ -102,3 +144,7 @@ class Mesh:
         """Give the present directory to all sidecars."""
         for sidecar in self.sidecars.values():
             sidecar.write_directory(self.document())
+
+
+def _ports(service: Service) -> list[dict[str, Any]]:
+    return [{"port": port, "protocol": hint} for port, hint in service.ports.items()]

@@ -55,19 +55,44 @@ def _ago(**amount: float) -> datetime:
 
 
 @dataclass(slots=True)
-class Sidecar:
-    """The proxy of a pod.  Made by `add_sidecar`, ended with the pod."""
+class Member:
+    """A proxy in a pod, with an identity and files: what the mesh's own proxies and others' have in common.  Ended with the pod."""
 
     pod: Pod
     authority: Authority | None
     identity: SpiffeId | None
-    settings: dict[str, Any]
-    process: Process | None = None
 
     @property
     def directory(self) -> Path:
-        """Where the sidecar's files lie."""
+        """Where the proxy's files lie."""
         return self.pod.directory / "sidecar"
+
+    def write_certificate(self, issued: Issued) -> None:
+        """Exchange the certificate and its key; a running proxy takes them at its next look."""
+        self.write(self.directory / "key.pem", issued.key_pem, mode=0o600)
+        self.write(self.directory / "certificate.pem", issued.certificate_pem)
+
+    def write_roots(self, *authorities: Authority) -> None:
+        """Exchange the trust roots."""
+        self.write(self.directory / "roots.pem", b"".join(authority.root.certificate_pem for authority in authorities))
+
+    def write(self, path: Path, data: bytes, mode: int = 0o644) -> None:
+        """Write a file whole: a reader sees the old or the new one."""
+        temporary = path.with_suffix(".new")
+        temporary.write_bytes(data)
+        temporary.chmod(mode)
+        if not rootless():
+            os.chown(temporary, SIDECAR.uid, SIDECAR.uid)
+        temporary.replace(path)
+
+
+@dataclass(slots=True)
+class Sidecar(Member):
+    """The proxy of a pod.  Made by `Mesh.join`."""
+
+    settings: dict[str, Any]
+    process: Process | None = None
+    gateway: bool = False  # of its cluster: no application is beside it, so nothing is redirected
 
     @property
     def config_file(self) -> Path:
@@ -100,39 +125,21 @@ class Sidecar:
             settings["trust_domain"] = self.authority.trust_domain
             files = {name: str(self.directory / f"{name}.pem") for name in ("certificate", "key", "roots")}
             settings["identity"] = {**files, "roots": [files["roots"]], "reload_interval": "200ms"}
-            settings["pod"]["service_account"] = self.identity.service_account
+            settings["pod"] |= {"service_account": self.identity.service_account, "namespace": self.identity.namespace}
             self.write_certificate(self.authority.issue(self.identity))
             self.write_roots(self.authority)
         merge(settings, self.settings)
         self.write(self.config_file, yaml.safe_dump(settings, sort_keys=False).encode())
 
-    def write_certificate(self, issued: Issued) -> None:
-        """Exchange the certificate and its key; a running proxy takes them at its next look."""
-        self.write(self.directory / "key.pem", issued.key_pem, mode=0o600)
-        self.write(self.directory / "certificate.pem", issued.certificate_pem)
-
-    def write_roots(self, *authorities: Authority) -> None:
-        """Exchange the trust roots."""
-        self.write(self.directory / "roots.pem", b"".join(authority.root.certificate_pem for authority in authorities))
-
     def write_directory(self, directory: Mapping[str, Any]) -> None:
         """Exchange the directory."""
         self.write(self.directory_file, yaml.safe_dump(dict(directory), sort_keys=False).encode())
 
-    def write(self, path: Path, data: bytes, mode: int = 0o644) -> None:
-        """Write a file whole: a reader sees the old or the new one."""
-        temporary = path.with_suffix(".new")
-        temporary.write_bytes(data)
-        temporary.chmod(mode)
-        if not rootless():
-            os.chown(temporary, SIDECAR.uid, SIDECAR.uid)
-        temporary.replace(path)
-
     async def start(self, *, intercept: bool = True, ready: bool = True) -> None:
         """Install the rules, start the proxy, wait until /ready says yes.  Raises LabError with the end of its log."""
-        if intercept:
+        if intercept and not self.gateway:
             await self.pod.intercept("--config", str(self.config_file))
-        command = [sys.executable, "-m", "proxy.cli", "run", "--config", str(self.config_file)]
+        command = [sys.executable, "-m", "proxy.cli", "run", "--config", str(self.config_file), *(["--gateway"] if self.gateway else [])]
         self.process = await self.pod.start("sidecar", command, user=SIDECAR, env={"PYTHONPATH": str(ROOT)})
         if ready:
             await self.wait_ready()

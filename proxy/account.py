@@ -5,7 +5,6 @@ A flow opens an account with `with`, tells it what it learns, and the account cl
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -17,14 +16,12 @@ import trio
 from proxy.detect import Opening, detect
 from proxy.errors import LoopDetected, describe
 from proxy.exchange.exchange import Exchange, Facts
-from proxy.logs import ConnectionLine, RateLimit, RequestLine, log_connection, log_request, warn
+from proxy.logs import ConnectionLine, RequestLine, log_connection, log_request
 from proxy.metrics import ConnectionRecord, Direction, Metrics, RequestRecord, Tls
 from proxy.net.relay import Relayed, relay
 from proxy.net.streams import SocketStream, Stream
 from proxy.net.tls import TLSInfo, TLSStream
 from proxy.wire.sniff import Protocol as Spoken
-
-_LOOPS = logging.getLogger("isthmus.loopguard")
 
 
 class Ledger:
@@ -33,7 +30,6 @@ class Ledger:
     def __init__(self, metrics: Metrics, *, access: bool) -> None:
         self.metrics = metrics
         self.access = access
-        self._loops: dict[str, RateLimit] = {}
 
     def connection(self, stream: SocketStream, facts: Facts) -> ConnectionAccount:
         return ConnectionAccount(self, stream, facts)
@@ -52,12 +48,6 @@ class Ledger:
 
     def tls_failed(self, direction: Direction, kind: str) -> None:
         self.metrics.handshake_failed(direction, "client" if direction == "outbound" else "server", kind)
-
-    def loop(self, direction: Direction, kind: str, words: str) -> None:
-        """A loop was stopped: counted each time, said once a second of each kind."""
-        self.metrics.loop(kind)
-        limit = self._loops.setdefault(kind, RateLimit(1))  # there are as many as loopguard has kinds
-        warn(_LOOPS, limit, "a loop was stopped (%s, %s): %s", direction, kind, words)
 
     def bridge(self, idle: float) -> Callable[[Exchange, Stream, Stream], Awaitable[None]]:
         """Joins the two streams of an upgraded exchange; what they carry is the exchange's."""
@@ -116,7 +106,7 @@ class ConnectionAccount:
         metrics.heads_declined(facts.direction, "request", facts.declined_requests)
         metrics.heads_declined(facts.direction, "response", facts.declined_responses)
         if isinstance(error, LoopDetected):
-            self._ledger.loop(facts.direction, error.kind, str(error))
+            metrics.loop(error.kind)
         if error is not None and not isinstance(error, trio.Cancelled):
             metrics.error(facts.direction, describe(error).reason)
         log_connection(self._line(error))
@@ -201,7 +191,7 @@ class ExchangeAccount:
         if exchange.failure is not None:
             self._ledger.metrics.error(exchange.facts.direction, exchange.failure)
         if exchange.loop is not None:
-            self._ledger.loop(exchange.facts.direction, exchange.loop, exchange.failure_words)
+            self._ledger.metrics.loop(exchange.loop)
         if self._ledger.access:
             log_request(self._line())
 

@@ -1,6 +1,7 @@
-"""An HTTP/1.1 server: the standard library's, as thousands of small services are written.
+"""An HTTP/1.1 server: the standard library's, as thousands of small services are written.  `web HOST PORT [NAME]`
 
-/                 a short text
+/                 a short text, with the NAME (shop)
+/head             the request as it came: method, target, and all header fields, in their order
 /stream/BYTES     that many bytes, chunked, never held whole
 POST /sink        reads a body of any size, answers how many bytes and their SHA-256
 """
@@ -12,11 +13,12 @@ import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+NAME = sys.argv[3] if len(sys.argv) > 3 else "shop"
 BLOCK = bytes(range(256)) * 256  # 64 KiB that do not compress into something trivial
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The three resources."""
+    """The resources."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -26,7 +28,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/stream/"):
             self._stream(int(self.path.rpartition("/")[2]))
             return
-        self._answer({"message": "hello from the shop", "secret": self.headers.get("X-Secret", "")})
+        if self.path.startswith("/head"):
+            self._answer({"name": NAME, "method": self.command, "target": self.path, "headers": self.headers.items()})
+            return
+        self._answer({"message": f"hello from the {NAME}", "name": NAME, "secret": self.headers.get("X-Secret", "")})
 
     def do_POST(self) -> None:
         digest, total = hashlib.sha256(), 0

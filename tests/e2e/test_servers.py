@@ -6,25 +6,22 @@ the server is the one who speaks first.
 
 from __future__ import annotations
 
-import shutil
 import time
-from pathlib import Path
 
 import pytest
 
-from lab.pod import Pod, User
 from lab.process import Completed
+from tests.e2e import database
 from tests.e2e.conftest import Laboratory
+from tests.e2e.database import POSTGRES, postgres
 from tests.e2e.stage import MAIL, Pair, client, counted, eventually, prepare, say, serve
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
-POSTGRES, UNDECLARED = 5432, 15432
+UNDECLARED = 15432
 UNDECLARED_MAIL, PLAIN_MAIL = 2526, 25
 DETECTION = 0.7  # seconds, configured below
 QUICK = 0.3
-
-ROOTLESS_SERVER = User(never_root=True)
 
 
 @pytest.fixture(scope="module")
@@ -48,51 +45,8 @@ def pair(laboratory: Laboratory) -> Pair:
     return laboratory.run(build)
 
 
-def find_initdb() -> Path:
-    """Debian keeps the server's programs out of the PATH."""
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not programs or shutil.which("psql") is None:
-        pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql postgresql-client)")
-    return programs[-1]
-
-
-async def postgres(pod: Pod) -> None:
-    """Debian's PostgreSQL, as somebody who is not root, with a password so that the authentication is a conversation too."""
-    initdb = find_initdb()
-    data, password = pod.directory / "data", pod.directory / "password"
-    password.write_text("tangerine\n")
-    password.chmod(0o644)
-    made = await pod.run(
-        [
-            str(initdb),
-            "-D",
-            str(data),
-            "-U",
-            "tester",
-            "-A",
-            "scram-sha-256",
-            "--pwfile",
-            str(password),
-            "-N",
-            "--no-locale",
-            "-E",
-            "UTF8",
-        ],
-        user=ROOTLESS_SERVER,
-        timeout=60,
-    )
-    assert made.ok, made.stderr.decode()
-    with (data / "pg_hba.conf").open("a") as file:
-        file.write("host all all 0.0.0.0/0 scram-sha-256\nhost all all ::/0 scram-sha-256\n")
-    settings = ["listen_addresses=*", f"port={POSTGRES}", f"unix_socket_directories={pod.directory}", "fsync=off", "shared_buffers=8MB"]
-    command = [str(initdb.with_name("postgres")), "-D", str(data), *(part for each in settings for part in ("-c", each))]
-    await pod.start("postgres", command, user=ROOTLESS_SERVER, port=POSTGRES)
-
-
 async def psql(pair: Pair, sql: str, *, host: str = "shop", port: int = POSTGRES, sslmode: str = "prefer", stdin: bytes = b"") -> Completed:
-    target = f"host={host} port={port} user=tester dbname=postgres sslmode={sslmode} connect_timeout=10"
-    command = ["psql", target, "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", *(["-c", sql] if sql else [])]
-    return await pair.web.run(command, env={"PGPASSWORD": "tangerine"}, stdin=stdin)
+    return await database.psql(pair.web, host, sql, port=port, sslmode=sslmode, stdin=stdin)
 
 
 @pytest.mark.parametrize("sslmode", ["disable", "prefer"])
