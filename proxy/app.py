@@ -163,8 +163,9 @@ class App:
         everything.cancel()
 
     async def _drain(self, grace: float) -> None:
-        self.drain.begin()
+        # In this order: a client that is sent away comes back at once, and had better meet no listener than one that is just being closed.
         self.inbound.drain(grace)
+        self.drain.begin()
         quiet, seen = 0.0, self.outbound.accepted
         with trio.move_on_after(grace):
             while self.inbound.open or quiet < _QUIET:

@@ -151,14 +151,20 @@ class Acceptor:
         self._room = trio.lowlevel.ParkingLot()  # accept loops that wait for a connection to end
         self._accepting = trio.CancelScope()
         self._connections = trio.CancelScope()
+        self._listeners: list[socket.socket] = []  # while they are open
+        self._nursery: trio.Nursery | None = None  # of the connections, while we serve
 
     @property
     def draining(self) -> bool:
         return self._accepting.cancel_called
 
     def drain(self, grace: float) -> None:
-        """Stop accepting now; cancel what is still open after `grace` seconds. A second call can only shorten the grace."""
+        """Stop accepting now; cancel what is still open after `grace` seconds. A second call can only shorten the grace.
+
+        When it returns the listeners are closed: whoever is sent away from here on is refused if it comes back.
+        """
         self._accepting.cancel()
+        self._close_listeners()
         self._connections.deadline = min(self._connections.deadline, trio.current_time() + max(grace, 0.0))
 
     async def serve(self, listeners: Sequence[socket.socket]) -> None:
@@ -166,25 +172,24 @@ class Acceptor:
 
         Raises OSError only if a listening socket itself is unusable.
         """
+        self._listeners = list(listeners)
         with self._connections:
             async with trio.open_nursery() as connections:
+                self._nursery = connections
                 try:
                     with self._accepting:
                         async with trio.open_nursery() as loops:
                             for listener in listeners:
                                 loops.start_soon(self._accept_from, listener, connections)
-                    for listener in listeners:
-                        self._accept_rest(listener, connections)
                 finally:
-                    for listener in listeners:
-                        notify_closing(listener)
-                        listener.close()
+                    self._close_listeners()
 
     async def _accept_from(self, listener: socket.socket, connections: trio.Nursery) -> None:
         streak = 0
-        while True:
-            while self.open >= self.limit:
+        while not self.draining:  # we may be woken in the moment in which the listener is closed
+            if self.open >= self.limit:
                 await self._room.park()
+                continue
             try:
                 sock, _ = listener.accept()
             except BlockingIOError:
@@ -205,6 +210,14 @@ class Acceptor:
             if streak >= _ACCEPT_BURST:
                 streak = 0
                 await checkpoint()
+
+    def _close_listeners(self) -> None:
+        while self._listeners:
+            listener = self._listeners.pop()
+            if self._nursery is not None:
+                self._accept_rest(listener, self._nursery)
+            notify_closing(listener)
+            listener.close()
 
     def _accept_rest(self, listener: socket.socket, connections: trio.Nursery) -> None:
         """Take what is in the kernel's queue, as far as there is room. A flood cannot keep us here: the queue's length is the bound."""
