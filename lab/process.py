@@ -18,8 +18,8 @@ import trio
 TAIL_LINES = 400  # lines of output that stay in memory; the file has the first MAX_LOG_BYTES
 MAX_LINE = 16 * 1024  # bytes; a longer line is cut into pieces
 MAX_LOG_BYTES = 16 * 1024 * 1024
-READY_TIMEOUT = 15.0  # seconds
-STOP_TIMEOUT = 5.0  # seconds between SIGTERM and SIGKILL
+READY_TIMEOUT = 40.0  # seconds; generous, for a machine that is slow and busy: nobody waits longer than it takes
+STOP_TIMEOUT = 10.0  # seconds between SIGTERM and SIGKILL
 
 
 class LabError(Exception):

@@ -16,6 +16,7 @@ from lab.process import Process
 from tests.e2e.stage import PROGRAMS, Pair, prepare, python, serve
 
 GRPC = 50051
+THREADS = 6  # of a load
 
 _BEGIN = """
 import grpc, hashlib, json, os, queue, sys, threading, time
@@ -39,7 +40,7 @@ def call():
     while not ended.is_set():
         began = time.monotonic()
         try:
-            who, outcome = name(b"", timeout=15).decode(), "OK"
+            who, outcome = name(b"", timeout=30).decode(), "OK"
         except grpc.RpcError as error:
             who, outcome = None, status(error)
             if " " not in outcome:
@@ -106,7 +107,7 @@ class Calls:
     "OK", or the status with the type of the error in Proxy-Status where there is one ("UNAVAILABLE connection_refused").
     """
 
-    def __init__(self, pod: Pod, host: str, *, threads: int = 6) -> None:
+    def __init__(self, pod: Pod, host: str, *, threads: int = THREADS) -> None:
         self._pod = pod
         self._host = host
         self._threads = threads
@@ -120,7 +121,7 @@ class Calls:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 20):
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 40):
             await self.stop()
 
     async def stop(self) -> None:
@@ -156,7 +157,7 @@ class Calls:
     def bad(self) -> dict[str, int]:
         return {outcome: number for outcome, number in self.outcomes.items() if outcome != "OK"}
 
-    async def more(self, number: int, outcome: str = "OK", timeout: float = 20.0) -> None:
+    async def more(self, number: int, outcome: str = "OK", timeout: float = 60.0) -> None:
         """Wait for `number` more of this outcome."""
         assert self._process is not None
         goal = self.outcomes[outcome] + number

@@ -26,7 +26,7 @@ class Load:
     made, "cut" one that ended within an exchange, "silent" one on which no answer came within `patience` seconds.
     """
 
-    def __init__(self, pod: Pod, host: str, port: int, *, clients: int = 6, pause: float = 0.004, patience: float = 20.0) -> None:
+    def __init__(self, pod: Pod, host: str, port: int, *, clients: int = 6, pause: float = 0.004, patience: float = 30.0) -> None:
         self.outcomes: Counter[str] = Counter()
         self.connections = 0
         self.raced = 0  # connections that ended just as a request was sent: not answered, so safe to send again
@@ -64,7 +64,7 @@ class Load:
         with trio.move_on_after(self._patience + 1, shield=True):
             await self._done.wait()
 
-    async def more(self, number: int, outcome: str = "200", timeout: float = 20.0) -> None:
+    async def more(self, number: int, outcome: str = "200", timeout: float = 60.0) -> None:
         """Wait for `number` more of this outcome."""
         goal = self.outcomes[outcome] + number
         with trio.move_on_after(timeout):

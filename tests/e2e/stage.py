@@ -135,7 +135,7 @@ async def logged(sidecar: Sidecar, text: str, **facts: object) -> dict[str, Any]
     return await eventually(find, f"a line with {text!r} and {facts} in the log of {sidecar.pod.name}")
 
 
-async def eventually(probe: Callable[[], Any], what: str, timeout: float = 8.0) -> Any:
+async def eventually(probe: Callable[[], Any], what: str, timeout: float = 40.0) -> Any:
     """Ask `probe` (sync or async) until its answer is true; that answer."""
     with trio.move_on_after(timeout):
         while True:
@@ -151,7 +151,7 @@ async def eventually(probe: Callable[[], Any], what: str, timeout: float = 8.0) 
 # Raw connections...
 
 
-async def say(pod: Pod, host: str, port: int, data: bytes, *, patience: float = 5.0, end: bool = False) -> bytes:
+async def say(pod: Pod, host: str, port: int, data: bytes, *, patience: float = 30.0, end: bool = False) -> bytes:
     """Connect from a pod, send `data`, and read until the other side ends or resets the connection; what came.
 
     Fails if it does not end within `patience` seconds. `end`: say at once that there is no more to come.

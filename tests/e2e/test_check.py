@@ -34,8 +34,8 @@ def pair(laboratory: Laboratory) -> Pair:
 
 async def check(pair: Pair, *arguments: str) -> tuple[int, dict[str, list[dict[str, Any]]], str]:
     """The command's exit code, its results by name, and everything it said."""
-    command = [*CLI, "check", "--config", str(pair.near.config_file), "--json", "--timeout", "2", *arguments]
-    done = await pair.web.run(command, user=OPERATOR, env={"PYTHONPATH": str(ROOT)}, timeout=60)
+    command = [*CLI, "check", "--config", str(pair.near.config_file), "--json", "--timeout", "20", *arguments]
+    done = await pair.web.run(command, user=OPERATOR, env={"PYTHONPATH": str(ROOT)}, timeout=120)
     results: dict[str, list[dict[str, Any]]] = {}
     for each in json.loads(done.stdout)["checks"]:
         results.setdefault(each["name"], []).append(each)
@@ -58,7 +58,7 @@ async def test_a_pod_that_is_right_is_found_right(pair: Pair) -> None:
 
 async def test_it_says_so_in_words_too(pair: Pair) -> None:
     command = [*CLI, "check", "--config", str(pair.near.config_file)]
-    done = await pair.web.run(command, user=OPERATOR, env={"PYTHONPATH": str(ROOT)}, timeout=60)
+    done = await pair.web.run(command, user=OPERATOR, env={"PYTHONPATH": str(ROOT)}, timeout=120)
     assert done.returncode == 0
     assert "ok" in done.text.splitlines()[-1]
 
@@ -70,7 +70,7 @@ async def test_rules_that_are_missing_are_found(pair: Pair) -> None:
         assert (code, failed(results)) == (1, {"redirection"}), said
         assert any("isthmus intercept" in each["remedy"] for each in results["redirection"]), said
     finally:
-        with trio.move_on_after(20, shield=True):
+        with trio.move_on_after(60, shield=True):
             await pair.web.intercept("--config", str(pair.near.config_file))
     assert (await check(pair, "--only", "redirection"))[0] == 0
 
@@ -89,7 +89,7 @@ async def test_a_peer_that_is_dead_is_found(pair: Pair) -> None:
     try:
         code, results, said = await check(pair)
     finally:
-        with trio.move_on_after(20, shield=True):
+        with trio.move_on_after(60, shield=True):
             await pair.far.start(intercept=False)
     assert (code, failed(results)) == (1, {"peers"}), said
     assert all(str(pair.far.identity) in each["what"] and "refused" in each["what"] for each in results["peers"])
@@ -120,7 +120,7 @@ async def test_a_proxy_that_does_not_run_yet_can_be_checked_for(pair: Pair) -> N
     try:
         code, results, said = await check(pair, "--only", "configuration", "--only", "certificates", "--only", "redirection")
     finally:
-        with trio.move_on_after(20, shield=True):
+        with trio.move_on_after(60, shield=True):
             await pair.near.start(intercept=False)
     assert (code, failed(results)) == (0, set()), said
     assert {each["status"] for each in results["redirection"]} == {"ok"}, said

@@ -7,6 +7,7 @@ breaks within a response is allowed only where the response had begun. No proxy 
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pytest
 import trio
@@ -19,20 +20,35 @@ from tests.e2e.stage import ECHO, WEB, Pair, counted, curl, echo_server, eventua
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
 HELLO = b"hello from the shop"
-PATIENCE = 1.0  # seconds: response_timeout, configured below
-SETTINGS = {"log": {"access": True}, "http": {"response_timeout": "1s"}, "tcp": {"connect_timeout": "1s", "handshake_timeout": "1s"}}
+SETTINGS = {"log": {"access": True}, "shutdown": {"grace": "60s"}, "tcp": {"connect_timeout": "30s", "handshake_timeout": "30s"}}
+PATIENCE = 1.0  # seconds: response_timeout
+IMPATIENT = {"log": {"access": True}, "http": {"response_timeout": "1s"}, "tcp": {"connect_timeout": "1s", "handshake_timeout": "1s"}}
 
 
 @pytest.fixture(scope="module")
 def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
-        pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque"}, web=SETTINGS, shop=SETTINGS | {"http": {}})
-        await web_server(pair.shop)
-        await echo_server(pair.shop)
-        await pair.mesh.start()
-        return pair
+        return await _built(laboratory, SETTINGS)
 
     return laboratory.run(build)
+
+
+@pytest.fixture(scope="module")
+def impatient(laboratory: Laboratory) -> Pair:
+    """A pair whose client's proxy gives up soon, for the tests that wait for that; nothing else is to be given up on a slow machine."""
+
+    async def build() -> Pair:
+        return await _built(laboratory, IMPATIENT)
+
+    return laboratory.run(build)
+
+
+async def _built(laboratory: Laboratory, settings: dict[str, Any]) -> Pair:
+    pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque"}, web=settings, shop=SETTINGS)
+    await web_server(pair.shop)
+    await echo_server(pair.shop)
+    await pair.mesh.start()
+    return pair
 
 
 def explained(load: Load, *statuses: str) -> bool:
@@ -80,53 +96,50 @@ async def test_the_servers_sidecar_is_killed_under_load_and_comes_back(pair: Pai
 
 
 async def test_the_servers_sidecar_is_restarted_politely_under_load(pair: Pair) -> None:
-    """Nobody takes its pod out of the directory here, so requests fail while it is down, but none that it had taken.
-
-    A connection that was still in the kernel's queue when the listener closed breaks in the TLS handshake.
-    """
+    """Nobody takes its pod out of the directory here, so requests fail while it is down, but none that it had taken."""
     async with Load(pair.web, pair.service.ipv4, WEB) as load:
         await load.more(100)
         await pair.far.restart()
         await load.more(300)
     print(dict(load.outcomes))  # noqa: T201
-    assert set(load.bad) <= {"502 connection_refused", "502 tls_protocol_error"}
+    assert set(load.bad) <= {"502 connection_refused"}
     await clean(pair)
 
 
-async def test_a_server_that_hangs_is_given_up_after_the_response_timeout(pair: Pair) -> None:
-    async with Load(pair.web, pair.service.ipv4, WEB, clients=3) as load:
+async def test_a_server_that_hangs_is_given_up_after_the_response_timeout(impatient: Pair) -> None:
+    async with Load(impatient.web, impatient.service.ipv4, WEB, clients=3) as load:
         await load.more(50)
-        with paused(pair.shop.processes[f"web-{WEB}"]):
+        with paused(impatient.shop.processes[f"web-{WEB}"]):
             began = trio.current_time()
-            seen = await curl(pair.web, f"http://shop:{WEB}/")
-            assert PATIENCE - 0.1 < trio.current_time() - began < PATIENCE + 1.5
+            seen = await curl(impatient.web, f"http://shop:{WEB}/")
+            assert trio.current_time() - began > PATIENCE - 0.1
             assert (seen.status, seen.error) == (504, "http_response_timeout")
             await load.more(3, "504 http_response_timeout")
         await load.more(200)
     print(dict(load.outcomes))  # noqa: T201
     assert explained(load, "504")
-    assert await counted(pair.near, "isthmus_errors_total", direction="outbound", reason="upstream_timeout") >= 4
-    await logged(pair.near, "did not answer within 1.0 s", status=504)
-    await clean(pair)
+    assert await counted(impatient.near, "isthmus_errors_total", direction="outbound", reason="upstream_timeout") >= 4
+    await logged(impatient.near, "did not answer within 1.0 s", status=504)
+    await clean(impatient)
 
 
-async def test_a_sidecar_that_hangs_is_given_up_too(pair: Pair) -> None:
-    async with Load(pair.web, pair.service.ipv4, WEB, clients=3) as load:
+async def test_a_sidecar_that_hangs_is_given_up_too(impatient: Pair) -> None:
+    async with Load(impatient.web, impatient.service.ipv4, WEB, clients=3) as load:
         await load.more(50)
-        with paused(pair.far.running()):
+        with paused(impatient.far.running()):
             await load.more(3, "504 http_response_timeout")
             # Connections that are kept have been given up; a new one fails in the handshake.
             await load.more(3, "504 connection_timeout")
         await load.more(200)
     print(dict(load.outcomes))  # noqa: T201
     assert explained(load, "504")
-    await clean(pair)
+    await clean(impatient)
 
 
-async def test_a_link_that_is_cut_under_load_and_mended(pair: Pair) -> None:
-    async with Load(pair.web, pair.service.ipv4, WEB, clients=3) as load:
+async def test_a_link_that_is_cut_under_load_and_mended(impatient: Pair) -> None:
+    async with Load(impatient.web, impatient.service.ipv4, WEB, clients=3) as load:
         await load.more(50)
-        with link_cut(pair.shop):
+        with link_cut(impatient.shop):
             await load.more(3, "504 http_response_timeout")
             await load.more(3, "504 connection_timeout")
         await load.more(200)
@@ -134,7 +147,7 @@ async def test_a_link_that_is_cut_under_load_and_mended(pair: Pair) -> None:
     # Where the neighbour's address is not known any more, the kernel itself says that there is no way to it.
     assert explained(load, "504", "502")
     assert set(load.bad) <= {"504 http_response_timeout", "504 connection_timeout", "502 destination_ip_unroutable"}
-    await clean(pair)
+    await clean(impatient)
 
 
 async def test_a_server_that_dies_within_a_response_is_not_taken_for_a_whole_response(pair: Pair) -> None:
@@ -146,7 +159,7 @@ async def test_a_server_that_dies_within_a_response_is_not_taken_for_a_whole_res
         assert heard.startswith(b"HTTP/1.1 200")
         server.kill()
         last = b""
-        with trio.fail_after(10), pytest.raises(trio.BrokenResourceError):
+        with trio.fail_after(60), pytest.raises(trio.BrokenResourceError):
             last = await _drain(stream)
         assert not last.endswith(b"0\r\n\r\n")
     await server.wait()
@@ -168,7 +181,7 @@ async def test_an_opaque_connection_whose_server_dies_is_reset(pair: Pair) -> No
         await stream.send_all(b"hello")
         assert await stream.receive_some() == b"hello"
         server.kill()
-        with trio.fail_after(5):
+        with trio.fail_after(40):
             # A killed server's kernel ends its connections: cleanly where nothing was unread.
             with contextlib.suppress(trio.BrokenResourceError):
                 assert await stream.receive_some() == b""

@@ -6,8 +6,6 @@ the server is the one who speaks first.
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from lab.process import Completed
@@ -20,8 +18,9 @@ pytestmark = [pytest.mark.lab, pytest.mark.real]
 
 UNDECLARED = 15432
 UNDECLARED_MAIL, PLAIN_MAIL = 2526, 25
-DETECTION = 0.7  # seconds, configured below
-QUICK = 0.3
+DETECTION = 2.0  # seconds, configured below
+HELLO = 0.5  # inbound.hello_timeout
+PATIENCE = 15.0
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +51,10 @@ async def psql(pair: Pair, sql: str, *, host: str = "shop", port: int = POSTGRES
 @pytest.mark.parametrize("sslmode", ["disable", "prefer"])
 @pytest.mark.parametrize("port", [POSTGRES, UNDECLARED])
 async def test_psql_talks_to_a_postgresql_server(pair: Pair, port: int, sslmode: str) -> None:
-    began = time.monotonic()
+    before = await waited(pair)
     done = await psql(pair, "select 6 * 7, inet_server_port()", port=port, sslmode=sslmode)
     assert done.text == f"42|{POSTGRES}\n", done.stderr.decode()
-    assert time.monotonic() - began < DETECTION  # the client speaks first, so nobody waited
+    assert await waited(pair) == before  # the client speaks first
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -98,16 +97,22 @@ async def test_the_database_was_reached_by_mutual_tls_only(pair: Pair) -> None:
     assert {line.get("identity") for line in lines()} == {str(pair.near.identity)}
 
 
+async def waited(pair: Pair) -> float:
+    """How often a proxy has waited in vain for a client's first word."""
+    return sum([await counted(sidecar, "isthmus_detections_total", result="silent") for sidecar in pair.both])
+
+
 async def test_a_server_that_speaks_first_is_heard_at_once_on_a_declared_port(pair: Pair) -> None:
+    before = await waited(pair)
     seen = await client(pair.web, "mail", "shop", str(MAIL), "tangerine")
     assert seen["refused"] == 0
-    assert seen["greeting_seconds"] < QUICK
+    assert await waited(pair) == before
 
 
 async def test_a_server_that_speaks_first_is_heard_after_the_detection_timeout_on_an_undeclared_port(pair: Pair) -> None:
     seen = await client(pair.web, "mail", "shop", str(UNDECLARED_MAIL), "tangerine")
     assert seen["refused"] == 0
-    assert DETECTION - 0.1 < seen["greeting_seconds"] < DETECTION + 1
+    assert DETECTION - 0.1 < seen["greeting_seconds"] < DETECTION + PATIENCE
     assert await counted(pair.near, "isthmus_detections_total", result="silent") >= 1
 
 
@@ -117,8 +122,9 @@ async def test_a_client_without_a_sidecar_hears_the_server_too(pair: Pair) -> No
     declared = await client(stranger, "mail", pair.shop.ipv4, str(PLAIN_MAIL), "tangerine")
     undeclared = await client(stranger, "mail", pair.shop.ipv4, str(UNDECLARED_MAIL), "tangerine")
     assert (declared["refused"], undeclared["refused"]) == (0, 0)
-    assert declared["greeting_seconds"] < DETECTION
-    assert DETECTION - 0.1 < undeclared["greeting_seconds"] < DETECTION + 1
+    assert declared["greeting_seconds"] > HELLO - 0.1
+    assert undeclared["greeting_seconds"] > DETECTION - 0.1
+    assert declared["greeting_seconds"] < undeclared["greeting_seconds"]
 
 
 async def test_a_client_that_leaves_without_a_word_harms_nobody(pair: Pair) -> None:

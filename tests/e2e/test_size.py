@@ -130,7 +130,7 @@ class Highest:
 
 async def hold(pair: Pair, count: int) -> Process:
     holder = await pair.web.python("holder", HOLDER, pair.service.ipv4, str(ECHO), str(count))
-    await holder.wait_line("all open", timeout=60)
+    await holder.wait_line("all open", timeout=150)
     return holder
 
 
@@ -158,7 +158,7 @@ async def test_a_thousand_idle_connections_by_mutual_tls_cost_less_than_64_kib_e
     print("a connection:", ", ".join(f"{each / 1024:.1f} KiB" for each in cost))  # noqa: T201
     assert max(cost) < PER_CONNECTION
     await holder.aclose()
-    await eventually(lambda: none_open(pair), "all connections are closed", timeout=20)
+    await eventually(lambda: none_open(pair), "all connections are closed")
 
 
 async def grown(pair: Pair, *arguments: str) -> list[int]:
@@ -167,7 +167,7 @@ async def grown(pair: Pair, *arguments: str) -> list[int]:
     highest = Highest(proxies(pair))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(highest.watch)
-        seen = await curl(pair.web, *arguments, timeout=80)
+        seen = await curl(pair.web, *arguments, timeout=200)
         nursery.cancel_scope.cancel()
     assert (seen.exit, seen.status) == (0, 200), (seen.errors, seen.body[:300])
     moved = seen.info["size_download"] + seen.info["size_upload"]

@@ -24,7 +24,7 @@ def run(*arguments: str, environment: dict[str, str] | None = None) -> tuple[int
     """`isthmus run` that does not get far: its exit code, and what it said."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ISTHMUS_")}
     command = [sys.executable, "-m", "proxy.cli", "run", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False, cwd=ROOT, env={**clean, **(environment or {})})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT, env={**clean, **(environment or {})})
     return done.returncode, done.stderr
 
 
