@@ -13,6 +13,7 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 from lab.cluster import Cluster, Lab
+from lab.load import proxy_error
 from lab.mesh import Mesh, Service
 from lab.pod import ROOT, Pod
 from lab.process import Process
@@ -96,10 +97,6 @@ class Curled:
     def error(self) -> str:
         """The error type in Proxy-Status (RFC 9209); empty if the answer was not made by a proxy."""
         return proxy_error(self.headers.get("proxy-status", [""])[0])
-
-
-def proxy_error(status: str) -> str:
-    return next((part[6:] for part in status.split(";") if part.startswith("error=")), "")
 
 
 async def curl(pod: Pod, *arguments: str, stdin: bytes = b"", timeout: float = 30) -> Curled:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from lab.load import Load
 from lab.sidecar import Sidecar
 from tests.e2e.conftest import Laboratory
-from tests.e2e.load import Load
 from tests.e2e.stage import WEB, Pair, counted, curl, eventually, logged, prepare, web_server
 
 pytestmark = pytest.mark.lab

@@ -13,8 +13,8 @@ import pytest
 import trio
 
 from lab.faults import link_cut, paused
+from lab.load import Load
 from tests.e2e.conftest import Laboratory
-from tests.e2e.load import Load
 from tests.e2e.stage import ECHO, WEB, Pair, counted, curl, echo_server, eventually, logged, prepare, web_server
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]

@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable
 import pytest
 import trio
 
+from lab.load import Load
 from lab.sidecar import Authority, Sidecar
 from tests.e2e.conftest import Laboratory
-from tests.e2e.load import Load
 from tests.e2e.stage import ECHO, LAST_GET, WEB, Pair, counted, echo_server, eventually, logged, prepare, say, web_server
 
 pytestmark = pytest.mark.lab

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import trio
 
+from lab.load import Load
 from lab.sidecar import Sidecar
 from tests.e2e.conftest import Laboratory
-from tests.e2e.load import Load
 from tests.e2e.stage import ECHO, LAST_GET, WEB, Pair, echo_server, eventually, prepare, say, web_server
 
 pytestmark = pytest.mark.lab
