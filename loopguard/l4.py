@@ -23,10 +23,11 @@ from functools import lru_cache
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """A verdict against the traffic. `kind` is a metric's label, `words` say it to people."""
+    """A verdict against the traffic. `kind` is a metric's label, `words` are for people, `cycle` is the way round in names, if known."""
 
     kind: str
     words: str
+    cycle: str = ""
 
 
 @lru_cache(maxsize=4096)

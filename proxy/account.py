@@ -5,6 +5,7 @@ A flow opens an account with `with`, tells it what it learns, and the account cl
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -16,12 +17,14 @@ import trio
 from proxy.detect import Opening, detect
 from proxy.errors import LoopDetected, describe
 from proxy.exchange.exchange import Exchange, Facts
-from proxy.logs import ConnectionLine, RequestLine, log_connection, log_request
+from proxy.logs import ConnectionLine, RateLimit, RequestLine, log_connection, log_request, warn
 from proxy.metrics import ConnectionRecord, Direction, Metrics, RequestRecord, Tls
 from proxy.net.relay import Relayed, relay
 from proxy.net.streams import SocketStream, Stream
 from proxy.net.tls import TLSInfo, TLSStream
 from proxy.wire.sniff import Protocol as Spoken
+
+_LOOPS = logging.getLogger("isthmus.loopguard")
 
 
 class Ledger:
@@ -30,6 +33,7 @@ class Ledger:
     def __init__(self, metrics: Metrics, *, access: bool) -> None:
         self.metrics = metrics
         self.access = access
+        self._loops: dict[str, RateLimit] = {}
 
     def connection(self, stream: SocketStream, facts: Facts) -> ConnectionAccount:
         return ConnectionAccount(self, stream, facts)
@@ -48,6 +52,12 @@ class Ledger:
 
     def tls_failed(self, direction: Direction, kind: str) -> None:
         self.metrics.handshake_failed(direction, "client" if direction == "outbound" else "server", kind)
+
+    def loop(self, direction: Direction, kind: str, words: str) -> None:
+        """A loop was stopped: counted each time, said once a second of each kind."""
+        self.metrics.loop(kind)
+        limit = self._loops.setdefault(kind, RateLimit(1))  # there are as many as loopguard has kinds
+        warn(_LOOPS, limit, "a loop was stopped (%s, %s): %s", direction, kind, words)
 
     def bridge(self, idle: float) -> Callable[[Exchange, Stream, Stream], Awaitable[None]]:
         """Joins the two streams of an upgraded exchange; what they carry is the exchange's."""
@@ -106,7 +116,7 @@ class ConnectionAccount:
         metrics.heads_declined(facts.direction, "request", facts.declined_requests)
         metrics.heads_declined(facts.direction, "response", facts.declined_responses)
         if isinstance(error, LoopDetected):
-            metrics.loop(error.kind)
+            self._ledger.loop(facts.direction, error.kind, str(error))
         if error is not None and not isinstance(error, trio.Cancelled):
             metrics.error(facts.direction, describe(error).reason)
         log_connection(self._line(error))
@@ -191,7 +201,7 @@ class ExchangeAccount:
         if exchange.failure is not None:
             self._ledger.metrics.error(exchange.facts.direction, exchange.failure)
         if exchange.loop is not None:
-            self._ledger.metrics.loop(exchange.loop)
+            self._ledger.loop(exchange.facts.direction, exchange.loop, exchange.failure_words)
         if self._ledger.access:
             log_request(self._line())
 

@@ -4,7 +4,7 @@
       -> may this peer use this port?
       -> HTTP or opaque? (named by ALPN where TLS was ours; otherwise seen)
            opaque  relay <-> dial(application)
-           HTTP    server -> measure -> rescue -> deadline -> policy -> client -> pool -> dial(application)
+           HTTP    server -> measure -> rescue -> guard -> deadline -> policy -> client -> pool -> dial(application)
 
 The application is dialled at the very address that the peer dialled, so it is found on whatever address it listens.
 """
@@ -43,6 +43,7 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
     handler = stack(
         measure(rt.ledger.exchange),
         rescue(rt.name, rt.tells),
+        rt.guard(DIRECTION),
         deadline,
         endpoint=to_application(rt, pools),
     )

@@ -212,6 +212,7 @@ class Metrics:
             "detection_seconds", "From the start of protocol detection to its result.", DETECTION_BUCKETS, "direction"
         )
         self._loops = self._counter("loops_total", "Traffic loops that were stopped.", "kind")
+        self._dropped_hops = self._counter("hop_tokens_dropped_total", "Requests whose loop tokens were not all believed.", "reason")
         self._errors = self._counter("errors_total", "Connections and requests that failed in the proxy.", "direction", "reason")
         self._declined = self._counter("heads_declined_total", "HTTP/1 heads that the fast recogniser left to h11.", "direction", "role")
         self._directory = self._counter("directory_reloads_total", "Changed directory files by what became of them.", "result")
@@ -239,6 +240,10 @@ class Metrics:
         """Detection ended with `result` (http1, http2, opaque, tls, silent, closed, declared) after `seconds`."""
         self._detections.at(direction, result).inc()
         self._detection_time.at(direction).observe(seconds)
+
+    def hops_dropped(self, reason: str) -> None:
+        """Tokens of a request were dropped: `broken` ones, or all of them since they were `oversized`."""
+        self._dropped_hops.at(reason).inc()
 
     def loop(self, kind: str) -> None:
         self._loops.at(kind).inc()

@@ -2,7 +2,7 @@
 
     accept -> original destination -> loop guard -> what does the directory say of it? -> HTTP or opaque?
         opaque  relay <-> connect(endpoint, mutual TLS if it is meshed)
-        HTTP    server -> measure -> rescue -> deadline -> endpoint -> client -> pool -> connect
+        HTTP    server -> measure -> rescue -> guard -> deadline -> endpoint -> client -> pool -> connect
 
 The destination is resolved when the connection is accepted, and again for each request: the directory may have changed since, and
 the requests of one connection may go to different endpoints.
@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from proxy.account import ConnectionAccount
 from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
+from proxy.exchange.guard import hide_names
 from proxy.exchange.layers import deadline, measure, rescue
 from proxy.mesh.contexts import ALPN_TCP
 from proxy.mesh.directory import Endpoint, Hint, Target
@@ -35,6 +36,7 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
     handler = stack(
         measure(rt.ledger.exchange),
         rescue(rt.name, rt.tells),
+        rt.guard(DIRECTION),
         deadline,
         endpoint=to_service(rt, pools),
     )
@@ -67,6 +69,8 @@ def to_service(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
 
     async def send(exchange: Exchange, _: Target, endpoint: Endpoint) -> None:
         exchange.upstream = endpoint.address
+        if endpoint.identity is None:
+            hide_names(exchange)
         await client.send(exchange, endpoint, pools.lender(upstream_protocol(exchange, endpoint)))
 
     async def handle(exchange: Exchange) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from secrets import token_bytes
 from typing import Protocol
 
-from loopguard import OwnListeners
+from loopguard import HopLimits, OwnListeners, Waypoint, Who
 from proxy.account import Ledger
 from proxy.config import Config
 from proxy.errors import LoopDetected, UpstreamTLSError
 from proxy.exchange.client import ClientSettings
-from proxy.exchange.exchange import Exchange, Facts
+from proxy.exchange.exchange import Direction, Exchange, Facts, Layer
+from proxy.exchange.guard import guard
 from proxy.exchange.mux import MuxSettings
 from proxy.exchange.pool import PoolSettings
 from proxy.exchange.server import Drain, ServerSettings
@@ -92,6 +94,7 @@ class Runtime:
     dialer: Dialer
     ledger: Ledger
     drain: Drain
+    secret: bytes = field(default_factory=lambda: token_bytes(32))  # of the loop guard's tokens
 
     # Where a connection was going...
 
@@ -108,6 +111,13 @@ class Runtime:
         loop = self.listeners.accepted(destination.host, destination.port, ours=ours)
         if loop is not None:
             raise LoopDetected(loop.words, loop.kind)
+
+    def guard(self, direction: Direction) -> Layer:
+        """The loop guard's layer in a flow."""
+        config = self.config
+        who = Who(config.cluster, config.pod.namespace, config.pod.name)
+        limits = HopLimits(config.loops.max_returns, config.loops.max_hops)
+        return guard(Waypoint(direction, who, self.secret, limits), self.ledger.metrics.hops_dropped)
 
     # Reaching an endpoint...
 
@@ -160,7 +170,7 @@ class Runtime:
 
     def tells(self, exchange: Exchange) -> bool:
         """Whether the client may know what is behind this proxy: the own application may, and peers whose identity is verified."""
-        return exchange.facts.direction == "outbound" or exchange.facts.identity is not None
+        return (exchange.facts.direction == "outbound" or exchange.facts.identity is not None) and not exchange.outside
 
 
 @asynccontextmanager

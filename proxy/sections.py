@@ -190,6 +190,17 @@ class TcpConfig(Section, frozen=True):
     keepalive: Annotated[float, seconds(0, 2 * _HOUR, "silence after which TCP keep-alive probes begin; 0: none")] = 10.0
 
 
+# Reverse proxies copy our tokens and programs that answer from their own state do not, so a request that returns has nearly always gone
+# round; four times are for those that call themselves on purpose. Few requests pass more than a dozen proxies.
+class LoopsConfig(Section, frozen=True):
+    """What the loop guard lets pass."""
+
+    max_returns: Annotated[
+        int, number(0, 1000, "how often the same request may come back to a sidecar (an application may call itself); above: 508", "times")
+    ] = 4
+    max_hops: Annotated[int, number(4, 255, "proxies that a request may pass, both sides of a sidecar counted; above: 508", "proxies")] = 64
+
+
 class LogConfig(Section, frozen=True):
     """What is written to standard error."""
 
@@ -236,6 +247,7 @@ class Config(Section, frozen=True):
     http2: Http2Config = Http2Config()
     pool: PoolConfig = PoolConfig()
     tcp: TcpConfig = TcpConfig()
+    loops: LoopsConfig = LoopsConfig()
     log: LogConfig = LogConfig()
     shutdown: ShutdownConfig = ShutdownConfig()
     intercept: InterceptConfig = InterceptConfig()

@@ -99,8 +99,8 @@ class Exchange(ABC):
     """One request on its way; made by a server, carried to its end by a handler."""
 
     __slots__ = (
-        "attempts", "body", "clock", "facts", "failure", "failure_words", "loop", "malformed", "on_response", "request", "request_bytes",
-        "response", "response_bytes", "upstream", "upstream_tls",
+        "attempts", "body", "clock", "cycle", "facts", "failure", "failure_words", "loop", "malformed", "on_response", "outside", "request",
+        "request_bytes", "response", "response_bytes", "upstream", "upstream_tls",
     )  # fmt: skip
 
     def __init__(self, request: RequestHead, body: Body, facts: Facts, malformed: ProtocolError | None = None) -> None:
@@ -115,6 +115,8 @@ class Exchange(ABC):
         self.failure: str | None = None  # why the proxy made the response up itself, or cut it off: a reason of errors.py
         self.failure_words = ""
         self.loop: str | None = None  # the kind of the loop that was stopped
+        self.cycle = ""  # its way round in names (`west/web-1 -> east/gateway -> west/web-1`), as far as it is known
+        self.outside = False  # the answer will go on to somebody without an identity, though not at once
         self.attempts = 0
         self.request_bytes = 0
         self.response_bytes = 0

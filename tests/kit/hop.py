@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import trio
 
 from proxy.exchange.client import Client, ClientSettings
-from proxy.exchange.exchange import Exchange, Facts, stack
+from proxy.exchange.exchange import Exchange, Facts, Layer, stack
 from proxy.exchange.layers import deadline, measure, rescue
 from proxy.exchange.lenders import Http1Lender
 from proxy.exchange.pool import Pool, PoolSettings
@@ -91,6 +91,7 @@ class Settings:
     buffers: int | None = None
     dial_timeout: float = 5.0
     tunnel_idle: float = 10.0
+    layers: tuple[Layer, ...] = ()  # between rescue and deadline
 
 
 def _serve(nursery: trio.Nursery, proxy: Hop, listener: socket.socket) -> None:
@@ -137,7 +138,7 @@ async def hop(target: Address, settings: Settings | None = None) -> AsyncIterato
             raise proxy.raises
         await client.send(exchange, proxy.target, lender)
 
-    handler = stack(measure(book), rescue(lambda _: settings.name, lambda _: settings.open_to), deadline, endpoint=send)
+    handler = stack(measure(book), rescue(lambda _: settings.name, lambda _: settings.open_to), *settings.layers, deadline, endpoint=send)
 
     async def serve(connection: Connection) -> None:
         assert isinstance(connection.stream, SocketStream)
