@@ -53,6 +53,7 @@ from proxy.net.interfaces import local_addresses
 from proxy.outbound import outbound, outbound_pools
 from proxy.pools import Pools
 from proxy.reach import Reach
+from proxy.route import Router
 from proxy.runtime import Runtime, Settings
 
 _log = logging.getLogger("isthmus")
@@ -121,6 +122,9 @@ class App:
             identity=self.identity,
             directory=self.source or _Known(Directory()),
             balancer=balancer,
+            router=Router(
+                self.source or _Known(Directory()), balancer, metrics, config.pod.namespace, config.clusters.settle, trio.current_time
+            ),
             reach=Reach(balancer),
             dialer=Dialer(config.mark, config.tcp.connect_timeout, config.tcp.keepalive or None, self._refuse_loop),
             ledger=self.ledger,

@@ -49,6 +49,14 @@ class NoEndpoint(IsthmusError):
     """The directory knows the service, and no endpoint of it is ready."""
 
 
+class NotExported(IsthmusError):
+    """A gateway was asked for something that its cluster does not export."""
+
+
+class TunnelRefused(IsthmusError):
+    """A gateway would not open the tunnel that it was asked for."""
+
+
 class PoolExhausted(IsthmusError):
     """All connections that an endpoint may have are in use, and the queue for them is full or too slow."""
 
@@ -86,7 +94,8 @@ class Answer:
     """One row: what is said about a cause."""
 
     status: int
-    grpc_status: int  # 1 cancelled, 4 deadline exceeded, 7 permission denied, 8 resource exhausted, 10 aborted, 13 internal, 14 unavailable
+    # 1 cancelled, 4 deadline exceeded, 5 not found, 7 permission denied, 8 resource exhausted, 10 aborted, 13 internal, 14 unavailable
+    grpc_status: int
     proxy_status: str  # RFC 9209 §2.3
     reason: str  # the metric's label, and the log's
 
@@ -100,6 +109,8 @@ TABLE: dict[type[BaseException], Answer] = {
     NotAuthorised: Answer(403, 7, "http_request_denied", "identity_required"),
     LoopDetected: Answer(508, 10, "proxy_loop_detected", "loop"),
     NoEndpoint: Answer(503, 14, "destination_unavailable", "no_endpoint"),
+    NotExported: Answer(404, 5, "destination_not_found", "not_exported"),
+    TunnelRefused: Answer(502, 14, "destination_unavailable", "tunnel_refused"),
     PoolExhausted: Answer(503, 8, "connection_limit_reached", "pool_exhausted"),
     UpstreamProtocolError: Answer(502, 13, "http_protocol_error", "upstream_protocol"),
     UpstreamClosed: Answer(502, 14, "connection_terminated", "upstream_closed"),

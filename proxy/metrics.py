@@ -215,11 +215,13 @@ class Metrics:
         self._dropped_hops = self._counter("hop_tokens_dropped_total", "Requests whose loop tokens were not all believed.", "reason")
         self._errors = self._counter("errors_total", "Connections and requests that failed in the proxy.", "direction", "reason")
         self._declined = self._counter("heads_declined_total", "HTTP/1 heads that the fast recogniser left to h11.", "direction", "role")
+        self._sent_away = self._counter("sent_away_total", "Requests and connections to other clusters' gateways.", "cluster", "why")
         self._directory = self._counter("directory_reloads_total", "Changed directory files by what became of them.", "result")
         self._identity = self._counter("identity_reloads_total", "Changed certificates, keys or roots by what became of them.", "result")
         self._dropped_logs = self._counter("dropped_logs_total", "Log lines dropped since their writer could not keep up.")
 
     def _states(self) -> None:
+        self._failovers = self._gauge("failover_active", "1 while a service with failover is served by another cluster.", "service")
         self._certificate = self._gauge("certificate_expiry_timestamp_seconds", "When the proxy's certificate ends (Unix time).")
         self._roots = self._gauge("root_expiry_timestamp_seconds", "When the first of the trust roots ends (Unix time).")
         self._pool = self._gauge("pool_connections", "Connections to endpoints kept by the pools.", "state")
@@ -240,6 +242,14 @@ class Metrics:
         """Detection ended with `result` (http1, http2, opaque, tls, silent, closed, declared) after `seconds`."""
         self._detections.at(direction, result).inc()
         self._detection_time.at(direction).observe(seconds)
+
+    def sent_away(self, cluster: str, why: str) -> None:
+        """A request or connection goes by way of another cluster's gateway, since it was named, by a split, or by a failover."""
+        self._sent_away.at(cluster, why).inc()
+
+    def failed_over(self, service: str, away: bool) -> None:
+        """A service is served by another cluster from now on, or at home again."""
+        self._failovers.at(service).set(1 if away else 0)
 
     def hops_dropped(self, reason: str) -> None:
         """Tokens of a request were dropped: `broken` ones, or all of them since they were `oversized`."""

@@ -1,11 +1,12 @@
 """Traffic from the local application to the mesh.
 
     accept -> original destination -> loop guard -> what does the directory say of it? -> HTTP or opaque?
-        opaque  relay <-> connect(endpoint, mutual TLS if it is meshed)
+        opaque  relay <-> connect(endpoint, mutual TLS if it is meshed; a tunnel if it is the gateway of another cluster)
         HTTP    server -> measure -> rescue -> guard -> deadline -> endpoint -> client -> pool -> connect
 
-The destination is resolved when the connection is accepted, and again for each request: the directory may have changed since, and
-the requests of one connection may go to different endpoints.
+Where to is the router's decision (route.py), asked when the connection is accepted, and again for each request: the directory may have
+changed since, and the requests of one connection may go to different services, clusters and endpoints. A service of another cluster is
+reached by way of its gateway, which is told the service's name there: as the request's authority, or by CONNECT.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from proxy.account import ConnectionAccount
+from proxy.errors import RequestError
 from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
 from proxy.exchange.guard import hide_names
 from proxy.exchange.layers import deadline, measure, rescue
-from proxy.mesh.contexts import ALPN_TCP
-from proxy.mesh.directory import Endpoint, Hint, Target
+from proxy.exchange.tunnel import open_tunnel
+from proxy.mesh.contexts import ALPN_HTTP1, ALPN_TCP
+from proxy.mesh.directory import Endpoint, Hint, Target, itself
 from proxy.net.accept import Connection
 from proxy.net.relay import relay
 from proxy.net.streams import Stream
 from proxy.pools import Pools, serve, spoken
 from proxy.runtime import Runtime, closing
-from proxy.wire.messages import upgrade_offer
+from proxy.wire.messages import RequestHead, upgrade_offer
 from proxy.wire.sniff import Protocol
 
 DIRECTION: Direction = "outbound"
@@ -45,7 +48,7 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
         about = Facts(DIRECTION, connection.peer, rt.destination(connection, config.fixed_destination))
         with rt.ledger.connection(connection.stream, about) as account:
             rt.refuse_loop(connection, about)
-            target = rt.directory.current.resolve(about.destination)
+            target = rt.router.known(about.destination) or itself(about.destination)
             opaque = target.protocol is Hint.OPAQUE or about.destination.port in config.opaque_ports
             opening = await account.detect(connection.stream, None if opaque else config.detect_timeout, config.detect_timeout)
             account.plain(opening)
@@ -55,7 +58,7 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
             if about.protocol is not Protocol.OPAQUE:
                 await serve(rt, connection.stream, about, handler)
             else:
-                await rt.reach.connection(lambda: target, to_endpoint(rt, connection.stream, account))
+                await rt.reach.connection(lambda: rt.router.choose(target), to_endpoint(rt, connection.stream, account))
 
     return accept
 
@@ -65,13 +68,15 @@ def to_service(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
     client: Client[Endpoint] = Client(rt.settings.client, rt.ledger.bridge(rt.config.tcp.idle_timeout))
 
     def choose(exchange: Exchange) -> Target:
-        return rt.directory.current.resolve(exchange.facts.destination)
+        request = exchange.request
+        return rt.router.choose(rt.router.meant(exchange.facts.destination, lambda: whom(request)))
 
-    async def send(exchange: Exchange, _: Target, endpoint: Endpoint) -> None:
+    async def send(exchange: Exchange, target: Target, endpoint: Endpoint) -> None:
         exchange.upstream = endpoint.address
+        exchange.authority = told(exchange.request, target)
         if endpoint.identity is None:
             hide_names(exchange)
-        await client.send(exchange, endpoint, pools.lender(upstream_protocol(exchange, endpoint)))
+        await client.send(exchange, endpoint, pools.lender(upstream_protocol(exchange, target)))
 
     async def handle(exchange: Exchange) -> None:
         await rt.reach.exchange(exchange, choose, send)
@@ -79,22 +84,43 @@ def to_service(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
     return handle
 
 
-def upstream_protocol(exchange: Exchange, endpoint: Endpoint) -> Protocol:
-    """What the endpoint speaks, as far as the directory knows; otherwise what the client spoke. A tunnel cannot be translated: an offer to
+def whom(request: RequestHead) -> bytes | None:
+    """Whom a request is for, by its own words. One for a tunnel is for the proxy that it was sent to."""
+    return None if request.method == b"CONNECT" and request.protocol is None else request.authority
+
+
+def told(request: RequestHead, target: Target) -> bytes | None:
+    """The authority for a gateway: the service's name in its own cluster; None: the request's own words will do.
+
+    A CONNECT of the application's is addressed to a forward proxy, and says where that is to go. There is no place for both names in it.
+    """
+    if target.remote is None:
+        return None
+    if request.method == b"CONNECT" and request.protocol is None:
+        raise RequestError(f"CONNECT to {target.service}, a proxy in another cluster: declare its port opaque in the directory", 501)
+    return target.remote.authority
+
+
+def upstream_protocol(exchange: Exchange, target: Target) -> Protocol:
+    """What the service speaks, as far as the directory knows; otherwise what the client spoke. A tunnel cannot be translated: an offer to
     upgrade needs HTTP/1, an extended CONNECT HTTP/2."""
     if upgrade_offer(exchange.request.headers) is not None:
         return Protocol.HTTP1
     if exchange.request.protocol is not None:
         return Protocol.HTTP2
-    return {Hint.HTTP1: Protocol.HTTP1, Hint.HTTP2: Protocol.HTTP2}.get(endpoint.protocol) or spoken(exchange.request.version)
+    return {Hint.HTTP1: Protocol.HTTP1, Hint.HTTP2: Protocol.HTTP2}.get(target.protocol) or spoken(exchange.request.version)
 
 
 def to_endpoint(rt: Runtime, client: Stream, account: ConnectionAccount) -> Callable[[Target, Endpoint], Awaitable[None]]:
     """Relay `client` to an endpoint, byte for byte."""
 
-    async def use(_: Target, endpoint: Endpoint) -> None:
-        async with closing(await rt.connect(endpoint, ALPN_TCP)) as upstream:
-            with account.upstream(upstream):
+    async def use(target: Target, endpoint: Endpoint) -> None:
+        remote = target.remote
+        async with closing(await rt.connect(endpoint, ALPN_TCP if remote is None else ALPN_HTTP1)) as stream:
+            with account.upstream(stream):
+                upstream: Stream = stream
+                if remote is not None:
+                    upstream = await open_tunnel(stream, remote.tunnel, [], rt.settings.limits, rt.config.clusters.tunnel_timeout)
                 account.relayed(await relay(client, upstream, idle=rt.config.tcp.idle_timeout))
 
     return use

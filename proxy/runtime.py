@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from secrets import token_bytes
-from typing import Protocol
 
 from loopguard import HopLimits, OwnListeners, Waypoint, Who
 from proxy.account import Ledger
@@ -19,7 +18,7 @@ from proxy.exchange.mux import MuxSettings
 from proxy.exchange.pool import PoolSettings
 from proxy.exchange.server import Drain, ServerSettings
 from proxy.mesh.balance import Balancer
-from proxy.mesh.directory import Directory, Endpoint
+from proxy.mesh.directory import Endpoint
 from proxy.mesh.identity import Identity, PeerRefused
 from proxy.net.accept import Connection
 from proxy.net.address import Address
@@ -28,6 +27,7 @@ from proxy.net.errors import ConnectionLost, TLSFailed
 from proxy.net.streams import Stream
 from proxy.net.tls import TLSOffer, tls_client
 from proxy.reach import Reach
+from proxy.route import Router, Source
 from proxy.wire.events2 import Http2Limits
 from proxy.wire.messages import Limits
 
@@ -73,13 +73,6 @@ class Settings:
         )
 
 
-class Source(Protocol):
-    """Where the directory is looked up: the snapshot changes under it, whole, so take it once for one decision."""
-
-    @property
-    def current(self) -> Directory: ...
-
-
 @dataclass(slots=True)
 class Runtime:
     """Built by app.py before anything is accepted; shared by the flows; owns nothing that has to be closed."""
@@ -90,6 +83,7 @@ class Runtime:
     identity: Identity | None
     directory: Source
     balancer: Balancer
+    router: Router
     reach: Reach
     dialer: Dialer
     ledger: Ledger

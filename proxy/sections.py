@@ -136,6 +136,15 @@ class DirectoryConfig(Section, frozen=True):
     poll_interval: Annotated[float, seconds(0.05, _HOUR, "how often the file is looked at for a change")] = 1.0
 
 
+# A service that is back for ten seconds is likely to stay. A tunnel is open when the gateway has reached the service, which may take it
+# three endpoints.
+class ClustersConfig(Section, frozen=True):
+    """Services of other clusters, and failing over to them."""
+
+    settle: Annotated[float, seconds(0, _HOUR, "how long a service must be usable at home again before its requests come back")] = 10.0
+    tunnel_timeout: Annotated[float, seconds(0.1, _HOUR, "how long a gateway may take to open a tunnel for bytes that are not HTTP")] = 15.0
+
+
 # idle_timeout is longer than the pools of common clients keep a connection (Go 90 s), so that it is the client who closes first and
 # no request meets a closing connection. body_min_rate cuts a body that trickles in order to hold a connection.
 class HttpConfig(Section, frozen=True):
@@ -243,6 +252,7 @@ class Config(Section, frozen=True):
     admin: AdminConfig = AdminConfig()
     identity: IdentityConfig | None = None
     directory: DirectoryConfig | None = None
+    clusters: ClustersConfig = ClustersConfig()
     http: HttpConfig = HttpConfig()
     http2: Http2Config = Http2Config()
     pool: PoolConfig = PoolConfig()

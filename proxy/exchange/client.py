@@ -23,17 +23,18 @@ import trio
 from proxy.errors import UpstreamClosed, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
 from proxy.exchange.carriers import Carrier, Unanswered
 from proxy.exchange.exchange import Exchange
-from proxy.net.address import Address
 from proxy.net.errors import ConnectionLost
 from proxy.net.streams import Stream
 from proxy.wire.bodies import Length
 from proxy.wire.frames2 import Code
 from proxy.wire.messages import (
+    CALLER,
     END,
     EndOfMessage,
     Headers,
     RequestHead,
     absolute_authority,
+    origin_form,
     strip_hop_by_hop,
     upgrade_offer,
     wants_trailers,
@@ -119,7 +120,7 @@ class _Attempt:
         exchange = self._exchange
         # What follows a CONNECT is not its body but the tunnel, and belongs to whoever answers it.
         length = 0 if exchange.request.method == b"CONNECT" else exchange.body.length
-        self._carrier.begin(forwarded_request(exchange.request, exchange.facts.destination), length)
+        self._carrier.begin(forwarded_request(exchange), length)
         if await self._send_ready():
             await self._receive()
             return
@@ -263,18 +264,24 @@ def offered(request: RequestHead) -> bytes | None:
     return None if request.version == b"1.0" else upgrade_offer(request.headers)
 
 
-def forwarded_request(request: RequestHead, destination: Address) -> RequestHead:
-    """The head as it goes to the next hop: without what belonged to the last one (RFC 9110 §7.6), with what it offers to the next.
-    `destination`, where the client went, is the authority of a request that names none."""
-    headers = Headers(request.headers.items)
+def forwarded_request(exchange: Exchange) -> RequestHead:
+    """The head as it goes to the next hop: without what belonged to the last one (RFC 9110 §7.6), with what it offers to the next, and
+    with what the flow says of it: another authority, and who sent it. Where the client went is the authority of one that names none."""
+    request = exchange.request
+    headers, target = Headers(request.headers.items), request.target
     offer, trailers = offered(request), wants_trailers(headers)
     strip_hop_by_hop(headers)
-    if request.target[:1] not in (b"/", b"*") and request.method != b"CONNECT":
+    if exchange.authority is not None:
+        target = origin_form(request)
+        headers.replace(b"Host", exchange.authority)
+    elif request.target[:1] not in (b"/", b"*") and request.method != b"CONNECT":
         # RFC 9112 §3.2.2: the absolute-form's authority is the one that counts, whatever Host said.
         headers.replace(b"Host", absolute_authority(request.target) or b"")
     elif request.version != b"1.1" and b"host" not in headers:
         # HTTP/1.0 and HTTP/2 may do without; HTTP/1.1 may not (RFC 9112 §3.2).
-        headers.items.insert(0, (b"Host", request.authority or str(destination).encode("ascii")))
+        headers.items.insert(0, (b"Host", request.authority or str(exchange.facts.destination).encode("ascii")))
+    if exchange.caller is not None:
+        headers.add(CALLER, exchange.caller)
     options = []
     if trailers:
         headers.add(b"TE", b"trailers")
@@ -284,4 +291,4 @@ def forwarded_request(request: RequestHead, destination: Address) -> RequestHead
         options.append(b"Upgrade")
     if options:
         headers.add(b"Connection", b", ".join(options))
-    return RequestHead(request.method, request.target, headers, request.version, request.protocol)
+    return RequestHead(request.method, target, headers, request.version, request.protocol)

@@ -99,8 +99,8 @@ class Exchange(ABC):
     """One request on its way; made by a server, carried to its end by a handler."""
 
     __slots__ = (
-        "attempts", "body", "clock", "cycle", "facts", "failure", "failure_words", "loop", "malformed", "on_response", "outside", "request",
-        "request_bytes", "response", "response_bytes", "upstream", "upstream_tls",
+        "attempts", "authority", "body", "caller", "clock", "cycle", "facts", "failure", "failure_words", "loop", "malformed",
+        "on_response", "outside", "request", "request_bytes", "response", "response_bytes", "upstream", "upstream_tls",
     )  # fmt: skip
 
     def __init__(self, request: RequestHead, body: Body, facts: Facts, malformed: ProtocolError | None = None) -> None:
@@ -117,6 +117,8 @@ class Exchange(ABC):
         self.loop: str | None = None  # the kind of the loop that was stopped
         self.cycle = ""  # its way round in names (`west/web-1 -> east/gateway -> west/web-1`), as far as it is known
         self.outside = False  # the answer will go on to somebody without an identity, though not at once
+        self.authority: bytes | None = None  # whom the next hop is told that the request is for; None: what the client said
+        self.caller: bytes | None = None  # the verified identity of who sent it, for the next hop; None: nothing is said
         self.attempts = 0
         self.request_bytes = 0
         self.response_bytes = 0

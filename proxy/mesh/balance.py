@@ -52,6 +52,12 @@ class Balancer:
             return self._less_loaded(*self._draw(usable))
         return usable[0] if usable else None
 
+    def usable(self, target: Target) -> int:
+        """How many endpoints of `target` would get a request now."""
+        if self._failed:
+            self._forget()
+        return sum(endpoint.ready and endpoint.address not in self._failed for endpoint in target.endpoints)
+
     def _draw(self, endpoints: Sequence[Endpoint]) -> tuple[Endpoint, Endpoint]:
         """Two different ones of at least two, every pair as likely as any other."""
         first = int(self._chance.random() * len(endpoints))

@@ -64,6 +64,10 @@ class Names(Generic[T]):
         holder = self._found.setdefault(f"{mirror_name(name, cluster)}.{namespace}", service)
         return None if holder is service else holder
 
+    def remote(self, name: str, namespace: str, cluster: str) -> T | None:
+        """The service of another cluster that is called exactly so there."""
+        return self._found.get(f"{name}.{namespace}.{cluster}")
+
     def find(self, host: str, namespace: str) -> T | None:
         """The service that `host` means to a pod of `namespace`; None: none that is known here."""
         if len(host) > LONGEST + 1:

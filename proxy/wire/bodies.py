@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 
-from proxy.wire.messages import END, EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead, Signal
+from proxy.wire.messages import CALLER_FIELDS, END, EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead, Signal
 
 Read = tuple[bytes | EndOfMessage | Signal, int]
 
@@ -25,7 +25,9 @@ _CHUNK_LINE_SO_FAR = re.compile(rb"[0-9A-Fa-f]{1,16}[ \t]*(?:;[ \t!-~\x80-\xff]*
 _CHUNK_LINE_LIMIT = 1024
 _TRAILER = re.compile(rb"([-!#$%&'*+.^_`|~0-9A-Za-z]+):[ \t]*((?:[!-~\x80-\xff](?:[ \t!-~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*")
 # Fields that frame, route or authenticate a message have no business behind it (RFC 9110 §6.5.1).
-_NO_TRAILER = frozenset({b"content-length", b"transfer-encoding", b"host", b"trailer", b"authorization", b"connection", b"te", b"upgrade"})
+_NO_TRAILER = CALLER_FIELDS | {
+    b"content-length", b"transfer-encoding", b"host", b"trailer", b"authorization", b"connection", b"te", b"upgrade",
+}  # fmt: skip
 
 
 class Framing(Enum):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from proxy.wire.messages import AUTHORITY, Headers, ProtocolError, RequestHead, ResponseHead
+from proxy.wire.messages import AUTHORITY, CALLER_FIELDS, Headers, ProtocolError, RequestHead, ResponseHead
 
 Pair = tuple[bytes, bytes]
 
@@ -83,8 +83,8 @@ def response_head(pairs: Iterable[Pair]) -> ResponseHead:
 
 
 def trailers(pairs: Iterable[Pair]) -> Headers:
-    """A trailer section: no pseudo-field may stand in it (§8.1)."""
-    return _split(pairs, frozenset())[1]
+    """A trailer section: no pseudo-field may stand in it (§8.1). What only proxies may say does not stand there either."""
+    return _split((pair for pair in pairs if pair[0] not in CALLER_FIELDS), frozenset())[1]
 
 
 def _split(pairs: Iterable[Pair], allowed: frozenset[bytes]) -> tuple[dict[bytes, bytes], Headers]:

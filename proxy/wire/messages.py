@@ -160,9 +160,33 @@ def absolute_authority(target: bytes) -> bytes | None:
     return match[1] or None
 
 
+def origin_form(request: RequestHead) -> bytes:
+    """The target without scheme and authority (RFC 9112 §3.2.1, §3.2.4)."""
+    target = request.target
+    if target[:1] in (b"/", b"*"):
+        return target
+    rest = target.partition(b"//")[2]
+    begins = min((at for mark in (b"/", b"?", b"#") if (at := rest.find(mark)) >= 0), default=len(rest))
+    path = rest[begins:].partition(b"#")[0]
+    if not path:
+        return b"*" if request.method == b"OPTIONS" else b"/"
+    return path if path.startswith(b"/") else b"/" + path
+
+
 # Fields that speak of one connection only (RFC 9110 §7.6.1; Keep-Alive and Proxy-Connection are RFC 2068's and de facto). Two come back:
 # Transfer-Encoding, as the framing of the other side has it, and TE as `TE: trailers` where trailers can be carried.
-HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding", b"upgrade"})
+_CONNECTION_FIELDS = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding", b"upgrade"})
+
+# Who has sent a request, as proxies have verified it. Each proxy says it anew to the next hop, or says nothing: what came in is dropped,
+# for anybody could have written it. So is Linkerd's field of the same meaning, and every spelling that a server which makes variables
+# of fields (CGI and its children: RFC 3875 §4.1.18) would take for the same name.
+CALLER = b"isthmus-client-id"
+CALLER_FIELDS = frozenset(
+    b"%b%bclient%bid" % (proxy, one, two) for proxy in (b"isthmus", b"l5d") for one in (b"-", b"_") for two in (b"-", b"_")
+)
+
+# What ends at each hop.
+HOP_BY_HOP = _CONNECTION_FIELDS | CALLER_FIELDS
 
 # A Connection option may name any field, but dropping one of these would change what the message means, to whom it goes, or what the
 # proxies before us have said about it.

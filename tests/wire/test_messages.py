@@ -15,6 +15,7 @@ from proxy.wire.messages import (
     RequestHead,
     ResponseHead,
     absolute_authority,
+    origin_form,
     strip_hop_by_hop,
     upgrade_offer,
     wants_trailers,
@@ -178,3 +179,26 @@ def test_an_upgrade_is_offered_on_when_it_was_asked_for_and_is_not_http2(
 ) -> None:
     headers = Headers([(b"Connection", connection), *((b"Upgrade", line) for line in upgrade)])
     assert upgrade_offer(headers) == offer
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "origin"),
+    [
+        (b"GET", b"/a?b", b"/a?b"),
+        (b"GET", b"http://c.east/a?b#c", b"/a?b"),
+        (b"GET", b"http://c.east", b"/"),
+        (b"GET", b"http://c.east?b", b"/?b"),
+        (b"GET", b"http://c.east/a//b?http://x", b"/a//b?http://x"),
+        (b"OPTIONS", b"http://c.east:80", b"*"),
+        (b"OPTIONS", b"*", b"*"),
+    ],
+)
+def test_the_origin_form_is_what_is_left_without_scheme_and_authority(method: bytes, target: bytes, origin: bytes) -> None:
+    assert origin_form(RequestHead(method, target, Headers())) == origin
+
+
+@pytest.mark.parametrize("name", [b"isthmus-client-id", b"Isthmus-Client-Id", b"l5d-client-id", b"isthmus_client_id", b"L5D_client-ID"])
+def test_who_the_caller_is_does_not_pass_a_hop_in_any_spelling(name: bytes) -> None:
+    headers = Headers([(name, b"forged"), (b"X-Other", b"kept")])
+    strip_hop_by_hop(headers)
+    assert headers.items == [(b"X-Other", b"kept")]

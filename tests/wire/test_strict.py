@@ -20,8 +20,8 @@ LIMITS = Limits(head=4096, target=256, fields=24)
 GET, POST = "GET / HTTP/1.1", "POST / HTTP/1.1"
 
 
-def read(role: Role, pieces: list[bytes]) -> RequestHead | ResponseHead | int:
-    """The head that a connection makes of the pieces, or the status of its refusal."""
+def read(role: Role, pieces: list[bytes]) -> RequestHead | ResponseHead | Signal | int:
+    """The head that a connection makes of the pieces, or the status of its refusal; CLOSED, if it ended with nothing but empty lines."""
     connection = Http1Connection(role, LIMITS)
     for piece in [*pieces, b""]:
         connection.receive_data(piece)
@@ -29,7 +29,7 @@ def read(role: Role, pieces: list[bytes]) -> RequestHead | ResponseHead | int:
             found = connection.next_request() if role is Role.SERVER else connection.next_response()
         except ProtocolError as error:
             return error.status
-        if not isinstance(found, Signal):
+        if found is not Signal.NEED_DATA:
             return found
     raise AssertionError("neither a head nor a refusal")
 

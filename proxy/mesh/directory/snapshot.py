@@ -188,6 +188,10 @@ class Directory:
         """The service that the name `host` means to a pod of `namespace`: one of our own, or another cluster's. See names.py."""
         return self._names.find(host, namespace)
 
+    def remote(self, cluster: str, namespace: str, name: str) -> Service | None:
+        """A service of another cluster."""
+        return self._names.remote(name, namespace, cluster)
+
     def authority(self, authority: bytes, namespace: str) -> Target | None:
         """What a request's authority names, if it names a port of a known service exactly."""
         parts = split_authority(authority)

@@ -1,0 +1,62 @@
+"""A tunnel through a gateway: HTTP/1.1 CONNECT on a connection of its own, and after the 200 no byte is framed (RFC 9110 §9.3.6).
+
+It is how bytes that are not HTTP get to a service of another cluster: the gateway is told a name, as it is for a request, and any proxy
+that speaks HTTP can be the gateway.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from proxy.errors import TunnelRefused, UpstreamProtocolError
+from proxy.exchange.resumed import READ_SIZE, Resumed
+from proxy.net.errors import ConnectionLost
+from proxy.net.streams import Stream
+from proxy.wire.http1 import Http1Connection, Role
+from proxy.wire.messages import Field, Headers, Limits, ProtocolError, RequestHead, ResponseHead, Signal
+
+# What the gateway says of itself in a refusal may be quoted, up to here.
+_QUOTED = 300
+
+
+async def open_tunnel(stream: Stream, authority: bytes, fields: list[Field], limits: Limits, timeout: float) -> Stream:
+    """Ask the gateway behind `stream` for a tunnel to `authority` (host and port), with `fields` beside it. `timeout` in seconds.
+
+    Returns the stream of the tunnel; `stream` stays with its owner, whatever happens. Raises TunnelRefused, UpstreamProtocolError.
+    """
+    http = Http1Connection(Role.CLIENT, limits)
+    head = RequestHead(b"CONNECT", authority, Headers([(b"Host", authority), *fields]))
+    answer: ResponseHead | None = None
+    with trio.move_on_after(timeout):
+        try:
+            await stream.send_all(http.send_request(head, 0))
+            answer = await _final(stream, http)
+        except ConnectionLost as error:
+            raise TunnelRefused(f"the gateway {stream.peer} ended the connection when asked for {_said(authority)}: {error}") from error
+    if answer is None:
+        raise TunnelRefused(f"the gateway {stream.peer} did not answer within {timeout:g} s when asked for {_said(authority)}")
+    if not 200 <= answer.status < 300:
+        why = answer.headers.get(b"proxy-status") or answer.reason
+        raise TunnelRefused(f"the gateway {stream.peer} answered {answer.status} when asked for {_said(authority)}: {_said(why)}")
+    rest = http.take_rest()
+    return Resumed(stream, rest) if rest else stream
+
+
+async def _final(stream: Stream, http: Http1Connection) -> ResponseHead:
+    """The final response to the CONNECT."""
+    while True:
+        try:
+            head = http.next_response()
+        except ProtocolError as error:
+            raise UpstreamProtocolError(f"the gateway's answer to CONNECT: {error}") from error
+        if isinstance(head, ResponseHead):
+            if not head.informational:
+                return head
+        elif head is Signal.CLOSED:
+            raise ConnectionLost("it closed without an answer", "closed")
+        else:
+            http.receive_data(await stream.receive_some(READ_SIZE))
+
+
+def _said(text: bytes) -> str:
+    return text[:_QUOTED].decode("latin-1")

@@ -1,0 +1,188 @@
+"""Which target a request, or an opaque connection, goes to.
+
+Three questions, asked for each request (and for each connection of which nothing but bytes is known):
+
+*What was meant?* The address that the application dialled decides, if the directory knows it: a service's cluster address, a virtual
+address, an endpoint. Only for an address that the directory does not know, the authority of a request decides, and only if it names
+a port of a known service exactly. Everything else goes to its original destination, unchanged. So whoever dials a service gets that
+service, and a Host field cannot lead elsewhere; and a name works without DNS too.
+
+*Which service?* If the service is split, chance draws one of its backends by weight. One of which no endpoint can be used gets
+nothing; its share goes to the others, in proportion to their weights.
+
+*Where is that service served?* Here, as long as enough of its endpoints can be used. If not, in the first of its failover clusters that
+has a gateway which can be used. It comes back when enough of its own have been usable for `settle` seconds on end, so that a service
+that dies again and again does not take its clients along each time.
+
+What a gateway has received asks none of this: it goes to an endpoint of its own cluster (proxy/gateway.py). So a request is split and
+failed over once for each time that an application sends it, and clusters whose splits name each other do not play ball with it.
+
+Nothing here waits. The directory may change between two calls; each call sees one snapshot.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from proxy.errors import NoEndpoint
+from proxy.mesh.directory import Backend, Directory, Plan, Target, itself
+from proxy.net.address import Address
+
+
+class Source(Protocol):
+    """Where the directory is looked up: the snapshot changes under it, whole, so take it once for one decision."""
+
+    @property
+    def current(self) -> Directory: ...
+
+
+class Virtual(Protocol):
+    """Addresses that stand for services of other clusters (proxy/mesh/virtual.py)."""
+
+    def lookup(self, host: str) -> tuple[str, str, str] | None:
+        """(cluster, namespace, name) of the service that an address stands for, or stood for; None: it has been given to nobody."""
+        ...
+
+    def covers(self, host: str) -> bool:
+        """Whether an address is of the virtual ranges."""
+        ...
+
+
+class Health(Protocol):
+    """What is known of endpoints."""
+
+    def usable(self, target: Target) -> int:
+        """How many endpoints of a target would get a request now."""
+        ...
+
+
+class Books(Protocol):
+    """What is counted."""
+
+    def sent_away(self, cluster: str, why: str) -> None:
+        """A request or connection goes by way of another cluster's gateway."""
+        ...
+
+    def failed_over(self, service: str, away: bool) -> None:
+        """A service is served by another cluster from now on, or at home again."""
+        ...
+
+
+@dataclass(slots=True)
+class _Absence:
+    """A service is served elsewhere. `back`: since when enough of its own endpoints have been usable again."""
+
+    back: float | None = None
+
+
+@dataclass(slots=True)
+class Router:
+    """Answers for one proxy. `settle` in seconds of `clock`; `namespace` is the pod's own, in which short names are read."""
+
+    source: Source
+    health: Health
+    books: Books
+    namespace: str
+    settle: float
+    clock: Callable[[], float]
+    chance: random.Random = field(default_factory=random.Random)
+    virtual: Virtual | None = None
+    through: Callable[[Target], Target] = lambda target: target  # a remote target, by the gateways that are there (proxy/gateways.py)
+    _absences: dict[tuple[str | None, int], _Absence] = field(default_factory=dict, init=False)
+
+    # What was meant?
+
+    def known(self, original: Address) -> Target | None:
+        """What an address stands for; None: nobody knows it."""
+        directory = self.source.current
+        target = directory.known(original)
+        virtual = self.virtual
+        if target is not None or virtual is None or not virtual.covers(original.host):
+            return target
+        name = virtual.lookup(original.host)
+        if name is None:
+            return Target(None, ())
+        service = directory.remote(*name)
+        found = service.targets.get(original.port) if service is not None else None
+        return found or Target("/".join(name), ())
+
+    def meant(self, original: Address, authority: Callable[[], bytes | None]) -> Target:
+        """What a request to `original` is meant for. `authority` is asked only if the address says nothing."""
+        target = self.known(original)
+        if target is None:
+            name = authority()
+            target = self.source.current.authority(name, self.namespace) if name else None
+        return target or itself(original)
+
+    # Which service, and where is it served?
+
+    def choose(self, target: Target) -> Target:
+        """Where to go with what is meant for `target`. Raises NoEndpoint if it is split and none of its backends can be used."""
+        plan = target.plan
+        if plan is None:
+            return self._sent(target, "name") if target.remote is not None else target
+        chosen = self._place(plan.backends[0]) if len(plan.backends) == 1 else self._split(target.service, plan)
+        if chosen.remote is None:
+            return chosen
+        return self._sent(chosen, "split" if any(chosen.service == backend.target.service for backend in plan.backends) else "failover")
+
+    def _sent(self, target: Target, why: str) -> Target:
+        if target.remote is not None:
+            self.books.sent_away(target.remote.cluster, why)
+        return self.through(target)
+
+    def _split(self, service: str | None, plan: Plan) -> Target:
+        drawn = self._draw(plan.backends)
+        target = self._place(drawn)
+        if self._usable(target):
+            return target
+        others = [backend for backend in plan.backends if backend.weight and backend is not drawn and self._usable(self._place(backend))]
+        if not others:
+            states = ", ".join(f"{b.target.service} none of {len(self.through(b.target).endpoints)}" for b in plan.backends if b.weight)
+            raise NoEndpoint(f"no backend of {service} has an endpoint that can be used: {states}")
+        return self._place(self._draw(others))
+
+    def _draw(self, backends: Sequence[Backend]) -> Backend:
+        """One of them, by weight; at least one has some."""
+        left = self.chance.random() * sum(backend.weight for backend in backends)
+        for backend in backends:
+            left -= backend.weight
+            if left < 0:
+                return backend
+        return next(backend for backend in reversed(backends) if backend.weight)  # rounding, at the very end of the range
+
+    def _place(self, backend: Backend) -> Target:
+        """Where a backend is served now."""
+        home = backend.target
+        if not backend.elsewhere or not self._away(backend):
+            return home
+        return next((other for other in backend.elsewhere if self._usable(other)), home)
+
+    def _away(self, backend: Backend) -> bool:
+        """Whether a service is not to be served at home, for want of endpoints, or because they have not been back for long enough."""
+        home, remote = backend.target, backend.elsewhere[0].remote
+        key = home.service, remote.port if remote is not None else 0
+        absence = self._absences.get(key)
+        if self._usable(home) < backend.below:
+            if absence is None:
+                self._absences[key] = _Absence()
+                self.books.failed_over(home.service or "", True)
+            else:
+                absence.back = None
+            return True
+        if absence is None:
+            return False
+        now = self.clock()
+        if absence.back is None:
+            absence.back = now
+        if now - absence.back < self.settle:
+            return True
+        del self._absences[key]
+        self.books.failed_over(home.service or "", False)
+        return False
+
+    def _usable(self, target: Target) -> int:
+        return self.health.usable(self.through(target))

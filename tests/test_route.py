@@ -1,0 +1,290 @@
+"""Where requests go: the address before the authority; splits by weight, around what cannot be used; failover, and back without flapping.
+
+Health is the real balancer's, on a clock of the test's.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.errors import NoEndpoint
+from proxy.mesh.balance import Balancer
+from proxy.mesh.directory import Directory, Endpoint, Service, Target, parse
+from proxy.net.address import Address
+from proxy.route import Router
+
+GATEWAY = "spiffe://cluster.local/ns/isthmus/sa/gateway"
+SETTLE = 10.0
+
+
+def text(split: str = "", failover: str = "", ready: str = "true") -> str:
+    return f"""
+services:
+  - name: c
+    addresses: [10.96.0.1]
+    ports: [{{port: 80}}]
+    endpoints: [{{address: 10.1.0.1, ready: {ready}}}, {{address: 10.1.0.2, ready: {ready}}}]
+    split: [{split}]
+    {failover and f"failover: {failover}"}
+  - {{name: new, ports: [{{port: 80}}], endpoints: [{{address: 10.1.0.9}}]}}
+  - {{name: empty, ports: [{{port: 80}}]}}
+clusters:
+  - name: east
+    gateways: [{{address: 203.0.113.7, identity: {GATEWAY}}}]
+    services: [{{name: c, ports: [{{port: 80}}]}}]
+  - name: north
+    gateways: [{{address: 203.0.113.8, identity: {GATEWAY}}}]
+    services: [{{name: c, ports: [{{port: 80}}]}}]
+"""
+
+
+class Known:
+    """A directory that a test exchanges."""
+
+    def __init__(self, document: str) -> None:
+        self.current: Directory = parse(document, "test")
+
+
+class Books:
+    def __init__(self) -> None:
+        self.away: Counter[tuple[str, str]] = Counter()
+        self.states: list[tuple[str, bool]] = []
+
+    def sent_away(self, cluster: str, why: str) -> None:
+        self.away[cluster, why] += 1
+
+    def failed_over(self, service: str, away: bool) -> None:
+        self.states.append((service, away))
+
+
+class World:
+    """A router, and what it stands on."""
+
+    def __init__(self, document: str, seed: int = 1) -> None:
+        self.now = 1000.0
+        self.known = Known(document)
+        self.books = Books()
+        self.balancer = Balancer(lambda: self.now)
+        chance = random.Random(seed)
+        self.router = Router(self.known, self.balancer, self.books, "default", SETTLE, lambda: self.now, chance)
+
+    def to(self, address: str = "10.96.0.1:80", authority: bytes | None = None) -> Target:
+        return self.router.choose(self.router.meant(Address.parse(address), lambda: authority))
+
+    def where(self) -> str | None:
+        return self.to().service
+
+    def many(self, count: int) -> Counter[str | None]:
+        return Counter(self.where() for _ in range(count))
+
+    def breaks(self, *hosts: str) -> None:
+        """These endpoints cannot be connected to for now."""
+        for service in self.services():
+            for target in service.targets.values():
+                for endpoint in target.endpoints:
+                    if endpoint.address.host in hosts:
+                        self.balancer.failed(endpoint)
+
+    def services(self) -> list[Service]:
+        directory = self.known.current
+        return [*directory.services, *(service for cluster in directory.clusters.values() for service in cluster.services)]
+
+
+# What was meant?
+
+
+@pytest.mark.parametrize(
+    ("address", "authority", "service"),
+    [
+        ("10.96.0.1:80", b"new", "default/c"),  # the address is known, so it decides
+        ("10.1.0.9:80", b"c", "default/new"),
+        ("192.0.2.1:80", b"c", "default/c"),
+        ("192.0.2.1:8080", b"C.default.svc.cluster.local:80", "default/c"),
+        ("192.0.2.1:80", b"c.east", "east/default/c"),
+        ("192.0.2.1:80", b"c:81", None),
+        ("192.0.2.1:80", b"example.com", None),
+        ("192.0.2.1:80", None, None),
+        ("10.96.0.1:81", b"nobody", None),
+    ],
+)
+def test_the_address_decides_and_the_authority_only_for_one_that_nobody_knows(address: str, authority: bytes | None, service: str) -> None:
+    target = World(text()).to(address, authority)
+    assert target.service == service
+    if service is None:
+        assert target == Target(None, (Endpoint(Address.parse(address)),))
+
+
+def test_the_authority_is_not_even_looked_at_if_the_address_is_known() -> None:
+    def ask() -> bytes | None:
+        raise AssertionError("nobody should ask")
+
+    assert World(text()).router.meant(Address("10.96.0.1", 80), ask).service == "default/c"
+
+
+class OneAddress:
+    """Virtual addresses: 240.0.0.1 is c of east, 240.0.0.2 was something that is gone."""
+
+    def lookup(self, host: str) -> tuple[str, str, str] | None:
+        return {"240.0.0.1": ("east", "default", "c"), "240.0.0.2": ("east", "default", "gone")}.get(host)
+
+    def covers(self, host: str) -> bool:
+        return host.startswith("240.")
+
+
+@pytest.mark.parametrize(
+    ("address", "service", "gateways"),
+    [
+        ("240.0.0.1:80", "east/default/c", 1),
+        ("240.0.0.1:81", "east/default/c", 0),
+        ("240.0.0.2:80", "east/default/gone", 0),
+        ("240.0.0.3:80", None, 0),
+    ],
+)
+def test_a_virtual_address_is_its_service_or_nobody_but_never_itself(address: str, service: str | None, gateways: int) -> None:
+    world = World(text())
+    world.router.virtual = OneAddress()
+    target = world.to(address, b"new")
+    assert (target.service, len(target.endpoints)) == (service, gateways)
+
+
+# Which service?
+
+
+def within(seen: int, share: float, count: int) -> bool:
+    """Five standard deviations: one in two million draws of honest chance lies outside."""
+    return abs(seen - share * count) <= 5 * math.sqrt(count * share * (1 - share))
+
+
+def test_requests_are_split_by_weight() -> None:
+    world = World(text("{service: c, weight: 90}, {service: c, cluster: east, weight: 10}, {service: new, weight: 0}"))
+    seen = world.many(20_000)
+    assert set(seen) == {"default/c", "east/default/c"}
+    assert within(seen["default/c"], 0.9, 20_000)
+    assert world.books.away["east", "split"] == seen["east/default/c"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 1000), min_size=3, max_size=3).filter(any), st.integers(0, 2**32))
+def test_any_weights_are_kept_to(weights: list[int], seed: int) -> None:
+    one, two, three = weights
+    shares = f"{{service: c, weight: {one}}}, {{service: c, cluster: east, weight: {two}}}, {{service: new, weight: {three}}}"
+    world = World(text(shares), seed)
+    seen = world.many(2000)
+    for name, weight in (("default/c", one), ("east/default/c", two), ("default/new", three)):
+        assert within(seen[name], weight / sum(weights), 2000)
+        assert weight or not seen[name]
+
+
+def test_the_share_of_a_backend_that_cannot_be_used_goes_to_the_others_in_proportion() -> None:
+    world = World(text("{service: c, weight: 50}, {service: c, cluster: east, weight: 10}, {service: new, weight: 40}"))
+    world.breaks("10.1.0.1", "10.1.0.2")
+    seen = world.many(10_000)
+    assert set(seen) == {"east/default/c", "default/new"}
+    assert within(seen["default/new"], 0.8, 10_000)
+
+
+def test_a_backend_without_endpoints_gets_nothing() -> None:
+    world = World(text("{service: empty, weight: 99}, {service: new, weight: 1}"))
+    assert set(world.many(200)) == {"default/new"}
+
+
+def test_a_backend_of_weight_0_gets_nothing_even_if_it_is_the_last_one() -> None:
+    world = World(text("{service: empty, weight: 1}, {service: new, weight: 0}"))
+    with pytest.raises(NoEndpoint, match=r"no backend of default/c has an endpoint that can be used: default/empty none of 0$"):
+        world.to()
+
+
+def test_without_any_backend_that_can_be_used_the_error_names_them_all() -> None:
+    world = World(text("{service: c, weight: 1}, {service: c, cluster: east, weight: 1}"))
+    world.breaks("10.1.0.1", "10.1.0.2", "203.0.113.7")
+    with pytest.raises(NoEndpoint, match=r"no backend of default/c .*: default/c none of 2, east/default/c none of 1"):
+        world.to()
+
+
+def test_weights_change_between_two_requests() -> None:
+    world = World(text("{service: c, weight: 1}, {service: new, weight: 0}"))
+    assert set(world.many(100)) == {"default/c"}
+    world.known.current = parse(text("{service: c, weight: 0}, {service: new, weight: 1}"), "test")
+    assert set(world.many(100)) == {"default/new"}
+
+
+# Where is it served?
+
+
+def failing_over(below: int = 1) -> World:
+    return World(text(failover=f"{{clusters: [east, north], below: {below}}}"))
+
+
+def test_a_service_is_served_at_home_while_enough_of_its_endpoints_can_be_used() -> None:
+    world = failing_over()
+    world.breaks("10.1.0.1")
+    assert set(world.many(50)) == {"default/c"}
+    assert not world.books.states
+
+
+def test_without_them_it_is_served_by_the_first_cluster_in_order_that_can() -> None:
+    world = failing_over()
+    world.breaks("10.1.0.1", "10.1.0.2")
+    assert world.where() == "east/default/c"
+    world.breaks("203.0.113.7")
+    assert world.where() == "north/default/c"
+    assert world.books.away == {("east", "failover"): 1, ("north", "failover"): 1}
+    assert world.books.states == [("default/c", True)]
+
+
+def test_a_threshold_sends_it_away_earlier() -> None:
+    world = failing_over(below=2)
+    world.breaks("10.1.0.1")
+    assert world.where() == "east/default/c"
+
+
+def test_with_nobody_elsewhere_it_stays_at_home_whatever_is_left_there() -> None:
+    world = failing_over(below=2)
+    world.breaks("10.1.0.1", "203.0.113.7", "203.0.113.8")
+    assert world.where() == "default/c"
+
+
+def test_it_comes_back_when_it_has_been_usable_for_long_enough_and_not_before() -> None:
+    world = failing_over()
+    for _ in range(3):  # down for a moment, again and again: nobody goes back in between
+        world.breaks("10.1.0.1", "10.1.0.2")
+        assert world.where() == "east/default/c"
+        world.now += 6  # the balancer has forgotten the failure
+        assert world.where() == "east/default/c"
+        world.now += SETTLE - 7
+        assert world.where() == "east/default/c"
+    world.now += 7
+    assert world.where() == "default/c"
+    assert world.books.states == [("default/c", True), ("default/c", False)]
+
+
+def test_readiness_in_the_directory_decides_too() -> None:
+    world = failing_over()
+    world.known.current = parse(text(failover="{clusters: [east]}", ready="false"), "test")
+    assert world.where() == "east/default/c"
+    world.known.current = parse(text(failover="{clusters: [east]}"), "test")
+    assert world.where() == "east/default/c"
+    world.now += SETTLE
+    assert world.where() == "default/c"
+
+
+def test_a_backend_of_a_split_keeps_its_share_while_another_cluster_stands_in_for_it() -> None:
+    split = "{service: c, weight: 50}, {service: new, weight: 50}"
+    world = World(text(split, failover="{clusters: [east]}"))
+    world.breaks("10.1.0.1", "10.1.0.2")
+    seen = world.many(4000)
+    assert set(seen) == {"east/default/c", "default/new"}
+    assert within(seen["east/default/c"], 0.5, 4000)
+
+
+def test_what_is_addressed_in_another_cluster_is_sent_there_and_nowhere_else() -> None:
+    world = failing_over()
+    world.breaks("203.0.113.7")
+    assert world.to("192.0.2.1:80", b"c.east").service == "east/default/c"
+    assert world.books.away == {("east", "name"): 1}
