@@ -52,6 +52,7 @@ _HEAD = 1024
 # One write, which has `write_timeout` to itself: a slow peer is not one that takes nothing.
 _WRITE = 65536
 _PING = b"isthmus\0"
+_GOODBYE = b"goodbye\0"
 # gRPC servers end a connection on which they are asked more than a few times within this (seconds) while they have nothing to say
 # themselves (gRFC A8, GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS), and with it the quiet streams that we ask for.
 _SELDOM = 300.0
@@ -84,6 +85,7 @@ class Mux:
         self.idle_since = self.opened
         self.broken: str | None = None
         self.going_away = False  # no new streams, from whichever side it was said
+        self._last_call = False  # but those that the client opened before it could know
         self.greeted = trio.Event()  # the peer's SETTINGS are known; or the connection is broken
         self.reserved = 0  # streams that have been promised to somebody who has not opened them yet
         self._streams: dict[int, MuxStream] = {}
@@ -143,6 +145,9 @@ class Mux:
                 self._peer_goes(event)
             case PingAnswered():
                 self._pinged = None
+                if event.payload == _GOODBYE:
+                    self._last_call = False
+                    self.http.go_away()
             case HeadReceived(head=RequestHead() as head):
                 stream = self._streams[event.stream] = MuxStream(self, event.stream)
                 stream.request = head
@@ -182,7 +187,7 @@ class Mux:
                         self._ahead = 0
                         await self._send(data, patience)
                         self._sent.unpark_all()
-                    elif self.going_away and not self._streams:
+                    elif self.going_away and not self._streams and not self._last_call:
                         self._scope.cancel()  # everything has been said
                         return
                     else:
@@ -363,9 +368,19 @@ class Mux:
         return len(self._streams)
 
     def retire(self) -> None:
-        """Take nothing new; the connection ends with its last stream."""
+        """Take nothing new; the connection ends with its last stream.
+
+        A server says it in two steps. A stream that crosses with GOAWAY would be refused, and clients repeat that once at most; so the
+        first GOAWAY refuses none, and a PING behind it tells by its answer that the client has read it: nothing is on its way any more.
+        """
         if not self.going_away:
             self.going_away = True
-            self.http.go_away()
+            if self.client:
+                self.http.go_away()
+            else:
+                self._last_call = True
+                self.http.announce_end()
+                self.http.ping(_GOODBYE)
+                self._pinged = self._pinged or trio.current_time()
             self.on_room()
             self.touch()

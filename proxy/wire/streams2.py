@@ -285,6 +285,11 @@ class Streams:
             self._forgive(number, stream)
             self._out.append(frames.rst_stream(number, code))
 
+    def announce_end(self) -> None:
+        """Ask the peer to open no new streams; those that it does open are taken still, for they may be on their way (RFC 9113 §6.8)."""
+        if self._refuse_above is None and not self._over:
+            self._out.append(frames.goaway(frames.LARGEST_WINDOW, Code.NO_ERROR))
+
     def go_away(self) -> None:
         """Take no new streams of the peer's; those that are open go on."""
         if self._refuse_above is None and not self._over:
