@@ -8,6 +8,7 @@ The order of the start is the order of what depends on what: identity (no socket
     ├── identity.watch           new certificates and roots, without a restart
     ├── directory.watch          new snapshots
     ├── sweep                    idle connections that have become too old
+    ├── names                    questions of the pod's programs, if they are answered here
     ├── pools.serve              HTTP/2 connections to endpoints, which no single exchange owns
     ├── inbound                  a task for each connection
     └── outbound                 a task for each connection
@@ -46,6 +47,7 @@ from proxy.mesh.identity import Identity, TLSSettings
 from proxy.mesh.material import MaterialError, MaterialFiles
 from proxy.mesh.watch import DirectorySource
 from proxy.metrics import Metrics
+from proxy.names import Names, pod_resolvers
 from proxy.net.accept import Acceptor, Connection
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
@@ -111,10 +113,13 @@ class App:
         self.ledger = Ledger(metrics, access=config.log.access)
         self.identity = _identity(config)
         self.source = _directory(config)
-        self.listeners = listen(config)
+        resolvers = pod_resolvers(config)
+        self.listeners = listen(config, resolvers)
         self.drain = Drain()
         own = self._own()
         balancer = Balancer(trio.current_time)
+        dialer = Dialer(config.mark, config.tcp.connect_timeout, config.tcp.keepalive or None, self._refuse_loop)
+        self.names = Names(config, resolvers, dialer, metrics) if resolvers is not None else None
         self.runtime = Runtime(
             config=config,
             settings=Settings.of(config),
@@ -126,10 +131,11 @@ class App:
                 self.source or _Known(Directory()), balancer, metrics, config.pod.namespace, config.clusters.settle, trio.current_time
             ),
             reach=Reach(balancer),
-            dialer=Dialer(config.mark, config.tcp.connect_timeout, config.tcp.keepalive or None, self._refuse_loop),
+            dialer=dialer,
             ledger=self.ledger,
             drain=self.drain,
         )
+        self._publish()
         self.outbound_pools: Pools[Endpoint] = outbound_pools(self.runtime)
         self.inbound_pools: Pools[Address] = inbound_pools(self.runtime)
         self.inbound = _acceptor(inbound(self.runtime, self.inbound_pools), config.inbound.max_connections)
@@ -144,6 +150,8 @@ class App:
                 nursery.start_soon(self._watch_identity)
                 nursery.start_soon(self._watch_directory)
                 nursery.start_soon(self._sweep)
+                if self.names is not None:
+                    nursery.start_soon(self.names.serve, self.listeners, _report)
                 nursery.start_soon(self.outbound_pools.serve)
                 nursery.start_soon(self.inbound_pools.serve)
                 nursery.start_soon(self._serve_until, signals.__aiter__().__anext__, nursery.cancel_scope)
@@ -212,9 +220,14 @@ class App:
     def _directory_changed(self, error: DirectoryError | None) -> None:
         self.metrics.directory_reloaded("ok" if error is None else "error")
         if error is None:
+            self._publish()
             _log.info("new directory in use: %d services", len(self.runtime.directory.current.services))
         else:
             _log.error("the changed directory cannot be used, the old one stays: %s", error)
+
+    def _publish(self) -> None:
+        if self.names is not None:
+            self.names.publish(self.runtime.directory.current)
 
     def _own(self) -> OwnListeners:
         """What the loop guard knows of us: what we were told, and what the system says now."""
@@ -251,13 +264,15 @@ class App:
         used = [pool.counts() for pool in (self.outbound_pools, self.inbound_pools)]
         self.metrics.pool("active").set(sum(active for active, _ in used))
         self.metrics.pool("idle").set(sum(idle for _, idle in used))
+        if self.names is not None:
+            self.names.observe()
         return self.metrics.render()
 
     def _say_hello(self) -> None:
         # What has been built so far lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
-        for name in ("outbound", "inbound", "admin"):
+        for name in ("outbound", "inbound", "admin", "names"):
             for sock in getattr(self.listeners, name):
                 _log.info("%s: %s", name, Address.of(sock.getsockname()))
         if self.identity is None:

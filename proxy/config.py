@@ -39,6 +39,8 @@ DOWNWARD = {
 DOWNWARD_ADDRESSES = "POD_IPS"
 # Every setting and an allow-list of ten thousand identities fit many times.
 MOST_BYTES = 4 * 1024 * 1024
+# Addresses are made by hashing names: in a range that is hardly used, hashes seldom meet.
+_LEAST_ADDRESSES = 4096
 _SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_[0-9]+_(TCP|UDP|SCTP).*)?)\Z")
 _CLUSTER = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 
@@ -165,12 +167,37 @@ def _contradictions(config: Config, mistakes: Mistakes) -> None:
     for port in inbound.allow:
         if inbound.require_identity.ports.get(port) is False:
             mistakes.add(f"inbound.allow.{port}", "has an allow-list, but inbound.require_identity says false for the same port")
+    _dns(config, mistakes)
     if config.http.max_target_bytes > config.http.max_head_bytes:
         mistakes.add("http.max_target_bytes", "is greater than http.max_head_bytes, of which the target is a part")
     if config.pool.max_idle_per_endpoint > config.pool.max_connections_per_endpoint:
         mistakes.add("pool.max_idle_per_endpoint", "is greater than pool.max_connections_per_endpoint")
     if config.pool.idle_timeout >= config.http.idle_timeout:
         mistakes.add("pool.idle_timeout", "is not below http.idle_timeout: other proxies would close connections that are about to be used")
+
+
+def _dns(config: Config, mistakes: Mistakes) -> None:
+    section = config.dns
+    if section is None:
+        return
+    if not config.outbound.listen:
+        mistakes.add("dns", "hands out addresses that lead to the outbound listener, but outbound.listen is empty")
+    for name, given in (("listen", section.listen), ("ranges", section.ranges)):
+        if not given:
+            mistakes.add(f"dns.{name}", "must not be empty")
+    for index, network in enumerate(section.ranges):
+        if network.num_addresses < _LEAST_ADDRESSES:
+            mistakes.add(f"dns.ranges[{index}]", f"{network} has less than {_LEAST_ADDRESSES} addresses: too few to make them of names")
+    if len({network.version for network in section.ranges}) < len(section.ranges):
+        mistakes.add("dns.ranges", "at most one network of each address family")
+    if len({address.is_ipv6 for address in section.listen}) < len(section.listen):
+        mistakes.add("dns.listen", "at most one address of each family")
+    if section.quarantine < section.ttl:
+        mistakes.add("dns.quarantine", "is below dns.ttl: an answer could outlive it")
+    ours = [address for _, address in config.listeners()]
+    for index, upstream in enumerate(section.upstreams):
+        if any(_collide(address, upstream) for address in ours) or upstream.port == 0:
+            mistakes.add(f"dns.upstreams[{index}]", f"{upstream} is the proxy itself, or nobody")
 
 
 def _listeners(config: Config, mistakes: Mistakes) -> None:

@@ -6,8 +6,9 @@ import socket
 from dataclasses import dataclass
 
 from proxy.config import Config
-from proxy.net.accept import BindFailed, bind
+from proxy.net.accept import BindFailed, bind, bind_datagrams
 from proxy.net.address import Address
+from proxy.resolvers import Resolvers
 
 
 class StartError(Exception):
@@ -25,13 +26,15 @@ class Listeners:
     outbound: list[socket.socket]
     inbound: list[socket.socket]
     admin: list[socket.socket]
+    names: list[socket.socket]  # DNS over TCP
+    datagrams: list[tuple[socket.socket, Address]]  # DNS over UDP, and the resolver that each socket stands for
 
     def ports(self) -> frozenset[int]:
         """Those that forward what they accept."""
-        return frozenset(sock.getsockname()[1] for sock in (*self.outbound, *self.inbound))
+        return frozenset(sock.getsockname()[1] for sock in (*self.outbound, *self.inbound, *self.names))
 
 
-def listen(config: Config) -> Listeners:
+def listen(config: Config, resolvers: Resolvers | None = None) -> Listeners:
     """Bind what is configured. Raises StartError, and then nothing stays bound."""
     bound: list[socket.socket] = []
 
@@ -41,7 +44,16 @@ def listen(config: Config) -> Listeners:
         return sockets
 
     try:
-        return Listeners(every(config.outbound.listen), every(config.inbound.listen), every(config.admin.listen))
+        traffic = every(config.outbound.listen), every(config.inbound.listen), every(config.admin.listen)
+        if config.dns is None or resolvers is None:
+            return Listeners(*traffic, names=[], datagrams=[])
+        names = every(config.dns.listen)
+        datagrams = []
+        for address, upstream in resolvers.ways_in(config.dns):
+            if _has_family(address):
+                bound.append(bind_datagrams(address))
+                datagrams.append((bound[-1], upstream))
+        return Listeners(*traffic, names, datagrams)
     except BindFailed as error:
         for sock in bound:
             sock.close()

@@ -176,6 +176,7 @@ class Metrics:
         self._data_path()
         self._events()
         self._states()
+        self._names()
         self.http: dict[Direction, HttpMeasures] = {way: HttpMeasures(self, way, clock) for way in ("inbound", "outbound")}
         self.connections: dict[Direction, ConnectionMeasures] = {way: ConnectionMeasures(self, way) for way in ("inbound", "outbound")}
 
@@ -227,6 +228,19 @@ class Metrics:
         self._pool = self._gauge("pool_connections", "Connections to endpoints kept by the pools.", "state")
         info = self._gauge("build_info", "Always 1; the labels say what runs.", "version", "python")
         info.at(_version(), platform.python_version()).set(1)
+
+    def _names(self) -> None:
+        what = ("transport", "result")
+        self.dns_queries = self._counter("dns_queries_total", "Questions of the pod's programs by what became of them.", *what)
+        self.dns_upstream = self._counter("dns_upstream_total", "Questions that were passed on, by how that ended.", *what)
+        self.dns_ignored = self._counter("dns_ignored_datagrams_total", "Datagrams to our questions that did not answer them.")
+        self.dns_latency = self._histogram("dns_upstream_seconds", "From passing a datagram on to its answer.", LATENCY_BUCKETS)
+        self.dns_in_flight = self._gauge("dns_in_flight", "Questions that wait for a resolver.")
+        self._virtual = self._gauge("virtual_addresses", "Services that have virtual addresses, or still keep them.", "state")
+
+    def virtual_addresses(self, existing: int, quarantined: int) -> None:
+        self._virtual.at("existing").set(existing)
+        self._virtual.at("quarantined").set(quarantined)
 
     def handshake(self, direction: Direction, side: Literal["client", "server"], facts: tuple[str, str, bool]) -> None:
         """A TLS handshake succeeded; `facts` are the version, the key-exchange group, and whether the session was resumed."""

@@ -7,6 +7,7 @@ seconds (float), sizes are bytes (int) once parsed. The reasons behind the numbe
 from __future__ import annotations
 
 import functools
+import ipaddress
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -238,6 +239,32 @@ class InterceptConfig(Section, frozen=True):
     ] = ()
 
 
+# 240.0.0.0/4 has been reserved since 1989 and is nobody's; the IPv6 prefix is a unique local one that spells "isthmus". The timeout is
+# that of the C library for one attempt. Quarantine is for applications that keep an address for longer than they were told.
+class DnsConfig(Section, frozen=True):
+    """Names of other clusters' services for every program of the pod. Without this section DNS is left alone; `dns: {}` switches it on."""
+
+    listen: Annotated[
+        tuple[Address, ...], described("where redirected questions arrive, those for the n-th further resolver at the port + n", 2)
+    ] = (Address("127.0.0.1", 4153), Address("::1", 4153))
+    upstreams: Annotated[tuple[Address, ...], described("the pod's resolvers; empty: those of `resolv_conf`", 3)] = ()
+    search: Annotated[tuple[str, ...], described("the domains that programs put behind names; empty: those of `resolv_conf`", 32)] = ()
+    resolv_conf: Annotated[Path, described("the file that tells the pod's programs about both")] = Path("/etc/resolv.conf")
+    ttl: Annotated[float, seconds(1, _DAY, "how long our answers may be kept")] = 30.0
+    timeout: Annotated[float, seconds(0.05, 60, "how long a resolver may take to answer; above: SERVFAIL")] = 5.0
+    max_in_flight: Annotated[int, number(1, 10_000, "questions that may wait for resolvers; above: SERVFAIL", "questions")] = 512
+    max_connections: Annotated[int, number(1, 10_000, "open TCP connections; more wait in the kernel's backlog")] = 64
+    idle_timeout: Annotated[float, seconds(1, _HOUR, "how long a TCP connection may stay open between questions")] = 10.0
+    ranges: Annotated[tuple[Network, ...], described("where virtual addresses come from: one network of each family, or of one", 2)] = (
+        ipaddress.IPv4Network("240.0.0.0/4"),
+        ipaddress.IPv6Network("fd69:7374:686d:7573::/64"),
+    )
+    max_names: Annotated[int, number(1, 1_000_000, "services of other clusters that have virtual addresses", "services")] = 65536
+    quarantine: Annotated[
+        float, seconds(1, _WEEK, "how long the address of a service that is gone stays its own; not below `ttl`")
+    ] = 600.0
+
+
 class Config(Section, frozen=True):
     """Everything."""
 
@@ -260,12 +287,14 @@ class Config(Section, frozen=True):
     loops: LoopsConfig = LoopsConfig()
     log: LogConfig = LogConfig()
     shutdown: ShutdownConfig = ShutdownConfig()
+    dns: DnsConfig | None = None
     intercept: InterceptConfig = InterceptConfig()
 
     def listeners(self) -> Iterator[tuple[str, Address]]:
         """(path, address) of every listener."""
-        for name, section in (("outbound", self.outbound), ("inbound", self.inbound), ("admin", self.admin)):
-            for index, address in enumerate(section.listen):
+        sections = (("outbound", self.outbound), ("inbound", self.inbound), ("admin", self.admin), ("dns", self.dns))
+        for name, section in sections:
+            for index, address in enumerate(section.listen if section is not None else ()):
                 yield f"{name}.listen[{index}]", address
 
     @property

@@ -137,10 +137,24 @@ def test_all_mistakes_are_reported_together_with_their_paths(tmp_path: Path) -> 
         ("pool: {idle_timeout: 10m}", "pool.idle_timeout"),
         ("cluster: East", "cluster"),
         ("trust_domain: a/b", "trust_domain"),
+        ("dns: {}\noutbound: {listen: []}", "dns"),
+        ("dns: {listen: []}", "dns.listen"),
+        ("dns: {listen: ['127.0.0.1:4140']}", "dns.listen[0]"),
+        ("dns: {listen: ['127.0.0.1:53', '127.0.0.2:53']}", "dns.listen"),
+        ("dns: {ranges: []}", "dns.ranges"),
+        ("dns: {ranges: [240.0.0.0/24]}", "dns.ranges[0]"),
+        ("dns: {ranges: [240.0.0.0/8, 241.0.0.0/8]}", "dns.ranges"),
+        ("dns: {ttl: 1h}", "dns.quarantine"),
+        ("dns: {upstreams: ['127.0.0.1:4153']}", "dns.upstreams[0]"),
     ],
 )
 def test_settings_that_contradict_each_other_are_mistakes(tmp_path: Path, text: str, path: str) -> None:
     assert [mistake.split(": ")[0] for mistake in mistakes(tmp_path, text)] == [path]
+
+
+@pytest.mark.parametrize(("text", "on"), [("", False), ("dns:", False), ("dns: {}", True), ("dns: {ttl: 1s}", True)])
+def test_names_are_answered_for_only_if_that_is_asked_for(tmp_path: Path, text: str, on: bool) -> None:
+    assert (config(tmp_path, text).dns is not None) is on
 
 
 def test_a_listener_on_all_ipv6_addresses_does_not_meet_one_on_ipv4(tmp_path: Path) -> None:

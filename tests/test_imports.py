@@ -28,7 +28,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "proxy.net": ({"proxy.net"}, {"trio", "OpenSSL", "cryptography"}),
     "proxy.mesh": (
         {"proxy.mesh", "proxy.net", "proxy.settings", "proxy.units", "proxy.describe", "loopguard"},
-        {"trio", "OpenSSL", "cryptography", "msgspec", "yaml"},
+        {"trio", "OpenSSL", "cryptography", "msgspec", "yaml", "dns"},
     ),
     "proxy.exchange": ({"proxy.exchange", "proxy.wire", "proxy.net", "proxy.errors", "loopguard", "tracing"}, {"trio"}),
     "proxy.detect": ({"proxy.net", "proxy.wire"}, {"trio"}),

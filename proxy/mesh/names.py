@@ -51,6 +51,7 @@ class Names(Generic[T]):
     """The names of one snapshot. To be filled with our own services first; `find` never fails."""
 
     def __init__(self, domain: str = "cluster.local") -> None:
+        self.domain = domain  # of our own cluster
         self._svc = f".svc.{domain}"
         self._found: dict[str, T] = {}
 

@@ -43,7 +43,7 @@ _PROBES = 64
 _LOAD = 8
 
 
-class Remote(NamedTuple):
+class RemoteName(NamedTuple):
     """A service of another cluster."""
 
     cluster: str
@@ -72,7 +72,7 @@ class _Range:
         self.first = int(network.network_address)
         self.size = network.num_addresses
 
-    def probe(self, remote: Remote, turn: int) -> str:
+    def probe(self, remote: RemoteName, turn: int) -> str:
         """The address that the name proposes at its `turn`; never the first or the last of the range, which mean no one place."""
         digest = hashlib.blake2b(str(remote).encode(), digest_size=16, salt=turn.to_bytes(8, "big")).digest()
         offset = 1 + int.from_bytes(digest, "big") % (self.size - 2)
@@ -85,11 +85,11 @@ class _Range:
             return False
         return 0 <= int.from_bytes(packed, "big") - self.first < self.size
 
-    def place(self, newcomers: Iterable[Remote], taken: Collection[str]) -> dict[Remote, str]:
+    def place(self, newcomers: Iterable[RemoteName], taken: Collection[str]) -> dict[RemoteName, str]:
         """A place for each of the newcomers that is not in `taken`, whatever their order. Those that find none are left out."""
         turns = dict.fromkeys(newcomers, 0)
         waiting = list(turns)
-        proposed: dict[str, Remote | None] = {}  # None: contested
+        proposed: dict[str, RemoteName | None] = {}  # None: contested
         while waiting:
             remote = waiting.pop()
             if turns[remote] == _PROBES:
@@ -118,11 +118,11 @@ class VirtualAddresses:
         self._quarantine = quarantine
         self._clock = clock
         self.capacity = min([most, *(space.size // _LOAD for space in self._ranges)])
-        self._tenants: dict[Remote, _Tenant] = {}
-        self._hosts: dict[str, Remote] = {}
-        self._retired: set[Remote] = set()
+        self._tenants: dict[RemoteName, _Tenant] = {}
+        self._hosts: dict[str, RemoteName] = {}
+        self._retired: set[RemoteName] = set()
 
-    def publish(self, remotes: Collection[Remote]) -> int:
+    def publish(self, remotes: Collection[RemoteName]) -> int:
         """These are the services that exist now; all others are retired. Returns how many of them have no address, for want of room."""
         self.sweep()
         now = self._clock()
@@ -139,20 +139,20 @@ class VirtualAddresses:
         self._settle(newcomers[: max(self.capacity - len(self._tenants), 0)])
         return sum(remote not in self._tenants for remote in newcomers)
 
-    def _settle(self, newcomers: list[Remote]) -> None:
-        placed: list[Mapping[Remote, str]] = [space.place(newcomers, self._hosts) for space in self._ranges]
+    def _settle(self, newcomers: list[RemoteName]) -> None:
+        placed: list[Mapping[RemoteName, str]] = [space.place(newcomers, self._hosts) for space in self._ranges]
         for remote in newcomers:
             hosts = tuple(found[remote] for found in placed if remote in found)
             if len(hosts) == len(self._ranges):
                 self._tenants[remote] = _Tenant(hosts)
                 self._hosts.update(dict.fromkeys(hosts, remote))
 
-    def addresses(self, remote: Remote) -> tuple[str, ...]:
+    def addresses(self, remote: RemoteName) -> tuple[str, ...]:
         """What the name resolves to: an address of each range; none if it does not exist, or there was no room."""
         tenant = self._tenants.get(remote)
         return tenant.hosts if tenant is not None and tenant.retired is None else ()
 
-    def lookup(self, host: str) -> Remote | None:
+    def lookup(self, host: str) -> RemoteName | None:
         """Which service the address stands for, also in quarantine; None for an address that has not been given to anybody."""
         return self._hosts.get(host)
 

@@ -72,17 +72,32 @@ def bind(address: Address, backlog: int = _BACKLOG) -> socket.socket:
 
     `backlog` is capped by net.core.somaxconn. Raises BindFailed.
     """
+    sock = _bound(address, socket.SOCK_STREAM)
+    try:
+        sock.listen(backlog)
+    except OSError as error:
+        sock.close()
+        raise BindFailed(f"cannot listen on {address}: {_bind_problem(error)}") from error
+    return sock
+
+
+def bind_datagrams(address: Address) -> socket.socket:
+    """A non-blocking UDP socket on `address`. Raises BindFailed."""
+    return _bound(address, socket.SOCK_DGRAM)
+
+
+def _bound(address: Address, kind: int) -> socket.socket:
     family = socket.AF_INET6 if address.is_ipv6 else socket.AF_INET
     try:
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock = socket.socket(family, kind | socket.SOCK_NONBLOCK)
     except OSError as error:
         raise BindFailed(f"cannot listen on {address}: {error.strerror}") from error
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if kind == socket.SOCK_STREAM:  # with UDP it would let two processes share the port, of which one gets nothing
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if address.is_ipv6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind((address.host, address.port))
-        sock.listen(backlog)
     except OSError as error:
         sock.close()
         raise BindFailed(f"cannot listen on {address}: {_bind_problem(error)}") from error

@@ -76,13 +76,11 @@ class Dialer:
         """Connect. The caller owns the stream. Raises ConnectFailed, or what `refuse` raises, and leaves nothing open then."""
         self.refuse(address)
         await checkpoint_if_cancelled()
-        try:
-            sock = socket.socket(socket.AF_INET6 if address.is_ipv6 else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        except OSError as error:
-            raise _failure(address, error.errno or 0) from error
+        sock = _socket(address, socket.SOCK_STREAM)
         connected = False
         try:
-            self._prepare(sock, address)
+            self._mark(sock, address)
+            self._keep_alive(sock)
             await self._connect(sock, address)
             stream = _stream(sock, address)
             connected = True
@@ -92,13 +90,33 @@ class Dialer:
                 notify_closing(sock)
                 sock.close()
 
-    def _prepare(self, sock: socket.socket, address: Address) -> None:
+    def dial_datagrams(self, address: Address) -> socket.socket:
+        """A UDP socket at a port that the kernel draws, of which `address` is the only peer: what others send does not arrive.
+
+        The caller owns it. Raises ConnectFailed, or what `refuse` raises. Sends nothing.
+        """
+        self.refuse(address)
+        sock = _socket(address, socket.SOCK_DGRAM)
+        try:
+            self._mark(sock, address)
+            sock.connect((address.host, address.port))
+        except OSError as error:
+            sock.close()
+            raise failure(address, error.errno or 0) from error
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _mark(self, sock: socket.socket, address: Address) -> None:
         if self.mark is not None:
             try:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, self.mark)
             except PermissionError as error:
                 detail = f"marking our packets with {self.mark:#x} is not permitted (SO_MARK needs the capability CAP_NET_ADMIN)"
                 raise ConnectFailed(address, "other", detail) from error
+
+    def _keep_alive(self, sock: socket.socket) -> None:
         if self.keepalive is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(self.keepalive)))
@@ -111,7 +129,7 @@ class Dialer:
         except BlockingIOError:
             pass
         except OSError as error:
-            raise _failure(address, error.errno or 0) from error
+            raise failure(address, error.errno or 0) from error
         else:
             return
         with trio.move_on_after(self.timeout) as scope:
@@ -120,7 +138,14 @@ class Dialer:
             raise ConnectFailed(address, "timeout", f"no answer within {self.timeout:g} s")
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            raise _failure(address, code)
+            raise failure(address, code)
+
+
+def _socket(address: Address, kind: int) -> socket.socket:
+    try:
+        return socket.socket(socket.AF_INET6 if address.is_ipv6 else socket.AF_INET, kind | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        raise failure(address, error.errno or 0) from error
 
 
 def _stream(sock: socket.socket, address: Address) -> SocketStream:
@@ -136,5 +161,6 @@ def _stream(sock: socket.socket, address: Address) -> SocketStream:
     return stream
 
 
-def _failure(address: Address, code: int) -> ConnectFailed:
+def failure(address: Address, code: int) -> ConnectFailed:
+    """The error for a system call towards `address` that failed with errno `code`."""
     return ConnectFailed(address, _REASONS.get(code, "other"), _WORDS.get(code) or os.strerror(code).lower())

@@ -17,17 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from proxy.mesh.virtual import Remote, VirtualAddresses
+from proxy.mesh.virtual import RemoteName, VirtualAddresses
 
 RANGES = (ipaddress.ip_network("240.0.0.0/4"), ipaddress.ip_network("fd69:7374:686d:7573::/64"))
 SMALL = (ipaddress.ip_network("240.0.0.0/25"), ipaddress.ip_network("fd00::/121"))  # 128 addresses, so 16 names
 QUARANTINE = 60.0
 
-remotes = st.builds(Remote, st.sampled_from(["east", "north"]), st.just("default"), st.sampled_from([f"s{i}" for i in range(40)]))
+remotes = st.builds(RemoteName, st.sampled_from(["east", "north"]), st.just("default"), st.sampled_from([f"s{i}" for i in range(40)]))
 
 
-def names(count: int, start: int = 0) -> list[Remote]:
-    return [Remote("east", "default", f"service-{number}") for number in range(start, start + count)]
+def names(count: int, start: int = 0) -> list[RemoteName]:
+    return [RemoteName("east", "default", f"service-{number}") for number in range(start, start + count)]
 
 
 def fresh(ranges: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = RANGES, most: int = 100_000) -> VirtualAddresses:
@@ -49,8 +49,8 @@ def test_a_name_has_an_address_of_each_range_and_they_lead_back_to_it() -> None:
 def test_addresses_are_part_of_the_contract_between_versions_of_the_proxy() -> None:
     """Proxies of two versions run side by side in a roll-out, and one restarts as the other: these may never change."""
     virtual = fresh()
-    virtual.publish([Remote("east", "default", "c")])
-    assert virtual.addresses(Remote("east", "default", "c")) == ("253.73.238.1", "fd69:7374:686d:7573:24b5:f71a:90a0:fc9f")
+    virtual.publish([RemoteName("east", "default", "c")])
+    assert virtual.addresses(RemoteName("east", "default", "c")) == ("253.73.238.1", "fd69:7374:686d:7573:24b5:f71a:90a0:fc9f")
 
 
 def test_addresses_outside_the_ranges_are_not_ours_and_unknown_ones_within_are_nobodys() -> None:
@@ -67,7 +67,7 @@ def test_addresses_outside_the_ranges_are_not_ours_and_unknown_ones_within_are_n
 
 @settings(max_examples=60)
 @given(st.sets(remotes, max_size=16), st.randoms(use_true_random=False))
-def test_neither_the_order_nor_a_restart_changes_an_address(chosen: set[Remote], order: random.Random) -> None:
+def test_neither_the_order_nor_a_restart_changes_an_address(chosen: set[RemoteName], order: random.Random) -> None:
     first, second = fresh(SMALL), fresh(SMALL)
     shuffled = sorted(chosen)
     order.shuffle(shuffled)
@@ -79,7 +79,7 @@ def test_neither_the_order_nor_a_restart_changes_an_address(chosen: set[Remote],
 
 @settings(max_examples=100)
 @given(st.lists(remotes, min_size=1, max_size=16, unique=True))
-def test_names_that_came_one_by_one_lead_after_a_restart_to_themselves_or_to_nobody(chosen: list[Remote]) -> None:
+def test_names_that_came_one_by_one_lead_after_a_restart_to_themselves_or_to_nobody(chosen: list[RemoteName]) -> None:
     before, after = fresh(SMALL), fresh(SMALL)
     for count in range(1, len(chosen) + 1):
         before.publish(chosen[:count])
@@ -124,11 +124,11 @@ class Life(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.existing: set[Remote] = set()
+        self.existing: set[RemoteName] = set()
         self.virtual = VirtualAddresses(SMALL, 16, QUARANTINE, lambda: self.now)
-        self.open: list[tuple[str, Remote, Callable[[], None]]] = []
+        self.open: list[tuple[str, RemoteName, Callable[[], None]]] = []
         # host -> (whose it was, until when an answer or a connection may hold it)
-        self.promised: dict[str, tuple[Remote, float]] = {}
+        self.promised: dict[str, tuple[RemoteName, float]] = {}
 
     def _promise(self) -> None:
         for name in self.existing:
@@ -138,7 +138,7 @@ class Life(RuleBasedStateMachine):
             self.promised[host] = (name, self.now + QUARANTINE)
 
     @rule(chosen=st.sets(remotes, max_size=20))
-    def publish(self, chosen: set[Remote]) -> None:
+    def publish(self, chosen: set[RemoteName]) -> None:
         self._promise()  # until now the old ones were told and held
         without = self.virtual.publish(chosen)
         self.existing = chosen

@@ -210,6 +210,11 @@ class Directory:
         return service.targets.get(parts[1] or HTTP_PORT)
 
     @property
+    def domain(self) -> str:
+        """The domain of our own cluster, without a dot behind it."""
+        return self._names.domain
+
+    @property
     def endpoint_count(self) -> int:
         """How many pods are known."""
         return len(self._pods)

@@ -1,0 +1,78 @@
+"""The names of other clusters' services, for every program of the pod: the table of their addresses, and who answers for them.
+
+    directory, each new one -> virtual addresses   what `c.east` resolves to, and what a connection to it means (outbound.py)
+                            -> answers             what is said to a question (resolver.py)
+
+Both change in one step: no question is answered with an address that is not known yet, or by a directory that is not used any more.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from proxy.listeners import Listeners, StartError
+from proxy.mesh.directory import Directory
+from proxy.mesh.dns import Answers
+from proxy.mesh.document import DocumentError
+from proxy.mesh.virtual import VirtualAddresses
+from proxy.mesh.zone import Zone
+from proxy.metrics import Metrics
+from proxy.net.accept import Acceptor, Connection
+from proxy.net.dial import Dialer
+from proxy.resolver import Resolver
+from proxy.resolvers import Resolvers
+from proxy.sections import Config, DnsConfig
+
+_log = logging.getLogger("isthmus.dns")
+
+
+def pod_resolvers(config: Config) -> Resolvers | None:
+    """Whom the pod asks; None where DNS is left alone. Raises StartError."""
+    if config.dns is None:
+        return None
+    try:
+        return Resolvers.of(config.dns)
+    except DocumentError as error:
+        raise StartError(str(error), 64) from error
+
+
+class Names:
+    """Built by app.py if the section `dns` is configured."""
+
+    def __init__(self, config: Config, resolvers: Resolvers, dialer: Dialer, metrics: Metrics) -> None:
+        settings = config.dns or DnsConfig()
+        self.virtual = VirtualAddresses(settings.ranges, settings.max_names, settings.quarantine, trio.current_time)
+        self._settings = settings
+        self._namespace = config.pod.namespace
+        self._search = resolvers.search
+        self._metrics = metrics
+        self.resolver = Resolver(settings, resolvers.upstreams, self._answers(Directory()), dialer, metrics)
+        _log.info("names are answered for; the pod's resolvers: %s", ", ".join(map(str, resolvers.upstreams)))
+
+    def publish(self, directory: Directory) -> None:
+        """This directory counts from now on."""
+        self.resolver.answers = self._answers(directory)
+
+    def _answers(self, directory: Directory) -> Answers:
+        zone = Zone(directory, self._namespace, self._search)
+        without = self.virtual.publish(zone.names)
+        if without:
+            room = self.virtual.capacity
+            _log.error("%d services of other clusters have no address: there is room for %d (dns.max_names, dns.ranges)", without, room)
+        return Answers(zone, self.virtual, self._settings.ttl)
+
+    def observe(self) -> None:
+        """Bring the gauges up to date."""
+        self.virtual.sweep()
+        self._metrics.virtual_addresses(*self.virtual.counts)
+        self._metrics.dns_in_flight.at().set(self.resolver.in_flight)
+
+    async def serve(self, listeners: Listeners, on_error: Callable[[Connection, BaseException], None]) -> None:
+        """Answer until cancelled. Owns and closes the sockets for names."""
+        acceptor = Acceptor(self.resolver.converse, limit=self._settings.max_connections, on_error=on_error)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.resolver.serve, listeners.datagrams)
+            nursery.start_soon(acceptor.serve, listeners.names)
