@@ -30,7 +30,8 @@ pytest: $(VENV)/.dev
 	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 perf: $(VENV)/.dev
-	$(BIN)/python -m perf
+	@./scripts/system-packages "wrk:wrk nginx:nginx-light h2load:nghttp2-client nghttpd:nghttp2-server curl:curl" "haproxy:haproxy nghttpx:nghttp2-proxy"
+	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m perf $(PERF)
 
 $(VENV)/.demo: pyproject.toml requirements/demo.txt
 	@./scripts/system-packages "$(NEEDED)"

@@ -18,12 +18,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 HOST = "127.0.0.1"
 BODY = b"x" * 1024
 _START_SECONDS = 20.0
-_TICK = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +34,9 @@ class Proxy:
     port: int
 
     def cpu(self) -> float:
-        """Seconds of processor time so far, of all its threads (resolution: a clock tick, usually 10 ms)."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text("ascii").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICK
+        """Seconds of processor time so far, of all its threads: the process's own clock, so without the 10 ms steps of /proc/PID/stat."""
+        # The kernel's number for the CPU clock of another process (clock_getcpuclockid(3) computes the same).
+        return time.clock_gettime((~self.pid << 3) | 2)
 
     def resident(self) -> int:
         """Resident memory in bytes."""
@@ -48,7 +47,6 @@ class Proxy:
 class Pair:
     outbound: Proxy
     inbound: Proxy
-    server: int  # the port of the server behind both
 
     @property
     def proxies(self) -> tuple[Proxy, Proxy]:
@@ -85,24 +83,42 @@ def await_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     raise SystemExit(f"port {port} was not opened:\n{log.read_text('utf-8', 'replace')[-2000:]}")
 
 
+def nginx_paths(folder: Path) -> str:
+    """Where an nginx that may not write to /var may."""
+    return "".join(f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+
+
 @contextmanager
 def server(folder: Path) -> Iterator[int]:
-    """nginx with one worker, which answers every request with 1 KiB."""
+    """nginx with one worker, which answers / with 1 KiB, and /N with the file N of the folder www, if there is one."""
     if shutil.which("nginx") is None or shutil.which("wrk") is None:
         raise SystemExit("perf needs nginx and wrk")
     port = free_port()
-    paths = "".join(f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    user = "user root; " if os.getuid() == 0 else ""  # as anybody else it could not read the folder
     (folder / "nginx.conf").write_text(
-        f"daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/nginx.log;"
+        f"{user}daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/nginx.log;"
         "events { worker_connections 8192; }"
-        f"http {{ access_log off; keepalive_requests 100000000; client_max_body_size 0; {paths}"
-        f'server {{ listen {HOST}:{port}; location / {{ return 200 "{BODY.decode()}"; }} }} }}',
+        f"http {{ access_log off; keepalive_requests 100000000; client_max_body_size 0; sendfile on; {nginx_paths(folder)}"
+        f"server {{ listen {HOST}:{port}; root {folder}/www; location = / {{ return 200 \"{BODY.decode()}\"; }} }} }}",
         "ascii",
     )
     log = folder / "nginx.out"
     with running(["nginx", "-c", str(folder / "nginx.conf")], log) as process:
         await_port(port, process, log)
         yield port
+
+
+@contextmanager
+def pair_of(name: str, commands: dict[str, list[str]], ports: dict[str, int], folder: Path) -> Iterator[Pair]:
+    """The two processes of a pair, the inbound one first; `commands` and `ports` have an entry for each."""
+    proxies = {}
+    with ExitStack() as stack:
+        for side in ("inbound", "outbound"):
+            log = folder / f"{name}-{side}.log"
+            process = stack.enter_context(running(commands[side], log))
+            await_port(ports[side], process, log)
+            proxies[side] = Proxy(side, process.pid, ports[side])
+        yield Pair(proxies["outbound"], proxies["inbound"])
 
 
 @contextmanager
@@ -118,33 +134,36 @@ def pair() -> Iterator[Pair]:
 
 
 @contextmanager
-def isthmus_pair(folder: Path, back: int) -> Iterator[Pair]:
-    """Two of ours in front of the server at port `back`; `folder` holds the identities that make_identities has made."""
-    with ExitStack() as stack:
-        ports = {name: free_port() for name in ("inbound", "outbound", "inbound-admin", "outbound-admin")}
-        services = [
-            {
-                "name": "server",
-                "ports": [{"port": ports["inbound"]}],
-                "endpoints": [{"address": HOST, "identity": "spiffe://perf.test/ns/perf/sa/server"}],
-            }
-        ]
-        (folder / "directory.yaml").write_text(json.dumps({"services": services}))
-        started = {
-            "inbound": _configured("inbound", f"{HOST}:{back}", ports, folder / "server"),
-            "outbound": {
-                **_configured("outbound", f"{HOST}:{ports['inbound']}", ports, folder / "client"),
-                "directory": {"file": str(folder / "directory.yaml")},
-            },
+def isthmus_pair(folder: Path, back: int, wishes: dict[str, object] | None = None) -> Iterator[Pair]:
+    """Two of ours in front of the server at port `back`; `folder` holds the identities that make_identities has made. `wishes`: what the
+    directory says of the `protocol`, whether sessions may be `resume`d, and `settings` laid over both configurations."""
+    wishes = {"protocol": "detect", "resume": True, "settings": {}} | (wishes or {})
+    ports = {name: free_port() for name in ("inbound", "outbound", "inbound-admin", "outbound-admin")}
+    services = [
+        {
+            "name": "server",
+            "ports": [{"port": ports["inbound"], "protocol": wishes["protocol"]}],
+            "endpoints": [{"address": HOST, "identity": "spiffe://perf.test/ns/perf/sa/server"}],
         }
-        proxies = {}
-        for name, config in started.items():
-            path, log = folder / f"{name}.yaml", folder / f"{name}.log"
-            path.write_text(json.dumps(config))
-            process = stack.enter_context(running([sys.executable, "-m", "proxy.cli", "run", "--config", str(path)], log))
-            await_port(ports[name], process, log)
-            proxies[name] = Proxy(name, process.pid, ports[name])
-        yield Pair(proxies["outbound"], proxies["inbound"], back)
+    ]
+    (folder / "directory.yaml").write_text(json.dumps({"services": services}))
+    configs = {
+        "inbound": _configured("inbound", f"{HOST}:{back}", ports, folder / "server"),
+        "outbound": {
+            **_configured("outbound", f"{HOST}:{ports['inbound']}", ports, folder / "client"),
+            "directory": {"file": str(folder / "directory.yaml")},
+        },
+    }
+    commands = {}
+    for name, config in configs.items():
+        if not wishes["resume"]:
+            config["identity"]["session_lifetime"] = 0
+        config.update(cast("dict[str, Any]", wishes["settings"]))
+        path = folder / f"{name}.yaml"
+        path.write_text(json.dumps(config))
+        commands[name] = [sys.executable, "-m", "proxy.cli", "run", "--config", str(path)]
+    with pair_of("isthmus", commands, ports, folder) as found:
+        yield found
 
 
 def make_identities(folder: Path) -> None:
