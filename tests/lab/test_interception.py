@@ -36,12 +36,13 @@ MD5 = (
 SOURCE_PORTS = itertools.count(20000)  # below those that the kernel chooses
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 async def close_accepted() -> AsyncIterator[None]:
-    ACCEPTED.clear()
+    """Asked for by the fixture `a`, which every test has: pytest-trio runs what somebody asks for, and passes over autouse."""
     yield
     for stream in ACCEPTED:
         stream.socket.close()
+    ACCEPTED.clear()
 
 
 def original_destination(stream: trio.SocketStream) -> tuple[str, int]:
@@ -72,7 +73,7 @@ async def dial_as(pod: Pod, user: User, host: str, port: int) -> bool:
 
 
 @pytest.fixture
-def a(west: Cluster) -> Pod:
+def a(west: Cluster, close_accepted: None) -> Pod:
     return west.pod("a")
 
 
