@@ -1,0 +1,84 @@
+"""B3, Zipkin's trace headers, in both of their forms (openzipkin/b3-propagation).
+
+Single: `b3: traceid-spanid[-sampled[-parentspanid]]`, or the sampling state alone. Several: `X-B3-TraceId`, `X-B3-SpanId`,
+`X-B3-ParentSpanId`, `X-B3-Sampled`, `X-B3-Flags`. A trace id has 64 or 128 bits and keeps its width; the shorter one is the same number
+with zeros before it. The sampling state is 1, 0, `d` (debug: record it, whatever the sampler says; among several headers it is
+`X-B3-Flags: 1`), or absent: the decision is left to whoever receives it. Older senders write true and false.
+
+The parent's id is passed on only where it came: it then is the span that called us, since the span id becomes our own.
+"""
+
+from __future__ import annotations
+
+import re
+
+from tracing.context import NO_SPAN, NO_TRACE, Field, Format, Places, TraceContext, put, value_at
+
+_SINGLE = re.compile(rb"([0-9a-f]{16}|[0-9a-f]{32})-([0-9a-f]{16})(?:-([01d])(?:-[0-9a-f]{16})?)?\Z")
+_TRACE = re.compile(rb"[0-9a-f]{16}(?:[0-9a-f]{16})?\Z")
+_SPAN = re.compile(rb"[0-9a-f]{16}\Z")
+_SAMPLED: dict[bytes, bool] = {b"1": True, b"0": False, b"true": True, b"false": False, b"d": True}
+
+
+def _context(trace: bytes, span: bytes, sampled: bool | None, *, debug: bool) -> TraceContext | None:
+    trace = trace.rjust(32, b"0")
+    if trace == NO_TRACE or span == NO_SPAN:
+        return None
+    return TraceContext(trace, span, sampled, debug=debug)
+
+
+def _read_single(places: Places, fields: list[Field]) -> TraceContext | None:
+    value = value_at(places, fields, b"b3")
+    if value is None:
+        return None
+    value = value.strip(b" \t")
+    if value in (b"0", b"1", b"d"):
+        return TraceContext(b"", b"", _SAMPLED[value], debug=value == b"d")
+    match = _SINGLE.match(value)
+    if match is None:
+        return None
+    trace, span, state = match.groups()
+    return _context(trace, span, None if state is None else _SAMPLED[state], debug=state == b"d")
+
+
+def _write_single(places: Places, fields: list[Field], child: TraceContext) -> None:
+    parts = (value_at(places, fields, b"b3") or b"").strip(b" \t").split(b"-")
+    trace = parts[0] if len(parts) > 1 else child.trace_id
+    state = b"d" if child.debug else {True: b"1", False: b"0", None: b""}[child.sampled]
+    written = [trace, child.span_id]
+    if state:
+        written.append(state)
+        if len(parts) > 3:
+            written.append(parts[1])
+    put(places, fields, b"b3", b"-".join(written))
+
+
+def _read_multi(places: Places, fields: list[Field]) -> TraceContext | None:
+    trace, span = value_at(places, fields, b"x-b3-traceid"), value_at(places, fields, b"x-b3-spanid")
+    state, flags = value_at(places, fields, b"x-b3-sampled"), value_at(places, fields, b"x-b3-flags")
+    debug = flags is not None and flags.strip(b" \t") == b"1"
+    sampled = True if debug else _SAMPLED.get((state or b"").strip(b" \t").lower())
+    if b"x-b3-traceid" not in places and b"x-b3-spanid" not in places:
+        return TraceContext(b"", b"", sampled, debug=debug) if sampled is not None else None
+    if trace is None or span is None:
+        return None  # one without the other, or repeated
+    trace, span = trace.strip(b" \t"), span.strip(b" \t")
+    if not _TRACE.match(trace) or not _SPAN.match(span):
+        return None
+    return _context(trace, span, sampled, debug=debug)
+
+
+def _write_multi(places: Places, fields: list[Field], child: TraceContext) -> None:
+    caller = value_at(places, fields, b"x-b3-spanid")
+    if b"x-b3-traceid" not in places:
+        put(places, fields, b"x-b3-traceid", child.trace_id)
+    put(places, fields, b"x-b3-spanid", child.span_id)
+    if caller is not None and b"x-b3-parentspanid" in places:
+        put(places, fields, b"x-b3-parentspanid", caller.strip(b" \t"))
+    state = _SAMPLED.get((value_at(places, fields, b"x-b3-sampled") or b"").strip(b" \t").lower())
+    if child.sampled is not None and not child.debug and state is not child.sampled:
+        put(places, fields, b"x-b3-sampled", b"1" if child.sampled else b"0")
+
+
+SINGLE = Format("b3", _read_single, _write_single)
+MULTI = Format("b3multi", _read_multi, _write_multi)

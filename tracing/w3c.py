@@ -1,0 +1,97 @@
+"""W3C trace context: the `traceparent` and `tracestate` headers (W3C Recommendation "Trace Context", level 1, with the random flag of
+level 2).
+
+A traceparent is `version-traceid-parentid-flags`, in lower-case hexadecimal. Of a higher version than ours the first four fields are
+used as if it were ours, as section 3.2.4 asks: a proxy that refused them would cut every trace when applications upgrade. A header
+that is not right in any detail is treated as absent: half a context joins spans that do not belong together. The tracestate belongs to
+the tracing systems. A proxy that adds nothing to it passes it on byte for byte; it is read only for the span, where it is cut to its
+limits, and thrown away whole if it is malformed (section 3.3.1.5), never the traceparent with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from tracing.context import NO_SPAN, NO_TRACE, REPEATED, Field, Format, Places, TraceContext, put, value_at
+
+SAMPLED = 0x01
+RANDOM = 0x02
+# Section 3.3.1.1: at most 32 members; section 3.3.1.5: at least 512 characters have to be kept. We keep 512, dropping whole members,
+# the long ones (over 128 characters) first, then from the end.
+MOST_MEMBERS = 32
+MOST_CHARACTERS = 512
+LONG_MEMBER = 128
+
+_PARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?\Z", re.DOTALL)
+_KEY = re.compile(r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})\Z")
+_VALUE = re.compile(r"[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]\Z")
+
+
+def parse(traceparent: bytes) -> TraceContext | None:
+    """The context in a header's value; None when it is not valid."""
+    match = _PARENT.match(traceparent.strip(b" \t"))
+    if match is None:
+        return None
+    version, trace, span, flags, rest = match.groups()
+    if trace == NO_TRACE or span == NO_SPAN or version == b"ff" or (rest is not None and version == b"00"):
+        return None
+    # Of flags that this version does not define only the known bits may be relied upon (section 3.2.4).
+    bits = int(flags, 16)
+    return TraceContext(trace, span, bits & SAMPLED != 0, bits & RANDOM != 0)
+
+
+def traceparent(context: TraceContext) -> bytes:
+    """The header's value, always of version 00, with the flags that version knows (sampled, random)."""
+    flags = (SAMPLED if context.sampled else 0) | (RANDOM if context.random else 0)
+    return b"00-%b-%b-0%d" % (context.trace_id, context.span_id, flags)
+
+
+def _read(places: Places, fields: list[Field]) -> TraceContext | None:
+    # More than one traceparent is none (section 3.2).
+    value = value_at(places, fields, b"traceparent")
+    context = parse(value) if value is not None else None
+    if context is not None and (place := places.get(b"tracestate")) is not None:
+        every = place == REPEATED
+        context.state = tuple([v for n, v in fields if n.lower() == b"tracestate"]) if every else (fields[place][1],)
+    return context
+
+
+def _write(places: Places, fields: list[Field], child: TraceContext) -> None:
+    put(places, fields, b"traceparent", traceparent(child))
+
+
+W3C = Format("w3c", _read, _write)
+
+
+def parse_state(values: Iterable[bytes]) -> tuple[tuple[str, str], ...]:
+    """The members of a tracestate; several headers are one list (section 3.3.1.4). None at all when one is malformed or repeated, or when
+    there are more than 32."""
+    members: dict[str, str] = {}
+    for value in values:
+        for raw in value.split(b","):
+            text = raw.strip(b" \t")
+            if not text:
+                continue  # empty members are allowed
+            key, equals, content = text.decode("latin-1").partition("=")
+            if not equals or key in members or not _KEY.match(key) or not _VALUE.match(content):
+                return ()
+            members[key] = content
+            if len(members) > MOST_MEMBERS:
+                return ()
+    return _cut(list(members.items()))
+
+
+def _cut(members: list[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    def length(member: tuple[str, str]) -> int:
+        return len(member[0]) + len(member[1]) + 2
+
+    total = sum(map(length, members)) - 1
+    for member in reversed([member for member in members if length(member) - 1 > LONG_MEMBER]):
+        if total <= MOST_CHARACTERS:
+            break
+        members.remove(member)
+        total -= length(member)
+    while total > MOST_CHARACTERS:
+        total -= length(members.pop())
+    return tuple(members)
