@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Literal, Self
@@ -17,12 +17,15 @@ import trio
 from proxy.detect import Opening, detect
 from proxy.errors import LoopDetected, describe
 from proxy.exchange.exchange import Exchange, Facts
+from proxy.exchange.trace import Tracing
 from proxy.logs import ConnectionLine, RateLimit, RequestLine, log_connection, log_request, warn
 from proxy.metrics import ConnectionRecord, Direction, Metrics, RequestRecord, Tls
 from proxy.net.relay import Relayed, relay
 from proxy.net.streams import SocketStream, Stream
 from proxy.net.tls import TLSInfo, TLSStream
 from proxy.wire.sniff import Protocol as Spoken
+from tracing.sampling import Trace
+from tracing.spans import StreamRecord
 
 _LOOPS = logging.getLogger("isthmus.loopguard")
 
@@ -30,9 +33,10 @@ _LOOPS = logging.getLogger("isthmus.loopguard")
 class Ledger:
     """All accounts of one proxy. `access`: whether each request gets a line in the log."""
 
-    def __init__(self, metrics: Metrics, *, access: bool) -> None:
+    def __init__(self, metrics: Metrics, *, access: bool, tracing: Mapping[str, Tracing | None] | None = None) -> None:
         self.metrics = metrics
         self.access = access
+        self.tracing = tracing or {}  # of connections, by direction; requests are traced by a layer
         self._loops: dict[str, RateLimit] = {}
 
     def connection(self, stream: SocketStream, facts: Facts) -> ConnectionAccount:
@@ -97,7 +101,7 @@ class StreamAccount:
 class ConnectionAccount:
     """A downstream connection. Its line in the log is written when it ends."""
 
-    __slots__ = ("_account", "_facts", "_ledger", "_relayed", "_started", "detection")
+    __slots__ = ("_account", "_began", "_facts", "_ledger", "_relayed", "_started", "_tracing", "detection")
 
     def __init__(self, ledger: Ledger, stream: SocketStream, facts: Facts) -> None:
         self._ledger = ledger
@@ -106,6 +110,10 @@ class ConnectionAccount:
         self._account = StreamAccount(ledger.metrics.connections[facts.direction].connection("src"), stream)
         self._relayed: Relayed | None = None
         self.detection = "none"
+        self._tracing = ledger.tracing.get(facts.direction)
+        if self._tracing is not None:
+            facts.trace = self._tracing.tracer.connection()
+            self._began = time.time_ns()
 
     def __enter__(self) -> Self:
         return self
@@ -119,7 +127,10 @@ class ConnectionAccount:
             self._ledger.loop(facts.direction, error.kind, str(error))
         if error is not None and not isinstance(error, trio.Cancelled):
             metrics.error(facts.direction, describe(error).reason)
-        log_connection(self._line(error))
+        reason, words = self._ending(error)
+        if facts.trace is not None and self._tracing is not None and facts.protocol is Spoken.OPAQUE:
+            self._tracing.put(self._span(facts.trace, reason, words, error))
+        log_connection(self._line(reason, words))
 
     async def detect(self, stream: SocketStream, silence: float | None, patience: float) -> Opening:
         """What the connection begins with; None: nobody looks, it is declared opaque."""
@@ -151,15 +162,42 @@ class ConnectionAccount:
     def relayed(self, ended: Relayed) -> None:
         self._relayed = ended
 
-    def _line(self, error: BaseException | None) -> ConnectionLine:
-        facts, stream = self._facts, self._account.stream
+    def _ending(self, error: BaseException | None) -> tuple[str, str]:
+        """How it ended, for machines and for people."""
         if error is not None:
-            reason = "cancelled" if isinstance(error, trio.Cancelled) else describe(error).reason
-            words = str(error)
-        elif self._relayed is not None and self._relayed.how != "eof":
-            reason, words = self._relayed.how, f"{self._relayed.first or 'nobody'}: {self._relayed.error or 'silent for too long'}"
-        else:
-            reason, words = "closed", ""
+            return "cancelled" if isinstance(error, trio.Cancelled) else describe(error).reason, str(error)
+        if self._relayed is not None and self._relayed.how != "eof":
+            return self._relayed.how, f"{self._relayed.first or 'nobody'}: {self._relayed.error or 'silent for too long'}"
+        return "closed", ""
+
+    def _span(self, trace: Trace, reason: str, words: str, error: BaseException | None) -> StreamRecord:
+        """What its span is made of. Only of connections whose bytes are nobody's business: the others have one for each request."""
+        facts, stream = self._facts, self._account.stream
+        outbound = facts.direction == "outbound"
+        tls = facts.upstream_tls if outbound else facts.tls
+        return StreamRecord(
+            kind="client" if outbound else "server",
+            trace_id=trace.trace_id,
+            span_id=trace.span_id,
+            started=self._began,
+            ended=time.time_ns(),
+            direction=facts.direction,
+            peer=facts.upstream if outbound else facts.peer,
+            destination=facts.destination,
+            tls=tls,
+            identity=tls.peer_identity if tls is not None else None,
+            service=facts.service,
+            chosen=facts.chosen,
+            failure=None if reason == "closed" else reason,
+            words=words,
+            loop=error.kind if isinstance(error, LoopDetected) else None,
+            protocol=self.detection,
+            read=stream.bytes_read,
+            written=stream.bytes_written,
+        )
+
+    def _line(self, reason: str, words: str) -> ConnectionLine:
+        facts, stream = self._facts, self._account.stream
         return ConnectionLine(
             direction=facts.direction,
             peer=str(facts.peer),
@@ -207,6 +245,7 @@ class ExchangeAccount:
 
     def _line(self) -> RequestLine:
         exchange = self._exchange
+        trace = exchange.trace
         return RequestLine(
             direction=exchange.facts.direction,
             peer=str(exchange.facts.peer),
@@ -222,6 +261,8 @@ class ExchangeAccount:
             seconds=time.perf_counter() - self._started,
             reason=exchange.failure or "",
             words=exchange.failure_words,
+            trace_id=trace.trace_id if trace is not None else b"",
+            span_id=trace.span_id if trace is not None else b"",
         )
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import os
 import resource
 import signal
 from collections.abc import Awaitable, Callable
@@ -57,6 +58,7 @@ from proxy.pools import Pools
 from proxy.reach import Reach
 from proxy.route import Router
 from proxy.runtime import Runtime, Settings
+from proxy.spans import OFF, Spans, build
 
 _log = logging.getLogger("isthmus")
 
@@ -79,9 +81,12 @@ def start(config: Config) -> int:
     _allow_descriptors()
     metrics = Metrics()
     close_logs = configure(config.log, on_drop=metrics.logs_dropped)
+    spans = OFF
     try:
-        trio.run(App(config, metrics).run)
+        spans = build(config, metrics, os.environ)
+        trio.run(App(config, metrics, spans).run)
     finally:
+        spans.close()
         close_logs()
     return 0
 
@@ -107,10 +112,11 @@ def _acceptor(handler: Callable[[Connection], Awaitable[None]], connections: int
 class App:
     """One proxy. The constructor reads and binds, and raises StartError; `run` serves."""
 
-    def __init__(self, config: Config, metrics: Metrics) -> None:
+    def __init__(self, config: Config, metrics: Metrics, spans: Spans = OFF) -> None:
         self.config = config
+        self.spans = spans
         self.metrics = metrics
-        self.ledger = Ledger(metrics, access=config.log.access)
+        self.ledger = Ledger(metrics, access=config.log.access, tracing=spans.flows())
         self.identity = _identity(config)
         self.source = _directory(config)
         resolvers = pod_resolvers(config)
@@ -133,6 +139,7 @@ class App:
             reach=Reach(balancer),
             dialer=dialer,
             ledger=self.ledger,
+            spans=spans,
             drain=self.drain,
         )
         self._publish()
@@ -266,6 +273,7 @@ class App:
         self.metrics.pool("idle").set(sum(idle for _, idle in used))
         if self.names is not None:
             self.names.observe()
+        self.metrics.spans_waiting(self.spans.waiting())
         return self.metrics.render()
 
     def _say_hello(self) -> None:

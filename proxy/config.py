@@ -15,13 +15,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from proxy import otel
 from proxy.describe import schema
 from proxy.mesh import files
 from proxy.mesh.document import DocumentError, Mistakes, Plain, closest, said
 from proxy.mesh.document import load as load_document
 from proxy.mesh.spiffe import SpiffeIdError, check_trust_domain
 from proxy.net.address import Address
-from proxy.sections import Config, LogConfig
+from proxy.sections import Config, LogConfig, TracingConfig
 from proxy.settings import decode, fields, is_struct
 
 __all__ = ["Config", "ConfigError", "LogConfig", "config_schema", "load", "variable"]
@@ -42,6 +43,8 @@ MOST_BYTES = 4 * 1024 * 1024
 # Addresses are made by hashing names: in a range that is hardly used, hashes seldom meet.
 _LEAST_ADDRESSES = 4096
 _SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_[0-9]+_(TCP|UDP|SCTP).*)?)\Z")
+_URL = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[^\s@/?#:\[\]]+)(:[0-9]{1,5})?(/[^\s]*)?")
+_AGENT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s@/?#:\[\]]+):[0-9]{1,5}")
 _CLUSTER = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 
 
@@ -61,6 +64,7 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Config:
     source = str(path) if path is not None else "the environment"
     values = _file(path, source) if path is not None else {}
     _pod_defaults(values, environ)
+    _tracing_defaults(values, environ)
     _overrides(values, environ, mistakes)
     config: Config | None = decode(values, Config, "", mistakes)
     if config is not None:
@@ -86,7 +90,7 @@ def _ours(environ: Mapping[str, str], mistakes: Mistakes) -> dict[str, str]:
     """The variables that are looked at here. One that is not UTF-8, which the system does not mind, is a mistake and left out."""
     found = {}
     for name, text in sorted(environ.items()):
-        if name.startswith(PREFIX) or name in DOWNWARD.values() or name == DOWNWARD_ADDRESSES:
+        if name.startswith((PREFIX, otel.PREFIX)) or name in DOWNWARD.values() or name == DOWNWARD_ADDRESSES:
             try:
                 f"{name}{text}".encode()
             except UnicodeEncodeError:
@@ -106,6 +110,13 @@ def _pod_defaults(values: dict[str, Plain], environ: Mapping[str, str]) -> None:
         found["addresses"] = [address.strip() for address in addresses.split(",")]
     if found:
         values["pod"] = {**found, **(pod or {})}
+
+
+def _tracing_defaults(values: dict[str, Plain], environ: Mapping[str, str]) -> None:
+    """OpenTelemetry's own variables stand in for what the file leaves open."""
+    given = values.get("tracing")
+    if isinstance(given, dict | None) and (found := otel.standard(environ)):
+        values["tracing"] = {**found, **(given or {})}
 
 
 def _overrides(values: dict[str, Plain], environ: Mapping[str, str], mistakes: Mistakes) -> None:
@@ -172,6 +183,7 @@ def _contradictions(config: Config, mistakes: Mistakes) -> None:
         mistakes.add("http.max_target_bytes", "is greater than http.max_head_bytes, of which the target is a part")
     if config.pool.max_idle_per_endpoint > config.pool.max_connections_per_endpoint:
         mistakes.add("pool.max_idle_per_endpoint", "is greater than pool.max_connections_per_endpoint")
+    _tracing(config.tracing, mistakes)
     if config.pool.idle_timeout >= config.http.idle_timeout:
         mistakes.add("pool.idle_timeout", "is not below http.idle_timeout: other proxies would close connections that are about to be used")
 
@@ -198,6 +210,19 @@ def _dns(config: Config, mistakes: Mistakes) -> None:
     for index, upstream in enumerate(section.upstreams):
         if any(_collide(address, upstream) for address in ours) or upstream.port == 0:
             mistakes.add(f"dns.upstreams[{index}]", f"{upstream} is the proxy itself, or nobody")
+
+
+def _tracing(tracing: TracingConfig, mistakes: Mistakes) -> None:
+    if tracing.endpoint and not _URL.fullmatch(tracing.endpoint):
+        mistakes.add("tracing.endpoint", f"expected an http or https URL without a user, found {tracing.endpoint!r}")
+    if not _AGENT.fullmatch(tracing.agent):
+        mistakes.add("tracing.agent", f"expected host:port, found {tracing.agent!r}")
+    for name, members in (("headers", tracing.headers), ("resource", tracing.resource)):
+        for index, member in enumerate(members):
+            if not member.partition("=")[0].strip() or "=" not in member or any(ord(c) < 32 for c in member):
+                mistakes.add(f"tracing.{name}[{index}]", "expected name=value")  # which may be a secret: it is not repeated
+    if tracing.client_key is not None and tracing.client_certificate is None:
+        mistakes.add("tracing.client_key", "is the key of a certificate, but tracing.client_certificate names none")
 
 
 def _listeners(config: Config, mistakes: Mistakes) -> None:

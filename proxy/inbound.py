@@ -4,7 +4,7 @@
       -> may this peer use this port?
       -> HTTP or opaque? (named by ALPN where TLS was ours; otherwise seen)
            opaque  relay <-> dial(application)
-           HTTP    server -> measure -> rescue -> guard -> deadline -> policy -> client -> pool -> dial(application)
+           HTTP    server -> measure -> trace -> rescue -> guard -> deadline -> policy -> client -> pool -> dial(application)
 
 The application is dialled at the very address that the peer dialled, so it is found on whatever address it listens.
 """
@@ -19,6 +19,7 @@ from proxy.errors import NotAuthorised
 from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
 from proxy.exchange.layers import deadline, measure, rescue
+from proxy.exchange.trace import trace
 from proxy.mesh.contexts import ALPN_HTTP1, ALPN_HTTP2
 from proxy.mesh.identity import PeerRefused
 from proxy.net.accept import Connection
@@ -42,6 +43,7 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
     config = rt.config.inbound
     handler = stack(
         measure(rt.ledger.exchange),
+        trace(rt.spans.inbound, "server"),
         rescue(rt.name, rt.tells),
         rt.guard(DIRECTION),
         deadline,

@@ -75,6 +75,8 @@ class RequestLine:
     seconds: float = 0.0
     reason: str = ""
     words: str = ""
+    trace_id: bytes = b""
+    span_id: bytes = b""
 
 
 def _uncounted(_: int) -> None:

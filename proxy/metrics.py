@@ -165,6 +165,22 @@ class ConnectionMeasures:
         return ConnectionRecord(self, peer, tls)
 
 
+class SpanCounts:
+    """What becomes of spans. Counted by the exporter's thread, and drops by the data path too."""
+
+    def __init__(self, exported: Series[Counter], dropped: Series[Counter], exports: Series[Counter]) -> None:
+        self._exported, self._dropped, self._exports = exported, dropped, exports
+
+    def exported(self, spans: int) -> None:
+        self._exported.at().inc(spans)
+
+    def dropped(self, reason: str, spans: int) -> None:
+        self._dropped.at(reason).inc(spans)
+
+    def attempted(self, result: str) -> None:
+        self._exports.at(result).inc()
+
+
 class Metrics:
     """All families of one proxy. What happens seldom is counted by methods, the rest through `http` and `connections`."""
 
@@ -219,6 +235,11 @@ class Metrics:
         self._sent_away = self._counter("sent_away_total", "Requests and connections to other clusters' gateways.", "cluster", "why")
         self._directory = self._counter("directory_reloads_total", "Changed directory files by what became of them.", "result")
         self._identity = self._counter("identity_reloads_total", "Changed certificates, keys or roots by what became of them.", "result")
+        self.spans = SpanCounts(
+            self._counter("spans_exported_total", "Spans that the collector took."),
+            self._counter("spans_dropped_total", "Spans that were not exported, by reason.", "reason"),
+            self._counter("span_exports_total", "Batches of spans sent, by what became of them.", "result"),
+        )
         self._dropped_logs = self._counter("dropped_logs_total", "Log lines dropped since their writer could not keep up.")
 
     def _states(self) -> None:
@@ -226,8 +247,9 @@ class Metrics:
         self._certificate = self._gauge("certificate_expiry_timestamp_seconds", "When the proxy's certificate ends (Unix time).")
         self._roots = self._gauge("root_expiry_timestamp_seconds", "When the first of the trust roots ends (Unix time).")
         self._pool = self._gauge("pool_connections", "Connections to endpoints kept by the pools.", "state")
+        self._span_queue = self._gauge("spans_waiting", "Spans that wait to be exported.")
         info = self._gauge("build_info", "Always 1; the labels say what runs.", "version", "python")
-        info.at(_version(), platform.python_version()).set(1)
+        info.at(own_version(), platform.python_version()).set(1)
 
     def _names(self) -> None:
         what = ("transport", "result")
@@ -293,6 +315,9 @@ class Metrics:
         """The gauge of a pool's connections; the pools of both directions count in the same."""
         return self._pool.at(state)
 
+    def spans_waiting(self, count: int) -> None:
+        self._span_queue.at().set(count)
+
     def logs_dropped(self, count: int) -> None:
         self._dropped_logs.at().inc(count)
 
@@ -301,7 +326,8 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def _version() -> str:
+def own_version() -> str:
+    """Of this distribution; "unknown" where it runs from a checkout that is not installed."""
     try:
         return version("isthmus")
     except PackageNotFoundError:

@@ -2,7 +2,7 @@
 
     accept -> original destination -> loop guard -> what does the directory say of it? -> HTTP or opaque?
         opaque  relay <-> connect(endpoint, mutual TLS if it is meshed; a tunnel if it is the gateway of another cluster)
-        HTTP    server -> measure -> rescue -> guard -> deadline -> endpoint -> client -> pool -> connect
+        HTTP    server -> measure -> trace -> rescue -> guard -> deadline -> endpoint -> client -> pool -> connect
 
 Where to is the router's decision (route.py), asked when the connection is accepted, and again for each request: the directory may have
 changed since, and the requests of one connection may go to different services, clusters and endpoints. A service of another cluster is
@@ -19,6 +19,7 @@ from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
 from proxy.exchange.guard import hide_names
 from proxy.exchange.layers import deadline, measure, rescue
+from proxy.exchange.trace import trace
 from proxy.exchange.tunnel import open_tunnel
 from proxy.mesh.contexts import ALPN_HTTP1, ALPN_TCP
 from proxy.mesh.directory import Endpoint, Hint, Target, itself
@@ -29,6 +30,7 @@ from proxy.pools import Pools, serve, spoken
 from proxy.runtime import Runtime, closing
 from proxy.wire.messages import RequestHead, upgrade_offer
 from proxy.wire.sniff import Protocol
+from tracing.propagation import header
 
 DIRECTION: Direction = "outbound"
 
@@ -38,6 +40,7 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
     config = rt.config.outbound
     handler = stack(
         measure(rt.ledger.exchange),
+        trace(rt.spans.outbound, "client"),
         rescue(rt.name, rt.tells),
         rt.guard(DIRECTION),
         deadline,
@@ -49,6 +52,7 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
         with rt.ledger.connection(connection.stream, about) as account:
             rt.refuse_loop(connection, about)
             target = rt.router.known(about.destination) or itself(about.destination)
+            about.service = target.service
             opaque = target.protocol is Hint.OPAQUE or about.destination.port in config.opaque_ports
             opening = await account.detect(connection.stream, None if opaque else config.detect_timeout, config.detect_timeout)
             account.plain(opening)
@@ -58,7 +62,7 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
             if about.protocol is not Protocol.OPAQUE:
                 await serve(rt, connection.stream, about, handler)
             else:
-                await rt.reach.connection(lambda: rt.router.choose(target), to_endpoint(rt, connection.stream, account))
+                await rt.reach.connection(lambda: rt.router.choose(target), to_endpoint(rt, connection.stream, about, account))
 
     return accept
 
@@ -69,10 +73,12 @@ def to_service(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
 
     def choose(exchange: Exchange) -> Target:
         request = exchange.request
-        return rt.router.choose(rt.router.meant(exchange.facts.destination, lambda: whom(request)))
+        meant = rt.router.meant(exchange.facts.destination, lambda: whom(request))
+        exchange.service = meant.service
+        return rt.router.choose(meant)
 
     async def send(exchange: Exchange, target: Target, endpoint: Endpoint) -> None:
-        exchange.upstream = endpoint.address
+        exchange.upstream, exchange.chosen = endpoint.address, target.service
         exchange.authority = told(exchange.request, target)
         if endpoint.identity is None:
             hide_names(exchange)
@@ -111,16 +117,20 @@ def upstream_protocol(exchange: Exchange, target: Target) -> Protocol:
     return {Hint.HTTP1: Protocol.HTTP1, Hint.HTTP2: Protocol.HTTP2}.get(target.protocol) or spoken(exchange.request.version)
 
 
-def to_endpoint(rt: Runtime, client: Stream, account: ConnectionAccount) -> Callable[[Target, Endpoint], Awaitable[None]]:
+def to_endpoint(
+    rt: Runtime, client: Stream, about: Facts, account: ConnectionAccount
+) -> Callable[[Target, Endpoint], Awaitable[None]]:
     """Relay `client` to an endpoint, byte for byte."""
 
     async def use(target: Target, endpoint: Endpoint) -> None:
         remote = target.remote
+        about.chosen = target.service
+        trace = [header(about.trace.trace_id, about.trace.span_id)] if about.trace is not None else []
         async with closing(await rt.connect(endpoint, ALPN_TCP if remote is None else ALPN_HTTP1)) as stream:
             with account.upstream(stream):
                 upstream: Stream = stream
                 if remote is not None:
-                    upstream = await open_tunnel(stream, remote.tunnel, [], rt.settings.limits, rt.config.clusters.tunnel_timeout)
+                    upstream = await open_tunnel(stream, remote.tunnel, trace, rt.settings.limits, rt.config.clusters.tunnel_timeout)
                 account.relayed(await relay(client, upstream, idle=rt.config.tcp.idle_timeout))
 
     return use

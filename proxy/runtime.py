@@ -28,6 +28,7 @@ from proxy.net.streams import Stream
 from proxy.net.tls import TLSOffer, tls_client
 from proxy.reach import Reach
 from proxy.route import Router, Source
+from proxy.spans import Spans
 from proxy.wire.events2 import Http2Limits
 from proxy.wire.messages import Limits
 
@@ -87,6 +88,7 @@ class Runtime:
     reach: Reach
     dialer: Dialer
     ledger: Ledger
+    spans: Spans
     drain: Drain
     secret: bytes = field(default_factory=lambda: token_bytes(32))  # of the loop guard's tokens
 

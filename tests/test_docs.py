@@ -164,7 +164,7 @@ def test_the_configurations_of_the_readme_are_good(tmp_path: Path) -> None:
 
 
 def test_the_configuration_of_the_manifests_is_good(tmp_path: Path) -> None:
-    (found,) = manifests("ConfigMap")
+    found = next(found for found in manifests("ConfigMap") if found["metadata"]["name"] == "isthmus")
     data = found["data"]
     (tmp_path / "isthmus.yaml").write_text(str(data["isthmus.yaml"]))
     loaded = config.load(tmp_path / "isthmus.yaml", {})

@@ -22,6 +22,7 @@ NAMES = frozenset(
     {b"traceparent", b"tracestate", b"grpc-trace-bin", b"b3"}
     | {b"x-b3-traceid", b"x-b3-spanid", b"x-b3-parentspanid", b"x-b3-sampled", b"x-b3-flags"}
 )
+_W3C = (W3C,)
 
 
 @dataclass(slots=True)
@@ -48,6 +49,9 @@ def extract(fields: list[Field]) -> Carried | None:
     places = locate(fields)
     if not places:
         return None
+    if len(places) == (b"traceparent" in places) + (b"tracestate" in places):  # as nearly always: nobody else has to be asked
+        found = W3C.read(places, fields)
+        return Carried(found, _W3C, places) if found is not None else None
     context: TraceContext | None = None
     formats: tuple[Format, ...] = ()
     for candidate in FORMATS:
@@ -74,6 +78,11 @@ def replace(fields: list[Field], carried: Carried, child: TraceContext) -> None:
     places = locate(fields)
     for written in carried.formats:
         written.write(places, fields, child)
+
+
+def header(trace_id: bytes, span_id: bytes) -> Field:
+    """The context of a recorded span, for a message of our own."""
+    return (b"traceparent", traceparent(TraceContext(trace_id, span_id, sampled=True, random=True)))
 
 
 def begin(fields: list[Field], root: TraceContext) -> None:

@@ -22,7 +22,11 @@ RANDOM = 0x02
 MOST_MEMBERS = 32
 MOST_CHARACTERS = 512
 LONG_MEMBER = 128
+# A list longer than this, which is passed on like any other, is not shown on spans.
+_LONGEST = 4096
 
+# Of flags that this version does not define only the known bits may be relied upon (section 3.2.4).
+_FLAGS = {b"%02x" % bits: (bits & SAMPLED != 0, bits & RANDOM != 0) for bits in range(256)}
 _PARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?\Z", re.DOTALL)
 _KEY = re.compile(r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})\Z")
 _VALUE = re.compile(r"[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]\Z")
@@ -36,9 +40,7 @@ def parse(traceparent: bytes) -> TraceContext | None:
     version, trace, span, flags, rest = match.groups()
     if trace == NO_TRACE or span == NO_SPAN or version == b"ff" or (rest is not None and version == b"00"):
         return None
-    # Of flags that this version does not define only the known bits may be relied upon (section 3.2.4).
-    bits = int(flags, 16)
-    return TraceContext(trace, span, bits & SAMPLED != 0, bits & RANDOM != 0)
+    return TraceContext(trace, span, *_FLAGS[flags])
 
 
 def traceparent(context: TraceContext) -> bytes:
@@ -53,7 +55,9 @@ def _read(places: Places, fields: list[Field]) -> TraceContext | None:
     context = parse(value) if value is not None else None
     if context is not None and (place := places.get(b"tracestate")) is not None:
         every = place == REPEATED
-        context.state = tuple([v for n, v in fields if n.lower() == b"tracestate"]) if every else (fields[place][1],)
+        state = tuple([v for n, v in fields if n.lower() == b"tracestate"]) if every else (fields[place][1],)
+        if sum(map(len, state)) <= _LONGEST:  # it waits in the queue with its span
+            context.state = state
     return context
 
 

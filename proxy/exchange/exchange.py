@@ -27,6 +27,7 @@ from proxy.net.tls import TLSInfo, TLSStream
 from proxy.wire.bodies import Length
 from proxy.wire.messages import END, EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead
 from proxy.wire.sniff import Protocol as Spoken
+from tracing.sampling import Trace
 
 
 class Body(Protocol):
@@ -84,6 +85,9 @@ class Facts:
     upstream_tls: TLSInfo | None = None
     declined_requests: int = 0  # HTTP/1 heads that took the longer road (wire/heads.py)
     declined_responses: int = 0
+    service: str | None = None  # of a connection that is relayed as it is: see Exchange
+    chosen: str | None = None
+    trace: Trace | None = None
 
     def carried(self, stream: Stream) -> None:
         """Note the connection that goes on with this one."""
@@ -95,12 +99,17 @@ def _unheard(_: int) -> None:
     pass
 
 
+def _untold() -> None:
+    pass
+
+
 class Exchange(ABC):
     """One request on its way; made by a server, carried to its end by a handler."""
 
     __slots__ = (
-        "attempts", "authority", "body", "caller", "clock", "cycle", "facts", "failure", "failure_words", "loop", "malformed",
-        "on_response", "outside", "request", "request_bytes", "response", "response_bytes", "upstream", "upstream_tls",
+        "attempts", "authority", "body", "caller", "chosen", "clock", "cycle", "facts", "failure", "failure_words", "grpc_status", "loop",
+        "malformed", "on_attempt", "on_response", "outside", "request", "request_bytes", "response", "response_bytes", "service",
+        "trace", "upstream", "upstream_tls",
     )  # fmt: skip
 
     def __init__(self, request: RequestHead, body: Body, facts: Facts, malformed: ProtocolError | None = None) -> None:
@@ -110,6 +119,11 @@ class Exchange(ABC):
         self.facts = facts
         self.response: ResponseHead | None = None  # the final head, from the moment it is being sent
         self.on_response: Callable[[int], None] = _unheard  # told the final status as soon as it is known
+        self.on_attempt: Callable[[], None] = _untold  # told that it is about to be sent to `upstream`, maybe once more
+        self.grpc_status: bytes | None = None  # what the trailers said
+        self.trace: Trace | None = None
+        self.service: str | None = None  # what it is meant for, as the directory names it
+        self.chosen: str | None = None  # and what that has led to: by a split, or a failover
         self.upstream: Address | None = None  # the endpoint that was asked last
         self.upstream_tls: TLSInfo | None = None
         self.failure: str | None = None  # why the proxy made the response up itself, or cut it off: a reason of errors.py
@@ -128,6 +142,7 @@ class Exchange(ABC):
         """Note the connection to the endpoint that has this exchange now."""
         self.facts.carried(stream)
         self.upstream, self.upstream_tls = self.facts.upstream, self.facts.upstream_tls
+        self.on_attempt()
         self.attempts += 1
 
     @abstractmethod
@@ -153,8 +168,10 @@ class Exchange(ABC):
     @property
     def is_grpc(self) -> bool:
         """gRPC is what this request speaks, so its errors have to be gRPC's (they travel in trailers, which HTTP/2 has)."""
+        if self.request.version != b"2":
+            return False
         kind = self.request.headers.get(b"content-type") or b""
-        return self.request.version == b"2" and kind.startswith(b"application/grpc") and kind[16:17] in (b"", b"+", b";", b" ")
+        return kind.startswith(b"application/grpc") and kind[16:17] in (b"", b"+", b";", b" ")
 
 
 class Clock:

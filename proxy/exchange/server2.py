@@ -120,6 +120,7 @@ class Http2Exchange(Exchange):
 
     def _send_end(self, end: EndOfMessage) -> None:
         if len(end.trailers):
+            self.grpc_status = end.trailers.get(b"grpc-status")
             self._stream.send_trailers(end.trailers)
         else:
             self._stream.mux.put_data(self._stream.number, b"", end=True)
@@ -144,6 +145,7 @@ class Http2Exchange(Exchange):
     def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:
         """End the stream as broken; with trailers where the protocol has them for that."""
         if trailers is not None:
+            self.grpc_status = trailers.get(b"grpc-status")
             with contextlib.suppress(StreamLost):
                 self._stream.send_trailers(trailers)
         else:

@@ -15,6 +15,7 @@ from proxy.exchange.layers import deadline, measure, rescue
 from proxy.exchange.lenders import Http1Lender
 from proxy.exchange.pool import Pool, PoolSettings
 from proxy.exchange.server import Drain, Http1Server, ServerSettings
+from proxy.exchange.trace import Side, Tracing, trace
 from proxy.net.accept import Acceptor, Connection
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
@@ -92,6 +93,8 @@ class Settings:
     dial_timeout: float = 5.0
     tunnel_idle: float = 10.0
     layers: tuple[Layer, ...] = ()  # between rescue and deadline
+    tracing: Tracing | None = None
+    side: Side = "server"
 
 
 def _serve(nursery: trio.Nursery, proxy: Hop, listener: socket.socket) -> None:
@@ -138,7 +141,14 @@ async def hop(target: Address, settings: Settings | None = None) -> AsyncIterato
             raise proxy.raises
         await client.send(exchange, proxy.target, lender)
 
-    handler = stack(measure(book), rescue(lambda _: settings.name, lambda _: settings.open_to), *settings.layers, deadline, endpoint=send)
+    handler = stack(
+        measure(book),
+        trace(settings.tracing, settings.side),
+        rescue(lambda _: settings.name, lambda _: settings.open_to),
+        *settings.layers,
+        deadline,
+        endpoint=send,
+    )
 
     async def serve(connection: Connection) -> None:
         assert isinstance(connection.stream, SocketStream)

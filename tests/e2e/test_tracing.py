@@ -1,0 +1,209 @@
+"""Traces of requests through two sidecars, as a collector in another pod receives them.
+
+Rules: what is asserted was exported by running proxies and decoded by lab/collector.py. The applications know nothing but headers: curl
+sends one, and the server says what it was sent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.collector import Span, read
+from lab.pod import ROOT
+from tests.e2e.conftest import Laboratory
+from tests.e2e.stage import ECHO, MAIL, WEB, Pair, counted, curl, echo_server, eventually, logged, prepare, say, web_server
+
+pytestmark = [pytest.mark.lab, pytest.mark.real]
+
+OTLP = 4318
+CALLER = "00f067aa0ba902b7"
+_traces = itertools.count(1)
+
+
+def new_trace() -> str:
+    return f"{next(_traces):032x}"
+
+
+def context(trace: str, flags: str = "01") -> list[str]:
+    return ["-H", f"traceparent: 00-{trace}-{CALLER}-{flags}"]
+
+
+@dataclass
+class Scene:
+    pair: Pair
+    file: Path
+
+    def spans(self, keep: Callable[[Span], bool]) -> list[Span]:
+        return [span for span in read(self.file) if keep(span)]
+
+    async def trace(self, trace: str, count: int) -> list[Span]:
+        """The spans of a trace, the first hop's first, once all of them have come."""
+
+        def all_of_them() -> list[Span]:
+            spans = self.spans(lambda span: span.trace_id == trace)
+            return spans if len(spans) >= count else []
+
+        found: list[Span] = await eventually(all_of_them, f"{count} spans of {trace}", 30)
+        assert len(found) == count
+        return sorted(found, key=lambda span: span.start)
+
+
+@pytest.fixture(scope="module")
+def scene(laboratory: Laboratory) -> Scene:
+    async def build() -> Scene:
+        labels = 'pod-template-hash="7d4b9c6f5d"\napp="shop"\n'
+        pair = prepare(laboratory.lab, {WEB: "detect", MAIL: "opaque", ECHO: "opaque"})
+        jaeger = pair.cluster.pod("collector")
+        for sidecar in pair.both:
+            sidecar.settings["tracing"] = {"delay": "100ms", "endpoint": f"http://{jaeger.ipv4}:{OTLP}"}
+        pair.near.settings["pod"] = {"namespace": "front", "node": "node-a"}
+        pair.far.settings["pod"] = {"name": "shop-7d4b9c6f5d-x2x9k", "namespace": "back", "uid": "u-1", "node": "node-b"}
+        podinfo = pair.shop.directory / "podinfo"
+        podinfo.mkdir()
+        (podinfo / "labels").write_text(labels)
+        (podinfo / "annotations").write_text('note="a \\"quoted\\" word"\n')
+        pair.far.settings["tracing"] |= {
+            "podinfo": str(podinfo),
+            "inbound_ratio": 1.0,
+            "resource": ["deployment.environment.name=test"],
+        }
+        file = jaeger.directory / "spans"
+        command = [sys.executable, "-m", "lab.collector", str(OTLP), str(file)]
+        await jaeger.start("collector", command, port=OTLP, env={"PYTHONPATH": str(ROOT)})
+        await web_server(pair.shop)
+        await echo_server(pair.shop)
+        await pair.mesh.start()
+        return Scene(pair, file)
+
+    return laboratory.run(build)
+
+
+async def test_a_request_has_a_span_at_each_sidecar(scene: Scene) -> None:
+    trace = new_trace()
+    answer = await curl(scene.pair.web, *context(trace), "-H", "tracestate: a=1", f"http://shop:{WEB}/path?token=hunter2")
+    assert answer.status == 200
+    near, far = await scene.trace(trace, 2)
+    assert [(span.name, span.kind, span.status) for span in (near, far)] == [("GET", "client", "unset"), ("GET", "server", "unset")]
+    assert (near.parent_id, far.parent_id, near.remote, far.remote) == (CALLER, near.span_id, True, True)
+    assert (near.state, far.state) == ("a=1", "a=1")
+    assert near.start <= far.start <= far.end <= near.end
+    assert "hunter2" not in json.dumps([str(near), str(far)])
+
+
+async def told_of(scene: Scene, trace: str) -> dict[str, Any]:
+    """What the application is sent of a request of this trace; its spans come too."""
+    answer = await curl(scene.pair.web, *context(trace), "-H", "tracestate: a=1", f"http://shop:{WEB}/head")
+    found: dict[str, Any] = json.loads(answer.body)
+    return found
+
+
+async def test_the_application_is_told_of_the_last_span(scene: Scene) -> None:
+    trace = new_trace()
+    told = dict((await told_of(scene, trace))["headers"])
+    _, far = await scene.trace(trace, 2)
+    assert told["traceparent"] == f"00-{trace}-{far.span_id}-01"
+    assert told["tracestate"] == "a=1"
+
+
+async def test_a_span_says_which_pod_it_was_and_who_was_at_the_other_end(scene: Scene) -> None:
+    trace, pair = new_trace(), scene.pair
+    await curl(pair.web, *context(trace), f"http://shop:{WEB}/path")
+    near, far = await scene.trace(trace, 2)
+    expected = {
+        "k8s.pod.name": "shop-7d4b9c6f5d-x2x9k", "k8s.namespace.name": "back", "k8s.node.name": "node-b", "k8s.pod.uid": "u-1",
+        "k8s.pod.ip": pair.shop.ipv4, "k8s.cluster.name": pair.cluster.name, "k8s.deployment.name": "shop", "service.name": "shop",
+        "service.namespace": "back", "k8s.pod.label.app": "shop", "k8s.pod.annotation.note": 'a "quoted" word',
+        "deployment.environment.name": "test", "telemetry.distro.name": "isthmus",
+    }  # fmt: skip
+    assert expected.items() <= far.resource.items()
+    assert (near.pod, near.resource["k8s.node.name"]) == ("web", "node-a")
+    identities = [str(sidecar.identity) for sidecar in pair.both]
+    assert [near.attributes["isthmus.peer.identity"], far.attributes["isthmus.peer.identity"]] == identities[::-1]
+    for span in (near, far):
+        assert span.attributes["tls.protocol.version"] == "1.3"
+        assert span.attributes["tls.curve"] == "X25519MLKEM768"
+        assert span.attributes["tls.cipher"].startswith("TLS_")
+        assert span.attributes["http.response.status_code"] == 200
+        assert [event.name for event in span.events] == ["isthmus.response.head"]
+        assert span.start <= span.events[0].at <= span.end
+    assert near.attributes["network.peer.address"] in (pair.shop.ipv4, pair.shop.ipv6)
+    assert near.attributes["url.full"] == f"http://shop:{WEB}/path"
+    assert far.attributes["client.address"] in (pair.web.ipv4, pair.web.ipv6)
+    assert far.attributes["url.path"] == "/path"
+
+
+@pytest.mark.parametrize(
+    "headers", [["b3: {trace}-{caller}-1"], ["x-b3-traceid: {trace}", "x-b3-spanid: {caller}", "x-b3-sampled: 1"]]
+)
+async def test_b3_joins_the_spans_as_well(scene: Scene, headers: list[str]) -> None:
+    trace = new_trace()
+    given = [part for header in headers for part in ("-H", header.format(trace=trace, caller=CALLER))]
+    await curl(scene.pair.web, *given, f"http://shop:{WEB}/")
+    near, far = await scene.trace(trace, 2)
+    assert (near.parent_id, far.parent_id) == (CALLER, near.span_id)
+
+
+async def test_what_is_not_recorded_leaves_nothing_also_where_the_ratio_is_one(scene: Scene) -> None:
+    trace, marker = new_trace(), new_trace()
+    await curl(scene.pair.web, *context(trace, "00"), f"http://shop:{WEB}/")
+    await curl(scene.pair.web, *context(marker), f"http://shop:{WEB}/")
+    await scene.trace(marker, 2)
+    assert not scene.spans(lambda span: span.trace_id == trace)
+
+
+async def test_a_request_without_a_trace_begins_one_where_the_ratio_says_so(scene: Scene) -> None:
+    await curl(scene.pair.web, f"http://shop:{WEB}/begun-here")
+    (span,) = await eventually(lambda: scene.spans(lambda s: s.attributes.get("url.path") == "/begun-here"), "the span", 30)
+    assert (span.kind, span.parent_id, span.pod) == ("server", "", "shop-7d4b9c6f5d-x2x9k")
+
+
+async def test_the_access_log_names_trace_and_span(scene: Scene) -> None:
+    trace = new_trace()
+    await curl(scene.pair.web, *context(trace), f"http://shop:{WEB}/logged")
+    near, far = await scene.trace(trace, 2)
+    for sidecar, span in ((scene.pair.near, near), (scene.pair.far, far)):
+        line = await logged(sidecar, "/logged")
+        assert (line["trace_id"], line["span_id"]) == (trace, span.span_id)
+
+
+async def test_a_failure_is_on_both_spans_with_its_reason(scene: Scene) -> None:
+    trace = new_trace()
+    scene.pair.cluster.name_host("dead", scene.pair.shop.ipv4)
+    answer = await curl(scene.pair.web, *context(trace), "http://dead:9/")
+    assert answer.status == 502
+    near, far = await scene.trace(trace, 2)
+    assert (far.status, far.attributes["error.type"], far.attributes["http.response.status_code"]) == ("error", "connect_refused", 502)
+    assert "error=connection_refused" in far.attributes["isthmus.proxy_status"]
+    assert (near.status, near.attributes["error.type"]) == ("error", "502")
+
+
+async def test_an_opaque_connection_is_a_span_where_the_ratio_says_so(scene: Scene) -> None:
+    assert await say(scene.pair.web, scene.pair.service.ipv4, ECHO, b"hello", end=True) == b"hello"
+    (span,) = await eventually(lambda: scene.spans(lambda s: s.name == "TCP" and s.attributes["isthmus.bytes.read"] == 5), "the span", 30)
+    assert (span.kind, span.attributes["isthmus.bytes.written"], span.parent_id) == ("server", 5, "")
+    assert span.attributes["isthmus.peer.identity"] == str(scene.pair.near.identity)
+    assert span.attributes["isthmus.destination"].endswith(f":{ECHO}")
+
+
+async def test_labels_that_change_are_on_the_next_spans(scene: Scene) -> None:
+    labels = scene.pair.shop.directory / "podinfo" / "labels"
+    labels.with_suffix(".new").write_text('app="renamed"\n')
+    labels.with_suffix(".new").rename(labels)
+    trace = new_trace()
+    await curl(scene.pair.web, *context(trace), f"http://shop:{WEB}/")
+    _, far = await scene.trace(trace, 2)
+    assert far.resource["k8s.pod.label.app"] == "renamed"
+
+
+async def test_spans_are_counted_and_none_was_lost(scene: Scene) -> None:
+    for sidecar in scene.pair.both:
+        assert await counted(sidecar, "isthmus_spans_exported_total") > 0
+        assert await counted(sidecar, "isthmus_spans_dropped_total") == 0

@@ -1,0 +1,164 @@
+"""From records to OpenTelemetry's spans, and to where they go. All that knows the SDK is here, and is imported only where tracing is
+configured: it takes 10 MiB.
+
+A record becomes a ReadableSpan of the SDK with our own ids. No tracer, no span processor: those would make the data path do what this
+thread can do. OTLP sends the SDK's encoding by our own client; what else the SDK can write to takes the spans as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from opentelemetry.attributes import BoundedAttributes
+from opentelemetry.sdk.resources import Resource as SdkResource
+from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SpanExporter, SpanExportResult
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.sdk.version import __version__ as sdk_version
+from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
+
+from tracing.otlp import Answer, Collector, Post
+from tracing.queue import TAKEN, Exporter, Outcome
+from tracing.spans import Kind, Record, describe
+from tracing.w3c import parse_state
+
+_KINDS: Mapping[Kind, SpanKind] = {"server": SpanKind.SERVER, "client": SpanKind.CLIENT}
+_FLAGS = TraceFlags(TraceFlags.SAMPLED)
+# Of the installed conventions; tests/tracing/test_conventions.py holds the names against them.
+_SCHEMA = "https://opentelemetry.io/schemas/1.44.0"
+
+
+class Attributes(Protocol):
+    """What all spans have in common, as it is now."""
+
+    def attributes(self) -> Mapping[str, str | int]: ...
+
+
+@dataclass(slots=True)
+class Spans:
+    """Makes spans of records. `query`: query strings may be shown."""
+
+    resource: Attributes
+    version: str
+    query: bool = False
+    _known: tuple[Mapping[str, str | int], SdkResource] | None = None
+    _scope: InstrumentationScope | None = None
+
+    def make(self, record: Record) -> ReadableSpan:
+        trace_id = int(record.trace_id, 16)
+        state = TraceState(list(parse_state(record.state))) if record.state else None
+
+        def context(span_id: bytes, *, remote: bool) -> SpanContext:
+            return SpanContext(trace_id, int(span_id, 16), remote, _FLAGS, state)
+
+        described = describe(record, query=self.query)
+        status = Status(StatusCode.UNSET) if described.error is None else Status(StatusCode.ERROR, described.error or None)
+        return ReadableSpan(
+            name=described.name,
+            context=context(record.span_id, remote=False),
+            parent=context(record.parent, remote=record.remote) if record.parent else None,
+            resource=self.current(),
+            attributes=described.attributes,
+            events=[Event(name, BoundedAttributes(attributes=attributes), at) for name, at, attributes in described.events],
+            links=[Link(context(record.follows, remote=False))] if record.follows else (),
+            kind=_KINDS[record.kind],
+            status=status,
+            start_time=record.started,
+            end_time=record.ended,
+            instrumentation_scope=self.scope(),
+        )
+
+    def current(self) -> SdkResource:
+        attributes = self.resource.attributes()
+        if self._known is None or self._known[0] is not attributes:
+            sdk = {"telemetry.sdk.language": "python", "telemetry.sdk.name": "opentelemetry", "telemetry.sdk.version": sdk_version}
+            self._known = attributes, SdkResource({**attributes, **sdk}, _SCHEMA)
+        return self._known[1]
+
+    def scope(self) -> InstrumentationScope:
+        if self._scope is None:
+            self._scope = InstrumentationScope("isthmus", self.version, _SCHEMA)
+        return self._scope
+
+
+class OtlpExporter:
+    """To a collector by OTLP over HTTP."""
+
+    def __init__(self, spans: Spans, collector: Collector) -> None:
+        # Protocol buffers take memory that the other exporters do not need.
+        from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans  # noqa: PLC0415
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse  # noqa: PLC0415
+
+        self._encode, self._response = encode_spans, ExportTraceServiceResponse
+        self._spans = spans
+        self._post = Post(collector)
+        self._batch: list[bytes] = []
+
+    def prepare(self, records: Sequence[Record]) -> None:
+        # Messages of Protocol Buffers that are put one behind the other are one message with all their elements.
+        self._batch.append(self._encode([self._spans.make(record) for record in records]).SerializeToString())
+
+    def send(self, seconds: float) -> Outcome:
+        found = self._post.send(b"".join(self._batch), seconds)
+        if not isinstance(found, Answer):
+            return found
+        try:
+            answer = self._response.FromString(found.body)
+        except Exception as error:  # noqa: BLE001, RUF100  (google.protobuf's DecodeError, not in the type stubs; taken is taken)
+            return Outcome(words=f"the answer cannot be read: {error}")
+        partial = answer.partial_success
+        return Outcome(lost=partial.rejected_spans, words=partial.error_message) if partial.rejected_spans else TAKEN
+
+    def forget(self) -> None:
+        self._batch.clear()
+
+    def close(self) -> None:
+        self._post.close()
+
+
+class SdkExporter:
+    """To wherever an exporter of the SDK's sends spans."""
+
+    def __init__(self, spans: Spans, exporter: SpanExporter) -> None:
+        self._spans = spans
+        self._exporter = exporter
+        self._batch: list[ReadableSpan] = []
+
+    def prepare(self, records: Sequence[Record]) -> None:
+        self._batch += [self._spans.make(record) for record in records]
+
+    def send(self, seconds: float) -> Outcome:  # noqa: ARG002  (these know no deadline; the queue's end does not wait for them)
+        try:
+            result = self._exporter.export(self._batch)
+        except Exception as error:  # noqa: BLE001, RUF100  (they are other people's: whatever they raise is a batch that was not sent)
+            return Outcome("failed", words=f"{type(error).__name__}: {error}")
+        return TAKEN if result is SpanExportResult.SUCCESS else Outcome("failed", words=f"{type(self._exporter).__name__} could not send")
+
+    def forget(self) -> None:
+        self._batch = []
+
+    def close(self) -> None:
+        self._exporter.shutdown()
+
+
+def console(spans: Spans) -> Exporter:
+    """One line of JSON a span, on standard output."""
+    return SdkExporter(spans, ConsoleSpanExporter(out=sys.stdout, formatter=lambda span: span.to_json(indent=None) + "\n"))
+
+
+def jaeger(spans: Spans, host: str, port: int) -> Exporter:
+    """Datagrams to a Jaeger agent, in Thrift. Needs the extra `isthmus[jaeger]`; raises ImportError with what to do."""
+    try:
+        from opentelemetry.exporter.jaeger.thrift import JaegerExporter  # type: ignore[import-not-found]  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError(
+            f"the Jaeger exporter cannot be imported ({error}): install isthmus[jaeger], which brings an older opentelemetry-sdk, "
+            "or let Jaeger take OTLP on its port 4318 (exporter: otlp)"
+        ) from error
+    return SdkExporter(spans, JaegerExporter(agent_host_name=host, agent_port=port, udp_split_oversized_batches=True))
+
+
+Build = Callable[[], Exporter]
