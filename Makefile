@@ -5,17 +5,18 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JAEGER := .venv-jaeger
 
 # command:package
 NEEDED := nft:nftables ip:iproute2 unshare:util-linux setpriv:util-linux venv:python3-venv
 PEERS := curl:curl wrk:wrk h2load:nghttp2-client nghttpd:nghttp2-server nginx:nginx-light psql:postgresql-client postgres:postgresql openssl:openssl socat:socat
 
-.PHONY: demo test lint pytest perf lock clean
+.PHONY: demo test lint pytest jaeger perf lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/isthmus demo
 
-test: lint pytest
+test: lint pytest jaeger
 
 # The optional rules of flake8-async (ASYNC9..) are off: proxy/net/streams.py says how checkpoints are placed, and why. ASYNC109 is off because
 # a timeout parameter is the contract of the dialer and of the handshakes, ASYNC124 because tests run in trio whether they wait or not.
@@ -28,6 +29,15 @@ lint: $(VENV)/.dev
 pytest: $(VENV)/.dev
 	@./scripts/system-packages "$(NEEDED)" "$(PEERS)"
 	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+# The extra `jaeger` needs an older SDK than everything else, so it has an environment of its own.
+jaeger: $(JAEGER)/.ready
+	$(JAEGER)/bin/python -m pytest -q --noconftest -p no:cacheprovider tests/jaeger
+
+$(JAEGER)/.ready: pyproject.toml requirements/jaeger.txt
+	test -x $(JAEGER)/bin/python || $(PYTHON) -m venv $(JAEGER)
+	$(JAEGER)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/jaeger.txt
+	touch $@
 
 perf: $(VENV)/.dev
 	@./scripts/system-packages "wrk:wrk nginx:nginx-light h2load:nghttp2-client nghttpd:nghttp2-server curl:curl" "haproxy:haproxy nghttpx:nghttp2-proxy"
@@ -49,6 +59,7 @@ lock: $(VENV)/.dev
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade pyproject.toml -o requirements/run.txt
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header -c requirements/run.txt pyproject.toml --extra demo --group build -o requirements/demo.txt
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header -c requirements/demo.txt pyproject.toml --extra demo --group dev -o requirements/dev.txt
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml --extra jaeger --group jaeger-test -o requirements/jaeger.txt
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(JAEGER) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
