@@ -20,6 +20,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 
 KINDS = {1: "internal", 2: "server", 3: "client", 4: "producer", 5: "consumer"}
+RAW = ".raw"  # beside the file of a program: the requests as they came, each behind its length in four bytes
 MOST_BODY = 64 * 1024 * 1024
 
 
@@ -151,10 +152,9 @@ class Collector:
                 raise TimeoutError(f"{len(self.spans)} of {count} spans came within {seconds:g} s")
             return list(self.spans)
 
-    def received(self, spans: list[Span], headers: dict[str, str]) -> None:
-        """What is done with the spans of one request that was accepted."""
-        del headers
-        self.spans += spans
+    def received(self, body: bytes) -> None:
+        """What is done with one request that was accepted."""
+        self.spans += decode(body)
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         collector = self
@@ -172,7 +172,7 @@ class Collector:
                 with collector.arrived:
                     collector.requests.append(seen)
                     if 200 <= status < 300:
-                        collector.received(decode(body), seen)
+                        collector.received(body)
                     collector.arrived.notify_all()
                 self.send_response(status)
                 for name, value in {"Content-Type": "application/x-protobuf", "Content-Length": str(len(answer)), **headers}.items():
@@ -193,9 +193,10 @@ class _Writer(Collector):
         super().__init__(port, "0.0.0.0")
         self._path = path
 
-    def received(self, spans: list[Span], headers: dict[str, str]) -> None:  # noqa: ARG002
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(asdict(span)) + "\n" for span in spans))
+    def received(self, body: bytes) -> None:
+        with self._path.open("a", encoding="utf-8") as file, self._path.with_suffix(RAW).open("ab") as raw:
+            raw.write(len(body).to_bytes(4, "big") + body)
+            file.write("".join(json.dumps(asdict(span)) + "\n" for span in decode(body)))
 
 
 def main() -> None:

@@ -35,6 +35,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--keep", action="store_true", help="keep the pods running until Ctrl-C, and say how to enter them")
     parser.add_argument("--size", type=int, default=256, metavar="MIB", help="size of the large bodies in MiB, each way (default: 256)")
+    parser.add_argument(
+        "--jaeger", metavar="URL", help="send the spans to this OTLP/HTTP collector too, for instance http://localhost:4318 (Jaeger)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -43,7 +46,14 @@ def run(args: argparse.Namespace) -> int:
     if not 1 <= args.size <= 4096:
         print(f"isthmus demo: --size {args.size}: must be from 1 to 4096", file=sys.stderr)
         return 64
+    if args.jaeger is not None and not args.jaeger.startswith(("http://", "https://")):
+        print(f"isthmus demo: --jaeger {args.jaeger}: expected an http or https URL", file=sys.stderr)
+        return 64
     if not inside():
+        if args.jaeger is not None:
+            from lab.traces import forward_outside  # noqa: PLC0415  # what it imports is seldom needed here
+
+            forward_outside(args.jaeger)
         command = [sys.executable, "-m", "proxy.cli", "demo", "--size", str(args.size), *(["--keep"] if args.keep else [])]
         try:
             reexecute(command)

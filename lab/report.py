@@ -33,6 +33,7 @@ class Report:
     out: TextIO = field(default_factory=lambda: sys.stdout)
     proofs: list[Proof] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)
+    shown: list[tuple[str, str]] = field(default_factory=list)  # section, line
     section: str = ""
     began: float = field(default_factory=time.monotonic)
 
@@ -55,6 +56,10 @@ class Report:
         if not held:
             self.say(f"         {self._mark(False)} {label}: {detail}"[: WIDTH * 4])
 
+    def show(self, lines: Sequence[str]) -> None:
+        """Lines that stand below the proofs of the present section."""
+        self.shown += [(self.section, line) for line in lines]
+
     def broke(self, text: str) -> None:
         """Something of the laboratory itself did not work."""
         self.trouble.append(text)
@@ -67,6 +72,8 @@ class Report:
             self.say(self._colour("1", f"{section} {'-' * (WIDTH - len(section) - 1)}"))
             for proof in (each for each in self.proofs if each.section == section):
                 self._row(proof)
+            for line in (text for where, text in self.shown if where == section):
+                self.say(f"      {line}")
             self.say()
         held = sum(proof.held for proof in self.proofs)
         verdict = "All of it held" if self.held else "NOT all of it held"

@@ -10,6 +10,7 @@ from lab.mesh import Mesh
 from lab.pod import ROOT, Pod
 from lab.report import Report
 from lab.sidecar import Sidecar
+from lab.traces import TraceCollector
 
 SECRET = "the-password-is-tangerine"  # noqa: S105  # what a listener on the wire must not find
 HTTP, PLAIN, SOCKET, MAIL, GRPC = 8080, 8081, 9000, 2525, 50051
@@ -28,6 +29,7 @@ class Stage:
     annex: Pod  # a second pod of the shop, under the same service account
     stranger: Pod
     size: int
+    collector: TraceCollector | None = None
     sidecars: dict[str, Sidecar] = field(default_factory=dict)
     server_names: dict[int, set[str]] = field(default_factory=dict)  # port -> what the hellos on the wire asked for
 

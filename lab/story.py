@@ -22,6 +22,8 @@ from lab.report import Report, latency_line, megabytes
 from lab.sandbox import outside_pid, rootless
 from lab.sidecar import Authority, Sidecar
 from lab.stage import GRPC, HTTP, MAIL, PLAIN, SECRET, SOCKET, Stage, error_type, why
+from lab.traced import traced
+from lab.traces import TraceCollector
 from proxy.mesh.spiffe import SpiffeId
 
 REQUESTS = 400  # per side, for the latency
@@ -51,6 +53,7 @@ async def _tell(report: Report, size: int, keep: bool) -> int:
             stage = await build(lab, report, size)
             steps: tuple[tuple[str, Callable[[Stage], Awaitable[None]]], ...] = (
                 ("ordinary programs talk, a listener sits on the wire", traffic),
+                ("one request is followed from span to span", traced),
                 ("large bodies are streamed", large_bodies),
                 ("intruders try", intruders),
                 ("latency is measured, with and without the mesh in turn", latency),
@@ -78,8 +81,10 @@ async def build(lab: Lab, report: Report, size: int) -> Stage:
     stage = Stage(lab, west, mesh, report, web, shop, annex, stranger, size)
     only_web = [str(mesh.authority.identity("web"))]
     skip = {"skip_inbound_ports": [PLAIN], "skip_outbound_ports": [PLAIN]}
-    mesh.join(web, "web", intercept=skip, http2=SHORT_LIVED)
-    mesh.join(shop, "shop", intercept=skip, inbound={"require_identity": True, "allow": {str(HTTP): only_web}})
+    stage.collector = await TraceCollector.start(west)
+    tracing = stage.collector.settings()
+    mesh.join(web, "web", intercept=skip, http2=SHORT_LIVED, tracing=tracing)
+    mesh.join(shop, "shop", intercept=skip, tracing=tracing, inbound={"require_identity": True, "allow": {str(HTTP): only_web}})
     mesh.join(annex, "shop")
     mesh.join(guest, "guest")
     mesh.join(forger, "web", authority=Authority())  # the right name, vouched for by nobody the shop trusts
