@@ -69,10 +69,11 @@ class Tracer:
             if sampled is None and self._begins and context.span_id:
                 replace(fields, carried, TraceContext(trace_id, context.span_id, sampled=False))
             return Trace(False, context.trace_id, context.span_id) if context.span_id else None
-        child = TraceContext(trace_id, self.span_id(), True, context.random, context.debug)
+        span_id = b"%016x" % (self._bits(64) or 1)
+        child = TraceContext(trace_id, span_id, True, context.random, context.debug)
         for written in carried.formats:
             written.write(carried.places, fields, child)
-        return Trace(True, trace_id, child.span_id, context.span_id, context.state, carried)
+        return Trace(True, trace_id, span_id, context.span_id, context.state, carried)
 
     def connection(self) -> Trace | None:
         """The trace of a connection in which nothing can carry one; None: it has none."""

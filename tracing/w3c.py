@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from tracing.context import NO_SPAN, NO_TRACE, REPEATED, Field, Format, Places, TraceContext, put, value_at
+from tracing.context import NO_SPAN, NO_TRACE, REPEATED, Field, Format, Places, TraceContext, value_at
 
 SAMPLED = 0x01
 RANDOM = 0x02
@@ -27,6 +27,7 @@ _LONGEST = 4096
 
 # Of flags that this version does not define only the known bits may be relied upon (section 3.2.4).
 _FLAGS = {b"%02x" % bits: (bits & SAMPLED != 0, bits & RANDOM != 0) for bits in range(256)}
+_BITS = {(True, False): b"01", (True, True): b"03", (False, False): b"00", (False, True): b"02"}
 _PARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?\Z", re.DOTALL)
 _KEY = re.compile(r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})\Z")
 _VALUE = re.compile(r"[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]\Z")
@@ -45,8 +46,7 @@ def parse(traceparent: bytes) -> TraceContext | None:
 
 def traceparent(context: TraceContext) -> bytes:
     """The header's value, always of version 00, with the flags that version knows (sampled, random)."""
-    flags = (SAMPLED if context.sampled else 0) | (RANDOM if context.random else 0)
-    return b"00-%b-%b-0%d" % (context.trace_id, context.span_id, flags)
+    return b"00-%b-%b-%b" % (context.trace_id, context.span_id, _BITS[context.sampled is True, context.random])
 
 
 def _read(places: Places, fields: list[Field]) -> TraceContext | None:
@@ -62,7 +62,8 @@ def _read(places: Places, fields: list[Field]) -> TraceContext | None:
 
 
 def _write(places: Places, fields: list[Field], child: TraceContext) -> None:
-    put(places, fields, b"traceparent", traceparent(child))
+    place = places[b"traceparent"]
+    fields[place] = (fields[place][0], traceparent(child))
 
 
 W3C = Format("w3c", _read, _write)

@@ -117,7 +117,7 @@ class _Spans:
             record.ended, record.parent = ended, self._trace.parent
             record.peer, record.tls, record.identity = facts.peer, facts.tls, facts.identity
             agent = exchange.request.headers.get(b"user-agent")
-            record.agent = agent[:_AGENT] if agent is not None else None
+            record.agent = agent and agent[:_AGENT]
             self._tracing.put(record)
 
     def _client(self, ended: int, failure: str | None, *, last: bool = False) -> HttpRecord:
@@ -135,16 +135,24 @@ class _Spans:
         return record
 
     def _record(self, kind: Kind, span_id: bytes, failure: str | None, *, answered: bool = True) -> HttpRecord:
-        exchange, request, response = self._exchange, self._exchange.request, self._exchange.response
-        record = HttpRecord(kind, self._trace.trace_id, span_id)
-        record.state = self._trace.state
-        record.started = self._started
-        record.direction, record.destination = exchange.facts.direction, exchange.facts.destination
-        record.method, record.target, record.version = request.method[:_METHOD], request.target[:_TARGET], request.version
-        authority = request.authority
-        record.authority = authority[:_AUTHORITY] if authority is not None else None
-        record.failure = failure
-        record.request_bytes = exchange.request_bytes
+        """What both kinds have. One call with all of it: this is on the path of the request."""
+        exchange, trace, request = self._exchange, self._trace, self._exchange.request
+        facts, authority, response = exchange.facts, request.authority, exchange.response
+        record = HttpRecord(
+            kind=kind,
+            trace_id=trace.trace_id,
+            span_id=span_id,
+            state=trace.state,
+            started=self._started,
+            direction=facts.direction,
+            destination=facts.destination,
+            failure=failure,
+            method=request.method[:_METHOD],
+            target=request.target[:_TARGET],
+            authority=authority and authority[:_AUTHORITY],
+            version=request.version,
+            request_bytes=exchange.request_bytes,
+        )
         if request.version == b"2" and exchange.is_grpc:
             record.grpc = True
             record.grpc_status = exchange.grpc_status
@@ -156,7 +164,7 @@ class _Spans:
                 record.status = response.status
                 if failure is not None or response.status >= 500:
                     status = response.headers.get(b"proxy-status")
-                    record.proxy_status = status[:_PROXY_STATUS] if status is not None else None
+                    record.proxy_status = status and status[:_PROXY_STATUS]
                 if record.grpc and record.grpc_status is None:
                     record.grpc_status = response.headers.get(b"grpc-status")
         return record
