@@ -14,6 +14,7 @@ killed, is done by the sandbox.
 
 import contextlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -125,6 +126,12 @@ class Cluster:
         """Put a name into the /etc/hosts of the cluster's pods; programs that run already see it too."""
         self.hosts[name] = list(addresses)
         self._write_hosts()
+
+    def resolve_by(self, *servers: str, search: Sequence[str] = (), ndots: int = 1) -> None:
+        """Let the pods ask these resolvers (addresses) for what /etc/hosts does not have; programs that start from now on do."""
+        lines = [f"nameserver {server}" for server in servers]
+        lines += [f"search {' '.join(search)}"] if search else []
+        self.resolver_file.write_text("\n".join([*lines, f"options attempts:1 timeout:2 ndots:{ndots}", ""]))
 
     def _write_hosts(self) -> None:
         lines = ["127.0.0.1 localhost", "::1 localhost"]

@@ -142,6 +142,8 @@ class App:
             spans=spans,
             drain=self.drain,
         )
+        if self.names is not None:
+            self.runtime.router.virtual = self.names.virtual
         self._publish()
         self.outbound_pools: Pools[Endpoint] = outbound_pools(self.runtime)
         self.inbound_pools: Pools[Address] = inbound_pools(self.runtime)

@@ -9,6 +9,7 @@ Both change in one step: no question is answered with an address that is not kno
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
 import trio
@@ -44,7 +45,7 @@ class Names:
 
     def __init__(self, config: Config, resolvers: Resolvers, dialer: Dialer, metrics: Metrics) -> None:
         settings = config.dns or DnsConfig()
-        self.virtual = VirtualAddresses(settings.ranges, settings.max_names, settings.quarantine, trio.current_time)
+        self.virtual = VirtualAddresses(settings.ranges, settings.max_names, settings.quarantine, time.monotonic)
         self._settings = settings
         self._namespace = config.pod.namespace
         self._search = resolvers.search

@@ -49,7 +49,7 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
 
     async def accept(connection: Connection) -> None:
         about = Facts(DIRECTION, connection.peer, rt.destination(connection, config.fixed_destination))
-        with rt.ledger.connection(connection.stream, about) as account:
+        with rt.ledger.connection(connection.stream, about) as account, rt.router.holding(about.destination):
             rt.refuse_loop(connection, about)
             target = rt.router.known(about.destination) or itself(about.destination)
             about.service = target.service

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -48,6 +49,10 @@ class Virtual(Protocol):
 
     def covers(self, host: str) -> bool:
         """Whether an address is of the virtual ranges."""
+        ...
+
+    def held(self, host: str) -> AbstractContextManager[None]:
+        """As long as this is open, the address goes on meaning what it means now."""
         ...
 
 
@@ -108,6 +113,10 @@ class Router:
         service = directory.remote(*name)
         found = service.targets.get(original.port) if service is not None else None
         return found or Target("/".join(name), ())
+
+    def holding(self, original: Address) -> AbstractContextManager[None]:
+        """For as long as a connection to this address is open: what it means does not change under it."""
+        return self.virtual.held(original.host) if self.virtual is not None else nullcontext()
 
     def meant(self, original: Address, authority: Callable[[], bytes | None]) -> Target:
         """What a request to `original` is meant for. `authority` is asked only if the address says nothing."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import trio
 
+from proxy.commands.check_names import check_names
 from proxy.commands.check_peers import MAX_PEERS, check_peers
 from proxy.commands.check_redirection import PROBE_PORT, check_proxy, check_redirection
 from proxy.commands.checks import Moment, Result, check_certificates, check_clock, check_configuration, check_directory, worst
@@ -23,6 +24,7 @@ Prove that this pod is set up right, and say what is wrong and how to mend it:
   clock           this machine's time is believable
   directory       the directory file is understood
   redirection     a connection to an address that belongs to nobody arrives at the proxy (nothing is sent on it)
+  names           if the section `dns` is configured: questions to the pod's resolvers arrive at the proxy
   peers           the directory's endpoints answer, and are who they should be
 
 Run it as root, best as an init container after `isthmus intercept`: the proxy's own user is exempt from redirection and
@@ -36,7 +38,7 @@ examples:
   isthmus check --only certificates --only clock
   isthmus check --json | jq '.checks[] | select(.status != "ok")'"""
 
-CHECKS = ("configuration", "certificates", "proxy", "clock", "directory", "redirection", "peers")
+CHECKS = ("configuration", "certificates", "proxy", "clock", "directory", "redirection", "names", "peers")
 _LABELS = {"ok": "ok", "warning": "WARNING", "failed": "FAILED", "skipped": "skipped"}
 
 
@@ -94,6 +96,8 @@ async def examine(args: argparse.Namespace) -> list[Result]:
     results += found
     if "redirection" in wanted:
         results += await check_redirection(config, args.probe_port, args.timeout)
+    if "names" in wanted:
+        results += await check_names(config, args.timeout)
     if "peers" in wanted and directory is not None:
         results += await check_peers(config, identity, directory, args.max_peers, args.timeout)
     certificate = config.identity.certificate if config.identity is not None else None

@@ -13,14 +13,18 @@ from pathlib import Path
 from proxy import config
 from proxy.mesh import intercept
 from proxy.mesh.document import DocumentError
-from proxy.mesh.intercept import InterceptError, InterceptSettings, SettingsInvalid
+from proxy.mesh.intercept import Captured, InterceptError, InterceptSettings, SettingsInvalid
 from proxy.net.address import Address
+from proxy.resolvers import Resolvers
+from proxy.sections import DnsConfig
 
 DESCRIPTION = """\
 Redirects the TCP traffic of this network namespace (a pod) to the proxy, by one nftables table `inet isthmus`:
 what the pod's programs send goes to the outbound port (4140), what arrives from outside to the inbound port (4143).
 Untouched: the proxy's own connections (known by user id or packet mark), the loopback interface, UDP, the admin port
 (4191), connections that are already open, link-local IPv6 destinations, and the ports and subnets you skip.
+If the configuration has a section `dns`, questions to the pod's resolvers (/etc/resolv.conf) go to the proxy as well,
+over UDP and TCP, whatever you skip.
 A new TCP connection that gets around the redirection by a trick, in either direction, is refused.
 
 Running it again replaces the rules in one step. It needs the capability NET_ADMIN and the program nft."""
@@ -69,6 +73,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     exempt = settings.add_mutually_exclusive_group()
     exempt.add_argument("--uid", type=int, metavar="UID", help="the user id the proxy runs as (2102)")
     exempt.add_argument("--no-uid", action="store_true", help="no exemption by user id (then --mark is needed)")
+    settings.add_argument("--no-dns", action="store_true", help="leave DNS alone, whatever the configuration says")
     settings.add_argument("--mark", type=_number, metavar="MARK", help="the mark on the proxy's own packets, e.g. 0x2102")
     for flag, field, meaning in _LISTS:
         settings.add_argument(flag, dest=field, type=_list, metavar="LIST", help=meaning)
@@ -104,11 +109,14 @@ def _from_config(path: Path | None) -> InterceptSettings:
         return InterceptSettings()
     loaded = config.load(path, os.environ)
     mistakes: list[str] = []
+    dns, resolvers = loaded.dns, Resolvers.of(loaded.dns) if loaded.dns is not None else None
     admin, *more_admin = sorted(loaded.admin_ports) or [InterceptSettings().admin_port]
     settings = InterceptSettings(
         outbound_port=_one_port("outbound", loaded.outbound.listen, mistakes),
         inbound_port=_one_port("inbound", loaded.inbound.listen, mistakes),
         admin_port=admin,
+        dns_port=_one_port("dns", dns.listen, mistakes) if dns is not None else None,
+        resolvers=_captured(dns, resolvers) if dns is not None and resolvers is not None else (),
         uid=loaded.intercept.uid,
         mark=loaded.mark,
         skip_inbound_ports=(*loaded.intercept.skip_inbound_ports, *more_admin),
@@ -119,6 +127,10 @@ def _from_config(path: Path | None) -> InterceptSettings:
     if mistakes:
         raise SettingsInvalid(mistakes)
     return settings
+
+
+def _captured(dns: DnsConfig, resolvers: Resolvers) -> tuple[Captured, ...]:
+    return tuple(Captured(upstream.host, upstream.port, ours.port) for ours, upstream in resolvers.ways_in(dns))
 
 
 def _one_port(direction: str, addresses: Sequence[Address], mistakes: list[str]) -> int | None:
@@ -135,6 +147,8 @@ def _override(settings: InterceptSettings, args: argparse.Namespace) -> Intercep
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.no_uid:
         changes["uid"] = None
+    if args.no_dns:
+        changes["dns_port"] = None
     return dataclasses.replace(settings, **changes)
 
 

@@ -38,8 +38,16 @@ Link-local IPv6 (fe80::/10): an address without its interface cannot be dialled,
 Outbound it is therefore left alone.  Inbound it is not, or each neighbour on the link could reach the application without the proxy:
 such a connection arrives at the proxy and fails there.
 
+DNS, if that is switched on: questions of the pod's programs to the pod's own resolvers, over UDP and TCP, go to the proxy, and questions to
+anybody else do not. A datagram that was redirected does not say where it was going (proxy/resolvers.py), and a program that asks a
+resolver of its own choice, as resolvers do, has its reasons. So there is a rule for each resolver, with a port for its datagrams. These
+rules stand before the one for the loopback interface, because a pod's resolver may live there, and before what the settings skip: those
+are about connections. A datagram that leaves for a resolver all the same, on a flow that connection tracking knew before the rules
+came, is refused by `guard_output`: the program is told at once, and asks again. So it is as long as the proxy does not run: the kernel
+answers for it that nobody listens, and no program has to wait.
+
 The whole ruleset is one nft transaction which begins with `add table` and `delete table`: it replaces what was there, does not
-fail when nothing was there, and at no time is there half a ruleset.  UDP, and all else that is not TCP, is never touched.
+fail when nothing was there, and at no time is there half a ruleset.  But for DNS, what is not TCP is never touched.
 """
 
 import dataclasses
@@ -48,6 +56,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 TABLE = "isthmus"
 SYSTEM_PATH = ":/usr/sbin:/sbin"  # where nft lives; an ordinary user's PATH often lacks them
@@ -56,6 +65,7 @@ NFT_TIMEOUT = 20.0  # seconds; a transaction takes milliseconds, but the kernel 
 # -100 is what nft calls dstnat; in the output hook the name is known only to newer versions.  0 comes after it: ports are those after NAT.
 _NAT = "type nat hook {} priority -100; policy accept;"
 _FILTER = "type filter hook {} priority 0; policy accept;"
+_FIRST_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
 _FIRST_SYN_ONLY = (
     "# Only a first SYN opens a connection; open ones are left alone.",
     "meta l4proto != tcp return",
@@ -79,6 +89,14 @@ class SettingsInvalid(InterceptError, ValueError):
         self.mistakes = tuple(mistakes)
 
 
+class Captured(NamedTuple):
+    """A resolver whose questions are captured: its address and port, and the port of the proxy that datagrams for it go to."""
+
+    host: str
+    port: int
+    datagrams: int
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class InterceptSettings:
     """What the ruleset says.
@@ -86,12 +104,14 @@ class InterceptSettings:
     `uid` and `mark` are two ways to exempt the proxy's own connections; at least one is needed, both may be given.
     Ports are numbers or inclusive ranges ("4000-4010"); subnets are in CIDR notation, a bare address is itself.
     A direction whose port is None is not redirected.  `redirect_*_ports`, when not empty, narrow the redirection down to these ports;
-    skipped ports still win.
+    skipped ports still win.  `dns_port` is where TCP connections to the `resolvers` go; None: DNS is left alone.
     """
 
     outbound_port: int | None = 4140
     inbound_port: int | None = 4143
     admin_port: int = 4191
+    dns_port: int | None = None
+    resolvers: tuple[Captured, ...] = ()
     uid: int | None = 2102
     mark: int | None = None
     skip_outbound_ports: tuple[PortSpec, ...] = ()
@@ -128,7 +148,7 @@ def parse_subnet(text: str) -> Network:
 def check(settings: InterceptSettings) -> list[str]:
     """All mistakes in the settings, each with the name of its field; empty when there is none."""
     mistakes: list[str] = []
-    named = ((name, getattr(settings, name)) for name in ("outbound_port", "inbound_port", "admin_port"))
+    named = ((name, getattr(settings, name)) for name in ("outbound_port", "inbound_port", "admin_port", "dns_port"))
     listeners = {name: port for name, port in named if port is not None}
     mistakes += [f"{name}: {port} is not a port (1-65535)" for name, port in listeners.items() if not 1 <= port <= 65535]
     if len(set(listeners.values())) < len(listeners):
@@ -139,6 +159,11 @@ def check(settings: InterceptSettings) -> list[str]:
         mistakes.append(f"uid: {settings.uid} is not a user id")
     if settings.mark is not None and not 1 <= settings.mark < 2**32:
         mistakes.append(f"mark: {settings.mark} is not a packet mark (1-4294967295; 0 is what every unmarked packet has)")
+    if settings.dns_port is not None and settings.outbound_port is None:
+        mistakes.append("dns_port: names lead to the outbound port, but there is none")
+    for host, *used in settings.resolvers:
+        if not _is_address(host) or not all(1 <= port <= 65535 for port in used):
+            mistakes.append(f"resolvers: {host!r}, {used}: expected an IP address, its port, and a port of the proxy")
     for field in dataclasses.fields(settings):
         if not field.name.startswith(("skip_", "redirect_")):
             continue
@@ -148,6 +173,14 @@ def check(settings: InterceptSettings) -> list[str]:
             except ValueError as error:
                 mistakes.append(f"{field.name}: {error}")
     return mistakes
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def merge_ports(specs: Iterable[PortSpec]) -> list[str]:
@@ -207,8 +240,10 @@ def _outbound(settings: InterceptSettings, port: int) -> list[str]:
     own = [f"meta skuid {settings.uid} return"] if settings.uid is not None else []
     own += [f"meta mark {settings.mark:#010x} return"] if settings.mark is not None else []
     skips = ["# Link-local: the proxy could not dial it.", "ip6 daddr fe80::/10 return", *skips]
-    redirect = ["# The proxy's own.", *own, "# What stays inside the pod.", 'oifname "lo" return', *_FIRST_SYN_ONLY, *skips]
+    questions, left = _dns(settings)
+    redirect = ["# The proxy's own.", *own, *questions, "# What stays inside the pod.", 'oifname "lo" return', *_FIRST_SYN_ONLY, *skips]
     guard = ["# The proxy's own.", *own, "# What stays inside the pod, and so all that was redirected.", "fib daddr type local return"]
+    guard += left
     return [
         *sets,
         "\t# What the pod's programs send goes to the outbound port.",
@@ -216,6 +251,19 @@ def _outbound(settings: InterceptSettings, port: int) -> list[str]:
         "\t# A new connection that left the pod without it, by whatever trick, would go past the mesh.",
         *_chain("guard_output", _FILTER.format("output"), [*guard, *_FIRST_SYN_ONLY, *skips, _REFUSE]),
     ]
+
+
+def _dns(settings: InterceptSettings) -> tuple[list[str], list[str]]:
+    """The rules that capture questions to the pod's resolvers, and those that refuse datagrams which left uncaptured."""
+    if settings.dns_port is None or not settings.resolvers:
+        return [], []
+    capture, refuse = ["# Questions to the pod's resolvers."], ["# Questions that were not redirected."]
+    for host, port, datagrams in settings.resolvers:
+        to = f"{'ip6' if ':' in host else 'ip'} daddr {host}"
+        capture.append(f"{to} udp dport {port} redirect to :{datagrams}")
+        capture.append(f"{to} tcp dport {port} {_FIRST_SYN} redirect to :{settings.dns_port}")
+        refuse.append(f"{to} udp dport {port} counter reject")
+    return capture, refuse
 
 
 def _inbound(settings: InterceptSettings, port: int) -> list[str]:

@@ -32,7 +32,8 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import socket
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -174,6 +175,16 @@ class VirtualAddresses:
                 tenant.retired = self._clock()
 
         return release
+
+    @contextmanager
+    def held(self, host: str) -> Iterator[None]:
+        """`hold` for a block, for any address."""
+        release = self.hold(host)
+        try:
+            yield
+        finally:
+            if release is not None:
+                release()
 
     def sweep(self) -> None:
         """Ends the quarantines that are over."""

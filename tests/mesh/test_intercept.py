@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from proxy.commands import intercept as command
 from proxy.mesh import intercept
-from proxy.mesh.intercept import InterceptSettings, SettingsInvalid
+from proxy.mesh.intercept import Captured, InterceptSettings, SettingsInvalid
 
 GOLDEN = """\
 add table inet isthmus
@@ -126,6 +126,7 @@ table inet isthmus {
 }
 """
 
+RESOLVERS = (Captured("10.96.0.10", 53, 4153), Captured("fd00::a", 5353, 4154))
 ports = st.one_of(
     st.integers(1, 65535),
     st.tuples(st.integers(1, 65535), st.integers(1, 65535)).map(lambda pair: f"{min(pair)}-{max(pair)}"),
@@ -147,6 +148,8 @@ all_settings = st.builds(
     skip_inbound_subnets=subnet_lists,
     redirect_outbound_ports=port_lists,
     redirect_inbound_ports=port_lists,
+    dns_port=st.none() | st.just(4153),
+    resolvers=st.sampled_from([(), RESOLVERS]),
 )
 
 
@@ -159,6 +162,44 @@ def test_the_ruleset_reads_as_documented() -> None:
         skip_inbound_subnets=("192.0.2.1",),
     )
     assert intercept.render(given_settings) == GOLDEN
+
+
+QUESTIONS = """\
+\t\t# Questions to the pod's resolvers.
+\t\tip daddr 10.96.0.10 udp dport 53 redirect to :4153
+\t\tip daddr 10.96.0.10 tcp dport 53 tcp flags & (fin | syn | rst | ack) == syn redirect to :4153
+\t\tip6 daddr fd00::a udp dport 5353 redirect to :4154
+\t\tip6 daddr fd00::a tcp dport 5353 tcp flags & (fin | syn | rst | ack) == syn redirect to :4153
+\t\t# What stays inside the pod.
+"""
+REFUSED = """\
+\t\tfib daddr type local return
+\t\t# Questions that were not redirected.
+\t\tip daddr 10.96.0.10 udp dport 53 counter reject
+\t\tip6 daddr fd00::a udp dport 5353 counter reject
+\t\t# Only a first SYN opens a connection; open ones are left alone.
+"""
+
+
+def test_questions_to_the_pods_resolvers_are_captured_before_all_exceptions_but_the_proxys_own() -> None:
+    chosen = InterceptSettings(dns_port=4153, resolvers=RESOLVERS, skip_outbound_ports=(53,), skip_outbound_subnets=("10.0.0.0/8",))
+    text = intercept.render(chosen)
+    assert f"\t\tmeta skuid 2102 return\n{QUESTIONS}" in text
+    assert REFUSED in text
+    without = intercept.render(dataclasses.replace(chosen, dns_port=None))
+    assert "udp" not in without
+    added = {line.strip() for line in (QUESTIONS + REFUSED).splitlines()} - {line.strip() for line in without.splitlines()}
+    assert [line for line in text.splitlines() if line.strip() not in added] == without.splitlines(), "nothing else is different"
+
+
+def test_names_without_an_outbound_port_and_odd_resolvers_are_mistakes() -> None:
+    with pytest.raises(SettingsInvalid, match="dns_port: names lead to the outbound port"):
+        intercept.render(InterceptSettings(outbound_port=None, dns_port=4153))
+    for captured in (Captured("dns.example", 53, 4153), Captured("10.0.0.1", 0, 4153), Captured("10.0.0.1", 53, 70000)):
+        with pytest.raises(SettingsInvalid, match="resolvers: "):
+            intercept.render(InterceptSettings(dns_port=4153, resolvers=(captured,)))
+    with pytest.raises(SettingsInvalid, match="dns_port"):
+        intercept.render(InterceptSettings(dns_port=4140))
 
 
 def test_a_direction_without_a_port_is_not_redirected() -> None:
@@ -175,7 +216,9 @@ def test_rendering_is_pure_and_verdicts_come_last(chosen: InterceptSettings) -> 
     assert text == intercept.render(dataclasses.replace(chosen))
     chains = _rules(text)
     assert list(chains) == ["output", "guard_output", "prerouting", "guard_input"]
-    for name, rules in chains.items():
+    for name, found in chains.items():
+        # Those for DNS stand before them, see above.
+        rules = [rule for rule in found if not any(f"daddr {resolver.host} " in rule for resolver in RESOLVERS)]
         assert {"output": "4140", "prerouting": "4143"}.get(name, "reset") in rules[-2 if name == "guard_input" else -1]
         exceptions = [rule for rule in rules if not re.search(r"redirect to|reject with|drop", rule)]
         assert exceptions == rules[: len(exceptions)]

@@ -1,0 +1,116 @@
+"""Proof that questions of the pod's programs arrive at the proxy, over UDP and TCP, for each of the pod's resolvers.
+
+As with redirection there are two situations. Before the proxy runs, the check is the proxy for a moment: it listens where datagrams and
+connections for the resolver should arrive, and looks whether they do. While it runs, the check asks the resolver for a name that no
+resolver of the world has (RFC 6761 keeps `.invalid` for that), and that the proxy answers by itself: an answer proves it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from contextlib import ExitStack, suppress
+
+import dns.exception
+import dns.message
+import dns.rdatatype
+import trio
+
+from proxy.commands.checks import Result
+from proxy.config import Config, ConfigError
+from proxy.mesh.dns import PROBE, PROBE_TEXT
+from proxy.net.accept import BindFailed, bind, bind_datagrams
+from proxy.net.address import Address
+from proxy.net.dial import Dialer
+from proxy.net.errors import ConnectFailed, NetError
+from proxy.resolvers import Resolvers
+from proxy.sections import DnsConfig
+
+_NAME = "names"
+_INSTALL = "install the rules with `isthmus intercept --config FILE`, and look at them with `isthmus intercept --dry-run --config FILE`"
+
+
+async def check_names(config: Config, timeout: float) -> list[Result]:
+    """Ask each resolver over UDP and TCP, and find out where the question arrives. `timeout` in seconds, for each question."""
+    if config.dns is None:
+        return [Result(_NAME, "skipped", "DNS is left alone: there is no section `dns`")]
+    if os.geteuid() == config.intercept.uid:
+        what = f"this runs as user {config.intercept.uid}, the proxy's own, whose questions are never redirected: nothing can be proven"
+        return [Result(_NAME, "skipped", what, "run it as another user, in an init container as root")]
+    try:
+        resolvers = Resolvers.of(config.dns)
+    except ConfigError as error:
+        return [Result(_NAME, "failed", str(error), "set dns.upstreams, or mend the file")]
+    results = []
+    for ours, upstream in resolvers.ways_in(config.dns):
+        results.append(await _datagram(ours, upstream, timeout))
+        results.append(await _connection(config.dns, upstream, timeout))
+    return results
+
+
+async def _datagram(ours: Address, upstream: Address, timeout: float) -> Result:
+    with ExitStack() as stack:
+        try:
+            listener = stack.enter_context(bind_datagrams(ours))
+        except BindFailed:
+            listener = None
+        token = secrets.token_hex(8)
+        try:
+            sock = stack.enter_context(Dialer().dial_datagrams(upstream))
+            sock.send(token.encode() if listener is not None else _question(token))
+        except (ConnectFailed, OSError) as error:
+            return Result(_NAME, "failed", f"UDP to {upstream}: {error}", _INSTALL)
+        found: bytes | None = None
+        with trio.move_on_after(timeout):
+            await trio.lowlevel.wait_readable(listener or sock)
+            with suppress(OSError):
+                found = (listener or sock).recv(65535)
+    if listener is not None:
+        return _result("UDP", upstream, "arrives at the proxy's port", found == token.encode())
+    return _result("UDP", upstream, "is answered by the running proxy", _is_ours(found))
+
+
+async def _connection(config: DnsConfig, upstream: Address, timeout: float) -> Result:
+    with ExitStack() as stack:
+        listeners: list[socket.socket] = []
+        with suppress(BindFailed):
+            listeners = [stack.enter_context(bind(address)) for address in config.listen if address.is_ipv6 == upstream.is_ipv6]
+        try:
+            stream = await Dialer(timeout=timeout).dial(upstream)
+        except ConnectFailed as error:
+            return Result(_NAME, "failed", f"TCP: a question is not captured: {error}", _INSTALL)
+        async with stream:
+            for listener in listeners:
+                with suppress(OSError):
+                    accepted, peer = listener.accept()
+                    accepted.close()
+                    return _result("TCP", upstream, "arrives at the proxy's port", Address.of(peer) == stream.local)
+            question = _question(secrets.token_hex(8))
+            found = b""
+            with trio.move_on_after(timeout), suppress(NetError):
+                await stream.send_all(len(question).to_bytes(2, "big") + question)
+                while len(found) < 2 or len(found) < 2 + int.from_bytes(found[:2], "big"):
+                    piece = await stream.receive_some()
+                    if not piece:
+                        break
+                    found += piece
+    return _result("TCP", upstream, "is answered by the running proxy", _is_ours(found[2:]))
+
+
+def _question(token: str) -> bytes:
+    return dns.message.make_query(f"{token}.{PROBE}", dns.rdatatype.TXT).to_wire()
+
+
+def _is_ours(answer: bytes | None) -> bool:
+    try:
+        message = dns.message.from_wire(answer or b"")
+    except dns.exception.DNSException:
+        return False
+    return [record.to_text() for rrset in message.answer for record in rrset] == [f'"{PROBE_TEXT}"']
+
+
+def _result(transport: str, upstream: Address, what: str, good: bool) -> Result:
+    if good:
+        return Result(_NAME, "ok", f"{transport}: a question to {upstream} {what}")
+    return Result(_NAME, "failed", f"{transport}: a question to {upstream} does not arrive at the proxy", _INSTALL)
