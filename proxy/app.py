@@ -99,11 +99,11 @@ def _allow_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _acceptor(handler: Callable[[Connection], Awaitable[None]], connections: int) -> Acceptor:
+def _acceptor(handler: Callable[[Connection], Awaitable[None]], connections: int, reserved: int) -> Acceptor:
     """An acceptor for as many connections as there are descriptors for: each takes one here and one to its server, in either direction,
-    and the administration listener has to go on answering when everything else is taken."""
+    and the administration listener and names have to go on answering when everything else is taken."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = connections if soft == resource.RLIM_INFINITY else max(1, (soft - _RESERVED) // 4)
+    most = connections if soft == resource.RLIM_INFINITY else max(1, (soft - reserved) // 4)
     if most < connections:
         _log.info("RLIMIT_NOFILE is %d: %d connections in each direction are accepted at a time, not %d", soft, most, connections)
     return Acceptor(handler, limit=min(most, connections), on_error=_report, on_pause=_pausing)
@@ -147,8 +147,9 @@ class App:
         self._publish()
         self.outbound_pools: Pools[Endpoint] = outbound_pools(self.runtime)
         self.inbound_pools: Pools[Address] = inbound_pools(self.runtime)
-        self.inbound = _acceptor(inbound(self.runtime, self.inbound_pools), config.inbound.max_connections)
-        self.outbound = _acceptor(outbound(self.runtime, self.outbound_pools), config.outbound.max_connections)
+        reserved = _RESERVED + (config.dns.max_in_flight + 2 * config.dns.max_connections if config.dns is not None else 0)
+        self.inbound = _acceptor(inbound(self.runtime, self.inbound_pools), config.inbound.max_connections, reserved)
+        self.outbound = _acceptor(outbound(self.runtime, self.outbound_pools), config.outbound.max_connections, reserved)
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, and through the drain that follows."""

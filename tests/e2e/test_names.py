@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -104,6 +105,41 @@ async def test_the_c_library_finds_a_virtual_address_under_every_form_of_a_name(
     assert ipaddress.ip_address(host) in RANGES[version]
     assert [host] == await stage.resolve("c.east", version)
     assert [host] != await stage.resolve("db.shop.east", version)
+
+
+# getent(1) for a C library that comes without: the addresses of a name, or what getaddrinfo(3) says.
+GETENT = r"""
+#include <arpa/inet.h>
+#include <netdb.h>
+#include <stdio.h>
+int main(int argc, char **argv) {
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *found;
+    int code = getaddrinfo(argv[1], "80", &hints, &found);
+    if (code) return printf("%s\n", gai_strerror(code)), 1;
+    for (; found; found = found->ai_next) {
+        char text[64];
+        void *a = found->ai_family == AF_INET6 ? (void *)&((struct sockaddr_in6 *)found->ai_addr)->sin6_addr
+                                               : (void *)&((struct sockaddr_in *)found->ai_addr)->sin_addr;
+        puts(inet_ntop(found->ai_family, a, text, sizeof text));
+    }
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("musl-gcc") is None, reason="there is no musl to link with")
+async def test_musl_the_c_library_of_alpine_finds_them_too(stage: Stage) -> None:
+    source, program = stage.web.directory / "getent.c", stage.web.directory / "getent"
+    source.write_text(GETENT)
+    done = await stage.web.run(["musl-gcc", "-static", "-o", str(program), str(source)], user=OPERATOR)
+    assert done.ok, done.stderr.decode()
+    for name in ("c.east", "c.default.east", "c-east", "c-east.default.svc.cluster.local", "c.east."):
+        done = await stage.web.run([str(program), name], timeout=60)
+        assert sorted(done.text.split()) == sorted([*await stage.resolve("c.east", 4), *await stage.resolve("c.east", 6)]), name
+    done = await stage.web.run([str(program), "www.example.com"], timeout=60)
+    assert sorted(done.text.split()) == ["192.0.2.7", "2001:db8::7"]
+    for name in ("gone.east", "c.gone.east"):
+        done = await stage.web.run([str(program), name], timeout=60)
+        assert "not resolve" in done.text or "not exist" in done.text, done.text
 
 
 async def test_the_resolver_is_not_asked_for_them(stage: Stage) -> None:
