@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from lab.mesh import Mesh
-from lab.pod import CLI, OPERATOR, ROOT, Pod
+from lab.pod import CLI, OPERATOR, ROOT, Pod, User
 from lab.process import Completed
 from lab.sidecar import Sidecar
 from tests.e2e.conftest import Laboratory
@@ -76,7 +76,7 @@ def directory(*services: str) -> dict[str, Any]:
 async def resolver(pod: Pod, *records: str) -> None:
     """dnsmasq, which knows these records and asks nobody else."""
     alone = ["--keep-in-foreground", "--no-resolv", "--no-hosts", "--local=/#/", "--pid-file=", "--log-facility=-"]
-    await pod.start("dnsmasq", ["dnsmasq", *alone, *records], port=53)
+    await pod.start("dnsmasq", ["dnsmasq", *alone, *records], port=53, user=User(never_root=True))
 
 
 async def build(laboratory: Laboratory) -> Stage:
