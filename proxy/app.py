@@ -257,6 +257,8 @@ class App:
             self.drain.look()
             if turn % _ADDRESSES == 0:
                 self.runtime.listeners = self._own()
+                if self.names is not None:
+                    self.names.sweep()
             self.outbound_pools.sweep()
             self.inbound_pools.sweep()
 

@@ -50,24 +50,32 @@ class Names:
         self._namespace = config.pod.namespace
         self._search = resolvers.search
         self._metrics = metrics
-        self.resolver = Resolver(settings, resolvers.upstreams, self._answers(Directory()), dialer, metrics)
+        self._directory = Directory()
+        self._without = 0  # services that have no address, for want of room
+        self.resolver = Resolver(settings, resolvers.upstreams, self._answers(), dialer, metrics)
         _log.info("names are answered for; the pod's resolvers: %s", ", ".join(map(str, resolvers.upstreams)))
 
     def publish(self, directory: Directory) -> None:
         """This directory counts from now on."""
-        self.resolver.answers = self._answers(directory)
+        self._directory = directory
+        self.resolver.answers = self._answers()
+        if self._without:
+            words = "%d services of other clusters have no address: there is room for %d (dns.max_names, dns.ranges)"
+            _log.error(words, self._without, self.virtual.capacity)
 
-    def _answers(self, directory: Directory) -> Answers:
-        zone = Zone(directory, self._namespace, self._search)
-        without = self.virtual.publish(zone.names)
-        if without:
-            room = self.virtual.capacity
-            _log.error("%d services of other clusters have no address: there is room for %d (dns.max_names, dns.ranges)", without, room)
+    def sweep(self) -> None:
+        """End the quarantines that are over. Who found no room before may find some now."""
+        self.virtual.sweep()
+        if self._without:
+            self.resolver.answers = self._answers()
+
+    def _answers(self) -> Answers:
+        zone = Zone(self._directory, self._namespace, self._search)
+        self._without = self.virtual.publish(zone.names)
         return Answers(zone, self.virtual, self._settings.ttl)
 
     def observe(self) -> None:
         """Bring the gauges up to date."""
-        self.virtual.sweep()
         self._metrics.virtual_addresses(*self.virtual.counts)
         self._metrics.dns_in_flight.at().set(self.resolver.in_flight)
 

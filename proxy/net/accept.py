@@ -2,7 +2,8 @@
 
 One task per connection, all of them children of `Acceptor.serve`. Whatever goes wrong in a connection's handler ends that
 connection and nothing else. Cancellation is not an error and passes. What is smaller than a connection has boundaries of its own, above:
-an exchange (exchange/layers.py), a stream of a shared connection (server2.py), a kept connection (pool2.py); nobody else catches broadly.
+an exchange (exchange/layers.py), a stream of a shared connection (server2.py), a kept connection (pool2.py), a datagram (resolver.py);
+nobody else catches broadly.
 
 Two things bound what a flood can cost us. Over `limit` open connections nothing more is accepted: new ones wait in the kernel's
 backlog, and beyond it the kernel drops their SYN, so that clients try again instead of being refused. And if the process runs out of
