@@ -49,7 +49,9 @@ def failed(results: dict[str, list[dict[str, Any]]]) -> set[str]:
 async def test_a_pod_that_is_right_is_found_right(pair: Pair) -> None:
     code, results, said = await check(pair)
     assert (code, failed(results)) == (0, set()), said
-    assert set(results) == {"configuration", "certificates", "proxy", "clock", "directory", "redirection", "peers"}
+    assert set(results) == {"configuration", "certificates", "proxy", "clock", "directory", "redirection", "names", "peers"}
+    (names,) = results.pop("names")
+    assert (names["status"], "no section `dns`" in names["what"]) == ("skipped", True)
     assert {each["status"] for found in results.values() for each in found} == {"ok"}, said
     peers = [each["what"] for each in results["peers"]]
     assert len(peers) == 4  # two ports, two addresses
