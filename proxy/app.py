@@ -122,6 +122,7 @@ class App:
         resolvers = pod_resolvers(config)
         self.listeners = listen(config, resolvers)
         self.drain = Drain()
+        self._ports = self.listeners.ports()  # asked once: a proxy that is going down has closed its listeners
         own = self._own()
         balancer = Balancer(trio.current_time)
         dialer = Dialer(config.mark, config.tcp.connect_timeout, config.tcp.keepalive or None, self._refuse_loop)
@@ -242,7 +243,7 @@ class App:
     def _own(self) -> OwnListeners:
         """What the loop guard knows of us: what we were told, and what the system says now."""
         told = frozenset(map(str, self.config.pod.addresses))
-        return OwnListeners(self.listeners.ports(), told | local_addresses())
+        return OwnListeners(self._ports, told | local_addresses())
 
     def _refuse_loop(self, address: Address) -> None:
         """The loop guard at the dialler."""

@@ -155,3 +155,12 @@ async def test_a_client_that_half_closes_behind_its_request_is_answered(tmp_path
         await client.send_eof()
         with trio.fail_after(10):
             assert (await client.receive_some()).startswith(b"HTTP/1.1 200 OK")
+
+
+async def test_a_proxy_that_is_going_down_still_knows_its_own_listeners(tmp_path: Path) -> None:
+    """It looks at its addresses every few seconds, and its listeners are closed by then."""
+    async with running(tmp_path) as app:
+        before = app.runtime.listeners
+        app.inbound.drain(60)
+        app.outbound.drain(60)
+        assert app._own() == before

@@ -164,6 +164,10 @@ class TLSStream(trio.abc.HalfCloseableStream):
     def is_idle(self) -> bool:
         if self._raw.closed or self._torn or self._failure is not None:
             return False
+        if self._reading:
+            # Somebody waits for the socket, and has taken all that OpenSSL had. A peek would move what has come from the socket into
+            # OpenSSL, and the reader would wait for ever.
+            return self._raw.is_idle()
         try:
             self._recv(1, socket.MSG_PEEK)  # takes in what is not data: session tickets, key updates
         except SSL.WantReadError:
@@ -175,6 +179,8 @@ class TLSStream(trio.abc.HalfCloseableStream):
     def gone(self) -> bool:
         if self._raw.closed or self._torn or self._failure is not None:
             return True
+        if self._reading:
+            return self._raw.gone()
         try:
             self._recv(1, socket.MSG_PEEK)
         except (SSL.WantReadError, SSL.WantWriteError):

@@ -430,6 +430,26 @@ async def test_what_openssl_holds_already_is_read_without_waiting_for_the_socket
     server.close()
 
 
+async def test_who_looks_at_a_connection_takes_nothing_from_the_one_who_reads_it(mesh: Mesh) -> None:
+    """The look comes when the record is in the socket and its reader has not been woken yet."""
+    client, server = await mesh.connect()
+    heard: list[bytes] = []
+
+    async def read() -> None:
+        heard.append(await server.receive_some())
+
+    for look in (server.is_idle, server.gone):
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read)
+                await wait_all_tasks_blocked(0.01)
+                await client.send_all(b"x")
+                assert not look()
+    assert heard == [b"x", b"x"]
+    client.close()
+    server.close()
+
+
 async def test_unread_tickets_leave_a_connection_idle_and_data_does_not(mesh: Mesh) -> None:
     client, server = await mesh.connect()
     await wait_all_tasks_blocked(0.01)
