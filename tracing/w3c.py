@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from tracing.context import NO_SPAN, NO_TRACE, REPEATED, Field, Format, Places, TraceContext, value_at
+from tracing.context import NO_SPAN, NO_TRACE, REPEATED, Field, Format, Places, TraceContext
 
 SAMPLED = 0x01
 RANDOM = 0x02
@@ -35,7 +35,7 @@ _VALUE = re.compile(r"[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3
 
 def parse(traceparent: bytes) -> TraceContext | None:
     """The context in a header's value; None when it is not valid."""
-    match = _PARENT.match(traceparent.strip(b" \t"))
+    match = _PARENT.match(traceparent) or _PARENT.match(traceparent.strip(b" \t"))
     if match is None:
         return None
     version, trace, span, flags, rest = match.groups()
@@ -51,14 +51,19 @@ def traceparent(context: TraceContext) -> bytes:
 
 def _read(places: Places, fields: list[Field]) -> TraceContext | None:
     # More than one traceparent is none (section 3.2).
-    value = value_at(places, fields, b"traceparent")
-    context = parse(value) if value is not None else None
-    if context is not None and (place := places.get(b"tracestate")) is not None:
-        every = place == REPEATED
-        state = tuple([v for n, v in fields if n.lower() == b"tracestate"]) if every else (fields[place][1],)
-        if sum(map(len, state)) <= _LONGEST:  # it waits in the queue with its span
-            context.state = state
+    place = places.get(b"traceparent", REPEATED)
+    context = parse(fields[place][1]) if place != REPEATED else None
+    if context is not None and b"tracestate" in places:
+        context.state = _state(places, fields)
     return context
+
+
+def _state(places: Places, fields: list[Field]) -> tuple[bytes, ...]:
+    """What waits in the queue with its span, and so must not be long."""
+    place = places[b"tracestate"]
+    every = place == REPEATED
+    state = tuple([value for name, value in fields if name.lower() == b"tracestate"]) if every else (fields[place][1],)
+    return state if sum(map(len, state)) <= _LONGEST else ()
 
 
 def _write(places: Places, fields: list[Field], child: TraceContext) -> None:

@@ -16,8 +16,6 @@ from time import time_ns
 from typing import Literal
 
 from proxy.exchange.exchange import Exchange, Handler, Layer
-from proxy.net.address import Address
-from proxy.net.tls import TLSInfo
 from tracing.sampling import Trace, Tracer
 from tracing.spans import HttpRecord, Kind, Record
 
@@ -51,120 +49,140 @@ def trace(tracing: Tracing | None, side: Side) -> Layer:
             if found is None or not found.sampled:
                 await handler(exchange)
                 return
-            spans = _Spans(exchange, found, tracing, side)
+            server = _ServerSpan(exchange, found) if side != "client" else None
+            client = _ClientSpans(exchange, found, tracing, own=side == "client") if side != "server" else None
+            failure: str | None = "cancelled"
             try:
                 await handler(exchange)
-                spans.whole = True
+                failure = None
             finally:
-                spans.finish()
+                failure = exchange.failure or failure
+                if client is not None:
+                    client.finish(failure)
+                if server is not None:
+                    tracing.put(server.finish(failure))
 
         return handle
 
     return layer
 
 
-class _Spans:
-    """The spans of one exchange while it is under way."""
+def _opened(kind: Kind, exchange: Exchange, trace: Trace, parent: bytes) -> HttpRecord:
+    """What is known of a request before it goes anywhere."""
+    request, facts = exchange.request, exchange.facts
+    authority = request.authority
+    return HttpRecord(
+        kind,
+        trace.trace_id,
+        trace.span_id,
+        parent,
+        trace.state,
+        started=time_ns(),
+        direction=facts.direction,
+        destination=facts.destination,
+        method=request.method[:_METHOD],
+        target=request.target[:_TARGET],
+        authority=authority and authority[:_AUTHORITY],
+        version=request.version,
+    )
 
-    __slots__ = (
-        "_attempt_started", "_attempts", "_before", "_exchange", "_head_at", "_heard", "_server", "_started", "_trace", "_tracing",
-        "_upstream", "_upstream_tls", "whole",
-    )  # fmt: skip
 
-    def __init__(self, exchange: Exchange, trace: Trace, tracing: Tracing, side: Side) -> None:
+def _closed(record: HttpRecord, exchange: Exchange, failure: str | None) -> HttpRecord:
+    """And how it ended."""
+    request, response = exchange.request, exchange.response
+    record.ended = time_ns()
+    record.request_bytes, record.response_bytes = exchange.request_bytes, exchange.response_bytes
+    if failure is not None:
+        record.failure, record.words = failure, exchange.failure_words[:_WORDS]
+        record.loop, record.cycle = exchange.loop, exchange.cycle
+    if request.version == b"2" and exchange.is_grpc:
+        record.grpc, record.grpc_status = True, exchange.grpc_status
+    if response is not None:
+        record.status = response.status
+        if failure is not None or response.status >= 500:
+            status = response.headers.get(b"proxy-status")
+            record.proxy_status = status and status[:_PROXY_STATUS]
+        if record.grpc and record.grpc_status is None:
+            record.grpc_status = response.headers.get(b"grpc-status")
+    return record
+
+
+class _ServerSpan:
+    """The one span of an exchange that was accepted."""
+
+    __slots__ = ("_exchange", "_heard", "_record")
+
+    def __init__(self, exchange: Exchange, trace: Trace) -> None:
+        self._exchange = exchange
+        self._record = _opened("server", exchange, trace, trace.parent)
+        self._heard = exchange.on_response
+        exchange.on_response = self._on_response
+
+    def _on_response(self, status: int) -> None:
+        self._record.head_at = time_ns()
+        self._heard(status)
+
+    def finish(self, failure: str | None) -> HttpRecord:
+        record, facts = self._record, self._exchange.facts
+        record.peer, record.tls, record.identity = facts.peer, facts.tls, facts.identity
+        agent = self._exchange.request.headers.get(b"user-agent")
+        record.agent = agent and agent[:_AGENT]
+        return _closed(record, self._exchange, failure)
+
+
+class _ClientSpans:
+    """The spans of an exchange that is sent on: one for each attempt. `own`: the first one is the trace's own span; otherwise that is
+    the server's, and all attempts hang under it."""
+
+    __slots__ = ("_attempts", "_exchange", "_heard", "_parent", "_record", "_trace", "_tracing")
+
+    def __init__(self, exchange: Exchange, trace: Trace, tracing: Tracing, *, own: bool) -> None:
         self._exchange = exchange
         self._trace = trace
         self._tracing = tracing
-        self._server = b"" if side == "client" else trace.span_id
         self._attempts = 0  # that have been sent
-        self._before = b""  # the attempt before this one
-        self._head_at = 0
+        self._parent = trace.parent if own else trace.span_id
+        self._record = _opened("client", exchange, trace, self._parent) if own else None
         self._heard = exchange.on_response
-        self.whole = False  # the handler has returned; otherwise it was cancelled
         exchange.on_response = self._on_response
-        if side != "server":
-            exchange.on_attempt = self._on_attempt
-            self._upstream: Address | None = None
-            self._upstream_tls: TLSInfo | None = None
-        self._started = self._attempt_started = time_ns()
+        exchange.on_attempt = self._on_attempt
 
     def _on_response(self, status: int) -> None:
-        self._head_at = time_ns()
+        if self._record is not None:
+            self._record.head_at = time_ns()
         self._heard(status)
 
     def _on_attempt(self) -> None:
         """The exchange has a connection to an endpoint, and is about to be sent."""
-        exchange, trace = self._exchange, self._trace
-        if self._attempts or self._server:
-            now = time_ns()
-            if self._attempts:
-                self._tracing.put(self._client(now, "unanswered"))
-                self._before = trace.span_id
-            self._attempt_started = now
-            self._tracing.tracer.next_attempt(trace, exchange.request.headers.items)
+        exchange, record = self._exchange, self._record
+        if record is None or self._attempts:
+            record = self._next(record)
         self._attempts += 1
-        self._upstream, self._upstream_tls = exchange.upstream, exchange.upstream_tls
+        tls = exchange.upstream_tls
+        record.peer, record.tls = exchange.upstream, tls
+        if tls is not None:
+            record.identity = tls.peer_identity
 
-    def finish(self) -> None:
-        """All of it has ended: hand over what is still open."""
-        exchange, ended = self._exchange, time_ns()
-        failure = exchange.failure if self.whole or exchange.failure is not None else "cancelled"
-        if self._attempts or not self._server:
-            self._tracing.put(self._client(ended, failure, last=True))
-        if self._server:
-            facts = exchange.facts
-            record = self._record("server", self._server, failure)
-            record.ended, record.parent = ended, self._trace.parent
-            record.peer, record.tls, record.identity = facts.peer, facts.tls, facts.identity
-            agent = exchange.request.headers.get(b"user-agent")
-            record.agent = agent and agent[:_AGENT]
-            self._tracing.put(record)
-
-    def _client(self, ended: int, failure: str | None, *, last: bool = False) -> HttpRecord:
-        """The record of the attempt that is under way."""
-        trace = self._trace
-        record = self._record("client", trace.span_id, failure, answered=last)
-        record.parent, record.remote = self._server or trace.parent, not self._server
-        record.started, record.ended = self._attempt_started, ended
-        record.attempt = max(0, self._attempts - 1)
-        record.follows = self._before
-        record.service, record.chosen = self._exchange.service, self._exchange.chosen
-        record.peer, record.tls = self._upstream or self._exchange.upstream, self._upstream_tls
-        if record.tls is not None:
-            record.identity = record.tls.peer_identity
+    def _next(self, last: HttpRecord | None) -> HttpRecord:
+        """The record of another attempt, with its own id in the headers; the last one ends."""
+        exchange, trace = self._exchange, self._trace
+        if last is not None:
+            last.ended, last.failure = time_ns(), "unanswered"
+            last.service, last.chosen = exchange.service, exchange.chosen
+            self._tracing.put(last)
+        self._tracing.tracer.next_attempt(trace, exchange.request.headers.items)
+        record = self._record = _opened("client", exchange, trace, self._parent)
+        record.remote = self._parent == trace.parent
+        if last is not None:
+            record.attempt, record.follows = last.attempt + 1, last.span_id
         return record
 
-    def _record(self, kind: Kind, span_id: bytes, failure: str | None, *, answered: bool = True) -> HttpRecord:
-        """What both kinds have. One call with all of it: this is on the path of the request."""
-        exchange, trace, request = self._exchange, self._trace, self._exchange.request
-        facts, authority, response = exchange.facts, request.authority, exchange.response
-        record = HttpRecord(
-            kind=kind,
-            trace_id=trace.trace_id,
-            span_id=span_id,
-            state=trace.state,
-            started=self._started,
-            direction=facts.direction,
-            destination=facts.destination,
-            failure=failure,
-            method=request.method[:_METHOD],
-            target=request.target[:_TARGET],
-            authority=authority and authority[:_AUTHORITY],
-            version=request.version,
-            request_bytes=exchange.request_bytes,
-        )
-        if request.version == b"2" and exchange.is_grpc:
-            record.grpc = True
-            record.grpc_status = exchange.grpc_status
-        if answered:
-            record.response_bytes, record.head_at = exchange.response_bytes, self._head_at
-            if failure is not None:
-                record.words, record.loop, record.cycle = exchange.failure_words[:_WORDS], exchange.loop, exchange.cycle
-            if response is not None:
-                record.status = response.status
-                if failure is not None or response.status >= 500:
-                    status = response.headers.get(b"proxy-status")
-                    record.proxy_status = status and status[:_PROXY_STATUS]
-                if record.grpc and record.grpc_status is None:
-                    record.grpc_status = response.headers.get(b"grpc-status")
-        return record
+    def finish(self, failure: str | None) -> None:
+        """Hand over the last attempt, if there is one, or what became of the request without any."""
+        exchange, record = self._exchange, self._record
+        if record is None:
+            return
+        if not self._attempts:
+            record.peer = exchange.upstream
+        record.service, record.chosen = exchange.service, exchange.chosen
+        self._tracing.put(_closed(record, exchange, failure))
