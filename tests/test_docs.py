@@ -181,7 +181,7 @@ def test_the_pod_of_the_manifests_fits_the_proxy() -> None:
     assert sidecar["securityContext"]["runAsUser"] == settings.uid
     assert {port["containerPort"] for port in sidecar["ports"]} == {settings.admin_port}  # type: ignore[index]
     assert intercept["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN"]}
-    assert {variable["name"] for variable in sidecar["env"]} == {*config.DOWNWARD.values(), "POD_IPS"}  # type: ignore[index]
+    assert {variable["name"] for variable in sidecar["env"]} == {*config.DOWNWARD.values(), "POD_IPS", "CONTAINER_NAME"}  # type: ignore[index]
 
 
 def test_the_image_runs_as_the_user_that_the_redirection_exempts() -> None:

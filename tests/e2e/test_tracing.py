@@ -18,6 +18,7 @@ import pytest
 
 from lab.collector import Span, read
 from lab.pod import ROOT
+from lab.process import Process
 from tests.e2e.conftest import Laboratory
 from tests.e2e.stage import ECHO, MAIL, WEB, Pair, counted, curl, echo_server, eventually, logged, prepare, say, web_server
 
@@ -40,6 +41,7 @@ def context(trace: str, flags: str = "01") -> list[str]:
 class Scene:
     pair: Pair
     file: Path
+    collector: Process
 
     def spans(self, keep: Callable[[Span], bool]) -> list[Span]:
         return [span for span in read(self.file) if keep(span)]
@@ -77,11 +79,11 @@ def scene(laboratory: Laboratory) -> Scene:
         }
         file = jaeger.directory / "spans"
         command = [sys.executable, "-m", "lab.collector", str(OTLP), str(file)]
-        await jaeger.start("collector", command, port=OTLP, env={"PYTHONPATH": str(ROOT)})
+        collector = await jaeger.start("collector", command, port=OTLP, env={"PYTHONPATH": str(ROOT)})
         await web_server(pair.shop)
         await echo_server(pair.shop)
         await pair.mesh.start()
-        return Scene(pair, file)
+        return Scene(pair, file, collector)
 
     return laboratory.run(build)
 
@@ -207,3 +209,17 @@ async def test_spans_are_counted_and_none_was_lost(scene: Scene) -> None:
     for sidecar in scene.pair.both:
         assert await counted(sidecar, "isthmus_spans_exported_total") > 0
         assert await counted(sidecar, "isthmus_spans_dropped_total") == 0
+
+
+async def test_a_collector_that_dies_is_noticed_by_nobody_but_the_counters(scene: Scene) -> None:
+    await scene.collector.aclose()
+    for _ in range(5):
+        assert (await curl(scene.pair.web, *context(new_trace()), f"http://shop:{WEB}/")).status == 200
+
+    async def failing() -> bool:
+        return await counted(scene.pair.near, "isthmus_span_exports_total", result="unreachable") > 0
+
+    await eventually(failing, "exports that fail", 30)
+    assert (await curl(scene.pair.web, *context(new_trace()), f"http://shop:{WEB}/")).status == 200
+    line = await logged(scene.pair.near, "spans cannot be exported")
+    assert line["level"] == "warning"
