@@ -61,7 +61,7 @@ class Ledger:
         """A loop was stopped: counted each time, said once a second of each kind."""
         self.metrics.loop(kind)
         limit = self._loops.setdefault(kind, RateLimit(1))  # there are as many as loopguard has kinds
-        warn(_LOOPS, limit, "a loop was stopped (%s, %s): %s", direction, kind, words)
+        warn(_LOOPS, limit, "a loop was stopped (%s, %s): %s", kind, direction, words)
 
     def bridge(self, idle: float) -> Callable[[Exchange, Stream, Stream], Awaitable[None]]:
         """Joins the two streams of an upgraded exchange; what they carry is the exchange's."""

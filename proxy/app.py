@@ -36,11 +36,12 @@ from loopguard import OwnListeners
 from proxy.account import Ledger
 from proxy.admin import admin
 from proxy.config import Config
-from proxy.errors import LoopDetected, known
+from proxy.errors import known
 from proxy.exchange.server import Drain
 from proxy.inbound import inbound, inbound_pools
 from proxy.listeners import StartError, listen
 from proxy.logs import RateLimit, configure, warn
+from proxy.loops import LoopGuard
 from proxy.mesh import identity as identities
 from proxy.mesh.balance import Balancer
 from proxy.mesh.directory import Directory, DirectoryError, Endpoint
@@ -123,14 +124,14 @@ class App:
         self.listeners = listen(config, resolvers)
         self.drain = Drain()
         self._ports = self.listeners.ports()  # asked once: a proxy that is going down has closed its listeners
-        own = self._own()
+        loops = LoopGuard(config, self._own(), metrics)
         balancer = Balancer(trio.current_time)
-        dialer = Dialer(config.mark, config.tcp.connect_timeout, config.tcp.keepalive or None, self._refuse_loop)
+        dialer = Dialer(config.mark, config.tcp.connect_timeout, config.tcp.keepalive or None, loops.dialled, loops.connections)
         self.names = Names(config, resolvers, dialer, metrics) if resolvers is not None else None
         self.runtime = Runtime(
             config=config,
             settings=Settings.of(config),
-            listeners=own,
+            loops=loops,
             identity=self.identity,
             directory=self.source or _Known(Directory()),
             balancer=balancer,
@@ -155,6 +156,12 @@ class App:
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, and through the drain that follows."""
         admins = Acceptor(admin(self.not_ready, self.render), limit=_ADMIN_CONNECTIONS, on_error=_report)
+        try:
+            await self._run(admins)
+        finally:
+            self._close_pools()
+
+    async def _run(self, admins: Acceptor) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(admins.serve, self.listeners.admin)
@@ -197,6 +204,9 @@ class App:
                 busy = self.outbound.open > 0 or self.outbound.accepted != seen
                 quiet, seen = 0.0 if busy else quiet + _TICK, self.outbound.accepted
         self.outbound.drain(0)
+        self._close_pools()
+
+    def _close_pools(self) -> None:
         self.outbound_pools.close()
         self.inbound_pools.close()
 
@@ -245,19 +255,13 @@ class App:
         told = frozenset(map(str, self.config.pod.addresses))
         return OwnListeners(self._ports, told | local_addresses())
 
-    def _refuse_loop(self, address: Address) -> None:
-        """The loop guard at the dialler."""
-        loop = self.runtime.listeners.dialled(address.host, address.port)
-        if loop is not None:
-            raise LoopDetected(loop.words, loop.kind)
-
     async def _sweep(self) -> None:
         """About once a second: what has become too old, and who has gone. Addresses come and go with interfaces, more seldom."""
         for turn in itertools.count(1):
             await trio.sleep(_SWEEP)
             self.drain.look()
             if turn % _ADDRESSES == 0:
-                self.runtime.listeners = self._own()
+                self.runtime.loops.listeners = self._own()
                 if self.names is not None:
                     self.names.sweep()
             self.outbound_pools.sweep()
@@ -280,6 +284,7 @@ class App:
         if self.names is not None:
             self.names.observe()
         self.metrics.spans_waiting(self.spans.waiting())
+        self.metrics.self_calls_waiting.at().set(self.runtime.loops.waiting)
         return self.metrics.render()
 
     def _say_hello(self) -> None:

@@ -38,11 +38,12 @@ class NotAuthorised(IsthmusError):
 
 
 class LoopDetected(IsthmusError):
-    """The traffic would come back to where it came from. `kind` is loopguard's."""
+    """The traffic would come back to where it came from, or has. `kind` and `cycle` (in names, as far as it is known) are loopguard's."""
 
-    def __init__(self, message: str, kind: str) -> None:
+    def __init__(self, message: str, kind: str, cycle: str = "") -> None:
         super().__init__(message)
         self.kind = kind
+        self.cycle = cycle
 
 
 class NoEndpoint(IsthmusError):

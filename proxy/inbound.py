@@ -45,7 +45,7 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
         measure(rt.ledger.exchange),
         trace(rt.spans.inbound, "server"),
         rescue(rt.name, rt.tells),
-        rt.guard(DIRECTION),
+        rt.loops.layer(DIRECTION),
         deadline,
         endpoint=to_application(rt, pools),
     )
@@ -53,7 +53,7 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
     async def accept(connection: Connection) -> None:
         about = Facts(DIRECTION, connection.peer, rt.destination(connection, config.fixed_destination))
         with rt.ledger.connection(connection.stream, about) as account:
-            rt.refuse_loop(connection, about)
+            rt.loops.accepted(connection, about)
             port = about.destination.port
             opaque = port in config.opaque_ports
             opening = await account.detect(connection.stream, silence(rt, port), config.detect_timeout)
@@ -134,7 +134,7 @@ def to_application(rt: Runtime, pools: Pools[Address]) -> Handler:
 
 async def to_listener(rt: Runtime, stream: Stream, about: Facts, account: ConnectionAccount) -> None:
     """Relay `stream` to the application, byte for byte."""
-    async with closing(await rt.dialer.dial(about.destination)) as application:
+    async with closing(await rt.dialer.dial(about.destination, about.depth + 1)) as application:
         with account.upstream(application):
             account.relayed(await relay(stream, application, idle=rt.config.tcp.idle_timeout))
 

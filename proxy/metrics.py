@@ -229,6 +229,7 @@ class Metrics:
             "detection_seconds", "From the start of protocol detection to its result.", DETECTION_BUCKETS, "direction"
         )
         self._loops = self._counter("loops_total", "Traffic loops that were stopped.", "kind")
+        self.self_calls = self._counter("self_calls_total", "Connections and requests of the pod to itself.")
         self._dropped_hops = self._counter("hop_tokens_dropped_total", "Requests whose loop tokens were not all believed.", "reason")
         self._errors = self._counter("errors_total", "Connections and requests that failed in the proxy.", "direction", "reason")
         self._declined = self._counter("heads_declined_total", "HTTP/1 heads that the fast recogniser left to h11.", "direction", "role")
@@ -248,6 +249,7 @@ class Metrics:
         self._roots = self._gauge("root_expiry_timestamp_seconds", "When the first of the trust roots ends (Unix time).")
         self._pool = self._gauge("pool_connections", "Connections to endpoints kept by the pools.", "state")
         self._span_queue = self._gauge("spans_waiting", "Spans that wait to be exported.")
+        self.self_calls_waiting = self._gauge("self_calls_waiting", "Of these, the ones that wait for the first of their answer.")
         info = self._gauge("build_info", "Always 1; the labels say what runs.", "version", "python")
         info.at(own_version(), platform.python_version()).set(1)
 

@@ -42,7 +42,7 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
         measure(rt.ledger.exchange),
         trace(rt.spans.outbound, "client"),
         rescue(rt.name, rt.tells),
-        rt.guard(DIRECTION),
+        rt.loops.layer(DIRECTION),
         deadline,
         endpoint=to_service(rt, pools),
     )
@@ -50,7 +50,7 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
     async def accept(connection: Connection) -> None:
         about = Facts(DIRECTION, connection.peer, rt.destination(connection, config.fixed_destination))
         with rt.ledger.connection(connection.stream, about) as account, rt.router.holding(about.destination):
-            rt.refuse_loop(connection, about)
+            rt.loops.accepted(connection, about)
             target = rt.router.known(about.destination) or itself(about.destination)
             about.service = target.service
             opaque = target.protocol is Hint.OPAQUE or about.destination.port in config.opaque_ports
@@ -82,7 +82,13 @@ def to_service(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
         exchange.authority = told(exchange.request, target)
         if endpoint.identity is None:
             hide_names(exchange)
-        await client.send(exchange, endpoint, pools.lender(upstream_protocol(exchange, target)))
+        lender = pools.lender(upstream_protocol(exchange, target))
+        if not rt.loops.own(endpoint.address.host):
+            await client.send(exchange, endpoint, lender)
+            return
+        with rt.loops.self_call(endpoint.address.port) as call:
+            call.follow(exchange)
+            await client.send(exchange, endpoint, lender)
 
     async def handle(exchange: Exchange) -> None:
         await rt.reach.exchange(exchange, choose, send)
@@ -122,16 +128,24 @@ def to_endpoint(
 ) -> Callable[[Target, Endpoint], Awaitable[None]]:
     """Relay `client` to an endpoint, byte for byte."""
 
-    async def use(target: Target, endpoint: Endpoint) -> None:
+    async def join(target: Target, endpoint: Endpoint, moved: Callable[[int, int], None] | None = None) -> None:
         remote = target.remote
         about.chosen = target.service
         trace = [header(about.trace.trace_id, about.trace.span_id)] if about.trace is not None else []
-        async with closing(await rt.connect(endpoint, ALPN_TCP if remote is None else ALPN_HTTP1)) as stream:
+        async with closing(await rt.connect(endpoint, ALPN_TCP if remote is None else ALPN_HTTP1, about.depth + 1)) as stream:
             with account.upstream(stream):
                 upstream: Stream = stream
                 if remote is not None:
-                    upstream = await open_tunnel(stream, remote.tunnel, trace, rt.settings.limits, rt.config.clusters.tunnel_timeout)
-                account.relayed(await relay(client, upstream, idle=rt.config.tcp.idle_timeout))
+                    fields = [*trace, *rt.loops.fields(b"CONNECT", remote.tunnel)]
+                    upstream = await open_tunnel(stream, remote.tunnel, fields, rt.settings.limits, rt.config.clusters.tunnel_timeout)
+                account.relayed(await relay(client, upstream, idle=rt.config.tcp.idle_timeout, on_bytes=moved))
+
+    async def use(target: Target, endpoint: Endpoint) -> None:
+        if not rt.loops.own(endpoint.address.host):
+            await join(target, endpoint)
+            return
+        with rt.loops.self_call(endpoint.address.port) as call:
+            await join(target, endpoint, call.moved)
 
     return use
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from secrets import token_bytes
+from dataclasses import dataclass
 
-from loopguard import HopLimits, OwnListeners, Waypoint, Who
 from proxy.account import Ledger
 from proxy.config import Config
-from proxy.errors import LoopDetected, UpstreamTLSError
+from proxy.errors import UpstreamTLSError
 from proxy.exchange.client import ClientSettings
-from proxy.exchange.exchange import Direction, Exchange, Facts, Layer
-from proxy.exchange.guard import guard
+from proxy.exchange.exchange import Exchange
 from proxy.exchange.mux import MuxSettings
 from proxy.exchange.pool import PoolSettings
 from proxy.exchange.server import Drain, ServerSettings
+from proxy.loops import LoopGuard
 from proxy.mesh.balance import Balancer
 from proxy.mesh.directory import Endpoint
 from proxy.mesh.identity import Identity, PeerRefused
@@ -80,7 +78,7 @@ class Runtime:
 
     config: Config
     settings: Settings
-    listeners: OwnListeners
+    loops: LoopGuard
     identity: Identity | None
     directory: Source
     balancer: Balancer
@@ -90,7 +88,6 @@ class Runtime:
     ledger: Ledger
     spans: Spans
     drain: Drain
-    secret: bytes = field(default_factory=lambda: token_bytes(32))  # of the loop guard's tokens
 
     # Where a connection was going...
 
@@ -99,35 +96,19 @@ class Runtime:
         it was made to our own listener, which the loop guard then says."""
         return connection.original or fixed or connection.local
 
-    def refuse_loop(self, connection: Connection, about: Facts) -> None:
-        """Raises LoopDetected for a connection that was made to one of our own listeners: one that was not redirected, with no other
-        destination configured, or one that was redirected although it was meant for us."""
-        destination = about.destination
-        ours = destination == connection.local or about.direction == "inbound"
-        loop = self.listeners.accepted(destination.host, destination.port, ours=ours)
-        if loop is not None:
-            raise LoopDetected(loop.words, loop.kind)
-
-    def guard(self, direction: Direction) -> Layer:
-        """The loop guard's layer in a flow."""
-        config = self.config
-        who = Who(config.cluster, config.pod.namespace, config.pod.name)
-        limits = HopLimits(config.loops.max_returns, config.loops.max_hops)
-        return guard(Waypoint(direction, who, self.secret, limits), self.ledger.metrics.hops_dropped)
-
     # Reaching an endpoint...
 
-    async def connect(self, endpoint: Endpoint, alpn: bytes) -> Stream:
+    async def connect(self, endpoint: Endpoint, alpn: bytes, depth: int = 1) -> Stream:
         """A connection to `endpoint`: mutual TLS if it has an identity, clear text if it has none. The caller owns it.
 
         Its identity decides, and nothing else: if TLS fails, the connection fails. An endpoint with our own identity at our own
         address is this pod's application: that connection neither leaves the pod nor passes its inbound proxy, so it is clear text.
-        Raises ConnectFailed, LoopDetected, UpstreamTLSError.
+        `depth`: of the connection among our own. Raises ConnectFailed, LoopDetected, UpstreamTLSError.
         """
-        stream = await self.dialer.dial(endpoint.address)
+        stream = await self.dialer.dial(endpoint.address, depth)
         self.balancer.connected(endpoint)
         identity, expected = self.identity, endpoint.identity
-        if expected is None or (identity is not None and expected == identity.id and self.listeners.own(endpoint.address.host)):
+        if expected is None or (identity is not None and expected == identity.id and self.loops.own(endpoint.address.host)):
             return stream
         if identity is None:
             stream.close()

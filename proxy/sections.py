@@ -210,6 +210,13 @@ class LoopsConfig(Section, frozen=True):
     ] = 4
     max_hops: Annotated[int, number(4, 255, "proxies that a request may pass, both sides of a sidecar counted; above: 508", "proxies")] = 64
 
+    max_nesting: Annotated[
+        int, number(0, 100, "how often a connection of the proxy's own may come back to it before it is refused", "times")
+    ] = 2
+    max_self_calls: Annotated[
+        int, number(1, 100_000, "calls of the pod to one of its own ports that may wait for an answer at a time; above: 508", "calls")
+    ] = 256
+
 
 class LogConfig(Section, frozen=True):
     """What is written to standard error."""

@@ -160,7 +160,7 @@ async def test_a_client_that_half_closes_behind_its_request_is_answered(tmp_path
 async def test_a_proxy_that_is_going_down_still_knows_its_own_listeners(tmp_path: Path) -> None:
     """It looks at its addresses every few seconds, and its listeners are closed by then."""
     async with running(tmp_path) as app:
-        before = app.runtime.listeners
+        before = app.runtime.loops.listeners
         app.inbound.drain(60)
         app.outbound.drain(60)
         assert app._own() == before

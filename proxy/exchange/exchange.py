@@ -83,6 +83,7 @@ class Facts:
     protocol: Spoken = Spoken.OPAQUE
     upstream: Address | None = None  # where it, or the last of its exchanges, was carried to
     upstream_tls: TLSInfo | None = None
+    depth: int = 0  # how many connections of our own it lies in (loopguard/nesting.py)
     declined_requests: int = 0  # HTTP/1 heads that took the longer road (wire/heads.py)
     declined_responses: int = 0
     service: str | None = None  # of a connection that is relayed as it is: see Exchange

@@ -52,9 +52,8 @@ def leave_token(exchange: Exchange, waypoint: Waypoint, dropped: Callable[[Dropp
         field = nameless(field)
     loop = waypoint.met(field, token) if field else None
     if loop is not None:
-        exchange.cycle = loop.cycle
         exchange.outside = outsider or from_outside(field)
-        raise LoopDetected(loop.words, loop.kind)
+        raise LoopDetected(loop.words, loop.kind, loop.cycle)
     items[items.index(came[0])] = (HEADER, waypoint.extended(field, token) if field else waypoint.named(token))
     for item in came[1:]:
         items.remove(item)

@@ -63,7 +63,8 @@ def rescue(name: Callable[[Exchange], bytes], open_to: Callable[[Exchange], bool
             except Exception as error:  # the table knows which are ours; a bug is logged with its trace, and answered
                 answer = describe(error)
                 exchange.failure, exchange.failure_words = answer.reason, str(error)
-                exchange.loop = error.kind if isinstance(error, LoopDetected) else None
+                if isinstance(error, LoopDetected):
+                    exchange.loop, exchange.cycle = error.kind, error.cycle
                 if answer is INTERNAL:
                     _log.error("a request failed by a fault of this proxy's", exc_info=error)
                 detail = str(error) if open_to(exchange) else ""

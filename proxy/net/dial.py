@@ -14,6 +14,8 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import trio
 from trio.lowlevel import checkpoint_if_cancelled, notify_closing, wait_writable
@@ -59,6 +61,14 @@ def _allow(_: Address) -> None:
     pass
 
 
+class Watch(Protocol):
+    """Who hears of our own connections: of each one when its first packet goes, and when it is closed."""
+
+    def opened(self, local: Address, remote: Address, depth: int) -> None: ...
+
+    def closed(self, local: Address, remote: Address) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Dialer:
     """How this proxy opens connections.
@@ -71,22 +81,31 @@ class Dialer:
     timeout: float = 10.0
     keepalive: float | None = None
     refuse: Callable[[Address], None] = _allow
+    watch: Watch | None = None
 
-    async def dial(self, address: Address) -> SocketStream:
-        """Connect. The caller owns the stream. Raises ConnectFailed, or what `refuse` raises, and leaves nothing open then."""
+    async def dial(self, address: Address, depth: int = 1) -> SocketStream:
+        """Connect. The caller owns the stream. Raises ConnectFailed, or what `refuse` raises, and leaves nothing open then. `depth` is for
+        `watch`: how many connections of our own this one lies in."""
         self.refuse(address)
         await checkpoint_if_cancelled()
         sock = _socket(address, socket.SOCK_STREAM)
+        forget: Callable[[], None] | None = None
         connected = False
         try:
             self._mark(sock, address)
             self._keep_alive(sock)
-            await self._connect(sock, address)
+            finished = self._begin(sock, address)
+            forget = self._watched(sock, address, depth)
+            if not finished:
+                await self._finish(sock, address)
             stream = _stream(sock, address)
+            stream.on_close = forget
             connected = True
             return stream
         finally:
             if not connected:
+                if forget is not None:
+                    forget()
                 notify_closing(sock)
                 sock.close()
 
@@ -123,15 +142,25 @@ class Dialer:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
 
-    async def _connect(self, sock: socket.socket, address: Address) -> None:
+    def _begin(self, sock: socket.socket, address: Address) -> bool:
+        """Send the first packet; whether the connection is there at once."""
         try:
             sock.connect((address.host, address.port))
         except BlockingIOError:
-            pass
+            return False
         except OSError as error:
             raise failure(address, error.errno or 0) from error
-        else:
-            return
+        return True
+
+    def _watched(self, sock: socket.socket, address: Address, depth: int) -> Callable[[], None] | None:
+        """Our end of it is known from the first packet on, and said before any other task runs: it may come back to us."""
+        if self.watch is None:
+            return None
+        local = Address.of(sock.getsockname())
+        self.watch.opened(local, address, depth)
+        return partial(self.watch.closed, local, address)
+
+    async def _finish(self, sock: socket.socket, address: Address) -> None:
         with trio.move_on_after(self.timeout) as scope:
             await wait_writable(sock)
         if scope.cancelled_caught:

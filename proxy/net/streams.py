@@ -28,6 +28,7 @@ from __future__ import annotations
 import select
 import socket
 import struct
+from collections.abc import Callable
 from typing import Protocol
 
 import trio
@@ -121,7 +122,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
 
     __slots__ = (
         "_closed", "_eof_sent", "_loss", "_reading", "_recv", "_send", "_streak", "_torn", "_writing",
-        "bytes_read", "bytes_written", "local", "peer", "socket",
+        "bytes_read", "bytes_written", "local", "on_close", "peer", "socket",
     )  # fmt: skip
 
     def __init__(self, sock: socket.socket) -> None:
@@ -134,6 +135,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
         self._reading = self._writing = False  # the conflict detectors of the two halves
         self._closed = self._eof_sent = self._torn = False
         self._loss: ConnectionLost | None = None
+        self.on_close: Callable[[], None] | None = None  # called once; synchronous, and must not raise
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -303,6 +305,8 @@ class SocketStream(trio.abc.HalfCloseableStream):
             self._closed = True
             notify_closing(self.socket)
             self.socket.close()
+            if self.on_close is not None:
+                self.on_close()
 
     def reset(self) -> None:
         if not self._closed:

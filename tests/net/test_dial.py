@@ -133,3 +133,44 @@ async def test_the_mark_is_set_or_the_missing_capability_is_named() -> None:
         else:
             with pytest.raises(ConnectFailed, match="CAP_NET_ADMIN"):
                 await dialer.dial(address_of(listener))
+
+
+class Seen:
+    """Who watches: the connections that are open, and all that have been."""
+
+    def __init__(self) -> None:
+        self.open: dict[tuple[Address, Address], int] = {}
+        self.all: list[tuple[Address, Address, int]] = []
+
+    def opened(self, local: Address, remote: Address, depth: int) -> None:
+        self.open[local, remote] = depth
+        self.all.append((local, remote, depth))
+
+    def closed(self, local: Address, remote: Address) -> None:
+        del self.open[local, remote]  # a KeyError if it is said twice
+
+
+@pytest.mark.parametrize("host", LOOPBACKS)
+@pytest.mark.parametrize("end", ["close", "reset", "aclose"])
+async def test_a_watch_hears_of_a_connection_from_its_first_packet_to_its_end(host: str, end: str) -> None:
+    seen = Seen()
+    with listen(host) as listener:
+        stream = await Dialer(watch=seen).dial(address_of(listener), 3)
+        accepted, peer = listener.accept()
+        accepted.close()
+    assert seen.open == {(Address(*peer[:2]), stream.peer): 3}, "as the other side sees it"
+    if end == "aclose":
+        await stream.aclose()
+    else:
+        getattr(stream, end)()
+    stream.close()
+    assert seen.open == {}
+
+
+async def test_a_watch_hears_of_the_end_of_what_failed() -> None:
+    with listen("127.0.0.1") as listener:
+        nobody = address_of(listener)
+    seen = Seen()
+    with pytest.raises(ConnectFailed):
+        await Dialer(watch=seen).dial(nobody)
+    assert seen.open == {}

@@ -1,0 +1,108 @@
+"""Connections of a pod to itself: a self-call is legitimate, a connection within itself is a loop.
+
+What a proxy sees of its own connections
+========================================
+
+*Our own connection comes back to us.* The redirection should leave a proxy's own connections alone. If it does not (the proxy runs as
+another user than the rules exempt, or without their mark), each connection that we open arrives at our listener, is taken for one of
+the application's, and opened again, without an end: the loop that most often takes meshes down. The same happens if we dial an address that
+the network routes back to this pod. Nothing lies between, so it can be seen exactly: the connection that was accepted has the very
+addresses and ports, at both ends, that one of our own open connections has. It is nested in that one, and its depth is one more.
+
+Both ends are compared, because one is not enough: Linux gives the same local port to connections with different destinations, so an
+application's connection may well have the local address and port of one of ours.
+
+*The application connects to itself.* A pod calls its own service, and we carry the call back to the application. That
+is legitimate (a worker posts to its own API). But a relay that has itself as its target (socat, HAProxy in TCP mode, a forgotten
+`upstream`) opens, for each connection that it gets, another one to itself. Nothing in the new connection says to which old one it
+belongs: the application has opened it, the bytes may not have begun, and what belongs together within the application only the
+application knows. So it cannot be *recognised*, only *bounded*, and the question is by what. Not by the number of self-calls, which is as
+large as the application likes. But a loop has a property that a busy service lacks: in it, no call is ever answered, because the answer
+would have to come from the innermost, which there is none of. Self-calls of a service are answered, sooner or later, and the number of
+those without an answer is their rate times the time that an answer takes. So we count, for each port of the pod, the self-calls of which
+no byte of an answer has come, and refuse one that would be more than `max_self_calls`. The relay closes what it had opened for it, and
+the whole chain with it.
+
+What is not seen, and why
+=========================
+
+A relay that answers before it has an answer itself (a greeting) hides the property; then the limits of connections are all that bounds
+it. So does a loop of opaque connections over two pods and more: each proxy sees connections that come and connections that go, as every
+relay's does, and a protocol without answers (syslog) looks the same when it is well. Requests carry tokens (l7.py) and are seen in both
+cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from loopguard.l4 import Loop
+
+End = Hashable  # an address and a port, of whatever type the caller has
+
+
+@dataclass(slots=True)
+class OwnConnections:
+    """The connections that this proxy has opened, by both their ends, and how deep each lies in others of its own."""
+
+    max_nesting: int
+    name: str
+    _open: dict[tuple[End, End], int] = field(default_factory=dict)
+
+    def opened(self, local: End, remote: End, depth: int) -> None:
+        """We are connecting to `remote`, on behalf of a connection of depth `depth - 1`. Say it before a packet can have come back."""
+        self._open[local, remote] = depth
+
+    def closed(self, local: End, remote: End) -> None:
+        self._open.pop((local, remote), None)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def depth(self, peer: End, destination: End) -> int:
+        """How deep a connection lies that `peer` made to `destination`; 0: it is not our own."""
+        return self._open.get((peer, destination), 0)
+
+    def accepted(self, depth: int, destination: End) -> Loop | None:
+        """The verdict on a connection of this depth."""
+        if depth <= self.max_nesting:
+            return None
+        words = (
+            f"this proxy's own connection to {destination} has come back to it {depth} times: the redirection does not exempt the proxy "
+            "(its user id, or its packet mark), or that address leads back to this pod"
+        )
+        return Loop("own_connection", words, f"{self.name} -> {self.name}")
+
+
+@dataclass(slots=True)
+class SelfCalls:
+    """The calls of this pod to itself that wait for the first byte of their answer, by port."""
+
+    most: int
+    name: str
+    _waiting: dict[int, int] = field(default_factory=dict)
+
+    def begin(self, port: int) -> Loop | None:
+        """A call to our own `port` begins, unless there is a verdict against it; `end` has to follow, once."""
+        waiting = self._waiting.get(port, 0)
+        if waiting >= self.most:
+            words = (
+                f"{waiting} connections or requests of this pod to its own port {port} wait for an answer, and this would be one more: "
+                "the application is calling itself in a circle (loops.max_self_calls)"
+            )
+            return Loop("self_calls", words, f"{self.name} -> {self.name}")
+        self._waiting[port] = waiting + 1
+        return None
+
+    def end(self, port: int) -> None:
+        """It has been answered, or is over."""
+        left = self._waiting[port] - 1
+        if left:
+            self._waiting[port] = left
+        else:
+            del self._waiting[port]
+
+    @property
+    def waiting(self) -> int:
+        return sum(self._waiting.values())

@@ -1,0 +1,119 @@
+"""The loop guard as this process has it: the facts that loopguard's verdicts need, kept where connections are opened and accepted.
+
+loopguard/ knows no socket, no configuration and no exchange. Here are the one table of our own connections, the one of the calls of this
+pod to itself, our addresses and ports, and the secret of our tokens; and the places where a verdict becomes an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from secrets import token_bytes
+
+from loopguard import HopLimits, Loop, OwnConnections, OwnListeners, SelfCalls, Waypoint, Who
+from loopguard.l7 import HEADER, Side
+from proxy.config import Config
+from proxy.errors import LoopDetected
+from proxy.exchange.exchange import Exchange, Facts, Layer
+from proxy.exchange.guard import guard
+from proxy.metrics import Metrics
+from proxy.net.accept import Connection
+from proxy.net.address import Address
+from proxy.wire.messages import Field
+
+
+class LoopGuard:
+    """Owned by the application; `listeners` is replaced when the pod's addresses change."""
+
+    def __init__(self, config: Config, listeners: OwnListeners, metrics: Metrics) -> None:
+        who, limits = Who(config.cluster, config.pod.namespace, config.pod.name), config.loops
+        self.listeners = listeners
+        self.connections = OwnConnections(limits.max_nesting, who.name)
+        self._self_calls = SelfCalls(limits.max_self_calls, who.name)
+        self._who = who
+        self._hops = limits.max_hops
+        self._returns: dict[Side, int] = {"outbound": limits.max_returns, "inbound": limits.max_returns, "gateway": 0}
+        self._secret = token_bytes(32)
+        self._outbound = self._waypoint("outbound")
+        self._metrics = metrics
+
+    def layer(self, side: Side) -> Layer:
+        """The guard around the exchanges of a flow."""
+        return guard(self._waypoint(side), self._metrics.hops_dropped)
+
+    def _waypoint(self, side: Side) -> Waypoint:
+        return Waypoint(side, self._who, self._secret, HopLimits(self._returns[side], self._hops))
+
+    def fields(self, method: bytes, target: bytes) -> list[Field]:
+        """The token of a request that the outbound side makes up itself, to a peer of the trust domain."""
+        return [(HEADER, self._outbound.named(self._outbound.token(method, target, target)))]
+
+    def own(self, host: str) -> bool:
+        """Whether connecting to `host` stays in this pod."""
+        return self.listeners.own(host)
+
+    def accepted(self, connection: Connection, about: Facts) -> None:
+        """Raises LoopDetected for a connection that was made to one of our own listeners: one that was not redirected, with no other
+        destination configured, or one that was redirected although it was meant for us; and for one that is our own, and came back."""
+        destination = about.destination
+        ours = destination == connection.local or about.direction == "inbound"
+        _judge(self.listeners.accepted(destination.host, destination.port, ours=ours))
+        about.depth = self.connections.depth(connection.peer, destination)
+        _judge(self.connections.accepted(about.depth, destination))
+
+    def dialled(self, address: Address) -> None:
+        """Raises LoopDetected if we are about to connect to ourselves."""
+        _judge(self.listeners.dialled(address.host, address.port))
+
+    @contextmanager
+    def self_call(self, port: int) -> Iterator[SelfCall]:
+        """A call of this pod to its own `port`, counted as waiting until it is `answered` or over. Raises LoopDetected."""
+        _judge(self._self_calls.begin(port))
+        self._metrics.self_calls.at().inc()
+        call = SelfCall(self._self_calls, port)
+        try:
+            yield call
+        finally:
+            call.answered()
+
+    @property
+    def waiting(self) -> int:
+        """Self-calls without an answer, now."""
+        return self._self_calls.waiting
+
+
+class SelfCall:
+    """One call of the pod to itself."""
+
+    __slots__ = ("_calls", "_port", "_waits")
+
+    def __init__(self, calls: SelfCalls, port: int) -> None:
+        self._calls = calls
+        self._port = port
+        self._waits = True
+
+    def answered(self) -> None:
+        """The first of an answer has come; later calls change nothing."""
+        if self._waits:
+            self._waits = False
+            self._calls.end(self._port)
+
+    def moved(self, _: int, backward: int) -> None:
+        """Bytes of a relay have been passed on."""
+        if backward:
+            self.answered()
+
+    def follow(self, exchange: Exchange) -> None:
+        """Be answered when the exchange is."""
+        told = exchange.on_response
+
+        def on_response(status: int) -> None:
+            self.answered()
+            told(status)
+
+        exchange.on_response = on_response
+
+
+def _judge(loop: Loop | None) -> None:
+    if loop is not None:
+        raise LoopDetected(loop.words, loop.kind, loop.cycle)
