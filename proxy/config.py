@@ -94,6 +94,8 @@ def _ours(environ: Mapping[str, str], mistakes: Mistakes) -> dict[str, str]:
             try:
                 f"{name}{text}".encode()
             except UnicodeEncodeError:
+                if name.startswith(otel.PREFIX):
+                    continue  # it is not for us alone, and no reason not to start
                 mistakes.add(name.encode("ascii", "backslashreplace").decode(), "not UTF-8")
             else:
                 found[name] = text

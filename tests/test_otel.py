@@ -129,6 +129,10 @@ def test_what_cannot_be_used_is_a_warning_and_the_proxy_starts(environ: dict[str
     assert any(next(iter(environ)).removesuffix("_ARG") in message for message in caplog.messages)
 
 
+def test_a_variable_that_is_no_text_is_ignored() -> None:
+    assert tracing({"OTEL_SERVICE_NAME": "\udcff", "OTEL_BSP_MAX_QUEUE_SIZE": "7"}).queue == 7
+
+
 @pytest.mark.parametrize(
     ("text", "path"),
     [
