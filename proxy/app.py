@@ -10,7 +10,7 @@ The order of the start is the order of what depends on what: identity (no socket
     ├── sweep                    idle connections that have become too old
     ├── names                    questions of the pod's programs, if they are answered here
     ├── pools.serve              HTTP/2 connections to endpoints, which no single exchange owns
-    ├── inbound                  a task for each connection
+    ├── inbound, or gateway      a task for each connection
     └── outbound                 a task for each connection
 
 and the end is the same backwards. SIGTERM: not ready any more; inbound accepts nothing new; connections end with their next response,
@@ -38,6 +38,7 @@ from proxy.admin import admin
 from proxy.config import Config
 from proxy.errors import known
 from proxy.exchange.server import Drain
+from proxy.gateway import gateway
 from proxy.inbound import inbound, inbound_pools
 from proxy.listeners import StartError, listen
 from proxy.logs import RateLimit, configure, warn
@@ -54,8 +55,8 @@ from proxy.net.accept import Acceptor, Connection
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
 from proxy.net.interfaces import local_addresses
-from proxy.outbound import outbound, outbound_pools
-from proxy.pools import Pools
+from proxy.outbound import outbound
+from proxy.pools import Pools, endpoint_pools
 from proxy.reach import Reach
 from proxy.route import Router
 from proxy.runtime import Runtime, Settings
@@ -147,11 +148,19 @@ class App:
         if self.names is not None:
             self.runtime.router.virtual = self.names.virtual
         self._publish()
-        self.outbound_pools: Pools[Endpoint] = outbound_pools(self.runtime)
+        self.outbound_pools: Pools[Endpoint] = endpoint_pools(self.runtime, "gateway" if config.gateway.enabled else "outbound")
         self.inbound_pools: Pools[Address] = inbound_pools(self.runtime)
         reserved = _RESERVED + (config.dns.max_in_flight + 2 * config.dns.max_connections if config.dns is not None else 0)
-        self.inbound = _acceptor(inbound(self.runtime, self.inbound_pools), config.inbound.max_connections, reserved)
+        self.inbound = self._way_in(reserved)
         self.outbound = _acceptor(outbound(self.runtime, self.outbound_pools), config.outbound.max_connections, reserved)
+
+    def _way_in(self, reserved: int) -> Acceptor:
+        """What serves those who come from outside of the pod: as its sidecar, or as a gateway of the cluster."""
+        config = self.config
+        if config.gateway.enabled:
+            self.metrics.measure("gateway")
+            return _acceptor(gateway(self.runtime, self.outbound_pools), config.gateway.max_connections, reserved)
+        return _acceptor(inbound(self.runtime, self.inbound_pools), config.inbound.max_connections, reserved)
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, and through the drain that follows."""
@@ -291,8 +300,10 @@ class App:
         # What has been built so far lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
-        for name in ("outbound", "inbound", "admin", "names"):
-            for sock in getattr(self.listeners, name):
+        listeners = self.listeners
+        sides = {"outbound": listeners.outbound, "gateway" if self.config.gateway.enabled else "inbound": listeners.inbound}
+        for name, sockets in {**sides, "admin": listeners.admin, "names": listeners.names}.items():
+            for sock in sockets:
                 _log.info("%s: %s", name, Address.of(sock.getsockname()))
         if self.identity is None:
             _log.warning("no identity is configured: everything is clear text")

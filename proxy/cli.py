@@ -78,6 +78,7 @@ def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog="docs/configuration.md describes every setting; ISTHMUS_<SECTION>__<FIELD>=value in the environment overrides the file.",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="the configuration file in YAML (default: $ISTHMUS_CONFIG, or none)")
+    parser.add_argument("--gateway", action="store_true", help="be a gateway of this cluster instead of a pod's sidecar (gateway.enabled)")
     parser.set_defaults(run=_run)
 
 
@@ -87,7 +88,7 @@ def _run(args: argparse.Namespace) -> int:
     from proxy.listeners import StartError
 
     try:
-        config = load(args.config, os.environ)
+        config = load(args.config, {**os.environ, "ISTHMUS_GATEWAY__ENABLED": "true"} if args.gateway else os.environ)
     except ConfigError as error:
         print(f"isthmus: {error}", file=sys.stderr)
         return USAGE

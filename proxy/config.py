@@ -169,6 +169,7 @@ def _contradictions(config: Config, mistakes: Mistakes) -> None:
     except SpiffeIdError as error:
         mistakes.add("trust_domain", str(error))
     _listeners(config, mistakes)
+    _gateway(config, mistakes)
     inbound = config.inbound
     if config.identity is None:
         if inbound.require_identity.default or any(inbound.require_identity.ports.values()):
@@ -225,6 +226,17 @@ def _tracing(tracing: TracingConfig, mistakes: Mistakes) -> None:
                 mistakes.add(f"tracing.{name}[{index}]", "expected name=value")  # which may be a secret: it is not repeated
     if tracing.client_key is not None and tracing.client_certificate is None:
         mistakes.add("tracing.client_key", "is the key of a certificate, but tracing.client_certificate names none")
+
+
+def _gateway(config: Config, mistakes: Mistakes) -> None:
+    if config.gateway.enabled and config.identity is None:
+        mistakes.add("gateway.enabled", "needs an `identity` section: a gateway takes mutual TLS only")
+    if config.gateway.enabled and config.directory is None:
+        mistakes.add("gateway.enabled", "needs a `directory` section, which says what is exported")
+    if config.gateway.enabled and config.dns is not None:
+        mistakes.add("dns", "a gateway has no application whose questions it could answer")
+    if config.inbound.trusted_gateways and config.identity is None:
+        mistakes.add("inbound.trusted_gateways", "names identities, but there is no `identity` section, so no peer can show one")
 
 
 def _listeners(config: Config, mistakes: Mistakes) -> None:

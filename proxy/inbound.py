@@ -14,29 +14,24 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from proxy.account import ConnectionAccount
-from proxy.detect import Opening
 from proxy.errors import NotAuthorised
 from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
 from proxy.exchange.layers import deadline, measure, rescue
 from proxy.exchange.trace import trace
-from proxy.mesh.contexts import ALPN_HTTP1, ALPN_HTTP2
-from proxy.mesh.identity import PeerRefused
+from proxy.mesh.spiffe import is_identity
 from proxy.net.accept import Connection
 from proxy.net.address import Address
-from proxy.net.errors import NetError, TLSFailed
 from proxy.net.relay import relay
-from proxy.net.streams import SocketStream, Stream
-from proxy.net.tls import TLSStream, tls_server
+from proxy.net.streams import Stream
+from proxy.net.tls import TLSStream
 from proxy.pools import Pools, serve, spoken
 from proxy.runtime import Runtime, closing
+from proxy.terminate import INNER, terminate
+from proxy.wire.messages import CALLER
 from proxy.wire.sniff import Protocol
 
 DIRECTION: Direction = "inbound"
-
-# What ALPN says is inside; anything else, and nothing, is relayed as it is.
-_INNER = {ALPN_HTTP1: Protocol.HTTP1, ALPN_HTTP2: Protocol.HTTP2}
-
 
 def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaitable[None]]:
     """The handler of the inbound listeners' connections."""
@@ -62,7 +57,7 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
             async with closing(await terminate(rt, connection.stream, opening, about)) as stream:
                 if isinstance(stream, TLSStream):
                     account.secured(stream)
-                    about.protocol = _INNER.get(stream.info.alpn, Protocol.OPAQUE)
+                    about.protocol = INNER.get(stream.info.alpn, Protocol.OPAQUE)
                 else:
                     account.plain(opening)
                     about.protocol = Protocol.OPAQUE if opaque else opening.protocol
@@ -87,29 +82,6 @@ def silence(rt: Runtime, port: int) -> float | None:
     return None if rt.identity is None else config.hello_timeout
 
 
-async def terminate(rt: Runtime, stream: SocketStream, opening: Opening, about: Facts) -> Stream:
-    """Mutual TLS, if the ClientHello asks for a workload of the mesh; who the peer is goes into `about`. Any other TLS is the
-    application's own, and passes untouched. Raises TLSFailed, ConnectionLost.
-
-    A peer that asks for another workload of our trust domain has been sent to the wrong place. It is answered as who we are, so that it
-    refuses us and can say why; passed on to the application, its handshake would fail without a reason.
-    """
-    identity = rt.identity
-    if identity is None or opening.hello is None or not (opening.hello.server_name or "").endswith(f".sa.{identity.id.trust_domain}"):
-        return stream
-    try:
-        tls = await tls_server(stream, identity.server_context, verify=identity.verify_peer, timeout=rt.config.tcp.handshake_timeout)
-    except PeerRefused as error:
-        rt.ledger.tls_failed(DIRECTION, "certificate")
-        raise TLSFailed("certificate", str(error)) from error
-    except NetError as error:
-        rt.ledger.tls_failed(DIRECTION, error.kind if isinstance(error, TLSFailed) else "lost")
-        raise
-    rt.ledger.tls_established(DIRECTION, tls.info)
-    about.tls, about.identity = tls.info, tls.info.peer_identity
-    return tls
-
-
 def authorise(rt: Runtime, about: Facts) -> None:
     """Raises NotAuthorised if the port's policy does not let this peer in."""
     port = about.destination.port
@@ -126,10 +98,23 @@ def to_application(rt: Runtime, pools: Pools[Address]) -> Handler:
 
     async def send(exchange: Exchange) -> None:
         authorise(rt, exchange.facts)
+        exchange.caller = caller(rt, exchange)
         exchange.upstream = exchange.facts.destination
         await client.send(exchange, exchange.facts.destination, pools.lender(spoken(exchange.request.version)))
 
     return send
+
+
+def caller(rt: Runtime, exchange: Exchange) -> bytes | None:
+    """Who has sent a request, for the application: the peer, as TLS has verified it; if that is a gateway that we trust, whom it names."""
+    peer = exchange.facts.identity
+    if peer is None:
+        return None
+    if rt.config.inbound.trusts(peer):
+        named = exchange.request.headers.all(CALLER)
+        if len(named) == 1 and is_identity(named[0]):
+            return named[0]
+    return peer.encode("ascii")
 
 
 async def to_listener(rt: Runtime, stream: Stream, about: Facts, account: ConnectionAccount) -> None:

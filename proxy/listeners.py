@@ -21,7 +21,7 @@ class StartError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
-    """Bound sockets. Whoever serves them closes them."""
+    """Bound sockets. Whoever serves them closes them. A gateway has no outbound side, and its way in is its inbound one."""
 
     outbound: list[socket.socket]
     inbound: list[socket.socket]
@@ -44,6 +44,8 @@ def listen(config: Config, resolvers: Resolvers | None = None) -> Listeners:
         return sockets
 
     try:
+        if config.gateway.enabled:
+            return Listeners([], every(config.gateway.listen), every(config.admin.listen), names=[], datagrams=[])
         traffic = every(config.outbound.listen), every(config.inbound.listen), every(config.admin.listen)
         if config.dns is None or resolvers is None:
             return Listeners(*traffic, names=[], datagrams=[])

@@ -22,7 +22,7 @@ import prometheus_client
 import trio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-Direction = Literal["inbound", "outbound"]
+Direction = Literal["inbound", "outbound", "gateway"]
 Peer = Literal["src", "dst"]
 Tls = Literal["mutual", "none", "passthrough", "unknown"]
 
@@ -193,8 +193,16 @@ class Metrics:
         self._events()
         self._states()
         self._names()
-        self.http: dict[Direction, HttpMeasures] = {way: HttpMeasures(self, way, clock) for way in ("inbound", "outbound")}
-        self.connections: dict[Direction, ConnectionMeasures] = {way: ConnectionMeasures(self, way) for way in ("inbound", "outbound")}
+        self._clock = clock
+        self.http: dict[Direction, HttpMeasures] = {}
+        self.connections: dict[Direction, ConnectionMeasures] = {}
+        for way in ("inbound", "outbound"):
+            self.measure(way)
+
+    def measure(self, direction: Direction) -> None:
+        """Have the series of a direction. Those of a sidecar are there from the start."""
+        self.http[direction] = HttpMeasures(self, direction, self._clock)
+        self.connections[direction] = ConnectionMeasures(self, direction)
 
     def _counter(self, name: str, text: str, *labels: str) -> Series[Counter]:
         return Series(Counter(f"isthmus_{name}", text, labels, registry=self.registry), len(labels))

@@ -26,9 +26,9 @@ from proxy.mesh.directory import Endpoint, Hint, Target, itself
 from proxy.net.accept import Connection
 from proxy.net.relay import relay
 from proxy.net.streams import Stream
-from proxy.pools import Pools, serve, spoken
+from proxy.pools import Pools, serve, upstream_protocol
 from proxy.runtime import Runtime, closing
-from proxy.wire.messages import RequestHead, upgrade_offer
+from proxy.wire.messages import RequestHead
 from proxy.wire.sniff import Protocol
 from tracing.propagation import header
 
@@ -113,16 +113,6 @@ def told(request: RequestHead, target: Target) -> bytes | None:
     return target.remote.authority
 
 
-def upstream_protocol(exchange: Exchange, target: Target) -> Protocol:
-    """What the service speaks, as far as the directory knows; otherwise what the client spoke. A tunnel cannot be translated: an offer to
-    upgrade needs HTTP/1, an extended CONNECT HTTP/2."""
-    if upgrade_offer(exchange.request.headers) is not None:
-        return Protocol.HTTP1
-    if exchange.request.protocol is not None:
-        return Protocol.HTTP2
-    return {Hint.HTTP1: Protocol.HTTP1, Hint.HTTP2: Protocol.HTTP2}.get(target.protocol) or spoken(exchange.request.version)
-
-
 def to_endpoint(
     rt: Runtime, client: Stream, about: Facts, account: ConnectionAccount
 ) -> Callable[[Target, Endpoint], Awaitable[None]]:
@@ -148,8 +138,3 @@ def to_endpoint(
             await join(target, endpoint, call.moved)
 
     return use
-
-
-def outbound_pools(rt: Runtime) -> Pools[Endpoint]:
-    """The kept connections to endpoints."""
-    return Pools(rt, DIRECTION, rt.connect)

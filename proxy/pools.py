@@ -7,15 +7,17 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from proxy.exchange.client import Lender
-from proxy.exchange.exchange import Direction, Facts, Handler
+from proxy.exchange.exchange import Direction, Exchange, Facts, Handler
 from proxy.exchange.lenders import Http1Lender, Http2Lender
 from proxy.exchange.pool import Pool
 from proxy.exchange.pool2 import MuxPool
 from proxy.exchange.server import Http1Server
 from proxy.exchange.server2 import Http2Server
 from proxy.mesh.contexts import ALPN_HTTP1, ALPN_HTTP2
+from proxy.mesh.directory import Endpoint, Hint, Target
 from proxy.net.streams import Stream
 from proxy.runtime import Runtime
+from proxy.wire.messages import upgrade_offer
 from proxy.wire.sniff import Protocol
 
 K = TypeVar("K", bound=Hashable)
@@ -60,9 +62,24 @@ def spoken(version: bytes) -> Protocol:
     return Protocol.HTTP2 if version == b"2" else Protocol.HTTP1
 
 
+def upstream_protocol(exchange: Exchange, target: Target) -> Protocol:
+    """What the service speaks, as far as the directory knows; otherwise what the client spoke. A tunnel cannot be translated: an offer to
+    upgrade needs HTTP/1, an extended CONNECT HTTP/2."""
+    if upgrade_offer(exchange.request.headers) is not None:
+        return Protocol.HTTP1
+    if exchange.request.protocol is not None:
+        return Protocol.HTTP2
+    return {Hint.HTTP1: Protocol.HTTP1, Hint.HTTP2: Protocol.HTTP2}.get(target.protocol) or spoken(exchange.request.version)
+
+
 async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler) -> None:
     """Serve a downstream HTTP connection of either version until it ends."""
     if about.protocol is Protocol.HTTP2:
         await Http2Server(stream, about, rt.settings.server, rt.settings.downstream, rt.drain).run(handler)
     else:
         await Http1Server(stream, about, rt.settings.server, rt.drain).run(handler)
+
+
+def endpoint_pools(rt: Runtime, direction: Direction) -> Pools[Endpoint]:
+    """The kept connections to endpoints."""
+    return Pools(rt, direction, rt.connect)

@@ -68,6 +68,14 @@ class OutboundConfig(Section, frozen=True):
 _spiffe_id = functools.lru_cache(maxsize=1024)(SpiffeId.parse)
 
 
+def _matches(patterns: tuple[IdentityPattern, ...], identity: SpiffeId | str) -> bool:
+    try:
+        who = _spiffe_id(identity) if isinstance(identity, str) else identity
+    except SpiffeIdError:
+        return False
+    return any(pattern.matches(who) for pattern in patterns)
+
+
 class InboundConfig(Section, frozen=True):
     """From the mesh to the application."""
 
@@ -91,6 +99,10 @@ class InboundConfig(Section, frozen=True):
         dict[int, Annotated[tuple[IdentityPattern, ...], described("", 1024)]],
         described("who may use a port: SPIFFE identities, exact or with a trailing `*`; other ports are open to all", 1024),
     ] = {}
+    trusted_gateways: Annotated[
+        tuple[IdentityPattern, ...],
+        described("gateways that are believed who sent a request (`isthmus-client-id`): SPIFFE identities, or with a trailing `*`", 64),
+    ] = ()
     max_connections: Annotated[int, number(1, 1_000_000, "open connections; more wait in the kernel's backlog")] = 10_000
 
     def requires_identity(self, port: int) -> bool:
@@ -102,13 +114,26 @@ class InboundConfig(Section, frozen=True):
         if identity is None:
             return not self.requires_identity(port)
         patterns = self.allow.get(port)
-        if patterns is None:
-            return True
-        try:
-            who = _spiffe_id(identity) if isinstance(identity, str) else identity
-        except SpiffeIdError:
-            return False
-        return any(pattern.matches(who) for pattern in patterns)
+        return patterns is None or _matches(patterns, identity)
+
+    def trusts(self, identity: str) -> bool:
+        """Whether the peer with this verified identity may say who sent its requests."""
+        return bool(self.trusted_gateways) and _matches(self.trusted_gateways, identity)
+
+
+class GatewayConfig(Section, frozen=True):
+    """A gateway, for services that other clusters may use (`isthmus run --gateway`). It is a process of its own, beside no application."""
+
+    enabled: Annotated[bool, described("whether this is a gateway; then there is neither an inbound nor an outbound side")] = False
+    listen: Annotated[tuple[Address, ...], described("where proxies of other clusters connect to", 16)] = (
+        Address("0.0.0.0", 4143),
+        Address("::", 4143),
+    )
+    allow: Annotated[
+        tuple[IdentityPattern, ...], described("who may use it: SPIFFE identities, exact or with a trailing `*`; others get 403", 1024)
+    ] = (IdentityPattern("", exact=False),)
+    detect_timeout: Annotated[float, seconds(0.05, 60, "how long a client may take to begin a TLS handshake")] = 3.0
+    max_connections: Annotated[int, number(1, 1_000_000, "open connections; more wait in the kernel's backlog")] = 10_000
 
 
 class AdminConfig(Section, frozen=True):
@@ -335,6 +360,7 @@ class Config(Section, frozen=True):
     pod: PodConfig = PodConfig()
     outbound: OutboundConfig = OutboundConfig()
     inbound: InboundConfig = InboundConfig()
+    gateway: GatewayConfig = GatewayConfig()
     admin: AdminConfig = AdminConfig()
     identity: IdentityConfig | None = None
     directory: DirectoryConfig | None = None
@@ -352,8 +378,8 @@ class Config(Section, frozen=True):
 
     def listeners(self) -> Iterator[tuple[str, Address]]:
         """(path, address) of every listener."""
-        sections = (("outbound", self.outbound), ("inbound", self.inbound), ("admin", self.admin), ("dns", self.dns))
-        for name, section in sections:
+        sides = (("gateway", self.gateway),) if self.gateway.enabled else (("outbound", self.outbound), ("inbound", self.inbound))
+        for name, section in (*sides, ("admin", self.admin), ("dns", self.dns)):
             for index, address in enumerate(section.listen if section is not None else ()):
                 yield f"{name}.listen[{index}]", address
 

@@ -68,7 +68,7 @@ class Whole:
         return self.receive_nowait()
 
 
-Direction = Literal["inbound", "outbound"]
+Direction = Literal["inbound", "outbound", "gateway"]
 
 
 @dataclass(slots=True)

@@ -39,7 +39,7 @@ def leave_token(exchange: Exchange, waypoint: Waypoint, dropped: Callable[[Dropp
         elif size == 12 and item[0].lower() == HEADER:
             came = [item] if came is None else [*came, item]
     token = waypoint.token(request.method, request.target, authority)
-    outsider = facts.identity is None and facts.direction == "inbound"
+    outsider = facts.identity is None and facts.direction != "outbound"
     if outsider:
         token = outsiders(token)
     if came is None:

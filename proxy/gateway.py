@@ -1,0 +1,160 @@
+"""Traffic from other clusters to the services that this cluster exports.
+
+    accept -> mutual TLS with a workload of the trust domain, or a refusal -> HTTP, of either version
+      HTTP     server -> measure -> trace -> rescue -> guard -> deadline -> who? -> what? -> client -> pool -> connect(endpoint, mutual TLS)
+      CONNECT  the same, but the endpoint is connected to for bytes, and relayed
+
+*Who* comes before *what*, so that nobody learns which names exist here who may not use them: without an identity, or with one that is
+not on the list, 403. What the directory does not export, 404: there is no name by which a gateway could be used as a way to anywhere
+else. What it does export goes to an endpoint in this cluster. The splits and failovers of the service are not asked: they were the
+business of the proxy that sent the request here, and to ask them twice sends requests back to where they came from (linkerd2 #6569).
+
+The endpoint sees the gateway as its peer. The caller's identity goes along in a field of ours, which proxies believe of a gateway that
+they are told to trust and of nobody else, and in `Forwarded` (RFC 7239) for whoever wants to know the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from proxy.account import ConnectionAccount
+from proxy.detect import Opening
+from proxy.errors import NotAuthorised, NotExported
+from proxy.exchange.client import Client
+from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, Whole, stack
+from proxy.exchange.layers import deadline, measure, rescue
+from proxy.exchange.trace import trace
+from proxy.mesh.contexts import ALPN_TCP
+from proxy.mesh.directory import Endpoint, Target
+from proxy.mesh.spiffe import SpiffeId
+from proxy.net.accept import Connection
+from proxy.net.streams import Stream
+from proxy.net.tls import TLSStream
+from proxy.pools import Pools, serve, upstream_protocol
+from proxy.runtime import Runtime, closing
+from proxy.terminate import INNER, terminate
+from proxy.wire import forwarded
+from proxy.wire.messages import Headers, RequestHead, ResponseHead
+from proxy.wire.sniff import Protocol
+
+DIRECTION: Direction = "gateway"
+
+# Where other clusters' proxies ask whether a gateway is alive: over the port, the TLS and the identities of all other requests.
+LIVE = b"/.well-known/isthmus/live"
+
+_PLAIN = "a gateway takes mutual TLS with a workload of its trust domain only"
+
+
+def gateway(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awaitable[None]]:
+    """The handler of a gateway's connections."""
+    patience = rt.config.gateway.detect_timeout
+    handler = stack(
+        measure(rt.ledger.exchange),
+        trace(rt.spans.gateway, "both"),
+        rescue(rt.name, rt.tells),
+        rt.loops.layer(DIRECTION),
+        deadline,
+        endpoint=to_exported(rt, pools),
+    )
+
+    async def accept(connection: Connection) -> None:
+        about = Facts(DIRECTION, connection.peer, connection.local)
+        with rt.ledger.connection(connection.stream, about) as account:
+            opening = await account.detect(connection.stream, patience, patience)
+            if opening.how == "closed":
+                return
+            async with closing(await terminate(rt, connection.stream, opening, about)) as stream:
+                about.protocol = inside(stream, opening, account)
+                if about.protocol is not Protocol.OPAQUE:
+                    await serve(rt, stream, about, handler)
+                elif about.identity is None:
+                    raise NotAuthorised(_PLAIN)
+                else:
+                    raise NotExported("bytes that are not HTTP need a name: a gateway takes them by CONNECT")
+
+    return accept
+
+
+def inside(stream: Stream, opening: Opening, account: ConnectionAccount) -> Protocol:
+    """What is spoken. A client without TLS that speaks HTTP can at least be told so."""
+    if isinstance(stream, TLSStream):
+        account.secured(stream)
+        return INNER.get(stream.info.alpn, Protocol.OPAQUE)
+    account.plain(opening)
+    return opening.protocol
+
+
+def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
+    """The endpoint of the stack: each request to an endpoint of the exported service that it names."""
+    bridge = rt.ledger.bridge(rt.config.tcp.idle_timeout)
+    client: Client[Endpoint] = Client(rt.settings.client, bridge)
+
+    def choose(exchange: Exchange) -> Target:
+        name = exchange.request.authority or b""
+        target = rt.directory.current.exported(name)
+        if target is None:
+            raise NotExported(f"{name[:253].decode('latin-1')!r} is not exported by this cluster" if name else "the request names nobody")
+        return target
+
+    async def send(exchange: Exchange, target: Target, endpoint: Endpoint) -> None:
+        exchange.upstream = endpoint.address
+        await client.send(exchange, endpoint, pools.lender(upstream_protocol(exchange, target)))
+
+    async def tunnel(exchange: Exchange, _: Target, endpoint: Endpoint) -> None:
+        async with closing(await rt.connect(endpoint, ALPN_TCP)) as upstream:
+            account = rt.ledger.upstream(DIRECTION, upstream)
+            try:
+                exchange.carried(upstream)
+                stream = await exchange.switch(ResponseHead(200, Headers(), b"Connection established"))
+                exchange.clock.rest()
+                await bridge(exchange, stream, upstream)
+            finally:
+                account.close()
+
+    async def handle(exchange: Exchange) -> None:
+        who = authorised(rt, exchange.facts)
+        request = exchange.request
+        if request.target == LIVE and request.method == b"GET":
+            await alive(rt, exchange)
+            return
+        choose(exchange)
+        if request.method == b"CONNECT" and request.protocol is None:
+            await rt.reach.exchange(exchange, choose, tunnel)
+            return
+        exchange.caller = str(who).encode("ascii")
+        note_way(request, who, rt.identity.id if rt.identity is not None else who)
+        await rt.reach.exchange(exchange, choose, send)
+
+    return handle
+
+
+def authorised(rt: Runtime, about: Facts) -> SpiffeId:
+    """Who the peer is. Raises NotAuthorised if that is unknown, or not on the list."""
+    if about.identity is None:
+        raise NotAuthorised(_PLAIN)
+    who = SpiffeId.parse(about.identity)
+    if not any(pattern.matches(who) for pattern in rt.config.gateway.allow):
+        raise NotAuthorised(f"{who} is not on the list of those who may use this gateway")
+    return who
+
+
+async def alive(rt: Runtime, exchange: Exchange) -> None:
+    """A proxy of another cluster asks whether to send requests here."""
+    going = rt.drain.draining
+    head = ResponseHead(503 if going else 200, Headers([(b"Content-Type", b"text/plain")]), b"Service Unavailable" if going else b"OK")
+    await exchange.respond(head, Whole(b"shutting down\n" if going else b"live\n"))
+
+
+def note_way(request: RequestHead, caller: SpiffeId, own: SpiffeId) -> None:
+    """Add who has sent the request here, and to whom. Lines of others' that cannot be read by themselves are dropped: what they leave open
+    would swallow ours."""
+    headers = request.headers
+    if b"forwarded" in headers:
+        headers.items = [item for item in headers.items if item[0].lower() != b"forwarded" or forwarded.well_formed(item[1])]
+    element = {
+        "by": forwarded.obfuscated(own.sni),
+        "for": forwarded.obfuscated(caller.sni),
+        "host": request.authority or b"",
+        "proto": b"https",
+    }
+    headers.add(b"Forwarded", forwarded.encode(element))

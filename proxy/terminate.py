@@ -1,0 +1,39 @@
+"""Where a peer of the mesh is met: mutual TLS, if the ClientHello asks for it, and what is inside."""
+
+from __future__ import annotations
+
+from proxy.detect import Opening
+from proxy.exchange.exchange import Facts
+from proxy.mesh.contexts import ALPN_HTTP1, ALPN_HTTP2
+from proxy.mesh.identity import PeerRefused
+from proxy.net.errors import NetError, TLSFailed
+from proxy.net.streams import SocketStream, Stream
+from proxy.net.tls import tls_server
+from proxy.runtime import Runtime
+from proxy.wire.sniff import Protocol
+
+# What ALPN says is inside; anything else, and nothing, is relayed as it is.
+INNER = {ALPN_HTTP1: Protocol.HTTP1, ALPN_HTTP2: Protocol.HTTP2}
+
+
+async def terminate(rt: Runtime, stream: SocketStream, opening: Opening, about: Facts) -> Stream:
+    """Mutual TLS, if the ClientHello asks for a workload of the mesh; who the peer is goes into `about`. Any other TLS is the
+    application's own, and passes untouched. Raises TLSFailed, ConnectionLost.
+
+    A peer that asks for another workload of our trust domain has been sent to the wrong place. It is answered as who we are, so that it
+    refuses us and can say why; passed on to the application, its handshake would fail without a reason.
+    """
+    identity = rt.identity
+    if identity is None or opening.hello is None or not (opening.hello.server_name or "").endswith(f".sa.{identity.id.trust_domain}"):
+        return stream
+    try:
+        tls = await tls_server(stream, identity.server_context, verify=identity.verify_peer, timeout=rt.config.tcp.handshake_timeout)
+    except PeerRefused as error:
+        rt.ledger.tls_failed(about.direction, "certificate")
+        raise TLSFailed("certificate", str(error)) from error
+    except NetError as error:
+        rt.ledger.tls_failed(about.direction, error.kind if isinstance(error, TLSFailed) else "lost")
+        raise
+    rt.ledger.tls_established(about.direction, tls.info)
+    about.tls, about.identity = tls.info, tls.info.peer_identity
+    return tls

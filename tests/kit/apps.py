@@ -1,0 +1,126 @@
+"""Whole proxies in this process, each with an identity of its own, and applications behind them: on loopback, with real sockets.
+
+Ports are drawn by the kernel, so what points at a proxy is written down when that one runs already: servers first, clients last.
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from proxy.app import App
+from proxy.config import load
+from proxy.mesh.certificates import issue, make_root
+from proxy.mesh.spiffe import SpiffeId
+from proxy.metrics import Metrics
+
+HOST = "127.0.0.1"
+Application = Callable[[trio.SocketStream], Awaitable[None]]
+
+
+@asynccontextmanager
+async def application(serve: Application) -> AsyncIterator[int]:
+    """A TCP server; the port it listens on."""
+    async with trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host=HOST)
+        await nursery.start(trio.serve_listeners, serve, [listener])
+        yield listener.socket.getsockname()[1]
+        nursery.cancel_scope.cancel()
+
+
+async def mirror(stream: trio.SocketStream) -> None:
+    """An HTTP/1 server that answers each request, which has no body, with the head that it got."""
+    data = b""
+    async for piece in stream:
+        data += piece
+        while b"\r\n\r\n" in data:
+            head, _, data = data.partition(b"\r\n\r\n")
+            await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(head), head))
+
+
+@dataclass
+class Fleet:
+    """Proxies of one trust domain, whose files lie in `folder`."""
+
+    folder: Path
+    root: Any = field(default_factory=lambda: make_root("cluster.local"))
+
+    @staticmethod
+    def identity(name: str) -> str:
+        return str(SpiffeId("cluster.local", "default", name))
+
+    def material(self, name: str) -> dict[str, Any]:
+        """Settings for the identity of `name`."""
+        leaf = issue(self.root, SpiffeId.parse(self.identity(name)))
+        place = self.folder / name
+        place.mkdir(exist_ok=True)
+        for kind, pem in (("certificate", leaf.certificate_pem), ("key", leaf.key_pem), ("roots", self.root.certificate_pem)):
+            (place / f"{kind}.pem").write_bytes(pem)
+            (place / f"{kind}.pem").chmod(0o600)
+        return {
+            "certificate": str(place / "certificate.pem"),
+            "key": str(place / "key.pem"),
+            "roots": [str(place / "roots.pem")],
+        }
+
+    def direct(self, directory: dict[str, Any], name: str) -> None:
+        """Write, or replace, the directory of `name`."""
+        place = self.folder / name
+        place.mkdir(exist_ok=True)
+        (place / "new.yaml").write_text(json.dumps(directory))
+        (place / "new.yaml").rename(place / "directory.yaml")
+
+    @asynccontextmanager
+    async def running(self, name: str, directory: dict[str, Any] | None = None, **settings: Any) -> AsyncIterator[App]:
+        """A proxy with these settings; other listeners than those that are named are off."""
+        document: dict[str, Any] = {
+            "outbound": {"listen": []},
+            "inbound": {"listen": []},
+            "admin": {"listen": []},
+            "identity": self.material(name),
+            "pod": {"name": name},
+        }
+        if directory is not None:
+            self.direct(directory, name)
+            document["directory"] = {"file": str(self.folder / name / "directory.yaml"), "poll_interval": "100ms"}
+        for section, values in settings.items():
+            document[section] = {**document.get(section, {}), **values}
+        file = self.folder / name / "isthmus.yaml"
+        file.write_text(json.dumps(document))
+        app = App(load(file, {}), Metrics())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(app.run)
+            yield app
+            nursery.cancel_scope.cancel()
+
+    async def meet(self, app: App, me: str, them: str, roots: Fleet | None = None) -> trio.SSLStream[trio.SocketStream]:
+        """A connection by mutual TLS, as `me`, to the inbound side of `app`, which is `them`: what a peer says there is up to the test.
+        `roots`: whom it trusts, if not its own root."""
+        paths = self.material(me)
+        trusted = (roots or self).root.certificate_pem.decode()
+        context = ssl.create_default_context(cadata=trusted)
+        context.check_hostname = False  # the mesh's names are URIs, which ssl does not compare
+        context.load_cert_chain(paths["certificate"], paths["key"])
+        context.set_alpn_protocols(["http/1.1"])
+        raw = await trio.open_tcp_stream(HOST, way_in(app))
+        stream = trio.SSLStream(raw, context, server_hostname=SpiffeId.parse(self.identity(them)).sni, https_compatible=True)
+        await stream.do_handshake()
+        return stream
+
+
+def way_in(app: App) -> int:
+    """The port of a sidecar's inbound side, or of a gateway."""
+    port: int = app.listeners.inbound[0].getsockname()[1]
+    return port
+
+
+def way_out(app: App) -> int:
+    port: int = app.listeners.outbound[0].getsockname()[1]
+    return port

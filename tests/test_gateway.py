@@ -1,0 +1,268 @@
+"""The gateway, between whole proxies: west's sidecar -> east's gateway -> the sidecar of `c` in east -> an application.
+
+It serves identities that are on its list, names that are exported, and endpoints of its own cluster, and nothing else. Who the caller is
+gets to the application, whatever anybody writes into a header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from proxy.app import App
+from proxy.net.address import Address
+from tests.kit.apps import HOST, Application, Fleet, application, mirror, way_in, way_out
+from tests.kit.http import Message, Peer, connect, until
+from tests.kit.http2_peers import Peer2
+
+NOWHERE = "192.0.2.1:80"  # RFC 5737: an address that no directory knows
+LISTEN = {"listen": [f"{HOST}:0"]}
+
+
+async def echo(stream: trio.SocketStream) -> None:
+    """A server that speaks first, and then says everything again."""
+    await stream.send_all(b"220 ready\r\n")
+    async for piece in stream:
+        await stream.send_all(piece)
+    await stream.send_eof()
+
+
+@dataclass
+class Clusters:
+    """All that runs. `west` is a sidecar, `server` the one of `c` in east."""
+
+    fleet: Fleet
+    west: App
+    gateway: App
+    server: App
+
+    async def client(self) -> Peer:
+        return await connect(Address(HOST, way_out(self.west)))
+
+    async def ask(self, host: str, *fields: str, target: str = "/path?x=1") -> Message:
+        return await ask(await self.client(), host, *fields, target=target)
+
+
+async def ask(peer: Peer, host: str, *fields: str, target: str = "/") -> Message:
+    try:
+        await peer.send("\r\n".join([f"GET {target} HTTP/1.1", f"Host: {host}", *fields, "", ""]).encode("latin-1"))
+        return await peer.response()
+    finally:
+        peer.close()
+
+
+def east_directory(port: int, **service: Any) -> dict[str, Any]:
+    """What the gateway of east knows: `c`, which it exports, and `hidden`, which it does not."""
+    endpoint = {"address": HOST, "identity": Fleet.identity("server"), "ports": {"80": port, "5432": port}}
+    ports = [{"port": 80, "protocol": "http1"}, {"port": 5432, "protocol": "opaque"}]
+    c = {"name": "c", "ports": ports, "endpoints": [endpoint], "export": True, **service}
+    hidden = {"name": "hidden", "ports": ports, "endpoints": [endpoint]}
+    north = {"name": "north", "services": [{"name": "c", "ports": ports}]}
+    return {"cluster": "east", "services": [c, hidden], "clusters": [north]}
+
+
+def west_directory(port: int) -> dict[str, Any]:
+    """What west knows: the gateway of east, and `db`, a service of its own that has no endpoint, and is east's `c` therefore."""
+    ports = [{"port": 80}, {"port": 5432, "protocol": "opaque"}]
+    names = [{"name": name, "ports": ports} for name in ("c", "hidden", "missing", "db")]
+    east = {"name": "east", "gateways": [{"address": HOST, "port": port, "identity": Fleet.identity("gateway")}], "services": names}
+    split = [{"service": "c", "cluster": "east", "weight": 1}]
+    return {"cluster": "west", "services": [{"name": "db", "addresses": ["192.0.2.7"], "ports": ports, "split": split}], "clusters": [east]}
+
+
+@asynccontextmanager
+async def clusters(
+    folder: Path,
+    serve: Application = mirror,
+    *,
+    to: str = NOWHERE,
+    trusted: bool = True,
+    gateway: dict[str, Any] | None = None,
+    **service: Any,
+) -> AsyncIterator[Clusters]:
+    """All of it, for west connections that go to `to`. `service`: more of `c` in the directory of east."""
+    fleet = Fleet(folder)
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        port = await enter(application(serve))
+        trust = {"trusted_gateways": [fleet.identity("gateway")] if trusted else []}
+        server = await enter(fleet.running("server", inbound={**LISTEN, "fixed_destination": f"{HOST}:{port}", **trust}))
+        settings = {**LISTEN, "enabled": True, **(gateway or {})}
+        way = await enter(fleet.running("gateway", east_directory(way_in(server), **service), gateway=settings))
+        west = await enter(fleet.running("west", west_directory(way_in(way)), outbound={**LISTEN, "fixed_destination": to}))
+        yield Clusters(fleet, west, way, server)
+
+
+async def ask_over(stream: trio.SSLStream[trio.SocketStream]) -> bytes:
+    await stream.send_all(b"GET / HTTP/1.1\r\nHost: c.default\r\n\r\n")
+    return bytes(await stream.receive_some())
+
+
+def said(message: Message, name: str) -> list[str]:
+    """The values of a field in the head that the application got."""
+    lines = [line.partition(": ") for line in message.body.decode("latin-1").split("\r\n")]
+    return [value for field, _, value in lines if field.lower() == name]
+
+
+async def test_a_request_by_name_gets_to_the_other_cluster_under_its_name_there(tmp_path: Path) -> None:
+    async with clusters(tmp_path) as all_:
+        answer = await all_.ask("c.east")
+    assert answer.status == 200
+    assert answer.body.startswith(b"GET /path?x=1 HTTP/1.1")
+    assert said(answer, "host") == ["c.default.svc.cluster.local"]
+
+
+@pytest.mark.parametrize("name", ["isthmus-client-id", "Isthmus_Client_Id", "l5d-client-id"])
+async def test_the_application_learns_who_the_caller_is_and_no_header_can_say_otherwise(tmp_path: Path, name: str) -> None:
+    async with clusters(tmp_path) as all_:
+        answer = await all_.ask("c.east", f"{name}: spiffe://cluster.local/ns/default/sa/king")
+        assert said(answer, "isthmus-client-id") == [all_.fleet.identity("west")]
+    assert b"king" not in answer.body
+
+
+async def test_a_peer_of_the_gateway_cannot_say_that_it_is_somebody_else(tmp_path: Path) -> None:
+    async with clusters(tmp_path) as all_, await all_.fleet.meet(all_.gateway, "mallory", "gateway") as stream:
+        await stream.send_all(b"GET / HTTP/1.1\r\nHost: c.default\r\nIsthmus-Client-Id: spiffe://cluster.local/ns/default/sa/king\r\n\r\n")
+        answer = bytes(await stream.receive_some())
+    assert b"king" not in answer
+    assert b"isthmus-client-id: spiffe://cluster.local/ns/default/sa/mallory" in answer
+
+
+async def test_a_peer_that_is_no_trusted_gateway_is_the_caller_itself(tmp_path: Path) -> None:
+    async with clusters(tmp_path, trusted=False) as all_:
+        async with await all_.fleet.meet(all_.server, "mallory", "server") as stream:
+            await stream.send_all(b"GET / HTTP/1.1\r\nHost: c\r\nIsthmus-Client-Id: spiffe://cluster.local/ns/default/sa/king\r\n\r\n")
+            direct = bytes(await stream.receive_some())
+        by_gateway = await all_.ask("c.east")
+    assert b"king" not in direct
+    assert b"isthmus-client-id: spiffe://cluster.local/ns/default/sa/mallory" in direct
+    assert said(by_gateway, "isthmus-client-id") == [Fleet.identity("gateway")]
+
+
+async def test_the_way_is_noted_in_forwarded_behind_what_was_there(tmp_path: Path) -> None:
+    async with clusters(tmp_path) as all_:
+        answer = await all_.ask("c.east", 'Forwarded: for="[2001:db8::1]:80"', 'Forwarded: for="open', "Forwarded: by=_x;BY=_y")
+    assert said(answer, "forwarded") == [
+        'for="[2001:db8::1]:80"',
+        "by=_gateway.default.sa.cluster.local;for=_west.default.sa.cluster.local;host=c.default.svc.cluster.local;proto=https",
+    ]
+
+
+@pytest.mark.parametrize("host", ["hidden.east", "missing.east"])
+async def test_what_is_not_exported_is_not_found_whether_it_exists_or_not(tmp_path: Path, host: str) -> None:
+    async with clusters(tmp_path) as all_:
+        answer = await all_.ask(host)
+        assert b"isthmus_errors_total{direction=\"gateway\",reason=\"not_exported\"} 1.0" in all_.gateway.render()
+    assert answer.status == 404
+    assert b"gateway.default.gateway;error=destination_not_found" in (answer.get(b"proxy-status") or b"")
+
+
+@pytest.mark.parametrize("host", ["example.com", f"{HOST}:80", "c.default.north", "c-north.default", "c", "c.default:81", "localhost:4191"])
+async def test_a_gateway_is_no_way_to_anywhere_else(tmp_path: Path, host: str) -> None:
+    async with clusters(tmp_path) as all_, await all_.fleet.meet(all_.gateway, "west", "gateway") as stream:
+        await stream.send_all(f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert bytes(await stream.receive_some()).startswith(b"HTTP/1.1 404 ")
+        await stream.send_all(f"GET http://{host}/ HTTP/1.1\r\nHost: c.default\r\n\r\n".encode())
+        assert bytes(await stream.receive_some()).startswith(b"HTTP/1.1 404 ")
+        await stream.send_all(f"CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert bytes(await stream.receive_some())[:12] in (b"HTTP/1.1 404", b"HTTP/1.1 400")
+
+
+async def test_without_tls_nobody_gets_in_and_http_is_told_why(tmp_path: Path) -> None:
+    async with clusters(tmp_path) as all_:
+        answer = await ask(await connect(Address(HOST, way_in(all_.gateway))), "c.default")
+        assert answer.status == 403
+        assert answer.get(b"proxy-status") == b"isthmus;error=http_request_denied"
+        async with await trio.open_tcp_stream(HOST, way_in(all_.gateway)) as raw:
+            await raw.send_all(b"\x00\x01\x02\x03")
+            with pytest.raises((trio.BrokenResourceError, AssertionError)):
+                assert await raw.receive_some()
+
+
+async def test_an_identity_that_is_not_on_the_list_is_refused_and_learns_no_names(tmp_path: Path) -> None:
+    allow = {"allow": [Fleet.identity("somebody")]}
+    async with clusters(tmp_path, gateway=allow) as all_:
+        for host in ("c.east", "hidden.east", "missing.east"):
+            answer = await all_.ask(host)
+            assert answer.status == 403
+            assert b"error=http_request_denied" in (answer.get(b"proxy-status") or b"")
+
+
+async def test_a_certificate_of_another_root_does_not_get_past_the_handshake(tmp_path: Path) -> None:
+    async with clusters(tmp_path) as all_:
+        stranger = Fleet(tmp_path / "strange")
+        stranger.folder.mkdir()
+        # In TLS 1.3 the client is done before the server has judged it: the refusal is what comes instead of an answer.
+        stream = await stranger.meet(all_.gateway, "west", "gateway", roots=all_.fleet)
+        with pytest.raises(trio.BrokenResourceError):
+            await ask_over(stream)
+        await trio.aclose_forcefully(stream)
+
+
+async def test_a_gateway_does_not_split_nor_fail_over_what_it_has_received(tmp_path: Path) -> None:
+    """Both clusters may share their requests out to each other: the one who sends is the one who chooses."""
+    split = [{"service": "c", "weight": 0}, {"service": "c", "cluster": "north", "weight": 100}]
+    async with clusters(tmp_path, split=split, failover={"clusters": ["north"], "below": 100}) as all_:
+        statuses = {(await all_.ask("c.east")).status for _ in range(20)}
+    assert statuses == {200}
+
+
+async def test_a_service_without_endpoints_there_fails_at_once_and_says_where(tmp_path: Path) -> None:
+    async with clusters(tmp_path, endpoints=[]) as all_:
+        answer = await all_.ask("c.east")
+    assert answer.status == 503
+    assert b"gateway.default.gateway;error=destination_unavailable" in (answer.get(b"proxy-status") or b"")
+
+
+async def test_bytes_that_are_not_http_go_through_a_tunnel_whoever_speaks_first(tmp_path: Path) -> None:
+    async with clusters(tmp_path, echo, to="192.0.2.7:5432") as all_:
+        peer = await all_.client()
+        assert await peer.until(b"\r\n") == b"220 ready\r\n"
+        blob = bytes(range(256)) * 4096
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(peer.send, blob)
+            assert await peer.exactly(len(blob)) == blob
+        await peer.stream.send_eof()
+        assert await peer.rest() == b""
+        peer.close()
+
+
+async def test_a_tunnel_that_is_refused_closes_the_connection_and_says_why_in_the_metrics(tmp_path: Path) -> None:
+    async with clusters(tmp_path, echo, to="192.0.2.7:5432", export=False) as all_:
+        peer = await all_.client()
+        with pytest.raises((trio.BrokenResourceError, AssertionError)):
+            await peer.exactly(1)
+        peer.close()
+        await until(lambda: b"isthmus_errors_total{direction=\"outbound\",reason=\"tunnel_refused\"} 1.0" in all_.west.render(), 20)
+
+
+async def test_two_clients_at_once_over_http_2(tmp_path: Path) -> None:
+    async with clusters(tmp_path) as all_:
+        peer = Peer2(await all_.client(), client=True)
+        await peer.start()
+        pseudo = [(b":method", b"GET"), (b":scheme", b"http"), (b":authority", b"c.east"), (b":path", b"/two")]
+        streams = [await peer.request(pseudo, end=True) for _ in range(2)]
+        answers = [await peer.message(stream) for stream in streams]
+        peer.peer.close()
+    assert [answer.status for answer in answers] == [200, 200]
+    assert all(b"isthmus-client-id: spiffe://cluster.local/ns/default/sa/west" in answer.body for answer in answers)
+
+
+async def test_a_gateway_says_that_it_is_alive_to_who_has_an_identity(tmp_path: Path) -> None:
+    async with clusters(tmp_path) as all_, await all_.fleet.meet(all_.gateway, "west", "gateway") as stream:
+        await stream.send_all(b"GET /.well-known/isthmus/live HTTP/1.1\r\nHost: gateway\r\n\r\n")
+        assert bytes(await stream.receive_some()).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_connect_of_an_application_to_a_proxy_elsewhere_is_told_what_to_do(tmp_path: Path) -> None:
+    async with clusters(tmp_path, to="192.0.2.7:80") as all_:
+        peer = await all_.client()
+        await peer.send(b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com:443\r\n\r\n")
+        assert (await peer.head()).startswith(b"HTTP/1.1 501 ")
+        peer.close()
