@@ -246,10 +246,12 @@ class ExchangeAccount:
     def _line(self) -> RequestLine:
         exchange = self._exchange
         trace = exchange.trace
+        identity, caller = exchange.facts.identity or "", (exchange.caller or b"").decode("ascii", "replace")
         return RequestLine(
             direction=exchange.facts.direction,
             peer=str(exchange.facts.peer),
-            identity=exchange.facts.identity or "",
+            identity=identity,
+            caller=caller if caller != identity else "",
             method=exchange.request.method,
             target=exchange.request.target,
             authority=exchange.request.authority or b"",

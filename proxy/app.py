@@ -7,6 +7,7 @@ The order of the start is the order of what depends on what: identity (no socket
     ├── admin                    from the first moment to the last: its answers are how the rest is seen
     ├── identity.watch           new certificates and roots, without a restart
     ├── directory.watch          new snapshots
+    ├── ways.watch               gateways of other clusters: their names, and whether they answer
     ├── sweep                    idle connections that have become too old
     ├── names                    questions of the pod's programs, if they are answered here
     ├── pools.serve              HTTP/2 connections to endpoints, which no single exchange owns
@@ -61,6 +62,8 @@ from proxy.reach import Reach
 from proxy.route import Router
 from proxy.runtime import Runtime, Settings
 from proxy.spans import OFF, Spans, build
+from proxy.ways import Ways
+from proxy.wire.sniff import Protocol
 
 _log = logging.getLogger("isthmus")
 
@@ -149,6 +152,8 @@ class App:
             self.runtime.router.virtual = self.names.virtual
         self._publish()
         self.outbound_pools: Pools[Endpoint] = endpoint_pools(self.runtime, "gateway" if config.gateway.enabled else "outbound")
+        self.ways = Ways(self.runtime.directory, config.clusters, self.outbound_pools.lender(Protocol.HTTP1), self.metrics)
+        self.runtime.router.ways = self.ways
         self.inbound_pools: Pools[Address] = inbound_pools(self.runtime)
         reserved = _RESERVED + (config.dns.max_in_flight + 2 * config.dns.max_connections if config.dns is not None else 0)
         self.inbound = self._way_in(reserved)
@@ -177,6 +182,7 @@ class App:
                 nursery.start_soon(self._watch_identity)
                 nursery.start_soon(self._watch_directory)
                 nursery.start_soon(self._sweep)
+                nursery.start_soon(self.ways.watch)
                 if self.names is not None:
                     nursery.start_soon(self.names.serve, self.listeners, _report)
                 nursery.start_soon(self.outbound_pools.serve)

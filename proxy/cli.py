@@ -20,6 +20,7 @@ COMMANDS = {
     "intercept": "proxy.commands.intercept",
     "identity": "proxy.commands.identity",
     "check": "proxy.commands.check",
+    "directory": "proxy.commands.directory",
     "demo": "lab.demo",
 }
 

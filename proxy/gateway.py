@@ -33,14 +33,12 @@ from proxy.net.tls import TLSStream
 from proxy.pools import Pools, serve, upstream_protocol
 from proxy.runtime import Runtime, closing
 from proxy.terminate import INNER, terminate
+from proxy.ways import LIVE
 from proxy.wire import forwarded
 from proxy.wire.messages import Headers, RequestHead, ResponseHead
 from proxy.wire.sniff import Protocol
 
 DIRECTION: Direction = "gateway"
-
-# Where other clusters' proxies ask whether a gateway is alive: over the port, the TLS and the identities of all other requests.
-LIVE = b"/.well-known/isthmus/live"
 
 _PLAIN = "a gateway takes mutual TLS with a workload of its trust domain only"
 

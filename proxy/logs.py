@@ -59,11 +59,13 @@ class ConnectionLine:
 
 @dataclass(frozen=True, slots=True)
 class RequestLine:
-    """What is said of a request when its response has ended. `status` 0: there was none."""
+    """What is said of a request when its response has ended. `status` 0: there was none. `caller`: who sent it, in the words of a peer that
+    is a trusted gateway."""
 
     direction: str
     peer: str
     identity: str = ""
+    caller: str = ""
     method: bytes = b""
     target: bytes = b""
     authority: bytes = b""

@@ -241,6 +241,7 @@ class Metrics:
         self._dropped_hops = self._counter("hop_tokens_dropped_total", "Requests whose loop tokens were not all believed.", "reason")
         self._errors = self._counter("errors_total", "Connections and requests that failed in the proxy.", "direction", "reason")
         self._declined = self._counter("heads_declined_total", "HTTP/1 heads that the fast recogniser left to h11.", "direction", "role")
+        self._probes = self._counter("gateway_probes_total", "Other clusters' gateways asked whether they are alive.", "cluster", "result")
         self._sent_away = self._counter("sent_away_total", "Requests and connections to other clusters' gateways.", "cluster", "why")
         self._directory = self._counter("directory_reloads_total", "Changed directory files by what became of them.", "result")
         self._identity = self._counter("identity_reloads_total", "Changed certificates, keys or roots by what became of them.", "result")
@@ -252,6 +253,7 @@ class Metrics:
         self._dropped_logs = self._counter("dropped_logs_total", "Log lines dropped since their writer could not keep up.")
 
     def _states(self) -> None:
+        self._gateways = self._gauge("gateways_usable", "Gateways of another cluster that get requests.", "cluster")
         self._failovers = self._gauge("failover_active", "1 while a service with failover is served by another cluster.", "service")
         self._certificate = self._gauge("certificate_expiry_timestamp_seconds", "When the proxy's certificate ends (Unix time).")
         self._roots = self._gauge("root_expiry_timestamp_seconds", "When the first of the trust roots ends (Unix time).")
@@ -292,6 +294,14 @@ class Metrics:
     def sent_away(self, cluster: str, why: str) -> None:
         """A request or connection goes by way of another cluster's gateway, since it was named, by a split, or by a failover."""
         self._sent_away.at(cluster, why).inc()
+
+    def gateway_probed(self, cluster: str, result: str) -> None:
+        """A gateway was asked whether it is alive: `ok`, `failed`."""
+        self._probes.at(cluster, result).inc()
+
+    def gateways_usable(self, cluster: str, count: int) -> None:
+        """How many gateways of a cluster get requests."""
+        self._gateways.at(cluster).set(count)
 
     def failed_over(self, service: str, away: bool) -> None:
         """A service is served by another cluster from now on, or at home again."""

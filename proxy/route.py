@@ -56,6 +56,18 @@ class Virtual(Protocol):
         ...
 
 
+class Ways(Protocol):
+    """The ways into other clusters as they are now (proxy/ways.py)."""
+
+    def through(self, target: Target) -> Target:
+        """A target, by the gateways that can be used now if it is another cluster's."""
+        ...
+
+    def why(self, cluster: str) -> str:
+        """Why no gateway of a cluster can be used."""
+        ...
+
+
 class Health(Protocol):
     """What is known of endpoints."""
 
@@ -95,7 +107,7 @@ class Router:
     clock: Callable[[], float]
     chance: random.Random = field(default_factory=random.Random)
     virtual: Virtual | None = None
-    through: Callable[[Target], Target] = lambda target: target  # a remote target, by the gateways that are there (proxy/gateways.py)
+    ways: Ways | None = None
     _absences: dict[tuple[str | None, int], _Absence] = field(default_factory=dict, init=False)
 
     # What was meant?
@@ -129,19 +141,27 @@ class Router:
     # Which service, and where is it served?
 
     def choose(self, target: Target) -> Target:
-        """Where to go with what is meant for `target`. Raises NoEndpoint if it is split and none of its backends can be used."""
+        """Where to go with what is meant for `target`. Raises NoEndpoint if it is split and none of its backends can be used, or if it is
+        another cluster's, whose gateways cannot be used."""
         plan = target.plan
         if plan is None:
-            return self._sent(target, "name") if target.remote is not None else target
+            return target if target.remote is None else self._sent(target, target.remote.cluster, "name")
         chosen = self._place(plan.backends[0]) if len(plan.backends) == 1 else self._split(target.service, plan)
         if chosen.remote is None:
             return chosen
-        return self._sent(chosen, "split" if any(chosen.service == backend.target.service for backend in plan.backends) else "failover")
+        named = any(chosen.service == backend.target.service for backend in plan.backends)
+        return self._sent(chosen, chosen.remote.cluster, "split" if named else "failover")
 
-    def _sent(self, target: Target, why: str) -> Target:
-        if target.remote is not None:
-            self.books.sent_away(target.remote.cluster, why)
-        return self.through(target)
+    def _sent(self, target: Target, cluster: str, why: str) -> Target:
+        """What goes to another cluster, by the gateways that are there. Raises NoEndpoint if there is none."""
+        self.books.sent_away(cluster, why)
+        found = self._through(target)
+        if not found.endpoints and self.ways is not None:
+            raise NoEndpoint(self.ways.why(cluster))
+        return found
+
+    def _through(self, target: Target) -> Target:
+        return target if self.ways is None or target.remote is None else self.ways.through(target)
 
     def _split(self, service: str | None, plan: Plan) -> Target:
         drawn = self._draw(plan.backends)
@@ -150,7 +170,7 @@ class Router:
             return target
         others = [backend for backend in plan.backends if backend.weight and backend is not drawn and self._usable(self._place(backend))]
         if not others:
-            states = ", ".join(f"{b.target.service} none of {len(self.through(b.target).endpoints)}" for b in plan.backends if b.weight)
+            states = ", ".join(f"{b.target.service} none of {len(self._through(b.target).endpoints)}" for b in plan.backends if b.weight)
             raise NoEndpoint(f"no backend of {service} has an endpoint that can be used: {states}")
         return self._place(self._draw(others))
 
@@ -194,4 +214,4 @@ class Router:
         return False
 
     def _usable(self, target: Target) -> int:
-        return self.health.usable(self.through(target))
+        return self.health.usable(self._through(target))

@@ -168,6 +168,10 @@ class ClustersConfig(Section, frozen=True):
     """Services of other clusters, and failing over to them."""
 
     settle: Annotated[float, seconds(0, _HOUR, "how long a service must be usable at home again before its requests come back")] = 10.0
+    probe_interval: Annotated[float, seconds(0, _HOUR, "how often a gateway that is in use is asked whether it is alive; 0: never")] = 5.0
+    probe_timeout: Annotated[float, seconds(0.05, 300, "how long it may take to answer, connecting included")] = 3.0
+    probe_failures: Annotated[int, number(1, 100, "probes that must fail in a row until it gets no requests")] = 2
+    resolve_interval: Annotated[float, seconds(0.1, _DAY, "how often a gateway's DNS name is looked up again")] = 30.0
     tunnel_timeout: Annotated[float, seconds(0.1, _HOUR, "how long a gateway may take to open a tunnel for bytes that are not HTTP")] = 15.0
 
 

@@ -6,23 +6,16 @@ gets to the application, whatever anybody writes into a header.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
 
-from proxy.app import App
 from proxy.net.address import Address
-from tests.kit.apps import HOST, Application, Fleet, application, mirror, way_in, way_out
-from tests.kit.http import Message, Peer, connect, until
+from tests.kit.apps import HOST, Fleet, way_in
+from tests.kit.clusters import ask, clusters
+from tests.kit.http import Message, connect, until
 from tests.kit.http2_peers import Peer2
-
-NOWHERE = "192.0.2.1:80"  # RFC 5737: an address that no directory knows
-LISTEN = {"listen": [f"{HOST}:0"]}
 
 
 async def echo(stream: trio.SocketStream) -> None:
@@ -31,72 +24,6 @@ async def echo(stream: trio.SocketStream) -> None:
     async for piece in stream:
         await stream.send_all(piece)
     await stream.send_eof()
-
-
-@dataclass
-class Clusters:
-    """All that runs. `west` is a sidecar, `server` the one of `c` in east."""
-
-    fleet: Fleet
-    west: App
-    gateway: App
-    server: App
-
-    async def client(self) -> Peer:
-        return await connect(Address(HOST, way_out(self.west)))
-
-    async def ask(self, host: str, *fields: str, target: str = "/path?x=1") -> Message:
-        return await ask(await self.client(), host, *fields, target=target)
-
-
-async def ask(peer: Peer, host: str, *fields: str, target: str = "/") -> Message:
-    try:
-        await peer.send("\r\n".join([f"GET {target} HTTP/1.1", f"Host: {host}", *fields, "", ""]).encode("latin-1"))
-        return await peer.response()
-    finally:
-        peer.close()
-
-
-def east_directory(port: int, **service: Any) -> dict[str, Any]:
-    """What the gateway of east knows: `c`, which it exports, and `hidden`, which it does not."""
-    endpoint = {"address": HOST, "identity": Fleet.identity("server"), "ports": {"80": port, "5432": port}}
-    ports = [{"port": 80, "protocol": "http1"}, {"port": 5432, "protocol": "opaque"}]
-    c = {"name": "c", "ports": ports, "endpoints": [endpoint], "export": True, **service}
-    hidden = {"name": "hidden", "ports": ports, "endpoints": [endpoint]}
-    north = {"name": "north", "services": [{"name": "c", "ports": ports}]}
-    return {"cluster": "east", "services": [c, hidden], "clusters": [north]}
-
-
-def west_directory(port: int) -> dict[str, Any]:
-    """What west knows: the gateway of east, and `db`, a service of its own that has no endpoint, and is east's `c` therefore."""
-    ports = [{"port": 80}, {"port": 5432, "protocol": "opaque"}]
-    names = [{"name": name, "ports": ports} for name in ("c", "hidden", "missing", "db")]
-    east = {"name": "east", "gateways": [{"address": HOST, "port": port, "identity": Fleet.identity("gateway")}], "services": names}
-    split = [{"service": "c", "cluster": "east", "weight": 1}]
-    return {"cluster": "west", "services": [{"name": "db", "addresses": ["192.0.2.7"], "ports": ports, "split": split}], "clusters": [east]}
-
-
-@asynccontextmanager
-async def clusters(
-    folder: Path,
-    serve: Application = mirror,
-    *,
-    to: str = NOWHERE,
-    trusted: bool = True,
-    gateway: dict[str, Any] | None = None,
-    **service: Any,
-) -> AsyncIterator[Clusters]:
-    """All of it, for west connections that go to `to`. `service`: more of `c` in the directory of east."""
-    fleet = Fleet(folder)
-    async with AsyncExitStack() as stack:
-        enter = stack.enter_async_context
-        port = await enter(application(serve))
-        trust = {"trusted_gateways": [fleet.identity("gateway")] if trusted else []}
-        server = await enter(fleet.running("server", inbound={**LISTEN, "fixed_destination": f"{HOST}:{port}", **trust}))
-        settings = {**LISTEN, "enabled": True, **(gateway or {})}
-        way = await enter(fleet.running("gateway", east_directory(way_in(server), **service), gateway=settings))
-        west = await enter(fleet.running("west", west_directory(way_in(way)), outbound={**LISTEN, "fixed_destination": to}))
-        yield Clusters(fleet, west, way, server)
 
 
 async def ask_over(stream: trio.SSLStream[trio.SocketStream]) -> bytes:
@@ -258,6 +185,23 @@ async def test_a_gateway_says_that_it_is_alive_to_who_has_an_identity(tmp_path: 
     async with clusters(tmp_path) as all_, await all_.fleet.meet(all_.gateway, "west", "gateway") as stream:
         await stream.send_all(b"GET /.well-known/isthmus/live HTTP/1.1\r\nHost: gateway\r\n\r\n")
         assert bytes(await stream.receive_some()).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_the_logs_of_the_three_proxies_name_the_identities_of_all_hops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "isthmus.access")
+    async with clusters(tmp_path) as all_:
+        for app in (all_.west, all_.gateway, all_.server):
+            app.ledger.access = True
+        await all_.ask("c.east")
+        lines = [record.__dict__["line"] for record in caplog.records if record.name == "isthmus.access"]
+    west, gateway, server = (all_.fleet.identity(name) for name in ("west", "gateway", "server"))
+    seen = {line.direction: (line.identity, line.caller, line.upstream_identity, line.authority) for line in lines}
+    name = b"c.default.svc.cluster.local"
+    assert seen == {
+        "outbound": ("", "", gateway, b"c.east"),
+        "gateway": (west, "", server, name),
+        "inbound": (gateway, west, "", name),
+    }
 
 
 async def test_connect_of_an_application_to_a_proxy_elsewhere_is_told_what_to_do(tmp_path: Path) -> None:

@@ -1,0 +1,115 @@
+"""What does it cost to find out where a request goes, and does it depend on how many services there are?
+
+Each line is one way to say where to: by the address of a service, by an authority for an address that nobody knows, by neither; and by the
+address of a service with a split, or a failover. The directory has 1 service, then 10,000 with 50,000 endpoints, and as many in another
+cluster. The ratio is the second by the first; it should be 1, within what one run differs from the next. (Asking for a thousand services
+in turn shows what the processor's caches do: what was not asked for lately has to come from memory.)
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+
+from proxy.mesh.balance import Balancer
+from proxy.mesh.directory import Directory, Target, parse
+from proxy.net.address import Address
+from proxy.route import Router
+
+GATEWAY = "spiffe://cluster.local/ns/isthmus/sa/gateway"
+ROUNDS, REQUESTS = 7, 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    current: Directory
+
+
+class Uncounted:
+    def sent_away(self, cluster: str, why: str) -> None:
+        pass
+
+    def failed_over(self, service: str, away: bool) -> None:
+        pass
+
+
+def document(services: int) -> str:
+    """A directory of that many services with five endpoints each, of which the first has a split, and the second a failover."""
+    lines = ["services:"]
+    for number in range(services):
+        lines.append(f"- {{name: s-{number}, addresses: [10.64.{number >> 8}.{number & 255}], ports: [{{port: 80}}], endpoints: [")
+        lines += [
+            f"  {{address: 10.{128 + (pod >> 16)}.{pod >> 8 & 255}.{pod & 255}, identity: spiffe://cluster.local/ns/default/sa/s-{number}}},"
+            for pod in range(number * 5, number * 5 + 5)
+        ]
+        lines.append("]}")
+    for name, host, more in (
+        ("split", "10.63.0.1", "split: [{service: split, weight: 90}, {service: split, cluster: east, weight: 10}]"),
+        ("over", "10.63.0.2", "failover: {clusters: [east]}"),
+    ):
+        lines.append(f"- {{name: {name}, addresses: [{host}], ports: [{{port: 80}}], endpoints: [{{address: {host}9}}], {more}}}")
+    lines += ["clusters:", f"- {{name: east, gateways: [{{address: 203.0.113.7, identity: '{GATEWAY}'}}], services: ["]
+    lines += [f"  {{name: s-{number}, ports: [{{port: 80}}]}}," for number in range(services)]
+    lines += ["  {name: split, ports: [{port: 80}]}, {name: over, ports: [{port: 80}]}]}"]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One way to say where to. `addresses` take turns."""
+
+    what: str
+    addresses: tuple[str, ...]
+    authority: bytes | None = None
+
+
+def cases(services: int) -> list[Case]:
+    last, nowhere = services - 1, ("192.0.2.1:80",)
+    each = tuple(f"10.64.{n >> 8}.{n & 255}:80" for n in range(0, services, max(1, services // 1000)))
+    return [
+        Case("address of a service", each[-1:]),
+        Case("of another one each time", each),
+        Case("authority, full name", nowhere, f"s-{last}.default.svc.cluster.local".encode()),
+        Case("authority, short name", nowhere, f"s-{last}".encode()),
+        Case("authority, other cluster", nowhere, f"s-{last}.east".encode()),
+        Case("neither is known", nowhere, b"www.example.com"),
+        Case("address, with a split", ("10.63.0.1:80",)),
+        Case("address, with a failover", ("10.63.0.2:80",)),
+    ]
+
+
+def seconds(router: Router, case: Case) -> float:
+    """For one request."""
+    known = [Address.parse(address) for address in case.addresses]
+
+    def ask() -> bytes | None:
+        return case.authority
+
+    started = time.perf_counter()
+    for turn in range(REQUESTS):
+        target: Target = router.choose(router.meant(known[turn % len(known)], ask))
+    took = time.perf_counter() - started
+    assert target.endpoints
+    return took / REQUESTS
+
+
+def made(services: int) -> Router:
+    started = time.perf_counter()
+    directory = parse(document(services), "perf")
+    print(f"{services:,} services, {directory.endpoint_count:,} endpoints: read in {time.perf_counter() - started:.2f} s")
+    return Router(Fixed(directory), Balancer(time.monotonic), Uncounted(), "default", 10.0, time.monotonic, random.Random(1))
+
+
+def main() -> None:
+    few, many = made(1), made(10_000)
+    print(f"\n{'µs a request':<28} {'1 service':>10} {'10,000':>10} {'ratio':>7}")
+    for one, other in zip(cases(1), cases(10_000), strict=True):
+        # In turns, and the best of each: what disturbs one disturbs the other too.
+        rounds = [(seconds(few, one), seconds(many, other)) for _ in range(ROUNDS)]
+        small, large = (min(times) * 1e6 for times in zip(*rounds, strict=True))
+        print(f"{one.what:<28} {small:>10.2f} {large:>10.2f} {large / small:>7.2f}")
+
+
+if __name__ == "__main__":
+    main()
