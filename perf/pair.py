@@ -166,11 +166,11 @@ def isthmus_pair(folder: Path, back: int, wishes: dict[str, object] | None = Non
         yield found
 
 
-def make_identities(folder: Path) -> None:
-    """A trust root, and the certificates of a client and a server."""
+def make_identities(folder: Path, *names: str) -> None:
+    """A trust root, and the certificates of these workloads; of a client and a server, if none is named."""
     command, root = [sys.executable, "-m", "proxy.cli", "identity"], folder / "root"
     subprocess.run([*command, "root", "--trust-domain", "perf.test", "--out", root], check=True, stdout=subprocess.DEVNULL)
-    for name in ("client", "server"):
+    for name in names or ("client", "server"):
         who = ["--namespace", "perf", "--service-account", name]
         subprocess.run([*command, "issue", "--root", root, *who, "--out", folder / name], check=True, stdout=subprocess.DEVNULL)
 

@@ -92,6 +92,7 @@ class Ways:
     _names: dict[str, _Name] = field(default_factory=dict, init=False)
     _pulses: dict[Endpoint, _Pulse] = field(default_factory=dict, init=False)
     _asked: dict[str, float] = field(default_factory=dict, init=False)  # when a cluster was last in demand
+    _made: dict[int, tuple[Target, Target]] = field(default_factory=dict, init=False)  # by the snapshot's target, which is kept alive here
     _changed: dict[str, tuple[Endpoint, ...]] = field(default_factory=dict, init=False)  # where the snapshot alone is not the truth
 
     def through(self, target: Target) -> Target:
@@ -103,7 +104,13 @@ class Ways:
         if self.source.current is not self._seen:
             self._look()
         endpoints = self._changed.get(remote.cluster)
-        return target if endpoints is None else replace(target, endpoints=endpoints)
+        if endpoints is None:
+            return target
+        made = self._made.get(id(target))
+        if made is None:
+            # One and the same until something changes: what is known of a target's endpoints hangs on it.
+            made = self._made[id(target)] = target, replace(target, endpoints=endpoints)
+        return made[1]
 
     def why(self, cluster: str) -> str:
         """Why no gateway of a cluster can be used, in words."""
@@ -139,7 +146,7 @@ class Ways:
         known = {endpoint for endpoints in every.values() for endpoint in endpoints}
         self._pulses = {endpoint: pulse for endpoint, pulse in self._pulses.items() if endpoint in known}
         self._asked = {name: when for name, when in self._asked.items() if name in every}
-        self._changed = {}
+        self._changed, self._made = {}, {}
         for name, endpoints in every.items():
             alive = tuple(endpoint for endpoint in endpoints if not self._dead(endpoint))
             if len(alive) < len(endpoints) or not all(gateway.literal for gateway in directory.clusters[name].gateways):

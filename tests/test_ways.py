@@ -138,6 +138,7 @@ async def test_where_nothing_has_happened_the_snapshot_is_the_truth(autojump_clo
     assert ways.through(east) is east
     north = known.current.clusters["north"].services[0].targets[80]
     assert ways.through(north).endpoints == ()
+    assert ways.through(north) is ways.through(north)
     assert ways.why("nowhere") == "the directory names no gateway of nowhere"
     known.current = parse(TEXT.replace("203.0.113.7", "203.0.113.8"), "test")
     moved = known.current.clusters["east"].services[0].targets[80]

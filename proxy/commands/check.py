@@ -25,7 +25,7 @@ Prove that this pod is set up right, and say what is wrong and how to mend it:
   directory       the directory file is understood
   redirection     a connection to an address that belongs to nobody arrives at the proxy (nothing is sent on it)
   names           if the section `dns` is configured: questions to the pod's resolvers arrive at the proxy
-  peers           the directory's endpoints answer, and are who they should be
+  peers           the directory's endpoints and gateways answer, and are who they should be
 
 Run it as root, best as an init container after `isthmus intercept`: the proxy's own user is exempt from redirection and
 cannot prove it, and other users cannot go around it to reach the peers themselves.

@@ -1,4 +1,4 @@
-"""Proof that the endpoints of the directory are reachable, and are who the directory says.
+"""Proof that the endpoints of the directory, and the gateways of other clusters, are reachable, and are who the directory says.
 
 A meshed endpoint must complete a mutual TLS handshake with our certificate and show the identity that the directory expects; then
 the connection ends, before a byte of any application. An unmeshed one must accept a TCP connection.
@@ -120,9 +120,11 @@ async def check_peers(config: Config, identity: Identity | None, directory: Dire
 
 
 def _endpoints(directory: Directory) -> list[Endpoint]:
-    """Each ready endpoint once, in the order of the directory."""
+    """Other clusters' gateways (those with a name have no address yet), then each ready endpoint, once, in the order of the directory."""
+    ways = (gateway for cluster in directory.clusters.values() for gateway in cluster.gateways if gateway.literal)
+    found = {endpoint.address: endpoint for endpoint in (gateway.at(gateway.host) for gateway in ways)}
     targets = [target for service in directory.services for target in service.targets.values()]
-    found = {endpoint.address: endpoint for target in targets for endpoint in target.endpoints if endpoint.ready}
+    found |= {endpoint.address: endpoint for target in targets for endpoint in target.endpoints if endpoint.ready}
     return list(found.values())
 
 

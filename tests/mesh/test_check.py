@@ -511,3 +511,12 @@ def test_a_timeout_is_a_positive_number(value, capsys):
 )
 def test_the_worst_decides(found, expected):
     assert worst([Result("x", status, "") for status in found]) == expected
+
+
+async def test_gateways_of_other_clusters_are_tried_like_endpoints(tmp_path, cart):
+    port, identity = free_port(), str(spiffe("gateway"))
+    ways = [{"address": "127.0.0.1", "port": port, "identity": identity}, {"host": "a.invalid", "identity": identity}]
+    known = directory.parse(json.dumps({"services": [], "clusters": [{"name": "east", "gateways": ways}]}), "directory.yaml")
+    (result,) = await check_peers(configuration(tmp_path), cart.identity(), known, 10, 5)
+    assert result.status == "failed"
+    assert f"127.0.0.1:{port}" in result.what
