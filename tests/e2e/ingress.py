@@ -8,9 +8,9 @@ from lab.pod import Pod
 from lab.process import Process
 
 
-async def nginx(pod: Pod, locations: Mapping[int, str]) -> Process:
+async def nginx(pod: Pod, locations: Mapping[int, str], *, upstreams: str = "") -> Process:
     """An nginx that listens on some ports, each with what stands in its `location /` (a line of configuration). Ports of HTTP/2 have
-    `http2` as the first word. `requests` counts what it was asked."""
+    `http2` as the first word. `upstreams` stands before the servers. `requests` counts what it was asked."""
     home = pod.directory / "nginx"
     home.mkdir(exist_ok=True)
     home.chmod(0o777)
@@ -22,7 +22,7 @@ async def nginx(pod: Pod, locations: Mapping[int, str]) -> Process:
     (home / "nginx.conf").write_text(
         f"daemon off; master_process off; worker_processes 1; pid {home}/pid; error_log stderr; events {{ worker_connections 2048; }}\n"
         f"http {{ {temporary} log_format ports '$server_port'; access_log {home}/access ports; proxy_http_version 1.1;\n"
-        f"  {' '.join(servers)} }}\n"
+        f"  {upstreams} {' '.join(servers)} }}\n"
     )
     return await pod.start("nginx", ["nginx", "-c", str(home / "nginx.conf"), "-p", str(home), "-e", "stderr"], port=next(iter(locations)))
 
