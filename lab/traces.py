@@ -60,8 +60,11 @@ class TraceCollector:
             return found
         raise LabError(f"the collector has {len(self.spans(trace_id))} spans of the trace {trace_id}, and not {count}")
 
+    def all(self) -> list[Span]:
+        return read(self.file)
+
     def spans(self, trace_id: str) -> list[Span]:
-        return sorted((span for span in read(self.file) if span.trace_id == trace_id), key=lambda span: span.start)
+        return sorted((span for span in self.all() if span.trace_id == trace_id), key=lambda span: span.start)
 
     def raw(self) -> Iterator[bytes]:
         """The export requests as they came."""

@@ -95,10 +95,11 @@ def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
         return target
 
     async def send(exchange: Exchange, target: Target, endpoint: Endpoint) -> None:
-        exchange.upstream = endpoint.address
+        exchange.upstream, exchange.service = endpoint.address, target.service
         await client.send(exchange, endpoint, pools.lender(upstream_protocol(exchange, target)))
 
-    async def tunnel(exchange: Exchange, _: Target, endpoint: Endpoint) -> None:
+    async def tunnel(exchange: Exchange, target: Target, endpoint: Endpoint) -> None:
+        exchange.service = target.service
         async with closing(await rt.connect(endpoint, ALPN_TCP)) as upstream:
             account = rt.ledger.upstream(DIRECTION, upstream)
             try:
