@@ -39,6 +39,7 @@ from proxy.admin import admin
 from proxy.config import Config
 from proxy.errors import known
 from proxy.exchange.server import Drain
+from proxy.fast.road import Road
 from proxy.gateway import gateway
 from proxy.inbound import inbound, inbound_pools
 from proxy.listeners import StartError, listen
@@ -147,6 +148,7 @@ class App:
             ledger=self.ledger,
             spans=spans,
             drain=self.drain,
+            road=Road(self.drain, config.http.idle_timeout) if config.fast_path else None,
         )
         if self.names is not None:
             self.runtime.router.virtual = self.names.virtual
@@ -185,6 +187,8 @@ class App:
                 nursery.start_soon(self.ways.watch)
                 if self.names is not None:
                     nursery.start_soon(self.names.serve, self.listeners, _report)
+                if self.runtime.road is not None:
+                    nursery.start_soon(self.runtime.road.run)
                 nursery.start_soon(self.outbound_pools.serve)
                 nursery.start_soon(self.inbound_pools.serve)
                 nursery.start_soon(self._serve_until, signals.__aiter__().__anext__, nursery.cancel_scope)

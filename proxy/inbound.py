@@ -17,8 +17,10 @@ from proxy.account import ConnectionAccount
 from proxy.errors import NotAuthorised
 from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
+from proxy.exchange.guard import unguarded
 from proxy.exchange.layers import deadline, measure, rescue
-from proxy.exchange.trace import trace
+from proxy.exchange.trace import trace, untraced
+from proxy.fast.course import Borrowed
 from proxy.mesh.spiffe import is_identity
 from proxy.net.accept import Connection
 from proxy.net.address import Address
@@ -36,14 +38,17 @@ DIRECTION: Direction = "inbound"
 def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaitable[None]]:
     """The handler of the inbound listeners' connections."""
     config = rt.config.inbound
+    client: Client[Address] = Client(rt.settings.client, rt.ledger.bridge(rt.config.tcp.idle_timeout))
     handler = stack(
         measure(rt.ledger.exchange),
         trace(rt.spans.inbound, "server"),
         rescue(rt.name, rt.tells),
         rt.loops.layer(DIRECTION),
         deadline,
-        endpoint=to_application(rt, pools),
+        client.resumed,
+        endpoint=to_application(rt, pools, client),
     )
+    course = InboundCourse(rt, pools)
 
     async def accept(connection: Connection) -> None:
         about = Facts(DIRECTION, connection.peer, rt.destination(connection, config.fixed_destination))
@@ -62,7 +67,7 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
                     account.plain(opening)
                     about.protocol = Protocol.OPAQUE if opaque else opening.protocol
                 if about.protocol is not Protocol.OPAQUE:
-                    await serve(rt, stream, about, handler)
+                    await serve(rt, stream, about, handler, course)
                 else:
                     authorise(rt, about)
                     await to_listener(rt, stream, about, account)
@@ -92,9 +97,8 @@ def authorise(rt: Runtime, about: Facts) -> None:
     raise NotAuthorised(f"{about.identity} is not on the list of those who may use port {port}")
 
 
-def to_application(rt: Runtime, pools: Pools[Address]) -> Handler:
+def to_application(rt: Runtime, pools: Pools[Address], client: Client[Address]) -> Handler:
     """The endpoint of the stack: each request to the application, in the protocol it came by: the outbound side has translated already."""
-    client: Client[Address] = Client(rt.settings.client, rt.ledger.bridge(rt.config.tcp.idle_timeout))
 
     async def send(exchange: Exchange) -> None:
         authorise(rt, exchange.facts)
@@ -115,6 +119,28 @@ def caller(rt: Runtime, exchange: Exchange) -> bytes | None:
         if len(named) == 1 and is_identity(named[0]):
             return named[0]
     return peer.encode("ascii")
+
+
+class InboundCourse:
+    """The same on the fast road."""
+
+    def __init__(self, rt: Runtime, pools: Pools[Address]) -> None:
+        self._rt = rt
+        self.account = rt.ledger.exchange
+        self._allows = rt.config.inbound.allows
+        self._tracing = rt.spans.inbound
+        self._pools = pools
+        self._waypoint = rt.loops.waypoint(DIRECTION)
+
+    def take(self, exchange: Exchange) -> Borrowed[Address] | None:
+        facts = exchange.facts
+        if not self._allows(facts.destination.port, facts.identity):
+            return None
+        if not untraced(exchange, self._tracing) or not unguarded(exchange, self._waypoint):
+            return None
+        exchange.caller = caller(self._rt, exchange)
+        exchange.upstream = facts.destination
+        return self._pools.take(facts.destination)
 
 
 async def to_listener(rt: Runtime, stream: Stream, about: Facts, account: ConnectionAccount) -> None:

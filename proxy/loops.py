@@ -34,14 +34,15 @@ class LoopGuard:
         self._hops = limits.max_hops
         self._returns: dict[Side, int] = {"outbound": limits.max_returns, "inbound": limits.max_returns, "gateway": 0}
         self._secret = token_bytes(32)
-        self._outbound = self._waypoint("outbound")
+        self._outbound = self.waypoint("outbound")
         self._metrics = metrics
 
     def layer(self, side: Side) -> Layer:
         """The guard around the exchanges of a flow."""
-        return guard(self._waypoint(side), self._metrics.hops_dropped)
+        return guard(self.waypoint(side), self._metrics.hops_dropped)
 
-    def _waypoint(self, side: Side) -> Waypoint:
+    def waypoint(self, side: Side) -> Waypoint:
+        """This proxy, as the tokens of a flow name it."""
         return Waypoint(side, self._who, self._secret, HopLimits(self._returns[side], self._hops))
 
     def fields(self, method: bytes, target: bytes) -> list[Field]:

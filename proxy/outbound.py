@@ -12,17 +12,21 @@ reached by way of its gateway, which is told the service's name there: as the re
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
 
 from proxy.account import ConnectionAccount
 from proxy.errors import RequestError
 from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
-from proxy.exchange.guard import hide_names
+from proxy.exchange.guard import hide_names, unguarded
 from proxy.exchange.layers import deadline, measure, rescue
-from proxy.exchange.trace import trace
+from proxy.exchange.trace import trace, untraced
 from proxy.exchange.tunnel import open_tunnel
+from proxy.fast.course import Borrowed
 from proxy.mesh.contexts import ALPN_HTTP1, ALPN_TCP
 from proxy.mesh.directory import Endpoint, Hint, Target, itself
+from proxy.mesh.policy import DEFAULT_POLICY
 from proxy.net.accept import Connection
 from proxy.net.relay import relay
 from proxy.net.streams import Stream
@@ -38,14 +42,17 @@ DIRECTION: Direction = "outbound"
 def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awaitable[None]]:
     """The handler of the outbound listeners' connections."""
     config = rt.config.outbound
+    client: Client[Endpoint] = Client(rt.settings.client, rt.ledger.bridge(rt.config.tcp.idle_timeout))
     handler = stack(
         measure(rt.ledger.exchange),
         trace(rt.spans.outbound, "client"),
         rescue(rt.name, rt.tells),
         rt.loops.layer(DIRECTION),
         deadline,
-        endpoint=to_service(rt, pools),
+        client.resumed,
+        endpoint=to_service(rt, pools, client),
     )
+    course = OutboundCourse(rt, pools)
 
     async def accept(connection: Connection) -> None:
         about = Facts(DIRECTION, connection.peer, rt.destination(connection, config.fixed_destination))
@@ -60,19 +67,21 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
                 return
             about.protocol = opening.protocol
             if about.protocol is not Protocol.OPAQUE:
-                await serve(rt, connection.stream, about, handler)
+                await serve(rt, connection.stream, about, handler, course)
             else:
                 await rt.reach.connection(lambda: rt.router.choose(target), to_endpoint(rt, connection.stream, about, account))
 
     return accept
 
 
-def to_service(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
+def to_service(rt: Runtime, pools: Pools[Endpoint], client: Client[Endpoint]) -> Handler:
     """The endpoint of the stack: each request to one of the endpoints of its destination."""
-    client: Client[Endpoint] = Client(rt.settings.client, rt.ledger.bridge(rt.config.tcp.idle_timeout))
 
     def choose(exchange: Exchange) -> Target:
-        request = exchange.request
+        request, first = exchange.request, exchange.first
+        if isinstance(first, Target):  # said on the fast road, a moment ago
+            exchange.first = None
+            return first
         meant = rt.router.meant(exchange.facts.destination, lambda: whom(request))
         exchange.service = meant.service
         return rt.router.choose(meant)
@@ -111,6 +120,38 @@ def told(request: RequestHead, target: Target) -> bytes | None:
     if request.method == b"CONNECT" and request.protocol is None:
         raise RequestError(f"CONNECT to {target.service}, a proxy in another cluster: declare its port opaque in the directory", 501)
     return target.remote.authority
+
+
+class OutboundCourse:
+    """The same on the fast road, for services that are here and ask for nothing special."""
+
+    def __init__(self, rt: Runtime, pools: Pools[Endpoint]) -> None:
+        self.account = rt.ledger.exchange
+        self._rt = rt
+        self._pools = pools
+        self._waypoint = rt.loops.waypoint(DIRECTION)
+
+    def take(self, exchange: Exchange) -> Borrowed[Endpoint] | None:
+        rt, request = self._rt, exchange.request
+        if not untraced(exchange, rt.spans.outbound):
+            return None
+        target = rt.router.meant(exchange.facts.destination, lambda: whom(request))
+        if target.plan is not None or target.remote is not None or target.policy is not DEFAULT_POLICY or target.protocol is Hint.HTTP2:
+            return None
+        endpoint = rt.balancer.pick(target)
+        if endpoint is None or rt.loops.own(endpoint.address.host) or not unguarded(exchange, self._waypoint):
+            return None
+        borrowed = self._pools.take(endpoint, partial(rt.balancer.finished, endpoint))
+        if borrowed is None:
+            # Drawing again would favour the endpoints that have a ready connection.
+            exchange.service = target.service
+            exchange.first = replace(target, endpoints=(endpoint,))
+            return None
+        exchange.upstream, exchange.service, exchange.chosen = endpoint.address, target.service, target.service
+        if endpoint.identity is None:
+            hide_names(exchange)
+        rt.balancer.started(endpoint)
+        return borrowed
 
 
 def to_endpoint(

@@ -13,6 +13,7 @@ from proxy.exchange.pool import Pool
 from proxy.exchange.pool2 import MuxPool
 from proxy.exchange.server import Http1Server
 from proxy.exchange.server2 import Http2Server
+from proxy.fast.course import Borrowed, Course
 from proxy.mesh.contexts import ALPN_HTTP1, ALPN_HTTP2
 from proxy.mesh.directory import Endpoint, Hint, Target
 from proxy.net.streams import Stream
@@ -21,6 +22,10 @@ from proxy.wire.messages import upgrade_offer
 from proxy.wire.sniff import Protocol
 
 K = TypeVar("K", bound=Hashable)
+
+
+def _nothing() -> None:
+    pass
 
 
 class Pools(Generic[K]):
@@ -34,6 +39,11 @@ class Pools(Generic[K]):
             Protocol.HTTP1: Http1Lender(self._http1),
             Protocol.HTTP2: Http2Lender(self._http2),
         }
+
+    def take(self, key: K, on_end: Callable[[], None] = _nothing) -> Borrowed[K] | None:
+        """A ready HTTP/1 connection for the fast road, if there is one."""
+        upstream = self._http1.take(key)
+        return None if upstream is None else Borrowed(self._http1, key, upstream, on_end)
 
     def lender(self, protocol: Protocol) -> Lender[K]:
         return self._lenders[protocol]
@@ -72,12 +82,13 @@ def upstream_protocol(exchange: Exchange, target: Target) -> Protocol:
     return {Hint.HTTP1: Protocol.HTTP1, Hint.HTTP2: Protocol.HTTP2}.get(target.protocol) or spoken(exchange.request.version)
 
 
-async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler) -> None:
-    """Serve a downstream HTTP connection of either version until it ends."""
+async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler, course: Course | None = None) -> None:
+    """Serve a downstream HTTP connection of either version until it ends; plain exchanges of one with a `course` take the fast road."""
     if about.protocol is Protocol.HTTP2:
         await Http2Server(stream, about, rt.settings.server, rt.settings.downstream, rt.drain).run(handler)
     else:
-        await Http1Server(stream, about, rt.settings.server, rt.drain).run(handler)
+        carry = partial(rt.road.carry, course) if rt.road is not None and course is not None else None
+        await Http1Server(stream, about, rt.settings.server, rt.drain, carry).run(handler)
 
 
 def endpoint_pools(rt: Runtime, direction: Direction) -> Pools[Endpoint]:

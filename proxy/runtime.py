@@ -14,6 +14,7 @@ from proxy.exchange.exchange import Exchange
 from proxy.exchange.mux import MuxSettings
 from proxy.exchange.pool import PoolSettings
 from proxy.exchange.server import Drain, ServerSettings
+from proxy.fast.road import Road
 from proxy.loops import LoopGuard
 from proxy.mesh.balance import Balancer
 from proxy.mesh.directory import Endpoint
@@ -88,6 +89,7 @@ class Runtime:
     ledger: Ledger
     spans: Spans
     drain: Drain
+    road: Road | None = None
 
     # Where a connection was going...
 

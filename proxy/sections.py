@@ -361,6 +361,7 @@ class Config(Section, frozen=True):
     mark: Annotated[
         int | None, number(1, 2**32 - 1, "packet mark of the proxy's own connections, where user ids cannot be told apart", "packet mark")
     ] = None
+    fast_path: Annotated[bool, described("whether plain HTTP/1.1 exchanges take the fast road")] = False
     pod: PodConfig = PodConfig()
     outbound: OutboundConfig = OutboundConfig()
     inbound: InboundConfig = InboundConfig()

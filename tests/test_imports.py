@@ -31,6 +31,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"trio", "OpenSSL", "cryptography", "msgspec", "yaml", "dns"},
     ),
     "proxy.exchange": ({"proxy.exchange", "proxy.wire", "proxy.net", "proxy.errors", "loopguard", "tracing"}, {"trio"}),
+    "proxy.fast": ({"proxy.fast", "proxy.exchange", "proxy.wire", "proxy.net", "proxy.errors"}, {"trio"}),
     "proxy.detect": ({"proxy.net", "proxy.wire"}, {"trio"}),
     "proxy.errors": ({"proxy.net", "proxy.wire"}, set()),
 }

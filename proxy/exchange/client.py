@@ -14,15 +14,16 @@ the client is told the same, and may repeat it.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Hashable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import trio
 
 from proxy.errors import UpstreamClosed, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
-from proxy.exchange.carriers import Carrier, Unanswered
-from proxy.exchange.exchange import Exchange
+from proxy.exchange.begun import Begun, Loan
+from proxy.exchange.carriers import Carrier, Http1Carrier, Unanswered
+from proxy.exchange.exchange import Exchange, Handler
 from proxy.net.errors import ConnectionLost
 from proxy.net.streams import Stream
 from proxy.wire.bodies import Length
@@ -82,7 +83,7 @@ class Client(Generic[K]):
         """Carry `exchange` to `endpoint` and back. Raises what dialling raises, and the Upstream* errors."""
         bodiless = exchange.body.length == 0
         try:
-            await self._attempt(exchange, endpoint, lender, fresh=False)
+            await self._attempt(exchange, endpoint, lender, fresh=exchange.fresh)
         except Unanswered as error:
             if error.untouched:
                 if exchange.request_bytes:
@@ -94,6 +95,33 @@ class Client(Generic[K]):
                 await self._attempt(exchange, endpoint, lender, fresh=not error.untouched)
             except Unanswered as second:
                 raise (UpstreamReset(str(second), Code.REFUSED_STREAM) if second.untouched else UpstreamClosed(str(second))) from second
+
+    def resumed(self, handler: Handler) -> Handler:
+        """The layer in which exchanges of the fast road go on; what came to nothing, and may be repeated, begins anew in `handler`."""
+
+        async def handle(exchange: Exchange) -> None:
+            begun, exchange.begun = exchange.begun, None
+            if begun is None or begun.loan is None or not await self._go_on(begun, begun.loan):
+                await handler(exchange)
+
+        return handle
+
+    async def _go_on(self, begun: Begun, loan: Loan) -> bool:
+        """False: it came to nothing. Raises as `send`."""
+        exchange, usable = begun.exchange, False
+        carrier = Http1Carrier(loan.upstream)
+        try:
+            await _Attempt(self._settings, exchange, carrier, self._bridge).go_on(begun)
+            usable = True
+        except Unanswered as error:
+            if not (error.again and not exchange.request_bytes and exchange.request.method in IDEMPOTENT):
+                raise UpstreamClosed(str(error)) from error
+            exchange.fresh = True
+            exchange.clock.rest()  # nothing is waited for until this one has been sent
+        finally:
+            exchange.facts.declined_responses += carrier.declined
+            loan.end(usable=usable)
+        return usable
 
     async def _attempt(self, exchange: Exchange, endpoint: K, lender: Lender[K], *, fresh: bool) -> None:
         async with lender.carrier(endpoint, fresh=fresh) as carrier:
@@ -135,6 +163,23 @@ class _Attempt:
             raise group
         if self._fault is not None:
             raise self._fault
+
+    async def go_on(self, begun: Begun) -> None:
+        """The request has been sent, but for the rest of its last bytes."""
+        exchange, carrier = self._exchange, self._carrier
+        if begun.failure is not None:
+            raise begun.failure
+        if begun.to_server:
+            carrier.put(begun.to_server)
+            carrier.finish(END)
+            exchange.clock.expect(self._stalls, self._settings.stream_timeout)
+            with suppress(ConnectionLost):  # it may have said why: the response is still to be read
+                await carrier.flush()
+        if exchange.response is None:
+            exchange.clock.expect(self._silent, self._settings.response_timeout)
+            await self._receive()
+        else:
+            await begun.exchange.go_on(begun.to_client, _ResponseBody(self._settings, exchange, carrier))
 
     async def _receive_and_pump(self) -> None:
         async with trio.open_nursery() as nursery:

@@ -16,8 +16,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import trio
 
@@ -28,6 +29,9 @@ from proxy.wire.bodies import Length
 from proxy.wire.messages import END, EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead
 from proxy.wire.sniff import Protocol as Spoken
 from tracing.sampling import Trace
+
+if TYPE_CHECKING:
+    from proxy.exchange.begun import Begun
 
 
 class Body(Protocol):
@@ -108,9 +112,9 @@ class Exchange(ABC):
     """One request on its way; made by a server, carried to its end by a handler."""
 
     __slots__ = (
-        "attempts", "authority", "body", "caller", "chosen", "clock", "cycle", "facts", "failure", "failure_words", "grpc_status", "loop",
-        "malformed", "on_attempt", "on_response", "outside", "request", "request_bytes", "response", "response_bytes", "service",
-        "trace", "upstream", "upstream_tls",
+        "account", "attempts", "authority", "begun", "body", "caller", "chosen", "clock", "cycle", "facts", "failure", "failure_words",
+        "first", "fresh", "grpc_status", "guarded", "loop", "malformed", "on_attempt", "on_response", "outside", "request",
+        "request_bytes", "response", "response_bytes", "service", "trace", "upstream", "upstream_tls",
     )  # fmt: skip
 
     def __init__(self, request: RequestHead, body: Body, facts: Facts, malformed: ProtocolError | None = None) -> None:
@@ -134,6 +138,11 @@ class Exchange(ABC):
         self.outside = False  # the answer will go on to somebody without an identity, though not at once
         self.authority: bytes | None = None  # whom the next hop is told that the request is for; None: what the client said
         self.caller: bytes | None = None  # the verified identity of who sent it, for the next hop; None: nothing is said
+        self.account: ExitStack | None = None  # closes the account, which is open already: the exchange was begun on the fast road
+        self.begun: Begun | None = None  # by the fast road, which has handed it over
+        self.first: object = None  # where to go first: the flow has said so on the fast road
+        self.guarded = False  # the loop guard has seen it there
+        self.fresh = False  # a kept connection was tried in vain: only a new one is worth trying
         self.attempts = 0
         self.request_bytes = 0
         self.response_bytes = 0

@@ -18,7 +18,8 @@ def guard(waypoint: Waypoint, dropped: Callable[[Dropped], None]) -> Layer:
 
     def layer(handler: Handler) -> Handler:
         async def handle(exchange: Exchange) -> None:
-            leave_token(exchange, waypoint, dropped)
+            if not exchange.guarded:
+                leave_token(exchange, waypoint, dropped)
             await handler(exchange)
 
         return handle
@@ -57,6 +58,24 @@ def leave_token(exchange: Exchange, waypoint: Waypoint, dropped: Callable[[Dropp
     items[items.index(came[0])] = (HEADER, waypoint.extended(field, token) if field else waypoint.named(token))
     for item in came[1:]:
         items.remove(item)
+
+
+def unguarded(exchange: Exchange, waypoint: Waypoint) -> bool:
+    """The same on the fast road. False: there is more to it than a token. Nothing has been counted: the ordinary road will find it too."""
+    try:
+        leave_token(exchange, waypoint, _more)
+    except (LoopDetected, _More):
+        return False
+    exchange.guarded = True
+    return True
+
+
+class _More(Exception):
+    pass
+
+
+def _more(_: Dropped) -> None:
+    raise _More
 
 
 def hide_names(exchange: Exchange) -> None:

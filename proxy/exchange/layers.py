@@ -42,7 +42,7 @@ def measure(account: Callable[[Exchange], AbstractContextManager[object]]) -> La
 
     def layer(handler: Handler) -> Handler:
         async def handle(exchange: Exchange) -> None:
-            with account(exchange):
+            with exchange.account or account(exchange):
                 await handler(exchange)
 
         return handle

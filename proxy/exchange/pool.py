@@ -126,6 +126,16 @@ class Pool(Generic[K]):
         """Neither too old, nor closed by its server."""
         return self._fresh(upstream, trio.current_time()) and upstream.stream.is_idle()
 
+    def take(self, key: K) -> Upstream | None:
+        """An idle connection to `key` if there is one. To be ended with `give_back` or `restore`."""
+        slot = self._slots.get(key)
+        return None if slot is None else self._take_idle(slot)
+
+    def restore(self, key: K, upstream: Upstream) -> None:
+        """End a loan whose exchange was carried past `upstream.http` (by the fast road) and ended well."""
+        upstream.idle_since = trio.current_time()
+        self._keep(key, self._slots[key], upstream)
+
     def give_back(self, key: K, upstream: Upstream, *, usable: bool) -> None:
         """End a loan. A connection that is not usable, or not reusable, is closed and leaves room for another."""
         slot = self._slots[key]  # the loan has kept it

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import trio
 
 from proxy.errors import ClientGone, RequestTimeout
+from proxy.exchange.begun import Carry
 from proxy.exchange.exchange import Body, Exchange, Facts, Handler
 from proxy.exchange.resumed import READ_SIZE, Resumed
 from proxy.net.errors import NetError
@@ -162,10 +163,22 @@ class Http1Exchange(Exchange):
 
     async def respond(self, head: ResponseHead, body: Body) -> None:
         server = self._server
-        length = self._frame(head, body)
+        length = self.answer(head, body.length)
+        await self._stream([server.connection.send_response(head, length)], body, length)
+
+    def answer(self, head: ResponseHead, length: Length) -> Length:
+        """Make `head` the response's, with the fields that belong to this hop; how a body of `length` is delimited on it."""
+        length = self._frame(head, length)
         self.response = head
         self.on_response(head.status)
-        out = [server.connection.send_response(head, length)]
+        return length
+
+    async def go_on(self, unsent: bytes, body: Body) -> None:
+        """Go on with a response whose head is out already; `unsent` comes before what is left of `body`."""
+        await self._stream([unsent], body, body.length)
+
+    async def _stream(self, out: list[bytes], body: Body, length: Length) -> None:
+        server = self._server
         gathered = 0
         while True:
             piece = body.receive_nowait()
@@ -194,10 +207,8 @@ class Http1Exchange(Exchange):
     def _client_stalls(self) -> Exception:
         return ClientGone(f"the client took nothing for {self._server.settings.write_timeout} s")
 
-    def _frame(self, head: ResponseHead, body: Body) -> Length:
-        """Set the fields that belong to this hop; how the body is delimited on it."""
+    def _frame(self, head: ResponseHead, length: Length) -> Length:
         connection, headers = self._server.connection, head.headers
-        length = body.length
         if self.request.method == b"HEAD" or head.status in (204, 304):
             length = 0
             if head.status == 204:  # RFC 9110 §8.6
@@ -241,7 +252,7 @@ class Http1Exchange(Exchange):
 class Http1Server:
     """`run` returns when the connection is of no further use; closing the stream stays with its owner."""
 
-    def __init__(self, stream: Stream, facts: Facts, settings: ServerSettings, drain: Drain) -> None:
+    def __init__(self, stream: Stream, facts: Facts, settings: ServerSettings, drain: Drain, carry: Carry | None = None) -> None:
         self.stream = stream
         self.facts = facts
         self.settings = settings
@@ -250,8 +261,10 @@ class Http1Server:
         self.served = False  # whether a request has been answered
         self.tunnelled = False
         self.aborted = False
+        self.idle_since = 0.0  # trio's time; when it began to wait for a request
+        self.lane: object = None  # the fast road's own, from one loan to the next
+        self._carry = carry
         self._scope = trio.CancelScope()  # of the whole connection; its deadline is that of the head that is waited for
-        self._waits_since = 0.0
 
     async def run(self, handler: Handler) -> None:
         """Serve until either side has enough. Raises ConnectionLost when the client's connection breaks within a request's head."""
@@ -266,20 +279,18 @@ class Http1Server:
         """The proxy is going down, and this connection waits for a request: not for much longer."""
         if self.stream.is_idle():
             patience = _NEXT_REQUEST if self.served else _FIRST_REQUEST
-            self._scope.deadline = min(self._scope.deadline, self._waits_since + patience)
+            self._scope.deadline = min(self._scope.deadline, self.idle_since + patience)
 
     async def _serve_one(self, handler: Handler) -> bool:
         """One exchange. False: the connection ends behind it."""
         connection = self.connection
         try:
-            head = await self._next_request()
+            exchange = await self._next_exchange()
         except ProtocolError as error:
             await self._refuse(handler, error)
             return False
-        if head is None:
+        if exchange is None:
             return False
-        self.facts.declined_requests = connection.declined
-        exchange = Http1Exchange(self, head, _RequestBody(connection, self.stream, self.settings))
         self.drain.waiting.add(exchange)
         try:
             await handler(exchange)
@@ -298,12 +309,21 @@ class Http1Server:
             return False
         return True
 
+    async def _next_exchange(self) -> Http1Exchange | None:
+        """The next exchange; None: the client has closed, or nothing came in time."""
+        self.idle_since = trio.current_time()
+        if self._carry is not None and (begun := await self._carry(self)) is not None:
+            return begun.exchange
+        head = await self._next_request()
+        if head is None:
+            return None
+        self.facts.declined_requests = self.connection.declined
+        return Http1Exchange(self, head, _RequestBody(self.connection, self.stream, self.settings))
+
     async def _next_request(self) -> RequestHead | None:
-        """The next head; None: the client has closed, or nothing came in time."""
         connection, scope = self.connection, self._scope
         if not connection.buffered:
-            self._waits_since = trio.current_time()
-            scope.deadline = self._waits_since + self.settings.idle_timeout
+            scope.deadline = self.idle_since + self.settings.idle_timeout
             if self.drain.draining:
                 self.hurry()
             self.drain.idle.add(self)

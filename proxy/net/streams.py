@@ -181,6 +181,21 @@ class SocketStream(trio.abc.HalfCloseableStream):
         self.bytes_read += len(data)
         return data
 
+    def receive_nowait(self, max_bytes: int = RECEIVE_SIZE) -> bytes | None:
+        """See prompt.py."""
+        if self._closed:
+            raise trio.ClosedResourceError("this connection was already closed")
+        try:
+            data = self._recv(max_bytes)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise self._lost(error) from error
+        if not data and (loss := self._loss) is not None:
+            raise again(loss)
+        self.bytes_read += len(data)
+        return data
+
     async def peek(self, max_bytes: int, at_least: int = 1) -> bytes:
         """Look at the next bytes without consuming them.
 
@@ -253,6 +268,14 @@ class SocketStream(trio.abc.HalfCloseableStream):
         finally:
             self._writing = False
         self.bytes_written += size
+
+    def send_nowait(self, data: bytes | memoryview) -> int:
+        """See prompt.py."""
+        if self._closed or self._eof_sent:
+            raise trio.ClosedResourceError("this connection, or this direction of it, was already closed")
+        sent = self._send_some(data)
+        self.bytes_written += sent
+        return sent
 
     async def _send_rest(self, view: memoryview, sent: int) -> None:
         size = len(view)

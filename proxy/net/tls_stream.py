@@ -150,6 +150,24 @@ class TLSStream(trio.abc.HalfCloseableStream):
             self._hand_on_session()
         return data
 
+    def receive_nowait(self, max_bytes: int = _RECORD) -> bytes | None:
+        """See prompt.py. One record at most; OpenSSL keeps nothing back, so what is left shows as readiness of the socket."""
+        self._check_open()
+        if self._failure is not None:
+            raise again(self._failure)
+        try:
+            data: bytes = self._recv(max_bytes)
+        except (SSL.WantReadError, SSL.WantWriteError):
+            return None
+        except SSL.ZeroReturnError:
+            return b""
+        except SSL.Error as error:
+            raise self._failed(error, "while reading") from error
+        self.bytes_read += len(data)
+        if self._on_session is not None:
+            self._hand_on_session()
+        return data
+
     def _hand_on_session(self) -> None:
         on_session, self._on_session = self._on_session, None
         session = self._connection.get_session()
@@ -234,6 +252,26 @@ class TLSStream(trio.abc.HalfCloseableStream):
             else:
                 self._torn = False
                 return sent
+
+    def send_nowait(self, data: bytes | memoryview) -> int:
+        """See prompt.py."""
+        self._check_open()
+        if self._torn:
+            raise ConnectionLost("an earlier operation on this connection failed or was cancelled half-way", "torn")
+        size, sent = len(data), 0
+        while sent < size:
+            if code := self._option(socket.SOL_SOCKET, socket.SO_ERROR):
+                self._torn = True
+                raise self._refused(lost(code))
+            try:
+                sent += self._send(data if size <= _RECORD else memoryview(data)[sent : sent + _RECORD])
+            except (SSL.WantWriteError, SSL.WantReadError):
+                break
+            except SSL.Error as error:
+                self._torn = True
+                raise self._failed(error, "while sending") from error
+        self.bytes_written += sent
+        return sent
 
     def _refused(self, loss: ConnectionLost) -> NetError:
         """A peer that refuses us sends an alert and closes: the better reason, if nobody is about to read it anyway."""

@@ -89,6 +89,11 @@ class Http1Connection:
             self._searched = max(0, self._searched - self._start)
             self._buffer, self._start = self._buffer[self._start :] + data, 0
 
+    def receive_data_if(self, data: bytes) -> None:
+        """The same for what another driver has read, which is not the end if it is nothing."""
+        if data:
+            self.receive_data(data)
+
     @property
     def buffered(self) -> int:
         """Bytes received and not used up yet."""
@@ -244,7 +249,15 @@ class Http1Connection:
         self.writing = At.DONE
         return last
 
-    # Between two exchanges...
+    # Between two exchanges, and between two drivers...
+
+    def take_over(self, method: bytes, reading: tuple[At, int], writing: tuple[At, int]) -> None:
+        """Go on within an exchange that another driver (proxy/fast) has brought so far: how far each half is, and how many bytes of its
+        body, whose length is known, are still to come."""
+        self.method = method
+        self.reading, to_read = reading
+        self.writing, to_write = writing
+        self._reader, self._writer = FixedReader(to_read), writer(to_write)
 
     @property
     def reusable(self) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
+from proxy.exchange.begun import Carry
 from proxy.exchange.client import Client, ClientSettings
 from proxy.exchange.exchange import Exchange, Facts, Layer, stack
 from proxy.exchange.layers import deadline, measure, rescue
@@ -16,6 +19,8 @@ from proxy.exchange.lenders import Http1Lender
 from proxy.exchange.pool import Pool, PoolSettings
 from proxy.exchange.server import Drain, Http1Server, ServerSettings
 from proxy.exchange.trace import Side, Tracing, trace
+from proxy.fast.course import Borrowed
+from proxy.fast.road import Road
 from proxy.net.accept import Acceptor, Connection
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
@@ -53,9 +58,9 @@ class _Life:
 class Hop:
     """A proxy from the parts of this room, and what it has seen."""
 
+    target: Address
     pool: Pool[Address] = field(init=False)
     address: Address = field(init=False)
-    target: Address = field(init=False)
     acceptor: Acceptor = field(init=False)
     drain: Drain = field(default_factory=Drain)
     ended: list[Ended] = field(default_factory=list)
@@ -63,6 +68,8 @@ class Hop:
     dialled: int = 0
     closed: int = 0
     hangs: trio.Event | None = None  # dialling waits for it
+    road: Road | None = None
+    carry: Carry | None = None
     raises: Exception | None = None  # by the endpoint, instead of an exchange
     clients: list[Peer] = field(default_factory=list)
 
@@ -95,9 +102,34 @@ class Settings:
     layers: tuple[Layer, ...] = ()  # between rescue and deadline
     tracing: Tracing | None = None
     side: Side = "server"
+    fast: bool | None = None  # None: as FAST says
+
+
+# Whether hops have a fast road: set for the tests that are run on both roads (tests/exchange/conftest.py).
+FAST: ContextVar[bool] = ContextVar("FAST", default=False)
+
+
+@dataclass
+class _Course:
+    """The hop's decisions on the fast road."""
+
+    hop: Hop
+    account: Callable[[Exchange], AbstractContextManager[None]]
+
+    def take(self, _: Exchange) -> Borrowed[Address] | None:
+        upstream = self.hop.pool.take(self.hop.target) if self.hop.raises is None else None
+        return None if upstream is None else Borrowed(self.hop.pool, self.hop.target, upstream, lambda: None)
+
+
+def _pave(proxy: Hop, settings: Settings, book: Callable[[Exchange], AbstractContextManager[None]]) -> None:
+    if FAST.get() and not settings.layers and settings.tracing is None if settings.fast is None else settings.fast:
+        proxy.road = Road(proxy.drain, settings.server.idle_timeout)
+        proxy.carry = partial(proxy.road.carry, _Course(proxy, book))
 
 
 def _serve(nursery: trio.Nursery, proxy: Hop, listener: socket.socket) -> None:
+    if proxy.road is not None:
+        nursery.start_soon(proxy.road.run)
     nursery.start_soon(proxy.acceptor.serve, [listener])
 
 
@@ -105,8 +137,7 @@ def _serve(nursery: trio.Nursery, proxy: Hop, listener: socket.socket) -> None:
 async def hop(target: Address, settings: Settings | None = None) -> AsyncIterator[Hop]:
     """A running proxy to `target`. At its end all its connections must have been given back and closed, each once."""
     settings = settings or Settings()
-    proxy = Hop()
-    proxy.target = target
+    proxy = Hop(target=target)
     dialer = Dialer(timeout=settings.dial_timeout)
 
     async def dial(address: Address) -> Stream:
@@ -132,6 +163,7 @@ async def hop(target: Address, settings: Settings | None = None) -> AsyncIterato
             counted = exchange.attempts, exchange.request_bytes, exchange.response_bytes
             proxy.ended.append(Ended(status, exchange.failure, exchange.failure_words, *counted))
 
+    _pave(proxy, settings, book)
     proxy.pool = Pool(dial, account, settings.pool, settings.server.limits)
     client: Client[Address] = Client(settings.client, bridge)
     lender = Http1Lender(proxy.pool)
@@ -147,13 +179,14 @@ async def hop(target: Address, settings: Settings | None = None) -> AsyncIterato
         rescue(lambda _: settings.name, lambda _: settings.open_to),
         *settings.layers,
         deadline,
+        client.resumed,
         endpoint=send,
     )
 
     async def serve(connection: Connection) -> None:
         assert isinstance(connection.stream, SocketStream)
         facts = Facts("outbound", connection.peer, proxy.target)
-        await Http1Server(connection.stream, facts, settings.server, proxy.drain).run(handler)
+        await Http1Server(connection.stream, facts, settings.server, proxy.drain, proxy.carry).run(handler)
 
     listener = listen(settings.buffers)
     proxy.address = Address.of(listener.getsockname())

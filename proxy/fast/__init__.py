@@ -1,0 +1,35 @@
+"""The fast road: the commonest work, as plain synchronous steps.
+
+Theory
+======
+
+The ordinary road is a trio task for each connection. It can do everything, and each of its waits costs a pass of trio's scheduler: two
+waits in an exchange, besides a dozen coroutines, scopes and objects. Most exchanges need none of that. Their heads are in the canonical
+form that wire/heads.py recognises, a connection to their endpoint lies ready in the pool, the length of their bodies is known, and
+nothing goes wrong. For them there is this road: one trio task for all connections (`road.py`), over one epoll set of its own. It waits
+for that set's descriptor, and then does for each ready socket what there is to do, in plain functions: no task, no scope, no await.
+
+*One owner.* A connection belongs to its task. Between two exchanges the task may lend it: it calls `Road.carry`, and while it is
+suspended there, the road owns the connection (`lane.py` is one lent connection). The road reads from it, writes to it and takes
+connections to endpoints from the pool, which the ordinary road also does; but never both at once. The task wakes when the road gives
+the connection back, and when the task is cancelled the road lets go at once.
+
+*The road gives back what is not plain.* That is no failure but its principle: everything unusual has one implementation, the ordinary
+one. Between two exchanges it gives the connection back with the bytes read so far, as if they had just been read: a head that is
+declined or not whole, a body that is not here yet, no ready connection, anything the flow wants to decide by itself, a proxy that is
+going down. Within an exchange it gives the exchange back as far as it has got (`exchange/begun.py`): a response whose head is declined
+(chunked, interim, ...), a server that closes without an answer, a client that has gone. The ends and errors of connections are not
+judged here: a stream repeats them to whoever asks next, so the ordinary road meets them as if it had been there.
+
+*Nothing waits here.* There are no deadlines on this road but one: what has not moved for `PATIENCE` seconds goes back to the ordinary
+road, where all the others are. So a slow server's exchange costs one hand-over more than it would have, and neither road has to know
+the other's clocks.
+
+*Same books.* An exchange here is the same `Http1Exchange`, with the same account (opened here, closed here, or there after a
+hand-over), the same layers' decisions by the same functions, and the same bytes on the wire. tests/fast runs the tests of the ordinary
+road on both roads and compares them.
+
+*Fairness.* A ready connection gets one step per turn: one read, what follows from it, one write. Requests that lie in the same read
+behind the first wait for the next turn. After `TURNS` turns at the latest, trio's other tasks have theirs. A side that takes no more
+stops the other: what it did not take is kept (one read at most), and nothing is read until it is gone.
+"""

@@ -1,0 +1,374 @@
+"""One lent connection, and the exchange that it is in. The theory stands in the package.
+
+    IDLE      between two exchanges: a request may come
+    ASKED     the request is sent, or on its way: the head of the response may come
+    ANSWERED  the head of the response is sent, or on its way: the rest of its body may come
+
+    IDLE --take--> ASKED --answer--> ANSWERED --finish--> IDLE
+    IDLE --give_back--> the ordinary road, between two exchanges
+    ASKED, ANSWERED --hand_over--> the ordinary road, within the exchange
+
+Each step is called by the road when a socket is ready, does what can be done without waiting, and returns. A step that finds more than it
+can do gives the connection back, and that is the last thing it does.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING, Any
+
+from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
+
+from proxy.errors import ClientGone
+from proxy.exchange.begun import Begun
+from proxy.exchange.client import forwarded_request
+from proxy.exchange.exchange import Whole
+from proxy.exchange.server import Http1Exchange, Http1Server
+from proxy.fast.course import Borrowed, Course
+from proxy.fast.side import IN, OUT, Side
+from proxy.net.errors import NetError
+from proxy.net.prompt import Prompt
+from proxy.net.streams import SocketStream
+from proxy.net.tls import TLSStream
+from proxy.wire.heads import encode_request, encode_response, recognise_request, recognise_response
+from proxy.wire.http1 import At
+from proxy.wire.messages import strip_hop_by_hop
+
+if TYPE_CHECKING:
+    from proxy.fast.road import Road
+
+# Exchanges of one connection in a row that had to be given back, after which it is not lent for `REST` exchanges: whoever speaks HTTP/1.0,
+# uploads, or is answered in chunks, will do so again, and each attempt costs 10 to 20 µs.
+PUNTS, REST = 4, 64
+
+
+class Lane:
+    """Made with its connection's first loan and kept for all of them. `carry` is called by the connection's task, `give_back`, `recall` and
+    `hand_over` by anybody, the rest by the road."""
+
+    __slots__ = (
+        "_account", "_client", "_course", "_endpoint", "_exchange", "_fault", "_lent", "_loan", "_punts", "_remaining", "_rest", "_resting",
+        "_result", "_road", "_server", "_spare", "_task",
+    )  # fmt: skip
+
+    def __init__(self, road: Road, course: Course, server: Http1Server, stream: Prompt) -> None:
+        self._road = road
+        self._course = course
+        self._server = server
+        self._client = Side(road, stream, self._on_client)
+        self._lent = False
+        self._task: Task | None = None  # the connection's, while it is suspended here
+        self._result: Begun | None = None
+        self._fault: Exception | None = None
+        self._rest = b""  # read behind the exchange that is under way
+        self._punts = self._resting = 0
+        # Of the exchange:
+        self._exchange: Http1Exchange | None = None
+        self._account: AbstractContextManager[object] | None = None
+        self._loan: Borrowed[Any] | None = None
+        self._endpoint: Side | None = None
+        self._remaining = 0  # bytes of the response's body that have not been read yet
+        self._spare = False  # the server has sent more than its response
+
+    @property
+    def idle_since(self) -> float:
+        """trio's time; within an exchange the end of the last one."""
+        return self._server.idle_since
+
+    # Lending...
+
+    def willing(self) -> bool:
+        """Whether the connection is worth lending now."""
+        if self._resting:
+            self._resting -= 1
+            return False
+        return True
+
+    async def carry(self) -> Begun | None:
+        """See exchange.begun.Carry."""
+        self._lent, self._result, self._fault = True, None, None
+        self._client.watch(IN)
+        self._rest = self._server.connection.take_rest()
+        self.next()
+        try:
+            if self._is_lent():  # what was read already may not have suited
+                self._task = current_task()
+                await wait_task_rescheduled(self._abort)
+            if self._fault is not None:
+                raise self._fault
+            return self._result
+        except BaseException as error:  # cancelled, or a fault of this room's: either way the exchange ends here
+            self._drop(error)
+            raise
+
+    def _is_lent(self) -> bool:
+        return self._lent
+
+    def _abort(self, _: RaiseCancelT) -> Abort:
+        self._let_go()
+        return Abort.SUCCEEDED
+
+    def _drop(self, error: BaseException) -> None:
+        if self._account is not None and self._loan is not None:
+            self._account.__exit__(type(error), error, error.__traceback__)
+            self._loan.end(usable=False)
+            self._forget_exchange()
+
+    def _let_go(self) -> None:
+        self._lent = False
+        self._client.watch(0)
+        if self._endpoint is not None:
+            self._endpoint.watch(0)
+        self._road.released(self)
+
+    def _wake(self, begun: Begun | None = None) -> None:
+        task, self._task, self._result = self._task, None, begun
+        self._let_go()
+        if task is not None:
+            reschedule(task)
+
+    def give_back(self, data: bytes = b"") -> None:
+        """Between two exchanges: `data` was read and is the beginning of the next request."""
+        self._punt()
+        if data:
+            self._server.connection.receive_data(data)
+        self._wake()
+
+    def _punt(self) -> None:
+        self._punts += 1
+        if self._punts >= PUNTS:
+            self._punts, self._resting = 0, REST
+
+    def recall(self) -> None:
+        """The proxy is going down, or the connection has been idle for long: the ordinary road knows what that means."""
+        if self._exchange is None and not self._rest:
+            self._wake()
+
+    def leave(self) -> None:
+        """Give back whatever there is."""
+        if self._exchange is not None:
+            self.hand_over()
+        else:
+            self.give_back(self._rest)
+
+    def hand_over(self, data: bytes = b"", failure: Exception | None = None) -> None:
+        """Within an exchange: `data` was read from the server and not looked at; `failure`: the exchange is over, because of this."""
+        exchange, account, loan, endpoint = self._exchange, self._account, self._loan, self._endpoint
+        if exchange is None or account is None or loan is None or endpoint is None:
+            raise RuntimeError("there is no exchange to hand over")
+        self._punt()
+        method, answered = exchange.request.method, exchange.response is not None
+        to_server, to_client = endpoint.unsent, self._client.unsent
+        connection, http = self._server.connection, loan.upstream.http
+        connection.take_over(method, (At.DONE, 0), (At.BODY, self._remaining) if answered else (At.HEAD, 0))
+        connection.receive_data_if(self._rest)
+        http.take_over(
+            method, (At.BODY if answered else At.HEAD, self._remaining), (At.BODY, len(to_server)) if to_server else (At.DONE, 0)
+        )
+        http.receive_data_if(data)
+        exchange.account = ExitStack()
+        exchange.account.push(account)  # it is open already
+        exchange.begun = begun = Begun(exchange, loan, to_server, to_client, failure)
+        self._wake(begun)
+        self._forget_exchange()
+
+    def _pass_over(self, exchange: Http1Exchange, body: bytes, rest: bytes) -> None:
+        """Before an exchange of which something has been decided already."""
+        self._punt()
+        exchange.body = Whole(body)
+        connection = self._server.connection
+        connection.take_over(exchange.request.method, (At.DONE, 0), (At.HEAD, 0))
+        connection.receive_data_if(rest)
+        exchange.begun = begun = Begun(exchange)
+        self._wake(begun)
+
+    def fail(self, error: Exception) -> None:
+        """A fault of this room's: it ends the connection, as it would on the ordinary road."""
+        self._fault = error
+        self._wake()
+
+    def _forget_exchange(self) -> None:
+        self._exchange = self._account = self._loan = self._endpoint = None
+        self._client.unsent = self._rest = b""
+        self._spare = False
+
+    # The steps...
+
+    def _on_client(self, _: int) -> None:
+        try:
+            if self._exchange is None:
+                self._receive()
+            elif self._client.unsent:
+                self._flush()
+            else:
+                self._client.watch(0)  # the client sends its next request, or has gone: that is looked at behind this exchange
+        except Exception as error:  # this room's boundary: one connection's fault is not the others'
+            self.fail(error)
+
+    def _on_server(self, _: int) -> None:
+        try:
+            self._respond()
+        except Exception as error:
+            self.fail(error)
+
+    def next(self) -> None:
+        """Look at what was read behind the last exchange."""
+        if not self._lent or self._exchange is not None or not self._rest:
+            return  # it has been given back meanwhile
+        data, self._rest = self._rest, b""
+        try:
+            self._take(data)
+        except Exception as error:
+            self.fail(error)
+
+    def _receive(self) -> None:
+        try:
+            data = self._client.receive()
+        except NetError:
+            data = b""
+        if data:
+            self._take(data)
+        elif data is not None:  # the end, of whichever kind: it is told again to the ordinary road
+            self._wake()
+
+    def _take(self, data: bytes) -> None:
+        """IDLE: a request, as a rule whole."""
+        server = self._server
+        end = data.find(b"\r\n\r\n") + 4
+        found = recognise_request(data[:end], server.settings.limits) if end > 3 else None
+        if found is None or found[1] > len(data) - end or server.drain.draining:
+            self.give_back(data)
+            return
+        request, length = found
+        body = data[end : end + length]
+        exchange = Http1Exchange(server, request, Whole())
+        rest = data[end + length :]
+        loan = self._course.take(exchange)
+        if loan is None and (exchange.first is not None or exchange.trace is not None):
+            # What chance has decided is not asked of it again: that would change the odds.
+            self._pass_over(exchange, body, rest)
+            return
+        if loan is None or not isinstance(stream := loan.upstream.stream, SocketStream | TLSStream):
+            self.give_back(data)
+            return
+        account = self._course.account(exchange)
+        account.__enter__()
+        self._exchange, self._account, self._loan = exchange, account, loan
+        self._rest = rest
+        self._remaining = 0
+        exchange.carried(stream)
+        exchange.request_bytes = length
+        self._endpoint = endpoint = Side(self._road, stream, self._on_server)
+        self._road.moved(self)
+        self._ask(endpoint, encode_request(forwarded_request(exchange)) + body)
+
+    def _ask(self, endpoint: Side, data: bytes) -> None:
+        try:
+            sent = endpoint.send(data)
+        except NetError:
+            self._loan_http_ends()
+            self.hand_over()  # the server takes no more: it may have said why
+            return
+        endpoint.unsent = data[sent:]
+        endpoint.watch(IN | OUT if endpoint.unsent else IN)
+
+    def _loan_http_ends(self) -> None:
+        if self._loan is not None:
+            self._loan.upstream.http.keep_alive = False
+
+    def _respond(self) -> None:
+        """ASKED or ANSWERED: the server's socket is ready."""
+        exchange, endpoint = self._exchange, self._endpoint
+        if exchange is None or endpoint is None:
+            return
+        self._road.moved(self)
+        if endpoint.unsent:
+            self._ask(endpoint, endpoint.unsent)
+            return
+        try:
+            data = endpoint.receive()
+        except NetError:
+            data = b""
+        if data is None:
+            return
+        if not data:
+            self.hand_over()  # the end, of whichever kind: it is told again to the ordinary road
+        elif exchange.response is None:
+            self._answer(exchange, data)
+        else:
+            self._pass_on(exchange, b"", data)
+
+    def _answer(self, exchange: Http1Exchange, data: bytes) -> None:
+        """ASKED: the head of the response, and perhaps some of its body."""
+        end = data.find(b"\r\n\r\n") + 4
+        found = recognise_response(data[:end], self._server.settings.limits) if end > 3 else None
+        if found is None or self._server.drain.draining:
+            self.hand_over(data)
+            return
+        head, length = found
+        if exchange.request.method == b"HEAD" or head.status in (204, 304):
+            length = 0
+        strip_hop_by_hop(head.headers)
+        exchange.answer(head, length)
+        self._remaining = length
+        self._pass_on(exchange, encode_response(head), data[end:])
+
+    def _pass_on(self, exchange: Http1Exchange, head: bytes, body: bytes) -> None:
+        """ANSWERED: `body` has been read from the server."""
+        if len(body) > self._remaining:
+            body, self._spare = body[: self._remaining], True
+        self._remaining -= len(body)
+        exchange.response_bytes += len(body)
+        self._send(head + body if head else body)
+
+    def _flush(self) -> None:
+        self._road.moved(self)
+        self._send(self._client.unsent)
+
+    def _send(self, data: bytes) -> None:
+        client = self._client
+        try:
+            sent = client.send(data)
+        except NetError as error:
+            self._server.connection.keep_alive = False
+            failure = ClientGone(f"the client's connection broke within the response: {error}")
+            failure.__cause__ = error
+            client.unsent = data
+            self.hand_over(failure=failure)
+            return
+        if sent < len(data):
+            client.unsent = data[sent:]
+            client.watch(OUT)
+            if self._endpoint is not None:
+                self._endpoint.watch(0)  # what the client does not take stops the server
+            return
+        client.unsent = b""
+        if not self._remaining:
+            self._finish()
+        elif self._endpoint is not None:
+            self._endpoint.watch(IN)
+
+    def _finish(self) -> None:
+        """ANSWERED: all of it is with the client."""
+        account, loan, endpoint, rest = self._account, self._loan, self._endpoint, self._rest
+        if account is None or loan is None or endpoint is None:
+            return
+        endpoint.watch(0)
+        account.__exit__(None, None, None)
+        if self._spare:
+            loan.end(usable=False)
+        else:
+            loan.done()
+        self._forget_exchange()
+        self._punts = 0
+        server = self._server
+        server.served = True
+        server.idle_since = self._road.now
+        self._road.rests(self)
+        if server.drain.draining:
+            self.give_back(rest)
+            return
+        self._client.watch(IN)
+        if rest:
+            self._rest = rest
+            self._road.again(self)

@@ -1,0 +1,158 @@
+"""The one task, its epoll set, and who is lent. The theory stands in the package."""
+
+from __future__ import annotations
+
+import math
+import select
+from collections.abc import Callable
+
+import trio
+from trio.lowlevel import checkpoint, wait_readable
+
+from proxy.exchange.begun import Begun
+from proxy.exchange.server import Drain, Http1Server
+from proxy.fast.course import Course
+from proxy.fast.lane import Lane
+from proxy.net.streams import SocketStream
+from proxy.net.tls import TLSStream
+
+# Turns of the loop before trio's other tasks get theirs. A turn serves each ready connection once, so this bounds what a new connection
+# or a deadline waits by a few milliseconds; and it saves a pass of the scheduler where the next events are there already.
+TURNS = 8
+# Events taken from the kernel in one turn.
+EVENTS = 256
+# Seconds without a step after which an exchange is not plain any more. It is looked at twice as often.
+PATIENCE = 1.0
+
+
+class Road:
+    """Made before the flows, `run` beside them."""
+
+    def __init__(self, drain: Drain, idle_timeout: float) -> None:
+        """Of the servers that lend; `idle_timeout` in seconds."""
+        drain.on_begin.add(self._recall)
+        self._idle = idle_timeout / 2
+        self._epoll = select.epoll()
+        self._steps: dict[int, Callable[[int], None]] = {}  # by descriptor: what to do when it is ready
+        self._lanes: set[Lane] = set()
+        self._again: list[Lane] = []  # lanes that have bytes of a next request already
+        self._busy: dict[Lane, float] = {}  # in an exchange; when they last moved; who has waited longest is first
+        self._doze: trio.Event | None = None  # what the watch waits for while nothing is under way
+        self._running = False
+        self.now = 0.0  # trio's time at the beginning of this turn
+
+    async def run(self) -> None:
+        """Carry what is lent, until cancelled."""
+        self._running = True
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch)
+                await self._serve()
+        finally:
+            self._running = False
+            for lane in list(self._lanes):
+                lane.leave()
+            self._epoll.close()
+
+    async def carry(self, course: Course, server: Http1Server) -> Begun | None:
+        """See exchange.begun.Carry. Cancelled within an exchange, it closes the exchange's account as such."""
+        stream = server.stream
+        if not self._running or server.drain.draining or not isinstance(stream, SocketStream | TLSStream):
+            return None
+        lane = server.lane
+        if not isinstance(lane, Lane):
+            server.lane = lane = Lane(self, course, server, stream)
+        if not lane.willing():
+            return None
+        self._lanes.add(lane)
+        if self._doze is not None:
+            self._doze.set()
+        return await lane.carry()
+
+    def _recall(self) -> None:
+        """The proxy is going down: give back the connections that are between two exchanges. The others see it behind theirs."""
+        for lane in list(self._lanes):
+            lane.recall()
+
+    # For lanes...
+
+    def watch(self, descriptor: int, step: Callable[[int], None], before: int, events: int) -> None:
+        """Call `step` for these events (0: never) instead of those `before`. None may be watched when the descriptor is closed."""
+        if not events:
+            del self._steps[descriptor]
+            self._epoll.unregister(descriptor)
+        elif before:
+            self._epoll.modify(descriptor, events)
+        else:
+            self._steps[descriptor] = step
+            self._epoll.register(descriptor, events)
+
+    def released(self, lane: Lane) -> None:
+        self._lanes.discard(lane)
+        self._busy.pop(lane, None)
+
+    def moved(self, lane: Lane) -> None:
+        """`lane` is in an exchange, and has just made a step."""
+        busy = self._busy
+        if lane in busy:
+            del busy[lane]
+        busy[lane] = self.now
+        if self._doze is not None:
+            self._doze.set()
+
+    def rests(self, lane: Lane) -> None:
+        self._busy.pop(lane, None)
+
+    def again(self, lane: Lane) -> None:
+        self._again.append(lane)
+
+    # The loop...
+
+    async def _serve(self) -> None:
+        epoll, steps = self._epoll, self._steps
+        while True:
+            if self._again:
+                await checkpoint()
+            else:
+                await wait_readable(epoll.fileno())
+            self.now = trio.current_time()
+            for _ in range(TURNS):
+                events = epoll.poll(0, EVENTS)
+                if self._again:
+                    again, self._again = self._again, []
+                    for lane in again:
+                        lane.next()
+                elif not events:
+                    break
+                for descriptor, mask in events:
+                    step = steps.get(descriptor)
+                    if step is not None:  # otherwise it was forgotten in this very turn
+                        step(mask)
+
+    async def _watch(self) -> None:
+        """Give back what does not move. The interval is long while no exchange is under way."""
+        while True:
+            if self._busy:
+                await trio.sleep(PATIENCE / 2)
+                self._give_up(trio.current_time() - PATIENCE)
+            else:
+                self._doze = trio.Event()
+                with trio.move_on_after(self._give_back(trio.current_time() - self._idle)):
+                    await self._doze.wait()
+                self._doze = None
+
+    def _give_up(self, latest: float) -> None:
+        for lane, moved in list(self._busy.items()):
+            if moved > latest:
+                break
+            lane.hand_over()
+
+    def _give_back(self, latest: float) -> float:
+        """Give back the connections that have been idle for half their time; seconds until it is time for the next."""
+        oldest = math.inf
+        for lane in list(self._lanes):
+            if lane.idle_since <= latest:
+                lane.recall()
+            else:
+                oldest = min(oldest, lane.idle_since)
+        return max(oldest - latest, self._idle / 8)

@@ -1,0 +1,25 @@
+"""Streams that can be asked without waiting."""
+
+from __future__ import annotations
+
+import socket
+from typing import Protocol
+
+from proxy.net.streams import Stream
+
+
+class Prompt(Stream, Protocol):
+    """A stream that can also be asked without waiting, by an owner that knows of its socket's readiness by itself (proxy/fast)."""
+
+    @property
+    def socket(self) -> socket.socket: ...
+
+    def receive_nowait(self) -> bytes | None:
+        """As receive_some, if there is something; None: it would have to be waited for. A lost connection, or a clean end, is told again to
+        whoever asks next."""
+        ...
+
+    def send_nowait(self, data: bytes | memoryview) -> int:
+        """Send what can be sent at once; how many bytes that was. What is left has to be offered again next, the same bytes first: TLS has
+        encrypted them already. Raises ConnectionLost."""
+        ...

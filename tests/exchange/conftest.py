@@ -1,0 +1,22 @@
+"""What is told of HTTP/1 exchanges holds on both roads: every test of this room runs on the ordinary road and on the fast one, but those of
+HTTP/2, which has one road."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.kit.hop import FAST
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "http2" not in metafunc.module.__name__:
+        metafunc.parametrize("road", ["ordinary", "fast"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def road(request: pytest.FixtureRequest) -> Iterator[None]:
+    token = FAST.set(getattr(request, "param", "ordinary") == "fast")
+    yield
+    FAST.reset(token)
