@@ -5,6 +5,7 @@ The files are real; only the clock is not.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from trio.testing import MockClock
 from proxy.mesh.directory import DirectoryError
 from proxy.mesh.watch import MOST_BYTES, DirectorySource
 from proxy.net.address import Address
+from tests.mesh.test_directory import large
 
 A = "services: [{name: a, addresses: [10.0.0.1], ports: [{port: 80}]}]\n"
 B = A.replace("name: a", "name: b")
@@ -201,3 +203,22 @@ async def test_watching_looks_once_in_every_interval(file: Path, mock_clock: Moc
         await swapped.wait()
         assert name(source) == "default/b"
         nursery.cancel_scope.cancel()
+
+
+async def test_reading_a_large_directory_stops_nobody_for_a_collection(file: Path) -> None:
+    """A full collection while it is read would stop all requests for as long as it takes to look at all that there is."""
+    source, reports = DirectorySource(file), Reports()
+    full = gc.get_stats()[2]["collections"]
+    write(file, large(1000))
+    try:
+        await source.look(reports)
+        assert len(source.current.services) == 1000
+        assert gc.get_stats()[2]["collections"] == full
+        assert gc.get_freeze_count() > 5000, "the snapshot is left alone"
+        assert gc.isenabled()
+        write(file, "services: 3")
+        await source.look(reports)
+        assert reports[-1] is not None
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
