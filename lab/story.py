@@ -14,6 +14,7 @@ import trio
 
 from lab.calls import calls, grpc_server
 from lab.capture import Capture
+from lab.circle import circle
 from lab.cluster import Lab
 from lab.mesh import Mesh
 from lab.pod import Pod
@@ -54,6 +55,7 @@ async def _tell(report: Report, size: int, keep: bool) -> int:
             steps: tuple[tuple[str, Callable[[Stage], Awaitable[None]]], ...] = (
                 ("ordinary programs talk, a listener sits on the wire", traffic),
                 ("one request is followed from span to span", traced),
+                ("two clusters send a request round and round", circle),
                 ("large bodies are streamed", large_bodies),
                 ("intruders try", intruders),
                 ("latency is measured, with and without the mesh in turn", latency),
