@@ -130,12 +130,12 @@ class App:
         self.drain = Drain()
         self._ports = self.listeners.ports()  # asked once: a proxy that is going down has closed its listeners
         loops = LoopGuard(config, self._own(), metrics)
-        balancer = Balancer(trio.current_time)
+        balancer, settings = Balancer(trio.current_time, zone=config.pod.zone), Settings.of(config)
         dialer = Dialer(config.mark, config.tcp.connect_timeout, config.tcp.keepalive or None, loops.dialled, loops.connections)
         self.names = Names(config, resolvers, dialer, metrics) if resolvers is not None else None
         self.runtime = Runtime(
             config=config,
-            settings=Settings.of(config),
+            settings=settings,
             loops=loops,
             identity=self.identity,
             directory=self.source or _Known(Directory()),
@@ -143,7 +143,7 @@ class App:
             router=Router(
                 self.source or _Known(Directory()), balancer, metrics, config.pod.namespace, config.clusters.settle, trio.current_time
             ),
-            reach=Reach(balancer),
+            reach=Reach(balancer, metrics, settings.client),
             dialer=dialer,
             ledger=self.ledger,
             spans=spans,
@@ -260,6 +260,7 @@ class App:
     def _directory_changed(self, error: DirectoryError | None) -> None:
         self.metrics.directory_reloaded("ok" if error is None else "error")
         if error is None:
+            self.runtime.reach.changed()
             self._publish()
             _log.info("new directory in use: %d services", len(self.runtime.directory.current.services))
         else:
@@ -283,6 +284,7 @@ class App:
                 self.runtime.loops.listeners = self._own()
                 if self.names is not None:
                     self.names.sweep()
+                self.runtime.balancer.sweep()
             self.outbound_pools.sweep()
             self.inbound_pools.sweep()
 
@@ -300,6 +302,7 @@ class App:
         used = [pool.counts() for pool in (self.outbound_pools, self.inbound_pools)]
         self.metrics.pool("active").set(sum(active for active, _ in used))
         self.metrics.pool("idle").set(sum(idle for _, idle in used))
+        self.metrics.reach.broken((service, str(address), state) for service, address, state in self.runtime.balancer.broken())
         if self.names is not None:
             self.names.observe()
         self.metrics.spans_waiting(self.spans.waiting())

@@ -35,6 +35,7 @@ DOWNWARD = {
     "uid": "POD_UID",
     "ip": "POD_IP",
     "node": "NODE_NAME",
+    "zone": "POD_ZONE",
     "service_account": "SERVICE_ACCOUNT",
 }
 DOWNWARD_ADDRESSES = "POD_IPS"

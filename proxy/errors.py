@@ -58,6 +58,18 @@ class TunnelRefused(IsthmusError):
     """A gateway would not open the tunnel that it was asked for."""
 
 
+class AllBroken(IsthmusError):
+    """The service has endpoints, but all of them have failed, and it is not the time yet to try one again."""
+
+
+class QueueFull(IsthmusError):
+    """All endpoints of the service are broken, and as many requests as may wait for them do."""
+
+
+class DeadlineExceeded(IsthmusError):
+    """The time is over that the policy, or the client, gave the whole request."""
+
+
 class PoolExhausted(IsthmusError):
     """All connections that an endpoint may have are in use, and the queue for them is full or too slow."""
 
@@ -110,6 +122,9 @@ TABLE: dict[type[BaseException], Answer] = {
     NotAuthorised: Answer(403, 7, "http_request_denied", "identity_required"),
     LoopDetected: Answer(508, 10, "proxy_loop_detected", "loop"),
     NoEndpoint: Answer(503, 14, "destination_unavailable", "no_endpoint"),
+    AllBroken: Answer(503, 14, "destination_unavailable", "all_broken"),
+    QueueFull: Answer(503, 8, "connection_limit_reached", "queue_full"),
+    DeadlineExceeded: Answer(504, 4, "http_response_timeout", "deadline_exceeded"),
     NotExported: Answer(404, 5, "destination_not_found", "not_exported"),
     TunnelRefused: Answer(502, 14, "destination_unavailable", "tunnel_refused"),
     PoolExhausted: Answer(503, 8, "connection_limit_reached", "pool_exhausted"),

@@ -22,6 +22,8 @@ import prometheus_client
 import trio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from proxy.reach_measures import ReachMeasures
+
 Direction = Literal["inbound", "outbound", "gateway"]
 Peer = Literal["src", "dst"]
 Tls = Literal["mutual", "none", "passthrough", "unknown"]
@@ -251,6 +253,7 @@ class Metrics:
             self._counter("span_exports_total", "Batches of spans sent, by what became of them.", "result"),
         )
         self._dropped_logs = self._counter("dropped_logs_total", "Log lines dropped since their writer could not keep up.")
+        self.reach = ReachMeasures(self._counter, self._gauge, self.registry)
 
     def _states(self) -> None:
         self._gateways = self._gauge("gateways_usable", "Gateways of another cluster that get requests.", "cluster")

@@ -12,8 +12,7 @@ reached by way of its gateway, which is told the service's name there: as the re
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
-from functools import partial
+from contextlib import ExitStack
 
 from proxy.account import ConnectionAccount
 from proxy.errors import RequestError
@@ -69,7 +68,7 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
             if about.protocol is not Protocol.OPAQUE:
                 await serve(rt, connection.stream, about, handler, course)
             else:
-                await rt.reach.connection(lambda: rt.router.choose(target), to_endpoint(rt, connection.stream, about, account))
+                await to_endpoint(rt, target, connection.stream, about, account)
 
     return accept
 
@@ -78,10 +77,7 @@ def to_service(rt: Runtime, pools: Pools[Endpoint], client: Client[Endpoint]) ->
     """The endpoint of the stack: each request to one of the endpoints of its destination."""
 
     def choose(exchange: Exchange) -> Target:
-        request, first = exchange.request, exchange.first
-        if isinstance(first, Target):  # said on the fast road, a moment ago
-            exchange.first = None
-            return first
+        request = exchange.request
         meant = rt.router.meant(exchange.facts.destination, lambda: whom(request))
         exchange.service = meant.service
         return rt.router.choose(meant)
@@ -138,44 +134,51 @@ class OutboundCourse:
         target = rt.router.meant(exchange.facts.destination, lambda: whom(request))
         if target.plan is not None or target.remote is not None or target.policy is not DEFAULT_POLICY or target.protocol is Hint.HTTP2:
             return None
-        endpoint = rt.balancer.pick(target)
+        endpoint = rt.reach.sound(target)
         if endpoint is None or rt.loops.own(endpoint.address.host) or not unguarded(exchange, self._waypoint):
             return None
-        borrowed = self._pools.take(endpoint, partial(rt.balancer.finished, endpoint))
+        borrowed = self._pools.take(endpoint)
         if borrowed is None:
             # Drawing again would favour the endpoints that have a ready connection.
-            exchange.service = target.service
-            exchange.first = replace(target, endpoints=(endpoint,))
+            exchange.service, exchange.first = target.service, endpoint
             return None
         exchange.upstream, exchange.service, exchange.chosen = endpoint.address, target.service, target.service
         if endpoint.identity is None:
             hide_names(exchange)
-        rt.balancer.started(endpoint)
+        borrowed.on_end = rt.reach.watch(exchange, target, endpoint)
         return borrowed
 
 
-def to_endpoint(
-    rt: Runtime, client: Stream, about: Facts, account: ConnectionAccount
-) -> Callable[[Target, Endpoint], Awaitable[None]]:
+async def to_endpoint(rt: Runtime, target: Target, client: Stream, about: Facts, account: ConnectionAccount) -> None:
     """Relay `client` to an endpoint, byte for byte."""
+    with ExitStack() as calls:  # of the pod to itself
+        heard: list[Callable[[int, int], None]] = []
 
-    async def join(target: Target, endpoint: Endpoint, moved: Callable[[int, int], None] | None = None) -> None:
-        remote = target.remote
-        about.chosen = target.service
-        trace = [header(about.trace.trace_id, about.trace.span_id)] if about.trace is not None else []
-        async with closing(await rt.connect(endpoint, ALPN_TCP if remote is None else ALPN_HTTP1, about.depth + 1)) as stream:
-            with account.upstream(stream):
-                upstream: Stream = stream
-                if remote is not None:
-                    fields = [*trace, *rt.loops.fields(b"CONNECT", remote.tunnel)]
-                    upstream = await open_tunnel(stream, remote.tunnel, fields, rt.settings.limits, rt.config.clusters.tunnel_timeout)
-                account.relayed(await relay(client, upstream, idle=rt.config.tcp.idle_timeout, on_bytes=moved))
+        async def connect(target: Target, endpoint: Endpoint) -> Stream:
+            about.chosen = target.service
+            heard.clear()
+            with ExitStack() as call:
+                if rt.loops.own(endpoint.address.host):
+                    heard.append(call.enter_context(rt.loops.self_call(endpoint.address.port)).moved)
+                stream = await to_its_port(rt, target, endpoint, about)
+                calls.push(call.pop_all())
+            return stream
 
-    async def use(target: Target, endpoint: Endpoint) -> None:
-        if not rt.loops.own(endpoint.address.host):
-            await join(target, endpoint)
-            return
-        with rt.loops.self_call(endpoint.address.port) as call:
-            await join(target, endpoint, call.moved)
+        async with rt.reach.connection(lambda: rt.router.choose(target), connect) as stream, closing(stream) as upstream:
+            with account.upstream(upstream):
+                account.relayed(await relay(client, upstream, idle=rt.config.tcp.idle_timeout, on_bytes=heard[0] if heard else None))
 
-    return use
+
+async def to_its_port(rt: Runtime, target: Target, endpoint: Endpoint, about: Facts) -> Stream:
+    """A connection to the target's port at an endpoint: by a tunnel, if that is a gateway."""
+    remote = target.remote
+    if remote is None:
+        return await rt.connect(endpoint, ALPN_TCP, about.depth + 1)
+    trace = [header(about.trace.trace_id, about.trace.span_id)] if about.trace is not None else []
+    stream = await rt.connect(endpoint, ALPN_HTTP1, about.depth + 1)
+    try:
+        fields = [*trace, *rt.loops.fields(b"CONNECT", remote.tunnel)]
+        return await open_tunnel(stream, remote.tunnel, fields, rt.settings.limits, rt.config.clusters.tunnel_timeout)
+    except BaseException:
+        stream.close()
+        raise

@@ -1,64 +1,269 @@
-"""From a target to one of its endpoints: which one, and which other one if that does not do.
+"""From a target to one of its endpoints: which one, which other one if that does not do, and what happens if there is none.
 
 A flow knows what may serve a request (a target, asked for anew before each attempt, since what is usable may have changed) and how to
-carry it to an endpoint. What lies between the two is here.
+carry it to an endpoint. What lies between the two is here: the balancer picks (mesh/balance.py), attempts.py says whether there is another
+attempt, and whoever finds all endpoints broken waits for one of them to be tried again:
 
-A request whose endpoint cannot be connected to has not been sent, so another endpoint may have it.
+    the service has no endpoint that is ready                    503 no_endpoint, at once
+    all are broken, and none is to be tried within the timeout   503 all_broken, at once
+    too many wait already                                        503 queue_full, at once
+    all are broken, and stay so for the timeout                  503 all_broken
+
+An address of no service has one endpoint and nobody else: it is connected to as it would be without a proxy, whatever became of it last
+time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 
-from proxy.errors import NoEndpoint, UpstreamTLSError
+import trio
+
+from proxy.attempts import ENDPOINTS_TRIED, FAILURES, Attempts, AttemptTimeout, within
+from proxy.errors import (
+    AllBroken,
+    NoEndpoint,
+    QueueFull,
+    TunnelRefused,
+    UpstreamProtocolError,
+    UpstreamTLSError,
+    describe,
+)  # fmt: skip
+from proxy.exchange.client import ClientSettings
 from proxy.exchange.exchange import Exchange
+from proxy.logs import RateLimit, warn
 from proxy.mesh.balance import Balancer
+from proxy.mesh.breaker import State
 from proxy.mesh.directory import Endpoint, Target
+from proxy.mesh.fleet import Change, Fleet, Work
+from proxy.metrics import Metrics
 from proxy.net.errors import ConnectFailed
+from proxy.net.streams import Stream
 
-T = TypeVar("T")
+_log = logging.getLogger("isthmus.endpoints")
 
-# More than a few tries would only make the client wait: then the service is down, not an endpoint of it.
-_ENDPOINTS_TRIED = 3
+# What `connect` raises when there is no connection, and nothing has been sent.
+_NOT_CONNECTED = (ConnectFailed, UpstreamTLSError, TunnelRefused, UpstreamProtocolError)
+# A queue looks again after this long (seconds) at the earliest: whatever the reason was that nothing could be picked.
+_LOOK_AGAIN = 0.02
+# Bytes of a response that comes nearly at once.
+_SHORT = 65536
+
+Choose = Callable[[Exchange], Target]
+Send = Callable[[Exchange, Target, Endpoint], Awaitable[None]]
+Connect = Callable[[Target, Endpoint], Awaitable[Stream]]
 
 
 class Reach:
     """The way from targets to endpoints, for requests and for connections."""
 
-    def __init__(self, balancer: Balancer) -> None:
+    def __init__(self, balancer: Balancer, metrics: Metrics, client: ClientSettings) -> None:
+        """`client`: how long a server may take where a policy does not say."""
         self._balancer = balancer
+        self._metrics = metrics.reach
+        self._client = client
+        self._opened, self._closed = RateLimit(5), RateLimit(5)
+        balancer.on_change(self._changed)
 
-    async def exchange(
-        self,
-        exchange: Exchange,
-        choose: Callable[[Exchange], Target],
-        send: Callable[[Exchange, Target, Endpoint], Awaitable[None]],
-    ) -> None:
-        """Carry `exchange` by `send` to an endpoint of what `choose` says. Raises NoEndpoint, and what `send` raises."""
-        await self.connection(lambda: choose(exchange), lambda target, endpoint: send(exchange, target, endpoint))
+    # Requests...
 
-    async def connection(self, choose: Callable[[], Target], use: Callable[[Target, Endpoint], Awaitable[T]]) -> T:
-        """`use` an endpoint of what `choose` says; another one if the first cannot be connected to. Raises NoEndpoint, and what `use`
-        raises."""
-        tried: list[Endpoint] = []
-        failure: ConnectFailed | None = None
+    async def exchange(self, exchange: Exchange, choose: Choose, send: Send) -> None:
+        """Carry `exchange` by `send` to an endpoint of what `choose` says, as often as it takes and its policy allows. Raises NoEndpoint,
+        AllBroken, QueueFull, RequestError, and what `choose` and `send` raise."""
+        target = choose(exchange)
+        if target.service is None:
+            await send(exchange, target, _only(target))
+            return
+        fleet = self._balancer.fleet(target.service)
+        fleet.budget.requests += 1
+        attempts = Attempts(exchange, fleet, target.policy, self._metrics, self._client)
         while True:
+            first, exchange.first = exchange.first, None
+            endpoint = first if isinstance(first, Endpoint) and first in target.endpoints else fleet.pick(target, attempts.tried)
+            if endpoint is None and attempts.tried:
+                endpoint = fleet.pick(target, attempts.unreached)
+            if endpoint is None or fleet.queue:
+                if attempts.failure is not None:
+                    raise attempts.failure
+                target, fleet, endpoint = await self._wait(lambda: choose(exchange))
+                attempts.remind()
+            attempts.fleet = fleet
+            attempts.begin(endpoint, alone=len(target.endpoints) == 1)
+            try:
+                if attempts.timeout is None:
+                    await send(exchange, target, endpoint)
+                else:
+                    await _timed(attempts, send(exchange, target, endpoint))
+                return
+            except FAILURES as error:
+                pause = attempts.another(error)
+            finally:
+                attempts.end()
+            if pause:
+                await trio.sleep(pause)
+            target, fleet = self._choose_again(lambda: choose(exchange), attempts.failure)
+            attempts.remind()
+
+    def _choose_again(self, choose: Callable[[], Target], failure: Exception | None) -> tuple[Target, Fleet]:
+        """Another look at what may serve, after an attempt. If nothing does any more, what has failed before is the better answer."""
+        try:
             target = choose()
-            endpoint = self._balancer.pick(target, exclude=tried) if len(tried) < _ENDPOINTS_TRIED else None
-            if endpoint is None:
+        except NoEndpoint:
+            if failure is not None:
+                raise failure from None
+            raise
+        return target, self._fleet(target)
+
+    def _fleet(self, target: Target) -> Fleet:
+        # The directory may have forgotten the service meanwhile. What is chosen then is an address of no service, with no history.
+        return self._balancer.fleet(target.service or "")
+
+    # Requests on the fast road, which has steps instead of attempts...
+
+    def sound(self, target: Target) -> Endpoint | None:
+        """An endpoint for a request that needs no care; None: there is none, or something of the service is broken."""
+        if target.service is None:
+            return target.endpoints[0] if target.endpoints and target.endpoints[0].ready else None
+        fleet = self._balancer.fleet(target.service)
+        return None if fleet.broken or fleet.queue else fleet.pick(target)
+
+    def watch(self, exchange: Exchange, target: Target, endpoint: Endpoint) -> Callable[[], None]:
+        """`exchange` is being sent to `endpoint`; what is returned is to be called when that has ended."""
+        if target.service is None:
+            return _nothing
+        fleet = self._balancer.fleet(target.service)
+        fleet.budget.requests += 1
+        work = fleet.begin(target.policy, endpoint, alone=len(target.endpoints) == 1)
+        return partial(_ended, exchange, work, trio.current_time() if work.load is not None else 0.0)
+
+    # Connections...
+
+    @asynccontextmanager
+    async def connection(self, choose: Callable[[], Target], connect: Connect) -> AsyncIterator[Stream]:
+        """A stream to an endpoint of what `choose` says, opened by `connect`, for a block, at whose end the caller has closed it; another
+        endpoint if one cannot be connected to. Raises NoEndpoint, AllBroken, QueueFull, and what `choose` and `connect` raise."""
+        target = choose()
+        if target.service is None:
+            yield await connect(target, _only(target))
+            return
+        stream, work = await self._connected(target, choose, connect)
+        try:
+            yield stream
+        finally:
+            work.finished()
+
+    async def _connected(self, target: Target, choose: Callable[[], Target], connect: Connect) -> tuple[Stream, Work]:
+        fleet, failure = self._fleet(target), None
+        tried: tuple[Endpoint, ...] = ()
+        while True:
+            endpoint = fleet.pick(target, tried)
+            if endpoint is None or fleet.queue:
                 if failure is not None:
                     raise failure
-                raise NoEndpoint(f"none of the {len(target.endpoints)} endpoints of {target.service or 'the destination'} is ready")
+                target, fleet, endpoint = await self._wait(choose)
+            work = fleet.begin(target.policy, endpoint, alone=len(target.endpoints) == 1)
+            started = trio.current_time()
             try:
-                with self._balancer.using(endpoint):
-                    return await use(target, endpoint)
-            except UpstreamTLSError:
-                self._balancer.failed(endpoint)  # let the next one go elsewhere; this one fails, and says why
+                stream = await connect(target, endpoint)
+            except _NOT_CONNECTED as error:
+                if isinstance(error, ConnectFailed) and error.reason == "local":
+                    work.finished()
+                    raise
+                work.failed(describe(error).reason, unreachable=isinstance(error, ConnectFailed | UpstreamTLSError))
+                work.finished()
+                failure, tried = error, (*tried, endpoint)
+                if len(tried) >= ENDPOINTS_TRIED:
+                    raise
+            except BaseException:
+                work.finished()
                 raise
-            except ConnectFailed as error:
-                if error.reason == "local":
-                    raise  # another endpoint would not help, and this one is not to be avoided for it
-                self._balancer.failed(endpoint)
-                tried.append(endpoint)
-                failure = error
+            else:
+                work.answered(trio.current_time() - started)
+                return stream, work
+            target, fleet = self._choose_again(choose, failure)
+
+    # Nothing can be used...
+
+    async def _wait(self, choose: Callable[[], Target]) -> tuple[Target, Fleet, Endpoint]:
+        """Wait until an endpoint of what `choose` says may be tried."""
+        target = choose()
+        fleet, rules = self._fleet(target), target.policy.queue
+        deadline = trio.current_time() + rules.timeout
+        self._check(fleet, target, deadline)
+        if len(fleet.queue) >= rules.size:
+            raise QueueFull(f"{len(fleet.queue)} requests wait for an endpoint of {target.service} already")
+        with fleet.queue.place() as place, self._metrics.queued() as record, trio.move_on_at(deadline):
+            while True:
+                soon = trio.current_time() + _LOOK_AGAIN
+                await fleet.queue.turn(place, max(soon, fleet.next_probe(target)))
+                if not fleet.queue.first(place):
+                    continue
+                target = choose()
+                chosen = self._fleet(target)
+                endpoint = chosen.pick(target)
+                if endpoint is not None:
+                    record.served = True
+                    return target, chosen, endpoint
+                self._check(chosen, target, deadline)
+        raise AllBroken(f"{self._broken(target)}, and none could be tried again within {rules.timeout:g} s")
+
+    def _check(self, fleet: Fleet, target: Target, deadline: float) -> None:
+        """Raises if there is nothing to wait for."""
+        if not any(endpoint.ready for endpoint in target.endpoints):
+            raise NoEndpoint(f"none of the {len(target.endpoints)} endpoints of {target.service or 'the destination'} is ready")
+        if not fleet.usable(target) and (opens := fleet.opens(target)) > deadline:
+            raise AllBroken(f"{self._broken(target)}; the next one is tried in {opens - trio.current_time():.1f} s")
+
+    def _broken(self, target: Target) -> str:
+        ready, why = sum(endpoint.ready for endpoint in target.endpoints), self._fleet(target).why(target)
+        who = f"all {ready} endpoints of {target.service} are" if ready > 1 else f"the one endpoint of {target.service} is"
+        return f"{who} broken (last: {why})"
+
+    def changed(self) -> None:
+        """The directory has changed: whoever waits may look again."""
+        self._balancer.wake()
+
+    def _changed(self, change: Change) -> None:
+        """A breaker has."""
+        self._metrics.breaker_changed(change.state)
+        if change.state is State.OPEN:
+            warn(_log, self._opened, "%s of %s is left alone for %.1f s: %s", change.address, change.service, change.penalty, change.why)
+        elif change.state is State.CLOSED and (suppressed := self._closed.admit()) is not None:
+            more = f" ({suppressed} similar suppressed)" if suppressed else ""
+            _log.info("%s of %s is used again%s", change.address, change.service, more)
+
+
+async def _timed(attempts: Attempts, sending: Awaitable[None]) -> None:
+    """An attempt with a timeout of its own, which ends with the head of the response."""
+    with trio.CancelScope(deadline=trio.current_time() + (attempts.timeout or 0.0)) as scope:
+        attempts.scope = scope
+        await sending
+    attempts.scope = None
+    if scope.cancelled_caught:
+        raise AttemptTimeout
+
+
+def _nothing() -> None:
+    pass
+
+
+def _ended(exchange: Exchange, work: Work, started: float) -> None:
+    """An exchange on the fast road is over. The time of a long response says little about when it began."""
+    response = exchange.response
+    if response is not None:
+        seconds = trio.current_time() - started if started and exchange.response_bytes <= _SHORT else None
+        if within(response.status, work.policy.breaker.statuses):
+            work.failed(f"status {response.status}", seconds)
+        else:
+            work.answered(seconds, bad=response.status >= 500)
+    work.finished()
+
+
+def _only(target: Target) -> Endpoint:
+    for endpoint in target.endpoints:
+        if endpoint.ready:
+            return endpoint
+    raise NoEndpoint(f"none of the {len(target.endpoints)} endpoints of the destination is ready")

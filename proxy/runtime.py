@@ -108,7 +108,6 @@ class Runtime:
         `depth`: of the connection among our own. Raises ConnectFailed, LoopDetected, UpstreamTLSError.
         """
         stream = await self.dialer.dial(endpoint.address, depth)
-        self.balancer.connected(endpoint)
         identity, expected = self.identity, endpoint.identity
         if expected is None or (identity is not None and expected == identity.id and self.loops.own(endpoint.address.host)):
             return stream

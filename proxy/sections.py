@@ -40,6 +40,7 @@ class PodConfig(Section, frozen=True):
     uid: Annotated[str, described("its unique id; from POD_UID")] = ""
     ip: Annotated[IP | None, described("its main address; from POD_IP")] = None
     node: Annotated[str, described("the node it runs on; from NODE_NAME")] = ""
+    zone: Annotated[str, described("the zone that is in, whose endpoints come first; from POD_ZONE", 63)] = ""
     service_account: Annotated[str, described("its service account; from SERVICE_ACCOUNT")] = "default"
     addresses: Annotated[
         tuple[IP, ...], described("all addresses of the pod, by which it knows itself; from POD_IPS; empty: asked from the system", 64)

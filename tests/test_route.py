@@ -89,7 +89,9 @@ class World:
             for target in service.targets.values():
                 for endpoint in target.endpoints:
                     if endpoint.address.host in hosts:
-                        self.balancer.failed(endpoint)
+                        work = self.balancer.fleet(target.service or "").begin(target.policy, endpoint, alone=False)
+                        work.failed("test", unreachable=True)
+                        work.finished()
 
     def services(self) -> list[Service]:
         directory = self.known.current

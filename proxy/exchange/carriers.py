@@ -24,7 +24,7 @@ from proxy.net.errors import ConnectionLost
 from proxy.net.streams import Stream
 from proxy.wire.bodies import Framing, Length
 from proxy.wire.http1 import At
-from proxy.wire.messages import EndOfMessage, ProtocolError, RequestHead, ResponseHead, Signal
+from proxy.wire.messages import EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead, Signal
 
 
 class Unanswered(Exception):
@@ -64,6 +64,10 @@ class Carrier(ABC):
     @abstractmethod
     async def head(self) -> ResponseHead:
         """The next head, interim ones too. Raises Unanswered, UpstreamProtocolError, UpstreamClosed."""
+
+    def bare_end(self) -> Headers | None:
+        """The trailers of a response that has ended already without a body, as far as it is known; None: it has not. Behind `head`."""
+        return None
 
     @property
     @abstractmethod
@@ -235,6 +239,9 @@ class Http2Carrier(Carrier):
             head.reason = _reason(head.status)
         self._response = head
         return head
+
+    def bare_end(self) -> Headers | None:
+        return self._opened().bare_end
 
     def _broken(self, error: StreamLost) -> Exception:
         if error.fault:

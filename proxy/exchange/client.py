@@ -9,6 +9,9 @@ kept connection that the server closes just as we use it says nothing about our 
 that is safe (RFC 9110 §9.2.2): the method is idempotent, there was no body, and not a byte of a response has come. A request that an
 HTTP/2 server has refused it has not looked at (RFC 9113 §8.7); any such request is repeated once, unless a part of its body is gone: then
 the client is told the same, and may repeat it.
+
+Anything further (other endpoints, statuses) is not decided here, but by whoever has set the exchange's `judge`: it sees the head before a
+byte of the response is passed on, and may decline it.
 """
 
 from __future__ import annotations
@@ -53,12 +56,21 @@ IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"
 _GATHER = 65536
 
 
+# Of a response that is dropped: so much is read, for so many seconds, that its connection may be kept.
+_DROP_BYTES = 65536
+_DROP_SECONDS = 0.25
+
+
 @dataclass(frozen=True, slots=True)
 class ClientSettings:
-    """Times in seconds."""
+    """How long a server may take. Times in seconds."""
 
     response_timeout: float = 300.0  # from the end of the request to the response's head
     stream_timeout: float = 3600.0  # between two pieces of a body, either way
+
+
+class Declined(Exception):
+    """The response that came was dropped because the exchange's judge wants another attempt."""
 
 
 Bridge = Callable[[Exchange, Stream, Stream], Awaitable[None]]
@@ -80,7 +92,7 @@ class Client(Generic[K]):
         self._bridge = bridge
 
     async def send(self, exchange: Exchange, endpoint: K, lender: Lender[K]) -> None:
-        """Carry `exchange` to `endpoint` and back. Raises what dialling raises, and the Upstream* errors."""
+        """Carry `exchange` to `endpoint` and back. Raises what dialling raises, the Upstream* errors, and Declined."""
         bodiless = exchange.body.length == 0
         try:
             await self._attempt(exchange, endpoint, lender, fresh=exchange.fresh)
@@ -127,9 +139,11 @@ class Client(Generic[K]):
         async with lender.carrier(endpoint, fresh=fresh) as carrier:
             exchange.carried(carrier.stream)
             try:
-                await _Attempt(self._settings, exchange, carrier, self._bridge).run()
+                taken = await _Attempt(exchange.times or self._settings, exchange, carrier, self._bridge).run()
             finally:
                 exchange.facts.declined_responses += carrier.declined
+        if not taken:
+            raise Declined
 
 
 class _Attempt:
@@ -144,17 +158,20 @@ class _Attempt:
         self._bridge = bridge
         self._fault: Exception | None = None  # of the pump or of the reader, whichever failed first
 
-    async def run(self) -> None:
+    async def run(self) -> bool:
+        """False: the response was declined."""
         exchange = self._exchange
         # What follows a CONNECT is not its body but the tunnel, and belongs to whoever answers it.
         length = 0 if exchange.request.method == b"CONNECT" else exchange.body.length
         self._carrier.begin(forwarded_request(exchange), length)
         if await self._send_ready():
-            await self._receive()
-            return
-        group = None
+            if await self._receive():
+                return True
+            await self._drop()
+            return False
+        group, taken = None, True
         try:
-            await self._receive_and_pump()
+            taken = await self._receive_and_pump()
         except BaseExceptionGroup as error:
             group = error
         if group is not None:
@@ -163,6 +180,7 @@ class _Attempt:
             raise group
         if self._fault is not None:
             raise self._fault
+        return taken
 
     async def go_on(self, begun: Begun) -> None:
         """The request has been sent, but for the rest of its last bytes."""
@@ -181,11 +199,12 @@ class _Attempt:
         else:
             await begun.exchange.go_on(begun.to_client, _ResponseBody(self._settings, exchange, carrier))
 
-    async def _receive_and_pump(self) -> None:
+    async def _receive_and_pump(self) -> bool:
+        taken = True
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._pump, nursery.cancel_scope)
             try:
-                await self._receive()
+                taken = await self._receive()
             except Exception as error:  # raised by the caller: out of a nursery it would come as a group
                 self._fault = self._fault or error
             else:
@@ -193,6 +212,7 @@ class _Attempt:
                 self._fault = None
             # A server that wants no more of the request has said so by ending its response.
             nursery.cancel_scope.cancel()
+        return taken
 
     async def _send_ready(self) -> bool:
         """Send the head with what there is of the body. True: that was all of it."""
@@ -244,8 +264,8 @@ class _Attempt:
             self._fault = error
             attempt.cancel()
 
-    async def _receive(self) -> None:
-        """Read the response, the interim ones first, and hand it on."""
+    async def _receive(self) -> bool:
+        """Read the response, the interim ones first, and hand it on. False: it will not do, and nothing of it was handed on."""
         exchange, carrier = self._exchange, self._carrier
         for _ in range(_INTERIM):
             head = await carrier.head()
@@ -253,15 +273,19 @@ class _Attempt:
             strip_hop_by_hop(head.headers)
             if not head.informational:
                 break
+            exchange.informed = True
             await exchange.inform(head)
         else:
             raise UpstreamProtocolError(f"more than {_INTERIM} interim responses")
         # If it is too late already, or the request has failed meanwhile, the client is told so. From here on it can only be told this.
         await trio.lowlevel.checkpoint_if_cancelled()
+        if exchange.judge is not None and exchange.judge(head, carrier.bare_end()):
+            exchange.clock.rest()
+            return False
         tunnel = carrier.tunnel()
         if tunnel is None:
             await exchange.respond(head, _ResponseBody(self._settings, exchange, carrier))
-            return
+            return True
         if head.status == 101:
             if protocol is None or offered(exchange.request) is None:
                 raise UpstreamProtocolError("a 101 response to a request that offered no upgrade")
@@ -270,6 +294,16 @@ class _Attempt:
         client = await exchange.switch(head)
         exchange.clock.rest()
         await self._bridge(exchange, client, tunnel)
+        return True
+
+    async def _drop(self) -> None:
+        """Read the rest of a response that was declined, if it is short: then its connection can be used again."""
+        length, left = self._carrier.length, _DROP_BYTES
+        if isinstance(length, int) and length > left:
+            return
+        with trio.move_on_after(_DROP_SECONDS), suppress(UpstreamClosed, UpstreamProtocolError):
+            while left > 0 and isinstance(piece := await self._carrier.body(), bytes):
+                left -= len(piece)
 
     def _stalls(self) -> Exception:
         return UpstreamTimeout(f"the server took nothing of the request for {self._settings.stream_timeout} s")

@@ -32,6 +32,7 @@ from tracing.sampling import Trace
 
 if TYPE_CHECKING:
     from proxy.exchange.begun import Begun
+    from proxy.exchange.client import ClientSettings
 
 
 class Body(Protocol):
@@ -100,6 +101,22 @@ class Facts:
         self.upstream_tls = stream.info if isinstance(stream, TLSStream) else None
 
 
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """An attempt at an exchange that was not the last one. Times are trio's."""
+
+    upstream: Address
+    started: float
+    ended: float
+    status: int  # of its response; 0: there was none
+    reason: str  # why there was another: a reason of errors.py, or `status`, `grpc_status`
+
+
+# Told the final head, and the trailers of a response that has ended already without a body (None: it has not). Whether to drop it, because
+# there will be another attempt.
+Judge = Callable[[ResponseHead, Headers | None], bool]
+
+
 def _unheard(_: int) -> None:
     pass
 
@@ -113,8 +130,9 @@ class Exchange(ABC):
 
     __slots__ = (
         "account", "attempts", "authority", "begun", "body", "caller", "chosen", "clock", "cycle", "facts", "failure", "failure_words",
-        "first", "fresh", "grpc_status", "guarded", "loop", "malformed", "on_attempt", "on_response", "outside", "request",
-        "request_bytes", "response", "response_bytes", "service", "trace", "upstream", "upstream_tls",
+        "first", "fresh", "grpc_status", "guarded", "informed", "judge", "loop", "malformed", "on_attempt", "on_response", "outside",
+        "request", "request_bytes", "resent", "response", "response_bytes", "service", "times", "trace", "tried", "upstream",
+        "upstream_tls",
     )  # fmt: skip
 
     def __init__(self, request: RequestHead, body: Body, facts: Facts, malformed: ProtocolError | None = None) -> None:
@@ -140,10 +158,15 @@ class Exchange(ABC):
         self.caller: bytes | None = None  # the verified identity of who sent it, for the next hop; None: nothing is said
         self.account: ExitStack | None = None  # closes the account, which is open already: the exchange was begun on the fast road
         self.begun: Begun | None = None  # by the fast road, which has handed it over
-        self.first: object = None  # where to go first: the flow has said so on the fast road
+        self.first: object = None  # the endpoint to try first: chance has said so on the fast road
         self.guarded = False  # the loop guard has seen it there
         self.fresh = False  # a kept connection was tried in vain: only a new one is worth trying
-        self.attempts = 0
+        self.attempts = 0  # connections that it was sent on
+        self.tried: list[Attempt] | None = None  # attempts before the last one; None: there were none
+        self.resent = 0.0  # when the last attempt began, if there were others before it
+        self.judge: Judge | None = None  # asked whether the response will do
+        self.informed = False  # an interim response has been passed on
+        self.times: ClientSettings | None = None  # if they are not the client's usual ones
         self.request_bytes = 0
         self.response_bytes = 0
         self.clock = NO_CLOCK
@@ -187,28 +210,52 @@ class Exchange(ABC):
 class Clock:
     """The deadline of one exchange: moved at each step, for one cancel scope is dearer than moving it (about 6 to 11 µs against 2).
 
-    `expect` says what is waited for now; when the time is up, the deadline layer raises that.
+    `expect` says what is waited for now; when the time is up, the deadline layer raises that. Whatever the steps are, the exchange as a
+    whole may have a limit.
     """
 
-    __slots__ = ("late", "scope")
+    __slots__ = ("_overdue", "late", "limit", "scope", "since", "stopped")
 
     def __init__(self, scope: trio.CancelScope) -> None:
         self.scope = scope
         self.late: Callable[[], Exception] | None = None
+        self.limit = math.inf  # of the whole exchange; trio's time
+        self.since = 0.0  # when the last step began
+        self.stopped = False  # by `give_up`
+        self._overdue: Callable[[], Exception] | None = None
 
     def expect(self, late: Callable[[], Exception], seconds: float) -> None:
         """From now on, `seconds` at most until the next step; `late()` is the error if not."""
-        self.late = late
-        self.scope.deadline = trio.current_time() + seconds
+        self.since = now = trio.current_time()
+        deadline = now + seconds
+        if deadline < self.limit:
+            self.late = late
+            self.scope.deadline = deadline
+        else:
+            self.rest()
 
     def rest(self) -> None:
-        """Nothing is waited for that has a limit."""
-        self.scope.deadline = math.inf
+        """Nothing is waited for that has a limit of its own."""
+        self.late = self._overdue
+        self.scope.deadline = self.limit
+
+    def limit_to(self, limit: float, overdue: Callable[[], Exception]) -> None:
+        """The exchange has to be over by then, unless it has to be earlier already."""
+        if limit < self.limit:
+            self.limit, self._overdue = limit, overdue
+            if limit < self.scope.deadline:
+                self.rest()
 
     def give_up(self, late: Callable[[], Exception]) -> None:
         """It is over now, because of `late()`."""
         self.late = late
+        self.stopped = True
         self.scope.cancel()
+
+    @property
+    def ran_out(self) -> bool:
+        """What was waited for did not come in time."""
+        return self.scope.cancel_called and not self.stopped
 
 
 class _NoClock(Clock):
@@ -218,6 +265,9 @@ class _NoClock(Clock):
         pass
 
     def rest(self) -> None:
+        pass
+
+    def limit_to(self, limit: float, overdue: Callable[[], Exception]) -> None:
         pass
 
     def give_up(self, late: Callable[[], Exception]) -> None:

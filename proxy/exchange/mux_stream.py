@@ -112,6 +112,11 @@ class MuxStream:
         return self._end is not None and not self._chunks and not len(self._end.trailers)
 
     @property
+    def bare_end(self) -> Headers | None:
+        """The trailers of a message that has ended without a body; None: it has a body, or goes on."""
+        return self._end.trailers if self._end is not None and not self._chunks else None
+
+    @property
     def lost(self) -> StreamLost | None:
         return self._lost
 

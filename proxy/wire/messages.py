@@ -185,8 +185,14 @@ CALLER_FIELDS = frozenset(
     b"%b%bclient%bid" % (proxy, one, two) for proxy in (b"isthmus", b"l5d") for one in (b"-", b"_") for two in (b"-", b"_")
 )
 
+# Limits that a client asks the first proxy for (proxy/overrides.py). They end there, heard or not.
+OVERRIDES = frozenset(
+    {b"isthmus-timeout", b"isthmus-response-timeout", b"isthmus-attempt-timeout"}
+    | {b"isthmus-retry-limit", b"isthmus-retry-statuses", b"isthmus-retry-grpc"}
+)
+
 # What ends at each hop.
-HOP_BY_HOP = _CONNECTION_FIELDS | CALLER_FIELDS
+HOP_BY_HOP = _CONNECTION_FIELDS | CALLER_FIELDS | OVERRIDES
 
 # A Connection option may name any field, but dropping one of these would change what the message means, to whom it goes, or what the
 # proxies before us have said about it.

@@ -41,6 +41,7 @@ class Settings2:
     up: bytes = b"2"
     buffers: int | None = None
     account: Callable[[Exchange], AbstractContextManager[object]] | None = None
+    steer: Callable[[Exchange, Callable[[Address], Awaitable[None]]], Awaitable[None]] | None = None  # instead of taking turns
     around: Callable[[Exchange], AbstractContextManager[object]] = lambda _: contextlib.nullcontext()  # inside of `rescue`
 
 
@@ -151,6 +152,9 @@ def _serving(proxy: Hop2, settings: Settings2) -> Callable[[Connection], Awaitab
     client: Client[Address] = Client(settings.client, bridge)
 
     async def send(exchange: Exchange) -> None:
+        if settings.steer is not None:
+            await settings.steer(exchange, lambda address: client.send(exchange, address, lenders[settings.up]))
+            return
         with settings.around(exchange):
             await client.send(exchange, proxy.next_target(), lenders[settings.up])
 

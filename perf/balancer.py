@@ -1,0 +1,89 @@
+"""What does it cost a request that its endpoint is chosen, watched and may be tried again? Microseconds a request, nothing failing.
+
+Baseline: the same call without the balancer, that is, `await send(exchange, target, target.endpoints[0])`. What is measured is
+Reach.exchange with a `send` that hands a good response to the exchange's judge and does nothing else, and the picking alone. With one
+endpoint nobody compares; with several the response time of each is kept.
+"""
+
+from __future__ import annotations
+
+import timeit
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import trio
+
+from proxy.exchange.client import ClientSettings
+from proxy.exchange.exchange import Clock, Exchange, Facts, Whole
+from proxy.mesh.balance import Balancer
+from proxy.mesh.directory import Endpoint, Target
+from proxy.metrics import Metrics
+from proxy.net.address import Address
+from proxy.reach import Reach
+from proxy.wire.messages import Headers, RequestHead, ResponseHead
+
+ROUNDS = 20_000
+REPEATS = 5
+
+
+class _Exchange(Exchange):
+    inform = respond = switch = abort = None  # type: ignore[assignment]
+
+
+_Exchange.__abstractmethods__ = frozenset()
+
+_REQUEST = RequestHead(b"GET", b"/api/items/123", Headers([(b"Host", b"shop")]))
+_FACTS = Facts("outbound", Address("10.0.0.1", 1), Address("10.0.0.2", 2))
+_HEAD = ResponseHead(200, Headers([(b"Content-Length", b"0")]))
+
+
+def _microseconds(call: Callable[[], object]) -> float:
+    return min(timeit.repeat(call, number=ROUNDS, repeat=REPEATS)) / ROUNDS * 1e6
+
+
+def _run(coroutine: Coroutine[Any, Any, None]) -> None:
+    """None of it waits, so there is nothing to schedule."""
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return
+    raise RuntimeError("it waited")
+
+
+async def _measure() -> None:
+    print("microseconds a request      pick alone   baseline   all of it   the difference")
+    for count in (1, 5, 5000):
+        places = tuple(Endpoint(Address(f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}", 80)) for n in range(count))
+        target = Target("default/shop", places)
+        balancer = Balancer(trio.current_time)
+        reach, fleet = Reach(balancer, Metrics(), ClientSettings()), balancer.fleet("default/shop")
+        exchange = _Exchange(_REQUEST, Whole(), _FACTS)
+        exchange.clock = Clock(trio.CancelScope())
+        exchange.clock.since = trio.current_time()
+
+        async def send(exchange: Exchange, _: Target, __: Endpoint) -> None:
+            if exchange.judge is not None:
+                exchange.judge(_HEAD, None)
+
+        def choose(_: Exchange, target: Target = target) -> Target:
+            return target
+
+        async def bare(choose: Callable[[Exchange], Target] = choose, exchange: Exchange = exchange) -> None:
+            exchange.judge = None
+            target = choose(exchange)
+            await send(exchange, target, target.endpoints[0])
+
+        for _ in range(3 * count):  # every endpoint has a history
+            _run(reach.exchange(exchange, choose, send))
+        picking = _microseconds(lambda fleet=fleet, target=target: fleet.pick(target))  # type: ignore[misc]
+        baseline = _microseconds(lambda bare=bare: _run(bare()))  # type: ignore[misc]
+        whole = _microseconds(lambda r=reach, e=exchange, c=choose: _run(r.exchange(e, c, send)))  # type: ignore[misc]
+        print(f"{count:12} endpoint(s) {picking:14.2f} {baseline:10.2f} {whole:11.2f} {whole - baseline:16.2f}")
+
+
+def main() -> None:
+    trio.run(_measure)
+
+
+if __name__ == "__main__":
+    main()

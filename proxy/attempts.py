@@ -1,0 +1,271 @@
+"""The attempts at one exchange: what each one says about its endpoint, and whether there is another.
+
+An attempt ends in one of these ways:
+
+    it was not sent         (the endpoint cannot be connected to)    another endpoint, a few of them, whatever the request is
+    the server refused it   (REFUSED_STREAM: it has not looked)      once more, whatever the request is
+    it broke off            (no response, or none in time)           once more, if the method is idempotent (RFC 9110 §9.2.2)
+    it was answered         with a status of the policy's            once more, if that is what the policy wants for such a method
+
+All but the first are retries: within the policy's limit, within the service's budget (mesh/budget.py), not past the deadline of the
+request, and only if the body can be sent again (exchange/replay.py). None is made once a byte of a response has been passed on.
+
+The deadline of a gRPC call is its client's (`grpc-timeout`): no attempt outlives it, and a further one is told what is left of it.
+"""
+
+from __future__ import annotations
+
+import random
+from math import inf
+from typing import TYPE_CHECKING
+
+import trio
+
+from proxy.errors import (
+    DeadlineExceeded,
+    UpstreamClosed,
+    UpstreamProtocolError,
+    UpstreamReset,
+    UpstreamTimeout,
+    UpstreamTLSError,
+    describe,
+)  # fmt: skip
+from proxy.exchange.client import IDEMPOTENT, ClientSettings, Declined
+from proxy.exchange.exchange import Attempt, Exchange
+from proxy.exchange.replay import Replay
+from proxy.mesh.directory import Endpoint
+from proxy.mesh.fleet import Fleet, Work
+from proxy.mesh.policy import DEFAULT_POLICY, Policy, Statuses
+from proxy.net.errors import ConnectFailed
+from proxy.overrides import overridden
+from proxy.wire import grpc
+from proxy.wire.frames2 import Code
+from proxy.wire.messages import Headers, ResponseHead
+
+if TYPE_CHECKING:
+    from proxy.reach_measures import ReachMeasures
+
+# More than a few tries to connect would only make the client wait: then the service is down, not an endpoint of it.
+ENDPOINTS_TRIED = 3
+
+
+class AttemptTimeout(Exception):
+    """An attempt that was not the last did not bring a head in time."""
+
+
+FAILURES = (ConnectFailed, UpstreamTLSError, UpstreamClosed, UpstreamProtocolError, Declined, AttemptTimeout)
+
+
+class Attempts:
+    """At one exchange with one service. `judge` is the exchange's."""
+
+    __slots__ = (
+        "_body", "_cause", "_client", "_client_limit", "_exchange", "_metrics", "_retries", "_started", "_status", "_work", "failure",
+        "fleet", "policy", "scope", "tried", "unreached",
+    )  # fmt: skip
+
+    def __init__(self, exchange: Exchange, fleet: Fleet, policy: Policy, metrics: ReachMeasures, client: ClientSettings) -> None:
+        """`client`: how long a server may take, where the policy does not say. Raises RequestError."""
+        self._exchange = exchange
+        self._metrics = metrics
+        self._client = client
+        self._retries = 0
+        self._cause = ""
+        self._client_limit = inf
+        self._body: Replay | None = None
+        self._status = 0
+        self._started = 0.0
+        self._work: Work | None = None
+        self.fleet = fleet
+        self.policy = policy
+        self.failure: Exception | None = None  # the last endpoint could not be connected to, because of this
+        self.scope: trio.CancelScope | None = None  # of an attempt with a timeout of its own
+        self.tried: tuple[Endpoint, ...] = ()
+        self.unreached: tuple[Endpoint, ...] = ()
+        if policy is not DEFAULT_POLICY:
+            self._limits()
+        if exchange.request.version == b"2":
+            self._call_deadline()
+        exchange.judge = self.judge
+        if exchange.body.length != 0 and self.policy.retries.limit:
+            self._keep_body()
+
+    # Before...
+
+    def _limits(self) -> None:
+        exchange = self._exchange
+        allowed = self.policy.timeouts.request
+        if self.policy.overrides:
+            self.policy = overridden(self.policy, exchange.request.headers)
+        times = self.policy.timeouts
+        if times.response_head is not None or times.idle is not None:
+            exchange.times = ClientSettings(times.response_head or self._client.response_timeout, times.idle or self._client.stream_timeout)
+        whole = times.request
+        if whole is not None:
+            limit = trio.current_time() + whole
+            if whole != allowed:
+                self._client_limit = limit
+            exchange.clock.limit_to(limit, lambda: DeadlineExceeded(f"the request was not over within {whole:g} s"))
+
+    def _call_deadline(self) -> None:
+        exchange = self._exchange
+        value = exchange.request.headers.get(b"grpc-timeout")
+        seconds = grpc.parse_timeout(value) if value is not None and exchange.is_grpc else None
+        if seconds is not None:
+            self._client_limit = min(self._client_limit, trio.current_time() + seconds)
+            exchange.clock.limit_to(self._client_limit, lambda: DeadlineExceeded(f"the call's deadline of {seconds:g} s has passed"))
+
+    def _keep_body(self) -> None:
+        """A body is kept only where the request may have to be sent again after a part of it has gone."""
+        exchange = self._exchange
+        if exchange.request.version == b"2" or self._repeatable or self.policy.retries.all_methods:
+            self._body = Replay(exchange.body, self.policy.retries.max_body)
+            exchange.body = self._body
+
+    @property
+    def _repeatable(self) -> bool:
+        return self._exchange.request.method in IDEMPOTENT
+
+    # One attempt...
+
+    def begin(self, endpoint: Endpoint, *, alone: bool) -> None:
+        """An attempt at `endpoint` begins; `end` has to follow. `alone`: the service has no other."""
+        self._work = self.fleet.begin(self.policy, endpoint, alone=alone)
+        self._status = 0
+        self.failure = None
+        if self.tried:
+            self._exchange.resent = self._started = trio.current_time()
+            self._exchange.request_bytes = 0
+            if self._body is not None:
+                self._body.rewind()
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that this attempt may take to the head; None: as many as any."""
+        retries = self.policy.retries
+        if retries.attempt_timeout is None or self._retries >= retries.limit or not (self._repeatable or retries.all_methods):
+            return None
+        return retries.attempt_timeout
+
+    def remind(self) -> None:
+        """Time has passed: the next hop is told what is left of the call's deadline."""
+        headers = self._exchange.request.headers
+        if self._client_limit < inf and self._exchange.is_grpc and b"grpc-timeout" in headers:
+            headers.replace(b"grpc-timeout", grpc.write_timeout(self._exchange.clock.limit - trio.current_time()))
+
+    def judge(self, head: ResponseHead, trailers: Headers | None) -> bool:
+        """See exchange.Judge."""
+        work = self._work
+        if work is None:
+            return False
+        if self.scope is not None:
+            self.scope.deadline = inf
+        seconds = None
+        if work.load is not None and self._exchange.clock.since:
+            seconds = trio.current_time() - self._exchange.clock.since
+        if head.status < 400 and trailers is None:
+            work.answered(seconds)
+            return False
+        return self._judge_error(work, head, trailers, seconds)
+
+    def _judge_error(self, work: Work, head: ResponseHead, trailers: Headers | None, seconds: float | None) -> bool:
+        status, retries, breaker = head.status, self.policy.retries, self.policy.breaker
+        code = grpc.status(head.headers, trailers) if trailers is not None and self._exchange.is_grpc else None
+        if within(status, breaker.statuses) or code in breaker.grpc:
+            work.failed(f"status {status}" if code is None else f"gRPC status {code}", seconds)
+        else:
+            work.answered(seconds, bad=status >= 500 or bool(code))
+        if code in retries.grpc:
+            cause = "grpc_status"
+        elif retries.statuses and within(status, retries.statuses) and (self._repeatable or retries.all_methods):
+            cause = "status"
+        else:
+            return False
+        self._status = status
+        return self._again(cause)
+
+    def end(self) -> None:
+        """The attempt is over, however."""
+        work, self._work = self._work, None
+        if work is None:
+            return
+        if not work.told and self._exchange.clock.ran_out and trio.current_time() < self._client_limit:
+            work.failed("upstream_timeout")  # within the time that we gave it; what the client gave says nothing
+        work.finished()
+
+    # And another...
+
+    def another(self, error: Exception) -> float:
+        """What has ended an attempt; returns the pause (seconds) before the next one, or raises what the client is told."""
+        work = self._work
+        if work is None:
+            raise error
+        endpoint = work.endpoint
+        if isinstance(error, ConnectFailed | UpstreamTLSError):
+            if isinstance(error, ConnectFailed) and error.reason == "local":
+                raise error  # another endpoint would not help, and this one is not to be avoided for it
+            work.failed(describe(error).reason, unreachable=True)
+            self.unreached += (endpoint,)
+            self.failure = error
+            if len(self.unreached) >= ENDPOINTS_TRIED:
+                raise error
+            pause, reason = 0.0, describe(error).reason
+        else:
+            reason = self._sort(work, error)
+            pause = self._pause(self._retries - 1) * (0.5 + 0.5 * random.random())  # noqa: S311  (no secret depends on it)
+        self.tried += (endpoint,)
+        self._note(endpoint, reason)
+        return pause
+
+    def _sort(self, work: Work, error: Exception) -> str:
+        """Whether to go on after `error`, which is raised if not; the reason to note."""
+        if isinstance(error, Declined):
+            return self._cause  # it was declined because there is to be another
+        refused = isinstance(error, UpstreamReset) and error.code == Code.REFUSED_STREAM
+        if not refused and not work.told:
+            work.failed("attempt_timeout" if isinstance(error, AttemptTimeout) else describe(error).reason)
+        cause = "refused" if refused else "timeout" if isinstance(error, AttemptTimeout) else "broken"
+        safe = refused or self._repeatable or (cause == "timeout" and self.policy.retries.all_methods)
+        if isinstance(error, UpstreamProtocolError) or not safe or not self._again(cause):
+            if isinstance(error, AttemptTimeout):
+                raise UpstreamTimeout(f"the server did not answer within {self.policy.retries.attempt_timeout:g} s") from error
+            raise error
+        return "upstream_timeout" if cause == "timeout" else describe(error).reason
+
+    def _again(self, cause: str) -> bool:
+        """Whether there is a retry because of `cause`. If so it is counted, and has to be made."""
+        exchange, retries, now = self._exchange, self.policy.retries, trio.current_time()
+        if not retries.limit:
+            return False
+        if self._retries >= retries.limit:
+            why = "limit"
+        elif exchange.response is not None or exchange.informed:
+            why = "begun"
+        elif not (self._body.rewindable if self._body is not None else exchange.request_bytes == 0):
+            why = "body"
+        elif now + self._pause(self._retries) >= exchange.clock.limit:
+            why = "deadline"
+        elif not self.fleet.budget.withdraw(now, retries.budget):
+            why = "budget"
+        else:
+            self._retries += 1
+            self._cause = cause
+            self._metrics.retried(cause)
+            return True
+        self._metrics.not_retried(why)
+        return False
+
+    def _pause(self, before: int) -> float:
+        """The longest pause in front of a retry that has so many `before` it."""
+        return min(self.policy.retries.max_backoff, self.policy.retries.backoff * 2.0**before)
+
+    def _note(self, endpoint: Endpoint, reason: str) -> None:
+        exchange, now = self._exchange, trio.current_time()
+        if exchange.tried is None:
+            exchange.tried = []
+        exchange.tried.append(Attempt(endpoint.address, self._started, now, self._status, reason))
+
+
+def within(status: int, ranges: Statuses) -> bool:
+    """Whether an HTTP status is one of these."""
+    return any(low <= status <= high for low, high in ranges)

@@ -1,0 +1,61 @@
+"""A request's body that can be sent again: what has been taken of it is kept, up to a limit.
+
+Only what has been sent counts. So a long body whose first piece is still to come can be sent elsewhere, and one of which more than the
+limit is gone cannot; what was kept of it is dropped in that moment.
+"""
+
+from __future__ import annotations
+
+from proxy.exchange.exchange import Body
+from proxy.wire.bodies import Length
+from proxy.wire.messages import EndOfMessage
+
+
+class Replay:
+    """`body` from its beginning as often as need be. An exchange.Body."""
+
+    __slots__ = ("_at", "_body", "_kept", "_room", "length")
+
+    def __init__(self, body: Body, limit: int) -> None:
+        """`limit`: bytes that are kept."""
+        self._body = body
+        self._kept: list[bytes] | None = []  # None: too much has gone
+        self._at = 0  # of what was kept, the piece that is the next to be taken
+        self._room = limit
+        self.length: Length = body.length
+
+    @property
+    def rewindable(self) -> bool:
+        return self._kept is not None
+
+    def rewind(self) -> None:
+        """The next piece is the first. Only while it is `rewindable`."""
+        self._at = 0
+
+    def receive_nowait(self) -> bytes | EndOfMessage | None:
+        piece = self._again()
+        return self._keep(self._body.receive_nowait()) if piece is None else piece
+
+    async def receive(self) -> bytes | EndOfMessage:
+        piece = self._again()
+        if piece is not None:
+            return piece
+        new = await self._body.receive()
+        self._keep(new)
+        return new
+
+    def _again(self) -> bytes | None:
+        if self._kept is None or self._at == len(self._kept):
+            return None
+        self._at += 1
+        return self._kept[self._at - 1]
+
+    def _keep(self, piece: bytes | EndOfMessage | None) -> bytes | EndOfMessage | None:
+        if self._kept is not None and isinstance(piece, bytes):
+            self._room -= len(piece)
+            if self._room < 0:
+                self._kept = None
+            else:
+                self._kept.append(piece)
+                self._at += 1
+        return piece

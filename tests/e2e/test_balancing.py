@@ -1,0 +1,186 @@
+"""Endpoints that are slow, that fail and recover; requests that are sent again, with their bodies; and what a client is told when nothing
+is left.
+
+Two pods serve: `shop` and `annex`. What is wrong with one of them, a request says itself: `x-bad: shop` makes that server answer 503,
+`x-slow: shop` makes it slow.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from lab.pod import Pod
+from tests.e2e.conftest import Laboratory
+from tests.e2e.stage import Pair, counted, curl, eventually, logged, prepare, python
+
+pytestmark = [pytest.mark.lab]
+
+WEB, CALLS, NOBODY = 8080, 50051, 8081
+PATIENT = {"tcp": {"connect_timeout": "30s", "handshake_timeout": "30s"}}
+
+SERVER = """
+import hashlib, http.server, sys, time
+name = sys.argv[1]
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_PUT(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("x-slow") == name:
+            time.sleep(0.3)
+        said = f"{name} {hashlib.sha256(body).hexdigest()}".encode()
+        self.send_response(503 if self.headers.get("x-bad") == name else 200)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+    do_GET = do_PUT
+    def log_message(self, *_): pass
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+Server(("0.0.0.0", 8080), Handler).serve_forever()
+"""
+
+ASK = """
+import hashlib, http.client, json, sys
+host, times, fields, size = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
+body, seen = bytes(range(256)) * (size // 256) + bytes(size % 256), {}
+connection = http.client.HTTPConnection(host, 8080, timeout=60)
+for _ in range(times):
+    connection.request("PUT" if size else "GET", "/", body or None, fields)
+    answer = connection.getresponse()
+    said = answer.read().decode()
+    name, _, digest = said.partition(" ")
+    if answer.getheader("proxy-status") is None:
+        assert digest == hashlib.sha256(body).hexdigest(), said
+    key = f"{answer.status} {name}"
+    seen[key] = seen.get(key, 0) + 1
+print(json.dumps(seen))
+"""
+
+GRPC_SERVER = """
+import grpc, sys
+from concurrent import futures
+def echo(request, context):
+    if dict(context.invocation_metadata()).get("x-bad") == sys.argv[1]:
+        context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+    return sys.argv[1].encode() + b" " + request
+server = grpc.server(futures.ThreadPoolExecutor(8))
+server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("t.T", {"Echo": grpc.unary_unary_rpc_method_handler(echo)}),))
+server.add_insecure_port("0.0.0.0:50051")
+server.start()
+server.wait_for_termination()
+"""
+
+GRPC_ASK = """
+import grpc, json, sys
+host, times = sys.argv[1], int(sys.argv[2])
+channel = grpc.insecure_channel(f"{host}:50051", [("grpc.enable_retries", 0)])
+call, seen = channel.unary_unary("/t.T/Echo"), {}
+for _ in range(times):
+    try:
+        said = call(b"message", timeout=60, metadata=[("x-bad", "shop")], wait_for_ready=True)
+        key = "OK " + said.decode()
+    except grpc.RpcError as error:
+        key = error.code().name
+    seen[key] = seen.get(key, 0) + 1
+print(json.dumps(seen))
+"""
+
+
+@pytest.fixture(scope="module")
+def pair(laboratory: Laboratory) -> Pair:
+    async def build() -> Pair:
+        pair = prepare(laboratory.lab, {WEB: "detect"}, web=PATIENT, shop=PATIENT)
+        annex = pair.cluster.pod("annex")
+        pair.mesh.join(annex, **PATIENT)
+        both, fast = [pair.shop, annex], {"min_penalty": "500ms", "max_penalty": "500ms", "jitter": 0}
+        pair.mesh.service("plain", both, {WEB: "http1"}, policy={"breaker": {"failures": 0}})
+        pair.mesh.service("again", both, {WEB: "http1"}, policy={"retries": {"statuses": [503]}, "breaker": {"failures": 0}})
+        pair.mesh.service("fuse", both, {WEB: "http1"}, policy={"retries": {"limit": 0}, "breaker": {"failures": 3, **fast}})
+        pair.mesh.service("calls", both, {CALLS: "http2"}, policy={"retries": {"grpc": ["unavailable"]}, "breaker": {"failures": 0}})
+        broken = {"failures": 1, "min_penalty": "1m"}
+        pair.mesh.service("gone", [pair.shop], {NOBODY: "http1"}, policy={"breaker": broken})
+        pair.mesh.service("full", [annex], {NOBODY: "http1"}, policy={"breaker": {"failures": 1}, "queue": {"size": 0, "timeout": "1m"}})
+        await pair.mesh.start()
+        for pod in both:
+            await pod.python("web", SERVER, pod.name, port=WEB)
+            await pod.python("calls", GRPC_SERVER, pod.name, port=CALLS)
+        return pair
+
+    return laboratory.run(build)
+
+
+async def asked(pair: Pair, service: str, times: int, fields: dict[str, str], size: int = 0) -> dict[str, int]:
+    """What the answers were: by status and server."""
+    host = pair.mesh.services[service].ipv4
+    found: dict[str, int] = json.loads(await python(pair.web, ASK, host, str(times), json.dumps(fields), str(size)))
+    return found
+
+
+async def test_a_slow_endpoint_gets_little(pair: Pair) -> None:
+    seen = await asked(pair, "plain", 100, {"x-slow": "shop"})
+    assert set(seen) == {"200 shop", "200 annex"}
+    assert seen["200 shop"] <= 15, seen
+    seen = await asked(pair, "again", 200, {})
+    assert min(seen.values()) >= 20, f"without a difference both get a part: {seen}"
+
+
+async def test_a_request_is_sent_again_with_its_body(pair: Pair) -> None:
+    for size in (0, 1000, 65536):
+        seen = await asked(pair, "again", 40, {"x-bad": "shop"}, size)
+        assert seen == {"200 annex": 40}, f"{size} bytes"
+    assert await counted(pair.near, "isthmus_retries_total", cause="status") >= 10
+    failed = 0
+    for bad, good in (("shop", "annex"), ("annex", "shop")):
+        seen = await asked(pair, "again", 40, {"x-bad": bad}, 65537)
+        assert set(seen) <= {f"503 {bad}", f"200 {good}"}
+        failed += seen.get(f"503 {bad}", 0)
+    assert failed, "a body that is longer is not kept"
+    assert await counted(pair.near, "isthmus_retries_refused_total", reason="body") == failed
+
+
+async def test_an_endpoint_that_fails_is_left_alone_and_used_again_when_it_has_recovered(pair: Pair) -> None:
+    seen = await asked(pair, "fuse", 100, {"x-bad": "shop"})
+    assert seen["503 shop"] <= 30, seen
+    assert await counted(pair.near, "isthmus_breaker_changes_total", state="open") >= 1
+    await logged(pair.near, f"{pair.shop.ipv4}:{WEB} of default/fuse is left alone for 0.5 s: status 503")
+
+    async def recovered() -> bool:
+        return "200 shop" in await asked(pair, "fuse", 20, {})
+
+    await eventually(recovered, "the endpoint is used again")
+    await logged(pair.near, f"{pair.shop.ipv4}:{WEB} of default/fuse is used again")
+    assert await counted(pair.near, "isthmus_endpoint_broken", service="default/fuse") == 0
+
+
+async def test_a_grpc_call_is_sent_again(pair: Pair) -> None:
+    host = pair.mesh.services["calls"].ipv4
+    seen: dict[str, Any] = json.loads(await python(pair.web, GRPC_ASK, host, "40"))
+    assert seen == {"OK annex message": 40}
+    assert await counted(pair.near, "isthmus_retries_total", cause="grpc_status") >= 5
+
+
+async def refused(pod: Pod, service: str) -> str:
+    """What is said of the second request, the first having met a pod in which nobody listens."""
+    url = f"http://{service}:{NOBODY}/"
+    first = await curl(pod, "-4", url)
+    assert (first.status, first.error) == (502, "connection_refused")
+    second = await curl(pod, "-4", url)
+    assert second.status == 503
+    return second.headers["proxy-status"][0]
+
+
+async def test_if_there_is_nothing_to_wait_for_the_client_is_told_why(pair: Pair) -> None:
+    words = await refused(pair.web, "gone")
+    assert "error=destination_unavailable" in words
+    assert "the one endpoint of default/gone is broken (last: status 502); the next one is tried in" in words
+    assert await counted(pair.near, "isthmus_errors_total", direction="outbound", reason="all_broken") == 1
+
+
+async def test_if_too_many_wait_the_client_is_told_so(pair: Pair) -> None:
+    words = await refused(pair.web, "full")
+    assert "error=connection_limit_reached" in words
+    assert "wait for an endpoint of default/full already" in words

@@ -1,0 +1,178 @@
+"""The breaker of an endpoint: a row of failures opens it, one request on probation decides, and penalties grow up to a limit."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from proxy.mesh.breaker import Breaker, State
+from proxy.mesh.policy import Breaker as Rules
+
+RULES = Rules(failures=3, min_penalty=1.0, max_penalty=8.0, jitter=0.5)
+
+
+def opened(now: float = 0.0) -> Breaker:
+    breaker = Breaker()
+    for _ in range(RULES.failures):
+        breaker.failed(now, RULES, 0.0)
+    assert breaker.state is State.OPEN
+    return breaker
+
+
+def test_only_a_row_of_failures_opens() -> None:
+    breaker = Breaker()
+    for _ in range(10):
+        breaker.failed(0, RULES, 0)
+        breaker.failed(0, RULES, 0)
+        breaker.succeeded()
+    assert breaker.state is State.CLOSED
+    assert [breaker.failed(0, RULES, 0) for _ in range(3)] == [False, False, True]
+
+
+def test_a_failure_to_connect_opens_at_once() -> None:
+    breaker = Breaker()
+    assert breaker.failed(0, RULES, 0, unreachable=True)
+    assert breaker.state is State.OPEN
+
+
+def test_responses_do_not_count_where_the_policy_says_so() -> None:
+    breaker, rules = Breaker(), Rules(failures=0)
+    assert not any(breaker.failed(0, rules, 0) for _ in range(100))
+    assert breaker.failed(0, rules, 0, unreachable=True)
+
+
+def test_penalties_double_up_to_the_limit_and_begin_anew_after_a_recovery() -> None:
+    breaker, now, penalties = opened(), 0.0, []
+    for _ in range(6):
+        penalties.append(breaker.until - now)
+        now = breaker.until
+        assert breaker.probe()
+        assert breaker.failed(now, RULES, 0.0, probe=True)
+    assert penalties == [1, 2, 4, 8, 8, 8]
+    assert breaker.probe()
+    assert breaker.succeeded(probe=True)
+    for _ in range(3):
+        breaker.failed(now, RULES, 0.0)
+    assert breaker.until - now == 1
+
+
+def test_chance_adds_a_part_of_the_penalty() -> None:
+    low, high = Breaker(), Breaker()
+    low.failed(0, RULES, 0.0, unreachable=True)
+    high.failed(0, RULES, 1.0, unreachable=True)
+    assert (low.until, high.until) == (1.0, 1.5)
+
+
+def test_what_was_sent_before_it_opened_says_nothing_new() -> None:
+    breaker = opened()
+    until = breaker.until
+    assert not breaker.failed(0.5, RULES, 1.0)
+    assert not breaker.succeeded()
+    assert (breaker.state, breaker.until) == (State.OPEN, until)
+    breaker.probe()
+    assert not breaker.failed(1.5, RULES, 1.0)
+    assert not breaker.succeeded()
+    assert breaker.state is State.PROBATION
+
+
+def test_an_answer_shows_that_an_endpoint_can_be_connected_to_after_all() -> None:
+    breaker = Breaker()
+    breaker.failed(0, RULES, 0, unreachable=True)
+    assert breaker.succeeded()
+    assert breaker.state is State.CLOSED
+
+
+@pytest.mark.parametrize("state", ["closed", "open"])
+def test_a_probe_can_only_be_given_up_while_there_is_one(state: str) -> None:
+    breaker = Breaker() if state == "closed" else opened()
+    assert not breaker.abandoned(5.0)
+    assert breaker.state.value == state
+
+
+class Life(RuleBasedStateMachine):
+    """Any order of events, with a model beside it that is as simple as the words: how many failures in a row, is it out, until when."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.breaker = Breaker()
+        self.now = 0.0
+        self.row = 0
+        self.out = False
+        self.probing = False
+        self.unreached = False
+        self.trips = 0
+
+    @rule(seconds=st.floats(0, 20))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(chance=st.floats(0, 1), unreachable=st.booleans())
+    def a_request_fails(self, chance: float, unreachable: bool) -> None:
+        changed = self.breaker.failed(self.now, RULES, chance, unreachable=unreachable)
+        if self.out:
+            assert not changed
+            return
+        self.row += 1
+        self.out = unreachable or self.row >= RULES.failures
+        assert changed == self.out
+        if changed:
+            self.unreached = unreachable
+            self.check_penalty()
+
+    @rule()
+    def a_request_is_answered(self) -> None:
+        changed = self.breaker.succeeded()
+        assert changed == (self.out and self.unreached)
+        if not self.out:
+            self.row = 0
+        elif self.unreached:
+            self.recovered()
+
+    @precondition(lambda self: self.breaker.due(self.now))
+    @rule()
+    def a_probe_is_sent(self) -> None:
+        assert self.out
+        assert not self.probing
+        assert self.breaker.probe()
+        self.probing = True
+
+    @precondition(lambda self: self.probing)
+    @rule(chance=st.floats(0, 1), unreachable=st.booleans())
+    def the_probe_fails(self, chance: float, unreachable: bool) -> None:
+        assert self.breaker.failed(self.now, RULES, chance, unreachable=unreachable, probe=True)
+        self.trips += 1
+        self.probing, self.unreached = False, unreachable
+        self.check_penalty()
+
+    @precondition(lambda self: self.probing)
+    @rule()
+    def the_probe_is_answered(self) -> None:
+        assert self.breaker.succeeded(probe=True)
+        self.recovered()
+
+    @precondition(lambda self: self.probing)
+    @rule()
+    def the_probe_is_given_up(self) -> None:
+        assert self.breaker.abandoned(self.now)
+        self.probing = False
+        assert self.breaker.due(self.now)
+
+    def recovered(self) -> None:
+        self.out = self.probing = self.unreached = False
+        self.row = self.trips = 0
+
+    def check_penalty(self) -> None:
+        penalty = min(RULES.max_penalty, RULES.min_penalty * 2**self.trips)
+        assert penalty <= self.breaker.until - self.now + 1e-9 <= penalty * 1.5 + 1e-6
+
+    @invariant()
+    def the_states_agree(self) -> None:
+        expected = State.PROBATION if self.probing else State.OPEN if self.out else State.CLOSED
+        assert self.breaker.state is expected
+        assert self.breaker.blocks(self.now) == (self.out and not self.breaker.due(self.now))
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
