@@ -11,11 +11,13 @@ client spans hang under its server span.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import time_ns
 from typing import Literal
 
-from proxy.exchange.exchange import Exchange, Handler, Layer
+import trio
+
+from proxy.exchange.exchange import Attempt, Exchange, Handler, Layer
 from tracing.sampling import Trace, Tracer
 from tracing.spans import HttpRecord, Kind, Record
 
@@ -142,17 +144,24 @@ class _ServerSpan:
 
 class _ClientSpans:
     """The spans of an exchange that is sent on: one for each attempt. `own`: the first one is the trace's own span; otherwise that is
-    the server's, and all attempts hang under it."""
+    the server's, and all attempts hang under it.
 
-    __slots__ = ("_attempts", "_exchange", "_heard", "_parent", "_record", "_trace", "_tracing")
+    Attempts that another one followed stand in `exchange.tried`, also those that got no connection. Only what is repeated without anybody's
+    policy (client.py: a kept connection that broke) does not, and shows by another attempt being sent.
+    """
+
+    __slots__ = ("_exchange", "_heard", "_last", "_own", "_parent", "_record", "_seen", "_sent", "_trace", "_tracing")
 
     def __init__(self, exchange: Exchange, trace: Trace, tracing: Tracing, *, own: bool) -> None:
         self._exchange = exchange
         self._trace = trace
         self._tracing = tracing
-        self._attempts = 0  # that have been sent
+        self._own = own
         self._parent = trace.parent if own else trace.span_id
-        self._record = _opened("client", exchange, trace, self._parent) if own else None
+        self._record = _opened("client", exchange, trace, self._parent) if own else None  # of the attempt that is under way
+        self._last: HttpRecord | None = None  # of the one before
+        self._sent = False
+        self._seen = 0  # of exchange.tried
         self._heard = exchange.on_response
         exchange.on_response = self._on_response
         exchange.on_attempt = self._on_attempt
@@ -164,35 +173,64 @@ class _ClientSpans:
 
     def _on_attempt(self) -> None:
         """The exchange has a connection to an endpoint, and is about to be sent."""
-        exchange, record = self._exchange, self._record
-        if record is None or self._attempts:
-            record = self._next(record)
-        self._attempts += 1
+        exchange = self._exchange
+        if exchange.tried is not None:
+            self._catch_up(exchange.tried)
+        if self._sent and self._record is not None:
+            self._record.ended, self._record.failure = time_ns(), "unanswered"
+            self._hand_over(self._record)
+        record = self._record or self._open()
+        self._sent = True
         tls = exchange.upstream_tls
         record.peer, record.tls = exchange.upstream, tls
         if tls is not None:
             record.identity = tls.peer_identity
 
-    def _next(self, last: HttpRecord | None) -> HttpRecord:
-        """The record of another attempt, with its own id in the headers; the last one ends."""
+    def _open(self) -> HttpRecord:
+        """The record of another attempt, whose id is in the headers from now on."""
         exchange, trace = self._exchange, self._trace
-        if last is not None:
-            last.ended, last.failure = time_ns(), "unanswered"
-            last.service, last.chosen = exchange.service, exchange.chosen
-            self._tracing.put(last)
         self._tracing.tracer.next_attempt(trace, exchange.request.headers.items)
         record = self._record = _opened("client", exchange, trace, self._parent)
-        record.remote = self._parent == trace.parent
-        if last is not None:
-            record.attempt, record.follows = last.attempt + 1, last.span_id
+        record.remote = self._own
+        if self._last is not None:
+            record.attempt, record.follows = self._last.attempt + 1, self._last.span_id
         return record
 
+    def _catch_up(self, tried: Sequence[Attempt]) -> None:
+        """Hand over the attempts that have failed since the last look."""
+        exchange = self._exchange
+        for attempt in tried[self._seen :]:
+            record = self._record or self._open()
+            record.started, record.ended = _unix(attempt.started), _unix(attempt.ended)
+            record.peer, record.status = attempt.upstream, attempt.status
+            if attempt.status:
+                record.head_at = record.ended
+            record.grpc = exchange.is_grpc
+            if attempt.reason != "status":
+                record.failure = attempt.reason
+            self._hand_over(record)
+        self._seen = len(tried)
+
+    def _hand_over(self, record: HttpRecord) -> None:
+        record.service, record.chosen = self._exchange.service, self._exchange.chosen
+        self._tracing.put(record)
+        self._last, self._record, self._sent = record, None, False
+
     def finish(self, failure: str | None) -> None:
-        """Hand over the last attempt, if there is one, or what became of the request without any."""
-        exchange, record = self._exchange, self._record
+        """Hand over the last attempt; or what became of the request without any, where no other span says so."""
+        exchange = self._exchange
+        if exchange.tried is not None:
+            self._catch_up(exchange.tried)
+        record = self._record
         if record is None:
-            return
-        if not self._attempts:
+            if not self._own:
+                return
+            record = self._open()
+        if not self._sent:
             record.peer = exchange.upstream
-        record.service, record.chosen = exchange.service, exchange.chosen
-        self._tracing.put(_closed(record, exchange, failure))
+        self._hand_over(_closed(record, exchange, failure))
+
+
+def _unix(moment: float) -> int:
+    """A time of trio's clock, in nanoseconds since 1970."""
+    return time_ns() - int((trio.current_time() - moment) * 1e9)
