@@ -6,7 +6,7 @@ pod to itself, our addresses and ports, and the secret of our tokens; and the pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from secrets import token_bytes
 
@@ -69,13 +69,17 @@ class LoopGuard:
     @contextmanager
     def self_call(self, port: int) -> Iterator[SelfCall]:
         """A call of this pod to its own `port`, counted as waiting until it is `answered` or over. Raises LoopDetected."""
-        _judge(self._self_calls.begin(port))
-        self._metrics.self_calls.at().inc()
-        call = SelfCall(self._self_calls, port)
+        call = self.call_self(port)
         try:
             yield call
         finally:
             call.answered()
+
+    def call_self(self, port: int) -> SelfCall:
+        """The same for whoever sees to its `answered`."""
+        _judge(self._self_calls.begin(port))
+        self._metrics.self_calls.at().inc()
+        return SelfCall(self._self_calls, port)
 
     @property
     def waiting(self) -> int:
@@ -98,6 +102,15 @@ class SelfCall:
         if self._waits:
             self._waits = False
             self._calls.end(self._port)
+
+    def then(self, ends: Callable[[], None]) -> Callable[[], None]:
+        """Be answered at the latest when something else `ends`."""
+
+        def both() -> None:
+            self.answered()
+            ends()
+
+        return both
 
     def moved(self, _: int, backward: int) -> None:
         """Bytes of a relay have been passed on."""

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 
 from proxy.account import ConnectionAccount
-from proxy.errors import RequestError
+from proxy.errors import LoopDetected, RequestError
 from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
 from proxy.exchange.guard import hide_names, unguarded
@@ -135,17 +135,26 @@ class OutboundCourse:
         if target.plan is not None or target.remote is not None or target.policy is not DEFAULT_POLICY or target.protocol is Hint.HTTP2:
             return None
         endpoint = rt.reach.sound(target)
-        if endpoint is None or rt.loops.own(endpoint.address.host) or not unguarded(exchange, self._waypoint):
+        if endpoint is None or not unguarded(exchange, self._waypoint):
             return None
         borrowed = self._pools.take(endpoint)
         if borrowed is None:
             # Drawing again would favour the endpoints that have a ready connection.
             exchange.service, exchange.first = target.service, endpoint
             return None
+        call = None
+        if rt.loops.own(endpoint.address.host):
+            try:
+                call = rt.loops.call_self(endpoint.address.port)
+            except LoopDetected:  # which the ordinary road will say
+                borrowed.pool.restore(endpoint, borrowed.upstream)
+                return None
         exchange.upstream, exchange.service, exchange.chosen = endpoint.address, target.service, target.service
         if endpoint.identity is None:
             hide_names(exchange)
         borrowed.on_end = rt.reach.watch(exchange, target, endpoint)
+        if call is not None:
+            borrowed.on_begin, borrowed.on_end = call.follow, call.then(borrowed.on_end)
         return borrowed
 
 

@@ -347,6 +347,8 @@ def forwarded_request(exchange: Exchange) -> RequestHead:
     """The head as it goes to the next hop: without what belonged to the last one (RFC 9110 §7.6), with what it offers to the next, and
     with what the flow says of it: another authority, and who sent it. Where the client went is the authority of one that names none."""
     request = exchange.request
+    if request.headers.clean and exchange.authority is None and exchange.caller is None and request.target.startswith(b"/"):
+        return request  # canonical: it goes on as it is
     headers, target = Headers(request.headers.items), request.target
     offer, trailers = offered(request), wants_trailers(headers)
     strip_hop_by_hop(headers)

@@ -55,6 +55,7 @@ class Upstream:
     account: Account
     idle_since: float = 0.0
     reused: bool = False
+    side: object = None  # the fast road's own, from one loan to the next
 
 
 @dataclass(slots=True, eq=False)

@@ -33,6 +33,7 @@ class Borrowed(Generic[K]):
     key: K
     upstream: Upstream
     on_end: Callable[[], None]
+    on_begin: Callable[[Exchange], None] | None = None  # once its account is open
 
     def end(self, *, usable: bool) -> None:
         self.pool.give_back(self.key, self.upstream, usable=usable)

@@ -55,7 +55,7 @@ class Lane:
         self._road = road
         self._course = course
         self._server = server
-        self._client = Side(road, stream, self._on_client)
+        self._client = Side(road, stream)
         self._lent = False
         self._task: Task | None = None  # the connection's, while it is suspended here
         self._result: Begun | None = None
@@ -87,6 +87,7 @@ class Lane:
     async def carry(self) -> Begun | None:
         """See exchange.begun.Carry."""
         self._lent, self._result, self._fault = True, None, None
+        self._client.belongs(self._on_client)
         self._client.watch(IN)
         self._rest = self._server.connection.take_rest()
         self.next()
@@ -195,6 +196,8 @@ class Lane:
     # The steps...
 
     def _on_client(self, _: int) -> None:
+        if not self._lent:
+            return  # it has been given back in this very turn
         try:
             if self._exchange is None:
                 self._receive()
@@ -253,12 +256,17 @@ class Lane:
             return
         account = self._course.account(exchange)
         account.__enter__()
+        if loan.on_begin is not None:
+            loan.on_begin(exchange)
         self._exchange, self._account, self._loan = exchange, account, loan
         self._rest = rest
         self._remaining = 0
         exchange.carried(stream)
         exchange.request_bytes = length
-        self._endpoint = endpoint = Side(self._road, stream, self._on_server)
+        side = loan.upstream.side
+        self._endpoint = endpoint = side if isinstance(side, Side) else Side(self._road, stream)
+        loan.upstream.side = endpoint
+        endpoint.belongs(self._on_server)
         self._road.moved(self)
         self._ask(endpoint, encode_request(forwarded_request(exchange)) + body)
 
@@ -353,7 +361,7 @@ class Lane:
         account, loan, endpoint, rest = self._account, self._loan, self._endpoint, self._rest
         if account is None or loan is None or endpoint is None:
             return
-        endpoint.watch(0)
+        endpoint.rest()
         account.__exit__(None, None, None)
         if self._spare:
             loan.end(usable=False)

@@ -33,7 +33,7 @@ class Road:
         drain.on_begin.add(self._recall)
         self._idle = idle_timeout / 2
         self._epoll = select.epoll()
-        self._steps: dict[int, Callable[[int], None]] = {}  # by descriptor: what to do when it is ready
+        self.steps: dict[int, Callable[[int], None]] = {}  # by descriptor: what to do when it is ready
         self._lanes: set[Lane] = set()
         self._again: list[Lane] = []  # lanes that have bytes of a next request already
         self._busy: dict[Lane, float] = {}  # in an exchange; when they last moved; who has waited longest is first
@@ -76,15 +76,15 @@ class Road:
 
     # For lanes...
 
-    def watch(self, descriptor: int, step: Callable[[int], None], before: int, events: int) -> None:
-        """Call `step` for these events (0: never) instead of those `before`. None may be watched when the descriptor is closed."""
+    def watch(self, descriptor: int, before: int, events: int) -> None:
+        """Wait for these events (0: none) instead of those `before`. A descriptor that is closed leaves the set by itself (epoll(7)), and
+        its step is replaced when its number is used again."""
         if not events:
-            del self._steps[descriptor]
+            self.steps.pop(descriptor, None)
             self._epoll.unregister(descriptor)
         elif before:
             self._epoll.modify(descriptor, events)
         else:
-            self._steps[descriptor] = step
             self._epoll.register(descriptor, events)
 
     def released(self, lane: Lane) -> None:
@@ -109,7 +109,7 @@ class Road:
     # The loop...
 
     async def _serve(self) -> None:
-        epoll, steps = self._epoll, self._steps
+        epoll, steps = self._epoll, self.steps
         while True:
             if self._again:
                 await checkpoint()
@@ -134,14 +134,15 @@ class Road:
         while True:
             if self._busy:
                 await trio.sleep(PATIENCE / 2)
-                self._give_up(trio.current_time() - PATIENCE)
+                self.give_up(trio.current_time() - PATIENCE)
             else:
                 self._doze = trio.Event()
                 with trio.move_on_after(self._give_back(trio.current_time() - self._idle)):
                     await self._doze.wait()
                 self._doze = None
 
-    def _give_up(self, latest: float) -> None:
+    def give_up(self, latest: float) -> None:
+        """Hand over the exchanges that have not moved since."""
         for lane, moved in list(self._busy.items()):
             if moved > latest:
                 break

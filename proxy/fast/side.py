@@ -17,19 +17,33 @@ IN, OUT = select.EPOLLIN, select.EPOLLOUT
 class Side:
     """A stream on the road: what it is watched for, and what it would not take yet."""
 
-    __slots__ = ("_road", "_step", "_watched", "descriptor", "receive", "send", "unsent")
+    __slots__ = ("_road", "_watched", "descriptor", "receive", "send", "unsent")
 
-    def __init__(self, road: Road, stream: Prompt, step: Callable[[int], None]) -> None:
+    def __init__(self, road: Road, stream: Prompt) -> None:
         self._road = road
-        self._step = step
         self._watched = 0
         self.descriptor = stream.socket.fileno()
         self.receive = stream.receive_nowait
         self.send = stream.send_nowait
         self.unsent = b""
 
+    def belongs(self, step: Callable[[int], None]) -> None:
+        """`step` hears of what is watched from now on."""
+        self._road.steps[self.descriptor] = step
+
     def watch(self, events: int) -> None:
         """Wait for these events from now on; 0: for none, not even for the end of the connection, which epoll cannot be told to ignore."""
         if events != self._watched:
-            self._road.watch(self.descriptor, self._step, self._watched, events)
+            self._road.watch(self.descriptor, self._watched, events)
             self._watched = events
+
+    def rest(self) -> None:
+        """An endpoint's connection goes back to the pool. It stays in the epoll set, which saves two system calls (0.7 µs) in the next
+        exchange, and leaves it with the first event that nobody waits for: the ordinary road has taken it, or the server closes it."""
+        if self._watched == IN:
+            self.belongs(self._stray)
+        else:
+            self.watch(0)
+
+    def _stray(self, _: int) -> None:
+        self.watch(0)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 
-from proxy.wire.messages import AUTHORITY, Headers, Limits, RequestHead, ResponseHead
+from proxy.wire.messages import AUTHORITY, STRIPPED, Headers, Limits, RequestHead, ResponseHead
 
 # RFC 9110 §5.6.2 tchar, and field values of visible ASCII with inner blanks: a subset of §5.5. The quantifiers are possessive (a head
 # that does not fit fails in one pass, without backtracking) but for the last, which must give back one visible byte.
@@ -28,7 +28,7 @@ _RESPONSE = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) ([!-~](?:[ -~\t]*[!-~])?)?
 
 # The fields that a decision hangs on, picked out in one pass; most heads have one or two. A Host that is no authority is declined.
 _DECISIVE = re.compile(
-    rb"(?im)^(?:(host): " + AUTHORITY + rb"\r|(content-length): ([^\r]*)|(connection: keep-alive\r)|"
+    rb"(?im)^(?:(host): " + AUTHORITY + rb"\r|(content-length): ([^\r]*)|(" + STRIPPED + rb")|"
     rb"(host|connection|transfer-encoding|upgrade|expect|te|trailer|keep-alive|proxy-connection|http2-settings):)"
 )
 # As many digits as fit a signed 64-bit integer with room to spare; h11 stops at 20. No leading zero: there it would need an opinion.
@@ -37,26 +37,23 @@ _LENGTH = re.compile(rb"0|[1-9][0-9]{0,17}")
 _BODILESS = (b"204", b"304")
 
 
-def _decisive(fields: bytes) -> tuple[int, int | None] | None:
-    """(how many Hosts, the Content-Length) of a block of canonical field lines; None: declined."""
+def _decisive(fields: bytes) -> tuple[int, int | None, bool] | None:
+    """(how many Hosts, the Content-Length, whether no field belongs to the hop) of a block of canonical field lines; None: declined."""
     hosts = 0
+    clean = True
     length: int | None = None
-    for host, _, digits, keep_alive, other in _DECISIVE.findall(fields):
+    for host, _, digits, stripped, other in _DECISIVE.findall(fields):
         if host:
             hosts += 1
         elif other:
             return None
-        elif not keep_alive:
+        elif stripped:
+            clean = False
+        else:
             if length is not None or not _LENGTH.fullmatch(digits):
                 return None
             length = int(digits)
-    return hosts, length
-
-
-def _split(fields: bytes) -> Headers:
-    headers = Headers()
-    headers.items = [tuple(line.split(b": ", 1)) for line in fields[:-2].split(b"\r\n")] if fields else []  # type: ignore[misc]  # two parts by the grammar
-    return headers
+    return hosts, length, clean
 
 
 def recognise_request(head: bytes, limits: Limits) -> tuple[RequestHead, int] | None:
@@ -68,10 +65,9 @@ def recognise_request(head: bytes, limits: Limits) -> tuple[RequestHead, int] | 
     decisive = _decisive(fields)
     if decisive is None or decisive[0] != 1 or len(target) > limits.target or method == b"CONNECT":
         return None
-    headers = _split(fields)
-    if len(headers.items) > limits.fields:
+    if fields.count(b"\n") > limits.fields:
         return None
-    return RequestHead(method, target, headers), decisive[1] or 0
+    return RequestHead(method, target, Headers.canonical(fields, clean=decisive[2])), decisive[1] or 0
 
 
 def recognise_response(head: bytes, limits: Limits) -> tuple[ResponseHead, int] | None:
@@ -83,20 +79,15 @@ def recognise_response(head: bytes, limits: Limits) -> tuple[ResponseHead, int] 
     decisive = _decisive(fields)
     if decisive is None or (decisive[1] is None and status not in _BODILESS):
         return None
-    headers = _split(fields)
-    if len(headers.items) > limits.fields:
+    if fields.count(b"\n") > limits.fields:
         return None
-    return ResponseHead(int(status), headers, reason or b""), decisive[1] or 0
-
-
-def encode_fields(headers: Headers) -> bytes:
-    return b"".join([b"%b: %b\r\n" % item for item in headers.items])
+    return ResponseHead(int(status), Headers.canonical(fields, clean=decisive[2]), reason or b""), decisive[1] or 0
 
 
 def encode_request(head: RequestHead) -> bytes:
     """The head as bytes. Its parts come from a reader of this room, or were checked when they were made: nothing is checked here."""
-    return b"%b %b HTTP/1.1\r\n%b\r\n" % (head.method, head.target, encode_fields(head.headers))
+    return b"%b %b HTTP/1.1\r\n%b\r\n" % (head.method, head.target, head.headers.encode())
 
 
 def encode_response(head: ResponseHead) -> bytes:
-    return b"HTTP/1.1 %d %b\r\n%b\r\n" % (head.status, head.reason, encode_fields(head.headers))
+    return b"HTTP/1.1 %d %b\r\n%b\r\n" % (head.status, head.reason, head.headers.encode())

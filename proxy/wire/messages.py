@@ -46,12 +46,49 @@ class Limits:
 
 
 class Headers:
-    """Ordered fields. Lookups take the name in lower case."""
+    """Ordered fields. Lookups take the name in lower case.
 
-    __slots__ = ("items",)
+    Those of a head that the recogniser has accepted (wire/heads.py) stay the block of lines that they came as until somebody asks for more:
+    most responses go on in their own bytes. `clean`: it is known that no field in here belongs to the hop, so nobody has to look for one.
+    """
+
+    __slots__ = ("_block", "_items", "clean")
 
     def __init__(self, items: Iterable[Field] = ()) -> None:
-        self.items: list[Field] = list(items)
+        self._block: bytes | None = None
+        self._items: list[Field] = list(items)
+        self.clean = False
+
+    @classmethod
+    def canonical(cls, block: bytes, *, clean: bool) -> Headers:
+        """Of lines `name: value CRLF` that the recogniser has accepted. Unless they are `clean`, some of them are of STRIPPED."""
+        headers = cls()
+        headers._block, headers.clean = block, clean
+        return headers
+
+    @property
+    def items(self) -> list[Field]:
+        if self._block is not None:
+            lines = self._block[:-2].split(b"\r\n") if self._block else ()
+            self._items = [tuple(line.split(b": ", 1)) for line in lines]  # type: ignore[misc]  # two parts by the grammar
+            self._block = None
+        return self._items
+
+    @items.setter
+    def items(self, items: list[Field]) -> None:
+        self._block, self._items = None, items
+
+    def encode(self) -> bytes:
+        """As they stand in an HTTP/1 head. Nothing is checked."""
+        if self._block is not None:
+            return self._block
+        return b"".join([b"%b: %b\r\n" % item for item in self._items])
+
+    def strip_block(self) -> bool:
+        """Remove what ends at this hop, if that can be done without splitting; whether it could."""
+        if self._block is not None and not self.clean:
+            self._block, self.clean = _STRIPPED_LINES.sub(b"", self._block), True
+        return self.clean
 
     def __iter__(self) -> Iterator[Field]:
         return iter(self.items)
@@ -60,6 +97,9 @@ class Headers:
         return len(self.items)
 
     def __contains__(self, name: bytes) -> bool:
+        if self._block is not None:
+            lower = self._block.lower()
+            return lower.startswith(name + b":") or b"\n%b:" % name in lower
         return any(n.lower() == name for n, _ in self.items)
 
     def __eq__(self, other: object) -> bool:
@@ -89,6 +129,7 @@ class Headers:
         return [t for t in found if t]
 
     def add(self, name: bytes, value: bytes) -> None:
+        self.clean = False
         self.items.append((name, value))
 
     def remove(self, *names: bytes) -> None:
@@ -194,6 +235,10 @@ OVERRIDES = frozenset(
 # What ends at each hop.
 HOP_BY_HOP = _CONNECTION_FIELDS | CALLER_FIELDS | OVERRIDES
 
+# The same as expressions for lines in their canonical form: all that the recogniser accepts of it (wire/heads.py).
+STRIPPED = rb"(?:connection: keep-alive|(?:" + rb"|".join(sorted(HOP_BY_HOP - _CONNECTION_FIELDS)) + rb"): [^\r]*)\r"
+_STRIPPED_LINES = re.compile(rb"(?im)^" + STRIPPED + rb"\n")
+
 # A Connection option may name any field, but dropping one of these would change what the message means, to whom it goes, or what the
 # proxies before us have said about it.
 NEVER_NOMINATED = frozenset(
@@ -204,6 +249,8 @@ NEVER_NOMINATED = frozenset(
 
 def strip_hop_by_hop(headers: Headers) -> None:
     """Remove in place what ends at this hop: the fixed list, and what Connection names (RFC 9110 §7.6.1)."""
+    if headers.clean or headers.strip_block():
+        return
     nominated = headers.tokens(b"connection")
     drop = HOP_BY_HOP.union(nominated) - NEVER_NOMINATED if nominated else HOP_BY_HOP
     headers.items = [item for item in headers.items if item[0].lower() not in drop]
@@ -211,13 +258,13 @@ def strip_hop_by_hop(headers: Headers) -> None:
 
 def wants_trailers(headers: Headers) -> bool:
     """The client said `TE: trailers` (RFC 9110 §10.1.4)."""
-    return any(token.split(b";")[0].strip() == b"trailers" for token in headers.tokens(b"te"))
+    return not headers.clean and any(token.split(b";")[0].strip() == b"trailers" for token in headers.tokens(b"te"))
 
 
 def upgrade_offer(headers: Headers) -> bytes | None:
     """The value of Upgrade if Connection names it, as it must (RFC 9110 §7.8). `h2c` is never offered onward: it would take the proxy's
     sight of the single requests (RFC 9113 §3.1 has retired it)."""
-    if b"upgrade" not in headers.tokens(b"connection"):
+    if headers.clean or b"upgrade" not in headers.tokens(b"connection"):
         return None
     offers = [value for value in headers.all(b"upgrade") if value]
     names = [name.strip() for value in offers for name in value.split(b",")]

@@ -11,7 +11,7 @@ from tests.kit.hop import FAST
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "http2" not in metafunc.module.__name__:
+    if not any(word in metafunc.module.__name__ for word in ("http2", "roads")):
         metafunc.parametrize("road", ["ordinary", "fast"], indirect=True)
 
 

@@ -70,6 +70,7 @@ class Hop:
     hangs: trio.Event | None = None  # dialling waits for it
     road: Road | None = None
     carry: Carry | None = None
+    fast: int = 0  # exchanges begun on the fast road
     raises: Exception | None = None  # by the endpoint, instead of an exchange
     clients: list[Peer] = field(default_factory=list)
 
@@ -118,7 +119,10 @@ class _Course:
 
     def take(self, _: Exchange) -> Borrowed[Address] | None:
         upstream = self.hop.pool.take(self.hop.target) if self.hop.raises is None else None
-        return None if upstream is None else Borrowed(self.hop.pool, self.hop.target, upstream, lambda: None)
+        if upstream is None:
+            return None
+        self.hop.fast += 1
+        return Borrowed(self.hop.pool, self.hop.target, upstream, lambda: None)
 
 
 def _pave(proxy: Hop, settings: Settings, book: Callable[[Exchange], AbstractContextManager[None]]) -> None:

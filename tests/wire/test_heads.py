@@ -18,7 +18,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from proxy.wire.heads import encode_request, encode_response, recognise_request, recognise_response
-from proxy.wire.messages import Headers, Limits, ProtocolError, RequestHead, ResponseHead
+from proxy.wire.messages import CALLER_FIELDS, OVERRIDES, Headers, Limits, ProtocolError, RequestHead, ResponseHead, strip_hop_by_hop
 from proxy.wire.strict import decide_request, decide_response
 from tests.wire.corpus import REQUESTS, RESPONSES, head, spoil
 
@@ -32,6 +32,17 @@ def h11_length(connection: h11.Connection) -> int | None:
     if reader is None:
         return 0
     return getattr(reader, "_length", None)
+
+
+def strips_alike(found: tuple[RequestHead | ResponseHead, int] | None, items: list[tuple[bytes, bytes]]) -> None:
+    """Assert that a block of lines loses the same fields as the list of them."""
+    assert found is not None
+    block, split = found[0].headers, Headers(items)
+    assert all((name.lower() in block) == (name.lower() in split) for name, _ in items)
+    strip_hop_by_hop(block)
+    strip_hop_by_hop(split)
+    assert block.encode() == split.encode()
+    assert block.items == split.items
 
 
 def request_holds(data: bytes) -> bool:
@@ -52,6 +63,7 @@ def request_holds(data: bytes) -> bool:
     assert decided == ours, data
     assert decided.headers.items == ours.headers.items, data
     assert encode_request(ours) == data
+    strips_alike(recognise_request(data, LIMITS), theirs.headers.raw_items())
     return True
 
 
@@ -70,6 +82,7 @@ def response_holds(data: bytes) -> bool:
     assert h11_length(connection) == (0 if ours.status in (204, 304) else length), data
     assert connection.trailing_data == (b"", False), data
     assert decide_response(data, LIMITS) == ours, data
+    strips_alike(recognise_response(data, LIMITS), theirs.headers.raw_items())
     return True
 
 
@@ -167,6 +180,18 @@ def test_a_head_just_within_its_limits_is_accepted() -> None:
 def test_of_two_responses_without_a_length_only_the_one_that_can_have_no_body_is_accepted() -> None:
     assert recognise_response(head("HTTP/1.1 200 OK", "Server: x"), LIMITS) is None
     assert recognise_response(head("HTTP/1.1 304 Not Modified", "Server: x"), LIMITS) is not None
+
+
+@pytest.mark.parametrize("name", sorted(CALLER_FIELDS | OVERRIDES))
+@pytest.mark.parametrize("case", [bytes.lower, bytes.upper, bytes.title])
+def test_what_is_said_to_this_proxy_alone_is_not_passed_on(name: bytes, case: Callable[[bytes], bytes]) -> None:
+    data = b"GET / HTTP/1.1\r\nHost: a\r\n%b: spiffe://a/ns/b/sa/c\r\nA: b\r\nConnection: Keep-Alive\r\n\r\n" % case(name)
+    assert request_holds(data)
+    found = recognise_request(data, LIMITS)
+    assert found is not None
+    assert not found[0].headers.clean
+    strip_hop_by_hop(found[0].headers)
+    assert found[0].headers.items == [(b"Host", b"a"), (b"A", b"b")]
 
 
 def test_what_is_written_is_what_was_read() -> None:
