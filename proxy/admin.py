@@ -22,18 +22,27 @@ _TEXT = b"text/plain; charset=utf-8"
 _SETTINGS = ServerSettings(idle_timeout=60.0, head_timeout=5.0, body_timeout=5.0, write_timeout=10.0)
 
 
-def admin(not_ready: Callable[[], list[str]], metrics: Callable[[], bytes]) -> Callable[[Connection], Awaitable[None]]:
-    """The handler of the admin listeners' connections. `not_ready` gives the reasons why traffic should not come, `metrics` the text."""
+async def _nothing() -> None:
+    """What is answered here is known here."""
 
-    def ready() -> tuple[int, bytes, bytes]:
-        reasons = not_ready()
+
+def admin(
+    not_ready: Callable[[], list[str]],
+    metrics: Callable[[], bytes],
+    look: Callable[[], Awaitable[None]] = _nothing,
+    not_alive: Callable[[], list[str]] = list,
+) -> Callable[[Connection], Awaitable[None]]:
+    """The handler of the admin listeners' connections. `not_ready` gives the reasons why traffic should not come, `metrics` the text,
+    `not_alive` the reasons why the process is beyond help; `look` is awaited before each answer, where others have to be asked."""
+
+    def probe(word: str, reasons: list[str]) -> tuple[int, bytes, bytes]:
         if reasons:
-            return 503, _TEXT, b"not ready: " + "; ".join(reasons).encode() + b"\n"
-        return 200, _TEXT, b"ready\n"
+            return 503, _TEXT, f"not {word}: {'; '.join(reasons)}\n".encode()
+        return 200, _TEXT, f"{word}\n".encode()
 
     pages: dict[bytes, Callable[[], tuple[int, bytes, bytes]]] = {
-        b"/live": lambda: (200, _TEXT, b"live\n"),
-        b"/ready": ready,
+        b"/live": lambda: probe("live", not_alive()),
+        b"/ready": lambda: probe("ready", not_ready()),
         b"/metrics": lambda: (200, CONTENT_TYPE.encode(), metrics()),
     }
 
@@ -44,6 +53,7 @@ def admin(not_ready: Callable[[], list[str]], metrics: Callable[[], bytes]) -> C
         elif exchange.request.method not in (b"GET", b"HEAD"):
             status, kind, text = 405, _TEXT, b"only GET and HEAD\n"
         else:
+            await look()
             status, kind, text = page()
         headers = Headers(
             [

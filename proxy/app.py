@@ -62,6 +62,7 @@ from proxy.pools import Pools, endpoint_pools
 from proxy.reach import Reach
 from proxy.route import Router
 from proxy.runtime import Runtime, Settings
+from proxy.siblings import Start
 from proxy.spans import OFF, Spans, build
 from proxy.ways import Ways
 from proxy.wire.sniff import Protocol
@@ -75,6 +76,9 @@ _SWEEP = 1.0
 _ADDRESSES = 10  # sweeps
 
 
+Beside = Callable[["App"], Awaitable[None]]
+
+
 @dataclass(frozen=True, slots=True)
 class _Known:
     """A directory that does not change: there is none."""
@@ -82,15 +86,18 @@ class _Known:
     current: Directory
 
 
-def start(config: Config) -> int:
-    """Run a proxy until it is told to stop; returns the exit code. Raises StartError."""
+def start(config: Config, sibling: Start | None = None, beside: Beside | None = None) -> int:
+    """Run a proxy until it is told to stop; returns the exit code. Raises StartError.
+
+    `sibling`: what it is as one of several workers. `beside` runs as long as the proxy does.
+    """
     _allow_descriptors()
     metrics = Metrics()
-    close_logs = configure(config.log, on_drop=metrics.logs_dropped)
+    close_logs = configure(config.log, on_drop=metrics.logs_dropped, worker=sibling.number if sibling is not None else None)
     spans = OFF
     try:
         spans = build(config, metrics, os.environ)
-        trio.run(App(config, metrics, spans).run)
+        trio.run(App(config, metrics, spans, sibling.secret if sibling is not None else None).run, beside)
     finally:
         spans.close()
         close_logs()
@@ -118,7 +125,7 @@ def _acceptor(handler: Callable[[Connection], Awaitable[None]], connections: int
 class App:
     """One proxy. The constructor reads and binds, and raises StartError; `run` serves."""
 
-    def __init__(self, config: Config, metrics: Metrics, spans: Spans = OFF) -> None:
+    def __init__(self, config: Config, metrics: Metrics, spans: Spans = OFF, secret: bytes | None = None) -> None:
         self.config = config
         self.spans = spans
         self.metrics = metrics
@@ -129,7 +136,7 @@ class App:
         self.listeners = listen(config, resolvers)
         self.drain = Drain()
         self._ports = self.listeners.ports()  # asked once: a proxy that is going down has closed its listeners
-        loops = LoopGuard(config, self._own(), metrics)
+        loops = LoopGuard(config, self._own(), metrics, secret)
         balancer, settings = Balancer(trio.current_time, zone=config.pod.zone), Settings.of(config)
         dialer = Dialer(config.mark, config.tcp.connect_timeout, config.tcp.keepalive or None, loops.dialled, loops.connections)
         self.names = Names(config, resolvers, dialer, metrics) if resolvers is not None else None
@@ -169,15 +176,15 @@ class App:
             return _acceptor(gateway(self.runtime, self.outbound_pools), config.gateway.max_connections, reserved)
         return _acceptor(inbound(self.runtime, self.inbound_pools), config.inbound.max_connections, reserved)
 
-    async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, and through the drain that follows."""
+    async def run(self, beside: Beside | None = None) -> None:
+        """Serve until SIGTERM or SIGINT, and through the drain that follows; `beside` is with it all the time."""
         admins = Acceptor(admin(self.not_ready, self.render), limit=_ADMIN_CONNECTIONS, on_error=_report)
         try:
-            await self._run(admins)
+            await self._run(admins, beside)
         finally:
             self._close_pools()
 
-    async def _run(self, admins: Acceptor) -> None:
+    async def _run(self, admins: Acceptor, beside: Beside | None) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(admins.serve, self.listeners.admin)
@@ -191,6 +198,8 @@ class App:
                     nursery.start_soon(self.runtime.road.run)
                 nursery.start_soon(self.outbound_pools.serve)
                 nursery.start_soon(self.inbound_pools.serve)
+                if beside is not None:
+                    nursery.start_soon(beside, self)
                 nursery.start_soon(self._serve_until, signals.__aiter__().__anext__, nursery.cancel_scope)
                 self._say_hello()
 
@@ -298,7 +307,8 @@ class App:
             reasons.append(f"the certificate has expired at {self.identity.not_after.isoformat()}")
         return reasons
 
-    def render(self) -> bytes:
+    def observe(self) -> None:
+        """Bring the gauges up to date."""
         used = [pool.counts() for pool in (self.outbound_pools, self.inbound_pools)]
         self.metrics.pool("active").set(sum(active for active, _ in used))
         self.metrics.pool("idle").set(sum(idle for _, idle in used))
@@ -307,6 +317,9 @@ class App:
             self.names.observe()
         self.metrics.spans_waiting(self.spans.waiting())
         self.metrics.self_calls_waiting.at().set(self.runtime.loops.waiting)
+
+    def render(self) -> bytes:
+        self.observe()
         return self.metrics.render()
 
     def _say_hello(self) -> None:

@@ -80,20 +80,29 @@ def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="the configuration file in YAML (default: $ISTHMUS_CONFIG, or none)")
     parser.add_argument("--gateway", action="store_true", help="be a gateway of this cluster instead of a pod's sidecar (gateway.enabled)")
+    parser.add_argument("--workers", metavar="N", help="share the connections among N processes (workers; default: 1)")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from proxy.app import start
     from proxy.config import ConfigError, load
     from proxy.listeners import StartError
 
+    said = {"ISTHMUS_GATEWAY__ENABLED": "true"} if args.gateway else {}
+    if args.workers is not None:
+        said["ISTHMUS_WORKERS"] = args.workers
     try:
-        config = load(args.config, {**os.environ, "ISTHMUS_GATEWAY__ENABLED": "true"} if args.gateway else os.environ)
+        config = load(args.config, {**os.environ, **said})
     except ConfigError as error:
         print(f"isthmus: {error}", file=sys.stderr)
         return USAGE
     try:
+        if config.workers > 1:
+            from proxy.supervisor import supervise
+
+            return supervise(config)
+        from proxy.app import start
+
         return start(config)
     except StartError as error:
         print(f"isthmus: {error}", file=sys.stderr)

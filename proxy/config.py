@@ -170,6 +170,7 @@ def _contradictions(config: Config, mistakes: Mistakes) -> None:
     except SpiffeIdError as error:
         mistakes.add("trust_domain", str(error))
     _listeners(config, mistakes)
+    _workers(config, mistakes)
     _gateway(config, mistakes)
     inbound = config.inbound
     if config.identity is None:
@@ -190,6 +191,14 @@ def _contradictions(config: Config, mistakes: Mistakes) -> None:
     _tracing(config.tracing, mistakes)
     if config.pool.idle_timeout >= config.http.idle_timeout:
         mistakes.add("pool.idle_timeout", "is not below http.idle_timeout: other proxies would close connections that are about to be used")
+
+
+def _workers(config: Config, mistakes: Mistakes) -> None:
+    if config.workers == 1:
+        return
+    for path, address in config.listeners():
+        if address.port == 0 and not path.startswith("admin."):
+            mistakes.add(path, f"{address} would be another port for each of the {config.workers} workers")
 
 
 def _dns(config: Config, mistakes: Mistakes) -> None:

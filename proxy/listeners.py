@@ -35,11 +35,13 @@ class Listeners:
 
 
 def listen(config: Config, resolvers: Resolvers | None = None) -> Listeners:
-    """Bind what is configured. Raises StartError, and then nothing stays bound."""
+    """Bind what is configured; as one of several workers (`config.workers`) together with the others. Raises StartError, and then nothing
+    stays bound."""
+    shared = config.workers > 1
     bound: list[socket.socket] = []
 
     def every(addresses: tuple[Address, ...]) -> list[socket.socket]:
-        sockets = [bind(address) for address in addresses if _has_family(address)]
+        sockets = [bind(address, shared=shared) for address in addresses if has_family(address)]
         bound.extend(sockets)
         return sockets
 
@@ -52,8 +54,8 @@ def listen(config: Config, resolvers: Resolvers | None = None) -> Listeners:
         names = every(config.dns.listen)
         datagrams = []
         for address, upstream in resolvers.ways_in(config.dns):
-            if _has_family(address):
-                bound.append(bind_datagrams(address))
+            if has_family(address):
+                bound.append(bind_datagrams(address, shared=shared))
                 datagrams.append((bound[-1], upstream))
         return Listeners(*traffic, names, datagrams)
     except BindFailed as error:
@@ -62,7 +64,7 @@ def listen(config: Config, resolvers: Resolvers | None = None) -> Listeners:
         raise StartError(str(error), 69) from error
 
 
-def _has_family(address: Address) -> bool:
+def has_family(address: Address) -> bool:
     """Whether the kernel knows the address's family: where IPv6 is switched off, its listeners are left out."""
     if not address.is_ipv6:
         return True

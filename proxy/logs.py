@@ -97,12 +97,15 @@ def log_request(line: RequestLine) -> None:
         _ACCESS.info("request", extra={"line": line})
 
 
-def configure(config: LogConfig, stream: TextIO | None = None, on_drop: Callable[[int], None] | None = None) -> Callable[[], None]:
-    """Starts writing to `stream` (None: standard error). `on_drop(count)` is called for dropped lines, from any thread.
+def configure(
+    config: LogConfig, stream: TextIO | None = None, on_drop: Callable[[int], None] | None = None, worker: int | None = None
+) -> Callable[[], None]:
+    """Starts writing to `stream` (None: standard error). `on_drop(count)` is called for dropped lines, from any thread. `worker`: which of
+    several this is; it stands in every line.
 
     The result ends it: writes what is queued, waiting no longer than `CLOSING`, and puts everything back as it was.
     """
-    formatter = JsonFormatter() if config.format == "json" else TextFormatter()
+    formatter = JsonFormatter(worker) if config.format == "json" else TextFormatter(worker)
     handler = QueueHandler(stream or sys.stderr, formatter, config.queue, on_drop or (lambda _: None))
     root, own = logging.getLogger(), logging.getLogger(ROOT)
     before = own.level
@@ -206,7 +209,13 @@ class QueueHandler(logging.Handler):
         return True
 
 
-class JsonFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    def __init__(self, worker: int | None = None) -> None:
+        super().__init__()
+        self._who: dict[str, Field] = {} if worker is None else {"worker": worker}
+
+
+class JsonFormatter(_Formatter):
     """One JSON object in ASCII per line."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -215,6 +224,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **self._who,
             **facts(record),
         }
         if record.exc_info:
@@ -222,12 +232,12 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(found)
 
 
-class TextFormatter(logging.Formatter):
+class TextFormatter(_Formatter):
     """`time level logger: message name=value ...`, for people."""
 
     def format(self, record: logging.LogRecord) -> str:
         parts = [f"{_time(record)} {record.levelname.lower():7} {record.name}: {printable(record.getMessage())}"]
-        parts += [f"{name}={_quoted(value)}" for name, value in facts(record).items()]
+        parts += [f"{name}={_quoted(value)}" for name, value in {**self._who, **facts(record)}.items()]
         line = " ".join(parts)
         if record.exc_info:
             trace = self.formatException(record.exc_info)

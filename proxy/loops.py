@@ -23,9 +23,10 @@ from proxy.wire.messages import Field
 
 
 class LoopGuard:
-    """Owned by the application; `listeners` is replaced when the pod's addresses change."""
+    """Owned by the application; `listeners` is replaced when the pod's addresses change. `secret`: 32 bytes, where several workers are one
+    proxy and have to know each other's tokens; None: one of its own."""
 
-    def __init__(self, config: Config, listeners: OwnListeners, metrics: Metrics) -> None:
+    def __init__(self, config: Config, listeners: OwnListeners, metrics: Metrics, secret: bytes | None = None) -> None:
         who, limits = Who(config.cluster, config.pod.namespace, config.pod.name), config.loops
         self.listeners = listeners
         self.connections = OwnConnections(limits.max_nesting, who.name)
@@ -33,7 +34,7 @@ class LoopGuard:
         self._who = who
         self._hops = limits.max_hops
         self._returns: dict[Side, int] = {"outbound": limits.max_returns, "inbound": limits.max_returns, "gateway": 0}
-        self._secret = token_bytes(32)
+        self._secret = secret or token_bytes(32)
         self._outbound = self.waypoint("outbound")
         self._metrics = metrics
 

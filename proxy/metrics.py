@@ -263,6 +263,8 @@ class Metrics:
         self._pool = self._gauge("pool_connections", "Connections to endpoints kept by the pools.", "state")
         self._span_queue = self._gauge("spans_waiting", "Spans that wait to be exported.")
         self.self_calls_waiting = self._gauge("self_calls_waiting", "Of these, the ones that wait for the first of their answer.")
+        self.workers = self._gauge("workers", "Worker processes, where there are several.", "state")
+        self.worker_exits = self._counter("worker_exits_total", "Workers that ended without being told to, by how.", "how")
         info = self._gauge("build_info", "Always 1; the labels say what runs.", "version", "python")
         info.at(own_version(), platform.python_version()).set(1)
 

@@ -33,6 +33,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "proxy.exchange": ({"proxy.exchange", "proxy.wire", "proxy.net", "proxy.errors", "loopguard", "tracing"}, {"trio"}),
     "proxy.fast": ({"proxy.fast", "proxy.exchange", "proxy.wire", "proxy.net", "proxy.errors"}, {"trio"}),
     "proxy.detect": ({"proxy.net", "proxy.wire"}, {"trio"}),
+    "proxy.totals": (set(), {"msgspec", "prometheus_client"}),
     "proxy.errors": ({"proxy.net", "proxy.wire"}, set()),
 }
 # Not even by way of somebody who may: these never meet.
@@ -49,7 +50,7 @@ NEVER = [
     ("tracing", "proxy"),
     ("proxy.exchange", "proxy.mesh"),
 ]
-MAY_IMPORT_APP = {"proxy.cli", "proxy.app"}
+MAY_IMPORT_APP = {"proxy.cli", "proxy.app", "proxy.worker"}
 MAY_IMPORT_LAB = {"proxy.cli"}
 
 MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 400, 50, 5

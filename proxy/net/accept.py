@@ -68,12 +68,13 @@ class Connection:
     original: Address | None
 
 
-def bind(address: Address, backlog: int = _BACKLOG) -> socket.socket:
+def bind(address: Address, backlog: int = _BACKLOG, *, shared: bool = False) -> socket.socket:
     """A listening, non-blocking socket. An IPv6 one takes IPv6 only, so that `0.0.0.0` and `::` can be bound side by side.
 
-    `backlog` is capped by net.core.somaxconn. Raises BindFailed.
+    `backlog` is capped by net.core.somaxconn. `shared`: with others of the same user that say so too (SO_REUSEPORT), among whom the kernel
+    divides the connections by their addresses. Raises BindFailed.
     """
-    sock = _bound(address, socket.SOCK_STREAM)
+    sock = _bound(address, socket.SOCK_STREAM, shared)
     try:
         sock.listen(backlog)
     except OSError as error:
@@ -82,12 +83,12 @@ def bind(address: Address, backlog: int = _BACKLOG) -> socket.socket:
     return sock
 
 
-def bind_datagrams(address: Address) -> socket.socket:
-    """A non-blocking UDP socket on `address`. Raises BindFailed."""
-    return _bound(address, socket.SOCK_DGRAM)
+def bind_datagrams(address: Address, *, shared: bool = False) -> socket.socket:
+    """A non-blocking UDP socket on `address`; `shared` as with `bind`. Raises BindFailed."""
+    return _bound(address, socket.SOCK_DGRAM, shared)
 
 
-def _bound(address: Address, kind: int) -> socket.socket:
+def _bound(address: Address, kind: int, shared: bool) -> socket.socket:
     family = socket.AF_INET6 if address.is_ipv6 else socket.AF_INET
     try:
         sock = socket.socket(family, kind | socket.SOCK_NONBLOCK)
@@ -96,6 +97,8 @@ def _bound(address: Address, kind: int) -> socket.socket:
     try:
         if kind == socket.SOCK_STREAM:  # with UDP it would let two processes share the port, of which one gets nothing
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if address.is_ipv6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind((address.host, address.port))

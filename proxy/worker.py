@@ -1,0 +1,62 @@
+"""One of several workers: the same proxy as ever, but for the administration listener, which is the supervisor's.
+
+`python -m proxy.worker FD` is started by the supervisor and by nobody else. FD is this end of a pair of sockets (siblings.py): by it comes
+what this worker is, and over it go the answers about how it is. When the supervisor is gone, whoever runs the container thinks that
+the proxy is; so the worker behaves as if it had been told to stop.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+
+import msgspec
+import trio
+
+from proxy.app import App, start
+from proxy.listeners import StartError
+from proxy.siblings import QUESTION, SiblingGone, State, read_start, receive, send
+from proxy.totals import reading
+
+
+def main(descriptor: int) -> int:
+    """Be the worker at the other end of `descriptor`; returns the exit code."""
+    sock = socket.socket(fileno=descriptor)
+    sock.setblocking(False)
+    try:
+        told = read_start(trio.run(_first, sock.dup()))
+    except (SiblingGone, OSError, trio.BrokenResourceError):
+        return 0  # nobody wants a worker any more
+
+    async def beside(app: App) -> None:
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(sock)) as supervisor:
+            await answer(app, supervisor)
+
+    try:
+        return start(told.config, told, beside)
+    except StartError as error:
+        sys.stderr.write(f"isthmus: {error}\n")
+        return error.code
+
+
+async def _first(sock: socket.socket) -> bytes:
+    async with trio.SocketStream(trio.socket.from_stdlib_socket(sock)) as supervisor:
+        return await receive(supervisor)
+
+
+async def answer(app: App, supervisor: trio.SocketStream) -> None:
+    """Say how this worker is, whenever it is asked."""
+    try:
+        while questions := await supervisor.receive_some():
+            for _ in range(bytes(questions).count(QUESTION)):
+                app.observe()
+                await send(supervisor, msgspec.msgpack.encode(State(app.not_ready(), reading(app.metrics.registry))))
+    except trio.BrokenResourceError:
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

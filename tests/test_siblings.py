@@ -1,0 +1,108 @@
+"""What is the same in all workers of a proxy, what is divided among them, and how they are told."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import trio
+import trio.testing
+
+from loopguard import OwnListeners
+from proxy.config import Config, ConfigError, load
+from proxy.listeners import listen
+from proxy.loops import LoopGuard
+from proxy.metrics import Metrics
+from proxy.siblings import SiblingGone, Start, read_start, receive, send, share, start_message
+
+
+def configured(**environ: str) -> Config:
+    return load(None, {f"ISTHMUS_{name}": value for name, value in environ.items()})
+
+
+def test_what_bounds_the_whole_proxy_is_divided_and_rounded_up() -> None:
+    whole = configured(WORKERS="3", OUTBOUND__MAX_CONNECTIONS="10", POOL__MAX_IDLE_PER_ENDPOINT="0", DNS__MAX_IN_FLIGHT="512")
+    part = share(whole)
+    assert part.outbound.max_connections == 4
+    assert part.inbound.max_connections == 3334
+    assert part.gateway.max_connections == 3334
+    assert part.pool.max_connections_per_endpoint == 342
+    assert part.pool.max_idle_per_endpoint == 0
+    assert part.loops.max_self_calls == 86
+    assert part.dns is not None
+    assert (part.dns.max_in_flight, part.dns.max_connections) == (171, 22)
+    assert part.admin.listen == ()
+    assert part.http == whole.http
+
+
+def test_without_names_there_is_no_share_of_them() -> None:
+    assert share(configured(WORKERS="2")).dns is None
+
+
+def test_a_worker_is_told_all_that_the_configuration_says() -> None:
+    config = configured(
+        WORKERS="2",
+        INBOUND__ALLOW="{8080: ['spiffe://cluster.local/ns/*']}",
+        INBOUND__REQUIRE_IDENTITY="[8080]",
+        IDENTITY__CERTIFICATE="/c",
+        IDENTITY__KEY="/k",
+        IDENTITY__ROOTS="['/r']",
+        DNS__TTL="3s",
+    )
+    start = Start(2, config, b"s" * 32)
+    assert read_start(start_message(start)) == start
+
+
+@pytest.mark.parametrize("setting", ["OUTBOUND__LISTEN", "INBOUND__LISTEN", "DNS__LISTEN"])
+def test_a_port_that_anybody_may_choose_is_a_mistake_where_all_workers_need_the_same(setting: str) -> None:
+    listen = {setting: "['127.0.0.1:0']"}
+    assert configured(**listen).workers == 1
+    with pytest.raises(ConfigError, match="another port for each of the 2 workers"):
+        configured(WORKERS="2", **listen)
+    assert configured(WORKERS="2", ADMIN__LISTEN="['127.0.0.1:0']").workers == 2
+
+
+@pytest.mark.parametrize("number", ["0", "257", "two"])
+def test_a_number_of_workers_that_cannot_be_is_a_mistake(number: str) -> None:
+    with pytest.raises(ConfigError, match="workers"):
+        configured(WORKERS=number)
+
+
+def test_a_token_that_one_worker_has_made_is_known_to_the_others_and_to_no_other_proxy() -> None:
+    config, listeners = configured(), OwnListeners(frozenset({4140}), frozenset({"10.0.0.1"}))
+
+    def token(secret: bytes | None) -> bytes:
+        ((_, token),) = LoopGuard(config, listeners, Metrics(), secret).fields(b"GET", b"shop:80")
+        return token
+
+    assert token(b"a" * 32) == token(b"a" * 32)
+    assert token(b"a" * 32) != token(b"b" * 32)
+    assert token(None) != token(None)
+
+
+async def test_messages_arrive_whole_whatever_pieces_they_come_in() -> None:
+    one, other = trio.testing.memory_stream_pair()
+    for message in (b"", b"x", b"y" * 100_000):
+        await send(one, message)
+    assert [await receive(other) for _ in range(3)] == [b"", b"x", b"y" * 100_000]
+    await one.send_all(b"\x00\x00\x00\x05abc")
+    await one.aclose()
+    with pytest.raises(SiblingGone):
+        await receive(other)
+
+
+async def test_a_length_that_cannot_be_is_not_waited_for() -> None:
+    one, other = trio.testing.memory_stream_pair()
+    await one.send_all(b"\xff\xff\xff\xff")
+    with pytest.raises(SiblingGone, match="4294967295"):
+        await receive(other)
+
+
+def test_a_proxy_of_one_process_shares_its_ports_with_nobody() -> None:
+    config = configured(OUTBOUND__LISTEN="['127.0.0.1:0']", INBOUND__LISTEN="[]", ADMIN__LISTEN="[]")
+    (sock,) = listen(config).outbound
+    with sock, socket.socket() as other:
+        assert not sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        with pytest.raises(OSError, match="in use"):
+            other.bind(sock.getsockname())
