@@ -55,7 +55,8 @@ class Cluster:
         self.hosts: dict[str, list[str]] = {}
         self.hosts_file = self.directory / "hosts"
         self.resolver_file = self.directory / "resolv.conf"
-        self.resolver_file.write_text("options attempts:1 timeout:1\n")
+        # The bridge has no resolver: what is neither in the hosts file nor known to a sidecar is unknown at once.
+        self.resolver_file.write_text(f"nameserver {self.router()[0]}\noptions attempts:1 timeout:1\n")
         self._write_hosts()
         self._services = 0
         self._build()

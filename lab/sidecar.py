@@ -30,6 +30,13 @@ ADMIN_PORT: Final = 4191
 READY_POLL: Final = 0.03  # seconds
 
 
+class _Plain(yaml.SafeDumper):
+    """Writes out what stands in two places twice: the proxies take no anchors and aliases."""
+
+    def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002  # the base class's signature
+        return True
+
+
 class Authority:
     """A trust root that the laboratory owns; valid since yesterday, so that expired certificates can be made."""
 
@@ -133,7 +140,7 @@ class Sidecar(Member):
 
     def write_directory(self, directory: Mapping[str, Any]) -> None:
         """Exchange the directory."""
-        self.write(self.directory_file, yaml.safe_dump(dict(directory), sort_keys=False).encode())
+        self.write(self.directory_file, yaml.dump(dict(directory), Dumper=_Plain, sort_keys=False).encode())
 
     async def start(self, *, intercept: bool = True, ready: bool = True) -> None:
         """Install the rules, start the proxy, wait until /ready says yes.  Raises LabError with the end of its log."""

@@ -1,4 +1,4 @@
-"""The story that `isthmus demo` tells: three pods with sidecars, four intruders, and what each step proved.
+"""The story that `isthmus demo` tells: pods with sidecars, four intruders, a second cluster, and what each step proved.
 
 The steps only start programs and look; what they found goes into a Report (lab/report.py).  Identities, ciphers and groups are read
 from the proxies' logs and from the wire, never from what the story itself configured.
@@ -12,10 +12,12 @@ from typing import Any
 
 import trio
 
+from lab import clusters_story
 from lab.calls import calls, grpc_server
 from lab.capture import Capture
 from lab.circle import circle
 from lab.cluster import Lab
+from lab.clusters_story import World
 from lab.mesh import Mesh
 from lab.pod import Pod
 from lab.process import LabError
@@ -51,7 +53,7 @@ async def _tell(report: Report, size: int, keep: bool) -> int:
     began = time.monotonic()
     async with Lab() as lab:
         with trio.move_on_after(STORY_TIMEOUT) as limit:
-            stage = await build(lab, report, size)
+            stage, world = await build(lab, report, size)
             steps: tuple[tuple[str, Callable[[Stage], Awaitable[None]]], ...] = (
                 ("ordinary programs talk, a listener sits on the wire", traffic),
                 ("one request is followed from span to span", traced),
@@ -64,6 +66,9 @@ async def _tell(report: Report, size: int, keep: bool) -> int:
             for title, step in steps:
                 report.step(title)
                 await step(stage)
+            for title, chapter in clusters_story.STEPS:
+                report.step(title)
+                await chapter(world)
         if limit.cancelled_caught:
             report.broke(f"the demonstration did not end within {STORY_TIMEOUT:g} s")
         report.finish(time.monotonic() - began)
@@ -73,9 +78,9 @@ async def _tell(report: Report, size: int, keep: bool) -> int:
     return 0 if report.held else 1
 
 
-async def build(lab: Lab, report: Report, size: int) -> Stage:
-    """Cluster, pods, programs, sidecars."""
-    report.step(f"building a cluster of pods ({'as an ordinary user, rootless' if rootless() else 'as root'})")
+async def build(lab: Lab, report: Report, size: int) -> tuple[Stage, World]:
+    """Clusters, pods, programs, sidecars."""
+    report.step(f"building two clusters of pods ({'as an ordinary user, rootless' if rootless() else 'as root'})")
     west = lab.cluster("west")
     mesh = Mesh(west)
     web, shop, annex, stranger = (west.pod(name) for name in ("web", "shop", "annex", "stranger"))
@@ -85,7 +90,7 @@ async def build(lab: Lab, report: Report, size: int) -> Stage:
     skip = {"skip_inbound_ports": [PLAIN], "skip_outbound_ports": [PLAIN]}
     stage.collector = await TraceCollector.start(west)
     tracing = stage.collector.settings()
-    mesh.join(web, "web", intercept=skip, http2=SHORT_LIVED, tracing=tracing)
+    mesh.join(web, "web", intercept=skip, http2=SHORT_LIVED, tracing=tracing, **clusters_story.CLIENT)
     mesh.join(shop, "shop", intercept=skip, tracing=tracing, inbound={"require_identity": True, "allow": {str(HTTP): only_web}})
     mesh.join(annex, "shop")
     mesh.join(guest, "guest")
@@ -94,11 +99,13 @@ async def build(lab: Lab, report: Report, size: int) -> Stage:
     mesh.service("stock", [shop, annex], {GRPC: "detect"})
     west.name_host("shop.plain", shop.ipv4)
     stage.sidecars = mesh.sidecars
+    world = clusters_story.build(stage)
     report.step("starting web, WebSocket, mail and gRPC servers")
     await servers(stage)
-    report.step("issuing certificates, installing the interception rules, starting the sidecars")
-    await mesh.start()
-    return stage
+    await clusters_story.servers(world)
+    report.step("issuing certificates, installing the interception rules, starting the sidecars and the gateways")
+    await world.clusters.start()
+    return stage, world
 
 
 async def servers(stage: Stage) -> None:

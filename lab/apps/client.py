@@ -30,6 +30,14 @@ def get(host: str, port: int, secret: str) -> Result:
     return {"status": status, "body": body[:500], "same": len(set(answers)) == 1, "proxy-status": headers.get("proxy-status", "")}
 
 
+def once(host: str, port: int) -> Result:
+    """One request, whatever comes of it."""
+    connection = http.client.HTTPConnection(host, port, timeout=20)
+    connection.request("GET", "/")
+    response = connection.getresponse()
+    return {"status": response.status, "body": response.read().decode()[:500], "proxy-status": response.getheader("proxy-status", "")}
+
+
 def download(host: str, port: int, size: str) -> Result:
     """A large chunked response."""
     connection = http.client.HTTPConnection(host, port, timeout=30)
@@ -119,7 +127,8 @@ def latency(host: str, port: int, other_port: str, count: str) -> Result:
 
 
 CLIENTS: dict[str, Callable[..., Result]] = {
-    "get": get, "forged": forged, "download": download, "upload": upload, "websocket": websocket, "mail": mail, "latency": latency,
+    "get": get, "once": once, "forged": forged, "download": download, "upload": upload, "websocket": websocket, "mail": mail,
+    "latency": latency,
 }  # fmt: skip
 
 
