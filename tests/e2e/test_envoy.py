@@ -13,19 +13,18 @@ from typing import Any
 import pytest
 import trio
 
-from lab.cluster import Cluster
 from lab.envoy import Envoy
 from lab.mesh import Mesh
 from lab.pod import Pod
 from lab.sidecar import Authority
 from lab.wide_area import Leg
 from tests.e2e.conftest import Laboratory
-from tests.e2e.database import POSTGRES, postgres
-from tests.e2e.stage import WEB, Curled, curl, eventually, logged, python, serve
+from tests.e2e.database import POSTGRES, postgres, psql
+from tests.e2e.stage import WEB, Curled, client, curl, eventually, logged, python, serve
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
-GATE = 4143
+GATE, GRPC = 4143, 50051
 C = f"c.default.svc.cluster.local:{WEB}"
 
 # Asks a PostgreSQL server, through a tunnel, whether it speaks TLS: eight bytes there, one back.
@@ -48,11 +47,10 @@ with socket.create_connection((host, int(port)), timeout=10) as plain, context.w
 
 @dataclass
 class Stage:
-    """East, with the services `c`, `stock` and `db` behind Envoy; and a pod of west without a sidecar."""
+    """East, with the services `c`, `stock` and `db` behind Envoy; in west a member of the mesh, and a pod without a sidecar."""
 
-    west: Cluster
-    east: Cluster
-    mesh: Mesh
+    west: Mesh
+    mesh: Mesh  # of east
     envoy: Envoy
     leg: Leg
     stranger: Pod
@@ -66,6 +64,14 @@ class Stage:
             file.chmod(0o644)
         return ["--cert", str(files[0]), "--key", str(files[1])]
 
+    @property
+    def web(self) -> Pod:
+        return self.west.cluster.pods["web"]
+
+    async def call(self, url: str) -> Curled:
+        """curl from a member of the mesh, which does not know that there is one."""
+        return await curl(self.web, url)
+
     async def ask(self, *arguments: str, authority: str = C, path: str = "/head") -> Curled:
         """curl from the stranger to the gateway, without asking who that is."""
         return await curl(self.stranger, "-k", "--http1.1", "-H", f"Host: {authority}", *arguments, f"https://{self.leg.ipv4}:{GATE}{path}")
@@ -75,22 +81,27 @@ class Stage:
 def stage(laboratory: Laboratory) -> Stage:
     async def build() -> Stage:
         lab = laboratory.lab
-        west, east = lab.cluster("west"), lab.cluster("east")
-        area, mesh = lab.wide_area(), Mesh(east)
-        area.border(west)
-        c, stock, db, gateway = (east.pod(name) for name in ("c", "stock", "db", "gateway"))
-        for pod in (c, stock, db):
-            mesh.join(pod, inbound={"require_identity": True})
+        area, west = lab.wide_area(), Mesh(lab.cluster("west"))
+        mesh = Mesh(lab.cluster("east"), west.authority)
+        area.border(west.cluster)
+        c, stock, db, gateway = (mesh.cluster.pod(name) for name in ("c", "stock", "db", "gateway"))
+        for pod, port, hint in ((c, WEB, "http1"), (stock, GRPC, "http2"), (db, POSTGRES, "opaque")):
+            mesh.join(pod, inbound={"require_identity": True, "trusted_gateways": [str(mesh.authority.identity("gateway", "isthmus"))]})
+            mesh.service(pod.name, [pod], {port: hint}, export=True)
+        west.join(west.cluster.pod("web"), dns={})
+        west.link(mesh)
         words = {"10.244.2.5": c.ipv4, "10.244.2.6": db.ipv4, "10.244.2.7": stock.ipv4}
         envoy = Envoy(gateway, mesh.authority, mesh.authority.identity("gateway", "isthmus"), words)
         leg = area.attach(gateway)
+        mesh.way_in(envoy, address=leg.ipv4, port=GATE)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lambda: serve(c, "web", "::", str(WEB), "c of east", port=WEB))
-            nursery.start_soon(lambda: serve(stock, "grpc_service", "50051", "stock", port=50051))
+            nursery.start_soon(lambda: serve(stock, "grpc_service", str(GRPC), "stock", port=GRPC))
             nursery.start_soon(postgres, db)
             nursery.start_soon(mesh.start)
+            nursery.start_soon(west.start)
             nursery.start_soon(envoy.start)
-        return Stage(west, east, mesh, envoy, leg, west.pod("stranger"))
+        return Stage(west, mesh, envoy, leg, west.cluster.pod("stranger"))
 
     return laboratory.run(build)
 
@@ -99,6 +110,62 @@ def entries(stage: Stage) -> list[dict[str, Any]]:
     """Envoy's access log."""
     assert stage.envoy.process is not None
     return [json.loads(line) for line in stage.envoy.process.output.lines if line.startswith("{")]
+
+
+# What west's sidecars send...
+
+
+@pytest.mark.parametrize("name", ["c.east", "c.default.east", "c-east", "c-east.default.svc.cluster.local"])
+async def test_http_is_carried_to_a_service_of_the_other_cluster(stage: Stage, name: str) -> None:
+    said = json.loads((await stage.call(f"http://{name}:{WEB}/head")).body)
+    assert said["name"] == "c of east"
+    assert dict(said["headers"])["host"] == C
+
+
+async def test_grpc_is_carried_in_all_its_kinds(stage: Stage) -> None:
+    seen = await client(stage.web, "grpc-kinds", "stock.east", str(GRPC), "tangerine")
+    assert {kind: seen.get(kind) for kind in ("unary", "server", "client", "both")} == dict.fromkeys(
+        ("unary", "server", "client", "both"), True
+    )
+
+
+async def test_a_database_is_reached_by_name(stage: Stage) -> None:
+    done = await psql(stage.web, "db.east", "select 6 * 7")
+    assert done.text == "42\n", done.stderr.decode()
+
+
+async def test_a_large_body_goes_through_unchanged_both_ways(stage: Stage) -> None:
+    size = 8 * 1024 * 1024
+    down = await client(stage.web, "download", "c.east", str(WEB), str(size))
+    up = await client(stage.web, "upload", "c.east", str(WEB), str(size))
+    assert (down.get("bytes"), up.get("right")) == (size, True)
+
+
+async def test_each_hop_is_between_verified_identities(stage: Stage) -> None:
+    await stage.call(f"http://c.east:{WEB}/")
+    web, gateway, c = (str(each.identity) for each in (stage.west.sidecars["web"], stage.envoy, stage.mesh.sidecars["c"]))
+    first = await logged(stage.west.sidecars["web"], "request", direction="outbound", upstream_identity=gateway)
+    assert first["upstream"] == f"{stage.leg.ipv4}:{GATE}"
+    second = await eventually(
+        lambda: [line for line in entries(stage) if line["authority"] == C and line["identity"] == web], "a line of Envoy's"
+    )
+    assert {line["upstream_identity"] for line in second} == {c}
+    await logged(stage.mesh.sidecars["c"], "request", direction="inbound", identity=gateway)
+
+
+async def test_a_gateway_that_is_gone_is_said_to_be_and_comes_back(stage: Stage) -> None:
+    assert stage.envoy.process is not None
+    stage.envoy.process.kill()
+    await stage.envoy.process.wait()
+    answer = await stage.call(f"http://c.east:{WEB}/")
+    assert answer.status in (502, 503), answer
+    assert answer.error
+    await stage.envoy.start()
+
+    async def back() -> bool:
+        return (await stage.call(f"http://c.east:{WEB}/")).status == 200
+
+    await eventually(back, "the service is back", timeout=20)
 
 
 # Who gets in...
@@ -111,22 +178,22 @@ async def test_a_member_of_the_mesh_is_let_in_and_its_identity_goes_with_it(stag
     assert head["name"] == "c of east"
     headers = {name.lower(): value for name, value in head["headers"]}
     assert headers["host"] == C
-    assert headers["l5d-client-id"] == "spiffe://cluster.local/ns/default/sa/web"
+    assert headers["isthmus-client-id"] == "spiffe://cluster.local/ns/default/sa/web"
 
 
 async def test_what_a_client_says_of_itself_is_not_believed(stage: Stage) -> None:
     member = stage.show("member", stage.mesh.authority, "web")
     forged = [
         "-H",
-        "l5d-client-id: spiffe://cluster.local/ns/default/sa/boss",
+        "isthmus-client-id: spiffe://cluster.local/ns/default/sa/boss",
         "-H",
-        "L5D-Client-ID: another",
+        "Isthmus-Client-ID: another",
         "-H",
         "x-forwarded-client-cert: URI=x",
     ]
     head = json.loads((await stage.ask(*member, *forged)).body)
     told = [(name.lower(), value) for name, value in head["headers"]]
-    assert [value for name, value in told if name == "l5d-client-id"] == ["spiffe://cluster.local/ns/default/sa/web"]
+    assert [value for name, value in told if name == "isthmus-client-id"] == ["spiffe://cluster.local/ns/default/sa/web"]
     assert "x-forwarded-client-cert" not in dict(told)
 
 
@@ -171,7 +238,13 @@ async def test_clear_text_gets_no_answer(stage: Stage) -> None:
 
 async def test_what_is_not_exported_is_not_there(stage: Stage) -> None:
     member = stage.show("member", stage.mesh.authority, "web")
-    for authority in ("nobody.default.svc.cluster.local", "c.other.svc.cluster.local:8080", "c", stage.east.pods["c"].ipv4, "gateway:9901"):
+    for authority in (
+        "nobody.default.svc.cluster.local",
+        "c.other.svc.cluster.local:8080",
+        "c",
+        stage.mesh.cluster.pods["c"].ipv4,
+        "gateway:9901",
+    ):
         answer = await stage.ask(*member, authority=authority)
         assert answer.status == 404, (authority, answer)
 
@@ -207,4 +280,3 @@ async def test_a_new_certificate_is_taken_up_without_a_restart(stage: Stage) -> 
     finally:
         stage.envoy.write_roots(stage.mesh.authority)
     assert stage.envoy.process is before
-    assert POSTGRES == 5432
