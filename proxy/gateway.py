@@ -102,9 +102,12 @@ def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
         exchange.service = target.service
         async with closing(await rt.connect(endpoint, ALPN_TCP)) as upstream:
             account = rt.ledger.upstream(DIRECTION, upstream)
+            established = ResponseHead(200, Headers(), b"Connection established")
+            if exchange.judge is not None:
+                exchange.judge(established, None)  # that it is there is all that bytes can say for an endpoint
             try:
                 exchange.carried(upstream)
-                stream = await exchange.switch(ResponseHead(200, Headers(), b"Connection established"))
+                stream = await exchange.switch(established)
                 exchange.clock.rest()
                 await bridge(exchange, stream, upstream)
             finally:

@@ -5,9 +5,12 @@ carry it to an endpoint. What lies between the two is here: the balancer picks (
 attempt, and whoever finds all endpoints broken waits for one of them to be tried again:
 
     the service has no endpoint that is ready                    503 no_endpoint, at once
-    all are broken, and none is to be tried within the timeout   503 all_broken, at once
+    all are broken, for longer than anybody may wait             503 all_broken, at once
     too many wait already                                        503 queue_full, at once
     all are broken, and stay so for the timeout                  503 all_broken
+
+How long they are thought to be broken is what is left of their penalties, which have grown with the outage: a short one is waited out, in a
+long one everybody is told at once, but for the one in about a second that is sent to try.
 
 An address of no service has one endpoint and nobody else: it is connected to as it would be without a proxy, whatever became of it last
 time.
@@ -82,7 +85,7 @@ class Reach:
         attempts = Attempts(exchange, fleet, target.policy, self._metrics, self._client)
         while True:
             first, exchange.first = exchange.first, None
-            endpoint = first if isinstance(first, Endpoint) and first in target.endpoints else fleet.pick(target, attempts.tried)
+            endpoint = first if isinstance(first, Endpoint) and fleet.sound(first, target) else fleet.pick(target, attempts.tried)
             if endpoint is None and attempts.tried:
                 endpoint = fleet.pick(target, attempts.unreached)
             if endpoint is None or fleet.queue:
@@ -192,7 +195,7 @@ class Reach:
         target = choose()
         fleet, rules = self._fleet(target), target.policy.queue
         deadline = trio.current_time() + rules.timeout
-        self._check(fleet, target, deadline)
+        self._check(fleet, target)
         if len(fleet.queue) >= rules.size:
             raise QueueFull(f"{len(fleet.queue)} requests wait for an endpoint of {target.service} already")
         with fleet.queue.place() as place, self._metrics.queued() as record, trio.move_on_at(deadline):
@@ -207,15 +210,16 @@ class Reach:
                 if endpoint is not None:
                     record.served = True
                     return target, chosen, endpoint
-                self._check(chosen, target, deadline)
+                self._check(chosen, target)
         raise AllBroken(f"{self._broken(target)}, and none could be tried again within {rules.timeout:g} s")
 
-    def _check(self, fleet: Fleet, target: Target, deadline: float) -> None:
+    def _check(self, fleet: Fleet, target: Target) -> None:
         """Raises if there is nothing to wait for."""
         if not any(endpoint.ready for endpoint in target.endpoints):
             raise NoEndpoint(f"none of the {len(target.endpoints)} endpoints of {target.service or 'the destination'} is ready")
-        if not fleet.usable(target) and (opens := fleet.opens(target)) > deadline:
-            raise AllBroken(f"{self._broken(target)}; the next one is tried in {opens - trio.current_time():.1f} s")
+        now = trio.current_time()
+        if not fleet.usable(target) and fleet.opens(target) > now + target.policy.queue.timeout:
+            raise AllBroken(f"{self._broken(target)}; the next one is tried in {max(0.0, fleet.next_probe(target) - now):.1f} s")
 
     def _broken(self, target: Target) -> str:
         ready, why = sum(endpoint.ready for endpoint in target.endpoints), self._fleet(target).why(target)

@@ -12,7 +12,11 @@ nothing; its share goes to the others, in proportion to their weights.
 
 *Where is that service served?* Here, as long as enough of its endpoints can be used. If not, in the first of its failover clusters that
 has a gateway which can be used. It comes back when enough of its own have been usable for `settle` seconds on end, so that a service
-that dies again and again does not take its clients along each time.
+that dies again and again does not take its clients along each time. Whether an endpoint that was broken is back, only a request can find
+out: so while a service is away one is sent home each time that a penalty is over (mesh/breaker.py). If that does not do, its further
+attempts ask here again and go where the others go; nothing else changes by it.
+
+Where nothing at all can be used, each of these places is tried as soon as its breakers let anybody try.
 
 What a gateway has received asks none of this: it goes to an endpoint of its own cluster (proxy/gateway.py). So a request is split and
 failed over once for each time that an application sends it, and clusters whose splits name each other do not play ball with it.
@@ -72,7 +76,11 @@ class Health(Protocol):
     """What is known of endpoints."""
 
     def usable(self, target: Target) -> int:
-        """How many endpoints of a target would get a request now."""
+        """How many endpoints of a target can be used."""
+        ...
+
+    def trial(self, target: Target, *, alone: bool = False) -> bool:
+        """Whether a request would find out about an endpoint that could not be used. `alone`: nothing else can be used either."""
         ...
 
 
@@ -166,10 +174,14 @@ class Router:
     def _split(self, service: str | None, plan: Plan) -> Target:
         drawn = self._draw(plan.backends)
         target = self._place(drawn)
-        if self._usable(target):
+        if self._serves(target):
             return target
-        others = [backend for backend in plan.backends if backend.weight and backend is not drawn and self._usable(self._place(backend))]
+        others = [backend for backend in plan.backends if backend.weight and backend is not drawn and self._serves(self._place(backend))]
         if not others:
+            weighty = [self._place(backend) for backend in plan.backends if backend.weight]
+            for target in weighty:
+                if self._trial(target, alone=True):
+                    return target
             states = ", ".join(f"{b.target.service} none of {len(self._through(b.target).endpoints)}" for b in plan.backends if b.weight)
             raise NoEndpoint(f"no backend of {service} has an endpoint that can be used: {states}")
         return self._place(self._draw(others))
@@ -186,9 +198,14 @@ class Router:
     def _place(self, backend: Backend) -> Target:
         """Where a backend is served now."""
         home = backend.target
-        if not backend.elsewhere or not self._away(backend):
+        if not backend.elsewhere or not self._away(backend) or self.health.trial(home):
             return home
-        return next((other for other in backend.elsewhere if self._usable(other)), home)
+        for other in backend.elsewhere:
+            if self._serves(other):
+                return other
+        if self._usable(home) or self._trial(home, alone=True):
+            return home
+        return next((other for other in backend.elsewhere if self._trial(other, alone=True)), home)
 
     def _away(self, backend: Backend) -> bool:
         """Whether a service is not to be served at home, for want of endpoints, or because they have not been back for long enough."""
@@ -215,3 +232,10 @@ class Router:
 
     def _usable(self, target: Target) -> int:
         return self.health.usable(self._through(target))
+
+    def _trial(self, target: Target, *, alone: bool) -> bool:
+        return self.health.trial(self._through(target), alone=alone)
+
+    def _serves(self, target: Target) -> bool:
+        """Whether it gets requests while others could have them: those that it can serve, and those that find out whether it can."""
+        return bool(self._usable(target)) or self._trial(target, alone=False)

@@ -169,6 +169,25 @@ async def test_a_tunnel_that_is_refused_closes_the_connection_and_says_why_in_th
         await until(lambda: b"isthmus_errors_total{direction=\"outbound\",reason=\"tunnel_refused\"} 1.0" in all_.west.render(), 20)
 
 
+async def test_a_tunnel_that_stands_ends_the_probation_of_its_endpoint(tmp_path: Path) -> None:
+    async with clusters(tmp_path, echo, to="192.0.2.7:5432") as all_:
+        runtime = all_.gateway.runtime
+        target = runtime.directory.current.exported(b"c.default.svc.cluster.local:5432")
+        assert target is not None
+        fleet = runtime.balancer.fleet(target.service or "")
+        work = fleet.begin(target.policy, target.endpoints[0], alone=True)
+        for _ in range(target.policy.breaker.failures):
+            work.failed("test")
+        work.finished()
+        assert fleet.broken
+        peer = await all_.client()
+        assert await peer.until(b"\r\n") == b"220 ready\r\n", "it waited, and is the one on probation"
+        assert not fleet.broken, "though the tunnel goes on"
+        await peer.stream.send_eof()
+        assert await peer.rest() == b""
+        peer.close()
+
+
 async def test_two_clients_at_once_over_http_2(tmp_path: Path) -> None:
     async with clusters(tmp_path) as all_:
         peer = Peer2(await all_.client(), client=True)

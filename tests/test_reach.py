@@ -435,6 +435,39 @@ async def test_statuses_that_are_the_requests_own_fault_do_not_count() -> None:
         assert world.broken == 0
 
 
+async def test_a_request_waits_for_an_early_trial_while_the_outage_is_young_and_is_told_at_once_when_it_is_not() -> None:
+    rules = policy("{breaker: {failures: 1, min_penalty: 50ms, jitter: 0}, queue: {timeout: 20s}, retries: {limit: 0}}")
+    async with mesh([taking([saying(BUSY), saying(BUSY), saying(OK)], [])], rules) as (world, _):
+        client, fleet = await world.hop.connect(), world.balancer.fleet("default/web")
+        assert (await client.ask()).status == 503
+        (breaker,) = fleet.broken.values()
+        breaker.until = trio.current_time() + 10  # it has failed more often: less than anybody may wait
+        fleet._changes += 1
+        assert [(await client.ask()).status for _ in range(2)] == [503, 200], "the second one waited, and not for 10 s"
+        assert world.count("queued_total", result="served") == 2
+        assert not fleet.broken
+
+
+async def test_after_a_long_outage_one_request_tries_and_the_others_are_told_at_once() -> None:
+    heard: list[Message] = []
+    rules = policy("{breaker: {failures: 1, min_penalty: 1s, jitter: 0}, queue: {timeout: 10s}, retries: {limit: 0}}")
+    async with mesh([taking([saying(BUSY), saying(BUSY), saying(OK), saying(OK)], heard)], rules) as (world, _):
+        client, fleet = await world.hop.connect(), world.balancer.fleet("default/web")
+        assert (await client.ask()).status == 503
+        (breaker,) = fleet.broken.values()
+        breaker.until = trio.current_time() + 3600
+        fleet._changes += 1
+        seen: list[tuple[int, bool]] = []
+        with trio.fail_after(30):
+            while (200, False) not in seen:
+                answer = await client.ask()
+                seen.append((answer.status, b"the next one is tried in" in (answer.get(b"proxy-status") or b"")))
+        assert len(heard) == 3
+        assert set(seen) == {(503, True), (503, False), (200, False)}
+        assert world.count("queued_total", result="served") == 0
+        assert world.balancer.waiting() == 0
+
+
 async def test_if_all_are_broken_for_longer_than_anybody_may_wait_the_client_is_told_at_once() -> None:
     async with mesh([], policy("{breaker: {min_penalty: 1m}, queue: {timeout: 30s}}"), dead=2) as (world, _):
         client = await world.hop.connect()
@@ -463,10 +496,13 @@ async def test_only_so_many_wait_and_they_are_told_when_it_was_in_vain() -> None
         await release.wait()
         await peer.send(BUSY)
 
-    rules = policy("{breaker: {failures: 1, min_penalty: 10ms, jitter: 0}, queue: {size: 1, timeout: 500ms}, retries: {limit: 0}}")
+    rules = policy("{breaker: {failures: 1, min_penalty: 1m, jitter: 0}, queue: {size: 1, timeout: 500ms}, retries: {limit: 0}}")
     async with mesh([taking([saying(BUSY), probed], heard)], rules) as (world, _):
         clients = [await world.hop.connect() for _ in range(3)]
         assert (await clients[0].ask()).status == 503
+        (breaker,) = world.balancer.fleet("default/web").broken.values()
+        breaker.until = 0.0  # its penalty is over, and a step is still a minute
+        world.balancer.fleet("default/web")._changes += 1
         await clients[0].send(GET)
         await until(lambda: len(heard) == 2)  # on probation
         await clients[1].send(GET)

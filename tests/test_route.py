@@ -93,6 +93,17 @@ class World:
                         work.failed("test", unreachable=True)
                         work.finished()
 
+    def recovers(self, *hosts: str) -> None:
+        """When the penalties of these are over, a request on probation is answered."""
+        self.now += 1.6
+        for service in self.known.current.services:
+            for target in service.targets.values():
+                for endpoint in target.endpoints:
+                    if endpoint.address.host in hosts:
+                        work = self.balancer.fleet(target.service or "").begin(target.policy, endpoint, alone=False)
+                        work.answered(None)
+                        work.finished()
+
     def services(self) -> list[Service]:
         directory = self.known.current
         return [*directory.services, *(service for cluster in directory.clusters.values() for service in cluster.services)]
@@ -257,13 +268,114 @@ def test_it_comes_back_when_it_has_been_usable_for_long_enough_and_not_before() 
     for _ in range(3):  # down for a moment, again and again: nobody goes back in between
         world.breaks("10.1.0.1", "10.1.0.2")
         assert world.where() == "east/default/c"
-        world.now += 6  # the balancer has forgotten the failure
+        world.recovers("10.1.0.1", "10.1.0.2")
         assert world.where() == "east/default/c"
-        world.now += SETTLE - 7
+        world.now += SETTLE - 1
         assert world.where() == "east/default/c"
-    world.now += 7
+    world.now += 1
     assert world.where() == "default/c"
     assert world.books.states == [("default/c", True), ("default/c", False)]
+
+
+class Client:
+    """Asks ten times a second, by the router and the balancer, as proxy/reach.py does: up to three endpoints, each time of what is chosen
+    then. `dead` are hosts that cannot be connected to."""
+
+    def __init__(self, world: World, *dead: str) -> None:
+        self.world, self.dead = world, set(dead)
+        self.wasted: Counter[str] = Counter()  # attempts, by host
+
+    def ask(self) -> str | None:
+        """Who has served the request; None: nobody."""
+        world = self.world
+        world.now += 0.1
+        tried: tuple[Endpoint, ...] = ()
+        while len(tried) < 3:
+            try:
+                target = world.to()
+            except NoEndpoint:
+                return None
+            fleet = world.balancer.fleet(target.service or "")
+            endpoint = fleet.pick(target, tried)
+            if endpoint is None:
+                return None
+            work = fleet.begin(target.policy, endpoint, alone=len(target.endpoints) == 1)
+            bad = endpoint.address.host in self.dead
+            if bad:
+                work.failed("test", unreachable=True)
+                self.wasted[endpoint.address.host] += 1
+                tried = *tried, endpoint
+            else:
+                work.answered(0.01)
+            work.finished()
+            if not bad:
+                return target.service
+        return None
+
+    def ask_for(self, seconds: float) -> Counter[str | None]:
+        return Counter(self.ask() for _ in range(round(seconds * 10)))
+
+
+HOME, EAST, NORTH = ("10.1.0.1", "10.1.0.2"), "203.0.113.7", "203.0.113.8"
+
+
+@pytest.mark.parametrize("below", [1, 2])
+def test_a_home_that_stays_dead_for_minutes_is_tried_now_and_then_and_the_service_moves_once_there_and_once_back(below: int) -> None:
+    world = failing_over(below)
+    client = Client(world)
+    assert set(client.ask_for(60)) == {"default/c"}
+    client.dead = set(HOME)
+    assert set(client.ask_for(600)) == {"east/default/c"}, "each request was served, in the end"
+    assert world.books.states == [("default/c", True)]
+    assert 10 <= sum(client.wasted.values()) <= 2 * (8 + 600 / 60), "by one attempt of one request in each penalty of each endpoint"
+    client.dead.clear()
+    seen = client.ask_for(90 + SETTLE)
+    assert set(seen) == {"east/default/c", "default/c"}
+    assert set(client.ask_for(60)) == {"default/c"}
+    assert world.books.states == [("default/c", True), ("default/c", False)]
+
+
+def test_a_trial_of_a_dead_home_is_one_request_however_many_ask_at_once() -> None:
+    world = failing_over()
+    client = Client(world, *HOME)
+    client.ask_for(1)
+    world.now += 100
+    home = world.to()
+    assert home.service == "default/c"
+    works = []
+    for _ in HOME:
+        fleet = world.balancer.fleet("default/c")
+        endpoint = fleet.pick(world.to())
+        assert endpoint is not None
+        works.append(fleet.begin(home.policy, endpoint, alone=False))
+    assert {work.endpoint.address.host for work in works} == set(HOME)
+    assert set(world.many(100)) == {"east/default/c"}, "while both are being tried"
+    for work in works:
+        work.failed("test", unreachable=True)
+        work.finished()
+    assert set(world.many(100)) == {"east/default/c"}
+    assert world.books.states == [("default/c", True)]
+
+
+def test_if_nothing_is_left_anywhere_each_place_is_tried_in_about_a_second() -> None:
+    for back in ((EAST,), (NORTH,), HOME):
+        world = failing_over()
+        client = Client(world, *HOME, EAST, NORTH)
+        client.ask_for(600)
+        client.dead -= set(back)
+        seen = client.ask_for(5)
+        assert seen[None] <= 35, f"{back}: {seen}"
+        assert len(seen) == 2, f"{back}: {seen}"
+        assert world.books.states == [("default/c", True)]
+
+
+def test_a_split_of_which_nothing_was_left_is_served_within_seconds_of_its_recovery() -> None:
+    world = World(text("{service: c, weight: 50}, {service: c, cluster: east, weight: 50}"))
+    client = Client(world, *HOME, EAST)
+    assert set(client.ask_for(600)) == {None}
+    client.dead.clear()
+    assert client.ask_for(5)[None] <= 25
+    assert set(client.ask_for(90)) == {"default/c", "east/default/c"}
 
 
 def test_readiness_in_the_directory_decides_too() -> None:

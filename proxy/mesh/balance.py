@@ -13,7 +13,9 @@ Zones. If enough endpoints in the proxy's own zone can be used, it is them that 
 Slow start. An endpoint that joins others is passed over by chance, the less often the longer it is there. It is not new if all are. One
 that was broken and has recovered is new again.
 
-Health. Endpoints whose breaker (breaker.py) is open are not drawn, and one whose penalty is over is taken first, for one request. While
+Health. Endpoints whose breaker (breaker.py) is open are not drawn, and one whose penalty is over is taken first, for one request. If all
+are broken, the one that has waited longest is tried early, a first step after the last trial: so one request in about a second finds out
+when the service is back, however long it was away, and when one is back the others are tried as soon. While
 nothing has failed, none of this is looked at, and while a service has one endpoint, nothing is measured.
 
 What is remembered belongs to a service (fleet.py): the same gateway may lead to one service that is well and to one that is not. It is
@@ -55,11 +57,16 @@ class Balancer:
         return fleet
 
     def usable(self, target: Target) -> int:
-        """How many endpoints of `target` could be given a request now: ready ones that are not broken, and broken ones that are to be
-        tried. So whoever goes elsewhere for want of usable endpoints sends one request back from time to time."""
+        """How many endpoints of `target` are ready and not broken. One that is to be tried, or being tried, is broken until it has
+        answered: what depends on the number does not change with each trial."""
         if target.service is None:
             return sum(endpoint.ready for endpoint in target.endpoints)
         return self.fleet(target.service).usable(target)
+
+    def trial(self, target: Target, *, alone: bool = False) -> bool:
+        """Whether a request that is sent to `target` now would find out about a broken endpoint of it. Whoever goes elsewhere for want of
+        usable endpoints sends such a one, or would not hear that they are back. `alone`: there is no elsewhere."""
+        return target.service is not None and self.fleet(target.service).trial(target, alone=alone)
 
     def broken(self) -> Iterator[tuple[str, Address, State]]:
         """The endpoints that are left alone or on probation, by service."""

@@ -2,7 +2,7 @@
 
                   a failure that is one too many                 the penalty is over, and a request is sent
         CLOSED ----------------------------------> OPEN ----------------------------------------------> PROBATION
-          ^                                         ^  ^                                                  |  |  |
+          ^                                         ^  ^      (or: nobody else is left)                   |  |  |
           |                                         |  +-- it never came to an answer (at once due again) +  |  |
           |                                         +----- it failed: twice the penalty ---------------------+  |
           +----------------------------------------------- it was answered -------------------------------------+
@@ -10,6 +10,10 @@
 A failure to connect is conclusive: nobody is there, and the next request need not find that out again. A response can be bad for its
 request's sake, so only a row of bad ones opens, and any good one ends the row. What was sent before the breaker opened says nothing new
 when it comes back; but an answer from an endpoint that could not be connected to says that it can be, so it closes what that has opened.
+
+Penalties grow because others do the work meanwhile. Where there are none, to wait for the end of a long one would only prolong the outage:
+so each penalty has a first step, as long as the first penalty, behind which the endpoint may be tried *early*. That such a probe has
+failed does not make the penalty longer, and one that has no answer after another step may be followed by a further one.
 
 Everything here is synchronous; the time comes from outside, and so does chance.
 """
@@ -30,13 +34,14 @@ class State(enum.StrEnum):
 class Breaker:
     """Of one endpoint. What changes the state returns whether it did."""
 
-    __slots__ = ("failures", "opened", "seen", "state", "unreachable", "until", "why")
+    __slots__ = ("early", "failures", "opened", "seen", "state", "unreachable", "until", "why")
 
     def __init__(self) -> None:
         self.state = State.CLOSED
         self.failures = 0  # in a row
         self.opened = 0  # times in a row
         self.until = 0.0  # when the penalty is over
+        self.early = 0.0  # when it may be tried if there is nobody else
         self.unreachable = False  # it was a failure to connect that opened it
         self.seen = 0.0  # the last failure
         self.why = ""  # it failed, in a word or two
@@ -45,22 +50,21 @@ class Breaker:
         """The penalty is over: the next request is the one that decides."""
         return self.state is State.OPEN and now >= self.until
 
-    def blocks(self, now: float) -> bool:
-        """The endpoint gets nothing now."""
-        return self.state is State.PROBATION or (self.state is State.OPEN and now < self.until)
-
-    def probe(self) -> bool:
-        """A request is sent on probation, which has to end in `failed`, `succeeded` or `abandoned`, each with `probe`."""
-        if self.state is not State.OPEN:
-            return False
+    def probe(self, now: float, rules: Rules, chance: float) -> bool:
+        """A request is sent to an endpoint that is not closed: on probation. It has to end in `failed`, `succeeded` or `abandoned`, each
+        with `probe`."""
+        self.early = now + _first(rules) * (1 + rules.jitter * chance)
+        changed = self.state is not State.PROBATION
         self.state = State.PROBATION
-        return True
+        return changed
 
     def failed(self, now: float, rules: Rules, chance: float, *, unreachable: bool = False, probe: bool = False) -> bool:
         """A request has failed. `chance` is from 0 to 1, for the jitter."""
         self.seen = now
+        over = True  # the last penalty, if there was one
         if probe and self.state is State.PROBATION:
-            self.opened += 1
+            over = now >= self.until
+            self.opened += over
         elif self.state is State.CLOSED:
             self.failures += 1
             if not unreachable and (not rules.failures or self.failures < rules.failures):
@@ -69,8 +73,10 @@ class Breaker:
             return False
         self.state = State.OPEN
         self.unreachable = unreachable
-        penalty = min(rules.max_penalty, rules.min_penalty * 2.0 ** min(self.opened, 40))
-        self.until = now + penalty * (1 + rules.jitter * chance)
+        share = 1 + rules.jitter * chance
+        self.early = now + _first(rules) * share
+        if over:
+            self.until = now + min(rules.max_penalty, rules.min_penalty * 2.0 ** min(self.opened, 40)) * share
         return True
 
     def succeeded(self, *, probe: bool = False) -> bool:
@@ -90,5 +96,13 @@ class Breaker:
         if self.state is not State.PROBATION:
             return False
         self.state = State.OPEN
-        self.until = now
+        self.early = now
         return True
+
+    def hasten(self, now: float, rules: Rules, chance: float) -> None:
+        """There is reason to hope: the rest of the penalty is one step at most."""
+        self.until = min(self.until, now + _first(rules) * (1 + rules.jitter * chance))
+
+
+def _first(rules: Rules) -> float:
+    return min(rules.min_penalty, rules.max_penalty)

@@ -64,6 +64,7 @@ class Fleet:
         self.broken: dict[Address, Breaker] = {}  # the breakers that are not closed
         self._around = around
         self._changes = 0  # of breakers
+        self._dark = False  # all of a target's endpoints were broken, so one was tried early
         self._failed: dict[Address, Breaker] = {}  # all breakers
         self._loads: dict[Address, Load] = {}
         self._joined: dict[Address, float] = {}  # new endpoints, and since when
@@ -75,7 +76,7 @@ class Fleet:
     # Which one...
 
     def pick(self, target: Target, exclude: Collection[Endpoint] = ()) -> Endpoint | None:
-        """An endpoint of `target` that is ready, not broken and not in `exclude`; None: there is none now."""
+        """An endpoint of `target` that is ready, not in `exclude`, and not broken or to be tried; None: there is none now."""
         careful = bool(self.broken or exclude)
         if len(target.endpoints) == 1 and not careful:
             endpoint = target.endpoints[0]
@@ -90,7 +91,8 @@ class Fleet:
             found = self._careful(view.near, target.policy, exclude)
             if found is not None:
                 return found
-        return self._careful(view.all, target.policy, exclude)
+        found = self._careful(view.all, target.policy, exclude)
+        return self._early(view.all, exclude) if found is None else found
 
     def _better(self, places: Places, policy: Policy) -> Endpoint:
         """The less busy one of two."""
@@ -134,28 +136,43 @@ class Fleet:
             return self._better(Places(left), policy)
         return left[0] if left else None
 
+    def _early(self, places: Places, exclude: Collection[Endpoint]) -> Endpoint | None:
+        """Of endpoints that are all broken, the one that has not been tried for longest, if it is time to."""
+        if self._around.clock() < places.early_probe(self.broken, self._changes):
+            return None
+        left = [endpoint for endpoint in places.endpoints if endpoint not in exclude]
+        return min(left, key=lambda endpoint: self.broken[endpoint.address].early, default=None)
+
     def _will_do(self, endpoint: Endpoint, exclude: Collection[Endpoint]) -> bool:
         return endpoint.address not in self.broken and endpoint not in exclude
 
+    def sound(self, endpoint: Endpoint, target: Target) -> bool:
+        """Whether `endpoint` is `target`'s, and can be used."""
+        return endpoint in target.endpoints and endpoint.ready and endpoint.address not in self.broken
+
     def usable(self, target: Target) -> int:
-        """How many endpoints of `target` could be given a request now, those included that would be tried by it."""
+        """How many endpoints of `target` are ready and not broken."""
         return self._usable(self._laid_out(target).all)
 
     def _usable(self, places: Places) -> int:
+        return len(places.addresses) - len(places.broken(self.broken, self._changes)) if self.broken else len(places.addresses)
+
+    def trial(self, target: Target, *, alone: bool) -> bool:
+        """Whether `pick` would have a broken endpoint of `target` tried now. `alone`: nobody else could take the request, so it may be
+        early."""
         if not self.broken:
-            return len(places.endpoints)
-        now = self._around.clock()
-        return len(places.endpoints) - sum(breaker.blocks(now) for breaker in places.broken(self.broken, self._changes))
+            return False
+        places, now = self._laid_out(target).all, self._around.clock()
+        return now >= places.next_probe(self.broken, self._changes) or (alone and now >= places.early_probe(self.broken, self._changes))
 
     def opens(self, target: Target) -> float:
-        """When the next one of `target`'s broken endpoints may be tried. While one is being tried that is now: it may end at any time."""
-        now = self._around.clock()
-        broken = self._laid_out(target).all.broken(self.broken, self._changes)
-        return min((now if breaker.state is State.PROBATION else breaker.until for breaker in broken), default=inf)
+        """When the penalty of the next one of `target`'s broken endpoints is, or was, over: how long it is thought to be away."""
+        return min((breaker.until for breaker in self._laid_out(target).all.broken(self.broken, self._changes)), default=inf)
 
     def next_probe(self, target: Target) -> float:
-        """When the penalty of the next one of `target`'s broken endpoints is over."""
-        return self._laid_out(target).all.next_probe(self.broken, self._changes)
+        """When the next one of `target`'s broken endpoints may be tried."""
+        places = self._laid_out(target).all
+        return min(places.next_probe(self.broken, self._changes), places.early_probe(self.broken, self._changes))
 
     def _laid_out(self, target: Target) -> View:
         return self._views.get(id(target)) or self._view(target)
@@ -192,11 +209,18 @@ class Fleet:
                 if len(self._loads) < _MOST:
                     self._loads[endpoint.address] = load
             load.pending += 1
-        probe = False
-        if self.broken and (breaker := self.broken.get(endpoint.address)) is not None and breaker.probe():
-            probe = True
+        breaker = self.broken.get(endpoint.address) if self.broken else None
+        if breaker is not None:
+            self._probe(policy, endpoint, breaker)
+        return Work(self, policy, endpoint, load, breaker is not None)
+
+    def _probe(self, policy: Policy, endpoint: Endpoint, breaker: Breaker) -> None:
+        now = self._around.clock()
+        self._dark = self._dark or now < breaker.until
+        if breaker.probe(now, policy.breaker, self._around.chance.random()):
             self._changed(endpoint.address, breaker)
-        return Work(self, policy, endpoint, load, probe)
+        else:
+            self._changes += 1
 
     def note(self, work: Work, seconds: float | None, *, bad: bool) -> None:
         """Called by the work: how long the response took (None: there was none), and whether it was bad, whatever that means."""
@@ -211,7 +235,16 @@ class Fleet:
         if self._failed:
             breaker = self._failed.get(work.endpoint.address)
             if breaker is not None and breaker.succeeded(probe=work.probe):
+                if self._dark:
+                    self._dawn(work.policy)
                 self._changed(work.endpoint.address, breaker)
+
+    def _dawn(self, policy: Policy) -> None:
+        """One of those that were all broken is back. The others may well be too, and it should not have to do their work for a minute."""
+        self._dark = False
+        now, chance = self._around.clock(), self._around.chance
+        for breaker in self.broken.values():
+            breaker.hasten(now, policy.breaker, chance.random())
 
     def failed(self, work: Work, why: str, *, unreachable: bool) -> None:
         address = work.endpoint.address

@@ -22,7 +22,7 @@ from proxy.net.address import Address
 class Places:
     """Endpoints that are ready: all of a target, or those in one zone."""
 
-    __slots__ = ("_broken", "_due", "_places", "_seen", "addresses", "endpoints", "mean")
+    __slots__ = ("_broken", "_due", "_early", "_places", "_seen", "addresses", "endpoints", "mean")
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self.endpoints = tuple(endpoints)
@@ -34,7 +34,7 @@ class Places:
         self.mean = sum(weights) / len(weights) if weights else 1.0
         self._seen = -1
         self._broken: list[Breaker] = []
-        self._due = inf
+        self._due = self._early = inf
 
     def draw(self, chance: random.Random) -> tuple[Endpoint, Endpoint]:
         """Two places, which are one endpoint's if chance has it so; of at least two endpoints."""
@@ -56,12 +56,19 @@ class Places:
             else:
                 self._broken = [among[address] for address in self.addresses if address in among]
             self._due = min((breaker.until for breaker in self._broken if breaker.state is State.OPEN), default=inf)
+            alone = len(self._broken) == len(self.addresses)
+            self._early = max((breaker.early for breaker in self._broken), default=inf) if alone else inf
         return self._broken
 
     def next_probe(self, among: Mapping[Address, Breaker], change: int) -> float:
-        """When the next of its endpoints that are left alone may be tried."""
+        """When the penalty of the next of its endpoints that are left alone is over."""
         self.broken(among, change)
         return self._due
+
+    def early_probe(self, among: Mapping[Address, Breaker], change: int) -> float:
+        """When one may be tried because all are broken: a step after the last one was. Never, as long as one is not."""
+        self.broken(among, change)
+        return self._early
 
 
 class View:

@@ -87,7 +87,8 @@ class Breaker(_Part, frozen=True):
     """When an endpoint is left alone.
 
     After `failures` in a row it gets nothing for a penalty, which doubles each time; then one request on probation, which decides. That
-    it cannot be connected to counts as all of them. 0 failures: only that counts.
+    it cannot be connected to counts as all of them. 0 failures: only that counts. If all endpoints are broken, one request in each
+    `min_penalty` is sent to try, however long their penalties are.
     """
 
     failures: Annotated[int, number(0, 1000, "failures in a row; 0: responses do not count")] = 7
@@ -99,7 +100,7 @@ class Breaker(_Part, frozen=True):
 
 
 class Queue(_Part, frozen=True):
-    """Where requests wait when all endpoints are broken, and one of them is to be probed before `timeout`."""
+    """Where requests wait when all endpoints are broken, and the penalty of one of them ends within `timeout`."""
 
     size: Annotated[int, number(0, 100_000, "requests that may wait; above: 503")] = 1024
     timeout: Annotated[float, seconds(0, _HOUR, "how long one may wait; above: 503")] = 3.0

@@ -6,6 +6,7 @@ import heapq
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -280,10 +281,13 @@ def test_an_endpoint_that_cannot_be_connected_to_is_left_alone_and_then_tried_on
     assert set(world.picks(where)) == {two}
     assert world.balancer.usable(where) == 1
     world.now += 1.6
-    assert world.balancer.usable(where) == 2, "it may be tried"
+    assert world.balancer.usable(where) == 1, "whether it can be used is not known yet"
+    assert world.balancer.trial(where), "but it may be tried"
     assert set(world.picks(where)) == {one}, "and is, first of all"
     probe = world.fleet.begin(where.policy, one, alone=False)
     assert probe.probe
+    assert not world.balancer.trial(where)
+    world.now += 1000
     assert set(world.picks(where)) == {two}, "by one request"
     probe.answered(0.01)
     probe.finished()
@@ -314,7 +318,114 @@ def test_if_all_are_broken_nothing_is_picked_and_it_is_known_when() -> None:
     chosen = world.fleet.pick(where)
     assert chosen is not None
     world.fleet.begin(where.policy, chosen, alone=False)
-    assert world.fleet.opens(where) == world.now, "one is being tried"
+    assert world.fleet.opens(where) <= world.now, "one is being tried"
+
+
+class Outage:
+    """Endpoints of which none can be connected to, and a client that asks ten times a second."""
+
+    def __init__(self, *places: Endpoint) -> None:
+        self.world, self.places = World(), places
+        self.where = target(*places)
+        self.dead = set(places)
+        self.tried: list[tuple[float, Endpoint]] = []  # in vain
+        for endpoint in places:
+            self.world.fail(self.where, endpoint)
+
+    def ask(self) -> Endpoint | None:
+        """What has served a request; None: nothing was to be had, or it was one that did not do."""
+        self.world.now += 0.1
+        endpoint = self.world.fleet.pick(self.where)
+        if endpoint is None:
+            return None
+        if endpoint in self.dead:
+            self.tried.append((self.world.now, endpoint))
+            self.world.fail(self.where, endpoint)
+            return None
+        self.world.succeed(self.where, endpoint)
+        return endpoint
+
+    def ask_for(self, seconds: float) -> Counter[Endpoint | None]:
+        return Counter(self.ask() for _ in range(round(seconds * 10)))
+
+
+def test_the_only_endpoint_is_tried_about_once_a_second_however_long_it_was_away() -> None:
+    outage = Outage(*endpoints(1))
+    assert set(outage.ask_for(600)) == {None}
+    times = [when for when, _ in outage.tried]
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    assert max(gaps) < 1.7, gaps
+    assert sum(gap < 0.99 for gap in gaps) <= 8 + 600 / 60, "when a penalty of about a minute is over it is tried in any case"
+    outage.dead.clear()
+    assert outage.ask_for(2)[outage.places[0]] >= 3
+    assert not outage.world.fleet.broken
+
+
+def test_early_trials_do_not_make_a_penalty_longer() -> None:
+    outage = Outage(*endpoints(1))
+    for seconds, expected in ((1.6, 2), (4, 4), (8, 8)):
+        outage.ask_for(seconds)
+        left = outage.world.fleet.opens(outage.where) - outage.world.now
+        assert left <= expected * 1.5, f"after {seconds} s more"
+
+
+def test_of_many_that_are_all_away_one_in_a_second_is_tried_early_and_each_gets_its_turn() -> None:
+    outage = Outage(*endpoints(20))
+    outage.ask_for(600)
+    outage.tried.clear()
+    outage.ask_for(60)
+    assert 40 <= len(outage.tried) <= 60 + 20 * 2, "one in 1 to 1.6 s, and each when its penalty of about a minute is over"
+    assert {endpoint for _, endpoint in outage.tried} == set(outage.places)
+
+
+def test_when_one_is_back_the_others_are_tried_soon() -> None:
+    outage = Outage(*endpoints(10))
+    outage.ask_for(600)
+    outage.dead.clear()
+    seen = outage.ask_for(4)
+    assert set(seen) - {None} == set(outage.places)
+    assert not outage.world.fleet.broken
+
+
+def test_while_one_is_well_the_others_are_left_alone_for_the_whole_of_their_penalty() -> None:
+    outage = Outage(*endpoints(2))
+    outage.dead = {outage.places[0]}
+    outage.ask_for(600)
+    assert not [when for when, endpoint in outage.tried if endpoint is outage.places[1]]
+    times = [when for when, _ in outage.tried]
+    assert len(times) <= 8 + 600 / 60, times
+    assert min(later - earlier for earlier, later in pairwise(times[-5:])) > 59
+
+
+def test_a_probe_that_gets_no_answer_does_not_keep_others_from_trying() -> None:
+    world, (one,) = World(), endpoints(1)
+    where = target(one)
+    world.fail(where, one)
+    world.now += 1.6
+    hanging = world.fleet.begin(where.policy, one, alone=True)
+    assert world.fleet.pick(where) is None
+    assert world.balancer.trial(where, alone=True) is False
+    world.now = world.fleet.next_probe(where)
+    assert world.balancer.trial(where, alone=True)
+    assert not world.balancer.trial(where), "but not if another cluster could have the request"
+    assert world.fleet.pick(where) is one
+    second = world.fleet.begin(where.policy, one, alone=True)
+    assert [change.state for change in world.told] == [State.OPEN, State.PROBATION]
+    second.answered(0.01)
+    second.finished()
+    assert not world.fleet.broken
+    hanging.failed("late")
+    hanging.finished()
+    assert not world.fleet.broken, "one failure of a response"
+
+
+def test_a_trial_that_says_nothing_is_followed_by_another_at_once() -> None:
+    outage = Outage(*endpoints(1))
+    outage.ask_for(60)
+    world, where = outage.world, outage.where
+    world.now = max(world.now, world.fleet.next_probe(where))
+    world.fleet.begin(where.policy, outage.places[0], alone=True).finished()
+    assert world.fleet.pick(where) is outage.places[0]
 
 
 def test_what_has_happened_at_one_service_does_not_count_for_another() -> None:

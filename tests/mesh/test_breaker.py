@@ -48,10 +48,10 @@ def test_penalties_double_up_to_the_limit_and_begin_anew_after_a_recovery() -> N
     for _ in range(6):
         penalties.append(breaker.until - now)
         now = breaker.until
-        assert breaker.probe()
+        assert breaker.probe(now, RULES, 0.0)
         assert breaker.failed(now, RULES, 0.0, probe=True)
     assert penalties == [1, 2, 4, 8, 8, 8]
-    assert breaker.probe()
+    assert breaker.probe(now, RULES, 0.0)
     assert breaker.succeeded(probe=True)
     for _ in range(3):
         breaker.failed(now, RULES, 0.0)
@@ -71,7 +71,7 @@ def test_what_was_sent_before_it_opened_says_nothing_new() -> None:
     assert not breaker.failed(0.5, RULES, 1.0)
     assert not breaker.succeeded()
     assert (breaker.state, breaker.until) == (State.OPEN, until)
-    breaker.probe()
+    breaker.probe(1.0, RULES, 0.0)
     assert not breaker.failed(1.5, RULES, 1.0)
     assert not breaker.succeeded()
     assert breaker.state is State.PROBATION
@@ -82,6 +82,39 @@ def test_an_answer_shows_that_an_endpoint_can_be_connected_to_after_all() -> Non
     breaker.failed(0, RULES, 0, unreachable=True)
     assert breaker.succeeded()
     assert breaker.state is State.CLOSED
+
+
+def test_an_early_probe_that_fails_leaves_the_penalty_as_it_was_and_another_may_follow_after_a_step() -> None:
+    breaker, now = opened(), 0.0
+    for _ in range(5):
+        now = breaker.until
+        breaker.probe(now, RULES, 0.0)
+        breaker.failed(now, RULES, 0.0, probe=True)
+    until = breaker.until
+    assert (until, breaker.early) == (now + 8, now + 1)
+    for _ in range(3):
+        now = breaker.early
+        assert breaker.probe(now, RULES, 1.0)
+        assert breaker.early == now + 1.5, "without an answer"
+        now += 0.5
+        assert breaker.failed(now, RULES, 0.0, probe=True)
+        assert (breaker.until, breaker.early) == (until, now + 1)
+
+
+def test_a_penalty_that_ends_while_an_early_probe_is_out_has_not_ended_well() -> None:
+    breaker = opened()
+    breaker.probe(0.5, RULES, 0.0)
+    assert breaker.failed(3.0, RULES, 0.0, probe=True)
+    assert breaker.until == 5.0
+
+
+def test_a_penalty_can_be_cut_short_but_not_prolonged() -> None:
+    breaker = opened()
+    breaker.until = 60.0
+    breaker.hasten(10.0, RULES, 1.0)
+    assert breaker.until == 11.5
+    breaker.hasten(11.0, RULES, 1.0)
+    assert breaker.until == 11.5
 
 
 @pytest.mark.parametrize("state", ["closed", "open"])
@@ -130,21 +163,25 @@ class Life(RuleBasedStateMachine):
         elif self.unreached:
             self.recovered()
 
-    @precondition(lambda self: self.breaker.due(self.now))
-    @rule()
-    def a_probe_is_sent(self) -> None:
-        assert self.out
-        assert not self.probing
-        assert self.breaker.probe()
+    @precondition(lambda self: self.out)
+    @rule(chance=st.floats(0, 1))
+    def a_probe_is_sent(self, chance: float) -> None:
+        """When the penalty is over, or early; maybe a second one."""
+        assert self.breaker.probe(self.now, RULES, chance) == (not self.probing)
+        assert self.breaker.early >= self.now + 1
         self.probing = True
 
     @precondition(lambda self: self.probing)
     @rule(chance=st.floats(0, 1), unreachable=st.booleans())
     def the_probe_fails(self, chance: float, unreachable: bool) -> None:
+        until = self.breaker.until
         assert self.breaker.failed(self.now, RULES, chance, unreachable=unreachable, probe=True)
-        self.trips += 1
         self.probing, self.unreached = False, unreachable
-        self.check_penalty()
+        if self.now >= until:
+            self.trips += 1
+            self.check_penalty()
+        else:
+            assert self.breaker.until == until
 
     @precondition(lambda self: self.probing)
     @rule()
@@ -155,9 +192,11 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.probing)
     @rule()
     def the_probe_is_given_up(self) -> None:
+        due = self.now >= self.breaker.until
         assert self.breaker.abandoned(self.now)
         self.probing = False
-        assert self.breaker.due(self.now)
+        assert self.breaker.due(self.now) == due
+        assert self.breaker.early <= self.now
 
     def recovered(self) -> None:
         self.out = self.probing = self.unreached = False
@@ -171,7 +210,7 @@ class Life(RuleBasedStateMachine):
     def the_states_agree(self) -> None:
         expected = State.PROBATION if self.probing else State.OPEN if self.out else State.CLOSED
         assert self.breaker.state is expected
-        assert self.breaker.blocks(self.now) == (self.out and not self.breaker.due(self.now))
+        assert not self.breaker.due(self.now) or (self.out and not self.probing)
 
 
 TestLife = Life.TestCase
