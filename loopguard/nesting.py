@@ -36,10 +36,20 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from loopguard.l4 import Loop
 
 End = Hashable  # an address and a port, of whatever type the caller has
+
+
+class Depths(Protocol):
+    """A dict of depths by ends, as far as it is used; or one that several processes of a proxy share."""
+
+    def __setitem__(self, ends: tuple[Any, Any], depth: int, /) -> None: ...
+    def pop(self, ends: tuple[Any, Any], default: None, /) -> int | None: ...
+    def get(self, ends: tuple[Any, Any], default: int, /) -> int: ...
+    def __len__(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -48,7 +58,7 @@ class OwnConnections:
 
     max_nesting: int
     name: str
-    _open: dict[tuple[End, End], int] = field(default_factory=dict)
+    _open: Depths = field(default_factory=dict[tuple[End, End], int])
 
     def opened(self, local: End, remote: End, depth: int) -> None:
         """We are connecting to `remote`, on behalf of a connection of depth `depth - 1`. Say it before a packet can have come back."""

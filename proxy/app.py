@@ -62,7 +62,7 @@ from proxy.pools import Pools, endpoint_pools
 from proxy.reach import Reach
 from proxy.route import Router
 from proxy.runtime import Runtime, Settings
-from proxy.siblings import Start
+from proxy.siblings import Sibling
 from proxy.spans import OFF, Spans, build
 from proxy.ways import Ways
 from proxy.wire.sniff import Protocol
@@ -86,7 +86,7 @@ class _Known:
     current: Directory
 
 
-def start(config: Config, sibling: Start | None = None, beside: Beside | None = None) -> int:
+def start(config: Config, sibling: Sibling | None = None, beside: Beside | None = None) -> int:
     """Run a proxy until it is told to stop; returns the exit code. Raises StartError.
 
     `sibling`: what it is as one of several workers. `beside` runs as long as the proxy does.
@@ -97,7 +97,7 @@ def start(config: Config, sibling: Start | None = None, beside: Beside | None = 
     spans = OFF
     try:
         spans = build(config, metrics, os.environ)
-        trio.run(App(config, metrics, spans, sibling.secret if sibling is not None else None).run, beside)
+        trio.run(App(config, metrics, spans, sibling).run, beside)
     finally:
         spans.close()
         close_logs()
@@ -125,7 +125,7 @@ def _acceptor(handler: Callable[[Connection], Awaitable[None]], connections: int
 class App:
     """One proxy. The constructor reads and binds, and raises StartError; `run` serves."""
 
-    def __init__(self, config: Config, metrics: Metrics, spans: Spans = OFF, secret: bytes | None = None) -> None:
+    def __init__(self, config: Config, metrics: Metrics, spans: Spans = OFF, sibling: Sibling | None = None) -> None:
         self.config = config
         self.spans = spans
         self.metrics = metrics
@@ -136,7 +136,7 @@ class App:
         self.listeners = listen(config, resolvers)
         self.drain = Drain()
         self._ports = self.listeners.ports()  # asked once: a proxy that is going down has closed its listeners
-        loops = LoopGuard(config, self._own(), metrics, secret)
+        loops = LoopGuard(config, self._own(), metrics, sibling)
         balancer, settings = Balancer(trio.current_time, zone=config.pod.zone), Settings.of(config)
         dialer = Dialer(config.mark, config.tcp.connect_timeout, config.tcp.keepalive or None, loops.dialled, loops.connections)
         self.names = Names(config, resolvers, dialer, metrics) if resolvers is not None else None

@@ -12,6 +12,7 @@ from secrets import token_bytes
 
 from loopguard import HopLimits, Loop, OwnConnections, OwnListeners, SelfCalls, Waypoint, Who
 from loopguard.l7 import HEADER, Side
+from loopguard.nesting import Depths
 from proxy.config import Config
 from proxy.errors import LoopDetected
 from proxy.exchange.exchange import Exchange, Facts, Layer
@@ -19,22 +20,24 @@ from proxy.exchange.guard import guard
 from proxy.metrics import Metrics
 from proxy.net.accept import Connection
 from proxy.net.address import Address
+from proxy.siblings import Sibling
 from proxy.wire.messages import Field
 
 
 class LoopGuard:
-    """Owned by the application; `listeners` is replaced when the pod's addresses change. `secret`: 32 bytes, where several workers are one
-    proxy and have to know each other's tokens; None: one of its own."""
+    """Owned by the application; `listeners` is replaced when the pod's addresses change. `sibling`: what it is as
+    one of several workers, which have to know each other's tokens and connections."""
 
-    def __init__(self, config: Config, listeners: OwnListeners, metrics: Metrics, secret: bytes | None = None) -> None:
+    def __init__(self, config: Config, listeners: OwnListeners, metrics: Metrics, sibling: Sibling | None = None) -> None:
         who, limits = Who(config.cluster, config.pod.namespace, config.pod.name), config.loops
         self.listeners = listeners
-        self.connections = OwnConnections(limits.max_nesting, who.name)
+        table: Depths = sibling.depths if sibling is not None else dict[tuple[Address, Address], int]()
+        self.connections = OwnConnections(limits.max_nesting, who.name, table)
         self._self_calls = SelfCalls(limits.max_self_calls, who.name)
         self._who = who
         self._hops = limits.max_hops
         self._returns: dict[Side, int] = {"outbound": limits.max_returns, "inbound": limits.max_returns, "gateway": 0}
-        self._secret = secret or token_bytes(32)
+        self._secret = sibling.secret if sibling is not None else token_bytes(32)
         self._outbound = self.waypoint("outbound")
         self._metrics = metrics
 

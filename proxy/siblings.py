@@ -16,6 +16,7 @@ from typing import Protocol
 
 import msgspec
 
+from proxy.depths import SharedDepths
 from proxy.sections import Config
 from proxy.totals import Reading
 
@@ -43,6 +44,15 @@ class Start:
     number: int  # from 1
     config: Config
     secret: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Sibling:
+    """What a proxy is as one of several workers. `depths`: the connections of all of them."""
+
+    number: int
+    secret: bytes
+    depths: SharedDepths
 
 
 class State(msgspec.Struct):

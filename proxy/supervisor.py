@@ -19,8 +19,8 @@ kernel frees them whatever becomes of the process), and when it has the names, i
 fails if anybody listens there: workers of a supervisor that was killed, say. (A proxy without workers binds that way for good.) Other
 users cannot share the ports at all: the kernel wants the same user id.
 
-What is not shared: pools, health and load of endpoints, TLS sessions, DNS questions under way, queues of logs and spans. Each worker learns
-by itself.
+Shared by all of them: the configuration, the loop guard's secret, and the table of our own open connections (depths.py). Not shared:
+pools, health and load of endpoints, TLS sessions, DNS questions under way, queues of logs and spans. Each worker learns by itself.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ import trio
 import proxy
 from proxy.admin import admin
 from proxy.config import Config
+from proxy.depths import make, wipe
 from proxy.errors import known
 from proxy.listeners import StartError, has_family
 from proxy.logs import configure
@@ -171,6 +172,7 @@ class Supervisor:
         self._totals = Totals()
         self._share = share(config)
         self._secret = token_bytes(32)
+        self._memory = make(config.workers)  # open as long as this process lives
         self._stopping = trio.Event()
         self._lives = trio.CancelScope()  # of all workers
         self._code = 0
@@ -237,9 +239,9 @@ class Supervisor:
         async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as pipe:
             with theirs:
                 process = await trio.lowlevel.open_process(
-                    [sys.executable, "-P", "-m", "proxy.worker", str(theirs.fileno())],
+                    [sys.executable, "-P", "-m", "proxy.worker", str(theirs.fileno()), str(self._memory)],
                     stdin=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[theirs.fileno(), self._memory],
                     env={**os.environ, "PYTHONPATH": _path()},
                     process_group=0,  # an interrupt from the keyboard is passed on by us, once
                 )
@@ -258,6 +260,7 @@ class Supervisor:
                         await process.wait()
                 worker.life = None
                 self._totals.gone(worker.number)
+                wipe(self._memory, worker.number)
                 life.heard.unpark_all()
         return process.returncode or 0
 

@@ -1,8 +1,8 @@
 """One of several workers: the same proxy as ever, but for the administration listener, which is the supervisor's.
 
-`python -m proxy.worker FD` is started by the supervisor and by nobody else. FD is this end of a pair of sockets (siblings.py): by it comes
-what this worker is, and over it go the answers about how it is. When the supervisor is gone, whoever runs the container thinks that
-the proxy is; so the worker behaves as if it had been told to stop.
+`python -m proxy.worker FD MEMORY` is started by the supervisor and by nobody else. FD is this end of a pair of sockets (siblings.py): by
+it comes what this worker is, and over it go the answers about how it is. MEMORY is shared with the other workers (depths.py). When the
+supervisor is gone, whoever runs the container thinks that the proxy is; so the worker behaves as if it had been told to stop.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import msgspec
 import trio
 
 from proxy.app import App, start
+from proxy.depths import SharedDepths
 from proxy.listeners import StartError
-from proxy.siblings import QUESTION, SiblingGone, State, read_start, receive, send
+from proxy.siblings import QUESTION, Sibling, SiblingGone, State, read_start, receive, send
 from proxy.totals import reading
 
 
-def main(descriptor: int) -> int:
+def main(descriptor: int, memory: int) -> int:
     """Be the worker at the other end of `descriptor`; returns the exit code."""
     sock = socket.socket(fileno=descriptor)
     sock.setblocking(False)
@@ -34,8 +35,10 @@ def main(descriptor: int) -> int:
         async with trio.SocketStream(trio.socket.from_stdlib_socket(sock)) as supervisor:
             await answer(app, supervisor)
 
+    sibling = Sibling(told.number, told.secret, SharedDepths(memory, told.number, told.secret))
+    os.close(memory)
     try:
-        return start(told.config, told, beside)
+        return start(told.config, sibling, beside)
     except StartError as error:
         sys.stderr.write(f"isthmus: {error}\n")
         return error.code
@@ -59,4 +62,4 @@ async def answer(app: App, supervisor: trio.SocketStream) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(*map(int, sys.argv[1:])))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
 import trio
 import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from loopguard import OwnListeners
+from loopguard import OwnConnections, OwnListeners
 from proxy.config import Config, ConfigError, load
+from proxy.depths import SharedDepths, make, wipe
 from proxy.listeners import listen
 from proxy.loops import LoopGuard
 from proxy.metrics import Metrics
-from proxy.siblings import SiblingGone, Start, read_start, receive, send, share, start_message
+from proxy.net.address import Address
+from proxy.siblings import Sibling, SiblingGone, Start, read_start, receive, send, share, start_message
 
 
 def configured(**environ: str) -> Config:
@@ -71,13 +76,69 @@ def test_a_number_of_workers_that_cannot_be_is_a_mistake(number: str) -> None:
 def test_a_token_that_one_worker_has_made_is_known_to_the_others_and_to_no_other_proxy() -> None:
     config, listeners = configured(), OwnListeners(frozenset({4140}), frozenset({"10.0.0.1"}))
 
-    def token(secret: bytes | None) -> bytes:
-        ((_, token),) = LoopGuard(config, listeners, Metrics(), secret).fields(b"GET", b"shop:80")
+    def token(sibling: Sibling | None) -> bytes:
+        ((_, token),) = LoopGuard(config, listeners, Metrics(), sibling).fields(b"GET", b"shop:80")
         return token
 
-    assert token(b"a" * 32) == token(b"a" * 32)
-    assert token(b"a" * 32) != token(b"b" * 32)
+    one, other = two_tables()
+    assert token(Sibling(1, b"a" * 32, one)) == token(Sibling(2, b"a" * 32, other))
+    assert token(Sibling(1, b"a" * 32, one)) != token(Sibling(1, b"b" * 32, one))
     assert token(None) != token(None)
+
+
+def two_tables() -> tuple[SharedDepths, SharedDepths]:
+    memory = make(2)
+    tables = SharedDepths(memory, 1, b"s" * 32), SharedDepths(memory, 2, b"s" * 32)
+    os.close(memory)
+    return tables
+
+
+HERE, THERE, ELSEWHERE = Address("10.1.0.5", 40000), Address("10.1.0.9", 8080), Address("fd00::9", 8080)
+
+
+def test_a_connection_that_one_worker_has_opened_is_known_to_the_others() -> None:
+    one, other = two_tables()
+    one[HERE, THERE] = 2
+    assert one.get((HERE, THERE), 0) == other.get((HERE, THERE), 0) == 2
+    assert other.get((HERE, ELSEWHERE), 0) == other.get((THERE, HERE), 0) == 0
+    other.pop((HERE, THERE), None)
+    assert other.get((HERE, THERE), 0) == 2, "only its owner closes it"
+    one.pop((HERE, THERE), None)
+    one.pop((HERE, THERE), None)
+    assert one.get((HERE, THERE), 0) == other.get((HERE, THERE), 0) == len(one) == 0
+
+
+def test_own_connections_are_nested_whichever_worker_they_come_back_to() -> None:
+    workers = [OwnConnections(2, "west/web-1", table) for table in two_tables()]
+    depth = 0
+    for port in range(1, 4):
+        opener, met = workers[port % 2], workers[(port + 1) % 2]
+        opener.opened(Address("10.1.0.5", port), THERE, depth + 1)
+        depth = met.depth(Address("10.1.0.5", port), THERE)
+        assert depth == port
+        assert (met.accepted(depth, "there") is None) == (port < 3)
+
+
+def test_what_a_dead_worker_has_left_is_forgotten_and_nothing_else() -> None:
+    memory = make(2)
+    one, other = (SharedDepths(memory, number, b"s" * 32) for number in (1, 2))
+    one[HERE, THERE] = 3
+    other[HERE, ELSEWHERE] = 1
+    wipe(memory, 1)
+    os.close(memory)
+    assert other.get((HERE, THERE), 0) == 0
+    assert one.get((HERE, ELSEWHERE), 0) == 1
+
+
+@settings(max_examples=30)
+@given(st.dictionaries(st.integers(1, 65535), st.integers(1, 300), max_size=300))
+def test_siblings_may_forget_a_connection_and_never_mistake_one(opened: dict[int, int]) -> None:
+    one, other = two_tables()
+    for port, depth in opened.items():
+        one[Address("10.1.0.5", port), THERE] = depth
+    for port in range(1, 400):
+        assert one.get((Address("10.1.0.5", port), THERE), 0) == opened.get(port, 0)
+        assert other.get((Address("10.1.0.5", port), THERE), 0) in (0, min(opened.get(port, 0), 255))
 
 
 async def test_messages_arrive_whole_whatever_pieces_they_come_in() -> None:

@@ -358,6 +358,42 @@ def test_tokens_of_one_worker_stop_a_loop_that_goes_through_the_other(stage: tup
     assert len(app.rounds) == 5, "the first time, and loops.max_returns"
 
 
+def test_questions_of_many_programs_are_answered_by_both_workers(tmp_path: Path) -> None:
+    """Datagrams are divided as connections are, and each answer comes from where it was asked."""
+    port, names = free_port(), free_port()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as upstream:
+        upstream.bind((HOST, 0))
+
+        def resolve() -> None:
+            with suppress(OSError):
+                while True:
+                    data, sender = upstream.recvfrom(512)
+                    if not data:
+                        return
+                    upstream.sendto(data[:2] + b"\x81\x83" + data[4:], sender)  # NXDOMAIN
+
+        thread = threading.Thread(target=resolve)
+        thread.start()
+        dns = {"listen": [f"{HOST}:{names}"], "upstreams": [f"{HOST}:{upstream.getsockname()[1]}"]}
+        proxy = Proxy(tmp_path, {"dns": dns}, 1, port)
+        try:
+            eventually(proxy.ready, "ready")
+            for number in range(24):
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+                    client.settimeout(PATIENCE)
+                    client.connect((HOST, names))
+                    question = bytes([7, number]) + b"\1\0\0\1\0\0\0\0\0\0" + b"\4shop\7invalid\0" + b"\0\1\0\1"
+                    client.send(question)
+                    assert client.recv(512)[:4] == question[:2] + b"\x81\x83"
+            assert proxy.metrics()['isthmus_dns_queries_total{result="forwarded",transport="udp"}'] == 24
+            sockets = Path("/proc/net/udp").read_text("ascii").count(f":{names:04X} ")
+            assert sockets == 2, "one of each worker"
+        finally:
+            proxy.end()
+            upstream.sendto(b"", upstream.getsockname())
+            thread.join(PATIENCE)
+
+
 def test_what_is_wrong_is_said_once_and_by_the_exit_code(tmp_path: Path) -> None:
     missing = dict.fromkeys(("certificate", "key"), f"{tmp_path}/none")
     for settings, code, words in (

@@ -39,7 +39,7 @@ def pair(laboratory: Laboratory) -> Pair:
         annex, astray = pair.cluster.pod("annex"), pair.cluster.pod("astray")
         pair.cluster.pod("stranger")
         pair.mesh.join(annex)
-        pair.mesh.join(astray)
+        pair.mesh.join(astray, workers=3)  # its connections come back to any of them
         pair.mesh.service("annex", [annex], dict.fromkeys((TWO, TWO_GRPC, HAPROXY_TWO), "detect"))
         await web_server(pair.shop)
         await echo_server(pair.shop)

@@ -1,0 +1,120 @@
+"""What do more workers bring? Requests a second through one proxy with 1, 2 and 4 workers, and what each request costs.
+
+Baseline: one process, which is a proxy without workers. The proxies run side by side and are loaded in turn, each round in another order.
+The hop is clear text on both sides, so client and server take as little of the machine as they can; but they do run on the same cores, and
+what they take is not there for workers. So beside the rate stands the greatest that these cores could give: all of their time, divided
+by what a request costs proxy, client and server together. Memory is the processes' proportional share (PSS) behind the load, in which
+a page that several have counts once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from perf.pair import HOST, await_port, free_port, running, server, wrk
+
+WORKERS = (1, 2, 4)
+ROUNDS, SECONDS, CONNECTIONS = 5, 4, 64
+_PROPORTIONAL = "Pss:"
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    rate: float  # requests a second
+    proxy: float  # us of processor time for a request
+    others: float  # the same of client and server
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all below it."""
+    parents: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = int(path.read_text("ascii", "replace").rpartition(")")[2].split()[1])
+            parents.setdefault(parent, []).append(int(path.parent.name))
+    found = [pid]
+    for one in found:  # grows meanwhile
+        found += parents.get(one, [])
+    return found
+
+
+def cpu(pids: list[int]) -> float:
+    """Seconds of processor time so far."""
+    return sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)  # as Proxy.cpu in perf/pair.py
+
+
+def memory(pids: list[int]) -> float:
+    """MiB."""
+    lines = (line for pid in pids for line in Path(f"/proc/{pid}/smaps_rollup").read_text("ascii").splitlines())
+    return sum(int(line.split()[1]) for line in lines if line.startswith(_PROPORTIONAL)) / 1024
+
+
+def loaded(port: int, proxy: list[int], back: list[int]) -> Round:
+    before, spent = (cpu(proxy), cpu(back)), resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.monotonic()
+    count = wrk(port, CONNECTIONS, SECONDS)
+    took = time.monotonic() - began
+    client = resource.getrusage(resource.RUSAGE_CHILDREN)
+    others = cpu(back) - before[1] + client.ru_utime - spent.ru_utime + client.ru_stime - spent.ru_stime
+    return Round(count / took, (cpu(proxy) - before[0]) / count * 1e6, others / count * 1e6)
+
+
+def main() -> None:
+    cores = len(os.sched_getaffinity(0))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="isthmus-perf-")))
+        back_port = stack.enter_context(server(folder))
+        back = tree(int((folder / "nginx.pid").read_text()))
+        proxies = {}
+        for workers in WORKERS:
+            port = free_port()
+            config = {
+                "workers": workers,
+                "outbound": {"listen": [f"{HOST}:{port}"], "fixed_destination": f"{HOST}:{back_port}"},
+                "inbound": {"listen": []},
+                "admin": {"listen": []},
+                "log": {"level": "warning"},
+            }
+            path, log = folder / f"{workers}.yaml", folder / f"{workers}.log"
+            path.write_text(json.dumps(config))
+            command = [sys.executable, "-m", "proxy.cli", "run", "--config", str(path)]
+            process = stack.enter_context(running(command, log))
+            await_port(port, process, log)
+            expected = workers + 1 if workers > 1 else 1
+            give_up = time.monotonic() + 30
+            while len(tree(process.pid)) < expected and time.monotonic() < give_up:
+                time.sleep(0.05)
+            time.sleep(1)  # until the last of them has bound its port
+            proxies[workers] = (port, tree(process.pid))
+        for port, pids in proxies.values():
+            loaded(port, pids, back)
+        found: dict[int, list[Round]] = {workers: [] for workers in WORKERS}
+        for number in range(ROUNDS):
+            order = list(proxies.items())
+            for workers, (port, pids) in order[number % len(order) :] + order[: number % len(order)]:
+                found[workers].append(loaded(port, pids, back))
+        print(f"{cores} cores for all; {CONNECTIONS} connections, {ROUNDS} rounds of {SECONDS} s, median (lowest - highest)")
+        base = statistics.median(one.rate for one in found[1])
+        for workers, rounds in found.items():
+            rates = sorted(one.rate for one in rounds)
+            proxy, others = (statistics.median(values) for values in zip(*((one.proxy, one.others) for one in rounds), strict=True))
+            most = cores * 1e6 / (proxy + others)
+            rate = statistics.median(rates)
+            print(
+                f"  {workers} workers: {rate:6.0f} requests/s ({rates[0]:.0f} - {rates[-1]:.0f}), {rate / base:.2f} times; "
+                f"{proxy:.0f} us of the proxy and {others:.0f} of client and server for each, so {most:.0f} at most; "
+                f"{memory(proxies[workers][1]):.0f} MiB"
+            )
+
+
+if __name__ == "__main__":
+    main()

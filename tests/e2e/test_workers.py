@@ -1,0 +1,107 @@
+"""Sidecars of two workers each, under real redirection: both carry traffic, one may be killed, and the end is as orderly as ever.
+
+Rules: connections of a worker that dies are lost and no others, so the failures that clients see are at most as many as they have
+connections; what both sidecars of a pair have counted agrees.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import pytest
+import trio
+
+from lab.load import Load
+from lab.sidecar import Sidecar
+from tests.e2e.conftest import Laboratory
+from tests.e2e.stage import ECHO, LAST_GET, WEB, Pair, counted, echo_server, eventually, prepare, say, web_server
+from tests.test_workers import children
+
+pytestmark = pytest.mark.lab
+
+CLIENTS = 6
+
+
+@pytest.fixture(scope="module")
+def pair(laboratory: Laboratory) -> Pair:
+    async def build() -> Pair:
+        settings: dict[str, Any] = {"workers": 2, "shutdown": {"grace": "60s"}}
+        pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque"}, web=settings, shop=settings)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(web_server, pair.shop)
+            nursery.start_soon(echo_server, pair.shop)
+            nursery.start_soon(pair.mesh.start)
+        return pair
+
+    return laboratory.run(build)
+
+
+def supervisor(sidecar: Sidecar) -> int:
+    """Its process id; the laboratory's own may be that of whatever put it into the pod."""
+    found = [sidecar.running().pid]
+    while len(below := children(found[-1])) == 1:
+        found += below
+    assert len(below) == 2
+    return found[-1]
+
+
+def workers_seen(sidecar: Sidecar) -> set[int]:
+    """Those that have written the line of a connection."""
+    return {line["worker"] for line in sidecar.logged() if line.get("message") == "connection"}
+
+
+@pytest.mark.parametrize("version", [4, 6])
+async def test_both_workers_of_both_sidecars_carry_redirected_connections(pair: Pair, version: int) -> None:
+    host = pair.service.address(version)
+    for _ in range(24):
+        assert (await say(pair.web, host, WEB, LAST_GET)).startswith(b"HTTP/1.1 200")
+        assert await say(pair.web, host, ECHO, b"hello", end=True) == b"hello"
+    for sidecar in (pair.near, pair.far):
+        await eventually(lambda sidecar=sidecar: workers_seen(sidecar) == {1, 2}, "both workers")
+
+
+async def test_what_both_sidecars_count_agrees_and_is_all_of_it(pair: Pair) -> None:
+    async def requests() -> tuple[float, float]:
+        return (
+            await counted(pair.near, "isthmus_requests_total", direction="outbound"),
+            await counted(pair.far, "isthmus_requests_total", direction="inbound"),
+        )
+
+    before = await requests()
+    for _ in range(30):
+        assert (await say(pair.web, pair.service.ipv4, WEB, LAST_GET)).startswith(b"HTTP/1.1 200")
+    assert await requests() == (before[0] + 30, before[1] + 30)
+
+
+@pytest.mark.parametrize("side", ["near", "far"])
+async def test_a_worker_that_is_killed_under_load_costs_its_own_connections(pair: Pair, side: str) -> None:
+    sidecar: Sidecar = getattr(pair, side)
+    ends = await counted(sidecar, "isthmus_worker_exits_total", how="signal")
+    async with Load(pair.web, pair.service.ipv4, WEB, clients=CLIENTS) as load:
+        await load.more(100)
+        victim = children(supervisor(sidecar))[0]
+        os.kill(victim, signal.SIGKILL)
+        await load.more(200)
+        await eventually(lambda: _well(sidecar, victim), "two workers, and ready")
+        await load.more(200)
+        await load.stop()
+    assert sum(load.bad.values()) <= CLIENTS, load.bad
+    assert await counted(sidecar, "isthmus_worker_exits_total", how="signal") == ends + 1
+
+
+async def _well(sidecar: Sidecar, gone: int) -> bool:
+    return gone not in children(supervisor(sidecar)) and (await sidecar.admin("/ready"))[0] == 200
+
+
+async def test_the_clients_sidecar_stops_under_load_and_loses_nothing(pair: Pair) -> None:
+    """The last test: it ends the sidecar."""
+    async with Load(pair.web, pair.service.ipv4, WEB, clients=CLIENTS) as load:
+        await load.more(100)
+        os.kill(supervisor(pair.near), signal.SIGTERM)
+        await load.more(200)
+        await load.stop()
+    assert load.bad == {}
+    with trio.fail_after(60):
+        assert await pair.near.running().wait() == 0
