@@ -18,6 +18,7 @@ from lab.clusters import PUBLISHED_PORT, Clusters
 from lab.load import Load, Summary
 from lab.mesh import Mesh
 from lab.stage import GRPC, HTTP, MAIL, SECRET, Stage, error_type, why
+from lab.traces import TraceCollector
 from lab.wide_area import Fault
 
 SPLIT_REQUESTS = 1000
@@ -55,19 +56,23 @@ class World:
         return Load(self.stage.web, self.west.services[service].ipv4, HTTP, clients=clients, authority=service)
 
 
-def build(stage: Stage) -> World:
-    """East, the gateways, and the pods that west has for this part.  Everything is started with the rest of the story."""
+async def build(stage: Stage) -> World:
+    """East, the gateways, and the pods that west has for this part.  Everything but the collector is started with the rest of the story."""
     clusters = Clusters(stage.lab)
     world = World(stage, clusters)
     west = clusters.adopt(stage.mesh)
-    east = clusters.add("east", nat=True)
+    cluster = stage.lab.cluster("east")
+    collector = await TraceCollector.start(cluster)
+    stage.collectors.append(collector)
+    tracing = collector.settings()
+    east = clusters.adopt(Mesh(cluster, authority=stage.mesh.authority), nat=True, tracing=tracing)
     trusted = {"trusted_gateways": [str(west.sidecars["gateway"].identity)]}
     west.join(west.cluster.pod("c"), inbound=trusted)
     west.service("c", [west.cluster.pods["c"]], {HTTP: "http1"}, export=True, policy=POLICY)
     strict = {**trusted, "require_identity": True}
     for name, ports in (("c", {HTTP: "http1"}), ("stock", {GRPC: "http2"}), ("mail", {MAIL: "opaque"})):
         pod = east.cluster.pod(name)
-        east.join(pod, inbound=strict, http2={"idle_timeout": "1s"}, dns={})
+        east.join(pod, inbound=strict, http2={"idle_timeout": "1s"}, dns={}, tracing=tracing)
         east.service(name, [pod], ports, export=True, policy=POLICY)
     clusters.link()
     return world

@@ -29,7 +29,7 @@ class Stage:
     annex: Pod  # a second pod of the shop, under the same service account
     stranger: Pod
     size: int
-    collector: TraceCollector | None = None
+    collectors: list[TraceCollector] = field(default_factory=list)  # one in each cluster: they share nothing
     sidecars: dict[str, Sidecar] = field(default_factory=dict)
     server_names: dict[int, set[str]] = field(default_factory=dict)  # port -> what the hellos on the wire asked for
 

@@ -14,7 +14,7 @@ import struct
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -54,11 +54,7 @@ class TraceCollector:
 
     async def trace(self, trace_id: str, count: int) -> list[Span]:
         """Wait for `count` spans of a trace; all there are, the first to begin first. Raises LabError."""
-        with trio.move_on_after(PATIENCE):
-            while len(found := self.spans(trace_id)) < count:  # noqa: ASYNC110  (another process writes the file: it sets no event)
-                await trio.sleep(0.05)
-            return found
-        raise LabError(f"the collector has {len(self.spans(trace_id))} spans of the trace {trace_id}, and not {count}")
+        return await gathered([self], trace_id, count)
 
     def all(self) -> list[Span]:
         return read(self.file)
@@ -74,6 +70,18 @@ class TraceCollector:
             (size,) = _LENGTH.unpack_from(data)
             yield data[_LENGTH.size : _LENGTH.size + size]
             data = data[_LENGTH.size + size :]
+
+
+async def gathered(collectors: Sequence[TraceCollector], trace_id: str, count: int) -> list[Span]:
+    """Wait for `count` spans of a trace in all of several collectors; all there are, the first to begin first. Raises LabError."""
+    found: list[Span] = []
+    with trio.move_on_after(PATIENCE):
+        while True:
+            found = [span for collector in collectors for span in collector.spans(trace_id)]
+            if len(found) >= count:
+                return sorted(found, key=lambda span: span.start)
+            await trio.sleep(0.05)
+    raise LabError(f"there are {len(found)} spans of the trace {trace_id}, and not {count}")
 
 
 def tree(spans: list[Span]) -> list[str]:
