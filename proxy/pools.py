@@ -85,7 +85,10 @@ def upstream_protocol(exchange: Exchange, target: Target) -> Protocol:
 async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler, course: Course | None = None) -> None:
     """Serve a downstream HTTP connection of either version until it ends; plain exchanges of one with a `course` take the fast road."""
     if about.protocol is Protocol.HTTP2:
-        await Http2Server(stream, about, rt.settings.server, rt.settings.downstream, rt.drain).run(handler)
+        server = Http2Server(stream, about, rt.settings.server, rt.settings.downstream, rt.drain)
+        await server.run(handler)
+        if server.mux.fault is not None:  # the client has been told, by GOAWAY; for the log
+            raise server.mux.fault
     else:
         carry = partial(rt.road.carry, course) if rt.road is not None and course is not None else None
         await Http1Server(stream, about, rt.settings.server, rt.drain, carry).run(handler)

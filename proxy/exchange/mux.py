@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import trio
 from trio.lowlevel import ParkingLot
 
-from proxy.exchange.mux_stream import MuxStream, StreamLost
+from proxy.exchange.mux_stream import Filed, MuxStream, StreamLost
 from proxy.net.errors import NetError
 from proxy.net.streams import Stream, linger
 from proxy.net.tls import TLSStream
@@ -35,7 +35,6 @@ from proxy.wire.events2 import (
     PingAnswered,
     StreamBroken,
     StreamGone,
-    TrailersReceived,
     WindowOpened,
 )
 from proxy.wire.frames2 import Code
@@ -84,8 +83,9 @@ class Mux:
         self.opened = trio.current_time()
         self.idle_since = self.opened
         self.broken: str | None = None
+        self.fault: ProtocolError | None = None  # of the peer's, which ended it
         self.going_away = False  # no new streams, from whichever side it was said
-        self._last_call = False  # but those that the client opened before it could know
+        self._last_call: float | None = None  # until then, those that the client opened before it could know
         self.greeted = trio.Event()  # the peer's SETTINGS are known; or the connection is broken
         self.reserved = 0  # streams that have been promised to somebody who has not opened them yet
         self._streams: dict[int, MuxStream] = {}
@@ -102,7 +102,7 @@ class Mux:
         self._scope = trio.CancelScope()
 
     async def run(self, on_request: Callable[[MuxStream], None] | None = None) -> None:
-        """Read and write until the connection ends. `on_request` is told of each stream that the peer opens (server).
+        """Read and write until the connection ends. `on_request` is told of each stream that the peer opens, lost ones too (server).
 
         Does not raise what ends the connection: every stream is told, and `broken` says it. Closes the stream in every case.
         """
@@ -128,6 +128,7 @@ class Mux:
                 self.touch()
             self._end("the peer closed the connection")
         except ProtocolError as error:
+            self.fault = error
             if self.client:  # responses that were complete in front of the fault count
                 for event in self.http.before_fault:
                     self._dispatch(event, on_request)
@@ -146,8 +147,7 @@ class Mux:
             case PingAnswered():
                 self._pinged = None
                 if event.payload == _GOODBYE:
-                    self._last_call = False
-                    self.http.go_away()
+                    self._close_door()
             case HeadReceived(head=RequestHead() as head):
                 stream = self._streams[event.stream] = MuxStream(self, event.stream)
                 stream.request = head
@@ -155,19 +155,24 @@ class Mux:
                 if on_request is not None:
                     on_request(stream)
             case WindowOpened():
-                known = self._streams.get(event.stream)
-                if known is not None:
+                if (known := self._streams.get(event.stream)) is not None:
                     self._turns.pop(known, None)
                     known.wake()
-            case DataReceived() | HeadReceived() | TrailersReceived() | StreamBroken():
-                self._ping_next = self._heard
-                known = self._streams.get(event.stream)
-                if known is not None:
-                    if isinstance(event, DataReceived):
-                        self._held += event.credit
-                    known.file(event)
-                elif isinstance(event, DataReceived):
-                    self.http.consumed(event.stream, event.credit)
+            case _:
+                self._file(event, on_request)
+
+    def _file(self, event: Filed, on_request: Callable[[MuxStream], None] | None) -> None:
+        self._ping_next = self._heard
+        if (known := self._streams.get(event.stream)) is not None:
+            if isinstance(event, DataReceived):
+                self._held += event.credit
+            known.file(event)
+        elif isinstance(event, DataReceived):
+            self.http.consumed(event.stream, event.credit)
+        elif isinstance(event, StreamBroken) and not event.by_peer and on_request is not None:
+            known = MuxStream(self, event.stream)
+            known.file(event)
+            on_request(known)
 
     def _peer_goes(self, event: GoingAway) -> None:
         self.going_away = True
@@ -187,7 +192,7 @@ class Mux:
                         self._ahead = 0
                         await self._send(data, patience)
                         self._sent.unpark_all()
-                    elif self.going_away and not self._streams and not self._last_call:
+                    elif self.going_away and not self._streams and self._last_call is None:
                         self._scope.cancel()  # everything has been said
                         return
                     else:
@@ -213,7 +218,9 @@ class Mux:
             if self._pinged is not None and now >= self._pinged + self.settings.ping_timeout:
                 self._end(f"the peer did not answer a PING for {self.settings.ping_timeout} s")
                 return
-            if not self._streams and now >= self.idle_since + self.settings.idle_timeout:
+            if self._last_call is not None and now >= self._last_call:
+                self._close_door()
+            elif not self._streams and now >= self.idle_since + self.settings.idle_timeout:
                 self.retire()
             elif self._streams and self._pinged is None and now >= self._next_ping:
                 self._pinged = now
@@ -229,11 +236,19 @@ class Mux:
     def _next_look(self, now: float) -> float:
         if self._pinged is not None:
             return self._pinged + self.settings.ping_timeout
+        if self._last_call is not None:
+            return self._last_call
         if self._streams:
             return min(self._next_ping, now + self.settings.ping_interval)
         # Without a stream: one may be opened at any moment.
         soon = now + self.settings.ping_interval / 4
         return soon if self.going_away else min(soon, self.idle_since + self.settings.idle_timeout)
+
+    def _close_door(self) -> None:
+        """The client has heard our first GOAWAY, or will not hear of it."""
+        self._last_call = None
+        self.http.go_away()
+        self.touch()
 
     def _end(self, words: str) -> None:
         """The connection is of no further use: everybody is told, once."""
@@ -378,9 +393,8 @@ class Mux:
             if self.client:
                 self.http.go_away()
             else:
-                self._last_call = True
+                self._last_call = trio.current_time() + self.settings.ping_timeout
                 self.http.announce_end()
                 self.http.ping(_GOODBYE)
-                self._pinged = self._pinged or trio.current_time()
             self.on_room()
             self.touch()

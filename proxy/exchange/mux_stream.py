@@ -23,6 +23,9 @@ _PIECE = 4096
 _HEADS = 64
 
 
+Filed = HeadReceived | DataReceived | TrailersReceived | StreamBroken
+
+
 class StreamLost(Exception):
     """A stream ended before its message did. `code`: of RST_STREAM; `refused`: the peer has certainly not looked at the request; `fault`:
     we ended it, for what the peer sent."""
@@ -53,7 +56,7 @@ class MuxStream:
 
     # Filled by the reader...
 
-    def file(self, event: HeadReceived | DataReceived | TrailersReceived | StreamBroken) -> None:
+    def file(self, event: Filed) -> None:
         match event:
             case DataReceived():
                 if event.credit:

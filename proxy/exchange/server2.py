@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from functools import partial
 
 import trio
 
-from proxy.errors import ClientGone, RequestTimeout
+from proxy.errors import ClientGone, RequestTimeout, describe
 from proxy.exchange.exchange import Body, Exchange, Facts, Handler
 from proxy.exchange.mux import Mux, MuxSettings
 from proxy.exchange.mux_stream import MuxStream, StreamLost
@@ -21,9 +22,11 @@ from proxy.net.streams import Stream
 from proxy.wire.bodies import Framing, Length
 from proxy.wire.frames2 import Code
 from proxy.wire.http1 import Role
-from proxy.wire.messages import EndOfMessage, Headers, RequestHead, ResponseHead
+from proxy.wire.messages import EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead
 
 _log = logging.getLogger("isthmus.exchange")
+
+_NOTHING_READ = RequestHead(b"-", b"-", Headers(), b"2")
 
 
 class StreamBody:
@@ -66,17 +69,28 @@ def body_length(headers: Headers, *, ended: bool) -> Length:
 class Http2Exchange(Exchange):
     __slots__ = ("_settings", "_stream")
 
-    def __init__(self, stream: MuxStream, request: RequestHead, facts: Facts, settings: ServerSettings) -> None:
+    def __init__(self, stream: MuxStream, facts: Facts, settings: ServerSettings) -> None:
+        request = stream.request or _NOTHING_READ
         length = body_length(request.headers, ended=stream.empty)
-        super().__init__(request, StreamBody(stream, length, settings.stream_timeout), facts)
+        malformed = ProtocolError(str(stream.lost)) if stream.lost is not None else None
+        super().__init__(request, StreamBody(stream, length, settings.stream_timeout), facts, malformed)
         self._stream = stream
         self._settings = settings
+
+    def lose(self, scope: trio.CancelScope) -> None:
+        """The stream has ended early. Where that is the client's fault, it is what became of the request."""
+        lost = self._stream.lost
+        if lost is not None and lost.fault and self.failure is None:
+            self.failure, self.failure_words = describe(ProtocolError(str(lost))).reason, str(lost)
+        scope.cancel()
 
     async def inform(self, head: ResponseHead) -> None:
         await trio.lowlevel.checkpoint()
         self._send_head(head, end=False)
 
     async def respond(self, head: ResponseHead, body: Body) -> None:
+        if self.malformed is not None:
+            raise ClientGone("the stream was reset because of what came on it")  # RFC 9113 §8.1.1: that is the answer
         bodiless = self.request.method == b"HEAD" or head.status in (204, 304)
         length = body.length
         if head.status == 204:
@@ -216,7 +230,7 @@ class Tunnel:
 
 
 class Http2Server:
-    """`run` returns when the connection has ended."""
+    """`run` returns when the connection has ended; `mux.fault` is what the client did, if that ended it."""
 
     def __init__(self, stream: Stream, facts: Facts, settings: ServerSettings, mux: MuxSettings, drain: Drain) -> None:
         self.facts = facts
@@ -247,14 +261,16 @@ class Http2Server:
             raise group
 
     async def _serve(self, handler: Handler, stream: MuxStream) -> None:
-        if stream.request is None or stream.lost is not None:
+        if stream.lost is not None and not stream.lost.fault:
             stream.close()
             return
         code = None
         with trio.CancelScope() as scope:
-            stream.on_lost = scope.cancel
             try:
-                await handler(Http2Exchange(stream, stream.request, self.facts, self.settings))
+                # One that could not be read goes the way of all others, so that it is counted and logged as they are.
+                exchange = Http2Exchange(stream, self.facts, self.settings)
+                stream.on_lost = partial(exchange.lose, scope)
+                await handler(exchange)
             except Exception as error:  # the layers have answered what they know: what is left may end this stream, but not the others
                 _log.error("a stream failed by a fault of this proxy's", exc_info=error)
                 code = Code.INTERNAL_ERROR

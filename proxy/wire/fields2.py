@@ -100,7 +100,7 @@ def _split(pairs: Iterable[Pair], allowed: frozenset[bytes]) -> tuple[dict[bytes
                 raise ProtocolError("a pseudo-field that is unknown, repeated, or behind the fields")
             pseudo[name] = value
         elif not _NAME.fullmatch(name) or name in _CONNECTION_FIELDS or (name == b"te" and value.lower() != b"trailers"):
-            raise ProtocolError(f"the field {name[:64]!r} is not allowed in HTTP/2")
+            raise ProtocolError(f"the field {name[:64].decode('latin-1')!r} is not allowed in HTTP/2")
         else:
             if name == b"cookie":
                 cookies.append(pair)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import h2.errors
@@ -355,3 +356,49 @@ async def test_a_client_that_takes_nothing_is_given_up() -> None:
                 await client.read()
         assert client.messages[number].reset is not None
         assert proxy.ended[0].failure == "client_gone"
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        ([*GET, (b"connection", b"close")], "the field 'connection' is not allowed in HTTP/2"),
+        (GET[:3], "a request without a valid :path"),
+        ([*POST, (b"content-length", b"1")], "a message without the body that its Content-Length promises"),
+    ],
+)
+async def test_a_request_that_cannot_be_read_is_reset_counted_and_named(head: list[Pair], words: str) -> None:
+    async with through2(answering2()) as (_, proxy):
+        broken = await proxy.connect2(checked=False)
+        assert (await broken.ask(head)).reset == h2.errors.ErrorCodes.PROTOCOL_ERROR
+        await until(lambda: bool(proxy.ended))
+        assert (proxy.ended[0].status, proxy.ended[0].failure, proxy.ended[0].words) == (None, "bad_request", words)
+        assert proxy.outcomes == ["done"]
+        assert (await broken.ask()).body == b"ok"  # the connection goes on
+        broken.peer.close()
+
+
+async def test_a_body_that_breaks_its_promise_is_what_became_of_the_request() -> None:
+    async with through2(_silent) as (_, proxy):
+        broken = await proxy.connect2(checked=False)
+        number = await broken.request([*POST, (b"content-length", b"1")], end=False)
+        await until(lambda: proxy.exchanges == 2)
+        broken.h2.send_data(number, b"three")
+        await broken.flush()
+        await until(lambda: bool(proxy.ended))
+        assert proxy.ended[0].failure == "bad_request"
+        broken.peer.close()
+
+
+async def test_a_client_that_never_answers_the_goodbye_cannot_hold_its_connection(autojump_clock: trio.testing.MockClock) -> None:
+    """It goes on sending, so it is not silent; and new streams are as many as it likes, until we have said GOAWAY for good."""
+    autojump_clock.autojump_threshold = 0.06
+    settings = Settings2(downstream=MuxSettings(idle_timeout=5, ping_interval=20, ping_timeout=10))
+    async with through2(answering2(), settings) as (client, proxy):
+        await client.ask()
+        await client.last_call()
+        started = trio.current_time()
+        while proxy.acceptor.open and trio.current_time() < started + 1000:
+            with contextlib.suppress(trio.BrokenResourceError):
+                await client.peer.send(b"\0\0\x08\x06\0\0\0\0\0anything")
+            await trio.sleep(3)
+        assert trio.current_time() - started < 60
