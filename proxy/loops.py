@@ -57,6 +57,11 @@ class LoopGuard:
         """Whether connecting to `host` stays in this pod."""
         return self.listeners.own(host)
 
+    def calls_itself(self, host: str) -> bool:
+        """Whether what goes to `host` is a call of the pod to itself. To a loopback address it is not: the redirection leaves those alone,
+        so it was configured to go there (several proxies on one machine)."""
+        return self.listeners.own(host) and not (host.startswith("127.") or host == "::1")
+
     def accepted(self, connection: Connection, about: Facts) -> None:
         """Raises LoopDetected for a connection that was made to one of our own listeners: one that was not redirected, with no other
         destination configured, or one that was redirected although it was meant for us; and for one that is our own, and came back."""

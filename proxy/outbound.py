@@ -88,7 +88,7 @@ def to_service(rt: Runtime, pools: Pools[Endpoint], client: Client[Endpoint]) ->
         if endpoint.identity is None:
             hide_names(exchange)
         lender = pools.lender(upstream_protocol(exchange, target))
-        if not rt.loops.own(endpoint.address.host):
+        if not rt.loops.calls_itself(endpoint.address.host):
             await client.send(exchange, endpoint, lender)
             return
         with rt.loops.self_call(endpoint.address.port) as call:
@@ -143,7 +143,7 @@ class OutboundCourse:
             exchange.service, exchange.first = target.service, endpoint
             return None
         call = None
-        if rt.loops.own(endpoint.address.host):
+        if rt.loops.calls_itself(endpoint.address.host):
             try:
                 call = rt.loops.call_self(endpoint.address.port)
             except LoopDetected:  # which the ordinary road will say
@@ -167,7 +167,7 @@ async def to_endpoint(rt: Runtime, target: Target, client: Stream, about: Facts,
             about.chosen = target.service
             heard.clear()
             with ExitStack() as call:
-                if rt.loops.own(endpoint.address.host):
+                if rt.loops.calls_itself(endpoint.address.host):
                     heard.append(call.enter_context(rt.loops.self_call(endpoint.address.port)).moved)
                 stream = await to_its_port(rt, target, endpoint, about)
                 calls.push(call.pop_all())

@@ -164,3 +164,41 @@ async def test_a_proxy_that_is_going_down_still_knows_its_own_listeners(tmp_path
         app.inbound.drain(60)
         app.outbound.drain(60)
         assert app._own() == before
+
+
+async def test_what_was_configured_to_go_to_a_loopback_address_is_no_call_of_the_pod_to_itself(tmp_path: Path) -> None:
+    """Two sidecars on one machine (README) may have more requests under way than a pod that calls itself in a circle."""
+    asked, arrived, answer = 3, trio.Semaphore(0), trio.Event()
+
+    async def wait(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+        arrived.release()
+        await answer.wait()
+        await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+
+    async def ask(app: App) -> None:
+        async with await trio.open_tcp_stream(HOST, port_of(app.listeners.outbound)) as client:
+            await client.send_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert (await client.receive_some()).startswith(b"HTTP/1.1 200 OK")
+
+    async with application(wait) as port, running(tmp_path, outbound=inbound_to(port), loops={"max_self_calls": 1}) as app:
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                for _ in range(asked):
+                    nursery.start_soon(ask, app)
+                for _ in range(asked):
+                    await arrived.acquire()
+                answer.set()
+
+
+async def test_an_http2_client_that_breaks_its_connection_is_counted(tmp_path: Path) -> None:
+    """It is told by GOAWAY; whoever looks after the proxy by the log and the metrics."""
+    async with application(greet) as port, running(tmp_path, inbound=inbound_to(port)) as app:
+        with trio.fail_after(20):
+            async with await connected(app) as client:
+                await client.send_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\x04\x04\0\0\0\0\0four")
+                while await client.receive_some():
+                    pass
+            while app.inbound.open:
+                await trio.sleep(0.01)
+        assert b'isthmus_errors_total{direction="inbound",reason="bad_request"} 1.0' in app.render()
