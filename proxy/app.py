@@ -112,13 +112,13 @@ def _allow_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _acceptor(handler: Callable[[Connection], Awaitable[None]], connections: int, reserved: int) -> Acceptor:
+def _acceptor(side: str, handler: Callable[[Connection], Awaitable[None]], connections: int, reserved: int) -> Acceptor:
     """An acceptor for as many connections as there are descriptors for: each takes one here and one to its server, in either direction,
     and the administration listener and names have to go on answering when everything else is taken."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = connections if soft == resource.RLIM_INFINITY else max(1, (soft - reserved) // 4)
     if most < connections:
-        _log.info("RLIMIT_NOFILE is %d: %d connections in each direction are accepted at a time, not %d", soft, most, connections)
+        _log.info("%s: RLIMIT_NOFILE is %d: %d connections are accepted at a time, not %d", side, soft, most, connections)
     return Acceptor(handler, limit=min(most, connections), on_error=_report, on_pause=_pausing)
 
 
@@ -166,15 +166,15 @@ class App:
         self.inbound_pools: Pools[Address] = inbound_pools(self.runtime)
         reserved = _RESERVED + (config.dns.max_in_flight + 2 * config.dns.max_connections if config.dns is not None else 0)
         self.inbound = self._way_in(reserved)
-        self.outbound = _acceptor(outbound(self.runtime, self.outbound_pools), config.outbound.max_connections, reserved)
+        self.outbound = _acceptor("outbound", outbound(self.runtime, self.outbound_pools), config.outbound.max_connections, reserved)
 
     def _way_in(self, reserved: int) -> Acceptor:
         """What serves those who come from outside of the pod: as its sidecar, or as a gateway of the cluster."""
         config = self.config
         if config.gateway.enabled:
             self.metrics.measure("gateway")
-            return _acceptor(gateway(self.runtime, self.outbound_pools), config.gateway.max_connections, reserved)
-        return _acceptor(inbound(self.runtime, self.inbound_pools), config.inbound.max_connections, reserved)
+            return _acceptor("gateway", gateway(self.runtime, self.outbound_pools), config.gateway.max_connections, reserved)
+        return _acceptor("inbound", inbound(self.runtime, self.inbound_pools), config.inbound.max_connections, reserved)
 
     async def run(self, beside: Beside | None = None) -> None:
         """Serve until SIGTERM or SIGINT, and through the drain that follows; `beside` is with it all the time."""

@@ -13,6 +13,7 @@ from pathlib import Path
 # sysexits.h: the command, or a file it was given, is not usable.
 USAGE = 64
 UNAVAILABLE = 69
+CUT_SHORT = 141  # as a shell says of a program that SIGPIPE has ended
 
 
 # Imported when they are asked for: a proxy need not carry the code of the other commands, nor an init container wait for it.
@@ -33,7 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(words)
     except SystemExit as stop:
         return USAGE if stop.code == 2 else int(stop.code or 0)
-    result: int = args.run(args)
+    try:
+        result: int = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read what we say has read enough (`| head`). What is left in the buffer would fail once more when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CUT_SHORT
     return result
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
 import pytest
 
-from proxy.cli import main
+from proxy.cli import CUT_SHORT, main
 from tests.mesh.test_clusters import SPLITS, TEXT, WRONG
 
 
@@ -40,3 +42,14 @@ def test_the_schema_is_a_schema(capsys: pytest.CaptureFixture[str]) -> None:
     schema = json.loads(capsys.readouterr().out)
     jsonschema.Draft202012Validator.check_schema(schema)
     assert {"services", "clusters", "cluster", "domain"} == set(schema["properties"])
+
+
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    """`isthmus directory schema | head`"""
+    command = [sys.executable, "-m", "proxy.cli", "directory", "schema"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == CUT_SHORT

@@ -13,6 +13,7 @@ from typing import Literal
 from cryptography import x509
 
 from proxy import config
+from proxy.commands.directory import counted
 from proxy.config import Config, ConfigError
 from proxy.mesh import directory, material, watch
 from proxy.mesh.describe import expiry_in_words, in_words, life_left
@@ -152,7 +153,7 @@ def check_directory(settings: Config) -> tuple[list[Result], Directory | None]:
     except DirectoryError as error:
         remedy = "mend the file, or directory.file"
         return [Result(name, "failed", f"{error.source}: {mistake}", remedy) for mistake in error.mistakes], None
-    return [Result(name, "ok", f"{path}: {len(found.services)} services, {found.endpoint_count} endpoints")], found
+    return [Result(name, "ok", f"{path}: {counted(len(found.services), 'service')}, {counted(found.endpoint_count, 'endpoint')}")], found
 
 
 def worst(results: Iterable[Result]) -> Status:

@@ -61,16 +61,17 @@ def summary(found: Directory) -> str:
     """What a good directory has, in one line."""
     planned = sum(any(target.plan is not None for target in service.targets.values()) for service in found.services)
     exported = sum(service.exported for service in found.services)
-    own = f"{_count(len(found.services), 'service')} ({exported} exported, {planned} with split or failover)"
-    return f"ok: {own}, {_count(found.endpoint_count, 'endpoint')}, {_others(found.clusters)}"
+    own = f"{counted(len(found.services), 'service')} ({exported} exported, {planned} with split or failover)"
+    return f"ok: {own}, {counted(found.endpoint_count, 'endpoint')}, {_others(found.clusters)}"
 
 
 def _others(clusters: Mapping[str, Cluster]) -> str:
     if not clusters:
         return "no other cluster"
-    has = {name: (_count(len(found.gateways), "gateway"), _count(len(found.services), "service")) for name, found in clusters.items()}
+    has = {name: (counted(len(found.gateways), "gateway"), counted(len(found.services), "service")) for name, found in clusters.items()}
     return "; ".join(f"{name}: {', '.join(what)}" for name, what in has.items())
 
 
-def _count(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """So many, in words: `1 service`, `2 services`."""
     return f"{number} {what}{'' if number == 1 else 's'}"
