@@ -18,6 +18,7 @@ from proxy.config import load
 from proxy.mesh.certificates import issue, make_root
 from proxy.mesh.spiffe import SpiffeId
 from proxy.metrics import Metrics
+from tests.kit.http import until
 
 HOST = "127.0.0.1"
 Application = Callable[[trio.SocketStream], Awaitable[None]]
@@ -199,6 +200,5 @@ async def test_an_http2_client_that_breaks_its_connection_is_counted(tmp_path: P
                 await client.send_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\x04\x04\0\0\0\0\0four")
                 while await client.receive_some():
                     pass
-            while app.inbound.open:
-                await trio.sleep(0.01)
+        await until(lambda: app.inbound.open == 0, 20)
         assert b'isthmus_errors_total{direction="inbound",reason="bad_request"} 1.0' in app.render()
