@@ -60,8 +60,8 @@ class Attempts:
     """At one exchange with one service. `judge` is the exchange's."""
 
     __slots__ = (
-        "_body", "_cause", "_client", "_client_limit", "_exchange", "_metrics", "_retries", "_started", "_status", "_work", "failure",
-        "fleet", "policy", "scope", "tried", "unreached",
+        "_begun", "_body", "_cause", "_client", "_client_limit", "_exchange", "_metrics", "_retries", "_started", "_status", "_work",
+        "failure", "fleet", "policy", "scope", "tried", "unreached",
     )  # fmt: skip
 
     def __init__(self, exchange: Exchange, fleet: Fleet, policy: Policy, metrics: ReachMeasures, client: ClientSettings) -> None:
@@ -74,6 +74,7 @@ class Attempts:
         self._client_limit = inf
         self._body: Replay | None = None
         self._status = 0
+        self._begun = False  # it is being answered; how that ends is not known
         self._started = 0.0
         self._work: Work | None = None
         self.fleet = fleet
@@ -132,6 +133,7 @@ class Attempts:
         """An attempt at `endpoint` begins; `end` has to follow. `alone`: the service has no other."""
         self._work = self.fleet.begin(self.policy, endpoint, alone=alone)
         self._status = 0
+        self._begun = False
         self.failure = None
         if self.tried:
             self._exchange.resent = self._started = trio.current_time()
@@ -160,13 +162,18 @@ class Attempts:
             return False
         if self.scope is not None:
             self.scope.deadline = inf
-        seconds = None
-        if work.load is not None and self._exchange.clock.since:
-            seconds = trio.current_time() - self._exchange.clock.since
+        seconds = self._elapsed(work)
         if head.status < 400 and trailers is None:
-            work.answered(seconds)
+            # A gRPC call has a status at its end. While nothing fails, nobody has to wait for it to know that.
+            self._begun = True
+            work.answered(seconds, begun=self.fleet.failing and self._exchange.is_grpc)
             return False
         return self._judge_error(work, head, trailers, seconds)
+
+    def _elapsed(self, work: Work) -> float | None:
+        """Since the request was sent, in seconds; None: that is not known, or of no use."""
+        since = self._exchange.clock.since
+        return trio.current_time() - since if since and work.load is not None else None
 
     def _judge_error(self, work: Work, head: ResponseHead, trailers: Headers | None, seconds: float | None) -> bool:
         status, retries, breaker = head.status, self.policy.retries, self.policy.breaker
@@ -189,9 +196,21 @@ class Attempts:
         work, self._work = self._work, None
         if work is None:
             return
-        if not work.told and self._exchange.clock.ran_out and trio.current_time() < self._client_limit:
-            work.failed("upstream_timeout")  # within the time that we gave it; what the client gave says nothing
+        if self._begun and self._exchange.grpc_status is not None and self._exchange.is_grpc:
+            self._judge_end(work, grpc.code(self._exchange.grpc_status))
+        if not work.told and self._exchange.clock.ran_out:
+            if trio.current_time() < self._client_limit:
+                work.failed("upstream_timeout", self._elapsed(work))
+            else:
+                work.silent(self._elapsed(work))  # the client's impatience says nothing against the endpoint
         work.finished()
+
+    def _judge_end(self, work: Work, code: int | None) -> None:
+        """A call has ended whose response had begun: too late for another attempt, but not for the breaker."""
+        if code in self.policy.breaker.grpc:
+            work.failed(f"gRPC status {code}")
+        else:
+            work.answered(None)
 
     # And another...
 
@@ -223,7 +242,8 @@ class Attempts:
             return self._cause  # it was declined because there is to be another
         refused = isinstance(error, UpstreamReset) and error.code == Code.REFUSED_STREAM
         if not refused and not work.told:
-            work.failed("attempt_timeout" if isinstance(error, AttemptTimeout) else describe(error).reason)
+            timeout = isinstance(error, AttemptTimeout)
+            work.failed("attempt_timeout" if timeout else describe(error).reason, self._elapsed(work) if timeout else None)
         cause = "refused" if refused else "timeout" if isinstance(error, AttemptTimeout) else "broken"
         safe = refused or self._repeatable or (cause == "timeout" and self.policy.retries.all_methods)
         if isinstance(error, UpstreamProtocolError) or not safe or not self._again(cause):

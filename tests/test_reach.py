@@ -343,6 +343,28 @@ async def test_a_limit_that_cannot_be_read_is_answered_400() -> None:
         assert not found.heard
 
 
+@pytest.mark.parametrize(
+    ("rules", "line", "status"),
+    [
+        ("{overrides: true, breaker: {failures: 0}}", b"isthmus-timeout: 1s", 504),
+        ("{timeouts: {request: 1s}, breaker: {failures: 0}}", b"x: y", 504),
+        ("{retries: {attempt_timeout: 1s}, breaker: {failures: 0}}", b"x: y", 200),
+    ],
+    ids=["the client's limit", "the policy's", "an attempt's"],
+)
+async def test_an_endpoint_that_does_not_answer_in_time_does_not_look_idle(rules: str, line: bytes, status: int) -> None:
+    ignored: list[Message] = []
+    async with mesh([taking([silent] * 20, ignored), taking([saying(OK)] * 20, [])], policy(rules)) as (world, _):
+        client, seen = await world.hop.connect(), []
+        for _ in range(20):
+            seen.append((await client.ask(asking(line))).status)
+            if seen[-1] != 200:
+                client = await world.hop.connect()
+    assert 1 <= len(ignored) <= 5
+    assert seen.count(200) >= 10
+    assert status in seen
+
+
 # gRPC...
 
 
@@ -388,6 +410,70 @@ async def test_a_call_is_not_tried_again_for_another_status() -> None:
         answer = await (await world.hop.connect2()).ask(GRPC, b"message")
         assert answer.get(b"grpc-status") == b"14"
         assert not world.tried[0]
+
+
+async def unavailable_at_the_end(peer: Peer2, number: int, message: Answer) -> None:
+    peer.h2.send_headers(number, [(b":status", b"200"), (b"content-type", b"application/grpc")])
+    await peer.send(number, message.body)
+    await peer.trailers(number, [(b"grpc-status", b"14")])
+
+
+async def aborted_at_the_end(peer: Peer2, number: int, message: Answer) -> None:
+    peer.h2.send_headers(number, [(b":status", b"200"), (b"content-type", b"application/grpc")])
+    await peer.send(number, message.body)
+    await peer.trailers(number, [(b"grpc-status", b"10")])
+
+
+Ends = Callable[[Peer2, int, Answer], Awaitable[None]]
+
+
+async def statuses(steps: list[Ends], fields: list[tuple[bytes, bytes]] = GRPC) -> tuple[list[bytes], int]:
+    """What calls that end so, one after the other, are told, and how many endpoints are broken then."""
+    rules = policy("{breaker: {failures: 3}, retries: {grpc: [unavailable]}}")
+    async with mesh([calls(list(steps))], rules, up=b"2") as (world, _):
+        client = await world.hop.connect2()
+        seen = [dict((await client.ask(fields, b"message")).trailers).get(b"grpc-status", b"") for _ in steps]
+        assert not any(world.tried), "what has been passed on is not tried again"
+        return seen, world.broken
+
+
+async def test_a_status_behind_messages_counts_for_the_breaker() -> None:
+    assert await statuses([unavailable_at_the_end] * 3) == ([b"14"] * 3, 1)
+
+
+@pytest.mark.parametrize("between", [fine, aborted_at_the_end], ids=["OK", "the call's own fault"])
+async def test_a_call_that_ends_well_ends_the_row(between: Ends) -> None:
+    bad = unavailable_at_the_end
+    seen, broken = await statuses([bad, bad, between, bad, bad])
+    assert (len(seen), broken) == (5, 0)
+
+
+async def test_such_trailers_of_what_is_not_grpc_say_nothing() -> None:
+    fields = [field for field in GRPC if field[0] != b"content-type"]
+    seen, broken = await statuses([unavailable_at_the_end] * 4, fields)
+    assert (seen, broken) == ([b"14"] * 4, 0)
+
+
+async def test_a_call_that_is_under_way_neither_ends_a_row_nor_keeps_an_endpoint_on_probation() -> None:
+    rules = policy("{breaker: {failures: 3, min_penalty: 50ms, jitter: 0}, queue: {timeout: 20s}}")
+    release = trio.Event()
+
+    async def streaming(peer: Peer2, number: int, message: Answer) -> None:
+        peer.h2.send_headers(number, [(b":status", b"200"), (b"content-type", b"application/grpc")])
+        await peer.send(number, message.body)
+        await release.wait()
+        await peer.trailers(number, [(b"grpc-status", b"0")])
+
+    async with mesh([calls([unavailable_at_the_end] * 3 + [streaming])], rules, up=b"2") as (world, _):
+        client = await world.hop.connect2()
+        for _ in range(3):
+            await client.ask(GRPC, b"message")
+        assert world.broken == 1
+        number = await client.request(GRPC, end=False)
+        await client.send(number, b"message", end=True)
+        await until(lambda: not world.broken, 20)
+        release.set()
+        assert (await client.message(number)).trailers == [(b"grpc-status", b"0")]
 
 
 async def test_no_attempt_outlives_the_deadline_of_the_call() -> None:

@@ -79,10 +79,12 @@ class Breaker:
             self.until = now + min(rules.max_penalty, rules.min_penalty * 2.0 ** min(self.opened, 40)) * share
         return True
 
-    def succeeded(self, *, probe: bool = False) -> bool:
-        """A request was answered."""
+    def succeeded(self, *, probe: bool = False, begun: bool = False) -> bool:
+        """A request was answered. `begun`: so far, and its end may still say that it has failed: that does not end a row of failures, but
+        whoever begins to answer is there."""
         if self.state is State.CLOSED:
-            self.failures = 0
+            if not begun:
+                self.failures = 0
             return False
         if not self.unreachable and not (probe and self.state is State.PROBATION):
             return False

@@ -231,10 +231,15 @@ class Fleet:
             seconds = max(seconds, work.load.rtt)
         work.load.observe(seconds, now, decay)
 
-    def succeeded(self, work: Work) -> None:
+    @property
+    def failing(self) -> bool:
+        """Something has failed not long ago."""
+        return bool(self._failed)
+
+    def succeeded(self, work: Work, *, begun: bool) -> None:
         if self._failed:
             breaker = self._failed.get(work.endpoint.address)
-            if breaker is not None and breaker.succeeded(probe=work.probe):
+            if breaker is not None and breaker.succeeded(probe=work.probe, begun=begun):
                 if self._dark:
                     self._dawn(work.policy)
                 self._changed(work.endpoint.address, breaker)
@@ -304,7 +309,8 @@ class Fleet:
 
 
 class Work:
-    """One request or connection at an endpoint. Told once what came of it, and then finished; or finished without."""
+    """One request or connection at an endpoint. Told what came of it (once, or when it has begun to be answered and again at its end), and
+    then finished; or finished without."""
 
     __slots__ = ("_fleet", "_told", "endpoint", "load", "policy", "probe")
 
@@ -320,12 +326,13 @@ class Work:
     def told(self) -> bool:
         return self._told
 
-    def answered(self, seconds: float | None, *, bad: bool = False) -> None:
-        """The endpoint has answered after `seconds` (None: not measured). `bad`: with an error, which says nothing against the endpoint."""
+    def answered(self, seconds: float | None, *, bad: bool = False, begun: bool = False) -> None:
+        """The endpoint has answered after `seconds` (None: not measured). `bad`: with an error, which says nothing against the endpoint.
+        `begun`: it has begun to, and at the end may turn out to have failed."""
         self._told = True
         if self.load is not None:
             self._fleet.note(self, seconds, bad=bad)
-        self._fleet.succeeded(self)
+        self._fleet.succeeded(self, begun=begun)
 
     def failed(self, why: str, seconds: float | None = None, *, unreachable: bool = False) -> None:
         """The endpoint has failed, or answered with what counts as that: `why`, in a word or two. `unreachable`: it could not be connected
@@ -333,6 +340,10 @@ class Work:
         self._told = True
         self._fleet.note(self, seconds, bad=True)
         self._fleet.failed(self, why, unreachable=unreachable)
+
+    def silent(self, seconds: float | None) -> None:
+        """There was no answer in `seconds`, and then it was given up: that is how busy the endpoint is at least, though it may be well."""
+        self._fleet.note(self, seconds, bad=True)
 
     def finished(self) -> None:
         """It is over, however it ended."""

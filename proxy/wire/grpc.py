@@ -28,5 +28,9 @@ def write_timeout(seconds: float) -> bytes:
 
 def status(head: Headers, trailers: Headers) -> int | None:
     """The status of a call that has ended: in the trailers, or in the head of a response that has nothing else; None: there is none."""
-    value = trailers.get(b"grpc-status") or head.get(b"grpc-status")
+    return code(trailers.get(b"grpc-status") or head.get(b"grpc-status"))
+
+
+def code(value: bytes | None) -> int | None:
+    """The number in a `grpc-status`; None: it is none."""
     return int(value) if value is not None and value.isdigit() and len(value) < 4 else None

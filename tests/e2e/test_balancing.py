@@ -2,7 +2,7 @@
 is left.
 
 Two pods serve: `shop` and `annex`. What is wrong with one of them, a request says itself: `x-bad: shop` makes that server answer 503,
-`x-slow: shop` makes it slow.
+`x-slow: shop` makes it slow. What nobody but the proxy should see, a server answers with 418.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 from typing import Any
 
 import pytest
+import trio
 
 from lab.pod import Pod
 from tests.e2e.conftest import Laboratory
@@ -18,7 +19,7 @@ from tests.e2e.stage import Pair, counted, curl, eventually, logged, prepare, py
 
 pytestmark = [pytest.mark.lab]
 
-WEB, CALLS, NOBODY = 8080, 50051, 8081
+WEB, CALLS, NOBODY, LATE, RAW = 8080, 50051, 8081, 8082, 9000
 PATIENT = {"tcp": {"connect_timeout": "30s", "handshake_timeout": "30s"}}
 
 SERVER = """
@@ -31,7 +32,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.headers.get("x-slow") == name:
             time.sleep(0.3)
         said = f"{name} {hashlib.sha256(body).hexdigest()}".encode()
-        self.send_response(503 if self.headers.get("x-bad") == name else 200)
+        seen = {field.lower() for field in self.headers if field.lower().startswith(("isthmus-retry", "isthmus-timeout"))}
+        self.send_response(418 if seen else 503 if self.headers.get("x-bad") == name else 200)
         self.send_header("Content-Length", str(len(said)))
         self.end_headers()
         self.wfile.write(said)
@@ -40,7 +42,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
-Server(("0.0.0.0", 8080), Handler).serve_forever()
+Server(("0.0.0.0", int(sys.argv[2])), Handler).serve_forever()
 """
 
 ASK = """
@@ -58,6 +60,43 @@ for _ in range(times):
     key = f"{answer.status} {name}"
     seen[key] = seen.get(key, 0) + 1
 print(json.dumps(seen))
+"""
+
+RAW_SERVER = """
+import socketserver, sys
+class Handler(socketserver.StreamRequestHandler):
+    def handle(self):
+        self.wfile.write(sys.argv[1].encode() + b"\\n")
+        for line in self.rfile:
+            self.wfile.write(line)
+class Server(socketserver.ThreadingTCPServer):
+    allow_reuse_address = daemon_threads = True
+    request_queue_size = 128
+Server(("0.0.0.0", 9000), Handler).serve_forever()
+"""
+
+# Connects so many times, one after the other, and then says something on each connection; if a file is named, when there is one.
+RAW_ASK = """
+import collections, json, os, socket, sys, time
+seen, kept = collections.Counter(), []
+for _ in range(int(sys.argv[2])):
+    connection = socket.create_connection((sys.argv[1], 9000), timeout=60)
+    file = connection.makefile("rwb")
+    name = file.readline().strip().decode()
+    seen[name] += 1
+    kept.append((name, file))
+print("CONNECTED", flush=True)
+while sys.argv[3] and not os.path.exists(sys.argv[3]):
+    time.sleep(0.02)
+through = collections.Counter()
+for name, file in kept:
+    try:
+        file.write(b"still there\\n")
+        file.flush()
+        through[name] += file.readline() == b"still there\\n"
+    except OSError:
+        pass
+print(json.dumps([seen, through]))
 """
 
 GRPC_SERVER = """
@@ -103,10 +142,14 @@ def pair(laboratory: Laboratory) -> Pair:
         pair.mesh.service("calls", both, {CALLS: "http2"}, policy={"retries": {"grpc": ["unavailable"]}, "breaker": {"failures": 0}})
         broken = {"failures": 1, "min_penalty": "1m"}
         pair.mesh.service("gone", [pair.shop], {NOBODY: "http1"}, policy={"breaker": broken})
+        pair.mesh.service("limits", both, {WEB: "http1"}, policy={"overrides": True, "breaker": {"failures": 0}})
+        pair.mesh.service("late", [annex], {LATE: "http1"}, policy={"breaker": {"failures": 1, "min_penalty": "300ms", "jitter": 0}})
+        pair.mesh.service("raw", both, {RAW: "opaque"})
         pair.mesh.service("full", [annex], {NOBODY: "http1"}, policy={"breaker": {"failures": 1}, "queue": {"size": 0, "timeout": "1m"}})
         await pair.mesh.start()
         for pod in both:
-            await pod.python("web", SERVER, pod.name, port=WEB)
+            await pod.python("web", SERVER, pod.name, str(WEB), port=WEB)
+            await pod.python("raw", RAW_SERVER, pod.name, port=RAW)
             await pod.python("calls", GRPC_SERVER, pod.name, port=CALLS)
         return pair
 
@@ -163,6 +206,42 @@ async def test_a_grpc_call_is_sent_again(pair: Pair) -> None:
     assert await counted(pair.near, "isthmus_retries_total", cause="grpc_status") >= 5
 
 
+async def test_limits_that_a_request_sets_itself_hold_where_the_policy_allows_that_and_no_server_sees_them(pair: Pair) -> None:
+    again = {"x-bad": "shop", "isthmus-retry-statuses": "503"}
+    assert await asked(pair, "limits", 40, again) == {"200 annex": 40}
+    assert await asked(pair, "limits", 10, again, 1000) == {"200 annex": 10}, "with a body"
+    seen = await asked(pair, "plain", 100, again)
+    assert set(seen) == {"503 shop", "200 annex"}, "the same is nothing where it is not allowed"
+    seen = await asked(pair, "limits", 60, {"x-slow": "shop", "isthmus-timeout": "100ms"})
+    assert set(seen) == {"504 http_response_timeout:", "200 annex"}, seen
+    assert seen["200 annex"] >= 40, f"that one answers in time is noticed: {seen}"
+    late = {"x-slow": "shop", "isthmus-timeout": "1ms"}
+    assert set(await asked(pair, "plain", 20, late)) <= {"200 shop", "200 annex"}
+    wrong = await curl(pair.web, "-4", "-H", "isthmus-timeout: soon", f"http://limits:{WEB}/")
+    assert wrong.status == 400
+    assert "isthmus-timeout: expected a duration" in wrong.headers["proxy-status"][0]
+
+
+async def test_the_only_endpoint_is_used_again_soon_after_it_is_back_however_long_it_was_away(pair: Pair) -> None:
+    url = f"http://late:{LATE}/"
+
+    async def status() -> int:
+        return (await curl(pair.web, "-4", url)).status
+
+    async def long_away() -> bool:
+        assert await status() in (502, 503)
+        return any("default/late is left alone for 9.6 s" in json.dumps(line) for line in pair.near.logged())
+
+    await eventually(long_away, "the penalty is long", 120)
+    await pair.cluster.pods["annex"].python("late", SERVER, "annex", str(LATE), port=LATE)
+
+    async def served() -> bool:
+        return await status() == 200
+
+    with trio.fail_after(8):  # 0.3 s, and what curl takes; the penalty is 9.6 s
+        await eventually(served, "the endpoint is used again")
+
+
 async def refused(pod: Pod, service: str) -> str:
     """What is said of the second request, the first having met a pod in which nobody listens."""
     url = f"http://{service}:{NOBODY}/"
@@ -174,13 +253,39 @@ async def refused(pod: Pod, service: str) -> str:
 
 
 async def test_if_there_is_nothing_to_wait_for_the_client_is_told_why(pair: Pair) -> None:
+    before = await counted(pair.near, "isthmus_errors_total", direction="outbound", reason="all_broken")
     words = await refused(pair.web, "gone")
     assert "error=destination_unavailable" in words
     assert "the one endpoint of default/gone is broken (last: status 502); the next one is tried in" in words
-    assert await counted(pair.near, "isthmus_errors_total", direction="outbound", reason="all_broken") == 1
+    assert await counted(pair.near, "isthmus_errors_total", direction="outbound", reason="all_broken") == before + 1
 
 
 async def test_if_too_many_wait_the_client_is_told_so(pair: Pair) -> None:
     words = await refused(pair.web, "full")
     assert "error=connection_limit_reached" in words
     assert "wait for an endpoint of default/full already" in words
+
+
+async def connected(pair: Pair, times: int) -> list[dict[str, int]]:
+    """Which server so many connections got to, and how many of them carried something there and back."""
+    lines = (await python(pair.web, RAW_ASK, pair.mesh.services["raw"].ipv4, str(times), "")).splitlines()
+    found: list[dict[str, int]] = json.loads(lines[-1])
+    return found
+
+
+async def test_connections_go_to_the_endpoint_that_is_left_when_the_other_pod_dies(pair: Pair) -> None:
+    """The last test here: nobody starts that pod again."""
+    go = pair.web.directory / "go"
+    seen, through = await connected(pair, 40)
+    assert seen == through
+    assert set(seen) == {"shop", "annex"}
+    held = await pair.web.python("held", RAW_ASK, pair.mesh.services["raw"].ipv4, "20", str(go))
+    await held.wait_line("CONNECTED")
+    pair.mesh.sidecars["annex"].running().kill()
+    assert await connected(pair, 40) == [{"shop": 40}] * 2, "no client noticed"
+    assert await counted(pair.near, "isthmus_endpoint_broken", service="default/raw") == 1
+    go.touch()
+    seen, through = json.loads(await held.wait_line("[{"))
+    assert sum(seen.values()) == 20
+    assert through.get("shop", 0) == seen["shop"], "connections to the other one are as they were"
+    assert not through.get("annex")
