@@ -35,7 +35,8 @@ request that is sent again (a retry, a client that repeats itself) begins with a
 is spread over so many replicas that none sees it twice. It bounds every loop, because each round adds a token.
 
 What is not seen: a loop through software that drops fields it does not know, as most programs do that are no reverse proxies. If it calls
-itself, l4.py bounds it. Else nothing in its requests tells a loop from a busy service; each proxy's limits hold, and no more.
+itself, nesting.py bounds it; if it keeps `Forwarded`, forwarded.py. Else nothing in its requests tells a loop from a busy service; each
+proxy's limits hold, and no more.
 
 Trust
 =====
@@ -74,7 +75,7 @@ _WHOLE = re.compile(_HOP + rb"(?:, " + _HOP + rb")*+")
 _NAMES = re.compile(rb":[^,]*")
 _NO_LABEL = re.compile(r"[^-A-Za-z0-9._]")
 
-_UNNAMED = "?"
+UNNAMED = "?"
 _TOLD = 8  # names of one cycle that are spelled out
 
 
@@ -151,20 +152,28 @@ class Waypoint:
         """The way of a request from `hops` to us, in words. The two sides of a proxy, and neighbours without a name, are one stop."""
         stops: list[str] = []
         for hop in hops:
-            name = self.name if hop[1:9] == self._own else hop[_BARE + 1 :].decode("ascii") or _UNNAMED
+            name = self.name if hop[1:9] == self._own else hop[_BARE + 1 :].decode("ascii") or UNNAMED
             if not stops or stops[-1] != name:
                 stops.append(name)
         if len(stops) == 1 or stops[-1] != self.name:
             stops.append(self.name)
-        if len(stops) > _TOLD:
-            left_out = len(stops) - _TOLD
-            stops[_TOLD // 2 : -_TOLD // 2] = [f"({left_out} more)"]
-        return " -> ".join(stops)
+        return told(stops)
+
+    def lost(self, field: bytes) -> bool:
+        """Whether a request that goes on with `field` has come without a token of ours: it is new here, or has lost them on the way."""
+        return field.count(self._own) <= 1
 
     def extended(self, field: bytes, token: bytes) -> bytes:
         """The field as it goes on; without its names if it would be too long with them."""
         longer = b"%b, %b%b" % (field, token, self._name)
         return longer if len(longer) <= LONGEST_NAMED else nameless(longer)
+
+
+def told(stops: list[str]) -> str:
+    """A way in words, of bounded length."""
+    if len(stops) > _TOLD:
+        stops = [*stops[: _TOLD // 2], f"({len(stops) - _TOLD} more)", *stops[-_TOLD // 2 :]]
+    return " -> ".join(stops)
 
 
 Dropped = Literal["", "broken", "oversized"]

@@ -10,12 +10,14 @@ else. What it does export goes to an endpoint in this cluster. The splits and fa
 business of the proxy that sent the request here, and to ask them twice sends requests back to where they came from (linkerd2 #6569).
 
 The endpoint sees the gateway as its peer. The caller's identity goes along in a field of ours, which proxies believe of a gateway that
-they are told to trust and of nobody else, and in `Forwarded` (RFC 7239) for whoever wants to know the way.
+they are told to trust and of nobody else, and in `Forwarded` (RFC 7239) for whoever wants to know the way. That is read too: it shows loops
+through software that drops our tokens and keeps the standard's field.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 
 from proxy.account import ConnectionAccount
 from proxy.detect import Opening
@@ -35,10 +37,11 @@ from proxy.runtime import Runtime, closing
 from proxy.terminate import INNER, terminate
 from proxy.ways import LIVE
 from proxy.wire import forwarded
-from proxy.wire.messages import Headers, RequestHead, ResponseHead
+from proxy.wire.messages import Headers, ProtocolError, ResponseHead
 from proxy.wire.sniff import Protocol
 
 DIRECTION: Direction = "gateway"
+LONGEST = 16384  # bytes of Forwarded that are read: more hops than loops.max_hops are
 
 _PLAIN = "a gateway takes mutual TLS with a workload of its trust domain only"
 
@@ -124,7 +127,7 @@ def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
             await rt.reach.exchange(exchange, choose, tunnel)
             return
         exchange.caller = str(who).encode("ascii")
-        note_way(request, who, rt.identity.id if rt.identity is not None else who)
+        note_way(rt, exchange, who)
         await rt.reach.exchange(exchange, choose, send)
 
     return handle
@@ -147,16 +150,35 @@ async def alive(rt: Runtime, exchange: Exchange) -> None:
     await exchange.respond(head, Whole(b"shutting down\n" if going else b"live\n"))
 
 
-def note_way(request: RequestHead, caller: SpiffeId, own: SpiffeId) -> None:
-    """Add who has sent the request here, and to whom. Lines of others' that cannot be read by themselves are dropped: what they leave open
-    would swallow ours."""
-    headers = request.headers
+def note_way(rt: Runtime, exchange: Exchange, caller: SpiffeId) -> None:
+    """Add who has sent the request here, and to whom, to Forwarded. Raises LoopDetected if we stand there too often already.
+
+    Lines of others that cannot be read by themselves are dropped: what they leave open would swallow ours. All are, if they are longer
+    than `LONGEST` together."""
+    request = exchange.request
+    headers, host = request.headers, request.authority or b""
+    by = node_of(rt.config.cluster, rt.identity.id if rt.identity is not None else caller)
     if b"forwarded" in headers:
-        headers.items = [item for item in headers.items if item[0].lower() != b"forwarded" or forwarded.well_formed(item[1])]
-    element = {
-        "by": forwarded.obfuscated(own.sni),
-        "for": forwarded.obfuscated(caller.sni),
-        "host": request.authority or b"",
-        "proto": b"https",
-    }
+        way: list[tuple[bytes, bytes]] = []
+        few = sum(map(len, headers.all(b"forwarded"))) <= LONGEST
+        headers.items = [item for item in headers.items if item[0].lower() != b"forwarded" or (few and read_way(item[1], way))]
+        if way:
+            rt.loops.noted(exchange, way, (by, host))
+    element = {"by": by, "for": forwarded.obfuscated(caller.sni), "host": host, "proto": b"https"}
     headers.add(b"Forwarded", forwarded.encode(element))
+
+
+@lru_cache(maxsize=16)
+def node_of(cluster: str, own: SpiffeId) -> bytes:
+    """A gateway as `by=` names it, all replicas by one name: `_east.gateway.isthmus.sa.cluster.local`. The gateways of two clusters may
+    have one identity, and a cluster's name has no dot."""
+    return forwarded.obfuscated(f"{cluster}.{own.sni}")
+
+
+def read_way(line: bytes, way: list[tuple[bytes, bytes]]) -> bool:
+    """Add (by, host) of each element of a line. False: it is not of the grammar."""
+    try:
+        way += [(element.get("by", b""), element.get("host", b"")) for element in forwarded.parse([line])]
+    except ProtocolError:
+        return False
+    return True

@@ -6,12 +6,13 @@ pod to itself, our addresses and ports, and the secret of our tokens; and the pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from secrets import token_bytes
 
 from loopguard import HopLimits, Loop, OwnConnections, OwnListeners, SelfCalls, Waypoint, Who
-from loopguard.l7 import HEADER, Side
+from loopguard.forwarded import noted
+from loopguard.l7 import HEADER, Side, from_outside
 from loopguard.nesting import Depths
 from proxy.config import Config
 from proxy.errors import LoopDetected
@@ -39,6 +40,8 @@ class LoopGuard:
         self._returns: dict[Side, int] = {"outbound": limits.max_returns, "inbound": limits.max_returns, "gateway": 0}
         self._secret = sibling.secret if sibling is not None else token_bytes(32)
         self._outbound = self.waypoint("outbound")
+        self._gateway = self.waypoint("gateway")
+        self._notes = limits.max_returns
         self._metrics = metrics
 
     def layer(self, side: Side) -> Layer:
@@ -52,6 +55,17 @@ class LoopGuard:
     def fields(self, method: bytes, target: bytes) -> list[Field]:
         """The token of a request that the outbound side makes up itself, to a peer of the trust domain."""
         return [(HEADER, self._outbound.named(self._outbound.token(method, target, target)))]
+
+    def noted(self, exchange: Exchange, way: Sequence[tuple[bytes, bytes]], own: tuple[bytes, bytes]) -> None:
+        """A gateway reads in Forwarded the way of a request that has its token already: (by, host) of each element. Raises LoopDetected if
+        it has been on it too often, and no older token of its own is there to know better."""
+        field = exchange.request.headers.get(HEADER) or b""
+        if not self._gateway.lost(field):
+            return
+        loop = noted(way, own, self._who.name, self._notes)
+        if loop is not None:
+            exchange.outside = from_outside(field)
+        _judge(loop)
 
     def own(self, host: str) -> bool:
         """Whether connecting to `host` stays in this pod."""

@@ -6,14 +6,16 @@ gets to the application, whatever anybody writes into a header.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import trio
 
+from proxy.app import App
 from proxy.net.address import Address
 from tests.kit.apps import HOST, Fleet, way_in
-from tests.kit.clusters import ask, clusters
+from tests.kit.clusters import Clusters, ask, clusters
 from tests.kit.http import Message, connect, until
 from tests.kit.http2_peers import Peer2
 
@@ -77,7 +79,7 @@ async def test_the_way_is_noted_in_forwarded_behind_what_was_there(tmp_path: Pat
         answer = await all_.ask("c.east", 'Forwarded: for="[2001:db8::1]:80"', 'Forwarded: for="open', "Forwarded: by=_x;BY=_y")
     assert said(answer, "forwarded") == [
         'for="[2001:db8::1]:80"',
-        "by=_gateway.default.sa.cluster.local;for=_west.default.sa.cluster.local;host=c.default.svc.cluster.local;proto=https",
+        "by=_local.gateway.default.sa.cluster.local;for=_west.default.sa.cluster.local;host=c.default.svc.cluster.local;proto=https",
     ]
 
 
@@ -229,3 +231,114 @@ async def test_connect_of_an_application_to_a_proxy_elsewhere_is_told_what_to_do
         await peer.send(b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com:443\r\n\r\n")
         assert (await peer.head()).startswith(b"HTTP/1.1 501 ")
         peer.close()
+
+
+# Loops that only Forwarded shows...
+
+BY = "_local.gateway.default.sa.cluster.local"
+HERE = f"Forwarded: by={BY};host=c.default;proto=https"
+
+
+async def straight(all_: Clusters, *fields: str) -> bytes:
+    """What the gateway answers to west, which says what it likes."""
+    async with await all_.fleet.meet(all_.gateway, "west", "gateway") as stream:
+        await stream.send_all("\r\n".join(["GET / HTTP/1.1", "Host: c.default", *fields, "", ""]).encode("latin-1"))
+        return bytes(await stream.receive_some())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [HERE] * 5,
+        [f"{HERE}, for=_x ,{HERE.partition(': ')[2]}", *[HERE] * 3],
+        [f'forwarded: Host="C.default" ; BY="{BY.upper()}"'] * 5,
+        [*[HERE] * 5, "isthmus-hops: oAAAAAAAAAAAAAAAA:east/c"],
+    ],
+    ids=["lines", "commas", "quotes-and-case", "other-tokens"],
+)
+async def test_a_gateway_that_stands_in_forwarded_too_often_refuses(tmp_path: Path, fields: list[str]) -> None:
+    async with clusters(tmp_path) as all_:
+        answer = await straight(all_, *fields)
+        assert b'isthmus_loops_total{kind="forwarded"} 1.0' in all_.gateway.render()
+    assert answer.startswith(b"HTTP/1.1 508 ")
+    assert b"error=proxy_loop_detected" in answer
+    assert b"has been here 5 times for the same host: local/gateway -> " in answer
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [HERE] * 4,
+        [HERE.replace("c.default", "d.default")] * 30,
+        [HERE.replace("_local.", "_west.")] * 30,
+        [HERE.replace("_local.", "_")] * 30,
+        [HERE.replace("by=", "for=")] * 30,
+        [f'Forwarded: for="a, by={BY};host=c.default"'] * 30,
+        [f'{HERE};x="open'] * 30,
+    ],
+    ids=["as-often-as-allowed", "another-host", "another-cluster", "no-cluster", "for", "within-quotes", "broken"],
+)
+async def test_what_looks_a_little_like_it_is_not_refused(tmp_path: Path, fields: list[str]) -> None:
+    async with clusters(tmp_path) as all_:
+        assert (await straight(all_, *fields)).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_a_field_that_is_too_long_to_read_is_dropped(tmp_path: Path) -> None:
+    async with clusters(tmp_path) as all_:
+        line = "Forwarded: " + ",".join([f"by={BY};host=c.default"] * 200)
+        answer = await straight(all_, *[line] * 4)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert answer.count(b"by=") == 1, "it was dropped unread"
+        assert (await straight(all_)).startswith(b"HTTP/1.1 200 ")
+
+
+@dataclass
+class Callback:
+    """An application in east that answers a request by making it again at the gateway, with its Forwarded, if `kept` also with its tokens,
+    for so many `rounds`. `seen` counts its requests."""
+
+    fleet: Fleet | None = None
+    gateway: App | None = None
+    kept: bool = False
+    rounds: int = 1000
+    seen: int = 0
+
+    async def __call__(self, stream: trio.SocketStream) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += await stream.receive_some()
+        self.seen += 1
+        answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        if self.seen <= self.rounds:
+            assert self.fleet is not None
+            assert self.gateway is not None
+            lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")[1:]
+            names = (b"forwarded:", b"isthmus-hops:") if self.kept else (b"forwarded:",)
+            passed = [line for line in lines if line.lower().startswith(names)]
+            async with await self.fleet.meet(self.gateway, "server", "gateway") as onward:
+                again = [b"GET / HTTP/1.1", b"Host: c.default.svc.cluster.local", *passed, b"Connection: close", b"", b""]
+                await onward.send_all(b"\r\n".join(again))
+                answer = b"".join([bytes(piece) async for piece in onward])
+        await stream.send_all(answer)
+
+
+@pytest.mark.parametrize(("kept", "kind", "seen"), [(False, "forwarded", 5), (True, "request", 1)])
+async def test_a_loop_is_cut_by_forwarded_where_the_tokens_are_lost_and_by_the_tokens_before_where_they_are_kept(
+    tmp_path: Path, kept: bool, kind: str, seen: int
+) -> None:
+    app = Callback(kept=kept)
+    async with clusters(tmp_path, app) as all_:
+        app.fleet, app.gateway = all_.fleet, all_.gateway
+        answer = await all_.ask("c.east", target="/")
+        assert b'isthmus_loops_total{kind="%b"} 1.0' % kind.encode() in all_.gateway.render()
+    assert answer.status == 508
+    assert app.seen == seen
+
+
+async def test_an_application_that_calls_back_with_forwarded_copied_is_not_refused(tmp_path: Path) -> None:
+    app = Callback(rounds=4)
+    async with clusters(tmp_path, app) as all_:
+        app.fleet, app.gateway = all_.fleet, all_.gateway
+        assert (await all_.ask("c.east", target="/")).status == 200
+        assert b"isthmus_loops_total{" not in all_.gateway.render()
+    assert app.seen == 5

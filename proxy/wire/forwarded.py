@@ -49,15 +49,6 @@ def parse(lines: Iterable[bytes]) -> list[Element]:
     return [element for line in lines for element in _line(line)]
 
 
-def well_formed(line: bytes) -> bool:
-    """Whether a line of the field can be read by itself."""
-    try:
-        _line(line)
-    except ProtocolError:
-        return False
-    return True
-
-
 def _line(line: bytes) -> list[Element]:
     elements: list[Element] = []
     element: dict[str, bytes] = {}
