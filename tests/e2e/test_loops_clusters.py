@@ -1,7 +1,8 @@
 """Loops between clusters, through their gateways: cut at the first return to a gateway, with the whole way; and what is none, is not.
 
 `west` and `east` know each other. `ping` in west and `pong` in east are nginx that forward to each other, by a service that is split to the
-other cluster; `both` is a service of each, whose split sends half of its requests to the other's.
+other cluster; `both` is a service of each, whose split sends half of its requests to the other's. By other ports the same nginx speak gRPC,
+drop the tokens and keep the rest, and go on to a third cluster, `south`: once round for `ring`, and no further than that for `chain`.
 """
 
 from __future__ import annotations
@@ -9,94 +10,198 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+import trio
 
 from lab.cluster import Cluster, Lab
 from lab.mesh import Mesh
 from lab.pod import Pod
 from lab.sidecar import Sidecar
+from lab.traces import TraceCollector
+from tests.e2e.calls import calling
 from tests.e2e.conftest import Laboratory
 from tests.e2e.ingress import nginx, requests
 from tests.e2e.stage import counted, curl, eventually, logged
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
-ROUND, BOTH = 8080, 8081
+ROUND, BOTH, LOST, RING, CHAIN, GRPC = 8080, 8081, 8082, 8083, 8084, 8087
+RETURNS = 4  # the default
 BUSY = 4.0
 
 
+# cluster -> (the pod that forwards there, the next cluster)
+WAYS = {"west": ("ping", "east"), "east": ("pong", "west"), "south": ("pang", "")}
+NEXT = {"west": "east", "east": "south", "south": "west"}
+
+
 @dataclass
-class Two:
-    west: Mesh
-    east: Mesh
+class Scene:
+    meshes: dict[str, Mesh]
+    collector: TraceCollector
 
     @property
     def sidecars(self) -> list[Sidecar]:
-        return [*self.west.sidecars.values(), *self.east.sidecars.values()]
+        return [sidecar for mesh in self.meshes.values() for sidecar in mesh.sidecars.values()]
+
+    def gateway(self, cluster: str) -> Sidecar:
+        return self.meshes[cluster].sidecars["gateway"]
 
     def pod(self, cluster: str, name: str) -> Pod:
-        return {"west": self.west, "east": self.east}[cluster].cluster.pods[name]
+        return self.meshes[cluster].cluster.pods[name]
 
     async def loops(self) -> float:
         return sum([await counted(sidecar, "isthmus_loops_total") for sidecar in self.sidecars])
 
 
-async def build(lab: Lab) -> Two:
+def to(service: str, cluster: str) -> list[dict[str, object]]:
+    """A split that sends all to a service of another cluster."""
+    return [{"service": service, "cluster": cluster, "weight": 1}]
+
+
+async def furnish(mesh: Mesh, end: Pod) -> None:
+    """The services of a cluster, and the nginx behind them. `ring` and `chain` go on to the next cluster's, the chain as far as south."""
+    here = mesh.cluster.name
+    name, other = WAYS[here]
+    mesh.service("ring", [end], {RING: "http1"}, export=True)
+    mesh.service("further", [end], {RING: "http1"}, split=to("ring", NEXT[here]))
+    mesh.service("chain", [end], {CHAIN: "http1"}, export=True)
+    mesh.service("onward", [end], {CHAIN: "http1"}, split=to("chain", NEXT[here]))
+    last = here == "south"
+    ports = {
+        RING: f"proxy_pass http://further:{RING};",
+        CHAIN: "return 200 $http_isthmus_hops;" if last else f"proxy_pass http://onward:{CHAIN};",
+    }
+    if other:
+        mesh.service(name, [end], {ROUND: "http1", LOST: "http1", GRPC: "http2"}, export=True)
+        mesh.service("away", [end], {ROUND: "http1", LOST: "http1", GRPC: "http2"}, split=to(WAYS[other][0], other))
+        ports |= {
+            ROUND: f"proxy_pass http://away:{ROUND};",
+            LOST: f'proxy_set_header isthmus-hops ""; proxy_pass http://away:{LOST};',
+            GRPC: f"http2 grpc_pass grpc://away:{GRPC};",
+        }
+    await nginx(end, ports)
+
+
+async def build(lab: Lab) -> Scene:
     area = lab.wide_area()
     west = Mesh(lab.cluster("west"))
-    two = Two(west, Mesh(lab.cluster("east"), west.authority))
-    for mesh, mine, other, theirs in ((two.west, "ping", "east", "pong"), (two.east, "pong", "west", "ping")):
+    scene = Scene({"west": west}, await TraceCollector.start(west.cluster))
+    scene.meshes |= {name: Mesh(lab.cluster(name), west.authority) for name in ("east", "south")}
+    for here, mesh in scene.meshes.items():
         cluster: Cluster = mesh.cluster
         area.border(cluster)
         gateway = cluster.pod("gateway")
         mesh.gateway(gateway, area.attach(gateway))
-        ends = cluster.pod("web"), cluster.pod(mine), cluster.pod("both")
-        for pod in ends:
-            mesh.join(pod)
-        mesh.service(mine, [ends[1]], {ROUND: "http1"}, export=True)
-        half = [{"service": "both", "weight": 1}, {"service": "both", "cluster": other, "weight": 1}]
-        mesh.service("both", [ends[2]], {BOTH: "http1"}, export=True, split=half)
-        mesh.service("away", [ends[1]], {ROUND: "http1"}, split=[{"service": theirs, "cluster": other, "weight": 1}])
-        await nginx(ends[1], {ROUND: f"proxy_pass http://away:{ROUND};"})
-        await nginx(ends[2], {BOTH: f"return 200 {cluster.name};"})
-    two.west.link(two.east)
-    two.east.link(two.west)
-    await two.west.start()
-    await two.east.start()
-    return two
+        end = cluster.pod(WAYS[here][0])
+        mesh.join(end)
+        await furnish(mesh, end)
+        if WAYS[here][1]:
+            mesh.join(cluster.pod("web"))
+            both = cluster.pod("both")
+            mesh.join(both)
+            half = [{"service": "both", "weight": 1}, *to("both", WAYS[here][1])]
+            mesh.service("both", [both], {BOTH: "http1"}, export=True, split=half)
+            await nginx(both, {BOTH: f"return 200 {cluster.name};"})
+    for here, mesh in scene.meshes.items():
+        mesh.link(*(other for name, other in scene.meshes.items() if name != here))
+    scene.gateway("west").settings["tracing"] = scene.collector.settings()
+    async with trio.open_nursery() as nursery:
+        for mesh in scene.meshes.values():
+            nursery.start_soon(mesh.start)
+    return scene
 
 
 @pytest.fixture(scope="module")
-def two(laboratory: Laboratory) -> Two:
-    async def build_it() -> Two:
+def scene(laboratory: Laboratory) -> Scene:
+    async def build_it() -> Scene:
         return await build(laboratory.lab)
 
     return laboratory.run(build_it)
 
 
-async def test_splits_that_point_at_each_other_are_no_loop(two: Two) -> None:
+async def test_splits_that_point_at_each_other_are_no_loop(scene: Scene) -> None:
     seen = []
     for _ in range(60):
         for cluster in ("west", "east"):
-            answer = await curl(two.pod(cluster, "web"), f"http://both:{BOTH}/")
+            answer = await curl(scene.pod(cluster, "web"), f"http://both:{BOTH}/")
             assert answer.status == 200
             seen.append(answer.body)
     assert {b"west", b"east"} == set(seen)
-    assert await two.loops() == 0
+    assert await scene.loops() == 0
 
 
-async def test_a_request_that_goes_round_through_two_clusters_is_cut_with_its_way(two: Two) -> None:
-    before = [requests(two.pod("west", "ping"), ROUND), requests(two.pod("east", "pong"), ROUND)]
-    cpu = [sidecar.running().cpu_seconds() for sidecar in two.sidecars]
+ROUNDS = {
+    "HTTP/1.1": (ROUND, "east/gateway -> east/pong -> west/gateway -> west/ping -> east/gateway"),
+    "three clusters": (RING, "east/gateway -> east/pong -> south/gateway -> south/pang -> west/gateway -> west/ping -> east/gateway"),
+}
+
+
+@pytest.mark.parametrize("case", ROUNDS)
+async def test_a_request_that_goes_round_through_clusters_is_cut_with_its_way(scene: Scene, case: str) -> None:
+    """The one through three is a mirror of a mirror that comes back."""
+    port, way = ROUNDS[case]
+    ends = scene.pod("west", "ping"), scene.pod("east", "pong")
+    before = [requests(pod, port) for pod in ends]
+    loops = await counted(scene.gateway("east"), "isthmus_loops_total", kind="request")
+    cpu = [sidecar.running().cpu_seconds() for sidecar in scene.sidecars]
     for _ in range(10):
-        seen = await curl(two.pod("west", "web"), f"http://ping:{ROUND}/a")
+        seen = await curl(scene.pod("west", "web"), f"http://{'ping' if port == ROUND else 'ring'}:{port}/a")
         assert (seen.status, seen.error) == (508, "proxy_loop_detected")
-        assert b"east/gateway -> east/pong -> west/gateway -> west/ping -> east/gateway\n" in seen.body
-    await logged(two.east.sidecars["gateway"], "a loop was stopped (request, gateway)", logger="isthmus.loopguard")
-    assert await counted(two.east.sidecars["gateway"], "isthmus_loops_total", kind="request") == 10
+        assert seen.body.decode().strip().endswith(f"the same request has been here already: {way}")
+    await logged(scene.gateway("east"), "a loop was stopped (request, gateway)", logger="isthmus.loopguard")
+    assert await counted(scene.gateway("east"), "isthmus_loops_total", kind="request") == loops + 10
     # ping has it from web and from west's gateway, pong from east's: once each, for the gateways refuse the first return.
-    for pod, old, each in ((two.pod("west", "ping"), before[0], 2), (two.pod("east", "pong"), before[1], 1)):
-        await eventually(lambda pod=pod, old=old, each=each: requests(pod, ROUND) >= old + 10 * each, f"{pod.name} has written them down")
-        assert requests(pod, ROUND) == old + 10 * each
-    for sidecar, old in zip(two.sidecars, cpu, strict=True):
+    for pod, old, each in zip(ends, before, (2, 1), strict=True):
+        await eventually(lambda pod=pod, old=old, each=each: requests(pod, port) >= old + 10 * each, f"{pod.name} has written them down")
+        assert requests(pod, port) == old + 10 * each
+    for sidecar, old in zip(scene.sidecars, cpu, strict=True):
         assert sidecar.running().cpu_seconds() - old < BUSY
         assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0
+
+
+async def test_a_grpc_call_that_goes_round_through_two_clusters_is_aborted(scene: Scene) -> None:
+    code = """
+try:
+    shop.unary_unary("Name")(b"", timeout=20)
+except grpc.RpcError as error:
+    print(json.dumps([status(error), error.details()]))
+"""
+    status, details = await calling(scene.pod("west", "web"), code, host="ping", port=GRPC)
+    assert status == "ABORTED proxy_loop_detected"
+    assert details.endswith("east/gateway -> east/pong -> west/gateway -> west/ping -> east/gateway")
+
+
+async def test_a_loop_through_software_that_drops_the_tokens_is_found_in_forwarded(scene: Scene) -> None:
+    ends = scene.pod("west", "ping"), scene.pod("east", "pong")
+    before = [requests(pod, LOST) for pod in ends]
+    seen = await curl(scene.pod("west", "web"), f"http://ping:{LOST}/b")
+    assert (seen.status, seen.error) == (508, "proxy_loop_detected")
+    node = "west.gateway.isthmus.sa.cluster.local"
+    assert seen.body.decode().strip().endswith(f"has been here 5 times for the same host: east/gateway -> {node} -> east/gateway")
+    assert await counted(scene.gateway("east"), "isthmus_loops_total", kind="forwarded") == 1
+    for pod, old, most in zip(ends, before, (RETURNS + 2, RETURNS + 1), strict=True):
+        await eventually(lambda pod=pod, old=old, most=most: requests(pod, LOST) >= old + most, f"{pod.name} has written them down")
+        assert requests(pod, LOST) == old + most
+
+
+async def test_a_chain_through_three_clusters_is_no_loop(scene: Scene) -> None:
+    loops = await scene.loops()
+    seen = await curl(scene.pod("west", "web"), f"http://chain:{CHAIN}/c")
+    assert seen.status == 200
+    hops = [hop.partition(":")[2] for hop in seen.body.decode().split(", ")]
+    way = ["west/web", "west/ping", "west/ping", "east/gateway", "east/pong", "east/pong", "south/gateway", "south/pang"]
+    assert hops == way
+    assert await scene.loops() == loops
+
+
+async def test_the_span_of_the_gateway_that_cuts_a_loop_tells_its_way(scene: Scene) -> None:
+    trace_id = f"{0xC1:032x}"
+    seen = await curl(scene.pod("east", "web"), "-H", f"traceparent: 00-{trace_id}-00f067aa0ba902b7-01", f"http://pong:{ROUND}/d")
+    assert (seen.status, seen.error) == (508, "proxy_loop_detected")
+
+    def told() -> list[tuple[str, str]]:
+        events = [(span.pod, event) for span in scene.collector.spans(trace_id) for event in span.events]
+        return [(pod, event.attributes["isthmus.loop.cycle"]) for pod, event in events if event.name == "isthmus.loop"]
+
+    found = await eventually(told, "the span with the loop", 30)
+    assert found == [("gateway", "west/gateway -> west/ping -> east/gateway -> east/pong -> west/gateway")]
