@@ -31,6 +31,7 @@ from proxy.errors import (
     NoEndpoint,
     QueueFull,
     TunnelRefused,
+    UpstreamClosed,
     UpstreamProtocolError,
     UpstreamTLSError,
     describe,
@@ -103,11 +104,12 @@ class Reach:
                 return
             except FAILURES as error:
                 pause = attempts.another(error)
+                failure = attempts.failure or (error if isinstance(error, UpstreamClosed) else None)
             finally:
                 attempts.end()
             if pause:
                 await trio.sleep(pause)
-            target, fleet = self._choose_again(lambda: choose(exchange), attempts.failure)
+            target, fleet = self._choose_again(lambda: choose(exchange), failure)
             attempts.remind()
 
     def _choose_again(self, choose: Callable[[], Target], failure: Exception | None) -> tuple[Target, Fleet]:

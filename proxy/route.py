@@ -33,8 +33,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from proxy.errors import NoEndpoint
-from proxy.mesh.directory import Backend, Directory, Plan, Target, itself
+from proxy.mesh.directory import Backend, Directory, Endpoint, Plan, Target, itself
 from proxy.net.address import Address
+from proxy.net.streams import SocketStream
+from proxy.net.tls import TLSStream
 
 
 class Source(Protocol):
@@ -69,6 +71,10 @@ class Ways(Protocol):
 
     def why(self, cluster: str) -> str:
         """Why no gateway of a cluster can be used."""
+        ...
+
+    def connected(self, endpoint: Endpoint, stream: SocketStream | TLSStream) -> None:
+        """There is a new connection to `endpoint`, which may be a gateway."""
         ...
 
 

@@ -135,6 +135,8 @@ class Runtime:
             self.ledger.tls_failed("outbound", kind)
             raise UpstreamTLSError(f"mutual TLS with {endpoint.address} as {expected}: {error}", kind) from error
         self.ledger.tls_established("outbound", tls.info)
+        if self.router.ways is not None:
+            self.router.ways.connected(endpoint, tls)
         return tls
 
     # What is said to whom...

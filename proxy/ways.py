@@ -13,6 +13,18 @@ of all other requests: what can be a way for them can be one for the question. A
 other make need not know the path. One that fails `probe_failures` times in a row gets no requests until it answers again. When none is
 left, requests fail at once and say why, and a service with failover goes elsewhere. Clusters that nobody has asked for in `_IDLE`
 seconds are left in peace: a thousand pods that know ten clusters do not knock at all their doors all day.
+
+*Silence.* What is under way to a gateway that is paused, or to which no packet gets through any more, would wait for all of
+`http.response_timeout`. So a connection on which no byte has come while `probe_failures` probes in a row had no answer at all is ended. It
+fails as if the kernel had found out that the peer is gone (`SocketStream.fail`): whoever reads or writes is told so and closes it as ever, be
+it an exchange, all streams of an HTTP/2 connection, a pool or a tunnel. So each connection keeps its one owner, and here is only noted
+which ones there are, weakly, once for each. The errors are those of a connection that broke: 502 where no response has begun, and
+another gateway if the method allows it.
+
+Only silence ends what is under way. A gateway that is shutting down (503) or listens no more (refused) lets its last exchanges finish,
+and one that answers the probe with a wrong certificate is there. One whose connections move, but not for probes, keeps those that move,
+and loses the others, a tunnel on which nothing comes back included: from here they look the same as dead ones. Bytes that we send
+do not count: the kernel takes them for a peer that is long gone.
 """
 
 from __future__ import annotations
@@ -24,15 +36,18 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import trio
 
-from proxy.errors import IsthmusError
+from proxy.errors import IsthmusError, UpstreamTLSError
 from proxy.exchange.carriers import Carrier, Unanswered
 from proxy.exchange.client import Lender
 from proxy.logs import RateLimit, warn
 from proxy.mesh.directory import Cluster, Directory, Endpoint, Gateway, Target
-from proxy.net.errors import NetError
+from proxy.net.errors import ConnectFailed, ConnectionLost, NetError
+from proxy.net.streams import SocketStream
+from proxy.net.tls import TLSStream
 from proxy.route import Source
 from proxy.sections import ClustersConfig
 from proxy.wire.messages import END, EndOfMessage, Headers, RequestHead, ResponseHead
@@ -76,7 +91,12 @@ class _Pulse:
 
     due: float = 0.0  # of the next probe; infinite while one is under way
     failures: int = 0  # in a row
+    silences: int = 0  # in a row: probes to which nothing was said at all
     words: str = ""
+
+
+# Connections to a gateway: the bytes that had come on each when it was last looked at, and at how many silences that was.
+_Lines = WeakKeyDictionary[SocketStream | TLSStream, tuple[int, int]]
 
 
 @dataclass(slots=True)
@@ -91,6 +111,7 @@ class Ways:
     _seen: Directory | None = field(default=None, init=False)
     _names: dict[str, _Name] = field(default_factory=dict, init=False)
     _pulses: dict[Endpoint, _Pulse] = field(default_factory=dict, init=False)
+    _lines: dict[Endpoint, _Lines] = field(default_factory=dict, init=False)
     _asked: dict[str, float] = field(default_factory=dict, init=False)  # when a cluster was last in demand
     _made: dict[int, tuple[Target, Target]] = field(default_factory=dict, init=False)  # by the snapshot's target, which is kept alive here
     _changed: dict[str, tuple[Endpoint, ...]] = field(default_factory=dict, init=False)  # where the snapshot alone is not the truth
@@ -121,6 +142,12 @@ class Ways:
         words += [f"{end.address}: {self._pulses[end].words}" for end in self._endpoints(found) if self._dead(end)]
         return f"no gateway of {cluster} can be used: {'; '.join(words)}"
 
+    def connected(self, endpoint: Endpoint, stream: SocketStream | TLSStream) -> None:
+        """There is a new connection to `endpoint`, which may be a gateway; it stays its owner's."""
+        if (lines := self._lines.get(endpoint)) is not None:
+            pulse = self._pulses.get(endpoint)
+            lines[stream] = stream.bytes_read, pulse.silences if pulse is not None else 0
+
     def _unresolved(self, gateway: Gateway) -> _Name | None:
         name = None if gateway.literal else self._names.get(gateway.host, _Name())
         return name if name is not None and not name.addresses else None
@@ -145,6 +172,7 @@ class Ways:
         every = {name: tuple(self._endpoints(cluster)) for name, cluster in directory.clusters.items()}
         known = {endpoint for endpoints in every.values() for endpoint in endpoints}
         self._pulses = {endpoint: pulse for endpoint, pulse in self._pulses.items() if endpoint in known}
+        self._lines = {endpoint: self._lines.get(endpoint, _Lines()) for endpoint in known}
         self._asked = {name: when for name, when in self._asked.items() if name in every}
         self._changed, self._made = {}, {}
         for name, endpoints in every.items():
@@ -210,24 +238,53 @@ class Ways:
 
     async def _probe(self, cluster: str, endpoint: Endpoint) -> None:
         failure: str | None = f"no answer within {self.settings.probe_timeout:g} s"
+        silent = True
+        self._listen(cluster, endpoint)
         with trio.move_on_after(self.settings.probe_timeout):
             try:
                 # On a connection of its own: a kept one says little about whether there can be new ones.
                 async with self.lender.carrier(endpoint, fresh=True) as carrier:
                     status = (await _ask(carrier, str(endpoint.address))).status
-                failure = "it is shutting down (503)" if status == 503 else None
+                failure, silent = "it is shutting down (503)" if status == 503 else None, False
             except (NetError, IsthmusError, Unanswered) as error:
-                failure = str(error)
+                failure, silent = str(error), _says_nothing(error)
         self.books.gateway_probed(cluster, "ok" if failure is None else "failed")
         pulse = self._pulses.get(endpoint)
         if pulse is None:  # it has left the directory meanwhile
             return
         before = self._dead(endpoint)
         pulse.failures, pulse.words = (0, "") if failure is None else (pulse.failures + 1, failure)
+        pulse.silences = pulse.silences + 1 if silent else 0
         pulse.due = trio.current_time() + self._spread(self.settings.probe_interval)
         if self._dead(endpoint) is not before:
             _log.warning("the gateway %s of %s %s", endpoint.address, cluster, "is back" if before else f"is not used: {failure}")
             self._look()
+        if silent:
+            self._listen(cluster, endpoint)
+
+    def _listen(self, cluster: str, endpoint: Endpoint) -> None:
+        """Look at the connections to a gateway, before a probe and after one to which nothing was said, and end those that are dead."""
+        pulse, lines = self._pulses.get(endpoint), self._lines.get(endpoint)
+        if pulse is None or not lines:
+            return
+        ended = 0
+        for stream, (read, since) in list(lines.items()):
+            if not pulse.silences or stream.bytes_read != read:
+                lines[stream] = stream.bytes_read, pulse.silences
+            elif pulse.silences - since >= self.settings.probe_failures:
+                del lines[stream]
+                words = f"the gateway {endpoint.address} of {cluster} does not answer its probes ({pulse.words})"
+                stream.fail(ConnectionLost(words, "timeout"))
+                ended += 1
+        if ended:
+            warn(_log, _TROUBLES, "%d silent connections to the gateway %s of %s are ended", ended, endpoint.address, cluster)
+
+
+def _says_nothing(error: Exception) -> bool:
+    """Whether a probe has failed for want of any answer: a refusal is one."""
+    if isinstance(error, ConnectFailed):
+        return error.reason in ("timeout", "unreachable")
+    return isinstance(error, UpstreamTLSError) and error.kind == "timeout"
 
 
 async def _ask(carrier: Carrier, host: str) -> ResponseHead:

@@ -138,11 +138,12 @@ class Http1Carrier(Carrier):
             except ConnectionLost as error:
                 if http.buffered:
                     raise UpstreamClosed(f"the connection broke within the response's head: {error}") from error
-                raise self._unanswered(f"the connection broke before a response came: {error}") from error
+                raise self._unanswered(f"the connection broke before a response came: {error}", error.reason == "timeout") from error
 
-    def _unanswered(self, words: str) -> Unanswered:
-        # Only a kept connection may have been closed for another reason than our request.
-        return Unanswered(words, again=self._reused and not self._interim)
+    def _unanswered(self, words: str, silent: bool = False) -> Unanswered:
+        # Only a kept connection may have been closed for another reason than our request. A server that has fallen silent has closed none,
+        # and would not take a new one.
+        return Unanswered(words, again=self._reused and not self._interim and not silent)
 
     @property
     def length(self) -> Length:

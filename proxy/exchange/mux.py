@@ -24,7 +24,8 @@ from trio.lowlevel import ParkingLot
 
 from proxy.exchange.mux_stream import Filed, MuxStream, StreamLost
 from proxy.net.errors import NetError
-from proxy.net.streams import Stream, linger
+from proxy.net.linger import linger
+from proxy.net.streams import Stream
 from proxy.net.tls import TLSStream
 from proxy.wire.events2 import (
     DataReceived,

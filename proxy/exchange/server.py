@@ -18,7 +18,8 @@ from proxy.exchange.begun import Carry
 from proxy.exchange.exchange import Body, Exchange, Facts, Handler
 from proxy.exchange.resumed import READ_SIZE, Resumed
 from proxy.net.errors import NetError
-from proxy.net.streams import Stream, linger
+from proxy.net.linger import linger
+from proxy.net.streams import Stream
 from proxy.wire.bodies import Framing, Length
 from proxy.wire.http1 import At, Http1Connection, Role
 from proxy.wire.messages import EndOfMessage, Headers, Limits, ProtocolError, RequestHead, ResponseHead, Signal
@@ -26,7 +27,7 @@ from proxy.wire.messages import EndOfMessage, Headers, Limits, ProtocolError, Re
 # What is written together: a head with the first piece of its body, small chunks with their neighbours; more would only wait.
 _GATHER = 65536
 
-# How long a client that is still sending may take to notice that it has been answered (see net.streams.linger).
+# How long a client that is still sending may take to notice that it has been answered (see net/linger.py).
 _LINGER_SECONDS = 2.0
 
 # The rest of a request that nobody read is worth reading to keep the connection, if it is no more than this.

@@ -24,7 +24,8 @@ from typing import Literal
 import trio
 
 from proxy.net.errors import NetError
-from proxy.net.streams import RECEIVE_SIZE, Stream, linger
+from proxy.net.linger import linger
+from proxy.net.streams import RECEIVE_SIZE, Stream
 
 # The idle deadline is moved only when it has become stale by this share of the idle time: moving it at every read would cost
 # as much as the bookkeeping of a small read itself. So an idle relay ends after one to one and an eighth idle times.

@@ -29,6 +29,7 @@ import select
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import trio
@@ -47,7 +48,6 @@ __all__ = [
     "SocketStream",
     "Stream",
     "TLSFailed",
-    "linger",
 ]
 
 # Operations that may succeed in a row before a stream lets other tasks run. A scheduler pass costs three microseconds and more
@@ -121,7 +121,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
     """
 
     __slots__ = (
-        "_closed", "_eof_sent", "_loss", "_reading", "_recv", "_send", "_streak", "_torn", "_writing",
+        "__weakref__", "_closed", "_eof_sent", "_loss", "_reading", "_recv", "_send", "_streak", "_torn", "_writing",
         "bytes_read", "bytes_written", "local", "on_close", "peer", "socket",
     )  # fmt: skip
 
@@ -319,7 +319,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
     # Closing
 
     async def aclose(self) -> None:
-        """Close. The kernel goes on delivering what was sent; see `linger` for a peer that may still be sending."""
+        """Close. The kernel goes on delivering what was sent; see linger.py for a peer that may still be sending."""
         self.close()
         await checkpoint()
 
@@ -335,6 +335,20 @@ class SocketStream(trio.abc.HalfCloseableStream):
         if not self._closed:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)  # close() then sends RST (socket(7))
             self.close()
+
+    def fail(self, loss: ConnectionLost) -> None:
+        """The peer is known to be gone: from now on every operation raises `loss` (its reason is `timeout`), those that wait included, as
+        if the kernel had found it out. Closing stays with the owner. Does nothing to a stream that is closed or lost already."""
+        if not self._closed and self._loss is None:
+            self._loss = loss
+            self.cut()
+
+    def cut(self) -> None:
+        """Wake whoever waits in this stream: there is nothing more to read, and nothing more can be sent."""
+        if not self._closed:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
+            with suppress(OSError):  # ENOTCONN: it is lost already, and they are awake
+                self.socket.shutdown(socket.SHUT_RDWR)
 
     # The parts of the operations
 
@@ -373,22 +387,9 @@ class SocketStream(trio.abc.HalfCloseableStream):
     def _lost(self, error: OSError) -> Exception:
         if self._closed:
             return trio.ClosedResourceError("this connection was closed meanwhile")
+        if self._loss is not None and self._loss.reason == "timeout":
+            return again(self._loss)
         loss = lost(error.errno or 0)
         if loss.reason != "closed":  # EPIPE: the peer had ended properly before, so what it sent can be read to its clean end
             self._loss = loss
         return loss
-
-
-async def linger(stream: Stream, *, seconds: float, max_bytes: int = 1 << 20) -> None:
-    """End our direction, then read and discard until the peer ends its own (RFC 9112, section 9.6). Does not close.
-
-    For the case that we answered before the peer had finished sending: closing with unread bytes makes the kernel send RST,
-    which destroys the answer on its way. Gives up after `seconds` or `max_bytes`; a connection that is already lost is no error.
-    """
-    try:
-        with trio.move_on_after(seconds):
-            await stream.send_eof()
-            while max_bytes > 0 and (data := await stream.receive_some()):
-                max_bytes -= len(data)
-    except (trio.BrokenResourceError, trio.ClosedResourceError):
-        return

@@ -86,8 +86,8 @@ class TLSStream(trio.abc.HalfCloseableStream):
     """An established TLS connection; made by tls_server and tls_client. See proxy.net.streams.Stream for what its methods promise."""
 
     __slots__ = (
-        "_connection", "_eof_sent", "_failure", "_on_session", "_option", "_raw", "_readiness", "_reading", "_recv", "_send", "_streak",
-        "_torn", "_writing", "bytes_read", "bytes_written", "info", "local", "peer", "socket",
+        "__weakref__", "_connection", "_eof_sent", "_failure", "_on_session", "_option", "_raw", "_readiness", "_reading", "_recv", "_send",
+        "_streak", "_torn", "_writing", "bytes_read", "bytes_written", "info", "local", "peer", "socket",
     )  # fmt: skip
 
     def __init__(
@@ -176,6 +176,8 @@ class TLSStream(trio.abc.HalfCloseableStream):
 
     def _failed(self, error: SSL.Error, doing: str) -> NetError:
         self._torn = True
+        if self._failure is not None:
+            return again(self._failure)
         self._failure = explain(error, self._connection, doing)
         return self._failure
 
@@ -257,7 +259,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         """See prompt.py."""
         self._check_open()
         if self._torn:
-            raise ConnectionLost("an earlier operation on this connection failed or was cancelled half-way", "torn")
+            raise self._unusable()
         size, sent = len(data), 0
         while sent < size:
             if code := self._option(socket.SOL_SOCKET, socket.SO_ERROR):
@@ -341,6 +343,13 @@ class TLSStream(trio.abc.HalfCloseableStream):
     def reset(self) -> None:
         self._raw.reset()
 
+    def fail(self, loss: ConnectionLost) -> None:
+        """See SocketStream.fail."""
+        if not self._raw.closed and self._failure is None:
+            self._failure = loss
+            self._torn = True
+            self._raw.cut()
+
     # The parts of the operations
 
     def _check_open(self) -> None:
@@ -352,8 +361,14 @@ class TLSStream(trio.abc.HalfCloseableStream):
         if self._writing:
             raise trio.BusyResourceError("another task is already writing to this connection")
         if self._torn:
-            raise ConnectionLost("an earlier operation on this connection failed or was cancelled half-way", "torn")
+            raise self._unusable()
         self._writing = True
+
+    def _unusable(self) -> NetError:
+        failure = self._failure
+        if isinstance(failure, ConnectionLost) and failure.reason == "timeout":
+            return again(failure)
+        return ConnectionLost("an earlier operation on this connection failed or was cancelled half-way", "torn")
 
     async def _pass(self) -> None:
         self._streak += 1

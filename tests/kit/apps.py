@@ -80,6 +80,14 @@ class Fleet:
     @asynccontextmanager
     async def running(self, name: str, directory: dict[str, Any] | None = None, **settings: Any) -> AsyncIterator[App]:
         """A proxy with these settings; other listeners than those that are named are off."""
+        app = App(load(self.configure(name, directory, **settings), {}), Metrics())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(app.run)
+            yield app
+            nursery.cancel_scope.cancel()
+
+    def configure(self, name: str, directory: dict[str, Any] | None = None, **settings: Any) -> Path:
+        """The same as a file."""
         document: dict[str, Any] = {
             "outbound": {"listen": []},
             "inbound": {"listen": []},
@@ -94,11 +102,7 @@ class Fleet:
             document[section] = {**document.get(section, {}), **values}
         file = self.folder / name / "isthmus.yaml"
         file.write_text(json.dumps(document))
-        app = App(load(file, {}), Metrics())
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(app.run)
-            yield app
-            nursery.cancel_scope.cancel()
+        return file
 
     async def meet(self, app: App, me: str, them: str, roots: Fleet | None = None) -> trio.SSLStream[trio.SocketStream]:
         """A connection by mutual TLS, as `me`, to the inbound side of `app`, which is `them`: what a peer says there is up to the test.

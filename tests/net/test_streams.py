@@ -10,7 +10,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from proxy.net.streams import Address, ConnectionLost, SocketStream, linger
+from proxy.net.linger import linger
+from proxy.net.streams import Address, ConnectionLost, SocketStream
 from tests.net.conftest import LOOPBACKS, both, clogged_pair, pair, read_all, send_until_it_fails, sockets
 
 
