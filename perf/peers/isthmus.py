@@ -1,16 +1,18 @@
-"""Ours."""
+"""Ours: as it is by default, and with the other road for plain HTTP/1.1 exchanges (docs/decisions/21-fast-road.md)."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partial
 
 from perf.pair import Pair, isthmus_pair
 from perf.peers.order import Order, Peer
 
 
-def start(order: Order) -> AbstractContextManager[Pair]:
+def start(order: Order, fast: bool) -> AbstractContextManager[Pair]:
     protocol = "opaque" if order.kind == "tcp" else "detect"
-    return isthmus_pair(order.folder, order.server, {"protocol": protocol, "resume": order.resume})
+    return isthmus_pair(order.folder, order.server, {"protocol": protocol, "resume": order.resume, "settings": {"fast_path": fast}})
 
 
-PEER = Peer("isthmus", frozenset({"http1", "http2", "tcp"}), lambda _: None, start)
+PEER = Peer("isthmus", frozenset({"http1", "http2", "tcp"}), lambda _: None, partial(start, fast=False))
+FAST = Peer("fast road", frozenset({"http1"}), lambda _: None, partial(start, fast=True))
