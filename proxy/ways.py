@@ -15,10 +15,10 @@ left, requests fail at once and say why, and a service with failover goes elsewh
 seconds are left in peace: a thousand pods that know ten clusters do not knock at all their doors all day.
 
 *Silence.* What is under way to a gateway that is paused, or to which no packet gets through any more, would wait for all of
-`http.response_timeout`. So a connection on which no byte has come while `probe_failures` probes in a row had no answer at all is ended. It
-fails as if the kernel had found out that the peer is gone (`SocketStream.fail`): whoever reads or writes is told so and closes it as ever, be
-it an exchange, all streams of an HTTP/2 connection, a pool or a tunnel. So each connection keeps its one owner, and here is only noted
-which ones there are, weakly, once for each. The errors are those of a connection that broke: 502 where no response has begun, and
+`http.response_timeout`. So a connection on which no byte has come while `probe_failures` probes in a row had no answer at all is ended.
+It fails as if the kernel had found out that the peer is gone (`SocketStream.fail`): whoever reads or writes is told so and closes it as
+ever, be it an exchange, all streams of an HTTP/2 connection, a pool or a tunnel. So each connection keeps its one owner, and here is only
+noted which ones there are, weakly, once for each. The errors are those of a connection that broke: 502 where no response has begun, and
 another gateway if the method allows it.
 
 Only silence ends what is under way. A gateway that is shutting down (503) or listens no more (refused) lets its last exchanges finish,

@@ -140,7 +140,7 @@ def test_a_stuck_reader_holds_nobody_up_and_losses_are_counted_and_confessed(stu
     started = time.monotonic()
     for number in range(1000):
         LOGGER.warning("%d", number)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10
     assert sum(drops) == 1000 - 16
     stuck.go.set()
     close()
@@ -154,7 +154,7 @@ def test_the_process_ends_although_the_reader_is_stuck(stuck: Stuck, monkeypatch
     assert stuck.reached.wait(5)
     started = time.monotonic()
     close()
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10
 
 
 def test_a_reader_that_has_gone_ends_nothing() -> None:

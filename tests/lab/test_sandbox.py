@@ -26,7 +26,7 @@ def run(script: str) -> subprocess.CompletedProcess[str]:
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while not condition():
         if time.monotonic() > deadline:
             return False

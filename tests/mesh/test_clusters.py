@@ -292,5 +292,5 @@ def test_a_thousand_remote_services_are_read_quickly() -> None:
     text = f"services: []\nclusters:\n  - name: east\n    services:\n{services}"
     started = time.perf_counter()
     found = parse(text, "large")
-    assert time.perf_counter() - started < 5, "about 0.06 s on an idle machine"
+    assert time.perf_counter() - started < 20, "about 0.06 s on an idle machine"
     assert found.named("s-999.east", "default") is not None

@@ -565,7 +565,7 @@ async def test_aclose_gives_up_on_a_peer_that_takes_nothing(mesh: Mesh, autojump
     before = trio.current_time()
     await client.aclose()
     assert trio.current_time() - before <= 1.5
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10
     sender_done.set()
     server.close()
 
