@@ -73,7 +73,7 @@ class Report:
             for proof in (each for each in self.proofs if each.section == section):
                 self._row(proof)
             for line in (text for where, text in self.shown if where == section):
-                self.say(f"      {line}")
+                self.say(f"      {line}"[:WIDTH])
             self.say()
         held = sum(proof.held for proof in self.proofs)
         verdict = "All of it held" if self.held else "NOT all of it held"

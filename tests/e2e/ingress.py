@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from lab.pod import Pod
 from lab.process import Process
+from lab.sandbox import rootless
 
 
 async def nginx(pod: Pod, locations: Mapping[int, str], *, upstreams: str = "") -> Process:
@@ -18,9 +19,12 @@ async def nginx(pod: Pod, locations: Mapping[int, str], *, upstreams: str = "") 
     for port, text in locations.items():
         http2, line = (" http2", text.removeprefix("http2 ")) if text.startswith("http2 ") else ("", text)
         servers.append(f"server {{ listen {port}{http2}; listen [::]:{port}{http2}; location / {{ {line} }} }}")
+    # Started as root it gives its directories to `nobody`, who does not exist where there is one user id only.
+    user = "user root; " if rootless() else ""
     temporary = " ".join(f"{kind}_temp_path {home}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     (home / "nginx.conf").write_text(
-        f"daemon off; master_process off; worker_processes 1; pid {home}/pid; error_log stderr; events {{ worker_connections 2048; }}\n"
+        f"{user}daemon off; master_process off; worker_processes 1; pid {home}/pid; error_log stderr;\n"
+        f"events {{ worker_connections 2048; }}\n"
         f"http {{ {temporary} log_format ports '$server_port'; access_log {home}/access ports; proxy_http_version 1.1;\n"
         f"  {upstreams} {' '.join(servers)} }}\n"
     )

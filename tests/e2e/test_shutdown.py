@@ -152,8 +152,9 @@ async def test_the_servers_proxy_under_load_loses_nothing_that_it_has_taken(pair
         await load.more(100)
         stop(pair.far)
         assert await ended(pair.far) == 0
-        await load.more(20, "502 connection_refused")
-    assert set(load.bad) <= {"502 connection_refused"}
+        await load.more(1, "502 connection_refused")
+    # A few refusals are enough for the one endpoint to be taken for broken: then requests are told so without being sent.
+    assert set(load.bad) <= {"502 connection_refused", "503 destination_unavailable"}
 
 
 async def test_a_kept_connection_without_a_request_does_not_hold_the_proxy_up(pair: Pair) -> None:

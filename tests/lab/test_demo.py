@@ -55,6 +55,15 @@ def test_one_failure_or_no_proof_at_all_does_not_hold(held: tuple[bool, ...]) ->
     assert "NOT all of it held" in text
 
 
+def test_what_is_shown_below_the_proofs_fits_too() -> None:
+    out = io.StringIO()
+    made = Report(out=out, section="A section")
+    made.prove("proof", "held", True)
+    made.show(["x" * (2 * WIDTH)])
+    made.finish(1.0)
+    assert max(map(len, out.getvalue().splitlines())) == WIDTH
+
+
 def test_trouble_of_the_laboratory_does_not_hold() -> None:
     made, _ = report(True)
     made.broke("a pod could not be made")
