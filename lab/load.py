@@ -107,6 +107,7 @@ class Load:
         self._stop = False
         self._done = trio.Event()
         self._running = 0
+        self._told = ""  # what the last answer that was not 200 said
 
     @property
     def good(self) -> int:
@@ -145,7 +146,7 @@ class Load:
             while self.outcomes[outcome] < goal:  # noqa: ASYNC110  # one reader, several writers, and a moment's delay harms nobody
                 await trio.sleep(0.02)
             return
-        raise LabError(f"not {number} more {outcome!r} within {timeout:g} s: {dict(self.outcomes)}")
+        raise LabError(f"not {number} more {outcome!r} within {timeout:g} s: {dict(self.outcomes)}; the last said {self._told!r}")
 
     async def _client(self) -> None:
         try:
@@ -209,4 +210,6 @@ class Load:
         except _GONE:
             return "cut" if first or answer.began else "raced"
         self.answered.update(answer.server())
+        if answer.outcome != "200":
+            self._told = answer.body[:300].decode(errors="replace")
         return answer.outcome or "cut"

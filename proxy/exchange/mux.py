@@ -51,8 +51,7 @@ _AHEAD = 256 * 1024
 _HEAD = 1024
 # One write, which has `write_timeout` to itself: a slow peer is not one that takes nothing.
 _WRITE = 65536
-_PING = b"isthmus\0"
-_GOODBYE = b"goodbye\0"
+_PING, _GOODBYE = b"isthmus\0", b"goodbye\0"
 # gRPC servers end a connection on which they are asked more than a few times within this (seconds) while they have nothing to say
 # themselves (gRFC A8, GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS), and with it the quiet streams that we ask for.
 _SELDOM = 300.0

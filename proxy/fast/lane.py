@@ -200,7 +200,8 @@ class Lane:
             return  # it has been given back in this very turn
         try:
             if self._exchange is None:
-                self._receive()
+                if not self._rest:  # otherwise that comes first: the last exchange has ended in this very turn, and `next` follows
+                    self._receive()
             elif self._client.unsent:
                 self._flush()
             else:

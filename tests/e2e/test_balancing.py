@@ -210,8 +210,14 @@ async def test_limits_that_a_request_sets_itself_hold_where_the_policy_allows_th
     again = {"x-bad": "shop", "isthmus-retry-statuses": "503"}
     assert await asked(pair, "limits", 40, again) == {"200 annex": 40}
     assert await asked(pair, "limits", 10, again, 1000) == {"200 annex": 10}, "with a body"
-    seen = await asked(pair, "plain", 100, again)
-    assert set(seen) == {"503 shop", "200 annex"}, "the same is nothing where it is not allowed"
+
+    async def not_repeated() -> bool:
+        # `shop` is left alone for a while after some bad answers, of earlier tests' too.
+        seen = await asked(pair, "plain", 20, again)
+        assert set(seen) <= {"503 shop", "200 annex"}
+        return "503 shop" in seen
+
+    await eventually(not_repeated, "the same is nothing where it is not allowed")
     seen = await asked(pair, "limits", 60, {"x-slow": "shop", "isthmus-timeout": "100ms"})
     assert set(seen) == {"504 http_response_timeout:", "200 annex"}, seen
     assert seen["200 annex"] >= 40, f"that one answers in time is noticed: {seen}"
