@@ -365,7 +365,7 @@ def test_if_nothing_is_left_anywhere_each_place_is_tried_in_about_a_second() -> 
         client.dead -= set(back)
         seen = client.ask_for(5)
         assert seen[None] <= 35, f"{back}: {seen}"
-        assert len(seen) == 2, f"{back}: {seen}"
+        assert len(set(seen) - {None}) == 1, f"{back}: {seen}"  # the first trial may be the lucky one: then nobody is refused
         assert world.books.states == [("default/c", True)]
 
 
