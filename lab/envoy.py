@@ -43,7 +43,7 @@ class Envoy(Member):
                 raise LabError(f"{EXAMPLES} does not say {old!r} any more")
         for name, text in texts.items():
             for old, new in words.items():
-                text = text.replace(old, new)  # noqa: PLW2901
+                text = text.replace(old, new)  # noqa: PLW2901  # the text as it is rendered, step by step
             yaml.safe_load(text)
             self.write(self.directory / name, text.encode())
 

@@ -157,7 +157,7 @@ def _forward(url: str, data: bytes) -> None:
     while len(data) >= _LENGTH.size:
         (size,) = _LENGTH.unpack_from(data)
         body, data = data[_LENGTH.size : _LENGTH.size + size], data[_LENGTH.size + size :]
-        request = urllib.request.Request(traces_url(url), body, {"Content-Type": "application/x-protobuf"})  # noqa: S310
+        request = urllib.request.Request(traces_url(url), body, {"Content-Type": "application/x-protobuf"})  # noqa: S310  # the user named it
         try:
             urllib.request.urlopen(request, timeout=10).close()  # noqa: S310  (the user has named it)
         except (OSError, urllib.error.URLError) as error:

@@ -27,7 +27,7 @@ REPEATS = 5
 
 
 class _Exchange(Exchange):
-    inform = respond = switch = abort = None  # type: ignore[assignment]
+    inform = respond = switch = abort = None  # type: ignore[assignment]  # nothing is answered here
 
 
 _Exchange.__abstractmethods__ = frozenset()
