@@ -6,6 +6,7 @@ sidecar runs, which is how tests rotate certificates and change the directory.
 """
 
 import contextlib
+import copy
 import json
 import os
 import sys
@@ -194,12 +195,12 @@ class Sidecar(Member):
 
 
 def merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Lay settings over settings, section by section."""
+    """Lay settings over settings, section by section; the two share nothing afterwards, so `changes` stay as they are."""
     for key, value in changes.items():
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
             merge(into[key], value)
         else:
-            into[key] = value
+            into[key] = copy.deepcopy(value)
 
 
 async def http_get(pod: Pod, host: str, port: int, path: str) -> tuple[int, str]:

@@ -3,12 +3,15 @@
 Rules: the documents are read by the product's own reader, and they are those of laboratories that other tests build in the same way.
 """
 
+from typing import Any
+
 import jsonschema
 import pytest
 import yaml
 
 from lab.cluster import Lab
 from lab.mesh import Mesh
+from lab.sidecar import merge
 from proxy.mesh.directory import Directory, directory_schema, parse
 from proxy.net.address import Address
 
@@ -59,3 +62,14 @@ async def test_linked_meshes_know_each_others_gateways_and_exports_and_nothing_e
     own = read(east)
     assert own.exported(b"c.default.svc.cluster.local") is not None
     assert own.exported(b"secret.default.svc.cluster.local") is None
+
+
+def test_settings_laid_over_settings_leave_them_as_they_were() -> None:
+    """What all members share must not change with what one of them has of its own."""
+    shared: dict[str, Any] = {"inbound": {"trusted_gateways": ["a"]}}
+    merged: dict[str, Any] = {}
+    merge(merged, shared)
+    merge(merged, {"inbound": {"allow": {"8080": ["b"]}}})
+    merged["inbound"]["trusted_gateways"].append("c")
+    assert merged == {"inbound": {"trusted_gateways": ["a", "c"], "allow": {"8080": ["b"]}}}
+    assert shared == {"inbound": {"trusted_gateways": ["a"]}}

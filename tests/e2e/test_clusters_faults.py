@@ -1,0 +1,138 @@
+"""One cluster's trouble is not another's: what west's pods see while east, its gateway, or the way to it is in trouble.
+
+Rules: requests to west's own service are under way all the time, and each of them is accounted for; the trouble is real (a process
+killed or stopped, packets that vanish, a link that is down); what is remote fails with a status and a Proxy-Status that says why, and works
+again by itself. How fast, is measured by the demonstration and by perf/; here only what would be a hang is a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+import trio
+
+from lab.clusters import Clusters
+from lab.faults import paused
+from lab.load import Load
+from lab.pod import Pod
+from lab.wide_area import Fault
+from tests.e2e.clusters import HTTP, answers_again, clusters, member, web_server
+from tests.e2e.conftest import Laboratory
+from tests.e2e.stage import WEB, counted, curl, eventually
+
+pytestmark = [pytest.mark.lab, pytest.mark.real]
+
+C_EAST = f"http://c.east:{WEB}/"
+HANG = 12.0  # seconds in which a remote request must have been answered, one way or the other
+REASONS = {
+    "connection_refused", "connection_terminated", "connection_timeout", "destination_ip_unroutable", "destination_unavailable",
+    "http_response_timeout",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(laboratory: Laboratory) -> Clusters:
+    async def build() -> Clusters:
+        made = clusters(laboratory.lab, "west", "east")
+        # A request that is on its way when the way breaks is given up after this; nobody can know earlier that no answer will come.
+        member(made, "west", "web", http={"response_timeout": "3s"})
+        for cluster, name in (("west", "home"), ("east", "c")):
+            made.meshes[cluster].service(name, [member(made, cluster, name)], HTTP, export=True)
+        made.meshes["east"].cluster.pod("second")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(web_server, made, "west", "home")
+            nursery.start_soon(web_server, made, "east")
+            nursery.start_soon(made.start)
+        return made
+
+    return laboratory.run(build)
+
+
+def web(made: Clusters) -> Pod:
+    return made.pod("west", "web")
+
+
+def at_home(made: Clusters) -> Load:
+    return Load(web(made), made.meshes["west"].services["home"].ipv4, WEB, clients=3, authority="home")
+
+
+@contextlib.asynccontextmanager
+async def trouble(made: Clusters, kind: str) -> AsyncIterator[None]:
+    """Something happens to east's gateway, or to the way to it."""
+    gateway = made.sidecar("east", "gateway")
+    if kind == "killed":
+        gateway.running().kill()
+        await gateway.running().wait()
+        yield
+        await gateway.start()
+    elif kind == "paused":
+        with paused(gateway.running()):
+            yield
+    else:
+        with made.legs["east"].fault(Fault[kind]):
+            yield
+
+
+TROUBLES = ["killed", "paused", *(fault.name for fault in Fault)]
+
+
+@pytest.mark.parametrize("kind", TROUBLES)
+async def test_what_is_local_does_not_notice_and_what_is_remote_fails_clearly_and_comes_back(made: Clusters, kind: str) -> None:
+    await answers_again(web(made), C_EAST, "c of east", timeout=40)
+    async with at_home(made) as load:
+        async with trouble(made, kind):
+            answers = [await curl(web(made), C_EAST) for _ in range(4)]
+            await load.more(200)
+        for answer in answers:
+            assert answer.status in (502, 503, 504), answer
+            assert answer.error in REASONS, answer.headers
+            assert answer.info["time_total"] < HANG, answer.info["time_total"]
+        await load.more(50)
+        await answers_again(web(made), C_EAST, "c of east", timeout=40)
+        await load.more(50)
+    assert not load.bad
+    assert max(sample.seconds for sample in load.samples) < HANG
+
+
+async def test_the_whole_of_the_other_cluster_goes_away_under_load_and_comes_back(made: Clusters) -> None:
+    """Programs that keep asking for what is not there do not get in the way of those that ask for what is."""
+    await answers_again(web(made), C_EAST, "c of east", timeout=40)
+    async with at_home(made) as load, Load(web(made), "203.0.113.1", WEB, clients=4, authority=f"c.east:{WEB}") as remote:
+        with made.legs["east"].fault(Fault.SILENCE):
+            await load.more(300)
+        await remote.more(50, timeout=90)
+        await load.more(50)
+    assert not load.bad
+    assert remote.answered["c of east"] == remote.good
+    for outcome in remote.bad:
+        status, _, error = outcome.partition(" ")
+        assert status in ("502", "503", "504"), remote.bad
+        assert error in REASONS, remote.bad
+
+
+async def test_with_two_gateways_one_may_die(made: Clusters) -> None:
+    east, area = made.meshes["east"], made.lab.wide_area()
+    pod = east.cluster.pods["second"]
+    second = east.gateway(pod, area.attach(pod))
+    await made.start()
+    made.publish()
+    try:
+        near = made.sidecar("west", "web")
+
+        async def both() -> bool:
+            await curl(web(made), C_EAST)
+            return all([await counted(made.sidecar("east", name), "isthmus_requests_total") > 0 for name in ("gateway", "second")])
+
+        await eventually(both, "both gateways are used", timeout=30)
+        async with Load(web(made), "203.0.113.1", WEB, clients=3, authority=f"c.east:{WEB}") as remote:
+            second.running().kill()
+            await remote.more(200, timeout=60)
+        # What was under way on the one that died may be lost; nothing after it.
+        assert sum(remote.bad.values()) <= 3, remote.bad
+        assert near.running().alive
+    finally:
+        east.ways_in.pop()
+        del east.sidecars["second"]
+        made.publish()
