@@ -3,6 +3,7 @@
 messages.py   what a request and a response are, whatever wire they came by, and the hop-by-hop rules
 heads.py      the strict recogniser of common HTTP/1 heads
 strict.py     the heads that the recogniser declines: refused where they are ambiguous, otherwise h11's to decide
+faults.py     what is wrong with a head that was refused, in words
 bodies.py     how an HTTP/1 body is delimited, and its readers and writers
 http1.py      one HTTP/1 connection, either role
 frames2.py    HTTP/2 frames, and the faults that end a stream or a connection

@@ -1,5 +1,10 @@
 """The first bytes of a connection: a TLS ClientHello, HTTP/1, HTTP/2, or something we leave alone.
 
+A line that was meant for HTTP/1 and is malformed, by a NUL for instance, is HTTP/1 too: whoever reads it refuses it with 400. As something
+opaque it would go on untouched, past all that is done for requests, to a server that may read it after all. What decides is how the line
+ends, for `HTTP/1.1` behind a blank is no other protocol's. Of those that begin like a request (capitals, a blank, a slash), only one whose
+client then sends control characters, and no line feed, has to wait for the detection timeout, and then goes on as it is.
+
 Pure functions of the bytes seen so far (they were peeked, nobody has consumed them). Each says UNDECIDED only as long as more bytes
 could still change its mind, so that a server-speaks-first protocol is the only one that ever waits for the detection timeout.
 """
@@ -21,6 +26,9 @@ _PREFACE_CERTAIN = 16
 _REQUEST_LINE = re.compile(rb"[-!#$%&'*+.^_`|~0-9A-Za-z]{1,24} [!-~\x80-\xff]+ HTTP/[0-9]\.[0-9]\r?\n")
 _VERSION_START = rb"(?:H(?:T(?:T(?:P(?:/(?:[0-9](?:\.(?:[0-9]\r?)?)?)?)?)?)?)?)?"
 _REQUEST_START = re.compile(rb"[-!#$%&'*+.^_`|~0-9A-Za-z]{1,24}(?: (?:[!-~\x80-\xff]+(?: " + _VERSION_START + rb")?)?)?")
+# What may still become one that was meant for HTTP/1 and is none: origin-form behind a word in capitals, then anything.
+_MEANT_START = re.compile(rb"[A-Z]{1,24}(?:[ \t]+(?:/[^\n]*)?)?")
+_MEANT = re.compile(rb"[A-Z]{1,24}[ \t]+/[^\n]*[ \t]HTTP/[0-9]\.[0-9][ \t]*\r?\n")
 _METHOD_START = re.compile(rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH) [/*!-~]")
 # Beyond this a request line that goes on and on is HTTP/1 with a target over the limit (414), if it began as one.
 _LINE_LIMIT = 4096
@@ -65,9 +73,9 @@ def protocol(data: bytes) -> Protocol | Undecided:
     start = _first_line(data)
     if start in (b"", b"\r") and len(data) <= _EMPTY_LINES:
         return UNDECIDED
-    if _REQUEST_LINE.match(start):
+    if _REQUEST_LINE.match(start) or _MEANT.match(start):
         return Protocol.HTTP1
-    if not _REQUEST_START.fullmatch(start):
+    if not _REQUEST_START.fullmatch(start) and not _MEANT_START.fullmatch(start):
         return Protocol.OPAQUE
     return settle(start) if len(start) == _LINE_LIMIT else UNDECIDED
 
@@ -75,7 +83,8 @@ def protocol(data: bytes) -> Protocol | Undecided:
 def settle(data: bytes) -> Protocol:
     """The verdict when nothing more comes: HTTP/1 if the beginning of a common request line is there (its own deadlines then see to
     a client that is slow on purpose), otherwise opaque."""
-    return Protocol.HTTP1 if _METHOD_START.match(_first_line(data)) else Protocol.OPAQUE
+    line = _first_line(data)
+    return Protocol.HTTP1 if _METHOD_START.match(line) and _REQUEST_START.fullmatch(line) else Protocol.OPAQUE
 
 
 def _first_line(data: bytes) -> bytes:

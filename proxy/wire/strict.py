@@ -8,9 +8,12 @@ Content-Lengths, and prefers Transfer-Encoding where both are given. Here each o
 from __future__ import annotations
 
 import re
+from typing import NoReturn
 
 import h11
 
+from proxy.wire import faults
+from proxy.wire.faults import TOKEN
 from proxy.wire.messages import AUTHORITY, HOST, Headers, Limits, ProtocolError, RequestHead, ResponseHead
 
 # Line ends that are not CRLF (RFC 9112 §2.2), folded lines (§5.2), and NUL, each of which readers are known to treat in different ways.
@@ -24,12 +27,13 @@ _REASONS = {
 _BLANK_BEFORE_COLON = re.compile(rb"\r\n[^\r\n:]*[ \t]:")
 
 # The lines of a head as far as they are complete: all that h11 could still accept, and a little more.
-_TOKEN = rb"[-!#$%&'*+.^_`|~0-9A-Za-z]++"
-_FIELD_LINES = rb"\r\n(?:" + _TOKEN + rb":[^\r\n]*+\r\n)*+"
-_REQUEST_SO_FAR = re.compile(_TOKEN + rb" [!-~]++ HTTP/[0-9]\.[0-9]" + _FIELD_LINES)
+_FIELD_LINES = rb"\r\n(?:" + TOKEN + rb":[^\r\n]*+\r\n)*+"
+_REQUEST_SO_FAR = re.compile(TOKEN + rb" [!-~]++ HTTP/[0-9]\.[0-9]" + _FIELD_LINES)
 _RESPONSE_SO_FAR = re.compile(rb"HTTP/[0-9]\.[0-9] [0-9]{3}(?: [^\r\n]*+)?" + _FIELD_LINES)
 
 _HOST = re.compile(AUTHORITY)
+# transfer-coding (RFC 9112 §7), its parameters included.
+_CODING = re.compile(TOKEN + rb"(?:[ \t]*;[ \t!-~\x80-\xff]*)?")
 _CONNECT_TARGET = re.compile(rb"(?!:)" + HOST + rb":[0-9]{1,5}")
 
 # Whatever was asked, a response is read for its head alone: with this request sent before, h11 accepts any status, 101 included.
@@ -52,7 +56,7 @@ def check_lines(lines: bytes, *, request: bool) -> None:
     if _BLANK_BEFORE_COLON.search(lines):
         raise ProtocolError("white space before the colon of a field line")
     if not (_REQUEST_SO_FAR if request else _RESPONSE_SO_FAR).fullmatch(lines):
-        raise ProtocolError("a malformed line in the head of a " + ("request" if request else "response"))
+        raise ProtocolError(faults.lines(lines, request=request) or "the head has a line that cannot be read")
 
 
 def check_size(head: bytes, limits: Limits, *, request: bool) -> None:
@@ -69,7 +73,11 @@ def check_size(head: bytes, limits: Limits, *, request: bool) -> None:
 
 
 def check_framing(headers: Headers, version: bytes) -> None:
-    """Raise for a head that delimits its body in two ways, or in none that is defined (RFC 9112 §6.1, §6.3)."""
+    """Raise for a head that delimits its body in two ways, or in none that is defined (RFC 9112 §6.1, §6.3).
+
+    A body whose last coding is not chunked has no end that could be known: a server must answer 400 (§6.3). One that does end in
+    chunks, with a coding below them that we do not undo, is in order and beyond us: 501 (§6.1).
+    """
     codings = headers.all(b"transfer-encoding")
     lengths = headers.all(b"content-length")
     if len(lengths) > 1:
@@ -80,30 +88,54 @@ def check_framing(headers: Headers, version: bytes) -> None:
         raise ProtocolError("Transfer-Encoding in an HTTP/1.0 message")
     if lengths and not (lengths[0].isdigit() and len(lengths[0]) < 19):
         raise ProtocolError("a Content-Length that is not a number, or is too large")
-    if len(codings) > 1 or (codings and codings[0].lower() != b"chunked"):
-        raise ProtocolError("a transfer coding other than chunked", 501)
+    if codings and (len(codings) > 1 or codings[0].lower() != b"chunked"):
+        _refuse_codings([name.strip().lower() for value in codings for name in value.split(b",")])
 
 
-def _lengths_on_the_wire(head: bytes) -> int:
+def _refuse_codings(names: list[bytes]) -> NoReturn:
+    if names[-1] != b"chunked":
+        raise ProtocolError("a Transfer-Encoding whose last coding is not chunked: where the body ends cannot be known")
+    if names.count(b"chunked") > 1:
+        raise ProtocolError("a Transfer-Encoding with chunked more than once")
+    if not all(_CODING.fullmatch(name) for name in names[:-1]):
+        raise ProtocolError("a Transfer-Encoding that is no list of codings")
+    raise ProtocolError("a transfer coding other than chunked", 501)
+
+
+def _check_lengths(head: bytes) -> None:
     """How many Content-Lengths were sent, in lines or in the list of one: h11 merges equal ones before anyone can see them."""
-    return sum(1 + values.count(b",") for values in re.findall(rb"(?i)\r\ncontent-length:([^\r]*)", head))
+    if sum(1 + values.count(b",") for values in re.findall(rb"(?i)\r\ncontent-length:([^\r]*)", head)) > 1:
+        raise ProtocolError("more than one Content-Length")
 
 
-def _read(connection: h11.Connection, head: bytes) -> h11.Request | h11.Response | h11.InformationalResponse:
+def _read(connection: h11.Connection, head: bytes, *, request: bool) -> h11.Request | h11.Response | h11.InformationalResponse:
     try:
         connection.receive_data(head)
         event = connection.next_event()
     except h11.RemoteProtocolError as error:
-        raise ProtocolError(str(error), error.error_status_hint) from None
+        raise _refused(head, error, request=request) from None
     if isinstance(event, (h11.Request, h11.Response, h11.InformationalResponse)):
         return event
-    raise ProtocolError(f"a head that ends before it is complete ({event!r})")
+    raise ProtocolError("the head ends before it is complete")
+
+
+def _refused(head: bytes, error: h11.RemoteProtocolError, *, request: bool) -> ProtocolError:
+    """What h11 has against a head, in words of our own."""
+    words = faults.lines(head.removesuffix(b"\r\n"), request=request)
+    if words is None:
+        headers, version = faults.fields(head), head.partition(b"\r\n")[0][-3:] if request else head[5:8]
+        words = faults.hosts(headers, version) if request else None
+        try:
+            _check_lengths(head)
+            check_framing(headers, version)
+        except ProtocolError as fault:
+            return fault
+    return ProtocolError(words or "the head cannot be read", error.error_status_hint)
 
 
 def _checked(event: h11.Request | h11.Response | h11.InformationalResponse, head: bytes) -> Headers:
     headers = Headers(event.headers.raw_items())
-    if _lengths_on_the_wire(head) > 1:
-        raise ProtocolError("more than one Content-Length")
+    _check_lengths(head)
     check_framing(headers, bytes(event.http_version))
     return headers
 
@@ -112,7 +144,7 @@ def decide_request(head: bytes, limits: Limits) -> RequestHead:
     """A whole head through its empty line, as h11 reads it. Raises ProtocolError (400, 414, 431, 501, 505)."""
     check_size(head, limits, request=True)
     check_bytes(head, complete=True)
-    event = _read(h11.Connection(h11.SERVER, max_incomplete_event_size=limits.head), head)
+    event = _read(h11.Connection(h11.SERVER, max_incomplete_event_size=limits.head), head, request=True)
     if not isinstance(event, h11.Request):  # a server connection yields nothing else first
         raise ProtocolError("a request was expected")
     if event.http_version not in (b"1.0", b"1.1"):
@@ -143,7 +175,7 @@ def decide_response(head: bytes, limits: Limits) -> ResponseHead:
     check_bytes(head, complete=True)
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=limits.head)
     connection.send(_ANY_REQUEST)
-    event = _read(connection, head)
+    event = _read(connection, head, request=False)
     if isinstance(event, h11.Request):
         raise ProtocolError("a response was expected")
     if event.http_version not in (b"1.0", b"1.1"):

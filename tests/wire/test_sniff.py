@@ -11,6 +11,8 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from OpenSSL import SSL
 
+from proxy.wire.http1 import Http1Connection, Role
+from proxy.wire.messages import Limits, ProtocolError
 from proxy.wire.sniff import HELLO_LIMIT, NOT_TLS, UNDECIDED, ClientHello, NotTLS, Protocol, Undecided, client_hello, protocol, settle
 from tests.wire.corpus import REQUESTS, head
 
@@ -67,9 +69,14 @@ OPAQUE = {
     "MongoDB": (b"\x3b\x00\x00\x00\x01\x00\x00\x00", 1),
     "NATS": (b'CONNECT {"verbose":false}\r\n', 26),
     "FTP": (b"USER anonymous\r\n", 15),
-    "HTTP/0.9": (b"GET /\r\n", 6),
-    "almost HTTP": (b"GET / HTTPS/1.1\r\n", 11),
-    "HTTP in small letters": (b"GET / http/1.1\r\n", 7),
+    "HTTP/0.9": (b"GET /\r\n", 7),
+    "almost HTTP": (b"GET / HTTPS/1.1\r\n", 17),
+    "HTTP in small letters": (b"GET / http/1.1\r\n", 16),
+    "HTTP as a part of something": (b"PUT /a\x00 XHTTP/1.1\r\n", 19),
+    "HTTP in the second line": (b"PUT /a\x00\nb HTTP/1.1\r\n", 8),
+    "binary behind a word": (b"PUT key\x00\x01", 8),
+    "binary behind a word in small letters": (b"put /key\x00\x01", 9),
+    "binary behind two blanks": (b"PUT  \x00", 6),
     "a response": (b"HTTP/1.1 200 OK\r\n", 5),
     "a long word": (b"x" * 30, 25),
     "a blank at the start": (b" GET / HTTP/1.1\r\n", 1),
@@ -83,6 +90,36 @@ OPAQUE = {
 @pytest.mark.parametrize(("data", "certain"), OPAQUE.values(), ids=OPAQUE)
 def test_what_is_not_http_is_opaque_as_soon_as_it_is_certain(data: bytes, certain: int) -> None:
     assert first(data) == (Protocol.OPAQUE, certain)
+
+
+MEANT = {
+    "a NUL in the target": b"GET /a\x00b HTTP/1.1\r\n",
+    "a NUL in the target of a rarer method": b"PROPFIND /a\x00b HTTP/1.1\r\n",
+    "a bare CR": b"GET /a\rX: y HTTP/1.1\r\n",
+    "another control character": b"GET /\x0b HTTP/1.1\r\n",
+    "a blank in the target": b"GET /a b HTTP/1.1\r\n",
+    "two blanks": b"GET  / HTTP/1.1\r\n",
+    "a tab": b"GET\t/ HTTP/1.1\r\n",
+    "a blank at the end": b"GET / HTTP/1.1 \r\n",
+    "a bare LF at the end": b"GET /\x00 HTTP/1.1\n",
+}
+
+
+@pytest.mark.parametrize("line", MEANT.values(), ids=MEANT)
+def test_a_request_line_that_is_malformed_is_http1_s_to_refuse(line: bytes) -> None:
+    assert first(line + b"Host: a\r\n\r\n") == (Protocol.HTTP1, len(line))
+    http = Http1Connection(Role.SERVER, Limits())
+    http.receive_data(line + b"Host: a\r\n\r\n")
+    with pytest.raises(ProtocolError) as refusal:
+        http.next_request()
+    assert refusal.value.status == 400
+
+
+@pytest.mark.parametrize("data", [b"PUT /key\x00\x01\x02", b"GET  ", b"GET  /", b"GET /a b"])
+def test_what_may_still_be_one_and_falls_silent_goes_on_as_it_is(data: bytes) -> None:
+    assert protocol(data) is UNDECIDED
+    assert settle(data) is Protocol.OPAQUE
+    assert protocol(data + b"x" * 5000) is Protocol.OPAQUE
 
 
 @pytest.mark.parametrize(
@@ -121,6 +158,9 @@ SNIPPETS = [
     b"\x00",
     b"\xff",
     b"*",
+    b" /",
+    b" HTTP/1.1",
+    b"\t",
 ]
 
 

@@ -3,6 +3,8 @@ certain. Every way to smuggle a request that is known to us is a line in a table
 
 from __future__ import annotations
 
+import re
+
 import h11
 import pytest
 from hypothesis import given, settings
@@ -58,19 +60,22 @@ REFUSED_REQUESTS = {
     "chunks and a length": (head(POST, "Host: a", "Transfer-Encoding: chunked", "Content-Length: 5"), 400),
     "chunks and a length of 0": (head(POST, "Host: a", "Transfer-Encoding: chunked", "Content-Length: 0"), 400),
     "chunks in HTTP/1.0": (head("POST / HTTP/1.0", "Host: a", "Transfer-Encoding: chunked"), 400),
-    # Codings that we do not know (RFC 9112 §6.1).
-    "another coding": (head(POST, "Host: a", "Transfer-Encoding: gzip"), 501),
+    # Codings (RFC 9112 §6.1, §6.3): without an end of the body, or with one below which there is something that we do not know.
+    "another coding": (head(POST, "Host: a", "Transfer-Encoding: gzip"), 400),
     "another coding below chunks": (head(POST, "Host: a", "Transfer-Encoding: gzip, chunked"), 501),
-    "chunks below another coding": (head(POST, "Host: a", "Transfer-Encoding: chunked, identity"), 501),
-    "chunks twice": (head(POST, "Host: a", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked"), 501),
-    "chunks twice in a list": (head(POST, "Host: a", "Transfer-Encoding: chunked, chunked"), 501),
-    "two codings in two lines": (head(POST, "Host: a", "Transfer-Encoding: chunked", "Transfer-Encoding: identity"), 501),
-    "no coding": (head(POST, "Host: a", "Transfer-Encoding:"), 501),
-    "almost chunks": (head(POST, "Host: a", "Transfer-Encoding: xchunked"), 501),
-    "quoted chunks": (head(POST, "Host: a", 'Transfer-Encoding: "chunked"'), 501),
-    "chunks behind a comma": (head(POST, "Host: a", "Transfer-Encoding: ,chunked"), 501),
-    "chunks with a parameter": (head(POST, "Host: a", "Transfer-Encoding: chunked;q=1"), 501),
-    "chunks behind a control character": (head(POST, "Host: a", "Transfer-Encoding: \x01chunked"), 501),
+    "another coding below chunks, in two lines": (head(POST, "Host: a", "Transfer-Encoding: gzip", "Transfer-Encoding: Chunked"), 501),
+    "a coding with a parameter below chunks": (head(POST, "Host: a", "Transfer-Encoding: x;y=z, chunked"), 501),
+    "no coding below chunks": (head(POST, "Host: a", "Transfer-Encoding: g zip, chunked"), 400),
+    "chunks below another coding": (head(POST, "Host: a", "Transfer-Encoding: chunked, identity"), 400),
+    "chunks twice": (head(POST, "Host: a", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked"), 400),
+    "chunks twice in a list": (head(POST, "Host: a", "Transfer-Encoding: chunked, chunked"), 400),
+    "two codings in two lines": (head(POST, "Host: a", "Transfer-Encoding: chunked", "Transfer-Encoding: identity"), 400),
+    "no coding": (head(POST, "Host: a", "Transfer-Encoding:"), 400),
+    "almost chunks": (head(POST, "Host: a", "Transfer-Encoding: xchunked"), 400),
+    "quoted chunks": (head(POST, "Host: a", 'Transfer-Encoding: "chunked"'), 400),
+    "chunks behind a comma": (head(POST, "Host: a", "Transfer-Encoding: ,chunked"), 400),
+    "chunks with a parameter": (head(POST, "Host: a", "Transfer-Encoding: chunked;q=1"), 400),
+    "chunks behind a control character": (head(POST, "Host: a", "Transfer-Encoding: \x01chunked"), 400),
     "chunks behind a vertical tab": (head(POST, "Host: a", "Transfer-Encoding: \x0bchunked"), 400),
     "chunks behind a form feed": (head(POST, "Host: a", "Transfer-Encoding:\x0cchunked"), 400),
     # White space where there may be none (RFC 9112 §5.1, §5.2).
@@ -199,6 +204,48 @@ def test_a_bad_response_is_refused_however_it_comes(data: bytes) -> None:
     assert recognise_response(data, LIMITS) is None
     assert isinstance(read(Role.CLIENT, [data]), int)
     assert isinstance(read(Role.CLIENT, byte_by_byte(data)), int)
+
+
+WORDS = {
+    head("GET /"): "the request line should be a method, a target and a version, with one blank between them; it has 1 blanks",
+    head("G@T / HTTP/1.1"): "the method in the request line is missing, or has characters that no method may have",
+    head("GET /\xe9 HTTP/1.1"): "the target in the request line is missing, or has characters that have to be percent-encoded",
+    head("GET / HTTP/11"): "the request line does not end with HTTP/ and a version of one digit, a point, one digit",
+    head(GET, "Host: a", "Length"): "line 3 of the head is no field: it has no colon",
+    head(GET, "Host: a", ": x"): "line 3 of the head is a field without a name",
+    head(GET, "Host: a", "X: y", "(x): y"): "the name of the field in line 4 of the head has characters that no name may have",
+    head(GET, "Host: a", "X-Y: a\x0cb"): "the value of the field X-Y, in line 3 of the head, has control characters",
+    head(GET, "X" * 99 + ": \x0c"): "the value of the field " + "X" * 40 + ", in line 2 of the head, has control characters",
+    head(GET): "the head has no Host field, which HTTP/1.1 must have",
+    head("GET / HTTP/1.0", "Host: a", "Host: b"): "the head has 2 Host fields: it must have one",
+    head(POST, "Host: a", "Content-Length: x"): "a Content-Length that is not a number, or is too large",
+    head(POST, "Host: a", "Content-Length: 5, 6"): "more than one Content-Length",
+    head(POST, "Host: a", "Transfer-Encoding: gzip, chunked"): "a transfer coding other than chunked",
+    head(POST, "Host: a", "Transfer-Encoding: gzip"):
+        "a Transfer-Encoding whose last coding is not chunked: where the body ends cannot be known",
+    head("HTTP/1.1 20 OK"): "the status is not a number from 100 to 999",
+    head("HTTP/1.1 200 \x0c"): "the reason in the status line has control characters",
+    head("ICY 200 OK"): "the status line does not begin with HTTP/ and a version of one digit, a point, one digit",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "words"), WORDS.items(), ids=WORDS.values())
+def test_a_refusal_says_in_plain_words_what_is_wrong_and_where(data: bytes, words: str) -> None:
+    decide = decide_response if "status" in words else decide_request
+    with pytest.raises(ProtocolError) as refusal:
+        decide(data, LIMITS)
+    assert str(refusal.value) == words
+
+
+@pytest.mark.parametrize("data", [*(data for data, _ in REFUSED_REQUESTS.values()), *REFUSED_RESPONSES.values()])
+def test_no_refusal_repeats_what_was_sent_or_leaves_the_words_to_a_library(data: bytes) -> None:
+    for decide in (decide_request, decide_response):
+        words = ""
+        try:
+            decide(data, LIMITS)
+        except ProtocolError as refusal:
+            words = str(refusal)
+        assert not re.search(r"bytearray|b'|llegal|cannot be read|\\x", words), words
 
 
 @pytest.mark.parametrize(("data", "refused_at"), [
