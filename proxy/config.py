@@ -180,6 +180,8 @@ def _contradictions(config: Config, mistakes: Mistakes) -> None:
             mistakes.add("inbound.allow", "names identities, but there is no `identity` section, so no peer can show one")
     elif not config.identity.roots:
         mistakes.add("identity.roots", "names no file: nobody would be trusted")
+    if both := set(inbound.http_ports) & set(inbound.opaque_ports):
+        mistakes.add("inbound.http_ports", f"takes HTTP only on {min(both)}, which inbound.opaque_ports declares to be something else")
     for port in inbound.allow:
         if inbound.require_identity.ports.get(port) is False:
             mistakes.add(f"inbound.allow.{port}", "has an allow-list, but inbound.require_identity says false for the same port")

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from proxy.account import ConnectionAccount
-from proxy.errors import NotAuthorised
+from proxy.errors import NotAuthorised, RequestError
 from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
 from proxy.exchange.guard import unguarded
@@ -144,7 +144,13 @@ class InboundCourse:
 
 
 async def to_listener(rt: Runtime, stream: Stream, about: Facts, account: ConnectionAccount) -> None:
-    """Relay `stream` to the application, byte for byte."""
+    """Relay `stream` to the application, byte for byte. Raises RequestError on a port for HTTP only.
+
+    An application that goes by what this proxy says in a header (who the caller is) must not be reachable by bytes that nobody has looked
+    at. Whoever is let in chooses by ALPN how it is read, and a client without TLS by its first bytes.
+    """
+    if about.destination.port in rt.config.inbound.http_ports:
+        raise RequestError(f"port {about.destination.port} takes HTTP only (inbound.http_ports), and this is something else")
     async with closing(await rt.dialer.dial(about.destination, about.depth + 1)) as application:
         with account.upstream(application):
             account.relayed(await relay(stream, application, idle=rt.config.tcp.idle_timeout))

@@ -85,6 +85,7 @@ class InboundConfig(Section, frozen=True):
         Address("::", 4143),
     )
     opaque_ports: Annotated[Ports, described("ports whose bytes are not looked at on connections without TLS", 1024)] = OPAQUE_PORTS
+    http_ports: Annotated[Ports, described("ports that take HTTP and nothing else: what is opaque ends there", 1024)] = ()
     fixed_destination: Annotated[
         Address | None, described("where a connection goes that was not redirected (standalone use, measuring); none: it is refused")
     ] = None

@@ -18,6 +18,7 @@ from proxy.config import load
 from proxy.mesh.certificates import issue, make_root
 from proxy.mesh.spiffe import SpiffeId
 from proxy.metrics import Metrics
+from tests.kit.apps import Fleet
 from tests.kit.http import until
 
 HOST = "127.0.0.1"
@@ -109,6 +110,48 @@ async def test_a_client_hello_in_two_parts_is_one_however_late_the_second_comes(
                     answer = await client.receive_some()
             assert answer[:1] == b"\x16", "a handshake record: the proxy has answered, and not the application"
             assert not seen
+
+
+FORGED = b"Host: a\r\nIsthmus-Client-Id: spiffe://cluster.local/ns/default/sa/king\r\nConnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize("how", ["as bytes, in the mesh", "as bytes, without TLS"])
+@pytest.mark.parametrize("closed", [False, True], ids=["any port", "a port for HTTP only"])
+async def test_a_port_for_http_only_has_no_way_around_what_is_done_to_requests(tmp_path: Path, how: str, closed: bool) -> None:
+    """Whoever is let in may say that what it sends is no HTTP; what a header says then is nobody's word but its own."""
+    heard = bytearray()
+
+    async def record(stream: trio.SocketStream) -> None:
+        heard.extend(await stream.receive_some())
+
+    fleet = Fleet(tmp_path)
+    async with application(record) as port, fleet.running("shop", inbound=inbound_to(port, http_ports=[port] if closed else [])) as app:
+        if how.endswith("mesh"):
+            client: trio.abc.Stream = await fleet.meet(app, "mallory", "shop", alpn="isthmus-tcp")
+            line = b"GET / HTTP/1.1\r\n"
+        else:
+            client, line = await connected(app), b"X" * 25 + b" / HTTP/1.1\r\n"
+        with trio.fail_after(20), suppress(trio.BrokenResourceError):
+            await client.send_all(line + FORGED)
+            assert await client.receive_some() == b""
+        await client.aclose()
+        assert bool(heard) is not closed
+        assert (b'isthmus_errors_total{direction="inbound",reason="bad_request"} 1.0' in app.render()) is closed
+
+
+async def test_a_malformed_request_line_is_refused_and_not_passed_on_as_something_unknown(tmp_path: Path) -> None:
+    heard = bytearray()
+
+    async def record(stream: trio.SocketStream) -> None:
+        heard.extend(await stream.receive_some())
+
+    async with application(record) as port, running(tmp_path, inbound=inbound_to(port)) as app:
+        for line in (b"GET /\0 HTTP/1.1\r\n", b"GET  / HTTP/1.1\r\n", b"GET\t/ HTTP/1.1\r\n"):
+            async with await connected(app) as client:
+                await client.send_all(line + FORGED)
+                with trio.fail_after(20):
+                    assert (await client.receive_some()).startswith(b"HTTP/1.1 400 ")
+    assert not heard
 
 
 @pytest.mark.parametrize("told", [[], ["192.0.2.1"]], ids=["addresses found", "addresses told"])

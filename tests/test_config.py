@@ -128,6 +128,7 @@ def test_all_mistakes_are_reported_together_with_their_paths(tmp_path: Path) -> 
         ("outbound: {listen: ['127.0.0.1:9', '127.0.0.1:9']}", "outbound.listen[1]"),
         ("outbound: {fixed_destination: '10.0.0.1:4143'}", "outbound.fixed_destination"),
         ("inbound: {require_identity: true}", "inbound.require_identity"),
+        ("inbound: {http_ports: [80, 25]}", "inbound.http_ports"),
         ("inbound: {require_identity: [80]}", "inbound.require_identity"),
         ("inbound: {allow: {80: ['*']}}", "inbound.allow"),
         (IDENTITY + "inbound: {allow: {80: ['*']}, require_identity: {80: false}}", "inbound.allow.80"),

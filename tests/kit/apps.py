@@ -104,7 +104,9 @@ class Fleet:
         file.write_text(json.dumps(document))
         return file
 
-    async def meet(self, app: App, me: str, them: str, roots: Fleet | None = None) -> trio.SSLStream[trio.SocketStream]:
+    async def meet(
+        self, app: App, me: str, them: str, *, roots: Fleet | None = None, alpn: str = "http/1.1"
+    ) -> trio.SSLStream[trio.SocketStream]:
         """A connection by mutual TLS, as `me`, to the inbound side of `app`, which is `them`: what a peer says there is up to the test.
         `roots`: whom it trusts, if not its own root."""
         paths = self.material(me)
@@ -112,7 +114,7 @@ class Fleet:
         context = ssl.create_default_context(cadata=trusted)
         context.check_hostname = False  # the mesh's names are URIs, which ssl does not compare
         context.load_cert_chain(paths["certificate"], paths["key"])
-        context.set_alpn_protocols(["http/1.1"])
+        context.set_alpn_protocols([alpn])
         raw = await trio.open_tcp_stream(HOST, way_in(app))
         stream = trio.SSLStream(raw, context, server_hostname=SpiffeId.parse(self.identity(them)).sni, https_compatible=True)
         await stream.do_handshake()
