@@ -7,7 +7,7 @@ the reason that the metrics count. So whose fault it was is told in the same wor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from proxy.net.errors import ConnectFailed, ConnectionLost, NetError, TLSFailed
 from proxy.wire.messages import ProtocolError
@@ -166,6 +166,12 @@ def describe(error: BaseException) -> Answer:
             status = getattr(error, "status", answer.status)
             return answer if status == answer.status else Answer(status, answer.grpc_status, answer.proxy_status, answer.reason)
     return INTERNAL
+
+
+def broken_off(answer: Answer) -> Answer:
+    """The row for a response that has begun. A server that falls silent in the middle of it has gone like one whose connection is cut: the
+    deadline that has passed is ours, and no client of gRPC should take it for its own."""
+    return replace(answer, grpc_status=14) if answer is TABLE[UpstreamTimeout] else answer
 
 
 def known(error: BaseException) -> bool:

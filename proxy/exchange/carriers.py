@@ -247,9 +247,9 @@ class Http2Carrier(Carrier):
     def _broken(self, error: StreamLost) -> Exception:
         if error.fault:
             return UpstreamProtocolError(f"the response: {error}")
-        if self._mux.broken is not None:
-            return UpstreamClosed(f"the connection broke: {error}")
-        return UpstreamReset(str(error), error.code)
+        if error.reset:
+            return UpstreamReset(str(error), error.code)
+        return UpstreamClosed(f"the connection broke: {error}" if self._mux.broken is not None else str(error))
 
     @property
     def length(self) -> Length:

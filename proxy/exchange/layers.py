@@ -15,7 +15,7 @@ from email.utils import formatdate
 
 import trio
 
-from proxy.errors import INTERNAL, Answer, ClientGone, LoopDetected, UpstreamReset, describe
+from proxy.errors import INTERNAL, Answer, ClientGone, LoopDetected, UpstreamReset, broken_off, describe
 from proxy.exchange.exchange import NO_CLOCK, Clock, Exchange, Handler, Layer, Whole
 from proxy.wire.messages import Headers, ResponseHead
 
@@ -73,7 +73,7 @@ def rescue(name: Callable[[Exchange], bytes], open_to: Callable[[Exchange], bool
                 elif isinstance(error, UpstreamReset) and exchange.request.version == b"2":
                     exchange.abort(error.code)  # the server's own word, which the client understands
                 elif exchange.response is not None:
-                    exchange.abort(trailers=grpc_status(answer, detail) if exchange.is_grpc else None)
+                    exchange.abort(trailers=grpc_status(broken_off(answer), detail) if exchange.is_grpc else None)
                 elif exchange.is_grpc:
                     await _answer(exchange, made_up_grpc(answer, name(exchange), detail))
                 else:

@@ -28,13 +28,14 @@ Filed = HeadReceived | DataReceived | TrailersReceived | StreamBroken
 
 class StreamLost(Exception):
     """A stream ended before its message did. `code`: of RST_STREAM; `refused`: the peer has certainly not looked at the request; `fault`:
-    we ended it, for what the peer sent."""
+    we ended it, for what the peer sent; `reset`: the peer ended it, and nothing else. Neither: the connection went, or is going."""
 
-    def __init__(self, message: str, code: int, *, refused: bool = False, fault: bool = False) -> None:
+    def __init__(self, message: str, code: int, *, refused: bool = False, fault: bool = False, reset: bool = False) -> None:
         super().__init__(message)
         self.code = code
         self.refused = refused
         self.fault = fault
+        self.reset = reset
 
 
 class MuxStream:
@@ -77,7 +78,7 @@ class MuxStream:
                 self._end = EndOfMessage(event.trailers)
             case StreamBroken():
                 refused = event.by_peer and event.code == Code.REFUSED_STREAM
-                self.lose(StreamLost(event.words, event.code, refused=refused, fault=not event.by_peer))
+                self.lose(StreamLost(event.words, event.code, refused=refused, fault=not event.by_peer, reset=event.by_peer))
         self._news.unpark_all()
 
     def _append(self, data: bytes, credit: int) -> None:

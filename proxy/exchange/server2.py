@@ -11,7 +11,7 @@ from functools import partial
 
 import trio
 
-from proxy.errors import ClientGone, RequestTimeout, describe
+from proxy.errors import ClientGone, IsthmusError, RequestTimeout, describe
 from proxy.exchange.exchange import Body, Exchange, Facts, Handler
 from proxy.exchange.mux import Mux, MuxSettings
 from proxy.exchange.mux_stream import MuxStream, StreamLost
@@ -122,7 +122,10 @@ class Http2Exchange(Exchange):
             if isinstance(piece, EndOfMessage):
                 self._send_end(piece)
                 return
-            following = body.receive_nowait()
+            try:
+                following = body.receive_nowait()
+            except IsthmusError:  # raised again by whoever asks for more: what has come is passed on first
+                following = None
             last = isinstance(following, EndOfMessage) and not len(following.trailers)
             self.response_bytes += len(piece)
             self.clock.expect(self._client_stalls, self._settings.write_timeout)

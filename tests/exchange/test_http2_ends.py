@@ -9,6 +9,7 @@ import h2.errors
 import pytest
 import trio
 
+from proxy.exchange.client import ClientSettings
 from proxy.exchange.exchange import Exchange
 from proxy.exchange.mux import MuxSettings
 from proxy.exchange.pool import PoolSettings
@@ -18,6 +19,7 @@ from tests.kit.http2_peers import GET, GRPC, OK, POST, Answer, Pair, Peer2, answ
 
 CANCEL = h2.errors.ErrorCodes.CANCEL
 REFUSED = h2.errors.ErrorCodes.REFUSED_STREAM
+CALM = h2.errors.ErrorCodes.ENHANCE_YOUR_CALM
 MAX_STREAMS = h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS
 
 
@@ -83,6 +85,47 @@ async def test_a_server_that_dies_within_a_grpc_call_leaves_a_grpc_status() -> N
         answer = await client.ask(GRPC)
         assert (answer.status, answer.reset) == (200, None)
         assert dict(answer.trailers)[b"grpc-status"] == b"14"
+
+
+async def test_a_server_that_goes_away_within_a_grpc_call_leaves_a_grpc_status_and_does_not_refuse_it() -> None:
+    """REFUSED_STREAM would tell the client that nobody has looked at what was half answered."""
+
+    async def respond(peer: Peer2, number: int, _: Answer) -> None:
+        peer.h2.send_headers(number, OK)
+        peer.h2.send_data(number, b"half")
+        await peer.flush()
+        await peer.peer.send(frames_goaway(0))
+
+    async with through2(answering2(respond)) as (client, proxy):
+        answer = await client.ask(GRPC)
+        assert (answer.status, answer.body, answer.reset) == (200, b"half", None)
+        assert dict(answer.trailers)[b"grpc-status"] == b"14"
+        assert (await client.ask()).reset == h2.errors.ErrorCodes.INTERNAL_ERROR
+        assert [end.failure for end in proxy.ended] == ["upstream_closed"] * 2
+
+
+async def test_a_server_that_falls_silent_within_a_grpc_call_is_as_good_as_gone() -> None:
+    async def respond(peer: Peer2, number: int, _: Answer) -> None:
+        peer.h2.send_headers(number, OK)
+        await peer.flush()
+
+    async with through2(answering2(respond), Settings2(client=ClientSettings(stream_timeout=0.1))) as (client, proxy):
+        answer = await client.ask(GRPC)
+        assert (answer.status, answer.reset) == (200, None)
+        assert dict(answer.trailers)[b"grpc-status"] == b"14"
+        assert proxy.ended[0].failure == "upstream_timeout"
+
+
+async def test_a_reset_and_the_end_of_the_connection_behind_it_are_a_reset() -> None:
+    async def respond(peer: Peer2, number: int, _: Answer) -> None:
+        peer.h2.send_headers(number, OK)
+        peer.h2.reset_stream(number, CALM)
+        await peer.flush()
+        await peer.peer.eof()
+
+    async with through2(answering2(respond)) as (client, _):
+        for _ in range(5):
+            assert (await client.ask(GRPC)).reset == CALM
 
 
 async def test_a_server_that_dies_within_a_response_breaks_the_stream_and_not_the_connection() -> None:
