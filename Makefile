@@ -1,5 +1,6 @@
-# make demo    three pods on this machine, with everything between them encrypted
+# make demo    two clusters of pods on this machine, and a table of what was proven
 # make test    everything that CI runs
+# make perf    what a hop costs, beside other proxies
 # Both set up what they need: a virtual environment in .venv, and, as root on Debian, the system packages.
 
 PYTHON ?= python3

@@ -10,17 +10,18 @@ import sys
 from lab.sandbox import SandboxError, inside, reexecute
 
 DESCRIPTION = """\
-Builds three pods on this machine, each with a sidecar, and lets real programs that know nothing of it talk through them:
-HTTP/1.1, large streamed bodies, a WebSocket, SMTP, in which the server speaks first, and gRPC, whose calls are spread
-over two pods. Then prints what was proven: who talked to whom, by which identities and ciphers, what a listener on the
-wire sees, what the mesh costs, and that intruders get nowhere. Exits with 0 only if all of it held.
+Builds pods with sidecars on this machine, and lets real programs that know nothing of it talk through them: HTTP/1.1,
+large streamed bodies, a WebSocket, SMTP, in which the server speaks first, and gRPC, whose calls are spread over two
+pods. Then two clusters, joined by their gateways only: names, a split, a failover, an outage, a loop that is cut, and
+the trace of a request. Prints what was proven: who talked to whom, by which identities and ciphers, what a listener on
+the wire sees, what the mesh costs, and that intruders get nowhere. Exits with 0 only if all of it held.
 
 Everything runs in namespaces of its own, which the kernel removes when the command ends, however it ends. Root is not
 needed where user namespaces are allowed."""
 
 EPILOG = """\
 examples:
-  isthmus demo           takes about 15 seconds
+  isthmus demo           takes about a minute
   isthmus demo --keep    leaves the pods running and says how to enter them; Ctrl-C ends it"""
 
 

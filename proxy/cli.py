@@ -80,14 +80,15 @@ def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "run",
         help="run the proxy",
         description=(
-            "Run the proxy: outbound (4140), inbound (4143) and admin (4191) listeners. SIGTERM lets open connections finish within "
-            "the grace period; a second one ends at once."
+            "Run the proxy: as a pod's sidecar with outbound (4140), inbound (4143) and admin (4191) listeners, and DNS (4153) if it is "
+            "configured; as a gateway with one for other clusters (4143), and admin. SIGTERM lets open connections finish within the "
+            "grace period; a second one ends at once."
         ),
         epilog="docs/configuration.md describes every setting; ISTHMUS_<SECTION>__<FIELD>=value in the environment overrides the file.",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="the configuration file in YAML (default: $ISTHMUS_CONFIG, or none)")
     parser.add_argument("--gateway", action="store_true", help="be a gateway of this cluster instead of a pod's sidecar (gateway.enabled)")
-    parser.add_argument("--workers", metavar="N", help="share the connections among N processes (workers; default: 1)")
+    parser.add_argument("--workers", metavar="N", help="share connections among N processes behind the same ports (workers; default 1)")
     parser.set_defaults(run=_run)
 
 

@@ -40,7 +40,7 @@ class PodConfig(Section, frozen=True):
     uid: Annotated[str, described("its unique id; from POD_UID")] = ""
     ip: Annotated[IP | None, described("its main address; from POD_IP")] = None
     node: Annotated[str, described("the node it runs on; from NODE_NAME")] = ""
-    zone: Annotated[str, described("the zone that is in, whose endpoints come first; from POD_ZONE", 63)] = ""
+    zone: Annotated[str, described("the zone of that node, whose endpoints come first; from POD_ZONE", 63)] = ""
     service_account: Annotated[str, described("its service account; from SERVICE_ACCOUNT")] = "default"
     addresses: Annotated[
         tuple[IP, ...], described("all addresses of the pod, by which it knows itself; from POD_IPS; empty: asked from the system", 64)
@@ -186,7 +186,7 @@ class HttpConfig(Section, frozen=True):
     max_target_bytes: Annotated[int, octets(256, 2**16, "the request target; above: 414")] = 8 * 1024
     max_headers: Annotated[int, number(8, 10_000, "header fields in one head; above: 431")] = 200
     head_timeout: Annotated[float, seconds(0.1, _HOUR, "from the first byte of a request's head to its end; above: 408")] = 10.0
-    idle_timeout: Annotated[float, seconds(1, _DAY, "how long a client's connection may stay open between requests")] = 120.0
+    idle_timeout: Annotated[float, seconds(1, _DAY, "how long a client's connection may stay open without a request")] = 120.0
     body_timeout: Annotated[float, seconds(0.1, _DAY, "longest pause within the body of a request; above: 408")] = 60.0
     body_min_rate: Annotated[
         int, number(0, 2**30, "lowest average rate of a request's body, once `body_timeout` has passed; 0: any", "bytes/s")
@@ -363,7 +363,7 @@ class Config(Section, frozen=True):
     mark: Annotated[
         int | None, number(1, 2**32 - 1, "packet mark of the proxy's own connections, where user ids cannot be told apart", "packet mark")
     ] = None
-    fast_path: Annotated[bool, described("whether plain HTTP/1.1 exchanges take the fast road")] = False
+    fast_path: Annotated[bool, described("whether plain HTTP/1.1 exchanges take the fast road, for less processor time")] = False
     workers: Annotated[int, number(1, 256, "processes that share the connections; 1: the proxy is one process", "processes")] = 1
     pod: PodConfig = PodConfig()
     outbound: OutboundConfig = OutboundConfig()

@@ -13,6 +13,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -22,7 +23,9 @@ from prometheus_client.metrics import MetricWrapperBase
 from proxy import config, errors, metrics
 from proxy.errors import Answer
 from proxy.mesh import directory
+from proxy.mesh.directory.clusters import GATEWAY_PORT
 from proxy.mesh.intercept import InterceptSettings
+from proxy.units import GrpcCode
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -94,14 +97,14 @@ def test_there_are_documents_to_check() -> None:
 
 
 def test_the_page_of_errors_has_every_row_of_the_code_and_no_other() -> None:
-    told = [(row[0], row[1], row[2]) for row in table("errors.md", "errors")]
-    real = {(str(answer.status), answer.proxy_status, answer.reason) for answer in answers()}
+    told = [(row[0], row[1], row[2], row[3]) for row in table("errors.md", "errors")]
+    real = {(str(answer.status), GrpcCode(answer.grpc_status).name.upper(), answer.proxy_status, answer.reason) for answer in answers()}
     assert set(told) == real
     assert len(told) == len(set(told)), "a row stands there twice"
 
 
 def test_the_page_of_errors_says_of_each_row_what_it_means_and_what_to_do() -> None:
-    assert all(len(row) == 5 and all(row) for row in table("errors.md", "errors"))
+    assert all(len(row) == 6 and all(row) for row in table("errors.md", "errors"))
 
 
 def test_the_page_of_metrics_has_every_family_with_its_type_and_labels_and_no_other() -> None:
@@ -182,6 +185,17 @@ def test_the_pod_of_the_manifests_fits_the_proxy() -> None:
     assert {port["containerPort"] for port in sidecar["ports"]} == {settings.admin_port}  # type: ignore[index]
     assert intercept["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN"]}
     assert {variable["name"] for variable in sidecar["env"]} == {*config.DOWNWARD.values(), "POD_IPS", "CONTAINER_NAME"}  # type: ignore[index]
+
+
+def test_the_gateway_of_the_manifests_fits_the_proxy() -> None:
+    (found,) = manifests("Deployment")
+    pod: dict[str, Any] = found["spec"]["template"]["spec"]
+    (gateway,) = pod["containers"]
+    assert gateway["args"][:2] == ["run", "--gateway"]
+    assert {port["containerPort"] for port in gateway["ports"]} == {GATEWAY_PORT, InterceptSettings().admin_port}
+    assert {variable["name"] for variable in gateway["env"]} == {*config.DOWNWARD.values(), "POD_IPS", "CONTAINER_NAME"}
+    assert pod["terminationGracePeriodSeconds"] > config.Config().shutdown.grace
+    assert {mount["name"] for mount in gateway["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
 def test_the_image_runs_as_the_user_that_the_redirection_exempts() -> None:

@@ -33,7 +33,7 @@ The exit code is 0 when nothing failed and 1 when something did; warnings alone 
 
 EPILOG = """\
 examples:
-  isthmus check --config /etc/isthmus/config.yaml
+  isthmus check --config /etc/isthmus/isthmus.yaml
   isthmus check --only configuration --only redirection      in an init container: peers may not be up yet
   isthmus check --only certificates --only clock
   isthmus check --json | jq '.checks[] | select(.status != "ok")'"""

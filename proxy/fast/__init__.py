@@ -26,8 +26,8 @@ road, where all the others are. So a slow server's exchange costs one hand-over 
 the other's clocks.
 
 *Same books.* An exchange here is the same `Http1Exchange`, with the same account (opened here, closed here, or there after a
-hand-over), the same layers' decisions by the same functions, and the same bytes on the wire. tests/fast runs the tests of the ordinary
-road on both roads and compares them.
+hand-over), the same layers' decisions by the same functions, and the same bytes on the wire. tests/exchange runs its tests on both roads,
+and compares them.
 
 *Fairness.* A ready connection gets one step per turn: one read, what follows from it, one write. Requests that lie in the same read
 behind the first wait for the next turn. After `TURNS` turns at the latest, trio's other tasks have theirs. A side that takes no more

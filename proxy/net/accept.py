@@ -30,7 +30,7 @@ from proxy.net.address import Address
 from proxy.net.errors import ConnectionLost, NetError
 from proxy.net.streams import SocketStream
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("isthmus.net")
 
 # linux/netfilter_ipv4.h and linux/netfilter_ipv6/ip6_tables.h; the number is the same in both families.
 _SO_ORIGINAL_DST = 80

@@ -1,7 +1,7 @@
 """What a directory document says of other clusters: the ways to get there, and the services that they export.
 
 Each port of a remote service becomes a target whose endpoints are the gateways of its cluster. A gateway that is given by a DNS name is no
-endpoint yet: which addresses it has is found out while the proxy runs (proxy/gateways.py).
+endpoint yet: which addresses it has is found out while the proxy runs (proxy/ways.py).
 """
 
 from __future__ import annotations
