@@ -62,7 +62,7 @@ def books() -> Iterator[tuple[str, float]]:
     measures = Metrics().http["outbound"]
 
     def count() -> None:
-        with measures.request("GET") as record:
+        with measures.request(b"GET") as record:
             record.head(200)
 
     yield "a request in the metrics", microseconds(count)

@@ -18,8 +18,9 @@ from proxy.detect import Opening, detect
 from proxy.errors import LoopDetected, describe
 from proxy.exchange.exchange import Exchange, Facts
 from proxy.exchange.trace import Tracing
+from proxy.http_measures import Direction, RequestRecord
 from proxy.logs import ConnectionLine, RateLimit, RequestLine, log_connection, log_request, warn
-from proxy.metrics import ConnectionRecord, Direction, Metrics, RequestRecord, Tls
+from proxy.metrics import ConnectionRecord, Metrics, Tls
 from proxy.net.relay import Relayed, relay
 from proxy.net.streams import SocketStream, Stream
 from proxy.net.tls import TLSInfo, TLSStream
@@ -225,8 +226,7 @@ class ExchangeAccount:
         self._ledger = ledger
         self._exchange = exchange
         self._started = time.perf_counter()
-        method = exchange.request.method.decode("ascii", "replace")
-        self._record: RequestRecord = ledger.metrics.http[exchange.facts.direction].request(method)
+        self._record: RequestRecord = ledger.metrics.http[exchange.facts.direction].request(exchange.request.method)
         exchange.on_response = self._record.head
 
     def __enter__(self) -> Self:

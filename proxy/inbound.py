@@ -132,7 +132,7 @@ class InboundCourse:
         self._pools = pools
         self._waypoint = rt.loops.waypoint(DIRECTION)
 
-    def take(self, exchange: Exchange) -> Borrowed[Address] | None:
+    def take(self, exchange: Exchange, now: float) -> Borrowed[Address] | None:
         facts = exchange.facts
         if not self._allows(facts.destination.port, facts.identity):
             return None
@@ -140,7 +140,7 @@ class InboundCourse:
             return None
         exchange.caller = caller(self._rt, exchange)
         exchange.upstream = facts.destination
-        return self._pools.take(facts.destination)
+        return self._pools.take(facts.destination, now)
 
 
 async def to_listener(rt: Runtime, stream: Stream, about: Facts, account: ConnectionAccount) -> None:

@@ -3,7 +3,8 @@
 Three rules. Label sets are bounded: nothing that a client chooses (an authority, a path, an unknown method) becomes a label value, and
 should a value come in that nobody foresaw, a family stops growing at `MOST_SERIES` and counts on as "other". Every connection and
 every request is recorded exactly once, on every path out of its `with` block, cancellation included. And the hot path does not look
-anything up: the children of the families are bound once and kept (`HttpMeasures`, `ConnectionMeasures`), one per direction.
+anything up: requests are counted in plain numbers (http_measures.py), and what connections count in is bound once and kept
+(`ConnectionMeasures`), for each direction.
 
 Names follow Prometheus: the unit in the name, `_total` for counters, seconds and bytes. The registry is our own, not the global one,
 so that several proxies in one process (tests, the laboratory) do not meet.
@@ -19,21 +20,17 @@ from types import TracebackType
 from typing import Generic, Literal, Self, TypeVar
 
 import prometheus_client
-import trio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from proxy.http_measures import LATENCY_BUCKETS, Direction, HttpCollector, HttpMeasures
 from proxy.reach_measures import ReachMeasures
 
-Direction = Literal["inbound", "outbound", "gateway"]
 Peer = Literal["src", "dst"]
 Tls = Literal["mutual", "none", "passthrough", "unknown"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MOST_SERIES = 256
-# Linkerd's buckets with fewer steps above a second, and two below a millisecond, where a proxy's own share lies.
-LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 30)
 DETECTION_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2, 3, 5, 10)
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
 
 _Child = TypeVar("_Child", Counter, Gauge, Histogram)
 
@@ -53,59 +50,6 @@ class Series(Generic[_Child]):
                 return self.at(*self._other)
             child = self._children[values] = self._family.labels(*values) if values else self._family
         return child
-
-
-class RequestRecord:
-    """The account of one request, opened and closed by `with`. Call `head` when the response's head is there."""
-
-    __slots__ = ("_measures", "_started", "failed", "status")
-
-    def __init__(self, measures: HttpMeasures, started: float) -> None:
-        self._measures = measures
-        self._started = started
-        self.status = 0
-        self.failed = False
-
-    def head(self, status: int) -> None:
-        """The response's head has arrived, or was made up: the latency ends here. The last one counts, so leave out 1xx."""
-        if self.status == 0:
-            self._measures.latency.observe(self._measures.clock() - self._started)
-        self.status = status
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._measures.finished(self, kind)
-
-
-class HttpMeasures:
-    """Requests and responses of one direction."""
-
-    def __init__(self, metrics: Metrics, direction: Direction, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self.latency = metrics.response_latency.at(direction)
-        self._requests = {method: metrics.requests.at(direction, method) for method in (*METHODS, "other")}
-        self._other = self._requests["other"]
-        self._responses = {
-            (status, outcome): metrics.responses.at(direction, name, outcome)
-            for status, name in enumerate(("none", "1xx", "2xx", "3xx", "4xx", "5xx"))
-            for outcome in ("success", "failure", "cancelled")
-        }
-
-    def request(self, method: str) -> RequestRecord:
-        """Counts a request, and opens its account: `with measures.request("GET") as record: ... record.head(200)`."""
-        self._requests.get(method, self._other).inc()
-        return RequestRecord(self, self.clock())
-
-    def finished(self, record: RequestRecord, kind: type[BaseException] | None) -> None:
-        """Closes an account; called by the record itself. Server errors, and whatever ended without a response, are failures."""
-        status = record.status // 100 if 100 <= record.status < 600 else 0
-        if kind is None:
-            outcome = "failure" if record.failed or status in (0, 5) else "success"
-        else:
-            outcome = "cancelled" if issubclass(kind, trio.Cancelled | GeneratorExit) else "failure"
-        self._responses[status, outcome].inc()
 
 
 class ConnectionRecord:
@@ -197,13 +141,14 @@ class Metrics:
         self._names()
         self._clock = clock
         self.http: dict[Direction, HttpMeasures] = {}
+        self.registry.register(HttpCollector(self.http))
         self.connections: dict[Direction, ConnectionMeasures] = {}
         for way in ("inbound", "outbound"):
             self.measure(way)
 
     def measure(self, direction: Direction) -> None:
         """Have the series of a direction. Those of a sidecar are there from the start."""
-        self.http[direction] = HttpMeasures(self, direction, self._clock)
+        self.http[direction] = HttpMeasures(self._clock)
         self.connections[direction] = ConnectionMeasures(self, direction)
 
     def _counter(self, name: str, text: str, *labels: str) -> Series[Counter]:
@@ -216,13 +161,6 @@ class Metrics:
         return Series(Histogram(f"isthmus_{name}", text, labels, registry=self.registry, buckets=buckets), len(labels))
 
     def _data_path(self) -> None:
-        self.requests = self._counter("requests_total", "HTTP requests that arrived.", "direction", "method")
-        self.responses = self._counter(
-            "responses_total", "HTTP exchanges that ended, by class of status.", "direction", "status_class", "classification"
-        )
-        self.response_latency = self._histogram(
-            "response_latency_seconds", "From the head of a request to the head of its response.", LATENCY_BUCKETS, "direction"
-        )
         which = ("direction", "peer", "tls")
         self.opened = self._counter("connections_opened_total", "Connections opened (src: from the client, dst: to the server).", *which)
         self.open = self._gauge("connections_open", "Connections open now.", *which)

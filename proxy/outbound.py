@@ -127,7 +127,7 @@ class OutboundCourse:
         self._pools = pools
         self._waypoint = rt.loops.waypoint(DIRECTION)
 
-    def take(self, exchange: Exchange) -> Borrowed[Endpoint] | None:
+    def take(self, exchange: Exchange, now: float) -> Borrowed[Endpoint] | None:
         rt, request = self._rt, exchange.request
         if not untraced(exchange, rt.spans.outbound):
             return None
@@ -137,7 +137,7 @@ class OutboundCourse:
         endpoint = rt.reach.sound(target)
         if endpoint is None or not unguarded(exchange, self._waypoint):
             return None
-        borrowed = self._pools.take(endpoint)
+        borrowed = self._pools.take(endpoint, now)
         if borrowed is None:
             # Drawing again would favour the endpoints that have a ready connection.
             exchange.service, exchange.first = target.service, endpoint
@@ -147,7 +147,7 @@ class OutboundCourse:
             try:
                 call = rt.loops.call_self(endpoint.address.port)
             except LoopDetected:  # which the ordinary road will say
-                borrowed.pool.restore(endpoint, borrowed.upstream)
+                borrowed.pool.restore(endpoint, borrowed.upstream, now)
                 return None
         exchange.upstream, exchange.service, exchange.chosen = endpoint.address, target.service, target.service
         if endpoint.identity is None:

@@ -40,9 +40,9 @@ class Pools(Generic[K]):
             Protocol.HTTP2: Http2Lender(self._http2),
         }
 
-    def take(self, key: K, on_end: Callable[[], None] = _nothing) -> Borrowed[K] | None:
-        """A ready HTTP/1 connection for the fast road, if there is one."""
-        upstream = self._http1.take(key)
+    def take(self, key: K, now: float, on_end: Callable[[], None] = _nothing) -> Borrowed[K] | None:
+        """A ready HTTP/1 connection for the fast road, if there is one; `now` is trio's time."""
+        upstream = self._http1.take(key, now)
         return None if upstream is None else Borrowed(self._http1, key, upstream, on_end)
 
     def lender(self, protocol: Protocol) -> Lender[K]:

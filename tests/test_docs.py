@@ -22,6 +22,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from proxy import config, errors, metrics
 from proxy.errors import Answer
+from proxy.http_measures import HttpCollector
 from proxy.mesh import directory
 from proxy.mesh.directory.clusters import GATEWAY_PORT
 from proxy.mesh.intercept import InterceptSettings
@@ -66,6 +67,10 @@ def families() -> Iterator[tuple[str, str, tuple[str, ...]]]:
         if isinstance(family, MetricWrapperBase):
             suffix = "_total" if family._type == "counter" else ""
             yield f"{family._name}{suffix}", family._type, tuple(family._labelnames)
+        elif isinstance(family, HttpCollector):
+            for found in family.collect():
+                suffix = "_total" if found.type == "counter" else ""
+                yield f"{found.name}{suffix}", found.type, tuple(name for name in found.samples[0].labels if name != "le")
 
 
 def anchors(path: Path) -> set[str]:

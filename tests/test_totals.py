@@ -28,7 +28,7 @@ def counted(value: float) -> list[Family]:
 
 def test_one_worker_alone_reads_as_it_would_by_itself() -> None:
     metrics = Metrics()
-    metrics.http["inbound"].latency.observe(0.2)
+    metrics.http["inbound"].waited(0.2)
     metrics.error("outbound", 'a "quoted"\nreason')
     mine = reading(metrics.registry)
     assert Totals().render(mine) == Totals().render(mine)
@@ -40,9 +40,9 @@ def test_counters_and_every_part_of_a_histogram_are_added() -> None:
     totals = Totals()
     for place, seconds in ((1, 0.2), (2, 0.002), (3, 100.0)):
         metrics = Metrics()
-        with metrics.http["inbound"].request("GET") as record:
+        with metrics.http["inbound"].request(b"GET") as record:
             record.head(200)
-        metrics.http["outbound"].latency.observe(seconds)
+        metrics.http["outbound"].waited(seconds)
         totals.take(place, reading(metrics.registry))
     found = samples(totals.render(reading(Metrics().registry)))
     assert found['isthmus_requests_total{direction="inbound",method="GET"}'] == 3

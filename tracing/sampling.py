@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass
 
 from tracing.context import Field, TraceContext
-from tracing.propagation import Carried, begin, extract, replace
+from tracing.propagation import Carried, begin, extract, mentioned, replace
 
 _RATIO_BITS = 64
 
@@ -74,6 +74,10 @@ class Tracer:
         for written in carried.formats:
             written.write(carried.places, fields, child)
         return Trace(True, trace_id, span_id, context.span_id, context.state, carried)
+
+    def ignores(self, lines: bytes) -> bool:
+        """Whether `begin` would certainly find nothing to do for a request with these lines of header fields."""
+        return not self._begins and not mentioned(lines)
 
     def connection(self) -> Trace | None:
         """The trace of a connection in which nothing can carry one; None: it has none."""

@@ -105,10 +105,10 @@ class Pool(Generic[K]):
             slot = self._slots[key] = _Slot()
         return slot
 
-    def _take_idle(self, slot: _Slot) -> Upstream | None:
+    def _take_idle(self, slot: _Slot, now: float) -> Upstream | None:
         while slot.idle:
             upstream = slot.idle.pop()
-            if self._good(upstream):
+            if self._good(upstream, now):
                 upstream.reused = True
                 return upstream
             self._close(slot, upstream)
@@ -123,18 +123,18 @@ class Pool(Generic[K]):
     def _fresh(self, upstream: Upstream, now: float) -> bool:
         return now - upstream.idle_since <= self._settings.idle_timeout and now - upstream.opened <= self._settings.max_age
 
-    def _good(self, upstream: Upstream) -> bool:
+    def _good(self, upstream: Upstream, now: float) -> bool:
         """Neither too old, nor closed by its server."""
-        return self._fresh(upstream, trio.current_time()) and upstream.stream.is_idle()
+        return self._fresh(upstream, now) and upstream.stream.is_idle()
 
-    def take(self, key: K) -> Upstream | None:
-        """An idle connection to `key` if there is one. To be ended with `give_back` or `restore`."""
+    def take(self, key: K, now: float) -> Upstream | None:
+        """An idle connection to `key` if there is one; `now` is trio's time. To be ended with `give_back` or `restore`."""
         slot = self._slots.get(key)
-        return None if slot is None else self._take_idle(slot)
+        return None if slot is None else self._take_idle(slot, now)
 
-    def restore(self, key: K, upstream: Upstream) -> None:
+    def restore(self, key: K, upstream: Upstream, now: float) -> None:
         """End a loan whose exchange was carried past `upstream.http` (by the fast road) and ended well."""
-        upstream.idle_since = trio.current_time()
+        upstream.idle_since = now
         self._keep(key, self._slots[key], upstream)
 
     def give_back(self, key: K, upstream: Upstream, *, usable: bool) -> None:
@@ -151,7 +151,7 @@ class Pool(Generic[K]):
     def _keep(self, key: K, slot: _Slot, upstream: Upstream) -> None:
         """A connection for the first who waits; nobody does: an idle one."""
         first = next(iter(slot.waiting), None)
-        if first is not None and not first.fresh and self._good(upstream):
+        if first is not None and not first.fresh and self._good(upstream, trio.current_time()):
             del slot.waiting[first]
             upstream.reused = True
             first.upstream = upstream
@@ -200,7 +200,7 @@ class Pool(Generic[K]):
         To be ended with `give_back` in every case. Raises PoolExhausted, and what `connect` raises.
         """
         slot = self._slot(key)
-        upstream = None if fresh else self._take_idle(slot)
+        upstream = None if fresh else self._take_idle(slot, trio.current_time())
         if upstream is None and slot.open >= self._settings.connections and slot.idle:
             self._close(slot, slot.idle.popleft())  # a fresh one is wanted: the oldest makes room
         if upstream is None and slot.open >= self._settings.connections:

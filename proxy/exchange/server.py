@@ -143,10 +143,13 @@ class _RequestBody:
 class Http1Exchange(Exchange):
     __slots__ = ("_continued", "_server", "_started")
 
-    def __init__(self, server: Http1Server, request: RequestHead, body: Body, malformed: ProtocolError | None = None) -> None:
+    def __init__(
+        self, server: Http1Server, request: RequestHead, body: Body, malformed: ProtocolError | None = None, now: float | None = None
+    ) -> None:
+        """`now`: trio's time, if it is known."""
         super().__init__(request, body, server.facts, malformed)
         self._server = server
-        self._started = trio.current_time()
+        self._started = trio.current_time() if now is None else now
         self._continued = False  # the client was told to send its body
 
     def look(self, now: float) -> None:
@@ -173,6 +176,12 @@ class Http1Exchange(Exchange):
         self.response = head
         self.on_response(head.status)
         return length
+
+    def answer_as_is(self, head: ResponseHead) -> None:
+        """The same for a head that the recogniser has taken, with a body as long as it says, on a connection that is kept: it has all that
+        this hop needs."""
+        self.response = head
+        self.on_response(head.status)
 
     async def go_on(self, unsent: bytes, body: Body) -> None:
         """Go on with a response whose head is out already; `unsent` comes before what is left of `body`."""

@@ -75,6 +75,9 @@ def untraced(exchange: Exchange, tracing: Tracing | None) -> bool:
     """The same on the fast road. False: the exchange has spans, which it gets on the ordinary road."""
     if tracing is None:
         return True
+    lines = exchange.request.headers.block
+    if lines is not None and tracing.tracer.ignores(lines):
+        return True
     exchange.trace = tracing.tracer.begin(exchange.request.headers.items)
     return exchange.trace is None or not exchange.trace.sampled
 

@@ -20,8 +20,8 @@ class Course(Protocol):
         """Open the account of an exchange that is under way from here on."""
         ...
 
-    def take(self, exchange: Exchange) -> Borrowed[Any] | None:
-        """A ready connection for `exchange`; None: the ordinary road has to see to it, and nothing has changed."""
+    def take(self, exchange: Exchange, now: float) -> Borrowed[Any] | None:
+        """A ready connection for `exchange` (`now` is trio's time); None: the ordinary road has to see to it, and nothing has changed."""
         ...
 
 
@@ -39,7 +39,7 @@ class Borrowed(Generic[K]):
         self.pool.give_back(self.key, self.upstream, usable=usable)
         self.on_end()
 
-    def done(self) -> None:
+    def done(self, now: float) -> None:
         """The exchange ended well, and `upstream.http` has not seen it."""
-        self.pool.restore(self.key, self.upstream)
+        self.pool.restore(self.key, self.upstream, now)
         self.on_end()

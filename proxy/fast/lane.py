@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 # Exchanges of one connection in a row that had to be given back, after which it is not lent for `REST` exchanges: whoever speaks HTTP/1.0,
 # uploads, or is answered in chunks, will do so again, and each attempt costs 10 to 20 µs.
 PUNTS, REST = 4, 64
+# Streams that can be asked without waiting. A tuple that is there: a union would be made anew for each question.
+PROMPT = (SocketStream, TLSStream)
+_NOTHING = Whole()  # the body of a request that goes on in one piece
 
 
 class Lane:
@@ -48,7 +51,7 @@ class Lane:
 
     __slots__ = (
         "_account", "_client", "_course", "_endpoint", "_exchange", "_fault", "_lent", "_loan", "_punts", "_remaining", "_rest", "_resting",
-        "_result", "_road", "_server", "_spare", "_task",
+        "_result", "_road", "_server", "_spare", "_task", "moved",
     )  # fmt: skip
 
     def __init__(self, road: Road, course: Course, server: Http1Server, stream: Prompt) -> None:
@@ -62,6 +65,7 @@ class Lane:
         self._fault: Exception | None = None
         self._rest = b""  # read behind the exchange that is under way
         self._punts = self._resting = 0
+        self.moved = 0.0  # trio's time at the last step of an exchange
         # Of the exchange:
         self._exchange: Http1Exchange | None = None
         self._account: AbstractContextManager[object] | None = None
@@ -245,14 +249,15 @@ class Lane:
             return
         request, length = found
         body = data[end : end + length]
-        exchange = Http1Exchange(server, request, Whole())
+        now = self._road.now
+        exchange = Http1Exchange(server, request, _NOTHING, now=now)
         rest = data[end + length :]
-        loan = self._course.take(exchange)
+        loan = self._course.take(exchange, now)
         if loan is None and (exchange.first is not None or exchange.trace is not None):
             # What chance has decided is not asked of it again: that would change the odds.
             self._pass_over(exchange, body, rest)
             return
-        if loan is None or not isinstance(stream := loan.upstream.stream, SocketStream | TLSStream):
+        if loan is None or not isinstance(stream := loan.upstream.stream, PROMPT):
             self.give_back(data)
             return
         account = self._course.account(exchange)
@@ -268,7 +273,8 @@ class Lane:
         self._endpoint = endpoint = side if isinstance(side, Side) else Side(self._road, stream)
         loan.upstream.side = endpoint
         endpoint.belongs(self._on_server)
-        self._road.moved(self)
+        self.moved = now
+        self._road.begins(self)
         self._ask(endpoint, encode_request(forwarded_request(exchange)) + body)
 
     def _ask(self, endpoint: Side, data: bytes) -> None:
@@ -290,7 +296,7 @@ class Lane:
         exchange, endpoint = self._exchange, self._endpoint
         if exchange is None or endpoint is None:
             return
-        self._road.moved(self)
+        self.moved = self._road.now
         if endpoint.unsent:
             self._ask(endpoint, endpoint.unsent)
             return
@@ -315,10 +321,14 @@ class Lane:
             self.hand_over(data)
             return
         head, length = found
-        if exchange.request.method == b"HEAD" or head.status in (204, 304):
-            length = 0
         strip_hop_by_hop(head.headers)
-        exchange.answer(head, length)
+        bodiless = head.status in (204, 304) or exchange.request.method == b"HEAD"
+        if bodiless:
+            length = 0
+        if bodiless or not self._server.connection.keep_alive:
+            exchange.answer(head, length)
+        else:
+            exchange.answer_as_is(head)
         self._remaining = length
         self._pass_on(exchange, encode_response(head), data[end:])
 
@@ -331,7 +341,7 @@ class Lane:
         self._send(head + body if head else body)
 
     def _flush(self) -> None:
-        self._road.moved(self)
+        self.moved = self._road.now
         self._send(self._client.unsent)
 
     def _send(self, data: bytes) -> None:
@@ -367,7 +377,7 @@ class Lane:
         if self._spare:
             loan.end(usable=False)
         else:
-            loan.done()
+            loan.done(self._road.now)
         self._forget_exchange()
         self._punts = 0
         server = self._server

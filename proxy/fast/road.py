@@ -36,7 +36,7 @@ class Road:
         self.steps: dict[int, Callable[[int], None]] = {}  # by descriptor: what to do when it is ready
         self._lanes: set[Lane] = set()
         self._again: list[Lane] = []  # lanes that have bytes of a next request already
-        self._busy: dict[Lane, float] = {}  # in an exchange; when they last moved; who has waited longest is first
+        self._busy: set[Lane] = set()  # in an exchange
         self._doze: trio.Event | None = None  # what the watch waits for while nothing is under way
         self._running = False
         self.now = 0.0  # trio's time at the beginning of this turn
@@ -89,19 +89,16 @@ class Road:
 
     def released(self, lane: Lane) -> None:
         self._lanes.discard(lane)
-        self._busy.pop(lane, None)
+        self._busy.discard(lane)
 
-    def moved(self, lane: Lane) -> None:
-        """`lane` is in an exchange, and has just made a step."""
-        busy = self._busy
-        if lane in busy:
-            del busy[lane]
-        busy[lane] = self.now
+    def begins(self, lane: Lane) -> None:
+        """`lane` is in an exchange."""
+        self._busy.add(lane)
         if self._doze is not None:
             self._doze.set()
 
     def rests(self, lane: Lane) -> None:
-        self._busy.pop(lane, None)
+        self._busy.discard(lane)
 
     def again(self, lane: Lane) -> None:
         self._again.append(lane)
@@ -143,10 +140,9 @@ class Road:
 
     def give_up(self, latest: float) -> None:
         """Hand over the exchanges that have not moved since."""
-        for lane, moved in list(self._busy.items()):
-            if moved > latest:
-                break
-            lane.hand_over()
+        for lane in list(self._busy):
+            if lane.moved <= latest:
+                lane.hand_over()
 
     def _give_back(self, latest: float) -> float:
         """Give back the connections that have been idle for half their time; seconds until it is time for the next."""

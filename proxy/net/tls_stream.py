@@ -188,6 +188,8 @@ class TLSStream(trio.abc.HalfCloseableStream):
             # Somebody waits for the socket, and has taken all that OpenSSL had. A peek would move what has come from the socket into
             # OpenSSL, and the reader would wait for ever.
             return self._raw.is_idle()
+        if self._raw.is_idle() and not self._connection.pending():
+            return True  # as nearly always; asking OpenSSL would cost an exception more
         try:
             self._recv(1, socket.MSG_PEEK)  # takes in what is not data: session tickets, key updates
         except SSL.WantReadError:

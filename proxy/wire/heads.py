@@ -26,9 +26,10 @@ _FIELDS = rb"((?:" + _NAME + rb": " + _VALUE + rb"\r\n)*+)\r\n"
 _REQUEST = re.compile(rb"([A-Z]{1,24}) (/[!-~]*+) HTTP/1\.1\r\n" + _FIELDS)
 _RESPONSE = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) ([!-~](?:[ -~\t]*[!-~])?)?\r\n" + _FIELDS)
 
-# The fields that a decision hangs on, picked out in one pass; most heads have one or two. A Host that is no authority is declined.
+# The fields that a decision hangs on, picked out in one pass; most heads have one or two. A Host that is no authority is declined. A line
+# is looked for by the newline before it, which the engine finds quickly, and passed over by its first letter (0.6 µs for 1.4).
 _DECISIVE = re.compile(
-    rb"(?im)^(?:(host): " + AUTHORITY + rb"\r|(content-length): ([^\r]*)|(" + STRIPPED + rb")|"
+    rb"(?i)\n(?=[cehikltpu])(?:(host): " + AUTHORITY + rb"\r|(content-length): ([^\r]*)|(" + STRIPPED + rb")|"
     rb"(host|connection|transfer-encoding|upgrade|expect|te|trailer|keep-alive|proxy-connection|http2-settings):)"
 )
 # As many digits as fit a signed 64-bit integer with room to spare; h11 stops at 20. No leading zero: there it would need an opinion.
@@ -37,12 +38,13 @@ _LENGTH = re.compile(rb"0|[1-9][0-9]{0,17}")
 _BODILESS = (b"204", b"304")
 
 
-def _decisive(fields: bytes) -> tuple[int, int | None, bool] | None:
-    """(how many Hosts, the Content-Length, whether no field belongs to the hop) of a block of canonical field lines; None: declined."""
+def _decisive(head: bytes, start: int) -> tuple[int, int | None, bool] | None:
+    """(how many Hosts, the Content-Length, whether no field belongs to the hop) of a head whose canonical field lines begin at `start`;
+    None: declined."""
     hosts = 0
     clean = True
     length: int | None = None
-    for host, _, digits, stripped, other in _DECISIVE.findall(fields):
+    for host, _, digits, stripped, other in _DECISIVE.findall(head, start - 1):
         if host:
             hosts += 1
         elif other:
@@ -62,7 +64,7 @@ def recognise_request(head: bytes, limits: Limits) -> tuple[RequestHead, int] | 
     if match is None or len(head) > limits.head:
         return None
     method, target, fields = match.groups()
-    decisive = _decisive(fields)
+    decisive = _decisive(head, match.start(3))
     if decisive is None or decisive[0] != 1 or len(target) > limits.target or method == b"CONNECT":
         return None
     if fields.count(b"\n") > limits.fields:
@@ -76,7 +78,7 @@ def recognise_response(head: bytes, limits: Limits) -> tuple[ResponseHead, int] 
     if match is None or len(head) > limits.head:
         return None
     status, reason, fields = match.groups()
-    decisive = _decisive(fields)
+    decisive = _decisive(head, match.start(3))
     if decisive is None or (decisive[1] is None and status not in _BODILESS):
         return None
     if fields.count(b"\n") > limits.fields:

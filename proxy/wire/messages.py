@@ -48,47 +48,62 @@ class Limits:
 class Headers:
     """Ordered fields. Lookups take the name in lower case.
 
-    Those of a head that the recogniser has accepted (wire/heads.py) stay the block of lines that they came as until somebody asks for more:
-    most responses go on in their own bytes. `clean`: it is known that no field in here belongs to the hop, so nobody has to look for one.
+    Those of a head that the recogniser has accepted (wire/heads.py) stay the `block` of lines that they came as until somebody asks for
+    more: most heads go on in their own bytes, with a line or two of ours behind them. A block has one Host, and no field that offers or
+    frames anything. `clean`: it is known that no field in here belongs to the hop, so nobody has to look for one.
     """
 
-    __slots__ = ("_block", "_items", "clean")
+    __slots__ = ("_items", "block", "clean")
 
     def __init__(self, items: Iterable[Field] = ()) -> None:
-        self._block: bytes | None = None
-        self._items: list[Field] = list(items)
+        self.block: bytes | None = None
+        self._items: list[Field] = list(items) if items else []
         self.clean = False
 
     @classmethod
     def canonical(cls, block: bytes, *, clean: bool) -> Headers:
         """Of lines `name: value CRLF` that the recogniser has accepted. Unless they are `clean`, some of them are of STRIPPED."""
         headers = cls()
-        headers._block, headers.clean = block, clean
+        headers.block, headers.clean = block, clean
         return headers
 
     @property
     def items(self) -> list[Field]:
-        if self._block is not None:
-            lines = self._block[:-2].split(b"\r\n") if self._block else ()
+        if self.block is not None:
+            lines = self.block[:-2].split(b"\r\n") if self.block else ()
             self._items = [tuple(line.split(b": ", 1)) for line in lines]  # type: ignore[misc]  # two parts by the grammar
-            self._block = None
+            self.block = None
         return self._items
 
     @items.setter
     def items(self, items: list[Field]) -> None:
-        self._block, self._items = None, items
+        self.block, self._items = None, items
 
     def encode(self) -> bytes:
         """As they stand in an HTTP/1 head. Nothing is checked."""
-        if self._block is not None:
-            return self._block
+        if self.block is not None:
+            return self.block
         return b"".join([b"%b: %b\r\n" % item for item in self._items])
 
     def strip_block(self) -> bool:
         """Remove what ends at this hop, if that can be done without splitting; whether it could."""
-        if self._block is not None and not self.clean:
-            self._block, self.clean = _STRIPPED_LINES.sub(b"", self._block), True
+        if self.block is not None and not self.clean:
+            self.block, self.clean = _STRIPPED_LINES.sub(b"", self.block), True
         return self.clean
+
+    def host(self) -> bytes:
+        """The value of Host in a request's `block`; only while there is one."""
+        block = self.block or b""
+        lower = block.lower()
+        start = 6 if lower.startswith(b"host: ") else lower.index(b"\nhost: ") + 7
+        return block[start : block.index(b"\r", start)]
+
+    def append(self, name: bytes, value: bytes) -> None:
+        """Put a field at the end, one that does not belong to the hop."""
+        if self.block is not None:
+            self.block = b"%b%b: %b\r\n" % (self.block, name, value)
+        else:
+            self._items.append((name, value))
 
     def __iter__(self) -> Iterator[Field]:
         return iter(self.items)
@@ -97,8 +112,8 @@ class Headers:
         return len(self.items)
 
     def __contains__(self, name: bytes) -> bool:
-        if self._block is not None:
-            lower = self._block.lower()
+        if self.block is not None:
+            lower = self.block.lower()
             return lower.startswith(name + b":") or b"\n%b:" % name in lower
         return any(n.lower() == name for n, _ in self.items)
 

@@ -6,6 +6,8 @@ A proxy that is its own target is the shortest loop there is; the tokens alone e
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loopguard import HopLimits, Waypoint, Who
 from loopguard.l7 import LONGEST
@@ -13,7 +15,8 @@ from proxy.errors import LoopDetected
 from proxy.exchange.exchange import Exchange, Facts, Handler, Whole
 from proxy.exchange.guard import guard, hide_names, leave_token
 from proxy.net.address import Address
-from proxy.wire.messages import Headers, RequestHead
+from proxy.wire.heads import recognise_request
+from proxy.wire.messages import Field, Headers, Limits, RequestHead
 from tests.kit.hop import Settings, hop, through
 from tests.kit.http import GET, Message, answering, origin
 
@@ -174,3 +177,26 @@ async def test_a_layer_calls_the_next_one() -> None:
     exchange = made(Facts("outbound", PEER, PEER))
     await wrapped(exchange)
     assert called == [exchange]
+
+
+TOKENS = st.sampled_from([b"o" + b"A" * 16, b"i" + b"B" * 16 + b":east/a", b"junk", b"o" + b"A" * 16 + b", g" + b"C" * 16, b"x" * 17000])
+NAMES = st.sampled_from([b"isthmus-hops", b"Isthmus-Hops", b"ISTHMUS-HOPS", b"X-Isthmus-Hops", b"isthmus-hops-not"])
+OTHERS = st.sampled_from([(b"Accept", b"*/*"), (b"X-Note", b"isthmus-hops: a"), (b"X-Host", b"host: b"), (b"Cookie", b"a=b")])
+
+
+IDENTITIES = st.sampled_from(["spiffe://a/ns/b/sa/c", None])
+
+
+@given(st.lists(OTHERS | st.tuples(NAMES, TOKENS), max_size=3), st.integers(0, 3), IDENTITIES)
+def test_a_head_in_its_lines_and_one_in_fields_go_on_alike(fields: list[Field], host: int, identity: str | None) -> None:
+    fields.insert(host, (b"hOST", b"shop:80"))
+    lines = b"".join(b"%b: %b\r\n" % field for field in fields)
+    found = recognise_request(b"GET /a HTTP/1.1\r\n%b\r\n" % lines, Limits())
+    assert found is not None
+    told: list[tuple[Headers, list[str]]] = []
+    for headers in (found[0].headers, Headers(fields)):
+        exchange, why = Made(RequestHead(b"GET", b"/a", headers), Whole(), Facts("inbound", PEER, PEER, identity=identity)), list[str]()
+        assert (headers.block is not None) is (headers is found[0].headers)
+        leave_token(exchange, INBOUND, why.append)
+        told.append((exchange.request.headers, why))
+    assert told[0] == told[1]

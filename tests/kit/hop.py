@@ -117,8 +117,8 @@ class _Course:
     hop: Hop
     account: Callable[[Exchange], AbstractContextManager[None]]
 
-    def take(self, _: Exchange) -> Borrowed[Address] | None:
-        upstream = self.hop.pool.take(self.hop.target) if self.hop.raises is None else None
+    def take(self, _: Exchange, now: float) -> Borrowed[Address] | None:
+        upstream = self.hop.pool.take(self.hop.target, now) if self.hop.raises is None else None
         if upstream is None:
             return None
         self.hop.fast += 1
