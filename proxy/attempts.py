@@ -29,10 +29,12 @@ from proxy.errors import (
     UpstreamTimeout,
     UpstreamTLSError,
     describe,
+    unanswered,
 )  # fmt: skip
 from proxy.exchange.client import IDEMPOTENT, ClientSettings, Declined
 from proxy.exchange.exchange import Attempt, Exchange
 from proxy.exchange.replay import Replay
+from proxy.mesh.breaker import Failure
 from proxy.mesh.directory import Endpoint
 from proxy.mesh.fleet import Fleet, Work
 from proxy.mesh.policy import DEFAULT_POLICY, Policy, Statuses
@@ -179,7 +181,8 @@ class Attempts:
         status, retries, breaker = head.status, self.policy.retries, self.policy.breaker
         code = grpc.status(head.headers, trailers) if trailers is not None and self._exchange.is_grpc else None
         if within(status, breaker.statuses) or code in breaker.grpc:
-            work.failed(f"status {status}" if code is None else f"gRPC status {code}", seconds)
+            why = f"status {status}" if code is None else f"gRPC status {code}"
+            work.failed(why, seconds, Failure.SILENCE if unanswered(head.headers) else Failure.RESPONSE)
         else:
             work.answered(seconds, bad=status >= 500 or bool(code))
         if code in retries.grpc:
@@ -200,7 +203,7 @@ class Attempts:
             self._judge_end(work, grpc.code(self._exchange.grpc_status))
         if not work.told and self._exchange.clock.ran_out:
             if trio.current_time() < self._client_limit:
-                work.failed("upstream_timeout", self._elapsed(work))
+                work.failed("upstream_timeout", self._elapsed(work), Failure.SILENCE)
             else:
                 work.silent(self._elapsed(work))  # the client's impatience says nothing against the endpoint
         work.finished()
@@ -223,7 +226,7 @@ class Attempts:
         if isinstance(error, ConnectFailed | UpstreamTLSError):
             if isinstance(error, ConnectFailed) and error.reason == "local":
                 raise error  # another endpoint would not help, and this one is not to be avoided for it
-            work.failed(describe(error).reason, unreachable=True)
+            work.failed(describe(error).reason, how=Failure.UNREACHABLE)
             self.unreached += (endpoint,)
             self.failure = error
             if len(self.unreached) >= ENDPOINTS_TRIED:
@@ -242,8 +245,10 @@ class Attempts:
             return self._cause  # it was declined because there is to be another
         refused = isinstance(error, UpstreamReset) and error.code == Code.REFUSED_STREAM
         if not refused and not work.told:
-            timeout = isinstance(error, AttemptTimeout)
-            work.failed("attempt_timeout" if timeout else describe(error).reason, self._elapsed(work) if timeout else None)
+            if isinstance(error, AttemptTimeout):
+                work.failed("attempt_timeout", self._elapsed(work), Failure.SILENCE)
+            else:
+                work.failed(describe(error).reason)
         cause = "refused" if refused else "timeout" if isinstance(error, AttemptTimeout) else "broken"
         safe = refused or self._repeatable or (cause == "timeout" and self.policy.retries.all_methods)
         if isinstance(error, UpstreamProtocolError) or not safe or not self._again(cause):

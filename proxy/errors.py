@@ -7,10 +7,11 @@ the reason that the metrics count. So whose fault it was is told in the same wor
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from proxy.net.errors import ConnectFailed, ConnectionLost, NetError, TLSFailed
-from proxy.wire.messages import ProtocolError
+from proxy.wire.messages import Headers, ProtocolError
 
 
 class IsthmusError(Exception):
@@ -172,6 +173,23 @@ def broken_off(answer: Answer) -> Answer:
     """The row for a response that has begun. A server that falls silent in the middle of it has gone like one whose connection is cut: the
     deadline that has passed is ours, and no client of gRPC should take it for its own."""
     return replace(answer, grpc_status=14) if answer is TABLE[UpstreamTimeout] else answer
+
+
+# What another proxy says in Proxy-Status of a request that its destination has not answered at all.
+_UNANSWERED = frozenset(
+    {
+        b"connection_refused", b"connection_timeout", b"destination_ip_unroutable", b"destination_unavailable", b"http_response_timeout"
+    }
+)  # fmt: skip
+_QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_ERROR = re.compile(rb";[ ]*error=([a-z_]+)")
+_MOST_READ = 4096
+
+
+def unanswered(headers: Headers) -> bool:
+    """Whether a response is a proxy's that could not get one from behind it: nobody is there, or says anything."""
+    said = headers.get(b"proxy-status")
+    return said is not None and not _UNANSWERED.isdisjoint(_ERROR.findall(_QUOTED.sub(b"", said[:_MOST_READ])))
 
 
 def known(error: BaseException) -> bool:

@@ -10,7 +10,8 @@ attempt, and whoever finds all endpoints broken waits for one of them to be trie
     all are broken, and stay so for the timeout                  503 all_broken
 
 How long they are thought to be broken is what is left of their penalties, which have grown with the outage: a short one is waited out, in a
-long one everybody is told at once, but for the one in about a second that is sent to try.
+long one everybody is told at once, but for the one in about a second that is sent to try. That is so where none of them responds. One
+that does, though by errors or by closing, is used for want of a better one: what it says is the answer.
 
 An address of no service has one endpoint and nobody else: it is connected to as it would be without a proxy, whatever became of it last
 time.
@@ -35,12 +36,13 @@ from proxy.errors import (
     UpstreamProtocolError,
     UpstreamTLSError,
     describe,
+    unanswered,
 )  # fmt: skip
 from proxy.exchange.client import ClientSettings
 from proxy.exchange.exchange import Exchange
 from proxy.logs import RateLimit, warn
 from proxy.mesh.balance import Balancer
-from proxy.mesh.breaker import State
+from proxy.mesh.breaker import Failure, State
 from proxy.mesh.directory import Endpoint, Target
 from proxy.mesh.fleet import Change, Fleet, Work
 from proxy.metrics import Metrics
@@ -177,7 +179,8 @@ class Reach:
                 if isinstance(error, ConnectFailed) and error.reason == "local":
                     work.finished()
                     raise
-                work.failed(describe(error).reason, unreachable=isinstance(error, ConnectFailed | UpstreamTLSError))
+                gone = isinstance(error, ConnectFailed | UpstreamTLSError)
+                work.failed(describe(error).reason, how=Failure.UNREACHABLE if gone else Failure.RESPONSE)
                 work.finished()
                 failure, tried = error, (*tried, endpoint)
                 if len(tried) >= ENDPOINTS_TRIED:
@@ -262,7 +265,8 @@ def _ended(exchange: Exchange, work: Work, started: float) -> None:
     if response is not None:
         seconds = trio.current_time() - started if started and exchange.response_bytes <= _SHORT else None
         if within(response.status, work.policy.breaker.statuses):
-            work.failed(f"status {response.status}", seconds)
+            how = Failure.SILENCE if unanswered(response.headers) else Failure.RESPONSE
+            work.failed(f"status {response.status}", seconds, how)
         else:
             work.answered(seconds, bad=response.status >= 500)
     work.finished()

@@ -185,9 +185,9 @@ class Router:
         others = [backend for backend in plan.backends if backend.weight and backend is not drawn and self._serves(self._place(backend))]
         if not others:
             weighty = [self._place(backend) for backend in plan.backends if backend.weight]
-            for target in weighty:
-                if self._trial(target, alone=True):
-                    return target
+            for place in (target, *weighty):
+                if self._trial(place, alone=True):
+                    return place
             states = ", ".join(f"{b.target.service} none of {len(self._through(b.target).endpoints)}" for b in plan.backends if b.weight)
             raise NoEndpoint(f"no backend of {service} has an endpoint that can be used: {states}")
         return self._place(self._draw(others))

@@ -34,6 +34,10 @@ from tests.kit.http2_peers import GRPC, Answer, Peer2, answering2, speaking
 
 PUT = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi"
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\n\r\nbusy"
+# Of a sidecar whose application has closed, and of one that quotes somebody.
+CLOSED = b'HTTP/1.1 502 x\r\nProxy-Status: a;error=connection_terminated;details="b;error=connection_refused"\r\nContent-Length: 0\r\n\r\n'
+# Of a sidecar whose application does not listen.
+UNHEARD = b"HTTP/1.1 502 Bad Gateway\r\nProxy-Status: web-1.default.inbound;error=connection_refused\r\nContent-Length: 4\r\n\r\nnone"
 
 
 def policy(text: str = "") -> Policy:
@@ -501,15 +505,50 @@ async def test_a_call_that_has_no_time_left_for_another_attempt_gets_its_answer(
 async def test_an_endpoint_that_fails_in_a_row_is_left_alone_and_used_again_when_it_has_recovered() -> None:
     heard: list[Message] = []
     rules = policy("{retries: {limit: 0}, breaker: {failures: 3, min_penalty: 50ms, jitter: 0}, queue: {timeout: 20s}}")
-    steps = [saying(BUSY), saying(BUSY), saying(BUSY), saying(OK), saying(OK)]
+    steps = [saying(UNHEARD), saying(UNHEARD), saying(UNHEARD), saying(OK), saying(OK)]
     async with mesh([taking(steps, heard)], rules) as (world, _):
         client = await world.hop.connect()
-        assert [(await client.ask()).status for _ in range(3)] == [503] * 3
+        assert [(await client.ask()).status for _ in range(3)] == [502] * 3
         assert world.broken == 1
         assert (await client.ask()).status == 200, "it waited, and was the one on probation"
         assert world.broken == 0
         assert world.count("queued_total", result="served") == 1
         assert [world.count("breaker_changes_total", state=state) for state in ("open", "probation", "closed")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("poison", "status"),
+    [
+        (breaking, 502),
+        (saying(BUSY), 503),
+        (saying(CLOSED), 502),
+    ],
+    ids=["closing", "by 503", "closing, as its sidecar says"],
+)
+async def test_requests_that_the_only_endpoint_answers_badly_do_not_take_it_from_others(poison: Step, status: int) -> None:
+    async def script(peer: Peer) -> None:
+        while True:
+            request = await peer.request()
+            await (poison if request.start[1] == b"/poison" else saying(OK))(peer, request)
+
+    async with mesh([script], policy("retries: {limit: 0}")) as (world, _):
+        client, other = await world.hop.connect(), await world.hop.connect()
+        for _ in range(40):
+            assert (await client.ask(GET.replace(b"/", b"/poison", 1))).status == status
+        assert world.broken == 1, "others would be preferred"
+        assert [(await other.ask()).status for _ in range(3)] == [200] * 3
+        assert world.broken == 0
+        assert world.count("queued_total", result="served") == 0
+        assert world.count("breaker_changes_total", state="open") <= 2, "and it does not flap with each of them"
+
+
+async def test_an_endpoint_that_answers_nobody_is_left_alone_although_it_is_the_only_one() -> None:
+    rules = policy("{timeouts: {response_head: 50ms}, breaker: {failures: 3, min_penalty: 1m}, queue: {timeout: 1s}, retries: {limit: 0}}")
+    heard: list[Message] = []
+    async with mesh([taking([silent] * 5, heard)], rules) as (world, _):
+        seen = [(await (await world.hop.connect()).ask()).status for _ in range(5)]
+        assert seen == [504] * 3 + [503] * 2
+        assert len(heard) == 3
 
 
 async def test_statuses_that_are_the_requests_own_fault_do_not_count() -> None:
@@ -523,13 +562,13 @@ async def test_statuses_that_are_the_requests_own_fault_do_not_count() -> None:
 
 async def test_a_request_waits_for_an_early_trial_while_the_outage_is_young_and_is_told_at_once_when_it_is_not() -> None:
     rules = policy("{breaker: {failures: 1, min_penalty: 50ms, jitter: 0}, queue: {timeout: 20s}, retries: {limit: 0}}")
-    async with mesh([taking([saying(BUSY), saying(BUSY), saying(OK)], [])], rules) as (world, _):
+    async with mesh([taking([saying(UNHEARD), saying(UNHEARD), saying(OK)], [])], rules) as (world, _):
         client, fleet = await world.hop.connect(), world.balancer.fleet("default/web")
-        assert (await client.ask()).status == 503
+        assert (await client.ask()).status == 502
         (breaker,) = fleet.broken.values()
         breaker.until = trio.current_time() + 10  # it has failed more often: less than anybody may wait
         fleet._changes += 1
-        assert [(await client.ask()).status for _ in range(2)] == [503, 200], "the second one waited, and not for 10 s"
+        assert [(await client.ask()).status for _ in range(2)] == [502, 200], "the second one waited, and not for 10 s"
         assert world.count("queued_total", result="served") == 2
         assert not fleet.broken
 
@@ -537,9 +576,9 @@ async def test_a_request_waits_for_an_early_trial_while_the_outage_is_young_and_
 async def test_after_a_long_outage_one_request_tries_and_the_others_are_told_at_once() -> None:
     heard: list[Message] = []
     rules = policy("{breaker: {failures: 1, min_penalty: 1s, jitter: 0}, queue: {timeout: 10s}, retries: {limit: 0}}")
-    async with mesh([taking([saying(BUSY), saying(BUSY), saying(OK), saying(OK)], heard)], rules) as (world, _):
+    async with mesh([taking([saying(UNHEARD), saying(UNHEARD), saying(OK), saying(OK)], heard)], rules) as (world, _):
         client, fleet = await world.hop.connect(), world.balancer.fleet("default/web")
-        assert (await client.ask()).status == 503
+        assert (await client.ask()).status == 502
         (breaker,) = fleet.broken.values()
         breaker.until = trio.current_time() + 3600
         fleet._changes += 1
@@ -549,7 +588,7 @@ async def test_after_a_long_outage_one_request_tries_and_the_others_are_told_at_
                 answer = await client.ask()
                 seen.append((answer.status, b"the next one is tried in" in (answer.get(b"proxy-status") or b"")))
         assert len(heard) == 3
-        assert set(seen) == {(503, True), (503, False), (200, False)}
+        assert set(seen) == {(503, True), (502, False), (200, False)}
         assert world.count("queued_total", result="served") == 0
         assert world.balancer.waiting() == 0
 
@@ -580,12 +619,12 @@ async def test_only_so_many_wait_and_they_are_told_when_it_was_in_vain() -> None
 
     async def probed(peer: Peer, _: Message) -> None:
         await release.wait()
-        await peer.send(BUSY)
+        await peer.send(UNHEARD)
 
     rules = policy("{breaker: {failures: 1, min_penalty: 1m, jitter: 0}, queue: {size: 1, timeout: 500ms}, retries: {limit: 0}}")
-    async with mesh([taking([saying(BUSY), probed], heard)], rules) as (world, _):
+    async with mesh([taking([saying(UNHEARD), probed], heard)], rules) as (world, _):
         clients = [await world.hop.connect() for _ in range(3)]
-        assert (await clients[0].ask()).status == 503
+        assert (await clients[0].ask()).status == 502
         (breaker,) = world.balancer.fleet("default/web").broken.values()
         breaker.until = 0.0  # its penalty is over, and a step is still a minute
         world.balancer.fleet("default/web")._changes += 1
@@ -601,7 +640,7 @@ async def test_only_so_many_wait_and_they_are_told_when_it_was_in_vain() -> None
         assert world.hop.ended[-1].failure == "all_broken"
         assert world.balancer.waiting() == 0
         release.set()
-        assert (await clients[0].response()).body == b"busy"
+        assert (await clients[0].response()).body == b"none"
 
 
 async def test_who_waits_is_served_when_the_directory_has_something_new() -> None:
@@ -622,9 +661,9 @@ async def test_who_waits_is_served_when_the_directory_has_something_new() -> Non
 async def test_those_who_wait_are_served_in_order_once_the_endpoint_has_recovered() -> None:
     heard: list[Message] = []
     rules = policy("{breaker: {failures: 1, min_penalty: 100ms, jitter: 0}, queue: {timeout: 20s}, retries: {limit: 0}}")
-    async with mesh([taking([saying(BUSY)] + [saying(OK)] * 20, heard)], rules) as (world, _):
+    async with mesh([taking([saying(UNHEARD)] + [saying(OK)] * 20, heard)], rules) as (world, _):
         first = await world.hop.connect()
-        assert (await first.ask()).status == 503
+        assert (await first.ask()).status == 502
         clients = [await world.hop.connect() for _ in range(20)]
         for number, client in enumerate(clients):
             await client.send(b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n" % number)

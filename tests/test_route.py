@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from proxy.errors import NoEndpoint
 from proxy.mesh.balance import Balancer
+from proxy.mesh.breaker import Failure
 from proxy.mesh.directory import Directory, Endpoint, Service, Target, parse
 from proxy.net.address import Address
 from proxy.route import Router
@@ -83,15 +84,16 @@ class World:
     def many(self, count: int) -> Counter[str | None]:
         return Counter(self.where() for _ in range(count))
 
-    def breaks(self, *hosts: str) -> None:
-        """These endpoints cannot be connected to for now."""
+    def breaks(self, *hosts: str, how: Failure = Failure.UNREACHABLE) -> None:
+        """These endpoints have failed so often that they are left alone for now."""
         for service in self.services():
             for target in service.targets.values():
                 for endpoint in target.endpoints:
                     if endpoint.address.host in hosts:
-                        work = self.balancer.fleet(target.service or "").begin(target.policy, endpoint, alone=False)
-                        work.failed("test", unreachable=True)
-                        work.finished()
+                        for _ in range(1 if how is Failure.UNREACHABLE else target.policy.breaker.failures):
+                            work = self.balancer.fleet(target.service or "").begin(target.policy, endpoint, alone=False)
+                            work.failed("test", how=how)
+                            work.finished()
 
     def recovers(self, *hosts: str) -> None:
         """When the penalties of these are over, a request on probation is answered."""
@@ -302,7 +304,7 @@ class Client:
             work = fleet.begin(target.policy, endpoint, alone=len(target.endpoints) == 1)
             bad = endpoint.address.host in self.dead
             if bad:
-                work.failed("test", unreachable=True)
+                work.failed("test", how=Failure.UNREACHABLE)
                 self.wasted[endpoint.address.host] += 1
                 tried = *tried, endpoint
             else:
@@ -351,7 +353,7 @@ def test_a_trial_of_a_dead_home_is_one_request_however_many_ask_at_once() -> Non
     assert {work.endpoint.address.host for work in works} == set(HOME)
     assert set(world.many(100)) == {"east/default/c"}, "while both are being tried"
     for work in works:
-        work.failed("test", unreachable=True)
+        work.failed("test", how=Failure.UNREACHABLE)
         work.finished()
     assert set(world.many(100)) == {"east/default/c"}
     assert world.books.states == [("default/c", True)]
@@ -376,6 +378,23 @@ def test_a_split_of_which_nothing_was_left_is_served_within_seconds_of_its_recov
     client.dead.clear()
     assert client.ask_for(5)[None] <= 25
     assert set(client.ask_for(90)) == {"default/c", "east/default/c"}
+
+
+def test_a_home_that_only_answers_badly_is_left_for_another_cluster_and_used_if_there_is_none() -> None:
+    world = failing_over()
+    world.breaks(*HOME, how=Failure.RESPONSE)
+    assert set(world.many(50)) == {"east/default/c"}
+    world.breaks(EAST, NORTH)
+    assert set(world.many(50)) == {"default/c"}
+    assert all(world.balancer.fleet("default/c").pick(world.to()) is not None for _ in range(50)), "without a pause"
+
+
+def test_backends_of_a_split_that_all_answer_badly_keep_their_shares() -> None:
+    world = World(text("{service: c, weight: 50}, {service: c, cluster: east, weight: 50}"))
+    world.breaks(*HOME, EAST, how=Failure.RESPONSE)
+    seen = world.many(2000)
+    assert within(seen["default/c"], 0.5, 2000)
+    assert seen["default/c"] + seen["east/default/c"] == 2000
 
 
 def test_readiness_in_the_directory_decides_too() -> None:

@@ -14,7 +14,8 @@ Slow start. An endpoint that joins others is passed over by chance, the less oft
 that was broken and has recovered is new again.
 
 Health. Endpoints whose breaker (breaker.py) is open are not drawn, and one whose penalty is over is taken first, for one request. If all
-are broken, the one that has waited longest is tried early, a first step after the last trial: so one request in about a second finds out
+are broken, those are drawn that respond after all, as if they were not broken; if none does, the one that has waited longest is tried
+early, a first step after the last trial: so one request in about a second finds out
 when the service is back, however long it was away, and when one is back the others are tried as soon. While
 nothing has failed, none of this is looked at, and while a service has one endpoint, nothing is measured.
 

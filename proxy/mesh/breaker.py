@@ -11,6 +11,11 @@ A failure to connect is conclusive: nobody is there, and the next request need n
 request's sake, so only a row of bad ones opens, and any good one ends the row. What was sent before the breaker opened says nothing new
 when it comes back; but an answer from an endpoint that could not be connected to says that it can be, so it closes what that has opened.
 
+Even a row may be one client's: seven requests that the server answers by closing, or by 502. So an open endpoint that still *responds*,
+if only in this way, is left alone for the sake of others that may do better, and never as the last: where all of a service are broken,
+those that respond are used as if they were not, and the first request that does well closes the breaker. One that does not respond (a row
+of silences), or cannot be connected to, is left alone in any case: to ask it costs everybody his time.
+
 Penalties grow because others do the work meanwhile. Where there are none, to wait for the end of a long one would only prolong the outage:
 so each penalty has a first step, as long as the first penalty, behind which the endpoint may be tried *early*. That such a probe has
 failed does not make the penalty longer, and one that has no answer after another step may be followed by a further one.
@@ -31,18 +36,28 @@ class State(enum.StrEnum):
     PROBATION = "probation"
 
 
+class Failure(enum.Enum):
+    """How a request has failed."""
+
+    RESPONSE = enum.auto()  # it was answered by what counts as a failure, or by the end of its connection
+    SILENCE = enum.auto()  # there was no answer in the time that it had, or a proxy in front says that it gets none
+    UNREACHABLE = enum.auto()  # it was not sent: the endpoint could not be connected to
+
+
 class Breaker:
     """Of one endpoint. What changes the state returns whether it did."""
 
-    __slots__ = ("early", "failures", "opened", "seen", "state", "unreachable", "until", "why")
+    __slots__ = ("early", "failures", "opened", "responds", "seen", "silences", "state", "unreachable", "until", "why")
 
     def __init__(self) -> None:
         self.state = State.CLOSED
         self.failures = 0  # in a row
+        self.silences = 0  # in a row, with no response of any kind between them
         self.opened = 0  # times in a row
         self.until = 0.0  # when the penalty is over
         self.early = 0.0  # when it may be tried if there is nobody else
         self.unreachable = False  # it was a failure to connect that opened it
+        self.responds = True  # though not as it should; False: it cannot be connected to, or answers nobody
         self.seen = 0.0  # the last failure
         self.why = ""  # it failed, in a word or two
 
@@ -51,46 +66,58 @@ class Breaker:
         return self.state is State.OPEN and now >= self.until
 
     def probe(self, now: float, rules: Rules, chance: float) -> bool:
-        """A request is sent to an endpoint that is not closed: on probation. It has to end in `failed`, `succeeded` or `abandoned`, each
-        with `probe`."""
+        """A request is sent to an endpoint that is not closed, to find out whether it can be again: on probation. It has to end in
+        `failed`, `succeeded` or `abandoned`, each with `probe`."""
         self.early = now + _first(rules) * (1 + rules.jitter * chance)
         changed = self.state is not State.PROBATION
         self.state = State.PROBATION
         return changed
 
-    def failed(self, now: float, rules: Rules, chance: float, *, unreachable: bool = False, probe: bool = False) -> bool:
-        """A request has failed. `chance` is from 0 to 1, for the jitter."""
+    def failed(self, now: float, rules: Rules, chance: float, how: Failure = Failure.RESPONSE, *, probe: bool = False) -> bool:
+        """A request has failed. `chance` is from 0 to 1, for the jitter; `probe`: it was sent while the breaker was not closed."""
         self.seen = now
+        responds = self._responds(how, rules.failures)
         over = True  # the last penalty, if there was one
         if probe and self.state is State.PROBATION:
             over = now >= self.until
             self.opened += over
         elif self.state is State.CLOSED:
             self.failures += 1
-            if not unreachable and (not rules.failures or self.failures < rules.failures):
+            if how is not Failure.UNREACHABLE and (not rules.failures or self.failures < rules.failures):
                 return False
-        else:
+        elif not probe or responds is self.responds:
             return False
+        else:
+            over = False
         self.state = State.OPEN
-        self.unreachable = unreachable
+        self.unreachable = how is Failure.UNREACHABLE
+        self.responds = responds
         share = 1 + rules.jitter * chance
         self.early = now + _first(rules) * share
         if over:
             self.until = now + min(rules.max_penalty, rules.min_penalty * 2.0 ** min(self.opened, 40)) * share
         return True
 
+    def _responds(self, how: Failure, row: int) -> bool:
+        if how is Failure.RESPONSE:
+            self.silences = 0
+        elif how is Failure.SILENCE:
+            self.silences += 1
+        return how is Failure.RESPONSE or (how is Failure.SILENCE and self.responds and not 0 < row <= self.silences)
+
     def succeeded(self, *, probe: bool = False, begun: bool = False) -> bool:
         """A request was answered. `begun`: so far, and its end may still say that it has failed: that does not end a row of failures, but
         whoever begins to answer is there."""
+        self.silences = 0
         if self.state is State.CLOSED:
             if not begun:
                 self.failures = 0
             return False
-        if not self.unreachable and not (probe and self.state is State.PROBATION):
+        if not self.unreachable and not probe:
             return False
         self.state = State.CLOSED
         self.failures = self.opened = 0
-        self.unreachable = False
+        self.unreachable, self.responds = False, True
         return True
 
     def abandoned(self, now: float) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
-from proxy.mesh.breaker import Breaker, State
+from proxy.mesh.breaker import Breaker, Failure, State
 from proxy.mesh.budget import RetryBudget
 from proxy.mesh.directory import Endpoint, Target
 from proxy.mesh.load import Load
@@ -76,7 +76,8 @@ class Fleet:
     # Which one...
 
     def pick(self, target: Target, exclude: Collection[Endpoint] = ()) -> Endpoint | None:
-        """An endpoint of `target` that is ready, not in `exclude`, and not broken or to be tried; None: there is none now."""
+        """An endpoint of `target` that is ready, not in `exclude`, and not broken, or to be tried, or the best that is left; None: there is
+        none now."""
         careful = bool(self.broken or exclude)
         if len(target.endpoints) == 1 and not careful:
             endpoint = target.endpoints[0]
@@ -91,8 +92,7 @@ class Fleet:
             found = self._careful(view.near, target.policy, exclude)
             if found is not None:
                 return found
-        found = self._careful(view.all, target.policy, exclude)
-        return self._early(view.all, exclude) if found is None else found
+        return self._careful(view.all, target.policy, exclude) or self._last(view.all, target.policy, exclude)
 
     def _better(self, places: Places, policy: Policy) -> Endpoint:
         """The less busy one of two."""
@@ -131,13 +131,18 @@ class Fleet:
                 endpoint = self._better(places, policy)
                 if self._will_do(endpoint, exclude):
                     return endpoint
-        left = [endpoint for endpoint in places.endpoints if self._will_do(endpoint, exclude)]
+        return self._one_of([endpoint for endpoint in places.endpoints if self._will_do(endpoint, exclude)], policy)
+
+    def _one_of(self, left: list[Endpoint], policy: Policy) -> Endpoint | None:
         if len(left) > 1:
             return self._better(Places(left), policy)
         return left[0] if left else None
 
-    def _early(self, places: Places, exclude: Collection[Endpoint]) -> Endpoint | None:
-        """Of endpoints that are all broken, the one that has not been tried for longest, if it is time to."""
+    def _last(self, places: Places, policy: Policy, exclude: Collection[Endpoint]) -> Endpoint | None:
+        """Of endpoints that are all broken, one that responds; if none does, the one that has not been tried for longest, if it is time
+        to."""
+        if last := places.last(self.broken, self._changes):
+            return self._one_of([endpoint for endpoint in last if endpoint not in exclude], policy)
         if self._around.clock() < places.early_probe(self.broken, self._changes):
             return None
         left = [endpoint for endpoint in places.endpoints if endpoint not in exclude]
@@ -158,20 +163,25 @@ class Fleet:
         return len(places.addresses) - len(places.broken(self.broken, self._changes)) if self.broken else len(places.addresses)
 
     def trial(self, target: Target, *, alone: bool) -> bool:
-        """Whether `pick` would have a broken endpoint of `target` tried now. `alone`: nobody else could take the request, so it may be
-        early."""
+        """Whether `pick` would have a broken endpoint of `target` used now. `alone`: nobody else could take the request, so it may be
+        early, or one that is the best that is left."""
         if not self.broken:
             return False
-        places, now = self._laid_out(target).all, self._around.clock()
-        return now >= places.next_probe(self.broken, self._changes) or (alone and now >= places.early_probe(self.broken, self._changes))
+        due = self.next_probe(target) if alone else self._laid_out(target).all.next_probe(self.broken, self._changes)
+        return self._around.clock() >= due
 
     def opens(self, target: Target) -> float:
         """When the penalty of the next one of `target`'s broken endpoints is, or was, over: how long it is thought to be away."""
-        return min((breaker.until for breaker in self._laid_out(target).all.broken(self.broken, self._changes)), default=inf)
+        places = self._laid_out(target).all
+        if places.last(self.broken, self._changes):
+            return -inf
+        return min((breaker.until for breaker in places.broken(self.broken, self._changes)), default=inf)
 
     def next_probe(self, target: Target) -> float:
-        """When the next one of `target`'s broken endpoints may be tried."""
+        """When the next one of `target`'s broken endpoints may be used."""
         places = self._laid_out(target).all
+        if places.last(self.broken, self._changes):
+            return -inf
         return min(places.next_probe(self.broken, self._changes), places.early_probe(self.broken, self._changes))
 
     def _laid_out(self, target: Target) -> View:
@@ -217,6 +227,8 @@ class Fleet:
     def _probe(self, policy: Policy, endpoint: Endpoint, breaker: Breaker) -> None:
         now = self._around.clock()
         self._dark = self._dark or now < breaker.until
+        if breaker.responds and not breaker.due(now):
+            return  # it is used because all are broken, not to be tried
         if breaker.probe(now, policy.breaker, self._around.chance.random()):
             self._changed(endpoint.address, breaker)
         else:
@@ -251,7 +263,7 @@ class Fleet:
         for breaker in self.broken.values():
             breaker.hasten(now, policy.breaker, chance.random())
 
-    def failed(self, work: Work, why: str, *, unreachable: bool) -> None:
+    def failed(self, work: Work, why: str, how: Failure) -> None:
         address = work.endpoint.address
         breaker = self._failed.get(address)
         if breaker is None:
@@ -261,7 +273,7 @@ class Fleet:
             self._failed[address] = breaker
         breaker.why = why
         chance, now = self._around.chance.random(), self._around.clock()
-        if breaker.failed(now, work.policy.breaker, chance, unreachable=unreachable, probe=work.probe):
+        if breaker.failed(now, work.policy.breaker, chance, how, probe=work.probe):
             self._changed(address, breaker)
 
     def abandoned(self, work: Work) -> None:
@@ -320,7 +332,7 @@ class Work:
         self.policy = policy
         self.endpoint = endpoint
         self.load = load
-        self.probe = probe  # it decides whether the endpoint is used again
+        self.probe = probe  # it began while the endpoint was broken, so it decides whether that is used again
 
     @property
     def told(self) -> bool:
@@ -334,12 +346,11 @@ class Work:
             self._fleet.note(self, seconds, bad=bad)
         self._fleet.succeeded(self, begun=begun)
 
-    def failed(self, why: str, seconds: float | None = None, *, unreachable: bool = False) -> None:
-        """The endpoint has failed, or answered with what counts as that: `why`, in a word or two. `unreachable`: it could not be connected
-        to."""
+    def failed(self, why: str, seconds: float | None = None, how: Failure = Failure.RESPONSE) -> None:
+        """The endpoint has failed, or answered with what counts as that: `why`, in a word or two."""
         self._told = True
         self._fleet.note(self, seconds, bad=True)
-        self._fleet.failed(self, why, unreachable=unreachable)
+        self._fleet.failed(self, why, how)
 
     def silent(self, seconds: float | None) -> None:
         """There was no answer in `seconds`, and then it was given up: that is how busy the endpoint is at least, though it may be well."""

@@ -22,7 +22,7 @@ from proxy.net.address import Address
 class Places:
     """Endpoints that are ready: all of a target, or those in one zone."""
 
-    __slots__ = ("_broken", "_due", "_early", "_places", "_seen", "addresses", "endpoints", "mean")
+    __slots__ = ("_broken", "_due", "_early", "_last", "_places", "_seen", "addresses", "endpoints", "mean")
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self.endpoints = tuple(endpoints)
@@ -35,6 +35,7 @@ class Places:
         self._seen = -1
         self._broken: list[Breaker] = []
         self._due = self._early = inf
+        self._last: tuple[Endpoint, ...] = ()
 
     def draw(self, chance: random.Random) -> tuple[Endpoint, Endpoint]:
         """Two places, which are one endpoint's if chance has it so; of at least two endpoints."""
@@ -57,7 +58,8 @@ class Places:
                 self._broken = [among[address] for address in self.addresses if address in among]
             self._due = min((breaker.until for breaker in self._broken if breaker.state is State.OPEN), default=inf)
             alone = len(self._broken) == len(self.addresses)
-            self._early = max((breaker.early for breaker in self._broken), default=inf) if alone else inf
+            self._last = tuple(place for place in self.endpoints if among[place.address].responds) if alone else ()
+            self._early = max((breaker.early for breaker in self._broken), default=inf) if alone and not self._last else inf
         return self._broken
 
     def next_probe(self, among: Mapping[Address, Breaker], change: int) -> float:
@@ -66,9 +68,14 @@ class Places:
         return self._due
 
     def early_probe(self, among: Mapping[Address, Breaker], change: int) -> float:
-        """When one may be tried because all are broken: a step after the last one was. Never, as long as one is not."""
+        """When one may be tried because all are broken: a step after the last one was. Never, as long as one is not, or responds."""
         self.broken(among, change)
         return self._early
+
+    def last(self, among: Mapping[Address, Breaker], change: int) -> tuple[Endpoint, ...]:
+        """If all are broken: those that respond, which are used for want of better ones."""
+        self.broken(among, change)
+        return self._last
 
 
 class View:

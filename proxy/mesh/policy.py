@@ -87,8 +87,9 @@ class Breaker(_Part, frozen=True):
     """When an endpoint is left alone.
 
     After `failures` in a row it gets nothing for a penalty, which doubles each time; then one request on probation, which decides. That
-    it cannot be connected to counts as all of them. 0 failures: only that counts. If all endpoints are broken, one request in each
-    `min_penalty` is sent to try, however long their penalties are.
+    it cannot be connected to counts as all of them. 0 failures: only that counts. If all endpoints are broken, those that respond, if
+    only by errors or by closing, are used as if they were not. If none does, one request in each `min_penalty` is sent to try, however
+    long the penalties are.
     """
 
     failures: Annotated[int, number(0, 1000, "failures in a row; 0: responses do not count")] = 7

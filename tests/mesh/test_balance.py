@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.mesh.balance import Balancer
-from proxy.mesh.breaker import State
+from proxy.mesh.breaker import Failure, State
 from proxy.mesh.directory import Endpoint, Target
 from proxy.mesh.fleet import Change, Fleet
 from proxy.mesh.load import Load
@@ -47,10 +47,10 @@ class World:
     def picks(self, where: Target, times: int = 200, exclude: Sequence[Endpoint] = ()) -> Counter[Endpoint | None]:
         return Counter(self.fleet.pick(where, exclude) for _ in range(times))
 
-    def fail(self, where: Target, endpoint: Endpoint, times: int = 1, *, unreachable: bool = True) -> None:
+    def fail(self, where: Target, endpoint: Endpoint, times: int = 1, *, how: Failure = Failure.UNREACHABLE) -> None:
         for _ in range(times):
             work = self.fleet.begin(where.policy, endpoint, alone=False)
-            work.failed("test", unreachable=unreachable)
+            work.failed("test", how=how)
             work.finished()
 
     def succeed(self, where: Target, endpoint: Endpoint, seconds: float = 0.01) -> None:
@@ -319,6 +319,49 @@ def test_if_all_are_broken_nothing_is_picked_and_it_is_known_when() -> None:
     assert chosen is not None
     world.fleet.begin(where.policy, chosen, alone=False)
     assert world.fleet.opens(where) <= world.now, "one is being tried"
+
+
+def test_endpoints_that_respond_badly_are_used_if_there_is_nobody_better_and_balanced_as_ever() -> None:
+    world, places = World(), endpoints(3)
+    where = target(*places)
+    bad, worse, gone = places
+    for endpoint in (bad, worse):
+        world.fail(where, endpoint, 7, how=Failure.RESPONSE)
+    assert set(world.picks(where)) == {gone}, "one is well"
+    world.fail(where, gone)
+    assert world.balancer.usable(where) == 0, "another cluster may have its requests"
+    assert not world.balancer.trial(where)
+    assert world.balancer.trial(where, alone=True)
+    assert set(world.picks(where)) == {bad, worse}
+    assert world.fleet.pick(where, [bad]) == worse
+    world.fail(where, bad, 100, how=Failure.RESPONSE)
+    assert len(world.told) == 3, "nothing has changed by that"
+    world.succeed(where, worse)
+    assert set(world.picks(where)) == {worse}
+    assert world.told[-1].state is State.CLOSED
+
+
+def test_one_that_stops_responding_is_used_no_more_for_want_of_better_ones() -> None:
+    world, (one, two) = World(), endpoints(2)
+    where = target(one, two)
+    world.fail(where, one, 7, how=Failure.RESPONSE)
+    world.fail(where, two, 7, how=Failure.RESPONSE)
+    world.fail(where, one, 7, how=Failure.SILENCE)
+    assert set(world.picks(where)) == {two}
+    world.fail(where, two)
+    assert world.fleet.pick(where) is None
+    assert world.fleet.next_probe(where) > world.now
+
+
+def test_one_that_responds_badly_is_tried_when_its_penalty_is_over_although_another_is_well() -> None:
+    world, (one, two) = World(), endpoints(2)
+    where = target(one, two)
+    world.fail(where, one, 7, how=Failure.RESPONSE)
+    world.now += 1.6
+    assert set(world.picks(where)) == {one}
+    world.fail(where, one, how=Failure.RESPONSE)
+    assert set(world.picks(where)) == {two}
+    assert world.fleet.broken[one.address].until - world.now >= 2
 
 
 class Outage:

@@ -7,9 +7,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from proxy.mesh.breaker import Breaker, State
+from proxy.mesh.breaker import Breaker, Failure, State
 from proxy.mesh.policy import Breaker as Rules
 
+BAD, SILENT, GONE = Failure.RESPONSE, Failure.SILENCE, Failure.UNREACHABLE
 RULES = Rules(failures=3, min_penalty=1.0, max_penalty=8.0, jitter=0.5)
 
 
@@ -33,14 +34,14 @@ def test_only_a_row_of_failures_opens() -> None:
 
 def test_a_failure_to_connect_opens_at_once() -> None:
     breaker = Breaker()
-    assert breaker.failed(0, RULES, 0, unreachable=True)
+    assert breaker.failed(0, RULES, 0, GONE)
     assert breaker.state is State.OPEN
 
 
 def test_responses_do_not_count_where_the_policy_says_so() -> None:
     breaker, rules = Breaker(), Rules(failures=0)
     assert not any(breaker.failed(0, rules, 0) for _ in range(100))
-    assert breaker.failed(0, rules, 0, unreachable=True)
+    assert breaker.failed(0, rules, 0, GONE)
 
 
 def test_penalties_double_up_to_the_limit_and_begin_anew_after_a_recovery() -> None:
@@ -60,8 +61,8 @@ def test_penalties_double_up_to_the_limit_and_begin_anew_after_a_recovery() -> N
 
 def test_chance_adds_a_part_of_the_penalty() -> None:
     low, high = Breaker(), Breaker()
-    low.failed(0, RULES, 0.0, unreachable=True)
-    high.failed(0, RULES, 1.0, unreachable=True)
+    low.failed(0, RULES, 0.0, GONE)
+    high.failed(0, RULES, 1.0, GONE)
     assert (low.until, high.until) == (1.0, 1.5)
 
 
@@ -79,7 +80,7 @@ def test_what_was_sent_before_it_opened_says_nothing_new() -> None:
 
 def test_an_answer_shows_that_an_endpoint_can_be_connected_to_after_all() -> None:
     breaker = Breaker()
-    breaker.failed(0, RULES, 0, unreachable=True)
+    breaker.failed(0, RULES, 0, GONE)
     assert breaker.succeeded()
     assert breaker.state is State.CLOSED
 
@@ -117,6 +118,38 @@ def test_a_penalty_can_be_cut_short_but_not_prolonged() -> None:
     assert breaker.until == 11.5
 
 
+@pytest.mark.parametrize(
+    ("row", "responds"),
+    [
+        ([BAD] * 3, True),
+        ([GONE], False),
+        ([SILENT] * 3, False),
+        ([SILENT, SILENT, BAD], True),
+        ([BAD, BAD, SILENT], True),
+        ([BAD, BAD, SILENT, SILENT, SILENT], False),  # the last two while it was used for want of better ones
+        ([BAD, BAD, BAD, SILENT, SILENT, BAD], True),
+        ([BAD, BAD, BAD, GONE], False),
+        ([GONE, SILENT], False),
+        ([GONE, BAD], True),
+    ],
+)
+def test_one_that_fails_responds_until_it_is_unreachable_or_silent_in_a_row(row: list[Failure], responds: bool) -> None:
+    breaker = Breaker()
+    for how in row:
+        breaker.failed(0, RULES, 0, how, probe=breaker.state is not State.CLOSED)
+    assert breaker.state is State.OPEN
+    assert breaker.responds is responds
+
+
+def test_one_that_is_used_for_want_of_better_ones_is_closed_by_the_first_good_answer() -> None:
+    breaker = opened()
+    until = breaker.until
+    assert not breaker.failed(0.5, RULES, 1.0, probe=True)
+    assert breaker.until == until, "its penalty has not become longer"
+    assert breaker.succeeded(probe=True)
+    assert breaker.state is State.CLOSED
+
+
 @pytest.mark.parametrize("state", ["closed", "open"])
 def test_a_probe_can_only_be_given_up_while_there_is_one(state: str) -> None:
     breaker = Breaker() if state == "closed" else opened()
@@ -136,14 +169,18 @@ class Life(RuleBasedStateMachine):
         self.probing = False
         self.unreached = False
         self.trips = 0
+        self.quiet = 0  # silences since anything was heard
+        self.responds = True
 
     @rule(seconds=st.floats(0, 20))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
 
-    @rule(chance=st.floats(0, 1), unreachable=st.booleans())
-    def a_request_fails(self, chance: float, unreachable: bool) -> None:
-        changed = self.breaker.failed(self.now, RULES, chance, unreachable=unreachable)
+    @rule(chance=st.floats(0, 1), how=st.sampled_from(Failure))
+    def a_request_fails(self, chance: float, how: Failure) -> None:
+        changed = self.breaker.failed(self.now, RULES, chance, how)
+        unreachable = how is GONE
+        self.heard(how)
         if self.out:
             assert not changed
             return
@@ -152,12 +189,14 @@ class Life(RuleBasedStateMachine):
         assert changed == self.out
         if changed:
             self.unreached = unreachable
+            self.judged(how)
             self.check_penalty()
 
     @rule()
     def a_request_is_answered(self) -> None:
         changed = self.breaker.succeeded()
         assert changed == (self.out and self.unreached)
+        self.quiet = 0
         if not self.out:
             self.row = 0
         elif self.unreached:
@@ -172,16 +211,36 @@ class Life(RuleBasedStateMachine):
         self.probing = True
 
     @precondition(lambda self: self.probing)
-    @rule(chance=st.floats(0, 1), unreachable=st.booleans())
-    def the_probe_fails(self, chance: float, unreachable: bool) -> None:
+    @rule(chance=st.floats(0, 1), how=st.sampled_from(Failure))
+    def the_probe_fails(self, chance: float, how: Failure) -> None:
         until = self.breaker.until
-        assert self.breaker.failed(self.now, RULES, chance, unreachable=unreachable, probe=True)
-        self.probing, self.unreached = False, unreachable
+        assert self.breaker.failed(self.now, RULES, chance, how, probe=True)
+        self.probing, self.unreached = False, how is GONE
+        self.heard(how)
+        self.judged(how)
         if self.now >= until:
             self.trips += 1
             self.check_penalty()
         else:
             assert self.breaker.until == until
+
+    @precondition(lambda self: self.out and self.responds and not self.probing)
+    @rule(chance=st.floats(0, 1), how=st.sampled_from(Failure))
+    def one_that_is_used_for_want_of_better_ones_fails(self, chance: float, how: Failure) -> None:
+        until = self.breaker.until
+        changed = self.breaker.failed(self.now, RULES, chance, how, probe=True)
+        self.heard(how)
+        self.judged(how)
+        assert changed != self.responds
+        if changed:
+            self.unreached = how is GONE
+        assert self.breaker.until == until, "it was no trial"
+
+    @precondition(lambda self: self.out and self.responds)
+    @rule()
+    def one_that_is_used_for_want_of_better_ones_is_answered(self) -> None:
+        assert self.breaker.succeeded(probe=True)
+        self.recovered()
 
     @precondition(lambda self: self.probing)
     @rule()
@@ -198,9 +257,16 @@ class Life(RuleBasedStateMachine):
         assert self.breaker.due(self.now) == due
         assert self.breaker.early <= self.now
 
+    def heard(self, how: Failure) -> None:
+        self.quiet = 0 if how is BAD else self.quiet + (how is SILENT)
+
+    def judged(self, how: Failure) -> None:
+        self.responds = how is BAD or (how is SILENT and self.responds and self.quiet < RULES.failures)
+
     def recovered(self) -> None:
         self.out = self.probing = self.unreached = False
-        self.row = self.trips = 0
+        self.row = self.trips = self.quiet = 0
+        self.responds = True
 
     def check_penalty(self) -> None:
         penalty = min(RULES.max_penalty, RULES.min_penalty * 2**self.trips)
@@ -210,6 +276,7 @@ class Life(RuleBasedStateMachine):
     def the_states_agree(self) -> None:
         expected = State.PROBATION if self.probing else State.OPEN if self.out else State.CLOSED
         assert self.breaker.state is expected
+        assert self.breaker.responds is self.responds
         assert not self.breaker.due(self.now) or (self.out and not self.probing)
 
 
