@@ -145,7 +145,8 @@ def pair(laboratory: Laboratory) -> Pair:
         pair.mesh.service("limits", both, {WEB: "http1"}, policy={"overrides": True, "breaker": {"failures": 0}})
         pair.mesh.service("late", [annex], {LATE: "http1"}, policy={"breaker": {"failures": 1, "min_penalty": "300ms", "jitter": 0}})
         pair.mesh.service("raw", both, {RAW: "opaque"})
-        pair.mesh.service("full", [annex], {NOBODY: "http1"}, policy={"breaker": {**broken, "jitter": 0}, "queue": {"size": 0, "timeout": "2m"}})
+        full = {"size": 0, "timeout": "2m"}
+        pair.mesh.service("full", [annex], {NOBODY: "http1"}, policy={"breaker": {**broken, "jitter": 0}, "queue": full})
         await pair.mesh.start()
         for pod in both:
             await pod.python("web", SERVER, pod.name, str(WEB), port=WEB)
