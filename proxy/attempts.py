@@ -62,8 +62,8 @@ class Attempts:
     """At one exchange with one service. `judge` is the exchange's."""
 
     __slots__ = (
-        "_begun", "_body", "_cause", "_client", "_client_limit", "_exchange", "_metrics", "_retries", "_started", "_status", "_work",
-        "failure", "fleet", "policy", "scope", "tried", "unreached",
+        "_begun", "_body", "_cause", "_client", "_client_limit", "_exchange", "_metrics", "_retries", "_since", "_started", "_status",
+        "_work", "failure", "fleet", "policy", "scope", "tried", "unreached",
     )  # fmt: skip
 
     def __init__(self, exchange: Exchange, fleet: Fleet, policy: Policy, metrics: ReachMeasures, client: ClientSettings) -> None:
@@ -78,6 +78,7 @@ class Attempts:
         self._status = 0
         self._begun = False  # it is being answered; how that ends is not known
         self._started = 0.0
+        self._since: float | None = None  # when it was sent, if the clock does not say
         self._work: Work | None = None
         self.fleet = fleet
         self.policy = policy
@@ -134,6 +135,7 @@ class Attempts:
     def begin(self, endpoint: Endpoint, *, alone: bool) -> None:
         """An attempt at `endpoint` begins; `end` has to follow. `alone`: the service has no other."""
         self._work = self.fleet.begin(self.policy, endpoint, alone=alone)
+        self._since = None
         self._status = 0
         self._begun = False
         self.failure = None
@@ -142,6 +144,14 @@ class Attempts:
             self._exchange.request_bytes = 0
             if self._body is not None:
                 self._body.rewind()
+
+    def go_on(self, work: Work, since: float) -> None:
+        """The first attempt has been begun by the fast road, at `since` (trio's time); `end` has to follow."""
+        self._work, self._since = work, since
+        response = self._exchange.response
+        if response is not None:
+            self._since = 0.0  # when that came is not known any more
+            self.judge(response, None)
 
     @property
     def timeout(self) -> float | None:
@@ -174,7 +184,7 @@ class Attempts:
 
     def _elapsed(self, work: Work) -> float | None:
         """Since the request was sent, in seconds; None: that is not known, or of no use."""
-        since = self._exchange.clock.since
+        since = self._exchange.clock.since if self._since is None else self._since
         return trio.current_time() - since if since and work.load is not None else None
 
     def _judge_error(self, work: Work, head: ResponseHead, trailers: Headers | None, seconds: float | None) -> bool:

@@ -45,7 +45,6 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
         rescue(rt.name, rt.tells),
         rt.loops.layer(DIRECTION),
         deadline,
-        client.resumed,
         endpoint=to_application(rt, pools, client),
     )
     course = InboundCourse(rt, pools)

@@ -48,7 +48,6 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
         rescue(rt.name, rt.tells),
         rt.loops.layer(DIRECTION),
         deadline,
-        client.resumed,
         endpoint=to_service(rt, pools, client),
     )
     course = OutboundCourse(rt, pools)
@@ -88,7 +87,7 @@ def to_service(rt: Runtime, pools: Pools[Endpoint], client: Client[Endpoint]) ->
         if endpoint.identity is None:
             hide_names(exchange)
         lender = pools.lender(upstream_protocol(exchange, target))
-        if not rt.loops.calls_itself(endpoint.address.host):
+        if exchange.underway or not rt.loops.calls_itself(endpoint.address.host):
             await client.send(exchange, endpoint, lender)
             return
         with rt.loops.self_call(endpoint.address.port) as call:
@@ -152,7 +151,8 @@ class OutboundCourse:
         exchange.upstream, exchange.service, exchange.chosen = endpoint.address, target.service, target.service
         if endpoint.identity is None:
             hide_names(exchange)
-        borrowed.on_end = rt.reach.watch(exchange, target, endpoint)
+        borrowed.attempt = underway = rt.reach.watch(exchange, target, endpoint)
+        borrowed.on_end = underway.ended
         if call is not None:
             borrowed.on_begin, borrowed.on_end = call.follow, call.then(borrowed.on_end)
         return borrowed

@@ -22,7 +22,6 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 
 import trio
 
@@ -79,25 +78,26 @@ class Reach:
     async def exchange(self, exchange: Exchange, choose: Choose, send: Send) -> None:
         """Carry `exchange` by `send` to an endpoint of what `choose` says, as often as it takes and its policy allows. Raises NoEndpoint,
         AllBroken, QueueFull, RequestError, and what `choose` and `send` raise."""
-        target = choose(exchange)
+        begun = _underway(exchange)
+        target = choose(exchange) if begun is None else begun.target
         if target.service is None:
-            await send(exchange, target, _only(target))
+            await send(exchange, target, _only(target) if begun is None else begun.endpoint)
             return
         fleet = self._balancer.fleet(target.service)
-        fleet.budget.requests += 1
+        fleet.budget.requests += begun is None
         attempts = Attempts(exchange, fleet, target.policy, self._metrics, self._client)
         while True:
-            first, exchange.first = exchange.first, None
-            endpoint = first if isinstance(first, Endpoint) and fleet.sound(first, target) else fleet.pick(target, attempts.tried)
-            if endpoint is None and attempts.tried:
-                endpoint = fleet.pick(target, attempts.unreached)
-            if endpoint is None or fleet.queue:
-                if attempts.failure is not None:
-                    raise attempts.failure
-                target, fleet, endpoint = await self._wait(lambda: choose(exchange))
-                attempts.remind()
-            attempts.fleet = fleet
-            attempts.begin(endpoint, alone=len(target.endpoints) == 1)
+            if begun is not None:
+                endpoint, begun = begun.go_on(attempts), None
+            else:
+                picked = _pick(exchange, fleet, target, attempts)
+                if picked is None or fleet.queue:
+                    if attempts.failure is not None:
+                        raise attempts.failure
+                    target, fleet, picked = await self._wait(lambda: choose(exchange))
+                    attempts.remind()
+                endpoint, attempts.fleet = picked, fleet
+                attempts.begin(endpoint, alone=len(target.endpoints) == 1)
             try:
                 if attempts.timeout is None:
                     await send(exchange, target, endpoint)
@@ -137,14 +137,13 @@ class Reach:
         fleet = self._balancer.fleet(target.service)
         return None if fleet.broken or fleet.queue else fleet.pick(target)
 
-    def watch(self, exchange: Exchange, target: Target, endpoint: Endpoint) -> Callable[[], None]:
-        """`exchange` is being sent to `endpoint`; what is returned is to be called when that has ended."""
+    def watch(self, exchange: Exchange, target: Target, endpoint: Endpoint) -> Underway:
+        """`exchange` is being sent to `endpoint`; what is returned is to be told when that has `ended`."""
         if target.service is None:
-            return _nothing
+            return Underway(exchange, target, endpoint, None)
         fleet = self._balancer.fleet(target.service)
         fleet.budget.requests += 1
-        work = fleet.begin(target.policy, endpoint, alone=len(target.endpoints) == 1)
-        return partial(_ended, exchange, work, trio.current_time() if work.load is not None else 0.0)
+        return Underway(exchange, target, endpoint, fleet.begin(target.policy, endpoint, alone=len(target.endpoints) == 1))
 
     # Connections...
 
@@ -255,21 +254,55 @@ async def _timed(attempts: Attempts, sending: Awaitable[None]) -> None:
         raise AttemptTimeout
 
 
-def _nothing() -> None:
-    pass
+class Underway:
+    """An exchange on the fast road, which is its first attempt. That road tells that it has `ended`; if it hands it over, what comes of
+    it is this room's matter again."""
+
+    __slots__ = ("_exchange", "_started", "_work", "endpoint", "target")
+
+    def __init__(self, exchange: Exchange, target: Target, endpoint: Endpoint, work: Work | None) -> None:
+        self._exchange = exchange
+        self._work = work
+        self._started = trio.current_time() if work is not None and work.load is not None else 0.0
+        self.target = target
+        self.endpoint = endpoint
+
+    def ended(self) -> None:
+        """The time of a long response says little about when it began."""
+        work, exchange = self._work, self._exchange
+        if work is None:
+            return
+        response = exchange.response
+        if response is not None:
+            seconds = trio.current_time() - self._started if self._started and exchange.response_bytes <= _SHORT else None
+            if within(response.status, work.policy.breaker.statuses):
+                how = Failure.SILENCE if unanswered(response.headers) else Failure.RESPONSE
+                work.failed(f"status {response.status}", seconds, how)
+            else:
+                work.answered(seconds, bad=response.status >= 500)
+        work.finished()
+
+    def go_on(self, attempts: Attempts) -> Endpoint:
+        """It has been handed over, from this endpoint: the rest is told to `attempts`."""
+        work, self._work = self._work, None
+        if work is not None:
+            attempts.go_on(work, self._started)
+        return self.endpoint
 
 
-def _ended(exchange: Exchange, work: Work, started: float) -> None:
-    """An exchange on the fast road is over. The time of a long response says little about when it began."""
-    response = exchange.response
-    if response is not None:
-        seconds = trio.current_time() - started if started and exchange.response_bytes <= _SHORT else None
-        if within(response.status, work.policy.breaker.statuses):
-            how = Failure.SILENCE if unanswered(response.headers) else Failure.RESPONSE
-            work.failed(f"status {response.status}", seconds, how)
-        else:
-            work.answered(seconds, bad=response.status >= 500)
-    work.finished()
+def _underway(exchange: Exchange) -> Underway | None:
+    begun = exchange.begun
+    attempt = begun.loan.attempt if begun is not None and begun.loan is not None else None
+    return attempt if isinstance(attempt, Underway) else None
+
+
+def _pick(exchange: Exchange, fleet: Fleet, target: Target, attempts: Attempts) -> Endpoint | None:
+    """The endpoint of the next attempt; None: there is none now."""
+    first, exchange.first = exchange.first, None
+    if isinstance(first, Endpoint) and fleet.sound(first, target):
+        return first
+    endpoint = fleet.pick(target, attempts.tried)
+    return fleet.pick(target, attempts.unreached) if endpoint is None and attempts.tried else endpoint
 
 
 def _only(target: Target) -> Endpoint:

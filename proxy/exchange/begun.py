@@ -2,7 +2,8 @@
 
 A server may lend its connection between two exchanges. It comes back between two exchanges too, as a rule; and within one, when that
 one turned out to be more than the fast road can do: then it comes with the exchange, as far as that has got. The exchange goes through
-the same layers as all others, which find its account open and its clock not yet set, and at their end `resumed` goes on where it stands.
+the same layers as all others, which find its account open and its clock not yet set, and at their end the client goes on where it stands:
+what has been begun is the first attempt at it, and may be followed by another like any first attempt.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ class Loan(Protocol):
 
     @property
     def upstream(self) -> Upstream: ...
+
+    @property
+    def attempt(self) -> object:
+        """The flow's own: what it knows of the attempt."""
+        ...
 
     def end(self, *, usable: bool) -> None:
         """Give the connection back; `usable`: its http says whether another exchange may have it."""

@@ -26,7 +26,7 @@ import trio
 from proxy.errors import UpstreamClosed, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
 from proxy.exchange.begun import Begun, Loan
 from proxy.exchange.carriers import Carrier, Http1Carrier, Unanswered
-from proxy.exchange.exchange import Exchange, Handler
+from proxy.exchange.exchange import Exchange
 from proxy.net.errors import ConnectionLost
 from proxy.net.streams import Stream
 from proxy.wire.bodies import Length
@@ -92,10 +92,15 @@ class Client(Generic[K]):
         self._bridge = bridge
 
     async def send(self, exchange: Exchange, endpoint: K, lender: Lender[K]) -> None:
-        """Carry `exchange` to `endpoint` and back. Raises what dialling raises, the Upstream* errors, and Declined."""
+        """Carry `exchange` to `endpoint` and back; one that the fast road has begun goes on where it stands. Raises what dialling raises,
+        the Upstream* errors, and Declined."""
+        begun, exchange.begun = exchange.begun, None
         bodiless = exchange.body.length == 0
         try:
-            await self._attempt(exchange, endpoint, lender, fresh=exchange.fresh)
+            if begun is not None and begun.loan is not None:
+                await self._go_on(begun, begun.loan)
+            else:
+                await self._attempt(exchange, endpoint, lender, fresh=False)
         except Unanswered as error:
             if error.untouched:
                 if exchange.request_bytes:
@@ -108,32 +113,16 @@ class Client(Generic[K]):
             except Unanswered as second:
                 raise (UpstreamReset(str(second), Code.REFUSED_STREAM) if second.untouched else UpstreamClosed(str(second))) from second
 
-    def resumed(self, handler: Handler) -> Handler:
-        """The layer in which exchanges of the fast road go on; what came to nothing, and may be repeated, begins anew in `handler`."""
-
-        async def handle(exchange: Exchange) -> None:
-            begun, exchange.begun = exchange.begun, None
-            if begun is None or begun.loan is None or not await self._go_on(begun, begun.loan):
-                await handler(exchange)
-
-        return handle
-
-    async def _go_on(self, begun: Begun, loan: Loan) -> bool:
-        """False: it came to nothing. Raises as `send`."""
-        exchange, usable = begun.exchange, False
-        carrier = Http1Carrier(loan.upstream)
+    async def _go_on(self, begun: Begun, loan: Loan) -> None:
+        usable, carrier = False, Http1Carrier(loan.upstream)
         try:
-            await _Attempt(self._settings, exchange, carrier, self._bridge).go_on(begun)
+            taken = await _Attempt(self._settings, begun.exchange, carrier, self._bridge).go_on(begun)
             usable = True
-        except Unanswered as error:
-            if not (error.again and not exchange.request_bytes and exchange.request.method in IDEMPOTENT):
-                raise UpstreamClosed(str(error)) from error
-            exchange.fresh = True
-            exchange.clock.rest()  # nothing is waited for until this one has been sent
         finally:
-            exchange.facts.declined_responses += carrier.declined
+            begun.exchange.facts.declined_responses += carrier.declined
             loan.end(usable=usable)
-        return usable
+        if not taken:
+            raise Declined
 
     async def _attempt(self, exchange: Exchange, endpoint: K, lender: Lender[K], *, fresh: bool) -> None:
         async with lender.carrier(endpoint, fresh=fresh) as carrier:
@@ -165,10 +154,7 @@ class _Attempt:
         length = 0 if exchange.request.method == b"CONNECT" else exchange.body.length
         self._carrier.begin(forwarded_request(exchange), length)
         if await self._send_ready():
-            if await self._receive():
-                return True
-            await self._drop()
-            return False
+            return await self._receive_or_drop()
         group, taken = None, True
         try:
             taken = await self._receive_and_pump()
@@ -182,8 +168,8 @@ class _Attempt:
             raise self._fault
         return taken
 
-    async def go_on(self, begun: Begun) -> None:
-        """The request has been sent, but for the rest of its last bytes."""
+    async def go_on(self, begun: Begun) -> bool:
+        """The same behind the fast road: the request has been sent, but for the rest of its last bytes."""
         exchange, carrier = self._exchange, self._carrier
         if begun.failure is not None:
             raise begun.failure
@@ -195,9 +181,15 @@ class _Attempt:
                 await carrier.flush()
         if exchange.response is None:
             exchange.clock.expect(self._silent, self._settings.response_timeout)
-            await self._receive()
-        else:
-            await begun.exchange.go_on(begun.to_client, _ResponseBody(self._settings, exchange, carrier))
+            return await self._receive_or_drop()
+        await begun.exchange.go_on(begun.to_client, _ResponseBody(self._settings, exchange, carrier))
+        return True
+
+    async def _receive_or_drop(self) -> bool:
+        taken = await self._receive()
+        if not taken:
+            await self._drop()
+        return taken
 
     async def _receive_and_pump(self) -> bool:
         taken = True

@@ -130,9 +130,8 @@ class Exchange(ABC):
 
     __slots__ = (
         "account", "attempts", "authority", "begun", "body", "caller", "chosen", "clock", "cycle", "facts", "failure", "failure_words",
-        "first", "fresh", "grpc_status", "guarded", "informed", "judge", "loop", "malformed", "on_attempt", "on_response", "outside",
-        "request", "request_bytes", "resent", "response", "response_bytes", "service", "times", "trace", "tried", "upstream",
-        "upstream_tls",
+        "first", "grpc_status", "guarded", "informed", "judge", "loop", "malformed", "on_attempt", "on_response", "outside", "request",
+        "request_bytes", "resent", "response", "response_bytes", "service", "times", "trace", "tried", "upstream", "upstream_tls",
     )  # fmt: skip
 
     def __init__(self, request: RequestHead, body: Body, facts: Facts, malformed: ProtocolError | None = None) -> None:
@@ -160,7 +159,6 @@ class Exchange(ABC):
         self.begun: Begun | None = None  # by the fast road, which has handed it over
         self.first: object = None  # the endpoint to try first: chance has said so on the fast road
         self.guarded = False  # the loop guard has seen it there
-        self.fresh = False  # a kept connection was tried in vain: only a new one is worth trying
         self.attempts = 0  # connections that it was sent on
         self.tried: list[Attempt] | None = None  # attempts before the last one; None: there were none
         self.resent = 0.0  # when the last attempt began, if there were others before it
@@ -177,6 +175,11 @@ class Exchange(ABC):
         self.upstream, self.upstream_tls = self.facts.upstream, self.facts.upstream_tls
         self.on_attempt()
         self.attempts += 1
+
+    @property
+    def underway(self) -> bool:
+        """It has been sent by the fast road, and goes on where it stands."""
+        return self.begun is not None and self.begun.loan is not None
 
     @abstractmethod
     async def inform(self, head: ResponseHead) -> None:

@@ -33,6 +33,7 @@ class Borrowed(Generic[K]):
     key: K
     upstream: Upstream
     on_end: Callable[[], None]
+    attempt: object = None  # the flow's own, for an exchange that is handed over
     on_begin: Callable[[Exchange], None] | None = None  # once its account is open
 
     def end(self, *, usable: bool) -> None:

@@ -177,10 +177,9 @@ class Lane:
         self._wake(begun)
         self._forget_exchange()
 
-    def _pass_over(self, exchange: Http1Exchange, body: bytes, rest: bytes) -> None:
+    def _pass_over(self, exchange: Http1Exchange, rest: bytes) -> None:
         """Before an exchange of which something has been decided already."""
         self._punt()
-        exchange.body = Whole(body)
         connection = self._server.connection
         connection.take_over(exchange.request.method, (At.DONE, 0), (At.HEAD, 0))
         connection.receive_data_if(rest)
@@ -250,12 +249,13 @@ class Lane:
         request, length = found
         body = data[end : end + length]
         now = self._road.now
-        exchange = Http1Exchange(server, request, _NOTHING, now=now)
+        # The body is read from there only if it has to be sent again.
+        exchange = Http1Exchange(server, request, Whole(body) if body else _NOTHING, now=now)
         rest = data[end + length :]
         loan = self._course.take(exchange, now)
         if loan is None and (exchange.first is not None or exchange.trace is not None):
             # What chance has decided is not asked of it again: that would change the odds.
-            self._pass_over(exchange, body, rest)
+            self._pass_over(exchange, rest)
             return
         if loan is None or not isinstance(stream := loan.upstream.stream, PROMPT):
             self.give_back(data)

@@ -183,7 +183,6 @@ async def hop(target: Address, settings: Settings | None = None) -> AsyncIterato
         rescue(lambda _: settings.name, lambda _: settings.open_to),
         *settings.layers,
         deadline,
-        client.resumed,
         endpoint=send,
     )
 
