@@ -93,7 +93,9 @@ class Lane:
         self._lent, self._result, self._fault = True, None, None
         self._client.belongs(self._on_client)
         self._client.watch(IN)
-        self._rest = self._server.connection.take_rest()
+        connection = self._server.connection
+        connection.peer_version = b"1.1"  # of all requests here, whatever the last one was
+        self._rest = connection.take_rest()
         self.next()
         try:
             if self._is_lent():  # what was read already may not have suited

@@ -17,10 +17,11 @@ IN, OUT = select.EPOLLIN, select.EPOLLOUT
 class Side:
     """A stream on the road: what it is watched for, and what it would not take yet."""
 
-    __slots__ = ("_road", "_watched", "descriptor", "receive", "send", "unsent")
+    __slots__ = ("_road", "_step", "_watched", "descriptor", "receive", "send", "unsent")
 
     def __init__(self, road: Road, stream: Prompt) -> None:
         self._road = road
+        self._step: Callable[[int], None] | None = None
         self._watched = 0
         self.descriptor = stream.socket.fileno()
         self.receive = stream.receive_nowait
@@ -29,11 +30,13 @@ class Side:
 
     def belongs(self, step: Callable[[int], None]) -> None:
         """`step` hears of what is watched from now on."""
-        self._road.steps[self.descriptor] = step
+        self._step = self._road.steps[self.descriptor] = step
 
     def watch(self, events: int) -> None:
         """Wait for these events from now on; 0: for none, not even for the end of the connection, which epoll cannot be told to ignore."""
         if events != self._watched:
+            if not self._watched and self._step is not None:
+                self._road.steps[self.descriptor] = self._step  # which is forgotten with the last event
             self._road.watch(self.descriptor, self._watched, events)
             self._watched = events
 

@@ -1,0 +1,324 @@
+"""What the client of a play does. An act begins when nothing is under way, and ends so that the next cannot overtake what it has begun."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+import h11
+import trio
+
+from proxy.fast import road
+from tests.kit.http import chunked, until
+from tests.roads.stage import SPAN, TRACE, Act, End, Stage
+
+_HOP = b"oAAAAAAAABBBBBBBB"
+# What a request may bring along: one of these sets.
+FIELDS: tuple[list[bytes], ...] = (
+    [],
+    [],
+    [b"Connection: keep-alive"],
+    [b"TE: trailers", b"isthmus-client-id: me"],
+    [b"Connection: x-mine", b"X-Mine: 1"],
+    [b"traceparent: 00-%b-%b-01" % (TRACE, SPAN), b"tracestate: a=b"],
+    [b"traceparent: 00-%b-%b-00" % (TRACE, SPAN)],
+    [b"b3: %b-%b-1" % (TRACE, SPAN)],
+    [b"traceparent: 00-%b-%b-0x" % (TRACE, SPAN)],
+    [b"isthmus-hops: %b:west/web-1" % _HOP],
+    [b"Isthmus-Hops: %b" % _HOP, b"traceparent: 00-%b-%b-00" % (TRACE, SPAN)],
+    [b"isthmus-hops: nonsense, %b" % _HOP],
+)
+SAMPLED = FIELDS[5]
+TOO_FAR = [b"isthmus-hops: " + b", ".join([_HOP] * 8)]
+
+# Kinds of answers (server.py) behind which the server keeps its connection, and those behind which it does not.
+KEPT = ("ok", "ok", "together", "bytewise", "none", "same", "kept", "error", "busy", "missing", "chunked", "interim", "spare")
+ENDED = ("says-close", "then-close", "old")
+# Those that are no whole answer.
+BROKEN = ("close", "reset", "part-head", "half", "torn", "garbage", "two-lengths")
+SIZES = (0, 2, 1024, 1024, 9_000)
+
+
+def request(target: str, fields: list[bytes], method: bytes = b"GET", body: bytes = b"") -> bytes:
+    lines = [b"%b %b HTTP/1.1" % (method, target.encode()), b"Host: a", *fields]
+    if body or method in (b"POST", b"PUT"):
+        lines.append(b"Content-Length: %d" % len(body))
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+def pieces(data: bytes, rng: random.Random) -> list[bytes]:
+    """As a rule in one."""
+    if rng.random() < 0.6:
+        return [data]
+    cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.choice([1, 1, 2, 5])))
+    return [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
+
+
+async def line(stage: Stage) -> End:
+    """The client's connection, which is kept if it can be."""
+    if stage.clients and not (last := stage.clients[-1]).closed and last.ended is None:
+        return last
+    return await stage.client()
+
+
+async def answer(stage: Stage, end: End, method: str = "GET") -> None:
+    """Wait for the next answer, or the end of the connection; behind one that says so, for both."""
+    reader = h11.Connection(h11.CLIENT)
+    reader.send(h11.Request(method=method, target="/", headers=[("Host", "a")]))
+    reader.send(h11.EndOfMessage())
+    fed, last = 0, False
+    try:
+        while not isinstance(event := reader.next_event(), h11.EndOfMessage | h11.ConnectionClosed):
+            if event is h11.NEED_DATA:
+                data = await end.behind(fed)
+                reader.receive_data(data)
+                fed += len(data)
+            elif isinstance(event, h11.Response):
+                last = (b"connection", b"close") in event.headers.raw_items() or (b"Connection", b"close") in event.headers.raw_items()
+        end.take(fed - len(reader.trailing_data[0]))
+    except h11.RemoteProtocolError:
+        end.take(fed)
+        last = True
+    if last:
+        await stage.until(lambda: end.ended is not None)
+
+
+async def left(stage: Stage, end: End, *, reset: bool) -> None:
+    """The client leaves, and the proxy knows."""
+    end.close(reset=reset)
+    acceptor = stage.apps[0].outbound if stage.apps[0].listeners.outbound else stage.apps[0].inbound
+    await until(lambda: acceptor.open <= sum(not other.closed for other in stage.clients), 20)
+
+
+async def closed(stage: Stage, before: int) -> None:
+    """The server has closed a connection."""
+    await stage.until(lambda: sum(end.closed for end in stage.servers) > before)
+
+
+def closings(stage: Stage) -> int:
+    return sum(end.closed for end in stage.servers)
+
+
+# Acts...
+
+
+async def ask(stage: Stage, rng: random.Random, kinds: tuple[str, ...] = (*KEPT, *ENDED), fields: list[bytes] | None = None) -> None:
+    """A request and its answer."""
+    kind, before = rng.choice(kinds), closings(stage)
+    method = rng.choice([b"GET", b"GET", b"GET", b"HEAD" if kind in ("ok", "kept", "none", "same") else b"GET", b"OPTIONS", b"DELETE"])
+    end = await line(stage)
+    fields = rng.choice(FIELDS) if fields is None else fields
+    await end.send(*pieces(request(f"/{kind}/{rng.choice(SIZES)}", fields, method), rng))
+    await answer(stage, end, method.decode())
+    if kind in ENDED:
+        await closed(stage, before)
+
+
+async def upload(stage: Stage, rng: random.Random) -> None:
+    method, body = rng.choice([b"POST", b"PUT", b"PATCH"]), bytes(rng.choice([1, 700, 20_000, 90_000]))
+    end = await line(stage)
+    await end.send(*pieces(request(f"/ok/{rng.choice(SIZES)}", rng.choice(FIELDS), method, body), rng))
+    await answer(stage, end)
+
+
+async def upload_in_chunks(stage: Stage, rng: random.Random) -> None:
+    end = await line(stage)
+    fields = [*rng.choice(FIELDS), b"Transfer-Encoding: chunked"]
+    await end.send(request("/ok/5", fields) + chunked(b"some", b"thing"))
+    await answer(stage, end)
+
+
+async def upload_large_answer(stage: Stage, rng: random.Random) -> None:
+    end = await line(stage)
+    await end.send(request("/ok/300000", rng.choice(FIELDS), b"POST", b"x" * 300))
+    await answer(stage, end)
+
+
+async def ask_before_upload(stage: Stage, rng: random.Random) -> None:
+    """Expect: 100-continue, to a server that says so, and to one that answers at once."""
+    end, kind = await line(stage), rng.choice(["continue", "early"])
+    await end.send(request(f"/{kind}/7", [b"Expect: 100-continue", b"Content-Length: 5"], b"PATCH"))
+    if kind == "continue":
+        await stage.until(lambda: b"100 Continue\r\n\r\n" in end.new)
+        await end.send(b"hello")
+    await answer(stage, end)
+
+
+async def answered_early(stage: Stage, rng: random.Random) -> None:
+    """The answer comes before the upload is complete."""
+    end, before = await line(stage), closings(stage)
+    kind = rng.choice(["early", "early-close"])
+    await end.send(request(f"/{kind}/30", [b"Content-Length: 10"], b"PATCH") + b"hello")
+    await stage.until(lambda: end.new.endswith(b"\r\n\r\n0123456789:;<=>?@ABCDEFGHIJKLM") or end.ended is not None)
+    await end.send(b"hello")
+    await answer(stage, end)
+    await closed(stage, before)
+
+
+async def pipeline(stage: Stage, rng: random.Random) -> None:
+    kinds = [rng.choice([kind for kind in KEPT if kind != "spare"]) for _ in range(rng.choice([2, 3, 6]))]
+    end = await line(stage)
+    asked = b"".join(request(f"/{kind}/{rng.choice(SIZES)}", rng.choice(FIELDS)) for kind in kinds)
+    await end.send(*pieces(asked, rng))
+    for _ in kinds:
+        await answer(stage, end)
+
+
+async def pipeline_with_upload(stage: Stage, rng: random.Random) -> None:
+    end = await line(stage)
+    asked = request("/ok/3", [], b"POST", b"abc") + request("/ok/4", []) + request("/ok/5", [], b"PUT", b"d" * 2000)
+    await end.send(*pieces(asked, rng))
+    for _ in range(3):
+        await answer(stage, end)
+
+
+async def broken(stage: Stage, rng: random.Random) -> None:
+    """The server gives no whole answer."""
+    kind, before = rng.choice(BROKEN), closings(stage)
+    method, body = rng.choice([(b"GET", b""), (b"GET", b""), (b"POST", b"x"), (b"PUT", b"yy")])
+    end = await line(stage)
+    await end.send(request(f"/{kind}/1000", rng.choice(FIELDS), method, body))
+    await answer(stage, end)
+    await closed(stage, before)
+
+
+async def cut_within_answer(stage: Stage, rng: random.Random) -> None:
+    """The server resets its connection when half of its answer is with the client."""
+    end, before = await line(stage), closings(stage)
+    await end.send(request("/half-reset/2000", rng.choice(FIELDS)))
+    await stage.until(lambda: len(end.new) > 1000)
+    await stage.waiting()
+    stage.go_on()
+    await stage.until(lambda: end.ended is not None)
+    await closed(stage, before)
+
+
+async def slow(stage: Stage, rng: random.Random) -> None:
+    """The server takes longer than the fast road has patience."""
+    end, kind = await line(stage), rng.choice(["wait", "half-wait", "wait-close"])
+    before = closings(stage)
+    await end.send(request(f"/{kind}/2000", rng.choice(FIELDS), *rng.choice([(b"GET", b""), (b"POST", b"abc")])))
+    await stage.waiting()
+    await trio.sleep(2 * road.PATIENCE)
+    stage.go_on()
+    if kind == "wait-close":
+        await closed(stage, before)
+        if stage.awaited == stage.gone_on:
+            await stage.until(lambda: end.ended is not None or stage.awaited > stage.gone_on or len(end.new) > 0)
+        while stage.awaited > stage.gone_on:  # it is asked again
+            stage.go_on()
+            await stage.until(lambda: end.ended is not None or stage.awaited > stage.gone_on or len(end.new) > 0)
+    await answer(stage, end)
+
+
+async def half_closed(stage: Stage, rng: random.Random) -> None:
+    """A client that ends its direction behind its request gets its answer."""
+    end = await line(stage)
+    await end.send(request(f"/{rng.choice(['ok', 'chunked', 'bytewise'])}/500", rng.choice(FIELDS)))
+    await end.finish()
+    await answer(stage, end)
+    await stage.until(lambda: end.ended is not None)
+
+
+async def leave_idle(stage: Stage, rng: random.Random) -> None:
+    await left(stage, await line(stage), reset=rng.random() < 0.5)
+
+
+async def leave_within_head(stage: Stage, rng: random.Random) -> None:
+    end = await line(stage)
+    await end.send(b"GET /ok/1 HTTP/1.1\r\nHos")
+    await trio.sleep(0.02)  # it has been read by then, or is read with the end
+    await left(stage, end, reset=rng.random() < 0.5)
+
+
+async def leave_within_upload(stage: Stage, rng: random.Random) -> None:
+    end, before = await line(stage), closings(stage)
+    await end.send(request("/ok/1", [b"Content-Length: 10"], b"PATCH") + b"hello")
+    await stage.until(lambda: any(server.new == b"hello" for server in stage.servers))
+    await left(stage, end, reset=rng.random() < 0.5)
+    await closed(stage, before)
+
+
+async def leave_before_answer(stage: Stage, rng: random.Random) -> None:
+    end = await line(stage)
+    await end.send(request("/wait/200", rng.choice(FIELDS)))
+    await stage.waiting()
+    end.close(reset=rng.random() < 0.5)
+    stage.go_on()
+    await left(stage, end, reset=True)
+
+
+async def leave_within_answer(stage: Stage, rng: random.Random) -> None:
+    end = await line(stage)
+    await end.send(request("/half-wait/2000", rng.choice(FIELDS)))
+    await stage.until(lambda: len(end.new) > 1000)
+    await stage.waiting()
+    end.close(reset=True)
+    stage.go_on()
+    await left(stage, end, reset=True)
+
+
+async def odd(stage: Stage, rng: random.Random) -> None:
+    """Correct, and not plain."""
+    end = await line(stage)
+    lines = rng.choice(
+        [
+            b"GET http://b/ok/5 HTTP/1.1\r\nHost: a\r\n\r\n",
+            b"GET /ok/5 HTTP/1.0\r\nHost: a\r\n\r\n",
+            b"GET /chunked/5 HTTP/1.0\r\nHost: a\r\n\r\n",
+            b"GET /ok/5 HTTP/1.0\r\nHost: a\r\nConnection: keep-alive\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nhost:a\r\n\r\n",
+            b"\r\nGET /ok/5 HTTP/1.1\r\nHost: a\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nX-Long: %b\r\n\r\n" % (b"x" * 20_000),
+        ]
+    )
+    await end.send(*pieces(lines, rng))
+    await answer(stage, end)
+
+
+async def wrong(stage: Stage, rng: random.Random) -> None:
+    """The proxy answers, and ends the connection."""
+    end = await line(stage)
+    lines = rng.choice(
+        [
+            b"GET /ok/5 HTTP/1.1\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nsmuggled : 1\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"GET /ok/5 HTTP/3.1\r\nHost: a\r\n\r\n",
+            b"GET /%b HTTP/1.1\r\nHost: a\r\n\r\n" % (b"y" * 9000),
+            b"what is this?\r\n\r\n",
+        ]
+    )
+    await end.send(lines)
+    await answer(stage, end)
+    await left(stage, end, reset=False)
+
+
+async def loop(stage: Stage, rng: random.Random) -> None:
+    await ask(stage, rng, fields=TOO_FAR)
+
+
+async def sampled(stage: Stage, rng: random.Random) -> None:
+    await ask(stage, rng, fields=SAMPLED)
+
+
+ODD: tuple[Act, ...] = (
+    upload, upload, upload_in_chunks, upload_large_answer, ask_before_upload, answered_early, pipeline, pipeline, pipeline_with_upload,
+    broken, broken, broken, broken, cut_within_answer, slow, slow, half_closed, leave_idle, leave_within_head, leave_within_upload,
+    leave_before_answer, leave_within_answer, odd, odd, wrong, loop, sampled,
+)  # fmt: skip
+
+good: Act = partial(ask, kinds=("ok", "together"), fields=[])
+
+
+def drawn(seed: int, number: int) -> list[Act]:
+    """A play: acts that are not plain, each behind plain ones, so that it meets connections that are kept on the fast road."""
+    rng = random.Random(seed)
+    acts: list[Act] = [sampled]
+    for _ in range(number):
+        acts += [good, good, ask] if rng.random() < 0.7 else [good] if rng.random() < 0.6 else []
+        acts.append(rng.choice(ODD))
+    return acts
