@@ -3,7 +3,6 @@
 Crashes and hangs of programs are methods of lab.process.Process: kill, pause, resume.
 """
 
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,20 +29,6 @@ def link_cut(pod: Pod) -> Iterator[None]:
         yield
     finally:
         pod.restore_link()
-
-
-@contextmanager
-def slow_link(pod: Pod, *, delay_ms: float = 0, loss_percent: float = 0) -> Iterator[None]:
-    """A link that delays and loses what the pod sends.  Raises LabError where the kernel lacks netem (module sch_netem)."""
-    tc = ["tc", "-n", pod.netns, "qdisc"]
-    netem = ["netem", "delay", f"{delay_ms}ms", "loss", f"{loss_percent}%"]
-    done = subprocess.run([*tc, "replace", "dev", "eth0", "root", *netem], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise LabError(f"the link of pod {pod.name} cannot be slowed down: {done.stderr.strip()} (the kernel module sch_netem is needed)")
-    try:
-        yield
-    finally:
-        subprocess.run([*tc, "delete", "dev", "eth0", "root"], capture_output=True, check=False)
 
 
 @contextmanager

@@ -18,7 +18,6 @@ Faults are made here, in the middle, where neither side can see them otherwise t
 
 import contextlib
 import ipaddress
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -83,19 +82,6 @@ class Leg:
                 self.area.plug_in(self)
             else:
                 network.nft(self.area.netns, f"flush chain inet legs {self.name}")
-
-    @contextlib.contextmanager
-    def distance(self, milliseconds: float) -> Iterator[None]:
-        """A longer way: what is sent to this end is delayed.  Raises LabError where the kernel lacks netem (module sch_netem)."""
-        qdisc = ["tc", "-n", self.area.netns, "qdisc"]
-        added = [*qdisc, "replace", "dev", self.name, "root", "netem", "delay", f"{milliseconds}ms"]
-        done = subprocess.run(added, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise LabError(f"the leg {self.name} cannot be made longer: {done.stderr.strip()} (the kernel module sch_netem is needed)")
-        try:
-            yield
-        finally:
-            subprocess.run([*qdisc, "delete", "dev", self.name, "root"], capture_output=True, check=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import timeit
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import trio
@@ -39,6 +40,10 @@ _HEAD = ResponseHead(200, Headers([(b"Content-Length", b"0")]))
 
 def _microseconds(call: Callable[[], object]) -> float:
     return min(timeit.repeat(call, number=ROUNDS, repeat=REPEATS)) / ROUNDS * 1e6
+
+
+def _runs(make: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    return lambda: _run(make())
 
 
 def _run(coroutine: Coroutine[Any, Any, None]) -> None:
@@ -75,9 +80,9 @@ async def _measure() -> None:
 
         for _ in range(3 * count):  # every endpoint has a history
             _run(reach.exchange(exchange, choose, send))
-        picking = _microseconds(lambda fleet=fleet, target=target: fleet.pick(target))  # type: ignore[misc]
-        baseline = _microseconds(lambda bare=bare: _run(bare()))  # type: ignore[misc]
-        whole = _microseconds(lambda r=reach, e=exchange, c=choose: _run(r.exchange(e, c, send)))  # type: ignore[misc]
+        picking = _microseconds(partial(fleet.pick, target))
+        baseline = _microseconds(_runs(bare))
+        whole = _microseconds(_runs(partial(reach.exchange, exchange, choose, send)))
         print(f"{count:12} endpoint(s) {picking:14.2f} {baseline:10.2f} {whole:11.2f} {whole - baseline:16.2f}")
 
 

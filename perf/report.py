@@ -15,7 +15,6 @@ from typing import Any
 
 from perf.plot import bars
 
-REFERENCE = "envoy"
 OURS = "isthmus"
 
 

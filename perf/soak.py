@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -29,6 +30,10 @@ def resident() -> float:
     """MiB of memory that this process has now."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize() / 2**20
+
+
+def _answered(wanted: list[tuple[Peer2, int]]) -> bool:
+    return all(number in client.ended for client, number in wanted)
 
 
 async def _one(client: Peer2, number: int, size: int, cancelled: bool) -> None:
@@ -52,7 +57,7 @@ async def _rounds(proxy: Hop2, clients: list[Peer2], requests: int, dice: random
                 done["cancelled" if cancelled else "asked"] += 1
                 if not cancelled:
                     wanted.append((client, number))
-        await until(lambda wanted=wanted: all(n in c.ended for c, n in wanted), 60)
+        await until(partial(_answered, wanted), 60)
         for client, number in wanted:
             done["reset" if client.messages[number].reset is not None else str(client.messages[number].status)] += 1
         for client in clients:

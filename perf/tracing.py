@@ -122,7 +122,7 @@ def spans() -> None:
     def once(layered: Handler, context: list[tuple[bytes, bytes]]) -> Callable[[], None]:
         def call() -> None:
             exchange = _Bare(RequestHead(b"GET", b"/path", Headers([*fields, *context])), Whole(), facts)
-            coroutine: Coroutine[None, None, None] = layered(exchange)  # type: ignore[assignment]
+            coroutine: Coroutine[None, None, None] = layered(exchange)  # type: ignore[assignment]  # handlers promise an Awaitable; ours are coroutines
             try:
                 coroutine.send(None)
             except StopIteration:

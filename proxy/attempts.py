@@ -140,7 +140,7 @@ class Attempts:
         self._begun = False
         self.failure = None
         if self.tried:
-            self._exchange.resent = self._started = trio.current_time()
+            self._started = trio.current_time()
             self._exchange.request_bytes = 0
             if self._body is not None:
                 self._body.rewind()

@@ -81,10 +81,6 @@ class RequestLine:
     span_id: bytes = b""
 
 
-def _uncounted(_: int) -> None:
-    pass
-
-
 def log_connection(line: ConnectionLine) -> None:
     """One line for a connection, at level info."""
     if _CONNECTION.isEnabledFor(logging.INFO):

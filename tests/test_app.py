@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,8 @@ from proxy.config import load
 from proxy.mesh.certificates import issue, make_root
 from proxy.mesh.spiffe import SpiffeId
 from proxy.metrics import Metrics
-from tests.kit.apps import Fleet
+from tests.kit.apps import HOST, Fleet, application
 from tests.kit.http import until
-
-HOST = "127.0.0.1"
-Application = Callable[[trio.SocketStream], Awaitable[None]]
-
-
-@asynccontextmanager
-async def application(serve: Application) -> AsyncIterator[int]:
-    """A TCP server; the port it listens on."""
-    async with trio.open_nursery() as nursery:
-        (listener,) = await trio.open_tcp_listeners(0, host=HOST)
-        await nursery.start(trio.serve_listeners, serve, [listener])
-        yield listener.socket.getsockname()[1]
-        nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager

@@ -8,7 +8,7 @@ thread can do. OTLP sends the SDK's encoding by our own client; what else the SD
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -159,6 +159,3 @@ def jaeger(spans: Spans, host: str, port: int) -> Exporter:
             "or let Jaeger take OTLP on its port 4318 (exporter: otlp)"
         ) from error
     return SdkExporter(spans, JaegerExporter(agent_host_name=host, agent_port=port, udp_split_oversized_batches=True))
-
-
-Build = Callable[[], Exporter]

@@ -131,7 +131,7 @@ class Exchange(ABC):
     __slots__ = (
         "account", "attempts", "authority", "begun", "body", "caller", "chosen", "clock", "cycle", "facts", "failure", "failure_words",
         "first", "grpc_status", "guarded", "informed", "judge", "loop", "malformed", "on_attempt", "on_response", "outside", "request",
-        "request_bytes", "resent", "response", "response_bytes", "service", "times", "trace", "tried", "upstream", "upstream_tls",
+        "request_bytes", "response", "response_bytes", "service", "times", "trace", "tried", "upstream", "upstream_tls",
     )  # fmt: skip
 
     def __init__(self, request: RequestHead, body: Body, facts: Facts, malformed: ProtocolError | None = None) -> None:
@@ -161,7 +161,6 @@ class Exchange(ABC):
         self.guarded = False  # the loop guard has seen it there
         self.attempts = 0  # connections that it was sent on
         self.tried: list[Attempt] | None = None  # attempts before the last one; None: there were none
-        self.resent = 0.0  # when the last attempt began, if there were others before it
         self.judge: Judge | None = None  # asked whether the response will do
         self.informed = False  # an interim response has been passed on
         self.times: ClientSettings | None = None  # if they are not the client's usual ones

@@ -202,8 +202,6 @@ class EndOfMessage:
     trailers: Headers = field(default_factory=Headers)
 
 
-Head = RequestHead | ResponseHead
-
 # Without trailers there is nothing to tell two ends apart, so all share one.
 END = EndOfMessage()
 

@@ -55,6 +55,15 @@ def prepare(lab: Lab, ports: Mapping[int, str], *, web: Mapping[str, Any] | None
     return Pair(cluster, mesh, first, second, mesh.service("shop", [second], ports))
 
 
+async def web_and_echo(lab: Lab) -> Pair:
+    """A running pair whose `shop` serves HTTP, and bytes that come back."""
+    pair = prepare(lab, {WEB: "detect", ECHO: "opaque"})
+    await web_server(pair.shop)
+    await echo_server(pair.shop)
+    await pair.mesh.start()
+    return pair
+
+
 async def serve(pod: Pod, app: str, *arguments: str, port: int, name: str | None = None) -> Process:
     """Start one of the laboratory's servers (lab/apps) in a pod."""
     return await pod.start(name or app, [sys.executable, "-m", f"lab.apps.{app}", *arguments], port=port, env=PROGRAMS)

@@ -15,21 +15,14 @@ import trio
 from lab.faults import broken_directory, expired_certificate
 from lab.pod import CLI, OPERATOR, ROOT, Pod
 from tests.e2e.conftest import Laboratory
-from tests.e2e.stage import ECHO, WEB, Pair, echo_server, prepare, say, web_server
+from tests.e2e.stage import ECHO, Pair, say, web_and_echo
 
 pytestmark = pytest.mark.lab
 
 
 @pytest.fixture(scope="module")
 def pair(laboratory: Laboratory) -> Pair:
-    async def build() -> Pair:
-        pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque"})
-        await web_server(pair.shop)
-        await echo_server(pair.shop)
-        await pair.mesh.start()
-        return pair
-
-    return laboratory.run(build)
+    return laboratory.run(web_and_echo, laboratory.lab)
 
 
 async def check(pair: Pair, *arguments: str) -> tuple[int, dict[str, list[dict[str, Any]]], str]:

@@ -14,7 +14,18 @@ import trio
 from lab.pod import Pod
 from lab.sidecar import Sidecar
 from tests.e2e.conftest import Laboratory
-from tests.e2e.stage import ECHO, LAST_GET, WEB, Pair, counted, curl, echo_server, eventually, logged, prepare, say, web_server
+from tests.e2e.stage import (
+    ECHO,
+    LAST_GET,
+    WEB,
+    Pair,
+    counted,
+    curl,
+    eventually,
+    logged,
+    say,
+    web_and_echo,
+)
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
@@ -26,14 +37,7 @@ BUSY = 2.0  # seconds of CPU time that refusing so many connections may cost; a 
 
 @pytest.fixture(scope="module")
 def pair(laboratory: Laboratory) -> Pair:
-    async def build() -> Pair:
-        pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque"})
-        await web_server(pair.shop)
-        await echo_server(pair.shop)
-        await pair.mesh.start()
-        return pair
-
-    return laboratory.run(build)
+    return laboratory.run(web_and_echo, laboratory.lab)
 
 
 async def refused(pod: Pod, host: str, port: int, data: bytes) -> None:

@@ -42,7 +42,7 @@ FLOOD = [*GET[:3], (b":path", b"/flood")]
 async def still(value: object, get: object) -> int:
     """Wait until what `get` says does not change any more."""
     assert callable(get)
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         while True:
             before = get()
             await trio.sleep(0.15)
@@ -92,7 +92,7 @@ async def test_a_client_that_reads_nothing_at_all_stops_the_server() -> None:
         assert sent <= 2_000_000  # a few windows and the kernel's buffers
         # Another client is served meanwhile.
         other = await proxy.connect2()
-        with trio.fail_after(2):
+        with trio.fail_after(30):
             assert (await other.ask()).body == b"ok"
         # Of the first connection to the server slow consumers hold the window, so it has no room for others.
         assert proxy.dialled == 2
@@ -126,7 +126,7 @@ async def test_a_server_that_does_not_take_an_upload_stops_its_client_and_no_oth
             assert held <= 65535 + 2 * WINDOW + 65536 + 16384
             for _ in range(20):
                 other = await client.request(GET)
-                with trio.fail_after(2):
+                with trio.fail_after(30):
                     while other not in client.ended:
                         async with client.moved:
                             await client.moved.wait()
@@ -221,7 +221,7 @@ async def test_a_cancelled_exchange_in_a_large_send_does_not_harm_the_others() -
                     uploads.start_soon(lambda number=healthy: client.send(number, body[:100_000], end=True))
                 for number in doomed:
                     await client.reset(number)
-                with trio.fail_after(5):
+                with trio.fail_after(30):
                     while healthy not in client.ended:
                         async with client.moved:
                             await client.moved.wait()

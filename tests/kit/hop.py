@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, asynccontextmanager, contextmanag
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import trio
 
@@ -41,11 +42,17 @@ class Ended:
     response_bytes: int
 
 
+class Counts(Protocol):
+    """Whoever keeps the accounts of a pool's connections."""
+
+    closed: int
+
+
 @dataclass
-class _Life:
+class Life:
     """The pool's account of one connection."""
 
-    hop: Hop
+    hop: Counts
     open: bool = True
 
     def close(self) -> None:
@@ -79,11 +86,11 @@ class Hop:
         self.clients.append(await connect(self.address, buffers))
         return self.clients[-1]
 
-    async def idle(self, seconds: float = 5) -> None:
+    async def idle(self, seconds: float = 20) -> None:
         """Wait until no exchange is under way."""
         await until(lambda: self.pool.counts()[0] == 0, seconds)
 
-    async def gone(self, seconds: float = 5) -> None:
+    async def gone(self, seconds: float = 20) -> None:
         """Wait until no downstream connection is left."""
         await until(lambda: self.acceptor.open == 0, seconds)
 
@@ -151,9 +158,9 @@ async def hop(target: Address, settings: Settings | None = None) -> AsyncIterato
         small(stream.socket, settings.buffers)
         return stream
 
-    def account(_: Stream) -> _Life:
+    def account(_: Stream) -> Life:
         proxy.dialled += 1
-        return _Life(proxy)
+        return Life(proxy)
 
     async def bridge(_: Exchange, client: Stream, server: Stream) -> None:
         await relay(client, server, idle=settings.tunnel_idle)

@@ -247,7 +247,7 @@ async def echo(peer: Peer) -> None:
             await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(request.body), request.body))
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
     """Wait for something that happens elsewhere, on sockets and in other tasks, and tells nobody."""
     with trio.fail_after(seconds):
         while not condition():  # noqa: ASYNC110

@@ -14,7 +14,7 @@ from proxy.exchange.client import Client, ClientSettings, Lender
 from proxy.exchange.exchange import Exchange, Facts, stack
 from proxy.exchange.layers import deadline, measure, rescue
 from proxy.exchange.lenders import Http1Lender, Http2Lender
-from proxy.exchange.mux import MuxSettings
+from proxy.exchange.mux import Mux, MuxSettings
 from proxy.exchange.pool import Pool, PoolSettings
 from proxy.exchange.pool2 import MuxPool
 from proxy.exchange.server import Drain, Http1Server, ServerSettings
@@ -24,7 +24,7 @@ from proxy.net.address import Address
 from proxy.net.dial import Dialer
 from proxy.net.relay import relay
 from proxy.net.streams import SocketStream, Stream
-from tests.kit.hop import Ended
+from tests.kit.hop import Ended, Life
 from tests.kit.http import Peer, connect, listen, origin, small, until
 from tests.kit.http2_peers import Peer2, Script2, speaking
 
@@ -80,14 +80,14 @@ class Hop2:
         """Streams open in all muxes."""
         return sum(server.mux.exchanges for server in self.servers) + sum(mux.exchanges for mux in self.muxes())
 
-    def muxes(self) -> list[object]:
+    def muxes(self) -> list[Mux]:
         return [mux for slot in self.pool2._slots.values() for mux in slot.muxes]
 
-    async def idle(self, seconds: float = 5) -> None:
+    async def idle(self, seconds: float = 20) -> None:
         """Wait until no exchange is under way anywhere."""
         await until(lambda: self.exchanges == 0 and self.pool1.counts()[0] == 0, seconds)
 
-    async def gone(self, seconds: float = 5) -> None:
+    async def gone(self, seconds: float = 20) -> None:
         await until(lambda: self.acceptor.open == 0, seconds)
 
     def next_target(self) -> Address:
@@ -113,17 +113,6 @@ def _book(proxy: Hop2, exchange: Exchange) -> Iterator[None]:
         proxy.outcomes.append(outcome)
 
 
-@dataclass
-class _Life:
-    hop: Hop2
-    open: bool = True
-
-    def close(self) -> None:
-        assert self.open, "an account was closed twice"
-        self.open = False
-        self.hop.closed += 1
-
-
 def _pools(proxy: Hop2, settings: Settings2) -> dict[bytes, Lender[Address]]:
     dialer = Dialer(timeout=5)
 
@@ -135,9 +124,9 @@ def _pools(proxy: Hop2, settings: Settings2) -> dict[bytes, Lender[Address]]:
         proxy.streams.append(stream)
         return stream
 
-    def account(_: Stream) -> _Life:
+    def account(_: Stream) -> Life:
         proxy.dialled += 1
-        return _Life(proxy)
+        return Life(proxy)
 
     proxy.pool1 = Pool(dial, account, settings.pool, settings.server.limits)
     proxy.pool2 = MuxPool(dial, account, settings.pool, settings.upstream)

@@ -60,7 +60,7 @@ def install(pod: Pod) -> None:
 
 
 async def accept(listener: trio.SocketListener) -> trio.SocketStream:
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         stream = await listener.accept()
     ACCEPTED.append(stream)
     return stream
@@ -255,7 +255,7 @@ async def dial_from(pod: Pod, port: int, target: tuple[str, int]) -> trio.Socket
     sock = pod.socket(version)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     await sock.bind((pod.address(version), port))
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         await sock.connect(target)
     return trio.SocketStream(sock)
 
@@ -390,7 +390,7 @@ async def test_a_neighbour_reaches_the_application_by_no_link_local_address_but_
 
     async def dial() -> None:
         sock = a.socket(6)
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             await sock.connect(target)
 
     install(a)
@@ -407,7 +407,7 @@ async def test_udp_is_never_touched(a: Pod, b: Pod) -> None:
     receiver, sender = b.socket(kind=socket.SOCK_DGRAM), a.socket(kind=socket.SOCK_DGRAM)
     await receiver.bind(("0.0.0.0", 53))
     await sender.sendto(b"question", (b.ipv4, 53))
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         assert (await receiver.recvfrom(100))[0] == b"question"
 
 
@@ -418,7 +418,7 @@ async def test_connections_that_are_open_when_the_rules_come_or_go_stay_open(a: 
     server = await accept(listener)
 
     async def still_talks(word: bytes) -> None:
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             await client.send_all(word)
             assert await server.receive_some() == word
             await server.send_all(word)
@@ -437,7 +437,7 @@ async def test_a_redirected_connection_survives_new_rules(west: Cluster, a: Pod)
     client = await a.connect(west.service_addresses("shop")[0], 80)
     server = await accept(listener)
     await a.intercept(*exemption_flags(), "--skip-outbound-ports", "80")
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         await client.send_all(b"still here")
         assert await server.receive_some() == b"still here"
 

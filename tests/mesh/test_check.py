@@ -8,154 +8,19 @@ import argparse
 import base64
 import json
 import os
-from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from email.utils import format_datetime
-from pathlib import Path
 
 import pytest
-import trio
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from proxy.commands import check
-from proxy.commands.check_peers import check_peers
 from proxy.commands.check_redirection import ask_admin, check_proxy, check_redirection, outbound_connections
 from proxy.commands.checks import Moment, Result, check_certificates, check_clock, check_configuration, check_directory, worst
-from proxy.mesh import certificates, directory, files, material
+from proxy.mesh import certificates, files, material
 from proxy.metrics import Metrics
-from proxy.net.accept import bind
-from proxy.net.address import Address
-from proxy.net.errors import NetError
-from proxy.net.streams import SocketStream
-from proxy.net.tls import tls_server
-from tests.mesh.workloads import DOMAIN, spiffe, workload
-
-LOOPBACK = Address("127.0.0.1", 0)
-
-
-@pytest.fixture(scope="module")
-def root():
-    return certificates.make_root(DOMAIN)
-
-
-@pytest.fixture
-def cart(tmp_path, root):
-    return workload(tmp_path, "cart", root)
-
-
-def mapped(uid):
-    """Whether this user namespace has the user: one that an ordinary user has made knows root only."""
-    ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
-    return any(first <= uid < first + count for first, _, count in ranges)
-
-
-def configuration(tmp_path, **sections):
-    """A configuration as the proxy reads it: JSON is YAML too."""
-    path = tmp_path / "config.yaml"
-    # Where there is no proxy's user to become, packets are marked, as in such a sandbox's pods.
-    exempt = {} if mapped(2102) else {"mark": 0x2102}
-    quiet = {
-        **exempt,
-        "trust_domain": DOMAIN,
-        "outbound": {"listen": []},
-        "inbound": {"listen": []},
-        "admin": {"listen": []},
-        # Root can become the proxy's user; everybody else is it here.
-        "intercept": {"uid": os.geteuid() or 2102},
-    }
-    path.write_text(json.dumps({**quiet, **sections}))
-    results, config = check_configuration(path, {})
-    assert config is not None, results
-    return config
-
-
-def identity_section(workload):
-    names = workload.files
-    return {"certificate": str(names.certificate), "key": str(names.key), "roots": [str(path) for path in names.roots]}
-
-
-def statuses(results):
-    return [result.status for result in results]
-
-
-def free_port():
-    with bind(LOOPBACK) as sock:
-        return sock.getsockname()[1]
-
-
-@contextmanager
-def ordinary_user():
-    """Root becomes user 1 while the block runs; everybody else is an ordinary user already."""
-    before = os.geteuid()
-    if mapped(1):
-        os.seteuid(before or 1)
-    try:
-        yield
-    finally:
-        os.seteuid(before)
-
-
-@asynccontextmanager
-async def serving(handler):
-    """A listener on loopback whose connections are given to the handler, as streams of ours; gives its address."""
-    with bind(LOOPBACK) as listener:
-        async with trio.open_nursery() as nursery:
-
-            async def accept():
-                while True:
-                    await trio.lowlevel.wait_readable(listener)
-                    nursery.start_soon(answer, SocketStream(listener.accept()[0]))
-
-            async def answer(stream):
-                async with stream:
-                    await handler(stream)
-
-            nursery.start_soon(accept)
-            yield Address.of(listener.getsockname())
-            nursery.cancel_scope.cancel()
-
-
-def meshed(workload, seen):
-    """What the inbound side of a peer's proxy does with a connection that ends before its first request."""
-
-    identity = workload.identity()
-
-    async def handler(stream):
-        try:
-            tls = await tls_server(stream, identity.server_context, verify=identity.verify_peer, timeout=5)
-            seen.append((tls.info.peer_identity, await tls.receive_some(100)))
-            await tls.aclose()
-        except NetError as error:
-            seen.append((type(error).__name__, str(error)))
-
-    return handler
-
-
-def admin(answers, *, date=None):
-    """An admin port; `answers` maps a path to (status, body), where the body may be made anew for each request."""
-
-    async def handler(stream):
-        head = await stream.receive_some(4096)
-        status, body = answers.get(head.split()[1].decode(), (404, ""))
-        body = (body() if callable(body) else body).encode()
-        fields = [f"Content-Length: {len(body)}", "Connection: close", *([f"Date: {date}"] if date else [])]
-        await stream.send_all("\r\n".join([f"HTTP/1.1 {status} Whatever", *fields, "", ""]).encode() + body)
-
-    return handler
-
-
-def snapshot(*endpoints):
-    """A directory of one service for each (address, identity)."""
-    services = [
-        {
-            "name": f"s{number}",
-            "ports": [{"port": address.port}],
-            "endpoints": [{"address": address.host, **({"identity": str(identity)} if identity else {})}],
-        }
-        for number, (address, identity) in enumerate(endpoints)
-    ]
-    return directory.parse(json.dumps({"services": services}), "directory.yaml")
-
+from tests.mesh.probed import admin, configuration, free_port, identity_section, serving, statuses
+from tests.mesh.workloads import DOMAIN, spiffe
 
 # Configuration, certificates, directory
 
@@ -344,112 +209,6 @@ async def test_no_outbound_listener_means_nothing_to_redirect(tmp_path):
     assert "outbound.listen is empty" in result.what
 
 
-# Peers
-
-
-async def test_a_meshed_peer_is_proven_without_a_byte_for_its_application(tmp_path, cart, root):
-    seen = []
-    checkout = workload(tmp_path, "checkout", root)
-    async with serving(meshed(checkout, seen)) as address:
-        config = configuration(tmp_path)
-        (result,) = await check_peers(config, cart.identity(), snapshot((address, checkout.id)), 10, 5)
-    assert result.status == "ok", result
-    assert "mutual TLS, TLSv1.3, X25519MLKEM768" in result.what
-    assert seen == [(str(cart.id), b"")]
-
-
-async def test_a_peer_of_another_name_is_a_failure_that_names_both(tmp_path, cart, root):
-    checkout = workload(tmp_path, "checkout", root)
-    async with serving(meshed(checkout, [])) as address:
-        (result,) = await check_peers(configuration(tmp_path), cart.identity(), snapshot((address, spiffe("other"))), 10, 5)
-    assert result.status == "failed"
-    assert str(spiffe("checkout")) in result.what
-    assert str(spiffe("other")) in result.what
-
-
-async def test_a_peer_that_refuses_our_certificate_is_a_failure(tmp_path, cart, root):
-    """It trusts itself and us it does not, although we trust it: only the alert after the handshake says so."""
-    other = certificates.make_root(DOMAIN)
-    stranger = workload(tmp_path, "checkout", other)
-    cart.write_roots(other, root)
-    async with serving(meshed(stranger, [])) as address:
-        (result,) = await check_peers(configuration(tmp_path), cart.identity(), snapshot((address, stranger.id)), 10, 5)
-    assert result.status == "failed", result
-    assert "refuse" in result.what
-    assert "our trust root among its roots" in result.remedy
-
-
-async def test_a_peer_that_we_do_not_trust_or_that_speaks_no_tls_is_a_failure(tmp_path, cart):
-    stranger = workload(tmp_path, "checkout", certificates.make_root(DOMAIN))
-
-    async def plain(stream):
-        await stream.send_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-
-    async with serving(meshed(stranger, [])) as first, serving(plain) as second:
-        known = snapshot((first, stranger.id), (Address("127.0.0.1", second.port), stranger.id))
-        results = await check_peers(configuration(tmp_path), cart.identity(), known, 10, 5)
-    assert statuses(results) == ["failed", "failed"]
-    assert "not signed by a trust root" in results[0].what
-    assert "does not speak" in results[1].what or "not TLS" in results[1].what
-
-
-async def test_unmeshed_peers_need_a_connection_only(tmp_path, cart):
-    async def silent(stream):
-        await stream.receive_some(1)
-
-    async with serving(silent) as address:
-        known = snapshot((address, None), (Address("127.0.0.1", free_port()), None))
-        up, down = await check_peers(configuration(tmp_path), cart.identity(), known, 10, 5)
-    assert up.status == "ok"
-    assert down.status == "failed"
-    assert "cannot connect" in down.what
-
-
-async def test_who_cannot_become_the_proxys_user_is_warned_that_peers_may_not_be_peers(tmp_path, cart):
-    async def silent(stream):
-        await stream.receive_some(1)
-
-    config, identity = configuration(tmp_path, mark=None, intercept={"uid": os.geteuid() + 2}), cart.identity()
-    async with serving(silent) as address:
-        with ordinary_user():
-            results = await check_peers(config, identity, snapshot((address, None)), 10, 5)
-    assert statuses(results) == ["ok", "warning"]
-    assert "our own proxy may have answered" in results[1].what
-
-
-async def test_a_silent_peer_is_given_up_at_the_deadline(tmp_path, cart, root):
-    async def silent(stream):
-        await trio.sleep_forever()
-
-    async with serving(silent) as address:
-        (result,) = await check_peers(configuration(tmp_path), cart.identity(), snapshot((address, spiffe("checkout"))), 10, 0.2)
-    assert result.status == "failed"
-
-
-async def test_our_own_endpoint_is_left_out_and_the_number_is_bounded(tmp_path, cart):
-    known = snapshot(*[(Address("127.0.0.1", 40000 + number), None) for number in range(5)])
-    results = await check_peers(configuration(tmp_path), cart.identity(), known, 2, 5)
-    assert statuses(results) == ["failed", "failed", "skipped"]
-    assert "3 more endpoints" in results[-1].what
-    results = await check_peers(configuration(tmp_path), cart.identity(), snapshot((Address("127.0.0.1", 80), cart.id)), 2, 5)
-    assert statuses(results) == ["skipped"]
-
-
-async def test_endpoints_that_are_not_ready_are_not_tried(tmp_path, cart):
-    service = {"name": "s", "ports": [{"port": 80}], "endpoints": [{"address": "127.0.0.1", "ready": False}]}
-    known = directory.parse(json.dumps({"services": [service]}), "directory.yaml")
-    assert statuses(await check_peers(configuration(tmp_path), cart.identity(), known, 10, 5)) == ["skipped"]
-
-
-async def test_without_an_identity_meshed_peers_are_not_tried(tmp_path):
-    async def silent(stream):
-        await stream.receive_some(1)
-
-    async with serving(silent) as address:
-        (result,) = await check_peers(configuration(tmp_path), None, snapshot((address, spiffe("checkout"))), 10, 5)
-    assert result.status == "skipped"
-
-
 # The command
 
 
@@ -511,12 +270,3 @@ def test_a_timeout_is_a_positive_number(value, capsys):
 )
 def test_the_worst_decides(found, expected):
     assert worst([Result("x", status, "") for status in found]) == expected
-
-
-async def test_gateways_of_other_clusters_are_tried_like_endpoints(tmp_path, cart):
-    port, identity = free_port(), str(spiffe("gateway"))
-    ways = [{"address": "127.0.0.1", "port": port, "identity": identity}, {"host": "a.invalid", "identity": identity}]
-    known = directory.parse(json.dumps({"services": [], "clusters": [{"name": "east", "gateways": ways}]}), "directory.yaml")
-    (result,) = await check_peers(configuration(tmp_path), cart.identity(), known, 10, 5)
-    assert result.status == "failed"
-    assert f"127.0.0.1:{port}" in result.what

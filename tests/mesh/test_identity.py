@@ -1,7 +1,6 @@
 """The living identity: loading checks everything, reloading is all or nothing, peers are judged on every connection.
 
-Handshakes run on real sockets between contexts of real identities. Broken material keeps what was there, is reported once a
-change, and a ticket never outlives the trust under which it was issued.
+Broken material keeps what was there, and is reported once a change.
 """
 
 import os
@@ -14,48 +13,18 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from OpenSSL import SSL
 
 from proxy.mesh import certificates, files, material
 from proxy.mesh.identity import (
     Identity,
     MaterialError,
     MaterialFiles,
-    NoCommonProtocol,
     PeerRefused,
-    SessionCache,
     TLSSettings,
     verify_peer,
     watch,
 )
-from tests.mesh.workloads import DOMAIN, handshake, resumed, spiffe, workload
-
-DAY = timedelta(days=1)
-
-
-class Clock:
-    """A wall clock that a test moves; it begins at the real present, since OpenSSL's handshake looks at the real one."""
-
-    def __init__(self):
-        self.now = datetime.now(UTC)
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture(scope="module")
-def root():
-    return certificates.make_root(DOMAIN)
-
-
-@pytest.fixture
-def cart(tmp_path, root):
-    return workload(tmp_path, "cart", root)
-
-
-@pytest.fixture
-def checkout(tmp_path, root):
-    return workload(tmp_path, "checkout", root)
+from tests.mesh.workloads import DAY, DOMAIN, Clock, Log, authority, handshake, refusal, spiffe, workload
 
 
 def custom(root, *, uris=(), key=None, usages=None, key_usage=None, digest=None, ca=False, dns=()):
@@ -76,17 +45,6 @@ def custom(root, *, uris=(), key=None, usages=None, key_usage=None, digest=None,
     return certificates.Issued(builder.sign(root.key, digest or hashes.SHA256()), key)
 
 
-def authority(root):
-    """An intermediate authority, signed by the root."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    now = datetime.now(UTC)
-    builder = x509.CertificateBuilder().subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "middle")]))
-    builder = builder.issuer_name(root.certificate.subject).public_key(key.public_key()).serial_number(x509.random_serial_number())
-    builder = builder.not_valid_before(now - DAY / 24).not_valid_after(now + DAY)
-    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    return certificates.Issued(builder.sign(root.key, hashes.SHA256()), key)
-
-
 def test_a_complete_set_loads(cart, root):
     identity = cart.identity()
     assert identity.id == spiffe("cart")
@@ -95,13 +53,6 @@ def test_a_complete_set_loads(cart, root):
     assert identity.roots_not_after == root.certificate.not_valid_after_utc
     assert (identity.generation, identity.failures, identity.last_error, identity.warnings) == (1, 0, None, ())
     assert timedelta(hours=23) < identity.time_left < DAY
-
-
-def refusal(workload, **kwargs):
-    with pytest.raises(MaterialError) as caught:
-        workload.identity(**kwargs)
-    assert str(caught.value).startswith(f"{caught.value.path}: ")
-    return caught.value.path.name, caught.value.reason
 
 
 @pytest.mark.parametrize(
@@ -281,133 +232,6 @@ def test_an_authority_that_is_not_self_signed_may_be_a_trust_root(cart, checkout
         assert len(client.get_peer_cert_chain()) == 1
 
 
-def test_contexts_keep_idle_connections_small_and_chains_short(cart):
-    identity = cart.identity()
-    for context in (identity.server_context, identity.client_context):
-        assert context.set_mode(0) & SSL.MODE_RELEASE_BUFFERS
-        assert context.get_verify_depth() == 3
-        assert context.get_session_cache_mode() == SSL.SESS_CACHE_OFF
-
-
-def test_a_chain_with_an_intermediate_is_sent_whole(cart, checkout, root):
-    middle = authority(root)
-    cart.write(certificates.issue(middle, cart.id), [root])
-    assert "unable to get local issuer" in refusal(cart)[1]
-    with cart.files.certificate.open("ab") as file:
-        # Some issuers add the root as well: it is not sent, each peer has it.
-        file.write(middle.certificate_pem + root.certificate_pem)
-    with handshake(checkout.identity().client_context, cart.identity().server_context) as (client, _server):
-        assert len(client.get_peer_cert_chain()) == 2
-
-
-def test_a_handshake_is_tls_1_3_with_post_quantum_exchange_and_both_names(cart, checkout):
-    ours, theirs = cart.identity(), checkout.identity()
-    with handshake(ours.client_context, theirs.server_context) as (client, server):
-        assert client.get_protocol_version_name() == "TLSv1.3"
-        assert client.get_group_name() == "X25519MLKEM768"
-        assert client.get_cipher_name() == "TLS_AES_128_GCM_SHA256"
-        assert len(client.get_peer_cert_chain()) == 1
-        assert ours.verify_peer(client.get_peer_certificate(as_cryptography=True), spiffe("checkout")) == spiffe("checkout")
-        assert theirs.verify_peer(server.get_peer_certificate(as_cryptography=True)) == spiffe("cart")
-
-
-@pytest.mark.parametrize(
-    ("offers", "chosen"),
-    [((b"h2",), b"h2"), ((b"isthmus-tcp", b"h2"), b"isthmus-tcp"), ((b"spdy/3", b"http/1.1"), b"http/1.1"), ((), b"")],
-)
-def test_the_first_offer_that_the_server_knows_is_chosen(cart, checkout, offers, chosen):
-    with handshake(cart.identity().client_context, checkout.identity().server_context, alpn=offers) as (client, server):
-        assert client.get_alpn_proto_negotiated() == server.get_alpn_proto_negotiated() == chosen
-
-
-def test_unknown_offers_end_the_handshake(cart, checkout):
-    with (
-        pytest.raises(NoCommonProtocol, match="spdy/3"),
-        handshake(cart.identity().client_context, checkout.identity().server_context, alpn=[b"spdy/3"]),
-    ):
-        pass
-
-
-def test_a_client_without_a_certificate_gets_nowhere(checkout):
-    anonymous = SSL.Context(SSL.TLS_CLIENT_METHOD)
-    with pytest.raises(SSL.Error, match="peer did not return a certificate"), handshake(anonymous, checkout.identity().server_context):
-        pass
-
-
-def test_tls_1_2_gets_nowhere(checkout):
-    old = SSL.Context(SSL.TLS_CLIENT_METHOD)
-    old.set_max_proto_version(SSL.TLS1_2_VERSION)
-    with pytest.raises(SSL.Error, match="unsupported protocol"), handshake(old, checkout.identity().server_context):
-        pass
-
-
-def test_strangers_do_not_get_in_and_are_not_called(cart, tmp_path):
-    stranger = workload(tmp_path, "checkout", certificates.make_root(DOMAIN)).identity()
-    ours = cart.identity()
-    with pytest.raises(SSL.Error, match="certificate verify failed"), handshake(stranger.client_context, ours.server_context):
-        pass
-    with pytest.raises(SSL.Error, match="certificate verify failed"), handshake(ours.client_context, stranger.server_context):
-        pass
-
-
-def test_a_session_is_resumed_and_the_peer_still_has_a_name(cart, checkout):
-    ours, theirs = cart.identity(), checkout.identity()
-    with handshake(ours.client_context, theirs.server_context) as (client, _server):
-        assert not resumed(client)
-        ours.sessions.put(theirs.id, "10.0.0.1", client.get_session())
-    with handshake(ours.client_context, theirs.server_context, session=ours.sessions.get(theirs.id, "10.0.0.1")) as (client, server):
-        assert resumed(client)
-        assert resumed(server)
-        assert ours.verify_peer(client.get_peer_certificate(as_cryptography=True)) == theirs.id
-        assert theirs.verify_peer(server.get_peer_certificate(as_cryptography=True)) == ours.id
-
-
-def test_a_ticket_dies_with_the_material_and_open_connections_go_on(cart, checkout, root):
-    ours, theirs = cart.identity(), checkout.identity()
-    with handshake(ours.client_context, theirs.server_context) as (client, server):
-        session = client.get_session()
-        checkout.write_roots(root, certificates.make_root(DOMAIN))
-        assert theirs.reload()
-        with handshake(ours.client_context, theirs.server_context, session=session) as (again, _server):
-            assert not resumed(again)
-        client.send(b"still here")
-        assert server.recv(100) == b"still here"
-
-
-def test_the_lifetime_of_sessions_is_set_and_one_hour_by_default(cart, checkout):
-    ours, theirs = cart.identity(), checkout.identity(TLSSettings(session_lifetime=1))
-    assert theirs.server_context.get_timeout() == 1
-    assert ours.server_context.get_timeout() == 3600
-
-
-def test_sessions_can_be_switched_off(cart, checkout):
-    ours, theirs = cart.identity(), checkout.identity(TLSSettings(session_lifetime=0))
-    with handshake(ours.client_context, theirs.server_context) as (client, _server):
-        session = client.get_session()
-    with handshake(ours.client_context, theirs.server_context, session=session) as (client, _server):
-        assert not resumed(client)
-
-
-def test_the_session_cache_is_bounded_and_forgets_the_longest_unused(cart, checkout):
-    cache = SessionCache(2)
-    with handshake(cart.identity().client_context, checkout.identity().server_context) as (client, _server):
-        session = client.get_session()
-    cache.put(spiffe("a"), "10.0.0.1", session)
-    cache.put(spiffe("a"), "10.0.0.2", session)
-    assert cache.get(spiffe("a"), "10.0.0.1") is session
-    cache.put(spiffe("b"), "10.0.0.1", session)
-    assert cache.get(spiffe("a"), "10.0.0.2") is None
-    assert cache.get(spiffe("a"), "10.0.0.1") is session
-    assert len(cache) == 2
-    cache.put(spiffe("c"), "10.0.0.1", None)
-    assert cache.get(spiffe("c"), "10.0.0.1") is None
-
-
-def test_a_session_cache_holds_something():
-    with pytest.raises(ValueError, match="at least one"):
-        SessionCache(0)
-
-
 def refused(identity, certificate, expected=None):
     with pytest.raises(PeerRefused) as caught:
         identity.verify_peer(certificate, expected)
@@ -537,22 +361,6 @@ def test_a_root_that_ends_soon_is_warned_about_too(tmp_path):
     (sentence,) = identity.expiry_warnings()
     assert "the trust root" in sentence
     assert "ends in 19 days" in sentence
-
-
-class Log:
-    """What a watcher reported, in order."""
-
-    def __init__(self):
-        self.said = []
-
-    def changed(self, identity):
-        self.said.append(("changed", identity.generation))
-
-    def failed(self, error):
-        self.said.append(("failed", error.path.name))
-
-    def warned(self, sentence):
-        self.said.append(("warned", sentence))
 
 
 async def test_the_watcher_follows_a_swapped_symbolic_link(tmp_path, root, autojump_clock, nursery):

@@ -19,19 +19,9 @@ from proxy import cli
 from proxy.mesh import certificates, files, material
 from proxy.mesh.describe import describe
 from proxy.mesh.identity import MaterialError, watch
-from tests.mesh.workloads import DOMAIN, spiffe, workload
+from tests.mesh.workloads import DOMAIN, Log, spiffe
 
 CERTIFICATE, KEY = "CERTIFICATE", "PRIVATE KEY"
-
-
-@pytest.fixture(scope="module")
-def root():
-    return certificates.make_root(DOMAIN)
-
-
-@pytest.fixture
-def cart(tmp_path, root):
-    return workload(tmp_path, "cart", root)
 
 
 def armoured(der, label=CERTIFICATE):
@@ -172,19 +162,6 @@ def test_any_bytes_are_material_or_a_material_error(cart, root, which, form, rou
     path.write_bytes(good)
     identity.reload()
     assert identity.last_error is None
-
-
-class Log:
-    """What a watcher reported, in order."""
-
-    def __init__(self):
-        self.said = []
-
-    def changed(self, identity):
-        self.said.append(("changed", identity.generation))
-
-    def failed(self, error):
-        self.said.append(("failed", error.path.name))
 
 
 async def test_a_running_watch_survives_a_malformed_root(cart, root, damage, autojump_clock, nursery):

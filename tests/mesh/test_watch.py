@@ -101,7 +101,7 @@ def device(path: Path) -> None:
 async def test_what_is_no_regular_file_is_an_error_and_stops_nothing(file: Path, put: Callable[[Path], None]) -> None:
     source, reports = DirectorySource(file), Reports()
     replace(file, put)
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         await source.look(reports)
         await source.look(reports)
     assert [str(error) for error in reports] == [f"{file}: is not a regular file"]

@@ -4,16 +4,22 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from OpenSSL import SSL
 
 from proxy.mesh import certificates, files
 from proxy.mesh.certificates import Issued
-from proxy.mesh.identity import Identity, MaterialFiles, SpiffeId, TLSSettings
+from proxy.mesh.identity import Identity, MaterialError, MaterialFiles, SpiffeId, TLSSettings
 
 DOMAIN = "mesh.test"
+DAY = timedelta(days=1)
 
 
 def spiffe(name: str, trust_domain: str = DOMAIN) -> SpiffeId:
@@ -93,3 +99,48 @@ def _shaken(connection: SSL.Connection) -> bool:
 def resumed(connection: SSL.Connection) -> bool:
     """Whether the handshake went by a ticket: then no chain has been verified in it."""
     return not connection.get_verified_chain(as_cryptography=True)
+
+
+class Clock:
+    """A wall clock that a test moves; it begins at the real present, since OpenSSL's handshake looks at the real one."""
+
+    def __init__(self) -> None:
+        self.now = datetime.now(UTC)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+def authority(root: Issued) -> Issued:
+    """An intermediate authority, signed by the root."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder().subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "middle")]))
+    builder = builder.issuer_name(root.certificate.subject).public_key(key.public_key()).serial_number(x509.random_serial_number())
+    builder = builder.not_valid_before(now - DAY / 24).not_valid_after(now + DAY)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    return certificates.Issued(builder.sign(root.key, hashes.SHA256()), key)
+
+
+def refusal(workload: Workload, **settings: Any) -> tuple[str, str]:
+    """The file that is to blame when a workload's identity cannot be loaded, and the reason."""
+    with pytest.raises(MaterialError) as caught:
+        workload.identity(**settings)
+    assert str(caught.value).startswith(f"{caught.value.path}: ")
+    return caught.value.path.name, caught.value.reason
+
+
+class Log:
+    """What a watcher reported, in order."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, object]] = []
+
+    def changed(self, identity: Identity) -> None:
+        self.said.append(("changed", identity.generation))
+
+    def failed(self, error: MaterialError) -> None:
+        self.said.append(("failed", error.path.name))
+
+    def warned(self, sentence: str) -> None:
+        self.said.append(("warned", sentence))

@@ -65,13 +65,15 @@ async def clogged_pair() -> tuple[SocketStream, SocketStream]:
 
 
 async def clog(*clogging: socket.socket) -> None:
-    quiet_since = trio.current_time()
-    while trio.current_time() < quiet_since + 0.06:  # acknowledgements are delayed by 40 ms
+    """Send until nothing more is taken, for longer than acknowledgements are delayed (40 ms), however seldom this task gets its turn."""
+    quiet_since, quiet_rounds = trio.current_time(), 0
+    while trio.current_time() < quiet_since + 0.06 or quiet_rounds < 10:
+        quiet_rounds += 1
         for sock in clogging:
             for size in (65536, 1024, 1):
                 try:
                     while sock.send(b"x" * size):
-                        quiet_since = trio.current_time()
+                        quiet_since, quiet_rounds = trio.current_time(), 0
                 except BlockingIOError:
                     pass
         await trio.sleep(0.005)
@@ -102,7 +104,7 @@ class Mesh:
         *,
         offer: TLSOffer | None = None,
         verify: Verify | None = None,
-        timeout: float = 5,
+        timeout: float = 20,
     ) -> tuple[TLSStream, TLSStream]:
         """(client, server) over `raw`, both with the right certificates."""
         dialled, accepted = raw or pair()

@@ -55,7 +55,7 @@ async def test_no_answer_is_a_timeout() -> None:
             sock.setblocking(False)
             sock.connect_ex(silent.getsockname())
         before = open_descriptors()
-        with trio.fail_after(5), pytest.raises(ConnectFailed, match=r"within 0\.05 s") as caught:
+        with trio.fail_after(30), pytest.raises(ConnectFailed, match=r"within 0\.05 s") as caught:
             await Dialer(timeout=0.05).dial(address_of(silent))
         assert caught.value.reason == "timeout"
 
@@ -72,7 +72,7 @@ async def test_where_no_tcp_leads_is_unreachable(address: Address) -> None:
     """The kernel says so of multicast at once, whatever this machine's routes are."""
     before = open_descriptors()
     with pytest.raises(ConnectFailed) as caught:
-        await Dialer(timeout=1).dial(address)
+        await Dialer(timeout=20).dial(address)
     assert caught.value.reason == "unreachable"
     assert str(address) in str(caught.value)
     assert open_descriptors() == before

@@ -60,14 +60,14 @@ async def test_the_standard_library_understands_us(mesh: Mesh, files: dict[str, 
     async def peer() -> None:
         result.append(await trio.to_thread.run_sync(partial(converse, far, context, server_side=theirs == "server")))
 
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(peer)
             stream = SocketStream(near)
             if ours == "client":
-                tls = await tls_client(stream, mesh.client_context, TLSOffer("a.b", (b"h2",)), verify=None, timeout=5)
+                tls = await tls_client(stream, mesh.client_context, TLSOffer("a.b", (b"h2",)), verify=None, timeout=20)
             else:
-                tls = await tls_server(stream, mesh.server_context, verify=None, timeout=5)
+                tls = await tls_server(stream, mesh.server_context, verify=None, timeout=20)
             await tls.send_all(BIG)
             await tls.send_eof()
             assert await read_all(tls) == BIG
@@ -114,8 +114,8 @@ async def test_key_updates_of_the_peer_are_answered_while_both_directions_are_bu
                     if output.count(b"y") >= 2_000_000:
                         complete.set()
 
-            with trio.fail_after(10):
-                tls = await tls_server(await accepted(listener), mesh.server_context, verify=None, timeout=5)
+            with trio.fail_after(30):
+                tls = await tls_server(await accepted(listener), mesh.server_context, verify=None, timeout=20)
                 nursery.start_soon(tls.send_all, b"y" * 2_000_000)  # blocks: nobody reads s_client's output yet
                 await trio.testing.wait_all_tasks_blocked(0.05)
                 received = bytearray()
@@ -138,13 +138,13 @@ async def test_key_updates_of_the_peer_are_answered_while_both_directions_are_bu
 
 async def test_openssl_resumes_a_session_with_us(mesh: Mesh, files: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     saved = tmp_path / "session.pem"
-    with listen() as listener, trio.fail_after(10):
+    with listen() as listener, trio.fail_after(30):
         for number, option in enumerate(("-sess_out", "-sess_in")):
             command = s_client(listener, files, "-servername", "a.b", option, str(saved))
             process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             assert process.stdin is not None
             assert process.stdout is not None
-            tls = await tls_server(await accepted(listener), mesh.server_context, verify=None, timeout=5)
+            tls = await tls_server(await accepted(listener), mesh.server_context, verify=None, timeout=20)
             await tls.send_all(b"hello from us")
             output = b""
             while b"hello from us" not in output:  # so it has read the ticket, too

@@ -21,7 +21,7 @@ async def test_all_who_wait_for_one_direction_are_woken(direction: str) -> None:
         await getattr(readiness, f"wait_{direction}")()
         woken += 1
 
-    with trio.fail_after(2):
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             for _ in range(3):
                 nursery.start_soon(wait)
@@ -56,7 +56,7 @@ async def test_if_the_first_is_cancelled_the_others_try_again() -> None:
         await readiness.wait_readable()
         order.append("second readable")
 
-    with trio.fail_after(2):
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(first)
             await wait_all_tasks_blocked()
@@ -86,7 +86,7 @@ async def test_closing_wakes_all() -> None:
             assert ours.closed  # woken by the first one: its caller looks and finds it closed
             ended += 1
 
-    with trio.fail_after(2):
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             for _ in range(2):
                 nursery.start_soon(wait)

@@ -31,10 +31,6 @@ BAD: list[Pair] = [(b":method", b"GET")]
 TRAILER: list[Pair] = [(b"x", b"1")]
 
 
-def unhuffed(*pairs: Pair) -> bytes:
-    return literal([*POST, *pairs])
-
-
 CONNECTION_ERRORS: dict[str, tuple[Code, bytes]] = {
     "HEADERS on stream 0": (Code.PROTOCOL_ERROR, headers(0)),
     "DATA on stream 0": (Code.PROTOCOL_ERROR, data(0)),
