@@ -335,15 +335,6 @@ def offered(request: RequestHead) -> bytes | None:
     return None if request.version == b"1.0" else upgrade_offer(request.headers)
 
 
-def _forwarded_lines(headers: Headers, caller: bytes | None) -> Headers:
-    """The same for fields in the lines that they came in, which hold nothing that would have to be weighed."""
-    copy = Headers.canonical(headers.block or b"", clean=headers.clean)
-    copy.strip_block()
-    if caller is not None:
-        copy.append(CALLER, caller)
-    return copy
-
-
 def forwarded_request(exchange: Exchange) -> RequestHead:
     """The head as it goes to the next hop: without what belonged to the last one (RFC 9110 §7.6), with what it offers to the next, and
     with what the flow says of it: another authority, and who sent it. Where the client went is the authority of one that names none."""
@@ -351,7 +342,10 @@ def forwarded_request(exchange: Exchange) -> RequestHead:
     if request.headers.clean and exchange.authority is None and exchange.caller is None and request.target.startswith(b"/"):
         return request  # canonical: it goes on as it is
     if request.headers.block is not None and exchange.authority is None:
-        return RequestHead(request.method, request.target, _forwarded_lines(request.headers, exchange.caller))
+        headers = request.headers.onward()  # there is nothing among its lines that would have to be weighed
+        if exchange.caller is not None:
+            headers.append(CALLER, exchange.caller)
+        return RequestHead(request.method, request.target, headers)
     headers, target = Headers(request.headers.items), request.target
     offer, trailers = offered(request), wants_trailers(headers)
     strip_hop_by_hop(headers)

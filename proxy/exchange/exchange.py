@@ -170,8 +170,13 @@ class Exchange(ABC):
 
     def carried(self, stream: Stream) -> None:
         """Note the connection to the endpoint that has this exchange now."""
-        self.facts.carried(stream)
-        self.upstream, self.upstream_tls = self.facts.upstream, self.facts.upstream_tls
+        self.carried_by(stream.peer, stream.info if isinstance(stream, TLSStream) else None)
+
+    def carried_by(self, peer: Address, tls: TLSInfo | None) -> None:
+        """The same for one of which that is known."""
+        facts = self.facts
+        facts.upstream = self.upstream = peer
+        facts.upstream_tls = self.upstream_tls = tls
         self.on_attempt()
         self.attempts += 1
 

@@ -6,7 +6,6 @@ for in the lines as they came, if nobody has split these; otherwise in one pass 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 from loopguard.l7 import HEADER, Dropped, Waypoint, from_outside, nameless, outsiders, read
@@ -28,25 +27,37 @@ def guard(waypoint: Waypoint, dropped: Callable[[Dropped], None]) -> Layer:
     return layer
 
 
-_NAMED = HEADER + b":"
-_LINE = re.compile(rb"(?i)(?:\A|\n)" + HEADER + rb": ([^\r]*)")
+_HOST, _HOPS = b"\nhost: ", b"\n" + HEADER + b": "
 
 
 def leave_token(exchange: Exchange, waypoint: Waypoint, dropped: Callable[[Dropped], None]) -> None:
     """Put our token on the request. Raises LoopDetected."""
     headers = exchange.request.headers
     block = headers.block
-    if block is None or (lines := block.lower().count(_NAMED)) > 1:
+    if block is None:
         _among_fields(exchange, waypoint, dropped)
         return
-    token = _token(exchange, waypoint, headers.host())
-    if not lines:
-        headers.append(HEADER, waypoint.named(token))
-    elif (found := _LINE.search(block)) is not None:
-        field = _extended(exchange, waypoint, token, [found[1]], dropped)
-        headers.block = b"%b%b%b" % (block[: found.start(1)], field, block[found.end(1) :])
-    else:  # it stands within a value
+    lower = block.lower()
+    came = lower.count(HEADER)
+    start = _value(lower, _HOPS) if came else 0
+    if came > 1 or (came and not start):  # there are several, or it is no name but stands within a value
         _among_fields(exchange, waypoint, dropped)
+        return
+    host = _value(lower, _HOST)
+    token = _token(exchange, waypoint, block[host : block.index(b"\r", host)])
+    if came:
+        end = block.index(b"\r", start)
+        field = _extended(exchange, waypoint, token, [block[start:end]], dropped)
+        headers.block = b"%b%b%b" % (block[:start], field, block[end:])
+    else:
+        headers.append(HEADER, waypoint.named(token))
+
+
+def _value(lower: bytes, name: bytes) -> int:
+    """Where the value of the first field of this name begins in the lines of a head, which are in lower case; 0: there is none."""
+    if lower.startswith(name[1:]):
+        return len(name) - 1
+    return lower.find(name) + len(name) if name in lower else 0
 
 
 def _token(exchange: Exchange, waypoint: Waypoint, authority: bytes) -> bytes:

@@ -23,6 +23,7 @@ from proxy.errors import ClientGone
 from proxy.exchange.begun import Begun
 from proxy.exchange.client import forwarded_request
 from proxy.exchange.exchange import Whole
+from proxy.exchange.pool import Upstream
 from proxy.exchange.server import Http1Exchange, Http1Server
 from proxy.fast.course import Borrowed, Course
 from proxy.fast.side import IN, OUT, Side
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 # Exchanges of one connection in a row that had to be given back, after which it is not lent for `REST` exchanges: whoever speaks HTTP/1.0,
 # uploads, or is answered in chunks, will do so again, and each attempt costs 10 to 20 µs.
 PUNTS, REST = 4, 64
-# Streams that can be asked without waiting. A tuple that is there: a union would be made anew for each question.
-PROMPT = (SocketStream, TLSStream)
 _NOTHING = Whole()  # the body of a request that goes on in one piece
 
 
@@ -259,7 +258,7 @@ class Lane:
             # What chance has decided is not asked of it again: that would change the odds.
             self._pass_over(exchange, rest)
             return
-        if loan is None or not isinstance(stream := loan.upstream.stream, PROMPT):
+        if loan is None:
             self.give_back(data)
             return
         account = self._course.account(exchange)
@@ -269,15 +268,23 @@ class Lane:
         self._exchange, self._account, self._loan = exchange, account, loan
         self._rest = rest
         self._remaining = 0
-        exchange.carried(stream)
-        exchange.request_bytes = length
-        side = loan.upstream.side
-        self._endpoint = endpoint = side if isinstance(side, Side) else Side(self._road, stream)
-        loan.upstream.side = endpoint
+        self._endpoint = endpoint = self._side(loan.upstream)
         endpoint.belongs(self._on_server)
+        exchange.carried_by(endpoint.peer, endpoint.tls)
+        exchange.request_bytes = length
         self.moved = now
         self._road.begins(self)
         self._ask(endpoint, encode_request(forwarded_request(exchange)) + body)
+
+    def _side(self, upstream: Upstream) -> Side:
+        side = upstream.side
+        if isinstance(side, Side):
+            return side
+        stream = upstream.stream
+        if not isinstance(stream, SocketStream | TLSStream):
+            raise TypeError(f"{type(stream).__name__} cannot be asked without waiting")
+        upstream.side = side = Side(self._road, stream)
+        return side
 
     def _ask(self, endpoint: Side, data: bytes) -> None:
         try:

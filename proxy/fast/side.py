@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from proxy.net.prompt import Prompt
+from proxy.net.tls import TLSStream
 
 if TYPE_CHECKING:
     from proxy.fast.road import Road
@@ -17,12 +18,14 @@ IN, OUT = select.EPOLLIN, select.EPOLLOUT
 class Side:
     """A stream on the road: what it is watched for, and what it would not take yet."""
 
-    __slots__ = ("_road", "_step", "_watched", "descriptor", "receive", "send", "unsent")
+    __slots__ = ("_road", "_step", "_watched", "descriptor", "peer", "receive", "send", "tls", "unsent")
 
     def __init__(self, road: Road, stream: Prompt) -> None:
         self._road = road
         self._step: Callable[[int], None] | None = None
         self._watched = 0
+        self.peer = stream.peer
+        self.tls = stream.info if isinstance(stream, TLSStream) else None
         self.descriptor = stream.socket.fileno()
         self.receive = stream.receive_nowait
         self.send = stream.send_nowait

@@ -38,11 +38,11 @@ _LENGTH = re.compile(rb"0|[1-9][0-9]{0,17}")
 _BODILESS = (b"204", b"304")
 
 
-def _decisive(head: bytes, start: int) -> tuple[int, int | None, bool] | None:
-    """(how many Hosts, the Content-Length, whether no field belongs to the hop) of a head whose canonical field lines begin at `start`;
-    None: declined."""
+def _decisive(head: bytes, start: int) -> tuple[int, int | None, list[bytes]] | None:
+    """(how many Hosts, the Content-Length, the lines of fields that belong to the hop) of a head whose canonical field lines begin at
+    `start`; None: declined."""
     hosts = 0
-    clean = True
+    ending: list[bytes] = []
     length: int | None = None
     for host, _, digits, stripped, other in _DECISIVE.findall(head, start - 1):
         if host:
@@ -50,12 +50,12 @@ def _decisive(head: bytes, start: int) -> tuple[int, int | None, bool] | None:
         elif other:
             return None
         elif stripped:
-            clean = False
+            ending.append(stripped)
         else:
             if length is not None or not _LENGTH.fullmatch(digits):
                 return None
             length = int(digits)
-    return hosts, length, clean
+    return hosts, length, ending
 
 
 def recognise_request(head: bytes, limits: Limits) -> tuple[RequestHead, int] | None:
@@ -69,7 +69,7 @@ def recognise_request(head: bytes, limits: Limits) -> tuple[RequestHead, int] | 
         return None
     if fields.count(b"\n") > limits.fields:
         return None
-    return RequestHead(method, target, Headers.canonical(fields, clean=decisive[2])), decisive[1] or 0
+    return RequestHead(method, target, Headers.canonical(fields, decisive[2])), decisive[1] or 0
 
 
 def recognise_response(head: bytes, limits: Limits) -> tuple[ResponseHead, int] | None:
@@ -83,7 +83,7 @@ def recognise_response(head: bytes, limits: Limits) -> tuple[ResponseHead, int] 
         return None
     if fields.count(b"\n") > limits.fields:
         return None
-    return ResponseHead(int(status), Headers.canonical(fields, clean=decisive[2]), reason or b""), decisive[1] or 0
+    return ResponseHead(int(status), Headers.canonical(fields, decisive[2]), reason or b""), decisive[1] or 0
 
 
 def encode_request(head: RequestHead) -> bytes:

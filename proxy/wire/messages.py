@@ -53,18 +53,19 @@ class Headers:
     frames anything. `clean`: it is known that no field in here belongs to the hop, so nobody has to look for one.
     """
 
-    __slots__ = ("_items", "block", "clean")
+    __slots__ = ("_ending", "_items", "block", "clean")
 
     def __init__(self, items: Iterable[Field] = ()) -> None:
         self.block: bytes | None = None
         self._items: list[Field] = list(items) if items else []
         self.clean = False
+        self._ending: list[bytes] = []
 
     @classmethod
-    def canonical(cls, block: bytes, *, clean: bool) -> Headers:
-        """Of lines `name: value CRLF` that the recogniser has accepted. Unless they are `clean`, some of them are of STRIPPED."""
+    def canonical(cls, block: bytes, ending: list[bytes]) -> Headers:
+        """Of lines `name: value CRLF` that the recogniser has accepted. `ending`: those of them that are of STRIPPED, to their CR."""
         headers = cls()
-        headers.block, headers.clean = block, clean
+        headers.block, headers._ending, headers.clean = block, ending, not ending
         return headers
 
     @property
@@ -88,15 +89,17 @@ class Headers:
     def strip_block(self) -> bool:
         """Remove what ends at this hop, if that can be done without splitting; whether it could."""
         if self.block is not None and not self.clean:
-            self.block, self.clean = _STRIPPED_LINES.sub(b"", self.block), True
+            lines = b"\n" + self.block
+            for line in self._ending:
+                lines = lines.replace(b"\n" + line, b"", 1)
+            self.block, self.clean = lines[1:], True
         return self.clean
 
-    def host(self) -> bytes:
-        """The value of Host in a request's `block`; only while there is one."""
-        block = self.block or b""
-        lower = block.lower()
-        start = 6 if lower.startswith(b"host: ") else lower.index(b"\nhost: ") + 7
-        return block[start : block.index(b"\r", start)]
+    def onward(self) -> Headers:
+        """A copy of the `block`, without the lines that end at this hop."""
+        copy = Headers.canonical(self.block or b"", self._ending)
+        copy.strip_block()
+        return copy
 
     def append(self, name: bytes, value: bytes) -> None:
         """Put a field at the end, one that does not belong to the hop."""
@@ -250,7 +253,6 @@ HOP_BY_HOP = _CONNECTION_FIELDS | CALLER_FIELDS | OVERRIDES
 
 # The same as expressions for lines in their canonical form: all that the recogniser accepts of it (wire/heads.py).
 STRIPPED = rb"(?:connection: keep-alive|(?:" + rb"|".join(sorted(HOP_BY_HOP - _CONNECTION_FIELDS)) + rb"): [^\r]*)\r"
-_STRIPPED_LINES = re.compile(rb"(?im)^" + STRIPPED + rb"\n")
 
 # A Connection option may name any field, but dropping one of these would change what the message means, to whom it goes, or what the
 # proxies before us have said about it.
