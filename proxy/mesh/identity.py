@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -216,12 +217,19 @@ class Identity:
         return found
 
 
+@lru_cache(maxsize=256)
+def _named(certificate: x509.Certificate) -> SpiffeId:
+    """The workload that a certificate names. A proxy has few peers, and meets the same certificates again and again: this is a tenth of
+    what Python does for a handshake. Raises SpiffeIdError."""
+    return SpiffeId.parse(material.spiffe_uri(certificate))
+
+
 def verify_peer(certificate: x509.Certificate | None, expected: SpiffeId | None, trust_domains: Collection[str], now: datetime) -> SpiffeId:
     """Read and judge the name in a certificate whose chain has been verified. Raises PeerRefused; see Identity.verify_peer."""
     if certificate is None:
         raise PeerRefused("no_certificate", "the peer has shown no certificate")
     try:
-        identity = SpiffeId.parse(material.spiffe_uri(certificate))
+        identity = _named(certificate)
     except SpiffeIdError as error:
         raise PeerRefused("no_identity", f"the peer's certificate does not name a workload of the mesh: {error}") from None
     if identity.trust_domain not in trust_domains:

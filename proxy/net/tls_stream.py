@@ -116,8 +116,8 @@ class TLSStream(trio.abc.HalfCloseableStream):
     # Reading
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        if max_bytes is None or max_bytes > _RECORD:
-            max_bytes = _RECORD  # no call gives more, and OpenSSL's binding would allocate it
+        if max_bytes is None:
+            max_bytes = streams.RECEIVE_SIZE
         elif max_bytes < 1:
             raise ValueError("max_bytes must be at least 1")
         self._check_open()
@@ -132,7 +132,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
                 # Waiting is done outside of the handlers: an exception that is being handled keeps its traceback, and with it the
                 # binding's buffer of 16 KiB, for as long as an idle connection waits.
                 try:
-                    data: bytes = self._recv(max_bytes)
+                    data: bytes = self._recv(min(_RECORD, max_bytes))
                     break
                 except SSL.WantReadError:
                     wait = self._wait_readable
@@ -145,24 +145,42 @@ class TLSStream(trio.abc.HalfCloseableStream):
                 await wait()
         finally:
             self._reading = False
+        if len(data) == _RECORD < max_bytes:
+            data = self._with_more(data, max_bytes)
         self.bytes_read += len(data)
         if self._on_session is not None:
             self._hand_on_session()
         return data
 
-    def receive_nowait(self, max_bytes: int = _RECORD) -> bytes | None:
-        """See prompt.py. One record at most; OpenSSL keeps nothing back, so what is left shows as readiness of the socket."""
+    def _with_more(self, data: bytes, max_bytes: int) -> bytes:
+        """A full record is seldom the last one: take those with it that are here already. No call of OpenSSL's gives more than one, and
+        its binding allocates as much as it is asked for."""
+        records, size = [data], _RECORD
+        try:
+            while size < max_bytes and len(data) == _RECORD:
+                data = self._recv(min(_RECORD, max_bytes - size))
+                records.append(data)
+                size += len(data)
+        except SSL.Error as error:  # to be told to whoever asks next: OpenSSL repeats a clean end, and that nothing is there
+            if not isinstance(error, SSL.WantReadError | SSL.WantWriteError | SSL.ZeroReturnError):
+                self._failed(error, "while reading")
+        return b"".join(records)
+
+    def receive_nowait(self, max_bytes: int = streams.RECEIVE_SIZE) -> bytes | None:
+        """See prompt.py. Whole records only; OpenSSL keeps nothing back, so what is left shows as readiness of the socket."""
         self._check_open()
         if self._failure is not None:
             raise again(self._failure)
         try:
-            data: bytes = self._recv(max_bytes)
+            data: bytes = self._recv(_RECORD)
         except (SSL.WantReadError, SSL.WantWriteError):
             return None
         except SSL.ZeroReturnError:
             return b""
         except SSL.Error as error:
             raise self._failed(error, "while reading") from error
+        if len(data) == _RECORD:
+            data = self._with_more(data, max_bytes)
         self.bytes_read += len(data)
         if self._on_session is not None:
             self._hand_on_session()

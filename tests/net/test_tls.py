@@ -274,6 +274,56 @@ async def test_an_altered_record_is_refused(mesh: Mesh) -> None:
     server.close()
 
 
+async def test_full_records_are_read_together_within_the_bound(mesh: Mesh) -> None:
+    client, server = await mesh.connect()
+    sent = bytes(range(256)) * 200  # three records and a rest
+    await server.send_all(sent)
+    assert await client.receive_some() == sent
+    await server.send_all(sent)
+    assert await client.receive_some(20_000) == sent[:20_000]
+    rest = bytearray()
+    while len(rest) < len(sent) - 20_000:
+        rest += await client.receive_some()
+    assert rest == sent[20_000:]
+    await server.send_all(sent)
+    assert client.receive_nowait() == sent
+    assert client.receive_nowait() is None
+    client.close()
+    server.close()
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+async def test_what_is_wrong_behind_a_full_record_is_told_to_who_asks_next(mesh: Mesh, prompt: bool) -> None:
+    client, server = await mesh.connect()
+    await server.send_all(bytes(16384))
+    server.socket.send(b"\x17\x03\x03\x00\x20" + bytes(32))
+    first = client.receive_nowait() if prompt else await client.receive_some()
+    assert first == bytes(16384)
+    for _ in range(2):
+        with pytest.raises(TLSFailed):
+            await client.receive_some()
+    client.close()
+    server.close()
+
+
+@pytest.mark.parametrize("polite", [False, True])
+async def test_an_end_behind_a_full_record_is_told_to_who_asks_next(mesh: Mesh, polite: bool) -> None:
+    client, server = await mesh.connect()
+    await server.send_all(bytes(16384))
+    if polite:
+        await server.send_eof()
+    else:
+        server.socket.shutdown(socket.SHUT_WR)
+    assert await client.receive_some() == bytes(16384)
+    if polite:
+        assert await client.receive_some() == b""
+    else:
+        with pytest.raises(ConnectionLost, match="truncated"):
+            await client.receive_some()
+    client.close()
+    server.close()
+
+
 async def test_aclose_says_goodbye_and_does_not_wait_for_the_answer(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tls_stream, "_CLOSE_TIMEOUT", 60)
     client, server = await mesh.connect()
