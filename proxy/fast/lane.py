@@ -23,14 +23,11 @@ from proxy.errors import ClientGone
 from proxy.exchange.begun import Begun
 from proxy.exchange.client import forwarded_request
 from proxy.exchange.exchange import Whole
-from proxy.exchange.pool import Upstream
 from proxy.exchange.server import Http1Exchange, Http1Server
 from proxy.fast.course import Borrowed, Course
-from proxy.fast.side import IN, OUT, Side
+from proxy.fast.side import IN, OUT, Side, side_of
 from proxy.net.errors import NetError
 from proxy.net.prompt import Prompt
-from proxy.net.streams import SocketStream
-from proxy.net.tls import TLSStream
 from proxy.wire.heads import encode_request, encode_response, recognise_request, recognise_response
 from proxy.wire.http1 import At
 from proxy.wire.messages import strip_hop_by_hop
@@ -268,23 +265,13 @@ class Lane:
         self._exchange, self._account, self._loan = exchange, account, loan
         self._rest = rest
         self._remaining = 0
-        self._endpoint = endpoint = self._side(loan.upstream)
+        self._endpoint = endpoint = side_of(loan.upstream, self._road)
         endpoint.belongs(self._on_server)
         exchange.carried_by(endpoint.peer, endpoint.tls)
         exchange.request_bytes = length
         self.moved = now
         self._road.begins(self)
         self._ask(endpoint, encode_request(forwarded_request(exchange)) + body)
-
-    def _side(self, upstream: Upstream) -> Side:
-        side = upstream.side
-        if isinstance(side, Side):
-            return side
-        stream = upstream.stream
-        if not isinstance(stream, SocketStream | TLSStream):
-            raise TypeError(f"{type(stream).__name__} cannot be asked without waiting")
-        upstream.side = side = Side(self._road, stream)
-        return side
 
     def _ask(self, endpoint: Side, data: bytes) -> None:
         try:

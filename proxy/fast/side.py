@@ -6,7 +6,9 @@ import select
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from proxy.exchange.pool import Upstream
 from proxy.net.prompt import Prompt
+from proxy.net.streams import SocketStream
 from proxy.net.tls import TLSStream
 
 if TYPE_CHECKING:
@@ -53,3 +55,15 @@ class Side:
 
     def _stray(self, _: int) -> None:
         self.watch(0)
+
+
+def side_of(upstream: Upstream, road: Road) -> Side:
+    """The side of a kept connection; it is made once, and stays with it."""
+    side = upstream.side
+    if isinstance(side, Side):
+        return side
+    stream = upstream.stream
+    if not isinstance(stream, SocketStream | TLSStream):
+        raise TypeError(f"{type(stream).__name__} cannot be asked without waiting")
+    upstream.side = side = Side(road, stream)
+    return side

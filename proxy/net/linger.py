@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import socket
+
 import trio
 
 from proxy.net.streams import Stream
+
+# Reads of unread bytes that are thrown away before closing, so that the kernel ends the connection with FIN: closing with unread bytes (a
+# session ticket is enough) makes it RST, and RST destroys what the peer has not read yet.
+_DISCARD_READS = 4
+
+
+def discard_unread(sock: socket.socket) -> None:
+    """Throw away what has arrived, within reason: see _DISCARD_READS."""
+    try:
+        for _ in range(_DISCARD_READS):
+            if not sock.recv(65536):
+                return
+    except OSError:  # nothing there (EAGAIN), or the connection is gone
+        return
 
 
 async def linger(stream: Stream, *, seconds: float, max_bytes: int = 1 << 20) -> None:

@@ -20,9 +20,10 @@ from OpenSSL import SSL
 from trio.lowlevel import checkpoint_if_cancelled
 
 from proxy.net.errors import TLSFailed
+from proxy.net.linger import discard_unread
 from proxy.net.streams import SocketStream
 from proxy.net.tls_errors import explain, note_refusal
-from proxy.net.tls_stream import TLSInfo, TLSStream, discard_unread
+from proxy.net.tls_stream import TLSInfo, TLSStream
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate

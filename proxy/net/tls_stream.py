@@ -43,6 +43,7 @@ from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from proxy.net import streams
 from proxy.net.errors import ConnectionLost, NetError, again, lost
+from proxy.net.linger import discard_unread
 from proxy.net.readiness import Readiness
 from proxy.net.streams import SocketStream
 from proxy.net.tls_errors import explain
@@ -53,10 +54,6 @@ _RECORD = 16384
 # How long aclose() waits, in seconds, until the kernel takes the 24 bytes of close_notify. The peer is stuck if it does not, and
 # it is not our business to wait for it.
 _CLOSE_TIMEOUT = 1.0
-
-# Sends and unread bytes that aclose() throws away, so that the kernel ends the connection with FIN: closing with unread bytes (a session
-# ticket is enough) makes it RST, and RST destroys what the peer has not read yet.
-_DISCARD_READS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +67,6 @@ class TLSInfo:
     resumed: bool
     peer_identity: str | None
     sni: str
-
-
-def discard_unread(sock: socket.socket) -> None:
-    """Throw away what has arrived, within reason: see _DISCARD_READS."""
-    try:
-        for _ in range(_DISCARD_READS):
-            if not sock.recv(65536):
-                return
-    except OSError:  # nothing there (EAGAIN), or the connection is gone
-        return
 
 
 class TLSStream(trio.abc.HalfCloseableStream):
