@@ -33,6 +33,7 @@ def octets(low: int, high: int, text: str) -> msgspec.Meta:
 
 
 def number(low: int, high: int, text: str, unit: str = "number") -> msgspec.Meta:
+    """A whole number; `unit` is what it counts, for the documentation."""
     return msgspec.Meta(ge=low, le=high, description=text, extra={"unit": unit})
 
 
@@ -78,6 +79,7 @@ def shape(annotation: Any) -> Shape:
 
 
 def is_struct(kind: Any) -> bool:
+    """Whether a type is a section, or a part of one."""
     return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 
 

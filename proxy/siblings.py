@@ -89,6 +89,7 @@ def share(config: Config) -> Config:
 
 
 def start_message(start: Start) -> bytes:
+    """The first message to a worker."""
     return pickle.dumps(start)
 
 
@@ -99,6 +100,7 @@ def read_start(data: bytes) -> Start:
 
 
 async def send(pipe: Pipe, data: bytes) -> None:
+    """One message, with its length before it. Raises what the pipe raises."""
     await pipe.send_all(_LENGTH.pack(len(data)) + data)
 
 

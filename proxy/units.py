@@ -176,6 +176,7 @@ def _grpc_code(value: Plain) -> GrpcCode:
 
 
 def parse_port(value: Plain) -> int:
+    """A port; as a key of a document it may be text. Raises ValueError that says what is expected."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 6:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65535:

@@ -73,6 +73,7 @@ def _positive(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
+    """0 when nothing failed, 1 when something did."""
     results = trio.run(examine, args)
     write_everything()
     print(_as_json(results) if args.json else _as_text(results))

@@ -41,6 +41,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run_check(args: argparse.Namespace) -> int:
+    """0 when all files are good, 1 when one is not."""
     wrong = False
     for path in args.files:
         try:
@@ -53,6 +54,7 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 def run_schema(_: argparse.Namespace) -> int:
+    """Always 0."""
     print(json.dumps(directory_schema(), indent=2))
     return 0
 

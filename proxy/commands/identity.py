@@ -67,6 +67,7 @@ examples:
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the subcommand `identity`."""
     parser = subparsers.add_parser(
         "identity",
         help="make trust roots and certificates, show a certificate in words",

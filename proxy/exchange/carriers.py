@@ -87,6 +87,8 @@ class Carrier(ABC):
 
 
 class Http1Carrier(Carrier):
+    """An HTTP/1 connection, for one exchange; whoever lent it takes it back."""
+
     def __init__(self, upstream: Upstream) -> None:
         self.stream = upstream.stream
         self._http = upstream.http

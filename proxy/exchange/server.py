@@ -141,6 +141,8 @@ class _RequestBody:
 
 
 class Http1Exchange(Exchange):
+    """One request on an HTTP/1 connection, and its response there."""
+
     __slots__ = ("_continued", "_server", "_started")
 
     def __init__(

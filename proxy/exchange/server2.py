@@ -67,6 +67,8 @@ def body_length(headers: Headers, *, ended: bool) -> Length:
 
 
 class Http2Exchange(Exchange):
+    """One stream of an HTTP/2 connection."""
+
     __slots__ = ("_settings", "_stream")
 
     def __init__(self, stream: MuxStream, facts: Facts, settings: ServerSettings) -> None:

@@ -31,6 +31,8 @@ from proxy.mesh.policy import Breaker as Rules
 
 
 class State(enum.StrEnum):
+    """Of a breaker: used; left alone; a request is out that decides."""
+
     CLOSED = "closed"
     OPEN = "open"
     PROBATION = "probation"

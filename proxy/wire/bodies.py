@@ -188,6 +188,8 @@ class WriteError(Exception):
 
 @dataclass(slots=True)
 class FixedWriter:
+    """A body whose length the head has told. Raises WriteError for another length."""
+
     remaining: int
 
     def data(self, data: bytes) -> bytes:
@@ -215,6 +217,8 @@ class CloseWriter:
 
 
 class ChunkedWriter:
+    """A chunked body (RFC 9112 §7.1): a chunk for each piece."""
+
     __slots__ = ()
 
     def data(self, data: bytes) -> bytes:
@@ -230,6 +234,7 @@ BodyWriter = FixedWriter | CloseWriter | ChunkedWriter
 
 
 def writer(length: Length) -> BodyWriter:
+    """The writer of a body that is delimited so."""
     if length is Framing.CHUNKED:
         return ChunkedWriter()
     if length is Framing.CLOSE:

@@ -22,6 +22,8 @@ class Http2Limits:
 
 @dataclass(slots=True)
 class HeadReceived:
+    """A request, or a response, also an informational one."""
+
     stream: int
     head: RequestHead | ResponseHead
     ended: bool  # no body follows
@@ -72,6 +74,8 @@ class WindowOpened:
 
 @dataclass(slots=True)
 class PingAnswered:
+    """The peer has answered a PING of ours."""
+
     payload: bytes
 
 

@@ -146,6 +146,7 @@ def _origin_form(target: bytes) -> bytes:
 
 
 def response_pairs(head: ResponseHead) -> list[Pair]:
+    """The header list of a response."""
     return [(b":status", b"%d" % head.status), *field_pairs(head.headers)]
 
 

@@ -37,6 +37,8 @@ PRIORITY = 0x20
 
 
 class Setting(IntEnum):
+    """Parameters of SETTINGS (§6.5.2)."""
+
     HEADER_TABLE_SIZE = 1
     ENABLE_PUSH = 2
     MAX_CONCURRENT_STREAMS = 3
@@ -66,6 +68,7 @@ class Code(IntEnum):
 
 
 def code_name(code: int) -> str:
+    """An error code in words, known or not."""
     return Code(code).name if code in Code.__members__.values() else f"code {code}"
 
 
@@ -93,10 +96,12 @@ _GOAWAY = struct.Struct(">LL")
 
 
 def header(size: int, kind: int, flags: int, stream: int) -> bytes:
+    """The nine bytes before a payload of `size` bytes (§4.1)."""
     return _HEADER.pack(size >> 16, size & 0xFFFF, kind, flags, stream)
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """A whole frame."""
     return _HEADER.pack(len(payload) >> 16, len(payload) & 0xFFFF, kind, flags, stream) + payload
 
 
@@ -129,6 +134,7 @@ def headers(stream: int, block: bytes, size: int, *, end: bool) -> list[bytes]:
 
 
 def read_settings(payload: bytes) -> list[tuple[int, int]]:
+    """(parameter, value) in the order in which they count. Raises ConnectionFault."""
     if len(payload) % 6:
         raise ConnectionFault(Code.FRAME_SIZE_ERROR, "a SETTINGS frame whose size is no multiple of 6")
     return list(_SETTING.iter_unpack(payload))
@@ -143,6 +149,7 @@ def read_long(payload: bytes, what: str) -> int:
 
 
 def read_goaway(payload: bytes) -> tuple[int, int]:
+    """(the last stream that was looked at, error code). Raises ConnectionFault."""
     if len(payload) < 8:
         raise ConnectionFault(Code.FRAME_SIZE_ERROR, "a GOAWAY frame that is too short")
     last, code = _GOAWAY.unpack_from(payload)

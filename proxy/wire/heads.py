@@ -92,4 +92,5 @@ def encode_request(head: RequestHead) -> bytes:
 
 
 def encode_response(head: ResponseHead) -> bytes:
+    """The bytes of a response's head, the empty line included."""
     return b"HTTP/1.1 %d %b\r\n%b\r\n" % (head.status, head.reason, head.headers.encode())

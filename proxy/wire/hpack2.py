@@ -173,6 +173,8 @@ class Decoder:
 
 
 class Encoder:
+    """The header blocks of one direction of a connection, in the order in which they are sent."""
+
     __slots__ = ("_held", "_hpack", "_known", "_sizes")
 
     def __init__(self) -> None:

@@ -55,6 +55,8 @@ class At(Enum):
 
 
 class Http1Connection:
+    """One connection, from its first byte; `next_cycle` begins the next exchange on it."""
+
     __slots__ = (
         "_buffer", "_empty_lines", "_eof", "_limits", "_reader", "_role", "_searched", "_start", "_writer",
         "declined", "keep_alive", "method", "peer_version", "reading", "writing",

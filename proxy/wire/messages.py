@@ -189,6 +189,8 @@ class RequestHead:
 
 @dataclass(slots=True)
 class ResponseHead:
+    """The head of a response. `version`: of the connection that it came on."""
+
     status: int
     headers: Headers = field(default_factory=Headers)
     reason: bytes = b""
@@ -202,6 +204,8 @@ class ResponseHead:
 
 @dataclass(frozen=True, slots=True)
 class EndOfMessage:
+    """A body has ended, with these trailers."""
+
     trailers: Headers = field(default_factory=Headers)
 
 

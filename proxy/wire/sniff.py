@@ -45,6 +45,8 @@ class Protocol(Enum):
 
 
 class Undecided(Enum):
+    """More bytes are needed to tell."""
+
     UNDECIDED = "undecided"
 
 
@@ -60,6 +62,8 @@ class ClientHello:
 
 
 class NotTLS(Enum):
+    """What came is no ClientHello."""
+
     NOT_TLS = "not TLS"
 
 
