@@ -26,10 +26,13 @@ lint: $(VENV)/.dev
 	git ls-files -coz --exclude-standard "*.py" | xargs -0 -n 50 -P 2 $(BIN)/flake8-async --enable ASYNC1,ASYNC2 --disable ASYNC109,ASYNC124
 	$(BIN)/mypy
 
-# The whole suite runs in network namespaces of its own, so that no test can touch, or be touched by, the machine it runs on.
+# The whole suite runs in network namespaces of its own, so that no test can touch, or be touched by, the machine it runs on. Then what carries
+# the most HTTP/1.1 runs again without the fast road (docs/decisions/21-fast-road.md).
+ORDINARY := $(addprefix tests/e2e/test_,servers.py clients.py failures.py shutdown.py)
 pytest: $(VENV)/.dev
 	@./scripts/system-packages "$(NEEDED)" "$(PEERS)"
 	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 2 --dist loadfile -q
+	PATH="$$PATH:/usr/sbin:/sbin" ISTHMUS_FAST_PATH=false $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 2 --dist loadfile -q $(ORDINARY)
 
 # The extra `jaeger` needs an older SDK than everything else, so it has an environment of its own.
 jaeger: $(JAEGER)/.ready

@@ -313,6 +313,8 @@ class App:
         self.metrics.pool("active").set(sum(active for active, _ in used))
         self.metrics.pool("idle").set(sum(idle for _, idle in used))
         self.metrics.reach.broken((service, str(address), state) for service, address, state in self.runtime.balancer.broken())
+        if self.runtime.road is not None:
+            self.metrics.on_fast_road(*self.runtime.road.counts())
         if self.names is not None:
             self.names.observe()
         self.metrics.spans_waiting(self.spans.waiting())

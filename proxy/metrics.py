@@ -181,6 +181,7 @@ class Metrics:
         self._dropped_hops = self._counter("hop_tokens_dropped_total", "Requests whose loop tokens were not all believed.", "reason")
         self._errors = self._counter("errors_total", "Connections and requests that failed in the proxy.", "direction", "reason")
         self._declined = self._counter("heads_declined_total", "HTTP/1 heads that the fast recogniser left to h11.", "direction", "role")
+        self._fast = self._counter("fast_road_exchanges_total", "HTTP/1.1 exchanges that the fast road began.", "end")
         self._probes = self._counter("gateway_probes_total", "Other clusters' gateways asked whether they are alive.", "cluster", "result")
         self._sent_away = self._counter("sent_away_total", "Requests and connections to other clusters' gateways.", "cluster", "why")
         self._directory = self._counter("directory_reloads_total", "Changed directory files by what became of them.", "result")
@@ -262,6 +263,11 @@ class Metrics:
 
     def heads_declined(self, direction: Direction, role: Literal["request", "response"], count: int) -> None:
         self._declined.at(direction, role).inc(count)
+
+    def on_fast_road(self, finished: int, handed_over: int) -> None:
+        """So many more exchanges have ended on the fast road, or gone over to the ordinary one."""
+        self._fast.at("finished").inc(finished)
+        self._fast.at("handed_over").inc(handed_over)
 
     def directory_reloaded(self, result: Literal["ok", "error"]) -> None:
         self._directory.at(result).inc()

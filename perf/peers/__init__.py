@@ -14,4 +14,4 @@ from perf.peers.order import Kind, Order, Peer
 
 __all__ = ["PEERS", "Kind", "Order", "Peer"]
 
-PEERS = (isthmus.PEER, isthmus.FAST, envoy.PEER, haproxy.PEER, nginx.PEER, nghttpx.PEER)
+PEERS = (isthmus.PEER, isthmus.ORDINARY, envoy.PEER, haproxy.PEER, nginx.PEER, nghttpx.PEER)

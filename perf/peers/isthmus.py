@@ -1,4 +1,4 @@
-"""Ours: as it is by default, and with the other road for plain HTTP/1.1 exchanges (docs/decisions/21-fast-road.md)."""
+"""Ours: as it is by default, and without the fast road for plain HTTP/1.1 exchanges (docs/decisions/21-fast-road.md)."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def start(order: Order, fast: bool) -> AbstractContextManager[Pair]:
     return isthmus_pair(order.folder, order.server, {"protocol": protocol, "resume": order.resume, "settings": {"fast_path": fast}})
 
 
-PEER = Peer("isthmus", frozenset({"http1", "http2", "tcp"}), lambda _: None, partial(start, fast=False))
-FAST = Peer("fast road", frozenset({"http1"}), lambda _: None, partial(start, fast=True))
+PEER = Peer("isthmus", frozenset({"http1", "http2", "tcp"}), lambda _: None, partial(start, fast=True))
+ORDINARY = Peer("ordinary road", frozenset({"http1"}), lambda _: None, partial(start, fast=False))

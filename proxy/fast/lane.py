@@ -159,6 +159,7 @@ class Lane:
         exchange, account, loan, endpoint = self._exchange, self._account, self._loan, self._endpoint
         if exchange is None or account is None or loan is None or endpoint is None:
             raise RuntimeError("there is no exchange to hand over")
+        self._road.hands_over()
         self._punt()
         method, answered = exchange.request.method, exchange.response is not None
         to_server, to_client = endpoint.unsent, self._client.unsent

@@ -39,6 +39,7 @@ class Road:
         self._busy: set[Lane] = set()  # in an exchange
         self._doze: trio.Event | None = None  # what the watch waits for while nothing is under way
         self._running = False
+        self._finished = self._handed_over = 0  # exchanges, since they were last asked for
         self.now = 0.0  # trio's time at the beginning of this turn
 
     async def run(self) -> None:
@@ -69,6 +70,11 @@ class Road:
             self._doze.set()
         return await lane.carry()
 
+    def counts(self) -> tuple[int, int]:
+        """Exchanges that have been finished here since this was last asked, and such that have been handed over."""
+        counts, self._finished, self._handed_over = (self._finished, self._handed_over), 0, 0
+        return counts
+
     def _recall(self) -> None:
         """The proxy is going down: give back the connections that are between two exchanges. The others see it behind theirs."""
         for lane in list(self._lanes):
@@ -98,7 +104,13 @@ class Road:
             self._doze.set()
 
     def rests(self, lane: Lane) -> None:
+        """Its exchange has ended here."""
         self._busy.discard(lane)
+        self._finished += 1
+
+    def hands_over(self) -> None:
+        """An exchange goes on elsewhere."""
+        self._handed_over += 1
 
     def again(self, lane: Lane) -> None:
         self._again.append(lane)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from lab.sidecar import Sidecar
 WEB, SOCKET, ECHO, MAIL = 8080, 9000, 7000, 2525
 PROGRAMS = {"PYTHONPATH": str(ROOT)}
 LAST_GET = b"GET / HTTP/1.1\r\nHost: shop\r\nConnection: close\r\n\r\n"
+# Sidecars are told by the environment, like everything that runs in the laboratory.
+FAST_ROAD = os.environ.get("ISTHMUS_FAST_PATH", "true") == "true"
 _numbers = count(1)
 
 
@@ -88,6 +91,22 @@ async def python(pod: Pod, code: str, *arguments: str, timeout: float = 60) -> s
     return done.text
 
 
+ASK = """
+import http.client, sys
+connection = http.client.HTTPConnection(sys.argv[1], int(sys.argv[2]), timeout=60)
+for _ in range(int(sys.argv[3])):
+    connection.request("GET", "/")
+    answer = connection.getresponse()
+    assert answer.status == 200, answer.status
+    answer.read()
+"""
+
+
+async def ask_again_and_again(pair: Pair, times: int) -> None:
+    """Plain requests, on one connection."""
+    await python(pair.web, ASK, pair.service.ipv4, str(WEB), str(times))
+
+
 # curl...
 
 
@@ -127,6 +146,11 @@ async def counted(sidecar: Sidecar, name: str, **labels: str) -> float:
     assert status == 200, text
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return sum(sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items())
+
+
+async def on_fast_road(sidecar: Sidecar) -> float:
+    """Exchanges that have been finished on the fast road."""
+    return await counted(sidecar, "isthmus_fast_road_exchanges_total", end="finished")
 
 
 async def logged(sidecar: Sidecar, text: str, **facts: object) -> dict[str, Any]:

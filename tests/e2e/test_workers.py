@@ -16,7 +16,21 @@ import trio
 from lab.load import Load
 from lab.sidecar import Sidecar
 from tests.e2e.conftest import Laboratory
-from tests.e2e.stage import ECHO, LAST_GET, WEB, Pair, counted, echo_server, eventually, prepare, say, web_server
+from tests.e2e.stage import (
+    ECHO,
+    FAST_ROAD,
+    LAST_GET,
+    WEB,
+    Pair,
+    ask_again_and_again,
+    counted,
+    echo_server,
+    eventually,
+    on_fast_road,
+    prepare,
+    say,
+    web_server,
+)
 from tests.test_workers import children
 
 pytestmark = pytest.mark.lab
@@ -73,6 +87,13 @@ async def test_what_both_sidecars_count_agrees_and_is_all_of_it(pair: Pair) -> N
     for _ in range(30):
         assert (await say(pair.web, pair.service.ipv4, WEB, LAST_GET)).startswith(b"HTTP/1.1 200")
     assert await requests() == (before[0] + 30, before[1] + 30)
+
+
+async def test_plain_exchanges_take_the_fast_road_in_workers_too(pair: Pair) -> None:
+    before = [await on_fast_road(sidecar) for sidecar in pair.both]
+    await ask_again_and_again(pair, 50)
+    for sidecar, count in zip(pair.both, before, strict=True):
+        assert (await on_fast_road(sidecar) >= count + 40) is FAST_ROAD
 
 
 @pytest.mark.parametrize("side", ["near", "far"])

@@ -103,6 +103,7 @@ class Left:
     connections: list[str] = field(default_factory=list)
     spans: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)  # what the log says that must not be
+    finished: float = 0  # exchanges on the fast road
 
 
 class Stage:
@@ -274,6 +275,7 @@ class Theatre:
             left.servers = [(_masked(end.heard), end.ended is None) for end in stage.servers]
             for number, app in enumerate(stage.apps):
                 left.metrics |= _counted(number, app.render())
+                left.finished += app.metrics.registry.get_sample_value("isthmus_fast_road_exchanges_total", {"end": "finished"}) or 0
         self._read_log(left)
         left.spans = sorted(_shown(record) for record in spans if isinstance(record, HttpRecord))
         return left
@@ -295,7 +297,7 @@ class Theatre:
 
 _PORT = re.compile(r":\d{4,5}\b")
 _DRAWN = re.compile(rb"(?i)(?<=\ndate: )[^\r]*|-[0-9a-f]{16}(?=-[01]|\r)|(?<=\d\.\d):\d{4,5}\b")
-_NOT_COMPARED = re.compile(r"isthmus_\w+_seconds(_bucket|_sum)?[{ ]|python_|process_|isthmus_build_info|\w+_created")
+_NOT_COMPARED = re.compile(r"isthmus_\w+_seconds(_bucket|_sum)?[{ ]|python_|process_|isthmus_build_info|isthmus_fast_road|\w+_created")
 
 
 def _masked(heard: bytes | bytearray) -> bytes:

@@ -18,19 +18,6 @@ from tests.roads.stage import Left, Shape, Theatre
 
 
 @pytest.fixture
-def finished(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Exchanges that ended on the fast road."""
-    count, finish = [0], lane.Lane._finish
-
-    def counted(self: lane.Lane) -> None:
-        count[0] += 1
-        finish(self)
-
-    monkeypatch.setattr(lane.Lane, "_finish", counted)
-    return count
-
-
-@pytest.fixture
 def theatre(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Theatre]:
     monkeypatch.setattr("proxy.loops.token_bytes", bytes)  # the same tokens each time
     monkeypatch.setattr(lane, "REST", 0)  # the road is tried again and again, although much of what is done is not plain
@@ -58,14 +45,12 @@ def same(ordinary: Left, other: Left) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("shape", ["inbound", "outbound", "pair"])
-async def test_nobody_can_tell_which_road_an_exchange_took(
-    shape: Shape, seed: int, theatre: Callable[..., Theatre], finished: list[int]
-) -> None:
+async def test_nobody_can_tell_which_road_an_exchange_took(shape: Shape, seed: int, theatre: Callable[..., Theatre]) -> None:
     acts, stage = drawn(seed, 16), theatre()
     ordinary = await stage.play(acts, shape, "ordinary", seed)
-    assert not finished[0]
+    assert not ordinary.finished
     assert ordinary.spans
     fast = await stage.play(acts, shape, "fast", seed)
-    assert finished[0] >= 10, "nothing was put to the test"
+    assert fast.finished >= 10, "nothing was put to the test"
     same(ordinary, fast)
     same(ordinary, await stage.play(acts, shape, "disturbed", seed))
