@@ -289,7 +289,7 @@ async def wrong(stage: Stage, rng: random.Random) -> None:
             b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
             b"GET /ok/5 HTTP/3.1\r\nHost: a\r\n\r\n",
             b"GET /%b HTTP/1.1\r\nHost: a\r\n\r\n" % (b"y" * 9000),
-            b"what is this?\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\n folded: 1\r\n\r\n",
         ]
     )
     await end.send(lines)
@@ -303,6 +303,78 @@ async def loop(stage: Stage, rng: random.Random) -> None:
 
 async def sampled(stage: Stage, rng: random.Random) -> None:
     await ask(stage, rng, fields=SAMPLED)
+
+
+# Acts that are not drawn...
+
+
+async def unanswered(stage: Stage, _: random.Random) -> None:
+    """The server has the request, and says nothing; or no more than half of its answer."""
+    for kind in ("never", "half-never"):
+        before = closings(stage)
+        end = await line(stage)
+        await end.send(request(f"/{kind}/2000", []))
+        await answer(stage, end)
+        await closed(stage, before)
+
+
+async def fail_in_a_row(stage: Stage, rng: random.Random) -> None:
+    """As often as it takes to break an endpoint, each time on a connection that was kept."""
+    ends = [await stage.client() for _ in range(8)]
+    for number, end in enumerate(ends, 1):
+        await end.send(request("/wait/3", []))
+        await stage.until(lambda number=number: stage.awaited - stage.gone_on == number)  # type: ignore[misc]
+    for _ in ends:
+        stage.go_on()
+    for end in ends:
+        await answer(stage, end)
+    for _ in range(9):
+        before = closings(stage)
+        await ends[-1].send(request("/reset/1", [], b"POST", b"x"))
+        await answer(stage, ends[-1])
+        await closed(stage, before)
+    await good(stage, rng)
+
+
+async def stop(stage: Stage, _: random.Random) -> None:
+    """The proxies go down, while connections are idle, wait for an answer, have half of it, and have asked for more already."""
+    idle, asks, waits, has_half, has_more = [await stage.client() for _ in range(5)]
+    for end in (idle, asks, waits, has_half, has_more):
+        await end.send(request("/ok/4", []))
+        await answer(stage, end)
+        await stage.settled()
+    await waits.send(request("/wait/10", []))
+    await stage.waiting()
+    await has_half.send(request("/half-wait/2000", []))
+    await stage.until(lambda: len(has_half.new) > 1000 and stage.awaited - stage.gone_on == 2)
+    await has_more.send(request("/wait/20", []) + request("/ok/21", []))
+    await stage.until(lambda: stage.awaited - stage.gone_on == 3)
+    for app in stage.apps:
+        app.drain.begin()
+    await asks.send(request("/ok/30", []))
+    await answer(stage, asks)
+    for end in (waits, has_half, has_more):
+        stage.go_on()
+        await answer(stage, end)
+    await stage.until(lambda: all(end.ended is not None for end in (idle, asks, waits, has_half, has_more)))
+
+
+async def many_at_once(stage: Stage, rng: random.Random) -> None:
+    """Clients that do not wait for each other, each with pipelines."""
+
+    async def one(seed: float) -> None:
+        drawn = random.Random(seed)
+        end = await stage.client()
+        for _ in range(4):
+            kinds = [drawn.choice(("ok/100000", "together/9000", "bytewise/60", "kept/3", "none")) for _ in range(drawn.choice([1, 2, 8]))]
+            data = b"".join(request(f"/{kind}", []) for kind in kinds)
+            await end.send(*pieces(data, drawn))
+            for _ in kinds:
+                await answer(stage, end)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(one, rng.random())
 
 
 ODD: tuple[Act, ...] = (

@@ -102,6 +102,11 @@ async def _never(stage: Stage, end: End, _: int, __: bool) -> bool:
     return True
 
 
+async def _half_never(stage: Stage, end: End, size: int, bare: bool) -> bool:
+    await end.send(_ok(size) + _body(size // 2))
+    return await _never(stage, end, size, bare)
+
+
 async def _bytewise(_: Stage, end: End, size: int, bare: bool) -> bool:
     data = _ok(size) + (b"" if bare else _body(size))
     await end.send(*(data[n : n + 1] for n in range(len(data))))
@@ -134,6 +139,7 @@ KINDS: dict[str, Kind] = {
     "half": _sends(lambda size: (_ok(size), _body(size // 2)), ends=True),
     "half-reset": _half_reset,
     "half-wait": _half_wait,
+    "half-never": _half_never,
     "wait": _wait,
     "wait-close": _wait_close,
     "never": _never,

@@ -96,8 +96,8 @@ class End:
 class Left:
     """What a play has left behind, without ports, times, and ids that were drawn."""
 
-    clients: list[object] = field(default_factory=list)
-    servers: list[object] = field(default_factory=list)
+    clients: list[tuple[bytes, str | None]] = field(default_factory=list)  # what they heard, and how their connection ended
+    servers: list[tuple[bytes, bool]] = field(default_factory=list)  # the same; whether it was open
     metrics: dict[str, float] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)  # their lines in the log
     connections: list[str] = field(default_factory=list)
