@@ -3,12 +3,14 @@
 An attempt ends in one of these ways:
 
     it was not sent         (the endpoint cannot be connected to)    another endpoint, a few of them, whatever the request is
-    the server refused it   (REFUSED_STREAM: it has not looked)      once more, whatever the request is
+    the server refused it   (REFUSED_STREAM: it has not looked)      once more, whatever the request is (and its body, if that was kept)
     it broke off            (no response, or none in time)           once more, if the method is idempotent (RFC 9110 §9.2.2)
     it was answered         with a status of the policy's            once more, if that is what the policy wants for such a method
 
 All but the first are retries: within the policy's limit, within the service's budget (mesh/budget.py), not past the deadline of the
 request, and only if the body can be sent again (exchange/replay.py). None is made once a byte of a response has been passed on.
+Besides, the client (exchange/client.py) repeats a request once whose connection has gone away under it. So a server behind us
+sees a request `limit` + 2 times at most, whatever it does.
 
 The deadline of a gRPC call is its client's (`grpc-timeout`): no attempt outlives it, and a further one is told what is left of it.
 """

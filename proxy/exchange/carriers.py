@@ -28,8 +28,8 @@ from proxy.wire.messages import EndOfMessage, Headers, ProtocolError, RequestHea
 
 
 class Unanswered(Exception):
-    """The server ended before it sent one byte of a final response. `again`: the request may be tried once more, if it is idempotent;
-    `untouched`: it may in any case, since the server has certainly not looked at it."""
+    """The server ended before it sent one byte of a final response. `again`: another connection may do, for it was this one's end, and
+    not an answer to the request; `untouched`: the server has certainly not looked at it, so that it may be sent again whatever it is."""
 
     def __init__(self, message: str, *, again: bool, untouched: bool = False) -> None:
         super().__init__(message)
@@ -236,7 +236,7 @@ class Http2Carrier(Carrier):
             head = await stream.head()
         except StreamLost as error:
             if error.refused:
-                raise Unanswered(str(error), again=True, untouched=True) from error
+                raise Unanswered(str(error), again=not error.reset, untouched=True) from error
             raise self._broken(error) from error
         if not head.reason:
             head.reason = _reason(head.status)

@@ -5,13 +5,16 @@ is to come, a second task (the pump) sends it meanwhile, in a nursery that ends 
 server may answer before its end.
 
 What is tried again, and when: a connection that cannot be opened leaves the request untouched, so another endpoint may have it. A
-kept connection that the server closes just as we use it says nothing about our request; it is repeated once on a new connection if
-that is safe (RFC 9110 §9.2.2): the method is idempotent, there was no body, and not a byte of a response has come. A request that an
-HTTP/2 server has refused it has not looked at (RFC 9113 §8.7); any such request is repeated once, unless a part of its body is gone: then
-the client is told the same, and may repeat it.
+kept connection that the server closes just as we use it says nothing about our request; it is repeated on a new connection if
+that is safe (RFC 9110 §9.2.2): the method is idempotent, there was no body, and not a byte of a response has come. What was above the
+last stream of a GOAWAY the server has not looked at (RFC 9113 §6.8): it is repeated on a new connection whatever it is, unless a part of
+its body is gone. Either is done once for an exchange, at however many endpoints that is tried.
 
-Anything further (other endpoints, statuses) is not decided here, but by whoever has set the exchange's `judge`: it sees the head before a
-byte of the response is passed on, and may decline it.
+A stream that a server refuses on a connection that goes on (REFUSED_STREAM) is an answer, though to a request that it has not looked at.
+It is not repeated here but told to the client, who may repeat it; were it repeated at each hop, two hops would make four of one.
+
+Anything further (other endpoints, statuses, refused streams) is decided by whoever calls `send` again; the exchange's `judge` sees the head
+before a byte of the response is passed on, and may decline it.
 """
 
 from __future__ import annotations
@@ -100,18 +103,17 @@ class Client(Generic[K]):
             if begun is not None and begun.loan is not None:
                 await self._go_on(begun, begun.loan)
             else:
-                await self._attempt(exchange, endpoint, lender, fresh=False)
+                await self._attempt(exchange, endpoint, lender)
         except Unanswered as error:
-            if error.untouched:
-                if exchange.request_bytes:
-                    raise UpstreamReset(str(error), Code.REFUSED_STREAM) from error
-            elif not (error.again and bodiless and exchange.request.method in IDEMPOTENT):
-                raise UpstreamClosed(str(error)) from error
+            harmless = not exchange.request_bytes if error.untouched else bodiless and exchange.request.method in IDEMPOTENT
+            if exchange.fresh or not (error.again and harmless):
+                raise _told(error) from error
+            exchange.fresh = True
             exchange.clock.rest()  # nothing is waited for until this one has been sent
             try:
-                await self._attempt(exchange, endpoint, lender, fresh=not error.untouched)
+                await self._attempt(exchange, endpoint, lender)
             except Unanswered as second:
-                raise (UpstreamReset(str(second), Code.REFUSED_STREAM) if second.untouched else UpstreamClosed(str(second))) from second
+                raise _told(second) from second
 
     async def _go_on(self, begun: Begun, loan: Loan) -> None:
         usable, carrier = False, Http1Carrier(loan.upstream)
@@ -124,8 +126,8 @@ class Client(Generic[K]):
         if not taken:
             raise Declined
 
-    async def _attempt(self, exchange: Exchange, endpoint: K, lender: Lender[K], *, fresh: bool) -> None:
-        async with lender.carrier(endpoint, fresh=fresh) as carrier:
+    async def _attempt(self, exchange: Exchange, endpoint: K, lender: Lender[K]) -> None:
+        async with lender.carrier(endpoint, fresh=exchange.fresh) as carrier:
             exchange.carried(carrier.stream)
             try:
                 taken = await _Attempt(exchange.times or self._settings, exchange, carrier, self._bridge).run()
@@ -133,6 +135,11 @@ class Client(Generic[K]):
                 exchange.facts.declined_responses += carrier.declined
         if not taken:
             raise Declined
+
+
+def _told(error: Unanswered) -> UpstreamClosed:
+    """What has become of a request that is not repeated."""
+    return UpstreamReset(str(error), Code.REFUSED_STREAM) if error.untouched else UpstreamClosed(str(error))
 
 
 class _Attempt:

@@ -130,8 +130,8 @@ class Exchange(ABC):
 
     __slots__ = (
         "account", "attempts", "authority", "begun", "body", "caller", "chosen", "clock", "cycle", "facts", "failure", "failure_words",
-        "first", "grpc_status", "guarded", "informed", "judge", "loop", "malformed", "on_attempt", "on_response", "outside", "request",
-        "request_bytes", "response", "response_bytes", "service", "times", "trace", "tried", "upstream", "upstream_tls",
+        "first", "fresh", "grpc_status", "guarded", "informed", "judge", "loop", "malformed", "on_attempt", "on_response", "outside",
+        "request", "request_bytes", "response", "response_bytes", "service", "times", "trace", "tried", "upstream", "upstream_tls",
     )  # fmt: skip
 
     def __init__(self, request: RequestHead, body: Body, facts: Facts, malformed: ProtocolError | None = None) -> None:
@@ -159,6 +159,7 @@ class Exchange(ABC):
         self.begun: Begun | None = None  # by the fast road, which has handed it over
         self.first: object = None  # the endpoint to try first: chance has said so on the fast road
         self.guarded = False  # the loop guard has seen it there
+        self.fresh = False  # a connection has gone away under it, which is excused once; only a new one is worth trying
         self.attempts = 0  # connections that it was sent on
         self.tried: list[Attempt] | None = None  # attempts before the last one; None: there were none
         self.judge: Judge | None = None  # asked whether the response will do

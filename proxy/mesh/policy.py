@@ -52,9 +52,9 @@ class Budget(_Part, frozen=True):
 class Retries(_Part, frozen=True):
     """What is sent once more, to another endpoint if there is one.
 
-    Always: a request that has certainly not been looked at (the endpoint could not be connected to, or has refused the stream). Within
-    `limit` and `budget`: an idempotent one (RFC 9110 §9.2.2) that broke off without a response; one that was answered with a status of
-    `statuses` or `grpc`, or not within `attempt_timeout`.
+    Always, once: a request whose connection went away before the endpoint can have looked at it. Within `limit` and `budget`: one whose
+    stream the endpoint has refused; an idempotent one (RFC 9110 §9.2.2) that broke off without a response; one that was answered with a
+    status of `statuses` or `grpc`, or not within `attempt_timeout`. That an endpoint cannot be connected to is no attempt.
     """
 
     limit: Annotated[int, number(0, 10, "how often at most; 0: never")] = 1

@@ -164,35 +164,41 @@ async def _refuses(peer: Peer2, *, how: str, after_body: bool = False) -> None:
     await peer.flush()
 
 
-@pytest.mark.parametrize("how", ["reset", "goaway"])
 @pytest.mark.parametrize("headers", [GET, POST])
-async def test_what_a_server_refuses_is_tried_again(how: str, headers: list[Pair]) -> None:
+async def test_what_was_on_its_way_to_a_connection_that_goes_away_is_sent_again_on_another(headers: list[Pair]) -> None:
     first = True
 
     async def script(peer: Peer2) -> None:
         nonlocal first
         if first:
             first = False
-            await _refuses(peer, how=how)
+            await _refuses(peer, how="goaway")
         else:
             await answering2(ok)(peer)
 
-    async def script_same(peer: Peer2) -> None:
-        if how == "goaway":
-            await script(peer)
-            return
-
-        async def respond(peer: Peer2, number: int, message: Answer) -> None:
-            if number == 1:
-                await peer.reset(1, REFUSED)
-            else:
-                await ok(peer, number, message)
-
-        await answering2(respond)(peer)
-
-    async with through2(script_same) as (client, proxy):
+    async with through2(script) as (client, proxy):
         assert (await client.ask(headers)).body == b"ok"
         assert proxy.ended[0].attempts == 2
+
+
+async def test_that_is_done_once_and_then_the_client_may_repeat_it() -> None:
+    async with through2(lambda peer: _refuses(peer, how="goaway")) as (client, proxy):
+        assert (await client.ask()).reset == REFUSED
+        assert proxy.ended[0].attempts == 2
+
+
+async def test_a_stream_that_a_server_refuses_is_refused_to_the_client_at_once() -> None:
+    async def respond(peer: Peer2, number: int, message: Answer) -> None:
+        if number == 1:
+            await peer.reset(1, REFUSED)
+        else:
+            await ok(peer, number, message)
+
+    async with through2(answering2(respond)) as (client, proxy):
+        assert (await client.ask(POST)).reset == REFUSED
+        assert (await client.ask(POST)).body == b"ok", "on the same connections"
+        assert [end.attempts for end in proxy.ended] == [1, 1]
+        assert proxy.dialled == 1
 
 
 async def test_what_is_refused_behind_its_body_is_the_client_s_to_repeat() -> None:
