@@ -153,15 +153,18 @@ async def alive(rt: Runtime, exchange: Exchange) -> None:
 def note_way(rt: Runtime, exchange: Exchange, caller: SpiffeId) -> None:
     """Add who has sent the request here, and to whom, to Forwarded. Raises LoopDetected if we stand there too often already.
 
-    Lines of others that cannot be read by themselves are dropped: what they leave open would swallow ours. All are, if they are longer
-    than `LONGEST` together."""
+    Lines of others that cannot be read by themselves are dropped, and counted: what they leave open would swallow ours. All are, if they
+    are longer than `LONGEST` together."""
     request = exchange.request
     headers, host = request.headers, request.authority or b""
     by = node_of(rt.config.cluster, rt.identity.id if rt.identity is not None else caller)
     if b"forwarded" in headers:
         way: list[tuple[bytes, bytes]] = []
+        came = len(headers.items)
         few = sum(map(len, headers.all(b"forwarded"))) <= LONGEST
         headers.items = [item for item in headers.items if item[0].lower() != b"forwarded" or (few and read_way(item[1], way))]
+        if len(headers.items) < came:
+            rt.ledger.metrics.way_dropped("broken" if few else "oversized")
         if way:
             rt.loops.noted(exchange, way, (by, host))
     element = {"by": by, "for": forwarded.obfuscated(caller.sni), "host": host, "proto": b"https"}

@@ -179,6 +179,7 @@ class Metrics:
         self._loops = self._counter("loops_total", "Traffic loops that were stopped.", "kind")
         self.self_calls = self._counter("self_calls_total", "Connections and requests of the pod to itself.")
         self._dropped_hops = self._counter("hop_tokens_dropped_total", "Requests whose loop tokens were not all believed.", "reason")
+        self._dropped_way = self._counter("forwarded_dropped_total", "Requests to a gateway whose Forwarded was not all kept.", "reason")
         self._errors = self._counter("errors_total", "Connections and requests that failed in the proxy.", "direction", "reason")
         self._declined = self._counter("heads_declined_total", "HTTP/1 heads that the fast recogniser left to h11.", "direction", "role")
         self._fast = self._counter("fast_road_exchanges_total", "HTTP/1.1 exchanges that the fast road began.", "end")
@@ -254,6 +255,10 @@ class Metrics:
     def hops_dropped(self, reason: str) -> None:
         """Tokens of a request were dropped: `broken` ones, or all of them since they were `oversized`."""
         self._dropped_hops.at(reason).inc()
+
+    def way_dropped(self, reason: Literal["broken", "oversized"]) -> None:
+        """Lines of a request's Forwarded were dropped: `broken` ones, or all of them since they were `oversized`."""
+        self._dropped_way.at(reason).inc()
 
     def loop(self, kind: str) -> None:
         self._loops.at(kind).inc()

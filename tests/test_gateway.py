@@ -77,6 +77,7 @@ async def test_a_peer_that_is_no_trusted_gateway_is_the_caller_itself(tmp_path: 
 async def test_the_way_is_noted_in_forwarded_behind_what_was_there(tmp_path: Path) -> None:
     async with clusters(tmp_path) as all_:
         answer = await all_.ask("c.east", 'Forwarded: for="[2001:db8::1]:80"', 'Forwarded: for="open', "Forwarded: by=_x;BY=_y")
+        assert b'isthmus_forwarded_dropped_total{reason="broken"} 1.0' in all_.gateway.render(), "requests are counted, not lines"
     assert said(answer, "forwarded") == [
         'for="[2001:db8::1]:80"',
         "by=_local.gateway.default.sa.cluster.local;for=_west.default.sa.cluster.local;host=c.default.svc.cluster.local;proto=https",
@@ -289,6 +290,7 @@ async def test_a_field_that_is_too_long_to_read_is_dropped(tmp_path: Path) -> No
         answer = await straight(all_, *[line] * 4)
         assert answer.startswith(b"HTTP/1.1 200 ")
         assert answer.count(b"by=") == 1, "it was dropped unread"
+        assert b'isthmus_forwarded_dropped_total{reason="oversized"} 1.0' in all_.gateway.render()
         assert (await straight(all_)).startswith(b"HTTP/1.1 200 ")
 
 

@@ -8,6 +8,7 @@ again by itself. How fast, is measured by the demonstration and by perf/; here o
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import AsyncIterator
 
 import pytest
@@ -32,6 +33,21 @@ REASONS = {
 }  # fmt: skip
 
 
+# Requests that must not be sent twice, one after the other, each on a connection of its own: what became of each, and in how many seconds.
+POSTS = """
+import http.client, json, sys, time
+seen = []
+for _ in range(int(sys.argv[2])):
+    began, connection = time.monotonic(), http.client.HTTPConnection("203.0.113.1", int(sys.argv[1]), timeout=60)
+    connection.request("POST", "/", b"once", {"Host": f"c.east:{sys.argv[1]}"})
+    answer = connection.getresponse()
+    answer.read()
+    connection.close()
+    seen.append((answer.status, time.monotonic() - began))
+print(json.dumps(seen))
+"""
+
+
 @pytest.fixture(scope="module")
 def made(laboratory: Laboratory) -> Clusters:
     async def build() -> Clusters:
@@ -40,7 +56,7 @@ def made(laboratory: Laboratory) -> Clusters:
         member(made, "west", "web", http={"response_timeout": "3s"})
         for cluster, name in (("west", "home"), ("east", "c")):
             made.meshes[cluster].service(name, [member(made, cluster, name)], HTTP, export=True)
-        made.meshes["east"].cluster.pod("second")
+        made.legs["second"] = made.lab.wide_area().attach(made.meshes["east"].cluster.pod("second"))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(web_server, made, "west", "home")
             nursery.start_soon(web_server, made, "east")
@@ -112,10 +128,32 @@ async def test_the_whole_of_the_other_cluster_goes_away_under_load_and_comes_bac
         assert error in REASONS, remote.bad
 
 
+@pytest.mark.parametrize("silent", [False, True], ids=["refused", "silent"])
+async def test_what_one_gateway_has_not_been_sent_goes_to_the_other(made: Clusters, silent: bool) -> None:
+    await answers_again(web(made), C_EAST, "c of east", timeout=40)
+    east, near, leg = made.meshes["east"], made.sidecar("west", "web"), made.legs["second"]
+    with leg.fault(Fault.SILENCE) if silent else contextlib.nullcontext():
+        opened = await counted(near, "isthmus_breaker_changes_total", state="open")
+        east.way_in(made.sidecar("east", "gateway"), address=leg.ipv4, port=4143)  # where nobody listens
+        made.publish()
+        try:
+            seen: list[tuple[int, float]] = []
+
+            async def tried() -> bool:
+                seen.extend(json.loads((await web(made).run_python(POSTS, str(WEB), "20")).text))
+                return await counted(near, "isthmus_breaker_changes_total", state="open") > opened
+
+            await eventually(tried, "one of them was tried in vain", timeout=60)
+        finally:
+            east.ways_in.pop()
+            made.publish()
+    assert {status for status, _ in seen} == {200}
+    assert max(seconds for _, seconds in seen) < HANG
+
+
 async def test_with_two_gateways_one_may_die(made: Clusters) -> None:
-    east, area = made.meshes["east"], made.lab.wide_area()
-    pod = east.cluster.pods["second"]
-    second = east.gateway(pod, area.attach(pod))
+    east = made.meshes["east"]
+    second = east.gateway(east.cluster.pods["second"], made.legs["second"])
     await made.start()
     made.publish()
     try:
