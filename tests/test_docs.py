@@ -171,6 +171,13 @@ def test_the_configurations_of_the_readme_are_good(tmp_path: Path) -> None:
     assert sorted(seen) == ["back.yaml", "directory.yaml", "front.yaml"]
 
 
+def test_the_directories_that_documents_show_are_good() -> None:
+    shown = [(path, text) for path in DOCUMENTS for text in fenced(path, "yaml") if "directory.yaml" in text.splitlines()[0]]
+    assert len(shown) >= 4
+    for path, text in shown:
+        assert directory.parse(text, name(path)) is not None
+
+
 def test_the_configuration_of_the_manifests_is_good(tmp_path: Path) -> None:
     found = next(found for found in manifests("ConfigMap") if found["metadata"]["name"] == "isthmus")
     data = found["data"]

@@ -106,18 +106,22 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
 
 
 def settings(values: dict[int, int]) -> bytes:
+    """A SETTINGS frame (§6.5)."""
     return frame(Kind.SETTINGS, 0, 0, b"".join(_SETTING.pack(key, value) for key, value in values.items()))
 
 
 def window_update(stream: int, increment: int) -> bytes:
+    """A WINDOW_UPDATE frame (§6.9); stream 0: of the connection."""
     return frame(Kind.WINDOW_UPDATE, 0, stream, _LONG.pack(increment))
 
 
 def rst_stream(stream: int, code: int) -> bytes:
+    """A RST_STREAM frame (§6.4)."""
     return frame(Kind.RST_STREAM, 0, stream, _LONG.pack(code))
 
 
 def goaway(last: int, code: int, words: str = "") -> bytes:
+    """A GOAWAY frame (§6.8): the last stream that was or will be looked at, and why; of the words 256 bytes are said."""
     return frame(Kind.GOAWAY, 0, 0, _GOAWAY.pack(last, code) + words.encode("ascii", "replace")[:256])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import time
-from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -18,44 +17,7 @@ from proxy.net.errors import NetError
 from proxy.net.streams import ConnectionLost, SocketStream, TLSFailed
 from proxy.net.tls import TLSOffer, TLSStream, tls_client, tls_server
 from tests.kit.certs import spiffe
-from tests.net.conftest import Mesh, both, pair, read_all, send_until_it_fails
-
-OFFER = TLSOffer("server.default.sa.test.local", (b"h2",))
-DAY = timedelta(days=1)
-
-
-class Refused(Exception):
-    """What a caller's own verification raises."""
-
-
-def name_of(certificate: x509.Certificate | None) -> str:
-    assert certificate is not None
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return names.get_values_for_type(x509.UniformResourceIdentifier)[0]
-
-
-async def attempt(
-    mesh: Mesh, *, server: SSL.Context | None = None, client: SSL.Context | None = None
-) -> tuple[TLSStream | Exception, TLSStream | Exception]:
-    """A handshake of which one side may fail; the client then reads, because in TLS 1.3 that is where it hears of a refusal."""
-    dialled, accepted = pair()
-
-    async def dial() -> TLSStream:
-        stream = await tls_client(dialled, client or mesh.client_context, OFFER, verify=None, timeout=20)
-        await stream.receive_some()
-        return stream
-
-    async def accept() -> TLSStream:
-        stream = await tls_server(accepted, server or mesh.server_context, verify=None, timeout=20)
-        await stream.send_all(b"welcome")
-        return stream
-
-    with trio.fail_after(30):
-        results = await both(dial, accept)
-    dialled.close()
-    accepted.close()
-    return results[0], results[1]
-
+from tests.net.conftest import OFFER, Mesh, both, name_of, pair, read_all, send_until_it_fails
 
 # What is agreed
 
