@@ -28,7 +28,7 @@ lint: $(VENV)/.dev
 
 # The whole suite runs in network namespaces of its own, so that no test can touch, or be touched by, the machine it runs on. Then what carries
 # the most HTTP/1.1 runs again without the fast road (docs/decisions/21-fast-road.md).
-ORDINARY := $(addprefix tests/e2e/test_,servers.py clients.py failures.py shutdown.py)
+ORDINARY := $(addprefix tests/e2e/test_,clients.py failures.py shutdown.py tracing.py)
 pytest: $(VENV)/.dev
 	@./scripts/system-packages "$(NEEDED)" "$(PEERS)"
 	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 2 --dist loadfile -q
