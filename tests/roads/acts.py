@@ -298,7 +298,7 @@ async def wrong(stage: Stage, rng: random.Random) -> None:
 
 
 async def loop(stage: Stage, rng: random.Random) -> None:
-    await ask(stage, rng, fields=TOO_FAR)
+    await ask(stage, rng, kinds=("ok",), fields=TOO_FAR)  # which gets no further than the first proxy
 
 
 async def sampled(stage: Stage, rng: random.Random) -> None:
