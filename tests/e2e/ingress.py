@@ -50,5 +50,5 @@ async def haproxy(pod: Pod, targets: Mapping[int, str]) -> Process:
 
 async def relay(pod: Pod, port: int, host: str, target: int) -> Process:
     """A socat that relays each connection to `port` on to (host, target)."""
-    listen = f"TCP-LISTEN:{port},fork,reuseaddr,backlog=256"
+    listen = f"TCP6-LISTEN:{port},ipv6only=0,fork,reuseaddr,backlog=256"
     return await pod.start(f"socat-{port}", ["socat", listen, f"TCP:{host}:{target}"], port=port)

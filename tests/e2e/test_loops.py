@@ -80,12 +80,13 @@ async def test_an_application_that_connects_to_its_own_proxy_is_refused(pair: Pa
 
 @pytest.mark.parametrize("data", [LAST_GET, b"\x00bytes"], ids=["http", "bytes"])
 @pytest.mark.parametrize("version", [4, 6])
-async def test_another_pods_proxy_port_is_refused_by_that_proxy(pair: Pair, version: int, data: bytes) -> None:
+@pytest.mark.parametrize("port", [INBOUND, OUTBOUND])
+async def test_another_pods_proxy_port_is_refused_by_that_proxy(pair: Pair, port: int, version: int, data: bytes) -> None:
     before = await counted(pair.far, "isthmus_loops_total", kind="own_listener")
     processes = [sidecar.running() for sidecar in pair.both]
     cpu = [process.cpu_seconds() for process in processes]
     for _ in range(10):
-        await refused(pair.web, pair.shop.address(version), INBOUND, data)
+        await refused(pair.web, pair.shop.address(version), port, data)
     assert await counted(pair.far, "isthmus_loops_total", kind="own_listener") >= before + 10
     for process, old in zip(processes, cpu, strict=True):
         assert process.cpu_seconds() - old < BUSY

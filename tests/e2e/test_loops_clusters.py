@@ -7,7 +7,7 @@ drop the tokens and keep the rest, and go on to a third cluster, `south`: once r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import trio
@@ -15,16 +15,18 @@ import trio
 from lab.cluster import Cluster, Lab
 from lab.mesh import Mesh
 from lab.pod import Pod
+from lab.process import Process
 from lab.sidecar import Sidecar
 from lab.traces import TraceCollector
 from tests.e2e.calls import calling
 from tests.e2e.conftest import Laboratory
-from tests.e2e.ingress import nginx, requests
+from tests.e2e.ingress import nginx, relay, requests
 from tests.e2e.stage import counted, curl, eventually, logged
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
-ROUND, BOTH, LOST, RING, CHAIN, GRPC = 8080, 8081, 8082, 8083, 8084, 8087
+ROUND, BOTH, LOST, RING, CHAIN, GRPC, RELAY = 8080, 8081, 8082, 8083, 8084, 8087, 8090
+MOST = 24  # connections of west's relay
 RETURNS = 4  # the default
 BUSY = 4.0
 
@@ -38,6 +40,7 @@ NEXT = {"west": "east", "east": "south", "south": "west"}
 class Scene:
     meshes: dict[str, Mesh]
     collector: TraceCollector
+    relay: Process = field(init=False)  # west's
 
     @property
     def sidecars(self) -> list[Sidecar]:
@@ -82,6 +85,15 @@ async def furnish(mesh: Mesh, end: Pod) -> None:
     await nginx(end, ports)
 
 
+async def relays(mesh: Mesh) -> Process:
+    """A socat in a pod of its own that sends what it gets to the one of the other cluster. West's may not have many connections."""
+    here, pod = mesh.cluster.name, mesh.cluster.pod("relay")
+    mesh.join(pod, **({"outbound": {"max_connections": MOST}} if here == "west" else {}))
+    mesh.service("relay", [pod], {RELAY: "opaque"}, export=True)
+    mesh.service("past", [pod], {RELAY: "opaque"}, split=to("relay", WAYS[here][1]))
+    return await relay(pod, RELAY, "past", RELAY)
+
+
 async def build(lab: Lab) -> Scene:
     area = lab.wide_area()
     west = Mesh(lab.cluster("west"))
@@ -102,6 +114,9 @@ async def build(lab: Lab) -> Scene:
             half = [{"service": "both", "weight": 1}, *to("both", WAYS[here][1])]
             mesh.service("both", [both], {BOTH: "http1"}, export=True, split=half)
             await nginx(both, {BOTH: f"return 200 {cluster.name};"})
+            process = await relays(mesh)
+            if cluster.name == "west":
+                scene.relay = process
     for here, mesh in scene.meshes.items():
         mesh.link(*(other for name, other in scene.meshes.items() if name != here))
     scene.gateway("west").settings["tracing"] = scene.collector.settings()
@@ -205,3 +220,30 @@ async def test_the_span_of_the_gateway_that_cuts_a_loop_tells_its_way(scene: Sce
 
     found = await eventually(told, "the span with the loop", 30)
     assert found == [("gateway", "west/gateway -> west/ping -> east/gateway -> east/pong -> west/gateway")]
+
+
+async def relayed(scene: Scene, what: str) -> list[float]:
+    """The connections that west's and east's relay have opened, or have open."""
+    name = f"isthmus_connections_{what}"
+    return [await counted(scene.meshes[here].sidecars["relay"], name, direction="outbound", peer="src") for here in ("west", "east")]
+
+
+async def test_opaque_relays_that_go_round_by_tunnels_have_as_many_connections_as_they_may_have_and_no_more(scene: Scene) -> None:
+    """Nothing cuts this loop but whoever stops a relay (docs/loops.md)."""
+    cpu = [sidecar.running().cpu_seconds() for sidecar in scene.sidecars]
+    async with await scene.pod("west", "web").connect(scene.meshes["west"].services["relay"].ipv4, RELAY):
+
+        async def full() -> bool:
+            return await relayed(scene, "open") == [MOST, MOST]
+
+        await eventually(full, "it has gone round as often as it may", 30)
+        await trio.sleep(1)  # for more rounds: that something does not happen cannot be waited for
+        assert await relayed(scene, "opened_total") == [MOST, MOST]
+        for sidecar, old in zip(scene.sidecars, cpu, strict=True):
+            assert sidecar.running().cpu_seconds() - old < BUSY
+    scene.relay.kill()
+
+    async def quiet() -> bool:
+        return await relayed(scene, "open") == [0, 0]
+
+    await eventually(quiet, "a relay that is stopped ends it")
