@@ -103,11 +103,13 @@ def test_kill_9_of_the_outer_process_ends_everything_inside() -> None:
 @needs_sandbox
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_reach_the_command_exactly_once(number: signal.Signals) -> None:
+    # Blocked and waited for: a handler could be run within the `print` that it answers, and one that is run before `pause` is slept through.
     code = (
-        "import signal, sys, time\n"
-        f"signal.signal({number:d}, lambda *_: print('got it', flush=True))\n"
+        "import signal, sys\n"
+        f"signal.pthread_sigmask(signal.SIG_BLOCK, [{number:d}])\n"
         "print('ready', flush=True)\n"
-        "signal.pause(); time.sleep(0.2); sys.exit(5)"
+        f"print('got', signal.sigwait([{number:d}]), flush=True)\n"
+        f"sys.exit(5 if signal.sigtimedwait([{number:d}], 0.2) is None else 6)"
     )
     # A shell starts what it runs in the background with SIGINT ignored, and that is inherited.
     command = ["env", "--default-signal=INT", *COMMAND, sys.executable, "-c", code]
@@ -115,7 +117,7 @@ def test_signals_reach_the_command_exactly_once(number: signal.Signals) -> None:
     assert outer.stdout is not None
     assert outer.stdout.readline() == "ready\n"
     outer.send_signal(number)
-    assert outer.stdout.read() == "got it\n"
+    assert outer.stdout.read() == f"got {number:d}\n"
     assert outer.wait(timeout=10) == 5
     outer.stdout.close()
 
