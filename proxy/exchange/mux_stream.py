@@ -41,11 +41,12 @@ class StreamLost(Exception):
 class MuxStream:
     """One stream: what has come and was not taken yet, and its end."""
 
-    __slots__ = ("_chunks", "_end", "_heads", "_lost", "_news", "_window", "mux", "number", "on_lost", "request")
+    __slots__ = ("_chunks", "_end", "_heads", "_lost", "_news", "_window", "mux", "number", "on_lost", "request", "sent")
 
     def __init__(self, mux: Mux, number: int) -> None:
         self.mux = mux
         self.number = number
+        self.sent = 0  # bytes of DATA
         self.request: RequestHead | None = None
         self.on_lost: Callable[[], None] | None = None  # told when nobody waits for the stream's message any more
         self._heads: deque[ResponseHead] = deque()
@@ -167,6 +168,7 @@ class MuxStream:
                     await self.mux.turn(self)
                     continue
                 at += len(piece)
+                self.sent += len(piece)
                 self.mux.put_data(self.number, piece, end=end and at >= len(data))
                 if self.mux.next_turn():
                     await trio.lowlevel.checkpoint()

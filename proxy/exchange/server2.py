@@ -31,7 +31,8 @@ _NOTHING_READ = RequestHead(b"-", b"-", Headers(), b"2")
 
 class StreamBody:
     """What comes on a stream, as an exchange.Body. `length`: as its head said. Nothing is limited here but the silence of a stream: calls
-    that stream, as gRPC's do, may pause, and a peer that has gone is noticed by PING."""
+    that stream, as gRPC's do, may pause, and a peer that has gone is noticed by PING. A client that only listens, while it is being
+    answered, is not silent: who watches for changes may have nothing to say for days."""
 
     __slots__ = ("_patience", "_stream", "length")
 
@@ -48,14 +49,17 @@ class StreamBody:
 
     async def receive(self) -> bytes | EndOfMessage:
         piece = self.receive_nowait()
-        if piece is not None:
-            return piece
-        with trio.move_on_after(self._patience):
-            try:
-                return await self._stream.receive()
-            except StreamLost as error:
-                raise ClientGone(f"within the request: {error}") from error
-        raise RequestTimeout(f"the request's body paused for {self._patience} s")
+        while piece is None:
+            sent = self._stream.sent
+            with trio.move_on_after(self._patience):
+                try:
+                    return await self._stream.receive()
+                except StreamLost as error:
+                    raise ClientGone(f"within the request: {error}") from error
+            if self._stream.sent == sent:
+                raise RequestTimeout(f"the request's body paused for {self._patience} s, and so did the response")
+            piece = self.receive_nowait()
+        return piece
 
 
 def body_length(headers: Headers, *, ended: bool) -> Length:

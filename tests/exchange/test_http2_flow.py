@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
+import h2.events
 import h2.settings
 import pytest
 import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
 
+from proxy.exchange.client import ClientSettings
 from proxy.exchange.mux import MuxSettings
+from proxy.exchange.server import ServerSettings
 from proxy.wire.events2 import Http2Limits
 from tests.kit.http import Peer, origin, until
 from tests.kit.http2_hop import Settings2, hop2, through2
-from tests.kit.http2_peers import GET, OK, POST, Answer, Peer2, answering2, echo2, ok, speaking
+from tests.kit.http2_peers import GET, GRPC, OK, POST, Answer, Peer2, answering2, echo2, ok, speaking
 
 WINDOW = 65536
 # Small windows and small socket buffers, so that a few hundred KiB are much.
@@ -251,3 +257,33 @@ async def test_small_pieces_take_no_more_memory_than_large_ones(size: int) -> No
         await client.reset(number)
         await proxy.idle()
         assert mux._held == 0
+
+
+async def test_a_client_that_only_listens_is_not_silent_while_it_is_answered(mock_clock: MockClock) -> None:
+    """A watch by a bidirectional call: what the client said first is all that it has to say. Time moves when the test says so."""
+    more = [trio.Event() for _ in range(4)]
+
+    async def respond(peer: Peer2, number: int, _: Answer) -> None:
+        peer.h2.send_headers(number, OK)
+        for event in more:
+            await peer.send(number, b"news")
+            await event.wait()
+        await trio.sleep_forever()
+
+    quiet = MuxSettings(ping_interval=math.inf)
+    client_settings = ClientSettings(stream_timeout=math.inf)
+    settings = Settings2(server=ServerSettings(stream_timeout=1000), client=client_settings, downstream=quiet, upstream=quiet)
+    async with through2(answering2(respond, early=True), settings) as (client, proxy):
+        number = await client.request(GRPC, end=False)
+        for event in more:
+            await client.next(h2.events.DataReceived, number)
+            mock_clock.jump(900)
+            await wait_all_tasks_blocked()
+            assert not proxy.ended
+            event.set()
+        for _ in range(2):
+            await wait_all_tasks_blocked()
+            mock_clock.jump(1000)
+        answer = await client.message(number)
+        assert dict(answer.trailers)[b"grpc-status"] == b"4"
+        assert proxy.ended[0].failure == "request_timeout"
