@@ -1,35 +1,73 @@
-"""A soak of HTTP/2 through one proxy in this process: many requests of mixed kinds and sizes, some of them cancelled at any moment.
+"""A soak of HTTP/2 through one proxy: many requests of mixed kinds and sizes, some of them cancelled at any moment.
 
     python -m perf.soak [requests=200000] [clients=8] [seed=1]
 
-Prints what it did and what is left: streams, tasks, file descriptors, memory. The streams and tasks that are left must be none.
+The proxy is a process of its own, so that what is measured is its memory alone: the clients and the server, which are in this one, keep
+books on every stream. Prints what was done and what is left of it in the proxy: streams, tasks, file descriptors, memory. The streams
+that are left must be none, and the others what they were after the warming up.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import json
 import random
 import resource
+import subprocess
 import sys
 import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import h2.exceptions
 import trio
 from trio.lowlevel import current_statistics
 
-from tests.kit.http import descriptors, until
-from tests.kit.http2_hop import Hop2, through2
-from tests.kit.http2_peers import POST, Peer2, answering2, echo2
+from proxy.net.address import Address
+from tests.kit.http import connect, descriptors, origin, until
+from tests.kit.http2_hop import Hop2, Settings2, hop2
+from tests.kit.http2_peers import POST, Answer, Peer2, answering2, echo2, speaking
 
 ROUND = 64
+WARM_UP = 20_000
 SIZES = (0, 1, 200, 3000, 20_000, 100_000)
+
+
+# The proxy's process...
 
 
 def resident() -> float:
     """MiB of memory that this process has now."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize() / 2**20
+
+
+async def _report(proxy: Hop2) -> dict[str, float]:
+    await proxy.idle(30)
+    gc.collect()
+    living, open_ = current_statistics().tasks_living, proxy.exchanges
+    return {"memory MiB": resident(), "descriptors": descriptors(), "tasks": living, "streams": open_, "connections": proxy.dialled}
+
+
+async def _proxy(address: str) -> None:
+    """A proxy to `address`; says where it listens, and answers each line with what it holds, until its input ends."""
+    settings = Settings2(account=lambda _: contextlib.nullcontext())  # the kit's own books would grow with every request
+    async with hop2(Address.parse(address), settings=settings) as proxy:
+        print(proxy.address, flush=True)
+        async for _ in trio.wrap_file(sys.stdin):
+            print(json.dumps(await _report(proxy)), flush=True)
+
+
+# And that of the others...
+
+
+async def _answer(peer: Peer2, number: int, message: Answer) -> None:
+    await echo2(peer, number, message)
+    peer.told.clear()
+    for gone in [n for n, known in peer.messages.items() if known.reset is not None]:
+        del peer.messages[gone]
 
 
 def _answered(wanted: list[tuple[Peer2, int]]) -> bool:
@@ -41,11 +79,11 @@ async def _one(client: Peer2, number: int, size: int, cancelled: bool) -> None:
         await client.send(number, bytes(size), end=not cancelled)
         if cancelled:
             await client.reset(number)
-    except Exception:  # noqa: S110  # the other side was faster
+    except (h2.exceptions.ProtocolError, trio.BrokenResourceError):  # the other side was faster
         pass
 
 
-async def _rounds(proxy: Hop2, clients: list[Peer2], requests: int, dice: random.Random) -> Counter[str]:
+async def _rounds(clients: list[Peer2], requests: int, dice: random.Random) -> Counter[str]:
     done: Counter[str] = Counter()
     for _ in range(0, requests, ROUND):
         wanted: list[tuple[Peer2, int]] = []
@@ -64,32 +102,54 @@ async def _rounds(proxy: Hop2, clients: list[Peer2], requests: int, dice: random
             client.events.clear()
             client.messages.clear()
             client.ended.clear()
-        proxy.ended.clear()
-        proxy.outcomes.clear()
     return done
 
 
-async def main() -> None:
-    requests, count, seed = (int(sys.argv[at]) if len(sys.argv) > at else default for at, default in ((1, 200_000), (2, 8), (3, 1)))
-    async with through2(answering2(echo2)) as (first, proxy):
-        clients = [first, *[await proxy.connect2() for _ in range(count - 1)]]
-        async with trio.open_nursery() as nursery:
-            for client in clients:
-                nursery.start_soon(client.pump)
-            await _rounds(proxy, clients, 2000, random.Random(0))  # to warm up
-            await proxy.idle()
-            before = resident(), descriptors(), current_statistics().tasks_living
-            started = time.perf_counter()
-            done = await _rounds(proxy, clients, requests, random.Random(seed))
-            seconds = time.perf_counter() - started
-            await proxy.idle(30)
-            after = resident(), descriptors(), current_statistics().tasks_living
-            nursery.cancel_scope.cancel()
-        print(f"{requests} requests in {seconds:.1f} s by {count} clients: {dict(done)}")
-        for name, was, now in zip(("memory MiB", "descriptors", "tasks"), before, after, strict=True):
-            print(f"  {name:12} before {was:8.1f}  after {now:8.1f}")
-        print(f"  streams left {proxy.exchanges}; connections to the server {proxy.dialled}")
+async def _line(process: trio.Process, said: bytes = b"") -> bytes:
+    """What the proxy's process answers to this."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    await process.stdin.send_all(said)
+    line = b""
+    while not line.endswith(b"\n"):
+        line += await process.stdout.receive_some()
+    return line
+
+
+async def main(requests: int, count: int, seed: int) -> None:
+    async with origin(speaking(answering2(_answer))) as up:
+        command = [sys.executable, "-m", "perf.soak", "--proxy", str(up.address)]
+        process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            address = Address.parse((await _line(process)).decode().strip())
+            await _soak(process, address, (requests, count, seed))
+        finally:
+            process.kill()
+
+
+async def _soak(process: trio.Process, address: Address, order: tuple[int, int, int]) -> None:
+    requests, count, seed = order
+    clients = [Peer2(await connect(address), client=True) for _ in range(count)]
+    async with trio.open_nursery() as nursery:
+        for client in clients:
+            await client.start()
+            nursery.start_soon(client.pump)
+        await _rounds(clients, min(requests, WARM_UP), random.Random(0))
+        before: dict[str, float] = json.loads(await _line(process, b"report\n"))
+        started = time.perf_counter()
+        done = await _rounds(clients, requests, random.Random(seed))
+        seconds = time.perf_counter() - started
+        after: dict[str, float] = json.loads(await _line(process, b"report\n"))
+        nursery.cancel_scope.cancel()
+    print(f"{requests} requests in {seconds:.1f} s by {count} clients: {dict(done)}")
+    for name, was in before.items():
+        print(f"  {name:12} before {was:8.1f}  after {after[name]:8.1f}")
 
 
 if __name__ == "__main__":
-    trio.run(main)
+    if sys.argv[1:2] == ["--proxy"]:
+        trio.run(_proxy, sys.argv[2])
+    else:
+        given = [int(word) for word in sys.argv[1:4]]
+        requests, clients, chance = (*given, *(200_000, 8, 1)[len(given) :])
+        trio.run(main, requests, clients, chance)
