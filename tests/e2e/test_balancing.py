@@ -245,7 +245,7 @@ async def test_the_only_endpoint_is_used_again_soon_after_it_is_back_however_lon
     async def served() -> bool:
         return await status() == 200
 
-    with trio.fail_after(8):  # 0.3 s, and what curl takes; the penalty is 9.6 s
+    with trio.fail_after(10):  # 0.3 s, and what curl takes; the penalty is 9.6 s
         await eventually(served, "the endpoint is used again")
 
 

@@ -56,6 +56,7 @@ while True:
         stream.sendall(b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Length: %d\\r\\n\\r\\n%s" % (len(answer), answer))
 """
 UPLOADS = 8090
+STREAMS = 8091
 
 # Opens connections that say one word and stay; then waits for the end of its input.
 HOLDER = """
@@ -76,7 +77,7 @@ time.sleep(3600)
 @pytest.fixture(scope="module")
 def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
-        pair = prepare(laboratory.lab, {WEB: "detect", UPLOADS: "detect", ECHO: "opaque"})
+        pair = prepare(laboratory.lab, {WEB: "detect", UPLOADS: "detect", STREAMS: "detect", ECHO: "opaque"})
         files = pair.shop.directory / "files"
         files.mkdir()
         for name, size in (("large", GIBIBYTE), ("small", 64 * 1024**2)):
@@ -87,6 +88,7 @@ def pair(laboratory: Laboratory) -> Pair:
         config = pair.shop.directory / "nginx.conf"
         config.write_text(NGINX)
         await pair.shop.start("nginx", ["nginx", "-p", ".", "-c", str(config)], user=User(never_root=True), port=WEB)
+        await pair.shop.start("nghttpd", ["nghttpd", "--no-tls", "-d", str(files), str(STREAMS)], port=STREAMS)
         await pair.shop.python("sink", SINK, str(UPLOADS), port=UPLOADS)
         await echo_server(pair.shop)
         with usual_limit():
@@ -180,6 +182,14 @@ async def grown(pair: Pair, *arguments: str) -> list[int]:
 async def test_a_gibibyte_down_leaves_the_proxies_as_small_as_they_were(pair: Pair) -> None:
     assert (await curl(pair.web, "-o", "/dev/null", f"http://shop:{WEB}/small", timeout=60)).status == 200
     growth = await grown(pair, "-o", "/dev/null", f"http://shop:{WEB}/large")
+    assert max(growth) < GROWTH
+
+
+async def test_a_gibibyte_on_one_stream_of_http2_leaves_them_so_too(pair: Pair) -> None:
+    prior = "--http2-prior-knowledge"
+    seen = await curl(pair.web, prior, "-o", "/dev/null", f"http://shop:{STREAMS}/small", timeout=60)
+    assert (seen.status, seen.info["http_version"]) == (200, "2")
+    growth = await grown(pair, prior, "-o", "/dev/null", f"http://shop:{STREAMS}/large")
     assert max(growth) < GROWTH
 
 

@@ -103,7 +103,7 @@ def test_kill_9_of_the_outer_process_ends_everything_inside() -> None:
 @needs_sandbox
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_reach_the_command_exactly_once(number: signal.Signals) -> None:
-    # Blocked and waited for: a handler could be run within the `print` that it answers, and one that is run before `pause` is slept through.
+    # Blocked and waited for: a handler could be run within the very `print` before it, or before the `pause` that is to wait for it.
     code = (
         "import signal, sys\n"
         f"signal.pthread_sigmask(signal.SIG_BLOCK, [{number:d}])\n"
