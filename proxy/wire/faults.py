@@ -85,7 +85,7 @@ def hosts(headers: Headers, version: bytes) -> str | None:
     count = len(headers.all(b"host"))
     if count > 1:
         return f"the head has {count} Host fields: it must have one"
-    return "the head has no Host field, which HTTP/1.1 must have" if not count and version == b"1.1" else None
+    return "the head has no Host field: it must have one" if not count and version == b"1.1" else None
 
 
 def fields(head: bytes) -> Headers:

@@ -66,6 +66,8 @@ VECTORS = {
     "chunked-and-content-length": HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n" + SMUGGLED,
     "chunked-twice": HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
     "chunked-not-last": HEAD + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "nul-in-the-target": b"GET /\x00 HTTP/1.1\r\nHost: shop\r\n\r\n" + SMUGGLED,
+    "two-blanks": b"GET  / HTTP/1.1\r\nHost: shop\r\n\r\n" + SMUGGLED,
     "chunked-misspelt": HEAD + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
     "chunked-with-a-vertical-tab": HEAD + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
     "blank-before-colon": HEAD + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
@@ -113,8 +115,9 @@ async def test_each_of_them_is_counted_and_logged(pair: Pair) -> None:
         (b"GET / HTTP/1.1\r\nHost: shop\r\n" + b"".join(b"X-%d: a\r\n" % number for number in range(300)) + b"\r\n", 431),
         (b"GET /" + b"a" * 10_000 + b" HTTP/1.1\r\nHost: shop\r\n\r\n", 414),
         (b"GET / HTTP/3.7\r\nHost: shop\r\n\r\n", 505),
+        (HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
     ],
-    ids=["a field of 70 kB", "300 fields", "a target of 10 kB", "a version that is not there"],
+    ids=["a field of 70 kB", "300 fields", "a target of 10 kB", "a version that is not there", "a coding below chunked"],
 )
 async def test_too_much_or_too_new_is_told_so(pair: Pair, data: bytes, expected: int) -> None:
     before = await requests(pair.far, "inbound")

@@ -216,7 +216,7 @@ WORDS = {
     head(GET, "Host: a", "X: y", "(x): y"): "the name of the field in line 4 of the head has characters that no name may have",
     head(GET, "Host: a", "X-Y: a\x0cb"): "the value of the field X-Y, in line 3 of the head, has control characters",
     head(GET, "X" * 99 + ": \x0c"): "the value of the field " + "X" * 40 + ", in line 2 of the head, has control characters",
-    head(GET): "the head has no Host field, which HTTP/1.1 must have",
+    head(GET): "the head has no Host field: it must have one",
     head("GET / HTTP/1.0", "Host: a", "Host: b"): "the head has 2 Host fields: it must have one",
     head(POST, "Host: a", "Content-Length: x"): "a Content-Length that is not a number, or is too large",
     head(POST, "Host: a", "Content-Length: 5, 6"): "more than one Content-Length",
