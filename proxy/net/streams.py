@@ -30,13 +30,14 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
 
 import trio
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled, notify_closing, wait_readable, wait_writable
 
 from proxy.net.address import Address
 from proxy.net.errors import ConnectFailed, ConnectionLost, NetError, TLSFailed, again, lost
+from proxy.net.pipe import Pipe
+from proxy.net.stream import Stream
 
 __all__ = [
     "BURST",
@@ -64,54 +65,6 @@ RECEIVE_SIZE = 65536
 _PEEK_PAUSE = 0.005
 
 _LINGER_NONE = struct.pack("ii", 1, 0)
-
-
-class Stream(Protocol):
-    """What relay and the HTTP engines need of a connection: SocketStream and TLSStream are such."""
-
-    @property
-    def peer(self) -> Address: ...
-
-    @property
-    def local(self) -> Address: ...
-
-    @property
-    def bytes_read(self) -> int: ...
-
-    @property
-    def bytes_written(self) -> int: ...
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """At least one byte and at most `max_bytes` (RECEIVE_SIZE if None), or `b""` when the peer ended cleanly."""
-        ...
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send all of it. The memory must not change before this returns."""
-        ...
-
-    async def send_eof(self) -> None:
-        """End our direction; reading goes on. Idempotent."""
-        ...
-
-    async def aclose(self) -> None:
-        """Close, telling the peer if that is possible within a short time."""
-        ...
-
-    def close(self) -> None:
-        """Close at once. Idempotent; tasks waiting in this stream get ClosedResourceError."""
-        ...
-
-    def reset(self) -> None:
-        """Close at once, so that the peer sees a broken connection and never a clean end."""
-        ...
-
-    def is_idle(self) -> bool:
-        """True if the stream is open, and the peer has neither sent anything nor closed."""
-        ...
-
-    def gone(self) -> bool:
-        """True if the peer has ended its direction, or the connection is lost, and there is nothing left to read."""
-        ...
 
 
 class SocketStream(trio.abc.HalfCloseableStream):
@@ -180,6 +133,28 @@ class SocketStream(trio.abc.HalfCloseableStream):
             raise again(loss)
         self.bytes_read += len(data)
         return data
+
+    async def receive_into(self, pipe: Pipe) -> Pipe:
+        """As receive_some, but what there is goes into `pipe`, which is empty before; if it is empty still, the peer has ended cleanly."""
+        self._begin_read()
+        try:
+            await self._pass()
+            while True:
+                try:
+                    pipe.fill(self.socket)
+                except BlockingIOError:
+                    self._streak = 0
+                    await wait_readable(self.socket)
+                except OSError as error:
+                    raise self._lost(error) from error
+                else:
+                    break
+        finally:
+            self._reading = False
+        if not pipe and (loss := self._loss) is not None:
+            raise again(loss)
+        self.bytes_read += len(pipe)
+        return pipe
 
     def receive_nowait(self, max_bytes: int = RECEIVE_SIZE) -> bytes | None:
         """See prompt.py."""
@@ -294,6 +269,27 @@ class SocketStream(trio.abc.HalfCloseableStream):
             return 0
         except OSError as error:
             raise self._lost(error) from error
+
+    async def send_from(self, pipe: Pipe) -> None:
+        """As send_all, of what is in `pipe`."""
+        self._begin_write()
+        try:
+            if self._eof_sent:
+                raise trio.ClosedResourceError("this direction was ended by send_eof")
+            await self._pass()
+            self.bytes_written += len(pipe)
+            self._torn = True  # unless all of it is sent
+            while pipe:
+                try:
+                    pipe.drain(self.socket)
+                except BlockingIOError:
+                    self._streak = 0
+                    await wait_writable(self.socket)
+                except OSError as error:
+                    raise self._lost(error) from error
+            self._torn = False
+        finally:
+            self._writing = False
 
     async def wait_send_all_might_not_block(self) -> None:
         self._begin_write()

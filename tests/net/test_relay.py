@@ -6,6 +6,7 @@ import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
 import trio
@@ -38,9 +39,11 @@ def plain(buffers: int | None = None) -> Joined:
     return Joined(client, a, b, server)
 
 
-@pytest.fixture(params=["plain-plain", "plain-tls", "tls-plain", "tls-tls"])
-async def joined(request: pytest.FixtureRequest, mesh: Mesh) -> Joined:
+@pytest.fixture(params=["plain-plain", "plain-tls", "tls-plain", "tls-tls", "piped-piped"])
+async def joined(request: pytest.FixtureRequest, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> Joined:
     left, _, right = request.param.partition("-")
+    if left == "piped":  # from the first byte
+        monkeypatch.setattr("proxy.net.relay._BULK", 0)
     client, a = await mesh.connect() if left == "tls" else pair()
     b, server = await mesh.connect() if right == "tls" else pair()
     return Joined(client, a, b, server)
@@ -222,5 +225,58 @@ async def test_a_reader_that_is_slow_holds_its_sender_back() -> None:
         with trio.move_on_after(0.1):
             await joined.client.send_all(bytes(64 << 20))
         assert joined.a.bytes_read < 1 << 20
+        nursery.cancel_scope.cancel()
+    joined.close()
+
+
+# By way of a pipe...
+
+
+def pipes() -> int:
+    """How many ends of pipes this process has open."""
+    found = 0
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            found += str(entry.readlink()).startswith("pipe:")
+    return found
+
+
+async def passed_on(joined: Joined, data: bytes) -> None:
+    """Send `data` from the client to the server, and have it there."""
+
+    async def take() -> bytes:
+        taken = bytearray()
+        while len(taken) < len(data):
+            taken += await joined.server.receive_some()
+        return bytes(taken)
+
+    assert (await both(take, partial(joined.client.send_all, data)))[0] == data
+
+
+async def test_bulk_goes_by_a_pipe_which_is_given_back_when_it_is_over() -> None:
+    joined, before = plain(), pipes()
+    bulk = bytes(range(256)) * 40_000
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(relay, joined.a, joined.b, idle=60))
+        await passed_on(joined, b"a few words")
+        assert pipes() == before
+        await passed_on(joined, bulk)
+        assert pipes() == before + 2
+        for number in range(100):
+            await passed_on(joined, b"%d words" % number)
+        assert pipes() == before
+        await passed_on(joined, bulk)
+        nursery.cancel_scope.cancel()
+    assert pipes() == before
+    joined.close()
+
+
+async def test_bulk_is_copied_where_no_pipe_is_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.net.pipe.PIPE_SIZE", 1 << 40)
+    joined, before = plain(), pipes()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(relay, joined.a, joined.b, idle=60))
+        await passed_on(joined, bytes(range(256)) * 40_000)
+        assert pipes() == before
         nursery.cancel_scope.cancel()
     joined.close()
