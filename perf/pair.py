@@ -184,6 +184,7 @@ def _configured(name: str, destination: str, ports: dict[str, int], material: Pa
         other: {"listen": []},
         "admin": {"listen": [f"{HOST}:{ports[f'{name}-admin']}"]},
         "log": {"level": "warning"},
+        "tracing": {"endpoint": f"http://{HOST}:9"},  # on; nothing is sampled, so nobody is asked
         "identity": {
             "certificate": str(material / "certificate.pem"),
             "key": str(material / "key.pem"),

@@ -63,7 +63,7 @@ def requests() -> None:
         back, collector = stack.enter_context(server(folder)), free_port()
         process = stack.enter_context(running([sys.executable, "-c", COLLECTOR, str(collector)], folder / "collector.log"))
         await_port(collector, process, folder / "collector.log")
-        settings = {"off": {}, "on": {"tracing": {"endpoint": f"http://{HOST}:{collector}"}}}
+        settings = {"off": {"tracing": {"exporter": "none"}}, "on": {"tracing": {"endpoint": f"http://{HOST}:{collector}"}}}
         pairs = {}
         for name, given in settings.items():
             (folder / name).mkdir()
