@@ -141,8 +141,8 @@ class Attempts:
         self._status = 0
         self._begun = False
         self.failure = None
+        self._started = trio.current_time()
         if self.tried:
-            self._started = trio.current_time()
             self._exchange.request_bytes = 0
             if self._body is not None:
                 self._body.rewind()
@@ -150,6 +150,7 @@ class Attempts:
     def go_on(self, work: Work, since: float) -> None:
         """The first attempt has been begun by the fast road, at `since` (trio's time); `end` has to follow."""
         self._work, self._since = work, since
+        self._started = since or trio.current_time()
         response = self._exchange.response
         if response is not None:
             self._since = 0.0  # when that came is not known any more

@@ -46,6 +46,7 @@ async def test_a_status_that_the_policy_names_is_tried_again() -> None:
     assert (found.status, found.body) == (200, b"ok")
     assert len(found.heard) == 2
     (attempt,) = found.world.tried[0]
+    assert 0 <= attempt.ended - attempt.started < 60, "the first attempt has a beginning too"
     assert (attempt.status, attempt.reason) == (503, "status")
     assert found.world.count("retries_total", cause="status") == 1
 
