@@ -23,11 +23,15 @@ from lab.wide_area import Fault
 
 SPLIT_REQUESTS = 1000
 SHARE = 0.1  # of the requests to `c` that go to east
-PHASE = 2.0  # seconds of load before, during and after the outage
+PHASE = 1.5  # seconds of load before, during and after the outage
 PATIENCE = 20.0  # seconds, for what has to happen by itself
 HERE, THERE = "c of west", "c of east"
-# Back home when `c` has been well for a second, and a way that does not answer is given up after two: stories are short.
-CLIENT: dict[str, Any] = {"clusters": {"settle": "1s"}, "dns": {}, "http": {"response_timeout": "2s"}}
+# Back home when `c` has been well for a second, and a way that does not answer is looked at each second: stories are short.
+CLIENT: dict[str, Any] = {
+    "clusters": {"settle": "1s", "probe_interval": "1s", "probe_timeout": "1s"},
+    "dns": {},
+    "http": {"response_timeout": "2s"},
+}
 POLICY = {"breaker": {"min_penalty": "500ms", "max_penalty": "1s"}}
 PEERS_PORT = 7  # for looking at addresses
 

@@ -21,7 +21,7 @@ needed where user namespaces are allowed."""
 
 EPILOG = """\
 examples:
-  isthmus demo           takes about a minute
+  isthmus demo           takes about half a minute
   isthmus demo --keep    leaves the pods running and says how to enter them; Ctrl-C ends it"""
 
 
