@@ -129,9 +129,11 @@ class ConnectionAccount:
         if error is not None and not isinstance(error, trio.Cancelled):
             metrics.error(facts.direction, describe(error).reason)
         reason, words = self._ending(error)
-        if facts.trace is not None and self._tracing is not None and facts.protocol is Spoken.OPAQUE:
-            self._tracing.put(self._span(facts.trace, reason, words, error))
-        log_connection(self._line(reason, words))
+        # Only a connection whose bytes are nobody's business has a span: the others have one for each request.
+        traced = facts.trace if facts.protocol is Spoken.OPAQUE else None
+        if traced is not None and self._tracing is not None:
+            self._tracing.put(self._span(traced, reason, words, error))
+        log_connection(self._line(reason, words, traced))
 
     async def detect(self, stream: SocketStream, silence: float | None, patience: float) -> Opening:
         """What the connection begins with; None: nobody looks, it is declared opaque."""
@@ -172,7 +174,7 @@ class ConnectionAccount:
         return "closed", ""
 
     def _span(self, trace: Trace, reason: str, words: str, error: BaseException | None) -> StreamRecord:
-        """What its span is made of. Only of connections whose bytes are nobody's business: the others have one for each request."""
+        """What its span is made of."""
         facts, stream = self._facts, self._account.stream
         outbound = facts.direction == "outbound"
         tls = facts.upstream_tls if outbound else facts.tls
@@ -197,7 +199,7 @@ class ConnectionAccount:
             written=stream.bytes_written,
         )
 
-    def _line(self, reason: str, words: str) -> ConnectionLine:
+    def _line(self, reason: str, words: str, trace: Trace | None) -> ConnectionLine:
         facts, stream = self._facts, self._account.stream
         return ConnectionLine(
             direction=facts.direction,
@@ -214,6 +216,8 @@ class ConnectionAccount:
             seconds=time.perf_counter() - self._started,
             reason=reason,
             words=words,
+            trace_id=trace.trace_id if trace is not None else b"",
+            span_id=trace.span_id if trace is not None else b"",
         )
 
 

@@ -301,7 +301,8 @@ class Attempts:
         exchange, now = self._exchange, trio.current_time()
         if exchange.tried is None:
             exchange.tried = []
-        exchange.tried.append(Attempt(endpoint.address, self._started, now, self._status, reason))
+        attempt = Attempt(endpoint.address, self._started, now, self._status, reason, exchange.chosen, exchange.request_bytes)
+        exchange.tried.append(attempt)
 
 
 def within(status: int, ranges: Statuses) -> bool:

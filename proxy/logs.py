@@ -55,6 +55,8 @@ class ConnectionLine:
     seconds: float = 0.0
     reason: str = ""
     words: str = ""
+    trace_id: bytes = b""
+    span_id: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,8 @@ async def test_an_idempotent_request_that_broke_off_is_tried_again_with_its_body
     found = await told(PUT, [breaking, saying(OK)])
     assert found.status == 200
     assert [message.body for message in found.heard] == [b"hi", b"hi"]
-    assert found.world.tried[0][0].reason == "upstream_closed"
+    (attempt,) = found.world.tried[0]
+    assert (attempt.reason, attempt.request_bytes) == ("upstream_closed", 2)
 
 
 async def test_any_other_one_is_not() -> None:

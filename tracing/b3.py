@@ -5,7 +5,7 @@ Single: `b3: traceid-spanid[-sampled[-parentspanid]]`, or the sampling state alo
 with zeros before it. The sampling state is 1, 0, `d` (debug: record it, whatever the sampler says; among several headers it is
 `X-B3-Flags: 1`), or absent: the decision is left to whoever receives it. Older senders write true and false.
 
-The parent's id is passed on only where it came: it then is the span that called us, since the span id becomes our own.
+The parent's id is passed on only where it came: it then is the span that ours hangs under, since the span id becomes our own.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def _write_single(places: Places, fields: list[Field], child: TraceContext) -> N
     parts = (value_at(places, fields, b"b3") or b"").strip(b" \t").split(b"-")
     trace = parts[0] if len(parts) > 1 else child.trace_id
     state = b"d" if child.debug else {True: b"1", False: b"0", None: b""}[child.sampled]
-    written = [trace, child.span_id]
+    written = [trace, child.span_id] if child.span_id else []
     if state:
         written.append(state)
         if len(parts) > 3:
-            written.append(parts[1])
+            written.append(child.parent or parts[3])
     put(places, fields, b"b3", b"-".join(written))
 
 
@@ -69,12 +69,14 @@ def _read_multi(places: Places, fields: list[Field]) -> TraceContext | None:
 
 
 def _write_multi(places: Places, fields: list[Field], child: TraceContext) -> None:
-    caller = value_at(places, fields, b"x-b3-spanid")
-    if b"x-b3-traceid" not in places:
-        put(places, fields, b"x-b3-traceid", child.trace_id)
-    put(places, fields, b"x-b3-spanid", child.span_id)
-    if caller is not None and b"x-b3-parentspanid" in places:
-        put(places, fields, b"x-b3-parentspanid", caller.strip(b" \t"))
+    if child.span_id:
+        if b"x-b3-traceid" not in places:
+            put(places, fields, b"x-b3-traceid", child.trace_id)
+        put(places, fields, b"x-b3-spanid", child.span_id)
+    if child.parent and b"x-b3-parentspanid" in places:
+        put(places, fields, b"x-b3-parentspanid", child.parent)
+    if child.sampled is False and b"x-b3-flags" in places:
+        put(places, fields, b"x-b3-flags", b"0")
     state = _SAMPLED.get((value_at(places, fields, b"x-b3-sampled") or b"").strip(b" \t").lower())
     if child.sampled is not None and not child.debug and state is not child.sampled:
         put(places, fields, b"x-b3-sampled", b"1" if child.sampled else b"0")

@@ -22,7 +22,8 @@ class TraceContext:
     """The trace, the caller's span, and whether the trace is being recorded.
 
     `trace_id` has 32 digits, or none: then the header says only whether to record the trace that begins here. `sampled` is None where
-    the caller leaves that to whoever comes next.
+    the caller leaves that to whoever comes next. `span_id` has none either where `trace_id` has none. `parent` is of a span of ours the one
+    that it hangs under; of a caller's nobody asks.
     """
 
     trace_id: bytes
@@ -31,6 +32,7 @@ class TraceContext:
     random: bool = False  # the trace id is random in its last 7 bytes (W3C level 2)
     debug: bool = False  # B3: recorded whatever it costs
     state: tuple[bytes, ...] = ()  # the values of the tracestate headers, as they came
+    parent: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,17 +5,19 @@ what order formats are looked for decides nothing where all say the same; where 
 change over from one format to another send both: all that name the same trace are given our span, or those who read the other one
 would take us out of the chain. Headers of another trace stay as they are, and so does everything that is not valid.
 
-A span that is not recorded changes nothing: the header goes on with the caller's span, which is the last one that anybody will find.
+A span that is not recorded changes nothing: the header goes on with the caller's span, which is the last one that anybody will find. Only a
+decision that those behind us could not know from it is written into it (sampling.py).
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from tracing.b3 import MULTI, SINGLE
-from tracing.context import REPEATED, Field, Format, Places, TraceContext
+from tracing.context import NO_SPAN, NO_TRACE, REPEATED, Field, Format, Places, TraceContext
 from tracing.grpc_bin import GRPC
-from tracing.w3c import W3C, traceparent
+from tracing.w3c import REFUSED, W3C, traceparent
 
 FORMATS: tuple[Format, ...] = (W3C, GRPC, SINGLE, MULTI)
 NAMES = frozenset(
@@ -27,7 +29,7 @@ _W3C = (W3C,)
 
 @dataclass(slots=True)
 class Carried:
-    """A context as it came, and the formats that carry it."""
+    """A context as it came (ours, once it is written over), and the formats that carry it."""
 
     context: TraceContext
     formats: tuple[Format, ...]
@@ -48,6 +50,19 @@ def mentioned(lines: bytes) -> bool:
     """Whether there may be trace headers among these lines: quicker than to look for them, and right where it says no."""
     lower = lines.lower()
     return b"trace" in lower or b"b3" in lower
+
+
+_OTHERS = re.compile(rb"\n(?:b3|x-b3-[a-z]+|grpc-trace-bin|traceparent):")
+
+
+def refused(lines: bytes) -> tuple[bytes, bytes] | None:
+    """Trace and span of a request with these lines (`name: value`, each with its CRLF), where the standard's header says alone, and in its
+    usual form, that the trace is not recorded. None: it says something else, or more has to be looked at."""
+    lines = b"\n" + lines
+    match = REFUSED.search(lines)
+    if match is None or len(_OTHERS.findall(lines.lower())) != 1:
+        return None
+    return (match[1], match[2]) if match[1] != NO_TRACE and match[2] != NO_SPAN else None
 
 
 def extract(fields: list[Field]) -> Carried | None:

@@ -4,6 +4,9 @@ Who began the trace has decided for all of it: a proxy that follows keeps whole 
 leaves it open), the trace id is held against the ratio, as OpenTelemetry's TraceIdRatioBased does; so all proxies with the same ratio
 decide alike without asking each other. Ratio 0, the default, means that this proxy begins no traces.
 
+A proxy that does not follow stands where strangers come in, and decides for all behind it: a *no* against a caller's *yes* is passed on, or
+each of those would record what this one was told to keep out. A decision is changed together with the span's id (W3C, section 3.4).
+
 Ids are random and need not be secret: one generator, seeded by the system, is fifteen times cheaper than asking the system for each.
 """
 
@@ -13,7 +16,7 @@ import random
 from dataclasses import dataclass
 
 from tracing.context import Field, TraceContext
-from tracing.propagation import Carried, begin, extract, mentioned, replace
+from tracing.propagation import Carried, begin, extract, mentioned, refused, replace
 
 _RATIO_BITS = 64
 
@@ -66,18 +69,30 @@ class Tracer:
         sampled = context.sampled
         decided = sampled if sampled is not None and self._sampling.follow else self._sampling.records(trace_id)
         if not decided:
-            if sampled is None and self._begins and context.span_id:
-                replace(fields, carried, TraceContext(trace_id, context.span_id, sampled=False))
-            return Trace(False, context.trace_id, context.span_id) if context.span_id else None
-        span_id = b"%016x" % (self._bits(64) or 1)
-        child = TraceContext(trace_id, span_id, True, context.random, context.debug)
+            span_id = context.span_id
+            if sampled or (sampled is None and self._begins):
+                span_id = span_id and self.span_id()
+                refusal = TraceContext(context.trace_id, span_id, False, context.random, parent=context.span_id)
+                replace(fields, carried, refusal)
+            return Trace(False, context.trace_id, span_id) if span_id else None
+        caller, span_id = context.span_id, b"%016x" % (self._bits(64) or 1)
+        # From here on the context is ours.
+        context.trace_id, context.span_id, context.parent, context.sampled = trace_id, span_id, caller, True
         for written in carried.formats:
-            written.write(carried.places, fields, child)
-        return Trace(True, trace_id, span_id, context.span_id, context.state, carried)
+            written.write(carried.places, fields, context)
+        return Trace(True, trace_id, span_id, caller, context.state, carried)
 
     def ignores(self, lines: bytes) -> bool:
         """Whether `begin` would certainly find nothing to do for a request with these lines of header fields."""
         return not self._begins and not mentioned(lines)
+
+    def unrecorded(self, lines: bytes) -> Trace | None:
+        """What `begin` would find for a request with these lines of header fields, where they are seen to go on as they came; None: it has
+        to be asked."""
+        if not self._sampling.follow:
+            return None
+        ids = refused(lines)
+        return Trace(False, *ids) if ids is not None else None
 
     def connection(self) -> Trace | None:
         """The trace of a connection in which nothing can carry one; None: it has none."""
@@ -86,16 +101,15 @@ class Tracer:
         trace_id = b"%032x" % (self._bits(128) or 1)
         return Trace(True, trace_id, self.span_id()) if self._sampling.records(trace_id) else None
 
-    def next_attempt(self, trace: Trace, fields: list[Field]) -> None:
-        """The request is sent once more: give it a span of its own, beside the last one."""
+    def next_attempt(self, trace: Trace, fields: list[Field], parent: bytes) -> None:
+        """The request is sent once more: give it a span of its own under `parent`, beside the last one."""
         trace.span_id = self.span_id()
-        child = TraceContext(trace.trace_id, trace.span_id, sampled=True)
         if trace.carried is None:
             begin(fields, TraceContext(trace.trace_id, trace.span_id, sampled=True, random=True))
         else:
             context = trace.carried.context
-            child.random, child.debug = context.random, context.debug
-            replace(fields, trace.carried, child)
+            context.span_id, context.parent = trace.span_id, parent
+            replace(fields, trace.carried, context)
 
     def _root(self, fields: list[Field]) -> Trace:
         trace_id = b"%032x" % (self._bits(128) or 1)

@@ -183,8 +183,8 @@ def _exchange(record: HttpRecord, described: Described) -> None:
         attributes[Name.SERVER_ADDRESS] = host
     if port is not None:
         attributes[Name.SERVER_PORT] = port
-    if record.version:
-        attributes |= {Name.PROTOCOL: "http", Name.PROTOCOL_VERSION: _text(record.version)}
+    if version := _version(record):
+        attributes |= {Name.PROTOCOL: "http", Name.PROTOCOL_VERSION: version}
     attributes |= {Name.REQUEST_SIZE: record.request_bytes, Name.RESPONSE_SIZE: record.response_bytes}
     if record.attempt:
         attributes[Name.RESEND_COUNT] = record.attempt
@@ -194,6 +194,15 @@ def _exchange(record: HttpRecord, described: Described) -> None:
         attributes[Name.PROXY_STATUS] = _text(record.proxy_status)
     if record.head_at:
         described.events.append((Name.HEAD_EVENT, record.head_at, {Name.STATUS: record.status}))
+
+
+_ALPN = {b"http/1.1": "1.1", b"h2": "2"}
+
+
+def _version(record: HttpRecord) -> str:
+    """Of HTTP on the connection that the span is about: ours to the next hop may have another one than the client's to us."""
+    agreed = _ALPN.get(record.tls.alpn) if record.kind == "client" and record.tls is not None else None
+    return agreed or _text(record.version)
 
 
 def _http(record: HttpRecord, attributes: dict[str, Value], *, query: bool) -> Described:

@@ -110,6 +110,8 @@ class Attempt:
     ended: float
     status: int  # of its response; 0: there was none
     reason: str  # why there was another: a reason of errors.py, or `status`, `grpc_status`
+    chosen: str | None = None  # see Exchange
+    request_bytes: int = 0  # of the body, that were sent
 
 
 # Told the final head, and the trailers of a response that has ended already without a body (None: it has not). Whether to drop it, because

@@ -44,11 +44,11 @@ def trace(tracing: Tracing | None, side: Side) -> Layer:
     def layer(handler: Handler) -> Handler:
         if tracing is None:
             return handler
-        begin = tracing.tracer.begin
+        tracer = tracing.tracer
 
         async def handle(exchange: Exchange) -> None:
             if exchange.begun is None:  # otherwise it has been asked on the fast road
-                exchange.trace = begin(exchange.request.headers.items)
+                exchange.trace = _found(exchange, tracer)
             found = exchange.trace
             if found is None or not found.sampled:
                 await handler(exchange)
@@ -75,11 +75,20 @@ def untraced(exchange: Exchange, tracing: Tracing | None) -> bool:
     """The same on the fast road. False: the exchange has spans, which it gets on the ordinary road."""
     if tracing is None:
         return True
-    lines = exchange.request.headers.block
-    if lines is not None and tracing.tracer.ignores(lines):
-        return True
-    exchange.trace = tracing.tracer.begin(exchange.request.headers.items)
+    exchange.trace = _found(exchange, tracing.tracer)
     return exchange.trace is None or not exchange.trace.sampled
+
+
+def _found(exchange: Exchange, tracer: Tracer) -> Trace | None:
+    """What the request has of a trace. As long as nothing is recorded its head stays the lines that it came as."""
+    lines = exchange.request.headers.block
+    if lines is not None:
+        if tracer.ignores(lines):
+            return None
+        trace = tracer.unrecorded(lines)
+        if trace is not None:
+            return trace
+    return tracer.begin(exchange.request.headers.items)
 
 
 def _opened(kind: Kind, exchange: Exchange, trace: Trace, parent: bytes) -> HttpRecord:
@@ -181,7 +190,7 @@ class _ClientSpans:
             self._catch_up(exchange.tried)
         if self._sent and self._record is not None:
             self._record.ended, self._record.failure = time_ns(), "unanswered"
-            self._hand_over(self._record)
+            self._hand_over(self._record, exchange.chosen)  # it goes to the same place again
         record = self._record or self._open()
         self._sent = True
         tls = exchange.upstream_tls
@@ -192,7 +201,7 @@ class _ClientSpans:
     def _open(self) -> HttpRecord:
         """The record of another attempt, whose id is in the headers from now on."""
         exchange, trace = self._exchange, self._trace
-        self._tracing.tracer.next_attempt(trace, exchange.request.headers.items)
+        self._tracing.tracer.next_attempt(trace, exchange.request.headers.items, self._parent)
         record = self._record = _opened("client", exchange, trace, self._parent)
         record.remote = self._own
         if self._last is not None:
@@ -205,17 +214,17 @@ class _ClientSpans:
         for attempt in tried[self._seen :]:
             record = self._record or self._open()
             record.started, record.ended = _unix(attempt.started), _unix(attempt.ended)
-            record.peer, record.status = attempt.upstream, attempt.status
+            record.peer, record.status, record.request_bytes = attempt.upstream, attempt.status, attempt.request_bytes
             if attempt.status:
                 record.head_at = record.ended
             record.grpc = exchange.is_grpc
             if attempt.reason != "status":
                 record.failure = attempt.reason
-            self._hand_over(record)
+            self._hand_over(record, attempt.chosen)
         self._seen = len(tried)
 
-    def _hand_over(self, record: HttpRecord) -> None:
-        record.service, record.chosen = self._exchange.service, self._exchange.chosen
+    def _hand_over(self, record: HttpRecord, chosen: str | None) -> None:
+        record.service, record.chosen = self._exchange.service, chosen
         self._tracing.put(record)
         self._last, self._record, self._sent = record, None, False
 
@@ -231,7 +240,7 @@ class _ClientSpans:
             record = self._open()
         if not self._sent:
             record.peer = exchange.upstream
-        self._hand_over(_closed(record, exchange, failure))
+        self._hand_over(_closed(record, exchange, failure), exchange.chosen)
 
 
 def _unix(moment: float) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,7 +86,10 @@ def scene(laboratory: Laboratory) -> Scene:
         file = jaeger.directory / "spans"
         command = [sys.executable, "-m", "lab.collector", str(OTLP), str(file)]
         collector = await jaeger.start("collector", command, port=OTLP, env={"PYTHONPATH": str(ROOT)})
+        pair.mesh.join(pair.cluster.pod("leaver"), tracing={"delay": "5m", "endpoint": f"http://{jaeger.ipv4}:{OTLP}"})
         pair.mesh.service("twice", [pair.shop, jaeger], {WEB: "http1"})
+        insistent = {"retries": {"statuses": [501], "limit": 2}, "breaker": {"failures": 0}}
+        pair.mesh.service("again", [pair.shop], {WEB: "http1"}, policy=insistent)
         await web_server(pair.shop)
         await echo_server(pair.shop)
         await pair.mesh.start()
@@ -148,9 +152,7 @@ async def test_a_span_says_which_pod_it_was_and_who_was_at_the_other_end(scene: 
     assert far.attributes["url.path"] == "/path"
 
 
-@pytest.mark.parametrize(
-    "headers", [["b3: {trace}-{caller}-1"], ["x-b3-traceid: {trace}", "x-b3-spanid: {caller}", "x-b3-sampled: 1"]]
-)
+@pytest.mark.parametrize("headers", [["b3: {trace}-{caller}-1"], ["x-b3-traceid: {trace}", "x-b3-spanid: {caller}", "x-b3-sampled: 1"]])
 async def test_b3_joins_the_spans_as_well(scene: Scene, headers: list[str]) -> None:
     trace = new_trace()
     given = [part for header in headers for part in ("-H", header.format(trace=trace, caller=CALLER))]
@@ -199,6 +201,7 @@ async def test_an_opaque_connection_is_a_span_where_the_ratio_says_so(scene: Sce
     assert (span.kind, span.attributes["isthmus.bytes.written"], span.parent_id) == ("server", 5, "")
     assert span.attributes["isthmus.peer.identity"] == str(scene.pair.near.identity)
     assert span.attributes["isthmus.destination"].endswith(f":{ECHO}")
+    assert (await logged(scene.pair.far, span.trace_id))["span_id"] == span.span_id
 
 
 async def test_an_attempt_that_got_no_connection_has_a_span_beside_the_one_that_did(scene: Scene) -> None:
@@ -220,6 +223,26 @@ async def test_an_attempt_that_got_no_connection_has_a_span_beside_the_one_that_
     assert first.end <= again.start
 
 
+async def test_what_is_tried_again_for_its_status_has_a_span_for_each_attempt(scene: Scene) -> None:
+    """The server knows no PUT, and says so each time."""
+    trace = new_trace()
+    answer = await curl(scene.pair.web, "-X", "PUT", *context(trace), f"http://again:{WEB}/")
+    assert answer.status == 501
+    spans = await scene.trace(trace, 6)
+    near, far = ([span for span in spans if span.kind == kind] for kind in ("client", "server"))
+    assert [span.parent_id for span in near] == [CALLER] * 3
+    assert [span.parent_id for span in far] == [span.span_id for span in near]
+    assert [span.attributes.get("http.request.resend_count") for span in near] == [None, 1, 2]
+    assert [span.links for span in near] == [[], [near[0].span_id], [near[1].span_id]]
+    for span in spans:
+        assert (span.status, span.attributes["error.type"], span.attributes["http.response.status_code"]) == ("error", "501", 501)
+        assert span.attributes["isthmus.peer.identity"]
+    assert all(before.end <= after.start for before, after in itertools.pairwise(near))
+    assert {span.attributes["isthmus.service"] for span in near} == {"default/again"}
+    line = await logged(scene.pair.near, "PUT", trace_id=trace)
+    assert line["span_id"] == near[-1].span_id
+
+
 async def test_labels_that_change_are_on_the_next_spans(scene: Scene) -> None:
     labels = scene.pair.shop.directory / "podinfo" / "labels"
     labels.with_suffix(".new").write_text('app="renamed"\n')
@@ -234,6 +257,17 @@ async def test_spans_are_counted_and_none_was_lost(scene: Scene) -> None:
     for sidecar in scene.pair.both:
         assert await counted(sidecar, "isthmus_spans_exported_total") > 0
         assert await counted(sidecar, "isthmus_spans_dropped_total") == 0
+
+
+async def test_what_is_left_at_the_end_of_a_proxy_is_sent(scene: Scene) -> None:
+    """The one of `leaver` waits for ever until a batch is full."""
+    trace, sidecar = new_trace(), scene.pair.mesh.sidecars["leaver"]
+    await curl(sidecar.pod, *context(trace), f"http://shop:{WEB}/")
+    await scene.trace(trace, 1)
+    assert not scene.spans(lambda span: span.pod == "leaver")
+    sidecar.running().signal(signal.SIGTERM)
+    near, far = await scene.trace(trace, 2)
+    assert (near.pod, near.span_id) == ("leaver", far.parent_id)
 
 
 async def test_a_collector_that_dies_is_noticed_by_nobody_but_the_counters(scene: Scene) -> None:

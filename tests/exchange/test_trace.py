@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from proxy.errors import NoEndpoint
+from proxy.exchange.exchange import Attempt, Exchange, Handler, Layer
 from proxy.exchange.trace import Side, Tracing
 from tests.kit.hop import Hop, Settings, hop
 from tests.kit.http import Peer, origin, until
@@ -40,7 +41,7 @@ class Seen:
 
 @asynccontextmanager
 async def traced(
-    side: Side, *answers: bytes, ratio: float = 0.0, on: bool = True, hold: trio.Event | None = None
+    side: Side, *answers: bytes, ratio: float = 0.0, on: bool = True, hold: trio.Event | None = None, layers: tuple[Layer, ...] = ()
 ) -> AsyncIterator[tuple[Peer, Seen]]:
     """A client, a hop that traces, and a server that gives these answers one after the other; b"": it closes the connection instead.
     Behind the last one it closes too, when `hold` is set."""
@@ -61,7 +62,7 @@ async def traced(
         records.append(record)
 
     tracing = Tracing(Tracer(Sampling(ratio)), put) if on else None
-    async with origin(script) as server, hop(server.address, Settings(tracing=tracing, side=side)) as proxy:
+    async with origin(script) as server, hop(server.address, Settings(tracing=tracing, side=side, layers=layers)) as proxy:
         yield await proxy.connect(), Seen(proxy, heads, records)
 
 
@@ -114,6 +115,24 @@ async def test_what_is_sent_again_has_a_span_of_its_own_beside_the_first_and_lin
     assert (first.failure, first.status, first.attempt, first.follows) == ("unanswered", 0, 0, b"")
     assert (again.failure, again.status, again.attempt, again.follows) == (None, 200, 1, first.span_id)
     assert first.ended <= again.started
+
+
+async def test_an_attempt_that_failed_shows_the_backend_and_the_bytes_that_it_had_itself() -> None:
+    def failed_over(handler: Handler) -> Handler:
+        async def handle(exchange: Exchange) -> None:
+            now = trio.current_time()
+            exchange.tried = [Attempt(exchange.facts.destination, now, now, 503, "status", "default/old", 7)]
+            exchange.service, exchange.chosen = "default/shop", "default/new"
+            await handler(exchange)
+
+        return handle
+
+    async with traced("client", layers=(failed_over,)) as (client, seen):
+        await client.ask(GET)
+        await until(lambda: len(seen.records) == 2, 10)
+    old, new = seen.records
+    assert (old.service, old.chosen, old.status, old.request_bytes, old.failure) == ("default/shop", "default/old", 503, 7, None)
+    assert (new.service, new.chosen, new.status, new.request_bytes, new.follows) == ("default/shop", "default/new", 200, 0, old.span_id)
 
 
 @pytest.mark.parametrize("side", ["server", "client", "both"])

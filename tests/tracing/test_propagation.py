@@ -30,7 +30,7 @@ def grpc(trace: bytes, span: bytes, options: bytes = b"\x02\x01", *, padded: boo
 
 
 def child(context: TraceContext, span: bytes = OURS, *, sampled: bool | None = True) -> TraceContext:
-    return TraceContext(context.trace_id, span, sampled, context.random, context.debug)
+    return TraceContext(context.trace_id, span, sampled, context.random, context.debug, parent=context.span_id)
 
 
 def passed_on(fields: list[Field], span: bytes = OURS, *, sampled: bool = True) -> list[Field]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.tracing.records import PARENT, SPAN, TRACE
 from tracing.context import Field
 from tracing.propagation import extract
-from tracing.sampling import Sampling, Tracer
+from tracing.sampling import Sampling, Trace, Tracer
 
 HOST: Field = (b"Host", b"a")
 
@@ -34,6 +34,36 @@ def test_what_the_caller_does_not_record_is_passed_on_as_it_came(ratio: float) -
     assert found is not None
     assert (found.sampled, found.trace_id, found.span_id) == (False, TRACE, SPAN)
     assert fields == [HOST, w3c(b"00")]
+
+
+_hex = st.sampled_from([TRACE, SPAN, TRACE.upper(), b"0" * 32, b"0" * 16, b"b3", b""])
+_values = st.one_of(
+    st.builds(
+        lambda *parts: b"-".join(parts), st.sampled_from([b"00", b"01", b"ff"]), _hex, _hex, st.sampled_from([b"00", b"01", b"02", b"0x"])
+    ),
+    st.sampled_from([b"1", b"0", b"", b"00-%b-%b-00" % (TRACE, SPAN), b"00-%b-%b-00-x" % (TRACE, SPAN), b"%b-%b-0" % (TRACE, SPAN)]),
+)
+_names = st.sampled_from(
+    [b"traceparent", b"Traceparent", b"TRACEPARENT", b"tracestate", b"b3", b"X-B3-Sampled", b"grpc-trace-bin", b"Host"]
+)
+
+
+@given(st.lists(st.tuples(_names, _values), max_size=4), st.sampled_from([0.0, 1.0]), st.booleans())
+def test_what_is_seen_at_a_glance_is_what_a_longer_look_finds(fields: list[Field], ratio: float, follow: bool) -> None:
+    tracer, lines = Tracer(Sampling(ratio, follow)), b"".join(b"%b: %b\r\n" % field for field in fields)
+    seen = tracer.unrecorded(lines)
+    if seen is not None:
+        before = list(fields)
+        assert tracer.begin(fields) == Trace(False, TRACE, SPAN) == seen
+        assert fields == before
+
+
+@pytest.mark.parametrize("name", [b"traceparent", b"Traceparent"])
+def test_the_usual_no_is_seen_at_a_glance(name: bytes) -> None:
+    lines = b"Host: a\r\n%b: 00-%b-%b-00\r\ntracestate: a=b3\r\n" % (name, TRACE, SPAN)
+    assert Tracer(Sampling(1)).unrecorded(lines) == Trace(False, TRACE, SPAN)
+    assert Tracer(Sampling(1, follow=False)).unrecorded(lines) is None
+    assert Tracer(Sampling(1)).unrecorded(lines + b"b3: 1\r\n") is None
 
 
 def test_without_a_context_and_a_ratio_nothing_happens() -> None:
@@ -87,11 +117,56 @@ def test_a_sampler_that_does_not_follow_decides_by_itself() -> None:
     assert found is not None
     assert found.sampled
     assert fields[0][1].endswith(b"-01")
-    fields = [w3c(b"01")]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ([w3c(b"01")], [(b"traceparent", b"00-%(trace)b-%(ours)b-00")]),
+        ([w3c(b"03")], [(b"traceparent", b"00-%(trace)b-%(ours)b-02")]),
+        ([(b"b3", b"%b-%b-1-%b" % (TRACE, SPAN, PARENT))], [(b"b3", b"%(trace)b-%(ours)b-0-%(span)b")]),
+        ([(b"b3", b"%b-%b-d" % (TRACE, SPAN))], [(b"b3", b"%(trace)b-%(ours)b-0")]),
+        ([(b"b3", b"1")], [(b"b3", b"0")]),
+        ([(b"x-b3-flags", b"1")], [(b"x-b3-flags", b"0"), (b"x-b3-sampled", b"0")]),
+        (
+            [(b"x-b3-traceid", TRACE), (b"x-b3-spanid", SPAN), (b"x-b3-flags", b"1")],
+            [(b"x-b3-traceid", b"%(trace)b"), (b"x-b3-spanid", b"%(ours)b"), (b"x-b3-flags", b"0"), (b"x-b3-sampled", b"0")],
+        ),
+    ],
+)  # fmt: skip
+def test_where_nobody_is_followed_a_strangers_yes_goes_no_further(asked: list[Field], told: list[Field]) -> None:
+    fields = list(asked)
     found = Tracer(Sampling(0, follow=False)).begin(fields)
+    words = {b"trace": TRACE, b"span": SPAN, b"ours": found.span_id if found is not None else b""}
+    assert fields == [(name, value % words) for name, value in told]
+    assert found is None or (not found.sampled and found.span_id != SPAN)
+    behind = Tracer(Sampling(1)).begin(fields)
+    assert behind is None or not behind.sampled
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        [(b"b3", b"%b-%b-1-%b" % (TRACE, SPAN, PARENT))],
+        [(b"x-b3-traceid", TRACE), (b"x-b3-spanid", SPAN), (b"x-b3-sampled", b"1"), (b"x-b3-parentspanid", PARENT)],
+    ],
+)
+def test_every_attempt_hangs_under_the_same_span(first: list[Field]) -> None:
+    fields, tracer = list(first), Tracer(Sampling())
+    found = tracer.begin(fields)
     assert found is not None
-    assert not found.sampled
-    assert fields == [w3c(b"01")]
+    for parent in (found.parent, found.parent, b"00000000000000aa"):
+        tracer.next_attempt(found, fields, parent)
+        assert fields[-1][1].rpartition(b"-")[2] == parent
+
+
+def test_a_no_does_not_make_a_span_its_own_parent() -> None:
+    fields = [(b"x-b3-traceid", TRACE), (b"x-b3-spanid", SPAN), (b"x-b3-parentspanid", PARENT)]
+    found = Tracer(Sampling(1e-18)).begin(fields)
+    assert found is not None
+    assert dict(fields) == {
+        b"x-b3-traceid": TRACE, b"x-b3-spanid": found.span_id, b"x-b3-parentspanid": SPAN, b"x-b3-sampled": b"0",
+    }  # fmt: skip
 
 
 def test_an_attempt_has_a_span_of_its_own_in_the_same_trace() -> None:
@@ -100,7 +175,7 @@ def test_an_attempt_has_a_span_of_its_own_in_the_same_trace() -> None:
         found = tracer.begin(fields)
         assert found is not None
         before, ids = found.span_id, found.trace_id
-        tracer.next_attempt(found, fields)
+        tracer.next_attempt(found, fields, found.parent)
         carried = extract(fields)
         assert carried is not None
         assert carried.context.span_id == found.span_id != before

@@ -44,6 +44,12 @@ def test_a_clients_span_has_the_url_and_the_endpoint() -> None:
     assert not {"url.path", "client.address", "user_agent.original"} & set(found.attributes)
 
 
+@pytest.mark.parametrize(("kind", "alpn", "version"), [("client", b"h2", "2"), ("client", b"", "1.1"), ("server", b"h2", "1.1")])
+def test_a_clients_span_has_the_version_of_its_own_connection(kind: str, alpn: bytes, version: str) -> None:
+    found = describe(http(kind, version=b"1.1", tls=Agreed(alpn=alpn)))
+    assert found.attributes["network.protocol.version"] == version
+
+
 SECRETS = ("hunter2", "tok3n")
 
 
