@@ -120,8 +120,10 @@ def spans() -> None:
         exchange.on_attempt()
 
     def once(layered: Handler, context: list[tuple[bytes, bytes]]) -> Callable[[], None]:
+        lines = Headers([*fields, *context]).encode()
+
         def call() -> None:
-            exchange = _Bare(RequestHead(b"GET", b"/path", Headers([*fields, *context])), Whole(), facts)
+            exchange = _Bare(RequestHead(b"GET", b"/path", Headers.canonical(lines, [])), Whole(), facts)
             coroutine: Coroutine[None, None, None] = layered(exchange)  # type: ignore[assignment]  # handlers promise an Awaitable; ours are coroutines
             try:
                 coroutine.send(None)
