@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tracing.b3 import MULTI, SINGLE
 from tracing.context import NO_SPAN, NO_TRACE, REPEATED, Field, Format, Places, TraceContext
 from tracing.grpc_bin import GRPC
-from tracing.w3c import REFUSED, W3C, traceparent
+from tracing.w3c import USUAL, W3C, traceparent
 
 FORMATS: tuple[Format, ...] = (W3C, GRPC, SINGLE, MULTI)
 NAMES = frozenset(
     {b"traceparent", b"tracestate", b"grpc-trace-bin", b"b3"}
     | {b"x-b3-traceid", b"x-b3-spanid", b"x-b3-parentspanid", b"x-b3-sampled", b"x-b3-flags"}
 )
-_W3C = (W3C,)
+STANDARD = (W3C,)
 
 
 @dataclass(slots=True)
@@ -55,14 +56,24 @@ def mentioned(lines: bytes) -> bool:
 _OTHERS = re.compile(rb"\n(?:b3|x-b3-[a-z]+|grpc-trace-bin|traceparent):")
 
 
-def refused(lines: bytes) -> tuple[bytes, bytes] | None:
-    """Trace and span of a request with these lines (`name: value`, each with its CRLF), where the standard's header says alone, and in its
-    usual form, that the trace is not recorded. None: it says something else, or more has to be looked at."""
-    lines = b"\n" + lines
-    match = REFUSED.search(lines)
-    if match is None or len(_OTHERS.findall(lines.lower())) != 1:
+class Usual(NamedTuple):
+    """What the standard's header says, and where its span stands in the lines."""
+
+    trace_id: bytes
+    span_id: bytes
+    flags: bytes
+    place: int
+
+
+def usual(lines: bytes) -> Usual | None:
+    """The context of a request with these lines (`name: value`, each with its CRLF), where the standard's header says it alone and in its
+    usual form. None: more has to be looked at."""
+    text = b"\n" + lines
+    match = USUAL.search(text)
+    if match is None or len(_OTHERS.findall(text.lower())) != 1:
         return None
-    return (match[1], match[2]) if match[1] != NO_TRACE and match[2] != NO_SPAN else None
+    trace_id, span_id, flags = match.groups()
+    return Usual(trace_id, span_id, flags, match.start(2) - 1) if trace_id != NO_TRACE and span_id != NO_SPAN else None
 
 
 def extract(fields: list[Field]) -> Carried | None:
@@ -72,7 +83,7 @@ def extract(fields: list[Field]) -> Carried | None:
         return None
     if len(places) == (b"traceparent" in places) + (b"tracestate" in places):  # as nearly always: nobody else has to be asked
         found = W3C.read(places, fields)
-        return Carried(found, _W3C, places) if found is not None else None
+        return Carried(found, STANDARD, places) if found is not None else None
     context: TraceContext | None = None
     formats: tuple[Format, ...] = ()
     for candidate in FORMATS:

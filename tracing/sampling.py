@@ -16,7 +16,7 @@ import random
 from dataclasses import dataclass
 
 from tracing.context import Field, TraceContext
-from tracing.propagation import Carried, begin, extract, mentioned, refused, replace
+from tracing.propagation import STANDARD, Carried, begin, extract, mentioned, replace, usual
 
 _RATIO_BITS = 64
 
@@ -86,13 +86,21 @@ class Tracer:
         """Whether `begin` would certainly find nothing to do for a request with these lines of header fields."""
         return not self._begins and not mentioned(lines)
 
-    def unrecorded(self, lines: bytes) -> Trace | None:
-        """What `begin` would find for a request with these lines of header fields, where they are seen to go on as they came; None: it has
-        to be asked."""
-        if not self._sampling.follow:
+    def glance(self, lines: bytes) -> tuple[Trace, bytes] | None:
+        """What `begin` would find for a request with these lines of header fields, and the lines as they go on then, for the commonest
+        ones; None: it has to be asked."""
+        found = usual(lines) if self._sampling.follow else None
+        if found is None:
             return None
-        ids = refused(lines)
-        return Trace(False, *ids) if ids is not None else None
+        trace_id, caller, flags, place = found
+        if flags[1:] in b"02468ace":
+            return Trace(False, trace_id, caller), lines
+        if flags not in (b"01", b"03") or b"tracestate" in lines.lower():
+            return None
+        span_id = self.span_id()
+        context = TraceContext(trace_id, span_id, sampled=True, random=flags == b"03", parent=caller)
+        carried = Carried(context, STANDARD, {})  # whoever writes it again looks for the place again
+        return Trace(True, trace_id, span_id, caller, (), carried), lines[:place] + span_id + lines[place + len(span_id) :]
 
     def connection(self) -> Trace | None:
         """The trace of a connection in which nothing can carry one; None: it has none."""

@@ -80,15 +80,16 @@ def untraced(exchange: Exchange, tracing: Tracing | None) -> bool:
 
 
 def _found(exchange: Exchange, tracer: Tracer) -> Trace | None:
-    """What the request has of a trace. As long as nothing is recorded its head stays the lines that it came as."""
-    lines = exchange.request.headers.block
-    if lines is not None:
-        if tracer.ignores(lines):
+    """What the request has of a trace. Nearly always its head can stay the lines that it came as."""
+    headers = exchange.request.headers
+    if headers.block is not None:
+        if tracer.ignores(headers.block):
             return None
-        trace = tracer.unrecorded(lines)
-        if trace is not None:
+        seen = tracer.glance(headers.block)
+        if seen is not None:
+            trace, headers.block = seen
             return trace
-    return tracer.begin(exchange.request.headers.items)
+    return tracer.begin(headers.items)
 
 
 def _opened(kind: Kind, exchange: Exchange, trace: Trace, parent: bytes) -> HttpRecord:

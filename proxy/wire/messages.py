@@ -133,6 +133,8 @@ class Headers:
 
     def get(self, name: bytes) -> bytes | None:
         """The first value of the field, or None."""
+        if self.block is not None:
+            return _among(self.block, name)
         for n, value in self.items:
             if n.lower() == name:
                 return value
@@ -165,6 +167,18 @@ class Headers:
 
     def copy(self) -> Headers:
         return Headers(self.items)
+
+
+def _among(lines: bytes, name: bytes) -> bytes | None:
+    """The value of the first field of this name in the canonical lines of a head."""
+    lower = lines.lower()
+    if lower.startswith(b"%b: " % name):
+        start = len(name) + 2
+    elif (at := lower.find(b"\n%b: " % name)) >= 0:
+        start = at + len(name) + 3
+    else:
+        return None
+    return lines[start : lines.index(b"\r", start)]
 
 
 @dataclass(slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,22 +50,37 @@ _names = st.sampled_from(
 )
 
 
-@given(st.lists(st.tuples(_names, _values), max_size=4), st.sampled_from([0.0, 1.0]), st.booleans())
-def test_what_is_seen_at_a_glance_is_what_a_longer_look_finds(fields: list[Field], ratio: float, follow: bool) -> None:
-    tracer, lines = Tracer(Sampling(ratio, follow)), b"".join(b"%b: %b\r\n" % field for field in fields)
-    seen = tracer.unrecorded(lines)
+def lined(fields: list[Field]) -> bytes:
+    return b"".join(b"%b: %b\r\n" % field for field in fields)
+
+
+@given(st.lists(st.tuples(_names, _values), max_size=4), st.sampled_from([0.0, 1.0]), st.booleans(), st.integers(0, 2**32))
+def test_what_is_seen_at_a_glance_is_what_a_longer_look_finds(fields: list[Field], ratio: float, follow: bool, seed: int) -> None:
+    tracer, lines = Tracer(Sampling(ratio, follow)), lined(fields)
+    tracer._bits = random.Random(seed).getrandbits
+    seen = tracer.glance(lines)
     if seen is not None:
-        before = list(fields)
-        assert tracer.begin(fields) == Trace(False, TRACE, SPAN) == seen
-        assert fields == before
+        tracer._bits = random.Random(seed).getrandbits
+        trace, found = seen[0], tracer.begin(fields)
+        assert found is not None
+        assert (trace.sampled, trace.trace_id, trace.span_id, trace.parent) == (found.sampled, TRACE, found.span_id, found.parent)
+        assert trace.carried is None or (found.carried is not None and trace.carried.context == found.carried.context)
+        assert seen[1] == lined(fields)
 
 
 @pytest.mark.parametrize("name", [b"traceparent", b"Traceparent"])
-def test_the_usual_no_is_seen_at_a_glance(name: bytes) -> None:
-    lines = b"Host: a\r\n%b: 00-%b-%b-00\r\ntracestate: a=b3\r\n" % (name, TRACE, SPAN)
-    assert Tracer(Sampling(1)).unrecorded(lines) == Trace(False, TRACE, SPAN)
-    assert Tracer(Sampling(1, follow=False)).unrecorded(lines) is None
-    assert Tracer(Sampling(1)).unrecorded(lines + b"b3: 1\r\n") is None
+def test_the_usual_header_is_seen_at_a_glance(name: bytes) -> None:
+    lines = b"Host: a\r\n%b: 00-%b-%b-%%b\r\n" % (name, TRACE, SPAN)
+    no, yes = lines % b"00" + b"tracestate: a=b3\r\n", lines % b"01"
+    assert Tracer(Sampling(1)).glance(no) == (Trace(False, TRACE, SPAN), no)
+    seen = Tracer(Sampling()).glance(yes)
+    assert seen is not None
+    assert (seen[0].sampled, seen[0].parent) == (True, SPAN)
+    assert seen[1] == yes.replace(SPAN, seen[0].span_id)
+    for text in (no, yes):
+        assert Tracer(Sampling(1, follow=False)).glance(text) is None
+        assert Tracer(Sampling(1)).glance(text + b"b3: 1\r\n") is None
+    assert Tracer(Sampling()).glance(yes + b"tracestate: a=1\r\n") is None
 
 
 def test_without_a_context_and_a_ratio_nothing_happens() -> None:
