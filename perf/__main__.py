@@ -139,7 +139,7 @@ def machine() -> dict[str, str]:
         "date": time.strftime("%Y-%m-%d"),
         "cpu": f"{cpu}, {os.cpu_count()} cores",
         "kernel": platform.release(),
-        "python": f"{platform.python_version()}, built {'with' if optimised else 'without'} profile-guided optimisation",
+        "python": f"{platform.python_version()}, configured {'with' if optimised else 'without'} --enable-optimizations",
         "versions": "; ".join(_version(*command) for command in _VERSIONS),
     }
 

@@ -28,8 +28,10 @@ def bars(title: str, groups: dict[str, dict[str, float]]) -> str:
         "text{font:13px system-ui,sans-serif;fill:#222}.title{font-size:16px;font-weight:600}.label{font-weight:600}"
         ".name{text-anchor:end}.value{font-variant-numeric:tabular-nums}"
     )
+    words = "; ".join(f"{label}: " + ", ".join(f"{name} {value:.0f}" for name, value in values.items()) for label, values in groups.items())
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y}" role="img" aria-label="{escape(title)}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y}" role="img">'
+        f"<title>{escape(title)}</title><desc>{escape(words)}</desc>"
         f'<style>{style}</style><rect width="{_WIDTH}" height="{y}" fill="#fff"/>'
         f'<text x="12" y="26" class="title">{escape(title)}</text>{"".join(parts)}</svg>\n'
     )

@@ -11,9 +11,7 @@ decision that those behind us could not know from it is written into it (samplin
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from tracing.b3 import MULTI, SINGLE
 from tracing.context import NO_SPAN, NO_TRACE, REPEATED, Field, Format, Places, TraceContext
@@ -47,33 +45,20 @@ def locate(fields: list[Field]) -> Places:
     return places
 
 
-def mentioned(lines: bytes) -> bool:
-    """Whether there may be trace headers among these lines: quicker than to look for them, and right where it says no."""
-    lower = lines.lower()
+def mentioned(lower: bytes) -> bool:
+    """Whether there may be trace headers among these lines, which are in lower case: quicker than to look for them, and right where it says
+    no."""
     return b"trace" in lower or b"b3" in lower
 
 
-_OTHERS = re.compile(rb"\n(?:b3|x-b3-[a-z]+|grpc-trace-bin|traceparent):")
-
-
-class Usual(NamedTuple):
-    """What the standard's header says, and where its span stands in the lines."""
-
-    trace_id: bytes
-    span_id: bytes
-    flags: bytes
-    place: int
-
-
-def usual(lines: bytes) -> Usual | None:
-    """The context of a request with these lines (`name: value`, each with its CRLF), where the standard's header says it alone and in its
-    usual form. None: more has to be looked at."""
-    text = b"\n" + lines
-    match = USUAL.search(text)
-    if match is None or len(_OTHERS.findall(text.lower())) != 1:
+def usual(lines: bytes, lower: bytes) -> tuple[bytes, bytes, bytes, int] | None:
+    """The context of a request with these lines (`name: value`, each with its CRLF; `lower`: the same in lower case), where the standard's
+    header says it alone and in its usual form: trace, span, flags, and where the span stands. None: more has to be looked at."""
+    match = USUAL.search(lines)
+    if match is None or lower.count(b"traceparent:") > 1 or b"b3:" in lower or b"x-b3-" in lower or b"grpc-trace-bin:" in lower:
         return None
     trace_id, span_id, flags = match.groups()
-    return Usual(trace_id, span_id, flags, match.start(2) - 1) if trace_id != NO_TRACE and span_id != NO_SPAN else None
+    return (trace_id, span_id, flags, match.start(2)) if trace_id != NO_TRACE and span_id != NO_SPAN else None
 
 
 def extract(fields: list[Field]) -> Carried | None:

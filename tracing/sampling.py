@@ -44,6 +44,7 @@ class Trace:
     parent: bytes = b""
     state: tuple[bytes, ...] = ()
     carried: Carried | None = None
+    flags: bytes = b""  # of the standard's header, if that was seen at a glance: then nothing is `carried` yet
 
 
 class Tracer:
@@ -82,25 +83,22 @@ class Tracer:
             written.write(carried.places, fields, context)
         return Trace(True, trace_id, span_id, caller, context.state, carried)
 
-    def ignores(self, lines: bytes) -> bool:
-        """Whether `begin` would certainly find nothing to do for a request with these lines of header fields."""
-        return not self._begins and not mentioned(lines)
-
-    def glance(self, lines: bytes) -> tuple[Trace, bytes] | None:
+    def glance(self, lines: bytes) -> tuple[Trace | None, bytes] | None:
         """What `begin` would find for a request with these lines of header fields, and the lines as they go on then, for the commonest
         ones; None: it has to be asked."""
-        found = usual(lines) if self._sampling.follow else None
+        lower = lines.lower()
+        if not mentioned(lower):
+            return None if self._begins else (None, lines)
+        found = usual(lines, lower) if self._sampling.follow else None
         if found is None:
             return None
         trace_id, caller, flags, place = found
         if flags[1:] in b"02468ace":
             return Trace(False, trace_id, caller), lines
-        if flags not in (b"01", b"03") or b"tracestate" in lines.lower():
+        if flags not in (b"01", b"03") or b"tracestate" in lower:
             return None
-        span_id = self.span_id()
-        context = TraceContext(trace_id, span_id, sampled=True, random=flags == b"03", parent=caller)
-        carried = Carried(context, STANDARD, {})  # whoever writes it again looks for the place again
-        return Trace(True, trace_id, span_id, caller, (), carried), lines[:place] + span_id + lines[place + len(span_id) :]
+        span_id = b"%016x" % (self._bits(64) or 1)
+        return Trace(True, trace_id, span_id, caller, flags=flags), lines[:place] + span_id + lines[place + 16 :]
 
     def connection(self) -> Trace | None:
         """The trace of a connection in which nothing can carry one; None: it has none."""
@@ -112,6 +110,9 @@ class Tracer:
     def next_attempt(self, trace: Trace, fields: list[Field], parent: bytes) -> None:
         """The request is sent once more: give it a span of its own under `parent`, beside the last one."""
         trace.span_id = self.span_id()
+        if trace.carried is None and trace.flags:
+            context = TraceContext(trace.trace_id, trace.span_id, sampled=True, random=trace.flags == b"03")
+            trace.carried = Carried(context, STANDARD, {})  # the place is looked for again
         if trace.carried is None:
             begin(fields, TraceContext(trace.trace_id, trace.span_id, sampled=True, random=True))
         else:

@@ -29,7 +29,7 @@ _LONGEST = 4096
 _FLAGS = {b"%02x" % bits: (bits & SAMPLED != 0, bits & RANDOM != 0) for bits in range(256)}
 _BITS = {(True, False): b"01", (True, True): b"03", (False, False): b"00", (False, True): b"02"}
 _PARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?\Z", re.DOTALL)
-# The header in its usual form, as a line among others.
+# The header in its usual form, as a line among others (the first of a request's is not it).
 USUAL = re.compile(rb"\n[Tt]raceparent: 00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})\r\n")
 _KEY = re.compile(r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})\Z")
 _VALUE = re.compile(r"[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]\Z")

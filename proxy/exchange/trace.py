@@ -83,8 +83,6 @@ def _found(exchange: Exchange, tracer: Tracer) -> Trace | None:
     """What the request has of a trace. Nearly always its head can stay the lines that it came as."""
     headers = exchange.request.headers
     if headers.block is not None:
-        if tracer.ignores(headers.block):
-            return None
         seen = tracer.glance(headers.block)
         if seen is not None:
             trace, headers.block = seen

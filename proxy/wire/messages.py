@@ -171,11 +171,11 @@ class Headers:
 
 def _among(lines: bytes, name: bytes) -> bytes | None:
     """The value of the first field of this name in the canonical lines of a head."""
-    lower = lines.lower()
-    if lower.startswith(b"%b: " % name):
-        start = len(name) + 2
-    elif (at := lower.find(b"\n%b: " % name)) >= 0:
-        start = at + len(name) + 3
+    lower, mark = lines.lower(), b"\n%b: " % name
+    if lower.startswith(mark[1:]):
+        start = len(mark) - 1
+    elif (at := lower.find(mark)) >= 0:
+        start = at + len(mark)
     else:
         return None
     return lines[start : lines.index(b"\r", start)]
