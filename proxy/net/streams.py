@@ -136,6 +136,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
 
     async def receive_into(self, pipe: Pipe) -> Pipe:
         """As receive_some, but what there is goes into `pipe`, which is empty before; if it is empty still, the peer has ended cleanly."""
+        # A loop of its own: one shared with receive_some would cost every read a call.
         self._begin_read()
         try:
             await self._pass()
