@@ -132,7 +132,7 @@ class Metrics:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         # Two thirds of all series would be `_created` timestamps otherwise. The switch is the library's own, and process-wide.
-        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # the library says no types
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._data_path()

@@ -73,7 +73,7 @@ def shape(annotation: Any) -> Shape:
             meta = next(note for note in notes if isinstance(note, msgspec.Meta))
         elif get_origin(annotation) in (Union, types.UnionType) and type(None) in get_args(annotation):
             optional = True
-            annotation = Union[tuple(part for part in get_args(annotation) if part is not type(None))]  # noqa: UP007
+            annotation = Union[tuple(part for part in get_args(annotation) if part is not type(None))]  # noqa: UP007  # made of a tuple
         else:
             return Shape(annotation, optional, meta)
 

@@ -95,7 +95,7 @@ def start_message(start: Start) -> bytes:
 
 def read_start(data: bytes) -> Start:
     """The supervisor is the parent of this process, and the pair has no name: nobody else can have made these bytes."""
-    start: Start = pickle.loads(data)  # noqa: S301
+    start: Start = pickle.loads(data)  # noqa: S301  # from our own parent, over a pair that has no name
     return start
 
 

@@ -89,8 +89,8 @@ class OtlpExporter:
 
     def __init__(self, spans: Spans, collector: Collector) -> None:
         # Protocol buffers take memory that the other exporters do not need.
-        from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans  # noqa: PLC0415
-        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse  # noqa: PLC0415
+        from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans  # noqa: PLC0415  # as said above
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse  # noqa: PLC0415  # the same
 
         self._encode, self._response = encode_spans, ExportTraceServiceResponse
         self._spans = spans
@@ -152,7 +152,7 @@ def console(spans: Spans) -> Exporter:
 def jaeger(spans: Spans, host: str, port: int) -> Exporter:
     """Datagrams to a Jaeger agent, in Thrift. Needs the extra `isthmus[jaeger]`; raises ImportError with what to do."""
     try:
-        from opentelemetry.exporter.jaeger.thrift import JaegerExporter  # type: ignore[import-not-found]  # noqa: PLC0415
+        from opentelemetry.exporter.jaeger.thrift import JaegerExporter  # type: ignore[import-not-found]  # noqa: PLC0415  # an extra
     except ImportError as error:
         raise ImportError(
             f"the Jaeger exporter cannot be imported ({error}): install isthmus[jaeger], which brings an older opentelemetry-sdk, "

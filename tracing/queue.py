@@ -178,7 +178,7 @@ class SpanQueue:
                 break
             self._say(outcome)
             # A little at random, so that the proxies of a cluster do not all come back at once.
-            self._wait(max(outcome.after, pause * random.uniform(0.8, 1.2)))  # noqa: S311
+            self._wait(max(outcome.after, pause * random.uniform(0.8, 1.2)))  # noqa: S311  # no secret depends on it
             pause = min(2 * pause, _LONGEST_PAUSE)
         self._trouble(outcome.reason or "failed", outcome.words, self._held)
 
@@ -215,7 +215,7 @@ class _Nowhere:
     def prepare(self, records: Sequence[Record]) -> None:
         pass
 
-    def send(self, seconds: float) -> Outcome:  # noqa: ARG002
+    def send(self, seconds: float) -> Outcome:  # noqa: ARG002  # it takes no time
         return Outcome("no_exporter")
 
     def forget(self) -> None:

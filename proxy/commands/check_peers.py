@@ -13,6 +13,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -69,7 +70,7 @@ class PeerCheck:
 
     async def _shake_hands(self, stream: SocketStream, identity: Identity, expected: SpiffeId, who: str) -> Result:
         offer = TLSOffer(server_name=expected.sni, alpn=(ALPN_HTTP1,))
-        verify = lambda certificate: identity.verify_peer(certificate, expected)  # noqa: E731
+        verify = partial(identity.verify_peer, expected=expected)
         tls = await tls_client(stream, identity.client_context, offer, verify=verify, timeout=self.timeout)
         # In TLS 1.3 the server judges our certificate after our side of the handshake is done. So end our direction and read:
         # a refusal comes as an alert, acceptance as the end of the other direction.

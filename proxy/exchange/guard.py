@@ -11,6 +11,7 @@ from collections.abc import Callable
 from loopguard.l7 import HEADER, Dropped, Waypoint, from_outside, nameless, outsiders, read
 from proxy.errors import LoopDetected
 from proxy.exchange.exchange import Exchange, Handler, Layer
+from proxy.wire.messages import place
 
 
 def guard(waypoint: Waypoint, dropped: Callable[[Dropped], None]) -> Layer:
@@ -39,11 +40,11 @@ def leave_token(exchange: Exchange, waypoint: Waypoint, dropped: Callable[[Dropp
         return
     lower = block.lower()
     came = lower.count(HEADER)
-    start = _value(lower, _HOPS) if came else 0
+    start = place(lower, _HOPS) if came else 0
     if came > 1 or (came and not start):  # there are several, or it is no name but stands within a value
         _among_fields(exchange, waypoint, dropped)
         return
-    host = _value(lower, _HOST)
+    host = place(lower, _HOST)
     token = _token(exchange, waypoint, block[host : block.index(b"\r", host)])
     if came:
         end = block.index(b"\r", start)
@@ -51,13 +52,6 @@ def leave_token(exchange: Exchange, waypoint: Waypoint, dropped: Callable[[Dropp
         headers.block = b"%b%b%b" % (block[:start], field, block[end:])
     else:
         headers.append(HEADER, waypoint.named(token))
-
-
-def _value(lower: bytes, name: bytes) -> int:
-    """Where the value of the first field of this name begins in the lines of a head, which are in lower case; 0: there is none."""
-    if lower.startswith(name[1:]):
-        return len(name) - 1
-    return lower.find(name) + len(name) if name in lower else 0
 
 
 def _token(exchange: Exchange, waypoint: Waypoint, authority: bytes) -> bytes:

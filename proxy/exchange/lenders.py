@@ -44,7 +44,7 @@ class Http2Lender(Generic[K]):
     def __init__(self, pool: MuxPool[K]) -> None:
         self.pool = pool
 
-    def carrier(self, endpoint: K, *, fresh: bool) -> _Http2Loan[K]:  # noqa: ARG002
+    def carrier(self, endpoint: K, *, fresh: bool) -> _Http2Loan[K]:  # noqa: ARG002  # the pool knows which connections take no more
         return _Http2Loan(self.pool, endpoint)
 
 

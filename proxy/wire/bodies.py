@@ -212,7 +212,7 @@ class CloseWriter:
     def data(self, data: bytes) -> bytes:
         return data
 
-    def end(self, trailers: Headers) -> bytes:  # noqa: ARG002
+    def end(self, trailers: Headers) -> bytes:  # noqa: ARG002  # there is no place for trailers without chunks
         return b""
 
 

@@ -134,7 +134,8 @@ class Headers:
     def get(self, name: bytes) -> bytes | None:
         """The first value of the field, or None."""
         if self.block is not None:
-            return _among(self.block, name)
+            start = place(self.block.lower(), b"\n%b: " % name)
+            return self.block[start : self.block.index(b"\r", start)] if start else None
         for n, value in self.items:
             if n.lower() == name:
                 return value
@@ -169,16 +170,13 @@ class Headers:
         return Headers(self.items)
 
 
-def _among(lines: bytes, name: bytes) -> bytes | None:
-    """The value of the first field of this name in the canonical lines of a head."""
-    lower, mark = lines.lower(), b"\n%b: " % name
+def place(lower: bytes, mark: bytes) -> int:
+    """Where the value of a field begins in the canonical lines of a head, which are in lower case; the first one's, if there are more.
+    0: there is none. `mark` is what it stands behind: a newline, its name, colon and blank."""
     if lower.startswith(mark[1:]):
-        start = len(mark) - 1
-    elif (at := lower.find(mark)) >= 0:
-        start = at + len(mark)
-    else:
-        return None
-    return lines[start : lines.index(b"\r", start)]
+        return len(mark) - 1
+    at = lower.find(mark)
+    return at + len(mark) if at >= 0 else 0
 
 
 @dataclass(slots=True)

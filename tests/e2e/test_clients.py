@@ -207,7 +207,7 @@ async def test_a_websocket(pair: Pair) -> None:
 async def test_ten_thousand_requests_of_h2load_over_64_connections_without_one_error(pair: Pair) -> None:
     before = await counted(pair.far, "isthmus_responses_total", direction="inbound", status_class="2xx")
     done = await pair.web.run(["h2load", "--h1", "-n", "10000", "-c", "64", "-t", "1", url("/digits")], timeout=80)
-    print(done.text)  # noqa: T201
+    print(done.text)
     assert "requests: 10000 total, 10000 started, 10000 done, 10000 succeeded, 0 failed, 0 errored, 0 timeout" in done.text
     after = await counted(pair.far, "isthmus_responses_total", direction="inbound", status_class="2xx")
     assert after - before == 10000
@@ -215,7 +215,7 @@ async def test_ten_thousand_requests_of_h2load_over_64_connections_without_one_e
 
 async def test_wrk_over_64_connections_without_one_error(pair: Pair) -> None:
     done = await pair.web.run(["wrk", "-t", "2", "-c", "64", "-d", "4s", "--timeout", "10s", url("/digits")], timeout=40)
-    print(done.text)  # noqa: T201
+    print(done.text)
     assert "Socket errors" not in done.text
     assert "Non-2xx" not in done.text
     found = re.search(r"(\d+) requests in", done.text)

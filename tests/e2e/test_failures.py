@@ -73,7 +73,7 @@ async def test_a_server_that_is_killed_under_load_and_comes_back(pair: Pair) -> 
         await web_server(pair.shop)
         await load.more(300)
     assert load.bad["502 connection_refused"] >= 7
-    print(dict(load.outcomes))  # noqa: T201
+    print(dict(load.outcomes))
     assert explained(load, "502", "503")
     assert [sidecar.running().pid for sidecar in pair.both] == pids
     assert await counted(pair.far, "isthmus_errors_total", direction="inbound", reason="connect_refused") >= 7
@@ -93,7 +93,7 @@ async def test_the_servers_sidecar_is_killed_under_load_and_comes_back(pair: Pai
         assert load.bad["502 connection_refused"]
         await pair.far.start(intercept=False)
         await load.more(300)
-    print(dict(load.outcomes))  # noqa: T201
+    print(dict(load.outcomes))
     assert explained(load, "502", "503")
     assert pair.near.running().pid == near
     await clean(pair)
@@ -105,7 +105,7 @@ async def test_the_servers_sidecar_is_restarted_politely_under_load(pair: Pair) 
         await load.more(100)
         await pair.far.restart()
         await load.more(300)
-    print(dict(load.outcomes))  # noqa: T201
+    print(dict(load.outcomes))
     assert set(load.bad) <= {"502 connection_refused", BROKEN}
     await clean(pair)
 
@@ -120,7 +120,7 @@ async def test_a_server_that_hangs_is_given_up_after_the_response_timeout(impati
             assert (seen.status, seen.error) == (504, "http_response_timeout")
             await load.more(3, "504 http_response_timeout")
         await load.more(200)
-    print(dict(load.outcomes))  # noqa: T201
+    print(dict(load.outcomes))
     assert explained(load, "504", "503")
     assert await counted(impatient.near, "isthmus_errors_total", direction="outbound", reason="upstream_timeout") >= 4
     await logged(impatient.near, "did not answer within 1.0 s", status=504)
@@ -135,7 +135,7 @@ async def test_a_sidecar_that_hangs_is_given_up_too(impatient: Pair) -> None:
             # Connections that are kept have been given up; a new one fails in the handshake.
             await load.more(3, "504 connection_timeout")
         await load.more(200)
-    print(dict(load.outcomes))  # noqa: T201
+    print(dict(load.outcomes))
     assert explained(load, "504", "503")
     await clean(impatient)
 
@@ -147,7 +147,7 @@ async def test_a_link_that_is_cut_under_load_and_mended(impatient: Pair) -> None
             await load.more(3, "504 http_response_timeout")
             await load.more(3, "504 connection_timeout")
         await load.more(200)
-    print(dict(load.outcomes))  # noqa: T201
+    print(dict(load.outcomes))
     # Where the neighbour's address is not known any more, the kernel itself says that there is no way to it.
     assert explained(load, "504", "502", "503")
     assert set(load.bad) <= {"504 http_response_timeout", "504 connection_timeout", "502 destination_ip_unroutable", BROKEN}

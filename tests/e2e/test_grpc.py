@@ -201,7 +201,7 @@ print(json.dumps([sorted(times), len(first) + rest]))
     before = pair.near.running().peak_rss(), pair.far.running().peak_rss()
     times, total = await calling(pair.web, code)
     assert total == 1000 * 64 * 1024
-    print(f"p50 {times[150] * 1000:.1f} ms, longest {times[-1] * 1000:.0f} ms")  # noqa: T201
+    print(f"p50 {times[150] * 1000:.1f} ms, longest {times[-1] * 1000:.0f} ms")
     assert times[150] < 1
     for sidecar, old in zip(pair.both, before, strict=True):
         assert sidecar.running().peak_rss() - old < 16 * 1024 * 1024
@@ -226,7 +226,7 @@ print(json.dumps([sent - first, first, len(answers)]))
 stuck.cancel()
 """
     more, sent, answers = await calling(pair.web, code)
-    print(f"{sent} messages of 64 KiB until the client stopped")  # noqa: T201
+    print(f"{sent} messages of 64 KiB until the client stopped")
     assert more == 0
     assert sent < 200
     assert answers == 20

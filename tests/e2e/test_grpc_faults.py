@@ -93,7 +93,7 @@ async def test_a_server_that_is_killed_under_load_and_comes_back(pair: Pair) -> 
         await load.more(50, BROKEN)
         await grpc_server(pair.shop)
         await load.more(200)
-    print(dict(load.outcomes))  # noqa: T201
+    print(dict(load.outcomes))
     assert set(load.bad) <= {REFUSED, BROKEN, *CUT}
     assert sum(load.bad[outcome] for outcome in CUT & set(load.bad)) <= 6  # those that were with the server when it died
     assert [sidecar.running().pid for sidecar in pair.both] == pids
@@ -108,7 +108,7 @@ async def test_the_servers_sidecar_is_killed_under_load_and_comes_back(pair: Pai
         await load.more(50, BROKEN)
         await pair.far.start(intercept=False)
         await load.more(200)
-    print(dict(load.outcomes))  # noqa: T201
+    print(dict(load.outcomes))
     assert set(load.bad) <= {REFUSED, BROKEN, *CUT}
     await well(pair)
 
@@ -119,7 +119,7 @@ async def test_the_servers_sidecar_is_restarted_politely_under_load(pair: Pair) 
         await load.more(100)
         await pair.far.restart()
         await load.more(200)
-    print(dict(load.outcomes))  # noqa: T201
+    print(dict(load.outcomes))
     # A call that crosses GOAWAY is refused, grpcio sends it again by itself, and may meet the closed listener.
     refused = {outcome for outcome in load.bad if "RST_STREAM with error code 7" in outcome}
     assert set(load.bad) <= {REFUSED, BROKEN, *refused}
@@ -140,7 +140,7 @@ async def test_one_of_two_pods_dies_under_load_and_the_other_serves(pair: Pair) 
         await annex.start(intercept=False)
         before = load.answered["annex"]
         await eventually(lambda: load.answered["annex"] > before + 20, "the pod that is back has its share")
-    print(dict(load.outcomes))  # noqa: T201
+    print(dict(load.outcomes))
     assert set(load.bad) <= CUT
     assert sum(load.bad.values()) <= 6
     await well(pair)
@@ -166,7 +166,7 @@ async def test_a_stream_whose_server_dies_ends_with_a_status_and_the_channel_goe
     victim.kill()
     await victim.wait()
     end = json.loads(await reader.wait_line("end"))
-    print(end)  # noqa: T201
+    print(end)
     assert end["end"] == "UNAVAILABLE"
     # The proxy that noticed has the last word, as trailers: without them grpcio would make something up.
     assert end["details"].startswith(("connection_terminated", "http_response_incomplete"))
@@ -246,7 +246,7 @@ async def test_connections_that_are_replaced_every_second_cost_no_call(young: Pa
     async with Calls(young.web, "stock") as load:
         while await opened() - before < 6:
             await load.more(100)
-    print(dict(load.outcomes), dict(load.answered), f"longest {load.longest * 1000:.0f} ms")  # noqa: T201
+    print(dict(load.outcomes), dict(load.answered), f"longest {load.longest * 1000:.0f} ms")
     assert load.bad == {}
     await well(young)
 
@@ -267,7 +267,7 @@ async def test_new_certificates_and_a_new_root_under_load_without_a_failed_call(
         for step in steps:
             await step()
             await load.more(60)
-    print(dict(load.outcomes), f"longest {load.longest * 1000:.0f} ms")  # noqa: T201
+    print(dict(load.outcomes), f"longest {load.longest * 1000:.0f} ms")
     assert load.bad == {}
     assert await counted(young.far, "isthmus_tls_handshakes_total", result="ok") > handshakes
     for sidecar in sidecars:
@@ -301,7 +301,7 @@ async def test_endpoints_move_under_load_without_a_failed_call(young: Pair) -> N
         before = load.answered
         await load.more(300)
         assert min((load.answered - before).values()) > 30  # both have their share
-    print(dict(load.outcomes), f"longest {load.longest * 1000:.0f} ms")  # noqa: T201
+    print(dict(load.outcomes), f"longest {load.longest * 1000:.0f} ms")
     assert load.bad == {}
     await well(young)
 
@@ -361,7 +361,7 @@ except grpc.RpcError as error:
     began = time.monotonic()
     fresh.far.running().signal(signal.SIGTERM)
     end = json.loads(await reader.wait_line("end"))
-    print(end)  # noqa: T201
+    print(end)
     assert end["end"] == "UNAVAILABLE"
     assert time.monotonic() - began > 3.5
     with trio.fail_after(30):
@@ -374,7 +374,7 @@ async def test_the_clients_proxy_is_told_to_stop_under_load_and_no_call_is_lost(
         await load.more(100)
         fresh.near.running().signal(signal.SIGTERM)
         await load.more(200)
-    print(dict(load.outcomes))  # noqa: T201
+    print(dict(load.outcomes))
     assert load.bad == {}
     with trio.fail_after(30):
         assert await fresh.near.running().wait() == 0

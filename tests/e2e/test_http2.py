@@ -141,7 +141,7 @@ async def seen(pair: Pair, *arguments: str, path: str = "/", port: int = ASGI, s
 async def test_ten_thousand_requests_of_h2load_without_one_error(pair: Pair) -> None:
     before = await counted(pair.far, "isthmus_responses_total", direction="inbound", status_class="2xx")
     done = await pair.web.run(["h2load", "-n", "10000", "-c", "16", "-m", "8", "-t", "1", url("/digits", NGHTTPD)], timeout=80)
-    print(done.text)  # noqa: T201
+    print(done.text)
     assert "requests: 10000 total, 10000 started, 10000 done, 10000 succeeded, 0 failed, 0 errored, 0 timeout" in done.text
     assert "10000 2xx" in done.text
     assert await counted(pair.far, "isthmus_responses_total", direction="inbound", status_class="2xx") - before == 10000

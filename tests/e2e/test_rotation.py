@@ -96,7 +96,7 @@ async def test_new_leaves_without_a_failed_request(pair: Pair) -> None:
     ours = pair.mesh.authority
     steps = [lambda sidecar=sidecar: change(sidecar, leaf(sidecar, ours)) for sidecar in (*pair.both, *pair.both)]
     load = await under_load(pair, steps)
-    print(f"{load.good} requests, {load.connections} connections, {load.bad}")  # noqa: T201
+    print(f"{load.good} requests, {load.connections} connections, {load.bad}")
     assert load.bad == {}
     assert load.raced == 0
     assert load.connections == 6  # no client's connection was ended either
@@ -114,7 +114,7 @@ async def test_a_new_trust_root_without_a_failed_request(pair: Pair) -> None:
 
     leaves = [lambda sidecar=sidecar: change(sidecar, leaf(sidecar, new)) for sidecar in pair.both]
     load = await under_load(pair, [*roots(old, new), *leaves, *roots(new)])
-    print(f"{load.good} requests, {load.connections} connections, {load.bad}")  # noqa: T201
+    print(f"{load.good} requests, {load.connections} connections, {load.bad}")
     assert load.bad == {}
     assert load.raced == 0
     assert load.connections == 6

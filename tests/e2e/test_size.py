@@ -143,7 +143,7 @@ async def none_open(pair: Pair) -> bool:
 async def test_an_idle_proxy_is_small(pair: Pair) -> None:
     await trio.sleep(0.5)
     sizes = [process.rss() for process in proxies(pair)]
-    print("idle:", ", ".join(map(mib, sizes)))  # noqa: T201
+    print("idle:", ", ".join(map(mib, sizes)))
     assert max(sizes) < IDLE
 
 
@@ -157,7 +157,7 @@ async def test_a_thousand_idle_connections_by_mutual_tls_cost_less_than_64_kib_e
     assert await counted(pair.near, "isthmus_connections_open", direction="outbound", peer="dst", tls="mutual") == CONNECTIONS
     await trio.sleep(0.5)
     cost = [(process.rss() - old) / CONNECTIONS for process, old in zip(proxies(pair), before, strict=True)]
-    print("a connection:", ", ".join(f"{each / 1024:.1f} KiB" for each in cost))  # noqa: T201
+    print("a connection:", ", ".join(f"{each / 1024:.1f} KiB" for each in cost))
     assert max(cost) < PER_CONNECTION
     await holder.aclose()
     await eventually(lambda: none_open(pair), "all connections are closed")
@@ -174,7 +174,7 @@ async def grown(pair: Pair, *arguments: str) -> list[int]:
     assert (seen.exit, seen.status) == (0, 200), (seen.errors, seen.body[:300])
     moved = seen.info["size_download"] + seen.info["size_upload"]
     growth = [most - old for most, old in zip(highest.rss, before, strict=True)]
-    print(f"{mib(moved)} in {seen.info['time_total']:.1f} s, grown by", ", ".join(map(mib, growth)))  # noqa: T201
+    print(f"{mib(moved)} in {seen.info['time_total']:.1f} s, grown by", ", ".join(map(mib, growth)))
     assert moved >= GIBIBYTE
     return growth
 
@@ -207,5 +207,5 @@ async def test_a_client_that_does_not_read_holds_nothing_but_buffers(pair: Pair)
         await stream.send_all(b"GET /large HTTP/1.1\r\nHost: shop\r\n\r\n")
         await trio.sleep(2)
         growth = [process.rss() - old for process, old in zip(proxies(pair), before, strict=True)]
-    print("grown by", ", ".join(map(mib, growth)))  # noqa: T201
+    print("grown by", ", ".join(map(mib, growth)))
     assert max(growth) < GROWTH

@@ -113,7 +113,7 @@ async def test_the_same_request_again_and_again_is_no_loop() -> None:
 class Made(Exchange):
     """An exchange that nobody will answer."""
 
-    inform = respond = switch = abort = None  # type: ignore[assignment]
+    inform = respond = switch = abort = None  # type: ignore[assignment]  # nothing is answered here
 
 
 Made.__abstractmethods__ = frozenset()

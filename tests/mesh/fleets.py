@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from proxy.mesh.balance import Balancer
 from proxy.mesh.breaker import Failure
@@ -14,8 +15,8 @@ from proxy.mesh.policy import DEFAULT_POLICY, Policy
 from proxy.net.address import Address
 
 
-def endpoints(count: int, **facts: object) -> tuple[Endpoint, ...]:
-    return tuple(Endpoint(Address(f"10.0.{n >> 8}.{n & 255}", 80), **facts) for n in range(count))  # type: ignore[arg-type]
+def endpoints(count: int, **facts: Any) -> tuple[Endpoint, ...]:
+    return tuple(Endpoint(Address(f"10.0.{n >> 8}.{n & 255}", 80), **facts) for n in range(count))
 
 
 def target(*places: Endpoint, policy: Policy = DEFAULT_POLICY) -> Target:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.mesh.directory import Endpoint, Target
+from proxy.mesh.fleet import Work
 from proxy.mesh.load import Load
 from proxy.mesh.policy import Balancing, Policy
 from proxy.net.address import Address
@@ -121,14 +122,14 @@ def simulate(where: Target, service: Callable[[int], float], clients: int, secon
     counts = [0] * len(index)
     events: list[tuple[float, int]] = [(world.now + 0.001 * client, client) for client in range(clients)]
     heapq.heapify(events)
-    out: dict[int, tuple[float, object]] = {}
+    out: dict[int, tuple[float, Work]] = {}
     end = world.now + seconds
     while events[0][0] < end:
         world.now, client = heapq.heappop(events)
         if client in out:
             started, work = out.pop(client)
-            work.answered(world.now - started)  # type: ignore[attr-defined]
-            work.finished()  # type: ignore[attr-defined]
+            work.answered(world.now - started)
+            work.finished()
         endpoint = world.fleet.pick(where)
         assert endpoint is not None
         counts[index[endpoint]] += 1
