@@ -91,7 +91,7 @@ def pair(laboratory: Laboratory) -> Pair:
             pair.shop,
             {
                 INGRESS: f"proxy_pass http://shop:{APP};",
-                RETRYING: "proxy_next_upstream error http_502; proxy_pass http://two;",
+                RETRYING: "proxy_next_upstream error http_502 http_503; proxy_pass http://two;",
                 QUICK: "return 200 leaf;",
             },
             upstreams=f"upstream two {{ server shop:{NOBODY} max_fails=0; server shop:{APP} max_fails=0; }}",
