@@ -108,6 +108,8 @@ class Load:
         self._done = trio.Event()
         self._running = 0
         self._told = ""  # what the last answer that was not 200 said
+        self._begun = 0  # requests
+        self._under_way: set[int] = set()  # of these, by number
 
     @property
     def good(self) -> int:
@@ -147,6 +149,15 @@ class Load:
                 await trio.sleep(0.02)
             return
         raise LabError(f"not {number} more {outcome!r} within {timeout:g} s: {dict(self.outcomes)}; the last said {self._told!r}")
+
+    async def settle(self, timeout: float = 60.0) -> None:
+        """Wait until the requests that are under way now have ended: what is counted from then on knows of everything done before."""
+        old = set(self._under_way)
+        with trio.move_on_after(timeout):
+            while old & self._under_way:  # noqa: ASYNC110  # as in `more`
+                await trio.sleep(0.02)
+            return
+        raise LabError(f"{len(old & self._under_way)} requests have not ended within {timeout:g} s")
 
     async def _client(self) -> None:
         try:
@@ -192,6 +203,15 @@ class Load:
                 await trio.sleep(PAUSE)
 
     async def _request(self, stream: trio.SocketStream, connection: h11.Connection, *, first: bool) -> str:
+        self._begun += 1
+        number = self._begun
+        self._under_way.add(number)
+        try:
+            return await self._exchange(stream, connection, first=first)
+        finally:
+            self._under_way.remove(number)
+
+    async def _exchange(self, stream: trio.SocketStream, connection: h11.Connection, *, first: bool) -> str:
         answer = _Answer()
         try:
             with trio.fail_after(PATIENCE):

@@ -29,6 +29,7 @@ TRUST_DOMAIN: Final = "cluster.local"
 ADMIN_PORT: Final = 4191
 
 READY_POLL: Final = 0.03  # seconds
+ANSWER_TIMEOUT: Final = 20.0  # seconds: of a proxy that is alive, on a machine that has much else to do
 
 
 class _Plain(yaml.SafeDumper):
@@ -206,7 +207,7 @@ def merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
 async def http_get(pod: Pod, host: str, port: int, path: str) -> tuple[int, str]:
     """The plainest HTTP request from inside a pod: (status, body), or (0, reason)."""
     try:
-        with trio.fail_after(5):
+        with trio.fail_after(ANSWER_TIMEOUT):
             stream = await pod.connect(host, port)
             async with stream:
                 await stream.send_all(f"GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())

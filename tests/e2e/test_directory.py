@@ -23,6 +23,7 @@ HELLO = b"hello from the shop"
 def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
         pair = prepare(laboratory.lab, {WEB: "detect"}, web={"log": {"access": False}}, shop={"log": {"access": False}})
+        pair.service.traits["policy"] = {"balancing": {"decay": "1s"}}  # that a pod has stood still for a moment is soon forgotten
         other = pair.cluster.pod("other")
         pair.mesh.join(other)
         for pod in (pair.shop, other):
@@ -65,21 +66,25 @@ async def test_an_endpoint_moves_under_load_without_a_failed_request(pair: Pair)
         await load.more(100)
         assert await passed(pair, "other") == 0
         await take(pair.near, document(pair, "other"))
-        await load.more(20)  # those that were on their way
+        await load.settle()
         moved = await passed(pair, "shop")
         await load.more(200)
         assert await passed(pair, "shop") == moved
         assert await passed(pair, "other") >= 200
         await take(pair.near, document(pair, "shop", "other"))
-        before = await passed(pair, "shop"), await passed(pair, "other")
-        await load.more(300)
-        after = await passed(pair, "shop"), await passed(pair, "other")
+        await eventually(lambda: both_have_their_share(pair, load), "both pods have their share")
         await take(pair.near, pair.mesh.document())
         await load.more(100)
     assert load.bad == {}
     assert load.connections == 6  # clients keep their connections; each request is routed anew
-    shares = [new - old for old, new in zip(before, after, strict=True)]
-    assert min(shares) > 60, "both pods have their share"
+
+
+async def both_have_their_share(pair: Pair, load: Load) -> bool:
+    """Of the next three hundred. A pod that was slow just now, as a busy machine may make it, gets less for a while."""
+    before = await passed(pair, "shop"), await passed(pair, "other")
+    await load.more(300)
+    after = await passed(pair, "shop"), await passed(pair, "other")
+    return min(new - old for old, new in zip(before, after, strict=True)) > 60
 
 
 @pytest.mark.real
