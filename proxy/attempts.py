@@ -118,13 +118,16 @@ class Attempts:
         value = exchange.request.headers.get(b"grpc-timeout")
         seconds = grpc.parse_timeout(value) if value is not None and exchange.is_grpc else None
         if seconds is not None:
-            self._client_limit = min(self._client_limit, trio.current_time() + seconds)
+            begun = exchange.begun.since if exchange.begun is not None else None
+            self._client_limit = min(self._client_limit, (begun or trio.current_time()) + seconds)
             exchange.clock.limit_to(self._client_limit, lambda: DeadlineExceeded(f"the call's deadline of {seconds:g} s has passed"))
 
     def _keep_body(self) -> None:
         """A body is kept only where the request may have to be sent again after a part of it has gone."""
         exchange = self._exchange
-        if exchange.request.version == b"2" or self._repeatable or self.policy.retries.all_methods:
+        if isinstance(exchange.body, Replay):  # the fast road has begun to send it
+            self._body = exchange.body
+        elif exchange.request.version == b"2" or self._repeatable or self.policy.retries.all_methods:
             self._body = Replay(exchange.body, self.policy.retries.max_body)
             exchange.body = self._body
 

@@ -20,7 +20,7 @@ from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
 from proxy.exchange.guard import unguarded
 from proxy.exchange.layers import deadline, measure, rescue
 from proxy.exchange.trace import trace, untraced
-from proxy.fast.course import Borrowed
+from proxy.fast.course import Borrowed, Shared
 from proxy.mesh.spiffe import is_identity
 from proxy.net.accept import Connection
 from proxy.net.address import Address
@@ -34,6 +34,7 @@ from proxy.wire.messages import CALLER
 from proxy.wire.sniff import Protocol
 
 DIRECTION: Direction = "inbound"
+
 
 def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaitable[None]]:
     """The handler of the inbound listeners' connections."""
@@ -132,14 +133,20 @@ class InboundCourse:
         self._waypoint = rt.loops.waypoint(DIRECTION)
 
     def take(self, exchange: Exchange, now: float) -> Borrowed[Address] | None:
+        return self._pools.take(exchange.facts.destination, now) if self._plain(exchange) else None
+
+    def share(self, exchange: Exchange) -> Shared | None:
+        return self._pools.share(exchange.facts.destination) if self._plain(exchange) else None
+
+    def _plain(self, exchange: Exchange) -> bool:
         facts = exchange.facts
         if not self._allows(facts.destination.port, facts.identity):
-            return None
+            return False
         if not untraced(exchange, self._tracing) or not unguarded(exchange, self._waypoint):
-            return None
+            return False
         exchange.caller = caller(self._rt, exchange)
         exchange.upstream = facts.destination
-        return self._pools.take(facts.destination, now)
+        return True
 
 
 async def to_listener(rt: Runtime, stream: Stream, about: Facts, account: ConnectionAccount) -> None:

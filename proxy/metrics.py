@@ -182,7 +182,7 @@ class Metrics:
         self._dropped_way = self._counter("forwarded_dropped_total", "Requests to a gateway whose Forwarded was not all kept.", "reason")
         self._errors = self._counter("errors_total", "Connections and requests that failed in the proxy.", "direction", "reason")
         self._declined = self._counter("heads_declined_total", "HTTP/1 heads that the fast recogniser left to h11.", "direction", "role")
-        self._fast = self._counter("fast_road_exchanges_total", "HTTP/1.1 exchanges that the fast road began.", "end")
+        self._fast = self._counter("fast_road_exchanges_total", "HTTP exchanges that the fast road began.", "end")
         self._probes = self._counter("gateway_probes_total", "Other clusters' gateways asked whether they are alive.", "cluster", "result")
         self._sent_away = self._counter("sent_away_total", "Requests and connections to other clusters' gateways.", "cluster", "why")
         self._directory = self._counter("directory_reloads_total", "Changed directory files by what became of them.", "result")

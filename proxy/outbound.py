@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from typing import TypeVar
 
 from proxy.account import ConnectionAccount
 from proxy.errors import LoopDetected, RequestError
@@ -20,9 +21,10 @@ from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
 from proxy.exchange.guard import hide_names, unguarded
 from proxy.exchange.layers import deadline, measure, rescue
+from proxy.exchange.replay import Replay
 from proxy.exchange.trace import trace, untraced
 from proxy.exchange.tunnel import open_tunnel
-from proxy.fast.course import Borrowed
+from proxy.fast.course import Borrowed, Shared
 from proxy.mesh.contexts import ALPN_HTTP1, ALPN_TCP
 from proxy.mesh.directory import Endpoint, Hint, Target, itself
 from proxy.mesh.policy import DEFAULT_POLICY
@@ -30,12 +32,15 @@ from proxy.net.accept import Connection
 from proxy.net.relay import relay
 from proxy.net.streams import Stream
 from proxy.pools import Pools, serve, upstream_protocol
+from proxy.reach import Underway
 from proxy.runtime import Runtime, closing
 from proxy.wire.messages import RequestHead
 from proxy.wire.sniff import Protocol
 from tracing.propagation import header
 
 DIRECTION: Direction = "outbound"
+
+Loan = TypeVar("Loan", Borrowed[Endpoint], Shared)
 
 
 def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awaitable[None]]:
@@ -127,16 +132,28 @@ class OutboundCourse:
         self._waypoint = rt.loops.waypoint(DIRECTION)
 
     def take(self, exchange: Exchange, now: float) -> Borrowed[Endpoint] | None:
+        return self._lent(exchange, Hint.HTTP2, lambda endpoint: self._pools.take(endpoint, now))
+
+    def share(self, exchange: Exchange) -> Shared | None:
+        shared = self._lent(exchange, Hint.HTTP1, self._pools.share)
+        if shared is not None and isinstance(shared.attempt, Underway):
+            shared.on_answer = shared.attempt.answered
+            if exchange.body.length != 0:  # a stream may be refused when a part of its body is gone
+                exchange.body = Replay(exchange.body, DEFAULT_POLICY.retries.max_body)
+        return shared
+
+    def _lent(self, exchange: Exchange, foreign: Hint, lend: Callable[[Endpoint], Loan | None]) -> Loan | None:
+        """What `lend` says for the endpoint. `foreign`: a service that speaks this needs translation."""
         rt, request = self._rt, exchange.request
         if not untraced(exchange, rt.spans.outbound):
             return None
         target = rt.router.meant(exchange.facts.destination, lambda: whom(request))
-        if target.plan is not None or target.remote is not None or target.policy is not DEFAULT_POLICY or target.protocol is Hint.HTTP2:
+        if target.plan is not None or target.remote is not None or target.policy is not DEFAULT_POLICY or target.protocol is foreign:
             return None
         endpoint = rt.reach.sound(target)
         if endpoint is None or not unguarded(exchange, self._waypoint):
             return None
-        borrowed = self._pools.take(endpoint, now)
+        borrowed = lend(endpoint)
         if borrowed is None:
             # Drawing again would favour the endpoints that have a ready connection.
             exchange.service, exchange.first = target.service, endpoint
@@ -146,7 +163,7 @@ class OutboundCourse:
             try:
                 call = rt.loops.call_self(endpoint.address.port)
             except LoopDetected:  # which the ordinary road will say
-                borrowed.pool.restore(endpoint, borrowed.upstream, now)
+                borrowed.unused()
                 return None
         exchange.upstream, exchange.service, exchange.chosen = endpoint.address, target.service, target.service
         if endpoint.identity is None:

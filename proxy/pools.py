@@ -13,7 +13,7 @@ from proxy.exchange.pool import Pool
 from proxy.exchange.pool2 import MuxPool
 from proxy.exchange.server import Http1Server
 from proxy.exchange.server2 import Http2Server
-from proxy.fast.course import Borrowed, Course
+from proxy.fast.course import Borrowed, Course, Shared
 from proxy.mesh.contexts import ALPN_HTTP1, ALPN_HTTP2
 from proxy.mesh.directory import Endpoint, Hint, Target
 from proxy.net.streams import Stream
@@ -22,10 +22,6 @@ from proxy.wire.messages import upgrade_offer
 from proxy.wire.sniff import Protocol
 
 K = TypeVar("K", bound=Hashable)
-
-
-def _nothing() -> None:
-    pass
 
 
 class Pools(Generic[K]):
@@ -40,10 +36,15 @@ class Pools(Generic[K]):
             Protocol.HTTP2: Http2Lender(self._http2),
         }
 
-    def take(self, key: K, now: float, on_end: Callable[[], None] = _nothing) -> Borrowed[K] | None:
+    def take(self, key: K, now: float) -> Borrowed[K] | None:
         """A ready HTTP/1 connection for the fast road, if there is one; `now` is trio's time."""
         upstream = self._http1.take(key, now)
-        return None if upstream is None else Borrowed(self._http1, key, upstream, on_end)
+        return None if upstream is None else Borrowed(self._http1, key, upstream)
+
+    def share(self, key: K) -> Shared | None:
+        """An HTTP/2 connection with room for a stream, if there is one."""
+        mux = self._http2.ready(key)
+        return None if mux is None else Shared(mux)
 
     def lender(self, protocol: Protocol) -> Lender[K]:
         return self._lenders[protocol]
@@ -86,6 +87,8 @@ async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler, cou
     """Serve a downstream HTTP connection of either version until it ends; plain exchanges of one with a `course` take the fast road."""
     if about.protocol is Protocol.HTTP2:
         server = Http2Server(stream, about, rt.settings.server, rt.settings.downstream, rt.drain)
+        if rt.road is not None and course is not None:
+            server.fork = partial(rt.road.fork, course)
         await server.run(handler)
         if server.mux.fault is not None:  # the client has been told, by GOAWAY; for the log
             raise server.mux.fault

@@ -47,6 +47,8 @@ from proxy.mesh.fleet import Change, Fleet, Work
 from proxy.metrics import Metrics
 from proxy.net.errors import ConnectFailed
 from proxy.net.streams import Stream
+from proxy.wire import grpc
+from proxy.wire.messages import ResponseHead
 
 _log = logging.getLogger("isthmus.endpoints")
 
@@ -258,29 +260,43 @@ class Underway:
     """An exchange on the fast road, which is its first attempt. That road tells that it has `ended`; if it hands it over, what comes of
     it is this room's matter again."""
 
-    __slots__ = ("_exchange", "_started", "_work", "endpoint", "target")
+    __slots__ = ("_exchange", "_seconds", "_started", "_work", "endpoint", "target")
 
     def __init__(self, exchange: Exchange, target: Target, endpoint: Endpoint, work: Work | None) -> None:
         self._exchange = exchange
         self._work = work
         self._started = trio.current_time() if work is not None and work.load is not None else 0.0
+        self._seconds: float | None = None  # until the response's head came, if anybody has said so
         self.target = target
         self.endpoint = endpoint
 
+    def answered(self) -> None:
+        """The head of the response is there."""
+        if self._started:
+            self._seconds = trio.current_time() - self._started
+
     def ended(self) -> None:
-        """The time of a long response says little about when it began."""
-        work, exchange = self._work, self._exchange
+        work = self._work
         if work is None:
             return
-        response = exchange.response
+        response = self._exchange.response
         if response is not None:
-            seconds = trio.current_time() - self._started if self._started and exchange.response_bytes <= _SHORT else None
-            if within(response.status, work.policy.breaker.statuses):
+            breaker, seconds = work.policy.breaker, self._waited()
+            code = _grpc_code(self._exchange, response)
+            if code is not None and code in breaker.grpc:
+                work.failed(f"gRPC status {code}", seconds)
+            elif within(response.status, breaker.statuses):
                 how = Failure.SILENCE if unanswered(response.headers) else Failure.RESPONSE
                 work.failed(f"status {response.status}", seconds, how)
             else:
-                work.answered(seconds, bad=response.status >= 500)
+                work.answered(seconds, bad=response.status >= 500 or bool(code and self._exchange.grpc_status is None))
         work.finished()
+
+    def _waited(self) -> float | None:
+        """For the response, in seconds. The time of a long one says little about when it began."""
+        if self._seconds is None and self._started and self._exchange.response_bytes <= _SHORT:
+            return trio.current_time() - self._started
+        return self._seconds
 
     def go_on(self, attempts: Attempts) -> Endpoint:
         """It has been handed over, from this endpoint: the rest is told to `attempts`."""
@@ -288,6 +304,14 @@ class Underway:
         if work is not None:
             attempts.go_on(work, self._started)
         return self.endpoint
+
+
+def _grpc_code(exchange: Exchange, response: ResponseHead) -> int | None:
+    """How a gRPC call has ended, as far as its server has said it; None: it is none, or that is not known."""
+    if exchange.request.version != b"2" or not exchange.is_grpc:
+        return None
+    said = exchange.grpc_status or response.headers.get(b"grpc-status")
+    return None if said is None else grpc.code(said)
 
 
 def _underway(exchange: Exchange) -> Underway | None:

@@ -1,9 +1,11 @@
 """Exchanges that begin on the fast road (proxy/fast) and end on the ordinary one.
 
-A server may lend its connection between two exchanges. It comes back between two exchanges too, as a rule; and within one, when that
-one turned out to be more than the fast road can do: then it comes with the exchange, as far as that has got. The exchange goes through
-the same layers as all others, which find its account open and its clock not yet set, and at their end the client goes on where it stands:
-what has been begun is the first attempt at it, and may be followed by another like any first attempt.
+A server may lend its HTTP/1 connection between two exchanges. It comes back between two exchanges too, as a rule; and within one, when that
+one turned out to be more than the fast road can do: then it comes with the exchange, as far as that has got. An exchange on a stream of an
+HTTP/2 connection comes back alone, for the connection was never lent.
+
+The exchange goes through the same layers as all others, which find its account open and its clock not yet set, and at their end the
+client goes on where it stands: what has been begun is the first attempt at it, and may be followed by another like any first attempt.
 """
 
 from __future__ import annotations
@@ -11,25 +13,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from proxy.exchange.pool import Upstream
-
 if TYPE_CHECKING:
+    from proxy.exchange.carriers import Carrier
     from proxy.exchange.server import Http1Exchange, Http1Server
+    from proxy.exchange.server2 import Http2Exchange, Http2Server
 
 
 class Loan(Protocol):
-    """A kept connection to an endpoint, lent for one exchange."""
-
-    @property
-    def upstream(self) -> Upstream: ...
+    """What carries one exchange to an endpoint, lent for that."""
 
     @property
     def attempt(self) -> object:
         """The flow's own: what it knows of the attempt."""
         ...
 
+    def carrier(self) -> Carrier:
+        """As far as it has got."""
+        ...
+
     def end(self, *, usable: bool) -> None:
-        """Give the connection back; `usable`: its http says whether another exchange may have it."""
+        """Give it back; `usable`: the exchange has ended well on it."""
         ...
 
 
@@ -37,17 +40,26 @@ class Loan(Protocol):
 class Begun:
     """What the layers do not see of an exchange that is under way. The protocol states of both connections are in place."""
 
-    exchange: Http1Exchange
     loan: Loan | None = None  # None: the request has been read and guarded, and nothing else
+    since: float | None = None  # trio's time when it was begun, if that is known
+    asked: bool = True  # all of the request has been sent, but for `to_server`; otherwise the rest is the exchange's body
     to_server: bytes = b""  # of the request, not sent yet
     to_client: bytes = b""  # the same of the response
     failure: Exception | None = None  # it is over, because of this
 
 
 class Carry(Protocol):
-    """The fast road, as a server sees it."""
+    """The fast road, as a server of HTTP/1 sees it."""
 
-    async def __call__(self, server: Http1Server) -> Begun | None:
+    async def __call__(self, server: Http1Server) -> Http1Exchange | None:
         """Carry exchanges of an idle connection for as long as that is plain work. When this returns the connection is the server's
-        again, with all that was read and not used put into `server.connection`."""
+        again, with all that was read and not used put into `server.connection`, and with an exchange that has been begun."""
+        ...
+
+
+class Fork(Protocol):
+    """The same for a server of HTTP/2, whose connection stays where it is: its streams take the one road or the other."""
+
+    def __call__(self, server: Http2Server, exchange: Http2Exchange) -> bool:
+        """Whether `exchange` is carried from here on; one that turns out to be more than plain work comes to `server.serve`."""
         ...

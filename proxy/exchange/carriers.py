@@ -188,6 +188,13 @@ class Http2Carrier(Carrier):
         self._end: EndOfMessage | None = None
         self._sends = True
 
+    @classmethod
+    def begun(cls, stream: MuxStream, request: RequestHead, response: ResponseHead | None) -> Http2Carrier:
+        """One whose stream is open already, with `response` taken from it."""
+        carrier = cls(stream.mux)
+        carrier._request, carrier._stream, carrier._response = request, stream, response
+        return carrier
+
     def begin(self, head: RequestHead, length: Length) -> None:
         self._request = head
         self._sends = length != 0
@@ -289,4 +296,3 @@ def _reason(status: int) -> bytes:
         return HTTPStatus(status).phrase.encode("ascii")
     except ValueError:
         return b""
-

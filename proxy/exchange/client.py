@@ -28,7 +28,7 @@ import trio
 
 from proxy.errors import UpstreamClosed, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
 from proxy.exchange.begun import Begun, Loan
-from proxy.exchange.carriers import Carrier, Http1Carrier, Unanswered
+from proxy.exchange.carriers import Carrier, Unanswered
 from proxy.exchange.exchange import Exchange
 from proxy.net.errors import ConnectionLost
 from proxy.net.streams import Stream
@@ -101,7 +101,7 @@ class Client(Generic[K]):
         bodiless = exchange.body.length == 0
         try:
             if begun is not None and begun.loan is not None:
-                await self._go_on(begun, begun.loan)
+                await self._go_on(exchange, begun, begun.loan)
             else:
                 await self._attempt(exchange, endpoint, lender)
         except Unanswered as error:
@@ -115,13 +115,13 @@ class Client(Generic[K]):
             except Unanswered as second:
                 raise _told(second) from second
 
-    async def _go_on(self, begun: Begun, loan: Loan) -> None:
-        usable, carrier = False, Http1Carrier(loan.upstream)
+    async def _go_on(self, exchange: Exchange, begun: Begun, loan: Loan) -> None:
+        usable, carrier = False, loan.carrier()
         try:
-            taken = await _Attempt(self._settings, begun.exchange, carrier, self._bridge).go_on(begun)
+            taken = await _Attempt(self._settings, exchange, carrier, self._bridge).go_on(begun)
             usable = True
         finally:
-            begun.exchange.facts.declined_responses += carrier.declined
+            exchange.facts.declined_responses += carrier.declined
             loan.end(usable=usable)
         if not taken:
             raise Declined
@@ -145,13 +145,14 @@ def _told(error: Unanswered) -> UpstreamClosed:
 class _Attempt:
     """One exchange on one carrier."""
 
-    __slots__ = ("_bridge", "_carrier", "_exchange", "_fault", "_settings")
+    __slots__ = ("_bridge", "_carrier", "_exchange", "_fault", "_settings", "_to_client")
 
     def __init__(self, settings: ClientSettings, exchange: Exchange, carrier: Carrier, bridge: Bridge) -> None:
         self._settings = settings
         self._exchange = exchange
         self._carrier = carrier
         self._bridge = bridge
+        self._to_client = b""  # what the fast road could not send of its response
         self._fault: Exception | None = None  # of the pump or of the reader, whichever failed first
 
     async def run(self) -> bool:
@@ -160,6 +161,9 @@ class _Attempt:
         # What follows a CONNECT is not its body but the tunnel, and belongs to whoever answers it.
         length = 0 if exchange.request.method == b"CONNECT" else exchange.body.length
         self._carrier.begin(forwarded_request(exchange), length)
+        return await self._carry()
+
+    async def _carry(self) -> bool:
         if await self._send_ready():
             return await self._receive_or_drop()
         group, taken = None, True
@@ -176,10 +180,13 @@ class _Attempt:
         return taken
 
     async def go_on(self, begun: Begun) -> bool:
-        """The same behind the fast road: the request has been sent, but for the rest of its last bytes."""
+        """The same behind the fast road, which has sent the request's head at least."""
         exchange, carrier = self._exchange, self._carrier
         if begun.failure is not None:
             raise begun.failure
+        self._to_client = begun.to_client
+        if not begun.asked:
+            return await self._carry()
         if begun.to_server:
             carrier.put(begun.to_server)
             carrier.finish(END)
@@ -188,9 +195,7 @@ class _Attempt:
                 await carrier.flush()
         if exchange.response is None:
             exchange.clock.expect(self._silent, self._settings.response_timeout)
-            return await self._receive_or_drop()
-        await begun.exchange.go_on(begun.to_client, _ResponseBody(self._settings, exchange, carrier))
-        return True
+        return await self._receive_or_drop()
 
     async def _receive_or_drop(self) -> bool:
         taken = await self._receive()
@@ -235,7 +240,7 @@ class _Attempt:
             await carrier.flush()
         except ConnectionLost:
             whole = True  # The server takes no more. It may have said why: the response is still to be read.
-        if whole:
+        if whole and exchange.response is None:
             exchange.clock.expect(self._silent, self._settings.response_timeout)
         return whole
 
@@ -266,6 +271,9 @@ class _Attempt:
     async def _receive(self) -> bool:
         """Read the response, the interim ones first, and hand it on. False: it will not do, and nothing of it was handed on."""
         exchange, carrier = self._exchange, self._carrier
+        if exchange.response is not None:  # the fast road has begun with it
+            await exchange.go_on(self._to_client, _ResponseBody(self._settings, exchange, carrier))
+            return True
         for _ in range(_INTERIM):
             head = await carrier.head()
             protocol = upgrade_offer(head.headers) if head.status == 101 else None
@@ -346,8 +354,9 @@ def forwarded_request(exchange: Exchange) -> RequestHead:
     """The head as it goes to the next hop: without what belonged to the last one (RFC 9110 §7.6), with what it offers to the next, and
     with what the flow says of it: another authority, and who sent it. Where the client went is the authority of one that names none."""
     request = exchange.request
-    if request.headers.clean and exchange.authority is None and exchange.caller is None and request.target.startswith(b"/"):
-        return request  # canonical: it goes on as it is
+    canonical = request.version != b"2" and request.headers.clean and request.target.startswith(b"/")
+    if canonical and exchange.authority is None and exchange.caller is None:
+        return request  # it goes on as it is
     if request.headers.block is not None and exchange.authority is None:
         headers = request.headers.onward()  # there is nothing among its lines that would have to be weighed
         if exchange.caller is not None:

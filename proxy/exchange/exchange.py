@@ -196,6 +196,10 @@ class Exchange(ABC):
     async def respond(self, head: ResponseHead, body: Body) -> None:
         """Send the final response with its whole body. Raises what `body` raises, and ConnectionLost when the client has gone."""
 
+    async def go_on(self, unsent: bytes, body: Body) -> None:
+        """Go on with a response whose head the fast road has sent: `unsent`, and what is left of `body`. Raises as `respond`."""
+        raise NotImplementedError(f"{type(self).__name__} does not begin on the fast road")
+
     @abstractmethod
     async def switch(self, head: ResponseHead) -> Stream:
         """Send a 101, or a 2xx to CONNECT; what comes from the client and goes to it from here on is not HTTP.

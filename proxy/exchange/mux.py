@@ -8,9 +8,8 @@ that belongs to all. Whoever puts something down says `touch`.
     exchange task --put down frames--> Http2Connection --data_to_send--> writer --> socket
     socket --> reader --> Http2Connection --events--> MuxStream buffers --receive--> exchange task
 
-What is put down is bounded: beyond `_AHEAD` bytes for the connection, whoever would send waits for the writer before it puts anything
-down, so that a peer that asks and does not read has its streams open and no more. DATA is also bound by the peer's windows; where it is
-the connection's that is used up, the streams take turns, for whoever runs first would take all of it every time.
+What is put down is bounded by the writer. DATA is also bound by the peer's windows; where it is the connection's that is used up, the
+streams take turns.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
-from trio.lowlevel import ParkingLot
 
 from proxy.exchange.mux_stream import Filed, MuxStream, StreamLost
+from proxy.exchange.turns import Turns
+from proxy.exchange.writer import Writer
 from proxy.net.errors import NetError
 from proxy.net.linger import linger
 from proxy.net.streams import Stream
@@ -36,8 +36,10 @@ from proxy.wire.events2 import (
     PingAnswered,
     StreamBroken,
     StreamGone,
+    TrailersReceived,
     WindowOpened,
 )
+from proxy.wire.fields2 import Pair
 from proxy.wire.frames2 import Code
 from proxy.wire.http1 import Role
 from proxy.wire.http2 import Http2Connection
@@ -45,12 +47,8 @@ from proxy.wire.messages import Headers, ProtocolError, RequestHead, ResponseHea
 
 # One TLS record carries 16 KiB; reading more at a time would let one connection's frames hold up the others for longer.
 _READ = 16384
-# What may be put down ahead of the writer: enough to fill a write while the next pieces are made.
-_AHEAD = 256 * 1024
-# What a header block counts for in that: most are far smaller once they are compressed.
+# What a header block counts for where bytes are counted: most are far smaller once they are compressed.
 _HEAD = 1024
-# One write, which has `write_timeout` to itself: a slow peer is not one that takes nothing.
-_WRITE = 65536
 _PING, _GOODBYE = b"isthmus\0", b"goodbye\0"
 # gRPC servers end a connection on which they are asked more than a few times within this (seconds) while they have nothing to say
 # themselves (gRFC A8, GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS), and with it the quiet streams that we ask for.
@@ -89,13 +87,12 @@ class Mux:
         self.greeted = trio.Event()  # the peer's SETTINGS are known; or the connection is broken
         self.reserved = 0  # streams that have been promised to somebody who has not opened them yet
         self._streams: dict[int, MuxStream] = {}
-        self._ahead = 0
+        self.writer = Writer(stream, self.http, settings.write_timeout)
         self._held = 0  # bytes of the connection's window that wait for consumers
-        self._put_down = ParkingLot()  # the writer waits here
-        self._sent = ParkingLot()  # senders wait here for the writer
-        self._turns: dict[MuxStream, None] = {}  # senders of DATA that wait for a window, in order
+        self.turns = Turns()
+        self.news: list[MuxStream] = []  # streams that have some for `on_news`, from this read; perhaps more than once
         self.on_room: Callable[[], object] = _nobody  # told when there may be more room for streams, or none any more
-        self._heard = self.opened
+        self.heard = self.opened  # when something came last; trio's time
         self._pinged: float | None = None
         self._ping_next = self.opened  # not before: an application's server may mind, another proxy does not
         self._seldom = _SELDOM if self.client and not isinstance(stream, TLSStream) else 0.0
@@ -122,9 +119,10 @@ class Mux:
     async def _read(self, on_request: Callable[[MuxStream], None] | None) -> None:
         try:
             while data := await self.stream.receive_some(_READ):
-                self._heard = trio.current_time()
-                for event in self.http.receive_data(data, self._heard):
+                self.heard = trio.current_time()
+                for event in self.http.receive_data(data, self.heard):
                     self._dispatch(event, on_request)
+                self._tell()
                 self.touch()
             self._end("the peer closed the connection")
         except ProtocolError as error:
@@ -132,37 +130,45 @@ class Mux:
             if self.client:  # responses that were complete in front of the fault count
                 for event in self.http.before_fault:
                     self._dispatch(event, on_request)
+                self._tell()
             self._end(str(error))
         except (NetError, trio.ClosedResourceError) as error:
             self._end(str(error))
 
+    def _tell(self) -> None:
+        """What one read has brought is filed: whoever hears of it without waiting for it hears of it now."""
+        news, self.news = self.news, []
+        for stream in news:
+            if stream.on_news is not None:
+                stream.on_news()
+
     def _dispatch(self, event: Event, on_request: Callable[[MuxStream], None] | None) -> None:
         match event:
-            case WindowOpened(stream=0):
-                self.greeted.set()  # it comes with SETTINGS, and a peer's first frame is SETTINGS
-                self.next_turn()
-                self.on_room()
-            case GoingAway():
-                self._peer_goes(event)
-            case PingAnswered():
-                self._pinged = None
-                if event.payload == _GOODBYE:
-                    self._close_door()
             case HeadReceived(head=RequestHead() as head):
                 stream = self._streams[event.stream] = MuxStream(self, event.stream)
                 stream.request = head
                 stream.file(event)
                 if on_request is not None:
                     on_request(stream)
+            case HeadReceived() | DataReceived() | TrailersReceived() | StreamBroken():
+                self._file(event, on_request)
+            case WindowOpened(stream=0):
+                self.greeted.set()  # it comes with SETTINGS, and a peer's first frame is SETTINGS
+                self.turns.next()
+                self.on_room()
             case WindowOpened():
                 if (known := self._streams.get(event.stream)) is not None:
-                    self._turns.pop(known, None)
+                    self.turns.leave(known)
                     known.wake()
-            case _:
-                self._file(event, on_request)
+            case GoingAway():
+                self._peer_goes(event)
+            case PingAnswered():
+                self._pinged = None
+                if event.payload == _GOODBYE:
+                    self._close_door()
 
     def _file(self, event: Filed, on_request: Callable[[MuxStream], None] | None) -> None:
-        self._ping_next = self._heard
+        self._ping_next = self.heard
         if (known := self._streams.get(event.stream)) is not None:
             if isinstance(event, DataReceived):
                 self._held += event.credit
@@ -184,36 +190,16 @@ class Mux:
         self.touch()
 
     async def _write(self) -> None:
-        with trio.CancelScope() as patience:
-            try:
-                while True:
-                    data = self.http.data_to_send()
-                    if data:
-                        self._ahead = 0
-                        await self._send(data, patience)
-                        self._sent.unpark_all()
-                    elif self.going_away and not self._streams and self._last_call is None:
-                        self._scope.cancel()  # everything has been said
-                        return
-                    else:
-                        await self._put_down.park()
-            except (NetError, trio.ClosedResourceError) as error:
-                self._end(str(error))
-        if patience.cancelled_caught:
-            self._end(f"the peer took nothing for {self.settings.write_timeout} s")
-
-    async def _send(self, data: bytes, patience: trio.CancelScope) -> None:
-        whole = memoryview(data)
-        for at in range(0, len(data), _WRITE):
-            patience.deadline = trio.current_time() + self.settings.write_timeout
-            await self.stream.send_all(whole[at : at + _WRITE] if len(data) > _WRITE else data)
-        patience.deadline = math.inf
+        failure = await self.writer.run(lambda: self.going_away and not self._streams and self._last_call is None)
+        if failure is not None:
+            self._end(failure)
+        self._scope.cancel()  # otherwise everything has been said
 
     async def _watch(self) -> None:
         """Ask a silent peer whether it is there, while somebody waits for it; end a connection that nobody has used for long."""
         while True:
             now = trio.current_time()
-            if self._pinged is not None and self._heard >= self._pinged:
+            if self._pinged is not None and self.heard >= self._pinged:
                 self._pinged = None
             if self._pinged is not None and now >= self._pinged + self.settings.ping_timeout:
                 self._end(f"the peer did not answer a PING for {self.settings.ping_timeout} s")
@@ -231,7 +217,7 @@ class Mux:
 
     @property
     def _next_ping(self) -> float:
-        return max(self._heard + self.settings.ping_interval, self._ping_next)
+        return max(self.heard + self.settings.ping_interval, self._ping_next)
 
     def _next_look(self, now: float) -> float:
         if self._pinged is not None:
@@ -258,7 +244,7 @@ class Mux:
             for stream in list(self._streams.values()):
                 stream.lose(StreamLost(words, Code.CANCEL))
             self.greeted.set()
-            self._sent.unpark_all()
+            self.writer.stop()
             self.on_room()
         self._scope.cancel()
 
@@ -280,7 +266,7 @@ class Mux:
     def touch(self) -> None:
         """Something may have been put down: the writer is to look."""
         if self.http.pending or self.going_away:
-            self._put_down.unpark_all()
+            self.writer.touch()
 
     def put_data(self, number: int, data: bytes, *, end: bool) -> None:
         """Put down DATA that the windows allow. Raises StreamLost, as the next two do."""
@@ -288,7 +274,7 @@ class Mux:
             self.http.send_data(number, data, end=end)
         except StreamGone as error:
             raise StreamLost(str(error), Code.STREAM_CLOSED) from error
-        self._ahead += len(data)
+        self.writer.put(len(data))
         self.touch()
 
     def put_head(self, number: int, head: ResponseHead, *, end: bool) -> None:
@@ -296,7 +282,7 @@ class Mux:
             self.http.send_response(number, head, end=end)
         except StreamGone as error:
             raise StreamLost(str(error), Code.STREAM_CLOSED) from error
-        self._ahead += _HEAD
+        self.writer.put(_HEAD)
         self.touch()
 
     def put_trailers(self, number: int, fields: Headers) -> None:
@@ -304,35 +290,8 @@ class Mux:
             self.http.send_trailers(number, fields)
         except StreamGone as error:
             raise StreamLost(str(error), Code.STREAM_CLOSED) from error
-        self._ahead += _HEAD
+        self.writer.put(_HEAD)
         self.touch()
-
-    @property
-    def behind(self) -> bool:
-        """The writer is too far behind for more to be put down."""
-        return self._ahead > _AHEAD and self.broken is None
-
-    async def paced(self) -> None:
-        """Wait until the writer is not too far behind."""
-        while self.behind:
-            await self._sent.park()
-
-    async def turn(self, stream: MuxStream) -> None:
-        """Wait for a window. Whoever returns from here, or is cancelled here, calls `next_turn` when it has taken what it takes."""
-        self._turns[stream] = None
-        try:
-            await stream.window_opens()
-        finally:
-            self._turns.pop(stream, None)
-
-    def next_turn(self) -> bool:
-        """Wake the first sender whose windows are open; False: there is none."""
-        for stream in self._turns:
-            if stream.may_send:
-                del self._turns[stream]
-                stream.wake()
-                return True
-        return False
 
     def consumed(self, number: int, credit: int) -> None:
         clogged = self.clogged
@@ -362,8 +321,14 @@ class Mux:
 
     def open(self, head: RequestHead, *, end: bool) -> MuxStream:
         """A new stream with this head; only while there is `room`, and with no await in between."""
-        stream = MuxStream(self, self.http.send_request(head, end=end))
-        self._streams[stream.number] = stream
+        return self._opened(self.http.send_request(head, end=end))
+
+    def open_fields(self, method: bytes, pairs: list[Pair], *, end: bool) -> MuxStream:
+        """The same with a head that is a header list already."""
+        return self._opened(self.http.send_request_fields(method, pairs, end=end))
+
+    def _opened(self, number: int) -> MuxStream:
+        stream = self._streams[number] = MuxStream(self, number)
         self.touch()
         return stream
 

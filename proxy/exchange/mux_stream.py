@@ -41,7 +41,7 @@ class StreamLost(Exception):
 class MuxStream:
     """One stream: what has come and was not taken yet, and its end."""
 
-    __slots__ = ("_chunks", "_end", "_heads", "_lost", "_news", "_window", "mux", "number", "on_lost", "request", "sent")
+    __slots__ = ("_chunks", "_end", "_heads", "_lost", "_news", "_window", "mux", "number", "on_lost", "on_news", "request", "sent")
 
     def __init__(self, mux: Mux, number: int) -> None:
         self.mux = mux
@@ -49,12 +49,13 @@ class MuxStream:
         self.sent = 0  # bytes of DATA
         self.request: RequestHead | None = None
         self.on_lost: Callable[[], None] | None = None  # told when nobody waits for the stream's message any more
+        self.on_news: Callable[[], None] | None = None  # instead of waiting: told when all of a read is filed
         self._heads: deque[ResponseHead] = deque()
         self._chunks: deque[tuple[bytes, int]] = deque()
         self._end: EndOfMessage | None = None
         self._lost: StreamLost | None = None
-        self._news = ParkingLot()  # whoever takes waits here
-        self._window = ParkingLot()  # and here whoever sends
+        self._news: ParkingLot | None = None  # whoever takes waits here; made for the first who does
+        self._window: ParkingLot | None = None  # and here whoever sends
 
     # Filled by the reader...
 
@@ -80,7 +81,10 @@ class MuxStream:
             case StreamBroken():
                 refused = event.by_peer and event.code == Code.REFUSED_STREAM
                 self.lose(StreamLost(event.words, event.code, refused=refused, fault=not event.by_peer, reset=event.by_peer))
-        self._news.unpark_all()
+        if self.on_news is not None:
+            self.mux.news.append(self)
+        elif self._news is not None:
+            self._news.unpark_all()
 
     def _append(self, data: bytes, credit: int) -> None:
         if self._chunks and len(self._chunks[-1][0]) + len(data) <= _PIECE:
@@ -94,15 +98,25 @@ class MuxStream:
             self._lost = error
             if self.on_lost is not None:
                 self.on_lost()
-        self._news.unpark_all()
-        self._window.unpark_all()
+        if self._news is not None:
+            self._news.unpark_all()
+        self.wake()
 
     def wake(self) -> None:
         """There is room in the windows."""
-        self._window.unpark_all()
+        if self._window is not None:
+            self._window.unpark_all()
 
     async def window_opens(self) -> None:
+        if self._window is None:
+            self._window = ParkingLot()
         await self._window.park()
+
+    async def _more(self) -> None:
+        """Until there is news."""
+        if self._news is None:
+            self._news = ParkingLot()
+        await self._news.park()
 
     # Taken by the exchange...
 
@@ -125,12 +139,26 @@ class MuxStream:
     def lost(self) -> StreamLost | None:
         return self._lost
 
+    @property
+    def next_head(self) -> ResponseHead | None:
+        """What `head` would return without waiting; it is not taken."""
+        return self._heads[0] if self._heads else None
+
+    @property
+    def next_size(self) -> int:
+        """Bytes of the piece that `receive_nowait` would return; 0: it would return none."""
+        return len(self._chunks[0][0]) if self._chunks else 0
+
+    def head_nowait(self) -> None:
+        """Take `next_head`."""
+        self._heads.popleft()
+
     async def head(self) -> ResponseHead:
         """The next head of the response, interim ones too. Raises StreamLost."""
         while not self._heads:
             if self._lost is not None:
                 raise self._lost
-            await self._news.park()
+            await self._more()
         return self._heads.popleft()
 
     def receive_nowait(self) -> bytes | EndOfMessage | None:
@@ -146,7 +174,7 @@ class MuxStream:
 
     async def receive(self) -> bytes | EndOfMessage:
         while (piece := self.receive_nowait()) is None:
-            await self._news.park()
+            await self._more()
         return piece
 
     def send_head(self, head: ResponseHead, *, end: bool) -> None:
@@ -161,21 +189,21 @@ class MuxStream:
         at = 0
         try:
             while True:
-                await self.mux.paced()
+                await self.mux.writer.paced()
                 window = self._room()
                 piece = data if not at and len(data) <= window else data[at : at + window]
                 if not piece and at < len(data):
-                    await self.mux.turn(self)
+                    await self.mux.turns.wait(self)
                     continue
                 at += len(piece)
                 self.sent += len(piece)
                 self.mux.put_data(self.number, piece, end=end and at >= len(data))
-                if self.mux.next_turn():
+                if self.mux.turns.next():
                     await trio.lowlevel.checkpoint()
                 if at >= len(data):
                     return
         except BaseException:
-            self.mux.next_turn()
+            self.mux.turns.next()
             raise
 
     def _room(self) -> int:
@@ -187,6 +215,21 @@ class MuxStream:
             return self.mux.http.window(self.number)
         except StreamGone as error:
             raise StreamLost(str(error), Code.STREAM_CLOSED) from error
+
+    def takes(self, size: int) -> bool:
+        """So many bytes can be `put` now, without overtaking anybody."""
+        mux = self.mux
+        if self._lost is not None or mux.broken is not None or mux.writer.behind or mux.turns.waiting:
+            return False
+        try:
+            return mux.http.window(self.number) >= size
+        except StreamGone:
+            return False
+
+    def put(self, data: bytes, *, end: bool) -> None:
+        """Send DATA that it `takes`."""
+        self.sent += len(data)
+        self.mux.put_data(self.number, data, end=end)
 
     @property
     def may_send(self) -> bool:

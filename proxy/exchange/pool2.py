@@ -94,6 +94,11 @@ class MuxPool(Generic[K]):
         active = sum(1 for mux in muxes if mux.exchanges)
         return active, len(muxes) - active
 
+    def ready(self, key: K) -> Mux | None:
+        """The same as `acquire`, if nothing has to be waited for."""
+        slot = self._slots.get(key)
+        return None if slot is None or slot.waiting else slot.with_room()
+
     async def acquire(self, key: K) -> Mux:
         """A connection with room for a stream, which has to be opened on it with no await in between.
 

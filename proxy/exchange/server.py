@@ -186,7 +186,6 @@ class Http1Exchange(Exchange):
         self.on_response(head.status)
 
     async def go_on(self, unsent: bytes, body: Body) -> None:
-        """Go on with a response whose head is out already; `unsent` comes before what is left of `body`."""
         await self._stream([unsent], body, body.length)
 
     async def _stream(self, out: list[bytes], body: Body, length: Length) -> None:
@@ -324,8 +323,8 @@ class Http1Server:
     async def _next_exchange(self) -> Http1Exchange | None:
         """The next exchange; None: the client has closed, or nothing came in time."""
         self.idle_since = trio.current_time()
-        if self._carry is not None and (begun := await self._carry(self)) is not None:
-            return begun.exchange
+        if self._carry is not None and (exchange := await self._carry(self)) is not None:
+            return exchange
         head = await self._next_request()
         if head is None:
             return None

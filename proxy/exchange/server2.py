@@ -1,4 +1,4 @@
-"""One downstream HTTP/2 connection: each of its streams is an exchange, in a task of its own.
+"""One downstream HTTP/2 connection: each of its streams is an exchange, in a task of its own, or on the fast road.
 
 The connection's reader and writer are the mux's; a stream that the peer resets cancels its exchange, and no other.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from functools import partial
 
 import trio
 
 from proxy.errors import ClientGone, IsthmusError, RequestTimeout, describe
+from proxy.exchange.begun import Fork
 from proxy.exchange.exchange import Body, Exchange, Facts, Handler
 from proxy.exchange.mux import Mux, MuxSettings
 from proxy.exchange.mux_stream import MuxStream, StreamLost
@@ -30,16 +32,24 @@ _NOTHING_READ = RequestHead(b"-", b"-", Headers(), b"2")
 
 
 class StreamBody:
-    """What comes on a stream, as an exchange.Body. `length`: as its head said. Nothing is limited here but the silence of a stream: calls
+    """What comes on a stream, as an exchange.Body. Nothing is limited here but the silence of a stream: calls
     that stream, as gRPC's do, may pause, and a peer that has gone is noticed by PING. A client that only listens, while it is being
     answered, is not silent: who watches for changes may have nothing to say for days."""
 
-    __slots__ = ("_patience", "_stream", "length")
+    __slots__ = ("_length", "_patience", "_stream")
 
-    def __init__(self, stream: MuxStream, length: Length, patience: float) -> None:
+    def __init__(self, stream: MuxStream, patience: float) -> None:
         self._stream = stream
         self._patience = patience
-        self.length = length
+        self._length: Length | None = None
+
+    @property
+    def length(self) -> Length:
+        """As the head says, and what has come when this is asked first: an end without a body may have been in the same read."""
+        if self._length is None:
+            headers = self._stream.request.headers if self._stream.request is not None else Headers()
+            self._length = body_length(headers, ended=self._stream.empty)
+        return self._length
 
     def receive_nowait(self) -> bytes | EndOfMessage | None:
         try:
@@ -73,22 +83,20 @@ def body_length(headers: Headers, *, ended: bool) -> Length:
 class Http2Exchange(Exchange):
     """One stream of an HTTP/2 connection."""
 
-    __slots__ = ("_settings", "_stream")
+    __slots__ = ("_settings", "stream")
 
     def __init__(self, stream: MuxStream, facts: Facts, settings: ServerSettings) -> None:
         request = stream.request or _NOTHING_READ
-        length = body_length(request.headers, ended=stream.empty)
         malformed = ProtocolError(str(stream.lost)) if stream.lost is not None else None
-        super().__init__(request, StreamBody(stream, length, settings.stream_timeout), facts, malformed)
-        self._stream = stream
+        super().__init__(request, StreamBody(stream, settings.stream_timeout), facts, malformed)
+        self.stream = stream
         self._settings = settings
 
-    def lose(self, scope: trio.CancelScope) -> None:
+    def lose(self) -> None:
         """The stream has ended early. Where that is the client's fault, it is what became of the request."""
-        lost = self._stream.lost
+        lost = self.stream.lost
         if lost is not None and lost.fault and self.failure is None:
             self.failure, self.failure_words = describe(ProtocolError(str(lost))).reason, str(lost)
-        scope.cancel()
 
     async def inform(self, head: ResponseHead) -> None:
         await trio.lowlevel.checkpoint()
@@ -97,16 +105,11 @@ class Http2Exchange(Exchange):
     async def respond(self, head: ResponseHead, body: Body) -> None:
         if self.malformed is not None:
             raise ClientGone("the stream was reset because of what came on it")  # RFC 9113 §8.1.1: that is the answer
-        bodiless = self.request.method == b"HEAD" or head.status in (204, 304)
-        length = body.length
-        if head.status == 204:
-            head.headers.remove(b"content-length")
-        elif isinstance(length, int) and not bodiless and b"content-length" not in head.headers and not self.is_grpc:
-            head.headers.add(b"content-length", b"%d" % length)
+        bodiless = self.frame(head, body.length)
         piece = body.receive_nowait()  # which may raise, while another response can still be given
-        if self._stream.mux.behind:
+        if self.stream.mux.writer.behind:
             self.clock.expect(self._client_stalls, self._settings.write_timeout)
-            await self._stream.mux.paced()
+            await self.stream.mux.writer.paced()
             self.clock.rest()
         self.response = head
         self.on_response(head.status)
@@ -117,6 +120,21 @@ class Http2Exchange(Exchange):
             return
         try:
             await self._send_body(piece, body)
+        except StreamLost as error:
+            raise ClientGone(f"within the response: {error}") from error
+
+    def frame(self, head: ResponseHead, length: Length) -> bool:
+        """Have `head` say the `length` of the response's body, where that is known and may be said; whether there is no body."""
+        bodiless = self.request.method == b"HEAD" or head.status in (204, 304)
+        if head.status == 204:
+            head.headers.remove(b"content-length")
+        elif isinstance(length, int) and not bodiless and b"content-length" not in head.headers and not self.is_grpc:
+            head.headers.add(b"content-length", b"%d" % length)
+        return bodiless
+
+    async def go_on(self, unsent: bytes, body: Body) -> None:  # noqa: ARG002  # a frame is put down whole: nothing is left of one
+        try:
+            await self._send_body(body.receive_nowait(), body)
         except StreamLost as error:
             raise ClientGone(f"within the response: {error}") from error
 
@@ -135,7 +153,7 @@ class Http2Exchange(Exchange):
             last = isinstance(following, EndOfMessage) and not len(following.trailers)
             self.response_bytes += len(piece)
             self.clock.expect(self._client_stalls, self._settings.write_timeout)
-            await self._stream.send(piece, end=last)
+            await self.stream.send(piece, end=last)
             self.clock.rest()
             if last:
                 return
@@ -144,13 +162,13 @@ class Http2Exchange(Exchange):
     def _send_end(self, end: EndOfMessage) -> None:
         if len(end.trailers):
             self.grpc_status = end.trailers.get(b"grpc-status")
-            self._stream.send_trailers(end.trailers)
+            self.stream.send_trailers(end.trailers)
         else:
-            self._stream.mux.put_data(self._stream.number, b"", end=True)
+            self.stream.mux.put_data(self.stream.number, b"", end=True)
 
     def _send_head(self, head: ResponseHead, *, end: bool) -> None:
         try:
-            self._stream.send_head(head, end=end)
+            self.stream.send_head(head, end=end)
         except StreamLost as error:
             raise ClientGone(str(error)) from error
 
@@ -163,16 +181,16 @@ class Http2Exchange(Exchange):
         self.on_response(head.status)
         head.headers.remove(b"content-length")
         await self.inform(head)
-        return Tunnel(self._stream)
+        return Tunnel(self.stream)
 
     def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:
         """End the stream as broken; with trailers where the protocol has them for that."""
         if trailers is not None:
             self.grpc_status = trailers.get(b"grpc-status")
             with contextlib.suppress(StreamLost):
-                self._stream.send_trailers(trailers)
+                self.stream.send_trailers(trailers)
         else:
-            self._stream.close(Code.INTERNAL_ERROR if code is None else code)
+            self.stream.close(Code.INTERNAL_ERROR if code is None else code)
 
 
 class Tunnel:
@@ -238,6 +256,15 @@ class Tunnel:
         return self._stream.lost is not None or (self._stream.empty and not self._rest)
 
 
+def _nobody(_: Http2Exchange) -> None:
+    raise RuntimeError("this connection is not served")
+
+
+def _lose(exchange: Http2Exchange, scope: trio.CancelScope) -> None:
+    exchange.lose()
+    scope.cancel()
+
+
 class Http2Server:
     """`run` returns when the connection has ended; `mux.fault` is what the client did, if that ended it."""
 
@@ -246,6 +273,8 @@ class Http2Server:
         self.settings = settings
         self.drain = drain
         self.mux = Mux(stream, Role.SERVER, mux)
+        self.serve: Callable[[Http2Exchange], None] = _nobody  # carries an exchange on the ordinary road, while `run` does
+        self.fork: Fork | None = None  # the fast road, if there is one
 
     async def run(self, handler: Handler) -> None:
         self.drain.on_begin.add(self.mux.retire)
@@ -253,12 +282,11 @@ class Http2Server:
         try:
             async with trio.open_nursery() as exchanges:
 
-                def serve(stream: MuxStream) -> None:
-                    exchanges.start_soon(self._serve, handler, stream)
-                    if self.drain.draining:  # whoever was let in has one request answered, as with HTTP/1
-                        self.mux.retire()
+                def serve(exchange: Http2Exchange) -> None:
+                    exchanges.start_soon(self._serve, handler, exchange)
 
-                await self.mux.run(serve)
+                self.serve = serve
+                await self.mux.run(self._accept)
                 exchanges.cancel_scope.cancel()
         except BaseExceptionGroup as error:
             group = error
@@ -269,16 +297,25 @@ class Http2Server:
             await trio.lowlevel.checkpoint_if_cancelled()
             raise group
 
-    async def _serve(self, handler: Handler, stream: MuxStream) -> None:
-        if stream.lost is not None and not stream.lost.fault:
+    def _accept(self, stream: MuxStream) -> None:
+        # One that could not be read goes the way of all others, so that it is counted and logged as they are.
+        exchange = Http2Exchange(stream, self.facts, self.settings)
+        if self.fork is None or exchange.malformed is not None or not self.fork(self, exchange):
+            self.serve(exchange)
+        if self.drain.draining:  # whoever was let in has one request answered, as with HTTP/1
+            self.mux.retire()
+
+    async def _serve(self, handler: Handler, exchange: Http2Exchange) -> None:
+        stream = exchange.stream
+        if stream.lost is not None and not stream.lost.fault and not exchange.underway:
             stream.close()
             return
         code = None
         with trio.CancelScope() as scope:
+            stream.on_lost = partial(_lose, exchange, scope)
+            if stream.lost is not None and exchange.underway:
+                stream.on_lost()  # the layers find that it is cancelled, and close what is open
             try:
-                # One that could not be read goes the way of all others, so that it is counted and logged as they are.
-                exchange = Http2Exchange(stream, self.facts, self.settings)
-                stream.on_lost = partial(exchange.lose, scope)
                 await handler(exchange)
             except Exception as error:  # the layers have answered what they know: what is left may end this stream, but not the others
                 _log.error("a stream failed by a fault of this proxy's", exc_info=error)

@@ -11,25 +11,32 @@ for that set's descriptor, and then does for each ready socket what there is to 
 
 *One owner.* A connection belongs to its task. Between two exchanges the task may lend it: it calls `Road.carry`, and while it is
 suspended there, the road owns the connection (`lane.py` is one lent connection). The road reads from it, writes to it and takes
-connections to endpoints from the pool, which the ordinary road also does; but never both at once. The task wakes when the road gives
-the connection back, and when the task is cancelled the road lets go at once.
+connections to endpoints from the pool, which the ordinary road also does; but never both at once. The task wakes when the road gives the
+connection back, and when the task is cancelled the road lets go at once.
+
+*Streams.* A connection of HTTP/2 is never lent, because it is many exchanges' at a time: its reader and writer are tasks of its own on
+either road (exchange/mux.py). What the ordinary road adds to them is a task for each exchange. Here an exchange is a `Strand`: it ties a
+stream of the client's to one of the endpoint's, and the readers call it when they have filed what one read brought. It keeps nothing for
+itself. What it cannot pass on at once (a window is closed, a writer is behind, others wait for their turn) it leaves where it lies, and
+gives the exchange back.
 
 *The road gives back what is not plain.* That is no failure but its principle: everything unusual has one implementation, the ordinary
-one. Between two exchanges it gives the connection back with the bytes read so far, as if they had just been read: a head that is
-declined or not whole, a body that is not here yet, no ready connection, anything the flow wants to decide by itself, a proxy that is
-going down. Within an exchange it gives the exchange back as far as it has got (`exchange/begun.py`): a response whose head is declined
-(chunked, interim, ...), a server that closes without an answer, a client that has gone. The ends and errors of connections are not
-judged here: a stream repeats them to whoever asks next, so the ordinary road meets them as if it had been there.
+one. Between two exchanges it gives the connection back with the bytes read so far, as if they had just been read: a head that is declined
+or not whole, a body that is not here yet, no ready connection, anything the flow wants to decide by itself, a proxy that is going down.
+Within an exchange it gives the exchange back as far as it has got (`exchange/begun.py`): a response whose head is declined (chunked,
+interim, ...), a server that closes without an answer, a client that has gone. The ends and errors of connections are not judged here: a
+stream repeats them to whoever asks next, so the ordinary road meets them as if it had been there.
 
 *Nothing waits here.* There are no deadlines on this road but one: what has not moved for `PATIENCE` seconds goes back to the ordinary
-road, where all the others are. So a slow server's exchange costs one hand-over more than it would have, and neither road has to know
-the other's clocks.
+road, where all the others are; and so does a call of gRPC whose own deadline is that near. So a slow server's exchange costs one
+hand-over more than it would have, and neither road has to know the other's clocks.
 
-*Same books.* An exchange here is the same `Http1Exchange`, with the same account (opened here, closed here, or there after a
-hand-over), the same layers' decisions by the same functions, and the same bytes on the wire. tests/exchange runs its tests on both roads,
-and compares them.
+*Same books.* An exchange here is the same `Http1Exchange` or `Http2Exchange`, with the same account (opened here, closed here, or there
+after a hand-over), the same layers' decisions by the same functions, and the same bytes on the wire. tests/exchange runs its tests on
+both roads, and compares them.
 
 *Fairness.* A ready connection gets one step per turn: one read, what follows from it, one write. Requests that lie in the same read
-behind the first wait for the next turn. After `TURNS` turns at the latest, trio's other tasks have theirs. A side that takes no more
-stops the other: what it did not take is kept (one read at most), and nothing is read until it is gone.
+behind the first wait for the next turn. (The requests that one read of an HTTP/2 connection has brought do not wait: they are no more
+than it may have streams open.) After `TURNS` turns at the latest, trio's other tasks have theirs. A side that takes no more stops the
+other: what it did not take is kept (one read at most), and nothing is read until it is gone.
 """

@@ -7,8 +7,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from proxy.exchange.carriers import Http1Carrier, Http2Carrier
+from proxy.exchange.client import forwarded_request
 from proxy.exchange.exchange import Exchange
+from proxy.exchange.mux import Mux
+from proxy.exchange.mux_stream import MuxStream
 from proxy.exchange.pool import Pool, Upstream
+from proxy.wire.fields2 import onward_pairs
+from proxy.wire.messages import RequestHead, ResponseHead
 
 K = TypeVar("K", bound=Hashable)
 
@@ -21,8 +27,17 @@ class Course(Protocol):
         ...
 
     def take(self, exchange: Exchange, now: float) -> Borrowed[Any] | None:
-        """A ready connection for `exchange` (`now` is trio's time); None: the ordinary road has to see to it, and nothing has changed."""
+        """A ready HTTP/1 connection for `exchange` (`now` is trio's time); None: the ordinary road has to see to it, and nothing has
+        changed."""
         ...
+
+    def share(self, exchange: Exchange) -> Shared | None:
+        """The same for an exchange of HTTP/2: a stream of a ready connection."""
+        ...
+
+
+def nothing() -> None:
+    """For who has nothing to do at an end."""
 
 
 @dataclass(slots=True, eq=False)
@@ -32,9 +47,16 @@ class Borrowed(Generic[K]):
     pool: Pool[K]
     key: K
     upstream: Upstream
-    on_end: Callable[[], None]
+    on_end: Callable[[], None] = nothing
     attempt: object = None  # the flow's own, for an exchange that is handed over
     on_begin: Callable[[Exchange], None] | None = None  # once its account is open
+
+    def unused(self) -> None:
+        """It is not wanted after all."""
+        self.pool.restore(self.key, self.upstream, self.upstream.idle_since)
+
+    def carrier(self) -> Http1Carrier:
+        return Http1Carrier(self.upstream)
 
     def end(self, *, usable: bool) -> None:
         self.pool.give_back(self.key, self.upstream, usable=usable)
@@ -43,4 +65,42 @@ class Borrowed(Generic[K]):
     def done(self, now: float) -> None:
         """The exchange ended well, and `upstream.http` has not seen it."""
         self.pool.restore(self.key, self.upstream, now)
+        self.on_end()
+
+
+@dataclass(slots=True, eq=False)
+class Shared:
+    """A connection with room for a stream of one exchange (exchange.begun.Loan). The room is there until something is waited for."""
+
+    mux: Mux
+    on_end: Callable[[], None] = nothing
+    attempt: object = None
+    on_begin: Callable[[Exchange], None] | None = None
+    on_answer: Callable[[], None] = nothing  # the head of the response is there
+    stream: MuxStream | None = None  # once it is opened
+    request: RequestHead | None = None  # that was sent on it
+    response: ResponseHead | None = None  # that was taken from it
+
+    def open(self, exchange: Exchange, *, end: bool) -> MuxStream:
+        """Send the head of the request."""
+        request = self.request = exchange.request
+        pairs = onward_pairs(request, exchange.caller)
+        if pairs is not None:
+            stream = self.mux.open_fields(request.method, pairs, end=end)
+        else:
+            stream = self.mux.open(forwarded_request(exchange), end=end)
+        self.stream = stream
+        return stream
+
+    def unused(self) -> None:
+        """It is not wanted after all."""
+
+    def carrier(self) -> Http2Carrier:
+        if self.stream is None or self.request is None:
+            raise RuntimeError("the request has not been sent")
+        return Http2Carrier.begun(self.stream, self.request, self.response)
+
+    def end(self, *, usable: bool = True) -> None:  # noqa: ARG002  # a stream is used once
+        if self.stream is not None:
+            self.stream.close()
         self.on_end()

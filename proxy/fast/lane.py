@@ -15,6 +15,7 @@ can do gives the connection back, and that is the last thing it does.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
@@ -49,6 +50,7 @@ class Lane:
         "_account", "_client", "_course", "_endpoint", "_exchange", "_fault", "_lent", "_loan", "_punts", "_remaining", "_rest", "_resting",
         "_result", "_road", "_server", "_spare", "_task", "moved",
     )  # fmt: skip
+    limit = inf  # no request of HTTP/1 says until when it may take
 
     def __init__(self, road: Road, course: Course, server: Http1Server, stream: Prompt) -> None:
         self._road = road
@@ -57,7 +59,7 @@ class Lane:
         self._client = Side(road, stream)
         self._lent = False
         self._task: Task | None = None  # the connection's, while it is suspended here
-        self._result: Begun | None = None
+        self._result: Http1Exchange | None = None  # that has been begun here, and goes on there
         self._fault: Exception | None = None
         self._rest = b""  # read behind the exchange that is under way
         self._punts = self._resting = 0
@@ -84,7 +86,7 @@ class Lane:
             return False
         return True
 
-    async def carry(self) -> Begun | None:
+    async def carry(self) -> Http1Exchange | None:
         """See exchange.begun.Carry."""
         self._lent, self._result, self._fault = True, None, None
         self._client.belongs(self._on_client)
@@ -124,7 +126,7 @@ class Lane:
             self._endpoint.watch(0)
         self._road.released(self)
 
-    def _wake(self, begun: Begun | None = None) -> None:
+    def _wake(self, begun: Http1Exchange | None = None) -> None:
         task, self._task, self._result = self._task, None, begun
         self._let_go()
         if task is not None:
@@ -172,8 +174,8 @@ class Lane:
         http.receive_data_if(data)
         exchange.account = ExitStack()
         exchange.account.push(account)  # it is open already
-        exchange.begun = begun = Begun(exchange, loan, to_server, to_client, failure)
-        self._wake(begun)
+        exchange.begun = Begun(loan, to_server=to_server, to_client=to_client, failure=failure)
+        self._wake(exchange)
         self._forget_exchange()
 
     def _pass_over(self, exchange: Http1Exchange, rest: bytes) -> None:
@@ -182,8 +184,8 @@ class Lane:
         connection = self._server.connection
         connection.take_over(exchange.request.method, (At.DONE, 0), (At.HEAD, 0))
         connection.receive_data_if(rest)
-        exchange.begun = begun = Begun(exchange)
-        self._wake(begun)
+        exchange.begun = Begun()
+        self._wake(exchange)
 
     def fail(self, error: Exception) -> None:
         """A fault of this room's: it ends the connection, as it would on the ordinary road."""

@@ -9,10 +9,11 @@ from collections.abc import Callable
 import trio
 from trio.lowlevel import checkpoint, wait_readable
 
-from proxy.exchange.begun import Begun
-from proxy.exchange.server import Drain, Http1Server
+from proxy.exchange.server import Drain, Http1Exchange, Http1Server
+from proxy.exchange.server2 import Http2Exchange, Http2Server
 from proxy.fast.course import Course
 from proxy.fast.lane import Lane
+from proxy.fast.strand import Strand, begin
 from proxy.net.streams import SocketStream
 from proxy.net.tls import TLSStream
 
@@ -36,7 +37,7 @@ class Road:
         self.steps: dict[int, Callable[[int], None]] = {}  # by descriptor: what to do when it is ready
         self._lanes: set[Lane] = set()
         self._again: list[Lane] = []  # lanes that have bytes of a next request already
-        self._busy: set[Lane] = set()  # in an exchange
+        self._busy: set[Lane | Strand] = set()  # in an exchange
         self._doze: trio.Event | None = None  # what the watch waits for while nothing is under way
         self._running = False
         self._finished = self._handed_over = 0  # exchanges, since they were last asked for
@@ -55,7 +56,7 @@ class Road:
                 lane.leave()
             self._epoll.close()
 
-    async def carry(self, course: Course, server: Http1Server) -> Begun | None:
+    async def carry(self, course: Course, server: Http1Server) -> Http1Exchange | None:
         """See exchange.begun.Carry. Cancelled within an exchange, it closes the exchange's account as such."""
         stream = server.stream
         if not self._running or server.drain.draining or not isinstance(stream, SocketStream | TLSStream):
@@ -69,6 +70,10 @@ class Road:
         if self._doze is not None:
             self._doze.set()
         return await lane.carry()
+
+    def fork(self, course: Course, server: Http2Server, exchange: Http2Exchange) -> bool:
+        """See exchange.begun.Fork."""
+        return self._running and not server.drain.draining and begin(self, course, server, exchange)
 
     def counts(self) -> tuple[int, int]:
         """Exchanges that have been finished here since this was last asked, and such that have been handed over."""
@@ -97,16 +102,21 @@ class Road:
         self._lanes.discard(lane)
         self._busy.discard(lane)
 
-    def begins(self, lane: Lane) -> None:
+    @property
+    def patience(self) -> float:
+        """Seconds that an exchange must have left."""
+        return PATIENCE
+
+    def begins(self, lane: Lane | Strand) -> None:
         """`lane` is in an exchange."""
         self._busy.add(lane)
         if self._doze is not None:
             self._doze.set()
 
-    def rests(self, lane: Lane) -> None:
-        """Its exchange has ended here."""
+    def rests(self, lane: Lane | Strand, *, finished: bool = True) -> None:
+        """Its exchange is not here any more; `finished`: it has ended here, and well."""
         self._busy.discard(lane)
-        self._finished += 1
+        self._finished += finished
 
     def hands_over(self) -> None:
         """An exchange goes on elsewhere."""
@@ -151,9 +161,10 @@ class Road:
                 self._doze = None
 
     def give_up(self, latest: float) -> None:
-        """Hand over the exchanges that have not moved since."""
+        """Hand over the exchanges that have not moved since, and those that will be over soon in any case."""
+        soon = latest + 2 * PATIENCE
         for lane in list(self._busy):
-            if lane.moved <= latest:
+            if lane.moved <= latest or lane.limit <= soon:
                 lane.hand_over()
 
     def _give_back(self, latest: float) -> float:

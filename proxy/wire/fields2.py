@@ -12,9 +12,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from proxy.wire.messages import AUTHORITY, CALLER_FIELDS, Headers, ProtocolError, RequestHead, ResponseHead
+from proxy.wire.messages import AUTHORITY, CALLER, CALLER_FIELDS, HOP_BY_HOP, Headers, ProtocolError, RequestHead, ResponseHead
 
 Pair = tuple[bytes, bytes]
+
+
+class Block(list[Pair]):
+    """A header list that comes again and again: with what it was read as, which is read off a second time at a tenth of the cost."""
+
+    __slots__ = ("head",)
+
+    def __init__(self, pairs: Iterable[Pair]) -> None:
+        super().__init__(pairs)
+        self.head: RequestHead | ResponseHead | None = None
 
 
 class Secret(tuple[bytes, bytes]):
@@ -33,15 +43,34 @@ _STATUS = re.compile(rb"[1-5][0-9][0-9]")
 
 # §8.2.2: what speaks of an HTTP/1 connection has no place here.
 _CONNECTION_FIELDS = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
+_SCHEME = (b":scheme", b"http")
 _REQUEST_PSEUDO = frozenset({b":method", b":scheme", b":authority", b":path", b":protocol"})
+_RESPONSE_PSEUDO = frozenset({b":status"})
+# What has to be looked at twice, wherever it stands.
+_NOTED = HOP_BY_HOP | {b"cookie", b"host", b"content-length"}
 
 
 def request_head(pairs: Iterable[Pair]) -> RequestHead:
     """The head of a request. Raises ProtocolError if the message is malformed."""
+    if type(pairs) is not Block:
+        return _request_head(pairs)
+    if not isinstance(pairs.head, RequestHead):
+        pairs.head = _request_head(pairs)
+    head = pairs.head
+    return RequestHead(head.method, head.target, _again(head.headers), b"2", head.protocol)
+
+
+def _again(headers: Headers) -> Headers:
+    copy = headers.copy()
+    copy.clean = headers.clean
+    return copy
+
+
+def _request_head(pairs: Iterable[Pair]) -> RequestHead:
     pseudo, headers = _split(pairs, _REQUEST_PSEUDO)
     method = pseudo.get(b":method", b"")
     authority = pseudo.get(b":authority")
-    host = headers.all(b"host")
+    host = headers.all(b"host") if not headers.clean else []
     if not _METHOD.fullmatch(method):
         raise ProtocolError("a request without a valid :method")
     named = authority if authority is not None or not host else host[0]
@@ -75,7 +104,15 @@ def _target(method: bytes, pseudo: dict[bytes, bytes], protocol: bytes | None) -
 
 def response_head(pairs: Iterable[Pair]) -> ResponseHead:
     """The head of a response, informational ones too. Raises ProtocolError if it is malformed."""
-    pseudo, headers = _split(pairs, frozenset({b":status"}))
+    if type(pairs) is not Block:
+        return _response_head(pairs)
+    if not isinstance(pairs.head, ResponseHead):
+        pairs.head = _response_head(pairs)
+    return ResponseHead(pairs.head.status, _again(pairs.head.headers), b"", b"2")
+
+
+def _response_head(pairs: Iterable[Pair]) -> ResponseHead:
+    pseudo, headers = _split(pairs, _RESPONSE_PSEUDO)
     status = pseudo.get(b":status", b"")
     if not _STATUS.fullmatch(status) or status == b"101":  # §8.6: there is nothing to switch to
         raise ProtocolError("a response without a valid :status")
@@ -89,28 +126,36 @@ def trailers(pairs: Iterable[Pair]) -> Headers:
 
 def _split(pairs: Iterable[Pair], allowed: frozenset[bytes]) -> tuple[dict[bytes, bytes], Headers]:
     pseudo: dict[bytes, bytes] = {}
-    headers = Headers()
-    cookies: list[Pair] = []
+    fields: list[Pair] = []
+    noted: list[Pair] = []
     for pair in pairs:
         name, value = pair
         if not _VALUE.fullmatch(value):
             raise ProtocolError("a field value with bytes that are not allowed in one")
         if name[:1] == b":":
-            if name not in allowed or name in pseudo or headers.items:
+            if name not in allowed or name in pseudo or fields:
                 raise ProtocolError("a pseudo-field that is unknown, repeated, or behind the fields")
             pseudo[name] = value
         elif not _NAME.fullmatch(name) or name in _CONNECTION_FIELDS or (name == b"te" and value.lower() != b"trailers"):
             raise ProtocolError(f"the field {name[:64].decode('latin-1')!r} is not allowed in HTTP/2")
         else:
-            if name == b"cookie":
-                cookies.append(pair)
-            headers.items.append(pair)
+            if name in _NOTED:
+                noted.append(pair)
+            fields.append(pair)
+    headers = Headers(fields)
+    headers.clean = not noted
+    if noted:
+        _look_again(headers, noted)
+    return pseudo, headers
+
+
+def _look_again(headers: Headers, noted: list[Pair]) -> None:
+    cookies = [pair for pair in noted if pair[0] == b"cookie"]
     if len(cookies) > 1:
         _join(headers, cookies)
-    lengths = headers.all(b"content-length")
+    lengths = [value for name, value in noted if name == b"content-length"]
     if len(lengths) > 1 or (lengths and not (lengths[0].isdigit() and len(lengths[0]) < 19)):
         raise ProtocolError("a Content-Length that is repeated, or not a number")
-    return pseudo, headers
 
 
 def _join(headers: Headers, cookies: list[Pair]) -> None:
@@ -137,6 +182,22 @@ def request_pairs(head: RequestHead) -> list[Pair]:
     return pseudo + field_pairs(head.headers, without=b"host")
 
 
+def onward_pairs(head: RequestHead, caller: bytes | None) -> list[Pair] | None:
+    """The header list of a request that came by HTTP/2 and goes on by it: without what belonged to the last hop, and with what is said of
+    its `caller`. None: there is more to it."""
+    items = head.headers.items
+    if not items or items[0][0] != b"host" or not head.target.startswith(b"/") or head.protocol is not None:
+        return None
+    pairs = [(b":method", head.method), _SCHEME, (b":authority", items[0][1]), (b":path", head.target)]
+    if head.headers.clean:
+        pairs += items[1:]
+    else:
+        pairs += [item for item in items[1:] if item[0] not in HOP_BY_HOP or item[0] == b"te"]
+    if caller is not None:
+        pairs.append((CALLER, caller))
+    return pairs
+
+
 def _origin_form(target: bytes) -> bytes:
     """The path and query of an absolute-form target."""
     rest = target.partition(b"://")[2]
@@ -147,6 +208,8 @@ def _origin_form(target: bytes) -> bytes:
 
 def response_pairs(head: ResponseHead) -> list[Pair]:
     """The header list of a response."""
+    if head.headers.clean and head.version == b"2":
+        return [(b":status", b"%d" % head.status), *head.headers.items]
     return [(b":status", b"%d" % head.status), *field_pairs(head.headers)]
 
 

@@ -89,7 +89,7 @@ class StreamFault(Exception):
         self.code = code
 
 
-_HEADER = struct.Struct(">BHBBL")
+HEADER = struct.Struct(">BHBBL")
 _SETTING = struct.Struct(">HL")
 _LONG = struct.Struct(">L")
 _GOAWAY = struct.Struct(">LL")
@@ -97,12 +97,12 @@ _GOAWAY = struct.Struct(">LL")
 
 def header(size: int, kind: int, flags: int, stream: int) -> bytes:
     """The nine bytes before a payload of `size` bytes (§4.1)."""
-    return _HEADER.pack(size >> 16, size & 0xFFFF, kind, flags, stream)
+    return HEADER.pack(size >> 16, size & 0xFFFF, kind, flags, stream)
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     """A whole frame."""
-    return _HEADER.pack(len(payload) >> 16, len(payload) & 0xFFFF, kind, flags, stream) + payload
+    return HEADER.pack(len(payload) >> 16, len(payload) & 0xFFFF, kind, flags, stream) + payload
 
 
 def settings(values: dict[int, int]) -> bytes:

@@ -27,7 +27,7 @@ import hpack
 from hpack.hpack import encode_integer
 from hpack.table import HeaderTable
 
-from proxy.wire.fields2 import Pair, Secret
+from proxy.wire.fields2 import Block, Pair, Secret
 from proxy.wire.frames2 import Code, ConnectionFault
 
 # How many bytes the memory of one direction may take, keys and all, by a rough count from above.
@@ -129,7 +129,7 @@ class Decoder:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._hpack = hpack.Decoder(max_header_list_size=limit * _BOMB)
-        self._known: dict[bytes, Sequence[Pair]] = {}
+        self._known: dict[bytes, Block] = {}
         self._held = 0
 
     def decode(self, block: bytes) -> Sequence[Pair] | None:
@@ -162,13 +162,13 @@ class Decoder:
 
     def _remember(self, block: bytes, pairs: Sequence[Pair]) -> None:
         # The values of indexed fields are the table's own; a literal's are no longer than its block, nearly doubled by Huffman's code.
-        size = 3 * len(block) + _OVERHEAD * (len(pairs) + 1)
+        size = 3 * len(block) + _OVERHEAD * (len(pairs) + 4)
         if size > _REMEMBERED // 8:
             return
         if self._held + size > _REMEMBERED:
             self._known.clear()
             self._held = 0
-        self._known[block] = pairs
+        self._known[block] = Block(pairs)
         self._held += size
 
 

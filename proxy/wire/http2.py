@@ -34,6 +34,9 @@ _MOST_CONTINUATIONS = 16
 _LARGE_PIECE = 1024
 # Parameters of one SETTINGS frame: each may move the window of every stream. nghttp2 has the same bound.
 _MOST_SETTINGS = 32
+# What a header block is not plain without, or with.
+_SHAPE = frames.END_HEADERS | frames.PADDED | frames.PRIORITY
+_HEADER = frames.HEADER.unpack_from
 # A flag of ours beside the wire's eight.
 _SELF_DEPENDENT = 0x100
 
@@ -92,27 +95,27 @@ class Http2Connection(Streams):
             self._preface_pending = False
             at = len(frames.PREFACE)
         while len(buffer) - at >= frames.HEADER_SIZE:
-            size = int.from_bytes(buffer[at : at + 3], "big")
+            high, low, kind, flags, stream = _HEADER(buffer, at)
+            size = high << 16 | low
             if size > frames.DEFAULT_FRAME_SIZE:
                 raise ConnectionFault(Code.FRAME_SIZE_ERROR, f"a frame of {size} bytes")
             end = at + frames.HEADER_SIZE + size
             if len(buffer) < end:
                 break
-            kind, flags = buffer[at + 3], buffer[at + 4]
-            stream = int.from_bytes(buffer[at + 5 : at + 9], "big") & frames.LARGEST_WINDOW
             try:
-                self._read_frame(kind, flags, stream, buffer[at + frames.HEADER_SIZE : end])
+                self._read_frame(kind, flags, stream & frames.LARGEST_WINDOW, buffer[at + frames.HEADER_SIZE : end])
             except StreamFault as fault:
                 self._break(fault)
             at = end
         self._buffer = buffer[at:]
 
     def _read_frame(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
-        self._check_order(kind, flags, stream)
+        if self._settings_pending or self._block is not None:
+            self._check_order(kind, flags, stream)
         match kind:
-            case Kind.DATA:
+            case 0x0:  # DATA and HEADERS by their numbers: most frames are these, and an enum's member is looked up each time
                 self._on_data(stream, flags, payload)
-            case Kind.HEADERS:
+            case 0x1:
                 self._on_headers(stream, flags, payload)
             case Kind.CONTINUATION:
                 self._on_continuation(flags, payload)
@@ -179,6 +182,9 @@ class Http2Connection(Streams):
     def _on_headers(self, number: int, flags: int, payload: bytes) -> None:
         if number == 0:
             raise ConnectionFault(Code.PROTOCOL_ERROR, "HEADERS on stream 0")
+        if flags & _SHAPE == frames.END_HEADERS and len(payload) <= self._limits.head:
+            self._on_block(number, flags, self._decoder.decode(payload))
+            return
         self._block = _Block(number, flags, [], 0)
         fragment = frames.unpadded(payload, flags)
         try:
@@ -203,10 +209,11 @@ class Http2Connection(Streams):
             raise ConnectionFault(Code.ENHANCE_YOUR_CALM, f"a header block of more than {self._limits.head} bytes, or in too many pieces")
         if flags & frames.END_HEADERS:
             self._block = None
-            self._on_block(block, self._decoder.decode(block.pieces[0] if len(block.pieces) == 1 else b"".join(block.pieces)))
+            whole = block.pieces[0] if len(block.pieces) == 1 else b"".join(block.pieces)
+            self._on_block(block.stream, block.flags, self._decoder.decode(whole))
 
-    def _on_block(self, block: _Block, pairs: Sequence[Pair] | None) -> None:
-        number, ended = block.stream, bool(block.flags & frames.END_STREAM)
+    def _on_block(self, number: int, flags: int, pairs: Sequence[Pair] | None) -> None:
+        ended = bool(flags & frames.END_STREAM)
         stream = self._streams.get(number)
         if stream is None:
             stream = self._opened_by_peer(number)
@@ -214,7 +221,7 @@ class Http2Connection(Streams):
                 return
         elif not stream.receives:
             raise StreamFault(number, Code.STREAM_CLOSED, "HEADERS behind the end of the stream")
-        if block.flags & _SELF_DEPENDENT:
+        if flags & _SELF_DEPENDENT:
             raise StreamFault(number, Code.PROTOCOL_ERROR, "a stream that depends on itself")
         if pairs is None:
             raise StreamFault(number, Code.ENHANCE_YOUR_CALM, f"a header list of more than {self._limits.head} bytes")

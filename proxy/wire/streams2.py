@@ -210,12 +210,16 @@ class Streams:
 
     def send_request(self, head: RequestHead, *, end: bool) -> int:
         """Open a stream; only while there is `room`. Returns its number."""
+        return self.send_request_fields(head.method, request_pairs(head), end=end)
+
+    def send_request_fields(self, method: bytes, pairs: list[Pair], *, end: bool) -> int:
+        """The same for a head that is a header list already."""
         number = self._next_ours
         self._next_ours += 2
         stream = self._streams[number] = Stream(number, self._peer_window, self._limits.stream_window)
-        stream.method = head.method
+        stream.method = method
         self._open_ours += 1
-        self._send_headers(stream, request_pairs(head), end)
+        self._send_headers(stream, pairs, end)
         return number
 
     def send_response(self, number: int, head: ResponseHead, *, end: bool) -> None:

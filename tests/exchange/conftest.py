@@ -1,5 +1,4 @@
-"""What is told of HTTP/1 exchanges holds on both roads: every test of this room runs on the ordinary road and on the fast one, but those of
-HTTP/2, which has one road."""
+"""What is told of exchanges holds on both roads: every test of this room runs on the ordinary road and on the fast one."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from tests.kit.hop import FAST
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if not any(word in metafunc.module.__name__ for word in ("http2", "roads")):
+    if "roads" not in metafunc.module.__name__:
         metafunc.parametrize("road", ["ordinary", "fast"], indirect=True)
 
 

@@ -94,7 +94,7 @@ async def test_a_client_that_reads_nothing_at_all_stops_the_server() -> None:
             await client.request(FLOOD)
         sent = await still(None, lambda: sum(source.sent.values()))
         assert sent > 0
-        assert proxy.servers[0].mux._ahead <= 256 * 1024 + WINDOW
+        assert proxy.servers[0].mux.writer._ahead <= 256 * 1024 + WINDOW
         assert sent <= 2_000_000  # a few windows and the kernel's buffers
         # Another client is served meanwhile.
         other = await proxy.connect2()

@@ -20,7 +20,7 @@ from proxy.exchange.lenders import Http1Lender
 from proxy.exchange.pool import Pool, PoolSettings
 from proxy.exchange.server import Drain, Http1Server, ServerSettings
 from proxy.exchange.trace import Side, Tracing, trace
-from proxy.fast.course import Borrowed
+from proxy.fast.course import Borrowed, Shared
 from proxy.fast.road import Road
 from proxy.net.accept import Acceptor, Connection
 from proxy.net.address import Address
@@ -129,7 +129,10 @@ class _Course:
         if upstream is None:
             return None
         self.hop.fast += 1
-        return Borrowed(self.hop.pool, self.hop.target, upstream, lambda: None)
+        return Borrowed(self.hop.pool, self.hop.target, upstream)
+
+    def share(self, _: Exchange) -> Shared | None:
+        raise AssertionError("a hop speaks HTTP/1 only")
 
 
 def _pave(proxy: Hop, settings: Settings, book: Callable[[Exchange], AbstractContextManager[None]]) -> None:

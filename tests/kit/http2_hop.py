@@ -19,14 +19,20 @@ from proxy.exchange.pool import Pool, PoolSettings
 from proxy.exchange.pool2 import MuxPool
 from proxy.exchange.server import Drain, Http1Server, ServerSettings
 from proxy.exchange.server2 import Http2Server
+from proxy.fast.course import Borrowed, Shared
+from proxy.fast.road import Road
 from proxy.net.accept import Acceptor, Connection
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
 from proxy.net.relay import relay
 from proxy.net.streams import SocketStream, Stream
-from tests.kit.hop import Ended, Life
+from tests.kit.hop import FAST, Ended, Life
 from tests.kit.http import Peer, connect, listen, origin, small, until
 from tests.kit.http2_peers import Peer2, Script2, speaking
+
+
+def _nothing(_: Exchange) -> AbstractContextManager[object]:
+    return contextlib.nullcontext()
 
 
 @dataclass
@@ -42,7 +48,8 @@ class Settings2:
     buffers: int | None = None
     account: Callable[[Exchange], AbstractContextManager[object]] | None = None
     steer: Callable[[Exchange, Callable[[Address], Awaitable[None]]], Awaitable[None]] | None = None  # instead of taking turns
-    around: Callable[[Exchange], AbstractContextManager[object]] = lambda _: contextlib.nullcontext()  # inside of `rescue`
+    around: Callable[[Exchange], AbstractContextManager[object]] = _nothing  # inside of `rescue`
+    fast: bool | None = None  # whether there is a fast road; None: as FAST says
 
 
 @dataclass
@@ -65,6 +72,8 @@ class Hop2:
     closed: int = 0
     hangs: trio.Event | None = None
     clients: list[Peer] = field(default_factory=list)
+    road: Road | None = None
+    fast: int = 0  # exchanges begun on the fast road
 
     async def connect(self, buffers: int | None = None) -> Peer:
         self.clients.append(await connect(self.address, buffers))
@@ -93,6 +102,26 @@ class Hop2:
     def next_target(self) -> Address:
         self.served += 1
         return self.targets[self.served % len(self.targets)]
+
+
+@dataclass
+class _Course:
+    """The hop's decisions on the fast road."""
+
+    hop: Hop2
+    account: Callable[[Exchange], AbstractContextManager[object]]
+
+    def take(self, _: Exchange, now: float) -> Borrowed[Address] | None:
+        return None
+
+    def share(self, _: Exchange) -> Shared | None:
+        served = self.hop.served
+        mux = self.hop.pool2.ready(self.hop.next_target())
+        if mux is None:
+            self.hop.served = served
+            return None
+        self.hop.fast += 1
+        return Shared(mux)
 
 
 @contextmanager
@@ -158,6 +187,8 @@ def _serving(proxy: Hop2, settings: Settings2) -> Callable[[Connection], Awaitab
             await Http1Server(connection.stream, facts, settings.server, proxy.drain).run(handler)
             return
         server = Http2Server(connection.stream, facts, settings.server, settings.downstream, proxy.drain)
+        if proxy.road is not None:
+            server.fork = partial(proxy.road.fork, _Course(proxy, account))
         proxy.servers.append(server)
         try:
             await server.run(handler)
@@ -177,6 +208,9 @@ async def hop2(*targets: Address, settings: Settings2 | None = None) -> AsyncIte
     """A running proxy to `targets`, which take turns. At its end everything must have been given back and closed, once."""
     settings = settings or Settings2()
     proxy = Hop2(list(targets))
+    plain = settings.up == b"2" and settings.steer is None and settings.around is _nothing
+    if (FAST.get() and plain) if settings.fast is None else settings.fast:
+        proxy.road = Road(proxy.drain, settings.server.idle_timeout)
     serve = _serving(proxy, settings)
     listener = listen(settings.buffers)
     proxy.address = Address.of(listener.getsockname())
@@ -189,6 +223,8 @@ async def hop2(*targets: Address, settings: Settings2 | None = None) -> AsyncIte
                 await proxy.pool2.serve()
 
         _start(nursery, own, partial(proxy.acceptor.serve, [listener]))
+        if proxy.road is not None:
+            nursery.start_soon(proxy.road.run)
         try:
             yield proxy
         finally:

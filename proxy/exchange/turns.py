@@ -1,0 +1,43 @@
+"""Whose turn it is to send, where a connection's window is used up: whoever runs first would take all of it every time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from proxy.exchange.mux_stream import MuxStream
+
+
+class Turns:
+    """The senders of DATA on one connection that wait for a window, in order."""
+
+    __slots__ = ("_waiting",)
+
+    def __init__(self) -> None:
+        self._waiting: dict[MuxStream, None] = {}
+
+    @property
+    def waiting(self) -> bool:
+        """Somebody waits."""
+        return bool(self._waiting)
+
+    async def wait(self, stream: MuxStream) -> None:
+        """Wait for a window. Whoever returns from here, or is cancelled here, calls `next` when it has taken what it takes."""
+        self._waiting[stream] = None
+        try:
+            await stream.window_opens()
+        finally:
+            self._waiting.pop(stream, None)
+
+    def leave(self, stream: MuxStream) -> None:
+        """It waits no longer: its own window has opened."""
+        self._waiting.pop(stream, None)
+
+    def next(self) -> bool:
+        """Wake the first sender whose windows are open; False: there is none."""
+        for stream in self._waiting:
+            if stream.may_send:
+                del self._waiting[stream]
+                stream.wake()
+                return True
+        return False
