@@ -23,14 +23,16 @@ from lab.wide_area import Fault
 
 SPLIT_REQUESTS = 1000
 SHARE = 0.1  # of the requests to `c` that go to east
-PHASE = 1.5  # seconds of load before, during and after the outage
+PHASE = 1.5  # seconds of load before, during and after the outage, at least
+ENOUGH = 100  # requests in each of these phases, or it says little
 PATIENCE = 20.0  # seconds, for what has to happen by itself
 HERE, THERE = "c of west", "c of east"
-# Back home when `c` has been well for a second, and a way that does not answer is looked at each second: stories are short.
+# Back home when `c` has been well for a second, and a way that does not answer is looked at each second: stories are short. What takes
+# longer than `probe_timeout` and `response_timeout` is given up, so these are what a busy machine may take at times.
 CLIENT: dict[str, Any] = {
-    "clusters": {"settle": "1s", "probe_interval": "1s", "probe_timeout": "1s"},
+    "clusters": {"settle": "1s", "probe_interval": "1s", "probe_timeout": "3s"},
     "dns": {},
-    "http": {"response_timeout": "2s"},
+    "http": {"response_timeout": "5s"},
 }
 POLICY = {"breaker": {"min_penalty": "500ms", "max_penalty": "1s"}}
 PEERS_PORT = 7  # for looking at addresses
@@ -195,22 +197,26 @@ async def outage(world: World) -> None:
     """East is gone, silently, while west's own service is called; and what is called of east says so."""
     leg = world.clusters.legs["east"]
     async with world.load("shop") as load:
-        moments = [time.monotonic()]
+        moments, good = [time.monotonic()], load.good
         await trio.sleep(PHASE)
+        await enough(load, good)
         moments.append(time.monotonic())
         with leg.fault(Fault.SILENCE):
             answers: list[dict[str, Any]] = []
-            slowest = 0.0
+            slowest, good = 0.0, load.good
             while time.monotonic() < moments[1] + PHASE or len(answers) < 3:
                 began = time.monotonic()
                 answers.append(await remote(world))
                 slowest = max(slowest, time.monotonic() - began)
+            await enough(load, good)
             moments.append(time.monotonic())
+        good = load.good
         with trio.move_on_after(PATIENCE):
             while (await remote(world)).get("status") != 200:
                 pass
         recovered = time.monotonic() - moments[2]
         await trio.sleep(max(0.0, PHASE - recovered))
+        await enough(load, good)
         moments.append(time.monotonic())
         phases = [load.summary(since, until) for since, until in pairwise(moments)]
     tell_outage(world, phases)
@@ -225,7 +231,7 @@ async def outage(world: World) -> None:
 def tell_outage(world: World, phases: list[Summary]) -> None:
     """What `web` saw of west's own service, before, during and after."""
     for when, phase in zip(("before", "during", "after"), phases, strict=True):
-        world.prove(f"east's outage: {when}", f"`web` calls `shop` of west: {phase}", phase.requests > 100 and phase.errors == 0)
+        world.prove(f"east's outage: {when}", f"`web` calls `shop` of west: {phase}", phase.requests > ENOUGH and phase.errors == 0)
 
 
 async def hops(world: World) -> None:
@@ -292,6 +298,11 @@ async def answered(load: Load, name: str, more: int) -> bool:
             await trio.sleep(0.005)
         return True
     return False
+
+
+async def enough(load: Load, since: int) -> None:
+    """Wait until a load of which `since` requests were answered before has answered enough. Raises LabError."""
+    await load.more(max(0, since + ENOUGH + 1 - load.good), timeout=PATIENCE)
 
 
 async def remote(world: World) -> dict[str, Any]:

@@ -72,7 +72,8 @@ def build(lab: Any, *, web: dict[str, Any] | None = None, shop: dict[str, Any] |
     pair = prepare(lab, {GRPC: "detect"}, web=web, shop=shop)
     annex = pair.cluster.pod("annex")
     pair.mesh.join(annex, "shop", **(shop or {}))
-    pair.mesh.service("stock", [pair.shop, annex], {GRPC: "detect"})
+    # A pod that stood still for a moment, as on a busy machine, gets less for a while. Here that is a short one.
+    pair.mesh.service("stock", [pair.shop, annex], {GRPC: "detect"}, policy={"balancing": {"decay": "1s"}})
     return pair
 
 

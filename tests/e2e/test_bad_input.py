@@ -26,9 +26,10 @@ SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: shop\r\n\r\n"
 @pytest.fixture(scope="module")
 def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
-        # The first proxy alone is in a hurry: with two it would be chance which of them notices.
-        pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque"}, web={"http": QUICK})
+        # The first proxy alone is in a hurry: with two it would be chance which of them notices. And only where that is to be seen.
+        pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque"})
         pair.cluster.pod("stranger")
+        pair.mesh.join(pair.cluster.pod("hasty"), http=QUICK)
         await web_server(pair.shop)
         await echo_server(pair.shop)
         await pair.mesh.start()
@@ -37,17 +38,17 @@ def pair(laboratory: Laboratory) -> Pair:
     return laboratory.run(build)
 
 
-async def attack(pair: Pair, data: bytes) -> bytes:
+async def attack(pair: Pair, data: bytes, pod: str = "web") -> bytes:
     """What the shop's service answers to these bytes until it ends the connection."""
-    return await say(pair.web, pair.service.ipv4, WEB, data)
+    return await say(pair.cluster.pods[pod], pair.service.ipv4, WEB, data)
 
 
 async def requests(sidecar: Sidecar, direction: str) -> float:
     return await counted(sidecar, "isthmus_requests_total", direction=direction)
 
 
-async def goes_on(pair: Pair) -> None:
-    answer = await attack(pair, LAST_GET)
+async def goes_on(pair: Pair, pod: str = "web") -> None:
+    answer = await attack(pair, LAST_GET, pod)
     assert answer.startswith(b"HTTP/1.1 200")
 
 
@@ -146,11 +147,11 @@ async def test_a_head_without_end_is_cut_off_at_the_limit_not_collected(pair: Pa
 
 @pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: shop\r\nX-Slow: "], ids=["a line", "half a field"])
 async def test_a_head_that_never_ends_is_answered_408(pair: Pair, sent: bytes) -> None:
-    answer = await attack(pair, sent)
+    answer = await attack(pair, sent, "hasty")
     assert status(answer) == 408
-    assert b"web.default.outbound;error=http_request_error" in answer
+    assert b"hasty.default.outbound;error=http_request_error" in answer
     assert b"not complete after 0.6 s" in answer
-    await goes_on(pair)
+    await goes_on(pair, "hasty")
 
 
 async def test_what_does_not_begin_as_http_is_the_servers_business(pair: Pair) -> None:
@@ -161,7 +162,7 @@ async def test_what_does_not_begin_as_http_is_the_servers_business(pair: Pair) -
 
 
 async def test_a_head_that_comes_byte_by_byte_is_cut_at_the_same_deadline(pair: Pair) -> None:
-    stream = await pair.web.connect(pair.service.ipv4, WEB)
+    stream = await pair.cluster.pods["hasty"].connect(pair.service.ipv4, WEB)
     answer = b""
     async with stream:
         await stream.send_all(b"GET / HTTP/1.1\r\nHost: shop\r\nX-Slow: ")
@@ -176,17 +177,17 @@ async def test_a_head_that_comes_byte_by_byte_is_cut_at_the_same_deadline(pair: 
 
 async def test_a_body_that_stops_is_answered_408(pair: Pair) -> None:
     for framing in (b"Content-Length: 100\r\n\r\nhello", b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"):
-        answer = await attack(pair, HEAD + framing)
+        answer = await attack(pair, HEAD + framing, "hasty")
         assert status(answer) == 408, answer[:300]
-    await logged(pair.near, "body stopped after 5 bytes", status=408)
-    await goes_on(pair)
+    await logged(pair.mesh.sidecars["hasty"], "body stopped after 5 bytes", status=408)
+    await goes_on(pair, "hasty")
 
 
 async def test_a_crowd_of_slow_clients_leaves_room_for_the_others(pair: Pair) -> None:
-    slow = [await pair.web.connect(pair.service.ipv4, WEB) for _ in range(100)]
+    slow = [await pair.cluster.pods["hasty"].connect(pair.service.ipv4, WEB) for _ in range(100)]
     for stream in slow:
         await stream.send_all(b"GET / HTTP/1.1\r\nHost: ")
-    await goes_on(pair)
+    await goes_on(pair, "hasty")
     answers = []
     with trio.fail_after(40):
         for stream in slow:
@@ -241,7 +242,7 @@ async def _failures(pair: Pair, number: float) -> bool:
 
 async def test_no_bug_was_reported_and_nobody_was_restarted(pair: Pair) -> None:
     """The last test of the file: nothing of all this was a surprise."""
-    for sidecar in pair.both:
+    for sidecar in pair.mesh.sidecars.values():
         assert sidecar.running().alive
         assert [line for line in sidecar.logged() if line.get("level") == "error" or "exception" in line] == []
         assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0

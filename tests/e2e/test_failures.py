@@ -47,6 +47,8 @@ def impatient(laboratory: Laboratory) -> Pair:
 
 async def _built(laboratory: Laboratory, settings: dict[str, Any]) -> Pair:
     pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque"}, web=settings, shop=SETTINGS)
+    if settings is IMPATIENT:  # each request is to find out for itself
+        pair.service.traits["policy"] = {"breaker": {"failures": 0}}
     await web_server(pair.shop)
     await echo_server(pair.shop)
     await pair.mesh.start()
@@ -195,7 +197,11 @@ async def test_an_opaque_connection_whose_server_dies_is_reset(pair: Pair) -> No
 
 async def clean(pair: Pair) -> None:
     """All is well again, nothing was a surprise, and nothing is left of it."""
-    assert HELLO in (await curl(pair.web, f"http://shop:{WEB}/")).body
+
+    async def answered() -> bool:
+        return HELLO in (await curl(pair.web, f"http://shop:{WEB}/")).body
+
+    await eventually(answered, "the service answers")
     for sidecar in pair.both:
         assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0
         assert [line for line in sidecar.logged() if "exception" in line] == []

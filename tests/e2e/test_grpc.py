@@ -41,14 +41,17 @@ async def test_two_thousand_calls_of_one_channel_are_spread_over_two_endpoints(p
     async def opened(peer: str) -> float:
         return await counted(pair.near, "isthmus_connections_opened_total", direction="outbound", peer=peer)
 
-    before = await answered("shop"), await answered("annex"), await opened("src")
-    seen = await client(pair.web, "grpc-spread", pair.mesh.services["stock"].ipv4, str(GRPC), str(MANY))
-    shares = seen["answered"]
-    assert sum(shares.values()) == MANY
-    # Half each, give or take nine standard deviations of a fair coin.
-    assert 800 <= shares["shop"] <= 1200
-    assert (await answered("shop") - before[0], await answered("annex") - before[1]) == (shares["shop"], shares["annex"])
-    assert await opened("src") - before[2] == 1
+    async def evenly() -> bool:
+        before = await answered("shop"), await answered("annex"), await opened("src")
+        seen = await client(pair.web, "grpc-spread", pair.mesh.services["stock"].ipv4, str(GRPC), str(MANY))
+        shares = {name: seen["answered"].get(name, 0) for name in ("shop", "annex")}
+        assert sum(shares.values()) == MANY
+        assert (await answered("shop") - before[0], await answered("annex") - before[1]) == (shares["shop"], shares["annex"])
+        assert await opened("src") - before[2] == 1
+        # Half each, give or take nine standard deviations of a fair coin.
+        return 800 <= shares["shop"] <= 1200
+
+    await eventually(evenly, "both pods get their half, unless one was slow just before", timeout=120)
 
 
 async def test_five_hundred_calls_at_once_are_more_than_the_proxy_takes_and_all_are_answered(pair: Pair) -> None:
@@ -86,15 +89,15 @@ async def test_the_deadline_reaches_the_server(pair: Pair) -> None:
     code = """
 began = time.monotonic()
 try:
-    list(shop.unary_stream("Wait")(b"late", timeout=0.6))
+    list(shop.unary_stream("Wait")(b"late", timeout=3))
 except grpc.RpcError as error:
     print(json.dumps([error.code().name, time.monotonic() - began]))
 """
     status, seconds = await calling(pair.web, code)
     assert status == "DEADLINE_EXCEEDED"
-    assert seconds > 0.55
+    assert seconds > 2.9
     left = float((await server(pair).wait_line("late: ")).split()[1])
-    assert 0 < left <= 0.6
+    assert 0 < left <= 3
     assert "active: False" in await server(pair).wait_line("late: over")
 
 
@@ -216,11 +219,13 @@ def flood():
     while True:
         sent += 1
         yield b"x" * 65536
-stuck = shop.channel.stream_stream(f"/{SERVICE}/Wait")(flood(), timeout=30)
+stuck = shop.channel.stream_stream(f"/{SERVICE}/Wait")(flood(), timeout=40)
 next(stuck)
-time.sleep(1.5)
-first = sent
-time.sleep(0.5)
+first, since = sent, time.monotonic()
+while time.monotonic() - since < 3:  # it stands still
+    time.sleep(0.1)
+    if sent != first:
+        first, since = sent, time.monotonic()
 answers = [shop.unary_unary("Name")(b"", timeout=10) for _ in range(20)]
 print(json.dumps([sent - first, first, len(answers)]))
 stuck.cancel()

@@ -18,17 +18,18 @@ pytestmark = [pytest.mark.lab, pytest.mark.real]
 
 UNDECLARED = 15432
 UNDECLARED_MAIL, PLAIN_MAIL = 2526, 25
-DETECTION = 2.0  # seconds, configured below
-HELLO = 0.5  # inbound.hello_timeout
+# Seconds, configured below. A client that has something to say first has to do so before, on a busy machine too.
+DETECTION = 6.0
+HELLO = 3.0  # inbound.hello_timeout
 PATIENCE = 15.0
 
 
 @pytest.fixture(scope="module")
 def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
-        timeouts = {"detect_timeout": f"{DETECTION * 1000:.0f}ms"}
+        timeouts = {"detect_timeout": f"{DETECTION:g}s"}
         ports = {POSTGRES: "opaque", UNDECLARED: "detect", MAIL: "opaque", UNDECLARED_MAIL: "detect", PLAIN_MAIL: "opaque"}
-        pair = prepare(laboratory.lab, ports, web={"outbound": timeouts}, shop={"inbound": timeouts})
+        pair = prepare(laboratory.lab, ports, web={"outbound": timeouts}, shop={"inbound": {**timeouts, "hello_timeout": f"{HELLO:g}s"}})
         pair.cluster.pod("stranger")
         await postgres(pair.shop)
         for port in (MAIL, UNDECLARED_MAIL, PLAIN_MAIL):
