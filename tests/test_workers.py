@@ -27,18 +27,12 @@ import yaml
 
 from proxy.mesh.certificates import issue, make_root
 from proxy.mesh.spiffe import SpiffeId
+from tests.kit.ports import free_port
 from tests.test_totals import samples
 
 HOST = "127.0.0.1"
 PATIENCE = 60.0
 REQUESTS = 'isthmus_requests_total{direction="outbound",method="GET"}'
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def eventually(look: Callable[[], Any], what: str) -> Any:
@@ -218,6 +212,25 @@ def owner(proxy: Proxy, port: int) -> int:
     raise AssertionError("no worker has it")
 
 
+def counted(proxy: Proxy, requests: int) -> dict[str, float]:
+    """The metrics, once so many requests have been counted, and no more: a worker may have to be waited for, its last answer is gone before
+    it has counted that."""
+
+    def enough() -> dict[str, float] | None:
+        found = proxy.metrics()
+        return found if found.get(REQUESTS, 0) >= requests else None
+
+    metrics: dict[str, float] = eventually(enough, f"{requests} requests are counted")
+    assert metrics[REQUESTS] == requests
+    return metrics
+
+
+def workers_counted(proxy: Proxy) -> tuple[float, float]:
+    """(alive, ready)"""
+    found = proxy.metrics()
+    return found['isthmus_workers{state="alive"}'], found['isthmus_workers{state="ready"}']
+
+
 def kept_by_both(proxy: Proxy, stack: ExitStack) -> list[Kept]:
     """Connections of which each worker has some."""
     found: list[Kept] = []
@@ -233,10 +246,9 @@ def test_both_workers_serve_and_read_as_one_proxy(stage: tuple[Proxy, Any]) -> N
     assert len(proxy.workers()) == 2
     with ExitStack() as stack:
         kept = kept_by_both(proxy, stack)
-        found = proxy.metrics()
-        assert found[REQUESTS] == len(kept)
+        found = counted(proxy, len(kept))
         assert found['isthmus_connections_open{direction="outbound",peer="src",tls="none"}'] == len(kept)
-        assert found['isthmus_workers{state="alive"}'] == found['isthmus_workers{state="ready"}'] == 2
+        eventually(lambda: workers_counted(proxy) == (2, 2), "both workers are alive and ready")
         assert not any(name.startswith("isthmus_worker_exits_total") for name in found)
     assert proxy.admin("/live") == (200, b"live\n")
     lines = eventually(lambda: re.findall(r'"message": "connection", "worker": (\d)', proxy.logged()), "lines of connections")
@@ -248,7 +260,8 @@ def test_a_worker_that_is_killed_takes_its_own_connections_along_and_nothing_els
     before = proxy.workers()
     with ExitStack() as stack:
         kept = kept_by_both(proxy, stack)
-        counted = proxy.metrics()[REQUESTS]
+        before_it = len(kept)
+        counted(proxy, before_it)
         victim = kept[0].worker
         os.kill(victim, signal.SIGKILL)
         for one in kept:
@@ -260,11 +273,10 @@ def test_a_worker_that_is_killed_takes_its_own_connections_along_and_nothing_els
         survivors = sum(one.worker != victim for one in kept)
         for _ in range(20):
             assert get(proxy.port) == 200, "whoever comes now is not sent to the one that is gone"
-        assert proxy.metrics()[REQUESTS] == counted + survivors + 20
+        counted(proxy, before_it + survivors + 20)
         eventually(lambda: len(proxy.workers()) == 2 and proxy.ready(), "two again")
         assert len(set(proxy.workers()) & set(before)) == 1
-        again = proxy.metrics()
-        assert again[REQUESTS] == counted + survivors + 20
+        again = counted(proxy, before_it + survivors + 20)
         assert again['isthmus_worker_exits_total{how="signal"}'] == 1
     assert "was killed by SIGKILL" in proxy.logged()
     with ExitStack() as stack:
@@ -348,7 +360,7 @@ def test_a_second_proxy_on_the_same_ports_is_refused_and_takes_nothing(stage: tu
         assert len([line for line in done.stderr.splitlines() if line.startswith("isthmus: ")]) == 1
     for _ in range(20):
         assert get(proxy.port) == 200
-    assert proxy.metrics()[REQUESTS] == 20
+    counted(proxy, 20)
 
 
 def test_tokens_of_one_worker_stop_a_loop_that_goes_through_the_other(stage: tuple[Proxy, Any]) -> None:
@@ -385,7 +397,8 @@ def test_questions_of_many_programs_are_answered_by_both_workers(tmp_path: Path)
                     question = bytes([7, number]) + b"\1\0\0\1\0\0\0\0\0\0" + b"\4shop\7invalid\0" + b"\0\1\0\1"
                     client.send(question)
                     assert client.recv(512)[:4] == question[:2] + b"\x81\x83"
-            assert proxy.metrics()['isthmus_dns_queries_total{result="forwarded",transport="udp"}'] == 24
+            name = 'isthmus_dns_queries_total{result="forwarded",transport="udp"}'
+            eventually(lambda: proxy.metrics().get(name) == 24, "24 questions are counted")
             sockets = Path("/proc/net/udp").read_text("ascii").count(f":{names:04X} ")
             assert sockets == 2, "one of each worker"
         finally:

@@ -59,7 +59,8 @@ Server(("::", int(sys.argv[1])), Handler).serve_forever()
 def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
         ports = {NGINX: "detect", WEB: "detect", FILES: "detect", POLITE: "detect", SOCKET: "detect"}
-        pair = prepare(laboratory.lab, ports, web={"log": {"access": False}}, shop={"log": {"access": False}})
+        shop = {"log": {"access": False}, "pool": {"idle_timeout": "1m"}}
+        pair = prepare(laboratory.lab, ports, web={"log": {"access": False}}, shop=shop)
         await nginx(pair)
         await web_server(pair.shop)
         await pair.shop.python("polite", POLITE_SERVER, str(POLITE), port=POLITE)
@@ -206,7 +207,7 @@ async def test_a_websocket(pair: Pair) -> None:
 
 async def test_ten_thousand_requests_of_h2load_over_64_connections_without_one_error(pair: Pair) -> None:
     before = await counted(pair.far, "isthmus_responses_total", direction="inbound", status_class="2xx")
-    done = await pair.web.run(["h2load", "--h1", "-n", "10000", "-c", "64", "-t", "1", url("/digits")], timeout=80)
+    done = await pair.web.run(["h2load", "--h1", "-n", "10000", "-c", "64", "-t", "1", url("/digits")], timeout=200)
     print(done.text)
     assert "requests: 10000 total, 10000 started, 10000 done, 10000 succeeded, 0 failed, 0 errored, 0 timeout" in done.text
     after = await counted(pair.far, "isthmus_responses_total", direction="inbound", status_class="2xx")

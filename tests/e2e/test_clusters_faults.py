@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import trio
@@ -53,9 +54,11 @@ def made(laboratory: Laboratory) -> Clusters:
     async def build() -> Clusters:
         made = clusters(laboratory.lab, "west", "east")
         # A request that is on its way when the way breaks is given up after this; nobody can know earlier that no answer will come.
-        member(made, "west", "web", http={"response_timeout": "3s"})
+        quick: dict[str, Any] = {"http": {"response_timeout": "3s"}, "clusters": {"probe_timeout": "3s"}}
+        member(made, "west", "web", **quick)
+        patient = {"timeouts": {"response_head": "1m"}}  # what is local has no trouble, and so no reason to be in a hurry
         for cluster, name in (("west", "home"), ("east", "c")):
-            made.meshes[cluster].service(name, [member(made, cluster, name)], HTTP, export=True)
+            made.meshes[cluster].service(name, [member(made, cluster, name)], HTTP, export=True, policy=patient)
         made.legs["second"] = made.lab.wide_area().attach(made.meshes["east"].cluster.pod("second"))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(web_server, made, "west", "home")
@@ -140,7 +143,7 @@ async def test_what_one_gateway_has_not_been_sent_goes_to_the_other(made: Cluste
             seen: list[tuple[int, float]] = []
 
             async def tried() -> bool:
-                seen.extend(json.loads((await web(made).run_python(POSTS, str(WEB), "20")).text))
+                seen.extend(json.loads((await web(made).run_python(POSTS, str(WEB), "20", timeout=120)).text))
                 return await counted(near, "isthmus_breaker_changes_total", state="open") > opened
 
             await eventually(tried, "one of them was tried in vain", timeout=60)
@@ -163,7 +166,7 @@ async def test_with_two_gateways_one_may_die(made: Clusters) -> None:
             await curl(web(made), C_EAST)
             return all([await counted(made.sidecar("east", name), "isthmus_requests_total") > 0 for name in ("gateway", "second")])
 
-        await eventually(both, "both gateways are used", timeout=30)
+        await eventually(both, "both gateways are used")
         async with Load(web(made), "203.0.113.1", WEB, clients=3, authority=f"c.east:{WEB}") as remote:
             second.running().kill()
             await remote.more(200, timeout=60)

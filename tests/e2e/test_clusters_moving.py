@@ -27,8 +27,8 @@ def made(laboratory: Laboratory) -> Clusters:
     async def build() -> Clusters:
         made = clusters(laboratory.lab, "west", "east")
         west, east = made.meshes["west"], made.meshes["east"]
-        quick = {"settle": "1s", "resolve_interval": "1s", "probe_interval": "500ms"}
-        member(made, "west", "web", clusters=quick, http={"response_timeout": "3s"})
+        quick = {"settle": "1s", "resolve_interval": "1s", "probe_interval": "500ms", "probe_timeout": "3s"}
+        member(made, "west", "web", clusters=quick, http={"response_timeout": "10s"})
         for cluster, name in (("west", "home"), ("east", "c")):
             made.meshes[cluster].service(name, [member(made, cluster, name)], HTTP, export=True)
         (way,) = east.ways_in

@@ -165,7 +165,7 @@ async def test_a_gateway_that_is_gone_is_said_to_be_and_comes_back(stage: Stage)
     async def back() -> bool:
         return (await stage.call(f"http://c.east:{WEB}/")).status == 200
 
-    await eventually(back, "the service is back", timeout=20)
+    await eventually(back, "the service is back")
 
 
 # Who gets in...

@@ -140,7 +140,7 @@ async def seen(pair: Pair, *arguments: str, path: str = "/", port: int = ASGI, s
 
 async def test_ten_thousand_requests_of_h2load_without_one_error(pair: Pair) -> None:
     before = await counted(pair.far, "isthmus_responses_total", direction="inbound", status_class="2xx")
-    done = await pair.web.run(["h2load", "-n", "10000", "-c", "16", "-m", "8", "-t", "1", url("/digits", NGHTTPD)], timeout=80)
+    done = await pair.web.run(["h2load", "-n", "10000", "-c", "16", "-m", "8", "-t", "1", url("/digits", NGHTTPD)], timeout=200)
     print(done.text)
     assert "requests: 10000 total, 10000 started, 10000 done, 10000 succeeded, 0 failed, 0 errored, 0 timeout" in done.text
     assert "10000 2xx" in done.text
@@ -158,7 +158,7 @@ async def test_curl_with_prior_knowledge_gets_a_file_from_nghttpd(pair: Pair, ve
 
 async def test_curl_downloads_64_mib_unchanged(pair: Pair) -> None:
     peak = [sidecar.running().rss() for sidecar in pair.both]
-    done = await pair.web.run(["curl", "-sS", PRIOR, "-o", "got", url("/large", NGHTTPD)], timeout=60)
+    done = await pair.web.run(["curl", "-sS", PRIOR, "-o", "got", url("/large", NGHTTPD)], timeout=200)
     assert done.ok, done.stderr
     assert (pair.web.directory / "got").read_bytes() == (pair.shop.directory / "files/large").read_bytes()
     for sidecar, before in zip(pair.both, peak, strict=True):
@@ -168,7 +168,7 @@ async def test_curl_downloads_64_mib_unchanged(pair: Pair) -> None:
 async def test_curl_uploads_64_mib_and_gets_them_back_at_the_same_time(pair: Pair) -> None:
     large = pair.shop.directory / "files/large"
     command = ["curl", "-sS", PRIOR, "-X", "POST", "--data-binary", f"@{large}", "-H", "Expect:", "-o", "back", url("/", ECHO)]
-    done = await pair.web.run(command, timeout=60)
+    done = await pair.web.run(command, timeout=200)
     assert done.ok, done.stderr
     assert (pair.web.directory / "back").read_bytes() == large.read_bytes()
 
@@ -263,16 +263,16 @@ async def test_nginx_is_told_the_authority_as_host_and_gives_all_kinds_of_answer
 
 
 async def test_h2load_against_nginx_declared_http1_without_one_error(pair: Pair) -> None:
-    done = await pair.web.run(["h2load", "-n", "3000", "-c", "8", "-m", "8", "-t", "1", url("/digits", NGINX_DECLARED)], timeout=60)
+    done = await pair.web.run(["h2load", "-n", "3000", "-c", "8", "-m", "8", "-t", "1", url("/digits", NGINX_DECLARED)], timeout=200)
     assert "3000 succeeded, 0 failed, 0 errored, 0 timeout" in done.text, done.text
 
 
 async def test_large_bodies_of_an_http_2_client_and_an_http_1_server(pair: Pair) -> None:
     large = (pair.shop.directory / "files/large").read_bytes()
     command = ["curl", "-sS", PRIOR, "-X", "POST", "-T", str(pair.shop.directory / "files/large"), url("/sink", WEB_DECLARED)]
-    done = await pair.web.run(command, timeout=60)
+    done = await pair.web.run(command, timeout=200)
     assert json.loads(done.stdout) == {"bytes": LARGE, "sha256": hashlib.sha256(large).hexdigest()}
-    done = await pair.web.run(["curl", "-sS", PRIOR, "-o", "got1", url("/large", NGINX_DECLARED)], timeout=60)
+    done = await pair.web.run(["curl", "-sS", PRIOR, "-o", "got1", url("/large", NGINX_DECLARED)], timeout=200)
     assert (pair.web.directory / "got1").read_bytes() == large
 
 
@@ -317,7 +317,7 @@ async def test_bodies_of_an_http_1_client_and_an_http_2_server(pair: Pair) -> No
 
 
 async def test_h2load_of_http_1_against_a_service_declared_http2(pair: Pair) -> None:
-    done = await pair.web.run(["h2load", "--h1", "-n", "1000", "-c", "8", "-t", "1", url("/", ASGI_DECLARED)], timeout=60)
+    done = await pair.web.run(["h2load", "--h1", "-n", "1000", "-c", "8", "-t", "1", url("/", ASGI_DECLARED)], timeout=200)
     assert "1000 succeeded, 0 failed, 0 errored, 0 timeout" in done.text, done.text
 
 

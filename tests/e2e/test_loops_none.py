@@ -143,7 +143,7 @@ async def test_a_client_that_repeats_itself(pair: Pair) -> None:
 
 async def test_the_same_request_ten_thousand_times(pair: Pair) -> None:
     command = ["h2load", "--h1", "-n", str(SAME), "-c", "8", f"http://shop:{QUICK}/leaf"]
-    done = await pair.web.run(command, timeout=85)
+    done = await pair.web.run(command, timeout=200)
     assert f"{SAME} 2xx, 0 3xx, 0 4xx, 0 5xx" in done.text, done.text + done.stderr.decode()
     assert await refusals(pair) == 0
 

@@ -103,7 +103,7 @@ async def test_what_is_gone_is_not_found_and_its_old_address_is_refused_in_its_n
     async def taken() -> bool:
         return await counted(stage.near, "isthmus_directory_reloads_total", result="ok") > before
 
-    await eventually(taken, "the directory is in use", timeout=20)
+    await eventually(taken, "the directory is in use")
     assert (await curl(stage.web, f"http://db.east:{POSTGRES}/")).exit == 6  # could not resolve host
     assert await say(stage.web, address, POSTGRES, bytes([0, 0, 0, 8, 4, 210, 22, 47]), patience=20) == b""
     line = await logged(stage.near, f"{address}:{POSTGRES}", reason="no_endpoint")

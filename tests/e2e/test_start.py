@@ -121,6 +121,6 @@ def test_the_configuration_that_is_good_starts(tmp_path: Path, config: dict[str,
                 assert line, said
                 said += line
             process.send_signal(signal.SIGTERM)
-            assert process.wait(10) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()

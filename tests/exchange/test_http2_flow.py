@@ -181,7 +181,7 @@ async def test_streams_take_turns_where_the_connection_s_window_is_short() -> No
         await client.flush()
         numbers = [await client.request(FLOOD) for _ in range(12)]
         got = dict.fromkeys(numbers, 0)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while sum(got.values()) < 3_000_000:
                 taken = 0
                 for event in await client.read():
@@ -202,7 +202,7 @@ async def test_many_uploads_at_once_arrive_whole() -> None:
             nursery.start_soon(client.pump)
             for number, body in bodies.items():
                 nursery.start_soon(lambda number=number, body=body: client.send(number, body, end=True))
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 while not client.ended.issuperset(bodies):
                     async with client.moved:
                         await client.moved.wait()

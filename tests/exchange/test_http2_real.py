@@ -17,9 +17,10 @@ import trio
 
 from proxy.exchange.mux import MuxSettings
 from proxy.net.address import Address
-from tests.kit.http import listen, origin
+from tests.kit.http import origin
 from tests.kit.http2_hop import Settings2, hop2
 from tests.kit.http2_peers import answering2, echo2, speaking
+from tests.kit.ports import free_port
 
 httpx = pytest.importorskip("httpx")
 
@@ -32,7 +33,7 @@ def needs(program: str) -> pytest.MarkDecorator:
 
 async def test_httpx() -> None:
     def run(address: Address) -> None:
-        with httpx.Client(http1=False, http2=True, trust_env=False, base_url=f"http://{address}", timeout=10) as client:
+        with httpx.Client(http1=False, http2=True, trust_env=False, base_url=f"http://{address}", timeout=60) as client:
             for number in range(20):
                 body = BODY[: number * 10_000]
                 answer = client.post("/", content=iter([body[:100], body[100:]]) if number % 2 else body)
@@ -87,12 +88,12 @@ def grpc_server() -> Iterator[Address]:
 async def test_every_kind_of_grpc_call(grpc_server: Address) -> None:
     def run(address: Address) -> None:
         with grpc.insecure_channel(str(address)) as channel:
-            assert channel.unary_unary("/t.T/unary")(b"x" * 100_000, timeout=5) == b"x" * 200_000
-            assert list(channel.unary_stream("/t.T/server")(b"a", timeout=5)) == [b"a%d" % n for n in range(5)]
-            assert channel.stream_unary("/t.T/client")(iter([b"a", b"b", b"c"]), timeout=5) == b"abc"
-            assert list(channel.stream_stream("/t.T/both")(iter([b"a", b"b"]), timeout=5)) == [b"a!", b"b!"]
+            assert channel.unary_unary("/t.T/unary")(b"x" * 100_000, timeout=60) == b"x" * 200_000
+            assert list(channel.unary_stream("/t.T/server")(b"a", timeout=60)) == [b"a%d" % n for n in range(5)]
+            assert channel.stream_unary("/t.T/client")(iter([b"a", b"b", b"c"]), timeout=60) == b"abc"
+            assert list(channel.stream_stream("/t.T/both")(iter([b"a", b"b"]), timeout=60)) == [b"a!", b"b!"]
             with pytest.raises(grpc.RpcError) as error:
-                channel.unary_unary("/t.T/abort")(b"", timeout=5)
+                channel.unary_unary("/t.T/abort")(b"", timeout=60)
             assert (error.value.code(), error.value.details()) == (grpc.StatusCode.NOT_FOUND, "nö")
             with pytest.raises(grpc.RpcError) as error:
                 list(channel.unary_stream("/t.T/quiet")(b"", timeout=0.3))
@@ -109,9 +110,9 @@ async def test_a_call_that_is_quiet_for_long_survives_our_pings(grpc_server: Add
 
     def run(address: Address) -> None:
         with grpc.insecure_channel(str(address)) as channel:
-            assert list(channel.unary_stream("/t.T/quiet")(b"x", timeout=5)) == [b"x", b"x"]
+            assert list(channel.unary_stream("/t.T/quiet")(b"x", timeout=60)) == [b"x", b"x"]
 
-    async with hop2(grpc_server, settings=Settings2(upstream=MuxSettings(ping_interval=0.15, ping_timeout=1))) as proxy:
+    async with hop2(grpc_server, settings=Settings2(upstream=MuxSettings(ping_interval=0.15, ping_timeout=30))) as proxy:
         await trio.to_thread.run_sync(run, proxy.address)
 
 
@@ -122,14 +123,13 @@ async def _run(*command: str) -> bytes:
 
 @pytest.fixture
 def nghttpd(tmp_path: Path) -> Iterator[Address]:
-    with listen() as reserved:
-        address = Address.of(reserved.getsockname())
+    address = Address("127.0.0.1", free_port())
     (tmp_path / "index.html").write_bytes(BODY)
     program = shutil.which("nghttpd", path=os.environ["PATH"] + ":/usr/sbin") or "nghttpd"
     process = subprocess.Popen([program, "--no-tls", "-a", address.host, "-d", str(tmp_path), str(address.port)])
     yield address
     process.terminate()
-    process.wait(10)
+    process.wait(60)
 
 
 @pytest.mark.real
@@ -138,10 +138,10 @@ def nghttpd(tmp_path: Path) -> Iterator[Address]:
 @needs("h2load")
 @needs("nghttp")
 async def test_nghttp2_s_programs_and_curl(nghttpd: Address) -> None:
-    curl = partial(_run, "curl", "-sS", "--noproxy", "*", "--max-time", "10", "--retry-connrefused", "--retry", "5")
+    curl = partial(_run, "curl", "-sS", "--noproxy", "*", "--max-time", "60", "--retry-connrefused", "--retry", "10")
     async with hop2(nghttpd) as proxy:
         url = f"http://{proxy.address}/"
-        with trio.fail_after(10):
+        with trio.fail_after(120):
             while await curl("--http2-prior-knowledge", url) != BODY:  # noqa: ASYNC110
                 await trio.sleep(0.02)
         assert await curl("--http1.1", url) == BODY

@@ -19,7 +19,7 @@ import websockets.sync.server
 
 from proxy.net.address import Address
 from tests.kit.hop import Hop, hop
-from tests.kit.http import listen
+from tests.kit.ports import free_port
 
 httpx = pytest.importorskip("httpx")
 
@@ -67,7 +67,7 @@ def mirror() -> Iterator[Address]:
 
 
 def _http_client(address: Address) -> None:
-    connection = http.client.HTTPConnection(*address, timeout=10)
+    connection = http.client.HTTPConnection(*address, timeout=60)
     try:
         for number in range(16):
             chunks = number % 2 == 1
@@ -81,7 +81,7 @@ def _http_client(address: Address) -> None:
 
 
 def _httpx(address: Address) -> None:
-    with httpx.Client(base_url=f"http://{address}", trust_env=False, timeout=10) as client:
+    with httpx.Client(base_url=f"http://{address}", trust_env=False, timeout=60) as client:
         for number in range(20):
             body = BODY[: number * 10_000]
             answer = client.post("/", content=iter([body[:100], body[100:]]) if number % 2 else body)
@@ -110,8 +110,8 @@ async def test_a_websocket_between_a_real_client_and_a_real_server() -> None:
         with websockets.sync.client.connect(f"ws://{address}/chat", proxy=None) as client:
             for message in ("hello", b"\x00\xff" * 1000, "ü" * 70_000):
                 client.send(message)
-                assert client.recv(timeout=5) == message
-            client.ping().wait(5)
+                assert client.recv(timeout=60) == message
+            client.ping().wait(60)
 
     with websockets.sync.server.serve(talk, "127.0.0.1", 0) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -153,8 +153,7 @@ async def test_curl(mirror: Address, tmp_path: Path) -> None:
 
 @pytest.fixture
 def nginx(tmp_path: Path) -> Iterator[Address]:
-    with listen() as reserved:
-        address = Address.of(reserved.getsockname())
+    address = Address("127.0.0.1", free_port())
     (tmp_path / "www").mkdir(mode=0o755)
     tmp_path.chmod(0o755)
     (tmp_path / "www" / "index.html").write_bytes(BODY)
@@ -170,7 +169,7 @@ def nginx(tmp_path: Path) -> Iterator[Address]:
         yield address
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 @pytest.mark.real
@@ -179,7 +178,7 @@ def nginx(tmp_path: Path) -> Iterator[Address]:
 @pytest.mark.skipif(os.geteuid() != 0, reason="this test's nginx runs as root")
 async def test_nginx(nginx: Address) -> None:
     async with hop(nginx) as proxy:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while True:
                 try:
                     if await _curl(proxy) == BODY:

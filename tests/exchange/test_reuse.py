@@ -15,7 +15,8 @@ from trio.testing import wait_all_tasks_blocked
 from proxy.exchange.pool import PoolSettings
 from proxy.net.address import Address
 from tests.kit.hop import Hop, Settings, hop
-from tests.kit.http import GET, OK, POST, Peer, descriptors, echo, listen, origin, until
+from tests.kit.http import GET, OK, POST, Peer, descriptors, echo, origin, until
+from tests.kit.ports import free_port
 
 
 async def test_a_pool_that_is_exhausted_answers_503() -> None:
@@ -140,8 +141,7 @@ async def test_the_second_try_is_the_last() -> None:
 
 
 async def test_a_server_that_goes_and_comes_back_is_found_again() -> None:
-    with listen() as reserved:
-        address = Address.of(reserved.getsockname())
+    address = Address("127.0.0.1", free_port())
     async with hop(address) as proxy:
         client = await proxy.connect()
         for _ in range(2):

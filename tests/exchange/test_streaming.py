@@ -14,7 +14,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from tests.kit.hop import Settings, hop, through
-from tests.kit.http import GET, OK, Peer, chunked, descriptors, origin
+from tests.kit.http import GET, OK, Peer, chunked, descriptors, origin, until
 
 BUFFERS = 16384
 SMALL = Settings(buffers=BUFFERS)
@@ -264,7 +264,7 @@ async def test_a_crowd_of_connections_gets_every_byte_right_and_leaves_nothing()
         assert len(proxy.ended) > 1000
         assert proxy.pool.counts()[0] == 0
         proxy.pool.close()
-        await trio.sleep(0.02)  # the server notices
+        await until(lambda: trio.lowlevel.current_statistics().tasks_living <= tasks)  # the server notices
         assert trio.lowlevel.current_statistics().tasks_living == tasks
     assert descriptors() <= before
 

@@ -18,8 +18,9 @@ from proxy.mesh.policy import Policy, read_policy
 from proxy.metrics import Metrics
 from proxy.net.address import Address
 from proxy.reach import Reach
-from tests.kit.http import Message, Peer, Script, listen, origin
+from tests.kit.http import Message, Peer, Script, origin
 from tests.kit.http2_hop import Hop2, Settings2, hop2
+from tests.kit.http2_peers import reserve
 
 PUT = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi"
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\n\r\nbusy"
@@ -73,8 +74,9 @@ async def mesh(scripts: list[Script], rules: Policy, *, dead: int = 0, up: bytes
     async with AsyncExitStack() as stack:
         places = [(await stack.enter_async_context(origin(script))).address for script in scripts]
         for _ in range(dead):
-            with listen() as reserved:
-                places.append(Address.of(reserved.getsockname()))
+            taken, place = reserve()  # so that nobody else comes to listen there
+            stack.enter_context(taken)
+            places.append(place)
         world = Mesh(Target("default/web", tuple(Endpoint(place) for place in places), policy=rules))
         world.hop = await stack.enter_async_context(hop2(*places, settings=Settings2(up=up, steer=world.steer)))
         yield world, places

@@ -237,8 +237,8 @@ def answer(
         for packet in packets:
             send_raw(pod, target[0], packet, protocol)
         deadline = time.monotonic() + 2
-        while (left := deadline - time.monotonic()) > 0:
-            replies.settimeout(left)
+        while True:  # what has come while we were not scheduled counts
+            replies.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 reply = replies.recv(2000)
             except TimeoutError:
@@ -246,7 +246,6 @@ def answer(
             reply = reply if version == 6 else reply[(reply[0] & 15) * 4 :]
             if struct.unpack_from("!HH", reply) == (target[1], source[1]):
                 return reply[13] & (SYN | RST | ACK)
-    return None
 
 
 async def dial_from(pod: Pod, port: int, target: tuple[str, int]) -> trio.SocketStream:

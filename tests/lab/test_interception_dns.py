@@ -52,7 +52,7 @@ async def bound(pod: Pod, host: str, port: int, version: int) -> trio.socket.Soc
 async def arrives(asking: trio.socket.SocketType, at: trio.socket.SocketType) -> bool:
     """Whether a datagram arrives there, and what is answered comes back as if from where it was sent to."""
     await asking.send(b"question")
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         data, client = await at.recvfrom(100)
         await at.sendto(b"answer", client)
         return (data, await asking.recv(100)) == (b"question", b"answer")
@@ -90,7 +90,7 @@ async def test_connections_for_dns_arrive_at_their_port_with_their_destination(p
     names, outbound = await pod.listen(TCP, version), await pod.listen(4140, version)
     for resolver, listener in ((resolvers[1], names), (resolvers[2], outbound)):
         await pod.connect(resolver.address(version), 53)
-        with trio.fail_after(10):
+        with trio.fail_after(30):
             accepted = await listener.accept()
         async with accepted:
             found = original_destination(accepted.socket._sock)  # type: ignore[attr-defined]
@@ -102,7 +102,7 @@ async def test_without_a_proxy_programs_are_told_at_once(pod: Pod, resolvers: li
     install(pod, resolvers[:2])
     sock = await asking(pod, resolvers[0], version)
     await sock.send(b"question")
-    with trio.fail_after(10), pytest.raises(ConnectionRefusedError):
+    with trio.fail_after(30), pytest.raises(ConnectionRefusedError):
         await sock.recv(100)
     with pytest.raises(ConnectionRefusedError):
         await pod.connect(resolvers[0].address(version), 53)
@@ -122,7 +122,7 @@ async def test_a_flow_from_before_the_rules_is_refused_and_the_next_one_is_captu
         await old.send(b"question")
         await old.recv(100)
 
-    with trio.fail_after(10), pytest.raises(OSError):
+    with trio.fail_after(30), pytest.raises(OSError):
         await ask_again()
     assert await arrives(await asking(pod, resolvers[0], version), here)
 

@@ -22,11 +22,11 @@ COMMAND = [sys.executable, "-m", "lab.sandbox", "--"]
 
 
 def run(script: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, "sh", "-c", script], capture_output=True, text=True, timeout=20, check=False)
+    return subprocess.run([*COMMAND, "sh", "-c", script], capture_output=True, text=True, timeout=60, check=False)
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         if time.monotonic() > deadline:
             return False
@@ -53,7 +53,7 @@ def test_the_exit_code_is_that_of_the_command(script: str, code: int) -> None:
 
 @needs_sandbox
 def test_a_command_that_does_not_exist_is_named() -> None:
-    done = subprocess.run([*COMMAND, "no-such-program"], capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run([*COMMAND, "no-such-program"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 64
     assert "no-such-program" in done.stderr
     assert "Traceback" not in done.stderr
@@ -62,9 +62,9 @@ def test_a_command_that_does_not_exist_is_named() -> None:
 @needs_sandbox
 def test_inside_is_known_inside_only() -> None:
     code = "from lab.sandbox import inside; import sys; sys.exit(0 if inside() else 1)"
-    assert subprocess.run([*COMMAND, sys.executable, "-c", code], timeout=20, check=False).returncode == 0
+    assert subprocess.run([*COMMAND, sys.executable, "-c", code], timeout=60, check=False).returncode == 0
     environment = {**os.environ, sandbox.ENV_INSIDE: "pid:[1]"}
-    assert subprocess.run([sys.executable, "-c", code], timeout=20, check=False, env=environment).returncode == 1
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False, env=environment).returncode == 1
 
 
 @needs_sandbox
@@ -118,14 +118,16 @@ def test_signals_reach_the_command_exactly_once(number: signal.Signals) -> None:
     assert outer.stdout.readline() == "ready\n"
     outer.send_signal(number)
     assert outer.stdout.read() == f"got {number:d}\n"
-    assert outer.wait(timeout=10) == 5
+    assert outer.wait(timeout=60) == 5
     outer.stdout.close()
 
 
 @needs_sandbox
 def test_orphans_are_collected() -> None:
-    done = run("for i in 1 2 3; do (sleep 0.05 &) ; done; sleep 0.3; ps -eo stat | grep -c Z")
-    assert done.stdout.strip() == "0"
+    # Living or dead: one that has ended, and that nobody has collected, is shown as `sleep <defunct>`.
+    wait = "for i in $(seq 400); do ps -eo comm | grep -q sleep || { echo none left; break; }; done"
+    done = run(f"for i in 1 2 3; do (sleep 0.05 &) ; done; sleep 0.3; {wait}")
+    assert done.stdout.strip() == "none left"
 
 
 def test_missing_programs_are_named_with_their_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lab.collector import RAW, Collector, Span, read
 from lab.traces import tree
+from tests.kit.ports import free_port
 from tests.tracing.records import Agreed, At, http
 from tests.tracing.test_export import FAST, otlp, queue
 
@@ -38,8 +39,7 @@ def test_spans_whose_parent_is_not_there_stand_at_the_left() -> None:
 
 def test_the_program_writes_what_it_receives_and_keeps_it_as_it_came(tmp_path: Path) -> None:
     file = tmp_path / "spans"
-    with Collector() as free:
-        port = free.port
+    port = free_port()
     process = subprocess.Popen([sys.executable, "-m", "lab.collector", str(port), str(file)])
     try:
         with queue(lambda: otlp(f"http://127.0.0.1:{port}"), FAST) as (spans, book):
@@ -54,7 +54,7 @@ def test_the_program_writes_what_it_receives_and_keeps_it_as_it_came(tmp_path: P
         assert file.with_suffix(RAW).stat().st_size > 100
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 def test_what_is_handed_over_arrives_outside() -> None:

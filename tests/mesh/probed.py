@@ -54,11 +54,6 @@ def statuses(results):
     return [result.status for result in results]
 
 
-def free_port():
-    with bind(LOOPBACK) as sock:
-        return sock.getsockname()[1]
-
-
 @contextmanager
 def ordinary_user():
     """Root becomes user 1 while the block runs; everybody else is an ordinary user already."""
@@ -98,7 +93,7 @@ def meshed(workload, seen):
 
     async def handler(stream):
         try:
-            tls = await tls_server(stream, identity.server_context, verify=identity.verify_peer, timeout=5)
+            tls = await tls_server(stream, identity.server_context, verify=identity.verify_peer, timeout=30)
             seen.append((tls.info.peer_identity, await tls.receive_some(100)))
             await tls.aclose()
         except NetError as error:

@@ -19,7 +19,8 @@ from proxy.commands.check_redirection import ask_admin, check_proxy, check_redir
 from proxy.commands.checks import Moment, Result, check_certificates, check_clock, check_configuration, check_directory, worst
 from proxy.mesh import certificates, files, material
 from proxy.metrics import Metrics
-from tests.mesh.probed import admin, configuration, free_port, identity_section, serving, statuses
+from tests.kit.ports import free_port
+from tests.mesh.probed import admin, configuration, identity_section, serving, statuses
 from tests.mesh.workloads import DOMAIN, spiffe
 
 # Configuration, certificates, directory

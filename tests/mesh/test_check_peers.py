@@ -8,7 +8,8 @@ import trio
 from proxy.commands.check_peers import check_peers
 from proxy.mesh import certificates, directory
 from proxy.net.address import Address
-from tests.mesh.probed import configuration, free_port, meshed, ordinary_user, serving, snapshot, statuses
+from tests.kit.ports import free_port
+from tests.mesh.probed import configuration, meshed, ordinary_user, serving, snapshot, statuses
 from tests.mesh.workloads import DOMAIN, spiffe, workload
 
 
