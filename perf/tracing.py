@@ -14,21 +14,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from perf.pair import HOST, Pair, await_port, free_port, isthmus_pair, make_identities, running, server
 from proxy.exchange.exchange import Body, Exchange, Facts, Handler, Whole
 from proxy.exchange.trace import Side, Tracing, trace
+from proxy.metrics import Metrics
 from proxy.net.address import Address
 from proxy.net.streams import Stream
-from proxy.wire.messages import Headers, RequestHead, ResponseHead
+from proxy.wire.messages import Field, Headers, RequestHead, ResponseHead
+from tracing.queue import TAKEN, Outcome, QueueSettings, SpanQueue
 from tracing.sampling import Sampling, Tracer
+from tracing.spans import Record
 
 ROUNDS, SECONDS, CONNECTIONS = 3, 4, 8
-CALLS, REPEATS = 20_000, 7
-CONTEXT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-"
+CALLS, REPEATS = 2_000, 50
+TRACE, SPAN = b"4bf92f3577b34da6a3ce929d0e0e4736", b"00f067aa0ba902b7"
+FIELDS = [(b"Host", b"shop"), (b"User-Agent", b"curl/8.5.0"), (b"Accept", b"*/*"), (b"Accept-Encoding", b"gzip"), (b"Cookie", b"a=b")]
+SEVERAL = [(b"X-B3-TraceId", TRACE), (b"X-B3-SpanId", SPAN), (b"X-B3-ParentSpanId", b"b7ad6b7169203331"), (b"X-B3-Sampled", b"1")]
 _LATENCY = re.compile(r"^\s+(50|99)%\s+([0-9.]+)(us|ms|s)$", re.MULTILINE)
 _UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
@@ -47,7 +52,7 @@ ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 def load(pair: Pair, flags: str | None) -> tuple[int, float, float]:
     """(requests, p50 in ms, p99 in ms) under load for a while."""
-    header = ["-H", f"traceparent: {CONTEXT}{flags}"] if flags else []
+    header = ["-H", f"traceparent: {_w3c(flags.encode())[0][1].decode()}"] if flags else []
     command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{SECONDS}", "--latency", *header, f"http://{HOST}:{pair.outbound.port}/"]
     text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS + 30).stdout
     if "Non-2xx" in text or "Socket errors" in text:
@@ -93,6 +98,10 @@ def requests() -> None:
         print("  memory: " + ", ".join(f"{name} {pair.inbound.resident() / 2**20:.1f} MiB" for name, pair in (("off", off), ("on", on))))
 
 
+def _w3c(flags: bytes) -> list[Field]:
+    return [(b"traceparent", b"00-%b-%b-%b" % (TRACE, SPAN, flags))]
+
+
 class _Bare(Exchange):
     """An exchange that nobody sends: what is measured is the layer around it."""
 
@@ -105,25 +114,22 @@ class _Bare(Exchange):
 
 
 def spans() -> None:
-    """Microseconds of processor time of the layer for one request, without what the handler takes, in the same process and turn about."""
+    """Microseconds of processor time of the layer for one request, from its head to the queue, without what the handler takes."""
     here = Address(HOST, 1)
-    fields = [
-        (b"Host", b"shop"), (b"User-Agent", b"curl/8.5.0"), (b"Accept", b"*/*"), (b"Accept-Encoding", b"gzip"), (b"Cookie", b"a=b"),
-    ]  # fmt: skip
-    facts = Facts("inbound", here, here)
-    answer = ResponseHead(200, Headers([(b"Content-Length", b"2")]))
-    kept: list[object] = []
+    facts, answer = Facts("inbound", here, here), ResponseHead(200, Headers([(b"Content-Length", b"2")]))
 
     async def handler(exchange: Exchange) -> None:
         exchange.response = answer
         exchange.on_response(200)
         exchange.on_attempt()
 
-    def once(layered: Handler, context: list[tuple[bytes, bytes]]) -> Callable[[], None]:
-        lines = Headers([*fields, *context]).encode()
+    def once(layered: Handler, context: list[Field], version: bytes = b"1.1") -> Callable[[], None]:
+        items = [*FIELDS, *context]
+        lines = Headers(items).encode()
 
         def call() -> None:
-            exchange = _Bare(RequestHead(b"GET", b"/path", Headers.canonical(lines, [])), Whole(), facts)
+            headers = Headers.canonical(lines, []) if version == b"1.1" else Headers(items)
+            exchange = _Bare(RequestHead(b"GET", b"/path", headers, version), Whole(), facts)
             coroutine: Coroutine[None, None, None] = layered(exchange)  # type: ignore[assignment]  # handlers promise an Awaitable; ours are coroutines
             try:
                 coroutine.send(None)
@@ -132,25 +138,33 @@ def spans() -> None:
 
         return call
 
-    def layer(side: Side) -> Handler:
-        return trace(Tracing(Tracer(Sampling()), kept.append), side)(handler)
+    def layered(side: Side) -> Handler:
+        return trace(Tracing(Tracer(Sampling()), queue.put), side)(handler)
 
-    def header(flags: bytes) -> list[tuple[bytes, bytes]]:
-        return [(b"traceparent", CONTEXT.encode() + flags)]
-
-    bare = once(handler, header(b"01"))
+    queue = SpanQueue(_Nobody, QueueSettings(2 * CALLS, batch=CALLS, delay=3600), Metrics().spans, print)
+    bare, bare2 = once(handler, _w3c(b"01")), once(handler, _w3c(b"01"), b"2")
     cases = {
-        "off": once(trace(None, "server")(handler), header(b"01")),
-        "on, no context": once(layer("server"), [(b"X-Other", b"1")]),
-        "on, not recorded": once(layer("server"), header(b"00")),
-        "recorded, server": once(layer("server"), header(b"01")),
-        "recorded, client": once(layer("client"), header(b"01")),
+        "off": (once(trace(None, "server")(handler), _w3c(b"01")), bare),
+        "on, no context": (once(layered("server"), [(b"X-Other", b"1")]), bare),
+        "on, not recorded": (once(layered("server"), _w3c(b"00")), bare),
+        "recorded, server": (once(layered("server"), _w3c(b"01")), bare),
+        "recorded, client": (once(layered("client"), _w3c(b"01")), bare),
+        "recorded, both": (once(layered("both"), _w3c(b"01")), bare),
+        "server, with tracestate": (once(layered("server"), [*_w3c(b"01"), (b"tracestate", b"a=1,b=2")]), bare),
+        "server, B3": (once(layered("server"), [(b"b3", TRACE + b"-" + SPAN + b"-1")]), bare),
+        "server, B3 in several": (once(layered("server"), SEVERAL), bare),
+        "server, HTTP/2": (once(layered("server"), _w3c(b"01"), b"2"), bare2),
+        "client, HTTP/2": (once(layered("client"), _w3c(b"01"), b"2"), bare2),
     }
-    print(f"the layer alone, {CALLS} calls, best of {REPEATS}, less the call without it")
-    for name, call in cases.items():
-        found = min(_timed(call) - _timed(bare) for _ in range(REPEATS))
-        print(f"  {name:20} {max(found, 0.0):6.2f} us per request")
-        kept.clear()
+    print(f"the layer alone, the best of {REPEATS} rounds of {CALLS} calls, less the best without it")
+    for name, (call, without) in cases.items():
+        took, alone = [], []
+        for _ in range(REPEATS):
+            took.append(_timed(call))
+            while len(queue):
+                time.sleep(0.001)  # the exporter takes what is there, as soon as a batch of it is
+            alone.append(_timed(without))
+        print(f"  {name:24} {min(took) - min(alone):6.2f} us per request")
 
 
 def _timed(call: Callable[[], None]) -> float:
@@ -162,6 +176,17 @@ def _timed(call: Callable[[], None]) -> float:
     took = (time.thread_time() - started) / CALLS * 1e6
     gc.enable()
     return took
+
+
+class _Nobody:
+    """An exporter that takes everything and does nothing: its work is not on the path of a request."""
+
+    def prepare(self, records: Sequence[Record]) -> None: ...
+    def send(self, seconds: float) -> Outcome:  # noqa: ARG002  # it takes no time
+        return TAKEN
+
+    def forget(self) -> None: ...
+    def close(self) -> None: ...
 
 
 def main() -> None:
