@@ -12,11 +12,18 @@ from __future__ import annotations
 
 import re
 
-from tracing.context import NO_SPAN, NO_TRACE, Field, Format, Places, TraceContext, put, value_at
+from tracing.context import NO_SPAN, NO_TRACE, Field, Format, Glimpse, Places, TraceContext, put, value_at
 
 _SINGLE = re.compile(rb"([0-9a-f]{16}|[0-9a-f]{32})-([0-9a-f]{16})(?:-([01d])(?:-[0-9a-f]{16})?)?\Z")
 _TRACE = re.compile(rb"[0-9a-f]{16}(?:[0-9a-f]{16})?\Z")
 _SPAN = re.compile(rb"[0-9a-f]{16}\Z")
+# Both forms as they usually are: with ids and a decision.
+_USUAL = re.compile(rb"(?!0+-)([0-9a-f]{32}|[0-9a-f]{16})-(?!0{16})([0-9a-f]{16})-([01d])(-[0-9a-f]{16})?\r\n")
+_FIELDS = (b"traceid", b"spanid", b"sampled", b"parentspanid")
+_USUAL_TRACE = re.compile(rb"[^:]*: (?!0+\r)([0-9a-f]{32}|[0-9a-f]{16})\r\n")
+_USUAL_SPAN = re.compile(rb"[^:]*: (?!0+\r)([0-9a-f]{16})\r\n")
+_USUAL_DECISION = re.compile(rb"[^:]*: ([01])\r\n")
+_USUAL_PARENT = re.compile(rb"[^:]*: ([0-9a-f]{16})\r\n")
 _SAMPLED: dict[bytes, bool] = {b"1": True, b"0": False, b"true": True, b"false": False, b"d": True}
 
 
@@ -84,3 +91,28 @@ def _write_multi(places: Places, fields: list[Field], child: TraceContext) -> No
 
 SINGLE = Format("b3", _read_single, _write_single)
 MULTI = Format("b3multi", _read_multi, _write_multi)
+
+
+def glimpse(lines: bytes, lower: bytes) -> Glimpse | None:
+    """What `_read_single` or `_read_multi` would find in lines in which nothing else carries a context, where they have their usual form
+    (`lower`: the same lines in lower case). None: more has to be looked at."""
+    at = lower.find(b"\nb3: ")
+    if at < 0:
+        return _glimpse_multi(lines, lower)
+    match = _USUAL.match(lines, at + 5)
+    if match is None or lower.count(b"b3:") > 1 or b"x-b3-" in lower:
+        return None
+    trace, span, state, parent = match.groups()
+    return trace.rjust(32, b"0"), span, state != b"0", (), match.start(2), match.start(4) + 1 if parent else 0
+
+
+def _glimpse_multi(lines: bytes, lower: bytes) -> Glimpse | None:
+    trace_at, span_at, decision_at, parent_at = (lower.find(b"\nx-b3-%b: " % name) for name in _FIELDS)
+    # As many lines of this kind as were found: none stands first, none is there twice, and there are no flags.
+    if trace_at < 0 or span_at < 0 or decision_at < 0 or lower.count(b"x-b3-") != (4 if parent_at >= 0 else 3) or b"b3:" in lower:
+        return None
+    trace, span = _USUAL_TRACE.match(lines, trace_at), _USUAL_SPAN.match(lines, span_at)
+    decision, parent = _USUAL_DECISION.match(lines, decision_at), _USUAL_PARENT.match(lines, parent_at) if parent_at >= 0 else None
+    if trace is None or span is None or decision is None or (parent is None and parent_at >= 0):
+        return None
+    return trace[1].rjust(32, b"0"), span[1], decision[1] == b"1", (), span.start(1), parent.start(1) if parent is not None else 0

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tracing import b3
 from tracing.b3 import MULTI, SINGLE
-from tracing.context import NO_SPAN, NO_TRACE, REPEATED, Field, Format, Places, TraceContext
+from tracing.context import REPEATED, Field, Format, Glimpse, Places, TraceContext
 from tracing.grpc_bin import GRPC
-from tracing.w3c import USUAL, W3C, traceparent
+from tracing.w3c import USUAL, USUAL_SPAN, W3C, state_of, traceparent
 
 FORMATS: tuple[Format, ...] = (W3C, GRPC, SINGLE, MULTI)
 NAMES = frozenset(
@@ -24,6 +25,8 @@ NAMES = frozenset(
     | {b"x-b3-traceid", b"x-b3-spanid", b"x-b3-parentspanid", b"x-b3-sampled", b"x-b3-flags"}
 )
 STANDARD = (W3C,)
+# The standard's header among lines in lower case, if it is not the first.
+TRACEPARENT = b"\ntraceparent: "
 
 
 @dataclass(slots=True)
@@ -48,17 +51,25 @@ def locate(fields: list[Field]) -> Places:
 def mentioned(lower: bytes) -> bool:
     """Whether there may be trace headers among these lines, which are in lower case: quicker than to look for them, and right where it says
     no."""
-    return b"trace" in lower or b"b3" in lower
+    return lower.find(b"trace") >= 0 or lower.find(b"b3") >= 0
 
 
-def usual(lines: bytes, lower: bytes) -> tuple[bytes, bytes, bytes, int] | None:
-    """The context of a request with these lines (`name: value`, each with its CRLF; `lower`: the same in lower case), where the standard's
-    header says it alone and in its usual form: trace, span, flags, and where the span stands. None: more has to be looked at."""
-    match = USUAL.search(lines)
-    if match is None or lower.count(b"traceparent:") > 1 or b"b3:" in lower or b"x-b3-" in lower or b"grpc-trace-bin:" in lower:
+def glimpse(lines: bytes, lower: bytes, at: int) -> Glimpse | None:
+    """The context of a request with these lines (`name: value`, each with its CRLF; `lower`: the same in lower case), where one format says
+    it alone, in its usual form, and not in the first line, which nearly always is Host. `at`: where TRACEPARENT was found, or -1. None: it
+    has to be looked at longer."""
+    if at < 0:
+        return b3.glimpse(lines, lower) if lower.find(b"traceparent:") < 0 and lower.find(b"grpc-trace-bin:") < 0 else None
+    match = USUAL.match(lines, at)
+    if match is None or lower.find(b"b3:") >= 0:
         return None
-    trace_id, span_id, flags = match.groups()
-    return (trace_id, span_id, flags, match.start(2)) if trace_id != NO_TRACE and span_id != NO_SPAN else None
+    trace_id, span_id, sampled = match.groups()
+    if lower.count(b"trace") == 1:  # nobody else can name a trace: without its id what B3 says in several headers says nothing
+        return trace_id, span_id, sampled is not None, (), at + USUAL_SPAN, 0
+    state = state_of(lines, lower)
+    if state is None or lower.count(b"traceparent:") > 1 or lower.find(b"grpc-trace-bin:") >= 0 or lower.find(b"x-b3-traceid:") >= 0:
+        return None
+    return trace_id, span_id, sampled is not None, state, at + USUAL_SPAN, 0
 
 
 def extract(fields: list[Field]) -> Carried | None:

@@ -13,10 +13,11 @@ Ids are random and need not be secret: one generator, seeded by the system, is f
 from __future__ import annotations
 
 import random
+from binascii import hexlify
 from dataclasses import dataclass
 
 from tracing.context import Field, TraceContext
-from tracing.propagation import STANDARD, Carried, begin, extract, mentioned, replace, usual
+from tracing.propagation import TRACEPARENT, begin, extract, glimpse, mentioned, replace
 
 _RATIO_BITS = 64
 
@@ -43,8 +44,6 @@ class Trace:
     span_id: bytes
     parent: bytes = b""
     state: tuple[bytes, ...] = ()
-    carried: Carried | None = None
-    flags: bytes = b""  # of the standard's header, if that was seen at a glance: then nothing is `carried` yet
 
 
 class Tracer:
@@ -57,7 +56,7 @@ class Tracer:
 
     def span_id(self) -> bytes:
         """A new id, which is not zero."""
-        return b"%016x" % (self._bits(64) or 1)
+        return hexlify((self._bits(64) or 1).to_bytes(8, "big"))
 
     def begin(self, fields: list[Field]) -> Trace | None:
         """The trace of a request with these header fields, which are rewritten in place where a span of ours is to be recorded, or where
@@ -76,29 +75,31 @@ class Tracer:
                 refusal = TraceContext(context.trace_id, span_id, False, context.random, parent=context.span_id)
                 replace(fields, carried, refusal)
             return Trace(False, context.trace_id, span_id) if span_id else None
-        caller, span_id = context.span_id, b"%016x" % (self._bits(64) or 1)
+        caller, span_id = context.span_id, self.span_id()
         # From here on the context is ours.
         context.trace_id, context.span_id, context.parent, context.sampled = trace_id, span_id, caller, True
         for written in carried.formats:
             written.write(carried.places, fields, context)
-        return Trace(True, trace_id, span_id, caller, context.state, carried)
+        return Trace(True, trace_id, span_id, caller, context.state)
 
     def glance(self, lines: bytes) -> tuple[Trace | None, bytes] | None:
         """What `begin` would find for a request with these lines of header fields, and the lines as they go on then, for the commonest
         ones; None: it has to be asked."""
         lower = lines.lower()
-        if not mentioned(lower):
+        at = lower.find(TRACEPARENT)
+        if at < 0 and not mentioned(lower):
             return None if self._begins else (None, lines)
-        found = usual(lines, lower) if self._sampling.follow else None
+        found = glimpse(lines, lower, at) if self._sampling.follow else None
         if found is None:
             return None
-        trace_id, caller, flags, place = found
-        if flags[1:] in b"02468ace":
+        trace_id, caller, sampled, state, place, parent = found
+        if not sampled:
             return Trace(False, trace_id, caller), lines
-        if flags not in (b"01", b"03") or b"tracestate" in lower:
-            return None
-        span_id = b"%016x" % (self._bits(64) or 1)
-        return Trace(True, trace_id, span_id, caller, flags=flags), lines[:place] + span_id + lines[place + 16 :]
+        span_id = hexlify((self._bits(64) or 1).to_bytes(8, "big"))
+        lines = lines[:place] + span_id + lines[place + 16 :]
+        if parent:
+            lines = lines[:parent] + caller + lines[parent + 16 :]
+        return Trace(True, trace_id, span_id, caller, state), lines
 
     def connection(self) -> Trace | None:
         """The trace of a connection in which nothing can carry one; None: it has none."""
@@ -110,15 +111,14 @@ class Tracer:
     def next_attempt(self, trace: Trace, fields: list[Field], parent: bytes) -> None:
         """The request is sent once more: give it a span of its own under `parent`, beside the last one."""
         trace.span_id = self.span_id()
-        if trace.carried is None and trace.flags:
-            context = TraceContext(trace.trace_id, trace.span_id, sampled=True, random=trace.flags == b"03")
-            trace.carried = Carried(context, STANDARD, {})  # the place is looked for again
-        if trace.carried is None:
+        carried = extract(fields)  # what we have written for the attempt before, in the formats that it came in
+        if carried is None:
             begin(fields, TraceContext(trace.trace_id, trace.span_id, sampled=True, random=True))
-        else:
-            context = trace.carried.context
-            context.span_id, context.parent = trace.span_id, parent
-            replace(fields, trace.carried, context)
+            return
+        context = carried.context
+        context.span_id, context.parent = trace.span_id, parent
+        for written in carried.formats:
+            written.write(carried.places, fields, context)
 
     def _root(self, fields: list[Field]) -> Trace:
         trace_id = b"%032x" % (self._bits(128) or 1)

@@ -29,8 +29,10 @@ _LONGEST = 4096
 _FLAGS = {b"%02x" % bits: (bits & SAMPLED != 0, bits & RANDOM != 0) for bits in range(256)}
 _BITS = {(True, False): b"01", (True, True): b"03", (False, False): b"00", (False, True): b"02"}
 _PARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?\Z", re.DOTALL)
-# The header in its usual form, as a line among others (the first of a request's is not it).
-USUAL = re.compile(rb"\n[Tt]raceparent: 00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})\r\n")
+# The header's line in its usual form, behind another one: of our version, and no flags but the known; and where in it the span stands.
+USUAL = re.compile(rb"\n.{11}: 00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-0(?:([13])|[02])\r\n")
+USUAL_SPAN = len(b"\ntraceparent: 00-%b-" % NO_TRACE)
+_STATE = b"\ntracestate: "
 _KEY = re.compile(r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})\Z")
 _VALUE = re.compile(r"[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]\Z")
 
@@ -74,6 +76,17 @@ def _write(places: Places, fields: list[Field], child: TraceContext) -> None:
 
 
 W3C = Format("w3c", _read, _write)
+
+
+def state_of(lines: bytes, lower: bytes) -> tuple[bytes, ...] | None:
+    """What `_state` finds, of lines that each end with CRLF (`lower`: the same in lower case). None: there is more than one tracestate, or
+    it stands in the first line."""
+    begins = lower.find(_STATE) + len(_STATE)
+    found = begins >= len(_STATE)
+    if lower.count(_STATE[1:-1]) != found:
+        return None
+    ends = lines.index(b"\r", begins) if found else begins
+    return (lines[begins:ends],) if 0 < ends - begins <= _LONGEST else ()
 
 
 def parse_state(values: Iterable[bytes]) -> tuple[tuple[str, str], ...]:

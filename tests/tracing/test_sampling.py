@@ -44,37 +44,60 @@ _values = st.one_of(
         lambda *parts: b"-".join(parts), st.sampled_from([b"00", b"01", b"ff"]), _hex, _hex, st.sampled_from([b"00", b"01", b"02", b"0x"])
     ),
     st.sampled_from([b"1", b"0", b"", b"00-%b-%b-00" % (TRACE, SPAN), b"00-%b-%b-00-x" % (TRACE, SPAN), b"%b-%b-0" % (TRACE, SPAN)]),
+    st.sampled_from([TRACE, SPAN, b"00-%b-%b-01" % (TRACE, SPAN), b"%b-%b-1-%b" % (TRACE, SPAN, PARENT), b"%b-%b-d" % (TRACE[16:], SPAN)]),
 )
 _names = st.sampled_from(
-    [b"traceparent", b"Traceparent", b"TRACEPARENT", b"tracestate", b"b3", b"X-B3-Sampled", b"grpc-trace-bin", b"Host"]
-)
+    [
+        b"traceparent", b"Traceparent", b"TRACEPARENT", b"tracestate", b"b3", b"X-B3-Sampled", b"grpc-trace-bin", b"Host",
+        b"X-B3-TraceId", b"x-b3-spanid", b"X-B3-ParentSpanId", b"x-b3-flags", b"X-Trace",
+    ]
+)  # fmt: skip
+# Requests as they are really sent, and such as nobody sends.
+_several = st.lists(
+    st.sampled_from(
+        [
+            (b"X-B3-TraceId", TRACE), (b"x-b3-traceid", TRACE[16:]), (b"X-B3-SpanId", SPAN), (b"X-B3-Sampled", b"1"),
+            (b"X-B3-Sampled", b"0"), (b"X-B3-ParentSpanId", PARENT), (b"X-B3-Flags", b"1"), (b"b3", b"%b-%b-1-%b" % (TRACE, SPAN, PARENT)),
+            w3c(), (b"tracestate", b"a=1"),
+        ]
+    ),
+    max_size=5,
+)  # fmt: skip
+_fields = st.one_of(st.lists(st.tuples(_names, _values), max_size=4), _several, _several.map(lambda fields: [HOST, *fields]))
 
 
 def lined(fields: list[Field]) -> bytes:
     return b"".join(b"%b: %b\r\n" % field for field in fields)
 
 
-@given(st.lists(st.tuples(_names, _values), max_size=4), st.sampled_from([0.0, 1.0]), st.booleans(), st.integers(0, 2**32))
-def test_what_is_seen_at_a_glance_is_what_a_longer_look_finds(fields: list[Field], ratio: float, follow: bool, seed: int) -> None:
-    tracer, lines = Tracer(Sampling(ratio, follow)), lined(fields)
+def fields_of(lines: bytes) -> list[Field]:
+    return [(name, value) for name, _, value in (line.partition(b": ") for line in lines.split(b"\r\n")[:-1])]
+
+
+def agree(fields: list[Field], sampling: Sampling, seed: int) -> bool:
+    """Whether it is seen at a glance; then it is what a longer look finds, and the next attempt is the same too."""
+    tracer = Tracer(sampling)
     tracer._bits = random.Random(seed).getrandbits
-    seen = tracer.glance(lines)
+    seen = tracer.glance(lined(fields))
     if seen is None:
-        return
+        return False
     tracer._bits = random.Random(seed).getrandbits
     trace, found = seen[0], tracer.begin(fields)
     assert seen[1] == lined(fields)
-    if trace is None or found is None:
-        assert trace is found is None
-        return
-    assert (trace.sampled, trace.trace_id, trace.span_id, trace.parent) == (found.sampled, TRACE, found.span_id, found.parent)
-    if trace.sampled:  # and it is sent once more
-        again = [tuple(line.split(b": ", 1)) for line in seen[1].split(b"\r\n")[:-1]]
+    assert trace == found
+    if trace is not None and found is not None and trace.sampled:
+        again = fields_of(seen[1])
         for each, these in ((trace, again), (found, fields)):
             tracer._bits = random.Random(seed + 1).getrandbits
-            tracer.next_attempt(each, these, b"")
+            tracer.next_attempt(each, these, PARENT)
         assert again == fields
-        assert trace.span_id == found.span_id
+        assert trace == found
+    return True
+
+
+@given(_fields, st.sampled_from([0.0, 1.0]), st.booleans(), st.integers(0, 2**32))
+def test_what_is_seen_at_a_glance_is_what_a_longer_look_finds(fields: list[Field], ratio: float, follow: bool, seed: int) -> None:
+    agree(fields, Sampling(ratio, follow), seed)
 
 
 @pytest.mark.parametrize("name", [b"traceparent", b"Traceparent"])
@@ -92,7 +115,53 @@ def test_the_usual_header_is_seen_at_a_glance(name: bytes) -> None:
     for text in (no, yes):
         assert Tracer(Sampling(1, follow=False)).glance(text) is None
         assert Tracer(Sampling(1)).glance(text + b"b3: 1\r\n") is None
-    assert Tracer(Sampling()).glance(yes + b"tracestate: a=1\r\n") is None
+    assert Tracer(Sampling()).glance(yes + b"tracestate: a=1\r\n" * 2) is None
+
+
+PARENTS, B3 = b"X-B3-ParentSpanId: %b\r\n" % PARENT, b"X-B3-TraceId: %b\r\nX-B3-SpanId: %b\r\nX-B3-Sampled: " % (TRACE[16:], SPAN)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"traceparent: 00-%b-%b-01\r\nX-Amzn-Trace-Id: Root=1\r\n" % (TRACE, SPAN),
+        b"tracestate: a=1\r\ntraceparent: 00-%b-%b-03\r\n" % (TRACE, SPAN),
+        b"traceparent: 00-%b-%b-01\r\nTraceState: %b\r\n" % (TRACE, SPAN, b"," * 5000),
+        b"traceparent: 00-%b-%b-01\r\nX-B3-Sampled: 0\r\n" % (TRACE, SPAN),
+        b"B3: %b-%b-1\r\n" % (TRACE, SPAN),
+        b"b3: %b-%b-d-%b\r\n" % (TRACE[16:], SPAN, PARENT),
+        b"b3: %b-%b-0\r\n" % (TRACE, SPAN),
+        B3 + b"1\r\n",
+        PARENTS + B3 + b"1\r\n",
+        B3 + b"0\r\n",
+    ],
+)
+def test_what_comes_in_one_format_is_seen_at_a_glance(lines: bytes) -> None:
+    lines = b"Host: a\r\n" + lines + b"Accept: */*\r\n"
+    assert agree(fields_of(lines), Sampling(), 1)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"traceparent: 00-%(trace)b-%(span)b-05\r\n",
+        b"traceparent: 01-%(trace)b-%(span)b-01\r\n",
+        b"traceparent: 00-%(trace)b-%(span)b-01-\r\n",
+        b"traceparent: 00-%(trace)b-%(span)b-01\r\nb3: 1\r\n",
+        b"traceparent: 00-%(trace)b-%(span)b-01\r\nX-B3-TraceId: %(trace)b\r\nX-B3-SpanId: %(span)b\r\n",
+        b"traceparent: 00-%(trace)b-%(span)b-01\r\ngrpc-trace-bin: AA\r\n",
+        b"b3: %(trace)b-%(span)b\r\n",
+        b"b3: %(trace)b-0000000000000000-1\r\n",
+        b"b3: 0000000000000000-%(span)b-1\r\n",
+        b"b3: %(trace)b-%(span)b-1\r\nX-B3-Sampled: 1\r\n",
+        b"X-B3-TraceId: %(trace)b\r\nX-B3-SpanId: %(span)b\r\n",
+        b"X-B3-TraceId: %(trace)b\r\nX-B3-SpanId: %(span)b\r\nX-B3-Sampled: 1\r\nX-B3-Flags: 1\r\n",
+        b"X-B3-TraceId: %(trace)b\r\nX-B3-SpanId: %(span)b\r\nX-B3-Sampled: 1\r\nX-B3-ParentSpanId: x\r\n",
+        b"X-B3-TraceId: %(trace)b\r\nX-B3-SpanId: 0000000000000000\r\nX-B3-Sampled: 1\r\n",
+    ],
+)
+def test_what_is_unusual_is_looked_at_longer(lines: bytes) -> None:
+    assert Tracer(Sampling()).glance(b"Host: a\r\n" + lines % {b"trace": TRACE, b"span": SPAN}) is None
 
 
 def test_without_a_context_and_a_ratio_nothing_happens() -> None:
