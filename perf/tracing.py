@@ -121,7 +121,7 @@ def spans() -> None:
     async def handler(exchange: Exchange) -> None:
         exchange.response = answer
         exchange.on_response(200)
-        exchange.on_attempt()
+        exchange.on_attempt(exchange)
 
     def once(layered: Handler, context: list[Field], version: bytes = b"1.1") -> Callable[[], None]:
         items = [*FIELDS, *context]
@@ -153,6 +153,7 @@ def spans() -> None:
         "server, with tracestate": (once(layered("server"), [*_w3c(b"01"), (b"tracestate", b"a=1,b=2")]), bare),
         "server, B3": (once(layered("server"), [(b"b3", TRACE + b"-" + SPAN + b"-1")]), bare),
         "server, B3 in several": (once(layered("server"), SEVERAL), bare),
+        "server, W3C and B3": (once(layered("server"), [*_w3c(b"01"), *SEVERAL]), bare),
         "server, HTTP/2": (once(layered("server"), _w3c(b"01"), b"2"), bare2),
         "client, HTTP/2": (once(layered("client"), _w3c(b"01"), b"2"), bare2),
     }

@@ -12,7 +12,7 @@ the attributes below name. The mesh's own facts have names that begin with `isth
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, Protocol
 
 from tracing.names import GRPC_CODES, METHODS, SECRET_PARAMETERS, SERVER_ERRORS, Name
@@ -50,22 +50,24 @@ class TLS(Protocol):
 
 @dataclass(slots=True)
 class Record:
-    """What every span has. Times are nanoseconds since 1970."""
+    """What every span has. Times are nanoseconds since 1970. What is known when it begins is given by place, which is cheaper than by
+    name."""
 
     kind: Kind
     trace_id: bytes
     span_id: bytes
     parent: bytes = b""
     state: tuple[bytes, ...] = ()
-    remote: bool = True  # the parent is somebody else's
-    follows: bytes = b""  # the attempt before this one
     started: int = 0
-    ended: int = 0
     direction: str = ""
-    peer: Address | None = None
     destination: Address | None = None  # where the connection was going before it was redirected
+    _: KW_ONLY
+    peer: Address | None = None
     tls: TLS | None = None
     identity: str | None = None  # the peer's, verified
+    ended: int = 0
+    remote: bool = True  # the parent is somebody else's
+    follows: bytes = b""  # the attempt before this one
     service: str | None = None  # what it was meant for, as "namespace/name"; "cluster/" before it: of another cluster
     chosen: str | None = None  # what that led to: a backend of a split, or where else it is served
     failure: str | None = None  # a reason of the proxy's own
@@ -82,6 +84,7 @@ class HttpRecord(Record):
     target: bytes = b""
     authority: bytes | None = None
     version: bytes = b""
+    _: KW_ONLY
     grpc: bool = False
     agent: bytes | None = None
     status: int = 0

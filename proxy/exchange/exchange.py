@@ -123,7 +123,7 @@ def _unheard(_: int) -> None:
     pass
 
 
-def _untold() -> None:
+def _untold(_: Exchange) -> None:
     pass
 
 
@@ -143,7 +143,7 @@ class Exchange(ABC):
         self.facts = facts
         self.response: ResponseHead | None = None  # the final head, from the moment it is being sent
         self.on_response: Callable[[int], None] = _unheard  # told the final status as soon as it is known
-        self.on_attempt: Callable[[], None] = _untold  # told that it is about to be sent to `upstream`, maybe once more
+        self.on_attempt: Callable[[Exchange], None] = _untold  # told that it is about to be sent to `upstream`, maybe once more
         self.grpc_status: bytes | None = None  # what the trailers said
         self.trace: Trace | None = None
         self.service: str | None = None  # what it is meant for, as the directory names it
@@ -180,7 +180,7 @@ class Exchange(ABC):
         facts = self.facts
         facts.upstream = self.upstream = peer
         facts.upstream_tls = self.upstream_tls = tls
-        self.on_attempt()
+        self.on_attempt(self)
         self.attempts += 1
 
     @property

@@ -18,6 +18,7 @@ from typing import Literal
 import trio
 
 from proxy.exchange.exchange import Attempt, Exchange, Handler, Layer
+from proxy.wire.messages import Headers
 from tracing.sampling import Trace, Tracer
 from tracing.spans import HttpRecord, Kind, Record
 
@@ -25,6 +26,7 @@ Side = Literal["server", "client", "both"]
 
 # As much of a request as a span can show: the queue holds many records, and has to stay small.
 _METHOD, _TARGET, _AUTHORITY, _AGENT, _WORDS, _PROXY_STATUS = 64, 1024, 300, 256, 1024, 512
+_AGENT_LINE = b"\nuser-agent: "
 
 
 class Tracing:
@@ -53,7 +55,7 @@ def trace(tracing: Tracing | None, side: Side) -> Layer:
             if found is None or not found.sampled:
                 await handler(exchange)
                 return
-            server = _ServerSpan(exchange, found) if side != "client" else None
+            server = _accepted(exchange, found) if side != "client" else None
             client = _ClientSpans(exchange, found, tracing, own=side == "client") if side != "server" else None
             failure: str | None = "cancelled"
             try:
@@ -62,9 +64,9 @@ def trace(tracing: Tracing | None, side: Side) -> Layer:
             finally:
                 failure = exchange.failure or failure
                 if client is not None:
-                    client.finish(failure)
+                    client.finish(exchange, failure)
                 if server is not None:
-                    tracing.put(server.finish(failure))
+                    tracing.put(_closed(server, exchange, failure))
 
         return handle
 
@@ -100,13 +102,13 @@ def _opened(kind: Kind, exchange: Exchange, trace: Trace, parent: bytes) -> Http
         trace.span_id,
         parent,
         trace.state,
-        started=time_ns(),
-        direction=facts.direction,
-        destination=facts.destination,
-        method=request.method[:_METHOD],
-        target=request.target[:_TARGET],
-        authority=authority and authority[:_AUTHORITY],
-        version=request.version,
+        time_ns(),
+        facts.direction,
+        facts.destination,
+        request.method[:_METHOD],
+        request.target[:_TARGET],
+        authority and authority[:_AUTHORITY],
+        request.version,
     )
 
 
@@ -130,27 +132,31 @@ def _closed(record: HttpRecord, exchange: Exchange, failure: str | None) -> Http
     return record
 
 
-class _ServerSpan:
-    """The one span of an exchange that was accepted."""
+def _accepted(exchange: Exchange, trace: Trace) -> HttpRecord:
+    """The one span of an exchange that was accepted. Nothing of it holds the exchange, which holds its `on_response`: that would leave a
+    cycle for the collector."""
+    facts = exchange.facts
+    record = _opened("server", exchange, trace, trace.parent)
+    record.peer, record.tls, record.identity = facts.peer, facts.tls, facts.identity
+    agent = _agent(exchange.request.headers)
+    record.agent = agent and agent[:_AGENT]
+    heard = exchange.on_response
 
-    __slots__ = ("_exchange", "_heard", "_record")
+    def on_response(status: int) -> None:
+        record.head_at = time_ns()
+        heard(status)
 
-    def __init__(self, exchange: Exchange, trace: Trace) -> None:
-        self._exchange = exchange
-        self._record = _opened("server", exchange, trace, trace.parent)
-        self._heard = exchange.on_response
-        exchange.on_response = self._on_response
+    exchange.on_response = on_response
+    return record
 
-    def _on_response(self, status: int) -> None:
-        self._record.head_at = time_ns()
-        self._heard(status)
 
-    def finish(self, failure: str | None) -> HttpRecord:
-        record, facts = self._record, self._exchange.facts
-        record.peer, record.tls, record.identity = facts.peer, facts.tls, facts.identity
-        agent = self._exchange.request.headers.get(b"user-agent")
-        record.agent = agent and agent[:_AGENT]
-        return _closed(record, self._exchange, failure)
+def _agent(headers: Headers) -> bytes | None:
+    """The User-Agent. It has to be looked for with care only where it may be the first line: that is a matter of 0.1 us."""
+    block = headers.block
+    if block is not None and block[:1] in b"Hh":  # of Host, nearly always
+        begins = block.lower().find(_AGENT_LINE) + len(_AGENT_LINE)
+        return block[begins : block.index(b"\r", begins)] if begins >= len(_AGENT_LINE) else None
+    return headers.get(b"user-agent")
 
 
 class _ClientSpans:
@@ -161,10 +167,9 @@ class _ClientSpans:
     policy (client.py: a kept connection that broke) does not, and shows by another attempt being sent.
     """
 
-    __slots__ = ("_exchange", "_heard", "_last", "_own", "_parent", "_record", "_seen", "_sent", "_trace", "_tracing")
+    __slots__ = ("_heard", "_last", "_own", "_parent", "_record", "_seen", "_sent", "_trace", "_tracing")
 
     def __init__(self, exchange: Exchange, trace: Trace, tracing: Tracing, *, own: bool) -> None:
-        self._exchange = exchange
         self._trace = trace
         self._tracing = tracing
         self._own = own
@@ -182,24 +187,23 @@ class _ClientSpans:
             self._record.head_at = time_ns()
         self._heard(status)
 
-    def _on_attempt(self) -> None:
+    def _on_attempt(self, exchange: Exchange) -> None:
         """The exchange has a connection to an endpoint, and is about to be sent."""
-        exchange = self._exchange
         if exchange.tried is not None:
-            self._catch_up(exchange.tried)
+            self._catch_up(exchange, exchange.tried)
         if self._sent and self._record is not None:
             self._record.ended, self._record.failure = time_ns(), "unanswered"
-            self._hand_over(self._record, exchange.chosen)  # it goes to the same place again
-        record = self._record or self._open()
+            self._hand_over(self._record, exchange.service, exchange.chosen)  # it goes to the same place again
+        record = self._record or self._open(exchange)
         self._sent = True
         tls = exchange.upstream_tls
         record.peer, record.tls = exchange.upstream, tls
         if tls is not None:
             record.identity = tls.peer_identity
 
-    def _open(self) -> HttpRecord:
+    def _open(self, exchange: Exchange) -> HttpRecord:
         """The record of another attempt, whose id is in the headers from now on."""
-        exchange, trace = self._exchange, self._trace
+        trace = self._trace
         self._tracing.tracer.next_attempt(trace, exchange.request.headers.items, self._parent)
         record = self._record = _opened("client", exchange, trace, self._parent)
         record.remote = self._own
@@ -207,11 +211,10 @@ class _ClientSpans:
             record.attempt, record.follows = self._last.attempt + 1, self._last.span_id
         return record
 
-    def _catch_up(self, tried: Sequence[Attempt]) -> None:
+    def _catch_up(self, exchange: Exchange, tried: Sequence[Attempt]) -> None:
         """Hand over the attempts that have failed since the last look."""
-        exchange = self._exchange
         for attempt in tried[self._seen :]:
-            record = self._record or self._open()
+            record = self._record or self._open(exchange)
             record.started, record.ended = _unix(attempt.started), _unix(attempt.ended)
             record.peer, record.status, record.request_bytes = attempt.upstream, attempt.status, attempt.request_bytes
             if attempt.status:
@@ -219,27 +222,26 @@ class _ClientSpans:
             record.grpc = exchange.is_grpc
             if attempt.reason != "status":
                 record.failure = attempt.reason
-            self._hand_over(record, attempt.chosen)
+            self._hand_over(record, exchange.service, attempt.chosen)
         self._seen = len(tried)
 
-    def _hand_over(self, record: HttpRecord, chosen: str | None) -> None:
-        record.service, record.chosen = self._exchange.service, chosen
+    def _hand_over(self, record: HttpRecord, service: str | None, chosen: str | None) -> None:
+        record.service, record.chosen = service, chosen
         self._tracing.put(record)
         self._last, self._record, self._sent = record, None, False
 
-    def finish(self, failure: str | None) -> None:
+    def finish(self, exchange: Exchange, failure: str | None) -> None:
         """Hand over the last attempt; or what became of the request without any, where no other span says so."""
-        exchange = self._exchange
         if exchange.tried is not None:
-            self._catch_up(exchange.tried)
+            self._catch_up(exchange, exchange.tried)
         record = self._record
         if record is None:
             if not self._own:
                 return
-            record = self._open()
+            record = self._open(exchange)
         if not self._sent:
             record.peer = exchange.upstream
-        self._hand_over(_closed(record, exchange, failure), exchange.chosen)
+        self._hand_over(_closed(record, exchange, failure), exchange.service, exchange.chosen)
 
 
 def _unix(moment: float) -> int:

@@ -18,6 +18,7 @@ Field = tuple[bytes, bytes]
 # either, and is what lets two readers see two hosts in one name (RFC 9110 §4.2.4). No capturing groups: other expressions use these.
 HOST = rb"(?:\[[0-9A-Za-z:.%]+\]|[-0-9A-Za-z._~%!$&'()*+,;=]*)"
 AUTHORITY = HOST + rb"(?::[0-9]{0,5})?"
+_HOST_FIRST = (b"Host: ", b"host: ")  # as nearly always
 _ABSOLUTE = re.compile(rb"[A-Za-z][-+.0-9A-Za-z]*://(" + AUTHORITY + rb")(?:[/?#].*)?", re.DOTALL)
 
 
@@ -196,6 +197,9 @@ class RequestHead:
             return self.target
         if not self.target.startswith((b"/", b"*")):
             return absolute_authority(self.target)
+        block = self.headers.block
+        if block is not None and block.startswith(_HOST_FIRST):
+            return block[6 : block.index(b"\r")]
         return self.headers.get(b"host")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -11,8 +13,11 @@ import pytest
 import trio
 
 from proxy.errors import NoEndpoint
-from proxy.exchange.exchange import Attempt, Exchange, Handler, Layer
-from proxy.exchange.trace import Side, Tracing
+from proxy.exchange.exchange import Attempt, Body, Exchange, Facts, Handler, Layer, Whole
+from proxy.exchange.trace import Side, Tracing, trace
+from proxy.net.address import Address
+from proxy.net.streams import Stream
+from proxy.wire.messages import Headers, RequestHead, ResponseHead
 from tests.kit.hop import Hop, Settings, hop
 from tests.kit.http import Peer, origin, until
 from tracing.sampling import Sampling, Tracer
@@ -203,3 +208,60 @@ async def test_an_answer_before_the_end_of_the_request_ends_the_span() -> None:
         await until(lambda: len(seen.records) == 1, 20)
         hold.set()
     assert (seen.records[0].status, seen.records[0].request_bytes) == (200, 2)
+
+
+@pytest.mark.parametrize(
+    ("lines", "agent"),
+    [
+        (b"Host: a\r\nUSER-AGENT: one\r\nuser-agent: two\r\n", b"one"),
+        (b"User-Agent: one\r\nHost: a\r\nUser-Agent: two\r\n", b"one"),
+        (b"Accept: user-agent: none\r\nHost: a\r\nX-User-Agent: none\r\nUser-Agent: one\r\n", b"one"),
+        (b"Host: a\r\nAccept: user-agent: none\r\n", None),
+        (b"Host: a\r\nUser-Agent: %b\r\n" % (b"x" * 1000), b"x" * 256),
+    ],
+)
+async def test_a_servers_span_has_the_first_user_agent_wherever_it_stands(lines: bytes, agent: bytes | None) -> None:
+    async with traced("server") as (client, seen):
+        await client.ask(b"GET / HTTP/1.1\r\n%btraceparent: 00-%b-%b-01\r\n\r\n" % (lines, TRACE.encode(), CALLER.encode()))
+        await until(lambda: len(seen.records) == 1, 10)
+    assert (seen.records[0].agent, seen.records[0].authority) == (agent, b"a")
+
+
+class Referred(Exchange):
+    """An exchange that can be asked whether it is still there."""
+
+    __slots__ = ("__weakref__",)
+
+    async def inform(self, head: ResponseHead) -> None:
+        raise NotImplementedError
+
+    async def respond(self, head: ResponseHead, body: Body) -> None:
+        self.response = head
+        self.on_response(head.status)
+
+    async def switch(self, head: ResponseHead) -> Stream:
+        raise NotImplementedError
+
+    def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("side", ["server", "client", "both"])
+async def test_a_traced_exchange_is_gone_when_it_is_over_without_the_collector(side: Side) -> None:
+    here, records = Address("127.0.0.1", 1), list[Record]()
+
+    async def answer(exchange: Exchange) -> None:
+        exchange.carried_by(here, None)
+        await exchange.respond(ResponseHead(200), Whole())
+
+    lines = b"Host: a\r\ntraceparent: 00-%b-%b-01\r\n" % (TRACE.encode(), CALLER.encode())
+    exchange = Referred(RequestHead(b"GET", b"/", Headers.canonical(lines, [])), Whole(), Facts("gateway", here, here))
+    left = weakref.ref(exchange)
+    gc.disable()
+    try:
+        await trace(Tracing(Tracer(Sampling()), records.append), side)(answer)(exchange)
+        del exchange
+        assert left() is None
+    finally:
+        gc.enable()
+    assert len(records) == (2 if side == "both" else 1)
