@@ -90,6 +90,7 @@ class Mux:
         self.writer = Writer(stream, self.http, settings.write_timeout)
         self._held = 0  # bytes of the connection's window that wait for consumers
         self.turns = Turns()
+        self._opened: list[MuxStream] = []  # by the peer, in this read
         self.news: list[MuxStream] = []  # streams that have some for `on_news`, from this read; perhaps more than once
         self.on_room: Callable[[], object] = _nobody  # told when there may be more room for streams, or none any more
         self.heard = self.opened  # when something came last; trio's time
@@ -99,7 +100,8 @@ class Mux:
         self._scope = trio.CancelScope()
 
     async def run(self, on_request: Callable[[MuxStream], None] | None = None) -> None:
-        """Read and write until the connection ends. `on_request` is told of each stream that the peer opens, lost ones too (server).
+        """Read and write until the connection ends. `on_request` is told of each stream that the peer opens, when all that came with
+        it is filed; of lost ones too (server).
 
         Does not raise what ends the connection: every stream is told, and `broken` says it. Closes the stream in every case.
         """
@@ -121,37 +123,40 @@ class Mux:
             while data := await self.stream.receive_some(_READ):
                 self.heard = trio.current_time()
                 for event in self.http.receive_data(data, self.heard):
-                    self._dispatch(event, on_request)
-                self._tell()
+                    self._dispatch(event)
+                self._tell(on_request)
                 self.touch()
             self._end("the peer closed the connection")
         except ProtocolError as error:
             self.fault = error
             if self.client:  # responses that were complete in front of the fault count
                 for event in self.http.before_fault:
-                    self._dispatch(event, on_request)
-                self._tell()
+                    self._dispatch(event)
+                self._tell(on_request)
             self._end(str(error))
         except (NetError, trio.ClosedResourceError) as error:
             self._end(str(error))
 
-    def _tell(self) -> None:
+    def _tell(self, on_request: Callable[[MuxStream], None] | None) -> None:
         """What one read has brought is filed: whoever hears of it without waiting for it hears of it now."""
+        opened, self._opened = self._opened, []
+        if on_request is not None:
+            for stream in opened:
+                on_request(stream)
         news, self.news = self.news, []
         for stream in news:
             if stream.on_news is not None:
                 stream.on_news()
 
-    def _dispatch(self, event: Event, on_request: Callable[[MuxStream], None] | None) -> None:
+    def _dispatch(self, event: Event) -> None:
         match event:
             case HeadReceived(head=RequestHead() as head):
                 stream = self._streams[event.stream] = MuxStream(self, event.stream)
                 stream.request = head
                 stream.file(event)
-                if on_request is not None:
-                    on_request(stream)
+                self._opened.append(stream)
             case HeadReceived() | DataReceived() | TrailersReceived() | StreamBroken():
-                self._file(event, on_request)
+                self._file(event)
             case WindowOpened(stream=0):
                 self.greeted.set()  # it comes with SETTINGS, and a peer's first frame is SETTINGS
                 self.turns.next()
@@ -167,7 +172,7 @@ class Mux:
                 if event.payload == _GOODBYE:
                     self._close_door()
 
-    def _file(self, event: Filed, on_request: Callable[[MuxStream], None] | None) -> None:
+    def _file(self, event: Filed) -> None:
         self._ping_next = self.heard
         if (known := self._streams.get(event.stream)) is not None:
             if isinstance(event, DataReceived):
@@ -175,10 +180,10 @@ class Mux:
             known.file(event)
         elif isinstance(event, DataReceived):
             self.http.consumed(event.stream, event.credit)
-        elif isinstance(event, StreamBroken) and not event.by_peer and on_request is not None:
+        elif isinstance(event, StreamBroken) and not event.by_peer and not self.client:
             known = MuxStream(self, event.stream)
             known.file(event)
-            on_request(known)
+            self._opened.append(known)
 
     def _peer_goes(self, event: GoingAway) -> None:
         self.going_away = True
@@ -321,13 +326,13 @@ class Mux:
 
     def open(self, head: RequestHead, *, end: bool) -> MuxStream:
         """A new stream with this head; only while there is `room`, and with no await in between."""
-        return self._opened(self.http.send_request(head, end=end))
+        return self._open(self.http.send_request(head, end=end))
 
     def open_fields(self, method: bytes, pairs: list[Pair], *, end: bool) -> MuxStream:
         """The same with a head that is a header list already."""
-        return self._opened(self.http.send_request_fields(method, pairs, end=end))
+        return self._open(self.http.send_request_fields(method, pairs, end=end))
 
-    def _opened(self, number: int) -> MuxStream:
+    def _open(self, number: int) -> MuxStream:
         stream = self._streams[number] = MuxStream(self, number)
         self.touch()
         return stream

@@ -62,8 +62,10 @@ class MuxStream:
     def file(self, event: Filed) -> None:
         match event:
             case DataReceived():
-                if event.credit:
+                if event.data:
                     self._append(event.data, event.credit)
+                elif event.credit:  # padding, which nobody will take
+                    self.mux.consumed(self.number, event.credit)
                 if event.ended:
                     self._end = END
             case HeadReceived(head=ResponseHead() as head):
@@ -163,11 +165,10 @@ class MuxStream:
 
     def receive_nowait(self) -> bytes | EndOfMessage | None:
         """The next piece of the body; its bytes count as taken, and the peer may send as many more. Raises StreamLost."""
-        while self._chunks:
+        if self._chunks:
             data, credit = self._chunks.popleft()
             self.mux.consumed(self.number, credit)
-            if data:
-                return data
+            return data
         if self._lost is not None:
             raise self._lost
         return self._end

@@ -298,10 +298,13 @@ class Http2Server:
             raise group
 
     def _accept(self, stream: MuxStream) -> None:
-        # One that could not be read goes the way of all others, so that it is counted and logged as they are.
-        exchange = Http2Exchange(stream, self.facts, self.settings)
-        if self.fork is None or exchange.malformed is not None or not self.fork(self, exchange):
-            self.serve(exchange)
+        if stream.lost is not None and not stream.lost.fault:  # it has been taken back before anybody could look at it
+            stream.close()
+        else:
+            # One that could not be read goes the way of all others, so that it is counted and logged as they are.
+            exchange = Http2Exchange(stream, self.facts, self.settings)
+            if self.fork is None or exchange.malformed is not None or not self.fork(self, exchange):
+                self.serve(exchange)
         if self.drain.draining:  # whoever was let in has one request answered, as with HTTP/1
             self.mux.retire()
 

@@ -100,6 +100,8 @@ class Strand:
         client.on_news, client.on_lost = self._on_client, self._on_client_lost
         endpoint.on_news, endpoint.on_lost = self._on_endpoint, self._on_endpoint_lost
         self._road.begins(self)
+        if not self._asked:
+            self._ask()  # what has come with the head
 
     # What the muxes tell...
 

@@ -44,6 +44,7 @@ _STATUS = re.compile(rb"[1-5][0-9][0-9]")
 # §8.2.2: what speaks of an HTTP/1 connection has no place here.
 _CONNECTION_FIELDS = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
 _SCHEME = (b":scheme", b"http")
+_TE = (b"te", b"trailers")  # in HTTP/2 it has no other value
 _REQUEST_PSEUDO = frozenset({b":method", b":scheme", b":authority", b":path", b":protocol"})
 _RESPONSE_PSEUDO = frozenset({b":status"})
 # What has to be looked at twice, wherever it stands.
@@ -189,12 +190,16 @@ def onward_pairs(head: RequestHead, caller: bytes | None) -> list[Pair] | None:
     if not items or items[0][0] != b"host" or not head.target.startswith(b"/") or head.protocol is not None:
         return None
     pairs = [(b":method", head.method), _SCHEME, (b":authority", items[0][1]), (b":path", head.target)]
+    trailers = False
     if head.headers.clean:
         pairs += items[1:]
     else:
-        pairs += [item for item in items[1:] if item[0] not in HOP_BY_HOP or item[0] == b"te"]
+        pairs += [item for item in items[1:] if item[0] not in HOP_BY_HOP]
+        trailers = len(pairs) < len(items) + 3 and any(item[0] == b"te" for item in items)
     if caller is not None:
         pairs.append((CALLER, caller))
+    if trailers:
+        pairs.append(_TE)
     return pairs
 
 

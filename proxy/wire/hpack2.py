@@ -148,7 +148,7 @@ class Decoder:
             self._known.clear()
             self._held = 0
         elif size <= self._limit:
-            self._remember(block, pairs)
+            self._remember(block, pairs, size)
         return pairs if size <= self._limit else None
 
     def _decode(self, block: bytes) -> list[Pair]:
@@ -160,9 +160,10 @@ class Decoder:
             raise ConnectionFault(Code.COMPRESSION_ERROR, f"a header block that cannot be decoded: {error}") from error
         return [(bytes(f[0]), bytes(f[1])) if f.indexable else Secret((bytes(f[0]), bytes(f[1]))) for f in decoded]
 
-    def _remember(self, block: bytes, pairs: Sequence[Pair]) -> None:
-        # The values of indexed fields are the table's own; a literal's are no longer than its block, nearly doubled by Huffman's code.
-        size = 3 * len(block) + _OVERHEAD * (len(pairs) + 4)
+    def _remember(self, block: bytes, pairs: Sequence[Pair], listed: int) -> None:
+        # A literal's bytes are no more than its block's, nearly doubled by Huffman's code. The values of indexed fields are the table's
+        # own; but what the block is read as may hold them again, as often as they stand in it: cookies are joined.
+        size = 3 * len(block) + _OVERHEAD * (len(pairs) + 4) + listed
         if size > _REMEMBERED // 8:
             return
         if self._held + size > _REMEMBERED:

@@ -451,3 +451,23 @@ async def test_a_client_that_never_answers_the_goodbye_cannot_hold_its_connectio
                 await client.peer.send(b"\0\0\x08\x06\0\0\0\0\0anything")
             await trio.sleep(3)
         assert trio.current_time() - started < 60
+
+
+async def test_a_request_that_is_taken_back_in_the_same_breath_is_not_sent_on() -> None:
+    told: list[int] = []
+
+    async def respond(peer: Peer2, number: int, message: Answer) -> None:
+        told.append(number)
+        await ok(peer, number, message)
+
+    async with through2(answering2(respond, early=True)) as (client, proxy):
+        assert (await client.ask()).body == b"ok"
+        for _ in range(5):
+            number = client.h2.get_next_available_stream_id()
+            client.h2.send_headers(number, GET)
+            client.h2.reset_stream(number)
+        await client.flush()
+        assert (await client.ask()).body == b"ok"
+        await proxy.idle()
+        assert told == [1, 3]
+        assert [ended.status for ended in proxy.ended] == [200, 200]

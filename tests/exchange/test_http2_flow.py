@@ -287,3 +287,17 @@ async def test_a_client_that_only_listens_is_not_silent_while_it_is_answered(moc
         answer = await client.message(number)
         assert dict(answer.trailers)[b"grpc-status"] == b"4"
         assert proxy.ended[0].failure == "request_timeout"
+
+
+async def test_padding_without_data_does_not_hide_how_much_comes_behind_it() -> None:
+    async def respond(peer: Peer2, number: int, message: Answer) -> None:
+        peer.h2.send_headers(number, OK)
+        peer.h2.send_data(number, b"", pad_length=20)
+        await peer.send(number, bytes(10_000), end=True)
+
+    async with through2(answering2(respond)) as (_, proxy):
+        client = await proxy.connect2(settings={INITIAL: 5000})
+        for _ in range(3):  # h2 would raise if more came than the window allows
+            assert len((await client.ask()).body) == 10_000
+        await proxy.idle()
+        assert all(mux._held == 0 for mux in proxy.muxes())

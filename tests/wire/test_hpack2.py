@@ -174,6 +174,16 @@ def test_the_memory_of_a_decoder_is_bounded_whatever_is_sent() -> None:
     assert b"\x82" * 1000 not in decoder._known
 
 
+def test_what_a_block_becomes_is_bounded_too() -> None:
+    """Cookies are joined: a reference of one byte is as long as what it stands for."""
+    decoder = Decoder(65536)
+    decoder.decode(b"\x60" + bytes(encode_integer(3000, 7)) + b"c" * 3000)
+    for number in range(100):
+        decoder.decode(literal([(b"n", b"%d" % number)]) + b"\xbe" * 10)
+    held = [pairs for pairs in decoder._known.values() if len(pairs) > 2]
+    assert sum(len(value) for pairs in held for _, value in pairs) <= _REMEMBERED
+
+
 def test_a_block_is_remembered_and_forgotten_with_the_table_that_it_was_read_by() -> None:
     decoder = Decoder(1000)
     decoder.decode(b"\x40\1a\1b")
