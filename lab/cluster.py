@@ -55,8 +55,9 @@ class Cluster:
         self.hosts: dict[str, list[str]] = {}
         self.hosts_file = self.directory / "hosts"
         self.resolver_file = self.directory / "resolv.conf"
-        # The bridge has no resolver: what is neither in the hosts file nor known to a sidecar is unknown at once.
-        self.resolver_file.write_text(f"nameserver {self.router()[0]}\noptions attempts:1 timeout:1\n")
+        # The bridge has no resolver: what is neither in the hosts file nor known to a sidecar is unknown at once. A sidecar may take its
+        # time.
+        self.resolver_file.write_text(f"nameserver {self.router()[0]}\noptions attempts:1 timeout:10\n")
         self._write_hosts()
         self._services = 0
         self._build()
@@ -132,7 +133,7 @@ class Cluster:
         """Let the pods ask these resolvers (addresses) for what /etc/hosts does not have; programs that start from now on do."""
         lines = [f"nameserver {server}" for server in servers]
         lines += [f"search {' '.join(search)}"] if search else []
-        self.resolver_file.write_text("\n".join([*lines, f"options attempts:1 timeout:2 ndots:{ndots}", ""]))
+        self.resolver_file.write_text("\n".join([*lines, f"options attempts:1 timeout:10 ndots:{ndots}", ""]))
 
     def _write_hosts(self) -> None:
         lines = ["127.0.0.1 localhost", "::1 localhost"]

@@ -65,7 +65,7 @@ def stage(laboratory: Laboratory) -> Stage:
         west.link(east)
         west.cluster.resolve_by("192.0.2.53", search=("default.svc.cluster.local", "svc.cluster.local", "cluster.local"), ndots=5)
         web = west.cluster.pod("web")
-        near = west.join(web, dns={})
+        near = west.join(web, dns={"timeout": "1s"})  # the resolver is not there: nobody has to wait long for it
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lambda: serve(c, "web", "::", str(WEB), "c of east", port=WEB))
             nursery.start_soon(postgres, db)
