@@ -18,12 +18,10 @@ _SINGLE = re.compile(rb"([0-9a-f]{16}|[0-9a-f]{32})-([0-9a-f]{16})(?:-([01d])(?:
 _TRACE = re.compile(rb"[0-9a-f]{16}(?:[0-9a-f]{16})?\Z")
 _SPAN = re.compile(rb"[0-9a-f]{16}\Z")
 # Both forms as they usually are: with ids and a decision.
-_USUAL = re.compile(rb"(?!0+-)([0-9a-f]{32}|[0-9a-f]{16})-(?!0{16})([0-9a-f]{16})-([01d])(-[0-9a-f]{16})?\r\n")
-_FIELDS = (b"traceid", b"spanid", b"sampled", b"parentspanid")
-_USUAL_TRACE = re.compile(rb"[^:]*: (?!0+\r)([0-9a-f]{32}|[0-9a-f]{16})\r\n")
-_USUAL_SPAN = re.compile(rb"[^:]*: (?!0+\r)([0-9a-f]{16})\r\n")
-_USUAL_DECISION = re.compile(rb"[^:]*: ([01])\r\n")
-_USUAL_PARENT = re.compile(rb"[^:]*: ([0-9a-f]{16})\r\n")
+_USUAL = re.compile(rb"\n[Bb]3: (?!0+-)([0-9a-f]{32}|[0-9a-f]{16})-(?!0{16})([0-9a-f]{16})-([01d])(-[0-9a-f]{16})?\r\n")
+_USUAL_TRACE = re.compile(rb"\n.{12}: (?!0+\r)([0-9a-f]{32}|[0-9a-f]{16})\r\n")
+_USUAL_SPAN = re.compile(rb"\n.{11}: (?!0+\r)([0-9a-f]{16})\r\n")
+TRACE_ID, _SPAN_ID, _PARENT_ID, _DECISION = b"\nx-b3-traceid: ", b"\nx-b3-spanid: ", b"\nx-b3-parentspanid: ", b"\nx-b3-sampled: "
 _SAMPLED: dict[bytes, bool] = {b"1": True, b"0": False, b"true": True, b"false": False, b"d": True}
 
 
@@ -93,26 +91,33 @@ SINGLE = Format("b3", _read_single, _write_single)
 MULTI = Format("b3multi", _read_multi, _write_multi)
 
 
-def glimpse(lines: bytes, lower: bytes) -> Glimpse | None:
-    """What `_read_single` or `_read_multi` would find in lines in which nothing else carries a context, where they have their usual form
-    (`lower`: the same lines in lower case). None: more has to be looked at."""
+def glimpse_single(lines: bytes, lower: bytes) -> Glimpse | None:
+    """What `_read_single` would find in lines in which no other format carries a context, where it has its usual form (`lower`: the same
+    lines in lower case). None: they have to be looked at longer."""
     at = lower.find(b"\nb3: ")
-    if at < 0:
-        return _glimpse_multi(lines, lower)
-    match = _USUAL.match(lines, at + 5)
-    if match is None or lower.count(b"b3:") > 1 or b"x-b3-" in lower:
+    match = _USUAL.match(lines, at) if at >= 0 else None
+    if match is None or lower.count(b"b3:") > 1 or lower.find(b"x-b3-") >= 0:
         return None
     trace, span, state, parent = match.groups()
     return trace.rjust(32, b"0"), span, state != b"0", (), match.start(2), match.start(4) + 1 if parent else 0
 
 
-def _glimpse_multi(lines: bytes, lower: bytes) -> Glimpse | None:
-    trace_at, span_at, decision_at, parent_at = (lower.find(b"\nx-b3-%b: " % name) for name in _FIELDS)
-    # As many lines of this kind as were found: none stands first, none is there twice, and there are no flags.
-    if trace_at < 0 or span_at < 0 or decision_at < 0 or lower.count(b"x-b3-") != (4 if parent_at >= 0 else 3) or b"b3:" in lower:
+def glimpse_multi(lines: bytes, lower: bytes, trace_at: int) -> Glimpse | None:
+    """The same for several headers. `trace_at`: where TRACE_ID was found."""
+    span_at, decision_at, parent_at = lower.find(_SPAN_ID), lower.find(_DECISION), lower.find(_PARENT_ID)
+    if span_at < 0 or decision_at < 0 or lower.find(b"b3:") >= 0:
+        return None
+    # There are as many lines of this kind as were found: none is there twice, none stands first, and none is X-B3-Flags.
+    if lower.count(b"x-b3-") != (3 if parent_at < 0 else 4):
         return None
     trace, span = _USUAL_TRACE.match(lines, trace_at), _USUAL_SPAN.match(lines, span_at)
-    decision, parent = _USUAL_DECISION.match(lines, decision_at), _USUAL_PARENT.match(lines, parent_at) if parent_at >= 0 else None
-    if trace is None or span is None or decision is None or (parent is None and parent_at >= 0):
+    decision_at += len(_DECISION)
+    decision = lines[decision_at : decision_at + 3]
+    if trace is None or span is None or decision not in (b"1\r\n", b"0\r\n"):
         return None
-    return trace[1].rjust(32, b"0"), span[1], decision[1] == b"1", (), span.start(1), parent.start(1) if parent is not None else 0
+    shown = 0
+    if parent_at >= 0:
+        shown = parent_at + len(_PARENT_ID)
+        if lines.index(b"\r", shown) != shown + len(NO_SPAN):
+            return None  # whatever stands there, an id cannot be written over it
+    return trace[1].rjust(32, b"0"), span[1], decision == b"1\r\n", (), span.start(1), shown

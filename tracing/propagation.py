@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tracing import b3
-from tracing.b3 import MULTI, SINGLE
+from tracing.b3 import MULTI, SINGLE, TRACE_ID, glimpse_multi, glimpse_single
 from tracing.context import REPEATED, Field, Format, Glimpse, Places, TraceContext
 from tracing.grpc_bin import GRPC
 from tracing.w3c import USUAL, USUAL_SPAN, W3C, state_of, traceparent
@@ -26,7 +25,7 @@ NAMES = frozenset(
 )
 STANDARD = (W3C,)
 # The standard's header among lines in lower case, if it is not the first.
-TRACEPARENT = b"\ntraceparent: "
+_TRACEPARENT = b"\ntraceparent: "
 
 
 @dataclass(slots=True)
@@ -48,23 +47,23 @@ def locate(fields: list[Field]) -> Places:
     return places
 
 
-def mentioned(lower: bytes) -> bool:
-    """Whether there may be trace headers among these lines, which are in lower case: quicker than to look for them, and right where it says
-    no."""
-    return lower.find(b"trace") >= 0 or lower.find(b"b3") >= 0
-
-
-def glimpse(lines: bytes, lower: bytes, at: int) -> Glimpse | None:
+def glimpse(lines: bytes, lower: bytes, mentions: int) -> Glimpse | None:
     """The context of a request with these lines (`name: value`, each with its CRLF; `lower`: the same in lower case), where one format says
-    it alone, in its usual form, and not in the first line, which nearly always is Host. `at`: where TRACEPARENT was found, or -1. None: it
-    has to be looked at longer."""
+    it alone, in its usual form, and not in the first line, which nearly always is Host. `mentions`: how often they say "trace".
+    Where that is no more than the format does itself, there is no other format. None: they have to be looked at longer."""
+    if not mentions:
+        return glimpse_single(lines, lower)
+    at = lower.find(_TRACEPARENT)
     if at < 0:
-        return b3.glimpse(lines, lower) if lower.find(b"traceparent:") < 0 and lower.find(b"grpc-trace-bin:") < 0 else None
+        several = lower.find(TRACE_ID)
+        if mentions != (several >= 0) and (lower.find(b"traceparent:") >= 0 or lower.find(b"grpc-trace-bin:") >= 0):
+            return None
+        return glimpse_single(lines, lower) if several < 0 else glimpse_multi(lines, lower, several)
     match = USUAL.match(lines, at)
     if match is None or lower.find(b"b3:") >= 0:
         return None
     trace_id, span_id, sampled = match.groups()
-    if lower.count(b"trace") == 1:  # nobody else can name a trace: without its id what B3 says in several headers says nothing
+    if mentions == 1:  # what B3 says in several headers says nothing without the trace's id
         return trace_id, span_id, sampled is not None, (), at + USUAL_SPAN, 0
     state = state_of(lines, lower)
     if state is None or lower.count(b"traceparent:") > 1 or lower.find(b"grpc-trace-bin:") >= 0 or lower.find(b"x-b3-traceid:") >= 0:

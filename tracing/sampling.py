@@ -17,7 +17,7 @@ from binascii import hexlify
 from dataclasses import dataclass
 
 from tracing.context import Field, TraceContext
-from tracing.propagation import TRACEPARENT, begin, extract, glimpse, mentioned, replace
+from tracing.propagation import begin, extract, glimpse, replace
 
 _RATIO_BITS = 64
 
@@ -86,10 +86,10 @@ class Tracer:
         """What `begin` would find for a request with these lines of header fields, and the lines as they go on then, for the commonest
         ones; None: it has to be asked."""
         lower = lines.lower()
-        at = lower.find(TRACEPARENT)
-        if at < 0 and not mentioned(lower):
+        mentions = lower.count(b"trace")
+        if not mentions and lower.find(b"b3") < 0:  # one of them is in the name of each header
             return None if self._begins else (None, lines)
-        found = glimpse(lines, lower, at) if self._sampling.follow else None
+        found = glimpse(lines, lower, mentions) if self._sampling.follow else None
         if found is None:
             return None
         trace_id, caller, sampled, state, place, parent = found
@@ -100,6 +100,17 @@ class Tracer:
         if parent:
             lines = lines[:parent] + caller + lines[parent + 16 :]
         return Trace(True, trace_id, span_id, caller, state), lines
+
+    def next_glance(self, trace: Trace, lines: bytes, parent: bytes) -> bytes | None:
+        """What `next_attempt` would make of lines whose context was seen at a glance. None: it was not."""
+        lower = lines.lower()
+        found = glimpse(lines, lower, lower.count(b"trace"))
+        if found is None:
+            return None
+        trace.span_id = span_id = self.span_id()
+        place, shown = found[4], found[5]
+        lines = lines[:place] + span_id + lines[place + 16 :]
+        return lines[:shown] + parent + lines[shown + 16 :] if shown else lines
 
     def connection(self) -> Trace | None:
         """The trace of a connection in which nothing can carry one; None: it has none."""

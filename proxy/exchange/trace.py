@@ -46,7 +46,7 @@ def trace(tracing: Tracing | None, side: Side) -> Layer:
     def layer(handler: Handler) -> Handler:
         if tracing is None:
             return handler
-        tracer = tracing.tracer
+        tracer, put = tracing.tracer, tracing.put
 
         async def handle(exchange: Exchange) -> None:
             if exchange.begun is None:  # otherwise it has been asked on the fast road
@@ -66,7 +66,7 @@ def trace(tracing: Tracing | None, side: Side) -> Layer:
                 if client is not None:
                     client.finish(exchange, failure)
                 if server is not None:
-                    tracing.put(_closed(server, exchange, failure))
+                    put(_closed(server, exchange, failure))
 
         return handle
 
@@ -204,7 +204,12 @@ class _ClientSpans:
     def _open(self, exchange: Exchange) -> HttpRecord:
         """The record of another attempt, whose id is in the headers from now on."""
         trace = self._trace
-        self._tracing.tracer.next_attempt(trace, exchange.request.headers.items, self._parent)
+        tracer, headers = self._tracing.tracer, exchange.request.headers
+        lines = tracer.next_glance(trace, headers.block, self._parent) if headers.block is not None else None
+        if lines is not None:
+            headers.block = lines
+        else:
+            tracer.next_attempt(trace, headers.items, self._parent)
         record = self._record = _opened("client", exchange, trace, self._parent)
         record.remote = self._own
         if self._last is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -87,11 +88,14 @@ def agree(fields: list[Field], sampling: Sampling, seed: int) -> bool:
     assert trace == found
     if trace is not None and found is not None and trace.sampled:
         again = fields_of(seen[1])
+        glanced = replace(trace)
         for each, these in ((trace, again), (found, fields)):
             tracer._bits = random.Random(seed + 1).getrandbits
             tracer.next_attempt(each, these, PARENT)
+        tracer._bits = random.Random(seed + 1).getrandbits
+        assert tracer.next_glance(glanced, seen[1], PARENT) == lined(fields)
         assert again == fields
-        assert trace == found
+        assert trace == found == glanced
     return True
 
 
@@ -128,6 +132,8 @@ PARENTS, B3 = b"X-B3-ParentSpanId: %b\r\n" % PARENT, b"X-B3-TraceId: %b\r\nX-B3-
         b"tracestate: a=1\r\ntraceparent: 00-%b-%b-03\r\n" % (TRACE, SPAN),
         b"traceparent: 00-%b-%b-01\r\nTraceState: %b\r\n" % (TRACE, SPAN, b"," * 5000),
         b"traceparent: 00-%b-%b-01\r\nX-B3-Sampled: 0\r\n" % (TRACE, SPAN),
+        b"X-Amzn-Trace-Id: Root=1\r\nb3: %b-%b-1\r\n" % (TRACE, SPAN),
+        b"X-Amzn-Trace-Id: Root=1\r\n" + B3 + b"1\r\n",
         b"B3: %b-%b-1\r\n" % (TRACE, SPAN),
         b"b3: %b-%b-d-%b\r\n" % (TRACE[16:], SPAN, PARENT),
         b"b3: %b-%b-0\r\n" % (TRACE, SPAN),
