@@ -38,7 +38,13 @@ POD_SYSCTLS = {
     "net/ipv6/conf/default/accept_dad": "0",
     "net/ipv6/conf/eth0/accept_dad": "0",
 }
-BRIDGE_SYSCTLS = {"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1", "net/ipv6/conf/default/accept_dad": "0"}
+BRIDGE_SYSCTLS = {
+    "net/ipv4/ip_forward": "1",
+    "net/ipv6/conf/all/forwarding": "1",
+    "net/ipv6/conf/default/accept_dad": "0",
+    # Whoever asks the bridge for a name is refused each time, and not only six times in a row and then once a second.
+    "net/ipv4/icmp_ratelimit": "0",
+}
 
 
 class Cluster:
