@@ -182,6 +182,7 @@ class _Attempt:
     async def go_on(self, begun: Begun) -> bool:
         """The same behind the fast road, which has sent the request's head at least."""
         exchange, carrier = self._exchange, self._carrier
+        await trio.lowlevel.checkpoint_if_cancelled()  # a client that has gone is no failure, whatever it has left unsaid
         if begun.failure is not None:
             raise begun.failure
         self._to_client = begun.to_client

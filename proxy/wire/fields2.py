@@ -160,8 +160,9 @@ def _look_again(headers: Headers, noted: list[Pair]) -> None:
 
 
 def _join(headers: Headers, cookies: list[Pair]) -> None:
-    """§8.2.3: cookies are split for the sake of compression; everywhere else they are one field."""
-    joined = b"; ".join([value for _, value in cookies])
+    """§8.2.3: cookies are split for the sake of compression; everywhere else they are one field. An empty one would leave it with a blank
+    at its end, which nobody may send."""
+    joined = b"; ".join([value for _, value in cookies if value])
     headers.replace(b"cookie", joined)
     if any(isinstance(pair, Secret) for pair in cookies):
         headers.items = [Secret(pair) if pair[0] == b"cookie" else pair for pair in headers.items]

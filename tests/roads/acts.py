@@ -9,8 +9,8 @@ import h11
 import trio
 
 from proxy.fast import road
-from tests.kit.http import chunked, until
-from tests.roads.stage import SPAN, TRACE, Act, End, Stage
+from tests.kit.http import chunked
+from tests.roads.stage import SPAN, TRACE, Act, End, Stage, pieces
 
 _HOP = b"oAAAAAAAABBBBBBBB"
 # What a request may bring along: one of these sets.
@@ -46,14 +46,6 @@ def request(target: str, fields: list[bytes], method: bytes = b"GET", body: byte
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
-def pieces(data: bytes, rng: random.Random) -> list[bytes]:
-    """As a rule in one."""
-    if rng.random() < 0.6:
-        return [data]
-    cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.choice([1, 1, 2, 5])))
-    return [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
-
-
 async def line(stage: Stage) -> End:
     """The client's connection, which is kept if it can be."""
     if stage.clients and not (last := stage.clients[-1]).closed and last.ended is None:
@@ -86,8 +78,7 @@ async def answer(stage: Stage, end: End, method: str = "GET") -> None:
 async def left(stage: Stage, end: End, *, reset: bool) -> None:
     """The client leaves, and the proxy knows."""
     end.close(reset=reset)
-    acceptor = stage.apps[0].outbound if stage.apps[0].listeners.outbound else stage.apps[0].inbound
-    await until(lambda: acceptor.open <= sum(not other.closed for other in stage.clients), 20)
+    await stage.forgotten()
 
 
 async def closed(stage: Stage, before: int) -> None:

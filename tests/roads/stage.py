@@ -9,6 +9,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,9 @@ from tracing.spans import HttpRecord, Record
 Road = Literal["ordinary", "fast", "disturbed"]
 Shape = Literal["inbound", "outbound", "pair"]
 
+ROADS: tuple[Road, ...] = ("ordinary", "fast", "disturbed")
+ALL = ("requests", "clients", "servers", "connections", "spans", "metrics")
+
 
 class End:
     """One end of a connection, outside of the proxies. What comes is read at once."""
@@ -45,7 +49,7 @@ class End:
     async def read(self) -> None:
         try:
             while data := await self.stream.receive_some(65536):
-                self.heard += data
+                await self.hear(data)
                 self._stage.tell()
             self.ended = "end"
         except trio.BrokenResourceError:
@@ -53,6 +57,9 @@ class End:
         except trio.ClosedResourceError:
             self.ended = "closed here"
         self._stage.tell()
+
+    async def hear(self, data: bytes) -> None:
+        self.heard += data
 
     @property
     def new(self) -> bytes:
@@ -91,13 +98,22 @@ class End:
         """Our direction."""
         await self.stream.send_eof()
 
+    @property
+    def quiet(self) -> bool:
+        """Nothing is awaited any more of what a proxy has begun to say."""
+        return True
+
+    def seen(self) -> object:
+        """What it has heard."""
+        return masked(self.heard)
+
 
 @dataclass
 class Left:
     """What a play has left behind, without ports, times, and ids that were drawn."""
 
-    clients: list[tuple[bytes, str | None]] = field(default_factory=list)  # what they heard, and how their connection ended
-    servers: list[tuple[bytes, bool]] = field(default_factory=list)  # the same; whether it was open
+    clients: list[tuple[Any, str | None]] = field(default_factory=list)  # what they heard, and how their connection ended
+    servers: list[tuple[Any, bool]] = field(default_factory=list)  # the same; whether it was open
     metrics: dict[str, float] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)  # their lines in the log
     connections: list[str] = field(default_factory=list)
@@ -109,15 +125,17 @@ class Left:
 class Stage:
     """Where a play takes place: the proxies, and the connections to both sides of them."""
 
-    def __init__(self, nursery: trio.Nursery, address: Address, apps: list[App]) -> None:
+    def __init__(self, nursery: trio.Nursery, address: Address, apps: list[App], cast: Cast) -> None:
         self.apps = apps
         self._nursery = nursery
         self._address = address
+        self._cast = cast
         self._changed = trio.Event()
         self.clients: list[End] = []
         self.servers: list[End] = []
         self.gone_on = 0  # how often whoever waits has been told to
         self.awaited = 0  # how often somebody has waited
+        self.notes: list[str] = []  # of the server's, what it has been asked
 
     def tell(self) -> None:
         self._changed.set()
@@ -128,17 +146,17 @@ class Stage:
             while not condition():
                 await self._changed.wait()
 
-    async def client(self) -> End:
+    async def client(self, **how: Any) -> End:
         """A new connection to the proxy."""
         sock = trio.socket.socket()
         await sock.connect(tuple(self._address))
-        end = End(self, sock)
+        end = self._cast.client(self, sock, **how)
         self.clients.append(end)
         self._nursery.start_soon(end.read)
         return end
 
     def accepted(self, sock: trio.socket.SocketType) -> End:
-        end = End(self, sock)
+        end = self._cast.server(self, sock)
         self.servers.append(end)
         self._nursery.start_soon(end.read)
         return end
@@ -159,8 +177,20 @@ class Stage:
         self.tell()
 
     async def settled(self) -> None:
-        """Until no exchange is under way in any proxy."""
+        """Until no exchange is under way in any proxy, and the servers know."""
         await until(lambda: not any(app.outbound_pools.counts()[0] + app.inbound_pools.counts()[0] for app in self.apps), 20)
+        await self.until(lambda: all(end.quiet for end in self.servers))
+
+    async def known(self) -> None:
+        """Until the proxy knows which of the server's connections are open."""
+        last = self.apps[-1]
+        pools = last.inbound_pools if last.listeners.inbound else last.outbound_pools
+        await until(lambda: sum(pools.counts()) == sum(not end.closed and end.ended is None for end in self.servers), 20)
+
+    async def forgotten(self) -> None:
+        """Until the proxy knows which of the clients' connections are open."""
+        acceptor = self.apps[0].outbound if self.apps[0].listeners.outbound else self.apps[0].inbound
+        await until(lambda: acceptor.open <= sum(not end.closed for end in self.clients), 20)
 
     async def clear(self) -> None:
         """The clients go; until the proxies know."""
@@ -172,6 +202,16 @@ class Stage:
 
 Act = Callable[[Stage, random.Random], Awaitable[None]]
 Serve = Callable[[Stage, End], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who plays. `protocol`: what the directory says of the service."""
+
+    serve: Serve
+    client: Callable[..., End] = End
+    server: Callable[[Stage, trio.socket.SocketType], End] = End
+    protocol: Literal["http1", "http2"] = "http1"
 
 
 @asynccontextmanager
@@ -188,50 +228,65 @@ async def sidecar(tmp_path: Path, spans: list[Record], **document: Any) -> Async
         nursery.cancel_scope.cancel()
 
 
-def _calling(tmp_path: Path, port: int, who: object, both: dict[str, Any]) -> dict[str, Any]:
+def _calling(tmp_path: Path, port: dict[str, Any], who: object, both: dict[str, Any]) -> dict[str, Any]:
     """Settings of a client's sidecar: there is one service, with one endpoint."""
     endpoint = {"address": HOST} if who is None else {"address": HOST, "identity": str(who)}
-    service = {"name": "c", "addresses": ["10.96.0.1"], "ports": [{"port": port, "protocol": "http1"}], "endpoints": [endpoint]}
+    service = {"name": "c", "addresses": ["10.96.0.1"], "ports": [port], "endpoints": [endpoint]}
     (tmp_path / "directory.yaml").write_text(yaml.safe_dump({"services": [service]}))
-    way = {"listen": [f"{HOST}:0"], "fixed_destination": f"10.96.0.1:{port}"}
+    way = {"listen": [f"{HOST}:0"], "fixed_destination": f"10.96.0.1:{port['port']}"}
     return {"outbound": way, "directory": {"file": str(tmp_path / "directory.yaml")}, **both}
 
 
 @asynccontextmanager
-async def proxies(shape: Shape, tmp_path: Path, server: Address, spans: list[Record], both: dict[str, Any]) -> AsyncIterator[list[App]]:
+async def proxies(
+    shape: Shape, tmp_path: Path, server: Address, spans: list[Record], *, protocol: str, **both: Any
+) -> AsyncIterator[list[App]]:
     """The sidecar of a server, or of a client, or one of each with mutual TLS between them; the client's first."""
+
+    def speaking(port: int) -> dict[str, Any]:
+        return {"port": port, "protocol": protocol}
+
     async with AsyncExitStack() as stack:
         to_server = {"inbound": {"listen": [f"{HOST}:0"], "fixed_destination": str(server)}, **both}
         if shape == "inbound":
             yield [await stack.enter_async_context(sidecar(tmp_path, spans, **to_server))]
         elif shape == "outbound":
-            yield [await stack.enter_async_context(sidecar(tmp_path, spans, **_calling(tmp_path, server.port, None, both)))]
+            yield [await stack.enter_async_context(sidecar(tmp_path, spans, **_calling(tmp_path, speaking(server.port), None, both)))]
         else:
             paths, who = identity(tmp_path)
             inbound = await stack.enter_async_context(sidecar(tmp_path, spans, **to_server, identity=paths))
-            calling = _calling(tmp_path, port_of(inbound.listeners.inbound), who, {**both, "identity": paths})
+            calling = _calling(tmp_path, speaking(port_of(inbound.listeners.inbound)), who, {**both, "identity": paths})
             yield [await stack.enter_async_context(sidecar(tmp_path, spans, **calling)), inbound]
 
 
 @asynccontextmanager
-async def staged(shape: Shape, tmp_path: Path, serve: Serve, spans: list[Record], **both: Any) -> AsyncIterator[Stage]:
+async def staged(shape: Shape, tmp_path: Path, cast: Cast, spans: list[Record], **both: Any) -> AsyncIterator[Stage]:
     listener = listen()
-    async with trio.open_nursery() as nursery, proxies(shape, tmp_path, Address.of(listener.getsockname()), spans, both) as apps:
+    server = Address.of(listener.getsockname())
+    async with trio.open_nursery() as nursery, proxies(shape, tmp_path, server, spans, protocol=cast.protocol, **both) as apps:
         first = apps[0].listeners
-        stage = Stage(nursery, Address.of((first.outbound or first.inbound)[0].getsockname()), apps)
+        stage = Stage(nursery, Address.of((first.outbound or first.inbound)[0].getsockname()), apps, cast)
 
         async def accept() -> None:
             listening = trio.socket.from_stdlib_socket(listener)
             with listening:
                 while True:
                     sock, _ = await listening.accept()
-                    nursery.start_soon(serve, stage, stage.accepted(sock))
+                    nursery.start_soon(cast.serve, stage, stage.accepted(sock))
 
         nursery.start_soon(accept)
         yield stage
         for end in (*stage.clients, *stage.servers):
             end.close()
         nursery.cancel_scope.cancel()
+
+
+def pieces(data: bytes, rng: random.Random) -> list[bytes]:
+    """What is written at a time; as a rule all of it."""
+    if rng.random() < 0.6:
+        return [data]
+    cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.choice([1, 1, 2, 5])))
+    return [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
 
 
 async def disturb(stage: Stage, rng: random.Random) -> None:
@@ -249,14 +304,14 @@ class Theatre:
 
     tmp_path: Path
     log: pytest.LogCaptureFixture
-    serve: Serve
+    cast: Cast
     settings: dict[str, Any] = field(default_factory=dict)
 
     async def play(self, acts: list[Act], shape: Shape, road: Road, seed: int) -> Left:
         self.log.clear()
         left, spans = Left(), list[Record]()
         async with (
-            staged(shape, self.tmp_path, self.serve, spans, fast_path=road != "ordinary", **self.settings) as stage,
+            staged(shape, self.tmp_path, self.cast, spans, fast_path=road != "ordinary", **self.settings) as stage,
             trio.open_nursery() as beside,
         ):
             if road == "disturbed":
@@ -267,12 +322,12 @@ class Theatre:
                         await act(stage, random.Random(f"{seed} {number}"))
                         await stage.settled()
                     except trio.TooSlowError:
-                        ends = [(bytes(end.heard[-100:]), end.ended) for end in (*stage.clients[-1:], *stage.servers[-2:])]
+                        ends = [repr(end.seen())[-1500:] for end in (*stage.clients[-1:], *stage.servers[-2:])]
                         raise AssertionError(f"act {number} does not end ({shape}, {road}, {act}); last heard: {ends}") from None
                 await stage.clear()
             beside.cancel_scope.cancel()
-            left.clients = [(_masked(end.heard), end.ended) for end in stage.clients]
-            left.servers = [(_masked(end.heard), end.ended is None) for end in stage.servers]
+            left.clients = [(end.seen(), end.ended) for end in stage.clients]
+            left.servers = [(end.seen(), end.ended is None) for end in stage.servers]
             for number, app in enumerate(stage.apps):
                 left.metrics |= _counted(number, app.render())
                 left.finished += app.metrics.registry.get_sample_value("isthmus_fast_road_exchanges_total", {"end": "finished"}) or 0
@@ -288,7 +343,8 @@ class Theatre:
                 if record.name == "isthmus.access":
                     left.requests.append(_PORT.sub("", repr(replace(kept, span_id=b"", trace_id=bool(line.trace_id)))))
                 else:
-                    left.connections.append(repr(replace(kept, destination="")))
+                    counted = {} if self.cast.protocol == "http1" else {"read": 0, "written": 0}  # where frames end is nobody's business
+                    left.connections.append(repr(replace(kept, destination="", **counted)))
             elif record.levelno >= logging.ERROR:
                 left.faults.append(record.getMessage())
         left.requests.sort()
@@ -300,7 +356,8 @@ _DRAWN = re.compile(rb"(?i)(?<=\ndate: )[^\r]*|-[0-9a-f]{16}(?=-[01]|\r)|(?<=\d\
 _NOT_COMPARED = re.compile(r"isthmus_\w+_seconds(_bucket|_sum)?[{ ]|python_|process_|isthmus_build_info|isthmus_fast_road|\w+_created")
 
 
-def _masked(heard: bytes | bytearray) -> bytes:
+def masked(heard: bytes | bytearray) -> bytes:
+    """Without what was drawn, and ports."""
     return _DRAWN.sub(b"*", bytes(heard))
 
 
@@ -317,6 +374,19 @@ def _shown(record: HttpRecord) -> str:
     same = replace(record, started=0, ended=0, head_at=0, span_id=b"", follows=bool(record.follows), tls=record.tls is not None)
     kept = record.parent if record.parent == SPAN else b""
     return _PORT.sub("", repr(replace(same, peer=peer, destination=destination, parent=kept)))
+
+
+def same(ordinary: Left, other: Left, names: tuple[str, ...] = ALL) -> None:
+    assert not ordinary.faults
+    assert not other.faults
+    for name in names:
+        there, here = getattr(ordinary, name), getattr(other, name)
+        if isinstance(there, dict):
+            there, here = sorted(there.items()), sorted(here.items())
+        for number, (a, b) in enumerate(zip_longest(map(str, there), map(str, here), fillvalue="nothing")):
+            at = next((n for n in range(min(len(a), len(b))) if a[n] != b[n]), min(len(a), len(b)))
+            part = slice(max(0, at - 300), at + 150)
+            assert a == b, f"{name}, {number}: {a[part]!r} on the ordinary road, {b[part]!r} on the fast"
 
 
 TRACE, SPAN = b"4bf92f3577b34da6a3ce929d0e0e4736", b"00f067aa0ba902b7"

@@ -3,47 +3,22 @@ records for spans are the same with the fast road off, with it on, and while it 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from itertools import zip_longest
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import pytest
 
-from proxy.fast import lane, road
+from proxy.fast import road
 from tests.roads.acts import drawn, fail_in_a_row, good, many_at_once, stop, unanswered
 from tests.roads.server import serve
-from tests.roads.stage import Left, Road, Shape, Theatre
+from tests.roads.stage import ROADS, Cast, Shape, Theatre, same
 
-ROADS: tuple[Road, ...] = ("ordinary", "fast", "disturbed")
-ALL = ("requests", "clients", "servers", "connections", "spans", "metrics")
+CAST = Cast(serve)
 
 
 @pytest.fixture
-def theatre(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Theatre]:
-    monkeypatch.setattr("proxy.loops.token_bytes", bytes)  # the same tokens each time
-    monkeypatch.setattr(lane, "REST", 0)  # the road is tried again and again, although much of what is done is not plain
-    monkeypatch.setattr(road, "PATIENCE", 0.1)
-    caplog.set_level(logging.INFO, "isthmus")
-
-    def make(**settings: Any) -> Theatre:
-        return Theatre(tmp_path, caplog, serve, settings)
-
-    return make
-
-
-def same(ordinary: Left, other: Left, names: tuple[str, ...] = ALL) -> None:
-    assert not ordinary.faults
-    assert not other.faults
-    for name in names:
-        there, here = getattr(ordinary, name), getattr(other, name)
-        if isinstance(there, dict):
-            there, here = sorted(there.items()), sorted(here.items())
-        for number, (a, b) in enumerate(zip_longest(map(str, there), map(str, here), fillvalue="nothing")):
-            at = next((n for n in range(min(len(a), len(b))) if a[n] != b[n]), min(len(a), len(b)))
-            part = slice(max(0, at - 300), at + 150)
-            assert a == b, f"{name}, {number}: {a[part]!r} on the ordinary road, {b[part]!r} on the fast"
+def theatre(made: Callable[..., Theatre]) -> Callable[..., Theatre]:
+    return partial(made, CAST)
 
 
 @pytest.mark.parametrize("seed", range(3))

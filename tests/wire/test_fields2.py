@@ -135,6 +135,13 @@ def test_a_malformed_request_is_refused(pairs: list[Pair]) -> None:
         request_head(pairs)
 
 
+def test_cookies_that_are_empty_leave_no_blank_behind() -> None:
+    for values in ([b"", b""], [b"a=b", b""], [b"", b"a=b", b""]):
+        head = request_head([*GET, *[(b"cookie", value) for value in values]])
+        assert head.headers.all(b"cookie") == [b"a=b" if b"a=b" in values else b""]
+        assert request_head(request_pairs(head)) == head
+
+
 def test_te_may_ask_for_trailers() -> None:
     assert request_head([*GET, (b"te", b"Trailers")]).headers.get(b"te") == b"Trailers"
 
