@@ -78,14 +78,15 @@ class Strand:
         self._account: AbstractContextManager[object] = ExitStack()
         self._asked = False  # all of the request has been sent
         self.began = 0.0  # trio's time
-        self.moved = 0.0  # at the last step
+        self.moved = 0.0  # when something was passed on last
         self.limit = inf  # when it must not be here any more
 
     def begin(self, course: Course) -> None:
         """Send the head of the request."""
-        self._account = account = course.account(self._exchange)
-        account.__enter__()
         try:
+            account = course.account(self._exchange)
+            account.__enter__()
+            self._account = account
             self._set_out()
         except Exception as error:  # as below
             self._fail(error)
@@ -131,7 +132,6 @@ class Strand:
     def _ask(self) -> None:
         """Send what there is of the request's body, if it is taken."""
         exchange, client, endpoint = self._exchange, self._client, self._endpoint
-        self.moved = client.mux.heard
         while not self._asked:
             if not endpoint.takes(client.next_size):
                 self.hand_over()
@@ -139,6 +139,7 @@ class Strand:
             piece = exchange.body.receive_nowait()
             if piece is None:
                 return
+            self.moved = client.mux.heard
             if isinstance(piece, EndOfMessage):
                 self._asked = True
                 if len(piece.trailers):
@@ -152,7 +153,6 @@ class Strand:
 
     def _answer(self) -> None:
         exchange, client, endpoint = self._exchange, self._client, self._endpoint
-        self.moved = endpoint.mux.heard
         if exchange.response is None:
             head = endpoint.next_head
             if head is None:
@@ -167,11 +167,11 @@ class Strand:
     def _send_head(self, exchange: Http2Exchange, client: MuxStream, endpoint: MuxStream, head: ResponseHead) -> bool:
         """Whether that was all of the response."""
         endpoint.head_nowait()
+        self.moved = endpoint.mux.heard
         self._loan.response = head
         self._loan.on_answer()
         strip_hop_by_hop(head.headers)
-        bare = exchange.request.method == b"HEAD"
-        bodiless = exchange.frame(head, 0 if bare else body_length(head.headers, ended=endpoint.empty))
+        bodiless = exchange.frame(head, body_length(head.headers, ended=endpoint.empty))
         exchange.response = head
         exchange.on_response(head.status)
         ended = bodiless or endpoint.empty
@@ -189,6 +189,7 @@ class Strand:
             piece = endpoint.receive_nowait()
             if piece is None:
                 return
+            self.moved = endpoint.mux.heard
             if isinstance(piece, EndOfMessage):
                 if len(piece.trailers):
                     exchange.grpc_status = piece.trailers.get(b"grpc-status")

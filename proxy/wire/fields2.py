@@ -196,7 +196,7 @@ def onward_pairs(head: RequestHead, caller: bytes | None) -> list[Pair] | None:
         pairs += items[1:]
     else:
         pairs += [item for item in items[1:] if item[0] not in HOP_BY_HOP]
-        trailers = len(pairs) < len(items) + 3 and any(item[0] == b"te" for item in items)
+        trailers = _TE in items or any(item[0] == b"te" for item in items)
     if caller is not None:
         pairs.append((CALLER, caller))
     if trailers:

@@ -183,6 +183,17 @@ async def slow_reader(stage: Stage, rng: random.Random) -> None:
     await left(stage, end, reset=False)
 
 
+async def slow_taker(stage: Stage, rng: random.Random) -> None:
+    """The same of a server."""
+    end = await line(stage)
+    number = end.open(asking("/slow-take/9", rng.choice(FIELDS), b"POST"), end=False)
+    await end.put(number, rng.randbytes(150_000), end=rng.random() < 0.5)
+    if not end.messages[number].said:
+        end.head(number, [(b"x-sum", b"1")], end=True)
+        await end.flush()
+    await answer(stage, end, number)
+
+
 async def left(stage: Stage, end: Client2, *, reset: bool) -> None:
     """The client leaves, and the proxy knows."""
     end.close(reset=reset)

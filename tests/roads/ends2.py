@@ -38,6 +38,7 @@ class Message:
     reset: int | None = None  # by the other side, with this code
     left: bool = False  # by us: reset, or with a connection that we closed
     said: bool = False  # our direction has ended
+    held: bool = False  # its window is not given back
 
     @property
     def over(self) -> bool:
@@ -115,6 +116,7 @@ class End2(End):
         match event:
             case h2.events.RequestReceived():
                 message.head = list(event.headers or [])
+                message.held = message.get(b":path").startswith(b"/slow-take")
                 self.told.append(number)
             case h2.events.ResponseReceived():
                 message.head = list(event.headers or [])
@@ -122,7 +124,7 @@ class End2(End):
                 message.interim.append(list(event.headers or []))
             case h2.events.DataReceived():
                 message.body += event.data or b""
-                if self.greedy:
+                if self.greedy and not message.held:
                     self.credit(number, event.flow_controlled_length or 0)
             case h2.events.TrailersReceived():
                 message.trailers = list(event.headers or [])

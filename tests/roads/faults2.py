@@ -29,6 +29,7 @@ from tests.roads.acts2 import (
     sampled,
     slow,
     slow_reader,
+    slow_taker,
     slow_upload,
     tunnel,
     upload,
@@ -279,7 +280,7 @@ async def fail_in_a_row(stage: Stage, rng: random.Random, kind: str = "reset") -
 
 
 ODD: tuple[Act, ...] = (
-    upload, upload, upload, converse, converse, download, slow_reader, ask_before_upload, answered_early, answered_early, slow,
+    upload, upload, upload, converse, converse, download, slow_reader, slow_taker, ask_before_upload, answered_early, answered_early, slow,
     slow_upload, tunnel, at_once, loop, sampled, call, call, broken, broken, broken, cut_within_answer, cut_within_answer, refused,
     refused, broken_within_upload, sent_away, sent_away, given_up_before_answer, given_up_within_answer, given_up_within_upload,
     given_up_at_once, given_up_while_it_waits, leave, leave, leave_politely, malformed, malformed, wrong_frame, late, late,

@@ -88,7 +88,7 @@ class Asked:
 Kind = Callable[[Asked], Awaitable[None]]
 KINDS: dict[str, Kind] = {}
 # These do not wait for the end of the request.
-EARLY = {"tunnel", "continue", "early", "early-reset", "early-head", "echo", "refused-upload", "reset-upload"}
+EARLY = {"tunnel", "slow-take", "continue", "early", "early-reset", "early-head", "echo", "refused-upload", "reset-upload"}
 
 
 def kind(*names: str) -> Callable[[Kind], Kind]:
@@ -167,6 +167,22 @@ async def _interim(asked: Asked) -> None:
     asked.end.head(asked.number, [(b":status", b"103"), (b"link", b"</a>")])
     asked.end.head(asked.number, [(b":status", b"103"), (b"link", b"</b>")])
     await asked.answer(body(asked.size))
+
+
+@kind("slow-take")
+async def _slow_take(asked: Asked) -> None:
+    """The body is let in as the server likes."""
+    end, message, window = asked.end, asked.message, 65535
+    end.h2.increment_flow_control_window(10**6)  # the connection's: what is short is the stream's
+    for more in (100, 3000, 40_000, 10**6):
+        await end.flush()
+        await asked.stage.until(lambda: len(message.body) == window or message.over)  # noqa: B023
+        if not message.over:
+            end.h2.increment_flow_control_window(more, asked.number)
+        window += more
+    await end.flush()
+    await asked.whole()
+    await asked.answer(bytes(message.body[-9:]))
 
 
 @kind("continue")
