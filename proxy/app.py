@@ -195,6 +195,7 @@ class App:
                 if self.names is not None:
                     nursery.start_soon(self.names.serve, self.listeners, _report)
                 if self.runtime.road is not None:
+                    await self.runtime.road.open()
                     nursery.start_soon(self.runtime.road.run)
                 nursery.start_soon(self.outbound_pools.serve)
                 nursery.start_soon(self.inbound_pools.serve)

@@ -6,8 +6,8 @@ Theory
 The ordinary road is a trio task for each connection. It can do everything, and each of its waits costs a pass of trio's scheduler: two
 waits in an exchange, besides a dozen coroutines, scopes and objects. Most exchanges need none of that. Their heads are in the canonical
 form that wire/heads.py recognises, a connection to their endpoint lies ready in the pool, the length of their bodies is known, and
-nothing goes wrong. For them there is this road: one trio task for all connections (`road.py`), over one epoll set of its own. It waits
-for that set's descriptor, and then does for each ready socket what there is to do, in plain functions: no task, no scope, no await.
+nothing goes wrong. For them there is this road (`road.py`): one epoll set for all connections, and for each socket that is ready what there
+is to do, in plain functions: no task, no scope, no await. Its loop is no task either; it runs where trio would wait (`ground.py`).
 
 *One owner.* A connection belongs to its task. Between two exchanges the task may lend it: it calls `Road.carry`, and while it is
 suspended there, the road owns the connection (`lane.py` is one lent connection). The road reads from it, writes to it and takes
@@ -37,6 +37,6 @@ both roads, and compares them.
 
 *Fairness.* A ready connection gets one step per turn: one read, what follows from it, one write. Requests that lie in the same read
 behind the first wait for the next turn. (The requests that one read of an HTTP/2 connection has brought do not wait: they are no more
-than it may have streams open.) After `TURNS` turns at the latest, trio's other tasks have theirs. A side that takes no more stops the
-other: what it did not take is kept (one read at most), and nothing is read until it is gone.
+than it may have streams open.) A turn serves each ready connection once; when trio has something to do, it has it behind this turn. A
+side that takes no more stops the other: what it did not take is kept (one read at most), and nothing is read until it is gone.
 """

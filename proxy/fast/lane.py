@@ -47,8 +47,8 @@ class Lane:
     `hand_over` by anybody, the rest by the road."""
 
     __slots__ = (
-        "_account", "_client", "_course", "_endpoint", "_exchange", "_fault", "_lent", "_loan", "_punts", "_remaining", "_rest", "_resting",
-        "_result", "_road", "_server", "_spare", "_task", "moved",
+        "_account", "_client", "_course", "_endpoint", "_exchange", "_fault", "_ground", "_lent", "_loan", "_punts", "_remaining",
+        "_rest", "_resting", "_result", "_road", "_server", "_spare", "_task", "moved",
     )  # fmt: skip
     limit = inf  # no request of HTTP/1 says until when it may take
 
@@ -56,7 +56,8 @@ class Lane:
         self._road = road
         self._course = course
         self._server = server
-        self._client = Side(road, stream)
+        self._ground = road.ground
+        self._client = Side(road.ground, stream)
         self._lent = False
         self._task: Task | None = None  # the connection's, while it is suspended here
         self._result: Http1Exchange | None = None  # that has been begun here, and goes on there
@@ -249,7 +250,7 @@ class Lane:
             return
         request, length = found
         body = data[end : end + length]
-        now = self._road.now
+        now = self._ground.now
         # The body is read from there only if it has to be sent again.
         exchange = Http1Exchange(server, request, Whole(body) if body else _NOTHING, now=now)
         rest = data[end + length :]
@@ -268,7 +269,7 @@ class Lane:
         self._exchange, self._account, self._loan = exchange, account, loan
         self._rest = rest
         self._remaining = 0
-        self._endpoint = endpoint = side_of(loan.upstream, self._road)
+        self._endpoint = endpoint = side_of(loan.upstream, self._ground)
         endpoint.belongs(self._on_server)
         exchange.carried_by(endpoint.peer, endpoint.tls)
         exchange.request_bytes = length
@@ -295,7 +296,7 @@ class Lane:
         exchange, endpoint = self._exchange, self._endpoint
         if exchange is None or endpoint is None:
             return
-        self.moved = self._road.now
+        self.moved = self._ground.now
         if endpoint.unsent:
             self._ask(endpoint, endpoint.unsent)
             return
@@ -340,7 +341,7 @@ class Lane:
         self._send(head + body if head else body)
 
     def _flush(self) -> None:
-        self.moved = self._road.now
+        self.moved = self._ground.now
         self._send(self._client.unsent)
 
     def _send(self, data: bytes) -> None:
@@ -376,12 +377,12 @@ class Lane:
         if self._spare:
             loan.end(usable=False)
         else:
-            loan.done(self._road.now)
+            loan.done(self._ground.now)
         self._forget_exchange()
         self._punts = 0
         server = self._server
         server.served = True
-        server.idle_since = self._road.now
+        server.idle_since = self._ground.now
         self._road.rests(self)
         if server.drain.draining:
             self.give_back(rest)
@@ -389,4 +390,4 @@ class Lane:
         self._client.watch(IN)
         if rest:
             self._rest = rest
-            self._road.again(self)
+            self._ground.again(self)

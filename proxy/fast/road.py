@@ -1,27 +1,23 @@
-"""The one task, its epoll set, and who is lent. The theory stands in the package."""
+"""Who is on the road, and how it comes there and leaves. The theory stands in the package."""
 
 from __future__ import annotations
 
+import logging
 import math
-import select
-from collections.abc import Callable
 
 import trio
-from trio.lowlevel import checkpoint, wait_readable
 
 from proxy.exchange.server import Drain, Http1Exchange, Http1Server
 from proxy.exchange.server2 import Http2Exchange, Http2Server
 from proxy.fast.course import Course
+from proxy.fast.ground import Ground, enter, leave
 from proxy.fast.lane import Lane
 from proxy.fast.strand import Strand, begin
 from proxy.net.streams import SocketStream
 from proxy.net.tls import TLSStream
 
-# Turns of the loop before trio's other tasks get theirs. A turn serves each ready connection once, so this bounds what a new connection
-# or a deadline waits by a few milliseconds; and it saves a pass of the scheduler where the next events are there already.
-TURNS = 8
-# Events taken from the kernel in one turn.
-EVENTS = 256
+_log = logging.getLogger("isthmus.exchange")
+
 # Seconds without a step after which an exchange is not plain any more. It is looked at twice as often.
 PATIENCE = 1.0
 
@@ -33,33 +29,40 @@ class Road:
         """Of the servers that lend; `idle_timeout` in seconds."""
         drain.on_begin.add(self._recall)
         self._idle = idle_timeout / 2
-        self._epoll = select.epoll()
-        self.steps: dict[int, Callable[[int], None]] = {}  # by descriptor: what to do when it is ready
+        self._ground: Ground | None = None  # while it runs
         self._lanes: set[Lane] = set()
-        self._again: list[Lane] = []  # lanes that have bytes of a next request already
         self._busy: set[Lane | Strand] = set()  # in an exchange
         self._doze: trio.Event | None = None  # what the watch waits for while nothing is under way
-        self._running = False
+        self.running = False  # it takes what is lent
         self._finished = self._handed_over = 0  # exchanges, since they were last asked for
-        self.now = 0.0  # trio's time at the beginning of this turn
+
+    async def open(self) -> None:
+        """From here on it takes what is lent; `run` has to follow."""
+        self._ground = await enter(self)
+        if self._ground is None:
+            _log.warning("trio's epoll set is not to be found in /proc: HTTP/1.1 takes the ordinary road")
+        self.running = True
 
     async def run(self) -> None:
-        """Carry what is lent, until cancelled."""
-        self._running = True
+        """See to what is on the road, until cancelled: then that is given back."""
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch)
-                await self._serve()
+            await self._watch()
         finally:
-            self._running = False
-            for lane in list(self._lanes):
-                lane.leave()
-            self._epoll.close()
+            self.close()
+            if self._ground is not None:
+                leave(self, self._ground)
+
+    def close(self) -> None:
+        """Take nothing more, and give back what is on the road."""
+        self.running = False
+        for lane in list(self._lanes):
+            lane.leave()
 
     async def carry(self, course: Course, server: Http1Server) -> Http1Exchange | None:
         """See exchange.begun.Carry. Cancelled within an exchange, it closes the exchange's account as such."""
         stream = server.stream
-        if not self._running or server.drain.draining or not isinstance(stream, SocketStream | TLSStream):
+        ground = self._ground
+        if not self.running or ground is None or server.drain.draining or not isinstance(stream, SocketStream | TLSStream):
             return None
         lane = server.lane
         if not isinstance(lane, Lane):
@@ -67,13 +70,14 @@ class Road:
         if not lane.willing():
             return None
         self._lanes.add(lane)
+        ground.lent += 1
         if self._doze is not None:
             self._doze.set()
         return await lane.carry()
 
     def fork(self, course: Course, server: Http2Server, exchange: Http2Exchange) -> bool:
         """See exchange.begun.Fork."""
-        return self._running and not server.drain.draining and begin(self, course, server, exchange)
+        return self.running and not server.drain.draining and begin(self, course, server, exchange)
 
     def counts(self) -> tuple[int, int]:
         """Exchanges that have been finished here since this was last asked, and such that have been handed over."""
@@ -87,20 +91,17 @@ class Road:
 
     # For lanes...
 
-    def watch(self, descriptor: int, before: int, events: int) -> None:
-        """Wait for these events (0: none) instead of those `before`. A descriptor that is closed leaves the set by itself (epoll(7)), and
-        its step is replaced when its number is used again."""
-        if not events:
-            self.steps.pop(descriptor, None)
-            self._epoll.unregister(descriptor)
-        elif before:
-            self._epoll.modify(descriptor, events)
-        else:
-            self._epoll.register(descriptor, events)
+    @property
+    def ground(self) -> Ground:
+        """What it lies on, for those that are on it."""
+        if self._ground is None:
+            raise RuntimeError("the road does not run")
+        return self._ground
 
     def released(self, lane: Lane) -> None:
         self._lanes.discard(lane)
         self._busy.discard(lane)
+        self.ground.lent -= 1
 
     @property
     def patience(self) -> float:
@@ -122,31 +123,7 @@ class Road:
         """An exchange goes on elsewhere."""
         self._handed_over += 1
 
-    def again(self, lane: Lane) -> None:
-        self._again.append(lane)
-
-    # The loop...
-
-    async def _serve(self) -> None:
-        epoll, steps = self._epoll, self.steps
-        while True:
-            if self._again:
-                await checkpoint()
-            else:
-                await wait_readable(epoll.fileno())
-            self.now = trio.current_time()
-            for _ in range(TURNS):
-                events = epoll.poll(0, EVENTS)
-                if self._again:
-                    again, self._again = self._again, []
-                    for lane in again:
-                        lane.next()
-                elif not events:
-                    break
-                for descriptor, mask in events:
-                    step = steps.get(descriptor)
-                    if step is not None:  # otherwise it was forgotten in this very turn
-                        step(mask)
+    # What does not move...
 
     async def _watch(self) -> None:
         """Give back what does not move. The interval is long while no exchange is under way."""

@@ -12,7 +12,7 @@ from proxy.net.streams import SocketStream
 from proxy.net.tls import TLSStream
 
 if TYPE_CHECKING:
-    from proxy.fast.road import Road
+    from proxy.fast.ground import Ground
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
 
@@ -20,10 +20,10 @@ IN, OUT = select.EPOLLIN, select.EPOLLOUT
 class Side:
     """A stream on the road: what it is watched for, and what it would not take yet."""
 
-    __slots__ = ("_road", "_step", "_watched", "descriptor", "peer", "receive", "send", "tls", "unsent")
+    __slots__ = ("_ground", "_step", "_watched", "descriptor", "peer", "receive", "send", "tls", "unsent")
 
-    def __init__(self, road: Road, stream: Prompt) -> None:
-        self._road = road
+    def __init__(self, ground: Ground, stream: Prompt) -> None:
+        self._ground = ground
         self._step: Callable[[int], None] | None = None
         self._watched = 0
         self.peer = stream.peer
@@ -35,14 +35,14 @@ class Side:
 
     def belongs(self, step: Callable[[int], None]) -> None:
         """`step` hears of what is watched from now on."""
-        self._step = self._road.steps[self.descriptor] = step
+        self._step = self._ground.steps[self.descriptor] = step
 
     def watch(self, events: int) -> None:
         """Wait for these events from now on; 0: for none, not even for the end of the connection, which epoll cannot be told to ignore."""
         if events != self._watched:
             if not self._watched and self._step is not None:
-                self._road.steps[self.descriptor] = self._step  # which is forgotten with the last event
-            self._road.watch(self.descriptor, self._watched, events)
+                self._ground.steps[self.descriptor] = self._step  # which is forgotten with the last event
+            self._ground.watch(self.descriptor, self._watched, events)
             self._watched = events
 
     def rest(self) -> None:
@@ -57,7 +57,7 @@ class Side:
         self.watch(0)
 
 
-def side_of(upstream: Upstream, road: Road) -> Side:
+def side_of(upstream: Upstream, ground: Ground) -> Side:
     """The side of a kept connection; it is made once, and stays with it."""
     side = upstream.side
     if isinstance(side, Side):
@@ -65,5 +65,5 @@ def side_of(upstream: Upstream, road: Road) -> Side:
     stream = upstream.stream
     if not isinstance(stream, SocketStream | TLSStream):
         raise TypeError(f"{type(stream).__name__} cannot be asked without waiting")
-    upstream.side = side = Side(road, stream)
+    upstream.side = side = Side(ground, stream)
     return side

@@ -141,8 +141,9 @@ def _pave(proxy: Hop, settings: Settings, book: Callable[[Exchange], AbstractCon
         proxy.carry = partial(proxy.road.carry, _Course(proxy, book))
 
 
-def _serve(nursery: trio.Nursery, proxy: Hop, listener: socket.socket) -> None:
+async def _serve(nursery: trio.Nursery, proxy: Hop, listener: socket.socket) -> None:
     if proxy.road is not None:
+        await proxy.road.open()
         nursery.start_soon(proxy.road.run)
     nursery.start_soon(proxy.acceptor.serve, [listener])
 
@@ -205,7 +206,7 @@ async def hop(target: Address, settings: Settings | None = None) -> AsyncIterato
     proxy.address = Address.of(listener.getsockname())
     proxy.acceptor = Acceptor(serve, limit=4096, on_error=lambda _, error: proxy.errors.append(error))
     async with trio.open_nursery() as nursery:
-        _serve(nursery, proxy, listener)
+        await _serve(nursery, proxy, listener)
         try:
             yield proxy
         finally:

@@ -224,6 +224,7 @@ async def hop2(*targets: Address, settings: Settings2 | None = None) -> AsyncIte
 
         _start(nursery, own, partial(proxy.acceptor.serve, [listener]))
         if proxy.road is not None:
+            await proxy.road.open()
             nursery.start_soon(proxy.road.run)
         try:
             yield proxy

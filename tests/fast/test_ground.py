@@ -1,0 +1,151 @@
+"""The loop beneath trio: what comes for the road is done where trio would wait, and nothing of trio's waits for it."""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import pytest
+import trio
+
+from proxy.exchange.server import Drain
+from proxy.fast import ground as room
+from proxy.fast.ground import Ground
+from proxy.fast.road import Road
+from tests.kit.http import descriptors
+
+
+@asynccontextmanager
+async def grounded() -> AsyncIterator[Ground]:
+    """A road that has lent something, as far as its ground knows."""
+    road = Road(Drain(), 60)
+    await road.open()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(road.run)
+        road.ground.lent += 1
+        yield road.ground
+        nursery.cancel_scope.cancel()
+
+
+@contextmanager
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    one, other = socket.socketpair()
+    with one, other:
+        one.setblocking(False)
+        yield one, other
+
+
+class Passes(trio.abc.Instrument):
+    """Counts the steps of tasks."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def before_task_step(self, _: object) -> None:
+        self.steps += 1
+
+
+async def test_what_comes_for_the_road_takes_no_pass_of_the_scheduler() -> None:
+    passes, heard, all_of_it = Passes(), bytearray(), trio.Event()
+    with ends() as (here, there):
+        async with grounded() as ground:
+
+            def step(_: int) -> None:
+                heard.extend(here.recv(1))
+                if len(heard) < 1000:
+                    there.send(b"x")
+                else:
+                    all_of_it.set()
+
+            ground.steps[here.fileno()] = step
+            ground.watch(here.fileno(), 0, select.EPOLLIN)
+            trio.lowlevel.add_instrument(passes)
+            there.send(b"x")
+            with trio.fail_after(20):
+                await all_of_it.wait()
+            trio.lowlevel.remove_instrument(passes)
+    assert passes.steps < 100
+
+
+async def test_a_deadline_comes_although_the_road_is_idle() -> None:
+    async with grounded():
+        with trio.fail_after(20):
+            await trio.sleep(0.05)
+
+
+async def test_a_deadline_comes_although_the_road_is_never_idle() -> None:
+    steps = 0
+
+    def step(_: int) -> None:
+        nonlocal steps
+        steps += 1
+
+    with ends() as (here, there):
+        async with grounded() as ground:
+            ground.steps[here.fileno()] = step
+            ground.watch(here.fileno(), 0, select.EPOLLIN)
+            there.send(b"x")  # which nobody takes
+            with trio.fail_after(20):
+                await trio.sleep(0.05)
+    assert steps > 10
+
+
+async def test_a_task_that_a_step_has_made_runnable_runs_at_once() -> None:
+    event = trio.Event()
+    with ends() as (here, there):
+        async with grounded() as ground:
+
+            def step(_: int) -> None:
+                here.recv(1)
+                event.set()
+
+            ground.steps[here.fileno()] = step
+            ground.watch(here.fileno(), 0, select.EPOLLIN)
+            there.send(b"x")
+            with trio.fail_after(20):
+                await event.wait()
+
+
+async def test_what_other_threads_and_other_sockets_say_is_heard() -> None:
+    with ends() as (here, there):
+        async with grounded():
+            with trio.fail_after(20):
+                await trio.to_thread.run_sync(there.send, b"x")
+                await trio.lowlevel.wait_readable(here)
+
+
+async def test_roads_of_one_run_share_their_ground_and_leave_nothing_open() -> None:
+    before = descriptors()
+    async with grounded() as one, grounded() as other:
+        assert one is other
+    assert descriptors() == before
+    async with grounded() as another:
+        assert another is not one
+
+
+async def test_a_fault_of_the_loop_closes_the_road_and_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(_: Ground, __: float) -> None:
+        raise OSError("no epoll today")
+
+    async with grounded() as ground:
+        (road,) = ground.roads
+        monkeypatch.setattr(Ground, "_wait", broken)
+        with trio.fail_after(20):
+            await trio.sleep(0.05)
+        assert not road.running
+    assert "the fast road failed by a fault of this proxy's, and is closed" in caplog.text
+
+
+async def test_without_trio_s_epoll_set_there_is_no_road_for_connections(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(room, "_watcher_of", lambda _: None)
+    caplog.set_level(logging.WARNING)
+    road = Road(Drain(), 60)
+    await road.open()
+    assert "HTTP/1.1 takes the ordinary road" in caplog.text
+    with pytest.raises(RuntimeError):
+        road.ground  # noqa: B018  # it raises
