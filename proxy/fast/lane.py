@@ -301,7 +301,7 @@ class Lane:
             self._ask(endpoint, endpoint.unsent)
             return
         try:
-            data = endpoint.receive()
+            data = endpoint.receive() if exchange.response is None else endpoint.receive(endpoint.bulk)
         except NetError:
             data = b""
         if data is None:

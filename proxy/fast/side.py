@@ -14,13 +14,17 @@ from proxy.net.tls import TLSStream
 if TYPE_CHECKING:
     from proxy.fast.ground import Ground
 
+# Bytes that are read at a time where a body goes on: fewer steps, and more memory for those that do not take it. Of 64 KiB each, 1 MiB took
+# a hop 19 % more processor time. TLS is put together of records, a copy that has to stay in the cache to be cheap.
+BULK, BULK_TLS = 262144, 131072
+
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
 
 
 class Side:
     """A stream on the road: what it is watched for, and what it would not take yet."""
 
-    __slots__ = ("_ground", "_step", "_watched", "descriptor", "peer", "receive", "send", "tls", "unsent")
+    __slots__ = ("_ground", "_step", "_watched", "bulk", "descriptor", "peer", "receive", "send", "tls", "unsent")
 
     def __init__(self, ground: Ground, stream: Prompt) -> None:
         self._ground = ground
@@ -31,6 +35,7 @@ class Side:
         self.descriptor = stream.socket.fileno()
         self.receive = stream.receive_nowait
         self.send = stream.send_nowait
+        self.bulk = BULK if self.tls is None else BULK_TLS
         self.unsent = b""
 
     def belongs(self, step: Callable[[int], None]) -> None:

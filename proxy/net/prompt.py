@@ -14,7 +14,7 @@ class Prompt(Stream, Protocol):
     @property
     def socket(self) -> socket.socket: ...
 
-    def receive_nowait(self) -> bytes | None:
+    def receive_nowait(self, max_bytes: int = ...) -> bytes | None:
         """As receive_some, if there is something; None: it would have to be waited for. A lost connection, or a clean end, is told again to
         whoever asks next."""
         ...

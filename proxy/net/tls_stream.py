@@ -267,11 +267,11 @@ class TLSStream(trio.abc.HalfCloseableStream):
         self._check_open()
         if self._torn:
             raise self._unusable()
+        if code := self._option(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._torn = True
+            raise self._refused(lost(code))
         size, sent = len(data), 0
         while sent < size:
-            if code := self._option(socket.SOL_SOCKET, socket.SO_ERROR):
-                self._torn = True
-                raise self._refused(lost(code))
             try:
                 sent += self._send(data if size <= _RECORD else memoryview(data)[sent : sent + _RECORD])
             except (SSL.WantWriteError, SSL.WantReadError):
