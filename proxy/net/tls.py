@@ -117,22 +117,16 @@ async def _handshake(connection: SSL.Connection, stream: SocketStream, timeout: 
 
 
 def _info(connection: SSL.Connection, sni: str, verify: Verify | None) -> TLSInfo:
-    identity = verify(connection.get_peer_certificate(as_cryptography=True)) if verify is not None else None
+    certificate = connection.get_peer_certificate(as_cryptography=True)
+    identity = verify(certificate) if verify is not None else None
     return TLSInfo(
         version=connection.get_protocol_version_name(),
         cipher=connection.get_cipher_name() or "",
         group=connection.get_group_name() or "",
         alpn=connection.get_alpn_proto_negotiated(),
-        resumed=_was_resumed(connection),
+        # pyOpenSSL does not offer SSL_session_reused. But the verified chain belongs to the connection, the peer's certificate to the
+        # session: so a certificate that has no chain came with a session. (Without any certificate there is nothing to tell by.)
+        resumed=certificate is not None and connection.get_verified_chain() is None,
         peer_identity=None if identity is None else str(identity),
         sni=sni,
     )
-
-
-def _was_resumed(connection: SSL.Connection) -> bool:
-    """Whether the handshake resumed a session. pyOpenSSL does not offer SSL_session_reused; this is what it does offer.
-
-    The verified chain belongs to the connection, the peer's certificate to the session. So a certificate that has no chain was
-    not verified on this connection: it came with a session. (Without any certificate of the peer there is nothing to tell by.)
-    """
-    return connection.get_peer_certificate() is not None and connection.get_verified_chain() is None

@@ -25,8 +25,9 @@ async def grounded() -> AsyncIterator[Ground]:
     await road.open()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(road.run)
-        road.ground.lent += 1
+        road.ground.lend()
         yield road.ground
+        road.ground.release()
         nursery.cancel_scope.cancel()
 
 
