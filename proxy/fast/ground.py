@@ -49,7 +49,7 @@ class Ground(trio.abc.Instrument):
     def __init__(self, trios: int) -> None:
         """`trios`: the descriptor of trio's epoll set."""
         self.roads: set[Road] = set()
-        self._lent = 0  # connections that are on a road
+        self.lent = 0  # connections that are on a road
         self.now = 0.0  # trio's time at the beginning of this turn
         self.steps: dict[int, Callable[[int], None]] = {trios: self._on_trio}  # by descriptor: what to do when it is ready
         self._again: list[Lane] = []  # lanes that have bytes of a next request already
@@ -74,22 +74,12 @@ class Ground(trio.abc.Instrument):
         """`lane` wants another step, in the next turn."""
         self._again.append(lane)
 
-    def lend(self) -> None:
-        """A connection more is on a road. trio is listened to only while there is one: that costs each pass of its scheduler something."""
-        self._lent += 1
-        if self._lent == 1:
-            add_instrument(self)
-
-    def release(self) -> None:
-        """One less."""
-        self._lent -= 1
-        if not self._lent:
-            remove_instrument(self)
-
     # What trio tells...
 
     def before_io_wait(self, timeout: float) -> None:
         """trio is about to wait for `timeout` seconds."""
+        if not self.lent:
+            return
         try:
             self._wait(timeout)
         except Exception as error:  # each lane has a boundary of its own: this is a fault of the loop's
@@ -148,6 +138,7 @@ async def enter(road: Road) -> Ground | None:
             return None
         ground = Ground(trios)
         _HERE.set(ground)
+        add_instrument(ground)
     ground.roads.add(road)
     return ground
 
@@ -156,6 +147,7 @@ def leave(road: Road, ground: Ground) -> None:
     """The road is empty, and no more."""
     ground.roads.discard(road)
     if not ground.roads:
+        remove_instrument(ground)
         _HERE.set(None)
         ground.close()
 

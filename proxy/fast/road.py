@@ -70,7 +70,7 @@ class Road:
         if not lane.willing():
             return None
         self._lanes.add(lane)
-        ground.lend()
+        ground.lent += 1
         if self._doze is not None:
             self._doze.set()
         return await lane.carry()
@@ -101,7 +101,7 @@ class Road:
     def released(self, lane: Lane) -> None:
         self._lanes.discard(lane)
         self._busy.discard(lane)
-        self.ground.release()
+        self.ground.lent -= 1
 
     @property
     def patience(self) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import select
 import socket
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
@@ -21,13 +23,13 @@ from tests.kit.http import descriptors
 @asynccontextmanager
 async def grounded() -> AsyncIterator[Ground]:
     """A road that has lent something, as far as its ground knows."""
-    road = Road(Drain(), 60)
+    road = Road(Drain(), 1_000_000)  # so that it does not look up by itself meanwhile
     await road.open()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(road.run)
-        road.ground.lend()
+        road.ground.lent += 1
         yield road.ground
-        road.ground.release()
+        road.ground.lent -= 1
         nursery.cancel_scope.cancel()
 
 
@@ -108,6 +110,29 @@ async def test_a_task_that_a_step_has_made_runnable_runs_at_once() -> None:
             there.send(b"x")
             with trio.fail_after(20):
                 await event.wait()
+
+
+async def test_a_task_whose_connection_was_the_last_on_the_road_runs_at_once() -> None:
+    """It comes back in the midst of a wait."""
+    event = trio.Event()
+    with ends() as (here, there):
+        async with grounded() as ground:
+
+            def step(_: int) -> None:
+                here.recv(1)
+                ground.watch(here.fileno(), select.EPOLLIN, 0)
+                ground.lent -= 1
+                event.set()
+
+            ground.steps[here.fileno()] = step
+            ground.watch(here.fileno(), 0, select.EPOLLIN)
+            threading.Timer(0.2, there.send, [b"x"]).start()  # when trio waits
+            before = time.perf_counter()
+            with trio.move_on_after(20) as scope:
+                await event.wait()
+            assert not scope.cancel_called
+            assert time.perf_counter() - before < 15  # and not because its deadline had come
+            ground.lent += 1
 
 
 async def test_what_other_threads_and_other_sockets_say_is_heard() -> None:
