@@ -25,7 +25,7 @@ async def serve(stage: Stage, end: End) -> None:
     done = 0
     async with trio.open_nursery() as nursery:
         while end.ended is None and not end.closed:
-            await stage.until(lambda: len(end.told) > done or end.ended is not None or end.closed, 100)  # noqa: B023
+            await stage.until(lambda: len(end.told) > done or end.ended is not None or end.closed, 100)  # noqa: B023  # used in this turn
             for number in end.told[done:]:
                 nursery.start_soon(_respond, stage, end, number)
             done = len(end.told)
@@ -176,7 +176,7 @@ async def _slow_take(asked: Asked) -> None:
     end.h2.increment_flow_control_window(10**6)  # the connection's: what is short is the stream's
     for more in (100, 3000, 40_000, 10**6):
         await end.flush()
-        await asked.stage.until(lambda: len(message.body) == window or message.over)  # noqa: B023
+        await asked.stage.until(lambda: len(message.body) == window or message.over)  # noqa: B023  # used in this turn
         if not message.over:
             end.h2.increment_flow_control_window(more, asked.number)
         window += more
@@ -228,7 +228,7 @@ async def _echo(asked: Asked) -> None:
     await end.flush()
     over, sent = False, 0
     while not over:
-        await asked.stage.until(lambda: len(message.body) > sent or message.over or end.ended is not None, 100)  # noqa: B023
+        await asked.stage.until(lambda: len(message.body) > sent or message.over or end.ended is not None, 100)  # noqa: B023  # used in this turn
         over, new = message.over or end.ended is not None, bytes(message.body[sent:])
         sent += len(new)
         if new or (over and not message.trailers):
