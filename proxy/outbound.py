@@ -138,7 +138,8 @@ class OutboundCourse:
         shared = self._lent(exchange, Hint.HTTP1, self._pools.share)
         if shared is not None and isinstance(shared.attempt, Underway):
             shared.on_answer = shared.attempt.answered
-            if exchange.body.length != 0:  # a stream may be refused when a part of its body is gone
+            # A stream may be refused when a part of its body is gone. An address of no service is asked once.
+            if shared.attempt.target.service is not None and exchange.body.length != 0:
                 exchange.body = Replay(exchange.body, DEFAULT_POLICY.retries.max_body)
         return shared
 

@@ -198,6 +198,7 @@ class Exchange(ABC):
 
     async def go_on(self, unsent: bytes, body: Body) -> None:
         """Go on with a response whose head the fast road has sent: `unsent`, and what is left of `body`. Raises as `respond`."""
+        # Not abstract: only a server's exchanges begin there, and a layer can be tried with others.
         raise NotImplementedError(f"{type(self).__name__} does not begin on the fast road")
 
     @abstractmethod

@@ -11,7 +11,7 @@ what it has not passed on lies where the ordinary road will find it.
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from proxy.fast.road import Road
 
 _log = logging.getLogger("isthmus.exchange")
+
+_UNOPENED = nullcontext()
 
 
 def begin(road: Road, course: Course, server: Http2Server, exchange: Http2Exchange) -> bool:
@@ -75,7 +77,7 @@ class Strand:
         self._loan = loan
         self._client = exchange.stream
         self._endpoint: MuxStream = exchange.stream  # until it has its own
-        self._account: AbstractContextManager[object] = ExitStack()
+        self._account: AbstractContextManager[object] = _UNOPENED
         self._asked = False  # all of the request has been sent
         self.began = 0.0  # trio's time
         self.moved = 0.0  # when something was passed on last
@@ -98,8 +100,9 @@ class Strand:
         exchange.carried(loan.mux.stream)
         self._asked = exchange.body.length == 0
         self._endpoint = endpoint = loan.open(exchange, end=self._asked)
-        client.on_news, client.on_lost = self._on_client, self._on_client_lost
-        endpoint.on_news, endpoint.on_lost = self._on_endpoint, self._on_endpoint_lost
+        client.on_news, endpoint.on_news = self._on_client, self._on_endpoint
+        # Where the client does not want it any more, the ordinary road finds the exchange cancelled, and closes what is open.
+        client.on_lost = endpoint.on_lost = self.hand_over
         self._road.begins(self)
         if not self._asked:
             self._ask()  # what has come with the head
@@ -119,13 +122,6 @@ class Strand:
             self._answer()
         except Exception as error:
             self._fail(error)
-
-    def _on_client_lost(self) -> None:
-        """The client does not want it any more. The ordinary road finds the exchange cancelled, and closes what is open."""
-        self.hand_over()
-
-    def _on_endpoint_lost(self) -> None:
-        self.hand_over()
 
     # The steps...
 

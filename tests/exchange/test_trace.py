@@ -228,7 +228,7 @@ async def test_a_servers_span_has_the_first_user_agent_wherever_it_stands(lines:
 
 
 class Referred(Exchange):
-    """An exchange that can be asked whether it is still there."""
+    """An exchange that can be asked whether it is still there. It is answered: nothing else is asked of it."""
 
     __slots__ = ("__weakref__",)
 

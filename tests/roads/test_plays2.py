@@ -33,14 +33,10 @@ def same(ordinary: Left, other: Left) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shape", ["inbound", "outbound", "pair"])
 async def test_nobody_can_tell_which_road_a_stream_took(shape: Shape, seed: int, theatre: Callable[..., Theatre]) -> None:
-    acts, stage = drawn(seed, 40), theatre()
-    ordinary = await stage.play(acts, shape, "ordinary", seed)
-    assert not ordinary.finished
-    assert ordinary.spans
-    fast = await stage.play(acts, shape, "fast", seed)
+    ordinary, fast, disturbed = await theatre().on_all_roads(drawn(seed, 40), shape, seed)
     assert fast.finished >= 12, "nothing was put to the test"
     same(ordinary, fast)
-    same(ordinary, await stage.play(acts, shape, "disturbed", seed))
+    same(ordinary, disturbed)
 
 
 @pytest.mark.parametrize("shape", ["inbound", "outbound"])
