@@ -3,6 +3,10 @@
 Addresses are literals, so there is nothing to resolve and nothing that blocks: connect(2) on a non-blocking socket, wait until
 it is writable, read SO_ERROR. One attempt to one address; which address to try, and how often, is the balancer's business.
 
+On this machine there is nothing to wait for: the kernel has carried all three packets, or the refusal, when connect(2) returns; only, it
+says EINPROGRESS of every non-blocking socket. So it is asked a second time, which costs a microsecond; a deadline and a pass of the
+scheduler would cost twenty. Every connection to the pod's own application is one of these.
+
 Two guards stand here because every connection we open comes by: `refuse`, which is asked before a packet is sent, and the mark,
 by which the packet filter knows our own traffic and does not send it back to us.
 """
@@ -57,6 +61,11 @@ _WORDS = {
 }
 
 
+# What connect(2) says of a connection that is there, and of one that may come to be.
+_THERE = frozenset({0, errno.EISCONN})
+_UNDERWAY = frozenset({errno.EINPROGRESS, errno.EALREADY})
+
+
 def _allow(_: Address) -> None:
     pass
 
@@ -94,9 +103,9 @@ class Dialer:
         try:
             self._mark(sock, address)
             self._keep_alive(sock)
-            finished = self._begin(sock, address)
+            there = _connect(sock, address)
             forget = self._watched(sock, address, depth)
-            if not finished:
+            if not there and not _connect(sock, address):
                 await self._finish(sock, address)
             stream = _stream(sock, address)
             stream.on_close = forget
@@ -142,16 +151,6 @@ class Dialer:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
 
-    def _begin(self, sock: socket.socket, address: Address) -> bool:
-        """Send the first packet; whether the connection is there at once."""
-        try:
-            sock.connect((address.host, address.port))
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            raise failure(address, error.errno or 0) from error
-        return True
-
     def _watched(self, sock: socket.socket, address: Address, depth: int) -> Callable[[], None] | None:
         """Our end of it is known from the first packet on, and said before any other task runs: it may come back to us."""
         if self.watch is None:
@@ -175,6 +174,16 @@ def _socket(address: Address, kind: int) -> socket.socket:
         return socket.socket(socket.AF_INET6 if address.is_ipv6 else socket.AF_INET, kind | socket.SOCK_NONBLOCK)
     except OSError as error:
         raise failure(address, error.errno or 0) from error
+
+
+def _connect(sock: socket.socket, address: Address) -> bool:
+    """connect(2): sends the first packet; later, says what has become of it. Whether the connection is there."""
+    code = sock.connect_ex((address.host, address.port))
+    if code in _UNDERWAY:
+        return False
+    if code not in _THERE:
+        raise failure(address, code)
+    return True
 
 
 def _stream(sock: socket.socket, address: Address) -> SocketStream:

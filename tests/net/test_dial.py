@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from proxy.net.dial import Dialer, _stream
 from proxy.net.streams import Address, ConnectFailed
@@ -31,6 +32,52 @@ async def test_dialling_gives_a_connected_stream(host: str) -> None:
     assert stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 7
     stream.close()
     accepted.close()
+
+
+@pytest.mark.parametrize("host", LOOPBACKS)
+async def test_what_is_on_this_machine_is_connected_to_without_a_wait(host: str) -> None:
+    """Run by hand: a coroutine that waited would give something to the scheduler."""
+    with listen(host) as listener:
+        address = address_of(listener)
+        with pytest.raises(StopIteration) as returned:
+            Dialer(timeout=0).dial(address).send(None)
+        stream: SocketStream = returned.value.value
+        accepted, _ = listener.accept()
+        await stream.send_all(b"hello")
+        assert accepted.recv(10) == b"hello"
+        stream.close()
+        accepted.close()
+    with pytest.raises(ConnectFailed, match="refused"):
+        Dialer(timeout=0).dial(address).send(None)
+
+
+async def test_a_connection_that_takes_a_while_is_waited_for() -> None:
+    with socket.socket() as busy, socket.socket() as filling, trio.fail_after(30):
+        busy.bind(("127.0.0.1", 0))
+        busy.listen(0)
+        filling.connect(busy.getsockname())
+        connected: list[SocketStream] = []
+
+        async def dial() -> None:
+            connected.append(await Dialer(timeout=20).dial(address_of(busy)))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(dial)
+            await wait_all_tasks_blocked()
+            assert not connected, "the backlog is full: its packet is dropped, and sent again after a second"
+            busy.accept()[0].close()
+        connected[0].close()
+
+
+async def test_a_cancelled_dial_sends_nothing() -> None:
+    with listen() as listener:
+        listener.setblocking(False)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await Dialer().dial(address_of(listener))
+        assert scope.cancelled_caught
+        with pytest.raises(BlockingIOError):
+            listener.accept()
 
 
 @pytest.mark.parametrize("host", LOOPBACKS)
