@@ -17,6 +17,7 @@ from OpenSSL import SSL, crypto
 
 from proxy.mesh.material import Material
 from proxy.mesh.spiffe import SpiffeId
+from proxy.net.tls import demand_certificate
 
 ALPN_HTTP1 = b"http/1.1"
 ALPN_HTTP2 = b"h2"
@@ -100,7 +101,7 @@ class SessionCache:
 def server_context(material: Material, session_lifetime: float) -> SSL.Context:
     """A new context for accepting. `session_lifetime` in seconds: how long a ticket can be resumed; 0: never."""
     context = _context(SSL.TLS_SERVER_METHOD, material, session_lifetime)
-    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
+    demand_certificate(context, always=True)
     context.set_session_id(SESSION_ID_CONTEXT)
     context.set_alpn_select_callback(_select_protocol)
     return context
@@ -109,7 +110,7 @@ def server_context(material: Material, session_lifetime: float) -> SSL.Context:
 def client_context(material: Material, session_lifetime: float) -> SSL.Context:
     """A new context for dialling. SNI, ALPN and the session to resume are set on each connection."""
     context = _context(SSL.TLS_CLIENT_METHOD, material, session_lifetime)
-    context.set_verify(SSL.VERIFY_PEER)
+    demand_certificate(context, always=False)
     return context
 
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
 
 import trio
-from OpenSSL import SSL
+from cryptography.x509 import Certificate, load_der_x509_certificate
+from OpenSSL import SSL, crypto
 from trio.lowlevel import checkpoint_if_cancelled
 
 from proxy.net.errors import TLSFailed
@@ -25,12 +26,9 @@ from proxy.net.streams import SocketStream
 from proxy.net.tls_errors import explain, note_refusal
 from proxy.net.tls_stream import TLSInfo, TLSStream
 
-if TYPE_CHECKING:
-    from cryptography.x509 import Certificate
+__all__ = ["TLSInfo", "TLSOffer", "TLSStream", "Verify", "demand_certificate", "tls_client", "tls_server"]
 
-__all__ = ["TLSInfo", "TLSOffer", "TLSStream", "Verify", "tls_client", "tls_server"]
-
-Verify = Callable[["Certificate | None"], object]
+Verify = Callable[[Certificate | None], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,7 @@ async def tls_server(stream: SocketStream, context: SSL.Context, *, verify: Veri
     seconds, for the handshake as a whole.
     """
     try:
-        connection = _connection(context, stream)
+        connection = SSL.Connection(context, stream.socket)
         connection.set_accept_state()
         await _handshake(connection, stream, timeout)
         info = _info(connection, (connection.get_servername() or b"").decode("ascii", "replace"), verify)
@@ -74,7 +72,7 @@ async def tls_client(
     the first read, or write, after this.
     """
     try:
-        connection = _connection(context, stream)
+        connection = SSL.Connection(context, stream.socket)
         if offer.server_name:
             connection.set_tlsext_host_name(offer.server_name.encode("ascii"))
         if offer.alpn:
@@ -91,10 +89,13 @@ async def tls_client(
     return TLSStream(stream, connection, info, offer.on_session)
 
 
-def _connection(context: SSL.Context, stream: SocketStream) -> SSL.Connection:
-    connection = SSL.Connection(context, stream.socket)
-    connection.set_verify(context.get_verify_mode(), note_refusal)
-    return connection
+def demand_certificate(context: SSL.Context, *, always: bool) -> None:
+    """Have the handshakes of a new context verify the peer's certificate, and keep in words why one was refused. `always`: as a server, do
+    without none.
+
+    Once for a context, since a callback of its own for each connection costs more than to dial it.
+    """
+    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT if always else SSL.VERIFY_PEER, note_refusal)
 
 
 async def _handshake(connection: SSL.Connection, stream: SocketStream, timeout: float) -> None:
@@ -116,8 +117,19 @@ async def _handshake(connection: SSL.Connection, stream: SocketStream, timeout: 
         raise TLSFailed("timeout", f"the TLS handshake with {stream.peer} was not done within {timeout:g} s")
 
 
+@lru_cache(maxsize=256)
+def _parsed(certificate: bytes) -> Certificate:
+    """From DER. Peers are few, and come again and again; these have been verified, so nobody else gets in here."""
+    return load_der_x509_certificate(certificate)
+
+
+def _peer_certificate(connection: SSL.Connection) -> Certificate | None:
+    shown = connection.get_peer_certificate()
+    return None if shown is None else _parsed(crypto.dump_certificate(crypto.FILETYPE_ASN1, shown))
+
+
 def _info(connection: SSL.Connection, sni: str, verify: Verify | None) -> TLSInfo:
-    certificate = connection.get_peer_certificate(as_cryptography=True)
+    certificate = _peer_certificate(connection)
     identity = verify(certificate) if verify is not None else None
     return TLSInfo(
         version=connection.get_protocol_version_name(),

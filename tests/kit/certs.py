@@ -15,6 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from OpenSSL import SSL, crypto
 
+from proxy.net.tls import demand_certificate
+
 HOUR = timedelta(hours=1)
 
 
@@ -114,7 +116,7 @@ def context(method: int, credential: Credential | None, roots: tuple[x509.Certif
     assert store is not None
     for root in roots:
         store.add_cert(crypto.X509.from_cryptography(root))
-    made.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
+    demand_certificate(made, always=True)
     made.set_session_id(b"test")
     made.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     made.set_mode(SSL.MODE_RELEASE_BUFFERS)

@@ -10,7 +10,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from proxy.net.dial import Dialer, _stream
-from proxy.net.streams import Address, ConnectFailed
+from proxy.net.streams import Address, ConnectFailed, SocketStream
 from tests.net.conftest import LOOPBACKS, listen, no_descriptor_left
 
 
