@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Literal, Self
 
@@ -19,7 +18,7 @@ from proxy.errors import LoopDetected, describe
 from proxy.exchange.exchange import Exchange, Facts
 from proxy.exchange.trace import Tracing
 from proxy.http_measures import Direction, RequestRecord
-from proxy.logs import ConnectionLine, RateLimit, RequestLine, log_connection, log_request, warn
+from proxy.logs import ConnectionLine, RateLimit, RequestLine, connections_logged, log_connection, log_request, warn
 from proxy.metrics import ConnectionRecord, Metrics, Tls
 from proxy.net.relay import Relayed, relay
 from proxy.net.streams import SocketStream, Stream
@@ -92,6 +91,12 @@ class StreamAccount:
     def secured(self, tls: Tls) -> None:
         self._record.secured(tls)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
     def close(self) -> None:
         if self._open:
             self._open = False
@@ -133,7 +138,8 @@ class ConnectionAccount:
         traced = facts.trace if facts.protocol is Spoken.OPAQUE else None
         if traced is not None and self._tracing is not None:
             self._tracing.put(self._span(traced, reason, words, error))
-        log_connection(self._line(reason, words, traced))
+        if connections_logged():
+            log_connection(self._line(reason, words, traced))
 
     async def detect(self, stream: SocketStream, silence: float | None, patience: float) -> Opening:
         """What the connection begins with; None: nobody looks, it is declared opaque."""
@@ -152,15 +158,10 @@ class ConnectionAccount:
         self._account.secured("mutual")
         self._account.stream = stream
 
-    @contextmanager
-    def upstream(self, stream: Stream) -> Iterator[None]:
-        """The account of the one connection to a server that this one is relayed to."""
+    def upstream(self, stream: Stream) -> StreamAccount:
+        """The account of the one connection to a server that this one is relayed to; `with` closes it."""
         self._facts.carried(stream)
-        account = self._ledger.upstream(self._facts.direction, stream)
-        try:
-            yield
-        finally:
-            account.close()
+        return self._ledger.upstream(self._facts.direction, stream)
 
     def relayed(self, ended: Relayed) -> None:
         self._relayed = ended

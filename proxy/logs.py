@@ -83,10 +83,14 @@ class RequestLine:
     span_id: bytes = b""
 
 
+def connections_logged() -> bool:
+    """Whether connections get lines, so that none need be made in vain."""
+    return _CONNECTION.isEnabledFor(logging.INFO)
+
+
 def log_connection(line: ConnectionLine) -> None:
     """One line for a connection, at level info."""
-    if _CONNECTION.isEnabledFor(logging.INFO):
-        _CONNECTION.info("connection", extra={"line": line})
+    _CONNECTION.info("connection", extra={"line": line})
 
 
 def log_request(line: RequestLine) -> None:

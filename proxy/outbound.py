@@ -12,7 +12,6 @@ reached by way of its gateway, which is told the service's name there: as the re
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
 from typing import TypeVar
 
 from proxy.account import ConnectionAccount
@@ -25,6 +24,7 @@ from proxy.exchange.replay import Replay
 from proxy.exchange.trace import trace, untraced
 from proxy.exchange.tunnel import open_tunnel
 from proxy.fast.course import Borrowed, Shared
+from proxy.loops import SelfCall
 from proxy.mesh.contexts import ALPN_HTTP1, ALPN_TCP
 from proxy.mesh.directory import Endpoint, Hint, Target, itself
 from proxy.mesh.policy import DEFAULT_POLICY
@@ -178,22 +178,27 @@ class OutboundCourse:
 
 async def to_endpoint(rt: Runtime, target: Target, client: Stream, about: Facts, account: ConnectionAccount) -> None:
     """Relay `client` to an endpoint, byte for byte."""
-    with ExitStack() as calls:  # of the pod to itself
-        heard: list[Callable[[int, int], None]] = []
+    calls: list[SelfCall] = []  # of the pod to itself: this one, or none
 
-        async def connect(target: Target, endpoint: Endpoint) -> Stream:
-            about.chosen = target.service
-            heard.clear()
-            with ExitStack() as call:
-                if rt.loops.calls_itself(endpoint.address.host):
-                    heard.append(call.enter_context(rt.loops.self_call(endpoint.address.port)).moved)
-                stream = await to_its_port(rt, target, endpoint, about)
-                calls.push(call.pop_all())
-            return stream
+    async def connect(target: Target, endpoint: Endpoint) -> Stream:
+        about.chosen = target.service
+        if not rt.loops.calls_itself(endpoint.address.host):
+            return await to_its_port(rt, target, endpoint, about)
+        calls.append(rt.loops.call_self(endpoint.address.port))
+        try:
+            return await to_its_port(rt, target, endpoint, about)
+        except BaseException:
+            calls.pop().answered()
+            raise
 
+    try:
         async with rt.reach.connection(lambda: rt.router.choose(target), connect) as stream, closing(stream) as upstream:
             with account.upstream(upstream):
-                account.relayed(await relay(client, upstream, idle=rt.config.tcp.idle_timeout, on_bytes=heard[0] if heard else None))
+                heard = calls[0].moved if calls else None
+                account.relayed(await relay(client, upstream, idle=rt.config.tcp.idle_timeout, on_bytes=heard))
+    finally:
+        for call in calls:
+            call.answered()
 
 
 async def to_its_port(rt: Runtime, target: Target, endpoint: Endpoint, about: Facts) -> Stream:

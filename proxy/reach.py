@@ -20,8 +20,8 @@ time.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from types import TracebackType
 
 import trio
 
@@ -149,19 +149,17 @@ class Reach:
 
     # Connections...
 
-    @asynccontextmanager
-    async def connection(self, choose: Callable[[], Target], connect: Connect) -> AsyncIterator[Stream]:
+    def connection(self, choose: Callable[[], Target], connect: Connect) -> Connected:
         """A stream to an endpoint of what `choose` says, opened by `connect`, for a block, at whose end the caller has closed it; another
         endpoint if one cannot be connected to. Raises NoEndpoint, AllBroken, QueueFull, and what `choose` and `connect` raise."""
+        return Connected(self, choose, connect)
+
+    async def connected(self, choose: Callable[[], Target], connect: Connect) -> tuple[Stream, Work | None]:
+        """The same without a block: the work is to be told when it is `finished`; an address of no service makes none."""
         target = choose()
         if target.service is None:
-            yield await connect(target, _only(target))
-            return
-        stream, work = await self._connected(target, choose, connect)
-        try:
-            yield stream
-        finally:
-            work.finished()
+            return await connect(target, _only(target)), None
+        return await self._connected(target, choose, connect)
 
     async def _connected(self, target: Target, choose: Callable[[], Target], connect: Connect) -> tuple[Stream, Work]:
         fleet, failure = self._fleet(target), None
@@ -244,6 +242,26 @@ class Reach:
         elif change.state is State.CLOSED and (suppressed := self._closed.admit()) is not None:
             more = f" ({suppressed} similar suppressed)" if suppressed else ""
             _log.info("%s of %s is used again%s", change.address, change.service, more)
+
+
+class Connected:
+    """What Reach.connection gives."""
+
+    __slots__ = ("_choose", "_connect", "_reach", "_work")
+
+    def __init__(self, reach: Reach, choose: Callable[[], Target], connect: Connect) -> None:
+        self._reach = reach
+        self._choose = choose
+        self._connect = connect
+        self._work: Work | None = None
+
+    async def __aenter__(self) -> Stream:
+        stream, self._work = await self._reach.connected(self._choose, self._connect)
+        return stream
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._work is not None:
+            self._work.finished()
 
 
 async def _timed(attempts: Attempts, sending: Awaitable[None]) -> None:

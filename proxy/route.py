@@ -102,6 +102,9 @@ class Books(Protocol):
         ...
 
 
+_NOTHING_HELD = nullcontext()
+
+
 @dataclass(slots=True)
 class _Absence:
     """A service is served elsewhere. `back`: since when enough of its own endpoints have been usable again."""
@@ -142,7 +145,7 @@ class Router:
 
     def holding(self, original: Address) -> AbstractContextManager[None]:
         """For as long as a connection to this address is open: what it means does not change under it."""
-        return self.virtual.held(original.host) if self.virtual is not None else nullcontext()
+        return self.virtual.held(original.host) if self.virtual is not None else _NOTHING_HELD
 
     def meant(self, original: Address, authority: Callable[[], bytes | None]) -> Target:
         """What a request to `original` is meant for. `authority` is asked only if the address says nothing."""

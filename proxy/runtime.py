@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from types import TracebackType
 
 from proxy.account import Ledger
 from proxy.config import Config
@@ -153,12 +152,19 @@ class Runtime:
         return (exchange.facts.direction == "outbound" or exchange.facts.identity is not None) and not exchange.outside
 
 
-@asynccontextmanager
-async def closing(stream: Stream) -> AsyncIterator[Stream]:
+class closing:  # noqa: N801  (a word of a `with`, as contextlib's)
     """Own `stream` for a block: closed politely behind it, or at once if the block fails or is cancelled."""
-    try:
-        yield stream
-    except BaseException:
-        stream.close()
-        raise
-    await stream.aclose()
+
+    __slots__ = ("_stream",)
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    async def __aenter__(self) -> Stream:
+        return self._stream
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            await self._stream.aclose()
+        else:
+            self._stream.close()

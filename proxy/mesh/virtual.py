@@ -33,7 +33,7 @@ import hashlib
 import ipaddress
 import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,6 +42,8 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 # With an eighth of the range in use, the chance to find so many places taken in a row is 8 ** -64.
 _PROBES = 64
 _LOAD = 8
+
+_NOBODYS = nullcontext()  # held for an address that is nobody's
 
 
 class RemoteName(NamedTuple):
@@ -176,9 +178,12 @@ class VirtualAddresses:
 
         return release
 
-    @contextmanager
-    def held(self, host: str) -> Iterator[None]:
+    def held(self, host: str) -> AbstractContextManager[None]:
         """`hold` for a block, for any address."""
+        return self._held(host) if host in self._hosts else _NOBODYS
+
+    @contextmanager
+    def _held(self, host: str) -> Iterator[None]:
         release = self.hold(host)
         try:
             yield
