@@ -2,9 +2,8 @@
 
 Three rules. Label sets are bounded: nothing that a client chooses (an authority, a path, an unknown method) becomes a label value, and
 should a value come in that nobody foresaw, a family stops growing at `MOST_SERIES` and counts on as "other". Every connection and
-every request is recorded exactly once, on every path out of its `with` block, cancellation included. And the hot path does not look
-anything up: requests are counted in plain numbers (http_measures.py), and what connections count in is bound once and kept
-(`ConnectionMeasures`), for each direction.
+every request is recorded exactly once, on every path out of its `with` block, cancellation included. And what is counted for each of
+them is counted in plain numbers of our own: requests in http_measures.py, connections in tally.py.
 
 Names follow Prometheus: the unit in the name, `_total` for counters, seconds and bytes. The registry is our own, not the global one,
 so that several proxies in one process (tests, the laboratory) do not meet.
@@ -24,12 +23,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from proxy.http_measures import LATENCY_BUCKETS, Direction, HttpCollector, HttpMeasures
 from proxy.reach_measures import ReachMeasures
+from proxy.tally import MOST_SERIES, Spread, Tally
 
 Peer = Literal["src", "dst"]
 Tls = Literal["mutual", "none", "passthrough", "unknown"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-MOST_SERIES = 256
 DETECTION_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2, 3, 5, 10)
 
 _Child = TypeVar("_Child", Counter, Gauge, Histogram)
@@ -58,31 +57,32 @@ class ConnectionRecord:
     It is counted as open once it is known whether it is TLS: at once, or when `secured` is called. One that ends before is "unknown".
     """
 
-    __slots__ = ("_gauge", "_measures", "_peer", "_read", "_tls", "_written")
+    __slots__ = ("_labels", "_measures", "_peer", "_read", "_tls", "_written")
 
     def __init__(self, measures: ConnectionMeasures, peer: Peer, tls: Tls | None) -> None:
         self._measures = measures
-        self._peer = peer
+        self._peer: Peer = peer
         self._tls: Tls | None = tls
-        self._gauge: Gauge | None = None
+        self._labels: tuple[str, ...] | None = None  # of the connection, once it is counted as open
         self._read = 0
         self._written = 0
 
     def secured(self, tls: Tls) -> None:
         """It is known now whether the connection is TLS, and whose. Later calls change nothing."""
-        if self._gauge is None:
-            self._tls = tls
-            self._measures.opened.at(self._measures.direction, self._peer, tls).inc()
-            self._gauge = self._measures.open.at(self._measures.direction, self._peer, tls)
-            self._gauge.inc()
+        if self._labels is None:
+            measures = self._measures
+            self._labels = labels = measures.direction, self._peer, tls
+            measures.opened.add(labels)
+            measures.open.add(labels)
 
     def transferred(self, read: int, written: int) -> None:
         """The connection's totals so far, in bytes; may be called as often as one likes."""
+        measures = self._measures
         if read > self._read:
-            self._measures.read[self._peer].inc(read - self._read)
+            measures.bytes.add((measures.direction, self._peer, "read"), read - self._read)
             self._read = read
         if written > self._written:
-            self._measures.written[self._peer].inc(written - self._written)
+            measures.bytes.add((measures.direction, self._peer, "written"), written - self._written)
             self._written = written
 
     def __enter__(self) -> Self:
@@ -92,19 +92,22 @@ class ConnectionRecord:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.secured("unknown")
-        if self._gauge is not None:
-            self._gauge.dec()
-        self._measures.closed.at(self._measures.direction, self._peer, self._tls or "unknown").inc()
+        if self._labels is not None:
+            self._measures.open.add(self._labels, -1)
+            self._measures.closed.add(self._labels)
 
 
 class ConnectionMeasures:
     """Connections of one direction: from the client (peer "src") and to the server (peer "dst")."""
 
+    __slots__ = ("bytes", "closed", "direction", "open", "opened")
+
     def __init__(self, metrics: Metrics, direction: Direction) -> None:
         self.direction = direction
-        self.opened, self.open, self.closed = metrics.opened, metrics.open, metrics.closed
-        self.read = {peer: metrics.transferred.at(direction, peer, "read") for peer in ("src", "dst")}
-        self.written = {peer: metrics.transferred.at(direction, peer, "written") for peer in ("src", "dst")}
+        self.opened, self.open, self.closed, self.bytes = metrics.opened, metrics.open, metrics.closed, metrics.bytes
+        for peer in ("src", "dst"):
+            for way in ("read", "written"):
+                self.bytes.add((direction, peer, way), 0)
 
     def connection(self, peer: Peer, tls: Tls | None = None) -> ConnectionRecord:
         """Opens an account: `with measures.connection("src") as record: ... record.secured("mutual")`."""
@@ -160,28 +163,31 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Series[Histogram]:
         return Series(Histogram(f"isthmus_{name}", text, labels, registry=self.registry, buckets=buckets), len(labels))
 
+    def _tally(self, name: str, text: str, *labels: str) -> Tally:
+        return Tally(name, text, labels, self.registry)
+
     def _data_path(self) -> None:
         which = ("direction", "peer", "tls")
-        self.opened = self._counter("connections_opened_total", "Connections opened (src: from the client, dst: to the server).", *which)
-        self.open = self._gauge("connections_open", "Connections open now.", *which)
-        self.closed = self._counter("connections_closed_total", "Connections closed.", *which)
-        self.transferred = self._counter("bytes_total", "Bytes read from and written to peers.", "direction", "peer", "way")
-
-    def _events(self) -> None:
-        self._handshakes = self._counter(
+        self.opened = self._tally("connections_opened_total", "Connections opened (src: from the client, dst: to the server).", *which)
+        self.open = self._tally("connections_open", "Connections open now.", *which)
+        self.closed = self._tally("connections_closed_total", "Connections closed.", *which)
+        self.bytes = self._tally("bytes_total", "Bytes read from and written to peers.", "direction", "peer", "way")
+        self._handshakes = self._tally(
             "tls_handshakes_total", "TLS handshakes that ended.", "direction", "side", "result", "version", "group", "resumed"
         )
-        self._tls_failures = self._counter("tls_failures_total", "Failed TLS handshakes by kind.", "direction", "kind")
-        self._detections = self._counter("detections_total", "Protocol detections by result.", "direction", "result")
-        self._detection_time = self._histogram(
-            "detection_seconds", "From the start of protocol detection to its result.", DETECTION_BUCKETS, "direction"
+        self._detections = self._tally("detections_total", "Protocol detections by result.", "direction", "result")
+        self._detection_time = Spread(
+            "detection_seconds", "From the start of protocol detection to its result.", DETECTION_BUCKETS, "direction", self.registry
         )
+        self._declined = self._tally("heads_declined_total", "HTTP/1 heads that the fast recogniser left to h11.", "direction", "role")
+
+    def _events(self) -> None:
+        self._tls_failures = self._counter("tls_failures_total", "Failed TLS handshakes by kind.", "direction", "kind")
         self._loops = self._counter("loops_total", "Traffic loops that were stopped.", "kind")
         self.self_calls = self._counter("self_calls_total", "Connections and requests of the pod to itself.")
         self._dropped_hops = self._counter("hop_tokens_dropped_total", "Requests whose loop tokens were not all believed.", "reason")
         self._dropped_way = self._counter("forwarded_dropped_total", "Requests to a gateway whose Forwarded was not all kept.", "reason")
         self._errors = self._counter("errors_total", "Connections and requests that failed in the proxy.", "direction", "reason")
-        self._declined = self._counter("heads_declined_total", "HTTP/1 heads that the fast recogniser left to h11.", "direction", "role")
         self._fast = self._counter("fast_road_exchanges_total", "HTTP exchanges that the fast road began.", "end")
         self._probes = self._counter("gateway_probes_total", "Other clusters' gateways asked whether they are alive.", "cluster", "result")
         self._sent_away = self._counter("sent_away_total", "Requests and connections to other clusters' gateways.", "cluster", "why")
@@ -224,17 +230,17 @@ class Metrics:
     def handshake(self, direction: Direction, side: Literal["client", "server"], facts: tuple[str, str, bool]) -> None:
         """A TLS handshake succeeded; `facts` are the version, the key-exchange group, and whether the session was resumed."""
         tls_version, group, resumed = facts
-        self._handshakes.at(direction, side, "ok", tls_version, group, "true" if resumed else "false").inc()
+        self._handshakes.add((direction, side, "ok", tls_version, group, "true" if resumed else "false"))
 
     def handshake_failed(self, direction: Direction, side: Literal["client", "server"], kind: str) -> None:
         """A TLS handshake failed; `kind` is the one of TLSFailed."""
-        self._handshakes.at(direction, side, "failed", "", "", "false").inc()
+        self._handshakes.add((direction, side, "failed", "", "", "false"))
         self._tls_failures.at(direction, kind).inc()
 
     def detected(self, direction: Direction, result: str, seconds: float) -> None:
         """Detection ended with `result` (http1, http2, opaque, tls, silent, closed, declared) after `seconds`."""
-        self._detections.at(direction, result).inc()
-        self._detection_time.at(direction).observe(seconds)
+        self._detections.add((direction, result))
+        self._detection_time.observe(direction, seconds)
 
     def sent_away(self, cluster: str, why: str) -> None:
         """A request or connection goes by way of another cluster's gateway, since it was named, by a split, or by a failover."""
@@ -267,7 +273,7 @@ class Metrics:
         self._errors.at(direction, reason).inc()
 
     def heads_declined(self, direction: Direction, role: Literal["request", "response"], count: int) -> None:
-        self._declined.at(direction, role).inc(count)
+        self._declined.add((direction, role), count)
 
     def on_fast_road(self, finished: int, handed_over: int) -> None:
         """So many more exchanges have ended on the fast road, or gone over to the ordinary one."""

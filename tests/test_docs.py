@@ -26,6 +26,7 @@ from proxy.http_measures import HttpCollector
 from proxy.mesh import directory
 from proxy.mesh.directory.clusters import GATEWAY_PORT
 from proxy.mesh.intercept import InterceptSettings
+from proxy.tally import Spread, Tally
 from proxy.units import GrpcCode
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +68,10 @@ def families() -> Iterator[tuple[str, str, tuple[str, ...]]]:
         if isinstance(family, MetricWrapperBase):
             suffix = "_total" if family._type == "counter" else ""
             yield f"{family._name}{suffix}", family._type, tuple(family._labelnames)
+        elif isinstance(family, Tally | Spread):
+            for described in family.describe():
+                suffix = "_total" if described.type == "counter" else ""
+                yield f"{described.name}{suffix}", described.type, described._labelnames
         elif isinstance(family, HttpCollector):
             for found in family.collect():
                 suffix = "_total" if found.type == "counter" else ""

@@ -114,6 +114,50 @@ def test_a_family_stops_growing_and_counts_on_as_other() -> None:
     assert value(metrics, "errors_total", direction="inbound", reason="reason-0") == 1
 
 
+def test_a_gauge_of_many_series_comes_back_to_nothing() -> None:
+    metrics = Metrics()
+    series = [("inbound", "src", f"kind-{number}") for number in range(MOST_SERIES + 44)]
+    for labels in series:
+        metrics.open.add(labels)
+    assert value(metrics, "connections_open", direction="other", peer="other", tls="other") == 44
+    for labels in series:
+        metrics.open.add(labels, -1)
+    assert value(metrics, "connections_open", direction="other", peer="other", tls="other") == 0
+    assert value(metrics, "connections_open", direction="inbound", peer="src", tls="kind-0") == 0
+
+
+def test_the_books_of_a_connection_in_prometheus_words() -> None:
+    metrics = Metrics()
+    metrics.detected("outbound", "tls", 0.0005)
+    metrics.detected("outbound", "tls", 11)
+    with metrics.connections["outbound"].connection("dst", "mutual") as record:
+        metrics.handshake("outbound", "client", ("TLSv1.3", "X25519MLKEM768", False))
+        record.transferred(10, 4)
+        metrics.heads_declined("outbound", "request", 0)
+        lines = metrics.render().decode().splitlines()
+    for line in (
+        "# HELP isthmus_connections_opened_total Connections opened (src: from the client, dst: to the server).",
+        "# TYPE isthmus_connections_opened_total counter",
+        'isthmus_connections_opened_total{direction="outbound",peer="dst",tls="mutual"} 1.0',
+        "# TYPE isthmus_connections_open gauge",
+        'isthmus_connections_open{direction="outbound",peer="dst",tls="mutual"} 1.0',
+        "# TYPE isthmus_connections_closed_total counter",
+        'isthmus_bytes_total{direction="outbound",peer="dst",way="read"} 10.0',
+        'isthmus_bytes_total{direction="outbound",peer="src",way="read"} 0.0',
+        'isthmus_heads_declined_total{direction="outbound",role="request"} 0.0',
+        'isthmus_detections_total{direction="outbound",result="tls"} 2.0',
+        "# TYPE isthmus_detection_seconds histogram",
+        'isthmus_detection_seconds_bucket{direction="outbound",le="0.0005"} 1.0',
+        'isthmus_detection_seconds_bucket{direction="outbound",le="10.0"} 1.0',
+        'isthmus_detection_seconds_bucket{direction="outbound",le="+Inf"} 2.0',
+        'isthmus_detection_seconds_count{direction="outbound"} 2.0',
+        'isthmus_detection_seconds_sum{direction="outbound"} 11.0005',
+    ):
+        assert line in lines, line
+    facts = {"side": "client", "result": "ok", "version": "TLSv1.3", "group": "X25519MLKEM768", "resumed": "false"}
+    assert value(metrics, "tls_handshakes_total", direction="outbound", **facts) == 1
+
+
 def test_the_text_is_what_prometheus_reads_and_has_every_family() -> None:
     metrics = Metrics()
     metrics.handshake("inbound", "server", ("TLSv1.3", "X25519MLKEM768", True))
