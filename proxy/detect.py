@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import trio
+from trio.lowlevel import checkpoint_if_cancelled
 
 from proxy.net.streams import SocketStream
 from proxy.wire.sniff import HELLO_LIMIT, UNDECIDED, ClientHello, Protocol, Undecided, client_hello, protocol, settle
@@ -43,6 +44,11 @@ async def detect(stream: SocketStream, silence: float, patience: float) -> Openi
 
     Raises ConnectionLost.
     """
+    await checkpoint_if_cancelled()
+    # Mostly all of it is here already, and needs no deadline.
+    data = stream.glance(HELLO_LIMIT)
+    if data and isinstance(verdict := _judge(data), Opening):
+        return verdict
     data = b""
     with trio.move_on_after(silence) as scope:
         while True:

@@ -341,7 +341,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
             pass  # the peer was faster
         finally:
             self.close()
-        await checkpoint()
+        await (checkpoint if self._streak + 1 >= streams.BURST else checkpoint_if_cancelled)()
 
     def close(self) -> None:
         # From here on the number of the descriptor may belong to another connection: OpenSSL must never be called again.
