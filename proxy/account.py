@@ -20,7 +20,7 @@ from proxy.exchange.trace import Tracing
 from proxy.http_measures import Direction, RequestRecord
 from proxy.logs import ConnectionLine, RateLimit, RequestLine, connections_logged, log_connection, log_request, warn
 from proxy.metrics import ConnectionRecord, Metrics, Tls
-from proxy.net.relay import Relayed, relay
+from proxy.net.relay import Relayed
 from proxy.net.streams import SocketStream, Stream
 from proxy.net.tls import TLSInfo, TLSStream
 from proxy.wire.sniff import Protocol as Spoken
@@ -28,6 +28,9 @@ from tracing.sampling import Trace
 from tracing.spans import StreamRecord
 
 _LOOPS = logging.getLogger("isthmus.loopguard")
+
+# Joins two streams until they have ended, and tells how many bytes have moved each way (net.relay).
+Relay = Callable[[Stream, Stream, Callable[[int, int], None]], Awaitable[Relayed]]
 
 
 class Ledger:
@@ -63,7 +66,7 @@ class Ledger:
         limit = self._loops.setdefault(kind, RateLimit(1))  # there are as many as loopguard has kinds
         warn(_LOOPS, limit, "a loop was stopped (%s, %s): %s", kind, direction, words)
 
-    def bridge(self, idle: float) -> Callable[[Exchange, Stream, Stream], Awaitable[None]]:
+    def bridge(self, relay: Relay) -> Callable[[Exchange, Stream, Stream], Awaitable[None]]:
         """Joins the two streams of an upgraded exchange; what they carry is the exchange's."""
 
         async def join(exchange: Exchange, client: Stream, server: Stream) -> None:
@@ -71,7 +74,7 @@ class Ledger:
                 exchange.request_bytes += forward
                 exchange.response_bytes += backward
 
-            ended = await relay(client, server, idle=idle, on_bytes=moved)
+            ended = await relay(client, server, moved)
             if ended.how != "eof":
                 exchange.failure, exchange.failure_words = f"tunnel_{ended.how}", str(ended.error or "")
 

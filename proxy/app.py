@@ -155,7 +155,7 @@ class App:
             ledger=self.ledger,
             spans=spans,
             drain=self.drain,
-            road=Road(self.drain, config.http.idle_timeout) if config.fast_path else None,
+            road=Road(self.drain, config.http.idle_timeout, config.tcp.idle_timeout) if config.fast_path else None,
         )
         if self.names is not None:
             self.runtime.router.virtual = self.names.virtual

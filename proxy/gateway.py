@@ -87,7 +87,7 @@ def inside(stream: Stream, opening: Opening, account: ConnectionAccount) -> Prot
 
 def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
     """The endpoint of the stack: each request to an endpoint of the exported service that it names."""
-    bridge = rt.ledger.bridge(rt.config.tcp.idle_timeout)
+    bridge = rt.ledger.bridge(rt.relay)
     client: Client[Endpoint] = Client(rt.settings.client, bridge)
 
     def choose(exchange: Exchange) -> Target:

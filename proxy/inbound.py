@@ -24,7 +24,6 @@ from proxy.fast.course import Borrowed, Shared
 from proxy.mesh.spiffe import is_identity
 from proxy.net.accept import Connection
 from proxy.net.address import Address
-from proxy.net.relay import relay
 from proxy.net.streams import Stream
 from proxy.net.tls import TLSStream
 from proxy.pools import Pools, serve, spoken
@@ -39,7 +38,7 @@ DIRECTION: Direction = "inbound"
 def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaitable[None]]:
     """The handler of the inbound listeners' connections."""
     config = rt.config.inbound
-    client: Client[Address] = Client(rt.settings.client, rt.ledger.bridge(rt.config.tcp.idle_timeout))
+    client: Client[Address] = Client(rt.settings.client, rt.ledger.bridge(rt.relay))
     handler = stack(
         measure(rt.ledger.exchange),
         trace(rt.spans.inbound, "server"),
@@ -159,7 +158,7 @@ async def to_listener(rt: Runtime, stream: Stream, about: Facts, account: Connec
         raise RequestError(f"port {about.destination.port} takes HTTP only (inbound.http_ports), and this is something else")
     async with closing(await rt.dialer.dial(about.destination, about.depth + 1)) as application:
         with account.upstream(application):
-            account.relayed(await relay(stream, application, idle=rt.config.tcp.idle_timeout))
+            account.relayed(await rt.relay(stream, application))
 
 
 def inbound_pools(rt: Runtime) -> Pools[Address]:

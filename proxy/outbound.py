@@ -29,7 +29,6 @@ from proxy.mesh.contexts import ALPN_HTTP1, ALPN_TCP
 from proxy.mesh.directory import Endpoint, Hint, Target, itself
 from proxy.mesh.policy import DEFAULT_POLICY
 from proxy.net.accept import Connection
-from proxy.net.relay import relay
 from proxy.net.streams import Stream
 from proxy.pools import Pools, serve, upstream_protocol
 from proxy.reach import Underway
@@ -46,7 +45,7 @@ Loan = TypeVar("Loan", Borrowed[Endpoint], Shared)
 def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awaitable[None]]:
     """The handler of the outbound listeners' connections."""
     config = rt.config.outbound
-    client: Client[Endpoint] = Client(rt.settings.client, rt.ledger.bridge(rt.config.tcp.idle_timeout))
+    client: Client[Endpoint] = Client(rt.settings.client, rt.ledger.bridge(rt.relay))
     handler = stack(
         measure(rt.ledger.exchange),
         trace(rt.spans.outbound, "client"),
@@ -195,7 +194,7 @@ async def to_endpoint(rt: Runtime, target: Target, client: Stream, about: Facts,
         async with rt.reach.connection(lambda: rt.router.choose(target), connect) as stream, closing(stream) as upstream:
             with account.upstream(upstream):
                 heard = calls[0].moved if calls else None
-                account.relayed(await relay(client, upstream, idle=rt.config.tcp.idle_timeout, on_bytes=heard))
+                account.relayed(await rt.relay(client, upstream, heard))
     finally:
         for call in calls:
             call.answered()

@@ -363,7 +363,7 @@ class Config(Section, frozen=True):
     mark: Annotated[
         int | None, number(1, 2**32 - 1, "packet mark of the proxy's own connections, where user ids cannot be told apart", "packet mark")
     ] = None
-    fast_path: Annotated[bool, described("whether plain HTTP exchanges take the fast road, for less processor time")] = True
+    fast_path: Annotated[bool, described("whether plain HTTP exchanges and relays take the fast road, for less processor time")] = True
     workers: Annotated[int, number(1, 256, "processes that share the connections; 1: the proxy is one process", "processes")] = 1
     pod: PodConfig = PodConfig()
     outbound: OutboundConfig = OutboundConfig()

@@ -20,6 +20,9 @@ stream of the client's to one of the endpoint's, and the readers call it when th
 itself. What it cannot pass on at once (a window is closed, a writer is behind, others wait for their turn) it leaves where it lies, and
 gives the exchange back.
 
+*Relays.* Two connections that are joined byte for byte are lent together, by the task that waits for the relay's end. A `Conduit` passes
+their bytes on, and tells the relay's `Joint` how they end, as two tasks would.
+
 *The road gives back what is not plain.* That is no failure but its principle: everything unusual has one implementation, the ordinary
 one. Between two exchanges it gives the connection back with the bytes read so far, as if they had just been read: a head that is declined
 or not whole, a body that is not here yet, no ready connection, anything the flow wants to decide by itself, a proxy that is going down.

@@ -49,7 +49,7 @@ class Ground(trio.abc.Instrument):
     def __init__(self, trios: int) -> None:
         """`trios`: the descriptor of trio's epoll set."""
         self.roads: set[Road] = set()
-        self.lent = 0  # connections that are on a road
+        self.lent = 0  # connections, and relays, that are on a road
         self.now = 0.0  # trio's time at the beginning of this turn
         self.steps: dict[int, Callable[[int], None]] = {trios: self._on_trio}  # by descriptor: what to do when it is ready
         self._again: list[Lane] = []  # lanes that have bytes of a next request already
@@ -58,6 +58,11 @@ class Ground(trio.abc.Instrument):
         self._token = current_trio_token()
         self._trio_is_ready = False
         self._runnable = False  # some task is
+
+    def lends(self) -> None:
+        """One more is on a road; its first steps are done by its task."""
+        self.lent += 1
+        self.now = trio.current_time()  # the last turn may be long past
 
     def watch(self, descriptor: int, before: int, events: int) -> None:
         """Wait for these events (0: none) instead of those `before`. A descriptor that is closed leaves the set by itself (epoll(7)), and

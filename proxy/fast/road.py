@@ -9,10 +9,12 @@ import trio
 
 from proxy.exchange.server import Drain, Http1Exchange, Http1Server
 from proxy.exchange.server2 import Http2Exchange, Http2Server
+from proxy.fast.conduit import Conduit
 from proxy.fast.course import Course
 from proxy.fast.ground import Ground, enter, leave
 from proxy.fast.lane import Lane
 from proxy.fast.strand import Strand, begin
+from proxy.net.relay import Joint
 from proxy.net.streams import SocketStream
 from proxy.net.tls import TLSStream
 
@@ -25,13 +27,15 @@ PATIENCE = 1.0
 class Road:
     """Made before the flows, `run` beside them."""
 
-    def __init__(self, drain: Drain, idle_timeout: float) -> None:
-        """Of the servers that lend; `idle_timeout` in seconds."""
+    def __init__(self, drain: Drain, idle_timeout: float, silence: float) -> None:
+        """Of the servers that lend, and how long a relay may be silent; both in seconds."""
         drain.on_begin.add(self._recall)
         self._idle = idle_timeout / 2
+        self._silence = silence
         self._ground: Ground | None = None  # while it runs
         self._lanes: set[Lane] = set()
         self._busy: set[Lane | Strand] = set()  # in an exchange
+        self._conduits: set[Conduit] = set()
         self._doze: trio.Event | None = None  # what the watch waits for while nothing is under way
         self.running = False  # it takes what is lent
         self._finished = self._handed_over = 0  # exchanges, since they were last asked for
@@ -57,6 +61,8 @@ class Road:
         self.running = False
         for lane in list(self._lanes):
             lane.leave()
+        for conduit in list(self._conduits):
+            conduit.leave()
 
     async def carry(self, course: Course, server: Http1Server) -> Http1Exchange | None:
         """See exchange.begun.Carry. Cancelled within an exchange, it closes the exchange's account as such."""
@@ -70,7 +76,7 @@ class Road:
         if not lane.willing():
             return None
         self._lanes.add(lane)
-        ground.lent += 1
+        ground.lends()
         if self._doze is not None:
             self._doze.set()
         return await lane.carry()
@@ -78,6 +84,18 @@ class Road:
     def fork(self, course: Course, server: Http2Server, exchange: Http2Exchange) -> bool:
         """See exchange.begun.Fork."""
         return self.running and not server.drain.draining and begin(self, course, server, exchange)
+
+    async def join(self, joint: Joint) -> None:
+        """See net.relay.Carry."""
+        a, b = joint.sides
+        ground = self._ground
+        if not self.running or ground is None:
+            return
+        if isinstance(a, SocketStream | TLSStream) and isinstance(b, SocketStream | TLSStream):
+            conduit = Conduit(self, joint, a, b)
+            self._conduits.add(conduit)
+            ground.lends()
+            await conduit.carry()
 
     def counts(self) -> tuple[int, int]:
         """Exchanges that have been finished here since this was last asked, and such that have been handed over."""
@@ -103,6 +121,11 @@ class Road:
         self._busy.discard(lane)
         self.ground.lent -= 1
 
+    def parts(self, conduit: Conduit) -> None:
+        """It is not on the road any more."""
+        self._conduits.discard(conduit)
+        self.ground.lent -= 1
+
     @property
     def patience(self) -> float:
         """Seconds that an exchange must have left."""
@@ -126,14 +149,19 @@ class Road:
     # What does not move...
 
     async def _watch(self) -> None:
-        """Give back what does not move. The interval is long while no exchange is under way."""
+        """Give back what does not move, and end what is silent. What lasts is looked at seldom: within a share of the time that it may
+        last, so nobody has to say when there is something new."""
+        due = -math.inf
         while True:
+            now = trio.current_time()
+            if now >= due:
+                due = now + min(self._give_back(now - self._idle), self._expire(now))
             if self._busy:
                 await trio.sleep(PATIENCE / 2)
                 self.give_up(trio.current_time() - PATIENCE)
             else:
                 self._doze = trio.Event()
-                with trio.move_on_after(self._give_back(trio.current_time() - self._idle)):
+                with trio.move_on_at(due):
                     await self._doze.wait()
                 self._doze = None
 
@@ -146,10 +174,17 @@ class Road:
 
     def _give_back(self, latest: float) -> float:
         """Give back the connections that have been idle for half their time; seconds until it is time for the next."""
-        oldest = math.inf
+        oldest = latest + self._idle
         for lane in list(self._lanes):
             if lane.idle_since <= latest:
                 lane.recall()
             else:
                 oldest = min(oldest, lane.idle_since)
         return max(oldest - latest, self._idle / 8)
+
+    def _expire(self, now: float) -> float:
+        """End the relays in which nothing has moved for too long; seconds until it is time for the next."""
+        least = self._silence
+        for conduit in list(self._conduits):
+            least = min(least, conduit.expire(now))
+        return max(least, self._silence / 8)

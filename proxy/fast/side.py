@@ -1,4 +1,4 @@
-"""One end of a lane: a stream on the road."""
+"""One end of a lane, or of a conduit: a stream on the road."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ IN, OUT = select.EPOLLIN, select.EPOLLOUT
 class Side:
     """A stream on the road: what it is watched for, and what it would not take yet."""
 
-    __slots__ = ("_ground", "_step", "_watched", "bulk", "descriptor", "peer", "receive", "send", "tls", "unsent")
+    __slots__ = ("_ground", "_step", "_watched", "bulk", "descriptor", "peer", "receive", "send", "send_eof", "stream", "tls", "unsent")
 
     def __init__(self, ground: Ground, stream: Prompt) -> None:
         self._ground = ground
         self._step: Callable[[int], None] | None = None
         self._watched = 0
+        self.stream = stream
         self.peer = stream.peer
         self.tls = stream.info if isinstance(stream, TLSStream) else None
         self.descriptor = stream.socket.fileno()
         self.receive = stream.receive_nowait
         self.send = stream.send_nowait
+        self.send_eof = stream.send_eof_nowait
         self.bulk = BULK if self.tls is None else BULK_TLS
         self.unsent = b""
 

@@ -14,6 +14,12 @@ class Prompt(Stream, Protocol):
     @property
     def socket(self) -> socket.socket: ...
 
+    @property
+    def end_met(self) -> bool:
+        """Whether the end has been read behind the last data: asking again tells it, and the socket's readiness may not. Whatever else is
+        left shows as that."""
+        ...
+
     def receive_nowait(self, max_bytes: int = ...) -> bytes | None:
         """As receive_some, if there is something; None: it would have to be waited for. A lost connection, or a clean end, is told again to
         whoever asks next."""
@@ -22,4 +28,8 @@ class Prompt(Stream, Protocol):
     def send_nowait(self, data: bytes | memoryview) -> int:
         """Send what can be sent at once; how many bytes that was. What is left has to be offered again next, the same bytes first: TLS has
         encrypted them already. Raises ConnectionLost."""
+        ...
+
+    def send_eof_nowait(self) -> bool:
+        """As send_eof, if it can be done at once; False: the socket has to take more first. Raises ConnectionLost."""
         ...

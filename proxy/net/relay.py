@@ -14,6 +14,12 @@ hold an answer on its way, and goes on. What the sender sends meanwhile stays wh
 
 Memory is bounded: one read per direction, and nothing is read before the last piece has been taken by the kernel. Where both sides are
 clear text and much goes through, the bytes stay in the kernel: in a pipe of 1 MiB.
+
+Who carries the bytes
+=====================
+
+What is so far, and how it ends, is a `Joint`. Here two tasks carry, one for each direction, which can do everything. Before them somebody
+else may (`carry`; in a proxy the fast road), and they go on from what it has left.
 """
 
 from __future__ import annotations
@@ -45,7 +51,7 @@ _WORSE: dict[How, int] = {"eof": 0, "unread": 1, "idle": 2, "lost": 3}
 
 # Pieces in a row as long as a read may be, after which a relay between two sockets goes by a pipe (pipe.py); and shorter ones, after which
 # it gives the pipe back: it takes two descriptors, and helps bulk only.
-_BULK, _LULL, _NEVER = 4, 64, -1
+BULK, _LULL, _NEVER = 4, 64, -1
 
 T = TypeVar("T", bound=Sized)
 
@@ -76,21 +82,94 @@ class Relayed:
     error: NetError | None
 
 
-async def relay(a: Stream, b: Stream, *, idle: float, on_bytes: Callable[[int, int], None] | None = None) -> Relayed:
+class Joint:
+    """A relay under way. Whoever carries its bytes tells it what has become of them; `over`: there is nothing more to carry."""
+
+    __slots__ = ("_ended", "_on_bytes", "error", "first", "held", "how", "idle", "moved", "over", "quiet_since", "sides", "unread")
+
+    def __init__(self, a: Stream, b: Stream, idle: float, on_bytes: Callable[[int, int], None] | None) -> None:
+        self.sides = (a, b)
+        self.idle = idle
+        self.moved = [0, 0]  # bytes, of each side's
+        self.held = [b"", b""]  # read from each side, and not taken by the other yet
+        self.quiet_since = 0.0  # trio's time, while somebody else than relay() carries
+        self.first: Literal["a", "b"] | None = None
+        self.how: How = "eof"
+        self.error: NetError | None = None
+        self.unread: Stream | None = None  # a side whose bytes nobody takes any more
+        self.over = False
+        self._on_bytes = on_bytes
+        self._ended = [False, False]
+
+    def going(self, side: int) -> bool:
+        """Whether there may be more from `side`."""
+        return not self._ended[side]
+
+    def passed(self, side: int, size: int) -> None:
+        """So many bytes of `side` have been taken by the other."""
+        self.moved[side] += size
+        if self._on_bytes is not None:
+            self._on_bytes(*((0, size) if side else (size, 0)))
+
+    def ended(self, side: int) -> None:
+        """`side` has ended cleanly; what that is for the other side comes next."""
+        self._note(side, "eof")
+
+    def told(self, side: int) -> None:
+        """And the other side has been told."""
+        self._end(side)
+
+    def refused(self, side: int, error: NetError) -> None:
+        """The other side takes no more from `side`, not even its end."""
+        self._note(1 - side, "unread", error)
+        self.unread = self.sides[side]
+        self._end(side)
+
+    def lost(self, side: int, error: NetError) -> None:
+        """`side` is lost, and with it the whole."""
+        self._note(side, "lost", error)
+        self.over = True
+
+    def silent(self) -> None:
+        """Nothing has moved for too long."""
+        self._note(None, "idle")
+        self.over = True
+
+    def _end(self, side: int) -> None:
+        self._ended[side] = True
+        self.over = self.over or self._ended[1 - side]
+
+    def _note(self, side: int | None, how: How, error: NetError | None = None) -> None:
+        """The first side stays the first, but the worst way of ending counts."""
+        if self.first is None and side is not None:
+            self.first = ("a", "b")[side]
+        if _WORSE[how] > _WORSE[self.how]:
+            self.how = how
+            self.error = error
+
+    def result(self) -> Relayed:
+        return Relayed(self.moved[0], self.moved[1], self.first, self.how, self.error)
+
+
+Carry = Callable[[Joint], Awaitable[None]]
+
+
+async def relay(
+    a: Stream, b: Stream, *, idle: float, on_bytes: Callable[[int, int], None] | None = None, carry: Carry | None = None
+) -> Relayed:
     """Join `a` and `b` until both directions have ended, a side is lost, or nothing has moved for `idle` seconds.
 
     Lost connections are reported in the result, not raised. Both streams stay with their owner, but are reset (which closes
-    them) unless the end was clean. `on_bytes(forward, backward)` hears of each piece as it has been passed on.
+    them) unless the end was clean. `on_bytes(forward, backward)` hears of the bytes that have been passed on. `carry` takes the relay as
+    far as it can.
     """
-    joint = _Joint(a, b, idle, on_bytes)
+    joint = Joint(a, b, idle, on_bytes)
     clean = False
     try:
-        with joint.scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(joint.pump, 0)
-                nursery.start_soon(joint.pump, 1)
-        if joint.scope.cancelled_caught and joint.how != "lost":
-            joint.end(None, "idle")
+        if carry is not None:
+            await carry(joint)
+        if not joint.over:
+            await _Pumps(joint).run()
         clean = joint.how in ("eof", "unread")
         if clean and joint.unread is not None:
             await linger(joint.unread, seconds=_LINGER)
@@ -101,42 +180,36 @@ async def relay(a: Stream, b: Stream, *, idle: float, on_bytes: Callable[[int, i
     return joint.result()
 
 
-class _Joint:
-    """What the two pumps share."""
+class _Pumps:
+    """The two tasks, under one deadline."""
 
-    def __init__(self, a: Stream, b: Stream, idle: float, on_bytes: Callable[[int, int], None] | None) -> None:
-        self.sides = (a, b)
-        self.moved = [0, 0]
-        self.idle = idle
-        self.on_bytes = on_bytes
-        self.renew_at = 0.0
-        self.scope = trio.CancelScope()
-        self.first: Literal["a", "b"] | None = None
-        self.how: How = "eof"
-        self.error: NetError | None = None
-        self.unread: Stream | None = None  # a side whose bytes nobody takes any more
-        self.alive()
+    def __init__(self, joint: Joint) -> None:
+        self._joint = joint
+        self._renew_at = 0.0
+        self._scope = trio.CancelScope()
+        self._alive(joint.quiet_since or trio.current_time())
 
-    def alive(self) -> None:
-        now = trio.current_time()
-        if now >= self.renew_at:
-            self.renew_at = now + self.idle * _STALENESS
-            self.scope.deadline = self.renew_at + self.idle
+    def _alive(self, now: float) -> None:
+        if now >= self._renew_at:
+            self._renew_at = now + self._joint.idle * _STALENESS
+            self._scope.deadline = self._renew_at + self._joint.idle
 
-    def end(self, side: int | None, how: How, error: NetError | None = None) -> None:
-        """Note an end: the first side stays the first, but the worst way of ending counts."""
-        if self.first is None and side is not None:
-            self.first = ("a", "b")[side]
-        if _WORSE[how] > _WORSE[self.how]:
-            self.how = how
-            self.error = error
+    async def run(self) -> None:
+        joint = self._joint
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                for side in (0, 1):
+                    if joint.going(side):
+                        nursery.start_soon(self._pump, side)
+        if self._scope.cancelled_caught and joint.how != "lost":
+            joint.silent()
 
-    async def pump(self, side: int) -> None:
+    async def _pump(self, side: int) -> None:
         """Carry the bytes of sides[side] to the other side, until the end of the one or the other."""
-        source, sink = self.sides[side], self.sides[1 - side]
+        source, sink = self._joint.sides[side], self._joint.sides[1 - side]
         copying = _Way(partial(source.receive_some, RECEIVE_SIZE), sink.send_all)
         if isinstance(source, SocketStream) and isinstance(sink, SocketStream):
-            copying.enough = _BULK
+            copying.enough = BULK
             while await self._carry(side, copying):
                 pipe = Pipe.open()
                 if pipe is None:
@@ -150,36 +223,29 @@ class _Joint:
 
     async def _carry(self, side: int, way: _Way[Any]) -> bool:
         """True: another way would be better from here on. False: this direction is over."""
-        row = 0
+        joint, row = self._joint, 0
         while row != way.enough:
+            held, joint.held[side] = joint.held[side], b""
             try:
-                data = await way.receive()
+                data = held or await way.receive()
             except NetError as error:
-                self.end(side, "lost", error)
-                self.scope.cancel()
+                joint.lost(side, error)
+                self._scope.cancel()
                 return False
-            self.alive()
+            self._alive(trio.current_time())
             size = len(data)
             if not size:
-                self.end(side, "eof")
+                joint.ended(side)
             try:
                 if not size:
-                    await self.sides[1 - side].send_eof()
+                    await joint.sides[1 - side].send_eof()
+                    joint.told(side)
                     return False
-                await way.send(data)
+                await (joint.sides[1 - side].send_all(held) if held else way.send(data))
             except NetError as error:
-                self.end(1 - side, "unread", error)
-                self.unread = self.sides[side]
+                joint.refused(side, error)
                 return False
-            self.count(side, size)
+            self._alive(trio.current_time())
+            joint.passed(side, size)
             row = row + 1 if (size >= RECEIVE_SIZE) is way.full else 0
         return True
-
-    def count(self, side: int, size: int) -> None:
-        self.alive()
-        self.moved[side] += size
-        if self.on_bytes is not None:
-            self.on_bytes(*((0, size) if side else (size, 0)))
-
-    def result(self) -> Relayed:
-        return Relayed(self.moved[0], self.moved[1], self.first, self.how, self.error)

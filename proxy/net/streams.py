@@ -69,6 +69,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
         "__weakref__", "_closed", "_eof_sent", "_loss", "_reading", "_recv", "_send", "_streak", "_torn", "_writing",
         "bytes_read", "bytes_written", "local", "on_close", "peer", "socket",
     )  # fmt: skip
+    end_met = False  # see prompt.py
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
@@ -304,15 +305,19 @@ class SocketStream(trio.abc.HalfCloseableStream):
         self._begin_write()
         try:
             await checkpoint()
-            if self._eof_sent:
-                return
+            self.send_eof_nowait()
+        finally:
+            self._writing = False
+
+    def send_eof_nowait(self) -> bool:
+        """See prompt.py."""
+        if not self._eof_sent:
             try:
                 self.socket.shutdown(socket.SHUT_WR)
             except OSError as error:
                 raise self._lost(error) from error
             self._eof_sent = True
-        finally:
-            self._writing = False
+        return True
 
     # Closing
 

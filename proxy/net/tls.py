@@ -24,7 +24,8 @@ from proxy.net.errors import TLSFailed
 from proxy.net.linger import discard_unread
 from proxy.net.streams import SocketStream
 from proxy.net.tls_errors import explain, note_refusal
-from proxy.net.tls_stream import TLSInfo, TLSStream
+from proxy.net.tls_info import TLSInfo
+from proxy.net.tls_stream import TLSStream
 
 __all__ = ["TLSInfo", "TLSOffer", "TLSStream", "Verify", "demand_certificate", "tls_client", "tls_server"]
 

@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import trio
 from OpenSSL import SSL
@@ -47,6 +46,7 @@ from proxy.net.linger import discard_unread
 from proxy.net.readiness import Readiness
 from proxy.net.streams import SocketStream
 from proxy.net.tls_errors import explain
+from proxy.net.tls_info import TLSInfo
 
 # The most plain text that one record carries (RFC 8446, section 5.1), and so the most that one call of OpenSSL reads or writes.
 _RECORD = 16384
@@ -56,25 +56,12 @@ _RECORD = 16384
 _CLOSE_TIMEOUT = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class TLSInfo:
-    """What was agreed on. `peer_identity`: what `verify` gave for the peer's certificate, as text; None without `verify`."""
-
-    version: str
-    cipher: str
-    group: str
-    alpn: bytes
-    resumed: bool
-    peer_identity: str | None
-    sni: str
-
-
 class TLSStream(trio.abc.HalfCloseableStream):
     """An established TLS connection; made by tls_server and tls_client. See proxy.net.streams.Stream for what its methods promise."""
 
     __slots__ = (
         "__weakref__", "_connection", "_eof_sent", "_failure", "_on_session", "_option", "_raw", "_readiness", "_reading", "_recv", "_send",
-        "_streak", "_torn", "_writing", "bytes_read", "bytes_written", "info", "local", "peer", "socket",
+        "_streak", "_torn", "_writing", "bytes_read", "bytes_written", "end_met", "info", "local", "peer", "socket",
     )  # fmt: skip
 
     def __init__(
@@ -92,6 +79,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         self._send = connection.send
         self._option = raw.socket.getsockopt
         self._failure: NetError | None = None  # what ended the reading half
+        self.end_met = False  # see prompt.py
         self._on_session = on_session
         self._readiness = Readiness(raw.socket)
         self._streak = 0
@@ -148,13 +136,16 @@ class TLSStream(trio.abc.HalfCloseableStream):
                 data = self._recv(min(_RECORD, max_bytes - size))
                 records.append(data)
                 size += len(data)
-        except SSL.Error as error:  # to be told to whoever asks next: OpenSSL repeats a clean end, and that nothing is there
-            if not isinstance(error, SSL.WantReadError | SSL.WantWriteError | SSL.ZeroReturnError):
+        except (SSL.WantReadError, SSL.WantWriteError):
+            pass
+        except SSL.Error as error:  # to be told to whoever asks next; OpenSSL repeats a clean end by itself
+            self.end_met = True
+            if not isinstance(error, SSL.ZeroReturnError):
                 self._failed(error, "while reading")
         return b"".join(records)
 
     def receive_nowait(self, max_bytes: int = streams.RECEIVE_SIZE) -> bytes | None:
-        """See prompt.py. Whole records only; OpenSSL keeps nothing back, so what is left shows as readiness of the socket."""
+        """See prompt.py. Whole records only, of which OpenSSL keeps nothing back."""
         self._check_open()
         if self._failure is not None:
             raise again(self._failure)
@@ -267,11 +258,11 @@ class TLSStream(trio.abc.HalfCloseableStream):
         self._check_open()
         if self._torn:
             raise self._unusable()
-        if code := self._option(socket.SOL_SOCKET, socket.SO_ERROR):
-            self._torn = True
-            raise self._refused(lost(code))
         size, sent = len(data), 0
         while sent < size:
+            if code := self._option(socket.SOL_SOCKET, socket.SO_ERROR):  # the record before may have met a peer that has closed
+                self._torn = True
+                raise self._refused(lost(code))
             try:
                 sent += self._send(data if size <= _RECORD else memoryview(data)[sent : sent + _RECORD])
             except (SSL.WantWriteError, SSL.WantReadError):
@@ -310,23 +301,35 @@ class TLSStream(trio.abc.HalfCloseableStream):
         finally:
             self._writing = False
 
+    def send_eof_nowait(self) -> bool:
+        """See prompt.py."""
+        self._check_open()
+        if self._torn:
+            raise self._unusable()
+        done = self._eof_sent or self._close_notify()
+        self._torn = False  # whoever was told no comes back
+        return done
+
     async def _send_close_notify(self) -> None:
+        while not self._close_notify():
+            await self._wait_writable()
+
+    def _close_notify(self) -> bool:
+        """Send it; False: the socket has to take more first, and the connection is torn until this is called again."""
         self._torn = True
-        while True:
-            if code := self._option(socket.SOL_SOCKET, socket.SO_ERROR):
-                raise self._refused(lost(code))
-            try:
-                self._connection.shutdown()
-            except SSL.WantWriteError:
-                await self._wait_writable()
-            except SSL.WantReadError:
-                break  # sent: it is the peer's that OpenSSL is waiting for
-            except SSL.Error as error:
-                raise self._failed(error, "while ending TLS") from error
-            else:
-                break
+        if code := self._option(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise self._refused(lost(code))
+        try:
+            self._connection.shutdown()
+        except SSL.WantWriteError:
+            return False
+        except SSL.WantReadError:
+            pass  # sent: it is the peer's that OpenSSL is waiting for
+        except SSL.Error as error:
+            raise self._failed(error, "while ending TLS") from error
         self._torn = False
         self._eof_sent = True
+        return True
 
     # Closing
 

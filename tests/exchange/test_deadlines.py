@@ -6,7 +6,10 @@ Also here: going down. Idle connections end at once, those in use after their re
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+from dataclasses import dataclass
+from typing import Any, cast
 
 import pytest
 import trio
@@ -52,6 +55,26 @@ async def test_a_connection_on_which_nothing_is_asked_is_closed_quietly(clock: M
         assert await client.rest() == b""
         assert trio.current_time() - started == about(90)
         assert len(proxy.ended) == bool(sent)
+
+
+@dataclass(eq=False)
+class Moving:
+    """An exchange on the fast road that moves all the time."""
+
+    moved: float = math.inf
+    limit: float = math.inf
+
+
+async def test_a_connection_on_which_nothing_is_asked_is_closed_although_others_are_busy(clock: MockClock) -> None:
+    settings = Settings(server=ServerSettings(idle_timeout=6), buffers=16384)
+    async with through(answering(), settings) as (client, proxy):
+        await client.ask()
+        if proxy.road is not None:
+            proxy.road.begins(cast("Any", Moving()))
+        started = trio.current_time()
+        with trio.fail_after(60):
+            assert await client.rest() == b""
+        assert trio.current_time() - started == about(6)
 
 
 @pytest.mark.parametrize("first", [b"", GET], ids=["first", "second"])

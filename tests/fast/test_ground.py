@@ -23,7 +23,7 @@ from tests.kit.http import descriptors
 @asynccontextmanager
 async def grounded() -> AsyncIterator[Ground]:
     """A road that has lent something, as far as its ground knows."""
-    road = Road(Drain(), 1_000_000)  # so that it does not look up by itself meanwhile
+    road = Road(Drain(), 1_000_000, 1_000_000)  # so that it does not look up by itself meanwhile
     await road.open()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(road.run)
@@ -154,7 +154,7 @@ async def test_without_trio_s_epoll_set_there_is_no_road_for_connections(
 ) -> None:
     monkeypatch.setattr(room, "_watcher_of", lambda _: None)
     caplog.set_level(logging.WARNING)
-    road = Road(Drain(), 60)
+    road = Road(Drain(), 60, 60)
     await road.open()
     assert "HTTP/1.1 takes the ordinary road" in caplog.text
     with pytest.raises(RuntimeError):

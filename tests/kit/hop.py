@@ -137,7 +137,7 @@ class _Course:
 
 def _pave(proxy: Hop, settings: Settings, book: Callable[[Exchange], AbstractContextManager[None]]) -> None:
     if FAST.get() and not settings.layers and settings.tracing is None if settings.fast is None else settings.fast:
-        proxy.road = Road(proxy.drain, settings.server.idle_timeout)
+        proxy.road = Road(proxy.drain, settings.server.idle_timeout, settings.tunnel_idle)
         proxy.carry = partial(proxy.road.carry, _Course(proxy, book))
 
 
@@ -167,7 +167,7 @@ async def hop(target: Address, settings: Settings | None = None) -> AsyncIterato
         return Life(proxy)
 
     async def bridge(_: Exchange, client: Stream, server: Stream) -> None:
-        await relay(client, server, idle=settings.tunnel_idle)
+        await relay(client, server, idle=settings.tunnel_idle, carry=proxy.road.join if proxy.road is not None else None)
 
     @contextmanager
     def book(exchange: Exchange) -> Iterator[None]:

@@ -210,7 +210,7 @@ async def hop2(*targets: Address, settings: Settings2 | None = None) -> AsyncIte
     proxy = Hop2(list(targets))
     plain = settings.up == b"2" and settings.steer is None and settings.around is _nothing
     if (FAST.get() and plain) if settings.fast is None else settings.fast:
-        proxy.road = Road(proxy.drain, settings.server.idle_timeout)
+        proxy.road = Road(proxy.drain, settings.server.idle_timeout, 10)
     serve = _serving(proxy, settings)
     listener = listen(settings.buffers)
     proxy.address = Address.of(listener.getsockname())

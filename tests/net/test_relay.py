@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import trio
 
+from proxy.exchange.server import Drain
+from proxy.fast.road import Road
 from proxy.net.relay import Relayed, relay
-from proxy.net.streams import ConnectionLost, SocketStream
+from proxy.net.streams import ConnectionLost, SocketStream, Stream
 from proxy.net.tls import TLSStream
 from tests.net.conftest import Mesh, both, pair, read_all
 
@@ -43,13 +47,30 @@ def plain(buffers: int | None = None) -> Joined:
 async def joined(request: pytest.FixtureRequest, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> Joined:
     left, _, right = request.param.partition("-")
     if left == "piped":  # from the first byte
-        monkeypatch.setattr("proxy.net.relay._BULK", 0)
+        monkeypatch.setattr("proxy.net.relay.BULK", 0)
     client, a = await mesh.connect() if left == "tls" else pair()
     b, server = await mesh.connect() if right == "tls" else pair()
     return Joined(client, a, b, server)
 
 
-async def test_a_conversation_with_half_closes_passes_whole(joined: Joined) -> None:
+class Relaying(Protocol):
+    async def __call__(
+        self, a: Stream, b: Stream, *, idle: float, on_bytes: Callable[[int, int], None] | None = None
+    ) -> Relayed: ...
+
+
+@pytest.fixture(params=["tasks", "road"])
+async def relayed(request: pytest.FixtureRequest, nursery: trio.Nursery) -> Relaying:
+    """relay(), alone and with the fast road before it."""
+    if request.param == "tasks":
+        return relay
+    road = Road(Drain(), 60, 60)
+    await road.open()
+    nursery.start_soon(road.run)
+    return partial(relay, carry=road.join)
+
+
+async def test_a_conversation_with_half_closes_passes_whole(relayed: Relaying, joined: Joined) -> None:
     question, answer = b"q" * 300_000, b"a" * 500_000
 
     async def ask() -> bytes:
@@ -64,13 +85,13 @@ async def test_a_conversation_with_half_closes_passes_whole(joined: Joined) -> N
         return received
 
     with trio.fail_after(30):
-        results = await both(partial(relay, joined.a, joined.b, idle=60), ask, reply)
+        results = await both(partial(relayed, joined.a, joined.b, idle=60), ask, reply)
     assert results[0] == Relayed(300_000, 500_000, "a", "eof", None)
     assert results[1:] == [answer, question]
     joined.close()
 
 
-async def test_both_directions_run_at_once(joined: Joined) -> None:
+async def test_both_directions_run_at_once(relayed: Relaying, joined: Joined) -> None:
     data = bytes(range(256)) * 8192
 
     async def send(stream: Either) -> None:
@@ -85,7 +106,7 @@ async def test_both_directions_run_at_once(joined: Joined) -> None:
 
     with trio.fail_after(30):
         results = await both(
-            partial(relay, joined.a, joined.b, idle=60, on_bytes=count),
+            partial(relayed, joined.a, joined.b, idle=60, on_bytes=count),
             partial(send, joined.client), partial(send, joined.server),
             partial(read_all, joined.client), partial(read_all, joined.server),
         )  # fmt: skip
@@ -95,7 +116,7 @@ async def test_both_directions_run_at_once(joined: Joined) -> None:
 
 
 @pytest.mark.parametrize("how", ["reset", "truncated"])
-async def test_a_side_that_is_lost_resets_the_other(joined: Joined, how: str) -> None:
+async def test_a_side_that_is_lost_resets_the_other(relayed: Relaying, joined: Joined, how: str) -> None:
     async def break_off() -> None:
         await joined.client.send_all(b"half a mess")
         await joined.server.receive_some()
@@ -107,7 +128,7 @@ async def test_a_side_that_is_lost_resets_the_other(joined: Joined, how: str) ->
             joined.client.reset()  # TCP alone has no truncation
 
     with trio.fail_after(30):
-        results = await both(partial(relay, joined.a, joined.b, idle=60), break_off)
+        results = await both(partial(relayed, joined.a, joined.b, idle=60), break_off)
     outcome = results[0]
     assert isinstance(outcome, Relayed)
     assert (outcome.first, outcome.how, outcome.forward) == ("a", "lost", 11)
@@ -118,7 +139,7 @@ async def test_a_side_that_is_lost_resets_the_other(joined: Joined, how: str) ->
     joined.close()
 
 
-async def test_the_answer_of_a_side_that_takes_no_more_still_arrives(joined: Joined) -> None:
+async def test_the_answer_of_a_side_that_takes_no_more_still_arrives(relayed: Relaying, joined: Joined) -> None:
     async def pour() -> None:
         with suppress(ConnectionLost):
             while True:
@@ -134,7 +155,7 @@ async def test_the_answer_of_a_side_that_takes_no_more_still_arrives(joined: Joi
         received: list[bytes] = []
 
         async def run() -> None:
-            outcome.append(await relay(joined.a, joined.b, idle=60))
+            outcome.append(await relayed(joined.a, joined.b, idle=60))
             joined.a.close()
 
         async def hear() -> None:
@@ -149,10 +170,10 @@ async def test_the_answer_of_a_side_that_takes_no_more_still_arrives(joined: Joi
     joined.close()
 
 
-async def test_silence_on_both_sides_ends_it_with_resets(autojump_clock: trio.abc.Clock) -> None:
+async def test_silence_on_both_sides_ends_it_with_resets(relayed: Relaying, autojump_clock: trio.abc.Clock) -> None:
     joined = plain()
     began = trio.current_time()
-    outcome = await relay(joined.a, joined.b, idle=60)
+    outcome = await relayed(joined.a, joined.b, idle=60)
     assert outcome == Relayed(0, 0, None, "idle", None)
     assert 60 <= trio.current_time() - began <= 68
     for stream in (joined.client, joined.server):
@@ -161,7 +182,7 @@ async def test_silence_on_both_sides_ends_it_with_resets(autojump_clock: trio.ab
     joined.close()
 
 
-async def test_a_word_in_either_direction_keeps_it_open(autojump_clock: trio.abc.Clock) -> None:
+async def test_a_word_in_either_direction_keeps_it_open(relayed: Relaying, autojump_clock: trio.abc.Clock) -> None:
     joined = plain()
     began = trio.current_time()
 
@@ -174,23 +195,23 @@ async def test_a_word_in_either_direction_keeps_it_open(autojump_clock: trio.abc
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(chat)
-        outcome = await relay(joined.a, joined.b, idle=60)
+        outcome = await relayed(joined.a, joined.b, idle=60)
     assert (outcome.forward, outcome.backward, outcome.how) == (3, 3, "idle")
     assert 360 <= trio.current_time() - began <= 368
     joined.close()
 
 
-async def test_a_half_closed_silence_ends_too(autojump_clock: trio.abc.Clock) -> None:
+async def test_a_half_closed_silence_ends_too(relayed: Relaying, autojump_clock: trio.abc.Clock) -> None:
     joined = plain()
     await joined.client.send_eof()
-    outcome = await relay(joined.a, joined.b, idle=60)
+    outcome = await relayed(joined.a, joined.b, idle=60)
     assert (outcome.first, outcome.how) == ("a", "idle")
     with pytest.raises(ConnectionLost):
         await read_all(joined.client)
     joined.close()
 
 
-async def test_a_side_that_is_lost_after_the_other_has_ended_cleanly_is_not_forgotten() -> None:
+async def test_a_side_that_is_lost_after_the_other_has_ended_cleanly_is_not_forgotten(relayed: Relaying) -> None:
     joined = plain()
 
     async def end() -> None:
@@ -198,7 +219,7 @@ async def test_a_side_that_is_lost_after_the_other_has_ended_cleanly_is_not_forg
         assert await read_all(joined.server) == b""
         joined.server.reset()
 
-    results = await both(partial(relay, joined.a, joined.b, idle=60), end)
+    results = await both(partial(relayed, joined.a, joined.b, idle=60), end)
     outcome = results[0]
     assert isinstance(outcome, Relayed)
     assert (outcome.first, outcome.how) == ("a", "lost")
@@ -207,10 +228,10 @@ async def test_a_side_that_is_lost_after_the_other_has_ended_cleanly_is_not_forg
     joined.close()
 
 
-async def test_a_cancelled_relay_resets_both_sides() -> None:
+async def test_a_cancelled_relay_resets_both_sides(relayed: Relaying) -> None:
     joined = plain()
     with trio.move_on_after(0.01) as scope:
-        await relay(joined.a, joined.b, idle=60)
+        await relayed(joined.a, joined.b, idle=60)
     assert scope.cancelled_caught
     for stream in (joined.client, joined.server):
         with pytest.raises(ConnectionLost):
@@ -218,10 +239,10 @@ async def test_a_cancelled_relay_resets_both_sides() -> None:
     joined.close()
 
 
-async def test_a_reader_that_is_slow_holds_its_sender_back() -> None:
+async def test_a_reader_that_is_slow_holds_its_sender_back(relayed: Relaying) -> None:
     joined = plain(buffers=16384)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(partial(relay, joined.a, joined.b, idle=60))
+        nursery.start_soon(partial(relayed, joined.a, joined.b, idle=60))
         with trio.move_on_after(0.1):
             await joined.client.send_all(bytes(64 << 20))
         assert joined.a.bytes_read < 1 << 20
@@ -253,11 +274,11 @@ async def passed_on(joined: Joined, data: bytes) -> None:
     assert (await both(take, partial(joined.client.send_all, data)))[0] == data
 
 
-async def test_bulk_goes_by_a_pipe_which_is_given_back_when_it_is_over() -> None:
+async def test_bulk_goes_by_a_pipe_which_is_given_back_when_it_is_over(relayed: Relaying) -> None:
     joined, before = plain(), pipes()
     bulk = bytes(range(256)) * 40_000
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(partial(relay, joined.a, joined.b, idle=60))
+        nursery.start_soon(partial(relayed, joined.a, joined.b, idle=60))
         await passed_on(joined, b"a few words")
         assert pipes() == before
         await passed_on(joined, bulk)
@@ -271,11 +292,11 @@ async def test_bulk_goes_by_a_pipe_which_is_given_back_when_it_is_over() -> None
     joined.close()
 
 
-async def test_bulk_is_copied_where_no_pipe_is_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_bulk_is_copied_where_no_pipe_is_to_be_had(relayed: Relaying, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.net.pipe.PIPE_SIZE", (1 << 31) + 4096)  # more than the kernel can say: not even root has it
     joined, before = plain(), pipes()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(partial(relay, joined.a, joined.b, idle=60))
+        nursery.start_soon(partial(relayed, joined.a, joined.b, idle=60))
         await passed_on(joined, bytes(range(256)) * 40_000)
         assert pipes() == before
         nursery.cancel_scope.cancel()
