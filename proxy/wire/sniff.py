@@ -12,6 +12,7 @@ could still change its mind, so that a server-speaks-first protocol is the only 
 from __future__ import annotations
 
 import re
+import struct
 from dataclasses import dataclass
 from enum import Enum
 
@@ -32,6 +33,9 @@ _MEANT = re.compile(rb"[A-Z]{1,24}[ \t]+/[^\n]*[ \t]HTTP/[0-9]\.[0-9][ \t]*\r?\n
 _METHOD_START = re.compile(rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH) [/*!-~]")
 # Beyond this a request line that goes on and on is HTTP/1 with a target over the limit (414), if it began as one.
 _LINE_LIMIT = 4096
+# Type and length of an extension of a ClientHello, and the types that are read (RFC 8446 §4.2).
+_EXTENSION = struct.Struct("!HH")
+_SERVER_NAME, _ALPN = 0, 16
 # As many empty lines as http1.py skips before a request line, in bytes.
 _EMPTY_LINES = 8
 
@@ -158,26 +162,34 @@ class _Cursor:
 
 
 def _parse_hello(body: bytes) -> ClientHello:
-    cursor = _Cursor(body)
-    cursor.take(2 + 32)  # legacy_version, random
-    cursor.vector(1)  # legacy_session_id
-    cursor.vector(2)  # cipher_suites
-    cursor.vector(1)  # legacy_compression_methods
+    at = 2 + 32  # legacy_version, random
+    for size in (1, 2, 1):  # the lengths of legacy_session_id, cipher_suites, legacy_compression_methods
+        at += size + int.from_bytes(body[at : at + size], "big")
+    end = at
+    if at < len(body):
+        end = at + 2 + int.from_bytes(body[at : at + 2], "big")
+        at += 2
+    if end > len(body):  # whatever was cut short: nothing above can have come back
+        raise ValueError("truncated")
     server_name: str | None = None
     alpn: tuple[bytes, ...] = ()
-    if cursor.more:
-        extensions = _Cursor(cursor.vector(2))
-        while extensions.more:
-            kind, content = extensions.number(2), _Cursor(extensions.vector(2))
-            if kind == 0:
-                server_name = _server_name(content)
-            elif kind == 16:
-                offers = _Cursor(content.vector(2))
-                names = []
-                while offers.more:
-                    names.append(offers.vector(1))
-                alpn = tuple(names)
+    while at + 4 <= end:  # a dozen or more, and two of them matter
+        kind, size = _EXTENSION.unpack_from(body, at)
+        start, at = at + 4, at + 4 + size
+        if kind == _SERVER_NAME:
+            server_name = _server_name(_Cursor(body[start:at]))
+        elif kind == _ALPN:
+            alpn = _offers(_Cursor(body[start:at]))
+    if at != end:
+        raise ValueError("truncated")
     return ClientHello(server_name, alpn)
+
+
+def _offers(content: _Cursor) -> tuple[bytes, ...]:
+    offers, names = _Cursor(content.vector(2)), []
+    while offers.more:
+        names.append(offers.vector(1))
+    return tuple(names)
 
 
 def _server_name(content: _Cursor) -> str | None:
