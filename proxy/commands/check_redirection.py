@@ -123,7 +123,7 @@ async def _accept_some(listener: socket.socket) -> list[tuple[Address, Address |
     except OSError:
         return []
     with accepted:
-        return [(Address.of(peer), original_destination(accepted))]
+        return [(Address.of(peer), original_destination(accepted, Address.of(accepted.getsockname())))]
 
 
 async def _dial(target: Address, timeout: float) -> Address | ConnectFailed:

@@ -118,14 +118,13 @@ def _bind_problem(error: OSError) -> str:
     return str(error.strerror or error)
 
 
-def original_destination(sock: socket.socket) -> Address | None:
+def original_destination(sock: socket.socket, local: Address) -> Address | None:
     """Where a redirected connection wanted to go (SO_ORIGINAL_DST, IP6T_SO_ORIGINAL_DST); None if it was not redirected.
 
     The kernel answers from its connection tracking: ENOENT without an entry there, ENOPROTOOPT without the module; for a tracked
     connection that was not redirected it answers the local address. All three mean the same to us.
     """
     try:
-        local = Address.of(sock.getsockname())
         if local.is_ipv6:
             raw = sock.getsockopt(socket.IPPROTO_IPV6, _SO_ORIGINAL_DST, _SOCKADDR_IN6.size)
             _, port, _, packed, _ = _SOCKADDR_IN6.unpack(raw)
@@ -257,15 +256,15 @@ class Acceptor:
     async def _run(self, sock: socket.socket) -> None:
         try:
             try:
-                original = original_destination(sock)
                 stream = SocketStream(sock)
             except ConnectionLost:
                 return  # it was gone before anyone looked at it
-            await self._guard(Connection(stream, stream.peer, stream.local, original))
+            await self._guard(Connection(stream, stream.peer, stream.local, original_destination(sock, stream.local)))
         finally:
             sock.close()
             self.open -= 1
-            self._room.unpark_all()
+            if self._room:
+                self._room.unpark_all()
 
     async def _guard(self, connection: Connection) -> None:
         """The error boundary."""

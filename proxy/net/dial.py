@@ -104,10 +104,11 @@ class Dialer:
             self._mark(sock, address)
             self._keep_alive(sock)
             there = _connect(sock, address)
-            forget = self._watched(sock, address, depth)
+            local = Address.of(sock.getsockname())  # chosen with the first packet
+            forget = self._watched(local, address, depth)
             if not there and not _connect(sock, address):
                 await self._finish(sock, address)
-            stream = _stream(sock, address)
+            stream = _stream(sock, address, local)
             stream.on_close = forget
             connected = True
             return stream
@@ -151,11 +152,10 @@ class Dialer:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
 
-    def _watched(self, sock: socket.socket, address: Address, depth: int) -> Callable[[], None] | None:
+    def _watched(self, local: Address, address: Address, depth: int) -> Callable[[], None] | None:
         """Our end of it is known from the first packet on, and said before any other task runs: it may come back to us."""
         if self.watch is None:
             return None
-        local = Address.of(sock.getsockname())
         self.watch.opened(local, address, depth)
         return partial(self.watch.closed, local, address)
 
@@ -186,9 +186,9 @@ def _connect(sock: socket.socket, address: Address) -> bool:
     return True
 
 
-def _stream(sock: socket.socket, address: Address) -> SocketStream:
+def _stream(sock: socket.socket, address: Address, local: Address) -> SocketStream:
     try:
-        stream = SocketStream(sock)
+        stream = SocketStream(sock, local)
     except ConnectionLost as error:
         raise ConnectFailed(address, "reset", str(error)) from error
     if stream.peer == stream.local:

@@ -15,34 +15,39 @@ import trio
 class Readiness:
     """The two directions of one socket. Wake-ups may be spurious: the caller tries its operation again and comes back."""
 
-    __slots__ = ("_readers", "_socket", "_writers")
+    __slots__ = ("_readers", "_reading", "_socket", "_writers", "_writing")
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        # The tasks that wait for a task; None while nobody waits for the kernel. Made only when somebody has to wait.
+        self._reading = self._writing = False  # whether a task waits for the kernel
+        # The tasks that wait for that task; made when there is one.
         self._readers: trio.lowlevel.ParkingLot | None = None
         self._writers: trio.lowlevel.ParkingLot | None = None
 
     async def wait_readable(self) -> None:
         """Raises ClosedResourceError if the socket is closed meanwhile."""
-        if self._readers is not None:
-            await self._readers.park()
+        if self._reading:
+            lot = self._readers = self._readers or trio.lowlevel.ParkingLot()
+            await lot.park()
             return
-        lot = self._readers = trio.lowlevel.ParkingLot()
+        self._reading = True
         try:
             await trio.lowlevel.wait_readable(self._socket)
         finally:
-            self._readers = None
-            lot.unpark_all()
+            self._reading = False
+            if self._readers is not None:
+                self._readers.unpark_all()
 
     async def wait_writable(self) -> None:
         """Raises ClosedResourceError if the socket is closed meanwhile."""
-        if self._writers is not None:
-            await self._writers.park()
+        if self._writing:
+            lot = self._writers = self._writers or trio.lowlevel.ParkingLot()
+            await lot.park()
             return
-        lot = self._writers = trio.lowlevel.ParkingLot()
+        self._writing = True
         try:
             await trio.lowlevel.wait_writable(self._socket)
         finally:
-            self._writers = None
-            lot.unpark_all()
+            self._writing = False
+            if self._writers is not None:
+                self._writers.unpark_all()

@@ -62,7 +62,7 @@ _LINGER_NONE = struct.pack("ii", 1, 0)
 class SocketStream(trio.abc.HalfCloseableStream):
     """A TCP connection. Takes ownership of `sock`, which must be connected; makes it non-blocking and sets TCP_NODELAY.
 
-    Raises ConnectionLost (and closes the socket) if the connection is already gone.
+    `local`: our end, if that is known. Raises ConnectionLost (and closes the socket) if the connection is already gone.
     """
 
     __slots__ = (
@@ -71,7 +71,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
     )  # fmt: skip
     end_met = False  # see prompt.py
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, local: Address | None = None) -> None:
         self.socket = sock
         self._recv = sock.recv  # bound once: two attribute look-ups fewer in every operation
         self._send = sock.send
@@ -83,10 +83,11 @@ class SocketStream(trio.abc.HalfCloseableStream):
         self._loss: ConnectionLost | None = None
         self.on_close: Callable[[], None] | None = None  # called once; synchronous, and must not raise
         try:
-            sock.setblocking(False)
+            if sock.gettimeout() != 0.0:
+                sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.peer = Address.of(sock.getpeername())
-            self.local = Address.of(sock.getsockname())
+            self.local = local or Address.of(sock.getsockname())
         except OSError as error:
             sock.close()
             raise lost(error.errno or 0) from error

@@ -17,6 +17,7 @@ from lab.pod import PROXY_MARK, Pod, exemption
 from proxy.mesh import intercept
 from proxy.mesh.intercept import Captured
 from proxy.net.accept import original_destination
+from proxy.net.address import Address
 
 pytestmark = pytest.mark.lab
 
@@ -93,7 +94,7 @@ async def test_connections_for_dns_arrive_at_their_port_with_their_destination(p
         with trio.fail_after(30):
             accepted = await listener.accept()
         async with accepted:
-            found = original_destination(accepted.socket._sock)  # type: ignore[attr-defined]
+            found = original_destination(accepted.socket._sock, Address.of(accepted.socket.getsockname()))  # type: ignore[attr-defined]
             assert found == (resolver.address(version), 53)
 
 

@@ -148,7 +148,7 @@ async def test_a_connection_to_itself_is_a_refusal() -> None:
     sock.bind(("127.0.0.1", 0))
     sock.connect(sock.getsockname())
     with pytest.raises(ConnectFailed, match="met itself") as caught:
-        _stream(sock, Address(*sock.getsockname()))
+        _stream(sock, itself := Address(*sock.getsockname()), itself)
     assert caught.value.reason == "refused"
     assert sock.fileno() == -1
 
