@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 
 from proxy.account import Ledger
@@ -124,12 +125,9 @@ class Runtime:
             raise UpstreamTLSError(f"{endpoint.address} has the identity {expected}, and this proxy has none to meet it with", "protocol")
         context, sessions = identity.client_context, identity.sessions
         host = endpoint.address.host
-        offer = TLSOffer(
-            server_name=expected.sni,
-            alpn=(alpn,),
-            session=sessions.get(expected, host),
-            on_session=lambda session: sessions.put(expected, host, session),
-        )
+        offer = TLSOffer(expected.sni, (alpn,))
+        if identity.resumes:
+            offer = TLSOffer(expected.sni, (alpn,), sessions.get(expected, host), partial(sessions.put, expected, host))
         try:
             tls = await tls_client(
                 stream,

@@ -133,6 +133,11 @@ class Identity:
         return self._sessions
 
     @property
+    def resumes(self) -> bool:
+        """Whether our connections take up sessions, and keep them."""
+        return self.settings.session_lifetime > 0
+
+    @property
     def certificate(self) -> x509.Certificate:
         return self._material.leaf
 

@@ -121,6 +121,8 @@ def test_sessions_can_be_switched_off(cart, checkout):
         session = client.get_session()
     with handshake(ours.client_context, theirs.server_context, session=session) as (client, _server):
         assert not resumed(client)
+    assert ours.resumes
+    assert not theirs.resumes, "and as a client it does not try"
 
 
 def test_the_session_cache_is_bounded_and_forgets_the_longest_unused(cart, checkout):
