@@ -21,7 +21,7 @@ from perf.pair import HOST, Pair
 from perf.peers import Kind
 
 BULK = 256 << 20
-BODIES = {"100": 100, "16k": 16384, "1m": 1 << 20, "bulk": BULK, "perf.Echo/Call": 100}
+BODIES = {"100": 100, "1k": 1024, "16k": 16384, "1m": 1 << 20, "bulk": BULK, "perf.Echo/Call": 100}
 IDLE = 500
 
 
@@ -144,6 +144,7 @@ def works() -> list[Work]:
         http1("c256-1k", "HTTP/1.1, 1 KiB, 256 connections", 256),
         http1("c16-100", "HTTP/1.1, 100 B, 16 connections", 16, "100"),
         http1("c16-16k", "HTTP/1.1, 16 KiB, 16 connections", 16, "16k"),
+        http1("c16-chunked", "HTTP/1.1, 1 KiB in chunks, 16 connections", 16, "chunked/1k"),
         http1("c16-1m", "HTTP/1.1, 1 MiB, 16 connections", 16, "1m"),
         *fixed,
         Work("h2-16x8", "HTTP/2, 16 connections x 8 streams", "http2", "request", partial(h2load, connections=16, streams=8)),

@@ -90,7 +90,8 @@ def nginx_paths(folder: Path) -> str:
 
 @contextmanager
 def server(folder: Path) -> Iterator[int]:
-    """nginx with one worker, which answers / with 1 KiB, and /N with the file N of the folder www, if there is one."""
+    """nginx with one worker, which answers / with 1 KiB, and /N with the file N of the folder www, if there is one; /chunked/N with the
+    same in chunks."""
     if shutil.which("nginx") is None or shutil.which("wrk") is None:
         raise SystemExit("perf needs nginx and wrk")
     port = free_port()
@@ -99,7 +100,9 @@ def server(folder: Path) -> Iterator[int]:
         f"{user}daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/nginx.log;"
         "events { worker_connections 8192; }"
         f"http {{ access_log off; keepalive_requests 100000000; client_max_body_size 0; sendfile on; {nginx_paths(folder)}"
-        f"server {{ listen {HOST}:{port}; root {folder}/www; location = / {{ return 200 \"{BODY.decode()}\"; }} }} }}",
+        f"server {{ listen {HOST}:{port}; root {folder}/www; location = / {{ return 200 \"{BODY.decode()}\"; }}"
+        # What is filtered has no length that is known before: it comes in chunks.
+        f" location /chunked/ {{ alias {folder}/www/; sub_filter_types *; sub_filter never-there x; }} }} }}",
         "ascii",
     )
     log = folder / "nginx.out"

@@ -37,6 +37,13 @@ class Unanswered(Exception):
         self.untouched = untouched
 
 
+def unreadable(error: ProtocolError) -> UpstreamClosed:
+    """What a response's body comes to that breaks the protocol."""
+    failure = UpstreamClosed(f"the response's body: {error}")
+    failure.__cause__ = error
+    return failure
+
+
 class Carrier(ABC):
     """One exchange on one connection; made for it, and dropped behind it."""
 
@@ -155,7 +162,7 @@ class Http1Carrier(Carrier):
         try:
             piece = self._http.next_body()
         except ProtocolError as error:
-            raise UpstreamClosed(f"the response's body: {error}") from error
+            raise unreadable(error) from error
         return None if isinstance(piece, Signal) else piece
 
     async def body(self) -> bytes | EndOfMessage:

@@ -228,10 +228,11 @@ class Http1Exchange(Exchange):
             if b"content-length" not in headers:
                 headers.add(b"Content-Length", b"%d" % length)
         else:
-            headers.remove(b"content-length")
+            if b"content-length" in headers:
+                headers.remove(b"content-length")
             length = Framing.CLOSE if connection.peer_version == b"1.0" else Framing.CHUNKED
             if length is Framing.CHUNKED:
-                headers.add(b"Transfer-Encoding", b"chunked")
+                headers.append(b"Transfer-Encoding", b"chunked")
         if not connection.keep_alive or self._server.drain.draining or length is Framing.CLOSE or self._body_unlikely():
             connection.keep_alive = False
             headers.add(b"Connection", b"close")

@@ -5,7 +5,7 @@ Theory
 
 The ordinary road is a trio task for each connection. It can do everything, and each of its waits costs a pass of trio's scheduler: two
 waits in an exchange, besides a dozen coroutines, scopes and objects. Most exchanges need none of that. Their heads are in the canonical
-form that wire/heads.py recognises, a connection to their endpoint lies ready in the pool, the length of their bodies is known, and
+form that wire/heads.py recognises, a connection to their endpoint lies ready in the pool, it is known how their bodies are delimited, and
 nothing goes wrong. For them there is this road (`road.py`): one epoll set for all connections, and for each socket that is ready what there
 is to do, in plain functions: no task, no scope, no await. Its loop is no task either; it runs where trio would wait (`ground.py`).
 
@@ -26,9 +26,9 @@ their bytes on, and tells the relay's `Joint` how they end, as two tasks would.
 *The road gives back what is not plain.* That is no failure but its principle: everything unusual has one implementation, the ordinary
 one. Between two exchanges it gives the connection back with the bytes read so far, as if they had just been read: a head that is declined
 or not whole, a body that is not here yet, no ready connection, anything the flow wants to decide by itself, a proxy that is going down.
-Within an exchange it gives the exchange back as far as it has got (`exchange/begun.py`): a response whose head is declined (chunked,
-interim, ...), a server that closes without an answer, a client that has gone. The ends and errors of connections are not judged here: a
-stream repeats them to whoever asks next, so the ordinary road meets them as if it had been there.
+Within an exchange it gives the exchange back as far as it has got (`exchange/begun.py`): a response whose head is declined (interim,
+without a length, ...), a server that closes without an answer, a client that has gone. The ends and errors of connections are not judged
+here: a stream repeats them to whoever asks next, so the ordinary road meets them as if it had been there.
 
 *Nothing waits here.* There are no deadlines on this road but one: what has not moved for `PATIENCE` seconds goes back to the ordinary
 road, where all the others are; and so does a call of gRPC whose own deadline is that near. So a slow server's exchange costs one

@@ -22,13 +22,17 @@ from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, w
 
 from proxy.errors import ClientGone
 from proxy.exchange.begun import Begun
+from proxy.exchange.carriers import unreadable
 from proxy.exchange.client import forwarded_request
 from proxy.exchange.exchange import Whole
 from proxy.exchange.server import Http1Exchange, Http1Server
+from proxy.fast.chunks import Chunks
 from proxy.fast.course import Borrowed, Course
+from proxy.fast.punts import Punts
 from proxy.fast.side import IN, OUT, Side, side_of
 from proxy.net.errors import NetError
 from proxy.net.prompt import Prompt
+from proxy.wire.bodies import Framing, Length
 from proxy.wire.heads import encode_request, encode_response, recognise_request, recognise_response
 from proxy.wire.http1 import At
 from proxy.wire.messages import strip_hop_by_hop
@@ -36,9 +40,6 @@ from proxy.wire.messages import strip_hop_by_hop
 if TYPE_CHECKING:
     from proxy.fast.road import Road
 
-# Exchanges of one connection in a row that had to be given back, after which it is not lent for `REST` exchanges: whoever speaks HTTP/1.0,
-# uploads, or is answered in chunks, will do so again, and each attempt costs 10 to 20 µs.
-PUNTS, REST = 4, 64
 _NOTHING = Whole()  # the body of a request that goes on in one piece
 
 
@@ -47,8 +48,8 @@ class Lane:
     `hand_over` by anybody, the rest by the road."""
 
     __slots__ = (
-        "_account", "_client", "_course", "_endpoint", "_exchange", "_fault", "_ground", "_lent", "_loan", "_punts", "_remaining",
-        "_rest", "_resting", "_result", "_road", "_server", "_spare", "_task", "moved",
+        "_account", "_chunks", "_client", "_course", "_endpoint", "_exchange", "_fault", "_ground", "_lent", "_loan", "_remaining",
+        "_rest", "_result", "_road", "_server", "_spare", "_task", "moved", "punts",
     )  # fmt: skip
     limit = inf  # no request of HTTP/1 says until when it may take
 
@@ -63,14 +64,15 @@ class Lane:
         self._result: Http1Exchange | None = None  # that has been begun here, and goes on there
         self._fault: Exception | None = None
         self._rest = b""  # read behind the exchange that is under way
-        self._punts = self._resting = 0
+        self.punts = Punts()
         self.moved = 0.0  # trio's time at the last step of an exchange
         # Of the exchange:
         self._exchange: Http1Exchange | None = None
         self._account: AbstractContextManager[object] | None = None
         self._loan: Borrowed[Any] | None = None
         self._endpoint: Side | None = None
-        self._remaining = 0  # bytes of the response's body that have not been read yet
+        self._remaining = 0  # bytes of the response's body that have not been read yet; in chunks: 1, until it has ended
+        self._chunks: Chunks | None = None
         self._spare = False  # the server has sent more than its response
 
     @property
@@ -79,13 +81,6 @@ class Lane:
         return self._server.idle_since
 
     # Lending...
-
-    def willing(self) -> bool:
-        """Whether the connection is worth lending now."""
-        if self._resting:
-            self._resting -= 1
-            return False
-        return True
 
     async def carry(self) -> Http1Exchange | None:
         """See exchange.begun.Carry."""
@@ -135,15 +130,10 @@ class Lane:
 
     def give_back(self, data: bytes = b"") -> None:
         """Between two exchanges: `data` was read and is the beginning of the next request."""
-        self._punt()
+        self.punts.punt()
         if data:
             self._server.connection.receive_data(data)
         self._wake()
-
-    def _punt(self) -> None:
-        self._punts += 1
-        if self._punts >= PUNTS:
-            self._punts, self._resting = 0, REST
 
     def recall(self) -> None:
         """The proxy is going down, or the connection has been idle for long: the ordinary road knows what that means."""
@@ -163,16 +153,16 @@ class Lane:
         if exchange is None or account is None or loan is None or endpoint is None:
             raise RuntimeError("there is no exchange to hand over")
         self._road.hands_over()
-        self._punt()
+        self.punts.punt()
         method, answered = exchange.request.method, exchange.response is not None
         to_server, to_client = endpoint.unsent, self._client.unsent
-        connection, http = self._server.connection, loan.upstream.http
-        connection.take_over(method, (At.DONE, 0), (At.BODY, self._remaining) if answered else (At.HEAD, 0))
+        connection, http, chunks = self._server.connection, loan.upstream.http, self._chunks
+        to_write: Length = Framing.CHUNKED if chunks is not None else self._remaining
+        connection.take_over(method, (At.DONE, 0), (At.BODY, to_write) if answered else (At.HEAD, 0))
         connection.receive_data_if(self._rest)
-        http.take_over(
-            method, (At.BODY if answered else At.HEAD, self._remaining), (At.BODY, len(to_server)) if to_server else (At.DONE, 0)
-        )
-        http.receive_data_if(data)
+        to_read = chunks.reader if chunks is not None else self._remaining
+        http.take_over(method, (At.BODY if answered else At.HEAD, to_read), (At.BODY, len(to_server)) if to_server else (At.DONE, 0))
+        http.receive_data_if(chunks.left + data if chunks is not None else data)
         exchange.account = ExitStack()
         exchange.account.push(account)  # it is open already
         exchange.begun = Begun(loan, to_server=to_server, to_client=to_client, failure=failure)
@@ -181,7 +171,7 @@ class Lane:
 
     def _pass_over(self, exchange: Http1Exchange, rest: bytes) -> None:
         """Before an exchange of which something has been decided already."""
-        self._punt()
+        self.punts.punt()
         connection = self._server.connection
         connection.take_over(exchange.request.method, (At.DONE, 0), (At.HEAD, 0))
         connection.receive_data_if(rest)
@@ -194,7 +184,7 @@ class Lane:
         self._wake()
 
     def _forget_exchange(self) -> None:
-        self._exchange = self._account = self._loan = self._endpoint = None
+        self._exchange = self._account = self._loan = self._endpoint = self._chunks = None
         self._client.unsent = self._rest = b""
         self._spare = False
 
@@ -301,7 +291,8 @@ class Lane:
             self._ask(endpoint, endpoint.unsent)
             return
         try:
-            data = endpoint.receive() if exchange.response is None else endpoint.receive(endpoint.bulk)
+            # Chunks are work: of small ones, one step would hold a larger read up for too long.
+            data = endpoint.receive() if exchange.response is None or self._chunks is not None else endpoint.receive(endpoint.bulk)
         except NetError:
             data = b""
         if data is None:
@@ -325,19 +316,32 @@ class Lane:
         bodiless = head.status in (204, 304) or exchange.request.method == b"HEAD"
         if bodiless:
             length = 0
-        if bodiless or not self._server.connection.keep_alive:
+        if bodiless or not isinstance(length, int) or not self._server.connection.keep_alive:
             exchange.answer(head, length)
         else:
             exchange.answer_as_is(head)
-        self._remaining = length
+        self._chunks = None if isinstance(length, int) else Chunks(self._server.settings.limits)
+        self._remaining = length if isinstance(length, int) else 1
         self._pass_on(exchange, encode_response(head), data[end:])
 
     def _pass_on(self, exchange: Http1Exchange, head: bytes, body: bytes) -> None:
         """ANSWERED: `body` has been read from the server."""
-        if len(body) > self._remaining:
-            body, self._spare = body[: self._remaining], True
-        self._remaining -= len(body)
-        exchange.response_bytes += len(body)
+        chunks = self._chunks
+        if chunks is not None:
+            error = chunks.pass_on(body)
+            exchange.response_bytes += chunks.size
+            if error is not None:
+                self.hand_over(failure=unreadable(error))
+                return
+            body, self._spare = chunks.out, chunks.ended and bool(chunks.left)
+            self._remaining = 0 if chunks.ended else 1
+            if not (head or body):
+                return  # a part of a line
+        else:
+            if len(body) > self._remaining:
+                body, self._spare = body[: self._remaining], True
+            self._remaining -= len(body)
+            exchange.response_bytes += len(body)
         self._send(head + body if head else body)
 
     def _flush(self) -> None:
@@ -379,7 +383,7 @@ class Lane:
         else:
             loan.done(self._ground.now)
         self._forget_exchange()
-        self._punts = 0
+        self.punts.row = 0
         server = self._server
         server.served = True
         server.idle_since = self._ground.now

@@ -73,7 +73,7 @@ class Road:
         lane = server.lane
         if not isinstance(lane, Lane):
             server.lane = lane = Lane(self, course, server, stream)
-        if not lane.willing():
+        if not lane.punts.willing():
             return None
         self._lanes.add(lane)
         ground.lends()

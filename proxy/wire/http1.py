@@ -140,8 +140,8 @@ class Http1Connection:
         if recognised is not None:
             response, length = recognised
             if self.method in (b"HEAD", b"CONNECT"):
-                length = self._fixed(response_length(self.method, response))
-            self._reader = FixedReader(length if response.status not in (204, 304) else 0)
+                length = response_length(self.method, response)
+            self._reader = self._body_reader(length if response.status not in (204, 304) else 0)
         else:
             response = decide_response(head, self._limits)
             self.declined += 1
@@ -212,10 +212,6 @@ class Http1Connection:
             return ChunkedReader(self._limits.head, self._limits.fields)
         return CloseReader() if length is Framing.CLOSE else FixedReader(length)
 
-    @staticmethod
-    def _fixed(length: Length) -> int:
-        return length if isinstance(length, int) else 0
-
     def _note_connection(self, headers: Headers, version: bytes) -> None:
         """RFC 9112 §9.3: whether the peer will go on after this message."""
         options = headers.tokens(b"connection")
@@ -253,13 +249,13 @@ class Http1Connection:
 
     # Between two exchanges, and between two drivers...
 
-    def take_over(self, method: bytes, reading: tuple[At, int], writing: tuple[At, int]) -> None:
-        """Go on within an exchange that another driver (proxy/fast) has brought so far: how far each half is, and how many bytes of its
-        body, whose length is known, are still to come."""
+    def take_over(self, method: bytes, reading: tuple[At, int | ChunkedReader], writing: tuple[At, Length]) -> None:
+        """Go on within an exchange that another driver (proxy/fast) has brought so far: how far each half is, and what of its body is still
+        to come."""
         self.method = method
         self.reading, to_read = reading
         self.writing, to_write = writing
-        self._reader, self._writer = FixedReader(to_read), writer(to_write)
+        self._reader, self._writer = FixedReader(to_read) if isinstance(to_read, int) else to_read, writer(to_write)
 
     @property
     def reusable(self) -> bool:

@@ -103,7 +103,7 @@ class Headers:
         return copy
 
     def append(self, name: bytes, value: bytes) -> None:
-        """Put a field at the end, one that does not belong to the hop."""
+        """Put a field at the end, one that does not belong to the hop (or to the next one, when nobody strips any more)."""
         if self.block is not None:
             self.block = b"%b%b: %b\r\n" % (self.block, name, value)
         else:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import pytest
 import trio
 
-from proxy.fast import lane
+from proxy.fast import punts
 from tests.kit.hop import Hop, Settings, hop
 from tests.kit.http import Message, Peer, chunked, connect, origin
 
@@ -121,7 +121,7 @@ async def carry(talk: Conversation, seed: int, *, fast: bool, disturbed: bool = 
 
 @pytest.mark.parametrize("seed", range(10))
 async def test_the_same_conversation_on_both_roads(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lane, "REST", 0)  # the road is tried again and again, although most of what is said is not plain
+    monkeypatch.setattr(punts, "REST", 0)  # the road is tried again and again, although most of what is said is not plain
     talk = Conversation.drawn(seed)
     ordinary = await carry(talk, seed, fast=False)
     assert len(ordinary.heard) == EXCHANGES + 1

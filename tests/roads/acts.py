@@ -32,10 +32,13 @@ SAMPLED = FIELDS[5]
 TOO_FAR = [b"isthmus-hops: " + b", ".join([_HOP] * 8)]
 
 # Kinds of answers (server.py) behind which the server keeps its connection, and those behind which it does not.
-KEPT = ("ok", "ok", "together", "bytewise", "none", "same", "kept", "error", "busy", "missing", "chunked", "interim", "spare")
+KEPT = (
+    "ok", "ok", "together", "bytewise", "none", "same", "kept", "error", "busy", "missing", "interim", "spare",
+    "chunked", "chunked-bytewise", "chunked-spare",
+)  # fmt: skip
 ENDED = ("says-close", "then-close", "old")
 # Those that are no whole answer.
-BROKEN = ("close", "reset", "part-head", "half", "torn", "garbage", "two-lengths")
+BROKEN = ("close", "reset", "part-head", "half", "torn", "garbage", "two-lengths", "torn-late", "spoiled", "spoiled-size", "two-framings")
 SIZES = (0, 2, 1024, 1024, 9_000)
 
 
@@ -147,7 +150,7 @@ async def answered_early(stage: Stage, rng: random.Random) -> None:
 
 
 async def pipeline(stage: Stage, rng: random.Random) -> None:
-    kinds = [rng.choice([kind for kind in KEPT if kind != "spare"]) for _ in range(rng.choice([2, 3, 6]))]
+    kinds = [rng.choice([kind for kind in KEPT if "spare" not in kind]) for _ in range(rng.choice([2, 3, 6]))]
     end = await line(stage)
     asked = b"".join(request(f"/{kind}/{rng.choice(SIZES)}", rng.choice(FIELDS)) for kind in kinds)
     await end.send(*pieces(asked, rng))
@@ -163,9 +166,9 @@ async def pipeline_with_upload(stage: Stage, rng: random.Random) -> None:
         await answer(stage, end)
 
 
-async def broken(stage: Stage, rng: random.Random) -> None:
+async def broken(stage: Stage, rng: random.Random, kinds: tuple[str, ...] = BROKEN) -> None:
     """The server gives no whole answer."""
-    kind, before = rng.choice(BROKEN), closings(stage)
+    kind, before = rng.choice(kinds), closings(stage)
     method, body = rng.choice([(b"GET", b""), (b"GET", b""), (b"POST", b"x"), (b"PUT", b"yy")])
     end = await line(stage)
     await end.send(request(f"/{kind}/1000", rng.choice(FIELDS), method, body))
@@ -368,6 +371,10 @@ async def many_at_once(stage: Stage, rng: random.Random) -> None:
             nursery.start_soon(one, rng.random())
 
 
+# Answers in chunks, each behind a plain one; and such that are none, or not all of one.
+IN_CHUNKS: tuple[Act, ...] = tuple(partial(ask, kinds=(kind,)) for kind in KEPT if kind.startswith("chunked"))
+BAD_CHUNKS: tuple[Act, ...] = tuple(partial(broken, kinds=(kind,)) for kind in BROKEN if kind.startswith(("torn", "spoiled", "two-fr")))
+
 ODD: tuple[Act, ...] = (
     upload, upload, upload_in_chunks, upload_large_answer, ask_before_upload, answered_early, pipeline, pipeline, pipeline_with_upload,
     broken, broken, broken, broken, cut_within_answer, slow, slow, half_closed, leave_idle, leave_within_head, leave_within_upload,
@@ -380,7 +387,9 @@ good: Act = partial(ask, kinds=("ok", "together"), fields=[])
 def drawn(seed: int, number: int) -> list[Act]:
     """A play: acts that are not plain, each behind plain ones, so that it meets connections that are kept on the fast road."""
     rng = random.Random(seed)
-    acts: list[Act] = [sampled]
+    acts: list[Act] = [sampled, *IN_CHUNKS]
+    for act in BAD_CHUNKS:
+        acts += [good, act]
     for _ in range(number):
         acts += [good, good, ask] if rng.random() < 0.7 else [good] if rng.random() < 0.6 else []
         acts.append(rng.choice(ODD))

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from proxy.fast import lane, road
+from proxy.fast import punts, road
 from tests.roads.stage import Cast, Theatre
 
 
 @pytest.fixture
 def made(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Theatre]:
     monkeypatch.setattr("proxy.loops.token_bytes", bytes)  # the same tokens each time
-    monkeypatch.setattr(lane, "REST", 0)  # the road is tried again and again, although much of what is done is not plain
+    monkeypatch.setattr(punts, "REST", 0)  # the road is tried again and again, although much of what is done is not plain
     monkeypatch.setattr(road, "PATIENCE", 0.1)
     caplog.set_level(logging.INFO, "isthmus")
 

@@ -107,8 +107,18 @@ async def _half_never(stage: Stage, end: End, size: int, bare: bool) -> bool:
     return await _never(stage, end, size, bare)
 
 
+_CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
 async def _bytewise(_: Stage, end: End, size: int, bare: bool) -> bool:
     data = _ok(size) + (b"" if bare else _body(size))
+    await end.send(*(data[n : n + 1] for n in range(len(data))))
+    return False
+
+
+async def _bytewise_chunks(_: Stage, end: End, size: int, bare: bool) -> bool:
+    size = min(size, 300)
+    data = _CHUNKED + (b"" if bare else chunked(_body(size)[:100] or b"x", b"y", trailers=b"X-T: 1\r\n"))
     await end.send(*(data[n : n + 1] for n in range(len(data))))
     return False
 
@@ -128,9 +138,15 @@ KINDS: dict[str, Kind] = {
     "then-close": _sends(lambda size: (_ok(size), _body(size)), ends=True),
     "old": _sends(lambda size: (b"HTTP/1.0 200 OK\r\nServer: x\r\n\r\n", _body(size)), ends=True),
     "chunked": _sends(
-        lambda size: (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunked(_body(size or 1), trailers=b"X-T: 1\r\n"),)
+        lambda size: (_CHUNKED + chunked(_body(size or 1), trailers=b"X-T: 1\r\n"),)
     ),
-    "torn": _sends(lambda size: (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"5\r\nhello\r\n5\r\nhe",), ends=True),
+    "chunked-bytewise": _bytewise_chunks,
+    "chunked-spare": _sends(lambda size: (_CHUNKED, chunked(_body(size)[: size // 2], _body(size)[size // 2 :] or b"x") + b"spare")),
+    "torn": _sends(lambda size: (_CHUNKED + b"5\r\nhello\r\n5\r\nhe",), ends=True),
+    "torn-late": _sends(lambda size: (_CHUNKED + b"5\r\nhello\r\n", b"5\r\nhello\r\n5"), ends=True),
+    "spoiled": _sends(lambda size: (_CHUNKED + b"5\r\nhello\r\n", b"3\r\nabc\r\n4\r\nlonger\r\n0\r\n\r\n"), ends=True),
+    "spoiled-size": _sends(lambda size: (_CHUNKED + b"-5\r\nhello\r\n0\r\n\r\n",), ends=True),
+    "two-framings": _sends(lambda size: (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n" + _CHUNKED[17:] + chunked(b"hello"),), ends=True),
     "interim": _sends(lambda size: (b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + _ok(size), _body(size))),
     "continue": _sends(lambda size: (_ok(size), _body(size))),
     "close": _sends(lambda _: (), ends=True),

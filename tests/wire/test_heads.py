@@ -17,6 +17,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from proxy.wire.bodies import Framing, Length
 from proxy.wire.heads import encode_request, encode_response, recognise_request, recognise_response
 from proxy.wire.messages import CALLER_FIELDS, OVERRIDES, Headers, Limits, ProtocolError, RequestHead, ResponseHead, strip_hop_by_hop
 from proxy.wire.strict import decide_request, decide_response
@@ -26,15 +27,17 @@ LIMITS = Limits(head=4096, target=256, fields=24)
 ANY = h11.Request(method="GET", target="/", headers=[("Host", "a"), ("Connection", "upgrade"), ("Upgrade", "any")])
 
 
-def h11_length(connection: h11.Connection) -> int | None:
-    """How long h11 holds the body to be that follows, found out by giving it one; None: not a counted one."""
+def h11_length(connection: h11.Connection) -> Length | None:
+    """How h11 holds the body to be delimited that follows; None: until the end of the connection."""
     reader = connection._reader
     if reader is None:
         return 0
+    if isinstance(reader, h11._readers.ChunkedReader):
+        return Framing.CHUNKED
     return getattr(reader, "_length", None)
 
 
-def strips_alike(found: tuple[RequestHead | ResponseHead, int] | None, items: list[tuple[bytes, bytes]]) -> None:
+def strips_alike(found: tuple[RequestHead | ResponseHead, Length] | None, items: list[tuple[bytes, bytes]]) -> None:
     """Assert that a block of lines loses the same fields as the list of them."""
     assert found is not None
     block, split = found[0].headers, Headers(items)
