@@ -271,6 +271,8 @@ def test_a_worker_that_is_killed_takes_its_own_connections_along_and_nothing_els
             else:
                 one.ask()
         survivors = sum(one.worker != victim for one in kept)
+        # Its sockets are closed one by one, and its listener need not be the first.
+        eventually(lambda: not Path(f"/proc/{victim}").exists(), "the one that was killed is gone")
         for _ in range(20):
             assert get(proxy.port) == 200, "whoever comes now is not sent to the one that is gone"
         counted(proxy, before_it + survivors + 20)
