@@ -39,9 +39,10 @@ from proxy.exchange.replay import Replay
 from proxy.mesh.breaker import Failure
 from proxy.mesh.directory import Endpoint
 from proxy.mesh.fleet import Fleet, Work
-from proxy.mesh.policy import DEFAULT_POLICY, Policy, Statuses
+from proxy.mesh.policy import DEFAULT_POLICY, Policy
 from proxy.net.errors import ConnectFailed
 from proxy.overrides import overridden
+from proxy.units import within
 from proxy.wire import grpc
 from proxy.wire.frames2 import Code
 from proxy.wire.messages import Headers, ResponseHead
@@ -108,7 +109,8 @@ class Attempts:
             exchange.times = ClientSettings(times.response_head or self._client.response_timeout, times.idle or self._client.stream_timeout)
         whole = times.request
         if whole is not None:
-            limit = trio.current_time() + whole
+            begun = exchange.begun.since if exchange.begun is not None else None
+            limit = (begun or trio.current_time()) + whole
             if whole != allowed:
                 self._client_limit = limit
             exchange.clock.limit_to(limit, lambda: DeadlineExceeded(f"the request was not over within {whole:g} s"))
@@ -306,8 +308,3 @@ class Attempts:
             exchange.tried = []
         attempt = Attempt(endpoint.address, self._started, now, self._status, reason, exchange.chosen, exchange.request_bytes)
         exchange.tried.append(attempt)
-
-
-def within(status: int, ranges: Statuses) -> bool:
-    """Whether an HTTP status is one of these."""
-    return any(low <= status <= high for low, high in ranges)

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+import trio
+
 from proxy.account import ConnectionAccount
 from proxy.errors import LoopDetected, RequestError
 from proxy.exchange.client import Client
@@ -23,16 +25,17 @@ from proxy.exchange.layers import deadline, measure, rescue
 from proxy.exchange.replay import Replay
 from proxy.exchange.trace import trace, untraced
 from proxy.exchange.tunnel import open_tunnel
-from proxy.fast.course import Borrowed, Shared
+from proxy.fast.course import LEAST_LIMIT, Borrowed, Shared
 from proxy.loops import SelfCall
 from proxy.mesh.contexts import ALPN_HTTP1, ALPN_TCP
 from proxy.mesh.directory import Endpoint, Hint, Target, itself
-from proxy.mesh.policy import DEFAULT_POLICY
+from proxy.mesh.policy import DEFAULT_POLICY, Policy
 from proxy.net.accept import Connection
 from proxy.net.streams import Stream
 from proxy.pools import Pools, serve, upstream_protocol
 from proxy.reach import Underway
 from proxy.runtime import Runtime, closing
+from proxy.units import within
 from proxy.wire.messages import RequestHead
 from proxy.wire.sniff import Protocol
 from tracing.propagation import header
@@ -138,8 +141,9 @@ class OutboundCourse:
         if shared is not None and isinstance(shared.attempt, Underway):
             shared.on_answer = shared.attempt.answered
             # A stream may be refused when a part of its body is gone. An address of no service is asked once.
-            if shared.attempt.target.service is not None and exchange.body.length != 0:
-                exchange.body = Replay(exchange.body, DEFAULT_POLICY.retries.max_body)
+            target = shared.attempt.target
+            if target.service is not None and exchange.body.length != 0:
+                exchange.body = Replay(exchange.body, target.policy.retries.max_body)
         return shared
 
     def _lent(self, exchange: Exchange, foreign: Hint, lend: Callable[[Endpoint], Loan | None]) -> Loan | None:
@@ -148,7 +152,10 @@ class OutboundCourse:
         if not untraced(exchange, rt.spans.outbound):
             return None
         target = rt.router.meant(exchange.facts.destination, lambda: whom(request))
-        if target.plan is not None or target.remote is not None or target.policy is not DEFAULT_POLICY or target.protocol is foreign:
+        policy = target.policy
+        if target.plan is not None or target.remote is not None or target.protocol is foreign:
+            return None
+        if policy is not DEFAULT_POLICY and not _plain(policy, exchange):
             return None
         endpoint = rt.reach.sound(target)
         if endpoint is None or not unguarded(exchange, self._waypoint):
@@ -168,11 +175,24 @@ class OutboundCourse:
         exchange.upstream, exchange.service, exchange.chosen = endpoint.address, target.service, target.service
         if endpoint.identity is None:
             hide_names(exchange)
+        if policy is not DEFAULT_POLICY:
+            if statuses := policy.retries.statuses:
+                borrowed.declines = lambda head: within(head.status, statuses)
+            if policy.timeouts.request is not None:
+                borrowed.limit = trio.current_time() + policy.timeouts.request
         borrowed.attempt = underway = rt.reach.watch(exchange, target, endpoint)
         borrowed.on_end = underway.ended
         if call is not None:
             borrowed.on_begin, borrowed.on_end = call.follow, call.then(borrowed.on_end)
         return borrowed
+
+
+def _plain(policy: Policy, exchange: Exchange) -> bool:
+    """Whether the fast road can do what `policy` says. A body of HTTP/1.1 is there, so it could always be sent again."""
+    times, length = policy.timeouts, exchange.body.length
+    if not policy.plain or (times.request is not None and times.request < LEAST_LIMIT):
+        return False
+    return exchange.request.version == b"2" or (isinstance(length, int) and length <= policy.retries.max_body)
 
 
 async def to_endpoint(rt: Runtime, target: Target, client: Stream, about: Facts, account: ConnectionAccount) -> None:

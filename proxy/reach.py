@@ -25,7 +25,7 @@ from types import TracebackType
 
 import trio
 
-from proxy.attempts import ENDPOINTS_TRIED, FAILURES, Attempts, AttemptTimeout, within
+from proxy.attempts import ENDPOINTS_TRIED, FAILURES, Attempts, AttemptTimeout
 from proxy.errors import (
     AllBroken,
     NoEndpoint,
@@ -47,6 +47,7 @@ from proxy.mesh.fleet import Change, Fleet, Work
 from proxy.metrics import Metrics
 from proxy.net.errors import ConnectFailed
 from proxy.net.streams import Stream
+from proxy.units import within
 from proxy.wire import grpc
 from proxy.wire.messages import ResponseHead
 

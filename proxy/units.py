@@ -49,6 +49,14 @@ class StatusRange(NamedTuple):
         return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
 
 
+Statuses = tuple[StatusRange, ...]
+
+
+def within(status: int, ranges: Statuses) -> bool:
+    """Whether an HTTP status is one of these."""
+    return any(low <= status <= high for low, high in ranges)
+
+
 class GrpcCode(enum.IntEnum):
     """The statuses of gRPC that are errors (github.com/grpc/grpc, statuscodes.md)."""
 

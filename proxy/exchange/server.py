@@ -143,7 +143,7 @@ class _RequestBody:
 class Http1Exchange(Exchange):
     """One request on an HTTP/1 connection, and its response there."""
 
-    __slots__ = ("_continued", "_server", "_started")
+    __slots__ = ("_continued", "_server", "started")
 
     def __init__(
         self, server: Http1Server, request: RequestHead, body: Body, malformed: ProtocolError | None = None, now: float | None = None
@@ -151,14 +151,14 @@ class Http1Exchange(Exchange):
         """`now`: trio's time, if it is known."""
         super().__init__(request, body, server.facts, malformed)
         self._server = server
-        self._started = trio.current_time() if now is None else now
+        self.started = trio.current_time() if now is None else now
         self._continued = False  # the client was told to send its body
 
     def look(self, now: float) -> None:
         """Give up if nobody is there to answer. A client that ends its direction behind its request (a half-close) still gets an answer
         that comes within `_HALF_CLOSED` seconds; after that the end means what it nearly always does: that it has gone."""
         server = self._server
-        waited = self.response is None and server.connection.reading is At.DONE and now - self._started > _HALF_CLOSED
+        waited = self.response is None and server.connection.reading is At.DONE and now - self.started > _HALF_CLOSED
         if waited and server.stream.gone():
             self.clock.give_up(_client_went)
 

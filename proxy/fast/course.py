@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Generic, Protocol, TypeVar
 
 from proxy.exchange.carriers import Http1Carrier, Http2Carrier
@@ -36,8 +37,17 @@ class Course(Protocol):
         ...
 
 
+# Seconds that an exchange must be allowed in all: the ordinary road watches what has less (see road.PATIENCE).
+LEAST_LIMIT = 2.0
+
+
 def nothing() -> None:
     """For who has nothing to do at an end."""
+
+
+def never(_: ResponseHead) -> bool:
+    """For who takes every response."""
+    return False
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +60,8 @@ class Borrowed(Generic[K]):
     on_end: Callable[[], None] = nothing
     attempt: object = None  # the flow's own, for an exchange that is handed over
     on_begin: Callable[[Exchange], None] | None = None  # once its account is open
+    limit: float = inf  # trio's time when the exchange has to be over
+    declines: Callable[[ResponseHead], bool] = never  # whether a response is for the flow to judge before it goes on
 
     def unused(self) -> None:
         """It is not wanted after all."""
@@ -76,6 +88,8 @@ class Shared:
     on_end: Callable[[], None] = nothing
     attempt: object = None
     on_begin: Callable[[Exchange], None] | None = None
+    limit: float = inf
+    declines: Callable[[ResponseHead], bool] = never
     on_answer: Callable[[], None] = nothing  # the head of the response is there
     stream: MuxStream | None = None  # once it is opened
     request: RequestHead | None = None  # that was sent on it

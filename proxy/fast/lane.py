@@ -35,7 +35,7 @@ from proxy.net.prompt import Prompt
 from proxy.wire.bodies import Framing, Length
 from proxy.wire.heads import encode_request, encode_response, recognise_request, recognise_response
 from proxy.wire.http1 import At
-from proxy.wire.messages import strip_hop_by_hop
+from proxy.wire.messages import ResponseHead, strip_hop_by_hop
 
 if TYPE_CHECKING:
     from proxy.fast.road import Road
@@ -49,10 +49,8 @@ class Lane:
 
     __slots__ = (
         "_account", "_chunks", "_client", "_course", "_endpoint", "_exchange", "_fault", "_ground", "_lent", "_loan", "_remaining",
-        "_rest", "_result", "_road", "_server", "_spare", "_task", "moved", "punts",
+        "_rest", "_result", "_road", "_server", "_spare", "_task", "limit", "moved", "punts",
     )  # fmt: skip
-    limit = inf  # no request of HTTP/1 says until when it may take
-
     def __init__(self, road: Road, course: Course, server: Http1Server, stream: Prompt) -> None:
         self._road = road
         self._course = course
@@ -66,6 +64,7 @@ class Lane:
         self._rest = b""  # read behind the exchange that is under way
         self.punts = Punts()
         self.moved = 0.0  # trio's time at the last step of an exchange
+        self.limit = inf  # and when that has to be over
         # Of the exchange:
         self._exchange: Http1Exchange | None = None
         self._account: AbstractContextManager[object] | None = None
@@ -165,7 +164,7 @@ class Lane:
         http.receive_data_if(chunks.left + data if chunks is not None else data)
         exchange.account = ExitStack()
         exchange.account.push(account)  # it is open already
-        exchange.begun = Begun(loan, to_server=to_server, to_client=to_client, failure=failure)
+        exchange.begun = Begun(loan, exchange.started, to_server=to_server, to_client=to_client, failure=failure)
         self._wake(exchange)
         self._forget_exchange()
 
@@ -263,7 +262,7 @@ class Lane:
         endpoint.belongs(self._on_server)
         exchange.carried_by(endpoint.peer, endpoint.tls)
         exchange.request_bytes = length
-        self.moved = now
+        self.moved, self.limit = now, loan.limit
         self._road.begins(self)
         self._ask(endpoint, encode_request(forwarded_request(exchange)) + body)
 
@@ -308,7 +307,7 @@ class Lane:
         """ASKED: the head of the response, and perhaps some of its body."""
         end = data.find(b"\r\n\r\n") + 4
         found = recognise_response(data[:end], self._server.settings.limits) if end > 3 else None
-        if found is None or self._server.drain.draining:
+        if found is None or self._server.drain.draining or self._declines(found[0]):
             self.hand_over(data)
             return
         head, length = found
@@ -323,6 +322,9 @@ class Lane:
         self._chunks = None if isinstance(length, int) else Chunks(self._server.settings.limits)
         self._remaining = length if isinstance(length, int) else 1
         self._pass_on(exchange, encode_response(head), data[end:])
+
+    def _declines(self, head: ResponseHead) -> bool:
+        return self._loan is not None and self._loan.declines(head)
 
     def _pass_on(self, exchange: Http1Exchange, head: bytes, body: bytes) -> None:
         """ANSWERED: `body` has been read from the server."""

@@ -46,7 +46,7 @@ def begin(road: Road, course: Course, server: Http2Server, exchange: Http2Exchan
         loan = course.share(exchange)
         if loan is not None:
             strand = Strand(road, server, exchange, loan)
-            strand.moved, strand.limit, strand.began = now, limit, now
+            strand.moved, strand.limit, strand.began = now, min(limit, loan.limit), now
             strand.begin(course)
             return True
     except Exception as error:  # as below
@@ -153,7 +153,7 @@ class Strand:
             head = endpoint.next_head
             if head is None:
                 return
-            if head.informational or not client.takes(0):
+            if head.informational or not client.takes(0) or self._loan.declines(head):
                 self.hand_over()
                 return
             if self._send_head(exchange, client, endpoint, head):

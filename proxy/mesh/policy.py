@@ -15,11 +15,10 @@ import msgspec
 
 from proxy.mesh.document import Mistakes, Plain, child
 from proxy.settings import decode, described, number, octets, ratio, seconds
-from proxy.units import GrpcCode, StatusRange, show_duration
+from proxy.units import GrpcCode, Statuses, StatusRange, show_duration
 
 _HOUR, _DAY = 3600, 86400
 
-Statuses = tuple[StatusRange, ...]
 GrpcCodes = tuple[GrpcCode, ...]
 
 
@@ -116,6 +115,13 @@ class Policy(_Part, frozen=True):
     balancing: Balancing = Balancing()
     breaker: Breaker = Breaker()
     queue: Queue = Queue()
+
+    @property
+    def plain(self) -> bool:
+        """Whether what it asks for can be seen to by the second, or at the head of a response: proxy/fast does no more."""
+        times, retries = self.timeouts, self.retries
+        closely = times.response_head, times.idle, retries.attempt_timeout
+        return not (self.overrides or retries.grpc or any(closely))
 
 
 DEFAULT_POLICY = Policy()

@@ -312,6 +312,15 @@ async def unanswered(stage: Stage, _: random.Random) -> None:
         await closed(stage, before)
 
 
+async def drip(stage: Stage, _: random.Random) -> None:
+    """The server sends its answer byte by byte, and is not done in time."""
+    before = closings(stage)
+    end = await line(stage)
+    await end.send(request("/drip/400", []))
+    await stage.until(lambda: end.ended is not None)
+    await closed(stage, before)
+
+
 async def fail_in_a_row(stage: Stage, rng: random.Random) -> None:
     """As often as it takes to break an endpoint, each time on a connection that was kept."""
     ends = [await stage.client() for _ in range(8)]
@@ -371,17 +380,21 @@ async def many_at_once(stage: Stage, rng: random.Random) -> None:
             nursery.start_soon(one, rng.random())
 
 
+good: Act = partial(ask, kinds=("ok", "together"), fields=[])
+
 # Answers in chunks, each behind a plain one; and such that are none, or not all of one.
 IN_CHUNKS: tuple[Act, ...] = tuple(partial(ask, kinds=(kind,)) for kind in KEPT if kind.startswith("chunked"))
 BAD_CHUNKS: tuple[Act, ...] = tuple(partial(broken, kinds=(kind,)) for kind in BROKEN if kind.startswith(("torn", "spoiled", "two-fr")))
+
+TRIED_AGAIN: tuple[Act, ...] = tuple(
+    act for kind in ("busy", "missing", "chunked", "reset") for act in (good, partial(broken if kind == "reset" else ask, kinds=(kind,)))
+)
 
 ODD: tuple[Act, ...] = (
     upload, upload, upload_in_chunks, upload_large_answer, ask_before_upload, answered_early, pipeline, pipeline, pipeline_with_upload,
     broken, broken, broken, broken, cut_within_answer, slow, slow, half_closed, leave_idle, leave_within_head, leave_within_upload,
     leave_before_answer, leave_within_answer, odd, odd, wrong, loop, sampled,
 )  # fmt: skip
-
-good: Act = partial(ask, kinds=("ok", "together"), fields=[])
 
 
 def drawn(seed: int, number: int) -> list[Act]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable
 
+import trio
+
 from tests.kit.http import chunked
 from tests.roads.stage import End, Stage
 
@@ -107,6 +109,14 @@ async def _half_never(stage: Stage, end: End, size: int, bare: bool) -> bool:
     return await _never(stage, end, size, bare)
 
 
+async def _drip(stage: Stage, end: End, size: int, bare: bool) -> bool:
+    await end.send(_ok(size))
+    for _ in range(size):
+        await end.send(b"x")
+        await trio.sleep(0.05)
+    return True
+
+
 _CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -142,6 +152,7 @@ KINDS: dict[str, Kind] = {
     ),
     "chunked-bytewise": _bytewise_chunks,
     "chunked-spare": _sends(lambda size: (_CHUNKED, chunked(_body(size)[: size // 2], _body(size)[size // 2 :] or b"x") + b"spare")),
+    "drip": _drip,
     "torn": _sends(lambda size: (_CHUNKED + b"5\r\nhello\r\n5\r\nhe",), ends=True),
     "torn-late": _sends(lambda size: (_CHUNKED + b"5\r\nhello\r\n", b"5\r\nhello\r\n5"), ends=True),
     "spoiled": _sends(lambda size: (_CHUNKED + b"5\r\nhello\r\n", b"3\r\nabc\r\n4\r\nlonger\r\n0\r\n\r\n"), ends=True),

@@ -6,7 +6,7 @@ import logging
 import math
 import random
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -206,12 +206,13 @@ Serve = Callable[[Stage, End], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Cast:
-    """Who plays. `protocol`: what the directory says of the service."""
+    """Who plays. `protocol` and `policy`: what the directory says of the service."""
 
     serve: Serve
     client: Callable[..., End] = End
     server: Callable[[Stage, trio.socket.SocketType], End] = End
     protocol: Literal["http1", "http2"] = "http1"
+    policy: Mapping[str, Any] = field(default_factory=dict)
 
 
 @asynccontextmanager
@@ -228,10 +229,11 @@ async def sidecar(tmp_path: Path, spans: list[Record], **document: Any) -> Async
         nursery.cancel_scope.cancel()
 
 
-def _calling(tmp_path: Path, port: dict[str, Any], who: object, both: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a client's sidecar: there is one service, with one endpoint."""
+def _calling(tmp_path: Path, cast: Cast, number: int, who: object, both: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a client's sidecar: there is one service, with one endpoint at port `number`."""
+    port = {"port": number, "protocol": cast.protocol}
     endpoint = {"address": HOST} if who is None else {"address": HOST, "identity": str(who)}
-    service = {"name": "c", "addresses": ["10.96.0.1"], "ports": [port], "endpoints": [endpoint]}
+    service = {"name": "c", "addresses": ["10.96.0.1"], "ports": [port], "endpoints": [endpoint], "policy": dict(cast.policy)}
     (tmp_path / "directory.yaml").write_text(yaml.safe_dump({"services": [service]}))
     way = {"listen": [f"{HOST}:0"], "fixed_destination": f"10.96.0.1:{port['port']}"}
     return {"outbound": way, "directory": {"file": str(tmp_path / "directory.yaml")}, **both}
@@ -239,23 +241,20 @@ def _calling(tmp_path: Path, port: dict[str, Any], who: object, both: dict[str, 
 
 @asynccontextmanager
 async def proxies(
-    shape: Shape, tmp_path: Path, server: Address, spans: list[Record], *, protocol: str, **both: Any
+    shape: Shape, tmp_path: Path, server: Address, spans: list[Record], *, cast: Cast, **both: Any
 ) -> AsyncIterator[list[App]]:
     """The sidecar of a server, or of a client, or one of each with mutual TLS between them; the client's first."""
-
-    def speaking(port: int) -> dict[str, Any]:
-        return {"port": port, "protocol": protocol}
 
     async with AsyncExitStack() as stack:
         to_server = {"inbound": {"listen": [f"{HOST}:0"], "fixed_destination": str(server)}, **both}
         if shape == "inbound":
             yield [await stack.enter_async_context(sidecar(tmp_path, spans, **to_server))]
         elif shape == "outbound":
-            yield [await stack.enter_async_context(sidecar(tmp_path, spans, **_calling(tmp_path, speaking(server.port), None, both)))]
+            yield [await stack.enter_async_context(sidecar(tmp_path, spans, **_calling(tmp_path, cast, server.port, None, both)))]
         else:
             paths, who = identity(tmp_path)
             inbound = await stack.enter_async_context(sidecar(tmp_path, spans, **to_server, identity=paths))
-            calling = _calling(tmp_path, speaking(port_of(inbound.listeners.inbound)), who, {**both, "identity": paths})
+            calling = _calling(tmp_path, cast, port_of(inbound.listeners.inbound), who, {**both, "identity": paths})
             yield [await stack.enter_async_context(sidecar(tmp_path, spans, **calling)), inbound]
 
 
@@ -263,7 +262,7 @@ async def proxies(
 async def staged(shape: Shape, tmp_path: Path, cast: Cast, spans: list[Record], **both: Any) -> AsyncIterator[Stage]:
     listener = listen()
     server = Address.of(listener.getsockname())
-    async with trio.open_nursery() as nursery, proxies(shape, tmp_path, server, spans, protocol=cast.protocol, **both) as apps:
+    async with trio.open_nursery() as nursery, proxies(shape, tmp_path, server, spans, cast=cast, **both) as apps:
         first = apps[0].listeners
         stage = Stage(nursery, Address.of((first.outbound or first.inbound)[0].getsockname()), apps, cast)
 

@@ -3,15 +3,17 @@ records for spans are the same with the fast road off, with it on, and while it 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
 from proxy.fast import road
-from tests.roads.acts import drawn, fail_in_a_row, good, many_at_once, stop, unanswered
+from tests.roads.acts import TRIED_AGAIN, drawn, drip, fail_in_a_row, good, many_at_once, stop, unanswered
 from tests.roads.server import serve
-from tests.roads.stage import ROADS, Cast, Shape, Theatre, same
+from tests.roads.stage import ROADS, Cast, Road, Shape, Theatre, same
 
 CAST = Cast(serve)
 
@@ -28,6 +30,41 @@ async def test_nobody_can_tell_which_road_an_exchange_took(shape: Shape, seed: i
     assert fast.finished >= 8, "nothing was put to the test"
     same(ordinary, fast)
     same(ordinary, disturbed)
+
+
+# What the fast road can do of a policy. The limit is there for what is slow, which none of this is.
+POLICY = {
+    "timeouts": {"request": "60s"},
+    "retries": {"statuses": ["503", "404"], "limit": 2, "all_methods": True, "max_body": 10_000, "backoff": "1ms", "max_backoff": "2ms"},
+    "breaker": {"failures": 0, "statuses": ["5xx"]},
+    "balancing": {"decay": "1s"},
+}
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+@pytest.mark.parametrize("shape", ["outbound", "pair"])
+async def test_a_policy_is_kept_to_on_either_road(shape: Shape, seed: int, made: Callable[..., Theatre]) -> None:
+    theatre = made(replace(CAST, policy=POLICY))
+    ordinary, fast, disturbed = await theatre.on_all_roads([*drawn(seed, 12), *TRIED_AGAIN], shape, seed)
+    assert fast.finished >= 8, "nothing was put to the test"
+    assert sum(count for name, count in ordinary.metrics.items() if "isthmus_retries_total" in name) >= 4
+    same(ordinary, fast)
+    same(ordinary, disturbed)
+
+
+async def test_a_policy_that_nobody_can_keep_by_the_second_is_the_ordinary_road_s(made: Callable[..., Theatre]) -> None:
+    soon, paused, tried = {"timeouts": {"request": "1s"}}, {"timeouts": {"idle": "5s"}}, {"retries": {"attempt_timeout": "5s"}}
+    for policy in (soon, paused, tried, {"overrides": True}):
+        left = await made(replace(CAST, policy=policy)).play([good] * 3, "outbound", "fast", 1)
+        assert not left.finished
+
+
+@pytest.mark.parametrize("road", ROADS[:2])
+async def test_a_request_that_moves_all_the_time_has_no_longer_than_its_policy_says(road: Road, made: Callable[..., Theatre]) -> None:
+    began = time.monotonic()
+    left = await made(replace(CAST, policy={"timeouts": {"request": "2s"}})).play([good, good, drip], "outbound", road, 1)
+    assert time.monotonic() - began >= 2
+    assert any("reason='deadline_exceeded'" in line for line in left.requests), left.requests
 
 
 @pytest.mark.parametrize("shape", ["inbound", "outbound"])

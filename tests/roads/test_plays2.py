@@ -4,6 +4,7 @@ that takes."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -35,6 +36,17 @@ def same(ordinary: Left, other: Left) -> None:
 async def test_nobody_can_tell_which_road_a_stream_took(shape: Shape, seed: int, theatre: Callable[..., Theatre]) -> None:
     ordinary, fast, disturbed = await theatre().on_all_roads(drawn(seed, 40), shape, seed)
     assert fast.finished >= 12, "nothing was put to the test"
+    same(ordinary, fast)
+    same(ordinary, disturbed)
+
+
+@pytest.mark.parametrize("shape", ["outbound", "pair"])
+async def test_a_policy_is_kept_to_on_either_road(shape: Shape, made: Callable[..., Theatre]) -> None:
+    retries = {"statuses": ["503", "404"], "limit": 2, "all_methods": True, "backoff": "1ms", "max_backoff": "2ms"}
+    policy = {"timeouts": {"request": "60s"}, "retries": retries, "breaker": {"failures": 0}}
+    ordinary, fast, disturbed = await made(replace(CAST, policy=policy)).on_all_roads(drawn(5, 30), shape, 5)
+    assert fast.finished >= 8, "nothing was put to the test"
+    assert any("isthmus_retries_total" in name and count for name, count in ordinary.metrics.items())
     same(ordinary, fast)
     same(ordinary, disturbed)
 
