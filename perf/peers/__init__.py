@@ -4,7 +4,8 @@
 
 Each is configured to do the same work with one worker: both sides show a certificate of the same root and verify the other's chain.
 Only Envoy and we match the peer's SPIFFE identity as well; the others cannot match a URI name. Statistics and header handling are as they
-come; access logs are off. What a proxy cannot do, or what is not installed, is left out with a word.
+come; access logs are off. `meshed envoy` does besides what a mesh has it do (perf/peers/envoy.py), the others do not. What a proxy
+cannot do, or what is not installed, is left out with a word.
 """
 
 from __future__ import annotations
@@ -14,4 +15,4 @@ from perf.peers.order import Kind, Order, Peer
 
 __all__ = ["PEERS", "Kind", "Order", "Peer"]
 
-PEERS = (isthmus.PEER, isthmus.ORDINARY, envoy.PEER, haproxy.PEER, nginx.PEER, nghttpx.PEER)
+PEERS = (isthmus.PEER, isthmus.ORDINARY, envoy.PEER, envoy.MESHED, haproxy.PEER, nginx.PEER, nghttpx.PEER)

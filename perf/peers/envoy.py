@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def missing(_: Kind) -> str | None:
 
 
 @contextmanager
-def start(order: Order) -> Iterator[Pair]:
+def start(order: Order, mesh: bool = False) -> Iterator[Pair]:
+    """`mesh`: with what a service mesh has it do besides, and ours does always (see `_meshed`)."""
     inbound, outbound = free_port(), free_port()
     configs = {
         "inbound": _hop(order.kind, inbound, order.server, {"downstream": _tls(order, "Downstream", order.material("inbound"), "client")}),
@@ -35,6 +37,8 @@ def start(order: Order) -> Iterator[Pair]:
     }
     commands = {}
     for side, config in configs.items():
+        if mesh:
+            _meshed(config, side)
         file = order.folder / f"envoy-{side}.json"
         file.write_text(json.dumps(config))
         commands[side] = [str(path()), "-c", str(file), "--concurrency", "1", "--disable-hot-restart", "--log-level", "error"]
@@ -104,8 +108,39 @@ def _http(kind: Kind) -> dict[str, Any]:
     return {"name": "envoy.filters.network.http_connection_manager", "typed_config": config}
 
 
+def _meshed(config: dict[str, Any], side: str) -> None:
+    """Add to one Envoy of HTTP what Istio has it do, and ours does always: traces, of which none is sampled; who may call, and who has
+    called; retries; endpoints that fail are ejected."""
+    resources = config["static_resources"]
+    manager = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    collector = {"envoy_grpc": {"cluster_name": "collector"}, "timeout": "1s"}
+    tracer = {"@type": "type.googleapis.com/envoy.config.trace.v3.OpenTelemetryConfig", "grpc_service": collector, "service_name": side}
+    manager["tracing"] = {
+        "random_sampling": {"value": 0},
+        "overall_sampling": {"value": 100},
+        "provider": {"name": "envoy.tracers.opentelemetry", "typed_config": tracer},
+    }
+    manager["route_config"]["virtual_hosts"][0]["retry_policy"] = {"retry_on": "connect-failure,refused-stream,reset", "num_retries": 2}
+    if side == "inbound":
+        principal = {"authenticated": {"principal_name": {"exact": _IDENTITY + "client"}}}
+        rules = {"action": "ALLOW", "policies": {"callers": {"permissions": [{"any": True}], "principals": [principal]}}}
+        access = {"@type": f"{_TYPE}.filters.http.rbac.v3.RBAC", "rules": rules}
+        manager["http_filters"].insert(0, {"name": "envoy.filters.http.rbac", "typed_config": access})
+        manager |= {"forward_client_cert_details": "SANITIZE_SET", "set_current_client_cert_details": {"uri": True}}
+    (cluster,) = resources["clusters"]
+    cluster["outlier_detection"] = {"consecutive_5xx": 5, "interval": "1s"}
+    resources["clusters"].append(
+        {
+            "name": "collector",
+            "type": "STATIC",
+            "load_assignment": {"cluster_name": "collector", "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(9)}}]}]},
+        }
+    )
+
+
 def _address(port: int) -> dict[str, Any]:
     return {"socket_address": {"address": HOST, "port_value": port}}
 
 
 PEER = Peer("envoy", frozenset({"http1", "http2", "tcp"}), missing, start)
+MESHED = Peer("meshed envoy", frozenset({"http1", "http2"}), missing, partial(start, mesh=True))
