@@ -156,7 +156,8 @@ class Lane:
         method, answered = exchange.request.method, exchange.response is not None
         to_server, to_client = endpoint.unsent, self._client.unsent
         connection, http, chunks = self._server.connection, loan.upstream.http, self._chunks
-        to_write: Length = Framing.CHUNKED if chunks is not None else self._remaining
+        # The end of the last chunk is written once: where the server has ended, it has been sent, or is in `unsent`.
+        to_write: Length = Framing.CHUNKED if chunks is not None and not chunks.ended else self._remaining
         connection.take_over(method, (At.DONE, 0), (At.BODY, to_write) if answered else (At.HEAD, 0))
         connection.receive_data_if(self._rest)
         to_read = chunks.reader if chunks is not None else self._remaining

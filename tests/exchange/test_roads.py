@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import socket
 from dataclasses import dataclass, field
 
 import pytest
@@ -16,7 +17,7 @@ import trio
 
 from proxy.fast import punts
 from tests.kit.hop import Hop, Settings, hop
-from tests.kit.http import Message, Peer, chunked, connect, origin
+from tests.kit.http import GET, Message, Peer, chunked, connect, origin, until
 
 EXCHANGES = 24
 
@@ -131,3 +132,29 @@ async def test_the_same_conversation_on_both_roads(seed: int, monkeypatch: pytes
         assert other.books == ordinary.books
         assert other.fast >= 3, "nothing was put to the test"
     assert ordinary.fast == 0
+
+
+async def test_an_answer_in_chunks_whose_end_the_client_has_not_taken_yet_ends_once() -> None:
+    head, body = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", bytes(40_000)
+
+    async def script(peer: Peer) -> None:
+        for answer in (chunked(b"ok"), chunked(body, trailers=b"X-Sum: 1\r\n"), chunked(b"ok")):
+            await peer.request()
+            await peer.send(head + answer)
+
+    async with origin(script) as server, hop(server.address, Settings(fast=True)) as proxy:
+        client = await proxy.connect(buffers=4096)
+        with trio.fail_after(20):
+            assert (await client.ask()).body == b"ok"
+            road = proxy.road
+            assert road is not None
+            await until(lambda: bool(road._lanes))
+            for lane in road._lanes:  # so that what one read gives does not fit
+                lane._client.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            await client.send(GET)
+            await until(lambda: any(lane._client.unsent and not lane._remaining for lane in road._lanes))
+            road.give_up(math.inf)
+            answer = await client.response()
+            assert (answer.body, answer.trailers) == (body, [(b"x-sum", b"1")])
+            assert (await client.ask()).body == b"ok"
+            assert client.received == b""
