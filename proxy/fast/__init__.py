@@ -21,7 +21,8 @@ itself. What it cannot pass on at once (a window is closed, a writer is behind, 
 gives the exchange back.
 
 *Relays.* Two connections that are joined byte for byte are lent together, by the task that waits for the relay's end. A `Conduit` passes
-their bytes on, and tells the relay's `Joint` how they end, as two tasks would.
+their bytes on, and tells the relay's `Joint` how they end, as two tasks would. Connections that were HTTP before stay
+with those tasks: what was read ahead of them comes first.
 
 *The road gives back what is not plain.* That is no failure but its principle: everything unusual has one implementation, the ordinary
 one. Between two exchanges it gives the connection back with the bytes read so far, as if they had just been read: a head that is declined

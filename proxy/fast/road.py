@@ -44,7 +44,7 @@ class Road:
         """From here on it takes what is lent; `run` has to follow."""
         self._ground = await enter(self)
         if self._ground is None:
-            _log.warning("trio's epoll set is not to be found in /proc: HTTP/1.1 takes the ordinary road")
+            _log.warning("trio's epoll set is not to be found in /proc: HTTP/1.1 and relays take the ordinary road")
         self.running = True
 
     async def run(self) -> None:

@@ -156,6 +156,6 @@ async def test_without_trio_s_epoll_set_there_is_no_road_for_connections(
     caplog.set_level(logging.WARNING)
     road = Road(Drain(), 60, 60)
     await road.open()
-    assert "HTTP/1.1 takes the ordinary road" in caplog.text
+    assert "HTTP/1.1 and relays take the ordinary road" in caplog.text
     with pytest.raises(RuntimeError):
         road.ground  # noqa: B018  # it raises
