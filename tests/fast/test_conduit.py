@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from proxy.exchange.server import Drain
 from proxy.fast.road import Road
-from proxy.net.errors import NetError
+from proxy.net.errors import ConnectionLost, NetError
 from proxy.net.relay import Relayed, relay
 from proxy.net.streams import SocketStream
 from proxy.net.tls import TLSStream
@@ -225,6 +225,34 @@ async def test_a_side_that_is_lost_while_the_other_takes_nothing_is_found_out_wh
                     await read_all(server)
     assert outcome is not None
     assert (outcome.first, outcome.how) == ("a", "lost")
+    for stream in (client, a, b, server):
+        stream.close()
+
+
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("clogged", [False, True])
+async def test_a_side_that_is_known_to_be_dead_ends_it_whoever_waits_for_that_side(tls: bool, clogged: bool) -> None:
+    client, a = pair()
+    b, server = await ends(tls, buffers=16384)
+    outcome = None
+
+    async def run() -> None:
+        nonlocal outcome
+        outcome = await relay(a, b, idle=IDLE, carry=road.join)
+
+    async with paved() as road:
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run)
+                await trio.testing.wait_all_tasks_blocked()
+                if clogged:
+                    with trio.move_on_after(0.1):
+                        await client.send_all(bytes(64 << 20))
+                    await until(lambda: waits(road))
+                b.fail(ConnectionLost("it has not answered", "timeout"))
+        assert road.ground.lent == 0
+    assert outcome is not None
+    assert (outcome.how, str(outcome.error)) == ("lost", "it has not answered")
     for stream in (client, a, b, server):
         stream.close()
 
