@@ -269,7 +269,9 @@ class Streams:
         if self._over:
             return
         self._taken += credit
-        if self._taken * 2 >= self._limits.connection_window:
+        # What is kept back must not be what one more stream lives on, while others hold the rest.
+        short = self._window < self._limits.stream_window and self._taken * 4 >= self._limits.stream_window
+        if short or self._taken * 2 >= self._limits.connection_window:
             self._out.append(frames.window_update(0, self._taken))
             self._window += self._taken
             self._taken = 0
