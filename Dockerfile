@@ -6,7 +6,7 @@
 # What goes to the builder stands in .dockerignore. The laboratory, the tests and the demo do not: `isthmus demo` says so in one line.
 
 # The newest Python that the steps of this file have been tried with.
-ARG PYTHON=3.12-slim-bookworm
+ARG PYTHON=3.13-slim-trixie
 
 FROM python:${PYTHON} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore

@@ -41,9 +41,13 @@ class Conduit:
     async def carry(self) -> None:
         """Pass bytes until the relay is over, or is the ordinary road's; what is left stands in the joint."""
         self._lent, self._joint.quiet_since = True, self._ground.now
-        for side in (0, 1):
-            self._sides[side].belongs(partial(self._on, side))
-            self._sides[side].watch(IN)
+        try:
+            for side in (0, 1):
+                self._sides[side].belongs(partial(self._on, side))
+                self._sides[side].watch(IN)
+        except OSError:  # the kernel watches no more for this user (epoll_ctl(2): ENOSPC); trio may be luckier
+            self.leave()
+            return
         for side in (0, 1):  # something may be here already, as a rule the client's first words
             if self._lent:
                 self._on(side, IN)

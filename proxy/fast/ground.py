@@ -19,6 +19,7 @@ import re
 import select
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -69,7 +70,8 @@ class Ground(trio.abc.Instrument):
         its step is replaced when its number is used again."""
         if not events:
             self.steps.pop(descriptor, None)
-            self._epoll.unregister(descriptor)
+            with suppress(OSError):  # it has been closed, and is not there any more
+                self._epoll.unregister(descriptor)
         elif before:
             self._epoll.modify(descriptor, events)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -266,6 +267,44 @@ async def test_silence_ends_it_although_exchanges_are_under_way(autojump_clock: 
         assert results == [Relayed(0, 0, None, "idle", None)]
         assert IDLE <= trio.current_time() - began <= IDLE * 9 / 8
     for stream in (client, a, b, server):
+        stream.close()
+
+
+async def test_a_relay_for_which_there_is_no_room_in_the_set_takes_the_ordinary_road(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, a = pair()
+    b, server = pair()
+    async with paved() as road:
+
+        def full(descriptor: int, before: int, events: int) -> None:
+            if events and descriptor == b.socket.fileno():
+                raise OSError(errno.ENOSPC, "no room")
+            watch(descriptor, before, events)
+
+        watch = road.ground.watch
+        monkeypatch.setattr(road.ground, "watch", full)
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=road.join))
+                await client.send_all(b"a word")
+                assert await server.receive_some() == b"a word"
+                assert road.ground.lent == 0
+                nursery.cancel_scope.cancel()
+    for stream in (client, a, b, server):
+        stream.close()
+
+
+async def test_a_side_that_somebody_has_closed_is_let_go() -> None:
+    client, a = pair()
+    b, server = pair()
+    async with paved() as road:
+        with trio.move_on_after(0.05):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=road.join))
+                await trio.testing.wait_all_tasks_blocked()
+                b.close()
+        assert road.ground.lent == 0
+        assert road.running
+    for stream in (client, a, server):
         stream.close()
 
 
