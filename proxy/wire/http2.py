@@ -157,6 +157,8 @@ class Http2Connection(Streams):
         data = frames.unpadded(payload, flags)
         self._window -= credit
         stream.window -= credit
+        if self._window < self._limits.stream_window:
+            self._give_back()
         ended = bool(flags & frames.END_STREAM)
         if not data and not ended:
             self._spend(COST_CONTROL)

@@ -264,17 +264,21 @@ class Streams:
             raise StreamGone(f"stream {number} has ended")
         return stream
 
+    def _give_back(self) -> None:
+        """What has been taken of the connection's window: half of it at a time, or, while the peer has less than one stream may use, a
+        quarter of that. What is kept back must not be what one more stream lives on while slow consumers hold the rest."""
+        if self._taken * 4 >= min(2 * self._limits.connection_window, self._limits.stream_window):
+            self._out.append(frames.window_update(0, self._taken))
+            self._window += self._taken
+            self._taken = 0
+
     def consumed(self, number: int, credit: int) -> None:
         """`credit` bytes have been taken by a consumer, or dropped: the peer may send as many more. Stream 0: the stream is gone."""
         if self._over:
             return
         self._taken += credit
-        # What is kept back must not be what one more stream lives on, while others hold the rest.
-        short = self._window < self._limits.stream_window and self._taken * 4 >= self._limits.stream_window
-        if short or self._taken * 2 >= self._limits.connection_window:
-            self._out.append(frames.window_update(0, self._taken))
-            self._window += self._taken
-            self._taken = 0
+        if self._taken * 2 >= self._limits.connection_window or self._window < self._limits.stream_window:
+            self._give_back()
         stream = self._streams.get(number)
         if stream is not None and stream.receives:
             stream.taken += credit

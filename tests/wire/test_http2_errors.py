@@ -327,17 +327,24 @@ def test_late_frames_of_a_stream_that_we_reset_are_forgiven_and_their_credit_giv
     assert ours.codes(Kind.GOAWAY) == []
 
 
-def test_what_is_left_of_the_window_is_not_kept_back_from_streams_that_are_still_to_come() -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_what_is_left_of_the_window_is_not_kept_back_from_streams_that_are_still_to_come(early: bool) -> None:
     """Slow consumers hold most of the connection's window. What others have taken goes back to the peer before that is short of it."""
     ours = Ours(limits=Http2Limits(stream_window=65536, connection_window=4 * 65536))
-    for number in (1, 3, 5, 7):
-        ours.hear(headers(number, POST, END_HEADERS), *[data(number, bytes(16384))] * 4)
-    assert ours.engine._window == 0
-    for number in (1, 3):  # 114,000 bytes are less than half of the window
-        ours.engine.consumed(number, 57_000)
-    assert ours.engine._window + ours.engine._taken == 114_000
-    assert ours.engine._taken < 65536 / 4
-    assert ours.engine._window >= 65536
+    fills = {number: [data(number, bytes(16384))] * 4 for number in (1, 3, 5, 7)}
+    for number in fills:
+        ours.hear(headers(number, POST, END_HEADERS))
+    if early:  # the window is used up behind what was taken
+        ours.hear(*fills[1], *fills[3])
+        ours.engine.consumed(1, 65536)
+        ours.engine.consumed(3, 65535)  # less than half of the connection's window
+        ours.hear(*fills[5], *fills[7])
+    else:
+        ours.hear(*fills[1], *fills[3], *fills[5], *fills[7])
+        ours.engine.consumed(1, 65536)
+        ours.engine.consumed(3, 65535)
+    assert ours.engine._window + ours.engine._taken == 2 * 65536 - 1
+    assert ours.engine._window >= 65536 * 3 / 4
 
 
 def test_a_thousand_small_late_frames_are_no_flood() -> None:
