@@ -8,7 +8,7 @@ _COLOURS = {
     "isthmus": "#0b7a75", "ordinary road": "#4fb3a5", "envoy": "#9a4f96", "meshed envoy": "#c48bc0",
     "haproxy": "#4a7fb5", "nginx": "#7a9a3a", "nghttpx": "#b5762f",
 }  # fmt: skip
-_WIDTH, _LEFT, _RIGHT, _BAR, _GAP = 760, 90, 80, 16, 5
+_WIDTH, _LEFT, _RIGHT, _BAR, _GAP = 790, 120, 80, 16, 5
 
 
 def bars(title: str, groups: dict[str, dict[str, float]]) -> str:
