@@ -159,7 +159,7 @@ class Runtime:
         return (exchange.facts.direction == "outbound" or exchange.facts.identity is not None) and not exchange.outside
 
 
-class closing:  # noqa: N801  (a word of a `with`, as contextlib's)
+class closing:  # noqa: N801  # read as a word of a `with`, as contextlib's own are
     """Own `stream` for a block: closed politely behind it, or at once if the block fails or is cancelled."""
 
     __slots__ = ("_stream",)

@@ -205,26 +205,26 @@ async def test_what_was_not_taken_yet_goes_back_with_it_when_the_road_is_closed(
         stream.close()
 
 
+async def noted(found: list[Relayed], a: Either, b: Either, road: Road) -> None:
+    """Relay, and note how that ends."""
+    found.append(await relay(a, b, idle=IDLE, carry=road.join))
+
+
 async def test_a_side_that_is_lost_while_the_other_takes_nothing_is_found_out_when_it_does() -> None:
     client, a = pair()
     b, server = pair(buffers=16384)
-    outcome = None
-
-    async def run() -> None:
-        nonlocal outcome
-        outcome = await relay(a, b, idle=IDLE, carry=road.join)
-
+    found: list[Relayed] = []
     async with paved() as road:
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(run)
+                nursery.start_soon(noted, found, a, b, road)
                 with trio.move_on_after(0.1):
                     await client.send_all(bytes(64 << 20))
                 await until(lambda: waits(road))
                 client.reset()
                 with pytest.raises(NetError):
                     await read_all(server)
-    assert outcome is not None
+    (outcome,) = found
     assert (outcome.first, outcome.how) == ("a", "lost")
     for stream in (client, a, b, server):
         stream.close()
@@ -235,16 +235,11 @@ async def test_a_side_that_is_lost_while_the_other_takes_nothing_is_found_out_wh
 async def test_a_side_that_is_known_to_be_dead_ends_it_whoever_waits_for_that_side(tls: bool, clogged: bool) -> None:
     client, a = pair()
     b, server = await ends(tls, buffers=16384)
-    outcome = None
-
-    async def run() -> None:
-        nonlocal outcome
-        outcome = await relay(a, b, idle=IDLE, carry=road.join)
-
+    found: list[Relayed] = []
     async with paved() as road:
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(run)
+                nursery.start_soon(noted, found, a, b, road)
                 await trio.testing.wait_all_tasks_blocked()
                 if clogged:
                     with trio.move_on_after(0.1):
@@ -252,7 +247,7 @@ async def test_a_side_that_is_known_to_be_dead_ends_it_whoever_waits_for_that_si
                     await until(lambda: waits(road))
                 b.fail(ConnectionLost("it has not answered", "timeout"))
         assert road.ground.lent == 0
-    assert outcome is not None
+    (outcome,) = found
     assert (outcome.how, str(outcome.error)) == ("lost", "it has not answered")
     for stream in (client, a, b, server):
         stream.close()

@@ -94,6 +94,7 @@ async def test_connections_for_dns_arrive_at_their_port_with_their_destination(p
         with trio.fail_after(30):
             accepted = await listener.accept()
         async with accepted:
+            # trio's type does not say that a socket of its own wraps one of the standard library's, which is what a proxy asks.
             found = original_destination(accepted.socket._sock, Address.of(accepted.socket.getsockname()))  # type: ignore[attr-defined]
             assert found == (resolver.address(version), 53)
 
