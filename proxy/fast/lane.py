@@ -269,7 +269,7 @@ class Lane:
 
     def _ask(self, endpoint: Side, data: bytes) -> None:
         try:
-            sent = endpoint.send(data)
+            sent = endpoint.send(data, sound=not endpoint.unsent)  # at first: the pool has just looked
         except NetError:
             self._loan_http_ends()
             self.hand_over()  # the server takes no more: it may have said why
@@ -345,16 +345,16 @@ class Lane:
                 body, self._spare = body[: self._remaining], True
             self._remaining -= len(body)
             exchange.response_bytes += len(body)
-        self._send(head + body if head else body)
+        self._send(head + body if head else body, sound=bool(head))  # a client that has gone before it has said nothing of use
 
     def _flush(self) -> None:
         self.moved = self._ground.now
         self._send(self._client.unsent)
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, data: bytes, *, sound: bool = False) -> None:
         client = self._client
         try:
-            sent = client.send(data)
+            sent = client.send(data, sound=sound)
         except NetError as error:
             self._server.connection.keep_alive = False
             failure = ClientGone(f"the client's connection broke within the response: {error}")

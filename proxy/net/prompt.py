@@ -25,9 +25,12 @@ class Prompt(Stream, Protocol):
         whoever asks next."""
         ...
 
-    def send_nowait(self, data: bytes | memoryview) -> int:
+    def send_nowait(self, data: bytes | memoryview, *, sound: bool = False) -> int:
         """Send what can be sent at once; how many bytes that was. What is left has to be offered again next, the same bytes first: TLS has
-        encrypted them already. Raises ConnectionLost."""
+        encrypted them already. Raises ConnectionLost.
+
+        `sound`: the connection has just been found in order, or nobody wants to know what the peer has said last. So TLS does not ask
+        before its first record whether the connection is lost; if it is, nothing more can be read."""
         ...
 
     def send_eof_nowait(self) -> bool:

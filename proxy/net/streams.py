@@ -248,7 +248,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
             self._writing = False
         self.bytes_written += size
 
-    def send_nowait(self, data: bytes | memoryview) -> int:
+    def send_nowait(self, data: bytes | memoryview, *, sound: bool = False) -> int:  # noqa: ARG002  # the kernel says it by itself
         """See prompt.py."""
         if self._closed or self._eof_sent:
             raise trio.ClosedResourceError("this connection, or this direction of it, was already closed")

@@ -20,7 +20,7 @@ it waited has torn the stream: nothing can be sent any more, not even close_noti
 
 *A failed write kills the reading half too.* OpenSSL does not read from a connection on which a write failed, although the peer's last
 words (an early answer, or the alert that says why it refuses us) may have arrived. So every write first asks the socket for its
-error (SO_ERROR, a third of a microsecond) and fails without OpenSSL hearing of it.
+error (SO_ERROR, a third of a microsecond) and fails without OpenSSL hearing of it. Only who has no use for last words need not ask.
 
 *The end has two layers.* close_notify ends one direction (RFC 8446, section 6.1), and the other goes on. The end of TCP without
 it is an attack or an accident, never an end: ConnectionLost with reason `truncated`.
@@ -253,28 +253,28 @@ class TLSStream(trio.abc.HalfCloseableStream):
                 self._torn = False
                 return sent
 
-    def send_nowait(self, data: bytes | memoryview) -> int:
+    def send_nowait(self, data: bytes | memoryview, *, sound: bool = False) -> int:
         """See prompt.py."""
         self._check_open()
         if self._torn:
             raise self._unusable()
         size, sent = len(data), 0
         while sent < size:
-            if code := self._option(socket.SOL_SOCKET, socket.SO_ERROR):  # the record before may have met a peer that has closed
-                self._torn = True
+            if not sound and (code := self._option(socket.SOL_SOCKET, socket.SO_ERROR)):
                 raise self._refused(lost(code))
+            sound = False  # this record may meet a peer that has closed
             try:
                 sent += self._send(data if size <= _RECORD else memoryview(data)[sent : sent + _RECORD])
             except (SSL.WantWriteError, SSL.WantReadError):
                 break
             except SSL.Error as error:
-                self._torn = True
                 raise self._failed(error, "while sending") from error
         self.bytes_written += sent
         return sent
 
     def _refused(self, loss: ConnectionLost) -> NetError:
         """A peer that refuses us sends an alert and closes: the better reason, if nobody is about to read it anyway."""
+        self._torn = True
         if not self._reading:
             try:
                 self._recv(1, socket.MSG_PEEK)

@@ -268,6 +268,51 @@ async def test_what_is_wrong_behind_a_full_record_is_told_to_who_asks_next(mesh:
     server.close()
 
 
+@pytest.mark.parametrize("sound", [False, True])
+async def test_a_lost_connection_is_told_in_the_same_words_asked_or_not(mesh: Mesh, sound: bool) -> None:
+    client, server = await mesh.connect()
+    server.reset()
+    await trio.lowlevel.wait_readable(client.socket)
+    with pytest.raises(ConnectionLost, match="connection reset by peer") as caught:
+        client.send_nowait(b"a request", sound=sound)
+    assert caught.value.reason == "reset"
+    with pytest.raises(ConnectionLost, match="an earlier operation"):
+        client.send_nowait(b"another")
+    assert client.gone()
+    assert not client.is_idle()
+    client.close()
+
+
+@pytest.mark.parametrize("sound", [False, True])
+async def test_the_last_words_of_a_peer_that_takes_no_more_can_be_read(mesh: Mesh, sound: bool) -> None:
+    client, server = await mesh.connect()
+    await server.send_all(b"enough")
+    server.close()
+    # The kernels of both ends are this one: the answer to the first record is here before the second.
+    with pytest.raises(ConnectionLost):
+        client.send_nowait(bytes(20_000), sound=sound)
+    assert client.receive_nowait() == b"enough"
+    client.close()
+
+
+@pytest.mark.parametrize(("size", "sound", "asked"), [(1000, False, 1), (1000, True, 0), (20_000, False, 2), (20_000, True, 1)])
+async def test_the_socket_is_asked_before_each_record_but_a_first_one_that_need_not(
+    mesh: Mesh, size: int, sound: bool, asked: int
+) -> None:
+    client, server = await mesh.connect()
+    questions, option = [], client._option
+
+    def ask(*which: int) -> int:
+        questions.append(which)
+        return option(*which)
+
+    client._option = ask
+    assert client.send_nowait(bytes(size), sound=sound) == size
+    assert questions == [(socket.SOL_SOCKET, socket.SO_ERROR)] * asked
+    client.close()
+    server.close()
+
+
 @pytest.mark.parametrize("polite", [False, True])
 async def test_an_end_behind_a_full_record_is_told_to_who_asks_next(mesh: Mesh, polite: bool) -> None:
     client, server = await mesh.connect()
