@@ -10,6 +10,9 @@ newcomer can overtake. Hence there are never idle connections, nor room, while s
 A connection belongs to the pool while it is idle and to one exchange while it is lent out. Idle connections are used last in, first
 out, so that those that are not needed grow old and go. They go before a server would close them: most servers keep an idle connection
 for 5 s or longer, and a request that crosses with the server's close is one that may have to fail.
+
+So before it is used, a connection is asked whether its server has closed it: by a peek, or of who watches it (`Watch`). The fast road
+takes several in one turn and gives several back in it; of those it cannot know yet, so it prefers any that came back before.
 """
 
 from __future__ import annotations
@@ -45,6 +48,14 @@ class Account(Protocol):
     def close(self) -> None: ...
 
 
+class Watch(Protocol):
+    """Who waits for what an idle connection may have to say."""
+
+    def is_quiet(self) -> bool:
+        """Whether it is known without a system call that just now there was nothing. False: it has to be asked itself."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class Upstream:
     """One HTTP/1 connection to an endpoint."""
@@ -55,7 +66,7 @@ class Upstream:
     account: Account
     idle_since: float = 0.0
     reused: bool = False
-    side: object = None  # the fast road's own, from one loan to the next
+    side: Watch | None = None  # the fast road's own, from one loan to the next
 
 
 @dataclass(slots=True, eq=False)
@@ -77,6 +88,22 @@ class _Slot:
 
 
 K = TypeVar("K", bound=Hashable)
+
+# How far behind the last idle connection one is looked for that has been idle for a moment.
+_DEPTH = 16
+
+
+def _last(idle: deque[Upstream], now: float) -> Upstream:
+    """Take the last one that was not given back at this very moment: as a rule it is known to be quiet (`Watch`). All were: the last."""
+    last = idle.pop()
+    if last.idle_since < now:
+        return last
+    for back in range(1, min(len(idle), _DEPTH) + 1):
+        if idle[-back].idle_since < now:
+            earlier = idle[-back]
+            idle[-back] = last  # which is younger than those between them, by nothing
+            return earlier
+    return last
 
 
 class Pool(Generic[K]):
@@ -107,7 +134,7 @@ class Pool(Generic[K]):
 
     def _take_idle(self, slot: _Slot, now: float) -> Upstream | None:
         while slot.idle:
-            upstream = slot.idle.pop()
+            upstream = _last(slot.idle, now)
             if self._good(upstream, now):
                 upstream.reused = True
                 return upstream
@@ -125,7 +152,8 @@ class Pool(Generic[K]):
 
     def _good(self, upstream: Upstream, now: float) -> bool:
         """Neither too old, nor closed by its server."""
-        return self._fresh(upstream, now) and upstream.stream.is_idle()
+        side = upstream.side
+        return self._fresh(upstream, now) and ((side is not None and side.is_quiet()) or upstream.stream.is_idle())
 
     def take(self, key: K, now: float) -> Upstream | None:
         """An idle connection to `key` if there is one; `now` is trio's time. To be ended with `give_back` or `restore`."""

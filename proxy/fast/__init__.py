@@ -39,6 +39,10 @@ hand-over more than it would have, and neither road has to know the other's cloc
 after a hand-over), the same layers' decisions by the same functions, and the same bytes on the wire. tests/exchange runs its tests on
 both roads, and compares them.
 
+*What is known is not asked.* A connection that rests in the pool stays in the road's epoll set. So it need not be asked whether its server
+has closed it, before it is used, if the poll of this very turn was silent about it (`side.py`). What others took meanwhile, or what came
+back in this turn, is asked.
+
 *Fairness.* A ready connection gets one step per turn: one read, what follows from it, one write. Requests that lie in the same read
 behind the first wait for the next turn. (The requests that one read of an HTTP/2 connection has brought do not wait: they are no more
 than it may have streams open.) A turn serves each ready connection once; when trio has something to do, it has it behind this turn. A

@@ -53,6 +53,8 @@ class Ground(trio.abc.Instrument):
         self.lent = 0  # connections, and relays, that are on a road
         self.now = 0.0  # trio's time at the beginning of this turn
         self.steps: dict[int, Callable[[int], None]] = {trios: self._on_trio}  # by descriptor: what to do when it is ready
+        # By descriptor: all that this turn has heard of, done or not. None: it is no turn, or there was more than it could be told.
+        self.heard: dict[int, int] | None = None
         self._again: list[Lane] = []  # lanes that have bytes of a next request already
         self._epoll = select.epoll()
         self._epoll.register(trios, select.EPOLLIN)
@@ -94,6 +96,8 @@ class Ground(trio.abc.Instrument):
             for road in list(self.roads):
                 road.close()
             self._wake()
+        finally:
+            self.heard = None
 
     def task_scheduled(self, task: Task) -> None:  # noqa: ARG002  # whichever it is
         self._runnable = True
@@ -108,6 +112,7 @@ class Ground(trio.abc.Instrument):
             again, self._again = self._again, []
             events = epoll.poll(0 if again else timeout, EVENTS)
             self.now = trio.current_time()
+            self.heard = dict(events) if len(events) < EVENTS else None
             for lane in again:
                 lane.next()
             for descriptor, mask in events:

@@ -269,7 +269,7 @@ class Lane:
 
     def _ask(self, endpoint: Side, data: bytes) -> None:
         try:
-            sent = endpoint.send(data, sound=not endpoint.unsent)  # at first: the pool has just looked
+            sent = endpoint.send(data, sound=not endpoint.unsent)  # at first: it has just been found quiet
         except NetError:
             self._loan_http_ends()
             self.hand_over()  # the server takes no more: it may have said why

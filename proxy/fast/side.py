@@ -24,12 +24,15 @@ IN, OUT = select.EPOLLIN, select.EPOLLOUT
 class Side:
     """A stream on the road: what it is watched for, and what it would not take yet."""
 
-    __slots__ = ("_ground", "_step", "_watched", "bulk", "descriptor", "peer", "receive", "send", "send_eof", "stream", "tls", "unsent")
+    __slots__ = (
+        "_ground", "_read", "_step", "_watched", "bulk", "descriptor", "peer", "receive", "send", "send_eof", "stream", "tls", "unsent",
+    )  # fmt: skip
 
     def __init__(self, ground: Ground, stream: Prompt) -> None:
         self._ground = ground
         self._step: Callable[[int], None] | None = None
         self._watched = 0
+        self._read = 0  # of the stream, when it came to rest
         self.stream = stream
         self.peer = stream.peer
         self.tls = stream.info if isinstance(stream, TLSStream) else None
@@ -57,8 +60,16 @@ class Side:
         exchange, and leaves it with the first event that nobody waits for: the ordinary road has taken it, or the server closes it."""
         if self._watched == IN:
             self.belongs(self._stray)
+            self._read = self.stream.bytes_read
         else:
             self.watch(0)
+
+    def is_quiet(self) -> bool:
+        """See exchange.pool.Watch. What the poll of this turn has heard of it may be its end; also the very response behind which it came
+        to rest, and then its end may be here by now. Where others have read from it meanwhile, OpenSSL may have kept back what came
+        behind."""
+        heard = self._ground.heard
+        return heard is not None and self._watched == IN and self.descriptor not in heard and self.stream.bytes_read == self._read
 
     def _stray(self, _: int) -> None:
         self.watch(0)

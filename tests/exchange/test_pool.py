@@ -73,6 +73,22 @@ async def test_the_last_connection_given_back_is_the_first_to_be_used_again() ->
     bench.end()
 
 
+async def test_one_that_was_given_back_at_this_very_moment_comes_behind_those_of_earlier_moments() -> None:
+    bench = Bench()
+    kept = [await bench.pool.acquire(KEY) for _ in range(5)]
+    now = trio.current_time()
+    for upstream, since in zip(kept, (now - 2, now - 1, now, now, now), strict=True):
+        bench.pool.restore(KEY, upstream, since)
+    taken = [bench.pool.take(KEY, now) for _ in range(5)]
+    assert taken[:2] == [kept[1], kept[0]]
+    assert {id(upstream) for upstream in taken} == {id(upstream) for upstream in kept}
+    for upstream in kept:
+        bench.pool.restore(KEY, upstream, now)
+    assert bench.pool.take(KEY, now + 1) is kept[-1]
+    bench.give_back(kept[-1], usable=False)
+    bench.end()
+
+
 async def test_no_more_than_so_many_idle_connections_are_kept() -> None:
     bench = Bench(idle=1)
     first, second = await bench.pool.acquire(KEY), await bench.pool.acquire(KEY)

@@ -8,6 +8,7 @@ body is cut into chunks depends on what one read brings, on either road.
 from __future__ import annotations
 
 import math
+import os
 import random
 import socket
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import trio
 
 from proxy.fast import punts
 from tests.kit.hop import Hop, Settings, hop
-from tests.kit.http import GET, Message, Peer, chunked, connect, origin, until
+from tests.kit.http import GET, OK, POST, Message, Peer, chunked, connect, origin, until
 
 EXCHANGES = 24
 
@@ -132,6 +133,39 @@ async def test_the_same_conversation_on_both_roads(seed: int, monkeypatch: pytes
         assert other.books == ordinary.books
         assert other.fast >= 3, "nothing was put to the test"
     assert ordinary.fast == 0
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_a_connection_whose_server_has_closed_behind_its_response_is_not_used(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that may not be sent twice would fail. `at_once`: it comes in the turn that hears of the end."""
+    monkeypatch.setattr(punts, "REST", 0)
+    served = ended = 0
+
+    async def script(peer: Peer) -> None:
+        nonlocal served, ended
+        while True:
+            await peer.request()
+            served += 1
+            if served == 3:  # in one step: the proxy cannot look in between
+                os.write(peer.stream.socket.fileno(), OK)
+                peer.close()
+                ended += 1
+                return
+            await peer.send(OK)
+
+    async with origin(script) as server, hop(server.address, Settings(fast=True)) as proxy:
+        client = await proxy.connect()
+        for _ in range(2):
+            assert (await client.ask()).status == 200
+        with trio.fail_after(20):
+            await client.send(POST * 2 if at_once else POST)
+            assert (await client.response()).status == 200
+            if not at_once:
+                await until(lambda: ended == 1)
+                await client.send(POST)
+            assert (await client.response()).status == 200
+        assert proxy.dialled == 2
+        assert proxy.fast == 2
 
 
 async def test_an_answer_in_chunks_whose_end_the_client_has_not_taken_yet_ends_once() -> None:

@@ -1,0 +1,106 @@
+"""A connection at rest: when it is known to be quiet, and when it has to be asked."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from proxy.fast import ground as room
+from proxy.fast.ground import Ground
+from proxy.fast.side import IN, Side
+from proxy.net.streams import SocketStream
+from proxy.net.tls import TLSStream
+from tests.fast.test_ground import ends, grounded
+from tests.kit.http import until
+from tests.net.conftest import Mesh, pair
+
+MESH = Mesh()
+
+
+class Turn:
+    """Looks at a side in the first of the steps of a turn."""
+
+    def __init__(self, ground: Ground, side: Side, sock: socket.socket, other: socket.socket) -> None:
+        self._side, self._sock, self._other = side, sock, other
+        self._seen: list[bool] = []
+        ground.steps[sock.fileno()] = self._look
+        ground.watch(sock.fileno(), 0, IN)
+
+    def _look(self, _: int) -> None:
+        self._sock.recv(1)
+        self._seen.append(self._side.is_quiet())
+
+    async def quiet(self, meanwhile: Callable[[], object] = lambda: None) -> bool:
+        """`meanwhile` happens before the turn, behind what wakes it."""
+        self._seen.clear()
+        self._other.send(b"x")
+        meanwhile()
+        await until(lambda: bool(self._seen))
+        return self._seen[0]
+
+
+@asynccontextmanager
+async def resting(*, tls: bool = False, spoken: bool = True) -> AsyncIterator[tuple[Side, SocketStream | TLSStream, Turn]]:
+    """A side that has read something and come to rest, the other end, and a look."""
+    ours, theirs = await MESH.connect(pair()) if tls else pair()
+    async with grounded() as ground:
+        side = Side(ground, ours)
+        side.belongs(lambda _: None)
+        side.watch(IN)
+        if spoken:
+            await theirs.send_all(b"a response")
+            assert await ours.receive_some() == b"a response"
+        side.rest()
+        with ends() as (here, there):
+            yield side, theirs, Turn(ground, side, here, there)
+            ground.watch(here.fileno(), IN, 0)
+        side.watch(0)
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_a_turn_that_has_heard_nothing_of_it_knows_that_it_is_quiet(tls: bool) -> None:
+    async with resting(tls=tls) as (side, _, turn):
+        for _ in range(3):
+            assert await turn.quiet()
+            assert not side.is_quiet(), "time has passed since that turn"
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_what_comes_in_the_same_turn_is_heard_before_its_step(tls: bool) -> None:
+    async with resting(tls=tls) as (side, theirs, turn):
+        assert await turn.quiet()
+        assert not await turn.quiet(theirs.close)
+        assert not await turn.quiet(), "it is not watched any more"
+        assert not side.stream.is_idle()
+
+
+async def test_one_that_has_been_sent_tickets_is_asked_and_found_idle() -> None:
+    async with resting(tls=True, spoken=False) as (side, _, turn):
+        for _ in range(2):
+            assert not await turn.quiet()
+            assert side.stream.is_idle()  # which takes them in
+        side.watch(IN)
+        side.rest()
+        assert await turn.quiet()
+
+
+async def test_one_from_which_others_have_read_is_asked() -> None:
+    async with resting() as (side, theirs, turn):
+        await theirs.send_all(b"more")
+        assert side.receive() == b"more"
+        assert not await turn.quiet()
+        side.watch(IN)
+        side.rest()
+        assert await turn.quiet()
+
+
+async def test_a_turn_that_could_not_be_told_all_knows_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with resting() as (_, __, turn):
+        assert await turn.quiet()
+        monkeypatch.setattr(room, "EVENTS", 1)
+        assert not await turn.quiet()
