@@ -12,20 +12,23 @@ FROM python:${PYTHON} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 
-# The environment that runs, at the path where it will run: exact versions, checked against their hashes, wheels only (there is no compiler).
-# It has no pip of its own.
-COPY requirements/run.txt requirements/demo.txt requirements/
+# A C compiler, for the path of a request (docs/decisions/30-compiled.md). It stays in this stage.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+
+# The environment that runs, at the path where it will run: exact versions, checked against their hashes, wheels only. It has no pip of its own.
+COPY requirements/run.txt requirements/compile.txt requirements/
 RUN python -m venv --without-pip /opt/isthmus \
     && pip --python /opt/isthmus/bin/python install --only-binary :all: --require-hashes -r requirements/run.txt \
-    # The build backend is locked in demo.txt. It goes into this stage's own Python, which is thrown away.
-    && pip install --only-binary :all: --require-hashes -r requirements/demo.txt
+    # What builds goes into this stage's own Python, which is thrown away.
+    && pip install --only-binary :all: --require-hashes -r requirements/compile.txt
 
 # The project's own packages last: a change of the source builds from here only.
-COPY LICENSE README.md pyproject.toml ./
+COPY LICENSE README.md pyproject.toml setup.py ./
 COPY loopguard loopguard
 COPY tracing tracing
 COPY proxy proxy
-RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
+RUN ISTHMUS_COMPILE=1 pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
     && pip --python /opt/isthmus/bin/python install --no-deps --no-index /wheels/isthmus-*.whl
 
 

@@ -1,23 +1,28 @@
 # make demo    two clusters of pods on this machine, and a table of what was proven
 # make test    everything that CI runs
 # make perf    what a hop costs, beside other proxies
+# make compiled  the packages as the image has them, with the path of a request compiled, in build/compiled
 # Both set up what they need: a virtual environment in .venv, and, as root on Debian, the system packages.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JAEGER := .venv-jaeger
+COMPILED := build/compiled
 
 # command:package
 NEEDED := nft:nftables ip:iproute2 unshare:util-linux setpriv:util-linux venv:python3-venv
 PEERS := curl:curl wrk:wrk h2load:nghttp2-client nghttpd:nghttp2-server nginx:nginx-light psql:postgresql-client postgres:postgresql openssl:openssl socat:socat haproxy:haproxy dig:bind9-dnsutils kdig:knot-dnsutils dnsmasq:dnsmasq-base musl-gcc:musl-tools gcc:gcc
 
-.PHONY: demo test lint pytest jaeger perf lock clean
+.PHONY: demo test lint pytest compiled jaeger perf lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/isthmus demo
 
-test: lint pytest jaeger
+# The linters have use for one core, mostly, and the compiler for the other.
+test: $(VENV)/.dev
+	$(MAKE) --jobs 2 --output-sync=target lint compiled
+	$(MAKE) pytest jaeger
 
 # The optional rules of flake8-async (ASYNC9..) are off: proxy/net/streams.py says how checkpoints are placed, and why. ASYNC109 is off because
 # a timeout parameter is the contract of the dialer and of the handshakes, ASYNC124 because tests run in trio whether they wait or not.
@@ -26,13 +31,30 @@ lint: $(VENV)/.dev
 	git ls-files -coz --exclude-standard "*.py" | xargs -0 -n 50 -P 2 $(BIN)/flake8-async --enable ASYNC1,ASYNC2 --disable ASYNC109,ASYNC124
 	$(BIN)/mypy
 
-# The whole suite runs in network namespaces of its own, so that no test can touch, or be touched by, the machine it runs on. Then what carries
-# the most HTTP/1.1 runs again without the fast road (docs/decisions/21-fast-road.md).
+# The whole suite runs in network namespaces of its own, so that no test can touch, or be touched by, the machine it runs on: the parts with the
+# sources as they are; whole proxies, and the parts that are compiled, as the image has them (docs/decisions/30-compiled.md). Then what carries the
+# most HTTP/1.1 runs again with the sources, without the fast road (docs/decisions/21-fast-road.md).
+SANDBOXED = PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 2 --dist loadfile -q
+WHOLE := tests/e2e tests/lab
+AS_COMPILED := tests/exchange tests/fast tests/loopguard tests/roads/test_plays.py tests/wire
 ORDINARY := $(addprefix tests/e2e/test_,clients.py failures.py shutdown.py tracing.py)
-pytest: $(VENV)/.dev
+pytest: $(VENV)/.dev $(COMPILED)/.ready
 	@./scripts/system-packages "$(NEEDED)" "$(PEERS)"
-	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 2 --dist loadfile -q
-	PATH="$$PATH:/usr/sbin:/sbin" ISTHMUS_FAST_PATH=false $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 2 --dist loadfile -q $(ORDINARY)
+	$(SANDBOXED) $(addprefix --ignore=,$(WHOLE))
+	$(RUN_COMPILED) $(SANDBOXED) $(WHOLE) $(AS_COMPILED)
+	ISTHMUS_FAST_PATH=false $(SANDBOXED) $(ORDINARY)
+
+# What setup.py compiles, from a wheel, as it is installed. Nothing of it is ever found beside the sources, where an edited module would be hidden by it.
+RUN_COMPILED := ISTHMUS_TEST_COMPILED=1 PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED):$(CURDIR)
+compiled: $(COMPILED)/.ready
+
+$(COMPILED)/.ready: $(VENV)/.dev setup.py pyproject.toml $(shell find loopguard proxy tracing -name '*.py')
+	@./scripts/system-packages "gcc:gcc headers:python3-dev"
+	rm -rf build
+	ISTHMUS_COMPILE=1 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(BIN)/python -m zipfile -e build/wheel/isthmus-*.whl $(COMPILED)
+	rm -r $(COMPILED)/lab  # which is what tests, and finds the examples beside it
+	touch $@
 
 # The extra `jaeger` needs an older SDK than everything else, so it has an environment of its own.
 jaeger: $(JAEGER)/.ready
@@ -43,7 +65,7 @@ $(JAEGER)/.ready: pyproject.toml requirements/jaeger.txt
 	$(JAEGER)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/jaeger.txt
 	touch $@
 
-perf: $(VENV)/.dev
+perf: $(VENV)/.dev $(COMPILED)/.ready
 	@./scripts/system-packages "wrk:wrk nginx:nginx-light h2load:nghttp2-client nghttpd:nghttp2-server curl:curl" "haproxy:haproxy nghttpx:nghttp2-proxy"
 	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m perf $(PERF)
 
@@ -63,6 +85,7 @@ lock: $(VENV)/.dev
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade pyproject.toml -o requirements/run.txt
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header -c requirements/run.txt pyproject.toml --extra demo --group build -o requirements/demo.txt
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header -c requirements/demo.txt pyproject.toml --extra demo --group dev -o requirements/dev.txt
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header -c requirements/dev.txt pyproject.toml --group compile -o requirements/compile.txt
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml --extra jaeger --group jaeger-test -o requirements/jaeger.txt
 
 clean:

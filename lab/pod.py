@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+import proxy
 from lab import network, process
 from lab.process import Completed, LabError, Launch, Process
 from lab.sandbox import rootless
@@ -34,6 +35,8 @@ PROXY_UID = 2102
 PROXY_MARK = 0x2102
 CLI = (sys.executable, "-m", "proxy.cli")
 ROOT = Path(__file__).resolve().parent.parent
+# For programs in pods: the product that runs here (the checkout's, or what `make compiled` has made of it), and the checkout.
+PACKAGES = {"PYTHONPATH": os.pathsep.join(dict.fromkeys((str(Path(proxy.__file__).resolve().parents[1]), str(ROOT))))}
 
 _OVERLAY = 'mount --bind "$1" /etc/hosts; mount --bind "$2" /etc/resolv.conf; shift 2; exec "$@"'
 
@@ -178,7 +181,7 @@ class Pod:
 
     async def intercept(self, *flags: str, check: bool = True) -> Completed:
         """Run the real command `isthmus intercept` in the pod.  Raises LabError when it fails and `check` is left on."""
-        done = await self.run([*CLI, "intercept", *flags], user=OPERATOR, env={"PYTHONPATH": str(ROOT)})
+        done = await self.run([*CLI, "intercept", *flags], user=OPERATOR, env=PACKAGES)
         if check and not done.ok:
             raise LabError(f"isthmus intercept in pod {self.name}: {done.stderr.decode(errors='replace').strip()}")
         return done

@@ -19,7 +19,7 @@ from typing import Any, Final
 import trio
 import yaml
 
-from lab.pod import PROXY_MARK, ROOT, SIDECAR, Pod
+from lab.pod import PACKAGES, PROXY_MARK, SIDECAR, Pod
 from lab.process import READY_TIMEOUT, LabError, Process
 from lab.sandbox import rootless
 from proxy.mesh.certificates import Issued, issue, make_root
@@ -151,7 +151,7 @@ class Sidecar(Member):
         if intercept and not self.gateway:
             await self.pod.intercept("--config", str(self.config_file))
         command = [sys.executable, "-m", "proxy.cli", "run", "--config", str(self.config_file), *(["--gateway"] if self.gateway else [])]
-        self.process = await self.pod.start("sidecar", command, user=SIDECAR, env={"PYTHONPATH": str(ROOT)})
+        self.process = await self.pod.start("sidecar", command, user=SIDECAR, env=PACKAGES)
         if ready:
             await self.wait_ready()
 

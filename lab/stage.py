@@ -7,7 +7,7 @@ from typing import Any
 
 from lab.cluster import Cluster, Lab
 from lab.mesh import Mesh
-from lab.pod import ROOT, Pod
+from lab.pod import PACKAGES, Pod
 from lab.report import Report
 from lab.sidecar import Sidecar
 from lab.traces import TraceCollector
@@ -36,7 +36,7 @@ class Stage:
     async def client(self, pod: Pod, what: str, host: str, port: int, *rest: str) -> dict[str, Any]:
         """Run an ordinary client in a pod; what it says it saw."""
         command = [sys.executable, "-m", "lab.apps.client", what, host, str(port), *rest]
-        done = await pod.run(command, env={"PYTHONPATH": str(ROOT)}, timeout=60)
+        done = await pod.run(command, env=PACKAGES, timeout=60)
         try:
             result: dict[str, Any] = json.loads(done.stdout)
         except ValueError:
@@ -46,7 +46,7 @@ class Stage:
     async def server(self, pod: Pod, name: str, *arguments: str, port: int) -> None:
         """Start an ordinary server in a pod."""
         command = [sys.executable, "-m", f"lab.apps.{name.partition('-')[0]}", *arguments]
-        await pod.start(name, command, port=port, env={"PYTHONPATH": str(ROOT)})
+        await pod.start(name, command, port=port, env=PACKAGES)
 
 
 def why(answer: dict[str, Any], held: bool) -> str:

@@ -131,7 +131,7 @@ class InboundCourse:
         self._pools = pools
         self._waypoint = rt.loops.waypoint(DIRECTION)
 
-    def take(self, exchange: Exchange, now: float) -> Borrowed[Address] | None:
+    def take(self, exchange: Exchange, now: float) -> Borrowed | None:
         return self._pools.take(exchange.facts.destination, now) if self._plain(exchange) else None
 
     def share(self, exchange: Exchange) -> Shared | None:

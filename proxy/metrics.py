@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from proxy.http_measures import LATENCY_BUCKETS, Direction, HttpCollector, HttpMeasures
 from proxy.reach_measures import ReachMeasures
 from proxy.tally import MOST_SERIES, Spread, Tally
+from proxy.wire import heads
 
 Peer = Literal["src", "dst"]
 Tls = Literal["mutual", "none", "passthrough", "unknown"]
@@ -211,8 +212,8 @@ class Metrics:
         self.self_calls_waiting = self._gauge("self_calls_waiting", "Of these, the ones that wait for the first of their answer.")
         self.workers = self._gauge("workers", "Worker processes, where there are several.", "state")
         self.worker_exits = self._counter("worker_exits_total", "Workers that ended without being told to, by how.", "how")
-        info = self._gauge("build_info", "Always 1; the labels say what runs.", "version", "python")
-        info.at(own_version(), platform.python_version()).set(1)
+        info = self._gauge("build_info", "Always 1; the labels say what runs.", "version", "python", "compiled")
+        info.at(own_version(), platform.python_version(), "yes" if heads.__file__.endswith(".so") else "no").set(1)
 
     def _names(self) -> None:
         what = ("transport", "result")

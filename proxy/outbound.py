@@ -42,7 +42,7 @@ from tracing.propagation import header
 
 DIRECTION: Direction = "outbound"
 
-Loan = TypeVar("Loan", Borrowed[Endpoint], Shared)
+Loan = TypeVar("Loan", Borrowed, Shared)
 
 
 def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awaitable[None]]:
@@ -133,7 +133,7 @@ class OutboundCourse:
         self._pools = pools
         self._waypoint = rt.loops.waypoint(DIRECTION)
 
-    def take(self, exchange: Exchange, now: float) -> Borrowed[Endpoint] | None:
+    def take(self, exchange: Exchange, now: float) -> Borrowed | None:
         return self._lent(exchange, Hint.HTTP2, lambda endpoint: self._pools.take(endpoint, now))
 
     def share(self, exchange: Exchange) -> Shared | None:

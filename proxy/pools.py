@@ -36,7 +36,7 @@ class Pools(Generic[K]):
             Protocol.HTTP2: Http2Lender(self._http2),
         }
 
-    def take(self, key: K, now: float) -> Borrowed[K] | None:
+    def take(self, key: K, now: float) -> Borrowed | None:
         """A ready HTTP/1 connection for the fast road, if there is one; `now` is trio's time."""
         upstream = self._http1.take(key, now)
         return None if upstream is None else Borrowed(self._http1, key, upstream)

@@ -8,9 +8,16 @@ from collections.abc import Generator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.kit.build import COMPILED
+
 # How long an example takes says how busy the machine is, and nothing about the code.
 settings.register_profile("isthmus", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("isthmus")
+
+
+def pytest_configure() -> None:
+    if os.environ.get("ISTHMUS_TEST_COMPILED") and not COMPILED:
+        pytest.exit("what was found is not compiled", 1)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -114,5 +114,5 @@ def header(trace_id: bytes, span_id: bytes) -> Field:
 
 def begin(fields: list[Field], root: TraceContext) -> None:
     """Write the context of a trace that begins here, in place. What is there of the same headers is not valid, and goes."""
-    fields[:] = [field for field in fields if field[0].lower() not in (b"traceparent", b"tracestate")]
+    fields[:] = filter(lambda field: field[0].lower() not in (b"traceparent", b"tracestate"), fields)  # the same objects: messages._others
     fields.append((b"traceparent", traceparent(root)))

@@ -15,4 +15,4 @@ from perf.peers.order import Kind, Order, Peer
 
 __all__ = ["PEERS", "Kind", "Order", "Peer"]
 
-PEERS = (isthmus.PEER, isthmus.ORDINARY, envoy.PEER, envoy.MESHED, haproxy.PEER, nginx.PEER, nghttpx.PEER)
+PEERS = (isthmus.PEER, isthmus.SOURCES, isthmus.ORDINARY, envoy.PEER, envoy.MESHED, haproxy.PEER, nginx.PEER, nghttpx.PEER)

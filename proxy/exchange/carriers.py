@@ -144,10 +144,10 @@ class Http1Carrier(Carrier):
                 raise self._unanswered("the server closed the connection without a response")
             try:
                 http.receive_data(await self.stream.receive_some(READ_SIZE))
-            except ConnectionLost as error:
+            except ConnectionLost as loss:
                 if http.buffered:
-                    raise UpstreamClosed(f"the connection broke within the response's head: {error}") from error
-                raise self._unanswered(f"the connection broke before a response came: {error}", error.reason == "timeout") from error
+                    raise UpstreamClosed(f"the connection broke within the response's head: {loss}") from loss
+                raise self._unanswered(f"the connection broke before a response came: {loss}", loss.reason == "timeout") from loss
 
     def _unanswered(self, words: str, silent: bool = False) -> Unanswered:
         # Only a kept connection may have been closed for another reason than our request. A server that has fallen silent has closed none,

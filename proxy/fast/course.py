@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 from proxy.exchange.carriers import Http1Carrier, Http2Carrier
 from proxy.exchange.client import forwarded_request
@@ -17,8 +17,6 @@ from proxy.exchange.pool import Pool, Upstream
 from proxy.wire.fields2 import onward_pairs
 from proxy.wire.messages import RequestHead, ResponseHead
 
-K = TypeVar("K", bound=Hashable)
-
 
 class Course(Protocol):
     """A flow's decisions, as plain functions; the same that its layers make on the ordinary road."""
@@ -27,7 +25,7 @@ class Course(Protocol):
         """Open the account of an exchange that is under way from here on."""
         ...
 
-    def take(self, exchange: Exchange, now: float) -> Borrowed[Any] | None:
+    def take(self, exchange: Exchange, now: float) -> Borrowed | None:
         """A ready HTTP/1 connection for `exchange` (`now` is trio's time); None: the ordinary road has to see to it, and nothing has
         changed."""
         ...
@@ -51,14 +49,14 @@ def never(_: ResponseHead) -> bool:
 
 
 @dataclass(slots=True, eq=False)
-class Borrowed(Generic[K]):
+class Borrowed:
     """A kept connection, lent for one exchange (exchange.begun.Loan)."""
 
-    pool: Pool[K]
-    key: K
+    pool: Pool[Any]
+    key: Hashable
     upstream: Upstream
     on_end: Callable[[], None] = nothing
-    attempt: object = None  # the flow's own, for an exchange that is handed over
+    attempt: Any = None  # the flow's own, for an exchange that is handed over
     on_begin: Callable[[Exchange], None] | None = None  # once its account is open
     limit: float = inf  # trio's time when the exchange has to be over
     declines: Callable[[ResponseHead], bool] = never  # whether a response is for the flow to judge before it goes on
@@ -86,7 +84,7 @@ class Shared:
 
     mux: Mux
     on_end: Callable[[], None] = nothing
-    attempt: object = None
+    attempt: Any = None
     on_begin: Callable[[Exchange], None] | None = None
     limit: float = inf
     declines: Callable[[ResponseHead], bool] = never

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
 
@@ -68,7 +68,7 @@ class Lane:
         # Of the exchange:
         self._exchange: Http1Exchange | None = None
         self._account: AbstractContextManager[object] | None = None
-        self._loan: Borrowed[Any] | None = None
+        self._loan: Borrowed | None = None
         self._endpoint: Side | None = None
         self._remaining = 0  # bytes of the response's body that have not been read yet; in chunks: 1, until it has ended
         self._chunks: Chunks | None = None
@@ -83,7 +83,7 @@ class Lane:
 
     async def carry(self) -> Http1Exchange | None:
         """See exchange.begun.Carry."""
-        self._lent, self._result, self._fault = True, None, None
+        self._lent = True
         self._client.belongs(self._on_client)
         self._client.watch(IN)
         connection = self._server.connection
@@ -96,7 +96,8 @@ class Lane:
                 await wait_task_rescheduled(self._abort)
             if self._fault is not None:
                 raise self._fault
-            return self._result
+            begun, self._result = self._result, None
+            return begun
         except BaseException as error:  # cancelled, or a fault of this room's: either way the exchange ends here
             self._drop(error)
             raise
@@ -271,15 +272,12 @@ class Lane:
         try:
             sent = endpoint.send(data, sound=not endpoint.unsent)  # at first: it has just been found quiet
         except NetError:
-            self._loan_http_ends()
+            if self._loan is not None:
+                self._loan.upstream.http.keep_alive = False
             self.hand_over()  # the server takes no more: it may have said why
             return
         endpoint.unsent = data[sent:]
         endpoint.watch(IN | OUT if endpoint.unsent else IN)
-
-    def _loan_http_ends(self) -> None:
-        if self._loan is not None:
-            self._loan.upstream.http.keep_alive = False
 
     def _respond(self) -> None:
         """ASKED or ANSWERED: the server's socket is ready."""

@@ -8,7 +8,7 @@ can; comparisons are made in lower case.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -155,20 +155,25 @@ class Headers:
         self.items.append((name, value))
 
     def remove(self, *names: bytes) -> None:
-        self.items = [item for item in self.items if item[0].lower() not in names]
+        self.items = _others(self.items, names)
 
     def replace(self, name: bytes, value: bytes) -> None:
         """Put `value` where the first such field stands (at the end if there is none) and drop the other ones."""
         lower = name.lower()
         for index, (n, _) in enumerate(self.items):
             if n.lower() == lower:
-                rest = [item for item in self.items[index + 1 :] if item[0].lower() != lower]
-                self.items[index:] = [(n, value), *rest]
+                self.items[index:] = [(n, value), *_others(self.items[index + 1 :], (lower,))]
                 return
         self.items.append((name, value))
 
     def copy(self) -> Headers:
         return Headers(self.items)
+
+
+def _others(items: list[Field], names: Container[bytes]) -> list[Field]:
+    """The fields of all other names: the same objects, since one may be more than its parts (fields2.Secret), which a compiled loop does
+    not see."""
+    return list(filter(lambda item: item[0].lower() not in names, items))
 
 
 def place(lower: bytes, mark: bytes) -> int:
@@ -288,7 +293,7 @@ def strip_hop_by_hop(headers: Headers) -> None:
         return
     nominated = headers.tokens(b"connection")
     drop = HOP_BY_HOP.union(nominated) - NEVER_NOMINATED if nominated else HOP_BY_HOP
-    headers.items = [item for item in headers.items if item[0].lower() not in drop]
+    headers.items = _others(headers.items, drop)
 
 
 def wants_trailers(headers: Headers) -> bool:

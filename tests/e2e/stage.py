@@ -16,12 +16,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from lab.cluster import Cluster, Lab
 from lab.load import proxy_error
 from lab.mesh import Mesh, Service
-from lab.pod import ROOT, Pod
+from lab.pod import PACKAGES, Pod
 from lab.process import Process
 from lab.sidecar import Sidecar
 
 WEB, SOCKET, ECHO, MAIL = 8080, 9000, 7000, 2525
-PROGRAMS = {"PYTHONPATH": str(ROOT)}
+PROGRAMS = PACKAGES
 LAST_GET = b"GET / HTTP/1.1\r\nHost: shop\r\nConnection: close\r\n\r\n"
 # Sidecars are told by the environment, like everything that runs in the laboratory.
 FAST_ROAD = os.environ.get("ISTHMUS_FAST_PATH", "true") == "true"

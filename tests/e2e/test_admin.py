@@ -7,6 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import Laboratory
 from tests.e2e.stage import ECHO, WEB, Pair, counted, curl, echo_server, eventually, prepare, say, web_server
+from tests.kit.build import COMPILED
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
@@ -72,6 +73,8 @@ async def test_the_metrics_can_be_parsed_and_keep_prometheus_rules(pair: Pair) -
     missing = {f"isthmus_{name}" for name in wanted.split()} - set(families)
     assert missing == set()
     assert "process_resident_memory_bytes" in families
+    (build,) = families["isthmus_build_info"].samples
+    assert build.labels["compiled"] == ("yes" if COMPILED else "no")  # what is tested is what runs
 
 
 async def test_requests_connections_and_bytes_are_counted_in_both_proxies(pair: Pair) -> None:

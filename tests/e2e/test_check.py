@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from lab.faults import broken_directory, expired_certificate
-from lab.pod import CLI, OPERATOR, ROOT, Pod
+from lab.pod import CLI, OPERATOR, PACKAGES, Pod
 from tests.e2e.conftest import Laboratory
 from tests.e2e.stage import ECHO, Pair, say, web_and_echo
 
@@ -28,7 +28,7 @@ def pair(laboratory: Laboratory) -> Pair:
 async def check(pair: Pair, *arguments: str) -> tuple[int, dict[str, list[dict[str, Any]]], str]:
     """The command's exit code, its results by name, and everything it said."""
     command = [*CLI, "check", "--config", str(pair.near.config_file), "--json", "--timeout", "20", *arguments]
-    done = await pair.web.run(command, user=OPERATOR, env={"PYTHONPATH": str(ROOT)}, timeout=120)
+    done = await pair.web.run(command, user=OPERATOR, env=PACKAGES, timeout=120)
     results: dict[str, list[dict[str, Any]]] = {}
     for each in json.loads(done.stdout)["checks"]:
         results.setdefault(each["name"], []).append(each)
@@ -53,7 +53,7 @@ async def test_a_pod_that_is_right_is_found_right(pair: Pair) -> None:
 
 async def test_it_says_so_in_words_too(pair: Pair) -> None:
     command = [*CLI, "check", "--config", str(pair.near.config_file)]
-    done = await pair.web.run(command, user=OPERATOR, env={"PYTHONPATH": str(ROOT)}, timeout=120)
+    done = await pair.web.run(command, user=OPERATOR, env=PACKAGES, timeout=120)
     assert done.returncode == 0
     assert "ok" in done.text.splitlines()[-1]
 

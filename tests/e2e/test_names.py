@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from lab.mesh import Mesh
-from lab.pod import CLI, OPERATOR, ROOT, Pod, User
+from lab.pod import CLI, OPERATOR, PACKAGES, Pod, User
 from lab.process import Completed
 from lab.sidecar import Sidecar
 from tests.e2e.conftest import Laboratory
@@ -223,7 +223,7 @@ async def test_names_come_and_go_with_the_directory_and_keep_their_address(stage
 
 async def check(stage: Stage, timeout: int = 20) -> dict[str, list[str]]:
     command = [*CLI, "check", "--config", str(stage.sidecar.config_file), "--only", "names", "--json", "--timeout", str(timeout)]
-    done = await stage.web.run(command, user=OPERATOR, env={"PYTHONPATH": str(ROOT)}, timeout=150)
+    done = await stage.web.run(command, user=OPERATOR, env=PACKAGES, timeout=150)
     found: dict[str, list[str]] = {}
     for one in json.loads(done.text)["checks"]:
         found.setdefault(one["status"], []).append(one["what"])

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from lab.collector import Span, read
-from lab.pod import ROOT
+from lab.pod import PACKAGES
 from lab.process import Process
 from tests.e2e.conftest import Laboratory
 from tests.e2e.stage import ECHO, MAIL, WEB, Pair, counted, curl, echo_server, eventually, logged, prepare, say, web_server
@@ -85,7 +85,7 @@ def scene(laboratory: Laboratory) -> Scene:
         }
         file = jaeger.directory / "spans"
         command = [sys.executable, "-m", "lab.collector", str(OTLP), str(file)]
-        collector = await jaeger.start("collector", command, port=OTLP, env={"PYTHONPATH": str(ROOT)})
+        collector = await jaeger.start("collector", command, port=OTLP, env=PACKAGES)
         pair.mesh.join(pair.cluster.pod("leaver"), tracing={"delay": "5m", "endpoint": f"http://{jaeger.ipv4}:{OTLP}"})
         # An endpoint that has not answered yet is expected to be quicker than any that has: so each is asked, whichever is the first.
         curious = {"balancing": {"default_rtt": "0.1ms"}}

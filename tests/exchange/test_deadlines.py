@@ -17,6 +17,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from proxy.exchange.client import ClientSettings
 from proxy.exchange.server import ServerSettings
+from tests.kit.build import interpreted
 from tests.kit.hop import Settings, hop, through
 from tests.kit.http import BROKEN, GET, OK, POST, Message, Peer, answering, echo, origin, until
 
@@ -65,6 +66,7 @@ class Moving:
     limit: float = math.inf
 
 
+@interpreted
 async def test_a_connection_on_which_nothing_is_asked_is_closed_although_others_are_busy(clock: MockClock) -> None:
     settings = Settings(server=ServerSettings(idle_timeout=6), buffers=16384)
     async with through(answering(), settings) as (client, proxy):

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from loopguard import HopLimits, Waypoint, Who
 from loopguard.l7 import LONGEST
 from proxy.errors import LoopDetected
-from proxy.exchange.exchange import Exchange, Facts, Handler, Whole
+from proxy.exchange.exchange import Exchange, Facts, Handler
 from proxy.exchange.guard import guard, hide_names, leave_token
 from proxy.net.address import Address
 from proxy.wire.heads import recognise_request
 from proxy.wire.messages import Field, Headers, Limits, RequestHead
+from tests.kit.exchanges import unanswered
 from tests.kit.hop import Settings, hop, through
 from tests.kit.http import GET, Message, answering, origin
 
@@ -110,18 +111,9 @@ async def test_the_same_request_again_and_again_is_no_loop() -> None:
 # What is said to whom...
 
 
-class Made(Exchange):
-    """An exchange that nobody will answer."""
-
-    inform = respond = switch = abort = None  # type: ignore[assignment]  # nothing is answered here
-
-
-Made.__abstractmethods__ = frozenset()
-
-
-def made(facts: Facts, field: bytes | None = None) -> Made:
+def made(facts: Facts, field: bytes | None = None) -> Exchange:
     headers = Headers([(b"Host", b"a"), *([(HEADER, field)] if field is not None else [])])
-    return Made(RequestHead(b"GET", b"/", headers), Whole(), facts)
+    return unanswered(RequestHead(b"GET", b"/", headers), facts)
 
 
 def went_on(exchange: Exchange) -> bytes:
@@ -195,7 +187,7 @@ def test_a_head_in_its_lines_and_one_in_fields_go_on_alike(fields: list[Field], 
     assert found is not None
     told: list[tuple[Headers, list[str]]] = []
     for headers in (found[0].headers, Headers(fields)):
-        exchange, why = Made(RequestHead(b"GET", b"/a", headers), Whole(), Facts("inbound", PEER, PEER, identity=identity)), list[str]()
+        exchange, why = unanswered(RequestHead(b"GET", b"/a", headers), Facts("inbound", PEER, PEER, identity=identity)), list[str]()
         assert (headers.block is not None) is (headers is found[0].headers)
         leave_token(exchange, INBOUND, why.append)
         told.append((exchange.request.headers, why))

@@ -13,6 +13,7 @@ from proxy.exchange.server import ServerSettings
 from proxy.fast import road, strand
 from proxy.fast.course import Shared
 from proxy.wire.frames2 import Code
+from tests.kit.build import interpreted
 from tests.kit.http2_hop import Settings2, through2
 from tests.kit.http2_peers import GET, OK, POST, Answer, Pair, Peer2, answering2
 
@@ -20,7 +21,10 @@ BAD: list[Pair] = [*POST[:3], (b":path", b"/bad")]
 ON_BOTH = [pytest.param(fast, id="fast" if fast else "ordinary") for fast in (True, False)]
 
 
-@pytest.mark.parametrize("where", ["account", "_set_out", "_ask", "_answer", "_send_head", "_pass_on", "open"])
+STEPS = ["account", "_set_out", "_ask", "_answer", "_send_head", "_pass_on"]
+
+
+@pytest.mark.parametrize("where", [*STEPS, pytest.param("open", marks=interpreted)])
 async def test_a_fault_of_ours_ends_its_stream_and_no_other(
     where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

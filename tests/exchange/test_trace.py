@@ -18,6 +18,7 @@ from proxy.exchange.trace import Side, Tracing, trace
 from proxy.net.address import Address
 from proxy.net.streams import Stream
 from proxy.wire.messages import Headers, RequestHead, ResponseHead
+from tests.kit.build import interpreted
 from tests.kit.hop import Hop, Settings, hop
 from tests.kit.http import Peer, origin, until
 from tracing.sampling import Sampling, Tracer
@@ -227,27 +228,27 @@ async def test_a_servers_span_has_the_first_user_agent_wherever_it_stands(lines:
     assert (seen.records[0].agent, seen.records[0].authority) == (agent, b"a")
 
 
-class Referred(Exchange):
-    """An exchange that can be asked whether it is still there. It is answered: nothing else is asked of it."""
-
-    __slots__ = ("__weakref__",)
-
-    async def inform(self, head: ResponseHead) -> None:
-        raise NotImplementedError
-
-    async def respond(self, head: ResponseHead, body: Body) -> None:
-        self.response = head
-        self.on_response(head.status)
-
-    async def switch(self, head: ResponseHead) -> Stream:
-        raise NotImplementedError
-
-    def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:
-        raise NotImplementedError
-
-
+@interpreted  # it makes a class under a compiled one
 @pytest.mark.parametrize("side", ["server", "client", "both"])
 async def test_a_traced_exchange_is_gone_when_it_is_over_without_the_collector(side: Side) -> None:
+    class Referred(Exchange):
+        """An exchange that can be asked whether it is still there. It is answered: nothing else is asked of it."""
+
+        __slots__ = ("__weakref__",)
+
+        async def inform(self, head: ResponseHead) -> None:
+            raise NotImplementedError
+
+        async def respond(self, head: ResponseHead, body: Body) -> None:
+            self.response = head
+            self.on_response(head.status)
+
+        async def switch(self, head: ResponseHead) -> Stream:
+            raise NotImplementedError
+
+        def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:
+            raise NotImplementedError
+
     here, records = Address("127.0.0.1", 1), list[Record]()
 
     async def answer(exchange: Exchange) -> None:

@@ -20,6 +20,7 @@ from proxy.net.errors import ConnectionLost, NetError
 from proxy.net.relay import Relayed, relay
 from proxy.net.streams import SocketStream
 from proxy.net.tls import TLSStream
+from tests.kit.build import interpreted
 from tests.kit.http import descriptors, until
 from tests.net.conftest import Mesh, both, pair, read_all
 
@@ -265,6 +266,7 @@ async def test_silence_ends_it_although_exchanges_are_under_way(autojump_clock: 
         stream.close()
 
 
+@interpreted
 async def test_a_relay_for_which_there_is_no_room_in_the_set_takes_the_ordinary_road(monkeypatch: pytest.MonkeyPatch) -> None:
     client, a = pair()
     b, server = pair()

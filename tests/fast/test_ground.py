@@ -17,6 +17,7 @@ from proxy.exchange.server import Drain
 from proxy.fast import ground as room
 from proxy.fast.ground import Ground
 from proxy.fast.road import Road
+from tests.kit.build import interpreted
 from tests.kit.http import descriptors
 
 
@@ -136,6 +137,7 @@ async def test_roads_of_one_run_share_their_ground_and_leave_nothing_open() -> N
         assert another is not one
 
 
+@interpreted
 async def test_a_fault_of_the_loop_closes_the_road_and_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def broken(_: Ground, __: float) -> None:
         raise OSError("no epoll today")
@@ -149,6 +151,7 @@ async def test_a_fault_of_the_loop_closes_the_road_and_is_said(monkeypatch: pyte
     assert "the fast road failed by a fault of this proxy's, and is closed" in caplog.text
 
 
+@interpreted
 async def test_without_trio_s_epoll_set_there_is_no_road_for_connections(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -124,7 +124,7 @@ class _Course:
     hop: Hop
     account: Callable[[Exchange], AbstractContextManager[None]]
 
-    def take(self, _: Exchange, now: float) -> Borrowed[Address] | None:
+    def take(self, _: Exchange, now: float) -> Borrowed | None:
         upstream = self.hop.pool.take(self.hop.target, now) if self.hop.raises is None else None
         if upstream is None:
             return None

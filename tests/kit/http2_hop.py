@@ -111,7 +111,7 @@ class _Course:
     hop: Hop2
     account: Callable[[Exchange], AbstractContextManager[object]]
 
-    def take(self, _: Exchange, now: float) -> Borrowed[Address] | None:
+    def take(self, _: Exchange, now: float) -> Borrowed | None:
         return None
 
     def share(self, _: Exchange) -> Shared | None:

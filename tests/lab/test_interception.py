@@ -20,7 +20,7 @@ import trio
 
 from lab import network
 from lab.cluster import Cluster
-from lab.pod import APP, OPERATOR, PROXY_MARK, ROOT, SIDECAR, Pod, User, exemption, exemption_flags
+from lab.pod import APP, OPERATOR, PACKAGES, PROXY_MARK, SIDECAR, Pod, User, exemption, exemption_flags
 from lab.sandbox import rootless
 from proxy.mesh import intercept
 
@@ -476,7 +476,7 @@ async def test_other_tables_of_the_pod_are_left_alone(a: Pod) -> None:
 async def test_without_the_capability_one_line_says_so(a: Pod) -> None:
     command = [sys.executable, "-m", "proxy.cli", "intercept"]
     user = User(uid=1000, never_root=True)
-    done = await a.run(command, user=user, env={"PYTHONPATH": str(ROOT)})
+    done = await a.run(command, user=user, env=PACKAGES)
     assert done.returncode == 1
     text = done.stderr.decode()
     assert text.count("\n") == 1

@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.exchange.client import forwarded_request
-from proxy.exchange.exchange import Exchange, Facts, Whole
+from proxy.exchange.exchange import Facts
 from proxy.net.address import Address
 from proxy.wire.fields2 import Block, Pair, Secret, onward_pairs, request_head, request_pairs, response_head, response_pairs
 from proxy.wire.messages import CALLER, CALLER_FIELDS, HOP_BY_HOP, OVERRIDES, ProtocolError, RequestHead, ResponseHead, strip_hop_by_hop
+from tests.kit.exchanges import unanswered
 
 # As peers send them: what ends at a hop, what stands for something else in HTTP/1, and what is nobody's business.
 KNOWN: list[Pair] = [
@@ -29,13 +30,6 @@ PSEUDO = st.tuples(
 )
 
 
-class Made(Exchange):
-    """An exchange that nobody will answer."""
-
-    inform = respond = switch = abort = None  # type: ignore[assignment]  # nothing is answered here
-
-
-Made.__abstractmethods__ = frozenset()
 PEER = Address("127.0.0.1", 1)
 
 
@@ -65,7 +59,7 @@ def test_the_short_way_onward_gives_the_header_list_of_the_long_one(
     if head is None or short is None:
         return
     assert head.target.startswith(b"/")
-    exchange = Made(head, Whole(), Facts("inbound", PEER, PEER))
+    exchange = unanswered(head, Facts("inbound", PEER, PEER))
     exchange.caller = caller
     assert kinds(short) == kinds(request_pairs(forwarded_request(exchange)))
     assert [value for name, value in short if name == CALLER] == ([caller] if caller is not None else [])

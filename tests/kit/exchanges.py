@@ -1,0 +1,15 @@
+"""Exchanges for the tests of what looks at them, and carries none."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from proxy.exchange.exchange import Exchange, Facts, Whole
+from proxy.exchange.server import Drain, Http1Exchange, Http1Server, ServerSettings
+from proxy.wire.messages import RequestHead
+
+
+def unanswered(head: RequestHead, facts: Facts) -> Exchange:
+    """An exchange that nobody will answer: its server has no connection."""
+    server = Http1Server(cast("Any", None), facts, ServerSettings(), Drain())
+    return Http1Exchange(server, head, Whole(), now=0.0)

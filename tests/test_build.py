@@ -1,0 +1,47 @@
+"""What setup.py compiles is there, and can be compiled as it is written (docs/decisions/30-compiled.md)."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMPILED = [ROOT / path for path in tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["isthmus"]["compiled"]]
+
+
+def test_what_is_compiled_is_there_and_named_once() -> None:
+    assert len(COMPILED) > 10
+    assert all(path.is_file() for path in COMPILED)
+    assert len(set(COMPILED)) == len(COMPILED)
+
+
+@pytest.mark.parametrize("path", COMPILED, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_nothing_is_written_that_the_compiler_takes_for_something_else(path: Path) -> None:
+    """What mypyc 2.4 accepts, and does not do as Python does."""
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            assert not _weakly_referred(node), f"{node.name}: a compiled class knows no weak references"
+            if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+                assert not any("Generic" in ast.unparse(base) for base in node.bases), f"{node.name}: no dataclass that is generic"
+                plain = [field for field in node.body if isinstance(field, ast.AnnAssign) and ast.unparse(field.annotation) == "object"]
+                assert not plain, f"{node.name}: no field of a dataclass is an `object` (Any is)"
+        if isinstance(node, ast.AsyncFunctionDef):
+            assert not _reused(node), f"{node.name}: one name for errors of several types, of which the first is believed"
+
+
+def _weakly_referred(node: ast.ClassDef) -> bool:
+    return any(isinstance(inner, ast.Constant) and inner.value == "__weakref__" for inner in ast.walk(node))
+
+
+def _reused(node: ast.AsyncFunctionDef) -> list[str]:
+    """Names that are bound to errors of several types."""
+    types: dict[str, set[str]] = defaultdict(set)
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.ExceptHandler) and inner.name and inner.type is not None:
+            types[inner.name].add(ast.unparse(inner.type))
+    return [name for name, several in types.items() if len(several) > 1]
