@@ -8,7 +8,7 @@ can; comparisons are made in lower case.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -60,11 +60,11 @@ class Headers:
         self.block: bytes | None = None
         self._items: list[Field] = list(items) if items else []
         self.clean = False
-        self._ending: list[bytes] = []
+        self._ending: Sequence[bytes] = ()
 
     @classmethod
-    def canonical(cls, block: bytes, ending: list[bytes]) -> Headers:
-        """Of lines `name: value CRLF` that the recogniser has accepted. `ending`: those of them that are of STRIPPED, to their CR."""
+    def canonical(cls, block: bytes, ending: Sequence[bytes]) -> Headers:
+        """Of lines `name: value CRLF` that the recogniser has accepted. `ending`: those of them that belong to the hop, to their CR."""
         headers = cls()
         headers.block, headers._ending, headers.clean = block, ending, not ending
         return headers
@@ -275,9 +275,6 @@ OVERRIDES = frozenset(
 
 # What ends at each hop.
 HOP_BY_HOP = _CONNECTION_FIELDS | CALLER_FIELDS | OVERRIDES
-
-# The same as expressions for lines in their canonical form: all that the recogniser accepts of it (wire/heads.py).
-STRIPPED = rb"(?:connection: keep-alive|(?:" + rb"|".join(sorted(HOP_BY_HOP - _CONNECTION_FIELDS)) + rb"): [^\r]*)\r"
 
 # A Connection option may name any field, but dropping one of these would change what the message means, to whom it goes, or what the
 # proxies before us have said about it.

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from proxy.wire import heads
 from proxy.wire.bodies import Framing, Length
 from proxy.wire.heads import encode_request, encode_response, recognise_request, recognise_response
 from proxy.wire.messages import CALLER_FIELDS, OVERRIDES, Headers, Limits, ProtocolError, RequestHead, ResponseHead, strip_hop_by_hop
@@ -195,6 +196,36 @@ def test_what_is_said_to_this_proxy_alone_is_not_passed_on(name: bytes, case: Ca
     assert not found[0].headers.clean
     strip_hop_by_hop(found[0].headers)
     assert found[0].headers.items == [(b"Host", b"a"), (b"A", b"b")]
+
+
+def test_heads_with_the_same_fields_are_heads_of_their_own() -> None:
+    """What is kept of a block of fields is shared by all that have it."""
+    fields = "Host: a", "Connection: keep-alive", "Isthmus-Client-Id: x", "Content-Length: 5"
+    for target in ("/a", "/b", "/a"):
+        data = head(f"POST {target} HTTP/1.1", *fields)
+        assert request_holds(data)
+        found = recognise_request(data, LIMITS)
+        assert found is not None
+        assert (found[0].target, found[1]) == (target.encode(), 5)
+        strip_hop_by_hop(found[0].headers)
+        found[0].headers.append(b"B", b"c")
+        found[0].headers.items.reverse()
+    assert recognise_request(data, Limits(fields=len(fields) - 1)) is None, "limits are the caller's own"
+    assert response_holds(head("HTTP/1.1 200 OK", *fields))
+    for _ in range(2):
+        assert recognise_request(head("GET / HTTP/1.1", "Host: a", "Expect: x"), LIMITS) is None
+
+
+def test_what_is_kept_of_heads_is_bounded() -> None:
+    heads._known.cache_clear()
+    most = heads._known.cache_info().maxsize
+    assert most is not None
+    for number in range(most + 10):
+        assert request_holds(head("GET / HTTP/1.1", "Host: a", f"X: {number}"))
+    assert heads._known.cache_info().currsize == most
+    before = heads._known.cache_info().misses
+    assert request_holds(head("GET / HTTP/1.1", "Host: a", "X: " + "y" * heads._LONGEST))
+    assert heads._known.cache_info().misses == before, "what is long is not kept"
 
 
 def test_what_is_written_is_what_was_read() -> None:
