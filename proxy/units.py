@@ -53,8 +53,8 @@ Statuses = tuple[StatusRange, ...]
 
 
 def within(status: int, ranges: Statuses) -> bool:
-    """Whether an HTTP status is one of these."""
-    return any(low <= status <= high for low, high in ranges)
+    """Whether an HTTP status is one of these: errors all (`_statuses`), which most are not."""
+    return status >= 400 and any(low <= status <= high for low, high in ranges)
 
 
 class GrpcCode(enum.IntEnum):

@@ -185,15 +185,23 @@ def place(lower: bytes, mark: bytes) -> int:
     return at + len(mark) if at >= 0 else 0
 
 
-@dataclass(slots=True)
+# A dataclass's own __init__ is never compiled (docs/decisions/30-compiled.md). These two are made for every request.
+@dataclass(slots=True, init=False)
 class RequestHead:
     """A request's head. `target` is as on the wire: origin-form, absolute-form, authority-form (CONNECT) or `*` (RFC 9112 §3.2)."""
 
     method: bytes
     target: bytes
     headers: Headers
-    version: bytes = b"1.1"
-    protocol: bytes | None = None  # of an extended CONNECT (RFC 8441), which is how HTTP/2 asks for a WebSocket
+    version: bytes
+    protocol: bytes | None  # of an extended CONNECT (RFC 8441), which is how HTTP/2 asks for a WebSocket
+
+    def __init__(self, method: bytes, target: bytes, headers: Headers, version: bytes = b"1.1", protocol: bytes | None = None) -> None:
+        self.method = method
+        self.target = target
+        self.headers = headers
+        self.version = version
+        self.protocol = protocol
 
     @property
     def authority(self) -> bytes | None:
@@ -208,14 +216,20 @@ class RequestHead:
         return self.headers.get(b"host")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class ResponseHead:
     """The head of a response. `version`: of the connection that it came on."""
 
     status: int
-    headers: Headers = field(default_factory=Headers)
-    reason: bytes = b""
-    version: bytes = b"1.1"
+    headers: Headers
+    reason: bytes
+    version: bytes
+
+    def __init__(self, status: int, headers: Headers | None = None, reason: bytes = b"", version: bytes = b"1.1") -> None:
+        self.status = status
+        self.headers = Headers() if headers is None else headers
+        self.reason = reason
+        self.version = version
 
     @property
     def informational(self) -> bool:

@@ -52,6 +52,10 @@ class Endpoint:
     weight: int = 1
     zone: str = ""
 
+    def __hash__(self) -> int:
+        """Connections are kept by endpoint, and looked for by each request. Hardly ever do two have one address."""
+        return hash(self.address)
+
 
 @dataclass(frozen=True, slots=True)
 class Remote:
