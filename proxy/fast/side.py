@@ -68,8 +68,9 @@ class Side:
         """See exchange.pool.Watch. What the poll of this turn has heard of it may be its end; also the very response behind which it came
         to rest, and then its end may be here by now. Where others have read from it meanwhile, OpenSSL may have kept back what came
         behind."""
-        heard = self._ground.heard
-        return heard is not None and self._watched == IN and self.descriptor not in heard and self.stream.bytes_read == self._read
+        heard, stream = self._ground.heard, self.stream
+        silent = heard is not None and self._watched == IN and self.descriptor not in heard
+        return silent and stream.bytes_read == self._read and not stream.end_met
 
     def _stray(self, _: int) -> None:
         self.watch(0)

@@ -178,7 +178,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         return self._failure
 
     def is_idle(self) -> bool:
-        if self._raw.closed or self._torn or self._failure is not None:
+        if self._raw.closed or self._torn or self._failure is not None or self.end_met:
             return False
         if self._reading:
             # Somebody waits for the socket, and has taken all that OpenSSL had. A peek would move what has come from the socket into

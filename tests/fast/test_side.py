@@ -104,3 +104,14 @@ async def test_a_turn_that_could_not_be_told_all_knows_of_none(monkeypatch: pyte
         assert await turn.quiet()
         monkeypatch.setattr(room, "EVENTS", 1)
         assert not await turn.quiet()
+
+
+async def test_one_whose_end_came_with_what_was_read_last_is_asked() -> None:
+    async with resting(tls=True) as (side, theirs, turn):
+        await theirs.send_all(bytes(16384))  # a whole record: what is behind it is read with it
+        await theirs.send_eof()
+        assert len(side.receive(65536) or b"") == 16384
+        side.watch(IN)
+        side.rest()
+        assert not await turn.quiet()
+        assert not side.stream.is_idle()

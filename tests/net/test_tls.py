@@ -179,6 +179,17 @@ async def test_unread_tickets_leave_a_connection_idle_and_data_does_not(mesh: Me
     assert not client.is_idle()
 
 
+async def test_a_connection_whose_end_came_with_the_last_data_is_not_idle(mesh: Mesh) -> None:
+    client, server = await mesh.connect()
+    await server.send_all(bytes(16384))
+    await server.send_eof()
+    assert len(await client.receive_some(65536)) == 16384  # a whole record: what is behind it is read with it
+    assert client.end_met
+    assert not client.is_idle()
+    client.close()
+    server.close()
+
+
 # Ends
 
 
