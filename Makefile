@@ -9,6 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 JAEGER := .venv-jaeger
 COMPILED := build/compiled
+SOURCES := $(shell find loopguard proxy tracing -name '*.py' | sort)
+# Made anew when a module changes, comes or goes.
+READY := $(COMPILED)/.ready-$(shell echo $(SOURCES) | cksum | cut -d ' ' -f 1)
 
 # command:package
 NEEDED := nft:nftables ip:iproute2 unshare:util-linux setpriv:util-linux venv:python3-venv
@@ -38,9 +41,9 @@ SANDBOXED = PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)
 WHOLE := tests/e2e tests/lab
 # HTTP/2 is not compiled itself; that it works beside what is, whole proxies show.
 AS_COMPILED := $(filter-out tests/exchange/test_http2% tests/exchange/test_roads2.py,$(wildcard tests/exchange/test_*.py)) \
-	tests/fast tests/loopguard tests/roads/test_plays.py tests/wire
+	tests/fast tests/loopguard tests/mesh tests/roads/test_plays.py tests/tracing tests/wire $(addprefix tests/test_,metrics.py reach.py reach_broken.py reach_grpc.py reach_refused.py route.py ways.py)
 ORDINARY := $(addprefix tests/e2e/test_,clients.py failures.py shutdown.py tracing.py)
-pytest: $(VENV)/.dev $(COMPILED)/.ready
+pytest: $(VENV)/.dev $(READY)
 	@./scripts/system-packages "$(NEEDED)" "$(PEERS)"
 	$(SANDBOXED) $(addprefix --ignore=,$(WHOLE))
 	$(RUN_COMPILED) $(SANDBOXED) $(WHOLE) $(AS_COMPILED)
@@ -48,9 +51,9 @@ pytest: $(VENV)/.dev $(COMPILED)/.ready
 
 # What setup.py compiles, from a wheel, as it is installed. Nothing of it is ever found beside the sources, where an edited module would be hidden by it.
 RUN_COMPILED := ISTHMUS_TEST_COMPILED=1 PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED):$(CURDIR)
-compiled: $(COMPILED)/.ready
+compiled: $(READY)
 
-$(COMPILED)/.ready: $(VENV)/.dev setup.py pyproject.toml $(shell find loopguard proxy tracing -name '*.py')
+$(READY): $(VENV)/.dev setup.py pyproject.toml $(SOURCES)
 	@./scripts/system-packages "gcc:gcc headers:python3-dev"
 	rm -rf build
 	ISTHMUS_COMPILE=1 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir build/wheel .
@@ -67,7 +70,7 @@ $(JAEGER)/.ready: pyproject.toml requirements/jaeger.txt
 	$(JAEGER)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/jaeger.txt
 	touch $@
 
-perf: $(VENV)/.dev $(COMPILED)/.ready
+perf: $(VENV)/.dev $(READY)
 	@./scripts/system-packages "wrk:wrk nginx:nginx-light h2load:nghttp2-client nghttpd:nghttp2-server curl:curl" "haproxy:haproxy nghttpx:nghttp2-proxy"
 	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m perf $(PERF)
 

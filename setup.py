@@ -1,7 +1,8 @@
 """Builds the packages: as they are; or, with ISTHMUS_COMPILE=1, with the modules that pyproject.toml names as extension modules.
 
 The extension modules are made by mypyc (docs/decisions/30-compiled.md), and lie in the wheel beside their sources. What they do is what the
-sources say. It takes a C compiler, Python's headers and a minute or two.
+sources say. It takes a C compiler, Python's headers, what requirements/compile.txt names (so no build isolation), and a minute or two. Only
+wheels are built so: beside the sources of a checkout, extension modules would hide what is edited.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,7 +65,7 @@ def extensions(project: dict[str, Any]) -> list[Extension]:
         os.chdir(_ROOT)
 
 
-if os.environ.get("ISTHMUS_COMPILE") == "1":
+if os.environ.get("ISTHMUS_COMPILE") == "1" and "bdist_wheel" in sys.argv:
     setup(ext_modules=extensions(tomllib.loads((_ROOT / "pyproject.toml").read_text("utf-8"))), cmdclass={"build_ext": ParallelBuild})
 else:
     setup()

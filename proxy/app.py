@@ -65,6 +65,7 @@ from proxy.runtime import Runtime, Settings
 from proxy.siblings import Sibling
 from proxy.spans import OFF, Spans, build
 from proxy.ways import Ways
+from proxy.wire import heads
 from proxy.wire.sniff import Protocol
 
 _log = logging.getLogger("isthmus")
@@ -73,7 +74,7 @@ _log = logging.getLogger("isthmus")
 _QUIET = 1.0
 _TICK = 0.1
 _SWEEP = 1.0
-_ADDRESSES = 10  # sweeps
+_SELDOM = 10  # sweeps
 
 
 Beside = Callable[["App"], Awaitable[None]]
@@ -286,11 +287,12 @@ class App:
         return OwnListeners(self._ports, told | local_addresses())
 
     async def _sweep(self) -> None:
-        """About once a second: what has become too old, and who has gone. Addresses come and go with interfaces, more seldom."""
+        """About once a second: what has become too old, and who has gone. More seldom: addresses, which come and go, and heads."""
         for turn in itertools.count(1):
             await trio.sleep(_SWEEP)
             self.drain.look()
-            if turn % _ADDRESSES == 0:
+            if turn % _SELDOM == 0:
+                heads.forget()
                 self.runtime.loops.listeners = self._own()
                 if self.names is not None:
                     self.names.sweep()

@@ -36,6 +36,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import trio
 
@@ -95,7 +96,7 @@ class _Pulse:
 
 
 # Connections to a gateway: the bytes that had come on each when it was last looked at, and at how many silences that was.
-_Lines = dict[SocketStream | TLSStream, tuple[int, int]]
+_Lines = WeakKeyDictionary[SocketStream | TLSStream, tuple[int, int]]
 
 
 @dataclass(slots=True)
@@ -144,8 +145,6 @@ class Ways:
     def connected(self, endpoint: Endpoint, stream: SocketStream | TLSStream) -> None:
         """There is a new connection to `endpoint`, which may be a gateway; it stays its owner's."""
         if (lines := self._lines.get(endpoint)) is not None:
-            for closed in [line for line in lines if line.socket.fileno() < 0]:
-                del lines[closed]
             pulse = self._pulses.get(endpoint)
             lines[stream] = stream.bytes_read, pulse.silences if pulse is not None else 0
 
@@ -173,7 +172,7 @@ class Ways:
         every = {name: tuple(self._endpoints(cluster)) for name, cluster in directory.clusters.items()}
         known = {endpoint for endpoints in every.values() for endpoint in endpoints}
         self._pulses = {endpoint: pulse for endpoint, pulse in self._pulses.items() if endpoint in known}
-        self._lines = {endpoint: self._lines.get(endpoint, {}) for endpoint in known}
+        self._lines = {endpoint: self._lines.get(endpoint, _Lines()) for endpoint in known}
         self._asked = {name: when for name, when in self._asked.items() if name in every}
         self._changed, self._made = {}, {}
         for name, endpoints in every.items():

@@ -45,3 +45,19 @@ def _reused(node: ast.AsyncFunctionDef) -> list[str]:
         if isinstance(inner, ast.ExceptHandler) and inner.name and inner.type is not None:
             types[inner.name].add(ast.unparse(inner.type))
     return [name for name, several in types.items() if len(several) > 1]
+
+
+def test_no_class_that_is_compiled_has_a_subclass_that_is_not() -> None:
+    """Of what runs compiled: perf's programs, which have some, run the sources."""
+    trees = {path: ast.parse(path.read_text("utf-8")) for room in ("proxy", "loopguard", "tracing") for path in (ROOT / room).rglob("*.py")}
+    classes = [(path, node) for path, tree in trees.items() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    compiled = {node.name for path, node in classes if path in COMPILED and not _is_free(node)}
+    assert {"Exchange", "Lane", "Headers"} <= compiled
+    wrong = [node.name for path, node in classes if path not in COMPILED and compiled & {ast.unparse(base) for base in node.bases}]
+    assert not wrong
+
+
+def _is_free(node: ast.ClassDef) -> bool:
+    """Whether it stays a class of Python's: protocols, enumerations and exceptions do."""
+    bases = {ast.unparse(base) for base in node.bases}
+    return any(base.startswith("Protocol") or base.endswith(("Enum", "Exception", "Error")) for base in bases)

@@ -66,7 +66,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
     """
 
     __slots__ = (
-        "_closed", "_eof_sent", "_loss", "_reading", "_recv", "_send", "_streak", "_torn", "_writing",
+        "__weakref__", "_closed", "_eof_sent", "_loss", "_reading", "_recv", "_send", "_streak", "_torn", "_writing",
         "bytes_read", "bytes_written", "local", "on_close", "peer", "socket",
     )  # fmt: skip
     end_met = False  # see prompt.py

@@ -60,7 +60,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
     """An established TLS connection; made by tls_server and tls_client. See proxy.net.streams.Stream for what its methods promise."""
 
     __slots__ = (
-        "_connection", "_eof_sent", "_failure", "_on_session", "_option", "_raw", "_readiness", "_reading", "_recv", "_send",
+        "__weakref__", "_connection", "_eof_sent", "_failure", "_on_session", "_option", "_raw", "_readiness", "_reading", "_recv", "_send",
         "_streak", "_torn", "_writing", "bytes_read", "bytes_written", "end_met", "info", "local", "peer", "socket",
     )  # fmt: skip
 

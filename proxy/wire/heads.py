@@ -7,7 +7,7 @@ unusual places, anything too long) it declines, and strict.py decides from the s
 
 Most heads have been here before, but for their first line: a client says the same of itself in each request, and a server answers with the
 same fields for as long as a second lasts. What was found out about a block of fields is kept for a while, and found again in 0.2 µs. It
-depends on nothing but these bytes.
+depends on nothing but these bytes (docs/decisions/34-fields-kept.md).
 
 The law, which tests/wire/test_heads.py holds over mutated heads and all chunkings: if it accepts, h11 accepts, and means the same.
 
@@ -55,7 +55,7 @@ _LENGTH = re.compile(rb"0|[1-9][0-9]{0,17}")
 
 _BODILESS = (b"204", b"304")
 
-# Blocks that are kept, and the length (bytes) of the longest: half a megabyte at most.
+# Blocks that are kept, and the length (bytes) of the longest: a megabyte, as a rule, and three at most.
 _KEPT: Final = 512
 _LONGEST: Final = 1024
 
@@ -105,6 +105,11 @@ _known = lru_cache(_KEPT)(_read)
 
 def _fields(block: bytes) -> _Fields | None:
     return _known(block) if len(block) <= _LONGEST else _read(block)
+
+
+def forget() -> None:
+    """Keep nothing of what has come so far. To be called every few seconds: what clients say to show who they are stays no longer."""
+    _known.cache_clear()
 
 
 def recognise_request(head: bytes, limits: Limits) -> tuple[RequestHead, int] | None:

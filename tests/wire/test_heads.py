@@ -226,6 +226,8 @@ def test_what_is_kept_of_heads_is_bounded() -> None:
     before = heads._known.cache_info().misses
     assert request_holds(head("GET / HTTP/1.1", "Host: a", "X: " + "y" * heads._LONGEST))
     assert heads._known.cache_info().misses == before, "what is long is not kept"
+    heads.forget()
+    assert heads._known.cache_info().currsize == 0
 
 
 def test_what_is_written_is_what_was_read() -> None:
