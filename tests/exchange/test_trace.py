@@ -237,7 +237,7 @@ async def test_a_traced_exchange_is_gone_when_it_is_over_without_the_collector(s
         __slots__ = ("__weakref__",)
 
         async def inform(self, head: ResponseHead) -> None:
-            raise NotImplementedError
+            raise NotImplementedError  # `answer` asks for none of these three
 
         async def respond(self, head: ResponseHead, body: Body) -> None:
             self.response = head
