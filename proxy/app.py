@@ -39,6 +39,7 @@ from proxy.admin import admin
 from proxy.config import Config
 from proxy.errors import known
 from proxy.exchange.server import Drain
+from proxy.fast.ground import Clock
 from proxy.fast.road import Road
 from proxy.gateway import gateway
 from proxy.inbound import inbound, inbound_pools
@@ -98,7 +99,7 @@ def start(config: Config, sibling: Sibling | None = None, beside: Beside | None 
     spans = OFF
     try:
         spans = build(config, metrics, os.environ)
-        trio.run(App(config, metrics, spans, sibling).run, beside)
+        trio.run(App(config, metrics, spans, sibling).run, beside, clock=Clock())
     finally:
         spans.close()
         close_logs()

@@ -1,20 +1,25 @@
 """The ground that the road lies on: its steps run in the place where trio would wait.
 
-trio waits in one place, when no task can run: in epoll_wait, until the next deadline at the latest. It tells instruments before it does
-(`before_io_wait`), and there this loop waits in its stead: for the road's descriptors, and for trio's own epoll set, which is a descriptor
+trio waits in one place, when no task can run: in epoll_wait, until the next deadline at the latest. Before, it asks its clock how long
+that is, and there this loop waits in its stead (`Clock`): for the road's descriptors, and for trio's own epoll set, which is a descriptor
 like any other. What has come for the road is done on the spot. A pass of the scheduler for it would cost more than most steps do: with one
 connection, a request took 71 µs of processor time at a hop when the road was a task of trio's, and 57 like this.
 
-What has come for trio ends the wait. So does everything else that trio has to see to, and since it computed before we began how long to
-wait, it is woken then: when a step has made a task runnable (`task_scheduled` tells), and when a deadline has come.
+What has come for trio ends the wait. So does a step that has made a task runnable (`task_scheduled` tells), and a deadline that has come.
+Then the clock's answer is that there is no time to wait.
 
-trio calls instruments for debugging what we do for speed, but what they may do is the same: plain calls, from within its own thread. An
-exception would end the instrument, so none leaves it.
+Two more cases are left to what trio tells instruments before it waits (`before_io_wait`). When a task can run already, the clock is not
+asked, and the road has its turn there. And a run on another's clock, as those of tests are, waits there as long as it would have waited
+itself; since it computed before how long that is, it has to be woken by an entry in its queue.
+
+trio calls clocks and instruments for what they are, and we use them for speed; but what they may do is the same: plain calls, from within
+its own thread. An exception would end the run, or the instrument, so none leaves this.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import re
 import select
 import socket
@@ -25,7 +30,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 import trio
-from trio.lowlevel import RunVar, Task, add_instrument, checkpoint, current_trio_token, remove_instrument, wait_readable
+from trio.lowlevel import RunVar, Task, add_instrument, checkpoint, current_clock, current_trio_token, remove_instrument, wait_readable
 
 if TYPE_CHECKING:
     from proxy.fast.lane import Lane
@@ -35,6 +40,8 @@ _log = logging.getLogger("isthmus.exchange")
 
 # Events taken from the kernel in one turn.
 EVENTS = 256
+# Seconds. trio waits no longer at a time, epoll_wait(2) not much.
+_LONG = 86400.0
 # Passes of the scheduler until a task has surely begun to wait.
 _PASSES = 10
 _TARGET = re.compile(r"^tfd: *([0-9]+) ", re.MULTILINE)
@@ -61,6 +68,7 @@ class Ground(trio.abc.Instrument):
         self._token = current_trio_token()
         self._trio_is_ready = False
         self._runnable = False  # some task is
+        self._waited = False  # for this pass of trio's, on its clock
 
     def lends(self) -> None:
         """One more is on a road; its first steps are done by its task."""
@@ -85,26 +93,36 @@ class Ground(trio.abc.Instrument):
 
     # What trio tells...
 
+    def wait(self, timeout: float) -> None:
+        """trio's clock is asked how long to wait: for `timeout` seconds if there were no road. When this returns no time is left."""
+        self._waited = True
+        self._turns(min(timeout, _LONG))
+
     def before_io_wait(self, timeout: float) -> None:
         """trio is about to wait for `timeout` seconds."""
-        if not self.lent:
-            return
-        try:
-            self._wait(timeout)
-        except Exception as error:  # each lane has a boundary of its own: this is a fault of the loop's
-            _log.error("the fast road failed by a fault of this proxy's, and is closed", exc_info=error)
-            for road in list(self.roads):
-                road.close()
-            self._wake()
-        finally:
-            self.heard = None
+        if self._waited:
+            self._waited = False
+        elif self.lent and self._turns(timeout):
+            self._token.run_sync_soon(_nothing, idempotent=True)
 
     def task_scheduled(self, task: Task) -> None:  # noqa: ARG002  # whichever it is
         self._runnable = True
 
     # The loop...
 
-    def _wait(self, timeout: float) -> None:
+    def _turns(self, timeout: float) -> bool:
+        """Wait in trio's stead. Whether trio has to be woken, if it is about to wait as long again."""
+        try:
+            return self._wait(timeout)
+        except Exception as error:  # each lane has a boundary of its own: this is a fault of the loop's
+            _log.error("the fast road failed by a fault of this proxy's, and is closed", exc_info=error)
+            for road in list(self.roads):
+                road.close()
+            return True
+        finally:
+            self.heard = None
+
+    def _wait(self, timeout: float) -> bool:
         epoll, steps = self._epoll, self.steps
         until, began, whole = perf_counter() + timeout, trio.current_time(), timeout
         self._trio_is_ready = self._runnable = False
@@ -120,22 +138,39 @@ class Ground(trio.abc.Instrument):
                 if step is not None:  # otherwise it was forgotten in this very turn
                     step(mask)
             if timeout <= 0 or self._trio_is_ready:
-                return  # trio does not wait then
+                return False  # trio does not wait then
             timeout = until - perf_counter()
             if self._runnable or timeout <= 0:
                 # On a clock that a test moves, what is over is no more than a time of silence, which trio has to notice by itself.
-                if self._runnable or trio.current_time() - began >= whole / 2:
-                    self._wake()
-                return
+                return self._runnable or trio.current_time() - began >= whole / 2
 
     def _on_trio(self, _: int) -> None:
         self._trio_is_ready = True
 
-    def _wake(self) -> None:
-        self._token.run_sync_soon(_nothing, idempotent=True)
-
     def close(self) -> None:
         self._epoll.close()
+
+
+class Clock(trio.abc.Clock):
+    """The system's clock, for a run of trio's that has a road: trio waits on the ground."""
+
+    def __init__(self) -> None:
+        self.ground: Ground | None = None
+        self._from = random.uniform(10_000, 200_000)  # noqa: S311  # as trio's own: times of two runs are not to be mixed
+
+    def start_clock(self) -> None:
+        pass
+
+    def current_time(self) -> float:
+        return self._from + perf_counter()
+
+    def deadline_to_sleep_time(self, deadline: float) -> float:
+        left = deadline - self.current_time()
+        ground = self.ground
+        if ground is None or not ground.lent:
+            return left
+        ground.wait(left)
+        return 0.0
 
 
 _HERE: RunVar[Ground | None] = RunVar("ground", None)
@@ -149,6 +184,9 @@ async def enter(road: Road) -> Ground | None:
         if trios is None:
             return None
         ground = Ground(trios)
+        clock = current_clock()
+        if isinstance(clock, Clock):
+            clock.ground = ground
         _HERE.set(ground)
         add_instrument(ground)
     ground.roads.add(road)
@@ -160,6 +198,9 @@ def leave(road: Road, ground: Ground) -> None:
     ground.roads.discard(road)
     if not ground.roads:
         remove_instrument(ground)
+        clock = current_clock()
+        if isinstance(clock, Clock):
+            clock.ground = None
         _HERE.set(None)
         ground.close()
 

@@ -15,10 +15,16 @@ import trio
 
 from proxy.exchange.server import Drain
 from proxy.fast import ground as room
-from proxy.fast.ground import Ground
+from proxy.fast.ground import Clock, Ground
 from proxy.fast.road import Road
 from tests.kit.build import interpreted
 from tests.kit.http import descriptors
+
+
+@pytest.fixture(params=["on its own clock", "on another's"])
+def clock(request: pytest.FixtureRequest) -> trio.abc.Clock | None:
+    """By which the test is run: a proxy has the one, a test the other."""
+    return Clock() if request.param == "on its own clock" else None
 
 
 @asynccontextmanager
@@ -52,7 +58,7 @@ class Passes(trio.abc.Instrument):
         self.steps += 1
 
 
-async def test_what_comes_for_the_road_takes_no_pass_of_the_scheduler() -> None:
+async def test_what_comes_for_the_road_takes_no_pass_of_the_scheduler(clock: trio.abc.Clock | None) -> None:
     passes, heard, all_of_it = Passes(), bytearray(), trio.Event()
     with ends() as (here, there):
         async with grounded() as ground:
@@ -74,13 +80,13 @@ async def test_what_comes_for_the_road_takes_no_pass_of_the_scheduler() -> None:
     assert passes.steps < 100
 
 
-async def test_a_deadline_comes_although_the_road_is_idle() -> None:
+async def test_a_deadline_comes_although_the_road_is_idle(clock: trio.abc.Clock | None) -> None:
     async with grounded():
         with trio.fail_after(20):
             await trio.sleep(0.05)
 
 
-async def test_a_deadline_comes_although_the_road_is_never_idle() -> None:
+async def test_a_deadline_comes_although_the_road_is_never_idle(clock: trio.abc.Clock | None) -> None:
     steps = 0
 
     def step(_: int) -> None:
@@ -98,7 +104,7 @@ async def test_a_deadline_comes_although_the_road_is_never_idle() -> None:
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["other connections stay", "it was the last"])
-async def test_a_task_that_a_step_has_made_runnable_runs_at_once(last: bool) -> None:
+async def test_a_task_that_a_step_has_made_runnable_runs_at_once(last: bool, clock: trio.abc.Clock | None) -> None:
     """As does one whose connection leaves the road, in the midst of a wait, and leaves nothing on it."""
     event = trio.Event()
     with ends() as (here, there):
@@ -120,7 +126,44 @@ async def test_a_task_that_a_step_has_made_runnable_runs_at_once(last: bool) -> 
             ground.lent += last
 
 
-async def test_what_other_threads_and_other_sockets_say_is_heard() -> None:
+async def test_a_task_that_can_run_already_does_not_keep_the_road_waiting(clock: trio.abc.Clock | None) -> None:
+    heard = bytearray()
+    with ends() as (here, there):
+        async with grounded() as ground:
+            ground.steps[here.fileno()] = lambda _: heard.extend(here.recv(1))
+            ground.watch(here.fileno(), 0, select.EPOLLIN)
+            there.send(b"x")
+            for _ in range(100):  # and trio never waits
+                await trio.lowlevel.checkpoint()
+    assert heard == b"x"
+
+
+async def test_a_proxy_s_run_waits_on_the_ground_and_needs_no_waking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own clock, trio does nothing for a task that a step has made runnable but to run it."""
+    clock, event, woken = Clock(), trio.Event(), []
+
+    async def main() -> None:
+        with ends() as (here, there):
+            async with grounded() as ground:
+
+                def step(_: int) -> None:
+                    here.recv(1)
+                    event.set()
+
+                ground.steps[here.fileno()] = step
+                ground.watch(here.fileno(), 0, select.EPOLLIN)
+                monkeypatch.setattr(trio.lowlevel.TrioToken, "run_sync_soon", lambda *_, **__: woken.append(1))
+                there.send(b"x")
+                with trio.fail_after(20):
+                    await event.wait()
+                monkeypatch.undo()
+
+    await trio.to_thread.run_sync(lambda: trio.run(main, clock=clock))
+    assert event.is_set()
+    assert not woken
+
+
+async def test_what_other_threads_and_other_sockets_say_is_heard(clock: trio.abc.Clock | None) -> None:
     with ends() as (here, there):
         async with grounded():
             with trio.fail_after(20):
@@ -128,7 +171,7 @@ async def test_what_other_threads_and_other_sockets_say_is_heard() -> None:
                 await trio.lowlevel.wait_readable(here)
 
 
-async def test_roads_of_one_run_share_their_ground_and_leave_nothing_open() -> None:
+async def test_roads_of_one_run_share_their_ground_and_leave_nothing_open(clock: trio.abc.Clock | None) -> None:
     before = descriptors()
     async with grounded() as one, grounded() as other:
         assert one is other
@@ -138,8 +181,12 @@ async def test_roads_of_one_run_share_their_ground_and_leave_nothing_open() -> N
 
 
 @interpreted
-async def test_a_fault_of_the_loop_closes_the_road_and_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def broken(_: Ground, __: float) -> None:
+async def test_a_fault_of_the_loop_closes_the_road_and_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    clock: trio.abc.Clock | None,
+) -> None:
+    def broken(_: Ground, __: float) -> bool:
         raise OSError("no epoll today")
 
     async with grounded() as ground:
