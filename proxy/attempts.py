@@ -62,7 +62,7 @@ FAILURES = (ConnectFailed, UpstreamTLSError, UpstreamClosed, UpstreamProtocolErr
 
 
 class Attempts:
-    """At one exchange with one service. `judge` is the exchange's."""
+    """At one exchange with one service. `judge` is the exchange's while one of them is under way."""
 
     __slots__ = (
         "_begun", "_body", "_cause", "_client", "_client_limit", "_exchange", "_metrics", "_retries", "_since", "_started", "_status",
@@ -93,7 +93,6 @@ class Attempts:
             self._limits()
         if exchange.request.version == b"2":
             self._call_deadline()
-        exchange.judge = self.judge
         if exchange.body.length != 0 and self.policy.retries.limit:
             self._keep_body()
 
@@ -141,6 +140,7 @@ class Attempts:
 
     def begin(self, endpoint: Endpoint, *, alone: bool) -> None:
         """An attempt at `endpoint` begins; `end` has to follow. `alone`: the service has no other."""
+        self._exchange.judge = self.judge
         self._work = self.fleet.begin(self.policy, endpoint, alone=alone)
         self._since = None
         self._status = 0
@@ -154,6 +154,7 @@ class Attempts:
 
     def go_on(self, work: Work, since: float) -> None:
         """The first attempt has been begun by the fast road, at `since` (trio's time); `end` has to follow."""
+        self._exchange.judge = self.judge
         self._work, self._since = work, since
         self._started = since or trio.current_time()
         response = self._exchange.response
@@ -213,7 +214,8 @@ class Attempts:
         return self._again(cause)
 
     def end(self) -> None:
-        """The attempt is over, however."""
+        """The attempt is over, however. The exchange lets go of it too: in a circle both would stay until the next garbage collection."""
+        self._exchange.judge = None
         work, self._work = self._work, None
         if work is None:
             return

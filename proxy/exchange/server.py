@@ -280,9 +280,12 @@ class Http1Server:
 
     async def run(self, handler: Handler) -> None:
         """Serve until either side has enough. Raises ConnectionLost when the client's connection breaks within a request's head."""
-        with self._scope:
-            while await self._serve_one(handler):
-                self.connection.next_cycle()
+        try:
+            with self._scope:
+                while await self._serve_one(handler):
+                    self.connection.next_cycle()
+        finally:
+            self.lane = None  # which leads back here
         if self._scope.cancelled_caught and self.connection.buffered:
             late = ProtocolError(f"the request's head was not complete after {self.settings.head_timeout} s", 408)
             await self._refuse(handler, late)

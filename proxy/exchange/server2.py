@@ -292,6 +292,7 @@ class Http2Server:
             group = error
         finally:
             self.drain.on_begin.discard(self.mux.retire)
+            self.serve = _nobody  # the other leads back here
         if group is not None:
             # Cancelled in every task: one Cancelled for all, so that it counts as what it is.
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -323,4 +324,6 @@ class Http2Server:
             except Exception as error:  # the layers have answered what they know: what is left may end this stream, but not the others
                 _log.error("a stream failed by a fault of this proxy's", exc_info=error)
                 code = Code.INTERNAL_ERROR
+            finally:
+                stream.on_lost = None  # which leads back here
         stream.close(code)

@@ -64,7 +64,7 @@ class Conduit:
     def _let_go(self) -> None:
         self._lent = False
         for side in self._sides:
-            side.watch(0)
+            side.forget()
         self._road.parts(self)
 
     def leave(self) -> None:

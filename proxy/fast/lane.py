@@ -117,9 +117,9 @@ class Lane:
 
     def _let_go(self) -> None:
         self._lent = False
-        self._client.watch(0)
+        self._client.forget()
         if self._endpoint is not None:
-            self._endpoint.watch(0)
+            self._endpoint.forget()
         self._road.released(self)
 
     def _wake(self, begun: Http1Exchange | None = None) -> None:

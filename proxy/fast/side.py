@@ -55,11 +55,18 @@ class Side:
             self._ground.watch(self.descriptor, self._watched, events)
             self._watched = events
 
+    def forget(self) -> None:
+        """Watch for nothing, and let go of whose it was: a step that leads back here would keep a closed connection until the next garbage
+        collection, and with it OpenSSL's 30 KiB."""
+        self.watch(0)
+        self._step = None
+
     def rest(self) -> None:
         """An endpoint's connection goes back to the pool. It stays in the epoll set, which saves two system calls (0.7 µs) in the next
         exchange, and leaves it with the first event that nobody waits for: the ordinary road has taken it, or the server closes it."""
+        self._step = None
         if self._watched == IN:
-            self.belongs(self._stray)
+            self._ground.steps[self.descriptor] = self._stray
             self._read = self.stream.bytes_read
         else:
             self.watch(0)
