@@ -133,6 +133,7 @@ class TLSFacts:
     version: str = ""
     cipher: str = ""
     group: str = ""
+    key_shares: int = 0  # that the client has sent first
     records: int = 0
 
 
@@ -216,6 +217,7 @@ def _client_extensions(extensions: dict[int, bytes], facts: TLSFacts) -> None:
     if TLS13 not in offered:
         raise ValueError("the ClientHello does not offer TLS 1.3")
     facts.server_name = extensions.get(_SERVER_NAME, b"")[5:].decode("ascii", errors="replace")
+    facts.key_shares = sum(1 for _ in _extensions(extensions.get(_KEY_SHARE, b"\0\0")))  # which are laid out in the same way
 
 
 def _server_extensions(extensions: dict[int, bytes], facts: TLSFacts) -> None:

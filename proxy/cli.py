@@ -93,6 +93,9 @@ def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(args: argparse.Namespace) -> int:
+    from proxy.net.openssl import configure
+
+    configure(os.environ)
     from proxy.config import ConfigError, load
     from proxy.listeners import StartError
 

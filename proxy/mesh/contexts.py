@@ -1,7 +1,7 @@
 """TLS contexts made from material, and the sessions that clients resume.
 
-Both contexts are TLS 1.3 only, ask the peer for a certificate and refuse to go on without one. Key-exchange groups are left as
-OpenSSL has them, so that the post-quantum hybrid X25519MLKEM768 is negotiated wherever both sides know it.
+Both contexts are TLS 1.3 only, ask the peer for a certificate and refuse to go on without one. Key-exchange groups are those of
+proxy/net/openssl.cnf, or OpenSSL's own, so that the post-quantum hybrid X25519MLKEM768 is negotiated wherever both sides know it.
 
 Resumption and trust. A TLS 1.3 server that resumes a session does not look at the client's certificate chain again: the ticket
 says that it was good once. Three things keep that honest. Tickets are sealed with keys that belong to the context, and every

@@ -23,7 +23,7 @@ from trio.lowlevel import checkpoint_if_cancelled
 from proxy.net.errors import TLSFailed
 from proxy.net.linger import discard_unread
 from proxy.net.streams import SocketStream
-from proxy.net.tls_errors import explain, note_refusal
+from proxy.net.tls_errors import explain, note_verdict, take_verified
 from proxy.net.tls_info import TLSInfo
 from proxy.net.tls_stream import TLSStream
 
@@ -96,7 +96,7 @@ def demand_certificate(context: SSL.Context, *, always: bool) -> None:
 
     Once for a context, since a callback of its own for each connection costs more than to dial it.
     """
-    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT if always else SSL.VERIFY_PEER, note_refusal)
+    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT if always else SSL.VERIFY_PEER, note_verdict)
 
 
 async def _handshake(connection: SSL.Connection, stream: SocketStream, timeout: float) -> None:
@@ -124,22 +124,19 @@ def _parsed(certificate: bytes) -> Certificate:
     return load_der_x509_certificate(certificate)
 
 
-def _peer_certificate(connection: SSL.Connection) -> Certificate | None:
-    shown = connection.get_peer_certificate()
-    return None if shown is None else _parsed(crypto.dump_certificate(crypto.FILETYPE_ASN1, shown))
-
-
 def _info(connection: SSL.Connection, sni: str, verify: Verify | None) -> TLSInfo:
-    certificate = _peer_certificate(connection)
+    verified = take_verified(connection)
+    shown = verified or connection.get_peer_certificate()
+    certificate = None if shown is None else _parsed(crypto.dump_certificate(crypto.FILETYPE_ASN1, shown))
     identity = verify(certificate) if verify is not None else None
     return TLSInfo(
         version=connection.get_protocol_version_name(),
         cipher=connection.get_cipher_name() or "",
         group=connection.get_group_name() or "",
         alpn=connection.get_alpn_proto_negotiated(),
-        # pyOpenSSL does not offer SSL_session_reused. But the verified chain belongs to the connection, the peer's certificate to the
-        # session: so a certificate that has no chain came with a session. (Without any certificate there is nothing to tell by.)
-        resumed=certificate is not None and connection.get_verified_chain() is None,
+        # pyOpenSSL does not offer SSL_session_reused; but a certificate that nobody had to verify came with a session. (Without any
+        # certificate there is nothing to tell by.)
+        resumed=certificate is not None and verified is None,
         peer_identity=None if identity is None else str(identity),
         sni=sni,
     )

@@ -2,7 +2,7 @@
 
 pyOpenSSL hands over OpenSSL's error queue as texts: library, function, reason. The reason is a stable identifier in lower case
 (it is compiled from SSL_R_...), so it is matched whole, here and nowhere else. What the queue does not say is *why* a certificate
-was refused; that is noted by `note_refusal`, a verification callback, while the handshake runs.
+was refused; that is noted by `note_verdict`, a verification callback, while the handshake runs.
 """
 
 from __future__ import annotations
@@ -52,11 +52,24 @@ _CERTIFICATE_MISSING = "peer did not return a certificate"
 _CERTIFICATE_REFUSED = "certificate verify failed"
 
 
-def note_refusal(connection: SSL.Connection, certificate: crypto.X509, code: int, depth: int, accepted: int) -> bool:
-    """The verification callback: agrees with OpenSSL's verdict, and keeps the first reason for a refusal with the connection."""
-    if not accepted and connection.get_app_data() is None:
-        connection.set_app_data(_refusal(certificate, code, depth))
-    return bool(accepted)
+def note_verdict(connection: SSL.Connection, certificate: crypto.X509, code: int, depth: int, accepted: int) -> bool:
+    """The verification callback: agrees with OpenSSL's verdict, and keeps the first reason for a refusal with the connection, as text;
+    otherwise the peer's own certificate. OpenSSL begins with the authorities, and asks for nothing when a session is resumed."""
+    if not accepted:
+        if not isinstance(connection.get_app_data(), str):
+            connection.set_app_data(_refusal(certificate, code, depth))
+        return False
+    if depth == 0:
+        connection.set_app_data(certificate)
+    return True
+
+
+def take_verified(connection: SSL.Connection) -> crypto.X509 | None:
+    """The certificate that the peer has shown in this very handshake, and that was found good; once. None: it has shown none, or a session
+    was resumed, which has its own."""
+    certificate: crypto.X509 | None = connection.get_app_data()
+    connection.set_app_data(None)
+    return certificate
 
 
 def _refusal(certificate: crypto.X509, code: int, depth: int) -> str:
@@ -94,7 +107,8 @@ def explain(error: SSL.Error, connection: SSL.Connection, doing: str) -> NetErro
 def _judge(reasons: list[str], connection: SSL.Connection) -> tuple[TLSKind, str]:
     for reason in reasons:
         if reason == _CERTIFICATE_REFUSED:
-            return "certificate", connection.get_app_data() or "the peer's certificate was refused"
+            words = connection.get_app_data()
+            return "certificate", words if isinstance(words, str) else "the peer's certificate was refused"
         if reason == _CERTIFICATE_MISSING:
             return "certificate", "the peer has shown no certificate"
         if " alert " in reason:

@@ -90,6 +90,7 @@ async def test_a_listener_on_the_link_sees_tls_1_3_and_nothing_else(pair: Pair) 
     assert verdict.ok, verdict.problems
     assert verdict.flows >= 7
     assert {fact.version for fact in verdict.facts} == {"TLSv1.3"}
+    assert {fact.key_shares for fact in verdict.facts} == {1}
     groups = {fact.group for fact in verdict.facts}
     assert "X25519MLKEM768" in groups
     assert all("MLKEM768" in group for group in groups), groups
