@@ -39,9 +39,9 @@ lint: $(VENV)/.dev
 # most HTTP/1.1 runs again with the sources, without the fast road (docs/decisions/21-fast-road.md).
 SANDBOXED = PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 2 --dist loadfile -q
 WHOLE := tests/e2e tests/lab
-# Of HTTP/2 only the server is compiled (docs/decisions/30-compiled.md); that it works beside what is, whole proxies show.
+# Of HTTP/2 only the server is compiled (docs/decisions/30-compiled.md); that it works beside what is, whole proxies show, and the plays.
 AS_COMPILED := $(filter-out tests/exchange/test_http2% tests/exchange/test_roads2.py,$(wildcard tests/exchange/test_*.py)) \
-	tests/fast tests/loopguard tests/mesh tests/roads/test_plays.py tests/tracing tests/wire $(addprefix tests/test_,metrics.py reach.py reach_broken.py reach_grpc.py reach_refused.py route.py ways.py)
+	tests/fast tests/loopguard tests/mesh tests/roads tests/tracing tests/wire $(addprefix tests/test_,metrics.py reach.py reach_broken.py reach_grpc.py reach_refused.py route.py ways.py)
 ORDINARY := $(addprefix tests/e2e/test_,clients.py failures.py shutdown.py tracing.py)
 pytest: $(VENV)/.dev $(READY)
 	@./scripts/system-packages "$(NEEDED)" "$(PEERS)"

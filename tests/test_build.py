@@ -32,6 +32,8 @@ def test_nothing_is_written_that_the_compiler_takes_for_something_else(path: Pat
                 assert not plain, f"{node.name}: no field of a dataclass is an `object` (Any is)"
         if isinstance(node, ast.AsyncFunctionDef):
             assert not _reused(node), f"{node.name}: one name for errors of several types, of which the first is believed"
+        if isinstance(node, ast.Try):
+            assert not _narrowed(node), f"line {node.lineno}: `finally` takes what has become None at the end of `try` for None however it ended"
 
 
 def _weakly_referred(node: ast.ClassDef) -> bool:
@@ -45,6 +47,15 @@ def _reused(node: ast.AsyncFunctionDef) -> list[str]:
         if isinstance(inner, ast.ExceptHandler) and inner.name and inner.type is not None:
             types[inner.name].add(ast.unparse(inner.type))
     return [name for name, several in types.items() if len(several) > 1]
+
+
+def _narrowed(node: ast.Try) -> set[str]:
+    """Names that are None if all goes well, and that `finally` looks at."""
+    cleared: set[str] = set()
+    for statement in (inner for part in (*node.body, *node.orelse) for inner in ast.walk(part)):
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant) and statement.value.value is None:
+            cleared.update(target.id for target in statement.targets if isinstance(target, ast.Name))
+    return cleared & {inner.id for part in node.finalbody for inner in ast.walk(part) if isinstance(inner, ast.Name)}
 
 
 def test_no_class_that_is_compiled_has_a_subclass_that_is_not() -> None:

@@ -57,16 +57,18 @@ def trace(tracing: Tracing | None, side: Side) -> Layer:
                 return
             server = _accepted(exchange, found) if side != "client" else None
             client = _ClientSpans(exchange, found, tracing, own=side == "client") if side != "server" else None
-            failure: str | None = "cancelled"
             try:
                 await handler(exchange)
-                failure = None
-            finally:
-                failure = exchange.failure or failure
-                if client is not None:
-                    client.finish(exchange, failure)
-                if server is not None:
-                    put(_closed(server, exchange, failure))
+            except BaseException:
+                end(exchange, server, client, exchange.failure or "cancelled")
+                raise
+            end(exchange, server, client, exchange.failure)
+
+        def end(exchange: Exchange, server: HttpRecord | None, client: _ClientSpans | None, failure: str | None) -> None:
+            if client is not None:
+                client.finish(exchange, failure)
+            if server is not None:
+                put(_closed(server, exchange, failure))
 
         return handle
 
