@@ -110,6 +110,9 @@ def server_context(material: Material, session_lifetime: float) -> SSL.Context:
 def client_context(material: Material, session_lifetime: float) -> SSL.Context:
     """A new context for dialling. SNI, ALPN and the session to resume are set on each connection."""
     context = _context(SSL.TLS_CLIENT_METHOD, material, session_lifetime)
+    if session_lifetime > 0:
+        # AWS-LC keeps a connection's session for whoever asks only if it is told to keep any.
+        context.set_session_cache_mode(SSL.SESS_CACHE_CLIENT | SSL.SESS_CACHE_NO_INTERNAL)
     demand_certificate(context, always=False)
     return context
 
