@@ -33,7 +33,7 @@ def test_nothing_is_written_that_the_compiler_takes_for_something_else(path: Pat
         if isinstance(node, ast.AsyncFunctionDef):
             assert not _reused(node), f"{node.name}: one name for errors of several types, of which the first is believed"
         if isinstance(node, ast.Try):
-            assert not _narrowed(node), f"line {node.lineno}: `finally` takes what has become None at the end of `try` for None however it ended"
+            assert not _narrowed(node), f"line {node.lineno}: what is None at the end of `try` is None to its `finally`, too"
 
 
 def _weakly_referred(node: ast.ClassDef) -> bool:
