@@ -21,7 +21,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from proxy.mesh.material import PrivateKey, spiffe_uri, utc_now, validity_problem, when
+from proxy.mesh.keys import PrivateKey
+from proxy.mesh.material import spiffe_uri, utc_now, validity_problem, when
 from proxy.mesh.spiffe import SCHEME, SpiffeId, SpiffeIdError, check_trust_domain, split_uri
 
 WORKLOAD_LIFETIME = timedelta(hours=24)

@@ -22,12 +22,13 @@ from typing import TypeVar
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from OpenSSL import SSL, crypto
 
 from proxy.mesh.files import FileUnusable, read_bytes
+from proxy.mesh.keys import PrivateKey, key_weakness, not_taken
 from proxy.mesh.spiffe import SpiffeId, SpiffeIdError
+from proxy.net.tls_errors import reasons
 
 # What reading a malformed certificate raises. Most of its parts are parsed only when they are asked for, and then turned into objects
 # whose constructors raise what they like: the library says of a few of these only that it may raise them.
@@ -41,11 +42,6 @@ UNREADABLE = (
     x509.DuplicateExtension,
     x509.UnsupportedGeneralNameType,
 )
-
-PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
-
-# Below this a key can be broken, and OpenSSL's default security level refuses it in the handshake with an obscure message.
-MIN_RSA_BITS = 2048
 
 # A bundle of a thousand roots has about 1 MiB.
 MAX_FILE_BYTES = 4 * 1024 * 1024
@@ -143,6 +139,9 @@ def load(contents: Contents, now: datetime) -> Material:
     intermediates = tuple(certificate for certificate in others if certificate not in roots)
     for certificate in intermediates:
         check_validity(files.certificate, certificate, now, "the intermediate certificate")
+        weakness = key_weakness(public_key(files.certificate, certificate)) or _weak_signature(certificate)
+        if weakness is not None:
+            raise MaterialError(files.certificate, f"holds a weak intermediate certificate ({name_of(certificate)}): {weakness}")
     try:
         verify_chain(leaf, intermediates, roots, now)
     except ValueError as error:
@@ -193,8 +192,7 @@ def _malformation(certificate: x509.Certificate) -> str | None:
 
 def openssl_reason(error: crypto.Error | SSL.Error) -> str:
     """Why OpenSSL refuses something: pyOpenSSL raises a list of (library, function, reason), the last of them the most general."""
-    queue = error.args[0] if error.args and isinstance(error.args[0], list) else []
-    return ", in ".join(dict.fromkeys(reason for _library, _function, reason in queue)) or visible(str(error)) or "it does not say why"
+    return ", in ".join(dict.fromkeys(reasons(error))) or visible(str(error)) or "it does not say why"
 
 
 def parse_key(path: Path, data: bytes) -> PrivateKey:
@@ -207,27 +205,15 @@ def parse_key(path: Path, data: bytes) -> PrivateKey:
         # The library's message may quote its input, which is the one text that must never reach a log.
         what = "is empty" if not data.strip() else "holds no PEM private key that can be read (PKCS #8, SEC 1 or PKCS #1)"
         raise MaterialError(path, what) from None
-    if isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey):
+    if isinstance(key, PrivateKey):
         weakness = key_weakness(key.public_key())
         if weakness is not None:
             raise MaterialError(path, f"holds a weak private key: {weakness}")
+        problem = not_taken(key)
+        if problem is not None:
+            raise MaterialError(path, f"holds {problem}")
         return key
     raise MaterialError(path, f"holds a private key of a kind that TLS 1.3 certificates do not use here ({type(key).__name__})")
-
-
-def key_weakness(key: object) -> str | None:
-    """What is wrong with a public key's type or strength, or None."""
-    match key:
-        case ec.EllipticCurvePublicKey():
-            if not isinstance(key.curve, ec.SECP256R1 | ec.SECP384R1 | ec.SECP521R1):
-                return f"the curve {key.curve.name} is not one of P-256, P-384 and P-521, the curves of TLS 1.3"
-            return None
-        case rsa.RSAPublicKey():
-            return None if key.key_size >= MIN_RSA_BITS else f"RSA with {key.key_size} bits, at least {MIN_RSA_BITS} are needed"
-        case ed25519.Ed25519PublicKey() | ed448.Ed448PublicKey():
-            return None
-        case _:
-            return f"a key of the kind {type(key).__name__}, which TLS 1.3 does not use"
 
 
 def spiffe_uri(certificate: x509.Certificate) -> str:

@@ -23,9 +23,10 @@ from trio.lowlevel import checkpoint_if_cancelled
 from proxy.net.errors import TLSFailed
 from proxy.net.linger import discard_unread
 from proxy.net.streams import SocketStream
-from proxy.net.tls_errors import explain, note_verdict, take_verified
+from proxy.net.tls_errors import explain
 from proxy.net.tls_info import TLSInfo
 from proxy.net.tls_stream import TLSStream
+from proxy.net.tls_verdict import note_verdict, take_verified
 
 __all__ = ["TLSInfo", "TLSOffer", "TLSStream", "Verify", "demand_certificate", "tls_client", "tls_server"]
 

@@ -1,33 +1,43 @@
-"""OpenSSL's errors in words.
+"""OpenSSL's errors in words, and AWS-LC's.
 
-pyOpenSSL hands over OpenSSL's error queue as texts: library, function, reason. The reason is a stable identifier in lower case
-(it is compiled from SSL_R_...), so it is matched whole, here and nowhere else. What the queue does not say is *why* a certificate
-was refused; that is noted by `note_verdict`, a verification callback, while the handshake runs.
+pyOpenSSL hands over the error queue as texts: library, function, reason. The reason is a stable identifier (it is compiled from
+SSL_R_...), so it is matched whole, here and nowhere else; OpenSSL writes `certificate verify failed`, AWS-LC `CERTIFICATE_VERIFY_FAILED`.
+What the queue does not say is *why* a certificate was refused; that is noted while the handshake runs (tls_verdict.py).
+
+AWS-LC asks the socket for its error (SO_ERROR) before it reads or writes, and throws the answer away. So it takes a connection that was
+lost for one that has ended (a read gives 0, a write EPIPE). What is left of the truth is in TCP_INFO: the state is CLOSE_WAIT after the
+peer's FIN, and CLOSE when the connection is no more, by RST or because nothing answered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+import socket
 from typing import Any
 
 from OpenSSL import SSL, crypto
 
 from proxy.net.errors import ConnectionLost, NetError, TLSFailed, TLSKind, lost
 
-_V = SSL.X509VerificationCodes
-_REFUSALS = {
-    _V.ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY: "is not signed by a trust root",
-    _V.ERR_UNABLE_TO_GET_ISSUER_CERT: "is not signed by a trust root",
-    _V.ERR_SELF_SIGNED_CERT_IN_CHAIN: "is not signed by a trust root (its own root is not trusted here)",
-    _V.ERR_DEPTH_ZERO_SELF_SIGNED_CERT: "is not signed by a trust root (it is self-signed)",
-    _V.ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE: "is not signed by a trust root",
-    _V.ERR_CERT_SIGNATURE_FAILURE: "carries a signature that is not its issuer's",
-    _V.ERR_CERT_CHAIN_TOO_LONG: "has too long a chain",
-    _V.ERR_INVALID_CA: "is signed by a certificate that is not an authority's",
-    _V.ERR_INVALID_PURPOSE: "is not meant for this use (extended key usage)",
-    _V.ERR_PATH_LENGTH_EXCEEDED: "has a longer chain than its authority allows",
-    _V.ERR_PERMITTED_VIOLATION: "names what its authority may not (name constraints)",
-    _V.ERR_EXCLUDED_VIOLATION: "names what its authority may not (name constraints)",
+# The library below does not tell a lost connection from one that has ended, and goes on reading after a write has failed.
+AWS_LC = b"AWS-LC" in SSL.SSLeay_version(SSL.SSLEAY_VERSION)
+
+# From <linux/tcp.h> and <net/tcp_states.h>: the first bytes of struct tcp_info.
+_STATE, _RETRANSMITS, _PROBES = 0, 2, 3
+_CLOSE = 7
+# Segments in a row that went unanswered before the connection was given up; fewer, and it was a reset that ended it (dial.py sends
+# as many probes).
+_UNANSWERED = 3
+
+# What is wrong with the peer's certificate before anybody verifies it.
+_UNFIT = {
+    "peer did not return a certificate": "the peer has shown no certificate",
+    "key usage bit incorrect": "the peer's certificate is not meant for this use (key usage)",
+    "ecc cert not for signing": "the peer's certificate is not meant for this use (key usage)",
+    "cannot parse leaf cert": "the peer's certificate is malformed",
+    "bad ecc cert": "the peer's certificate has a key of a kind that is not accepted here",
+    "unknown certificate type": "the peer's certificate has a key of a kind that is not accepted here",
+    "wrong certificate type": "the peer's certificate has a key of a kind that is not accepted here",
 }
 
 # What the peer sent, if it is not the TLS we speak.
@@ -36,55 +46,26 @@ _NOT_TLS = {
     "https proxy request": "the peer speaks HTTP in clear text (CONNECT), not TLS",
     "wrong version number": "the peer does not speak TLS (or a version too old to be recognised)",
     "packet length too long": "the peer does not speak TLS (its first bytes are no TLS record)",
+    "encrypted length too long": "the peer does not speak TLS, or breaks it (a record longer than records are)",
     "unsupported protocol": "the peer does not speak a TLS version that is accepted here",
     "version too low": "the peer does not speak a TLS version that is accepted here",
     "no protocols available": "no TLS version is left to speak",
+    "no supported versions enabled": "no TLS version is left to speak",
     "no shared cipher": "the peer knows none of our cipher suites",
     "no suitable key share": "the peer knows none of our key-exchange groups",
     "no suitable groups": "the peer knows none of our key-exchange groups",
+    "no shared group": "the peer knows none of our key-exchange groups",
     "no suitable signature algorithm": "the peer knows none of our certificate's signature algorithms",
+    "no common signature algorithms": "the peer knows none of our certificate's signature algorithms",
     "no application protocol": "the peer offers none of our inner protocols (ALPN)",
     "decryption failed or bad record mac": "a record was altered on its way",
     "bad record type": "the peer broke the TLS protocol (a record of unknown type)",
+    "unexpected record": "the peer broke the TLS protocol (a record that has no place here)",
+    "invalid outer record type": "the peer broke the TLS protocol (a record that has no place here)",
+    "unexpected message": "the peer broke the TLS protocol (a message that has no place here)",
 }
 
-_CERTIFICATE_MISSING = "peer did not return a certificate"
 _CERTIFICATE_REFUSED = "certificate verify failed"
-
-
-def note_verdict(connection: SSL.Connection, certificate: crypto.X509, code: int, depth: int, accepted: int) -> bool:
-    """The verification callback: agrees with OpenSSL's verdict, and keeps the first reason for a refusal with the connection, as text;
-    otherwise the peer's own certificate. OpenSSL begins with the authorities, and asks for nothing when a session is resumed."""
-    if not accepted:
-        if not isinstance(connection.get_app_data(), str):
-            connection.set_app_data(_refusal(certificate, code, depth))
-        return False
-    if depth == 0:
-        connection.set_app_data(certificate)
-    return True
-
-
-def take_verified(connection: SSL.Connection) -> crypto.X509 | None:
-    """The certificate that the peer has shown in this very handshake, and that was found good; once. None: it has shown none, or a session
-    was resumed, which has its own."""
-    certificate: crypto.X509 | None = connection.get_app_data()
-    connection.set_app_data(None)
-    return certificate
-
-
-def _refusal(certificate: crypto.X509, code: int, depth: int) -> str:
-    owner = "the peer's certificate" if depth == 0 else "an authority's certificate in the peer's chain"
-    if code == _V.ERR_CERT_HAS_EXPIRED:
-        return f"{owner} has expired (not after {_day(certificate.get_notAfter)})"
-    if code == _V.ERR_CERT_NOT_YET_VALID:
-        return f"{owner} is not valid yet (not before {_day(certificate.get_notBefore)})"
-    return f"{owner} {_REFUSALS.get(code) or f'was refused (X.509 verification error {code})'}"
-
-
-def _day(when: Callable[[], bytes | None]) -> str:
-    """ASN.1 GeneralizedTime `20260131120000Z` as `2026-01-31 12:00:00 UTC`."""
-    t = (when() or b"").decode("ascii", "replace")
-    return f"{t[:4]}-{t[4:6]}-{t[6:8]} {t[8:10]}:{t[10:12]}:{t[12:14]} UTC"
 
 
 def explain(error: SSL.Error, connection: SSL.Connection, doing: str) -> NetError:
@@ -92,6 +73,8 @@ def explain(error: SSL.Error, connection: SSL.Connection, doing: str) -> NetErro
     arguments: tuple[Any, ...] = error.args
     if isinstance(error, SSL.SysCallError):
         code = arguments[0]
+        if AWS_LC and code in (-1, errno.EPIPE):
+            code = _loss(connection) or code
         if code == -1:
             return ConnectionLost(f"the peer closed the connection {doing} without ending TLS (truncated)", "truncated")
         return lost(code)
@@ -99,20 +82,40 @@ def explain(error: SSL.Error, connection: SSL.Connection, doing: str) -> NetErro
         return ConnectionLost(f"the peer ended TLS {doing}", "closed")
     if arguments and isinstance(arguments[0], str):  # not OpenSSL's: a callback of the context raised it, in its own words
         return TLSFailed("protocol", f"{arguments[0]} ({doing})")
-    reasons = [reason for _, _, reason in arguments[0]] if arguments else []
-    kind, words = _judge(reasons, connection)
-    return TLSFailed(kind, f"{words} ({doing})" if words else f"TLS failed {doing}: {', '.join(reasons) or 'no reason given'}")
+    told = reasons(error)
+    kind, words = _judge(told, connection)
+    return TLSFailed(kind, f"{words} ({doing})" if words else f"TLS failed {doing}: {', '.join(told) or 'no reason given'}")
 
 
-def _judge(reasons: list[str], connection: SSL.Connection) -> tuple[TLSKind, str]:
-    for reason in reasons:
+def reasons(error: SSL.Error | crypto.Error) -> list[str]:
+    """The reasons in the error queue, the last of them the most general, as OpenSSL writes them: `unknown ca`."""
+    queue = error.args[0] if error.args and isinstance(error.args[0], list) else []
+    return [reason.lower().replace("_", " ") if reason.isupper() else reason for _library, _function, reason in queue if reason]
+
+
+def _loss(connection: SSL.Connection) -> int:
+    """The errno with which a connection was lost, after somebody has asked the socket for it; 0: it was not, the peer has ended it.
+
+    A peer that had ended properly and then resets counts as reset."""
+    try:
+        about = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _PROBES + 1)
+    except OSError:  # it is no TCP
+        return 0
+    if about[_STATE] != _CLOSE:
+        return 0
+    return errno.ETIMEDOUT if max(about[_RETRANSMITS], about[_PROBES]) >= _UNANSWERED else errno.ECONNRESET
+
+
+def _judge(told: list[str], connection: SSL.Connection) -> tuple[TLSKind, str]:
+    for reason in told:
         if reason == _CERTIFICATE_REFUSED:
             words = connection.get_app_data()
             return "certificate", words if isinstance(words, str) else "the peer's certificate was refused"
-        if reason == _CERTIFICATE_MISSING:
-            return "certificate", "the peer has shown no certificate"
-        if " alert " in reason:
-            return "alert", f"the peer refused: {reason.partition(' alert ')[2]}"
+        if reason in _UNFIT:
+            return "certificate", _UNFIT[reason]
+        protocol, alert, said = reason.partition(" alert ")
+        if alert and protocol.startswith(("ssl", "tls")):
+            return "alert", f"the peer refused: {said}"
         if reason in _NOT_TLS:
             return "protocol", _NOT_TLS[reason]
     return "protocol", ""

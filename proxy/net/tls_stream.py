@@ -6,26 +6,28 @@ Theory of operation
 OpenSSL reads and writes the socket; each of its calls either succeeds, or says which readiness it misses (WantRead, WantWrite). Then
 we wait for that and make *the same call again*. Five things about this are easy to get wrong:
 
-*Readable is not the same as "something to read".* Decrypted bytes may already lie in OpenSSL, and bytes on the socket may be a
-session ticket only. So the call always comes first, and waiting second.
+*Readable is not the same as "something to read".* Decrypted bytes may already lie in OpenSSL, and bytes on the socket may be a session
+ticket only. So the call always comes first, and waiting second. But what is not decrypted is in the socket, whose readiness tells of it:
+of each record first the header is read, then the rest and no more (by AWS-LC too: ssl_buffer.cc). The fast road rests on that.
 
 *Reading may want to write, and the reverse.* Not by renegotiation, which TLS 1.3 does not have; but a key update (RFC 8446, section
 4.6.3) must be answered by the reader, and a writer may meet a half-arrived post-handshake message. Then two tasks wait for the
 same direction of one socket, which trio forbids (rightly: only one of them would be woken). `Readiness` lets the first one wait
-and the others wait for the first.
+and the others wait for the first. (AWS-LC keeps the answer for its next write, as a server does with its tickets.)
 
 *A refused write must be repeated with the same bytes.* The record is already encrypted, and a part of it may be on its way. The memory may
 have moved (SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER, set by pyOpenSSL), the contents may not have changed. So a send that was cancelled while
 it waited has torn the stream: nothing can be sent any more, not even close_notify.
 
 *A failed write kills the reading half too.* OpenSSL does not read from a connection on which a write failed, although the peer's last
-words (an early answer, or the alert that says why it refuses us) may have arrived. So every write first asks the socket for its
-error (SO_ERROR, a third of a microsecond) and fails without OpenSSL hearing of it. Only who has no use for last words need not ask.
+words (an early answer, or the alert that says why it refuses us) may have arrived. So every write first asks the socket for its error
+(SO_ERROR, a third of a microsecond) and fails without OpenSSL hearing of it. Only who has no use for last words need not ask. AWS-LC does
+read on; but it asks for the error by itself, and throws it away: a read may have taken it from the write, which then fails in the library.
 
 *The end has two layers.* close_notify ends one direction (RFC 8446, section 6.1), and the other goes on. The end of TCP without
 it is an attack or an accident, never an end: ConnectionLost with reason `truncated`.
 
-Session tickets arrive after the handshake, before the server's first data. So a client asks for its session when it has read data for
+Session tickets come behind the handshake, before the server's first data. So a client asks for its session when it has read data for
 the first time, and hands it on for the next connection to the same peer.
 
 Fairness and cancellation are those of proxy.net.streams, with the same deviation from trio's contract.
@@ -45,7 +47,7 @@ from proxy.net.errors import ConnectionLost, NetError, again, lost
 from proxy.net.linger import discard_unread
 from proxy.net.readiness import Readiness
 from proxy.net.streams import SocketStream
-from proxy.net.tls_errors import explain
+from proxy.net.tls_errors import AWS_LC, explain
 from proxy.net.tls_info import TLSInfo
 
 # The most plain text that one record carries (RFC 8446, section 5.1), and so the most that one call of OpenSSL reads or writes.
@@ -188,10 +190,8 @@ class TLSStream(trio.abc.HalfCloseableStream):
             return True  # as nearly always; asking OpenSSL would cost an exception more
         try:
             self._recv(1, socket.MSG_PEEK)  # takes in what is not data: session tickets, key updates
-        except SSL.WantReadError:
-            return True
-        except SSL.Error:
-            return False
+        except SSL.Error as error:
+            return isinstance(error, SSL.WantReadError)
         return False
 
     def gone(self) -> bool:
@@ -201,10 +201,8 @@ class TLSStream(trio.abc.HalfCloseableStream):
             return self._raw.gone()
         try:
             self._recv(1, socket.MSG_PEEK)
-        except (SSL.WantReadError, SSL.WantWriteError):
-            return False
-        except SSL.Error:
-            return True
+        except SSL.Error as error:
+            return not isinstance(error, SSL.WantReadError | SSL.WantWriteError)
         return False
 
     # Writing
@@ -248,7 +246,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
             except SSL.WantReadError:
                 await self._wait_readable()
             except SSL.Error as error:
-                raise self._failed(error, "while sending") from error
+                raise self._unsent(error, "while sending") from error
             else:
                 self._torn = False
                 return sent
@@ -268,11 +266,16 @@ class TLSStream(trio.abc.HalfCloseableStream):
             except (SSL.WantWriteError, SSL.WantReadError):
                 break
             except SSL.Error as error:
-                raise self._failed(error, "while sending") from error
+                raise self._unsent(error, "while sending") from error
         self.bytes_written += sent
         return sent
 
-    def _refused(self, loss: ConnectionLost) -> NetError:
+    def _unsent(self, error: SSL.Error, doing: str) -> NetError:
+        if AWS_LC and isinstance(error, SSL.SysCallError):
+            return self._refused(explain(error, self._connection, doing))
+        return self._failed(error, doing)
+
+    def _refused(self, loss: NetError) -> NetError:
         """A peer that refuses us sends an alert and closes: the better reason, if nobody is about to read it anyway."""
         self._torn = True
         if not self._reading:
@@ -296,8 +299,8 @@ class TLSStream(trio.abc.HalfCloseableStream):
         try:
             await checkpoint()
             self._check_open()
-            if not self._eof_sent:
-                await self._send_close_notify()
+            while not (self._eof_sent or self._close_notify()):
+                await self._wait_writable()
         finally:
             self._writing = False
 
@@ -309,10 +312,6 @@ class TLSStream(trio.abc.HalfCloseableStream):
         done = self._eof_sent or self._close_notify()
         self._torn = False  # whoever was told no comes back
         return done
-
-    async def _send_close_notify(self) -> None:
-        while not self._close_notify():
-            await self._wait_writable()
 
     def _close_notify(self) -> bool:
         """Send it; False: the socket has to take more first, and the connection is torn until this is called again."""
@@ -326,7 +325,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         except SSL.WantReadError:
             pass  # sent: it is the peer's that OpenSSL is waiting for
         except SSL.Error as error:
-            raise self._failed(error, "while ending TLS") from error
+            raise self._unsent(error, "while ending TLS") from error
         self._torn = False
         self._eof_sent = True
         return True
@@ -338,7 +337,8 @@ class TLSStream(trio.abc.HalfCloseableStream):
         try:
             if not (self._raw.closed or self._torn or self._writing or self._eof_sent):
                 with trio.move_on_after(_CLOSE_TIMEOUT):
-                    await self._send_close_notify()  # at once, as a rule: it is sent even if our task is cancelled
+                    while not self._close_notify():  # it takes it at once, as a rule: it is sent even if our task is cancelled
+                        await self._wait_writable()
                 discard_unread(self.socket)
         except NetError:
             pass  # the peer was faster
