@@ -15,6 +15,7 @@ from proxy.net.streams import SocketStream
 from proxy.net.tls import TLSStream
 from tests.fast.test_ground import ends, grounded
 from tests.kit.http import until
+from tests.kit.library import send_tickets
 from tests.net.conftest import Mesh, pair
 
 MESH = Mesh()
@@ -80,7 +81,9 @@ async def test_what_comes_in_the_same_turn_is_heard_before_its_step(tls: bool) -
 
 
 async def test_one_that_has_been_sent_tickets_is_asked_and_found_idle() -> None:
-    async with resting(tls=True, spoken=False) as (side, _, turn):
+    async with resting(tls=True, spoken=False) as (side, theirs, turn):
+        assert isinstance(theirs, TLSStream)
+        send_tickets(theirs)
         for _ in range(2):
             assert not await turn.quiet()
             assert side.stream.is_idle()  # which takes them in

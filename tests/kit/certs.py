@@ -5,6 +5,7 @@ Everything is ECDSA P-256 and made in memory; `Credential.write` puts it on disk
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -77,6 +78,24 @@ class Authority:
             x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
         )
         return Credential(builder.sign(self.root.key, hashes.SHA256()), key)
+
+
+def self_signed(uri: str) -> Credential:
+    """A leaf that nobody vouches for but itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    builder = _builder(_common_name("nobody"), _common_name("nobody"), key, (-HOUR, HOUR))
+    builder = builder.add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)]), critical=True)
+    builder = builder.add_extension(_usage(sign=False), critical=True)
+    return Credential(builder.sign(key, hashes.SHA256()), key)
+
+
+def signed_with_sha1(certificate: x509.Certificate, issuer: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    """The same, with a signature that can be forged. cryptography does not make such any more."""
+    forgeable = crypto.X509.from_cryptography(certificate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forgeable.sign(crypto.PKey.from_cryptography_key(issuer), "sha1")
+    return forgeable.to_cryptography()
 
 
 def _builder(

@@ -24,14 +24,17 @@ from proxy.mesh.identity import (
     verify_peer,
     watch,
 )
+from tests.kit.certs import signed_with_sha1
+from tests.kit.library import AWS_LC
 from tests.mesh.workloads import DAY, DOMAIN, Clock, Log, authority, handshake, refusal, spiffe, workload
 
 
-def custom(root, *, uris=(), key=None, usages=None, key_usage=None, digest=None, ca=False, dns=()):
+def custom(root, *, uris=(), key=None, usages=None, key_usage=None, digest=None, ca=False, dns=(), subject=None):
     """A certificate signed by the root with a profile that `issue` would not make."""
     key = key or ec.generate_private_key(ec.SECP256R1())
     now = datetime.now(UTC)
-    builder = x509.CertificateBuilder().subject_name(x509.Name([])).issuer_name(root.certificate.subject)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, subject)] if subject else [])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(root.certificate.subject)
     builder = builder.public_key(key.public_key()).serial_number(x509.random_serial_number())
     builder = builder.not_valid_before(now - timedelta(minutes=1)).not_valid_after(now + timedelta(hours=1))
     builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
@@ -176,14 +179,46 @@ def test_a_certificate_that_peers_would_refuse_is_refused_here(cart, root, profi
     assert complaint in refusal(cart)[1]
 
 
+ED25519 = ed25519.Ed25519PrivateKey.generate()
+
+
 @pytest.mark.parametrize(
-    "key", [ec.generate_private_key(ec.SECP384R1()), rsa.generate_private_key(65537, 2048), ed25519.Ed25519PrivateKey.generate()]
+    "key",
+    [
+        ec.generate_private_key(ec.SECP384R1()),
+        ec.generate_private_key(ec.SECP521R1()),
+        rsa.generate_private_key(65537, 2048),
+        pytest.param(ED25519, marks=pytest.mark.skipif(AWS_LC, reason="AWS-LC does not offer it")),
+    ],
 )
 def test_other_keys_of_tls_1_3_are_welcome(cart, checkout, root, key):
     cart.write(custom(root, uris=[URI], key=key), [root])
     ours, theirs = cart.identity(), checkout.identity()
     with handshake(ours.client_context, theirs.server_context) as (_client, server):
         assert theirs.verify_peer(server.get_peer_certificate(as_cryptography=True)) == spiffe("cart")
+
+
+@pytest.mark.skipif(not AWS_LC, reason="OpenSSL takes it")
+def test_a_key_that_no_peer_takes_is_refused_where_it_is_read(cart, root):
+    cart.write(custom(root, uris=[URI], key=ED25519), [root])
+    where, reason = refusal(cart)
+    assert where == "key.pem"
+    assert "an Ed25519 key" in reason
+
+
+@pytest.mark.parametrize("weak", ["key", "signature"])
+def test_a_weak_intermediate_is_refused_by_its_owner(cart, root, weak):
+    key = rsa.generate_private_key(65537, 1024) if weak == "key" else ec.generate_private_key(ec.SECP256R1())  # noqa: S505 -- the case
+    middle = custom(root, key=key, ca=True, key_usage=certificates._key_usage(authority=True), subject="middle")
+    if weak == "signature":
+        middle = certificates.Issued(signed_with_sha1(middle.certificate, root.key), key)
+    leaf = custom(middle, uris=[URI])
+    cart.write(leaf, [root])
+    with cart.files.certificate.open("ab") as file:
+        file.write(middle.certificate_pem)
+    where, reason = refusal(cart)
+    assert where == "certificate.pem"
+    assert "weak intermediate certificate" in reason
 
 
 def test_a_workloads_certificate_is_no_trust_root(cart, root):

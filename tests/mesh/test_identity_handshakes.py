@@ -8,18 +8,21 @@ import pytest
 from OpenSSL import SSL
 
 from proxy.mesh import certificates
+from proxy.mesh.contexts import _MODE_NO_AUTO_CHAIN as NO_AUTO_CHAIN
 from proxy.mesh.identity import (
     NoCommonProtocol,
     SessionCache,
     TLSSettings,
 )
+from tests.kit.library import AWS_LC
 from tests.mesh.workloads import DOMAIN, authority, handshake, refusal, resumed, spiffe, workload
 
 
 def test_contexts_keep_idle_connections_small_and_chains_short(cart):
     identity = cart.identity()
     for context in (identity.server_context, identity.client_context):
-        assert context.set_mode(0) & SSL.MODE_RELEASE_BUFFERS
+        assert context.set_mode(0) & SSL.MODE_RELEASE_BUFFERS or AWS_LC, "AWS-LC keeps no buffers, and has no name for it"
+        assert context.set_mode(0) & NO_AUTO_CHAIN
         assert context.get_verify_depth() == 3
         assert context.get_session_cache_mode() == SSL.SESS_CACHE_OFF
 
@@ -65,23 +68,23 @@ def test_unknown_offers_end_the_handshake(cart, checkout):
 
 def test_a_client_without_a_certificate_gets_nowhere(checkout):
     anonymous = SSL.Context(SSL.TLS_CLIENT_METHOD)
-    with pytest.raises(SSL.Error, match="peer did not return a certificate"), handshake(anonymous, checkout.identity().server_context):
+    with pytest.raises(SSL.Error, match=r"(?i)peer.did.not.return.a.certificate"), handshake(anonymous, checkout.identity().server_context):
         pass
 
 
 def test_tls_1_2_gets_nowhere(checkout):
     old = SSL.Context(SSL.TLS_CLIENT_METHOD)
     old.set_max_proto_version(SSL.TLS1_2_VERSION)
-    with pytest.raises(SSL.Error, match="unsupported protocol"), handshake(old, checkout.identity().server_context):
+    with pytest.raises(SSL.Error, match=r"(?i)unsupported.protocol"), handshake(old, checkout.identity().server_context):
         pass
 
 
 def test_strangers_do_not_get_in_and_are_not_called(cart, tmp_path):
     stranger = workload(tmp_path, "checkout", certificates.make_root(DOMAIN)).identity()
     ours = cart.identity()
-    with pytest.raises(SSL.Error, match="certificate verify failed"), handshake(stranger.client_context, ours.server_context):
+    with pytest.raises(SSL.Error, match=r"(?i)certificate.verify.failed"), handshake(stranger.client_context, ours.server_context):
         pass
-    with pytest.raises(SSL.Error, match="certificate verify failed"), handshake(ours.client_context, stranger.server_context):
+    with pytest.raises(SSL.Error, match=r"(?i)certificate.verify.failed"), handshake(ours.client_context, stranger.server_context):
         pass
 
 

@@ -17,6 +17,7 @@ from proxy.net.errors import NetError
 from proxy.net.streams import ConnectionLost, SocketStream, TLSFailed
 from proxy.net.tls import TLSOffer, TLSStream, tls_client, tls_server
 from tests.kit.certs import spiffe
+from tests.kit.library import send_tickets
 from tests.net.conftest import OFFER, Mesh, both, name_of, pair, read_all, send_until_it_fails
 
 # What is agreed
@@ -142,6 +143,21 @@ async def test_what_openssl_holds_already_is_read_without_waiting_for_the_socket
     server.close()
 
 
+async def test_what_is_behind_a_record_stays_in_the_socket_whose_readiness_tells_of_it(mesh: Mesh) -> None:
+    client, server = await mesh.connect()
+    await server.send_all(b"0")
+    assert await client.receive_some() == b"0"
+    await server.send_all(b"one")
+    await server.send_all(b"another")
+    await wait_all_tasks_blocked(0.01)
+    assert client.receive_nowait() == b"one"
+    assert not client._connection.pending()
+    assert len(client.socket.recv(1000, socket.MSG_PEEK)) == 5 + len(b"another") + 1 + 16  # header, data, type, authentication
+    assert client.receive_nowait() == b"another"
+    client.close()
+    server.close()
+
+
 async def test_who_looks_at_a_connection_takes_nothing_from_the_one_who_reads_it(mesh: Mesh) -> None:
     """The look comes when the record is in the socket and its reader has not been woken yet."""
     client, server = await mesh.connect()
@@ -164,6 +180,7 @@ async def test_who_looks_at_a_connection_takes_nothing_from_the_one_who_reads_it
 
 async def test_unread_tickets_leave_a_connection_idle_and_data_does_not(mesh: Mesh) -> None:
     client, server = await mesh.connect()
+    send_tickets(server)
     await wait_all_tasks_blocked(0.01)
     assert client.socket.recv(1, socket.MSG_PEEK)  # the premise: tickets lie in the socket
     assert client.is_idle()
@@ -218,6 +235,40 @@ async def test_each_direction_ends_by_itself(mesh: Mesh) -> None:
     assert await read_all(client) == b"answer" * 10_000
     client.close()
     server.close()
+
+
+@pytest.mark.parametrize("unread", [b"", b"ers"])
+async def test_a_reset_is_told_as_one_whoever_has_heard_of_it_first(mesh: Mesh, unread: bytes) -> None:
+    client, server = await mesh.connect()
+    await server.send_all(b"answ" + unread)
+    assert await client.receive_some(4) == b"answ"
+    server.reset()
+    await trio.lowlevel.wait_readable(client.socket)
+    if unread:
+        assert client.receive_nowait() == unread
+    for _ in range(2):
+        with pytest.raises(ConnectionLost, match="reset by peer") as caught:
+            await client.receive_some()
+        assert caught.value.reason == "reset"
+    client.close()
+
+
+async def test_last_words_can_be_read_when_a_read_has_taken_the_sockets_error_from_a_send(mesh: Mesh) -> None:
+    client, server = await mesh.connect()
+    await server.send_all(b"a")
+    assert await client.receive_some() == b"a"
+    await server.send_all(b"enough")
+    await server.send_all(b"of that")
+    await wait_all_tasks_blocked(0.01)
+    assert client.receive_nowait(1000) == b"enough"  # AWS-LC asks the socket for its error before it reads
+    server.close()
+    client.send_nowait(b"more")
+    await wait_all_tasks_blocked(0.01)
+    client.is_idle()
+    with pytest.raises(ConnectionLost):
+        client.send_nowait(b"and more")
+    assert client.receive_nowait() == b"of that"
+    client.close()
 
 
 @pytest.mark.parametrize("said", [b"", b"half an ans"])

@@ -17,7 +17,8 @@ from trio.testing import wait_all_tasks_blocked
 from proxy.net.errors import NetError
 from proxy.net.streams import ConnectionLost, TLSFailed
 from proxy.net.tls import TLSOffer, TLSStream, tls_client, tls_server
-from tests.kit.certs import Authority, Credential, spiffe
+from tests.kit.certs import Authority, Credential, self_signed, signed_with_sha1, spiffe
+from tests.kit.library import AWS_LC
 from tests.net.conftest import DAY, OFFER, Mesh, Refused, attempt, both, name_of, pair, read_all, send_until_it_fails
 
 # Who is refused
@@ -36,7 +37,12 @@ def _stranger(mesh: Mesh) -> Credential:
 
 
 def _self_signed(mesh: Mesh) -> Credential:
-    return Authority("nobody").root
+    return self_signed(spiffe("nobody"))
+
+
+def _forgeable(mesh: Mesh) -> Credential:
+    issued = mesh.authority.issue(spiffe("forged"))
+    return Credential(signed_with_sha1(issued.certificate, mesh.authority.root.key), issued.key)
 
 
 def refuses(judge: TLSStream | Exception, judged: TLSStream | Exception, words: str, alert: str) -> None:
@@ -51,9 +57,10 @@ def refuses(judge: TLSStream | Exception, judged: TLSStream | Exception, words: 
 
 REFUSALS = [
     (_expired, r"has expired \(not after 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC\)", "certificate expired"),
-    (_early, r"is not valid yet \(not before 20", "bad certificate"),
+    (_early, r"is not valid yet \(not before 20", "certificate expired" if AWS_LC else "bad certificate"),
     (_stranger, "is not signed by a trust root", "unknown ca"),
-    (_self_signed, "is not signed by a trust root", "unknown ca"),
+    (_self_signed, r"is not signed by a trust root \(it is self-signed\)", "unknown ca"),
+    (_forgeable, "is signed with an algorithm that is too weak", "internal error" if AWS_LC else "bad certificate"),
 ]
 
 
