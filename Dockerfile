@@ -12,16 +12,23 @@ FROM python:${PYTHON} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 
-# A C compiler, for the path of a request (docs/decisions/30-compiled.md). It stays in this stage.
+# Compilers, for the path of a request (docs/decisions/30-compiled.md) and for TLS (docs/decisions/36-aws-lc.md). They stay in this stage.
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc g++ libc6-dev cargo cmake libclang-dev make patch \
+    && rm -rf /var/lib/apt/lists/*
 
 # The environment that runs, at the path where it will run: exact versions, checked against their hashes, wheels only. It has no pip of its own.
-COPY requirements/run.txt requirements/compile.txt requirements/
+COPY requirements/run.txt requirements/compile.txt requirements/aws-lc.patch requirements/
 RUN python -m venv --without-pip /opt/isthmus \
     && pip --python /opt/isthmus/bin/python install --only-binary :all: --require-hashes -r requirements/run.txt \
     # What builds goes into this stage's own Python, which is thrown away.
     && pip install --only-binary :all: --require-hashes -r requirements/compile.txt
+
+# One of the wheels is built once more, against another library.
+COPY scripts/aws-lc scripts/
+RUN scripts/aws-lc python /aws-lc \
+    && pip --python /opt/isthmus/bin/python install --no-deps --no-index --force-reinstall /aws-lc/wheel/cryptography-*.whl
 
 # The project's own packages last: a change of the source builds from here only.
 COPY LICENSE README.md pyproject.toml setup.py ./

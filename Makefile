@@ -2,6 +2,7 @@
 # make test    everything that CI runs
 # make perf    what a hop costs, beside other proxies
 # make compiled  the packages as the image has them, with the path of a request compiled, in build/compiled
+# make aws-lc    cryptography as the image has it, on AWS-LC, in build/aws-lc
 # Both set up what they need: a virtual environment in .venv, and, as root on Debian, the system packages.
 
 PYTHON ?= python3
@@ -9,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JAEGER := .venv-jaeger
 COMPILED := build/compiled
+AWS_LC := build/aws-lc
 SOURCES := $(shell find loopguard proxy tracing -name '*.py' | sort)
 # Made anew when a module changes, comes or goes.
 READY := $(COMPILED)/.ready-$(shell echo $(SOURCES) | cksum | cut -d ' ' -f 1)
@@ -17,15 +19,16 @@ READY := $(COMPILED)/.ready-$(shell echo $(SOURCES) | cksum | cut -d ' ' -f 1)
 NEEDED := nft:nftables ip:iproute2 unshare:util-linux setpriv:util-linux venv:python3-venv
 PEERS := curl:curl wrk:wrk h2load:nghttp2-client nghttpd:nghttp2-server nginx:nginx-light psql:postgresql-client postgres:postgresql openssl:openssl socat:socat haproxy:haproxy dig:bind9-dnsutils kdig:knot-dnsutils dnsmasq:dnsmasq-base musl-gcc:musl-tools gcc:gcc
 
-.PHONY: demo test lint pytest compiled jaeger perf lock clean
+.PHONY: demo test lint parts whole compiled aws-lc jaeger perf lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/isthmus demo
 
-# The linters have use for one core, mostly, and the compiler for the other.
+# The linters have use for one core, mostly, and the compiler for the other; the tests of the parts wait for half of their time.
 test: $(VENV)/.dev
 	$(MAKE) --jobs 2 --output-sync=target lint compiled
-	$(MAKE) pytest jaeger
+	$(MAKE) --jobs 2 --output-sync=target parts aws-lc
+	$(MAKE) whole jaeger
 
 # The optional rules of flake8-async (ASYNC9..) are off: proxy/net/streams.py says how checkpoints are placed, and why. ASYNC109 is off because
 # a timeout parameter is the contract of the dialer and of the handshakes, ASYNC124 because tests run in trio whether they wait or not.
@@ -35,30 +38,44 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 # The whole suite runs in network namespaces of its own, so that no test can touch, or be touched by, the machine it runs on: the parts with the
-# sources as they are; whole proxies, and the parts that are compiled, as the image has them (docs/decisions/30-compiled.md). Then what carries the
-# most HTTP/1.1 runs again with the sources, without the fast road (docs/decisions/21-fast-road.md).
+# sources as they are and the TLS library of the wheel; whole proxies, and the parts that are compiled or about TLS, as the image has them
+# (docs/decisions/30-compiled.md, 36-aws-lc.md). Then what carries the most HTTP/1.1 runs again with the sources, without the fast road
+# (docs/decisions/21-fast-road.md).
 SANDBOXED = PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 2 --dist loadfile -q
 WHOLE := tests/e2e tests/lab
 # Of HTTP/2 only the server is compiled (docs/decisions/30-compiled.md); that it works beside what is, whole proxies show, and the plays.
 AS_COMPILED := $(filter-out tests/exchange/test_http2% tests/exchange/test_roads2.py,$(wildcard tests/exchange/test_*.py)) \
-	tests/fast tests/loopguard tests/mesh tests/roads tests/tracing tests/wire $(addprefix tests/test_,metrics.py reach.py reach_broken.py reach_grpc.py reach_refused.py route.py ways.py)
+	tests/fast tests/loopguard tests/mesh tests/net tests/roads tests/tracing tests/wire \
+	$(addprefix tests/test_,metrics.py reach.py reach_broken.py reach_grpc.py reach_refused.py route.py sessions.py ways.py)
 ORDINARY := $(addprefix tests/e2e/test_,clients.py failures.py shutdown.py tracing.py)
-pytest: $(VENV)/.dev $(READY)
+parts: $(VENV)/.dev
 	@./scripts/system-packages "$(NEEDED)" "$(PEERS)"
 	$(SANDBOXED) $(addprefix --ignore=,$(WHOLE))
-	$(RUN_COMPILED) $(SANDBOXED) $(WHOLE) $(AS_COMPILED)
+
+whole: $(VENV)/.dev $(READY) $(AWS_LC)/.ready
+	@./scripts/system-packages "$(NEEDED)" "$(PEERS)"
+	$(AS_IN_THE_IMAGE) $(SANDBOXED) $(WHOLE) $(AS_COMPILED)
 	ISTHMUS_FAST_PATH=false $(SANDBOXED) $(ORDINARY)
 
 # What setup.py compiles, from a wheel, as it is installed. Nothing of it is ever found beside the sources, where an edited module would be hidden by it.
-RUN_COMPILED := ISTHMUS_TEST_COMPILED=1 PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED):$(CURDIR)
+AS_IN_THE_IMAGE := ISTHMUS_TEST_COMPILED=1 ISTHMUS_TEST_AWS_LC=1 PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(AWS_LC)/site:$(CURDIR)/$(COMPILED):$(CURDIR)
 compiled: $(READY)
 
 $(READY): $(VENV)/.dev setup.py pyproject.toml $(SOURCES)
 	@./scripts/system-packages "gcc:gcc headers:python3-dev"
-	rm -rf build
+	rm -rf build/[!a]* # all but build/aws-lc
 	ISTHMUS_COMPILE=1 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir build/wheel .
 	$(BIN)/python -m zipfile -e build/wheel/isthmus-*.whl $(COMPILED)
 	rm -r $(COMPILED)/lab  # which is what tests, and finds the examples beside it
+	touch $@
+
+# Another build of a package that $(VENV) has, and found before that.
+aws-lc: $(AWS_LC)/.ready
+
+$(AWS_LC)/.ready: $(VENV)/.dev scripts/aws-lc requirements/aws-lc.patch requirements/run.txt
+	@./scripts/system-packages "rust:cargo c++:g++ cmake:cmake libclang:libclang-dev patch:patch"
+	./scripts/aws-lc $(BIN)/python $(AWS_LC)
+	$(BIN)/python -m zipfile -e $(AWS_LC)/wheel/cryptography-*.whl $(AWS_LC)/site
 	touch $@
 
 # The extra `jaeger` needs an older SDK than everything else, so it has an environment of its own.
@@ -70,7 +87,7 @@ $(JAEGER)/.ready: pyproject.toml requirements/jaeger.txt
 	$(JAEGER)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/jaeger.txt
 	touch $@
 
-perf: $(VENV)/.dev $(READY)
+perf: $(VENV)/.dev $(READY) $(AWS_LC)/.ready
 	@./scripts/system-packages "wrk:wrk nginx:nginx-light h2load:nghttp2-client nghttpd:nghttp2-server curl:curl" "haproxy:haproxy nghttpx:nghttp2-proxy"
 	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m perf $(PERF)
 

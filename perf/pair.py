@@ -22,7 +22,9 @@ from typing import Any, cast
 
 HOST = "127.0.0.1"
 BODY = b"x" * 1024
-COMPILED = Path(__file__).parents[1] / "build" / "compiled"  # made by `make compiled`
+_BUILD = Path(__file__).parents[1] / "build"
+# What the image has instead of what a checkout has: its TLS library, and compiled modules. Made by `make aws-lc compiled`.
+IMAGE = (_BUILD / "aws-lc" / "site", _BUILD / "compiled")
 _START_SECONDS = 20.0
 
 
@@ -141,8 +143,8 @@ def pair() -> Iterator[Pair]:
 def isthmus_pair(folder: Path, back: int, wishes: dict[str, object] | None = None) -> Iterator[Pair]:
     """Two of ours in front of the server at port `back`; `folder` holds the identities that make_identities has made. `wishes`: what the
     directory says of the `protocol`, whether sessions may be `resume`d, `settings` laid over both configurations, and whether to run the
-    sources or what `make compiled` has made of them (`compiled`)."""
-    wishes = {"protocol": "detect", "resume": True, "settings": {}, "compiled": False} | (wishes or {})
+    sources or what the image has (`image`)."""
+    wishes = {"protocol": "detect", "resume": True, "settings": {}, "image": False} | (wishes or {})
     ports = {name: free_port() for name in ("inbound", "outbound", "inbound-admin", "outbound-admin")}
     services = [
         {
@@ -166,7 +168,7 @@ def isthmus_pair(folder: Path, back: int, wishes: dict[str, object] | None = Non
         config.update(cast("dict[str, Any]", wishes["settings"]))
         path = folder / f"{name}.yaml"
         path.write_text(json.dumps(config))
-        build = ["env", "PYTHONSAFEPATH=1", f"PYTHONPATH={COMPILED}"] if wishes["compiled"] else []
+        build = ["env", "PYTHONSAFEPATH=1", f"PYTHONPATH={os.pathsep.join(map(str, IMAGE))}"] if wishes["image"] else []
         commands[name] = [*build, sys.executable, "-m", "proxy.cli", "run", "--config", str(path)]
     with pair_of("isthmus", commands, ports, folder) as found:
         yield found

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Generic, Literal, Self, TypeVar
 
 import prometheus_client
+from OpenSSL import SSL
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from proxy.http_measures import LATENCY_BUCKETS, Direction, HttpCollector, HttpMeasures
@@ -212,8 +213,9 @@ class Metrics:
         self.self_calls_waiting = self._gauge("self_calls_waiting", "Of these, the ones that wait for the first of their answer.")
         self.workers = self._gauge("workers", "Worker processes, where there are several.", "state")
         self.worker_exits = self._counter("worker_exits_total", "Workers that ended without being told to, by how.", "how")
-        info = self._gauge("build_info", "Always 1; the labels say what runs.", "version", "python", "compiled")
-        info.at(own_version(), platform.python_version(), "yes" if heads.__file__.endswith(".so") else "no").set(1)
+        info = self._gauge("build_info", "Always 1; the labels say what runs.", "version", "python", "compiled", "tls")
+        compiled = "yes" if heads.__file__.endswith(".so") else "no"
+        info.at(own_version(), platform.python_version(), compiled, SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode()).set(1)
 
     def _names(self) -> None:
         what = ("transport", "result")

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.kit.build import COMPILED
+from tests.kit.library import AWS_LC
 
 # How long an example takes says how busy the machine is, and nothing about the code.
 settings.register_profile("isthmus", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -18,6 +19,8 @@ settings.load_profile("isthmus")
 def pytest_configure() -> None:
     if os.environ.get("ISTHMUS_TEST_COMPILED") and not COMPILED:
         pytest.exit("what was found is not compiled", 1)
+    if os.environ.get("ISTHMUS_TEST_AWS_LC") and not AWS_LC:
+        pytest.exit("what was found is not on AWS-LC", 1)
 
 
 @pytest.hookimpl(wrapper=True)

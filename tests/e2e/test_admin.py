@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.e2e.conftest import Laboratory
 from tests.e2e.stage import ECHO, WEB, Pair, counted, curl, echo_server, eventually, prepare, say, web_server
 from tests.kit.build import COMPILED
+from tests.kit.library import LIBRARY
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
@@ -75,6 +76,7 @@ async def test_the_metrics_can_be_parsed_and_keep_prometheus_rules(pair: Pair) -
     assert "process_resident_memory_bytes" in families
     (build,) = families["isthmus_build_info"].samples
     assert build.labels["compiled"] == ("yes" if COMPILED else "no")  # what is tested is what runs
+    assert build.labels["tls"] == LIBRARY
 
 
 async def test_requests_connections_and_bytes_are_counted_in_both_proxies(pair: Pair) -> None:

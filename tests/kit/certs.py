@@ -137,7 +137,8 @@ def context(method: int, credential: Credential | None, roots: tuple[x509.Certif
         store.add_cert(crypto.X509.from_cryptography(root))
     demand_certificate(made, always=True)
     made.set_session_id(b"test")
-    made.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    client = method == SSL.TLS_CLIENT_METHOD
+    made.set_session_cache_mode(SSL.SESS_CACHE_CLIENT | SSL.SESS_CACHE_NO_INTERNAL if client else SSL.SESS_CACHE_OFF)
     made.set_mode(SSL.MODE_RELEASE_BUFFERS)
     if method == SSL.TLS_SERVER_METHOD and alpn:
         made.set_alpn_select_callback(lambda _, offered: next((p for p in alpn if p in offered), SSL.NO_OVERLAPPING_PROTOCOLS))

@@ -8,7 +8,8 @@ from OpenSSL import SSL
 
 from proxy.net.tls import TLSStream
 
-AWS_LC = b"AWS-LC" in SSL.SSLeay_version(SSL.SSLEAY_VERSION)
+LIBRARY = SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode()
+AWS_LC = "AWS-LC" in LIBRARY
 
 
 def send_tickets(server: TLSStream) -> None:

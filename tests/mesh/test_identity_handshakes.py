@@ -3,6 +3,7 @@
 A ticket never outlives the trust under which it was issued.
 """
 
+import time
 
 import pytest
 from OpenSSL import SSL
@@ -24,7 +25,8 @@ def test_contexts_keep_idle_connections_small_and_chains_short(cart):
         assert context.set_mode(0) & SSL.MODE_RELEASE_BUFFERS or AWS_LC, "AWS-LC keeps no buffers, and has no name for it"
         assert context.set_mode(0) & NO_AUTO_CHAIN
         assert context.get_verify_depth() == 3
-        assert context.get_session_cache_mode() == SSL.SESS_CACHE_OFF
+        kept = SSL.SESS_CACHE_OFF if context is identity.server_context else SSL.SESS_CACHE_CLIENT | SSL.SESS_CACHE_NO_INTERNAL
+        assert context.get_session_cache_mode() == kept, "nothing in the library's own store"
 
 
 def test_a_chain_with_an_intermediate_is_sent_whole(cart, checkout, root):
@@ -116,6 +118,22 @@ def test_the_lifetime_of_sessions_is_set_and_one_hour_by_default(cart, checkout)
     ours, theirs = cart.identity(), checkout.identity(TLSSettings(session_lifetime=1))
     assert theirs.server_context.get_timeout() == 1
     assert ours.server_context.get_timeout() == 3600
+
+
+def test_a_session_is_not_resumed_for_longer_than_its_lifetime(cart, checkout):
+    """By the library's own clock, which is the machine's."""
+    ours, theirs = cart.identity(), checkout.identity(TLSSettings(session_lifetime=2))
+    with handshake(ours.client_context, theirs.server_context) as (client, _server):
+        session = client.get_session()
+    began, times = time.monotonic(), 0
+    while True:
+        with handshake(ours.client_context, theirs.server_context, session=session) as (client, _server):
+            if not resumed(client):
+                break
+        times += 1
+        assert time.monotonic() - began < 30
+        time.sleep(0.1)
+    assert times or time.monotonic() - began > 1
 
 
 def test_sessions_can_be_switched_off(cart, checkout):

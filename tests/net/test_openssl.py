@@ -11,6 +11,9 @@ import pytest
 
 from proxy.net.openssl import CONFIGURATION, configure
 from tests.kit.certs import Authority, spiffe
+from tests.kit.library import AWS_LC
+
+told = pytest.mark.skipif(AWS_LC, reason="AWS-LC reads no configuration")
 
 # Handshakes in memory, between a client of ours and a server; says how many key shares there were, which group it was, and how many records
 # the server has sent behind its handshake.
@@ -89,15 +92,18 @@ def ours(given: dict[str, str] | None = None) -> dict[str, str]:
     return environment
 
 
+@told
 def test_a_client_makes_one_key_share_and_a_server_one_ticket(server: Path) -> None:
     assert look(server, **ours()) == ["1", "X25519MLKEM768", "1"]
 
 
+@told
 def test_openssl_by_itself_would_make_two_of_each(server: Path) -> None:
     """Otherwise there would be nothing to tell it."""
     assert look(server) == ["2", "X25519MLKEM768", "2"]
 
 
+@told
 def test_a_peer_that_does_not_know_the_hybrid_asks_for_what_it_knows(server: Path) -> None:
     assert look(server, "old", **ours()) == ["1", "secp256r1", "1"]
 
