@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import cryptography
 import trio
 
 import proxy
@@ -35,8 +36,10 @@ PROXY_UID = 2102
 PROXY_MARK = 0x2102
 CLI = (sys.executable, "-m", "proxy.cli")
 ROOT = Path(__file__).resolve().parent.parent
-# For programs in pods: the product that runs here (the checkout's, or what `make compiled` has made of it), and the checkout.
-PACKAGES = {"PYTHONPATH": os.pathsep.join(dict.fromkeys((str(Path(proxy.__file__).resolve().parents[1]), str(ROOT))))}
+# For programs in pods: what runs here of cryptography and of the product (of both there may be another build than the environment's and the
+# checkout's: `make aws-lc compiled`), and the checkout.
+_FOUND = (Path(cryptography.__file__).resolve().parents[1], Path(proxy.__file__).resolve().parents[1])
+PACKAGES = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(map(str, (*_FOUND, ROOT))))}
 
 _OVERLAY = 'mount --bind "$1" /etc/hosts; mount --bind "$2" /etc/resolv.conf; shift 2; exec "$@"'
 
