@@ -53,8 +53,10 @@ def _narrowed(node: ast.Try) -> set[str]:
     """Names that are None if all goes well, and that `finally` looks at."""
     cleared: set[str] = set()
     for statement in (inner for part in (*node.body, *node.orelse) for inner in ast.walk(part)):
-        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant) and statement.value.value is None:
-            cleared.update(target.id for target in statement.targets if isinstance(target, ast.Name))
+        if isinstance(statement, ast.Assign | ast.AnnAssign | ast.NamedExpr):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            if isinstance(statement.value, ast.Constant) and statement.value.value is None:
+                cleared.update(target.id for target in targets if isinstance(target, ast.Name))
     return cleared & {inner.id for part in node.finalbody for inner in ast.walk(part) if isinstance(inner, ast.Name)}
 
 

@@ -94,9 +94,11 @@ class Ground(trio.abc.Instrument):
     # What trio tells...
 
     def wait(self, timeout: float) -> None:
-        """trio's clock is asked how long to wait: for `timeout` seconds if there were no road. When this returns no time is left."""
+        """trio's clock is asked how long to wait: for `timeout` seconds if there were no road. When this returns no time is left.
+
+        Less than none, where a deadline has passed while tasks ran, is none: epoll_wait(2) takes it for ever."""
         self._waited = True
-        self._turns(min(timeout, _LONG))
+        self._turns(max(0.0, min(timeout, _LONG)))
 
     def before_io_wait(self, timeout: float) -> None:
         """trio is about to wait for `timeout` seconds."""
@@ -117,7 +119,10 @@ class Ground(trio.abc.Instrument):
         except Exception as error:  # each lane has a boundary of its own: this is a fault of the loop's
             _log.error("the fast road failed by a fault of this proxy's, and is closed", exc_info=error)
             for road in list(self.roads):
-                road.close()
+                try:
+                    road.close()
+                except Exception as worse:
+                    _log.error("and what was on it may be lost", exc_info=worse)
             return True
         finally:
             self.heard = None
@@ -152,7 +157,8 @@ class Ground(trio.abc.Instrument):
 
 
 class Clock(trio.abc.Clock):
-    """The system's clock, for a run of trio's that has a road: trio waits on the ground."""
+    """The system's clock, for a run of trio's that has a road: trio waits on the ground. (So long as something is on the road, nobody sees
+    all tasks blocked, as trio.testing can wait for.)"""
 
     def __init__(self) -> None:
         self.ground: Ground | None = None

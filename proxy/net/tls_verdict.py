@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ed448, ed25519
 from cryptography.x509 import InvalidVersion
 from OpenSSL import SSL, crypto
 
@@ -39,9 +40,9 @@ _KEY, _SIGNATURE = "has a key that is too weak", "is signed with an algorithm th
 if not AWS_LC:  # X509_V_ERR_EE_KEY_TOO_SMALL, CA_KEY_TOO_SMALL, CA_MD_TOO_WEAK: pyOpenSSL has no names for them
     _REFUSALS |= {66: _KEY, 67: _KEY, 68: _SIGNATURE}
 
-# What OpenSSL demands at its security level 2, 112 bits: of RSA (and of DSA, which nobody uses) these many, of elliptic curves those.
-_FACTORS, _CURVE = 2048, 224
-_FACTORED = (crypto.TYPE_RSA, crypto.TYPE_DSA)
+# What OpenSSL demands at its security level 2, 112 bits: of elliptic curves these many, of RSA, however it is written, those.
+_CURVE, _FACTORS = 224, 2048
+_EC = 408  # NID_X9_62_id_ecPublicKey: pyOpenSSL has no name for it
 _PSS = b"rsassaPss"  # the hash is among its parameters
 _STRONG = frozenset({
     b"ecdsa-with-SHA224", b"ecdsa-with-SHA256", b"ecdsa-with-SHA384", b"ecdsa-with-SHA512", b"ED25519",
@@ -49,6 +50,9 @@ _STRONG = frozenset({
     b"MLDSA44", b"MLDSA65", b"MLDSA87",
 })  # fmt: skip
 _BROKEN = (hashes.MD5, hashes.SHA1)
+
+# Kinds of keys that come in good sizes only.
+_OTHERS = (ed25519.Ed25519PublicKey, ed448.Ed448PublicKey)
 
 _UNREADABLE = (crypto.Error, ValueError, InvalidVersion, UnsupportedAlgorithm)
 
@@ -81,7 +85,7 @@ def weakness(certificate: crypto.X509) -> str | None:
     """What can be forged of a certificate, in words that follow "the certificate ...": its key, or its issuer's signature."""
     try:
         key = certificate.get_pubkey()
-        if key.bits() < (_FACTORS if key.type() in _FACTORED else _CURVE):
+        if key.bits() < (_CURVE if key.type() == _EC else _FACTORS) and not isinstance(certificate.to_cryptography().public_key(), _OTHERS):
             return f"{_KEY} ({key.bits()} bits)"
         algorithm = certificate.get_signature_algorithm()
         if algorithm in _STRONG or (algorithm == _PSS and not isinstance(certificate.to_cryptography().signature_hash_algorithm, _BROKEN)):

@@ -103,6 +103,19 @@ async def test_a_deadline_comes_although_the_road_is_never_idle(clock: trio.abc.
     assert steps > 10
 
 
+async def test_a_deadline_that_has_passed_while_a_task_ran_is_not_slept_over(clock: trio.abc.Clock | None) -> None:
+    before = time.perf_counter()
+    waker = threading.Timer(20, trio.lowlevel.current_trio_token().run_sync_soon, [lambda: None])  # from a sleep that would have no end
+    waker.start()
+    async with grounded(), trio.open_nursery() as nursery:
+        nursery.start_soon(trio.sleep, 0.02)
+        for _ in range(5):
+            await trio.lowlevel.checkpoint()  # it sleeps
+        time.sleep(0.05)  # noqa: ASYNC251  # and is due, when trio looks next
+    waker.cancel()
+    assert time.perf_counter() - before < 15
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["other connections stay", "it was the last"])
 async def test_a_task_that_a_step_has_made_runnable_runs_at_once(last: bool, clock: trio.abc.Clock | None) -> None:
     """As does one whose connection leaves the road, in the midst of a wait, and leaves nothing on it."""

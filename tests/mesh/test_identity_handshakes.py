@@ -122,7 +122,7 @@ def test_the_lifetime_of_sessions_is_set_and_one_hour_by_default(cart, checkout)
 
 def test_a_session_is_not_resumed_for_longer_than_its_lifetime(cart, checkout):
     """By the library's own clock, which is the machine's."""
-    ours, theirs = cart.identity(), checkout.identity(TLSSettings(session_lifetime=2))
+    ours, theirs = cart.identity(), checkout.identity(TLSSettings(session_lifetime=4))
     with handshake(ours.client_context, theirs.server_context) as (client, _server):
         session = client.get_session()
     began, times = time.monotonic(), 0
@@ -133,7 +133,7 @@ def test_a_session_is_not_resumed_for_longer_than_its_lifetime(cart, checkout):
         times += 1
         assert time.monotonic() - began < 30
         time.sleep(0.1)
-    assert times or time.monotonic() - began > 1
+    assert times
 
 
 def test_sessions_can_be_switched_off(cart, checkout):
