@@ -55,6 +55,10 @@ class Watch(Protocol):
         """Whether it is known without a system call that just now there was nothing. False: it has to be asked itself."""
         ...
 
+    def forget(self) -> None:
+        """The connection is being closed: nobody waits for it any more, and nothing keeps it."""
+        ...
+
 
 @dataclass(slots=True, eq=False)
 class Upstream:
@@ -144,6 +148,8 @@ class Pool(Generic[K]):
     @staticmethod
     def _close(slot: _Slot, upstream: Upstream) -> None:
         slot.open -= 1
+        if upstream.side is not None:
+            upstream.side.forget()
         upstream.stream.close()
         upstream.account.close()
 

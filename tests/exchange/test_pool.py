@@ -156,6 +156,35 @@ async def test_a_connection_on_which_the_server_spoke_unasked_is_not_used() -> N
     bench.end()
 
 
+class Side:
+    """Of the fast road, as far as a pool knows it."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.forgotten = False
+        upstream.side = self
+        self._stream = upstream.stream
+
+    def is_quiet(self) -> bool:
+        return True
+
+    def forget(self) -> None:
+        assert not self._stream.gone(), "its descriptor is no other connection's yet"
+        self.forgotten = True
+
+
+async def test_whoever_watches_a_connection_is_told_before_it_is_closed() -> None:
+    bench = Bench(idle=1)
+    broken, *others = [await bench.pool.acquire(KEY) for _ in range(3)]
+    sides = [Side(upstream) for upstream in (broken, *others)]
+    bench.give_back(broken, usable=False)
+    for upstream in others:
+        bench.give_back(upstream)
+    assert sides[0].forgotten
+    assert sum(side.forgotten for side in sides) == 2, "one is kept"
+    bench.end()
+    assert all(side.forgotten for side in sides)
+
+
 async def test_who_waits_is_served_in_order_and_no_newcomer_overtakes() -> None:
     bench = Bench(connections=1)
     served: list[str] = []

@@ -102,6 +102,20 @@ async def test_one_from_which_others_have_read_is_asked() -> None:
         assert await turn.quiet()
 
 
+async def test_one_that_is_closed_at_rest_is_not_kept_by_the_ground() -> None:
+    async with grounded() as ground:
+        ours, theirs = await MESH.connect(pair())
+        side = Side(ground, ours)
+        side.belongs(lambda _: None)
+        side.watch(IN)
+        side.rest()
+        assert side.descriptor in ground.steps
+        side.forget()
+        assert side.descriptor not in ground.steps
+        ours.close()
+        theirs.close()
+
+
 async def test_a_turn_that_could_not_be_told_all_knows_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
     async with resting() as (_, __, turn):
         assert await turn.quiet()
