@@ -80,8 +80,9 @@ class Ground(trio.abc.Instrument):
         its step is replaced when its number is used again."""
         if not events:
             self.steps.pop(descriptor, None)
-            with suppress(OSError):  # it has been closed, and is not there any more
-                self._epoll.unregister(descriptor)
+            if not self._epoll.closed:  # a pool may be closed behind the last road
+                with suppress(OSError):  # it has been closed, and is not there any more
+                    self._epoll.unregister(descriptor)
         elif before:
             self._epoll.modify(descriptor, events)
         else:

@@ -116,6 +116,19 @@ async def test_one_that_is_closed_at_rest_is_not_kept_by_the_ground() -> None:
         theirs.close()
 
 
+async def test_one_at_rest_may_be_closed_behind_the_last_road() -> None:
+    async with grounded() as ground:
+        ours, theirs = await MESH.connect(pair())
+        side = Side(ground, ours)
+        side.belongs(lambda _: None)
+        side.watch(IN)
+        side.rest()
+    side.forget()
+    assert side.descriptor not in ground.steps
+    ours.close()
+    theirs.close()
+
+
 async def test_a_turn_that_could_not_be_told_all_knows_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
     async with resting() as (_, __, turn):
         assert await turn.quiet()
