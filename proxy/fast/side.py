@@ -57,7 +57,7 @@ class Side:
 
     def forget(self) -> None:
         """Watch for nothing, and let go of whose it was: a step that leads back here would keep a closed connection until the next garbage
-        collection, and with it OpenSSL's 30 KiB."""
+        collection, and with it the TLS library's 10 to 30 KiB."""
         self.watch(0)
         self._step = None
 

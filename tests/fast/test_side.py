@@ -102,27 +102,18 @@ async def test_one_from_which_others_have_read_is_asked() -> None:
         assert await turn.quiet()
 
 
-async def test_one_that_is_closed_at_rest_is_not_kept_by_the_ground() -> None:
+@pytest.mark.parametrize("road", ["runs", "is gone"])
+async def test_one_that_is_closed_at_rest_is_not_kept_by_the_ground(road: str) -> None:
+    """A pool may be closed behind the last road."""
+    ours, theirs = await MESH.connect(pair())
     async with grounded() as ground:
-        ours, theirs = await MESH.connect(pair())
         side = Side(ground, ours)
         side.belongs(lambda _: None)
         side.watch(IN)
         side.rest()
         assert side.descriptor in ground.steps
-        side.forget()
-        assert side.descriptor not in ground.steps
-        ours.close()
-        theirs.close()
-
-
-async def test_one_at_rest_may_be_closed_behind_the_last_road() -> None:
-    async with grounded() as ground:
-        ours, theirs = await MESH.connect(pair())
-        side = Side(ground, ours)
-        side.belongs(lambda _: None)
-        side.watch(IN)
-        side.rest()
+        if road == "runs":
+            side.forget()
     side.forget()
     assert side.descriptor not in ground.steps
     ours.close()
