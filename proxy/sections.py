@@ -99,11 +99,11 @@ class InboundConfig(Section, frozen=True):
     ] = PortSwitch(False, {})
     allow: Annotated[
         dict[int, Annotated[tuple[IdentityPattern, ...], described("", 1024)]],
-        described("who may use a port: SPIFFE identities, exact or with a trailing `*`; other ports are open to all", 1024),
+        described("who may use a port: SPIFFE identities, exact or ending with `/*`; other ports are open to all", 1024),
     ] = {}
     trusted_gateways: Annotated[
         tuple[IdentityPattern, ...],
-        described("gateways that are believed who sent a request (`isthmus-client-id`): SPIFFE identities, or with a trailing `*`", 64),
+        described("gateways that are believed who sent a request (`isthmus-client-id`): SPIFFE identities, exact or ending with `/*`", 64),
     ] = ()
     max_connections: Annotated[int, number(1, 1_000_000, "open connections; more wait in the kernel's backlog")] = 10_000
 
@@ -132,7 +132,7 @@ class GatewayConfig(Section, frozen=True):
         Address("::", 4143),
     )
     allow: Annotated[
-        tuple[IdentityPattern, ...], described("who may use it: SPIFFE identities, exact or with a trailing `*`; others get 403", 1024)
+        tuple[IdentityPattern, ...], described("who may use it: SPIFFE identities, exact or ending with `/*`; others get 403", 1024)
     ] = (IdentityPattern("", exact=False),)
     detect_timeout: Annotated[float, seconds(0.05, 60, "how long a client may take to begin a TLS handshake")] = 3.0
     max_connections: Annotated[int, number(1, 1_000_000, "open connections; more wait in the kernel's backlog")] = 10_000

@@ -97,11 +97,11 @@ def is_identity(text: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class IdentityPattern:
-    """One entry of an allow-list: an exact SPIFFE ID, a prefix of one with a trailing `*`, or a bare `*`.
+    """One entry of an allow-list: an exact SPIFFE ID, a prefix of one that ends with `/*`, or a bare `*`.
 
     A bare `*` matches every identity. Identities reach an allow-list only after `Identity.verify_peer`, so that means every
-    identity of our own trust domain (and of those that were configured beside it). A prefix must name its trust domain in
-    full: `spiffe://mesh.example*` would match `spiffe://mesh.example.attacker.test` too.
+    identity of our own trust domain (and of those that were configured beside it). The `*` stands for whole path segments, so it
+    follows a `/`: `ns/prod*` would match `ns/production-evil` too, and `spiffe://mesh.example*` another trust domain.
     """
 
     prefix: str
@@ -181,6 +181,8 @@ def _check_prefix(prefix: str) -> None:
     check_trust_domain(trust_domain)
     if not slash:
         raise SpiffeIdError(f"the '*' may not stand inside the trust domain: write {SCHEME}{trust_domain}/*")
+    if not path.endswith("/") and path:
+        raise SpiffeIdError(_instead(prefix, path.split("/")))
     given = path.split("/")
     for position, (wanted, segment) in enumerate(zip(("ns", None, "sa", None), given, strict=False)):
         complete = position < len(given) - 1
@@ -192,6 +194,16 @@ def _check_prefix(prefix: str) -> None:
             raise SpiffeIdError(f"no identity starts like this: {_quote(segment)} does not fit /ns/<namespace>/sa/<service-account>")
     if len(given) > 4:
         raise SpiffeIdError("no identity has so many path segments")
+
+
+def _instead(prefix: str, given: list[str]) -> str:
+    """What to write for a prefix that ends inside a path segment."""
+    why = "the '*' may follow a '/' only, since it would match every name that begins like this"
+    if len(given) == 2:
+        return f"{why}: write {prefix}/* for the namespace {given[1]}"
+    if len(given) == 4:
+        return f"{why}: write {prefix} for the one service account, or {prefix.removesuffix(given[3])}* for all of the namespace"
+    return f"{why}: write {prefix.removesuffix(given[-1])}*"
 
 
 def _check_label(part: str, label: str, whole: str | None = None) -> None:

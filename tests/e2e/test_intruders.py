@@ -64,7 +64,7 @@ def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
         required = {"require_identity": {"default": True, OPEN: False}}
         pair = prepare(laboratory.lab, dict.fromkeys((WEB, LISTED, OPEN), "detect") | {ECHO: "opaque"}, shop={"inbound": required})
-        allowed = {LISTED: [str(pair.near.identity)], ECHO: ["spiffe://cluster.local/ns/default/sa/web*"]}
+        allowed = {LISTED: [str(pair.near.identity)], ECHO: [str(pair.near.identity)]}
         pair.far.settings["inbound"]["allow"] = allowed
         pair.mesh.join(pair.cluster.pod("guest"))
         pair.mesh.join(pair.cluster.pod("forger"), "web", authority=Authority())

@@ -107,9 +107,9 @@ def test_whatever_is_accepted_is_canonical(noise, at):
     ("pattern", "matching", "other"),
     [
         (GOOD, GOOD, GOOD + "2"),
-        ("spiffe://mesh.test/ns/shop/sa/check*", GOOD, "spiffe://mesh.test/ns/shop/sa/cart"),
         ("spiffe://mesh.test/ns/shop/sa/*", GOOD, "spiffe://mesh.test/ns/shop2/sa/checkout"),
-        ("spiffe://mesh.test/ns/sh*", GOOD, "spiffe://mesh.test/ns/other/sa/checkout"),
+        ("spiffe://mesh.test/ns/shop/*", GOOD, "spiffe://mesh.test/ns/shop-evil/sa/checkout"),
+        ("spiffe://mesh.test/ns/*", GOOD, "spiffe://mesh.test.attacker.test/ns/shop/sa/checkout"),
         ("spiffe://mesh.test/*", GOOD, "spiffe://mesh.test.attacker.test/ns/shop/sa/checkout"),
     ],
 )
@@ -137,7 +137,7 @@ def test_a_bare_star_matches_everybody(identity):
         ("mesh.test/*", "start with"),
         ("spiffe://Mesh/*", "trust domain 'Mesh'"),
         ("spiffe://mesh.test/role/*", "'role' does not fit"),
-        ("spiffe://mesh.test/ns/Shop*", "'Shop' does not fit"),
+        ("spiffe://mesh.test/ns/Shop/*", "'Shop' does not fit"),
         ("spiffe://mesh.test/ns//sa/*", "'' does not fit"),
         ("spiffe://mesh.test/ns/shop/sa/a/*", "so many"),
     ],
@@ -147,8 +147,36 @@ def test_a_pattern_that_can_never_match_is_refused(text, complaint):
         IdentityPattern.parse(text)
 
 
-@given(identities, st.data())
-def test_every_prefix_after_the_trust_domain_is_a_pattern_that_matches(identity, data):
+@pytest.mark.parametrize(
+    ("text", "instead"),
+    [
+        ("spiffe://mesh.test/ns/prod*", "write spiffe://mesh.test/ns/prod/* for the namespace prod"),
+        ("spiffe://mesh.test/ns/Prod*", "write spiffe://mesh.test/ns/Prod/* for the namespace Prod"),
+        ("spiffe://mesh.test/n*", "write spiffe://mesh.test/*"),
+        ("spiffe://mesh.test/ns*", "write spiffe://mesh.test/*"),
+        ("spiffe://mesh.test/ns/prod/sa*", "write spiffe://mesh.test/ns/prod/*"),
+        (
+            "spiffe://mesh.test/ns/prod/sa/web*",
+            "write spiffe://mesh.test/ns/prod/sa/web for the one service account, or spiffe://mesh.test/ns/prod/sa/* for all",
+        ),
+    ],
+)
+def test_a_star_inside_a_name_is_refused_with_what_to_write_instead(text, instead):
+    with pytest.raises(SpiffeIdError, match=re.escape("the '*' may follow a '/' only")) as refused:
+        IdentityPattern.parse(text)
+    assert instead in str(refused.value)
+
+
+@given(identities, identities, st.data())
+def test_a_prefix_matches_whole_segments_only(identity, other, data):
+    """Whatever prefix of an identity is a pattern: what it matches shares all of its segments."""
     text = str(identity)
     end = data.draw(st.integers(text.index("/", len("spiffe://")) + 1, len(text)))
-    assert IdentityPattern.parse(text[:end] + "*").matches(identity)
+    if text[end - 1] != "/":
+        with pytest.raises(SpiffeIdError):
+            IdentityPattern.parse(text[:end] + "*")
+        return
+    pattern = IdentityPattern.parse(text[:end] + "*")
+    segments = text[: end - 1].split("/")
+    assert pattern.matches(identity)
+    assert pattern.matches(other) is (str(other).split("/")[: len(segments)] == segments)
