@@ -43,7 +43,15 @@ DOWNWARD_ADDRESSES = "POD_IPS"
 MOST_BYTES = 4 * 1024 * 1024
 # Addresses are made by hashing names: in a range that is hardly used, hashes seldom meet.
 _LEAST_ADDRESSES = 4096
-_SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_[0-9]+_(TCP|UDP|SCTP).*)?)\Z")
+# The variables that Kubernetes sets in each container for each Service of the namespace (`enableServiceLinks`), as `name=value`. A Service
+# may be called anything, so the value too has to be one that Kubernetes writes.
+_SERVICE_LINK = re.compile(
+    r"[A-Z](?:[A-Z0-9_]*[A-Z0-9])?_"
+    r"(?:SERVICE_HOST=[0-9A-Fa-f.:]+"
+    r"|SERVICE_PORT(?:_[A-Z0-9_]+)?=[0-9]+"
+    r"|PORT(?:_[0-9]+_(?:TCP|UDP|SCTP))?=(?:tcp|udp|sctp)://[^/\s]+:[0-9]+"
+    r"|PORT_[0-9]+_(?:TCP|UDP|SCTP)_(?:PROTO=(?:tcp|udp|sctp)|PORT=[0-9]+|ADDR=[0-9A-Fa-f.:]+))"
+)
 _URL = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[^\s@/?#:\[\]]+)(:[0-9]{1,5})?(/[^\s]*)?")
 _AGENT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s@/?#:\[\]]+):[0-9]{1,5}")
 _CLUSTER = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
@@ -88,10 +96,12 @@ def _file(path: Path, source: str) -> dict[str, Plain]:
 
 
 def _ours(environ: Mapping[str, str], mistakes: Mistakes) -> dict[str, str]:
-    """The variables that are looked at here. One that is not UTF-8, which the system does not mind, is a mistake and left out."""
+    """The variables that are looked at here, without those that speak of a Service. One that is not UTF-8, which the system does not
+    mind, is a mistake and left out."""
     found = {}
     for name, text in sorted(environ.items()):
-        if name.startswith((PREFIX, otel.PREFIX)) or name in DOWNWARD.values() or name == DOWNWARD_ADDRESSES:
+        ours = name.startswith((PREFIX, otel.PREFIX)) or name in DOWNWARD.values() or name == DOWNWARD_ADDRESSES
+        if ours and not _SERVICE_LINK.fullmatch(f"{name}={text}"):
             try:
                 f"{name}{text}".encode()
             except UnicodeEncodeError:
@@ -129,9 +139,9 @@ def _overrides(values: dict[str, Plain], environ: Mapping[str, str], mistakes: M
         if not name.startswith(PREFIX) or name == f"{PREFIX}CONFIG":
             continue
         if name not in known:
-            # A variable without `__` may be somebody else's (Kubernetes makes some for a service called isthmus), unless it is a slip.
+            # A variable without `__` may belong to another program, unless it is a slip.
             near = closest(name.removeprefix(PREFIX), (other.removeprefix(PREFIX) for other in known))
-            if "__" in name or (near and not _SERVICE_LINK.search(name)):
+            if "__" in name or near:
                 mistakes.add(name, f"no such setting{near.replace(chr(39), chr(39) + PREFIX, 1)}")
             continue
         section, field = known[name]

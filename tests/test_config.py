@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.config import MOST_BYTES, Config, ConfigError, config_schema, load
+from proxy.config import DOWNWARD, DOWNWARD_ADDRESSES, MOST_BYTES, Config, ConfigError, config_schema, load, variable
 from proxy.describe import tables
 from proxy.mesh.directory import parse
 from proxy.mesh.document import DocumentError
@@ -67,6 +67,58 @@ def test_units_become_seconds_bytes_and_addresses(tmp_path: Path) -> None:
     assert found.outbound.listen == (Address("::1", 5),)
     assert (found.outbound.detect_timeout, found.http.max_head_bytes) == (0.5, 2**20)
     assert (found.tcp.idle_timeout, found.tcp.keepalive) == (3600.0, 0.0)
+
+
+def service_links(service: str, host: str, ports: dict[str, tuple[int, str]]) -> dict[str, str]:
+    """What Kubernetes puts into each container for a Service: pkg/kubelet/envvars of its source has the forms."""
+    name, netloc = service.upper().replace("-", "_"), f"[{host}]" if ":" in host else host
+    found = {f"{name}_SERVICE_HOST": host}
+    for index, (port_name, (port, protocol)) in enumerate(ports.items()):
+        url, link = f"{protocol.lower()}://{netloc}:{port}", f"{name}_PORT_{port}_{protocol}"
+        if index == 0:
+            found |= {f"{name}_SERVICE_PORT": str(port), f"{name}_PORT": url}
+        if port_name:
+            found[f"{name}_SERVICE_PORT_{port_name.upper().replace('-', '_')}"] = str(port)
+        found |= {link: url, f"{link}_PROTO": protocol.lower(), f"{link}_PORT": str(port), f"{link}_ADDR": host}
+    return found
+
+
+@pytest.mark.parametrize("host", ["10.96.0.7", "fd00::7"])
+@pytest.mark.parametrize(
+    "service", ["isthmus", "isthmus--east", "isthmus-log--level", "isthmus-cluster", "otel", "otel-exporter-jaeger-agent", "pod", "node"]
+)
+def test_the_variables_that_kubernetes_sets_for_a_service_are_no_settings(tmp_path: Path, service: str, host: str) -> None:
+    links = service_links(service, host, {"http": (80, "TCP"), "dns-udp": (53, "UDP"), "": (9, "SCTP")})
+    assert len(links) == 17
+    assert config(tmp_path, "", links) == Config()
+    jaeger = {"OTEL_EXPORTER_JAEGER_AGENT_HOST": "agent"}
+    assert config(tmp_path, "", links | jaeger).tracing.agent == "agent:6831"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ISTHMUS_ADMIN__PORT", "4191"),
+        ("ISTHMUS_ADMIN__PORT", "tcp://10.0.0.1:80"),  # no Service is called `isthmus-admin-`
+        ("ISTHMUS_POD__SERVICE_HOST", "10.0.0.1"),
+        ("ISTHMUS__EAST_SERVICE_HOST", "east"),
+        ("ISTHMUS__EAST_SERVICE_PORT_HTTP", "http"),
+        ("ISTHMUS__EAST_PORT", "80"),
+        ("ISTHMUS__EAST_PORT_80_TCP_ADDR", "true"),
+        ("ISTHMUS_LOG__LEVL", "debug"),
+    ],
+)
+def test_a_variable_that_only_looks_like_a_services_is_a_mistake(tmp_path: Path, name: str, value: str) -> None:
+    assert mistakes(tmp_path, "", {name: value})[0].startswith(f"{name}: no such setting")
+
+
+def test_no_setting_has_a_name_that_a_service_could_take() -> None:
+    sections = [(name, fields(form.type) if is_struct(form.type) else None) for name, _, form in fields(Config)]
+    names = [variable(name, field) for name, inner in sections if inner is not None for field, _, _ in inner]
+    names += [variable("", name) for name, inner in sections if inner is None]
+    assert len(names) > 100
+    ending = re.compile(r".*[A-Z0-9]_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
+    assert [name for name in [*names, *DOWNWARD.values(), DOWNWARD_ADDRESSES] if ending.fullmatch(name)] == []
 
 
 def test_the_environment_names_the_file_and_overrides_it(tmp_path: Path) -> None:
@@ -203,7 +255,6 @@ def test_a_slip_in_a_variable_is_a_mistake_and_a_variable_of_kubernetes_is_not(t
     assert found[0] == "ISTHMUS_CLUTSER: no such setting (did you mean 'ISTHMUS_CLUSTER'?)"
     assert found[1].startswith("ISTHMUS_HTTP__MAX_HEADERS: line 2, column 1: not YAML")
     assert found[2] == "ISTHMUS_LOG__LEVL: no such setting (did you mean 'ISTHMUS_LOG__LEVEL'?)"
-    assert config(tmp_path, "", {"ISTHMUS_PORT": "tcp://10.0.0.1:80", "ISTHMUS_SERVICE_HOST": "10.0.0.1"}) == Config()
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "a: [", "log: {level: debug, level: info}"])
