@@ -1,6 +1,7 @@
 # make demo    two clusters of pods on this machine, and a table of what was proven
 # make test    everything that CI runs
 # make perf    what a hop costs, beside other proxies
+# make soak    floods, attacks and faults beside a member of the mesh, and what it feels of them (as root)
 # make compiled  the packages as the image has them, with the path of a request compiled, in build/compiled
 # make aws-lc    cryptography as the image has it, on AWS-LC, in build/aws-lc
 # Both set up what they need: a virtual environment in .venv, and, as root on Debian, the system packages.
@@ -19,7 +20,7 @@ READY := $(COMPILED)/.ready-$(shell echo $(SOURCES) | cksum | cut -d ' ' -f 1)
 NEEDED := nft:nftables ip:iproute2 unshare:util-linux setpriv:util-linux venv:python3-venv
 PEERS := curl:curl wrk:wrk h2load:nghttp2-client nghttpd:nghttp2-server nginx:nginx-light psql:postgresql-client postgres:postgresql openssl:openssl socat:socat haproxy:haproxy dig:bind9-dnsutils kdig:knot-dnsutils dnsmasq:dnsmasq-base musl-gcc:musl-tools gcc:gcc
 
-.PHONY: demo test lint parts whole compiled aws-lc jaeger perf lock clean
+.PHONY: demo test lint parts whole compiled aws-lc jaeger perf soak lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/isthmus demo
@@ -90,6 +91,11 @@ $(JAEGER)/.ready: pyproject.toml requirements/jaeger.txt
 perf: $(VENV)/.dev $(READY) $(AWS_LC)/.ready
 	@./scripts/system-packages "wrk:wrk nginx:nginx-light h2load:nghttp2-client nghttpd:nghttp2-server curl:curl" "haproxy:haproxy nghttpx:nghttp2-proxy"
 	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m perf $(PERF)
+
+# The tables go into docs/reliability.md. SOAK="--only NAME,..." measures a part, and writes nothing.
+soak: $(VENV)/.dev $(READY) $(AWS_LC)/.ready
+	@./scripts/system-packages "$(NEEDED)"
+	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m perf.reliability $(or $(SOAK),--write)
 
 $(VENV)/.demo: pyproject.toml requirements/demo.txt
 	@./scripts/system-packages "$(NEEDED)"
