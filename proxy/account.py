@@ -76,7 +76,7 @@ class Ledger:
 
             ended = await relay(client, server, moved)
             if ended.how != "eof":
-                exchange.failure, exchange.failure_words = f"tunnel_{ended.how}", str(ended.error or "")
+                exchange.failure, exchange.failure_words = f"tunnel_{ended.how}", said(ended)
 
         return join
 
@@ -174,7 +174,7 @@ class ConnectionAccount:
         if error is not None:
             return "cancelled" if isinstance(error, trio.Cancelled) else describe(error).reason, str(error)
         if self._relayed is not None and self._relayed.how != "eof":
-            return self._relayed.how, f"{self._relayed.first or 'nobody'}: {self._relayed.error or 'silent for too long'}"
+            return self._relayed.how, said(self._relayed)
         return "closed", ""
 
     def _span(self, trace: Trace, reason: str, words: str, error: BaseException | None) -> StreamRecord:
@@ -274,6 +274,13 @@ class ExchangeAccount:
             trace_id=trace.trace_id if trace is not None else b"",
             span_id=trace.span_id if trace is not None else b"",
         )
+
+
+def said(ended: Relayed) -> str:
+    """How a relay ended that did not end cleanly, with the name of the side that it happened to."""
+    if ended.error is None:
+        return "neither side sent anything for too long"
+    return f"{ended.side}: {ended.error}" if ended.side is not None else str(ended.error)
 
 
 def _identity(tls: TLSInfo | None) -> str:

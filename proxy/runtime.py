@@ -102,10 +102,10 @@ class Runtime:
 
     # Bytes...
 
-    async def relay(self, a: Stream, b: Stream, on_bytes: Callable[[int, int], None] | None = None) -> Relayed:
+    async def relay(self, client: Stream, server: Stream, on_bytes: Callable[[int, int], None] | None = None) -> Relayed:
         """net.relay, on the fast road as far as that goes."""
         carry = self.road.join if self.road is not None else None
-        return await relay(a, b, idle=self.config.tcp.idle_timeout, on_bytes=on_bytes, carry=carry)
+        return await relay(client, server, idle=self.config.tcp.idle_timeout, on_bytes=on_bytes, carry=carry)
 
     # Reaching an endpoint...
 

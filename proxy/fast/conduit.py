@@ -27,11 +27,11 @@ class Conduit:
 
     __slots__ = ("_fault", "_full", "_ground", "_joint", "_lent", "_pipes", "_road", "_sides", "_task")
 
-    def __init__(self, road: Road, joint: Joint, a: Prompt, b: Prompt) -> None:
+    def __init__(self, road: Road, joint: Joint, client: Prompt, server: Prompt) -> None:
         self._road = road
         self._ground = road.ground
         self._joint = joint
-        self._sides = (Side(road.ground, a), Side(road.ground, b))
+        self._sides = (Side(road.ground, client), Side(road.ground, server))
         self._pipes = self._sides[0].tls is None and self._sides[1].tls is None  # the kernel could do it alone
         self._full = [0, 0]  # reads in a row that gave as much as they may
         self._lent = False

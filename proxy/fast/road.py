@@ -87,12 +87,12 @@ class Road:
 
     async def join(self, joint: Joint) -> None:
         """See net.relay.Carry."""
-        a, b = joint.sides
+        client, server = joint.sides
         ground = self._ground
         if not self.running or ground is None:
             return
-        if isinstance(a, SocketStream | TLSStream) and isinstance(b, SocketStream | TLSStream):
-            conduit = Conduit(self, joint, a, b)
+        if isinstance(client, SocketStream | TLSStream) and isinstance(server, SocketStream | TLSStream):
+            conduit = Conduit(self, joint, client, server)
             self._conduits.add(conduit)
             ground.lends()
             await conduit.carry()

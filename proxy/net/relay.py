@@ -55,6 +55,10 @@ BULK, _LULL, _NEVER = 4, 64, -1
 
 T = TypeVar("T", bound=Sized)
 
+# The sides by their index. A client is whatever was accepted, and a server whatever was dialled for it.
+SideName = Literal["client", "server"]
+_NAMES: tuple[SideName, SideName] = ("client", "server")
+
 
 @dataclass(slots=True)
 class _Way(Generic[T]):
@@ -68,34 +72,36 @@ class _Way(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Relayed:
-    """How a relay ended. `forward` and `backward`: bytes from a to b and from b to a.
+    """How a relay ended. `forward`: bytes from the client to the server; `backward`: bytes from the server to the client.
 
     `first`: the side that ended first, in whatever way; None if neither did. `how`, the worst that happened: `eof` (both ended
     cleanly, everything was passed on), `unread` (one took no more while the other was still sending), `idle`, `lost` (one was
-    reset or cut off). `error` says more about `unread` and `lost`.
+    reset or cut off). `error` says more about `unread` and `lost`, and `side` is the side that it happened to.
     """
 
     forward: int
     backward: int
-    first: Literal["a", "b"] | None
+    first: SideName | None
     how: How
     error: NetError | None
+    side: SideName | None = None
 
 
 class Joint:
     """A relay under way. Whoever carries its bytes tells it what has become of them; `over`: there is nothing more to carry."""
 
-    __slots__ = ("_ended", "_on_bytes", "error", "first", "held", "how", "idle", "moved", "over", "quiet_since", "sides", "unread")
+    __slots__ = ("_ended", "_on_bytes", "error", "first", "held", "how", "idle", "moved", "over", "quiet_since", "side", "sides", "unread")
 
-    def __init__(self, a: Stream, b: Stream, idle: float, on_bytes: Callable[[int, int], None] | None) -> None:
-        self.sides = (a, b)
+    def __init__(self, client: Stream, server: Stream, idle: float, on_bytes: Callable[[int, int], None] | None) -> None:
+        self.sides = (client, server)
         self.idle = idle
         self.moved = [0, 0]  # bytes, of each side's
         self.held = [b"", b""]  # read from each side, and not taken by the other yet
         self.quiet_since = 0.0  # trio's time, while somebody else than relay() carries
-        self.first: Literal["a", "b"] | None = None
+        self.first: SideName | None = None
         self.how: How = "eof"
         self.error: NetError | None = None
+        self.side: SideName | None = None  # that `error` happened to
         self.unread: Stream | None = None  # a side whose bytes nobody takes any more
         self.over = False
         self._on_bytes = on_bytes
@@ -142,28 +148,29 @@ class Joint:
     def _note(self, side: int | None, how: How, error: NetError | None = None) -> None:
         """The first side stays the first, but the worst way of ending counts."""
         if self.first is None and side is not None:
-            self.first = ("a", "b")[side]
+            self.first = _NAMES[side]
         if _WORSE[how] > _WORSE[self.how]:
             self.how = how
             self.error = error
+            self.side = None if side is None or error is None else _NAMES[side]
 
     def result(self) -> Relayed:
-        return Relayed(self.moved[0], self.moved[1], self.first, self.how, self.error)
+        return Relayed(self.moved[0], self.moved[1], self.first, self.how, self.error, self.side)
 
 
 Carry = Callable[[Joint], Awaitable[None]]
 
 
 async def relay(
-    a: Stream, b: Stream, *, idle: float, on_bytes: Callable[[int, int], None] | None = None, carry: Carry | None = None
+    client: Stream, server: Stream, *, idle: float, on_bytes: Callable[[int, int], None] | None = None, carry: Carry | None = None
 ) -> Relayed:
-    """Join `a` and `b` until both directions have ended, a side is lost, or nothing has moved for `idle` seconds.
+    """Join `client` and `server` until both directions have ended, a side is lost, or nothing has moved for `idle` seconds.
 
     Lost connections are reported in the result, not raised. Both streams stay with their owner, but are reset (which closes
     them) unless the end was clean. `on_bytes(forward, backward)` hears of the bytes that have been passed on. `carry` takes the relay as
     far as it can.
     """
-    joint = Joint(a, b, idle, on_bytes)
+    joint = Joint(client, server, idle, on_bytes)
     clean = False
     try:
         if carry is not None:
@@ -175,8 +182,8 @@ async def relay(
             await linger(joint.unread, seconds=_LINGER)
     finally:
         if not clean:
-            a.reset()
-            b.reset()
+            client.reset()
+            server.reset()
     return joint.result()
 
 

@@ -226,7 +226,7 @@ async def test_a_side_that_is_lost_while_the_other_takes_nothing_is_found_out_wh
                 with pytest.raises(NetError):
                     await read_all(server)
     (outcome,) = found
-    assert (outcome.first, outcome.how) == ("a", "lost")
+    assert (outcome.first, outcome.how) == ("client", "lost")
     for stream in (client, a, b, server):
         stream.close()
 

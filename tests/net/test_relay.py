@@ -86,7 +86,7 @@ async def test_a_conversation_with_half_closes_passes_whole(relayed: Relaying, j
 
     with trio.fail_after(30):
         results = await both(partial(relayed, joined.a, joined.b, idle=60), ask, reply)
-    assert results[0] == Relayed(300_000, 500_000, "a", "eof", None)
+    assert results[0] == Relayed(300_000, 500_000, "client", "eof", None)
     assert results[1:] == [answer, question]
     joined.close()
 
@@ -131,7 +131,7 @@ async def test_a_side_that_is_lost_resets_the_other(relayed: Relaying, joined: J
         results = await both(partial(relayed, joined.a, joined.b, idle=60), break_off)
     outcome = results[0]
     assert isinstance(outcome, Relayed)
-    assert (outcome.first, outcome.how, outcome.forward) == ("a", "lost", 11)
+    assert (outcome.first, outcome.how, outcome.forward) == ("client", "lost", 11)
     assert isinstance(outcome.error, ConnectionLost)
     with pytest.raises(ConnectionLost) as caught:
         await read_all(joined.server)
@@ -165,7 +165,7 @@ async def test_the_answer_of_a_side_that_takes_no_more_still_arrives(relayed: Re
             for task in (run, pour, refuse, hear):
                 nursery.start_soon(task)
     assert received == [b"413 too much"]
-    assert outcome[0].first == "b"
+    assert outcome[0].first == "server"
     assert outcome[0].how in {"eof", "unread", "lost"}
     joined.close()
 
@@ -205,7 +205,7 @@ async def test_a_half_closed_silence_ends_too(relayed: Relaying, autojump_clock:
     joined = plain()
     await joined.client.send_eof()
     outcome = await relayed(joined.a, joined.b, idle=60)
-    assert (outcome.first, outcome.how) == ("a", "idle")
+    assert (outcome.first, outcome.how) == ("client", "idle")
     with pytest.raises(ConnectionLost):
         await read_all(joined.client)
     joined.close()
@@ -222,7 +222,7 @@ async def test_a_side_that_is_lost_after_the_other_has_ended_cleanly_is_not_forg
     results = await both(partial(relayed, joined.a, joined.b, idle=60), end)
     outcome = results[0]
     assert isinstance(outcome, Relayed)
-    assert (outcome.first, outcome.how) == ("a", "lost")
+    assert (outcome.first, outcome.how) == ("client", "lost")
     with pytest.raises(ConnectionLost):
         await read_all(joined.client)
     joined.close()
