@@ -24,7 +24,7 @@ from perf.pair import BODY, HOST, Proxy, await_port, free_port, make_identities,
 
 ROUNDS, REQUESTS = 10, 500
 _WHO = "spiffe://perf.test/ns/perf/sa"
-_NOWHERE = "192.0.2.1:80"  # RFC 5737: what nobody knows, so that the authority says where to
+_NOWHERE = "192.0.2.1:80"  # RFC 5737: an address of no service, at which the authority may choose
 
 
 def _identity(folder: Path, name: str) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def three(folder: Path) -> Iterator[tuple[Proxy, Proxy]]:
         stack.enter_context(_proxy(folder, "last", last, document))
         document = {**_identity(folder, "gateway"), "gateway": {"enabled": True, "listen": [f"{HOST}:{gate}"]}}
         gateway = stack.enter_context(_proxy(folder, "gateway", gate, document, _services(last, export=True)))
-        outbound = {"listen": [f"{HOST}:{first}"], "fixed_destination": _NOWHERE}
+        outbound = {"listen": [f"{HOST}:{first}"], "fixed_destination": _NOWHERE, "authority_networks": ["192.0.2.0/24"]}
         document = {**_identity(folder, "client"), "outbound": outbound, "inbound": {"listen": []}}
         yield stack.enter_context(_proxy(folder, "first", first, document, {**_services(last), "clusters": [east]})), gateway
 

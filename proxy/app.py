@@ -150,7 +150,13 @@ class App:
             directory=self.source or _Known(Directory()),
             balancer=balancer,
             router=Router(
-                self.source or _Known(Directory()), balancer, metrics, config.pod.namespace, config.clusters.settle, trio.current_time
+                self.source or _Known(Directory()),
+                balancer,
+                metrics,
+                config.pod.namespace,
+                config.clusters.settle,
+                trio.current_time,
+                networks=config.outbound.authority_networks,
             ),
             reach=Reach(balancer, metrics, settings.client),
             dialer=dialer,

@@ -2,10 +2,12 @@
 
 Three questions, asked for each request (and for each connection of which nothing but bytes is known):
 
-*What was meant?* The address that the application dialled decides, if the directory knows it: a service's cluster address, a virtual
-address, an endpoint. Only for an address that the directory does not know, the authority of a request decides, and only if it names
-a port of a known service exactly. Everything else goes to its original destination, unchanged. So whoever dials a service gets that
-service, and a Host field cannot lead elsewhere; and a name works without DNS too.
+*What was meant?* The address that the application dialled decides: a service's cluster address, a virtual address, an endpoint. The
+authority of a request chooses a service at two kinds of address only: at the gateway of another cluster, among the services of that
+cluster, and in the networks that the operator names (`outbound.authority_networks`). Everything else goes to its original destination,
+unchanged, in the form that it came in. An application often copies the authority from a request of an outsider, as each reverse proxy
+does that keeps the client's Host. If the authority could choose at any address, the outsider would choose among the internal services,
+and the request would arrive there with this pod's identity (docs/decisions/17-address-before-authority.md).
 
 *Which service?* If the service is split, chance draws one of its backends by weight. One of which no endpoint can be used gets
 nothing; its share goes to the others, in proportion to their weights.
@@ -26,10 +28,12 @@ Nothing here waits. The directory may change between two calls; each call sees o
 
 from __future__ import annotations
 
+import ipaddress
 import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 from proxy.errors import NoEndpoint
@@ -37,6 +41,7 @@ from proxy.mesh.directory import Backend, Directory, Endpoint, Plan, Target, its
 from proxy.net.address import Address
 from proxy.net.streams import SocketStream
 from proxy.net.tls import TLSStream
+from proxy.units import Network
 
 
 class Source(Protocol):
@@ -73,6 +78,10 @@ class Ways(Protocol):
         """Why no gateway of a cluster can be used."""
         ...
 
+    def cluster(self, address: Address) -> str | None:
+        """The cluster whose gateway has this address; None: it is not the address of a gateway."""
+        ...
+
     def connected(self, endpoint: Endpoint, stream: SocketStream | TLSStream) -> None:
         """There is a new connection to `endpoint`, which may be a gateway."""
         ...
@@ -103,6 +112,8 @@ class Books(Protocol):
 
 
 _NOTHING_HELD = nullcontext()
+# An application dials few destinations, each of them often. The kernel and the configuration give IP literals only.
+_literal = lru_cache(maxsize=1024)(ipaddress.ip_address)
 
 
 @dataclass(slots=True)
@@ -114,7 +125,8 @@ class _Absence:
 
 @dataclass(slots=True)
 class Router:
-    """Answers for one proxy. `settle` in seconds of `clock`; `namespace` is the pod's own, in which short names are read."""
+    """Answers for one proxy. `settle` in seconds of `clock`; `namespace` is the pod's own, in which short names are read; `networks`
+    are those in which the authority may choose a service."""
 
     source: Source
     health: Health
@@ -125,6 +137,7 @@ class Router:
     chance: random.Random = field(default_factory=random.Random)
     virtual: Virtual | None = None
     ways: Ways | None = None
+    networks: Sequence[Network] = ()
     _absences: dict[tuple[str | None, int], _Absence] = field(default_factory=dict, init=False)
 
     # What was meant?
@@ -148,12 +161,28 @@ class Router:
         return self.virtual.held(original.host) if self.virtual is not None else _NOTHING_HELD
 
     def meant(self, original: Address, authority: Callable[[], bytes | None]) -> Target:
-        """What a request to `original` is meant for. `authority` is asked only if the address says nothing."""
+        """What a request to `original` is meant for. `authority` is called only where it may choose."""
         target = self.known(original)
-        if target is None:
-            name = authority()
-            target = self.source.current.authority(name, self.namespace) if name else None
+        if target is None and (self.networks or self.ways is not None):
+            target = self._named(original, authority)
         return target or itself(original)
+
+    def _named(self, original: Address, authority: Callable[[], bytes | None]) -> Target | None:
+        """The service that the authority names, if it may choose one at this address."""
+        anywhere = bool(self.networks) and self._trusted(original.host)
+        cluster = self.ways.cluster(original) if self.ways is not None and not anywhere else None
+        if cluster is None and not anywhere:
+            return None
+        name = authority()
+        target = self.source.current.authority(name, self.namespace, original.host) if name else None
+        if target is None or anywhere:
+            return target
+        return target if target.remote is not None and target.remote.cluster == cluster else None
+
+    def _trusted(self, host: str) -> bool:
+        """Whether the operator lets the authority choose at this address."""
+        literal = _literal(host)
+        return any(literal in network for network in self.networks)
 
     # Which service, and where is it served?
 

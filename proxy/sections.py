@@ -61,6 +61,9 @@ class OutboundConfig(Section, frozen=True):
     fixed_destination: Annotated[
         Address | None, described("where a connection goes that was not redirected (standalone use, measuring); none: it is refused")
     ] = None
+    authority_networks: Annotated[
+        tuple[Network, ...], described("destinations outside of the directory at which a request's authority chooses the service", 1024)
+    ] = ()
     detect_timeout: Annotated[float, seconds(0.05, 60, "how long to wait for the first bytes before going on as opaque")] = 3.0
     max_connections: Annotated[int, number(1, 1_000_000, "open connections; more wait in the kernel's backlog")] = 10_000
 

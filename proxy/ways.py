@@ -45,6 +45,7 @@ from proxy.exchange.carriers import Carrier, Unanswered
 from proxy.exchange.client import Lender
 from proxy.logs import RateLimit, warn
 from proxy.mesh.directory import Cluster, Directory, Endpoint, Gateway, Target
+from proxy.net.address import Address
 from proxy.net.errors import ConnectFailed, ConnectionLost, NetError
 from proxy.net.streams import SocketStream
 from proxy.net.tls import TLSStream
@@ -114,6 +115,7 @@ class Ways:
     _lines: dict[Endpoint, _Lines] = field(default_factory=dict, init=False)
     _asked: dict[str, float] = field(default_factory=dict, init=False)  # when a cluster was last in demand
     _made: dict[int, tuple[Target, Target]] = field(default_factory=dict, init=False)  # by the snapshot's target, which is kept alive here
+    _gateways: dict[Address, str] = field(default_factory=dict, init=False)
     _changed: dict[str, tuple[Endpoint, ...]] = field(default_factory=dict, init=False)  # where the snapshot alone is not the truth
 
     def through(self, target: Target) -> Target:
@@ -148,6 +150,12 @@ class Ways:
             pulse = self._pulses.get(endpoint)
             lines[stream] = stream.bytes_read, pulse.silences if pulse is not None else 0
 
+    def cluster(self, address: Address) -> str | None:
+        """The cluster whose gateway has this address, literal or resolved; None: it is not the address of a gateway."""
+        if self.source.current is not self._seen:
+            self._look()
+        return self._gateways.get(address)
+
     def _unresolved(self, gateway: Gateway) -> _Name | None:
         name = None if gateway.literal else self._names.get(gateway.host, _Name())
         return name if name is not None and not name.addresses else None
@@ -170,6 +178,7 @@ class Ways:
         hosts = {gateway.host for cluster in directory.clusters.values() for gateway in cluster.gateways if not gateway.literal}
         self._names = {host: self._names.get(host) or _Name() for host in hosts}
         every = {name: tuple(self._endpoints(cluster)) for name, cluster in directory.clusters.items()}
+        self._gateways = {endpoint.address: name for name, endpoints in every.items() for endpoint in endpoints}
         known = {endpoint for endpoints in every.values() for endpoint in endpoints}
         self._pulses = {endpoint: pulse for endpoint, pulse in self._pulses.items() if endpoint in known}
         self._lines = {endpoint: self._lines.get(endpoint, _Lines()) for endpoint in known}

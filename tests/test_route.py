@@ -1,4 +1,5 @@
-"""Where requests go: the address before the authority; splits by weight, around what cannot be used; failover, and back without flapping.
+"""Where requests go: the address decides, and the authority only where it may; splits by weight, around what cannot be used; failover, and
+back without flapping.
 
 Health is the real balancer's, on a clock of the test's.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from ipaddress import ip_network
 
 import pytest
 from hypothesis import given, settings
@@ -73,7 +75,9 @@ class World:
         self.books = Books()
         self.balancer = Balancer(lambda: self.now)
         chance = random.Random(seed)
-        self.router = Router(self.known, self.balancer, self.books, "default", SETTLE, lambda: self.now, chance)
+        self.router = Router(
+            self.known, self.balancer, self.books, "default", SETTLE, lambda: self.now, chance, networks=[ip_network("192.0.2.0/24")]
+        )
 
     def to(self, address: str = "10.96.0.1:80", authority: bytes | None = None) -> Target:
         return self.router.choose(self.router.meant(Address.parse(address), lambda: authority))
@@ -125,21 +129,102 @@ class World:
         ("192.0.2.1:80", b"c:81", None),
         ("192.0.2.1:80", b"example.com", None),
         ("192.0.2.1:80", None, None),
+        ("[::ffff:192.0.2.1]:80", b"c", "default/c"),
         ("10.96.0.1:81", b"nobody", None),
+        # Outside of the networks that the operator names, an authority chooses nothing.
+        ("198.51.100.1:80", b"c", None),
+        ("198.51.100.1:80", b"c.default.svc.cluster.local:80", None),
+        ("198.51.100.1:80", b"c.east", None),
+        ("10.96.0.1:81", b"c:80", None),
+        ("[2001:db8::1]:80", b"c", None),
+        ("127.0.0.1:80", b"c", None),
     ],
 )
-def test_the_address_decides_and_the_authority_only_for_one_that_nobody_knows(address: str, authority: bytes | None, service: str) -> None:
+def test_the_address_decides_and_the_authority_only_where_the_operator_lets_it(address: str, authority: bytes | None, service: str) -> None:
     target = World(text()).to(address, authority)
     assert target.service == service
     if service is None:
         assert target == Target(None, (Endpoint(Address.parse(address)),))
 
 
-def test_the_authority_is_not_even_looked_at_if_the_address_is_known() -> None:
+def test_the_authority_is_not_even_looked_at_where_it_may_not_choose() -> None:
     def ask() -> bytes | None:
-        raise AssertionError("nobody should ask")
+        raise AssertionError("the authority is not asked for")
 
-    assert World(text()).router.meant(Address("10.96.0.1", 80), ask).service == "default/c"
+    router = World(text()).router
+    assert router.meant(Address("10.96.0.1", 80), ask).service == "default/c"
+    assert router.meant(Address("198.51.100.1", 80), ask).service is None
+    router.networks = ()
+    assert router.meant(Address("192.0.2.1", 80), ask).service is None
+
+
+@given(st.ip_addresses().map(str), st.sampled_from([80, 81, 4143, 8080]), st.sampled_from([b"c", b"new", b"c.east", b"c-east", b"c:80"]))
+def test_an_address_outside_of_the_mesh_is_itself_whatever_the_authority(host: str, port: int, authority: bytes) -> None:
+    original = Address(host, port)
+    router = World(text()).router
+    router.networks = ()
+    if router.known(original) is None:
+        assert router.meant(original, lambda: authority) == Target(None, (Endpoint(original),))
+
+
+class Gates:
+    """203.0.113.7, port 4143, is the gateway of east, and 203.0.113.8 that of north; all of them can be used."""
+
+    def cluster(self, address: Address) -> str | None:
+        return {Address("203.0.113.7", 4143): "east", Address("203.0.113.8", 4143): "north"}.get(address)
+
+    def through(self, target: Target) -> Target:
+        return target
+
+    def why(self, cluster: str) -> str:
+        return f"no gateway of {cluster}"
+
+
+@pytest.mark.parametrize(
+    ("address", "authority", "service"),
+    [
+        ("203.0.113.7:4143", b"c.east", "east/default/c"),
+        ("203.0.113.7:4143", b"c-east.default.svc.cluster.local:80", "east/default/c"),
+        ("203.0.113.7:4143", b"c.north", None),  # at a gateway, the services of its own cluster
+        ("203.0.113.7:4143", b"c", None),
+        ("203.0.113.7:4143", b"new.default.svc.cluster.local", None),
+        ("203.0.113.7:80", b"c.east", None),  # another port of the gateway's host
+        ("203.0.113.8:4143", b"c.north", "north/default/c"),
+    ],
+)
+def test_at_a_gateway_the_authority_chooses_among_the_services_of_its_cluster(address: str, authority: bytes, service: str | None) -> None:
+    world = World(text())
+    world.router.ways = Gates()
+    assert world.to(address, authority).service == service
+
+
+DUAL = """
+services:
+  - name: c
+    ports: [{port: 80}]
+    endpoints: [{address: 10.1.0.1}, {address: "fd00::1"}, {address: 10.1.0.2}]
+    split: [{service: c, weight: 1}]
+  - {name: d, ports: [{port: 80}], endpoints: [{address: 10.1.0.3}, {address: "fd00::3"}]}
+  - {name: six, ports: [{port: 80}], endpoints: [{address: "fd00::6"}]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("address", "authority", "hosts"),
+    [
+        ("192.0.2.1:80", b"d", {"10.1.0.3"}),
+        ("[2001:db8::1]:80", b"d", {"fd00::3"}),
+        ("192.0.2.1:80", b"c", {"10.1.0.1", "10.1.0.2"}),
+        ("[2001:db8::1]:80", b"c", {"fd00::1"}),
+        ("192.0.2.1:80", b"six", {"fd00::6"}),
+    ],
+)
+def test_a_name_leads_to_endpoints_of_the_family_that_was_dialled(address: str, authority: bytes, hosts: set[str]) -> None:
+    world = World(DUAL)
+    world.router.networks = [ip_network("192.0.2.0/24"), ip_network("2001:db8::/32")]
+    target = world.to(address, authority)
+    assert {endpoint.address.host for endpoint in target.endpoints} == hosts
+    assert world.to(address, authority) is target, "what is known of a target's endpoints hangs on it"
 
 
 class OneAddress:

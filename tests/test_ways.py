@@ -26,7 +26,7 @@ from proxy.net.streams import SocketStream
 from proxy.sections import ClustersConfig
 from proxy.ways import Ways
 from tests.kit.apps import HOST, Fleet, application, mirror, way_in, way_out
-from tests.kit.clusters import LISTEN, NOWHERE, Clusters, ask, clusters, east_directory, west_directory
+from tests.kit.clusters import LISTEN, NAMED, NOWHERE, Clusters, ask, clusters, east_directory, west_directory
 from tests.kit.http import BROKEN, Peer, connect, until
 
 GATEWAY = "spiffe://cluster.local/ns/isthmus/sa/gateway"
@@ -145,7 +145,7 @@ async def stoppable(folder: Path, *, to: str = NOWHERE, protocol: str = "http1")
                 directory = west_directory(port)
                 directory["clusters"][0]["services"][0]["ports"][0]["protocol"] = protocol
                 probes = {"probe_interval": "100ms", "probe_timeout": "1500ms"}
-                async with fleet.running("west", directory, outbound={**LISTEN, "fixed_destination": to}, clusters=probes) as west:
+                async with fleet.running("west", directory, outbound={**LISTEN, **NAMED, "fixed_destination": to}, clusters=probes) as west:
                     yield Stopped(west, process, port)
             finally:
                 process.kill()

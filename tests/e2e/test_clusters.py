@@ -79,9 +79,20 @@ async def test_a_name_that_nobody_has_is_not_resolved(made: Clusters) -> None:
 
 
 async def test_http_needs_no_name_service(made: Clusters) -> None:
-    """A client that has some address from somewhere, and says whom it means, is understood too."""
-    said = await ask(web(made), f"http://c.east:{WEB}/head", "--connect-to", "::203.0.113.1:")
+    """A client that dials the gateway itself says by its authority which of the services behind it is meant."""
+    said = await ask(web(made), f"http://c.east:{WEB}/head", "--connect-to", f"::{made.legs['east'].ipv4}:14143")
     assert said["name"] == "c of east"
+
+
+async def test_an_authority_chooses_nothing_at_an_address_outside_of_the_mesh(made: Clusters) -> None:
+    """As a reverse proxy sends it that keeps the Host of an outsider. No route leads to the address."""
+    for authority in (f"c.east:{WEB}", f"c:{WEB}", f"c.default.svc.cluster.local:{WEB}"):
+        for version in ("--http1.1", "--http2-prior-knowledge"):
+            answer = await curl(web(made), version, "-H", f"Host: {authority}", f"http://203.0.113.1:{WEB}/head")
+            assert (answer.status, answer.error) == (502, "destination_ip_unroutable"), (authority, answer)
+        # In absolute form, as to a forward proxy.
+        answer = await curl(web(made), "-x", "http://203.0.113.1:3128", f"http://{authority}/head")
+        assert (answer.status, answer.error) == (502, "destination_ip_unroutable"), (authority, answer)
 
 
 async def test_http2_by_prior_knowledge_to_a_server_of_http1(made: Clusters) -> None:

@@ -20,7 +20,7 @@ from lab.faults import paused
 from lab.load import Load
 from lab.pod import Pod
 from lab.wide_area import Fault
-from tests.e2e.clusters import HTTP, answers_again, clusters, member, web_server
+from tests.e2e.clusters import HTTP, answers_again, clusters, member, resolved, web_server
 from tests.e2e.conftest import Laboratory
 from tests.e2e.stage import WEB, counted, curl, eventually
 
@@ -39,7 +39,7 @@ POSTS = """
 import http.client, json, sys, time
 seen = []
 for _ in range(int(sys.argv[2])):
-    began, connection = time.monotonic(), http.client.HTTPConnection("203.0.113.1", int(sys.argv[1]), timeout=60)
+    began, connection = time.monotonic(), http.client.HTTPConnection("c.east", int(sys.argv[1]), timeout=60)
     connection.request("POST", "/", b"once", {"Host": f"c.east:{sys.argv[1]}"})
     answer = connection.getresponse()
     answer.read()
@@ -118,7 +118,8 @@ async def test_what_is_local_does_not_notice_and_what_is_remote_fails_clearly_an
 async def test_the_whole_of_the_other_cluster_goes_away_under_load_and_comes_back(made: Clusters) -> None:
     """Programs that keep asking for what is not there do not get in the way of those that ask for what is."""
     await answers_again(web(made), C_EAST, "c of east", timeout=40)
-    async with at_home(made) as load, Load(web(made), "203.0.113.1", WEB, clients=4, authority=f"c.east:{WEB}") as remote:
+    east = await resolved(web(made), "c.east")
+    async with at_home(made) as load, Load(web(made), east, WEB, clients=4, authority=f"c.east:{WEB}") as remote:
         with made.legs["east"].fault(Fault.SILENCE):
             await load.more(300)
         await remote.more(50, timeout=90)
@@ -167,7 +168,7 @@ async def test_with_two_gateways_one_may_die(made: Clusters) -> None:
             return all([await counted(made.sidecar("east", name), "isthmus_requests_total") > 0 for name in ("gateway", "second")])
 
         await eventually(both, "both gateways are used")
-        async with Load(web(made), "203.0.113.1", WEB, clients=3, authority=f"c.east:{WEB}") as remote:
+        async with Load(web(made), await resolved(web(made), "c.east"), WEB, clients=3, authority=f"c.east:{WEB}") as remote:
             second.running().kill()
             await remote.more(200, timeout=60)
         # What was under way on the one that died may be lost; nothing after it.

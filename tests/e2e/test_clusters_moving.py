@@ -12,7 +12,7 @@ import trio
 from lab.clusters import Clusters
 from lab.load import Load
 from lab.wide_area import Fault
-from tests.e2e.clusters import HTTP, answers_again, clusters, member, web_server
+from tests.e2e.clusters import HTTP, answers_again, clusters, member, resolved, web_server
 from tests.e2e.conftest import Laboratory
 from tests.e2e.stage import WEB, curl
 
@@ -66,7 +66,7 @@ async def test_a_name_that_is_gone_for_a_while_does_not_close_a_way_that_works(m
     west, web = made.meshes["west"].cluster, made.pod("west", "web")
     await answers_again(web, C_EAST, "c of east", timeout=40)
     west.name_host(NAME)
-    async with Load(web, "203.0.113.1", WEB, clients=2, authority=f"c.east:{WEB}") as remote:
+    async with Load(web, await resolved(web, "c.east"), WEB, clients=2, authority=f"c.east:{WEB}") as remote:
         await trio.sleep(3)  # time for three look-ups, none of which finds anything: that something does not happen cannot be waited for
         await remote.more(50)
     assert not remote.bad

@@ -26,10 +26,10 @@ Application = Callable[[trio.SocketStream], Awaitable[None]]
 
 
 @asynccontextmanager
-async def application(serve: Application) -> AsyncIterator[int]:
+async def application(serve: Application, host: str = HOST) -> AsyncIterator[int]:
     """A TCP server; the port it listens on."""
     async with trio.open_nursery() as nursery:
-        (listener,) = await trio.open_tcp_listeners(0, host=HOST)
+        (listener,) = await trio.open_tcp_listeners(0, host=host)
         await nursery.start(trio.serve_listeners, serve, [listener])
         yield listener.socket.getsockname()[1]
         nursery.cancel_scope.cancel()
@@ -99,7 +99,7 @@ class Fleet:
             self.direct(directory, name)
             document["directory"] = {"file": str(self.folder / name / "directory.yaml"), "poll_interval": "100ms"}
         for section, values in settings.items():
-            document[section] = {**document.get(section, {}), **values}
+            document[section] = {**document.get(section, {}), **values} if isinstance(values, dict) else values
         file = self.folder / name / "isthmus.yaml"
         file.write_text(json.dumps(document))
         return file

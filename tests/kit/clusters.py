@@ -14,6 +14,7 @@ from tests.kit.apps import HOST, Application, Fleet, application, mirror, way_in
 from tests.kit.http import Message, Peer, connect
 
 NOWHERE = "192.0.2.1:80"  # RFC 5737: an address that no directory knows
+NAMED = {"authority_networks": ["192.0.2.0/24"]}  # there the authority chooses
 QUICK = {"probe_interval": "100ms", "probe_timeout": "20s", "resolve_interval": "200ms"}
 LISTEN = {"listen": [f"{HOST}:0"]}
 
@@ -83,6 +84,6 @@ async def clusters(
         server = await enter(fleet.running("server", inbound={**LISTEN, "fixed_destination": f"{HOST}:{port}", **trust}))
         settings = {**LISTEN, "enabled": True, **(gateway or {})}
         entry = await enter(fleet.running("gateway", east_directory(way_in(server), **service), gateway=settings))
-        outbound = {**LISTEN, "fixed_destination": to}
+        outbound = {**LISTEN, **NAMED, "fixed_destination": to}
         west = await enter(fleet.running("west", west_directory(way_in(entry), **(way or {})), outbound=outbound, clusters=QUICK))
         yield Clusters(fleet, west, entry, server)

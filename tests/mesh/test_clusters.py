@@ -88,7 +88,7 @@ def test_a_gateway_with_a_name_is_known_but_no_endpoint_yet() -> None:
     ],
 )  # fmt: skip
 def test_an_authority_names_a_port_of_a_service_or_nothing(authority: bytes, service: str | None) -> None:
-    target = directory().authority(authority, "default")
+    target = directory().authority(authority, "default", "10.0.0.1")
     assert (target and target.service) == service
 
 

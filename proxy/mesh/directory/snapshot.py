@@ -171,6 +171,7 @@ class Directory:
     _served: Mapping[Address, Target] = field(default_factory=dict, repr=False)
     _pods: Mapping[str, Endpoint] = field(default_factory=dict, repr=False)
     _names: Names[Service] = field(default_factory=Names, repr=False)
+    _by_family: dict[tuple[int, bool], Target] = field(default_factory=dict, repr=False, compare=False)
 
     def known(self, original: Address) -> Target | None:
         """What the directory says of an address; None: nothing. Takes the same time however much there is to know."""
@@ -196,13 +197,19 @@ class Directory:
         """A service of another cluster."""
         return self._names.remote(name, namespace, cluster)
 
-    def authority(self, authority: bytes, namespace: str) -> Target | None:
-        """What a request's authority names, if it names a port of a known service exactly."""
+    def authority(self, authority: bytes, namespace: str, dialled: str) -> Target | None:
+        """What a request's authority names, if it names a port of a known service exactly: with the endpoints that have the address
+        family of `dialled`, an IP literal, if there are any. One object for each service, port and family."""
         parts = split_authority(authority)
         service = self._names.find(parts[0], namespace) if parts is not None else None
-        if parts is None or service is None:
+        target = service.targets.get(parts[1] or HTTP_PORT) if parts is not None and service is not None else None
+        if target is None:
             return None
-        return service.targets.get(parts[1] or HTTP_PORT)
+        key = id(target), ":" in dialled
+        made = self._by_family.get(key)
+        if made is None:
+            made = self._by_family[key] = of_family(target, dialled)
+        return made
 
     def exported(self, authority: bytes) -> Target | None:
         """What our own gateway may be asked for by this name: a port of a service of our own that is exported. The name has to have its
