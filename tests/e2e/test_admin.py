@@ -6,22 +6,24 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import Laboratory
-from tests.e2e.stage import ECHO, WEB, Pair, counted, curl, echo_server, eventually, prepare, say, web_server
+from tests.e2e.stage import ECHO, WEB, Pair, counted, curl, echo_server, eventually, logged, prepare, say, web_server
 from tests.kit.build import COMPILED
 from tests.kit.library import LIBRARY
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
 ADMIN = "http://127.0.0.1:4191"
+PLAIN = 9000  # a port of the shop that is not redirected
 
 
 @pytest.fixture(scope="module")
 def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
-        pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque"})
+        pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque", 4191: "http1"}, shop={"intercept": {"skip_inbound_ports": [PLAIN]}})
         pair.cluster.pod("prometheus")
         await web_server(pair.shop)
         await echo_server(pair.shop)
+        await web_server(pair.shop, PLAIN)
         await pair.mesh.start()
         return pair
 
@@ -52,6 +54,38 @@ async def test_it_is_reached_from_outside_without_the_mesh(pair: Pair, version: 
     seen = await curl(pair.cluster.pods["prometheus"], f"http://{host}:4191/metrics")
     assert seen.status == 200
     assert seen.headers["content-type"] == ["text/plain; version=0.0.4; charset=utf-8"]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+async def test_a_pod_of_the_mesh_reaches_the_admin_port_of_another_one(pair: Pair, version: int) -> None:
+    """By the pod's address, and by a service that has it as its target: nothing ends TLS there."""
+    address = pair.shop.address(version)
+    host = f"[{address}]" if version == 6 else address
+    for path, body in (("/live", b"live\n"), ("/ready", b"ready\n")):
+        seen = await curl(pair.web, f"http://{host}:4191{path}")
+        assert (seen.status, seen.body, seen.error) == (200, body, "")
+    seen = await curl(pair.web, f"-{version}", "http://shop:4191/live")
+    assert (seen.status, seen.body, seen.error) == (200, b"live\n", "")
+    line = await logged(pair.near, "/live", direction="outbound", upstream=f"{host}:4191")
+    assert "upstream_identity" not in line
+
+
+async def test_a_port_that_is_not_redirected_is_clear_text_where_the_directory_says_so(pair: Pair) -> None:
+    seen = await curl(pair.web, f"http://{pair.shop.ipv4}:{PLAIN}/")
+    assert (seen.status, seen.error) == (502, "tls_protocol_error"), "never in clear text by itself"
+    document = pair.mesh.document()
+    for endpoint in document["services"][0]["endpoints"]:
+        endpoint["skip_ports"] = [4191, PLAIN]
+    pair.near.write_directory(document)
+
+    async def answered() -> bool:
+        return (await curl(pair.web, f"http://{pair.shop.ipv4}:{PLAIN}/")).status == 200
+
+    await eventually(answered, "the directory is taken")
+    seen = await curl(pair.web, f"http://shop:{WEB}/")
+    assert seen.status == 200
+    line = await logged(pair.near, "200", direction="outbound", authority=f"shop:{WEB}")
+    assert line["upstream_identity"] == str(pair.far.identity), "all other ports are spoken to by mutual TLS as before"
 
 
 async def test_what_is_wrong_with_a_request_is_answered_there_too(pair: Pair) -> None:

@@ -143,6 +143,51 @@ def test_an_endpoint_that_is_meshed_in_one_service_and_not_in_another_is_refused
         parse(WRONG, "dir.yaml")
 
 
+def identities(text: str) -> dict[str, bool]:
+    """Whether these addresses, of one pod and of a service on it, have an identity."""
+    found = parse(text, "test")
+    asked = ["10.1.0.1:4191", "10.1.0.1:9000", "10.1.0.1:8080", "10.1.0.1:1", "10.96.0.1:80", "10.96.0.1:91"]
+    return {address: found.resolve(Address.parse(address)).endpoints[0].identity is not None for address in asked}
+
+
+@pytest.mark.parametrize(
+    ("top", "own", "plain"),
+    [
+        ("", "", {"10.1.0.1:4191", "10.96.0.1:91"}),
+        ("skip_ports: [9000]", "", {"10.1.0.1:9000"}),
+        ("skip_ports: []", "", set()),
+        ("", ", skip_ports: []", set()),
+        ("", ", skip_ports: [4191, 9000, 8080]", {"10.1.0.1:4191", "10.96.0.1:91", "10.1.0.1:9000", "10.1.0.1:8080", "10.96.0.1:80"}),
+        ("skip_ports: [9000]", ", skip_ports: [8080]", {"10.1.0.1:8080", "10.96.0.1:80"}),
+    ],
+)
+def test_an_identity_holds_for_all_ports_but_those_that_the_proxy_does_not_stand_before(top: str, own: str, plain: set[str]) -> None:
+    """By the pod's address and by a service's, whose target port is what counts."""
+    ports = "[{port: 80, target_port: 8080}, {port: 91, target_port: 4191}]"
+    endpoint = f'{{address: 10.1.0.1, identity: "{ONE}"{own}}}'
+    found = identities(f"{top}\nservices: [{{name: a, addresses: [10.96.0.1], ports: {ports}, endpoints: [{endpoint}]}}]")
+    assert {address for address, meshed in found.items() if not meshed} == plain
+
+
+def test_a_pod_of_two_services_skips_the_same_ports_in_both() -> None:
+    text = f"""
+services:
+  - {{name: a, ports: [{{port: 80}}], endpoints: [{{address: 10.1.0.1, identity: "{ONE}"}}]}}
+  - {{name: b, ports: [{{port: 80}}], endpoints: [{{address: 10.1.0.1, identity: "{ONE}", skip_ports: [80]}}]}}
+"""
+    words = r"services\[1\].endpoints\[0\]: 10.1.0.1 has skip_ports \[80\] here, but \[4191\] in another service"
+    with pytest.raises(DirectoryError, match=words):
+        parse(text, "test")
+
+
+@pytest.mark.parametrize("value", ["4191", "[0]", "[70000]", "[a]", "{}"])
+def test_skip_ports_that_are_no_ports_are_refused(value: str) -> None:
+    endpoint = f"{{address: 10.1.0.1, skip_ports: {value}}}"
+    for text in (f"skip_ports: {value}\nservices: []", f"services: [{{name: a, ports: [{{port: 80}}], endpoints: [{endpoint}]}}]"):
+        with pytest.raises(DirectoryError, match="skip_ports"):
+            parse(text, "test")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "services: 3", "services: {a: 1}", "a: [", "{}"])
 def test_what_is_not_a_directory_at_all_is_an_error(text: str) -> None:
     with pytest.raises(DirectoryError):

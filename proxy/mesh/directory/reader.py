@@ -11,21 +11,23 @@ from dataclasses import dataclass
 
 from proxy.mesh.directory.clusters import read_clusters
 from proxy.mesh.directory.plans import Wish, World, plan
-from proxy.mesh.directory.snapshot import Cluster, Directory, Endpoint, Hint, Port, Service, Target, of_family
+from proxy.mesh.directory.snapshot import ADMIN_PORT, Cluster, Directory, Endpoint, Hint, Pod, Port, Service, Target, of_family
 from proxy.mesh.directory.values import Values
 from proxy.mesh.document import DocumentError, Mistakes, Plain, child, load, mapping, said, sequence, unknown_keys
 from proxy.mesh.names import Names
 from proxy.mesh.policy import DEFAULT_POLICY, Policy, read_policy
-from proxy.mesh.spiffe import SpiffeId
 from proxy.net.address import Address
 
 MAX_WEIGHT = 1000
 DOMAIN = "cluster.local"
 
-TOP = ("cluster", "domain", "services", "clusters")
+# The ports on which an endpoint with an identity is spoken to in clear text, where the document does not say.
+SKIP_PORTS = frozenset({ADMIN_PORT})
+
+TOP = ("cluster", "domain", "skip_ports", "services", "clusters")
 SERVICE = ("name", "namespace", "addresses", "ports", "endpoints", "export", "split", "failover", "policy")
 PORT = ("port", "target_port", "protocol")
-ENDPOINT = ("address", "identity", "ports", "ready", "weight", "zone")
+ENDPOINT = ("address", "identity", "ports", "skip_ports", "ready", "weight", "zone")
 
 
 class DirectoryError(DocumentError):
@@ -53,7 +55,7 @@ def _read(root: Mapping[str, Plain], mistakes: Mistakes) -> Directory:
         mistakes.add("services", "must be given (an empty list, if there are none)")
     name = values.label(root["cluster"], "cluster") if "cluster" in root else ""
     domain = values.domain(root.get("domain", DOMAIN), "domain")
-    builder = _Builder(values)
+    builder = _Builder(values, values.port_set(root["skip_ports"], "skip_ports") if "skip_ports" in root else SKIP_PORTS)
     for index, item in enumerate(sequence(root.get("services"), "services", mistakes)):
         builder.service(item, f"services[{index}]")
     clusters = read_clusters(root.get("clusters"), name, values)
@@ -78,26 +80,27 @@ def _names(services: list[Service], clusters: Mapping[str, Cluster], domain: str
 
 
 @dataclass(slots=True)
-class _Pod:
+class _Entry:
     """One entry under `endpoints`, before it is known on which ports it serves."""
 
     host: str
-    template: Endpoint
+    pod: Pod
     ports: Mapping[int, int]
 
 
 class _Builder:
     """Collects our own services, and the mistakes in them."""
 
-    def __init__(self, values: Values) -> None:
+    def __init__(self, values: Values, skip_ports: frozenset[int]) -> None:
         self.values = values
+        self.skip_ports = skip_ports
         self.mistakes = values.mistakes
         self.services: list[Service] = []
         self.wishes: list[Wish] = []
         self.addresses: list[tuple[Service, Address]] = []
         self.clustered: dict[Address, Target] = {}
         self.served: dict[Address, Target] = {}
-        self.pods: dict[str, Endpoint] = {}
+        self.pods: dict[str, Pod] = {}
         self._names: dict[str, str] = {}
         self._owners: dict[Address, str] = {}
 
@@ -133,12 +136,11 @@ class _Builder:
         self._owners[address] = f"{service.qualified} ({path})"
         self.addresses.append((service, address))
 
-    def _target(self, service: str, port: Port, pods: list[_Pod], policy: Policy) -> Target:
+    def _target(self, service: str, port: Port, entries: list[_Entry], policy: Policy) -> Target:
         endpoints = []
-        for pod in pods:
-            address = Address(pod.host, pod.ports.get(port.port, port.target_port))
-            known = pod.template
-            endpoint = Endpoint(address, known.identity, port.protocol, known.ready, known.weight, known.zone)
+        for entry in entries:
+            address = Address(entry.host, entry.ports.get(port.port, port.target_port))
+            endpoint = entry.pod.at(address, port.protocol)
             endpoints.append(endpoint)
             before = self.served.get(address)
             if before is None:
@@ -146,23 +148,23 @@ class _Builder:
             elif before.service != service or before.protocol != port.protocol:
                 # Two services share the pod's port: the address alone does not say which of them is meant.
                 hint = port.protocol if before.protocol == port.protocol else Hint.DETECT
-                ready = known.ready or before.endpoints[0].ready
-                shared = Endpoint(address, known.identity, hint, ready, known.weight, known.zone)
+                ready = endpoint.ready or before.endpoints[0].ready
+                shared = Endpoint(address, endpoint.identity, hint, ready, endpoint.weight, endpoint.zone)
                 self.served[address] = Target(None, (shared,), hint)
         return Target(service, tuple(endpoints), port.protocol, policy)
 
-    def _endpoints(self, value: Plain, path: str, ports: list[Port]) -> list[_Pod]:
-        pods: dict[str, _Pod] = {}
+    def _endpoints(self, value: Plain, path: str, ports: list[Port]) -> list[_Entry]:
+        found: dict[str, _Entry] = {}
         for index, item in enumerate(sequence(value, path, self.mistakes)):
-            pod = self._endpoint(item, f"{path}[{index}]", ports)
-            if pod is None:
+            entry = self._endpoint(item, f"{path}[{index}]", ports)
+            if entry is None:
                 continue
-            if pod.host in pods:
-                self.mistakes.add(f"{path}[{index}].address", f"{pod.host} is listed twice in this service")
-            pods[pod.host] = pod
-        return list(pods.values())
+            if entry.host in found:
+                self.mistakes.add(f"{path}[{index}].address", f"{entry.host} is listed twice in this service")
+            found[entry.host] = entry
+        return list(found.values())
 
-    def _endpoint(self, value: Plain, path: str, ports: list[Port]) -> _Pod | None:
+    def _endpoint(self, value: Plain, path: str, ports: list[Port]) -> _Entry | None:
         given = mapping(value, path, self.mistakes)
         if given is None:
             return None
@@ -176,16 +178,23 @@ class _Builder:
         if not isinstance(zone, str) or len(zone) > 63:
             self.mistakes.add(child(path, "zone"), f"expected a text of at most 63 characters, found {said(zone)}")
         elsewhere = self._own_ports(given.get("ports"), child(path, "ports"), ports)
-        template = Endpoint(Address(host, 0), identity, Hint.DETECT, ready, weight, str(zone))
-        self._one_identity(host, template, identity, path)
-        return _Pod(host, template, elsewhere)
+        skipped = values.port_set(given["skip_ports"], child(path, "skip_ports")) if "skip_ports" in given else self.skip_ports
+        pod = Pod(Endpoint(Address(host, 0), identity, Hint.DETECT, ready, weight, str(zone)), skipped)
+        self._one_identity(host, pod, path)
+        return _Entry(host, pod, elsewhere)
 
-    def _one_identity(self, host: str, template: Endpoint, identity: SpiffeId | None, path: str) -> None:
-        """A pod has one identity. If one place forgot it, that place would speak clear text to a meshed pod."""
-        known = self.pods.setdefault(host, template)
-        if known.identity != identity and host:
-            was, now = known.identity or "no identity", identity or "no identity"
+    def _one_identity(self, host: str, pod: Pod, path: str) -> None:
+        """A pod has one identity, at the same ports in each service. If one place forgot it, that place would speak clear text to a meshed
+        pod."""
+        known = self.pods.setdefault(host, pod)
+        if not host or known is pod:
+            return
+        if known.endpoint.identity != pod.endpoint.identity:
+            was, now = known.endpoint.identity or "no identity", pod.endpoint.identity or "no identity"
             self.mistakes.add(path, f"{host} has {now} here, but {was} in another service")
+        elif known.skip_ports != pod.skip_ports:
+            here, there = sorted(pod.skip_ports), sorted(known.skip_ports)
+            self.mistakes.add(path, f"{host} has skip_ports {here} here, but {there} in another service")
 
     def _own_ports(self, value: Plain, path: str, ports: list[Port]) -> Mapping[int, int]:
         if value is None:

@@ -9,6 +9,7 @@ from proxy.describe import schema
 from proxy.mesh.directory.plans import MAX_SHARE, MOST_BACKENDS
 from proxy.mesh.directory.reader import MAX_WEIGHT
 from proxy.mesh.directory.snapshot import Hint
+from proxy.mesh.directory.values import MOST_PORTS
 from proxy.mesh.policy import Policy
 
 _LABEL = {"type": "string", "pattern": "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"}
@@ -21,7 +22,13 @@ _FLAG = {"type": "boolean"}
 
 def directory_schema() -> dict[str, object]:
     """The schema (JSON Schema 2020-12) of the file, for editors and checks."""
-    top = {"cluster": _LABEL, "domain": _DOMAIN, "services": _list(_service()), "clusters": _list(_cluster())}
+    top = {
+        "cluster": _LABEL,
+        "domain": _DOMAIN,
+        "skip_ports": _list(_PORT, maxItems=MOST_PORTS),
+        "services": _list(_service()),
+        "clusters": _list(_cluster()),
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Isthmus directory",
@@ -34,6 +41,7 @@ def _service() -> dict[str, object]:
         "address": {"type": "string"},
         "identity": _IDENTITY,
         "ports": {"type": "object", "additionalProperties": _PORT},
+        "skip_ports": _list(_PORT, maxItems=MOST_PORTS),
         "ready": _FLAG,
         "weight": {"type": "integer", "minimum": 1, "maximum": MAX_WEIGHT},
         "zone": {"type": "string", "maxLength": 63},

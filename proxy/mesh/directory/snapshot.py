@@ -7,7 +7,10 @@ Three kinds of address are known, and tried in this order:
 
     a service's cluster address and port    -> the service
     an endpoint's address and target port   -> that one endpoint, with what its service says of the port
-    an endpoint's address, any other port   -> that one pod: its identity holds for every port, nothing is said of the protocol
+    an endpoint's address, any other port   -> that one pod, nothing is said of the protocol
+
+An endpoint's identity holds for each port but those that its proxy does not stand before (`skip_ports`: the admin port, and what
+`intercept.skip_inbound_ports` has there). Those are spoken to as they are.
 
 Every other address is the one plain endpoint at exactly that address: it is never replaced by a guess. An endpoint with an
 identity is meshed, and is spoken to by mutual TLS only; one without is spoken to as it is.
@@ -30,6 +33,8 @@ from proxy.net.address import Address
 
 # RFC 9110 §4.2.1; there is no TLS of the application's in a request that we can read.
 HTTP_PORT = 80
+# The port of a proxy's probes and metrics, which is never redirected.
+ADMIN_PORT = 4191
 
 
 class Hint(enum.StrEnum):
@@ -55,6 +60,20 @@ class Endpoint:
     def __hash__(self) -> int:
         """Connections are kept by endpoint, and looked for by each request. Hardly ever do two have one address."""
         return hash(self.address)
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """One pod: who it is, and on which of its ports it is not. `endpoint` has the port 0."""
+
+    endpoint: Endpoint
+    skip_ports: frozenset[int]
+
+    def at(self, address: Address, protocol: Hint = Hint.DETECT) -> Endpoint:
+        """The pod at one of its ports: `address` has its host."""
+        known = self.endpoint
+        identity = None if address.port in self.skip_ports else known.identity
+        return Endpoint(address, identity, protocol, known.ready, known.weight, known.zone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +188,7 @@ class Directory:
     name: str = ""  # of our own cluster; "": the document does not say
     _clustered: Mapping[Address, Target] = field(default_factory=dict, repr=False)
     _served: Mapping[Address, Target] = field(default_factory=dict, repr=False)
-    _pods: Mapping[str, Endpoint] = field(default_factory=dict, repr=False)
+    _pods: Mapping[str, Pod] = field(default_factory=dict, repr=False)
     _names: Names[Service] = field(default_factory=Names, repr=False)
     _by_family: dict[tuple[int, bool], Target] = field(default_factory=dict, repr=False, compare=False)
 
@@ -183,7 +202,7 @@ class Directory:
             if original.host.startswith("::ffff:"):
                 return self.known(Address(normalised(original.host), original.port))
             return None
-        return Target(None, (Endpoint(original, pod.identity, Hint.DETECT, pod.ready, pod.weight, pod.zone),))
+        return Target(None, (pod.at(original),))
 
     def resolve(self, original: Address) -> Target:
         """Where a connection to `original` goes. Never fails."""

@@ -10,6 +10,8 @@ from proxy.mesh.document import Mistakes, Plain, child, closest, mapping, said, 
 from proxy.mesh.names import DOMAIN, LABEL, LONGEST
 from proxy.mesh.spiffe import SpiffeId, SpiffeIdError
 
+MOST_PORTS = 1024  # in a list of ports
+
 _HINTS: Mapping[str, Hint] = {hint.value: hint for hint in Hint}
 
 
@@ -19,6 +21,7 @@ class Values:
     def __init__(self, mistakes: Mistakes) -> None:
         self.mistakes = mistakes
         self._identities: dict[str, SpiffeId] = {}  # most of the endpoints of a service share one
+        self._port_sets: dict[frozenset[int], frozenset[int]] = {}
 
     def label(self, value: Plain, path: str) -> str:
         if isinstance(value, str) and LABEL.match(value):
@@ -52,6 +55,14 @@ class Values:
             return value
         self.mistakes.add(path, "must be given" if value is None else f"expected a port from 1 to 65535, found {said(value)}")
         return 0
+
+    def port_set(self, value: Plain, path: str) -> frozenset[int]:
+        """A list of ports, which may be empty."""
+        listed = sequence(value, path, self.mistakes)
+        if len(listed) > MOST_PORTS:
+            self.mistakes.add(path, f"at most {MOST_PORTS} ports, found {len(listed)}")
+        found = frozenset(self.port(item, f"{path}[{index}]") for index, item in enumerate(listed))
+        return self._port_sets.setdefault(found, found)
 
     def number(self, value: Plain, path: str, low: int, high: int) -> int:
         """A whole number; `low`, if it is none."""
