@@ -22,7 +22,8 @@ from proxy.mesh.document import DocumentError, Mistakes, Plain, closest, said
 from proxy.mesh.document import load as load_document
 from proxy.mesh.spiffe import SpiffeIdError, check_trust_domain
 from proxy.net.address import Address
-from proxy.sections import Config, LogConfig, TracingConfig
+from proxy.sections import Config, LogConfig
+from proxy.sections_tracing import TracingConfig
 from proxy.settings import decode, fields, is_struct
 
 __all__ = ["Config", "ConfigError", "LogConfig", "config_schema", "load", "variable"]

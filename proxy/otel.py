@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from urllib.parse import unquote
 
 from proxy.mesh.document import Plain
-from proxy.sections import TracingConfig
+from proxy.sections_tracing import TracingConfig
 from proxy.settings import fields, leaf
 
 _log = logging.getLogger("isthmus.config")

@@ -22,6 +22,10 @@ from proxy.mesh.document import Mistakes, Plain, child, mapping, said, unknown_k
 from proxy.units import LEAVES, parse_duration, parse_port, parse_size, show_duration, show_size
 
 
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A group of settings."""
+
+
 def seconds(low: float, high: float, text: str) -> msgspec.Meta:
     """A duration, in seconds, written "10s", "500ms", "1h"; 0 needs no unit."""
     return msgspec.Meta(ge=low, le=high, description=text, extra={"unit": "duration"})

@@ -14,7 +14,7 @@ from proxy.config import DOWNWARD, Config
 from proxy.exchange.trace import Tracing
 from proxy.listeners import StartError
 from proxy.metrics import Metrics, own_version
-from proxy.sections import TracingConfig
+from proxy.sections_tracing import TracingConfig
 from tracing.otlp import Collector
 from tracing.queue import Exporter, QueueSettings, SpanQueue
 from tracing.resource import About, Resource

@@ -12,7 +12,7 @@ import pytest
 from proxy.config import ConfigError, load
 from proxy.listeners import StartError
 from proxy.metrics import Metrics
-from proxy.sections import TracingConfig
+from proxy.sections_tracing import TracingConfig
 from proxy.spans import OFF, build, collector
 
 
