@@ -139,6 +139,14 @@ class Pod:
 
     def listens(self, port: int) -> bool:
         """Whether a TCP listener is on `port`, in any family and on any address; nothing is connected for that."""
+        return self._sockets(port, "0A") > 0
+
+    def connected(self, port: int) -> int:
+        """How many established TCP connections have `port` at their end in this pod."""
+        return self._sockets(port, "01")
+
+    def _sockets(self, port: int, state: str) -> int:
+        """How many TCP sockets have this local port, and this state of linux/tcp_states.h in hexadecimal."""
 
         def tables() -> str:
             # The thread's own /proc/.../net shows the namespace that it has entered.
@@ -148,7 +156,7 @@ class Pod:
 
         wanted = f":{port:04X}"
         rows = (line.split() for line in network.in_namespace(self.netns, tables).splitlines())
-        return any(len(row) > 3 and row[1].endswith(wanted) and row[3] == "0A" for row in rows)
+        return sum(1 for row in rows if len(row) > 3 and row[1].endswith(wanted) and row[3] == state)
 
     def socket(self, version: int = 4, kind: int = socket.SOCK_STREAM) -> trio.socket.SocketType:
         """A socket inside the pod for the use of this process (as root); closed with the pod at the latest."""

@@ -58,6 +58,7 @@ from proxy.net.accept import Acceptor, Connection
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
 from proxy.net.interfaces import local_addresses
+from proxy.net.liveness import Liveness
 from proxy.outbound import outbound
 from proxy.pools import Pools, endpoint_pools
 from proxy.reach import Reach
@@ -79,6 +80,7 @@ _SELDOM = 10  # sweeps
 
 
 Beside = Callable[["App"], Awaitable[None]]
+Handler = Callable[[Connection], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +116,14 @@ def _allow_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _acceptor(side: str, handler: Callable[[Connection], Awaitable[None]], connections: int, reserved: int) -> Acceptor:
+def _acceptor(side: str, handler: Handler, connections: int, reserved: int, liveness: Liveness) -> Acceptor:
     """An acceptor for as many connections as there are descriptors for: each takes one here and one to its server, in either direction,
     and the administration listener and names have to go on answering when everything else is taken."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = connections if soft == resource.RLIM_INFINITY else max(1, (soft - reserved) // 4)
     if most < connections:
         _log.info("%s: RLIMIT_NOFILE is %d: %d connections are accepted at a time, not %d", side, soft, most, connections)
-    return Acceptor(handler, limit=min(most, connections), on_error=_report, on_pause=_pausing)
+    return Acceptor(handler, limit=min(most, connections), on_error=_report, on_pause=_pausing, on_accept=liveness.watch)
 
 
 class App:
@@ -135,12 +137,13 @@ class App:
         self.identity = _identity(config)
         self.source = _directory(config)
         resolvers = pod_resolvers(config)
-        self.listeners = listen(config, resolvers)
+        self.liveness = Liveness(config.tcp.user_timeout, config.tcp.keepalive)
+        self.listeners = listen(config, self.liveness, resolvers)
         self.drain = Drain()
         self._ports = self.listeners.ports()  # asked once: a proxy that is going down has closed its listeners
         loops = LoopGuard(config, self._own(), metrics, sibling)
         balancer, settings = Balancer(trio.current_time, zone=config.pod.zone), Settings.of(config)
-        dialer = Dialer(config.mark, config.tcp.connect_timeout, config.tcp.keepalive or None, loops.dialled, loops.connections)
+        dialer = Dialer(config.mark, config.tcp.connect_timeout, self.liveness, loops.dialled, loops.connections)
         self.names = Names(config, resolvers, dialer, metrics) if resolvers is not None else None
         self.runtime = Runtime(
             config=config,
@@ -174,15 +177,18 @@ class App:
         self.inbound_pools: Pools[Address] = inbound_pools(self.runtime)
         reserved = _RESERVED + (config.dns.max_in_flight + 2 * config.dns.max_connections if config.dns is not None else 0)
         self.inbound = self._way_in(reserved)
-        self.outbound = _acceptor("outbound", outbound(self.runtime, self.outbound_pools), config.outbound.max_connections, reserved)
+        handler = outbound(self.runtime, self.outbound_pools)
+        self.outbound = _acceptor("outbound", handler, config.outbound.max_connections, reserved, self.liveness)
 
     def _way_in(self, reserved: int) -> Acceptor:
         """What serves those who come from outside of the pod: as its sidecar, or as a gateway of the cluster."""
         config = self.config
         if config.gateway.enabled:
             self.metrics.measure("gateway")
-            return _acceptor("gateway", gateway(self.runtime, self.outbound_pools), config.gateway.max_connections, reserved)
-        return _acceptor("inbound", inbound(self.runtime, self.inbound_pools), config.inbound.max_connections, reserved)
+            handler = gateway(self.runtime, self.outbound_pools)
+            return _acceptor("gateway", handler, config.gateway.max_connections, reserved, self.liveness)
+        handler = inbound(self.runtime, self.inbound_pools)
+        return _acceptor("inbound", handler, config.inbound.max_connections, reserved, self.liveness)
 
     async def run(self, beside: Beside | None = None) -> None:
         """Serve until SIGTERM or SIGINT, and through the drain that follows; `beside` is with it all the time."""
@@ -199,6 +205,7 @@ class App:
                 nursery.start_soon(self._watch_identity)
                 nursery.start_soon(self._watch_directory)
                 nursery.start_soon(self._sweep)
+                nursery.start_soon(self.liveness.run)
                 nursery.start_soon(self.ways.watch)
                 if self.names is not None:
                     nursery.start_soon(self.names.serve, self.listeners, _report)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from proxy.config import Config
 from proxy.net.accept import BindFailed, bind, bind_datagrams
 from proxy.net.address import Address
+from proxy.net.liveness import Liveness
 from proxy.resolvers import Resolvers
 
 
@@ -34,7 +35,7 @@ class Listeners:
         return frozenset(sock.getsockname()[1] for sock in (*self.outbound, *self.inbound, *self.names))
 
 
-def listen(config: Config, resolvers: Resolvers | None = None) -> Listeners:
+def listen(config: Config, liveness: Liveness, resolvers: Resolvers | None = None) -> Listeners:
     """Bind what is configured; as one of several workers (`config.workers`) together with the others. Raises StartError, and then nothing
     stays bound."""
     shared = config.workers > 1
@@ -43,6 +44,8 @@ def listen(config: Config, resolvers: Resolvers | None = None) -> Listeners:
     def every(addresses: tuple[Address, ...]) -> list[socket.socket]:
         sockets = [bind(address, shared=shared) for address in addresses if has_family(address)]
         bound.extend(sockets)
+        for sock in sockets:
+            liveness.prepare(sock)
         return sockets
 
     try:

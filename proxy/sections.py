@@ -229,6 +229,9 @@ class TcpConfig(Section, frozen=True):
     handshake_timeout: Annotated[float, seconds(0.05, 300, "how long a TLS handshake may take")] = 5.0
     idle_timeout: Annotated[float, seconds(1, _WEEK, "how long a relayed connection may be silent in both directions")] = 3600.0
     keepalive: Annotated[float, seconds(0, 2 * _HOUR, "silence after which TCP keep-alive probes begin; 0: none")] = 10.0
+    user_timeout: Annotated[
+        float, seconds(0, _HOUR, "how long a peer may acknowledge neither data nor keep-alive probes; 0: as long as the system allows")
+    ] = 30.0
 
 
 # Reverse proxies copy our tokens and programs that answer from their own state do not, so a request that returns has nearly always gone

@@ -50,6 +50,7 @@ from proxy.listeners import StartError, has_family
 from proxy.logs import configure
 from proxy.metrics import Metrics
 from proxy.net.accept import Acceptor, BindFailed, Connection, bind, bind_datagrams
+from proxy.net.liveness import Liveness
 from proxy.siblings import QUESTION, SiblingGone, Start, State, receive, send, share, start_message
 from proxy.totals import Totals, reading
 
@@ -181,6 +182,7 @@ class Supervisor:
             for address in config.admin.listen:
                 if has_family(address):
                     self._admin.append(bind(address))
+                    Liveness(config.tcp.user_timeout, config.tcp.keepalive).prepare(self._admin[-1])
         except BindFailed as error:
             for sock in self._admin:
                 sock.close()

@@ -143,11 +143,16 @@ def _ignore(_: OSError) -> None:
     pass
 
 
+def _accept(_: SocketStream) -> None:
+    pass
+
+
 class Acceptor:
     """Accepts on some listeners and runs `handler` for each connection.
 
     `handler` owns nothing: the connection is closed when it returns or raises. `on_error` hears what it raised (anything but
-    cancellation), `on_pause` each time accepting pauses because descriptors ran out; both are synchronous and must not raise.
+    cancellation), `on_pause` each time accepting pauses because descriptors ran out, `on_accept` of each connection, before `handler`
+    gets it; they are synchronous and must not raise.
     """
 
     def __init__(
@@ -157,6 +162,7 @@ class Acceptor:
         limit: int,
         on_error: Callable[[Connection, BaseException], None],
         on_pause: Callable[[OSError], None] = _ignore,
+        on_accept: Callable[[SocketStream], None] = _accept,
     ) -> None:
         if limit < 1:
             raise ValueError(f"a limit of {limit} connections would accept none")
@@ -166,6 +172,7 @@ class Acceptor:
         self._handler = handler
         self._on_error = on_error
         self._on_pause = on_pause
+        self._on_accept = on_accept
         self._room = trio.lowlevel.ParkingLot()  # accept loops that wait for a connection to end
         self._accepting = trio.CancelScope()
         self._connections = trio.CancelScope()
@@ -259,6 +266,7 @@ class Acceptor:
                 stream = SocketStream(sock)
             except ConnectionLost:
                 return  # it was gone before anyone looked at it
+            self._on_accept(stream)
             await self._guard(Connection(stream, stream.peer, stream.local, original_destination(sock, stream.local)))
         finally:
             sock.close()

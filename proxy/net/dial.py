@@ -17,7 +17,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -26,11 +26,8 @@ from trio.lowlevel import checkpoint_if_cancelled, notify_closing, wait_writable
 
 from proxy.net.address import Address
 from proxy.net.errors import ConnectFailed, ConnectionLost, ConnectReason
+from proxy.net.liveness import Liveness
 from proxy.net.streams import SocketStream
-
-# After the idle time, probes that far apart (seconds), and so many unanswered ones, make a dead peer an error: half a minute.
-_KEEPALIVE_INTERVAL = 10
-_KEEPALIVE_PROBES = 3
 
 _REASONS: dict[int, ConnectReason] = {
     errno.ECONNREFUSED: "refused",
@@ -82,13 +79,13 @@ class Watch(Protocol):
 class Dialer:
     """How this proxy opens connections.
 
-    mark: SO_MARK of every packet (needs CAP_NET_ADMIN), or None. timeout: seconds for one attempt. keepalive: seconds of
-    silence before TCP asks whether the peer is still there, or None. refuse: raises if we must not connect there (a loop).
+    mark: SO_MARK of every packet (needs CAP_NET_ADMIN), or None. timeout: seconds for one attempt. liveness: how a
+    connection finds out that its peer is gone. refuse: raises if we must not connect there (a loop).
     """
 
     mark: int | None = None
     timeout: float = 10.0
-    keepalive: float | None = None
+    liveness: Liveness = field(default_factory=Liveness)
     refuse: Callable[[Address], None] = _allow
     watch: Watch | None = None
 
@@ -102,7 +99,6 @@ class Dialer:
         connected = False
         try:
             self._mark(sock, address)
-            self._keep_alive(sock)
             there = _connect(sock, address)
             local = Address.of(sock.getsockname())  # chosen with the first packet
             forget = self._watched(local, address, depth)
@@ -110,6 +106,8 @@ class Dialer:
                 await self._finish(sock, address)
             stream = _stream(sock, address, local)
             stream.on_close = forget
+            self.liveness.prepare(sock)
+            self.liveness.watch(stream)
             connected = True
             return stream
         finally:
@@ -144,13 +142,6 @@ class Dialer:
             except PermissionError as error:
                 detail = f"marking our packets with {self.mark:#x} is not permitted (SO_MARK needs the capability CAP_NET_ADMIN)"
                 raise ConnectFailed(address, "other", detail) from error
-
-    def _keep_alive(self, sock: socket.socket) -> None:
-        if self.keepalive is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(self.keepalive)))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
 
     def _watched(self, local: Address, address: Address, depth: int) -> Callable[[], None] | None:
         """Our end of it is known from the first packet on, and said before any other task runs: it may come back to us."""

@@ -81,7 +81,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
         self._reading = self._writing = False  # the conflict detectors of the two halves
         self._closed = self._eof_sent = self._torn = False
         self._loss: ConnectionLost | None = None
-        self.on_close: Callable[[], None] | None = None  # called once; synchronous, and must not raise
+        self.on_close: Callable[[], None] | None = None  # called once, while the socket is open; must not wait or raise
         try:
             if sock.gettimeout() != 0.0:
                 sock.setblocking(False)
@@ -330,10 +330,11 @@ class SocketStream(trio.abc.HalfCloseableStream):
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            on_close, self.on_close = self.on_close, None
+            if on_close is not None:
+                on_close()
             notify_closing(self.socket)
             self.socket.close()
-            if self.on_close is not None:
-                self.on_close()
 
     def reset(self) -> None:
         if not self._closed:

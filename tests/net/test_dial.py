@@ -10,8 +10,11 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from proxy.net.dial import Dialer, _stream
+from proxy.net.liveness import Liveness
 from proxy.net.streams import Address, ConnectFailed, SocketStream
 from tests.net.conftest import LOOPBACKS, listen, no_descriptor_left
+
+TCP_USER_TIMEOUT = 18  # linux/tcp.h
 
 
 def open_descriptors() -> int:
@@ -25,11 +28,12 @@ def address_of(listener: socket.socket) -> Address:
 @pytest.mark.parametrize("host", LOOPBACKS)
 async def test_dialling_gives_a_connected_stream(host: str) -> None:
     with listen(host) as listener:
-        stream = await Dialer(keepalive=7).dial(address_of(listener))
+        stream = await Dialer(liveness=Liveness(30.5, 7)).dial(address_of(listener))
         accepted, _ = listener.accept()
     assert stream.peer == address_of(accepted)
     assert stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     assert stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 7
+    assert stream.socket.getsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT) == 30500
     stream.close()
     accepted.close()
 
