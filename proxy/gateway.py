@@ -111,7 +111,7 @@ def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
             try:
                 exchange.carried(upstream)
                 stream = await exchange.switch(established)
-                exchange.clock.rest()
+                exchange.clock.unlimit()
                 await bridge(exchange, stream, upstream)
             finally:
                 account.close()

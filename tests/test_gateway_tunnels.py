@@ -103,3 +103,20 @@ async def test_a_tunnel_that_has_been_through_too_many_proxies_is_cut(tmp_path: 
     async with clusters(tmp_path, greet) as all_:
         assert (await tunnel(all_, b", ".join([b"g" + b"A" * 16] * 63))).startswith(b"HTTP/1.1 200 ")
         assert (await tunnel(all_, b", ".join([b"g" + b"A" * 16] * 64))).startswith(b"HTTP/1.1 508 ")
+
+
+async def test_the_time_that_a_policy_gives_a_request_does_not_end_a_tunnel(tmp_path: Path) -> None:
+    async def late(stream: trio.SocketStream) -> None:
+        await trio.sleep(0.6)
+        await greet(stream)
+
+    name = b"c.default.svc.cluster.local:5432"
+    async with clusters(tmp_path, late, policy={"timeouts": {"request": "200ms"}}) as all_:
+        async with await all_.fleet.meet(all_.gateway, "west", "gateway") as stream:
+            await stream.send_all(b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (name, name))
+            heard = b""
+            while not heard.endswith(b"220 ready\r\n"):
+                piece = bytes(await stream.receive_some())
+                assert piece, heard
+                heard += piece
+        assert heard.startswith(b"HTTP/1.1 200 ")

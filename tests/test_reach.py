@@ -13,6 +13,7 @@ from trio.testing import MockClock
 from proxy.mesh.directory import Endpoint, Target
 from tests.kit.http import GET, OK, POST, Message, Peer, Script, origin, until
 from tests.kit.http2_hop import Settings2, hop2
+from tests.kit.http2_peers import Answer, Peer2, answering2, speaking
 from tests.kit.reach import BUSY, PUT, Mesh, breaking, mesh, policy, saying, silent, taking, told
 
 # Not sent...
@@ -187,6 +188,53 @@ async def test_a_request_that_takes_longer_than_its_policy_allows_is_answered_50
     assert found.status == 504
     assert b"error=http_response_timeout" in found.proxy_status
     assert b"not over within 0.1 s" in found.proxy_status
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "answer"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+         b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"),
+        (b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n"),
+    ],
+    ids=["upgrade", "connect"],
+)  # fmt: skip
+async def test_the_time_of_a_request_ends_with_its_upgrade(request_bytes: bytes, answer: bytes, mock_clock: MockClock) -> None:
+    """A WebSocket lives for hours; what follows the switch is no request any more."""
+    mock_clock.autojump_threshold = 0.06  # longer than the kernel delays anything
+
+    async def server(peer: Peer) -> None:
+        await peer.head()
+        await peer.send(answer)
+        assert await peer.exactly(5) == b"hello"
+        await trio.sleep(8)
+        await peer.send(b"bye")
+        await peer.rest()
+
+    async with mesh([server], policy("timeouts: {request: 2s}")) as (world, _):
+        client = await world.hop.connect()
+        await client.send(request_bytes)
+        assert (await client.head()).split(b" ")[1] in (b"101", b"200")
+        await trio.sleep(5)
+        await client.send(b"hello")
+        assert await client.exactly(3) == b"bye"
+        assert world.broken == 0
+
+
+async def test_the_time_of_a_connect_on_a_stream_ends_with_its_2xx(mock_clock: MockClock) -> None:
+    mock_clock.autojump_threshold = 0.06
+
+    async def respond(peer: Peer2, number: int, _: Answer) -> None:
+        peer.h2.send_headers(number, [(b":status", b"200")])
+        await peer.flush()
+        await trio.sleep(8)
+        await peer.send(number, b"late", end=True)
+
+    async with mesh([speaking(answering2(respond, early=True))], policy("timeouts: {request: 2s}"), up=b"2") as (world, _):
+        client = await world.hop.connect2()
+        number = await client.request([(b":method", b"CONNECT"), (b":authority", b"a:80")], end=False)
+        answer = await client.message(number)
+        assert (answer.body, answer.reset) == (b"late", None)
 
 
 async def test_a_head_that_takes_longer_than_the_policy_allows_is_answered_504() -> None:

@@ -300,7 +300,7 @@ class _Attempt:
             head.headers.add(b"Connection", b"Upgrade")
             head.headers.add(b"Upgrade", protocol)
         client = await exchange.switch(head)
-        exchange.clock.rest()
+        exchange.clock.unlimit()
         await self._bridge(exchange, client, tunnel)
         return True
 

@@ -261,6 +261,11 @@ class Clock:
             if limit < self.scope.deadline:
                 self.rest()
 
+    def unlimit(self) -> None:
+        """The exchange has become a tunnel (101, or 2xx to CONNECT): that has no deadline, however short the exchange's was."""
+        self.limit, self._overdue = math.inf, None
+        self.rest()
+
     def give_up(self, late: Callable[[], Exception]) -> None:
         """It is over now, because of `late()`."""
         self.late = late
@@ -283,6 +288,9 @@ class _NoClock(Clock):
         pass
 
     def limit_to(self, limit: float, overdue: Callable[[], Exception]) -> None:
+        pass
+
+    def unlimit(self) -> None:
         pass
 
     def give_up(self, late: Callable[[], Exception]) -> None:
