@@ -183,7 +183,7 @@ class HttpConfig(Section, frozen=True):
     """Limits of HTTP messages, on both sides of the proxy."""
 
     max_head_bytes: Annotated[int, octets(1024, 2**20, "start line and header fields together; above: 431")] = 64 * 1024
-    max_target_bytes: Annotated[int, octets(256, 2**16, "the request target; above: 414")] = 8 * 1024
+    max_target_bytes: Annotated[int, octets(256, 2**16, "the request target; above: 414")] = 16 * 1024
     max_headers: Annotated[int, number(8, 10_000, "header fields in one head; above: 431")] = 200
     head_timeout: Annotated[float, seconds(0.1, _HOUR, "from the first byte of a request's head to its end; above: 408")] = 10.0
     idle_timeout: Annotated[float, seconds(1, _DAY, "how long a client's connection may stay open without a request")] = 120.0

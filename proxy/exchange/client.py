@@ -27,25 +27,16 @@ from typing import Generic, Protocol, TypeVar
 import trio
 
 from proxy.errors import UpstreamClosed, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
+from proxy.exchange import max_forwards
 from proxy.exchange.begun import Begun, Loan
 from proxy.exchange.carriers import Carrier, Unanswered
 from proxy.exchange.exchange import Exchange
+from proxy.exchange.onward import forwarded_request, offered
 from proxy.net.errors import ConnectionLost
 from proxy.net.streams import Stream
-from proxy.wire.bodies import Length
+from proxy.wire.bodies import Framing, Length
 from proxy.wire.frames2 import Code
-from proxy.wire.messages import (
-    CALLER,
-    END,
-    EndOfMessage,
-    Headers,
-    RequestHead,
-    absolute_authority,
-    origin_form,
-    strip_hop_by_hop,
-    upgrade_offer,
-    wants_trailers,
-)
+from proxy.wire.messages import END, EndOfMessage, strip_hop_by_hop, upgrade_offer
 
 K = TypeVar("K", bound=Hashable)
 K_contra = TypeVar("K_contra", bound=Hashable, contravariant=True)
@@ -98,6 +89,9 @@ class Client(Generic[K]):
         """Carry `exchange` to `endpoint` and back; one that the fast road has begun goes on where it stands. Raises what dialling raises,
         the Upstream* errors, and Declined."""
         begun, exchange.begun = exchange.begun, None
+        if max_forwards.left(exchange.request) == 0:
+            await max_forwards.answer(exchange)
+            return
         bodiless = exchange.body.length == 0
         try:
             if begun is not None and begun.loan is not None:
@@ -184,6 +178,8 @@ class _Attempt:
         exchange, carrier = self._exchange, self._carrier
         await trio.lowlevel.checkpoint_if_cancelled()  # a client that has gone is no failure, whatever it has left unsaid
         if begun.failure is not None:
+            if begun.to_client and isinstance(begun.failure, UpstreamClosed):  # which the client is told behind what came before it
+                await exchange.go_on(begun.to_client, _Failed(begun.failure))
             raise begun.failure
         self._to_client = begun.to_client
         if not begun.asked:
@@ -279,6 +275,8 @@ class _Attempt:
             head = await carrier.head()
             protocol = upgrade_offer(head.headers) if head.status == 101 else None
             strip_hop_by_hop(head.headers)
+            if head.status < 200:
+                head.headers.remove(b"content-length")  # RFC 9110 §8.6: no body follows, whatever it says
             if not head.informational:
                 break
             exchange.informed = True
@@ -320,6 +318,22 @@ class _Attempt:
         return UpstreamTimeout(f"the server did not answer within {self._settings.response_timeout} s")
 
 
+class _Failed:
+    """The rest of a response's body that cannot be read, because of `error`. An exchange.Body."""
+
+    __slots__ = ("_error", "length")
+
+    def __init__(self, error: UpstreamClosed) -> None:
+        self._error = error
+        self.length: Length = Framing.CHUNKED  # no other one can be broken by what it says
+
+    def receive_nowait(self) -> bytes | EndOfMessage | None:
+        raise self._error
+
+    async def receive(self) -> bytes | EndOfMessage:
+        raise self._error
+
+
 class _ResponseBody:
     """The response's body as an exchange.Body, with the exchange's clock."""
 
@@ -344,46 +358,3 @@ class _ResponseBody:
 
     def _stops(self) -> Exception:
         return UpstreamTimeout(f"the response paused for {self._patience} s")
-
-
-def offered(request: RequestHead) -> bytes | None:
-    """The protocols that the client would rather speak. HTTP/1.0 knows no 101 (RFC 9110 §7.8)."""
-    return None if request.version == b"1.0" else upgrade_offer(request.headers)
-
-
-def forwarded_request(exchange: Exchange) -> RequestHead:
-    """The head as it goes to the next hop: without what belonged to the last one (RFC 9110 §7.6), with what it offers to the next, and
-    with what the flow says of it: another authority, and who sent it. Where the client went is the authority of one that names none."""
-    request = exchange.request
-    canonical = request.version != b"2" and request.headers.clean and request.target.startswith(b"/")
-    if canonical and exchange.authority is None and exchange.caller is None:
-        return request  # it goes on as it is
-    if request.headers.block is not None and exchange.authority is None:
-        headers = request.headers.onward()  # there is nothing among its lines that would have to be weighed
-        if exchange.caller is not None:
-            headers.append(CALLER, exchange.caller)
-        return RequestHead(request.method, request.target, headers)
-    headers, target = Headers(request.headers.items), request.target
-    offer, trailers = offered(request), wants_trailers(headers)
-    strip_hop_by_hop(headers)
-    if exchange.authority is not None:
-        target = origin_form(request)
-        headers.replace(b"Host", exchange.authority)
-    elif request.target[:1] not in (b"/", b"*") and request.method != b"CONNECT":
-        # RFC 9112 §3.2.2: the absolute-form's authority is the one that counts, whatever Host said.
-        headers.replace(b"Host", absolute_authority(request.target) or b"")
-    elif request.version != b"1.1" and b"host" not in headers:
-        # HTTP/1.0 and HTTP/2 may do without; HTTP/1.1 may not (RFC 9112 §3.2).
-        headers.items.insert(0, (b"Host", request.authority or str(exchange.facts.destination).encode("ascii")))
-    if exchange.caller is not None:
-        headers.add(CALLER, exchange.caller)
-    options = []
-    if trailers:
-        headers.add(b"TE", b"trailers")
-        options.append(b"TE")
-    if offer is not None:
-        headers.add(b"Upgrade", offer)
-        options.append(b"Upgrade")
-    if options:
-        headers.add(b"Connection", b", ".join(options))
-    return RequestHead(request.method, target, headers, request.version, request.protocol)

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 import trio
 
-from proxy.errors import ClientGone, RequestTimeout
+from proxy.errors import ClientGone, IsthmusError, RequestTimeout
 from proxy.exchange.begun import Carry
 from proxy.exchange.exchange import Body, Exchange, Facts, Handler
+from proxy.exchange.request_body import RequestBody
 from proxy.exchange.resumed import READ_SIZE, Resumed
 from proxy.net.errors import NetError
 from proxy.net.linger import linger
@@ -89,57 +90,6 @@ def _client_went() -> Exception:
     return ClientGone("the client closed its connection before it was answered")
 
 
-class _RequestBody:
-    """The body of the request being read."""
-
-    __slots__ = ("_connection", "_received", "_settings", "_stream", "_waited")
-
-    def __init__(self, connection: Http1Connection, stream: Stream, settings: ServerSettings) -> None:
-        self._connection = connection
-        self._stream = stream
-        self._settings = settings
-        self._received = 0
-        self._waited = 0.0  # seconds, for the client: what the server takes is not the client's slowness
-
-    @property
-    def length(self) -> Length:
-        return self._connection.body_length
-
-    def receive_nowait(self) -> bytes | EndOfMessage | None:
-        try:
-            event = self._connection.next_body()
-        except ProtocolError:
-            self._connection.keep_alive = False
-            raise
-        if isinstance(event, Signal):
-            return None
-        if isinstance(event, bytes):
-            self._received += len(event)
-        return event
-
-    async def receive(self) -> bytes | EndOfMessage:
-        while (event := self.receive_nowait()) is None:
-            started = trio.current_time()
-            with trio.move_on_after(self._patience()) as scope:
-                try:
-                    self._connection.receive_data(await self._stream.receive_some(READ_SIZE))
-                except NetError as error:
-                    raise ClientGone(f"the client's connection broke within its request's body: {error}") from error
-            if scope.cancelled_caught:
-                self._connection.keep_alive = False
-                raise RequestTimeout(f"the request's body stopped after {self._received} bytes")
-            self._waited += trio.current_time() - started
-        return event
-
-    def _patience(self) -> float:
-        """Seconds that may pass until the next piece."""
-        patience = self._settings.body_timeout
-        if self._settings.body_min_rate > 0:
-            allowed = patience + self._received / self._settings.body_min_rate
-            patience = min(patience, max(0.0, allowed - self._waited))
-        return patience
-
-
 class Http1Exchange(Exchange):
     """One request on an HTTP/1 connection, and its response there."""
 
@@ -168,9 +118,10 @@ class Http1Exchange(Exchange):
             await self._server.send(self._server.connection.send_response(head, 0))
 
     async def respond(self, head: ResponseHead, body: Body) -> None:
-        server = self._server
-        length = self.answer(head, body.length)
-        await self._stream([server.connection.send_response(head, length)], body, length)
+        length = body.length
+        piece = body.receive_nowait()  # which may raise, while another response can still be given
+        length = self.answer(head, length)
+        await self._stream([self._server.connection.send_response(head, length)], body, length, piece)
 
     def answer(self, head: ResponseHead, length: Length) -> Length:
         """Make `head` the response's, with the fields that belong to this hop; how a body of `length` is delimited on it."""
@@ -188,11 +139,17 @@ class Http1Exchange(Exchange):
     async def go_on(self, unsent: bytes, body: Body) -> None:
         await self._stream([unsent], body, body.length)
 
-    async def _stream(self, out: list[bytes], body: Body, length: Length) -> None:
+    async def _stream(self, out: list[bytes], body: Body, length: Length, piece: bytes | EndOfMessage | None = None) -> None:
+        """Send `out`, `piece`, and the rest of `body`. What came in front of a fault of its source is sent before that is raised."""
         server = self._server
         gathered = 0
         while True:
-            piece = body.receive_nowait()
+            if piece is None:
+                try:
+                    piece = body.receive_nowait()
+                except IsthmusError:
+                    await self._flush(out)
+                    raise
             if piece is None or gathered >= _GATHER:
                 await self._flush(out)
                 gathered = 0
@@ -205,6 +162,7 @@ class Http1Exchange(Exchange):
                 self.response_bytes += len(piece)
                 gathered += len(piece)
                 out.append(server.connection.send_data(piece))
+            piece = None
         await self._flush(out)
 
     async def _flush(self, out: list[bytes]) -> None:
@@ -243,7 +201,7 @@ class Http1Exchange(Exchange):
     def _body_unlikely(self) -> bool:
         """The client waits to be told to send its body, and now will not be: nobody could tell a late body from a next request
         (RFC 9110 §10.1.1)."""
-        if self._server.connection.reading is not At.BODY or self._continued:
+        if self._server.connection.reading is not At.BODY or self._continued or self.request.version == b"1.0":
             return False
         return b"100-continue" in self.request.headers.tokens(b"expect") and not self.request_bytes
 
@@ -333,7 +291,7 @@ class Http1Server:
         if head is None:
             return None
         self.facts.declined_requests = self.connection.declined
-        return Http1Exchange(self, head, _RequestBody(self.connection, self.stream, self.settings))
+        return Http1Exchange(self, head, RequestBody(self.connection, self.stream, self.settings))
 
     async def _next_request(self) -> RequestHead | None:
         connection, scope = self.connection, self._scope
@@ -362,12 +320,12 @@ class Http1Server:
         connection = self.connection
         connection.keep_alive = False
         connection.reading = At.DONE
-        await handler(Http1Exchange(self, _NOTHING_READ, _RequestBody(connection, self.stream, self.settings), error))
+        await handler(Http1Exchange(self, _NOTHING_READ, RequestBody(connection, self.stream, self.settings), error))
         await self._linger()
 
     async def _finish_reading(self) -> None:
         """Read a short rest of the request, so that the connection can be kept. Where it is long, or late, the connection ends."""
-        body = _RequestBody(self.connection, self.stream, self.settings)
+        body = RequestBody(self.connection, self.stream, self.settings)
         length = body.length
         if isinstance(length, int) and length > _DRAIN_BYTES:
             return

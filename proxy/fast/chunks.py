@@ -9,20 +9,21 @@ from proxy.wire.messages import EndOfMessage, Limits, ProtocolError
 class Chunks:
     """`ended`: all of it has passed. `left`: what has been read and is not a whole line of the framing yet, or lies behind the end.
 
-    Of the last read: `out`, what the client gets for it, and `size`, how many bytes of the body it brought."""
+    Of the last read: `out`, what the client gets for it, and `size`, how many bytes of the body it brought. `error` ends the response."""
 
-    __slots__ = ("_writer", "ended", "left", "out", "reader", "size")
+    __slots__ = ("_writer", "ended", "error", "left", "out", "reader", "size")
 
     def __init__(self, limits: Limits) -> None:
         self.reader = ChunkedReader(limits.head, limits.fields)
         self.left = self.out = b""
         self.size = 0
         self.ended = False
+        self.error: ProtocolError | None = None
         self._writer = ChunkedWriter()
 
-    def pass_on(self, data: bytes) -> ProtocolError | None:
-        """Go on with `data`. What is returned ends the response: then there is no `out`, as nothing that was read with a fault is sent."""
-        buffer, at, self.size, self.out = self.left + data if self.left else data, 0, 0, b""
+    def pass_on(self, data: bytes) -> None:
+        """Go on with `data`. Where it has an error, `out` is what came in front of that."""
+        buffer, at, self.size = self.left + data if self.left else data, 0, 0
         pieces: list[bytes] = []
         try:
             while True:
@@ -32,10 +33,10 @@ class Chunks:
                 self.size += len(event)
                 pieces.append(self._writer.data(event))
         except ProtocolError as error:
-            return error
+            self.out, self.error = b"".join(pieces), error
+            return
         if isinstance(event, EndOfMessage):
             self.ended = True
             pieces.append(self._writer.end(event.trailers))
         self.left = buffer[at:]
         self.out = b"".join(pieces)
-        return None

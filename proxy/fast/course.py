@@ -9,10 +9,10 @@ from math import inf
 from typing import Any, Protocol
 
 from proxy.exchange.carriers import Http1Carrier, Http2Carrier
-from proxy.exchange.client import forwarded_request
 from proxy.exchange.exchange import Exchange
 from proxy.exchange.mux import Mux
 from proxy.exchange.mux_stream import MuxStream
+from proxy.exchange.onward import forwarded_request
 from proxy.exchange.pool import Pool, Upstream
 from proxy.wire.fields2 import onward_pairs
 from proxy.wire.messages import RequestHead, ResponseHead

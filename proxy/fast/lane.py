@@ -23,16 +23,16 @@ from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, w
 from proxy.errors import ClientGone
 from proxy.exchange.begun import Begun
 from proxy.exchange.carriers import unreadable
-from proxy.exchange.client import forwarded_request
 from proxy.exchange.exchange import Whole
+from proxy.exchange.onward import forwarded_request
 from proxy.exchange.server import Http1Exchange, Http1Server
 from proxy.fast.chunks import Chunks
 from proxy.fast.course import Borrowed, Course
+from proxy.fast.handover import begun
 from proxy.fast.punts import Punts
 from proxy.fast.side import IN, OUT, Side, side_of
 from proxy.net.errors import NetError
 from proxy.net.prompt import Prompt
-from proxy.wire.bodies import Framing, Length
 from proxy.wire.heads import encode_request, encode_response, recognise_request, recognise_response
 from proxy.wire.http1 import At
 from proxy.wire.messages import ResponseHead, strip_hop_by_hop
@@ -154,19 +154,12 @@ class Lane:
             raise RuntimeError("there is no exchange to hand over")
         self._road.hands_over()
         self.punts.punt()
-        method, answered = exchange.request.method, exchange.response is not None
-        to_server, to_client = endpoint.unsent, self._client.unsent
-        connection, http, chunks = self._server.connection, loan.upstream.http, self._chunks
-        # The end of the last chunk is written once: where the server has ended, it has been sent, or is in `unsent`.
-        to_write: Length = Framing.CHUNKED if chunks is not None and not chunks.ended else self._remaining
-        connection.take_over(method, (At.DONE, 0), (At.BODY, to_write) if answered else (At.HEAD, 0))
+        connection = self._server.connection
+        exchange.begun = begun(connection, exchange, loan, self._chunks or self._remaining, (endpoint.unsent, self._client.unsent, data))
+        exchange.begun.failure = failure
         connection.receive_data_if(self._rest)
-        to_read = chunks.reader if chunks is not None else self._remaining
-        http.take_over(method, (At.BODY if answered else At.HEAD, to_read), (At.BODY, len(to_server)) if to_server else (At.DONE, 0))
-        http.receive_data_if(chunks.left + data if chunks is not None else data)
         exchange.account = ExitStack()
         exchange.account.push(account)  # it is open already
-        exchange.begun = Begun(loan, exchange.started, to_server=to_server, to_client=to_client, failure=failure)
         self._wake(exchange)
         self._forget_exchange()
 
@@ -310,15 +303,22 @@ class Lane:
             self.hand_over(data)
             return
         head, length = found
-        strip_hop_by_hop(head.headers)
+        chunks = None
         bodiless = head.status in (204, 304) or exchange.request.method == b"HEAD"
         if bodiless:
             length = 0
+        if not isinstance(length, int):
+            chunks = Chunks(self._server.settings.limits)
+            chunks.pass_on(data[end:])
+            if chunks.error is not None and not chunks.size:
+                self.hand_over(data)  # the client has seen nothing of it: another response can still be given
+                return
+        strip_hop_by_hop(head.headers)
         if bodiless or not isinstance(length, int) or not self._server.connection.keep_alive:
             exchange.answer(head, length)
         else:
             exchange.answer_as_is(head)
-        self._chunks = None if isinstance(length, int) else Chunks(self._server.settings.limits)
+        self._chunks = chunks
         self._remaining = length if isinstance(length, int) else 1
         self._pass_on(exchange, encode_response(head), data[end:])
 
@@ -329,12 +329,14 @@ class Lane:
         """ANSWERED: `body` has been read from the server."""
         chunks = self._chunks
         if chunks is not None:
-            error = chunks.pass_on(body)
+            if not head:  # behind which it has been read already
+                chunks.pass_on(body)
             exchange.response_bytes += chunks.size
-            if error is not None:
-                self.hand_over(failure=unreadable(error))
-                return
             body, self._spare = chunks.out, chunks.ended and bool(chunks.left)
+            if chunks.error is not None:
+                self._client.unsent = head + body
+                self.hand_over(failure=unreadable(chunks.error))
+                return
             self._remaining = 0 if chunks.ended else 1
             if not (head or body):
                 return  # a part of a line

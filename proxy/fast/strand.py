@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from proxy.exchange import max_forwards
 from proxy.exchange.begun import Begun
 from proxy.exchange.mux_stream import MuxStream
 from proxy.exchange.server2 import Http2Exchange, Http2Server, body_length
@@ -36,7 +37,7 @@ _UNOPENED = nullcontext()
 def begin(road: Road, course: Course, server: Http2Server, exchange: Http2Exchange) -> bool:
     """See exchange.begun.Fork."""
     request = exchange.request
-    if request.method == b"CONNECT":
+    if request.method == b"CONNECT" or max_forwards.left(request) is not None:
         return False
     now = trio.current_time()
     limit = _limit(exchange, now)

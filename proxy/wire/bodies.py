@@ -14,7 +14,8 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 
-from proxy.wire.messages import CALLER_FIELDS, END, EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead, Signal
+from proxy.wire.grammar import FIELD_VALUE, TOKEN
+from proxy.wire.messages import END, EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead, Signal, may_trail
 
 Read = tuple[bytes | EndOfMessage | Signal, int]
 
@@ -23,11 +24,7 @@ _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[ \t!-~\x80-\xff]*)?")
 _CHUNK_LINE_SO_FAR = re.compile(rb"[0-9A-Fa-f]{1,16}[ \t]*(?:;[ \t!-~\x80-\xff]*)?\r?")
 # A size, a few extensions; nginx and HAProxy hold a chunk's line to similar bounds.
 _CHUNK_LINE_LIMIT = 1024
-_TRAILER = re.compile(rb"([-!#$%&'*+.^_`|~0-9A-Za-z]+):[ \t]*((?:[!-~\x80-\xff](?:[ \t!-~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*")
-# Fields that frame, route or authenticate a message have no business behind it (RFC 9110 §6.5.1).
-_NO_TRAILER = CALLER_FIELDS | {
-    b"content-length", b"transfer-encoding", b"host", b"trailer", b"authorization", b"connection", b"te", b"upgrade",
-}  # fmt: skip
+_TRAILER = re.compile(rb"(" + TOKEN + rb"):[ \t]*(" + FIELD_VALUE + rb")[ \t]*")
 
 
 class Framing(Enum):
@@ -175,7 +172,7 @@ class ChunkedReader:
         match = _TRAILER.fullmatch(line)
         if match is None:
             raise ProtocolError("a malformed trailer field")
-        if match[1].lower() not in _NO_TRAILER:
+        if may_trail(match[1].lower()):
             self.trailers.add(match[1], match[2])
 
 

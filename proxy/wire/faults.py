@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import re
 
+from proxy.wire.grammar import CONTROL, TOKEN
 from proxy.wire.messages import Field, Headers
 
-TOKEN = rb"[-!#$%&'*+.^_`|~0-9A-Za-z]++"
 _TOKEN = re.compile(TOKEN)
 _VERSION = re.compile(rb"HTTP/[0-9]\.[0-9]")
 _VISIBLE = re.compile(rb"[!-~]+")
 _STATUS = re.compile(rb"[1-9][0-9]{2}")
-# RFC 9110 §5.5, as h11 reads it: NUL and the other white space of ASCII are what no value may have.
-_VALUE = re.compile(rb"[^\x00\n\x0b\x0c\r]*")
-_REASON = _VALUE
+_CONTROL = re.compile(CONTROL)
 
 # A field's name is quoted up to here.
 _QUOTED = 40
+
+FRAGMENT = "the target in the request line has a fragment (#), which stays with the client"
 
 
 def first_line(line: bytes, *, request: bool) -> str | None:
@@ -40,6 +40,8 @@ def _request_line(line: bytes) -> str | None:
         return "the method in the request line is missing, or has characters that no method may have"
     if not _VISIBLE.fullmatch(target):
         return "the target in the request line is missing, or has characters that have to be percent-encoded"
+    if b"#" in target:
+        return FRAGMENT
     if not _VERSION.fullmatch(version):
         return "the request line does not end with HTTP/ and a version of one digit, a point, one digit"
     return None
@@ -52,7 +54,7 @@ def _status_line(line: bytes) -> str | None:
         return "the status line does not begin with HTTP/ and a version of one digit, a point, one digit"
     if not _STATUS.fullmatch(status):
         return "the status is not a number from 100 to 999"
-    if not _REASON.fullmatch(reason):
+    if _CONTROL.search(reason):
         return "the reason in the status line has control characters"
     return None
 
@@ -60,13 +62,14 @@ def _status_line(line: bytes) -> str | None:
 def field_line(number: int, line: bytes) -> str | None:
     """What is wrong with the field line (RFC 9112 §5) that is line `number` of its head; None: nothing."""
     name, colon, value = line.partition(b":")
+    name = name.rstrip(b" \t")  # white space before the colon is another fault, and in a response none (strict.py)
     if not colon:
         return f"line {number} of the head is no field: it has no colon"
     if not name:
         return f"line {number} of the head is a field without a name"
     if not _TOKEN.fullmatch(name):
         return f"the name of the field in line {number} of the head has characters that no name may have"
-    if not _VALUE.fullmatch(value):
+    if _CONTROL.search(value):
         return f"the value of the field {name[:_QUOTED].decode('ascii')}, in line {number} of the head, has control characters"
     return None
 
@@ -78,6 +81,11 @@ def lines(complete: bytes, *, request: bool) -> str | None:
     for number, line in enumerate(others, 2):
         words = words or field_line(number, line)
     return words
+
+
+def control(head: bytes) -> str | None:
+    """In which line of a complete head a control character stands."""
+    return lines(head.removesuffix(b"\r\n"), request=not head.startswith(b"HTTP/"))
 
 
 def hosts(headers: Headers, version: bytes) -> str | None:

@@ -12,7 +12,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from proxy.wire.messages import AUTHORITY, CALLER, CALLER_FIELDS, HOP_BY_HOP, Headers, ProtocolError, RequestHead, ResponseHead
+from proxy.wire.grammar import FIELD_VALUE, TARGET_CHAR
+from proxy.wire.messages import (
+    AUTHORITY,
+    CALLER,
+    HOP_BY_HOP,
+    Headers,
+    ProtocolError,
+    RequestHead,
+    ResponseHead,
+    may_trail,
+    origin_form,
+)
 
 Pair = tuple[bytes, bytes]
 
@@ -33,10 +44,10 @@ class Secret(tuple[bytes, bytes]):
     __slots__ = ()
 
 
-# RFC 9113 §8.2.1: lower-case tokens; values without NUL, CR and LF, and without white space at their ends.
+# RFC 9113 §8.2.1: lower-case tokens.
 _NAME = re.compile(rb"[-!#$%&'*+.^_`|~0-9a-z]+")
-_VALUE = re.compile(rb"(?:[!-~\x80-\xff](?:[ -~\t\x80-\xff]*[!-~\x80-\xff])?)?")
-_PATH = re.compile(rb"/[!-~]*")
+_VALUE = re.compile(FIELD_VALUE)
+_PATH = re.compile(rb"/" + TARGET_CHAR + rb"*")
 _METHOD = re.compile(rb"[-!#$%&'*+.^_`|~0-9A-Za-z]{1,64}")
 _AUTHORITY = re.compile(rb"(?!:|\Z)" + AUTHORITY)
 _STATUS = re.compile(rb"[1-5][0-9][0-9]")
@@ -121,8 +132,14 @@ def _response_head(pairs: Iterable[Pair]) -> ResponseHead:
 
 
 def trailers(pairs: Iterable[Pair]) -> Headers:
-    """A trailer section: no pseudo-field may stand in it (§8.1). What only proxies may say does not stand there either."""
-    return _split((pair for pair in pairs if pair[0] not in CALLER_FIELDS), frozenset())[1]
+    """A trailer section: no pseudo-field may stand in it (§8.1). Fields that have no business there are dropped, as in HTTP/1."""
+    kept = []
+    for pair in pairs:
+        if may_trail(pair[0]) or pair[0] in _CONNECTION_FIELDS:
+            kept.append(pair)
+        elif not _VALUE.fullmatch(pair[1]):
+            raise ProtocolError("a field value with bytes that are not allowed in one")
+    return _split(kept, frozenset())[1]
 
 
 def _split(pairs: Iterable[Pair], allowed: frozenset[bytes]) -> tuple[dict[bytes, bytes], Headers]:
@@ -157,6 +174,14 @@ def _look_again(headers: Headers, noted: list[Pair]) -> None:
     lengths = [value for name, value in noted if name == b"content-length"]
     if len(lengths) > 1 or (lengths and not (lengths[0].isdigit() and len(lengths[0]) < 19)):
         raise ProtocolError("a Content-Length that is repeated, or not a number")
+    if lengths and lengths[0][:1] == b"0" != lengths[0]:  # as in HTTP/1: Headers.write_length
+        headers.items = [_shortened(pair) if pair[0] == b"content-length" else pair for pair in headers.items]
+
+
+def _shortened(pair: Pair) -> Pair:
+    """A Content-Length without leading zeros."""
+    short = (pair[0], b"%d" % int(pair[1]))
+    return Secret(short) if isinstance(pair, Secret) else short
 
 
 def _join(headers: Headers, cookies: list[Pair]) -> None:
@@ -175,8 +200,7 @@ def request_pairs(head: RequestHead) -> list[Pair]:
     if head.method == b"CONNECT" and head.protocol is None:
         pseudo = [(b":method", b"CONNECT"), (b":authority", head.target)]
     else:
-        path = head.target if head.target[:1] in (b"/", b"*") else _origin_form(head.target)
-        pseudo = [(b":method", head.method), (b":scheme", b"http"), (b":path", path)]
+        pseudo = [(b":method", head.method), _SCHEME, (b":path", origin_form(head))]
         if authority:
             pseudo.insert(2, (b":authority", authority))
         if head.protocol is not None:
@@ -202,14 +226,6 @@ def onward_pairs(head: RequestHead, caller: bytes | None) -> list[Pair] | None:
     if trailers:
         pairs.append(_TE)
     return pairs
-
-
-def _origin_form(target: bytes) -> bytes:
-    """The path and query of an absolute-form target."""
-    rest = target.partition(b"://")[2]
-    start = min((at for at in (rest.find(b"/"), rest.find(b"?")) if at >= 0), default=len(rest))
-    path = rest[start:]
-    return path if path.startswith(b"/") else b"/" + path
 
 
 def response_pairs(head: ResponseHead) -> list[Pair]:

@@ -169,6 +169,13 @@ class Headers:
     def copy(self) -> Headers:
         return Headers(self.items)
 
+    def write_length(self) -> None:
+        """Write a Content-Length that is a number without its leading zeros. The grammar allows them (1*DIGIT, RFC 9110 §8.6), and some
+        readers take such a number for an octal one."""
+        for index, (name, value) in enumerate(self.items):
+            if value[:1] == b"0" != value and name.lower() == b"content-length":
+                self.items[index] = (name, b"%d" % int(value))
+
 
 def _others(items: list[Field], names: Container[bytes]) -> list[Field]:
     """The fields of all other names: the same objects, since one may be more than its parts (fields2.Secret), which a compiled loop does
@@ -262,8 +269,8 @@ def origin_form(request: RequestHead) -> bytes:
     if target[:1] in (b"/", b"*"):
         return target
     rest = target.partition(b"//")[2]
-    begins = min((at for mark in (b"/", b"?", b"#") if (at := rest.find(mark)) >= 0), default=len(rest))
-    path = rest[begins:].partition(b"#")[0]
+    begins = min((at for mark in (b"/", b"?") if (at := rest.find(mark)) >= 0), default=len(rest))
+    path = rest[begins:]
     if not path:
         return b"*" if request.method == b"OPTIONS" else b"/"
     return path if path.startswith(b"/") else b"/" + path
@@ -290,21 +297,44 @@ OVERRIDES = frozenset(
 # What ends at each hop.
 HOP_BY_HOP = _CONNECTION_FIELDS | CALLER_FIELDS | OVERRIDES
 
+# The names of all our fields begin with this.
+OWN = b"isthmus-"
+
 # A Connection option may name any field, but dropping one of these would change what the message means, to whom it goes, or what the
-# proxies before us have said about it.
+# proxies before us have said about it. None of ours is dropped for it either: a client could take the loop guard's tokens off so.
 NEVER_NOMINATED = frozenset(
     {b"host", b"content-length", b"content-type", b"content-encoding", b"content-range", b"range", b"location", b"authorization"}
-    | {b"cookie", b"set-cookie", b"date", b"cache-control", b"forwarded", b"via", b"x-forwarded-for", b"traceparent", b"tracestate"}
+    | {b"cookie", b"set-cookie", b"date", b"cache-control", b"max-forwards", b"forwarded", b"via", b"x-real-ip"}
+    | {b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-forwarded-port"}
+    | {b"traceparent", b"tracestate", b"grpc-trace-bin", b"b3", b"uber-trace-id", b"grpc-timeout"}
+    | {b"x-b3-traceid", b"x-b3-spanid", b"x-b3-parentspanid", b"x-b3-sampled", b"x-b3-flags"}
 )
+
+# What has no business behind a body (RFC 9110 §6.5.1, and the list of RFC 7230 §4.1.2): a recipient that adds trailers to the other
+# fields would frame, route, authorise or read the message anew. They are dropped, as a recipient may ignore them.
+_NO_TRAILERS = (
+    _CONNECTION_FIELDS
+    | CALLER_FIELDS
+    | {b"content-length", b"trailer", b"host", b"via", b"forwarded", b"proxy-status", b"proxy-authenticate", b"proxy-authorization"}
+    | {b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-forwarded-port", b"x-real-ip"}
+    | {b"authorization", b"www-authenticate", b"authentication-info", b"proxy-authentication-info", b"cookie", b"set-cookie"}
+    | {b"cache-control", b"expect", b"max-forwards", b"pragma", b"range", b"age", b"date", b"expires", b"location", b"retry-after"}
+    | {b"vary", b"warning", b"if-match", b"if-none-match", b"if-modified-since", b"if-unmodified-since", b"if-range"}
+    | {b"content-encoding", b"content-type", b"content-range"}
+)
+
+
+def may_trail(name: bytes) -> bool:
+    """Whether a field of this name (in lower case) may be passed on in a trailer section."""
+    return name not in _NO_TRAILERS and not name.startswith(OWN)
 
 
 def strip_hop_by_hop(headers: Headers) -> None:
     """Remove in place what ends at this hop: the fixed list, and what Connection names (RFC 9110 §7.6.1)."""
     if headers.clean or headers.strip_block():
         return
-    nominated = headers.tokens(b"connection")
-    drop = HOP_BY_HOP.union(nominated) - NEVER_NOMINATED if nominated else HOP_BY_HOP
-    headers.items = _others(headers.items, drop)
+    named = [name for name in headers.tokens(b"connection") if name not in NEVER_NOMINATED and not name.startswith(OWN)]
+    headers.items = _others(headers.items, HOP_BY_HOP.union(named) if named else HOP_BY_HOP)
 
 
 def wants_trailers(headers: Headers) -> bool:

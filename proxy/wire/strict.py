@@ -13,23 +13,27 @@ from typing import NoReturn
 import h11
 
 from proxy.wire import faults
-from proxy.wire.faults import TOKEN
+from proxy.wire.grammar import CONTROL, TARGET_CHAR, TOKEN
 from proxy.wire.messages import AUTHORITY, HOST, Headers, Limits, ProtocolError, RequestHead, ResponseHead
 
-# Line ends that are not CRLF (RFC 9112 §2.2), folded lines (§5.2), and NUL, each of which readers are known to treat in different ways.
-_AMBIGUOUS = re.compile(rb"(?P<lf>(?<!\r)\n)|(?P<cr>\r(?!\n))|(?P<fold>\r\n[ \t])|(?P<nul>\x00)")
+# Line ends that are not CRLF (RFC 9112 §2.2), folded lines (§5.2), and NUL, each of which readers are known to treat in different ways;
+# and the other control characters, which h11 lets through, and an HTTP/2 peer does not.
+_AMBIGUOUS = re.compile(
+    rb"(?P<lf>(?<!\r)\n)|(?P<cr>\r(?!\n))|(?P<fold>\r\n[ \t])|(?P<nul>\x00)|(?P<control>(?![\r\n])" + CONTROL + rb")"
+)
 _REASONS = {
     "lf": "a line in the head ends with a bare LF",
     "cr": "a bare CR in the head",
     "fold": "a folded field line (obs-fold)",
     "nul": "a NUL in the head",
+    "control": "a control character in the head",
 }
 _BLANK_BEFORE_COLON = re.compile(rb"\r\n[^\r\n:]*[ \t]:")
+_BLANKS_BEHIND_NAME = re.compile(rb"(\r\n[^\r\n: \t]+)[ \t]+:")
 
 # The lines of a head as far as they are complete: all that h11 could still accept, and a little more.
-_FIELD_LINES = rb"\r\n(?:" + TOKEN + rb":[^\r\n]*+\r\n)*+"
-_REQUEST_SO_FAR = re.compile(TOKEN + rb" [!-~]++ HTTP/[0-9]\.[0-9]" + _FIELD_LINES)
-_RESPONSE_SO_FAR = re.compile(rb"HTTP/[0-9]\.[0-9] [0-9]{3}(?: [^\r\n]*+)?" + _FIELD_LINES)
+_REQUEST_SO_FAR = re.compile(TOKEN + rb" " + TARGET_CHAR + rb"++ HTTP/[0-9]\.[0-9]\r\n(?:" + TOKEN + rb":[^\r\n]*+\r\n)*+")
+_RESPONSE_SO_FAR = re.compile(rb"HTTP/[0-9]\.[0-9] [0-9]{3}(?: [^\r\n]*+)?\r\n(?:" + TOKEN + rb"[ \t]*+:[^\r\n]*+\r\n)*+")
 
 _HOST = re.compile(AUTHORITY)
 # transfer-coding (RFC 9112 §7), its parameters included.
@@ -45,16 +49,21 @@ def check_bytes(head: bytes, start: int = 0, *, complete: bool) -> None:
     on its way."""
     found = _AMBIGUOUS.search(head, start)
     if found is not None and (complete or found.lastgroup != "cr" or found.end() < len(head)):
-        raise ProtocolError(_REASONS[found.lastgroup or "nul"])
-    if complete and _BLANK_BEFORE_COLON.search(head):
+        where = faults.control(head) if complete and found.lastgroup == "control" else None
+        raise ProtocolError(where or _REASONS[found.lastgroup or "nul"])
+
+
+def _check_blanks(lines: bytes) -> None:
+    """A request with white space before a colon is refused, for readers differ on what the field's name is (RFC 9112 §5.1)."""
+    if _BLANK_BEFORE_COLON.search(lines):
         raise ProtocolError("white space before the colon of a field line")
 
 
 def check_lines(lines: bytes, *, request: bool) -> None:
     """Raise ProtocolError for the complete lines that an incomplete head begins with, where no further line could make it good: who
     waits for the answer may never send one."""
-    if _BLANK_BEFORE_COLON.search(lines):
-        raise ProtocolError("white space before the colon of a field line")
+    if request:
+        _check_blanks(lines)
     if not (_REQUEST_SO_FAR if request else _RESPONSE_SO_FAR).fullmatch(lines):
         raise ProtocolError(faults.lines(lines, request=request) or "the head has a line that cannot be read")
 
@@ -137,6 +146,7 @@ def _checked(event: h11.Request | h11.Response | h11.InformationalResponse, head
     headers = Headers(event.headers.raw_items())
     _check_lengths(head)
     check_framing(headers, bytes(event.http_version))
+    headers.write_length()
     return headers
 
 
@@ -144,6 +154,7 @@ def decide_request(head: bytes, limits: Limits) -> RequestHead:
     """A whole head through its empty line, as h11 reads it. Raises ProtocolError (400, 414, 431, 501, 505)."""
     check_size(head, limits, request=True)
     check_bytes(head, complete=True)
+    _check_blanks(head)
     event = _read(h11.Connection(h11.SERVER, max_incomplete_event_size=limits.head), head, request=True)
     if not isinstance(event, h11.Request):  # a server connection yields nothing else first
         raise ProtocolError("a request was expected")
@@ -156,6 +167,8 @@ def decide_request(head: bytes, limits: Limits) -> RequestHead:
 
 def _check_target(request: RequestHead) -> None:
     """Raise for a request that is for nobody, or of which two readers may think that it is for two (RFC 9112 §3.2)."""
+    if b"#" in request.target:
+        raise ProtocolError(faults.FRAGMENT)
     if not all(_HOST.fullmatch(value) for value in request.headers.all(b"host")):
         raise ProtocolError("a Host that is not host or host:port")
     if request.method == b"CONNECT":
@@ -170,9 +183,11 @@ def _check_target(request: RequestHead) -> None:
 
 
 def decide_response(head: bytes, limits: Limits) -> ResponseHead:
-    """The same for a response's head."""
+    """The same for a response's head. White space before a colon is removed, as a proxy must do (RFC 9112 §5.1): the client would refuse
+    it, or take the field for another one."""
     check_size(head, limits, request=False)
     check_bytes(head, complete=True)
+    head = _BLANKS_BEHIND_NAME.sub(rb"\1:", head)
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=limits.head)
     connection.send(_ANY_REQUEST)
     event = _read(connection, head, request=False)

@@ -29,7 +29,20 @@ from proxy.wire.bodies import (
     response_length,
     writer,
 )
-from proxy.wire.messages import END, EndOfMessage, Field, Headers, ProtocolError, RequestHead, ResponseHead, Signal
+from proxy.wire.fields2 import trailers as trailers2
+from proxy.wire.messages import (
+    CALLER_FIELDS,
+    END,
+    OVERRIDES,
+    EndOfMessage,
+    Field,
+    Headers,
+    ProtocolError,
+    RequestHead,
+    ResponseHead,
+    Signal,
+    may_trail,
+)
 from tests.kit.chunkings import byte_by_byte, cut, every_way
 
 LIMIT, FIELDS = 200, 4
@@ -203,7 +216,47 @@ def h11_reads(pieces: list[bytes]) -> Outcome:
     return None
 
 
-DROPPED = {b"content-length", b"transfer-encoding", b"host", b"trailer", b"authorization", b"connection", b"te", b"upgrade"}
+# What frames, routes, authenticates or describes a message, or changes what is asked: RFC 9110 §6.5.1, and all that is ours.
+FORBIDDEN = [
+    b"content-length", b"host", b"trailer", b"authorization", b"proxy-authorization", b"cookie", b"set-cookie", b"www-authenticate",
+    b"cache-control", b"expect", b"max-forwards", b"range", b"if-match", b"content-type", b"content-encoding", b"content-range",
+    b"date", b"location", b"retry-after", b"vary", b"forwarded", b"x-forwarded-for", b"via", b"te",
+    b"isthmus-hops", b"isthmus-of-the-future", *sorted(CALLER_FIELDS), *sorted(OVERRIDES),
+]  # fmt: skip
+# What only HTTP/1 may say at all.
+CONNECTION = [b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"]
+ALLOWED = [b"grpc-status", b"grpc-message", b"grpc-status-details-bin", b"digest", b"etag", b"server-timing", b"x-checksum"]
+
+
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_a_field_that_has_no_business_in_trailers_is_dropped_in_both_versions(name: bytes) -> None:
+    value = b"trailers" if name == b"te" else b"5"
+    for spelled in (name, name.title(), name.upper()):
+        found = drain(chunked(), [b"0\r\nA: b\r\n%b: %b\r\nC: d\r\n\r\n" % (spelled, value)])
+        assert found == (b"", [(b"A", b"b"), (b"C", b"d")], b"")
+    assert trailers2([(b"a", b"b"), (name, value), (name, value), (b"c", b"d")]).items == [(b"a", b"b"), (b"c", b"d")]
+
+
+@pytest.mark.parametrize("name", CONNECTION)
+def test_a_field_of_the_connection_is_dropped_from_trailers_or_makes_them_malformed(name: bytes) -> None:
+    assert drain(chunked(), [b"0\r\nA: b\r\n%b: x\r\n\r\n" % name]) == (b"", [(b"A", b"b")], b"")
+    with pytest.raises(ProtocolError):  # RFC 9113 §8.2.2
+        trailers2([(b"a", b"b"), (name, b"x")])
+
+
+def test_other_trailers_are_passed_on_in_both_versions() -> None:
+    pairs = [(name, b"0") for name in ALLOWED[:FIELDS]]
+    assert drain(chunked(), [b"0\r\n" + Headers(pairs).encode() + b"\r\n"]) == (b"", pairs, b"")
+    assert trailers2([(name, b"0") for name in ALLOWED]).items == [(name, b"0") for name in ALLOWED]
+
+
+@pytest.mark.parametrize("value", [b"a\x01b", b"\x00", b"a\x7f"])
+def test_a_dropped_trailer_is_still_read_by_the_grammar(value: bytes) -> None:
+    assert drain(chunked(), [b"0\r\nHost: %b\r\n\r\n" % value]) == 400
+    with pytest.raises(ProtocolError):
+        trailers2([(b"host", value)])
+
+
 # Pieces of the chunked grammar, right and wrong ones, so that random sequences of them often mean something.
 PIECES = [
     b"0",
@@ -251,7 +304,7 @@ def test_what_h11_accepts_too_it_reads_alike(data: bytes, places: list[int]) -> 
     if isinstance(ours, tuple) and isinstance(theirs, tuple):
         event("both accept")
         body, trailers, rest = theirs
-        assert ours == (body, [t for t in trailers if t[0].lower() not in DROPPED], rest)
+        assert ours == (body, [t for t in trailers if may_trail(t[0].lower())], rest)
     elif isinstance(ours, tuple):
         # The two things that we take and h11 does not: blanks before an extension, and a length among the trailers that we drop.
         event("only we accept")

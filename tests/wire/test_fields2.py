@@ -197,9 +197,17 @@ def test_a_response_is_the_same_there_and_back(status: int, fields: list[Pair]) 
 
 @pytest.mark.parametrize(
     ("target", "path"),
-    [(b"http://b/x?y", b"/x?y"), (b"http://b", b"/"), (b"http://b?y", b"/?y"), (b"*", b"*"), (b"/x", b"/x")],
+    [(b"http://b/x?y", b"/x?y"), (b"http://b", b"/"), (b"http://b?y", b"/?y"), (b"/x", b"/x"), (b"http://b?c://d/e", b"/?c://d/e")],
 )
 def test_an_absolute_target_is_taken_apart(target: bytes, path: bytes) -> None:
+    pairs = dict(request_pairs(RequestHead(b"GET", target, Headers([(b"Host", b"a")]))))
+    assert pairs[b":path"] == path
+    assert pairs[b":authority"] == (b"b" if target.startswith(b"http") else b"a")
+
+
+@pytest.mark.parametrize(("target", "path"), [(b"*", b"*"), (b"http://b", b"*"), (b"http://b/", b"/"), (b"http://b?y", b"/?y")])
+def test_options_for_the_whole_server_asks_for_a_star(target: bytes, path: bytes) -> None:
+    """RFC 9113 §8.3.1, and RFC 9112 §3.2.4 for the absolute form."""
     pairs = dict(request_pairs(RequestHead(b"OPTIONS", target, Headers([(b"Host", b"a")]))))
     assert pairs[b":path"] == path
     assert pairs[b":authority"] == (b"b" if b"//" in target else b"a")

@@ -6,8 +6,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.exchange.client import forwarded_request
 from proxy.exchange.exchange import Facts
+from proxy.exchange.onward import forwarded_request
 from proxy.net.address import Address
 from proxy.wire.fields2 import Block, Pair, Secret, onward_pairs, request_head, request_pairs, response_head, response_pairs
 from proxy.wire.messages import CALLER, CALLER_FIELDS, HOP_BY_HOP, OVERRIDES, ProtocolError, RequestHead, ResponseHead, strip_hop_by_hop

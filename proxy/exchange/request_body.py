@@ -1,0 +1,69 @@
+"""The body of a request on an HTTP/1 connection, read as it is wanted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from proxy.errors import ClientGone, RequestTimeout
+from proxy.exchange.resumed import READ_SIZE
+from proxy.net.errors import NetError
+from proxy.net.streams import Stream
+from proxy.wire.bodies import Length
+from proxy.wire.http1 import Http1Connection
+from proxy.wire.messages import EndOfMessage, ProtocolError, Signal
+
+if TYPE_CHECKING:
+    from proxy.exchange.server import ServerSettings
+
+
+class RequestBody:
+    """The body of the request being read."""
+
+    __slots__ = ("_connection", "_received", "_settings", "_stream", "_waited")
+
+    def __init__(self, connection: Http1Connection, stream: Stream, settings: ServerSettings) -> None:
+        self._connection = connection
+        self._stream = stream
+        self._settings = settings
+        self._received = 0
+        self._waited = 0.0  # seconds, for the client: what the server takes is not the client's slowness
+
+    @property
+    def length(self) -> Length:
+        return self._connection.body_length
+
+    def receive_nowait(self) -> bytes | EndOfMessage | None:
+        try:
+            event = self._connection.next_body()
+        except ProtocolError:
+            self._connection.keep_alive = False
+            raise
+        if isinstance(event, Signal):
+            return None
+        if isinstance(event, bytes):
+            self._received += len(event)
+        return event
+
+    async def receive(self) -> bytes | EndOfMessage:
+        while (event := self.receive_nowait()) is None:
+            started = trio.current_time()
+            with trio.move_on_after(self._patience()) as scope:
+                try:
+                    self._connection.receive_data(await self._stream.receive_some(READ_SIZE))
+                except NetError as error:
+                    raise ClientGone(f"the client's connection broke within its request's body: {error}") from error
+            if scope.cancelled_caught:
+                self._connection.keep_alive = False
+                raise RequestTimeout(f"the request's body stopped after {self._received} bytes")
+            self._waited += trio.current_time() - started
+        return event
+
+    def _patience(self) -> float:
+        """Seconds that may pass until the next piece."""
+        patience = self._settings.body_timeout
+        if self._settings.body_min_rate > 0:
+            allowed = patience + self._received / self._settings.body_min_rate
+            patience = min(patience, max(0.0, allowed - self._waited))
+        return patience
