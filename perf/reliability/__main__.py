@@ -9,7 +9,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import trio
 
@@ -18,26 +18,35 @@ from lab.process import LabError
 from lab.sandbox import available, command_line, inside
 from perf.__main__ import machine
 from perf.pair import IMAGE
-from perf.reliability import floods
+from perf.reliability import faults, floods
 from perf.reliability.bed import bed
 from perf.reliability.report import Row, table, write
+
+FLOODS = frozenset(flood.name for flood in (*floods.FLOODS, floods.ALL))
+FAULTS = frozenset(fault.name for fault in faults.FAULTS)
 
 
 async def measure(only: frozenset[str]) -> list[Row]:
     """All rows, printed as they come."""
     rows = []
-    async with bed() as place:
-        async for row in floods.run(place, only):
+
+    async def take(some: AsyncIterator[Row]) -> None:
+        async for row in some:
             print(row.line(), flush=True)
             rows.append(row)
+
+    if not only or only & FLOODS:
+        async with bed() as place:
+            await take(floods.run(place, only))
+    if not only or only & FAULTS:
+        await take(faults.run(only))
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 if all held, 1 if something did not, 64 if it cannot be measured here."""
-    names = [flood.name for flood in (*floods.FLOODS, floods.ALL)]
     parser = argparse.ArgumentParser(prog="python -m perf.reliability", description="Floods and faults, measured beside a member.")
-    parser.add_argument("--only", default="", metavar="NAME,...", help=f"of {', '.join(names)}")
+    parser.add_argument("--only", default="", metavar="NAME,...", help=f"of {', '.join(sorted(FLOODS | FAULTS))}")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/reliability.md")
     asked = parser.parse_args(arguments)
     if not all(folder.is_dir() for folder in IMAGE):
@@ -55,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 64
     if asked.write:
         facts = "".join(f"- {name}: {value}\n" for name, value in machine().items() if name != "versions")
-        write({"machine": facts, "floods": table(floods.HEAD, rows)})
+        heads = {"floods": floods.HEAD, "faults": faults.HEAD}
+        write({"machine": facts} | {name: table(head, [row for row in rows if row.table == name]) for name, head in heads.items()})
     held = sum(row.held for row in rows)
     print(f"{held} of {len(rows)} held")
     return 0 if rows and held == len(rows) else 1
