@@ -14,9 +14,7 @@ The order of the start is the order of what depends on what: identity (no socket
     ├── inbound, or gateway      a task for each connection
     └── outbound                 a task for each connection
 
-and the end is the same backwards. SIGTERM: not ready any more; inbound accepts nothing new; connections end with their next response,
-or when they have been quiet for a moment. Outbound goes on accepting until the application has been quiet for a moment, because Kubernetes
-stops the application at the same time and it may have work to finish. After `shutdown.grace` seconds what is still open is cut.
+and the end is the same backwards; shutdown.py has the order in which the traffic ends.
 """
 
 from __future__ import annotations
@@ -64,6 +62,7 @@ from proxy.pools import Pools, endpoint_pools
 from proxy.reach import Reach
 from proxy.route import Router
 from proxy.runtime import Runtime, Settings
+from proxy.shutdown import drain
 from proxy.siblings import Sibling
 from proxy.spans import OFF, Spans, build
 from proxy.ways import Ways
@@ -72,11 +71,8 @@ from proxy.wire.sniff import Protocol
 
 _log = logging.getLogger("isthmus")
 
-# An application that is finishing its work makes its next connection within this time (seconds) of its last.
-_QUIET = 1.0
-_TICK = 0.1
-_SWEEP = 1.0
-_SELDOM = 10  # sweeps
+_SWEEP = 0.5
+_SELDOM = 20  # sweeps
 
 
 Beside = Callable[["App"], Awaitable[None]]
@@ -227,7 +223,8 @@ class App:
             await stop()
             _log.info("stopping: open connections have %g s", self.config.shutdown.grace)
             flows.start_soon(self._hurry, stop, everything)
-            await self._drain(self.config.shutdown.grace)
+            await drain(self.inbound, self.outbound, self.drain, self.inbound_pools, self.config.shutdown)
+            self._close_pools()
             flows.cancel_scope.cancel()
         everything.cancel()
 
@@ -235,20 +232,6 @@ class App:
     async def _hurry(stop: Callable[[], Awaitable[int]], everything: trio.CancelScope) -> None:
         await stop()
         everything.cancel()
-
-    async def _drain(self, grace: float) -> None:
-        # In this order: a client that is sent away comes back at once, and had better meet no listener than one that is just being closed.
-        self.inbound.drain(grace)
-        self.drain.begin()
-        quiet, seen = 0.0, self.outbound.accepted
-        with trio.move_on_after(grace):
-            while self.inbound.open or quiet < _QUIET:
-                await trio.sleep(_TICK)
-                # A short connection may have come and gone since the last look.
-                busy = self.outbound.open > 0 or self.outbound.accepted != seen
-                quiet, seen = 0.0 if busy else quiet + _TICK, self.outbound.accepted
-        self.outbound.drain(0)
-        self._close_pools()
 
     def _close_pools(self) -> None:
         self.outbound_pools.close()
@@ -301,7 +284,7 @@ class App:
         return OwnListeners(self._ports, told | local_addresses())
 
     async def _sweep(self) -> None:
-        """About once a second: what has become too old, and who has gone. More seldom: addresses, which come and go, and heads."""
+        """About twice a second: what has become too old, and who has gone. More seldom: addresses, which come and go, and heads."""
         for turn in itertools.count(1):
             await trio.sleep(_SWEEP)
             self.drain.look()

@@ -66,7 +66,8 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
                     account.plain(opening)
                     about.protocol = Protocol.OPAQUE if opaque else opening.protocol
                 if about.protocol is not Protocol.OPAQUE:
-                    await serve(rt, stream, about, handler, course)
+                    with pools.client(about.destination):
+                        await serve(rt, stream, about, handler, course)
                 else:
                     authorise(rt, about)
                     await to_listener(rt, stream, about, account)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Hashable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -31,6 +33,8 @@ class Pools(Generic[K]):
         account = partial(rt.ledger.upstream, direction)
         self._http1: Pool[K] = Pool(lambda key: connect(key, ALPN_HTTP1), account, rt.settings.pool, rt.settings.limits)
         self._http2: MuxPool[K] = MuxPool(lambda key: connect(key, ALPN_HTTP2), account, rt.settings.pool, rt.settings.upstream)
+        self._clients: Counter[K] = Counter()
+        self._counted = False
         self._lenders: dict[Protocol, Lender[K]] = {
             Protocol.HTTP1: Http1Lender(self._http1),
             Protocol.HTTP2: Http2Lender(self._http2),
@@ -58,10 +62,26 @@ class Pools(Generic[K]):
         one, two = self._http1.counts(), self._http2.counts()
         return one[0] + two[0], one[1] + two[1]
 
+    @contextmanager
+    def client(self, key: K) -> Iterator[None]:
+        """While a client's connection is open whose requests go to `key`. From the first one on, `sweep` keeps no more connections to any
+        key than clients have: a server that is told to stop, and waits for its open connections, waits for those of its clients only."""
+        self._counted = True
+        self._clients[key] += 1
+        try:
+            yield
+        finally:
+            self._clients[key] -= 1
+            if not self._clients[key]:
+                del self._clients[key]
+
     def sweep(self) -> None:
-        """Close what is too old; about once a second."""
+        """Close what is too old, and what is too many; about twice a second."""
         self._http1.sweep()
         self._http2.sweep()
+        if self._counted:
+            self._http1.trim(self._clients)
+            self._http2.trim(self._clients)
 
     def close(self) -> None:
         self._http1.close()

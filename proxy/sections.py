@@ -261,11 +261,15 @@ class LogConfig(Section, frozen=True):
     queue: Annotated[int, number(16, 1_000_000, "lines that may wait to be written; more are dropped and counted", "lines")] = 8192
 
 
-# Kubernetes kills a pod 30 s after asking it to stop.
+# Kubernetes kills a pod 30 s after asking it to stop. The minimum is for an application that is told to stop together with the proxy, and
+# opens its last connections after a pause; a native sidecar is told later, and can do without.
 class ShutdownConfig(Section, frozen=True):
     """The end."""
 
     grace: Annotated[float, seconds(0, _HOUR, "how long open connections may go on after SIGTERM")] = 25.0
+    outbound_minimum: Annotated[
+        float, seconds(0, _HOUR, "how long the application may open connections after SIGTERM, at least, within `shutdown.grace`")
+    ] = 3.0
 
 
 class InterceptConfig(Section, frozen=True):

@@ -317,6 +317,11 @@ class Mux:
         return self.broken is None and not self.going_away
 
     @property
+    def unused(self) -> bool:
+        """It could be used, and has no stream, nor is one promised to anybody."""
+        return self.usable and not self._streams and not self.reserved
+
+    @property
     def room(self) -> int:
         """How many more exchanges it can take now; one until its server has said how many it takes."""
         if not self.usable or self.clogged:

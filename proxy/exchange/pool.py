@@ -18,7 +18,7 @@ takes several in one turn and gives several back in it; of those it cannot know 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -217,8 +217,16 @@ class Pool(Generic[K]):
                 del self._slots[key]
         return swept
 
+    def trim(self, clients: Mapping[K, int]) -> None:
+        """Close idle connections, the oldest first, until no key has more open connections than `clients` says."""
+        for key, slot in list(self._slots.items()):
+            while slot.idle and slot.open > clients.get(key, 0):
+                self._close(slot, slot.idle.popleft())
+            if not slot.open:
+                del self._slots[key]
+
     def close(self) -> None:
-        """Close the idle connections; those in use are closed as they come back."""
+        """Close the idle connections; those in use are closed as they come back, and so are those that are opened from now on."""
         self.closed = True
         for key, slot in list(self._slots.items()):
             while slot.idle:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -81,6 +81,7 @@ class MuxPool(Generic[K]):
         self._mux = mux
         self._slots: dict[K, _Slot] = {}
         self._nursery: trio.Nursery | None = None
+        self.closed = False
 
     async def serve(self) -> None:
         """Own the connections until cancelled."""
@@ -160,6 +161,10 @@ class MuxPool(Generic[K]):
             turn.given.set()
         if not slot.muxes and not slot.opening and self._slots.get(key) is slot:
             del self._slots[key]
+        if self.closed:
+            for mux in list(slot.muxes):
+                if mux.unused:
+                    mux.retire()
 
     async def _open(self, key: K, slot: _Slot) -> Mux:
         """Open a connection, which is noted as under way already. What fails has failed for all who wait for it, too."""
@@ -212,8 +217,18 @@ class MuxPool(Generic[K]):
                     swept += 1
         return swept
 
+    def trim(self, clients: Mapping[K, int]) -> None:
+        """Retire connections without a stream, until no key has more connections than `clients` says."""
+        for key, slot in list(self._slots.items()):
+            surplus = sum(1 for mux in slot.muxes if mux.usable) - clients.get(key, 0)
+            for mux in list(slot.muxes):
+                if surplus > 0 and mux.unused:
+                    mux.retire()
+                    surplus -= 1
+
     def close(self) -> None:
-        """Take nothing new; connections end with their last stream."""
+        """Every connection ends with its last stream, also one that is opened from now on."""
+        self.closed = True
         for slot in self._slots.values():
             for mux in list(slot.muxes):
                 mux.retire()

@@ -309,6 +309,39 @@ async def test_one_dial_that_fails_fails_for_all_who_waited_for_it() -> None:
             assert not proxy.pool2._slots
 
 
+async def test_a_closed_pool_lets_each_connection_go_behind_its_last_stream() -> None:
+    async with through2(answering2()) as (client, proxy):
+        for dialled in (1, 2, 3):  # the first before it is closed
+            assert (await client.ask()).body == b"ok"
+            assert proxy.dialled == dialled
+            if dialled == 1:
+                proxy.pool2.close()
+            await until(lambda: not proxy.pool2._slots)
+
+
+async def test_trimming_retires_connections_without_a_stream() -> None:
+    release = trio.Event()
+
+    async def respond(peer: Peer2, number: int, message: Answer) -> None:
+        if message.get(b":path") == b"/slow":
+            await release.wait()
+        await ok(peer, number, message)
+
+    async with through2(answering2(respond)) as (client, proxy):
+        slow = await client.request([*GET[:3], (b":path", b"/slow")])
+        await until(lambda: proxy.exchanges == 2)
+        proxy.pool2.trim({})
+        assert (await client.ask()).body == b"ok"
+        assert proxy.dialled == 1, "it has a stream, so it goes on"
+        release.set()
+        assert (await client.message(slow)).body == b"ok"
+        proxy.pool2.trim(dict.fromkeys(proxy.targets, 1))
+        assert (await client.ask()).body == b"ok"
+        assert proxy.dialled == 1
+        proxy.pool2.trim({})
+        await until(lambda: not proxy.pool2._slots)
+
+
 async def test_a_fault_of_ours_in_one_exchange_ends_its_stream_only(caplog: pytest.LogCaptureFixture) -> None:
     def account(exchange: Exchange) -> object:
         if exchange.request.target == b"/bug":

@@ -312,3 +312,31 @@ async def test_a_closed_pool_keeps_nothing_that_comes_back() -> None:
     assert bench.pool.counts() == (1, 0)
     bench.give_back(lent)
     bench.end()
+
+
+async def test_a_closed_pool_closes_what_is_opened_later_behind_its_exchange() -> None:
+    bench = Bench()
+    bench.pool.close()
+    bench.give_back(await bench.pool.acquire(KEY))
+    assert bench.pool.counts() == (0, 0)
+    bench.end()
+
+
+async def test_trimming_closes_the_oldest_idle_connections_and_none_that_is_lent() -> None:
+    bench = Bench()
+    lent, *kept = [await bench.pool.acquire(KEY) for _ in range(4)]
+    for upstream in kept:
+        bench.give_back(upstream)
+    bench.pool.trim({KEY: 4})
+    assert bench.pool.counts() == (1, 3)
+    bench.pool.trim({KEY: 2})
+    assert bench.pool.counts() == (1, 1)
+    assert (await bench.pool.acquire(KEY)) is kept[-1]
+    bench.pool.trim({})
+    assert bench.pool.counts() == (2, 0)
+    bench.give_back(lent)
+    bench.give_back(kept[-1])
+    bench.pool.trim({"another": 5})
+    assert bench.pool.counts() == (0, 0)
+    assert not bench.pool._slots
+    bench.end()
