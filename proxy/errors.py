@@ -91,6 +91,10 @@ class UpstreamReset(UpstreamClosed):
         self.code = code
 
 
+class UpgradeFailed(IsthmusError):
+    """The server does not do what the client wants to upgrade to. That says nothing against the server."""
+
+
 class UpstreamTimeout(IsthmusError):
     """The server did not answer, or did not go on, in time."""
 
@@ -108,7 +112,8 @@ class Answer:
     """One row: what is said about a cause."""
 
     status: int
-    # 1 cancelled, 4 deadline exceeded, 5 not found, 7 permission denied, 8 resource exhausted, 10 aborted, 13 internal, 14 unavailable
+    # 1 cancelled, 4 deadline exceeded, 5 not found, 7 permission denied, 8 resource exhausted, 10 aborted, 12 unimplemented, 13 internal,
+    # 14 unavailable
     grpc_status: int
     proxy_status: str  # RFC 9209 §2.3
     reason: str  # the metric's label, and the log's
@@ -132,6 +137,7 @@ TABLE: dict[type[BaseException], Answer] = {
     UpstreamProtocolError: Answer(502, 13, "http_protocol_error", "upstream_protocol"),
     UpstreamClosed: Answer(502, 14, "connection_terminated", "upstream_closed"),
     UpstreamReset: Answer(502, 14, "http_response_incomplete", "upstream_reset"),
+    UpgradeFailed: Answer(501, 12, "http_upgrade_failed", "upgrade_failed"),
     UpstreamTimeout: Answer(504, 4, "http_response_timeout", "upstream_timeout"),
     ProtocolError: Answer(400, 13, "http_request_error", "bad_request"),
     ConnectionLost: Answer(502, 14, "connection_terminated", "connection_lost"),

@@ -26,6 +26,7 @@ from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, Whole, stack
 from proxy.exchange.layers import deadline, measure, rescue
 from proxy.exchange.trace import trace
+from proxy.exchange.upgrade import carry
 from proxy.mesh.contexts import ALPN_TCP
 from proxy.mesh.directory import Endpoint, Target
 from proxy.mesh.spiffe import SpiffeId
@@ -99,7 +100,7 @@ def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
 
     async def send(exchange: Exchange, target: Target, endpoint: Endpoint) -> None:
         exchange.upstream, exchange.service = endpoint.address, target.service
-        await client.send(exchange, endpoint, pools.lender(upstream_protocol(exchange, target)))
+        await carry(client, exchange, endpoint, pools, upstream_protocol(exchange, target))
 
     async def tunnel(exchange: Exchange, target: Target, endpoint: Endpoint) -> None:
         exchange.service = target.service

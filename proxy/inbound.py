@@ -20,6 +20,7 @@ from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
 from proxy.exchange.guard import unguarded
 from proxy.exchange.layers import deadline, measure, rescue
 from proxy.exchange.trace import trace, untraced
+from proxy.exchange.upgrade import carry
 from proxy.fast.course import Borrowed, Shared
 from proxy.mesh.spiffe import is_identity
 from proxy.net.accept import Connection
@@ -104,7 +105,7 @@ def to_application(rt: Runtime, pools: Pools[Address], client: Client[Address]) 
         authorise(rt, exchange.facts)
         exchange.caller = caller(rt, exchange)
         exchange.upstream = exchange.facts.destination
-        await client.send(exchange, exchange.facts.destination, pools.lender(spoken(exchange.request.version)))
+        await carry(client, exchange, exchange.facts.destination, pools, spoken(exchange.request.version))
 
     return send
 

@@ -25,6 +25,7 @@ from proxy.exchange.layers import deadline, measure, rescue
 from proxy.exchange.replay import Replay
 from proxy.exchange.trace import trace, untraced
 from proxy.exchange.tunnel import open_tunnel
+from proxy.exchange.upgrade import carry
 from proxy.fast.course import LEAST_LIMIT, Borrowed, Shared
 from proxy.loops import SelfCall
 from proxy.mesh.contexts import ALPN_HTTP1, ALPN_TCP
@@ -93,13 +94,13 @@ def to_service(rt: Runtime, pools: Pools[Endpoint], client: Client[Endpoint]) ->
         exchange.authority = told(exchange.request, target)
         if endpoint.identity is None:
             hide_names(exchange)
-        lender = pools.lender(upstream_protocol(exchange, target))
+        protocol = upstream_protocol(exchange, target)
         if exchange.underway or not rt.loops.calls_itself(endpoint.address.host):
-            await client.send(exchange, endpoint, lender)
+            await carry(client, exchange, endpoint, pools, protocol)
             return
         with rt.loops.self_call(endpoint.address.port) as call:
             call.follow(exchange)
-            await client.send(exchange, endpoint, lender)
+            await carry(client, exchange, endpoint, pools, protocol)
 
     async def handle(exchange: Exchange) -> None:
         await rt.reach.exchange(exchange, choose, send)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Generic, TypeVar
 
+from proxy.errors import RequestError
 from proxy.exchange.client import Lender
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler
 from proxy.exchange.lenders import Http1Lender, Http2Lender
@@ -20,7 +21,7 @@ from proxy.mesh.contexts import ALPN_HTTP1, ALPN_HTTP2
 from proxy.mesh.directory import Endpoint, Hint, Target
 from proxy.net.streams import Stream
 from proxy.runtime import Runtime
-from proxy.wire.messages import upgrade_offer
+from proxy.wire import websocket
 from proxy.wire.sniff import Protocol
 
 K = TypeVar("K", bound=Hashable)
@@ -94,13 +95,13 @@ def spoken(version: bytes) -> Protocol:
 
 
 def upstream_protocol(exchange: Exchange, target: Target) -> Protocol:
-    """What the service speaks, as far as the directory knows; otherwise what the client spoke. A tunnel cannot be translated: an offer to
-    upgrade needs HTTP/1, an extended CONNECT HTTP/2."""
-    if upgrade_offer(exchange.request.headers) is not None:
-        return Protocol.HTTP1
-    if exchange.request.protocol is not None:
-        return Protocol.HTTP2
-    return {Hint.HTTP1: Protocol.HTTP1, Hint.HTTP2: Protocol.HTTP2}.get(target.protocol) or spoken(exchange.request.version)
+    """What the service speaks, as far as the directory knows; otherwise what the client spoke. Raises RequestError (501) for an extended
+    CONNECT that has no form in HTTP/1."""
+    request = exchange.request
+    protocol = {Hint.HTTP1: Protocol.HTTP1, Hint.HTTP2: Protocol.HTTP2}.get(target.protocol) or spoken(request.version)
+    if protocol is Protocol.HTTP1 and request.protocol is not None and not websocket.asks(request):
+        raise RequestError("CONNECT with a :protocol other than websocket, to a server that speaks HTTP/1", 501)
+    return protocol
 
 
 async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler, course: Course | None = None) -> None:

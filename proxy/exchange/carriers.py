@@ -2,19 +2,26 @@
 
 client.py drives either through the same few steps and knows no difference:
 
+    admit()                                          whether the server takes a WebSocket, before one is begun
     begin(head, length), put(data) ..., flush()      the request; what is put is sent by flush
     finish(end)                                      its end
     head()                                           the response's heads, interim ones first
     body_nowait(), body()                            its body
     tunnel()                                         or raw bytes, behind a 101 or a 2xx to CONNECT
+
+Where the client speaks the other version a carrier translates a WebSocket's handshake (wire/websocket.py), in both directions.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from base64 import b64encode
 from http import HTTPStatus
+from secrets import token_bytes
 
-from proxy.errors import UpstreamClosed, UpstreamProtocolError, UpstreamReset
+import trio
+
+from proxy.errors import UpgradeFailed, UpstreamClosed, UpstreamProtocolError, UpstreamReset
 from proxy.exchange.mux import Mux
 from proxy.exchange.mux_stream import MuxStream, StreamLost
 from proxy.exchange.pool import Upstream
@@ -22,6 +29,7 @@ from proxy.exchange.resumed import READ_SIZE, Resumed
 from proxy.exchange.server2 import Tunnel, body_length
 from proxy.net.errors import ConnectionLost
 from proxy.net.streams import Stream
+from proxy.wire import websocket
 from proxy.wire.bodies import Framing, Length
 from proxy.wire.http1 import At
 from proxy.wire.messages import EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead, Signal
@@ -35,6 +43,11 @@ class Unanswered(Exception):
         super().__init__(message)
         self.again = again
         self.untouched = untouched
+
+
+class NoExtendedConnect(Exception):
+    """The server has not announced that it takes CONNECT with :protocol, so it may not be sent one (RFC 8441 §3), or it does not even speak
+    HTTP/2. Nothing has been sent."""
 
 
 def unreadable(error: ProtocolError) -> UpstreamClosed:
@@ -53,6 +66,11 @@ class Carrier(ABC):
     def declined(self) -> int:
         """HTTP/1 heads of this exchange that took the longer road."""
         return 0
+
+    @abstractmethod
+    async def admit(self) -> None:
+        """Wait until it is known whether the server takes a WebSocket. `begin` has to follow with no await in between. Raises
+        NoExtendedConnect, Unanswered."""
 
     @abstractmethod
     def begin(self, head: RequestHead, length: Length) -> None:
@@ -102,15 +120,22 @@ class Http1Carrier(Carrier):
         self._reused = upstream.reused
         self._declined = upstream.http.declined
         self._interim = False
+        self._key = b""  # of a WebSocket's handshake that an HTTP/2 client did not have to make
         self._out: list[bytes] = []
 
     @property
     def declined(self) -> int:
         return self._http.declined - self._declined
 
+    async def admit(self) -> None:
+        await trio.lowlevel.checkpoint()  # it says so by its answer
+
     def begin(self, head: RequestHead, length: Length) -> None:
         if length is Framing.CHUNKED:
             head.headers.add(b"Transfer-Encoding", b"chunked")
+        if websocket.asks(head):
+            self._key = b64encode(token_bytes(16))
+            head = websocket.to_get(head, self._key)
         self._out.append(self._http.send_request(head, length))
 
     def put(self, data: bytes) -> None:
@@ -139,7 +164,7 @@ class Http1Carrier(Carrier):
                 raise UpstreamProtocolError(f"the response's head: {error}") from error
             if isinstance(head, ResponseHead):
                 self._interim = True
-                return head
+                return self._connected(head) if self._key else head
             if head is Signal.CLOSED:
                 raise self._unanswered("the server closed the connection without a response")
             try:
@@ -148,6 +173,17 @@ class Http1Carrier(Carrier):
                 if http.buffered:
                     raise UpstreamClosed(f"the connection broke within the response's head: {loss}") from loss
                 raise self._unanswered(f"the connection broke before a response came: {loss}", loss.reason == "timeout") from loss
+
+    def _connected(self, head: ResponseHead) -> ResponseHead:
+        """The answer to a WebSocket's handshake as an HTTP/2 client has to see it, to which any 2xx would mean that there is a tunnel."""
+        if head.status == 101:
+            try:
+                return websocket.to_200(head, self._key)
+            except ProtocolError as error:
+                raise UpstreamProtocolError(str(error)) from error
+        if 200 <= head.status < 300:
+            raise UpgradeFailed(f"the server answered {head.status} to a WebSocket's handshake, and not 101")
+        return head
 
     def _unanswered(self, words: str, silent: bool = False) -> Unanswered:
         # Only a kept connection may have been closed for another reason than our request. A server that has fallen silent has closed none,
@@ -194,6 +230,7 @@ class Http2Carrier(Carrier):
         self._pieces: list[bytes] = []
         self._end: EndOfMessage | None = None
         self._sends = True
+        self._key: bytes | None = None  # of the client's handshake, if that is HTTP/1.1's
 
     @classmethod
     def begun(cls, stream: MuxStream, request: RequestHead, response: ResponseHead | None) -> Http2Carrier:
@@ -202,20 +239,21 @@ class Http2Carrier(Carrier):
         carrier._request, carrier._stream, carrier._response = request, stream, response
         return carrier
 
+    async def admit(self) -> None:
+        mux = self._mux
+        await mux.greeted.wait()
+        if not mux.http.extended_connect:  # or the connection has ended without SETTINGS, as servers do that do not know our preface
+            raise NoExtendedConnect
+        if not mux.room:
+            raise Unanswered("the connection took no more streams", again=True, untouched=True)
+
     def begin(self, head: RequestHead, length: Length) -> None:
+        self._key = websocket.key_of(head)
+        if self._key is not None:
+            head = websocket.to_connect(head)
         self._request = head
         self._sends = length != 0
-        if head.protocol is None:
-            self._stream = self._mux.open(head, end=length == 0 and head.method != b"CONNECT")
-
-    async def _begin_tunnel(self, head: RequestHead) -> None:
-        """An extended CONNECT may only be sent to a server that has said that it takes it (RFC 8441 §3)."""
-        await self._mux.greeted.wait()
-        if not self._mux.room:
-            raise Unanswered("the connection took no more streams", again=True, untouched=True)
-        if not self._mux.http.extended_connect:
-            raise UpstreamProtocolError("the server does not take CONNECT with :protocol (RFC 8441)")
-        self._stream = self._mux.open(head, end=False)
+        self._stream = self._mux.open(head, end=length == 0 and head.method != b"CONNECT")
 
     def put(self, data: bytes) -> None:
         self._pieces.append(data)
@@ -224,8 +262,6 @@ class Http2Carrier(Carrier):
         self._end = end
 
     async def flush(self) -> None:
-        if self._stream is None and self._request is not None:
-            await self._begin_tunnel(self._request)
         stream = self._opened()
         pieces, self._pieces = self._pieces, []
         end, self._end = self._end, None
@@ -254,6 +290,8 @@ class Http2Carrier(Carrier):
             raise self._broken(error) from error
         if not head.reason:
             head.reason = _reason(head.status)
+        if self._key is not None and 200 <= head.status < 300:
+            head = websocket.to_101(head, self._key)
         self._response = head
         return head
 
@@ -263,6 +301,8 @@ class Http2Carrier(Carrier):
     def _broken(self, error: StreamLost) -> Exception:
         if error.fault:
             return UpstreamProtocolError(f"the response: {error}")
+        if self._mux.http.speaks_http1:
+            return UpstreamProtocolError(str(error))
         if error.reset:
             return UpstreamReset(str(error), error.code)
         return UpstreamClosed(f"the connection broke: {error}" if self._mux.broken is not None else str(error))

@@ -34,6 +34,7 @@ from proxy.exchange.exchange import Exchange
 from proxy.exchange.onward import forwarded_request, offered
 from proxy.net.errors import ConnectionLost
 from proxy.net.streams import Stream
+from proxy.wire import websocket
 from proxy.wire.bodies import Framing, Length
 from proxy.wire.frames2 import Code
 from proxy.wire.messages import END, EndOfMessage, strip_hop_by_hop, upgrade_offer
@@ -87,7 +88,7 @@ class Client(Generic[K]):
 
     async def send(self, exchange: Exchange, endpoint: K, lender: Lender[K]) -> None:
         """Carry `exchange` to `endpoint` and back; one that the fast road has begun goes on where it stands. Raises what dialling raises,
-        the Upstream* errors, and Declined."""
+        the Upstream* errors, UpgradeFailed, NoExtendedConnect, and Declined."""
         begun, exchange.begun = exchange.begun, None
         if max_forwards.left(exchange.request) == 0:
             await max_forwards.answer(exchange)
@@ -122,6 +123,8 @@ class Client(Generic[K]):
 
     async def _attempt(self, exchange: Exchange, endpoint: K, lender: Lender[K]) -> None:
         async with lender.carrier(endpoint, fresh=exchange.fresh) as carrier:
+            if websocket.extends(exchange.request):
+                await carrier.admit()
             exchange.carried(carrier.stream)
             try:
                 taken = await _Attempt(exchange.times or self._settings, exchange, carrier, self._bridge).run()

@@ -62,6 +62,7 @@ class Http2Connection(Streams):
         self._decoder = Decoder(limits.head)
         self._block: _Block | None = None
         self._refilled = 0.0
+        self.speaks_http1 = False  # the server has answered our preface by HTTP/1
 
     @property
     def before_fault(self) -> list[Event]:
@@ -98,7 +99,7 @@ class Http2Connection(Streams):
             high, low, kind, flags, stream = _HEADER(buffer, at)
             size = high << 16 | low
             if size > frames.DEFAULT_FRAME_SIZE:
-                raise ConnectionFault(Code.FRAME_SIZE_ERROR, f"a frame of {size} bytes")
+                raise self._too_large(size, buffer)
             end = at + frames.HEADER_SIZE + size
             if len(buffer) < end:
                 break
@@ -108,6 +109,13 @@ class Http2Connection(Streams):
                 self._break(fault)
             at = end
         self._buffer = buffer[at:]
+
+    def _too_large(self, size: int, buffer: bytes) -> ConnectionFault:
+        """The fault of a frame over our limit, and of what is no frame: a server that does not know our preface answers it by HTTP/1."""
+        if self._client and self._settings_pending and buffer.startswith(b"HTTP/1."):
+            self.speaks_http1 = True
+            return ConnectionFault(Code.PROTOCOL_ERROR, "the server speaks HTTP/1, and not HTTP/2")
+        return ConnectionFault(Code.FRAME_SIZE_ERROR, f"a frame of {size} bytes")
 
     def _read_frame(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         if self._settings_pending or self._block is not None:

@@ -342,11 +342,15 @@ def wants_trailers(headers: Headers) -> bool:
     return not headers.clean and any(token.split(b";")[0].strip() == b"trailers" for token in headers.tokens(b"te"))
 
 
+_CARRY_HTTP = frozenset({b"h2c", b"h2", b"http", b"tls"})
+
+
 def upgrade_offer(headers: Headers) -> bytes | None:
-    """The value of Upgrade if Connection names it, as it must (RFC 9110 §7.8). `h2c` is never offered onward: it would take the proxy's
-    sight of the single requests (RFC 9113 §3.1 has retired it)."""
+    """The value of Upgrade if Connection names it, as it must (RFC 9110 §7.8). What would carry HTTP is never offered onward (`h2c`, which
+    RFC 9113 §3.1 has retired, and TLS, RFC 2817): this proxy would no longer see the single requests, and anything could be written into
+    them. A proxy may ignore an offer."""
     if headers.clean or b"upgrade" not in headers.tokens(b"connection"):
         return None
     offers = [value for value in headers.all(b"upgrade") if value]
     names = [name.strip() for value in offers for name in value.split(b",")]
-    return b", ".join([n for n in names if n and n.lower().partition(b"/")[0] != b"h2c"]) or None
+    return b", ".join([n for n in names if n and n.lower().partition(b"/")[0] not in _CARRY_HTTP]) or None

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import h2.events
-import h2.settings
 import pytest
 import trio
 
 from tests.kit.http import Peer, origin
 from tests.kit.http2_hop import Settings2, hop2, through2
-from tests.kit.http2_peers import OK, Answer, Pair, Peer2, answering2, speaking
+from tests.kit.http2_peers import EXTENDED, OK, WEBSOCKET, Answer, Pair, Peer2, answering2, only2, speaking
 
 CONNECT: list[Pair] = [(b":method", b"CONNECT"), (b":authority", b"far:443")]
-WEBSOCKET: list[Pair] = [
-    (b":method", b"CONNECT"), (b":protocol", b"websocket"), (b":scheme", b"http"), (b":path", b"/chat"), (b":authority", b"shop"),
-]  # fmt: skip
-EXTENDED = {h2.settings.SettingCodes.ENABLE_CONNECT_PROTOCOL: 1}
 
 
 async def _accepts(peer: Peer2, number: int, message: Answer) -> None:
@@ -56,16 +50,18 @@ async def test_a_server_that_does_not_know_extended_connect_is_not_asked() -> No
         told.extend(peer.told)
         await answering2()(peer)
 
-    async with through2(script) as (client, proxy):
+    async with origin(only2(script)) as up, hop2(up.address) as proxy:
+        client = await proxy.connect2()
         number = await client.request(WEBSOCKET, end=False)
         while number not in client.ended:
             client.credit(await client.read())
         answer = client.messages[number]
-        assert answer.status == 502
+        assert answer.status == 501
         assert b"RFC 8441" in answer.body
         assert told == []
         assert (await client.ask()).body == b"ok"
-        assert proxy.dialled == 1
+        assert proxy.ended[0].failure == "upgrade_failed"
+        assert proxy.dialled == 2, "it might have taken it by HTTP/1.1"
 
 
 async def test_connect_of_http2_to_http1_and_back() -> None:

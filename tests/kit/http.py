@@ -66,6 +66,14 @@ class Peer:
             assert await self.more(), f"the connection ended after {bytes(self.received)!r}"
         return self._take(count)
 
+    async def least(self, count: int) -> None:
+        """Wait until so many bytes are here, and leave them."""
+        while len(self.received) < count:
+            assert await self.more(), f"the connection ended after {bytes(self.received)!r}"
+
+    def take_received(self) -> bytes:
+        return self._take(len(self.received))
+
     async def until(self, mark: bytes) -> bytes:
         while mark not in self.received:
             assert await self.more(), f"the connection ended after {bytes(self.received)!r}"

@@ -19,6 +19,7 @@ from proxy.exchange.pool import Pool, PoolSettings
 from proxy.exchange.pool2 import MuxPool
 from proxy.exchange.server import Drain, Http1Server, ServerSettings
 from proxy.exchange.server2 import Http2Server
+from proxy.exchange.upgrade import carry
 from proxy.fast.course import Borrowed, Shared
 from proxy.fast.road import Road
 from proxy.net.accept import Acceptor, Connection
@@ -26,6 +27,7 @@ from proxy.net.address import Address
 from proxy.net.dial import Dialer
 from proxy.net.relay import relay
 from proxy.net.streams import SocketStream, Stream
+from proxy.wire.sniff import Protocol
 from tests.kit.hop import FAST, Ended, Life
 from tests.kit.http import Peer, connect, listen, origin, small, until
 from tests.kit.http2_peers import Peer2, Script2, speaking
@@ -142,7 +144,15 @@ def _book(proxy: Hop2, exchange: Exchange) -> Iterator[None]:
         proxy.outcomes.append(outcome)
 
 
-def _pools(proxy: Hop2, settings: Settings2) -> dict[bytes, Lender[Address]]:
+@dataclass
+class _Lenders:
+    by: dict[Protocol, Lender[Address]]
+
+    def lender(self, protocol: Protocol) -> Lender[Address]:
+        return self.by[protocol]
+
+
+def _pools(proxy: Hop2, settings: Settings2) -> dict[Protocol, Lender[Address]]:
     dialer = Dialer(timeout=5)
 
     async def dial(address: Address) -> Stream:
@@ -159,22 +169,23 @@ def _pools(proxy: Hop2, settings: Settings2) -> dict[bytes, Lender[Address]]:
 
     proxy.pool1 = Pool(dial, account, settings.pool, settings.server.limits)
     proxy.pool2 = MuxPool(dial, account, settings.pool, settings.upstream)
-    return {b"1.1": Http1Lender(proxy.pool1), b"2": Http2Lender(proxy.pool2)}
+    return {Protocol.HTTP1: Http1Lender(proxy.pool1), Protocol.HTTP2: Http2Lender(proxy.pool2)}
 
 
 def _serving(proxy: Hop2, settings: Settings2) -> Callable[[Connection], Awaitable[None]]:
     async def bridge(exchange: Exchange, client: Stream, server: Stream) -> None:
         await relay(client, server, idle=10)
 
-    lenders = _pools(proxy, settings)
+    lenders = _Lenders(_pools(proxy, settings))
+    up = Protocol.HTTP2 if settings.up == b"2" else Protocol.HTTP1
     client: Client[Address] = Client(settings.client, bridge)
 
     async def send(exchange: Exchange) -> None:
         if settings.steer is not None:
-            await settings.steer(exchange, lambda address: client.send(exchange, address, lenders[settings.up]))
+            await settings.steer(exchange, lambda address: carry(client, exchange, address, lenders, up))
             return
         with settings.around(exchange):
-            await client.send(exchange, proxy.next_target(), lenders[settings.up])
+            await carry(client, exchange, proxy.next_target(), lenders, up)
 
     account = settings.account or (lambda exchange: _book(proxy, exchange))
     handler = stack(measure(account), rescue(lambda _: b"test", lambda _: True), deadline, endpoint=send)

@@ -29,6 +29,10 @@ GET: list[Pair] = [(b":method", b"GET"), (b":scheme", b"http"), (b":authority", 
 POST: list[Pair] = [(b":method", b"POST"), *GET[1:]]
 GRPC: list[Pair] = [*POST, (b"content-type", b"application/grpc"), (b"te", b"trailers")]
 OK: list[Pair] = [(b":status", b"200")]
+WEBSOCKET: list[Pair] = [
+    (b":method", b"CONNECT"), (b":protocol", b"websocket"), (b":scheme", b"http"), (b":path", b"/chat"), (b":authority", b"shop"),
+]  # fmt: skip
+EXTENDED: dict[int, int] = {h2.settings.SettingCodes.ENABLE_CONNECT_PROTOCOL: 1}
 
 
 class Gone(Exception):
@@ -65,6 +69,7 @@ class Peer2:
             config.validate_outbound_headers = config.normalize_outbound_headers = False
         self.h2 = h2.connection.H2Connection(config)
         self.settings = settings or {}
+        self.first = peer.take_received()  # what somebody has looked at before
         self.events: list[h2.events.Event] = []  # read, and not looked at yet
         self.messages: dict[int, Answer] = {}
         self.ended: set[int] = set()
@@ -87,7 +92,8 @@ class Peer2:
     async def read(self) -> list[h2.events.Event]:
         """What one read brings, noted in `messages`. Raises Gone."""
         try:
-            data = bytes(await self.peer.stream.receive_some(65536))
+            data, self.first = self.first, b""
+            data = data or bytes(await self.peer.stream.receive_some(65536))
         except trio.BrokenResourceError as error:
             raise Gone("reset") from error
         if not data:
@@ -214,6 +220,17 @@ def speaking(script: Script2, settings: dict[int, int] | None = None) -> Callabl
         await peer2.start()
         with contextlib.suppress(Gone, trio.ClosedResourceError):
             await script(peer2)
+
+    return run
+
+
+def only2(script: Script2, settings: dict[int, int] | None = None) -> Callable[[Peer], Awaitable[None]]:
+    """The same for a server that closes a connection on which somebody speaks something else."""
+
+    async def run(peer: Peer) -> None:
+        await peer.least(4)
+        if peer.received.startswith(b"PRI "):
+            await speaking(script, settings)(peer)
 
     return run
 

@@ -1,0 +1,187 @@
+"""WebSockets through whole proxies, with mutual TLS between them: sidecar to sidecar, and by the gateway of another cluster.
+
+The client is the package websockets (HTTP/1.1), or an HTTP/2 client that asks by extended CONNECT. The server is Hypercorn, which takes
+WebSockets by either version and says which it was asked in, or one that takes only HTTP/1.1. The directory says what the service speaks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import trio
+import websockets.sync.client
+import websockets.sync.server
+import wsproto
+import wsproto.events
+
+from proxy.app import App
+from proxy.net.address import Address
+from tests.kit.apps import HOST, Fleet, way_in, way_out
+from tests.kit.http import connect
+from tests.kit.http2_peers import WEBSOCKET, Answer, Peer2
+from tests.kit.ports import free_port
+
+Protocol = Literal["http1", "http2"]
+
+HYPERCORN = """
+import asyncio, sys
+from hypercorn.asyncio import serve
+from hypercorn.config import Config
+
+async def app(scope, receive, send):
+    if scope["type"] == "http":
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"3")]})
+        await send({"type": "http.response.body", "body": scope["http_version"].encode().ljust(3)})
+    if scope["type"] != "websocket":
+        return
+    await receive()
+    await send({"type": "websocket.accept", "headers": [(b"x-version", scope["http_version"].encode())]})
+    while (event := await receive())["type"] == "websocket.receive":
+        await send({"type": "websocket.send", **{key: event.get(key) for key in ("text", "bytes")}})
+
+config = Config()
+config.bind = ["127.0.0.1:" + sys.argv[1]]
+asyncio.run(serve(app, config))
+"""
+
+
+@pytest.fixture
+def hypercorn() -> Iterator[int]:
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-c", HYPERCORN, str(port)], stderr=subprocess.DEVNULL)
+    yield port
+    process.terminate()
+    process.wait(60)
+
+
+@pytest.fixture
+def first_only() -> Iterator[int]:
+    """A server of HTTP/1.1, whatever the directory says."""
+
+    def echo(connection: websockets.sync.server.ServerConnection) -> None:
+        for message in connection:
+            connection.send(message)
+
+    with websockets.sync.server.serve(echo, HOST, 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.socket.getsockname()[1]
+        server.shutdown()
+        thread.join()
+
+
+async def _listens(port: int) -> None:
+    with trio.fail_after(30):
+        while True:
+            with contextlib.suppress(OSError):
+                async with await trio.open_tcp_stream(HOST, port):
+                    return
+            await trio.sleep(0.05)
+
+
+@asynccontextmanager
+async def pair(folder: Path, port: int, protocol: Protocol | None, *, by_gateway: bool = False) -> AsyncIterator[App]:
+    """The sidecar of a client of a service with an endpoint at `port`, behind its own sidecar; with a gateway between them, if so."""
+    fleet, listen = Fleet(folder), {"listen": [f"{HOST}:0"]}
+    await _listens(port)
+    said: dict[str, Any] = {} if protocol is None else {"protocol": protocol}
+    async with fleet.running("server", inbound={**listen, "fixed_destination": f"{HOST}:{port}"}) as server:
+        endpoint = {"address": HOST, "identity": fleet.identity("server"), "ports": {"80": way_in(server)}}
+        service = {"name": "chat", "addresses": ["10.96.0.1"], "ports": [{"port": 80, **said}], "endpoints": [endpoint]}
+        outbound = {**listen, "fixed_destination": "10.96.0.1:80"}
+        if not by_gateway:
+            async with fleet.running("client", {"services": [service]}, outbound=outbound) as client:
+                yield client
+            return
+        east = {"cluster": "east", "services": [{**service, "export": True}]}
+        async with fleet.running("gateway", east, gateway={**listen, "enabled": True}) as gateway:
+            way = {"address": HOST, "port": way_in(gateway), "identity": fleet.identity("gateway")}
+            east = {"name": "east", "gateways": [way], "services": [{"name": "chat", "ports": [{"port": 80, **said}]}]}
+            mine = {"name": "chat", "addresses": ["10.96.0.1"], "ports": [{"port": 80}], "split": [{**SPLIT}]}
+            west = {"cluster": "west", "services": [mine], "clusters": [east]}
+            async with fleet.running("client", west, outbound=outbound, clusters={"probe_interval": "100ms"}) as client:
+                yield client
+
+
+SPLIT = {"service": "chat", "cluster": "east", "weight": 1}
+
+
+def _talk1(address: Address) -> str | None:
+    """A few messages; the version that the server was asked in."""
+    with websockets.sync.client.connect(f"ws://{address}/chat", open_timeout=30, proxy=None) as connection:
+        for text in ("hello", "x" * 200_000):
+            connection.send(text)
+            assert connection.recv(timeout=30) == text
+        assert connection.response is not None
+        return connection.response.headers.get("x-version")
+
+
+async def _talk2(address: Address) -> str | None:
+    peer = await connect(address)
+    client = Peer2(peer, client=True)
+    await client.start()
+    number = await client.request([*WEBSOCKET, (b"sec-websocket-version", b"13")], end=False)
+    while not client.messages.get(number, Answer()).headers and number not in client.ended:
+        await client.read()
+    answer = client.messages[number]
+    assert answer.status == 200, answer
+    frames, heard = wsproto.Connection(wsproto.ConnectionType.CLIENT), ""
+    await client.send(number, frames.send(wsproto.events.TextMessage("hello")))
+    while heard != "hello":
+        frames.receive_data(answer.body)
+        answer.body = b""
+        heard += "".join(event.data for event in frames.events() if isinstance(event, wsproto.events.TextMessage))
+        if heard != "hello":
+            client.credit(await client.read())
+    peer.close()
+    version = answer.get(b"x-version")
+    return version.decode() if version is not None else None
+
+
+async def _talk(app: App, version: int) -> str | None:
+    address = Address(HOST, way_out(app))
+    return await trio.to_thread.run_sync(_talk1, address) if version == 1 else await _talk2(address)
+
+
+@pytest.mark.parametrize("by_gateway", [False, True], ids=["sidecars", "gateway"])
+@pytest.mark.parametrize("protocol", ["http1", "http2"])
+@pytest.mark.parametrize("version", [1, 2])
+async def test_between_both_versions(version: int, protocol: Protocol, by_gateway: bool, hypercorn: int, tmp_path: Path) -> None:
+    async with pair(tmp_path, hypercorn, protocol, by_gateway=by_gateway) as app:
+        assert await _talk(app, version) == {"http1": "1.1", "http2": "2"}[protocol]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+async def test_a_service_of_which_the_directory_does_not_say_what_it_speaks_is_asked_in_the_client_s_version(
+    version: int, hypercorn: int, tmp_path: Path
+) -> None:
+    async with pair(tmp_path, hypercorn, None) as app:
+        assert await _talk(app, version) == ("1.1" if version == 1 else "2")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+async def test_a_server_that_takes_it_only_in_http1_gets_it_so_behind_two_proxies(version: int, first_only: int, tmp_path: Path) -> None:
+    """The sidecar of the server takes it by HTTP/2, and finds out that the application does not."""
+    async with pair(tmp_path, first_only, "http2") as app:
+        assert await _talk(app, version) is None
+
+
+async def test_an_offer_of_tls_to_a_service_of_http2_is_no_fault_of_its_endpoint(hypercorn: int, tmp_path: Path) -> None:
+    """What Apache HttpClient 5.4 sends with every GET."""
+    request = b"GET / HTTP/1.1\r\nHost: chat\r\nConnection: keep-alive, Upgrade\r\nUpgrade: TLS/1.2\r\n\r\n"
+    async with pair(tmp_path, hypercorn, "http2") as app:
+        client = await connect(Address(HOST, way_out(app)))
+        for _ in range(20):
+            answer = await client.ask(request)
+            assert (answer.status, answer.body) == (200, b"2  ")
+        assert not app.metrics.registry.get_sample_value("isthmus_breaker_changes_total", {"state": "open"})
+        assert not any(b"isthmus_errors_total{" in line for line in app.render().splitlines())
+        client.close()
