@@ -18,6 +18,7 @@ from proxy.listeners import listen
 from proxy.loops import LoopGuard
 from proxy.metrics import Metrics
 from proxy.net.address import Address
+from proxy.net.liveness import Liveness
 from proxy.siblings import Sibling, SiblingGone, Start, read_start, receive, send, share, start_message
 
 
@@ -161,7 +162,7 @@ async def test_a_length_that_cannot_be_is_not_waited_for() -> None:
 
 def test_a_proxy_of_one_process_shares_its_ports_with_nobody() -> None:
     config = configured(OUTBOUND__LISTEN="['127.0.0.1:0']", INBOUND__LISTEN="[]", ADMIN__LISTEN="[]")
-    (sock,) = listen(config).outbound
+    (sock,) = listen(config, Liveness()).outbound
     with sock, socket.socket() as other:
         assert not sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
