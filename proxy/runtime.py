@@ -133,7 +133,7 @@ class Runtime:
                 stream,
                 context,
                 offer,
-                verify=lambda certificate: identity.verify_peer(certificate, expected),
+                verify=lambda chain: identity.verify_chain(chain, expected),
                 timeout=self.config.tcp.handshake_timeout,
             )
         except (TLSFailed, PeerRefused, ConnectionLost) as error:

@@ -27,7 +27,7 @@ async def terminate(rt: Runtime, stream: SocketStream, opening: Opening, about: 
     if identity is None or opening.hello is None or not (opening.hello.server_name or "").endswith(f".sa.{identity.id.trust_domain}"):
         return stream
     try:
-        tls = await tls_server(stream, identity.server_context, verify=identity.verify_peer, timeout=rt.config.tcp.handshake_timeout)
+        tls = await tls_server(stream, identity.server_context, verify=identity.verify_chain, timeout=rt.config.tcp.handshake_timeout)
     except PeerRefused as error:
         rt.ledger.tls_failed(about.direction, "certificate")
         raise TLSFailed("certificate", str(error)) from error

@@ -70,7 +70,7 @@ class PeerCheck:
 
     async def _shake_hands(self, stream: SocketStream, identity: Identity, expected: SpiffeId, who: str) -> Result:
         offer = TLSOffer(server_name=expected.sni, alpn=(ALPN_HTTP1,))
-        verify = partial(identity.verify_peer, expected=expected)
+        verify = partial(identity.verify_chain, expected=expected)
         tls = await tls_client(stream, identity.client_context, offer, verify=verify, timeout=self.timeout)
         # In TLS 1.3 the server judges our certificate after our side of the handshake is done. So end our direction and read:
         # a refusal comes as an alert, acceptance as the end of the other direction.

@@ -6,10 +6,11 @@ proxy/net/openssl.cnf, or OpenSSL's own, so that the post-quantum hybrid X25519M
 Resumption and trust. A TLS 1.3 server that resumes a session does not look at the client's certificate chain again: the ticket
 says that it was good once. Three things keep that honest. Tickets are sealed with keys that belong to the context, and every
 change of material makes new contexts, so no ticket outlives the trust it was issued under; sessions have a limited lifetime;
-and `Identity.verify_peer` checks the certificate's validity and name on every connection, resumed or not. Open connections
+and `Identity.verify_chain` checks the chain's validity and the name on every connection, resumed or not. Open connections
 hold their own reference to the context they began with and go on undisturbed.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ from OpenSSL import SSL, crypto
 
 from proxy.mesh.material import Material
 from proxy.mesh.spiffe import SpiffeId
+from proxy.net.certificate_rules import MAX_INTERMEDIATES
 from proxy.net.tls import demand_certificate
 
 ALPN_HTTP1 = b"http/1.1"
@@ -27,9 +29,6 @@ INNER_PROTOCOLS = frozenset({ALPN_HTTP1, ALPN_HTTP2, ALPN_TCP})
 
 # In the order of their cost on common processors; TLS 1.3 has no weak ones, this leaves out the CCM suites, which nobody offers.
 CIPHER_SUITES = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
-
-# Intermediates between leaf and root. A mesh has none or one; a longer chain is a mistake or an attempt to keep us busy.
-MAX_CHAIN_DEPTH = 3
 
 # Sessions are only resumed by a server that would make them again: the name ties tickets to this use. OpenSSL demands one as
 # soon as client certificates are verified, and fails resumed handshakes without it.
@@ -60,6 +59,9 @@ class NoCommonProtocol(SSL.Error):
         return f"the client offers only inner protocols that are not known here: {shown}"
 
 
+_NO_SESSION: tuple[SSL.Session | None, float] = None, math.inf
+
+
 class SessionCache:
     """TLS sessions of our clients, by the identity that was expected and the host that was dialled; the oldest use goes first.
 
@@ -74,28 +76,48 @@ class SessionCache:
         if limit < 1:
             raise ValueError("a session cache holds at least one session")
         self._limit = limit
-        self._sessions: OrderedDict[tuple[SpiffeId, str], SSL.Session] = OrderedDict()
+        self._sessions: OrderedDict[tuple[SpiffeId, str], tuple[SSL.Session, float]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def get(self, expected: SpiffeId, host: str) -> SSL.Session | None:
-        """The session to offer to this peer, if there is one. It stays in the cache: several connections may use it."""
+    def get(self, expected: SpiffeId, host: str, now: float = 0.0) -> SSL.Session | None:
+        """The session to offer to this peer, if there is one that has not ended by `now`. It stays in the cache: several connections may
+        use it."""
         key = (expected, host)
-        session = self._sessions.get(key)
+        session, end = self._sessions.get(key, _NO_SESSION)
+        if now >= end:
+            del self._sessions[key]
+            return None
         if session is not None:
             self._sessions.move_to_end(key)
         return session
 
-    def put(self, expected: SpiffeId, host: str, session: SSL.Session | None) -> None:
-        """Keep a session after the peer was verified. None (the peer sent no ticket yet) changes nothing."""
+    def put(self, expected: SpiffeId, host: str, session: SSL.Session | None, end: float = math.inf) -> None:
+        """Keep a session after the peer was verified. None (the peer sent no ticket yet) changes nothing. `end`: when the peer's
+        certificate ends, in seconds since the epoch: the session would bring it back."""
         if session is None:
             return
         key = (expected, host)
-        self._sessions[key] = session
+        self._sessions[key] = session, end
         self._sessions.move_to_end(key)
         if len(self._sessions) > self._limit:
             self._sessions.popitem(last=False)
+
+
+class KeptSession:
+    """Where the session of a connection goes that is being opened: TLSOffer.on_session. `end` is set when the peer is known."""
+
+    __slots__ = ("_cache", "_expected", "_host", "end")
+
+    def __init__(self, cache: SessionCache, expected: SpiffeId, host: str) -> None:
+        self._cache = cache
+        self._expected = expected
+        self._host = host
+        self.end = math.inf
+
+    def __call__(self, session: SSL.Session) -> None:
+        self._cache.put(self._expected, self._host, session, self.end)
 
 
 def server_context(material: Material, session_lifetime: float) -> SSL.Context:
@@ -134,7 +156,7 @@ def _context(method: int, material: Material, session_lifetime: float) -> SSL.Co
     else:
         # In TLS 1.3 this makes tickets refer to the session cache, which is off: none of them can be resumed.
         context.set_options(SSL.OP_NO_TICKET)
-    context.set_verify_depth(MAX_CHAIN_DEPTH)
+    context.set_verify_depth(MAX_INTERMEDIATES)
     context.use_certificate(material.leaf)
     context.use_privatekey(material.key)
     context.check_privatekey()

@@ -11,8 +11,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from proxy.mesh.material import UNREADABLE, name_of, spiffe_uri, validity_problem, visible, when
+from proxy.mesh.material import name_of, spiffe_uri, validity_problem, visible, when
 from proxy.mesh.spiffe import SpiffeId, SpiffeIdError, split_uri
+from proxy.net.certificate_rules import UNREADABLE
 
 _USAGES = {ExtendedKeyUsageOID.SERVER_AUTH: "TLS server", ExtendedKeyUsageOID.CLIENT_AUTH: "TLS client"}
 

@@ -4,15 +4,15 @@ An Identity owns the material of this process (proxy/mesh/material.py: what was 
 and the sessions resumed with it (proxy/mesh/contexts.py). It changes as a whole: `reload` reads the files again and either
 replaces everything, synchronously, or keeps everything. A generation counter says which it was.
 
-Two judges look at a peer. OpenSSL, in the handshake, verifies the chain up to one of our trust roots. `verify_peer`, after it,
-reads the name: exactly one SPIFFE ID, of a trust domain we accept, valid at this moment, and the one that was expected.
-Both are needed: a chain without a name says only that somebody in the mesh is there, and a resumed session has no chain check.
+Three steps judge a peer, all of them within the handshake. The TLS library verifies the chain up to one of our trust roots. The rules
+of proxy/net/certificate_rules.py make both libraries agree on what a chain may be. `verify_chain` reads the name: exactly one SPIFFE ID,
+of a trust domain we accept, valid at this moment, and the one that was expected. A resumed session has the last step only.
 
 Time here is wall-clock time, since that is what certificates speak about.
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -29,6 +29,7 @@ from proxy.mesh.contexts import ALPN_HTTP1, ALPN_HTTP2, ALPN_TCP, INNER_PROTOCOL
 from proxy.mesh.describe import expiry_in_words, life_left
 from proxy.mesh.material import Material, MaterialError, MaterialFiles, utc_now
 from proxy.mesh.spiffe import IdentityPattern, SpiffeId, SpiffeIdError, check_trust_domain
+from proxy.net.certificate_rules import Alert
 
 __all__ = [
     "ALPN_HTTP1",
@@ -57,12 +58,28 @@ WARN_AT = (0.30, 0.10)
 RefusalReason = Literal["no_certificate", "no_identity", "trust_domain", "expired", "not_yet_valid", "wrong_identity"]
 
 
+# What the peer is told. RFC 8446 has `access_denied` for a good certificate that is not let in; no library sends that from a verification.
+_ALERTS: dict[RefusalReason, Alert] = {
+    "no_certificate": "certificate_unknown",
+    "no_identity": "bad_certificate",
+    "trust_domain": "certificate_unknown",
+    "expired": "certificate_expired",
+    "not_yet_valid": "certificate_expired",
+    "wrong_identity": "certificate_unknown",
+}
+
+
 class PeerRefused(Exception):
-    """The peer's certificate chain is good, but it is not somebody we may talk to. `reason` is a label for metrics."""
+    """The peer's certificate chain is good, but we may not talk to the peer. `reason` is a label for metrics, `alert` what the peer is
+    told."""
 
     def __init__(self, reason: RefusalReason, message: str) -> None:
         super().__init__(message)
         self.reason: RefusalReason = reason
+
+    @property
+    def alert(self) -> Alert:
+        return _ALERTS[self.reason]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +169,26 @@ class Identity:
         return self._material.leaf.not_valid_after_utc
 
     @property
+    def not_before(self) -> datetime:
+        """When the last certificate of our own chain begins: before that, no peer accepts us."""
+        return max(certificate.not_valid_before_utc for certificate in self._material.chain)
+
+    @property
+    def chain_end(self) -> float:
+        """When the first certificate of our own chain ends, in seconds since the epoch."""
+        return min(certificate.not_valid_after_utc.timestamp() for certificate in self._material.chain)
+
+    def validity_problem(self) -> str | None:
+        """Why peers refuse our own chain at this moment, by the clock; None: they do not."""
+        now = self._clock()
+        for depth, certificate in enumerate(self._material.chain):
+            problem = material.validity_problem(certificate, now)
+            if problem is not None:
+                what = "the certificate" if not depth else f"the certificate of its authority {material.name_of(certificate)}"
+                return f"{what} {problem}"
+        return None
+
+    @property
     def roots_not_after(self) -> datetime:
         """When the first of the trust roots ends."""
         return min(root.not_valid_after_utc for root in self._material.roots)
@@ -173,6 +210,19 @@ class Identity:
         domains. The certificate is the one the handshake has verified. Raises PeerRefused.
         """
         return verify_peer(certificate, expected, self._accepted_domains, self._clock())
+
+    def verify_chain(self, chain: Sequence[x509.Certificate], expected: SpiffeId | None = None) -> SpiffeId:
+        """The peer's identity by its verified chain, the leaf first: as `verify_peer`, and no certificate of the chain may have expired.
+
+        An empty chain is a peer without a certificate; a leaf alone is one whose session was resumed. Raises PeerRefused.
+        """
+        identity = self.verify_peer(chain[0] if chain else None, expected)
+        now = self._clock()
+        for authority in chain[1:]:
+            if now > authority.not_valid_after_utc:
+                words = f"the certificate of an authority of the peer {identity} {material.validity_problem(authority, now)}"
+                raise PeerRefused("expired", words)
+        return identity
 
     def reload(self) -> bool:
         """Read the files again; True when they had changed and are in use now.

@@ -2,8 +2,8 @@
 
 Material is all or nothing. A certificate whose key is missing, a key of yesterday's certificate, a leaf that our own roots do
 not vouch for: each of them would load into OpenSSL without a word, and then every handshake would fail for a reason that only
-the other side knows. So everything that a peer will check is checked here first, by the same judge (OpenSSL's chain
-verification), and the error names the file and what to mend.
+the other side knows. So everything that a peer will check is checked here first, by the same judges (the library's chain
+verification, and proxy/net/certificate_rules.py), and the error names the file and what to mend.
 
 Files change under us while we read. In Kubernetes a mounted volume is a directory of symbolic links into `..data`, which is
 swapped at once; elsewhere files are replaced one after the other. Either way a reader may catch the new certificate and the
@@ -17,38 +17,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.hazmat.primitives import serialization
 from OpenSSL import SSL, crypto
 
 from proxy.mesh.files import FileUnusable, read_bytes
-from proxy.mesh.keys import PrivateKey, key_weakness, not_taken
+from proxy.mesh.keys import PrivateKey
 from proxy.mesh.spiffe import SpiffeId, SpiffeIdError
+from proxy.net.certificate_rules import UNREADABLE, certificate_flaw, find_flaw, key_flaw, strength_flaw
 from proxy.net.tls_errors import reasons
-
-# What reading a malformed certificate raises. Most of its parts are parsed only when they are asked for, and then turned into objects
-# whose constructors raise what they like: the library says of a few of these only that it may raise them.
-UNREADABLE = (
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    UnsupportedAlgorithm,
-    x509.InvalidVersion,
-    x509.DuplicateExtension,
-    x509.UnsupportedGeneralNameType,
-)
 
 # A bundle of a thousand roots has about 1 MiB.
 MAX_FILE_BYTES = 4 * 1024 * 1024
-
-_Extension = TypeVar("_Extension", bound=x509.ExtensionType)
-
-_WEAK_HASHES = (hashes.MD5, hashes.SHA1)
 
 
 class MaterialError(Exception):
@@ -83,6 +65,7 @@ class Material:
     key: PrivateKey
     roots: tuple[x509.Certificate, ...]
     warnings: tuple[str, ...]
+    chain: tuple[x509.Certificate, ...]  # as peers will verify it: the leaf first, the trust root last
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +122,19 @@ def load(contents: Contents, now: datetime) -> Material:
     intermediates = tuple(certificate for certificate in others if certificate not in roots)
     for certificate in intermediates:
         check_validity(files.certificate, certificate, now, "the intermediate certificate")
-        weakness = key_weakness(public_key(files.certificate, certificate)) or _weak_signature(certificate)
+        weakness = _weakness(files.certificate, certificate)
         if weakness is not None:
-            raise MaterialError(files.certificate, f"holds a weak intermediate certificate ({name_of(certificate)}): {weakness}")
+            raise MaterialError(files.certificate, f"holds a weak intermediate certificate ({name_of(certificate)}): it {weakness}")
     try:
-        verify_chain(leaf, intermediates, roots, now)
+        chain = verify_chain(leaf, intermediates, roots, now)
     except ValueError as error:
         names = ", ".join(str(path) for path in files.roots)
         raise MaterialError(files.certificate, f"is not vouched for by the trust roots in {names}: {error}") from None
-    return Material(identity, leaf, intermediates, key, roots, _warnings(contents, roots, now))
+    flaw = find_flaw(chain)
+    if flaw is not None:
+        what = "the certificate" if not flaw.depth else f"the certificate of its authority {name_of(chain[flaw.depth])}"
+        raise MaterialError(files.certificate, f"would be refused by every peer: {what} {flaw.words}")
+    return Material(identity, leaf, intermediates, key, roots, _warnings(contents, roots, now), chain)
 
 
 def parse_certificates(path: Path, data: bytes) -> list[x509.Certificate]:
@@ -206,12 +193,9 @@ def parse_key(path: Path, data: bytes) -> PrivateKey:
         what = "is empty" if not data.strip() else "holds no PEM private key that can be read (PKCS #8, SEC 1 or PKCS #1)"
         raise MaterialError(path, what) from None
     if isinstance(key, PrivateKey):
-        weakness = key_weakness(key.public_key())
+        weakness = key_flaw(key.public_key())
         if weakness is not None:
-            raise MaterialError(path, f"holds a weak private key: {weakness}")
-        problem = not_taken(key)
-        if problem is not None:
-            raise MaterialError(path, f"holds {problem}")
+            raise MaterialError(path, f"holds a private key that no peer accepts: {weakness}")
         return key
     raise MaterialError(path, f"holds a private key of a kind that TLS 1.3 certificates do not use here ({type(key).__name__})")
 
@@ -233,8 +217,9 @@ def spiffe_uri(certificate: x509.Certificate) -> str:
 
 def verify_chain(
     leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], roots: Sequence[x509.Certificate], now: datetime
-) -> None:
-    """Judge the chain as OpenSSL does in the handshake. Raises ValueError with the reason in words."""
+) -> tuple[x509.Certificate, ...]:
+    """Judge the chain as the TLS library does in the handshake. The chain, the leaf first and the root last. Raises ValueError with the
+    reason in words."""
     store = crypto.X509Store()
     # Whatever is in the trust root files is an anchor, also a certificate that is not self-signed (SPIFFE bundles may be so).
     store.set_flags(crypto.X509StoreFlags.PARTIAL_CHAIN)
@@ -243,7 +228,8 @@ def verify_chain(
         for root in roots:
             store.add_cert(crypto.X509.from_cryptography(root))
         chain = [crypto.X509.from_cryptography(certificate) for certificate in intermediates]
-        crypto.X509StoreContext(store, crypto.X509.from_cryptography(leaf), chain).verify_certificate()
+        found = crypto.X509StoreContext(store, crypto.X509.from_cryptography(leaf), chain).get_verified_chain()
+        return tuple(certificate.to_cryptography() for certificate in found)
     except crypto.X509StoreContextError as error:
         raise ValueError(str(error)) from None
     except crypto.Error as error:
@@ -296,9 +282,9 @@ def _check_authority(path: Path, certificate: x509.Certificate) -> None:
         raise MaterialError(path, f"holds a certificate whose extensions cannot be parsed: {error}") from None
     if not constraints.ca:
         raise MaterialError(path, f"holds a certificate that is no authority (a workload's certificate?): {name_of(certificate)}")
-    weakness = key_weakness(public_key(path, certificate)) or _weak_signature(certificate)
+    weakness = _weakness(path, certificate)
     if weakness is not None:
-        raise MaterialError(path, f"holds a weak trust root ({name_of(certificate)}): {weakness}")
+        raise MaterialError(path, f"holds a weak trust root ({name_of(certificate)}): it {weakness}")
 
 
 def _check_leaf(path: Path, leaf: x509.Certificate, now: datetime) -> SpiffeId:
@@ -307,9 +293,11 @@ def _check_leaf(path: Path, leaf: x509.Certificate, now: datetime) -> SpiffeId:
         identity = SpiffeId.parse(spiffe_uri(leaf))
     except SpiffeIdError as error:
         raise MaterialError(path, str(error)) from None
-    for problem in (_weak_signature(leaf), _role_problem(leaf)):
-        if problem is not None:
-            raise MaterialError(path, problem)
+    if _is_authority(leaf):
+        raise MaterialError(path, "the first certificate is an authority, not a workload's certificate: put the leaf first")
+    flaw = certificate_flaw(leaf, 0)
+    if flaw is not None:
+        raise MaterialError(path, f"would be refused by every peer: the certificate {flaw.words}")
     return identity
 
 
@@ -321,43 +309,17 @@ def public_key(path: Path, certificate: x509.Certificate) -> object:
         raise MaterialError(path, f"holds a certificate whose public key cannot be read: {error}") from None
 
 
-def _weak_signature(certificate: x509.Certificate) -> str | None:
+def _weakness(path: Path, certificate: x509.Certificate) -> str | None:
+    """What makes a certificate forgeable, in words that follow "it ...". Raises MaterialError when its key cannot be read."""
+    public_key(path, certificate)
+    return strength_flaw(certificate)
+
+
+def _is_authority(certificate: x509.Certificate) -> bool:
     try:
-        algorithm = certificate.signature_hash_algorithm
-    except UNREADABLE:
-        return f"it is signed with an algorithm that is not known here ({certificate.signature_algorithm_oid.dotted_string})"
-    if isinstance(algorithm, _WEAK_HASHES):
-        return f"it is signed with {algorithm.name}, which is broken: SHA-256 or better is needed"
-    return None
-
-
-def _role_problem(leaf: x509.Certificate) -> str | None:
-    """A sidecar is a server for its callers and a client for those it calls; its certificate must allow both, and not more.
-
-    OpenSSL checks the same in the handshake (check_purpose_ssl_client and _server; it does not take anyExtendedKeyUsage for
-    either), but there the error appears on the other side only.
-    """
-    constraints = _extension(leaf, x509.BasicConstraints)
-    if constraints is not None and constraints.ca:
-        return "the first certificate is an authority, not a workload's certificate: put the leaf first"
-    usage = _extension(leaf, x509.KeyUsage)
-    if usage is not None and not usage.digital_signature:
-        return "the certificate's key usage does not allow digital signatures, with which TLS 1.3 proves who is there"
-    extended = _extension(leaf, x509.ExtendedKeyUsage)
-    if extended is None:
-        return None
-    wanted = ((ExtendedKeyUsageOID.SERVER_AUTH, "servers"), (ExtendedKeyUsageOID.CLIENT_AUTH, "clients"))
-    missing = [who for oid, who in wanted if oid not in extended]
-    if missing:
-        return f"the certificate's extended key usage does not allow TLS {' and '.join(missing)}: the mesh needs both"
-    return None
-
-
-def _extension(certificate: x509.Certificate, kind: type[_Extension]) -> _Extension | None:
-    try:
-        return certificate.extensions.get_extension_for_class(kind).value
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except x509.ExtensionNotFound:
-        return None
+        return False
 
 
 def _warnings(contents: Contents, roots: Sequence[x509.Certificate], now: datetime) -> tuple[str, ...]:
@@ -367,6 +329,9 @@ def _warnings(contents: Contents, roots: Sequence[x509.Certificate], now: dateti
         found.append(f"{files.key}: the private key can be read by every user of this machine: chmod 600 {files.key}")
     for path, data in zip(files.roots, contents.parts[2:], strict=True):
         for certificate in parse_certificates(path, data):
+            flaw = certificate_flaw(certificate, 1, anchor=True)
+            if flaw is not None:
+                found.append(f"{path}: the trust root {name_of(certificate)} {flaw.words}: nothing that it has signed is accepted")
             problem = validity_problem(certificate, now)
             if problem is not None:
                 use = "it counts from then on" if certificate in roots else "it is not used"

@@ -1,11 +1,12 @@
 """The TLS handshake, as server and as client.
 
 Everything about a connection that has been agreed on is in proxy.net.tls_stream. Here is how it comes about: under one deadline,
-with the stream owned and closed on every way out but the good one, and with the caller's own verification as the last step, before
-any byte of the application is read or written.
+with the stream owned and closed on every way out but the good one, and with the caller's own verification as a step of the handshake
+itself: a peer that is refused by its name gets an alert that says so (tls_verdict.py).
 
 Resumption is not a way around that step. A TLS 1.3 server that resumes a session does not see the client's certificate again, but
-the ticket carries it; so the caller judges it anew on every connection.
+the ticket carries it; so the caller judges it anew on every connection. What it refuses then is closed without an alert: neither library
+sends one after the handshake.
 """
 
 from __future__ import annotations
@@ -13,24 +14,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 
 import trio
-from cryptography.x509 import Certificate, load_der_x509_certificate
 from OpenSSL import SSL, crypto
 from trio.lowlevel import checkpoint_if_cancelled
 
 from proxy.net.errors import TLSFailed
 from proxy.net.linger import discard_unread
 from proxy.net.streams import SocketStream
+from proxy.net.tls_binding import was_resumed
 from proxy.net.tls_errors import explain
 from proxy.net.tls_info import TLSInfo
 from proxy.net.tls_stream import TLSStream
-from proxy.net.tls_verdict import note_verdict, take_verified
+from proxy.net.tls_verdict import Chain, Verdict, Verify, chain_end, demand_certificate, remembered_chain, verdict_of
 
-__all__ = ["TLSInfo", "TLSOffer", "TLSStream", "Verify", "demand_certificate", "tls_client", "tls_server"]
-
-Verify = Callable[[Certificate | None], object]
+__all__ = ["Chain", "TLSInfo", "TLSOffer", "TLSStream", "Verify", "demand_certificate", "tls_client", "tls_server"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +47,14 @@ class TLSOffer:
 async def tls_server(stream: SocketStream, context: SSL.Context, *, verify: Verify | None, timeout: float) -> TLSStream:
     """Answer a client's handshake on `stream`, which must not have been read from (peeking is fine).
 
-    `verify` gets the peer's certificate (None if it showed none), also when a session was resumed, and raises if it is not good
+    `verify` gets the peer's verified chain (see tls_verdict.Verify), also when a session was resumed, and raises if the peer is not good
     enough; what it returns becomes `info.peer_identity`. Takes ownership of `stream`: whatever is raised, it is closed, and no
     application byte was read or written. Raises TLSFailed, ConnectionLost, and what `verify` raises, unchanged. `timeout` in
     seconds, for the handshake as a whole.
     """
     try:
         connection = SSL.Connection(context, stream.socket)
+        connection.set_app_data(Verdict(verify))
         connection.set_accept_state()
         await _handshake(connection, stream, timeout)
         info = _info(connection, (connection.get_servername() or b"").decode("ascii", "replace"), verify)
@@ -65,9 +64,7 @@ async def tls_server(stream: SocketStream, context: SSL.Context, *, verify: Veri
     return TLSStream(stream, connection, info, None)
 
 
-async def tls_client(
-    stream: SocketStream, context: SSL.Context, offer: TLSOffer, *, verify: Verify | None, timeout: float
-) -> TLSStream:
+async def tls_client(stream: SocketStream, context: SSL.Context, offer: TLSOffer, *, verify: Verify | None, timeout: float) -> TLSStream:
     """Open TLS as the client. Everything else as tls_server.
 
     In TLS 1.3 the client is done before the server has looked at its certificate: a refusal arrives as TLSFailed (`alert`) from
@@ -75,6 +72,7 @@ async def tls_client(
     """
     try:
         connection = SSL.Connection(context, stream.socket)
+        connection.set_app_data(Verdict(verify))
         if offer.server_name:
             connection.set_tlsext_host_name(offer.server_name.encode("ascii"))
         if offer.alpn:
@@ -91,15 +89,6 @@ async def tls_client(
     return TLSStream(stream, connection, info, offer.on_session)
 
 
-def demand_certificate(context: SSL.Context, *, always: bool) -> None:
-    """Have the handshakes of a new context verify the peer's certificate, and keep in words why one was refused. `always`: as a server, do
-    without none.
-
-    Once for a context, since a callback of its own for each connection costs more than to dial it.
-    """
-    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT if always else SSL.VERIFY_PEER, note_verdict)
-
-
 async def _handshake(connection: SSL.Connection, stream: SocketStream, timeout: float) -> None:
     with trio.move_on_after(timeout) as scope:
         await checkpoint_if_cancelled()
@@ -112,32 +101,37 @@ async def _handshake(connection: SSL.Connection, stream: SocketStream, timeout: 
                 await trio.lowlevel.wait_writable(stream.socket)
             except SSL.Error as error:
                 discard_unread(stream.socket)  # so that the alert we have just sent is not destroyed by a reset
-                raise explain(error, connection, "during the TLS handshake") from error
+                raise _refusal(connection) or explain(error, connection, "during the TLS handshake") from error
             else:
                 return
     if scope.cancelled_caught:
         raise TLSFailed("timeout", f"the TLS handshake with {stream.peer} was not done within {timeout:g} s")
 
 
-@lru_cache(maxsize=256)
-def _parsed(certificate: bytes) -> Certificate:
-    """From DER. Peers are few, and come again and again; these have been verified, so nobody else gets in here."""
-    return load_der_x509_certificate(certificate)
+def _refusal(connection: SSL.Connection) -> Exception | None:
+    """What the caller's own verification has raised within the handshake; once, because an exception leads back to where it was raised."""
+    verdict = verdict_of(connection)
+    error, verdict.error = verdict.error, None
+    return error
 
 
 def _info(connection: SSL.Connection, sni: str, verify: Verify | None) -> TLSInfo:
-    verified = take_verified(connection)
-    shown = verified or connection.get_peer_certificate()
-    certificate = None if shown is None else _parsed(crypto.dump_certificate(crypto.FILETYPE_ASN1, shown))
-    identity = verify(certificate) if verify is not None else None
+    verdict = verdict_of(connection)
+    connection.set_app_data(None)
+    chain, outcome = verdict.chain, verdict.outcome
+    if not chain:  # a session was resumed, or the peer has shown nothing
+        shown = connection.get_peer_certificate()
+        if shown is not None:
+            chain = remembered_chain(crypto.dump_certificate(crypto.FILETYPE_ASN1, shown))
+        outcome = verify(chain) if verify is not None else None
     return TLSInfo(
         version=connection.get_protocol_version_name(),
         cipher=connection.get_cipher_name() or "",
         group=connection.get_group_name() or "",
         alpn=connection.get_alpn_proto_negotiated(),
-        # pyOpenSSL does not offer SSL_session_reused; but a certificate that nobody had to verify came with a session. (Without any
-        # certificate there is nothing to tell by.)
-        resumed=certificate is not None and verified is None,
-        peer_identity=None if identity is None else str(identity),
+        resumed=was_resumed(connection),
+        peer_identity=None if outcome is None else str(outcome),
         sni=sni,
+        peer_not_after=chain_end(chain),
+        peer_root=chain[-1] if len(chain) > 1 else None,
     )

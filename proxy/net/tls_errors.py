@@ -109,7 +109,7 @@ def _loss(connection: SSL.Connection) -> int:
 def _judge(told: list[str], connection: SSL.Connection) -> tuple[TLSKind, str]:
     for reason in told:
         if reason == _CERTIFICATE_REFUSED:
-            words = connection.get_app_data()
+            words = getattr(connection.get_app_data(), "refusal", None)  # see tls_verdict.Verdict
             return "certificate", words if isinstance(words, str) else "the peer's certificate was refused"
         if reason in _UNFIT:
             return "certificate", _UNFIT[reason]

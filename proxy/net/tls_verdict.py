@@ -1,118 +1,214 @@
 """The verdict on a peer's certificates, while the handshake runs.
 
-The library below verifies the chain, and calls back for each certificate of it, the authorities first. Here its reason for a refusal is
-put into words, and kept with the connection; and what it would let pass is refused too: keys and signatures that can be forged. OpenSSL has
-a security level for those. AWS-LC has none, and takes RSA keys of 1024 bits, and SHA-1, from anybody whom an authority has given them. (The
-peer then hears of an `internal error`: what a callback refuses by itself has no alert of its own.)
+The TLS library verifies the chain, and calls back for each certificate of it, the authorities first and the leaf last. When the leaf has
+passed, the whole chain goes through the rules that hold for both libraries (certificate_rules.py), and then to the connection's own
+`verify`, which knows names. All of this happens inside the handshake, because only there a refusal reaches the peer as an alert
+(RFC 8446, section 6.2). After the handshake nothing but a reset is left.
 
-Nobody is asked when a session is resumed: what it began with has been verified then.
+The reason of a refusal is kept with the connection: as text, or as the exception that `verify` raised.
+
+A resumed session brings no chain, and the library does not call back. The leaf is in the ticket; the rest is what was verified with that
+leaf before, if it is still remembered (`remembered_chain`).
 """
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ed448, ed25519
-from cryptography.x509 import InvalidVersion
+from cryptography.x509 import Certificate, load_der_x509_certificate
 from OpenSSL import SSL, crypto
 
+from proxy.net.certificate_rules import UNREADABLE, Alert, Flaw, find_flaw
+from proxy.net.tls_binding import Verification, code_in_words, set_signature_algorithms, set_verification, verification_callback
 from proxy.net.tls_errors import AWS_LC
 
+# Gets the verified chain, the leaf first and the trust root last; only the leaf, if a session was resumed whose chain is not remembered; an
+# empty one, if the peer has shown no certificate. Raises if the peer is refused: the exception may have an attribute `alert` (Alert).
+Chain = tuple[Certificate, ...]
+Verify = Callable[[Chain], object]
+
 _V = SSL.X509VerificationCodes
-_REFUSALS = {
-    _V.ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY: "is not signed by a trust root",
-    _V.ERR_UNABLE_TO_GET_ISSUER_CERT: "is not signed by a trust root",
-    _V.ERR_SELF_SIGNED_CERT_IN_CHAIN: "is not signed by a trust root (its own root is not trusted here)",
-    _V.ERR_DEPTH_ZERO_SELF_SIGNED_CERT: "is not signed by a trust root (it is self-signed)",
-    _V.ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE: "is not signed by a trust root",
-    _V.ERR_CERT_SIGNATURE_FAILURE: "carries a signature that is not its issuer's",
-    _V.ERR_CERT_CHAIN_TOO_LONG: "has too long a chain",
-    _V.ERR_INVALID_CA: "is signed by a certificate that is not an authority's",
-    _V.ERR_INVALID_PURPOSE: "is not meant for this use (extended key usage)",
-    _V.ERR_PATH_LENGTH_EXCEEDED: "has a longer chain than its authority allows",
-    _V.ERR_PERMITTED_VIOLATION: "names what its authority may not (name constraints)",
-    _V.ERR_EXCLUDED_VIOLATION: "names what its authority may not (name constraints)",
-    _V.ERR_UNHANDLED_CRITICAL_EXTENSION: "has a critical extension that is not known here",
+
+_UNTRUSTED = "is not signed by a trust root"
+_ISSUER_MISSING = _V.ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY
+# Codes of the libraries, in words, for what they find before the rules are asked.
+_REFUSALS: dict[int, tuple[str, Alert]] = {
+    _ISSUER_MISSING: (_UNTRUSTED, "unknown_ca"),
+    _V.ERR_UNABLE_TO_GET_ISSUER_CERT: (_UNTRUSTED, "unknown_ca"),
+    _V.ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE: (_UNTRUSTED, "unknown_ca"),
+    _V.ERR_SELF_SIGNED_CERT_IN_CHAIN: (f"{_UNTRUSTED} (its own root is not trusted here)", "unknown_ca"),
+    _V.ERR_DEPTH_ZERO_SELF_SIGNED_CERT: (f"{_UNTRUSTED} (it is self-signed)", "unknown_ca"),
+    _V.ERR_CERT_CHAIN_TOO_LONG: ("has too long a chain", "unknown_ca"),
+    _V.ERR_CERT_SIGNATURE_FAILURE: ("carries a signature that is not its issuer's", "bad_certificate"),
+    _V.ERR_UNABLE_TO_DECRYPT_CERT_SIGNATURE: ("carries a signature that is not its issuer's", "bad_certificate"),
+    _V.ERR_CERT_HAS_EXPIRED: ("has expired (not after {end})", "certificate_expired"),
+    _V.ERR_CERT_NOT_YET_VALID: ("is not valid yet (not before {begin})", "certificate_expired"),
 }
-_KEY, _SIGNATURE = "has a key that is too weak", "is signed with an algorithm that is too weak"
-if not AWS_LC:  # X509_V_ERR_EE_KEY_TOO_SMALL, CA_KEY_TOO_SMALL, CA_MD_TOO_WEAK: pyOpenSSL has no names for them
-    _REFUSALS |= {66: _KEY, 67: _KEY, 68: _SIGNATURE}
+# What the libraries find when they have a whole chain. The rules find most of it too, and their words are more exact.
+_OF_THE_CHAIN: dict[int, tuple[str, Alert]] = {
+    _V.ERR_INVALID_CA: ("is signed by a certificate that is not an authority's", "unknown_ca"),
+    _V.ERR_INVALID_PURPOSE: ("is not meant for this use", "unsupported_certificate"),
+    _V.ERR_PATH_LENGTH_EXCEEDED: ("has a longer chain than its authority allows", "unknown_ca"),
+    _V.ERR_PERMITTED_VIOLATION: ("names what its authority may not (name constraints)", "certificate_unknown"),
+    _V.ERR_EXCLUDED_VIOLATION: ("names what its authority may not (name constraints)", "certificate_unknown"),
+    _V.ERR_UNHANDLED_CRITICAL_EXTENSION: ("has a critical extension that is not known here", "bad_certificate"),
+}
+_ANY_OTHER: tuple[str, Alert] = ("was refused by the TLS library: {code}", "bad_certificate")
 
-# What OpenSSL demands at its security level 2, 112 bits: of elliptic curves these many, of RSA, however it is written, those.
-_CURVE, _FACTORS = 224, 2048
-_EC = 408  # NID_X9_62_id_ecPublicKey: pyOpenSSL has no name for it
-_PSS = b"rsassaPss"  # the hash is among its parameters
-_STRONG = frozenset({
-    b"ecdsa-with-SHA224", b"ecdsa-with-SHA256", b"ecdsa-with-SHA384", b"ecdsa-with-SHA512", b"ED25519",
-    b"sha224WithRSAEncryption", b"sha256WithRSAEncryption", b"sha384WithRSAEncryption", b"sha512WithRSAEncryption",
-    b"MLDSA44", b"MLDSA65", b"MLDSA87",
-})  # fmt: skip
-_BROKEN = (hashes.MD5, hashes.SHA1)
+# Of both libraries' tables of alerts (ssl_x509err2alert; SSL_alert_from_verify_result) one code each that stands for that alert.
+_ALERTS: dict[Alert, int] = {
+    "bad_certificate": _V.ERR_CERT_REJECTED,
+    "unsupported_certificate": _V.ERR_INVALID_PURPOSE,
+    "certificate_expired": _V.ERR_CERT_HAS_EXPIRED,
+    "certificate_unknown": _V.ERR_PERMITTED_VIOLATION,
+    "unknown_ca": _V.ERR_INVALID_CA,
+}
 
-# Kinds of keys that come in good sizes only.
-_OTHERS = (ed25519.Ed25519PublicKey, ed448.Ed448PublicKey)
+# What the handshake may be signed with, and so which keys a leaf may have: the same with both libraries, which have other lists by
+# themselves. Those with PKCS #1 are for the signatures of certificates only (RFC 8446, section 4.2.3).
+_SIGNATURES = (
+    b"ecdsa_secp256r1_sha256:ecdsa_secp384r1_sha384:ecdsa_secp521r1_sha512:ed25519:rsa_pss_rsae_sha256:rsa_pss_rsae_sha384:"
+    b"rsa_pss_rsae_sha512:rsa_pkcs1_sha256:rsa_pkcs1_sha384:rsa_pkcs1_sha512"
+)
 
-_UNREADABLE = (crypto.Error, ValueError, InvalidVersion, UnsupportedAlgorithm)
-
-
-def note_verdict(connection: SSL.Connection, certificate: crypto.X509, code: int, depth: int, accepted: int) -> bool:
-    """The verification callback: agrees with a refusal, adds its own (see above), and keeps the first reason with the connection, as
-    text; otherwise the peer's own certificate."""
-    words = None if accepted else _refusal(connection, certificate, code, depth)
-    if AWS_LC and words is None:
-        words = weakness(certificate)
-    if words is not None:
-        if not isinstance(connection.get_app_data(), str):
-            owner = "the peer's certificate" if depth == 0 else "an authority's certificate in the peer's chain"
-            connection.set_app_data(f"{owner} {words}")
-        return False
-    if depth == 0:
-        connection.set_app_data(certificate)
-    return True
+# Chains that are remembered for resumed sessions.
+_REMEMBERED = 1024
+_chains: OrderedDict[bytes, Chain] = OrderedDict()
 
 
-def take_verified(connection: SSL.Connection) -> crypto.X509 | None:
-    """The certificate that the peer has shown in this very handshake, and that was found good; once. None: it has shown none, or a session
-    was resumed, which has its own."""
-    certificate: crypto.X509 | None = connection.get_app_data()
-    connection.set_app_data(None)
-    return certificate
+class Verdict:
+    """What has become of a connection's verification: the application data of the connection, while the handshake runs."""
+
+    __slots__ = ("chain", "error", "outcome", "refusal", "verify")
+
+    def __init__(self, verify: Verify | None) -> None:
+        self.verify = verify
+        self.chain: Chain = ()  # verified in this very handshake
+        self.outcome: object = None  # what `verify` gave
+        self.refusal: str | None = None  # why the peer is refused, in words
+        self.error: Exception | None = None  # what `verify` raised
 
 
-def weakness(certificate: crypto.X509) -> str | None:
-    """What can be forged of a certificate, in words that follow "the certificate ...": its key, or its issuer's signature."""
+def verdict_of(connection: SSL.Connection) -> Verdict:
+    """The verdict on the peer of `connection`; there is one from here on."""
+    found = connection.get_app_data()
+    if not isinstance(found, Verdict):
+        found = Verdict(None)
+        connection.set_app_data(found)
+    return found
+
+
+def demand_certificate(context: SSL.Context, *, always: bool) -> None:
+    """Have the handshakes of a new context verify the peer's certificate, and refuse it by the rules of this module. `always`: as a server,
+    do without none."""
+    mode = SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT if always else SSL.VERIFY_PEER
+    set_verification(context, mode, _CALLBACK)
+    set_signature_algorithms(context, _SIGNATURES)
+
+
+def remembered_chain(leaf: bytes) -> Chain:
+    """The chain that was verified with this leaf (DER) last; the leaf alone, if that is not remembered."""
+    return _chains.get(leaf) or _read(leaf)[1]
+
+
+def _on_certificate(verification: Verification, accepted: bool) -> int | None:
+    verdict = verdict_of(verification.connection)
+    refused = _judge(verdict, verification.chain()) if accepted else _explain(verification)
+    if refused is None:
+        return None
+    words, alert = refused
+    verdict.refusal = verdict.refusal or words
+    return _ALERTS[alert]
+
+
+_CALLBACK = verification_callback(_on_certificate)
+
+
+def _judge(verdict: Verdict, shown: bytes) -> tuple[str, Alert] | None:
+    """The library is content. The reason against the peer, with the alert for it, or None."""
     try:
-        key = certificate.get_pubkey()
-        if key.bits() < (_CURVE if key.type() == _EC else _FACTORS) and not isinstance(certificate.to_cryptography().public_key(), _OTHERS):
-            return f"{_KEY} ({key.bits()} bits)"
-        algorithm = certificate.get_signature_algorithm()
-        if algorithm in _STRONG or (algorithm == _PSS and not isinstance(certificate.to_cryptography().signature_hash_algorithm, _BROKEN)):
-            return None
-    except _UNREADABLE:
-        return "has a key, or a signature, of a kind that is not known here"
-    return f"{_SIGNATURE} ({algorithm.decode('ascii', 'replace')})"
+        leaf, chain, flaw = _read(shown)
+    except UNREADABLE as error:
+        return f"the peer's certificate cannot be parsed: {str(error)[:200]!r}", "bad_certificate"
+    if flaw is not None:
+        return f"{_owner(flaw.depth)} {flaw.words}", flaw.alert
+    if verdict.verify is not None:
+        try:
+            verdict.outcome = verdict.verify(chain)
+        except Exception as error:
+            verdict.error = error
+            return str(error), getattr(error, "alert", "certificate_unknown")
+    verdict.chain = chain
+    _chains[leaf] = chain
+    _chains.move_to_end(leaf)
+    if len(_chains) > _REMEMBERED:
+        _chains.popitem(last=False)
+    return None
 
 
-def _refusal(connection: SSL.Connection, certificate: crypto.X509, code: int, depth: int) -> str:
-    if code == _V.ERR_CERT_HAS_EXPIRED:
-        return f"has expired (not after {_day(certificate.get_notAfter)})"
-    if code == _V.ERR_CERT_NOT_YET_VALID:
-        return f"is not valid yet (not before {_day(certificate.get_notBefore)})"
-    if AWS_LC and code == _V.ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY:  # its one reason for all that ends a chain too early
-        if 0 <= connection.get_context().get_verify_depth() <= depth:
-            code = _V.ERR_CERT_CHAIN_TOO_LONG
-        elif depth == 0 and _names_itself(certificate):
-            code = _V.ERR_DEPTH_ZERO_SELF_SIGNED_CERT
-    return _REFUSALS.get(code) or f"was refused (X.509 verification error {code})"
+def _explain(verification: Verification) -> tuple[str, Alert]:
+    """The library refuses: its reason in words, and the alert for it."""
+    code, depth, certificate = verification.code, verification.depth, verification.certificate()
+    if AWS_LC and code == _ISSUER_MISSING:  # its one reason for all that ends a chain too early
+        code = _why_too_early(verification.connection, depth, certificate)
+    if code not in _REFUSALS:
+        try:
+            flaw = _read.__wrapped__(verification.chain())[2]  # these are not verified: they must not fill the cache
+        except UNREADABLE:
+            flaw = None
+        if flaw is not None:
+            return f"{_owner(flaw.depth)} {flaw.words}", flaw.alert
+    words, alert = _REFUSALS.get(code) or _OF_THE_CHAIN.get(code) or _ANY_OTHER
+    begin = end = ""
+    if certificate is not None:
+        begin, end = _day(certificate.get_notBefore), _day(certificate.get_notAfter)
+    return f"{_owner(depth)} {words.format(begin=begin, end=end, code=code_in_words(code))}", alert
+
+
+def _why_too_early(connection: SSL.Connection, depth: int, certificate: crypto.X509 | None) -> int:
+    if 0 <= connection.get_context().get_verify_depth() <= depth:
+        return int(_V.ERR_CERT_CHAIN_TOO_LONG)
+    if depth == 0 and certificate is not None and _names_itself(certificate):
+        return int(_V.ERR_DEPTH_ZERO_SELF_SIGNED_CERT)
+    return int(_ISSUER_MISSING)
+
+
+def _owner(depth: int) -> str:
+    return "the peer's certificate" if depth == 0 else "an authority's certificate in the peer's chain"
+
+
+@lru_cache(maxsize=256)
+def _read(shown: bytes) -> tuple[bytes, Chain, Flaw | None]:
+    """The leaf in DER, the whole chain, and what is wrong with it, from certificates in DER that stand one behind the other. Peers are few
+    and come again, so this is looked up, as a rule."""
+    found = []
+    while shown:
+        size = _size(shown)
+        found.append(shown[:size])
+        shown = shown[size:]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chain = tuple(load_der_x509_certificate(der) for der in found)
+    return found[0], chain, find_flaw(chain)
+
+
+def _size(der: bytes) -> int:
+    """Of the element at the start (X.690, section 8.1.3)."""
+    if der[1] < 0x80:
+        return 2 + der[1]
+    octets = der[1] & 0x7F
+    return 2 + octets + int.from_bytes(der[2 : 2 + octets], "big")
 
 
 def _names_itself(certificate: crypto.X509) -> bool:
     try:
         parsed = certificate.to_cryptography()
         return parsed.issuer == parsed.subject
-    except _UNREADABLE:
+    except UNREADABLE:
         return False
 
 
@@ -120,3 +216,8 @@ def _day(when: Callable[[], bytes | None]) -> str:
     """ASN.1 GeneralizedTime `20260131120000Z` as `2026-01-31 12:00:00 UTC`."""
     t = (when() or b"").decode("ascii", "replace")
     return f"{t[:4]}-{t[4:6]}-{t[6:8]} {t[8:10]}:{t[10:12]}:{t[12:14]} UTC"
+
+
+def chain_end(chain: Chain) -> float:
+    """When the first of its certificates ends, in seconds since the epoch; infinity for an empty chain."""
+    return min((certificate.not_valid_after_utc.timestamp() for certificate in chain), default=math.inf)

@@ -93,7 +93,7 @@ def meshed(workload, seen):
 
     async def handler(stream):
         try:
-            tls = await tls_server(stream, identity.server_context, verify=identity.verify_peer, timeout=30)
+            tls = await tls_server(stream, identity.server_context, verify=identity.verify_chain, timeout=30)
             seen.append((tls.info.peer_identity, await tls.receive_some(100)))
             await tls.aclose()
         except NetError as error:

@@ -10,6 +10,7 @@ from OpenSSL import SSL
 
 from proxy.mesh import certificates
 from proxy.mesh.contexts import _MODE_NO_AUTO_CHAIN as NO_AUTO_CHAIN
+from proxy.mesh.contexts import KeptSession
 from proxy.mesh.identity import (
     NoCommonProtocol,
     SessionCache,
@@ -164,3 +165,15 @@ def test_the_session_cache_is_bounded_and_forgets_the_longest_unused(cart, check
 def test_a_session_cache_holds_something():
     with pytest.raises(ValueError, match="at least one"):
         SessionCache(0)
+
+
+def test_a_session_is_not_offered_when_its_peers_certificate_has_ended(cart, checkout):
+    cache = SessionCache(2)
+    with handshake(cart.identity().client_context, checkout.identity().server_context) as (client, _server):
+        session = client.get_session()
+    kept = KeptSession(cache, spiffe("a"), "10.0.0.1")
+    kept.end = 100.0
+    kept(session)
+    assert cache.get(spiffe("a"), "10.0.0.1", 99.0) is session
+    assert cache.get(spiffe("a"), "10.0.0.1", 100.0) is None
+    assert len(cache) == 0

@@ -20,7 +20,7 @@ from OpenSSL import SSL
 from trio.testing import wait_all_tasks_blocked
 
 from proxy.net.streams import SocketStream
-from proxy.net.tls import TLSOffer, TLSStream, Verify, tls_client, tls_server
+from proxy.net.tls import Chain, TLSOffer, TLSStream, Verify, tls_client, tls_server
 from tests.kit.certs import Authority, Credential, context, spiffe
 
 T = TypeVar("T")
@@ -144,9 +144,8 @@ class Refused(Exception):
     """What a caller's own verification raises."""
 
 
-def name_of(certificate: x509.Certificate | None) -> str:
-    assert certificate is not None
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+def name_of(chain: Chain) -> str:
+    names = chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return names.get_values_for_type(x509.UniformResourceIdentifier)[0]
 
 

@@ -6,11 +6,10 @@ import socket
 from functools import partial
 
 import trio
-from cryptography import x509
 from OpenSSL import SSL
 from trio.testing import wait_all_tasks_blocked
 
-from proxy.net.tls import TLSOffer, TLSStream, tls_client, tls_server
+from proxy.net.tls import Chain, TLSOffer, TLSStream, tls_client, tls_server
 from tests.kit.certs import spiffe
 from tests.kit.library import send_tickets
 from tests.net.conftest import OFFER, Mesh, both, name_of, pair, read_all
@@ -46,8 +45,9 @@ async def test_a_session_is_resumed_and_its_peer_is_still_verified(mesh: Mesh) -
 
     seen: list[str] = []
 
-    def verify(certificate: x509.Certificate | None) -> str:
-        seen.append(name_of(certificate))
+    def verify(chain: Chain) -> str:
+        seen.append(name_of(chain))
+        assert chain[1:] == (mesh.authority.root.certificate,), "what was verified with that leaf before"
         return seen[-1]
 
     client, server = await mesh.connect(offer=TLSOffer("a", session=sessions[0]), verify=verify)
