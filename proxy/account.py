@@ -20,6 +20,7 @@ from proxy.exchange.trace import Tracing
 from proxy.http_measures import Direction, RequestRecord
 from proxy.logs import ConnectionLine, RateLimit, RequestLine, connections_logged, log_connection, log_request, warn
 from proxy.metrics import ConnectionRecord, Metrics, Tls
+from proxy.net.errors import ConnectionLost
 from proxy.net.relay import Relayed
 from proxy.net.streams import SocketStream, Stream
 from proxy.net.tls import TLSInfo, TLSStream
@@ -173,6 +174,8 @@ class ConnectionAccount:
         """How it ended, for machines and for people."""
         if error is not None:
             return "cancelled" if isinstance(error, trio.Cancelled) else describe(error).reason, str(error)
+        if self._relayed is not None and isinstance(lost := self._relayed.error, ConnectionLost) and lost.reason == "expired":
+            return "certificate_ended", str(lost)
         if self._relayed is not None and self._relayed.how != "eof":
             return self._relayed.how, said(self._relayed)
         return "closed", ""

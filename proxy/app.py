@@ -44,11 +44,9 @@ from proxy.inbound import inbound, inbound_pools
 from proxy.listeners import StartError, listen
 from proxy.logs import RateLimit, configure, warn
 from proxy.loops import LoopGuard
-from proxy.mesh import identity as identities
 from proxy.mesh.balance import Balancer
 from proxy.mesh.directory import Directory, DirectoryError, Endpoint
-from proxy.mesh.identity import Identity, TLSSettings
-from proxy.mesh.material import MaterialError, MaterialFiles
+from proxy.mesh.identity import Identity
 from proxy.mesh.watch import DirectorySource
 from proxy.metrics import Metrics
 from proxy.names import Names, pod_resolvers
@@ -58,6 +56,7 @@ from proxy.net.dial import Dialer
 from proxy.net.interfaces import local_addresses
 from proxy.net.liveness import Liveness
 from proxy.outbound import outbound
+from proxy.own_identity import OwnIdentity
 from proxy.pools import Pools, endpoint_pools
 from proxy.reach import Reach
 from proxy.route import Router
@@ -127,10 +126,9 @@ class App:
 
     def __init__(self, config: Config, metrics: Metrics, spans: Spans = OFF, sibling: Sibling | None = None) -> None:
         self.config = config
-        self.spans = spans
-        self.metrics = metrics
+        self.spans, self.metrics = spans, metrics
         self.ledger = Ledger(metrics, access=config.log.access, tracing=spans.flows())
-        self.identity = _identity(config)
+        self.own = OwnIdentity(config, metrics)
         self.source = _directory(config)
         resolvers = pod_resolvers(config)
         self.liveness = Liveness(config.tcp.user_timeout, config.tcp.keepalive)
@@ -145,7 +143,7 @@ class App:
             config=config,
             settings=settings,
             loops=loops,
-            identity=self.identity,
+            identity=self.own.current,
             directory=self.source or _Known(Directory()),
             balancer=balancer,
             router=Router(
@@ -162,6 +160,7 @@ class App:
             ledger=self.ledger,
             spans=spans,
             drain=self.drain,
+            expiries=self.own.expiries,
             road=Road(self.drain, config.http.idle_timeout, config.tcp.idle_timeout) if config.fast_path else None,
         )
         if self.names is not None:
@@ -198,7 +197,7 @@ class App:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(admins.serve, self.listeners.admin)
-                nursery.start_soon(self._watch_identity)
+                nursery.start_soon(self.own.watch)
                 nursery.start_soon(self._watch_directory)
                 nursery.start_soon(self._sweep)
                 nursery.start_soon(self.liveness.run)
@@ -239,28 +238,6 @@ class App:
 
     # What goes on beside the traffic...
 
-    async def _watch_identity(self) -> None:
-        if self.identity is None or self.config.identity is None:
-            return
-        self._note_expiry(self.identity)
-        for warning in self.identity.warnings:
-            _log.warning("%s", warning)
-        await identities.watch(
-            self.identity, self.config.identity.reload_interval, self._identity_changed, self._identity_broken, _warn
-        )
-
-    def _identity_changed(self, identity: Identity) -> None:
-        self.metrics.identity_reloaded("ok")
-        self._note_expiry(identity)
-        _log.info("new certificate or trust roots in use: %s, valid until %s", identity.id, identity.not_after.isoformat())
-
-    def _identity_broken(self, error: MaterialError) -> None:
-        self.metrics.identity_reloaded("error")
-        _log.error("the changed certificate, key or roots cannot be used, the old ones stay: %s", error)
-
-    def _note_expiry(self, identity: Identity) -> None:
-        self.metrics.expiries(identity.not_after.timestamp(), identity.roots_not_after.timestamp())
-
     async def _watch_directory(self) -> None:
         if self.source is not None and self.config.directory is not None:
             await self.source.watch(self.config.directory.poll_interval, self._directory_changed)
@@ -288,6 +265,7 @@ class App:
         for turn in itertools.count(1):
             await trio.sleep(_SWEEP)
             self.drain.look()
+            self.own.expiries.look()
             if turn % _SELDOM == 0:
                 heads.forget()
                 self.runtime.loops.listeners = self._own()
@@ -297,14 +275,18 @@ class App:
             self.outbound_pools.sweep()
             self.inbound_pools.sweep()
 
+    @property
+    def identity(self) -> Identity | None:
+        return self.own.current
+
     # What the admin listener says...
 
     def not_ready(self) -> list[str]:
         reasons = []
         if self.drain.draining:
             reasons.append("shutting down")
-        if self.identity is not None and self.identity.time_left.total_seconds() <= 0:
-            reasons.append(f"the certificate has expired at {self.identity.not_after.isoformat()}")
+        if (problem := self.own.not_ready()) is not None:
+            reasons.append(problem)
         return reasons
 
     def observe(self) -> None:
@@ -346,19 +328,6 @@ _RESERVED = 128
 _ADMIN_CONNECTIONS = 64
 
 
-def _identity(config: Config) -> Identity | None:
-    if config.identity is None:
-        return None
-    files = MaterialFiles(config.identity.certificate, config.identity.key, config.identity.roots)
-    try:
-        identity = Identity(files, TLSSettings(session_lifetime=config.identity.session_lifetime))
-    except MaterialError as error:
-        raise StartError(str(error), 64) from error
-    if identity.id.trust_domain != config.trust_domain:
-        raise StartError(f"{files.certificate} is of the trust domain {identity.id.trust_domain}, not {config.trust_domain}", 64)
-    return identity
-
-
 def _directory(config: Config) -> DirectorySource | None:
     if config.directory is None:
         return None
@@ -379,7 +348,3 @@ _PAUSES = RateLimit(1)
 
 def _pausing(error: OSError) -> None:
     warn(_log, _PAUSES, "new connections have to wait: %s (RLIMIT_NOFILE)", error.strerror)
-
-
-def _warn(sentence: str) -> None:
-    _log.warning("%s", sentence)

@@ -207,6 +207,12 @@ class Metrics:
         self._gateways = self._gauge("gateways_usable", "Gateways of another cluster that get requests.", "cluster")
         self._failovers = self._gauge("failover_active", "1 while a service with failover is served by another cluster.", "service")
         self._certificate = self._gauge("certificate_expiry_timestamp_seconds", "When the proxy's certificate ends (Unix time).")
+        self._ended = self._counter(
+            "certificate_ends_total", "Connections that a certificate ended, by the way they ended.", "how"
+        )
+        self._begin = self._gauge(
+            "certificate_start_timestamp_seconds", "When the proxy's certificate, and all that it depends on, begin (Unix time)."
+        )
         self._roots = self._gauge("root_expiry_timestamp_seconds", "When the first of the trust roots ends (Unix time).")
         self._pool = self._gauge("pool_connections", "Connections to endpoints kept by the pools.", "state")
         self._span_queue = self._gauge("spans_waiting", "Spans that wait to be exported.")
@@ -289,10 +295,14 @@ class Metrics:
     def identity_reloaded(self, result: Literal["ok", "error"]) -> None:
         self._identity.at(result).inc()
 
-    def expiries(self, certificate: float, first_root: float) -> None:
-        """When the certificate and the first of the roots end, in seconds since 1970."""
-        self._certificate.at().set(certificate)
+    def validity(self, begin: float, end: float, first_root: float) -> None:
+        """When the certificate begins and ends, and when the first of the roots ends, in seconds since 1970."""
+        self._begin.at().set(begin)
+        self._certificate.at().set(end)
         self._roots.at().set(first_root)
+
+    def certificate_ended(self, how: Literal["retired", "cut"]) -> None:
+        self._ended.at(how).inc()
 
     def pool(self, state: Literal["active", "idle"]) -> Gauge:
         """The gauge of a pool's connections; the pools of both directions count in the same."""

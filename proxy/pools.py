@@ -20,6 +20,7 @@ from proxy.fast.course import Borrowed, Course, Shared
 from proxy.mesh.contexts import ALPN_HTTP1, ALPN_HTTP2
 from proxy.mesh.directory import Endpoint, Hint, Target
 from proxy.net.streams import Stream
+from proxy.net.tls import TLSStream
 from proxy.runtime import Runtime
 from proxy.wire import websocket
 from proxy.wire.sniff import Protocol
@@ -115,7 +116,22 @@ async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler, cou
             raise server.mux.fault
     else:
         carry = partial(rt.road.carry, course) if rt.road is not None and course is not None else None
-        await Http1Server(stream, about, rt.settings.server, rt.drain, carry).run(handler)
+        one = Http1Server(stream, about, rt.settings.server, rt.drain, carry)
+        expiry = stream.expiry if isinstance(stream, TLSStream) else None
+        if expiry is None:
+            await one.run(handler)
+            return
+        expiry.retire = partial(_retire, rt, one)
+        try:
+            await one.run(handler)
+        finally:
+            expiry.retire = None  # which leads back to the stream
+
+
+def _retire(rt: Runtime, server: Http1Server) -> None:
+    server.retire()
+    if rt.road is not None:
+        rt.road.recall(server)
 
 
 def endpoint_pools(rt: Runtime, direction: Direction) -> Pools[Endpoint]:

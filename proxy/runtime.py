@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 
 from proxy.account import Ledger
@@ -18,12 +18,14 @@ from proxy.exchange.server import Drain, ServerSettings
 from proxy.fast.road import Road
 from proxy.loops import LoopGuard
 from proxy.mesh.balance import Balancer
+from proxy.mesh.contexts import KeptSession
 from proxy.mesh.directory import Endpoint
 from proxy.mesh.identity import Identity, PeerRefused
 from proxy.net.accept import Connection
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
 from proxy.net.errors import ConnectionLost, TLSFailed
+from proxy.net.expiry import Expiries
 from proxy.net.relay import Relayed, relay
 from proxy.net.streams import Stream
 from proxy.net.tls import TLSOffer, tls_client
@@ -91,6 +93,7 @@ class Runtime:
     ledger: Ledger
     spans: Spans
     drain: Drain
+    expiries: Expiries
     road: Road | None = None
 
     # Where a connection was going...
@@ -125,9 +128,11 @@ class Runtime:
             raise UpstreamTLSError(f"{endpoint.address} has the identity {expected}, and this proxy has none to meet it with", "protocol")
         context, sessions = identity.client_context, identity.sessions
         host = endpoint.address.host
+        own_end = identity.chain_end
+        kept = KeptSession(sessions, expected, host)
         offer = TLSOffer(expected.sni, (alpn,))
         if identity.resumes:
-            offer = TLSOffer(expected.sni, (alpn,), sessions.get(expected, host), partial(sessions.put, expected, host))
+            offer = TLSOffer(expected.sni, (alpn,), sessions.get(expected, host, time.time()), kept)
         try:
             tls = await tls_client(
                 stream,
@@ -140,6 +145,8 @@ class Runtime:
             kind = error.kind if isinstance(error, TLSFailed) else "certificate" if isinstance(error, PeerRefused) else "protocol"
             self.ledger.tls_failed("outbound", kind)
             raise UpstreamTLSError(f"mutual TLS with {endpoint.address} as {expected}: {error}", kind) from error
+        kept.end = tls.info.peer_not_after
+        self.expiries.watch(tls, own_end)
         self.ledger.tls_established("outbound", tls.info)
         if self.router.ways is not None:
             self.router.ways.connected(endpoint, tls)

@@ -155,6 +155,8 @@ class IdentityConfig(Section, frozen=True):
     roots: Annotated[tuple[Path, ...], described("files with the trust roots in PEM, several in each if need be", 64)]
     reload_interval: Annotated[float, seconds(0.05, _HOUR, "how often the files are looked at for a change")] = 10.0
     session_lifetime: Annotated[float, seconds(0, _DAY, "how long a TLS session may be resumed; 0: never")] = 3600.0
+    end_with_certificate: Annotated[bool, described("whether connections end when a certificate that they rest on ends")] = True
+    expiry_grace: Annotated[float, seconds(0, _DAY, "how long what is under way in such a connection may take")] = 10.0
 
 
 class DirectoryConfig(Section, frozen=True):

@@ -34,6 +34,7 @@ async def terminate(rt: Runtime, stream: SocketStream, opening: Opening, about: 
     except NetError as error:
         rt.ledger.tls_failed(about.direction, error.kind if isinstance(error, TLSFailed) else "lost")
         raise
+    rt.expiries.watch(tls)
     rt.ledger.tls_established(about.direction, tls.info)
     about.tls, about.identity = tls.info, tls.info.peer_identity
     return tls

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from trio.testing import MockClock
 from proxy.app import App
 from proxy.config import load
 from proxy.mesh.certificates import issue, make_root
+from proxy.mesh.material import utc_now
 from proxy.mesh.spiffe import SpiffeId
 from proxy.metrics import Metrics
 from proxy.wire import heads
@@ -246,3 +249,17 @@ async def test_an_http2_client_that_breaks_its_connection_is_counted(tmp_path: P
                     pass
         await until(lambda: app.inbound.open == 0, 20)
         assert b'isthmus_errors_total{direction="inbound",reason="bad_request"} 1.0' in app.render()
+
+
+@pytest.mark.parametrize(("days", "words"), [(-1, "is not yet valid until"), (2, "expired on")])
+async def test_a_proxy_is_not_ready_while_no_peer_takes_its_certificate(tmp_path: Path, days: int, words: str) -> None:
+    """By the wall clock, which can be set back as well."""
+    paths, _ = identity(tmp_path)
+    async with running(tmp_path, identity=paths) as app:
+        assert app.not_ready() == []
+        assert app.identity is not None
+        begin = app.metrics.registry.get_sample_value("isthmus_certificate_start_timestamp_seconds")
+        assert begin == app.identity.not_before.timestamp() < time.time()
+        app.identity._clock = lambda: utc_now() + timedelta(days=days)
+        (reason,) = app.not_ready()
+        assert words in reason

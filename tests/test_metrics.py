@@ -169,7 +169,7 @@ def test_the_text_is_what_prometheus_reads_and_has_every_family() -> None:
     metrics.on_fast_road(2, 1)
     metrics.directory_reloaded("error")
     metrics.identity_reloaded("ok")
-    metrics.expiries(100.0, 200.0)
+    metrics.validity(50.0, 100.0, 200.0)
     metrics.pool("idle").inc()
     metrics.logs_dropped(3)
     found = {family.name: family for family in text_string_to_metric_families(metrics.render().decode())}

@@ -57,7 +57,7 @@ def test_gauges_are_added_or_follow_their_rule() -> None:
     for place, (connections, expiry, addresses, away) in enumerate([(3, 500.0, 7, True), (4, 400.0, 7, False)], 1):
         metrics = Metrics()
         metrics.pool("idle").set(connections)
-        metrics.expiries(expiry, expiry + 1)
+        metrics.validity(expiry - 10, expiry, expiry + 1)
         metrics.virtual_addresses(addresses, 0)
         metrics.failed_over("shop", away)
         totals.take(place, reading(metrics.registry))
@@ -73,7 +73,7 @@ def test_gauges_are_added_or_follow_their_rule() -> None:
 def test_a_gauge_that_only_the_workers_have_is_not_drawn_down_by_the_supervisor() -> None:
     """Its own registry has never heard of a certificate, and 0 would be the least."""
     worker = Metrics()
-    worker.expiries(500.0, 600.0)
+    worker.validity(400.0, 500.0, 600.0)
     totals = Totals()
     totals.take(1, reading(worker.registry))
     assert samples(totals.render(reading(Metrics().registry)))["isthmus_certificate_expiry_timestamp_seconds"] == 500

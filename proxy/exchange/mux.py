@@ -98,6 +98,8 @@ class Mux:
         self._ping_next = self.opened  # not before: an application's server may mind, another proxy does not
         self._seldom = _SELDOM if self.client and not isinstance(stream, TLSStream) else 0.0
         self._scope = trio.CancelScope()
+        if isinstance(stream, TLSStream) and stream.expiry is not None:
+            stream.expiry.retire = self.retire
 
     async def run(self, on_request: Callable[[MuxStream], None] | None = None) -> None:
         """Read and write until the connection ends. `on_request` is told of each stream that the peer opens, when all that came with
@@ -117,6 +119,8 @@ class Mux:
         finally:
             self._end("the connection was cut")
             self.stream.close()
+            if isinstance(self.stream, TLSStream) and self.stream.expiry is not None:
+                self.stream.expiry.retire = None  # which leads back here
 
     async def _read(self, on_request: Callable[[MuxStream], None] | None) -> None:
         try:

@@ -17,15 +17,18 @@ takes several in one turn and gives several back in it; of those it cannot know 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import trio
 
 from proxy.errors import PoolExhausted
 from proxy.net.streams import Stream
+from proxy.net.tls_stream import TLSStream
 from proxy.wire.http1 import Http1Connection, Role
 from proxy.wire.messages import Limits
 
@@ -71,6 +74,7 @@ class Upstream:
     idle_since: float = 0.0
     reused: bool = False
     side: Watch | None = None  # the fast road's own, from one loan to the next
+    until: float = math.inf  # when it becomes too old; trio's time
 
 
 @dataclass(slots=True, eq=False)
@@ -108,6 +112,11 @@ def _last(idle: deque[Upstream], now: float) -> Upstream:
             idle[-back] = last  # which is younger than those between them, by nothing
             return earlier
     return last
+
+
+def _retire(upstream: Upstream) -> None:
+    """Do not lend it again. The pool's next sweep closes it, if it is idle."""
+    upstream.until = -math.inf
 
 
 class Pool(Generic[K]):
@@ -150,11 +159,14 @@ class Pool(Generic[K]):
         slot.open -= 1
         if upstream.side is not None:
             upstream.side.forget()
-        upstream.stream.close()
+        stream = upstream.stream
+        stream.close()
+        if isinstance(stream, TLSStream) and stream.expiry is not None:
+            stream.expiry.retire = None  # which leads back here
         upstream.account.close()
 
     def _fresh(self, upstream: Upstream, now: float) -> bool:
-        return now - upstream.idle_since <= self._settings.idle_timeout and now - upstream.opened <= self._settings.max_age
+        return now - upstream.idle_since <= self._settings.idle_timeout and now <= upstream.until
 
     def _good(self, upstream: Upstream, now: float) -> bool:
         """Neither too old, nor closed by its server."""
@@ -257,7 +269,12 @@ class Pool(Generic[K]):
             slot.open -= 1
             self._freed(key, slot)
             raise
-        return Upstream(stream, Http1Connection(Role.CLIENT, self._limits), trio.current_time(), self._account(stream))
+        now = trio.current_time()
+        http, until = Http1Connection(Role.CLIENT, self._limits), now + self._settings.max_age
+        upstream = Upstream(stream, http, now, self._account(stream), until=until)
+        if isinstance(stream, TLSStream) and stream.expiry is not None:
+            stream.expiry.retire = partial(_retire, upstream)
+        return upstream
 
     async def _wait(self, key: K, slot: _Slot, turn: _Turn) -> Upstream | None:
         """Wait for a connection, or for the room to open one (None)."""

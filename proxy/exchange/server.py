@@ -191,7 +191,7 @@ class Http1Exchange(Exchange):
             length = Framing.CLOSE if connection.peer_version == b"1.0" else Framing.CHUNKED
             if length is Framing.CHUNKED:
                 headers.append(b"Transfer-Encoding", b"chunked")
-        if not connection.keep_alive or self._server.drain.draining or length is Framing.CLOSE or self._body_unlikely():
+        if not connection.keep_alive or self._server.leaving or length is Framing.CLOSE or self._body_unlikely():
             connection.keep_alive = False
             headers.add(b"Connection", b"close")
         elif connection.peer_version == b"1.0":
@@ -233,6 +233,7 @@ class Http1Server:
         self.aborted = False
         self.idle_since = 0.0  # trio's time; when it began to wait for a request
         self.lane: object = None  # the fast road's own, from one loan to the next
+        self._retired = False
         self._carry = carry
         self._scope = trio.CancelScope()  # of the whole connection; its deadline is that of the head that is waited for
 
@@ -247,6 +248,17 @@ class Http1Server:
         if self._scope.cancelled_caught and self.connection.buffered:
             late = ProtocolError(f"the request's head was not complete after {self.settings.head_timeout} s", 408)
             await self._refuse(handler, late)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the connection ends with the response under way, or at once."""
+        return self._retired or self.drain.draining
+
+    def retire(self) -> None:
+        """Take no request any more: the certificates that the connection rests on have ended. One that has begun to come is answered."""
+        self._retired = True
+        if self in self.drain.idle:
+            self._scope.deadline = trio.current_time()
 
     def hurry(self) -> None:
         """The proxy is going down, and this connection waits for a request: not for much longer."""
@@ -297,6 +309,8 @@ class Http1Server:
         connection, scope = self.connection, self._scope
         if not connection.buffered:
             scope.deadline = self.idle_since + self.settings.idle_timeout
+            if self._retired:
+                return None
             if self.drain.draining:
                 self.hurry()
             self.drain.idle.add(self)

@@ -229,7 +229,7 @@ class Lane:
         server = self._server
         end = data.find(b"\r\n\r\n") + 4
         found = recognise_request(data[:end], server.settings.limits) if end > 3 else None
-        if found is None or found[1] > len(data) - end or server.drain.draining:
+        if found is None or found[1] > len(data) - end or server.leaving:
             self.give_back(data)
             return
         request, length = found
@@ -299,7 +299,7 @@ class Lane:
         """ASKED: the head of the response, and perhaps some of its body."""
         end = data.find(b"\r\n\r\n") + 4
         found = recognise_response(data[:end], self._server.settings.limits) if end > 3 else None
-        if found is None or self._server.drain.draining or self._declines(found[0]):
+        if found is None or self._server.leaving or self._declines(found[0]):
             self.hand_over(data)
             return
         head, length = found
@@ -391,7 +391,7 @@ class Lane:
         server.served = True
         server.idle_since = self._ground.now
         self._road.rests(self)
-        if server.drain.draining:
+        if server.leaving:
             self.give_back(rest)
             return
         self._client.watch(IN)

@@ -68,7 +68,7 @@ class Road:
         """See exchange.begun.Carry. Cancelled within an exchange, it closes the exchange's account as such."""
         stream = server.stream
         ground = self._ground
-        if not self.running or ground is None or server.drain.draining or not isinstance(stream, SocketStream | TLSStream):
+        if not self.running or ground is None or server.leaving or not isinstance(stream, SocketStream | TLSStream):
             return None
         lane = server.lane
         if not isinstance(lane, Lane):
@@ -101,6 +101,12 @@ class Road:
         """Exchanges that have been finished here since this was last asked, and such that have been handed over."""
         counts, self._finished, self._handed_over = (self._finished, self._handed_over), 0, 0
         return counts
+
+    @staticmethod
+    def recall(server: Http1Server) -> None:
+        """Give back its connection, if it is between two exchanges."""
+        if isinstance(server.lane, Lane):
+            server.lane.recall()
 
     def _recall(self) -> None:
         """The proxy is going down: give back the connections that are between two exchanges. The others see it behind theirs."""

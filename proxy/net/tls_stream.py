@@ -48,13 +48,12 @@ from proxy.net.linger import discard_unread
 from proxy.net.readiness import Readiness
 from proxy.net.streams import SocketStream
 from proxy.net.tls_errors import AWS_LC, explain
-from proxy.net.tls_info import TLSInfo
+from proxy.net.tls_info import Expiry, TLSInfo
 
 # The most plain text that one record carries (RFC 8446, section 5.1), and so the most that one call of OpenSSL reads or writes.
 _RECORD = 16384
 
-# How long aclose() waits, in seconds, until the kernel takes the 24 bytes of close_notify. The peer is stuck if it does not, and
-# it is not our business to wait for it.
+# How long aclose() waits, in seconds, until the kernel takes the 24 bytes of close_notify. If it does not, the peer is stuck.
 _CLOSE_TIMEOUT = 1.0
 
 
@@ -63,7 +62,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
 
     __slots__ = (
         "__weakref__", "_connection", "_eof_sent", "_failure", "_on_session", "_option", "_raw", "_readiness", "_reading", "_recv", "_send",
-        "_streak", "_torn", "_writing", "bytes_read", "bytes_written", "end_met", "info", "local", "peer", "socket",
+        "_streak", "_torn", "_writing", "bytes_read", "bytes_written", "end_met", "expiry", "info", "local", "peer", "socket",
     )  # fmt: skip
 
     def __init__(
@@ -71,11 +70,10 @@ class TLSStream(trio.abc.HalfCloseableStream):
     ) -> None:
         self._raw = raw
         self.socket = raw.socket
-        self.peer = raw.peer
-        self.local = raw.local
+        self.peer, self.local = raw.peer, raw.local
         self.info = info
-        self.bytes_read = 0  # of plain text; `raw` is not told of the bytes on the wire
-        self.bytes_written = 0
+        self.bytes_read = self.bytes_written = 0  # of plain text; `raw` is not told of the bytes on the wire
+        self.expiry: Expiry | None = None
         self._connection = connection
         self._recv = connection.recv
         self._send = connection.send
@@ -353,12 +351,13 @@ class TLSStream(trio.abc.HalfCloseableStream):
     def reset(self) -> None:
         self._raw.reset()
 
-    def fail(self, loss: ConnectionLost) -> None:
-        """See SocketStream.fail."""
-        if not self._raw.closed and self._failure is None:
-            self._failure = loss
-            self._torn = True
-            self._raw.cut()
+    def fail(self, loss: ConnectionLost) -> bool:
+        """See SocketStream.fail. Whether the stream was neither closed nor lost."""
+        if self._raw.closed or self._failure is not None:
+            return False
+        self._failure, self._torn = loss, True
+        self._raw.cut()
+        return True
 
     # The parts of the operations
 
@@ -376,7 +375,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
 
     def _unusable(self) -> NetError:
         failure = self._failure
-        if isinstance(failure, ConnectionLost) and failure.reason == "timeout":
+        if isinstance(failure, ConnectionLost) and failure.reason in ("timeout", "expired"):
             return again(failure)
         return ConnectionLost("an earlier operation on this connection failed or was cancelled half-way", "torn")
 

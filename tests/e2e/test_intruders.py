@@ -301,7 +301,7 @@ async def test_a_certificate_that_ends_while_the_proxy_runs_is_no_longer_good(la
     expired = await eventually(lambda: _not_ready(pair), "the proxy says that it is not ready")
     assert "expired" in expired
     assert time.monotonic() - began >= 4
-    # Connections that are open go on; the pool keeps them for some seconds only.
+    # The connection between the two has ended with the certificate.
     seen = await eventually(lambda: _refused(pair), "the client's proxy refuses the expired certificate")
     assert (seen.status, seen.error) == (502, "tls_certificate_error")
     await logged(pair.near, "expired", status=502)
