@@ -1,8 +1,10 @@
 """Structured lines on standard error, which the data path never waits for.
 
-A line is put into a bounded queue, as values; a thread of its own formats and writes it. When whoever reads standard error has
+A line is put into a bounded queue, as values; a thread of its own formats and writes it. When the reader of standard error has
 stopped reading, that thread stands still and nothing else does: lines that find the queue full are dropped and counted, and once there
-is room again a line says how many were lost.
+is room again a line says how many were lost. The same goes for lines that cannot be written, each with its reason (log_output.py).
+
+A request's target is written without its query, which may hold secrets, and without user information, unless `log.query` says otherwise.
 
 What peers send ends up in lines, so no value can make a line of its own: JSON escapes by its nature; in text, a value with anything but
 plain characters is written as a JSON string, control characters of messages are escaped, and the lines of a traceback are indented.
@@ -22,8 +24,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Final, TextIO
 
+from proxy.log_output import Drop, Losses, Output, Why, told
 from proxy.net.tls import TLSInfo
 from proxy.sections import LogConfig
+from tracing.spans import redacted
 
 ROOT: Final = "isthmus"
 _CONNECTION = logging.getLogger(f"{ROOT}.connection")
@@ -33,6 +37,8 @@ CLOSING = 2.0
 _PLAIN = re.compile(r"[!#-<>-~]+\Z")
 # How much of a value is written: a target may have 8 KiB, and a line should stay a line.
 _LONGEST = 1024
+# Characters that are written by one system call, if so many wait.
+_TOGETHER = 65536
 
 Field = str | int | float | bool | None
 
@@ -100,15 +106,15 @@ def log_request(line: RequestLine) -> None:
 
 
 def configure(
-    config: LogConfig, stream: TextIO | None = None, on_drop: Callable[[int], None] | None = None, worker: int | None = None
+    config: LogConfig, stream: TextIO | None = None, on_drop: Drop | None = None, worker: int | None = None
 ) -> Callable[[], None]:
-    """Starts writing to `stream` (None: standard error). `on_drop(count)` is called for dropped lines, from any thread. `worker`: which of
-    several this is; it stands in every line.
+    """Starts writing to `stream` (None: standard error). `on_drop(count, why)` is called for dropped lines, from any thread. `worker`:
+    which of several this is; it stands in every line.
 
     The result ends it: writes what is queued, waiting no longer than `CLOSING`, and puts everything back as it was.
     """
-    formatter = JsonFormatter(worker) if config.format == "json" else TextFormatter(worker)
-    handler = QueueHandler(stream or sys.stderr, formatter, config.queue, on_drop or (lambda _: None))
+    formatter = (JsonFormatter if config.format == "json" else TextFormatter)(worker, query=config.query)
+    handler = QueueHandler(stream or sys.stderr, formatter, config.queue, on_drop or (lambda *_: None))
     root, own = logging.getLogger(), logging.getLogger(ROOT)
     before = own.level
     root.addHandler(handler)
@@ -141,13 +147,13 @@ class _NoLock:
 class QueueHandler(logging.Handler):
     """Hands records to the writing thread, or drops them. Its `emit` never blocks and never raises."""
 
-    def __init__(self, stream: TextIO, formatter: logging.Formatter, size: int, on_drop: Callable[[int], None]) -> None:
+    def __init__(self, stream: TextIO | None, formatter: logging.Formatter, size: int, on_drop: Drop) -> None:
         super().__init__()
-        self._stream = stream
+        self._output = Output(stream)
         self._form = formatter
         self._queue: queue.Queue[logging.LogRecord | None] = queue.Queue(size)
         self._on_drop = on_drop
-        self._lost = 0
+        self._lost = Losses()
         self._lost_lock = threading.Lock()
         self._ending = threading.Event()
         # A daemon, since one that is stuck in a write would otherwise keep the process from ending.
@@ -162,7 +168,7 @@ class QueueHandler(logging.Handler):
         try:
             self._queue.put_nowait(record)
         except queue.Full:
-            self._dropped(1)
+            self._dropped(1, "slow_reader")
 
     def close(self) -> None:
         """Ends the writing thread. Lines that are not written by then are lost."""
@@ -172,48 +178,57 @@ class QueueHandler(logging.Handler):
         self._writer.join(CLOSING)
         super().close()
 
-    def _dropped(self, count: int) -> None:
+    def _dropped(self, count: int, why: Why) -> None:
         with self._lost_lock:
-            self._lost += count
-        self._on_drop(count)
+            self._lost.add(why, count)
+        self._on_drop(count, why)
 
     def _write(self) -> None:
         while not (self._ending.is_set() and self._queue.empty()):
-            record = self._queue.get()
-            if record is None:
-                continue
-            if not self._put(record):
-                self._dropped(1)
+            lines = self._take()
+            written = self._output.write(lines)
+            if written < len(lines):
+                self._dropped(len(lines) - written, self._output.why())
             elif self._lost:
-                self._confess()
+                self._report_losses()
 
-    def _confess(self) -> None:
+    def _take(self) -> list[str]:
+        """The lines that wait, up to `_TOGETHER` characters of them; waits for the first. They are written together."""
+        lines: list[str] = []
+        size = 0
+        record = self._queue.get()
+        while True:
+            if record is not None:
+                lines.append(self._text(record))
+                size += len(lines[-1])
+            if size >= _TOGETHER:
+                return lines
+            try:
+                record = self._queue.get_nowait()
+            except queue.Empty:
+                return lines
+
+    def _report_losses(self) -> None:
         with self._lost_lock:
-            count, self._lost = self._lost, 0
-        record = logging.LogRecord(
-            ROOT, logging.WARNING, __file__, 0, "%d log lines were dropped: their reader is too slow", (count,), None
-        )
-        if not self._put(record):
+            lost = self._lost.take()
+        record = logging.LogRecord(ROOT, logging.WARNING, __file__, 0, "%s", (told(lost),), None)
+        if not self._output.write([self._text(record)]):
             with self._lost_lock:
-                self._lost += count
+                for why, count in lost.items():
+                    self._lost.add(why, count)
 
-    def _put(self, record: logging.LogRecord) -> bool:
+    def _text(self, record: logging.LogRecord) -> str:
         try:
-            text = self._form.format(record)
+            return self._form.format(record)
         except Exception as error:  # noqa: BLE001, RUF100  (a message that does not fit its arguments must not end the thread)
-            text = f"a log line could not be formatted: {type(error).__name__} ({record.pathname}:{record.lineno})"
-        try:
-            self._stream.write(text + "\n")
-            if self._queue.empty():
-                self._stream.flush()
-        except (OSError, ValueError):
-            return False
-        return True
+            return f"a log line could not be formatted: {type(error).__name__} ({record.pathname}:{record.lineno})"
 
 
 class _Formatter(logging.Formatter):
-    def __init__(self, worker: int | None = None) -> None:
+    def __init__(self, worker: int | None = None, *, query: bool = False) -> None:
+        """`query`: targets are written with their query strings."""
         super().__init__()
+        self._query = query
         self._who: dict[str, Field] = {} if worker is None else {"worker": worker}
 
 
@@ -227,7 +242,7 @@ class JsonFormatter(_Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             **self._who,
-            **facts(record),
+            **facts(record, query=self._query),
         }
         if record.exc_info:
             found["exception"] = self.formatException(record.exc_info)
@@ -239,7 +254,7 @@ class TextFormatter(_Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         parts = [f"{_time(record)} {record.levelname.lower():7} {record.name}: {printable(record.getMessage())}"]
-        parts += [f"{name}={_quoted(value)}" for name, value in {**self._who, **facts(record)}.items()]
+        parts += [f"{name}={_quoted(value)}" for name, value in {**self._who, **facts(record, query=self._query)}.items()]
         line = " ".join(parts)
         if record.exc_info:
             trace = self.formatException(record.exc_info)
@@ -247,8 +262,8 @@ class TextFormatter(_Formatter):
         return line
 
 
-def facts(record: logging.LogRecord) -> Mapping[str, Field]:
-    """The fields of a connection or request line in the order they are written; empty ones are left out."""
+def facts(record: logging.LogRecord, *, query: bool = False) -> Mapping[str, Field]:
+    """The fields of a connection or request line in the order they are written; empty ones are left out. `query`: see shown_target."""
     line: object = getattr(record, "line", None)
     if not isinstance(line, ConnectionLine | RequestLine):
         return {}
@@ -264,7 +279,8 @@ def facts(record: logging.LogRecord) -> Mapping[str, Field]:
                 f"{side}resumed": value.resumed,
             }
         elif isinstance(value, bytes):
-            found[info.name] = value.decode("utf-8", "backslashreplace")[:_LONGEST]
+            text = value.decode("utf-8", "backslashreplace")
+            found[info.name] = (shown_target(text, query=query) if info.name == "target" else text)[:_LONGEST]
         elif isinstance(value, str):
             found[info.name] = value[:_LONGEST]
         elif isinstance(value, float):
@@ -272,6 +288,17 @@ def facts(record: logging.LogRecord) -> Mapping[str, Field]:
         elif isinstance(value, int):
             found[info.name] = value
     return {name: value for name, value in found.items() if value != ""}
+
+
+def shown_target(target: str, *, query: bool) -> str:
+    """A request target without the user information of its absolute form, and without its query. `query`: with it, but for the values that
+    are known to be signatures or keys."""
+    path, mark, parameters = target.partition("?")
+    if not path.startswith("/") and "://" in path:
+        scheme, _, rest = path.partition("://")
+        authority, slash, path = rest.partition("/")
+        path = f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
+    return f"{path}?{redacted(parameters)}" if mark and query else path
 
 
 def printable(text: str) -> str:

@@ -23,6 +23,7 @@ from OpenSSL import SSL
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from proxy.http_measures import LATENCY_BUCKETS, Direction, HttpCollector, HttpMeasures
+from proxy.log_output import Why
 from proxy.reach_measures import ReachMeasures
 from proxy.tally import MOST_SERIES, Spread, Tally
 from proxy.wire import heads
@@ -200,7 +201,7 @@ class Metrics:
             self._counter("spans_dropped_total", "Spans that were not exported, by reason.", "reason"),
             self._counter("span_exports_total", "Batches of spans sent, by what became of them.", "result"),
         )
-        self._dropped_logs = self._counter("dropped_logs_total", "Log lines dropped since their writer could not keep up.")
+        self._dropped_logs = self._counter("dropped_logs_total", "Log lines that were not written, by the reason.", "reason")
         self.reach = ReachMeasures(self._counter, self._gauge, self.registry)
 
     def _states(self) -> None:
@@ -311,8 +312,8 @@ class Metrics:
     def spans_waiting(self, count: int) -> None:
         self._span_queue.at().set(count)
 
-    def logs_dropped(self, count: int) -> None:
-        self._dropped_logs.at().inc(count)
+    def logs_dropped(self, count: int, reason: Why) -> None:
+        self._dropped_logs.at(reason).inc(count)
 
     def render(self) -> bytes:
         """All of it in Prometheus' text format 0.0.4 (`CONTENT_TYPE`)."""

@@ -260,6 +260,7 @@ class LogConfig(Section, frozen=True):
     level: Annotated[Literal["debug", "info", "warning", "error"], described("the least important line written")] = "info"
     format: Annotated[Literal["text", "json"], described("how lines look")] = "text"
     access: Annotated[bool, described("whether every request gets a line")] = False
+    query: Annotated[bool, described("whether these lines show query strings")] = False
     queue: Annotated[int, number(16, 1_000_000, "lines that may wait to be written; more are dropped and counted", "lines")] = 8192
 
 

@@ -171,7 +171,7 @@ def test_the_text_is_what_prometheus_reads_and_has_every_family() -> None:
     metrics.identity_reloaded("ok")
     metrics.validity(50.0, 100.0, 200.0)
     metrics.pool("idle").inc()
-    metrics.logs_dropped(3)
+    metrics.logs_dropped(3, "slow_reader")
     found = {family.name: family for family in text_string_to_metric_families(metrics.render().decode())}
     for name in (
         "requests", "responses", "response_latency_seconds", "connections_opened", "connections_open", "connections_closed", "bytes",
@@ -181,7 +181,7 @@ def test_the_text_is_what_prometheus_reads_and_has_every_family() -> None:
     ):  # fmt: skip
         assert f"isthmus_{name}" in found, name
     assert "process_resident_memory_bytes" in found
-    assert value(metrics, "dropped_logs_total") == 3
+    assert value(metrics, "dropped_logs_total", reason="slow_reader") == 3
     assert not [name for name in found if name.endswith("_created")]
 
 
