@@ -2,7 +2,9 @@
 
 An attempt ends in one of these ways:
 
-    it was not sent         (the endpoint cannot be connected to)    another endpoint, a few of them, whatever the request is
+    it was not delivered    (the endpoint cannot be connected to,    another endpoint, a few of them, whatever the request is, if all
+                             or its sidecar says that its            of its body can be sent again; when all are broken, the one that
+                             application cannot)                     may be tried next (waiting.py)
     the server refused it   (REFUSED_STREAM: it has not looked)      once more, whatever the request is (and its body, if that was kept)
     it broke off            (no response, or none in time)           once more, if the method is idempotent (RFC 9110 §9.2.2)
     it was answered         with a status of the policy's            once more, if that is what the policy wants for such a method
@@ -25,6 +27,7 @@ import trio
 
 from proxy.errors import (
     DeadlineExceeded,
+    Undelivered,
     UpstreamClosed,
     UpstreamProtocolError,
     UpstreamReset,
@@ -58,7 +61,20 @@ class AttemptTimeout(Exception):
     """An attempt that was not the last did not bring a head in time."""
 
 
-FAILURES = (ConnectFailed, UpstreamTLSError, UpstreamClosed, UpstreamProtocolError, Declined, AttemptTimeout)
+# There was no connection to the endpoint, or none from its sidecar to its application: nothing of the request has reached it.
+NOT_CONNECTED = (ConnectFailed, UpstreamTLSError, Undelivered)
+FAILURES = (*NOT_CONNECTED, UpstreamClosed, UpstreamProtocolError, Declined, AttemptTimeout)
+
+# Attempts at one request that are remembered, for its spans. A request that waits may be sent to try once in a step of the breaker's.
+_MOST_NOTED = 64
+
+# Failures to connect that it takes long to find out.
+_SLOW = frozenset({"connect_timeout", "connect_unreachable", "tls_timeout"})
+
+
+def unreachable(error: Exception) -> Failure:
+    """What one of `NOT_CONNECTED` says about the endpoint."""
+    return Failure.UNREACHABLE if describe(error).reason in _SLOW else Failure.REFUSED
 
 
 class Attempts:
@@ -93,7 +109,7 @@ class Attempts:
             self._limits()
         if exchange.request.version == b"2":
             self._call_deadline()
-        if exchange.body.length != 0 and self.policy.retries.limit:
+        if exchange.body.length != 0:
             self._keep_body()
 
     # Before...
@@ -124,17 +140,20 @@ class Attempts:
             exchange.clock.limit_to(self._client_limit, lambda: DeadlineExceeded(f"the call's deadline of {seconds:g} s has passed"))
 
     def _keep_body(self) -> None:
-        """A body is kept only where the request may have to be sent again after a part of it has gone."""
+        """Keep what is sent of the body until the response begins: a sidecar may say that it could not connect to its application."""
         exchange = self._exchange
-        if isinstance(exchange.body, Replay):  # the fast road has begun to send it
-            self._body = exchange.body
-        elif exchange.request.version == b"2" or self._repeatable or self.policy.retries.all_methods:
-            self._body = Replay(exchange.body, self.policy.retries.max_body)
-            exchange.body = self._body
+        if not isinstance(exchange.body, Replay):  # otherwise the fast road has begun to send it
+            exchange.body = Replay(exchange.body, self.policy.retries.max_body)
+        self._body = exchange.body
 
     @property
     def _repeatable(self) -> bool:
         return self._exchange.request.method in IDEMPOTENT
+
+    @property
+    def _sendable(self) -> bool:
+        """The request can be sent once more, its body included."""
+        return self._body.rewindable if self._body is not None else self._exchange.request_bytes == 0
 
     # One attempt...
 
@@ -147,7 +166,7 @@ class Attempts:
         self._begun = False
         self.failure = None
         self._started = trio.current_time()
-        if self.tried:
+        if self._exchange.tried:
             self._exchange.request_bytes = 0
             if self._body is not None:
                 self._body.rewind()
@@ -176,8 +195,19 @@ class Attempts:
         if self._client_limit < inf and self._exchange.is_grpc and b"grpc-timeout" in headers:
             headers.replace(b"grpc-timeout", grpc.write_timeout(self._exchange.clock.limit - trio.current_time()))
 
+    def waited(self) -> None:
+        """It has waited for an endpoint, which may be one that has failed before."""
+        self.tried = self.unreached = ()
+        self.remind()
+
     def judge(self, head: ResponseHead, trailers: Headers | None) -> bool:
         """See exchange.Judge."""
+        declined = self._judge(head, trailers)
+        if self._body is not None and not declined:
+            self._body.release()
+        return declined
+
+    def _judge(self, head: ResponseHead, trailers: Headers | None) -> bool:
         work = self._work
         if work is None:
             return False
@@ -243,14 +273,14 @@ class Attempts:
         if work is None:
             raise error
         endpoint = work.endpoint
-        if isinstance(error, ConnectFailed | UpstreamTLSError):
+        if isinstance(error, NOT_CONNECTED):
             if isinstance(error, ConnectFailed) and error.reason == "local":
                 raise error  # another endpoint would not help, and this one is not to be avoided for it
-            work.failed(describe(error).reason, how=Failure.UNREACHABLE)
+            work.failed(describe(error).reason, how=unreachable(error))
+            if not self._sendable:
+                raise error
             self.unreached += (endpoint,)
             self.failure = error
-            if len(self.unreached) >= ENDPOINTS_TRIED:
-                raise error
             pause, reason = 0.0, describe(error).reason
         else:
             reason = self._sort(work, error)
@@ -286,7 +316,7 @@ class Attempts:
             why = "limit"
         elif exchange.response is not None or exchange.informed:
             why = "begun"
-        elif not (self._body.rewindable if self._body is not None else exchange.request_bytes == 0):
+        elif not self._sendable:
             why = "body"
         elif now + self._pause(self._retries) >= exchange.clock.limit:
             why = "deadline"
@@ -308,5 +338,7 @@ class Attempts:
         exchange, now = self._exchange, trio.current_time()
         if exchange.tried is None:
             exchange.tried = []
+        elif len(exchange.tried) >= _MOST_NOTED:
+            return
         attempt = Attempt(endpoint.address, self._started, now, self._status, reason, exchange.chosen, exchange.request_bytes)
         exchange.tried.append(attempt)

@@ -15,7 +15,10 @@ from proxy.wire.messages import Headers, ProtocolError
 
 
 class IsthmusError(Exception):
-    """Of the errors of a running proxy that are not net's or wire's."""
+    """Of the errors of a running proxy that are not net's or wire's. `said`: the Proxy-Status of a proxy behind this one that has
+    reported it (exchange/reports.py)."""
+
+    said = b""
 
 
 class RequestError(IsthmusError):
@@ -99,6 +102,15 @@ class UpstreamTimeout(IsthmusError):
     """The server did not answer, or did not go on, in time."""
 
 
+class Undelivered(IsthmusError):
+    """A verified proxy of the mesh says that nothing of the request has reached its application, or the endpoint behind a gateway: it could
+    not connect. `reason` is that proxy's own, one of `UNDELIVERED`."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class UpstreamTLSError(IsthmusError):
     """Mutual TLS with the endpoint failed. A meshed endpoint is never spoken to in clear text instead."""
 
@@ -161,8 +173,21 @@ _TLS: dict[str, Answer] = {
 _TLS_OTHER = Answer(502, 14, "tls_protocol_error", "tls_protocol")
 
 
+# What a proxy reports to a verified peer by the field `FAILURE` (wire/messages.py): the reason why it answers a request itself. Behind
+# the first reasons nothing of the request has reached an application, so another endpoint may have it, whatever it is. Behind the second
+# the application has closed the connection: the peer treats that as it treats a server that does the same.
+UNDELIVERED = {
+    answer.reason: answer
+    for answer in (*_CONNECT.values(), _CONNECT_OTHER, *_TLS.values(), _TLS_OTHER, TABLE[NoEndpoint], TABLE[AllBroken])
+}
+BROKEN = frozenset(TABLE[kind].reason for kind in (UpstreamClosed, UpstreamReset, ConnectionLost))
+REPORTED = BROKEN.union(UNDELIVERED)
+
+
 def describe(error: BaseException) -> Answer:
     """The row for `error`; what the table does not know is our own fault."""
+    if isinstance(error, Undelivered):
+        return UNDELIVERED.get(error.reason, _CONNECT_OTHER)
     if isinstance(error, ConnectFailed):
         return _CONNECT.get(error.reason, _CONNECT_OTHER)
     if isinstance(error, (TLSFailed, UpstreamTLSError)):

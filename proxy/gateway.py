@@ -27,7 +27,6 @@ from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, Whole, 
 from proxy.exchange.layers import deadline, measure, rescue
 from proxy.exchange.trace import trace
 from proxy.exchange.upgrade import carry
-from proxy.mesh.contexts import ALPN_TCP
 from proxy.mesh.directory import Endpoint, Target
 from proxy.mesh.spiffe import SpiffeId
 from proxy.net.accept import Connection
@@ -53,7 +52,7 @@ def gateway(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Await
     handler = stack(
         measure(rt.ledger.exchange),
         trace(rt.spans.gateway, "both"),
-        rescue(rt.name, rt.tells),
+        rescue(rt.name, rt.tells, rt.reports),
         rt.loops.layer(DIRECTION),
         deadline,
         endpoint=to_exported(rt, pools),
@@ -104,7 +103,7 @@ def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
 
     async def tunnel(exchange: Exchange, target: Target, endpoint: Endpoint) -> None:
         exchange.service = target.service
-        async with closing(await rt.connect(endpoint, ALPN_TCP)) as upstream:
+        async with closing(await rt.connect_opaque(endpoint)) as upstream:
             account = rt.ledger.upstream(DIRECTION, upstream)
             established = ResponseHead(200, Headers(), b"Connection established")
             if exchange.judge is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from proxy.account import ConnectionAccount
+from proxy.confirmation import confirm, decline
 from proxy.errors import NotAuthorised, RequestError
 from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
@@ -25,6 +26,7 @@ from proxy.fast.course import Borrowed, Shared
 from proxy.mesh.spiffe import is_identity
 from proxy.net.accept import Connection
 from proxy.net.address import Address
+from proxy.net.errors import ConnectFailed
 from proxy.net.streams import Stream
 from proxy.net.tls import TLSStream
 from proxy.pools import Pools, serve, spoken
@@ -43,7 +45,7 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
     handler = stack(
         measure(rt.ledger.exchange),
         trace(rt.spans.inbound, "server"),
-        rescue(rt.name, rt.tells),
+        rescue(rt.name, rt.tells, rt.reports),
         rt.loops.layer(DIRECTION),
         deadline,
         endpoint=to_application(rt, pools, client),
@@ -158,9 +160,21 @@ async def to_listener(rt: Runtime, stream: Stream, about: Facts, account: Connec
     """
     if about.destination.port in rt.config.inbound.http_ports:
         raise RequestError(f"port {about.destination.port} takes HTTP only (inbound.http_ports), and this is something else")
-    async with closing(await rt.dialer.dial(about.destination, about.depth + 1)) as application:
+    async with closing(await dialled(rt, stream, about)) as application:
+        await confirm(stream)
         with account.upstream(application):
             account.relayed(await rt.relay(stream, application))
+
+
+async def dialled(rt: Runtime, stream: Stream, about: Facts) -> Stream:
+    """A connection to the application. If there is none, the peer of `stream` is told so, and what the dialler raised is raised."""
+    failure: ConnectFailed | None = None
+    try:
+        return await rt.dialer.dial(about.destination, about.depth + 1)
+    except ConnectFailed as error:
+        failure = error
+    await decline(stream, failure)
+    raise failure
 
 
 def inbound_pools(rt: Runtime) -> Pools[Address]:

@@ -28,7 +28,7 @@ from proxy.exchange.tunnel import open_tunnel
 from proxy.exchange.upgrade import carry
 from proxy.fast.course import LEAST_LIMIT, Borrowed, Shared
 from proxy.loops import SelfCall
-from proxy.mesh.contexts import ALPN_HTTP1, ALPN_TCP
+from proxy.mesh.contexts import ALPN_HTTP1
 from proxy.mesh.directory import Endpoint, Hint, Target, itself
 from proxy.mesh.policy import DEFAULT_POLICY, Policy
 from proxy.net.accept import Connection
@@ -225,7 +225,7 @@ async def to_its_port(rt: Runtime, target: Target, endpoint: Endpoint, about: Fa
     """A connection to the target's port at an endpoint: by a tunnel, if that is a gateway."""
     remote = target.remote
     if remote is None:
-        return await rt.connect(endpoint, ALPN_TCP, about.depth + 1)
+        return await rt.connect_opaque(endpoint, about.depth + 1)
     trace = [header(about.trace.trace_id, about.trace.span_id)] if about.trace is not None else []
     stream = await rt.connect(endpoint, ALPN_HTTP1, about.depth + 1)
     try:

@@ -2,16 +2,10 @@
 
 A flow knows what may serve a request (a target, asked for anew before each attempt, since what is usable may have changed) and how to
 carry it to an endpoint. What lies between the two is here: the balancer picks (mesh/balance.py), attempts.py says whether there is another
-attempt, and whoever finds all endpoints broken waits for one of them to be tried again:
+attempt, and a request that finds all endpoints broken waits for one of them to be tried again (waiting.py). So does one that has found
+the last of them broken, if it was not sent or its body can be sent again: it is told why it could not be sent if the wait is in vain.
 
-    the service has no endpoint that is ready                    503 no_endpoint, at once
-    all are broken, for longer than anybody may wait             503 all_broken, at once
-    too many wait already                                        503 queue_full, at once
-    all are broken, and stay so for the timeout                  503 all_broken
-
-How long they are thought to be broken is what is left of their penalties, which have grown with the outage: a short one is waited out, in a
-long one everybody is told at once, but for the one in about a second that is sent to try. That is so where none of them responds. One
-that does, though by errors or by closing, is used for want of a better one: what it says is the answer.
+An endpoint that responds, though by errors or by closing, is used for want of a better one: what it says is the answer.
 
 An address of no service has one endpoint and nobody else: it is connected to as it would be without a proxy, whatever became of it last
 time.
@@ -25,7 +19,7 @@ from types import TracebackType
 
 import trio
 
-from proxy.attempts import ENDPOINTS_TRIED, FAILURES, Attempts, AttemptTimeout
+from proxy.attempts import ENDPOINTS_TRIED, FAILURES, NOT_CONNECTED, Attempts, AttemptTimeout, unreachable
 from proxy.errors import (
     AllBroken,
     NoEndpoint,
@@ -33,7 +27,6 @@ from proxy.errors import (
     TunnelRefused,
     UpstreamClosed,
     UpstreamProtocolError,
-    UpstreamTLSError,
     describe,
     unanswered,
 )  # fmt: skip
@@ -48,15 +41,14 @@ from proxy.metrics import Metrics
 from proxy.net.errors import ConnectFailed
 from proxy.net.streams import Stream
 from proxy.units import within
+from proxy.waiting import Found, Patience
 from proxy.wire import grpc
 from proxy.wire.messages import ResponseHead
 
 _log = logging.getLogger("isthmus.endpoints")
 
 # What `connect` raises when there is no connection, and nothing has been sent.
-_NOT_CONNECTED = (ConnectFailed, UpstreamTLSError, TunnelRefused, UpstreamProtocolError)
-# A queue looks again after this long (seconds) at the earliest: whatever the reason was that nothing could be picked.
-_LOOK_AGAIN = 0.02
+_NOT_CONNECTED = (*NOT_CONNECTED, TunnelRefused, UpstreamProtocolError)
 # Bytes of a response that comes nearly at once.
 _SHORT = 65536
 
@@ -89,16 +81,19 @@ class Reach:
         fleet = self._balancer.fleet(target.service)
         fleet.budget.requests += begun is None
         attempts = Attempts(exchange, fleet, target.policy, self._metrics, self._client)
+        patience: Patience | None = None
         while True:
             if begun is not None:
                 endpoint, begun = begun.go_on(attempts), None
             else:
                 picked = _pick(exchange, fleet, target, attempts)
                 if picked is None or fleet.queue:
-                    if attempts.failure is not None:
-                        raise attempts.failure
-                    target, fleet, picked = await self._wait(lambda: choose(exchange))
-                    attempts.remind()
+                    if patience is None:
+                        patience = self._patience(lambda: choose(exchange))
+                    target, fleet, picked = await _wait(patience, attempts.failure)
+                    attempts.waited()
+                elif len(attempts.unreached) >= ENDPOINTS_TRIED and attempts.failure is not None:
+                    raise attempts.failure
                 endpoint, attempts.fleet = picked, fleet
                 attempts.begin(endpoint, alone=len(target.endpoints) == 1)
             try:
@@ -130,6 +125,9 @@ class Reach:
     def _fleet(self, target: Target) -> Fleet:
         # The directory may have forgotten the service meanwhile. What is chosen then is an address of no service, with no history.
         return self._balancer.fleet(target.service or "")
+
+    def _patience(self, choose: Callable[[], Target]) -> Patience:
+        return Patience(self._balancer, self._metrics, choose)
 
     # Requests on the fast road, which has steps instead of attempts...
 
@@ -165,12 +163,16 @@ class Reach:
     async def _connected(self, target: Target, choose: Callable[[], Target], connect: Connect) -> tuple[Stream, Work]:
         fleet, failure = self._fleet(target), None
         tried: tuple[Endpoint, ...] = ()
+        patience: Patience | None = None
         while True:
             endpoint = fleet.pick(target, tried)
             if endpoint is None or fleet.queue:
-                if failure is not None:
-                    raise failure
-                target, fleet, endpoint = await self._wait(choose)
+                if patience is None:
+                    patience = self._patience(choose)
+                target, fleet, endpoint = await _wait(patience, failure)
+                tried = ()
+            elif len(tried) >= ENDPOINTS_TRIED and failure is not None:
+                raise failure
             work = fleet.begin(target.policy, endpoint, alone=len(target.endpoints) == 1)
             started = trio.current_time()
             try:
@@ -179,12 +181,10 @@ class Reach:
                 if isinstance(error, ConnectFailed) and error.reason == "local":
                     work.finished()
                     raise
-                gone = isinstance(error, ConnectFailed | UpstreamTLSError)
-                work.failed(describe(error).reason, how=Failure.UNREACHABLE if gone else Failure.RESPONSE)
+                gone = isinstance(error, NOT_CONNECTED)
+                work.failed(describe(error).reason, how=unreachable(error) if gone else Failure.RESPONSE)
                 work.finished()
                 failure, tried = error, (*tried, endpoint)
-                if len(tried) >= ENDPOINTS_TRIED:
-                    raise
             except BaseException:
                 work.finished()
                 raise
@@ -192,44 +192,6 @@ class Reach:
                 work.answered(trio.current_time() - started)
                 return stream, work
             target, fleet = self._choose_again(choose, failure)
-
-    # Nothing can be used...
-
-    async def _wait(self, choose: Callable[[], Target]) -> tuple[Target, Fleet, Endpoint]:
-        """Wait until an endpoint of what `choose` says may be tried."""
-        target = choose()
-        fleet, rules = self._fleet(target), target.policy.queue
-        deadline = trio.current_time() + rules.timeout
-        self._check(fleet, target)
-        if len(fleet.queue) >= rules.size:
-            raise QueueFull(f"{len(fleet.queue)} requests wait for an endpoint of {target.service} already")
-        with fleet.queue.place() as place, self._metrics.queued() as record, trio.move_on_at(deadline):
-            while True:
-                soon = trio.current_time() + _LOOK_AGAIN
-                await fleet.queue.turn(place, max(soon, fleet.next_probe(target)))
-                if not fleet.queue.first(place):
-                    continue
-                target = choose()
-                chosen = self._fleet(target)
-                endpoint = chosen.pick(target)
-                if endpoint is not None:
-                    record.served = True
-                    return target, chosen, endpoint
-                self._check(chosen, target)
-        raise AllBroken(f"{self._broken(target)}, and none could be tried again within {rules.timeout:g} s")
-
-    def _check(self, fleet: Fleet, target: Target) -> None:
-        """Raises if there is nothing to wait for."""
-        if not any(endpoint.ready for endpoint in target.endpoints):
-            raise NoEndpoint(f"none of the {len(target.endpoints)} endpoints of {target.service or 'the destination'} is ready")
-        now = trio.current_time()
-        if not fleet.usable(target) and fleet.opens(target) > now + target.policy.queue.timeout:
-            raise AllBroken(f"{self._broken(target)}; the next one is tried in {max(0.0, fleet.next_probe(target) - now):.1f} s")
-
-    def _broken(self, target: Target) -> str:
-        ready, why = sum(endpoint.ready for endpoint in target.endpoints), self._fleet(target).why(target)
-        who = f"all {ready} endpoints of {target.service} are" if ready > 1 else f"the one endpoint of {target.service} is"
-        return f"{who} broken (last: {why})"
 
     def changed(self) -> None:
         """The directory has changed: whoever waits may look again."""
@@ -263,6 +225,16 @@ class Connected:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._work is not None:
             self._work.finished()
+
+
+async def _wait(patience: Patience, failure: Exception | None) -> Found:
+    """Wait for an endpoint. If there is none, the `failure` of the last attempt to connect is the better answer."""
+    try:
+        return await patience.wait()
+    except (AllBroken, NoEndpoint, QueueFull):
+        if failure is None:
+            raise
+    raise failure
 
 
 async def _timed(attempts: Attempts, sending: Awaitable[None]) -> None:

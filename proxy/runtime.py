@@ -9,6 +9,7 @@ from types import TracebackType
 
 from proxy.account import Ledger
 from proxy.config import Config
+from proxy.confirmation import confirmed
 from proxy.errors import UpstreamTLSError
 from proxy.exchange.client import ClientSettings
 from proxy.exchange.exchange import Exchange
@@ -18,7 +19,7 @@ from proxy.exchange.server import Drain, ServerSettings
 from proxy.fast.road import Road
 from proxy.loops import LoopGuard
 from proxy.mesh.balance import Balancer
-from proxy.mesh.contexts import KeptSession
+from proxy.mesh.contexts import ALPN_TCP, ALPN_TCP_CONFIRMED, KeptSession
 from proxy.mesh.directory import Endpoint
 from proxy.mesh.identity import Identity, PeerRefused
 from proxy.net.accept import Connection
@@ -112,6 +113,16 @@ class Runtime:
 
     # Reaching an endpoint...
 
+    async def connect_opaque(self, endpoint: Endpoint, depth: int = 1) -> Stream:
+        """A connection for bytes to the application of `endpoint`, as with `connect`. Raises Undelivered and TunnelRefused, too."""
+        stream = await self.connect(endpoint, ALPN_TCP, depth)
+        try:
+            await confirmed(stream, self.config.tcp.connect_timeout)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
     async def connect(self, endpoint: Endpoint, alpn: bytes, depth: int = 1) -> Stream:
         """A connection to `endpoint`: mutual TLS if it has an identity, clear text if it has none. The caller owns it.
 
@@ -130,9 +141,10 @@ class Runtime:
         host = endpoint.address.host
         own_end = identity.chain_end
         kept = KeptSession(sessions, expected, host)
-        offer = TLSOffer(expected.sni, (alpn,))
+        offers = (ALPN_TCP_CONFIRMED, ALPN_TCP) if alpn == ALPN_TCP else (alpn,)
+        offer = TLSOffer(expected.sni, offers)
         if identity.resumes:
-            offer = TLSOffer(expected.sni, (alpn,), sessions.get(expected, host, time.time()), kept)
+            offer = TLSOffer(expected.sni, offers, sessions.get(expected, host, time.time()), kept)
         try:
             tls = await tls_client(
                 stream,
@@ -164,6 +176,10 @@ class Runtime:
     def tells(self, exchange: Exchange) -> bool:
         """Whether the client may know what is behind this proxy: the own application may, and peers whose identity is verified."""
         return (exchange.facts.direction == "outbound" or exchange.facts.identity is not None) and not exchange.outside
+
+    def reports(self, exchange: Exchange) -> bool:
+        """Whether the client is a proxy of the mesh that is told why a request has failed (exchange/reports.py)."""
+        return exchange.facts.direction != "outbound" and exchange.facts.identity is not None
 
 
 class closing:  # noqa: N801  # read as a word of a `with`, as contextlib's own are

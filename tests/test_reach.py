@@ -34,8 +34,10 @@ async def test_a_request_goes_to_another_endpoint_if_the_first_cannot_be_connect
 
 
 async def test_if_none_can_be_connected_to_the_client_is_told_so() -> None:
-    async with mesh([], policy(), dead=2) as (world, _):
+    async with mesh([], policy("queue: {timeout: 500ms}"), dead=2) as (world, _):
+        began = trio.current_time()
         answer = await (await world.hop.connect()).ask()
+        assert trio.current_time() - began >= 0.5, "they were tried again as long as the request may wait"
         assert answer.status == 502
         assert b"error=connection_refused" in (answer.get(b"proxy-status") or b"")
 

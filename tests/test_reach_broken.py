@@ -14,7 +14,8 @@ from proxy.mesh.directory import Endpoint, Target
 from proxy.net.dial import Dialer
 from proxy.net.errors import ConnectFailed
 from proxy.net.streams import Stream
-from tests.kit.http import GET, OK, Message, Peer, until
+from tests.kit.http import GET, OK, Message, Peer, answering, origin, until
+from tests.kit.http2_peers import reserve
 from tests.kit.reach import BUSY, CLOSED, UNHEARD, Step, breaking, mesh, policy, saying, silent, taking
 
 
@@ -89,28 +90,60 @@ async def test_a_request_waits_for_an_early_trial_while_the_outage_is_young_and_
         assert not fleet.broken
 
 
-async def test_after_a_long_outage_one_request_tries_and_the_others_are_told_at_once() -> None:
+async def test_after_a_long_outage_all_wait_for_one_trial_and_are_told_if_it_was_in_vain() -> None:
     heard: list[Message] = []
     rules = policy("{breaker: {failures: 1, min_penalty: 1s, jitter: 0}, queue: {timeout: 10s}, retries: {limit: 0}}")
-    async with mesh([taking([saying(UNHEARD), saying(UNHEARD), saying(OK), saying(OK)], heard)], rules) as (world, _):
-        client, fleet = await world.hop.connect(), world.balancer.fleet("default/web")
-        assert (await client.ask()).status == 502
+    async with mesh([taking([saying(UNHEARD), saying(UNHEARD)] + [saying(OK)] * 9, heard)], rules) as (world, _):
+        clients, fleet = [await world.hop.connect() for _ in range(4)], world.balancer.fleet("default/web")
+        assert (await clients[0].ask()).status == 502
         (breaker,) = fleet.broken.values()
         breaker.until = trio.current_time() + 3600
         fleet._changes += 1
-        seen: list[tuple[int, bool]] = []
-        with trio.fail_after(30):
-            while (200, False) not in seen:
-                answer = await client.ask()
-                seen.append((answer.status, b"the next one is tried in" in (answer.get(b"proxy-status") or b"")))
-        assert len(heard) == 3
-        assert set(seen) == {(503, True), (502, False), (200, False)}
-        assert world.count("queued_total", result="served") == 0
+        with trio.fail_after(8):  # and not for 10 s
+            for number, client in enumerate(clients):
+                await client.send(GET)
+                await until(lambda number=number: world.balancer.waiting() == number + 1)  # type: ignore[misc]
+            statuses = [(await client.response()).status for client in clients]
+            assert statuses == [502, 503, 503, 503], "one was sent to try"
+            assert len(heard) == 2
+            for client in clients:
+                await client.send(GET)
+            assert [(await client.response()).status for client in clients] == [200] * 4
         assert world.balancer.waiting() == 0
 
 
+async def test_no_request_fails_because_of_a_trial_from_before_the_service_came_back() -> None:
+    """Those whose time is over between the return and the next trial wait for that one, and so do those who come in between."""
+    rules = policy("{breaker: {connect_penalty: 600ms, jitter: 0}, queue: {timeout: 2s}}")
+    taken, place = reserve()
+    async with mesh([], rules, dead=1) as (world, _):
+        world.target = Target("default/web", (Endpoint(place),), policy=rules)
+        statuses: list[int] = []
+
+        async def ask() -> None:
+            client = await world.hop.connect()
+            statuses.append((await client.ask()).status)
+            client.close()
+
+        async with trio.open_nursery() as asking:
+            began = trio.current_time()
+            for _ in range(40):
+                asking.start_soon(ask)
+                await trio.sleep(0.01)
+            await trio.sleep_until(began + 1.9)
+            assert not statuses, "the first one waits like the others"
+            # The last trial was at 1.8 s, the next one is at 2.4 s.
+            async with origin(answering(), listener=taken):
+                for _ in range(20):
+                    asking.start_soon(ask)
+                    await trio.sleep(0.01)
+                await until(lambda: len(statuses) == 60)
+        assert statuses == [200] * 60
+        assert not world.broken
+
+
 async def test_if_all_are_broken_for_longer_than_anybody_may_wait_the_client_is_told_at_once() -> None:
-    async with mesh([], policy("{breaker: {min_penalty: 1m}, queue: {timeout: 30s}}"), dead=2) as (world, _):
+    async with mesh([], policy("{breaker: {min_penalty: 1m, connect_penalty: 1m}, queue: {timeout: 30s}}"), dead=2) as (world, _):
         client = await world.hop.connect()
         assert (await client.ask()).status == 502
         with trio.fail_after(20):  # and not for 30 s
@@ -165,7 +198,6 @@ async def test_who_waits_is_served_when_the_directory_has_something_new() -> Non
         alive, dead = world.target.endpoints
         world.target = Target("default/web", (dead,), policy=world.target.policy)
         client = await world.hop.connect()
-        assert (await client.ask()).status == 502
         await client.send(GET)
         await until(lambda: world.balancer.waiting() == 1)
         world.target = Target("default/web", (alive, dead), policy=world.target.policy)
@@ -207,7 +239,7 @@ async def test_a_connection_goes_to_another_endpoint_if_the_first_cannot_be_conn
     async def connect(_: Target, endpoint: Endpoint) -> Stream:
         return await dialer.dial(endpoint.address)
 
-    async with mesh([taking([saying(OK)] * 9, [])], policy("breaker: {min_penalty: 1m}"), dead=1) as (world, places):
+    async with mesh([taking([saying(OK)] * 9, [])], policy("breaker: {min_penalty: 1m, connect_penalty: 1m}"), dead=1) as (world, places):
         for _ in range(8):
             async with world.reach.connection(lambda: world.target, connect) as stream:
                 assert stream.peer == places[0]

@@ -26,12 +26,13 @@ from typing import Generic, Protocol, TypeVar
 
 import trio
 
-from proxy.errors import UpstreamClosed, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
+from proxy.errors import Undelivered, UpstreamClosed, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
 from proxy.exchange import max_forwards
 from proxy.exchange.begun import Begun, Loan
 from proxy.exchange.carriers import Carrier, Unanswered
 from proxy.exchange.exchange import Exchange
 from proxy.exchange.onward import forwarded_request, offered
+from proxy.exchange.reports import reported
 from proxy.net.errors import ConnectionLost
 from proxy.net.streams import Stream
 from proxy.wire import websocket
@@ -88,7 +89,7 @@ class Client(Generic[K]):
 
     async def send(self, exchange: Exchange, endpoint: K, lender: Lender[K]) -> None:
         """Carry `exchange` to `endpoint` and back; one that the fast road has begun goes on where it stands. Raises what dialling raises,
-        the Upstream* errors, UpgradeFailed, NoExtendedConnect, and Declined."""
+        the Upstream* errors, UpgradeFailed, NoExtendedConnect, Undelivered, and Declined."""
         begun, exchange.begun = exchange.begun, None
         if max_forwards.left(exchange.request) == 0:
             await max_forwards.answer(exchange)
@@ -112,26 +113,28 @@ class Client(Generic[K]):
 
     async def _go_on(self, exchange: Exchange, begun: Begun, loan: Loan) -> None:
         usable, carrier = False, loan.carrier()
+        attempt = _Attempt(self._settings, exchange, carrier, self._bridge)
         try:
-            taken = await _Attempt(self._settings, exchange, carrier, self._bridge).go_on(begun)
+            taken = await attempt.go_on(begun)
             usable = True
         finally:
             exchange.facts.declined_responses += carrier.declined
             loan.end(usable=usable)
         if not taken:
-            raise Declined
+            raise attempt.reported or Declined
 
     async def _attempt(self, exchange: Exchange, endpoint: K, lender: Lender[K]) -> None:
         async with lender.carrier(endpoint, fresh=exchange.fresh) as carrier:
             if websocket.extends(exchange.request):
                 await carrier.admit()
             exchange.carried(carrier.stream)
+            attempt = _Attempt(exchange.times or self._settings, exchange, carrier, self._bridge)
             try:
-                taken = await _Attempt(exchange.times or self._settings, exchange, carrier, self._bridge).run()
+                taken = await attempt.run()
             finally:
                 exchange.facts.declined_responses += carrier.declined
         if not taken:
-            raise Declined
+            raise attempt.reported or Declined
 
 
 def _told(error: Unanswered) -> UpstreamClosed:
@@ -142,7 +145,7 @@ def _told(error: Unanswered) -> UpstreamClosed:
 class _Attempt:
     """One exchange on one carrier."""
 
-    __slots__ = ("_bridge", "_carrier", "_exchange", "_fault", "_settings", "_to_client")
+    __slots__ = ("_bridge", "_carrier", "_exchange", "_fault", "_settings", "_to_client", "reported")
 
     def __init__(self, settings: ClientSettings, exchange: Exchange, carrier: Carrier, bridge: Bridge) -> None:
         self._settings = settings
@@ -151,6 +154,7 @@ class _Attempt:
         self._bridge = bridge
         self._to_client = b""  # what the fast road could not send of its response
         self._fault: Exception | None = None  # of the pump or of the reader, whichever failed first
+        self.reported: Undelivered | UpstreamClosed | None = None  # what a proxy has said by a response that was declined for it
 
     async def run(self) -> bool:
         """False: the response was declined."""
@@ -276,6 +280,7 @@ class _Attempt:
             return True
         for _ in range(_INTERIM):
             head = await carrier.head()
+            failure = reported(head, carrier.stream)
             protocol = upgrade_offer(head.headers) if head.status == 101 else None
             strip_hop_by_hop(head.headers)
             if head.status < 200:
@@ -288,6 +293,10 @@ class _Attempt:
             raise UpstreamProtocolError(f"more than {_INTERIM} interim responses")
         # If it is too late already, or the request has failed meanwhile, the client is told so. From here on it can only be told this.
         await trio.lowlevel.checkpoint_if_cancelled()
+        if failure is not None:
+            self.reported = failure
+            exchange.clock.rest()
+            return False
         if exchange.judge is not None and exchange.judge(head, carrier.bare_end()):
             exchange.clock.rest()
             return False

@@ -15,8 +15,9 @@ from email.utils import formatdate
 
 import trio
 
-from proxy.errors import INTERNAL, Answer, ClientGone, LoopDetected, UpstreamReset, broken_off, describe
+from proxy.errors import INTERNAL, Answer, ClientGone, IsthmusError, LoopDetected, UpstreamReset, broken_off, describe
 from proxy.exchange.exchange import NO_CLOCK, Clock, Exchange, Handler, Layer, Whole
+from proxy.exchange.reports import report
 from proxy.wire.messages import Headers, ResponseHead
 
 _log = logging.getLogger("isthmus.exchange")
@@ -37,6 +38,11 @@ _REASONS = {
 }  # fmt: skip
 
 
+def never(_: Exchange) -> bool:
+    """For a flow whose clients are no proxies of the mesh."""
+    return False
+
+
 def measure(account: Callable[[Exchange], AbstractContextManager[object]]) -> Layer:
     """Open an account for each exchange; it closes once, however the exchange ended."""
 
@@ -50,9 +56,9 @@ def measure(account: Callable[[Exchange], AbstractContextManager[object]]) -> La
     return layer
 
 
-def rescue(name: Callable[[Exchange], bytes], open_to: Callable[[Exchange], bool]) -> Layer:
+def rescue(name: Callable[[Exchange], bytes], open_to: Callable[[Exchange], bool], reports: Callable[[Exchange], bool] = never) -> Layer:
     """Errors become responses here and nowhere else. `name` is what Proxy-Status calls this proxy; whoever is not `open_to` detail is told
-    the kind of the error only, not the addresses behind the proxy."""
+    the kind of the error only, not the addresses behind the proxy. A proxy that this one `reports` to is told the reason (reports.py)."""
 
     def layer(handler: Handler) -> Handler:
         async def handle(exchange: Exchange) -> None:
@@ -74,18 +80,21 @@ def rescue(name: Callable[[Exchange], bytes], open_to: Callable[[Exchange], bool
                     exchange.abort(error.code)  # the server's own word, which the client understands
                 elif exchange.response is not None:
                     exchange.abort(trailers=grpc_status(broken_off(answer), detail) if exchange.is_grpc else None)
-                elif exchange.is_grpc:
-                    await _answer(exchange, made_up_grpc(answer, name(exchange), detail))
                 else:
-                    await _answer(exchange, made_up(answer, name(exchange), detail))
+                    made = made_up_grpc if exchange.is_grpc else made_up
+                    head, body = made(answer, name(exchange), detail)
+                    if detail and isinstance(error, IsthmusError) and error.said:  # who noticed it comes first (RFC 9209 §2)
+                        head.headers.replace(b"Proxy-Status", b"%b, %b" % (error.said, head.headers.get(b"proxy-status") or b""))
+                    if reports(exchange):
+                        report(answer, head)
+                    await _answer(exchange, head, body)
 
         return handle
 
     return layer
 
 
-async def _answer(exchange: Exchange, response: tuple[ResponseHead, Whole]) -> None:
-    head, body = response
+async def _answer(exchange: Exchange, head: ResponseHead, body: Whole) -> None:
     with trio.move_on_after(_ANSWER_SECONDS) as scope:
         try:
             await exchange.respond(head, body)

@@ -32,6 +32,11 @@ class Replay:
         """The next piece is the first. Only while it is `rewindable`."""
         self._at = 0
 
+    def release(self) -> None:
+        """It will not be sent again: drop what was kept, and keep nothing more."""
+        if self._kept is not None and self._at == len(self._kept):
+            self._kept = None
+
     def receive_nowait(self) -> bytes | EndOfMessage | None:
         piece = self._again()
         return self._keep(self._body.receive_nowait()) if piece is None else piece

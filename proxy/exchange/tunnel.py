@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import trio
 
-from proxy.errors import TunnelRefused, UpstreamProtocolError
+from proxy.errors import TunnelRefused, Undelivered, UpstreamProtocolError
+from proxy.exchange.reports import reported
 from proxy.exchange.resumed import READ_SIZE, Resumed
 from proxy.net.errors import ConnectionLost
 from proxy.net.streams import Stream
@@ -22,7 +23,8 @@ _QUOTED = 300
 async def open_tunnel(stream: Stream, authority: bytes, fields: list[Field], limits: Limits, timeout: float) -> Stream:
     """Ask the gateway behind `stream` for a tunnel to `authority` (host and port), with `fields` beside it. `timeout` in seconds.
 
-    Returns the stream of the tunnel; `stream` stays with its owner, whatever happens. Raises TunnelRefused, UpstreamProtocolError.
+    Returns the stream of the tunnel; `stream` stays with its owner, whatever happens. Raises TunnelRefused, UpstreamProtocolError, and
+    Undelivered if the gateway reports that it could not connect to an endpoint.
     """
     http = Http1Connection(Role.CLIENT, limits)
     head = RequestHead(b"CONNECT", authority, Headers([(b"Host", authority), *fields]))
@@ -35,6 +37,9 @@ async def open_tunnel(stream: Stream, authority: bytes, fields: list[Field], lim
             raise TunnelRefused(f"the gateway {stream.peer} ended the connection when asked for {_said(authority)}: {error}") from error
     if answer is None:
         raise TunnelRefused(f"the gateway {stream.peer} did not answer within {timeout:g} s when asked for {_said(authority)}")
+    failure = reported(answer, stream)
+    if isinstance(failure, Undelivered):
+        raise failure
     if not 200 <= answer.status < 300:
         why = answer.headers.get(b"proxy-status") or answer.reason
         raise TunnelRefused(f"the gateway {stream.peer} answered {answer.status} when asked for {_said(authority)}: {_said(why)}")

@@ -20,6 +20,7 @@ import trio
 from proxy.exchange import max_forwards
 from proxy.exchange.begun import Begun
 from proxy.exchange.mux_stream import MuxStream
+from proxy.exchange.reports import is_report
 from proxy.exchange.server2 import Http2Exchange, Http2Server, body_length
 from proxy.fast.course import Course, Shared
 from proxy.wire import grpc
@@ -154,7 +155,7 @@ class Strand:
             head = endpoint.next_head
             if head is None:
                 return
-            if head.informational or not client.takes(0) or self._loan.declines(head):
+            if head.informational or not client.takes(0) or self._loan.declines(head) or is_report(head):
                 self.hand_over()
                 return
             if self._send_head(exchange, client, endpoint, head):

@@ -16,9 +16,13 @@ if only in this way, is left alone for the sake of others that may do better, an
 those that respond are used as if they were not, and the first request that does well closes the breaker. One that does not respond (a row
 of silences), or cannot be connected to, is left alone in any case: to ask it costs everybody his time.
 
+A refused connection costs next to nothing, and a process that restarts is back soon. So the first penalty of an endpoint that refuses
+connections is short (`connect_penalty`). That of one that responds badly, or not at all, is `min_penalty`.
+
 Penalties grow because others do the work meanwhile. Where there are none, to wait for the end of a long one would only prolong the outage:
-so each penalty has a first step, as long as the first penalty, behind which the endpoint may be tried *early*. That such a probe has
-failed does not make the penalty longer, and one that has no answer after another step may be followed by a further one.
+so there are steps behind which the endpoint may be tried *early*. A step is as long as the first penalty. After a refused connection it
+grows to a tenth of the outage so far, and to `min_penalty` at most. That such a probe has failed does not make the penalty longer, and one
+that has no answer after another step may be followed by a further one.
 
 Everything here is synchronous; the time comes from outside, and so does chance.
 """
@@ -28,6 +32,9 @@ from __future__ import annotations
 import enum
 
 from proxy.mesh.policy import Breaker as Rules
+
+# Of the time that an endpoint has been unreachable: the pause between two early probes.
+_STEP = 0.1
 
 
 class State(enum.StrEnum):
@@ -44,12 +51,19 @@ class Failure(enum.Enum):
     RESPONSE = enum.auto()  # it was answered by what counts as a failure, or by the end of its connection
     SILENCE = enum.auto()  # there was no answer in the time that it had, or a proxy in front says that it gets none
     UNREACHABLE = enum.auto()  # it was not sent: the endpoint could not be connected to
+    REFUSED = enum.auto()  # the same, and that was known at once: to try again costs next to nothing
+
+
+_NOT_CONNECTED = (Failure.UNREACHABLE, Failure.REFUSED)
 
 
 class Breaker:
     """Of one endpoint. What changes the state returns whether it did."""
 
-    __slots__ = ("early", "failures", "opened", "responds", "seen", "silences", "state", "unreachable", "until", "why")
+    __slots__ = (
+        "early", "failures", "in_vain", "opened", "refused", "responds", "seen", "silences", "since", "state", "unreachable", "until",
+        "why",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.state = State.CLOSED
@@ -59,8 +73,11 @@ class Breaker:
         self.until = 0.0  # when the penalty is over
         self.early = 0.0  # when it may be tried if there is nobody else
         self.unreachable = False  # it was a failure to connect that opened it
+        self.refused = False  # and that was known at once
         self.responds = True  # though not as it should; False: it cannot be connected to, or answers nobody
+        self.since = 0.0  # when it opened, and was closed before
         self.seen = 0.0  # the last failure
+        self.in_vain = 0.0  # the last failure of a request on probation
         self.why = ""  # it failed, in a word or two
 
     def due(self, now: float) -> bool:
@@ -70,7 +87,7 @@ class Breaker:
     def probe(self, now: float, rules: Rules, chance: float) -> bool:
         """A request is sent to an endpoint that is not closed, to find out whether it can be again: on probation. It has to end in
         `failed`, `succeeded` or `abandoned`, each with `probe`."""
-        self.early = now + _first(rules) * (1 + rules.jitter * chance)
+        self.early = now + self._step(now, rules) * (1 + rules.jitter * chance)
         changed = self.state is not State.PROBATION
         self.state = State.PROBATION
         return changed
@@ -83,22 +100,33 @@ class Breaker:
         if probe and self.state is State.PROBATION:
             over = now >= self.until
             self.opened += over
+            self.in_vain = now
         elif self.state is State.CLOSED:
             self.failures += 1
-            if how is not Failure.UNREACHABLE and (not rules.failures or self.failures < rules.failures):
+            if how not in _NOT_CONNECTED and (not rules.failures or self.failures < rules.failures):
                 return False
+            self.since = now
         elif not probe or responds is self.responds:
             return False
         else:
             over = False
         self.state = State.OPEN
-        self.unreachable = how is Failure.UNREACHABLE
+        self.unreachable = how in _NOT_CONNECTED
+        self.refused = how is Failure.REFUSED
         self.responds = responds
         share = 1 + rules.jitter * chance
-        self.early = now + _first(rules) * share
+        self.early = now + self._step(now, rules) * share
         if over:
-            self.until = now + min(rules.max_penalty, rules.min_penalty * 2.0 ** min(self.opened, 40)) * share
+            self.until = now + min(rules.max_penalty, self._first(rules) * 2.0 ** min(self.opened, 40)) * share
         return True
+
+    def _first(self, rules: Rules) -> float:
+        """The first penalty, in seconds."""
+        return min(rules.connect_penalty, rules.min_penalty) if self.refused else rules.min_penalty
+
+    def _step(self, now: float, rules: Rules) -> float:
+        """The pause before the next early probe, in seconds."""
+        return min(rules.min_penalty, rules.max_penalty, max(self._first(rules), (now - self.since) * _STEP))
 
     def _responds(self, how: Failure, row: int) -> bool:
         if how is Failure.RESPONSE:
@@ -132,8 +160,4 @@ class Breaker:
 
     def hasten(self, now: float, rules: Rules, chance: float) -> None:
         """There is reason to hope: the rest of the penalty is one step at most."""
-        self.until = min(self.until, now + _first(rules) * (1 + rules.jitter * chance))
-
-
-def _first(rules: Rules) -> float:
-    return min(rules.min_penalty, rules.max_penalty)
+        self.until = min(self.until, now + self._step(now, rules) * (1 + rules.jitter * chance))

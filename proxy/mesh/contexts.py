@@ -24,8 +24,10 @@ from proxy.net.tls import demand_certificate
 ALPN_HTTP1 = b"http/1.1"
 ALPN_HTTP2 = b"h2"
 ALPN_TCP = b"isthmus-tcp"
+# The same, and the server says first whether it has connected to its application (proxy/confirmation.py).
+ALPN_TCP_CONFIRMED = b"isthmus-tcp-confirmed"
 # What the inbound side can take apart: the names of the protocol inside, agreed in the handshake.
-INNER_PROTOCOLS = frozenset({ALPN_HTTP1, ALPN_HTTP2, ALPN_TCP})
+INNER_PROTOCOLS = frozenset({ALPN_HTTP1, ALPN_HTTP2, ALPN_TCP, ALPN_TCP_CONFIRMED})
 
 # In the order of their cost on common processors; TLS 1.3 has no weak ones, this leaves out the CCM suites, which nobody offers.
 CIPHER_SUITES = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"

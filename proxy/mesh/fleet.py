@@ -184,6 +184,14 @@ class Fleet:
             return -inf
         return min(places.next_probe(self.broken, self._changes), places.early_probe(self.broken, self._changes))
 
+    def trying(self, target: Target) -> bool:
+        """Whether a request on probation is under way to one of `target`'s endpoints."""
+        return any(breaker.state is State.PROBATION for breaker in self._laid_out(target).all.broken(self.broken, self._changes))
+
+    def in_vain(self, target: Target) -> float:
+        """When the last request on probation at one of `target`'s broken endpoints has failed; 0: there was none."""
+        return max((breaker.in_vain for breaker in self._laid_out(target).all.broken(self.broken, self._changes)), default=0.0)
+
     def _laid_out(self, target: Target) -> View:
         return self._views.get(id(target)) or self._view(target)
 

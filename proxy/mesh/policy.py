@@ -87,23 +87,30 @@ class Breaker(_Part, frozen=True):
 
     After `failures` in a row it gets nothing for a penalty, which doubles each time; then one request on probation, which decides. That
     it cannot be connected to counts as all of them. 0 failures: only that counts. If all endpoints are broken, those that respond, if
-    only by errors or by closing, are used as if they were not. If none does, one request in each `min_penalty` is sent to try, however
-    long the penalties are.
+    only by errors or by closing, are used as if they were not. If none does, one request is sent to try after `connect_penalty`, and
+    then in steps that grow with the outage up to `min_penalty`, however long the penalties are.
     """
 
     failures: Annotated[int, number(0, 1000, "failures in a row; 0: responses do not count")] = 7
     statuses: Annotated[Statuses, described("HTTP statuses that are failures", 32)] = (StatusRange(502, 504),)
     grpc: Annotated[GrpcCodes, described("gRPC statuses that are failures", 17)] = (GrpcCode.unavailable,)
     min_penalty: Annotated[float, seconds(0.01, _HOUR, "how long an endpoint is left alone the first time")] = 1.0
+    connect_penalty: Annotated[
+        float, seconds(0.01, _HOUR, "the same for one that refuses connections, if that is shorter than `min_penalty`")
+    ] = 0.2
     max_penalty: Annotated[float, seconds(0.01, _HOUR, "how long at most")] = 60.0
     jitter: Annotated[float, ratio(0, 1, "part of the penalty that chance adds")] = 0.5
 
 
 class Queue(_Part, frozen=True):
-    """Where requests wait when all endpoints are broken, and the penalty of one of them ends within `timeout`."""
+    """Where requests wait when all endpoints are broken.
+
+    A request is refused when an endpoint has been tried in vain after `timeout`. If the penalties have grown longer than `timeout`, the
+    first trial in vain is enough.
+    """
 
     size: Annotated[int, number(0, 100_000, "requests that may wait; above: 503")] = 1024
-    timeout: Annotated[float, seconds(0, _HOUR, "how long one may wait; above: 503")] = 3.0
+    timeout: Annotated[float, seconds(0, _HOUR, "how long one waits, and for the next trial after that; above: 503")] = 3.0
 
 
 class Policy(_Part, frozen=True):

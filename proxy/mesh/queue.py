@@ -47,9 +47,10 @@ class Queue:
     def first(self, place: Place) -> bool:
         return next(iter(self._places)) is place
 
-    async def turn(self, place: Place, until: float) -> None:
-        """Wait until there is news for `place`, which there is only if it is the first, or, if it is, until the time `until`."""
-        with trio.move_on_at(until if self.first(place) else float("inf")):
+    async def turn(self, place: Place, until: float, latest: float) -> None:
+        """Wait until there is news for `place`, which there is only if it is the first, or until the time `latest`; the first one waits
+        until the time `until` at most."""
+        with trio.move_on_at(min(until, latest) if self.first(place) else latest):
             await place.news.wait()
         place.news = trio.Event()
 

@@ -24,7 +24,7 @@ from typing import Final
 
 from proxy.wire.bodies import Framing, Length
 from proxy.wire.grammar import PLAIN_VALUE, TARGET_CHAR, TOKEN
-from proxy.wire.messages import AUTHORITY, CALLER_FIELDS, OVERRIDES, Headers, Limits, RequestHead, ResponseHead
+from proxy.wire.messages import AUTHORITY, CALLER_FIELDS, FAILURE, OVERRIDES, Headers, Limits, RequestHead, ResponseHead
 
 _REQUEST = re.compile(rb"([A-Z]{1,24}) (/" + TARGET_CHAR + rb"*+) HTTP/1\.1\r\n")
 _RESPONSE = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) ((?:" + PLAIN_VALUE + rb")?)\r\n")
@@ -33,7 +33,7 @@ _FIELDS = re.compile(rb"(?:" + TOKEN + rb": " + PLAIN_VALUE + rb"\r\n)*+\r\n")
 # The fields that a decision hangs on: these are let through in one form, and lines of those end at this hop whatever they say.
 _JUDGED = frozenset(
     {b"host", b"connection", b"content-length", b"transfer-encoding", b"upgrade", b"expect", b"te", b"trailer", b"keep-alive"}
-    | {b"proxy-connection", b"http2-settings", b"max-forwards"}
+    | {b"proxy-connection", b"http2-settings", b"max-forwards", FAILURE}
 )
 _STRIPPED = CALLER_FIELDS | OVERRIDES
 # Most heads have one or two of them. A line is looked for by the newline before it, which the engine finds quickly, and passed over by its

@@ -294,8 +294,12 @@ OVERRIDES = frozenset(
     | {b"isthmus-retry-limit", b"isthmus-retry-statuses", b"isthmus-retry-grpc"}
 )
 
+# Why the last proxy answers a request itself: one of the reasons in errors.py. A proxy says it to peers whose identity is verified, and
+# believes it of those only (proxy/exchange/reports.py). It removes what an application says here, and passes nothing on.
+FAILURE = b"isthmus-failure"
+
 # What ends at each hop.
-HOP_BY_HOP = _CONNECTION_FIELDS | CALLER_FIELDS | OVERRIDES
+HOP_BY_HOP = _CONNECTION_FIELDS | CALLER_FIELDS | OVERRIDES | {FAILURE}
 
 # The names of all our fields begin with this.
 OWN = b"isthmus-"

@@ -163,7 +163,7 @@ async def test_opaque_bytes_are_carried_between_verified_identities_too(made: Cl
     second = await logged(made.sidecar("east", "gateway"), "db.default.svc.cluster.local:5432", method="CONNECT", identity=f"{ID}web")
     assert second["upstream_identity"] == f"{ID}db"
     third = await logged(made.sidecar("east", "db"), "connection", direction="inbound", identity=GATEWAY)
-    assert (third["protocol"], third["tls"]) == ("isthmus-tcp", "TLSv1.3")
+    assert (third["protocol"], third["tls"]) == ("isthmus-tcp-confirmed", "TLSv1.3")
 
 
 async def test_the_server_learns_who_asked_and_by_what_way(made: Clusters) -> None:

@@ -94,7 +94,7 @@ async def test_the_database_was_reached_by_mutual_tls_only(pair: Pair) -> None:
         return [line for line in pair.far.logged() if str(line.get("destination", "")).endswith(f":{POSTGRES}")]
 
     await eventually(lines, "connections to the database in the log")
-    assert {(line.get("protocol"), line.get("tls")) for line in lines()} == {("isthmus-tcp", "TLSv1.3")}
+    assert {(line.get("protocol"), line.get("tls")) for line in lines()} == {("isthmus-tcp-confirmed", "TLSv1.3")}
     assert {line.get("identity") for line in lines()} == {str(pair.near.identity)}
 
 

@@ -194,9 +194,16 @@ Script = Callable[[Peer], Awaitable[None]]
 
 
 @asynccontextmanager
-async def origin(script: Script, *, buffers: int | None = None, port: int = 0) -> AsyncIterator[Origin]:
-    """Runs `script` for each connection. What a script raises fails the test, but for a connection that the proxy ended."""
-    listener = listen(buffers, port)
+async def origin(
+    script: Script, *, buffers: int | None = None, port: int = 0, listener: socket.socket | None = None
+) -> AsyncIterator[Origin]:
+    """Runs `script` for each connection. What a script raises fails the test, but for a connection that the proxy ended. `listener`: a
+    bound socket to listen on."""
+    if listener is None:
+        listener = listen(buffers, port)
+    else:
+        listener.setblocking(False)
+        listener.listen(256)
     server = Origin(Address.of(listener.getsockname()))
 
     async def run(sock: socket.socket) -> None:

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from proxy.mesh.breaker import Breaker, Failure, State
 from proxy.mesh.policy import Breaker as Rules
 
-BAD, SILENT, GONE = Failure.RESPONSE, Failure.SILENCE, Failure.UNREACHABLE
+BAD, SILENT, GONE, REFUSED = Failure.RESPONSE, Failure.SILENCE, Failure.UNREACHABLE, Failure.REFUSED
 RULES = Rules(failures=3, min_penalty=1.0, max_penalty=8.0, jitter=0.5)
 
 
@@ -102,6 +102,22 @@ def test_an_early_probe_that_fails_leaves_the_penalty_as_it_was_and_another_may_
         assert (breaker.until, breaker.early) == (until, now + 1)
 
 
+def test_one_that_refuses_connections_is_tried_soon_and_in_steps_that_grow_with_the_outage() -> None:
+    breaker, now, gaps = Breaker(), 100.0, []
+    assert breaker.failed(now, RULES, 0.0, REFUSED)
+    assert breaker.until == pytest.approx(now + 0.2)
+    while now < 120:
+        step = min(breaker.until, breaker.early)
+        gaps.append((now - 100, step - now))
+        now = step
+        breaker.probe(now, RULES, 0.0)
+        breaker.failed(now, RULES, 0.0, REFUSED, probe=True)
+    assert [gap for _, gap in gaps[:4]] == pytest.approx([0.2] * 4)
+    assert all(gap <= max(0.2, age * 0.1) + 1e-9 for age, gap in gaps)
+    assert max(gap for _, gap in gaps) == pytest.approx(1.0)
+    assert breaker.until - now <= RULES.max_penalty + 1e-6
+
+
 def test_a_penalty_that_ends_while_an_early_probe_is_out_has_not_ended_well() -> None:
     breaker = opened()
     breaker.probe(0.5, RULES, 0.0)
@@ -179,7 +195,7 @@ class Life(RuleBasedStateMachine):
     @rule(chance=st.floats(0, 1), how=st.sampled_from(Failure))
     def a_request_fails(self, chance: float, how: Failure) -> None:
         changed = self.breaker.failed(self.now, RULES, chance, how)
-        unreachable = how is GONE
+        unreachable = how in (GONE, REFUSED)
         self.heard(how)
         if self.out:
             assert not changed
@@ -190,7 +206,7 @@ class Life(RuleBasedStateMachine):
         if changed:
             self.unreached = unreachable
             self.judged(how)
-            self.check_penalty()
+            self.check_penalty(how)
 
     @rule()
     def a_request_is_answered(self) -> None:
@@ -207,7 +223,7 @@ class Life(RuleBasedStateMachine):
     def a_probe_is_sent(self, chance: float) -> None:
         """When the penalty is over, or early; maybe a second one."""
         assert self.breaker.probe(self.now, RULES, chance) == (not self.probing)
-        assert self.breaker.early >= self.now + 1
+        assert self.breaker.early >= self.now + (RULES.connect_penalty if self.unreached else 1)
         self.probing = True
 
     @precondition(lambda self: self.probing)
@@ -215,12 +231,12 @@ class Life(RuleBasedStateMachine):
     def the_probe_fails(self, chance: float, how: Failure) -> None:
         until = self.breaker.until
         assert self.breaker.failed(self.now, RULES, chance, how, probe=True)
-        self.probing, self.unreached = False, how is GONE
+        self.probing, self.unreached = False, how in (GONE, REFUSED)
         self.heard(how)
         self.judged(how)
         if self.now >= until:
             self.trips += 1
-            self.check_penalty()
+            self.check_penalty(how)
         else:
             assert self.breaker.until == until
 
@@ -233,7 +249,7 @@ class Life(RuleBasedStateMachine):
         self.judged(how)
         assert changed != self.responds
         if changed:
-            self.unreached = how is GONE
+            self.unreached = how in (GONE, REFUSED)
         assert self.breaker.until == until, "it was no trial"
 
     @precondition(lambda self: self.out and self.responds)
@@ -268,8 +284,9 @@ class Life(RuleBasedStateMachine):
         self.row = self.trips = self.quiet = 0
         self.responds = True
 
-    def check_penalty(self) -> None:
-        penalty = min(RULES.max_penalty, RULES.min_penalty * 2**self.trips)
+    def check_penalty(self, how: Failure) -> None:
+        first = RULES.connect_penalty if how is REFUSED else RULES.min_penalty
+        penalty = min(RULES.max_penalty, first * 2**self.trips)
         assert penalty <= self.breaker.until - self.now + 1e-9 <= penalty * 1.5 + 1e-6
 
     @invariant()
