@@ -5,8 +5,9 @@
 #
 # What goes to the builder stands in .dockerignore. The laboratory, the tests and the demo do not: `isthmus demo` says so in one line.
 
-# The newest Python that the steps of this file have been tried with.
-ARG PYTHON=3.13-slim-trixie
+# The newest Python that the steps of this file have been tried with, pinned: the digest is that of the index of all platforms, with Python 3.13.16.
+# `make base` writes the one that the tag names by now. (A digest can only name an image of this repository, `python`, or nothing.)
+ARG PYTHON=3.13-slim-trixie@sha256:bb2988715db2cf7ace7b53f38f3cffbef7c7046a656bee66245eb0ed386e2e81
 
 FROM python:${PYTHON} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore

@@ -4,7 +4,8 @@
 # make soak    floods, attacks and faults beside a member of the mesh, and what it feels of them (as root)
 # make compiled  the packages as the image has them, with the path of a request compiled, in build/compiled
 # make aws-lc    cryptography as the image has it, on AWS-LC, in build/aws-lc
-# Both set up what they need: a virtual environment in .venv, and, as root on Debian, the system packages.
+# make base      pins the image's base to what its tag names now; needs docker
+# The others set up what they need: a virtual environment in .venv, and, as root on Debian, the system packages.
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,7 +21,7 @@ READY := $(COMPILED)/.ready-$(shell echo $(SOURCES) | cksum | cut -d ' ' -f 1)
 NEEDED := nft:nftables ip:iproute2 unshare:util-linux setpriv:util-linux venv:python3-venv
 PEERS := curl:curl wrk:wrk h2load:nghttp2-client nghttpd:nghttp2-server nginx:nginx-light psql:postgresql-client postgres:postgresql openssl:openssl socat:socat haproxy:haproxy dig:bind9-dnsutils kdig:knot-dnsutils dnsmasq:dnsmasq-base musl-gcc:musl-tools gcc:gcc
 
-.PHONY: demo test lint parts whole compiled aws-lc jaeger perf soak lock clean
+.PHONY: demo test lint parts whole compiled aws-lc jaeger perf soak lock base clean
 
 demo: $(VENV)/.demo
 	$(BIN)/isthmus demo
@@ -115,6 +116,10 @@ lock: $(VENV)/.dev
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header -c requirements/demo.txt pyproject.toml --extra demo --group dev -o requirements/dev.txt
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header -c requirements/dev.txt pyproject.toml --group compile -o requirements/compile.txt
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml --extra jaeger --group jaeger-test -o requirements/jaeger.txt
+
+# To be reviewed and committed as any other change, with the image built and tried.
+base:
+	./scripts/pin-base
 
 clean:
 	rm -rf $(VENV) $(JAEGER) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

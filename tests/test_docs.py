@@ -220,6 +220,32 @@ def test_the_image_runs_as_the_user_that_the_redirection_exempts() -> None:
     assert re.findall(r"^USER (\S+)", text, re.MULTILINE) == [f"{InterceptSettings().uid}:{InterceptSettings().uid}"]
 
 
+def test_the_base_of_the_image_is_pinned_by_digest() -> None:
+    text = (ROOT / "Dockerfile").read_text("utf-8")
+    (pinned,) = re.findall(r"^ARG PYTHON=(.*)$", text, re.MULTILINE)
+    assert re.fullmatch(r"3\.\d+-slim-trixie@sha256:[0-9a-f]{64}", pinned)
+    assert {line.split()[1] for line in text.splitlines() if line.startswith("FROM ")} == {"python:${PYTHON}"}
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "pinned"),
+    [("sha256:" + "ab" * 32, 0, "sha256:" + "ab" * 32), ("sha256:abc", 1, None), ("", 1, None)],
+    ids=["a digest", "half of one", "nothing"],
+)
+def test_the_base_is_pinned_anew_by_what_the_registry_says(tmp_path: Path, said: str, code: int, pinned: str | None) -> None:
+    file = tmp_path / "Dockerfile"
+    before = (ROOT / "Dockerfile").read_text("utf-8")
+    file.write_text(before)
+    registry = tmp_path / "registry"
+    registry.write_text(f'#!/bin/sh\n[ "$1" = python:3.13-slim-trixie ] && echo {said}\n')
+    registry.chmod(0o755)
+    environ = {"PATH": "/usr/bin:/bin", "PIN_BASE_INSPECT": str(registry)}
+    done = subprocess.run([ROOT / "scripts" / "pin-base", file], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    after = re.sub(r"^(ARG PYTHON=[^@]*@).*$", rf"\g<1>{pinned}", before, flags=re.MULTILINE) if pinned else before
+    assert file.read_text() == after
+
+
 def test_the_image_is_built_of_files_that_are_there_and_that_the_builder_gets() -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
     text = (ROOT / "Dockerfile").read_text("utf-8").replace("\\\n", "")
