@@ -251,7 +251,7 @@ class Attempts:
             return
         if self._begun and self._exchange.grpc_status is not None and self._exchange.is_grpc:
             self._judge_end(work, grpc.code(self._exchange.grpc_status))
-        if not work.told and self._exchange.clock.ran_out:
+        if not work.told and self._exchange.clock.ran_out and not self._exchange.clock.client_awaited:
             if trio.current_time() < self._client_limit:
                 work.failed("upstream_timeout", self._elapsed(work), Failure.SILENCE)
             else:
@@ -293,6 +293,9 @@ class Attempts:
         """Whether to go on after `error`, which is raised if not; the reason to note."""
         if isinstance(error, Declined):
             return self._cause  # it was declined because there is to be another
+        if isinstance(error, UpstreamReset) and error.code == Code.PROTOCOL_ERROR:
+            # The server holds the request to be malformed (RFC 9113 §8.1.1). It would do so again, and that is the client's doing.
+            raise error
         refused = isinstance(error, UpstreamReset) and error.code == Code.REFUSED_STREAM
         if not refused and not work.told:
             if isinstance(error, AttemptTimeout):

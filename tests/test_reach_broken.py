@@ -6,6 +6,7 @@ there are never more than may wait. Connections are treated as requests are.
 
 from __future__ import annotations
 
+import h2.errors
 import pytest
 import trio
 
@@ -15,8 +16,8 @@ from proxy.net.dial import Dialer
 from proxy.net.errors import ConnectFailed
 from proxy.net.streams import Stream
 from tests.kit.http import GET, OK, Message, Peer, answering, origin, until
-from tests.kit.http2_peers import reserve
-from tests.kit.reach import BUSY, CLOSED, UNHEARD, Step, breaking, mesh, policy, saying, silent, taking
+from tests.kit.http2_peers import Answer, Peer2, answering2, reserve, speaking
+from tests.kit.reach import BUSY, CLOSED, PUT, UNHEARD, Step, breaking, mesh, policy, saying, silent, taking
 
 
 async def test_an_endpoint_that_fails_in_a_row_is_left_alone_and_used_again_when_it_has_recovered() -> None:
@@ -75,6 +76,43 @@ async def test_statuses_that_are_the_requests_own_fault_do_not_count() -> None:
         for _ in range(20):
             await client.ask()
         assert world.broken == 0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+async def test_a_request_that_a_server_of_http2_holds_to_be_malformed_is_sent_once_and_does_not_count(version: int) -> None:
+    """RFC 9113 §8.1.1: the stream is reset, by PROTOCOL_ERROR. Only the client can do better."""
+    heard: list[Answer] = []
+
+    async def resets(peer: Peer2, number: int, message: Answer) -> None:
+        heard.append(message)
+        await peer.reset(number, h2.errors.ErrorCodes.PROTOCOL_ERROR)
+
+    async with mesh([speaking(answering2(resets))] * 2, policy("retries: {limit: 3}"), up=b"2") as (world, _):
+        first, second = await world.hop.connect(), await world.hop.connect2()
+        for _ in range(20):
+            if version == 1:
+                assert (await first.ask()).status == 502
+            else:
+                assert (await second.ask()).reset == h2.errors.ErrorCodes.PROTOCOL_ERROR
+        assert len(heard) == 20
+        assert world.broken == 0
+
+
+async def test_a_client_that_is_too_slow_for_the_deadline_of_its_request_does_not_count() -> None:
+    async def reads(peer: Peer) -> None:
+        await peer.rest()
+
+    rules = policy("{timeouts: {request: 50ms}, breaker: {failures: 3, min_penalty: 1m}, queue: {timeout: 0s}}")
+    async with mesh([reads], rules) as (world, _):
+        for _ in range(6):
+            client = await world.hop.connect()
+            await client.send(b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nslow")
+            assert (await client.response("PUT")).status == 504
+        assert world.broken == 0
+    async with mesh([reads], rules) as (world, _):
+        for _ in range(3):  # and a server that is, does
+            assert (await (await world.hop.connect()).ask(PUT, "PUT")).status == 504
+        assert world.broken == 1
 
 
 async def test_a_request_waits_for_an_early_trial_while_the_outage_is_young_and_is_told_at_once_when_it_is_not() -> None:

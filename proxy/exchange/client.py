@@ -253,7 +253,7 @@ class _Attempt:
         exchange, carrier = self._exchange, self._carrier
         try:
             while True:
-                exchange.clock.rest()  # the client's own deadlines rule while it is waited for
+                exchange.clock.await_client()
                 piece = await exchange.body.receive()
                 exchange.clock.expect(self._stalls, self._settings.stream_timeout)
                 if isinstance(piece, EndOfMessage):

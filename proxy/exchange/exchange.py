@@ -229,7 +229,7 @@ class Clock:
     whole may have a limit.
     """
 
-    __slots__ = ("_overdue", "late", "limit", "scope", "since", "stopped")
+    __slots__ = ("_overdue", "client_awaited", "late", "limit", "scope", "since", "stopped")
 
     def __init__(self, scope: trio.CancelScope) -> None:
         self.scope = scope
@@ -237,12 +237,14 @@ class Clock:
         self.limit = math.inf  # of the whole exchange; trio's time
         self.since = 0.0  # when the last step began
         self.stopped = False  # by `give_up`
+        self.client_awaited = False  # rather than the server: what is late is not the server's fault
         self._overdue: Callable[[], Exception] | None = None
 
     def expect(self, late: Callable[[], Exception], seconds: float) -> None:
         """From now on, `seconds` at most until the next step; `late()` is the error if not."""
         self.since = now = trio.current_time()
         deadline = now + seconds
+        self.client_awaited = False
         if deadline < self.limit:
             self.late = late
             self.scope.deadline = deadline
@@ -253,6 +255,11 @@ class Clock:
         """Nothing is waited for that has a limit of its own."""
         self.late = self._overdue
         self.scope.deadline = self.limit
+
+    def await_client(self) -> None:
+        """The same while the rest of the request is waited for. The client's own deadlines rule then."""
+        self.rest()
+        self.client_awaited = True
 
     def limit_to(self, limit: float, overdue: Callable[[], Exception]) -> None:
         """The exchange has to be over by then, unless it has to be earlier already."""
@@ -285,6 +292,9 @@ class _NoClock(Clock):
         pass
 
     def rest(self) -> None:
+        pass
+
+    def await_client(self) -> None:
         pass
 
     def limit_to(self, limit: float, overdue: Callable[[], Exception]) -> None:
