@@ -99,7 +99,7 @@ def glimpse_single(lines: bytes, lower: bytes) -> Glimpse | None:
     if match is None or lower.count(b"b3:") > 1 or lower.find(b"x-b3-") >= 0:
         return None
     trace, span, state, parent = match.groups()
-    return trace.rjust(32, b"0"), span, state != b"0", (), match.start(2), match.start(4) + 1 if parent else 0
+    return trace.rjust(32, b"0"), span, state != b"0", (), match.start(2), match.start(4) + 1 if parent else 0, len(NO_SPAN)
 
 
 def glimpse_multi(lines: bytes, lower: bytes, trace_at: int) -> Glimpse | None:
@@ -120,4 +120,4 @@ def glimpse_multi(lines: bytes, lower: bytes, trace_at: int) -> Glimpse | None:
         shown = parent_at + len(_PARENT_ID)
         if lines.index(b"\r", shown) != shown + len(NO_SPAN):
             return None  # whatever stands there, an id cannot be written over it
-    return trace[1].rjust(32, b"0"), span[1], decision == b"1\r\n", (), span.start(1), shown
+    return trace[1].rjust(32, b"0"), span[1], decision == b"1\r\n", (), span.start(1), shown, len(NO_SPAN)

@@ -15,8 +15,8 @@ Places = dict[bytes, int]
 REPEATED = -1
 
 # The same at a glance, for lines of which each ends with CRLF: the trace, the caller's span, whether the trace is recorded, the tracestate,
-# where the span stands in the lines, and where its parent (0: the header has none).
-Glimpse = tuple[bytes, bytes, bool, tuple[bytes, ...], int, int]
+# where the span stands in the lines, and where its parent (0: the header has none), and how many bytes that has.
+Glimpse = tuple[bytes, bytes, bool, tuple[bytes, ...], int, int, int]
 
 NO_TRACE, NO_SPAN = b"0" * 32, b"0" * 16
 

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from tracing.b3 import MULTI, SINGLE, TRACE_ID, glimpse_multi, glimpse_single
 from tracing.context import REPEATED, Field, Format, Glimpse, Places, TraceContext
 from tracing.grpc_bin import GRPC
+from tracing.jaeger import JAEGER, glimpse_jaeger
 from tracing.w3c import USUAL, USUAL_SPAN, W3C, state_of, traceparent
 
-FORMATS: tuple[Format, ...] = (W3C, GRPC, SINGLE, MULTI)
+FORMATS: tuple[Format, ...] = (W3C, GRPC, SINGLE, MULTI, JAEGER)
 NAMES = frozenset(
-    {b"traceparent", b"tracestate", b"grpc-trace-bin", b"b3"}
+    {b"traceparent", b"tracestate", b"grpc-trace-bin", b"b3", b"uber-trace-id"}
     | {b"x-b3-traceid", b"x-b3-spanid", b"x-b3-parentspanid", b"x-b3-sampled", b"x-b3-flags"}
 )
 STANDARD = (W3C,)
@@ -55,6 +56,8 @@ def glimpse(lines: bytes, lower: bytes, mentions: int) -> Glimpse | None:
         return glimpse_single(lines, lower)
     at = lower.find(_TRACEPARENT)
     if at < 0:
+        if lower.find(b"uber-trace-id:") >= 0:
+            return glimpse_jaeger(lines, lower) if mentions == 1 else None
         several = lower.find(TRACE_ID)
         if mentions != (several >= 0) and (lower.find(b"traceparent:") >= 0 or lower.find(b"grpc-trace-bin:") >= 0):
             return None
@@ -64,18 +67,27 @@ def glimpse(lines: bytes, lower: bytes, mentions: int) -> Glimpse | None:
         return None
     trace_id, span_id, sampled = match.groups()
     if mentions == 1:  # what B3 says in several headers says nothing without the trace's id
-        return trace_id, span_id, sampled is not None, (), at + USUAL_SPAN, 0
+        return trace_id, span_id, sampled is not None, (), at + USUAL_SPAN, 0, 0
     state = state_of(lines, lower)
-    if state is None or lower.count(b"traceparent:") > 1 or lower.find(b"grpc-trace-bin:") >= 0 or lower.find(b"x-b3-traceid:") >= 0:
+    if state is None or (mentions > 1 + len(state) and _several(lower)):
         return None
-    return trace_id, span_id, sampled is not None, state, at + USUAL_SPAN, 0
+    return trace_id, span_id, sampled is not None, state, at + USUAL_SPAN, 0, 0
+
+
+def _several(lower: bytes) -> bool:
+    """Whether lines with a traceparent have another one, or a context in another format that says "trace"."""
+    others = lower.find(b"grpc-trace-bin:") >= 0 or lower.find(b"x-b3-traceid:") >= 0 or lower.find(b"uber-trace-id:") >= 0
+    return others or lower.count(b"traceparent:") > 1
 
 
 def extract(fields: list[Field]) -> Carried | None:
     """The context of a request; None if there is no valid one."""
     places = locate(fields)
-    if not places:
-        return None
+    return extract_at(places, fields) if places else None
+
+
+def extract_at(places: Places, fields: list[Field]) -> Carried | None:
+    """The same where it is known where the trace headers stand."""
     if len(places) == (b"traceparent" in places) + (b"tracestate" in places):  # as nearly always: nobody else has to be asked
         found = W3C.read(places, fields)
         return Carried(found, STANDARD, places) if found is not None else None
@@ -114,5 +126,10 @@ def header(trace_id: bytes, span_id: bytes) -> Field:
 
 def begin(fields: list[Field], root: TraceContext) -> None:
     """Write the context of a trace that begins here, in place. What is there of the same headers is not valid, and goes."""
-    fields[:] = filter(lambda field: field[0].lower() not in (b"traceparent", b"tracestate"), fields)  # the same objects: messages._others
+    drop_standard(fields)
     fields.append((b"traceparent", traceparent(root)))
+
+
+def drop_standard(fields: list[Field]) -> None:
+    """Remove the standard's headers."""
+    fields[:] = filter(lambda field: field[0].lower() not in (b"traceparent", b"tracestate"), fields)  # the same objects: messages._others

@@ -16,8 +16,9 @@ import random
 from binascii import hexlify
 from dataclasses import dataclass
 
-from tracing.context import Field, TraceContext
-from tracing.propagation import begin, extract, glimpse, replace
+from tracing.context import REPEATED, Field, TraceContext
+from tracing.propagation import Carried, begin, drop_standard, extract, extract_at, glimpse, locate, replace
+from tracing.w3c import traceparent
 
 _RATIO_BITS = 64
 
@@ -61,9 +62,30 @@ class Tracer:
     def begin(self, fields: list[Field]) -> Trace | None:
         """The trace of a request with these header fields, which are rewritten in place where a span of ours is to be recorded, or where
         this proxy has decided for a trace that begins here. None: there is no trace."""
-        carried = extract(fields)
+        places = locate(fields)
+        if not places:
+            return self._root(fields) if self._begins else None
+        if places.get(b"traceparent") == REPEATED:
+            return self._begin_anew(fields)
+        carried = extract_at(places, fields)
         if carried is None:
             return self._root(fields) if self._begins else None
+        return self._go_on(fields, carried)
+
+    def _begin_anew(self, fields: list[Field]) -> Trace | None:
+        """Several traceparents are none (W3C, section 3.2), and whoever comes next might take one or the other of them for the caller's. So
+        exactly one goes on: that of the context in another format, or of a trace that begins here."""
+        drop_standard(fields)
+        carried = extract(fields)
+        if carried is None:
+            return self._root(fields)
+        if not carried.context.trace_id:
+            return self._go_on(fields, carried)
+        fields.append((b"traceparent", traceparent(carried.context)))
+        return self.begin(fields)
+
+    def _go_on(self, fields: list[Field], carried: Carried) -> Trace | None:
+        """The trace of a request that came with a context."""
         context = carried.context
         trace_id = context.trace_id or b"%032x" % (self._bits(128) or 1)
         sampled = context.sampled
@@ -92,13 +114,13 @@ class Tracer:
         found = glimpse(lines, lower, mentions) if self._sampling.follow else None
         if found is None:
             return None
-        trace_id, caller, sampled, state, place, parent = found
+        trace_id, caller, sampled, state, place, parent, width = found
         if not sampled:
             return Trace(False, trace_id, caller), lines
         span_id = hexlify((self._bits(64) or 1).to_bytes(8, "big"))
         lines = lines[:place] + span_id + lines[place + 16 :]
         if parent:
-            lines = lines[:parent] + caller + lines[parent + 16 :]
+            lines = lines[:parent] + caller + lines[parent + width :]
         return Trace(True, trace_id, span_id, caller, state), lines
 
     def next_glance(self, trace: Trace, lines: bytes, parent: bytes) -> bytes | None:
@@ -108,9 +130,9 @@ class Tracer:
         if found is None:
             return None
         trace.span_id = span_id = self.span_id()
-        place, shown = found[4], found[5]
+        place, shown, width = found[4:]
         lines = lines[:place] + span_id + lines[place + 16 :]
-        return lines[:shown] + parent + lines[shown + 16 :] if shown else lines
+        return lines[:shown] + parent + lines[shown + width :] if shown else lines
 
     def connection(self) -> Trace | None:
         """The trace of a connection in which nothing can carry one; None: it has none."""

@@ -43,10 +43,12 @@ _NEVER = frozenset({b"authorization", b"proxy-authorization"})
 _SHORT_COOKIE = 20
 _WITHOUT = frozenset(
     {b":path", b"age", b"content-length", b"etag", b"if-modified-since", b"if-none-match", b"location", b"set-cookie"}
-    | {b"grpc-timeout", b"traceparent", b"tracestate", b"x-b3-spanid", b"x-b3-traceid", b"x-request-id"}
+    | {b"grpc-timeout", b"traceparent", b"tracestate", b"uber-trace-id", b"x-b3-spanid", b"x-b3-traceid", b"x-request-id"}
 )
 # Of those, what is different in every message is not remembered either.
-_FLEETING = frozenset({b"grpc-timeout", b"traceparent", b"tracestate", b"x-b3-spanid", b"x-b3-traceid", b"x-request-id"})
+_FLEETING = frozenset(
+    {b"grpc-timeout", b"traceparent", b"tracestate", b"uber-trace-id", b"x-b3-spanid", b"x-b3-traceid", b"x-request-id"}
+)
 # What is recognised is no longer than this: it cannot become a bomb, whatever the table holds.
 _SHORT_BLOCK = 2048
 _STATIC = HeaderTable.STATIC_TABLE_MAPPING

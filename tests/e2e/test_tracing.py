@@ -154,8 +154,15 @@ async def test_a_span_says_which_pod_it_was_and_who_was_at_the_other_end(scene: 
     assert far.attributes["url.path"] == "/path"
 
 
-@pytest.mark.parametrize("headers", [["b3: {trace}-{caller}-1"], ["x-b3-traceid: {trace}", "x-b3-spanid: {caller}", "x-b3-sampled: 1"]])
-async def test_b3_joins_the_spans_as_well(scene: Scene, headers: list[str]) -> None:
+@pytest.mark.parametrize(
+    "headers",
+    [
+        ["uber-trace-id: {trace}:{caller}:0:1"],
+        ["b3: {trace}-{caller}-1"],
+        ["x-b3-traceid: {trace}", "x-b3-spanid: {caller}", "x-b3-sampled: 1"],
+    ],
+)
+async def test_other_formats_join_the_spans_as_well(scene: Scene, headers: list[str]) -> None:
     trace = new_trace()
     given = [part for header in headers for part in ("-H", header.format(trace=trace, caller=CALLER))]
     await curl(scene.pair.web, *given, f"http://shop:{WEB}/")

@@ -91,6 +91,35 @@ CASES: list[tuple[str, list[Field], bool | None, bool, list[Field]]] = [
         False,
         [(b"x-b3-traceid", SHORT), (b"x-b3-spanid", OURS), (b"x-b3-sampled", b"1")],
     ),
+    ("jaeger", [(b"uber-trace-id", b"%b:%b:0:1" % (TRACE, SPAN))], True, False, [(b"uber-trace-id", b"%b:%b:%b:1" % (TRACE, OURS, SPAN))]),
+    (
+        "jaeger, 64 bits, a parent",
+        [(b"Uber-Trace-Id", b"%b:%b:%b:01" % (SHORT, SPAN, PARENT))],
+        True,
+        False,
+        [(b"Uber-Trace-Id", b"%b:%b:%b:01" % (SHORT, OURS, SPAN))],
+    ),
+    (
+        "jaeger, debug",
+        [(b"uber-trace-id", b"%b:%b:0:3" % (TRACE, SPAN))],
+        True,
+        True,
+        [(b"uber-trace-id", b"%b:%b:%b:3" % (TRACE, OURS, SPAN))],
+    ),
+    (
+        "jaeger, a flag of its own",
+        [(b"uber-trace-id", b"%b:%b:0:9" % (TRACE, SPAN))],
+        True,
+        False,
+        [(b"uber-trace-id", b"%b:%b:%b:9" % (TRACE, OURS, SPAN))],
+    ),
+    (
+        "jaeger, encoded, in capitals",
+        [(b"uber-trace-id", b"%b%%3A%b%%3A0%%3A1" % (TRACE.upper(), SPAN.upper()))],
+        True,
+        False,
+        [(b"uber-trace-id", b"%b%%3A%b%%3A%b%%3A1" % (TRACE.upper(), OURS, SPAN))],
+    ),
     ("grpc", [(b"grpc-trace-bin", grpc(TRACE, SPAN))], True, False, [(b"grpc-trace-bin", grpc(TRACE, OURS))]),
     (
         "grpc, padded",
@@ -164,6 +193,12 @@ def test_a_trace_that_such_a_decision_begins_is_written_in_the_same_format(field
         [(b"x-b3-traceid", TRACE)], [(b"x-b3-spanid", SPAN)], [(b"x-b3-traceid", TRACE[:-1]), (b"x-b3-spanid", SPAN)],
         [(b"x-b3-traceid", TRACE), (b"x-b3-traceid", TRACE), (b"x-b3-spanid", SPAN)], [(b"x-b3-traceid", TRACE), (b"x-b3-spanid", b"")],
         [(b"x-b3-sampled", b"maybe")], [(b"x-b3-flags", b"0")], [(b"x-b3-parentspanid", PARENT)], [(b"tracestate", b"a=1")],
+        [(b"uber-trace-id", b"")], [(b"uber-trace-id", b"%b:%b:0" % (TRACE, SPAN))], [(b"uber-trace-id", b"%b:%b:0:" % (TRACE, SPAN))],
+        [(b"uber-trace-id", b"0:%b:0:1" % SPAN)], [(b"uber-trace-id", b"%b:0:0:1" % TRACE)],
+        [(b"uber-trace-id", b"%b0:%b:0:1" % (TRACE, SPAN))],
+        [(b"uber-trace-id", b"%b:%b:0:100" % (TRACE, SPAN))], [(b"uber-trace-id", b"%b:%b:x:1" % (TRACE, SPAN))],
+        [(b"uber-trace-id", b"%b:%b%%3A0:1" % (TRACE, SPAN))], [(b"uber-trace-id", b"%b:%b:0:1\n" % (TRACE, SPAN))],
+        [(b"uber-trace-id", b"%b:%b:0:1" % (TRACE, SPAN))] * 2,
         [(b"grpc-trace-bin", b"")], [(b"grpc-trace-bin", b"AA")], [(b"grpc-trace-bin", grpc(TRACE, SPAN)[:-4])],
         [(b"grpc-trace-bin", b"!" + grpc(TRACE, SPAN)[1:])], [(b"grpc-trace-bin", b"AQ" + grpc(TRACE, SPAN)[2:])],
         [(b"grpc-trace-bin", grpc(b"0" * 32, SPAN))], [(b"grpc-trace-bin", grpc(TRACE, b"0" * 16))],
@@ -185,13 +220,38 @@ def test_grpc_without_options_is_not_sampled_and_gets_them_when_it_is() -> None:
     assert passed_on(unknown, sampled=False) == [(b"grpc-trace-bin", grpc(TRACE, OURS, b"\2\4"))]
 
 
+@pytest.mark.parametrize(("value", "trace", "span"), [
+    (b"1:2:0:1", b"1".rjust(32, b"0"), b"2".rjust(16, b"0")),
+    (b"%b:%b:0:1" % (TRACE[:31], SPAN[1:]), TRACE[:31].rjust(32, b"0"), SPAN[1:].rjust(16, b"0")),
+])  # fmt: skip
+def test_the_ids_of_jaeger_may_lack_their_zeros(value: bytes, trace: bytes, span: bytes) -> None:
+    fields = [(b"uber-trace-id", value)]
+    found = extract(fields)
+    assert found is not None
+    assert (found.context.trace_id, found.context.span_id) == (trace, span)
+    assert passed_on(fields) == [(b"uber-trace-id", value.split(b":")[0] + b":%b:%b:1" % (OURS, span))]
+
+
+@pytest.mark.parametrize(("flags", "sampled"), [
+    (b"0", False), (b"00", False), (b"8", False), (b"1", True), (b"2", True), (b"03", True), (b"b", True),
+])  # fmt: skip
+def test_the_flags_of_jaeger(flags: bytes, sampled: bool) -> None:
+    fields = [(b"uber-trace-id", b"%b:%b:0:%b" % (TRACE, SPAN, flags))]
+    found = extract(fields)
+    assert found is not None
+    assert found.context.sampled is sampled
+    refused = passed_on(fields, sampled=False)[0][1].split(b":")[3]
+    assert len(refused) == len(flags)
+    assert int(refused, 16) == int(flags, 16) & ~3
+
+
 def test_all_formats_of_the_same_trace_are_given_our_span() -> None:
 
-    def fields(span: bytes) -> list[Field]:
-        standard = (b"traceparent", b"00-%b-%b-01" % (TRACE, span))
-        return [standard, (b"b3", b"%b-%b-1" % (SHORT, span)), (b"grpc-trace-bin", grpc(TRACE, span))]
+    def fields(span: bytes, parent: bytes) -> list[Field]:
+        standard, jaeger = (b"traceparent", b"00-%b-%b-01" % (TRACE, span)), (b"uber-trace-id", b"%b:%b:%b:1" % (TRACE, span, parent))
+        return [standard, (b"b3", b"%b-%b-1" % (SHORT, span)), (b"grpc-trace-bin", grpc(TRACE, span)), jaeger]
 
-    assert passed_on(fields(SPAN)) == fields(OURS)
+    assert passed_on(fields(SPAN, b"0")) == fields(OURS, SPAN)
 
 
 def test_the_standard_wins_and_headers_of_another_trace_stay_as_they_are() -> None:
@@ -226,6 +286,8 @@ WRITERS: list[Writer] = [
     lambda trace, span, sampled: [(b"b3", b"%b-%b-%d-%b" % (trace, span, sampled, PARENT))],
     lambda trace, span, sampled: [(b"X-B3-TraceId", trace), (b"X-B3-SpanId", span), (b"X-B3-Sampled", b"%d" % sampled)],
     lambda trace, span, sampled: [(b"grpc-trace-bin", grpc(trace, span, b"\2" + bytes([sampled])))],
+    lambda trace, span, sampled: [(b"uber-trace-id", b"%b:%b:0:%d" % (trace, span, sampled))],
+    lambda trace, span, sampled: [(b"uber-trace-id", b"%b:%b:0:0%d" % (trace.lstrip(b"0"), span.lstrip(b"0"), sampled))],
 ]
 
 
@@ -240,7 +302,7 @@ def test_what_is_written_is_read_back(write: Writer, trace: bytes, span: bytes, 
     assert (again.context.trace_id, again.context.span_id, again.context.sampled) == (trace, ours, sampled[1])
 
 
-values = st.one_of(st.binary(max_size=80), st.from_regex(rb"[0-9a-f-]{16,70}[01d]?"))
+values = st.one_of(st.binary(max_size=80), st.from_regex(rb"[0-9a-f-]{16,70}[01d]?"), st.from_regex(rb"[0-9a-f]{1,33}(:[0-9a-f]{1,17}){3}"))
 
 
 @given(st.lists(st.tuples(st.sampled_from(sorted(NAMES)), values), max_size=8))

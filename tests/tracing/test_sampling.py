@@ -59,7 +59,8 @@ _several = st.lists(
         [
             (b"X-B3-TraceId", TRACE), (b"x-b3-traceid", TRACE[16:]), (b"X-B3-SpanId", SPAN), (b"X-B3-Sampled", b"1"),
             (b"X-B3-Sampled", b"0"), (b"X-B3-ParentSpanId", PARENT), (b"X-B3-Flags", b"1"), (b"b3", b"%b-%b-1-%b" % (TRACE, SPAN, PARENT)),
-            w3c(), (b"tracestate", b"a=1"),
+            w3c(), (b"tracestate", b"a=1"), (b"uber-trace-id", b"%b:%b:0:1" % (TRACE, SPAN)),
+            (b"Uber-Trace-Id", b"%b:%b:%b:0" % (TRACE[16:], SPAN, PARENT)), (b"uber-trace-id", b"b3:%b:1:3" % SPAN),
         ]
     ),
     max_size=5,
@@ -140,6 +141,9 @@ PARENTS, B3 = b"X-B3-ParentSpanId: %b\r\n" % PARENT, b"X-B3-TraceId: %b\r\nX-B3-
         B3 + b"1\r\n",
         PARENTS + B3 + b"1\r\n",
         B3 + b"0\r\n",
+        b"uber-trace-id: %b:%b:0:1\r\n" % (TRACE, SPAN),
+        b"Uber-Trace-Id: %b:%b:%b:1\r\n" % (TRACE[16:], SPAN, PARENT),
+        b"uber-trace-id: 7:%b:0:0\r\n" % SPAN,
     ],
 )
 def test_what_comes_in_one_format_is_seen_at_a_glance(lines: bytes) -> None:
@@ -156,6 +160,16 @@ def test_what_comes_in_one_format_is_seen_at_a_glance(lines: bytes) -> None:
         b"traceparent: 00-%(trace)b-%(span)b-01\r\nb3: 1\r\n",
         b"traceparent: 00-%(trace)b-%(span)b-01\r\nX-B3-TraceId: %(trace)b\r\nX-B3-SpanId: %(span)b\r\n",
         b"traceparent: 00-%(trace)b-%(span)b-01\r\ngrpc-trace-bin: AA\r\n",
+        b"traceparent: 00-%(trace)b-%(span)b-01\r\nuber-trace-id: %(trace)b:%(span)b:0:1\r\n",
+        b"traceparent: 00-%(trace)b-%(span)b-01\r\ntraceparent: 00-%(trace)b-%(span)b-01\r\n",
+        b"uber-trace-id: %(trace)b:%(span)b:0:3\r\n",
+        b"uber-trace-id: %(trace)b:7:0:1\r\n",
+        b"uber-trace-id: %(trace)b%%3A%(span)b%%3A0%%3A1\r\n",
+        b"uber-trace-id: 0:%(span)b:0:1\r\n",
+        b"uber-trace-id: %(trace)b:0000000000000000:0:1\r\n",
+        b"uber-trace-id: %(trace)b:%(span)b:0:1\r\nuber-trace-id: %(trace)b:%(span)b:0:1\r\n",
+        b"uber-trace-id: %(trace)b:%(span)b:0:1\r\nb3: 0\r\n",
+        b"uber-trace-id: %(trace)b:%(span)b:0:1\r\nX-B3-Sampled: 0\r\n",
         b"b3: %(trace)b-%(span)b\r\n",
         b"b3: %(trace)b-0000000000000000-1\r\n",
         b"b3: 0000000000000000-%(span)b-1\r\n",
@@ -168,6 +182,40 @@ def test_what_comes_in_one_format_is_seen_at_a_glance(lines: bytes) -> None:
 )
 def test_what_is_unusual_is_looked_at_longer(lines: bytes) -> None:
     assert Tracer(Sampling()).glance(b"Host: a\r\n" + lines % {b"trace": TRACE, b"span": SPAN}) is None
+
+
+TWICE = [(b"Traceparent", b"00-%b-%b-01" % (TRACE, SPAN)), (b"traceparent", b"00-%b-%b-01" % (TRACE[::-1], SPAN)), (b"tracestate", b"a=1")]
+
+
+@pytest.mark.parametrize(("ratio", "follow"), [(0.0, True), (1.0, True), (0.0, False), (1.0, False)])
+def test_of_several_traceparents_none_is_believed_and_one_goes_on(ratio: float, follow: bool) -> None:
+    """W3C, section 3.2."""
+    fields = [HOST, *TWICE, (b"x", b"y")]
+    assert Tracer(Sampling(ratio, follow)).glance(lined(fields)) is None
+    trace = Tracer(Sampling(ratio, follow)).begin(fields)
+    assert trace is not None
+    assert (trace.sampled, trace.parent, trace.state) == (ratio == 1, b"", ())
+    assert trace.trace_id not in (TRACE, TRACE[::-1])
+    flags = b"03" if ratio else b"02"
+    assert fields == [HOST, (b"x", b"y"), (b"traceparent", b"00-%b-%b-%b" % (trace.trace_id, trace.span_id, flags))]
+
+
+def test_beside_several_traceparents_another_format_says_what_the_trace_is() -> None:
+    for sampled in (1, 0):
+        fields = [*TWICE, HOST, (b"b3", b"%b-%b-%d" % (TRACE, PARENT, sampled))]
+        trace = Tracer(Sampling()).begin(fields)
+        assert trace is not None
+        assert (trace.sampled, trace.trace_id, trace.parent) == (bool(sampled), TRACE, PARENT if sampled else b"")
+        span = trace.span_id
+        assert fields == [HOST, (b"b3", b"%b-%b-%d" % (TRACE, span, sampled)), (b"traceparent", b"00-%b-%b-0%d" % (TRACE, span, sampled))]
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_beside_several_traceparents_a_decision_without_ids_still_counts(sampled: bool) -> None:
+    fields = [*TWICE, HOST, (b"b3", b"%d" % sampled)]
+    trace = Tracer(Sampling()).begin(fields)
+    assert (trace is not None and trace.sampled) is sampled
+    assert b"traceparent" not in {name.lower() for name, _ in fields}
 
 
 def test_without_a_context_and_a_ratio_nothing_happens() -> None:
