@@ -62,6 +62,7 @@ class Settings:
                 body_timeout=http.body_timeout,
                 body_min_rate=http.body_min_rate,
                 write_timeout=http.write_timeout,
+                linger_timeout=http.linger_timeout,
                 stream_timeout=http.response_body_timeout,
             ),
             client=ClientSettings(response_timeout=http.response_timeout, stream_timeout=http.response_body_timeout),

@@ -390,6 +390,40 @@ async def test_a_peer_without_the_confirmation_is_connected_to_all_the_same(tmp_
             client.close()
 
 
+async def refusing(stream: trio.SocketStream) -> None:
+    """An application that refuses uploads by their head, reads them to their end, and keeps its connections."""
+    peer = Peer(stream.socket)
+    with contextlib.suppress(AssertionError, trio.BrokenResourceError):  # the sidecar has ended the connection
+        while True:
+            head = await peer.head()
+            upload, length = b"/upload" in head, int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+            if upload:
+                await peer.send(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\n\r\nbig")
+            await peer.exactly(length)
+            if not upload:
+                await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+
+@ROADS
+async def test_uploads_that_are_refused_early_cost_no_other_client_a_request(tmp_path: Path, fast: bool) -> None:
+    statuses: list[int] = []
+    async with shop(tmp_path, refusing, fast=fast) as world, trio.open_nursery() as nursery:
+
+        async def uploads() -> None:
+            for size in (100_000, 200_000, 400_000, 1_000_000) * 3:
+                answer = await ask(world, b"POST /upload HTTP/1.1\r\nHost: shop\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
+                assert (answer.status, answer.body) == (413, b"big")
+
+        async def posts() -> None:
+            client = await world.client()
+            statuses.extend([(await client.ask(post(b"hello"), "POST")).status for _ in range(40)])
+
+        nursery.start_soon(uploads)
+        for _ in range(5):
+            nursery.start_soon(posts)
+    assert statuses == [200] * 200
+
+
 def two_gateways(fleet: Fleet, first: App, second: App) -> dict[str, Any]:
     """West's directory, with east's two gateways."""
     document = west_directory(way_in(first))

@@ -28,8 +28,8 @@ from proxy.wire.messages import EndOfMessage, Headers, Limits, ProtocolError, Re
 # What is written together: a head with the first piece of its body, small chunks with their neighbours; more would only wait.
 _GATHER = 65536
 
-# How long a client that is still sending may take to notice that it has been answered (see net/linger.py).
-_LINGER_SECONDS = 2.0
+# A client that has been answered within its request, and sends nothing for so long (seconds), has noticed (see net/linger.py).
+_QUIET = 2.0
 
 # The rest of a request that nobody read is worth reading to keep the connection, if it is no more than this.
 _DRAIN_BYTES = 65536
@@ -83,6 +83,7 @@ class ServerSettings:
     body_timeout: float = 60.0  # between two pieces of a request's body
     body_min_rate: float = 0.0  # bytes per second that a body must reach on average; 0: any
     write_timeout: float = 60.0  # for the client to take what it is sent
+    linger_timeout: float = 10.0  # for the rest of a request that has been answered, before the connection is closed
     stream_timeout: float = 3600.0  # between two pieces of a request that comes on a stream of HTTP/2, where pauses are nothing unusual
 
 
@@ -191,17 +192,24 @@ class Http1Exchange(Exchange):
             length = Framing.CLOSE if connection.peer_version == b"1.0" else Framing.CHUNKED
             if length is Framing.CHUNKED:
                 headers.append(b"Transfer-Encoding", b"chunked")
-        if not connection.keep_alive or self._server.leaving or length is Framing.CLOSE or self._body_unlikely():
+        if not connection.keep_alive or self._server.leaving or length is Framing.CLOSE or self._ends_behind():
             connection.keep_alive = False
             headers.add(b"Connection", b"close")
         elif connection.peer_version == b"1.0":
             headers.add(b"Connection", b"keep-alive")
         return length
 
-    def _body_unlikely(self) -> bool:
-        """The client waits to be told to send its body, and now will not be: nobody could tell a late body from a next request
-        (RFC 9110 §10.1.1)."""
-        if self._server.connection.reading is not At.BODY or self._continued or self.request.version == b"1.0":
+    def _ends_behind(self) -> bool:
+        """Whether the connection has to end behind this response, because the request has not ended (RFC 9112 §9.3, §9.6): more of it is to
+        come than is read to keep a connection, or it is not known how much. Or the client waits to be told to send its body, and now will
+        not be: a late body could not be told from a next request (RFC 9110 §10.1.1)."""
+        connection = self._server.connection
+        if connection.reading is not At.BODY:
+            return False
+        left = connection.body_length
+        if not isinstance(left, int) or left > _DRAIN_BYTES:
+            return True
+        if self._continued or self.request.version == b"1.0" or not left:
             return False
         return b"100-continue" in self.request.headers.tokens(b"expect") and not self.request_bytes
 
@@ -290,7 +298,7 @@ class Http1Server:
         if connection.reading is not At.DONE and connection.keep_alive:
             await self._finish_reading()
         if not connection.reusable:
-            await self._linger()
+            await self._linger(self.settings.linger_timeout)
             return False
         return True
 
@@ -335,29 +343,24 @@ class Http1Server:
         connection.keep_alive = False
         connection.reading = At.DONE
         await handler(Http1Exchange(self, _NOTHING_READ, RequestBody(connection, self.stream, self.settings), error))
-        await self._linger()
+        await self._linger(_QUIET)
 
     async def _finish_reading(self) -> None:
-        """Read a short rest of the request, so that the connection can be kept. Where it is long, or late, the connection ends."""
+        """Read the rest of the request, which is short, because the response's head has said that the connection goes on."""
         body = RequestBody(self.connection, self.stream, self.settings)
-        length = body.length
-        if isinstance(length, int) and length > _DRAIN_BYTES:
-            return
-        seen = 0
-        with trio.move_on_after(_LINGER_SECONDS):
-            try:
-                while isinstance(piece := await body.receive(), bytes) and seen <= _DRAIN_BYTES:
-                    seen += len(piece)
-            except (ProtocolError, ClientGone, RequestTimeout):
-                self.connection.keep_alive = False
+        try:
+            while isinstance(await body.receive(), bytes):
+                pass
+        except (ProtocolError, ClientGone, RequestTimeout):
+            self.connection.keep_alive = False
 
-    async def _linger(self) -> None:
-        """End our side, then read and drop what still comes, within bounds."""
+    async def _linger(self, seconds: float) -> None:
+        """End our side, then read and drop what still comes, for a limited time."""
         connection = self.connection
         read = connection.reading is At.DONE and connection.method and not connection.buffered
         if self.aborted or (read and self.stream.is_idle()):
             return
-        await linger(self.stream, seconds=_LINGER_SECONDS)
+        await linger(self.stream, seconds=seconds, quiet=_QUIET)
 
     async def send(self, data: bytes) -> None:
         try:

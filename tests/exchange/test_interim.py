@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import trio
 
-from tests.kit.hop import through
+from proxy.exchange.server import ServerSettings
+from tests.kit.hop import Settings, through
 from tests.kit.http import GET, OK, Peer
 
 
@@ -87,7 +88,7 @@ async def test_a_refusal_reaches_a_client_that_is_still_sending() -> None:
         await peer.head()
         await peer.send(b"HTTP/1.1 413 Content Too Large\r\nConnection: close\r\nContent-Length: 3\r\n\r\nbig")
 
-    async with through(script) as (client, proxy):
+    async with through(script, Settings(server=ServerSettings(linger_timeout=0.5))) as (client, proxy):
         await client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n" + b"x" * 1000)
         answer = await client.response("POST")
         assert (answer.status, answer.body) == (413, b"big")

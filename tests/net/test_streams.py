@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from functools import partial
@@ -319,13 +320,25 @@ async def test_lingering_saves_an_answer_from_the_reset() -> None:
     ours.close()
 
 
-async def test_lingering_is_bounded_in_time_and_bytes() -> None:
+async def test_lingering_is_bounded_in_time_and_ends_when_the_peer_is_quiet() -> None:
     ours, theirs = pair()
     with trio.fail_after(30):
         await linger(theirs, seconds=0.02)
-    await ours.send_all(bytes(300_000))
-    with trio.fail_after(30):
-        await linger(theirs, seconds=60, max_bytes=100_000)
+        await ours.send_all(bytes(300_000))
+        await linger(theirs, seconds=3600, quiet=0.05)
+
+    async def flood() -> None:
+        with contextlib.suppress(trio.ClosedResourceError, trio.BrokenResourceError):
+            while True:
+                await ours.send_all(bytes(65536))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(flood)
+        before = theirs.bytes_read
+        with trio.fail_after(30):
+            await linger(theirs, seconds=0.3, quiet=10)
+        assert theirs.bytes_read - before > 1 << 20, "as much as comes"
+        nursery.cancel_scope.cancel()
     ours.close()
     theirs.close()
 
