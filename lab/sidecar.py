@@ -127,6 +127,7 @@ class Sidecar(Member):
             "directory": {"file": str(self.directory_file), "poll_interval": "200ms"},
             "log": {"format": "json", "access": True},
             "shutdown": {"grace": "1s"},
+            "admin": {"metrics_max_age": 0},  # tests compare what is counted before and after
             # From when on a silent client is one without TLS: not a sidecar that has to wait for the processor.
             "inbound": {"hello_timeout": "10s"},
         }

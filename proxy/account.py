@@ -135,7 +135,8 @@ class ConnectionAccount:
         metrics.heads_declined(facts.direction, "response", facts.declined_responses)
         if isinstance(error, LoopDetected):
             self._ledger.loop(facts.direction, error.kind, str(error))
-        if error is not None and not isinstance(error, trio.Cancelled):
+        evicted = facts.slot is not None and facts.slot.evicted  # which has been counted, and is what any error comes from
+        if error is not None and not isinstance(error, trio.Cancelled) and not evicted:
             metrics.error(facts.direction, describe(error).reason)
         reason, words = self._ending(error)
         # Only a connection whose bytes are nobody's business has a span: the others have one for each request.
@@ -172,6 +173,8 @@ class ConnectionAccount:
 
     def _ending(self, error: BaseException | None) -> tuple[str, str]:
         """How it ended, for machines and for people."""
+        if self._facts.slot is not None and self._facts.slot.evicted:
+            return "evicted", "there was no room for all"
         if error is not None:
             return "cancelled" if isinstance(error, trio.Cancelled) else describe(error).reason, str(error)
         if self._relayed is not None and isinstance(lost := self._relayed.error, ConnectionLost) and lost.reason == "expired":

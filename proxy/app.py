@@ -4,7 +4,7 @@ The order of the start is the order of what depends on what: identity (no socket
 (bound early, served late), then
 
     run
-    ├── admin                    from the first moment to the last: its answers are how the rest is seen
+    ├── admin                    from the first moment to the last, in a thread of its own: its answers are how the rest is seen
     ├── identity.watch           new certificates and roots, without a restart
     ├── directory.watch          new snapshots
     ├── ways.watch               gateways of other clusters: their names, and whether they answer
@@ -32,17 +32,17 @@ from dataclasses import dataclass
 import trio
 
 from loopguard import OwnListeners
+from proxy.acceptors import acceptor, bounds_of, report
 from proxy.account import Ledger
-from proxy.admin import admin
+from proxy.admin import Admin, Status
 from proxy.config import Config
-from proxy.errors import known
 from proxy.exchange.server import Drain
 from proxy.fast.ground import Clock
 from proxy.fast.road import Road
 from proxy.gateway import gateway
 from proxy.inbound import inbound, inbound_pools
 from proxy.listeners import StartError, listen
-from proxy.logs import RateLimit, configure, warn
+from proxy.logs import configure
 from proxy.loops import LoopGuard
 from proxy.mesh.balance import Balancer
 from proxy.mesh.directory import Directory, DirectoryError, Endpoint
@@ -61,6 +61,7 @@ from proxy.pools import Pools, endpoint_pools
 from proxy.reach import Reach
 from proxy.route import Router
 from proxy.runtime import Runtime, Settings
+from proxy.sections import GatewayConfig, InboundConfig, OutboundConfig
 from proxy.shutdown import drain
 from proxy.siblings import Sibling
 from proxy.spans import OFF, Spans, build
@@ -111,16 +112,6 @@ def _allow_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _acceptor(side: str, handler: Handler, connections: int, reserved: int, liveness: Liveness) -> Acceptor:
-    """An acceptor for as many connections as there are descriptors for: each takes one here and one to its server, in either direction,
-    and the administration listener and names have to go on answering when everything else is taken."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = connections if soft == resource.RLIM_INFINITY else max(1, (soft - reserved) // 4)
-    if most < connections:
-        _log.info("%s: RLIMIT_NOFILE is %d: %d connections are accepted at a time, not %d", side, soft, most, connections)
-    return Acceptor(handler, limit=min(most, connections), on_error=_report, on_pause=_pausing, on_accept=liveness.watch)
-
-
 class App:
     """One proxy. The constructor reads and binds, and raises StartError; `run` serves."""
 
@@ -161,7 +152,7 @@ class App:
             spans=spans,
             drain=self.drain,
             expiries=self.own.expiries,
-            road=Road(self.drain, config.http.idle_timeout, config.tcp.idle_timeout) if config.fast_path else None,
+            road=Road(self.drain, settings.plain_server.idle_timeout, config.tcp.idle_timeout) if config.fast_path else None,
         )
         if self.names is not None:
             self.runtime.router.virtual = self.names.virtual
@@ -172,38 +163,40 @@ class App:
         self.inbound_pools: Pools[Address] = inbound_pools(self.runtime)
         reserved = _RESERVED + (config.dns.max_in_flight + 2 * config.dns.max_connections if config.dns is not None else 0)
         self.inbound = self._way_in(reserved)
-        handler = outbound(self.runtime, self.outbound_pools)
-        self.outbound = _acceptor("outbound", handler, config.outbound.max_connections, reserved, self.liveness)
+        self.outbound = self._acceptor("outbound", outbound(self.runtime, self.outbound_pools), config.outbound, reserved)
 
     def _way_in(self, reserved: int) -> Acceptor:
         """What serves those who come from outside of the pod: as its sidecar, or as a gateway of the cluster."""
         config = self.config
         if config.gateway.enabled:
             self.metrics.measure("gateway")
-            handler = gateway(self.runtime, self.outbound_pools)
-            return _acceptor("gateway", handler, config.gateway.max_connections, reserved, self.liveness)
-        handler = inbound(self.runtime, self.inbound_pools)
-        return _acceptor("inbound", handler, config.inbound.max_connections, reserved, self.liveness)
+            return self._acceptor("gateway", gateway(self.runtime, self.outbound_pools), config.gateway, reserved)
+        return self._acceptor("inbound", inbound(self.runtime, self.inbound_pools), config.inbound, reserved)
+
+    def _acceptor(self, name: str, handler: Handler, config: InboundConfig | GatewayConfig | OutboundConfig, reserved: int) -> Acceptor:
+        made = acceptor(name, handler, bounds_of(config, mutual=self.identity is not None), self.metrics, reserved)
+        made.on_accept = self.liveness.watch
+        return made
 
     async def run(self, beside: Beside | None = None) -> None:
         """Serve until SIGTERM or SIGINT, and through the drain that follows; `beside` is with it all the time."""
-        admins = Acceptor(admin(self.not_ready, self.render), limit=_ADMIN_CONNECTIONS, on_error=_report)
+        status = Status(list, self.not_ready, self.metrics.render, self._refresh)
         try:
-            await self._run(admins, beside)
+            await self._run(Admin(self.config.admin, self.listeners.admin, status, self.metrics), beside)
         finally:
             self._close_pools()
 
-    async def _run(self, admins: Acceptor, beside: Beside | None) -> None:
+    async def _run(self, admin: Admin, beside: Beside | None) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(admins.serve, self.listeners.admin)
+                nursery.start_soon(admin.run)
                 nursery.start_soon(self.own.watch)
                 nursery.start_soon(self._watch_directory)
                 nursery.start_soon(self._sweep)
                 nursery.start_soon(self.liveness.run)
                 nursery.start_soon(self.ways.watch)
                 if self.names is not None:
-                    nursery.start_soon(self.names.serve, self.listeners, _report)
+                    nursery.start_soon(self.names.serve, self.listeners, report)
                 if self.runtime.road is not None:
                     await self.runtime.road.open()
                     nursery.start_soon(self.runtime.road.run)
@@ -303,8 +296,15 @@ class App:
         self.metrics.self_calls_waiting.at().set(self.runtime.loops.waiting)
 
     def render(self) -> bytes:
+        """The metrics, as they are now. Called in the main thread."""
         self.observe()
         return self.metrics.render()
+
+    def _refresh(self, done: Callable[[], None]) -> None:
+        try:
+            self.observe()
+        finally:
+            done()
 
     def _say_hello(self) -> None:
         # What has been built so far lives as long as the process: the collector need not look at it again.
@@ -324,9 +324,6 @@ class App:
 # Descriptors for listeners, files, pools' idle connections and the administration listener.
 _RESERVED = 128
 
-# Probes and scrapers; whoever opens more waits.
-_ADMIN_CONNECTIONS = 64
-
 
 def _directory(config: Config) -> DirectorySource | None:
     if config.directory is None:
@@ -337,14 +334,3 @@ def _directory(config: Config) -> DirectorySource | None:
         raise StartError(str(error), 64) from error
 
 
-def _report(connection: Connection, error: BaseException) -> None:
-    """Errors that the table knows stand in the connection's line in the log already; the others are bugs."""
-    if not known(error):
-        _log.error("a connection from %s failed by a fault of this proxy's", connection.peer, exc_info=error)
-
-
-_PAUSES = RateLimit(1)
-
-
-def _pausing(error: OSError) -> None:
-    warn(_log, _PAUSES, "new connections have to wait: %s (RLIMIT_NOFILE)", error.strerror)

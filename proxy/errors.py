@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, replace
 
 from proxy.net.errors import ConnectFailed, ConnectionLost, NetError, TLSFailed
+from proxy.net.slots import NoRoom
 from proxy.wire.messages import Headers, ProtocolError
 
 
@@ -152,6 +153,7 @@ TABLE: dict[type[BaseException], Answer] = {
     UpgradeFailed: Answer(501, 12, "http_upgrade_failed", "upgrade_failed"),
     UpstreamTimeout: Answer(504, 4, "http_response_timeout", "upstream_timeout"),
     ProtocolError: Answer(400, 13, "http_request_error", "bad_request"),
+    NoRoom: Answer(503, 8, "connection_limit_reached", "no_room"),
     ConnectionLost: Answer(502, 14, "connection_terminated", "connection_lost"),
     NetError: Answer(502, 14, "connection_terminated", "connection_lost"),
 }

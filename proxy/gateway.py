@@ -59,12 +59,13 @@ def gateway(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Await
     )
 
     async def accept(connection: Connection) -> None:
-        about = Facts(DIRECTION, connection.peer, connection.local)
+        about = Facts(DIRECTION, connection.peer, connection.local, slot=connection.slot)
         with rt.ledger.connection(connection.stream, about) as account:
             opening = await account.detect(connection.stream, patience, patience)
             if opening.how == "closed":
                 return
             async with closing(await terminate(rt, connection.stream, opening, about)) as stream:
+                connection.slot.settle(member=is_allowed(rt, about.identity))
                 about.protocol = inside(stream, opening, account)
                 if about.protocol is not Protocol.OPAQUE:
                     await serve(rt, stream, about, handler)
@@ -133,12 +134,17 @@ def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
     return handle
 
 
+def is_allowed(rt: Runtime, identity: str | None) -> bool:
+    """Whether a peer may use this gateway."""
+    return identity is not None and rt.config.gateway.admits(identity)
+
+
 def authorised(rt: Runtime, about: Facts) -> SpiffeId:
     """Who the peer is. Raises NotAuthorised if that is unknown, or not on the list."""
     if about.identity is None:
         raise NotAuthorised(_PLAIN)
     who = SpiffeId.parse(about.identity)
-    if not any(pattern.matches(who) for pattern in rt.config.gateway.allow):
+    if not rt.config.gateway.admits(who):
         raise NotAuthorised(f"{who} is not on the list of those who may use this gateway")
     return who
 

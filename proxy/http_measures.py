@@ -1,7 +1,7 @@
 """The books of HTTP requests: numbers of our own on the path of a request, which become Prometheus' when it reads them.
 
 A counter of prometheus_client takes a lock and a method call or three for each increment, and a histogram several of them: 3 µs for a
-request and its response, in a hop that has some 40. These are touched by the data path's thread only, so plain numbers do (0.7 µs), and
+request and its response, in a hop that has some 40. These are changed by the data path's thread only, so plain numbers do (0.7 µs), and
 a collector tells them in the library's own terms when somebody asks.
 """
 
@@ -100,11 +100,11 @@ class HttpCollector(Collector):
         latency = HistogramMetricFamily(
             "isthmus_response_latency_seconds", "From the head of a request to the head of its response.", labels=("direction",)
         )
-        for direction, measures in self._measures.items():
+        for direction, measures in list(self._measures.items()):  # other threads read this too
             for method, count in measures.requests.items():
                 requests.add_metric((direction, method.decode()), count)
             for (status, outcome), count in measures.responses.items():
                 responses.add_metric((direction, _CLASSES[status], outcome), count)
-            buckets = zip(_BOUNDS, accumulate(measures.latency), strict=True)
+            buckets = zip(_BOUNDS, accumulate(list(measures.latency)), strict=True)
             latency.add_metric((direction,), list(buckets), measures.seconds)
         yield from (requests, responses, latency)

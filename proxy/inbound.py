@@ -53,7 +53,8 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
     course = InboundCourse(rt, pools)
 
     async def accept(connection: Connection) -> None:
-        about = Facts(DIRECTION, connection.peer, rt.destination(connection, config.fixed_destination))
+        slot = connection.slot
+        about = Facts(DIRECTION, connection.peer, rt.destination(connection, config.fixed_destination), slot=slot)
         with rt.ledger.connection(connection.stream, about) as account:
             rt.loops.accepted(connection, about)
             port = about.destination.port
@@ -62,6 +63,7 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
             if opening.how == "closed":
                 return
             async with closing(await terminate(rt, connection.stream, opening, about)) as stream:
+                slot.settle(member=about.identity is not None and config.allows(port, about.identity))
                 if isinstance(stream, TLSStream):
                     account.secured(stream)
                     about.protocol = INNER.get(stream.info.alpn, Protocol.OPAQUE)

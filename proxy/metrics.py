@@ -194,6 +194,9 @@ class Metrics:
         self._fast = self._counter("fast_road_exchanges_total", "HTTP exchanges that the fast road began.", "end")
         self._probes = self._counter("gateway_probes_total", "Other clusters' gateways asked whether they are alive.", "cluster", "result")
         self._sent_away = self._counter("sent_away_total", "Requests and connections to other clusters' gateways.", "cluster", "why")
+        what = ("listener", "reason")
+        self._evicted = self._counter("connections_evicted_total", "Connections that were ended to make room for others.", *what)
+        self._refused = self._counter("connections_refused_total", "Connections for which there was no room.", *what)
         self._directory = self._counter("directory_reloads_total", "Changed directory files by what became of them.", "result")
         self._identity = self._counter("identity_reloads_total", "Changed certificates, keys or roots by what became of them.", "result")
         self.spans = SpanCounts(
@@ -281,6 +284,14 @@ class Metrics:
 
     def error(self, direction: Direction, reason: str) -> None:
         self._errors.at(direction, reason).inc()
+
+    def evicted(self, listener: str, reason: str) -> None:
+        """A connection was ended to make room for others (a reason of net.slots)."""
+        self._evicted.at(listener, reason).inc()
+
+    def refused(self, listener: str, reason: str) -> None:
+        """There was no room for a connection (a reason of net.slots)."""
+        self._refused.at(listener, reason).inc()
 
     def heads_declined(self, direction: Direction, role: Literal["request", "response"], count: int) -> None:
         self._declined.add((direction, role), count)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import trio
 
+from proxy.acceptors import admission
 from proxy.listeners import Listeners, StartError
 from proxy.mesh.directory import Directory
 from proxy.mesh.dns import Answers
@@ -82,6 +83,7 @@ class Names:
     async def serve(self, listeners: Listeners, on_error: Callable[[Connection, BaseException], None]) -> None:
         """Answer until cancelled. Owns and closes the sockets for names."""
         acceptor = Acceptor(self.resolver.converse, limit=self._settings.max_connections, on_error=on_error)
+        admission("names", acceptor.slots, self._metrics)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.resolver.serve, listeners.datagrams)
             nursery.start_soon(acceptor.serve, listeners.names)

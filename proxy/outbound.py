@@ -61,7 +61,7 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
     course = OutboundCourse(rt, pools)
 
     async def accept(connection: Connection) -> None:
-        about = Facts(DIRECTION, connection.peer, rt.destination(connection, config.fixed_destination))
+        about = Facts(DIRECTION, connection.peer, rt.destination(connection, config.fixed_destination), slot=connection.slot)
         with rt.ledger.connection(connection.stream, about) as account, rt.router.holding(about.destination):
             rt.loops.accepted(connection, about)
             target = rt.router.known(about.destination) or itself(about.destination)

@@ -107,16 +107,22 @@ def upstream_protocol(exchange: Exchange, target: Target) -> Protocol:
 
 async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler, course: Course | None = None) -> None:
     """Serve a downstream HTTP connection of either version until it ends; plain exchanges of one with a `course` take the fast road."""
+    plain = about.identity is None and about.direction != "outbound"
+    settings = rt.settings.plain_server if plain else rt.settings.server
     if about.protocol is Protocol.HTTP2:
-        server = Http2Server(stream, about, rt.settings.server, rt.settings.downstream, rt.drain)
+        server = Http2Server(stream, about, settings, rt.settings.plain_downstream if plain else rt.settings.downstream, rt.drain)
         if rt.road is not None and course is not None:
             server.fork = partial(rt.road.fork, course)
+        if about.slot is not None:
+            about.slot.activity = server
         await server.run(handler)
         if server.mux.fault is not None:  # the client has been told, by GOAWAY; for the log
             raise server.mux.fault
     else:
         carry = partial(rt.road.carry, course) if rt.road is not None and course is not None else None
-        one = Http1Server(stream, about, rt.settings.server, rt.drain, carry)
+        one = Http1Server(stream, about, settings, rt.drain, carry)
+        if about.slot is not None:
+            about.slot.activity = one
         expiry = stream.expiry if isinstance(stream, TLSStream) else None
         if expiry is None:
             await one.run(handler)

@@ -118,6 +118,7 @@ class Resolver:
     async def converse(self, connection: Connection) -> None:
         """The handler of the TCP listeners' connections."""
         conversation = _Conversation(self, connection.stream, connection.original or self.upstreams[0])
+        connection.slot.activity = conversation
         try:
             await conversation.run()
         except* NetError:
@@ -156,6 +157,11 @@ class _Conversation:
         self._writing = trio.Lock()
         self._answered = trio.lowlevel.ParkingLot()
         self._life = trio.CancelScope()
+
+    @property
+    def waiting_since(self) -> float | None:
+        """See net.slots.Activity."""
+        return None if self._outstanding else self._life.deadline - self._resolver.config.idle_timeout
 
     async def run(self) -> None:
         """Until the client has what it asked for and says no more, or one of the two is silent for too long. Raises NetError."""

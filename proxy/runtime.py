@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from proxy.account import Ledger
@@ -36,16 +36,21 @@ from proxy.spans import Spans
 from proxy.wire.events2 import Http2Limits
 from proxy.wire.messages import Limits
 
+# Seconds that a client without an identity has to answer the PING that follows our GOAWAY.
+_PLAIN_LAST_CALL = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """The parts of the configuration in the words of the rooms that they are for."""
 
     server: ServerSettings
+    plain_server: ServerSettings  # for peers from outside of the pod that have shown no identity
     client: ClientSettings
     pool: PoolSettings
     limits: Limits
     downstream: MuxSettings  # of HTTP/2 connections from clients
+    plain_downstream: MuxSettings  # and from those peers
     upstream: MuxSettings  # and to servers
 
     @classmethod
@@ -54,17 +59,22 @@ class Settings:
         limits = Limits(head=http.max_head_bytes, target=http.max_target_bytes, fields=http.max_headers)
         windows = Http2Limits(http2.max_streams, http.max_head_bytes, http2.stream_window, http2.connection_window)
         pings = {"ping_interval": http2.ping_interval, "ping_timeout": http2.ping_timeout}
+        server = ServerSettings(
+            limits=limits,
+            idle_timeout=http.idle_timeout,
+            head_timeout=http.head_timeout,
+            body_timeout=http.body_timeout,
+            body_min_rate=http.body_min_rate,
+            write_timeout=http.write_timeout,
+            linger_timeout=http.linger_timeout,
+            stream_timeout=http.response_body_timeout,
+        )
+        timeouts = {"idle_timeout": http.idle_timeout, "write_timeout": http.write_timeout, "last_call": http2.ping_timeout}
+        downstream = MuxSettings(windows, **timeouts, **pings)
+        shortest = min(http.idle_timeout, http.plain_idle_timeout)
         return cls(
-            server=ServerSettings(
-                limits=limits,
-                idle_timeout=http.idle_timeout,
-                head_timeout=http.head_timeout,
-                body_timeout=http.body_timeout,
-                body_min_rate=http.body_min_rate,
-                write_timeout=http.write_timeout,
-                linger_timeout=http.linger_timeout,
-                stream_timeout=http.response_body_timeout,
-            ),
+            server=server,
+            plain_server=replace(server, idle_timeout=shortest),
             client=ClientSettings(response_timeout=http.response_timeout, stream_timeout=http.response_body_timeout),
             pool=PoolSettings(
                 connections=pool.max_connections_per_endpoint,
@@ -74,7 +84,8 @@ class Settings:
                 wait_timeout=pool.wait_timeout,
             ),
             limits=limits,
-            downstream=MuxSettings(windows, idle_timeout=http.idle_timeout, write_timeout=http.write_timeout, **pings),
+            downstream=downstream,
+            plain_downstream=replace(downstream, idle_timeout=shortest, last_call=min(http2.ping_timeout, _PLAIN_LAST_CALL)),
             upstream=MuxSettings(windows, idle_timeout=http2.idle_timeout, write_timeout=http.write_timeout, **pings),
         )
 

@@ -17,7 +17,7 @@ import msgspec
 from proxy.mesh.spiffe import IdentityPattern, SpiffeId, SpiffeIdError
 from proxy.net.address import Address
 from proxy.sections_tracing import TracingConfig
-from proxy.settings import Section, described, number, octets, seconds
+from proxy.settings import Section, described, number, octets, ratio, seconds
 from proxy.units import IP, Network, PortSwitch
 
 _HOUR, _DAY, _WEEK = 3600, 86400, 7 * 86400
@@ -44,6 +44,11 @@ class PodConfig(Section, frozen=True):
     ] = ()
 
 
+_KNOWN = "open connections whose peer is known; above, the least valuable one is closed, or a new one refused"
+_PENDING = "open connections whose peer is not known yet, beside these; above, the oldest is closed"
+_RESERVE = "the part of `max_connections` that is kept for peers with a verified identity that may come in"
+
+
 # An HTTP client speaks as soon as it is connected, so three seconds of silence mean a server that speaks first on a port that nobody
 # declared, or a connection opened in advance; both work as opaque. Ten seconds, Linkerd's value, is as long as MySQL and many
 # clients are willing to wait for a greeting: they would fail where they now are slow.
@@ -62,7 +67,9 @@ class OutboundConfig(Section, frozen=True):
         tuple[Network, ...], described("destinations outside of the directory at which a request's authority chooses the service", 1024)
     ] = ()
     detect_timeout: Annotated[float, seconds(0.05, 60, "how long to wait for the first bytes before going on as opaque")] = 3.0
-    max_connections: Annotated[int, number(1, 1_000_000, "open connections; more wait in the kernel's backlog")] = 10_000
+    max_connections: Annotated[
+        int, number(1, 1_000_000, "open connections; above, one that waits for a request is closed, or new ones wait in the backlog")
+    ] = 10_000
 
 
 # A pod has few callers, and each of them many requests.
@@ -105,7 +112,9 @@ class InboundConfig(Section, frozen=True):
         tuple[IdentityPattern, ...],
         described("gateways that are believed who sent a request (`isthmus-client-id`): SPIFFE identities, exact or ending with `/*`", 64),
     ] = ()
-    max_connections: Annotated[int, number(1, 1_000_000, "open connections; more wait in the kernel's backlog")] = 10_000
+    max_connections: Annotated[int, number(1, 1_000_000, _KNOWN)] = 10_000
+    max_pending: Annotated[int, number(2, 1_000_000, _PENDING)] = 1024
+    member_reserve: Annotated[float, ratio(0, 0.9, _RESERVE)] = 0.1
 
     def requires_identity(self, port: int) -> bool:
         """Whether a peer must prove its identity on `port`; a port with an allow-list always asks for it."""
@@ -135,9 +144,17 @@ class GatewayConfig(Section, frozen=True):
         tuple[IdentityPattern, ...], described("who may use it: SPIFFE identities, exact or ending with `/*`; others get 403", 1024)
     ] = (IdentityPattern("", exact=False),)
     detect_timeout: Annotated[float, seconds(0.05, 60, "how long a client may take to begin a TLS handshake")] = 3.0
-    max_connections: Annotated[int, number(1, 1_000_000, "open connections; more wait in the kernel's backlog")] = 10_000
+    max_connections: Annotated[int, number(1, 1_000_000, _KNOWN)] = 10_000
+    max_pending: Annotated[int, number(2, 1_000_000, _PENDING)] = 1024
+    member_reserve: Annotated[float, ratio(0, 0.9, _RESERVE)] = 0.1
+
+    def admits(self, identity: SpiffeId | str) -> bool:
+        """Whether a peer with this verified identity may use the gateway."""
+        return _matches(self.allow, identity)
 
 
+# A probe comes every few seconds and gives up after one. Prometheus asks every 15 s or so, and keeps its connection. stall_timeout is
+# longer than any load should stop the event loop for, and shorter than the half minute in which three probes fail.
 class AdminConfig(Section, frozen=True):
     """Probes and metrics."""
 
@@ -145,6 +162,12 @@ class AdminConfig(Section, frozen=True):
         Address("0.0.0.0", 4191),
         Address("::", 4191),
     )
+    max_connections: Annotated[int, number(1, 10_000, "open connections; above, the one that has been idle longest is closed")] = 64
+    max_per_source: Annotated[int, number(1, 10_000, "of these, from one address; above, one of that address is closed")] = 16
+    request_timeout: Annotated[float, seconds(0.05, 60, "from accepting a connection to the end of its first request")] = 2.0
+    idle_timeout: Annotated[float, seconds(1, _HOUR, "how long a connection may stay open between requests")] = 60.0
+    metrics_max_age: Annotated[float, seconds(0, 60, "how long one text of metrics is given to all who ask")] = 1.0
+    stall_timeout: Annotated[float, seconds(1, _HOUR, "how long the event loop, or a worker, may stand still; above: not live")] = 15.0
 
 
 class IdentityConfig(Section, frozen=True):
@@ -180,7 +203,9 @@ class ClustersConfig(Section, frozen=True):
 
 
 # idle_timeout is longer than the pools of common clients keep a connection (Go 90 s), so that it is the client who closes first and
-# no request meets a closing connection. body_min_rate cuts a body that trickles in order to hold a connection.
+# no request meets a closing connection. For clients without an identity that would be too long, since anything that can connect could
+# hold a slot for it; theirs is three times that of common servers (Node.js 5 s). body_min_rate cuts a body that trickles in order to hold
+# a connection.
 class HttpConfig(Section, frozen=True):
     """Limits of HTTP messages, on both sides of the proxy."""
 
@@ -189,6 +214,9 @@ class HttpConfig(Section, frozen=True):
     max_headers: Annotated[int, number(8, 10_000, "header fields in one head; above: 431")] = 200
     head_timeout: Annotated[float, seconds(0.1, _HOUR, "from the first byte of a request's head to its end; above: 408")] = 10.0
     idle_timeout: Annotated[float, seconds(1, _DAY, "how long a client's connection may stay open without a request")] = 120.0
+    plain_idle_timeout: Annotated[
+        float, seconds(1, _DAY, "the same for clients from outside of the pod that have shown no identity, if it is shorter")
+    ] = 15.0
     body_timeout: Annotated[float, seconds(0.1, _DAY, "longest pause within the body of a request; above: 408")] = 60.0
     body_min_rate: Annotated[
         int, number(0, 2**30, "lowest average rate of a request's body, once `body_timeout` has passed; 0: any", "bytes/s")
@@ -304,7 +332,7 @@ class DnsConfig(Section, frozen=True):
     ttl: Annotated[float, seconds(1, _DAY, "how long our answers may be kept")] = 30.0
     timeout: Annotated[float, seconds(0.05, 60, "how long a resolver may take to answer; above: SERVFAIL")] = 5.0
     max_in_flight: Annotated[int, number(1, 10_000, "questions that may wait for resolvers; above: SERVFAIL", "questions")] = 512
-    max_connections: Annotated[int, number(1, 10_000, "open TCP connections; more wait in the kernel's backlog")] = 64
+    max_connections: Annotated[int, number(1, 10_000, "open TCP connections; above, an idle one is closed, or new ones wait")] = 64
     idle_timeout: Annotated[float, seconds(1, _HOUR, "how long a TCP connection may stay open between questions")] = 10.0
     ranges: Annotated[tuple[Network, ...], described("where virtual addresses come from: one network of each family, or of one", 2)] = (
         ipaddress.IPv4Network("240.0.0.0/4"),

@@ -76,8 +76,12 @@ def share(config: Config) -> Config:
         config,
         admin=replace(config.admin, listen=()),
         outbound=replace(config.outbound, max_connections=part(config.outbound.max_connections)),
-        inbound=replace(config.inbound, max_connections=part(config.inbound.max_connections)),
-        gateway=replace(config.gateway, max_connections=part(config.gateway.max_connections)),
+        inbound=replace(
+            config.inbound, max_connections=part(config.inbound.max_connections), max_pending=max(2, part(config.inbound.max_pending))
+        ),
+        gateway=replace(
+            config.gateway, max_connections=part(config.gateway.max_connections), max_pending=max(2, part(config.gateway.max_pending))
+        ),
         pool=replace(
             pool,
             max_connections_per_endpoint=part(pool.max_connections_per_endpoint),

@@ -11,6 +11,10 @@ dying.
     ├── keep(1) ... keep(N)  a worker's process, one life after the other
     └── stop                 SIGTERM and SIGINT, passed on
 
+The administration listener has a thread of its own (admin.py), which answers from what is known of each worker: no answer waits for one. A
+worker that has not answered for `admin.stall_timeout` makes /live and /ready fail, as an event loop that stands still does where there are
+no workers. A worker is asked every two seconds, and one that does not answer is not asked again until it has.
+
 The first worker is started alone. What is wrong with the configuration, the certificate or the ports is wrong for all, and is said once.
 
 Two proxies on one port. With SO_REUSEPORT the kernel would let a second proxy of the same user take half of the connections, without a
@@ -42,14 +46,13 @@ import msgspec
 import trio
 
 import proxy
-from proxy.admin import admin
+from proxy.admin import Admin, Status
 from proxy.config import Config
 from proxy.depths import make, wipe
-from proxy.errors import known
 from proxy.listeners import StartError, has_family
 from proxy.logs import configure
 from proxy.metrics import Metrics
-from proxy.net.accept import Acceptor, BindFailed, Connection, bind, bind_datagrams
+from proxy.net.accept import BindFailed, bind, bind_datagrams
 from proxy.net.liveness import Liveness
 from proxy.siblings import QUESTION, SiblingGone, Start, State, receive, send, share, start_message
 from proxy.totals import Totals, reading
@@ -58,13 +61,12 @@ _log = logging.getLogger("isthmus.supervisor")
 
 # Seconds between two looks at the workers: what one has counted since is lost if it is killed.
 _LOOK = 2.0
-# How long a worker may take to say how it is. A loop that is busy for so long serves nobody.
-_PATIENCE = 5.0
+# How long (seconds) a text of metrics waits for workers to say how they are.
+_PATIENCE = 0.25
 # Pauses before a worker that has died is started again: the first, and the longest. One that has lived for `_WELL` begins anew.
 _PAUSE, _LONGEST_PAUSE, _WELL = 0.1, 30.0, 60.0
 # Beyond the grace: what spans, logs and the interpreter may take at the end of a worker.
 _MARGIN = 10.0
-_ADMIN_CONNECTIONS = 64
 # What a process says by its exit code that will be no better the next time (sysexits.h).
 _HOPELESS = frozenset({64, 69})
 
@@ -109,20 +111,25 @@ class Life:
     pipe: trio.SocketStream
     state: State | None = None  # the newest that it has said; None: it is still starting
     asked: bool = False
-    silent: bool = False  # it has not answered in time, and not since
+    missed: int = 0  # looks at it since it was asked and has not answered
     heard: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
 
+    @property
+    def silent_for(self) -> float:
+        """Seconds for which it has not answered. One that is still starting is not expected to."""
+        return self.missed * _LOOK if self.state is not None else 0.0
+
+    async def look(self) -> None:
+        """Ask it how it is, unless it has not answered the last time."""
+        self.missed += self.asked
+        await self.ask()
+
     async def ask(self) -> None:
-        """Have a new `state`, or be `silent`. Who is starting, or silent already, is not waited for: its question is before it."""
-        if self.state is None or self.silent:
-            return
+        """Have a question before it. Does not wait for the answer: the socket's buffer holds more than one."""
         try:
             if not self.asked:
                 self.asked = True
                 await self.pipe.send_all(QUESTION)
-            with trio.move_on_after(_PATIENCE) as patience:
-                await self.heard.park()
-            self.silent = patience.cancelled_caught
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # it has ended, and that is noticed elsewhere
 
@@ -134,7 +141,7 @@ class Life:
             await self.pipe.send_all(QUESTION)
             while True:
                 self.state = msgspec.msgpack.decode(await receive(self.pipe), type=State)
-                self.asked = self.silent = False
+                self.asked, self.missed = False, 0
                 hear(self.state)
                 self.heard.unpark_all()
         except (SiblingGone, trio.BrokenResourceError):
@@ -153,14 +160,17 @@ class Worker:
     pausing: trio.CancelScope = field(default_factory=trio.CancelScope)  # between two lives
     served: trio.Event = field(default_factory=trio.Event)
 
-    @property
-    def reasons(self) -> list[str]:
+    def stalled(self, timeout: float) -> list[str]:
+        """Why it is beyond help, if it has not answered for `timeout` seconds."""
+        life = self.life
+        return [f"has not answered for {life.silent_for:.0f} s"] if life is not None and life.silent_for >= timeout else []
+
+    def reasons(self, timeout: float) -> list[str]:
         """Why no traffic should come to it."""
-        if self.life is None:
+        life = self.life
+        if life is None:
             return ["is not running"]
-        if self.life.silent:
-            return ["does not answer"]
-        return ["is starting"] if self.life.state is None else self.life.state.reasons
+        return self.stalled(timeout) or (["is starting"] if life.state is None else life.state.reasons)
 
 
 class Supervisor:
@@ -177,6 +187,7 @@ class Supervisor:
         self._stopping = trio.Event()
         self._lives = trio.CancelScope()  # of all workers
         self._code = 0
+        self._nursery: trio.Nursery  # while it runs
         self._admin: list[socket.socket] = []
         try:
             for address in config.admin.listen:
@@ -190,11 +201,13 @@ class Supervisor:
 
     async def run(self) -> int:
         """Until all workers have ended, since they were told to, or the first could not start. Returns the exit code."""
-        admins = Acceptor(admin(self.not_ready, self.render, self.look, self.not_alive), limit=_ADMIN_CONNECTIONS, on_error=_report)
+        status = Status(self.not_alive, self.not_ready, self.render, self._refresh)
+        admin = Admin(self.config.admin, self._admin, status, self._metrics)
         _log.info("%d workers", len(self.workers))
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(admins.serve, self._admin)
+                self._nursery = nursery
+                nursery.start_soon(admin.run)
                 nursery.start_soon(self._look)
                 nursery.start_soon(self._stop, signals)
                 with self._lives:
@@ -289,28 +302,41 @@ class Supervisor:
     async def _look(self) -> None:
         while True:
             await trio.sleep(_LOOK)
-            await self.look()
-
-    async def look(self) -> None:
-        """Ask all of them how they are; takes no longer than `_PATIENCE`."""
-        async with trio.open_nursery() as nursery:
             for worker in self.workers:
                 if worker.life is not None:
-                    nursery.start_soon(worker.life.ask)
+                    await worker.life.look()
+
+    def _refresh(self, done: Callable[[], None]) -> None:
+        self._nursery.start_soon(self._hear_all, done)
+
+    async def _hear_all(self, done: Callable[[], None]) -> None:
+        """Have the newest from all workers that answer within `_PATIENCE`."""
+        with trio.move_on_after(_PATIENCE):
+            async with trio.open_nursery() as nursery:
+                for worker in self.workers:
+                    if worker.life is not None and worker.life.state is not None:
+                        await worker.life.ask()
+                        nursery.start_soon(worker.life.heard.park)
+        done()
+
+    # The rest is called by the thread of the administration listener, too.
 
     def not_alive(self) -> list[str]:
         """A worker that has ended is started again. One that is there and does not answer never will be."""
-        return [f"worker {worker.number} does not answer" for worker in self.workers if worker.life is not None and worker.life.silent]
+        timeout = self.config.admin.stall_timeout
+        return [f"worker {worker.number} {reason}" for worker in self.workers for reason in worker.stalled(timeout)]
 
     def not_ready(self) -> list[str]:
         if self._stopping.is_set():
             return ["shutting down"]
-        return [f"worker {worker.number}: {reason}" for worker in self.workers for reason in worker.reasons]
+        timeout = self.config.admin.stall_timeout
+        return [f"worker {worker.number}: {reason}" for worker in self.workers for reason in worker.reasons(timeout)]
 
     def render(self) -> bytes:
+        timeout = self.config.admin.stall_timeout
         alive = [worker for worker in self.workers if worker.life is not None]
         self._metrics.workers.at("alive").set(len(alive))
-        self._metrics.workers.at("ready").set(sum(not worker.reasons for worker in alive))
+        self._metrics.workers.at("ready").set(sum(not worker.reasons(timeout) for worker in alive))
         return self._totals.render(reading(self._metrics.registry))
 
 
@@ -318,8 +344,3 @@ def _path() -> str:
     """Where a worker finds this program, whatever directory it is started in."""
     ours = str(Path(proxy.__file__).parent.parent)
     return os.pathsep.join([ours, *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def _report(connection: Connection, error: BaseException) -> None:
-    if not known(error):
-        _log.error("a connection from %s failed by a fault of this proxy's", connection.peer, exc_info=error)

@@ -1,8 +1,8 @@
 """What is counted for each connection: plain numbers of our own, which become Prometheus' when it reads them.
 
 A counter of prometheus_client takes a lock, and a check of what it is given, for each increment, and the books of a connection have twenty
-of them: 6 us in all. These are touched by the data path's thread only, which is also the one that reads them, so an entry in a dict does
-(2 us). As of every other family, past `MOST_SERIES` all new series are "other".
+of them: 6 us in all. These are changed by the data path's thread only, so an entry in a dict does (2 us). Other threads may read them,
+since each copy is made in one step of the interpreter. As of every other family, past `MOST_SERIES` all new series are "other".
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Tally(Collector):
 
     def collect(self) -> Iterator[Metric]:
         (found,) = self.describe()
-        for values, number in self._numbers.items():
+        for values, number in list(self._numbers.items()):  # whole, in one step: other threads read this too
             found.add_metric(values, number)
         yield found
 
@@ -83,6 +83,6 @@ class Spread(Collector):
     def collect(self) -> Iterator[Metric]:
         (found,) = self.describe()
         names = [*map(floatToGoString, self._bounds), "+Inf"]
-        for value, buckets in self._buckets.items():
-            found.add_metric((value,), list(zip(names, accumulate(buckets), strict=True)), self._sums[value])
+        for value, buckets in list(self._buckets.items()):
+            found.add_metric((value,), list(zip(names, accumulate(list(buckets)), strict=True)), self._sums[value])
         yield found

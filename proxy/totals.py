@@ -80,7 +80,7 @@ class Totals:
 
     def render(self, own: Reading) -> bytes:
         """All together, and `own` with them, in Prometheus' text format 0.0.4."""
-        return generate_latest(_Text(list(_added([own, *self._now.values(), self._gone]))))
+        return generate_latest(_Text(list(_added([own, *list(self._now.values()), self._gone]))))
 
 
 def _added(readings: Iterable[Reading]) -> Iterator[Family]:

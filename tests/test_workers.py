@@ -94,21 +94,25 @@ def application(proxy: int) -> Iterator[tuple[int, Any]]:
 
 
 class Proxy:
-    """A proxy with two workers in front of an application."""
+    """A proxy with two workers in front of an application. `rules`: more of the sections that are there in any case."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], back: int, port: int, side: str = "outbound") -> None:
+    def __init__(
+        self, folder: Path, settings: dict[str, Any], back: int, port: int, side: str = "outbound", *, rules: dict[str, Any] | None = None
+    ) -> None:
         self.port, self.admin_port = port, free_port()
         self.config, self.log = folder / "isthmus.yaml", folder / "log"
         other = "inbound" if side == "outbound" else "outbound"
-        document = {
+        document: dict[str, Any] = {
             "workers": 2,
             side: {"listen": [f"{HOST}:{port}"], "fixed_destination": f"{HOST}:{back}"},
             other: {"listen": []},
-            "admin": {"listen": [f"{HOST}:{self.admin_port}"]},
+            "admin": {"listen": [f"{HOST}:{self.admin_port}"], "stall_timeout": "4s", "metrics_max_age": 0},
             "log": {"format": "json"},
             "shutdown": {"grace": "60s"},
             **settings,
         }
+        for section, more in (rules or {}).items():
+            document[section] = {**document[section], **more}
         self.config.write_text(yaml.safe_dump(document))
         self.process = self.start("ab")
 
@@ -330,16 +334,29 @@ def _cut(port: int) -> None:
 def test_a_worker_that_stands_still_is_named_and_one_that_goes_on_is_well_again(stage: tuple[Proxy, Any]) -> None:
     proxy, _ = stage
     victim = proxy.workers()[1]
+    took: list[float] = []
+
+    def probe(path: str) -> tuple[int, bytes]:
+        began = time.perf_counter()
+        found = proxy.admin(path)
+        took.append(time.perf_counter() - began)
+        return found
+
     os.kill(victim, signal.SIGSTOP)
     try:
-        status, body = eventually(lambda: (found := proxy.admin("/live"))[0] == 503 and found, "not live")
-        assert (status, body) == (503, b"not live: worker 2 does not answer\n")
-        assert proxy.admin("/ready") == (503, b"not ready: worker 2: does not answer\n")
+        assert probe("/live") == (200, b"live\n"), "it may only be busy"
+        assert probe("/ready") == (200, b"ready\n")
+        status, body = eventually(lambda: (found := probe("/live"))[0] == 503 and found, "not live")
+        assert status == 503
+        assert re.fullmatch(rb"not live: worker 2 has not answered for [4-6] s\n", body)
+        assert re.fullmatch(rb"not ready: worker 2: has not answered for [4-6] s\n", probe("/ready")[1])
         assert REQUESTS in proxy.metrics(), "what it said last still counts"
     finally:
         os.kill(victim, signal.SIGCONT)
-    eventually(proxy.ready, "ready again")
-    assert proxy.admin("/live")[0] == 200
+    eventually(lambda: probe("/ready")[0] == 200, "ready again")
+    assert probe("/live")[0] == 200
+    assert sorted(took)[len(took) * 9 // 10] < 0.1, "no answer waits for a worker"
+    assert max(took) < 1.0
 
 
 def test_workers_end_when_their_supervisor_is_gone(stage: tuple[Proxy, Any]) -> None:
@@ -435,32 +452,15 @@ def test_a_listener_of_somebody_else_is_not_joined(tmp_path: Path) -> None:
 
 def test_a_client_that_resumes_on_another_worker_makes_a_full_handshake(tmp_path: Path) -> None:
     """Tickets are sealed by the worker that has made them. To the other one they are noise, and the handshake goes on without."""
-    root, who = make_root("cluster.local"), SpiffeId("cluster.local", "shop", "web")
-    leaf = issue(root, who)
-    for name, pem in (("certificate", leaf.certificate_pem), ("key", leaf.key_pem), ("roots", root.certificate_pem)):
-        (tmp_path / f"{name}.pem").write_bytes(pem)
-        (tmp_path / f"{name}.pem").chmod(0o600)
-    files = {name: str(tmp_path / f"{name}.pem") for name in ("certificate", "key", "roots")}
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False  # the name is a URI
-    context.load_verify_locations(files["roots"])
-    context.load_cert_chain(files["certificate"], files["key"])
-    context.set_alpn_protocols(["http/1.1"])
+    settings, context = identity(tmp_path)
     with application(0) as (back, _):
-        proxy = Proxy(tmp_path, {"identity": {**files, "roots": [files["roots"]]}}, back, free_port(), side="inbound")
+        proxy = Proxy(tmp_path, settings, back, free_port(), side="inbound")
         try:
             eventually(proxy.ready, "ready")
             session, resumed = None, []
             for _ in range(24):
-                with (
-                    socket.create_connection((HOST, proxy.port), timeout=PATIENCE) as sock,
-                    context.wrap_socket(sock, server_hostname=who.sni, session=session) as tls,
-                ):
-                    tls.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
-                    answer = b""
-                    while data := tls.recv(4096):
-                        answer += data
-                    assert answer.startswith(b"HTTP/1.1 200")
+                with member(proxy, context, session) as tls:
+                    assert tls.recv(4096).startswith(b"HTTP/1.1 200")
                     resumed.append(tls.session_reused)
                     session = session or tls.session  # always that of the first worker
             assert set(resumed[1:]) == {True, False}
@@ -468,6 +468,62 @@ def test_a_client_that_resumes_on_another_worker_makes_a_full_handshake(tmp_path
             assert not any("isthmus_tls_failures_total{" in name for name in proxy.metrics())
         finally:
             proxy.end()
+
+
+WHO = SpiffeId("cluster.local", "shop", "web")
+
+
+def identity(folder: Path) -> tuple[dict[str, Any], ssl.SSLContext]:
+    """The settings of a proxy with an identity, and what a client with the same one connects by."""
+    root = make_root("cluster.local")
+    leaf = issue(root, WHO)
+    for name, pem in (("certificate", leaf.certificate_pem), ("key", leaf.key_pem), ("roots", root.certificate_pem)):
+        (folder / f"{name}.pem").write_bytes(pem)
+        (folder / f"{name}.pem").chmod(0o600)
+    files = {name: str(folder / f"{name}.pem") for name in ("certificate", "key", "roots")}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # the name is a URI
+    context.load_verify_locations(files["roots"])
+    context.load_cert_chain(files["certificate"], files["key"])
+    context.set_alpn_protocols(["http/1.1"])
+    return {"identity": {**files, "roots": [files["roots"]]}}, context
+
+
+@contextmanager
+def member(
+    proxy: Proxy, context: ssl.SSLContext, session: ssl.SSLSession | None = None, patience: float = PATIENCE
+) -> Iterator[ssl.SSLSocket]:
+    """A connection by mutual TLS, on which a request has been sent."""
+    with (
+        socket.create_connection((HOST, proxy.port), timeout=patience) as sock,
+        context.wrap_socket(sock, server_hostname=WHO.sni, session=session) as tls,
+    ):
+        tls.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        yield tls
+
+
+@pytest.mark.parametrize("attack", ["idle", "refused", "handshakes"])
+def test_members_come_in_at_all_workers_whatever_others_do(tmp_path: Path, attack: str) -> None:
+    settings, context = identity(tmp_path)
+    rules = {"inbound": {"require_identity": True, "max_connections": 60, "max_pending": 128}}
+    with application(0) as (back, _), ExitStack() as stack:
+        proxy = Proxy(tmp_path, settings, back, free_port(), side="inbound", rules=rules)
+        stack.callback(proxy.end)
+        eventually(proxy.ready, "ready")
+        command = [sys.executable, "-m", "perf.reliability.attacker", attack, HOST, str(proxy.port), "60", "300"]
+        attacker = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        stack.callback(attacker.wait)
+        stack.callback(attacker.kill)
+        if attack != "refused":  # who is refused is sent away before it is in anybody's way
+            name = 'isthmus_connections_evicted_total{listener="inbound",reason="pending"}'
+            eventually(lambda: proxy.metrics().get(name, 0) > 200, "the slots are taken")
+        for _ in range(20):
+            tls = stack.enter_context(member(proxy, context, patience=5.0))
+            assert tls.recv(4096).startswith(b"HTTP/1.1 200")
+            began = time.perf_counter()
+            assert proxy.admin("/live")[0] == 200
+            assert time.perf_counter() - began < 1.0
+        assert attacker.poll() is None
 
 
 def _handshakes(proxy: Proxy) -> tuple[int, int]:

@@ -159,7 +159,7 @@ async def bed() -> AsyncIterator[Bed]:
             crowd = [cluster.pod(f"crowd{number}") for number in range(CROWD)]
             near = mesh.join(web, log={"access": False})
             rules = {"require_identity": [WEB], "opaque_ports": [], "hello_timeout": "500ms"}
-            victim = mesh.join(shop, inbound=rules, log={"access": False})
+            victim = mesh.join(shop, inbound=rules, log={"access": False}, admin={"metrics_max_age": "1s"})
             service = mesh.service("shop", [shop], {WEB: "http1"})
             for port in (WEB, OPEN):
                 await _app(shop, "web", "::", str(port))

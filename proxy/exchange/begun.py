@@ -57,6 +57,14 @@ class Carry(Protocol):
         ...
 
 
+class Lane(Protocol):
+    """A connection on the fast road, as far as its server asks."""
+
+    def busy(self) -> bool:
+        """It is in an exchange, or has read something of the next one."""
+        ...
+
+
 class Fork(Protocol):
     """The same for a server of HTTP/2, whose connection stays where it is: its streams take the one road or the other."""
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import trio
 
 from proxy.net.address import Address
+from proxy.net.slots import Slot
 from proxy.net.streams import Stream
 from proxy.net.tls import TLSInfo, TLSStream
 from proxy.wire.bodies import Length
@@ -94,6 +95,7 @@ class Facts:
     service: str | None = None  # of a connection that is relayed as it is: see Exchange
     chosen: str | None = None
     trace: Trace | None = None
+    slot: Slot | None = None  # of the listener
 
     def carried(self, stream: Stream) -> None:
         """Note the connection that goes on with this one."""
@@ -207,6 +209,9 @@ class Exchange(ABC):
 
         The stream belongs to the server, which closes it when the handler returns.
         """
+
+    def retire(self) -> None:  # noqa: B027  # not abstract: a layer can be tried with exchanges that have no connection
+        """This connection carries no further exchange: the client is told so with, or behind, the response of this one."""
 
     @abstractmethod
     def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:

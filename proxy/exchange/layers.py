@@ -15,7 +15,7 @@ from email.utils import formatdate
 
 import trio
 
-from proxy.errors import INTERNAL, Answer, ClientGone, IsthmusError, LoopDetected, UpstreamReset, broken_off, describe
+from proxy.errors import INTERNAL, Answer, ClientGone, IsthmusError, LoopDetected, NotAuthorised, UpstreamReset, broken_off, describe
 from proxy.exchange.exchange import NO_CLOCK, Clock, Exchange, Handler, Layer, Whole
 from proxy.exchange.reports import report
 from proxy.wire.messages import Headers, ResponseHead
@@ -73,6 +73,8 @@ def rescue(name: Callable[[Exchange], bytes], open_to: Callable[[Exchange], bool
                     exchange.loop, exchange.cycle = error.kind, error.cycle
                 if answer is INTERNAL:
                     _log.error("a request failed by a fault of this proxy's", exc_info=error)
+                if isinstance(error, NotAuthorised):
+                    exchange.retire()  # whatever else comes on this connection is refused too
                 detail = str(error) if open_to(exchange) else ""
                 if isinstance(error, ClientGone):
                     exchange.abort()  # there is nobody to tell

@@ -64,6 +64,7 @@ class MuxSettings:
     write_timeout: float = 60.0  # for the peer to take what it is sent
     ping_interval: float = 20.0  # of silence, while streams are open, until we ask whether the peer is there
     ping_timeout: float = 10.0
+    last_call: float = 10.0  # for the client to hear that it is to open no more streams (server)
 
 
 def _nobody() -> None:
@@ -357,6 +358,12 @@ class Mux:
         self.on_room()
         self.touch()
 
+    def retire_now(self) -> None:
+        """As `retire`, but what the client opens from now on is refused: it has nothing to expect here."""
+        self.going_away = True
+        self._close_door()
+        self.on_room()
+
     @property
     def exchanges(self) -> int:
         return len(self._streams)
@@ -372,7 +379,7 @@ class Mux:
             if self.client:
                 self.http.go_away()
             else:
-                self._last_call = trio.current_time() + self.settings.ping_timeout
+                self._last_call = trio.current_time() + self.settings.last_call
                 self.http.announce_end()
                 self.http.ping(_GOODBYE)
             self.on_room()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import trio
 
 from proxy.errors import ClientGone, IsthmusError, RequestTimeout
-from proxy.exchange.begun import Carry
+from proxy.exchange.begun import Carry, Lane
 from proxy.exchange.exchange import Body, Exchange, Facts, Handler
 from proxy.exchange.request_body import RequestBody
 from proxy.exchange.resumed import READ_SIZE, Resumed
@@ -80,6 +80,7 @@ class ServerSettings:
     limits: Limits = field(default_factory=Limits)
     idle_timeout: float = 90.0  # between two requests
     head_timeout: float = 10.0  # from a head's first byte to its last
+    first_timeout: float = math.inf  # from the beginning to the end of the first request's head
     body_timeout: float = 60.0  # between two pieces of a request's body
     body_min_rate: float = 0.0  # bytes per second that a body must reach on average; 0: any
     write_timeout: float = 60.0  # for the client to take what it is sent
@@ -223,6 +224,9 @@ class Http1Exchange(Exchange):
         server.tunnelled = True
         return Resumed(server.stream, server.connection.take_rest())
 
+    def retire(self) -> None:
+        self._server.retire()
+
     def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:  # noqa: ARG002  # HTTP/1 can only break off
         self._server.abort()
 
@@ -240,8 +244,10 @@ class Http1Server:
         self.tunnelled = False
         self.aborted = False
         self.idle_since = 0.0  # trio's time; when it began to wait for a request
-        self.lane: object = None  # the fast road's own, from one loan to the next
+        self.lane: Lane | None = None  # the fast road's own, from one loan to the next
+        self._waiting = False  # for a request; on the fast road `lane` knows
         self._retired = False
+        self._began = trio.current_time()
         self._carry = carry
         self._scope = trio.CancelScope()  # of the whole connection; its deadline is that of the head that is waited for
 
@@ -254,7 +260,7 @@ class Http1Server:
         finally:
             self.lane = None  # which leads back here
         if self._scope.cancelled_caught and self.connection.buffered:
-            late = ProtocolError(f"the request's head was not complete after {self.settings.head_timeout} s", 408)
+            late = ProtocolError("the request's head was not complete in time", 408)
             await self._refuse(handler, late)
 
     @property
@@ -263,10 +269,17 @@ class Http1Server:
         return self._retired or self.drain.draining
 
     def retire(self) -> None:
-        """Take no request any more: the certificates that the connection rests on have ended. One that has begun to come is answered."""
+        """Take no request any more. One that has begun to come is answered."""
         self._retired = True
         if self in self.drain.idle:
             self._scope.deadline = trio.current_time()
+
+    @property
+    def waiting_since(self) -> float | None:
+        """See net.slots.Activity."""
+        if not self._waiting or (self.lane is not None and self.lane.busy()):
+            return None
+        return self.idle_since
 
     def hurry(self) -> None:
         """The proxy is going down, and this connection waits for a request: not for much longer."""
@@ -305,9 +318,12 @@ class Http1Server:
     async def _next_exchange(self) -> Http1Exchange | None:
         """The next exchange; None: the client has closed, or nothing came in time."""
         self.idle_since = trio.current_time()
-        if self._carry is not None and (exchange := await self._carry(self)) is not None:
+        self._waiting = True
+        exchange = await self._carry(self) if self._carry is not None else None
+        head = await self._next_request() if exchange is None else None
+        self._waiting = False
+        if exchange is not None:
             return exchange
-        head = await self._next_request()
         if head is None:
             return None
         self.facts.declined_requests = self.connection.declined
@@ -316,7 +332,7 @@ class Http1Server:
     async def _next_request(self) -> RequestHead | None:
         connection, scope = self.connection, self._scope
         if not connection.buffered:
-            scope.deadline = self.idle_since + self.settings.idle_timeout
+            scope.deadline = min(self.idle_since + self.settings.idle_timeout, self._first_deadline)
             if self._retired:
                 return None
             if self.drain.draining:
@@ -330,12 +346,16 @@ class Http1Server:
                 self.drain.idle.discard(self)
         head = connection.next_request()
         if head is Signal.NEED_DATA:
-            scope.deadline = trio.current_time() + self.settings.head_timeout
+            scope.deadline = min(trio.current_time() + self.settings.head_timeout, self._first_deadline)
             while head is Signal.NEED_DATA:
                 connection.receive_data(await self.stream.receive_some(READ_SIZE))
                 head = connection.next_request()
         scope.deadline = math.inf
         return None if isinstance(head, Signal) else head
+
+    @property
+    def _first_deadline(self) -> float:
+        return math.inf if self.served else self._began + self.settings.first_timeout
 
     async def _refuse(self, handler: Handler, error: ProtocolError) -> None:
         """A request that cannot be read goes the way of all others, so that it is counted, logged and answered as they are."""

@@ -83,7 +83,7 @@ def body_length(headers: Headers, *, ended: bool) -> Length:
 class Http2Exchange(Exchange):
     """One stream of an HTTP/2 connection."""
 
-    __slots__ = ("_settings", "stream")
+    __slots__ = ("_settings", "last", "stream")
 
     def __init__(self, stream: MuxStream, facts: Facts, settings: ServerSettings) -> None:
         request = stream.request or _NOTHING_READ
@@ -91,6 +91,7 @@ class Http2Exchange(Exchange):
         super().__init__(request, StreamBody(stream, settings.stream_timeout), facts, malformed)
         self.stream = stream
         self._settings = settings
+        self.last = False  # the connection carries no further exchange
 
     def lose(self) -> None:
         """The stream has ended early. Where that is the client's fault, it is what became of the request."""
@@ -182,6 +183,9 @@ class Http2Exchange(Exchange):
         head.headers.remove(b"content-length")
         await self.inform(head)
         return Tunnel(self.stream)
+
+    def retire(self) -> None:
+        self.last = True
 
     def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:
         """End the stream as broken; with trailers where the protocol has them for that."""
@@ -276,6 +280,11 @@ class Http2Server:
         self.serve: Callable[[Http2Exchange], None] = _nobody  # carries an exchange on the ordinary road, while `run` does
         self.fork: Fork | None = None  # the fast road, if there is one
 
+    @property
+    def waiting_since(self) -> float | None:
+        """See net.slots.Activity."""
+        return None if self.mux.exchanges else self.mux.idle_since
+
     async def run(self, handler: Handler) -> None:
         self.drain.on_begin.add(self.mux.retire)
         group = None
@@ -327,3 +336,5 @@ class Http2Server:
             finally:
                 stream.on_lost = None  # which leads back here
         stream.close(code)
+        if exchange.last:  # behind the response: there are clients that read nothing behind GOAWAY
+            self.mux.retire_now()

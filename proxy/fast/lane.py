@@ -74,12 +74,12 @@ class Lane:
         self._chunks: Chunks | None = None
         self._spare = False  # the server has sent more than its response
 
-    @property
-    def idle_since(self) -> float:
-        """trio's time; within an exchange the end of the last one."""
-        return self._server.idle_since
+    def busy(self) -> bool:
+        return self._exchange is not None or bool(self._rest)
 
-    # Lending...
+    def due(self) -> float:
+        """trio's time when the connection goes back if no request comes: when half of the time is over that it may wait for one."""
+        return self._server.idle_since + self._server.settings.idle_timeout / 2
 
     async def carry(self) -> Http1Exchange | None:
         """See exchange.begun.Carry."""
@@ -137,7 +137,7 @@ class Lane:
 
     def recall(self) -> None:
         """The proxy is going down, or the connection has been idle for long: the ordinary road knows what that means."""
-        if self._exchange is None and not self._rest:
+        if not self.busy():
             self._wake()
 
     def leave(self) -> None:

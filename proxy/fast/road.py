@@ -28,7 +28,7 @@ class Road:
     """Made before the flows, `run` beside them."""
 
     def __init__(self, drain: Drain, idle_timeout: float, silence: float) -> None:
-        """Of the servers that lend, and how long a relay may be silent; both in seconds."""
+        """The shortest of the servers that lend, and how long a relay may be silent; both in seconds."""
         drain.on_begin.add(self._recall)
         self._idle = idle_timeout / 2
         self._silence = silence
@@ -161,7 +161,7 @@ class Road:
         while True:
             now = trio.current_time()
             if now >= due:
-                due = now + min(self._give_back(now - self._idle), self._expire(now))
+                due = now + min(self._give_back(now), self._expire(now))
             if self._busy:
                 await trio.sleep(PATIENCE / 2)
                 self.give_up(trio.current_time() - PATIENCE)
@@ -178,15 +178,15 @@ class Road:
             if lane.moved <= latest or lane.limit <= soon:
                 lane.hand_over()
 
-    def _give_back(self, latest: float) -> float:
+    def _give_back(self, now: float) -> float:
         """Give back the connections that have been idle for half their time; seconds until it is time for the next."""
-        oldest = latest + self._idle
+        due = now + self._idle
         for lane in list(self._lanes):
-            if lane.idle_since <= latest:
+            if lane.due() <= now:
                 lane.recall()
             else:
-                oldest = min(oldest, lane.idle_since)
-        return max(oldest - latest, self._idle / 8)
+                due = min(due, lane.due())
+        return max(due - now, self._idle / 8)
 
     def _expire(self, now: float) -> float:
         """End the relays in which nothing has moved for too long; seconds until it is time for the next."""

@@ -5,9 +5,8 @@ connection and nothing else. Cancellation is not an error and passes. What is sm
 an exchange (exchange/layers.py), a stream of a shared connection (server2.py), a kept connection (pool2.py), a datagram (resolver.py);
 nobody else catches broadly.
 
-Two things bound what a flood can cost us. Over `limit` open connections nothing more is accepted: new ones wait in the kernel's
-backlog, and beyond it the kernel drops their SYN, so that clients try again instead of being refused. And if the process runs out of
-file descriptors, accepting pauses for a moment and goes on; connections that are open do not notice.
+Two things bound what a flood can cost us. The number of connections is bounded, and where there is room for no more, slots.py says which
+one ends. If the process runs out of file descriptors, accepting pauses for a moment and goes on; connections that are open do not notice.
 
 Draining: `drain(grace)` stops accepting at once, lets open connections finish, and cancels what is left after `grace` seconds. What
 waits in the kernel's queue then is still taken: for these clients the connection is open, and they may have sent something; closing
@@ -22,12 +21,15 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import trio
 from trio.lowlevel import checkpoint, notify_closing, wait_readable
 
 from proxy.net.address import Address
 from proxy.net.errors import ConnectionLost, NetError
+from proxy.net.slots import Bounds, NoRoom, Slot, Slots
 from proxy.net.streams import SocketStream
 
 _log = logging.getLogger("isthmus.net")
@@ -60,12 +62,14 @@ class BindFailed(NetError):
 
 @dataclass(slots=True, eq=False)
 class Connection:
-    """An accepted connection. `original` is where the client wanted to go, if the kernel redirected it here, else None."""
+    """An accepted connection. `original` is where the client wanted to go, if the kernel redirected it here, else None. Its handler tells
+    `slot` what it learns of the peer, and what serves the connection."""
 
     stream: SocketStream
     peer: Address
     local: Address
     original: Address | None
+    slot: Slot
 
 
 def bind(address: Address, backlog: int = _BACKLOG, *, shared: bool = False) -> socket.socket:
@@ -150,34 +154,37 @@ def _accept(_: SocketStream) -> None:
 class Acceptor:
     """Accepts on some listeners and runs `handler` for each connection.
 
-    `handler` owns nothing: the connection is closed when it returns or raises. `on_error` hears what it raised (anything but
-    cancellation), `on_pause` each time accepting pauses because descriptors ran out, `on_accept` of each connection, before `handler`
-    gets it; they are synchronous and must not raise.
+    `handler` owns nothing: the connection is closed when it returns or raises. `limit`: how many connections there may be; a number alone
+    is the total. `on_error` hears what the handler raised (anything but cancellation), `on_pause` each time accepting pauses because
+    descriptors ran out, `on_accept` of each connection, before `handler` gets it; they are synchronous and must not raise. `slots` tells
+    which connections were ended or refused for want of room.
     """
 
     def __init__(
         self,
         handler: Callable[[Connection], Awaitable[None]],
         *,
-        limit: int,
+        limit: int | Bounds,
         on_error: Callable[[Connection, BaseException], None],
         on_pause: Callable[[OSError], None] = _ignore,
         on_accept: Callable[[SocketStream], None] = _accept,
     ) -> None:
-        if limit < 1:
-            raise ValueError(f"a limit of {limit} connections would accept none")
-        self.limit = limit
-        self.open = 0  # connections open now
+        self.slots = Slots(limit if isinstance(limit, Bounds) else Bounds(limit), trio.current_time)
         self.accepted = 0  # connections so far
         self._handler = handler
         self._on_error = on_error
         self._on_pause = on_pause
-        self._on_accept = on_accept
+        self.on_accept = on_accept
         self._room = trio.lowlevel.ParkingLot()  # accept loops that wait for a connection to end
         self._accepting = trio.CancelScope()
         self._connections = trio.CancelScope()
         self._listeners: list[socket.socket] = []  # while they are open
         self._nursery: trio.Nursery | None = None  # of the connections, while we serve
+
+    @property
+    def open(self) -> int:
+        """Connections that are open now."""
+        return self.slots.open
 
     @property
     def draining(self) -> bool:
@@ -212,11 +219,12 @@ class Acceptor:
     async def _accept_from(self, listener: socket.socket, connections: trio.Nursery) -> None:
         streak = 0
         while not self.draining:  # we may be woken in the moment in which the listener is closed
-            if self.open >= self.limit:
-                await self._room.park()
+            if pause := self.slots.make_room():
+                with trio.move_on_after(pause):
+                    await self._room.park()
                 continue
             try:
-                sock, _ = listener.accept()
+                sock, client = listener.accept()
             except BlockingIOError:
                 streak = 0
                 await wait_readable(listener)
@@ -230,7 +238,7 @@ class Acceptor:
                 else:
                     await checkpoint()
                 continue
-            self._take(sock, connections)
+            self._take(sock, client, connections)
             streak += 1
             if streak >= _ACCEPT_BURST:
                 streak = 0
@@ -246,31 +254,40 @@ class Acceptor:
 
     def _accept_rest(self, listener: socket.socket, connections: trio.Nursery) -> None:
         """Take what is in the kernel's queue, as far as there is room. A flood cannot keep us here: the queue's length is the bound."""
-        for _ in range(min(self.limit - self.open, _BACKLOG)):
+        for _ in range(_BACKLOG):
+            if self.slots.make_room():
+                return
             try:
-                self._take(listener.accept()[0], connections)
+                self._take(*listener.accept(), connections)
             except BlockingIOError:
                 return
             except OSError as error:
                 if error.errno in _LISTENER_BROKEN or error.errno in _EXHAUSTED:
                     return
 
-    def _take(self, sock: socket.socket, connections: trio.Nursery) -> None:
-        self.open += 1
+    def _take(self, sock: socket.socket, client: tuple[Any, ...], connections: trio.Nursery) -> None:
         self.accepted += 1
-        connections.start_soon(self._run, sock)
-
-    async def _run(self, sock: socket.socket) -> None:
         try:
+            slot = self.slots.take(str(client[0]))
+        except NoRoom:
+            sock.close()
+        else:
+            connections.start_soon(self._run, sock, slot)
+
+    async def _run(self, sock: socket.socket, slot: Slot) -> None:
+        try:
+            if slot.evicted:
+                return
             try:
                 stream = SocketStream(sock)
             except ConnectionLost:
                 return  # it was gone before anyone looked at it
-            self._on_accept(stream)
-            await self._guard(Connection(stream, stream.peer, stream.local, original_destination(sock, stream.local)))
+            self.on_accept(stream)
+            slot.end, slot.quiet = partial(stream.fail, ConnectionLost("ended to make room for others", "evicted")), stream.is_idle
+            await self._guard(Connection(stream, stream.peer, stream.local, original_destination(sock, stream.local), slot))
         finally:
             sock.close()
-            self.open -= 1
+            self.slots.free(slot)
             if self._room:
                 self._room.unpark_all()
 

@@ -13,7 +13,7 @@ import trio
 
 from proxy.net.address import Address
 
-LossReason = Literal["reset", "closed", "timeout", "truncated", "torn", "expired", "other"]
+LossReason = Literal["reset", "closed", "timeout", "truncated", "torn", "expired", "evicted", "other"]
 # `local`: it is this machine, or this process, that cannot; the address is not to blame.
 ConnectReason = Literal["refused", "timeout", "unreachable", "reset", "local", "other"]
 TLSKind = Literal["certificate", "protocol", "alert", "timeout"]
@@ -28,7 +28,7 @@ class ConnectionLost(NetError, trio.BrokenResourceError):
 
     `reason`: `reset` (RST), `closed` (the peer had closed and does not take any more), `timeout` (the peer stopped answering),
     `truncated` (end of TCP without the end of TLS), `torn` (an earlier send was cancelled in the middle), `expired` (a certificate has, see
-    expiry.py), `other`.
+    expiry.py), `evicted` (there was no room for all, see slots.py), `other`.
     """
 
     def __init__(self, message: str, reason: LossReason = "other") -> None:

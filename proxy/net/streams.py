@@ -342,8 +342,8 @@ class SocketStream(trio.abc.HalfCloseableStream):
             self.close()
 
     def fail(self, loss: ConnectionLost) -> None:
-        """The peer is known to be gone: from now on every operation raises `loss` (its reason is `timeout`), those that wait included, as
-        if the kernel had found it out. Closing stays with the owner. Does nothing to a stream that is closed or lost already."""
+        """The peer is gone, or is to go: from now on every operation raises `loss` (reason `timeout` or `evicted`), those that wait
+        included. Closing stays with the owner. Does nothing to a stream that is closed or lost already."""
         if not self._closed and self._loss is None:
             self._loss = loss
             self.cut()
@@ -392,7 +392,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
     def _lost(self, error: OSError) -> Exception:
         if self._closed:
             return trio.ClosedResourceError("this connection was closed meanwhile")
-        if self._loss is not None and self._loss.reason == "timeout":
+        if self._loss is not None and self._loss.reason in ("timeout", "evicted"):
             return again(self._loss)
         loss = lost(error.errno or 0)
         if loss.reason != "closed":  # EPIPE: the peer had ended properly before, so what it sent can be read to its clean end

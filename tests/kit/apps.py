@@ -80,7 +80,13 @@ class Fleet:
     @asynccontextmanager
     async def running(self, name: str, directory: dict[str, Any] | None = None, **settings: Any) -> AsyncIterator[App]:
         """A proxy with these settings; other listeners than those that are named are off."""
-        app = App(load(self.configure(name, directory, **settings), {}), Metrics())
+        async with self.running_from(self.configure(name, directory, **settings)) as app:
+            yield app
+
+    @asynccontextmanager
+    async def running_from(self, file: Path) -> AsyncIterator[App]:
+        """A proxy with the settings in this file."""
+        app = App(load(file, {}), Metrics())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(app.run)
             yield app
