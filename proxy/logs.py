@@ -279,8 +279,7 @@ def facts(record: logging.LogRecord, *, query: bool = False) -> Mapping[str, Fie
                 f"{side}resumed": value.resumed,
             }
         elif isinstance(value, bytes):
-            text = value.decode("utf-8", "backslashreplace")
-            found[info.name] = (shown_target(text, query=query) if info.name == "target" else text)[:_LONGEST]
+            found[info.name] = _shown(info.name, value.decode("utf-8", "backslashreplace"), query=query)[:_LONGEST]
         elif isinstance(value, str):
             found[info.name] = value[:_LONGEST]
         elif isinstance(value, float):
@@ -288,6 +287,13 @@ def facts(record: logging.LogRecord, *, query: bool = False) -> Mapping[str, Fie
         elif isinstance(value, int):
             found[info.name] = value
     return {name: value for name, value in found.items() if value != ""}
+
+
+def _shown(name: str, text: str, *, query: bool) -> str:
+    """What is written of a value that a client has chosen."""
+    if name == "target":
+        return shown_target(text, query=query)
+    return text.rpartition("@")[2] if name == "authority" else text
 
 
 def shown_target(target: str, *, query: bool) -> str:

@@ -219,7 +219,7 @@ def test_a_limit_lets_some_through_each_second_and_says_how_many_it_kept() -> No
 )
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_a_query_is_not_written_unless_that_is_wanted_and_secrets_never_are(target: bytes, hidden: str, shown: str, form: str) -> None:
-    line = RequestLine("outbound", "10.0.0.1:5", method=b"GET", target=target, status=200)
+    line = RequestLine("outbound", "10.0.0.1:5", method=b"GET", target=target, authority=b"user:secret@host", status=200)
     for query, expected in ((False, hidden), (True, shown)):
         (text,) = written(lambda: log_request(line), format=form, query=query)
         assert (f'"target": "{expected}",' if form == "json" else f"{expected}") in text
