@@ -53,6 +53,7 @@ from proxy.names import Names, pod_resolvers
 from proxy.net.accept import Acceptor, Connection
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
+from proxy.net.disconnects import Disconnects
 from proxy.net.interfaces import local_addresses
 from proxy.net.liveness import Liveness
 from proxy.outbound import outbound
@@ -124,7 +125,7 @@ class App:
         resolvers = pod_resolvers(config)
         self.liveness = Liveness(config.tcp.user_timeout, config.tcp.keepalive)
         self.listeners = listen(config, self.liveness, resolvers)
-        self.drain = Drain()
+        self.drain = Drain(disconnects=Disconnects().open())
         self._ports = self.listeners.ports()  # asked once: a proxy that is going down has closed its listeners
         loops = LoopGuard(config, self._own(), metrics, sibling)
         balancer, settings = Balancer(trio.current_time, zone=config.pod.zone), Settings.of(config)
@@ -194,6 +195,7 @@ class App:
                 nursery.start_soon(self._watch_directory)
                 nursery.start_soon(self._sweep)
                 nursery.start_soon(self.liveness.run)
+                nursery.start_soon(self.drain.disconnects.run)
                 nursery.start_soon(self.ways.watch)
                 if self.names is not None:
                     nursery.start_soon(self.names.serve, self.listeners, report)
@@ -254,10 +256,9 @@ class App:
         return OwnListeners(self._ports, told | local_addresses())
 
     async def _sweep(self) -> None:
-        """About twice a second: what has become too old, and who has gone. More seldom: addresses, which come and go, and heads."""
+        """About twice a second: what has become too old. More seldom: addresses, which come and go, and heads."""
         for turn in itertools.count(1):
             await trio.sleep(_SWEEP)
-            self.drain.look()
             self.own.expiries.look()
             if turn % _SELDOM == 0:
                 heads.forget()

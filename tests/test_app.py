@@ -181,7 +181,7 @@ async def test_a_client_that_goes_while_the_server_thinks_is_noticed(tmp_path: P
         client.socket.close()
         with trio.fail_after(60):
             await left.wait()
-        assert b'isthmus_errors_total{direction="inbound",reason="client_gone"} 1.0' in app.render()
+        await until(lambda: b'isthmus_errors_total{direction="inbound",reason="client_gone"} 1.0' in app.render())
 
 
 async def test_a_client_that_half_closes_behind_its_request_is_answered(tmp_path: Path) -> None:

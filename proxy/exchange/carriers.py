@@ -14,21 +14,24 @@ Where the client speaks the other version a carrier translates a WebSocket's han
 
 from __future__ import annotations
 
+import socket
 from abc import ABC, abstractmethod
 from base64 import b64encode
+from contextlib import suppress
 from http import HTTPStatus
 from secrets import token_bytes
 
 import trio
 
-from proxy.errors import UpgradeFailed, UpstreamClosed, UpstreamProtocolError, UpstreamReset
+from proxy.errors import ClientGone, UpgradeFailed, UpstreamClosed, UpstreamProtocolError, UpstreamReset
 from proxy.exchange.mux import Mux
 from proxy.exchange.mux_stream import MuxStream, StreamLost
 from proxy.exchange.pool import Upstream
 from proxy.exchange.resumed import READ_SIZE, Resumed
 from proxy.exchange.server2 import Tunnel, body_length
-from proxy.net.errors import ConnectionLost
-from proxy.net.streams import Stream
+from proxy.net.errors import ConnectionLost, NetError
+from proxy.net.streams import SocketStream, Stream
+from proxy.net.tls import TLSStream
 from proxy.wire import websocket
 from proxy.wire.bodies import Framing, Length
 from proxy.wire.http1 import At
@@ -90,6 +93,9 @@ class Carrier(ABC):
     async def head(self) -> ResponseHead:
         """The next head, interim ones too. Raises Unanswered, UpstreamProtocolError, UpstreamClosed."""
 
+    def half_close(self) -> None:  # noqa: B027  # a stream has no such end
+        """All of the request has been sent, and the client has ended its direction: end ours too, where the protocol has that."""
+
     def bare_end(self) -> Headers | None:
         """The trailers of a response that has ended already without a body, as far as it is known; None: it has not. Behind `head`."""
         return None
@@ -121,6 +127,7 @@ class Http1Carrier(Carrier):
         self._declined = upstream.http.declined
         self._interim = False
         self._key = b""  # of a WebSocket's handshake that an HTTP/2 client did not have to make
+        self._half_closed = False
         self._out: list[bytes] = []
 
     @property
@@ -155,6 +162,17 @@ class Http1Carrier(Carrier):
                 self._http.keep_alive = False
                 raise
 
+    def half_close(self) -> None:
+        """What the server makes of it is its business, as it would be without a proxy: many take it for the client's end."""
+        self._half_closed = True
+        self._http.keep_alive = False
+        stream = self.stream
+        with suppress(NetError, trio.ClosedResourceError, OSError):
+            if isinstance(stream, SocketStream):
+                stream.send_eof_nowait()
+            elif isinstance(stream, TLSStream) and stream.send_eof_nowait():
+                stream.socket.shutdown(socket.SHUT_WR)  # which the peer's kernel tells without a read
+
     async def head(self) -> ResponseHead:
         http = self._http
         while True:
@@ -185,7 +203,9 @@ class Http1Carrier(Carrier):
             raise UpgradeFailed(f"the server answered {head.status} to a WebSocket's handshake, and not 101")
         return head
 
-    def _unanswered(self, words: str, silent: bool = False) -> Unanswered:
+    def _unanswered(self, words: str, silent: bool = False) -> Exception:
+        if self._half_closed:
+            return ClientGone(f"the client had ended its direction, and {words}")
         # Only a kept connection may have been closed for another reason than our request. A server that has fallen silent has closed none,
         # and would not take a new one.
         return Unanswered(words, again=self._reused and not self._interim and not silent)
@@ -198,15 +218,19 @@ class Http1Carrier(Carrier):
         try:
             piece = self._http.next_body()
         except ProtocolError as error:
-            raise unreadable(error) from error
+            raise self._broken(unreadable(error)) from error
         return None if isinstance(piece, Signal) else piece
+
+    def _broken(self, error: UpstreamClosed) -> Exception:
+        """What is said of a body that breaks off: a server may end it because the client has ended its direction."""
+        return ClientGone(f"the client had ended its direction, and {error}") if self._half_closed else error
 
     async def body(self) -> bytes | EndOfMessage:
         while (piece := self.body_nowait()) is None:
             try:
                 self._http.receive_data(await self.stream.receive_some(READ_SIZE))
             except ConnectionLost as error:
-                raise UpstreamClosed(f"the connection broke within the response's body: {error}") from error
+                raise self._broken(UpstreamClosed(f"the connection broke within the response's body: {error}")) from error
         return piece
 
     def tunnel(self) -> Stream | None:

@@ -118,6 +118,7 @@ class Client(Generic[K]):
             taken = await attempt.go_on(begun)
             usable = True
         finally:
+            exchange.pass_half_close(None)
             exchange.facts.declined_responses += carrier.declined
             loan.end(usable=usable)
         if not taken:
@@ -132,6 +133,7 @@ class Client(Generic[K]):
             try:
                 taken = await attempt.run()
             finally:
+                exchange.pass_half_close(None)
                 exchange.facts.declined_responses += carrier.declined
         if not taken:
             raise attempt.reported or Declined
@@ -197,9 +199,16 @@ class _Attempt:
             exchange.clock.expect(self._stalls, self._settings.stream_timeout)
             with suppress(ConnectionLost):  # it may have said why: the response is still to be read
                 await carrier.flush()
+        self._sent()
+        return await self._receive_or_drop()
+
+    def _sent(self) -> None:
+        """All of the request has been sent."""
+        exchange = self._exchange
         if exchange.response is None:
             exchange.clock.expect(self._silent, self._settings.response_timeout)
-        return await self._receive_or_drop()
+        if exchange.request.method != b"CONNECT":
+            exchange.pass_half_close(self._carrier.half_close)
 
     async def _receive_or_drop(self) -> bool:
         taken = await self._receive()
@@ -244,8 +253,8 @@ class _Attempt:
             await carrier.flush()
         except ConnectionLost:
             whole = True  # The server takes no more. It may have said why: the response is still to be read.
-        if whole and exchange.response is None:
-            exchange.clock.expect(self._silent, self._settings.response_timeout)
+        if whole:
+            self._sent()
         return whole
 
     async def _pump(self, attempt: trio.CancelScope) -> None:
@@ -259,8 +268,7 @@ class _Attempt:
                 if isinstance(piece, EndOfMessage):
                     carrier.finish(piece)
                     await carrier.flush()
-                    if exchange.response is None:
-                        exchange.clock.expect(self._silent, self._settings.response_timeout)
+                    self._sent()
                     return
                 exchange.request_bytes += len(piece)
                 carrier.put(piece)
@@ -309,6 +317,7 @@ class _Attempt:
                 raise UpstreamProtocolError("a 101 response to a request that offered no upgrade")
             head.headers.add(b"Connection", b"Upgrade")
             head.headers.add(b"Upgrade", protocol)
+        exchange.pass_half_close(None)
         client = await exchange.switch(head)
         exchange.clock.unlimit()
         await self._bridge(exchange, client, tunnel)

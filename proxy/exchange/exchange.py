@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import trio
 
+from proxy.errors import ClientGone
 from proxy.net.address import Address
 from proxy.net.slots import Slot
 from proxy.net.streams import Stream
@@ -134,8 +135,9 @@ class Exchange(ABC):
 
     __slots__ = (
         "account", "attempts", "authority", "begun", "body", "caller", "chosen", "clock", "cycle", "facts", "failure", "failure_words",
-        "first", "fresh", "grpc_status", "guarded", "informed", "judge", "loop", "malformed", "on_attempt", "on_response", "outside",
-        "request", "request_bytes", "response", "response_bytes", "service", "times", "trace", "tried", "upstream", "upstream_tls",
+        "first", "fresh", "grpc_status", "guarded", "informed", "judge", "left", "loop", "malformed", "on_attempt", "on_response",
+        "outside", "request", "request_bytes", "response", "response_bytes", "service", "times", "trace", "tried", "upstream",
+        "upstream_tls",
     )  # fmt: skip
 
     def __init__(self, request: RequestHead, body: Body, facts: Facts, malformed: ProtocolError | None = None) -> None:
@@ -171,6 +173,7 @@ class Exchange(ABC):
         self.times: ClientSettings | None = None  # if they are not the client's usual ones
         self.request_bytes = 0
         self.response_bytes = 0
+        self.left = False  # the client has gone
         self.clock = NO_CLOCK
 
     def carried(self, stream: Stream) -> None:
@@ -184,6 +187,18 @@ class Exchange(ABC):
         facts.upstream_tls = self.upstream_tls = tls
         self.on_attempt(self)
         self.attempts += 1
+
+    def give_up(self) -> None:
+        """The client has gone: end the exchange with ClientGone, wherever it is."""
+        self.left = True
+        self.clock.give_up(self._client_went)
+
+    def _client_went(self) -> Exception:
+        return ClientGone(f"the client closed its connection {'before' if self.response is None else 'while'} it was answered")
+
+    def pass_half_close(self, tell: Callable[[], None] | None) -> None:  # noqa: B027  # HTTP/2 has none
+        """All of the request has been sent: from now on, call `tell` once if the client has ended its direction of the connection. None:
+        not any more. Only HTTP/1 has that: a client that ends its HTTP/2 connection has gone."""
 
     @property
     def underway(self) -> bool:

@@ -154,6 +154,8 @@ def deadline(handler: Handler) -> Handler:
     async def handle(exchange: Exchange) -> None:
         with trio.CancelScope() as scope:
             exchange.clock = clock = Clock(scope)
+            if exchange.left:
+                exchange.give_up()
             try:
                 await handler(exchange)
             finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 
 from proxy.net.address import Address
-from proxy.net.streams import Stream
+from proxy.net.streams import End, Stream
 
 READ_SIZE = 65536
 
@@ -44,8 +44,8 @@ class Resumed:
     def is_idle(self) -> bool:
         return not self._first and self._stream.is_idle()
 
-    def gone(self) -> bool:
-        return not self._first and self._stream.gone()
+    def ended(self) -> End:
+        return "open" if self._first else self._stream.ended()
 
     @property
     def peer(self) -> Address:

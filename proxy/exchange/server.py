@@ -18,6 +18,7 @@ from proxy.exchange.begun import Carry, Lane
 from proxy.exchange.exchange import Body, Exchange, Facts, Handler
 from proxy.exchange.request_body import RequestBody
 from proxy.exchange.resumed import READ_SIZE, Resumed
+from proxy.net.disconnects import Disconnects
 from proxy.net.errors import NetError
 from proxy.net.linger import linger
 from proxy.net.streams import Stream
@@ -34,11 +35,7 @@ _QUIET = 2.0
 # The rest of a request that nobody read is worth reading to keep the connection, if it is no more than this.
 _DRAIN_BYTES = 65536
 
-# See Http1Exchange.look.
-_HALF_CLOSED = 1.0
-
-# When the proxy goes down, a request may be on its way on any connection that waits for one (seconds since it began to wait). A client that
-# has just been let in came to ask; one that has been quiet for longer than this has nothing under way.
+# When the proxy goes down, a request may be on its way on any connection that waits for one (seconds since it began to wait).
 _FIRST_REQUEST = 5.0
 _NEXT_REQUEST = 1.0
 
@@ -56,7 +53,7 @@ class Drain:
     draining: bool = False
     idle: set[Http1Server] = field(default_factory=set)
     on_begin: set[Callable[[], None]] = field(default_factory=set)  # for connections that have a way to say it
-    waiting: set[Http1Exchange] = field(default_factory=set)
+    disconnects: Disconnects = field(default_factory=Disconnects)  # tells of clients that leave while they wait, if it is open
 
     def begin(self) -> None:
         self.draining = True
@@ -64,13 +61,6 @@ class Drain:
             tell()
         for server in self.idle:
             server.hurry()
-
-    def look(self) -> None:
-        """Give up exchanges whose client has gone while the server was thinking. About once a second: nobody reads from a client
-        that waits for a response, and watching each of them would cost every request what only abandoned ones are worth."""
-        now = trio.current_time()
-        for exchange in list(self.waiting):
-            exchange.look(now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +78,10 @@ class ServerSettings:
     stream_timeout: float = 3600.0  # between two pieces of a request that comes on a stream of HTTP/2, where pauses are nothing unusual
 
 
-def _client_went() -> Exception:
-    return ClientGone("the client closed its connection before it was answered")
-
-
 class Http1Exchange(Exchange):
     """One request on an HTTP/1 connection, and its response there."""
 
-    __slots__ = ("_continued", "_server", "started")
+    __slots__ = ("_continued", "_on_half_close", "_server", "started")
 
     def __init__(
         self, server: Http1Server, request: RequestHead, body: Body, malformed: ProtocolError | None = None, now: float | None = None
@@ -105,14 +91,22 @@ class Http1Exchange(Exchange):
         self._server = server
         self.started = trio.current_time() if now is None else now
         self._continued = False  # the client was told to send its body
+        self._on_half_close: Callable[[], None] | None = None
 
-    def look(self, now: float) -> None:
-        """Give up if nobody is there to answer. A client that ends its direction behind its request (a half-close) still gets an answer
-        that comes within `_HALF_CLOSED` seconds; after that the end means what it nearly always does: that it has gone."""
-        server = self._server
-        waited = self.response is None and server.connection.reading is At.DONE and now - self.started > _HALF_CLOSED
-        if waited and server.stream.gone():
-            self.clock.give_up(_client_went)
+    def pass_half_close(self, tell: Callable[[], None] | None) -> None:
+        self._on_half_close = tell
+        if self._server.client_ended:
+            self.look()
+
+    def look(self) -> None:
+        """The client's connection is lost, or its direction has ended: behind a whole request a half-close, which is passed on."""
+        server, tell = self._server, self._on_half_close
+        how = "lost" if server.lost else "open" if server.connection.buffered else server.stream.ended()
+        if how == "lost" and not server.tunnelled:
+            self.give_up()
+        elif how == "half" and tell is not None and server.connection.reading is At.DONE:
+            self._on_half_close = None
+            tell()
 
     async def inform(self, head: ResponseHead) -> None:
         self._continued = self._continued or head.status == 100
@@ -248,13 +242,16 @@ class Http1Server:
         self._waiting = False  # for a request; on the fast road `lane` knows
         self._retired = False
         self._began = trio.current_time()
+        self.on_client_end: Callable[[], None] | None = None  # told of `client_ended`, while the connection is lent
+        self.client_ended = self.lost = False  # the client has ended its direction; the connection is lost
+        self._exchange: Http1Exchange | None = None  # under way
         self._carry = carry
         self._scope = trio.CancelScope()  # of the whole connection; its deadline is that of the head that is waited for
 
     async def run(self, handler: Handler) -> None:
         """Serve until either side has enough. Raises ConnectionLost when the client's connection breaks within a request's head."""
         try:
-            with self._scope:
+            with self._scope, self.drain.disconnects.watching(self.stream, self._client_ends):
                 while await self._serve_one(handler):
                     self.connection.next_cycle()
         finally:
@@ -280,6 +277,12 @@ class Http1Server:
         if not self._waiting or (self.lane is not None and self.lane.busy()):
             return None
         return self.idle_since
+    def _client_ends(self, lost: bool) -> None:
+        self.client_ended, self.lost = True, self.lost or lost
+        if self.on_client_end is not None:
+            self.on_client_end()  # the exchange comes back, and looks then
+        elif self._exchange is not None:
+            self._exchange.look()
 
     def hurry(self) -> None:
         """The proxy is going down, and this connection waits for a request: not for much longer."""
@@ -297,11 +300,13 @@ class Http1Server:
             return False
         if exchange is None:
             return False
-        self.drain.waiting.add(exchange)
+        self._exchange = exchange
+        if self.client_ended:
+            exchange.look()
         try:
             await handler(exchange)
         finally:
-            self.drain.waiting.discard(exchange)
+            self._exchange = None
         self.served = True
         if self.tunnelled or self.aborted:
             return False

@@ -20,7 +20,7 @@ from proxy.exchange.mux_stream import MuxStream, StreamLost
 from proxy.exchange.server import Drain, ServerSettings
 from proxy.net.address import Address
 from proxy.net.errors import ConnectionLost
-from proxy.net.streams import Stream
+from proxy.net.streams import End, Stream
 from proxy.wire.bodies import Framing, Length
 from proxy.wire.frames2 import Code
 from proxy.wire.http1 import Role
@@ -256,8 +256,10 @@ class Tunnel:
     def is_idle(self) -> bool:
         return self._stream.lost is None and not self._stream.ended
 
-    def gone(self) -> bool:
-        return self._stream.lost is not None or (self._stream.empty and not self._rest)
+    def ended(self) -> End:
+        if self._stream.lost is not None:
+            return "lost"
+        return "half" if self._stream.empty and not self._rest else "open"
 
 
 def _nobody(_: Http2Exchange) -> None:

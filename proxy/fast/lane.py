@@ -83,7 +83,7 @@ class Lane:
 
     async def carry(self) -> Http1Exchange | None:
         """See exchange.begun.Carry."""
-        self._lent = True
+        self._lent, self._server.on_client_end = True, self.leave
         self._client.belongs(self._on_client)
         self._client.watch(IN)
         connection = self._server.connection
@@ -116,7 +116,7 @@ class Lane:
             self._forget_exchange()
 
     def _let_go(self) -> None:
-        self._lent = False
+        self._lent, self._server.on_client_end = False, None
         self._client.forget()
         if self._endpoint is not None:
             self._endpoint.forget()
@@ -141,7 +141,7 @@ class Lane:
             self._wake()
 
     def leave(self) -> None:
-        """Give back whatever there is."""
+        """Give back whatever there is: the road is closed, or the client has ended its direction of the connection."""
         if self._exchange is not None:
             self.hand_over()
         else:

@@ -68,7 +68,8 @@ class Road:
         """See exchange.begun.Carry. Cancelled within an exchange, it closes the exchange's account as such."""
         stream = server.stream
         ground = self._ground
-        if not self.running or ground is None or server.leaving or not isinstance(stream, SocketStream | TLSStream):
+        ends = server.leaving or server.client_ended
+        if not self.running or ground is None or ends or not isinstance(stream, SocketStream | TLSStream):
             return None
         lane = server.lane
         if not isinstance(lane, Lane):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 from proxy.net.address import Address
+
+End = Literal["open", "half", "lost"]
 
 
 class Stream(Protocol):
@@ -50,6 +52,6 @@ class Stream(Protocol):
         """True if the stream is open, and the peer has neither sent anything nor closed."""
         ...
 
-    def gone(self) -> bool:
-        """True if the peer has ended its direction, or the connection is lost, and there is nothing left to read."""
+    def ended(self) -> End:
+        """How the peer has ended, where there is nothing left to read: its direction only (`half`), or the connection (`lost`)."""
         ...

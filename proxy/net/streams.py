@@ -37,10 +37,10 @@ from trio.lowlevel import checkpoint, checkpoint_if_cancelled, notify_closing, w
 from proxy.net.address import Address
 from proxy.net.errors import ConnectFailed, ConnectionLost, NetError, TLSFailed, again, lost
 from proxy.net.pipe import Pipe
-from proxy.net.stream import Stream
+from proxy.net.stream import End, Stream
 
 __all__ = [
-    "BURST", "RECEIVE_SIZE", "Address", "ConnectFailed", "ConnectionLost", "NetError", "SocketStream", "Stream", "TLSFailed",
+    "BURST", "RECEIVE_SIZE", "Address", "ConnectFailed", "ConnectionLost", "End", "NetError", "SocketStream", "Stream", "TLSFailed",
 ]  # fmt: skip
 
 # Operations that may succeed in a row before a stream lets other tasks run. A scheduler pass costs three microseconds and more
@@ -49,11 +49,10 @@ __all__ = [
 BURST = 16
 
 # What one read asks for. Measured for a relay, CPU seconds per GiB, plain and TLS on both sides: 16 KiB 1.01 and 2.36, 64 KiB 0.68
-# and 2.23, 256 KiB 0.69 and 2.23. So more buys nothing but memory. What a read does not fill is given back before it returns.
+# and 2.23, 256 KiB 0.69 and 2.23. So more buys nothing but memory.
 RECEIVE_SIZE = 65536
 
-# How long a peek sleeps if the kernel says "readable" although too little is there and the peer has not closed. It does so only
-# when the socket is short of memory (or SO_RCVLOWAT was capped at half the receive buffer).
+# How long a peek sleeps if the kernel says "readable" although too little is there and the peer has not closed: when memory is short.
 _PEEK_PAUSE = 0.005
 
 _LINGER_NONE = struct.pack("ii", 1, 0)
@@ -222,15 +221,16 @@ class SocketStream(trio.abc.HalfCloseableStream):
             return False
         return False
 
-    def gone(self) -> bool:
+    def ended(self) -> End:
         if self._closed or self._loss is not None:
-            return True
+            return "lost"
         try:
-            return not self._recv(1, socket.MSG_PEEK)
+            return "open" if self._recv(1, socket.MSG_PEEK) else "half"
         except BlockingIOError:
-            return False
-        except OSError:
-            return True
+            return "open"
+        except OSError as error:
+            self._lost(error)  # which keeps it: the kernel tells it once
+        return "lost"
 
     # Writing
 

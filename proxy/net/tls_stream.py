@@ -10,10 +10,9 @@ we wait for that and make *the same call again*. Five things about this are easy
 ticket only. So the call always comes first, and waiting second. But what is not decrypted is in the socket, whose readiness tells of it:
 of each record first the header is read, then the rest and no more (by AWS-LC too: ssl_buffer.cc). The fast road rests on that.
 
-*Reading may want to write, and the reverse.* Not by renegotiation, which TLS 1.3 does not have; but a key update (RFC 8446, section
-4.6.3) must be answered by the reader, and a writer may meet a half-arrived post-handshake message. Then two tasks wait for the
-same direction of one socket, which trio forbids (rightly: only one of them would be woken). `Readiness` lets the first one wait
-and the others wait for the first. (AWS-LC keeps the answer for its next write, as a server does with its tickets.)
+*Reading may want to write, and the reverse.* A key update (RFC 8446, section 4.6.3) must be answered by the reader, and a writer may meet
+a half-arrived post-handshake message. Then two tasks wait for the same direction of one socket, which trio forbids. `Readiness` lets
+the first one wait, and the others wait for the first. (AWS-LC keeps the answer for its next write, as a server does with its tickets.)
 
 *A refused write must be repeated with the same bytes.* The record is already encrypted, and a part of it may be on its way. The memory may
 have moved (SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER, set by pyOpenSSL), the contents may not have changed. So a send that was cancelled while
@@ -27,9 +26,7 @@ read on; but it asks for the error by itself, and throws it away: a read may hav
 *The end has two layers.* close_notify ends one direction (RFC 8446, section 6.1), and the other goes on. The end of TCP without
 it is an attack or an accident, never an end: ConnectionLost with reason `truncated`.
 
-Session tickets come behind the handshake, before the server's first data. So a client asks for its session when it has read data for
-the first time, and hands it on for the next connection to the same peer.
-
+Session tickets come behind the handshake, before the server's first data. So a client asks for its session when it has first read data.
 Fairness and cancellation are those of proxy.net.streams, with the same deviation from trio's contract.
 """
 
@@ -46,7 +43,7 @@ from proxy.net import streams
 from proxy.net.errors import ConnectionLost, NetError, again, lost
 from proxy.net.linger import discard_unread
 from proxy.net.readiness import Readiness
-from proxy.net.streams import SocketStream
+from proxy.net.streams import End, SocketStream
 from proxy.net.tls_errors import AWS_LC, explain
 from proxy.net.tls_info import Expiry, TLSInfo
 
@@ -192,16 +189,20 @@ class TLSStream(trio.abc.HalfCloseableStream):
             return isinstance(error, SSL.WantReadError)
         return False
 
-    def gone(self) -> bool:
+    def ended(self) -> End:
         if self._raw.closed or self._torn or self._failure is not None:
-            return True
+            return "lost"
         if self._reading:
-            return self._raw.gone()
+            return "open"  # whoever waits will hear of it
         try:
             self._recv(1, socket.MSG_PEEK)
+        except SSL.ZeroReturnError:
+            return "half"
+        except (SSL.WantReadError, SSL.WantWriteError):
+            return "open" if self._raw.ended() == "open" else "lost"  # without the end of TLS
         except SSL.Error as error:
-            return not isinstance(error, SSL.WantReadError | SSL.WantWriteError)
-        return False
+            self._failed(error, "while reading")
+        return "open" if self._failure is None else "lost"
 
     # Writing
 

@@ -168,7 +168,7 @@ class Side:
         return True
 
     def forget(self) -> None:
-        assert not self._stream.gone(), "its descriptor is no other connection's yet"
+        assert self._stream.ended() == "open", "its descriptor is no other connection's yet"
         self.forgotten = True
 
 

@@ -148,7 +148,7 @@ async def test_a_lost_connection_is_told_in_the_same_words_asked_or_not(mesh: Me
     assert caught.value.reason == "reset"
     with pytest.raises(ConnectionLost, match="an earlier operation"):
         client.send_nowait(b"another")
-    assert client.gone()
+    assert client.ended() == "lost"
     assert not client.is_idle()
     client.close()
 

@@ -262,7 +262,14 @@ async def proxies(
 async def staged(shape: Shape, tmp_path: Path, cast: Cast, spans: list[Record], **both: Any) -> AsyncIterator[Stage]:
     listener = listen()
     server = Address.of(listener.getsockname())
-    async with trio.open_nursery() as nursery, proxies(shape, tmp_path, server, spans, cast=cast, **both) as apps:
+    async with (
+        trio.open_nursery() as nursery,
+        proxies(shape, tmp_path, server, spans, cast=cast, **both) as apps,
+        AsyncExitStack() as clients,
+    ):
+        for app in apps:
+            for _ in range(64):  # so that no connection is closed for being one too many, at a time that a play does not know
+                clients.enter_context(app.inbound_pools.client(server))
         first = apps[0].listeners
         stage = Stage(nursery, Address.of((first.outbound or first.inbound)[0].getsockname()), apps, cast)
 
