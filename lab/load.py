@@ -102,7 +102,8 @@ class Load:
         self.connections = 0
         self.raced = 0  # connections that ended just as a request was sent: not answered, so safe to send again
         self._target = (pod, host, port)
-        self._head = h11.Request(method="GET", target="/", headers=[("Host", authority)])
+        self.body = b""  # if there is one, it is posted
+        self._authority = authority
         self._clients = clients
         self._stop = False
         self._done = trio.Event()
@@ -211,12 +212,17 @@ class Load:
         finally:
             self._under_way.remove(number)
 
+    def _message(self, connection: h11.Connection) -> bytes:
+        """A request. Each has its length, so that it is one write."""
+        headers = [("Host", self._authority)] + ([("Content-Length", str(len(self.body)))] if self.body else [])
+        parts = [h11.Request(method="POST" if self.body else "GET", target="/", headers=headers), h11.Data(self.body), h11.EndOfMessage()]
+        return b"".join(connection.send(part) or b"" for part in parts if part is not parts[1] or self.body)
+
     async def _exchange(self, stream: trio.SocketStream, connection: h11.Connection, *, first: bool) -> str:
         answer = _Answer()
         try:
             with trio.fail_after(PATIENCE):
-                await stream.send_all(connection.send(self._head) or b"")
-                connection.send(h11.EndOfMessage())
+                await stream.send_all(self._message(connection))
                 while not answer.ended:
                     event = connection.next_event()
                     if event is h11.NEED_DATA:

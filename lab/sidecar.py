@@ -126,7 +126,8 @@ class Sidecar(Member):
             "pod": {"name": self.pod.name, "ip": self.pod.ipv4, "addresses": [self.pod.ipv4, self.pod.ipv6]},
             "directory": {"file": str(self.directory_file), "poll_interval": "200ms"},
             "log": {"format": "json", "access": True},
-            "shutdown": {"grace": "1s"},
+            # Most programs of the laboratory are not told to stop together with their sidecar.
+            "shutdown": {"grace": "1s", "outbound_minimum": "0s"},
             "admin": {"metrics_max_age": 0},  # tests compare what is counted before and after
             # From when on a silent client is one without TLS: not a sidecar that has to wait for the processor.
             "inbound": {"hello_timeout": "10s"},

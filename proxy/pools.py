@@ -36,7 +36,7 @@ class Pools(Generic[K]):
         self._http1: Pool[K] = Pool(lambda key: connect(key, ALPN_HTTP1), account, rt.settings.pool, rt.settings.limits)
         self._http2: MuxPool[K] = MuxPool(lambda key: connect(key, ALPN_HTTP2), account, rt.settings.pool, rt.settings.upstream)
         self._clients: Counter[K] = Counter()
-        self._counted = False
+        self._counted = self._draining = False
         self._lenders: dict[Protocol, Lender[K]] = {
             Protocol.HTTP1: Http1Lender(self._http1),
             Protocol.HTTP2: Http2Lender(self._http2),
@@ -76,14 +76,24 @@ class Pools(Generic[K]):
             self._clients[key] -= 1
             if not self._clients[key]:
                 del self._clients[key]
+            if self._draining:
+                self._trim()
 
     def sweep(self) -> None:
         """Close what is too old, and what is too many; about twice a second."""
         self._http1.sweep()
         self._http2.sweep()
         if self._counted:
-            self._http1.trim(self._clients)
-            self._http2.trim(self._clients)
+            self._trim()
+
+    def drain(self) -> None:
+        """The server is about to stop, and may wait for its open connections: from now on, those that are too many are closed at once."""
+        self._draining = True
+        self._trim()
+
+    def _trim(self) -> None:
+        self._http1.trim(self._clients)
+        self._http2.trim(self._clients)
 
     def close(self) -> None:
         self._http1.close()

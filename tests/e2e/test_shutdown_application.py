@@ -52,7 +52,7 @@ PATIENCE = 20.0
 @pytest.fixture
 def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
-        settings = {"shutdown": {"grace": "60s"}}
+        settings = {"shutdown": {"grace": "60s", "outbound_minimum": "3s"}}
         pair = prepare(laboratory.lab, {APP: "detect", ECHO: "opaque"}, web=settings, shop=settings)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(application, pair.shop)
