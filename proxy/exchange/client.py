@@ -91,7 +91,8 @@ class Client(Generic[K]):
         """Carry `exchange` to `endpoint` and back; one that the fast road has begun goes on where it stands. Raises what dialling raises,
         the Upstream* errors, UpgradeFailed, NoExtendedConnect, Undelivered, and Declined."""
         begun, exchange.begun = exchange.begun, None
-        if max_forwards.left(exchange.request) == 0:
+        if exchange.request.method in max_forwards.METHODS and max_forwards.left(exchange.request) == 0:
+            exchange.upstream = None  # it goes no further
             await max_forwards.answer(exchange)
             return
         bodiless = exchange.body.length == 0

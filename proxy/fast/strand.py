@@ -38,7 +38,8 @@ _UNOPENED = nullcontext()
 def begin(road: Road, course: Course, server: Http2Server, exchange: Http2Exchange) -> bool:
     """See exchange.begun.Fork."""
     request = exchange.request
-    if request.method == b"CONNECT" or max_forwards.left(request) is not None:
+    method = request.method
+    if method == b"CONNECT" or (method in max_forwards.METHODS and max_forwards.left(request) is not None):
         return False
     now = trio.current_time()
     limit = _limit(exchange, now)

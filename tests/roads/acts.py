@@ -23,6 +23,8 @@ FIELDS: tuple[list[bytes], ...] = (
     [b"traceparent: 00-%b-%b-01" % (TRACE, SPAN), b"tracestate: a=b"],
     [b"traceparent: 00-%b-%b-00" % (TRACE, SPAN)],
     [b"b3: %b-%b-1" % (TRACE, SPAN)],
+    [b"uber-trace-id: %b:%b:0:0" % (TRACE, SPAN)],
+    [b"Uber-Trace-Id: %b:%b:0:1" % (TRACE, SPAN)],
     [b"traceparent: 00-%b-%b-0x" % (TRACE, SPAN)],
     [b"isthmus-hops: %b:west/web-1" % _HOP],
     [b"Isthmus-Hops: %b" % _HOP, b"traceparent: 00-%b-%b-00" % (TRACE, SPAN)],
@@ -38,7 +40,10 @@ KEPT = (
 )  # fmt: skip
 ENDED = ("says-close", "then-close", "old")
 # Those that are no whole answer.
-BROKEN = ("close", "reset", "part-head", "half", "torn", "garbage", "two-lengths", "torn-late", "spoiled", "spoiled-size", "two-framings")
+BROKEN = (
+    "close", "reset", "part-head", "half", "torn", "garbage", "two-lengths", "torn-late", "spoiled", "spoiled-size", "spoiled-behind",
+    "two-framings", "control",
+)  # fmt: skip
 SIZES = (0, 2, 1024, 1024, 9_000)
 
 
@@ -276,6 +281,15 @@ async def odd(stage: Stage, rng: random.Random) -> None:
             b"\r\nGET /ok/5 HTTP/1.1\r\nHost: a\r\n\r\n",
             b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
             b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nConnection: keep-alive, Upgrade\r\nUpgrade: TLS/1.2\r\n\r\n",
+            b"POST /ok/5 HTTP/1.1\r\nHost: a\r\nContent-Length: 02\r\n\r\nhi",
+            b"POST /ok/5 HTTP/1.0\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\nhi",
+            b"OPTIONS /ok/5 HTTP/1.1\r\nHost: a\r\nMax-Forwards: 5\r\n\r\n",
+            b"OPTIONS /ok/5 HTTP/1.1\r\nHost: a\r\nMax-Forwards: 0\r\n\r\n",
+            b"TRACE /ok/5 HTTP/1.1\r\nHost: a\r\nMax-Forwards: 0\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nConnection: isthmus-hops, b3, x-mine\r\nX-Mine: 1\r\nisthmus-hops: %b\r\n\r\n" % _HOP,
+            b"GET /blank/5 HTTP/1.1\r\nHost: a\r\n\r\n",
+            b"GET /interim-length/5 HTTP/1.1\r\nHost: a\r\n\r\n",
             b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nX-Long: %b\r\n\r\n" % (b"x" * 20_000),
         ]
     )
@@ -293,7 +307,10 @@ async def wrong(stage: Stage, rng: random.Random) -> None:
             b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nsmuggled : 1\r\n\r\n",
             b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
             b"GET /ok/5 HTTP/3.1\r\nHost: a\r\n\r\n",
-            b"GET /%b HTTP/1.1\r\nHost: a\r\n\r\n" % (b"y" * 9000),
+            b"GET /%b HTTP/1.1\r\nHost: a\r\n\r\n" % (b"y" * 20_000),
+            b"GET /ok/5#x HTTP/1.1\r\nHost: a\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nX: a\x01b\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nX: a\x7f\r\n\r\n",
             b"GET /ok/5 HTTP/1.1\r\nHost: a\r\n folded: 1\r\n\r\n",
         ]
     )

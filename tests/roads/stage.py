@@ -365,7 +365,7 @@ class Theatre:
 
 
 _PORT = re.compile(r":\d{4,5}\b")
-_DRAWN = re.compile(rb"(?i)(?<=\ndate: )[^\r]*|-[0-9a-f]{16}(?=-[01]|\r)|(?<=\d\.\d):\d{4,5}\b")
+_DRAWN = re.compile(rb"(?i)(?<=\ndate: )[^\r]*|-[0-9a-f]{16}(?=-[01]|\r)|:[0-9a-f]{16}(?=:)|(?<=\d\.\d):\d{4,5}\b")
 _NOT_COMPARED = re.compile(r"isthmus_\w+_seconds(_bucket|_sum)?[{ ]|python_|process_|isthmus_build_info|isthmus_fast_road|\w+_created")
 
 
