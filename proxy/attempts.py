@@ -57,6 +57,11 @@ if TYPE_CHECKING:
 ENDPOINTS_TRIED = 3
 
 
+# By these a server resets a stream whose request it holds to be malformed (RFC 9113 §8.1.1), or to ask too much of it (§7): a head over its
+# SETTINGS_MAX_HEADER_LIST_SIZE, for one.
+_UNACCEPTABLE = frozenset({Code.PROTOCOL_ERROR, Code.ENHANCE_YOUR_CALM})
+
+
 class AttemptTimeout(Exception):
     """An attempt that was not the last did not bring a head in time."""
 
@@ -293,9 +298,8 @@ class Attempts:
         """Whether to go on after `error`, which is raised if not; the reason to note."""
         if isinstance(error, Declined):
             return self._cause  # it was declined because there is to be another
-        if isinstance(error, UpstreamReset) and error.code == Code.PROTOCOL_ERROR:
-            # The server holds the request to be malformed (RFC 9113 §8.1.1). It would do so again, and that is the client's doing.
-            raise error
+        if isinstance(error, UpstreamReset) and error.code in _UNACCEPTABLE:
+            raise error  # it would do so again, and that is the client's doing
         refused = isinstance(error, UpstreamReset) and error.code == Code.REFUSED_STREAM
         if not refused and not work.told:
             if isinstance(error, AttemptTimeout):

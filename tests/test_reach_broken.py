@@ -78,14 +78,15 @@ async def test_statuses_that_are_the_requests_own_fault_do_not_count() -> None:
         assert world.broken == 0
 
 
+@pytest.mark.parametrize("code", [h2.errors.ErrorCodes.PROTOCOL_ERROR, h2.errors.ErrorCodes.ENHANCE_YOUR_CALM])
 @pytest.mark.parametrize("version", [1, 2])
-async def test_a_request_that_a_server_of_http2_holds_to_be_malformed_is_sent_once_and_does_not_count(version: int) -> None:
-    """RFC 9113 §8.1.1: the stream is reset, by PROTOCOL_ERROR. Only the client can do better."""
+async def test_a_request_that_a_server_of_http2_does_not_accept_is_sent_once_and_does_not_count(version: int, code: int) -> None:
+    """RFC 9113 §8.1.1: it is malformed, or too large. Only the client can do better."""
     heard: list[Answer] = []
 
     async def resets(peer: Peer2, number: int, message: Answer) -> None:
         heard.append(message)
-        await peer.reset(number, h2.errors.ErrorCodes.PROTOCOL_ERROR)
+        await peer.reset(number, code)
 
     async with mesh([speaking(answering2(resets))] * 2, policy("retries: {limit: 3}"), up=b"2") as (world, _):
         first, second = await world.hop.connect(), await world.hop.connect2()
@@ -93,7 +94,7 @@ async def test_a_request_that_a_server_of_http2_holds_to_be_malformed_is_sent_on
             if version == 1:
                 assert (await first.ask()).status == 502
             else:
-                assert (await second.ask()).reset == h2.errors.ErrorCodes.PROTOCOL_ERROR
+                assert (await second.ask()).reset == code
         assert len(heard) == 20
         assert world.broken == 0
 
