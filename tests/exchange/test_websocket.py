@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
@@ -85,15 +88,19 @@ def server(request: pytest.FixtureRequest) -> Iterator[tuple[bytes, Address]]:
         yield request.param, address
 
 
-@asynccontextmanager
-async def _hop(server: tuple[bytes, Address]) -> AsyncIterator[Hop2]:
-    up, address = server
+async def _listening(address: Address) -> None:
     with trio.fail_after(30):
         while True:
             with contextlib.suppress(OSError):
                 async with await trio.open_tcp_stream(address.host, address.port):
-                    break
+                    return
             await trio.sleep(0.05)
+
+
+@asynccontextmanager
+async def _hop(server: tuple[bytes, Address]) -> AsyncIterator[Hop2]:
+    up, address = server
+    await _listening(address)
     async with hop2(address, settings=Settings2(up=up)) as proxy:
         yield proxy
 
@@ -152,6 +159,59 @@ async def _say(client: Peer2, number: int, data: bytes) -> None:
         if data:
             client.credit(await client.read())
             await client.flush()
+
+
+HAPROXY = """
+defaults
+  mode http
+  timeout connect 20s
+  timeout client 20s
+  timeout server 20s
+  timeout tunnel 20s
+listen {name}
+  bind 127.0.0.1:{port} {bind}
+  server s {to} {server}
+"""
+
+
+@contextlib.contextmanager
+def _haproxy(folder: Path, name: str, to: Address, *, bind: str = "", server: str = "") -> Iterator[Address]:
+    port = free_port()
+    (folder / f"{name}.cfg").write_text(HAPROXY.format(name=name, port=port, bind=bind, to=to, server=server))
+    with subprocess.Popen([HAPROXY_PROGRAM or "haproxy", "-f", str(folder / f"{name}.cfg")], stderr=subprocess.DEVNULL) as process:
+        yield Address("127.0.0.1", port)
+        process.terminate()
+
+
+HAPROXY_PROGRAM = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
+
+
+@pytest.mark.real
+@pytest.mark.skipif(HAPROXY_PROGRAM is None, reason="haproxy is not installed")
+@pytest.mark.parametrize("near", [True, False], ids=["asked by haproxy", "asked by a client of HTTP/1"])
+@pytest.mark.parametrize("far", [True, False], ids=["to haproxy", "to a server of HTTP/1"])
+async def test_haproxy_s_extended_connect(near: bool, far: bool, tmp_path: Path) -> None:
+    """HAProxy translates, too: in front of the proxy from HTTP/1.1 to HTTP/2, and behind it back."""
+
+    def run(address: Address) -> None:
+        with websockets.sync.client.connect(f"ws://{address}/chat", open_timeout=30, proxy=None) as connection:
+            for text in TEXTS:
+                connection.send(text)
+                assert connection.recv(timeout=30) == text
+
+    with contextlib.ExitStack() as stack:
+        up = stack.enter_context(contextlib.contextmanager(_serve1)())
+        if far:
+            up = stack.enter_context(_haproxy(tmp_path, "far", up, bind="proto h2", server="proto h1"))
+        async with _hop((b"2" if far else b"1.1", up)) as proxy:
+            down = proxy.address
+            if near:
+                down = stack.enter_context(_haproxy(tmp_path, "near", down, server="proto h2 ws h2"))
+                await _listening(down)
+            await trio.to_thread.run_sync(run, down)
+            await proxy.idle()
+            tunnels = [e for e in proxy.ended if e.status is not None]
+            assert [(e.status, e.failure) for e in tunnels] == [(200 if near else 101, None)]
 
 
 # What the servers see, byte by byte
