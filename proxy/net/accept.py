@@ -21,7 +21,6 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import trio
@@ -283,7 +282,7 @@ class Acceptor:
             except ConnectionLost:
                 return  # it was gone before anyone looked at it
             self.on_accept(stream)
-            slot.end, slot.quiet = partial(stream.fail, ConnectionLost("ended to make room for others", "evicted")), stream.is_idle
+            slot.stream = stream
             await self._guard(Connection(stream, stream.peer, stream.local, original_destination(sock, stream.local), slot))
         finally:
             sock.close()

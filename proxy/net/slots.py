@@ -21,7 +21,7 @@ oldest is old enough: the others wait in the kernel's backlog, which is better t
 Which connections wait for a request is not recorded when it changes, because it changes twice with each request. They are looked for when
 one is needed, and what was found is used up before the next look.
 
-No sockets and no waits here: the caller is told what to end by `Slot.end`.
+No waits here. A connection is ended by `fail`, which wakes up its own task.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from proxy.net.errors import NetError
+from proxy.net.errors import ConnectionLost, NetError
 
 # How many waiting connections one look keeps, and how long (seconds) the next look at more than these has to wait. A look at 10,000 takes
 # some milliseconds.
@@ -51,6 +51,13 @@ Kind = Literal["silent", "handshake", "plain", "member", "gone"]
 
 class NoRoom(NetError):
     """There is no slot for a connection, and none that could be freed for it."""
+
+
+class Endable(Protocol):
+    """A connection, as far as its slot asks (streams.SocketStream)."""
+
+    def fail(self, loss: ConnectionLost) -> None: ...
+    def is_idle(self) -> bool: ...
 
 
 class Activity(Protocol):
@@ -85,10 +92,9 @@ class Bounds:
 
 
 class Slot:
-    """One connection's. `end` ends it from outside; `evicted` says that this has happened. `quiet` says whether nothing has come that
-    was not read yet."""
+    """One connection's. `evicted`: it was ended from here."""
 
-    __slots__ = ("_slots", "activity", "end", "evicted", "kind", "quiet", "source", "taken")
+    __slots__ = ("_slots", "activity", "evicted", "kind", "source", "stream", "taken")
 
     def __init__(self, slots: Slots, source: str, taken: float) -> None:
         self._slots = slots
@@ -96,8 +102,7 @@ class Slot:
         self.taken = taken  # when, by the clock
         self.kind: Kind = "silent"
         self.activity: Activity | None = None  # None: it is doing something
-        self.end: Callable[[], None] = _nothing
-        self.quiet: Callable[[], bool] = _yes
+        self.stream: Endable | None = None  # once the connection's task has begun
         self.evicted = False
 
     def speaks(self) -> None:
@@ -113,14 +118,6 @@ class Slot:
     @property
     def waiting_since(self) -> float | None:
         return self.activity.waiting_since if self.activity is not None and not self.evicted else None
-
-
-def _nothing() -> None:
-    pass
-
-
-def _yes() -> bool:
-    return True
 
 
 def _unheard(_: str, __: str) -> None:
@@ -194,7 +191,7 @@ class Slots:
             self.leaving -= 1
         else:
             self._drop(slot)
-        slot.kind, slot.activity, slot.end, slot.quiet = "gone", None, _nothing, _yes
+        slot.kind, slot.activity, slot.stream = "gone", None, None
 
     def move(self, slot: Slot, kind: Kind) -> None:
         """For slots..."""
@@ -261,7 +258,8 @@ class Slots:
         slot.evicted = True
         self.leaving += 1
         self.on_evict(reason, slot.source)
-        slot.end()
+        if slot.stream is not None:
+            slot.stream.fail(ConnectionLost("ended to make room for others", "evicted"))
 
     def _refused(self, reason: Refusal, source: str) -> NoRoom:
         self.on_refuse(reason, source)
@@ -296,7 +294,7 @@ class _Waiting:
     def _next(self) -> Slot | None:
         while self._found:
             since, _, slot = self._found.pop()
-            if slot in self._group and slot.waiting_since == since and slot.quiet():
+            if slot in self._group and slot.waiting_since == since and (slot.stream is None or slot.stream.is_idle()):
                 return slot
         return None
 

@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from proxy.net.errors import ConnectionLost
 from proxy.net.slots import Bounds, NoRoom, Slot, Slots
 
 
@@ -21,6 +22,20 @@ class Serving:
     """What serves a connection: it waits for a request since then, or does something."""
 
     waiting_since: float | None
+
+
+class Stream:
+    """A connection: what has come is read, or it is not."""
+
+    def __init__(self, *, idle: bool) -> None:
+        self.idle = idle
+        self.lost: list[str] = []
+
+    def is_idle(self) -> bool:
+        return self.idle
+
+    def fail(self, loss: ConnectionLost) -> None:
+        self.lost.append(loss.reason)
 
 
 class World:
@@ -130,9 +145,11 @@ def test_one_that_has_been_used_again_since_it_was_looked_at_is_left_alone() -> 
 def test_one_to_which_something_has_come_does_not_wait() -> None:
     world = World(Bounds(2, pending=2))
     reached, quiet = (world.settled(member=False, since=since) for since in (1.0, 2.0))
-    reached.quiet = lambda: False
+    reached.stream = Stream(idle=False)
+    quiet.stream = Stream(idle=True)
     world.settled(member=False)
     assert (reached.evicted, quiet.evicted) == (False, True)
+    assert (reached.stream.lost, quiet.stream.lost) == ([], ["evicted"])
 
 
 def test_what_was_ended_counts_until_it_is_gone() -> None:
