@@ -81,6 +81,7 @@ class Settings:
                 idle=pool.max_idle_per_endpoint,
                 idle_timeout=pool.idle_timeout,
                 max_age=pool.max_age,
+                waiting=pool.max_waiting_per_endpoint,
                 wait_timeout=pool.wait_timeout,
             ),
             limits=limits,

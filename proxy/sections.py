@@ -251,7 +251,10 @@ class PoolConfig(Section, frozen=True):
     max_idle_per_endpoint: Annotated[int, number(0, 100_000, "of these, kept while idle; 0: none is used twice")] = 128
     idle_timeout: Annotated[float, seconds(0.1, _HOUR, "how long an idle connection is kept; keep it below the servers' own")] = 3.0
     max_age: Annotated[float, seconds(1, _WEEK, "after which a connection is not used again")] = 600.0
-    wait_timeout: Annotated[float, seconds(0.01, _HOUR, "how long a request waits for a free connection; above: 503")] = 3.0
+    max_waiting_per_endpoint: Annotated[int, number(0, 100_000, "requests that wait for a connection or a stream; above: 503")] = 10_000
+    wait_timeout: Annotated[
+        float, seconds(0.01, _HOUR, "how long one without a deadline waits while no request is served; above: 503")
+    ] = 3.0
 
 
 # connect_timeout lets a lost first packet be sent again (after 1 s), and still leaves time for another endpoint.

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Hashable
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
+from math import inf
 from typing import Generic, Protocol, TypeVar
 
 import trio
@@ -75,8 +76,9 @@ Bridge = Callable[[Exchange, Stream, Stream], Awaitable[None]]
 class Lender(Protocol[K_contra]):
     """Where carriers come from: the kept connections of one protocol."""
 
-    def carrier(self, endpoint: K_contra, *, fresh: bool) -> AbstractAsyncContextManager[Carrier]:
-        """A carrier for one exchange, given back behind the block. `fresh`: on a connection that has not been used before."""
+    def carrier(self, endpoint: K_contra, *, fresh: bool, limit: float = inf) -> AbstractAsyncContextManager[Carrier]:
+        """A carrier for one exchange, given back behind the block. `fresh`: on a connection that has not been used before. `limit`: trio's
+        time of the request's deadline, if it has one."""
         ...
 
 
@@ -126,7 +128,7 @@ class Client(Generic[K]):
             raise attempt.reported or Declined
 
     async def _attempt(self, exchange: Exchange, endpoint: K, lender: Lender[K]) -> None:
-        async with lender.carrier(endpoint, fresh=exchange.fresh) as carrier:
+        async with lender.carrier(endpoint, fresh=exchange.fresh, limit=exchange.clock.limit) as carrier:
             if websocket.extends(exchange.request):
                 await carrier.admit()
             exchange.carried(carrier.stream)

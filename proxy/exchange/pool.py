@@ -22,6 +22,7 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from typing import Generic, Protocol, TypeVar
 
 import trio
@@ -41,8 +42,8 @@ class PoolSettings:
     idle: int = 128
     idle_timeout: float = 3.0
     max_age: float = 3600.0
-    waiting: int = 1024  # requests that wait for a connection
-    wait_timeout: float = 5.0
+    waiting: int = 10_000  # requests that wait for a connection, or for a stream
+    wait_timeout: float = 5.0  # in which nobody is served, for a request without a deadline of its own
 
 
 class Account(Protocol):
@@ -91,11 +92,16 @@ class _Slot:
     """What is kept for one endpoint."""
 
     open: int = 0  # connections, and those being opened
+    opening: int = 0
+    moved: float = -inf  # when the last one was opened, or given to one that waited; trio's time
     idle: deque[Upstream] = field(default_factory=deque)
     waiting: OrderedDict[_Turn, None] = field(default_factory=OrderedDict)
 
 
 K = TypeVar("K", bound=Hashable)
+
+# Behind the deadline of a request (seconds): it has ended by then.
+_GRACE = 1.0
 
 # How far behind the last idle connection one is looked for that has been idle for a moment.
 _DEPTH = 16
@@ -117,6 +123,22 @@ def _last(idle: deque[Upstream], now: float) -> Upstream:
 def _retire(upstream: Upstream) -> None:
     """Do not lend it again. The pool's next sweep closes it, if it is idle."""
     upstream.until = -math.inf
+
+
+async def patiently(given: trio.Event, timeout: float, limit: float, moved: Callable[[], float]) -> None:
+    """Wait for `given` until `limit`, the time of the request's deadline, if it has one: that is the deadline layer's to enforce. Otherwise
+    until nothing has `moved` for `timeout` seconds: a pool that fills, or a queue that is being served, is not exhausted."""
+    since = _now()
+    while not given.is_set():
+        until = limit + _GRACE if limit < inf else max(since, moved()) + timeout
+        if _now() >= until:
+            return
+        with trio.move_on_at(until):
+            await given.wait()
+
+
+def _now() -> float:
+    return trio.current_time()
 
 
 class Pool(Generic[K]):
@@ -202,6 +224,7 @@ class Pool(Generic[K]):
             upstream.reused = True
             first.upstream = upstream
             first.given.set()
+            slot.moved = _now()
         elif first is None and not self.closed and len(slot.idle) < self._settings.idle:
             slot.idle.append(upstream)
         else:
@@ -212,6 +235,7 @@ class Pool(Generic[K]):
         """There is room in `slot`: for the first who waits."""
         if slot.waiting:
             slot.open += 1
+            slot.moved = _now()
             slot.waiting.popitem(last=False)[0].given.set()
         elif not slot.open:
             self._slots.pop(key, None)
@@ -248,8 +272,9 @@ class Pool(Generic[K]):
 
     # Waiting...
 
-    async def acquire(self, key: K, *, fresh: bool = False) -> Upstream:
-        """A connection to `key`: an idle one (unless `fresh`), a new one, or one that another exchange gives back.
+    async def acquire(self, key: K, *, fresh: bool = False, limit: float = inf) -> Upstream:
+        """A connection to `key`: an idle one (unless `fresh`), a new one, or one that another exchange gives back. `limit`: trio's time of
+        the request's deadline, if it has one; it waits until then instead of for `wait_timeout`.
 
         To be ended with `give_back` in every case. Raises PoolExhausted, and what `connect` raises.
         """
@@ -258,32 +283,34 @@ class Pool(Generic[K]):
         if upstream is None and slot.open >= self._settings.connections and slot.idle:
             self._close(slot, slot.idle.popleft())  # a fresh one is wanted: the oldest makes room
         if upstream is None and slot.open >= self._settings.connections:
-            upstream = await self._wait(key, slot, _Turn(fresh))
+            upstream = await self._wait(key, slot, _Turn(fresh), limit)
         elif upstream is None:
             slot.open += 1
         if upstream is not None:
             return upstream
+        slot.opening += 1
         try:
             stream = await self._connect(key)
         except BaseException:
             slot.open -= 1
             self._freed(key, slot)
             raise
-        now = trio.current_time()
+        finally:
+            slot.opening -= 1
+        now = slot.moved = trio.current_time()
         http, until = Http1Connection(Role.CLIENT, self._limits), now + self._settings.max_age
         upstream = Upstream(stream, http, now, self._account(stream), until=until)
         if isinstance(stream, TLSStream) and stream.expiry is not None:
             stream.expiry.retire = partial(_retire, upstream)
         return upstream
 
-    async def _wait(self, key: K, slot: _Slot, turn: _Turn) -> Upstream | None:
+    async def _wait(self, key: K, slot: _Slot, turn: _Turn, limit: float) -> Upstream | None:
         """Wait for a connection, or for the room to open one (None)."""
         if len(slot.waiting) >= self._settings.waiting:
             raise PoolExhausted(f"{slot.open} connections to {key} are in use, and {len(slot.waiting)} requests wait for one")
         slot.waiting[turn] = None
         try:
-            with trio.move_on_after(self._settings.wait_timeout):
-                await turn.given.wait()
+            await patiently(turn.given, self._settings.wait_timeout, limit, lambda: _now() if slot.opening else slot.moved)
         except BaseException:
             # Cancelled in the very moment in which it was given: what it was given is the next one's.
             slot.waiting.pop(turn, None)

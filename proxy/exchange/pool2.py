@@ -19,13 +19,14 @@ import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Generic, TypeVar
 
 import trio
 
 from proxy.errors import PoolExhausted
 from proxy.exchange.mux import Mux, MuxSettings
-from proxy.exchange.pool import Account, PoolSettings
+from proxy.exchange.pool import Account, PoolSettings, patiently
 from proxy.net.streams import Stream
 from proxy.wire.http1 import Role
 
@@ -54,6 +55,7 @@ class _Slot:
 
     muxes: list[Mux] = field(default_factory=list)
     opening: bool = False
+    served: float = -inf  # when the last one that waited was given a stream
     waiting: OrderedDict[_Turn, None] = field(default_factory=OrderedDict)
 
     def with_room(self) -> Mux | None:
@@ -61,6 +63,11 @@ class _Slot:
             if mux.room > 0:
                 return mux
         return None
+
+    @property
+    def moved(self) -> float:
+        """When a connection was opened, or a stream given to one that waited, the last time; now, if a connection is being opened."""
+        return trio.current_time() if self.opening else max(self.served, max((mux.opened for mux in self.muxes), default=-inf))
 
     @property
     def may_open(self) -> bool:
@@ -100,12 +107,12 @@ class MuxPool(Generic[K]):
         slot = self._slots.get(key)
         return None if slot is None or slot.waiting else slot.with_room()
 
-    async def acquire(self, key: K) -> Mux:
-        """A connection with room for a stream, which has to be opened on it with no await in between.
+    async def acquire(self, key: K, limit: float = inf) -> Mux:
+        """A connection with room for a stream, which has to be opened on it with no await in between. `limit`: trio's time of the request's
+        deadline, if it has one; it waits until then instead of for `wait_timeout`.
 
         Raises PoolExhausted, and what `connect` raises.
         """
-        deadline = trio.current_time() + self._settings.wait_timeout
         while True:
             slot = self._slots.get(key)
             if slot is None:
@@ -115,18 +122,17 @@ class MuxPool(Generic[K]):
                 slot.opening = True
                 mux = await self._open(key, slot)
             elif mux is None:
-                mux = await self._wait(key, slot, deadline)
+                mux = await self._wait(key, slot, limit)
             if mux.usable:
                 return mux
 
-    async def _wait(self, key: K, slot: _Slot, deadline: float) -> Mux:
+    async def _wait(self, key: K, slot: _Slot, limit: float) -> Mux:
         if len(slot.waiting) >= self._settings.waiting:
             raise PoolExhausted(f"{len(slot.waiting)} requests wait for a stream to {key}")
         turn = _Turn()
         slot.waiting[turn] = None
         try:
-            with trio.move_on_at(deadline):
-                await turn.given.wait()
+            await patiently(turn.given, self._settings.wait_timeout, limit, lambda: slot.moved)
         except BaseException:
             # Cancelled, perhaps in the very moment in which it was given: what it was given is the next one's.
             slot.waiting.pop(turn, None)
@@ -156,6 +162,7 @@ class MuxPool(Generic[K]):
             turn.mux = mux
             if mux is not None:
                 mux.reserved += 1
+                slot.served = trio.current_time()
             else:
                 slot.opening = True
             turn.given.set()

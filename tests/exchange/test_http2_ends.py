@@ -294,6 +294,20 @@ async def test_a_request_waits_for_a_stream_so_long_and_no_longer() -> None:
         assert b"connection_limit_reached" in (answer.get(b"proxy-status") or b"")
 
 
+async def test_while_a_connection_is_being_opened_no_stream_is_refused_for_want_of_it() -> None:
+    settings = Settings2(pool=PoolSettings(wait_timeout=0.05))
+    async with origin(speaking(answering2(), {MAX_STREAMS: 10})) as server, hop2(server.address, settings=settings) as proxy:
+        client = await proxy.connect2()
+        proxy.hangs = trio.Event()
+        numbers = [await client.request(GET) for _ in range(90)]
+        await until(lambda: proxy.exchanges == 90)
+        await trio.sleep(0.2)  # four times as long as one waits for a stream
+        assert not client.ended
+        proxy.hangs.set()
+        assert {(await client.message(number)).status for number in numbers} == {200}
+        assert proxy.dialled > 1, "one connection has room for ten of them"
+
+
 async def test_one_dial_that_fails_fails_for_all_who_waited_for_it() -> None:
     sock, address = reserve()
     with sock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import trio
 
 from proxy.exchange.mux import MuxSettings
 from proxy.net.address import Address
-from tests.kit.http import origin
+from tests.kit.http import origin, until
 from tests.kit.http2_hop import Settings2, hop2
 from tests.kit.http2_peers import answering2, echo2, speaking
 from tests.kit.ports import free_port
@@ -150,3 +151,23 @@ async def test_nghttp2_s_programs_and_curl(nghttpd: Address) -> None:
         out = await _run("h2load", "-n", "300", "-c", "4", "-m", "8", url)
         assert b"300 succeeded, 0 failed" in out, out
         assert {e.failure for e in proxy.ended} == {None}
+
+
+@pytest.mark.real
+@needs("nghttpd")
+@needs("h2load")
+async def test_thousands_of_concurrent_requests_to_a_cold_pool_are_all_answered(nghttpd: Address) -> None:
+    """More than the 16 connections to the server have streams for, which is 100 each."""
+    async with hop2(nghttpd) as proxy:
+        await until(lambda: listens(nghttpd))
+        with trio.fail_after(120):
+            out = await _run("h2load", "-n", "3072", "-c", "48", "-m", "64", f"http://{proxy.address}/")
+        assert b"3072 succeeded, 0 failed, 0 errored" in out, out
+        assert b"status codes: 3072 2xx" in out, out
+        assert proxy.dialled <= 16
+        assert {e.failure for e in proxy.ended} == {None}
+
+
+def listens(address: Address) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((address.host, address.port)) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import pytest
 import trio
@@ -234,6 +235,61 @@ async def test_waiting_has_a_deadline_that_overtaking_cannot_move(autojump_clock
         await bench.pool.acquire(KEY)
     assert trio.current_time() - started == pytest.approx(5)
     bench.give_back(held)
+    bench.end()
+
+
+async def test_while_a_connection_is_being_opened_nobody_is_told_that_the_pool_is_exhausted(autojump_clock: MockClock) -> None:
+    bench, served = Bench(connections=1, wait_timeout=5), 0
+
+    async def slow() -> None:
+        await trio.sleep(60)
+
+    async def ask() -> None:
+        nonlocal served
+        bench.give_back(await bench.pool.acquire(KEY))
+        served += 1
+
+    bench.dials = slow
+    async with trio.open_nursery() as nursery:
+        for _ in range(300):
+            nursery.start_soon(ask)
+    assert served == 300
+    assert bench.opened == 1
+    bench.end()
+
+
+async def test_one_that_waits_is_patient_as_long_as_others_are_served_before_it(autojump_clock: MockClock) -> None:
+    bench, served = Bench(connections=1, wait_timeout=5), 0
+
+    async def ask() -> None:
+        nonlocal served
+        upstream = await bench.pool.acquire(KEY)
+        await trio.sleep(4)
+        bench.give_back(upstream)
+        served += 1
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(ask)
+    assert served == 10
+    bench.end()
+
+
+async def test_a_request_with_a_deadline_waits_until_then(autojump_clock: MockClock) -> None:
+    bench = Bench(connections=1, wait_timeout=5)
+    held = await bench.pool.acquire(KEY)
+    async with trio.open_nursery() as nursery:
+
+        async def ask(seconds: float, *, served: bool) -> None:
+            limit = trio.current_time() + seconds
+            with trio.move_on_at(limit) as scope:  # as the deadline layer does
+                bench.give_back(await bench.pool.acquire(KEY, limit=limit))
+            assert scope.cancelled_caught is not served
+
+        nursery.start_soon(partial(ask, 20, served=False))
+        nursery.start_soon(partial(ask, 40, served=True))
+        await trio.sleep(30)
+        bench.give_back(held)
     bench.end()
 
 
