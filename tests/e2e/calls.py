@@ -26,7 +26,7 @@ host, port = sys.argv[1], int(sys.argv[2])
 shop = Shop(host, port)
 def status(error):
     metadata = dict([*(error.initial_metadata() or ()), *(error.trailing_metadata() or ())])
-    kind = [part[6:] for part in metadata.get("proxy-status", "").split(";") if part.startswith("error=")]
+    kind = [part[6:] for part in metadata.get("proxy-status", "").split(";") if part.startswith("error=")][:1]  # of who noticed
     return " ".join([error.code().name, *kind])
 """
 

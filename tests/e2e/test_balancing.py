@@ -146,10 +146,11 @@ def pair(laboratory: Laboratory) -> Pair:
         pair.mesh.service("again", both, {WEB: "http1"}, policy={"retries": {"statuses": [503]}, **unbroken})
         pair.mesh.service("fuse", both, {WEB: "http1"}, policy={"retries": {"limit": 0}, **fused})
         pair.mesh.service("calls", both, {CALLS: "http2"}, policy={"retries": {"grpc": ["unavailable"]}, **unbroken})
-        broken = {"failures": 1, "min_penalty": "1m"}
+        broken = {"failures": 1, "min_penalty": "1m", "connect_penalty": "1m"}
         pair.mesh.service("gone", [pair.shop], {NOBODY: "http1"}, policy={"breaker": broken})
         pair.mesh.service("limits", both, {WEB: "http1"}, policy={"overrides": True, **unbroken})
-        pair.mesh.service("late", [annex], {LATE: "http1"}, policy={"breaker": {"failures": 1, "min_penalty": "300ms", "jitter": 0}})
+        late = {"min_penalty": "300ms", "connect_penalty": "300ms", "jitter": 0}
+        pair.mesh.service("late", [annex], {LATE: "http1"}, policy={"breaker": late})
         pair.mesh.service("raw", both, {RAW: "opaque"}, policy=FORGETFUL)
         full = {"size": 0, "timeout": "2m"}
         pair.mesh.service("full", [annex], {NOBODY: "http1"}, policy={"breaker": {**broken, "jitter": 0}, "queue": full})
@@ -290,7 +291,7 @@ async def test_if_there_is_nothing_to_wait_for_the_client_is_told_why(pair: Pair
     before = await counted(pair.near, "isthmus_errors_total", direction="outbound", reason="all_broken")
     words = await refused(pair.web, "gone")
     assert "error=destination_unavailable" in words
-    assert "the one endpoint of default/gone is broken (last: status 502); the next one is tried in" in words
+    assert "the one endpoint of default/gone is broken (last: connect_refused); the next one is tried in" in words
     assert await counted(pair.near, "isthmus_errors_total", direction="outbound", reason="all_broken") == before + 1
 
 

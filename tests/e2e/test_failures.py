@@ -20,7 +20,12 @@ from tests.e2e.stage import ECHO, WEB, Pair, counted, curl, echo_server, eventua
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
 HELLO = b"hello from the shop"
-SETTINGS = {"log": {"access": True}, "shutdown": {"grace": "60s"}, "tcp": {"connect_timeout": "30s", "handshake_timeout": "30s"}}
+# Restarts are those of native sidecars, which the application outlives.
+SETTINGS = {
+    "log": {"access": True},
+    "shutdown": {"grace": "60s", "outbound_minimum": "0s"},
+    "tcp": {"connect_timeout": "30s", "handshake_timeout": "30s"},
+}
 PATIENCE = 1.0  # seconds: response_timeout
 # What the client's proxy says while the service's one endpoint is broken.
 BROKEN = "503 destination_unavailable"
