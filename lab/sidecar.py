@@ -124,7 +124,7 @@ class Sidecar(Member):
         settings: dict[str, Any] = {
             "cluster": self.pod.cluster.name,
             "pod": {"name": self.pod.name, "ip": self.pod.ipv4, "addresses": [self.pod.ipv4, self.pod.ipv6]},
-            "directory": {"file": str(self.directory_file), "poll_interval": "200ms"},
+            "directory": {"file": str(self.directory_file), "poll_interval": "200ms", "settle": "100ms"},
             "log": {"format": "json", "access": True},
             # Most programs of the laboratory are not told to stop together with their sidecar.
             "shutdown": {"grace": "1s", "outbound_minimum": "0s"},
@@ -137,7 +137,7 @@ class Sidecar(Member):
         if self.authority is not None and self.identity is not None:
             settings["trust_domain"] = self.authority.trust_domain
             files = {name: str(self.directory / f"{name}.pem") for name in ("certificate", "key", "roots")}
-            settings["identity"] = {**files, "roots": [files["roots"]], "reload_interval": "200ms"}
+            settings["identity"] = {**files, "roots": [files["roots"]], "reload_interval": "200ms", "settle": "100ms"}
             settings["pod"] |= {"service_account": self.identity.service_account, "namespace": self.identity.namespace}
             self.write_certificate(self.authority.issue(self.identity))
             self.write_roots(self.authority)

@@ -41,13 +41,14 @@ from proxy.fast.ground import Clock
 from proxy.fast.road import Road
 from proxy.gateway import gateway
 from proxy.inbound import inbound, inbound_pools
-from proxy.listeners import StartError, listen
+from proxy.listeners import listen
+from proxy.loading import load_directory
 from proxy.logs import configure
 from proxy.loops import LoopGuard
 from proxy.mesh.balance import Balancer
 from proxy.mesh.directory import Directory, DirectoryError, Endpoint
 from proxy.mesh.identity import Identity
-from proxy.mesh.watch import DirectorySource
+from proxy.mesh.watch import IdentityLoss
 from proxy.metrics import Metrics
 from proxy.names import Names, pod_resolvers
 from proxy.net.accept import Acceptor, Connection
@@ -121,7 +122,7 @@ class App:
         self.spans, self.metrics = spans, metrics
         self.ledger = Ledger(metrics, access=config.log.access, tracing=spans.flows())
         self.own = OwnIdentity(config, metrics)
-        self.source = _directory(config)
+        self.source = load_directory(config)
         resolvers = pod_resolvers(config)
         self.liveness = Liveness(config.tcp.user_timeout, config.tcp.keepalive)
         self.listeners = listen(config, self.liveness, resolvers)
@@ -138,17 +139,10 @@ class App:
             identity=self.own.current,
             directory=self.source or _Known(Directory()),
             balancer=balancer,
-            router=Router(
-                self.source or _Known(Directory()),
-                balancer,
-                metrics,
-                config.pod.namespace,
-                config.clusters.settle,
-                trio.current_time,
-                networks=config.outbound.authority_networks,
-            ),
+            router=self._router(balancer),
             reach=Reach(balancer, metrics, settings.client),
             dialer=dialer,
+            former=self.source.former if self.source is not None else None,
             ledger=self.ledger,
             spans=spans,
             drain=self.drain,
@@ -165,6 +159,13 @@ class App:
         reserved = _RESERVED + (config.dns.max_in_flight + 2 * config.dns.max_connections if config.dns is not None else 0)
         self.inbound = self._way_in(reserved)
         self.outbound = self._acceptor("outbound", outbound(self.runtime, self.outbound_pools), config.outbound, reserved)
+
+    def _router(self, balancer: Balancer) -> Router:
+        config, source = self.config, self.source or _Known(Directory())
+        networks = config.outbound.authority_networks
+        return Router(
+            source, balancer, self.metrics, config.pod.namespace, config.clusters.settle, trio.current_time, networks=networks
+        )  # fmt: skip
 
     def _way_in(self, reserved: int) -> Acceptor:
         """What serves those who come from outside of the pod: as its sidecar, or as a gateway of the cluster."""
@@ -238,7 +239,7 @@ class App:
             await self.source.watch(self.config.directory.poll_interval, self._directory_changed)
 
     def _directory_changed(self, error: DirectoryError | None) -> None:
-        self.metrics.directory_reloaded("ok" if error is None else "error")
+        self.metrics.directory_reloaded("ok" if error is None else "refused" if isinstance(error, IdentityLoss) else "error")
         if error is None:
             self.runtime.reach.changed()
             self._publish()
@@ -266,6 +267,8 @@ class App:
                 if self.names is not None:
                     self.names.sweep()
                 self.runtime.balancer.sweep()
+                if self.source is not None:
+                    self.source.former.sweep(trio.current_time())
             self.outbound_pools.sweep()
             self.inbound_pools.sweep()
 
@@ -293,6 +296,8 @@ class App:
             self.metrics.on_fast_road(*self.runtime.road.counts())
         if self.names is not None:
             self.names.observe()
+        if self.source is not None:
+            self.metrics.former_identities.at().set(len(self.source.former))
         self.metrics.spans_waiting(self.spans.waiting())
         self.metrics.self_calls_waiting.at().set(self.runtime.loops.waiting)
 
@@ -324,14 +329,3 @@ class App:
 
 # Descriptors for listeners, files, pools' idle connections and the administration listener.
 _RESERVED = 128
-
-
-def _directory(config: Config) -> DirectorySource | None:
-    if config.directory is None:
-        return None
-    try:
-        return DirectorySource(config.directory.file)
-    except DirectoryError as error:
-        raise StartError(str(error), 64) from error
-
-

@@ -96,14 +96,14 @@ def _run(args: argparse.Namespace) -> int:
     from proxy.net.openssl import configure
 
     configure(os.environ)
-    from proxy.config import ConfigError, load
+    from proxy.config import SETTLE, ConfigError, load
     from proxy.listeners import StartError
 
     said = {"ISTHMUS_GATEWAY__ENABLED": "true"} if args.gateway else {}
     if args.workers is not None:
         said["ISTHMUS_WORKERS"] = args.workers
     try:
-        config = load(args.config, {**os.environ, **said})
+        config = load(args.config, {**os.environ, **said}, SETTLE)
     except ConfigError as error:
         print(f"isthmus: {error}", file=sys.stderr)
         return USAGE

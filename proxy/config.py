@@ -29,6 +29,8 @@ from proxy.settings import decode, fields, is_struct
 __all__ = ["Config", "ConfigError", "LogConfig", "config_schema", "load", "variable"]
 
 PREFIX = "ISTHMUS_"
+# Seconds, for `isthmus run`: a file that is cut off can be a valid one that asks for less.
+SETTLE = 0.5
 # What Kubernetes' downward API is usually asked to put into the environment, and the setting of the pod that it stands for.
 DOWNWARD = {
     "name": "POD_NAME",
@@ -62,9 +64,10 @@ class ConfigError(DocumentError):
     """The configuration is wrong. `.mistakes` has one line for each thing that is, with its path."""
 
 
-def load(path: Path | None, environ: Mapping[str, str]) -> Config:
+def load(path: Path | None, environ: Mapping[str, str], settle: float = 0.0) -> Config:
     """The configuration from the file at `path` (None: the one that ISTHMUS_CONFIG names, if any) and the environment.
 
+    A file that has been modified within the last `settle` seconds has to be read twice, so far apart, with one result (files.read_settled).
     Raises ConfigError with all mistakes; a file that cannot be read is one of them.
     """
     mistakes = Mistakes()
@@ -72,7 +75,7 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Config:
     if path is None and (named := environ.get(f"{PREFIX}CONFIG")):
         path = Path(named)
     source = str(path) if path is not None else "the environment"
-    values = _file(path, source) if path is not None else {}
+    values = _file(path, source, settle) if path is not None else {}
     _pod_defaults(values, environ)
     _tracing_defaults(values, environ)
     _overrides(values, environ, mistakes)
@@ -84,9 +87,13 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Config:
     return config
 
 
-def _file(path: Path, source: str) -> dict[str, Plain]:
+def _file(path: Path, source: str, settle: float) -> dict[str, Plain]:
+    def read() -> tuple[str, bytes]:
+        text = files.read_text(path, MOST_BYTES)
+        return text, text.encode()
+
     try:
-        values = load_document(files.read_text(path, MOST_BYTES), source)
+        values = load_document(files.read_settled(read, [path], settle)[0], source)
     except files.FileUnusable as error:
         raise ConfigError(source, [error.reason]) from error
     except DocumentError as error:

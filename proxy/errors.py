@@ -169,6 +169,7 @@ _CONNECT_OTHER = Answer(502, 14, "connection_refused", "connect_failed")
 
 _TLS: dict[str, Answer] = {
     "certificate": Answer(502, 14, "tls_certificate_error", "tls_certificate"),
+    "clear_text": Answer(502, 14, "destination_ip_prohibited", "clear_text_refused"),
     "alert": Answer(502, 14, "tls_alert_received", "tls_alert"),
     "timeout": Answer(504, 14, "connection_timeout", "tls_timeout"),
 }

@@ -100,6 +100,8 @@ def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
 
     async def send(exchange: Exchange, target: Target, endpoint: Endpoint) -> None:
         exchange.upstream, exchange.service = endpoint.address, target.service
+        if endpoint.identity is None:
+            rt.check_clear_text(endpoint.address)
         await carry(client, exchange, endpoint, pools, upstream_protocol(exchange, target))
 
     async def tunnel(exchange: Exchange, target: Target, endpoint: Endpoint) -> None:

@@ -218,6 +218,7 @@ class Metrics:
             "certificate_start_timestamp_seconds", "When the proxy's certificate, and all that it depends on, begin (Unix time)."
         )
         self._roots = self._gauge("root_expiry_timestamp_seconds", "When the first of the trust roots ends (Unix time).")
+        self.former_identities = self._gauge("former_identities", "Addresses that had an identity lately, and get no clear text.")
         self._pool = self._gauge("pool_connections", "Connections to endpoints kept by the pools.", "state")
         self._span_queue = self._gauge("spans_waiting", "Spans that wait to be exported.")
         self.self_calls_waiting = self._gauge("self_calls_waiting", "Of these, the ones that wait for the first of their answer.")
@@ -301,7 +302,7 @@ class Metrics:
         self._fast.at("finished").inc(finished)
         self._fast.at("handed_over").inc(handed_over)
 
-    def directory_reloaded(self, result: Literal["ok", "error"]) -> None:
+    def directory_reloaded(self, result: Literal["ok", "error", "refused"]) -> None:
         self._directory.at(result).inc()
 
     def identity_reloaded(self, result: Literal["ok", "error"]) -> None:

@@ -93,6 +93,7 @@ def to_service(rt: Runtime, pools: Pools[Endpoint], client: Client[Endpoint]) ->
         exchange.upstream, exchange.chosen = endpoint.address, target.service
         exchange.authority = told(exchange.request, target)
         if endpoint.identity is None:
+            rt.check_clear_text(endpoint.address)
             hide_names(exchange)
         protocol = upstream_protocol(exchange, target)
         if exchange.underway or not rt.loops.calls_itself(endpoint.address.host):
@@ -159,7 +160,11 @@ class OutboundCourse:
         if policy is not DEFAULT_POLICY and not _plain(policy, exchange):
             return None
         endpoint = rt.reach.sound(target)
-        if endpoint is None or not unguarded(exchange, self._waypoint):
+        if (
+            endpoint is None
+            or (endpoint.identity is None and not rt.clear_text_allowed(endpoint.address))
+            or not unguarded(exchange, self._waypoint)
+        ):
             return None
         borrowed = lend(endpoint)
         if borrowed is None:

@@ -11,8 +11,7 @@ import logging
 from proxy.config import Config
 from proxy.listeners import StartError
 from proxy.mesh import identity as identities
-from proxy.mesh.identity import Identity, TLSSettings
-from proxy.mesh.material import MaterialError, MaterialFiles
+from proxy.mesh.identity import Identity, MaterialError, MaterialFiles, TLSSettings
 from proxy.metrics import Metrics
 from proxy.net.expiry import Expiries
 
@@ -25,7 +24,7 @@ def load_identity(config: Config) -> Identity | None:
         return None
     files = MaterialFiles(config.identity.certificate, config.identity.key, config.identity.roots)
     try:
-        identity = Identity(files, TLSSettings(session_lifetime=config.identity.session_lifetime))
+        identity = Identity(files, TLSSettings(session_lifetime=config.identity.session_lifetime, settle=config.identity.settle))
     except MaterialError as error:
         raise StartError(str(error), 64) from error
     if identity.id.trust_domain != config.trust_domain:

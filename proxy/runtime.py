@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
 
+import trio
+
 from proxy.account import Ledger
 from proxy.config import Config
 from proxy.confirmation import confirmed
@@ -20,7 +22,8 @@ from proxy.fast.road import Road
 from proxy.loops import LoopGuard
 from proxy.mesh.balance import Balancer
 from proxy.mesh.contexts import ALPN_TCP, ALPN_TCP_CONFIRMED, KeptSession
-from proxy.mesh.directory import Endpoint
+from proxy.mesh.directory import Endpoint, Former
+from proxy.mesh.former import FormerIdentities
 from proxy.mesh.identity import Identity, PeerRefused
 from proxy.net.accept import Connection
 from proxy.net.address import Address
@@ -108,6 +111,7 @@ class Runtime:
     spans: Spans
     drain: Drain
     expiries: Expiries
+    former: FormerIdentities | None = None
     road: Road | None = None
 
     # Where a connection was going...
@@ -143,8 +147,10 @@ class Runtime:
         address is this pod's application: that connection neither leaves the pod nor passes its inbound proxy, so it is clear text.
         `depth`: of the connection among our own. Raises ConnectFailed, LoopDetected, UpstreamTLSError.
         """
-        stream = await self.dialer.dial(endpoint.address, depth)
         identity, expected = self.identity, endpoint.identity
+        if expected is None:
+            self.check_clear_text(endpoint.address)
+        stream = await self.dialer.dial(endpoint.address, depth)
         if expected is None or (identity is not None and expected == identity.id and self.loops.own(endpoint.address.host)):
             return stream
         if identity is None:
@@ -176,6 +182,25 @@ class Runtime:
         if self.router.ways is not None:
             self.router.ways.connected(endpoint, tls)
         return tls
+
+    def check_clear_text(self, address: Address) -> None:
+        """Raises UpstreamTLSError if `address` had an identity lately, so that nothing may be sent there in clear text. A connection that
+        is kept open needs this before each use."""
+        former = self._was(address)
+        if former is not None:
+            of = f" for {', '.join(sorted(former.services))}" if former.services else ""
+            words = f"{address} had the identity {former.identity}{of} and has none in the directory now"
+            raise UpstreamTLSError(f"{words}: nothing is sent there in clear text", "clear_text")
+
+    def clear_text_allowed(self, address: Address) -> bool:
+        """Whether `check_clear_text` raises nothing."""
+        return self._was(address) is None
+
+    def _was(self, address: Address) -> Former | None:
+        """What an address was, other than one of this pod's own, if it had an identity lately."""
+        former = self.former
+        found = former.find(address, trio.current_time()) if former else None
+        return None if found is None or self.loops.calls_itself(address.host) else found
 
     # What is said to whom...
 

@@ -51,6 +51,7 @@ def identity(tmp_path: Path) -> tuple[dict[str, Any], SpiffeId]:
         (tmp_path / f"{name}.pem").write_bytes(pem)
         (tmp_path / f"{name}.pem").chmod(0o600)
     paths = {"certificate": str(tmp_path / "certificate.pem"), "key": str(tmp_path / "key.pem"), "roots": [str(tmp_path / "roots.pem")]}
+    paths["settle"] = "0s"
     return paths, who
 
 

@@ -15,7 +15,7 @@ from cryptography import x509
 from proxy import config
 from proxy.commands.directory import counted
 from proxy.config import Config, ConfigError
-from proxy.mesh import directory, material, watch
+from proxy.mesh import contents, directory, material, watch
 from proxy.mesh.describe import expiry_in_words, in_words, life_left
 from proxy.mesh.directory import Directory, DirectoryError
 from proxy.mesh.identity import WARN_AT, Identity, MaterialError, MaterialFiles, TLSSettings
@@ -74,7 +74,7 @@ def check_certificates(settings: Config) -> tuple[list[Result], Identity | None]
         return [Result(name, "skipped", "no identity is configured: traffic goes in clear text", "configure the section identity")], None
     files = MaterialFiles(section.certificate, section.key, tuple(section.roots))
     try:
-        identity = Identity(files, TLSSettings(session_lifetime=section.session_lifetime))
+        identity = Identity(files, TLSSettings(session_lifetime=section.session_lifetime, settle=section.settle))
     except MaterialError as error:
         return [Result(name, "failed", str(error), f"look at the file with: isthmus identity show {error.path}")], None
     results = [Result(name, "warning", warning) for warning in identity.warnings]
@@ -119,7 +119,7 @@ def _clock_by_certificate(name: str, path: Path | None, now: datetime) -> list[R
     if path is None:
         return []
     try:
-        leaf = material.parse_certificates(path, material.read_file(path))[0]
+        leaf = material.parse_certificates(path, contents.read_file(path))[0]
     except MaterialError:
         return []  # that is the certificates' finding
     start, end = leaf.not_valid_before_utc, leaf.not_valid_after_utc
@@ -149,7 +149,10 @@ def check_directory(settings: Config) -> tuple[list[Result], Directory | None]:
         return [Result(name, "skipped", what, "configure directory.file")], None
     path = settings.directory.file
     try:
-        found = directory.parse(watch.read(path), str(path))
+        text = watch.read(path)
+        found = directory.parse(text, str(path))
+        if settings.directory.require_end and not watch.ended(text):
+            raise DirectoryError(str(path), ["does not end with a line `...`, which directory.require_end asks for"])
     except DirectoryError as error:
         remedy = "mend the file, or directory.file"
         return [Result(name, "failed", f"{error.source}: {mistake}", remedy) for mistake in error.mistakes], None

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from cryptography import x509
 
-from proxy.mesh import certificates, files, material
+from proxy.mesh import certificates, contents, files, material
 from proxy.mesh.certificates import Issued, IssueError
+from proxy.mesh.contents import MaterialError
 from proxy.mesh.describe import describe, expiry_in_words, life_left, write_everything
 from proxy.mesh.identity import WARN_AT
-from proxy.mesh.material import MaterialError, utc_now
+from proxy.mesh.material import utc_now
 from proxy.mesh.spiffe import SpiffeId, SpiffeIdError
 
 EXIT_FAILED = 1
@@ -178,8 +179,8 @@ def _run_issue(args: argparse.Namespace) -> int:
 def load_root(directory: Path) -> Issued:
     """The root that `isthmus identity root` wrote into the directory. Raises MaterialError."""
     certificate_path, key_path = directory / ROOT_CERTIFICATE, directory / ROOT_KEY
-    certificate = material.parse_certificates(certificate_path, material.read_file(certificate_path))[0]
-    key = material.parse_key(key_path, material.read_file(key_path))
+    certificate = material.parse_certificates(certificate_path, contents.read_file(certificate_path))[0]
+    key = material.parse_key(key_path, contents.read_file(key_path))
     if key.public_key() != material.public_key(certificate_path, certificate):
         raise MaterialError(key_path, f"does not belong to the certificate in {certificate_path}")
     return Issued(certificate, key)
@@ -207,10 +208,10 @@ def _write_pair(out: Path, names: tuple[str, str], made: Issued) -> None:
 
 def _run_show(args: argparse.Namespace) -> int:
     now = utc_now()
-    roots = [root for path in args.roots for root in material.parse_certificates(path, material.read_file(path))]
+    roots = [root for path in args.roots for root in material.parse_certificates(path, contents.read_file(path))]
     good = True
     for path in args.files:
-        data = material.read_file(path)
+        data = contents.read_file(path)
         try:
             chain = material.parse_certificates(path, data)
         except MaterialError as error:

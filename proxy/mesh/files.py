@@ -1,7 +1,11 @@
-"""Reading files that somebody else writes, and writing keys and certificates.
+"""Reading files that another program writes, and writing keys and certificates.
 
 What is read was named by a person, who may have named anything: a pipe would stop the process for ever, a device never ends, a
 log has gigabytes. So only regular files are read, up to a bound, and what is wrong is said in words.
+
+A file may be read while it is being written. What is there then can be well-formed and mean less than the whole: a shorter list of
+roots, an endpoint without its identity. So contents are used only when two reads, some time apart, agree (`Settling` for what is
+watched, `read_settled` for the start). At the start a file that has not been touched for that time is used at once.
 
 What is written is there whole or not at all, and a key is never readable by others, not even for a moment. A new file is made
 beside the old one, with its final mode, under a name that nobody else can have made (O_EXCL), filled, synced, and renamed over
@@ -11,7 +15,15 @@ the old one. A reader sees the old contents or the new ones, and a crash leaves 
 import os
 import secrets
 import stat
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# Seconds that the start waits for a file that keeps changing.
+PATIENCE = 10.0
 
 
 class FileUnusable(Exception):
@@ -49,6 +61,64 @@ def read_text(path: Path, most: int) -> str:
         return read_bytes(path, most).decode("utf-8")
     except UnicodeDecodeError as error:
         raise FileUnusable(path, f"not UTF-8 at byte {error.start}") from error
+
+
+def read_settled(read: Callable[[], tuple[T, bytes]], paths: Iterable[Path], settle: float) -> tuple[T, bytes]:
+    """What `read` gives, (contents, digest), of files that are not being written now. `settle` is in seconds; 0: the first read counts.
+
+    Returns at once if none of `paths` has been modified in the last `settle` seconds. Otherwise two reads that far apart have to agree.
+    Blocks, for `PATIENCE` seconds and one `settle` at most. Raises FileUnusable if the files keep changing, and what `read` raises.
+    """
+    paths = list(paths)
+    contents, digest = read()
+    if settle <= 0 or not any(_young(path, settle) for path in paths):
+        return contents, digest
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        time.sleep(settle)
+        contents, again = read()
+        if again == digest:
+            return contents, digest
+        if time.monotonic() >= deadline:
+            raise FileUnusable(paths[0], f"keeps changing: no two reads within {PATIENCE:g} s have found the same")
+        digest = again
+
+
+def _young(path: Path, settle: float) -> bool:
+    """Whether the file has been modified in the last `settle` seconds. The time of the inode counts too, which no writer can set."""
+    try:
+        found = path.stat()
+    except OSError:
+        return True  # it has just been read
+    # A time in the future says that the clocks differ, so it says nothing.
+    return time.time() - max(found.st_mtime, found.st_ctime) < settle
+
+
+class Settling:
+    """Whether the contents of a watched file have settled: two reads, at least `settle` seconds apart, and none in between that differs."""
+
+    def __init__(self, settle: float) -> None:
+        self.settle = settle
+        self._digest: bytes | None = None
+        self._since = 0.0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a first read waits for a second one."""
+        return self._digest is not None
+
+    def agreed(self, digest: bytes, now: float) -> bool:
+        """A read at `now` (seconds of any one clock) has found contents with this digest. True: they have settled; nothing waits then."""
+        if digest != self._digest:
+            self._digest, self._since = digest, now
+        if now - self._since < self.settle:
+            return False
+        self._digest = None
+        return True
+
+    def forget(self) -> None:
+        """What was read first does not count any more."""
+        self._digest = None
 
 
 def make_private_directory(path: Path) -> None:

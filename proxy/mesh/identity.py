@@ -24,10 +24,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from OpenSSL import SSL, crypto
 
-from proxy.mesh import contexts, material
+from proxy.mesh import contents, contexts, material
+from proxy.mesh.contents import MaterialError, MaterialFiles
 from proxy.mesh.contexts import ALPN_HTTP1, ALPN_HTTP2, ALPN_TCP, INNER_PROTOCOLS, NoCommonProtocol, SessionCache
 from proxy.mesh.describe import expiry_in_words, life_left
-from proxy.mesh.material import Material, MaterialError, MaterialFiles, utc_now
+from proxy.mesh.files import Settling
+from proxy.mesh.material import Material, utc_now
 from proxy.mesh.spiffe import IdentityPattern, SpiffeId, SpiffeIdError, check_trust_domain
 from proxy.net.certificate_rules import Alert
 
@@ -90,12 +92,14 @@ class TLSSettings:
     trust_domains: frozenset[str] = frozenset()
     session_lifetime: float = 3600.0  # seconds a session can be resumed; 0: never
     session_limit: int = contexts.DEFAULT_SESSIONS
+    settle: float = 0.0  # seconds between two reads of changed files that have to agree; 0: one is enough
 
 
 class Identity:
     """Our certificate, key and trust roots, with the TLS contexts made from them.
 
-    Raises MaterialError when the files are not a complete, consistent and valid set. Nothing is to be closed.
+    Raises MaterialError when the files are not a complete, consistent and valid set. Blocks while they are being written, for about
+    `files.PATIENCE` seconds at most, if `settings.settle` is not 0. Nothing is to be closed.
 
     Attributes for metrics: `generation` (1 at the start, one more with each change), `failures` (how many times broken
     material was found), `last_error` (None when the files on disk are the ones in use).
@@ -110,8 +114,8 @@ class Identity:
         self._clock = clock
         self._reported: tuple[bytes | None, str] | None = None
         self._warned: dict[bytes, float] = {}  # by fingerprint, the lowest threshold that has been said
-        contents = material.read_files(files)
-        self._adopt(contents.digest, material.load(contents, clock()))
+        read = contents.read_settled(files, self.settings.settle)
+        self._adopt(read.digest, material.load(read, clock()))
 
     def _adopt(self, digest: bytes, new: Material) -> None:
         """Replace everything at once. The contexts come first: if OpenSSL refuses the material nothing has changed."""
@@ -224,8 +228,8 @@ class Identity:
                 raise PeerRefused("expired", words)
         return identity
 
-    def reload(self) -> bool:
-        """Read the files again; True when they had changed and are in use now.
+    def reload(self, settling: Settling | None = None) -> bool:
+        """Read the files again; True when they had changed and are in use now. False while `settling` waits for a second read.
 
         Raises MaterialError when they have changed to something broken: everything stays as it was. The same broken contents
         are raised once, and after that answered with False until they change (`last_error` stays). Synchronous; a few
@@ -233,13 +237,17 @@ class Identity:
         """
         digest = None
         try:
-            contents = material.read_files(self.files)
-            digest = contents.digest
+            read = contents.read_files(self.files)
+            digest = read.digest
             if digest == self._digest:
+                if settling is not None:
+                    settling.forget()
                 self.last_error = None
                 self._reported = None
                 return False
-            self._adopt(digest, material.load(contents, self._clock()))
+            if settling is not None and not settling.agreed(digest, trio.current_time()):
+                return False
+            self._adopt(digest, material.load(read, self._clock()))
         except MaterialError as error:
             self.last_error = error
             # A text with the present time in it would be new at every look, so what is compared is the file and the contents.
@@ -315,24 +323,26 @@ async def watch(
     """Look for changed files every `interval_seconds`, for ever; end it by cancelling.
 
     A look is one stat() a file (which follows the symbolic links that Kubernetes swaps); only when something moved are the
-    contents read. The callbacks are synchronous: `on_change` after new material is in use, `on_error` once for each broken
-    change, `on_warning` with each sentence of Identity.expiry_warnings.
+    contents read. They are used when two reads have found the same, `TLSSettings.settle` seconds apart. The callbacks are
+    synchronous: `on_change` after new material is in use, `on_error` once for each broken change, `on_warning` with each sentence
+    of Identity.expiry_warnings.
     """
     seen: tuple[object, ...] | None = None
+    settling = Settling(identity.settings.settle)
     while True:
         # Taken before reading: what changes while we read is noticed at the next look.
         signature = tuple(_signature(path) for path in identity.files.all)
         # Broken material may mend itself without a change of the files: a certificate that is not valid yet.
-        if signature != seen or identity.last_error is not None:
+        if signature != seen or identity.last_error is not None or settling.waiting:
             seen = signature
             try:
-                if identity.reload():
+                if identity.reload(settling):
                     on_change(identity)
             except MaterialError as error:
                 on_error(error)
         for sentence in identity.expiry_warnings():
             on_warning(sentence)
-        await trio.sleep(interval_seconds)
+        await trio.sleep(min(interval_seconds, settling.settle) if settling.waiting else interval_seconds)
 
 
 def _signature(path: Path) -> object:

@@ -7,10 +7,12 @@ verification, and proxy/net/certificate_rules.py), and the error names the file 
 
 Files change under us while we read. In Kubernetes a mounted volume is a directory of symbolic links into `..data`, which is
 swapped at once; elsewhere files are replaced one after the other. Either way a reader may catch the new certificate and the
-old key. Such a set is refused as a whole, and is whole again at the next look.
+old key. Such a set is refused as a whole, and is whole again at the next look. A file that is being written may be a good, shorter one:
+roots of which the last are missing. So what has changed is used when two reads agree, and a file that ends inside a certificate is
+refused.
 """
 
-import hashlib
+import re
 import stat
 import warnings
 from collections.abc import Sequence
@@ -23,36 +25,14 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from OpenSSL import SSL, crypto
 
-from proxy.mesh.files import FileUnusable, read_bytes
+from proxy.mesh.contents import Contents, MaterialError, MaterialFiles
 from proxy.mesh.keys import PrivateKey
 from proxy.mesh.spiffe import SpiffeId, SpiffeIdError
 from proxy.net.certificate_rules import UNREADABLE, certificate_flaw, find_flaw, key_flaw, strength_flaw
 from proxy.net.tls_errors import reasons
 
-# A bundle of a thousand roots has about 1 MiB.
-MAX_FILE_BYTES = 4 * 1024 * 1024
-
-
-class MaterialError(Exception):
-    """A file of the identity cannot be used. `path` is the file, `reason` what is wrong with it and how to mend it."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = path
-        self.reason = reason
-
-
-@dataclass(frozen=True, slots=True)
-class MaterialFiles:
-    """Where an identity lives on disk. All files are PEM; each of the root files may hold several certificates."""
-
-    certificate: Path
-    key: Path
-    roots: tuple[Path, ...]
-
-    @property
-    def all(self) -> tuple[Path, ...]:
-        return (self.certificate, self.key, *self.roots)
+# RFC 7468 §3
+_BOUNDARY = re.compile(rb"-----(BEGIN|END) [A-Z0-9 ]+-----")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,46 +48,9 @@ class Material:
     chain: tuple[x509.Certificate, ...]  # as peers will verify it: the leaf first, the trust root last
 
 
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """The bytes of all files as read in one go. `digest` tells two contents apart, whatever their time stamps say."""
-
-    files: MaterialFiles
-    parts: tuple[bytes, ...]
-    key_mode: int
-
-    @property
-    def digest(self) -> bytes:
-        digest = hashlib.sha256()
-        for part in self.parts:
-            digest.update(len(part).to_bytes(8, "big"))
-            digest.update(part)
-        return digest.digest()
-
-
 def utc_now() -> datetime:
     """The wall clock, aware. Certificates are the one thing in the proxy that is about wall-clock time."""
     return datetime.now(UTC)
-
-
-def read_files(files: MaterialFiles) -> Contents:
-    """Read all files. Raises MaterialError for the first one that cannot be read."""
-    if not files.roots:
-        raise MaterialError(files.certificate, "no trust root file is configured for this certificate: name at least one")
-    parts = tuple(read_file(path) for path in files.all)
-    try:
-        mode = files.key.stat().st_mode
-    except OSError as error:
-        raise MaterialError(files.key, f"cannot be read: {error.strerror or error}") from None
-    return Contents(files, parts, mode)
-
-
-def read_file(path: Path) -> bytes:
-    """The bytes of one file, at most MAX_FILE_BYTES. Raises MaterialError."""
-    try:
-        return read_bytes(path, MAX_FILE_BYTES)
-    except FileUnusable as error:
-        raise MaterialError(path, error.reason) from None
 
 
 def load(contents: Contents, now: datetime) -> Material:
@@ -142,6 +85,9 @@ def parse_certificates(path: Path, data: bytes) -> list[x509.Certificate]:
     if b"-----BEGIN CERTIFICATE-----" not in data:
         what = "is empty" if not data.strip() else "holds no PEM certificate (no line '-----BEGIN CERTIFICATE-----')"
         raise MaterialError(path, what)
+    *_, last = _BOUNDARY.finditer(data)
+    if last[1] != b"END" or b"-----" in data[last.end() :]:
+        raise MaterialError(path, "ends inside a PEM block: it is half written, or cut off")
     # The library warns of oddities that it means to refuse one day, a serial number of zero for example. Till then they do no harm.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -9,7 +9,13 @@ A thread does not help against the garbage collector, which stops all of them wh
 thousand services again and again for 200 to 300 ms, in which no request moves. Reading a directory makes no garbage that needs it. So it
 rests meanwhile, and is told to leave a large snapshot alone, which goes by itself when the next one takes its place.
 
-A file that is broken, missing or half written keeps the snapshot that was there; each such state is reported once, not at every look.
+What has changed is not used at once. Two reads have to agree, `settle` seconds apart (proxy/mesh/files.py), so a file that is being
+written is left alone. With `require_end` the document has to end as YAML documents may, by a line `...`, which no part of it does. What is
+complete is held against the directory in use: it may not let what had an identity go over to clear text (directory/losses.py). What it
+may drop is remembered for a while (former.py).
+
+A file that is broken, missing, half written or refused keeps the snapshot that was there; each such state is reported once, not at every
+look.
 """
 
 from __future__ import annotations
@@ -18,12 +24,14 @@ import gc
 import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
 from proxy.mesh import files
-from proxy.mesh.directory import Directory, DirectoryError, parse
+from proxy.mesh.directory import Directory, DirectoryError, Losses, compare, parse
+from proxy.mesh.former import FormerIdentities
 
 # A directory of 10,000 services with five endpoints each has 6 MB.
 MOST_BYTES = 64 * 1024 * 1024
@@ -37,21 +45,45 @@ _YOUNG = 1.0
 _LARGE = 2000
 
 
-class DirectorySource:
-    """The directory as it is now. `current` is replaced whole, by `watch`; take it once for one decision."""
+class IdentityLoss(DirectoryError):
+    """The text is a directory, but would send in clear text what is sent by mutual TLS now."""
 
-    def __init__(self, path: Path) -> None:
-        """Reads the file. Raises DirectoryError if it is missing or broken: a proxy does not start without its directory."""
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """When a changed file is used. `settle`, `remember` in seconds; `remember` 0: nothing is remembered."""
+
+    settle: float = 0.5
+    require_end: bool = False
+    max_loss: float = 0.5
+    remember: float = 600.0
+    max_remembered: int = 65536
+
+
+class DirectorySource:
+    """The directory as it is now. `current` is replaced whole, by `watch`; take it once for one decision. `former` has the addresses that
+    had an identity lately."""
+
+    def __init__(self, path: Path, acceptance: Acceptance | None = None) -> None:
+        """Reads the file. Raises DirectoryError if it is missing or broken: a proxy does not start without its directory. Blocks while the
+        file is being written, for about `files.PATIENCE` seconds at most."""
         self.path = path
+        self.acceptance = rules = acceptance or Acceptance()
+        self.former = FormerIdentities(rules.remember, rules.max_remembered)
         self._seen: _Stat | None = _settled(_stat(path))
-        text = read(path)
-        self.current, self._digest = parse(text, str(path)), _digest(text)
+        try:
+            data, self._digest = files.read_settled(lambda: _read(path), [path], rules.settle)
+        except files.FileUnusable as error:
+            raise DirectoryError(str(path), [error.reason]) from error
+        self.current = _parse(data, path, rules.require_end)
+        self._settling = files.Settling(rules.settle)
+        self._refused: bytes | None = None  # the digest of contents that cannot be used
         self._reported: str | None = None
 
     async def watch(self, interval: float, report: Outcome) -> None:
         """Looks at the file every `interval` seconds, for ever. `report(None)` after a swap, `report(error)` for a new mistake."""
         while True:
-            await trio.sleep(interval)
+            await trio.sleep(min(interval, self.acceptance.settle) if self._settling.waiting else interval)
             await self.look(report)
 
     async def look(self, report: Outcome) -> None:
@@ -59,21 +91,41 @@ class DirectorySource:
         try:
             if (seen := _stat(self.path)) == self._seen:
                 return
-            found = await trio.to_thread.run_sync(_load, self.path, self._digest)
-        except DirectoryError as error:
+            data, digest = await trio.to_thread.run_sync(_read, self.path)
+        except (DirectoryError, files.FileUnusable) as error:
             self._seen = None
-            self._complain(error, report)
+            self._settling.forget()
+            self._complain(DirectoryError(str(self.path), [error.reason]) if isinstance(error, files.FileUnusable) else error, report)
             return
+        if digest == self._digest:
+            self._reported = self._refused = None
+        elif digest != self._refused and not self._settling.agreed(digest, trio.current_time()):
+            self._seen = None
+            return
+        self._settling.forget()
         # What was seen before the file was read: a change in between is found at the next look.
         self._seen = _settled(seen)
-        digest, outcome = found
-        if isinstance(outcome, DirectoryError):
-            self._complain(outcome, report)
+        if digest not in (self._digest, self._refused):
+            await self._take(data, digest, report)
+
+    async def _take(self, data: bytes, digest: bytes, report: Outcome) -> None:
+        """Use what the file says now, if that can be used."""
+        try:
+            found, losses = await trio.to_thread.run_sync(_understand, data, self.path, self.current, self.acceptance)
+        except DirectoryError as error:
+            self._refused = digest
+            self._complain(error, report)
             return
-        self._reported = None
-        if outcome is not None:
-            self.current, self._digest = outcome, digest
-            report(None)
+        now = trio.current_time()
+        if not self.former.fits(losses.former, now):
+            self._seen = None  # there may be room later
+            words = f"more than {self.former.most} addresses would have lost their identity lately (directory.max_remembered)"
+            self._complain(IdentityLoss(str(self.path), [words]), report)
+            return
+        self.former.take(found, losses.former, now)
+        self.current, self._digest = found, digest
+        self._reported = self._refused = None
+        report(None)
 
     def _complain(self, error: DirectoryError, report: Outcome) -> None:
         if str(error) != self._reported:
@@ -102,12 +154,20 @@ def read(path: Path) -> str:
         raise DirectoryError(str(path), [error.reason]) from error
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8")).digest()
+def _read(path: Path) -> tuple[bytes, bytes]:
+    """The bytes of a file, and their digest. Raises FileUnusable."""
+    data = files.read_bytes(path, MOST_BYTES)
+    return data, hashlib.sha256(data).digest()
 
 
-def _parse(text: str, path: Path) -> Directory:
+def _parse(data: bytes, path: Path, require_end: bool) -> Directory:
     """The snapshot, read without the garbage collector. Raises DirectoryError."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DirectoryError(str(path), [f"not UTF-8 at byte {error.start}"]) from error
+    if require_end and not ended(text):
+        raise DirectoryError(str(path), ["does not end with a line `...`, which directory.require_end asks for: it may be half written"])
     collected = gc.isenabled()
     gc.disable()
     try:
@@ -121,11 +181,16 @@ def _parse(text: str, path: Path) -> Directory:
             gc.enable()
 
 
-def _load(path: Path, known: bytes) -> tuple[bytes, Directory | DirectoryError | None]:
-    """Runs in a thread: the digest, and the new directory, None when the bytes are those that are `known`, or what is wrong."""
-    try:
-        text = read(path)
-        digest = _digest(text)
-        return digest, None if digest == known else _parse(text, path)
-    except DirectoryError as error:
-        return b"", error
+def ended(text: str) -> bool:
+    """Whether the end of a YAML document is marked (YAML 1.2.2 §9.1.2), so that nothing of it is missing."""
+    lines = text.rstrip().rsplit("\n", 1)
+    return lines[-1] == "..." and text.endswith("\n")
+
+
+def _understand(data: bytes, path: Path, current: Directory, rules: Acceptance) -> tuple[Directory, Losses]:
+    """Runs in a thread: the new directory, and what it has lost of the one in use. Raises DirectoryError, IdentityLoss."""
+    found = _parse(data, path, rules.require_end)
+    losses = compare(current, found, rules.max_loss)
+    if losses.refusals:
+        raise IdentityLoss(str(path), [*losses.refusals, "name what may lose its identity in allow_identity_loss, if that is meant"])
+    return found, losses

@@ -47,10 +47,11 @@ async def mirror(stream: trio.SocketStream) -> None:
 
 @dataclass
 class Fleet:
-    """Proxies of one trust domain, whose files lie in `folder`."""
+    """Proxies of one trust domain, whose files lie in `folder`. `watching`: further settings of the section `directory`."""
 
     folder: Path
     root: Any = field(default_factory=lambda: make_root("cluster.local"))
+    watching: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def identity(name: str) -> str:
@@ -68,6 +69,7 @@ class Fleet:
             "certificate": str(place / "certificate.pem"),
             "key": str(place / "key.pem"),
             "roots": [str(place / "roots.pem")],
+            "settle": "0s",  # files are written whole here
         }
 
     def direct(self, directory: dict[str, Any], name: str) -> None:
@@ -103,12 +105,13 @@ class Fleet:
         }
         if directory is not None:
             self.direct(directory, name)
-            document["directory"] = {"file": str(self.folder / name / "directory.yaml"), "poll_interval": "100ms"}
+            file = str(self.folder / name / "directory.yaml")
+            document["directory"] = {"file": file, "poll_interval": "100ms", "settle": "0s", **self.watching}
         for section, values in settings.items():
             document[section] = {**document.get(section, {}), **values} if isinstance(values, dict) else values
-        file = self.folder / name / "isthmus.yaml"
-        file.write_text(json.dumps(document))
-        return file
+        path = self.folder / name / "isthmus.yaml"
+        path.write_text(json.dumps(document))
+        return path
 
     async def meet(
         self, app: App, me: str, them: str, *, roots: Fleet | None = None, alpn: str = "http/1.1"

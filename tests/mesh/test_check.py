@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from proxy.commands import check
 from proxy.commands.check_redirection import ask_admin, check_proxy, check_redirection, outbound_connections
 from proxy.commands.checks import Moment, Result, check_certificates, check_clock, check_configuration, check_directory, worst
-from proxy.mesh import certificates, files, material
+from proxy.mesh import certificates, contents, files, material
 from proxy.metrics import Metrics
 from tests.kit.ports import free_port
 from tests.mesh.probed import admin, configuration, identity_section, serving, statuses
@@ -97,7 +97,7 @@ def test_the_directory_file_is_read_as_the_proxy_reads_it(tmp_path):
     path.write_text("services: []")
     assert statuses(check_directory(config)[0]) == ["ok"]
     # Larger than a file of certificates may be, and no larger than the proxy takes.
-    path.write_text("services: []\n" + "#" * material.MAX_FILE_BYTES)
+    path.write_text("services: []\n" + "#" * contents.MAX_FILE_BYTES)
     assert statuses(check_directory(config)[0]) == ["ok"]
     path.unlink()
     os.mkfifo(path)

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from proxy.mesh import certificates, files, material
+from proxy.mesh import certificates, contents, files
 from proxy.mesh.identity import (
     Identity,
     MaterialError,
@@ -68,8 +68,8 @@ def test_a_complete_set_loads(cart, root):
         ("certificate.pem", b"hello", "no PEM certificate"),
         ("key.pem", b"hello", "no PEM private key"),
         ("certificate.pem", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "cannot be parsed"),
-        ("roots.pem", b"-----BEGIN CERTIFICATE-----\n", "cannot be parsed"),
-        ("key.pem", b"x" * (material.MAX_FILE_BYTES + 1), "larger than 4 MiB"),
+        ("roots.pem", b"-----BEGIN CERTIFICATE-----\n", "ends inside a PEM block"),
+        ("key.pem", b"x" * (contents.MAX_FILE_BYTES + 1), "larger than 4 MiB"),
     ],
 )
 def test_a_broken_file_is_named(cart, name, contents, complaint):

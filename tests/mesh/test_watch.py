@@ -15,12 +15,13 @@ import trio
 from trio.testing import MockClock
 
 from proxy.mesh.directory import DirectoryError
-from proxy.mesh.watch import MOST_BYTES, DirectorySource
+from proxy.mesh.watch import MOST_BYTES, Acceptance, DirectorySource
 from proxy.net.address import Address
 from tests.mesh.test_directory import large
 
 A = "services: [{name: a, addresses: [10.0.0.1], ports: [{port: 80}]}]\n"
 B = A.replace("name: a", "name: b")
+ONE_READ = Acceptance(settle=0)
 
 
 def rewrite_in_the_same_tick(path: Path, text: str) -> None:
@@ -68,20 +69,20 @@ def file(tmp_path: Path) -> Path:
 
 def test_a_missing_file_at_the_start_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(DirectoryError, match=r"nowhere.yaml: cannot be read: No such file"):
-        DirectorySource(tmp_path / "nowhere.yaml")
+        DirectorySource(tmp_path / "nowhere.yaml", ONE_READ)
 
 
 def test_a_broken_file_at_the_start_is_an_error(file: Path) -> None:
     write(file, "services: 3")
     with pytest.raises(DirectoryError, match="services: expected a list"):
-        DirectorySource(file)
+        DirectorySource(file, ONE_READ)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"services: [\xe9]"])
 def test_a_file_that_is_not_utf8_is_an_error(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     with pytest.raises(DirectoryError, match="not UTF-8 at byte"):
-        DirectorySource(file)
+        DirectorySource(file, ONE_READ)
 
 
 def replace(path: Path, put: Callable[[Path], None]) -> None:
@@ -99,7 +100,7 @@ def device(path: Path) -> None:
 
 @pytest.mark.parametrize("put", [pipe, device, Path.mkdir])
 async def test_what_is_no_regular_file_is_an_error_and_stops_nothing(file: Path, put: Callable[[Path], None]) -> None:
-    source, reports = DirectorySource(file), Reports()
+    source, reports = DirectorySource(file, ONE_READ), Reports()
     replace(file, put)
     with trio.fail_after(30):
         await source.look(reports)
@@ -107,17 +108,17 @@ async def test_what_is_no_regular_file_is_an_error_and_stops_nothing(file: Path,
     assert [str(error) for error in reports] == [f"{file}: is not a regular file"]
     assert name(source) == "default/a"
     with pytest.raises(DirectoryError, match="is not a regular file"):
-        DirectorySource(file)
+        DirectorySource(file, ONE_READ)
 
 
 def test_a_file_without_end_is_not_read_to_its_end(file: Path) -> None:
     os.truncate(file, MOST_BYTES + 1)
     with pytest.raises(DirectoryError, match="is larger than 64 MiB"):
-        DirectorySource(file)
+        DirectorySource(file, ONE_READ)
 
 
 async def test_a_change_swaps_the_snapshot_and_leaves_the_old_one_as_it_was(file: Path) -> None:
-    source, reports = DirectorySource(file), Reports()
+    source, reports = DirectorySource(file, ONE_READ), Reports()
     before = source.current
     write(file, B)
     await source.look(reports)
@@ -126,14 +127,14 @@ async def test_a_change_swaps_the_snapshot_and_leaves_the_old_one_as_it_was(file
 
 
 async def test_two_writes_in_one_tick_of_the_clock_are_both_seen(file: Path) -> None:
-    source, reports = DirectorySource(file), Reports()
+    source, reports = DirectorySource(file, ONE_READ), Reports()
     rewrite_in_the_same_tick(file, B)
     await source.look(reports)
     assert name(source) == "default/b"
 
 
 async def test_a_file_that_was_touched_and_not_changed_is_no_change(file: Path) -> None:
-    source, reports = DirectorySource(file), Reports()
+    source, reports = DirectorySource(file, ONE_READ), Reports()
     before = source.current
     os.utime(file, (1, 1))
     await source.look(reports)
@@ -142,7 +143,7 @@ async def test_a_file_that_was_touched_and_not_changed_is_no_change(file: Path) 
 
 
 async def test_a_broken_file_keeps_the_old_snapshot_and_is_reported_once_for_each_state(file: Path) -> None:
-    source, reports = DirectorySource(file), Reports()
+    source, reports = DirectorySource(file, ONE_READ), Reports()
     write(file, "services: [{name: a}]")
     for _ in range(3):
         await source.look(reports)
@@ -158,7 +159,7 @@ async def test_a_broken_file_keeps_the_old_snapshot_and_is_reported_once_for_eac
 
 
 async def test_a_file_that_goes_and_comes_back_is_reported_each_time(file: Path) -> None:
-    source, reports = DirectorySource(file), Reports()
+    source, reports = DirectorySource(file, ONE_READ), Reports()
     away = file.with_name("away")
     for _ in range(2):
         move(file, away)
@@ -177,7 +178,7 @@ async def test_the_symbolic_links_that_kubernetes_swaps_are_followed(tmp_path: P
         write(tmp_path / version / "directory.yaml", text)
     swap(tmp_path / "..data", "1")
     swap(tmp_path / "directory.yaml", "..data/directory.yaml")
-    source, reports = DirectorySource(tmp_path / "directory.yaml"), Reports()
+    source, reports = DirectorySource(tmp_path / "directory.yaml", ONE_READ), Reports()
     assert name(source) == "default/a"
     swap(tmp_path / "..data", "2")
     await source.look(reports)
@@ -185,7 +186,7 @@ async def test_the_symbolic_links_that_kubernetes_swaps_are_followed(tmp_path: P
 
 
 async def test_watching_looks_once_in_every_interval(file: Path, mock_clock: MockClock) -> None:
-    source, reports = DirectorySource(file), Reports()
+    source, reports = DirectorySource(file, ONE_READ), Reports()
     swapped = trio.Event()
 
     def report(error: DirectoryError | None) -> None:
@@ -207,7 +208,7 @@ async def test_watching_looks_once_in_every_interval(file: Path, mock_clock: Moc
 
 async def test_reading_a_large_directory_stops_nobody_for_a_collection(file: Path) -> None:
     """A full collection while it is read would stop all requests for as long as it takes to look at all that there is."""
-    source, reports = DirectorySource(file), Reports()
+    source, reports = DirectorySource(file, ONE_READ), Reports()
     full = gc.get_stats()[2]["collections"]
     write(file, large(1000))
     try:

@@ -236,7 +236,7 @@ def _calling(tmp_path: Path, cast: Cast, number: int, who: object, both: dict[st
     service = {"name": "c", "addresses": ["10.96.0.1"], "ports": [port], "endpoints": [endpoint], "policy": dict(cast.policy)}
     (tmp_path / "directory.yaml").write_text(yaml.safe_dump({"services": [service]}))
     way = {"listen": [f"{HOST}:0"], "fixed_destination": f"10.96.0.1:{port['port']}"}
-    return {"outbound": way, "directory": {"file": str(tmp_path / "directory.yaml")}, **both}
+    return {"outbound": way, "directory": {"file": str(tmp_path / "directory.yaml"), "settle": "0s"}, **both}
 
 
 @asynccontextmanager

@@ -1,11 +1,13 @@
 """The directory: which services there are, where their endpoints are, who they are, and how other clusters are reached.
 
     snapshot.py   what is known, immutable, and the look-ups
+    losses.py     what a new snapshot would send in clear text that the old one does not
     reader.py     a YAML document -> a snapshot, or all its mistakes; with
                   values.py, clusters.py (other clusters), plans.py (splits, failovers)
     schema.py     the document's JSON schema
 """
 
+from proxy.mesh.directory.losses import Former, Losses, compare
 from proxy.mesh.directory.reader import DirectoryError, parse
 from proxy.mesh.directory.schema import directory_schema
 from proxy.mesh.directory.snapshot import (
@@ -30,13 +32,16 @@ __all__ = [
     "Directory",
     "DirectoryError",
     "Endpoint",
+    "Former",
     "Gateway",
     "Hint",
+    "Losses",
     "Plan",
     "Port",
     "Remote",
     "Service",
     "Target",
+    "compare",
     "directory_schema",
     "itself",
     "normalised",

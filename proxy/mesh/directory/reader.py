@@ -11,7 +11,19 @@ from dataclasses import dataclass
 
 from proxy.mesh.directory.clusters import read_clusters
 from proxy.mesh.directory.plans import Wish, World, plan
-from proxy.mesh.directory.snapshot import ADMIN_PORT, Cluster, Directory, Endpoint, Hint, Pod, Port, Service, Target, of_family
+from proxy.mesh.directory.snapshot import (
+    ADMIN_PORT,
+    Allowance,
+    Cluster,
+    Directory,
+    Endpoint,
+    Hint,
+    Pod,
+    Port,
+    Service,
+    Target,
+    of_family,
+)
 from proxy.mesh.directory.values import Values
 from proxy.mesh.document import DocumentError, Mistakes, Plain, child, load, mapping, said, sequence, unknown_keys
 from proxy.mesh.names import Names
@@ -24,7 +36,7 @@ DOMAIN = "cluster.local"
 # The ports on which an endpoint with an identity is spoken to in clear text, where the document does not say.
 SKIP_PORTS = frozenset({ADMIN_PORT})
 
-TOP = ("cluster", "domain", "skip_ports", "services", "clusters")
+TOP = ("cluster", "domain", "skip_ports", "allow_identity_loss", "services", "clusters")
 SERVICE = ("name", "namespace", "addresses", "ports", "endpoints", "export", "split", "failover", "policy")
 PORT = ("port", "target_port", "protocol")
 ENDPOINT = ("address", "identity", "ports", "skip_ports", "ready", "weight", "zone")
@@ -63,7 +75,8 @@ def _read(root: Mapping[str, Plain], mistakes: Mistakes) -> Directory:
     plan(builder.wishes, World(name, tuple(builder.services), clusters, names), mistakes)
     for service, address in builder.addresses:
         builder.clustered[address] = of_family(service.targets[address.port], address.host)
-    return Directory(tuple(builder.services), clusters, name, builder.clustered, builder.served, builder.pods, names)
+    allowance = values.allowance(root["allow_identity_loss"], "allow_identity_loss") if "allow_identity_loss" in root else Allowance()
+    return Directory(tuple(builder.services), clusters, name, builder.clustered, builder.served, builder.pods, names, allowance)
 
 
 def _names(services: list[Service], clusters: Mapping[str, Cluster], domain: str, mistakes: Mistakes) -> Names[Service]:

@@ -9,7 +9,7 @@ from proxy.describe import schema
 from proxy.mesh.directory.plans import MAX_SHARE, MOST_BACKENDS
 from proxy.mesh.directory.reader import MAX_WEIGHT
 from proxy.mesh.directory.snapshot import Hint
-from proxy.mesh.directory.values import MOST_PORTS
+from proxy.mesh.directory.values import MOST_ALLOWED, MOST_PORTS
 from proxy.mesh.policy import Policy
 
 _LABEL = {"type": "string", "pattern": "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"}
@@ -26,6 +26,7 @@ def directory_schema() -> dict[str, object]:
         "cluster": _LABEL,
         "domain": _DOMAIN,
         "skip_ports": _list(_PORT, maxItems=MOST_PORTS),
+        "allow_identity_loss": {"anyOf": [_FLAG, _list({"type": "string"}, maxItems=MOST_ALLOWED)]},
         "services": _list(_service()),
         "clusters": _list(_cluster()),
     }

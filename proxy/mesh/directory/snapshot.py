@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import enum
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from proxy.mesh.names import Names, split_authority
@@ -180,24 +180,37 @@ class Cluster:
 
 
 @dataclass(frozen=True, slots=True)
+class Allowance:
+    """What a document lets go over to clear text (losses.py): everything, or services ("namespace/name") and IP addresses."""
+
+    everything: bool = False
+    names: frozenset[str] = frozenset()
+
+    def covers(self, names: Iterable[str]) -> bool:
+        """Whether one of `names` may lose its identity."""
+        return self.everything or not self.names.isdisjoint(names)
+
+
+@dataclass(frozen=True, slots=True)
 class Directory:
     """A snapshot. Made by `parse`; `Directory()` knows nothing, and resolves every address to itself."""
 
     services: tuple[Service, ...] = ()
     clusters: Mapping[str, Cluster] = field(default_factory=dict)
     name: str = ""  # of our own cluster; "": the document does not say
-    _clustered: Mapping[Address, Target] = field(default_factory=dict, repr=False)
-    _served: Mapping[Address, Target] = field(default_factory=dict, repr=False)
-    _pods: Mapping[str, Pod] = field(default_factory=dict, repr=False)
+    clustered: Mapping[Address, Target] = field(default_factory=dict, repr=False)
+    served: Mapping[Address, Target] = field(default_factory=dict, repr=False)
+    pods: Mapping[str, Pod] = field(default_factory=dict, repr=False)
     _names: Names[Service] = field(default_factory=Names, repr=False)
+    allowance: Allowance = Allowance()
     _by_family: dict[tuple[int, bool], Target] = field(default_factory=dict, repr=False, compare=False)
 
     def known(self, original: Address) -> Target | None:
         """What the directory says of an address; None: nothing. Takes the same time however much there is to know."""
-        target = self._clustered.get(original) or self._served.get(original)
+        target = self.clustered.get(original) or self.served.get(original)
         if target is not None:
             return target
-        pod = self._pods.get(original.host)
+        pod = self.pods.get(original.host)
         if pod is None:
             if original.host.startswith("::ffff:"):
                 return self.known(Address(normalised(original.host), original.port))
@@ -247,7 +260,7 @@ class Directory:
     @property
     def endpoint_count(self) -> int:
         """How many pods are known."""
-        return len(self._pods)
+        return len(self.pods)
 
 
 def itself(original: Address) -> Target:

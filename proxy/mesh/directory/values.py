@@ -5,12 +5,13 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 
-from proxy.mesh.directory.snapshot import Hint, Port
+from proxy.mesh.directory.snapshot import Allowance, Hint, Port
 from proxy.mesh.document import Mistakes, Plain, child, closest, mapping, said, sequence, unknown_keys
 from proxy.mesh.names import DOMAIN, LABEL, LONGEST
 from proxy.mesh.spiffe import SpiffeId, SpiffeIdError
 
 MOST_PORTS = 1024  # in a list of ports
+MOST_ALLOWED = 100_000  # services and addresses that may lose their identity
 
 _HINTS: Mapping[str, Hint] = {hint.value: hint for hint in Hint}
 
@@ -63,6 +64,24 @@ class Values:
             self.mistakes.add(path, f"at most {MOST_PORTS} ports, found {len(listed)}")
         found = frozenset(self.port(item, f"{path}[{index}]") for index, item in enumerate(listed))
         return self._port_sets.setdefault(found, found)
+
+    def allowance(self, value: Plain, path: str) -> Allowance:
+        """True, or a list of services and IP addresses."""
+        if isinstance(value, bool):
+            return Allowance(everything=value)
+        listed = sequence(value, path, self.mistakes)
+        if len(listed) > MOST_ALLOWED:
+            self.mistakes.add(path, f"at most {MOST_ALLOWED} entries, found {len(listed)}: write true, if everything may")
+        return Allowance(names=frozenset(self._service_or_host(item, f"{path}[{index}]") for index, item in enumerate(listed)))
+
+    def _service_or_host(self, value: Plain, path: str) -> str:
+        if isinstance(value, str) and "/" in value:
+            namespace, _, name = value.partition("/")
+            if LABEL.match(namespace) and LABEL.match(name):
+                return value
+            self.mistakes.add(path, f"expected a service as namespace/name, or an IP address, found {said(value)}")
+            return ""
+        return self.host(value, path)
 
     def number(self, value: Plain, path: str, low: int, high: int) -> int:
         """A whole number; `low`, if it is none."""
