@@ -16,6 +16,7 @@ import pytest
 import trio
 
 from proxy.app import App
+from proxy.errors import UpstreamTLSError
 from proxy.net.address import Address
 from tests.kit.apps import HOST, Fleet, application, way_out
 from tests.kit.clusters import LISTEN
@@ -186,13 +187,18 @@ async def test_a_connection_that_was_kept_from_before_the_identity_is_not_used_a
         assert made.heard == []
 
 
-async def test_the_pod_itself_is_reached_by_its_own_address(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [False, True])
+async def test_the_pod_itself_is_reached_by_its_own_address(tmp_path: Path, own: bool) -> None:
     """Its own sidecar is told that it has left, as it is when the pod is going down; what goes there leaves no pod."""
-    async with scene(tmp_path, "fast", "pod") as made:
-        assert await made.say(*others(made.port)) == "ok"
-        assert (await made.ask())[0] == 502
-        made.app.runtime.loops.calls_itself = lambda host: host == POD  # type: ignore[method-assign]
-        assert (await made.ask())[0] == 200
+    fleet, gone = Fleet(tmp_path), shop(80, name="gone", host="10.1.0.1")
+    pod = {"addresses": ["10.1.0.1" if own else "10.1.0.2"]}
+    async with fleet.running("web", {"services": [gone, *others(80)]}, pod=pod) as app:
+        made = Scene(fleet, app, [], 80, "fast")
+        assert await made.say(*others(80)) == "ok"
+        assert app.runtime.clear_text_allowed(Address("10.1.0.1", 80)) is own
+        if not own:
+            with pytest.raises(UpstreamTLSError, match=r"10\.1\.0\.1:80 had the identity .* for default/gone and has none"):
+                app.runtime.check_clear_text(Address("10.1.0.1", 80))
 
 
 async def test_a_gateway_lets_nothing_out_either(tmp_path: Path) -> None:
