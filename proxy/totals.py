@@ -31,6 +31,7 @@ RULES: Mapping[str, Callable[[float, float], float]] = {
     "isthmus_endpoint_broken": max,  # as the next
     "isthmus_failover_active": max,  # every worker judges for itself: one of them sends requests away
     "isthmus_virtual_addresses": max,  # made from names: the same in all
+    "isthmus_former_identities": max,  # of one file: the same in all
     "isthmus_certificate_expiry_timestamp_seconds": _first,  # one that could not read the new certificate is the one to hear of
     "isthmus_certificate_start_timestamp_seconds": max,
     "isthmus_root_expiry_timestamp_seconds": _first,
