@@ -27,8 +27,10 @@ import trio
 
 from proxy.errors import (
     DeadlineExceeded,
+    ResponseTooLarge,
     Undelivered,
     UpstreamClosed,
+    UpstreamLeft,
     UpstreamProtocolError,
     UpstreamReset,
     UpstreamTimeout,
@@ -60,6 +62,8 @@ ENDPOINTS_TRIED = 3
 # By these a server resets a stream whose request it holds to be malformed (RFC 9113 §8.1.1), or to ask too much of it (§7): a head over its
 # SETTINGS_MAX_HEADER_LIST_SIZE, for one.
 _UNACCEPTABLE = frozenset({Code.PROTOCOL_ERROR, Code.ENHANCE_YOUR_CALM})
+# These say nothing against the endpoint: it goes away in good order, or the client takes less than others do.
+_BLAMELESS = (UpstreamLeft, ResponseTooLarge)
 
 
 class AttemptTimeout(Exception):
@@ -301,7 +305,7 @@ class Attempts:
         if isinstance(error, UpstreamReset) and error.code in _UNACCEPTABLE:
             raise error  # it would do so again, and that is the client's doing
         refused = isinstance(error, UpstreamReset) and error.code == Code.REFUSED_STREAM
-        if not refused and not work.told:
+        if not refused and not work.told and not isinstance(error, _BLAMELESS):
             if isinstance(error, AttemptTimeout):
                 work.failed("attempt_timeout", self._elapsed(work), Failure.SILENCE)
             else:

@@ -83,8 +83,16 @@ class UpstreamProtocolError(IsthmusError):
     """The server's response is not HTTP, or is ambiguous."""
 
 
+class ResponseTooLarge(UpstreamProtocolError):
+    """The head of the server's response, or its trailers, are larger than the client takes (HTTP/2's SETTINGS_MAX_HEADER_LIST_SIZE)."""
+
+
 class UpstreamClosed(IsthmusError):
     """The server closed the connection before its response was complete."""
+
+
+class UpstreamLeft(UpstreamClosed):
+    """The server had announced that it would close the connection (GOAWAY), and did so before its response was complete."""
 
 
 class UpstreamReset(UpstreamClosed):
@@ -149,6 +157,7 @@ TABLE: dict[type[BaseException], Answer] = {
     PoolExhausted: Answer(503, 8, "connection_limit_reached", "pool_exhausted"),
     UpstreamProtocolError: Answer(502, 13, "http_protocol_error", "upstream_protocol"),
     UpstreamClosed: Answer(502, 14, "connection_terminated", "upstream_closed"),
+    UpstreamLeft: Answer(502, 14, "connection_terminated", "upstream_left"),
     UpstreamReset: Answer(502, 14, "http_response_incomplete", "upstream_reset"),
     UpgradeFailed: Answer(501, 12, "http_upgrade_failed", "upgrade_failed"),
     UpstreamTimeout: Answer(504, 4, "http_response_timeout", "upstream_timeout"),

@@ -15,8 +15,9 @@ from proxy.confirmation import confirmed
 from proxy.errors import UpstreamTLSError
 from proxy.exchange.client import ClientSettings
 from proxy.exchange.exchange import Exchange
-from proxy.exchange.mux import MuxSettings
+from proxy.exchange.mux_settings import MuxSettings
 from proxy.exchange.pool import PoolSettings
+from proxy.exchange.resets import ResetPace
 from proxy.exchange.server import Drain, ServerSettings
 from proxy.fast.road import Road
 from proxy.loops import LoopGuard
@@ -61,7 +62,15 @@ class Settings:
         http, http2, pool = config.http, config.http2, config.pool
         limits = Limits(head=http.max_head_bytes, target=http.max_target_bytes, fields=http.max_headers)
         windows = Http2Limits(http2.max_streams, http.max_head_bytes, http2.stream_window, http2.connection_window)
-        pings = {"ping_interval": http2.ping_interval, "ping_timeout": http2.ping_timeout}
+        mux = MuxSettings(
+            windows,
+            budget=http2.frame_budget,
+            mesh_budget=http2.mesh_frame_budget,
+            resets=ResetPace(http2.reset_rate, 4 * http2.reset_rate),
+            write_timeout=http.write_timeout,
+            ping_interval=http2.ping_interval,
+            ping_timeout=http2.ping_timeout,
+        )
         server = ServerSettings(
             limits=limits,
             idle_timeout=http.idle_timeout,
@@ -72,8 +81,7 @@ class Settings:
             linger_timeout=http.linger_timeout,
             stream_timeout=http.response_body_timeout,
         )
-        timeouts = {"idle_timeout": http.idle_timeout, "write_timeout": http.write_timeout, "last_call": http2.ping_timeout}
-        downstream = MuxSettings(windows, **timeouts, **pings)
+        downstream = replace(mux, idle_timeout=http.idle_timeout, last_call=http2.ping_timeout)
         shortest = min(http.idle_timeout, http.plain_idle_timeout)
         return cls(
             server=server,
@@ -90,7 +98,7 @@ class Settings:
             limits=limits,
             downstream=downstream,
             plain_downstream=replace(downstream, idle_timeout=shortest, last_call=min(http2.ping_timeout, _PLAIN_LAST_CALL)),
-            upstream=MuxSettings(windows, idle_timeout=http2.idle_timeout, write_timeout=http.write_timeout, **pings),
+            upstream=replace(mux, idle_timeout=http2.idle_timeout),
         )
 
 

@@ -220,6 +220,15 @@ class Http2Config(Section, frozen=True):
     stream_window: Annotated[int, octets(65536, 2**30, "bytes of one request or response that may wait for a slow consumer")] = 256 * 1024
     connection_window: Annotated[int, octets(65536, 2**30, "the same for all of a connection together")] = 4 * 1024 * 1024
     idle_timeout: Annotated[float, seconds(1, _DAY, "how long a connection to an endpoint is kept without a request")] = 60.0
+    frame_budget: Annotated[
+        int, number(100, 10**9, "what a peer may spend on resets of young streams (2 each), PING, empty DATA and the like", "frames")
+    ] = 1000
+    mesh_frame_budget: Annotated[
+        int, number(100, 10**9, "the same for a peer with a verified identity, whose connection carries the requests of many", "frames")
+    ] = 20_000
+    reset_rate: Annotated[
+        int, number(1, 10**6, "cancellations a second that go to a server at once, four times as many in a row; others wait", "streams/s")
+    ] = 25
     ping_interval: Annotated[float, seconds(1, _DAY, "silence after which a peer that owes an answer is asked whether it is there")] = 20.0
     ping_timeout: Annotated[float, seconds(0.1, _HOUR, "how long it may take to answer")] = 10.0
 

@@ -8,6 +8,8 @@ Chat    bidirectional streaming  each message comes back at once
 Flood   server streaming         b"COUNT SIZE" -> that many messages of that many bytes
 Wait    server streaming         one message, then nothing until the call ends; says on standard output what it was told of the end
 Fail    unary                    b"NUMBER words" -> that status, with binary details in the trailers
+Sleep   unary                    after b"SECONDS"; says nothing
+Trail   unary                    with trailing metadata of b"SIZE" bytes, in fields of 1000
 Tell    unary                    the caller's metadata, as JSON; the x- ones go back as initial and as trailing metadata too
 """
 
@@ -75,6 +77,14 @@ class Shop:
         code = next(code for code in grpc.StatusCode if code.value[0] == int(number))
         context.abort(code, words)
         raise AssertionError("abort raises")
+
+    def unary_sleep(self, request: bytes, _: Context) -> bytes:
+        time.sleep(float(request))
+        return b""
+
+    def unary_trail(self, request: bytes, context: Context) -> bytes:
+        context.set_trailing_metadata([(f"x-{number}", "v" * 1000) for number in range(int(request) // 1000)])
+        return b""
 
     def unary_tell(self, _: bytes, context: Context) -> bytes:
         metadata = list(context.invocation_metadata())

@@ -23,9 +23,9 @@ from secrets import token_bytes
 
 import trio
 
-from proxy.errors import ClientGone, UpgradeFailed, UpstreamClosed, UpstreamProtocolError, UpstreamReset
+from proxy.errors import ClientGone, RequestError, UpgradeFailed, UpstreamClosed, UpstreamLeft, UpstreamProtocolError, UpstreamReset
 from proxy.exchange.mux import Mux
-from proxy.exchange.mux_stream import MuxStream, StreamLost
+from proxy.exchange.mux_stream import ConnectionLeft, MuxStream, StreamLost
 from proxy.exchange.pool import Upstream
 from proxy.exchange.resumed import READ_SIZE, Resumed
 from proxy.exchange.server2 import Tunnel, body_length
@@ -34,6 +34,7 @@ from proxy.net.streams import SocketStream, Stream
 from proxy.net.tls import TLSStream
 from proxy.wire import websocket
 from proxy.wire.bodies import Framing, Length
+from proxy.wire.events2 import HeadTooLarge
 from proxy.wire.http1 import At
 from proxy.wire.messages import EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead, Signal
 
@@ -46,6 +47,13 @@ class Unanswered(Exception):
         super().__init__(message)
         self.again = again
         self.untouched = untouched
+
+
+def oversized(error: HeadTooLarge) -> RequestError:
+    """What a request comes to whose head, or trailers, the server does not take (RFC 6585 §5)."""
+    failure = RequestError(f"the request: {error}", 431)
+    failure.__cause__ = error
+    return failure
 
 
 class NoExtendedConnect(Exception):
@@ -77,7 +85,7 @@ class Carrier(ABC):
 
     @abstractmethod
     def begin(self, head: RequestHead, length: Length) -> None:
-        """The request's head; hop-by-hop fields are stripped already."""
+        """The request's head; hop-by-hop fields are stripped already. Raises RequestError, as `flush` does: the server takes less."""
 
     @abstractmethod
     def put(self, data: bytes) -> None: ...
@@ -277,7 +285,10 @@ class Http2Carrier(Carrier):
             head = websocket.to_connect(head)
         self._request = head
         self._sends = length != 0
-        self._stream = self._mux.open(head, end=length == 0 and head.method != b"CONNECT")
+        try:
+            self._stream = self._mux.open(head, end=length == 0 and head.method != b"CONNECT")
+        except HeadTooLarge as error:
+            raise oversized(error) from error
 
     def put(self, data: bytes) -> None:
         self._pieces.append(data)
@@ -296,6 +307,8 @@ class Http2Carrier(Carrier):
             await stream.send(b"".join(pieces) if len(pieces) != 1 else pieces[0], end=end is not None and not trailers)
             if end is not None and trailers:
                 stream.send_trailers(end.trailers)
+        except HeadTooLarge as excess:
+            raise oversized(excess) from excess
         except StreamLost as error:
             raise ConnectionLost(str(error), "reset") from error
 
@@ -329,6 +342,8 @@ class Http2Carrier(Carrier):
             return UpstreamProtocolError(str(error))
         if error.reset:
             return UpstreamReset(str(error), error.code)
+        if isinstance(error, ConnectionLeft):
+            return UpstreamLeft(str(error))
         return UpstreamClosed(f"the connection broke: {error}" if self._mux.broken is not None else str(error))
 
     @property

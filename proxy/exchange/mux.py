@@ -14,13 +14,13 @@ streams take turns.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import trio
 
-from proxy.exchange.mux_stream import Filed, MuxStream, StreamLost
+from proxy.exchange.mux_settings import MuxSettings
+from proxy.exchange.mux_stream import ConnectionLeft, Filed, MuxStream, StreamLost
+from proxy.exchange.resets import Resets
 from proxy.exchange.turns import Turns
 from proxy.exchange.writer import Writer
 from proxy.net.errors import NetError
@@ -30,9 +30,9 @@ from proxy.net.tls import TLSStream
 from proxy.wire.events2 import (
     DataReceived,
     Event,
+    Exhausted,
     GoingAway,
     HeadReceived,
-    Http2Limits,
     PingAnswered,
     StreamBroken,
     StreamGone,
@@ -40,10 +40,11 @@ from proxy.wire.events2 import (
     WindowOpened,
 )
 from proxy.wire.fields2 import Pair
-from proxy.wire.frames2 import Code
+from proxy.wire.frames2 import Code, code_name
 from proxy.wire.http1 import Role
 from proxy.wire.http2 import Http2Connection
 from proxy.wire.messages import Headers, ProtocolError, RequestHead, ResponseHead
+from proxy.wire.streams2 import OF_AGE
 
 # One TLS record carries 16 KiB; reading more at a time would let one connection's frames hold up the others for longer.
 _READ = 16384
@@ -53,18 +54,6 @@ _PING, _GOODBYE = b"isthmus\0", b"goodbye\0"
 # gRPC servers end a connection on which they are asked more than a few times within this (seconds) while they have nothing to say
 # themselves (gRFC A8, GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS), and with it the quiet streams that we ask for.
 _SELDOM = 300.0
-
-
-@dataclass(frozen=True, slots=True)
-class MuxSettings:
-    """Times in seconds."""
-
-    limits: Http2Limits = field(default_factory=Http2Limits)
-    idle_timeout: float = math.inf  # without a stream, until we say GOAWAY
-    write_timeout: float = 60.0  # for the peer to take what it is sent
-    ping_interval: float = 20.0  # of silence, while streams are open, until we ask whether the peer is there
-    ping_timeout: float = 10.0
-    last_call: float = 10.0  # for the client to hear that it is to open no more streams (server)
 
 
 def _nobody() -> None:
@@ -77,12 +66,14 @@ class Mux:
     def __init__(self, stream: Stream, role: Role, settings: MuxSettings) -> None:
         self.stream = stream
         self.client = role is Role.CLIENT
-        self.http = Http2Connection(role, settings.limits)
+        verified = isinstance(stream, TLSStream)
+        self.http = Http2Connection(role, settings.limits, settings.mesh_budget if verified else settings.budget)
         self.settings = settings
         self.opened = trio.current_time()
         self.idle_since = self.opened
         self.broken: str | None = None
-        self.fault: ProtocolError | None = None  # of the peer's, which ended it
+        self.fault: ProtocolError | None = None  # of the peer's, which ended it, or ends it when its streams have ended
+        self._farewell: str | None = None  # the code of the peer's GOAWAY
         self.going_away = False  # no new streams, from whichever side it was said
         self._last_call: float | None = None  # until then, those that the client opened before it could know
         self.greeted = trio.Event()  # the peer's SETTINGS are known; or the connection is broken
@@ -101,6 +92,8 @@ class Mux:
         self._scope = trio.CancelScope()
         if isinstance(stream, TLSStream) and stream.expiry is not None:
             stream.expiry.retire = self.retire
+        self._nursery: trio.Nursery | None = None  # while it runs
+        self._resets = Resets(self.http, settings.resets, OF_AGE * 1.5 if verified else settings.resets.hold, self._have_reset)
 
     async def run(self, on_request: Callable[[MuxStream], None] | None = None) -> None:
         """Read and write until the connection ends. `on_request` is told of each stream that the peer opens, when all that came with
@@ -111,13 +104,17 @@ class Mux:
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
                     nursery.start_soon(self._write)
                     nursery.start_soon(self._watch)
                     await self._read(on_request)
                     nursery.cancel_scope.cancel()
+            self._nursery = None
             self._end("the connection was closed")
             await self._say_goodbye()
         finally:
+            self._nursery = None
+            self._resets.stop()
             self._end("the connection was cut")
             self.stream.close()
             if isinstance(self.stream, TLSStream) and self.stream.expiry is not None:
@@ -172,6 +169,10 @@ class Mux:
                     known.wake()
             case GoingAway():
                 self._peer_goes(event)
+            case Exhausted():
+                self.going_away = True
+                self.fault = ProtocolError(event.words)
+                self.on_room()
             case PingAnswered():
                 self._pinged = None
                 if event.payload == _GOODBYE:
@@ -184,14 +185,17 @@ class Mux:
                 self._held += event.credit
             known.file(event)
         elif isinstance(event, DataReceived):
-            self.http.consumed(event.stream, event.credit)
+            self.http.consumed(0, event.credit)
         elif isinstance(event, StreamBroken) and not event.by_peer and not self.client:
             known = MuxStream(self, event.stream)
             known.file(event)
             self._opened.append(known)
+        if known is None and self._resets.waiting:
+            self.on_room()  # a stream that was given up may have ended
 
     def _peer_goes(self, event: GoingAway) -> None:
         self.going_away = True
+        self._farewell = code_name(event.code)
         for number, stream in list(self._streams.items()):
             # What a client says of streams that a server has pushed, and nobody pushes, is nothing about its requests.
             if self.client and number > event.last:
@@ -251,8 +255,11 @@ class Mux:
         if self.broken is None:
             self.broken = words
             self.going_away = True
+            kind = StreamLost
+            if self.client and self._farewell is not None:
+                kind, words = ConnectionLeft, f"the server was going away (GOAWAY, {self._farewell}): {words}"
             for stream in list(self._streams.values()):
-                stream.lose(StreamLost(words, Code.CANCEL))
+                stream.lose(kind(words, Code.CANCEL))
             self.greeted.set()
             self.writer.stop()
             self.on_room()
@@ -351,8 +358,11 @@ class Mux:
         """The exchange is over."""
         if self._streams.pop(stream.number, None) is None:
             return
-        # RFC 9113 §8.1: a server that has answered wants no more of the request, and that is no error.
-        self.http.reset(stream.number, Code.CANCEL if self.client else Code.NO_ERROR)
+        if not self.client or self._nursery is None:
+            # RFC 9113 §8.1: a server that has answered wants no more of the request, and that is no error.
+            self.http.reset(stream.number, Code.CANCEL if self.client else Code.NO_ERROR)
+        elif self._resets.add(stream.number):
+            self._nursery.start_soon(self._resets.run)
         stream.give_back()
         self.idle_since = trio.current_time()
         self.on_room()
@@ -363,6 +373,10 @@ class Mux:
         self.going_away = True
         self._close_door()
         self.on_room()
+
+    def _have_reset(self) -> None:
+        self.on_room()
+        self.touch()
 
     @property
     def exchanges(self) -> int:

@@ -38,6 +38,10 @@ class StreamLost(Exception):
         self.reset = reset
 
 
+class ConnectionLeft(StreamLost):
+    """The connection went, and the peer had announced it (GOAWAY)."""
+
+
 class MuxStream:
     """One stream: what has come and was not taken yet, and its end."""
 
@@ -179,7 +183,7 @@ class MuxStream:
         return piece
 
     def send_head(self, head: ResponseHead, *, end: bool) -> None:
-        """Raises StreamLost, as all that send do."""
+        """Raises StreamLost, as all that send do, and HeadTooLarge, as `send_trailers` does."""
         self.mux.put_head(self.number, head, end=end)
 
     def send_trailers(self, fields: Headers) -> None:

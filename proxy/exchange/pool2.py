@@ -25,7 +25,8 @@ from typing import Generic, TypeVar
 import trio
 
 from proxy.errors import PoolExhausted
-from proxy.exchange.mux import Mux, MuxSettings
+from proxy.exchange.mux import Mux
+from proxy.exchange.mux_settings import MuxSettings
 from proxy.exchange.pool import Account, PoolSettings, patiently
 from proxy.net.streams import Stream
 from proxy.wire.http1 import Role

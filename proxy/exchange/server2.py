@@ -12,16 +12,18 @@ from functools import partial
 
 import trio
 
-from proxy.errors import ClientGone, IsthmusError, RequestTimeout, describe
+from proxy.errors import ClientGone, IsthmusError, RequestTimeout, ResponseTooLarge, describe
 from proxy.exchange.begun import Fork
 from proxy.exchange.exchange import Body, Exchange, Facts, Handler
-from proxy.exchange.mux import Mux, MuxSettings
+from proxy.exchange.mux import Mux
+from proxy.exchange.mux_settings import MuxSettings
 from proxy.exchange.mux_stream import MuxStream, StreamLost
 from proxy.exchange.server import Drain, ServerSettings
 from proxy.net.address import Address
 from proxy.net.errors import ConnectionLost
 from proxy.net.streams import End, Stream
 from proxy.wire.bodies import Framing, Length
+from proxy.wire.events2 import HeadTooLarge
 from proxy.wire.frames2 import Code
 from proxy.wire.http1 import Role
 from proxy.wire.messages import EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead
@@ -72,6 +74,11 @@ class StreamBody:
         return piece
 
 
+def too_large(error: HeadTooLarge) -> ResponseTooLarge:
+    """What a response comes to whose head, or trailers, the client does not take."""
+    return ResponseTooLarge(f"the response: {error}")
+
+
 def body_length(headers: Headers, *, ended: bool) -> Length:
     """How long the body of an HTTP/2 message is, by its head."""
     if ended:
@@ -101,7 +108,8 @@ class Http2Exchange(Exchange):
 
     async def inform(self, head: ResponseHead) -> None:
         await trio.lowlevel.checkpoint()
-        self._send_head(head, end=False)
+        with contextlib.suppress(ResponseTooLarge):  # it is too large for the client, who can do without
+            self._send_head(head, end=False)
 
     async def respond(self, head: ResponseHead, body: Body) -> None:
         if self.malformed is not None:
@@ -112,10 +120,10 @@ class Http2Exchange(Exchange):
             self.clock.expect(self._client_stalls, self._settings.write_timeout)
             await self.stream.mux.writer.paced()
             self.clock.rest()
-        self.response = head
-        self.on_response(head.status)
         ended = bodiless or (isinstance(piece, EndOfMessage) and not len(piece.trailers))
         self._send_head(head, end=ended)
+        self.response = head
+        self.on_response(head.status)
         if ended:
             await trio.lowlevel.checkpoint()
             return
@@ -163,7 +171,10 @@ class Http2Exchange(Exchange):
     def _send_end(self, end: EndOfMessage) -> None:
         if len(end.trailers):
             self.grpc_status = end.trailers.get(b"grpc-status")
-            self.stream.send_trailers(end.trailers)
+            try:
+                self.stream.send_trailers(end.trailers)
+            except HeadTooLarge as error:
+                raise too_large(error) from error
         else:
             self.stream.mux.put_data(self.stream.number, b"", end=True)
 
@@ -172,6 +183,10 @@ class Http2Exchange(Exchange):
             self.stream.send_head(head, end=end)
         except StreamLost as error:
             raise ClientGone(str(error)) from error
+        except HeadTooLarge as error:
+            if self.failure is not None:  # it is an answer of ours already
+                raise ClientGone(f"the client takes no answer: {error}") from error
+            raise too_large(error) from error
 
     def _client_stalls(self) -> Exception:
         return ClientGone(f"the client took nothing for {self._settings.write_timeout} s")
@@ -181,7 +196,8 @@ class Http2Exchange(Exchange):
         self.response = head
         self.on_response(head.status)
         head.headers.remove(b"content-length")
-        await self.inform(head)
+        await trio.lowlevel.checkpoint()
+        self._send_head(head, end=False)
         return Tunnel(self.stream)
 
     def retire(self) -> None:
@@ -191,10 +207,11 @@ class Http2Exchange(Exchange):
         """End the stream as broken; with trailers where the protocol has them for that."""
         if trailers is not None:
             self.grpc_status = trailers.get(b"grpc-status")
-            with contextlib.suppress(StreamLost):
+            with contextlib.suppress(StreamLost, HeadTooLarge):
                 self.stream.send_trailers(trailers)
-        else:
-            self.stream.close(Code.INTERNAL_ERROR if code is None else code)
+                return
+            code = None
+        self.stream.close(Code.INTERNAL_ERROR if code is None else code)
 
 
 class Tunnel:

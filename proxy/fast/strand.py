@@ -19,11 +19,13 @@ import trio
 
 from proxy.exchange import max_forwards
 from proxy.exchange.begun import Begun
+from proxy.exchange.carriers import oversized
 from proxy.exchange.mux_stream import MuxStream
 from proxy.exchange.reports import is_report
-from proxy.exchange.server2 import Http2Exchange, Http2Server, body_length
+from proxy.exchange.server2 import Http2Exchange, Http2Server, body_length, too_large
 from proxy.fast.course import Course, Shared
 from proxy.wire import grpc
+from proxy.wire.events2 import HeadTooLarge
 from proxy.wire.frames2 import Code
 from proxy.wire.messages import EndOfMessage, ResponseHead, strip_hop_by_hop
 
@@ -93,6 +95,9 @@ class Strand:
             account.__enter__()
             self._account = account
             self._set_out()
+        except HeadTooLarge:  # which the ordinary road will say: nothing has been sent
+            self._loan.end()
+            self._give(Begun())
         except Exception as error:  # as below
             self._fail(error)
 
@@ -116,6 +121,8 @@ class Strand:
         """More of the request is there."""
         try:
             self._ask()
+        except HeadTooLarge as error:
+            self.hand_over(oversized(error))
         except Exception as error:  # this room's boundary: one stream's fault is not the others'
             self._fail(error)
 
@@ -123,6 +130,8 @@ class Strand:
         """More of the response is there."""
         try:
             self._answer()
+        except HeadTooLarge as error:
+            self.hand_over(too_large(error))
         except Exception as error:
             self._fail(error)
 
@@ -171,10 +180,10 @@ class Strand:
         self._loan.on_answer()
         strip_hop_by_hop(head.headers)
         bodiless = exchange.frame(head, body_length(head.headers, ended=endpoint.empty))
-        exchange.response = head
-        exchange.on_response(head.status)
         ended = bodiless or endpoint.empty
         client.send_head(head, end=ended)
+        exchange.response = head
+        exchange.on_response(head.status)
         if ended:
             self._end(None)
         return ended
@@ -224,13 +233,16 @@ class Strand:
         self._client.mux.http.reset(self._client.number, Code.INTERNAL_ERROR)
         self._end(type(error))
 
-    def hand_over(self) -> None:
-        """The ordinary road goes on with it."""
+    def hand_over(self, failure: Exception | None = None) -> None:
+        """The ordinary road goes on with it, or says that it has failed."""
+        self._give(Begun(self._loan, self.began, self._asked, failure=failure))
+
+    def _give(self, begun: Begun) -> None:
         self._forget_streams()
         self._road.rests(self, finished=False)
         self._road.hands_over()
         exchange = self._exchange
         exchange.account = ExitStack()
         exchange.account.push(self._account)  # it is open already
-        exchange.begun = Begun(self._loan, self.began, self._asked)
+        exchange.begun = begun
         self._server.serve(exchange)

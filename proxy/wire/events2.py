@@ -79,7 +79,18 @@ class PingAnswered:
     payload: bytes
 
 
-Event = HeadReceived | DataReceived | TrailersReceived | StreamBroken | GoingAway | WindowOpened | PingAnswered
+@dataclass(slots=True)
+class Exhausted:
+    """The peer has used up its frame budget. GOAWAY has been sent: it may open no new streams, and those that are open go on."""
+
+    words: str
+
+
+Event = HeadReceived | DataReceived | TrailersReceived | StreamBroken | GoingAway | WindowOpened | PingAnswered | Exhausted
+
+
+class HeadTooLarge(Exception):
+    """A header list was to be sent that is larger than the peer takes (SETTINGS_MAX_HEADER_LIST_SIZE). Nothing has been sent."""
 
 
 class StreamGone(Exception):

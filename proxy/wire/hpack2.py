@@ -27,6 +27,7 @@ import hpack
 from hpack.hpack import encode_integer
 from hpack.table import HeaderTable
 
+from proxy.wire.events2 import HeadTooLarge
 from proxy.wire.fields2 import Block, Pair, Secret
 from proxy.wire.frames2 import Code, ConnectionFault
 
@@ -36,8 +37,9 @@ _REMEMBERED = 64 * 1024
 _OVERHEAD = 256
 # What a peer may have us use for its table (§4.2 lets us use less).
 _LARGEST_TABLE = 4096
-# A list over the limit is one stream's fault, as long as it can be decoded at all within this many times the limit.
+# A list over the limit is one stream's fault, as long as it can be decoded at all within so many times the limit, or so many bytes.
 _BOMB = 4
+_BOMB_FROM = 256 * 1024
 
 _NEVER = frozenset({b"authorization", b"proxy-authorization"})
 _SHORT_COOKIE = 20
@@ -52,6 +54,9 @@ _FLEETING = frozenset(
 # What is recognised is no longer than this: it cannot become a bomb, whatever the table holds.
 _SHORT_BLOCK = 2048
 _STATIC = HeaderTable.STATIC_TABLE_MAPPING
+# A field of the static table counts for less than this (§6.5.2 of RFC 9113), and so does the name of one.
+_SMALL_FIELD = 64
+UNLIMITED = 2**62
 _LITERAL_NEVER, _LITERAL_WITHOUT = 0x10, 0x00
 
 State = tuple[int, int, object]
@@ -123,6 +128,11 @@ def _text(block: bytes, at: int) -> tuple[bytes, int]:
     return block[at:end], end
 
 
+def hard_limit(limit: int) -> int:
+    """Bytes of a header block, or of its list, that are still decoded, for the sake of the table, where `limit` is what may be used."""
+    return max(limit * _BOMB, _BOMB_FROM)
+
+
 class Decoder:
     """Raises ConnectionFault for what cannot be decoded: the table is lost then, and the connection with it (§4.1)."""
 
@@ -130,7 +140,7 @@ class Decoder:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._hpack = hpack.Decoder(max_header_list_size=limit * _BOMB)
+        self._hpack = hpack.Decoder(max_header_list_size=hard_limit(limit))
         self._known: dict[bytes, Block] = {}
         self._held = 0
 
@@ -178,22 +188,34 @@ class Decoder:
 class Encoder:
     """The header blocks of one direction of a connection, in the order in which they are sent."""
 
-    __slots__ = ("_held", "_hpack", "_known", "_sizes")
+    __slots__ = ("_held", "_hpack", "_known", "_largest", "_sizes")
 
     def __init__(self) -> None:
         self._hpack = hpack.Encoder()
         self._known: dict[Pair, bytes] = {}
         self._held = 0
         self._sizes: tuple[int, int] | None = None  # the smallest and the last table size that was set since the last block
+        self._largest = _SMALL_FIELD  # no field counts for more than this beyond its bytes in a block
 
-    def encode(self, pairs: Sequence[Pair]) -> bytes:
+    def encode(self, pairs: Sequence[Pair], limit: int = UNLIMITED) -> bytes:
+        """A header block. Raises HeadTooLarge if the list is over `limit` (bytes, counted as in RFC 9113 §6.5.2); then nothing is to be
+        sent, and the next block clears the table, which may have changed."""
         known = self._known
         pieces = [self._resized()] if self._sizes is not None else []
         for pair in pairs:
             # A Secret equals the same field that is none.
             piece = known.get(pair) if type(pair) is tuple else None
             pieces.append(self._field(pair) if piece is None else piece)
-        return b"".join(pieces)
+        block = b"".join(pieces)
+        if len(block) + len(pairs) * self._largest > limit:  # it cannot be otherwise, so the fields need not be counted
+            self._check(pairs, limit)
+        return block
+
+    def _check(self, pairs: Sequence[Pair], limit: int) -> None:
+        size = sum([len(name) + len(value) + 32 for name, value in pairs])
+        if size > limit:
+            self._sizes = (0, self._hpack.header_table_size)
+            raise HeadTooLarge(f"a header list of {size} bytes, and the peer takes {limit} (SETTINGS_MAX_HEADER_LIST_SIZE)")
 
     def _field(self, pair: Pair) -> bytes:
         name, value = pair
@@ -204,6 +226,7 @@ class Encoder:
             piece = _literal(_LITERAL_WITHOUT, static[0] if static else 0, name, value)
         else:
             before = _state(self._hpack)
+            self._largest = max(self._largest, len(name) + len(value) + 32)
             piece = self._hpack.add((name, value), sensitive=False, huffman=True)
             if not _same(_state(self._hpack), before):
                 self._known.clear()

@@ -1,7 +1,11 @@
 """One HTTP/2 connection, in either role: what the peer sends, read into events of single streams (RFC 9113).
 
 What is wrong with one stream ends that stream (StreamFault: RST_STREAM), what is wrong with the connection ends it (ConnectionFault:
-GOAWAY, and ProtocolError to the caller). GOAWAY without an error ends nothing but the opening of new streams.
+GOAWAY, and ProtocolError to the caller). The peer's GOAWAY, whatever its code, ends nothing but the opening of new streams.
+
+The peer may be a proxy, whose connection carries the requests of many clients. So no fault that one client can cause by way of a proxy
+that keeps to the RFC is the connection's. A header list over the limit is decoded, for HPACK's table must stay in step, and its stream
+is reset. Only a list that is far over it ends the connection (hpack2.hard_limit).
 """
 
 from __future__ import annotations
@@ -22,20 +26,19 @@ from proxy.wire.events2 import (
     WindowOpened,
 )
 from proxy.wire.fields2 import Pair, request_head, response_head, trailers
-from proxy.wire.frames2 import Code, ConnectionFault, Kind, Setting, StreamFault
-from proxy.wire.hpack2 import Decoder
+from proxy.wire.frames2 import Code, ConnectionFault, Kind, StreamFault
+from proxy.wire.hpack2 import Decoder, hard_limit
 from proxy.wire.http1 import Role
 from proxy.wire.messages import ProtocolError, RequestHead, ResponseHead
-from proxy.wire.streams2 import COST_CONTROL, COST_RESET, COST_WINDOW, OF_AGE, PER_SECOND, Stream, Streams
+from proxy.wire.streams2 import BUDGET, COST_CONTROL, COST_RESET, COST_WINDOW, OF_AGE, Stream, Streams
 
-# A header block in more pieces than this is an attack (CVE-2024-27316): ours come in one, the largest legal ones in four or five.
+# A header block in so many more pieces than it needs is an attack (CVE-2024-27316).
 _MOST_CONTINUATIONS = 16
 # A CONTINUATION of at least this many bytes costs the peer more than us.
 _LARGE_PIECE = 1024
 # Parameters of one SETTINGS frame: each may move the window of every stream. nghttp2 has the same bound.
 _MOST_SETTINGS = 32
-# What a header block is not plain without, or with.
-_SHAPE = frames.END_HEADERS | frames.PADDED | frames.PRIORITY
+_SHAPE = frames.END_HEADERS | frames.PADDED | frames.PRIORITY  # what a header block is not plain without, or with
 _HEADER = frames.HEADER.unpack_from
 # A flag of ours beside the wire's eight.
 _SELF_DEPENDENT = 0x100
@@ -54,13 +57,14 @@ class _Block:
 class Http2Connection(Streams):
     """Raises ProtocolError when the connection is over; what is in `data_to_send` then (GOAWAY) is still to be sent."""
 
-    def __init__(self, role: Role, limits: Http2Limits) -> None:
-        super().__init__(role, limits)
+    def __init__(self, role: Role, limits: Http2Limits, budget: float = BUDGET) -> None:
+        super().__init__(role, limits, budget)
         self._buffer = b""
         self._preface_pending = not self._client
         self._settings_pending = True
         self._decoder = Decoder(limits.head)
         self._block: _Block | None = None
+        self._largest_block = hard_limit(limits.head)
         self._refilled = 0.0
         self.speaks_http1 = False  # the server has answered our preface by HTTP/1
 
@@ -73,7 +77,7 @@ class Http2Connection(Streams):
         """Take bytes that were read at `now` (seconds of any clock). Raises ProtocolError: the connection is over."""
         if self._over:
             raise ProtocolError("HTTP/2: the connection is over")
-        self._earn((now - self._refilled) * PER_SECOND)
+        self._earn((now - self._refilled) * self._per_second)
         self._refilled = now
         self._buffer = self._buffer + data if self._buffer else data
         self._events = []
@@ -215,8 +219,8 @@ class Http2Connection(Streams):
     def _add(self, block: _Block, fragment: bytes, flags: int) -> None:
         block.pieces.append(fragment)
         block.size += len(fragment)
-        if block.size > self._limits.head or len(block.pieces) > _MOST_CONTINUATIONS:
-            raise ConnectionFault(Code.ENHANCE_YOUR_CALM, f"a header block of more than {self._limits.head} bytes, or in too many pieces")
+        if block.size > self._largest_block or len(block.pieces) > _MOST_CONTINUATIONS + block.size // frames.DEFAULT_FRAME_SIZE:
+            raise ConnectionFault(Code.ENHANCE_YOUR_CALM, f"a header block of more than {self._largest_block} bytes, or in too many pieces")
         if flags & frames.END_HEADERS:
             self._block = None
             whole = block.pieces[0] if len(block.pieces) == 1 else b"".join(block.pieces)
@@ -264,8 +268,7 @@ class Http2Connection(Streams):
         head: RequestHead | ResponseHead
         if self._client:
             head = response_head(pairs)
-            if head.informational:
-                self._spend(COST_CONTROL)
+            if head.informational:  # their number is for the exchange to limit: one server's many are not the other streams' fault
                 if ended:
                     raise ProtocolError("an informational response that ends its stream")
                 self._events.append(HeadReceived(stream.number, head, False))
@@ -322,11 +325,14 @@ class Http2Connection(Streams):
         code = frames.read_long(payload, "RST_STREAM")
         self._check_not_idle(number, "RST_STREAM")
         stream = self._streams.get(number)
-        if stream is None or (not self._client and self._refilled - stream.opened < OF_AGE):
-            self._spend(COST_RESET)  # a client is sent no more of them than it has opened streams
-        if stream is not None:
-            self._forget(stream)
-            self._events.append(StreamBroken(number, code, True, f"the peer reset the stream ({frames.code_name(code)})"))
+        if stream is None:
+            if (late := self._forgiven.get(number)) is None or not late.takes_reset():
+                self._spend(COST_RESET)
+            return
+        if not self._client and stream.sends and self._refilled - stream.opened < OF_AGE:
+            self._spend(COST_RESET)
+        self._forget(stream)
+        self._events.append(StreamBroken(number, code, True, f"the peer reset the stream ({frames.code_name(code)})"))
 
     def _on_settings(self, number: int, flags: int, payload: bytes) -> None:
         if number:
@@ -345,31 +351,6 @@ class Http2Connection(Streams):
             self._set(key, value)
         self._out.append(frames.frame(Kind.SETTINGS, frames.ACK, 0, b""))
         self._events.append(WindowOpened(0))
-
-    def _set(self, key: int, value: int) -> None:
-        match key:
-            case Setting.HEADER_TABLE_SIZE:
-                self._encoder.resize(value)
-            case Setting.ENABLE_PUSH if value > 1 or (self._client and value):
-                raise ConnectionFault(Code.PROTOCOL_ERROR, f"ENABLE_PUSH of {value}")
-            case Setting.MAX_CONCURRENT_STREAMS:
-                self._peer_streams = value
-            case Setting.INITIAL_WINDOW_SIZE:
-                if value > frames.LARGEST_WINDOW:
-                    raise ConnectionFault(Code.FLOW_CONTROL_ERROR, f"INITIAL_WINDOW_SIZE of {value}")
-                for stream in self._streams.values():
-                    stream.send_window += value - self._peer_window
-                    if stream.send_window > frames.LARGEST_WINDOW:
-                        raise ConnectionFault(Code.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE opens a window too far")
-                self._peer_window = value
-            case Setting.MAX_FRAME_SIZE:
-                if not frames.DEFAULT_FRAME_SIZE <= value <= frames.LARGEST_FRAME_SIZE:
-                    raise ConnectionFault(Code.PROTOCOL_ERROR, f"MAX_FRAME_SIZE of {value}")
-                self._peer_frame_size = value
-            case Setting.ENABLE_CONNECT_PROTOCOL:
-                if value > 1 or (self.extended_connect and not value):
-                    raise ConnectionFault(Code.PROTOCOL_ERROR, f"ENABLE_CONNECT_PROTOCOL of {value}")
-                self.extended_connect = value == 1
 
     def _on_ping(self, number: int, flags: int, payload: bytes) -> None:
         if number:

@@ -9,12 +9,21 @@ RST_STREAM passes in it.
 Credit. What DATA carried counts against the peer's window until `consumed` says that somebody took it. So a consumer that is slow, or
 gone, stops its sender and nobody else: each stream has a window of its own, and the connection's is large enough for several.
 
-Patience. Some frames cost us work and the peer nothing: a stream that is opened and reset (CVE-2023-44487), PING and SETTINGS, which
+Frame budget. Some frames cost us work and the peer nothing: a stream that is opened and reset (CVE-2023-44487), PING and SETTINGS, which
 must be answered, empty DATA, WINDOW_UPDATE by the byte, PRIORITY and unknown frames. All of them draw on one account. Streams that
 end well in both directions, DATA that we send (which is what honest peers answer with WINDOW_UPDATE and PING) and time passing pay
-into it, so an honest peer never notices; when it is empty the connection ends with ENHANCE_YOUR_CALM. What the peer sends pays
-nothing: it could buy resets with padding. A reset is free if its stream has lived for a while, because the number of streams bounds
-those already: cancelling a hundred slow requests at their deadline is no attack.
+into it. What the peer sends pays nothing: it could buy resets with padding.
+
+These are free:
+
+- A reset of a stream that has lived for a while, or that we have answered. The number of streams bounds the former, and the latter is no
+  cheaper than a request.
+- Frames that may have crossed with a reset of ours: a few header blocks, one reset, and what the window allowed of DATA.
+- What a server does to streams that we have opened, once for each stream.
+
+When the account is empty, GOAWAY with ENHANCE_YOUR_CALM asks the peer to open no new streams. The open ones go on: a peer that is itself
+a proxy carries the requests of many clients on them, and one of its clients may have caused the resets. A peer that does not stop uses
+up the second, smaller account that it has from then on. Then the connection ends.
 """
 
 from __future__ import annotations
@@ -22,15 +31,18 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from proxy.wire import frames2 as frames
-from proxy.wire.events2 import Event, Http2Limits, StreamBroken, StreamGone
+from proxy.wire.events2 import Event, Exhausted, Http2Limits, StreamBroken, StreamGone
 from proxy.wire.fields2 import Pair, field_pairs, request_pairs, response_pairs
 from proxy.wire.frames2 import Code, ConnectionFault, Kind, Setting, StreamFault
-from proxy.wire.hpack2 import Encoder
+from proxy.wire.hpack2 import UNLIMITED, Encoder
 from proxy.wire.http1 import Role
+from proxy.wire.late2 import Late
 from proxy.wire.messages import Headers, RequestHead, ResponseHead
 
-_PATIENCE = 1000.0
-PER_SECOND = 100.0
+BUDGET = 1000.0
+# What comes back in a second, and what a peer has after GOAWAY, in parts of the budget.
+_PER_SECOND = 1 / 10
+_AFTERWARDS = 1 / 2
 # For a frame of DATA that we send: grpc-go answers each one with a PING while it measures the bandwidth, others with WINDOW_UPDATE for
 # the stream and for the connection; and for each largest frame's worth of it.
 _PER_FRAME = 1.0
@@ -44,6 +56,7 @@ OF_AGE = 0.1
 
 # Streams that we reset, and whose late frames we therefore forgive. Of older ones we do not know, and forgive for a price.
 _FORGIVEN = 1024
+_FLOOD = "too many frames that only cost time (resets, pings, settings, empty data)"
 # A peer may allow frames of up to 16 MiB; a larger one than this would only keep the other streams waiting.
 _LARGEST_SENT = 65536
 
@@ -70,12 +83,13 @@ class Stream:
 class Streams:
     """All streams of one connection, and its output. What the peer sends is http2.py's to read."""
 
-    def __init__(self, role: Role, limits: Http2Limits) -> None:
+    def __init__(self, role: Role, limits: Http2Limits, budget: float = BUDGET) -> None:
+        """`budget`: what frames that only cost time may cost together before the peer is asked to stop; a tenth comes back each second."""
         self._client = role is Role.CLIENT
         self._limits = limits
         self._encoder = Encoder()
         self._streams: dict[int, Stream] = {}
-        self._forgiven: OrderedDict[int, int] = OrderedDict()  # and how many bytes may still be under way to them
+        self._forgiven: OrderedDict[int, Late] = OrderedDict()  # what may still be under way to streams that we have reset
         self._forgotten = 0  # the highest number that is not forgiven any more
         self._events: list[Event] = []
         self._out: list[bytes] = []
@@ -88,11 +102,15 @@ class Streams:
         self._send_window = frames.DEFAULT_WINDOW
         self._window = max(limits.connection_window, frames.DEFAULT_WINDOW)
         self._taken = 0
-        self._patience = _PATIENCE
+        self._budget = budget
+        self._patience = budget  # what is left of it
+        self._per_second = budget * _PER_SECOND
+        self._exhausted = False
         self._over = False
         # What the peer has set, with the initial values of RFC 9113 §6.5.2.
         self._peer_window = frames.DEFAULT_WINDOW
         self._peer_frame_size = frames.DEFAULT_FRAME_SIZE
+        self._peer_head = UNLIMITED
         self._peer_streams = 100  # until it says otherwise; the RFC's "no limit" would have us send streams that are refused
         self.extended_connect = False  # the peer takes CONNECT with :protocol (RFC 8441)
         self._greet()
@@ -112,6 +130,33 @@ class Streams:
         if self._window > frames.DEFAULT_WINDOW:
             self._out.append(frames.window_update(0, self._window - frames.DEFAULT_WINDOW))
 
+    def _set(self, key: int, value: int) -> None:
+        match key:
+            case Setting.HEADER_TABLE_SIZE:
+                self._encoder.resize(value)
+            case Setting.ENABLE_PUSH if value > 1 or (self._client and value):
+                raise ConnectionFault(Code.PROTOCOL_ERROR, f"ENABLE_PUSH of {value}")
+            case Setting.MAX_CONCURRENT_STREAMS:
+                self._peer_streams = value
+            case Setting.INITIAL_WINDOW_SIZE:
+                if value > frames.LARGEST_WINDOW:
+                    raise ConnectionFault(Code.FLOW_CONTROL_ERROR, f"INITIAL_WINDOW_SIZE of {value}")
+                for stream in self._streams.values():
+                    stream.send_window += value - self._peer_window
+                    if stream.send_window > frames.LARGEST_WINDOW:
+                        raise ConnectionFault(Code.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE opens a window too far")
+                self._peer_window = value
+            case Setting.MAX_FRAME_SIZE:
+                if not frames.DEFAULT_FRAME_SIZE <= value <= frames.LARGEST_FRAME_SIZE:
+                    raise ConnectionFault(Code.PROTOCOL_ERROR, f"MAX_FRAME_SIZE of {value}")
+                self._peer_frame_size = value
+            case Setting.MAX_HEADER_LIST_SIZE:
+                self._peer_head = value
+            case Setting.ENABLE_CONNECT_PROTOCOL:
+                if value > 1 or (self.extended_connect and not value):
+                    raise ConnectionFault(Code.PROTOCOL_ERROR, f"ENABLE_CONNECT_PROTOCOL of {value}")
+                self.extended_connect = value == 1
+
     # The life of streams...
 
     def _idle(self, number: int) -> bool:
@@ -126,22 +171,22 @@ class Streams:
     def _late(self, number: int, what: str, stream: Stream | None, credit: int = 0) -> None:
         """A frame for a stream that does not receive any more: forgiven if it could not know, a fault otherwise (§5.1)."""
         self._check_not_idle(number, what)
-        left = self._forgiven.get(number, 0) - credit
         if stream is not None:
             raise StreamFault(number, Code.STREAM_CLOSED, f"{what} behind the end of the stream")
-        if number in self._forgiven and credit and left >= 0:
-            self._forgiven[number] = left
+        late = self._forgiven.get(number)
+        if late is not None and late.takes(credit):
             return
         self._spend(COST_CONTROL)
-        if number not in self._forgiven and number > self._forgotten:
+        if late is None and number > self._forgotten:
             raise ConnectionFault(Code.STREAM_CLOSED, f"{what} on the closed stream {number}")
 
     def _break(self, fault: StreamFault) -> None:
         """RST_STREAM for what the peer did, and the event if the stream was one. An idle stream cannot be reset (§6.4)."""
         if self._idle(fault.stream):
             raise ConnectionFault(fault.code, str(fault))
-        self._spend(COST_RESET)
         stream = self._streams.get(fault.stream)
+        if stream is None or not self._client:
+            self._spend(COST_RESET)
         self._out.append(frames.rst_stream(fault.stream, fault.code))
         self._forgive(fault.stream, stream)
         if stream is not None:
@@ -170,17 +215,29 @@ class Streams:
                 self._open_theirs -= 1
 
     def _forgive(self, number: int, stream: Stream | None) -> None:
-        self._forgiven.setdefault(number, self._limits.stream_window if stream is None else max(0, stream.window))
+        if number not in self._forgiven:
+            self._forgiven[number] = Late(self._limits.stream_window if stream is None else max(0, stream.window))
         if len(self._forgiven) > _FORGIVEN:
             self._forgotten = max(self._forgotten, self._forgiven.popitem(last=False)[0])
 
     def _earn(self, amount: float) -> None:
-        self._patience = min(_PATIENCE, self._patience + amount)
+        self._patience = min(self._budget, self._patience + amount)
 
     def _spend(self, amount: float) -> None:
         self._patience -= amount
         if self._patience < 0:
-            raise ConnectionFault(Code.ENHANCE_YOUR_CALM, "too many frames that only cost time (resets, pings, settings, empty data)")
+            self._exhaust()
+
+    def _exhaust(self) -> None:
+        """Ask the peer to stop; end the connection if it has been asked before."""
+        if self._exhausted:
+            raise ConnectionFault(Code.ENHANCE_YOUR_CALM, _FLOOD)
+        self._exhausted = True
+        self._budget *= _AFTERWARDS
+        self._patience = self._budget
+        self._refuse_above = self._highest_theirs
+        self._out.append(frames.goaway(self._highest_theirs, Code.ENHANCE_YOUR_CALM, _FLOOD))
+        self._events.append(Exhausted(f"HTTP/2: {_FLOOD} ({Code.ENHANCE_YOUR_CALM.name})"))
 
     # Writing...
 
@@ -213,24 +270,27 @@ class Streams:
         return self.send_request_fields(head.method, request_pairs(head), end=end)
 
     def send_request_fields(self, method: bytes, pairs: list[Pair], *, end: bool) -> int:
-        """The same for a head that is a header list already."""
+        """The same for a head that is a header list already. Both raise HeadTooLarge."""
+        block = self._encoder.encode(pairs, self._peer_head)
         number = self._next_ours
         self._next_ours += 2
         stream = self._streams[number] = Stream(number, self._peer_window, self._limits.stream_window)
         stream.method = method
         self._open_ours += 1
-        self._send_headers(stream, pairs, end)
+        self._send_block(stream, block, end)
         return number
 
     def send_response(self, number: int, head: ResponseHead, *, end: bool) -> None:
-        """Raises StreamGone, as all of these do."""
-        self._send_headers(self._sending(number), response_pairs(head), end)
+        """Raises StreamGone, as all of these do, and HeadTooLarge, as `send_trailers` does."""
+        stream = self._sending(number)
+        self._send_block(stream, self._encoder.encode(response_pairs(head), self._peer_head), end)
 
     def send_trailers(self, number: int, fields: Headers) -> None:
-        self._send_headers(self._sending(number), field_pairs(fields), end=True)
+        stream = self._sending(number)
+        self._send_block(stream, self._encoder.encode(field_pairs(fields), self._peer_head), end=True)
 
-    def _send_headers(self, stream: Stream, pairs: list[Pair], end: bool) -> None:
-        self._out += frames.headers(stream.number, self._encoder.encode(pairs), self._peer_frame_size, end=end)
+    def _send_block(self, stream: Stream, block: bytes, end: bool) -> None:
+        self._out += frames.headers(stream.number, block, self._peer_frame_size, end=end)
         if end:
             self._sent_end(stream)
 
@@ -286,6 +346,15 @@ class Streams:
                 self._out.append(frames.window_update(number, stream.taken))
                 stream.window += stream.taken
                 stream.taken = 0
+
+    @property
+    def streams_allowed(self) -> int:
+        """How many streams of ours the peer takes at a time."""
+        return self._peer_streams
+
+    def is_open(self, number: int) -> bool:
+        """Whether the stream is open in one direction at least."""
+        return number in self._streams
 
     def reset(self, number: int, code: int) -> None:
         """End a stream in both directions; nothing happens if it has ended already."""

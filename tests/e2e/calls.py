@@ -32,7 +32,7 @@ def status(error):
 
 # Threads that call one after the other over one channel, until a file appears. A line of JSON, a few times a second, says what came of it.
 _LOAD = """
-threads, stop = int(sys.argv[3]), sys.argv[4]
+threads, stop, pause = int(sys.argv[3]), sys.argv[4], float(sys.argv[5])
 outcomes, answered, longest, lock, ended = {}, {}, 0.0, threading.Lock(), threading.Event()
 name = shop.unary_unary("Name")
 def call():
@@ -50,7 +50,7 @@ def call():
             longest = max(longest, time.monotonic() - began)
             if who:
                 answered[who] = answered.get(who, 0) + 1
-        time.sleep(0.002 if who else 0.05)
+        time.sleep(pause if who else 0.05)
 def tell():
     with lock:
         print(json.dumps({"outcomes": outcomes, "answered": answered, "longest": longest, "ended": ended.is_set()}), flush=True)
@@ -108,15 +108,17 @@ class Calls:
     "OK", or the status with the type of the error in Proxy-Status where there is one ("UNAVAILABLE connection_refused").
     """
 
-    def __init__(self, pod: Pod, host: str, *, threads: int = THREADS) -> None:
+    def __init__(self, pod: Pod, host: str, *, threads: int = THREADS, pause: float = 0.002) -> None:
+        """`pause`: seconds between two calls of a thread."""
         self._pod = pod
         self._host = host
         self._threads = threads
+        self._pause = pause
         self._stop = Path(pod.directory / f"stop-{id(self)}")
         self._process: Process | None = None
 
     async def __aenter__(self) -> Self:
-        arguments = (str(self._threads), str(self._stop))
+        arguments = (str(self._threads), str(self._stop), str(self._pause))
         self._process = await speaking(self._pod, f"calls-{id(self)}", _LOAD, *arguments, host=self._host)
         await self.more(self._threads)
         return self

@@ -11,7 +11,7 @@ import trio
 
 from proxy.exchange.client import ClientSettings
 from proxy.exchange.exchange import Exchange
-from proxy.exchange.mux import MuxSettings
+from proxy.exchange.mux_settings import MuxSettings
 from proxy.exchange.pool import PoolSettings
 from tests.kit.http import Peer, origin, until
 from tests.kit.http2_hop import Settings2, hop2, through2

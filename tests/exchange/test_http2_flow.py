@@ -11,7 +11,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from proxy.exchange.client import ClientSettings
-from proxy.exchange.mux import MuxSettings
+from proxy.exchange.mux_settings import MuxSettings
 from proxy.exchange.server import ServerSettings
 from proxy.wire.events2 import Http2Limits
 from tests.kit.http import Peer, origin, until

@@ -16,7 +16,7 @@ import grpc
 import pytest
 import trio
 
-from proxy.exchange.mux import MuxSettings
+from proxy.exchange.mux_settings import MuxSettings
 from proxy.net.address import Address
 from tests.kit.http import origin, until
 from tests.kit.http2_hop import Settings2, hop2

@@ -14,6 +14,7 @@ from proxy.wire.frames2 import END_HEADERS, END_STREAM, PREFACE, Code, Kind, fra
 from proxy.wire.http1 import Role
 from proxy.wire.http2 import Http2Connection
 from proxy.wire.messages import Headers, ProtocolError, RequestHead, ResponseHead
+from proxy.wire.streams2 import BUDGET
 
 Pair = tuple[bytes, bytes]
 GET: list[Pair] = [(b":method", b"GET"), (b":scheme", b"http"), (b":path", b"/"), (b":authority", b"a")]
@@ -64,8 +65,10 @@ def frames_in(stream: bytes) -> list[tuple[int, int, int, bytes]]:
 class Ours:
     """An engine behind its greeting, with everything that it says taken down."""
 
-    def __init__(self, role: Role = Role.SERVER, limits: Http2Limits | None = None, *, greeted: bool = True) -> None:
-        self.engine = Http2Connection(role, limits or Http2Limits())
+    def __init__(
+        self, role: Role = Role.SERVER, limits: Http2Limits | None = None, *, greeted: bool = True, budget: float = BUDGET
+    ) -> None:
+        self.engine = Http2Connection(role, limits or Http2Limits(), budget)
         self.now = 1.0
         self.said: list[tuple[int, int, int, bytes]] = []
         if greeted:

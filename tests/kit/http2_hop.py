@@ -14,7 +14,8 @@ from proxy.exchange.client import Client, ClientSettings, Lender
 from proxy.exchange.exchange import Exchange, Facts, stack
 from proxy.exchange.layers import deadline, measure, rescue
 from proxy.exchange.lenders import Http1Lender, Http2Lender
-from proxy.exchange.mux import Mux, MuxSettings
+from proxy.exchange.mux import Mux
+from proxy.exchange.mux_settings import MuxSettings
 from proxy.exchange.pool import Pool, PoolSettings
 from proxy.exchange.pool2 import MuxPool
 from proxy.exchange.server import Drain, Http1Server, ServerSettings

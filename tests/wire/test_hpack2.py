@@ -11,6 +11,7 @@ from hpack.hpack import encode_integer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proxy.wire.events2 import HeadTooLarge
 from proxy.wire.fields2 import Pair, Secret
 from proxy.wire.frames2 import Code, ConnectionFault
 from proxy.wire.hpack2 import _REMEMBERED, Decoder, Encoder
@@ -207,3 +208,35 @@ def test_a_bomb_ends_before_it_has_grown() -> None:
     with pytest.raises(ConnectionFault) as caught:
         decoder.decode(b"\xbe" * 65536)
     assert caught.value.code is Code.ENHANCE_YOUR_CALM
+
+
+def test_a_list_that_is_refused_leaves_encoder_and_decoder_in_step() -> None:
+    """What the refused block has put into the table is not in the decoder's."""
+    encoder, decoder = Encoder(), Decoder(65536)
+    assert decoder.decode(encoder.encode([(b"x-one", b"1" * 40)])) is not None
+    with pytest.raises(HeadTooLarge, match=f"of {3 * 47 + 32 + 1 + 5000} bytes"):
+        encoder.encode([(b"x-one", b"1" * 10), (b"x-two", b"2" * 10), (b"x-new", b"3" * 10), (b"y", b"v" * 5000)], 4096)
+    for _ in range(2):
+        pairs = [(b"x-two", b"2" * 10), (b"x-one", b"1" * 40), (b"x-new", b"3" * 10)]
+        assert decoder.decode(encoder.encode(pairs)) == pairs
+
+
+SIZED = st.tuples(st.sampled_from([b"a", b"cookie", b"x-long", b":path", b"age"]), st.integers(0, 3000))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.lists(SIZED, max_size=12), st.integers(0, 12000)), max_size=12))
+def test_no_list_over_the_limit_is_encoded_and_none_below_it_is_refused(blocks: list[tuple[list[tuple[bytes, int]], int]]) -> None:
+    encoder, decoder = Encoder(), Decoder(2**20)
+    for fields, limit in blocks:
+        pairs = [(name, b"%d" % length * (length // 4)) for name, length in fields]
+        size = sum(len(name) + len(value) + 32 for name, value in pairs)
+        try:
+            block = encoder.encode(pairs, limit)
+        except HeadTooLarge:
+            assert size > limit
+        else:
+            assert size <= limit
+            decoded = decoder.decode(block)
+            assert decoded is not None
+            assert [tuple(pair) for pair in decoded] == pairs

@@ -360,7 +360,7 @@ def test_more_late_data_than_the_stream_had_room_for_is_not_forgiven_for_ever() 
     ours.hear(OPEN)
     ours.engine.reset(1, Code.CANCEL)
     with pytest.raises(ProtocolError, match="too many"):
-        ours.hear(*[data(1, bytes(16384))] * (4 + 1001))
+        ours.hear(*[data(1, bytes(16384))] * (4 + 1001 + 501))
 
 
 def test_the_block_of_a_refused_stream_is_decoded_all_the_same() -> None:
