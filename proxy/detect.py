@@ -12,7 +12,7 @@ import trio
 from trio.lowlevel import checkpoint_if_cancelled
 
 from proxy.net.streams import SocketStream
-from proxy.wire.sniff import HELLO_LIMIT, UNDECIDED, ClientHello, Protocol, Undecided, client_hello, protocol, settle
+from proxy.wire.sniff import HELLO_LIMIT, UNDECIDED, UNLIKELY, ClientHello, Protocol, Undecided, client_hello, protocol, settle
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class Opening:
     protocol: Protocol
     how: str  # "http1", "http2", "tls", "opaque"; "silent": nothing came in time; "closed": it ended without a byte, as probes do
     hello: ClientHello | None = None
+    open: bool = False  # what comes later may still show that it is HTTP (late.py)
 
 
 def _judge(data: bytes) -> Opening | Undecided:
@@ -31,6 +32,8 @@ def _judge(data: bytes) -> Opening | Undecided:
     if hello is UNDECIDED:
         return UNDECIDED
     verdict = protocol(data)
+    if verdict is UNLIKELY:
+        return Opening(Protocol.OPAQUE, "opaque", open=True)
     return UNDECIDED if isinstance(verdict, Undecided) else _opening(verdict)
 
 
@@ -58,9 +61,11 @@ async def detect(stream: SocketStream, silence: float, patience: float) -> Openi
             if not data:
                 scope.deadline = trio.current_time() + patience
             data = seen
-            verdict = _judge(data)
-            if isinstance(verdict, Opening):
+            if isinstance(verdict := _judge(data), Opening):
                 return verdict
             if len(data) >= HELLO_LIMIT:
                 return _opening(settle(data))
-    return _opening(settle(data)) if data else Opening(Protocol.OPAQUE, "silent")
+    if not data:
+        return Opening(Protocol.OPAQUE, "silent", open=True)
+    last = settle(data)
+    return Opening(last, "opaque", open=True) if last is Protocol.OPAQUE else _opening(last)

@@ -20,13 +20,16 @@ from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
 from proxy.exchange.guard import unguarded
 from proxy.exchange.layers import deadline, measure, rescue
+from proxy.exchange.resumed import Resumed
 from proxy.exchange.trace import trace, untraced
 from proxy.exchange.upgrade import carry
 from proxy.fast.course import Borrowed, Shared
+from proxy.late import FOUND_OPAQUE
 from proxy.mesh.spiffe import is_identity
 from proxy.net.accept import Connection
 from proxy.net.address import Address
 from proxy.net.errors import ConnectFailed
+from proxy.net.relay import SILENT
 from proxy.net.streams import Stream
 from proxy.net.tls import TLSStream
 from proxy.pools import Pools, serve, spoken
@@ -59,8 +62,10 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
             rt.loops.accepted(connection, about)
             port = about.destination.port
             opaque = port in config.opaque_ports
-            opening = await account.detect(connection.stream, silence(rt, port), config.detect_timeout)
-            if opening.how == "closed":
+            http_only = port in config.http_ports
+            patience = rt.config.http.head_timeout if http_only else config.detect_timeout
+            opening = await account.detect(connection.stream, silence(rt, port), patience)
+            if opening.how == "closed" or (http_only and opening.how == "silent"):
                 return
             async with closing(await terminate(rt, connection.stream, opening, about)) as stream:
                 slot.settle(member=about.identity is not None and config.allows(port, about.identity))
@@ -70,12 +75,18 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
                 else:
                     account.plain(opening)
                     about.protocol = Protocol.OPAQUE if opaque else opening.protocol
+                    if http_only and opening.open:  # it has begun what may be a request, and is slow
+                        about.protocol = Protocol.HTTP1
                 if about.protocol is not Protocol.OPAQUE:
                     with pools.client(about.destination):
                         await serve(rt, stream, about, handler, course)
                 else:
                     authorise(rt, about)
-                    await to_listener(rt, stream, about, account)
+                    about.unsure = not opaque and (opening.open or isinstance(stream, TLSStream))
+                    late = await to_listener(rt, stream, about, account)
+                    if late is not None:
+                        with pools.client(about.destination):
+                            await serve(rt, late, about, handler, course)
 
     return accept
 
@@ -87,6 +98,8 @@ def silence(rt: Runtime, port: int) -> float | None:
     identity, a short wait tells the two apart; and where no TLS can be ours, there is nothing to wait for.
     """
     config = rt.config.inbound
+    if port in config.http_ports:  # as a server of HTTP waits for a request
+        return rt.config.http.idle_timeout
     if port not in config.opaque_ports or config.requires_identity(port):
         return config.detect_timeout
     return None if rt.identity is None else config.hello_timeout
@@ -119,7 +132,7 @@ def caller(rt: Runtime, exchange: Exchange) -> bytes | None:
     peer = exchange.facts.identity
     if peer is None:
         return None
-    if rt.config.inbound.trusts(peer):
+    if rt.config.inbound.trusts(peer) and not exchange.facts.unnamed:
         named = exchange.request.headers.all(CALLER)
         if len(named) == 1 and is_identity(named[0]):
             return named[0]
@@ -154,18 +167,27 @@ class InboundCourse:
         return True
 
 
-async def to_listener(rt: Runtime, stream: Stream, about: Facts, account: ConnectionAccount) -> None:
+async def to_listener(rt: Runtime, stream: Stream, about: Facts, account: ConnectionAccount) -> Stream | None:
     """Relay `stream` to the application, byte for byte. Raises RequestError on a port for HTTP only.
 
-    An application that goes by what this proxy says in a header (who the caller is) must not be reachable by bytes that nobody has looked
-    at. Whoever is let in chooses by ALPN how it is read, and a client without TLS by its first bytes.
+    An application that goes by what this proxy says in a header (who the caller is) must not be reachable by bytes that have not been
+    looked at. A peer chooses by ALPN how it is read, and a client without TLS by its first bytes. So where the port is not declared opaque
+    (`about` is unsure), the bytes are looked at, a tunnel's too. If they are HTTP, nothing is relayed: returns the stream to serve, from
+    its first byte.
     """
     if about.destination.port in rt.config.inbound.http_ports:
         raise RequestError(f"port {about.destination.port} takes HTTP only (inbound.http_ports), and this is something else")
     async with closing(await dialled(rt, stream, about)) as application:
         await confirm(stream)
         with account.upstream(application):
-            account.relayed(await rt.relay(stream, application))
+            found = await rt.look(stream, application, rt.config.inbound.detect_timeout) if about.unsure else FOUND_OPAQUE
+            if found.protocol is not Protocol.OPAQUE:
+                if found.passed:  # a FIN would say that this was all
+                    application.reset()
+                about.protocol, about.unnamed = found.protocol, True
+                return Resumed(stream, found.said)
+            account.relayed(SILENT if found.silent else await rt.relay(stream, application))
+    return None
 
 
 async def dialled(rt: Runtime, stream: Stream, about: Facts) -> Stream:

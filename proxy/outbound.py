@@ -23,15 +23,18 @@ from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
 from proxy.exchange.guard import hide_names, unguarded
 from proxy.exchange.layers import deadline, measure, rescue
 from proxy.exchange.replay import Replay
+from proxy.exchange.resumed import Resumed
 from proxy.exchange.trace import trace, untraced
 from proxy.exchange.tunnel import open_tunnel
 from proxy.exchange.upgrade import carry
 from proxy.fast.course import LEAST_LIMIT, Borrowed, Shared
+from proxy.late import FOUND_OPAQUE
 from proxy.loops import SelfCall
 from proxy.mesh.contexts import ALPN_HTTP1
 from proxy.mesh.directory import Endpoint, Hint, Target, itself
 from proxy.mesh.policy import DEFAULT_POLICY, Policy
 from proxy.net.accept import Connection
+from proxy.net.relay import SILENT
 from proxy.net.streams import Stream
 from proxy.pools import Pools, serve, upstream_protocol
 from proxy.reach import Underway
@@ -67,17 +70,29 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
             target = rt.router.known(about.destination) or itself(about.destination)
             about.service = target.service
             opaque = target.protocol is Hint.OPAQUE or about.destination.port in config.opaque_ports
-            opening = await account.detect(connection.stream, None if opaque else config.detect_timeout, config.detect_timeout)
+            declared = not opaque and target.protocol in (Hint.HTTP1, Hint.HTTP2)
+            opening = await account.detect(connection.stream, *waits(rt, opaque=opaque, declared=declared))
             account.plain(opening)
-            if opening.how == "closed":
+            if opening.how == "closed" or (declared and opening.how == "silent"):
                 return
-            about.protocol = opening.protocol
-            if about.protocol is not Protocol.OPAQUE:
-                await serve(rt, connection.stream, about, handler, course)
-            else:
-                await to_endpoint(rt, target, connection.stream, about, account)
+            about.protocol = Protocol.HTTP1 if declared and opening.open else opening.protocol
+            stream: Stream | None = connection.stream
+            if about.protocol is Protocol.OPAQUE:
+                about.unsure = opening.open
+                stream = await to_endpoint(rt, target, connection.stream, about, account)
+            if stream is not None:
+                await serve(rt, stream, about, handler, course)
 
     return accept
+
+
+def waits(rt: Runtime, *, opaque: bool, declared: bool) -> tuple[float | None, float]:
+    """Seconds that a client may be silent, and that it may take to go on. Where HTTP is declared, a server of HTTP would wait as long."""
+    if opaque:
+        return None, 0.0
+    if declared:
+        return rt.config.http.idle_timeout, rt.config.http.head_timeout
+    return rt.config.outbound.detect_timeout, rt.config.outbound.detect_timeout
 
 
 def to_service(rt: Runtime, pools: Pools[Endpoint], client: Client[Endpoint]) -> Handler:
@@ -201,8 +216,9 @@ def _plain(policy: Policy, exchange: Exchange) -> bool:
     return exchange.request.version == b"2" or (isinstance(length, int) and length <= policy.retries.max_body)
 
 
-async def to_endpoint(rt: Runtime, target: Target, client: Stream, about: Facts, account: ConnectionAccount) -> None:
-    """Relay `client` to an endpoint, byte for byte."""
+async def to_endpoint(rt: Runtime, target: Target, client: Stream, about: Facts, account: ConnectionAccount) -> Stream | None:
+    """Relay `client` to an endpoint, byte for byte. If `about` is unsure, and the client turns out to speak HTTP, nothing is relayed:
+    returns the stream to serve, from its first byte."""
     calls: list[SelfCall] = []  # of the pod to itself: this one, or none
 
     async def connect(target: Target, endpoint: Endpoint) -> Stream:
@@ -220,7 +236,14 @@ async def to_endpoint(rt: Runtime, target: Target, client: Stream, about: Facts,
         async with rt.reach.connection(lambda: rt.router.choose(target), connect) as stream, closing(stream) as upstream:
             with account.upstream(upstream):
                 heard = calls[0].moved if calls else None
-                account.relayed(await rt.relay(client, upstream, heard))
+                found = await rt.look(client, upstream, rt.config.outbound.detect_timeout) if about.unsure else FOUND_OPAQUE
+                if found.protocol is not Protocol.OPAQUE:
+                    if found.passed:  # a FIN would say that this was all
+                        upstream.reset()
+                    about.protocol = found.protocol
+                    return Resumed(client, found.said)
+                account.relayed(SILENT if found.silent else await rt.relay(client, upstream, heard))
+        return None
     finally:
         for call in calls:
             call.answered()

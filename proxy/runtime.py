@@ -20,6 +20,7 @@ from proxy.exchange.pool import PoolSettings
 from proxy.exchange.resets import ResetPace
 from proxy.exchange.server import Drain, ServerSettings
 from proxy.fast.road import Road
+from proxy.late import Found, look
 from proxy.loops import LoopGuard
 from proxy.mesh.balance import Balancer
 from proxy.mesh.contexts import ALPN_TCP, ALPN_TCP_CONFIRMED, KeptSession
@@ -135,6 +136,10 @@ class Runtime:
         """net.relay, on the fast road as far as that goes."""
         carry = self.road.join if self.road is not None else None
         return await relay(client, server, idle=self.config.tcp.idle_timeout, on_bytes=on_bytes, carry=carry)
+
+    async def look(self, client: Stream, server: Stream, patience: float) -> Found:
+        """What a client speaks whose first bytes have not shown it (late.py); what is not HTTP has been passed on."""
+        return await look(client, server, patience=patience, idle=self.config.tcp.idle_timeout)
 
     # Reaching an endpoint...
 

@@ -67,7 +67,7 @@ class OutboundConfig(Section, frozen=True):
     authority_networks: Annotated[
         tuple[Network, ...], described("destinations outside of the directory at which a request's authority chooses the service", 1024)
     ] = ()
-    detect_timeout: Annotated[float, seconds(0.05, 60, "how long to wait for the first bytes before going on as opaque")] = 3.0
+    detect_timeout: Annotated[float, seconds(0.05, 60, "how long a client may be silent until it is connected as opaque")] = 3.0
     max_connections: Annotated[
         int, number(1, 1_000_000, "open connections; above, one that waits for a request is closed, or new ones wait in the backlog")
     ] = 10_000
@@ -97,7 +97,7 @@ class InboundConfig(Section, frozen=True):
     fixed_destination: Annotated[
         Address | None, described("where a connection goes that was not redirected (standalone use, measuring); none: it is refused")
     ] = None
-    detect_timeout: Annotated[float, seconds(0.05, 60, "how long to wait for the first bytes before going on as opaque")] = 3.0
+    detect_timeout: Annotated[float, seconds(0.05, 60, "how long a client may be silent until it is connected as opaque")] = 3.0
     hello_timeout: Annotated[
         float, seconds(0.05, 60, "how long a client may be silent on an opaque port that is open to all, before it is one without TLS")
     ] = 0.5

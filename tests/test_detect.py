@@ -51,7 +51,7 @@ async def test_a_client_has_its_time_to_begin_and_its_time_to_go_on(said: bytes,
     client, stream = pair()
     client.socket.sendall(said)
     with trio.fail_after(30):
-        assert await detect(stream, silence, patience) == Opening(Protocol.OPAQUE, how)
+        assert await detect(stream, silence, patience) == Opening(Protocol.OPAQUE, how, open=True)
     client.close()
     stream.close()
 

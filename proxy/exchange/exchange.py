@@ -97,6 +97,8 @@ class Facts:
     chosen: str | None = None
     trace: Trace | None = None
     slot: Slot | None = None  # of the listener
+    unsure: bool = False  # it is relayed, and what the client says may still show that it is HTTP
+    unnamed: bool = False  # its bytes were not announced as HTTP, so the peer, and be it a gateway, has not written their fields
 
     def carried(self, stream: Stream) -> None:
         """Note the connection that goes on with this one."""

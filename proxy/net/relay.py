@@ -87,6 +87,9 @@ class Relayed:
     side: SideName | None = None
 
 
+SILENT = Relayed(0, 0, None, "idle", None)
+
+
 class Joint:
     """A relay under way. Whoever carries its bytes tells it what has become of them; `over`: there is nothing more to carry."""
 

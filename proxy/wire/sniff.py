@@ -1,12 +1,22 @@
 """The first bytes of a connection: a TLS ClientHello, HTTP/1, HTTP/2, or something we leave alone.
 
-A line that was meant for HTTP/1 and is malformed, by a NUL for instance, is HTTP/1 too: whoever reads it refuses it with 400. As something
-opaque it would go on untouched, past all that is done for requests, to a server that may read it after all. What decides is how the line
-ends, for `HTTP/1.1` behind a blank is no other protocol's. Of those that begin like a request (capitals, a blank, a slash), only one whose
-client then sends control characters, and no line feed, has to wait for the detection timeout, and then goes on as it is.
+What a lenient server would serve as HTTP/1 is HTTP/1 here, however malformed it is: whoever reads it refuses it with 400. As something
+opaque it would go on untouched, past all that is done for requests, with header fields that only a proxy may set, to a server that may
+read it after all. So this is no reader of HTTP. It takes what any of the common servers overlooks: empty lines, blanks and control
+characters in front (nginx, Node.js, Python, Netty), a bare LF, any white space between the parts, versions such as HTTP/1.10 or http/1.1,
+a second CR, no version at all. A method of the registry before a path is HTTP/1 whatever follows. Otherwise the end of the line decides,
+for `HTTP/1` behind a blank is no other protocol's.
 
-Pure functions of the bytes seen so far (they were peeked, nobody has consumed them). Each says UNDECIDED only as long as more bytes
-could still change its mind, so that a server-speaks-first protocol is the only one that ever waits for the detection timeout.
+What cannot be told apart stays opaque: `GET key` is an inline command of Redis, and HTTP/0.9 to Python's http.server; `OPTIONS rtsp://a
+RTSP/1.0` is RTSP, and Node.js answers it. A port that must not be reached like that is declared (docs/decisions/47-looks-like-http.md).
+
+Pure functions of the bytes seen so far (they were peeked, and stay where they are). As long as more bytes could change the verdict there
+is none:
+
+    UNDECIDED   it may well be HTTP: wait for more
+    UNLIKELY    it is hardly HTTP: the bytes may go on at once, but what follows them is to be looked at until there is a verdict
+
+So a binary protocol does not wait, and a server-speaks-first protocol is the only one that always waits for the detection timeout.
 """
 
 from __future__ import annotations
@@ -23,21 +33,31 @@ HELLO_LIMIT = 16384
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _PREFACE_CERTAIN = 16
 
-# A request line, as far as it goes. Methods of the registry are at most 17 characters long; what is longer is somebody else's protocol.
-_REQUEST_LINE = re.compile(rb"[-!#$%&'*+.^_`|~0-9A-Za-z]{1,24} [!-~\x80-\xff]+ HTTP/[0-9]\.[0-9]\r?\n")
+# What one server or another passes over in front of a request line, and between its parts.
+_PASSED_OVER = re.compile(rb"[\x00-\x20\x7f-\xa0]*")
+_BLANK = rb"[\t\v\f\r \x1c-\x1f\x85\xa0]"
+_TOKEN = rb"[-!#$%&'*+.^_`|~0-9A-Za-z]"
+_METHOD = rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH)"
+# HTTP whatever follows.
+_CERTAIN = re.compile(_METHOD + _BLANK + rb"++(?:/|(?i:https?://))")
+# A line that ends in a version of HTTP, more or less, behind a word.
+_VERSIONED = re.compile(_TOKEN + rb"++" + _BLANK + rb"++(?:[^\n]*" + _BLANK + rb")?(?i:http)/[0-9][!-~]*+" + _BLANK + rb"*+\n")
+# What may still become one of these: a word, and anything behind a blank.
+_MAY_BE = re.compile(_TOKEN + rb"++(?:" + _BLANK + rb"[^\n]*+)?")
+# A request line, as far as it goes, that is worth waiting for. Methods of the registry are at most 17 characters long.
 _VERSION_START = rb"(?:H(?:T(?:T(?:P(?:/(?:[0-9](?:\.(?:[0-9]\r?)?)?)?)?)?)?)?)?"
-_REQUEST_START = re.compile(rb"[-!#$%&'*+.^_`|~0-9A-Za-z]{1,24}(?: (?:[!-~\x80-\xff]+(?: " + _VERSION_START + rb")?)?)?")
-# What may still become one that was meant for HTTP/1 and is none: origin-form behind a word in capitals, then anything.
+_REQUEST_START = re.compile(_TOKEN + rb"{1,24}(?: (?:[!-~\x80-\xff]+(?: " + _VERSION_START + rb")?)?)?")
 _MEANT_START = re.compile(rb"[A-Z]{1,24}(?:[ \t]+(?:/[^\n]*)?)?")
-_MEANT = re.compile(rb"[A-Z]{1,24}[ \t]+/[^\n]*[ \t]HTTP/[0-9]\.[0-9][ \t]*\r?\n")
-_METHOD_START = re.compile(rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH) [/*!-~]")
-# Beyond this a request line that goes on and on is HTTP/1 with a target over the limit (414), if it began as one.
+_METHOD_START = re.compile(_METHOD + rb" [/*!-~]")
+# Beyond this a line that goes on and on is HTTP/1 with a target over the limit (414), if it began as one.
 _LINE_LIMIT = 4096
+_LONG = re.compile(_METHOD + _BLANK + rb"|" + _TOKEN + rb"++" + _BLANK + rb"++(?:/|(?i:https?://))[!-~\x80-\xff]*+\Z")
+_LINES_ONLY = re.compile(rb"[\t\n\v\f\r ]*+")
 # Type and length of an extension of a ClientHello, and the types that are read (RFC 8446 §4.2).
 _EXTENSION = struct.Struct("!HH")
 _SERVER_NAME, _ALPN = 0, 16
-# As many empty lines as http1.py skips before a request line, in bytes.
-_EMPTY_LINES = 8
+# As many empty lines as http1.py skips before a request line.
+_EMPTY_LINES = b"\r\n" * 4
 
 
 class Protocol(Enum):
@@ -52,9 +72,11 @@ class Undecided(Enum):
     """More bytes are needed to tell."""
 
     UNDECIDED = "undecided"
+    UNLIKELY = "unlikely"
 
 
 UNDECIDED = Undecided.UNDECIDED
+UNLIKELY = Undecided.UNLIKELY
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,29 +100,29 @@ def protocol(data: bytes) -> Protocol | Undecided:
     """What `data`, the first bytes of a connection, begins."""
     if data[:_PREFACE_CERTAIN] == _PREFACE[: len(data[:_PREFACE_CERTAIN])]:
         return Protocol.HTTP2 if len(data) >= _PREFACE_CERTAIN else UNDECIDED
-    start = _first_line(data)
-    if start in (b"", b"\r") and len(data) <= _EMPTY_LINES:
-        return UNDECIDED
-    if _REQUEST_LINE.match(start) or _MEANT.match(start):
+    data = data[:_LINE_LIMIT]  # what lies beyond may not change a verdict any more
+    found = _PASSED_OVER.match(data)
+    at = found.end() if found is not None else 0
+    line = data[at:]
+    if _CERTAIN.match(line):
         return Protocol.HTTP1
-    if not _REQUEST_START.fullmatch(start) and not _MEANT_START.fullmatch(start):
+    end = line.find(b"\n") + 1
+    if end:
+        return Protocol.HTTP1 if _VERSIONED.match(line, 0, end) else Protocol.OPAQUE
+    if line and not _MAY_BE.fullmatch(line):
         return Protocol.OPAQUE
-    return settle(start) if len(start) == _LINE_LIMIT else UNDECIDED
+    if len(data) == _LINE_LIMIT:
+        return Protocol.HTTP1 if (_LONG.match(line) if line else _LINES_ONLY.fullmatch(data)) else Protocol.OPAQUE
+    if not _EMPTY_LINES.startswith(data[:at]):
+        return UNLIKELY
+    return UNDECIDED if not line or _REQUEST_START.fullmatch(line) or _MEANT_START.fullmatch(line) else UNLIKELY
 
 
 def settle(data: bytes) -> Protocol:
     """The verdict when nothing more comes: HTTP/1 if the beginning of a common request line is there (its own deadlines then see to
     a client that is slow on purpose), otherwise opaque."""
-    line = _first_line(data)
+    line = data[: _LINE_LIMIT].lstrip(b"\r\n")
     return Protocol.HTTP1 if _METHOD_START.match(line) and _REQUEST_START.fullmatch(line) else Protocol.OPAQUE
-
-
-def _first_line(data: bytes) -> bytes:
-    """What could be the request line, behind empty lines and up to the limit: what lies beyond may not change a verdict any more."""
-    at = 0
-    while at < _EMPTY_LINES and data.startswith(b"\r\n", at):
-        at += 2
-    return data[at : at + _LINE_LIMIT]
 
 
 def client_hello(data: bytes) -> ClientHello | NotTLS | Undecided:
