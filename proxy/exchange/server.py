@@ -241,7 +241,6 @@ class Http1Server:
         self.lane: Lane | None = None  # the fast road's own, from one loan to the next
         self._waiting = False  # for a request; on the fast road `lane` knows
         self._retired = False
-        self._began = trio.current_time()
         self.on_client_end: Callable[[], None] | None = None  # told of `client_ended`, while the connection is lent
         self.client_ended = self.lost = False  # the client has ended its direction; the connection is lost
         self._exchange: Http1Exchange | None = None  # under way
@@ -277,6 +276,7 @@ class Http1Server:
         if not self._waiting or (self.lane is not None and self.lane.busy()):
             return None
         return self.idle_since
+
     def _client_ends(self, lost: bool) -> None:
         self.client_ended, self.lost = True, self.lost or lost
         if self.on_client_end is not None:
@@ -360,7 +360,7 @@ class Http1Server:
 
     @property
     def _first_deadline(self) -> float:
-        return math.inf if self.served else self._began + self.settings.first_timeout
+        return math.inf if self.served else self.idle_since + self.settings.first_timeout
 
     async def _refuse(self, handler: Handler, error: ProtocolError) -> None:
         """A request that cannot be read goes the way of all others, so that it is counted, logged and answered as they are."""
