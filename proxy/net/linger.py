@@ -13,6 +13,10 @@ from proxy.net.streams import Stream
 _DISCARD_READS = 4
 # Bytes that are read at a time, to be thrown away.
 _READ = 65536
+# A lingering connection is read at full speed for its first bytes. After them it is read at _RATE (bytes per second), so that a client that
+# floods after its refusal costs little, and TCP flow control slows it down. A client that reads while it uploads gets the answer anyway.
+_AT_ONCE = 1 << 20
+_RATE = 4 << 20
 
 
 def discard_unread(sock: socket.socket) -> None:
@@ -29,17 +33,23 @@ async def linger(stream: Stream, *, seconds: float, quiet: float | None = None) 
     """End our direction, then read and discard until the peer ends its own (RFC 9112 §9.6). Does not close.
 
     For the case that we answered before the peer had finished sending: closing with unread bytes makes the kernel send RST,
-    which destroys the answer on its way. Gives up after `seconds` in all, or `quiet` seconds without a byte, however many bytes come: many
-    clients read the answer behind their upload. A connection that is already lost is no error.
+    which destroys the answer on its way. Many clients read the answer only after their upload, so there is no limit in bytes: it gives up
+    after `seconds` in all, or `quiet` seconds without a byte. Reads are paced after the first _AT_ONCE bytes, see _RATE. A connection that
+    is already lost is no error.
     """
+    dropped = 0
     try:
         with trio.move_on_after(seconds):
             await stream.send_eof()
             while True:
                 with trio.move_on_after(seconds if quiet is None else quiet) as pause:
-                    if not await stream.receive_some(_READ):
+                    size = len(await stream.receive_some(_READ))
+                    if not size:
                         return
                 if pause.cancelled_caught:
                     return
+                dropped += size
+                if dropped > _AT_ONCE:
+                    await trio.sleep(size / _RATE)
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         return

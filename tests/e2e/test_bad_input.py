@@ -153,7 +153,7 @@ async def test_a_head_that_never_ends_is_answered_408(pair: Pair, sent: bytes) -
     answer = await attack(pair, sent, "hasty")
     assert status(answer) == 408
     assert b"hasty.default.outbound;error=http_request_error" in answer
-    assert b"not complete after 0.6 s" in answer
+    assert b"not complete in time" in answer
     await goes_on(pair, "hasty")
 
 
@@ -181,7 +181,7 @@ async def test_a_head_that_comes_byte_by_byte_is_cut_at_the_same_deadline(pair: 
                 with trio.move_on_after(0.1):
                     answer = await stream.receive_some()
     assert status(answer) == 408
-    assert b"not complete after 0.6 s" in answer
+    assert b"not complete in time" in answer
 
 
 async def test_a_body_that_stops_is_answered_408(pair: Pair) -> None:
