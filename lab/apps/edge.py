@@ -46,7 +46,7 @@ class Edge:
         """Serve one request. False: the connection ends behind it."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         fields = dict(line.lower().split(": ", 1) for line in head[1:] if line)
-        target = head[0].split()[1]
+        _, target, version = head[0].split()
         if target == "/quiet":
             writer.write(QUIET)
             await writer.drain()
@@ -62,7 +62,7 @@ class Edge:
             body = json.dumps({"name": "edge", "gone": self.gone}).encode()
             writer.write(OK % (len(body), body))
         await writer.drain()
-        return fields.get("connection") != "close"
+        return version == "HTTP/1.1" and fields.get("connection") != "close"
 
     @staticmethod
     async def discard(reader: asyncio.StreamReader, fields: dict[str, str]) -> None:
