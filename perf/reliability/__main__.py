@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import trio
 
+from lab.cluster import Lab
 from lab.pod import ROOT
 from lab.process import LabError
 from lab.sandbox import available, command_line, inside
@@ -39,7 +40,8 @@ async def measure(only: frozenset[str]) -> list[Row]:
         async with bed() as place:
             await take(floods.run(place, only))
     if not only or only & FAULTS:
-        await take(faults.run(only))
+        async with Lab() as lab:
+            await take(faults.run(lab, only))
     return rows
 
 

@@ -401,11 +401,10 @@ FAULTS = (
 )
 
 
-async def run(only: frozenset[str]) -> AsyncIterator[Row]:
+async def run(lab: Lab, only: frozenset[str]) -> AsyncIterator[Row]:
     """The rows of the table, as they are measured."""
-    async with Lab() as lab:
-        for fault in FAULTS:
-            if only and fault.name not in only:
-                continue
-            measured = await fault.run(lab)
-            yield Row("faults", fault.name, (fault.title, fault.rule, measured.words), measured.faults)
+    for fault in FAULTS:
+        if only and fault.name not in only:
+            continue
+        measured = await fault.run(lab)
+        yield Row("faults", fault.name, (fault.title, fault.rule, measured.words), measured.faults)

@@ -139,16 +139,18 @@ class Http1Exchange(Exchange):
         """Send `out`, `piece`, and the rest of `body`. What came in front of a fault of its source is sent before that is raised."""
         server = self._server
         gathered = 0
+        fault: IsthmusError | None = None
         while True:
             if piece is None:
                 try:
                     piece = body.receive_nowait()
-                except IsthmusError:
-                    await self._flush(out)
-                    raise
+                except IsthmusError as error:
+                    fault = error
             if piece is None or gathered >= _GATHER:
                 await self._flush(out)
                 gathered = 0
+                if fault is not None:
+                    raise fault
                 if piece is None:
                     piece = await body.receive()
             if isinstance(piece, EndOfMessage):
@@ -256,8 +258,7 @@ class Http1Server:
         finally:
             self.lane = None  # which leads back here
         if self._scope.cancelled_caught and self.connection.buffered:
-            late = ProtocolError("the request's head was not complete in time", 408)
-            await self._refuse(handler, late)
+            await self._refuse(handler, ProtocolError("the request's head was not complete in time", 408))
 
     @property
     def leaving(self) -> bool:
@@ -327,10 +328,8 @@ class Http1Server:
         exchange = await self._carry(self) if self._carry is not None else None
         head = await self._next_request() if exchange is None else None
         self._waiting = False
-        if exchange is not None:
+        if exchange is not None or head is None:
             return exchange
-        if head is None:
-            return None
         self.facts.declined_requests = self.connection.declined
         return Http1Exchange(self, head, RequestBody(self.connection, self.stream, self.settings))
 
