@@ -41,7 +41,7 @@ def test_the_schema_is_a_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["directory", "schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     jsonschema.Draft202012Validator.check_schema(schema)
-    assert {"services", "clusters", "cluster", "domain", "skip_ports"} == set(schema["properties"])
+    assert {"services", "clusters", "cluster", "domain", "skip_ports", "allow_identity_loss"} == set(schema["properties"])
 
 
 def test_a_reader_that_has_read_enough_is_no_error() -> None:

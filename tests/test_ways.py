@@ -85,6 +85,7 @@ async def test_a_gateway_that_is_shutting_down_gets_no_new_requests(tmp_path: Pa
 async def test_a_gateway_with_another_identity_is_none(tmp_path: Path) -> None:
     async with clusters(tmp_path) as all_:
         directory = {
+            "allow_identity_loss": True,  # `services` is empty
             "services": [],
             "clusters": [
                 {
