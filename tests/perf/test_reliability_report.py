@@ -1,0 +1,46 @@
+"""The tables of docs/reliability.md: what is written replaces what stood between the marks, and a row says what did not hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from perf.reliability import report
+from perf.reliability.report import Row, table, write
+
+MARKED = "before\n<!-- floods: written by `make soak` -->\nold\n<!-- end of floods -->\nbehind\n"
+
+
+def test_a_table_replaces_what_stood_between_its_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = tmp_path / "reliability.md"
+    document.write_text(MARKED)
+    monkeypatch.setattr(report, "DOCUMENT", document)
+    write({"floods": "| a \\1 |\n"})
+    assert document.read_text() == MARKED.replace("old\n", "| a \\1 |\n")
+
+
+def test_a_table_without_a_place_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = tmp_path / "reliability.md"
+    document.write_text(MARKED)
+    monkeypatch.setattr(report, "DOCUMENT", document)
+    with pytest.raises(ValueError, match="faults"):
+        write({"faults": "| a |\n"})
+    assert document.read_text() == MARKED
+
+
+def test_the_document_has_a_place_for_each_table() -> None:
+    text = report.DOCUMENT.read_text("utf-8")
+    for name in ("machine", "floods", "faults"):
+        assert text.count(f"<!-- {name}: written by `make soak` -->\n") == 1
+        assert text.count(f"<!-- end of {name} -->") == 1
+
+
+def test_a_row_says_whether_it_held() -> None:
+    good, bad = Row("floods", "a", ("title", "1")), Row("floods", "b", ("other", "2"), ("too slow", "killed"))
+    assert good.held
+    assert not bad.held
+    lines = table(("flood", "n", ""), [good, bad]).splitlines()
+    assert lines == ["| flood | n |  |", "| --- | --- | --- |", "| title | 1 | held |", "| other | 2 | not held: too slow; killed |"]
+    assert bad.line().startswith("FAIL b")
+    assert "too slow; killed" in bad.line()
