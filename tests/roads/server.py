@@ -112,6 +112,8 @@ async def _half_never(stage: Stage, end: End, size: int, bare: bool) -> bool:
 async def _drip(stage: Stage, end: End, size: int, bare: bool) -> bool:
     await end.send(_ok(size))
     for _ in range(size):
+        if end.ended is not None:  # the proxy has ended the connection
+            break
         await end.send(b"x")
         await trio.sleep(0.05)
     return True
