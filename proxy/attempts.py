@@ -4,7 +4,8 @@ An attempt ends in one of these ways:
 
     it was not delivered    (the endpoint cannot be connected to,    another endpoint, a few of them, whatever the request is, if all
                              or its sidecar says that its            of its body can be sent again; when all are broken, the one that
-                             application cannot)                     may be tried next (waiting.py)
+                             application cannot)                     may be tried next (waiting.py), but not if mutual TLS with all
+                                                                     of them fails
     the server refused it   (REFUSED_STREAM: it has not looked)      once more, whatever the request is (and its body, if that was kept)
     it broke off            (no response, or none in time)           once more, if the method is idempotent (RFC 9110 §9.2.2)
     it was answered         with a status of the policy's            once more, if that is what the policy wants for such a method
@@ -79,11 +80,16 @@ _MOST_NOTED = 64
 
 # Failures to connect that it takes long to find out.
 _SLOW = frozenset({"connect_timeout", "connect_unreachable", "tls_timeout"})
+# Failures to connect that are decisions about a peer, or about this proxy. To wait does not change them.
+_REJECTED = frozenset({"tls_certificate", "tls_alert", "tls_protocol", "clear_text_refused"})
 
 
 def unreachable(error: Exception) -> Failure:
     """What one of `NOT_CONNECTED` says about the endpoint."""
-    return Failure.UNREACHABLE if describe(error).reason in _SLOW else Failure.REFUSED
+    reason = describe(error).reason
+    if reason in _REJECTED:
+        return Failure.REJECTED
+    return Failure.UNREACHABLE if reason in _SLOW else Failure.REFUSED
 
 
 class Attempts:

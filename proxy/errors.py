@@ -121,7 +121,8 @@ class Undelivered(IsthmusError):
 
 
 class UpstreamTLSError(IsthmusError):
-    """Mutual TLS with the endpoint failed. A meshed endpoint is never spoken to in clear text instead."""
+    """Mutual TLS with the endpoint failed. A meshed endpoint is never spoken to in clear text instead. `kind`: as in `TLSFailed`, or
+    `clear_text`, or `lost` (the connection was lost in the handshake)."""
 
     def __init__(self, message: str, kind: str) -> None:
         super().__init__(message)
@@ -181,6 +182,7 @@ _TLS: dict[str, Answer] = {
     "clear_text": Answer(502, 14, "destination_ip_prohibited", "clear_text_refused"),
     "alert": Answer(502, 14, "tls_alert_received", "tls_alert"),
     "timeout": Answer(504, 14, "connection_timeout", "tls_timeout"),
+    "lost": Answer(502, 14, "tls_protocol_error", "tls_lost"),
 }
 _TLS_OTHER = Answer(502, 14, "tls_protocol_error", "tls_protocol")
 

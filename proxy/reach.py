@@ -5,6 +5,9 @@ carry it to an endpoint. What lies between the two is here: the balancer picks (
 attempt, and a request that finds all endpoints broken waits for one of them to be tried again (waiting.py). So does one that has found
 the last of them broken, if it was not sent or its body can be sent again: it is told why it could not be sent if the wait is in vain.
 
+Waiting helps only where an endpoint may come back. Where mutual TLS with all endpoints fails, or a peer refuses a connection, the failure
+is told at once: it is a decision about an identity, and time does not change it.
+
 An endpoint that responds, though by errors or by closing, is used for want of a better one: what it says is the answer.
 
 An address of no service has one endpoint and nobody else: it is connected to as it would be without a proxy, whatever became of it last
@@ -87,9 +90,10 @@ class Reach:
                 endpoint, begun = begun.go_on(attempts), None
             else:
                 picked = _pick(exchange, fleet, target, attempts)
+                if picked is None and attempts.failure is not None and not fleet.may_return(target):
+                    raise attempts.failure
                 if picked is None or fleet.queue:
-                    if patience is None:
-                        patience = self._patience(lambda: choose(exchange))
+                    patience = patience or self._patience(lambda: choose(exchange))
                     target, fleet, picked = await _wait(patience, attempts.failure)
                     attempts.waited()
                 elif len(attempts.unreached) >= ENDPOINTS_TRIED and attempts.failure is not None:
@@ -166,9 +170,10 @@ class Reach:
         patience: Patience | None = None
         while True:
             endpoint = fleet.pick(target, tried)
+            if endpoint is None and failure is not None and not fleet.may_return(target):
+                raise failure
             if endpoint is None or fleet.queue:
-                if patience is None:
-                    patience = self._patience(choose)
+                patience = patience or self._patience(choose)
                 target, fleet, endpoint = await _wait(patience, failure)
                 tried = ()
             elif len(tried) >= ENDPOINTS_TRIED and failure is not None:

@@ -186,7 +186,7 @@ class Runtime:
                 timeout=self.config.tcp.handshake_timeout,
             )
         except (TLSFailed, PeerRefused, ConnectionLost) as error:
-            kind = error.kind if isinstance(error, TLSFailed) else "certificate" if isinstance(error, PeerRefused) else "protocol"
+            kind = error.kind if isinstance(error, TLSFailed) else "certificate" if isinstance(error, PeerRefused) else "lost"
             self.ledger.tls_failed("outbound", kind)
             raise UpstreamTLSError(f"mutual TLS with {endpoint.address} as {expected}: {error}", kind) from error
         kept.end = tls.info.peer_not_after

@@ -8,6 +8,7 @@ What the others are told depends on two things: how long they have waited, and w
     too many wait already                                  QueueFull, at once
     the outage is young                                    AllBroken, behind the first trial in vain after the timeout
     the outage is old: penalties are beyond the timeout    AllBroken, behind the first trial in vain
+    mutual TLS with all endpoints fails                    AllBroken, behind the first trial in vain
 
 So a request is never refused because of a trial from before the service came back. Without that rule, requests whose timeout ended
 between the return and the next trial failed, and so did all that came in that time after a long outage.
@@ -102,7 +103,7 @@ class Patience:
             return latest
         if fleet.next_probe(target) > latest and not fleet.trying(target):
             raise AllBroken(f"{self._broken(target)}; the next one is tried in {fleet.next_probe(target) - now:.1f} s")
-        self._patient_until = now if fleet.opens(target) > latest else latest
+        self._patient_until = now if fleet.opens(target) > latest or not fleet.may_return(target) else latest
         return self._patient_until
 
     def _broken(self, target: Target) -> str:

@@ -52,17 +52,18 @@ class Failure(enum.Enum):
     SILENCE = enum.auto()  # there was no answer in the time that it had, or a proxy in front says that it gets none
     UNREACHABLE = enum.auto()  # it was not sent: the endpoint could not be connected to
     REFUSED = enum.auto()  # the same, and that was known at once: to try again costs next to nothing
+    REJECTED = enum.auto()  # mutual TLS failed: a certificate was refused, or the peer does not speak TLS. Time alone does not change that
 
 
-_NOT_CONNECTED = (Failure.UNREACHABLE, Failure.REFUSED)
+_NOT_CONNECTED = (Failure.UNREACHABLE, Failure.REFUSED, Failure.REJECTED)
 
 
 class Breaker:
     """Of one endpoint. What changes the state returns whether it did."""
 
     __slots__ = (
-        "early", "failures", "in_vain", "opened", "refused", "responds", "seen", "silences", "since", "state", "unreachable", "until",
-        "why",
+        "early", "failures", "in_vain", "opened", "refused", "rejected", "responds", "seen", "silences", "since", "state", "unreachable",
+        "until", "why",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -74,6 +75,7 @@ class Breaker:
         self.early = 0.0  # when it may be tried if there is nobody else
         self.unreachable = False  # it was a failure to connect that opened it
         self.refused = False  # and that was known at once
+        self.rejected = False  # by the last failure: mutual TLS failed
         self.responds = True  # though not as it should; False: it cannot be connected to, or answers nobody
         self.since = 0.0  # when it opened, and was closed before
         self.seen = 0.0  # the last failure
@@ -113,6 +115,7 @@ class Breaker:
         self.state = State.OPEN
         self.unreachable = how in _NOT_CONNECTED
         self.refused = how is Failure.REFUSED
+        self.rejected = how is Failure.REJECTED
         self.responds = responds
         share = 1 + rules.jitter * chance
         self.early = now + self._step(now, rules) * share

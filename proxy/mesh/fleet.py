@@ -188,6 +188,12 @@ class Fleet:
         """Whether a request on probation is under way to one of `target`'s endpoints."""
         return any(breaker.state is State.PROBATION for breaker in self._laid_out(target).all.broken(self.broken, self._changes))
 
+    def may_return(self, target: Target) -> bool:
+        """Whether one of `target`'s broken endpoints does not respond, for a reason that time may change: it restarts, for example. False:
+        they all respond, or mutual TLS with them fails."""
+        broken = self._laid_out(target).all.broken(self.broken, self._changes)
+        return any(not breaker.responds and not breaker.rejected for breaker in broken)
+
     def in_vain(self, target: Target) -> float:
         """When the last request on probation at one of `target`'s broken endpoints has failed; 0: there was none."""
         return max((breaker.in_vain for breaker in self._laid_out(target).all.broken(self.broken, self._changes)), default=0.0)

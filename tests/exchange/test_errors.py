@@ -54,6 +54,7 @@ ROWS = [
     (UpstreamTimeout("why"), 504, "http_response_timeout"),
     (UpstreamTLSError("why", "certificate"), 502, "tls_certificate_error"),
     (UpstreamTLSError("why", "protocol"), 502, "tls_protocol_error"),
+    (UpstreamTLSError("why", "lost"), 502, "tls_protocol_error"),
     (TLSFailed("alert", "why"), 502, "tls_alert_received"),
     (TLSFailed("timeout", "why"), 504, "connection_timeout"),
     (ProtocolError("why", 431), 431, "http_request_error"),

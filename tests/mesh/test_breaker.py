@@ -11,6 +11,7 @@ from proxy.mesh.breaker import Breaker, Failure, State
 from proxy.mesh.policy import Breaker as Rules
 
 BAD, SILENT, GONE, REFUSED = Failure.RESPONSE, Failure.SILENCE, Failure.UNREACHABLE, Failure.REFUSED
+NOT_CONNECTED = (GONE, REFUSED, Failure.REJECTED)
 RULES = Rules(failures=3, min_penalty=1.0, max_penalty=8.0, jitter=0.5)
 
 
@@ -195,7 +196,7 @@ class Life(RuleBasedStateMachine):
     @rule(chance=st.floats(0, 1), how=st.sampled_from(Failure))
     def a_request_fails(self, chance: float, how: Failure) -> None:
         changed = self.breaker.failed(self.now, RULES, chance, how)
-        unreachable = how in (GONE, REFUSED)
+        unreachable = how in NOT_CONNECTED
         self.heard(how)
         if self.out:
             assert not changed
@@ -231,7 +232,7 @@ class Life(RuleBasedStateMachine):
     def the_probe_fails(self, chance: float, how: Failure) -> None:
         until = self.breaker.until
         assert self.breaker.failed(self.now, RULES, chance, how, probe=True)
-        self.probing, self.unreached = False, how in (GONE, REFUSED)
+        self.probing, self.unreached = False, how in NOT_CONNECTED
         self.heard(how)
         self.judged(how)
         if self.now >= until:
@@ -249,7 +250,7 @@ class Life(RuleBasedStateMachine):
         self.judged(how)
         assert changed != self.responds
         if changed:
-            self.unreached = how in (GONE, REFUSED)
+            self.unreached = how in NOT_CONNECTED
         assert self.breaker.until == until, "it was no trial"
 
     @precondition(lambda self: self.out and self.responds)
