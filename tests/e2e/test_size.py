@@ -58,7 +58,7 @@ while True:
 UPLOADS = 8090
 STREAMS = 8091
 
-# Opens connections that say one word and stay; then waits for the end of its input.
+# Opens connections that say six bytes, which begin no request, and stay; then waits for the end of its input.
 HOLDER = """
 import resource, socket, sys, time
 host, port, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -66,8 +66,8 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_N
 held = []
 for number in range(count):
     stream = socket.create_connection((host, port), timeout=20)
-    stream.sendall(b"%06d" % number)
-    assert stream.recv(6) == b"%06d" % number
+    stream.sendall(b"\\0%05d" % number)
+    assert stream.recv(6) == b"\\0%05d" % number
     held.append(stream)
 print("all open", flush=True)
 time.sleep(3600)
