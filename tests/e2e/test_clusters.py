@@ -144,10 +144,10 @@ async def test_the_other_way_round_through_the_gateway_with_an_address_of_its_ow
 
 async def test_the_three_proxies_have_verified_each_other(made: Clusters) -> None:
     gateway = made.sidecar("east", "gateway")
-    await ask(web(made), f"http://c.east:{WEB}/head?hops")
-    first = await logged(made.sidecar("west", "web"), "/head?hops", direction="outbound")
-    second = await logged(gateway, "/head?hops", direction="gateway")
-    third = await logged(made.sidecar("east", "c"), "/head?hops", direction="inbound")
+    await ask(web(made), f"http://c.east:{WEB}/head/hops")
+    first = await logged(made.sidecar("west", "web"), "/head/hops", direction="outbound")
+    second = await logged(gateway, "/head/hops", direction="gateway")
+    third = await logged(made.sidecar("east", "c"), "/head/hops", direction="inbound")
     assert (first["upstream_identity"], second["identity"]) == (GATEWAY, f"{ID}web")
     assert (second["upstream_identity"], third["identity"]) == (f"{ID}c", GATEWAY)
     # It is behind NAT: west's sidecar went to the border, and the gateway saw west's border come.
