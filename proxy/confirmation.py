@@ -8,12 +8,14 @@ application behind the handshake, and sends one of
     a reason of errors.py, and the end of TLS     it is not: nothing has been delivered
 
 The outbound side sends nothing before. That costs one round trip for each connection, and nothing for a protocol in which the server speaks
-first. To dial before the handshake would cost none, but would let peers without an identity connect to the application.
+first. To dial before the handshake would cost none, but would let peers without an identity connect to the application. The byte 0 is not
+counted in `bytes_read` and `bytes_written`, which are the application's bytes.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import TypeGuard
 
 import trio
 
@@ -27,7 +29,7 @@ _CONNECTED = b"\0"
 _LONGEST = 64  # bytes of a reason
 
 
-def _agreed(stream: Stream) -> bool:
+def _agreed(stream: Stream) -> TypeGuard[TLSStream]:
     return isinstance(stream, TLSStream) and stream.info.alpn == ALPN_TCP_CONFIRMED
 
 
@@ -41,6 +43,7 @@ async def confirmed(stream: Stream, timeout: float) -> None:
         try:
             said = await stream.receive_some(1)
             if said == _CONNECTED:
+                stream.bytes_read -= len(said)
                 return
             while len(said) < _LONGEST and (more := await stream.receive_some(_LONGEST)):
                 said += more
@@ -58,6 +61,7 @@ async def confirm(stream: Stream) -> None:
     """Tell the peer of `stream`, if it waits for that, that the application is connected. Raises ConnectionLost."""
     if _agreed(stream):
         await stream.send_all(_CONNECTED)
+        stream.bytes_written -= len(_CONNECTED)
 
 
 async def decline(stream: Stream, error: ConnectFailed) -> None:
