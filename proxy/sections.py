@@ -205,7 +205,7 @@ class HttpConfig(Section, frozen=True):
     ] = 16
     write_timeout: Annotated[float, seconds(1, _DAY, "how long a client may take nothing of what it is sent")] = 300.0
     linger_timeout: Annotated[
-        float, seconds(0.1, 300, "how long the rest of a request is read and dropped that was answered before its end")
+        float, seconds(0.1, 300, "how long the rest of a request is read and dropped that was answered early; above 1 MiB, at 4 MiB/s")
     ] = 10.0
     response_timeout: Annotated[float, seconds(0.1, _DAY, "from the end of a request to the head of its response; above: 504")] = 300.0
     response_body_timeout: Annotated[float, seconds(1, _DAY, "longest pause within the body of a response (event streams pause)")] = 3600.0
