@@ -8,19 +8,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
 import trio
 
 from proxy.detect import Opening, detect
-from proxy.errors import LoopDetected, describe
+from proxy.errors import LoopDetected, MemoryShort, describe
 from proxy.exchange.exchange import Exchange, Facts
+from proxy.exchange.replay import Replay
 from proxy.exchange.trace import Tracing
 from proxy.http_measures import Direction, RequestRecord
 from proxy.logs import ConnectionLine, RateLimit, RequestLine, connections_logged, log_connection, log_request, warn
 from proxy.metrics import ConnectionRecord, Metrics, Tls
 from proxy.net.errors import ConnectionLost
+from proxy.net.liveness import peer_ended
+from proxy.net.memory import CONNECTION_BYTES, Budget
 from proxy.net.relay import Relayed
 from proxy.net.streams import SocketStream, Stream
 from proxy.net.tls import TLSInfo, TLSStream
@@ -31,19 +35,24 @@ from tracing.spans import StreamRecord
 _LOOPS = logging.getLogger("isthmus.loopguard")
 
 # Joins two streams until they have ended, and tells how many bytes have moved each way (net.relay).
-Relay = Callable[[Stream, Stream, Callable[[int, int], None]], Awaitable[Relayed]]
+Relay = Callable[[Stream, Stream, Facts, Callable[[int, int], None]], Awaitable[Relayed]]
 
 
 class Ledger:
     """All accounts of one proxy. `access`: whether each request gets a line in the log."""
 
-    def __init__(self, metrics: Metrics, *, access: bool, tracing: Mapping[str, Tracing | None] | None = None) -> None:
+    def __init__(
+        self, metrics: Metrics, *, access: bool, tracing: Mapping[str, Tracing | None] | None = None, budget: Budget | None = None
+    ) -> None:
         self.metrics = metrics
+        self.budget = budget or Budget()
         self.access = access
         self.tracing = tracing or {}  # of connections, by direction; requests are traced by a layer
         self._loops: dict[str, RateLimit] = {}
 
     def connection(self, stream: SocketStream, facts: Facts) -> ConnectionAccount:
+        facts.share = self.budget.share(CONNECTION_BYTES, member=facts.direction == "outbound")
+        facts.share.on_exhausted, facts.share.gone = stream.cut, partial(peer_ended, stream)
         return ConnectionAccount(self, stream, facts)
 
     def exchange(self, exchange: Exchange) -> ExchangeAccount:
@@ -75,7 +84,7 @@ class Ledger:
                 exchange.request_bytes += forward
                 exchange.response_bytes += backward
 
-            ended = await relay(client, server, moved)
+            ended = await relay(client, server, exchange.facts, moved)
             if ended.how != "eof":
                 exchange.failure, exchange.failure_words = f"tunnel_{ended.how}", said(ended)
 
@@ -130,6 +139,7 @@ class ConnectionAccount:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._account.close()
+        self._facts.share.close()
         metrics, facts = self._ledger.metrics, self._facts
         metrics.heads_declined(facts.direction, "request", facts.declined_requests)
         metrics.heads_declined(facts.direction, "response", facts.declined_responses)
@@ -155,13 +165,19 @@ class ConnectionAccount:
         return opening
 
     def plain(self, opening: Opening) -> None:
-        """The connection is not ours to decrypt."""
+        """The connection is not ours to decrypt. Raises MemoryShort, and so does `secured`: it is too much for this process."""
         self._account.secured("passthrough" if opening.hello is not None else "none")
+        self._admit(opening.how)
 
     def secured(self, stream: TLSStream) -> None:
         """The connection was decrypted; bytes are counted behind the decryption."""
         self._account.secured("mutual")
         self._account.stream = stream
+        self._admit("tls")
+
+    def _admit(self, how: str) -> None:
+        if how != "closed" and self._facts.share.refuses("connection"):
+            raise MemoryShort("this proxy is short of memory")
 
     def upstream(self, stream: Stream) -> StreamAccount:
         """The account of the one connection to a server that this one is relayed to; `with` closes it."""
@@ -250,6 +266,8 @@ class ExchangeAccount:
         exchange = self._exchange
         self._record.failed = exchange.failure is not None and exchange.response is not None and exchange.response.status < 400
         self._record.__exit__(kind, error, trace)
+        if isinstance(exchange.body, Replay):
+            exchange.body.drop()
         if exchange.failure is not None:
             self._ledger.metrics.error(exchange.facts.direction, exchange.failure)
         if exchange.loop is not None:

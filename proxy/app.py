@@ -45,6 +45,7 @@ from proxy.listeners import listen
 from proxy.loading import load_directory
 from proxy.logs import configure
 from proxy.loops import LoopGuard
+from proxy.memory import MemoryWatch
 from proxy.mesh.balance import Balancer
 from proxy.mesh.directory import Directory, DirectoryError, Endpoint
 from proxy.mesh.identity import Identity
@@ -118,18 +119,19 @@ class App:
     """One proxy. The constructor reads and binds, and raises StartError; `run` serves."""
 
     def __init__(self, config: Config, metrics: Metrics, spans: Spans = OFF, sibling: Sibling | None = None) -> None:
-        self.config = config
-        self.spans, self.metrics = spans, metrics
-        self.ledger = Ledger(metrics, access=config.log.access, tracing=spans.flows())
+        self.config, self.spans, self.metrics = config, spans, metrics
+        self.drain = Drain(disconnects=Disconnects().open())
+        settings = Settings.of(config, self.drain.pacer)
+        self.memory = MemoryWatch(config, settings.downstream.streams, metrics)
+        self.ledger = Ledger(metrics, access=config.log.access, tracing=spans.flows(), budget=self.memory.budget)
         self.own = OwnIdentity(config, metrics)
         self.source = load_directory(config)
         resolvers = pod_resolvers(config)
         self.liveness = Liveness(config.tcp.user_timeout, config.tcp.keepalive)
         self.listeners = listen(config, self.liveness, resolvers)
-        self.drain = Drain(disconnects=Disconnects().open())
         self._ports = self.listeners.ports()  # asked once: a proxy that is going down has closed its listeners
         loops = LoopGuard(config, self._own(), metrics, sibling)
-        balancer, settings = Balancer(trio.current_time, zone=config.pod.zone), Settings.of(config)
+        balancer = Balancer(trio.current_time, zone=config.pod.zone)
         dialer = Dialer(config.mark, config.tcp.connect_timeout, self.liveness, loops.dialled, loops.connections)
         self.names = Names(config, resolvers, dialer, metrics) if resolvers is not None else None
         self.runtime = Runtime(
@@ -149,8 +151,6 @@ class App:
             expiries=self.own.expiries,
             road=Road(self.drain, settings.plain_server.idle_timeout, config.tcp.idle_timeout) if config.fast_path else None,
         )
-        if self.names is not None:
-            self.runtime.router.virtual = self.names.virtual
         self._publish()
         self.outbound_pools: Pools[Endpoint] = endpoint_pools(self.runtime, "gateway" if config.gateway.enabled else "outbound")
         self.ways = Ways(self.runtime.directory, config.clusters, self.outbound_pools.lender(Protocol.HTTP1), self.metrics)
@@ -198,6 +198,7 @@ class App:
                 nursery.start_soon(self.liveness.run)
                 nursery.start_soon(self.drain.disconnects.run)
                 nursery.start_soon(self.ways.watch)
+                nursery.start_soon(self.drain.pacer.run)
                 if self.names is not None:
                     nursery.start_soon(self.names.serve, self.listeners, report)
                 if self.runtime.road is not None:
@@ -249,6 +250,7 @@ class App:
 
     def _publish(self) -> None:
         if self.names is not None:
+            self.runtime.router.virtual = self.names.virtual
             self.names.publish(self.runtime.directory.current)
 
     def _own(self) -> OwnListeners:
@@ -261,6 +263,7 @@ class App:
         for turn in itertools.count(1):
             await trio.sleep(_SWEEP)
             self.own.expiries.look()
+            await self.memory.look()
             if turn % _SELDOM == 0:
                 heads.forget()
                 self.runtime.loops.listeners = self._own()
@@ -292,6 +295,7 @@ class App:
         self.metrics.pool("active").set(sum(active for active, _ in used))
         self.metrics.pool("idle").set(sum(idle for _, idle in used))
         self.metrics.reach.broken((service, str(address), state) for service, address, state in self.runtime.balancer.broken())
+        self.memory.observe()
         if self.runtime.road is not None:
             self.metrics.on_fast_road(*self.runtime.road.counts())
         if self.names is not None:

@@ -158,7 +158,7 @@ class Attempts:
         """Keep what is sent of the body until the response begins: a sidecar may say that it could not connect to its application."""
         exchange = self._exchange
         if not isinstance(exchange.body, Replay):  # otherwise the fast road has begun to send it
-            exchange.body = Replay(exchange.body, self.policy.retries.max_body)
+            exchange.body = Replay(exchange.body, self.policy.retries.max_body, exchange.facts.share)
         self._body = exchange.body
 
     @property

@@ -79,6 +79,10 @@ class PoolExhausted(IsthmusError):
     """All connections that an endpoint may have are in use, and the queue for them is full or too slow."""
 
 
+class MemoryShort(IsthmusError):
+    """The memory budget of this process is used up, or the part of it that is for clients without an identity."""
+
+
 class UpstreamProtocolError(IsthmusError):
     """The server's response is not HTTP, or is ambiguous."""
 
@@ -156,6 +160,7 @@ TABLE: dict[type[BaseException], Answer] = {
     NotExported: Answer(404, 5, "destination_not_found", "not_exported"),
     TunnelRefused: Answer(502, 14, "destination_unavailable", "tunnel_refused"),
     PoolExhausted: Answer(503, 8, "connection_limit_reached", "pool_exhausted"),
+    MemoryShort: Answer(503, 8, "connection_limit_reached", "memory_short"),
     UpstreamProtocolError: Answer(502, 13, "http_protocol_error", "upstream_protocol"),
     UpstreamClosed: Answer(502, 14, "connection_terminated", "upstream_closed"),
     UpstreamLeft: Answer(502, 14, "connection_terminated", "upstream_left"),

@@ -1,7 +1,8 @@
 """Traffic from other clusters to the services that this cluster exports.
 
     accept -> mutual TLS with a workload of the trust domain, or a refusal -> HTTP, of either version
-      HTTP     server -> measure -> trace -> rescue -> guard -> deadline -> who? -> what? -> client -> pool -> connect(endpoint, mutual TLS)
+      HTTP     server -> measure -> trace -> rescue -> admit -> guard -> deadline -> who? -> what? -> client -> pool
+                 -> connect(endpoint, mutual TLS)
       CONNECT  the same, but the endpoint is connected to for bytes, and relayed
 
 *Who* comes before *what*, so that nobody learns which names exist here who may not use them: without an identity, or with one that is
@@ -24,7 +25,7 @@ from proxy.detect import Opening
 from proxy.errors import NotAuthorised, NotExported
 from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, Whole, stack
-from proxy.exchange.layers import deadline, measure, rescue
+from proxy.exchange.layers import admit, deadline, measure, rescue
 from proxy.exchange.trace import trace
 from proxy.exchange.upgrade import carry
 from proxy.mesh.directory import Endpoint, Target
@@ -53,6 +54,7 @@ def gateway(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Await
         measure(rt.ledger.exchange),
         trace(rt.spans.gateway, "both"),
         rescue(rt.name, rt.tells, rt.reports),
+        admit,
         rt.loops.layer(DIRECTION),
         deadline,
         endpoint=to_exported(rt, pools),

@@ -4,7 +4,7 @@
       -> may this peer use this port?
       -> HTTP or opaque? (named by ALPN where TLS was ours; otherwise seen)
            opaque  relay <-> dial(application)
-           HTTP    server -> measure -> trace -> rescue -> guard -> deadline -> policy -> client -> pool -> dial(application)
+           HTTP    server -> measure -> trace -> rescue -> admit -> guard -> deadline -> policy -> client -> pool -> dial(application)
 
 The application is dialled at the very address that the peer dialled, so it is found on whatever address it listens.
 """
@@ -19,7 +19,7 @@ from proxy.errors import NotAuthorised, RequestError
 from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
 from proxy.exchange.guard import unguarded
-from proxy.exchange.layers import deadline, measure, rescue
+from proxy.exchange.layers import admit, deadline, measure, rescue
 from proxy.exchange.resumed import Resumed
 from proxy.exchange.trace import trace, untraced
 from proxy.exchange.upgrade import carry
@@ -49,6 +49,7 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
         measure(rt.ledger.exchange),
         trace(rt.spans.inbound, "server"),
         rescue(rt.name, rt.tells, rt.reports),
+        admit,
         rt.loops.layer(DIRECTION),
         deadline,
         endpoint=to_application(rt, pools, client),
@@ -186,7 +187,7 @@ async def to_listener(rt: Runtime, stream: Stream, about: Facts, account: Connec
                     application.reset()
                 about.protocol, about.unnamed = found.protocol, True
                 return Resumed(stream, found.said)
-            account.relayed(SILENT if found.silent else await rt.relay(stream, application))
+            account.relayed(SILENT if found.silent else await rt.relay(stream, application, about))
     return None
 
 

@@ -2,7 +2,7 @@
 
     accept -> original destination -> loop guard -> what does the directory say of it? -> HTTP or opaque?
         opaque  relay <-> connect(endpoint, mutual TLS if it is meshed; a tunnel if it is the gateway of another cluster)
-        HTTP    server -> measure -> trace -> rescue -> guard -> deadline -> endpoint -> client -> pool -> connect
+        HTTP    server -> measure -> trace -> rescue -> admit -> guard -> deadline -> endpoint -> client -> pool -> connect
 
 Where to is the router's decision (route.py), asked when the connection is accepted, and again for each request: the directory may have
 changed since, and the requests of one connection may go to different services, clusters and endpoints. A service of another cluster is
@@ -21,7 +21,7 @@ from proxy.errors import LoopDetected, RequestError
 from proxy.exchange.client import Client
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
 from proxy.exchange.guard import hide_names, unguarded
-from proxy.exchange.layers import deadline, measure, rescue
+from proxy.exchange.layers import admit, deadline, measure, rescue
 from proxy.exchange.replay import Replay
 from proxy.exchange.resumed import Resumed
 from proxy.exchange.trace import trace, untraced
@@ -57,6 +57,7 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
         measure(rt.ledger.exchange),
         trace(rt.spans.outbound, "client"),
         rescue(rt.name, rt.tells),
+        admit,
         rt.loops.layer(DIRECTION),
         deadline,
         endpoint=to_service(rt, pools, client),
@@ -160,7 +161,7 @@ class OutboundCourse:
             # A stream may be refused when a part of its body is gone. An address of no service is asked once.
             target = shared.attempt.target
             if target.service is not None and exchange.body.length != 0:
-                exchange.body = Replay(exchange.body, target.policy.retries.max_body)
+                exchange.body = Replay(exchange.body, target.policy.retries.max_body, exchange.facts.share)
         return shared
 
     def _lent(self, exchange: Exchange, foreign: Hint, lend: Callable[[Endpoint], Loan | None]) -> Loan | None:
@@ -242,7 +243,7 @@ async def to_endpoint(rt: Runtime, target: Target, client: Stream, about: Facts,
                         upstream.reset()
                     about.protocol = found.protocol
                     return Resumed(client, found.said)
-                account.relayed(SILENT if found.silent else await rt.relay(client, upstream, heard))
+                account.relayed(SILENT if found.silent else await rt.relay(client, upstream, about, heard))
         return None
     finally:
         for call in calls:

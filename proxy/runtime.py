@@ -14,11 +14,12 @@ from proxy.config import Config
 from proxy.confirmation import confirmed
 from proxy.errors import UpstreamTLSError
 from proxy.exchange.client import ClientSettings
-from proxy.exchange.exchange import Exchange
+from proxy.exchange.exchange import Exchange, Facts
 from proxy.exchange.mux_settings import MuxSettings
 from proxy.exchange.pool import PoolSettings
 from proxy.exchange.resets import ResetPace
 from proxy.exchange.server import Drain, ServerSettings
+from proxy.exchange.stream_limit import StreamLimit
 from proxy.fast.road import Road
 from proxy.late import Found, look
 from proxy.loops import LoopGuard
@@ -32,7 +33,8 @@ from proxy.net.address import Address
 from proxy.net.dial import Dialer
 from proxy.net.errors import ConnectionLost, TLSFailed
 from proxy.net.expiry import Expiries
-from proxy.net.relay import Relayed, relay
+from proxy.net.pacing import Pacer
+from proxy.net.relay import Joint, Relayed, relay
 from proxy.net.streams import Stream
 from proxy.net.tls import TLSOffer, tls_client
 from proxy.reach import Reach
@@ -59,12 +61,13 @@ class Settings:
     upstream: MuxSettings  # and to servers
 
     @classmethod
-    def of(cls, config: Config) -> Settings:
+    def of(cls, config: Config, pacer: Pacer) -> Settings:
         http, http2, pool = config.http, config.http2, config.pool
         limits = Limits(head=http.max_head_bytes, target=http.max_target_bytes, fields=http.max_headers)
         windows = Http2Limits(http2.max_streams, http.max_head_bytes, http2.stream_window, http2.connection_window)
         mux = MuxSettings(
             windows,
+            streams=StreamLimit(config.memory.max_streams, pacer),
             budget=http2.frame_budget,
             mesh_budget=http2.mesh_frame_budget,
             resets=ResetPace(http2.reset_rate, 4 * http2.reset_rate),
@@ -132,9 +135,16 @@ class Runtime:
 
     # Bytes...
 
-    async def relay(self, client: Stream, server: Stream, on_bytes: Callable[[int, int], None] | None = None) -> Relayed:
-        """net.relay, on the fast road as far as that goes."""
-        carry = self.road.join if self.road is not None else None
+    async def relay(
+        self, client: Stream, server: Stream, about: Facts, on_bytes: Callable[[int, int], None] | None = None
+    ) -> Relayed:
+        """net.relay, on the fast road as far as that goes; `about` the client's connection."""
+
+        async def carry(joint: Joint) -> None:
+            joint.share = about.share
+            if self.road is not None:
+                await self.road.join(joint)
+
         return await relay(client, server, idle=self.config.tcp.idle_timeout, on_bytes=on_bytes, carry=carry)
 
     async def look(self, client: Stream, server: Stream, patience: float) -> Found:

@@ -233,6 +233,17 @@ class Http2Config(Section, frozen=True):
     ping_timeout: Annotated[float, seconds(0.1, _HOUR, "how long it may take to answer")] = 10.0
 
 
+# The base was measured: 52 MiB after the start, and what the allocator keeps for itself under load. The reserve for members is a quarter
+# of the budget, and of the streams.
+class MemoryConfig(Section, frozen=True):
+    """How much may be buffered, for all connections together."""
+
+    budget: Annotated[int | None, octets(16 * 2**20, 2**44, "bytes that one process may buffer; none: by the cgroup's limit")] = None
+    base: Annotated[int, octets(0, 2**40, "bytes kept out of a budget that follows the limit, for each process itself")] = 88 * 2**20
+    patience: Annotated[float, seconds(1, _HOUR, "how long a connection may hold more than its share before it is closed")] = 10.0
+    max_streams: Annotated[int, number(1, 10_000_000, "HTTP/2 streams that all clients together may open", "streams")] = 10_000
+
+
 # idle_timeout lies below the 5 s of Node.js, the shortest among common servers, so that the server seldom closes a connection that
 # is just being used again.
 class PoolConfig(Section, frozen=True):
@@ -358,6 +369,7 @@ class Config(Section, frozen=True):
     clusters: ClustersConfig = ClustersConfig()
     http: HttpConfig = HttpConfig()
     http2: Http2Config = Http2Config()
+    memory: MemoryConfig = MemoryConfig()
     pool: PoolConfig = PoolConfig()
     tcp: TcpConfig = TcpConfig()
     loops: LoopsConfig = LoopsConfig()

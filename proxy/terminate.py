@@ -7,6 +7,7 @@ from proxy.exchange.exchange import Facts
 from proxy.mesh.contexts import ALPN_HTTP1, ALPN_HTTP2
 from proxy.mesh.identity import PeerRefused
 from proxy.net.errors import NetError, TLSFailed
+from proxy.net.memory import TLS_BYTES
 from proxy.net.streams import SocketStream, Stream
 from proxy.net.tls import tls_server
 from proxy.runtime import Runtime
@@ -41,4 +42,6 @@ async def terminate(rt: Runtime, stream: SocketStream, opening: Opening, about: 
     rt.expiries.watch(tls)
     rt.ledger.tls_established(about.direction, tls.info)
     about.tls, about.identity = tls.info, tls.info.peer_identity
+    about.share.admit()
+    about.share.charge(TLS_BYTES)
     return tls

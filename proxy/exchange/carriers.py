@@ -30,6 +30,7 @@ from proxy.exchange.pool import Upstream
 from proxy.exchange.resumed import READ_SIZE, Resumed
 from proxy.exchange.server2 import Tunnel, body_length
 from proxy.net.errors import ConnectionLost, NetError
+from proxy.net.memory import UNCOUNTED, Share
 from proxy.net.streams import SocketStream, Stream
 from proxy.net.tls import TLSStream
 from proxy.wire import websocket
@@ -72,6 +73,7 @@ class Carrier(ABC):
     """One exchange on one connection; made for it, and dropped behind it."""
 
     stream: Stream  # of the connection, for the logs
+    share: Share = UNCOUNTED  # of the client's connection; what waits here is charged to it
 
     @property
     def declined(self) -> int:
@@ -165,7 +167,8 @@ class Http1Carrier(Carrier):
         self._out.clear()
         if data:
             try:
-                await self.stream.send_all(data)
+                with self.share.holding(len(data)):
+                    await self.stream.send_all(data)
             except ConnectionLost:
                 self._http.keep_alive = False
                 raise
@@ -236,7 +239,7 @@ class Http1Carrier(Carrier):
     async def body(self) -> bytes | EndOfMessage:
         while (piece := self.body_nowait()) is None:
             try:
-                self._http.receive_data(await self.stream.receive_some(READ_SIZE))
+                self._http.receive_data(await self.stream.receive_some(self.share.read_size(READ_SIZE)))
             except ConnectionLost as error:
                 raise self._broken(UpstreamClosed(f"the connection broke within the response's body: {error}")) from error
         return piece
@@ -289,6 +292,7 @@ class Http2Carrier(Carrier):
             self._stream = self._mux.open(head, end=length == 0 and head.method != b"CONNECT")
         except HeadTooLarge as error:
             raise oversized(error) from error
+        self._stream.share = self.share
 
     def put(self, data: bytes) -> None:
         self._pieces.append(data)

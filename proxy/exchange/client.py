@@ -156,6 +156,7 @@ class _Attempt:
         self._settings = settings
         self._exchange = exchange
         self._carrier = carrier
+        carrier.share = exchange.facts.share
         self._bridge = bridge
         self._to_client = b""  # what the fast road could not send of its response
         self._fault: Exception | None = None  # of the pump or of the reader, whichever failed first

@@ -24,6 +24,7 @@ import trio
 
 from proxy.errors import ClientGone
 from proxy.net.address import Address
+from proxy.net.memory import UNCOUNTED, Share
 from proxy.net.slots import Slot
 from proxy.net.streams import Stream
 from proxy.net.tls import TLSInfo, TLSStream
@@ -99,6 +100,7 @@ class Facts:
     slot: Slot | None = None  # of the listener
     unsure: bool = False  # it is relayed, and what the client says may still show that it is HTTP
     unnamed: bool = False  # its bytes were not announced as HTTP, so the peer, and be it a gateway, has not written their fields
+    share: Share = UNCOUNTED  # what is buffered for the connection is charged to it
 
     def carried(self, stream: Stream) -> None:
         """Note the connection that goes on with this one."""

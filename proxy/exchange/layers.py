@@ -2,6 +2,7 @@
 
 measure   outermost: counts, times and logs every request, also those that fail or cannot be read
 rescue    the one place where an error becomes a response
+admit     refuses requests when memory is short
 deadline  gives the exchange its clock
 """
 
@@ -15,7 +16,18 @@ from email.utils import formatdate
 
 import trio
 
-from proxy.errors import INTERNAL, Answer, ClientGone, IsthmusError, LoopDetected, NotAuthorised, UpstreamReset, broken_off, describe
+from proxy.errors import (
+    INTERNAL,
+    Answer,
+    ClientGone,
+    IsthmusError,
+    LoopDetected,
+    MemoryShort,
+    NotAuthorised,
+    UpstreamReset,
+    broken_off,
+    describe,
+)
 from proxy.exchange.exchange import NO_CLOCK, Clock, Exchange, Handler, Layer, Whole
 from proxy.exchange.reports import report
 from proxy.wire.messages import Headers, ResponseHead
@@ -54,6 +66,17 @@ def measure(account: Callable[[Exchange], AbstractContextManager[object]]) -> La
         return handle
 
     return layer
+
+
+def admit(handler: Handler) -> Handler:
+    """Refuse a request when memory is short: that of a connection which is open already. Streams are refused where they are opened."""
+
+    async def handle(exchange: Exchange) -> None:
+        if not exchange.underway and exchange.request.version != b"2" and exchange.facts.share.refuses("request"):
+            raise MemoryShort("this proxy is short of memory")
+        await handler(exchange)
+
+    return handle
 
 
 def rescue(name: Callable[[Exchange], bytes], open_to: Callable[[Exchange], bool], reports: Callable[[Exchange], bool] = never) -> Layer:

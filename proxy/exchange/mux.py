@@ -15,18 +15,22 @@ streams take turns.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import trio
 
+from proxy.exchange.goodbye import say_goodbye
+from proxy.exchange.intake import Intake
 from proxy.exchange.mux_settings import MuxSettings
 from proxy.exchange.mux_stream import ConnectionLeft, Filed, MuxStream, StreamLost
 from proxy.exchange.resets import Resets
 from proxy.exchange.turns import Turns
 from proxy.exchange.writer import Writer
 from proxy.net.errors import NetError
-from proxy.net.linger import linger
+from proxy.net.memory import UNCOUNTED, Share
 from proxy.net.streams import Stream
 from proxy.net.tls import TLSStream
+from proxy.wire.budget2 import OF_AGE
 from proxy.wire.events2 import (
     DataReceived,
     Event,
@@ -35,7 +39,6 @@ from proxy.wire.events2 import (
     HeadReceived,
     PingAnswered,
     StreamBroken,
-    StreamGone,
     TrailersReceived,
     WindowOpened,
 )
@@ -43,13 +46,10 @@ from proxy.wire.fields2 import Pair
 from proxy.wire.frames2 import Code, code_name
 from proxy.wire.http1 import Role
 from proxy.wire.http2 import Http2Connection
-from proxy.wire.messages import Headers, ProtocolError, RequestHead, ResponseHead
-from proxy.wire.streams2 import OF_AGE
+from proxy.wire.messages import ProtocolError, RequestHead
 
 # One TLS record carries 16 KiB; reading more at a time would let one connection's frames hold up the others for longer.
 _READ = 16384
-# What a header block counts for where bytes are counted: most are far smaller once they are compressed.
-_HEAD = 1024
 _PING, _GOODBYE = b"isthmus\0", b"goodbye\0"
 # gRPC servers end a connection on which they are asked more than a few times within this (seconds) while they have nothing to say
 # themselves (gRFC A8, GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS), and with it the quiet streams that we ask for.
@@ -63,14 +63,18 @@ def _nobody() -> None:
 class Mux:
     """A connection. `run` serves it until it ends; `broken` says why it is of no further use."""
 
-    def __init__(self, stream: Stream, role: Role, settings: MuxSettings) -> None:
+    def __init__(self, stream: Stream, role: Role, settings: MuxSettings, share: Share = UNCOUNTED) -> None:
+        """`share`: of the client's connection. What is buffered on a connection to a server is charged to the clients it is for."""
         self.stream = stream
+        self.share = share
+        self._pacer = settings.streams.pacer
         self.client = role is Role.CLIENT
         verified = isinstance(stream, TLSStream)
         self.http = Http2Connection(role, settings.limits, settings.mesh_budget if verified else settings.budget)
+        self._intake = Intake(self.http, share, settings)
+        self._line = self._intake.line
         self.settings = settings
-        self.opened = trio.current_time()
-        self.idle_since = self.opened
+        self.opened = self.idle_since = trio.current_time()
         self.broken: str | None = None
         self.fault: ProtocolError | None = None  # of the peer's, which ended it, or ends it when its streams have ended
         self._farewell: str | None = None  # the code of the peer's GOAWAY
@@ -79,9 +83,9 @@ class Mux:
         self.greeted = trio.Event()  # the peer's SETTINGS are known; or the connection is broken
         self.reserved = 0  # streams that have been promised to somebody who has not opened them yet
         self._streams: dict[int, MuxStream] = {}
-        self.writer = Writer(stream, self.http, settings.write_timeout)
+        self.writer = Writer(stream, self.http, settings.write_timeout, share)
         self._held = 0  # bytes of the connection's window that wait for consumers
-        self.turns = Turns()
+        self.turns = Turns(self.http)
         self._opened: list[MuxStream] = []  # by the peer, in this read
         self.news: list[MuxStream] = []  # streams that have some for `on_news`, from this read; perhaps more than once
         self.on_room: Callable[[], object] = _nobody  # told when there may be more room for streams, or none any more
@@ -107,44 +111,63 @@ class Mux:
                     self._nursery = nursery
                     nursery.start_soon(self._write)
                     nursery.start_soon(self._watch)
-                    await self._read(on_request)
+                    ending = await self._read(on_request)
+                    self.going_away = True  # nothing new while the end waits: thousands may end in one moment
+                    await self._pacer.turn(self._line)
+                    self._end(ending)
                     nursery.cancel_scope.cancel()
             self._nursery = None
             self._end("the connection was closed")
-            await self._say_goodbye()
+            await self._line.emptied()
+            await say_goodbye(self.stream, self.http, lingers=not self.client)
         finally:
             self._nursery = None
             self._resets.stop()
             self._end("the connection was cut")
+            self._pacer.hurry(self._line)
+            if not self.client:
+                self.settings.streams.closes(self.share, len(self._streams))
+                self._streams.clear()
             self.stream.close()
             if isinstance(self.stream, TLSStream) and self.stream.expiry is not None:
                 self.stream.expiry.retire = None  # which leads back here
 
-    async def _read(self, on_request: Callable[[MuxStream], None] | None) -> None:
+    async def _read(self, on_request: Callable[[MuxStream], None] | None) -> str:
+        """Read until the connection ends; why it did."""
+        intake = self._intake
         try:
             while data := await self.stream.receive_some(_READ):
-                self.heard = trio.current_time()
-                for event in self.http.receive_data(data, self.heard):
-                    self._dispatch(event)
-                self._tell(on_request)
-                self.touch()
-            self._end("the peer closed the connection")
+                self._take(data, on_request)
+                if intake.full:
+                    await intake.ready(partial(self._take, b"", on_request))
         except ProtocolError as error:
             self.fault = error
             if self.client:  # responses that were complete in front of the fault count
                 for event in self.http.before_fault:
                     self._dispatch(event)
                 self._tell(on_request)
-            self._end(str(error))
+            return str(error)
         except (NetError, trio.ClosedResourceError) as error:
-            self._end(str(error))
+            return str(error)
+        return "the peer closed the connection"
+
+    def _take(self, data: bytes, on_request: Callable[[MuxStream], None] | None) -> None:
+        """File what has been read."""
+        if not self.client:
+            self._intake.prepare()
+        self.heard = trio.current_time()
+        for event in self.http.receive_data(data, self.heard):
+            self._dispatch(event)
+        self._intake.note()
+        self._tell(on_request)
+        self.touch()
 
     def _tell(self, on_request: Callable[[MuxStream], None] | None) -> None:
         """What one read has brought is filed: whoever hears of it without waiting for it hears of it now."""
-        opened, self._opened = self._opened, []
-        if on_request is not None:
-            for stream in opened:
-                on_request(stream)
+        if self._opened:
+            opened, self._opened = self._opened, []
+            if on_request is not None:
+                self._intake.begin(opened, on_request)
         news, self.news = self.news, []
         for stream in news:
             if stream.on_news is not None:
@@ -155,6 +178,7 @@ class Mux:
             case HeadReceived(head=RequestHead() as head):
                 stream = self._streams[event.stream] = MuxStream(self, event.stream)
                 stream.request = head
+                self.settings.streams.opens(self.share)
                 stream.file(event)
                 self._opened.append(stream)
             case HeadReceived() | DataReceived() | TrailersReceived() | StreamBroken():
@@ -259,24 +283,11 @@ class Mux:
             if self.client and self._farewell is not None:
                 kind, words = ConnectionLeft, f"the server was going away (GOAWAY, {self._farewell}): {words}"
             for stream in list(self._streams.values()):
-                stream.lose(kind(words, Code.CANCEL))
+                self._pacer.take(self._line, partial(stream.lose, kind(words, Code.CANCEL)))
             self.greeted.set()
             self.writer.stop()
             self.on_room()
         self._scope.cancel()
-
-    async def _say_goodbye(self) -> None:
-        """The last frames (GOAWAY), if they can be sent at once. What a client still sends is read meanwhile, for closing with unread bytes
-        would destroy the answers that are on their way to it."""
-        self.http.close(Code.NO_ERROR)
-        with trio.move_on_after(1, shield=True):
-            try:
-                await self.stream.send_all(self.http.data_to_send())
-                if not self.client:
-                    await linger(self.stream, seconds=1)
-                await self.stream.aclose()
-            except (NetError, trio.ClosedResourceError):
-                pass
 
     # For the exchanges...
 
@@ -285,29 +296,9 @@ class Mux:
         if self.http.pending or self.going_away:
             self.writer.touch()
 
-    def put_data(self, number: int, data: bytes, *, end: bool) -> None:
-        """Put down DATA that the windows allow. Raises StreamLost, as the next two do."""
-        try:
-            self.http.send_data(number, data, end=end)
-        except StreamGone as error:
-            raise StreamLost(str(error), Code.STREAM_CLOSED) from error
-        self.writer.put(len(data))
-        self.touch()
-
-    def put_head(self, number: int, head: ResponseHead, *, end: bool) -> None:
-        try:
-            self.http.send_response(number, head, end=end)
-        except StreamGone as error:
-            raise StreamLost(str(error), Code.STREAM_CLOSED) from error
-        self.writer.put(_HEAD)
-        self.touch()
-
-    def put_trailers(self, number: int, fields: Headers) -> None:
-        try:
-            self.http.send_trailers(number, fields)
-        except StreamGone as error:
-            raise StreamLost(str(error), Code.STREAM_CLOSED) from error
-        self.writer.put(_HEAD)
+    def put(self, size: int) -> None:
+        """A stream has put down `size` bytes."""
+        self.writer.put(size)
         self.touch()
 
     def consumed(self, number: int, credit: int) -> None:
@@ -358,6 +349,8 @@ class Mux:
         """The exchange is over."""
         if self._streams.pop(stream.number, None) is None:
             return
+        if not self.client:
+            self.settings.streams.closes(self.share)
         if not self.client or self._nursery is None:
             # RFC 9113 §8.1: a server that has answered wants no more of the request, and that is no error.
             self.http.reset(stream.number, Code.CANCEL if self.client else Code.NO_ERROR)
@@ -373,6 +366,12 @@ class Mux:
         self.going_away = True
         self._close_door()
         self.on_room()
+
+    def exhaust(self) -> None:
+        """End the connection because its client has held too much memory for too long."""
+        words = "the connection has held more memory than it may for too long"
+        self.http.close(Code.ENHANCE_YOUR_CALM, words)
+        self._end(words)
 
     def _have_reset(self) -> None:
         self.on_room()

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, field
 
 from proxy.exchange.resets import ResetPace
+from proxy.exchange.stream_limit import StreamLimit
+from proxy.wire.budget2 import BUDGET
 from proxy.wire.events2 import Http2Limits
-from proxy.wire.streams2 import BUDGET
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,3 +24,4 @@ class MuxSettings:
     ping_interval: float = 20.0  # of silence, while streams are open, until we ask whether the peer is there
     ping_timeout: float = 10.0
     last_call: float = 10.0  # for the client to hear that it is to open no more streams (server)
+    streams: StreamLimit = field(default_factory=StreamLimit)  # of all connections from clients, and how fast theirs begin and end

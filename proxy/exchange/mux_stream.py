@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Pieces are put together up to this size: a window's worth of single bytes would take a hundred times its size in memory.
 _PIECE = 4096
+# What a header block counts for where bytes are counted: most are far smaller once they are compressed.
+_HEAD = 1024
 # Heads that nobody has taken: interim responses that come faster than they can be passed on.
 _HEADS = 64
 
@@ -45,11 +47,15 @@ class ConnectionLeft(StreamLost):
 class MuxStream:
     """One stream: what has come and was not taken yet, and its end."""
 
-    __slots__ = ("_chunks", "_end", "_heads", "_lost", "_news", "_window", "mux", "number", "on_lost", "on_news", "request", "sent")
+    __slots__ = (
+        "_chunks", "_end", "_heads", "_lost", "_news", "_window", "mux", "number", "on_lost", "on_news", "request", "sent",
+        "share",
+    )  # fmt: skip
 
     def __init__(self, mux: Mux, number: int) -> None:
         self.mux = mux
         self.number = number
+        self.share = mux.share  # what waits here is charged to it
         self.sent = 0  # bytes of DATA
         self.request: RequestHead | None = None
         self.on_lost: Callable[[], None] | None = None  # told when nobody waits for the stream's message any more
@@ -67,6 +73,7 @@ class MuxStream:
         match event:
             case DataReceived():
                 if event.data:
+                    self.share.charge(event.credit)
                     self._append(event.data, event.credit)
                 elif event.credit:  # padding, which nobody will take
                     self.mux.consumed(self.number, event.credit)
@@ -171,6 +178,7 @@ class MuxStream:
         """The next piece of the body; its bytes count as taken, and the peer may send as many more. Raises StreamLost."""
         if self._chunks:
             data, credit = self._chunks.popleft()
+            self.share.release(credit)
             self.mux.consumed(self.number, credit)
             return data
         if self._lost is not None:
@@ -184,10 +192,18 @@ class MuxStream:
 
     def send_head(self, head: ResponseHead, *, end: bool) -> None:
         """Raises StreamLost, as all that send do, and HeadTooLarge, as `send_trailers` does."""
-        self.mux.put_head(self.number, head, end=end)
+        try:
+            self.mux.http.send_response(self.number, head, end=end)
+        except StreamGone as error:
+            raise StreamLost(str(error), Code.STREAM_CLOSED) from error
+        self.mux.put(_HEAD)
 
     def send_trailers(self, fields: Headers) -> None:
-        self.mux.put_trailers(self.number, fields)
+        try:
+            self.mux.http.send_trailers(self.number, fields)
+        except StreamGone as error:
+            raise StreamLost(str(error), Code.STREAM_CLOSED) from error
+        self.mux.put(_HEAD)
 
     async def send(self, data: bytes, *, end: bool) -> None:
         """Send DATA as the windows allow, and no faster than the writer."""
@@ -201,8 +217,7 @@ class MuxStream:
                     await self.mux.turns.wait(self)
                     continue
                 at += len(piece)
-                self.sent += len(piece)
-                self.mux.put_data(self.number, piece, end=end and at >= len(data))
+                self.put(piece, end=end and at >= len(data))
                 if self.mux.turns.next():
                     await trio.lowlevel.checkpoint()
                 if at >= len(data):
@@ -232,9 +247,13 @@ class MuxStream:
             return False
 
     def put(self, data: bytes, *, end: bool) -> None:
-        """Send DATA that it `takes`."""
+        """Send DATA that the windows allow."""
         self.sent += len(data)
-        self.mux.put_data(self.number, data, end=end)
+        try:
+            self.mux.http.send_data(self.number, data, end=end)
+        except StreamGone as error:
+            raise StreamLost(str(error), Code.STREAM_CLOSED) from error
+        self.mux.put(len(data))
 
     @property
     def may_send(self) -> bool:
@@ -253,4 +272,6 @@ class MuxStream:
     def give_back(self) -> None:
         """What has come and nobody will take."""
         while self._chunks:
-            self.mux.consumed(self.number, self._chunks.popleft()[1])
+            credit = self._chunks.popleft()[1]
+            self.share.release(credit)
+            self.mux.consumed(self.number, credit)

@@ -7,6 +7,7 @@ limit is gone cannot; what was kept of it is dropped in that moment.
 from __future__ import annotations
 
 from proxy.exchange.exchange import Body
+from proxy.net.memory import UNCOUNTED, Share
 from proxy.wire.bodies import Length
 from proxy.wire.messages import EndOfMessage
 
@@ -14,10 +15,12 @@ from proxy.wire.messages import EndOfMessage
 class Replay:
     """`body` from its beginning as often as need be. An exchange.Body."""
 
-    __slots__ = ("_at", "_body", "_kept", "_room", "length")
+    __slots__ = ("_at", "_body", "_charged", "_kept", "_room", "_share", "length")
 
-    def __init__(self, body: Body, limit: int) -> None:
-        """`limit`: bytes that are kept."""
+    def __init__(self, body: Body, limit: int, share: Share = UNCOUNTED) -> None:
+        """`limit`: bytes that are kept. They are charged to `share`; whoever ends the exchange calls `drop`."""
+        self._share = share
+        self._charged = 0
         self._body = body
         self._kept: list[bytes] | None = []  # None: too much has gone
         self._at = 0  # of what was kept, the piece that is the next to be taken
@@ -59,8 +62,16 @@ class Replay:
         if self._kept is not None and isinstance(piece, bytes):
             self._room -= len(piece)
             if self._room < 0:
-                self._kept = None
+                self.drop()
             else:
                 self._kept.append(piece)
                 self._at += 1
+                self._charged += len(piece)
+                self._share.charge(len(piece))
         return piece
+
+    def drop(self) -> None:
+        """Keep nothing any more."""
+        self._kept = None
+        self._share.release(self._charged)
+        self._charged = 0

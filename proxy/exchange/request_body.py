@@ -1,4 +1,4 @@
-"""The body of a request on an HTTP/1 connection, read as it is wanted."""
+"""A request on an HTTP/1 connection, read as it is wanted: the rest of its head, and its body."""
 
 from __future__ import annotations
 
@@ -9,24 +9,41 @@ import trio
 from proxy.errors import ClientGone, RequestTimeout
 from proxy.exchange.resumed import READ_SIZE
 from proxy.net.errors import NetError
+from proxy.net.memory import Charge, Share
 from proxy.net.streams import Stream
 from proxy.wire.bodies import Length
 from proxy.wire.http1 import Http1Connection
-from proxy.wire.messages import EndOfMessage, ProtocolError, Signal
+from proxy.wire.messages import EndOfMessage, ProtocolError, RequestHead, Signal
 
 if TYPE_CHECKING:
     from proxy.exchange.server import ServerSettings
 
 
+async def rest_of_head(connection: Http1Connection, stream: Stream, share: Share) -> RequestHead | Signal:
+    """A head of which some has come; what waits for the rest of it is charged to `share`. CLOSED: the client has ended. Raises
+    ProtocolError, and what `stream` raises."""
+    waiting = Charge(share)
+    head: RequestHead | Signal = Signal.NEED_DATA
+    try:
+        while head is Signal.NEED_DATA:
+            waiting.become(connection.buffered)
+            connection.receive_data(await stream.receive_some(share.read_size(READ_SIZE)))
+            head = connection.next_request()
+    finally:
+        waiting.become(0)
+    return head
+
+
 class RequestBody:
     """The body of the request being read."""
 
-    __slots__ = ("_connection", "_received", "_settings", "_stream", "_waited")
+    __slots__ = ("_connection", "_received", "_settings", "_share", "_stream", "_waited")
 
-    def __init__(self, connection: Http1Connection, stream: Stream, settings: ServerSettings) -> None:
+    def __init__(self, connection: Http1Connection, stream: Stream, settings: ServerSettings, share: Share) -> None:
         self._connection = connection
         self._stream = stream
         self._settings = settings
+        self._share = share
         self._received = 0
         self._waited = 0.0  # seconds, for the client: what the server takes is not the client's slowness
 
@@ -51,7 +68,7 @@ class RequestBody:
             started = trio.current_time()
             with trio.move_on_after(self._patience()) as scope:
                 try:
-                    self._connection.receive_data(await self._stream.receive_some(READ_SIZE))
+                    self._connection.receive_data(await self._stream.receive_some(self._share.read_size(READ_SIZE)))
                 except NetError as error:
                     raise ClientGone(f"the client's connection broke within its request's body: {error}") from error
             if scope.cancelled_caught:

@@ -16,11 +16,12 @@ import trio
 from proxy.errors import ClientGone, IsthmusError, RequestTimeout
 from proxy.exchange.begun import Carry, Lane
 from proxy.exchange.exchange import Body, Exchange, Facts, Handler
-from proxy.exchange.request_body import RequestBody
+from proxy.exchange.request_body import RequestBody, rest_of_head
 from proxy.exchange.resumed import READ_SIZE, Resumed
 from proxy.net.disconnects import Disconnects
 from proxy.net.errors import NetError
 from proxy.net.linger import linger
+from proxy.net.pacing import Pacer
 from proxy.net.streams import Stream
 from proxy.wire.bodies import Framing, Length
 from proxy.wire.http1 import At, Http1Connection, Role
@@ -36,8 +37,7 @@ _QUIET = 2.0
 _DRAIN_BYTES = 65536
 
 # When the proxy goes down, a request may be on its way on any connection that waits for one (seconds since it began to wait).
-_FIRST_REQUEST = 5.0
-_NEXT_REQUEST = 1.0
+_FIRST_REQUEST, _NEXT_REQUEST = 5.0, 1.0
 
 _NOTHING_READ = RequestHead(b"-", b"-", Headers())
 
@@ -54,6 +54,7 @@ class Drain:
     idle: set[Http1Server] = field(default_factory=set)
     on_begin: set[Callable[[], None]] = field(default_factory=set)  # for connections that have a way to say it
     disconnects: Disconnects = field(default_factory=Disconnects)  # tells of clients that leave while they wait, if it is open
+    pacer: Pacer = field(default_factory=Pacer)  # how many of them end in one pass of the scheduler
 
     def begin(self) -> None:
         self.draining = True
@@ -168,7 +169,8 @@ class Http1Exchange(Exchange):
         out.clear()
         if data:
             self.clock.expect(self._client_stalls, self._server.settings.write_timeout)
-            await self._server.send(data)
+            with self.facts.share.holding(len(data)):
+                await self._server.send(data)
             self.clock.rest()
 
     def _client_stalls(self) -> Exception:
@@ -237,8 +239,7 @@ class Http1Server:
         self.drain = drain
         self.connection = Http1Connection(Role.SERVER, settings.limits)
         self.served = False  # whether a request has been answered
-        self.tunnelled = False
-        self.aborted = False
+        self.tunnelled = self.aborted = False
         self.idle_since = 0.0  # trio's time; when it began to wait for a request
         self.lane: Lane | None = None  # the fast road's own, from one loan to the next
         self._waiting = False  # for a request; on the fast road `lane` knows
@@ -305,7 +306,8 @@ class Http1Server:
         if self.client_ended:
             exchange.look()
         try:
-            await handler(exchange)
+            with self.facts.share.holding(connection.head_size):
+                await handler(exchange)
         finally:
             self._exchange = None
         self.served = True
@@ -323,15 +325,16 @@ class Http1Server:
 
     async def _next_exchange(self) -> Http1Exchange | None:
         """The next exchange; None: the client has closed, or nothing came in time."""
-        self.idle_since = trio.current_time()
-        self._waiting = True
+        self.idle_since, self._waiting = trio.current_time(), True
         exchange = await self._carry(self) if self._carry is not None else None
         head = await self._next_request() if exchange is None else None
         self._waiting = False
-        if exchange is not None or head is None:
-            return exchange
-        self.facts.declined_requests = self.connection.declined
-        return Http1Exchange(self, head, RequestBody(self.connection, self.stream, self.settings))
+        if exchange is None:
+            await self.drain.pacer.turn(member=self.facts.share.member)  # thousands may come, or end, in one moment
+        if head is not None:
+            self.facts.declined_requests = self.connection.declined
+            exchange = Http1Exchange(self, head, RequestBody(self.connection, self.stream, self.settings, self.facts.share))
+        return exchange
 
     async def _next_request(self) -> RequestHead | None:
         connection, scope = self.connection, self._scope
@@ -351,9 +354,7 @@ class Http1Server:
         head = connection.next_request()
         if head is Signal.NEED_DATA:
             scope.deadline = min(trio.current_time() + self.settings.head_timeout, self._first_deadline)
-            while head is Signal.NEED_DATA:
-                connection.receive_data(await self.stream.receive_some(READ_SIZE))
-                head = connection.next_request()
+            head = await rest_of_head(connection, self.stream, self.facts.share)
         scope.deadline = math.inf
         return None if isinstance(head, Signal) else head
 
@@ -366,12 +367,12 @@ class Http1Server:
         connection = self.connection
         connection.keep_alive = False
         connection.reading = At.DONE
-        await handler(Http1Exchange(self, _NOTHING_READ, RequestBody(connection, self.stream, self.settings), error))
+        await handler(Http1Exchange(self, _NOTHING_READ, RequestBody(connection, self.stream, self.settings, self.facts.share), error))
         await self._linger(_QUIET)
 
     async def _finish_reading(self) -> None:
         """Read the rest of the request, which is short, because the response's head has said that the connection goes on."""
-        body = RequestBody(self.connection, self.stream, self.settings)
+        body = RequestBody(self.connection, self.stream, self.settings, self.facts.share)
         try:
             while isinstance(await body.receive(), bytes):
                 pass

@@ -176,7 +176,7 @@ class Http2Exchange(Exchange):
             except HeadTooLarge as error:
                 raise too_large(error) from error
         else:
-            self.stream.mux.put_data(self.stream.number, b"", end=True)
+            self.stream.put(b"", end=True)
 
     def _send_head(self, head: ResponseHead, *, end: bool) -> None:
         try:
@@ -295,7 +295,7 @@ class Http2Server:
         self.facts = facts
         self.settings = settings
         self.drain = drain
-        self.mux = Mux(stream, Role.SERVER, mux)
+        self.mux = Mux(stream, Role.SERVER, mux, facts.share)
         self.serve: Callable[[Http2Exchange], None] = _nobody  # carries an exchange on the ordinary road, while `run` does
         self.fork: Fork | None = None  # the fast road, if there is one
 
@@ -306,6 +306,7 @@ class Http2Server:
 
     async def run(self, handler: Handler) -> None:
         self.drain.on_begin.add(self.mux.retire)
+        self.facts.share.on_exhausted = self.mux.exhaust
         group = None
         try:
             async with trio.open_nursery() as exchanges:

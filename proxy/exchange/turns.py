@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from proxy.exchange.mux_stream import MuxStream
+    from proxy.wire.http2 import Http2Connection
 
 
 class Turns:
-    """The senders of DATA on one connection that wait for a window, in order."""
+    """The senders of DATA on one connection that wait for its window, in order. One whose own window is used up waits beside them, for
+    that: there may be thousands, and `next` must not look at each of them every time."""
 
-    __slots__ = ("_waiting",)
+    __slots__ = ("_http", "_waiting")
 
-    def __init__(self) -> None:
+    def __init__(self, http: Http2Connection) -> None:
+        self._http = http
         self._waiting: dict[MuxStream, None] = {}
 
     @property
@@ -22,8 +25,9 @@ class Turns:
         return bool(self._waiting)
 
     async def wait(self, stream: MuxStream) -> None:
-        """Wait for a window. Whoever returns from here, or is cancelled here, calls `next` when it has taken what it takes."""
-        self._waiting[stream] = None
+        """Wait for the windows. Whoever returns from here, or is cancelled here, calls `next` when it has taken what it takes."""
+        if self._http.stream_window(stream.number) > 0:
+            self._waiting[stream] = None
         try:
             await stream.window_opens()
         finally:
@@ -35,6 +39,8 @@ class Turns:
 
     def next(self) -> bool:
         """Wake the first sender whose windows are open; False: there is none."""
+        if self._http.connection_window <= 0:
+            return False
         for stream in self._waiting:
             if stream.may_send:
                 del self._waiting[stream]

@@ -14,6 +14,7 @@ import trio
 from trio.lowlevel import Abort, ParkingLot, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
 
 from proxy.net.errors import NetError
+from proxy.net.memory import UNCOUNTED, Share
 from proxy.net.streams import SocketStream, Stream
 from proxy.net.tls import TLSStream
 from proxy.wire.http2 import Http2Connection
@@ -27,15 +28,17 @@ _WRITE = 65536
 class Writer:
     """Of the output of `http` to `stream`; `patience`: seconds for the peer to take a write."""
 
-    __slots__ = ("_ahead", "_http", "_patience", "_sent", "_stopped", "_stream", "_task")
+    __slots__ = ("_ahead", "_http", "_patience", "_sent", "_share", "_stopped", "_stream", "_task")
 
-    def __init__(self, stream: Stream, http: Http2Connection, patience: float) -> None:
+    def __init__(self, stream: Stream, http: Http2Connection, patience: float, share: Share = UNCOUNTED) -> None:
+        """`share`: what waits to be sent is charged to it."""
         self._stream = stream
         self._http = http
         self._patience = patience
         self._task: Task | None = None  # while it waits
         self._ahead = 0
         self._sent = ParkingLot()  # senders wait here
+        self._share = share
         self._stopped = False
 
     async def run(self, over: Callable[[], bool]) -> str | None:
@@ -70,11 +73,21 @@ class Writer:
         sent, size, stream = 0, len(data), self._stream
         if size <= _WRITE and isinstance(stream, SocketStream | TLSStream):
             sent = stream.send_nowait(data)  # as a rule that is all: no deadline has to be moved, twice
-        whole = memoryview(data)
-        for at in range(sent, size, _WRITE):
-            scope.deadline = trio.current_time() + self._patience
-            await stream.send_all(whole[at : at + _WRITE])
-        scope.deadline = math.inf
+        if sent < size:
+            await self._send_rest(data, sent, scope)
+
+    async def _send_rest(self, data: bytes, sent: int, scope: trio.CancelScope) -> None:
+        """The peer is slower than we are: what it has still to take is charged, and as much as may be put down meanwhile."""
+        charged = len(data) + (_AHEAD if len(data) > _WRITE else 0)
+        self._share.charge(charged)
+        try:
+            whole = memoryview(data)
+            for at in range(sent, len(data), _WRITE):
+                scope.deadline = trio.current_time() + self._patience
+                await self._stream.send_all(whole[at : at + _WRITE])
+            scope.deadline = math.inf
+        finally:
+            self._share.release(charged)
 
     def touch(self) -> None:
         """Something may have been put down, or it may be over."""

@@ -108,7 +108,7 @@ class Conduit:
     def _receive(self, side: int) -> None:
         joint, source = self._joint, self._sides[side]
         try:
-            data = source.receive(source.bulk if self._full[side] else RECEIVE_SIZE)
+            data = source.take(joint.share, bulk=self._full[side] > 0)
         except NetError as error:
             joint.lost(side, error)
             self.leave()
@@ -128,13 +128,13 @@ class Conduit:
         try:
             sent = self._sides[1 - side].send(data)
         except NetError as error:
-            joint.held[side] = b""
+            joint.hold(side, b"")
             joint.refused(side, error)
             self._watch_both()
             return
         joint.passed(side, sent)
         if sent < len(data) or joint.held[side]:
-            joint.held[side] = data[sent:]
+            joint.hold(side, data[sent:])
             self._watch_both()
         if sent == len(data) and self._sides[side].stream.end_met:
             self._receive(side)

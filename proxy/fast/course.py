@@ -101,6 +101,7 @@ class Shared:
             stream = self.mux.open_fields(request.method, pairs, end=end)
         else:
             stream = self.mux.open(forwarded_request(exchange), end=end)
+        stream.share = exchange.facts.share
         self.stream = stream
         return stream
 

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("isthmus.exchange")
 
-# Events taken from the kernel in one turn.
-EVENTS = 256
+# Events taken from the kernel in one turn, which is how long the tasks of trio may have to wait: a step takes 50 to 100 µs.
+EVENTS = 128
 # Seconds. trio waits no longer at a time, epoll_wait(2) not much.
 _LONG = 86400.0
 # Passes of the scheduler until a task has surely begun to wait.

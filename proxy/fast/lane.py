@@ -32,10 +32,11 @@ from proxy.fast.handover import begun
 from proxy.fast.punts import Punts
 from proxy.fast.side import IN, OUT, Side, side_of
 from proxy.net.errors import NetError
+from proxy.net.memory import SMALL, Charge
 from proxy.net.prompt import Prompt
 from proxy.wire.heads import encode_request, encode_response, recognise_request, recognise_response
 from proxy.wire.http1 import At
-from proxy.wire.messages import ResponseHead, strip_hop_by_hop
+from proxy.wire.messages import strip_hop_by_hop
 
 if TYPE_CHECKING:
     from proxy.fast.road import Road
@@ -48,8 +49,8 @@ class Lane:
     `hand_over` by anybody, the rest by the road."""
 
     __slots__ = (
-        "_account", "_chunks", "_client", "_course", "_endpoint", "_exchange", "_fault", "_ground", "_lent", "_loan", "_remaining",
-        "_rest", "_result", "_road", "_server", "_spare", "_task", "limit", "moved", "punts",
+        "_account", "_chunks", "_client", "_course", "_endpoint", "_exchange", "_fault", "_ground", "_kept", "_lent", "_loan",
+        "_remaining", "_rest", "_result", "_road", "_server", "_spare", "_task", "limit", "moved", "punts",
     )  # fmt: skip
     def __init__(self, road: Road, course: Course, server: Http1Server, stream: Prompt) -> None:
         self._road = road
@@ -57,6 +58,7 @@ class Lane:
         self._server = server
         self._ground = road.ground
         self._client = Side(road.ground, stream)
+        self._kept = Charge(server.facts.share)  # what the client has not taken, and what it has sent ahead
         self._lent = False
         self._task: Task | None = None  # the connection's, while it is suspended here
         self._result: Http1Exchange | None = None  # that has been begun here, and goes on there
@@ -65,7 +67,6 @@ class Lane:
         self.punts = Punts()
         self.moved = 0.0  # trio's time at the last step of an exchange
         self.limit = inf  # and when that has to be over
-        # Of the exchange:
         self._exchange: Http1Exchange | None = None
         self._account: AbstractContextManager[object] | None = None
         self._loan: Borrowed | None = None
@@ -117,6 +118,7 @@ class Lane:
 
     def _let_go(self) -> None:
         self._lent, self._server.on_client_end = False, None
+        self._kept.become(0)  # whoever goes on charges it anew
         self._client.forget()
         if self._endpoint is not None:
             self._endpoint.forget()
@@ -192,7 +194,8 @@ class Lane:
                 if not self._rest:  # otherwise that comes first: the last exchange has ended in this very turn, and `next` follows
                     self._receive()
             elif self._client.unsent:
-                self._flush()
+                self.moved = self._ground.now
+                self._send(self._client.unsent)
             else:
                 self._client.watch(0)  # the client sends its next request, or has gone: that is looked at behind this exchange
         except Exception as error:  # this room's boundary: one connection's fault is not the others'
@@ -229,7 +232,7 @@ class Lane:
         server = self._server
         end = data.find(b"\r\n\r\n") + 4
         found = recognise_request(data[:end], server.settings.limits) if end > 3 else None
-        if found is None or found[1] > len(data) - end or server.leaving:
+        if found is None or found[1] > len(data) - end or end > SMALL or server.leaving or server.facts.share.full:
             self.give_back(data)
             return
         request, length = found
@@ -252,6 +255,8 @@ class Lane:
             loan.on_begin(exchange)
         self._exchange, self._account, self._loan = exchange, account, loan
         self._rest = rest
+        if rest or self._kept.size:
+            self._kept.become(len(rest))
         self._remaining = 0
         self._endpoint = endpoint = side_of(loan.upstream, self._ground)
         endpoint.belongs(self._on_server)
@@ -283,7 +288,7 @@ class Lane:
             return
         try:
             # Chunks are work: of small ones, one step would hold a larger read up for too long.
-            data = endpoint.receive() if exchange.response is None or self._chunks is not None else endpoint.receive(endpoint.bulk)
+            data = endpoint.take(self._server.facts.share, bulk=exchange.response is not None and self._chunks is None)
         except NetError:
             data = b""
         if data is None:
@@ -299,14 +304,13 @@ class Lane:
         """ASKED: the head of the response, and perhaps some of its body."""
         end = data.find(b"\r\n\r\n") + 4
         found = recognise_response(data[:end], self._server.settings.limits) if end > 3 else None
-        if found is None or self._server.leaving or self._declines(found[0]):
+        if found is None or self._server.leaving or (self._loan is not None and self._loan.declines(found[0])):
             self.hand_over(data)
             return
         head, length = found
         chunks = None
         bodiless = head.status in (204, 304) or exchange.request.method == b"HEAD"
-        if bodiless:
-            length = 0
+        length = 0 if bodiless else length
         if not isinstance(length, int):
             chunks = Chunks(self._server.settings.limits)
             chunks.pass_on(data[end:])
@@ -321,9 +325,6 @@ class Lane:
         self._chunks = chunks
         self._remaining = length if isinstance(length, int) else 1
         self._pass_on(exchange, encode_response(head), data[end:])
-
-    def _declines(self, head: ResponseHead) -> bool:
-        return self._loan is not None and self._loan.declines(head)
 
     def _pass_on(self, exchange: Http1Exchange, head: bytes, body: bytes) -> None:
         """ANSWERED: `body` has been read from the server."""
@@ -347,10 +348,6 @@ class Lane:
             exchange.response_bytes += len(body)
         self._send(head + body if head else body, sound=bool(head))  # a client that has gone before it has said nothing of use
 
-    def _flush(self) -> None:
-        self.moved = self._ground.now
-        self._send(self._client.unsent)
-
     def _send(self, data: bytes, *, sound: bool = False) -> None:
         client = self._client
         try:
@@ -364,11 +361,14 @@ class Lane:
             return
         if sent < len(data):
             client.unsent = data[sent:]
+            self._kept.become(len(client.unsent) + len(self._rest))
             client.watch(OUT)
             if self._endpoint is not None:
                 self._endpoint.watch(0)  # what the client does not take stops the server
             return
         client.unsent = b""
+        if self._kept.size:
+            self._kept.become(len(self._rest))
         if not self._remaining:
             self._finish()
         elif self._endpoint is not None:

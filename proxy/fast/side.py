@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from proxy.exchange.pool import Upstream
+from proxy.net.memory import Share
 from proxy.net.prompt import Prompt
-from proxy.net.streams import SocketStream
+from proxy.net.streams import RECEIVE_SIZE, SocketStream
 from proxy.net.tls import TLSStream
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ class Side:
         self.send_eof = stream.send_eof_nowait
         self.bulk = BULK if self.tls is None else BULK_TLS
         self.unsent = b""
+
+    def take(self, share: Share, *, bulk: bool) -> bytes | None:
+        """Read for `share`, less than usual when memory is short; `bulk`: what a body goes on with."""
+        return self.receive(share.read_size(self.bulk if bulk else RECEIVE_SIZE))
 
     def belongs(self, step: Callable[[int], None]) -> None:
         """`step` hears of what is watched from now on."""

@@ -34,6 +34,9 @@ _KEEPALIVE_PROBES = 3
 # linux/tcp.h. Python has the name from 3.13 on.
 _TCP_USER_TIMEOUT = 18
 
+# States of a connection whose peer has ended its direction (linux/tcp_states.h): CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING.
+_ENDED = frozenset({7, 8, 9, 11})
+
 # Looks at a connection within one TCP_USER_TIMEOUT: a window that closes is seen in time.
 _LOOKS = 4
 # Connections that are looked at in one go.
@@ -111,3 +114,11 @@ class Liveness:
 def _set_timeout(sock: socket.socket, milliseconds: int) -> None:
     with suppress(OSError):  # the connection is lost already
         sock.setsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, milliseconds)
+
+
+def peer_ended(stream: SocketStream) -> bool:
+    """Whether the peer has ended its direction, or reset the connection; also where there is something left to read before that."""
+    if stream.closed:
+        return True
+    # tcp(7): the state is the first byte of struct tcp_info.
+    return stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in _ENDED

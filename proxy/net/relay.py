@@ -34,6 +34,7 @@ import trio
 
 from proxy.net.errors import NetError
 from proxy.net.linger import linger
+from proxy.net.memory import UNCOUNTED
 from proxy.net.pipe import Pipe
 from proxy.net.streams import RECEIVE_SIZE, SocketStream, Stream
 
@@ -93,10 +94,13 @@ SILENT = Relayed(0, 0, None, "idle", None)
 class Joint:
     """A relay under way. Whoever carries its bytes tells it what has become of them; `over`: there is nothing more to carry."""
 
-    __slots__ = ("_ended", "_on_bytes", "error", "first", "held", "how", "idle", "moved", "over", "quiet_since", "side", "sides", "unread")
+    __slots__ = (
+        "_ended", "_on_bytes", "error", "first", "held", "how", "idle", "moved", "over", "quiet_since", "share", "side", "sides", "unread",
+    )  # fmt: skip
 
     def __init__(self, client: Stream, server: Stream, idle: float, on_bytes: Callable[[int, int], None] | None) -> None:
         self.sides = (client, server)
+        self.share = UNCOUNTED  # what one side has sent and the other has not taken is charged to it
         self.idle = idle
         self.moved = [0, 0]  # bytes, of each side's
         self.held = [b"", b""]  # read from each side, and not taken by the other yet
@@ -109,6 +113,15 @@ class Joint:
         self.over = False
         self._on_bytes = on_bytes
         self._ended = [False, False]
+
+    def hold(self, side: int, data: bytes) -> None:
+        """Keep `data` of `side`, which the other did not take, instead of what was kept before."""
+        before = len(self.held[side])
+        self.held[side] = data
+        if len(data) >= before:
+            self.share.charge(len(data) - before)
+        else:
+            self.share.release(before - len(data))
 
     def going(self, side: int) -> bool:
         """Whether there may be more from `side`."""
@@ -217,7 +230,8 @@ class _Pumps:
     async def _pump(self, side: int) -> None:
         """Carry the bytes of sides[side] to the other side, until the end of the one or the other."""
         source, sink = self._joint.sides[side], self._joint.sides[1 - side]
-        copying = _Way(partial(source.receive_some, RECEIVE_SIZE), sink.send_all)
+        share = self._joint.share
+        copying = _Way(lambda: source.receive_some(share.read_size(RECEIVE_SIZE)), sink.send_all)
         if isinstance(source, SocketStream) and isinstance(sink, SocketStream):
             copying.enough = BULK
             while await self._carry(side, copying):
@@ -235,7 +249,8 @@ class _Pumps:
         """True: another way would be better from here on. False: this direction is over."""
         joint, row = self._joint, 0
         while row != way.enough:
-            held, joint.held[side] = joint.held[side], b""
+            held = joint.held[side]
+            joint.hold(side, b"")
             try:
                 data = held or await way.receive()
             except NetError as error:
@@ -246,6 +261,7 @@ class _Pumps:
             size = len(data)
             if not size:
                 joint.ended(side)
+            joint.share.charge(size)
             try:
                 if not size:
                     await joint.sides[1 - side].send_eof()
@@ -255,6 +271,8 @@ class _Pumps:
             except NetError as error:
                 joint.refused(side, error)
                 return False
+            finally:
+                joint.share.release(size)
             self._alive(trio.current_time())
             joint.passed(side, size)
             row = row + 1 if (size >= RECEIVE_SIZE) is way.full else 0

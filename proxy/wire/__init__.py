@@ -10,6 +10,8 @@ frames2.py    HTTP/2 frames, and the faults that end a stream or a connection
 hpack2.py     header compression by hpack, with a memory in front of it
 fields2.py    header lists <-> heads, checked
 events2.py    what an HTTP/2 connection tells, and its limits
+budget2.py    what the peer may spend on frames that only cost time
+late2.py      frames for a stream that we have reset
 streams2.py   its streams: their life, their windows, and what we send on them
 http2.py      one HTTP/2 connection, either role: what the peer sends
 sniff.py      the first bytes of a connection: TLS, HTTP/1, HTTP/2, or something opaque

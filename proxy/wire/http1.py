@@ -59,7 +59,7 @@ class Http1Connection:
 
     __slots__ = (
         "_buffer", "_empty_lines", "_eof", "_limits", "_reader", "_role", "_searched", "_start", "_writer",
-        "declined", "keep_alive", "method", "peer_version", "reading", "writing",
+        "declined", "head_size", "keep_alive", "method", "peer_version", "reading", "writing",
     )  # fmt: skip
 
     def __init__(self, role: Role, limits: Limits) -> None:
@@ -77,6 +77,7 @@ class Http1Connection:
         self.method = b""  # of the request in progress: a response means nothing without it
         self.peer_version = b"1.1"
         self.keep_alive = True
+        self.head_size = 0  # bytes of the last head
         self.declined = 0  # heads that took the longer road, for the metrics
 
     # Reading...
@@ -159,6 +160,8 @@ class Http1Connection:
         if self.reading is not At.BODY:
             return END
         event, self._start = self._reader.read(self._buffer, self._start)
+        if self._start == len(self._buffer):  # kept no longer than it is of use: whoever has the piece may wait for long
+            self._buffer, self._start, self._searched = b"", 0, 0
         if event is Signal.NEED_DATA and self._eof:
             event = self._reader.end()
         if isinstance(event, EndOfMessage):
@@ -178,6 +181,7 @@ class Http1Connection:
         if end >= 0:
             head = self._buffer[self._start : end + 4]
             self._start, self._empty_lines = end + 4, 0
+            self.head_size = len(head)
             return head
         if self._start == len(self._buffer):
             return Signal.CLOSED if self._eof else Signal.NEED_DATA

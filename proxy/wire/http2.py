@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from proxy.wire import frames2 as frames
+from proxy.wire.budget2 import BUDGET, COST_CONTROL, COST_RESET, COST_WINDOW, OF_AGE
 from proxy.wire.events2 import (
     DataReceived,
     Event,
@@ -30,12 +31,15 @@ from proxy.wire.frames2 import Code, ConnectionFault, Kind, StreamFault
 from proxy.wire.hpack2 import Decoder, hard_limit
 from proxy.wire.http1 import Role
 from proxy.wire.messages import ProtocolError, RequestHead, ResponseHead
-from proxy.wire.streams2 import BUDGET, COST_CONTROL, COST_RESET, COST_WINDOW, OF_AGE, Stream, Streams
+from proxy.wire.streams2 import Stream, Streams
 
 # A header block in so many more pieces than it needs is an attack (CVE-2024-27316).
 _MOST_CONTINUATIONS = 16
 # A CONTINUATION of at least this many bytes costs the peer more than us.
 _LARGE_PIECE = 1024
+# Streams that a peer opens in one read, after which the rest of the read has to wait: a read holds hundreds, and each of them costs much
+# more to begin than to send.
+_MOST_OPENED = 32
 # Parameters of one SETTINGS frame: each may move the window of every stream. nghttp2 has the same bound.
 _MOST_SETTINGS = 32
 _SHAPE = frames.END_HEADERS | frames.PADDED | frames.PRIORITY  # what a header block is not plain without, or with
@@ -65,8 +69,13 @@ class Http2Connection(Streams):
         self._decoder = Decoder(limits.head)
         self._block: _Block | None = None
         self._largest_block = hard_limit(limits.head)
-        self._refilled = 0.0
         self.speaks_http1 = False  # the server has answered our preface by HTTP/1
+        self.paused = False  # there are more whole frames than `receive_data` has read: call it again, with nothing
+
+    @property
+    def buffered(self) -> int:
+        """Bytes that have come and make no whole frame, or header block, yet."""
+        return len(self._buffer) + (0 if self._block is None else self._block.size)
 
     @property
     def before_fault(self) -> list[Event]:
@@ -81,6 +90,8 @@ class Http2Connection(Streams):
         self._refilled = now
         self._buffer = self._buffer + data if self._buffer else data
         self._events = []
+        self._opened = 0
+        self.paused = False
         try:
             self._read_frames()
         except ConnectionFault as fault:
@@ -112,6 +123,9 @@ class Http2Connection(Streams):
             except StreamFault as fault:
                 self._break(fault)
             at = end
+            if self._opened >= _MOST_OPENED:
+                self.paused = len(buffer) - at >= frames.HEADER_SIZE
+                break
         self._buffer = buffer[at:]
 
     def _too_large(self, size: int, buffer: bytes) -> ConnectionFault:
@@ -160,14 +174,14 @@ class Http2Connection(Streams):
         credit = len(payload)
         if credit > self._window:
             raise ConnectionFault(Code.FLOW_CONTROL_ERROR, "more DATA than the connection's window")
+        self._window -= credit
+        self._held += credit
         stream = self._streams.get(number)
         if stream is None or not stream.receives:
-            self._window -= credit
             self.consumed(0, credit)
             self._late(number, "DATA", stream, credit)
             return
         data = frames.unpadded(payload, flags)
-        self._window -= credit
         stream.window -= credit
         if self._window < self._limits.stream_window:
             self._give_back()
@@ -246,23 +260,6 @@ class Http2Connection(Streams):
                 self._on_trailers(stream, pairs, ended)
         except ProtocolError as error:
             raise StreamFault(number, Code.PROTOCOL_ERROR, str(error)) from error
-
-    def _opened_by_peer(self, number: int) -> Stream | None:
-        """A new stream of the peer's; None: refused, or the rest of one that is gone."""
-        if number <= self._highest_theirs or self._client or number % 2 == 0:
-            self._late(number, "HEADERS", None)
-            return None
-        self._highest_theirs = number
-        refused = self._open_theirs >= self._limits.streams
-        if refused or (self._refuse_above is not None and number > self._refuse_above):
-            # Not dear: a client may open many before it has read our SETTINGS, and it costs us no more than a PING.
-            self._spend(COST_CONTROL)
-            self._forgive(number, None)
-            self._out.append(frames.rst_stream(number, Code.REFUSED_STREAM))
-            return None
-        stream = self._streams[number] = Stream(number, self._peer_window, self._limits.stream_window, self._refilled)
-        self._open_theirs += 1
-        return stream
 
     def _on_head(self, stream: Stream, pairs: Sequence[Pair], ended: bool) -> None:
         head: RequestHead | ResponseHead

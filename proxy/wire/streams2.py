@@ -8,22 +8,6 @@ RST_STREAM passes in it.
 
 Credit. What DATA carried counts against the peer's window until `consumed` says that somebody took it. So a consumer that is slow, or
 gone, stops its sender and nobody else: each stream has a window of its own, and the connection's is large enough for several.
-
-Frame budget. Some frames cost us work and the peer nothing: a stream that is opened and reset (CVE-2023-44487), PING and SETTINGS, which
-must be answered, empty DATA, WINDOW_UPDATE by the byte, PRIORITY and unknown frames. All of them draw on one account. Streams that
-end well in both directions, DATA that we send (which is what honest peers answer with WINDOW_UPDATE and PING) and time passing pay
-into it. What the peer sends pays nothing: it could buy resets with padding.
-
-These are free:
-
-- A reset of a stream that has lived for a while, or that we have answered. The number of streams bounds the former, and the latter is no
-  cheaper than a request.
-- Frames that may have crossed with a reset of ours: a few header blocks, one reset, and what the window allowed of DATA.
-- What a server does to streams that we have opened, once for each stream.
-
-When the account is empty, GOAWAY with ENHANCE_YOUR_CALM asks the peer to open no new streams. The open ones go on: a peer that is itself
-a proxy carries the requests of many clients on them, and one of its clients may have caused the resets. A peer that does not stop uses
-up the second, smaller account that it has from then on. Then the connection ends.
 """
 
 from __future__ import annotations
@@ -31,7 +15,8 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from proxy.wire import frames2 as frames
-from proxy.wire.events2 import Event, Exhausted, Http2Limits, StreamBroken, StreamGone
+from proxy.wire.budget2 import BUDGET, COST_CONTROL, COST_RESET, FLOOD, PER_FRAME, PER_STREAM, FrameBudget
+from proxy.wire.events2 import Event, Exhausted, Http2Limits, StreamBroken, StreamGone, WindowOpened
 from proxy.wire.fields2 import Pair, field_pairs, request_pairs, response_pairs
 from proxy.wire.frames2 import Code, ConnectionFault, Kind, Setting, StreamFault
 from proxy.wire.hpack2 import UNLIMITED, Encoder
@@ -39,24 +24,8 @@ from proxy.wire.http1 import Role
 from proxy.wire.late2 import Late
 from proxy.wire.messages import Headers, RequestHead, ResponseHead
 
-BUDGET = 1000.0
-# What comes back in a second, and what a peer has after GOAWAY, in parts of the budget.
-_PER_SECOND = 1 / 10
-_AFTERWARDS = 1 / 2
-# For a frame of DATA that we send: grpc-go answers each one with a PING while it measures the bandwidth, others with WINDOW_UPDATE for
-# the stream and for the connection; and for each largest frame's worth of it.
-_PER_FRAME = 1.0
-_PER_STREAM = 2.0
-COST_RESET = 2.0
-COST_CONTROL = 1.0
-COST_WINDOW = 0.25
-
-# A stream that has lived so long (seconds) may be reset for nothing.
-OF_AGE = 0.1
-
 # Streams that we reset, and whose late frames we therefore forgive. Of older ones we do not know, and forgive for a price.
 _FORGIVEN = 1024
-_FLOOD = "too many frames that only cost time (resets, pings, settings, empty data)"
 # A peer may allow frames of up to 16 MiB; a larger one than this would only keep the other streams waiting.
 _LARGEST_SENT = 65536
 
@@ -80,11 +49,12 @@ class Stream:
         self.taken = 0  # consumed, and not given back yet
 
 
-class Streams:
+class Streams(FrameBudget):
     """All streams of one connection, and its output. What the peer sends is http2.py's to read."""
 
     def __init__(self, role: Role, limits: Http2Limits, budget: float = BUDGET) -> None:
         """`budget`: what frames that only cost time may cost together before the peer is asked to stop; a tenth comes back each second."""
+        super().__init__(budget)
         self._client = role is Role.CLIENT
         self._limits = limits
         self._encoder = Encoder()
@@ -100,12 +70,15 @@ class Streams:
         self._last_allowed: int | None = None  # of the peer's GOAWAY
         self._refuse_above: int | None = None  # of ours
         self._send_window = frames.DEFAULT_WINDOW
+        # The peer may send `_window` bytes; `_held` have come and were not consumed. Together they are as large as the connection's window,
+        # or will be: what is missing (`_grant`) has not been announced yet.
         self._window = max(limits.connection_window, frames.DEFAULT_WINDOW)
-        self._taken = 0
-        self._budget = budget
-        self._patience = budget  # what is left of it
-        self._per_second = budget * _PER_SECOND
-        self._exhausted = False
+        self._held = 0
+        self._target = self._window
+        self._opened = 0  # streams of the peer's, in this read
+        self.refused = 0  # and such that were refused, until the reader sets this to 0
+        self.stream_limit = limits.streams  # how many streams the peer may have open; no more than it has been told
+        self._refilled = 0.0  # when the peer was heard last
         self._over = False
         # What the peer has set, with the initial values of RFC 9113 §6.5.2.
         self._peer_window = frames.DEFAULT_WINDOW
@@ -141,11 +114,7 @@ class Streams:
             case Setting.INITIAL_WINDOW_SIZE:
                 if value > frames.LARGEST_WINDOW:
                     raise ConnectionFault(Code.FLOW_CONTROL_ERROR, f"INITIAL_WINDOW_SIZE of {value}")
-                for stream in self._streams.values():
-                    stream.send_window += value - self._peer_window
-                    if stream.send_window > frames.LARGEST_WINDOW:
-                        raise ConnectionFault(Code.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE opens a window too far")
-                self._peer_window = value
+                self._set_window(value)
             case Setting.MAX_FRAME_SIZE:
                 if not frames.DEFAULT_FRAME_SIZE <= value <= frames.LARGEST_FRAME_SIZE:
                     raise ConnectionFault(Code.PROTOCOL_ERROR, f"MAX_FRAME_SIZE of {value}")
@@ -156,6 +125,15 @@ class Streams:
                 if value > 1 or (self.extended_connect and not value):
                     raise ConnectionFault(Code.PROTOCOL_ERROR, f"ENABLE_CONNECT_PROTOCOL of {value}")
                 self.extended_connect = value == 1
+
+    def _set_window(self, value: int) -> None:
+        for stream in self._streams.values():
+            before, stream.send_window = stream.send_window, stream.send_window + value - self._peer_window
+            if before <= 0 < stream.send_window:  # a sender that waits for this window alone has to hear of it
+                self._events.append(WindowOpened(stream.number))
+            if stream.send_window > frames.LARGEST_WINDOW:
+                raise ConnectionFault(Code.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE opens a window too far")
+        self._peer_window = value
 
     # The life of streams...
 
@@ -179,6 +157,25 @@ class Streams:
         self._spend(COST_CONTROL)
         if late is None and number > self._forgotten:
             raise ConnectionFault(Code.STREAM_CLOSED, f"{what} on the closed stream {number}")
+
+    def _opened_by_peer(self, number: int) -> Stream | None:
+        """A new stream of the peer's; None: refused, or the rest of one that is gone."""
+        if number <= self._highest_theirs or self._client or number % 2 == 0:
+            self._late(number, "HEADERS", None)
+            return None
+        self._highest_theirs = number
+        self._opened += 1
+        refused = self._open_theirs >= self.stream_limit
+        if refused or (self._refuse_above is not None and number > self._refuse_above):
+            # Not dear: a client may open many before it has read our SETTINGS, and it costs us no more than a PING.
+            self._spend(COST_CONTROL)
+            self.refused += 1
+            self._forgive(number, None)
+            self._out.append(frames.rst_stream(number, Code.REFUSED_STREAM))
+            return None
+        stream = self._streams[number] = Stream(number, self._peer_window, self._limits.stream_window, self._refilled)
+        self._open_theirs += 1
+        return stream
 
     def _break(self, fault: StreamFault) -> None:
         """RST_STREAM for what the peer did, and the event if the stream was one. An idle stream cannot be reset (§6.4)."""
@@ -204,7 +201,7 @@ class Streams:
             self._ended_well(stream)
 
     def _ended_well(self, stream: Stream) -> None:
-        self._earn(_PER_STREAM)
+        self._earn(PER_STREAM)
         self._forget(stream)
 
     def _forget(self, stream: Stream) -> None:
@@ -220,24 +217,10 @@ class Streams:
         if len(self._forgiven) > _FORGIVEN:
             self._forgotten = max(self._forgotten, self._forgiven.popitem(last=False)[0])
 
-    def _earn(self, amount: float) -> None:
-        self._patience = min(self._budget, self._patience + amount)
-
-    def _spend(self, amount: float) -> None:
-        self._patience -= amount
-        if self._patience < 0:
-            self._exhaust()
-
-    def _exhaust(self) -> None:
-        """Ask the peer to stop; end the connection if it has been asked before."""
-        if self._exhausted:
-            raise ConnectionFault(Code.ENHANCE_YOUR_CALM, _FLOOD)
-        self._exhausted = True
-        self._budget *= _AFTERWARDS
-        self._patience = self._budget
+    def _ask_to_stop(self) -> None:
         self._refuse_above = self._highest_theirs
-        self._out.append(frames.goaway(self._highest_theirs, Code.ENHANCE_YOUR_CALM, _FLOOD))
-        self._events.append(Exhausted(f"HTTP/2: {_FLOOD} ({Code.ENHANCE_YOUR_CALM.name})"))
+        self._out.append(frames.goaway(self._highest_theirs, Code.ENHANCE_YOUR_CALM, FLOOD))
+        self._events.append(Exhausted(f"HTTP/2: {FLOOD} ({Code.ENHANCE_YOUR_CALM.name})"))
 
     # Writing...
 
@@ -264,6 +247,11 @@ class Streams:
     @property
     def open_streams(self) -> int:
         return len(self._streams)
+
+    @property
+    def opened_by_peer(self) -> int:
+        """Streams of the peer's that are open."""
+        return self._open_theirs
 
     def send_request(self, head: RequestHead, *, end: bool) -> int:
         """Open a stream; only while there is `room`. Returns its number."""
@@ -298,6 +286,15 @@ class Streams:
         """How many bytes of DATA may be sent on a stream now. Raises StreamGone."""
         return max(0, min(self._sending(number).send_window, self._send_window))
 
+    def stream_window(self, number: int) -> int:
+        """What `window` would say if only the stream's own window counted. Raises StreamGone."""
+        return self._sending(number).send_window
+
+    @property
+    def connection_window(self) -> int:
+        """How many bytes of DATA may be sent on all streams together."""
+        return self._send_window
+
     def send_data(self, number: int, data: bytes, *, end: bool) -> None:
         """Send no more than `window` says; it is cut to the peer's frame size. The bytes themselves are not copied here."""
         stream = self._sending(number)
@@ -314,7 +311,7 @@ class Streams:
                 self._out.append(piece)
         stream.send_window -= size
         self._send_window -= size
-        self._earn(_PER_FRAME + size / frames.DEFAULT_FRAME_SIZE)
+        self._earn(PER_FRAME + size / frames.DEFAULT_FRAME_SIZE)
         if end:
             self._sent_end(stream)
 
@@ -324,20 +321,34 @@ class Streams:
             raise StreamGone(f"stream {number} has ended")
         return stream
 
+    @property
+    def _grant(self) -> int:
+        """What may be announced of the connection's window."""
+        return self._target - self._window - self._held
+
+    def resize(self, window: int) -> None:
+        """Make the connection's window `window` bytes, at least 65535 and at most what the limits say. What has been announced stays; a
+        smaller window is reached as the peer uses that up (RFC 9113 §6.9.2 has no frame that takes credit back)."""
+        grows = window > self._target
+        self._target = max(frames.DEFAULT_WINDOW, min(window, self._limits.connection_window))
+        if grows and not self._over and self._window < self._limits.stream_window:
+            self._give_back()
+
     def _give_back(self) -> None:
-        """What has been taken of the connection's window: half of it at a time, or, while the peer has less than one stream may use, a
+        """What is free of the connection's window: half of it at a time, or, while the peer has less than one stream may use, a
         quarter of that. What is kept back must not be what one more stream lives on while slow consumers hold the rest."""
-        if self._taken * 4 >= min(2 * self._limits.connection_window, self._limits.stream_window):
-            self._out.append(frames.window_update(0, self._taken))
-            self._window += self._taken
-            self._taken = 0
+        grant = self._grant
+        if grant * 4 >= min(2 * self._target, self._limits.stream_window):
+            self._out.append(frames.window_update(0, grant))
+            self._window += grant
 
     def consumed(self, number: int, credit: int) -> None:
         """`credit` bytes have been taken by a consumer, or dropped: the peer may send as many more. Stream 0: the stream is gone."""
         if self._over:
             return
-        self._taken += credit
-        if self._taken * 2 >= self._limits.connection_window or self._window < self._limits.stream_window:
+        self._held -= credit
+        window, target = self._window, self._target
+        if (target - window - self._held) * 2 >= target or window < self._limits.stream_window:
             self._give_back()
         stream = self._streams.get(number)
         if stream is not None and stream.receives:

@@ -286,10 +286,11 @@ async def test_no_more_streams_than_the_server_takes(allowed: int) -> None:
 async def test_a_request_waits_for_a_stream_so_long_and_no_longer() -> None:
     settings = Settings2(pool=PoolSettings(wait_timeout=0.1))
     async with through2(_silent, settings, server={MAX_STREAMS: 1}) as (client, proxy):
-        for _ in range(16):
+        for number in range(1, 17):
             await client.request(GET)
-            await until(lambda: proxy.exchanges % 2 == 0)
-        answer = await client.ask()
+            await until(lambda most=2 * number: proxy.exchanges == most)  # each has a connection before the next one asks for one
+        with trio.fail_after(20):
+            answer = await client.ask()
         assert answer.status == 503
         assert b"connection_limit_reached" in (answer.get(b"proxy-status") or b"")
 

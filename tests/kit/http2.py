@@ -9,12 +9,12 @@ import trio
 
 from proxy.net.errors import NetError
 from proxy.net.streams import SocketStream
+from proxy.wire.budget2 import BUDGET
 from proxy.wire.events2 import DataReceived, Event, HeadReceived, Http2Limits, StreamBroken, StreamGone, TrailersReceived, WindowOpened
 from proxy.wire.frames2 import END_HEADERS, END_STREAM, PREFACE, Code, Kind, frame
 from proxy.wire.http1 import Role
 from proxy.wire.http2 import Http2Connection
 from proxy.wire.messages import Headers, ProtocolError, RequestHead, ResponseHead
-from proxy.wire.streams2 import BUDGET
 
 Pair = tuple[bytes, bytes]
 GET: list[Pair] = [(b":method", b"GET"), (b":scheme", b"http"), (b":path", b"/"), (b":authority", b"a")]
@@ -81,6 +81,8 @@ class Ours:
         for piece in pieces:
             try:
                 events += self.engine.receive_data(piece, self.now)
+                while self.engine.paused:
+                    events += self.engine.receive_data(b"", self.now)
             except ProtocolError:
                 events += self.engine.before_fault
                 raise
@@ -122,6 +124,8 @@ class Server:
             while received := await self._stream.receive_some():
                 try:
                     self._hear(self._engine.receive_data(received, trio.current_time()))
+                    while self._engine.paused:
+                        self._hear(self._engine.receive_data(b"", trio.current_time()))
                 except ProtocolError:
                     await self._flush()
                     break

@@ -436,8 +436,8 @@ def test_both_sides_understand_the_same(seed: int, ours_is_client: bool, steps: 
     engine.give_back()
     conversation.carry_all()
     http = engine.http
-    assert http._window + http._taken == engine.limits.connection_window
-    assert http._taken * 2 < engine.limits.connection_window
+    assert http._window + http._grant == engine.limits.connection_window
+    assert http._grant * 2 < engine.limits.connection_window
     for stream in http._streams.values():
         if stream.receives:
             assert stream.window + stream.taken == engine.limits.stream_window

@@ -323,7 +323,7 @@ def test_late_frames_of_a_stream_that_we_reset_are_forgiven_and_their_credit_giv
         ours.engine.consumed(number, 8000)
         ours.engine.reset(number, Code.CANCEL)
         assert ours.hear(data(number, bytes(8000)), headers(number, TRAILER), long(Kind.RST_STREAM, number, 8)) == []
-    assert ours.engine._window + ours.engine._taken == 65535
+    assert ours.engine._window + ours.engine._grant == 65535
     assert ours.codes(Kind.GOAWAY) == []
 
 
@@ -343,7 +343,7 @@ def test_what_is_left_of_the_window_is_not_kept_back_from_streams_that_are_still
         ours.hear(*fills[1], *fills[3], *fills[5], *fills[7])
         ours.engine.consumed(1, 65536)
         ours.engine.consumed(3, 65535)
-    assert ours.engine._window + ours.engine._taken == 2 * 65536 - 1
+    assert ours.engine._window + ours.engine._grant == 2 * 65536 - 1
     assert ours.engine._window >= 65536 * 3 / 4
 
 
