@@ -9,6 +9,11 @@ the application's, and opened again, without an end: the loop that most often ta
 the network routes back to this pod. Nothing lies between, so it can be seen exactly: the connection that was accepted has the very
 addresses and ports, at both ends, that one of our own open connections has. It is nested in that one, and its depth is one more.
 
+The innermost connection is refused by closing it. To the outer one that looks like a peer that restarts, for which a request waits and
+tries again. So the refusal is also noted in the table, at the connection that came back (`stop`), before it is closed. Its opener finds the
+note (`stopped`) and refuses the connection on whose behalf it dialled. Thus the refusal goes outwards level by level, and no level tries
+again.
+
 Both ends are compared, because one is not enough: Linux gives the same local port to connections with different destinations, so an
 application's connection may well have the local address and port of one of ours.
 
@@ -44,12 +49,43 @@ End = Hashable  # an address and a port, of whatever type the caller has
 
 
 class Depths(Protocol):
-    """A dict of depths by ends, as far as it is used; or one that several processes of a proxy share."""
+    """Depths by ends, of one process or shared by several of a proxy. A depth is 101 at most. A connection that has been opened may be
+    marked as stopped, by any of the processes. The mark goes with the connection."""
 
     def __setitem__(self, ends: tuple[Any, Any], depth: int, /) -> None: ...
     def pop(self, ends: tuple[Any, Any], default: None, /) -> int | None: ...
     def get(self, ends: tuple[Any, Any], default: int, /) -> int: ...
+    def stop(self, ends: tuple[Any, Any], /) -> None: ...
+    def stopped(self, ends: tuple[Any, Any], /) -> bool: ...
     def __len__(self) -> int: ...
+
+
+class LocalDepths:
+    """Depths of a proxy that is one process."""
+
+    def __init__(self) -> None:
+        self._depths: dict[tuple[Any, Any], int] = {}
+        self._stopped: set[tuple[Any, Any]] = set()
+
+    def __setitem__(self, ends: tuple[Any, Any], depth: int, /) -> None:
+        self._depths[ends] = depth
+
+    def pop(self, ends: tuple[Any, Any], default: None, /) -> int | None:
+        self._stopped.discard(ends)
+        return self._depths.pop(ends, default)
+
+    def get(self, ends: tuple[Any, Any], default: int, /) -> int:
+        return self._depths.get(ends, default)
+
+    def stop(self, ends: tuple[Any, Any], /) -> None:
+        if ends in self._depths:
+            self._stopped.add(ends)
+
+    def stopped(self, ends: tuple[Any, Any], /) -> bool:
+        return ends in self._stopped
+
+    def __len__(self) -> int:
+        return len(self._depths)
 
 
 @dataclass(slots=True)
@@ -58,7 +94,7 @@ class OwnConnections:
 
     max_nesting: int
     name: str
-    _open: Depths = field(default_factory=dict[tuple[End, End], int])
+    _open: Depths = field(default_factory=LocalDepths)
 
     def opened(self, local: End, remote: End, depth: int) -> None:
         """We are connecting to `remote`, on behalf of a connection of depth `depth - 1`. Say it before a packet can have come back."""
@@ -78,8 +114,19 @@ class OwnConnections:
         """The verdict on a connection of this depth."""
         if depth <= self.max_nesting:
             return None
+        return self._loop(destination, f"{depth} times")
+
+    def stop(self, peer: End, destination: End) -> None:
+        """The connection that `peer` made to `destination` is refused because of a loop. Say it before it is closed."""
+        self._open.stop((peer, destination))
+
+    def stopped(self, local: End, remote: End) -> Loop | None:
+        """The verdict on a connection of our own that has failed. Ask before it is `closed`."""
+        return self._loop(remote, "and was refused") if self._open.stopped((local, remote)) else None
+
+    def _loop(self, destination: End, how: str) -> Loop:
         words = (
-            f"this proxy's own connection to {destination} has come back to it {depth} times: the redirection does not exempt the proxy "
+            f"this proxy's own connection to {destination} has come back to it {how}: the redirection does not exempt the proxy "
             "(its user id, or its packet mark), or that address leads back to this pod"
         )
         return Loop("own_connection", words, f"{self.name} -> {self.name}")

@@ -4,11 +4,12 @@ A connection of ours that comes back to us (loopguard/nesting.py) comes back to 
 One that asked only itself would take most of them for the application's, and the commonest of all misconfigurations, a proxy whom its own
 redirection does not exempt, would be a storm again.
 
-Each worker writes in a part of its own and reads in all of them, so there is no lock: an entry is one word of eight bytes, 56 bits of
-which say whose it is and 8 how deep it lies. Where it stands and those 56 bits are a digest, with the workers' secret, of both ends of the
-connection; nobody can choose ends that meet. Two connections that want the same place are the price: the older one is forgotten by the
-siblings, not by its own worker, which asks its own exact table first, and a loop that goes over it has one round more. A worker's part is
-wiped when the worker is gone.
+Each worker has a part of its own and reads in all of them. There is no lock: an entry is one word of eight bytes. 56 bits of it say whose
+it is, 7 how deep it lies, and one that it was stopped as a loop. Other workers than the owner set that bit, and no other one. If the owner
+writes at that very moment, the older entry stays in its place until the next one there. The place and the 56 bits are a digest, with the
+workers' secret, of both ends of the connection; nobody can choose ends that meet. Two connections that want the same place are the price:
+the older one is forgotten by the siblings, not by its own worker, which asks its own exact table first, and a loop that goes over it has
+one round more. A worker's part is wiped when the worker is gone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from proxy.net.address import Address
 # Of each worker; with ten thousand connections open, one in four is not seen by siblings.
 _PLACES = 1 << 15
 _WORD = 8
+_STOPPED = 0x80
+_DEPTH = 0x7F
 
 Ends = tuple[Address, Address]
 
@@ -51,7 +54,7 @@ class SharedDepths:
     def __setitem__(self, ends: Ends, depth: int) -> None:
         self._own[ends] = depth
         place, mark = self._where(ends)
-        self._words[self._first + place] = mark | min(depth, 255)
+        self._words[self._first + place] = mark | min(depth, _DEPTH)
 
     def pop(self, ends: Ends, default: None) -> int | None:
         place, mark = self._where(ends)
@@ -64,7 +67,18 @@ class SharedDepths:
         if found is not None:
             return found
         place, mark = self._where(ends)
-        return next((word & 0xFF for word in self._at(place) if word & ~0xFF == mark), default)
+        return next((word & _DEPTH for word in self._at(place) if word & ~0xFF == mark), default)
+
+    def stop(self, ends: Ends) -> None:
+        place, mark = self._where(ends)
+        for index in range(place, len(self._words), _PLACES):
+            if self._words[index] & ~0xFF == mark:
+                self._words[index] |= _STOPPED
+
+    def stopped(self, ends: Ends) -> bool:
+        place, mark = self._where(ends)
+        word = self._words[self._first + place]
+        return word & ~0xFF == mark and bool(word & _STOPPED)
 
     def __len__(self) -> int:
         return len(self._own)

@@ -68,6 +68,7 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
             opening = await account.detect(connection.stream, silence(rt, port), patience)
             if opening.how == "closed" or (http_only and opening.how == "silent"):
                 return
+            rt.loops.begun(about)
             async with closing(await terminate(rt, connection.stream, opening, about)) as stream:
                 slot.settle(member=about.identity is not None and config.allows(port, about.identity))
                 if isinstance(stream, TLSStream):

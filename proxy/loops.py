@@ -13,7 +13,7 @@ from secrets import token_bytes
 from loopguard import HopLimits, Loop, OwnConnections, OwnListeners, SelfCalls, Waypoint, Who
 from loopguard.forwarded import noted
 from loopguard.l7 import HEADER, Side, from_outside
-from loopguard.nesting import Depths
+from loopguard.nesting import Depths, LocalDepths
 from proxy.config import Config
 from proxy.errors import LoopDetected
 from proxy.exchange.exchange import Exchange, Facts, Layer
@@ -21,6 +21,7 @@ from proxy.exchange.guard import guard
 from proxy.metrics import Metrics
 from proxy.net.accept import Connection
 from proxy.net.address import Address
+from proxy.net.streams import SocketStream
 from proxy.siblings import Sibling
 from proxy.wire.messages import Field
 
@@ -32,7 +33,7 @@ class LoopGuard:
     def __init__(self, config: Config, listeners: OwnListeners, metrics: Metrics, sibling: Sibling | None = None) -> None:
         who, limits = Who(config.cluster, config.pod.namespace, config.pod.name), config.loops
         self.listeners = listeners
-        table: Depths = sibling.depths if sibling is not None else dict[tuple[Address, Address], int]()
+        table: Depths = sibling.depths if sibling is not None else LocalDepths()
         self.connections = OwnConnections(limits.max_nesting, who.name, table)
         self._self_calls = SelfCalls(limits.max_self_calls, who.name)
         self._who = who
@@ -82,8 +83,30 @@ class LoopGuard:
         destination = about.destination
         ours = destination == connection.local or about.direction == "inbound"
         _judge(self.listeners.accepted(destination.host, destination.port, ours=ours))
-        about.depth = self.connections.depth(connection.peer, destination)
-        _judge(self.connections.accepted(about.depth, destination))
+        self._nested(about)
+
+    def begun(self, about: Facts) -> None:
+        """Look again, now that the client has had time to send its first bytes. A worker enters a connection in the table behind the first
+        packet and before the first byte. Another worker on another core may have accepted it in between. Raises LoopDetected."""
+        if not about.depth:
+            self._nested(about)
+
+    def _nested(self, about: Facts) -> None:
+        about.depth = self.connections.depth(about.peer, about.destination)
+        loop = self.connections.accepted(about.depth, about.destination)
+        if loop is not None:
+            self.stop(about)
+            _judge(loop)
+
+    def stop(self, about: Facts) -> None:
+        """An accepted connection is refused because of a loop. If it is our own, its opener is told. Call it before the connection is
+        closed."""
+        if about.depth:
+            self.connections.stop(about.peer, about.destination)
+
+    def follow(self, stream: SocketStream, address: Address) -> Followed:
+        """Watch a new connection of our own to `address` until it is known whether it can be used."""
+        return Followed(self.connections, stream, address)
 
     def dialled(self, address: Address) -> None:
         """Raises LoopDetected if we are about to connect to ourselves."""
@@ -108,6 +131,33 @@ class LoopGuard:
     def waiting(self) -> int:
         """Self-calls without an answer, now."""
         return self._self_calls.waiting
+
+
+class Followed:
+    """One connection of our own, until it can be used. It is asked about when it is closed, since the table forgets it then."""
+
+    __slots__ = ("_address", "_connections", "_loop", "_on_close", "_stream")
+
+    def __init__(self, connections: OwnConnections, stream: SocketStream, address: Address) -> None:
+        self._connections = connections
+        self._stream = stream
+        self._address = address
+        self._loop: Loop | None = None
+        self._on_close = stream.on_close
+        stream.on_close = self._closing
+
+    def _closing(self) -> None:
+        self._loop = self._connections.stopped(self._stream.local, self._address)
+        if self._on_close is not None:
+            self._on_close()
+
+    def check(self) -> None:
+        """The connection has failed and is closed. Raises LoopDetected if it was refused because of a loop."""
+        _judge(self._loop)
+
+    def end(self) -> None:
+        """The connection can be used."""
+        self._stream.on_close = self._on_close
 
 
 class SelfCall:

@@ -74,6 +74,7 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
             declared = not opaque and target.protocol in (Hint.HTTP1, Hint.HTTP2)
             opening = await account.detect(connection.stream, *waits(rt, opaque=opaque, declared=declared))
             account.plain(opening)
+            rt.loops.begun(about)
             if opening.how == "closed" or (declared and opening.how == "silent"):
                 return
             about.protocol = Protocol.HTTP1 if declared and opening.open else opening.protocol
@@ -245,6 +246,9 @@ async def to_endpoint(rt: Runtime, target: Target, client: Stream, about: Facts,
                     return Resumed(client, found.said)
                 account.relayed(SILENT if found.silent else await rt.relay(client, upstream, about, heard))
         return None
+    except LoopDetected:
+        rt.loops.stop(about)
+        raise
     finally:
         for call in calls:
             call.answered()

@@ -187,6 +187,7 @@ class Runtime:
         offer = TLSOffer(expected.sni, offers)
         if identity.resumes:
             offer = TLSOffer(expected.sni, offers, sessions.get(expected, host, time.time()), kept)
+        followed = self.loops.follow(stream, endpoint.address)
         try:
             tls = await tls_client(
                 stream,
@@ -198,7 +199,9 @@ class Runtime:
         except (TLSFailed, PeerRefused, ConnectionLost) as error:
             kind = error.kind if isinstance(error, TLSFailed) else "certificate" if isinstance(error, PeerRefused) else "lost"
             self.ledger.tls_failed("outbound", kind)
+            followed.check()
             raise UpstreamTLSError(f"mutual TLS with {endpoint.address} as {expected}: {error}", kind) from error
+        followed.end()
         kept.end = tls.info.peer_not_after
         self.expiries.watch(tls, own_end)
         self.ledger.tls_established("outbound", tls.info)

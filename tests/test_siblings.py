@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from loopguard import OwnConnections, OwnListeners
 from proxy.config import Config, ConfigError, load
 from proxy.depths import SharedDepths, make, wipe
+from proxy.errors import LoopDetected
+from proxy.exchange.exchange import Facts
 from proxy.listeners import listen
 from proxy.loops import LoopGuard
 from proxy.metrics import Metrics
@@ -120,6 +122,37 @@ def test_own_connections_are_nested_whichever_worker_they_come_back_to() -> None
         assert (met.accepted(depth, "there") is None) == (port < 3)
 
 
+def test_a_connection_that_comes_back_before_its_worker_has_entered_it_is_recognised_at_its_first_bytes() -> None:
+    tables = two_tables()
+    config, listeners = configured(LOOPS__MAX_NESTING="0"), OwnListeners(frozenset({4140}), frozenset({"10.1.0.5"}))
+    guard = LoopGuard(config, listeners, Metrics(), Sibling(1, b"a" * 32, tables[0]))
+    opener = OwnConnections(0, "west/web-1", tables[1])
+    about = Facts("outbound", HERE, THERE)
+    guard.begun(about)
+    assert about.depth == 0, "an application's"
+    opener.opened(HERE, THERE, 1)
+    with pytest.raises(LoopDetected, match="has come back to it 1 times"):
+        guard.begun(about)
+    assert opener.stopped(HERE, THERE) is not None
+
+
+def test_that_a_connection_was_stopped_is_told_to_the_worker_that_opened_it() -> None:
+    one, other = (OwnConnections(0, "west/web-1", table) for table in two_tables())
+    one.opened(HERE, THERE, 1)
+    other.opened(HERE, ELSEWHERE, 1)
+    other.stop(HERE, THERE)
+    other.stop(THERE, HERE)  # which is none of theirs
+    loop = one.stopped(HERE, THERE)
+    assert loop is not None
+    assert (loop.kind, loop.cycle) == ("own_connection", "west/web-1 -> west/web-1")
+    assert other.depth(HERE, THERE) == 1, "the mark is no part of the depth"
+    assert other.stopped(HERE, ELSEWHERE) is None
+    one.closed(HERE, THERE)
+    assert other.depth(HERE, THERE) == 0
+    one.opened(HERE, THERE, 1)
+    assert one.stopped(HERE, THERE) is None, "the mark was of the connection before"
+
+
 def test_what_a_dead_worker_has_left_is_forgotten_and_nothing_else() -> None:
     memory = make(2)
     one, other = (SharedDepths(memory, number, b"s" * 32) for number in (1, 2))
@@ -139,7 +172,7 @@ def test_siblings_may_forget_a_connection_and_never_mistake_one(opened: dict[int
         one[Address("10.1.0.5", port), THERE] = depth
     for port in range(1, 400):
         assert one.get((Address("10.1.0.5", port), THERE), 0) == opened.get(port, 0)
-        assert other.get((Address("10.1.0.5", port), THERE), 0) in (0, min(opened.get(port, 0), 255))
+        assert other.get((Address("10.1.0.5", port), THERE), 0) in (0, min(opened.get(port, 0), 127))
 
 
 async def test_messages_arrive_whole_whatever_pieces_they_come_in() -> None:

@@ -45,6 +45,20 @@ def test_what_is_closed_is_forgotten() -> None:
     assert len(own) == 0
 
 
+def test_what_was_stopped_is_known_until_it_is_closed() -> None:
+    own = OwnConnections(0, "west/web-1")
+    own.stop(HERE, THERE)
+    own.opened(HERE, THERE, 1)
+    assert own.stopped(HERE, THERE) is None, "there was no such connection to stop"
+    own.stop(HERE, THERE)
+    loop = own.stopped(HERE, THERE)
+    assert loop is not None
+    assert loop.kind == "own_connection"
+    own.closed(HERE, THERE)
+    own.opened(HERE, THERE, 1)
+    assert own.stopped(HERE, THERE) is None
+
+
 @given(st.integers(1, 50))
 def test_as_many_calls_of_a_pod_to_itself_may_wait_as_configured(most: int) -> None:
     calls = SelfCalls(most, "west/web-1")
