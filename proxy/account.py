@@ -94,11 +94,12 @@ class Ledger:
 class StreamAccount:
     """One connection's entry in the metrics. `close` once the stream is closed; a second call changes nothing."""
 
-    __slots__ = ("_open", "_record", "stream")
+    __slots__ = ("_handed_over", "_open", "_record", "stream")
 
     def __init__(self, record: ConnectionRecord, stream: Stream) -> None:
         self._record = record.__enter__()
         self._open = True
+        self._handed_over = False
         self.stream = stream
 
     def secured(self, tls: Tls) -> None:
@@ -108,7 +109,13 @@ class StreamAccount:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        if not self._handed_over:
+            self.close()
+
+    def handed_over(self) -> StreamAccount:
+        """Another owner of the connection closes it: the end of a `with` does not any more."""
+        self._handed_over = True
+        return self
 
     def close(self) -> None:
         if self._open:

@@ -85,7 +85,7 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
                 else:
                     authorise(rt, about)
                     about.unsure = not opaque and (opening.open or isinstance(stream, TLSStream))
-                    late = await to_listener(rt, stream, about, account)
+                    late = await to_listener(rt, stream, about, account, pools)
                     if late is not None:
                         with pools.client(about.destination):
                             await serve(rt, late, about, handler, course)
@@ -169,27 +169,34 @@ class InboundCourse:
         return True
 
 
-async def to_listener(rt: Runtime, stream: Stream, about: Facts, account: ConnectionAccount) -> Stream | None:
+async def to_listener(
+    rt: Runtime, stream: Stream, about: Facts, account: ConnectionAccount, pools: Pools[Address]
+) -> Stream | None:
     """Relay `stream` to the application, byte for byte. Raises RequestError on a port for HTTP only.
 
     An application that goes by what this proxy says in a header (who the caller is) must not be reachable by bytes that have not been
     looked at. A peer chooses by ALPN how it is read, and a client without TLS by its first bytes. So where the port is not declared opaque
     (`about` is unsure), the bytes are looked at, a tunnel's too. If they are HTTP, nothing is relayed: returns the stream to serve, from
-    its first byte.
+    its first byte. The connection to the application is kept for the first request if nothing has passed on it: to dial again would double
+    the connections of an application that dials another one for each.
     """
     if about.destination.port in rt.config.inbound.http_ports:
         raise RequestError(f"port {about.destination.port} takes HTTP only (inbound.http_ports), and this is something else")
-    async with closing(await dialled(rt, stream, about)) as application:
+    owner = closing(await dialled(rt, stream, about))
+    async with owner as application:
         await confirm(stream)
-        with account.upstream(application):
+        with account.upstream(application) as opened:
             found = await rt.look(stream, application, rt.config.inbound.detect_timeout) if about.unsure else FOUND_OPAQUE
-            if found.protocol is not Protocol.OPAQUE:
-                if found.passed:  # a FIN would say that this was all
-                    application.reset()
-                about.protocol, about.unnamed = found.protocol, True
-                return Resumed(stream, found.said)
-            account.relayed(SILENT if found.silent else await rt.relay(stream, application, about))
-    return None
+            if found.protocol is Protocol.OPAQUE:
+                account.relayed(SILENT if found.silent else await rt.relay(stream, application, about))
+                return None
+            about.protocol, about.unnamed = found.protocol, True
+            if found.protocol is Protocol.HTTP1 and found.untouched and not about.depth:  # the pool has connections of the first level
+                pools.adopt(about.destination, application, opened.handed_over())
+                owner.release()
+            elif found.passed:  # a FIN would say that this was all
+                application.reset()
+            return Resumed(stream, found.said)
 
 
 async def dialled(rt: Runtime, stream: Stream, about: Facts) -> Stream:

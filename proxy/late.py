@@ -6,7 +6,7 @@ such a client were relayed for good, it could send the server anything: fields t
 says is looked at until there is a verdict (wire/sniff.py), in both cases:
 
     the server speaks first     it is no HTTP: relay
-    the client says HTTP        serve it as HTTP, from its first byte; the server's connection is closed
+    the client says HTTP        serve it as HTTP, from its first byte; the server's connection is closed, or used for it if it is as new
     the client says other       relay
 
 Nothing is delayed by this but the beginning of what may well be a request, and that for `patience` seconds at most.
@@ -28,12 +28,14 @@ from proxy.wire.sniff import UNDECIDED, Protocol, protocol, settle
 @dataclass(frozen=True, slots=True)
 class Found:
     """What it is. `said`: all that the client has said, if it is HTTP, of which the server has got `passed` bytes; otherwise everything has
-    been passed on. `silent`: neither side has said anything for too long."""
+    been passed on. `silent`: neither side has said anything for too long. `untouched`: nothing has been sent to the server or read from it,
+    not even its end."""
 
     protocol: Protocol
     said: bytes = b""
     passed: int = 0
     silent: bool = False
+    untouched: bool = False
 
 
 FOUND_OPAQUE = Found(Protocol.OPAQUE)
@@ -50,7 +52,8 @@ async def look(client: Stream, server: Stream, *, patience: float, idle: float) 
         if watch.failure is not None:
             raise watch.failure
         clean = not scope.cancelled_caught
-        return Found(watch.verdict or Protocol.OPAQUE, watch.said, watch.passed, silent=scope.cancelled_caught)
+        untouched = not (watch.passed or watch.heard)
+        return Found(watch.verdict or Protocol.OPAQUE, watch.said, watch.passed, silent=scope.cancelled_caught, untouched=untouched)
     finally:
         if not clean:
             client.reset()
@@ -67,6 +70,7 @@ class _Watch:
         self.passed = 0  # bytes of `said` that the server has
         self._asking, self._hearing = trio.CancelScope(), trio.CancelScope()
         self.said = b""
+        self.heard = False  # anything of the server, or its end
         self.verdict: Protocol | None = None
         self.failure: NetError | None = None
 
@@ -93,6 +97,7 @@ class _Watch:
         data = b""
         with self._hearing:
             data = await self._server.receive_some(RECEIVE_SIZE)
+            self.heard = True
         if self.verdict is None or self.verdict is Protocol.OPAQUE:
             self._decide(Protocol.OPAQUE)
             if data:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Generic, TypeVar
 
+from proxy.account import StreamAccount
 from proxy.errors import RequestError
 from proxy.exchange.client import Lender
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler
@@ -46,6 +47,10 @@ class Pools(Generic[K]):
         """A ready HTTP/1 connection for the fast road, if there is one; `now` is trio's time."""
         upstream = self._http1.take(key, now)
         return None if upstream is None else Borrowed(self._http1, key, upstream)
+
+    def adopt(self, key: K, stream: Stream, account: StreamAccount) -> None:
+        """Keep an HTTP/1 connection that nothing has been sent on or read from; the pool closes both."""
+        self._http1.adopt(key, stream, account)
 
     def share(self, key: K) -> Shared | None:
         """An HTTP/2 connection with room for a stream, if there is one."""

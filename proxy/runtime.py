@@ -249,15 +249,22 @@ class Runtime:
 class closing:  # noqa: N801  # read as a word of a `with`, as contextlib's own are
     """Own `stream` for a block: closed politely behind it, or at once if the block fails or is cancelled."""
 
-    __slots__ = ("_stream",)
+    __slots__ = ("_released", "_stream")
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
+        self._released = False
+
+    def release(self) -> None:
+        """Another owner has taken the stream."""
+        self._released = True
 
     async def __aenter__(self) -> Stream:
         return self._stream
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._released:
+            return
         if kind is None:
             await self._stream.aclose()
         else:

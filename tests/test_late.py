@@ -50,9 +50,11 @@ class App:
 
     def __init__(self, *, echo: bool = False) -> None:
         self.heard: list[bytearray] = []
+        self.connections = 0
         self._echo = echo
 
     async def serve(self, stream: trio.SocketStream) -> None:
+        self.connections += 1
         heard = bytearray()
         self.heard.append(heard)
         with suppress(trio.BrokenResourceError):
@@ -98,6 +100,25 @@ async def test_a_client_that_waits_and_then_speaks_http_is_served_as_one(tmp_pat
         assert (await head_of(client)).startswith(b"HTTP/1.1 200 ")
     assert b"/ HTTP/1.1\r\nHost: a\r\n" in app.all
     assert b"king" not in app.all
+
+
+@pytest.mark.parametrize(("pieces", "connections"), [((b"GET / HTTP/1.1\r\n" + FORGED,), 1), ((b"X" * 30, b" / HTTP/1.1\r\n" + FORGED), 2)])
+@pytest.mark.parametrize("how", ["plain", "tunnel"])
+async def test_the_connection_to_the_application_is_used_for_late_http_if_it_is_as_new(
+    tmp_path: Path, how: str, pieces: tuple[bytes, ...], connections: int
+) -> None:
+    """The application of a relay opens another connection for each that it gets, so one too many would double a loop's."""
+    app = App()
+    async with inbound(tmp_path, app) as (fleet, proxy):
+        client = await fleet.meet(proxy, "web", "shop", alpn="isthmus-tcp") if how == "tunnel" else await dial(proxy)
+        for piece in pieces:
+            await trio.sleep(0.3)
+            await client.send_all(piece)
+        for _ in range(2):
+            assert (await head_of(client)).startswith(b"HTTP/1.1 200 ")
+            assert app.connections == connections
+            await client.send_all(b"GET / HTTP/1.1\r\n" + FORGED)
+        await client.aclose()
 
 
 @pytest.mark.parametrize("pieces", [

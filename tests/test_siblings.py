@@ -141,7 +141,7 @@ def test_that_a_connection_was_stopped_is_told_to_the_worker_that_opened_it() ->
     one.opened(HERE, THERE, 1)
     other.opened(HERE, ELSEWHERE, 1)
     other.stop(HERE, THERE)
-    other.stop(THERE, HERE)  # which is none of theirs
+    other.stop(THERE, HERE)  # no connection of this proxy
     loop = one.stopped(HERE, THERE)
     assert loop is not None
     assert (loop.kind, loop.cycle) == ("own_connection", "west/web-1 -> west/web-1")

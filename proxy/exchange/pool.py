@@ -73,7 +73,7 @@ class Upstream:
     opened: float
     account: Account
     idle_since: float = 0.0
-    reused: bool = False
+    reused: bool = False  # by the exchange that has it, or will have it: another one has been carried on it
     side: Watch | None = None  # the fast road's own, from one loan to the next
     until: float = math.inf  # when it becomes too old; trio's time
 
@@ -171,7 +171,6 @@ class Pool(Generic[K]):
         while slot.idle:
             upstream = _last(slot.idle, now)
             if self._good(upstream, now):
-                upstream.reused = True
                 return upstream
             self._close(slot, upstream)
         return None
@@ -203,7 +202,23 @@ class Pool(Generic[K]):
     def restore(self, key: K, upstream: Upstream, now: float) -> None:
         """End a loan whose exchange was carried past `upstream.http` (by the fast road) and ended well."""
         upstream.idle_since = now
+        upstream.reused = True
         self._keep(key, self._slots[key], upstream)
+
+    def adopt(self, key: K, stream: Stream, account: Account) -> None:
+        """Keep a connection to `key` that was opened elsewhere, and that nothing has been sent on or read from. The pool closes both, at
+        once if it is full."""
+        slot, now = self._slot(key), trio.current_time()
+        slot.open += 1
+        upstream = self._upstream(stream, account, now)
+        upstream.idle_since = now
+        if slot.open > self._settings.connections:
+            self._close(slot, upstream)
+        else:
+            self._keep(key, slot, upstream)
+
+    def _upstream(self, stream: Stream, account: Account, now: float) -> Upstream:
+        return Upstream(stream, Http1Connection(Role.CLIENT, self._limits), now, account, until=now + self._settings.max_age)
 
     def give_back(self, key: K, upstream: Upstream, *, usable: bool) -> None:
         """End a loan. A connection that is not usable, or not reusable, is closed and leaves room for another."""
@@ -211,6 +226,7 @@ class Pool(Generic[K]):
         if usable and upstream.http.reusable:
             upstream.http.next_cycle()
             upstream.idle_since = trio.current_time()
+            upstream.reused = True
             self._keep(key, slot, upstream)
         else:
             self._close(slot, upstream)
@@ -221,7 +237,6 @@ class Pool(Generic[K]):
         first = next(iter(slot.waiting), None)
         if first is not None and not first.fresh and self._good(upstream, trio.current_time()):
             del slot.waiting[first]
-            upstream.reused = True
             first.upstream = upstream
             first.given.set()
             slot.moved = _now()
@@ -298,8 +313,7 @@ class Pool(Generic[K]):
         finally:
             slot.opening -= 1
         now = slot.moved = trio.current_time()
-        http, until = Http1Connection(Role.CLIENT, self._limits), now + self._settings.max_age
-        upstream = Upstream(stream, http, now, self._account(stream), until=until)
+        upstream = self._upstream(stream, self._account(stream), now)
         if isinstance(stream, TLSStream) and stream.expiry is not None:
             stream.expiry.retire = partial(_retire, upstream)
         return upstream

@@ -170,8 +170,10 @@ async def test_a_stranger_is_told_that_it_is_a_loop_and_not_who_is_in_it(pair: P
 async def test_a_relay_that_dials_itself_is_bounded(pair: Pair) -> None:
     opened = await counted(pair.far, "isthmus_connections_opened_total", direction="outbound", peer="src")
     async with bounded(pair, "self_calls", at_least=3):
-        for data in (b"", b"\x00bytes", LAST_GET):
+        for data in (b"", b"\x00bytes"):
             assert await say(pair.web, pair.service.ipv4, RELAY, data, patience=30) == b""
+        answer = await say(pair.web, pair.service.ipv4, RELAY, LAST_GET, patience=30)
+        assert answer.startswith(b"HTTP/1.1 502 "), "what turns out to be HTTP is answered in HTTP"
     rounds = await counted(pair.far, "isthmus_connections_opened_total", direction="outbound", peer="src") - opened
     assert rounds <= 3 * (SELF_CALLS + 1)
     await logged(pair.far, f"{SELF_CALLS} connections or requests of this pod to its own port {RELAY} wait", reason="loop")

@@ -90,6 +90,24 @@ async def test_one_that_was_given_back_at_this_very_moment_comes_behind_those_of
     bench.end()
 
 
+async def test_a_connection_that_was_opened_elsewhere_is_used_as_a_new_one() -> None:
+    bench = Bench(connections=1)
+    stream, beyond = await Dialer().dial(bench.address), await Dialer().dial(bench.address)
+    bench.pool.adopt(KEY, stream, bench.account())
+    assert bench.pool.counts() == (0, 1)
+    bench.pool.adopt(KEY, beyond, bench.account())
+    assert (bench.pool.counts(), bench.closed) == ((0, 1), 1)
+    upstream = await bench.pool.acquire(KEY)
+    assert upstream.stream is stream
+    assert not upstream.reused, "so nothing is repeated that it fails to answer"
+    bench.give_back(upstream)
+    again = await bench.pool.acquire(KEY)
+    assert again is upstream
+    assert again.reused
+    bench.give_back(again)
+    bench.end()
+
+
 async def test_no_more_than_so_many_idle_connections_are_kept() -> None:
     bench = Bench(idle=1)
     first, second = await bench.pool.acquire(KEY), await bench.pool.acquire(KEY)
