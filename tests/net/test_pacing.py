@@ -93,22 +93,18 @@ async def test_members_come_first_and_others_still_get_their_turns() -> None:
 async def test_a_pass_gets_fewer_steps_when_they_are_dear() -> None:
     async with running() as pacer:
         pacer.left = 0
-        done: list[int] = []
+        sizes: list[int] = []  # of the passes, one entry for each step: a pass is no single checkpoint of this task
 
         def dear() -> None:
             spend(0.0002)
-            done.append(1)
+            sizes.append(pacer._steps)
 
         for _ in range(1500):
             pacer.take(Line(), dear)
-        sizes: list[int] = []
-        before = 0
-        while len(done) < 1500:
+        while len(sizes) < 1500:
             await trio.lowlevel.checkpoint()
-            sizes.append(len(done) - before)
-            before = len(done)
-        assert max(sizes) == _FIRST
-        assert max(sizes[-5:]) <= 64  # 10 ms, which is 50 of them, is what a pass may take
+        assert sizes.count(_FIRST) == _FIRST == sizes.index(_FIRST // 2), "one pass, and the next one is half as large"
+        assert sizes[-1] <= 64  # 10 ms, which is 50 of them, is what a pass may take
         assert pacer._steps >= _LEAST
 
 
