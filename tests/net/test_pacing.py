@@ -94,15 +94,17 @@ async def test_a_pass_gets_fewer_steps_when_they_are_dear() -> None:
     async with running() as pacer:
         pacer.left = 0
         sizes: list[int] = []  # of the passes, one entry for each step: a pass is no single checkpoint of this task
+        done = trio.Event()
 
         def dear() -> None:
             spend(0.0002)
             sizes.append(pacer._steps)
+            if len(sizes) == 1500:
+                done.set()
 
         for _ in range(1500):
             pacer.take(Line(), dear)
-        while len(sizes) < 1500:
-            await trio.lowlevel.checkpoint()
+        await done.wait()
         assert sizes.count(_FIRST) == _FIRST == sizes.index(_FIRST // 2), "one pass, and the next one is half as large"
         assert sizes[-1] <= 64  # 10 ms, which is 50 of them, is what a pass may take
         assert pacer._steps >= _LEAST
