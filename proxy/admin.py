@@ -107,8 +107,8 @@ class Admin:
     def _in_thread(self, main: trio.lowlevel.TrioToken) -> None:
         try:
             trio.run(self._serve, main)
-        except Exception:
-            _log.exception("the administration listener failed by a fault of this proxy's")
+        except Exception:  # the thread's boundary: the traffic goes on, and probes that get no answer say that it has ended
+            _log.exception("internal error: the administration listener has ended")
         finally:
             for sock in self._listeners:
                 sock.close()

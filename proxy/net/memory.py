@@ -144,8 +144,8 @@ class Share:
         budget.used -= size
         if not self.member:
             budget.open_used -= size
-        if budget._waiting:  # noqa: SLF001  # one unit
-            budget._wake(_WOKEN)  # noqa: SLF001
+        if budget._waiting:  # noqa: SLF001  # budget and shares are one unit
+            budget._wake(_WOKEN)  # noqa: SLF001  # budget and shares are one unit
 
     def exhaust(self) -> None:
         """End the connection, once."""
@@ -211,19 +211,19 @@ class Share:
         if self.over:
             budget.act("read")
             while self.over:
-                event = budget._waiting[self] = trio.Event()  # noqa: SLF001
+                event = budget._waiting[self] = trio.Event()  # noqa: SLF001  # budget and shares are one unit
                 try:
                     await event.wait()
                 finally:
-                    budget._waiting.pop(self, None)  # noqa: SLF001
+                    budget._waiting.pop(self, None)  # noqa: SLF001  # budget and shares are one unit
 
     def close(self) -> None:
         """The connection has ended, and with it whatever was buffered for it. What is charged later is not counted."""
         budget = self.budget
-        budget._shares.discard(self)  # noqa: SLF001
+        budget._shares.discard(self)  # noqa: SLF001  # budget and shares are one unit
         self.on_exhausted = None
         self.gone = _no
-        budget._over.pop(self, None)  # noqa: SLF001
+        budget._over.pop(self, None)  # noqa: SLF001  # budget and shares are one unit
         self.release(self.held)
         self.budget = _NO_BUDGET
 
