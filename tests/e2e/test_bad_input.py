@@ -18,7 +18,9 @@ from tests.e2e.stage import ECHO, LAST_GET, WEB, Pair, counted, echo_server, eve
 
 pytestmark = pytest.mark.lab
 
-QUICK = {"head_timeout": "600ms", "body_timeout": "600ms"}
+QUICK = {"head_timeout": "600ms", "body_timeout": "600ms", "linger_timeout": "1s"}
+# Bytes that a client can send behind a refusal: linger's first MiB, a second of its 4 MiB/s, and the kernel's buffers on both sides.
+LINGERING = 5 * 2**20 + 12 * 2**20
 HEAD = b"POST /sink HTTP/1.1\r\nHost: shop\r\n"
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: shop\r\n\r\n"
 
@@ -133,19 +135,21 @@ async def test_too_much_or_too_new_is_told_so(pair: Pair, data: bytes, expected:
 
 
 async def test_a_head_without_end_is_cut_off_at_the_limit_not_collected(pair: Pair) -> None:
-    stream = await pair.web.connect(pair.service.ipv4, WEB)
+    hasty = pair.mesh.sidecars["hasty"]
+    before = hasty.running().rss()
+    stream = await pair.cluster.pods["hasty"].connect(pair.service.ipv4, WEB)
     sent = 0
     async with stream:
         with trio.fail_after(40):
-            try:
-                await stream.send_all(b"GET / HTTP/1.1\r\nHost: shop\r\n")
-                while sent < 50_000_000:
+            await stream.send_all(b"GET / HTTP/1.1\r\nHost: shop\r\n")
+            with pytest.raises(trio.BrokenResourceError):
+                while sent < 3 * LINGERING:
                     await stream.send_all(b"X: " + b"a" * 60_000 + b"\r\n")
                     sent += 60_005
-            except trio.BrokenResourceError:
-                pass
-    assert sent < 20_000_000
-    await goes_on(pair)
+    assert sent < LINGERING
+    assert hasty.running().rss() - before < 8 * 2**20
+    assert (await logged(hasty, "head", status=431))["reason"] == "bad_request"
+    await goes_on(pair, "hasty")
 
 
 @pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: shop\r\nX-Slow: "], ids=["a line", "half a field"])
