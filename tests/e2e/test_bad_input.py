@@ -142,10 +142,12 @@ async def test_a_head_without_end_is_cut_off_at_the_limit_not_collected(pair: Pa
     async with stream:
         with trio.fail_after(40):
             await stream.send_all(b"GET / HTTP/1.1\r\nHost: shop\r\n")
-            with pytest.raises(trio.BrokenResourceError):
-                while sent < 3 * LINGERING:
+            try:
+                while sent < LINGERING:
                     await stream.send_all(b"X: " + b"a" * 60_000 + b"\r\n")
                     sent += 60_005
+            except trio.BrokenResourceError:
+                pass
     assert sent < LINGERING
     assert hasty.running().rss() - before < 8 * 2**20
     assert (await logged(hasty, "head", status=431))["reason"] == "bad_request"
