@@ -35,6 +35,7 @@ from proxy.exchange.layers import deadline, rescue
 from proxy.exchange.server import Drain, Http1Server, ServerSettings
 from proxy.metrics import CONTENT_TYPE, Metrics
 from proxy.net.accept import Acceptor, Connection
+from proxy.net.disconnects import Disconnects
 from proxy.net.slots import Bounds
 from proxy.sections import AdminConfig
 from proxy.wire.messages import Headers, ResponseHead
@@ -127,7 +128,8 @@ class Admin:
             body_timeout=config.request_timeout,
             write_timeout=_WRITE_TIMEOUT,
         )
-        drain = Drain()
+        # Who waits for a text, and whose connection ends meanwhile, is told: an evicted one keeps its place until its task has ended.
+        drain = Drain(disconnects=Disconnects().open())
 
         async def accept(connection: Connection) -> None:
             about = Facts("inbound", connection.peer, connection.local)
@@ -140,6 +142,7 @@ class Admin:
         with self._scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch)
+                nursery.start_soon(drain.disconnects.run)
                 nursery.start_soon(acceptor.serve, self._listeners)
 
     async def _watch(self) -> None:
@@ -195,14 +198,16 @@ class _Texts:
         self._lock = trio.Lock()
         self._made = -math.inf  # trio's time
         self._plain = self._zipped = b""
-        self._next = -math.inf  # when the next answer may be given
+        self._turns = trio.Lock()  # who waits for a turn; one that gives up leaves nothing behind
+        self._last = -math.inf  # when the last turn was
 
     async def get(self, *, zipped: bool) -> bytes:
         """The text, compressed or not."""
-        now = trio.current_time()
-        turn = self._next = max(self._next + 1 / _SCRAPES, now - 1)
-        if turn > now:
+        async with self._turns:
+            # Up to a second's turns that nobody took are left to be taken.
+            turn = max(self._last + 1 / _SCRAPES, trio.current_time() - 1)
             await trio.sleep_until(turn)
+            self._last = turn
         async with self._lock:
             if trio.current_time() - self._made >= self._max_age:
                 await self._refresh()
