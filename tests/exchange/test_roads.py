@@ -146,7 +146,8 @@ async def test_a_connection_whose_server_has_closed_behind_its_response_is_not_u
         while True:
             await peer.request()
             served += 1
-            if served == 3:  # in one step: the proxy cannot look in between
+            if served == 3:  # in one segment: the proxy cannot look in between, and the kernel cannot deliver one without the other
+                peer.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
                 os.write(peer.stream.socket.fileno(), OK)
                 peer.close()
                 ended += 1
