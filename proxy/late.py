@@ -22,14 +22,15 @@ import trio
 
 from proxy.net.errors import NetError
 from proxy.net.streams import RECEIVE_SIZE, Stream
-from proxy.wire.sniff import UNDECIDED, Protocol, protocol, settle
+from proxy.wire.sniff import LINE_LIMIT, LONGEST_LINE, UNDECIDED, Protocol, condensed, protocol, settle
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """What it is. `said`: all that the client has said, if it is HTTP, of which the server has got `passed` bytes; otherwise everything has
-    been passed on. `silent`: neither side has said anything for too long. `untouched`: nothing has been sent to the server or read from it,
-    not even its end."""
+    been passed on. Of a request line that is malformed and very long, `said` is the beginning, and a line feed: enough to refuse it.
+    `silent`: neither side has said anything for too long. `untouched`: nothing has been sent to the server or read from it, not even its
+    end."""
 
     protocol: Protocol
     said: bytes = b""
@@ -70,6 +71,7 @@ class _Watch:
         self.passed = 0  # bytes of `said` that the server has
         self._asking, self._hearing = trio.CancelScope(), trio.CancelScope()
         self.said = b""
+        self._came = 0  # bytes from the client
         self.heard = False  # anything of the server, or its end
         self.verdict: Protocol | None = None
         self.failure: NetError | None = None
@@ -113,9 +115,12 @@ class _Watch:
             self._asking = trio.CancelScope()
             if data:
                 self.said += data
+                self._came += len(data)
                 found = protocol(self.said)
                 if isinstance(found, Protocol):
                     self._decide(found)
+                elif self._came >= LONGEST_LINE:
+                    self._decide(Protocol.OPAQUE)
                 elif found is UNDECIDED and waits:
                     until = min(until, trio.current_time() + self._patience)
                     continue
@@ -124,8 +129,13 @@ class _Watch:
             if self.verdict is None:  # it is unlikely, or has been waited for long enough
                 waits, until = waits and data is not None, inf
                 await self._pass_on()
+                if len(self.said) > LINE_LIMIT:  # it is not kept: many clients may begin so
+                    self.said = condensed(self.said)
+                    self.passed = len(self.said)
         if self.verdict is Protocol.OPAQUE:
             await self._pass_on()
+        elif self._came > len(self.said):
+            self.said = self.said[:LINE_LIMIT] + b"\r\n"
 
     async def _pass_on(self) -> None:
         data, self.passed = self.said[self.passed :], len(self.said)

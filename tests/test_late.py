@@ -123,7 +123,8 @@ async def test_the_connection_to_the_application_is_used_for_late_http_if_it_is_
 
 @pytest.mark.parametrize("pieces", [
     (b"\nGET / HTTP/1.1\r\n",), (b"GET / HTTP/1.10\r\n",), (b"\x05", b"GET / HTTP/1.1\r\n"), (b" ", b"GET / HTTP/1.1\r\n"),
-    (b"FOO", b" / HTTP/1.1\r\r\n"), (b"FOO \x01", b"/ HTTP/1.1\r\n"), (b"FOO / http", b"/1.1\r\n"),
+    (b"FOO", b" / HTTP/1.1\r\r\n"), (b"FOO \x01", b"/ HTTP/1.1\r\n"), (b"FOO / http", b"/1.1\r\n"), (b"(GET / HTTP/1.1\r\n",),
+    (b"(GET /" + b"a" * 5000, b"a" * 5000 + b" HTTP", b"/1.1 ", b" " * 100, b"\r\n"),
 ])  # fmt: skip
 @pytest.mark.parametrize("how", ["plain", "tunnel"])
 async def test_malformed_http_is_refused_however_slowly_it_comes(tmp_path: Path, pieces: tuple[bytes, ...], how: str) -> None:

@@ -4,8 +4,8 @@ What a lenient server would serve as HTTP/1 is HTTP/1 here, however malformed it
 opaque it would go on untouched, past all that is done for requests, with header fields that only a proxy may set, to a server that may
 read it after all. So this is no reader of HTTP. It takes what any of the common servers overlooks: empty lines, blanks and control
 characters in front (nginx, Node.js, Python, Netty), a bare LF, any white space between the parts, versions such as HTTP/1.10 or http/1.1,
-a second CR, no version at all. A method of the registry before a path is HTTP/1 whatever follows. Otherwise the end of the line decides,
-for `HTTP/1` behind a blank is no other protocol's.
+a second CR, no version at all, any bytes as a method (wsgiref, Werkzeug and WEBrick take all). A method of the registry before a path is
+HTTP/1 whatever follows. Otherwise the end of the line decides, for `HTTP/1` behind a blank is no other protocol's.
 
 What cannot be told apart stays opaque: `GET key` is an inline command of Redis, and HTTP/0.9 to Python's http.server; `OPTIONS rtsp://a
 RTSP/1.0` is RTSP, and Node.js answers it. A port that must not be reached like that is declared (docs/decisions/47-looks-like-http.md).
@@ -16,7 +16,8 @@ is none:
     UNDECIDED   it may well be HTTP: wait for more
     UNLIKELY    it is hardly HTTP: the bytes may go on at once, but what follows them is to be looked at until there is a verdict
 
-So a binary protocol does not wait, and a server-speaks-first protocol is the only one that always waits for the detection timeout.
+So a binary protocol does not wait, and a server-speaks-first protocol is the only one that always waits for the detection timeout. A line
+may be as long as Python's servers read. What has come of one that is longer than `LINE_LIMIT` need not be kept as it is (`condensed`).
 """
 
 from __future__ import annotations
@@ -40,17 +41,20 @@ _TOKEN = rb"[-!#$%&'*+.^_`|~0-9A-Za-z]"
 _METHOD = rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH)"
 # HTTP whatever follows.
 _CERTAIN = re.compile(_METHOD + _BLANK + rb"++(?:/|(?i:https?://))")
-# A line that ends in a version of HTTP, more or less, behind a word.
-_VERSIONED = re.compile(_TOKEN + rb"++" + _BLANK + rb"++(?:[^\n]*" + _BLANK + rb")?(?i:http)/[0-9][!-~]*+" + _BLANK + rb"*+\n")
-# What may still become one of these: a word, and anything behind a blank.
-_MAY_BE = re.compile(_TOKEN + rb"++(?:" + _BLANK + rb"[^\n]*+)?")
+# The end of a line that ends in a version of HTTP, more or less.
+_VERSIONED = re.compile(_BLANK + rb"(?i:http)/[0-9][!-~]*+" + _BLANK + rb"*+\n")
+_BLANKS = b"\t\v\f\r \x1c\x1d\x1e\x1f\x85\xa0"
 # A request line, as far as it goes, that is worth waiting for. Methods of the registry are at most 17 characters long.
 _VERSION_START = rb"(?:H(?:T(?:T(?:P(?:/(?:[0-9](?:\.(?:[0-9]\r?)?)?)?)?)?)?)?)?"
 _REQUEST_START = re.compile(_TOKEN + rb"{1,24}(?: (?:[!-~\x80-\xff]+(?: " + _VERSION_START + rb")?)?)?")
 _MEANT_START = re.compile(rb"[A-Z]{1,24}(?:[ \t]+(?:/[^\n]*)?)?")
 _METHOD_START = re.compile(_METHOD + rb" [/*!-~]")
-# Beyond this a line that goes on and on is HTTP/1 with a target over the limit (414), if it began as one.
-_LINE_LIMIT = 4096
+# Beyond this (bytes) a line that goes on and on is HTTP/1 with a target over the limit (414), if it began as one.
+LINE_LIMIT = 4096
+# http.server answers 414 to longer lines, and what stands before them counts here too.
+LONGEST_LINE = 65536
+# So much (bytes) of a word shows whether it begins like a version.
+_VERSION = 64
 _LONG = re.compile(_METHOD + _BLANK + rb"|" + _TOKEN + rb"++" + _BLANK + rb"++(?:/|(?i:https?://))[!-~\x80-\xff]*+\Z")
 _LINES_ONLY = re.compile(rb"[\t\n\v\f\r ]*+")
 # Type and length of an extension of a ClientHello, and the types that are read (RFC 8446 §4.2).
@@ -100,28 +104,37 @@ def protocol(data: bytes) -> Protocol | Undecided:
     """What `data`, the first bytes of a connection, begins."""
     if data[:_PREFACE_CERTAIN] == _PREFACE[: len(data[:_PREFACE_CERTAIN])]:
         return Protocol.HTTP2 if len(data) >= _PREFACE_CERTAIN else UNDECIDED
-    data = data[:_LINE_LIMIT]  # what lies beyond may not change a verdict any more
-    found = _PASSED_OVER.match(data)
+    start = data[:LINE_LIMIT]
+    found = _PASSED_OVER.match(start)
     at = found.end() if found is not None else 0
-    line = data[at:]
+    line = start[at:]
     if _CERTAIN.match(line):
         return Protocol.HTTP1
-    end = line.find(b"\n") + 1
+    if len(start) == LINE_LIMIT and b"\n" not in line and (_LONG.match(line) if line else _LINES_ONLY.fullmatch(start)):
+        return Protocol.HTTP1  # what lies beyond may not change a verdict any more
+    end = data.find(b"\n", at, LONGEST_LINE) + 1
     if end:
-        return Protocol.HTTP1 if _VERSIONED.match(line, 0, end) else Protocol.OPAQUE
-    if line and not _MAY_BE.fullmatch(line):
+        return Protocol.HTTP1 if _VERSIONED.search(data, at, end) else Protocol.OPAQUE
+    if len(data) >= LONGEST_LINE:
         return Protocol.OPAQUE
-    if len(data) == _LINE_LIMIT:
-        return Protocol.HTTP1 if (_LONG.match(line) if line else _LINES_ONLY.fullmatch(data)) else Protocol.OPAQUE
-    if not _EMPTY_LINES.startswith(data[:at]):
+    if len(start) == LINE_LIMIT or not _EMPTY_LINES.startswith(start[:at]):
         return UNLIKELY
     return UNDECIDED if not line or _REQUEST_START.fullmatch(line) or _MEANT_START.fullmatch(line) else UNLIKELY
+
+
+def condensed(data: bytes) -> bytes:
+    """Less of `data`, of which more than LINE_LIMIT has come and which is UNLIKELY. With the same bytes behind it, the verdict is the same,
+    but for LONGEST_LINE; or HTTP, where the last word begins like a version and goes on as something else."""
+    rest = data[LINE_LIMIT:]
+    kept = rest.rstrip(_BLANKS)
+    word = max(kept.rfind(_BLANKS[at : at + 1]) for at in range(len(_BLANKS)))
+    return data[:LINE_LIMIT] + kept[max(word, 0) :][:_VERSION] + rest[len(kept) : len(kept) + 1]
 
 
 def settle(data: bytes) -> Protocol:
     """The verdict when nothing more comes: HTTP/1 if the beginning of a common request line is there (its own deadlines then see to
     a client that is slow on purpose), otherwise opaque."""
-    line = data[: _LINE_LIMIT].lstrip(b"\r\n")
+    line = data[:LINE_LIMIT].lstrip(b"\r\n")
     return Protocol.HTTP1 if _METHOD_START.match(line) and _REQUEST_START.fullmatch(line) else Protocol.OPAQUE
 
 
