@@ -113,19 +113,23 @@ class Fleet:
         path.write_text(json.dumps(document))
         return path
 
+    def tls(self, me: str, them: str, *, roots: Fleet | None = None, alpn: str = "http/1.1") -> tuple[ssl.SSLContext, str]:
+        """What `me` opens mutual TLS to `them` with: a context, and the server's name. `roots`: whom it trusts, if not its own root."""
+        paths = self.material(me)
+        context = ssl.create_default_context(cadata=(roots or self).root.certificate_pem.decode())
+        context.check_hostname = False  # the mesh's names are URIs, which ssl does not compare
+        context.load_cert_chain(paths["certificate"], paths["key"])
+        context.set_alpn_protocols([alpn])
+        return context, SpiffeId.parse(self.identity(them)).sni
+
     async def meet(
         self, app: App, me: str, them: str, *, roots: Fleet | None = None, alpn: str = "http/1.1"
     ) -> trio.SSLStream[trio.SocketStream]:
         """A connection by mutual TLS, as `me`, to the inbound side of `app`, which is `them`: what a peer says there is up to the test.
         `roots`: whom it trusts, if not its own root."""
-        paths = self.material(me)
-        trusted = (roots or self).root.certificate_pem.decode()
-        context = ssl.create_default_context(cadata=trusted)
-        context.check_hostname = False  # the mesh's names are URIs, which ssl does not compare
-        context.load_cert_chain(paths["certificate"], paths["key"])
-        context.set_alpn_protocols([alpn])
+        context, name = self.tls(me, them, roots=roots, alpn=alpn)
         raw = await trio.open_tcp_stream(HOST, way_in(app))
-        stream = trio.SSLStream(raw, context, server_hostname=SpiffeId.parse(self.identity(them)).sni, https_compatible=True)
+        stream = trio.SSLStream(raw, context, server_hostname=name, https_compatible=True)
         await stream.do_handshake()
         return stream
 
