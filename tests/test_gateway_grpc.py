@@ -1,6 +1,6 @@
 """gRPC calls that end badly, from grpcio through three proxies (a sidecar, the gateway of another cluster, a sidecar) to a server of which
 each frame is known. What the server itself says of a stream reaches the client as its code; what has become of the server is a status,
-said by the proxy that noticed. docs/decisions/29-ends-of-grpc-calls.md has the reasons.
+said by the proxy that noticed. docs/decisions/29-interrupted-grpc-calls.md has the reasons.
 """
 
 from __future__ import annotations

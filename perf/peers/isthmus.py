@@ -1,6 +1,6 @@
 """Ours: as the image has it, the path of a request compiled and on AWS-LC (docs/decisions/30-compiled.md, 36-aws-lc.md); the sources as
 they are, on the OpenSSL that is in cryptography's wheel; and as the image has it, but without the fast road for plain HTTP/1.1 exchanges
-(docs/decisions/21-fast-road.md)."""
+(docs/decisions/21-fast-path.md)."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ unusual places, anything too long) it declines, and strict.py decides from the s
 
 Most heads have been here before, but for their first line: a client says the same of itself in each request, and a server answers with the
 same fields for as long as a second lasts. What was found out about a block of fields is kept for a while, and found again in 0.2 µs. It
-depends on nothing but these bytes (docs/decisions/34-fields-kept.md).
+depends on nothing but these bytes (docs/decisions/34-field-block-cache.md).
 
 The law, which tests/wire/test_heads.py holds over mutated heads and all chunkings: if it accepts, h11 accepts, and means the same.
 

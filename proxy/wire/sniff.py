@@ -8,7 +8,7 @@ a second CR, no version at all, any bytes as a method (wsgiref, Werkzeug and WEB
 HTTP/1 whatever follows. Otherwise the end of the line decides, for `HTTP/1` behind a blank is no other protocol's.
 
 What cannot be told apart stays opaque: `GET key` is an inline command of Redis, and HTTP/0.9 to Python's http.server; `OPTIONS rtsp://a
-RTSP/1.0` is RTSP, and Node.js answers it. A port that must not be reached like that is declared (docs/decisions/47-looks-like-http.md).
+RTSP/1.0` is RTSP, and Node.js answers it. A port that must not be reached like that is declared (docs/decisions/47-http-detection.md).
 
 Pure functions of the bytes seen so far (they were peeked, and stay where they are). As long as more bytes could change the verdict there
 is none:
