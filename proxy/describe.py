@@ -91,9 +91,9 @@ def tables(struct: type[msgspec.Struct], section: str = "") -> str:
         if is_struct(form.type):
             below.append(tables(form.type, f"{section}.{name}" if section else name))
             continue
-        given = "must be given" if default is msgspec.NODEFAULT else f"`{show(default, form)}`"
+        given = "required" if default is msgspec.NODEFAULT else f"`{show(default, form)}`"
         label = f"{section}.{name}" if section else name
         rows.append(f"| `{label}` | {form.meta.description} | {kind(form)} | {given} | {limits(form) or '-'} |")
-    title = f"### {section or 'At the top'}\n\n{inspect.getdoc(struct) if section else 'What is true of the whole proxy.'}\n\n"
+    title = f"### {section or 'Top level'}\n\n{inspect.getdoc(struct) if section else 'Settings of the whole proxy.'}\n\n"
     head = "| Setting | Meaning | Unit or kind | Default | Limit |\n| --- | --- | --- | --- | --- |\n"
     return "\n".join([title + head + "\n".join(rows) + "\n", *below])

@@ -29,94 +29,123 @@ class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 # `request` counts from the head of the request to the end of the response, over all attempts; event streams and long polls would
 # fall to any default, so it has none.
 class Timeouts(_Part, frozen=True):
-    """How long a request may take. None: as the proxy's own settings say (`http.response_timeout`, `http.response_body_timeout`)."""
+    """Timeouts of a request. None: the settings of the proxy apply (`http.response_timeout`,
+    `http.response_body_timeout`).
+    """
 
     request: Annotated[
-        float | None, seconds(0.001, _DAY, "from the request to the end of its response, all attempts together; above: 504")
+        float | None, seconds(0.001, _DAY, "maximum time from the request to the end of its response, over all attempts; above: 504")
     ] = None
-    response_head: Annotated[float | None, seconds(0.001, _DAY, "from the end of a request to the head of its response; above: 504")] = None
-    idle: Annotated[float | None, seconds(0.001, _DAY, "longest pause within a body, either way")] = None
+    response_head: Annotated[
+        float | None, seconds(0.001, _DAY, "maximum time from the end of a request to the head of its response; above: 504")
+    ] = None
+    idle: Annotated[float | None, seconds(0.001, _DAY, "maximum pause within a body, in either direction")] = None
 
 
 # Linkerd's numbers. With a fifth of the requests as their bound, retries cannot make an outage much worse; the few per second that are
 # always allowed are for services that are seldom called.
 class Budget(_Part, frozen=True):
-    """How many retries there may be, to a service, from this proxy."""
+    """Retry budget of this proxy for a service."""
 
-    ratio: Annotated[float, ratio(0, 100, "retries for each request of the last `ttl`")] = 0.2
-    min_per_second: Annotated[float, ratio(0, 10_000, "retries in a second that are allowed in any case")] = 10.0
-    ttl: Annotated[float, seconds(1, 60, "how long a request counts")] = 10.0
+    ratio: Annotated[float, ratio(0, 100, "retries allowed for each request in the last `ttl`")] = 0.2
+    min_per_second: Annotated[float, ratio(0, 10_000, "retries per second that are always allowed")] = 10.0
+    ttl: Annotated[float, seconds(1, 60, "how long a request counts towards the budget")] = 10.0
 
 
 class Retries(_Part, frozen=True):
-    """What is sent once more, to another endpoint if there is one.
+    """Which requests the proxy retries. A retry goes to another endpoint if there is one.
 
-    Always, once: a request whose connection went away before the endpoint can have looked at it. Within `limit` and `budget`: one whose
-    stream the endpoint has refused; an idempotent one (RFC 9110 §9.2.2) that broke off without a response; one that was answered with a
-    status of `statuses` or `grpc`, or not within `attempt_timeout`. That an endpoint cannot be connected to is no attempt.
+    The proxy always repeats a request once if its connection was lost before the endpoint can have
+    processed it. Within `limit` and `budget`, the proxy retries a request whose stream the endpoint
+    refused; an idempotent request (RFC 9110 §9.2.2) that failed without a response; a request whose
+    response has a status in `statuses` or `grpc`; and a request without a response within
+    `attempt_timeout`. A failure to connect does not count as an attempt.
     """
 
-    limit: Annotated[int, number(0, 10, "how often at most; 0: never")] = 1
-    statuses: Annotated[Statuses, described("HTTP statuses to try again: 503, 5xx, 500-504", 32)] = ()
-    grpc: Annotated[GrpcCodes, described("gRPC statuses to try again, by name or number", 17)] = ()
-    all_methods: Annotated[bool, described("whether `statuses` also holds for methods that are not idempotent, such as POST")] = False
+    limit: Annotated[int, number(0, 10, "maximum retries of a request; 0: none")] = 1
+    statuses: Annotated[Statuses, described("HTTP statuses to retry: 503, 5xx, 500-504", 32)] = ()
+    grpc: Annotated[GrpcCodes, described("gRPC statuses to retry, by name or number", 17)] = ()
+    all_methods: Annotated[bool, described("whether `statuses` also applies to methods that are not idempotent, such as POST")] = False
     attempt_timeout: Annotated[
-        float | None, seconds(0.001, _HOUR, "how long an attempt that is not the last may take to the head of its response")
+        float | None, seconds(0.001, _HOUR, "maximum time to the response head for each attempt except the last")
     ] = None
     max_body: Annotated[
-        int, octets(0, 2**20, "of a body that is kept to be sent again; a longer one is not, once a part of it has gone")
+        int,
+        octets(
+            0,
+            2**20,
+            "maximum size of a request body that is kept for a retry; after a part of a longer body was sent, the request is not retried",
+        ),
     ] = 65536
-    backoff: Annotated[float, seconds(0, 60, "pause before the first retry, doubled for each further one; half of it is random")] = 0.025
-    max_backoff: Annotated[float, seconds(0, 60, "longest pause before a retry")] = 0.25
+    backoff: Annotated[float, seconds(0, 60, "delay before the first retry, doubled for each further retry; half of it is random")] = 0.025
+    max_backoff: Annotated[float, seconds(0, 60, "maximum delay before a retry")] = 0.25
     budget: Budget = Budget()
 
 
 # decay and default_rtt are Finagle's and Linkerd's. zone_share: Envoy lets a locality be a third short before others help out.
 class Balancing(_Part, frozen=True):
-    """Which endpoint gets a request."""
+    """How the proxy selects an endpoint."""
 
-    decay: Annotated[float, seconds(0.1, _HOUR, "how long a response time counts: after this, a third of it is left")] = 10.0
-    default_rtt: Annotated[float, seconds(0.0001, 60, "what is expected of an endpoint that has not answered yet")] = 0.03
-    slow_start: Annotated[float, seconds(0, _HOUR, "how long a new endpoint's share grows until it is full; 0: at once full")] = 10.0
-    zone: Annotated[Literal["prefer", "ignore"], described("whether endpoints in the proxy's own zone (`pod.zone`) come first")] = "prefer"
-    zone_share: Annotated[float, ratio(0, 1, "part of the own zone's endpoints that must be usable for the others to get nothing")] = 0.7
+    decay: Annotated[
+        float,
+        seconds(
+            0.1, _HOUR, "time constant of the moving average of response times: after this time, the weight of a sample is about one third"
+        ),
+    ] = 10.0
+    default_rtt: Annotated[float, seconds(0.0001, 60, "assumed response time of an endpoint without a measurement")] = 0.03
+    slow_start: Annotated[
+        float, seconds(0, _HOUR, "time in which the share of a new endpoint grows to its full value; 0: full share at once")
+    ] = 10.0
+    zone: Annotated[Literal["prefer", "ignore"], described("whether the proxy prefers endpoints in its own zone (`pod.zone`)")] = "prefer"
+    zone_share: Annotated[
+        float, ratio(0, 1, "fraction of the endpoints in the own zone that must be usable; below: other zones get requests too")
+    ] = 0.7
 
 
 class Breaker(_Part, frozen=True):
-    """When an endpoint is left alone.
+    """The circuit breaker of an endpoint.
 
-    After `failures` in a row it gets nothing for a penalty, which doubles each time; then one request on probation, which decides. That
-    it cannot be connected to counts as all of them. 0 failures: only that counts. If all endpoints are broken, those that respond, if
-    only by errors or by closing, are used as if they were not. If none does, one request is sent to try after `connect_penalty`, and
-    then in steps that grow with the outage up to `min_penalty`, however long the penalties are.
+    The circuit breaker opens after `failures` consecutive failures, or after one failure to
+    connect. While it is open, the endpoint gets no requests for a penalty. The penalty doubles each
+    time. Then the breaker is half-open (the state `probation`): one trial request decides whether
+    it closes or opens again. If `failures` is 0, only failures to connect count. If the circuit
+    breakers of all endpoints are open, the proxy still uses the endpoints that respond, even if
+    they respond with errors or close the connection. If no endpoint responds, the proxy sends one
+    trial request after `connect_penalty`. Further trial requests follow at intervals that grow with
+    the outage, up to `min_penalty`. These trials do not wait for the penalties.
     """
 
-    failures: Annotated[int, number(0, 1000, "failures in a row; 0: responses do not count")] = 7
-    statuses: Annotated[Statuses, described("HTTP statuses that are failures", 32)] = (StatusRange(502, 504),)
-    grpc: Annotated[GrpcCodes, described("gRPC statuses that are failures", 17)] = (GrpcCode.unavailable,)
-    min_penalty: Annotated[float, seconds(0.01, _HOUR, "how long an endpoint is left alone the first time")] = 1.0
+    failures: Annotated[int, number(0, 1000, "consecutive failures that open the circuit breaker; 0: responses do not count")] = 7
+    statuses: Annotated[Statuses, described("HTTP statuses that count as failures", 32)] = (StatusRange(502, 504),)
+    grpc: Annotated[GrpcCodes, described("gRPC statuses that count as failures", 17)] = (GrpcCode.unavailable,)
+    min_penalty: Annotated[float, seconds(0.01, _HOUR, "how long the circuit breaker is open the first time")] = 1.0
     connect_penalty: Annotated[
-        float, seconds(0.01, _HOUR, "the same for one that refuses connections, if that is shorter than `min_penalty`")
+        float,
+        seconds(
+            0.01,
+            _HOUR,
+            "the same if the endpoint refuses connections; applies if it is shorter than `min_penalty`",
+        ),
     ] = 0.2
-    max_penalty: Annotated[float, seconds(0.01, _HOUR, "how long at most")] = 60.0
-    jitter: Annotated[float, ratio(0, 1, "part of the penalty that chance adds")] = 0.5
+    max_penalty: Annotated[float, seconds(0.01, _HOUR, "maximum time that the circuit breaker is open")] = 60.0
+    jitter: Annotated[float, ratio(0, 1, "random addition to the penalty, as a fraction of it")] = 0.5
 
 
 class Queue(_Part, frozen=True):
-    """Where requests wait when all endpoints are broken.
+    """The queue of requests while the circuit breakers of all endpoints are open.
 
-    A request is refused when an endpoint has been tried in vain after `timeout`. If the penalties have grown longer than `timeout`, the
-    first trial in vain is enough.
+    The proxy rejects a request at the first trial that fails after `timeout`. If the penalties are
+    longer than `timeout`, the first failed trial is sufficient.
     """
 
-    size: Annotated[int, number(0, 100_000, "requests that may wait; above: 503")] = 1024
-    timeout: Annotated[float, seconds(0, _HOUR, "how long one waits, and for the next trial after that; above: 503")] = 3.0
+    size: Annotated[int, number(0, 100_000, "maximum requests that wait; above: 503")] = 1024
+    timeout: Annotated[float, seconds(0, _HOUR, "how long a request waits; after that it waits for the next trial; above: 503")] = 3.0
 
 
 class Policy(_Part, frozen=True):
-    """How a service is used."""
+    """How the proxy uses the endpoints of a service."""
 
-    overrides: Annotated[bool, described("whether requests may set limits of their own by header (`isthmus-timeout` and others)")] = False
+    overrides: Annotated[bool, described("whether requests may set their own limits with headers (`isthmus-timeout` and others)")] = False
     timeouts: Timeouts = Timeouts()
     retries: Retries = Retries()
     balancing: Balancing = Balancing()

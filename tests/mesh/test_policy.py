@@ -113,5 +113,5 @@ def test_the_schema_describes_each_part() -> None:
     assert found["breaker"]["properties"]["grpc"]["default"] == ["unavailable"]
     assert {"type": "null"} in found["timeouts"]["properties"]["request"]["anyOf"]
     assert found["retries"]["properties"]["budget"]["properties"]["ratio"] == {
-        "type": "number", "minimum": 0, "maximum": 100, "default": 0.2, "description": "retries for each request of the last `ttl`",
+        "type": "number", "minimum": 0, "maximum": 100, "default": 0.2, "description": "retries allowed for each request in the last `ttl`",
     }  # fmt: skip
