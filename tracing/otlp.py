@@ -1,11 +1,13 @@
-"""OTLP over HTTP, the sending half: one POST of a protobuf message to a collector, over a connection that is kept.
+"""OTLP over HTTP: the client that posts one protobuf message to a collector, over a persistent connection.
 
-The SDK's own exporter is not used for this, though its encoder is (docs/decisions/18-otlp-client.md): it cannot set the packet mark without
-which a proxy that shares its user with the application would be redirected into itself; it bounds neither the time of a whole request nor
-the size of an answer; it does not tell a full collector from a wrong address; and it costs 10 MiB of memory.
+The SDK's encoder is used, but not its exporter (docs/decisions/18-otlp-client.md). The exporter has
+no deadline for a whole request, does not limit the size of a response, does not report why an
+export failed, and costs 10 MiB of memory. This client sets the packet mark: without the mark, a
+proxy that shares its user id with the application would be redirected to itself.
 
-The rules are those of the OTLP specification: 2xx is taken, though the answer may say that some spans were refused; 429, 502, 503, 504
-and a broken connection may be tried again, not before Retry-After; everything else will not become better.
+The rules are those of the OTLP specification. 2xx is accepted; the response may say that some spans
+were rejected. 429, 502, 503, 504 and a broken connection may be retried, after Retry-After. Every
+other response is final.
 """
 
 from __future__ import annotations
