@@ -1,20 +1,25 @@
-"""The composition root: reads the material, binds the sockets, builds the flows, and runs them. The only module that knows all others.
+"""The composition root: it reads certificates and the directory, binds the sockets, builds the flows, and runs them.
 
-The order of the start is the order of what depends on what: identity (no socket without it, if it is configured), directory, sockets
-(bound early, served late), then
+It is the only module that knows all others. The start follows the dependencies: first the identity, because no socket is bound without
+it if one is configured; then the directory; then the sockets, which are bound early and served late. Then the tasks start:
 
     run
-    ├── admin                    from the first moment to the last, in a thread of its own: its answers are how the rest is seen
-    ├── identity.watch           new certificates and roots, without a restart
-    ├── directory.watch          new snapshots
-    ├── ways.watch               gateways of other clusters: their names, and whether they answer
-    ├── sweep                    idle connections that have become too old
-    ├── names                    questions of the pod's programs, if they are answered here
-    ├── pools.serve              HTTP/2 connections to endpoints, which no single exchange owns
-    ├── inbound, or gateway      a task for each connection
-    └── outbound                 a task for each connection
+    ├── admin                    probes and metrics, in a separate thread, from the start to the end
+    ├── identity.watch           loads new certificates and roots without a restart
+    ├── directory.watch          loads new snapshots of the directory
+    ├── sweep                    closes idle connections that are too old, and drops old cache entries
+    ├── liveness                 sets TCP_USER_TIMEOUT off and on for peers that read slowly
+    ├── disconnects              detects clients that disconnect while the proxy waits for a response
+    ├── ways.watch               resolves and probes the gateways of other clusters
+    ├── pacer                    limits how many streams and connections start and end in one scheduler pass
+    ├── names                    answers DNS queries, if `dns` is configured
+    ├── road                     the watchdog of the fast path, if `fast_path` is on; its event loop runs in trio's idle wait
+    ├── pools.serve (twice)      HTTP/2 connections to endpoints and to the application, which many exchanges share
+    └── serve                    the flows; ends at SIGTERM, and drains first
+        ├── inbound, or gateway  one task for each connection
+        └── outbound             one task for each connection
 
-and the end is the same backwards; shutdown.py has the order in which the traffic ends.
+The stop runs in the reverse order. shutdown.py defines the order in which the traffic ends.
 """
 
 from __future__ import annotations
