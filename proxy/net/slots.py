@@ -12,6 +12,9 @@ A flood must not keep others out, so a full listener goes on accepting and ends 
     it is a member's          the same; if no plain one waits, the newest plain one; if there is none, the member's that has waited longest
                               for a request; if none waits, the new one
 
+Where busy connections are cut too (`cut_busy`), a new one ends the one that has waited longest, if that has waited for `_LEAST` seconds.
+Otherwise it ends the oldest, whatever that does.
+
 So whatever clients without an identity do, a member comes in if a pending slot lasts for as long as its handshake takes. What a client
 without an identity has begun is cut for members only.
 
@@ -39,7 +42,7 @@ from proxy.net.errors import ConnectionLost, NetError
 _KEPT = 256
 _LOOK_PAUSE = 0.1
 
-# What a pending connection has in any case, in seconds: two round trips to the other side of the world, or some on a busy machine.
+# What a connection has in any case to say something, in seconds: two round trips to the other side of the world, or some on a busy machine.
 _LEAST = 0.25
 # How long (seconds) a caller waits at most before it asks for room again. A connection that ends is a reason to ask sooner.
 _PAUSE = 0.2
@@ -166,7 +169,8 @@ class Slots:
             return _PAUSE
         if bounds.pending:
             return self._evict_pending() if self.unknown >= bounds.pending else 0.0
-        if self.known < bounds.total or self._evict_waiting():
+        # Where busy ones are cut, one that has just come, and whose request is on its way, must not be the first to go for being idle.
+        if self.known < bounds.total or self._evict_waiting(_LEAST if bounds.cut_busy else 0.0):
             return 0.0
         if bounds.cut_busy:
             self._evict(next(iter(self._of["plain"])), "busy")
@@ -224,9 +228,9 @@ class Slots:
             self._evict(oldest, "handshake" if group is handshakes else "pending")
         return max(left, 0.0)
 
-    def _evict_waiting(self) -> bool:
-        """End the plain connection that has waited longest for a request; whether there was one."""
-        slot = self._plain_waiting.longest()
+    def _evict_waiting(self, least: float = 0.0) -> bool:
+        """End the plain connection that has waited longest for a request, for `least` seconds at least; whether there was one."""
+        slot = self._plain_waiting.longest(least)
         if slot is not None:
             self._evict(slot, "idle")
         return slot is not None
@@ -283,16 +287,17 @@ class _Waiting:
         self._found: list[tuple[float, int, Slot]] = []  # the one that has waited longest stands last
         self._next_look = 0.0
 
-    def longest(self) -> Slot | None:
-        """The slot that has waited longest; None: none waits, or it is not known which do."""
-        slot = self._next()
+    def longest(self, least: float = 0.0) -> Slot | None:
+        """The slot that has waited longest, for `least` seconds at least; None: none waits so long, or it is not known which do."""
+        slot = self._next(least)
         if slot is None and self._clock() >= self._next_look:
             self._look()
-            slot = self._next()
+            slot = self._next(least)
         return slot
 
-    def _next(self) -> Slot | None:
-        while self._found:
+    def _next(self, least: float) -> Slot | None:
+        until = self._clock() - least
+        while self._found and self._found[-1][0] <= until:
             since, _, slot = self._found.pop()
             if slot in self._group and slot.waiting_since == since and (slot.stream is None or slot.stream.is_idle()):
                 return slot

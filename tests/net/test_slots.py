@@ -189,6 +189,21 @@ def test_or_ends_the_oldest_if_a_new_one_is_worth_more() -> None:
     assert world.evicted == ["busy"]
 
 
+def test_and_one_that_has_just_come_is_not_ended_for_waiting() -> None:
+    """Its request is on its way. The first to go would otherwise be a probe, where all others are busy on purpose."""
+    world = World(Bounds(3, cut_busy=True))
+    busy = [world.take() for _ in range(2)]
+    probe = world.take()
+    probe.activity = Serving(world.now)
+    world.now += 0.1
+    assert world.slots.make_room() == 0
+    assert (busy[0].evicted, probe.evicted, world.evicted) == (True, False, ["busy"])
+    world.slots.take("192.0.2.1")
+    world.now += 0.2
+    assert world.slots.make_room() == 0
+    assert (busy[1].evicted, probe.evicted, world.evicted) == (False, True, ["busy", "idle"])
+
+
 def test_one_address_has_its_part_and_no_more() -> None:
     world = World(Bounds(10, per_source=2, cut_busy=True))
     greedy = [world.take("192.0.2.66") for _ in range(2)]
