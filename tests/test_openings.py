@@ -113,6 +113,21 @@ OPENINGS = {
 }
 
 
+async def begin(port: int, said: bytes, end: str) -> trio.SocketStream:
+    """A new connection on which this has been said, and that has been ended like this."""
+    client = await trio.open_tcp_stream(HOST, port)
+    if said:
+        await client.send_all(said)
+    if end == "half-close":
+        with suppress(trio.BrokenResourceError):  # it has been refused already
+            await client.send_eof()
+    elif end == "reset":
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    if end in ("close", "reset"):
+        await client.aclose()
+    return client
+
+
 async def left(client: trio.SocketStream) -> bytes:
     """What comes until the other side ends the connection, by whatever means."""
     data = b""
@@ -128,17 +143,7 @@ async def test_connections_that_begin_oddly_end_and_cost_nobody_else_anything(
     tmp_path: Path, kind: str, end: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with listener(tmp_path, kind) as (fleet, proxy, port):
-        clients = {name: await trio.open_tcp_stream(HOST, port) for name in OPENINGS}
-        for name, client in clients.items():
-            if OPENINGS[name]:
-                await client.send_all(OPENINGS[name])
-            if end == "half-close":
-                with suppress(trio.BrokenResourceError):  # it has been refused already
-                    await client.send_eof()
-            elif end == "reset":
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            if end in ("close", "reset"):
-                await client.aclose()
+        clients = {name: await begin(port, said, end) for name, said in OPENINGS.items()}
         assert await member_is_served(fleet, proxy, kind)
         with trio.fail_after(20):
             if end == "half-close":

@@ -12,6 +12,7 @@ from proxy.app import App
 from proxy.net.address import Address
 from tests.kit.apps import HOST, Application, Fleet, application, mirror, way_in, way_out
 from tests.kit.http import Message, Peer, connect
+from tests.kit.links import Link
 
 NOWHERE = "192.0.2.1:80"  # RFC 5737: an address that no directory knows
 NAMED = {"authority_networks": ["192.0.2.0/24"]}  # there the authority chooses
@@ -72,18 +73,24 @@ async def clusters(
     trusted: bool = True,
     gateway: dict[str, Any] | None = None,
     way: dict[str, Any] | None = None,
+    link: Link | None = None,
+    everywhere: dict[str, Any] | None = None,
     **service: Any,
 ) -> AsyncIterator[Clusters]:
-    """All of it, for west connections that go to `to`. `way`: how west's directory names the gateway, if not by its address.
-    `service`: more of `c` in the directory of east."""
-    fleet = Fleet(folder)
+    """All of it, for west connections that go to `to`. `way`: how west's directory names the gateway, if not by its address. `link`: what
+    lies between the two. `everywhere`: settings of all three. `service`: more of `c` in the directory of east."""
+    fleet, common = Fleet(folder), everywhere or {}
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         port = await enter(application(serve))
         trust = {"trusted_gateways": [fleet.identity("gateway")] if trusted else []}
-        server = await enter(fleet.running("server", inbound={**LISTEN, "fixed_destination": f"{HOST}:{port}", **trust}))
+        server = await enter(fleet.running("server", inbound={**LISTEN, "fixed_destination": f"{HOST}:{port}", **trust}, **common))
         settings = {**LISTEN, "enabled": True, **(gateway or {})}
-        entry = await enter(fleet.running("gateway", east_directory(way_in(server), **service), gateway=settings))
+        entry = await enter(fleet.running("gateway", east_directory(way_in(server), **service), gateway=settings, **common))
+        gate = way_in(entry)
+        if link is not None:
+            link.to, gate = gate, link.port
         outbound = {**LISTEN, **NAMED, "fixed_destination": to}
-        west = await enter(fleet.running("west", west_directory(way_in(entry), **(way or {})), outbound=outbound, clusters=QUICK))
+        directory = west_directory(gate, **(way or {}))
+        west = await enter(fleet.running("west", directory, outbound=outbound, clusters=QUICK, **common))
         yield Clusters(fleet, west, entry, server)
