@@ -41,7 +41,7 @@ lint: $(VENV)/.dev
 
 # The whole suite runs in network namespaces of its own, so that no test can touch, or be touched by, the machine it runs on: the parts with the
 # sources as they are and the TLS library of the wheel; whole proxies, and the parts that are compiled or about TLS, as the image has them
-# (docs/decisions/30-compiled.md, 36-aws-lc.md). Then what carries the most HTTP/1.1 runs again with the sources, without the fast road
+# (docs/decisions/30-compiled.md, 36-aws-lc.md). Then what carries the most HTTP/1.1 runs again with the sources, without the fast path
 # (docs/decisions/21-fast-path.md).
 SANDBOXED = PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 2 --dist loadfile -q
 WHOLE := tests/e2e tests/lab

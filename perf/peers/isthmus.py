@@ -1,5 +1,5 @@
 """Ours: as the image has it, the path of a request compiled and on AWS-LC (docs/decisions/30-compiled.md, 36-aws-lc.md); the sources as
-they are, on the OpenSSL that is in cryptography's wheel; and as the image has it, but without the fast road for plain HTTP/1.1 exchanges
+they are, on the OpenSSL that is in cryptography's wheel; and as the image has it, but without the fast path for plain HTTP/1.1 exchanges
 (docs/decisions/21-fast-path.md)."""
 
 from __future__ import annotations
@@ -23,4 +23,4 @@ def missing(_: Kind) -> str | None:
 
 PEER = Peer("isthmus", frozenset({"http1", "http2", "tcp"}), missing, partial(start, fast=True, image=True))
 SOURCES = Peer("checkout", frozenset({"http1", "http2", "tcp"}), lambda _: None, partial(start, fast=True, image=False))
-ORDINARY = Peer("ordinary road", frozenset({"http1"}), missing, partial(start, fast=False, image=True))
+ORDINARY = Peer("ordinary path", frozenset({"http1"}), missing, partial(start, fast=False, image=True))
