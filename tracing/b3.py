@@ -5,7 +5,7 @@ Single: `b3: traceid-spanid[-sampled[-parentspanid]]`, or the sampling state alo
 with zeros before it. The sampling state is 1, 0, `d` (debug: record it, whatever the sampler says; among several headers it is
 `X-B3-Flags: 1`), or absent: the decision is left to whoever receives it. Older senders write true and false.
 
-The parent's id is passed on only where it came: it then is the span that ours hangs under, since the span id becomes our own.
+A parent's id is written only where one came: it becomes the caller's span id, because the proxy's own id takes that place.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ class TraceContext:
     """The trace, the caller's span, and whether the trace is being recorded.
 
     `trace_id` has 32 digits, or none: then the header says only whether to record the trace that begins here. `sampled` is None where
-    the caller leaves that to whoever comes next. `span_id` has none either where `trace_id` has none. `parent` is of a span of ours the one
-    that it hangs under; of a caller's nobody asks.
+    the caller leaves that to whoever comes next. `span_id` has none either where `trace_id` has none. `parent` is the parent of a span of
+    this proxy's. For a caller's span it is not used.
     """
 
     trace_id: bytes

@@ -9,7 +9,8 @@ These are free:
 
 - A reset of a stream that has lived for a while, or that we have answered. The number of streams bounds the former, and the latter is no
   cheaper than a request.
-- Frames that may have crossed with a reset of ours: a few header blocks, one reset, and what the window allowed of DATA.
+- Frames that the peer may have sent before our reset of the stream reached it: a few header blocks, one reset, and what the window
+  allowed of DATA.
 - What a server does to streams that we have opened, once for each stream.
 
 When the account is empty, GOAWAY with ENHANCE_YOUR_CALM asks the peer to open no new streams. The open ones go on: a peer that is itself
