@@ -62,8 +62,8 @@ class Cluster:
         self.hosts_file = self.directory / "hosts"
         self.resolver_file = self.directory / "resolv.conf"
         # The bridge has no resolver: what is neither in the hosts file nor known to a sidecar is unknown at once. A sidecar may take its
-        # time.
-        self.resolver_file.write_text(f"nameserver {self.router()[0]}\noptions attempts:1 timeout:10\n")
+        # time, and a datagram may be lost: a second attempt is the C library's default.
+        self.resolver_file.write_text(f"nameserver {self.router()[0]}\noptions attempts:2 timeout:10\n")
         self._write_hosts()
         self._services = 0
         self._build()
