@@ -1,7 +1,8 @@
-"""What an operator can decide: every setting, typed, with its meaning, its limits and its default.
+"""The schema of the configuration: every setting with its type, meaning, limits and default.
 
-The type of a field says everything about it, and docs/configuration.md repeats it (a test holds the two together). Durations are
-seconds (float), sizes are bytes (int) once parsed. The reasons behind the numbers stand above the sections.
+The annotation of a field is the only source: docs/configuration.md is generated from it, and a test
+compares the two. Parsed durations are seconds (float), parsed sizes are bytes (int). Comments above
+the sections give the reasons for the numbers.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ _HOUR, _DAY, _WEEK = 3600, 86400, 7 * 86400
 
 Port = Annotated[int, number(1, 65535, "a port")]
 Ports = tuple[Port, ...]
-# Protocols in which the server speaks first, or that look like nothing known: SMTP, MySQL, Galera, PostgreSQL, Redis, Elasticsearch's
-# transport, memcached. The same list as Linkerd's, so that nobody has to learn a second one.
+# Protocols in which the server speaks first, or that detection does not know: SMTP, MySQL, Galera,
+# PostgreSQL, Redis, Elasticsearch's transport, memcached. It is Linkerd's list, so that operators
+# need to know only one.
 OPAQUE_PORTS = (25, 587, 3306, 4444, 5432, 6379, 9300, 11211)
 
 
@@ -50,9 +52,10 @@ _PENDING = "maximum open connections whose peer is not known yet, in addition to
 _RESERVE = "fraction of `max_connections` that is reserved for authorized peers with a verified identity"
 
 
-# An HTTP client speaks as soon as it is connected, so three seconds of silence mean a server that speaks first on a port that nobody
-# declared, or a connection opened in advance; both work as opaque. Ten seconds, Linkerd's value, is as long as MySQL and many
-# clients are willing to wait for a greeting: they would fail where they now are slow.
+# An HTTP client sends data as soon as it is connected. Three seconds of silence mean that the
+# server speaks first on a port that is not declared opaque, or that the client opened the
+# connection in advance. Both work as opaque. Linkerd waits ten seconds. MySQL and many clients do
+# not wait longer than that for a greeting, so they would fail instead of being slow.
 class OutboundConfig(Section, frozen=True):
     """Traffic from the application to the mesh."""
 
@@ -86,7 +89,7 @@ class OutboundConfig(Section, frozen=True):
     ] = 10_000
 
 
-# A pod has few callers, and each of them many requests.
+# A pod has few callers, and each of them sends many requests.
 _spiffe_id = functools.lru_cache(maxsize=1024)(SpiffeId.parse)
 
 
@@ -147,7 +150,7 @@ class InboundConfig(Section, frozen=True):
         return port in self.allow or self.require_identity.at(port)
 
     def allows(self, port: int, identity: SpiffeId | str | None) -> bool:
-        """Whether the peer with this verified identity (None: it has shown none) may use `port`. Asked for every request."""
+        """Whether a peer with this verified identity may use `port`; None: it presented no certificate. Called for every request."""
         if identity is None:
             return not self.requires_identity(port)
         patterns = self.allow.get(port)
@@ -182,8 +185,9 @@ class GatewayConfig(Section, frozen=True):
         return _matches(self.allow, identity)
 
 
-# A probe comes every few seconds and gives up after one. Prometheus asks every 15 s or so, and keeps its connection. stall_timeout is
-# longer than any load should stop the event loop for, and shorter than the half minute in which three probes fail.
+# A probe arrives every few seconds and times out after one second. Prometheus scrapes about every
+# 15 s and keeps its connection. stall_timeout is longer than any load should stop the event loop,
+# and shorter than the 30 s in which three probes fail.
 class AdminConfig(Section, frozen=True):
     """Probes and metrics."""
 
@@ -205,8 +209,8 @@ class AdminConfig(Section, frozen=True):
     ] = 15.0
 
 
-# A service that is back for ten seconds is likely to stay. A tunnel is open when the gateway has reached the service, which may take it
-# three endpoints.
+# A service that has been back for ten seconds is likely to stay. A gateway opens a tunnel after it
+# has reached the service, for which it may try three endpoints.
 class ClustersConfig(Section, frozen=True):
     """Services of other clusters, and failover to them."""
 
@@ -220,10 +224,11 @@ class ClustersConfig(Section, frozen=True):
     tunnel_timeout: Annotated[float, seconds(0.1, _HOUR, "maximum time for a gateway to open a tunnel for traffic that is not HTTP")] = 15.0
 
 
-# idle_timeout is longer than the pools of common clients keep a connection (Go 90 s), so that it is the client who closes first and
-# no request meets a closing connection. For clients without an identity that would be too long, since anything that can connect could
-# hold a slot for it; theirs is three times that of common servers (Node.js 5 s). body_min_rate cuts a body that trickles in order to hold
-# a connection.
+# idle_timeout is longer than the idle timeout of common client pools (Go: 90 s). So the client
+# closes first, and no request is sent on a closing connection. For clients without an identity this
+# is too long, because any host that can connect could hold a slot for that time. Their timeout is
+# three times that of common servers (Node.js: 5 s). body_min_rate ends a body that trickles in
+# order to hold a connection.
 class HttpConfig(Section, frozen=True):
     """Limits of HTTP messages, on both sides of the proxy."""
 
@@ -257,8 +262,9 @@ class HttpConfig(Section, frozen=True):
     response_body_timeout: Annotated[float, seconds(1, _DAY, "maximum pause within a response body (event streams have pauses)")] = 3600.0
 
 
-# One window for a stream is what it may be ahead of a slow consumer; the connection's holds several of them. A connection ends after
-# max_age so that new endpoints get their share and what a burst has taken is given back.
+# The stream window is how far a sender may be ahead of a slow consumer. The connection window holds
+# several stream windows. A connection ends after max_age, so that new endpoints get their share and
+# connections from a burst are closed.
 class Http2Config(Section, frozen=True):
     """HTTP/2 connections. Many requests share one connection."""
 
@@ -294,8 +300,8 @@ class Http2Config(Section, frozen=True):
     ping_timeout: Annotated[float, seconds(0.1, _HOUR, "maximum time for the answer to a PING")] = 10.0
 
 
-# The base was measured: 52 MiB after the start, and what the allocator keeps for itself under load. The reserve for members is a quarter
-# of the budget, and of the streams.
+# The base was measured: 52 MiB after the start, plus what the allocator keeps for itself under
+# load. A quarter of the budget, and of the streams, is reserved for members.
 class MemoryConfig(Section, frozen=True):
     """How much data the proxy may buffer, for all connections together."""
 
@@ -310,8 +316,8 @@ class MemoryConfig(Section, frozen=True):
     max_streams: Annotated[int, number(1, 10_000_000, "maximum open HTTP/2 streams of all clients together", "streams")] = 10_000
 
 
-# idle_timeout lies below the 5 s of Node.js, the shortest among common servers, so that the server seldom closes a connection that
-# is just being used again.
+# idle_timeout is below the 5 s of Node.js, the shortest timeout of common servers. So the server
+# rarely closes a connection at the moment when it is reused.
 class PoolConfig(Section, frozen=True):
     """Pooled connections to endpoints."""
 
@@ -331,7 +337,8 @@ class PoolConfig(Section, frozen=True):
     ] = 3.0
 
 
-# connect_timeout lets a lost first packet be sent again (after 1 s), and still leaves time for another endpoint.
+# connect_timeout allows one retransmission of a lost SYN (after 1 s) and leaves time for another
+# endpoint.
 class TcpConfig(Section, frozen=True):
     """Sockets, and connections that are relayed byte for byte."""
 
@@ -345,8 +352,9 @@ class TcpConfig(Section, frozen=True):
     ] = 30.0
 
 
-# Reverse proxies copy our tokens and programs that answer from their own state do not, so a request that returns has nearly always gone
-# round; four times are for those that call themselves on purpose. Few requests pass more than a dozen proxies.
+# Reverse proxies copy the tokens. Programs that answer from their own state do not. So a request
+# that returns is nearly always a loop. Four returns are allowed for applications that call
+# themselves on purpose. Few requests pass more than a dozen proxies.
 class LoopsConfig(Section, frozen=True):
     """Limits of the loop guard."""
 
@@ -375,8 +383,9 @@ class LogConfig(Section, frozen=True):
     queue: Annotated[int, number(16, 1_000_000, "maximum lines that wait to be written; more are dropped and counted", "lines")] = 8192
 
 
-# Kubernetes kills a pod 30 s after asking it to stop. The minimum is for an application that is told to stop together with the proxy, and
-# opens its last connections after a pause; a native sidecar is told later, and can do without.
+# Kubernetes kills a pod 30 s after SIGTERM. The minimum is for an application that gets SIGTERM
+# together with the proxy and opens its last connections after a pause. A native sidecar gets
+# SIGTERM after the application has ended, and does not need it.
 class ShutdownConfig(Section, frozen=True):
     """Graceful shutdown."""
 
@@ -402,8 +411,9 @@ class InterceptConfig(Section, frozen=True):
     ] = ()
 
 
-# 240.0.0.0/4 has been reserved since 1989 and is nobody's; the IPv6 prefix is a unique local one that spells "isthmus". The timeout is
-# that of the C library for one attempt. Quarantine is for applications that keep an address for longer than they were told.
+# 240.0.0.0/4 has been reserved since 1989, and no host uses it. The IPv6 prefix is a unique local
+# one that spells "isthmus". The timeout is that of the C library for one attempt. Quarantine is for
+# applications that keep an address for longer than its TTL.
 class DnsConfig(Section, frozen=True):
     """DNS names of other clusters' services, for all programs of the pod. Without this section the
     proxy does not handle DNS; `dns: {}` enables it.

@@ -1,4 +1,4 @@
-"""The settings of files that a running proxy watches; proxy/sections.py has all others, and says how settings are written."""
+"""The settings of files that a running proxy watches. proxy/sections.py has all other settings."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ class IdentityConfig(Section, frozen=True):
     expiry_grace: Annotated[float, seconds(0, _DAY, "maximum time for requests that are in progress on such a connection")] = 10.0
 
 
-# Writing a file of 6 MB takes tens of milliseconds; half a second also covers a writer that waits for its processor. An operator notices
-# an error of the log within ten minutes, and an address that a pod has left is seldom given to another one sooner.
+# Writing a file of 6 MB takes tens of milliseconds. Half a second also covers a writer that waits
+# for the CPU. An operator notices an error in the log within ten minutes. The address of a removed
+# pod is rarely reused sooner.
 class DirectoryConfig(Section, frozen=True):
     """The file that lists the services. Without this section, connections go to their original
     destination in clear text.

@@ -1,4 +1,4 @@
-"""The settings of tracing; proxy/sections.py has all others, and says how settings are written."""
+"""The settings of tracing. proxy/sections.py has all other settings."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from proxy.settings import Section, described, number, ratio, seconds
 
 
-# Off unless a collector is named. The numbers of the queue are OpenTelemetry's. No traces are begun by default: an application, or the
-# edge, knows better which requests are worth it, and a trace that is begun in the middle has no beginning.
+# Tracing is off unless a collector is configured. The queue has OpenTelemetry's numbers. By default
+# the proxy starts no traces: an application, or the edge of the mesh, knows better which requests
+# to trace, and a trace that starts in the middle is incomplete.
 class TracingConfig(Section, frozen=True):
     """OpenTelemetry spans. If a setting is not given, the proxy uses the standard OTEL_ variable."""
 

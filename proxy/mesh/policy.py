@@ -1,10 +1,11 @@
-"""The policy of a service: how its endpoints are used, and what is done when they do not answer as they should.
+"""The policy of a service: how the proxies of its clients use its endpoints, and when they retry.
 
-It is read from the service's `policy` in the directory, so every client of a service keeps to the same one. What it does not say has a
-default; a service without a policy has `DEFAULT_POLICY` itself, so that `is` tells. The type of a field says everything about it, as
-in proxy/sections.py: the checks, the JSON schema and the table in docs/configuration.md are made from it.
+It is read from the service's `policy` in the directory, so all clients of a service use the same one.
+Settings that are not given have their defaults. A service without a policy has `DEFAULT_POLICY` itself,
+so callers can compare with `is`. As in proxy/sections.py, the annotation of a field is the only source:
+the checks, the JSON schema and the table in docs/configuration.md are generated from it.
 
-What is never tried again, whatever a policy says: a request of which a byte of the response has been passed on.
+A request is never retried after a byte of its response was forwarded, whatever the policy says.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """A part of a policy."""
 
 
-# `request` counts from the head of the request to the end of the response, over all attempts; event streams and long polls would
-# fall to any default, so it has none.
+# `request` covers the time from the request head to the end of the response, over all attempts. It
+# has no default, because any default would end event streams and long polls.
 class Timeouts(_Part, frozen=True):
     """Timeouts of a request. None: the settings of the proxy apply (`http.response_timeout`,
     `http.response_body_timeout`).
@@ -42,8 +43,8 @@ class Timeouts(_Part, frozen=True):
     idle: Annotated[float | None, seconds(0.001, _DAY, "maximum pause within a body, in either direction")] = None
 
 
-# Linkerd's numbers. With a fifth of the requests as their bound, retries cannot make an outage much worse; the few per second that are
-# always allowed are for services that are seldom called.
+# Linkerd's numbers. With at most a fifth of the requests, retries cannot make an outage much worse.
+# The few retries per second that are always allowed are for services with few requests.
 class Budget(_Part, frozen=True):
     """Retry budget of this proxy for a service."""
 
@@ -82,7 +83,8 @@ class Retries(_Part, frozen=True):
     budget: Budget = Budget()
 
 
-# decay and default_rtt are Finagle's and Linkerd's. zone_share: Envoy lets a locality be a third short before others help out.
+# decay and default_rtt are Finagle's and Linkerd's. zone_share: Envoy uses other localities when a
+# third of the own one is not usable.
 class Balancing(_Part, frozen=True):
     """How the proxy selects an endpoint."""
 
@@ -154,7 +156,7 @@ class Policy(_Part, frozen=True):
 
     @property
     def plain(self) -> bool:
-        """Whether what it asks for can be seen to by the second, or at the head of a response: proxy/fast does no more."""
+        """Whether the fast path can apply it: it checks timeouts once per second, and statuses at response heads only."""
         times, retries = self.timeouts, self.retries
         closely = times.response_head, times.idle, retries.attempt_timeout
         return not (self.overrides or retries.grpc or any(closely))
@@ -164,7 +166,7 @@ DEFAULT_POLICY = Policy()
 
 
 def read_policy(value: Plain, path: str, mistakes: Mistakes) -> Policy:
-    """The policy in a mapping of the directory; the default, and at least one mistake, when something in it is wrong."""
+    """Read the policy in a mapping of the directory. On an error, add at least one mistake and return the default."""
     found = Mistakes()
     policy: Policy | None = decode(value, Policy, path, found)
     if policy is not None:
@@ -177,7 +179,7 @@ def read_policy(value: Plain, path: str, mistakes: Mistakes) -> Policy:
 
 
 def _contradictions(policy: Policy, path: str, mistakes: Mistakes) -> None:
-    """What is wrong only when parts are held against each other."""
+    """Add a mistake for each pair of settings that contradict each other."""
     retries, timeouts, breaker = policy.retries, policy.timeouts, policy.breaker
     if retries.backoff > retries.max_backoff:
         mistakes.add(child(path, "retries.backoff"), f"is longer than retries.max_backoff ({show_duration(retries.max_backoff)})")
