@@ -6,10 +6,6 @@ WebSockets by either version and says which it was asked in, or one that takes o
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
-import sys
-import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -27,71 +23,29 @@ from proxy.net.address import Address
 from tests.kit.apps import HOST, Fleet, way_in, way_out
 from tests.kit.http import connect
 from tests.kit.http2_peers import WEBSOCKET, Answer, Peer2
-from tests.kit.ports import free_port
+from tests.kit.websocket_servers import first_only, hypercorn, listening
 
 Protocol = Literal["http1", "http2"]
 
-HYPERCORN = """
-import asyncio, sys
-from hypercorn.asyncio import serve
-from hypercorn.config import Config
 
-async def app(scope, receive, send):
-    if scope["type"] == "http":
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"3")]})
-        await send({"type": "http.response.body", "body": scope["http_version"].encode().ljust(3)})
-    if scope["type"] != "websocket":
-        return
-    await receive()
-    await send({"type": "websocket.accept", "headers": [(b"x-version", scope["http_version"].encode())]})
-    while (event := await receive())["type"] == "websocket.receive":
-        await send({"type": "websocket.send", **{key: event.get(key) for key in ("text", "bytes")}})
-
-config = Config()
-config.bind = ["127.0.0.1:" + sys.argv[1]]
-asyncio.run(serve(app, config))
-"""
+@pytest.fixture(name="hypercorn")
+def hypercorn_port() -> Iterator[int]:
+    with hypercorn() as address:
+        yield address.port
 
 
-@pytest.fixture
-def hypercorn() -> Iterator[int]:
-    port = free_port()
-    process = subprocess.Popen([sys.executable, "-c", HYPERCORN, str(port)], stderr=subprocess.DEVNULL)
-    yield port
-    process.terminate()
-    process.wait(60)
-
-
-@pytest.fixture
-def first_only() -> Iterator[int]:
+@pytest.fixture(name="first_only")
+def first_only_port() -> Iterator[int]:
     """A server of HTTP/1.1, whatever the directory says."""
-
-    def echo(connection: websockets.sync.server.ServerConnection) -> None:
-        for message in connection:
-            connection.send(message)
-
-    with websockets.sync.server.serve(echo, HOST, 0) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server.socket.getsockname()[1]
-        server.shutdown()
-        thread.join()
-
-
-async def _listens(port: int) -> None:
-    with trio.fail_after(30):
-        while True:
-            with contextlib.suppress(OSError):
-                async with await trio.open_tcp_stream(HOST, port):
-                    return
-            await trio.sleep(0.05)
+    with first_only() as address:
+        yield address.port
 
 
 @asynccontextmanager
 async def pair(folder: Path, port: int, protocol: Protocol | None, *, by_gateway: bool = False) -> AsyncIterator[App]:
     """The sidecar of a client of a service with an endpoint at `port`, behind its own sidecar; with a gateway between them, if so."""
     fleet, listen = Fleet(folder), {"listen": [f"{HOST}:0"]}
-    await _listens(port)
+    await listening(Address(HOST, port))
     said: dict[str, Any] = {} if protocol is None else {"protocol": protocol}
     async with fleet.running("server", inbound={**listen, "fixed_destination": f"{HOST}:{port}"}) as server:
         endpoint = {"address": HOST, "identity": fleet.identity("server"), "ports": {"80": way_in(server)}}

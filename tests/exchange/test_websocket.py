@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -28,6 +26,7 @@ from tests.kit.http2_hop import Hop2, Settings2, hop2
 from tests.kit.http2_peers import EXTENDED, WEBSOCKET, Answer, Peer2, answering2, ok, only2, speaking
 from tests.kit.ports import free_port
 from tests.kit.reach import mesh, policy
+from tests.kit.websocket_servers import first_only, hypercorn, listening
 
 KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
 OFFER = b"GET /chat HTTP/1.1\r\nHost: shop\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: " + KEY + b"\r\n"
@@ -39,68 +38,16 @@ TEXTS = ["hello", "ü" * 1000, "x" * 100_000]
 # Real clients and servers, in all four combinations
 
 
-def _serve1() -> Iterator[Address]:
-    """The package websockets: HTTP/1.1."""
-
-    def echo(connection: websockets.sync.server.ServerConnection) -> None:
-        for message in connection:
-            connection.send(message)
-
-    with websockets.sync.server.serve(echo, "127.0.0.1", 0, subprotocols=None) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield Address.of(server.socket.getsockname())
-        server.shutdown()
-        thread.join()
-
-
-HYPERCORN = """
-import asyncio, sys
-from hypercorn.asyncio import serve
-from hypercorn.config import Config
-
-async def app(scope, receive, send):
-    if scope["type"] != "websocket":
-        return
-    await receive()
-    await send({"type": "websocket.accept", "headers": [(b"x-version", scope["http_version"].encode())]})
-    while (event := await receive())["type"] == "websocket.receive":
-        await send({"type": "websocket.send", **{key: event.get(key) for key in ("text", "bytes")}})
-
-config = Config()
-config.bind = ["127.0.0.1:" + sys.argv[1]]
-asyncio.run(serve(app, config))
-"""
-
-
-def _serve2() -> Iterator[Address]:
-    """Hypercorn: WebSockets by extended CONNECT, of which the version that it reports is the proof."""
-    port = free_port()
-    process = subprocess.Popen([sys.executable, "-c", HYPERCORN, str(port)], stderr=subprocess.DEVNULL)
-    yield Address("127.0.0.1", port)
-    process.terminate()
-    process.wait(60)
-
-
 @pytest.fixture(params=[b"1.1", b"2"], ids=["to HTTP/1", "to HTTP/2"])
 def server(request: pytest.FixtureRequest) -> Iterator[tuple[bytes, Address]]:
-    with contextlib.contextmanager(_serve1 if request.param == b"1.1" else _serve2)() as address:
+    with first_only() if request.param == b"1.1" else hypercorn() as address:
         yield request.param, address
-
-
-async def _listening(address: Address) -> None:
-    with trio.fail_after(30):
-        while True:
-            with contextlib.suppress(OSError):
-                async with await trio.open_tcp_stream(address.host, address.port):
-                    return
-            await trio.sleep(0.05)
 
 
 @asynccontextmanager
 async def _hop(server: tuple[bytes, Address]) -> AsyncIterator[Hop2]:
     up, address = server
-    await _listening(address)
+    await listening(address)
     async with hop2(address, settings=Settings2(up=up)) as proxy:
         yield proxy
 
@@ -200,14 +147,14 @@ async def test_haproxy_s_extended_connect(near: bool, far: bool, tmp_path: Path)
                 assert connection.recv(timeout=30) == text
 
     with contextlib.ExitStack() as stack:
-        up = stack.enter_context(contextlib.contextmanager(_serve1)())
+        up = stack.enter_context(first_only())
         if far:
             up = stack.enter_context(_haproxy(tmp_path, "far", up, bind="proto h2", server="proto h1"))
         async with _hop((b"2" if far else b"1.1", up)) as proxy:
             down = proxy.address
             if near:
                 down = stack.enter_context(_haproxy(tmp_path, "near", down, server="proto h2 ws h2"))
-                await _listening(down)
+                await listening(down)
             await trio.to_thread.run_sync(run, down)
             await proxy.idle()
             tunnels = [e for e in proxy.ended if e.status is not None]
@@ -251,9 +198,7 @@ async def test_the_handshake_of_http1_becomes_an_extended_connect() -> None:
         await client.eof()
         assert await client.rest() == b"cba"
         await proxy.gone()
-    assert sorted(heard[0].headers) == sorted(
-        [*WEBSOCKET, (b"sec-websocket-version", b"13"), (b"sec-websocket-protocol", b"chat")]
-    )
+    assert sorted(heard[0].headers) == sorted([*WEBSOCKET, (b"sec-websocket-version", b"13"), (b"sec-websocket-protocol", b"chat")])
 
 
 async def test_an_extended_connect_becomes_the_handshake_of_http1() -> None:
