@@ -24,7 +24,7 @@ from typing import Final
 
 from proxy.wire.bodies import Framing, Length
 from proxy.wire.grammar import PLAIN_VALUE, TARGET_CHAR, TOKEN
-from proxy.wire.messages import AUTHORITY, CALLER_FIELDS, FAILURE, OVERRIDES, Headers, Limits, RequestHead, ResponseHead
+from proxy.wire.messages import AUTHORITY, CALLER_FIELDS, CALLER_PATTERN, FAILURE, OVERRIDES, Headers, Limits, RequestHead, ResponseHead
 
 _REQUEST = re.compile(rb"([A-Z]{1,24}) (/" + TARGET_CHAR + rb"*+) HTTP/1\.1\r\n")
 _RESPONSE = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) ((?:" + PLAIN_VALUE + rb")?)\r\n")
@@ -42,7 +42,7 @@ _DECISIVE = re.compile(
     rb"\n(?=[%b])(((?i:%b)): ([^\r]*)\r)"
     % (
         bytes(sorted({letter for name in _JUDGED | _STRIPPED for letter in (name[0], name.upper()[0])})),
-        b"|".join(map(re.escape, sorted(_JUDGED | _STRIPPED))),
+        b"|".join([*map(re.escape, sorted(_JUDGED | OVERRIDES)), CALLER_PATTERN]),
     )
 )
 _HOST = re.compile(AUTHORITY)

@@ -282,11 +282,13 @@ _CONNECTION_FIELDS = frozenset({b"connection", b"keep-alive", b"proxy-connection
 
 # Who has sent a request, as proxies have verified it. Each proxy says it anew to the next hop, or says nothing: what came in is dropped,
 # for anybody could have written it. So is Linkerd's field of the same meaning, and every spelling that a server which makes variables
-# of fields (CGI and its children: RFC 3875 §4.1.18) would take for the same name.
+# of fields (CGI and its children: RFC 3875 §4.1.18) would take for the same name. lighttpd has an underscore for each character that is no
+# letter and no digit, and so all that a name may have of these (RFC 9110 §5.6.2) stand for a dash.
 CALLER = b"isthmus-client-id"
-CALLER_FIELDS = frozenset(
-    b"%b%bclient%bid" % (proxy, one, two) for proxy in (b"isthmus", b"l5d") for one in (b"-", b"_") for two in (b"-", b"_")
-)
+_DASHES = b"!#$%&'*+-.^_`|~"
+CALLER_FIELDS = frozenset(b"%b%cclient%cid" % (proxy, one, two) for proxy in (b"isthmus", b"l5d") for one in _DASHES for two in _DASHES)
+# The same as a pattern, of names in any case if it is used so.
+CALLER_PATTERN = rb"(?:isthmus|l5d)[%b]client[%b]id" % (re.escape(_DASHES), re.escape(_DASHES))
 
 # Limits that a client asks the first proxy for (proxy/overrides.py). They end there, heard or not.
 OVERRIDES = frozenset(
@@ -314,6 +316,9 @@ NEVER_NOMINATED = frozenset(
     | {b"x-b3-traceid", b"x-b3-spanid", b"x-b3-parentspanid", b"x-b3-sampled", b"x-b3-flags"}
 )
 
+# Connection options that remove nothing more than is removed anyway.
+_NOTHING_MORE = NEVER_NOMINATED | HOP_BY_HOP | {b"close"}
+
 # What has no business behind a body (RFC 9110 §6.5.1, and the list of RFC 7230 §4.1.2): a recipient that adds trailers to the other
 # fields would frame, route, authorise or read the message anew. They are dropped, as a recipient may ignore them.
 _NO_TRAILERS = (
@@ -337,7 +342,7 @@ def strip_hop_by_hop(headers: Headers) -> None:
     """Remove in place what ends at this hop: the fixed list, and what Connection names (RFC 9110 §7.6.1)."""
     if headers.clean or headers.strip_block():
         return
-    named = [name for name in headers.tokens(b"connection") if name not in NEVER_NOMINATED and not name.startswith(OWN)]
+    named = [name for name in headers.tokens(b"connection") if name not in _NOTHING_MORE and not name.startswith(OWN)]
     headers.items = _others(headers.items, HOP_BY_HOP.union(named) if named else HOP_BY_HOP)
 
 

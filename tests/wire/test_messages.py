@@ -213,7 +213,9 @@ def test_the_origin_form_is_what_is_left_without_scheme_and_authority(method: by
     assert origin_form(RequestHead(method, target, Headers())) == origin
 
 
-@pytest.mark.parametrize("name", [b"isthmus-client-id", b"Isthmus-Client-Id", b"l5d-client-id", b"isthmus_client_id", b"L5D_client-ID"])
+@pytest.mark.parametrize(
+    "name", [b"isthmus-client-id", b"Isthmus-Client-Id", b"l5d-client-id", b"isthmus_client_id", b"L5D_client-ID", b"Isthmus.Client+Id"]
+)
 def test_who_the_caller_is_does_not_pass_a_hop_in_any_spelling(name: bytes) -> None:
     headers = Headers([(name, b"forged"), (b"X-Other", b"kept")])
     strip_hop_by_hop(headers)
