@@ -1,7 +1,10 @@
 """The test bed: a cluster with the sidecar under attack, the pods that attack it, a member that goes on with its work, and a prober.
 
-On a machine with two cores or more, the sidecar under attack has one core for itself. The attackers share the others with the member and
-run at a low priority: on a real network they would be other machines.
+On a real network the attackers are other machines, and their load does not slow the member down. Here they share the machine with it.
+So the sidecar under attack has one core for itself, where there are two or more, and goes before what else the machine may do there.
+What makes the member's requests and answers them, and the prober, have real-time priority: they go first on the other cores. A nice
+value would not do. With the kernel's autogroups (sched(7)) it counts within one session only, and each program of the laboratory has a
+session of its own.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,8 @@ LIMIT = 256 * MIB  # memory of the sidecar under attack
 WEB, STALL, OPEN = 8080, 8081, 8082
 CROWD = 4  # pods that attack, so that a limit by source address is not the only defence
 CLIENTS = 3  # of the member
-PROBER_NICE, ATTACKER_NICE = -10, 15
+# Priorities among what runs in real time.
+MEMBER_PRIORITY, PROBER_PRIORITY = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +91,9 @@ class Bed:
 
 async def _attacker(pod: Pod, kind: str, host: str, port: int, seconds: float, *numbers: str) -> dict[str, int]:
     """Run the program `attacker` in a pod; what it says it did. Raises LabError."""
-    nice, user = (PROBER_NICE, OPERATOR) if kind == "probe" else (ATTACKER_NICE, APP)
+    first, user = (["chrt", "--rr", str(PROBER_PRIORITY)], OPERATOR) if kind == "probe" else ([], APP)
     program = [sys.executable, "-m", "perf.reliability.attacker", kind, host, str(port), f"{seconds:g}", *numbers]
-    done = await pod.run(["nice", "-n", str(nice), *program], env=PACKAGES, timeout=seconds + 60, user=user)
+    done = await pod.run([*first, *program], env=PACKAGES, timeout=seconds + 60, user=user)
     if not done.ok:
         raise LabError(f"the attacker {kind} failed: {done.stderr.decode(errors='replace')[-400:]}")
     found: dict[str, int] = json.loads(done.stdout)
@@ -150,9 +154,8 @@ async def _follow(bed: Bed, seen: dict[str, Any]) -> None:
 @asynccontextmanager
 async def bed() -> AsyncIterator[Bed]:
     """A test bed for the time of the block. Raises LabError where a memory cgroup or a sandbox cannot be made."""
-    with memory_cgroup("isthmus-soak", LIMIT) as cgroup:
+    with memory_cgroup("isthmus-soak", LIMIT) as cgroup, _first_on(_cores()) as own:
         async with Lab() as lab:
-            cores = _split_cores()
             cluster = lab.cluster("soak")
             mesh = Mesh(cluster)
             web, shop, kubelet = (cluster.pod(name) for name in ("web", "shop", "kubelet"))
@@ -161,16 +164,16 @@ async def bed() -> AsyncIterator[Bed]:
             rules = {"require_identity": [WEB], "opaque_ports": [], "hello_timeout": "500ms"}
             victim = mesh.join(shop, inbound=rules, log={"access": False}, admin={"metrics_max_age": "1s"})
             service = mesh.service("shop", [shop], {WEB: "http1"})
-            for port in (WEB, OPEN):
-                await _app(shop, "web", "::", str(port))
+            _go_first((await _app(shop, "web", "::", str(WEB))).pid)
+            await _app(shop, "web", "::", str(OPEN))
             await _app(shop, "stall", str(STALL))
             for sidecar in (near, victim):
                 sidecar.write_files(mesh.document())
             await near.start()
+            _go_first(near.running().pid)
             await victim.start(ready=False)
             cgroup.add(victim.running().pid)
-            if cores:
-                os.sched_setaffinity(victim.running().pid, cores)
+            _keep(victim.running().pid, own)
             await victim.wait_ready()
             yield Bed(web, shop, kubelet, crowd, service, near, victim, cgroup)
 
@@ -181,10 +184,36 @@ async def _app(pod: Pod, name: str, *arguments: str) -> Process:
     return await pod.start(f"{name}-{port}", [sys.executable, "-m", f"lab.apps.{name}", *arguments], port=port, env=PACKAGES)
 
 
-def _split_cores() -> set[int]:
-    """Keep all cores but one for this process and those that it starts; the one that is left, if there are several."""
+def _cores() -> tuple[set[int], set[int]]:
+    """The core of the sidecar under attack, and those of all others: the same if there is one only."""
     cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        return set()
-    os.sched_setaffinity(0, set(cores[1:]))
-    return {cores[0]}
+    return {cores[0]}, set(cores[1:] or cores)
+
+
+@contextmanager
+def _first_on(cores: tuple[set[int], set[int]]) -> Iterator[set[int]]:
+    """Have this process, which is the member's client, go first on the cores of the others; gives the core that is left. Programs that are
+    started meanwhile run on the same cores, at an ordinary priority. Raises LabError."""
+    own, others = cores
+    try:
+        os.sched_setaffinity(0, others)
+        _go_first(0)
+        yield own
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        os.sched_setaffinity(0, own | others)
+
+
+def _keep(pid: int, cores: set[int]) -> None:
+    """Have a process, which leads a session, run on these cores, before all others there that have no real-time priority."""
+    os.sched_setaffinity(pid, cores)
+    with suppress(FileNotFoundError):  # a kernel without autogroups
+        Path(f"/proc/{pid}/autogroup").write_text("-20")
+
+
+def _go_first(pid: int) -> None:
+    """Give a process real-time priority, but not what it starts. Raises LabError."""
+    try:
+        os.sched_setscheduler(pid, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(MEMBER_PRIORITY))
+    except PermissionError as error:
+        raise LabError(f"the member cannot have real-time priority here ({error}): run this as root") from error
