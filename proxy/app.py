@@ -50,7 +50,7 @@ from proxy.listeners import listen
 from proxy.loading import load_directory
 from proxy.logs import configure
 from proxy.loops import LoopGuard
-from proxy.memory import MemoryWatch
+from proxy.memory import MemoryWatch, collect_seldom
 from proxy.mesh.balance import Balancer
 from proxy.mesh.directory import Directory, DirectoryError, Endpoint
 from proxy.mesh.identity import Identity
@@ -325,6 +325,7 @@ class App:
         # What has been built so far lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
+        collect_seldom()
         listeners = self.listeners
         sides = {"outbound": listeners.outbound, "gateway" if self.config.gateway.enabled else "inbound": listeners.inbound}
         for name, sockets in {**sides, "admin": listeners.admin, "names": listeners.names}.items():

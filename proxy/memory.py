@@ -5,8 +5,16 @@ processes take without traffic. What is left is divided between the workers, and
 allocator's gaps, TLS libraries, buffers in transit.
 
 glibc gives freed memory back at the end of its heap only, and one living object there keeps all that is below. After a flood that is most
-of it: 170 MiB of 225 in a measurement. `malloc_trim` gives back the free pages in the middle. It is called in a thread, seldom, and only
-after the process has shrunk: it took 10 ms for 150 MiB, during which other threads of the process wait for memory.
+of it: 170 MiB of 225 in a measurement. `malloc_trim` gives back the free pages in the middle. It is called in a thread, and only after the
+process has shrunk: it took 10 ms for 150 MiB, during which other threads of the process wait for memory.
+
+Python gives its own memory back by arenas of 1 MiB, each when the last object in it is gone. Two kinds of objects stay although nothing
+uses them. Cycles stay until the garbage collector comes by. And trio keeps cancel scopes that have ended until their deadlines, up to a
+thousand of them (`forget_ended_scopes`). Connections end one by one, so once is not enough: it is repeated until it does not help any more.
+
+A full collection stops all threads for as long as it takes: 0.1 s and more, with the 250,000 objects of a flood. The collector makes a
+dozen while that many come, and finds nothing. So those that it makes by itself are made seldom, and this module makes them, when the
+process is larger than what is buffered accounts for.
 """
 
 from __future__ import annotations
@@ -34,8 +42,12 @@ _LEAST = 16 * _MIB
 # Memory is given back when so many bytes less are buffered than were; or when the process has grown by so much since it was last, and
 # what is buffered accounts for less than half of it.
 _FREED, _GROWN = 16 * _MIB, 24 * _MIB
-# Seconds between two looks at that.
-_LOOK = 5.0
+# Seconds between two looks at that; and the most, when giving back does not help: less than so many bytes.
+_LOOK, _SELDOM, _HELPED = 5.0, 300.0, 2**20
+# How many collections of the middle generation go by until the collector makes a full one.
+_FULL_COLLECTION = 1000
+# trio looks through its deadlines when there are so many more of ended scopes than of others.
+_ENDED_SCOPES, _MOST_SCOPES = 1000, 4000
 # cgroup v1 says "no limit" by a number that is a little below 2**63.
 _NO_LIMIT = 2**60
 _PAGE = resource.getpagesize()
@@ -101,7 +113,8 @@ class MemoryWatch:
         self._refused = 0
         self._floor = resident()
         self._most = 0  # bytes that were buffered at a time since memory was given back
-        self._next = 0.0
+        self._next = 0.0  # when it may be given back again because less is buffered
+        self._later, self._pause = 0.0, _LOOK  # and because the process is large: not before, and how long it is put off then
         budget.on_action = self._acted
         self.observe()  # so that all series are there from the start
 
@@ -119,13 +132,20 @@ class MemoryWatch:
             return
         self._next = now + _LOOK
         used, self._most = self.budget.used, max(self._most, self.budget.used)
-        grown = resident() - self._floor
-        if used < self._most - _FREED or (grown > _GROWN and used < grown // 2):
-            await trio.to_thread.run_sync(trim)
-            self._metrics.memory_trims.at().inc()
-            self._floor, self._most = resident(), used
-        elif grown < 0:
-            self._floor += grown
+        size = resident()
+        self._floor = min(self._floor, size)
+        grown = size - self._floor
+        if used < self._most - _FREED:
+            self._pause = _LOOK
+        elif now < self._later or grown < _GROWN or used > grown // 2:
+            return
+        forget_ended_scopes()
+        await trio.lowlevel.checkpoint()
+        await trio.to_thread.run_sync(trim)
+        self._metrics.memory_trims.at().inc()
+        self._most = used
+        self._later = now + self._pause
+        self._pause = _LOOK if size - resident() > _HELPED else min(2 * self._pause, _SELDOM)
 
     def observe(self) -> None:
         """Bring the metrics up to date."""
@@ -147,6 +167,24 @@ class MemoryWatch:
 def resident() -> int:
     """Bytes of memory that this process has now."""
     return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * _PAGE
+
+
+def collect_seldom() -> None:
+    """Have the garbage collector make full collections seldom: see above."""
+    gc.set_threshold(*gc.get_threshold()[:2], _FULL_COLLECTION)
+
+
+def forget_ended_scopes() -> None:
+    """Have trio forget, in its next pass, the cancel scopes that have ended and whose deadlines have not come.
+
+    It keeps them in its heap of deadlines until they are in the majority by more than a thousand. So that many are made and ended here:
+    there is no call for it. How many it takes depends on how many deadlines there are; with more than a few thousand it does nothing.
+    """
+    most = min(_MOST_SCOPES, _ENDED_SCOPES + 2 * trio.lowlevel.current_statistics().tasks_living)
+    until = trio.current_time() + _SELDOM
+    for _ in range(most):
+        with trio.CancelScope(deadline=until):  # noqa: ASYNC100  # only its deadline is wanted
+            pass
 
 
 def trim() -> bool:

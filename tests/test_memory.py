@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
 from proxy.config import Config
-from proxy.memory import budget_of, limit_of_container
+from proxy.exchange.stream_limit import StreamLimit
+from proxy.memory import MemoryWatch, budget_of, forget_ended_scopes, limit_of_container, resident
+from proxy.metrics import Metrics
 from proxy.net.memory import UNLIMITED
 from proxy.sections import MemoryConfig
 
@@ -88,3 +93,77 @@ def test_freed_memory_goes_back_to_the_system_with_living_objects_in_between() -
     assert int(high) - int(start) > 100
     if freed == "True":
         assert int(after) - int(start) < 25
+
+
+def scopes() -> int:
+    gc.collect()
+    return sum(type(each) is trio.CancelScope for each in gc.get_objects())
+
+
+async def test_scopes_that_have_ended_are_forgotten_before_their_deadlines() -> None:
+    async with trio.open_nursery() as nursery:
+        for _ in range(200):
+            nursery.start_soon(trio.sleep, 3600)
+        await trio.testing.wait_all_tasks_blocked()
+        before = scopes()
+        for _ in range(300):
+            with trio.CancelScope(deadline=trio.current_time() + 3600):  # noqa: ASYNC100  # only its deadline is wanted
+                pass
+        await trio.lowlevel.checkpoint()
+        assert scopes() >= before + 300  # trio keeps them
+        forget_ended_scopes()
+        await trio.lowlevel.checkpoint()
+        assert scopes() <= before + 5
+        nursery.cancel_scope.cancel()
+
+
+class Watched:
+    """A MemoryWatch, and how often it has given memory back."""
+
+    def __init__(self) -> None:
+        self.metrics = Metrics()
+        self.watch = MemoryWatch(Config(), StreamLimit(), self.metrics)
+
+    @property
+    def trims(self) -> float:
+        lines = self.metrics.render().decode().splitlines()
+        return next((float(line.split()[1]) for line in lines if line.startswith("isthmus_memory_trims_total ")), 0.0)
+
+    async def looks(self, seconds: int, clock: trio.testing.MockClock) -> float:
+        """Look once a second; how often memory was given back meanwhile."""
+        before = self.trims
+        for _ in range(seconds):
+            await self.watch.look()
+            clock.jump(1)
+        return self.trims - before
+
+
+async def test_memory_is_given_back_until_that_does_not_help(mock_clock: trio.testing.MockClock) -> None:
+    watched = Watched()
+    assert await watched.looks(20, mock_clock) == 0
+    start = resident()
+    share = watched.watch.budget.share(64 * MIB)
+    kept = [bytes(16384) for _ in range(8000)]  # 125 MiB, of which the budget knows half
+    assert await watched.looks(4, mock_clock) == 0
+    share.close()
+    assert await watched.looks(6, mock_clock) >= 1
+    # It is still large. That is looked into seldom, and ever more so.
+    assert 3 <= await watched.looks(100, mock_clock) <= 5
+    assert await watched.looks(600, mock_clock) <= 4
+    # What is freed later goes back although nothing was buffered for it.
+    del kept
+    await watched.looks(400, mock_clock)
+    assert resident() < start + 24 * MIB
+
+
+async def test_memory_is_given_back_at_once_after_it_did_not_help_for_long(mock_clock: trio.testing.MockClock) -> None:
+    watched = Watched()
+    kept = [bytes(16384) for _ in range(4000)]
+    await watched.looks(1000, mock_clock)
+    share = watched.watch.budget.share(64 * MIB)
+    await watched.looks(6, mock_clock)
+    before = watched.trims
+    share.close()
+    await watched.looks(6, mock_clock)
+    assert watched.trims > before
+    assert kept

@@ -396,5 +396,5 @@ class SocketStream(trio.abc.HalfCloseableStream):
             return again(self._loss)
         loss = lost(error.errno or 0)
         if loss.reason != "closed":  # EPIPE: the peer had ended properly before, so what it sent can be read to its clean end
-            self._loss = loss
+            self._loss = lost(error.errno or 0)  # not the one that is raised: its traceback leads back here
         return loss

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import time
+import weakref
 from functools import partial
 
 import pytest
@@ -210,6 +212,21 @@ async def test_reset_is_seen_as_lost_and_never_as_an_end() -> None:
         await theirs.receive_some()
     assert caught.value.reason == "reset"
     theirs.close()
+
+
+async def test_a_lost_stream_does_not_wait_for_the_garbage_collector() -> None:
+    ours, theirs = pair()
+    ours.reset()
+    with pytest.raises(ConnectionLost):
+        await theirs.receive_some()
+    theirs.close()
+    gone = weakref.ref(theirs)
+    gc.disable()
+    try:
+        del theirs
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 async def test_a_reset_that_a_send_has_met_is_not_an_end_for_the_reader() -> None:
