@@ -41,6 +41,7 @@ COPY LICENSE README.md pyproject.toml setup.py ./
 COPY loopguard loopguard
 COPY tracing tracing
 COPY proxy proxy
+COPY control control
 RUN ISTHMUS_COMPILE=1 pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
     && pip --python /opt/isthmus/bin/python install --no-deps --no-index /wheels/isthmus-*.whl
 

@@ -1,0 +1,295 @@
+"""Where the API server is, whom to trust there, and who we are.
+
+In a pod that is the service account's folder: a token and the authority's certificate, both replaced while we run, and both read again each
+minute. Elsewhere it is a kubeconfig, with certificates and tokens as data or as files. What a kubeconfig may do beyond that, it may not
+here: it runs no program (`exec`), names no files if it comes out of a Secret, and cannot switch off verification.
+
+Keys that come as data are never written to a disk: the TLS library wants a path, and gets one of an anonymous file in memory.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import ipaddress
+import os
+import ssl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+import trio
+
+from control.kube.errors import AccessError
+
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+# How long (seconds) what was read from a file holds. A kubelet renews a token when 80 % of its life are over, which is an hour or more.
+FRESH = 60.0
+# Of a kubeconfig, and of each file that it names.
+MOST_BYTES = 1024 * 1024
+
+
+@dataclass(slots=True)
+class Secret:
+    """A text or a file with one. A file is read again when it was read `FRESH` seconds ago."""
+
+    text: bytes = b""
+    path: Path | None = None
+    _read_at: float = field(default=float("-inf"), repr=False)
+
+    def __repr__(self) -> str:
+        return f"<Secret {self.path or 'given as data'}>"
+
+    def current(self) -> bytes:
+        """What it is now. A file that cannot be read any more is what it was. Raises AccessError if it never was readable."""
+        if self.path is not None and trio.current_time() - self._read_at >= FRESH:
+            try:
+                self.text = _read(self.path)
+                self._read_at = trio.current_time()
+            except AccessError:
+                if not self.text:
+                    raise
+        return self.text
+
+    def forget(self) -> bool:
+        """Read it again the next time. Returns whether that can make a difference."""
+        self._read_at = float("-inf")
+        return self.path is not None
+
+
+class Trust:
+    """Makes the TLS contexts: whom we trust, and the certificate that we show, if there is one."""
+
+    def __init__(self, authority: Secret, certificate: Secret | None = None, key: Secret | None = None) -> None:
+        self._parts = (authority, certificate, key)
+        self._made: ssl.SSLContext | None = None
+        self._of: tuple[bytes, ...] = ()
+
+    def context(self) -> ssl.SSLContext:
+        """The context for a new connection: another one when a file has changed. Raises AccessError."""
+        current = tuple(part.current() if part is not None else b"" for part in self._parts)
+        if self._made is None or current != self._of:
+            self._made, self._of = _context(*current), current
+        return self._made
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """An API server, and how to speak to it. `host` is an IP literal or a name; `prefix` stands before every path. Without `trust` there
+    is no TLS, which only loopback addresses may have."""
+
+    host: str
+    port: int
+    trust: Trust | None
+    token: Secret | None = None
+    server_name: str = ""
+    prefix: str = ""
+
+    @property
+    def authority(self) -> str:
+        """For the Host field."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def in_cluster(environment: Mapping[str, str], folder: Path = SERVICE_ACCOUNT) -> Access:
+    """How a pod reaches its own cluster's API server. Raises AccessError."""
+    host, port = environment.get("KUBERNETES_SERVICE_HOST", ""), environment.get("KUBERNETES_SERVICE_PORT", "")
+    if not host or not port:
+        raise AccessError("not in a cluster: KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set")
+    token, authority = folder / "token", folder / "ca.crt"
+    for path in (token, authority):
+        _read(path)
+    return Access(host.strip("[]"), _port(port, "KUBERNETES_SERVICE_PORT"), Trust(Secret(path=authority)), Secret(path=token))
+
+
+# A kubeconfig...
+
+
+class _Struct(msgspec.Struct, frozen=True, rename="kebab"):
+    pass
+
+
+class _Cluster(_Struct, frozen=True):
+    server: str
+    certificate_authority: str = ""
+    certificate_authority_data: str = ""
+    tls_server_name: str = ""
+    insecure_skip_tls_verify: bool = False
+    proxy_url: str = ""
+
+
+class _User(_Struct, frozen=True):
+    client_certificate: str = ""
+    client_certificate_data: str = ""
+    client_key: str = ""
+    client_key_data: str = ""
+    token: str = ""
+    token_file: str = msgspec.field(default="", name="tokenFile")
+    username: str = ""
+    exec: msgspec.Raw | dict[str, object] | None = None
+    auth_provider: dict[str, object] | None = None
+
+
+class _Context(_Struct, frozen=True):
+    cluster: str
+    user: str = ""
+
+
+class _NamedCluster(_Struct, frozen=True):
+    name: str
+    cluster: _Cluster
+
+
+class _NamedUser(_Struct, frozen=True):
+    name: str
+    user: _User = _User()
+
+
+class _NamedContext(_Struct, frozen=True):
+    name: str
+    context: _Context
+
+
+class _Kubeconfig(_Struct, frozen=True):
+    current_context: str = ""
+    clusters: list[_NamedCluster] | None = None
+    users: list[_NamedUser] | None = None
+    contexts: list[_NamedContext] | None = None
+
+
+def kubeconfig_file(path: Path, context: str = "") -> Access:
+    """The access that a kubeconfig file describes. Raises AccessError."""
+    return kubeconfig(_read(path), context, folder=path.parent)
+
+
+def kubeconfig(data: bytes, context: str = "", *, folder: Path | None = None) -> Access:
+    """The access in a kubeconfig; `context` is the current one, if it is not said. `folder` is where relative paths begin; None: it may
+    name no files at all. Raises AccessError."""
+    if len(data) > MOST_BYTES:
+        raise AccessError(f"kubeconfig: larger than {MOST_BYTES} bytes")
+    try:
+        found = msgspec.yaml.decode(data, type=_Kubeconfig)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise AccessError(f"kubeconfig: {error}") from None  # not `from error`: it may show the text
+    contexts = {entry.name: entry.context for entry in found.contexts or ()}
+    name = context or found.current_context
+    chosen = contexts.get(name)
+    if chosen is None:
+        raise AccessError(f"kubeconfig: there is no context {name!r}")
+    clusters = {entry.name: entry.cluster for entry in found.clusters or ()}
+    users = {entry.name: entry.user for entry in found.users or ()}
+    cluster = clusters.get(chosen.cluster)
+    user = users.get(chosen.user) if chosen.user else _User()
+    if cluster is None or user is None:
+        raise AccessError(f"kubeconfig: the context {name!r} names a cluster or a user that is not there")
+    return _Reader(folder).access(cluster, user)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads the parts of a kubeconfig."""
+
+    folder: Path | None
+
+    def access(self, cluster: _Cluster, user: _User) -> Access:
+        self._check(cluster, user)
+        url = urlsplit(cluster.server)
+        try:
+            host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+        except ValueError as error:
+            raise AccessError(f"kubeconfig: server {cluster.server!r}: {error}") from None
+        if url.scheme not in ("https", "http") or not host or url.query or url.fragment or url.username:
+            raise AccessError(f"kubeconfig: server {cluster.server!r} is not an address such as https://10.0.0.1:6443")
+        token = self._secret("token", user.token, user.token_file, encoded=False)
+        prefix = url.path.rstrip("/")
+        if url.scheme == "http":
+            if not _loopback(host):
+                raise AccessError(f"kubeconfig: server {cluster.server!r}: without TLS only loopback addresses are allowed")
+            return Access(host, port, None, token, prefix=prefix)
+        authority = self._secret("certificate-authority", cluster.certificate_authority_data, cluster.certificate_authority)
+        if authority is None:
+            raise AccessError("kubeconfig: certificate-authority or certificate-authority-data must be given")
+        certificate = self._secret("client-certificate", user.client_certificate_data, user.client_certificate)
+        key = self._secret("client-key", user.client_key_data, user.client_key)
+        if (certificate is None) != (key is None):
+            raise AccessError("kubeconfig: client-certificate and client-key belong together")
+        parts = [part.text if part is not None else b"" for part in (authority, certificate, key)]
+        _context(*parts)  # so that a mistake is found now
+        return Access(host, port, Trust(authority, certificate, key), token, cluster.tls_server_name, prefix)
+
+    def _check(self, cluster: _Cluster, user: _User) -> None:
+        forbidden = {
+            "exec": user.exec is not None,
+            "auth-provider": user.auth_provider is not None,
+            "username": bool(user.username),
+            "insecure-skip-tls-verify": cluster.insecure_skip_tls_verify,
+            "proxy-url": bool(cluster.proxy_url),
+        }
+        for name, used in forbidden.items():
+            if used:
+                raise AccessError(f"kubeconfig: {name} is not supported: give a token, or a client certificate, and the authority")
+
+    def _secret(self, name: str, data: str, path: str, *, encoded: bool = True) -> Secret | None:
+        if data:
+            try:
+                return Secret(base64.b64decode(data, validate=True) if encoded else data.encode("ascii"))
+            except (binascii.Error, ValueError):
+                raise AccessError(f"kubeconfig: {name} is not base64" if encoded else f"kubeconfig: {name} is not ASCII") from None
+        if not path:
+            return None
+        if self.folder is None:
+            raise AccessError(f"kubeconfig: {name} names a file, which it may not here: give data")
+        where = self.folder / path
+        return Secret(_read(where), where)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise AccessError(f"{path}: {error.strerror}") from error
+    if not data.strip() or len(data) > MOST_BYTES:
+        raise AccessError(f"{path}: {'empty' if len(data) <= MOST_BYTES else f'larger than {MOST_BYTES} bytes'}")
+    return data
+
+
+def _port(text: str, name: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise AccessError(f"{name}: {text!r} is not a port")
+    return int(text)
+
+
+def _loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _context(authority: bytes, certificate: bytes, key: bytes) -> ssl.SSLContext:
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which verifies the chain and the name
+    made.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        made.load_verify_locations(cadata=authority.decode("ascii"))
+        if certificate:
+            with _in_memory(certificate) as chain, _in_memory(key) as private:
+                made.load_cert_chain(chain, private, lambda: "")
+    except (ssl.SSLError, ValueError) as error:
+        raise AccessError(f"certificates for the API server cannot be used: {error}") from None
+    return made
+
+
+@contextmanager
+def _in_memory(data: bytes) -> Iterator[str]:
+    """The path of a file that has no name in any file system."""
+    descriptor = os.memfd_create("isthmus", os.MFD_CLOEXEC)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)

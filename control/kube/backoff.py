@@ -1,0 +1,42 @@
+"""How long to wait before the next attempt.
+
+Delays double from `first` to `most`, and each is stretched by a random part of itself: clients that have lost one server together do not
+come back together. After a time without failures the next one is a first one again. The figures are those of client-go's reflector.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class BackoffRules:
+    """In seconds; `jitter` is the largest part of a delay that chance adds to it."""
+
+    first: float = 0.8
+    most: float = 30.0
+    jitter: float = 1.0
+    healthy: float = 120.0  # without a failure, after which the delays begin anew
+
+
+class Backoff:
+    """One sequence of delays."""
+
+    __slots__ = ("_chance", "_failed", "_next", "_rules")
+
+    def __init__(self, rules: BackoffRules | None = None, chance: random.Random | None = None) -> None:
+        self._rules = rules or BackoffRules()
+        self._chance = chance or random.Random()  # noqa: S311  # it spreads load, and keeps no secret
+        self._next = self._rules.first
+        self._failed = float("-inf")
+
+    def failed(self, now: float) -> float:
+        """Something has failed at `now`: the seconds to wait."""
+        rules = self._rules
+        if now - self._failed > rules.healthy:
+            self._next = rules.first
+        delay, self._next = self._next, min(self._next * 2, rules.most)
+        delay *= 1 + rules.jitter * self._chance.random()
+        self._failed = now + delay
+        return delay

@@ -1,0 +1,336 @@
+"""Requests to the API server.
+
+Every request has limits: of time for connecting, for the head of the answer and for all of it, and of bytes. What fails is tried again
+where that is harmless: reading and applying always, everything else only if the server says that it has done nothing (429). The server's
+Retry-After is obeyed; a server that asks for more than `Limits.patience` gets its answer passed on to the caller.
+
+There are connections for requests, of which a few are kept, and one of its own for each watch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+from urllib.parse import urlencode
+
+import msgspec
+import trio
+
+from control.kube import objects
+from control.kube.access import Access
+from control.kube.backoff import Backoff, BackoffRules
+from control.kube.errors import InvalidAnswer, KubeError, Refused, TooLarge, Unreachable
+from control.kube.http import Connection, Head, Request
+from control.kube.objects import Page, Status
+from control.kube.resources import Resource, decode
+
+T = TypeVar("T", bound=objects.Object)
+
+# Bytes of the body of a refusal that are read.
+_MOST_REFUSAL = 65536
+# Characters of a server's message that are passed on.
+_MOST_SAID = 500
+# Statuses of a server, or of a balancer before it, that cannot answer now.
+_PASSING = frozenset({500, 502, 503, 504})
+
+_AGENT = ("User-Agent", "isthmus")
+_JSON = ("Content-Type", "application/json")
+_status = msgspec.json.Decoder(Status)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """In seconds, bytes and numbers. `body` is that of one answer, which is a page of a list at most; `line` of one line of a watch."""
+
+    connect: float = 10.0
+    head: float = 30.0
+    total: float = 60.0
+    body: int = 32 * 1024 * 1024
+    line: int = 8 * 1024 * 1024
+    attempts: int = 4
+    patience: float = 30.0
+    connections: int = 8
+    kept: int = 2
+    idle: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Some objects of a kind: in a namespace ("": in all), with labels and fields as selectors say."""
+
+    namespace: str = ""
+    labels: str = ""
+    fields: str = ""
+
+    def query(self) -> dict[str, str]:
+        """The parameters of a request."""
+        given = {"labelSelector": self.labels, "fieldSelector": self.fields}
+        return {name: value for name, value in given.items() if value}
+
+
+Dial = Callable[[Access], Awaitable[trio.abc.Stream]]
+
+
+async def connect(access: Access) -> trio.abc.Stream:
+    """A connection to the API server, with TLS if it has any. Raises OSError, Unreachable, AccessError."""
+    tcp = await trio.open_tcp_stream(access.host, access.port)
+    if access.trust is None:
+        return tcp
+    done = False
+    try:
+        name = access.server_name or access.host
+        secured = trio.SSLStream(tcp, access.trust.context(), server_hostname=name, https_compatible=True)
+        await secured.do_handshake()
+        done = True
+    except trio.BrokenResourceError as error:
+        raise Unreachable(f"no TLS with {access.authority}: {error.__cause__ or error}") from error
+    finally:
+        if not done:
+            await trio.aclose_forcefully(tcp)
+    return secured
+
+
+class Answer:
+    """The answer to a watch: an asynchronous context manager that owns the connection."""
+
+    def __init__(self, connection: Connection, head: Head) -> None:
+        self._connection = connection
+        self.head = head
+
+    async def read(self) -> bytes:
+        """The next piece; b"" is the end. Raises Unreachable, InvalidAnswer."""
+        return await self._connection.read()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        await self._connection.aclose()
+
+
+class Client:
+    """Speaks to one API server. `requests` counts what was sent, `refusals` what was answered by an error."""
+
+    def __init__(self, access: Access, limits: Limits | None = None, dial: Dial = connect, chance: random.Random | None = None) -> None:
+        self.access = access
+        self.limits = limits or Limits()
+        self.requests = 0
+        self.refusals = 0
+        self._dial = dial
+        self._chance = chance
+        self._room = trio.CapacityLimiter(self.limits.connections)
+        self._kept: list[tuple[Connection, float]] = []
+
+    # Objects...
+
+    async def get(self, resource: Resource[T], namespace: str, name: str) -> T:
+        """One object. Raises KubeError; Refused with 404 if there is none."""
+        request = Request("GET", self._target(resource.path(namespace, name)), [("Accept", resource.accept(listed=False))])
+        return resource.one(await self.call(request))
+
+    async def page(self, resource: Resource[T], selection: Selection, query: Mapping[str, str], *, attempts: int = 0) -> Page[T]:
+        """A page of a list; `query` has `limit`, `continue` and the like. Raises KubeError."""
+        target = self._target(resource.path(selection.namespace), {**selection.query(), **query})
+        request = Request("GET", target, [("Accept", resource.accept(listed=True))])
+        return resource.page(await self.call(request, attempts=attempts))
+
+    async def create(self, resource: Resource[T], item: T, namespace: str = "", *, stored: bool = True) -> T:
+        """Make an object, and return it as it was stored. A review is answered, and not `stored`. Raises KubeError."""
+        request = Request("POST", self._target(resource.path(namespace)), [_JSON], self._body(resource, item))
+        return resource.one(await self.call(request, repeat=not stored), stored=stored)
+
+    async def apply(self, resource: Resource[T], item: Mapping[str, Any], manager: str, *, force: bool = True) -> T:
+        """Server-side apply: own exactly the fields of `item`, which names apiVersion, kind and metadata. `force` takes fields that
+        somebody else has set; without it that is a 409. Raises KubeError."""
+        meta = item["metadata"]
+        path = resource.path(meta.get("namespace", ""), meta["name"])
+        target = self._target(path, {"fieldManager": manager, "force": "true" if force else "false"})
+        headers = [("Content-Type", "application/apply-patch+yaml")]  # JSON is YAML
+        return resource.one(await self.call(Request("PATCH", target, headers, msgspec.json.encode(item))))
+
+    async def patch(self, resource: Resource[T], item: T, changes: Mapping[str, Any], subresource: str = "") -> T:
+        """Merge `changes` (RFC 7386) into a stored object, or into its `subresource`, such as its status. If they have the
+        resourceVersion of `item`, an object that has changed since is Refused with 409. An object is never stored whole: what these
+        structs do not know of it would be lost. Raises KubeError."""
+        target = self._target(resource.path(item.metadata.namespace, item.metadata.name, subresource))
+        headers = [("Content-Type", "application/merge-patch+json")]
+        return resource.one(await self.call(Request("PATCH", target, headers, msgspec.json.encode(changes))))
+
+    async def delete(self, resource: Resource[T], item: T) -> None:
+        """Delete exactly this object, and not another one of the same name. That it is gone already is no error. Raises KubeError."""
+        target = self._target(resource.path(item.metadata.namespace, item.metadata.name))
+        body = msgspec.json.encode({"preconditions": {"uid": item.metadata.uid}})
+        try:
+            await self.call(Request("DELETE", target, [_JSON], body))
+        except Refused as error:
+            if error.code != 404:
+                raise
+
+    async def watch(self, resource: Resource[T], selection: Selection, query: Mapping[str, str]) -> Answer:
+        """Begin a watch. Raises KubeError. Close what is returned."""
+        target = self._target(resource.path(selection.namespace), {**selection.query(), **query, "watch": "1"})
+        return await self.open(Request("GET", target, [("Accept", resource.accept(listed=False))]))
+
+    def _target(self, path: str, query: Mapping[str, str] | None = None) -> str:
+        return f"{self.access.prefix}{path}?{urlencode(query)}" if query else self.access.prefix + path
+
+    def _body(self, resource: Resource[T], item: T) -> bytes:
+        return msgspec.json.encode(msgspec.structs.replace(item, kind=resource.kind, api_version=resource.api))
+
+    # Requests...
+
+    async def call(self, request: Request, *, repeat: bool = True, attempts: int = 0) -> bytes:
+        """The body of the answer to `request`. `repeat`: to do it twice is the same as once. `attempts` 0: as many as the limits say.
+        Raises KubeError."""
+        backoff = Backoff(BackoffRules(most=self.limits.patience / 2), self._chance)
+        left = attempts or self.limits.attempts
+        while True:
+            left -= 1
+            try:
+                return await self._attempt(request)
+            except KubeError as error:
+                wait = backoff.failed(trio.current_time())
+                asked = error.retry_after if isinstance(error, Refused) else None
+                if left <= 0 or not _again(error, repeat=repeat) or (asked or 0) > self.limits.patience:
+                    raise
+                await trio.sleep(max(wait, asked or 0.0))
+
+    async def open(self, request: Request) -> Answer:
+        """The answer to `request`, of which only the head has been read, on a connection of its own. Raises KubeError."""
+        for last in (False, True):
+            connection = await self._connect()
+            good = False
+            try:
+                head = await self._head(connection, request)
+                if head.status < 400:
+                    good = True
+                    return Answer(connection, head)
+                refused = await self._refusal(connection, head)
+            finally:
+                if not good:
+                    await connection.aclose()
+            if refused.code != 401 or last or not self._forget_token():
+                raise refused
+        raise AssertionError("unreachable")
+
+    async def _attempt(self, request: Request) -> bytes:
+        with trio.move_on_after(self.limits.total):
+            async with self._room:
+                try:
+                    return await self._exchange(request)
+                except Refused as error:
+                    if error.code != 401 or not self._forget_token():
+                        raise
+                return await self._exchange(request)  # with a token that was read just now
+        raise Unreachable(f"no whole answer within {self.limits.total:g} s")
+
+    async def _exchange(self, request: Request) -> bytes:
+        while (connection := await self._take()) is not None:
+            try:
+                return await self._on(connection, request)
+            except Unreachable:
+                # A kept connection that the server had closed meanwhile. A POST may have been read before: it does not come again.
+                if connection.begun or request.method not in ("GET", "PUT", "DELETE"):
+                    raise
+        return await self._on(await self._connect(), request)
+
+    async def _on(self, connection: Connection, request: Request) -> bytes:
+        good = False
+        try:
+            head = await self._head(connection, request)
+            if head.status >= 400:
+                refused = await self._refusal(connection, head)
+                good = connection.reuse()
+                raise refused
+            body = await _whole(connection, self.limits.body)
+            good = connection.reuse()
+            return body
+        finally:
+            if good and len(self._kept) < self.limits.kept:
+                self._kept.append((connection, trio.current_time()))
+            else:
+                await connection.aclose()
+
+    async def _head(self, connection: Connection, request: Request) -> Head:
+        token = self.access.token
+        fields = [("Authorization", f"Bearer {token.current().decode('latin-1').strip()}")] if token is not None else []
+        self.requests += 1
+        with trio.move_on_after(self.limits.head):
+            head = await connection.request(request, _AGENT, *fields)
+            if head.status >= 400:
+                self.refusals += 1
+            elif head.status >= 300:
+                raise InvalidAnswer(f"{head.status}: redirects are not followed")
+            return head
+        raise Unreachable(f"no answer within {self.limits.head:g} s")
+
+    async def _refusal(self, connection: Connection, head: Head) -> Refused:
+        try:
+            with trio.move_on_after(self.limits.head):
+                return refusal(await _whole(connection, _MOST_REFUSAL), head.status, head.headers.get("retry-after", ""))
+        except KubeError:
+            pass  # the status says enough
+        return refusal(b"", head.status, head.headers.get("retry-after", ""))
+
+    async def _connect(self) -> Connection:
+        with trio.move_on_after(self.limits.connect):
+            try:
+                return Connection(await self._dial(self.access), self.access.authority)
+            except OSError as error:
+                raise Unreachable(f"cannot connect to {self.access.authority}: {error}") from error
+        raise Unreachable(f"no connection to {self.access.authority} within {self.limits.connect:g} s")
+
+    async def _take(self) -> Connection | None:
+        while self._kept:
+            connection, since = self._kept.pop()
+            if trio.current_time() - since <= self.limits.idle and connection.is_quiet():
+                return connection
+            await connection.aclose()
+        return None
+
+    def _forget_token(self) -> bool:
+        return self.access.token is not None and self.access.token.forget()
+
+    async def aclose(self) -> None:
+        """Close the connections that are kept."""
+        kept, self._kept = self._kept, []
+        for connection, _ in kept:
+            await connection.aclose()
+
+
+def refusal(body: bytes | msgspec.Raw, code: int, retry_after: str = "") -> Refused:
+    """What a Status says, from the body of an answer with an error, or from an ERROR event."""
+    try:
+        status = decode(_status, body)
+    except InvalidAnswer:
+        status = Status()
+    details = status.details
+    seconds = float(details.retry_after_seconds) if details is not None and details.retry_after_seconds > 0 else None
+    if retry_after.isascii() and retry_after.isdigit() and len(retry_after) <= 9:
+        seconds = float(retry_after)
+    causes = frozenset(cause.reason for cause in (details.causes if details is not None else None) or ())
+    return Refused(code or status.code, status.reason, status.message[:_MOST_SAID], retry_after=seconds, causes=causes)
+
+
+def _again(error: KubeError, *, repeat: bool) -> bool:
+    """Whether another attempt is harmless, and could help."""
+    if isinstance(error, Refused):
+        return error.code == 429 or (repeat and error.code in _PASSING)
+    return repeat and isinstance(error, Unreachable)
+
+
+async def _whole(connection: Connection, most: int) -> bytes:
+    parts, size = [], 0
+    while piece := await connection.read():
+        size += len(piece)
+        if size > most:
+            raise TooLarge(f"the answer is larger than {most} bytes")
+        parts.append(piece)
+    return b"".join(parts)

@@ -1,0 +1,129 @@
+"""One HTTP/1.1 connection to the API server: h11 on a stream.
+
+It carries one request after the other; a watch keeps it for itself. h11 decides what is HTTP: everything that it refuses is InvalidAnswer,
+and everything that happens to the stream is Unreachable.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import h11
+import trio
+
+from control.kube.errors import InvalidAnswer, Unreachable
+
+# What one read asks for.
+_RECEIVE = 65536
+# The longest head of an answer. The API server's are some hundred bytes.
+_HEAD = 32768
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request. `target` is path and query."""
+
+    method: str
+    target: str
+    headers: Sequence[tuple[str, str]] = ()
+    body: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The head of an answer; names of fields in lower case."""
+
+    status: int
+    headers: dict[str, str]
+
+
+class Connection:
+    """A connection. Owns `stream`."""
+
+    def __init__(self, stream: trio.abc.Stream, authority: str) -> None:
+        self._stream = stream
+        self._authority = authority
+        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEAD)
+        self.begun = False  # some of the answer to the current request has come
+
+    async def request(self, request: Request, *fields: tuple[str, str]) -> Head:
+        """Send a request, and wait for the head of the answer. Raises Unreachable, InvalidAnswer."""
+        self.begun = False
+        headers = [("Host", self._authority), *request.headers, *fields]
+        if request.body or request.method in ("POST", "PUT", "PATCH"):
+            headers.append(("Content-Length", str(len(request.body))))
+        sent = [
+            self._http.send(h11.Request(method=request.method, target=request.target, headers=headers)),
+            self._http.send(h11.Data(data=request.body)) if request.body else b"",
+            self._http.send(h11.EndOfMessage()),
+        ]
+        try:
+            await self._stream.send_all(b"".join(part for part in sent if part))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise Unreachable("the connection was lost while the request was sent") from error
+        while True:
+            event = await self._next()
+            if isinstance(event, h11.Response):
+                return Head(event.status_code, {name.decode("latin-1"): value.decode("latin-1") for name, value in event.headers})
+            if not isinstance(event, h11.InformationalResponse) or event.status_code == 101:
+                raise InvalidAnswer(f"expected the head of an answer, found {type(event).__name__}")
+
+    async def read(self) -> bytes:
+        """The next piece of the answer's body; b"" is its end. Raises Unreachable, InvalidAnswer."""
+        while True:
+            event = await self._next()
+            if isinstance(event, h11.Data):
+                if event.data:
+                    return bytes(event.data)
+            elif isinstance(event, h11.EndOfMessage):
+                return b""
+            else:
+                raise InvalidAnswer(f"expected the body of an answer, found {type(event).__name__}")
+
+    async def _next(self) -> h11.Event | type[h11.PAUSED]:
+        try:
+            while True:
+                event = self._http.next_event()
+                if not isinstance(event, type) or event is h11.PAUSED:
+                    return event
+                data = await self._stream.receive_some(_RECEIVE)
+                self.begun = self.begun or bool(data)
+                if not data and self._http.their_state is h11.SEND_RESPONSE:
+                    raise Unreachable("the connection was closed before the answer")
+                self._http.receive_data(bytes(data))
+        except h11.RemoteProtocolError as error:
+            if self._http.trailing_data[1]:
+                raise Unreachable("the connection was closed within the answer") from error
+            raise InvalidAnswer(f"not HTTP: {error}") from error
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise Unreachable("the connection was lost") from error
+
+    def is_quiet(self) -> bool:
+        """Whether a connection that waits for the next request can have it: the server has neither closed it nor said anything."""
+        below = self._stream.transport_stream if isinstance(self._stream, trio.SSLStream) else self._stream
+        if not isinstance(below, trio.SocketStream):
+            return True  # one in memory, of which nothing is known before it is tried
+        descriptor = socket.socket(fileno=os.dup(below.socket.fileno()))
+        try:
+            descriptor.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            descriptor.close()
+        return False
+
+    def reuse(self) -> bool:
+        """Get ready for the next request. False: it is of no further use."""
+        if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
+            self._http.start_next_cycle()
+            return True
+        return False
+
+    async def aclose(self) -> None:
+        """Close, without a word to the other side."""
+        await trio.aclose_forcefully(self._stream)

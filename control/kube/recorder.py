@@ -1,0 +1,151 @@
+"""Events: what is said to people about an object, where `kubectl describe` shows it.
+
+Saying something never waits and never fails: it is put into a queue, of which the oldest is dropped when it is full. The same said again is
+one event with a count (events.k8s.io/v1, `series`), which is written once in a while. Writing is paced, so that a fault of ten thousand
+objects is no load for the API server.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import OrderedDict
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import trio
+
+from control.kube.client import Client
+from control.kube.errors import KubeError
+from control.kube.objects import Event, Meta, ObjectReference
+from control.kube.resources import EVENTS
+
+_log = logging.getLogger("isthmus.control")
+
+# What the API server accepts (validation of events.k8s.io/v1).
+_MOST_NOTE = 1024
+_MOST_WORD = 128
+# A name is a DNS subdomain; the last part of an event's is ours.
+_MOST_NAME = 230
+
+
+@dataclass(frozen=True, slots=True)
+class RecorderRules:
+    """`waiting`: events that have not been written; `remembered`: those that may happen again, for `forget` seconds; `series`: seconds
+    between two counts of one; `pace`: seconds between two writes."""
+
+    waiting: int = 256
+    remembered: int = 1024
+    forget: float = 360.0
+    series: float = 60.0
+    pace: float = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What is said: `reason` in one word, `note` in a sentence, `action`: what was tried."""
+
+    regarding: ObjectReference
+    reason: str
+    note: str
+    action: str
+    warning: bool = False
+
+
+@dataclass(slots=True)
+class _Series:
+    count: int = 1
+    last: float = 0.0
+    written: int = 0  # of `count`
+    written_at: float = float("-inf")
+    stored: Event | None = None
+
+
+class Recorder:
+    """Writes events as `controller`, of which this process is `instance`."""
+
+    def __init__(self, client: Client, controller: str, instance: str, rules: RecorderRules | None = None) -> None:
+        self.dropped = 0
+        self.written = 0
+        self._client = client
+        self._reporter = controller, instance
+        self._rules = rules or RecorderRules()
+        self._series: OrderedDict[Said, _Series] = OrderedDict()
+        self._waiting: OrderedDict[Said, None] = OrderedDict()
+        self._something = trio.Event()
+
+    def say(self, said: Said) -> None:
+        """Say something about an object."""
+        now = trio.current_time()
+        series = self._series.get(said)
+        if series is None or now - series.last > self._rules.forget:
+            series = self._series[said] = _Series()
+        else:
+            series.count += 1
+        series.last = now
+        self._series.move_to_end(said)
+        while len(self._series) > self._rules.remembered:
+            old, _ = self._series.popitem(last=False)
+            self._drop(old)
+        self._waiting[said] = None
+        while len(self._waiting) > self._rules.waiting:
+            self._drop(next(iter(self._waiting)))
+        self._something.set()
+
+    def _drop(self, said: Said) -> None:
+        if said in self._waiting:
+            del self._waiting[said]
+            self.dropped += 1
+
+    async def run(self) -> None:
+        """Write what is said, until cancelled."""
+        while True:
+            if not self._waiting:
+                await self._something.wait()
+            self._something = trio.Event()
+            now = trio.current_time()
+            due = [said for said in self._waiting if now - self._series[said].written_at >= self._rules.series]
+            for said in due:
+                if self._waiting.pop(said, False) is None and (series := self._series.get(said)) is not None:
+                    await self._write(said, series)
+                    await trio.sleep(self._rules.pace)
+            if self._waiting and not due:  # repetitions, whose time has not come
+                first = min(self._series[said].written_at for said in self._waiting) + self._rules.series
+                with trio.move_on_at(max(first, now + self._rules.pace)):
+                    await self._something.wait()
+
+    async def _write(self, said: Said, series: _Series) -> None:
+        count = series.count
+        try:
+            if series.stored is None:
+                series.stored = await self._client.create(EVENTS, self._event(said), said.regarding.namespace or "default")
+            if count > 1:
+                changes = {"series": {"count": count, "lastObservedTime": _now()}}
+                await self._client.patch(EVENTS, series.stored, changes)
+            series.written = count
+            self.written += 1
+        except KubeError as error:
+            series.stored = None  # it may be gone
+            self.dropped += 1
+            _log.debug("an event could not be written: %s", error)
+        series.written_at = trio.current_time()
+
+    def _event(self, said: Said) -> Event:
+        controller, instance = self._reporter
+        unique = f"{random.getrandbits(64):016x}"  # a name
+        name = f"{said.regarding.name[:_MOST_NAME].rstrip('.-')}.{unique}"
+        return Event(
+            metadata=Meta(name=name, namespace=said.regarding.namespace or "default"),
+            event_time=_now(),
+            type="Warning" if said.warning else "Normal",
+            reason=said.reason[:_MOST_WORD],
+            action=said.action[:_MOST_WORD],
+            note=said.note.encode()[:_MOST_NOTE].decode(errors="ignore"),
+            reporting_controller=controller,
+            reporting_instance=instance[:_MOST_WORD],
+            regarding=said.regarding,
+        )
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

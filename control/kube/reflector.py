@@ -1,0 +1,314 @@
+"""List and watch: a local copy of the objects of one kind, kept up to date.
+
+    LIST  --complete-->  WATCH  --410, backwards, from the future, twice silent-->  LIST
+                           |  ^
+                           +--+  ended by the server, connection lost, 429, 5xx: watch again from the last version
+
+The rules:
+
+* A fault never deletes anything. The copy is what was told last; a new list is collected beside it, and takes its place when it is
+  complete. A list that is refused (403), cut off, or of the wrong kind is none.
+* A new list is asked for as a stream (`sendInitialEvents`), which costs the server the least. A server that refuses that (422, 400), or
+  that does not know it and never says that it is complete, is asked in pages.
+* A watch goes on from the last version. When that is too old (410, as a status or within the stream) the list is made anew; so it is when
+  versions run backwards, or are from the future to the server: its state was restored from a backup.
+* Bookmarks come about once a minute. A connection on which nothing comes for longer is dead. If nothing comes on the next one either, the
+  version may be one that the server does not know, and the list is made anew.
+* A watch from a version of the future is silent, and later tells some changes and not others. So after a connection was lost the server is
+  asked for its version first.
+* Between two attempts there is a pause, by backoff.py, after the one that Retry-After asks for. Only a watch that the server ends cleanly
+  after some time is begun again at once.
+
+What is told are differences: an object whose needed fields are what they were is not told again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
+
+import trio
+
+from control.kube import objects
+from control.kube.backoff import Backoff, BackoffRules
+from control.kube.client import Answer, Client, Selection
+from control.kube.errors import InvalidAnswer, KubeError, Refused, TooLarge, Unreachable
+from control.kube.resources import Key, Resource, key_of
+from control.kube.watching import Bookmark, Change, Lines, event_of
+
+S = TypeVar("S", bound=objects.Object)
+T = TypeVar("T")
+
+State = Literal["listing", "watching", "waiting"]
+
+
+@dataclass(frozen=True, slots=True)
+class WatchRules:
+    """In seconds and numbers. `page`: objects of a page; `most`: of all; `silence`: without a word on a watch; `initial`: without a new
+    object in a list that comes as a stream, after which the server is taken not to know that; `listing`: for a whole list;
+    `shortest`, `longest`: a watch, as it is asked for; `short`: a watch that ends sooner is a fault;
+    `patience`: the longest Retry-After that is obeyed."""
+
+    page: int = 500
+    most: int = 500_000
+    silence: float = 150.0
+    initial: float = 60.0
+    listing: float = 600.0
+    shortest: float = 300.0
+    longest: float = 600.0
+    short: float = 5.0
+    patience: float = 300.0
+    backoff: BackoffRules = field(default_factory=BackoffRules)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What has happened: complete lists, watches that were begun, events, failures, and lists that a 410 or the like made necessary."""
+
+    lists: int = 0
+    watches: int = 0
+    events: int = 0
+    failures: int = 0
+    relists: int = 0
+
+
+class _Relist(Exception):
+    """The last version is of no further use."""
+
+
+class Reflector(Generic[S, T]):
+    """A copy of the objects that `selection` says, each as `keep` makes it (None: it is of no interest). `tell` is called for each
+    difference: with a key, and what is there now (None: nothing). It must not wait. Between `run` and the first complete list nothing is
+    told; `synced` is set after that."""
+
+    def __init__(
+        self,
+        client: Client,
+        resource: Resource[S],
+        keep: Callable[[S], T | None],
+        tell: Callable[[Key, T | None], None],
+        selection: Selection | None = None,
+    ) -> None:
+        self.resource = resource
+        self.known: dict[Key, T] = {}
+        self.synced = trio.Event()
+        self.state: State = "listing"
+        self.counts = Counts()
+        self.error = ""  # the last one; "" when all is well
+        self.heard = float("-inf")  # when the server said something last
+        self.rules = WatchRules()
+        self.chance = random.Random()  # noqa: S311  # it spreads load
+        self._client = client
+        self._keep = keep
+        self._tell = tell
+        self._selection = selection or Selection()
+        self._version = ""
+        self._streaming = True
+        self._silent = 0  # watches in a row on which nothing came
+        self._doubt = False  # whether the server still knows our version
+        self._page = 0
+
+    async def run(self) -> None:
+        """Keep the copy up to date, until cancelled."""
+        backoff = Backoff(self.rules.backoff, self.chance)
+        self._page = self.rules.page
+        while True:
+            began = trio.current_time()
+            asked = 0.0
+            try:
+                await self._once()
+                if trio.current_time() - began >= self.rules.short:
+                    continue
+            except _Relist as relist:
+                self._failed(str(relist))
+                self._version = ""
+                self.counts.relists += 1
+            except KubeError as error:
+                self._failed(str(error))
+                self._doubt = True
+                if isinstance(error, Refused):
+                    asked = min(error.retry_after or 0.0, self.rules.patience)
+                    if error.expired or error.from_the_future:
+                        self._version = ""
+                        self.counts.relists += 1
+            self.state = "waiting"
+            await trio.sleep(asked + backoff.failed(trio.current_time()))
+
+    def _failed(self, why: str) -> None:
+        self.counts.failures += 1
+        self.error = why
+
+    async def _once(self) -> None:
+        """One watch, or one list. Returns when the server has ended it without an error."""
+        if self._version:
+            if self._doubt:
+                await self._ask_version()
+            await self._watch()
+            return
+        self.state = "listing"
+        if not self._streaming or not await self._stream_list():
+            await self._paged_list()
+            await self._watch()
+
+    # Lists...
+
+    async def _paged_list(self) -> None:
+        found: dict[Key, T] = {}
+        version = token = ""
+        with trio.move_on_after(self.rules.listing) as scope:
+            while True:
+                query = {"limit": str(self._page)} | ({"continue": token} if token else {})
+                try:
+                    page = await self._client.page(self.resource, self._selection, query, attempts=1)
+                except TooLarge:
+                    if self._page == 1:
+                        raise
+                    self._page = max(1, self._page // 4)
+                    continue
+                except Refused as error:
+                    if token and error.expired:  # the list took too long: larger pages, and fewer of them
+                        self._page *= 2
+                    raise
+                self.heard = trio.current_time()
+                grown = [self._collect(found, item) for item in page.items or ()]
+                version = version or page.metadata.resource_version
+                token = page.metadata.continue_
+                if not token:
+                    break
+                if not any(grown):
+                    raise InvalidAnswer("a page of a list has nothing new, and is not the last one")
+        if scope.cancelled_caught:
+            raise Unreachable(f"no complete list within {self.rules.listing:g} s")
+        self._complete(found, version)
+
+    async def _stream_list(self) -> bool:
+        """The list as a stream, which goes on as a watch. False: this server does not do that."""
+        query = {"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}
+        found: dict[Key, T] = {}
+        limit = trio.current_time() + self.rules.listing
+        try:
+            with trio.CancelScope(deadline=trio.current_time() + self.rules.initial) as scope:
+                await self._follow(query, found, lambda: self._extend(scope, limit))
+        except Refused as error:
+            if error.code not in (400, 422) or self._version:
+                raise
+            self._streaming = False
+            return False
+        if scope.cancelled_caught:  # never after the list is complete: then there is no deadline
+            self._streaming = False
+            return False
+        return True
+
+    def _extend(self, scope: trio.CancelScope, limit: float) -> None:
+        scope.deadline = float("inf") if self._version else min(limit, trio.current_time() + self.rules.initial)
+
+    def _collect(self, found: dict[Key, T], item: S) -> bool:
+        """Returns whether it is one more."""
+        kept = self._keep(item)
+        key = key_of(item)
+        new = key not in found
+        if kept is None:
+            found.pop(key, None)
+        else:
+            found[key] = kept
+        if len(found) > self.rules.most:
+            raise InvalidAnswer(f"more than {self.rules.most} {self.resource.plural}")
+        return new
+
+    def _complete(self, found: dict[Key, T], version: str) -> None:
+        """A whole list is there: it is the truth."""
+        self._check(version)
+        for key in [key for key in self.known if key not in found]:
+            del self.known[key]
+            self._tell(key, None)
+        for key, kept in found.items():
+            if self.known.get(key) != kept:
+                self.known[key] = kept
+                self._tell(key, kept)
+        self._version, self._doubt = version, False
+        self.counts.lists += 1
+        self.error = ""
+        self.synced.set()
+
+    # Watches...
+
+    async def _ask_version(self) -> None:
+        page = await self._client.page(self.resource, self._selection, {"limit": "1"}, attempts=1)
+        if older(page.metadata.resource_version, self._version):
+            raise _Relist(f"the server is at {page.metadata.resource_version}, which is older than {self._version}")
+        self._doubt = False
+
+    async def _watch(self) -> None:
+        await self._follow({"resourceVersion": self._version}, None, lambda: None)
+
+    async def _follow(self, query: dict[str, str], found: dict[Key, T] | None, progress: Callable[[], None]) -> None:
+        """A watch until its end. As long as `found` collects a list, nothing is told; `progress` is called when it grows or is complete."""
+        seconds = self.rules.shortest + (self.rules.longest - self.rules.shortest) * self.chance.random()
+        query |= {"allowWatchBookmarks": "true", "timeoutSeconds": str(int(seconds))}
+        self.counts.watches += 1
+        lines = Lines(self._client.limits.line)
+        async with await self._client.watch(self.resource, self._selection, query) as answer:
+            if found is None:
+                self.state = "watching"
+                self.error = ""
+            while data := await self._receive(answer, listing=found is not None):
+                self.heard, self._silent = trio.current_time(), 0
+                for line in lines.feed(data):
+                    event = event_of(line, self.resource)
+                    if found is None:
+                        self._take(event)
+                    elif isinstance(event, Bookmark):
+                        if event.complete:
+                            self._complete(found, event.version)
+                            found = None
+                            self.state = "watching"
+                            progress()
+                    elif event.gone:
+                        found.pop(key_of(event.item), None)
+                    elif self._collect(found, event.item):
+                        progress()
+        if lines.pending:
+            raise Unreachable("a watch ended within a line")
+        if found is not None:
+            raise Unreachable("a list that came as a stream ended before it was complete")
+
+    async def _receive(self, answer: Answer, *, listing: bool) -> bytes:
+        with trio.move_on_after(self.rules.silence):
+            return await answer.read()
+        self._silent += 1
+        if self._silent > 1 and not listing:
+            self._silent = 0
+            raise _Relist("nothing came on two watches in a row")
+        raise Unreachable(f"nothing came for {self.rules.silence:g} s")
+
+    def _take(self, event: Change[S] | Bookmark) -> None:
+        version = event.version if isinstance(event, Bookmark) else event.item.metadata.resource_version
+        self._check(version)
+        if older(version, self._version):
+            raise _Relist(f"resourceVersion went backwards, from {self._version} to {version}")
+        if isinstance(event, Change):
+            self.counts.events += 1
+            self._differ(key_of(event.item), None if event.gone else self._keep(event.item))
+        self._version = version  # last: what could not be taken comes again
+
+    def _differ(self, key: Key, kept: T | None) -> None:
+        if self.known.get(key) == kept:
+            return
+        if kept is None:
+            del self.known[key]
+        elif len(self.known) >= self.rules.most and key not in self.known:
+            raise InvalidAnswer(f"more than {self.rules.most} {self.resource.plural}")
+        else:
+            self.known[key] = kept
+        self._tell(key, kept)
+
+    def _check(self, version: str) -> None:
+        if not version or version == "0" or len(version) > 100:
+            raise InvalidAnswer(f"{version[:100]!r} is no resourceVersion to go on from")
+
+
+def older(version: str, than: str) -> bool:
+    """Whether one resourceVersion is older than another; False if they cannot be compared."""
+    return version.isascii() and than.isascii() and version.isdigit() and than.isdigit() and int(version) < int(than)

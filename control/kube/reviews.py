@@ -1,0 +1,36 @@
+"""Questions to the API server: who is this, and may they do that?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from control.kube.client import Client
+from control.kube.objects import AccessReviewSpec, ResourceAttributes, SubjectAccessReview, TokenReview, TokenReviewSpec, UserInfo
+from control.kube.resources import ACCESS_REVIEWS, TOKEN_REVIEWS
+
+
+async def review_token(client: Client, token: str, audience: str) -> UserInfo | None:
+    """Whose token this is; None: of nobody, or it is not for `audience`. Raises KubeError.
+
+    A server that does not know audiences names none in its answer: then the token may be for anybody, and is not good enough.
+    """
+    review = TokenReview(spec=TokenReviewSpec(token, (audience,)))
+    answer = await client.create(TOKEN_REVIEWS, review, stored=False)
+    status = answer.status
+    good = status.authenticated and not status.error and audience in (status.audiences or ()) and bool(status.user.username)
+    return status.user if good else None
+
+
+async def may(client: Client, user: UserInfo, wish: ResourceAttributes) -> bool:
+    """Whether `user` has the right to do `wish`. Raises KubeError."""
+    spec = AccessReviewSpec(wish, user.username, user.groups, user.uid, user.extra)
+    answer = await client.create(ACCESS_REVIEWS, SubjectAccessReview(spec=spec), stored=False)
+    return answer.status.allowed and not answer.status.denied
+
+
+def service_account(user: UserInfo) -> tuple[str, str] | None:
+    """Namespace and name of a service account; None: the user is none."""
+    parts: Sequence[str] = user.username.split(":")
+    if len(parts) == 4 and parts[0] == "system" and parts[1] == "serviceaccount" and parts[2] and parts[3]:
+        return parts[2], parts[3]
+    return None
