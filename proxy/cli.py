@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace) -> int:
 
     configure(os.environ)
     from proxy.config import SETTLE, ConfigError, load
-    from proxy.listeners import StartError
+    from proxy.errors import StartError
 
     said = {"ISTHMUS_GATEWAY__ENABLED": "true"} if args.gateway else {}
     if args.workers is not None:

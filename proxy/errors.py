@@ -1,4 +1,4 @@
-"""What can go wrong with an exchange or a connection, and the one table of what is said about it.
+"""What can go wrong with a start, an exchange or a connection, and the one table of what is said about it.
 
 Errors are raised where they are noticed, typed: wire.ProtocolError and net's errors by those rooms, the ones below by the rooms that
 drive them. `describe` finds the row for any of them: the HTTP status, the gRPC status, the error type of Proxy-Status (RFC 9209 §2.3) and
@@ -13,6 +13,14 @@ from dataclasses import dataclass, replace
 from proxy.net.errors import ConnectFailed, ConnectionLost, NetError, TLSFailed
 from proxy.net.slots import NoRoom
 from proxy.wire.messages import Headers, ProtocolError
+
+
+class StartError(Exception):
+    """The proxy cannot start. `code` is the exit code (sysexits.h)."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class IsthmusError(Exception):

@@ -6,18 +6,11 @@ import socket
 from dataclasses import dataclass
 
 from proxy.config import Config
+from proxy.errors import StartError
 from proxy.net.accept import BindFailed, bind, bind_datagrams
 from proxy.net.address import Address
 from proxy.net.liveness import Liveness
 from proxy.resolvers import Resolvers
-
-
-class StartError(Exception):
-    """The proxy cannot start. `code` is the exit code (sysexits.h)."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from proxy.config import Config
-from proxy.listeners import StartError
+from proxy.errors import StartError
 from proxy.mesh.directory import DirectoryError
 from proxy.mesh.watch import Acceptance, DirectorySource
 

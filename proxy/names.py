@@ -15,7 +15,8 @@ from collections.abc import Callable
 import trio
 
 from proxy.acceptors import admission
-from proxy.listeners import Listeners, StartError
+from proxy.errors import StartError
+from proxy.listeners import Listeners
 from proxy.mesh.directory import Directory
 from proxy.mesh.dns import Answers
 from proxy.mesh.document import DocumentError

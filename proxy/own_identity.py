@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 
 from proxy.config import Config
-from proxy.listeners import StartError
+from proxy.errors import StartError
 from proxy.mesh import identity as identities
 from proxy.mesh.identity import Identity, MaterialError, MaterialFiles, TLSSettings
 from proxy.metrics import Metrics

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from proxy.config import DOWNWARD, Config
+from proxy.errors import StartError
 from proxy.exchange.trace import Tracing
-from proxy.listeners import StartError
 from proxy.metrics import Metrics, own_version
 from proxy.sections_tracing import TracingConfig
 from tracing.otlp import Collector

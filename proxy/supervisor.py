@@ -49,7 +49,8 @@ import proxy
 from proxy.admin import Admin, Status
 from proxy.config import Config
 from proxy.depths import make, wipe
-from proxy.listeners import StartError, has_family
+from proxy.errors import StartError
+from proxy.listeners import has_family
 from proxy.logs import configure
 from proxy.metrics import Metrics
 from proxy.net.accept import BindFailed, bind, bind_datagrams

@@ -17,7 +17,7 @@ import trio
 
 from proxy.app import App, start
 from proxy.depths import SharedDepths
-from proxy.listeners import StartError
+from proxy.errors import StartError
 from proxy.siblings import QUESTION, Sibling, SiblingGone, State, read_start, receive, send
 from proxy.totals import reading
 

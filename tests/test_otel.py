@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from proxy.config import ConfigError, load
-from proxy.listeners import StartError
+from proxy.errors import StartError
 from proxy.metrics import Metrics
 from proxy.sections_tracing import TracingConfig
 from proxy.spans import OFF, build, collector
