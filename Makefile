@@ -32,7 +32,7 @@ test: $(VENV)/.dev
 	$(MAKE) --jobs 2 --output-sync=target parts aws-lc
 	$(MAKE) whole jaeger
 
-# The optional rules of flake8-async (ASYNC9..) are off: proxy/net/streams.py says how checkpoints are placed, and why. ASYNC109 is off because
+# The optional rules of flake8-async (ASYNC9..) are off: proxy/net/socket_stream.py says how checkpoints are placed, and why. ASYNC109 is off because
 # a timeout parameter is the contract of the dialer and of the handshakes, ASYNC124 because tests run in trio whether they wait or not.
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -46,9 +46,9 @@ lint: $(VENV)/.dev
 SANDBOXED = PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 2 --dist loadfile -q
 WHOLE := tests/e2e tests/lab
 # Of HTTP/2 only the server is compiled (docs/decisions/30-compiled.md); that it works beside what is, whole proxies show, and the plays.
-AS_COMPILED := $(filter-out tests/exchange/test_http2% tests/exchange/test_roads2.py,$(wildcard tests/exchange/test_*.py)) \
-	tests/fast tests/loopguard tests/mesh tests/net tests/roads tests/tracing tests/wire \
-	$(addprefix tests/test_,metrics.py reach.py reach_broken.py reach_grpc.py reach_refused.py route.py sessions.py ways.py)
+AS_COMPILED := $(wildcard tests/exchange/test_*.py) tests/exchange/h1 \
+	$(addprefix tests/,balancing both_paths commands directory fastpath identity loopguard net routing tracing wire) \
+	tests/flows/test_sessions.py tests/telemetry/test_metrics.py
 ORDINARY := $(addprefix tests/e2e/test_,clients.py failures.py shutdown.py tracing.py)
 parts: $(VENV)/.dev
 	@./scripts/system-packages "$(NEEDED)" "$(PEERS)"

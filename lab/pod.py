@@ -26,7 +26,7 @@ import proxy
 from lab import network, process
 from lab.process import Completed, LabError, Launch, Process
 from lab.sandbox import rootless
-from proxy.mesh.intercept import InterceptSettings
+from proxy.intercept.nftables import InterceptSettings
 
 if TYPE_CHECKING:
     from lab.cluster import Cluster

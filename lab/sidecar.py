@@ -1,6 +1,6 @@
 """A sidecar in a pod: its certificate, its files, its rules, its process.
 
-Everything is made with the product's own means: certificates by proxy.mesh.certificates, the configuration as YAML, the rules by
+Everything is made with the product's own means: certificates by proxy.identity.issue, the configuration as YAML, the rules by
 `isthmus intercept`, the process by `isthmus run`.  The files lie in the pod's directory and can be exchanged while the
 sidecar runs, which is how tests rotate certificates and change the directory.
 """
@@ -22,8 +22,8 @@ import yaml
 from lab.pod import PACKAGES, PROXY_MARK, SIDECAR, Pod
 from lab.process import READY_TIMEOUT, LabError, Process
 from lab.sandbox import rootless
-from proxy.mesh.certificates import Issued, issue, make_root
-from proxy.mesh.spiffe import SpiffeId
+from proxy.identity.issue import Issued, issue, make_root
+from proxy.identity.spiffe import SpiffeId
 
 TRUST_DOMAIN: Final = "cluster.local"
 ADMIN_PORT: Final = 4191

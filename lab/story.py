@@ -27,7 +27,7 @@ from lab.sidecar import Authority, Sidecar
 from lab.stage import GRPC, HTTP, MAIL, PLAIN, SECRET, SOCKET, Stage, error_type, why
 from lab.traced import traced
 from lab.traces import TraceCollector
-from proxy.mesh.spiffe import SpiffeId
+from proxy.identity.spiffe import SpiffeId
 
 REQUESTS = 400  # per side, for the latency
 MEMORY_ALLOWED = 5 * 1024 * 1024  # bytes a sidecar may grow by while a large body passes

@@ -3,8 +3,8 @@
 l4.py        loops that addresses show: traffic for a proxy's own listener
 nesting.py   connections of a pod to itself: which are legitimate, which are a loop
 l7.py        loops that requests show: tokens that they carry from proxy to proxy
-forwarded.py loops that only `Forwarded` shows, to gateways
-config.py    loops that are written down, in a directory
+forwarded_loops.py loops that only `Forwarded` shows, to gateways
+graph.py    loops that are written down, in a directory
 """
 
 from loopguard.l4 import Loop, OwnListeners, loopback

@@ -35,8 +35,8 @@ request that is sent again (a retry, a client that repeats itself) begins with a
 is spread over so many replicas that none sees it twice. It bounds every loop, because each round adds a token.
 
 What is not seen: a loop through software that drops fields it does not know, as most programs do that are no reverse proxies. If it calls
-itself, nesting.py bounds it; if it keeps `Forwarded`, forwarded.py. Else nothing in its requests tells a loop from a busy service; each
-proxy's limits hold, and no more.
+itself, nesting.py bounds it; if it keeps `Forwarded`, forwarded_loops.py. Else nothing in its requests tells a loop from a busy service;
+each proxy's limits hold, and no more.
 
 Trust
 =====

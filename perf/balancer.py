@@ -14,13 +14,13 @@ from typing import Any
 
 import trio
 
+from proxy.balancing.balancer import Balancer
+from proxy.directory import Endpoint, Target
 from proxy.exchange.client import ClientSettings
 from proxy.exchange.exchange import Clock, Exchange, Facts, Whole
-from proxy.mesh.balance import Balancer
-from proxy.mesh.directory import Endpoint, Target
-from proxy.metrics import Metrics
 from proxy.net.address import Address
-from proxy.reach import Reach
+from proxy.routing.dispatch import Reach
+from proxy.telemetry.metrics import Metrics
 from proxy.wire.messages import Headers, RequestHead, ResponseHead
 
 ROUNDS = 20_000

@@ -14,9 +14,9 @@ import h2.config
 import h2.connection
 import h2.events
 
-from proxy.wire.events2 import DataReceived, HeadReceived, Http2Limits, TrailersReceived
-from proxy.wire.http1 import Role
-from proxy.wire.http2 import Http2Connection
+from proxy.wire.h1.connection import Role
+from proxy.wire.h2.connection import Http2Connection
+from proxy.wire.h2.events import DataReceived, HeadReceived, Http2Limits, TrailersReceived
 from proxy.wire.messages import Headers, RequestHead, ResponseHead
 
 ROUNDS, EXCHANGES = 15, 2000

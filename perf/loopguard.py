@@ -12,7 +12,7 @@ from collections.abc import Callable
 from loopguard import HopLimits, Waypoint, Who
 from loopguard.l7 import HEADER
 from proxy.exchange.exchange import Exchange, Facts, Whole
-from proxy.exchange.guard import leave_token
+from proxy.exchange.loop_layer import leave_token
 from proxy.net.address import Address
 from proxy.wire.messages import Headers, RequestHead
 

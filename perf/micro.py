@@ -21,12 +21,12 @@ from OpenSSL import SSL
 
 from perf.loads import wrk
 from perf.pair import Proxy, pair
-from proxy.logs import RequestLine, configure, log_request
-from proxy.metrics import Metrics
-from proxy.sections import LogConfig
-from proxy.wire.heads import encode_request, encode_response, recognise_request, recognise_response
+from proxy.config.schema import LogConfig
+from proxy.telemetry.log import RequestLine, configure, log_request
+from proxy.telemetry.metrics import Metrics
+from proxy.wire.h1.fast_head import encode_request, encode_response, recognise_request, recognise_response
+from proxy.wire.h1.strict_head import decide_request
 from proxy.wire.messages import Limits
-from proxy.wire.strict import decide_request
 from tests.kit.certs import Authority, spiffe
 
 NUMBER, REPEATS = 5000, 7

@@ -14,10 +14,10 @@ import time
 from dataclasses import dataclass
 from ipaddress import ip_network
 
-from proxy.mesh.balance import Balancer
-from proxy.mesh.directory import Directory, Target, parse
+from proxy.balancing.balancer import Balancer
+from proxy.directory import Directory, Target, parse
 from proxy.net.address import Address
-from proxy.route import Router
+from proxy.routing.router import Router
 
 GATEWAY = "spiffe://cluster.local/ns/isthmus/sa/gateway"
 ROUNDS, REQUESTS = 7, 20_000

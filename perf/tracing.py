@@ -20,10 +20,10 @@ from pathlib import Path
 
 from perf.pair import HOST, Pair, await_port, free_port, isthmus_pair, make_identities, running, server
 from proxy.exchange.exchange import Body, Exchange, Facts, Handler, Whole
-from proxy.exchange.trace import Side, Tracing, trace
-from proxy.metrics import Metrics
+from proxy.exchange.trace_layer import Side, Tracing, trace
 from proxy.net.address import Address
-from proxy.net.streams import Stream
+from proxy.net.socket_stream import Stream
+from proxy.telemetry.metrics import Metrics
 from proxy.wire.messages import Field, Headers, RequestHead, ResponseHead
 from tracing.queue import TAKEN, Outcome, QueueSettings, SpanQueue
 from tracing.sampling import Sampling, Tracer

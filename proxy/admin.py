@@ -29,15 +29,15 @@ from typing import Final
 
 import trio
 
-from proxy.acceptors import admission, report
+from proxy.config.schema import AdminConfig
 from proxy.exchange.exchange import Exchange, Facts, Handler, Whole, stack
+from proxy.exchange.h1.server import Drain, Http1Server, ServerSettings
 from proxy.exchange.layers import deadline, rescue
-from proxy.exchange.server import Drain, Http1Server, ServerSettings
-from proxy.metrics import CONTENT_TYPE, Metrics
 from proxy.net.accept import Acceptor, Connection
+from proxy.net.connection_slots import Bounds
 from proxy.net.disconnects import Disconnects
-from proxy.net.slots import Bounds
-from proxy.sections import AdminConfig
+from proxy.process.acceptors import admission, report
+from proxy.telemetry.metrics import CONTENT_TYPE, Metrics
 from proxy.wire.messages import Headers, ResponseHead
 
 _log = logging.getLogger("isthmus.admin")

@@ -19,7 +19,7 @@ it if one is configured; then the directory; then the sockets, which are bound e
         ├── inbound, or gateway  one task for each connection
         └── outbound             one task for each connection
 
-The stop runs in the reverse order. shutdown.py defines the order in which the traffic ends.
+The stop runs in the reverse order. process/shutdown.py defines the order in which the traffic ends.
 """
 
 from __future__ import annotations
@@ -37,45 +37,45 @@ from dataclasses import dataclass
 import trio
 
 from loopguard import OwnListeners
-from proxy.acceptors import acceptor, bounds_of, report
-from proxy.account import Ledger
 from proxy.admin import Admin, Status
-from proxy.config import Config
-from proxy.exchange.server import Drain
-from proxy.fast.ground import Clock
-from proxy.fast.road import Road
-from proxy.gateway import gateway
-from proxy.inbound import inbound, inbound_pools
-from proxy.listeners import listen
-from proxy.loading import load_directory
-from proxy.logs import configure
-from proxy.loops import LoopGuard
-from proxy.memory import MemoryWatch, collect_seldom
-from proxy.mesh.balance import Balancer
-from proxy.mesh.directory import Directory, DirectoryError, Endpoint
-from proxy.mesh.identity import Identity
-from proxy.mesh.watch import IdentityLoss
-from proxy.metrics import Metrics
-from proxy.names import Names, pod_resolvers
+from proxy.balancing.balancer import Balancer
+from proxy.config.load import Config
+from proxy.config.schema import GatewayConfig, InboundConfig, OutboundConfig
+from proxy.directory import Directory, DirectoryError, Endpoint
+from proxy.directory.watcher import IdentityLoss
+from proxy.dns.service import Names, pod_resolvers
+from proxy.exchange.h1.server import Drain
+from proxy.fastpath.event_loop import Clock
+from proxy.fastpath.fast_path import Road
+from proxy.flows.gateway import gateway
+from proxy.flows.inbound import inbound, inbound_pools
+from proxy.flows.loop_guard import LoopGuard
+from proxy.flows.outbound import outbound
+from proxy.flows.runtime import Runtime, Settings
+from proxy.flows.upstreams import Pools, endpoint_pools
+from proxy.identity.identity import Identity
 from proxy.net.accept import Acceptor, Connection
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
 from proxy.net.disconnects import Disconnects
 from proxy.net.interfaces import local_addresses
 from proxy.net.liveness import Liveness
-from proxy.outbound import outbound
-from proxy.own_identity import OwnIdentity
-from proxy.pools import Pools, endpoint_pools
-from proxy.reach import Reach
-from proxy.route import Router
-from proxy.runtime import Runtime, Settings
-from proxy.sections import GatewayConfig, InboundConfig, OutboundConfig
-from proxy.shutdown import drain
-from proxy.siblings import Sibling
-from proxy.spans import OFF, Spans, build
-from proxy.ways import Ways
-from proxy.wire import heads
+from proxy.process.acceptors import acceptor, bounds_of, report
+from proxy.process.listeners import listen
+from proxy.process.load_directory import load_directory
+from proxy.process.memory import MemoryWatch, collect_seldom
+from proxy.process.own_identity import OwnIdentity
+from proxy.process.shutdown import drain
+from proxy.routing.dispatch import Reach
+from proxy.routing.remote_gateways import Ways
+from proxy.routing.router import Router
+from proxy.telemetry.log import configure
+from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.records import Ledger
+from proxy.telemetry.tracing_setup import OFF, Spans, build
+from proxy.wire.h1 import fast_head
 from proxy.wire.sniff import Protocol
+from proxy.workers.protocol import Sibling
 
 _log = logging.getLogger("isthmus")
 
@@ -270,7 +270,7 @@ class App:
             self.own.expiries.look()
             await self.memory.look()
             if turn % _SELDOM == 0:
-                heads.forget()
+                fast_head.forget()
                 self.runtime.loops.listeners = self._own()
                 if self.names is not None:
                     self.names.sweep()

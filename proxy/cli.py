@@ -93,10 +93,10 @@ def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(args: argparse.Namespace) -> int:
-    from proxy.net.openssl import configure
+    from proxy.net.tls.openssl_config import configure
 
     configure(os.environ)
-    from proxy.config import SETTLE, ConfigError, load
+    from proxy.config.load import SETTLE, ConfigError, load
     from proxy.errors import StartError
 
     said = {"ISTHMUS_GATEWAY__ENABLED": "true"} if args.gateway else {}

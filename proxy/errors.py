@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from proxy.net.errors import ConnectFailed, ConnectionLost, NetError, TLSFailed
-from proxy.net.slots import NoRoom
+from proxy.net.connection_slots import NoRoom
+from proxy.net.exceptions import ConnectFailed, ConnectionLost, NetError, TLSFailed
 from proxy.wire.messages import Headers, ProtocolError
 
 

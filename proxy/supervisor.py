@@ -23,8 +23,9 @@ kernel frees them whatever becomes of the process), and when it has the names, i
 fails if anybody listens there: workers of a supervisor that was killed, say. (A proxy without workers binds that way for good.) Other
 users cannot share the ports at all: the kernel wants the same user id.
 
-Shared by all of them: the configuration, the loop guard's secret, and the table of our own open connections (depths.py). Not shared:
-pools, health and load of endpoints, TLS sessions, DNS questions under way, queues of logs and spans. Each worker learns by itself.
+Shared by all of them: the configuration, the loop guard's secret, and the table of our own open connections (workers/connection_table.py).
+Not shared: pools, health and load of endpoints, TLS sessions, DNS questions under way, queues of logs and spans. Each worker learns by
+itself.
 """
 
 from __future__ import annotations
@@ -47,16 +48,16 @@ import trio
 
 import proxy
 from proxy.admin import Admin, Status
-from proxy.config import Config
-from proxy.depths import make, wipe
+from proxy.config.load import Config
 from proxy.errors import StartError
-from proxy.listeners import has_family
-from proxy.logs import configure
-from proxy.metrics import Metrics
 from proxy.net.accept import BindFailed, bind, bind_datagrams
 from proxy.net.liveness import Liveness
-from proxy.siblings import QUESTION, SiblingGone, Start, State, receive, send, share, start_message
-from proxy.totals import Totals, reading
+from proxy.process.listeners import has_family
+from proxy.telemetry.log import configure
+from proxy.telemetry.metrics import Metrics
+from proxy.workers.connection_table import make, wipe
+from proxy.workers.merged_metrics import Totals, reading
+from proxy.workers.protocol import QUESTION, SiblingGone, Start, State, receive, send, share, start_message
 
 _log = logging.getLogger("isthmus.supervisor")
 

@@ -1,8 +1,9 @@
 """One of several workers: the same proxy as ever, but for the administration listener, which is the supervisor's.
 
-`python -m proxy.worker FD MEMORY` is started by the supervisor and by nobody else. FD is this end of a pair of sockets (siblings.py): by
-it comes what this worker is, and over it go the answers about how it is. MEMORY is shared with the other workers (depths.py). When the
-supervisor is gone, whoever runs the container thinks that the proxy is; so the worker behaves as if it had been told to stop.
+`python -m proxy.worker FD MEMORY` is started by the supervisor and by nobody else. FD is this end of a pair of sockets
+(workers/protocol.py): by it comes what this worker is, and over it go the answers about how it is. MEMORY is shared with the other workers
+(workers/connection_table.py). When the supervisor is gone, whoever runs the container thinks that the proxy is; so the worker behaves as if
+it had been told to stop.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import msgspec
 import trio
 
 from proxy.app import App, start
-from proxy.depths import SharedDepths
 from proxy.errors import StartError
-from proxy.siblings import QUESTION, Sibling, SiblingGone, State, read_start, receive, send
-from proxy.totals import reading
+from proxy.workers.connection_table import SharedDepths
+from proxy.workers.merged_metrics import reading
+from proxy.workers.protocol import QUESTION, Sibling, SiblingGone, State, read_start, receive, send
 
 
 def main(descriptor: int, memory: int) -> int:

@@ -22,8 +22,8 @@ import trio
 
 from proxy.admin import takes_gzip
 from proxy.app import App
-from proxy.config import load
-from proxy.metrics import Metrics
+from proxy.config.load import load
+from proxy.telemetry.metrics import Metrics
 from proxy.wire.messages import Headers
 
 HOST = "127.0.0.1"

@@ -17,12 +17,12 @@ import yaml
 from trio.testing import MockClock
 
 from proxy.app import App
-from proxy.config import load
-from proxy.mesh.certificates import issue, make_root
-from proxy.mesh.material import utc_now
-from proxy.mesh.spiffe import SpiffeId
-from proxy.metrics import Metrics
-from proxy.wire import heads
+from proxy.config.load import load
+from proxy.identity.credentials import utc_now
+from proxy.identity.issue import issue, make_root
+from proxy.identity.spiffe import SpiffeId
+from proxy.telemetry.metrics import Metrics
+from proxy.wire.h1 import fast_head
 from proxy.wire.messages import Limits
 from tests.kit.apps import HOST, Fleet, application
 from tests.kit.http import until
@@ -212,11 +212,11 @@ async def test_a_proxy_that_is_going_down_still_knows_its_own_listeners(tmp_path
 
 async def test_what_clients_have_said_of_themselves_is_soon_forgotten(tmp_path: Path, mock_clock: MockClock) -> None:
     async with running(tmp_path):
-        assert heads.recognise_request(b"GET / HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret\r\n\r\n", Limits()) is not None
-        assert heads._known.cache_info().currsize > 0
+        assert fast_head.recognise_request(b"GET / HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret\r\n\r\n", Limits()) is not None
+        assert fast_head._known.cache_info().currsize > 0
         mock_clock.autojump_threshold = 0.01
         await trio.sleep(15)
-        assert heads._known.cache_info().currsize == 0
+        assert fast_head._known.cache_info().currsize == 0
 
 
 async def test_what_was_configured_to_go_to_a_loopback_address_is_no_call_of_the_pod_to_itself(tmp_path: Path) -> None:

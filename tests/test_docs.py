@@ -20,14 +20,15 @@ import pytest
 import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
-from proxy import config, errors, metrics
+from proxy import directory, errors
+from proxy.config import load as config
+from proxy.config.units import GrpcCode
+from proxy.directory.clusters import GATEWAY_PORT
 from proxy.errors import Answer
-from proxy.http_measures import HttpCollector
-from proxy.mesh import directory
-from proxy.mesh.directory.clusters import GATEWAY_PORT
-from proxy.mesh.intercept import InterceptSettings
-from proxy.tally import Spread, Tally
-from proxy.units import GrpcCode
+from proxy.intercept.nftables import InterceptSettings
+from proxy.telemetry import metrics
+from proxy.telemetry.counters import Spread, Tally
+from proxy.telemetry.request_metrics import HttpCollector
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -1,18 +1,15 @@
 """The direction of imports is the architecture. These are its rules, read from the source text: nothing is imported to check them.
 
-    loopguard -> nothing            wire -> h11, h2, hpack            mesh -> what reads files and makes certificates
-    tracing -> opentelemetry        net -> trio, OpenSSL              exchange -> wire, net
-    flows (inbound, outbound) -> all of these; app -> flows; nothing -> app but the command
-    control.kube -> h11, trio, msgspec; proxy never -> control
-
-and the sizes that say when a room holds two things.
+Imports go up in the table of RULES and never down: a package may import only what stands above it, and of that only what its row names.
+Data goes the other way: app builds the flows and gives each part what it needs. There are no circles of modules. The sizes at the end are
+the sign that a module holds two things.
 """
 
 from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -21,45 +18,133 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("control", "proxy", "tracing", "loopguard", "lab")
 OURS = frozenset(PACKAGES)
 
-# Room -> the first-party rooms it may import, and the third-party packages. `proxy.X` stands for module or package X.
+# Package, or module beside them -> what it may import of our own, and of third parties. The order is the direction: see above.
 RULES: dict[str, tuple[set[str], set[str]]] = {
-    "loopguard": ({"loopguard"}, set()),
-    "tracing": ({"tracing"}, {"opentelemetry"}),
-    "proxy.wire": ({"proxy.wire"}, {"h11", "h2", "hpack"}),
-    "proxy.net": ({"proxy.net"}, {"trio", "OpenSSL", "cryptography"}),
-    "proxy.mesh": (
-        {"proxy.mesh", "proxy.net", "proxy.settings", "proxy.units", "proxy.describe", "loopguard"},
-        {"trio", "OpenSSL", "cryptography", "msgspec", "yaml", "dns"},
-    ),
-    "proxy.exchange": ({"proxy.exchange", "proxy.wire", "proxy.net", "proxy.errors", "loopguard", "tracing"}, {"trio"}),
-    "proxy.fast": ({"proxy.fast", "proxy.exchange", "proxy.wire", "proxy.net", "proxy.errors"}, {"trio"}),
-    "proxy.detect": ({"proxy.net", "proxy.wire"}, {"trio"}),
-    "proxy.totals": (set(), {"msgspec", "prometheus_client"}),
+    "loopguard": (set(), set()),
+    "tracing": (set(), {"opentelemetry"}),
+    "control.kube": (set(), {"trio", "h11", "msgspec"}),
+    "proxy.wire": (set(), {"h11", "hpack"}),
+    "proxy.net": (set(), {"trio", "OpenSSL", "cryptography"}),
+    "proxy.files": (set(), set()),
+    "proxy.intercept": (set(), set()),
     "proxy.errors": ({"proxy.net", "proxy.wire"}, set()),
-    "control.kube": ({"control.kube"}, {"trio", "h11", "msgspec"}),
+    "proxy.identity": ({"proxy.files", "proxy.net"}, {"trio", "OpenSSL", "cryptography"}),
+    "proxy.config": ({"proxy.files", "proxy.identity", "proxy.net"}, {"msgspec", "yaml"}),
+    "proxy.directory": ({"proxy.config", "proxy.files", "proxy.identity", "proxy.net", "loopguard"}, {"trio", "msgspec"}),
+    "proxy.balancing": ({"proxy.directory", "proxy.net"}, {"trio"}),
+    "proxy.exchange": ({"proxy.wire", "proxy.net", "proxy.errors", "loopguard", "tracing"}, {"trio"}),
+    "proxy.fastpath": ({"proxy.exchange", "proxy.wire", "proxy.net", "proxy.errors"}, {"trio"}),
+    "proxy.telemetry": (
+        {"proxy.config", "proxy.exchange", "proxy.wire", "proxy.net", "proxy.errors", "tracing"},
+        {"trio", "OpenSSL", "prometheus_client"},
+    ),
+    "proxy.workers": ({"proxy.config", "proxy.net"}, {"msgspec", "prometheus_client"}),
+    "proxy.process": (
+        {"proxy.telemetry", "proxy.exchange", "proxy.directory", "proxy.identity", "proxy.config", "proxy.net", "proxy.errors"},
+        {"trio"},
+    ),
+    "proxy.dns": ({"proxy.process", "proxy.telemetry", "proxy.directory", "proxy.config", "proxy.net", "proxy.errors"}, {"trio", "dns"}),
+    "proxy.routing": (
+        {
+            "proxy.balancing",
+            "proxy.telemetry",
+            "proxy.exchange",
+            "proxy.directory",
+            "proxy.config",
+            "proxy.wire",
+            "proxy.net",
+            "proxy.errors",
+        },
+        {"trio", "msgspec"},
+    ),
+    "proxy.flows": (
+        {
+            "proxy.routing",
+            "proxy.balancing",
+            "proxy.workers",
+            "proxy.telemetry",
+            "proxy.fastpath",
+            "proxy.exchange",
+            "proxy.directory",
+            "proxy.config",
+            "proxy.identity",
+            "proxy.wire",
+            "proxy.net",
+            "proxy.errors",
+            "loopguard",
+            "tracing",
+        },
+        {"trio"},
+    ),
+    "proxy.admin": ({"proxy.process", "proxy.telemetry", "proxy.exchange", "proxy.config", "proxy.wire", "proxy.net"}, {"trio"}),
+    # The composition root.
+    "proxy.app": ({"proxy", "loopguard"}, {"trio"}),
+    "proxy.worker": ({"proxy.app", "proxy.workers", "proxy.errors"}, {"trio", "msgspec"}),
+    "proxy.supervisor": (
+        {"proxy.admin", "proxy.process", "proxy.workers", "proxy.telemetry", "proxy.config", "proxy.net", "proxy.errors", "proxy"},
+        {"trio", "msgspec"},
+    ),
+    "proxy.commands": (
+        {"proxy.dns", "proxy.directory", "proxy.intercept", "proxy.config", "proxy.identity", "proxy.files", "proxy.net"},
+        {"trio", "cryptography", "dns", "h11"},
+    ),
+    "proxy.cli": ({"proxy.app", "proxy.supervisor", "proxy.commands", "proxy.config", "proxy.net", "proxy.errors", "lab"}, set()),
 }
-# Not even by way of somebody who may: these never meet.
+# Modules of the standard library that these packages do not use: they are functions of their arguments.
 STDLIB_FORBIDDEN = {
     "loopguard": {"socket", "ssl", "time", "logging", "asyncio", "threading", "os"},
     "proxy.wire": {"socket", "ssl", "time", "asyncio", "selectors", "threading", "os", "logging"},
 }
+# What does not know each other.
 NEVER = [
-    ("proxy.inbound", "proxy.outbound"),
-    ("proxy.outbound", "proxy.inbound"),
-    ("proxy.wire", "proxy.net"),
-    ("proxy.net", "proxy.wire"),
-    ("loopguard", "proxy"),
-    ("tracing", "proxy"),
-    ("proxy.exchange", "proxy.mesh"),
     ("proxy", "control"),
     ("control", "lab"),
+    ("proxy.flows.inbound", "proxy.flows.outbound"),
+    ("proxy.flows.outbound", "proxy.flows.inbound"),
+    ("proxy.flows.gateway", "proxy.flows.inbound"),
+    ("proxy.flows.gateway", "proxy.flows.outbound"),
 ]
-MAY_IMPORT_APP = {"proxy.cli", "proxy.app", "proxy.worker"}
-MAY_IMPORT_LAB = {"proxy.cli"}
+# Circles that are still there, all of them by imports for type checkers: to be dissolved.
+CIRCLES: list[set[str]] = [
+    {
+        "lab.cluster",
+        "lab.pod",
+        "lab.wide_area",
+    },
+    {
+        "proxy.exchange.h2.connection",
+        "proxy.exchange.h2.read_pacing",
+        "proxy.exchange.h2.send_scheduler",
+        "proxy.exchange.h2.stream",
+    },
+    {
+        "proxy.exchange.client",
+        "proxy.exchange.exchange",
+        "proxy.exchange.h1.request_body",
+        "proxy.exchange.h1.server",
+        "proxy.exchange.h2.server",
+        "proxy.exchange.handoff",
+        "proxy.exchange.max_forwards",
+        "proxy.exchange.upstream",
+        "proxy.exchange.upstream_head",
+    },
+    {
+        "proxy.telemetry.endpoint_metrics",
+        "proxy.telemetry.metrics",
+    },
+    {
+        "proxy.fastpath.event_loop",
+        "proxy.fastpath.fast_path",
+        "proxy.fastpath.fast_relay",
+        "proxy.fastpath.h1_connection",
+        "proxy.fastpath.h2_exchange",
+        "proxy.fastpath.ready_socket",
+    },
+]
 
 MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 400, 50, 5
 # Longer files that hold one thing. A list of settings has one entry for each setting.
-LONGER = {"proxy/sections.py": 600}
+LONGER = {"proxy/config/schema.py": 600}
 
 
 def sources() -> Iterator[tuple[str, Path, ast.Module]]:
@@ -70,9 +155,11 @@ def sources() -> Iterator[tuple[str, Path, ast.Module]]:
 
 
 SOURCES = list(sources())
+MODULES = frozenset(name for name, _, _ in SOURCES)
 
 
 def imported(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """What is imported, with the name that is taken, and the line. What is for type checkers alone counts as well."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -82,8 +169,42 @@ def imported(tree: ast.Module) -> Iterator[tuple[str, int]]:
             yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
 
 
-def within(name: str, room: str) -> bool:
-    return name == room or name.startswith(room + ".")
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def package_of(name: str) -> str:
+    """The row of RULES that a module, or a name in one, belongs to."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] in ("control", "proxy") else parts[0]
+
+
+def cycles(graph: Mapping[str, set[str]]) -> list[set[str]]:
+    """The groups of more than one node of which each can be reached from each other one (Tarjan's algorithm)."""
+    order: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[set[str]] = []
+
+    def visit(node: str) -> None:
+        order[node] = low[node] = len(order)
+        stack.append(node)
+        for other in sorted(graph[node]):
+            if other not in order:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], order[other])
+        if low[node] == order[node]:
+            at = stack.index(node)
+            if len(stack) - at > 1:
+                found.append(set(stack[at:]))
+            del stack[at:]
+
+    for node in sorted(graph):
+        if node not in order:
+            visit(node)
+    return found
 
 
 def test_there_is_something_to_check() -> None:
@@ -91,19 +212,31 @@ def test_there_is_something_to_check() -> None:
     assert len(SOURCES) > 40
 
 
-@pytest.mark.parametrize("room", RULES)
-def test_a_room_imports_only_what_it_may(room: str) -> None:
-    first_party, third_party = RULES[room]
+def test_each_package_has_a_rule() -> None:
+    assert {package_of(name) for name in MODULES} - {"lab", "proxy", "control"} == set(RULES)
+
+
+def test_the_rules_have_one_direction() -> None:
+    above: set[str] = {"proxy", "lab"}  # the root package holds nothing, and the laboratory imports what it likes
+    for package, (first_party, _) in RULES.items():
+        assert first_party <= above, f"{package} may import {first_party - above}, which do not stand above it"
+        above.add(package)
+
+
+@pytest.mark.parametrize("package", RULES)
+def test_a_package_imports_only_what_it_may(package: str) -> None:
+    first_party, third_party = RULES[package]
     wrong = []
     for name, path, tree in SOURCES:
-        if not within(name, room):
+        if not within(name, package):
             continue
         for target, line in imported(tree):
             top = target.split(".")[0]
             if top in OURS:
-                allowed = any(within(target, other) for other in first_party)
+                row = package_of(target) if package_of(target) in RULES else top
+                allowed = row == package or row in first_party or (package == "proxy.app" and row in _above(package))
             elif top in sys.stdlib_module_names:
-                allowed = top not in STDLIB_FORBIDDEN.get(room, set())
+                allowed = top not in STDLIB_FORBIDDEN.get(package, set())
             else:
                 allowed = top in third_party
             if not allowed:
@@ -111,33 +244,36 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(("who", "whom"), NEVER)
-def test_rooms_that_never_meet(who: str, whom: str) -> None:
-    importers = [(path, tree) for name, path, tree in SOURCES if within(name, who)]
-    wrong = [f"{path}:{line}" for path, tree in importers for target, line in imported(tree) if within(target, whom)]
+def _above(package: str) -> list[str]:
+    rows = list(RULES)
+    return rows[: rows.index(package)]
+
+
+@pytest.mark.parametrize(("one", "other"), NEVER)
+def test_what_does_not_know_each_other(one: str, other: str) -> None:
+    importers = [(path, tree) for name, path, tree in SOURCES if within(name, one)]
+    assert importers
+    wrong = [f"{path}:{line}" for path, tree in importers for target, line in imported(tree) if within(target, other)]
     assert not wrong, wrong
-
-
-def test_nothing_imports_the_composition_root() -> None:
-    wrong = [
-        f"{path}:{line} imports {target}"
-        for name, path, tree in SOURCES
-        if name not in MAY_IMPORT_APP
-        for target, line in imported(tree)
-        if within(target, "proxy.app")
-    ]
-    assert not wrong, "\n".join(wrong)
 
 
 def test_the_proxy_does_not_know_the_laboratory() -> None:
     wrong = [
         f"{path}:{line} imports {target}"
         for name, path, tree in SOURCES
-        if within(name, "proxy") and name not in MAY_IMPORT_LAB
+        if within(name, "proxy") and name != "proxy.cli"  # for `isthmus demo`
         for target, line in imported(tree)
         if within(target, "lab")
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for name, _, tree in SOURCES:
+        targets = {target if target in MODULES else target.rpartition(".")[0] for target, _ in imported(tree)}
+        graph[name] = (targets & MODULES) - {name}
+    assert cycles(graph) == CIRCLES
 
 
 def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

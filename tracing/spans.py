@@ -15,7 +15,7 @@ import re
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, Protocol
 
-from tracing.names import GRPC_CODES, METHODS, SECRET_PARAMETERS, SERVER_ERRORS, Name
+from tracing.attributes import GRPC_CODES, METHODS, SECRET_PARAMETERS, SERVER_ERRORS, Name
 
 Value = str | int | float | bool
 Kind = Literal["server", "client"]

@@ -13,7 +13,7 @@ from proxy.commands.check_names import check_names
 from proxy.commands.check_peers import MAX_PEERS, check_peers
 from proxy.commands.check_redirection import PROBE_PORT, check_proxy, check_redirection
 from proxy.commands.checks import Moment, Result, check_certificates, check_clock, check_configuration, check_directory, worst
-from proxy.mesh.describe import write_everything
+from proxy.identity.inspect import write_everything
 
 DESCRIPTION = """\
 Prove that this pod is set up right, and say what is wrong and how to mend it:

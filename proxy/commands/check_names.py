@@ -18,14 +18,14 @@ import dns.rdatatype
 import trio
 
 from proxy.commands.checks import Result
-from proxy.config import Config, ConfigError
-from proxy.mesh.dns import PROBE, PROBE_TEXT
+from proxy.config.load import Config, ConfigError
+from proxy.config.resolv_conf import Resolvers
+from proxy.config.schema import DnsConfig
+from proxy.dns.answers import PROBE, PROBE_TEXT
 from proxy.net.accept import BindFailed, bind, bind_datagrams
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
-from proxy.net.errors import ConnectFailed, NetError
-from proxy.resolvers import Resolvers
-from proxy.sections import DnsConfig
+from proxy.net.exceptions import ConnectFailed, NetError
 
 _NAME = "names"
 _INSTALL = "install the rules with `isthmus intercept --config FILE`, and look at them with `isthmus intercept --dry-run --config FILE`"

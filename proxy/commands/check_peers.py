@@ -18,13 +18,13 @@ from functools import partial
 import trio
 
 from proxy.commands.checks import Result
-from proxy.config import Config
-from proxy.mesh.directory import Directory, Endpoint
-from proxy.mesh.identity import ALPN_HTTP1, Identity, PeerRefused, SpiffeId
+from proxy.config.load import Config
+from proxy.directory import Directory, Endpoint
+from proxy.identity.identity import ALPN_HTTP1, Identity, PeerRefused, SpiffeId
 from proxy.net.dial import Dialer
-from proxy.net.errors import ConnectFailed, ConnectionLost, TLSFailed
-from proxy.net.streams import SocketStream
-from proxy.net.tls import TLSOffer, tls_client
+from proxy.net.exceptions import ConnectFailed, ConnectionLost, TLSFailed
+from proxy.net.socket_stream import SocketStream
+from proxy.net.tls.handshake import TLSOffer, tls_client
 
 # Enough to prove that the mesh works; a directory may hold thousands of endpoints, and each of them would feel the handshake.
 MAX_PEERS = 50

@@ -25,11 +25,11 @@ import h11
 import trio
 
 from proxy.commands.checks import Result
-from proxy.config import Config
+from proxy.config.load import Config
 from proxy.net.accept import BindFailed, bind, original_destination
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
-from proxy.net.errors import ConnectFailed
+from proxy.net.exceptions import ConnectFailed
 
 # Documentation addresses: TEST-NET-1 (RFC 5737) and the IPv6 documentation prefix (RFC 3849). No router knows a way to them.
 PROBES = ("192.0.2.1", "2001:db8::1")

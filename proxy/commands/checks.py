@@ -12,13 +12,14 @@ from typing import Literal
 
 from cryptography import x509
 
-from proxy import config
+from proxy import directory
 from proxy.commands.directory import counted
-from proxy.config import Config, ConfigError
-from proxy.mesh import contents, directory, material, watch
-from proxy.mesh.describe import expiry_in_words, in_words, life_left
-from proxy.mesh.directory import Directory, DirectoryError
-from proxy.mesh.identity import WARN_AT, Identity, MaterialError, MaterialFiles, TLSSettings
+from proxy.config import load as config
+from proxy.config.load import Config, ConfigError
+from proxy.directory import Directory, DirectoryError, watcher
+from proxy.identity import credential_files, credentials
+from proxy.identity.identity import WARN_AT, Identity, MaterialError, MaterialFiles, TLSSettings
+from proxy.identity.inspect import expiry_in_words, in_words, life_left
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 
@@ -51,7 +52,7 @@ class Moment:
 
     @classmethod
     def now(cls) -> "Moment":
-        return cls(material.utc_now(), time.monotonic())
+        return cls(credentials.utc_now(), time.monotonic())
 
 
 def check_configuration(path: Path | None, environment: Mapping[str, str]) -> tuple[list[Result], Config | None]:
@@ -81,9 +82,9 @@ def check_certificates(settings: Config) -> tuple[list[Result], Identity | None]
     if identity.id.trust_domain != settings.trust_domain:
         what = f"the certificate is of the trust domain {identity.id.trust_domain}, but trust_domain is {settings.trust_domain}"
         results.append(Result(name, "warning", what, "set trust_domain to the one of the certificates"))
-    now = material.utc_now()
+    now = credentials.utc_now()
     results.append(_lifetime(name, f"{identity.id}: the certificate", identity.certificate, now))
-    results += [_lifetime(name, f"trust root {material.name_of(root)}", root, now) for root in identity.roots]
+    results += [_lifetime(name, f"trust root {credentials.name_of(root)}", root, now) for root in identity.roots]
     return results, identity
 
 
@@ -103,7 +104,7 @@ def check_clock(certificate: Path | None, started: Moment, reported: datetime | 
     now = Moment.now()
     results = []
     if now.wall < _EARLIEST:
-        what = f"it is {material.when(now.wall)} here, before this software was written"
+        what = f"it is {credentials.when(now.wall)} here, before this software was written"
         results.append(Result(name, "failed", what, "set the clock of this machine (NTP)"))
     drift = (now.wall - started.wall).total_seconds() - (now.monotonic - started.monotonic)
     if abs(drift) > _STEP:
@@ -112,24 +113,24 @@ def check_clock(certificate: Path | None, started: Moment, reported: datetime | 
     results += _clock_by_certificate(name, certificate, now.wall)
     if reported is not None:
         results.append(_clock_by_proxy(name, now.wall, reported))
-    return results or [Result(name, "ok", f"it is {material.when(now.wall)} here; there is nothing to compare it with")]
+    return results or [Result(name, "ok", f"it is {credentials.when(now.wall)} here; there is nothing to compare it with")]
 
 
 def _clock_by_certificate(name: str, path: Path | None, now: datetime) -> list[Result]:
     if path is None:
         return []
     try:
-        leaf = material.parse_certificates(path, contents.read_file(path))[0]
+        leaf = credentials.parse_certificates(path, credential_files.read_file(path))[0]
     except MaterialError:
         return []  # that is the certificates' finding
     start, end = leaf.not_valid_before_utc, leaf.not_valid_after_utc
     if now < start:
-        what = f"it is {material.when(now)} here, but our certificate begins {in_words(start - now)} later: this clock is slow"
+        what = f"it is {credentials.when(now)} here, but our certificate begins {in_words(start - now)} later: this clock is slow"
         return [Result(name, "failed", f"{what}, or the issuer's is fast", "compare both clocks with NTP")]
     if now > end:
-        what = f"it is {material.when(now)} here, and our certificate ended {in_words(now - end)} ago"
+        what = f"it is {credentials.when(now)} here, and our certificate ended {in_words(now - end)} ago"
         return [Result(name, "warning", what, "if the certificate is new this clock is fast; otherwise renew it")]
-    return [Result(name, "ok", f"it is {material.when(now)} here, {in_words(now - start)} after our certificate begins")]
+    return [Result(name, "ok", f"it is {credentials.when(now)} here, {in_words(now - start)} after our certificate begins")]
 
 
 def _clock_by_proxy(name: str, now: datetime, reported: datetime) -> Result:
@@ -149,9 +150,9 @@ def check_directory(settings: Config) -> tuple[list[Result], Directory | None]:
         return [Result(name, "skipped", what, "configure directory.file")], None
     path = settings.directory.file
     try:
-        text = watch.read(path)
+        text = watcher.read(path)
         found = directory.parse(text, str(path))
-        if settings.directory.require_end and not watch.ended(text):
+        if settings.directory.require_end and not watcher.ended(text):
             raise DirectoryError(str(path), ["does not end with a line `...`, which directory.require_end asks for"])
     except DirectoryError as error:
         remedy = "mend the file, or directory.file"

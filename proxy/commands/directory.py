@@ -6,8 +6,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from proxy.mesh.directory import Cluster, Directory, DirectoryError, directory_schema, parse
-from proxy.mesh.watch import read
+from proxy.directory import Cluster, Directory, DirectoryError, directory_schema, parse
+from proxy.directory.watcher import read
 
 DESCRIPTION = """\
 The directory is the file that says which services there are, where they are served and by whom, which other clusters there are, and how

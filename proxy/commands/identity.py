@@ -9,13 +9,15 @@ from pathlib import Path
 
 from cryptography import x509
 
-from proxy.mesh import certificates, contents, files, material
-from proxy.mesh.certificates import Issued, IssueError
-from proxy.mesh.contents import MaterialError
-from proxy.mesh.describe import describe, expiry_in_words, life_left, write_everything
-from proxy.mesh.identity import WARN_AT
-from proxy.mesh.material import utc_now
-from proxy.mesh.spiffe import SpiffeId, SpiffeIdError
+from proxy import files
+from proxy.identity import credential_files, credentials
+from proxy.identity import issue as certificates
+from proxy.identity.credential_files import MaterialError
+from proxy.identity.credentials import utc_now
+from proxy.identity.identity import WARN_AT
+from proxy.identity.inspect import describe, expiry_in_words, life_left, write_everything
+from proxy.identity.issue import Issued, IssueError
+from proxy.identity.spiffe import SpiffeId, SpiffeIdError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 64
@@ -170,7 +172,7 @@ def _run_issue(args: argparse.Namespace) -> int:
     out: Path = args.out
     _write_pair(out, (CERTIFICATE, KEY), issued)
     files.write_public(out / ROOTS, root.certificate_pem)
-    print(f"{out}: {material.spiffe_uri(issued.certificate)}; the certificate {expiry_in_words(issued.certificate, utc_now())}")
+    print(f"{out}: {credentials.spiffe_uri(issued.certificate)}; the certificate {expiry_in_words(issued.certificate, utc_now())}")
     if issued.note:
         print(issued.note)
     return 0
@@ -179,9 +181,9 @@ def _run_issue(args: argparse.Namespace) -> int:
 def load_root(directory: Path) -> Issued:
     """The root that `isthmus identity root` wrote into the directory. Raises MaterialError."""
     certificate_path, key_path = directory / ROOT_CERTIFICATE, directory / ROOT_KEY
-    certificate = material.parse_certificates(certificate_path, contents.read_file(certificate_path))[0]
-    key = material.parse_key(key_path, contents.read_file(key_path))
-    if key.public_key() != material.public_key(certificate_path, certificate):
+    certificate = credentials.parse_certificates(certificate_path, credential_files.read_file(certificate_path))[0]
+    key = credentials.parse_key(key_path, credential_files.read_file(key_path))
+    if key.public_key() != credentials.public_key(certificate_path, certificate):
         raise MaterialError(key_path, f"does not belong to the certificate in {certificate_path}")
     return Issued(certificate, key)
 
@@ -208,12 +210,12 @@ def _write_pair(out: Path, names: tuple[str, str], made: Issued) -> None:
 
 def _run_show(args: argparse.Namespace) -> int:
     now = utc_now()
-    roots = [root for path in args.roots for root in material.parse_certificates(path, contents.read_file(path))]
+    roots = [root for path in args.roots for root in credentials.parse_certificates(path, credential_files.read_file(path))]
     good = True
     for path in args.files:
-        data = contents.read_file(path)
+        data = credential_files.read_file(path)
         try:
-            chain = material.parse_certificates(path, data)
+            chain = credentials.parse_certificates(path, data)
         except MaterialError as error:
             print(f"{path}\n  {'FAILED':<12} {error.reason}\n")
             good = False
@@ -229,13 +231,13 @@ def _run_show(args: argparse.Namespace) -> int:
 
 
 def _verdict(certificate: x509.Certificate, chain: Sequence[x509.Certificate], roots: Sequence[x509.Certificate], now: datetime) -> bool:
-    problem = material.validity_problem(certificate, now)
+    problem = credentials.validity_problem(certificate, now)
     if problem is not None:
         print(f"  {'FAILED':<12} the certificate {problem}")
         return False
     if roots:
         try:
-            material.verify_chain(certificate, chain, roots, now)
+            credentials.verify_chain(certificate, chain, roots, now)
         except ValueError as error:
             print(f"  {'FAILED':<12} not vouched for by these trust roots: {error}")
             return False

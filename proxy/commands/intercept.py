@@ -10,13 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from proxy import config
-from proxy.mesh import intercept
-from proxy.mesh.document import DocumentError
-from proxy.mesh.intercept import Captured, InterceptError, InterceptSettings, SettingsInvalid
+from proxy.config import load as config
+from proxy.config.document import DocumentError
+from proxy.config.resolv_conf import Resolvers
+from proxy.config.schema import DnsConfig
+from proxy.intercept import nftables
+from proxy.intercept.nftables import Captured, InterceptError, InterceptSettings, SettingsInvalid
 from proxy.net.address import Address
-from proxy.resolvers import Resolvers
-from proxy.sections import DnsConfig
 
 DESCRIPTION = """\
 Redirects the TCP traffic of this network namespace (a pod) to the proxy, by one nftables table `inet isthmus`:
@@ -83,14 +83,14 @@ def run(args: argparse.Namespace) -> int:
     """0 when done, 1 when the kernel did not take it, 64 when the settings are wrong."""
     try:
         if args.remove:
-            intercept.remove()
+            nftables.remove()
             return 0
         settings = _override(_from_config(args.config), args)
-        text = intercept.render(settings)
+        text = nftables.render(settings)
         if args.dry_run:
             sys.stdout.write(text)
             return 0
-        intercept.apply(settings)
+        nftables.apply(settings)
     except (SettingsInvalid, DocumentError) as error:
         print(f"isthmus intercept: {error}", file=sys.stderr)
         return 64

@@ -1,4 +1,4 @@
-"""One exchange carried to an endpoint, and its response brought back; carriers.py has the protocols that it may be carried by.
+"""One exchange carried to an endpoint, and its response brought back; upstream.py has the protocols that it may be carried by.
 
 The task of the exchange sends the head together with what there is of the body, then reads the response. Only if more of the body
 is to come, a second task (the pump) sends it meanwhile, in a nursery that ends here: an upload takes as long as it takes, and the
@@ -29,16 +29,16 @@ import trio
 
 from proxy.errors import Undelivered, UpstreamClosed, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
 from proxy.exchange import max_forwards
-from proxy.exchange.begun import Begun, Loan
-from proxy.exchange.carriers import Carrier, Unanswered
 from proxy.exchange.exchange import Exchange
-from proxy.exchange.onward import forwarded_request, offered
+from proxy.exchange.handoff import Begun, Loan
 from proxy.exchange.reports import reported
-from proxy.net.errors import ConnectionLost
-from proxy.net.streams import Stream
+from proxy.exchange.upstream import Carrier, Unanswered
+from proxy.exchange.upstream_head import forwarded_request, offered
+from proxy.net.exceptions import ConnectionLost
+from proxy.net.socket_stream import Stream
 from proxy.wire import websocket
-from proxy.wire.bodies import Framing, Length
-from proxy.wire.frames2 import Code
+from proxy.wire.h1.body import Framing, Length
+from proxy.wire.h2.frames import Code
 from proxy.wire.messages import END, EndOfMessage, strip_hop_by_hop, upgrade_offer
 
 K = TypeVar("K", bound=Hashable)

@@ -24,18 +24,18 @@ import trio
 
 from proxy.errors import ClientGone
 from proxy.net.address import Address
-from proxy.net.memory import UNCOUNTED, Share
-from proxy.net.slots import Slot
-from proxy.net.streams import Stream
-from proxy.net.tls import TLSInfo, TLSStream
-from proxy.wire.bodies import Length
+from proxy.net.connection_slots import Slot
+from proxy.net.memory_budget import UNCOUNTED, Share
+from proxy.net.socket_stream import Stream
+from proxy.net.tls.handshake import TLSInfo, TLSStream
+from proxy.wire.h1.body import Length
 from proxy.wire.messages import END, EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead
 from proxy.wire.sniff import Protocol as Spoken
 from tracing.sampling import Trace
 
 if TYPE_CHECKING:
-    from proxy.exchange.begun import Begun
     from proxy.exchange.client import ClientSettings
+    from proxy.exchange.handoff import Begun
 
 
 class Body(Protocol):
@@ -92,7 +92,7 @@ class Facts:
     upstream: Address | None = None  # where it, or the last of its exchanges, was carried to
     upstream_tls: TLSInfo | None = None
     depth: int = 0  # how many connections of our own it lies in (loopguard/nesting.py)
-    declined_requests: int = 0  # HTTP/1 heads that took the longer road (wire/heads.py)
+    declined_requests: int = 0  # HTTP/1 heads that took the longer road (wire/h1/fast_head.py)
     declined_responses: int = 0
     service: str | None = None  # of a connection that is relayed as it is: see Exchange
     chosen: str | None = None

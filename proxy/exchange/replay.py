@@ -7,8 +7,8 @@ limit is gone cannot; what was kept of it is dropped in that moment.
 from __future__ import annotations
 
 from proxy.exchange.exchange import Body
-from proxy.net.memory import UNCOUNTED, Share
-from proxy.wire.bodies import Length
+from proxy.net.memory_budget import UNCOUNTED, Share
+from proxy.wire.h1.body import Length
 from proxy.wire.messages import EndOfMessage
 
 

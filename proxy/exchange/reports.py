@@ -15,8 +15,8 @@ The status and Proxy-Status of such a response are for people, and for peers tha
 from __future__ import annotations
 
 from proxy.errors import BROKEN, REPORTED, Answer, Undelivered, UpstreamClosed
-from proxy.net.streams import Stream
-from proxy.net.tls import TLSStream
+from proxy.net.socket_stream import Stream
+from proxy.net.tls.handshake import TLSStream
 from proxy.wire.messages import FAILURE, ResponseHead
 
 # Bytes of the other proxy's Proxy-Status; a longer one is not passed on.

@@ -9,11 +9,11 @@ from __future__ import annotations
 import trio
 
 from proxy.errors import TunnelRefused, Undelivered, UpstreamProtocolError
+from proxy.exchange.prefixed_stream import READ_SIZE, Resumed
 from proxy.exchange.reports import reported
-from proxy.exchange.resumed import READ_SIZE, Resumed
-from proxy.net.errors import ConnectionLost
-from proxy.net.streams import Stream
-from proxy.wire.http1 import Http1Connection, Role
+from proxy.net.exceptions import ConnectionLost
+from proxy.net.socket_stream import Stream
+from proxy.wire.h1.connection import Http1Connection, Role
 from proxy.wire.messages import Field, Headers, Limits, ProtocolError, RequestHead, ResponseHead, Signal
 
 # What the gateway says of itself in a refusal may be quoted, up to here.

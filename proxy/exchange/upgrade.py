@@ -11,9 +11,9 @@ from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from proxy.errors import UpgradeFailed, UpstreamClosed, UpstreamProtocolError
-from proxy.exchange.carriers import NoExtendedConnect
 from proxy.exchange.client import Client, K, K_contra, Lender
 from proxy.exchange.exchange import Exchange
+from proxy.exchange.upstream import NoExtendedConnect
 from proxy.wire import websocket
 from proxy.wire.sniff import Protocol as Spoken
 

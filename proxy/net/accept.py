@@ -2,11 +2,12 @@
 
 One task per connection, all of them children of `Acceptor.serve`. Whatever goes wrong in a connection's handler ends that
 connection and nothing else. Cancellation is not an error and passes. What is smaller than a connection has boundaries of its own, above:
-an exchange (exchange/layers.py), a stream of a shared connection (server2.py), a kept connection (pool2.py), a datagram (resolver.py);
-nobody else catches broadly.
+an exchange (exchange/layers.py), a stream of a shared connection (exchange/h2/server.py), a kept connection (exchange/h2/pool.py), a
+datagram (dns/server.py); nobody else catches broadly.
 
-Two things bound what a flood can cost us. The number of connections is bounded, and where there is room for no more, slots.py says which
-one ends. If the process runs out of file descriptors, accepting pauses for a moment and goes on; connections that are open do not notice.
+Two things bound what a flood can cost us. The number of connections is bounded, and where there is room for no more, connection_slots.py
+says which one ends. If the process runs out of file descriptors, accepting pauses for a moment and goes on; connections that are open do
+not notice.
 
 Draining: `drain(grace)` stops accepting at once, lets open connections finish, and cancels what is left after `grace` seconds. What
 waits in the kernel's queue then is still taken: for these clients the connection is open, and they may have sent something; closing
@@ -27,9 +28,9 @@ import trio
 from trio.lowlevel import checkpoint, notify_closing, wait_readable
 
 from proxy.net.address import Address
-from proxy.net.errors import ConnectionLost, NetError
-from proxy.net.slots import Bounds, NoRoom, Slot, Slots
-from proxy.net.streams import SocketStream
+from proxy.net.connection_slots import Bounds, NoRoom, Slot, Slots
+from proxy.net.exceptions import ConnectionLost, NetError
+from proxy.net.socket_stream import SocketStream
 
 _log = logging.getLogger("isthmus.net")
 

@@ -25,9 +25,9 @@ import trio
 from trio.lowlevel import checkpoint_if_cancelled, notify_closing, wait_writable
 
 from proxy.net.address import Address
-from proxy.net.errors import ConnectFailed, ConnectionLost, ConnectReason
+from proxy.net.exceptions import ConnectFailed, ConnectionLost, ConnectReason
 from proxy.net.liveness import Liveness
-from proxy.net.streams import SocketStream
+from proxy.net.socket_stream import SocketStream
 
 _REASONS: dict[int, ConnectReason] = {
     errno.ECONNREFUSED: "refused",

@@ -21,8 +21,8 @@ from contextlib import contextmanager, suppress
 import trio
 from trio.lowlevel import wait_readable
 
-from proxy.net.streams import SocketStream, Stream
-from proxy.net.tls import TLSStream
+from proxy.net.socket_stream import SocketStream, Stream
+from proxy.net.tls.handshake import TLSStream
 
 _log = logging.getLogger("isthmus.net")
 

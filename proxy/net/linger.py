@@ -6,7 +6,7 @@ import socket
 
 import trio
 
-from proxy.net.streams import Stream
+from proxy.net.socket_stream import Stream
 
 # Reads of unread bytes that are thrown away before closing, so that the kernel ends the connection with FIN: closing with unread bytes (a
 # session ticket is enough) makes it RST, and RST destroys what the peer has not read yet.

@@ -25,7 +25,7 @@ from functools import partial
 
 import trio
 
-from proxy.net.streams import SocketStream
+from proxy.net.socket_stream import SocketStream
 
 # Seconds between keep-alive probes, and so many without an answer end the connection, where TCP_USER_TIMEOUT does not end it earlier.
 _KEEPALIVE_INTERVAL = 10

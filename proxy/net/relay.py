@@ -32,11 +32,11 @@ from typing import Any, Generic, Literal, TypeVar
 
 import trio
 
-from proxy.net.errors import NetError
+from proxy.net.exceptions import NetError
 from proxy.net.linger import linger
-from proxy.net.memory import UNCOUNTED
-from proxy.net.pipe import Pipe
-from proxy.net.streams import RECEIVE_SIZE, SocketStream, Stream
+from proxy.net.memory_budget import UNCOUNTED
+from proxy.net.socket_stream import RECEIVE_SIZE, SocketStream, Stream
+from proxy.net.splice import Pipe
 
 # The idle deadline is moved only when it has become stale by this share of the idle time: moving it at every read would cost
 # as much as the bookkeeping of a small read itself. So an idle relay ends after one to one and an eighth idle times.
@@ -50,8 +50,8 @@ How = Literal["eof", "unread", "idle", "lost"]
 _WORSE: dict[How, int] = {"eof": 0, "unread": 1, "idle": 2, "lost": 3}
 
 
-# Pieces in a row as long as a read may be, after which a relay between two sockets goes by a pipe (pipe.py); and shorter ones, after which
-# it gives the pipe back: it takes two descriptors, and helps bulk only.
+# Pieces in a row as long as a read may be, after which a relay between two sockets goes by a pipe (splice.py); and shorter ones, after
+# which it gives the pipe back: it takes two descriptors, and helps bulk only.
 BULK, _LULL, _NEVER = 4, 64, -1
 
 T = TypeVar("T", bound=Sized)

@@ -49,7 +49,7 @@ class Limits:
 class Headers:
     """Ordered fields. Lookups take the name in lower case.
 
-    Those of a head that the recogniser has accepted (wire/heads.py) stay the `block` of lines that they came as until somebody asks for
+    Those of a head that the recogniser has accepted (h1/fast_head.py) stay the `block` of lines that they came as until somebody asks for
     more: most heads go on in their own bytes, with a line or two of ours behind them. A block has one Host, and no field that offers or
     frames anything. `clean`: it is known that no field in here belongs to the hop, so nobody has to look for one.
     """
@@ -290,7 +290,7 @@ CALLER_FIELDS = frozenset(b"%b%cclient%cid" % (proxy, one, two) for proxy in (b"
 # The same as a pattern, of names in any case if it is used so.
 CALLER_PATTERN = rb"(?:isthmus|l5d)[%b]client[%b]id" % (re.escape(_DASHES), re.escape(_DASHES))
 
-# Limits that a client asks the first proxy for (proxy/overrides.py). They end there, heard or not.
+# Limits that a client asks the first proxy for (proxy/routing/request_overrides.py). They end there, heard or not.
 OVERRIDES = frozenset(
     {b"isthmus-timeout", b"isthmus-response-timeout", b"isthmus-attempt-timeout"}
     | {b"isthmus-retry-limit", b"isthmus-retry-statuses", b"isthmus-retry-grpc"}

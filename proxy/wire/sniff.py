@@ -60,7 +60,7 @@ _LINES_ONLY = re.compile(rb"[\t\n\v\f\r ]*+")
 # Type and length of an extension of a ClientHello, and the types that are read (RFC 8446 §4.2).
 _EXTENSION = struct.Struct("!HH")
 _SERVER_NAME, _ALPN = 0, 16
-# As many empty lines as http1.py skips before a request line.
+# As many empty lines as h1/connection.py skips before a request line.
 _EMPTY_LINES = b"\r\n" * 4
 
 

@@ -32,7 +32,7 @@ from tests.e2e.stage import (
     say,
     web_server,
 )
-from tests.test_workers import children
+from tests.workers.test_workers import children
 
 pytestmark = pytest.mark.lab
 

@@ -10,7 +10,7 @@ from tests.kit.hop import FAST
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "roads" not in metafunc.module.__name__:
+    if not metafunc.module.__name__.endswith(("both_paths", "test_detect", "test_upstream_head")):
         metafunc.parametrize("road", ["ordinary", "fast"], indirect=True)
 
 

@@ -29,7 +29,7 @@ from proxy.errors import (
 )
 from proxy.exchange.layers import made_up
 from proxy.net.address import Address
-from proxy.net.errors import ConnectFailed, ConnectionLost, TLSFailed
+from proxy.net.exceptions import ConnectFailed, ConnectionLost, TLSFailed
 from proxy.wire.messages import ProtocolError
 from tests.kit.hop import Settings, hop, through
 from tests.kit.http import BROKEN, GET, OK, Message, Peer, answering, listen, origin

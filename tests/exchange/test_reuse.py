@@ -12,7 +12,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from proxy.exchange.pool import PoolSettings
+from proxy.exchange.h1.pool import PoolSettings
 from proxy.net.address import Address
 from tests.kit.hop import Hop, Settings, hop
 from tests.kit.http import GET, OK, POST, Peer, descriptors, echo, origin, until

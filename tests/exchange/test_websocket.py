@@ -20,12 +20,12 @@ import wsproto.events
 
 from proxy.net.address import Address
 from proxy.wire.websocket import accept
+from tests.kit.dispatch import mesh, policy
 from tests.kit.hop import through
 from tests.kit.http import GET, Message, Peer, answering, origin
 from tests.kit.http2_hop import Hop2, Settings2, hop2
 from tests.kit.http2_peers import EXTENDED, WEBSOCKET, Answer, Peer2, answering2, ok, only2, speaking
 from tests.kit.ports import free_port
-from tests.kit.reach import mesh, policy
 from tests.kit.websocket_servers import first_only, hypercorn, listening
 
 KEY = b"dGhlIHNhbXBsZSBub25jZQ=="

@@ -16,10 +16,10 @@ from typing import Any
 import trio
 
 from proxy.app import App
-from proxy.config import load
-from proxy.mesh.certificates import issue, make_root
-from proxy.mesh.spiffe import SpiffeId
-from proxy.metrics import Metrics
+from proxy.config.load import load
+from proxy.identity.issue import issue, make_root
+from proxy.identity.spiffe import SpiffeId
+from proxy.telemetry.metrics import Metrics
 
 HOST = "127.0.0.1"
 Application = Callable[[trio.SocketStream], Awaitable[None]]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.fast import lane
+from proxy.fastpath import h1_connection
 
-COMPILED = lane.__file__.endswith(".so")
+COMPILED = h1_connection.__file__.endswith(".so")
 
 # For a test that puts something else in the place of a part of the product, which a compiled part does not allow.
 interpreted = pytest.mark.skipif(COMPILED, reason="it replaces what is compiled")

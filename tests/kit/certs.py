@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from OpenSSL import SSL, crypto
 
-from proxy.net.tls import demand_certificate
+from proxy.net.tls.handshake import demand_certificate
 
 HOUR = timedelta(hours=1)
 

@@ -13,8 +13,8 @@ import trio
 
 from proxy.net.accept import Acceptor, Connection, bind
 from proxy.net.address import Address
-from proxy.net.streams import SocketStream
-from proxy.wire.frames2 import Setting
+from proxy.net.socket_stream import SocketStream
+from proxy.wire.h2.frames import Setting
 from tests.kit.http2 import Server, settings
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

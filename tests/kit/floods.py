@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proxy.wire.frames2 import END_HEADERS, PREFACE
+from proxy.wire.h2.frames import END_HEADERS, PREFACE
 from tests.kit.http2 import POST, data, headers, settings
 from tests.kit.ports import free_port
 

@@ -12,21 +12,21 @@ from typing import Protocol
 
 import trio
 
-from proxy.exchange.begun import Carry
 from proxy.exchange.client import Client, ClientSettings
 from proxy.exchange.exchange import Exchange, Facts, Layer, stack
+from proxy.exchange.h1.pool import Pool, PoolSettings
+from proxy.exchange.h1.server import Drain, Http1Server, ServerSettings
+from proxy.exchange.handoff import Carry
 from proxy.exchange.layers import deadline, measure, rescue
-from proxy.exchange.lenders import Http1Lender
-from proxy.exchange.pool import Pool, PoolSettings
-from proxy.exchange.server import Drain, Http1Server, ServerSettings
-from proxy.exchange.trace import Side, Tracing, trace
-from proxy.fast.course import Borrowed, Shared
-from proxy.fast.road import Road
+from proxy.exchange.leases import Http1Lender
+from proxy.exchange.trace_layer import Side, Tracing, trace
+from proxy.fastpath.fast_path import Road
+from proxy.fastpath.plan import Borrowed, Shared
 from proxy.net.accept import Acceptor, Connection
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
 from proxy.net.relay import relay
-from proxy.net.streams import SocketStream, Stream
+from proxy.net.socket_stream import SocketStream, Stream
 from tests.kit.http import Peer, Script, connect, listen, origin, small, until
 
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 import trio
 
-from proxy.net.errors import NetError
-from proxy.net.streams import SocketStream
-from proxy.wire.budget2 import BUDGET
-from proxy.wire.events2 import DataReceived, Event, HeadReceived, Http2Limits, StreamBroken, StreamGone, TrailersReceived, WindowOpened
-from proxy.wire.frames2 import END_HEADERS, END_STREAM, PREFACE, Code, Kind, frame
-from proxy.wire.http1 import Role
-from proxy.wire.http2 import Http2Connection
+from proxy.net.exceptions import NetError
+from proxy.net.socket_stream import SocketStream
+from proxy.wire.h1.connection import Role
+from proxy.wire.h2.connection import Http2Connection
+from proxy.wire.h2.events import DataReceived, Event, HeadReceived, Http2Limits, StreamBroken, StreamGone, TrailersReceived, WindowOpened
+from proxy.wire.h2.flood_budget import BUDGET
+from proxy.wire.h2.frames import END_HEADERS, END_STREAM, PREFACE, Code, Kind, frame
 from proxy.wire.messages import Headers, ProtocolError, RequestHead, ResponseHead
 
 Pair = tuple[bytes, bytes]

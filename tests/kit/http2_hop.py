@@ -12,22 +12,22 @@ import trio
 
 from proxy.exchange.client import Client, ClientSettings, Lender
 from proxy.exchange.exchange import Exchange, Facts, stack
+from proxy.exchange.h1.pool import Pool, PoolSettings
+from proxy.exchange.h1.server import Drain, Http1Server, ServerSettings
+from proxy.exchange.h2.connection import Mux
+from proxy.exchange.h2.pool import MuxPool
+from proxy.exchange.h2.server import Http2Server
+from proxy.exchange.h2.settings import MuxSettings
 from proxy.exchange.layers import deadline, measure, rescue
-from proxy.exchange.lenders import Http1Lender, Http2Lender
-from proxy.exchange.mux import Mux
-from proxy.exchange.mux_settings import MuxSettings
-from proxy.exchange.pool import Pool, PoolSettings
-from proxy.exchange.pool2 import MuxPool
-from proxy.exchange.server import Drain, Http1Server, ServerSettings
-from proxy.exchange.server2 import Http2Server
+from proxy.exchange.leases import Http1Lender, Http2Lender
 from proxy.exchange.upgrade import carry
-from proxy.fast.course import Borrowed, Shared
-from proxy.fast.road import Road
+from proxy.fastpath.fast_path import Road
+from proxy.fastpath.plan import Borrowed, Shared
 from proxy.net.accept import Acceptor, Connection
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
 from proxy.net.relay import relay
-from proxy.net.streams import SocketStream, Stream
+from proxy.net.socket_stream import SocketStream, Stream
 from proxy.wire.sniff import Protocol
 from tests.kit.hop import FAST, Ended, Life
 from tests.kit.http import Peer, connect, listen, origin, small, until

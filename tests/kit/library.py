@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from OpenSSL import SSL
 
-from proxy.net.tls import TLSStream
+from proxy.net.tls.handshake import TLSStream
 
 LIBRARY = SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode()
 AWS_LC = "AWS-LC" in LIBRARY

@@ -22,7 +22,7 @@ from lab import network
 from lab.cluster import Cluster
 from lab.pod import APP, OPERATOR, PACKAGES, PROXY_MARK, SIDECAR, Pod, User, exemption, exemption_flags
 from lab.sandbox import rootless
-from proxy.mesh import intercept
+from proxy.intercept import nftables
 
 pytestmark = pytest.mark.lab
 
@@ -56,7 +56,7 @@ def original_destination(stream: trio.SocketStream) -> tuple[str, int]:
 
 def install(pod: Pod) -> None:
     """What the command does, without starting an interpreter for it; tests of the command and of its flags start it."""
-    pod.inside(lambda: intercept.apply(exemption()))
+    pod.inside(lambda: nftables.apply(exemption()))
 
 
 async def accept(listener: trio.SocketListener) -> trio.SocketStream:
@@ -260,7 +260,7 @@ async def dial_from(pod: Pod, port: int, target: tuple[str, int]) -> trio.Socket
 
 
 def nft(pod: Pod, script: str) -> None:
-    pod.inside(lambda: intercept.run_nft(script))
+    pod.inside(lambda: nftables.run_nft(script))
 
 
 @VERSIONS
@@ -322,7 +322,7 @@ async def test_what_connection_tracking_never_sees_is_refused_in_both_directions
         await a.connect(b.address(version), 80)
         await accept(listener)
         nft(pod, "delete table inet theirs")
-        pod.inside(intercept.remove)
+        pod.inside(nftables.remove)
         await listener.aclose()
 
 
@@ -424,7 +424,7 @@ async def test_connections_that_are_open_when_the_rules_come_or_go_stay_open(a: 
             assert await client.receive_some() == word
 
     await still_talks(b"before")
-    for change in (lambda: intercept.apply(exemption()), lambda: intercept.apply(exemption()), intercept.remove):
+    for change in (lambda: nftables.apply(exemption()), lambda: nftables.apply(exemption()), nftables.remove):
         for pod in (a, b):
             pod.inside(change)
         await still_talks(b"still here")

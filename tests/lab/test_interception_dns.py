@@ -14,8 +14,8 @@ import trio
 
 from lab.cluster import Cluster
 from lab.pod import PROXY_MARK, Pod, exemption
-from proxy.mesh import intercept
-from proxy.mesh.intercept import Captured
+from proxy.intercept import nftables
+from proxy.intercept.nftables import Captured
 from proxy.net.accept import original_destination
 from proxy.net.address import Address
 
@@ -41,7 +41,7 @@ def install(pod: Pod, resolvers: list[Pod]) -> None:
     ports = list(zip(resolvers, (FIRST, SECOND), strict=True))
     captured = [Captured(one.address(version), 53, port) for version in (4, 6) for one, port in ports]
     settings = dataclasses.replace(exemption(), mark=PROXY_MARK, dns_port=TCP, resolvers=tuple(captured))
-    pod.inside(lambda: intercept.apply(settings))
+    pod.inside(lambda: nftables.apply(settings))
 
 
 async def bound(pod: Pod, host: str, port: int, version: int) -> trio.socket.SocketType:
@@ -114,7 +114,7 @@ async def test_without_a_proxy_programs_are_told_at_once(pod: Pod, resolvers: li
 async def test_a_flow_from_before_the_rules_is_refused_and_the_next_one_is_captured(pod: Pod, resolvers: list[Pod], version: int) -> None:
     there = await bound(resolvers[0], resolvers[0].address(version), 53, version)
     # Connection tracking has to know the flow: it begins with the first NAT chain.
-    pod.inside(lambda: intercept.apply(exemption()))
+    pod.inside(lambda: nftables.apply(exemption()))
     old = await asking(pod, resolvers[0], version)
     assert await arrives(old, there)
     install(pod, resolvers[:2])
@@ -133,7 +133,7 @@ async def test_a_flow_from_before_the_rules_is_refused_and_the_next_one_is_captu
 async def test_a_resolver_on_the_loopback_interface_is_captured_and_reached_by_the_proxy(pod: Pod, version: int) -> None:
     host = LOOPBACK[version]
     settings = dataclasses.replace(exemption(), mark=PROXY_MARK, dns_port=TCP, resolvers=(Captured(host, 53, FIRST),))
-    pod.inside(lambda: intercept.apply(settings))
+    pod.inside(lambda: nftables.apply(settings))
     proxy, resolver = await bound(pod, host, FIRST, version), await bound(pod, host, 53, version)
     for mark, where in ((None, proxy), (PROXY_MARK, resolver)):
         sock = pod.socket(version, socket.SOCK_DGRAM)
@@ -145,6 +145,6 @@ async def test_a_resolver_on_the_loopback_interface_is_captured_and_reached_by_t
 
 async def test_nothing_is_left_when_the_rules_are_removed(pod: Pod, resolvers: list[Pod]) -> None:
     install(pod, resolvers[:2])
-    pod.inside(intercept.remove)
+    pod.inside(nftables.remove)
     there = await bound(resolvers[0], resolvers[0].ipv4, 53, 4)
     assert await arrives(await asking(pod, resolvers[0], 4), there)

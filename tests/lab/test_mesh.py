@@ -12,7 +12,7 @@ import yaml
 from lab.cluster import Lab
 from lab.mesh import Mesh
 from lab.sidecar import merge
-from proxy.mesh.directory import Directory, directory_schema, parse
+from proxy.directory import Directory, directory_schema, parse
 from proxy.net.address import Address
 
 pytestmark = pytest.mark.lab

@@ -19,8 +19,8 @@ from cryptography import x509
 from OpenSSL import SSL
 from trio.testing import wait_all_tasks_blocked
 
-from proxy.net.streams import SocketStream
-from proxy.net.tls import Chain, TLSOffer, TLSStream, Verify, tls_client, tls_server
+from proxy.net.socket_stream import SocketStream
+from proxy.net.tls.handshake import Chain, TLSOffer, TLSStream, Verify, tls_client, tls_server
 from tests.kit.certs import Authority, Credential, context, spiffe
 
 T = TypeVar("T")

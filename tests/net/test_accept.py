@@ -11,7 +11,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from proxy.net.accept import Acceptor, BindFailed, Connection, bind, original_destination
-from proxy.net.streams import Address, ConnectionLost, SocketStream
+from proxy.net.socket_stream import Address, ConnectionLost, SocketStream
 from tests.net.conftest import LOOPBACKS, no_descriptor_left, read_all, sockets
 
 Errors = list[tuple[Connection, BaseException]]

@@ -1,4 +1,4 @@
-"""Our streams keep trio's stream contract, but for the one deviation that proxy.net.streams states: not every operation makes a
+"""Our streams keep trio's stream contract, but for the one deviation that proxy.net.socket_stream states: not every operation makes a
 scheduler pass. With a pass in every operation (BURST = 1) trio's own conformance suite must hold to the letter."""
 
 from __future__ import annotations
@@ -7,18 +7,18 @@ import pytest
 import trio
 import trio.testing
 
-from proxy.net import streams
+from proxy.net import socket_stream
 from tests.net.conftest import Mesh, clog, clogged_pair, pair
 
 
 @pytest.fixture
 def _every_operation_yields(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "BURST", 1)
+    monkeypatch.setattr(socket_stream, "BURST", 1)
 
 
 @pytest.mark.usefixtures("_every_operation_yields")
 async def test_the_socket_stream_conforms() -> None:
-    async def maker() -> tuple[streams.SocketStream, streams.SocketStream]:
+    async def maker() -> tuple[socket_stream.SocketStream, socket_stream.SocketStream]:
         return pair(buffers=16384)
 
     await trio.testing.check_half_closeable_stream(maker, clogged_pair)
@@ -27,7 +27,7 @@ async def test_the_socket_stream_conforms() -> None:
 @pytest.mark.usefixtures("_every_operation_yields")
 async def test_the_tls_stream_conforms(mesh: Mesh) -> None:
     # Without the suite's clogged streams: a TLS record that was begun must be finished, so TLS cannot be clogged and then used
-    # as if nothing had happened. test_tls.py has those cases.
+    # as if nothing had happened. tls/test_handshake.py has those cases.
     await trio.testing.check_half_closeable_stream(mesh.connect, None)
 
 
@@ -44,7 +44,7 @@ async def test_a_stream_that_never_waits_lets_other_tasks_run_after_a_burst() ->
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(other)
-        for _ in range(10 * streams.BURST):
+        for _ in range(10 * socket_stream.BURST):
             assert await ours.receive_some(1) == b"x"
         nursery.cancel_scope.cancel()
     assert 9 <= turns <= 12

@@ -11,7 +11,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from proxy.net.dial import Dialer, _stream
 from proxy.net.liveness import Liveness
-from proxy.net.streams import Address, ConnectFailed, SocketStream
+from proxy.net.socket_stream import Address, ConnectFailed, SocketStream
 from tests.net.conftest import LOOPBACKS, listen, no_descriptor_left
 
 TCP_USER_TIMEOUT = 18  # linux/tcp.h

@@ -14,9 +14,9 @@ import trio
 from proxy.net.accept import Acceptor, Connection, bind
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
-from proxy.net.errors import ConnectionLost
+from proxy.net.exceptions import ConnectionLost
 from proxy.net.liveness import Liveness
-from proxy.net.streams import SocketStream
+from proxy.net.socket_stream import SocketStream
 from tests.net.conftest import LOOPBACKS, listen
 
 TCP_USER_TIMEOUT = 18  # linux/tcp.h

@@ -13,11 +13,11 @@ from typing import Protocol
 import pytest
 import trio
 
-from proxy.exchange.server import Drain
-from proxy.fast.road import Road
+from proxy.exchange.h1.server import Drain
+from proxy.fastpath.fast_path import Road
 from proxy.net.relay import Relayed, relay
-from proxy.net.streams import ConnectionLost, SocketStream, Stream
-from proxy.net.tls import TLSStream
+from proxy.net.socket_stream import ConnectionLost, SocketStream, Stream
+from proxy.net.tls.handshake import TLSStream
 from tests.net.conftest import Mesh, both, pair, read_all
 
 Either = SocketStream | TLSStream
@@ -293,7 +293,7 @@ async def test_bulk_goes_by_a_pipe_which_is_given_back_when_it_is_over(relayed: 
 
 
 async def test_bulk_is_copied_where_no_pipe_is_to_be_had(relayed: Relaying, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.net.pipe.PIPE_SIZE", (1 << 31) + 4096)  # more than the kernel can say: not even root has it
+    monkeypatch.setattr("proxy.net.splice.PIPE_SIZE", (1 << 31) + 4096)  # more than the kernel can say: not even root has it
     joined, before = plain(), pipes()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(partial(relayed, joined.a, joined.b, idle=60))

@@ -13,7 +13,7 @@ from opentelemetry.semconv.schemas import Schemas
 
 from tests.test_docs import table
 from tracing import export
-from tracing.names import METHODS, Name
+from tracing.attributes import METHODS, Name
 from tracing.pod import FILES, VARIABLES
 from tracing.workload import owner
 

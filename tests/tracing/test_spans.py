@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tracing.records import Agreed, At, connection, grpc, http
-from tracing.names import GRPC_CODES
+from tracing.attributes import GRPC_CODES
 from tracing.spans import LONGEST, Record, describe, redacted
 
 

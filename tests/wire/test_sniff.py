@@ -13,7 +13,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from OpenSSL import SSL
 
-from proxy.wire.http1 import Http1Connection, Role
+from proxy.wire.h1.connection import Http1Connection, Role
 from proxy.wire.messages import Limits, ProtocolError
 from proxy.wire.sniff import (
     HELLO_LIMIT,

@@ -9,7 +9,7 @@ import websockets.utils
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.wire.fields2 import field_pairs, request_pairs
+from proxy.wire.h2.fields import field_pairs, request_pairs
 from proxy.wire.messages import Field, Headers, ProtocolError, RequestHead, ResponseHead
 from proxy.wire.websocket import accept, asks, extends, key_of, to_101, to_200, to_connect, to_get
 

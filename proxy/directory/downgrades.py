@@ -1,0 +1,158 @@
+"""What a new directory would send in clear text that the one in use sends by mutual TLS.
+
+A directory file that is cut off can be a valid, shorter one. Cut in front of `identity:`, it says that a meshed endpoint is not meshed. Cut
+between two services, it knows nothing of the second: connections to it would go where they were addressed, in clear text. A generator
+that has lost its input writes `services: []`. So the new directory is held against the old one, and what a person or a generator does
+every day is told from what only an accident does:
+
+    an address that had an identity is still there, without it                        refused
+    a port of such an address is in `skip_ports` now                                  refused
+    a port of a service whose endpoints all had identities has one without            refused
+    a cluster address of such a service belongs to a service with endpoints without   refused
+    services with identities are gone, so many of them as `max_loss` says             refused
+    other services with identities are gone                                           taken
+    endpoints of a service are gone, even all of them                                 taken: connections to it fail
+
+A document allows what would be refused by naming it (`allow_identity_loss`). What is taken without being named is remembered
+(proxy/directory/former_identities.py): for a while there is no clear text to the addresses that are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from proxy.directory.snapshot import Directory, Pod, Service, Target
+from proxy.net.address import Address
+
+# Names in one sentence; the others are counted.
+_NAMED = 5
+# Sentences of one refusal.
+_MOST_SAID = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Former:
+    """What an address was when it had an identity."""
+
+    identity: str
+    services: frozenset[str]
+    skip_ports: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """`refusals`: why the new directory is not to be taken, in sentences; none: it is. `former`: the addresses that it does not know any
+    more, or knows without an identity, although nothing allows that: pods by their host, services by their cluster address."""
+
+    refusals: tuple[str, ...] = ()
+    former: Mapping[str | Address, Former] = field(default_factory=dict)
+
+
+def compare(old: Directory, new: Directory, max_loss: float) -> Losses:
+    """What is lost between two directories. `max_loss`: the part of the services with identities that may not be gone at once. Takes time
+    in proportion to the size of both."""
+    comparison = _Comparison(old, new)
+    refusals = comparison.refusals(max_loss) if not new.allowance.everything else []
+    more = [f"and {len(refusals) - _MOST_SAID} more"] if len(refusals) > _MOST_SAID else []
+    return Losses((*refusals[:_MOST_SAID], *more), comparison.former() if not refusals else {})
+
+
+class _Comparison:
+    def __init__(self, old: Directory, new: Directory) -> None:
+        self._old = old
+        self._new = new
+        self._allows = new.allowance.covers
+        self._after = {service.qualified: service for service in new.services}
+        self._memberships: dict[str, set[str]] | None = None
+        self._named: set[str] = set()  # the hosts that a sentence is about
+
+    def refusals(self, max_loss: float) -> list[str]:
+        return [*self._pods(), *self._services(), *self._cluster_addresses(), *self._gone(max_loss)]
+
+    def former(self) -> dict[str | Address, Former]:
+        found: dict[str | Address, Former] = {}
+        for host, pod in self._meshed_pods():
+            after = self._new.pods.get(host)
+            if (after is None or after.endpoint.identity is None) and not self._allows((host, *self._services_of(host))):
+                found[host] = Former(str(pod.endpoint.identity), frozenset(self._services_of(host)), pod.skip_ports)
+        for address, target in self._old.clustered.items():
+            identity, service = _identity(target), target.service or ""
+            if identity and address not in self._new.clustered and not self._allows((address.host, service)):
+                found[address] = Former(identity, frozenset((service,)))
+        return found
+
+    def _meshed_pods(self) -> Iterator[tuple[str, Pod]]:
+        return ((host, pod) for host, pod in self._old.pods.items() if pod.endpoint.identity is not None)
+
+    def _services_of(self, host: str) -> set[str]:
+        """The services that a pod had a place in. All are looked through the first time that this is asked."""
+        if self._memberships is None:
+            self._memberships = {}
+            for service in self._old.services:
+                for member in _hosts(service):
+                    self._memberships.setdefault(member, set()).add(service.qualified)
+        return self._memberships.get(host, set())
+
+    def _pods(self) -> Iterator[str]:
+        for host, pod in self._meshed_pods():
+            after = self._new.pods.get(host)
+            if after is None:
+                continue
+            skipped = after.skip_ports - pod.skip_ports
+            if after.endpoint.identity is not None and not skipped:
+                continue
+            if not self._allows((host, *self._services_of(host))):
+                self._named.add(host)
+                who = f"{host} had the identity {pod.endpoint.identity}"
+                yield f"{who} and has none" if after.endpoint.identity is None else f"{who} at {sorted(skipped)}, which skip_ports has now"
+
+    def _services(self) -> Iterator[str]:
+        for service in self._old.services:
+            after = self._after.get(service.qualified)
+            for host in sorted(self._plain(service, after)) if after is not None else ():
+                if not self._allows((host, service.qualified)):
+                    yield f"all endpoints of {service.qualified} had identities, and {host} has none"
+
+    def _plain(self, service: Service, after: Service) -> set[str]:
+        """The hosts that are spoken to in clear text at a port of a service whose endpoints all had identities, without those that are
+        named already."""
+        found = set()
+        for port, target in service.targets.items():
+            if target.endpoints and all(endpoint.identity for endpoint in target.endpoints) and port in after.targets:
+                plain = {endpoint.address.host for endpoint in after.targets[port].endpoints if endpoint.identity is None}
+                found |= plain - self._named
+        return found
+
+    def _cluster_addresses(self) -> Iterator[str]:
+        for address, target in self._old.clustered.items():
+            after = self._new.clustered.get(address)
+            if after is None or after.service == target.service or not all(endpoint.identity for endpoint in target.endpoints):
+                continue
+            plain = next((endpoint.address.host for endpoint in after.endpoints if endpoint.identity is None), None)
+            if _identity(target) and plain and not self._allows((address.host, plain, target.service or "", after.service or "")):
+                yield f"{address} was {target.service}, whose endpoints had identities, and is {after.service}, where {plain} has none"
+
+    def _gone(self, max_loss: float) -> Iterator[str]:
+        meshed = [service.qualified for service in self._old.services if any(map(_identity, service.targets.values()))]
+        gone = [name for name in meshed if name not in self._after and not self._allows((name,))]
+        if gone and len(gone) >= max_loss * len(meshed):
+            more = f" and {len(gone) - _NAMED} more" if len(gone) > _NAMED else ""
+            yield f"{len(gone)} of {len(meshed)} services with identities are gone ({', '.join(gone[:_NAMED])}{more})"
+
+
+def _hosts(service: Service) -> set[str]:
+    """The hosts of a service's endpoints; each of its ports has the same."""
+    target = next(iter(service.targets.values()), None)
+    return {endpoint.address.host for endpoint in target.endpoints} if target is not None and target.remote is None else set()
+
+
+def _identity(target: Target) -> str:
+    """An identity by which a target is reached, here or by way of another cluster; "": it is reached in clear text, or by nothing."""
+    for place in (target, *(backend.target for backend in (target.plan.backends if target.plan is not None else ()))):
+        if place.remote is not None:
+            return f"a gateway of {place.remote.cluster}"
+        for endpoint in place.endpoints:
+            if endpoint.identity is not None:
+                return str(endpoint.identity)
+    return ""

@@ -1,0 +1,202 @@
+"""Splits and failovers: what a directory document wants to happen to the requests to a service, beside going to its endpoints.
+
+`split` shares a service's requests out among services, of which it may be one itself; `failover` names the clusters that stand in for
+it. They are two steps: a split chooses a service, a failover chooses where that service is served. Neither is followed twice: a request
+that was split is not split again, whatever its backend would do with requests of its own.
+
+Still, services that send their requests in a circle are a mistake, whose author cannot have meant it; and a circle that runs through the
+gateway of another cluster is one that only the directories of both could break. So circles are looked for here, along splits, failovers,
+mirrors of mirrors and gateways whose own names are behind themselves, and are mistakes of the document.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from loopguard.graph import cycles
+from proxy.config.document import Mistakes, Plain, child, closest, mapping, said, sequence, unknown_keys
+from proxy.directory.service_names import Names
+from proxy.directory.snapshot import Backend, Cluster, Plan, Service, Target
+
+MAX_SHARE = 1_000_000
+MOST_BACKENDS = 64
+
+SPLIT = ("service", "namespace", "cluster", "weight")
+FAILOVER = ("clusters", "below")
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """The `split` and the `failover` of one service, not read yet. `targets` are the service's own, and get the plans."""
+
+    service: Service
+    targets: dict[int, Target]
+    path: str
+    split: Plain
+    failover: Plain
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """All that a plan may name. `name`: of our own cluster, "" if the document does not say."""
+
+    name: str
+    services: tuple[Service, ...]
+    clusters: Mapping[str, Cluster]
+    names: Names[Service]
+
+
+@dataclass(frozen=True, slots=True)
+class _Failover:
+    services: tuple[Service, ...] = ()
+    below: int = 1
+
+
+def plan(wishes: list[Wish], world: World, mistakes: Mistakes) -> None:
+    """Put the plans into the targets of the services that have wishes; note what cannot be done, and every circle."""
+    reader = _Reader(world, mistakes)
+    failovers = {wish.service.qualified: reader.failover(wish) for wish in wishes}
+    splits = {wish.service.qualified: reader.split(wish) for wish in wishes}
+    for wish in wishes:
+        name = wish.service.qualified
+        shares = splits[name] or [(1, wish.service, wish.path)]
+        for port in wish.targets:
+            backends = [
+                backend
+                for weight, service, path in shares
+                if (backend := _backend(weight, service, port, failovers.get(service.qualified, _Failover()), (path, mistakes))) is not None
+            ]
+            wish.targets[port] = replace(wish.targets[port], plan=Plan(tuple(backends)))
+    graph = _graph(world, {name: [service for _, service, _ in shares] for name, shares in splits.items()}, failovers)
+    paths = {wish.service.qualified: wish.path for wish in wishes}
+    for cycle in cycles(graph):
+        where = next((paths[node] for node in cycle if node in paths), "clusters")
+        mistakes.add(where, f"its requests would go round in a circle: {' -> '.join(cycle)}")
+
+
+def _backend(weight: int, service: Service, port: int, failover: _Failover, notes: tuple[str, Mistakes]) -> Backend | None:
+    path, mistakes = notes
+    found = []
+    for place in (service, *failover.services):
+        target = place.targets.get(port)
+        if target is None:
+            mistakes.add(path, f"{place.qualified} has no port {port}")
+            return None
+        found.append(target if target.plan is None else replace(target, plan=None))
+    return Backend(weight, found[0], tuple(found[1:]), failover.below)
+
+
+class _Reader:
+    def __init__(self, world: World, mistakes: Mistakes) -> None:
+        self._world = world
+        self._mistakes = mistakes
+        everywhere = [world.services, *(cluster.services for cluster in world.clusters.values())]
+        self._services = {service.qualified: service for services in everywhere for service in services}
+
+    def split(self, wish: Wish) -> list[tuple[int, Service, str]]:
+        """(weight, service, path) of each backend."""
+        path = child(wish.path, "split")
+        items = sequence(wish.split, path, self._mistakes)
+        if len(items) > MOST_BACKENDS:
+            self._mistakes.add(path, f"at most {MOST_BACKENDS} backends, found {len(items)}")
+        found: dict[str, tuple[int, Service, str]] = {}
+        for index, item in enumerate(items):
+            here = f"{path}[{index}]"
+            if (backend := self._share(item, wish.service, here)) is None:
+                continue
+            if backend[1].qualified in found:
+                self._mistakes.add(here, f"{backend[1].qualified} is listed twice")
+            found[backend[1].qualified] = (*backend, here)
+        if found and not any(weight for weight, _, _ in found.values()):
+            self._mistakes.add(path, "all weights are 0: at least one backend has to get something")
+        return list(found.values())
+
+    def _share(self, value: Plain, apex: Service, path: str) -> tuple[int, Service] | None:
+        given = mapping(value, path, self._mistakes)
+        if given is None:
+            return None
+        unknown_keys(given, SPLIT, path, self._mistakes)
+        weight = given.get("weight")
+        if isinstance(weight, bool) or not isinstance(weight, int) or not 0 <= weight <= MAX_SHARE:
+            wrong = "must be given" if weight is None else f"expected a whole number from 0 to {MAX_SHARE}, found {said(weight)}"
+            self._mistakes.add(child(path, "weight"), wrong)
+            weight = 0
+        if "service" not in given:
+            self._mistakes.add(child(path, "service"), "must be given")
+            return None
+        cluster = self._cluster(given["cluster"], child(path, "cluster")) if "cluster" in given else ""
+        if cluster is None:
+            return None
+        service = self._find(f"{given.get('namespace', apex.namespace)}/{given['service']}", cluster, path)
+        return (weight, service) if service is not None else None
+
+    def failover(self, wish: Wish) -> _Failover:
+        path = child(wish.path, "failover")
+        if wish.failover is None or (given := mapping(wish.failover, path, self._mistakes)) is None:
+            return _Failover()
+        unknown_keys(given, FAILOVER, path, self._mistakes)
+        below = given.get("below", 1)
+        if isinstance(below, bool) or not isinstance(below, int) or not 1 <= below <= 1_000_000:
+            self._mistakes.add(child(path, "below"), f"expected a whole number from 1 to 1000000, found {said(below)}")
+            below = 1
+        listed = sequence(given.get("clusters"), child(path, "clusters"), self._mistakes)
+        if not listed:
+            self._mistakes.add(child(path, "clusters"), "at least one cluster must be named")
+        found: dict[str, Service] = {}
+        for index, item in enumerate(listed):
+            here = f"{path}.clusters[{index}]"
+            if (cluster := self._cluster(item, here)) is None:
+                continue
+            if cluster in found or cluster == "":
+                self._mistakes.add(here, f"{said(item)} is {'listed twice' if cluster else 'this cluster itself'}")
+            elif (service := self._find(wish.service.qualified, cluster, here)) is not None:
+                found[cluster] = service
+        return _Failover(tuple(found.values()), below)
+
+    def _cluster(self, value: Plain, path: str) -> str | None:
+        """The name of a known cluster, "" for our own; None: it is not known."""
+        if isinstance(value, str) and value and value == self._world.name:
+            return ""
+        if isinstance(value, str) and value in self._world.clusters:
+            return value
+        near = closest(value, self._world.clusters) if isinstance(value, str) else ""
+        self._mistakes.add(path, f"expected the name of a cluster in `clusters`, found {said(value)}{near}")
+        return None
+
+    def _find(self, qualified: str, cluster: str, path: str) -> Service | None:
+        name = f"{cluster}/{qualified}" if cluster else qualified
+        service = self._services.get(name)
+        if service is None:
+            self._mistakes.add(path, f"there is no service {name} in this document{closest(name, self._services)}")
+        return service
+
+
+def _graph(world: World, splits: Mapping[str, Iterable[Service]], failovers: Mapping[str, _Failover]) -> dict[str, list[str]]:
+    """Who passes requests on to whom, by the names of services."""
+    graph: dict[str, list[str]] = defaultdict(list)
+    for name, services in splits.items():
+        graph[name] += [service.qualified for service in services if service.qualified != name]
+    for name, failover in failovers.items():
+        graph[name] += [service.qualified for service in failover.services]
+    exported = {service.qualified for cluster in world.clusters.values() for service in cluster.services}
+    exported |= {service.qualified for service in world.services}
+    for cluster in world.clusters.values():
+        behind = [world.names.find(gateway.host, "") for gateway in cluster.gateways if not gateway.literal]
+        for service in cluster.services:
+            graph[service.qualified] += [gateway.qualified for gateway in behind if gateway is not None]
+            if (mirrored := _mirrored(service, world, exported)) is not None:
+                graph[service.qualified].append(mirrored)
+    return graph
+
+
+def _mirrored(service: Service, world: World, exported: set[str]) -> str | None:
+    """What a service that another cluster exports is there only a mirror of, by its name; None: it is the service itself."""
+    for other in (world.name, *world.clusters):
+        if other and other != service.cluster and service.name.endswith(f"-{other}"):
+            local = f"{service.namespace}/{service.name.removesuffix(f'-{other}')}"
+            name = local if other == world.name else f"{other}/{local}"
+            if name in exported:
+                return name
+    return None

@@ -1,0 +1,25 @@
+"""The end of an HTTP/2 connection."""
+
+from __future__ import annotations
+
+import trio
+
+from proxy.net.exceptions import NetError
+from proxy.net.linger import linger
+from proxy.net.socket_stream import Stream
+from proxy.wire.h2.connection import Http2Connection
+from proxy.wire.h2.frames import Code
+
+
+async def say_goodbye(stream: Stream, http: Http2Connection, *, lingers: bool) -> None:
+    """Send the last frames (GOAWAY), if they can be sent at once, and close `stream`. If it `lingers`, what the peer still sends is read
+    meanwhile, for closing with unread bytes would destroy the answers that are on their way to it."""
+    http.close(Code.NO_ERROR)
+    with trio.move_on_after(1, shield=True):
+        try:
+            await stream.send_all(http.data_to_send())
+            if lingers:
+                await linger(stream, seconds=1)
+            await stream.aclose()
+        except (NetError, trio.ClosedResourceError):
+            pass

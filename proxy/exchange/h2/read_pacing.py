@@ -1,0 +1,94 @@
+"""How fast the connection of an HTTP/2 client is read, and how much it may have open.
+
+A connection is not read while streams that it has opened wait for their beginning, nor while it holds more memory than it may. Its
+window, and the number of its streams, follow what is free in the process. All of it costs next to nothing while there is enough of
+everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from proxy.exchange.h2.settings import MuxSettings
+from proxy.net.memory_budget import SMALL, Charge, Share
+from proxy.net.pacing import Line
+from proxy.wire.h2.connection import Http2Connection
+
+if TYPE_CHECKING:
+    from proxy.exchange.h2.stream import MuxStream
+
+
+def _begin(streams: list[MuxStream], on_request: Callable[[MuxStream], None]) -> None:
+    for stream in streams:
+        on_request(stream)
+
+
+class Intake:
+    """Of one connection."""
+
+    __slots__ = ("_http", "_limit", "_rest", "_share", "_streams", "_tight", "_window", "line", "window")
+
+    def __init__(self, http: Http2Connection, share: Share, settings: MuxSettings) -> None:
+        self._http = http
+        self._share = share
+        self._streams = settings.limits.streams
+        self._limit = settings.streams
+        self._window = self.window = settings.limits.connection_window  # the first is what it is now
+        self._tight = False  # the window, or the number of streams, is smaller than usual
+        self._rest = Charge(share)  # for a frame or header block that is not complete
+        self.line = Line(member=share.member)
+
+    def prepare(self) -> None:
+        """Before a read is parsed: bring the window, and the number of streams that the client may open, to what they may be now."""
+        budget, limit = self._share.budget, self._limit
+        if budget.used > budget.half or limit.open > limit.half or self._tight:
+            self._adjust()
+
+    def _adjust(self) -> None:
+        http, share = self._http, self._share
+        window = min(share.threshold, self.window)
+        if window != self._window:
+            if window < self._window == self.window:
+                share.budget.act("window")
+            self._window = window
+            http.resize(window)
+        left = max(0, self._limit.left(share))
+        self._tight = window < self.window or left < self._streams
+        http.stream_limit = self._streams if left >= self._streams else min(self._streams, http.opened_by_peer + left)
+
+    def note(self) -> None:
+        """Behind a read that has been parsed."""
+        http = self._http
+        if http.refused:
+            refused, http.refused = http.refused, 0
+            if http.stream_limit < self._streams:
+                self._limit.refuses(self._share, refused)
+        rest = http.buffered
+        if rest > SMALL or self._rest.size:
+            self._rest.become(rest)
+
+    def begin(self, streams: list[MuxStream], on_request: Callable[[MuxStream], None]) -> None:
+        """Tell `on_request` of the streams that a read has opened, now or in a later pass of the scheduler."""
+        pacer, count = self._limit.pacer, len(streams)
+        if pacer.now(self.line, count):
+            _begin(streams, on_request)
+        else:
+            pacer.queue(self.line, partial(_begin, streams, on_request), count)
+
+    @property
+    def full(self) -> bool:
+        """The connection is not to be read before `ready`."""
+        budget = self._share.budget
+        return self._http.paused or bool(self.line.steps) or (budget.used > budget.half and self._share.over)
+
+    async def ready(self, go_on: Callable[[], None]) -> None:
+        """Wait until the connection may be read. `go_on` parses what had to wait of the last read."""
+        await self.line.emptied()
+        while self._http.paused:
+            await self._limit.pacer.turn(self.line)
+            go_on()
+            await self.line.emptied()
+        if self._share.over:
+            await self._share.below()

@@ -1,0 +1,360 @@
+"""One downstream HTTP/2 connection: each of its streams is an exchange, in a task of its own, or on the fast road.
+
+The connection's reader and writer are the mux's; a stream that the peer resets cancels its exchange, and no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import trio
+
+from proxy.errors import ClientGone, IsthmusError, RequestTimeout, ResponseTooLarge, describe
+from proxy.exchange.exchange import Body, Exchange, Facts, Handler
+from proxy.exchange.h1.server import Drain, ServerSettings
+from proxy.exchange.h2.connection import Mux
+from proxy.exchange.h2.settings import MuxSettings
+from proxy.exchange.h2.stream import MuxStream, StreamLost
+from proxy.exchange.handoff import Fork
+from proxy.net.address import Address
+from proxy.net.exceptions import ConnectionLost
+from proxy.net.socket_stream import End, Stream
+from proxy.wire.h1.body import Framing, Length
+from proxy.wire.h1.connection import Role
+from proxy.wire.h2.events import HeadTooLarge
+from proxy.wire.h2.frames import Code
+from proxy.wire.messages import EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead
+
+_log = logging.getLogger("isthmus.exchange")
+
+_NOTHING_READ = RequestHead(b"-", b"-", Headers(), b"2")
+
+
+class StreamBody:
+    """What comes on a stream, as an exchange.Body. Nothing is limited here but the silence of a stream: calls
+    that stream, as gRPC's do, may pause, and a peer that has gone is noticed by PING. A client that only listens, while it is being
+    answered, is not silent: who watches for changes may have nothing to say for days."""
+
+    __slots__ = ("_length", "_patience", "_stream")
+
+    def __init__(self, stream: MuxStream, patience: float) -> None:
+        self._stream = stream
+        self._patience = patience
+        self._length: Length | None = None
+
+    @property
+    def length(self) -> Length:
+        """As the head says, and what has come when this is asked first: an end without a body may have been in the same read."""
+        if self._length is None:
+            headers = self._stream.request.headers if self._stream.request is not None else Headers()
+            self._length = body_length(headers, ended=self._stream.empty)
+        return self._length
+
+    def receive_nowait(self) -> bytes | EndOfMessage | None:
+        try:
+            return self._stream.receive_nowait()
+        except StreamLost as error:
+            raise ClientGone(f"within the request: {error}") from error
+
+    async def receive(self) -> bytes | EndOfMessage:
+        piece = self.receive_nowait()
+        while piece is None:
+            sent = self._stream.sent
+            with trio.move_on_after(self._patience):
+                try:
+                    return await self._stream.receive()
+                except StreamLost as error:
+                    raise ClientGone(f"within the request: {error}") from error
+            if self._stream.sent == sent:
+                raise RequestTimeout(f"the request's body paused for {self._patience} s, and so did the response")
+            piece = self.receive_nowait()
+        return piece
+
+
+def too_large(error: HeadTooLarge) -> ResponseTooLarge:
+    """What a response comes to whose head, or trailers, the client does not take."""
+    return ResponseTooLarge(f"the response: {error}")
+
+
+def body_length(headers: Headers, *, ended: bool) -> Length:
+    """How long the body of an HTTP/2 message is, by its head."""
+    if ended:
+        return 0
+    value = headers.get(b"content-length")
+    return int(value) if value is not None else Framing.CHUNKED
+
+
+class Http2Exchange(Exchange):
+    """One stream of an HTTP/2 connection."""
+
+    __slots__ = ("_settings", "last", "stream")
+
+    def __init__(self, stream: MuxStream, facts: Facts, settings: ServerSettings) -> None:
+        request = stream.request or _NOTHING_READ
+        malformed = ProtocolError(str(stream.lost)) if stream.lost is not None else None
+        super().__init__(request, StreamBody(stream, settings.stream_timeout), facts, malformed)
+        self.stream = stream
+        self._settings = settings
+        self.last = False  # the connection carries no further exchange
+
+    def lose(self) -> None:
+        """The stream has ended early. Where that is the client's fault, it is what became of the request."""
+        lost = self.stream.lost
+        if lost is not None and lost.fault and self.failure is None:
+            self.failure, self.failure_words = describe(ProtocolError(str(lost))).reason, str(lost)
+
+    async def inform(self, head: ResponseHead) -> None:
+        await trio.lowlevel.checkpoint()
+        with contextlib.suppress(ResponseTooLarge):  # it is too large for the client, who can do without
+            self._send_head(head, end=False)
+
+    async def respond(self, head: ResponseHead, body: Body) -> None:
+        if self.malformed is not None:
+            raise ClientGone("the stream was reset because of what came on it")  # RFC 9113 §8.1.1: that is the answer
+        bodiless = self.frame(head, body.length)
+        piece = body.receive_nowait()  # which may raise, while another response can still be given
+        if self.stream.mux.writer.behind:
+            self.clock.expect(self._client_stalls, self._settings.write_timeout)
+            await self.stream.mux.writer.paced()
+            self.clock.rest()
+        ended = bodiless or (isinstance(piece, EndOfMessage) and not len(piece.trailers))
+        self._send_head(head, end=ended)
+        self.response = head
+        self.on_response(head.status)
+        if ended:
+            await trio.lowlevel.checkpoint()
+            return
+        try:
+            await self._send_body(piece, body)
+        except StreamLost as error:
+            raise ClientGone(f"within the response: {error}") from error
+
+    def frame(self, head: ResponseHead, length: Length) -> bool:
+        """Have `head` say the `length` of the response's body, where that is known and may be said; whether there is no body."""
+        bodiless = self.request.method == b"HEAD" or head.status in (204, 304)
+        if head.status == 204:
+            head.headers.remove(b"content-length")
+        elif isinstance(length, int) and not bodiless and b"content-length" not in head.headers and not self.is_grpc:
+            head.headers.add(b"content-length", b"%d" % length)
+        return bodiless
+
+    async def go_on(self, unsent: bytes, body: Body) -> None:  # noqa: ARG002  # a frame is put down whole: nothing is left of one
+        try:
+            await self._send_body(body.receive_nowait(), body)
+        except StreamLost as error:
+            raise ClientGone(f"within the response: {error}") from error
+
+    async def _send_body(self, piece: bytes | EndOfMessage | None, body: Body) -> None:
+        """Send `piece` and what follows it. The last DATA carries the end, if it is known in time."""
+        while True:
+            if piece is None:
+                piece = await body.receive()
+            if isinstance(piece, EndOfMessage):
+                self._send_end(piece)
+                return
+            try:
+                following = body.receive_nowait()
+            except IsthmusError:  # raised again by whoever asks for more: what has come is passed on first
+                following = None
+            last = isinstance(following, EndOfMessage) and not len(following.trailers)
+            self.response_bytes += len(piece)
+            self.clock.expect(self._client_stalls, self._settings.write_timeout)
+            await self.stream.send(piece, end=last)
+            self.clock.rest()
+            if last:
+                return
+            piece = following
+
+    def _send_end(self, end: EndOfMessage) -> None:
+        if len(end.trailers):
+            self.grpc_status = end.trailers.get(b"grpc-status")
+            try:
+                self.stream.send_trailers(end.trailers)
+            except HeadTooLarge as error:
+                raise too_large(error) from error
+        else:
+            self.stream.put(b"", end=True)
+
+    def _send_head(self, head: ResponseHead, *, end: bool) -> None:
+        try:
+            self.stream.send_head(head, end=end)
+        except StreamLost as error:
+            raise ClientGone(str(error)) from error
+        except HeadTooLarge as error:
+            if self.failure is not None:  # it is an answer of ours already
+                raise ClientGone(f"the client takes no answer: {error}") from error
+            raise too_large(error) from error
+
+    def _client_stalls(self) -> Exception:
+        return ClientGone(f"the client took nothing for {self._settings.write_timeout} s")
+
+    async def switch(self, head: ResponseHead) -> Stream:
+        """A tunnel within a stream: CONNECT (RFC 9113 §8.5), or WebSocket by extended CONNECT (RFC 8441)."""
+        self.response = head
+        self.on_response(head.status)
+        head.headers.remove(b"content-length")
+        await trio.lowlevel.checkpoint()
+        self._send_head(head, end=False)
+        return Tunnel(self.stream)
+
+    def retire(self) -> None:
+        self.last = True
+
+    def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:
+        """End the stream as broken; with trailers where the protocol has them for that."""
+        if trailers is not None:
+            self.grpc_status = trailers.get(b"grpc-status")
+            with contextlib.suppress(StreamLost, HeadTooLarge):
+                self.stream.send_trailers(trailers)
+                return
+            code = None
+        self.stream.close(Code.INTERNAL_ERROR if code is None else code)
+
+
+class Tunnel:
+    """The bytes of a stream behind the head of a CONNECT, as a Stream for relay."""
+
+    def __init__(self, stream: MuxStream) -> None:
+        self._stream = stream
+        self._rest = b""
+        self._ended = False
+        self.bytes_read = 0
+        self.bytes_written = 0
+
+    @property
+    def peer(self) -> Address:
+        return self._stream.mux.stream.peer
+
+    @property
+    def local(self) -> Address:
+        return self._stream.mux.stream.local
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if not self._rest:
+            try:
+                piece = await self._stream.receive()
+            except StreamLost as error:
+                raise ConnectionLost(str(error), "reset") from error
+            if isinstance(piece, EndOfMessage):
+                return b""
+            self._rest = piece
+        data, self._rest = self._rest[:max_bytes], self._rest[len(self._rest[:max_bytes]) :]
+        self.bytes_read += len(data)
+        return data
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        try:
+            await self._stream.send(bytes(data), end=False)
+        except StreamLost as error:
+            raise ConnectionLost(str(error), "reset") from error
+        self.bytes_written += len(data)
+
+    async def send_eof(self) -> None:
+        if not self._ended:
+            self._ended = True
+            try:
+                await self._stream.send(b"", end=True)
+            except StreamLost as error:
+                raise ConnectionLost(str(error), "reset") from error
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.close()
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def reset(self) -> None:
+        self._stream.close(Code.CONNECT_ERROR)
+
+    def is_idle(self) -> bool:
+        return self._stream.lost is None and not self._stream.ended
+
+    def ended(self) -> End:
+        if self._stream.lost is not None:
+            return "lost"
+        return "half" if self._stream.empty and not self._rest else "open"
+
+
+def _nobody(_: Http2Exchange) -> None:
+    raise RuntimeError("this connection is not served")
+
+
+def _lose(exchange: Http2Exchange, scope: trio.CancelScope) -> None:
+    exchange.lose()
+    scope.cancel()
+
+
+class Http2Server:
+    """`run` returns when the connection has ended; `mux.fault` is what the client did, if that ended it."""
+
+    def __init__(self, stream: Stream, facts: Facts, settings: ServerSettings, mux: MuxSettings, drain: Drain) -> None:
+        self.facts = facts
+        self.settings = settings
+        self.drain = drain
+        self.mux = Mux(stream, Role.SERVER, mux, facts.share)
+        self.serve: Callable[[Http2Exchange], None] = _nobody  # carries an exchange on the ordinary road, while `run` does
+        self.fork: Fork | None = None  # the fast road, if there is one
+
+    @property
+    def waiting_since(self) -> float | None:
+        """See net.connection_slots.Activity."""
+        return None if self.mux.exchanges else self.mux.idle_since
+
+    async def run(self, handler: Handler) -> None:
+        self.drain.on_begin.add(self.mux.retire)
+        self.facts.share.on_exhausted = self.mux.exhaust
+        group = None
+        try:
+            async with trio.open_nursery() as exchanges:
+
+                def serve(exchange: Http2Exchange) -> None:
+                    exchanges.start_soon(self._serve, handler, exchange)
+
+                self.serve = serve
+                await self.mux.run(self._accept)
+                exchanges.cancel_scope.cancel()
+        except BaseExceptionGroup as error:
+            group = error
+        finally:
+            self.drain.on_begin.discard(self.mux.retire)
+            self.serve = _nobody  # the other leads back here
+        if group is not None:
+            # Cancelled in every task: one Cancelled for all, so that it counts as what it is.
+            await trio.lowlevel.checkpoint_if_cancelled()
+            raise group
+
+    def _accept(self, stream: MuxStream) -> None:
+        if stream.lost is not None and not stream.lost.fault:  # it has been taken back before anybody could look at it
+            stream.close()
+        else:
+            # One that could not be read goes the way of all others, so that it is counted and logged as they are.
+            exchange = Http2Exchange(stream, self.facts, self.settings)
+            if self.fork is None or exchange.malformed is not None or not self.fork(self, exchange):
+                self.serve(exchange)
+        if self.drain.draining:  # whoever was let in has one request answered, as with HTTP/1
+            self.mux.retire()
+
+    async def _serve(self, handler: Handler, exchange: Http2Exchange) -> None:
+        stream = exchange.stream
+        if stream.lost is not None and not stream.lost.fault and not exchange.underway:
+            stream.close()
+            return
+        code = None
+        with trio.CancelScope() as scope:
+            stream.on_lost = partial(_lose, exchange, scope)
+            if stream.lost is not None and exchange.underway:
+                stream.on_lost()  # the layers find that it is cancelled, and close what is open
+            try:
+                await handler(exchange)
+            except Exception as error:  # the layers have answered what they know: what is left may end this stream, but not the others
+                _log.error("a stream failed by a fault of this proxy's", exc_info=error)
+                code = Code.INTERNAL_ERROR
+            finally:
+                stream.on_lost = None  # which leads back here
+        stream.close(code)
+        if exchange.last:  # behind the response: there are clients that read nothing behind GOAWAY
+            self.mux.retire_now()

@@ -1,0 +1,277 @@
+"""One stream of a shared HTTP/2 connection, as an exchange sees it: what has come and was not taken yet, and what may be sent."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import trio
+from trio.lowlevel import ParkingLot
+
+from proxy.wire.h2.events import DataReceived, HeadReceived, StreamBroken, StreamGone, TrailersReceived
+from proxy.wire.h2.frames import Code
+from proxy.wire.messages import END, EndOfMessage, Headers, RequestHead, ResponseHead
+
+if TYPE_CHECKING:
+    from proxy.exchange.h2.connection import Mux
+
+
+# Pieces are put together up to this size: a window's worth of single bytes would take a hundred times its size in memory.
+_PIECE = 4096
+# What a header block counts for where bytes are counted: most are far smaller once they are compressed.
+_HEAD = 1024
+# Heads that nobody has taken: interim responses that come faster than they can be passed on.
+_HEADS = 64
+
+
+Filed = HeadReceived | DataReceived | TrailersReceived | StreamBroken
+
+
+class StreamLost(Exception):
+    """A stream ended before its message did. `code`: of RST_STREAM; `refused`: the peer has certainly not looked at the request; `fault`:
+    we ended it, for what the peer sent; `reset`: the peer ended it, and nothing else. Neither: the connection went, or is going."""
+
+    def __init__(self, message: str, code: int, *, refused: bool = False, fault: bool = False, reset: bool = False) -> None:
+        super().__init__(message)
+        self.code = code
+        self.refused = refused
+        self.fault = fault
+        self.reset = reset
+
+
+class ConnectionLeft(StreamLost):
+    """The connection went, and the peer had announced it (GOAWAY)."""
+
+
+class MuxStream:
+    """One stream: what has come and was not taken yet, and its end."""
+
+    __slots__ = (
+        "_chunks", "_end", "_heads", "_lost", "_news", "_window", "mux", "number", "on_lost", "on_news", "request", "sent",
+        "share",
+    )  # fmt: skip
+
+    def __init__(self, mux: Mux, number: int) -> None:
+        self.mux = mux
+        self.number = number
+        self.share = mux.share  # what waits here is charged to it
+        self.sent = 0  # bytes of DATA
+        self.request: RequestHead | None = None
+        self.on_lost: Callable[[], None] | None = None  # told when nobody waits for the stream's message any more
+        self.on_news: Callable[[], None] | None = None  # instead of waiting: told when all of a read is filed
+        self._heads: deque[ResponseHead] = deque()
+        self._chunks: deque[tuple[bytes, int]] = deque()
+        self._end: EndOfMessage | None = None
+        self._lost: StreamLost | None = None
+        self._news: ParkingLot | None = None  # whoever takes waits here; made for the first who does
+        self._window: ParkingLot | None = None  # and here whoever sends
+
+    # Filled by the reader...
+
+    def file(self, event: Filed) -> None:
+        match event:
+            case DataReceived():
+                if event.data:
+                    self.share.charge(event.credit)
+                    self._append(event.data, event.credit)
+                elif event.credit:  # padding, which nobody will take
+                    self.mux.consumed(self.number, event.credit)
+                if event.ended:
+                    self._end = END
+            case HeadReceived(head=ResponseHead() as head):
+                if len(self._heads) == _HEADS:
+                    self.mux.http.reset(self.number, Code.ENHANCE_YOUR_CALM)
+                    self.lose(StreamLost(f"more than {_HEADS} interim responses at once", Code.ENHANCE_YOUR_CALM, fault=True))
+                    return
+                self._heads.append(head)
+                if event.ended:
+                    self._end = END
+            case HeadReceived():
+                self._end = END if event.ended else None
+            case TrailersReceived():
+                self._end = EndOfMessage(event.trailers)
+            case StreamBroken():
+                refused = event.by_peer and event.code == Code.REFUSED_STREAM
+                self.lose(StreamLost(event.words, event.code, refused=refused, fault=not event.by_peer, reset=event.by_peer))
+        if self.on_news is not None:
+            self.mux.news.append(self)
+        elif self._news is not None:
+            self._news.unpark_all()
+
+    def _append(self, data: bytes, credit: int) -> None:
+        if self._chunks and len(self._chunks[-1][0]) + len(data) <= _PIECE:
+            before = self._chunks.pop()
+            data, credit = before[0] + data, before[1] + credit
+        self._chunks.append((data, credit))
+
+    def lose(self, error: StreamLost) -> None:
+        """The stream has ended early. A client that has the whole response has lost nothing: the server wants no more of the request."""
+        if self._lost is None and not (self.mux.client and self._end is not None):
+            self._lost = error
+            if self.on_lost is not None:
+                self.on_lost()
+        if self._news is not None:
+            self._news.unpark_all()
+        self.wake()
+
+    def wake(self) -> None:
+        """There is room in the windows."""
+        if self._window is not None:
+            self._window.unpark_all()
+
+    async def window_opens(self) -> None:
+        if self._window is None:
+            self._window = ParkingLot()
+        await self._window.park()
+
+    async def _more(self) -> None:
+        """Until there is news."""
+        if self._news is None:
+            self._news = ParkingLot()
+        await self._news.park()
+
+    # Taken by the exchange...
+
+    @property
+    def ended(self) -> bool:
+        """Everything has come; it may not all have been taken yet."""
+        return self._end is not None
+
+    @property
+    def empty(self) -> bool:
+        """Everything has come and been taken; there may have been nothing."""
+        return self._end is not None and not self._chunks and not len(self._end.trailers)
+
+    @property
+    def bare_end(self) -> Headers | None:
+        """The trailers of a message that has ended without a body; None: it has a body, or goes on."""
+        return self._end.trailers if self._end is not None and not self._chunks else None
+
+    @property
+    def lost(self) -> StreamLost | None:
+        return self._lost
+
+    @property
+    def next_head(self) -> ResponseHead | None:
+        """What `head` would return without waiting; it is not taken."""
+        return self._heads[0] if self._heads else None
+
+    @property
+    def next_size(self) -> int:
+        """Bytes of the piece that `receive_nowait` would return; 0: it would return none."""
+        return len(self._chunks[0][0]) if self._chunks else 0
+
+    def head_nowait(self) -> None:
+        """Take `next_head`."""
+        self._heads.popleft()
+
+    async def head(self) -> ResponseHead:
+        """The next head of the response, interim ones too. Raises StreamLost."""
+        while not self._heads:
+            if self._lost is not None:
+                raise self._lost
+            await self._more()
+        return self._heads.popleft()
+
+    def receive_nowait(self) -> bytes | EndOfMessage | None:
+        """The next piece of the body; its bytes count as taken, and the peer may send as many more. Raises StreamLost."""
+        if self._chunks:
+            data, credit = self._chunks.popleft()
+            self.share.release(credit)
+            self.mux.consumed(self.number, credit)
+            return data
+        if self._lost is not None:
+            raise self._lost
+        return self._end
+
+    async def receive(self) -> bytes | EndOfMessage:
+        while (piece := self.receive_nowait()) is None:
+            await self._more()
+        return piece
+
+    def send_head(self, head: ResponseHead, *, end: bool) -> None:
+        """Raises StreamLost, as all that send do, and HeadTooLarge, as `send_trailers` does."""
+        try:
+            self.mux.http.send_response(self.number, head, end=end)
+        except StreamGone as error:
+            raise StreamLost(str(error), Code.STREAM_CLOSED) from error
+        self.mux.put(_HEAD)
+
+    def send_trailers(self, fields: Headers) -> None:
+        try:
+            self.mux.http.send_trailers(self.number, fields)
+        except StreamGone as error:
+            raise StreamLost(str(error), Code.STREAM_CLOSED) from error
+        self.mux.put(_HEAD)
+
+    async def send(self, data: bytes, *, end: bool) -> None:
+        """Send DATA as the windows allow, and no faster than the writer."""
+        at = 0
+        try:
+            while True:
+                await self.mux.writer.paced()
+                window = self._room()
+                piece = data if not at and len(data) <= window else data[at : at + window]
+                if not piece and at < len(data):
+                    await self.mux.turns.wait(self)
+                    continue
+                at += len(piece)
+                self.put(piece, end=end and at >= len(data))
+                if self.mux.turns.next():
+                    await trio.lowlevel.checkpoint()
+                if at >= len(data):
+                    return
+        except BaseException:
+            self.mux.turns.next()
+            raise
+
+    def _room(self) -> int:
+        if self._lost is not None:
+            raise self._lost
+        if self.mux.broken is not None:
+            raise StreamLost(self.mux.broken, Code.CANCEL)
+        try:
+            return self.mux.http.window(self.number)
+        except StreamGone as error:
+            raise StreamLost(str(error), Code.STREAM_CLOSED) from error
+
+    def takes(self, size: int) -> bool:
+        """So many bytes can be `put` now, without overtaking anybody."""
+        mux = self.mux
+        if self._lost is not None or mux.broken is not None or mux.writer.behind or mux.turns.waiting:
+            return False
+        try:
+            return mux.http.window(self.number) >= size
+        except StreamGone:
+            return False
+
+    def put(self, data: bytes, *, end: bool) -> None:
+        """Send DATA that the windows allow."""
+        self.sent += len(data)
+        try:
+            self.mux.http.send_data(self.number, data, end=end)
+        except StreamGone as error:
+            raise StreamLost(str(error), Code.STREAM_CLOSED) from error
+        self.mux.put(len(data))
+
+    @property
+    def may_send(self) -> bool:
+        """`send` would not have to wait for a window, or would raise."""
+        try:
+            return self._room() > 0
+        except StreamLost:
+            return True
+
+    def close(self, code: int | None = None) -> None:
+        """Give the stream up: reset if it has not ended (with `code`), and nothing more is filed for it."""
+        if code is not None:
+            self.mux.http.reset(self.number, code)
+        self.mux.forget(self)
+
+    def give_back(self) -> None:
+        """What has come and nobody will take."""
+        while self._chunks:
+            credit = self._chunks.popleft()[1]
+            self.share.release(credit)
+            self.mux.consumed(self.number, credit)

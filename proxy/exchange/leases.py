@@ -1,0 +1,71 @@
+"""Carriers from the pools, lent for one exchange each: the one place that takes from a pool and gives back."""
+
+from __future__ import annotations
+
+from math import inf
+from types import TracebackType
+from typing import Generic
+
+from proxy.exchange.h1.pool import K, Pool, Upstream
+from proxy.exchange.h2.pool import MuxPool
+from proxy.exchange.upstream import Carrier, Http1Carrier, Http2Carrier
+
+
+class Http1Lender(Generic[K]):
+    """A connection for each exchange, kept for the next one if the exchange ended well."""
+
+    def __init__(self, pool: Pool[K]) -> None:
+        self.pool = pool
+
+    def carrier(self, endpoint: K, *, fresh: bool, limit: float = inf) -> _Http1Loan[K]:
+        return _Http1Loan(self.pool, endpoint, fresh, limit)
+
+
+class _Http1Loan(Generic[K]):
+    __slots__ = ("_endpoint", "_fresh", "_limit", "_pool", "_upstream")
+
+    def __init__(self, pool: Pool[K], endpoint: K, fresh: bool, limit: float) -> None:
+        self._pool = pool
+        self._endpoint = endpoint
+        self._fresh = fresh
+        self._limit = limit
+        self._upstream: Upstream | None = None
+
+    async def __aenter__(self) -> Carrier:
+        self._upstream = await self._pool.acquire(self._endpoint, fresh=self._fresh, limit=self._limit)
+        return Http1Carrier(self._upstream)
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._upstream is not None:
+            self._pool.give_back(self._endpoint, self._upstream, usable=kind is None)
+
+
+class Http2Lender(Generic[K]):
+    """A stream for each exchange, on a connection that it shares. A stream is always fresh."""
+
+    def __init__(self, pool: MuxPool[K]) -> None:
+        self.pool = pool
+
+    def carrier(
+        self, endpoint: K, *, fresh: bool, limit: float = inf  # noqa: ARG002  # the pool knows which connections take no more
+    ) -> _Http2Loan[K]:
+        return _Http2Loan(self.pool, endpoint, limit)
+
+
+class _Http2Loan(Generic[K]):
+    __slots__ = ("_carrier", "_endpoint", "_limit", "_pool")
+
+    def __init__(self, pool: MuxPool[K], endpoint: K, limit: float) -> None:
+        self._limit = limit
+        self._pool = pool
+        self._endpoint = endpoint
+        self._carrier: Http2Carrier | None = None
+
+    async def __aenter__(self) -> Carrier:
+        # The stream is opened by the carrier's `begin`, with no await in between: the room that was found is still there.
+        self._carrier = Http2Carrier(await self._pool.acquire(self._endpoint, self._limit))
+        return self._carrier
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._carrier is not None:
+            self._carrier.close()

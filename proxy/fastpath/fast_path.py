@@ -1,0 +1,197 @@
+"""Who is on the road, and how it comes there and leaves. The theory stands in the package."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import trio
+
+from proxy.exchange.h1.server import Drain, Http1Exchange, Http1Server
+from proxy.exchange.h2.server import Http2Exchange, Http2Server
+from proxy.fastpath.event_loop import Ground, enter, leave
+from proxy.fastpath.fast_relay import Conduit
+from proxy.fastpath.h1_connection import Lane
+from proxy.fastpath.h2_exchange import Strand, begin
+from proxy.fastpath.plan import Course
+from proxy.net.relay import Joint
+from proxy.net.socket_stream import SocketStream
+from proxy.net.tls.handshake import TLSStream
+
+_log = logging.getLogger("isthmus.exchange")
+
+# Seconds without a step after which an exchange is not plain any more. It is looked at twice as often.
+PATIENCE = 1.0
+
+
+class Road:
+    """Made before the flows, `run` beside them."""
+
+    def __init__(self, drain: Drain, idle_timeout: float, silence: float) -> None:
+        """The shortest of the servers that lend, and how long a relay may be silent; both in seconds."""
+        drain.on_begin.add(self._recall)
+        self._idle = idle_timeout / 2
+        self._silence = silence
+        self._ground: Ground | None = None  # while it runs
+        self._lanes: set[Lane] = set()
+        self._busy: set[Lane | Strand] = set()  # in an exchange
+        self._conduits: set[Conduit] = set()
+        self._doze: trio.Event | None = None  # what the watch waits for while nothing is under way
+        self.running = False  # it takes what is lent
+        self._finished = self._handed_over = 0  # exchanges, since they were last asked for
+
+    async def open(self) -> None:
+        """From here on it takes what is lent; `run` has to follow."""
+        self._ground = await enter(self)
+        if self._ground is None:
+            _log.warning("trio's epoll set is not to be found in /proc: HTTP/1.1 and relays take the ordinary road")
+        self.running = True
+
+    async def run(self) -> None:
+        """See to what is on the road, until cancelled: then that is given back."""
+        try:
+            await self._watch()
+        finally:
+            self.close()
+            if self._ground is not None:
+                leave(self, self._ground)
+
+    def close(self) -> None:
+        """Take nothing more, and give back what is on the road."""
+        self.running = False
+        for lane in list(self._lanes):
+            lane.leave()
+        for conduit in list(self._conduits):
+            conduit.leave()
+
+    async def carry(self, course: Course, server: Http1Server) -> Http1Exchange | None:
+        """See exchange.handoff.Carry. Cancelled within an exchange, it closes the exchange's account as such."""
+        stream = server.stream
+        ground = self._ground
+        ends = server.leaving or server.client_ended
+        if not self.running or ground is None or ends or not isinstance(stream, SocketStream | TLSStream):
+            return None
+        lane = server.lane
+        if not isinstance(lane, Lane):
+            server.lane = lane = Lane(self, course, server, stream)
+        if not lane.punts.willing():
+            return None
+        self._lanes.add(lane)
+        ground.lends()
+        if self._doze is not None:
+            self._doze.set()
+        return await lane.carry()
+
+    def fork(self, course: Course, server: Http2Server, exchange: Http2Exchange) -> bool:
+        """See exchange.handoff.Fork."""
+        return self.running and not server.drain.draining and begin(self, course, server, exchange)
+
+    async def join(self, joint: Joint) -> None:
+        """See net.relay.Carry."""
+        client, server = joint.sides
+        ground = self._ground
+        if not self.running or ground is None:
+            return
+        if isinstance(client, SocketStream | TLSStream) and isinstance(server, SocketStream | TLSStream):
+            conduit = Conduit(self, joint, client, server)
+            self._conduits.add(conduit)
+            ground.lends()
+            await conduit.carry()
+
+    def counts(self) -> tuple[int, int]:
+        """Exchanges that have been finished here since this was last asked, and such that have been handed over."""
+        counts, self._finished, self._handed_over = (self._finished, self._handed_over), 0, 0
+        return counts
+
+    @staticmethod
+    def recall(server: Http1Server) -> None:
+        """Give back its connection, if it is between two exchanges."""
+        if isinstance(server.lane, Lane):
+            server.lane.recall()
+
+    def _recall(self) -> None:
+        """The proxy is going down: give back the connections that are between two exchanges. The others see it behind theirs."""
+        for lane in list(self._lanes):
+            lane.recall()
+
+    # For lanes...
+
+    @property
+    def ground(self) -> Ground:
+        """What it lies on, for those that are on it."""
+        if self._ground is None:
+            raise RuntimeError("the road does not run")
+        return self._ground
+
+    def released(self, lane: Lane) -> None:
+        self._lanes.discard(lane)
+        self._busy.discard(lane)
+        self.ground.lent -= 1
+
+    def parts(self, conduit: Conduit) -> None:
+        """It is not on the road any more."""
+        self._conduits.discard(conduit)
+        self.ground.lent -= 1
+
+    @property
+    def patience(self) -> float:
+        """Seconds that an exchange must have left."""
+        return PATIENCE
+
+    def begins(self, lane: Lane | Strand) -> None:
+        """`lane` is in an exchange."""
+        self._busy.add(lane)
+        if self._doze is not None:
+            self._doze.set()
+
+    def rests(self, lane: Lane | Strand, *, finished: bool = True) -> None:
+        """Its exchange is not here any more; `finished`: it has ended here, and well."""
+        self._busy.discard(lane)
+        self._finished += finished
+
+    def hands_over(self) -> None:
+        """An exchange goes on elsewhere."""
+        self._handed_over += 1
+
+    # What does not move...
+
+    async def _watch(self) -> None:
+        """Give back what does not move, and end what is silent. What lasts is looked at seldom: within a share of the time that it may
+        last, so nobody has to say when there is something new."""
+        due = -math.inf
+        while True:
+            now = trio.current_time()
+            if now >= due:
+                due = now + min(self._give_back(now), self._expire(now))
+            if self._busy:
+                await trio.sleep(PATIENCE / 2)
+                self.give_up(trio.current_time() - PATIENCE)
+            else:
+                self._doze = trio.Event()
+                with trio.move_on_at(due):
+                    await self._doze.wait()
+                self._doze = None
+
+    def give_up(self, latest: float) -> None:
+        """Hand over the exchanges that have not moved since, and those that will be over soon in any case."""
+        soon = latest + 2 * PATIENCE
+        for lane in list(self._busy):
+            if lane.moved <= latest or lane.limit <= soon:
+                lane.hand_over()
+
+    def _give_back(self, now: float) -> float:
+        """Give back the connections that have been idle for half their time; seconds until it is time for the next."""
+        due = now + self._idle
+        for lane in list(self._lanes):
+            if lane.due() <= now:
+                lane.recall()
+            else:
+                due = min(due, lane.due())
+        return max(due - now, self._idle / 8)
+
+    def _expire(self, now: float) -> float:
+        """End the relays in which nothing has moved for too long; seconds until it is time for the next."""
+        least = self._silence
+        for conduit in list(self._conduits):
+            least = min(least, conduit.expire(now))
+        return max(least, self._silence / 8)

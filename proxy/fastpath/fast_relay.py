@@ -1,0 +1,163 @@
+"""A relay on the road: two connections that are joined byte for byte.
+
+Its task waits in `carry`, as that of a lent connection does, and here the bytes pass: what one read of a side gives is sent to the other.
+What the other does not take is kept, and until it is gone nothing is read behind it. Ends and losses are told to the `Joint`, by the same
+rules as on the ordinary road. To that goes back what it does better: clear text in bulk, which it leaves in the kernel.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
+
+from proxy.fastpath.ready_socket import IN, OUT, Side
+from proxy.net.exceptions import NetError
+from proxy.net.nonblocking import Prompt
+from proxy.net.relay import BULK, Joint
+from proxy.net.socket_stream import RECEIVE_SIZE
+
+if TYPE_CHECKING:
+    from proxy.fastpath.fast_path import Road
+
+
+class Conduit:
+    """Made for one relay. `carry` is called by its task, `leave` and `expire` by anybody, the rest by the road."""
+
+    __slots__ = ("_fault", "_full", "_ground", "_joint", "_lent", "_pipes", "_road", "_sides", "_task")
+
+    def __init__(self, road: Road, joint: Joint, client: Prompt, server: Prompt) -> None:
+        self._road = road
+        self._ground = road.ground
+        self._joint = joint
+        self._sides = (Side(road.ground, client), Side(road.ground, server))
+        self._pipes = self._sides[0].tls is None and self._sides[1].tls is None  # the kernel could do it alone
+        self._full = [0, 0]  # reads in a row that gave as much as they may
+        self._lent = False
+        self._task: Task | None = None  # while it is suspended here
+        self._fault: Exception | None = None
+
+    async def carry(self) -> None:
+        """Pass bytes until the relay is over, or is the ordinary road's; what is left stands in the joint."""
+        self._lent, self._joint.quiet_since = True, self._ground.now
+        try:
+            for side in (0, 1):
+                self._sides[side].belongs(partial(self._on, side))
+                self._sides[side].watch(IN)
+        except OSError:  # the kernel watches no more for this user (epoll_ctl(2): ENOSPC); trio may be luckier
+            self.leave()
+            return
+        for side in (0, 1):  # something may be here already, as a rule the client's first words
+            if self._lent:
+                self._on(side, IN)
+        if self._lent:
+            self._task = current_task()
+            await wait_task_rescheduled(self._abort)
+        if self._fault is not None:
+            raise self._fault
+
+    def _abort(self, _: RaiseCancelT) -> Abort:
+        self._let_go()
+        return Abort.SUCCEEDED
+
+    def _let_go(self) -> None:
+        self._lent = False
+        for side in self._sides:
+            side.forget()
+        self._road.parts(self)
+
+    def leave(self) -> None:
+        """It goes on with the ordinary road."""
+        if not self._lent:
+            return
+        task, self._task = self._task, None
+        self._let_go()
+        if task is not None:
+            reschedule(task)
+
+    def expire(self, now: float) -> float:
+        """End it if nothing has moved for its time; the seconds that it has left."""
+        left = self._joint.quiet_since + self._joint.idle - now
+        if left <= 0:
+            self._joint.silent()
+            self.leave()
+        return left
+
+    # The steps...
+
+    def _on(self, side: int, mask: int) -> None:
+        """The socket of this side is ready."""
+        if not self._lent:
+            return  # it was given back in this very turn
+        joint = self._joint
+        joint.quiet_since = self._ground.now
+        try:
+            if mask & OUT and joint.held[1 - side]:
+                self._send(1 - side, joint.held[1 - side])
+            if not mask & ~OUT or not self._lent:
+                return
+            if joint.going(side) and not joint.held[side]:
+                self._receive(side)
+            elif not mask & IN:
+                self.leave()  # it is lost, as epoll cannot be told not to say, and nobody is about to read
+        except Exception as error:  # this room's boundary: one connection's fault is not the others'
+            self._fault = error
+            self.leave()
+
+    def _receive(self, side: int) -> None:
+        joint, source = self._joint, self._sides[side]
+        try:
+            data = source.take(joint.share, bulk=self._full[side] > 0)
+        except NetError as error:
+            joint.lost(side, error)
+            self.leave()
+            return
+        if data:
+            self._full[side] = self._full[side] + 1 if len(data) >= RECEIVE_SIZE else 0
+            self._send(side, data)
+            if self._pipes and self._full[side] >= BULK and self._lent:
+                self.leave()
+        elif data is not None:
+            joint.ended(side)
+            self._end(side)
+
+    def _send(self, side: int, data: bytes) -> None:
+        """To the other side."""
+        joint = self._joint
+        try:
+            sent = self._sides[1 - side].send(data)
+        except NetError as error:
+            joint.hold(side, b"")
+            joint.refused(side, error)
+            self._watch_both()
+            return
+        joint.passed(side, sent)
+        if sent < len(data) or joint.held[side]:
+            joint.hold(side, data[sent:])
+            self._watch_both()
+        if sent == len(data) and self._sides[side].stream.end_met:
+            self._receive(side)
+
+    def _end(self, side: int) -> None:
+        """Tell the other side that this one has ended."""
+        joint = self._joint
+        try:
+            told = self._sides[1 - side].send_eof()
+        except NetError as error:
+            joint.refused(side, error)
+        else:
+            if not told:
+                self.leave()
+                return
+            joint.told(side)
+        self._watch_both()
+
+    def _watch_both(self) -> None:
+        joint = self._joint
+        if joint.over:
+            self.leave()
+            return
+        for side in (0, 1):
+            reading = IN if joint.going(side) and not joint.held[side] else 0
+            self._sides[side].watch(reading | (OUT if joint.held[1 - side] else 0))

@@ -1,0 +1,269 @@
+"""Traffic from the local application to the mesh.
+
+    accept -> original destination -> loop guard -> what does the directory say of it? -> HTTP or opaque?
+        opaque  relay <-> connect(endpoint, mutual TLS if it is meshed; a tunnel if it is the gateway of another cluster)
+        HTTP    server -> measure -> trace -> rescue -> admit -> guard -> deadline -> endpoint -> client -> pool -> connect
+
+Where to is the router's decision (routing/router.py), asked when the connection is accepted, and again for each request: the directory may
+have changed since, and the requests of one connection may go to different services, clusters and endpoints. A service of another cluster is
+reached by way of its gateway, which is told the service's name there: as the request's authority, or by CONNECT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from proxy.config.units import within
+from proxy.directory import Endpoint, Hint, Target, itself
+from proxy.directory.policy import DEFAULT_POLICY, Policy
+from proxy.errors import LoopDetected, RequestError
+from proxy.exchange.client import Client
+from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
+from proxy.exchange.layers import admit, deadline, measure, rescue
+from proxy.exchange.loop_layer import hide_names, unguarded
+from proxy.exchange.prefixed_stream import Resumed
+from proxy.exchange.replay import Replay
+from proxy.exchange.trace_layer import trace, untraced
+from proxy.exchange.tunnel import open_tunnel
+from proxy.exchange.upgrade import carry
+from proxy.fastpath.plan import LEAST_LIMIT, Borrowed, Shared
+from proxy.flows.late_detection import FOUND_OPAQUE
+from proxy.flows.loop_guard import SelfCall
+from proxy.flows.runtime import Runtime, closing
+from proxy.flows.upstreams import Pools, serve, upstream_protocol
+from proxy.identity.tls_contexts import ALPN_HTTP1
+from proxy.net.accept import Connection
+from proxy.net.relay import SILENT
+from proxy.net.socket_stream import Stream
+from proxy.routing.dispatch import Underway
+from proxy.telemetry.records import ConnectionAccount
+from proxy.wire.messages import RequestHead
+from proxy.wire.sniff import Protocol
+from tracing.propagation import header
+
+DIRECTION: Direction = "outbound"
+
+Loan = TypeVar("Loan", Borrowed, Shared)
+
+
+def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awaitable[None]]:
+    """The handler of the outbound listeners' connections."""
+    config = rt.config.outbound
+    client: Client[Endpoint] = Client(rt.settings.client, rt.ledger.bridge(rt.relay))
+    handler = stack(
+        measure(rt.ledger.exchange),
+        trace(rt.spans.outbound, "client"),
+        rescue(rt.name, rt.tells),
+        admit,
+        rt.loops.layer(DIRECTION),
+        deadline,
+        endpoint=to_service(rt, pools, client),
+    )
+    course = OutboundCourse(rt, pools)
+
+    async def accept(connection: Connection) -> None:
+        about = Facts(DIRECTION, connection.peer, rt.destination(connection, config.fixed_destination), slot=connection.slot)
+        with rt.ledger.connection(connection.stream, about) as account, rt.router.holding(about.destination):
+            rt.loops.accepted(connection, about)
+            target = rt.router.known(about.destination) or itself(about.destination)
+            about.service = target.service
+            opaque = target.protocol is Hint.OPAQUE or about.destination.port in config.opaque_ports
+            declared = not opaque and target.protocol in (Hint.HTTP1, Hint.HTTP2)
+            opening = await account.detect(connection.stream, *waits(rt, opaque=opaque, declared=declared))
+            account.plain(opening)
+            rt.loops.begun(about)
+            if opening.how == "closed" or (declared and opening.how == "silent"):
+                return
+            about.protocol = Protocol.HTTP1 if declared and opening.open else opening.protocol
+            stream: Stream | None = connection.stream
+            if about.protocol is Protocol.OPAQUE:
+                about.unsure = opening.open
+                stream = await to_endpoint(rt, target, connection.stream, about, account)
+            if stream is not None:
+                await serve(rt, stream, about, handler, course)
+
+    return accept
+
+
+def waits(rt: Runtime, *, opaque: bool, declared: bool) -> tuple[float | None, float]:
+    """Seconds that a client may be silent, and that it may take to go on. Where HTTP is declared, a server of HTTP would wait as long."""
+    if opaque:
+        return None, 0.0
+    if declared:
+        return rt.config.http.idle_timeout, rt.config.http.head_timeout
+    return rt.config.outbound.detect_timeout, rt.config.outbound.detect_timeout
+
+
+def to_service(rt: Runtime, pools: Pools[Endpoint], client: Client[Endpoint]) -> Handler:
+    """The endpoint of the stack: each request to one of the endpoints of its destination."""
+
+    def choose(exchange: Exchange) -> Target:
+        request = exchange.request
+        meant = rt.router.meant(exchange.facts.destination, lambda: whom(request))
+        exchange.service = meant.service
+        return rt.router.choose(meant)
+
+    async def send(exchange: Exchange, target: Target, endpoint: Endpoint) -> None:
+        exchange.upstream, exchange.chosen = endpoint.address, target.service
+        exchange.authority = told(exchange.request, target)
+        if endpoint.identity is None:
+            rt.check_clear_text(endpoint.address)
+            hide_names(exchange)
+        protocol = upstream_protocol(exchange, target)
+        if exchange.underway or not rt.loops.calls_itself(endpoint.address.host):
+            await carry(client, exchange, endpoint, pools, protocol)
+            return
+        with rt.loops.self_call(endpoint.address.port) as call:
+            call.follow(exchange)
+            await carry(client, exchange, endpoint, pools, protocol)
+
+    async def handle(exchange: Exchange) -> None:
+        await rt.reach.exchange(exchange, choose, send)
+
+    return handle
+
+
+def whom(request: RequestHead) -> bytes | None:
+    """Whom a request is for, by its own words. One for a tunnel is for the proxy that it was sent to."""
+    return None if request.method == b"CONNECT" and request.protocol is None else request.authority
+
+
+def told(request: RequestHead, target: Target) -> bytes | None:
+    """The authority for a gateway: the service's name in its own cluster; None: the request's own words will do.
+
+    A CONNECT of the application's is addressed to a forward proxy, and says where that is to go. There is no place for both names in it.
+    """
+    if target.remote is None:
+        return None
+    if request.method == b"CONNECT" and request.protocol is None:
+        raise RequestError(f"CONNECT to {target.service}, a proxy in another cluster: declare its port opaque in the directory", 501)
+    return target.remote.authority
+
+
+class OutboundCourse:
+    """The same on the fast road, for services that are here and ask for nothing special."""
+
+    def __init__(self, rt: Runtime, pools: Pools[Endpoint]) -> None:
+        self.account = rt.ledger.exchange
+        self._rt = rt
+        self._pools = pools
+        self._waypoint = rt.loops.waypoint(DIRECTION)
+
+    def take(self, exchange: Exchange, now: float) -> Borrowed | None:
+        return self._lent(exchange, Hint.HTTP2, lambda endpoint: self._pools.take(endpoint, now))
+
+    def share(self, exchange: Exchange) -> Shared | None:
+        shared = self._lent(exchange, Hint.HTTP1, self._pools.share)
+        if shared is not None and isinstance(shared.attempt, Underway):
+            shared.on_answer = shared.attempt.answered
+            # A stream may be refused when a part of its body is gone. An address of no service is asked once.
+            target = shared.attempt.target
+            if target.service is not None and exchange.body.length != 0:
+                exchange.body = Replay(exchange.body, target.policy.retries.max_body, exchange.facts.share)
+        return shared
+
+    def _lent(self, exchange: Exchange, foreign: Hint, lend: Callable[[Endpoint], Loan | None]) -> Loan | None:
+        """What `lend` says for the endpoint. `foreign`: a service that speaks this needs translation."""
+        rt, request = self._rt, exchange.request
+        if not untraced(exchange, rt.spans.outbound):
+            return None
+        target = rt.router.meant(exchange.facts.destination, lambda: whom(request))
+        policy = target.policy
+        if target.plan is not None or target.remote is not None or target.protocol is foreign:
+            return None
+        if policy is not DEFAULT_POLICY and not _plain(policy, exchange):
+            return None
+        endpoint = rt.reach.sound(target)
+        if (
+            endpoint is None
+            or (endpoint.identity is None and not rt.clear_text_allowed(endpoint.address))
+            or not unguarded(exchange, self._waypoint)
+        ):
+            return None
+        borrowed = lend(endpoint)
+        if borrowed is None:
+            # Drawing again would favour the endpoints that have a ready connection.
+            exchange.service, exchange.first = target.service, endpoint
+            return None
+        call = None
+        if rt.loops.calls_itself(endpoint.address.host):
+            try:
+                call = rt.loops.call_self(endpoint.address.port)
+            except LoopDetected:  # which the ordinary road will say
+                borrowed.unused()
+                return None
+        exchange.upstream, exchange.service, exchange.chosen = endpoint.address, target.service, target.service
+        if endpoint.identity is None:
+            hide_names(exchange)
+        if policy is not DEFAULT_POLICY:
+            if statuses := policy.retries.statuses:
+                borrowed.declines = lambda head: within(head.status, statuses)
+            if policy.timeouts.request is not None:
+                borrowed.limit = trio.current_time() + policy.timeouts.request
+        borrowed.attempt = underway = rt.reach.watch(exchange, target, endpoint)
+        borrowed.on_end = underway.ended
+        if call is not None:
+            borrowed.on_begin, borrowed.on_end = call.follow, call.then(borrowed.on_end)
+        return borrowed
+
+
+def _plain(policy: Policy, exchange: Exchange) -> bool:
+    """Whether the fast road can do what `policy` says. A body of HTTP/1.1 is there, so it could always be sent again."""
+    times, length = policy.timeouts, exchange.body.length
+    if not policy.plain or (times.request is not None and times.request < LEAST_LIMIT):
+        return False
+    return exchange.request.version == b"2" or (isinstance(length, int) and length <= policy.retries.max_body)
+
+
+async def to_endpoint(rt: Runtime, target: Target, client: Stream, about: Facts, account: ConnectionAccount) -> Stream | None:
+    """Relay `client` to an endpoint, byte for byte. If `about` is unsure, and the client turns out to speak HTTP, nothing is relayed:
+    returns the stream to serve, from its first byte."""
+    calls: list[SelfCall] = []  # of the pod to itself: this one, or none
+
+    async def connect(target: Target, endpoint: Endpoint) -> Stream:
+        about.chosen = target.service
+        if not rt.loops.calls_itself(endpoint.address.host):
+            return await to_its_port(rt, target, endpoint, about)
+        calls.append(rt.loops.call_self(endpoint.address.port))
+        try:
+            return await to_its_port(rt, target, endpoint, about)
+        except BaseException:
+            calls.pop().answered()
+            raise
+
+    try:
+        async with rt.reach.connection(lambda: rt.router.choose(target), connect) as stream, closing(stream) as upstream:
+            with account.upstream(upstream):
+                heard = calls[0].moved if calls else None
+                found = await rt.look(client, upstream, rt.config.outbound.detect_timeout) if about.unsure else FOUND_OPAQUE
+                if found.protocol is not Protocol.OPAQUE:
+                    if found.passed:  # a FIN would say that this was all
+                        upstream.reset()
+                    about.protocol = found.protocol
+                    return Resumed(client, found.said)
+                account.relayed(SILENT if found.silent else await rt.relay(client, upstream, about, heard))
+        return None
+    except LoopDetected:
+        rt.loops.stop(about)
+        raise
+    finally:
+        for call in calls:
+            call.answered()
+
+
+async def to_its_port(rt: Runtime, target: Target, endpoint: Endpoint, about: Facts) -> Stream:
+    """A connection to the target's port at an endpoint: by a tunnel, if that is a gateway."""
+    remote = target.remote
+    if remote is None:
+        return await rt.connect_opaque(endpoint, about.depth + 1)
+    trace = [header(about.trace.trace_id, about.trace.span_id)] if about.trace is not None else []
+    stream = await rt.connect(endpoint, ALPN_HTTP1, about.depth + 1)
+    try:
+        fields = [*trace, *rt.loops.fields(b"CONNECT", remote.tunnel)]
+        return await open_tunnel(stream, remote.tunnel, fields, rt.settings.limits, rt.config.clusters.tunnel_timeout)
+    except BaseException:
+        stream.close()
+        raise

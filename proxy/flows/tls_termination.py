@@ -1,0 +1,47 @@
+"""Where a peer of the mesh is met: mutual TLS, if the ClientHello asks for it, and what is inside."""
+
+from __future__ import annotations
+
+from proxy.exchange.detect import Opening
+from proxy.exchange.exchange import Facts
+from proxy.flows.runtime import Runtime
+from proxy.identity.identity import PeerRefused
+from proxy.identity.tls_contexts import ALPN_HTTP1, ALPN_HTTP2
+from proxy.net.exceptions import NetError, TLSFailed
+from proxy.net.memory_budget import TLS_BYTES
+from proxy.net.socket_stream import SocketStream, Stream
+from proxy.net.tls.handshake import tls_server
+from proxy.wire.sniff import Protocol
+
+# What ALPN says is inside; anything else, and nothing, is relayed as it is.
+INNER = {ALPN_HTTP1: Protocol.HTTP1, ALPN_HTTP2: Protocol.HTTP2}
+
+
+async def terminate(rt: Runtime, stream: SocketStream, opening: Opening, about: Facts) -> Stream:
+    """Mutual TLS, if the ClientHello asks for a workload of the mesh; who the peer is goes into `about`. Any other TLS is the
+    application's own, and passes untouched. Raises TLSFailed, ConnectionLost.
+
+    A peer that asks for another workload of our trust domain has been sent to the wrong place. It is answered as who we are, so that it
+    refuses us and can say why; passed on to the application, its handshake would fail without a reason.
+    """
+    identity = rt.identity
+    if identity is None or opening.hello is None or not (opening.hello.server_name or "").endswith(f".sa.{identity.id.trust_domain}"):
+        return stream
+    if about.slot is not None:
+        about.slot.speaks()
+    try:
+        tls = await tls_server(stream, identity.server_context, verify=identity.verify_chain, timeout=rt.config.tcp.handshake_timeout)
+    except PeerRefused as error:
+        rt.ledger.tls_failed(about.direction, "certificate")
+        raise TLSFailed("certificate", str(error)) from error
+    except NetError as error:
+        if about.slot is not None and about.slot.evicted:
+            raise  # there is nothing wrong with the peer's TLS
+        rt.ledger.tls_failed(about.direction, error.kind if isinstance(error, TLSFailed) else "lost")
+        raise
+    rt.expiries.watch(tls)
+    rt.ledger.tls_established(about.direction, tls.info)
+    about.tls, about.identity = tls.info, tls.info.peer_identity
+    about.share.admit()
+    about.share.charge(TLS_BYTES)
+    return tls

@@ -1,0 +1,160 @@
+"""The connections that a flow keeps, by the protocol that they speak; and the server for the protocol that a client speaks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Generic, TypeVar
+
+from proxy.directory import Endpoint, Hint, Target
+from proxy.errors import RequestError
+from proxy.exchange.client import Lender
+from proxy.exchange.exchange import Direction, Exchange, Facts, Handler
+from proxy.exchange.h1.pool import Pool
+from proxy.exchange.h1.server import Http1Server
+from proxy.exchange.h2.pool import MuxPool
+from proxy.exchange.h2.server import Http2Server
+from proxy.exchange.leases import Http1Lender, Http2Lender
+from proxy.fastpath.plan import Borrowed, Course, Shared
+from proxy.flows.runtime import Runtime
+from proxy.identity.tls_contexts import ALPN_HTTP1, ALPN_HTTP2
+from proxy.net.socket_stream import Stream
+from proxy.net.tls.handshake import TLSStream
+from proxy.telemetry.records import StreamAccount
+from proxy.wire import websocket
+from proxy.wire.sniff import Protocol
+
+K = TypeVar("K", bound=Hashable)
+
+
+class Pools(Generic[K]):
+    """One pool for each version of HTTP. `connect` opens a connection that speaks what its ALPN name says."""
+
+    def __init__(self, rt: Runtime, direction: Direction, connect: Callable[[K, bytes], Awaitable[Stream]]) -> None:
+        account = partial(rt.ledger.upstream, direction)
+        self._http1: Pool[K] = Pool(lambda key: connect(key, ALPN_HTTP1), account, rt.settings.pool, rt.settings.limits)
+        self._http2: MuxPool[K] = MuxPool(lambda key: connect(key, ALPN_HTTP2), account, rt.settings.pool, rt.settings.upstream)
+        self._clients: Counter[K] = Counter()
+        self._counted = self._draining = False
+        self._lenders: dict[Protocol, Lender[K]] = {
+            Protocol.HTTP1: Http1Lender(self._http1),
+            Protocol.HTTP2: Http2Lender(self._http2),
+        }
+
+    def take(self, key: K, now: float) -> Borrowed | None:
+        """A ready HTTP/1 connection for the fast road, if there is one; `now` is trio's time."""
+        upstream = self._http1.take(key, now)
+        return None if upstream is None else Borrowed(self._http1, key, upstream)
+
+    def adopt(self, key: K, stream: Stream, account: StreamAccount) -> None:
+        """Keep an HTTP/1 connection that nothing has been sent on or read from; the pool closes both."""
+        self._http1.adopt(key, stream, account)
+
+    def share(self, key: K) -> Shared | None:
+        """An HTTP/2 connection with room for a stream, if there is one."""
+        mux = self._http2.ready(key)
+        return None if mux is None else Shared(mux)
+
+    def lender(self, protocol: Protocol) -> Lender[K]:
+        return self._lenders[protocol]
+
+    async def serve(self) -> None:
+        """Own the connections that live beside the exchanges, until cancelled."""
+        await self._http2.serve()
+
+    def counts(self) -> tuple[int, int]:
+        """(connections in use, idle connections)"""
+        one, two = self._http1.counts(), self._http2.counts()
+        return one[0] + two[0], one[1] + two[1]
+
+    @contextmanager
+    def client(self, key: K) -> Iterator[None]:
+        """While a client's connection is open whose requests go to `key`. From the first one on, `sweep` keeps no more connections to any
+        key than clients have: a server that is told to stop, and waits for its open connections, waits for those of its clients only."""
+        self._counted = True
+        self._clients[key] += 1
+        try:
+            yield
+        finally:
+            self._clients[key] -= 1
+            if not self._clients[key]:
+                del self._clients[key]
+            if self._draining:
+                self._trim()
+
+    def sweep(self) -> None:
+        """Close what is too old, and what is too many; about twice a second."""
+        self._http1.sweep()
+        self._http2.sweep()
+        if self._counted:
+            self._trim()
+
+    def drain(self) -> None:
+        """The server is about to stop, and may wait for its open connections: from now on, those that are too many are closed at once."""
+        self._draining = True
+        self._trim()
+
+    def _trim(self) -> None:
+        self._http1.trim(self._clients)
+        self._http2.trim(self._clients)
+
+    def close(self) -> None:
+        self._http1.close()
+        self._http2.close()
+
+
+def spoken(version: bytes) -> Protocol:
+    """The protocol that a request came by."""
+    return Protocol.HTTP2 if version == b"2" else Protocol.HTTP1
+
+
+def upstream_protocol(exchange: Exchange, target: Target) -> Protocol:
+    """What the service speaks, as far as the directory knows; otherwise what the client spoke. Raises RequestError (501) for an extended
+    CONNECT that has no form in HTTP/1."""
+    request = exchange.request
+    protocol = {Hint.HTTP1: Protocol.HTTP1, Hint.HTTP2: Protocol.HTTP2}.get(target.protocol) or spoken(request.version)
+    if protocol is Protocol.HTTP1 and request.protocol is not None and not websocket.asks(request):
+        raise RequestError("CONNECT with a :protocol other than websocket, to a server that speaks HTTP/1", 501)
+    return protocol
+
+
+async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler, course: Course | None = None) -> None:
+    """Serve a downstream HTTP connection of either version until it ends; plain exchanges of one with a `course` take the fast road."""
+    plain = about.identity is None and about.direction != "outbound"
+    settings = rt.settings.plain_server if plain else rt.settings.server
+    if about.protocol is Protocol.HTTP2:
+        server = Http2Server(stream, about, settings, rt.settings.plain_downstream if plain else rt.settings.downstream, rt.drain)
+        if rt.road is not None and course is not None:
+            server.fork = partial(rt.road.fork, course)
+        if about.slot is not None:
+            about.slot.activity = server
+        await server.run(handler)
+        if server.mux.fault is not None:  # the client has been told, by GOAWAY; for the log
+            raise server.mux.fault
+    else:
+        carry = partial(rt.road.carry, course) if rt.road is not None and course is not None else None
+        one = Http1Server(stream, about, settings, rt.drain, carry)
+        if about.slot is not None:
+            about.slot.activity = one
+        expiry = stream.expiry if isinstance(stream, TLSStream) else None
+        if expiry is None:
+            await one.run(handler)
+            return
+        expiry.retire = partial(_retire, rt, one)
+        try:
+            await one.run(handler)
+        finally:
+            expiry.retire = None  # which leads back to the stream
+
+
+def _retire(rt: Runtime, server: Http1Server) -> None:
+    server.retire()
+    if rt.road is not None:
+        rt.road.recall(server)
+
+
+def endpoint_pools(rt: Runtime, direction: Direction) -> Pools[Endpoint]:
+    """The kept connections to endpoints."""
+    return Pools(rt, direction, rt.connect)

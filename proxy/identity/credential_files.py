@@ -1,0 +1,83 @@
+"""The bytes of the files behind an identity, read together; proxy/identity/credentials.py says what they mean."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxy.files import FileUnusable, read_bytes
+from proxy.files import read_settled as settled
+
+# A bundle of a thousand roots has about 1 MiB.
+MAX_FILE_BYTES = 4 * 1024 * 1024
+
+
+class MaterialError(Exception):
+    """A file of the identity cannot be used. `path` is the file, `reason` what is wrong with it and how to mend it."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class MaterialFiles:
+    """Where an identity lives on disk. All files are PEM; each of the root files may hold several certificates."""
+
+    certificate: Path
+    key: Path
+    roots: tuple[Path, ...]
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        return (self.certificate, self.key, *self.roots)
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The bytes of all files as read in one go. `digest` tells two contents apart, whatever their time stamps say."""
+
+    files: MaterialFiles
+    parts: tuple[bytes, ...]
+    key_mode: int
+
+    @property
+    def digest(self) -> bytes:
+        digest = hashlib.sha256()
+        for part in self.parts:
+            digest.update(len(part).to_bytes(8, "big"))
+            digest.update(part)
+        return digest.digest()
+
+
+def read_files(files: MaterialFiles) -> Contents:
+    """Read all files. Raises MaterialError for the first one that cannot be read."""
+    if not files.roots:
+        raise MaterialError(files.certificate, "no trust root file is configured for this certificate: name at least one")
+    parts = tuple(read_file(path) for path in files.all)
+    try:
+        mode = files.key.stat().st_mode
+    except OSError as error:
+        raise MaterialError(files.key, f"cannot be read: {error.strerror or error}") from None
+    return Contents(files, parts, mode)
+
+
+def read_settled(files: MaterialFiles, settle: float) -> Contents:
+    """Read all files when they are not being written; see files.read_settled. Raises MaterialError."""
+
+    def read() -> tuple[Contents, bytes]:
+        contents = read_files(files)
+        return contents, contents.digest
+
+    try:
+        return settled(read, files.all, settle)[0]
+    except FileUnusable as error:
+        raise MaterialError(error.path, error.reason) from None
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of one file, at most MAX_FILE_BYTES. Raises MaterialError."""
+    try:
+        return read_bytes(path, MAX_FILE_BYTES)
+    except FileUnusable as error:
+        raise MaterialError(path, error.reason) from None

@@ -1,0 +1,297 @@
+"""The files behind an identity: certificate chain, private key, trust roots; read, checked and understood as a whole.
+
+Material is all or nothing. A certificate whose key is missing, a key of yesterday's certificate, a leaf that our own roots do
+not vouch for: each of them would load into OpenSSL without a word, and then every handshake would fail for a reason that only
+the other side knows. So everything that a peer will check is checked here first, by the same judges (the library's chain
+verification, and proxy/net/tls/certificate_rules.py), and the error names the file and what to mend.
+
+Files change under us while we read. In Kubernetes a mounted volume is a directory of symbolic links into `..data`, which is
+swapped at once; elsewhere files are replaced one after the other. Either way a reader may catch the new certificate and the
+old key. Such a set is refused as a whole, and is whole again at the next look. A file that is being written may be a good, shorter one:
+roots of which the last are missing. So what has changed is used when two reads agree, and a file that ends inside a certificate is
+refused.
+"""
+
+import re
+import stat
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from OpenSSL import SSL, crypto
+
+from proxy.identity.credential_files import Contents, MaterialError, MaterialFiles
+from proxy.identity.key_strength import PrivateKey
+from proxy.identity.spiffe import SpiffeId, SpiffeIdError
+from proxy.net.tls.certificate_rules import UNREADABLE, certificate_flaw, find_flaw, key_flaw, strength_flaw
+from proxy.net.tls.openssl_errors import reasons
+
+# RFC 7468 §3
+_BOUNDARY = re.compile(rb"-----(BEGIN|END) [A-Z0-9 ]+-----")
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """A complete, consistent and currently valid set. `warnings` are things that work but should be mended."""
+
+    id: SpiffeId
+    leaf: x509.Certificate
+    intermediates: tuple[x509.Certificate, ...]
+    key: PrivateKey
+    roots: tuple[x509.Certificate, ...]
+    warnings: tuple[str, ...]
+    chain: tuple[x509.Certificate, ...]  # as peers will verify it: the leaf first, the trust root last
+
+
+def utc_now() -> datetime:
+    """The wall clock, aware. Certificates are the one thing in the proxy that is about wall-clock time."""
+    return datetime.now(UTC)
+
+
+def load(contents: Contents, now: datetime) -> Material:
+    """Understand the contents and check everything a peer would check. Raises MaterialError naming file and reason."""
+    files = contents.files
+    leaf, *others = parse_certificates(files.certificate, contents.parts[0])
+    key = parse_key(files.key, contents.parts[1])
+    roots = _parse_roots(files, contents.parts[2:], now)
+    if key.public_key() != public_key(files.certificate, leaf):
+        raise MaterialError(files.key, f"does not belong to the certificate in {files.certificate}: both must be replaced together")
+    identity = _check_leaf(files.certificate, leaf, now)
+    intermediates = tuple(certificate for certificate in others if certificate not in roots)
+    for certificate in intermediates:
+        check_validity(files.certificate, certificate, now, "the intermediate certificate")
+        weakness = _weakness(files.certificate, certificate)
+        if weakness is not None:
+            raise MaterialError(files.certificate, f"holds a weak intermediate certificate ({name_of(certificate)}): it {weakness}")
+    try:
+        chain = verify_chain(leaf, intermediates, roots, now)
+    except ValueError as error:
+        names = ", ".join(str(path) for path in files.roots)
+        raise MaterialError(files.certificate, f"is not vouched for by the trust roots in {names}: {error}") from None
+    flaw = find_flaw(chain)
+    if flaw is not None:
+        what = "the certificate" if not flaw.depth else f"the certificate of its authority {name_of(chain[flaw.depth])}"
+        raise MaterialError(files.certificate, f"would be refused by every peer: {what} {flaw.words}")
+    return Material(identity, leaf, intermediates, key, roots, _warnings(contents, roots, now), chain)
+
+
+def parse_certificates(path: Path, data: bytes) -> list[x509.Certificate]:
+    """All certificates of a PEM file, at least one, each of them well-formed as a whole. Raises MaterialError."""
+    if b"-----BEGIN CERTIFICATE-----" not in data:
+        what = "is empty" if not data.strip() else "holds no PEM certificate (no line '-----BEGIN CERTIFICATE-----')"
+        raise MaterialError(path, what)
+    *_, last = _BOUNDARY.finditer(data)
+    if last[1] != b"END" or b"-----" in data[last.end() :]:
+        raise MaterialError(path, "ends inside a PEM block: it is half written, or cut off")
+    # The library warns of oddities that it means to refuse one day, a serial number of zero for example. Till then they do no harm.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = x509.load_pem_x509_certificates(data)
+        except UNREADABLE as error:
+            raise MaterialError(path, f"holds a certificate that cannot be parsed: {visible(str(error))}") from None
+        for number, certificate in enumerate(found, start=1):
+            problem = _malformation(certificate)
+            if problem is not None:
+                which = "a certificate" if len(found) == 1 else f"a certificate (number {number} of {len(found)})"
+                raise MaterialError(path, f"holds {which} that cannot be parsed: {problem}")
+    return found
+
+
+def _malformation(certificate: x509.Certificate) -> str | None:
+    """What is malformed in a certificate, or None. After this none of its parts raises when it is asked for, except the public key
+    and the signature's algorithm, which may be of a kind that is not known here.
+
+    Both libraries are asked, since the one that shakes hands reads some of the parts more strictly than the one that shows them.
+    """
+    try:
+        crypto.X509.from_cryptography(certificate)
+        name_of(certificate)
+        certificate.issuer.rfc4514_string()
+        when(certificate.not_valid_before_utc)
+        when(certificate.not_valid_after_utc)
+        list(certificate.extensions)
+    except crypto.Error as error:
+        return openssl_reason(error)
+    except UNREADABLE as error:
+        return visible(str(error))
+    return None
+
+
+def openssl_reason(error: crypto.Error | SSL.Error) -> str:
+    """Why OpenSSL refuses something: pyOpenSSL raises a list of (library, function, reason), the last of them the most general."""
+    return ", in ".join(dict.fromkeys(reasons(error))) or visible(str(error)) or "it does not say why"
+
+
+def parse_key(path: Path, data: bytes) -> PrivateKey:
+    """The one private key of a PEM file, checked for type and strength. Raises MaterialError; the key is never quoted."""
+    try:
+        key = serialization.load_pem_private_key(data, password=None)
+    except TypeError:
+        raise MaterialError(path, "holds an encrypted private key: a proxy that starts alone cannot type a passphrase") from None
+    except (ValueError, UnsupportedAlgorithm):
+        # The library's message may quote its input, which is the one text that must never reach a log.
+        what = "is empty" if not data.strip() else "holds no PEM private key that can be read (PKCS #8, SEC 1 or PKCS #1)"
+        raise MaterialError(path, what) from None
+    if isinstance(key, PrivateKey):
+        weakness = key_flaw(key.public_key())
+        if weakness is not None:
+            raise MaterialError(path, f"holds a private key that no peer accepts: {weakness}")
+        return key
+    raise MaterialError(path, f"holds a private key of a kind that TLS 1.3 certificates do not use here ({type(key).__name__})")
+
+
+def spiffe_uri(certificate: x509.Certificate) -> str:
+    """The one URI SAN of a certificate. Raises SpiffeIdError when there is none, or more than one (X.509-SVID, section 2)."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        raise SpiffeIdError("the certificate has no subject alternative name, so it names no identity") from None
+    except UNREADABLE as error:
+        raise SpiffeIdError(f"the certificate's extensions cannot be parsed: {error}") from None
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    if len(uris) != 1:
+        found = "none" if not uris else f"{len(uris)}: " + ", ".join(repr(uri[:100]) for uri in uris[:4])
+        raise SpiffeIdError(f"the certificate must have exactly one URI among its subject alternative names, it has {found}")
+    return uris[0]
+
+
+def verify_chain(
+    leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], roots: Sequence[x509.Certificate], now: datetime
+) -> tuple[x509.Certificate, ...]:
+    """Judge the chain as the TLS library does in the handshake. The chain, the leaf first and the root last. Raises ValueError with the
+    reason in words."""
+    store = crypto.X509Store()
+    # Whatever is in the trust root files is an anchor, also a certificate that is not self-signed (SPIFFE bundles may be so).
+    store.set_flags(crypto.X509StoreFlags.PARTIAL_CHAIN)
+    store.set_time(now)
+    try:
+        for root in roots:
+            store.add_cert(crypto.X509.from_cryptography(root))
+        chain = [crypto.X509.from_cryptography(certificate) for certificate in intermediates]
+        found = crypto.X509StoreContext(store, crypto.X509.from_cryptography(leaf), chain).get_verified_chain()
+        return tuple(certificate.to_cryptography() for certificate in found)
+    except crypto.X509StoreContextError as error:
+        raise ValueError(str(error)) from None
+    except crypto.Error as error:
+        raise ValueError(openssl_reason(error)) from None
+
+
+def check_validity(path: Path, certificate: x509.Certificate, now: datetime, what: str) -> None:
+    """Raise MaterialError when the certificate is not valid at `now`."""
+    reason = validity_problem(certificate, now)
+    if reason is not None:
+        raise MaterialError(path, f"{what} {reason}")
+
+
+def validity_problem(certificate: x509.Certificate, now: datetime) -> str | None:
+    """Why the certificate is not valid at `now`, in words that follow "the certificate ..."; None when it is valid."""
+    if now > certificate.not_valid_after_utc:
+        return f"expired on {when(certificate.not_valid_after_utc)} (it is {when(now)} here)"
+    if now < certificate.not_valid_before_utc:
+        return f"is not yet valid until {when(certificate.not_valid_before_utc)} (it is {when(now)} here: is the clock right?)"
+    return None
+
+
+def when(moment: datetime) -> str:
+    """A moment as it stands in messages: UTC, to the second."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _parse_roots(files: MaterialFiles, parts: Sequence[bytes], now: datetime) -> tuple[x509.Certificate, ...]:
+    """All roots of all files, each once, without those that have expired: they vouch for nobody any more.
+
+    A root that begins later stays: it may have been handed out ahead of its time, and nobody touches the files when it begins.
+    """
+    found: dict[x509.Certificate, str | None] = {}
+    for path, data in zip(files.roots, parts, strict=True):
+        for certificate in parse_certificates(path, data):
+            _check_authority(path, certificate)
+            found.setdefault(certificate, validity_problem(certificate, now))
+    if all(found.values()):
+        raise MaterialError(files.roots[0], f"holds no trust root that is valid now: the first one {next(iter(found.values()))}")
+    return tuple(certificate for certificate in found if now <= certificate.not_valid_after_utc)
+
+
+def _check_authority(path: Path, certificate: x509.Certificate) -> None:
+    try:
+        extensions = certificate.extensions
+        constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
+    except x509.ExtensionNotFound:
+        raise MaterialError(path, f"holds a certificate that is no authority (no basic constraints): {name_of(certificate)}") from None
+    except UNREADABLE as error:
+        raise MaterialError(path, f"holds a certificate whose extensions cannot be parsed: {error}") from None
+    if not constraints.ca:
+        raise MaterialError(path, f"holds a certificate that is no authority (a workload's certificate?): {name_of(certificate)}")
+    weakness = _weakness(path, certificate)
+    if weakness is not None:
+        raise MaterialError(path, f"holds a weak trust root ({name_of(certificate)}): it {weakness}")
+
+
+def _check_leaf(path: Path, leaf: x509.Certificate, now: datetime) -> SpiffeId:
+    check_validity(path, leaf, now, "the certificate")
+    try:
+        identity = SpiffeId.parse(spiffe_uri(leaf))
+    except SpiffeIdError as error:
+        raise MaterialError(path, str(error)) from None
+    if _is_authority(leaf):
+        raise MaterialError(path, "the first certificate is an authority, not a workload's certificate: put the leaf first")
+    flaw = certificate_flaw(leaf, 0)
+    if flaw is not None:
+        raise MaterialError(path, f"would be refused by every peer: the certificate {flaw.words}")
+    return identity
+
+
+def public_key(path: Path, certificate: x509.Certificate) -> object:
+    """The certificate's public key. Raises MaterialError when it is malformed, or of a kind that is not known here."""
+    try:
+        return certificate.public_key()
+    except UNREADABLE as error:
+        raise MaterialError(path, f"holds a certificate whose public key cannot be read: {error}") from None
+
+
+def _weakness(path: Path, certificate: x509.Certificate) -> str | None:
+    """What makes a certificate forgeable, in words that follow "it ...". Raises MaterialError when its key cannot be read."""
+    public_key(path, certificate)
+    return strength_flaw(certificate)
+
+
+def _is_authority(certificate: x509.Certificate) -> bool:
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return False
+
+
+def _warnings(contents: Contents, roots: Sequence[x509.Certificate], now: datetime) -> tuple[str, ...]:
+    files = contents.files
+    found = []
+    if contents.key_mode & stat.S_IROTH:
+        found.append(f"{files.key}: the private key can be read by every user of this machine: chmod 600 {files.key}")
+    for path, data in zip(files.roots, contents.parts[2:], strict=True):
+        for certificate in parse_certificates(path, data):
+            flaw = certificate_flaw(certificate, 1, anchor=True)
+            if flaw is not None:
+                found.append(f"{path}: the trust root {name_of(certificate)} {flaw.words}: nothing that it has signed is accepted")
+            problem = validity_problem(certificate, now)
+            if problem is not None:
+                use = "it counts from then on" if certificate in roots else "it is not used"
+                found.append(f"{path}: the trust root {name_of(certificate)} {problem}: {use}")
+    return tuple(found)
+
+
+def name_of(certificate: x509.Certificate) -> str:
+    """A certificate's subject for a message; its serial number when it has none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a part that is longer than it should be; nobody is harmed
+        return visible(certificate.subject.rfc4514_string()) or f"serial number {certificate.serial_number:x}"
+
+
+def visible(text: str) -> str:
+    """A text from outside for a message: on one line, and nothing in it that a terminal would obey."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

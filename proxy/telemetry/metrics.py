@@ -1,0 +1,347 @@
+"""What a proxy counts, and how Prometheus reads it.
+
+Three rules. Label sets are bounded: nothing that a client chooses (an authority, a path, an unknown method) becomes a label value, and
+should a value come in that nobody foresaw, a family stops growing at `MOST_SERIES` and counts on as "other". Every connection and
+every request is recorded exactly once, on every path out of its `with` block, cancellation included. And what is counted for each of
+them is counted in plain numbers of our own: requests in request_metrics.py, connections in counters.py.
+
+Names follow Prometheus: the unit in the name, `_total` for counters, seconds and bytes. The registry is our own, not the global one,
+so that several proxies in one process (tests, the laboratory) do not meet.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from types import TracebackType
+from typing import Generic, Literal, Self, TypeVar
+
+import prometheus_client
+from OpenSSL import SSL
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+from proxy.telemetry.counters import MOST_SERIES, Spread, Tally
+from proxy.telemetry.endpoint_metrics import ReachMeasures
+from proxy.telemetry.log_output import Why
+from proxy.telemetry.request_metrics import LATENCY_BUCKETS, Direction, HttpCollector, HttpMeasures
+from proxy.wire.h1 import fast_head
+
+Peer = Literal["src", "dst"]
+Tls = Literal["mutual", "none", "passthrough", "unknown"]
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+DETECTION_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2, 3, 5, 10)
+
+_Child = TypeVar("_Child", Counter, Gauge, Histogram)
+
+
+class Series(Generic[_Child]):
+    """The children of one family by their label values, looked up once and kept; past `MOST_SERIES` all new ones are "other"."""
+
+    def __init__(self, family: _Child, labels: int) -> None:
+        self._family: _Child = family
+        self._other = ("other",) * labels
+        self._children: dict[tuple[str, ...], _Child] = {}
+
+    def at(self, *values: str) -> _Child:
+        child = self._children.get(values)
+        if child is None:
+            if len(self._children) >= MOST_SERIES and values != self._other:
+                return self.at(*self._other)
+            child = self._children[values] = self._family.labels(*values) if values else self._family
+        return child
+
+
+class ConnectionRecord:
+    """The account of one connection, opened and closed by `with`.
+
+    It is counted as open once it is known whether it is TLS: at once, or when `secured` is called. One that ends before is "unknown".
+    """
+
+    __slots__ = ("_labels", "_measures", "_peer", "_read", "_tls", "_written")
+
+    def __init__(self, measures: ConnectionMeasures, peer: Peer, tls: Tls | None) -> None:
+        self._measures = measures
+        self._peer: Peer = peer
+        self._tls: Tls | None = tls
+        self._labels: tuple[str, ...] | None = None  # of the connection, once it is counted as open
+        self._read = 0
+        self._written = 0
+
+    def secured(self, tls: Tls) -> None:
+        """It is known now whether the connection is TLS, and whose. Later calls change nothing."""
+        if self._labels is None:
+            measures = self._measures
+            self._labels = labels = measures.direction, self._peer, tls
+            measures.opened.add(labels)
+            measures.open.add(labels)
+
+    def transferred(self, read: int, written: int) -> None:
+        """The connection's totals so far, in bytes; may be called as often as one likes."""
+        measures = self._measures
+        if read > self._read:
+            measures.bytes.add((measures.direction, self._peer, "read"), read - self._read)
+            self._read = read
+        if written > self._written:
+            measures.bytes.add((measures.direction, self._peer, "written"), written - self._written)
+            self._written = written
+
+    def __enter__(self) -> Self:
+        if self._tls is not None:
+            self.secured(self._tls)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.secured("unknown")
+        if self._labels is not None:
+            self._measures.open.add(self._labels, -1)
+            self._measures.closed.add(self._labels)
+
+
+class ConnectionMeasures:
+    """Connections of one direction: from the client (peer "src") and to the server (peer "dst")."""
+
+    __slots__ = ("bytes", "closed", "direction", "open", "opened")
+
+    def __init__(self, metrics: Metrics, direction: Direction) -> None:
+        self.direction = direction
+        self.opened, self.open, self.closed, self.bytes = metrics.opened, metrics.open, metrics.closed, metrics.bytes
+        for peer in ("src", "dst"):
+            for way in ("read", "written"):
+                self.bytes.add((direction, peer, way), 0)
+
+    def connection(self, peer: Peer, tls: Tls | None = None) -> ConnectionRecord:
+        """Opens an account: `with measures.connection("src") as record: ... record.secured("mutual")`."""
+        return ConnectionRecord(self, peer, tls)
+
+
+class SpanCounts:
+    """What becomes of spans. Counted by the exporter's thread, and drops by the data path too."""
+
+    def __init__(self, exported: Series[Counter], dropped: Series[Counter], exports: Series[Counter]) -> None:
+        self._exported, self._dropped, self._exports = exported, dropped, exports
+
+    def exported(self, spans: int) -> None:
+        self._exported.at().inc(spans)
+
+    def dropped(self, reason: str, spans: int) -> None:
+        self._dropped.at(reason).inc(spans)
+
+    def attempted(self, result: str) -> None:
+        self._exports.at(result).inc()
+
+
+class Metrics:
+    """All families of one proxy. What happens seldom is counted by methods, the rest through `http` and `connections`."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        # Two thirds of all series would be `_created` timestamps otherwise. The switch is the library's own, and process-wide.
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # the library says no types
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._data_path()
+        self._events()
+        self._states()
+        self._names()
+        self._clock = clock
+        self.http: dict[Direction, HttpMeasures] = {}
+        self.registry.register(HttpCollector(self.http))
+        self.connections: dict[Direction, ConnectionMeasures] = {}
+        for way in ("inbound", "outbound"):
+            self.measure(way)
+
+    def measure(self, direction: Direction) -> None:
+        """Have the series of a direction. Those of a sidecar are there from the start."""
+        self.http[direction] = HttpMeasures(self._clock)
+        self.connections[direction] = ConnectionMeasures(self, direction)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Series[Counter]:
+        return Series(Counter(f"isthmus_{name}", text, labels, registry=self.registry), len(labels))
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Series[Gauge]:
+        return Series(Gauge(f"isthmus_{name}", text, labels, registry=self.registry), len(labels))
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Series[Histogram]:
+        return Series(Histogram(f"isthmus_{name}", text, labels, registry=self.registry, buckets=buckets), len(labels))
+
+    def _tally(self, name: str, text: str, *labels: str) -> Tally:
+        return Tally(name, text, labels, self.registry)
+
+    def _data_path(self) -> None:
+        which = ("direction", "peer", "tls")
+        self.opened = self._tally("connections_opened_total", "Connections opened (src: from the client, dst: to the server).", *which)
+        self.open = self._tally("connections_open", "Connections open now.", *which)
+        self.closed = self._tally("connections_closed_total", "Connections closed.", *which)
+        self.bytes = self._tally("bytes_total", "Bytes read from and written to peers.", "direction", "peer", "way")
+        self._handshakes = self._tally(
+            "tls_handshakes_total", "TLS handshakes that ended.", "direction", "side", "result", "version", "group", "resumed"
+        )
+        self._detections = self._tally("detections_total", "Protocol detections by result.", "direction", "result")
+        self._detection_time = Spread(
+            "detection_seconds", "From the start of protocol detection to its result.", DETECTION_BUCKETS, "direction", self.registry
+        )
+        self._declined = self._tally("heads_declined_total", "HTTP/1 heads that the fast recogniser left to h11.", "direction", "role")
+
+    def _events(self) -> None:
+        self._tls_failures = self._counter("tls_failures_total", "Failed TLS handshakes by kind.", "direction", "kind")
+        self._loops = self._counter("loops_total", "Traffic loops that were stopped.", "kind")
+        self.self_calls = self._counter("self_calls_total", "Connections and requests of the pod to itself.")
+        self._dropped_hops = self._counter("hop_tokens_dropped_total", "Requests whose loop tokens were not all believed.", "reason")
+        self._dropped_way = self._counter("forwarded_dropped_total", "Requests to a gateway whose Forwarded was not all kept.", "reason")
+        self._errors = self._counter("errors_total", "Connections and requests that failed in the proxy.", "direction", "reason")
+        self._fast = self._counter("fast_road_exchanges_total", "HTTP exchanges that the fast road began.", "end")
+        self._probes = self._counter("gateway_probes_total", "Other clusters' gateways asked whether they are alive.", "cluster", "result")
+        self._sent_away = self._counter("sent_away_total", "Requests and connections to other clusters' gateways.", "cluster", "why")
+        what = ("listener", "reason")
+        self._evicted = self._counter("connections_evicted_total", "Connections that were ended to make room for others.", *what)
+        self._refused = self._counter("connections_refused_total", "Connections for which there was no room.", *what)
+        self._directory = self._counter("directory_reloads_total", "Changed directory files by what became of them.", "result")
+        self._identity = self._counter("identity_reloads_total", "Changed certificates, keys or roots by what became of them.", "result")
+        self.spans = SpanCounts(
+            self._counter("spans_exported_total", "Spans that the collector took."),
+            self._counter("spans_dropped_total", "Spans that were not exported, by reason.", "reason"),
+            self._counter("span_exports_total", "Batches of spans sent, by what became of them.", "result"),
+        )
+        self._dropped_logs = self._counter("dropped_logs_total", "Log lines that were not written, by the reason.", "reason")
+        self.reach = ReachMeasures(self._counter, self._gauge, self.registry)
+
+    def _states(self) -> None:
+        self._gateways = self._gauge("gateways_usable", "Gateways of another cluster that get requests.", "cluster")
+        self._failovers = self._gauge("failover_active", "1 while a service with failover is served by another cluster.", "service")
+        self._certificate = self._gauge("certificate_expiry_timestamp_seconds", "When the proxy's certificate ends (Unix time).")
+        self._ended = self._counter(
+            "certificate_ends_total", "Connections that a certificate ended, by the way they ended.", "how"
+        )
+        self._begin = self._gauge(
+            "certificate_start_timestamp_seconds", "When the proxy's certificate, and all that it depends on, begin (Unix time)."
+        )
+        self._roots = self._gauge("root_expiry_timestamp_seconds", "When the first of the trust roots ends (Unix time).")
+        self.former_identities = self._gauge("former_identities", "Addresses that had an identity lately, and get no clear text.")
+        self._pool = self._gauge("pool_connections", "Connections to endpoints kept by the pools.", "state")
+        self._span_queue = self._gauge("spans_waiting", "Spans that wait to be exported.")
+        self.self_calls_waiting = self._gauge("self_calls_waiting", "Of these, the ones that wait for the first of their answer.")
+        self.memory_used = self._gauge("memory_used_bytes", "Bytes buffered, for whom.", "clients")
+        self.memory_limit = self._gauge("memory_limit_bytes", "Bytes that may be buffered (memory.budget); 0: no limit.")
+        self.memory_actions = self._counter("memory_short_total", "What was done because memory is short.", "action")
+        self.memory_trims = self._counter("memory_trims_total", "Times that freed memory was given back to the system.")
+        self.streams_open = self._gauge("streams_open", "HTTP/2 streams that clients have open.", "clients")
+        self.streams_refused = self._counter("streams_refused_total", "HTTP/2 streams refused (memory.max_streams, memory.budget).")
+        self.steps_waiting = self._gauge("steps_waiting", "Streams and connections that wait to be begun or ended.")
+        self.workers = self._gauge("workers", "Worker processes, where there are several.", "state")
+        self.worker_exits = self._counter("worker_exits_total", "Workers that ended without being told to, by how.", "how")
+        info = self._gauge("build_info", "Always 1; the labels say what runs.", "version", "python", "compiled", "tls")
+        compiled = "yes" if fast_head.__file__.endswith(".so") else "no"
+        info.at(own_version(), platform.python_version(), compiled, SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode()).set(1)
+
+    def _names(self) -> None:
+        what = ("transport", "result")
+        self.dns_queries = self._counter("dns_queries_total", "Questions of the pod's programs by what became of them.", *what)
+        self.dns_upstream = self._counter("dns_upstream_total", "Questions that were passed on, by how that ended.", *what)
+        self.dns_ignored = self._counter("dns_ignored_datagrams_total", "Datagrams to our questions that did not answer them.")
+        self.dns_latency = self._histogram("dns_upstream_seconds", "From passing a datagram on to its answer.", LATENCY_BUCKETS)
+        self.dns_in_flight = self._gauge("dns_in_flight", "Questions that wait for a resolver.")
+        self._virtual = self._gauge("virtual_addresses", "Services that have virtual addresses, or still keep them.", "state")
+
+    def virtual_addresses(self, existing: int, quarantined: int) -> None:
+        self._virtual.at("existing").set(existing)
+        self._virtual.at("quarantined").set(quarantined)
+
+    def handshake(self, direction: Direction, side: Literal["client", "server"], facts: tuple[str, str, bool]) -> None:
+        """A TLS handshake succeeded; `facts` are the version, the key-exchange group, and whether the session was resumed."""
+        tls_version, group, resumed = facts
+        self._handshakes.add((direction, side, "ok", tls_version, group, "true" if resumed else "false"))
+
+    def handshake_failed(self, direction: Direction, side: Literal["client", "server"], kind: str) -> None:
+        """A TLS handshake failed; `kind` is the one of TLSFailed."""
+        self._handshakes.add((direction, side, "failed", "", "", "false"))
+        self._tls_failures.at(direction, kind).inc()
+
+    def detected(self, direction: Direction, result: str, seconds: float) -> None:
+        """Detection ended with `result` (http1, http2, opaque, tls, silent, closed, declared) after `seconds`."""
+        self._detections.add((direction, result))
+        self._detection_time.observe(direction, seconds)
+
+    def sent_away(self, cluster: str, why: str) -> None:
+        """A request or connection goes by way of another cluster's gateway, since it was named, by a split, or by a failover."""
+        self._sent_away.at(cluster, why).inc()
+
+    def gateway_probed(self, cluster: str, result: str) -> None:
+        """A gateway was asked whether it is alive: `ok`, `failed`."""
+        self._probes.at(cluster, result).inc()
+
+    def gateways_usable(self, cluster: str, count: int) -> None:
+        """How many gateways of a cluster get requests."""
+        self._gateways.at(cluster).set(count)
+
+    def failed_over(self, service: str, away: bool) -> None:
+        """A service is served by another cluster from now on, or at home again."""
+        self._failovers.at(service).set(1 if away else 0)
+
+    def hops_dropped(self, reason: str) -> None:
+        """Tokens of a request were dropped: `broken` ones, or all of them since they were `oversized`."""
+        self._dropped_hops.at(reason).inc()
+
+    def way_dropped(self, reason: Literal["broken", "oversized"]) -> None:
+        """Lines of a request's Forwarded were dropped: `broken` ones, or all of them since they were `oversized`."""
+        self._dropped_way.at(reason).inc()
+
+    def loop(self, kind: str) -> None:
+        self._loops.at(kind).inc()
+
+    def error(self, direction: Direction, reason: str) -> None:
+        self._errors.at(direction, reason).inc()
+
+    def evicted(self, listener: str, reason: str) -> None:
+        """A connection was ended to make room for others (a reason of net.connection_slots)."""
+        self._evicted.at(listener, reason).inc()
+
+    def refused(self, listener: str, reason: str) -> None:
+        """There was no room for a connection (a reason of net.connection_slots)."""
+        self._refused.at(listener, reason).inc()
+
+    def heads_declined(self, direction: Direction, role: Literal["request", "response"], count: int) -> None:
+        self._declined.add((direction, role), count)
+
+    def on_fast_road(self, finished: int, handed_over: int) -> None:
+        """So many more exchanges have ended on the fast road, or gone over to the ordinary one."""
+        self._fast.at("finished").inc(finished)
+        self._fast.at("handed_over").inc(handed_over)
+
+    def directory_reloaded(self, result: Literal["ok", "error", "refused"]) -> None:
+        self._directory.at(result).inc()
+
+    def identity_reloaded(self, result: Literal["ok", "error"]) -> None:
+        self._identity.at(result).inc()
+
+    def validity(self, begin: float, end: float, first_root: float) -> None:
+        """When the certificate begins and ends, and when the first of the roots ends, in seconds since 1970."""
+        self._begin.at().set(begin)
+        self._certificate.at().set(end)
+        self._roots.at().set(first_root)
+
+    def certificate_ended(self, how: Literal["retired", "cut"]) -> None:
+        self._ended.at(how).inc()
+
+    def pool(self, state: Literal["active", "idle"]) -> Gauge:
+        """The gauge of a pool's connections; the pools of both directions count in the same."""
+        return self._pool.at(state)
+
+    def spans_waiting(self, count: int) -> None:
+        self._span_queue.at().set(count)
+
+    def logs_dropped(self, count: int, reason: Why) -> None:
+        self._dropped_logs.at(reason).inc(count)
+
+    def render(self) -> bytes:
+        """All of it in Prometheus' text format 0.0.4 (`CONTENT_TYPE`)."""
+        return generate_latest(self.registry)
+
+
+def own_version() -> str:
+    """Of this distribution; "unknown" where it runs from a checkout that is not installed."""
+    try:
+        return version("isthmus")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,115 @@
+"""Tracing as a whole, built from the configuration: who decides in which flow, the queue, the exporter, and the counts.
+
+Where tracing is off nothing of OpenTelemetry is imported, there is no thread, and the flows have no layer for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from proxy.config.load import DOWNWARD, Config
+from proxy.config.schema_tracing import TracingConfig
+from proxy.errors import StartError
+from proxy.exchange.trace_layer import Tracing
+from proxy.telemetry.metrics import Metrics, own_version
+from tracing.otlp import Collector
+from tracing.queue import Exporter, QueueSettings, SpanQueue
+from tracing.resource import About, Resource
+from tracing.sampling import Sampling, Tracer
+
+_log = logging.getLogger("isthmus.tracing")
+
+# What the last spans may take when the process ends, in seconds. The grace of open connections is over then, and Kubernetes' is not.
+CLOSING = 3.0
+_LOCAL = "http://localhost:4318"
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """The tracing of each flow; None: it is off. `close` when no flow can end a span any more."""
+
+    inbound: Tracing | None = None
+    outbound: Tracing | None = None
+    gateway: Tracing | None = None
+    queue: SpanQueue | None = None
+
+    def flows(self) -> dict[str, Tracing | None]:
+        """By the name of the direction."""
+        return {"inbound": self.inbound, "outbound": self.outbound, "gateway": self.gateway}
+
+    def waiting(self) -> int:
+        return len(self.queue) if self.queue is not None else 0
+
+    def close(self) -> None:
+        """Send what is left, for at most `CLOSING` seconds. Blocks."""
+        if self.queue is not None:
+            self.queue.close(CLOSING)
+
+
+OFF = Spans()
+
+
+def build(config: Config, metrics: Metrics, environ: Mapping[str, str]) -> Spans:
+    """What the configuration asks for; its thread runs from now on. Raises StartError."""
+    settings = config.tracing
+    if settings.exports == "none":
+        return OFF
+    try:
+        exporter = _exporter(config, environ)
+    except (ImportError, ValueError, OSError) as error:
+        raise StartError(f"tracing: {error}", 64) from error
+    limits = QueueSettings(settings.queue, min(settings.batch, settings.queue), settings.delay, settings.timeout)
+    queue = SpanQueue(exporter, limits, metrics.spans, _complain)
+    one, two, three = (
+        Tracing(Tracer(Sampling(ratio, settings.follow)), queue.put)
+        for ratio in (settings.inbound_ratio, settings.outbound_ratio, settings.gateway_ratio)
+    )
+    return Spans(one, two, three, queue)
+
+
+def _exporter(config: Config, environ: Mapping[str, str]) -> Callable[[], Exporter]:
+    """What makes the exporter, in the queue's thread. What can be wrong with the configuration is found out here, before anything runs."""
+    from tracing import export  # noqa: PLC0415  (OpenTelemetry's SDK takes 10 MiB, which are for those who trace)
+
+    settings = config.tracing
+    spans = export.Spans(Resource(_about(config, environ), _complain), own_version(), settings.query)
+    if settings.exports == "console":
+        return lambda: export.console(spans)
+    if settings.exports == "jaeger":
+        host, _, port = settings.agent.rpartition(":")
+        exporter = export.jaeger(spans, host.strip("[]"), int(port))
+        return lambda: exporter
+    otlp = export.OtlpExporter(spans, collector(settings, config.mark))
+    return lambda: otlp
+
+
+def collector(settings: TracingConfig, mark: int | None) -> Collector:
+    """Where OTLP goes, in the words of tracing/. A URL without a path names the collector as a whole, whose traces have a fixed one."""
+    endpoint = settings.endpoint or _LOCAL
+    if urlsplit(endpoint).path in ("", "/"):
+        endpoint = endpoint.rstrip("/") + "/v1/traces"
+    files = (settings.certificate, settings.client_certificate, settings.client_key)
+    trust, certificate, key = (str(path) if path is not None else None for path in files)
+    return Collector(endpoint, _pairs(settings.headers), trust, certificate, key, settings.compression == "gzip", mark)
+
+
+def _about(config: Config, environ: Mapping[str, str]) -> About:
+    """Who we are, as the configuration has it: there the downward API's variables have found their way already."""
+    settings, pod = config.tracing, config.pod
+    values = {name: getattr(pod, name) for name in DOWNWARD}
+    known = {variable: str(values[name]) for name, variable in DOWNWARD.items() if values[name]}
+    return About(
+        {**environ, **known}, config.cluster, settings.podinfo, settings.service_name, _pairs(settings.resource),
+        settings.well_known_labels, own_version(),
+    )  # fmt: skip
+
+
+def _pairs(members: tuple[str, ...]) -> dict[str, str]:
+    return {name: value for name, _, value in (member.partition("=") for member in members)}
+
+
+def _complain(sentence: str) -> None:
+    _log.warning("%s", sentence)

@@ -1,0 +1,437 @@
+"""What the client of a play does. An act begins when nothing is under way, and ends so that the next cannot overtake what it has begun."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+import h11
+import trio
+
+from proxy.fastpath import fast_path
+from tests.both_paths.stage import SPAN, TRACE, Act, End, Stage, pieces
+from tests.kit.http import chunked
+
+_HOP = b"oAAAAAAAABBBBBBBB"
+# What a request may bring along: one of these sets.
+FIELDS: tuple[list[bytes], ...] = (
+    [],
+    [],
+    [b"Connection: keep-alive"],
+    [b"TE: trailers", b"isthmus-client-id: me"],
+    [b"Connection: x-mine", b"X-Mine: 1"],
+    [b"traceparent: 00-%b-%b-01" % (TRACE, SPAN), b"tracestate: a=b"],
+    [b"traceparent: 00-%b-%b-00" % (TRACE, SPAN)],
+    [b"b3: %b-%b-1" % (TRACE, SPAN)],
+    [b"uber-trace-id: %b:%b:0:0" % (TRACE, SPAN)],
+    [b"Uber-Trace-Id: %b:%b:0:1" % (TRACE, SPAN)],
+    [b"traceparent: 00-%b-%b-0x" % (TRACE, SPAN)],
+    [b"isthmus-hops: %b:west/web-1" % _HOP],
+    [b"Isthmus-Hops: %b" % _HOP, b"traceparent: 00-%b-%b-00" % (TRACE, SPAN)],
+    [b"isthmus-hops: nonsense, %b" % _HOP],
+)
+SAMPLED = FIELDS[5]
+TOO_FAR = [b"isthmus-hops: " + b", ".join([_HOP] * 8)]
+
+# Kinds of answers (server.py) behind which the server keeps its connection, and those behind which it does not.
+KEPT = (
+    "ok", "ok", "together", "bytewise", "none", "same", "kept", "error", "busy", "missing", "interim", "spare",
+    "chunked", "chunked-bytewise", "chunked-spare",
+)  # fmt: skip
+ENDED = ("says-close", "then-close", "old")
+# Those that are no whole answer.
+BROKEN = (
+    "close", "reset", "part-head", "half", "torn", "garbage", "two-lengths", "torn-late", "spoiled", "spoiled-size", "spoiled-behind",
+    "two-framings", "control",
+)  # fmt: skip
+SIZES = (0, 2, 1024, 1024, 9_000)
+
+
+def request(target: str, fields: list[bytes], method: bytes = b"GET", body: bytes = b"") -> bytes:
+    lines = [b"%b %b HTTP/1.1" % (method, target.encode()), b"Host: a", *fields]
+    if body or method in (b"POST", b"PUT"):
+        lines.append(b"Content-Length: %d" % len(body))
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+async def line(stage: Stage) -> End:
+    """The client's connection, which is kept if it can be."""
+    if stage.clients and not (last := stage.clients[-1]).closed and last.ended is None:
+        return last
+    return await stage.client()
+
+
+async def answer(stage: Stage, end: End, method: str = "GET") -> None:
+    """Wait for the next answer, or the end of the connection; behind one that says so, for both."""
+    reader = h11.Connection(h11.CLIENT)
+    reader.send(h11.Request(method=method, target="/", headers=[("Host", "a")]))
+    reader.send(h11.EndOfMessage())
+    fed, last = 0, False
+    try:
+        while not isinstance(event := reader.next_event(), h11.EndOfMessage | h11.ConnectionClosed):
+            if event is h11.NEED_DATA:
+                data = await end.behind(fed)
+                reader.receive_data(data)
+                fed += len(data)
+            elif isinstance(event, h11.Response):
+                last = (b"connection", b"close") in event.headers.raw_items() or (b"Connection", b"close") in event.headers.raw_items()
+        end.take(fed - len(reader.trailing_data[0]))
+    except h11.RemoteProtocolError:
+        end.take(fed)
+        last = True
+    if last:
+        await stage.until(lambda: end.ended is not None)
+
+
+async def left(stage: Stage, end: End, *, reset: bool) -> None:
+    """The client leaves, and the proxy knows."""
+    end.close(reset=reset)
+    await stage.forgotten()
+
+
+async def closed(stage: Stage, before: int) -> None:
+    """The server has closed a connection."""
+    await stage.until(lambda: sum(end.closed for end in stage.servers) > before)
+
+
+def endings(stage: Stage) -> int:
+    """How many of the server's connections have been ended by the proxy, or half of them."""
+    return sum(end.ended is not None for end in stage.servers)
+
+
+def closings(stage: Stage) -> int:
+    return sum(end.closed for end in stage.servers)
+
+
+# Acts...
+
+
+async def ask(stage: Stage, rng: random.Random, kinds: tuple[str, ...] = (*KEPT, *ENDED), fields: list[bytes] | None = None) -> None:
+    """A request and its answer."""
+    kind, before = rng.choice(kinds), closings(stage)
+    method = rng.choice([b"GET", b"GET", b"GET", b"HEAD" if kind in ("ok", "kept", "none", "same") else b"GET", b"OPTIONS", b"DELETE"])
+    end = await line(stage)
+    fields = rng.choice(FIELDS) if fields is None else fields
+    await end.send(*pieces(request(f"/{kind}/{rng.choice(SIZES)}", fields, method), rng))
+    await answer(stage, end, method.decode())
+    if kind in ENDED:
+        await closed(stage, before)
+
+
+async def upload(stage: Stage, rng: random.Random) -> None:
+    method, body = rng.choice([b"POST", b"PUT", b"PATCH"]), bytes(rng.choice([1, 700, 20_000, 90_000]))
+    end = await line(stage)
+    await end.send(*pieces(request(f"/ok/{rng.choice(SIZES)}", rng.choice(FIELDS), method, body), rng))
+    await answer(stage, end)
+
+
+async def upload_in_chunks(stage: Stage, rng: random.Random) -> None:
+    end = await line(stage)
+    fields = [*rng.choice(FIELDS), b"Transfer-Encoding: chunked"]
+    await end.send(request("/ok/5", fields) + chunked(b"some", b"thing"))
+    await answer(stage, end)
+
+
+async def upload_large_answer(stage: Stage, rng: random.Random) -> None:
+    end = await line(stage)
+    await end.send(request("/ok/300000", rng.choice(FIELDS), b"POST", b"x" * 300))
+    await answer(stage, end)
+
+
+async def ask_before_upload(stage: Stage, rng: random.Random) -> None:
+    """Expect: 100-continue, to a server that says so, and to one that answers at once."""
+    end, kind = await line(stage), rng.choice(["continue", "early"])
+    await end.send(request(f"/{kind}/7", [b"Expect: 100-continue", b"Content-Length: 5"], b"PATCH"))
+    if kind == "continue":
+        await stage.until(lambda: b"100 Continue\r\n\r\n" in end.new)
+        await end.send(b"hello")
+    await answer(stage, end)
+
+
+async def answered_early(stage: Stage, rng: random.Random) -> None:
+    """The answer comes before the upload is complete."""
+    end, before = await line(stage), closings(stage)
+    kind = rng.choice(["early", "early-close"])
+    await end.send(request(f"/{kind}/30", [b"Content-Length: 10"], b"PATCH") + b"hello")
+    await stage.until(lambda: end.new.endswith(b"\r\n\r\n0123456789:;<=>?@ABCDEFGHIJKLM") or end.ended is not None)
+    await end.send(b"hello")
+    await answer(stage, end)
+    await closed(stage, before)
+
+
+async def pipeline(stage: Stage, rng: random.Random) -> None:
+    kinds = [rng.choice([kind for kind in KEPT if "spare" not in kind]) for _ in range(rng.choice([2, 3, 6]))]
+    end = await line(stage)
+    asked = b"".join(request(f"/{kind}/{rng.choice(SIZES)}", rng.choice(FIELDS)) for kind in kinds)
+    await end.send(*pieces(asked, rng))
+    for _ in kinds:
+        await answer(stage, end)
+
+
+async def pipeline_with_upload(stage: Stage, rng: random.Random) -> None:
+    end = await line(stage)
+    asked = request("/ok/3", [], b"POST", b"abc") + request("/ok/4", []) + request("/ok/5", [], b"PUT", b"d" * 2000)
+    await end.send(*pieces(asked, rng))
+    for _ in range(3):
+        await answer(stage, end)
+
+
+async def broken(stage: Stage, rng: random.Random, kinds: tuple[str, ...] = BROKEN) -> None:
+    """The server gives no whole answer."""
+    kind, before = rng.choice(kinds), closings(stage)
+    method, body = rng.choice([(b"GET", b""), (b"GET", b""), (b"POST", b"x"), (b"PUT", b"yy")])
+    end = await line(stage)
+    await end.send(request(f"/{kind}/1000", rng.choice(FIELDS), method, body))
+    await answer(stage, end)
+    await closed(stage, before)
+
+
+async def cut_within_answer(stage: Stage, rng: random.Random) -> None:
+    """The server resets its connection when half of its answer is with the client."""
+    end, before = await line(stage), closings(stage)
+    await end.send(request("/half-reset/2000", rng.choice(FIELDS)))
+    await stage.until(lambda: len(end.new) > 1000)
+    await stage.waiting()
+    stage.go_on()
+    await stage.until(lambda: end.ended is not None)
+    await closed(stage, before)
+
+
+async def slow(stage: Stage, rng: random.Random) -> None:
+    """The server takes longer than the fast road has patience."""
+    end, kind = await line(stage), rng.choice(["wait", "half-wait", "wait-close"])
+    before = closings(stage)
+    await end.send(request(f"/{kind}/2000", rng.choice(FIELDS), *rng.choice([(b"GET", b""), (b"POST", b"abc")])))
+    await stage.waiting()
+    await trio.sleep(2 * fast_path.PATIENCE)
+    stage.go_on()
+    if kind == "wait-close":
+        await closed(stage, before)
+        if stage.awaited == stage.gone_on:
+            await stage.until(lambda: end.ended is not None or stage.awaited > stage.gone_on or len(end.new) > 0)
+        while stage.awaited > stage.gone_on:  # it is asked again
+            stage.go_on()
+            await stage.until(lambda: end.ended is not None or stage.awaited > stage.gone_on or len(end.new) > 0)
+    await answer(stage, end)
+
+
+async def half_closed(stage: Stage, rng: random.Random) -> None:
+    """A client that ends its direction behind its request gets its answer, and the server hears of the end."""
+    end, before = await line(stage), endings(stage)
+    await end.send(request("/wait/500", rng.choice(FIELDS)))
+    await stage.waiting()
+    await end.finish()
+    await stage.until(lambda: endings(stage) > before)
+    stage.go_on()
+    await answer(stage, end)
+    await stage.until(lambda: end.ended is not None)
+
+
+async def leave_idle(stage: Stage, rng: random.Random) -> None:
+    await left(stage, await line(stage), reset=rng.random() < 0.5)
+
+
+async def leave_within_head(stage: Stage, rng: random.Random) -> None:
+    end = await line(stage)
+    await end.send(b"GET /ok/1 HTTP/1.1\r\nHos")
+    await trio.sleep(0.02)  # it has been read by then, or is read with the end
+    await left(stage, end, reset=rng.random() < 0.5)
+
+
+async def leave_within_upload(stage: Stage, rng: random.Random) -> None:
+    end, before = await line(stage), closings(stage)
+    await end.send(request("/ok/1", [b"Content-Length: 10"], b"PATCH") + b"hello")
+    await stage.until(lambda: any(server.new == b"hello" for server in stage.servers))
+    # Not by a reset: who hears of that first, and so its words, is anybody's guess.
+    await left(stage, end, reset=False)
+    await closed(stage, before)
+
+
+async def leave_before_answer(stage: Stage, rng: random.Random) -> None:
+    end, before = await line(stage), endings(stage)
+    await end.send(request("/wait/200", rng.choice(FIELDS)))
+    await stage.waiting()
+    end.close(reset=rng.random() < 0.5)
+    await stage.until(lambda: endings(stage) > before)
+    stage.go_on()
+    await left(stage, end, reset=True)
+
+
+async def leave_within_answer(stage: Stage, rng: random.Random) -> None:
+    end, before = await line(stage), endings(stage)
+    await end.send(request("/half-wait/2000", rng.choice(FIELDS)))
+    await stage.until(lambda: len(end.new) > 1000)
+    await stage.waiting()
+    end.close(reset=True)
+    await stage.until(lambda: endings(stage) > before)
+    stage.go_on()
+    await left(stage, end, reset=True)
+
+
+async def odd(stage: Stage, rng: random.Random) -> None:
+    """Correct, and not plain."""
+    end = await line(stage)
+    lines = rng.choice(
+        [
+            b"GET http://b/ok/5 HTTP/1.1\r\nHost: a\r\n\r\n",
+            b"GET /ok/5 HTTP/1.0\r\nHost: a\r\n\r\n",
+            b"GET /chunked/5 HTTP/1.0\r\nHost: a\r\n\r\n",
+            b"GET /ok/5 HTTP/1.0\r\nHost: a\r\nConnection: keep-alive\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nhost:a\r\n\r\n",
+            b"\r\nGET /ok/5 HTTP/1.1\r\nHost: a\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nConnection: keep-alive, Upgrade\r\nUpgrade: TLS/1.2\r\n\r\n",
+            b"POST /ok/5 HTTP/1.1\r\nHost: a\r\nContent-Length: 02\r\n\r\nhi",
+            b"POST /ok/5 HTTP/1.0\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\nhi",
+            b"OPTIONS /ok/5 HTTP/1.1\r\nHost: a\r\nMax-Forwards: 5\r\n\r\n",
+            b"OPTIONS /ok/5 HTTP/1.1\r\nHost: a\r\nMax-Forwards: 0\r\n\r\n",
+            b"TRACE /ok/5 HTTP/1.1\r\nHost: a\r\nMax-Forwards: 0\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nConnection: isthmus-hops, b3, x-mine\r\nX-Mine: 1\r\nisthmus-hops: %b\r\n\r\n" % _HOP,
+            b"GET /blank/5 HTTP/1.1\r\nHost: a\r\n\r\n",
+            b"GET /interim-length/5 HTTP/1.1\r\nHost: a\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nX-Long: %b\r\n\r\n" % (b"x" * 20_000),
+        ]
+    )
+    await end.send(*pieces(lines, rng))
+    await answer(stage, end)
+
+
+async def wrong(stage: Stage, rng: random.Random) -> None:
+    """The proxy answers, and ends the connection."""
+    end = await line(stage)
+    lines = rng.choice(
+        [
+            b"GET /ok/5 HTTP/1.1\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nsmuggled : 1\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"GET /ok/5 HTTP/3.1\r\nHost: a\r\n\r\n",
+            b"GET /%b HTTP/1.1\r\nHost: a\r\n\r\n" % (b"y" * 20_000),
+            b"GET /ok/5#x HTTP/1.1\r\nHost: a\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nX: a\x01b\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nX: a\x7f\r\n\r\n",
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\n folded: 1\r\n\r\n",
+        ]
+    )
+    await end.send(lines)
+    await answer(stage, end)
+    await left(stage, end, reset=False)
+
+
+async def loop(stage: Stage, rng: random.Random) -> None:
+    await ask(stage, rng, kinds=("ok",), fields=TOO_FAR)  # which gets no further than the first proxy
+
+
+async def sampled(stage: Stage, rng: random.Random) -> None:
+    await ask(stage, rng, fields=SAMPLED)
+
+
+# Acts that are not drawn...
+
+
+async def unanswered(stage: Stage, _: random.Random) -> None:
+    """The server has the request, and says nothing; or no more than half of its answer."""
+    for kind in ("never", "half-never"):
+        before = closings(stage)
+        end = await line(stage)
+        await end.send(request(f"/{kind}/2000", []))
+        await answer(stage, end)
+        await closed(stage, before)
+
+
+async def drip(stage: Stage, _: random.Random) -> None:
+    """The server sends its answer byte by byte, and is not done in time."""
+    before = closings(stage)
+    end = await line(stage)
+    await end.send(request("/drip/400", []))
+    await stage.until(lambda: end.ended is not None)
+    await closed(stage, before)
+
+
+async def fail_in_a_row(stage: Stage, rng: random.Random) -> None:
+    """As often as it takes to break an endpoint, each time on a connection that was kept."""
+    ends = [await stage.client() for _ in range(8)]
+    for number, end in enumerate(ends, 1):
+        await end.send(request("/wait/3", []))
+        await stage.until(lambda number=number: stage.awaited - stage.gone_on == number)  # type: ignore[misc]
+    for _ in ends:
+        stage.go_on()
+    for end in ends:
+        await answer(stage, end)
+    for _ in range(9):
+        before = closings(stage)
+        await ends[-1].send(request("/reset/1", [], b"POST", b"x"))
+        await answer(stage, ends[-1])
+        await closed(stage, before)
+    await good(stage, rng)
+
+
+async def stop(stage: Stage, _: random.Random) -> None:
+    """The proxies go down, while connections are idle, wait for an answer, have half of it, and have asked for more already."""
+    idle, asks, waits, has_half, has_more = [await stage.client() for _ in range(5)]
+    for end in (idle, asks, waits, has_half, has_more):
+        await end.send(request("/ok/4", []))
+        await answer(stage, end)
+        await stage.settled()
+    await waits.send(request("/wait/10", []))
+    await stage.waiting()
+    await has_half.send(request("/half-wait/2000", []))
+    await stage.until(lambda: len(has_half.new) > 1000 and stage.awaited - stage.gone_on == 2)
+    await has_more.send(request("/wait/20", []) + request("/ok/21", []))
+    await stage.until(lambda: stage.awaited - stage.gone_on == 3)
+    for app in stage.apps:
+        app.drain.begin()
+    await asks.send(request("/ok/30", []))
+    await answer(stage, asks)
+    for end in (waits, has_half, has_more):
+        stage.go_on()
+        await answer(stage, end)
+    await stage.until(lambda: all(end.ended is not None for end in (idle, asks, waits, has_half, has_more)))
+
+
+async def many_at_once(stage: Stage, rng: random.Random) -> None:
+    """Clients that do not wait for each other, each with pipelines."""
+
+    async def one(seed: float) -> None:
+        drawn = random.Random(seed)
+        end = await stage.client()
+        for _ in range(4):
+            kinds = [drawn.choice(("ok/100000", "together/9000", "bytewise/60", "kept/3", "none")) for _ in range(drawn.choice([1, 2, 8]))]
+            data = b"".join(request(f"/{kind}", []) for kind in kinds)
+            await end.send(*pieces(data, drawn))
+            for _ in kinds:
+                await answer(stage, end)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(one, rng.random())
+
+
+good: Act = partial(ask, kinds=("ok", "together"), fields=[])
+
+# Answers in chunks, each behind a plain one; and such that are none, or not all of one.
+IN_CHUNKS: tuple[Act, ...] = tuple(partial(ask, kinds=(kind,)) for kind in KEPT if kind.startswith("chunked"))
+BAD_CHUNKS: tuple[Act, ...] = tuple(partial(broken, kinds=(kind,)) for kind in BROKEN if kind.startswith(("torn", "spoiled", "two-fr")))
+
+TRIED_AGAIN: tuple[Act, ...] = tuple(
+    act for kind in ("busy", "missing", "chunked", "reset") for act in (good, partial(broken if kind == "reset" else ask, kinds=(kind,)))
+)
+
+ODD: tuple[Act, ...] = (
+    upload, upload, upload_in_chunks, upload_large_answer, ask_before_upload, answered_early, pipeline, pipeline, pipeline_with_upload,
+    broken, broken, broken, broken, cut_within_answer, slow, slow, half_closed, leave_idle, leave_within_head, leave_within_upload,
+    leave_before_answer, leave_within_answer, odd, odd, wrong, loop, sampled,
+)  # fmt: skip
+
+
+def drawn(seed: int, number: int) -> list[Act]:
+    """A play: acts that are not plain, each behind plain ones, so that it meets connections that are kept on the fast road."""
+    rng = random.Random(seed)
+    acts: list[Act] = [sampled, *IN_CHUNKS]
+    for act in BAD_CHUNKS:
+        acts += [good, act]
+    for _ in range(number):
+        acts += [good, good, ask] if rng.random() < 0.7 else [good] if rng.random() < 0.6 else []
+        acts.append(rng.choice(ODD))
+    return acts

@@ -1,0 +1,65 @@
+"""What is over is gone at once: nothing that belongs to an exchange, a connection or a relay waits for the garbage collector. A circle of
+references would keep 30 KiB of OpenSSL's for each closed connection until then, and the collector has to look at all of it."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from OpenSSL import SSL
+
+from proxy.exchange.exchange import Exchange
+from proxy.fastpath.fast_relay import Conduit
+from proxy.fastpath.h1_connection import Lane
+from proxy.net.socket_stream import SocketStream
+from proxy.net.tls.handshake import TLSStream
+from tests.both_paths.acts import good
+from tests.both_paths.h2_acts import good as good2
+from tests.both_paths.h2_ends import Client2, Server2
+from tests.both_paths.h2_server import serve as serve2
+from tests.both_paths.server import serve
+from tests.both_paths.stage import Cast, Road, Theatre
+from tests.fastpath.test_fast_relay import Conversation, held, paved
+
+OURS = (Exchange, Conduit, Lane, SocketStream, TLSStream, SSL.Connection)
+
+
+@contextmanager
+def garbage() -> Iterator[Counter[str]]:
+    """What the collector would have had to find within the block, of ours."""
+    found: Counter[str] = Counter()
+    gc.collect()
+    gc.garbage.clear()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        yield found
+        gc.collect()
+        found.update(type(thing).__name__ for thing in gc.garbage if isinstance(thing, OURS))
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+
+
+@pytest.mark.parametrize("road", ["ordinary", "fast"])
+@pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/2"])
+async def test_exchanges_and_connections_leave_nothing_to_the_collector(version: str, road: Road, made: Callable[..., Theatre]) -> None:
+    cast, act = (Cast(serve), good) if version == "HTTP/1.1" else (Cast(serve2, Client2, Server2, "http2"), good2)
+    theatre = made(cast)
+    with garbage() as left:
+        play = await theatre.play([act] * 6, "pair", road, 1)
+    assert len(play.requests) == 12, "at each of the two"
+    assert not left
+
+
+@pytest.mark.parametrize("given_back", [None, 2], ids=["on the road to its end", "given back"])
+async def test_relays_leave_nothing_to_the_collector(given_back: int | None) -> None:
+    with garbage() as left:
+        async with paved() as road:
+            for tls in ((False, True), (True, True), (False, False)):
+                talk = await held(Conversation([(0, 10), (1, 1000), (0, 10)], ("eof", "eof"), given_back), tls, road)
+                assert talk.outcome is not None
+                assert talk.outcome.how == "eof"
+    assert not left

@@ -1,0 +1,59 @@
+"""The table of addresses and the answers change together, with the directory and with time."""
+
+from __future__ import annotations
+
+import dns.message
+import dns.rcode
+
+from proxy.config.resolv_conf import Resolvers
+from proxy.config.schema import Config, DnsConfig
+from proxy.dns.answers import Reply
+from proxy.dns.service import Names
+from proxy.dns.virtual_addresses import RemoteName
+from proxy.net.address import Address
+from proxy.net.dial import Dialer
+from proxy.telemetry.metrics import Metrics
+from tests.dns.test_zone import document
+from tests.kit.http import until
+
+ONE, TWO = RemoteName("east", "default", "one"), RemoteName("east", "default", "two")
+
+
+def names(metrics: Metrics, **settings: float) -> Names:
+    config = Config(dns=DnsConfig(ttl=1.0, **settings))  # type: ignore[arg-type]
+    return Names(config, Resolvers((Address("127.0.0.1", 1),), ()), Dialer(), metrics)
+
+
+def ask(asked: Names, name: str) -> dns.message.Message:
+    reply = asked.resolver.answers.answer(dns.message.make_query(name, "A").to_wire())
+    assert isinstance(reply, Reply)
+    return dns.message.from_wire(reply.wire)
+
+
+def test_a_new_directory_changes_answers_and_addresses_in_one_step() -> None:
+    asked = names(Metrics())
+    asked.publish(document(remote=(ONE,)))
+    host = ask(asked, "one.east").answer[0][0].to_text()
+    assert asked.virtual.lookup(host) == ONE
+    asked.publish(document(remote=(TWO,)))
+    assert ask(asked, "one.east").rcode() == dns.rcode.NXDOMAIN
+    assert asked.virtual.lookup(host) == ONE
+    assert ask(asked, "two.east").answer
+
+
+async def test_who_found_no_room_gets_it_when_a_quarantine_is_over() -> None:
+    metrics = Metrics()
+    asked = names(metrics, max_names=1, quarantine=1.0)
+    asked.publish(document(remote=(ONE,)))
+    asked.publish(document(remote=(TWO,)))
+    assert ask(asked, "two.east").rcode() == dns.rcode.SERVFAIL
+    asked.observe()
+    assert b'isthmus_virtual_addresses{state="quarantined"} 1.0' in metrics.render()
+
+    def found() -> bool:
+        asked.sweep()
+        return bool(ask(asked, "two.east").answer)
+
+    await until(found, 15)
+    asked.observe()
+    assert b'isthmus_virtual_addresses{state="quarantined"} 0.0' in metrics.render()

@@ -1,0 +1,224 @@
+"""The loop beneath trio: what comes for the road is done where trio would wait, and nothing of trio's waits for it."""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import pytest
+import trio
+
+from proxy.exchange.h1.server import Drain
+from proxy.fastpath import event_loop as room
+from proxy.fastpath.event_loop import Clock, Ground
+from proxy.fastpath.fast_path import Road
+from tests.kit.build import interpreted
+from tests.kit.http import descriptors
+
+
+@pytest.fixture(params=["on its own clock", "on another's"])
+def clock(request: pytest.FixtureRequest) -> trio.abc.Clock | None:
+    """By which the test is run: a proxy has the one, a test the other."""
+    return Clock() if request.param == "on its own clock" else None
+
+
+@asynccontextmanager
+async def grounded() -> AsyncIterator[Ground]:
+    """A road that has lent something, as far as its ground knows."""
+    road = Road(Drain(), 1_000_000, 1_000_000)  # so that it does not look up by itself meanwhile
+    await road.open()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(road.run)
+        road.ground.lent += 1
+        yield road.ground
+        road.ground.lent -= 1
+        nursery.cancel_scope.cancel()
+
+
+@contextmanager
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    one, other = socket.socketpair()
+    with one, other:
+        one.setblocking(False)
+        yield one, other
+
+
+class Passes(trio.abc.Instrument):
+    """Counts the steps of tasks."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def before_task_step(self, _: object) -> None:
+        self.steps += 1
+
+
+async def test_what_comes_for_the_road_takes_no_pass_of_the_scheduler(clock: trio.abc.Clock | None) -> None:
+    passes, heard, all_of_it = Passes(), bytearray(), trio.Event()
+    with ends() as (here, there):
+        async with grounded() as ground:
+
+            def step(_: int) -> None:
+                heard.extend(here.recv(1))
+                if len(heard) < 1000:
+                    there.send(b"x")
+                else:
+                    all_of_it.set()
+
+            ground.steps[here.fileno()] = step
+            ground.watch(here.fileno(), 0, select.EPOLLIN)
+            trio.lowlevel.add_instrument(passes)
+            there.send(b"x")
+            with trio.fail_after(20):
+                await all_of_it.wait()
+            trio.lowlevel.remove_instrument(passes)
+    assert passes.steps < 100
+
+
+async def test_a_deadline_comes_although_the_road_is_idle(clock: trio.abc.Clock | None) -> None:
+    async with grounded():
+        with trio.fail_after(20):
+            await trio.sleep(0.05)
+
+
+async def test_a_deadline_comes_although_the_road_is_never_idle(clock: trio.abc.Clock | None) -> None:
+    steps = 0
+
+    def step(_: int) -> None:
+        nonlocal steps
+        steps += 1
+
+    with ends() as (here, there):
+        async with grounded() as ground:
+            ground.steps[here.fileno()] = step
+            ground.watch(here.fileno(), 0, select.EPOLLIN)
+            there.send(b"x")  # which nobody takes
+            with trio.fail_after(20):
+                await trio.sleep(0.05)
+    assert steps > 10
+
+
+async def test_a_deadline_that_has_passed_while_a_task_ran_is_not_slept_over(clock: trio.abc.Clock | None) -> None:
+    before = time.perf_counter()
+    waker = threading.Timer(20, trio.lowlevel.current_trio_token().run_sync_soon, [lambda: None])  # from a sleep that would have no end
+    waker.start()
+    async with grounded(), trio.open_nursery() as nursery:
+        nursery.start_soon(trio.sleep, 0.02)
+        for _ in range(5):
+            await trio.lowlevel.checkpoint()  # it sleeps
+        time.sleep(0.05)  # noqa: ASYNC251  # and is due, when trio looks next
+    waker.cancel()
+    assert time.perf_counter() - before < 15
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["other connections stay", "it was the last"])
+async def test_a_task_that_a_step_has_made_runnable_runs_at_once(last: bool, clock: trio.abc.Clock | None) -> None:
+    """As does one whose connection leaves the road, in the midst of a wait, and leaves nothing on it."""
+    event = trio.Event()
+    with ends() as (here, there):
+        async with grounded() as ground:
+
+            def step(_: int) -> None:
+                here.recv(1)
+                ground.watch(here.fileno(), select.EPOLLIN, 0)
+                ground.lent -= last
+                event.set()
+
+            ground.steps[here.fileno()] = step
+            ground.watch(here.fileno(), 0, select.EPOLLIN)
+            threading.Timer(0.2, there.send, [b"x"]).start()  # when trio waits
+            before = time.perf_counter()
+            with trio.fail_after(20):
+                await event.wait()
+            assert time.perf_counter() - before < 15  # and not because its deadline had come
+            ground.lent += last
+
+
+async def test_a_task_that_can_run_already_does_not_keep_the_road_waiting(clock: trio.abc.Clock | None) -> None:
+    heard = bytearray()
+    with ends() as (here, there):
+        async with grounded() as ground:
+            ground.steps[here.fileno()] = lambda _: heard.extend(here.recv(1))
+            ground.watch(here.fileno(), 0, select.EPOLLIN)
+            there.send(b"x")
+            for _ in range(100):  # and trio never waits
+                await trio.lowlevel.checkpoint()
+    assert heard == b"x"
+
+
+async def test_a_proxy_s_run_waits_on_the_ground_and_needs_no_waking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own clock, trio does nothing for a task that a step has made runnable but to run it."""
+    clock, event, woken = Clock(), trio.Event(), []
+
+    async def main() -> None:
+        with ends() as (here, there):
+            async with grounded() as ground:
+
+                def step(_: int) -> None:
+                    here.recv(1)
+                    event.set()
+
+                ground.steps[here.fileno()] = step
+                ground.watch(here.fileno(), 0, select.EPOLLIN)
+                monkeypatch.setattr(trio.lowlevel.TrioToken, "run_sync_soon", lambda *_, **__: woken.append(1))
+                there.send(b"x")
+                with trio.fail_after(20):
+                    await event.wait()
+                monkeypatch.undo()
+
+    await trio.to_thread.run_sync(lambda: trio.run(main, clock=clock))
+    assert event.is_set()
+    assert not woken
+
+
+async def test_what_other_threads_and_other_sockets_say_is_heard(clock: trio.abc.Clock | None) -> None:
+    with ends() as (here, there):
+        async with grounded():
+            with trio.fail_after(20):
+                await trio.to_thread.run_sync(there.send, b"x")
+                await trio.lowlevel.wait_readable(here)
+
+
+async def test_roads_of_one_run_share_their_ground_and_leave_nothing_open(clock: trio.abc.Clock | None) -> None:
+    before = descriptors()
+    async with grounded() as one, grounded() as other:
+        assert one is other
+    assert descriptors() == before
+    async with grounded() as another:
+        assert another is not one
+
+
+@interpreted
+async def test_a_fault_of_the_loop_closes_the_road_and_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    clock: trio.abc.Clock | None,
+) -> None:
+    def broken(_: Ground, __: float) -> bool:
+        raise OSError("no epoll today")
+
+    async with grounded() as ground:
+        (road,) = ground.roads
+        monkeypatch.setattr(Ground, "_wait", broken)
+        with trio.fail_after(20):
+            await trio.sleep(0.05)
+        assert not road.running
+    assert "the fast road failed by a fault of this proxy's, and is closed" in caplog.text
+
+
+@interpreted
+async def test_without_trio_s_epoll_set_there_is_no_road_for_connections(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(room, "_watcher_of", lambda _: None)
+    caplog.set_level(logging.WARNING)
+    road = Road(Drain(), 60, 60)
+    await road.open()
+    assert "HTTP/1.1 and relays take the ordinary road" in caplog.text
+    with pytest.raises(RuntimeError):
+        road.ground  # noqa: B018  # it raises

@@ -1,0 +1,319 @@
+"""A relay on the road: what comes out, and how it ends, is what two tasks would have made of it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.exchange.h1.server import Drain
+from proxy.fastpath.fast_path import Road
+from proxy.net.exceptions import ConnectionLost, NetError
+from proxy.net.relay import Relayed, relay
+from proxy.net.socket_stream import SocketStream
+from proxy.net.tls.handshake import TLSStream
+from tests.kit.build import interpreted
+from tests.kit.http import descriptors, until
+from tests.net.conftest import Mesh, both, pair, read_all
+
+Either = SocketStream | TLSStream
+MESH = Mesh()
+IDLE = 60.0
+
+
+@asynccontextmanager
+async def paved(idle_timeout: float = 1_000_000, silence: float = 1_000_000) -> AsyncIterator[Road]:
+    """A road that runs, and by default does not look up by itself meanwhile."""
+    road = Road(Drain(), idle_timeout, silence)
+    await road.open()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(road.run)
+        yield road
+        nursery.cancel_scope.cancel()
+
+
+def waits(road: Road) -> bool:
+    """Whether a relay on `road` has bytes that nobody takes."""
+    return any(conduit._joint.held[0] for conduit in road._conduits)
+
+
+async def ends(tls: bool, buffers: int | None = None) -> tuple[Either, Either]:
+    """The two ends of a connection."""
+    return await MESH.connect(pair(buffers=buffers)) if tls else pair(buffers=buffers)
+
+
+@dataclass
+class Heard:
+    """What one of the two peers has to say of it."""
+
+    data: bytes = b""
+    end: str = ""
+
+
+@dataclass
+class Conversation:
+    """What each peer says, piece by piece, and how it ends; and after how many pieces in all the road gives the relay back."""
+
+    pieces: list[tuple[int, int]]  # which peer, how many bytes
+    last: tuple[str, str]  # of each: "eof", "reset"
+    given_back: int | None = None
+    outcome: Relayed | None = None
+    peers: tuple[Heard, Heard] = field(default_factory=lambda: (Heard(), Heard()))
+
+
+async def held(talk: Conversation, kinds: tuple[bool, bool], road: Road | None) -> Conversation:
+    """Hold it by way of a relay between two connections (`kinds`: which of them is TLS)."""
+    one, a = await ends(kinds[0])
+    b, other = await ends(kinds[1])
+    speakers = (one, other)
+
+    async def run() -> None:
+        talk.outcome = await relay(a, b, idle=IDLE, carry=road.join if road is not None else None)
+        a.close()
+        b.close()
+
+    async def listen(who: int) -> None:
+        heard = talk.peers[who]
+        try:
+            while data := await speakers[who].receive_some():
+                heard.data += data
+            heard.end = "eof"
+        except NetError:
+            heard.end = "lost"
+        except trio.ClosedResourceError:  # by ourselves
+            heard.end = ""
+
+    async def speak() -> None:
+        said = [0, 0]
+        for number, (who, size) in enumerate(talk.pieces):
+            if number == talk.given_back and road is not None:
+                for conduit in list(road._conduits):
+                    conduit.leave()
+            await speakers[who].send_all(bytes([number % 256]) * size)
+            said[who] += size
+            await until(lambda: all(len(talk.peers[1 - who].data) == said[who] for who in (0, 1)))  # so that a reset destroys nothing
+        for who, how in enumerate(talk.last):
+            if how == "reset":
+                speakers[who].reset()
+                return
+            await speakers[who].send_eof()
+            await until(partial(_has_heard, talk.peers[1 - who]))
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            nursery.start_soon(listen, 0)
+            nursery.start_soon(listen, 1)
+            await trio.testing.wait_all_tasks_blocked()
+            await speak()
+    for stream in speakers:
+        stream.close()
+    return talk
+
+
+def _has_heard(peer: Heard) -> bool:
+    return bool(peer.end)
+
+
+ENDS = st.tuples(st.sampled_from(["eof", "eof", "reset"]), st.sampled_from(["eof", "reset"]))
+SIZES = st.sampled_from([1, 700, 16384, 16385, 65536, 131072, 300_000])
+TALKS = st.builds(
+    Conversation, st.lists(st.tuples(st.integers(0, 1), SIZES), max_size=8), ENDS, st.one_of(st.none(), st.integers(0, 6))
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(TALKS, st.tuples(st.booleans(), st.booleans()))
+def test_a_conversation_comes_out_as_it_does_with_tasks(talk: Conversation, kinds: tuple[bool, bool]) -> None:
+    async def main() -> tuple[Conversation, Conversation]:
+        with_tasks = await held(Conversation(talk.pieces, talk.last), kinds, None)
+        async with paved() as road:
+            on_road = await held(Conversation(talk.pieces, talk.last, talk.given_back), kinds, road)
+            assert not road._conduits
+            assert road.ground.lent == 0
+        return with_tasks, on_road
+
+    with_tasks, on_road = trio.run(main)
+    assert on_road.peers == with_tasks.peers
+    assert repr(on_road.outcome) == repr(with_tasks.outcome)  # errors are equal by their words
+
+
+async def test_an_end_that_was_read_behind_full_records_is_heard() -> None:
+    client, a = pair()
+    b, server = await MESH.connect()
+    async with paved() as road:
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=road.join))
+                await trio.testing.wait_all_tasks_blocked()
+                # In one step of this task, so that the relay finds all of it: two full records, and close_notify, without the end of TCP.
+                assert server.send_nowait(bytes(32768)) == 32768
+                assert server.send_eof_nowait()
+                assert await read_all(client) == bytes(32768)
+                await client.send_eof()
+                assert await read_all(server) == b""
+    for stream in (client, a, b, server):
+        stream.close()
+
+
+async def test_no_task_waits_for_either_side() -> None:
+    client, a = pair()
+    b, server = pair()
+    async with paved() as road:
+        before = trio.lowlevel.current_statistics().tasks_living
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=road.join))
+            await client.send_all(b"a word")
+            assert await server.receive_some() == b"a word"
+            assert trio.lowlevel.current_statistics().tasks_living == before + 1
+            nursery.cancel_scope.cancel()
+        assert road.ground.lent == 0
+    for stream in (client, a, b, server):
+        stream.close()
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_what_was_not_taken_yet_goes_back_with_it_when_the_road_is_closed(tls: bool) -> None:
+    client, a = pair()
+    b, server = await ends(tls, buffers=16384)
+    got = bytearray()
+
+    async def take() -> None:
+        while len(got) < 4_000_000:
+            data = await server.receive_some()
+            assert data
+            got.extend(data)
+
+    async with paved() as road:
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=road.join))
+                nursery.start_soon(client.send_all, bytes(range(250)) * 16_000)
+                await until(lambda: waits(road))
+                road.close()
+                await take()
+                nursery.cancel_scope.cancel()
+    assert bytes(got) == bytes(range(250)) * 16_000
+    for stream in (client, a, b, server):
+        stream.close()
+
+
+async def noted(found: list[Relayed], a: Either, b: Either, road: Road) -> None:
+    """Relay, and note how that ends."""
+    found.append(await relay(a, b, idle=IDLE, carry=road.join))
+
+
+async def test_a_side_that_is_lost_while_the_other_takes_nothing_is_found_out_when_it_does() -> None:
+    client, a = pair()
+    b, server = pair(buffers=16384)
+    found: list[Relayed] = []
+    async with paved() as road:
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(noted, found, a, b, road)
+                with trio.move_on_after(0.1):
+                    await client.send_all(bytes(64 << 20))
+                await until(lambda: waits(road))
+                client.reset()
+                with pytest.raises(NetError):
+                    await read_all(server)
+    (outcome,) = found
+    assert (outcome.first, outcome.how) == ("client", "lost")
+    for stream in (client, a, b, server):
+        stream.close()
+
+
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("clogged", [False, True])
+async def test_a_side_that_is_known_to_be_dead_ends_it_whoever_waits_for_that_side(tls: bool, clogged: bool) -> None:
+    client, a = pair()
+    b, server = await ends(tls, buffers=16384)
+    found: list[Relayed] = []
+    async with paved() as road:
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(noted, found, a, b, road)
+                await trio.testing.wait_all_tasks_blocked()
+                if clogged:
+                    with trio.move_on_after(0.1):
+                        await client.send_all(bytes(64 << 20))
+                    await until(lambda: waits(road))
+                b.fail(ConnectionLost("it has not answered", "timeout"))
+        assert road.ground.lent == 0
+    (outcome,) = found
+    assert (outcome.how, str(outcome.error)) == ("lost", "it has not answered")
+    for stream in (client, a, b, server):
+        stream.close()
+
+
+async def test_silence_ends_it_although_exchanges_are_under_way(autojump_clock: trio.abc.Clock) -> None:
+    client, a = pair()
+    b, server = pair()
+    async with paved(silence=IDLE) as road:
+        began = trio.current_time()
+        results = await both(partial(relay, a, b, idle=IDLE, carry=road.join))
+        assert results == [Relayed(0, 0, None, "idle", None)]
+        assert IDLE <= trio.current_time() - began <= IDLE * 9 / 8
+    for stream in (client, a, b, server):
+        stream.close()
+
+
+@interpreted
+async def test_a_relay_for_which_there_is_no_room_in_the_set_takes_the_ordinary_road(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, a = pair()
+    b, server = pair()
+    async with paved() as road:
+
+        def full(descriptor: int, before: int, events: int) -> None:
+            if events and descriptor == b.socket.fileno():
+                raise OSError(errno.ENOSPC, "no room")
+            watch(descriptor, before, events)
+
+        watch = road.ground.watch
+        monkeypatch.setattr(road.ground, "watch", full)
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=road.join))
+                await client.send_all(b"a word")
+                assert await server.receive_some() == b"a word"
+                assert road.ground.lent == 0
+                nursery.cancel_scope.cancel()
+    for stream in (client, a, b, server):
+        stream.close()
+
+
+async def test_a_side_that_somebody_has_closed_is_let_go() -> None:
+    client, a = pair()
+    b, server = pair()
+    async with paved() as road:
+        with trio.move_on_after(0.05):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=road.join))
+                await trio.testing.wait_all_tasks_blocked()
+                b.close()
+        assert road.ground.lent == 0
+        assert road.running
+    for stream in (client, a, server):
+        stream.close()
+
+
+async def test_nothing_is_left_open() -> None:
+    before = descriptors()
+    for _ in range(3):
+        async with paved() as road:
+            client, a = pair()
+            b, server = pair()
+            client.close()
+            server.close()
+            await relay(a, b, idle=IDLE, carry=road.join)
+            a.close()
+            b.close()
+    assert descriptors() == before

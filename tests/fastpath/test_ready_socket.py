@@ -1,0 +1,138 @@
+"""A connection at rest: when it is known to be quiet, and when it has to be asked."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from proxy.fastpath import event_loop as room
+from proxy.fastpath.event_loop import Ground
+from proxy.fastpath.ready_socket import IN, Side
+from proxy.net.socket_stream import SocketStream
+from proxy.net.tls.handshake import TLSStream
+from tests.fastpath.test_event_loop import ends, grounded
+from tests.kit.http import until
+from tests.kit.library import send_tickets
+from tests.net.conftest import Mesh, pair
+
+MESH = Mesh()
+
+
+class Turn:
+    """Looks at a side in the first of the steps of a turn."""
+
+    def __init__(self, ground: Ground, side: Side, sock: socket.socket, other: socket.socket) -> None:
+        self._side, self._sock, self._other = side, sock, other
+        self._seen: list[bool] = []
+        ground.steps[sock.fileno()] = self._look
+        ground.watch(sock.fileno(), 0, IN)
+
+    def _look(self, _: int) -> None:
+        self._sock.recv(1)
+        self._seen.append(self._side.is_quiet())
+
+    async def quiet(self, meanwhile: Callable[[], object] = lambda: None) -> bool:
+        """`meanwhile` happens before the turn, behind what wakes it."""
+        self._seen.clear()
+        self._other.send(b"x")
+        meanwhile()
+        await until(lambda: bool(self._seen))
+        return self._seen[0]
+
+
+@asynccontextmanager
+async def resting(*, tls: bool = False, spoken: bool = True) -> AsyncIterator[tuple[Side, SocketStream | TLSStream, Turn]]:
+    """A side that has read something and come to rest, the other end, and a look."""
+    ours, theirs = await MESH.connect(pair()) if tls else pair()
+    async with grounded() as ground:
+        side = Side(ground, ours)
+        side.belongs(lambda _: None)
+        side.watch(IN)
+        if spoken:
+            await theirs.send_all(b"a response")
+            assert await ours.receive_some() == b"a response"
+        side.rest()
+        with ends() as (here, there):
+            yield side, theirs, Turn(ground, side, here, there)
+            ground.watch(here.fileno(), IN, 0)
+        side.watch(0)
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_a_turn_that_has_heard_nothing_of_it_knows_that_it_is_quiet(tls: bool) -> None:
+    async with resting(tls=tls) as (side, _, turn):
+        for _ in range(3):
+            assert await turn.quiet()
+            assert not side.is_quiet(), "time has passed since that turn"
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_what_comes_in_the_same_turn_is_heard_before_its_step(tls: bool) -> None:
+    async with resting(tls=tls) as (side, theirs, turn):
+        assert await turn.quiet()
+        assert not await turn.quiet(theirs.close)
+        assert not await turn.quiet(), "it is not watched any more"
+        assert not side.stream.is_idle()
+
+
+async def test_one_that_has_been_sent_tickets_is_asked_and_found_idle() -> None:
+    async with resting(tls=True, spoken=False) as (side, theirs, turn):
+        assert isinstance(theirs, TLSStream)
+        send_tickets(theirs)
+        for _ in range(2):
+            assert not await turn.quiet()
+            assert side.stream.is_idle()  # which takes them in
+        side.watch(IN)
+        side.rest()
+        assert await turn.quiet()
+
+
+async def test_one_from_which_others_have_read_is_asked() -> None:
+    async with resting() as (side, theirs, turn):
+        await theirs.send_all(b"more")
+        assert side.receive() == b"more"
+        assert not await turn.quiet()
+        side.watch(IN)
+        side.rest()
+        assert await turn.quiet()
+
+
+@pytest.mark.parametrize("road", ["runs", "is gone"])
+async def test_one_that_is_closed_at_rest_is_not_kept_by_the_ground(road: str) -> None:
+    """A pool may be closed behind the last road."""
+    ours, theirs = await MESH.connect(pair())
+    async with grounded() as ground:
+        side = Side(ground, ours)
+        side.belongs(lambda _: None)
+        side.watch(IN)
+        side.rest()
+        assert side.descriptor in ground.steps
+        if road == "runs":
+            side.forget()
+    side.forget()
+    assert side.descriptor not in ground.steps
+    ours.close()
+    theirs.close()
+
+
+async def test_a_turn_that_could_not_be_told_all_knows_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with resting() as (_, __, turn):
+        assert await turn.quiet()
+        monkeypatch.setattr(room, "EVENTS", 1)
+        assert not await turn.quiet()
+
+
+async def test_one_whose_end_came_with_what_was_read_last_is_asked() -> None:
+    async with resting(tls=True) as (side, theirs, turn):
+        await theirs.send_all(bytes(16384))  # a whole record: what is behind it is read with it
+        await theirs.send_eof()
+        assert len(side.receive(65536) or b"") == 16384
+        side.watch(IN)
+        side.rest()
+        assert not await turn.quiet()
+        assert not side.stream.is_idle()

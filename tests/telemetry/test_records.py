@@ -1,0 +1,64 @@
+"""What the log says of a relay that did not end cleanly names the side that it happened to, as a reader of the log knows it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import trio
+
+from proxy.exchange.h1.server import Drain
+from proxy.fastpath.fast_path import Road
+from proxy.net.relay import Relayed, relay
+from proxy.telemetry.records import said
+from tests.net.conftest import both, pair
+
+
+@pytest.mark.parametrize("lost", ["client", "server"])
+@pytest.mark.parametrize("fast", [False, True])
+async def test_a_side_that_is_lost_is_named(lost: str, nursery: trio.Nursery, *, fast: bool) -> None:
+    road = Road(Drain(), 60, 60)
+    if fast:
+        await road.open()
+        nursery.start_soon(road.run)
+    client, accepted = pair()
+    dialled, server = pair()
+
+    async def lose() -> None:
+        await client.send_all(b"x")
+        await server.receive_some()
+        (client if lost == "client" else server).reset()
+
+    with trio.fail_after(30):
+        outcome, _ = await both(partial(relay, accepted, dialled, idle=60, carry=road.join if fast else None), lose)
+    assert isinstance(outcome, Relayed)
+    assert said(outcome).startswith(f"{lost}: ")
+    for stream in (client, accepted, dialled, server):
+        stream.close()
+
+
+async def test_the_side_that_is_lost_is_named_even_if_the_other_one_ended_first() -> None:
+    client, accepted = pair()
+    dialled, server = pair()
+
+    async def end() -> None:
+        await client.send_eof()
+        assert await server.receive_some() == b""
+        server.reset()
+
+    with trio.fail_after(30):
+        outcome, _ = await both(partial(relay, accepted, dialled, idle=60), end)
+    assert isinstance(outcome, Relayed)
+    assert outcome.first == "client"
+    assert said(outcome).startswith("server: ")
+    for stream in (client, accepted, dialled, server):
+        stream.close()
+
+
+async def test_silence_is_of_neither_side(autojump_clock: trio.abc.Clock) -> None:
+    client, accepted = pair()
+    dialled, server = pair()
+    outcome = await relay(accepted, dialled, idle=60)
+    assert said(outcome) == "neither side sent anything for too long"
+    for stream in (client, accepted, dialled, server):
+        stream.close()
