@@ -1,10 +1,13 @@
 """The directory: which services there are, where their endpoints are, who they are, and how other clusters are reached.
 
-snapshot.py   what is known, immutable, and the look-ups
-downgrades.py     what a new snapshot would send in clear text that the old one does not
-reader.py     a YAML document -> a snapshot, or all its mistakes; with
-              values.py, clusters.py (other clusters), splits.py (splits, failovers)
-json_schema.py     the document's JSON schema
+snapshot.py            what is known, immutable, and the look-ups
+reader.py              a YAML document -> a snapshot, or all its mistakes; with values.py, clusters.py and splits.py
+policy.py              how a service's endpoints are used
+service_names.py       the names that an application may write, and which service each means
+json_schema.py         the document's JSON schema
+watcher.py             reads the file again when it changes, and swaps the snapshot
+downgrades.py          what a new snapshot would send in clear text that the old one does not
+former_identities.py   addresses that had an identity lately
 """
 
 from proxy.directory.downgrades import Former, Losses, compare
