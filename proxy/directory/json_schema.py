@@ -7,7 +7,7 @@ from typing import Any
 
 from proxy.config.reference import schema
 from proxy.directory.policy import Policy
-from proxy.directory.reader import MAX_WEIGHT
+from proxy.directory.reader import MAX_WEIGHT, NOT_SERVED
 from proxy.directory.snapshot import Hint
 from proxy.directory.splits import MAX_SHARE, MOST_BACKENDS
 from proxy.directory.values import MOST_ALLOWED, MOST_PORTS
@@ -41,7 +41,7 @@ def _service() -> dict[str, object]:
     endpoint = {
         "address": {"type": "string"},
         "identity": _IDENTITY,
-        "ports": {"type": "object", "additionalProperties": _PORT},
+        "ports": {"type": "object", "additionalProperties": {"anyOf": [_PORT, {"const": NOT_SERVED}]}},
         "skip_ports": _list(_PORT, maxItems=MOST_PORTS),
         "ready": _FLAG,
         "weight": {"type": "integer", "minimum": 1, "maximum": MAX_WEIGHT},

@@ -32,6 +32,8 @@ from proxy.net.address import Address
 
 MAX_WEIGHT = 1000
 DOMAIN = "cluster.local"
+# For a port of the service that an endpoint does not serve. A word, since a value that was forgotten is a mistake.
+NOT_SERVED = "none"
 
 # The ports on which an endpoint with an identity is spoken to in clear text, where the document does not say.
 SKIP_PORTS = frozenset({ADMIN_PORT})
@@ -98,7 +100,7 @@ class _Entry:
 
     host: str
     pod: Pod
-    ports: Mapping[int, int]
+    ports: Mapping[int, int | None]  # None: it does not serve this one
 
 
 class _Builder:
@@ -152,7 +154,10 @@ class _Builder:
     def _target(self, service: str, port: Port, entries: list[_Entry], policy: Policy) -> Target:
         endpoints = []
         for entry in entries:
-            address = Address(entry.host, entry.ports.get(port.port, port.target_port))
+            number = entry.ports.get(port.port, port.target_port)
+            if number is None:
+                continue
+            address = Address(entry.host, number)
             endpoint = entry.pod.at(address, port.protocol)
             endpoints.append(endpoint)
             before = self.served.get(address)
@@ -209,14 +214,15 @@ class _Builder:
             here, there = sorted(pod.skip_ports), sorted(known.skip_ports)
             self.mistakes.add(path, f"{host} has skip_ports {here} here, but {there} in another service")
 
-    def _own_ports(self, value: Plain, path: str, ports: list[Port]) -> Mapping[int, int]:
+    def _own_ports(self, value: Plain, path: str, ports: list[Port]) -> Mapping[int, int | None]:
+        """None: the endpoint does not serve that port."""
         if value is None:
             return {}
-        found: dict[int, int] = {}
+        found: dict[int, int | None] = {}
         names = {str(port.port): port.port for port in ports}
         for key, item in (mapping(value, path, self.mistakes) or {}).items():
             if key not in names:
                 self.mistakes.add(child(path, key), "is not a port of this service")
             else:
-                found[names[key]] = self.values.port(item, child(path, key))
+                found[names[key]] = None if item == NOT_SERVED else self.values.port(item, child(path, key))
         return found

@@ -58,6 +58,17 @@ def test_a_port_without_a_target_port_is_the_same_on_the_endpoints() -> None:
     assert [endpoint.address.port for endpoint in directory().services[0].targets[25].endpoints] == [25, 25]
 
 
+def test_an_endpoint_may_leave_a_port_of_the_service_out() -> None:
+    text = TEXT.replace("ports: {80: 9090}", "ports: {80: none}")
+    found = parse(text, "test")
+    assert [str(endpoint.address) for endpoint in found.services[0].targets[80].endpoints] == ["10.1.0.1:8080"]
+    assert [str(endpoint.address) for endpoint in found.services[0].targets[25].endpoints] == ["10.1.0.1:25", "[fd00::2]:25"]
+    assert found.resolve(Address("fd00::2", 8080)) == Target(None, (Endpoint(Address("fd00::2", 8080), ready=False),))
+    jsonschema.validate(yaml.safe_load(text.replace("80: none", "'80': none")), dict(directory_schema()))
+    with pytest.raises(DirectoryError, match=r"endpoints\[1\]\.ports\.80: must be given"):
+        parse(TEXT.replace("ports: {80: 9090}", "ports: {80: }"), "test")
+
+
 def test_a_pod_on_its_target_port_has_the_protocol_of_the_service() -> None:
     target = directory().resolve(Address("10.1.0.1", 8080))
     assert (target.service, target.protocol, len(target.endpoints)) == ("shop/web", Hint.HTTP1, 1)
