@@ -31,6 +31,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "proxy.identity": ({"proxy.files", "proxy.net"}, {"trio", "OpenSSL", "cryptography"}),
     "proxy.config": ({"proxy.files", "proxy.identity", "proxy.net"}, {"msgspec", "yaml"}),
     "proxy.directory": ({"proxy.config", "proxy.files", "proxy.identity", "proxy.net", "loopguard"}, {"trio", "msgspec"}),
+    "control.contract": ({"proxy.directory", "proxy.identity"}, set()),
+    "control.discovery": ({"control.kube", "control.contract"}, {"trio", "msgspec"}),
     "proxy.balancing": ({"proxy.directory", "proxy.net"}, {"trio"}),
     "proxy.exchange": ({"proxy.wire", "proxy.net", "proxy.errors", "loopguard", "tracing"}, {"trio"}),
     "proxy.fastpath": ({"proxy.exchange", "proxy.wire", "proxy.net", "proxy.errors"}, {"trio"}),

@@ -1,0 +1,269 @@
+"""All facts, and the entries that they make: incremental, by key.
+
+A fact that comes, changes or goes makes some services stale: its own one, those whose endpoints have its address, those that share an
+address with it. `flush` makes the entries of stale services anew, and says which of them are different now. Nothing depends on the order in
+which facts come: a slice may be there before its service, an endpoint before its pod.
+
+Addresses are looked up by what has them: pods by their addresses (pods of the host network have that of their node, and are nobody there),
+services by their cluster addresses, slices by the addresses of their endpoints. Where two have one address, while one goes and the other
+comes, the newer one has it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from control.contract import SpiffeId, SpiffeIdError, check_trust_domain
+from control.discovery.entries import PodEntry, ServiceEntry
+from control.discovery.facts import PodFact, ServiceFact, SliceFact
+from control.discovery.resolve import resolve
+from control.kube.resources import Key
+
+K = TypeVar("K")
+
+
+class Index(Generic[K]):
+    """Which keys have an address. There is nearly always one."""
+
+    __slots__ = ("_of",)
+
+    def __init__(self) -> None:
+        self._of: dict[str, tuple[K, ...]] = {}
+
+    def move(self, key: K, before: Iterable[str], after: Iterable[str]) -> set[str]:
+        """`key` has other addresses now. Returns those for which that makes a difference."""
+        old, new = set(before), set(after)
+        for address in old - new:
+            left = tuple(other for other in self._of[address] if other != key)
+            if left:
+                self._of[address] = left
+            else:
+                del self._of[address]
+        for address in new - old:
+            self._of[address] = (*self._of.get(address, ()), key)
+        return old ^ new
+
+    def at(self, address: str) -> tuple[K, ...]:
+        """Who has it."""
+        return self._of.get(address, ())
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What has become different: services (None: there is none any more), and addresses of pods."""
+
+    services: dict[Key, ServiceEntry | None] = field(default_factory=dict)
+    pods: dict[str, PodEntry | None] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.services or self.pods)
+
+
+class Catalog:
+    """See above. `services`, `pods`: the entries as of the last `flush`. `problems`: what is wrong with services, for people."""
+
+    def __init__(self, trust_domain: str) -> None:
+        """Raises SpiffeIdError, if that is no trust domain."""
+        check_trust_domain(trust_domain)
+        self.services: dict[Key, ServiceEntry] = {}
+        self.pods: dict[str, PodEntry] = {}
+        self.problems: dict[Key, tuple[str, ...]] = {}
+        self.identity = functools.lru_cache(maxsize=4096)(functools.partial(_identity, trust_domain))
+        self._services: dict[Key, ServiceFact] = {}
+        self._slices: dict[Key, SliceFact] = {}
+        self._parts: dict[Key, dict[Key, None]] = {}  # the slices of a service, in the order in which they came
+        self._pods: dict[Key, PodFact] = {}
+        self._zones: dict[str, str] = {}
+        self._holders: Index[Key] = Index()
+        self._hosts: Index[Key] = Index()  # pods of the host network
+        self._owners: Index[Key] = Index()
+        self._listed: Index[Key] = Index()  # slices
+        self._unplaced: Index[Key] = Index()  # slices, by the nodes whose zone they do not say
+        self._stale: dict[Key, None] = {}
+        self._moved: dict[str, None] = {}
+
+    @property
+    def stale(self) -> bool:
+        """Whether `flush` has something to do."""
+        return bool(self._stale or self._moved)
+
+    # Facts that come, change (`before` is known here) and go (None)...
+
+    def service(self, key: Key, fact: ServiceFact | None) -> None:
+        """A service."""
+        before = _swap(self._services, key, fact)
+        old, new = before.addresses if before is not None else (), fact.addresses if fact is not None else ()
+        for address in self._owners.move(key, old, new):
+            self._stale.update(dict.fromkeys(self._owners.at(address)))
+            self._touch(address)
+        if before is not None and fact is not None and (before.uid, before.created) != (fact.uid, fact.created):
+            self._stale.update((other, None) for address in new for other in self._owners.at(address))
+        if before is None or fact is None or (before.identity, before.created, before.uid) != (fact.identity, fact.created, fact.uid):
+            for part in self._parts.get(key, ()):
+                self._touch_shared(self._slices[part])
+        self._stale[key] = None
+
+    def slice(self, key: Key, fact: SliceFact | None) -> None:
+        """A part of a service's endpoints."""
+        before = _swap(self._slices, key, fact)
+        if before is not None and (fact is None or fact.service != before.service):
+            del self._parts[before.service][key]
+            if not self._parts[before.service]:
+                del self._parts[before.service]
+            self._stale[before.service] = None
+        if fact is not None:
+            self._parts.setdefault(fact.service, {})[key] = None
+            self._stale[fact.service] = None
+        self._listed.move(key, _addresses(before), _addresses(fact))
+        self._unplaced.move(key, _unplaced(before), _unplaced(fact))
+        for part in (before, fact):
+            if part is not None:
+                self._touch_shared(part)
+
+    def pod(self, key: Key, fact: PodFact | None) -> None:
+        """A pod."""
+        before = _swap(self._pods, key, fact)
+        self._holders.move(key, _held(before), _held(fact))
+        self._hosts.move(key, _held(before, host=True), _held(fact, host=True))
+        for part in (before, fact):
+            for address in part.ips if part is not None else ():
+                self._touch(address)
+                self._moved[address] = None
+
+    def node(self, name: str, zone: str | None) -> None:
+        """A node's zone."""
+        if zone is None:
+            self._zones.pop(name, None)
+        else:
+            self._zones[name] = zone
+        for part in self._unplaced.at(name):
+            self._stale[self._slices[part].service] = None
+        self._moved.update((address, None) for address, entry in self.pods.items() if entry.node == name)
+
+    def _touch(self, address: str) -> None:
+        """Services that list `address` are stale."""
+        for part in self._listed.at(address):
+            self._stale[self._slices[part].service] = None
+
+    def _touch_shared(self, part: SliceFact) -> None:
+        """So are those that share one of these addresses."""
+        for address in _addresses(part):
+            self._touch(address)
+
+    # What is made of them...
+
+    def flush(self) -> Changes:
+        """Make anew what is stale, and return what is different now."""
+        changes = Changes()
+        stale, self._stale = self._stale, {}
+        moved, self._moved = self._moved, {}
+        for key in stale:
+            entry = self._entry(key)
+            if entry != self.services.get(key):
+                changes.services[key] = entry
+                _swap(self.services, key, entry)
+        for address in moved:
+            pod = self._pod_entry(address)
+            if pod != self.pods.get(address):
+                changes.pods[address] = pod
+                _swap(self.pods, address, pod)
+        return changes
+
+    def _entry(self, key: Key) -> ServiceEntry | None:
+        fact = self._services.get(key)
+        if fact is None:
+            self.problems.pop(key, None)
+            return None
+        addresses = tuple(address for address in fact.addresses if self._owner(address) == key)
+        parts = (self._slices[part] for part in self._parts.get(key, ()))
+        entry, problems = resolve(key, fact, addresses, parts, self)
+        _swap(self.problems, key, problems or None)
+        return entry
+
+    def _pod_entry(self, address: str) -> PodEntry | None:
+        holder = self.holder(address)
+        if holder is None or not holder[1].meshed:
+            return None
+        (namespace, _), pod = holder
+        identity = self.identity(namespace, pod.account)
+        return None if identity is None else PodEntry(address, identity, pod.skip_ports, self.zone(pod.node), pod.node)
+
+    def _owner(self, address: str) -> Key | None:
+        """The service whose cluster address this is: of those that claim it the newest one."""
+        return max(self._owners.at(address), key=lambda key: (self._services[key].created, self._services[key].uid), default=None)
+
+    # What judge.py asks...
+
+    def pod_of(self, key: Key) -> PodFact | None:
+        """See judge.World."""
+        return self._pods.get(key)
+
+    def holder(self, address: str) -> tuple[Key, PodFact] | None:
+        """See judge.World."""
+        keys = self._holders.at(address)
+        if not keys:
+            return None
+        key = keys[0] if len(keys) == 1 else max(keys, key=lambda key: (self._pods[key].created, self._pods[key].uid))
+        return key, self._pods[key]
+
+    def is_cluster_address(self, address: str) -> bool:
+        """See judge.World."""
+        return bool(self._owners.at(address))
+
+    def is_host(self, address: str) -> bool:
+        """See judge.World."""
+        return bool(self._hosts.at(address))
+
+    def external(self, address: str) -> SpiffeId | None:
+        """See judge.World."""
+        oldest = min(self._claims(address), key=lambda service: (service.created, service.uid), default=None)
+        return oldest.identity if oldest is not None else None
+
+    def _claims(self, address: str) -> Iterator[ServiceFact]:
+        """The services that list an address without naming a pod."""
+        for part in self._listed.at(address):
+            fact = self._slices[part]
+            service = self._services.get(fact.service)
+            if service is None or service.careful or (service.identity is not None and self.is_host(address)):
+                continue
+            if any(endpoint.address == address and endpoint.target is None for endpoint in fact.endpoints):
+                yield service
+
+    def zone(self, node: str) -> str:
+        """See judge.World."""
+        return self._zones.get(node, "")
+
+
+def _identity(trust_domain: str, namespace: str, account: str) -> SpiffeId | None:
+    try:
+        return SpiffeId(trust_domain, namespace, account)
+    except SpiffeIdError:
+        return None
+
+
+V = TypeVar("V")
+
+
+def _swap(into: dict[K, V], key: K, value: V | None) -> V | None:
+    """Put a value in, or take it out; returns what was there."""
+    before = into.get(key)
+    if value is not None:
+        into[key] = value
+    elif before is not None:
+        del into[key]
+    return before
+
+
+def _addresses(fact: SliceFact | None) -> list[str]:
+    return [endpoint.address for endpoint in fact.endpoints] if fact is not None else []
+
+
+def _unplaced(fact: SliceFact | None) -> list[str]:
+    return [endpoint.node for endpoint in fact.endpoints if endpoint.node and not endpoint.zone] if fact is not None else []
+
+
+def _held(fact: PodFact | None, *, host: bool = False) -> tuple[str, ...]:
+    return fact.ips if fact is not None and fact.host_network is host else ()

@@ -1,0 +1,86 @@
+"""Labels and annotations that discovery reads, and their values.
+
+The injector marks a pod that it has given a sidecar by a label, and writes beside it which ports the sidecar does not stand before. A
+mark that cannot be read is taken for the more careful thing: a pod with an odd mark is meshed, a list of ports with a mistake is no list.
+So a typing error makes a connection fail, and does not send it in clear text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from control.contract import ADMIN_PORT, MOST_PORTS, Hint
+
+# Of pods. Written by the injector, or by hand beside a sidecar that is written by hand.
+MESHED = "isthmus.dev/meshed"  # label: "true"
+SKIP_INBOUND_PORTS = "isthmus.dev/skip-inbound-ports"  # annotation: ports and ranges, "4567,4568,5000-5010"
+ADMIN = "isthmus.dev/admin-port"  # annotation: "4191"
+
+# Of services.
+OPAQUE_PORTS = "isthmus.dev/opaque-ports"  # annotation: ports and ranges that clients connect to
+ENDPOINT_IDENTITY = "isthmus.dev/endpoint-identity"  # annotation: a SPIFFE ID, of endpoints that are no pods of this cluster
+
+ZONE = "topology.kubernetes.io/zone"
+SERVICE_NAME = "kubernetes.io/service-name"
+
+# appProtocol: the names of IANA and of Kubernetes (KEP-3726), and what other meshes have made usual. Everything else is found out by
+# detection.
+_PROTOCOLS: Mapping[str, Hint] = {
+    "http": Hint.HTTP1,
+    "kubernetes.io/ws": Hint.HTTP1,
+    "kubernetes.io/h2c": Hint.HTTP2,
+    "http2": Hint.HTTP2,
+    "grpc": Hint.HTTP2,
+    "https": Hint.OPAQUE,
+    "kubernetes.io/wss": Hint.OPAQUE,
+    "tls": Hint.OPAQUE,
+    "tcp": Hint.OPAQUE,
+    "mysql": Hint.OPAQUE,
+    "mongo": Hint.OPAQUE,
+    "redis": Hint.OPAQUE,
+    "postgres": Hint.OPAQUE,
+    "postgresql": Hint.OPAQUE,
+}
+
+
+class MarkError(ValueError):
+    """A value cannot be read; the message says why, for people."""
+
+
+def is_meshed(labels: Mapping[str, str]) -> bool:
+    """Whether a pod has a sidecar."""
+    return labels.get(MESHED, "false") != "false"
+
+
+def hint(app_protocol: str | None) -> Hint:
+    """What `appProtocol` says of a port."""
+    return _PROTOCOLS.get((app_protocol or "").lower(), Hint.DETECT)
+
+
+def port_list(text: str) -> frozenset[int]:
+    """Ports and ranges, separated by commas. Raises MarkError."""
+    found: set[int] = set()
+    for part in text.split(","):
+        if not part.strip():
+            continue
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        low = _port(first, part)
+        high = _port(last, part) if dash else low
+        if high < low:
+            raise MarkError(f"{part.strip()[:40]!r} ends before it begins")
+        if len(found) + high - low >= MOST_PORTS:
+            raise MarkError(f"more than {MOST_PORTS} ports")
+        found.update(range(low, high + 1))
+    return frozenset(found)
+
+
+def skipped_ports(annotations: Mapping[str, str]) -> frozenset[int]:
+    """The ports of a meshed pod that its sidecar does not stand before. Raises MarkError."""
+    admin = annotations.get(ADMIN)
+    return port_list(annotations.get(SKIP_INBOUND_PORTS, "")) | {_port(admin.strip(), admin) if admin is not None else ADMIN_PORT}
+
+
+def _port(text: str, whole: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 5 or not 1 <= int(text) <= 65535:
+        raise MarkError(f"{whole.strip()[:40]!r} is neither a port nor a range like 4000-4010")
+    return int(text)

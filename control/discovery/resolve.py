@@ -1,0 +1,66 @@
+"""A service and its slices, and what is known of pods: the service's entry.
+
+An endpoint may stand in two slices, while it is moved between them, or because each has some of its ports: it is one, and where they
+disagree the newer slice is right. A port of the service is looked for by its name in each slice, since a named target port may have another
+number in each pod.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from control.discovery.entries import EndpointEntry, PortEntry, ServiceEntry
+from control.discovery.facts import EndpointFact, ServiceFact, SliceFact
+from control.discovery.judge import Refusal, Who, World, judge
+from control.kube.resources import Key
+
+# Of one service. More would not help people.
+_MOST_PROBLEMS = 10
+
+
+def resolve(
+    key: Key, service: ServiceFact, addresses: tuple[str, ...], slices: Iterable[SliceFact], world: World
+) -> tuple[ServiceEntry, tuple[str, ...]]:
+    """The entry of a service, and what is wrong with it, for people. `addresses`: those of its own that are no other service's."""
+    problems = list(service.problems)
+    newest: dict[str, tuple[EndpointFact, Who]] = {}
+    ports: dict[str, dict[int, int]] = {}
+    for part in sorted(slices, key=lambda part: part.order):
+        problems += part.problems
+        numbers = dict(_ports(service, part))
+        for endpoint in part.endpoints:
+            who = judge(endpoint, key[0], service, world)
+            if isinstance(who, Refusal):
+                problems += [who.why] if who.why else []
+                continue
+            newest[endpoint.address] = endpoint, who
+            ports.setdefault(endpoint.address, {}).update(numbers)
+    endpoints = tuple(
+        _entry(endpoint, who, ports[address], world) for address, (endpoint, who) in sorted(newest.items(), key=lambda item: item[0])
+    )
+    listed = tuple(PortEntry(port.port, port.target, port.protocol) for port in service.ports)
+    shown = tuple(dict.fromkeys(problems))[:_MOST_PROBLEMS]
+    return ServiceEntry(key, service.uid, addresses, listed, endpoints, service.local), shown
+
+
+def _ports(service: ServiceFact, part: SliceFact) -> Iterator[tuple[int, int]]:
+    """The service's ports that the endpoints of a slice serve, and which ones these are there."""
+    numbers = dict(part.ports)
+    for port in service.ports:
+        if port.name in numbers:
+            yield port.port, numbers[port.name] or port.port
+
+
+def _entry(endpoint: EndpointFact, who: Who, ports: dict[int, int], world: World) -> EndpointEntry:
+    return EndpointEntry(
+        endpoint.address,
+        who.identity,
+        who.skip_ports,
+        tuple(sorted(ports.items())),
+        endpoint.state,
+        endpoint.node,
+        endpoint.zone or world.zone(endpoint.node),
+        endpoint.hostname,
+        endpoint.zones,
+        endpoint.nodes,
+    )

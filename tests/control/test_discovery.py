@@ -1,0 +1,244 @@
+"""From an API server to entries: nothing is told before everything is known, faults take nothing back, and in the end it is the truth."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trio.abc import Clock
+from trio.testing import MockClock
+
+from control.contract import SpiffeIdError
+from control.discovery.catalog import Changes
+from control.discovery.discovery import Discovery, DiscoveryRules
+from control.kube.client import Client
+from control.kube.resources import Key
+from lab.kube_api.server import ApiServer, refuse
+from lab.kube_api.store import KINDS, Kind, Problem
+from tests.control.cluster import TRUST_DOMAIN, Cluster, Json, endpoint, identity, node, pod, service, slice_of
+from tests.control.conftest import AT
+from tests.control.test_catalog_random import ITEMS, kind
+
+KIND_OF = {
+    "addressType": KINDS["discovery.k8s.io/v1", "endpointslices"],
+    "status": KINDS["v1", "pods"],
+    "spec": KINDS["v1", "services"],
+    "node": KINDS["v1", "nodes"],
+}
+
+
+def name_of(item: Json) -> tuple[Kind, Key]:
+    return KIND_OF[kind(item)], (item["metadata"].get("namespace", ""), item["metadata"]["name"])
+
+
+def store(server: ApiServer, *items: Json) -> None:
+    """As the API server has them: versions and uids are its own, and references to pods have these uids."""
+    for item in items:
+        of, key = name_of(item)
+        data = {name: value for name, value in item.items() if name != "metadata"}
+        meta = {name: value for name, value in item["metadata"].items() if name in ("name", "namespace", "labels", "annotations")}
+        for found in data.get("endpoints") or ():
+            if "targetRef" in found:
+                found["targetRef"] = {**found["targetRef"], "uid": ""}
+        made = {"metadata": {**meta, "namespace": key[0]}, **data}
+        try:
+            current = server.store.get(of, key)
+        except Problem:
+            server.store.create(of, key[0], made)
+            continue
+        kept = {**current["metadata"], "labels": meta.get("labels") or {}, "annotations": meta.get("annotations") or {}}
+        server.store.objects[of][key] = current  # as it is, so that status is taken too
+        server.store._store(of, key, {**made, "metadata": kept})
+
+
+def remove(server: ApiServer, item: Json) -> None:
+    of, key = name_of(item)
+    if key in server.store.objects[of]:
+        server.store.delete(of, key)
+
+
+def truth(server: ApiServer) -> Cluster:
+    """What a fresh list gives."""
+    cluster = Cluster()
+    for of in KIND_OF.values():
+        for item in server.store.objects[of].values():
+            cluster.put({"metadata": item["metadata"]} if of.plural == "nodes" else item)
+    cluster.flush()
+    return cluster
+
+
+class Stage:
+    """A discovery of a server's cluster, and what it has told."""
+
+    def __init__(self, server: ApiServer, rules: DiscoveryRules | None = None) -> None:
+        self.server = server
+        self.told: list[Changes] = []
+        self.when: list[float] = []
+        self.client = Client(AT, dial=server.dial, chance=random.Random(1))
+        self.discovery = Discovery(self.client, TRUST_DOMAIN, self._tell, rules)
+        for number, reflector in enumerate(self.discovery.reflectors):
+            reflector.chance = random.Random(number)
+
+    def _tell(self, changes: Changes) -> None:
+        self.told.append(changes)
+        self.when.append(trio.current_time())
+
+    def assert_true(self) -> None:
+        fresh, catalog = truth(self.server).catalog, self.discovery.catalog
+        assert catalog.services == fresh.services
+        assert catalog.pods == fresh.pods
+        assert catalog.problems == fresh.problems
+        services: dict[Key, Any] = {}
+        for changes in self.told:
+            services |= changes.services
+        assert {key: entry for key, entry in services.items() if entry is not None} == fresh.services
+
+
+ONE = [service(), slice_of("web", endpoint("10.1.0.1", "a", nodeName="node-1")), pod("a", "10.1.0.1"), node("node-1", "west-1")]
+
+
+async def test_a_cluster_is_discovered(clock: Clock, server: ApiServer, nursery: trio.Nursery) -> None:
+    store(server, *ONE)
+    stage = Stage(server)
+    nursery.start_soon(stage.discovery.run)
+    await stage.discovery.ready.wait()
+    assert len(stage.told) == 1
+    entry = stage.told[0].services["shop", "web"]
+    assert entry is not None
+    assert [(found.address, found.identity, found.zone) for found in entry.endpoints] == [("10.1.0.1", identity("web"), "west-1")]
+    stage.assert_true()
+    assert {target.partition("?")[0].rpartition("/")[2] for _, target in server.log} == {"services", "endpointslices", "pods", "nodes"}
+    assert len(server.log) == 4
+
+
+@pytest.mark.parametrize("missing", ["pods", "nodes", "services", "endpointslices"])
+async def test_nothing_is_told_before_all_lists_are_complete(clock: Clock, server: ApiServer, nursery: trio.Nursery, missing: str) -> None:
+    store(server, *ONE)
+    server.behaviour.forbidden.add(missing)
+    stage = Stage(server)
+    nursery.start_soon(stage.discovery.run)
+    await trio.sleep(600)
+    assert not stage.discovery.ready.is_set()
+    assert stage.told == []
+    server.behaviour.forbidden.clear()
+    await stage.discovery.ready.wait()
+    stage.assert_true()
+
+
+async def test_a_change_is_told_after_a_moment_and_many_together(clock: Clock, server: ApiServer, nursery: trio.Nursery) -> None:
+    store(server, *ONE)
+    stage = Stage(server, DiscoveryRules(settle=0.05, delay=0.5))
+    nursery.start_soon(stage.discovery.run)
+    await stage.discovery.ready.wait()
+    await trio.sleep(1)
+    began = trio.current_time()
+    for number in range(100):  # a rolling update, an event each 10 ms
+        store(server, pod(f"p{number}", f"10.2.0.{number}"))
+        await trio.sleep(0.01)
+    await trio.sleep(1)
+    assert len(stage.told) - 1 in (2, 3)  # a second of events
+    assert stage.when[1] - began == pytest.approx(0.5, abs=0.06)
+    stage.assert_true()
+
+
+async def test_an_api_server_that_is_away_takes_nothing_back(clock: Clock, server: ApiServer, nursery: trio.Nursery) -> None:
+    store(server, *ONE)
+    stage = Stage(server)
+    nursery.start_soon(stage.discovery.run)
+    await stage.discovery.ready.wait()
+    server.behaviour.down = True
+    server.cut()
+    await trio.sleep(600)
+    assert len(stage.told) == 1
+    remove(server, ONE[2])
+    server.behaviour.down = False
+    server.store.compact()
+    await trio.sleep(120)
+    assert len(stage.told) == 2
+    stage.assert_true()
+
+
+async def test_metadata_alone_makes_no_change(clock: Clock, server: ApiServer, nursery: trio.Nursery) -> None:
+    store(server, *ONE)
+    stage = Stage(server)
+    nursery.start_soon(stage.discovery.run)
+    await stage.discovery.ready.wait()
+    for of in KIND_OF.values():
+        for key in list(server.store.objects[of]):
+            note = {"annotations": {"some": "thing"}}
+            server.store.update(of, key, lambda item, note=note: {**item, "metadata": {**item["metadata"], **note}})
+    await trio.sleep(10)
+    assert sum(reflector.counts.events for reflector in stage.discovery.reflectors) == 4
+    assert len(stage.told) == 1
+
+
+async def test_pods_that_have_ended_are_left_out_by_the_server(clock: Clock, server: ApiServer, nursery: trio.Nursery) -> None:
+    store(server, *ONE)
+    stage = Stage(server)
+    nursery.start_soon(stage.discovery.run)
+    await stage.discovery.ready.wait()
+    ended = pod("a", "10.1.0.1")
+    ended["status"]["phase"] = "Succeeded"
+    store(server, ended)
+    await trio.sleep(10)
+    assert stage.discovery.catalog.pods == {}
+    assert stage.discovery.reflectors[1].known == {}
+    stage.assert_true()
+
+
+def test_a_trust_domain_that_is_none_is_refused_at_once() -> None:
+    with pytest.raises(SpiffeIdError):
+        Discovery(Client(AT), "Not_A/Domain", lambda _: None)
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("put"), ITEMS),
+        st.tuples(st.just("remove"), ITEMS),
+        st.tuples(st.just("wait"), st.sampled_from([0.01, 1.0, 100.0])),
+        st.sampled_from(
+            [("cut", None), ("compact", None), ("down", True), ("down", False), ("refuse", 410), ("refuse", 429), ("refuse", 500)]
+        ),
+    ),
+    max_size=25,
+)
+
+
+async def play(steps: list[tuple[str, Any]]) -> None:
+    async with trio.open_nursery() as nursery:
+        server = ApiServer(nursery)
+        stage = Stage(server)
+        nursery.start_soon(stage.discovery.run)
+        for what, value in steps:
+            match what:
+                case "put":
+                    store(server, value)
+                case "remove":
+                    remove(server, value)
+                case "wait":
+                    await trio.sleep(value)
+                case "cut":
+                    server.cut()
+                case "compact":
+                    server.store.compact()
+                case "down":
+                    server.behaviour.down = value
+                    server.cut()
+                case "refuse":
+                    server.faults.append(refuse(value, "Expired" if value == 410 else ""))
+                    server.cut()
+        server.behaviour.down = False
+        server.faults.clear()
+        await trio.sleep(400)
+        stage.assert_true()
+        nursery.cancel_scope.cancel()
+
+
+@settings(max_examples=40)
+@given(STEPS)
+def test_whatever_happens_in_the_end_it_is_what_a_fresh_list_gives(steps: list[tuple[str, Any]]) -> None:
+    trio.run(play, steps, clock=MockClock(autojump_threshold=0))
