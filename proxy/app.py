@@ -8,12 +8,12 @@ it if one is configured; then the directory; then the sockets, which are bound e
     ├── identity.watch           loads new certificates and roots without a restart
     ├── directory.watch          loads new snapshots of the directory
     ├── sweep                    closes idle connections that are too old, and drops old cache entries
-    ├── liveness                 sets TCP_USER_TIMEOUT off and on for peers that read slowly
+    ├── liveness                 keeps TCP_USER_TIMEOUT from ending connections of slow readers
     ├── disconnects              detects clients that disconnect while the proxy waits for a response
-    ├── ways.watch               resolves and probes the gateways of other clusters
+    ├── remote_gateways.watch    resolves and probes the gateways of other clusters
     ├── pacer                    limits how many streams and connections start and end in one scheduler pass
-    ├── names                    answers DNS queries, if `dns` is configured
-    ├── road                     the watchdog of the fast path, if `fast_path` is on; its event loop runs in trio's idle wait
+    ├── dns                      answers DNS queries, if `dns` is configured
+    ├── fast path                its watchdog, if `fast_path` is on; its event loop runs in trio's idle wait
     ├── pools.serve (twice)      HTTP/2 connections to endpoints and to the application, which many exchanges share
     └── serve                    the flows; ends at SIGTERM, and drains first
         ├── inbound, or gateway  one task for each connection
