@@ -1,11 +1,12 @@
-# make demo    two clusters of pods on this machine, and a table of what was proven
-# make test    everything that CI runs
-# make perf    what a hop costs, beside other proxies
-# make soak    floods, attacks and faults beside a member of the mesh, and what it feels of them (as root)
-# make compiled  the packages as the image has them, with the path of a request compiled, in build/compiled
-# make aws-lc    cryptography as the image has it, on AWS-LC, in build/aws-lc
-# make base      pins the image's base to what its tag names now; needs docker
-# The others set up what they need: a virtual environment in .venv, and, as root on Debian, the system packages.
+# make demo      two clusters of pods on this machine, and a table of the results
+# make test      everything that CI runs
+# make perf      what a hop costs, beside other proxies
+# make soak      floods, attacks and faults beside a member of the mesh, and their effect on it (as root)
+# make compiled  the packages as in the image, with the request path compiled, in build/compiled
+# make aws-lc    cryptography as in the image, on AWS-LC, in build/aws-lc
+# make base      pins the base of the image to the current digest of its tag; needs docker
+# The targets set up what they need: a virtual environment in .venv, and, as root on Debian, the
+# system packages.
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ JAEGER := .venv-jaeger
 COMPILED := build/compiled
 AWS_LC := build/aws-lc
 SOURCES := $(shell find loopguard proxy tracing -name '*.py' | sort)
-# Made anew when a module changes, comes or goes.
+# Rebuilt when a module changes, or is added or removed.
 READY := $(COMPILED)/.ready-$(shell echo $(SOURCES) | cksum | cut -d ' ' -f 1)
 
 # command:package
@@ -26,26 +27,30 @@ PEERS := curl:curl wrk:wrk h2load:nghttp2-client nghttpd:nghttp2-server nginx:ng
 demo: $(VENV)/.demo
 	$(BIN)/isthmus demo
 
-# The linters have use for one core, mostly, and the compiler for the other; the tests of the parts wait for half of their time.
+# The linters mostly use one core, and the compiler uses the other. The tests of the parts wait for
+# half of their time.
 test: $(VENV)/.dev
 	$(MAKE) --jobs 2 --output-sync=target lint compiled
 	$(MAKE) --jobs 2 --output-sync=target parts aws-lc
 	$(MAKE) whole jaeger
 
-# The optional rules of flake8-async (ASYNC9..) are off: proxy/net/socket_stream.py says how checkpoints are placed, and why. ASYNC109 is off because
-# a timeout parameter is the contract of the dialer and of the handshakes, ASYNC124 because tests run in trio whether they wait or not.
+# The optional rules of flake8-async (ASYNC9..) are off: proxy/net/socket_stream.py says where
+# checkpoints are, and why. ASYNC109 is off because a timeout parameter is the contract of the
+# dialer and of the handshakes. ASYNC124 is off because tests run in trio whether they wait or not.
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	git ls-files -coz --exclude-standard "*.py" | xargs -0 -n 50 -P 2 $(BIN)/flake8-async --enable ASYNC1,ASYNC2 --disable ASYNC109,ASYNC124
 	$(BIN)/mypy
 
-# The whole suite runs in network namespaces of its own, so that no test can touch, or be touched by, the machine it runs on: the parts with the
-# sources as they are and the TLS library of the wheel; whole proxies, and the parts that are compiled or about TLS, as the image has them
-# (docs/decisions/30-compiled.md, 36-aws-lc.md). Then what carries the most HTTP/1.1 runs again with the sources, without the fast path
-# (docs/decisions/21-fast-path.md).
+# The whole suite runs in its own network namespaces, so that tests and the machine cannot affect
+# each other. The parts run with the sources and the TLS library of the wheel. Whole proxies, and
+# the parts that are compiled or about TLS, run as in the image (docs/decisions/30-compiled.md,
+# 36-aws-lc.md). Then the tests with the most HTTP/1.1 run again with the sources, without the fast
+# path (docs/decisions/21-fast-path.md).
 SANDBOXED = PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 2 --dist loadfile -q
 WHOLE := tests/e2e tests/lab
-# Of HTTP/2 only the server is compiled (docs/decisions/30-compiled.md); that it works beside what is, whole proxies show, and the plays.
+# Of HTTP/2, only the server is compiled (docs/decisions/30-compiled.md). Tests of whole proxies,
+# and tests/both_paths, check that it works beside the modules that are not compiled.
 AS_COMPILED := $(wildcard tests/exchange/test_*.py) tests/exchange/h1 \
 	$(addprefix tests/,balancing both_paths commands directory fastpath identity loopguard net routing tracing wire) \
 	tests/flows/test_sessions.py tests/telemetry/test_metrics.py
@@ -59,7 +64,8 @@ whole: $(VENV)/.dev $(READY) $(AWS_LC)/.ready
 	$(AS_IN_THE_IMAGE) $(SANDBOXED) $(WHOLE) $(AS_COMPILED)
 	ISTHMUS_FAST_PATH=false $(SANDBOXED) $(ORDINARY)
 
-# What setup.py compiles, from a wheel, as it is installed. Nothing of it is ever found beside the sources, where an edited module would be hidden by it.
+# The compiled packages, installed from a wheel. No extension module lies beside the sources, where
+# it would hide an edited module.
 AS_IN_THE_IMAGE := ISTHMUS_TEST_COMPILED=1 ISTHMUS_TEST_AWS_LC=1 PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(AWS_LC)/site:$(CURDIR)/$(COMPILED):$(CURDIR)
 compiled: $(READY)
 
@@ -71,7 +77,7 @@ $(READY): $(VENV)/.dev setup.py pyproject.toml $(SOURCES)
 	rm -r $(COMPILED)/lab  # which is what tests, and finds the examples beside it
 	touch $@
 
-# Another build of a package that $(VENV) has, and found before that.
+# Another build of a package of $(VENV), which takes precedence over it.
 aws-lc: $(AWS_LC)/.ready
 
 $(AWS_LC)/.ready: $(VENV)/.dev scripts/aws-lc requirements/aws-lc.patch requirements/run.txt
@@ -80,7 +86,7 @@ $(AWS_LC)/.ready: $(VENV)/.dev scripts/aws-lc requirements/aws-lc.patch requirem
 	$(BIN)/python -m zipfile -e $(AWS_LC)/wheel/cryptography-*.whl $(AWS_LC)/site
 	touch $@
 
-# The extra `jaeger` needs an older SDK than everything else, so it has an environment of its own.
+# The extra `jaeger` needs an older SDK than everything else, so it has its own environment.
 jaeger: $(JAEGER)/.ready
 	$(JAEGER)/bin/python -m pytest -q --noconftest -p no:cacheprovider tests/jaeger
 
@@ -117,7 +123,7 @@ lock: $(VENV)/.dev
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header -c requirements/dev.txt pyproject.toml --group compile -o requirements/compile.txt
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml --extra jaeger --group jaeger-test -o requirements/jaeger.txt
 
-# To be reviewed and committed as any other change, with the image built and tried.
+# Review and commit the result like any other change. Build and try the image first.
 base:
 	./scripts/pin-base
 

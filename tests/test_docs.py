@@ -35,11 +35,15 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PICTURES = sorted((ROOT / "docs").rglob("*.svg"))
 MANIFESTS = sorted((ROOT / "deploy" / "kubernetes").rglob("*.yaml"))
 EXAMPLES = sorted((ROOT / "deploy").rglob("*.yaml"))
+MODULES = [
+    file for folder in ("control", "lab", "loopguard", "perf", "proxy", "tests", "tracing") for file in (ROOT / folder).rglob("*.py")
+] + [ROOT / "setup.py"]
 PACKAGING = [ROOT / "Dockerfile", ROOT / ".dockerignore"]
 
 # Home directories, temporary ones, and the usual places of checkouts on builders.
 _MACHINE = re.compile(r"(?<![\w.~-])/(?:home|root|Users|work|workspace|tmp|builds)/[\w.-]+")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_MODULE = re.compile(r"(?<![\w./*-])(?:\.\./)*((?:[\w.-]+/)*\w+\.py)\b")
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -151,6 +155,15 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_modules_that_documents_name_exist(path: Path) -> None:
+    """A name may leave out the first folders: net/relay.py, or test_relay.py beside another test."""
+    parts = [file.relative_to(ROOT).parts for file in MODULES]
+    known = {"/".join(part[start:]) for part in parts for start in range(len(part))}
+    named = set(_MODULE.findall(_FENCE.sub("", path.read_text("utf-8"))))
+    assert not named - known
+
+
 @pytest.mark.parametrize("path", [*DOCUMENTS, *PICTURES, *EXAMPLES, *PACKAGING], ids=name)
 def test_no_place_on_a_builders_machine_is_named(path: Path) -> None:
     assert not _MACHINE.findall(path.read_text("utf-8"))
@@ -251,10 +264,7 @@ def test_the_image_is_built_of_files_that_are_there_and_that_the_builder_gets() 
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
     text = (ROOT / "Dockerfile").read_text("utf-8").replace("\\\n", "")
     copied = {
-        source
-        for line in text.splitlines()
-        if line.startswith("COPY ") and "--from=" not in line
-        for source in shlex.split(line)[1:-1]
+        source for line in text.splitlines() if line.startswith("COPY ") and "--from=" not in line for source in shlex.split(line)[1:-1]
     }
     assert copied == allowed
     assert all((ROOT / path).exists() for path in allowed)
