@@ -46,7 +46,7 @@ from proxy.directory.watcher import IdentityLoss
 from proxy.dns.service import Names, pod_resolvers
 from proxy.exchange.h1.server import Drain
 from proxy.fastpath.event_loop import Clock
-from proxy.fastpath.fast_path import Road
+from proxy.fastpath.fast_path import FastPath
 from proxy.flows.gateway import gateway
 from proxy.flows.inbound import inbound, inbound_pools
 from proxy.flows.loop_guard import LoopGuard
@@ -154,7 +154,7 @@ class App:
             spans=spans,
             drain=self.drain,
             expiries=self.own.expiries,
-            road=Road(self.drain, settings.plain_server.idle_timeout, config.tcp.idle_timeout) if config.fast_path else None,
+            fast_path=FastPath(self.drain, settings.plain_server.idle_timeout, config.tcp.idle_timeout) if config.fast_path else None,
         )
         self._publish()
         self.outbound_pools: Pools[Endpoint] = endpoint_pools(self.runtime, "gateway" if config.gateway.enabled else "outbound")
@@ -206,9 +206,9 @@ class App:
                 nursery.start_soon(self.drain.pacer.run)
                 if self.names is not None:
                     nursery.start_soon(self.names.serve, self.listeners, report)
-                if self.runtime.road is not None:
-                    await self.runtime.road.open()
-                    nursery.start_soon(self.runtime.road.run)
+                if self.runtime.fast_path is not None:
+                    await self.runtime.fast_path.open()
+                    nursery.start_soon(self.runtime.fast_path.run)
                 nursery.start_soon(self.outbound_pools.serve)
                 nursery.start_soon(self.inbound_pools.serve)
                 if beside is not None:
@@ -301,8 +301,8 @@ class App:
         self.metrics.pool("idle").set(sum(idle for _, idle in used))
         self.metrics.reach.broken((service, str(address), state) for service, address, state in self.runtime.balancer.broken())
         self.memory.observe()
-        if self.runtime.road is not None:
-            self.metrics.on_fast_road(*self.runtime.road.counts())
+        if self.runtime.fast_path is not None:
+            self.metrics.on_fast_path(*self.runtime.fast_path.counts())
         if self.names is not None:
             self.names.observe()
         if self.source is not None:

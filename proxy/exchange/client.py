@@ -90,7 +90,7 @@ class Client(Generic[K]):
         self._bridge = bridge
 
     async def send(self, exchange: Exchange, endpoint: K, lender: Lender[K]) -> None:
-        """Carry `exchange` to `endpoint` and back; one that the fast road has begun goes on where it stands. Raises what dialling raises,
+        """Carry `exchange` to `endpoint` and back; one that the fast path has begun goes on where it stands. Raises what dialling raises,
         the Upstream* errors, UpgradeFailed, NoExtendedConnect, Undelivered, and Declined."""
         begun, exchange.begun = exchange.begun, None
         if exchange.request.method in max_forwards.METHODS and max_forwards.left(exchange.request) == 0:
@@ -158,7 +158,7 @@ class _Attempt:
         self._carrier = carrier
         carrier.share = exchange.facts.share
         self._bridge = bridge
-        self._to_client = b""  # what the fast road could not send of its response
+        self._to_client = b""  # what the fast path could not send of its response
         self._fault: Exception | None = None  # of the pump or of the reader, whichever failed first
         self.reported: Undelivered | UpstreamClosed | None = None  # what a proxy has said by a response that was declined for it
 
@@ -187,7 +187,7 @@ class _Attempt:
         return taken
 
     async def go_on(self, begun: Begun) -> bool:
-        """The same behind the fast road, which has sent the request's head at least."""
+        """The same behind the fast path, which has sent the request's head at least."""
         exchange, carrier = self._exchange, self._carrier
         await trio.lowlevel.checkpoint_if_cancelled()  # a client that has gone is no failure, whatever it has left unsaid
         if begun.failure is not None:
@@ -287,7 +287,7 @@ class _Attempt:
     async def _receive(self) -> bool:
         """Read the response, the interim ones first, and hand it on. False: it will not do, and nothing of it was handed on."""
         exchange, carrier = self._exchange, self._carrier
-        if exchange.response is not None:  # the fast road has begun with it
+        if exchange.response is not None:  # the fast path has begun with it
             await exchange.go_on(self._to_client, _ResponseBody(self._settings, exchange, carrier))
             return True
         for _ in range(_INTERIM):

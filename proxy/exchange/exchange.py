@@ -92,7 +92,7 @@ class Facts:
     upstream: Address | None = None  # where it, or the last of its exchanges, was carried to
     upstream_tls: TLSInfo | None = None
     depth: int = 0  # how many connections of our own it lies in (loopguard/nesting.py)
-    declined_requests: int = 0  # HTTP/1 heads that took the longer road (wire/h1/fast_head.py)
+    declined_requests: int = 0  # HTTP/1 heads that took the longer way (wire/h1/fast_head.py)
     declined_responses: int = 0
     service: str | None = None  # of a connection that is relayed as it is: see Exchange
     chosen: str | None = None
@@ -165,9 +165,9 @@ class Exchange(ABC):
         self.outside = False  # the answer will go on to somebody without an identity, though not at once
         self.authority: bytes | None = None  # whom the next hop is told that the request is for; None: what the client said
         self.caller: bytes | None = None  # the verified identity of who sent it, for the next hop; None: nothing is said
-        self.account: ExitStack | None = None  # closes the account, which is open already: the exchange was begun on the fast road
-        self.begun: Begun | None = None  # by the fast road, which has handed it over
-        self.first: object = None  # the endpoint to try first: chance has said so on the fast road
+        self.account: ExitStack | None = None  # closes the account, which is open already: the exchange was begun on the fast path
+        self.begun: Begun | None = None  # by the fast path, which has handed it over
+        self.first: object = None  # the endpoint to try first: chance has said so on the fast path
         self.guarded = False  # the loop guard has seen it there
         self.fresh = False  # a connection has gone away under it, which is excused once; only a new one is worth trying
         self.attempts = 0  # connections that it was sent on
@@ -206,7 +206,7 @@ class Exchange(ABC):
 
     @property
     def underway(self) -> bool:
-        """It has been sent by the fast road, and goes on where it stands."""
+        """It has been sent by the fast path, and goes on where it stands."""
         return self.begun is not None and self.begun.loan is not None
 
     @abstractmethod
@@ -218,9 +218,9 @@ class Exchange(ABC):
         """Send the final response with its whole body. Raises what `body` raises, and ConnectionLost when the client has gone."""
 
     async def go_on(self, unsent: bytes, body: Body) -> None:
-        """Go on with a response whose head the fast road has sent: `unsent`, and what is left of `body`. Raises as `respond`."""
+        """Go on with a response whose head the fast path has sent: `unsent`, and what is left of `body`. Raises as `respond`."""
         # Not abstract: only a server's exchanges begin there, and a layer can be tried with others.
-        raise NotImplementedError(f"{type(self).__name__} does not begin on the fast road")
+        raise NotImplementedError(f"{type(self).__name__} does not begin on the fast path")
 
     @abstractmethod
     async def switch(self, head: ResponseHead) -> Stream:

@@ -1,7 +1,7 @@
-"""Exchanges that begin on the fast road (proxy/fastpath) and end on the ordinary one.
+"""Exchanges that begin on the fast path (proxy/fastpath) and end on the ordinary one.
 
 A server may lend its HTTP/1 connection between two exchanges. It comes back between two exchanges too, as a rule; and within one, when that
-one turned out to be more than the fast road can do: then it comes with the exchange, as far as that has got. An exchange on a stream of an
+one turned out to be more than the fast path can do: then it comes with the exchange, as far as that has got. An exchange on a stream of an
 HTTP/2 connection comes back alone, for the connection was never lent.
 
 The exchange goes through the same layers as all others, which find its account open and its clock not yet set, and at their end the
@@ -49,7 +49,7 @@ class Begun:
 
 
 class Carry(Protocol):
-    """The fast road, as a server of HTTP/1 sees it."""
+    """The fast path, as a server of HTTP/1 sees it."""
 
     async def __call__(self, server: Http1Server) -> Http1Exchange | None:
         """Carry exchanges of an idle connection for as long as that is plain work. When this returns the connection is the server's
@@ -58,7 +58,7 @@ class Carry(Protocol):
 
 
 class Lane(Protocol):
-    """A connection on the fast road, as far as its server asks."""
+    """A connection on the fast path, as far as its server asks."""
 
     def busy(self) -> bool:
         """It is in an exchange, or has read something of the next one."""
@@ -66,7 +66,7 @@ class Lane(Protocol):
 
 
 class Fork(Protocol):
-    """The same for a server of HTTP/2, whose connection stays where it is: its streams take the one road or the other."""
+    """The same for a server of HTTP/2, whose connection stays where it is: its streams take the one path or the other."""
 
     def __call__(self, server: Http2Server, exchange: Http2Exchange) -> bool:
         """Whether `exchange` is carried from here on; one that turns out to be more than plain work comes to `server.serve`."""

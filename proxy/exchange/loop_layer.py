@@ -101,7 +101,7 @@ def _among_fields(exchange: Exchange, waypoint: Waypoint, dropped: Callable[[Dro
 
 
 def unguarded(exchange: Exchange, waypoint: Waypoint) -> bool:
-    """The same on the fast road. False: there is more to it than a token. Nothing has been counted: the ordinary road will find it too."""
+    """The same on the fast path. False: there is more to it than a token. Nothing has been counted: the ordinary path will find it too."""
     try:
         leave_token(exchange, waypoint, _more)
     except (LoopDetected, _More):

@@ -6,7 +6,7 @@ the endpoint has failed, and another one can take the request. So the response c
 An application must not be able to write that field. Two rules hold that:
 
     - A proxy believes the field only on a connection by mutual TLS whose peer it has verified. So it comes from a proxy.
-    - A proxy removes the field from all that it passes on, in both directions (it is in HOP_BY_HOP; the fast road hands over
+    - A proxy removes the field from all that it passes on, in both directions (it is in HOP_BY_HOP; the fast path hands over
       what has it). So it does not come from behind that proxy.
 
 The status and Proxy-Status of such a response are for people, and for peers that do not know the field.
@@ -30,7 +30,7 @@ def report(answer: Answer, head: ResponseHead) -> None:
 
 
 def is_report(head: ResponseHead) -> bool:
-    """Whether a head has the field, for the fast road of HTTP/2, which hands such a response over."""
+    """Whether a head has the field, for the fast path of HTTP/2, which hands such a response over."""
     return not head.headers.clean and FAILURE in head.headers
 
 

@@ -49,7 +49,7 @@ def trace(tracing: Tracing | None, side: Side) -> Layer:
         tracer, put = tracing.tracer, tracing.put
 
         async def handle(exchange: Exchange) -> None:
-            if exchange.begun is None:  # otherwise it has been asked on the fast road
+            if exchange.begun is None:  # otherwise it has been asked on the fast path
                 exchange.trace = _found(exchange, tracer)
             found = exchange.trace
             if found is None or not found.sampled:
@@ -76,7 +76,7 @@ def trace(tracing: Tracing | None, side: Side) -> Layer:
 
 
 def untraced(exchange: Exchange, tracing: Tracing | None) -> bool:
-    """The same on the fast road. False: the exchange has spans, which it gets on the ordinary road."""
+    """The same on the fast path. False: the exchange has spans, which it gets on the ordinary path."""
     if tracing is None:
         return True
     exchange.trace = _found(exchange, tracing.tracer)

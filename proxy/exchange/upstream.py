@@ -77,7 +77,7 @@ class Carrier(ABC):
 
     @property
     def declined(self) -> int:
-        """HTTP/1 heads of this exchange that took the longer road."""
+        """HTTP/1 heads of this exchange that took the longer way."""
         return 0
 
     @abstractmethod

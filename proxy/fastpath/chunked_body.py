@@ -1,4 +1,4 @@
-"""The body of a response in chunks, as it passes: read by the one strict reader of chunks, and written anew, as on the ordinary road."""
+"""The body of a response in chunks, as it passes: read by the one strict reader of chunks, and written anew, as on the ordinary path."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ PUNTS, REST = 4, 64
 
 
 class Punts:
-    """Those of one connection. `row`: how many there were since an exchange ended on the road."""
+    """Those of one connection. `row`: how many there were since an exchange ended on the fast path."""
 
     __slots__ = ("_resting", "row")
 

@@ -1,16 +1,16 @@
-"""The ground that the road lies on: its steps run in the place where trio would wait.
+"""The ground that the fast path lies on: its steps run in the place where trio would wait.
 
 trio waits in one place, when no task can run: in epoll_wait, until the next deadline at the latest. Before, it asks its clock how long
-that is, and there this loop waits in its stead (`Clock`): for the road's descriptors, and for trio's own epoll set, which is a descriptor
-like any other. What has come for the road is done on the spot. A pass of the scheduler for it would cost more than most steps do: with one
-connection, a request took 71 µs of processor time at a hop when the road was a task of trio's, and 57 like this.
+that is, and there this loop waits in its stead (`Clock`): for the fast path's descriptors, and for trio's own epoll set, which is a
+descriptor like any other. What has come for the fast path is done on the spot. A pass of the scheduler for it would cost more than most
+steps do: with one connection, a request took 71 µs of processor time at a hop when the fast path was a task of trio's, and 57 like this.
 
 What has come for trio ends the wait. So does a step that has made a task runnable (`task_scheduled` tells), and a deadline that has come.
 Then the clock's answer is that there is no time to wait.
 
 Two more cases are left to what trio tells instruments before it waits (`before_io_wait`). When a task can run already, the clock is not
-asked, and the road has its turn there. And a run on another's clock, as those of tests are, waits there as long as it would have waited
-itself; since it computed before how long that is, it has to be woken by an entry in its queue.
+asked, and the fast path has its turn there. And a run on another's clock, as those of tests are, waits there as long as it would have
+waited itself; since it computed before how long that is, it has to be woken by an entry in its queue.
 
 trio calls clocks and instruments for what they are, and we use them for speed; but what they may do is the same: plain calls, from within
 its own thread. An exception would end the run, or the instrument, so none leaves this.
@@ -33,7 +33,7 @@ import trio
 from trio.lowlevel import RunVar, Task, add_instrument, checkpoint, current_clock, current_trio_token, remove_instrument, wait_readable
 
 if TYPE_CHECKING:
-    from proxy.fastpath.fast_path import Road
+    from proxy.fastpath.fast_path import FastPath
     from proxy.fastpath.h1_connection import Lane
 
 _log = logging.getLogger("isthmus.exchange")
@@ -52,12 +52,12 @@ def _nothing() -> None:
 
 
 class Ground(trio.abc.Instrument):
-    """The loop beneath one run of trio's, shared by all roads in it (a process has one, a test may have several)."""
+    """The loop beneath one run of trio's, shared by all paths in it (a process has one, a test may have several)."""
 
     def __init__(self, trios: int) -> None:
         """`trios`: the descriptor of trio's epoll set."""
-        self.roads: set[Road] = set()
-        self.lent = 0  # connections, and relays, that are on a road
+        self.fast_paths: set[FastPath] = set()
+        self.lent = 0  # connections, and relays, that are on a fast path
         self.now = 0.0  # trio's time at the beginning of this turn
         self.steps: dict[int, Callable[[int], None]] = {trios: self._on_trio}  # by descriptor: what to do when it is ready
         # By descriptor: all that this turn has heard of, done or not. None: it is no turn, or there was more than it could be told.
@@ -71,7 +71,7 @@ class Ground(trio.abc.Instrument):
         self._waited = False  # for this pass of trio's, on its clock
 
     def lends(self) -> None:
-        """One more is on a road; its first steps are done by its task."""
+        """One more is on a fast path; its first steps are done by its task."""
         self.lent += 1
         self.now = trio.current_time()  # the last turn may be long past
 
@@ -80,7 +80,7 @@ class Ground(trio.abc.Instrument):
         its step is replaced when its number is used again."""
         if not events:
             self.steps.pop(descriptor, None)
-            if not self._epoll.closed:  # a pool may be closed behind the last road
+            if not self._epoll.closed:  # a pool may be closed behind the last path
                 with suppress(OSError):  # it has been closed, and is not there any more
                     self._epoll.unregister(descriptor)
         elif before:
@@ -95,7 +95,7 @@ class Ground(trio.abc.Instrument):
     # What trio tells...
 
     def wait(self, timeout: float) -> None:
-        """trio's clock is asked how long to wait: for `timeout` seconds if there were no road. When this returns no time is left.
+        """trio's clock is asked how long to wait: for `timeout` seconds if there were no fast path. When this returns no time is left.
 
         Less than none, where a deadline has passed while tasks ran, is none: epoll_wait(2) takes it for ever."""
         self._waited = True
@@ -118,10 +118,10 @@ class Ground(trio.abc.Instrument):
         try:
             return self._wait(timeout)
         except Exception as error:  # each lane has a boundary of its own: this is a fault of the loop's
-            _log.error("the fast road failed by a fault of this proxy's, and is closed", exc_info=error)
-            for road in list(self.roads):
+            _log.error("the fast path failed by a fault of this proxy's, and is closed", exc_info=error)
+            for fast_path in list(self.fast_paths):
                 try:
-                    road.close()
+                    fast_path.close()
                 except Exception as worse:
                     _log.error("and what was on it may be lost", exc_info=worse)
             return True
@@ -158,8 +158,8 @@ class Ground(trio.abc.Instrument):
 
 
 class Clock(trio.abc.Clock):
-    """The system's clock, for a run of trio's that has a road: trio waits on the ground. (So long as something is on the road, nobody sees
-    all tasks blocked, as trio.testing can wait for.)"""
+    """The system's clock, for a run of trio's that has a fast path: trio waits on the ground. (So long as something is on the fast path,
+    nobody sees all tasks blocked, as trio.testing can wait for.)"""
 
     def __init__(self) -> None:
         self.ground: Ground | None = None
@@ -183,8 +183,8 @@ class Clock(trio.abc.Clock):
 _HERE: RunVar[Ground | None] = RunVar("ground", None)
 
 
-async def enter(road: Road) -> Ground | None:
-    """The ground of this run of trio's, for a road that will `leave` it; None: there is none to be had."""
+async def enter(fast_path: FastPath) -> Ground | None:
+    """The ground of this run of trio's, for a fast path that will `leave` it; None: there is none to be had."""
     ground = _HERE.get()
     if ground is None:
         trios = await _epoll_of_trio()
@@ -196,14 +196,14 @@ async def enter(road: Road) -> Ground | None:
             clock.ground = ground
         _HERE.set(ground)
         add_instrument(ground)
-    ground.roads.add(road)
+    ground.fast_paths.add(fast_path)
     return ground
 
 
-def leave(road: Road, ground: Ground) -> None:
-    """The road is empty, and no more."""
-    ground.roads.discard(road)
-    if not ground.roads:
+def leave(fast_path: FastPath, ground: Ground) -> None:
+    """The fast path is empty, and no more."""
+    ground.fast_paths.discard(fast_path)
+    if not ground.fast_paths:
         remove_instrument(ground)
         clock = current_clock()
         if isinstance(clock, Clock):

@@ -1,4 +1,4 @@
-"""Who is on the road, and how it comes there and leaves. The theory stands in the package."""
+"""Who is on the fast path, and how it comes there and leaves. The theory stands in the package."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _log = logging.getLogger("isthmus.exchange")
 PATIENCE = 1.0
 
 
-class Road:
+class FastPath:
     """Made before the flows, `run` beside them."""
 
     def __init__(self, drain: Drain, idle_timeout: float, silence: float) -> None:
@@ -44,11 +44,11 @@ class Road:
         """From here on it takes what is lent; `run` has to follow."""
         self._ground = await enter(self)
         if self._ground is None:
-            _log.warning("trio's epoll set is not to be found in /proc: HTTP/1.1 and relays take the ordinary road")
+            _log.warning("trio's epoll set is not to be found in /proc: HTTP/1.1 and relays take the ordinary path")
         self.running = True
 
     async def run(self) -> None:
-        """See to what is on the road, until cancelled: then that is given back."""
+        """See to what is on the fast path, until cancelled: then that is given back."""
         try:
             await self._watch()
         finally:
@@ -57,7 +57,7 @@ class Road:
                 leave(self, self._ground)
 
     def close(self) -> None:
-        """Take nothing more, and give back what is on the road."""
+        """Take nothing more, and give back what is on the fast path."""
         self.running = False
         for lane in list(self._lanes):
             lane.leave()
@@ -120,7 +120,7 @@ class Road:
     def ground(self) -> Ground:
         """What it lies on, for those that are on it."""
         if self._ground is None:
-            raise RuntimeError("the road does not run")
+            raise RuntimeError("the fast path does not run")
         return self._ground
 
     def released(self, lane: Lane) -> None:
@@ -129,7 +129,7 @@ class Road:
         self.ground.lent -= 1
 
     def parts(self, conduit: Conduit) -> None:
-        """It is not on the road any more."""
+        """It is not on the fast path any more."""
         self._conduits.discard(conduit)
         self.ground.lent -= 1
 

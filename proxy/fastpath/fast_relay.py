@@ -1,8 +1,8 @@
-"""A relay on the road: two connections that are joined byte for byte.
+"""A relay on the fast path: two connections that are joined byte for byte.
 
 Its task waits in `carry`, as that of a lent connection does, and here the bytes pass: what one read of a side gives is sent to the other.
 What the other does not take is kept, and until it is gone nothing is read behind it. Ends and losses are told to the `Joint`, by the same
-rules as on the ordinary road. To that goes back what it does better: clear text in bulk, which it leaves in the kernel.
+rules as on the ordinary path. To that goes back what it does better: clear text in bulk, which it leaves in the kernel.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from proxy.net.relay import BULK, Joint
 from proxy.net.socket_stream import RECEIVE_SIZE
 
 if TYPE_CHECKING:
-    from proxy.fastpath.fast_path import Road
+    from proxy.fastpath.fast_path import FastPath
 
 
 class Conduit:
-    """Made for one relay. `carry` is called by its task, `leave` and `expire` by anybody, the rest by the road."""
+    """Made for one relay. `carry` is called by its task, `leave` and `expire` by anybody, the rest by the fast path."""
 
-    __slots__ = ("_fault", "_full", "_ground", "_joint", "_lent", "_pipes", "_road", "_sides", "_task")
+    __slots__ = ("_fast_path", "_fault", "_full", "_ground", "_joint", "_lent", "_pipes", "_sides", "_task")
 
-    def __init__(self, road: Road, joint: Joint, client: Prompt, server: Prompt) -> None:
-        self._road = road
-        self._ground = road.ground
+    def __init__(self, fast_path: FastPath, joint: Joint, client: Prompt, server: Prompt) -> None:
+        self._fast_path = fast_path
+        self._ground = fast_path.ground
         self._joint = joint
-        self._sides = (Side(road.ground, client), Side(road.ground, server))
+        self._sides = (Side(fast_path.ground, client), Side(fast_path.ground, server))
         self._pipes = self._sides[0].tls is None and self._sides[1].tls is None  # the kernel could do it alone
         self._full = [0, 0]  # reads in a row that gave as much as they may
         self._lent = False
@@ -39,7 +39,7 @@ class Conduit:
         self._fault: Exception | None = None
 
     async def carry(self) -> None:
-        """Pass bytes until the relay is over, or is the ordinary road's; what is left stands in the joint."""
+        """Pass bytes until the relay is over, or is the ordinary path's; what is left stands in the joint."""
         self._lent, self._joint.quiet_since = True, self._ground.now
         try:
             for side in (0, 1):
@@ -65,10 +65,10 @@ class Conduit:
         self._lent = False
         for side in self._sides:
             side.forget()
-        self._road.parts(self)
+        self._fast_path.parts(self)
 
     def leave(self) -> None:
-        """It goes on with the ordinary road."""
+        """It goes on with the ordinary path."""
         if not self._lent:
             return
         task, self._task = self._task, None

@@ -5,11 +5,11 @@
     ANSWERED  the head of the response is sent, or on its way: the rest of its body may come
 
     IDLE --take--> ASKED --answer--> ANSWERED --finish--> IDLE
-    IDLE --give_back--> the ordinary road, between two exchanges
-    ASKED, ANSWERED --hand_over--> the ordinary road, within the exchange
+    IDLE --give_back--> the ordinary path, between two exchanges
+    ASKED, ANSWERED --hand_over--> the ordinary path, within the exchange
 
-Each step is called by the road when a socket is ready, does what can be done without waiting, and returns. A step that finds more than it
-can do gives the connection back, and that is the last thing it does.
+Each step is called by the fast path when a socket is ready, does what can be done without waiting, and returns. A step that finds more than
+it can do gives the connection back, and that is the last thing it does.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from proxy.wire.h1.fast_head import encode_request, encode_response, recognise_r
 from proxy.wire.messages import strip_hop_by_hop
 
 if TYPE_CHECKING:
-    from proxy.fastpath.fast_path import Road
+    from proxy.fastpath.fast_path import FastPath
 
 _NOTHING = Whole()  # the body of a request that goes on in one piece
 
 
 class Lane:
     """Made with its connection's first loan and kept for all of them. `carry` is called by the connection's task, `give_back`, `recall` and
-    `hand_over` by anybody, the rest by the road."""
+    `hand_over` by anybody, the rest by the fast path."""
 
     __slots__ = (
-        "_account", "_chunks", "_client", "_course", "_endpoint", "_exchange", "_fault", "_ground", "_kept", "_lent", "_loan",
-        "_remaining", "_rest", "_result", "_road", "_server", "_spare", "_task", "limit", "moved", "punts",
+        "_account", "_chunks", "_client", "_course", "_endpoint", "_exchange", "_fast_path", "_fault", "_ground", "_kept", "_lent", "_loan",
+        "_remaining", "_rest", "_result", "_server", "_spare", "_task", "limit", "moved", "punts",
     )  # fmt: skip
-    def __init__(self, road: Road, course: Course, server: Http1Server, stream: Prompt) -> None:
-        self._road = road
+    def __init__(self, fast_path: FastPath, course: Course, server: Http1Server, stream: Prompt) -> None:
+        self._fast_path = fast_path
         self._course = course
         self._server = server
-        self._ground = road.ground
-        self._client = Side(road.ground, stream)
+        self._ground = fast_path.ground
+        self._client = Side(fast_path.ground, stream)
         self._kept = Charge(server.facts.share)  # what the client has not taken, and what it has sent ahead
         self._lent = False
         self._task: Task | None = None  # the connection's, while it is suspended here
@@ -122,7 +122,7 @@ class Lane:
         self._client.forget()
         if self._endpoint is not None:
             self._endpoint.forget()
-        self._road.released(self)
+        self._fast_path.released(self)
 
     def _wake(self, begun: Http1Exchange | None = None) -> None:
         task, self._task, self._result = self._task, None, begun
@@ -138,12 +138,12 @@ class Lane:
         self._wake()
 
     def recall(self) -> None:
-        """The proxy is going down, or the connection has been idle for long: the ordinary road knows what that means."""
+        """The proxy is going down, or the connection has been idle for long: the ordinary path knows what that means."""
         if not self.busy():
             self._wake()
 
     def leave(self) -> None:
-        """Give back whatever there is: the road is closed, or the client has ended its direction of the connection."""
+        """Give back whatever there is: the fast path is closed, or the client has ended its direction of the connection."""
         if self._exchange is not None:
             self.hand_over()
         else:
@@ -154,7 +154,7 @@ class Lane:
         exchange, account, loan, endpoint = self._exchange, self._account, self._loan, self._endpoint
         if exchange is None or account is None or loan is None or endpoint is None:
             raise RuntimeError("there is no exchange to hand over")
-        self._road.hands_over()
+        self._fast_path.hands_over()
         self.punts.punt()
         connection = self._server.connection
         exchange.begun = begun(connection, exchange, loan, self._chunks or self._remaining, (endpoint.unsent, self._client.unsent, data))
@@ -175,7 +175,7 @@ class Lane:
         self._wake(exchange)
 
     def fail(self, error: Exception) -> None:
-        """A fault of this room's: it ends the connection, as it would on the ordinary road."""
+        """A fault of this room's: it ends the connection, as it would on the ordinary path."""
         self._fault = error
         self._wake()
 
@@ -224,7 +224,7 @@ class Lane:
             data = b""
         if data:
             self._take(data)
-        elif data is not None:  # the end, of whichever kind: it is told again to the ordinary road
+        elif data is not None:  # the end, of whichever kind: it is told again to the ordinary path
             self._wake()
 
     def _take(self, data: bytes) -> None:
@@ -263,7 +263,7 @@ class Lane:
         exchange.carried_by(endpoint.peer, endpoint.tls)
         exchange.request_bytes = length
         self.moved, self.limit = now, loan.limit
-        self._road.begins(self)
+        self._fast_path.begins(self)
         self._ask(endpoint, encode_request(forwarded_request(exchange)) + body)
 
     def _ask(self, endpoint: Side, data: bytes) -> None:
@@ -294,7 +294,7 @@ class Lane:
         if data is None:
             return
         if not data:
-            self.hand_over()  # the end, of whichever kind: it is told again to the ordinary road
+            self.hand_over()  # the end, of whichever kind: it is told again to the ordinary path
         elif exchange.response is None:
             self._answer(exchange, data)
         else:
@@ -390,7 +390,7 @@ class Lane:
         server = self._server
         server.served = True
         server.idle_since = self._ground.now
-        self._road.rests(self)
+        self._fast_path.rests(self)
         if server.leaving:
             self.give_back(rest)
             return

@@ -1,8 +1,8 @@
-"""One exchange of HTTP/2 on the fast road: a stream of the client's, tied to one of an endpoint's. The theory stands in the package.
+"""One exchange of HTTP/2 on the fast path: a stream of the client's, tied to one of an endpoint's. The theory stands in the package.
 
 The connections are the muxes' (exchange/h2/connection.py): their readers file what comes on a stream, and tell us when all of one read is
 filed. Then it is passed on, in both directions, as long as nothing has to be waited for. There is nothing of its own that this room keeps:
-what it has not passed on lies where the ordinary road will find it.
+what it has not passed on lies where the ordinary path will find it.
 
     ASKED     the head of the request is sent: its body may come, and the response's head
     ANSWERED  the head of the response is sent: the bodies may go on
@@ -30,14 +30,14 @@ from proxy.wire.h2.frames import Code
 from proxy.wire.messages import EndOfMessage, ResponseHead, strip_hop_by_hop
 
 if TYPE_CHECKING:
-    from proxy.fastpath.fast_path import Road
+    from proxy.fastpath.fast_path import FastPath
 
 _log = logging.getLogger("isthmus.exchange")
 
 _UNOPENED = nullcontext()
 
 
-def begin(road: Road, course: Course, server: Http2Server, exchange: Http2Exchange) -> bool:
+def begin(fast_path: FastPath, course: Course, server: Http2Server, exchange: Http2Exchange) -> bool:
     """See exchange.handoff.Fork."""
     request = exchange.request
     method = request.method
@@ -45,12 +45,12 @@ def begin(road: Road, course: Course, server: Http2Server, exchange: Http2Exchan
         return False
     now = trio.current_time()
     limit = _limit(exchange, now)
-    if limit < now + road.patience:
+    if limit < now + fast_path.patience:
         return False
     try:
         loan = course.share(exchange)
         if loan is not None:
-            strand = Strand(road, server, exchange, loan)
+            strand = Strand(fast_path, server, exchange, loan)
             strand.moved, strand.limit, strand.began = now, min(limit, loan.limit), now
             strand.begin(course)
             return True
@@ -73,10 +73,10 @@ def _limit(exchange: Http2Exchange, now: float) -> float:
 class Strand:
     """Made for an exchange; forgets its streams when that ends, or is handed over."""
 
-    __slots__ = ("_account", "_asked", "_client", "_endpoint", "_exchange", "_loan", "_road", "_server", "began", "limit", "moved")
+    __slots__ = ("_account", "_asked", "_client", "_endpoint", "_exchange", "_fast_path", "_loan", "_server", "began", "limit", "moved")
 
-    def __init__(self, road: Road, server: Http2Server, exchange: Http2Exchange, loan: Shared) -> None:
-        self._road = road
+    def __init__(self, fast_path: FastPath, server: Http2Server, exchange: Http2Exchange, loan: Shared) -> None:
+        self._fast_path = fast_path
         self._server = server
         self._exchange = exchange
         self._loan = loan
@@ -95,7 +95,7 @@ class Strand:
             account.__enter__()
             self._account = account
             self._set_out()
-        except HeadTooLarge:  # which the ordinary road will say: nothing has been sent
+        except HeadTooLarge:  # which the ordinary path will say: nothing has been sent
             self._loan.end()
             self._give(Begun())
         except Exception as error:  # as below
@@ -109,9 +109,9 @@ class Strand:
         self._asked = exchange.body.length == 0
         self._endpoint = endpoint = loan.open(exchange, end=self._asked)
         client.on_news, endpoint.on_news = self._on_client, self._on_endpoint
-        # Where the client does not want it any more, the ordinary road finds the exchange cancelled, and closes what is open.
+        # Where the client does not want it any more, the ordinary path finds the exchange cancelled, and closes what is open.
         client.on_lost = endpoint.on_lost = self.hand_over
-        self._road.begins(self)
+        self._fast_path.begins(self)
         if not self._asked:
             self._ask()  # what has come with the head
 
@@ -225,22 +225,22 @@ class Strand:
         self._loan.end()
         self._account.__exit__(kind, None, None)
         self._client.close()
-        self._road.rests(self, finished=kind is None)
+        self._fast_path.rests(self, finished=kind is None)
 
     def _fail(self, error: Exception) -> None:
-        """A fault of this room's: it ends the stream, as it would on the ordinary road."""
+        """A fault of this room's: it ends the stream, as it would on the ordinary path."""
         _log.error("a stream failed by a fault of this proxy's", exc_info=error)
         self._client.mux.http.reset(self._client.number, Code.INTERNAL_ERROR)
         self._end(type(error))
 
     def hand_over(self, failure: Exception | None = None) -> None:
-        """The ordinary road goes on with it, or says that it has failed."""
+        """The ordinary path goes on with it, or says that it has failed."""
         self._give(Begun(self._loan, self.began, self._asked, failure=failure))
 
     def _give(self, begun: Begun) -> None:
         self._forget_streams()
-        self._road.rests(self, finished=False)
-        self._road.hands_over()
+        self._fast_path.rests(self, finished=False)
+        self._fast_path.hands_over()
         exchange = self._exchange
         exchange.account = ExitStack()
         exchange.account.push(self._account)  # it is open already

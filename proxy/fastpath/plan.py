@@ -1,4 +1,4 @@
-"""Where a flow tells the fast road what to do with an exchange, and what the road borrows for it."""
+"""Where a flow tells the fast path what to do with an exchange, and what the fast path borrows for it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from proxy.wire.messages import RequestHead, ResponseHead
 
 
 class Course(Protocol):
-    """A flow's decisions, as plain functions; the same that its layers make on the ordinary road."""
+    """A flow's decisions, as plain functions; the same that its layers make on the ordinary path."""
 
     def account(self, exchange: Exchange) -> AbstractContextManager[object]:
         """Open the account of an exchange that is under way from here on."""
         ...
 
     def take(self, exchange: Exchange, now: float) -> Borrowed | None:
-        """A ready HTTP/1 connection for `exchange` (`now` is trio's time); None: the ordinary road has to see to it, and nothing has
+        """A ready HTTP/1 connection for `exchange` (`now` is trio's time); None: the ordinary path has to see to it, and nothing has
         changed."""
         ...
 
@@ -35,7 +35,7 @@ class Course(Protocol):
         ...
 
 
-# Seconds that an exchange must be allowed in all: the ordinary road watches what has less (see road.PATIENCE).
+# Seconds that an exchange must be allowed in all: the ordinary path watches what has less (see fast_path.PATIENCE).
 LEAST_LIMIT = 2.0
 
 

@@ -1,4 +1,4 @@
-"""One end of a lane, or of a conduit: a stream on the road."""
+"""One end of a lane, or of a conduit: a stream on the fast path."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IN, OUT = select.EPOLLIN, select.EPOLLOUT
 
 
 class Side:
-    """A stream on the road: what it is watched for, and what it would not take yet."""
+    """A stream on the fast path: what it is watched for, and what it would not take yet."""
 
     __slots__ = (
         "_ground", "_read", "_step", "_watched", "bulk", "descriptor", "peer", "receive", "send", "send_eof", "stream", "tls", "unsent",
@@ -68,7 +68,7 @@ class Side:
 
     def rest(self) -> None:
         """An endpoint's connection goes back to the pool. It stays in the epoll set, which saves two system calls (0.7 µs) in the next
-        exchange, and leaves it with the first event that nobody waits for: the ordinary road has taken it, or the server closes it."""
+        exchange, and leaves it with the first event that nobody waits for: the ordinary path has taken it, or the server closes it."""
         self._step = None
         if self._watched == IN:
             self._ground.steps[self.descriptor] = self._stray

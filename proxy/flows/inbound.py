@@ -142,7 +142,7 @@ def caller(rt: Runtime, exchange: Exchange) -> bytes | None:
 
 
 class InboundCourse:
-    """The same on the fast road."""
+    """The same on the fast path."""
 
     def __init__(self, rt: Runtime, pools: Pools[Address]) -> None:
         self._rt = rt

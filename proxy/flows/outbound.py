@@ -144,7 +144,7 @@ def told(request: RequestHead, target: Target) -> bytes | None:
 
 
 class OutboundCourse:
-    """The same on the fast road, for services that are here and ask for nothing special."""
+    """The same on the fast path, for services that are here and ask for nothing special."""
 
     def __init__(self, rt: Runtime, pools: Pools[Endpoint]) -> None:
         self.account = rt.ledger.exchange
@@ -192,7 +192,7 @@ class OutboundCourse:
         if rt.loops.calls_itself(endpoint.address.host):
             try:
                 call = rt.loops.call_self(endpoint.address.port)
-            except LoopDetected:  # which the ordinary road will say
+            except LoopDetected:  # which the ordinary path will say
                 borrowed.unused()
                 return None
         exchange.upstream, exchange.service, exchange.chosen = endpoint.address, target.service, target.service
@@ -211,7 +211,7 @@ class OutboundCourse:
 
 
 def _plain(policy: Policy, exchange: Exchange) -> bool:
-    """Whether the fast road can do what `policy` says. A body of HTTP/1.1 is there, so it could always be sent again."""
+    """Whether the fast path can do what `policy` says. A body of HTTP/1.1 is there, so it could always be sent again."""
     times, length = policy.timeouts, exchange.body.length
     if not policy.plain or (times.request is not None and times.request < LEAST_LIMIT):
         return False

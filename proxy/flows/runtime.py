@@ -21,7 +21,7 @@ from proxy.exchange.h1.server import Drain, ServerSettings
 from proxy.exchange.h2.reset_pacing import ResetPace
 from proxy.exchange.h2.settings import MuxSettings
 from proxy.exchange.h2.stream_limit import StreamLimit
-from proxy.fastpath.fast_path import Road
+from proxy.fastpath.fast_path import FastPath
 from proxy.flows.confirmation import confirmed
 from proxy.flows.late_detection import Found, look
 from proxy.flows.loop_guard import LoopGuard
@@ -124,7 +124,7 @@ class Runtime:
     drain: Drain
     expiries: Expiries
     former: FormerIdentities | None = None
-    road: Road | None = None
+    fast_path: FastPath | None = None
 
     # Where a connection was going...
 
@@ -138,12 +138,12 @@ class Runtime:
     async def relay(
         self, client: Stream, server: Stream, about: Facts, on_bytes: Callable[[int, int], None] | None = None
     ) -> Relayed:
-        """net.relay, on the fast road as far as that goes; `about` the client's connection."""
+        """net.relay, on the fast path as far as that goes; `about` the client's connection."""
 
         async def carry(joint: Joint) -> None:
             joint.share = about.share
-            if self.road is not None:
-                await self.road.join(joint)
+            if self.fast_path is not None:
+                await self.fast_path.join(joint)
 
         return await relay(client, server, idle=self.config.tcp.idle_timeout, on_bytes=on_bytes, carry=carry)
 

@@ -44,7 +44,7 @@ class Pools(Generic[K]):
         }
 
     def take(self, key: K, now: float) -> Borrowed | None:
-        """A ready HTTP/1 connection for the fast road, if there is one; `now` is trio's time."""
+        """A ready HTTP/1 connection for the fast path, if there is one; `now` is trio's time."""
         upstream = self._http1.take(key, now)
         return None if upstream is None else Borrowed(self._http1, key, upstream)
 
@@ -121,20 +121,20 @@ def upstream_protocol(exchange: Exchange, target: Target) -> Protocol:
 
 
 async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler, course: Course | None = None) -> None:
-    """Serve a downstream HTTP connection of either version until it ends; plain exchanges of one with a `course` take the fast road."""
+    """Serve a downstream HTTP connection of either version until it ends; plain exchanges of one with a `course` take the fast path."""
     plain = about.identity is None and about.direction != "outbound"
     settings = rt.settings.plain_server if plain else rt.settings.server
     if about.protocol is Protocol.HTTP2:
         server = Http2Server(stream, about, settings, rt.settings.plain_downstream if plain else rt.settings.downstream, rt.drain)
-        if rt.road is not None and course is not None:
-            server.fork = partial(rt.road.fork, course)
+        if rt.fast_path is not None and course is not None:
+            server.fork = partial(rt.fast_path.fork, course)
         if about.slot is not None:
             about.slot.activity = server
         await server.run(handler)
         if server.mux.fault is not None:  # the client has been told, by GOAWAY; for the log
             raise server.mux.fault
     else:
-        carry = partial(rt.road.carry, course) if rt.road is not None and course is not None else None
+        carry = partial(rt.fast_path.carry, course) if rt.fast_path is not None and course is not None else None
         one = Http1Server(stream, about, settings, rt.drain, carry)
         if about.slot is not None:
             about.slot.activity = one
@@ -151,8 +151,8 @@ async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler, cou
 
 def _retire(rt: Runtime, server: Http1Server) -> None:
     server.retire()
-    if rt.road is not None:
-        rt.road.recall(server)
+    if rt.fast_path is not None:
+        rt.fast_path.recall(server)
 
 
 def endpoint_pools(rt: Runtime, direction: Direction) -> Pools[Endpoint]:

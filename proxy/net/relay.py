@@ -19,7 +19,7 @@ Who carries the bytes
 =====================
 
 What is so far, and how it ends, is a `Joint`. Here two tasks carry, one for each direction, which can do everything. Before them somebody
-else may (`carry`; in a proxy the fast road), and they go on from what it has left.
+else may (`carry`; in a proxy the fast path), and they go on from what it has left.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class Reach:
     def _patience(self, choose: Callable[[], Target]) -> Patience:
         return Patience(self._balancer, self._metrics, choose)
 
-    # Requests on the fast road, which has steps instead of attempts...
+    # Requests on the fast path, which has steps instead of attempts...
 
     def sound(self, target: Target) -> Endpoint | None:
         """An endpoint for a request that needs no care; None: there is none, or something of the service is broken."""
@@ -254,7 +254,7 @@ async def _timed(attempts: Attempts, sending: Awaitable[None]) -> None:
 
 
 class Underway:
-    """An exchange on the fast road, which is its first attempt. That road tells that it has `ended`; if it hands it over, what comes of
+    """An exchange on the fast path, which is its first attempt. That path tells that it has `ended`; if it hands it over, what comes of
     it is this room's matter again."""
 
     __slots__ = ("_exchange", "_seconds", "_started", "_work", "endpoint", "target")

@@ -157,7 +157,7 @@ class Attempts:
     def _keep_body(self) -> None:
         """Keep what is sent of the body until the response begins: a sidecar may say that it could not connect to its application."""
         exchange = self._exchange
-        if not isinstance(exchange.body, Replay):  # otherwise the fast road has begun to send it
+        if not isinstance(exchange.body, Replay):  # otherwise the fast path has begun to send it
             exchange.body = Replay(exchange.body, self.policy.retries.max_body, exchange.facts.share)
         self._body = exchange.body
 
@@ -187,7 +187,7 @@ class Attempts:
                 self._body.rewind()
 
     def go_on(self, work: Work, since: float) -> None:
-        """The first attempt has been begun by the fast road, at `since` (trio's time); `end` has to follow."""
+        """The first attempt has been begun by the fast path, at `since` (trio's time); `end` has to follow."""
         self._exchange.judge = self.judge
         self._work, self._since = work, since
         self._started = since or trio.current_time()

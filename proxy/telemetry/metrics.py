@@ -191,7 +191,7 @@ class Metrics:
         self._dropped_hops = self._counter("hop_tokens_dropped_total", "Requests whose loop tokens were not all believed.", "reason")
         self._dropped_way = self._counter("forwarded_dropped_total", "Requests to a gateway whose Forwarded was not all kept.", "reason")
         self._errors = self._counter("errors_total", "Connections and requests that failed in the proxy.", "direction", "reason")
-        self._fast = self._counter("fast_road_exchanges_total", "HTTP exchanges that the fast road began.", "end")
+        self._fast = self._counter("fast_path_exchanges_total", "HTTP exchanges that the fast path began.", "end")
         self._probes = self._counter("gateway_probes_total", "Other clusters' gateways asked whether they are alive.", "cluster", "result")
         self._sent_away = self._counter("sent_away_total", "Requests and connections to other clusters' gateways.", "cluster", "why")
         what = ("listener", "reason")
@@ -304,8 +304,8 @@ class Metrics:
     def heads_declined(self, direction: Direction, role: Literal["request", "response"], count: int) -> None:
         self._declined.add((direction, role), count)
 
-    def on_fast_road(self, finished: int, handed_over: int) -> None:
-        """So many more exchanges have ended on the fast road, or gone over to the ordinary one."""
+    def on_fast_path(self, finished: int, handed_over: int) -> None:
+        """So many more exchanges have ended on the fast path, or gone over to the ordinary one."""
         self._fast.at("finished").inc(finished)
         self._fast.at("handed_over").inc(handed_over)
 

@@ -198,7 +198,7 @@ async def cut_within_answer(stage: Stage, rng: random.Random) -> None:
 
 
 async def slow(stage: Stage, rng: random.Random) -> None:
-    """The server takes longer than the fast road has patience."""
+    """The server takes longer than the fast path has patience."""
     end, kind = await line(stage), rng.choice(["wait", "half-wait", "wait-close"])
     before = closings(stage)
     await end.send(request(f"/{kind}/2000", rng.choice(FIELDS), *rng.choice([(b"GET", b""), (b"POST", b"abc")])))
@@ -426,7 +426,7 @@ ODD: tuple[Act, ...] = (
 
 
 def drawn(seed: int, number: int) -> list[Act]:
-    """A play: acts that are not plain, each behind plain ones, so that it meets connections that are kept on the fast road."""
+    """A play: acts that are not plain, each behind plain ones, so that it meets connections that are kept on the fast path."""
     rng = random.Random(seed)
     acts: list[Act] = [sampled, *IN_CHUNKS]
     for act in BAD_CHUNKS:

@@ -220,7 +220,7 @@ async def ask_before_upload(stage: Stage, rng: random.Random) -> None:
 
 
 async def slow(stage: Stage, rng: random.Random) -> None:
-    """The server takes longer than the fast road has patience."""
+    """The server takes longer than the fast path has patience."""
     end, kind = await line(stage), rng.choice(["wait", "half-wait"])
     fields = rng.choice([[], SAMPLED, CALL, [*CALL, (b"grpc-timeout", b"8S")]])
     number = end.open(asking(f"/{kind}/2000", fields, b"POST"), end=rng.random() < 0.5)

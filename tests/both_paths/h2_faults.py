@@ -290,7 +290,7 @@ plain_call: Act = partial(call, kinds=("grpc",))
 
 
 def drawn(seed: int, number: int) -> list[Act]:
-    """A play: acts that are not plain, each behind plain ones, so that it meets connections that are ready for the fast road."""
+    """A play: acts that are not plain, each behind plain ones, so that it meets connections that are ready for the fast path."""
     rng = random.Random(seed)
     acts: list[Act] = [sampled]
     odd = [act for _ in range(2) for act in rng.sample(ODD, len(ODD))][:number]

@@ -28,10 +28,10 @@ from tests.test_app import HOST, identity, port_of
 from tracing.sampling import Sampling, Tracer
 from tracing.spans import HttpRecord, Record
 
-Road = Literal["ordinary", "fast", "disturbed"]
+WhichPath = Literal["ordinary", "fast", "disturbed"]
 Shape = Literal["inbound", "outbound", "pair"]
 
-ROADS: tuple[Road, ...] = ("ordinary", "fast", "disturbed")
+PATHS: tuple[WhichPath, ...] = ("ordinary", "fast", "disturbed")
 ALL = ("requests", "clients", "servers", "connections", "spans", "metrics")
 
 
@@ -119,7 +119,7 @@ class Left:
     connections: list[str] = field(default_factory=list)
     spans: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)  # what the log says that must not be
-    finished: float = 0  # exchanges on the fast road
+    finished: float = 0  # exchanges on the fast path
 
 
 class Stage:
@@ -300,8 +300,8 @@ async def disturb(stage: Stage, rng: random.Random) -> None:
     while True:
         await trio.sleep(rng.random() * 0.003)
         for app in stage.apps:
-            if app.runtime.road is not None:
-                app.runtime.road.give_up(math.inf)
+            if app.runtime.fast_path is not None:
+                app.runtime.fast_path.give_up(math.inf)
 
 
 @dataclass
@@ -313,21 +313,21 @@ class Theatre:
     cast: Cast
     settings: dict[str, Any] = field(default_factory=dict)
 
-    async def on_all_roads(self, acts: list[Act], shape: Shape, seed: int) -> list[Left]:
-        """The same play on each of ROADS. The fast one carries what it can, and the ordinary one is another."""
-        ordinary, fast, disturbed = [await self.play(acts, shape, road, seed) for road in ROADS]
+    async def on_all_paths(self, acts: list[Act], shape: Shape, seed: int) -> list[Left]:
+        """The same play on each of PATHS. The fast one carries what it can, and the ordinary one is another."""
+        ordinary, fast, disturbed = [await self.play(acts, shape, path, seed) for path in PATHS]
         assert not ordinary.finished
         assert ordinary.spans
         return [ordinary, fast, disturbed]
 
-    async def play(self, acts: list[Act], shape: Shape, road: Road, seed: int) -> Left:
+    async def play(self, acts: list[Act], shape: Shape, path: WhichPath, seed: int) -> Left:
         self.log.clear()
         left, spans = Left(), list[Record]()
         async with (
-            staged(shape, self.tmp_path, self.cast, spans, fast_path=road != "ordinary", **self.settings) as stage,
+            staged(shape, self.tmp_path, self.cast, spans, fast_path=path != "ordinary", **self.settings) as stage,
             trio.open_nursery() as beside,
         ):
-            if road == "disturbed":
+            if path == "disturbed":
                 beside.start_soon(disturb, stage, random.Random(seed))
             with trio.fail_after(100):
                 for number, act in enumerate(acts):
@@ -336,14 +336,14 @@ class Theatre:
                         await stage.settled()
                     except trio.TooSlowError:
                         ends = [repr(end.seen())[-1500:] for end in (*stage.clients[-1:], *stage.servers[-2:])]
-                        raise AssertionError(f"act {number} does not end ({shape}, {road}, {act}); last heard: {ends}") from None
+                        raise AssertionError(f"act {number} does not end ({shape}, {path}, {act}); last heard: {ends}") from None
                 await stage.clear()
             beside.cancel_scope.cancel()
             left.clients = [(end.seen(), end.ended) for end in stage.clients]
             left.servers = [(end.seen(), end.ended is None) for end in stage.servers]
             for number, app in enumerate(stage.apps):
                 left.metrics |= _counted(number, app.render())
-                left.finished += app.metrics.registry.get_sample_value("isthmus_fast_road_exchanges_total", {"end": "finished"}) or 0
+                left.finished += app.metrics.registry.get_sample_value("isthmus_fast_path_exchanges_total", {"end": "finished"}) or 0
         self._read_log(left)
         left.spans = sorted(_shown(record) for record in spans if isinstance(record, HttpRecord))
         return left
@@ -366,7 +366,7 @@ class Theatre:
 
 _PORT = re.compile(r":\d{4,5}\b")
 _DRAWN = re.compile(rb"(?i)(?<=\ndate: )[^\r]*|-[0-9a-f]{16}(?=-[01]|\r)|:[0-9a-f]{16}(?=:)|(?<=\d\.\d):\d{4,5}\b")
-_NOT_COMPARED = re.compile(r"isthmus_\w+_seconds(_bucket|_sum)?[{ ]|python_|process_|isthmus_build_info|isthmus_fast_road|\w+_created")
+_NOT_COMPARED = re.compile(r"isthmus_\w+_seconds(_bucket|_sum)?[{ ]|python_|process_|isthmus_build_info|isthmus_fast_path|\w+_created")
 
 
 def masked(heard: bytes | bytearray) -> bytes:
@@ -399,7 +399,7 @@ def same(ordinary: Left, other: Left, names: tuple[str, ...] = ALL) -> None:
         for number, (a, b) in enumerate(zip_longest(map(str, there), map(str, here), fillvalue="nothing")):
             at = next((n for n in range(min(len(a), len(b))) if a[n] != b[n]), min(len(a), len(b)))
             part = slice(max(0, at - 300), at + 150)
-            assert a == b, f"{name}, {number}: {a[part]!r} on the ordinary road, {b[part]!r} on the fast"
+            assert a == b, f"{name}, {number}: {a[part]!r} on the ordinary path, {b[part]!r} on the fast"
 
 
 TRACE, SPAN = b"4bf92f3577b34da6a3ce929d0e0e4736", b"00f067aa0ba902b7"

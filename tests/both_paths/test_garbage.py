@@ -21,7 +21,7 @@ from tests.both_paths.h2_acts import good as good2
 from tests.both_paths.h2_ends import Client2, Server2
 from tests.both_paths.h2_server import serve as serve2
 from tests.both_paths.server import serve
-from tests.both_paths.stage import Cast, Road, Theatre
+from tests.both_paths.stage import Cast, Theatre, WhichPath
 from tests.fastpath.test_fast_relay import Conversation, held, paved
 
 OURS = (Exchange, Conduit, Lane, SocketStream, TLSStream, SSL.Connection)
@@ -43,23 +43,25 @@ def garbage() -> Iterator[Counter[str]]:
         gc.garbage.clear()
 
 
-@pytest.mark.parametrize("road", ["ordinary", "fast"])
+@pytest.mark.parametrize("path", ["ordinary", "fast"])
 @pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/2"])
-async def test_exchanges_and_connections_leave_nothing_to_the_collector(version: str, road: Road, made: Callable[..., Theatre]) -> None:
+async def test_exchanges_and_connections_leave_nothing_to_the_collector(
+    version: str, path: WhichPath, made: Callable[..., Theatre]
+) -> None:
     cast, act = (Cast(serve), good) if version == "HTTP/1.1" else (Cast(serve2, Client2, Server2, "http2"), good2)
     theatre = made(cast)
     with garbage() as left:
-        play = await theatre.play([act] * 6, "pair", road, 1)
+        play = await theatre.play([act] * 6, "pair", path, 1)
     assert len(play.requests) == 12, "at each of the two"
     assert not left
 
 
-@pytest.mark.parametrize("given_back", [None, 2], ids=["on the road to its end", "given back"])
+@pytest.mark.parametrize("given_back", [None, 2], ids=["on the fast path to its end", "given back"])
 async def test_relays_leave_nothing_to_the_collector(given_back: int | None) -> None:
     with garbage() as left:
-        async with paved() as road:
+        async with paved() as fast_path:
             for tls in ((False, True), (True, True), (False, False)):
-                talk = await held(Conversation([(0, 10), (1, 1000), (0, 10)], ("eof", "eof"), given_back), tls, road)
+                talk = await held(Conversation([(0, 10), (1, 1000), (0, 10)], ("eof", "eof"), given_back), tls, fast_path)
                 assert talk.outcome is not None
                 assert talk.outcome.how == "eof"
     assert not left

@@ -24,7 +24,7 @@ WEB, SOCKET, ECHO, MAIL = 8080, 9000, 7000, 2525
 PROGRAMS = PACKAGES
 LAST_GET = b"GET / HTTP/1.1\r\nHost: shop\r\nConnection: close\r\n\r\n"
 # Sidecars are told by the environment, like everything that runs in the laboratory.
-FAST_ROAD = os.environ.get("ISTHMUS_FAST_PATH", "true") == "true"
+FAST_PATH = os.environ.get("ISTHMUS_FAST_PATH", "true") == "true"
 _numbers = count(1)
 
 
@@ -148,9 +148,9 @@ async def counted(sidecar: Sidecar, name: str, **labels: str) -> float:
     return sum(sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items())
 
 
-async def on_fast_road(sidecar: Sidecar) -> float:
-    """Exchanges that have been finished on the fast road."""
-    return await counted(sidecar, "isthmus_fast_road_exchanges_total", end="finished")
+async def on_fast_path(sidecar: Sidecar) -> float:
+    """Exchanges that have been finished on the fast path."""
+    return await counted(sidecar, "isthmus_fast_path_exchanges_total", end="finished")
 
 
 async def logged(sidecar: Sidecar, text: str, **facts: object) -> dict[str, Any]:

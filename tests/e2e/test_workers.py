@@ -19,7 +19,7 @@ from lab.sidecar import Sidecar
 from tests.e2e.conftest import Laboratory
 from tests.e2e.stage import (
     ECHO,
-    FAST_ROAD,
+    FAST_PATH,
     LAST_GET,
     WEB,
     Pair,
@@ -27,7 +27,7 @@ from tests.e2e.stage import (
     counted,
     echo_server,
     eventually,
-    on_fast_road,
+    on_fast_path,
     prepare,
     say,
     web_server,
@@ -96,11 +96,11 @@ async def _reached(numbers: Callable[[], Awaitable[tuple[float, float]]], goal: 
     return all(number >= wanted for number, wanted in zip(await numbers(), goal, strict=True))
 
 
-async def test_plain_exchanges_take_the_fast_road_in_workers_too(pair: Pair) -> None:
-    before = [await on_fast_road(sidecar) for sidecar in pair.both]
+async def test_plain_exchanges_take_the_fast_path_in_workers_too(pair: Pair) -> None:
+    before = [await on_fast_path(sidecar) for sidecar in pair.both]
     await ask_again_and_again(pair, 50)
     for sidecar, count in zip(pair.both, before, strict=True):
-        assert (await on_fast_road(sidecar) >= count + 40) is FAST_ROAD
+        assert (await on_fast_path(sidecar) >= count + 40) is FAST_PATH
 
 
 @pytest.mark.parametrize("side", ["near", "far"])

@@ -1,4 +1,4 @@
-"""What is told of exchanges holds on both roads: every test of this room runs on the ordinary road and on the fast one."""
+"""What is told of exchanges holds on both paths: every test of this room runs on the ordinary path and on the fast one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tests.kit.hop import FAST
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not metafunc.module.__name__.endswith(("both_paths", "test_detect", "test_upstream_head")):
-        metafunc.parametrize("road", ["ordinary", "fast"], indirect=True)
+        metafunc.parametrize("path_taken", ["ordinary", "fast"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def road(request: pytest.FixtureRequest) -> Iterator[None]:
+def path_taken(request: pytest.FixtureRequest) -> Iterator[None]:
     token = FAST.set(getattr(request, "param", "ordinary") == "fast")
     yield
     FAST.reset(token)

@@ -185,7 +185,7 @@ async def test_one_bad_client_does_not_disturb_another() -> None:
             bad.reset()
 
 
-# The same request by both roads
+# The same request by both paths
 
 
 UNUSUAL = [

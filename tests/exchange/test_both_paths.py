@@ -1,8 +1,8 @@
-"""Both roads are one proxy: the same conversations, in any pieces, with exchanges handed over at any moment, end alike.
+"""Both paths are one proxy: the same conversations, in any pieces, with exchanges handed over at any moment, end alike.
 
-Each conversation is drawn from a seed, carried on the ordinary road, on the fast one, and on the fast one while exchanges are handed
+Each conversation is drawn from a seed, carried on the ordinary path, on the fast one, and on the fast one while exchanges are handed
 over at any moment. What the client got, what the server heard, and what is in the books is compared: messages, not bytes, for where a
-body is cut into chunks depends on what one read brings, on either road.
+body is cut into chunks depends on what one read brings, on either path.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ async def _disturb(proxy: Hop, rng: random.Random) -> None:
     """Hand over whatever is under way, again and again."""
     while True:
         await trio.sleep(rng.random() * 0.004)
-        if proxy.road is not None:
-            proxy.road.give_up(math.inf)
+        if proxy.fast_path is not None:
+            proxy.fast_path.give_up(math.inf)
 
 
 async def carry(talk: Conversation, seed: int, *, fast: bool, disturbed: bool = False) -> Seen:
@@ -122,8 +122,8 @@ async def carry(talk: Conversation, seed: int, *, fast: bool, disturbed: bool = 
 
 
 @pytest.mark.parametrize("seed", range(10))
-async def test_the_same_conversation_on_both_roads(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eligibility, "REST", 0)  # the road is tried again and again, although most of what is said is not plain
+async def test_the_same_conversation_on_both_paths(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eligibility, "REST", 0)  # the fast path is tried again and again, although most of what is said is not plain
     talk = Conversation.drawn(seed)
     ordinary = await carry(talk, seed, fast=False)
     assert len(ordinary.heard) == EXCHANGES + 1
@@ -181,14 +181,14 @@ async def test_an_answer_in_chunks_whose_end_the_client_has_not_taken_yet_ends_o
         client = await proxy.connect(buffers=4096)
         with trio.fail_after(20):
             assert (await client.ask()).body == b"ok"
-            road = proxy.road
-            assert road is not None
-            await until(lambda: bool(road._lanes))
-            for lane in road._lanes:  # so that what one read gives does not fit
+            fast_path = proxy.fast_path
+            assert fast_path is not None
+            await until(lambda: bool(fast_path._lanes))
+            for lane in fast_path._lanes:  # so that what one read gives does not fit
                 lane._client.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             await client.send(GET)
-            await until(lambda: any(lane._client.unsent and not lane._remaining for lane in road._lanes))
-            road.give_up(math.inf)
+            await until(lambda: any(lane._client.unsent and not lane._remaining for lane in fast_path._lanes))
+            fast_path.give_up(math.inf)
             answer = await client.response()
             assert (answer.body, answer.trailers) == (body, [(b"x-sum", b"1")])
             assert (await client.ask()).body == b"ok"

@@ -60,7 +60,7 @@ async def test_a_connection_on_which_nothing_is_asked_is_closed_quietly(clock: M
 
 @dataclass(eq=False)
 class Moving:
-    """An exchange on the fast road that moves all the time."""
+    """An exchange on the fast path that moves all the time."""
 
     moved: float = math.inf
     limit: float = math.inf
@@ -71,8 +71,8 @@ async def test_a_connection_on_which_nothing_is_asked_is_closed_although_others_
     settings = Settings(server=ServerSettings(idle_timeout=6), buffers=16384)
     async with through(answering(), settings) as (client, proxy):
         await client.ask()
-        if proxy.road is not None:
-            proxy.road.begins(cast("Any", Moving()))
+        if proxy.fast_path is not None:
+            proxy.fast_path.begins(cast("Any", Moving()))
         started = trio.current_time()
         with trio.fail_after(60):
             assert await client.rest() == b""

@@ -221,7 +221,7 @@ async def _converse(client: Peer, seed: int, count: int) -> None:
         last = source.random() < 0.02
         fields = [b"Host: a\r\n"]
         if source.random() < 0.3:
-            fields.append(b"X-Unusual:   blanks  \r\n")  # the road of h11
+            fields.append(b"X-Unusual:   blanks  \r\n")  # the fast path of h11
         if last:
             fields.append(b"Connection: close\r\n")
         source.shuffle(fields)

@@ -1,4 +1,4 @@
-"""A body in chunks comes out as the ordinary road's reader and writer would have it, in whatever pieces it is read."""
+"""A body in chunks comes out as the ordinary path's reader and writer would have it, in whatever pieces it is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop beneath trio: what comes for the road is done where trio would wait, and nothing of trio's waits for it."""
+"""The loop beneath trio: what comes for the fast path is done where trio would wait, and nothing of trio's waits for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import trio
 from proxy.exchange.h1.server import Drain
 from proxy.fastpath import event_loop as room
 from proxy.fastpath.event_loop import Clock, Ground
-from proxy.fastpath.fast_path import Road
+from proxy.fastpath.fast_path import FastPath
 from tests.kit.build import interpreted
 from tests.kit.http import descriptors
 
@@ -29,14 +29,14 @@ def clock(request: pytest.FixtureRequest) -> trio.abc.Clock | None:
 
 @asynccontextmanager
 async def grounded() -> AsyncIterator[Ground]:
-    """A road that has lent something, as far as its ground knows."""
-    road = Road(Drain(), 1_000_000, 1_000_000)  # so that it does not look up by itself meanwhile
-    await road.open()
+    """A fast path that has lent something, as far as its ground knows."""
+    fast_path = FastPath(Drain(), 1_000_000, 1_000_000)  # so that it does not look up by itself meanwhile
+    await fast_path.open()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(road.run)
-        road.ground.lent += 1
-        yield road.ground
-        road.ground.lent -= 1
+        nursery.start_soon(fast_path.run)
+        fast_path.ground.lent += 1
+        yield fast_path.ground
+        fast_path.ground.lent -= 1
         nursery.cancel_scope.cancel()
 
 
@@ -58,7 +58,7 @@ class Passes(trio.abc.Instrument):
         self.steps += 1
 
 
-async def test_what_comes_for_the_road_takes_no_pass_of_the_scheduler(clock: trio.abc.Clock | None) -> None:
+async def test_what_comes_for_the_fast_path_takes_no_pass_of_the_scheduler(clock: trio.abc.Clock | None) -> None:
     passes, heard, all_of_it = Passes(), bytearray(), trio.Event()
     with ends() as (here, there):
         async with grounded() as ground:
@@ -80,13 +80,13 @@ async def test_what_comes_for_the_road_takes_no_pass_of_the_scheduler(clock: tri
     assert passes.steps < 100
 
 
-async def test_a_deadline_comes_although_the_road_is_idle(clock: trio.abc.Clock | None) -> None:
+async def test_a_deadline_comes_although_the_fast_path_is_idle(clock: trio.abc.Clock | None) -> None:
     async with grounded():
         with trio.fail_after(20):
             await trio.sleep(0.05)
 
 
-async def test_a_deadline_comes_although_the_road_is_never_idle(clock: trio.abc.Clock | None) -> None:
+async def test_a_deadline_comes_although_the_fast_path_is_never_idle(clock: trio.abc.Clock | None) -> None:
     steps = 0
 
     def step(_: int) -> None:
@@ -118,7 +118,7 @@ async def test_a_deadline_that_has_passed_while_a_task_ran_is_not_slept_over(clo
 
 @pytest.mark.parametrize("last", [False, True], ids=["other connections stay", "it was the last"])
 async def test_a_task_that_a_step_has_made_runnable_runs_at_once(last: bool, clock: trio.abc.Clock | None) -> None:
-    """As does one whose connection leaves the road, in the midst of a wait, and leaves nothing on it."""
+    """As does one whose connection leaves the fast path, in the midst of a wait, and leaves nothing on it."""
     event = trio.Event()
     with ends() as (here, there):
         async with grounded() as ground:
@@ -139,7 +139,7 @@ async def test_a_task_that_a_step_has_made_runnable_runs_at_once(last: bool, clo
             ground.lent += last
 
 
-async def test_a_task_that_can_run_already_does_not_keep_the_road_waiting(clock: trio.abc.Clock | None) -> None:
+async def test_a_task_that_can_run_already_does_not_keep_the_fast_path_waiting(clock: trio.abc.Clock | None) -> None:
     heard = bytearray()
     with ends() as (here, there):
         async with grounded() as ground:
@@ -184,7 +184,7 @@ async def test_what_other_threads_and_other_sockets_say_is_heard(clock: trio.abc
                 await trio.lowlevel.wait_readable(here)
 
 
-async def test_roads_of_one_run_share_their_ground_and_leave_nothing_open(clock: trio.abc.Clock | None) -> None:
+async def test_paths_of_one_run_share_their_ground_and_leave_nothing_open(clock: trio.abc.Clock | None) -> None:
     before = descriptors()
     async with grounded() as one, grounded() as other:
         assert one is other
@@ -194,7 +194,7 @@ async def test_roads_of_one_run_share_their_ground_and_leave_nothing_open(clock:
 
 
 @interpreted
-async def test_a_fault_of_the_loop_closes_the_road_and_is_said(
+async def test_a_fault_of_the_loop_closes_the_fast_path_and_is_said(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     clock: trio.abc.Clock | None,
@@ -203,22 +203,22 @@ async def test_a_fault_of_the_loop_closes_the_road_and_is_said(
         raise OSError("no epoll today")
 
     async with grounded() as ground:
-        (road,) = ground.roads
+        (fast_path,) = ground.fast_paths
         monkeypatch.setattr(Ground, "_wait", broken)
         with trio.fail_after(20):
             await trio.sleep(0.05)
-        assert not road.running
-    assert "the fast road failed by a fault of this proxy's, and is closed" in caplog.text
+        assert not fast_path.running
+    assert "the fast path failed by a fault of this proxy's, and is closed" in caplog.text
 
 
 @interpreted
-async def test_without_trio_s_epoll_set_there_is_no_road_for_connections(
+async def test_without_trio_s_epoll_set_there_is_no_fast_path_for_connections(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(room, "_watcher_of", lambda _: None)
     caplog.set_level(logging.WARNING)
-    road = Road(Drain(), 60, 60)
-    await road.open()
-    assert "HTTP/1.1 and relays take the ordinary road" in caplog.text
+    fast_path = FastPath(Drain(), 60, 60)
+    await fast_path.open()
+    assert "HTTP/1.1 and relays take the ordinary path" in caplog.text
     with pytest.raises(RuntimeError):
-        road.ground  # noqa: B018  # it raises
+        fast_path.ground  # noqa: B018  # it raises

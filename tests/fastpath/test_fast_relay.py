@@ -1,4 +1,4 @@
-"""A relay on the road: what comes out, and how it ends, is what two tasks would have made of it."""
+"""A relay on the fast path: what comes out, and how it ends, is what two tasks would have made of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.exchange.h1.server import Drain
-from proxy.fastpath.fast_path import Road
+from proxy.fastpath.fast_path import FastPath
 from proxy.net.exceptions import ConnectionLost, NetError
 from proxy.net.relay import Relayed, relay
 from proxy.net.socket_stream import SocketStream
@@ -30,19 +30,19 @@ IDLE = 60.0
 
 
 @asynccontextmanager
-async def paved(idle_timeout: float = 1_000_000, silence: float = 1_000_000) -> AsyncIterator[Road]:
-    """A road that runs, and by default does not look up by itself meanwhile."""
-    road = Road(Drain(), idle_timeout, silence)
-    await road.open()
+async def paved(idle_timeout: float = 1_000_000, silence: float = 1_000_000) -> AsyncIterator[FastPath]:
+    """A fast path that runs, and by default does not look up by itself meanwhile."""
+    fast_path = FastPath(Drain(), idle_timeout, silence)
+    await fast_path.open()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(road.run)
-        yield road
+        nursery.start_soon(fast_path.run)
+        yield fast_path
         nursery.cancel_scope.cancel()
 
 
-def waits(road: Road) -> bool:
-    """Whether a relay on `road` has bytes that nobody takes."""
-    return any(conduit._joint.held[0] for conduit in road._conduits)
+def waits(fast_path: FastPath) -> bool:
+    """Whether a relay on `fast_path` has bytes that nobody takes."""
+    return any(conduit._joint.held[0] for conduit in fast_path._conduits)
 
 
 async def ends(tls: bool, buffers: int | None = None) -> tuple[Either, Either]:
@@ -60,7 +60,7 @@ class Heard:
 
 @dataclass
 class Conversation:
-    """What each peer says, piece by piece, and how it ends; and after how many pieces in all the road gives the relay back."""
+    """What each peer says, piece by piece, and how it ends; and after how many pieces in all the fast path gives the relay back."""
 
     pieces: list[tuple[int, int]]  # which peer, how many bytes
     last: tuple[str, str]  # of each: "eof", "reset"
@@ -69,14 +69,14 @@ class Conversation:
     peers: tuple[Heard, Heard] = field(default_factory=lambda: (Heard(), Heard()))
 
 
-async def held(talk: Conversation, kinds: tuple[bool, bool], road: Road | None) -> Conversation:
+async def held(talk: Conversation, kinds: tuple[bool, bool], fast_path: FastPath | None) -> Conversation:
     """Hold it by way of a relay between two connections (`kinds`: which of them is TLS)."""
     one, a = await ends(kinds[0])
     b, other = await ends(kinds[1])
     speakers = (one, other)
 
     async def run() -> None:
-        talk.outcome = await relay(a, b, idle=IDLE, carry=road.join if road is not None else None)
+        talk.outcome = await relay(a, b, idle=IDLE, carry=fast_path.join if fast_path is not None else None)
         a.close()
         b.close()
 
@@ -94,8 +94,8 @@ async def held(talk: Conversation, kinds: tuple[bool, bool], road: Road | None) 
     async def speak() -> None:
         said = [0, 0]
         for number, (who, size) in enumerate(talk.pieces):
-            if number == talk.given_back and road is not None:
-                for conduit in list(road._conduits):
+            if number == talk.given_back and fast_path is not None:
+                for conduit in list(fast_path._conduits):
                     conduit.leave()
             await speakers[who].send_all(bytes([number % 256]) * size)
             said[who] += size
@@ -135,24 +135,24 @@ TALKS = st.builds(
 def test_a_conversation_comes_out_as_it_does_with_tasks(talk: Conversation, kinds: tuple[bool, bool]) -> None:
     async def main() -> tuple[Conversation, Conversation]:
         with_tasks = await held(Conversation(talk.pieces, talk.last), kinds, None)
-        async with paved() as road:
-            on_road = await held(Conversation(talk.pieces, talk.last, talk.given_back), kinds, road)
-            assert not road._conduits
-            assert road.ground.lent == 0
-        return with_tasks, on_road
+        async with paved() as fast_path:
+            on_fast_path = await held(Conversation(talk.pieces, talk.last, talk.given_back), kinds, fast_path)
+            assert not fast_path._conduits
+            assert fast_path.ground.lent == 0
+        return with_tasks, on_fast_path
 
-    with_tasks, on_road = trio.run(main)
-    assert on_road.peers == with_tasks.peers
-    assert repr(on_road.outcome) == repr(with_tasks.outcome)  # errors are equal by their words
+    with_tasks, on_fast_path = trio.run(main)
+    assert on_fast_path.peers == with_tasks.peers
+    assert repr(on_fast_path.outcome) == repr(with_tasks.outcome)  # errors are equal by their words
 
 
 async def test_an_end_that_was_read_behind_full_records_is_heard() -> None:
     client, a = pair()
     b, server = await MESH.connect()
-    async with paved() as road:
+    async with paved() as fast_path:
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=road.join))
+                nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=fast_path.join))
                 await trio.testing.wait_all_tasks_blocked()
                 # In one step of this task, so that the relay finds all of it: two full records, and close_notify, without the end of TCP.
                 assert server.send_nowait(bytes(32768)) == 32768
@@ -167,21 +167,21 @@ async def test_an_end_that_was_read_behind_full_records_is_heard() -> None:
 async def test_no_task_waits_for_either_side() -> None:
     client, a = pair()
     b, server = pair()
-    async with paved() as road:
+    async with paved() as fast_path:
         before = trio.lowlevel.current_statistics().tasks_living
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=road.join))
+            nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=fast_path.join))
             await client.send_all(b"a word")
             assert await server.receive_some() == b"a word"
             assert trio.lowlevel.current_statistics().tasks_living == before + 1
             nursery.cancel_scope.cancel()
-        assert road.ground.lent == 0
+        assert fast_path.ground.lent == 0
     for stream in (client, a, b, server):
         stream.close()
 
 
 @pytest.mark.parametrize("tls", [False, True])
-async def test_what_was_not_taken_yet_goes_back_with_it_when_the_road_is_closed(tls: bool) -> None:
+async def test_what_was_not_taken_yet_goes_back_with_it_when_the_fast_path_is_closed(tls: bool) -> None:
     client, a = pair()
     b, server = await ends(tls, buffers=16384)
     got = bytearray()
@@ -192,13 +192,13 @@ async def test_what_was_not_taken_yet_goes_back_with_it_when_the_road_is_closed(
             assert data
             got.extend(data)
 
-    async with paved() as road:
+    async with paved() as fast_path:
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=road.join))
+                nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=fast_path.join))
                 nursery.start_soon(client.send_all, bytes(range(250)) * 16_000)
-                await until(lambda: waits(road))
-                road.close()
+                await until(lambda: waits(fast_path))
+                fast_path.close()
                 await take()
                 nursery.cancel_scope.cancel()
     assert bytes(got) == bytes(range(250)) * 16_000
@@ -206,22 +206,22 @@ async def test_what_was_not_taken_yet_goes_back_with_it_when_the_road_is_closed(
         stream.close()
 
 
-async def noted(found: list[Relayed], a: Either, b: Either, road: Road) -> None:
+async def noted(found: list[Relayed], a: Either, b: Either, fast_path: FastPath) -> None:
     """Relay, and note how that ends."""
-    found.append(await relay(a, b, idle=IDLE, carry=road.join))
+    found.append(await relay(a, b, idle=IDLE, carry=fast_path.join))
 
 
 async def test_a_side_that_is_lost_while_the_other_takes_nothing_is_found_out_when_it_does() -> None:
     client, a = pair()
     b, server = pair(buffers=16384)
     found: list[Relayed] = []
-    async with paved() as road:
+    async with paved() as fast_path:
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(noted, found, a, b, road)
+                nursery.start_soon(noted, found, a, b, fast_path)
                 with trio.move_on_after(0.1):
                     await client.send_all(bytes(64 << 20))
-                await until(lambda: waits(road))
+                await until(lambda: waits(fast_path))
                 client.reset()
                 with pytest.raises(NetError):
                     await read_all(server)
@@ -237,17 +237,17 @@ async def test_a_side_that_is_known_to_be_dead_ends_it_whoever_waits_for_that_si
     client, a = pair()
     b, server = await ends(tls, buffers=16384)
     found: list[Relayed] = []
-    async with paved() as road:
+    async with paved() as fast_path:
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(noted, found, a, b, road)
+                nursery.start_soon(noted, found, a, b, fast_path)
                 await trio.testing.wait_all_tasks_blocked()
                 if clogged:
                     with trio.move_on_after(0.1):
                         await client.send_all(bytes(64 << 20))
-                    await until(lambda: waits(road))
+                    await until(lambda: waits(fast_path))
                 b.fail(ConnectionLost("it has not answered", "timeout"))
-        assert road.ground.lent == 0
+        assert fast_path.ground.lent == 0
     (outcome,) = found
     assert (outcome.how, str(outcome.error)) == ("lost", "it has not answered")
     for stream in (client, a, b, server):
@@ -257,9 +257,9 @@ async def test_a_side_that_is_known_to_be_dead_ends_it_whoever_waits_for_that_si
 async def test_silence_ends_it_although_exchanges_are_under_way(autojump_clock: trio.abc.Clock) -> None:
     client, a = pair()
     b, server = pair()
-    async with paved(silence=IDLE) as road:
+    async with paved(silence=IDLE) as fast_path:
         began = trio.current_time()
-        results = await both(partial(relay, a, b, idle=IDLE, carry=road.join))
+        results = await both(partial(relay, a, b, idle=IDLE, carry=fast_path.join))
         assert results == [Relayed(0, 0, None, "idle", None)]
         assert IDLE <= trio.current_time() - began <= IDLE * 9 / 8
     for stream in (client, a, b, server):
@@ -267,24 +267,24 @@ async def test_silence_ends_it_although_exchanges_are_under_way(autojump_clock: 
 
 
 @interpreted
-async def test_a_relay_for_which_there_is_no_room_in_the_set_takes_the_ordinary_road(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_relay_for_which_there_is_no_room_in_the_set_takes_the_ordinary_path(monkeypatch: pytest.MonkeyPatch) -> None:
     client, a = pair()
     b, server = pair()
-    async with paved() as road:
+    async with paved() as fast_path:
 
         def full(descriptor: int, before: int, events: int) -> None:
             if events and descriptor == b.socket.fileno():
                 raise OSError(errno.ENOSPC, "no room")
             watch(descriptor, before, events)
 
-        watch = road.ground.watch
-        monkeypatch.setattr(road.ground, "watch", full)
+        watch = fast_path.ground.watch
+        monkeypatch.setattr(fast_path.ground, "watch", full)
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=road.join))
+                nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=fast_path.join))
                 await client.send_all(b"a word")
                 assert await server.receive_some() == b"a word"
-                assert road.ground.lent == 0
+                assert fast_path.ground.lent == 0
                 nursery.cancel_scope.cancel()
     for stream in (client, a, b, server):
         stream.close()
@@ -293,14 +293,14 @@ async def test_a_relay_for_which_there_is_no_room_in_the_set_takes_the_ordinary_
 async def test_a_side_that_somebody_has_closed_is_let_go() -> None:
     client, a = pair()
     b, server = pair()
-    async with paved() as road:
+    async with paved() as fast_path:
         with trio.move_on_after(0.05):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=road.join))
+                nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=fast_path.join))
                 await trio.testing.wait_all_tasks_blocked()
                 b.close()
-        assert road.ground.lent == 0
-        assert road.running
+        assert fast_path.ground.lent == 0
+        assert fast_path.running
     for stream in (client, a, server):
         stream.close()
 
@@ -308,12 +308,12 @@ async def test_a_side_that_somebody_has_closed_is_let_go() -> None:
 async def test_nothing_is_left_open() -> None:
     before = descriptors()
     for _ in range(3):
-        async with paved() as road:
+        async with paved() as fast_path:
             client, a = pair()
             b, server = pair()
             client.close()
             server.close()
-            await relay(a, b, idle=IDLE, carry=road.join)
+            await relay(a, b, idle=IDLE, carry=fast_path.join)
             a.close()
             b.close()
     assert descriptors() == before

@@ -102,9 +102,9 @@ async def test_one_from_which_others_have_read_is_asked() -> None:
         assert await turn.quiet()
 
 
-@pytest.mark.parametrize("road", ["runs", "is gone"])
-async def test_one_that_is_closed_at_rest_is_not_kept_by_the_ground(road: str) -> None:
-    """A pool may be closed behind the last road."""
+@pytest.mark.parametrize("fast_path", ["runs", "is gone"])
+async def test_one_that_is_closed_at_rest_is_not_kept_by_the_ground(fast_path: str) -> None:
+    """A pool may be closed behind the last path."""
     ours, theirs = await MESH.connect(pair())
     async with grounded() as ground:
         side = Side(ground, ours)
@@ -112,7 +112,7 @@ async def test_one_that_is_closed_at_rest_is_not_kept_by_the_ground(road: str) -
         side.watch(IN)
         side.rest()
         assert side.descriptor in ground.steps
-        if road == "runs":
+        if fast_path == "runs":
             side.forget()
     side.forget()
     assert side.descriptor not in ground.steps

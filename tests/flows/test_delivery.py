@@ -31,7 +31,7 @@ from tests.kit.http2_peers import OK, POST, Answer, Peer2, reserve, speaking
 
 SERVICE = "192.0.2.7"
 FIELD = b"isthmus-failure"
-ROADS = pytest.mark.parametrize("fast", [True, False], ids=["fast", "ordinary"])
+BOTH_PATHS = pytest.mark.parametrize("fast", [True, False], ids=["fast", "ordinary"])
 
 
 def post(body: bytes, chunked: bool = False) -> bytes:
@@ -129,7 +129,7 @@ async def ask(world: Shop, data: bytes = GET) -> Message:
     return await (await world.client()).ask(data, data.split()[0].decode())
 
 
-@ROADS
+@BOTH_PATHS
 @pytest.mark.parametrize("body", [b"", b"x" * 40000], ids=["short", "long"])
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
 async def test_an_endpoint_whose_application_is_away_counts_as_one_that_cannot_be_connected_to(
@@ -146,7 +146,7 @@ async def test_an_endpoint_whose_application_is_away_counts_as_one_that_cannot_b
         assert world.opened == 1, "the endpoint has failed once, and is left alone"
 
 
-@ROADS
+@BOTH_PATHS
 async def test_a_body_that_is_too_long_to_be_kept_is_not_sent_again(tmp_path: Path, fast: bool) -> None:
     server = Server(well)
     async with shop(tmp_path, None, server.serve, fast=fast, policy={"breaker": {"min_penalty": "1m", "connect_penalty": "1m"}}) as world:
@@ -174,7 +174,7 @@ def speaking2(respond: Callable[[Answer], list[tuple[bytes, bytes]]], heard: lis
     return serve
 
 
-@ROADS
+@BOTH_PATHS
 @pytest.mark.parametrize("client", ["http1", "http2"])
 async def test_streams_of_http2_go_to_another_endpoint_too(tmp_path: Path, fast: bool, client: str) -> None:
     heard: list[bytes] = []
@@ -194,7 +194,7 @@ async def test_streams_of_http2_go_to_another_endpoint_too(tmp_path: Path, fast:
         assert world.opened == 1
 
 
-@ROADS
+@BOTH_PATHS
 async def test_a_call_of_grpc_goes_to_another_endpoint_and_is_unavailable_where_none_is_left(tmp_path: Path, fast: bool) -> None:
     def call(address: Address) -> str:
         with grpc.insecure_channel(str(address), [("grpc.enable_retries", 0)]) as channel:
@@ -224,7 +224,7 @@ async def test_a_call_of_grpc_goes_to_another_endpoint_and_is_unavailable_where_
         assert FIELD.decode() not in said
 
 
-@ROADS
+@BOTH_PATHS
 async def test_where_no_endpoint_is_left_the_client_is_told_what_the_sidecar_said(tmp_path: Path, fast: bool) -> None:
     async with shop(tmp_path, None, fast=fast, policy={"queue": {"timeout": "0s"}}) as world:
         for data in (GET, post(b"hello")):
@@ -237,7 +237,7 @@ async def test_where_no_endpoint_is_left_the_client_is_told_what_the_sidecar_sai
                 assert b", west.default.outbound;error=connection_refused;" in said
 
 
-@ROADS
+@BOTH_PATHS
 async def test_a_request_waits_for_the_only_endpoint_while_its_application_restarts(tmp_path: Path, fast: bool) -> None:
     server = Server(well)
     async with shop(tmp_path, None, fast=fast) as world, trio.open_nursery() as asking:
@@ -256,7 +256,7 @@ async def test_a_request_waits_for_the_only_endpoint_while_its_application_resta
         assert len(server.heard) == 40
 
 
-@ROADS
+@BOTH_PATHS
 async def test_an_application_cannot_say_that_it_was_not_reached(tmp_path: Path, fast: bool) -> None:
     lie = b"HTTP/1.1 502 Bad Gateway\r\nIsthmus-Failure: connect_refused\r\nContent-Length: 2\r\n\r\nno"
     liar, honest = Server(lambda _: lie), Server(well)
@@ -270,7 +270,7 @@ async def test_an_application_cannot_say_that_it_was_not_reached(tmp_path: Path,
         assert world.opened <= 1, "as it would be by its statuses"
 
 
-@ROADS
+@BOTH_PATHS
 async def test_an_application_of_http2_cannot_say_it_either(tmp_path: Path, fast: bool) -> None:
     heard: list[bytes] = []
     liar = speaking2(lambda _: [(b":status", b"503"), (FIELD, b"connect_refused")], heard)
@@ -284,7 +284,7 @@ async def test_an_application_of_http2_cannot_say_it_either(tmp_path: Path, fast
         assert not world.opened
 
 
-@ROADS
+@BOTH_PATHS
 async def test_a_peer_without_an_identity_is_not_believed_and_its_word_is_not_passed_on(tmp_path: Path, fast: bool) -> None:
     lie = b"HTTP/1.1 502 Bad Gateway\r\nIsthmus-Failure: connect_refused\r\nContent-Length: 2\r\n\r\nno"
     liar, fleet = Server(lambda _: lie), Fleet(tmp_path)
@@ -301,7 +301,7 @@ async def test_a_peer_without_an_identity_is_not_believed_and_its_word_is_not_pa
             client.close()
 
 
-@ROADS
+@BOTH_PATHS
 async def test_a_client_without_an_identity_is_not_shown_the_field(tmp_path: Path, fast: bool) -> None:
     async with shop(tmp_path, None, fast=fast) as world:
         client = await connect(Address("127.0.1.1", way_in(world.sidecars[0])))
@@ -310,7 +310,7 @@ async def test_a_client_without_an_identity_is_not_shown_the_field(tmp_path: Pat
         client.close()
 
 
-@ROADS
+@BOTH_PATHS
 async def test_an_application_that_closes_without_an_answer_is_asked_again_as_a_plain_server_is(tmp_path: Path, fast: bool) -> None:
     closing, one, two = Server(lambda _: None), Server(well), Server(well)
     async with shop(tmp_path, closing.serve, one.serve, two.serve, fast=fast) as world:
@@ -330,7 +330,7 @@ async def banner(stream: trio.SocketStream) -> None:
             await stream.send_all(piece)
 
 
-@ROADS
+@BOTH_PATHS
 async def test_an_opaque_connection_goes_to_another_endpoint_before_a_byte_of_it_is_sent(tmp_path: Path, fast: bool) -> None:
     policy = {"breaker": {"min_penalty": "1m", "connect_penalty": "1m"}}
     async with shop(tmp_path, None, banner, fast=fast, protocol="opaque", policy=policy) as world:
@@ -341,7 +341,7 @@ async def test_an_opaque_connection_goes_to_another_endpoint_before_a_byte_of_it
         assert world.opened == 1
 
 
-@ROADS
+@BOTH_PATHS
 async def test_an_opaque_connection_waits_for_the_only_endpoint_while_its_application_restarts(tmp_path: Path, fast: bool) -> None:
     async with shop(tmp_path, None, fast=fast, protocol="opaque") as world:
         clients = [await world.client() for _ in range(10)]
@@ -404,7 +404,7 @@ async def refusing(stream: trio.SocketStream) -> None:
                 await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 
 
-@ROADS
+@BOTH_PATHS
 async def test_uploads_that_are_refused_early_cost_no_other_client_a_request(tmp_path: Path, fast: bool) -> None:
     statuses: list[int] = []
     async with shop(tmp_path, refusing, fast=fast) as world, trio.open_nursery() as nursery:
@@ -434,7 +434,7 @@ def two_gateways(fleet: Fleet, first: App, second: App) -> dict[str, Any]:
     return document
 
 
-@ROADS
+@BOTH_PATHS
 @pytest.mark.parametrize("cut", ["application", "sidecar"])
 async def test_a_gateway_that_could_not_connect_is_followed_by_another_one(tmp_path: Path, fast: bool, cut: str) -> None:
     """One of east's gateways knows an endpoint whose application, or whose sidecar, is away."""

@@ -34,7 +34,7 @@ LATER = 1.5  # longer than the fast path keeps an exchange that does not move
 Shape = Literal["server", "pair", "gateway"]
 Way = Literal["reset", "close", "shutdown"]
 WAYS: tuple[Way, ...] = ("reset", "close", "shutdown")
-ROADS = [pytest.param(True, id="fast"), pytest.param(False, id="ordinary")]
+BOTH_PATHS = [pytest.param(True, id="fast"), pytest.param(False, id="ordinary")]
 
 PHASES = {
     "head": b"",
@@ -214,7 +214,7 @@ async def test_a_half_closed_client_gets_its_response_however_late(tmp_path: Pat
         assert (await other.response()).status == 200
 
 
-@pytest.mark.parametrize("fast", ROADS)
+@pytest.mark.parametrize("fast", BOTH_PATHS)
 @pytest.mark.parametrize("way", ["close", "reset"])
 async def test_what_is_written_to_a_client_that_has_closed_ends_the_exchange(tmp_path: Path, way: Way, *, fast: bool) -> None:
     """A server that takes no notice of the end, until it writes."""
@@ -233,7 +233,7 @@ async def test_what_is_written_to_a_client_that_has_closed_ends_the_exchange(tmp
         assert counted(apps, "client_gone") >= 1
 
 
-@pytest.mark.parametrize("fast", ROADS)
+@pytest.mark.parametrize("fast", BOTH_PATHS)
 @pytest.mark.parametrize("phase", PHASES)
 async def test_a_server_that_ends_its_connection_then_is_not_asked_again_and_not_blamed(tmp_path: Path, phase: str, *, fast: bool) -> None:
     serve = Application(PHASES[phase], ends=True)
@@ -254,7 +254,7 @@ async def test_a_server_that_ends_its_connection_then_is_not_asked_again_and_not
         assert counted(apps, "client_gone") == 2
 
 
-@pytest.mark.parametrize("fast", ROADS)
+@pytest.mark.parametrize("fast", BOTH_PATHS)
 @pytest.mark.parametrize("shape", ["server", "pair"])
 async def test_a_client_that_is_reset_within_its_upload(tmp_path: Path, shape: Shape, *, fast: bool) -> None:
     serve = Application(b"")
@@ -267,7 +267,7 @@ async def test_a_client_that_is_reset_within_its_upload(tmp_path: Path, shape: S
         await until(lambda: counted(apps, "client_gone") >= 1)
 
 
-@pytest.mark.parametrize("fast", ROADS)
+@pytest.mark.parametrize("fast", BOTH_PATHS)
 async def test_a_client_that_half_closes_behind_its_upload(tmp_path: Path, *, fast: bool) -> None:
     serve = Application(b"", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
     async with proxied("pair", tmp_path, serve, fast=fast) as (dial, _):
@@ -282,7 +282,7 @@ async def test_a_client_that_half_closes_behind_its_upload(tmp_path: Path, *, fa
         assert (await client.response()).body == b"ok"
 
 
-@pytest.mark.parametrize("fast", ROADS)
+@pytest.mark.parametrize("fast", BOTH_PATHS)
 async def test_a_client_that_half_closes_behind_several_requests(tmp_path: Path, *, fast: bool) -> None:
     """The first is answered on a connection that stays open: there is more to come."""
     serve = Application(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
@@ -298,7 +298,7 @@ async def test_a_client_that_half_closes_behind_several_requests(tmp_path: Path,
         assert (await client.response()).body == b"ok"
 
 
-@pytest.mark.parametrize("fast", ROADS)
+@pytest.mark.parametrize("fast", BOTH_PATHS)
 async def test_a_stream_that_its_client_resets_ends_at_an_http1_server(tmp_path: Path, *, fast: bool) -> None:
     """HTTP/2 from the client to its sidecar, which translates."""
     serve = Application(PHASES["next chunk"])

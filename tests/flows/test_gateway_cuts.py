@@ -21,7 +21,7 @@ from tests.kit.clusters import Clusters, clusters
 from tests.kit.http import BROKEN, Peer, until
 from tests.kit.links import Link
 
-ROADS = pytest.mark.parametrize("fast", [False, True], ids=["ordinary", "fast"])
+BOTH_PATHS = pytest.mark.parametrize("fast", [False, True], ids=["ordinary", "fast"])
 MEGABYTE = 1 << 20
 FULL = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\n\r\nbig"
 
@@ -88,7 +88,7 @@ def request(method: str, path: str, length: int | None = None) -> bytes:
     return f"{method} {path} HTTP/1.1\r\nHost: c.east\r\n{size}\r\n".encode()
 
 
-@ROADS
+@BOTH_PATHS
 async def test_a_link_that_breaks_within_a_response_breaks_the_clients_response(tmp_path: Path, fast: bool) -> None:
     async with linked(tmp_path, fast=fast) as world:
         assert await world.works()
@@ -103,7 +103,7 @@ async def test_a_link_that_breaks_within_a_response_breaks_the_clients_response(
         assert await world.works()
 
 
-@ROADS
+@BOTH_PATHS
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_a_link_that_breaks_before_the_response_is_a_502(tmp_path: Path, fast: bool, method: str) -> None:
     """The request may have been carried out. The connection was new or had carried it alone: it says nothing against repeating, but a POST
@@ -123,7 +123,7 @@ async def test_a_link_that_breaks_before_the_response_is_a_502(tmp_path: Path, f
         assert await world.works()
 
 
-@ROADS
+@BOTH_PATHS
 async def test_a_link_that_breaks_within_an_upload_is_a_502_and_the_server_gets_no_whole_request(tmp_path: Path, fast: bool) -> None:
     async with linked(tmp_path, fast=fast) as world:
         assert await world.works()
@@ -138,7 +138,7 @@ async def test_a_link_that_breaks_within_an_upload_is_a_502_and_the_server_gets_
         assert await world.works()
 
 
-@ROADS
+@BOTH_PATHS
 @pytest.mark.parametrize(("left", "connection"), [(60_000, None), (3 * MEGABYTE, b"close")])
 async def test_an_early_response_says_at_once_whether_the_connection_goes_on(
     tmp_path: Path, fast: bool, left: int, connection: bytes | None
@@ -158,7 +158,7 @@ async def test_an_early_response_says_at_once_whether_the_connection_goes_on(
                 assert await client.ended()
 
 
-@ROADS
+@BOTH_PATHS
 async def test_uploads_refused_early_behind_a_gateway_cost_no_other_client_a_request(tmp_path: Path, fast: bool) -> None:
     statuses: list[int] = []
     async with linked(tmp_path, fast=fast) as world:

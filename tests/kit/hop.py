@@ -20,7 +20,7 @@ from proxy.exchange.handoff import Carry
 from proxy.exchange.layers import deadline, measure, rescue
 from proxy.exchange.leases import Http1Lender
 from proxy.exchange.trace_layer import Side, Tracing, trace
-from proxy.fastpath.fast_path import Road
+from proxy.fastpath.fast_path import FastPath
 from proxy.fastpath.plan import Borrowed, Shared
 from proxy.net.accept import Acceptor, Connection
 from proxy.net.address import Address
@@ -75,9 +75,9 @@ class Hop:
     dialled: int = 0
     closed: int = 0
     hangs: trio.Event | None = None  # dialling waits for it
-    road: Road | None = None
+    fast_path: FastPath | None = None
     carry: Carry | None = None
-    fast: int = 0  # exchanges begun on the fast road
+    fast: int = 0  # exchanges begun on the fast path
     raises: Exception | None = None  # by the endpoint, instead of an exchange
     clients: list[Peer] = field(default_factory=list)
 
@@ -113,13 +113,13 @@ class Settings:
     fast: bool | None = None  # None: as FAST says
 
 
-# Whether hops have a fast road: set for the tests that are run on both roads (tests/exchange/conftest.py).
+# Whether hops have a fast path: set for the tests that are run on both paths (tests/exchange/conftest.py).
 FAST: ContextVar[bool] = ContextVar("FAST", default=False)
 
 
 @dataclass
 class _Course:
-    """The hop's decisions on the fast road."""
+    """The hop's decisions on the fast path."""
 
     hop: Hop
     account: Callable[[Exchange], AbstractContextManager[None]]
@@ -137,14 +137,14 @@ class _Course:
 
 def _pave(proxy: Hop, settings: Settings, book: Callable[[Exchange], AbstractContextManager[None]]) -> None:
     if FAST.get() and not settings.layers and settings.tracing is None if settings.fast is None else settings.fast:
-        proxy.road = Road(proxy.drain, settings.server.idle_timeout, settings.tunnel_idle)
-        proxy.carry = partial(proxy.road.carry, _Course(proxy, book))
+        proxy.fast_path = FastPath(proxy.drain, settings.server.idle_timeout, settings.tunnel_idle)
+        proxy.carry = partial(proxy.fast_path.carry, _Course(proxy, book))
 
 
 async def _serve(nursery: trio.Nursery, proxy: Hop, listener: socket.socket) -> None:
-    if proxy.road is not None:
-        await proxy.road.open()
-        nursery.start_soon(proxy.road.run)
+    if proxy.fast_path is not None:
+        await proxy.fast_path.open()
+        nursery.start_soon(proxy.fast_path.run)
     nursery.start_soon(proxy.acceptor.serve, [listener])
 
 
@@ -167,7 +167,7 @@ async def hop(target: Address, settings: Settings | None = None) -> AsyncIterato
         return Life(proxy)
 
     async def bridge(_: Exchange, client: Stream, server: Stream) -> None:
-        await relay(client, server, idle=settings.tunnel_idle, carry=proxy.road.join if proxy.road is not None else None)
+        await relay(client, server, idle=settings.tunnel_idle, carry=proxy.fast_path.join if proxy.fast_path is not None else None)
 
     @contextmanager
     def book(exchange: Exchange) -> Iterator[None]:

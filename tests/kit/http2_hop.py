@@ -21,7 +21,7 @@ from proxy.exchange.h2.settings import MuxSettings
 from proxy.exchange.layers import deadline, measure, rescue
 from proxy.exchange.leases import Http1Lender, Http2Lender
 from proxy.exchange.upgrade import carry
-from proxy.fastpath.fast_path import Road
+from proxy.fastpath.fast_path import FastPath
 from proxy.fastpath.plan import Borrowed, Shared
 from proxy.net.accept import Acceptor, Connection
 from proxy.net.address import Address
@@ -52,7 +52,7 @@ class Settings2:
     account: Callable[[Exchange], AbstractContextManager[object]] | None = None
     steer: Callable[[Exchange, Callable[[Address], Awaitable[None]]], Awaitable[None]] | None = None  # instead of taking turns
     around: Callable[[Exchange], AbstractContextManager[object]] = _nothing  # inside of `rescue`
-    fast: bool | None = None  # whether there is a fast road; None: as FAST says
+    fast: bool | None = None  # whether there is a fast path; None: as FAST says
 
 
 @dataclass
@@ -75,8 +75,8 @@ class Hop2:
     closed: int = 0
     hangs: trio.Event | None = None
     clients: list[Peer] = field(default_factory=list)
-    road: Road | None = None
-    fast: int = 0  # exchanges begun on the fast road
+    fast_path: FastPath | None = None
+    fast: int = 0  # exchanges begun on the fast path
 
     async def connect(self, buffers: int | None = None) -> Peer:
         self.clients.append(await connect(self.address, buffers))
@@ -109,7 +109,7 @@ class Hop2:
 
 @dataclass
 class _Course:
-    """The hop's decisions on the fast road."""
+    """The hop's decisions on the fast path."""
 
     hop: Hop2
     account: Callable[[Exchange], AbstractContextManager[object]]
@@ -199,8 +199,8 @@ def _serving(proxy: Hop2, settings: Settings2) -> Callable[[Connection], Awaitab
             await Http1Server(connection.stream, facts, settings.server, proxy.drain).run(handler)
             return
         server = Http2Server(connection.stream, facts, settings.server, settings.downstream, proxy.drain)
-        if proxy.road is not None:
-            server.fork = partial(proxy.road.fork, _Course(proxy, account))
+        if proxy.fast_path is not None:
+            server.fork = partial(proxy.fast_path.fork, _Course(proxy, account))
         proxy.servers.append(server)
         try:
             await server.run(handler)
@@ -222,7 +222,7 @@ async def hop2(*targets: Address, settings: Settings2 | None = None) -> AsyncIte
     proxy = Hop2(list(targets))
     plain = settings.up == b"2" and settings.steer is None and settings.around is _nothing
     if (FAST.get() and plain) if settings.fast is None else settings.fast:
-        proxy.road = Road(proxy.drain, settings.server.idle_timeout, 10)
+        proxy.fast_path = FastPath(proxy.drain, settings.server.idle_timeout, 10)
     serve = _serving(proxy, settings)
     listener = listen(settings.buffers)
     proxy.address = Address.of(listener.getsockname())
@@ -235,9 +235,9 @@ async def hop2(*targets: Address, settings: Settings2 | None = None) -> AsyncIte
                 await proxy.pool2.serve()
 
         _start(nursery, own, partial(proxy.acceptor.serve, [listener]))
-        if proxy.road is not None:
-            await proxy.road.open()
-            nursery.start_soon(proxy.road.run)
+        if proxy.fast_path is not None:
+            await proxy.fast_path.open()
+            nursery.start_soon(proxy.fast_path.run)
         try:
             yield proxy
         finally:

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from proxy.exchange.h1.server import Drain
-from proxy.fastpath.fast_path import Road
+from proxy.fastpath.fast_path import FastPath
 from proxy.net.relay import Relayed, relay
 from proxy.net.socket_stream import ConnectionLost, SocketStream, Stream
 from proxy.net.tls.handshake import TLSStream
@@ -59,15 +59,15 @@ class Relaying(Protocol):
     ) -> Relayed: ...
 
 
-@pytest.fixture(params=["tasks", "road"])
+@pytest.fixture(params=["tasks", "fast_path"])
 async def relayed(request: pytest.FixtureRequest, nursery: trio.Nursery) -> Relaying:
-    """relay(), alone and with the fast road before it."""
+    """relay(), alone and with the fast path before it."""
     if request.param == "tasks":
         return relay
-    road = Road(Drain(), 60, 60)
-    await road.open()
-    nursery.start_soon(road.run)
-    return partial(relay, carry=road.join)
+    fast_path = FastPath(Drain(), 60, 60)
+    await fast_path.open()
+    nursery.start_soon(fast_path.run)
+    return partial(relay, carry=fast_path.join)
 
 
 async def test_a_conversation_with_half_closes_passes_whole(relayed: Relaying, joined: Joined) -> None:

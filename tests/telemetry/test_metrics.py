@@ -166,7 +166,7 @@ def test_the_text_is_what_prometheus_reads_and_has_every_family() -> None:
     metrics.loop("own-port")
     metrics.error("inbound", "connection_refused")
     metrics.heads_declined("inbound", "request", 1)
-    metrics.on_fast_road(2, 1)
+    metrics.on_fast_path(2, 1)
     metrics.directory_reloaded("error")
     metrics.identity_reloaded("ok")
     metrics.validity(50.0, 100.0, 200.0)
@@ -175,7 +175,7 @@ def test_the_text_is_what_prometheus_reads_and_has_every_family() -> None:
     found = {family.name: family for family in text_string_to_metric_families(metrics.render().decode())}
     for name in (
         "requests", "responses", "response_latency_seconds", "connections_opened", "connections_open", "connections_closed", "bytes",
-        "tls_handshakes", "tls_failures", "detections", "detection_seconds", "loops", "errors", "heads_declined", "fast_road_exchanges",
+        "tls_handshakes", "tls_failures", "detections", "detection_seconds", "loops", "errors", "heads_declined", "fast_path_exchanges",
         "directory_reloads", "identity_reloads", "certificate_expiry_timestamp_seconds", "root_expiry_timestamp_seconds",
         "pool_connections", "dropped_logs", "build_info",
     ):  # fmt: skip

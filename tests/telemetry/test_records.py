@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from proxy.exchange.h1.server import Drain
-from proxy.fastpath.fast_path import Road
+from proxy.fastpath.fast_path import FastPath
 from proxy.net.relay import Relayed, relay
 from proxy.telemetry.records import said
 from tests.net.conftest import both, pair
@@ -17,10 +17,10 @@ from tests.net.conftest import both, pair
 @pytest.mark.parametrize("lost", ["client", "server"])
 @pytest.mark.parametrize("fast", [False, True])
 async def test_a_side_that_is_lost_is_named(lost: str, nursery: trio.Nursery, *, fast: bool) -> None:
-    road = Road(Drain(), 60, 60)
+    fast_path = FastPath(Drain(), 60, 60)
     if fast:
-        await road.open()
-        nursery.start_soon(road.run)
+        await fast_path.open()
+        nursery.start_soon(fast_path.run)
     client, accepted = pair()
     dialled, server = pair()
 
@@ -30,7 +30,7 @@ async def test_a_side_that_is_lost_is_named(lost: str, nursery: trio.Nursery, *,
         (client if lost == "client" else server).reset()
 
     with trio.fail_after(30):
-        outcome, _ = await both(partial(relay, accepted, dialled, idle=60, carry=road.join if fast else None), lose)
+        outcome, _ = await both(partial(relay, accepted, dialled, idle=60, carry=fast_path.join if fast else None), lose)
     assert isinstance(outcome, Relayed)
     assert said(outcome).startswith(f"{lost}: ")
     for stream in (client, accepted, dialled, server):

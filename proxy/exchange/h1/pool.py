@@ -11,7 +11,7 @@ A connection belongs to the pool while it is idle and to one exchange while it i
 out, so that those that are not needed grow old and go. They go before a server would close them: most servers keep an idle connection
 for 5 s or longer, and a request that crosses with the server's close is one that may have to fail.
 
-So before it is used, a connection is asked whether its server has closed it: by a peek, or of who watches it (`Watch`). The fast road
+So before it is used, a connection is asked whether its server has closed it: by a peek, or of who watches it (`Watch`). The fast path
 takes several in one turn and gives several back in it; of those it cannot know yet, so it prefers any that came back before.
 """
 
@@ -74,7 +74,7 @@ class Upstream:
     account: Account
     idle_since: float = 0.0
     reused: bool = False  # by the exchange that has it, or will have it: another one has been carried on it
-    side: Watch | None = None  # the fast road's own, from one loan to the next
+    side: Watch | None = None  # the fast path's own, from one loan to the next
     until: float = math.inf  # when it becomes too old; trio's time
 
 
@@ -200,7 +200,7 @@ class Pool(Generic[K]):
         return None if slot is None else self._take_idle(slot, now)
 
     def restore(self, key: K, upstream: Upstream, now: float) -> None:
-        """End a loan whose exchange was carried past `upstream.http` (by the fast road) and ended well."""
+        """End a loan whose exchange was carried past `upstream.http` (by the fast path) and ended well."""
         upstream.idle_since = now
         upstream.reused = True
         self._keep(key, self._slots[key], upstream)

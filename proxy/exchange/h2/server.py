@@ -1,4 +1,4 @@
-"""One downstream HTTP/2 connection: each of its streams is an exchange, in a task of its own, or on the fast road.
+"""One downstream HTTP/2 connection: each of its streams is an exchange, in a task of its own, or on the fast path.
 
 The connection's reader and writer are the mux's; a stream that the peer resets cancels its exchange, and no other.
 """
@@ -296,8 +296,8 @@ class Http2Server:
         self.settings = settings
         self.drain = drain
         self.mux = Mux(stream, Role.SERVER, mux, facts.share)
-        self.serve: Callable[[Http2Exchange], None] = _nobody  # carries an exchange on the ordinary road, while `run` does
-        self.fork: Fork | None = None  # the fast road, if there is one
+        self.serve: Callable[[Http2Exchange], None] = _nobody  # carries an exchange on the ordinary path, while `run` does
+        self.fork: Fork | None = None  # the fast path, if there is one
 
     @property
     def waiting_since(self) -> float | None:

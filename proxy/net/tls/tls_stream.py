@@ -8,7 +8,7 @@ we wait for that and make *the same call again*. Five things about this are easy
 
 *Readable is not the same as "something to read".* Decrypted bytes may already lie in OpenSSL, and bytes on the socket may be a session
 ticket only. So the call always comes first, and waiting second. But what is not decrypted is in the socket, whose readiness tells of it:
-of each record first the header is read, then the rest and no more (by AWS-LC too: ssl_buffer.cc). The fast road rests on that.
+of each record first the header is read, then the rest and no more (by AWS-LC too: ssl_buffer.cc). The fast path rests on that.
 
 *Reading may want to write, and the reverse.* A key update (RFC 8446, section 4.6.3) must be answered by the reader, and a writer may meet
 a half-arrived post-handshake message. Then two tasks wait for the same direction of one socket, which trio forbids. `Readiness` lets

@@ -1,6 +1,6 @@
 """How an HTTP/1 body is delimited (RFC 9112 §6.3), its readers and its writers.
 
-There is one reader of bodies for both roads of the heads, so a body cannot mean different things on them. The chunked reader is our
+There is one reader of bodies for both paths of the heads, so a body cannot mean different things on them. The chunked reader is our
 own and stricter than h11's: no bare LF anywhere, chunk extensions bounded and dropped, trailers bounded. docs/decisions has the
 reasons; tests/wire/h1/test_body.py holds it against h11 on every input that both accept.
 

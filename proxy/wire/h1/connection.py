@@ -78,7 +78,7 @@ class Http1Connection:
         self.peer_version = b"1.1"
         self.keep_alive = True
         self.head_size = 0  # bytes of the last head
-        self.declined = 0  # heads that took the longer road, for the metrics
+        self.declined = 0  # heads that took the longer way, for the metrics
 
     # Reading...
 

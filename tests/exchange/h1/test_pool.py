@@ -176,7 +176,7 @@ async def test_a_connection_on_which_the_server_spoke_unasked_is_not_used() -> N
 
 
 class Side:
-    """Of the fast road, as far as a pool knows it."""
+    """Of the fast path, as far as a pool knows it."""
 
     def __init__(self, upstream: Upstream) -> None:
         self.forgotten = False

@@ -63,9 +63,9 @@ async def test_a_fault_of_ours_ends_its_stream_and_no_other(
         good = await client.request(GET)
         assert (await client.message(good)).body == b"ok" * 5000
         assert (await client.message(bad)).reset == Code.INTERNAL_ERROR
-        assert proxy.road is not None
+        assert proxy.fast_path is not None
         await proxy.idle()
-        assert not proxy.road._busy
+        assert not proxy.fast_path._busy
         assert sorted(proxy.outcomes) == ([] if where == "account" else ["done", "done", "raised"])
         assert (await client.ask()).body == b"ok" * 5000
     assert [record.exc_text is not None for record in caplog.records if "fault of this proxy's" in record.message] == [True]

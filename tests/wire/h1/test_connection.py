@@ -178,7 +178,7 @@ def test_how_long_the_body_is_can_be_asked() -> None:
     assert until_close.body_length is Framing.CLOSE
 
 
-def test_only_heads_that_need_judgement_take_the_longer_road() -> None:
+def test_only_heads_that_need_judgement_take_the_longer_way() -> None:
     connection = server()
     connection.receive_data(head("GET / HTTP/1.1", "Host: a") + head("GET / HTTP/1.1", "Host: a", "X: \xe9"))
     for declined in (0, 1):

@@ -1,4 +1,4 @@
-"""The law of the recogniser: what it accepts, h11 accepts and means the same, and so does the longer road of wire/h1/strict_head.py.
+"""The law of the recogniser: what it accepts, h11 accepts and means the same, and so does the longer way of wire/h1/strict_head.py.
 
 The heads are those of real programs, and spoiled ones. A law that is never put to the test holds trivially: how many heads were
 accepted is asserted too.

@@ -412,7 +412,7 @@ def outcome(data: bytes) -> RequestHead | int:
 
 @settings(max_examples=300, deadline=None)
 @given(st.randoms(use_true_random=False), st.sampled_from(REQUESTS))
-def test_both_roads_and_all_chunkings_say_the_same_of_a_spoiled_request(source: object, data: bytes) -> None:
+def test_both_paths_and_all_chunkings_say_the_same_of_a_spoiled_request(source: object, data: bytes) -> None:
     data = spoil(source, data)  # type: ignore[arg-type]  # hypothesis' own Random
     whole = read(Role.SERVER, [data])
     assert read(Role.SERVER, byte_by_byte(data)) == whole
