@@ -57,7 +57,7 @@ class Carry(Protocol):
         ...
 
 
-class Lane(Protocol):
+class LentConnection(Protocol):
     """A connection on the fast path, as far as its server asks."""
 
     def busy(self) -> bool:

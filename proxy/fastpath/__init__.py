@@ -16,12 +16,12 @@ and takes connections to endpoints from the pool, which the ordinary path also d
 path gives the connection back, and when the task is cancelled the fast path lets go at once.
 
 *Streams.* A connection of HTTP/2 is never lent, because it is many exchanges' at a time: its reader and writer are tasks of its own on
-either path (exchange/h2/connection.py). What the ordinary path adds to them is a task for each exchange. Here an exchange is a `Strand`: it
-ties a stream of the client's to one of the endpoint's, and the readers call it when they have filed what one read brought. It keeps nothing
-for itself. What it cannot pass on at once (a window is closed, a writer is behind, others wait for their turn) it leaves where it lies, and
-gives the exchange back.
+either path (exchange/h2/connection.py). What the ordinary path adds to them is a task for each exchange. Here an exchange is a
+`FastExchange`: it ties a stream of the client's to one of the endpoint's, and the readers call it when they have filed what one read
+brought. It keeps nothing for itself. What it cannot pass on at once (a window is closed, a writer is behind, others wait for their turn) it
+leaves where it lies, and gives the exchange back.
 
-*Relays.* Two connections that are joined byte for byte are lent together, by the task that waits for the relay's end. A `Conduit` passes
+*Relays.* Two connections that are joined byte for byte are lent together, by the task that waits for the relay's end. A `FastRelay` passes
 their bytes on, and tells the relay's `Joint` how they end, as two tasks would. Connections that were HTTP before stay
 with those tasks: what was read ahead of them comes first.
 

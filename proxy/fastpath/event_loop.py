@@ -34,7 +34,7 @@ from trio.lowlevel import RunVar, Task, add_instrument, checkpoint, current_cloc
 
 if TYPE_CHECKING:
     from proxy.fastpath.fast_path import FastPath
-    from proxy.fastpath.h1_connection import Lane
+    from proxy.fastpath.h1_connection import FastConnection
 
 _log = logging.getLogger("isthmus.exchange")
 
@@ -62,7 +62,7 @@ class Ground(trio.abc.Instrument):
         self.steps: dict[int, Callable[[int], None]] = {trios: self._on_trio}  # by descriptor: what to do when it is ready
         # By descriptor: all that this turn has heard of, done or not. None: it is no turn, or there was more than it could be told.
         self.heard: dict[int, int] | None = None
-        self._again: list[Lane] = []  # lanes that have bytes of a next request already
+        self._again: list[FastConnection] = []  # connections that have bytes of a next request already
         self._epoll = select.epoll()
         self._epoll.register(trios, select.EPOLLIN)
         self._token = current_trio_token()
@@ -88,9 +88,9 @@ class Ground(trio.abc.Instrument):
         else:
             self._epoll.register(descriptor, events)
 
-    def again(self, lane: Lane) -> None:
-        """`lane` wants another step, in the next turn."""
-        self._again.append(lane)
+    def again(self, connection: FastConnection) -> None:
+        """`connection` wants another step, in the next turn."""
+        self._again.append(connection)
 
     # What trio tells...
 
@@ -117,7 +117,7 @@ class Ground(trio.abc.Instrument):
         """Wait in trio's stead. Whether trio has to be woken, if it is about to wait as long again."""
         try:
             return self._wait(timeout)
-        except Exception as error:  # each lane has a boundary of its own: this is a fault of the loop's
+        except Exception as error:  # each connection has a boundary of its own: this is a fault of the loop's
             _log.error("the fast path failed by a fault of this proxy's, and is closed", exc_info=error)
             for fast_path in list(self.fast_paths):
                 try:
@@ -137,8 +137,8 @@ class Ground(trio.abc.Instrument):
             events = epoll.poll(0 if again else timeout, EVENTS)
             self.now = trio.current_time()
             self.heard = dict(events) if len(events) < EVENTS else None
-            for lane in again:
-                lane.next()
+            for connection in again:
+                connection.next()
             for descriptor, mask in events:
                 step = steps.get(descriptor)
                 if step is not None:  # otherwise it was forgotten in this very turn

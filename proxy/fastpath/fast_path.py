@@ -10,9 +10,9 @@ import trio
 from proxy.exchange.h1.server import Drain, Http1Exchange, Http1Server
 from proxy.exchange.h2.server import Http2Exchange, Http2Server
 from proxy.fastpath.event_loop import Ground, enter, leave
-from proxy.fastpath.fast_relay import Conduit
-from proxy.fastpath.h1_connection import Lane
-from proxy.fastpath.h2_exchange import Strand, begin
+from proxy.fastpath.fast_relay import FastRelay
+from proxy.fastpath.h1_connection import FastConnection
+from proxy.fastpath.h2_exchange import FastExchange, begin
 from proxy.fastpath.plan import Course
 from proxy.net.relay import Joint
 from proxy.net.socket_stream import SocketStream
@@ -33,9 +33,9 @@ class FastPath:
         self._idle = idle_timeout / 2
         self._silence = silence
         self._ground: Ground | None = None  # while it runs
-        self._lanes: set[Lane] = set()
-        self._busy: set[Lane | Strand] = set()  # in an exchange
-        self._conduits: set[Conduit] = set()
+        self._connections: set[FastConnection] = set()
+        self._busy: set[FastConnection | FastExchange] = set()  # in an exchange
+        self._relays: set[FastRelay] = set()
         self._doze: trio.Event | None = None  # what the watch waits for while nothing is under way
         self.running = False  # it takes what is lent
         self._finished = self._handed_over = 0  # exchanges, since they were last asked for
@@ -59,10 +59,10 @@ class FastPath:
     def close(self) -> None:
         """Take nothing more, and give back what is on the fast path."""
         self.running = False
-        for lane in list(self._lanes):
-            lane.leave()
-        for conduit in list(self._conduits):
-            conduit.leave()
+        for connection in list(self._connections):
+            connection.leave()
+        for fast_relay in list(self._relays):
+            fast_relay.leave()
 
     async def carry(self, course: Course, server: Http1Server) -> Http1Exchange | None:
         """See exchange.handoff.Carry. Cancelled within an exchange, it closes the exchange's account as such."""
@@ -71,16 +71,16 @@ class FastPath:
         ends = server.leaving or server.client_ended
         if not self.running or ground is None or ends or not isinstance(stream, SocketStream | TLSStream):
             return None
-        lane = server.lane
-        if not isinstance(lane, Lane):
-            server.lane = lane = Lane(self, course, server, stream)
-        if not lane.punts.willing():
+        connection = server.lent
+        if not isinstance(connection, FastConnection):
+            server.lent = connection = FastConnection(self, course, server, stream)
+        if not connection.punts.willing():
             return None
-        self._lanes.add(lane)
+        self._connections.add(connection)
         ground.lends()
         if self._doze is not None:
             self._doze.set()
-        return await lane.carry()
+        return await connection.carry()
 
     def fork(self, course: Course, server: Http2Server, exchange: Http2Exchange) -> bool:
         """See exchange.handoff.Fork."""
@@ -93,10 +93,10 @@ class FastPath:
         if not self.running or ground is None:
             return
         if isinstance(client, SocketStream | TLSStream) and isinstance(server, SocketStream | TLSStream):
-            conduit = Conduit(self, joint, client, server)
-            self._conduits.add(conduit)
+            fast_relay = FastRelay(self, joint, client, server)
+            self._relays.add(fast_relay)
             ground.lends()
-            await conduit.carry()
+            await fast_relay.carry()
 
     def counts(self) -> tuple[int, int]:
         """Exchanges that have been finished here since this was last asked, and such that have been handed over."""
@@ -106,15 +106,15 @@ class FastPath:
     @staticmethod
     def recall(server: Http1Server) -> None:
         """Give back its connection, if it is between two exchanges."""
-        if isinstance(server.lane, Lane):
-            server.lane.recall()
+        if isinstance(server.lent, FastConnection):
+            server.lent.recall()
 
     def _recall(self) -> None:
         """The proxy is going down: give back the connections that are between two exchanges. The others see it behind theirs."""
-        for lane in list(self._lanes):
-            lane.recall()
+        for connection in list(self._connections):
+            connection.recall()
 
-    # For lanes...
+    # For what is carried...
 
     @property
     def ground(self) -> Ground:
@@ -123,14 +123,14 @@ class FastPath:
             raise RuntimeError("the fast path does not run")
         return self._ground
 
-    def released(self, lane: Lane) -> None:
-        self._lanes.discard(lane)
-        self._busy.discard(lane)
+    def released(self, connection: FastConnection) -> None:
+        self._connections.discard(connection)
+        self._busy.discard(connection)
         self.ground.lent -= 1
 
-    def parts(self, conduit: Conduit) -> None:
+    def parts(self, fast_relay: FastRelay) -> None:
         """It is not on the fast path any more."""
-        self._conduits.discard(conduit)
+        self._relays.discard(fast_relay)
         self.ground.lent -= 1
 
     @property
@@ -138,15 +138,15 @@ class FastPath:
         """Seconds that an exchange must have left."""
         return PATIENCE
 
-    def begins(self, lane: Lane | Strand) -> None:
-        """`lane` is in an exchange."""
-        self._busy.add(lane)
+    def begins(self, connection: FastConnection | FastExchange) -> None:
+        """`connection` is in an exchange."""
+        self._busy.add(connection)
         if self._doze is not None:
             self._doze.set()
 
-    def rests(self, lane: Lane | Strand, *, finished: bool = True) -> None:
+    def rests(self, connection: FastConnection | FastExchange, *, finished: bool = True) -> None:
         """Its exchange is not here any more; `finished`: it has ended here, and well."""
-        self._busy.discard(lane)
+        self._busy.discard(connection)
         self._finished += finished
 
     def hands_over(self) -> None:
@@ -175,23 +175,23 @@ class FastPath:
     def give_up(self, latest: float) -> None:
         """Hand over the exchanges that have not moved since, and those that will be over soon in any case."""
         soon = latest + 2 * PATIENCE
-        for lane in list(self._busy):
-            if lane.moved <= latest or lane.limit <= soon:
-                lane.hand_over()
+        for connection in list(self._busy):
+            if connection.moved <= latest or connection.limit <= soon:
+                connection.hand_over()
 
     def _give_back(self, now: float) -> float:
         """Give back the connections that have been idle for half their time; seconds until it is time for the next."""
         due = now + self._idle
-        for lane in list(self._lanes):
-            if lane.due() <= now:
-                lane.recall()
+        for connection in list(self._connections):
+            if connection.due() <= now:
+                connection.recall()
             else:
-                due = min(due, lane.due())
+                due = min(due, connection.due())
         return max(due - now, self._idle / 8)
 
     def _expire(self, now: float) -> float:
         """End the relays in which nothing has moved for too long; seconds until it is time for the next."""
         least = self._silence
-        for conduit in list(self._conduits):
-            least = min(least, conduit.expire(now))
+        for fast_relay in list(self._relays):
+            least = min(least, fast_relay.expire(now))
         return max(least, self._silence / 8)

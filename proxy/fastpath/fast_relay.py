@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from proxy.fastpath.fast_path import FastPath
 
 
-class Conduit:
+class FastRelay:
     """Made for one relay. `carry` is called by its task, `leave` and `expire` by anybody, the rest by the fast path."""
 
     __slots__ = ("_fast_path", "_fault", "_full", "_ground", "_joint", "_lent", "_pipes", "_sides", "_task")

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 _NOTHING = Whole()  # the body of a request that goes on in one piece
 
 
-class Lane:
+class FastConnection:
     """Made with its connection's first loan and kept for all of them. `carry` is called by the connection's task, `give_back`, `recall` and
     `hand_over` by anybody, the rest by the fast path."""
 

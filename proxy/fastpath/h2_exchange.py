@@ -50,9 +50,9 @@ def begin(fast_path: FastPath, course: Course, server: Http2Server, exchange: Ht
     try:
         loan = course.share(exchange)
         if loan is not None:
-            strand = Strand(fast_path, server, exchange, loan)
-            strand.moved, strand.limit, strand.began = now, min(limit, loan.limit), now
-            strand.begin(course)
+            fast_exchange = FastExchange(fast_path, server, exchange, loan)
+            fast_exchange.moved, fast_exchange.limit, fast_exchange.began = now, min(limit, loan.limit), now
+            fast_exchange.begin(course)
             return True
     except Exception as error:  # as below
         _log.error("a stream failed by a fault of this proxy's", exc_info=error)
@@ -70,7 +70,7 @@ def _limit(exchange: Http2Exchange, now: float) -> float:
     return inf if seconds is None else now + seconds
 
 
-class Strand:
+class FastExchange:
     """Made for an exchange; forgets its streams when that ends, or is handed over."""
 
     __slots__ = ("_account", "_asked", "_client", "_endpoint", "_exchange", "_fast_path", "_loan", "_server", "began", "limit", "moved")

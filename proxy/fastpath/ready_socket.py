@@ -1,4 +1,4 @@
-"""One end of a lane, or of a conduit: a stream on the fast path."""
+"""One end of a connection, or of a relay: a stream on the fast path."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ import pytest
 from OpenSSL import SSL
 
 from proxy.exchange.exchange import Exchange
-from proxy.fastpath.fast_relay import Conduit
-from proxy.fastpath.h1_connection import Lane
+from proxy.fastpath.fast_relay import FastRelay
+from proxy.fastpath.h1_connection import FastConnection
 from proxy.net.socket_stream import SocketStream
 from proxy.net.tls.handshake import TLSStream
 from tests.both_paths.acts import good
@@ -24,7 +24,7 @@ from tests.both_paths.server import serve
 from tests.both_paths.stage import Cast, Theatre, WhichPath
 from tests.fastpath.test_fast_relay import Conversation, held, paved
 
-OURS = (Exchange, Conduit, Lane, SocketStream, TLSStream, SSL.Connection)
+OURS = (Exchange, FastRelay, FastConnection, SocketStream, TLSStream, SSL.Connection)
 
 
 @contextmanager

@@ -183,11 +183,11 @@ async def test_an_answer_in_chunks_whose_end_the_client_has_not_taken_yet_ends_o
             assert (await client.ask()).body == b"ok"
             fast_path = proxy.fast_path
             assert fast_path is not None
-            await until(lambda: bool(fast_path._lanes))
-            for lane in fast_path._lanes:  # so that what one read gives does not fit
-                lane._client.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            await until(lambda: bool(fast_path._connections))
+            for connection in fast_path._connections:  # so that what one read gives does not fit
+                connection._client.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             await client.send(GET)
-            await until(lambda: any(lane._client.unsent and not lane._remaining for lane in fast_path._lanes))
+            await until(lambda: any(connection._client.unsent and not connection._remaining for connection in fast_path._connections))
             fast_path.give_up(math.inf)
             answer = await client.response()
             assert (answer.body, answer.trailers) == (body, [(b"x-sum", b"1")])

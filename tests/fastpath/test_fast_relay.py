@@ -42,7 +42,7 @@ async def paved(idle_timeout: float = 1_000_000, silence: float = 1_000_000) -> 
 
 def waits(fast_path: FastPath) -> bool:
     """Whether a relay on `fast_path` has bytes that nobody takes."""
-    return any(conduit._joint.held[0] for conduit in fast_path._conduits)
+    return any(fast_relay._joint.held[0] for fast_relay in fast_path._relays)
 
 
 async def ends(tls: bool, buffers: int | None = None) -> tuple[Either, Either]:
@@ -95,8 +95,8 @@ async def held(talk: Conversation, kinds: tuple[bool, bool], fast_path: FastPath
         said = [0, 0]
         for number, (who, size) in enumerate(talk.pieces):
             if number == talk.given_back and fast_path is not None:
-                for conduit in list(fast_path._conduits):
-                    conduit.leave()
+                for fast_relay in list(fast_path._relays):
+                    fast_relay.leave()
             await speakers[who].send_all(bytes([number % 256]) * size)
             said[who] += size
             await until(lambda: all(len(talk.peers[1 - who].data) == said[who] for who in (0, 1)))  # so that a reset destroys nothing
@@ -137,7 +137,7 @@ def test_a_conversation_comes_out_as_it_does_with_tasks(talk: Conversation, kind
         with_tasks = await held(Conversation(talk.pieces, talk.last), kinds, None)
         async with paved() as fast_path:
             on_fast_path = await held(Conversation(talk.pieces, talk.last, talk.given_back), kinds, fast_path)
-            assert not fast_path._conduits
+            assert not fast_path._relays
             assert fast_path.ground.lent == 0
         return with_tasks, on_fast_path
 

@@ -16,7 +16,7 @@ import trio
 from proxy.errors import ClientGone, IsthmusError, RequestTimeout
 from proxy.exchange.exchange import Body, Exchange, Facts, Handler
 from proxy.exchange.h1.request_body import RequestBody, rest_of_head
-from proxy.exchange.handoff import Carry, Lane
+from proxy.exchange.handoff import Carry, LentConnection
 from proxy.exchange.prefixed_stream import READ_SIZE, Resumed
 from proxy.net.disconnects import Disconnects
 from proxy.net.exceptions import NetError
@@ -241,8 +241,8 @@ class Http1Server:
         self.served = False  # whether a request has been answered
         self.tunnelled = self.aborted = False
         self.idle_since = 0.0  # trio's time; when it began to wait for a request
-        self.lane: Lane | None = None  # the fast path's own, from one loan to the next
-        self._waiting = False  # for a request; on the fast path `lane` knows
+        self.lent: LentConnection | None = None  # the fast path's own, from one loan to the next
+        self._waiting = False  # for a request; on the fast path `lent` knows
         self._retired = False
         self.on_client_end: Callable[[], None] | None = None  # told of `client_ended`, while the connection is lent
         self.client_ended = self.lost = False  # the client has ended its direction; the connection is lost
@@ -257,7 +257,7 @@ class Http1Server:
                 while await self._serve_one(handler):
                     self.connection.next_cycle()
         finally:
-            self.lane = None  # which leads back here
+            self.lent = None  # which leads back here
         if self._scope.cancelled_caught and self.connection.buffered:
             await self._refuse(handler, ProtocolError("the request's head was not complete in time", 408))
 
@@ -275,7 +275,7 @@ class Http1Server:
     @property
     def waiting_since(self) -> float | None:
         """See net.connection_slots.Activity."""
-        if not self._waiting or (self.lane is not None and self.lane.busy()):
+        if not self._waiting or (self.lent is not None and self.lent.busy()):
             return None
         return self.idle_since
 

@@ -33,7 +33,7 @@ async def test_a_fault_of_ours_ends_its_stream_and_no_other(
             raise RuntimeError("a fault of ours")
         return nullcontext()
 
-    owner = Shared if where == "open" else h2_exchange.Strand
+    owner = Shared if where == "open" else h2_exchange.FastExchange
     whole = getattr(owner, where, None)
 
     def step(self: Any, *args: Any, **named: Any) -> object:
