@@ -4,10 +4,10 @@ from __future__ import annotations
 
 # Exchanges of one connection in a row that had to be given back, after which it is not lent for `REST` exchanges: whoever speaks HTTP/1.0,
 # or uploads, will do so again, and each attempt costs 10 to 20 µs.
-PUNTS, REST = 4, 64
+MOST_DECLINED, REST = 4, 64
 
 
-class Punts:
+class Eligibility:
     """Those of one connection. `row`: how many there were since an exchange ended on the fast path."""
 
     __slots__ = ("_resting", "row")
@@ -22,8 +22,8 @@ class Punts:
             return False
         return True
 
-    def punt(self) -> None:
+    def declined(self) -> None:
         """One more."""
         self.row += 1
-        if self.row >= PUNTS:
+        if self.row >= MOST_DECLINED:
             self.row, self._resting = 0, REST

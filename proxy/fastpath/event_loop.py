@@ -1,4 +1,4 @@
-"""The ground that the fast path lies on: its steps run in the place where trio would wait.
+"""The fast path's event loop. It runs inside trio's idle wait: whenever trio would block in epoll_wait, this loop polls instead.
 
 trio waits in one place, when no task can run: in epoll_wait, until the next deadline at the latest. Before, it asks its clock how long
 that is, and there this loop waits in its stead (`Clock`): for the fast path's descriptors, and for trio's own epoll set, which is a
@@ -51,7 +51,7 @@ def _nothing() -> None:
     pass
 
 
-class Ground(trio.abc.Instrument):
+class EventLoop(trio.abc.Instrument):
     """The loop beneath one run of trio's, shared by all paths in it (a process has one, a test may have several)."""
 
     def __init__(self, trios: int) -> None:
@@ -158,11 +158,11 @@ class Ground(trio.abc.Instrument):
 
 
 class Clock(trio.abc.Clock):
-    """The system's clock, for a run of trio's that has a fast path: trio waits on the ground. (So long as something is on the fast path,
-    nobody sees all tasks blocked, as trio.testing can wait for.)"""
+    """The system's clock, for a run of trio's that has a fast path: trio waits in the event loop. (So long as something is on the fast
+    path, nobody sees all tasks blocked, as trio.testing can wait for.)"""
 
     def __init__(self) -> None:
-        self.ground: Ground | None = None
+        self.event_loop: EventLoop | None = None
         self._from = random.uniform(10_000, 200_000)  # noqa: S311  # as trio's own: times of two runs are not to be mixed
 
     def start_clock(self) -> None:
@@ -173,43 +173,43 @@ class Clock(trio.abc.Clock):
 
     def deadline_to_sleep_time(self, deadline: float) -> float:
         left = deadline - self.current_time()
-        ground = self.ground
-        if ground is None or not ground.lent:
+        event_loop = self.event_loop
+        if event_loop is None or not event_loop.lent:
             return left
-        ground.wait(left)
+        event_loop.wait(left)
         return 0.0
 
 
-_HERE: RunVar[Ground | None] = RunVar("ground", None)
+_HERE: RunVar[EventLoop | None] = RunVar("event_loop", None)
 
 
-async def enter(fast_path: FastPath) -> Ground | None:
-    """The ground of this run of trio's, for a fast path that will `leave` it; None: there is none to be had."""
-    ground = _HERE.get()
-    if ground is None:
+async def enter(fast_path: FastPath) -> EventLoop | None:
+    """The event loop of this run of trio's, for a fast path that will `leave` it; None: there is none to be had."""
+    event_loop = _HERE.get()
+    if event_loop is None:
         trios = await _epoll_of_trio()
         if trios is None:
             return None
-        ground = Ground(trios)
+        event_loop = EventLoop(trios)
         clock = current_clock()
         if isinstance(clock, Clock):
-            clock.ground = ground
-        _HERE.set(ground)
-        add_instrument(ground)
-    ground.fast_paths.add(fast_path)
-    return ground
+            clock.event_loop = event_loop
+        _HERE.set(event_loop)
+        add_instrument(event_loop)
+    event_loop.fast_paths.add(fast_path)
+    return event_loop
 
 
-def leave(fast_path: FastPath, ground: Ground) -> None:
+def leave(fast_path: FastPath, event_loop: EventLoop) -> None:
     """The fast path is empty, and no more."""
-    ground.fast_paths.discard(fast_path)
-    if not ground.fast_paths:
-        remove_instrument(ground)
+    event_loop.fast_paths.discard(fast_path)
+    if not event_loop.fast_paths:
+        remove_instrument(event_loop)
         clock = current_clock()
         if isinstance(clock, Clock):
-            clock.ground = None
+            clock.event_loop = None
         _HERE.set(None)
-        ground.close()
+        event_loop.close()
 
 
 async def _epoll_of_trio() -> int | None:

@@ -9,11 +9,11 @@ import trio
 
 from proxy.exchange.h1.server import Drain, Http1Exchange, Http1Server
 from proxy.exchange.h2.server import Http2Exchange, Http2Server
-from proxy.fastpath.event_loop import Ground, enter, leave
+from proxy.fastpath.event_loop import EventLoop, enter, leave
 from proxy.fastpath.fast_relay import FastRelay
 from proxy.fastpath.h1_connection import FastConnection
 from proxy.fastpath.h2_exchange import FastExchange, begin
-from proxy.fastpath.plan import Course
+from proxy.fastpath.plan import ExchangePlan
 from proxy.net.relay import Joint
 from proxy.net.socket_stream import SocketStream
 from proxy.net.tls.handshake import TLSStream
@@ -32,7 +32,7 @@ class FastPath:
         drain.on_begin.add(self._recall)
         self._idle = idle_timeout / 2
         self._silence = silence
-        self._ground: Ground | None = None  # while it runs
+        self._event_loop: EventLoop | None = None  # while it runs
         self._connections: set[FastConnection] = set()
         self._busy: set[FastConnection | FastExchange] = set()  # in an exchange
         self._relays: set[FastRelay] = set()
@@ -42,8 +42,8 @@ class FastPath:
 
     async def open(self) -> None:
         """From here on it takes what is lent; `run` has to follow."""
-        self._ground = await enter(self)
-        if self._ground is None:
+        self._event_loop = await enter(self)
+        if self._event_loop is None:
             _log.warning("trio's epoll set is not to be found in /proc: HTTP/1.1 and relays take the ordinary path")
         self.running = True
 
@@ -53,8 +53,8 @@ class FastPath:
             await self._watch()
         finally:
             self.close()
-            if self._ground is not None:
-                leave(self, self._ground)
+            if self._event_loop is not None:
+                leave(self, self._event_loop)
 
     def close(self) -> None:
         """Take nothing more, and give back what is on the fast path."""
@@ -64,38 +64,38 @@ class FastPath:
         for fast_relay in list(self._relays):
             fast_relay.leave()
 
-    async def carry(self, course: Course, server: Http1Server) -> Http1Exchange | None:
+    async def carry(self, plan: ExchangePlan, server: Http1Server) -> Http1Exchange | None:
         """See exchange.handoff.Carry. Cancelled within an exchange, it closes the exchange's account as such."""
         stream = server.stream
-        ground = self._ground
+        event_loop = self._event_loop
         ends = server.leaving or server.client_ended
-        if not self.running or ground is None or ends or not isinstance(stream, SocketStream | TLSStream):
+        if not self.running or event_loop is None or ends or not isinstance(stream, SocketStream | TLSStream):
             return None
         connection = server.lent
         if not isinstance(connection, FastConnection):
-            server.lent = connection = FastConnection(self, course, server, stream)
-        if not connection.punts.willing():
+            server.lent = connection = FastConnection(self, plan, server, stream)
+        if not connection.eligibility.willing():
             return None
         self._connections.add(connection)
-        ground.lends()
+        event_loop.lends()
         if self._doze is not None:
             self._doze.set()
         return await connection.carry()
 
-    def fork(self, course: Course, server: Http2Server, exchange: Http2Exchange) -> bool:
+    def fork(self, plan: ExchangePlan, server: Http2Server, exchange: Http2Exchange) -> bool:
         """See exchange.handoff.Fork."""
-        return self.running and not server.drain.draining and begin(self, course, server, exchange)
+        return self.running and not server.drain.draining and begin(self, plan, server, exchange)
 
     async def join(self, joint: Joint) -> None:
         """See net.relay.Carry."""
         client, server = joint.sides
-        ground = self._ground
-        if not self.running or ground is None:
+        event_loop = self._event_loop
+        if not self.running or event_loop is None:
             return
         if isinstance(client, SocketStream | TLSStream) and isinstance(server, SocketStream | TLSStream):
             fast_relay = FastRelay(self, joint, client, server)
             self._relays.add(fast_relay)
-            ground.lends()
+            event_loop.lends()
             await fast_relay.carry()
 
     def counts(self) -> tuple[int, int]:
@@ -117,21 +117,21 @@ class FastPath:
     # For what is carried...
 
     @property
-    def ground(self) -> Ground:
-        """What it lies on, for those that are on it."""
-        if self._ground is None:
+    def event_loop(self) -> EventLoop:
+        """The event loop, for what is carried by it."""
+        if self._event_loop is None:
             raise RuntimeError("the fast path does not run")
-        return self._ground
+        return self._event_loop
 
     def released(self, connection: FastConnection) -> None:
         self._connections.discard(connection)
         self._busy.discard(connection)
-        self.ground.lent -= 1
+        self.event_loop.lent -= 1
 
     def parts(self, fast_relay: FastRelay) -> None:
         """It is not on the fast path any more."""
         self._relays.discard(fast_relay)
-        self.ground.lent -= 1
+        self.event_loop.lent -= 1
 
     @property
     def patience(self) -> float:

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 class FastRelay:
     """Made for one relay. `carry` is called by its task, `leave` and `expire` by anybody, the rest by the fast path."""
 
-    __slots__ = ("_fast_path", "_fault", "_full", "_ground", "_joint", "_lent", "_pipes", "_sides", "_task")
+    __slots__ = ("_event_loop", "_fast_path", "_fault", "_full", "_joint", "_lent", "_pipes", "_sides", "_task")
 
     def __init__(self, fast_path: FastPath, joint: Joint, client: Prompt, server: Prompt) -> None:
         self._fast_path = fast_path
-        self._ground = fast_path.ground
+        self._event_loop = fast_path.event_loop
         self._joint = joint
-        self._sides = (Side(fast_path.ground, client), Side(fast_path.ground, server))
+        self._sides = (Side(fast_path.event_loop, client), Side(fast_path.event_loop, server))
         self._pipes = self._sides[0].tls is None and self._sides[1].tls is None  # the kernel could do it alone
         self._full = [0, 0]  # reads in a row that gave as much as they may
         self._lent = False
@@ -40,7 +40,7 @@ class FastRelay:
 
     async def carry(self) -> None:
         """Pass bytes until the relay is over, or is the ordinary path's; what is left stands in the joint."""
-        self._lent, self._joint.quiet_since = True, self._ground.now
+        self._lent, self._joint.quiet_since = True, self._event_loop.now
         try:
             for side in (0, 1):
                 self._sides[side].belongs(partial(self._on, side))
@@ -91,7 +91,7 @@ class FastRelay:
         if not self._lent:
             return  # it was given back in this very turn
         joint = self._joint
-        joint.quiet_since = self._ground.now
+        joint.quiet_since = self._event_loop.now
         try:
             if mask & OUT and joint.held[1 - side]:
                 self._send(1 - side, joint.held[1 - side])

@@ -27,9 +27,9 @@ from proxy.exchange.handoff import Begun
 from proxy.exchange.upstream import unreadable
 from proxy.exchange.upstream_head import forwarded_request
 from proxy.fastpath.chunked_body import Chunks
-from proxy.fastpath.eligibility import Punts
+from proxy.fastpath.eligibility import Eligibility
 from proxy.fastpath.h1_handoff import begun
-from proxy.fastpath.plan import Borrowed, Course
+from proxy.fastpath.plan import Borrowed, ExchangePlan
 from proxy.fastpath.ready_socket import IN, OUT, Side, side_of
 from proxy.net.exceptions import NetError
 from proxy.net.memory_budget import SMALL, Charge
@@ -49,22 +49,22 @@ class FastConnection:
     `hand_over` by anybody, the rest by the fast path."""
 
     __slots__ = (
-        "_account", "_chunks", "_client", "_course", "_endpoint", "_exchange", "_fast_path", "_fault", "_ground", "_kept", "_lent", "_loan",
-        "_remaining", "_rest", "_result", "_server", "_spare", "_task", "limit", "moved", "punts",
+        "_account", "_chunks", "_client", "_endpoint", "_event_loop", "_exchange", "_fast_path", "_fault", "_kept", "_lent", "_loan",
+        "_plan", "_remaining", "_rest", "_result", "_server", "_spare", "_task", "eligibility", "limit", "moved",
     )  # fmt: skip
-    def __init__(self, fast_path: FastPath, course: Course, server: Http1Server, stream: Prompt) -> None:
+    def __init__(self, fast_path: FastPath, plan: ExchangePlan, server: Http1Server, stream: Prompt) -> None:
         self._fast_path = fast_path
-        self._course = course
+        self._plan = plan
         self._server = server
-        self._ground = fast_path.ground
-        self._client = Side(fast_path.ground, stream)
+        self._event_loop = fast_path.event_loop
+        self._client = Side(fast_path.event_loop, stream)
         self._kept = Charge(server.facts.share)  # what the client has not taken, and what it has sent ahead
         self._lent = False
         self._task: Task | None = None  # the connection's, while it is suspended here
         self._result: Http1Exchange | None = None  # that has been begun here, and goes on there
         self._fault: Exception | None = None
         self._rest = b""  # read behind the exchange that is under way
-        self.punts = Punts()
+        self.eligibility = Eligibility()
         self.moved = 0.0  # trio's time at the last step of an exchange
         self.limit = inf  # and when that has to be over
         self._exchange: Http1Exchange | None = None
@@ -132,7 +132,7 @@ class FastConnection:
 
     def give_back(self, data: bytes = b"") -> None:
         """Between two exchanges: `data` was read and is the beginning of the next request."""
-        self.punts.punt()
+        self.eligibility.declined()
         if data:
             self._server.connection.receive_data(data)
         self._wake()
@@ -155,7 +155,7 @@ class FastConnection:
         if exchange is None or account is None or loan is None or endpoint is None:
             raise RuntimeError("there is no exchange to hand over")
         self._fast_path.hands_over()
-        self.punts.punt()
+        self.eligibility.declined()
         connection = self._server.connection
         exchange.begun = begun(connection, exchange, loan, self._chunks or self._remaining, (endpoint.unsent, self._client.unsent, data))
         exchange.begun.failure = failure
@@ -167,7 +167,7 @@ class FastConnection:
 
     def _pass_over(self, exchange: Http1Exchange, rest: bytes) -> None:
         """Before an exchange of which something has been decided already."""
-        self.punts.punt()
+        self.eligibility.declined()
         connection = self._server.connection
         connection.take_over(exchange.request.method, (At.DONE, 0), (At.HEAD, 0))
         connection.receive_data_if(rest)
@@ -194,7 +194,7 @@ class FastConnection:
                 if not self._rest:  # otherwise that comes first: the last exchange has ended in this very turn, and `next` follows
                     self._receive()
             elif self._client.unsent:
-                self.moved = self._ground.now
+                self.moved = self._event_loop.now
                 self._send(self._client.unsent)
             else:
                 self._client.watch(0)  # the client sends its next request, or has gone: that is looked at behind this exchange
@@ -237,11 +237,11 @@ class FastConnection:
             return
         request, length = found
         body = data[end : end + length]
-        now = self._ground.now
+        now = self._event_loop.now
         # The body is read from there only if it has to be sent again.
         exchange = Http1Exchange(server, request, Whole(body) if body else _NOTHING, now=now)
         rest = data[end + length :]
-        loan = self._course.take(exchange, now)
+        loan = self._plan.take(exchange, now)
         if loan is None and (exchange.first is not None or exchange.trace is not None):
             # What chance has decided is not asked of it again: that would change the odds.
             self._pass_over(exchange, rest)
@@ -249,7 +249,7 @@ class FastConnection:
         if loan is None:
             self.give_back(data)
             return
-        account = self._course.account(exchange)
+        account = self._plan.account(exchange)
         account.__enter__()
         if loan.on_begin is not None:
             loan.on_begin(exchange)
@@ -258,7 +258,7 @@ class FastConnection:
         if rest or self._kept.size:
             self._kept.become(len(rest))
         self._remaining = 0
-        self._endpoint = endpoint = side_of(loan.upstream, self._ground)
+        self._endpoint = endpoint = side_of(loan.upstream, self._event_loop)
         endpoint.belongs(self._on_server)
         exchange.carried_by(endpoint.peer, endpoint.tls)
         exchange.request_bytes = length
@@ -282,7 +282,7 @@ class FastConnection:
         exchange, endpoint = self._exchange, self._endpoint
         if exchange is None or endpoint is None:
             return
-        self.moved = self._ground.now
+        self.moved = self._event_loop.now
         if endpoint.unsent:
             self._ask(endpoint, endpoint.unsent)
             return
@@ -384,12 +384,12 @@ class FastConnection:
         if self._spare:
             loan.end(usable=False)
         else:
-            loan.done(self._ground.now)
+            loan.done(self._event_loop.now)
         self._forget_exchange()
-        self.punts.row = 0
+        self.eligibility.row = 0
         server = self._server
         server.served = True
-        server.idle_since = self._ground.now
+        server.idle_since = self._event_loop.now
         self._fast_path.rests(self)
         if server.leaving:
             self.give_back(rest)
@@ -397,4 +397,4 @@ class FastConnection:
         self._client.watch(IN)
         if rest:
             self._rest = rest
-            self._ground.again(self)
+            self._event_loop.again(self)

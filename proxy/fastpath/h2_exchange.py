@@ -23,7 +23,7 @@ from proxy.exchange.h2.stream import MuxStream
 from proxy.exchange.handoff import Begun
 from proxy.exchange.reports import is_report
 from proxy.exchange.upstream import oversized
-from proxy.fastpath.plan import Course, Shared
+from proxy.fastpath.plan import ExchangePlan, Shared
 from proxy.wire import grpc
 from proxy.wire.h2.events import HeadTooLarge
 from proxy.wire.h2.frames import Code
@@ -37,7 +37,7 @@ _log = logging.getLogger("isthmus.exchange")
 _UNOPENED = nullcontext()
 
 
-def begin(fast_path: FastPath, course: Course, server: Http2Server, exchange: Http2Exchange) -> bool:
+def begin(fast_path: FastPath, plan: ExchangePlan, server: Http2Server, exchange: Http2Exchange) -> bool:
     """See exchange.handoff.Fork."""
     request = exchange.request
     method = request.method
@@ -48,11 +48,11 @@ def begin(fast_path: FastPath, course: Course, server: Http2Server, exchange: Ht
     if limit < now + fast_path.patience:
         return False
     try:
-        loan = course.share(exchange)
+        loan = plan.share(exchange)
         if loan is not None:
             fast_exchange = FastExchange(fast_path, server, exchange, loan)
             fast_exchange.moved, fast_exchange.limit, fast_exchange.began = now, min(limit, loan.limit), now
-            fast_exchange.begin(course)
+            fast_exchange.begin(plan)
             return True
     except Exception as error:  # as below
         _log.error("a stream failed by a fault of this proxy's", exc_info=error)
@@ -88,10 +88,10 @@ class FastExchange:
         self.moved = 0.0  # when something was passed on last
         self.limit = inf  # when it must not be here any more
 
-    def begin(self, course: Course) -> None:
+    def begin(self, plan: ExchangePlan) -> None:
         """Send the head of the request."""
         try:
-            account = course.account(self._exchange)
+            account = plan.account(self._exchange)
             account.__enter__()
             self._account = account
             self._set_out()

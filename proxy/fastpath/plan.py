@@ -18,7 +18,7 @@ from proxy.wire.h2.fields import onward_pairs
 from proxy.wire.messages import RequestHead, ResponseHead
 
 
-class Course(Protocol):
+class ExchangePlan(Protocol):
     """A flow's decisions, as plain functions; the same that its layers make on the ordinary path."""
 
     def account(self, exchange: Exchange) -> AbstractContextManager[object]:

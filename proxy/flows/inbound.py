@@ -54,7 +54,7 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
         deadline,
         endpoint=to_application(rt, pools, client),
     )
-    course = InboundCourse(rt, pools)
+    plan = InboundPlan(rt, pools)
 
     async def accept(connection: Connection) -> None:
         slot = connection.slot
@@ -81,14 +81,14 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
                         about.protocol = Protocol.HTTP1
                 if about.protocol is not Protocol.OPAQUE:
                     with pools.client(about.destination):
-                        await serve(rt, stream, about, handler, course)
+                        await serve(rt, stream, about, handler, plan)
                 else:
                     authorise(rt, about)
                     about.unsure = not opaque and (opening.open or isinstance(stream, TLSStream))
                     late = await to_listener(rt, stream, about, account, pools)
                     if late is not None:
                         with pools.client(about.destination):
-                            await serve(rt, late, about, handler, course)
+                            await serve(rt, late, about, handler, plan)
 
     return accept
 
@@ -141,7 +141,7 @@ def caller(rt: Runtime, exchange: Exchange) -> bytes | None:
     return peer.encode("ascii")
 
 
-class InboundCourse:
+class InboundPlan:
     """The same on the fast path."""
 
     def __init__(self, rt: Runtime, pools: Pools[Address]) -> None:

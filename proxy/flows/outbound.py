@@ -62,7 +62,7 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
         deadline,
         endpoint=to_service(rt, pools, client),
     )
-    course = OutboundCourse(rt, pools)
+    plan = OutboundPlan(rt, pools)
 
     async def accept(connection: Connection) -> None:
         about = Facts(DIRECTION, connection.peer, rt.destination(connection, config.fixed_destination), slot=connection.slot)
@@ -83,7 +83,7 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
                 about.unsure = opening.open
                 stream = await to_endpoint(rt, target, connection.stream, about, account)
             if stream is not None:
-                await serve(rt, stream, about, handler, course)
+                await serve(rt, stream, about, handler, plan)
 
     return accept
 
@@ -143,7 +143,7 @@ def told(request: RequestHead, target: Target) -> bytes | None:
     return target.remote.authority
 
 
-class OutboundCourse:
+class OutboundPlan:
     """The same on the fast path, for services that are here and ask for nothing special."""
 
     def __init__(self, rt: Runtime, pools: Pools[Endpoint]) -> None:

@@ -17,7 +17,7 @@ from proxy.exchange.h1.server import Http1Server
 from proxy.exchange.h2.pool import MuxPool
 from proxy.exchange.h2.server import Http2Server
 from proxy.exchange.leases import Http1Lender, Http2Lender
-from proxy.fastpath.plan import Borrowed, Course, Shared
+from proxy.fastpath.plan import Borrowed, ExchangePlan, Shared
 from proxy.flows.runtime import Runtime
 from proxy.identity.tls_contexts import ALPN_HTTP1, ALPN_HTTP2
 from proxy.net.socket_stream import Stream
@@ -120,21 +120,21 @@ def upstream_protocol(exchange: Exchange, target: Target) -> Protocol:
     return protocol
 
 
-async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler, course: Course | None = None) -> None:
-    """Serve a downstream HTTP connection of either version until it ends; plain exchanges of one with a `course` take the fast path."""
+async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler, plan: ExchangePlan | None = None) -> None:
+    """Serve a downstream HTTP connection of either version until it ends; plain exchanges of one with a `plan` take the fast path."""
     plain = about.identity is None and about.direction != "outbound"
     settings = rt.settings.plain_server if plain else rt.settings.server
     if about.protocol is Protocol.HTTP2:
         server = Http2Server(stream, about, settings, rt.settings.plain_downstream if plain else rt.settings.downstream, rt.drain)
-        if rt.fast_path is not None and course is not None:
-            server.fork = partial(rt.fast_path.fork, course)
+        if rt.fast_path is not None and plan is not None:
+            server.fork = partial(rt.fast_path.fork, plan)
         if about.slot is not None:
             about.slot.activity = server
         await server.run(handler)
         if server.mux.fault is not None:  # the client has been told, by GOAWAY; for the log
             raise server.mux.fault
     else:
-        carry = partial(rt.fast_path.carry, course) if rt.fast_path is not None and course is not None else None
+        carry = partial(rt.fast_path.carry, plan) if rt.fast_path is not None and plan is not None else None
         one = Http1Server(stream, about, settings, rt.drain, carry)
         if about.slot is not None:
             about.slot.activity = one

@@ -15,7 +15,7 @@ import trio
 
 from proxy.exchange.h1.server import Drain
 from proxy.fastpath import event_loop as room
-from proxy.fastpath.event_loop import Clock, Ground
+from proxy.fastpath.event_loop import Clock, EventLoop
 from proxy.fastpath.fast_path import FastPath
 from tests.kit.build import interpreted
 from tests.kit.http import descriptors
@@ -28,15 +28,15 @@ def clock(request: pytest.FixtureRequest) -> trio.abc.Clock | None:
 
 
 @asynccontextmanager
-async def grounded() -> AsyncIterator[Ground]:
-    """A fast path that has lent something, as far as its ground knows."""
+async def running_loop() -> AsyncIterator[EventLoop]:
+    """A fast path that has lent something, as far as its event loop knows."""
     fast_path = FastPath(Drain(), 1_000_000, 1_000_000)  # so that it does not look up by itself meanwhile
     await fast_path.open()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(fast_path.run)
-        fast_path.ground.lent += 1
-        yield fast_path.ground
-        fast_path.ground.lent -= 1
+        fast_path.event_loop.lent += 1
+        yield fast_path.event_loop
+        fast_path.event_loop.lent -= 1
         nursery.cancel_scope.cancel()
 
 
@@ -61,7 +61,7 @@ class Passes(trio.abc.Instrument):
 async def test_what_comes_for_the_fast_path_takes_no_pass_of_the_scheduler(clock: trio.abc.Clock | None) -> None:
     passes, heard, all_of_it = Passes(), bytearray(), trio.Event()
     with ends() as (here, there):
-        async with grounded() as ground:
+        async with running_loop() as event_loop:
 
             def step(_: int) -> None:
                 heard.extend(here.recv(1))
@@ -70,8 +70,8 @@ async def test_what_comes_for_the_fast_path_takes_no_pass_of_the_scheduler(clock
                 else:
                     all_of_it.set()
 
-            ground.steps[here.fileno()] = step
-            ground.watch(here.fileno(), 0, select.EPOLLIN)
+            event_loop.steps[here.fileno()] = step
+            event_loop.watch(here.fileno(), 0, select.EPOLLIN)
             trio.lowlevel.add_instrument(passes)
             there.send(b"x")
             with trio.fail_after(20):
@@ -81,7 +81,7 @@ async def test_what_comes_for_the_fast_path_takes_no_pass_of_the_scheduler(clock
 
 
 async def test_a_deadline_comes_although_the_fast_path_is_idle(clock: trio.abc.Clock | None) -> None:
-    async with grounded():
+    async with running_loop():
         with trio.fail_after(20):
             await trio.sleep(0.05)
 
@@ -94,9 +94,9 @@ async def test_a_deadline_comes_although_the_fast_path_is_never_idle(clock: trio
         steps += 1
 
     with ends() as (here, there):
-        async with grounded() as ground:
-            ground.steps[here.fileno()] = step
-            ground.watch(here.fileno(), 0, select.EPOLLIN)
+        async with running_loop() as event_loop:
+            event_loop.steps[here.fileno()] = step
+            event_loop.watch(here.fileno(), 0, select.EPOLLIN)
             there.send(b"x")  # which nobody takes
             with trio.fail_after(20):
                 await trio.sleep(0.05)
@@ -107,7 +107,7 @@ async def test_a_deadline_that_has_passed_while_a_task_ran_is_not_slept_over(clo
     before = time.perf_counter()
     waker = threading.Timer(20, trio.lowlevel.current_trio_token().run_sync_soon, [lambda: None])  # from a sleep that would have no end
     waker.start()
-    async with grounded(), trio.open_nursery() as nursery:
+    async with running_loop(), trio.open_nursery() as nursery:
         nursery.start_soon(trio.sleep, 0.02)
         for _ in range(5):
             await trio.lowlevel.checkpoint()  # it sleeps
@@ -121,30 +121,30 @@ async def test_a_task_that_a_step_has_made_runnable_runs_at_once(last: bool, clo
     """As does one whose connection leaves the fast path, in the midst of a wait, and leaves nothing on it."""
     event = trio.Event()
     with ends() as (here, there):
-        async with grounded() as ground:
+        async with running_loop() as event_loop:
 
             def step(_: int) -> None:
                 here.recv(1)
-                ground.watch(here.fileno(), select.EPOLLIN, 0)
-                ground.lent -= last
+                event_loop.watch(here.fileno(), select.EPOLLIN, 0)
+                event_loop.lent -= last
                 event.set()
 
-            ground.steps[here.fileno()] = step
-            ground.watch(here.fileno(), 0, select.EPOLLIN)
+            event_loop.steps[here.fileno()] = step
+            event_loop.watch(here.fileno(), 0, select.EPOLLIN)
             threading.Timer(0.2, there.send, [b"x"]).start()  # when trio waits
             before = time.perf_counter()
             with trio.fail_after(20):
                 await event.wait()
             assert time.perf_counter() - before < 15  # and not because its deadline had come
-            ground.lent += last
+            event_loop.lent += last
 
 
 async def test_a_task_that_can_run_already_does_not_keep_the_fast_path_waiting(clock: trio.abc.Clock | None) -> None:
     heard = bytearray()
     with ends() as (here, there):
-        async with grounded() as ground:
-            ground.steps[here.fileno()] = lambda _: heard.extend(here.recv(1))
-            ground.watch(here.fileno(), 0, select.EPOLLIN)
+        async with running_loop() as event_loop:
+            event_loop.steps[here.fileno()] = lambda _: heard.extend(here.recv(1))
+            event_loop.watch(here.fileno(), 0, select.EPOLLIN)
             there.send(b"x")
             for _ in range(100):  # and trio never waits
                 await trio.lowlevel.checkpoint()
@@ -157,14 +157,14 @@ async def test_a_proxy_s_run_waits_on_the_ground_and_needs_no_waking(monkeypatch
 
     async def main() -> None:
         with ends() as (here, there):
-            async with grounded() as ground:
+            async with running_loop() as event_loop:
 
                 def step(_: int) -> None:
                     here.recv(1)
                     event.set()
 
-                ground.steps[here.fileno()] = step
-                ground.watch(here.fileno(), 0, select.EPOLLIN)
+                event_loop.steps[here.fileno()] = step
+                event_loop.watch(here.fileno(), 0, select.EPOLLIN)
                 monkeypatch.setattr(trio.lowlevel.TrioToken, "run_sync_soon", lambda *_, **__: woken.append(1))
                 there.send(b"x")
                 with trio.fail_after(20):
@@ -178,18 +178,18 @@ async def test_a_proxy_s_run_waits_on_the_ground_and_needs_no_waking(monkeypatch
 
 async def test_what_other_threads_and_other_sockets_say_is_heard(clock: trio.abc.Clock | None) -> None:
     with ends() as (here, there):
-        async with grounded():
+        async with running_loop():
             with trio.fail_after(20):
                 await trio.to_thread.run_sync(there.send, b"x")
                 await trio.lowlevel.wait_readable(here)
 
 
-async def test_paths_of_one_run_share_their_ground_and_leave_nothing_open(clock: trio.abc.Clock | None) -> None:
+async def test_paths_of_one_run_share_their_loop_and_leave_nothing_open(clock: trio.abc.Clock | None) -> None:
     before = descriptors()
-    async with grounded() as one, grounded() as other:
+    async with running_loop() as one, running_loop() as other:
         assert one is other
     assert descriptors() == before
-    async with grounded() as another:
+    async with running_loop() as another:
         assert another is not one
 
 
@@ -199,12 +199,12 @@ async def test_a_fault_of_the_loop_closes_the_fast_path_and_is_said(
     caplog: pytest.LogCaptureFixture,
     clock: trio.abc.Clock | None,
 ) -> None:
-    def broken(_: Ground, __: float) -> bool:
+    def broken(_: EventLoop, __: float) -> bool:
         raise OSError("no epoll today")
 
-    async with grounded() as ground:
-        (fast_path,) = ground.fast_paths
-        monkeypatch.setattr(Ground, "_wait", broken)
+    async with running_loop() as event_loop:
+        (fast_path,) = event_loop.fast_paths
+        monkeypatch.setattr(EventLoop, "_wait", broken)
         with trio.fail_after(20):
             await trio.sleep(0.05)
         assert not fast_path.running
@@ -221,4 +221,4 @@ async def test_without_trio_s_epoll_set_there_is_no_fast_path_for_connections(
     await fast_path.open()
     assert "HTTP/1.1 and relays take the ordinary path" in caplog.text
     with pytest.raises(RuntimeError):
-        fast_path.ground  # noqa: B018  # it raises
+        fast_path.event_loop  # noqa: B018  # it raises

@@ -138,7 +138,7 @@ def test_a_conversation_comes_out_as_it_does_with_tasks(talk: Conversation, kind
         async with paved() as fast_path:
             on_fast_path = await held(Conversation(talk.pieces, talk.last, talk.given_back), kinds, fast_path)
             assert not fast_path._relays
-            assert fast_path.ground.lent == 0
+            assert fast_path.event_loop.lent == 0
         return with_tasks, on_fast_path
 
     with_tasks, on_fast_path = trio.run(main)
@@ -175,7 +175,7 @@ async def test_no_task_waits_for_either_side() -> None:
             assert await server.receive_some() == b"a word"
             assert trio.lowlevel.current_statistics().tasks_living == before + 1
             nursery.cancel_scope.cancel()
-        assert fast_path.ground.lent == 0
+        assert fast_path.event_loop.lent == 0
     for stream in (client, a, b, server):
         stream.close()
 
@@ -247,7 +247,7 @@ async def test_a_side_that_is_known_to_be_dead_ends_it_whoever_waits_for_that_si
                         await client.send_all(bytes(64 << 20))
                     await until(lambda: waits(fast_path))
                 b.fail(ConnectionLost("it has not answered", "timeout"))
-        assert fast_path.ground.lent == 0
+        assert fast_path.event_loop.lent == 0
     (outcome,) = found
     assert (outcome.how, str(outcome.error)) == ("lost", "it has not answered")
     for stream in (client, a, b, server):
@@ -277,14 +277,14 @@ async def test_a_relay_for_which_there_is_no_room_in_the_set_takes_the_ordinary_
                 raise OSError(errno.ENOSPC, "no room")
             watch(descriptor, before, events)
 
-        watch = fast_path.ground.watch
-        monkeypatch.setattr(fast_path.ground, "watch", full)
+        watch = fast_path.event_loop.watch
+        monkeypatch.setattr(fast_path.event_loop, "watch", full)
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=fast_path.join))
                 await client.send_all(b"a word")
                 assert await server.receive_some() == b"a word"
-                assert fast_path.ground.lent == 0
+                assert fast_path.event_loop.lent == 0
                 nursery.cancel_scope.cancel()
     for stream in (client, a, b, server):
         stream.close()
@@ -299,7 +299,7 @@ async def test_a_side_that_somebody_has_closed_is_let_go() -> None:
                 nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=fast_path.join))
                 await trio.testing.wait_all_tasks_blocked()
                 b.close()
-        assert fast_path.ground.lent == 0
+        assert fast_path.event_loop.lent == 0
         assert fast_path.running
     for stream in (client, a, server):
         stream.close()

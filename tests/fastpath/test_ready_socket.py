@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 import pytest
 
 from proxy.fastpath import event_loop as room
-from proxy.fastpath.event_loop import Ground
+from proxy.fastpath.event_loop import EventLoop
 from proxy.fastpath.ready_socket import IN, Side
 from proxy.net.socket_stream import SocketStream
 from proxy.net.tls.handshake import TLSStream
-from tests.fastpath.test_event_loop import ends, grounded
+from tests.fastpath.test_event_loop import ends, running_loop
 from tests.kit.http import until
 from tests.kit.library import send_tickets
 from tests.net.conftest import Mesh, pair
@@ -24,11 +24,11 @@ MESH = Mesh()
 class Turn:
     """Looks at a side in the first of the steps of a turn."""
 
-    def __init__(self, ground: Ground, side: Side, sock: socket.socket, other: socket.socket) -> None:
+    def __init__(self, event_loop: EventLoop, side: Side, sock: socket.socket, other: socket.socket) -> None:
         self._side, self._sock, self._other = side, sock, other
         self._seen: list[bool] = []
-        ground.steps[sock.fileno()] = self._look
-        ground.watch(sock.fileno(), 0, IN)
+        event_loop.steps[sock.fileno()] = self._look
+        event_loop.watch(sock.fileno(), 0, IN)
 
     def _look(self, _: int) -> None:
         self._sock.recv(1)
@@ -47,8 +47,8 @@ class Turn:
 async def resting(*, tls: bool = False, spoken: bool = True) -> AsyncIterator[tuple[Side, SocketStream | TLSStream, Turn]]:
     """A side that has read something and come to rest, the other end, and a look."""
     ours, theirs = await MESH.connect(pair()) if tls else pair()
-    async with grounded() as ground:
-        side = Side(ground, ours)
+    async with running_loop() as event_loop:
+        side = Side(event_loop, ours)
         side.belongs(lambda _: None)
         side.watch(IN)
         if spoken:
@@ -56,8 +56,8 @@ async def resting(*, tls: bool = False, spoken: bool = True) -> AsyncIterator[tu
             assert await ours.receive_some() == b"a response"
         side.rest()
         with ends() as (here, there):
-            yield side, theirs, Turn(ground, side, here, there)
-            ground.watch(here.fileno(), IN, 0)
+            yield side, theirs, Turn(event_loop, side, here, there)
+            event_loop.watch(here.fileno(), IN, 0)
         side.watch(0)
     ours.close()
     theirs.close()
@@ -103,19 +103,19 @@ async def test_one_from_which_others_have_read_is_asked() -> None:
 
 
 @pytest.mark.parametrize("fast_path", ["runs", "is gone"])
-async def test_one_that_is_closed_at_rest_is_not_kept_by_the_ground(fast_path: str) -> None:
+async def test_one_that_is_closed_at_rest_is_not_kept_by_the_loop(fast_path: str) -> None:
     """A pool may be closed behind the last path."""
     ours, theirs = await MESH.connect(pair())
-    async with grounded() as ground:
-        side = Side(ground, ours)
+    async with running_loop() as event_loop:
+        side = Side(event_loop, ours)
         side.belongs(lambda _: None)
         side.watch(IN)
         side.rest()
-        assert side.descriptor in ground.steps
+        assert side.descriptor in event_loop.steps
         if fast_path == "runs":
             side.forget()
     side.forget()
-    assert side.descriptor not in ground.steps
+    assert side.descriptor not in event_loop.steps
     ours.close()
     theirs.close()
 

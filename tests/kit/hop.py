@@ -118,7 +118,7 @@ FAST: ContextVar[bool] = ContextVar("FAST", default=False)
 
 
 @dataclass
-class _Course:
+class _Plan:
     """The hop's decisions on the fast path."""
 
     hop: Hop
@@ -138,7 +138,7 @@ class _Course:
 def _pave(proxy: Hop, settings: Settings, book: Callable[[Exchange], AbstractContextManager[None]]) -> None:
     if FAST.get() and not settings.layers and settings.tracing is None if settings.fast is None else settings.fast:
         proxy.fast_path = FastPath(proxy.drain, settings.server.idle_timeout, settings.tunnel_idle)
-        proxy.carry = partial(proxy.fast_path.carry, _Course(proxy, book))
+        proxy.carry = partial(proxy.fast_path.carry, _Plan(proxy, book))
 
 
 async def _serve(nursery: trio.Nursery, proxy: Hop, listener: socket.socket) -> None:

@@ -108,7 +108,7 @@ class Hop2:
 
 
 @dataclass
-class _Course:
+class _Plan:
     """The hop's decisions on the fast path."""
 
     hop: Hop2
@@ -200,7 +200,7 @@ def _serving(proxy: Hop2, settings: Settings2) -> Callable[[Connection], Awaitab
             return
         server = Http2Server(connection.stream, facts, settings.server, settings.downstream, proxy.drain)
         if proxy.fast_path is not None:
-            server.fork = partial(proxy.fast_path.fork, _Course(proxy, account))
+            server.fork = partial(proxy.fast_path.fork, _Plan(proxy, account))
         proxy.servers.append(server)
         try:
             await server.run(handler)
