@@ -158,7 +158,7 @@ class App:
         )
         self._publish()
         self.outbound_pools: Pools[Endpoint] = endpoint_pools(self.runtime, "gateway" if config.gateway.enabled else "outbound")
-        self.ways = Ways(self.runtime.directory, config.clusters, self.outbound_pools.lender(Protocol.HTTP1), self.metrics)
+        self.ways = Ways(self.runtime.directory, config.clusters, self.outbound_pools.leases(Protocol.HTTP1), self.metrics)
         self.runtime.router.ways = self.ways
         self.inbound_pools: Pools[Address] = inbound_pools(self.runtime)
         reserved = _RESERVED + (config.dns.max_in_flight + 2 * config.dns.max_connections if config.dns is not None else 0)

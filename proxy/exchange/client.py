@@ -30,7 +30,7 @@ import trio
 from proxy.errors import Undelivered, UpstreamClosed, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
 from proxy.exchange import max_forwards
 from proxy.exchange.exchange import Exchange
-from proxy.exchange.handoff import Begun, Loan
+from proxy.exchange.handoff import Handoff, Lease
 from proxy.exchange.reports import reported
 from proxy.exchange.upstream import Carrier, Unanswered
 from proxy.exchange.upstream_head import forwarded_request, offered
@@ -73,7 +73,7 @@ class Declined(Exception):
 Bridge = Callable[[Exchange, Stream, Stream], Awaitable[None]]
 
 
-class Lender(Protocol[K_contra]):
+class Leases(Protocol[K_contra]):
     """Where carriers come from: the kept connections of one protocol."""
 
     def carrier(self, endpoint: K_contra, *, fresh: bool, limit: float = inf) -> AbstractAsyncContextManager[Carrier]:
@@ -89,20 +89,20 @@ class Client(Generic[K]):
         self._settings = settings
         self._bridge = bridge
 
-    async def send(self, exchange: Exchange, endpoint: K, lender: Lender[K]) -> None:
+    async def send(self, exchange: Exchange, endpoint: K, leases: Leases[K]) -> None:
         """Carry `exchange` to `endpoint` and back; one that the fast path has begun goes on where it stands. Raises what dialling raises,
         the Upstream* errors, UpgradeFailed, NoExtendedConnect, Undelivered, and Declined."""
-        begun, exchange.begun = exchange.begun, None
+        handoff, exchange.handoff = exchange.handoff, None
         if exchange.request.method in max_forwards.METHODS and max_forwards.left(exchange.request) == 0:
             exchange.upstream = None  # it goes no further
             await max_forwards.answer(exchange)
             return
         bodiless = exchange.body.length == 0
         try:
-            if begun is not None and begun.loan is not None:
-                await self._go_on(exchange, begun, begun.loan)
+            if handoff is not None and handoff.lease is not None:
+                await self._go_on(exchange, handoff, handoff.lease)
             else:
-                await self._attempt(exchange, endpoint, lender)
+                await self._attempt(exchange, endpoint, leases)
         except Unanswered as error:
             harmless = not exchange.request_bytes if error.untouched else bodiless and exchange.request.method in IDEMPOTENT
             if exchange.fresh or not (error.again and harmless):
@@ -110,25 +110,25 @@ class Client(Generic[K]):
             exchange.fresh = True
             exchange.clock.rest()  # nothing is waited for until this one has been sent
             try:
-                await self._attempt(exchange, endpoint, lender)
+                await self._attempt(exchange, endpoint, leases)
             except Unanswered as second:
                 raise _told(second) from second
 
-    async def _go_on(self, exchange: Exchange, begun: Begun, loan: Loan) -> None:
-        usable, carrier = False, loan.carrier()
+    async def _go_on(self, exchange: Exchange, handoff: Handoff, lease: Lease) -> None:
+        usable, carrier = False, lease.carrier()
         attempt = _Attempt(self._settings, exchange, carrier, self._bridge)
         try:
-            taken = await attempt.go_on(begun)
+            taken = await attempt.go_on(handoff)
             usable = True
         finally:
             exchange.pass_half_close(None)
             exchange.facts.declined_responses += carrier.declined
-            loan.end(usable=usable)
+            lease.end(usable=usable)
         if not taken:
             raise attempt.reported or Declined
 
-    async def _attempt(self, exchange: Exchange, endpoint: K, lender: Lender[K]) -> None:
-        async with lender.carrier(endpoint, fresh=exchange.fresh, limit=exchange.clock.limit) as carrier:
+    async def _attempt(self, exchange: Exchange, endpoint: K, leases: Leases[K]) -> None:
+        async with leases.carrier(endpoint, fresh=exchange.fresh, limit=exchange.clock.limit) as carrier:
             if websocket.extends(exchange.request):
                 await carrier.admit()
             exchange.carried(carrier.stream)
@@ -186,19 +186,19 @@ class _Attempt:
             raise self._fault
         return taken
 
-    async def go_on(self, begun: Begun) -> bool:
+    async def go_on(self, handoff: Handoff) -> bool:
         """The same behind the fast path, which has sent the request's head at least."""
         exchange, carrier = self._exchange, self._carrier
         await trio.lowlevel.checkpoint_if_cancelled()  # a client that has gone is no failure, whatever it has left unsaid
-        if begun.failure is not None:
-            if begun.to_client and isinstance(begun.failure, UpstreamClosed):  # which the client is told behind what came before it
-                await exchange.go_on(begun.to_client, _Failed(begun.failure))
-            raise begun.failure
-        self._to_client = begun.to_client
-        if not begun.asked:
+        if handoff.failure is not None:
+            if handoff.to_client and isinstance(handoff.failure, UpstreamClosed):  # which the client is told behind what came before it
+                await exchange.go_on(handoff.to_client, _Failed(handoff.failure))
+            raise handoff.failure
+        self._to_client = handoff.to_client
+        if not handoff.asked:
             return await self._carry()
-        if begun.to_server:
-            carrier.put(begun.to_server)
+        if handoff.to_server:
+            carrier.put(handoff.to_server)
             carrier.finish(END)
             exchange.clock.expect(self._stalls, self._settings.stream_timeout)
             with suppress(ConnectionLost):  # it may have said why: the response is still to be read

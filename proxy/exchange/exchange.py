@@ -35,7 +35,7 @@ from tracing.sampling import Trace
 
 if TYPE_CHECKING:
     from proxy.exchange.client import ClientSettings
-    from proxy.exchange.handoff import Begun
+    from proxy.exchange.handoff import Handoff
 
 
 class Body(Protocol):
@@ -138,9 +138,39 @@ class Exchange(ABC):
     """One request on its way; made by a server, carried to its end by a handler."""
 
     __slots__ = (
-        "account", "attempts", "authority", "begun", "body", "caller", "chosen", "clock", "cycle", "facts", "failure", "failure_words",
-        "first", "fresh", "grpc_status", "guarded", "informed", "judge", "left", "loop", "malformed", "on_attempt", "on_response",
-        "outside", "request", "request_bytes", "response", "response_bytes", "service", "times", "trace", "tried", "upstream",
+        "account",
+        "attempts",
+        "authority",
+        "body",
+        "caller",
+        "chosen",
+        "clock",
+        "cycle",
+        "facts",
+        "failure",
+        "failure_words",
+        "first",
+        "fresh",
+        "grpc_status",
+        "guarded",
+        "handoff",
+        "informed",
+        "judge",
+        "left",
+        "loop",
+        "malformed",
+        "on_attempt",
+        "on_response",
+        "outside",
+        "request",
+        "request_bytes",
+        "response",
+        "response_bytes",
+        "service",
+        "times",
+        "trace",
+        "tried",
+        "upstream",
         "upstream_tls",
     )  # fmt: skip
 
@@ -166,7 +196,7 @@ class Exchange(ABC):
         self.authority: bytes | None = None  # whom the next hop is told that the request is for; None: what the client said
         self.caller: bytes | None = None  # the verified identity of who sent it, for the next hop; None: nothing is said
         self.account: ExitStack | None = None  # closes the account, which is open already: the exchange was begun on the fast path
-        self.begun: Begun | None = None  # by the fast path, which has handed it over
+        self.handoff: Handoff | None = None  # by the fast path, which has handed it over
         self.first: object = None  # the endpoint to try first: chance has said so on the fast path
         self.guarded = False  # the loop guard has seen it there
         self.fresh = False  # a connection has gone away under it, which is excused once; only a new one is worth trying
@@ -207,7 +237,7 @@ class Exchange(ABC):
     @property
     def underway(self) -> bool:
         """It has been sent by the fast path, and goes on where it stands."""
-        return self.begun is not None and self.begun.loan is not None
+        return self.handoff is not None and self.handoff.lease is not None
 
     @abstractmethod
     async def inform(self, head: ResponseHead) -> None:

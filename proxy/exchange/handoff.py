@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from proxy.exchange.upstream import Carrier
 
 
-class Loan(Protocol):
+class Lease(Protocol):
     """What carries one exchange to an endpoint, lent for that."""
 
     @property
@@ -37,10 +37,10 @@ class Loan(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class Begun:
+class Handoff:
     """What the layers do not see of an exchange that is under way. The protocol states of both connections are in place."""
 
-    loan: Loan | None = None  # None: the request has been read and guarded, and nothing else
+    lease: Lease | None = None  # None: the request has been read and guarded, and nothing else
     since: float | None = None  # trio's time when it was begun, if that is known
     asked: bool = True  # all of the request has been sent, but for `to_server`; otherwise the rest is the exchange's body
     to_server: bytes = b""  # of the request, not sent yet

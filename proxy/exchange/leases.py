@@ -11,17 +11,17 @@ from proxy.exchange.h2.pool import MuxPool
 from proxy.exchange.upstream import Carrier, Http1Carrier, Http2Carrier
 
 
-class Http1Lender(Generic[K]):
+class Http1Leases(Generic[K]):
     """A connection for each exchange, kept for the next one if the exchange ended well."""
 
     def __init__(self, pool: Pool[K]) -> None:
         self.pool = pool
 
-    def carrier(self, endpoint: K, *, fresh: bool, limit: float = inf) -> _Http1Loan[K]:
-        return _Http1Loan(self.pool, endpoint, fresh, limit)
+    def carrier(self, endpoint: K, *, fresh: bool, limit: float = inf) -> _Http1Lease[K]:
+        return _Http1Lease(self.pool, endpoint, fresh, limit)
 
 
-class _Http1Loan(Generic[K]):
+class _Http1Lease(Generic[K]):
     __slots__ = ("_endpoint", "_fresh", "_limit", "_pool", "_upstream")
 
     def __init__(self, pool: Pool[K], endpoint: K, fresh: bool, limit: float) -> None:
@@ -40,7 +40,7 @@ class _Http1Loan(Generic[K]):
             self._pool.give_back(self._endpoint, self._upstream, usable=kind is None)
 
 
-class Http2Lender(Generic[K]):
+class Http2Leases(Generic[K]):
     """A stream for each exchange, on a connection that it shares. A stream is always fresh."""
 
     def __init__(self, pool: MuxPool[K]) -> None:
@@ -48,11 +48,11 @@ class Http2Lender(Generic[K]):
 
     def carrier(
         self, endpoint: K, *, fresh: bool, limit: float = inf  # noqa: ARG002  # the pool knows which connections take no more
-    ) -> _Http2Loan[K]:
-        return _Http2Loan(self.pool, endpoint, limit)
+    ) -> _Http2Lease[K]:
+        return _Http2Lease(self.pool, endpoint, limit)
 
 
-class _Http2Loan(Generic[K]):
+class _Http2Lease(Generic[K]):
     __slots__ = ("_carrier", "_endpoint", "_limit", "_pool")
 
     def __init__(self, pool: MuxPool[K], endpoint: K, limit: float) -> None:

@@ -49,7 +49,7 @@ def trace(tracing: Tracing | None, side: Side) -> Layer:
         tracer, put = tracing.tracer, tracing.put
 
         async def handle(exchange: Exchange) -> None:
-            if exchange.begun is None:  # otherwise it has been asked on the fast path
+            if exchange.handoff is None:  # otherwise it has been asked on the fast path
                 exchange.trace = _found(exchange, tracer)
             found = exchange.trace
             if found is None or not found.sampled:

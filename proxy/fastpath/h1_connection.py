@@ -23,13 +23,13 @@ from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, w
 from proxy.errors import ClientGone
 from proxy.exchange.exchange import Whole
 from proxy.exchange.h1.server import Http1Exchange, Http1Server
-from proxy.exchange.handoff import Begun
+from proxy.exchange.handoff import Handoff
 from proxy.exchange.upstream import unreadable
 from proxy.exchange.upstream_head import forwarded_request
 from proxy.fastpath.chunked_body import Chunks
 from proxy.fastpath.eligibility import Eligibility
-from proxy.fastpath.h1_handoff import begun
-from proxy.fastpath.plan import Borrowed, ExchangePlan
+from proxy.fastpath.h1_handoff import hand_off
+from proxy.fastpath.plan import ConnectionLease, ExchangePlan
 from proxy.fastpath.ready_socket import IN, OUT, Side, side_of
 from proxy.net.exceptions import NetError
 from proxy.net.memory_budget import SMALL, Charge
@@ -45,11 +45,11 @@ _NOTHING = Whole()  # the body of a request that goes on in one piece
 
 
 class FastConnection:
-    """Made with its connection's first loan and kept for all of them. `carry` is called by the connection's task, `give_back`, `recall` and
-    `hand_over` by anybody, the rest by the fast path."""
+    """Made with its connection's first lease and kept for all of them. `carry` is called by the connection's task, `give_back`, `recall`
+    and `hand_over` by anybody, the rest by the fast path."""
 
     __slots__ = (
-        "_account", "_chunks", "_client", "_endpoint", "_event_loop", "_exchange", "_fast_path", "_fault", "_kept", "_lent", "_loan",
+        "_account", "_chunks", "_client", "_endpoint", "_event_loop", "_exchange", "_fast_path", "_fault", "_kept", "_lease", "_lent",
         "_plan", "_remaining", "_rest", "_result", "_server", "_spare", "_task", "eligibility", "limit", "moved",
     )  # fmt: skip
     def __init__(self, fast_path: FastPath, plan: ExchangePlan, server: Http1Server, stream: Prompt) -> None:
@@ -69,7 +69,7 @@ class FastConnection:
         self.limit = inf  # and when that has to be over
         self._exchange: Http1Exchange | None = None
         self._account: AbstractContextManager[object] | None = None
-        self._loan: Borrowed | None = None
+        self._lease: ConnectionLease | None = None
         self._endpoint: Side | None = None
         self._remaining = 0  # bytes of the response's body that have not been read yet; in chunks: 1, until it has ended
         self._chunks: Chunks | None = None
@@ -97,8 +97,8 @@ class FastConnection:
                 await wait_task_rescheduled(self._abort)
             if self._fault is not None:
                 raise self._fault
-            begun, self._result = self._result, None
-            return begun
+            handoff, self._result = self._result, None
+            return handoff
         except BaseException as error:  # cancelled, or a fault of this room's: either way the exchange ends here
             self._drop(error)
             raise
@@ -111,9 +111,9 @@ class FastConnection:
         return Abort.SUCCEEDED
 
     def _drop(self, error: BaseException) -> None:
-        if self._account is not None and self._loan is not None:
+        if self._account is not None and self._lease is not None:
             self._account.__exit__(type(error), error, error.__traceback__)
-            self._loan.end(usable=False)
+            self._lease.end(usable=False)
             self._forget_exchange()
 
     def _let_go(self) -> None:
@@ -124,8 +124,8 @@ class FastConnection:
             self._endpoint.forget()
         self._fast_path.released(self)
 
-    def _wake(self, begun: Http1Exchange | None = None) -> None:
-        task, self._task, self._result = self._task, None, begun
+    def _wake(self, handoff: Http1Exchange | None = None) -> None:
+        task, self._task, self._result = self._task, None, handoff
         self._let_go()
         if task is not None:
             reschedule(task)
@@ -151,15 +151,15 @@ class FastConnection:
 
     def hand_over(self, data: bytes = b"", failure: Exception | None = None) -> None:
         """Within an exchange: `data` was read from the server and not looked at; `failure`: the exchange is over, because of this."""
-        exchange, account, loan, endpoint = self._exchange, self._account, self._loan, self._endpoint
-        if exchange is None or account is None or loan is None or endpoint is None:
+        exchange, account, lease, endpoint = self._exchange, self._account, self._lease, self._endpoint
+        if exchange is None or account is None or lease is None or endpoint is None:
             raise RuntimeError("there is no exchange to hand over")
         self._fast_path.hands_over()
         self.eligibility.declined()
-        connection = self._server.connection
-        exchange.begun = begun(connection, exchange, loan, self._chunks or self._remaining, (endpoint.unsent, self._client.unsent, data))
-        exchange.begun.failure = failure
-        connection.receive_data_if(self._rest)
+        http = self._server.connection
+        exchange.handoff = hand_off(http, exchange, lease, self._chunks or self._remaining, (endpoint.unsent, self._client.unsent, data))
+        exchange.handoff.failure = failure
+        http.receive_data_if(self._rest)
         exchange.account = ExitStack()
         exchange.account.push(account)  # it is open already
         self._wake(exchange)
@@ -171,7 +171,7 @@ class FastConnection:
         connection = self._server.connection
         connection.take_over(exchange.request.method, (At.DONE, 0), (At.HEAD, 0))
         connection.receive_data_if(rest)
-        exchange.begun = Begun()
+        exchange.handoff = Handoff()
         self._wake(exchange)
 
     def fail(self, error: Exception) -> None:
@@ -180,7 +180,7 @@ class FastConnection:
         self._wake()
 
     def _forget_exchange(self) -> None:
-        self._exchange = self._account = self._loan = self._endpoint = self._chunks = None
+        self._exchange = self._account = self._lease = self._endpoint = self._chunks = None
         self._client.unsent = self._rest = b""
         self._spare = False
 
@@ -241,28 +241,28 @@ class FastConnection:
         # The body is read from there only if it has to be sent again.
         exchange = Http1Exchange(server, request, Whole(body) if body else _NOTHING, now=now)
         rest = data[end + length :]
-        loan = self._plan.take(exchange, now)
-        if loan is None and (exchange.first is not None or exchange.trace is not None):
+        lease = self._plan.take(exchange, now)
+        if lease is None and (exchange.first is not None or exchange.trace is not None):
             # What chance has decided is not asked of it again: that would change the odds.
             self._pass_over(exchange, rest)
             return
-        if loan is None:
+        if lease is None:
             self.give_back(data)
             return
         account = self._plan.account(exchange)
         account.__enter__()
-        if loan.on_begin is not None:
-            loan.on_begin(exchange)
-        self._exchange, self._account, self._loan = exchange, account, loan
+        if lease.on_begin is not None:
+            lease.on_begin(exchange)
+        self._exchange, self._account, self._lease = exchange, account, lease
         self._rest = rest
         if rest or self._kept.size:
             self._kept.become(len(rest))
         self._remaining = 0
-        self._endpoint = endpoint = side_of(loan.upstream, self._event_loop)
+        self._endpoint = endpoint = side_of(lease.upstream, self._event_loop)
         endpoint.belongs(self._on_server)
         exchange.carried_by(endpoint.peer, endpoint.tls)
         exchange.request_bytes = length
-        self.moved, self.limit = now, loan.limit
+        self.moved, self.limit = now, lease.limit
         self._fast_path.begins(self)
         self._ask(endpoint, encode_request(forwarded_request(exchange)) + body)
 
@@ -270,8 +270,8 @@ class FastConnection:
         try:
             sent = endpoint.send(data, sound=not endpoint.unsent)  # at first: it has just been found quiet
         except NetError:
-            if self._loan is not None:
-                self._loan.upstream.http.keep_alive = False
+            if self._lease is not None:
+                self._lease.upstream.http.keep_alive = False
             self.hand_over()  # the server takes no more: it may have said why
             return
         endpoint.unsent = data[sent:]
@@ -304,7 +304,7 @@ class FastConnection:
         """ASKED: the head of the response, and perhaps some of its body."""
         end = data.find(b"\r\n\r\n") + 4
         found = recognise_response(data[:end], self._server.settings.limits) if end > 3 else None
-        if found is None or self._server.leaving or (self._loan is not None and self._loan.declines(found[0])):
+        if found is None or self._server.leaving or (self._lease is not None and self._lease.declines(found[0])):
             self.hand_over(data)
             return
         head, length = found
@@ -376,15 +376,15 @@ class FastConnection:
 
     def _finish(self) -> None:
         """ANSWERED: all of it is with the client."""
-        account, loan, endpoint, rest = self._account, self._loan, self._endpoint, self._rest
-        if account is None or loan is None or endpoint is None:
+        account, lease, endpoint, rest = self._account, self._lease, self._endpoint, self._rest
+        if account is None or lease is None or endpoint is None:
             return
         endpoint.rest()
         account.__exit__(None, None, None)
         if self._spare:
-            loan.end(usable=False)
+            lease.end(usable=False)
         else:
-            loan.done(self._event_loop.now)
+            lease.done(self._event_loop.now)
         self._forget_exchange()
         self.eligibility.row = 0
         server = self._server

@@ -20,10 +20,10 @@ import trio
 from proxy.exchange import max_forwards
 from proxy.exchange.h2.server import Http2Exchange, Http2Server, body_length, too_large
 from proxy.exchange.h2.stream import MuxStream
-from proxy.exchange.handoff import Begun
+from proxy.exchange.handoff import Handoff
 from proxy.exchange.reports import is_report
 from proxy.exchange.upstream import oversized
-from proxy.fastpath.plan import ExchangePlan, Shared
+from proxy.fastpath.plan import ExchangePlan, StreamLease
 from proxy.wire import grpc
 from proxy.wire.h2.events import HeadTooLarge
 from proxy.wire.h2.frames import Code
@@ -48,10 +48,10 @@ def begin(fast_path: FastPath, plan: ExchangePlan, server: Http2Server, exchange
     if limit < now + fast_path.patience:
         return False
     try:
-        loan = plan.share(exchange)
-        if loan is not None:
-            fast_exchange = FastExchange(fast_path, server, exchange, loan)
-            fast_exchange.moved, fast_exchange.limit, fast_exchange.began = now, min(limit, loan.limit), now
+        lease = plan.share(exchange)
+        if lease is not None:
+            fast_exchange = FastExchange(fast_path, server, exchange, lease)
+            fast_exchange.moved, fast_exchange.limit, fast_exchange.began = now, min(limit, lease.limit), now
             fast_exchange.begin(plan)
             return True
     except Exception as error:  # as below
@@ -59,7 +59,7 @@ def begin(fast_path: FastPath, plan: ExchangePlan, server: Http2Server, exchange
         exchange.stream.close(Code.INTERNAL_ERROR)
         return True
     if exchange.first is not None or exchange.trace is not None:
-        exchange.begun = Begun()  # what chance has decided is not asked of it again: that would change the odds
+        exchange.handoff = Handoff()  # what chance has decided is not asked of it again: that would change the odds
     return False
 
 
@@ -73,13 +73,13 @@ def _limit(exchange: Http2Exchange, now: float) -> float:
 class FastExchange:
     """Made for an exchange; forgets its streams when that ends, or is handed over."""
 
-    __slots__ = ("_account", "_asked", "_client", "_endpoint", "_exchange", "_fast_path", "_loan", "_server", "began", "limit", "moved")
+    __slots__ = ("_account", "_asked", "_client", "_endpoint", "_exchange", "_fast_path", "_lease", "_server", "began", "limit", "moved")
 
-    def __init__(self, fast_path: FastPath, server: Http2Server, exchange: Http2Exchange, loan: Shared) -> None:
+    def __init__(self, fast_path: FastPath, server: Http2Server, exchange: Http2Exchange, lease: StreamLease) -> None:
         self._fast_path = fast_path
         self._server = server
         self._exchange = exchange
-        self._loan = loan
+        self._lease = lease
         self._client = exchange.stream
         self._endpoint: MuxStream = exchange.stream  # until it has its own
         self._account: AbstractContextManager[object] = _UNOPENED
@@ -96,18 +96,18 @@ class FastExchange:
             self._account = account
             self._set_out()
         except HeadTooLarge:  # which the ordinary path will say: nothing has been sent
-            self._loan.end()
-            self._give(Begun())
+            self._lease.end()
+            self._give(Handoff())
         except Exception as error:  # as below
             self._fail(error)
 
     def _set_out(self) -> None:
-        exchange, loan, client = self._exchange, self._loan, self._client
-        if loan.on_begin is not None:
-            loan.on_begin(exchange)
-        exchange.carried(loan.mux.stream)
+        exchange, lease, client = self._exchange, self._lease, self._client
+        if lease.on_begin is not None:
+            lease.on_begin(exchange)
+        exchange.carried(lease.mux.stream)
         self._asked = exchange.body.length == 0
-        self._endpoint = endpoint = loan.open(exchange, end=self._asked)
+        self._endpoint = endpoint = lease.open(exchange, end=self._asked)
         client.on_news, endpoint.on_news = self._on_client, self._on_endpoint
         # Where the client does not want it any more, the ordinary path finds the exchange cancelled, and closes what is open.
         client.on_lost = endpoint.on_lost = self.hand_over
@@ -165,7 +165,7 @@ class FastExchange:
             head = endpoint.next_head
             if head is None:
                 return
-            if head.informational or not client.takes(0) or self._loan.declines(head) or is_report(head):
+            if head.informational or not client.takes(0) or self._lease.declines(head) or is_report(head):
                 self.hand_over()
                 return
             if self._send_head(exchange, client, endpoint, head):
@@ -176,8 +176,8 @@ class FastExchange:
         """Whether that was all of the response."""
         endpoint.head_nowait()
         self.moved = endpoint.mux.heard
-        self._loan.response = head
-        self._loan.on_answer()
+        self._lease.response = head
+        self._lease.on_answer()
         strip_hop_by_hop(head.headers)
         bodiless = exchange.frame(head, body_length(head.headers, ended=endpoint.empty))
         ended = bodiless or endpoint.empty
@@ -222,7 +222,7 @@ class FastExchange:
     def _end(self, kind: type[BaseException] | None) -> None:
         """The exchange is over; `kind`: of what ended it."""
         self._forget_streams()
-        self._loan.end()
+        self._lease.end()
         self._account.__exit__(kind, None, None)
         self._client.close()
         self._fast_path.rests(self, finished=kind is None)
@@ -235,14 +235,14 @@ class FastExchange:
 
     def hand_over(self, failure: Exception | None = None) -> None:
         """The ordinary path goes on with it, or says that it has failed."""
-        self._give(Begun(self._loan, self.began, self._asked, failure=failure))
+        self._give(Handoff(self._lease, self.began, self._asked, failure=failure))
 
-    def _give(self, begun: Begun) -> None:
+    def _give(self, handoff: Handoff) -> None:
         self._forget_streams()
         self._fast_path.rests(self, finished=False)
         self._fast_path.hands_over()
         exchange = self._exchange
         exchange.account = ExitStack()
         exchange.account.push(self._account)  # it is open already
-        exchange.begun = begun
+        exchange.handoff = handoff
         self._server.serve(exchange)

@@ -25,12 +25,12 @@ class ExchangePlan(Protocol):
         """Open the account of an exchange that is under way from here on."""
         ...
 
-    def take(self, exchange: Exchange, now: float) -> Borrowed | None:
+    def take(self, exchange: Exchange, now: float) -> ConnectionLease | None:
         """A ready HTTP/1 connection for `exchange` (`now` is trio's time); None: the ordinary path has to see to it, and nothing has
         changed."""
         ...
 
-    def share(self, exchange: Exchange) -> Shared | None:
+    def share(self, exchange: Exchange) -> StreamLease | None:
         """The same for an exchange of HTTP/2: a stream of a ready connection."""
         ...
 
@@ -49,8 +49,8 @@ def never(_: ResponseHead) -> bool:
 
 
 @dataclass(slots=True, eq=False)
-class Borrowed:
-    """A kept connection, lent for one exchange (exchange.handoff.Loan)."""
+class ConnectionLease:
+    """A kept connection, lent for one exchange (exchange.handoff.Lease)."""
 
     pool: Pool[Any]
     key: Hashable
@@ -79,8 +79,8 @@ class Borrowed:
 
 
 @dataclass(slots=True, eq=False)
-class Shared:
-    """A connection with room for a stream of one exchange (exchange.handoff.Loan). The room is there until something is waited for."""
+class StreamLease:
+    """A connection with room for a stream of one exchange (exchange.handoff.Lease). The room is there until something is waited for."""
 
     mux: Mux
     on_end: Callable[[], None] = nothing

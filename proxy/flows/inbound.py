@@ -21,7 +21,7 @@ from proxy.exchange.loop_layer import unguarded
 from proxy.exchange.prefixed_stream import Resumed
 from proxy.exchange.trace_layer import trace, untraced
 from proxy.exchange.upgrade import carry
-from proxy.fastpath.plan import Borrowed, Shared
+from proxy.fastpath.plan import ConnectionLease, StreamLease
 from proxy.flows.confirmation import confirm, decline
 from proxy.flows.late_detection import FOUND_OPAQUE
 from proxy.flows.runtime import Runtime, closing
@@ -152,10 +152,10 @@ class InboundPlan:
         self._pools = pools
         self._waypoint = rt.loops.waypoint(DIRECTION)
 
-    def take(self, exchange: Exchange, now: float) -> Borrowed | None:
+    def take(self, exchange: Exchange, now: float) -> ConnectionLease | None:
         return self._pools.take(exchange.facts.destination, now) if self._plain(exchange) else None
 
-    def share(self, exchange: Exchange) -> Shared | None:
+    def share(self, exchange: Exchange) -> StreamLease | None:
         return self._pools.share(exchange.facts.destination) if self._plain(exchange) else None
 
     def _plain(self, exchange: Exchange) -> bool:

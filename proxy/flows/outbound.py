@@ -29,7 +29,7 @@ from proxy.exchange.replay import Replay
 from proxy.exchange.trace_layer import trace, untraced
 from proxy.exchange.tunnel import open_tunnel
 from proxy.exchange.upgrade import carry
-from proxy.fastpath.plan import LEAST_LIMIT, Borrowed, Shared
+from proxy.fastpath.plan import LEAST_LIMIT, ConnectionLease, StreamLease
 from proxy.flows.late_detection import FOUND_OPAQUE
 from proxy.flows.loop_guard import SelfCall
 from proxy.flows.runtime import Runtime, closing
@@ -46,7 +46,7 @@ from tracing.propagation import header
 
 DIRECTION: Direction = "outbound"
 
-Loan = TypeVar("Loan", Borrowed, Shared)
+Lease = TypeVar("Lease", ConnectionLease, StreamLease)
 
 
 def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awaitable[None]]:
@@ -152,11 +152,11 @@ class OutboundPlan:
         self._pools = pools
         self._waypoint = rt.loops.waypoint(DIRECTION)
 
-    def take(self, exchange: Exchange, now: float) -> Borrowed | None:
-        return self._lent(exchange, Hint.HTTP2, lambda endpoint: self._pools.take(endpoint, now))
+    def take(self, exchange: Exchange, now: float) -> ConnectionLease | None:
+        return self._leased(exchange, Hint.HTTP2, lambda endpoint: self._pools.take(endpoint, now))
 
-    def share(self, exchange: Exchange) -> Shared | None:
-        shared = self._lent(exchange, Hint.HTTP1, self._pools.share)
+    def share(self, exchange: Exchange) -> StreamLease | None:
+        shared = self._leased(exchange, Hint.HTTP1, self._pools.share)
         if shared is not None and isinstance(shared.attempt, Underway):
             shared.on_answer = shared.attempt.answered
             # A stream may be refused when a part of its body is gone. An address of no service is asked once.
@@ -165,7 +165,7 @@ class OutboundPlan:
                 exchange.body = Replay(exchange.body, target.policy.retries.max_body, exchange.facts.share)
         return shared
 
-    def _lent(self, exchange: Exchange, foreign: Hint, lend: Callable[[Endpoint], Loan | None]) -> Loan | None:
+    def _leased(self, exchange: Exchange, foreign: Hint, lend: Callable[[Endpoint], Lease | None]) -> Lease | None:
         """What `lend` says for the endpoint. `foreign`: a service that speaks this needs translation."""
         rt, request = self._rt, exchange.request
         if not untraced(exchange, rt.spans.outbound):
@@ -183,8 +183,8 @@ class OutboundPlan:
             or not unguarded(exchange, self._waypoint)
         ):
             return None
-        borrowed = lend(endpoint)
-        if borrowed is None:
+        lease = lend(endpoint)
+        if lease is None:
             # Drawing again would favour the endpoints that have a ready connection.
             exchange.service, exchange.first = target.service, endpoint
             return None
@@ -193,21 +193,21 @@ class OutboundPlan:
             try:
                 call = rt.loops.call_self(endpoint.address.port)
             except LoopDetected:  # which the ordinary path will say
-                borrowed.unused()
+                lease.unused()
                 return None
         exchange.upstream, exchange.service, exchange.chosen = endpoint.address, target.service, target.service
         if endpoint.identity is None:
             hide_names(exchange)
         if policy is not DEFAULT_POLICY:
             if statuses := policy.retries.statuses:
-                borrowed.declines = lambda head: within(head.status, statuses)
+                lease.declines = lambda head: within(head.status, statuses)
             if policy.timeouts.request is not None:
-                borrowed.limit = trio.current_time() + policy.timeouts.request
-        borrowed.attempt = underway = rt.reach.watch(exchange, target, endpoint)
-        borrowed.on_end = underway.ended
+                lease.limit = trio.current_time() + policy.timeouts.request
+        lease.attempt = underway = rt.reach.watch(exchange, target, endpoint)
+        lease.on_end = underway.ended
         if call is not None:
-            borrowed.on_begin, borrowed.on_end = call.follow, call.then(borrowed.on_end)
-        return borrowed
+            lease.on_begin, lease.on_end = call.follow, call.then(lease.on_end)
+        return lease
 
 
 def _plain(policy: Policy, exchange: Exchange) -> bool:

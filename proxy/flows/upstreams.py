@@ -10,14 +10,14 @@ from typing import Generic, TypeVar
 
 from proxy.directory import Endpoint, Hint, Target
 from proxy.errors import RequestError
-from proxy.exchange.client import Lender
+from proxy.exchange.client import Leases
 from proxy.exchange.exchange import Direction, Exchange, Facts, Handler
 from proxy.exchange.h1.pool import Pool
 from proxy.exchange.h1.server import Http1Server
 from proxy.exchange.h2.pool import MuxPool
 from proxy.exchange.h2.server import Http2Server
-from proxy.exchange.leases import Http1Lender, Http2Lender
-from proxy.fastpath.plan import Borrowed, ExchangePlan, Shared
+from proxy.exchange.leases import Http1Leases, Http2Leases
+from proxy.fastpath.plan import ConnectionLease, ExchangePlan, StreamLease
 from proxy.flows.runtime import Runtime
 from proxy.identity.tls_contexts import ALPN_HTTP1, ALPN_HTTP2
 from proxy.net.socket_stream import Stream
@@ -38,27 +38,27 @@ class Pools(Generic[K]):
         self._http2: MuxPool[K] = MuxPool(lambda key: connect(key, ALPN_HTTP2), account, rt.settings.pool, rt.settings.upstream)
         self._clients: Counter[K] = Counter()
         self._counted = self._draining = False
-        self._lenders: dict[Protocol, Lender[K]] = {
-            Protocol.HTTP1: Http1Lender(self._http1),
-            Protocol.HTTP2: Http2Lender(self._http2),
+        self._leases: dict[Protocol, Leases[K]] = {
+            Protocol.HTTP1: Http1Leases(self._http1),
+            Protocol.HTTP2: Http2Leases(self._http2),
         }
 
-    def take(self, key: K, now: float) -> Borrowed | None:
+    def take(self, key: K, now: float) -> ConnectionLease | None:
         """A ready HTTP/1 connection for the fast path, if there is one; `now` is trio's time."""
         upstream = self._http1.take(key, now)
-        return None if upstream is None else Borrowed(self._http1, key, upstream)
+        return None if upstream is None else ConnectionLease(self._http1, key, upstream)
 
     def adopt(self, key: K, stream: Stream, account: StreamAccount) -> None:
         """Keep an HTTP/1 connection that nothing has been sent on or read from; the pool closes both."""
         self._http1.adopt(key, stream, account)
 
-    def share(self, key: K) -> Shared | None:
+    def share(self, key: K) -> StreamLease | None:
         """An HTTP/2 connection with room for a stream, if there is one."""
         mux = self._http2.ready(key)
-        return None if mux is None else Shared(mux)
+        return None if mux is None else StreamLease(mux)
 
-    def lender(self, protocol: Protocol) -> Lender[K]:
-        return self._lenders[protocol]
+    def leases(self, protocol: Protocol) -> Leases[K]:
+        return self._leases[protocol]
 
     async def serve(self) -> None:
         """Own the connections that live beside the exchanges, until cancelled."""

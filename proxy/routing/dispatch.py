@@ -77,18 +77,18 @@ class Reach:
     async def exchange(self, exchange: Exchange, choose: Choose, send: Send) -> None:
         """Carry `exchange` by `send` to an endpoint of what `choose` says, as often as it takes and its policy allows. Raises NoEndpoint,
         AllBroken, QueueFull, RequestError, and what `choose` and `send` raise."""
-        begun = _underway(exchange)
-        target = choose(exchange) if begun is None else begun.target
+        handoff = _underway(exchange)
+        target = choose(exchange) if handoff is None else handoff.target
         if target.service is None:
-            await send(exchange, target, _only(target) if begun is None else begun.endpoint)
+            await send(exchange, target, _only(target) if handoff is None else handoff.endpoint)
             return
         fleet = self._balancer.fleet(target.service)
-        fleet.budget.requests += begun is None
+        fleet.budget.requests += handoff is None
         attempts = Attempts(exchange, fleet, target.policy, self._metrics, self._client)
         patience: Patience | None = None
         while True:
-            if begun is not None:
-                endpoint, begun = begun.go_on(attempts), None
+            if handoff is not None:
+                endpoint, handoff = handoff.go_on(attempts), None
             else:
                 picked = _pick(exchange, fleet, target, attempts)
                 if picked is None and attempts.failure is not None and not fleet.may_return(target):
@@ -312,8 +312,8 @@ def _grpc_code(exchange: Exchange, response: ResponseHead) -> int | None:
 
 
 def _underway(exchange: Exchange) -> Underway | None:
-    begun = exchange.begun
-    attempt = begun.loan.attempt if begun is not None and begun.loan is not None else None
+    handoff = exchange.handoff
+    attempt = handoff.lease.attempt if handoff is not None and handoff.lease is not None else None
     return attempt if isinstance(attempt, Underway) else None
 
 

@@ -43,7 +43,7 @@ import trio
 from proxy.config.schema import ClustersConfig
 from proxy.directory import Cluster, Directory, Endpoint, Gateway, Target
 from proxy.errors import IsthmusError, UpstreamTLSError
-from proxy.exchange.client import Lender
+from proxy.exchange.client import Leases
 from proxy.exchange.upstream import Carrier, Unanswered
 from proxy.net.address import Address
 from proxy.net.exceptions import ConnectFailed, ConnectionLost, NetError
@@ -106,7 +106,7 @@ class Ways:
 
     source: Source
     settings: ClustersConfig
-    lender: Lender[Endpoint]
+    leases: Leases[Endpoint]
     books: Books
     chance: random.Random = field(default_factory=random.Random)
     _seen: Directory | None = field(default=None, init=False)
@@ -252,7 +252,7 @@ class Ways:
         with trio.move_on_after(self.settings.probe_timeout):
             try:
                 # On a connection of its own: a kept one says little about whether there can be new ones.
-                async with self.lender.carrier(endpoint, fresh=True) as carrier:
+                async with self.leases.carrier(endpoint, fresh=True) as carrier:
                     status = (await _ask(carrier, str(endpoint.address))).status
                 failure, silent = "it is shutting down (503)" if status == 503 else None, False
             except (NetError, IsthmusError, Unanswered) as error:

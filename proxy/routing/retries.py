@@ -139,7 +139,7 @@ class Attempts:
             exchange.times = ClientSettings(times.response_head or self._client.response_timeout, times.idle or self._client.stream_timeout)
         whole = times.request
         if whole is not None:
-            begun = exchange.begun.since if exchange.begun is not None else None
+            begun = exchange.handoff.since if exchange.handoff is not None else None
             limit = (begun or trio.current_time()) + whole
             if whole != allowed:
                 self._client_limit = limit
@@ -150,7 +150,7 @@ class Attempts:
         value = exchange.request.headers.get(b"grpc-timeout")
         seconds = grpc.parse_timeout(value) if value is not None and exchange.is_grpc else None
         if seconds is not None:
-            begun = exchange.begun.since if exchange.begun is not None else None
+            begun = exchange.handoff.since if exchange.handoff is not None else None
             self._client_limit = min(self._client_limit, (begun or trio.current_time()) + seconds)
             exchange.clock.limit_to(self._client_limit, lambda: DeadlineExceeded(f"the call's deadline of {seconds:g} s has passed"))
 

@@ -18,10 +18,10 @@ from proxy.exchange.h1.pool import Pool, PoolSettings
 from proxy.exchange.h1.server import Drain, Http1Server, ServerSettings
 from proxy.exchange.handoff import Carry
 from proxy.exchange.layers import deadline, measure, rescue
-from proxy.exchange.leases import Http1Lender
+from proxy.exchange.leases import Http1Leases
 from proxy.exchange.trace_layer import Side, Tracing, trace
 from proxy.fastpath.fast_path import FastPath
-from proxy.fastpath.plan import Borrowed, Shared
+from proxy.fastpath.plan import ConnectionLease, StreamLease
 from proxy.net.accept import Acceptor, Connection
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
@@ -124,14 +124,14 @@ class _Plan:
     hop: Hop
     account: Callable[[Exchange], AbstractContextManager[None]]
 
-    def take(self, _: Exchange, now: float) -> Borrowed | None:
+    def take(self, _: Exchange, now: float) -> ConnectionLease | None:
         upstream = self.hop.pool.take(self.hop.target, now) if self.hop.raises is None else None
         if upstream is None:
             return None
         self.hop.fast += 1
-        return Borrowed(self.hop.pool, self.hop.target, upstream)
+        return ConnectionLease(self.hop.pool, self.hop.target, upstream)
 
-    def share(self, _: Exchange) -> Shared | None:
+    def share(self, _: Exchange) -> StreamLease | None:
         raise AssertionError("a hop speaks HTTP/1 only")
 
 
@@ -181,12 +181,12 @@ async def hop(target: Address, settings: Settings | None = None) -> AsyncIterato
     _pave(proxy, settings, book)
     proxy.pool = Pool(dial, account, settings.pool, settings.server.limits)
     client: Client[Address] = Client(settings.client, bridge)
-    lender = Http1Lender(proxy.pool)
+    leases = Http1Leases(proxy.pool)
 
     async def send(exchange: Exchange) -> None:
         if proxy.raises is not None:
             raise proxy.raises
-        await client.send(exchange, proxy.target, lender)
+        await client.send(exchange, proxy.target, leases)
 
     handler = stack(
         measure(book),

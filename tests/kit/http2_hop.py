@@ -10,7 +10,7 @@ from functools import partial
 
 import trio
 
-from proxy.exchange.client import Client, ClientSettings, Lender
+from proxy.exchange.client import Client, ClientSettings, Leases
 from proxy.exchange.exchange import Exchange, Facts, stack
 from proxy.exchange.h1.pool import Pool, PoolSettings
 from proxy.exchange.h1.server import Drain, Http1Server, ServerSettings
@@ -19,10 +19,10 @@ from proxy.exchange.h2.pool import MuxPool
 from proxy.exchange.h2.server import Http2Server
 from proxy.exchange.h2.settings import MuxSettings
 from proxy.exchange.layers import deadline, measure, rescue
-from proxy.exchange.leases import Http1Lender, Http2Lender
+from proxy.exchange.leases import Http1Leases, Http2Leases
 from proxy.exchange.upgrade import carry
 from proxy.fastpath.fast_path import FastPath
-from proxy.fastpath.plan import Borrowed, Shared
+from proxy.fastpath.plan import ConnectionLease, StreamLease
 from proxy.net.accept import Acceptor, Connection
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
@@ -114,17 +114,17 @@ class _Plan:
     hop: Hop2
     account: Callable[[Exchange], AbstractContextManager[object]]
 
-    def take(self, _: Exchange, now: float) -> Borrowed | None:
+    def take(self, _: Exchange, now: float) -> ConnectionLease | None:
         return None
 
-    def share(self, _: Exchange) -> Shared | None:
+    def share(self, _: Exchange) -> StreamLease | None:
         served = self.hop.served
         mux = self.hop.pool2.ready(self.hop.next_target())
         if mux is None:
             self.hop.served = served
             return None
         self.hop.fast += 1
-        return Shared(mux)
+        return StreamLease(mux)
 
 
 @contextmanager
@@ -146,14 +146,14 @@ def _book(proxy: Hop2, exchange: Exchange) -> Iterator[None]:
 
 
 @dataclass
-class _Lenders:
-    by: dict[Protocol, Lender[Address]]
+class _LeasesByProtocol:
+    by: dict[Protocol, Leases[Address]]
 
-    def lender(self, protocol: Protocol) -> Lender[Address]:
+    def leases(self, protocol: Protocol) -> Leases[Address]:
         return self.by[protocol]
 
 
-def _pools(proxy: Hop2, settings: Settings2) -> dict[Protocol, Lender[Address]]:
+def _pools(proxy: Hop2, settings: Settings2) -> dict[Protocol, Leases[Address]]:
     dialer = Dialer(timeout=5)
 
     async def dial(address: Address) -> Stream:
@@ -170,23 +170,23 @@ def _pools(proxy: Hop2, settings: Settings2) -> dict[Protocol, Lender[Address]]:
 
     proxy.pool1 = Pool(dial, account, settings.pool, settings.server.limits)
     proxy.pool2 = MuxPool(dial, account, settings.pool, settings.upstream)
-    return {Protocol.HTTP1: Http1Lender(proxy.pool1), Protocol.HTTP2: Http2Lender(proxy.pool2)}
+    return {Protocol.HTTP1: Http1Leases(proxy.pool1), Protocol.HTTP2: Http2Leases(proxy.pool2)}
 
 
 def _serving(proxy: Hop2, settings: Settings2) -> Callable[[Connection], Awaitable[None]]:
     async def bridge(exchange: Exchange, client: Stream, server: Stream) -> None:
         await relay(client, server, idle=10)
 
-    lenders = _Lenders(_pools(proxy, settings))
+    leases_by_protocol = _LeasesByProtocol(_pools(proxy, settings))
     up = Protocol.HTTP2 if settings.up == b"2" else Protocol.HTTP1
     client: Client[Address] = Client(settings.client, bridge)
 
     async def send(exchange: Exchange) -> None:
         if settings.steer is not None:
-            await settings.steer(exchange, lambda address: carry(client, exchange, address, lenders, up))
+            await settings.steer(exchange, lambda address: carry(client, exchange, address, leases_by_protocol, up))
             return
         with settings.around(exchange):
-            await carry(client, exchange, proxy.next_target(), lenders, up)
+            await carry(client, exchange, proxy.next_target(), leases_by_protocol, up)
 
     account = settings.account or (lambda exchange: _book(proxy, exchange))
     handler = stack(measure(account), rescue(lambda _: b"test", lambda _: True), deadline, endpoint=send)

@@ -19,7 +19,7 @@ import trio
 from proxy.app import App
 from proxy.config.schema import ClustersConfig
 from proxy.directory import Endpoint, Target, parse
-from proxy.exchange.client import Lender
+from proxy.exchange.client import Leases
 from proxy.exchange.upstream import Carrier
 from proxy.net.address import Address
 from proxy.net.exceptions import ConnectFailed, ConnectionLost
@@ -255,8 +255,8 @@ class Silence:
 
 def still(text: str, lends: object = None) -> tuple[Ways, Known]:
     known = Known(text)
-    lender: Lender[Endpoint] = lends or Nobody()  # type: ignore[assignment]
-    return Ways(known, ClustersConfig(), lender, Quiet(), random.Random(1)), known
+    leases: Leases[Endpoint] = lends or Nobody()  # type: ignore[assignment]
+    return Ways(known, ClustersConfig(), leases, Quiet(), random.Random(1)), known
 
 
 TEXT = f"""

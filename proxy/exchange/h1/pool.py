@@ -74,7 +74,7 @@ class Upstream:
     account: Account
     idle_since: float = 0.0
     reused: bool = False  # by the exchange that has it, or will have it: another one has been carried on it
-    side: Watch | None = None  # the fast path's own, from one loan to the next
+    side: Watch | None = None  # the fast path's own, from one lease to the next
     until: float = math.inf  # when it becomes too old; trio's time
 
 
@@ -200,7 +200,7 @@ class Pool(Generic[K]):
         return None if slot is None else self._take_idle(slot, now)
 
     def restore(self, key: K, upstream: Upstream, now: float) -> None:
-        """End a loan whose exchange was carried past `upstream.http` (by the fast path) and ended well."""
+        """End a lease whose exchange was carried past `upstream.http` (by the fast path) and ended well."""
         upstream.idle_since = now
         upstream.reused = True
         self._keep(key, self._slots[key], upstream)
@@ -221,8 +221,8 @@ class Pool(Generic[K]):
         return Upstream(stream, Http1Connection(Role.CLIENT, self._limits), now, account, until=now + self._settings.max_age)
 
     def give_back(self, key: K, upstream: Upstream, *, usable: bool) -> None:
-        """End a loan. A connection that is not usable, or not reusable, is closed and leaves room for another."""
-        slot = self._slots[key]  # the loan has kept it
+        """End a lease. A connection that is not usable, or not reusable, is closed and leaves room for another."""
+        slot = self._slots[key]  # the lease has kept it
         if usable and upstream.http.reusable:
             upstream.http.next_cycle()
             upstream.idle_since = trio.current_time()

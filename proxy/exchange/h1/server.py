@@ -241,7 +241,7 @@ class Http1Server:
         self.served = False  # whether a request has been answered
         self.tunnelled = self.aborted = False
         self.idle_since = 0.0  # trio's time; when it began to wait for a request
-        self.lent: LentConnection | None = None  # the fast path's own, from one loan to the next
+        self.lent: LentConnection | None = None  # the fast path's own, from one lease to the next
         self._waiting = False  # for a request; on the fast path `lent` knows
         self._retired = False
         self.on_client_end: Callable[[], None] | None = None  # told of `client_ended`, while the connection is lent

@@ -11,7 +11,7 @@ import trio
 from proxy.exchange.exchange import Exchange
 from proxy.exchange.h1.server import ServerSettings
 from proxy.fastpath import fast_path, h2_exchange
-from proxy.fastpath.plan import Shared
+from proxy.fastpath.plan import StreamLease
 from proxy.wire.h2.frames import Code
 from tests.kit.build import interpreted
 from tests.kit.http2_hop import Settings2, through2
@@ -33,12 +33,12 @@ async def test_a_fault_of_ours_ends_its_stream_and_no_other(
             raise RuntimeError("a fault of ours")
         return nullcontext()
 
-    owner = Shared if where == "open" else h2_exchange.FastExchange
+    owner = StreamLease if where == "open" else h2_exchange.FastExchange
     whole = getattr(owner, where, None)
 
     def step(self: Any, *args: Any, **named: Any) -> object:
         assert whole is not None
-        fail(args[0] if owner is Shared else self._exchange)
+        fail(args[0] if owner is StreamLease else self._exchange)
         return whole(self, *args, **named)
 
     if where != "account":
