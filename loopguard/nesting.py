@@ -48,7 +48,7 @@ from loopguard.l4 import Loop
 End = Hashable  # an address and a port, of whatever type the caller has
 
 
-class Depths(Protocol):
+class ConnectionTable(Protocol):
     """Depths by ends, of one process or shared by several of a proxy. A depth is 101 at most. A connection that has been opened may be
     marked as stopped, by any of the processes. The mark goes with the connection."""
 
@@ -60,32 +60,32 @@ class Depths(Protocol):
     def __len__(self) -> int: ...
 
 
-class LocalDepths:
+class LocalConnectionTable:
     """Depths of a proxy that is one process."""
 
     def __init__(self) -> None:
-        self._depths: dict[tuple[Any, Any], int] = {}
+        self._table: dict[tuple[Any, Any], int] = {}
         self._stopped: set[tuple[Any, Any]] = set()
 
     def __setitem__(self, ends: tuple[Any, Any], depth: int, /) -> None:
-        self._depths[ends] = depth
+        self._table[ends] = depth
 
     def pop(self, ends: tuple[Any, Any], default: None, /) -> int | None:
         self._stopped.discard(ends)
-        return self._depths.pop(ends, default)
+        return self._table.pop(ends, default)
 
     def get(self, ends: tuple[Any, Any], default: int, /) -> int:
-        return self._depths.get(ends, default)
+        return self._table.get(ends, default)
 
     def stop(self, ends: tuple[Any, Any], /) -> None:
-        if ends in self._depths:
+        if ends in self._table:
             self._stopped.add(ends)
 
     def stopped(self, ends: tuple[Any, Any], /) -> bool:
         return ends in self._stopped
 
     def __len__(self) -> int:
-        return len(self._depths)
+        return len(self._table)
 
 
 @dataclass(slots=True)
@@ -94,7 +94,7 @@ class OwnConnections:
 
     max_nesting: int
     name: str
-    _open: Depths = field(default_factory=LocalDepths)
+    _open: ConnectionTable = field(default_factory=LocalConnectionTable)
 
     def opened(self, local: End, remote: End, depth: int) -> None:
         """We are connecting to `remote`, on behalf of a connection of depth `depth - 1`. Say it before a packet can have come back."""

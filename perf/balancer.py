@@ -1,7 +1,7 @@
 """What does it cost a request that its endpoint is chosen, watched and may be tried again? Microseconds a request, nothing failing.
 
 Baseline: the same call without the balancer, that is, `await send(exchange, target, target.endpoints[0])`. What is measured is
-Reach.exchange with a `send` that hands a good response to the exchange's judge and does nothing else, and the picking alone. With one
+Dispatcher.exchange with a `send` that hands a good response to the exchange's judge and does nothing else, and the picking alone. With one
 endpoint nobody compares; with several the response time of each is kept.
 """
 
@@ -19,7 +19,7 @@ from proxy.directory import Endpoint, Target
 from proxy.exchange.client import ClientSettings
 from proxy.exchange.exchange import Clock, Exchange, Facts, Whole
 from proxy.net.address import Address
-from proxy.routing.dispatch import Reach
+from proxy.routing.dispatch import Dispatcher
 from proxy.telemetry.metrics import Metrics
 from proxy.wire.messages import Headers, RequestHead, ResponseHead
 
@@ -61,7 +61,7 @@ async def _measure() -> None:
         places = tuple(Endpoint(Address(f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}", 80)) for n in range(count))
         target = Target("default/shop", places)
         balancer = Balancer(trio.current_time)
-        reach, fleet = Reach(balancer, Metrics(), ClientSettings()), balancer.fleet("default/shop")
+        dispatcher, endpoint_set = Dispatcher(balancer, Metrics(), ClientSettings()), balancer.endpoint_set("default/shop")
         exchange = _Exchange(_REQUEST, Whole(), _FACTS)
         exchange.clock = Clock(trio.CancelScope())
         exchange.clock.since = trio.current_time()
@@ -79,10 +79,10 @@ async def _measure() -> None:
             await send(exchange, target, target.endpoints[0])
 
         for _ in range(3 * count):  # every endpoint has a history
-            _run(reach.exchange(exchange, choose, send))
-        picking = _microseconds(partial(fleet.pick, target))
+            _run(dispatcher.exchange(exchange, choose, send))
+        picking = _microseconds(partial(endpoint_set.pick, target))
         baseline = _microseconds(_runs(bare))
-        whole = _microseconds(_runs(partial(reach.exchange, exchange, choose, send)))
+        whole = _microseconds(_runs(partial(dispatcher.exchange, exchange, choose, send)))
         print(f"{count:12} endpoint(s) {picking:14.2f} {baseline:10.2f} {whole:11.2f} {whole - baseline:16.2f}")
 
 

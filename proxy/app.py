@@ -66,8 +66,8 @@ from proxy.process.load_directory import load_directory
 from proxy.process.memory import MemoryWatch, collect_seldom
 from proxy.process.own_identity import OwnIdentity
 from proxy.process.shutdown import drain
-from proxy.routing.dispatch import Reach
-from proxy.routing.remote_gateways import Ways
+from proxy.routing.dispatch import Dispatcher
+from proxy.routing.remote_gateways import RemoteGateways
 from proxy.routing.router import Router
 from proxy.telemetry.log import configure
 from proxy.telemetry.metrics import Metrics
@@ -75,7 +75,7 @@ from proxy.telemetry.records import Ledger
 from proxy.telemetry.tracing_setup import OFF, Spans, build
 from proxy.wire.h1 import fast_head
 from proxy.wire.sniff import Protocol
-from proxy.workers.protocol import Sibling
+from proxy.workers.protocol import WorkerInfo
 
 _log = logging.getLogger("isthmus")
 
@@ -94,18 +94,18 @@ class _Known:
     current: Directory
 
 
-def start(config: Config, sibling: Sibling | None = None, beside: Beside | None = None) -> int:
+def start(config: Config, worker: WorkerInfo | None = None, beside: Beside | None = None) -> int:
     """Run a proxy until it is told to stop; returns the exit code. Raises StartError.
 
-    `sibling`: what it is as one of several workers. `beside` runs as long as the proxy does.
+    `worker`: what it is as one of several workers. `beside` runs as long as the proxy does.
     """
     _allow_descriptors()
     metrics = Metrics()
-    close_logs = configure(config.log, on_drop=metrics.logs_dropped, worker=sibling.number if sibling is not None else None)
+    close_logs = configure(config.log, on_drop=metrics.logs_dropped, worker=worker.number if worker is not None else None)
     spans = OFF
     try:
         spans = build(config, metrics, os.environ)
-        trio.run(App(config, metrics, spans, sibling).run, beside, clock=Clock())
+        trio.run(App(config, metrics, spans, worker).run, beside, clock=Clock())
     finally:
         spans.close()
         close_logs()
@@ -123,7 +123,7 @@ def _allow_descriptors() -> None:
 class App:
     """One proxy. The constructor reads and binds, and raises StartError; `run` serves."""
 
-    def __init__(self, config: Config, metrics: Metrics, spans: Spans = OFF, sibling: Sibling | None = None) -> None:
+    def __init__(self, config: Config, metrics: Metrics, spans: Spans = OFF, worker: WorkerInfo | None = None) -> None:
         self.config, self.spans, self.metrics = config, spans, metrics
         self.drain = Drain(disconnects=Disconnects().open())
         settings = Settings.of(config, self.drain.pacer)
@@ -135,7 +135,7 @@ class App:
         self.liveness = Liveness(config.tcp.user_timeout, config.tcp.keepalive)
         self.listeners = listen(config, self.liveness, resolvers)
         self._ports = self.listeners.ports()  # asked once: a proxy that is going down has closed its listeners
-        loops = LoopGuard(config, self._own(), metrics, sibling)
+        loops = LoopGuard(config, self._own(), metrics, worker)
         balancer = Balancer(trio.current_time, zone=config.pod.zone)
         dialer = Dialer(config.mark, config.tcp.connect_timeout, self.liveness, loops.dialled, loops.connections)
         self.names = Names(config, resolvers, dialer, metrics) if resolvers is not None else None
@@ -147,7 +147,7 @@ class App:
             directory=self.source or _Known(Directory()),
             balancer=balancer,
             router=self._router(balancer),
-            reach=Reach(balancer, metrics, settings.client),
+            dispatcher=Dispatcher(balancer, metrics, settings.client),
             dialer=dialer,
             former=self.source.former if self.source is not None else None,
             ledger=self.ledger,
@@ -158,8 +158,10 @@ class App:
         )
         self._publish()
         self.outbound_pools: Pools[Endpoint] = endpoint_pools(self.runtime, "gateway" if config.gateway.enabled else "outbound")
-        self.ways = Ways(self.runtime.directory, config.clusters, self.outbound_pools.leases(Protocol.HTTP1), self.metrics)
-        self.runtime.router.ways = self.ways
+        self.remote_gateways = RemoteGateways(
+            self.runtime.directory, config.clusters, self.outbound_pools.leases(Protocol.HTTP1), self.metrics
+        )
+        self.runtime.router.remote_gateways = self.remote_gateways
         self.inbound_pools: Pools[Address] = inbound_pools(self.runtime)
         reserved = _RESERVED + (config.dns.max_in_flight + 2 * config.dns.max_connections if config.dns is not None else 0)
         self.inbound = self._way_in(reserved)
@@ -202,7 +204,7 @@ class App:
                 nursery.start_soon(self._sweep)
                 nursery.start_soon(self.liveness.run)
                 nursery.start_soon(self.drain.disconnects.run)
-                nursery.start_soon(self.ways.watch)
+                nursery.start_soon(self.remote_gateways.watch)
                 nursery.start_soon(self.drain.pacer.run)
                 if self.names is not None:
                     nursery.start_soon(self.names.serve, self.listeners, report)
@@ -247,7 +249,7 @@ class App:
     def _directory_changed(self, error: DirectoryError | None) -> None:
         self.metrics.directory_reloaded("ok" if error is None else "refused" if isinstance(error, IdentityLoss) else "error")
         if error is None:
-            self.runtime.reach.changed()
+            self.runtime.dispatcher.changed()
             self._publish()
             _log.info("new directory in use: %d services", len(self.runtime.directory.current.services))
         else:
@@ -299,7 +301,7 @@ class App:
         used = [pool.counts() for pool in (self.outbound_pools, self.inbound_pools)]
         self.metrics.pool("active").set(sum(active for active, _ in used))
         self.metrics.pool("idle").set(sum(idle for _, idle in used))
-        self.metrics.reach.broken((service, str(address), state) for service, address, state in self.runtime.balancer.broken())
+        self.metrics.endpoints.broken((service, str(address), state) for service, address, state in self.runtime.balancer.broken())
         self.memory.observe()
         if self.runtime.fast_path is not None:
             self.metrics.on_fast_path(*self.runtime.fast_path.counts())

@@ -57,7 +57,7 @@ from proxy.telemetry.log import configure
 from proxy.telemetry.metrics import Metrics
 from proxy.workers.connection_table import make, wipe
 from proxy.workers.merged_metrics import Totals, reading
-from proxy.workers.protocol import QUESTION, SiblingGone, Start, State, receive, send, share, start_message
+from proxy.workers.protocol import QUESTION, ProcessGone, Start, State, receive, send, share, start_message
 
 _log = logging.getLogger("isthmus.supervisor")
 
@@ -146,7 +146,7 @@ class Life:
                 self.asked, self.missed = False, 0
                 hear(self.state)
                 self.heard.unpark_all()
-        except (SiblingGone, trio.BrokenResourceError):
+        except (ProcessGone, trio.BrokenResourceError):
             self.heard.unpark_all()
         except msgspec.MsgspecError:
             _log.exception("a worker says what nobody understands")

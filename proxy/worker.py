@@ -18,9 +18,9 @@ import trio
 
 from proxy.app import App, start
 from proxy.errors import StartError
-from proxy.workers.connection_table import SharedDepths
+from proxy.workers.connection_table import SharedConnectionTable
 from proxy.workers.merged_metrics import reading
-from proxy.workers.protocol import QUESTION, Sibling, SiblingGone, State, read_start, receive, send
+from proxy.workers.protocol import QUESTION, ProcessGone, State, WorkerInfo, read_start, receive, send
 
 
 def main(descriptor: int, memory: int) -> int:
@@ -29,17 +29,17 @@ def main(descriptor: int, memory: int) -> int:
     sock.setblocking(False)
     try:
         told = read_start(trio.run(_first, sock.dup()))
-    except (SiblingGone, OSError, trio.BrokenResourceError):
+    except (ProcessGone, OSError, trio.BrokenResourceError):
         return 0  # nobody wants a worker any more
 
     async def beside(app: App) -> None:
         async with trio.SocketStream(trio.socket.from_stdlib_socket(sock)) as supervisor:
             await answer(app, supervisor)
 
-    sibling = Sibling(told.number, told.secret, SharedDepths(memory, told.number, told.secret))
+    worker = WorkerInfo(told.number, told.secret, SharedConnectionTable(memory, told.number, told.secret))
     os.close(memory)
     try:
-        return start(told.config, sibling, beside)
+        return start(told.config, worker, beside)
     except StartError as error:
         sys.stderr.write(f"isthmus: {error}\n")
         return error.code

@@ -29,7 +29,7 @@ import random
 from collections.abc import Callable, Iterator
 
 from proxy.balancing.circuit_breaker import State
-from proxy.balancing.endpoint_set import Change, Fleet, Surroundings
+from proxy.balancing.endpoint_set import Change, EndpointSet, Surroundings
 from proxy.directory import Target
 from proxy.net.address import Address
 
@@ -44,47 +44,47 @@ class Balancer:
     def __init__(self, clock: Callable[[], float], chance: random.Random | None = None, zone: str = "") -> None:
         """`clock` gives seconds (trio.current_time); `chance` is for tests that need the same draw twice; `zone` is the proxy's own."""
         self._around = Surroundings(clock, chance or random.Random(), zone, _unheard)  # noqa: S311  (no secret depends on it)
-        self._fleets: dict[str, Fleet] = {}
+        self._endpoint_sets: dict[str, EndpointSet] = {}
 
     def on_change(self, tell: Callable[[Change], None]) -> None:
         """`tell` hears of each change of a breaker, in the middle of what has caused it."""
         self._around.on_change = tell
 
-    def fleet(self, service: str) -> Fleet:
+    def endpoint_set(self, service: str) -> EndpointSet:
         """What is known of the endpoints of `service`; kept while there is something to keep."""
-        fleet = self._fleets.get(service)
-        if fleet is None:
-            fleet = self._fleets[service] = Fleet(self._around, service)
-        return fleet
+        endpoint_set = self._endpoint_sets.get(service)
+        if endpoint_set is None:
+            endpoint_set = self._endpoint_sets[service] = EndpointSet(self._around, service)
+        return endpoint_set
 
     def usable(self, target: Target) -> int:
         """How many endpoints of `target` are ready and not broken. One that is to be tried, or being tried, is broken until it has
         answered: what depends on the number does not change with each trial."""
         if target.service is None:
             return sum(endpoint.ready for endpoint in target.endpoints)
-        return self.fleet(target.service).usable(target)
+        return self.endpoint_set(target.service).usable(target)
 
     def trial(self, target: Target, *, alone: bool = False) -> bool:
         """Whether a request that is sent to `target` now would find out about a broken endpoint of it. Whoever goes elsewhere for want of
         usable endpoints sends such a one, or would not hear that they are back. `alone`: there is no elsewhere."""
-        return target.service is not None and self.fleet(target.service).trial(target, alone=alone)
+        return target.service is not None and self.endpoint_set(target.service).trial(target, alone=alone)
 
     def broken(self) -> Iterator[tuple[str, Address, State]]:
         """The endpoints that are left alone or on probation, by service."""
-        for fleet in self._fleets.values():
-            for address, breaker in fleet.broken.items():
-                yield fleet.service, address, breaker.state
+        for endpoint_set in self._endpoint_sets.values():
+            for address, breaker in endpoint_set.broken.items():
+                yield endpoint_set.service, address, breaker.state
 
     def waiting(self) -> int:
         """How many requests and connections wait for an endpoint."""
-        return sum(len(fleet.queue) for fleet in self._fleets.values())
+        return sum(len(endpoint_set.queue) for endpoint_set in self._endpoint_sets.values())
 
     def wake(self) -> None:
         """The directory has changed: there may be something for those who wait."""
-        for fleet in self._fleets.values():
-            fleet.queue.wake()
+        for endpoint_set in self._endpoint_sets.values():
+            endpoint_set.queue.wake()
 
     def sweep(self) -> None:
         """Forget what says nothing any more. About every ten seconds."""
         now = self._around.clock()
-        self._fleets = {service: fleet for service, fleet in self._fleets.items() if fleet.sweep(now)}
+        self._endpoint_sets = {service: endpoint_set for service, endpoint_set in self._endpoint_sets.items() if endpoint_set.sweep(now)}

@@ -13,10 +13,10 @@ from math import inf
 from typing import NamedTuple
 
 from proxy.balancing.circuit_breaker import Breaker, Failure, State
-from proxy.balancing.ewma import Load
+from proxy.balancing.ewma import PeakEwma
 from proxy.balancing.retry_budget import RetryBudget
-from proxy.balancing.wait_queue import Queue
-from proxy.balancing.weighted import Places, View
+from proxy.balancing.wait_queue import WaitQueue
+from proxy.balancing.weighted import View, WeightedEndpoints
 from proxy.directory import Endpoint, Target
 from proxy.directory.policy import Policy
 from proxy.net.address import Address
@@ -46,7 +46,7 @@ class Change(NamedTuple):
 
 @dataclass(slots=True)
 class Surroundings:
-    """What all fleets of a proxy share."""
+    """What all endpoint sets of a proxy share."""
 
     clock: Callable[[], float]
     chance: random.Random
@@ -54,19 +54,19 @@ class Surroundings:
     on_change: Callable[[Change], None]
 
 
-class Fleet:
+class EndpointSet:
     """Of one service. It is told what came of each request by the `Work` that it gave out for it."""
 
     def __init__(self, around: Surroundings, service: str) -> None:
         self.service = service
         self.budget = RetryBudget(around.clock())
-        self.queue = Queue()
+        self.queue = WaitQueue()
         self.broken: dict[Address, Breaker] = {}  # the breakers that are not closed
         self._around = around
         self._changes = 0  # of breakers
         self._dark = False  # all of a target's endpoints were broken, so one was tried early
         self._failed: dict[Address, Breaker] = {}  # all breakers
-        self._loads: dict[Address, Load] = {}
+        self._loads: dict[Address, PeakEwma] = {}
         self._joined: dict[Address, float] = {}  # new endpoints, and since when
         self._views: dict[int, View] = {}
         self._older: dict[int, View] = {}  # of the time before the last sweep
@@ -84,22 +84,22 @@ class Fleet:
             return endpoint if endpoint.ready else None
         view = self._views.get(id(target)) or self._view(target)
         if not careful:
-            places = view.near or view.all
-            if len(places.endpoints) > 1:
-                return self._better(places, target.policy)
-            return places.endpoints[0] if places.endpoints else None
+            weighted = view.near or view.all
+            if len(weighted.endpoints) > 1:
+                return self._better(weighted, target.policy)
+            return weighted.endpoints[0] if weighted.endpoints else None
         if view.near is not None and self._usable(view.near) >= view.enough:
             found = self._careful(view.near, target.policy, exclude)
             if found is not None:
                 return found
         return self._careful(view.all, target.policy, exclude) or self._last(view.all, target.policy, exclude)
 
-    def _better(self, places: Places, policy: Policy) -> Endpoint:
+    def _better(self, weighted: WeightedEndpoints, policy: Policy) -> Endpoint:
         """The less busy one of two."""
-        one, two = places.draw(self._around.chance)
+        one, two = weighted.draw(self._around.chance)
         if one is two:
             return one
-        now, rules, mean = self._around.clock(), policy.balancing, places.mean
+        now, rules, mean = self._around.clock(), policy.balancing, weighted.mean
         first, second = self._loads.get(one.address), self._loads.get(two.address)
         cost_one = rules.default_rtt if first is None else first.cost(now, rules.decay, mean / one.weight)
         cost_two = rules.default_rtt if second is None else second.cost(now, rules.decay, mean / two.weight)
@@ -118,34 +118,34 @@ class Fleet:
             return False
         return self._around.chance.random() > max(_FIRST_SHARE, (now - joined) / slow_start)
 
-    def _careful(self, places: Places, policy: Policy, exclude: Collection[Endpoint]) -> Endpoint | None:
+    def _careful(self, weighted: WeightedEndpoints, policy: Policy, exclude: Collection[Endpoint]) -> Endpoint | None:
         """The same where some are broken or excluded: one that may be tried again is, at once."""
         now = self._around.clock()
-        if now >= places.next_probe(self.broken, self._changes):
-            for endpoint in places.endpoints:
+        if now >= weighted.next_probe(self.broken, self._changes):
+            for endpoint in weighted.endpoints:
                 breaker = self.broken.get(endpoint.address)
                 if breaker is not None and breaker.due(now) and endpoint not in exclude:
                     return endpoint
-        if len(places.endpoints) > _DRAWS:
+        if len(weighted.endpoints) > _DRAWS:
             for _ in range(_DRAWS):
-                endpoint = self._better(places, policy)
+                endpoint = self._better(weighted, policy)
                 if self._will_do(endpoint, exclude):
                     return endpoint
-        return self._one_of([endpoint for endpoint in places.endpoints if self._will_do(endpoint, exclude)], policy)
+        return self._one_of([endpoint for endpoint in weighted.endpoints if self._will_do(endpoint, exclude)], policy)
 
     def _one_of(self, left: list[Endpoint], policy: Policy) -> Endpoint | None:
         if len(left) > 1:
-            return self._better(Places(left), policy)
+            return self._better(WeightedEndpoints(left), policy)
         return left[0] if left else None
 
-    def _last(self, places: Places, policy: Policy, exclude: Collection[Endpoint]) -> Endpoint | None:
+    def _last(self, weighted: WeightedEndpoints, policy: Policy, exclude: Collection[Endpoint]) -> Endpoint | None:
         """Of endpoints that are all broken, one that responds; if none does, the one that has not been tried for longest, if it is time
         to."""
-        if last := places.last(self.broken, self._changes):
+        if last := weighted.last(self.broken, self._changes):
             return self._one_of([endpoint for endpoint in last if endpoint not in exclude], policy)
-        if self._around.clock() < places.early_probe(self.broken, self._changes):
+        if self._around.clock() < weighted.early_probe(self.broken, self._changes):
             return None
-        left = [endpoint for endpoint in places.endpoints if endpoint not in exclude]
+        left = [endpoint for endpoint in weighted.endpoints if endpoint not in exclude]
         return min(left, key=lambda endpoint: self.broken[endpoint.address].early, default=None)
 
     def _will_do(self, endpoint: Endpoint, exclude: Collection[Endpoint]) -> bool:
@@ -159,8 +159,8 @@ class Fleet:
         """How many endpoints of `target` are ready and not broken."""
         return self._usable(self._laid_out(target).all)
 
-    def _usable(self, places: Places) -> int:
-        return len(places.addresses) - len(places.broken(self.broken, self._changes)) if self.broken else len(places.addresses)
+    def _usable(self, weighted: WeightedEndpoints) -> int:
+        return len(weighted.addresses) - len(weighted.broken(self.broken, self._changes)) if self.broken else len(weighted.addresses)
 
     def trial(self, target: Target, *, alone: bool) -> bool:
         """Whether `pick` would have a broken endpoint of `target` used now. `alone`: nobody else could take the request, so it may be
@@ -172,17 +172,17 @@ class Fleet:
 
     def opens(self, target: Target) -> float:
         """When the penalty of the next one of `target`'s broken endpoints is, or was, over: how long it is thought to be away."""
-        places = self._laid_out(target).all
-        if places.last(self.broken, self._changes):
+        weighted = self._laid_out(target).all
+        if weighted.last(self.broken, self._changes):
             return -inf
-        return min((breaker.until for breaker in places.broken(self.broken, self._changes)), default=inf)
+        return min((breaker.until for breaker in weighted.broken(self.broken, self._changes)), default=inf)
 
     def next_probe(self, target: Target) -> float:
         """When the next one of `target`'s broken endpoints may be used."""
-        places = self._laid_out(target).all
-        if places.last(self.broken, self._changes):
+        weighted = self._laid_out(target).all
+        if weighted.last(self.broken, self._changes):
             return -inf
-        return min(places.next_probe(self.broken, self._changes), places.early_probe(self.broken, self._changes))
+        return min(weighted.next_probe(self.broken, self._changes), weighted.early_probe(self.broken, self._changes))
 
     def trying(self, target: Target) -> bool:
         """Whether a request on probation is under way to one of `target`'s endpoints."""
@@ -209,17 +209,17 @@ class Fleet:
         self._views[id(target)] = view
         return view
 
-    def _notice_new(self, places: Places) -> None:
-        if not places.endpoints:
+    def _notice_new(self, weighted: WeightedEndpoints) -> None:
+        if not weighted.endpoints:
             return
-        first = places.endpoints[0].address
+        first = weighted.endpoints[0].address
         key = first.port, first.is_ipv6  # a service may have a target for each of its ports, and for each address family
         known = self._known.get(key, frozenset())
-        new = places.addresses - known
-        if len(new) < len(places.addresses):
+        new = weighted.addresses - known
+        if len(new) < len(weighted.addresses):
             now = self._around.clock()
             self._joined.update((address, now) for address in new)
-        self._known[key] = places.addresses
+        self._known[key] = weighted.addresses
 
     # What came of it...
 
@@ -229,7 +229,7 @@ class Fleet:
         if not alone:
             load = self._loads.get(endpoint.address)
             if load is None:
-                load = Load(policy.balancing.default_rtt, self._around.clock())
+                load = PeakEwma(policy.balancing.default_rtt, self._around.clock())
                 if len(self._loads) < _MOST:
                     self._loads[endpoint.address] = load
             load.pending += 1
@@ -338,10 +338,10 @@ class Work:
     """One request or connection at an endpoint. Told what came of it (once, or when it has begun to be answered and again at its end), and
     then finished; or finished without."""
 
-    __slots__ = ("_fleet", "_told", "endpoint", "load", "policy", "probe")
+    __slots__ = ("_endpoint_set", "_told", "endpoint", "load", "policy", "probe")
 
-    def __init__(self, fleet: Fleet, policy: Policy, endpoint: Endpoint, load: Load | None, probe: bool) -> None:
-        self._fleet = fleet
+    def __init__(self, endpoint_set: EndpointSet, policy: Policy, endpoint: Endpoint, load: PeakEwma | None, probe: bool) -> None:
+        self._endpoint_set = endpoint_set
         self._told = False
         self.policy = policy
         self.endpoint = endpoint
@@ -357,18 +357,18 @@ class Work:
         `begun`: it has begun to, and at the end may turn out to have failed."""
         self._told = True
         if self.load is not None:
-            self._fleet.note(self, seconds, bad=bad)
-        self._fleet.succeeded(self, begun=begun)
+            self._endpoint_set.note(self, seconds, bad=bad)
+        self._endpoint_set.succeeded(self, begun=begun)
 
     def failed(self, why: str, seconds: float | None = None, how: Failure = Failure.RESPONSE) -> None:
         """The endpoint has failed, or answered with what counts as that: `why`, in a word or two."""
         self._told = True
-        self._fleet.note(self, seconds, bad=True)
-        self._fleet.failed(self, why, how)
+        self._endpoint_set.note(self, seconds, bad=True)
+        self._endpoint_set.failed(self, why, how)
 
     def silent(self, seconds: float | None) -> None:
         """There was no answer in `seconds`, and then it was given up: that is how busy the endpoint is at least, though it may be well."""
-        self._fleet.note(self, seconds, bad=True)
+        self._endpoint_set.note(self, seconds, bad=True)
 
     def finished(self) -> None:
         """It is over, however it ended."""
@@ -376,4 +376,4 @@ class Work:
             self.load.pending -= 1
             self.load = None
         if self.probe and not self._told:
-            self._fleet.abandoned(self)
+            self._endpoint_set.abandoned(self)

@@ -22,7 +22,7 @@ from math import exp
 _FORGET = 300.0
 
 
-class Load:
+class PeakEwma:
     """Of one endpoint. Seconds of any one clock."""
 
     __slots__ = ("pending", "rtt", "stamp")

@@ -22,7 +22,7 @@ class Place:
         self.news = trio.Event()
 
 
-class Queue:
+class WaitQueue:
     """Of one service. Empty is false. Whoever takes a place bounds how many there are, and how long he stays."""
 
     __slots__ = ("_places",)

@@ -19,7 +19,7 @@ from proxy.directory import Endpoint, Target
 from proxy.net.address import Address
 
 
-class Places:
+class WeightedEndpoints:
     """Endpoints that are ready: all of a target, or those in one zone."""
 
     __slots__ = ("_broken", "_due", "_early", "_last", "_places", "_seen", "addresses", "endpoints", "mean")
@@ -86,12 +86,12 @@ class View:
     def __init__(self, target: Target, zone: str) -> None:
         """`zone`: the proxy's own; "" if it is not known."""
         self.target = target
-        self.all = Places([endpoint for endpoint in target.endpoints if endpoint.ready])
-        self.near: Places | None = None  # those in the own zone, if they come first
+        self.all = WeightedEndpoints([endpoint for endpoint in target.endpoints if endpoint.ready])
+        self.near: WeightedEndpoints | None = None  # those in the own zone, if they come first
         self.enough = 0  # as long as so many of them can be used
         if zone and target.policy.balancing.zone == "prefer":
             near = [endpoint for endpoint in self.all.endpoints if endpoint.zone == zone]
             listed = sum(endpoint.zone == zone for endpoint in target.endpoints)
             self.enough = max(1, ceil(target.policy.balancing.zone_share * listed - 1e-9))
             if self.enough <= len(near) < len(self.all.endpoints):
-                self.near = Places(near)
+                self.near = WeightedEndpoints(near)

@@ -129,11 +129,11 @@ def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
             return
         choose(exchange)
         if request.method == b"CONNECT" and request.protocol is None:
-            await rt.reach.exchange(exchange, choose, tunnel)
+            await rt.dispatcher.exchange(exchange, choose, tunnel)
             return
         exchange.caller = str(who).encode("ascii")
         note_way(rt, exchange, who)
-        await rt.reach.exchange(exchange, choose, send)
+        await rt.dispatcher.exchange(exchange, choose, send)
 
     return handle
 

@@ -13,7 +13,7 @@ from secrets import token_bytes
 from loopguard import HopLimits, Loop, OwnConnections, OwnListeners, SelfCalls, Waypoint, Who
 from loopguard.forwarded_loops import noted
 from loopguard.l7 import HEADER, Side, from_outside
-from loopguard.nesting import Depths, LocalDepths
+from loopguard.nesting import ConnectionTable, LocalConnectionTable
 from proxy.config.load import Config
 from proxy.errors import LoopDetected
 from proxy.exchange.exchange import Exchange, Facts, Layer
@@ -23,23 +23,23 @@ from proxy.net.address import Address
 from proxy.net.socket_stream import SocketStream
 from proxy.telemetry.metrics import Metrics
 from proxy.wire.messages import Field
-from proxy.workers.protocol import Sibling
+from proxy.workers.protocol import WorkerInfo
 
 
 class LoopGuard:
-    """Owned by the application; `listeners` is replaced when the pod's addresses change. `sibling`: what it is as
+    """Owned by the application; `listeners` is replaced when the pod's addresses change. `worker`: what it is as
     one of several workers, which have to know each other's tokens and connections."""
 
-    def __init__(self, config: Config, listeners: OwnListeners, metrics: Metrics, sibling: Sibling | None = None) -> None:
+    def __init__(self, config: Config, listeners: OwnListeners, metrics: Metrics, worker: WorkerInfo | None = None) -> None:
         who, limits = Who(config.cluster, config.pod.namespace, config.pod.name), config.loops
         self.listeners = listeners
-        table: Depths = sibling.depths if sibling is not None else LocalDepths()
+        table: ConnectionTable = worker.connection_table if worker is not None else LocalConnectionTable()
         self.connections = OwnConnections(limits.max_nesting, who.name, table)
         self._self_calls = SelfCalls(limits.max_self_calls, who.name)
         self._who = who
         self._hops = limits.max_hops
         self._returns: dict[Side, int] = {"outbound": limits.max_returns, "inbound": limits.max_returns, "gateway": 0}
-        self._secret = sibling.secret if sibling is not None else token_bytes(32)
+        self._secret = worker.secret if worker is not None else token_bytes(32)
         self._outbound = self.waypoint("outbound")
         self._gateway = self.waypoint("gateway")
         self._notes = limits.max_returns

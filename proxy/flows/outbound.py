@@ -121,7 +121,7 @@ def to_service(rt: Runtime, pools: Pools[Endpoint], client: Client[Endpoint]) ->
             await carry(client, exchange, endpoint, pools, protocol)
 
     async def handle(exchange: Exchange) -> None:
-        await rt.reach.exchange(exchange, choose, send)
+        await rt.dispatcher.exchange(exchange, choose, send)
 
     return handle
 
@@ -176,7 +176,7 @@ class OutboundPlan:
             return None
         if policy is not DEFAULT_POLICY and not _plain(policy, exchange):
             return None
-        endpoint = rt.reach.sound(target)
+        endpoint = rt.dispatcher.sound(target)
         if (
             endpoint is None
             or (endpoint.identity is None and not rt.clear_text_allowed(endpoint.address))
@@ -203,7 +203,7 @@ class OutboundPlan:
                 lease.declines = lambda head: within(head.status, statuses)
             if policy.timeouts.request is not None:
                 lease.limit = trio.current_time() + policy.timeouts.request
-        lease.attempt = underway = rt.reach.watch(exchange, target, endpoint)
+        lease.attempt = underway = rt.dispatcher.watch(exchange, target, endpoint)
         lease.on_end = underway.ended
         if call is not None:
             lease.on_begin, lease.on_end = call.follow, call.then(lease.on_end)
@@ -235,7 +235,7 @@ async def to_endpoint(rt: Runtime, target: Target, client: Stream, about: Facts,
             raise
 
     try:
-        async with rt.reach.connection(lambda: rt.router.choose(target), connect) as stream, closing(stream) as upstream:
+        async with rt.dispatcher.connection(lambda: rt.router.choose(target), connect) as stream, closing(stream) as upstream:
             with account.upstream(upstream):
                 heard = calls[0].moved if calls else None
                 found = await rt.look(client, upstream, rt.config.outbound.detect_timeout) if about.unsure else FOUND_OPAQUE

@@ -36,7 +36,7 @@ from proxy.net.relay import Joint, Relayed, relay
 from proxy.net.socket_stream import Stream
 from proxy.net.tls.expiry import Expiries
 from proxy.net.tls.handshake import TLSOffer, tls_client
-from proxy.routing.dispatch import Reach
+from proxy.routing.dispatch import Dispatcher
 from proxy.routing.router import Router, Source
 from proxy.telemetry.records import Ledger
 from proxy.telemetry.tracing_setup import Spans
@@ -117,7 +117,7 @@ class Runtime:
     directory: Source
     balancer: Balancer
     router: Router
-    reach: Reach
+    dispatcher: Dispatcher
     dialer: Dialer
     ledger: Ledger
     spans: Spans
@@ -205,8 +205,8 @@ class Runtime:
         kept.end = tls.info.peer_not_after
         self.expiries.watch(tls, own_end)
         self.ledger.tls_established("outbound", tls.info)
-        if self.router.ways is not None:
-            self.router.ways.connected(endpoint, tls)
+        if self.router.remote_gateways is not None:
+            self.router.remote_gateways.connected(endpoint, tls)
         return tls
 
     def check_clear_text(self, address: Address) -> None:

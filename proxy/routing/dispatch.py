@@ -25,7 +25,7 @@ import trio
 
 from proxy.balancing.balancer import Balancer
 from proxy.balancing.circuit_breaker import Failure, State
-from proxy.balancing.endpoint_set import Change, Fleet, Work
+from proxy.balancing.endpoint_set import Change, EndpointSet, Work
 from proxy.config.units import within
 from proxy.directory import Endpoint, Target
 from proxy.errors import (
@@ -61,13 +61,13 @@ Send = Callable[[Exchange, Target, Endpoint], Awaitable[None]]
 Connect = Callable[[Target, Endpoint], Awaitable[Stream]]
 
 
-class Reach:
+class Dispatcher:
     """The way from targets to endpoints, for requests and for connections."""
 
     def __init__(self, balancer: Balancer, metrics: Metrics, client: ClientSettings) -> None:
         """`client`: how long a server may take where a policy does not say."""
         self._balancer = balancer
-        self._metrics = metrics.reach
+        self._metrics = metrics.endpoints
         self._client = client
         self._opened, self._closed = RateLimit(5), RateLimit(5)
         balancer.on_change(self._changed)
@@ -82,24 +82,24 @@ class Reach:
         if target.service is None:
             await send(exchange, target, _only(target) if handoff is None else handoff.endpoint)
             return
-        fleet = self._balancer.fleet(target.service)
-        fleet.budget.requests += handoff is None
-        attempts = Attempts(exchange, fleet, target.policy, self._metrics, self._client)
+        endpoint_set = self._balancer.endpoint_set(target.service)
+        endpoint_set.budget.requests += handoff is None
+        attempts = Attempts(exchange, endpoint_set, target.policy, self._metrics, self._client)
         patience: Patience | None = None
         while True:
             if handoff is not None:
                 endpoint, handoff = handoff.go_on(attempts), None
             else:
-                picked = _pick(exchange, fleet, target, attempts)
-                if picked is None and attempts.failure is not None and not fleet.may_return(target):
+                picked = _pick(exchange, endpoint_set, target, attempts)
+                if picked is None and attempts.failure is not None and not endpoint_set.may_return(target):
                     raise attempts.failure
-                if picked is None or fleet.queue:
+                if picked is None or endpoint_set.queue:
                     patience = patience or self._patience(lambda: choose(exchange))
-                    target, fleet, picked = await _wait(patience, attempts.failure)
+                    target, endpoint_set, picked = await _wait(patience, attempts.failure)
                     attempts.waited()
                 elif len(attempts.unreached) >= ENDPOINTS_TRIED and attempts.failure is not None:
                     raise attempts.failure
-                endpoint, attempts.fleet = picked, fleet
+                endpoint, attempts.endpoint_set = picked, endpoint_set
                 attempts.begin(endpoint, alone=len(target.endpoints) == 1)
             try:
                 if attempts.timeout is None:
@@ -114,10 +114,10 @@ class Reach:
                 attempts.end()
             if pause:
                 await trio.sleep(pause)
-            target, fleet = self._choose_again(lambda: choose(exchange), failure)
+            target, endpoint_set = self._choose_again(lambda: choose(exchange), failure)
             attempts.remind()
 
-    def _choose_again(self, choose: Callable[[], Target], failure: Exception | None) -> tuple[Target, Fleet]:
+    def _choose_again(self, choose: Callable[[], Target], failure: Exception | None) -> tuple[Target, EndpointSet]:
         """Another look at what may serve, after an attempt. If nothing does any more, what has failed before is the better answer."""
         try:
             target = choose()
@@ -125,11 +125,11 @@ class Reach:
             if failure is not None:
                 raise failure from None
             raise
-        return target, self._fleet(target)
+        return target, self._endpoint_set(target)
 
-    def _fleet(self, target: Target) -> Fleet:
+    def _endpoint_set(self, target: Target) -> EndpointSet:
         # The directory may have forgotten the service meanwhile. What is chosen then is an address of no service, with no history.
-        return self._balancer.fleet(target.service or "")
+        return self._balancer.endpoint_set(target.service or "")
 
     def _patience(self, choose: Callable[[], Target]) -> Patience:
         return Patience(self._balancer, self._metrics, choose)
@@ -140,16 +140,16 @@ class Reach:
         """An endpoint for a request that needs no care; None: there is none, or something of the service is broken."""
         if target.service is None:
             return target.endpoints[0] if target.endpoints and target.endpoints[0].ready else None
-        fleet = self._balancer.fleet(target.service)
-        return None if fleet.broken or fleet.queue else fleet.pick(target)
+        endpoint_set = self._balancer.endpoint_set(target.service)
+        return None if endpoint_set.broken or endpoint_set.queue else endpoint_set.pick(target)
 
     def watch(self, exchange: Exchange, target: Target, endpoint: Endpoint) -> Underway:
         """`exchange` is being sent to `endpoint`; what is returned is to be told when that has `ended`."""
         if target.service is None:
             return Underway(exchange, target, endpoint, None)
-        fleet = self._balancer.fleet(target.service)
-        fleet.budget.requests += 1
-        return Underway(exchange, target, endpoint, fleet.begin(target.policy, endpoint, alone=len(target.endpoints) == 1))
+        endpoint_set = self._balancer.endpoint_set(target.service)
+        endpoint_set.budget.requests += 1
+        return Underway(exchange, target, endpoint, endpoint_set.begin(target.policy, endpoint, alone=len(target.endpoints) == 1))
 
     # Connections...
 
@@ -166,20 +166,20 @@ class Reach:
         return await self._connected(target, choose, connect)
 
     async def _connected(self, target: Target, choose: Callable[[], Target], connect: Connect) -> tuple[Stream, Work]:
-        fleet, failure = self._fleet(target), None
+        endpoint_set, failure = self._endpoint_set(target), None
         tried: tuple[Endpoint, ...] = ()
         patience: Patience | None = None
         while True:
-            endpoint = fleet.pick(target, tried)
-            if endpoint is None and failure is not None and not fleet.may_return(target):
+            endpoint = endpoint_set.pick(target, tried)
+            if endpoint is None and failure is not None and not endpoint_set.may_return(target):
                 raise failure
-            if endpoint is None or fleet.queue:
+            if endpoint is None or endpoint_set.queue:
                 patience = patience or self._patience(choose)
-                target, fleet, endpoint = await _wait(patience, failure)
+                target, endpoint_set, endpoint = await _wait(patience, failure)
                 tried = ()
             elif len(tried) >= ENDPOINTS_TRIED and failure is not None:
                 raise failure
-            work = fleet.begin(target.policy, endpoint, alone=len(target.endpoints) == 1)
+            work = endpoint_set.begin(target.policy, endpoint, alone=len(target.endpoints) == 1)
             started = trio.current_time()
             try:
                 stream = await connect(target, endpoint)
@@ -197,7 +197,7 @@ class Reach:
             else:
                 work.answered(trio.current_time() - started)
                 return stream, work
-            target, fleet = self._choose_again(choose, failure)
+            target, endpoint_set = self._choose_again(choose, failure)
 
     def changed(self) -> None:
         """The directory has changed: whoever waits may look again."""
@@ -214,18 +214,18 @@ class Reach:
 
 
 class Connected:
-    """What Reach.connection gives."""
+    """What Dispatcher.connection gives."""
 
-    __slots__ = ("_choose", "_connect", "_reach", "_work")
+    __slots__ = ("_choose", "_connect", "_dispatcher", "_work")
 
-    def __init__(self, reach: Reach, choose: Callable[[], Target], connect: Connect) -> None:
-        self._reach = reach
+    def __init__(self, dispatcher: Dispatcher, choose: Callable[[], Target], connect: Connect) -> None:
+        self._dispatcher = dispatcher
         self._choose = choose
         self._connect = connect
         self._work: Work | None = None
 
     async def __aenter__(self) -> Stream:
-        stream, self._work = await self._reach.connected(self._choose, self._connect)
+        stream, self._work = await self._dispatcher.connected(self._choose, self._connect)
         return stream
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -317,13 +317,13 @@ def _underway(exchange: Exchange) -> Underway | None:
     return attempt if isinstance(attempt, Underway) else None
 
 
-def _pick(exchange: Exchange, fleet: Fleet, target: Target, attempts: Attempts) -> Endpoint | None:
+def _pick(exchange: Exchange, endpoint_set: EndpointSet, target: Target, attempts: Attempts) -> Endpoint | None:
     """The endpoint of the next attempt; None: there is none now."""
     first, exchange.first = exchange.first, None
-    if isinstance(first, Endpoint) and fleet.sound(first, target):
+    if isinstance(first, Endpoint) and endpoint_set.sound(first, target):
         return first
-    endpoint = fleet.pick(target, attempts.tried)
-    return fleet.pick(target, attempts.unreached) if endpoint is None and attempts.tried else endpoint
+    endpoint = endpoint_set.pick(target, attempts.tried)
+    return endpoint_set.pick(target, attempts.unreached) if endpoint is None and attempts.tried else endpoint
 
 
 def _only(target: Target) -> Endpoint:

@@ -101,7 +101,7 @@ _Lines = WeakKeyDictionary[SocketStream | TLSStream, tuple[int, int]]
 
 
 @dataclass(slots=True)
-class Ways:
+class RemoteGateways:
     """All gateways of one proxy's directory. `watch` keeps them; everything else is synchronous."""
 
     source: Source

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from proxy.balancing.circuit_breaker import Failure
-from proxy.balancing.endpoint_set import Fleet, Work
+from proxy.balancing.endpoint_set import EndpointSet, Work
 from proxy.config.units import within
 from proxy.directory import Endpoint
 from proxy.directory.policy import DEFAULT_POLICY, Policy
@@ -54,7 +54,7 @@ from proxy.wire.h2.frames import Code
 from proxy.wire.messages import Headers, ResponseHead
 
 if TYPE_CHECKING:
-    from proxy.telemetry.endpoint_metrics import ReachMeasures
+    from proxy.telemetry.endpoint_metrics import EndpointMetrics
 
 # More than a few tries to connect would only make the client wait: then the service is down, not an endpoint of it.
 ENDPOINTS_TRIED = 3
@@ -96,11 +96,29 @@ class Attempts:
     """At one exchange with one service. `judge` is the exchange's while one of them is under way."""
 
     __slots__ = (
-        "_begun", "_body", "_cause", "_client", "_client_limit", "_exchange", "_metrics", "_retries", "_since", "_started", "_status",
-        "_work", "failure", "fleet", "policy", "scope", "tried", "unreached",
+        "_begun",
+        "_body",
+        "_cause",
+        "_client",
+        "_client_limit",
+        "_exchange",
+        "_metrics",
+        "_retries",
+        "_since",
+        "_started",
+        "_status",
+        "_work",
+        "endpoint_set",
+        "failure",
+        "policy",
+        "scope",
+        "tried",
+        "unreached",
     )  # fmt: skip
 
-    def __init__(self, exchange: Exchange, fleet: Fleet, policy: Policy, metrics: ReachMeasures, client: ClientSettings) -> None:
+    def __init__(
+        self, exchange: Exchange, endpoint_set: EndpointSet, policy: Policy, metrics: EndpointMetrics, client: ClientSettings
+    ) -> None:
         """`client`: how long a server may take, where the policy does not say. Raises RequestError."""
         self._exchange = exchange
         self._metrics = metrics
@@ -114,7 +132,7 @@ class Attempts:
         self._started = 0.0
         self._since: float | None = None  # when it was sent, if the clock does not say
         self._work: Work | None = None
-        self.fleet = fleet
+        self.endpoint_set = endpoint_set
         self.policy = policy
         self.failure: Exception | None = None  # the last endpoint could not be connected to, because of this
         self.scope: trio.CancelScope | None = None  # of an attempt with a timeout of its own
@@ -175,7 +193,7 @@ class Attempts:
     def begin(self, endpoint: Endpoint, *, alone: bool) -> None:
         """An attempt at `endpoint` begins; `end` has to follow. `alone`: the service has no other."""
         self._exchange.judge = self.judge
-        self._work = self.fleet.begin(self.policy, endpoint, alone=alone)
+        self._work = self.endpoint_set.begin(self.policy, endpoint, alone=alone)
         self._since = None
         self._status = 0
         self._begun = False
@@ -232,7 +250,7 @@ class Attempts:
         if head.status < 400 and trailers is None:
             # A gRPC call has a status at its end. While nothing fails, nobody has to wait for it to know that.
             self._begun = True
-            work.answered(seconds, begun=self.fleet.failing and self._exchange.is_grpc)
+            work.answered(seconds, begun=self.endpoint_set.failing and self._exchange.is_grpc)
             return False
         return self._judge_error(work, head, trailers, seconds)
 
@@ -337,7 +355,7 @@ class Attempts:
             why = "body"
         elif now + self._pause(self._retries) >= exchange.clock.limit:
             why = "deadline"
-        elif not self.fleet.budget.withdraw(now, retries.budget):
+        elif not self.endpoint_set.budget.withdraw(now, retries.budget):
             why = "budget"
         else:
             self._retries += 1

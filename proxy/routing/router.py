@@ -67,7 +67,7 @@ class Virtual(Protocol):
         ...
 
 
-class Ways(Protocol):
+class KnownGateways(Protocol):
     """The ways into other clusters as they are now (proxy/routing/remote_gateways.py)."""
 
     def through(self, target: Target) -> Target:
@@ -136,7 +136,7 @@ class Router:
     clock: Callable[[], float]
     chance: random.Random = field(default_factory=random.Random)
     virtual: Virtual | None = None
-    ways: Ways | None = None
+    remote_gateways: KnownGateways | None = None
     networks: Sequence[Network] = ()
     _absences: dict[tuple[str | None, int], _Absence] = field(default_factory=dict, init=False)
 
@@ -163,14 +163,14 @@ class Router:
     def meant(self, original: Address, authority: Callable[[], bytes | None]) -> Target:
         """What a request to `original` is meant for. `authority` is called only where it may choose."""
         target = self.known(original)
-        if target is None and (self.networks or self.ways is not None):
+        if target is None and (self.networks or self.remote_gateways is not None):
             target = self._named(original, authority)
         return target or itself(original)
 
     def _named(self, original: Address, authority: Callable[[], bytes | None]) -> Target | None:
         """The service that the authority names, if it may choose one at this address."""
         anywhere = bool(self.networks) and self._trusted(original.host)
-        cluster = self.ways.cluster(original) if self.ways is not None and not anywhere else None
+        cluster = self.remote_gateways.cluster(original) if self.remote_gateways is not None and not anywhere else None
         if cluster is None and not anywhere:
             return None
         name = authority()
@@ -202,12 +202,12 @@ class Router:
         """What goes to another cluster, by the gateways that are there. Raises NoEndpoint if there is none."""
         self.books.sent_away(cluster, why)
         found = self._through(target)
-        if not found.endpoints and self.ways is not None:
-            raise NoEndpoint(self.ways.why(cluster))
+        if not found.endpoints and self.remote_gateways is not None:
+            raise NoEndpoint(self.remote_gateways.why(cluster))
         return found
 
     def _through(self, target: Target) -> Target:
-        return target if self.ways is None or target.remote is None else self.ways.through(target)
+        return target if self.remote_gateways is None or target.remote is None else self.remote_gateways.through(target)
 
     def _split(self, service: str | None, plan: Plan) -> Target:
         drawn = self._draw(plan.backends)

@@ -25,7 +25,7 @@ class QueueRecord:
         self.served = False
 
 
-class ReachMeasures:
+class EndpointMetrics:
     """Of one proxy. `counter` and `gauge` make families (proxy/telemetry/metrics.py)."""
 
     def __init__(

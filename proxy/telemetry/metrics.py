@@ -23,7 +23,7 @@ from OpenSSL import SSL
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from proxy.telemetry.counters import MOST_SERIES, Spread, Tally
-from proxy.telemetry.endpoint_metrics import ReachMeasures
+from proxy.telemetry.endpoint_metrics import EndpointMetrics
 from proxy.telemetry.log_output import Why
 from proxy.telemetry.request_metrics import LATENCY_BUCKETS, Direction, HttpCollector, HttpMeasures
 from proxy.wire.h1 import fast_head
@@ -205,7 +205,7 @@ class Metrics:
             self._counter("span_exports_total", "Batches of spans sent, by what became of them.", "result"),
         )
         self._dropped_logs = self._counter("dropped_logs_total", "Log lines that were not written, by the reason.", "reason")
-        self.reach = ReachMeasures(self._counter, self._gauge, self.registry)
+        self.endpoints = EndpointMetrics(self._counter, self._gauge, self.registry)
 
     def _states(self) -> None:
         self._gateways = self._gauge("gateways_usable", "Gateways of another cluster that get requests.", "cluster")

@@ -8,8 +8,8 @@ Each worker has a part of its own and reads in all of them. There is no lock: an
 it is, 7 how deep it lies, and one that it was stopped as a loop. Other workers than the owner set that bit, and no other one. If the owner
 writes at that very moment, the older entry stays in its place until the next one there. The place and the 56 bits are a digest, with the
 workers' secret, of both ends of the connection; nobody can choose ends that meet. Two connections that want the same place are the price:
-the older one is forgotten by the siblings, not by its own worker, which asks its own exact table first, and a loop that goes over it has
-one round more. A worker's part is wiped when the worker is gone.
+the older one is forgotten by the other workers, not by its own worker, which asks its own exact table first, and a loop that goes over it
+has one round more. A worker's part is wiped when the worker is gone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hashlib import blake2b
 
 from proxy.net.address import Address
 
-# Of each worker; with ten thousand connections open, one in four is not seen by siblings.
+# Of each worker; with ten thousand connections open, one in four is not seen by the others.
 _PLACES = 1 << 15
 _WORD = 8
 _STOPPED = 0x80
@@ -42,8 +42,8 @@ def wipe(descriptor: int, worker: int) -> None:
     os.pwrite(descriptor, bytes(_PLACES * _WORD), (worker - 1) * _PLACES * _WORD)
 
 
-class SharedDepths:
-    """The table of one worker, and what it sees of the others' (loopguard.nesting.Depths)."""
+class SharedConnectionTable:
+    """The table of one worker, and what it sees of the others' (loopguard.nesting.ConnectionTable)."""
 
     def __init__(self, descriptor: int, worker: int, secret: bytes) -> None:
         self._words = memoryview(mmap.mmap(descriptor, 0)).cast("Q")

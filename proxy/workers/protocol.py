@@ -17,7 +17,7 @@ from typing import Protocol
 import msgspec
 
 from proxy.config.schema import Config
-from proxy.workers.connection_table import SharedDepths
+from proxy.workers.connection_table import SharedConnectionTable
 from proxy.workers.merged_metrics import Reading
 
 _LENGTH = struct.Struct("!I")
@@ -25,7 +25,7 @@ _MOST = 64 * 1024 * 1024  # bytes of a message; a state has some 100 KiB
 QUESTION = b"?"
 
 
-class SiblingGone(Exception):
+class ProcessGone(Exception):
     """The other end of the pair has ended, or speaks something else."""
 
 
@@ -47,12 +47,12 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class Sibling:
-    """What a proxy is as one of several workers. `depths`: the connections of all of them."""
+class WorkerInfo:
+    """What a proxy is as one of several workers. `connection_table`: the connections of all of them."""
 
     number: int
     secret: bytes
-    depths: SharedDepths
+    connection_table: SharedConnectionTable
 
 
 class State(msgspec.Struct):
@@ -109,10 +109,10 @@ async def send(pipe: Pipe, data: bytes) -> None:
 
 
 async def receive(pipe: Pipe) -> bytes:
-    """The next message. Raises SiblingGone."""
+    """The next message. Raises ProcessGone."""
     (length,) = _LENGTH.unpack(await _exactly(pipe, _LENGTH.size))
     if length > _MOST:
-        raise SiblingGone(f"a message of {length} bytes")
+        raise ProcessGone(f"a message of {length} bytes")
     return await _exactly(pipe, length)
 
 
@@ -121,6 +121,6 @@ async def _exactly(pipe: Pipe, size: int) -> bytes:
     while len(data) < size:
         more = await pipe.receive_some(min(size - len(data), 1 << 20))
         if not more:
-            raise SiblingGone("the end of the stream")
+            raise ProcessGone("the end of the stream")
         data += more
     return bytes(data)

@@ -9,7 +9,7 @@ from typing import Any
 
 from proxy.balancing.balancer import Balancer
 from proxy.balancing.circuit_breaker import Failure
-from proxy.balancing.endpoint_set import Change, Fleet
+from proxy.balancing.endpoint_set import Change, EndpointSet
 from proxy.directory import Endpoint, Target
 from proxy.directory.policy import DEFAULT_POLICY, Policy
 from proxy.net.address import Address
@@ -33,19 +33,19 @@ class World:
         self.balancer.on_change(self.told.append)
 
     @property
-    def fleet(self) -> Fleet:
-        return self.balancer.fleet("default/web")
+    def endpoint_set(self) -> EndpointSet:
+        return self.balancer.endpoint_set("default/web")
 
     def picks(self, where: Target, times: int = 200, exclude: Sequence[Endpoint] = ()) -> Counter[Endpoint | None]:
-        return Counter(self.fleet.pick(where, exclude) for _ in range(times))
+        return Counter(self.endpoint_set.pick(where, exclude) for _ in range(times))
 
     def fail(self, where: Target, endpoint: Endpoint, times: int = 1, *, how: Failure = Failure.UNREACHABLE) -> None:
         for _ in range(times):
-            work = self.fleet.begin(where.policy, endpoint, alone=False)
+            work = self.endpoint_set.begin(where.policy, endpoint, alone=False)
             work.failed("test", how=how)
             work.finished()
 
     def succeed(self, where: Target, endpoint: Endpoint, seconds: float = 0.01) -> None:
-        work = self.fleet.begin(where.policy, endpoint, alone=False)
+        work = self.endpoint_set.begin(where.policy, endpoint, alone=False)
         work.answered(seconds)
         work.finished()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.balancing.endpoint_set import Work
-from proxy.balancing.ewma import Load
+from proxy.balancing.ewma import PeakEwma
 from proxy.directory import Endpoint, Target
 from proxy.directory.policy import Balancing, Policy
 from proxy.net.address import Address
@@ -23,7 +23,7 @@ from tests.balancing.endpoint_sets import World, endpoints, target
 def test_nothing_can_be_picked_from_nothing() -> None:
     world = World()
     for where in (target(), target(*endpoints(1, ready=False)), target(*endpoints(3, ready=False))):
-        assert world.fleet.pick(where) is None
+        assert world.endpoint_set.pick(where) is None
         assert world.balancer.usable(where) == 0
 
 
@@ -37,8 +37,8 @@ def test_an_endpoint_that_is_not_ready_is_never_picked() -> None:
 def test_what_is_excluded_is_not_picked_even_if_it_is_all_there_is() -> None:
     world, (one, two) = World(), endpoints(2)
     assert set(world.picks(target(one, two), exclude=[one])) == {two}
-    assert world.fleet.pick(target(one, two), exclude=[one, two]) is None
-    assert world.fleet.pick(target(one), exclude=[one]) is None
+    assert world.endpoint_set.pick(target(one, two), exclude=[one, two]) is None
+    assert world.endpoint_set.pick(target(one), exclude=[one]) is None
 
 
 def test_every_pair_is_drawn_and_the_first_place_is_not_favoured() -> None:
@@ -53,7 +53,7 @@ def test_every_pair_is_drawn_and_the_first_place_is_not_favoured() -> None:
 def test_of_two_the_one_with_less_to_do_is_picked() -> None:
     world, (one, two) = World(), endpoints(2)
     where = target(one, two)
-    work = world.fleet.begin(where.policy, one, alone=False)
+    work = world.endpoint_set.begin(where.policy, one, alone=False)
     assert set(world.picks(where)) == {two}
     work.finished()
     assert set(world.picks(where)) == {one, two}
@@ -87,14 +87,14 @@ def test_a_quick_error_does_not_make_an_endpoint_attractive() -> None:
     for _ in range(5):
         world.now += 5
         world.succeed(where, two, 0.05)
-        work = world.fleet.begin(where.policy, one, alone=False)
+        work = world.endpoint_set.begin(where.policy, one, alone=False)
         work.answered(0.0001, bad=True)
         work.finished()
     assert world.picks(where, 1000)[one] < 600
 
 
 def test_a_peak_counts_at_once_and_an_improvement_by_the_time_that_has_passed() -> None:
-    load = Load(0.03, 0.0)
+    load = PeakEwma(0.03, 0.0)
     load.observe(1.0, 1.0, 10.0)
     assert load.expected(1.0, 10.0) == 1.0
     load.observe(0.1, 1.0, 10.0)
@@ -107,10 +107,10 @@ def test_a_peak_counts_at_once_and_an_improvement_by_the_time_that_has_passed() 
 def test_work_spreads_evenly_when_nothing_finishes() -> None:
     world, where = World(), target(*endpoints(10))
     for _ in range(1000):
-        chosen = world.fleet.pick(where)
+        chosen = world.endpoint_set.pick(where)
         assert chosen is not None
-        world.fleet.begin(where.policy, chosen, alone=False)
-    loads = [world.fleet.outstanding(endpoint.address) for endpoint in where.endpoints]
+        world.endpoint_set.begin(where.policy, chosen, alone=False)
+    loads = [world.endpoint_set.outstanding(endpoint.address) for endpoint in where.endpoints]
     assert sum(loads) == 1000
     assert max(loads) - min(loads) <= 50, loads
 
@@ -130,10 +130,10 @@ def simulate(where: Target, service: Callable[[int], float], clients: int, secon
             started, work = out.pop(client)
             work.answered(world.now - started)
             work.finished()
-        endpoint = world.fleet.pick(where)
+        endpoint = world.endpoint_set.pick(where)
         assert endpoint is not None
         counts[index[endpoint]] += 1
-        out[client] = world.now, world.fleet.begin(where.policy, endpoint, alone=False)
+        out[client] = world.now, world.endpoint_set.begin(where.policy, endpoint, alone=False)
         heapq.heappush(events, (world.now + service(index[endpoint]), client))
     return counts
 
@@ -203,7 +203,7 @@ def test_endpoints_of_the_zone_that_are_not_ready_count_as_missing() -> None:
 
 def test_if_all_of_the_own_zone_are_excluded_another_zone_helps() -> None:
     world, places = World(zone="a"), zoned("a", "a", "b")
-    assert world.fleet.pick(target(*places), exclude=places[:2]) == places[2]
+    assert world.endpoint_set.pick(target(*places), exclude=places[:2]) == places[2]
 
 
 # New endpoints...
@@ -211,7 +211,7 @@ def test_if_all_of_the_own_zone_are_excluded_another_zone_helps() -> None:
 
 def test_a_new_endpoint_gets_a_share_that_grows() -> None:
     world, places = World(), endpoints(4)
-    world.fleet.pick(target(*places[:3]))  # the first that is seen of the service: none of them is new
+    world.endpoint_set.pick(target(*places[:3]))  # the first that is seen of the service: none of them is new
     where, shares = target(*places), []
     for _ in range(4):
         shares.append(world.picks(where, 2000)[places[3]] / 2000)
@@ -258,26 +258,26 @@ def test_what_says_nothing_any_more_is_forgotten() -> None:
     for endpoint in places:
         world.succeed(where, endpoint)
         world.fail(where, endpoint)
-    fleet = world.fleet
+    endpoint_set = world.endpoint_set
     for _ in range(3):
         world.now += 2000
         world.balancer.sweep()
-    assert not fleet._loads
-    assert not fleet._failed
-    assert not fleet.broken
-    assert not fleet._views
-    assert not fleet._older
-    assert world.fleet is not fleet
+    assert not endpoint_set._loads
+    assert not endpoint_set._failed
+    assert not endpoint_set.broken
+    assert not endpoint_set._views
+    assert not endpoint_set._older
+    assert world.endpoint_set is not endpoint_set
 
 
 def test_a_service_that_is_used_is_not_forgotten() -> None:
     world, where = World(), target(*endpoints(1))
-    fleet = world.fleet
+    endpoint_set = world.endpoint_set
     for _ in range(5):
-        fleet.budget.requests += 1
-        fleet.pick(where)
+        endpoint_set.budget.requests += 1
+        endpoint_set.pick(where)
         world.balancer.sweep()
-    assert world.fleet is fleet
+    assert world.endpoint_set is endpoint_set
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), max_size=12), st.integers(), st.sampled_from(["", "a"]))
@@ -294,5 +294,5 @@ def test_a_pick_is_ready_sound_and_not_excluded_and_is_found_if_there_is_one(
     sound = [endpoint for endpoint, (ready, _, bad) in zip(listed, kinds, strict=True) if ready and not bad]
     assert world.balancer.usable(where) == len(sound)
     allowed = [endpoint for endpoint in sound if endpoint not in exclude]
-    picked = world.fleet.pick(where, exclude)
+    picked = world.endpoint_set.pick(where, exclude)
     assert picked in allowed if allowed else picked is None

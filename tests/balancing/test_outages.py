@@ -24,7 +24,7 @@ def test_an_endpoint_that_cannot_be_connected_to_is_left_alone_and_then_tried_on
     assert world.balancer.usable(where) == 1, "whether it can be used is not known yet"
     assert world.balancer.trial(where), "but it may be tried"
     assert set(world.picks(where)) == {one}, "and is, first of all"
-    probe = world.fleet.begin(where.policy, one, alone=False)
+    probe = world.endpoint_set.begin(where.policy, one, alone=False)
     assert probe.probe
     assert not world.balancer.trial(where)
     world.now += 1000
@@ -41,8 +41,8 @@ def test_a_probe_that_says_nothing_leaves_the_next_request_to_decide() -> None:
     where = target(one, two)
     world.fail(where, one)
     world.now += 2
-    world.fleet.begin(where.policy, one, alone=False).finished()
-    assert world.fleet.pick(where) == one
+    world.endpoint_set.begin(where.policy, one, alone=False).finished()
+    assert world.endpoint_set.pick(where) == one
 
 
 def test_if_all_are_broken_nothing_is_picked_and_it_is_known_when() -> None:
@@ -50,15 +50,15 @@ def test_if_all_are_broken_nothing_is_picked_and_it_is_known_when() -> None:
     where = target(*places)
     for endpoint in places:
         world.fail(where, endpoint)
-    assert world.fleet.pick(where) is None
+    assert world.endpoint_set.pick(where) is None
     assert world.balancer.usable(where) == 0
-    opens = world.fleet.opens(where)
+    opens = world.endpoint_set.opens(where)
     assert world.now + 1 <= opens <= world.now + 1.5
     world.now = opens
-    chosen = world.fleet.pick(where)
+    chosen = world.endpoint_set.pick(where)
     assert chosen is not None
-    world.fleet.begin(where.policy, chosen, alone=False)
-    assert world.fleet.opens(where) <= world.now, "one is being tried"
+    world.endpoint_set.begin(where.policy, chosen, alone=False)
+    assert world.endpoint_set.opens(where) <= world.now, "one is being tried"
 
 
 def test_endpoints_that_respond_badly_are_used_if_there_is_nobody_better_and_balanced_as_ever() -> None:
@@ -73,7 +73,7 @@ def test_endpoints_that_respond_badly_are_used_if_there_is_nobody_better_and_bal
     assert not world.balancer.trial(where)
     assert world.balancer.trial(where, alone=True)
     assert set(world.picks(where)) == {bad, worse}
-    assert world.fleet.pick(where, [bad]) == worse
+    assert world.endpoint_set.pick(where, [bad]) == worse
     world.fail(where, bad, 100, how=Failure.RESPONSE)
     assert len(world.told) == 3, "nothing has changed by that"
     world.succeed(where, worse)
@@ -89,8 +89,8 @@ def test_one_that_stops_responding_is_used_no_more_for_want_of_better_ones() -> 
     world.fail(where, one, 7, how=Failure.SILENCE)
     assert set(world.picks(where)) == {two}
     world.fail(where, two)
-    assert world.fleet.pick(where) is None
-    assert world.fleet.next_probe(where) > world.now
+    assert world.endpoint_set.pick(where) is None
+    assert world.endpoint_set.next_probe(where) > world.now
 
 
 def test_one_that_responds_badly_is_tried_when_its_penalty_is_over_although_another_is_well() -> None:
@@ -101,7 +101,7 @@ def test_one_that_responds_badly_is_tried_when_its_penalty_is_over_although_anot
     assert set(world.picks(where)) == {one}
     world.fail(where, one, how=Failure.RESPONSE)
     assert set(world.picks(where)) == {two}
-    assert world.fleet.broken[one.address].until - world.now >= 2
+    assert world.endpoint_set.broken[one.address].until - world.now >= 2
 
 
 class Outage:
@@ -118,7 +118,7 @@ class Outage:
     def ask(self) -> Endpoint | None:
         """What has served a request; None: nothing was to be had, or it was one that did not do."""
         self.world.now += 0.1
-        endpoint = self.world.fleet.pick(self.where)
+        endpoint = self.world.endpoint_set.pick(self.where)
         if endpoint is None:
             return None
         if endpoint in self.dead:
@@ -141,14 +141,14 @@ def test_the_only_endpoint_is_tried_about_once_a_second_however_long_it_was_away
     assert sum(gap < 0.99 for gap in gaps) <= 8 + 600 / 60, "when a penalty of about a minute is over it is tried in any case"
     outage.dead.clear()
     assert outage.ask_for(2)[outage.places[0]] >= 3
-    assert not outage.world.fleet.broken
+    assert not outage.world.endpoint_set.broken
 
 
 def test_early_trials_do_not_make_a_penalty_longer() -> None:
     outage = Outage(*endpoints(1))
     for seconds, expected in ((1.6, 2), (4, 4), (8, 8)):
         outage.ask_for(seconds)
-        left = outage.world.fleet.opens(outage.where) - outage.world.now
+        left = outage.world.endpoint_set.opens(outage.where) - outage.world.now
         assert left <= expected * 1.5, f"after {seconds} s more"
 
 
@@ -167,7 +167,7 @@ def test_when_one_is_back_the_others_are_tried_soon() -> None:
     outage.dead.clear()
     seen = outage.ask_for(4)
     assert set(seen) - {None} == set(outage.places)
-    assert not outage.world.fleet.broken
+    assert not outage.world.endpoint_set.broken
 
 
 def test_while_one_is_well_the_others_are_left_alone_for_the_whole_of_their_penalty() -> None:
@@ -185,27 +185,27 @@ def test_a_probe_that_gets_no_answer_does_not_keep_others_from_trying() -> None:
     where = target(one)
     world.fail(where, one)
     world.now += 1.6
-    hanging = world.fleet.begin(where.policy, one, alone=True)
-    assert world.fleet.pick(where) is None
+    hanging = world.endpoint_set.begin(where.policy, one, alone=True)
+    assert world.endpoint_set.pick(where) is None
     assert world.balancer.trial(where, alone=True) is False
-    world.now = world.fleet.next_probe(where)
+    world.now = world.endpoint_set.next_probe(where)
     assert world.balancer.trial(where, alone=True)
     assert not world.balancer.trial(where), "but not if another cluster could have the request"
-    assert world.fleet.pick(where) is one
-    second = world.fleet.begin(where.policy, one, alone=True)
+    assert world.endpoint_set.pick(where) is one
+    second = world.endpoint_set.begin(where.policy, one, alone=True)
     assert [change.state for change in world.told] == [State.OPEN, State.PROBATION]
     second.answered(0.01)
     second.finished()
-    assert not world.fleet.broken
+    assert not world.endpoint_set.broken
     hanging.failed("late")
     hanging.finished()
-    assert not world.fleet.broken, "one failure of a response"
+    assert not world.endpoint_set.broken, "one failure of a response"
 
 
 def test_a_trial_that_says_nothing_is_followed_by_another_at_once() -> None:
     outage = Outage(*endpoints(1))
     outage.ask_for(60)
     world, where = outage.world, outage.where
-    world.now = max(world.now, world.fleet.next_probe(where))
-    world.fleet.begin(where.policy, outage.places[0], alone=True).finished()
-    assert world.fleet.pick(where) is outage.places[0]
+    world.now = max(world.now, world.endpoint_set.next_probe(where))
+    world.endpoint_set.begin(where.policy, outage.places[0], alone=True).finished()
+    assert world.endpoint_set.pick(where) is outage.places[0]

@@ -177,7 +177,7 @@ async def test_a_tunnel_that_stands_ends_the_probation_of_its_endpoint(tmp_path:
         runtime = all_.gateway.runtime
         target = runtime.directory.current.exported(b"c.default.svc.cluster.local:5432")
         assert target is not None
-        fleet = runtime.balancer.fleet(target.service or "")
+        fleet = runtime.balancer.endpoint_set(target.service or "")
         work = fleet.begin(target.policy, target.endpoints[0], alone=True)
         for _ in range(target.policy.breaker.failures):
             work.failed("test")

@@ -16,7 +16,7 @@ from proxy.directory.policy import Policy, read_policy
 from proxy.exchange.client import ClientSettings
 from proxy.exchange.exchange import Attempt, Exchange
 from proxy.net.address import Address
-from proxy.routing.dispatch import Reach
+from proxy.routing.dispatch import Dispatcher
 from proxy.telemetry.metrics import Metrics
 from tests.kit.http import Message, Peer, Script, origin
 from tests.kit.http2_hop import Hop2, Settings2, hop2
@@ -48,7 +48,7 @@ class Mesh:
     hop: Hop2 = field(init=False)
 
     def __post_init__(self) -> None:
-        self.reach = Reach(self.balancer, self.metrics, ClientSettings())
+        self.dispatcher = Dispatcher(self.balancer, self.metrics, ClientSettings())
 
     async def steer(self, exchange: Exchange, send: Callable[[Address], Awaitable[None]]) -> None:
         async def to(exchange: Exchange, _: Target, endpoint: Endpoint) -> None:
@@ -56,7 +56,7 @@ class Mesh:
             await send(endpoint.address)
 
         try:
-            await self.reach.exchange(exchange, lambda _: self.target, to)
+            await self.dispatcher.exchange(exchange, lambda _: self.target, to)
         finally:
             self.tried.append(exchange.tried or [])
 

@@ -119,25 +119,25 @@ async def test_a_client_that_is_too_slow_for_the_deadline_of_its_request_does_no
 async def test_a_request_waits_for_an_early_trial_while_the_outage_is_young_and_is_told_at_once_when_it_is_not() -> None:
     rules = policy("{breaker: {failures: 1, min_penalty: 50ms, jitter: 0}, queue: {timeout: 20s}, retries: {limit: 0}}")
     async with mesh([taking([saying(UNHEARD), saying(UNHEARD), saying(OK)], [])], rules) as (world, _):
-        client, fleet = await world.hop.connect(), world.balancer.fleet("default/web")
+        client, endpoint_set = await world.hop.connect(), world.balancer.endpoint_set("default/web")
         assert (await client.ask()).status == 502
-        (breaker,) = fleet.broken.values()
+        (breaker,) = endpoint_set.broken.values()
         breaker.until = trio.current_time() + 10  # it has failed more often: less than anybody may wait
-        fleet._changes += 1
+        endpoint_set._changes += 1
         assert [(await client.ask()).status for _ in range(2)] == [502, 200], "the second one waited, and not for 10 s"
         assert world.count("queued_total", result="served") == 2
-        assert not fleet.broken
+        assert not endpoint_set.broken
 
 
 async def test_after_a_long_outage_all_wait_for_one_trial_and_are_told_if_it_was_in_vain() -> None:
     heard: list[Message] = []
     rules = policy("{breaker: {failures: 1, min_penalty: 1s, jitter: 0}, queue: {timeout: 10s}, retries: {limit: 0}}")
     async with mesh([taking([saying(UNHEARD), saying(UNHEARD)] + [saying(OK)] * 9, heard)], rules) as (world, _):
-        clients, fleet = [await world.hop.connect() for _ in range(4)], world.balancer.fleet("default/web")
+        clients, endpoint_set = [await world.hop.connect() for _ in range(4)], world.balancer.endpoint_set("default/web")
         assert (await clients[0].ask()).status == 502
-        (breaker,) = fleet.broken.values()
+        (breaker,) = endpoint_set.broken.values()
         breaker.until = trio.current_time() + 3600
-        fleet._changes += 1
+        endpoint_set._changes += 1
         with trio.fail_after(8):  # and not for 10 s
             for number, client in enumerate(clients):
                 await client.send(GET)
@@ -213,9 +213,9 @@ async def test_only_so_many_wait_and_they_are_told_when_it_was_in_vain() -> None
     async with mesh([taking([saying(UNHEARD), probed], heard)], rules) as (world, _):
         clients = [await world.hop.connect() for _ in range(3)]
         assert (await clients[0].ask()).status == 502
-        (breaker,) = world.balancer.fleet("default/web").broken.values()
+        (breaker,) = world.balancer.endpoint_set("default/web").broken.values()
         breaker.until = 0.0  # its penalty is over, and a step is still a minute
-        world.balancer.fleet("default/web")._changes += 1
+        world.balancer.endpoint_set("default/web")._changes += 1
         await clients[0].send(GET)
         await until(lambda: len(heard) == 2)  # on probation
         await clients[1].send(GET)
@@ -240,7 +240,7 @@ async def test_who_waits_is_served_when_the_directory_has_something_new() -> Non
         await client.send(GET)
         await until(lambda: world.balancer.waiting() == 1)
         world.target = Target("default/web", (alive, dead), policy=world.target.policy)
-        world.reach.changed()
+        world.dispatcher.changed()
         with trio.fail_after(30):
             assert (await client.response()).status == 200
 
@@ -280,18 +280,18 @@ async def test_a_connection_goes_to_another_endpoint_if_the_first_cannot_be_conn
 
     async with mesh([taking([saying(OK)] * 9, [])], policy("breaker: {min_penalty: 1m, connect_penalty: 1m}"), dead=1) as (world, places):
         for _ in range(8):
-            async with world.reach.connection(lambda: world.target, connect) as stream:
+            async with world.dispatcher.connection(lambda: world.target, connect) as stream:
                 assert stream.peer == places[0]
-                assert world.balancer.fleet("default/web").outstanding(places[0]) == 1
+                assert world.balancer.endpoint_set("default/web").outstanding(places[0]) == 1
                 stream.close()
         assert world.broken == 1
         world.target = Target("default/web", world.target.endpoints[1:], policy=world.target.policy)
         with pytest.raises(AllBroken):
-            async with world.reach.connection(lambda: world.target, connect):
+            async with world.dispatcher.connection(lambda: world.target, connect):
                 pass
         world.target = Target("default/web", ())
         with pytest.raises(NoEndpoint):
-            async with world.reach.connection(lambda: world.target, connect):
+            async with world.dispatcher.connection(lambda: world.target, connect):
                 pass
 
 
@@ -301,8 +301,8 @@ async def test_connections_wait_in_the_same_queue() -> None:
 
     async with mesh([], policy("{queue: {size: 0, timeout: 10s}, breaker: {min_penalty: 1s}}"), dead=1) as (world, _):
         with pytest.raises(ConnectFailed):
-            async with world.reach.connection(lambda: world.target, refused):
+            async with world.dispatcher.connection(lambda: world.target, refused):
                 pass
         with pytest.raises(QueueFull):
-            async with world.reach.connection(lambda: world.target, refused):
+            async with world.dispatcher.connection(lambda: world.target, refused):
                 pass

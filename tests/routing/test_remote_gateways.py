@@ -24,8 +24,8 @@ from proxy.exchange.upstream import Carrier
 from proxy.net.address import Address
 from proxy.net.exceptions import ConnectFailed, ConnectionLost
 from proxy.net.socket_stream import SocketStream
-from proxy.routing.remote_gateways import Ways
-from tests.kit.apps import HOST, Fleet, application, mirror, way_in, way_out
+from proxy.routing.remote_gateways import RemoteGateways
+from tests.kit.apps import HOST, EndpointSet, application, mirror, way_in, way_out
 from tests.kit.clusters import LISTEN, NAMED, NOWHERE, Clusters, ask, clusters, east_directory, west_directory
 from tests.kit.http import BROKEN, Peer, connect, until
 
@@ -39,7 +39,7 @@ def counted(all_: Clusters, line: str) -> bool:
 
 async def test_a_gateway_that_is_given_by_a_name_is_found(tmp_path: Path) -> None:
     async with clusters(tmp_path, way={"host": "localhost"}) as all_:
-        await until(lambda: bool(all_.west.ways.through(remote(all_)).endpoints), PATIENCE)
+        await until(lambda: bool(all_.west.remote_gateways.through(remote(all_)).endpoints), PATIENCE)
         for _ in range(5):  # it may have another address, at which nobody is
             assert (await all_.ask("c.east")).status == 200
 
@@ -52,7 +52,7 @@ def remote(all_: Clusters) -> Target:
 
 async def test_a_name_that_does_not_resolve_fails_requests_at_once_and_says_so(tmp_path: Path) -> None:
     async with clusters(tmp_path, way={"host": "gateway.invalid"}) as all_:
-        await until(lambda: "resolve" in all_.west.ways.why("east"), PATIENCE)
+        await until(lambda: "resolve" in all_.west.remote_gateways.why("east"), PATIENCE)
         answer = await all_.ask("c.east")
     assert answer.status == 503
     assert b"no gateway of east can be used: " in answer.body
@@ -69,7 +69,7 @@ async def test_a_gateway_that_does_not_answer_is_left_out_until_it_does(tmp_path
         assert answer.status == 503
         assert f"no gateway of east can be used: {HOST}:{port}: ".encode() in answer.body
         settings = {"enabled": True, "listen": [f"{HOST}:{port}"]}
-        async with all_.fleet.running("gateway", east_directory(way_in(all_.server)), gateway=settings):
+        async with all_.endpoint_set.running("gateway", east_directory(way_in(all_.server)), gateway=settings):
             await until(lambda: counted(all_, 'gateways_usable{cluster="east"} 1.0'), PATIENCE)
             assert (await all_.ask("c.east")).status == 200
 
@@ -78,7 +78,7 @@ async def test_a_gateway_that_is_shutting_down_gets_no_new_requests(tmp_path: Pa
     async with clusters(tmp_path) as all_:
         assert (await all_.ask("c.east")).status == 200
         all_.gateway.drain.draining = True
-        await until(lambda: "shutting down (503)" in all_.west.ways.why("east"), PATIENCE)
+        await until(lambda: "shutting down (503)" in all_.west.remote_gateways.why("east"), PATIENCE)
         await until(lambda: counted(all_, 'gateways_usable{cluster="east"} 0.0'), PATIENCE)
 
 
@@ -90,12 +90,12 @@ async def test_a_gateway_with_another_identity_is_none(tmp_path: Path) -> None:
             "clusters": [
                 {
                     "name": "east",
-                    "gateways": [{"address": HOST, "port": way_in(all_.gateway), "identity": Fleet.identity("other")}],
+                    "gateways": [{"address": HOST, "port": way_in(all_.gateway), "identity": EndpointSet.identity("other")}],
                     "services": [{"name": "c", "ports": [{"port": 80}]}],
                 }
             ],
         }
-        all_.fleet.direct(directory, "west")
+        all_.endpoint_set.direct(directory, "west")
         await until(lambda: not all_.west.runtime.directory.current.services, PATIENCE)
         answer = await all_.ask("c.east")
         assert answer.status in (502, 503)
@@ -131,22 +131,24 @@ async def unmoved(stream: trio.SocketStream) -> None:
 
 @asynccontextmanager
 async def stoppable(folder: Path, *, to: str = NOWHERE, protocol: str = "http1") -> AsyncIterator[Stopped]:
-    fleet = Fleet(folder)
+    endpoint_set = EndpointSet(folder)
     with socket.socket() as free:
         free.bind((HOST, 0))
         port = free.getsockname()[1]
     async with application(unmoved) as back:
-        trust = {"trusted_gateways": [fleet.identity("gateway")]}
+        trust = {"trusted_gateways": [endpoint_set.identity("gateway")]}
         inside: dict[str, Any] = {**LISTEN, "fixed_destination": f"{HOST}:{back}", **trust}
-        async with fleet.running("server", inbound=inside) as server:
+        async with endpoint_set.running("server", inbound=inside) as server:
             entry = {"enabled": True, "listen": [f"{HOST}:{port}"]}
-            file = fleet.configure("gateway", east_directory(way_in(server)), gateway=entry)
+            file = endpoint_set.configure("gateway", east_directory(way_in(server)), gateway=entry)
             process = await trio.lowlevel.open_process([sys.executable, "-m", "proxy.cli", "run", "--config", str(file)])
             try:
                 directory = west_directory(port)
                 directory["clusters"][0]["services"][0]["ports"][0]["protocol"] = protocol
                 probes = {"probe_interval": "100ms", "probe_timeout": "1500ms"}
-                async with fleet.running("west", directory, outbound={**LISTEN, **NAMED, "fixed_destination": to}, clusters=probes) as west:
+                async with endpoint_set.running(
+                    "west", directory, outbound={**LISTEN, **NAMED, "fixed_destination": to}, clusters=probes
+                ) as west:
                     yield Stopped(west, process, port)
             finally:
                 process.kill()
@@ -253,10 +255,10 @@ class Silence:
         yield
 
 
-def still(text: str, lends: object = None) -> tuple[Ways, Known]:
+def still(text: str, lends: object = None) -> tuple[RemoteGateways, Known]:
     known = Known(text)
     leases: Leases[Endpoint] = lends or Nobody()  # type: ignore[assignment]
-    return Ways(known, ClustersConfig(), leases, Quiet(), random.Random(1)), known
+    return RemoteGateways(known, ClustersConfig(), leases, Quiet(), random.Random(1)), known
 
 
 TEXT = f"""
@@ -272,23 +274,23 @@ clusters:
 
 
 async def test_clusters_that_nobody_asks_for_are_left_in_peace(autojump_clock: trio.testing.MockClock) -> None:
-    ways, _ = still(TEXT)
+    remote_gateways, _ = still(TEXT)
     with trio.move_on_after(3600):
-        await ways.watch()
-    assert ways.why("north").endswith("(gw.invalid)")
+        await remote_gateways.watch()
+    assert remote_gateways.why("north").endswith("(gw.invalid)")
 
 
 async def test_where_nothing_has_happened_the_snapshot_is_the_truth(autojump_clock: trio.testing.MockClock) -> None:
-    ways, known = still(TEXT)
+    remote_gateways, known = still(TEXT)
     east = known.current.clusters["east"].services[0].targets[80]
-    assert ways.through(east) is east
+    assert remote_gateways.through(east) is east
     north = known.current.clusters["north"].services[0].targets[80]
-    assert ways.through(north).endpoints == ()
-    assert ways.through(north) is ways.through(north)
-    assert ways.why("nowhere") == "the directory names no gateway of nowhere"
+    assert remote_gateways.through(north).endpoints == ()
+    assert remote_gateways.through(north) is remote_gateways.through(north)
+    assert remote_gateways.why("nowhere") == "the directory names no gateway of nowhere"
     known.current = parse(TEXT.replace("203.0.113.7", "203.0.113.8"), "test")
     moved = known.current.clusters["east"].services[0].targets[80]
-    assert ways.through(moved) is moved
+    assert remote_gateways.through(moved) is moved
     await trio.lowlevel.checkpoint()
 
 
@@ -301,12 +303,12 @@ def joined() -> tuple[SocketStream, socket.socket]:
 async def test_a_connection_that_moves_outlives_its_gateways_silence_and_a_quiet_one_does_not(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    ways, known = still(TEXT, Silence())
+    remote_gateways, known = still(TEXT, Silence())
     east = known.current.clusters["east"].services[0].targets[80]
-    ways.through(east)
+    remote_gateways.through(east)
     (quiet, its_peer), (moving, sender) = joined(), joined()
-    ways.connected(east.endpoints[0], quiet)
-    ways.connected(east.endpoints[0], moving)
+    remote_gateways.connected(east.endpoints[0], quiet)
+    remote_gateways.connected(east.endpoints[0], moving)
     ended: list[str] = []
 
     async def listen() -> None:
@@ -315,7 +317,7 @@ async def test_a_connection_that_moves_outlives_its_gateways_silence_and_a_quiet
         ended.append(caught.value.reason)
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(ways.watch)
+        nursery.start_soon(remote_gateways.watch)
         nursery.start_soon(listen)
         for _ in range(30):
             sender.send(b".")

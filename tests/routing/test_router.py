@@ -95,7 +95,7 @@ class World:
                 for endpoint in target.endpoints:
                     if endpoint.address.host in hosts:
                         for _ in range(1 if how is Failure.UNREACHABLE else target.policy.breaker.failures):
-                            work = self.balancer.fleet(target.service or "").begin(target.policy, endpoint, alone=False)
+                            work = self.balancer.endpoint_set(target.service or "").begin(target.policy, endpoint, alone=False)
                             work.failed("test", how=how)
                             work.finished()
 
@@ -106,7 +106,7 @@ class World:
             for target in service.targets.values():
                 for endpoint in target.endpoints:
                     if endpoint.address.host in hosts:
-                        work = self.balancer.fleet(target.service or "").begin(target.policy, endpoint, alone=False)
+                        work = self.balancer.endpoint_set(target.service or "").begin(target.policy, endpoint, alone=False)
                         work.answered(None)
                         work.finished()
 
@@ -194,7 +194,7 @@ class Gates:
 )
 def test_at_a_gateway_the_authority_chooses_among_the_services_of_its_cluster(address: str, authority: bytes, service: str | None) -> None:
     world = World(text())
-    world.router.ways = Gates()
+    world.router.remote_gateways = Gates()
     assert world.to(address, authority).service == service
 
 
@@ -382,11 +382,11 @@ class Client:
                 target = world.to()
             except NoEndpoint:
                 return None
-            fleet = world.balancer.fleet(target.service or "")
-            endpoint = fleet.pick(target, tried)
+            endpoint_set = world.balancer.endpoint_set(target.service or "")
+            endpoint = endpoint_set.pick(target, tried)
             if endpoint is None:
                 return None
-            work = fleet.begin(target.policy, endpoint, alone=len(target.endpoints) == 1)
+            work = endpoint_set.begin(target.policy, endpoint, alone=len(target.endpoints) == 1)
             bad = endpoint.address.host in self.dead
             if bad:
                 work.failed("test", how=Failure.UNREACHABLE)
@@ -431,10 +431,10 @@ def test_a_trial_of_a_dead_home_is_one_request_however_many_ask_at_once() -> Non
     assert home.service == "default/c"
     works = []
     for _ in HOME:
-        fleet = world.balancer.fleet("default/c")
-        endpoint = fleet.pick(world.to())
+        endpoint_set = world.balancer.endpoint_set("default/c")
+        endpoint = endpoint_set.pick(world.to())
         assert endpoint is not None
-        works.append(fleet.begin(home.policy, endpoint, alone=False))
+        works.append(endpoint_set.begin(home.policy, endpoint, alone=False))
     assert {work.endpoint.address.host for work in works} == set(HOME)
     assert set(world.many(100)) == {"east/default/c"}, "while both are being tried"
     for work in works:
@@ -471,7 +471,7 @@ def test_a_home_that_only_answers_badly_is_left_for_another_cluster_and_used_if_
     assert set(world.many(50)) == {"east/default/c"}
     world.breaks(EAST, NORTH)
     assert set(world.many(50)) == {"default/c"}
-    assert all(world.balancer.fleet("default/c").pick(world.to()) is not None for _ in range(50)), "without a pause"
+    assert all(world.balancer.endpoint_set("default/c").pick(world.to()) is not None for _ in range(50)), "without a pause"
 
 
 def test_backends_of_a_split_that_all_answer_badly_keep_their_shares() -> None:

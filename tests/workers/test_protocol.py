@@ -20,8 +20,8 @@ from proxy.net.address import Address
 from proxy.net.liveness import Liveness
 from proxy.process.listeners import listen
 from proxy.telemetry.metrics import Metrics
-from proxy.workers.connection_table import SharedDepths, make, wipe
-from proxy.workers.protocol import Sibling, SiblingGone, Start, read_start, receive, send, share, start_message
+from proxy.workers.connection_table import SharedConnectionTable, make, wipe
+from proxy.workers.protocol import ProcessGone, Start, WorkerInfo, read_start, receive, send, share, start_message
 
 
 def configured(**environ: str) -> Config:
@@ -79,19 +79,19 @@ def test_a_number_of_workers_that_cannot_be_is_a_mistake(number: str) -> None:
 def test_a_token_that_one_worker_has_made_is_known_to_the_others_and_to_no_other_proxy() -> None:
     config, listeners = configured(), OwnListeners(frozenset({4140}), frozenset({"10.0.0.1"}))
 
-    def token(sibling: Sibling | None) -> bytes:
-        ((_, token),) = LoopGuard(config, listeners, Metrics(), sibling).fields(b"GET", b"shop:80")
+    def token(worker: WorkerInfo | None) -> bytes:
+        ((_, token),) = LoopGuard(config, listeners, Metrics(), worker).fields(b"GET", b"shop:80")
         return token
 
     one, other = two_tables()
-    assert token(Sibling(1, b"a" * 32, one)) == token(Sibling(2, b"a" * 32, other))
-    assert token(Sibling(1, b"a" * 32, one)) != token(Sibling(1, b"b" * 32, one))
+    assert token(WorkerInfo(1, b"a" * 32, one)) == token(WorkerInfo(2, b"a" * 32, other))
+    assert token(WorkerInfo(1, b"a" * 32, one)) != token(WorkerInfo(1, b"b" * 32, one))
     assert token(None) != token(None)
 
 
-def two_tables() -> tuple[SharedDepths, SharedDepths]:
+def two_tables() -> tuple[SharedConnectionTable, SharedConnectionTable]:
     memory = make(2)
-    tables = SharedDepths(memory, 1, b"s" * 32), SharedDepths(memory, 2, b"s" * 32)
+    tables = SharedConnectionTable(memory, 1, b"s" * 32), SharedConnectionTable(memory, 2, b"s" * 32)
     os.close(memory)
     return tables
 
@@ -125,7 +125,7 @@ def test_own_connections_are_nested_whichever_worker_they_come_back_to() -> None
 def test_a_connection_that_comes_back_before_its_worker_has_entered_it_is_recognised_at_its_first_bytes() -> None:
     tables = two_tables()
     config, listeners = configured(LOOPS__MAX_NESTING="0"), OwnListeners(frozenset({4140}), frozenset({"10.1.0.5"}))
-    guard = LoopGuard(config, listeners, Metrics(), Sibling(1, b"a" * 32, tables[0]))
+    guard = LoopGuard(config, listeners, Metrics(), WorkerInfo(1, b"a" * 32, tables[0]))
     opener = OwnConnections(0, "west/web-1", tables[1])
     about = Facts("outbound", HERE, THERE)
     guard.begun(about)
@@ -155,7 +155,7 @@ def test_that_a_connection_was_stopped_is_told_to_the_worker_that_opened_it() ->
 
 def test_what_a_dead_worker_has_left_is_forgotten_and_nothing_else() -> None:
     memory = make(2)
-    one, other = (SharedDepths(memory, number, b"s" * 32) for number in (1, 2))
+    one, other = (SharedConnectionTable(memory, number, b"s" * 32) for number in (1, 2))
     one[HERE, THERE] = 3
     other[HERE, ELSEWHERE] = 1
     wipe(memory, 1)
@@ -182,14 +182,14 @@ async def test_messages_arrive_whole_whatever_pieces_they_come_in() -> None:
     assert [await receive(other) for _ in range(3)] == [b"", b"x", b"y" * 100_000]
     await one.send_all(b"\x00\x00\x00\x05abc")
     await one.aclose()
-    with pytest.raises(SiblingGone):
+    with pytest.raises(ProcessGone):
         await receive(other)
 
 
 async def test_a_length_that_cannot_be_is_not_waited_for() -> None:
     one, other = trio.testing.memory_stream_pair()
     await one.send_all(b"\xff\xff\xff\xff")
-    with pytest.raises(SiblingGone, match="4294967295"):
+    with pytest.raises(ProcessGone, match="4294967295"):
         await receive(other)
 
 

@@ -22,7 +22,7 @@ import trio
 from proxy.exchange.h2.goaway import say_goodbye
 from proxy.exchange.h2.read_pacing import Intake
 from proxy.exchange.h2.reset_pacing import Resets
-from proxy.exchange.h2.send_scheduler import Turns
+from proxy.exchange.h2.send_scheduler import SendScheduler
 from proxy.exchange.h2.settings import MuxSettings
 from proxy.exchange.h2.stream import ConnectionLeft, Filed, MuxStream, StreamLost
 from proxy.exchange.h2.writer import Writer
@@ -85,7 +85,7 @@ class Mux:
         self._streams: dict[int, MuxStream] = {}
         self.writer = Writer(stream, self.http, settings.write_timeout, share)
         self._held = 0  # bytes of the connection's window that wait for consumers
-        self.turns = Turns(self.http)
+        self.scheduler = SendScheduler(self.http)
         self._opened: list[MuxStream] = []  # by the peer, in this read
         self.news: list[MuxStream] = []  # streams that have some for `on_news`, from this read; perhaps more than once
         self.on_room: Callable[[], object] = _nobody  # told when there may be more room for streams, or none any more
@@ -185,11 +185,11 @@ class Mux:
                 self._file(event)
             case WindowOpened(stream=0):
                 self.greeted.set()  # it comes with SETTINGS, and a peer's first frame is SETTINGS
-                self.turns.next()
+                self.scheduler.next()
                 self.on_room()
             case WindowOpened():
                 if (known := self._streams.get(event.stream)) is not None:
-                    self.turns.leave(known)
+                    self.scheduler.leave(known)
                     known.wake()
             case GoingAway():
                 self._peer_goes(event)

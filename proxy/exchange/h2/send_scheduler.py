@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from proxy.wire.h2.connection import Http2Connection
 
 
-class Turns:
+class SendScheduler:
     """The senders of DATA on one connection that wait for its window, in order. One whose own window is used up waits beside them, for
     that: there may be thousands, and `next` must not look at each of them every time."""
 

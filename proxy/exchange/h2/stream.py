@@ -214,16 +214,16 @@ class MuxStream:
                 window = self._room()
                 piece = data if not at and len(data) <= window else data[at : at + window]
                 if not piece and at < len(data):
-                    await self.mux.turns.wait(self)
+                    await self.mux.scheduler.wait(self)
                     continue
                 at += len(piece)
                 self.put(piece, end=end and at >= len(data))
-                if self.mux.turns.next():
+                if self.mux.scheduler.next():
                     await trio.lowlevel.checkpoint()
                 if at >= len(data):
                     return
         except BaseException:
-            self.mux.turns.next()
+            self.mux.scheduler.next()
             raise
 
     def _room(self) -> int:
@@ -239,7 +239,7 @@ class MuxStream:
     def takes(self, size: int) -> bool:
         """So many bytes can be `put` now, without overtaking anybody."""
         mux = self.mux
-        if self._lost is not None or mux.broken is not None or mux.writer.behind or mux.turns.waiting:
+        if self._lost is not None or mux.broken is not None or mux.writer.behind or mux.scheduler.waiting:
             return False
         try:
             return mux.http.window(self.number) >= size
