@@ -58,6 +58,7 @@ from proxy.net.accept import Acceptor, Connection
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
 from proxy.net.disconnects import Disconnects
+from proxy.net.fairness import PACER
 from proxy.net.interfaces import local_addresses
 from proxy.net.liveness import Liveness
 from proxy.process.acceptors import acceptor, bounds_of, report
@@ -205,6 +206,7 @@ class App:
                 nursery.start_soon(self.liveness.run)
                 nursery.start_soon(self.drain.disconnects.run)
                 nursery.start_soon(self.remote_gateways.watch)
+                PACER.set(self.drain.pacer)
                 nursery.start_soon(self.drain.pacer.run)
                 if self.names is not None:
                     nursery.start_soon(self.names.serve, self.listeners, report)

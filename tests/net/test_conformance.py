@@ -8,6 +8,7 @@ import trio
 import trio.testing
 
 from proxy.net import socket_stream
+from proxy.net.splice import Pipe
 from tests.net.conftest import Mesh, clog, clogged_pair, pair
 
 
@@ -48,6 +49,49 @@ async def test_a_stream_that_never_waits_lets_other_tasks_run_after_a_burst() ->
             assert await ours.receive_some(1) == b"x"
         nursery.cancel_scope.cancel()
     assert 9 <= turns <= 12
+    ours.close()
+    theirs.close()
+
+
+class Passes(trio.abc.Instrument):
+    """Counts how often the task that created it was scheduled again."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._task = trio.lowlevel.current_task()
+
+    def task_scheduled(self, task: trio.lowlevel.Task) -> None:
+        self.count += task is self._task
+
+
+@pytest.mark.parametrize("kind", ["socket", "tls"])
+async def test_a_read_counts_by_its_size(mesh: Mesh, kind: str) -> None:
+    ours, theirs = pair(buffers=1 << 20) if kind == "socket" else await mesh.connect(pair(buffers=1 << 20))
+    await theirs.send_all(bytes(160 * 1024))
+    await ours.receive_some(16384)  # which may have to wait
+    trio.lowlevel.add_instrument(passes := Passes())
+    for _ in range(8):
+        assert len(await ours.receive_some(16384)) == 16384
+    trio.lowlevel.remove_instrument(passes)
+    assert passes.count == 1  # each read counts for two of the 16 operations of a burst
+    ours.close()
+    theirs.close()
+
+
+async def test_a_read_into_a_pipe_counts_by_its_size() -> None:
+    ours, theirs = pair(buffers=1 << 20)
+    pipe = Pipe.open()
+    assert pipe is not None
+    trio.lowlevel.add_instrument(passes := Passes())
+    for _ in range(16):
+        assert theirs.socket.send(bytes(131072)) == 131072
+        assert len(await ours.receive_into(pipe)) == 131072
+        while pipe:
+            pipe.drain(ours.socket)
+        assert len(theirs.socket.recv(131072)) == 131072
+    trio.lowlevel.remove_instrument(passes)
+    assert passes.count == 2  # each read counts for three; what is above 16 is not carried over
+    pipe.close()
     ours.close()
     theirs.close()
 

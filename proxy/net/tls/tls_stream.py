@@ -41,6 +41,7 @@ from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from proxy.net import socket_stream
 from proxy.net.exceptions import ConnectionLost, NetError, again, lost
+from proxy.net.fairness import let_others_run
 from proxy.net.linger import discard_unread
 from proxy.net.readiness import Readiness
 from proxy.net.socket_stream import End, SocketStream
@@ -69,17 +70,15 @@ class TLSStream(trio.abc.HalfCloseableStream):
         self.socket = raw.socket
         self.peer, self.local = raw.peer, raw.local
         self.info = info
-        self.bytes_read = self.bytes_written = 0  # of plain text; `raw` is not told of the bytes on the wire
+        self.bytes_read = self.bytes_written = self._streak = 0  # of plain text; `raw` is not told of the bytes on the wire
         self.expiry: Expiry | None = None
         self._connection = connection
-        self._recv = connection.recv
-        self._send = connection.send
+        self._recv, self._send = connection.recv, connection.send
         self._option = raw.socket.getsockopt
         self._failure: NetError | None = None  # what ended the reading half
         self.end_met = False  # see net/nonblocking.py
         self._on_session = on_session
         self._readiness = Readiness(raw.socket)
-        self._streak = 0
         self._reading = self._writing = self._eof_sent = self._torn = False
 
     def __repr__(self) -> str:
@@ -120,6 +119,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         if len(data) == _RECORD < max_bytes:
             data = self._with_more(data, max_bytes)
         self.bytes_read += len(data)
+        self._streak += len(data) >> socket_stream.READ_SHIFT
         if self._on_session is not None:
             self._hand_on_session()
         return data
@@ -171,8 +171,8 @@ class TLSStream(trio.abc.HalfCloseableStream):
         self._torn = True
         if self._failure is not None:
             return again(self._failure)
-        self._failure = explain(error, self._connection, doing)
-        return self._failure
+        self._failure = again(failure := explain(error, self._connection, doing))
+        return failure
 
     def is_idle(self) -> bool:
         if self._raw.closed or self._torn or self._failure is not None or self.end_met:
@@ -384,7 +384,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         self._streak += 1
         if self._streak >= socket_stream.BURST:
             self._streak = 0
-            await checkpoint()
+            await let_others_run()
         else:
             await checkpoint_if_cancelled()
         self._check_open()
