@@ -1,51 +1,63 @@
-"""The fast path: the commonest work, as plain synchronous steps.
+"""The fast path: ordinary exchanges, carried by plain synchronous functions.
 
-Theory
-======
+Overview
+========
 
-The ordinary path is a trio task for each connection. It can do everything, and each of its waits costs a pass of trio's scheduler: two
-waits in an exchange, besides a dozen coroutines, scopes and objects. Most exchanges need none of that. Their heads are in the canonical
-form that wire/h1/fast_head.py recognises, a connection to their endpoint lies ready in the pool, it is known how their bodies are
-delimited, and nothing goes wrong. For them there is this path (`fast_path.py`): one epoll set for all connections, and for each socket that
-is ready what there is to do, in plain functions: no task, no scope, no await. Its loop is no task either; it runs where trio would wait
-(`event_loop.py`).
+The ordinary path runs one trio task for each connection. It can do everything, but each wait costs
+a pass of trio's scheduler. One exchange needs two waits, a dozen coroutines, and several scopes and
+objects. Most exchanges do not need them: wire/h1/fast_head.py recognises their heads, the pool has
+an idle connection to the endpoint, the length of each body is known, and nothing fails. The fast
+path (`fast_path.py`) serves these exchanges. It has one epoll set for all connections. When a
+socket is ready, it calls a plain function: no task, no cancel scope, no await. Its loop is not a
+task either. It runs where trio would wait (`event_loop.py`).
 
-*One owner.* A connection belongs to its task. Between two exchanges the task may lend it: it calls `FastPath.carry`, and while it is
-suspended there, the fast path owns the connection (`h1_connection.py` is one lent connection). The fast path reads from it, writes to it
-and takes connections to endpoints from the pool, which the ordinary path also does; but never both at once. The task wakes when the fast
-path gives the connection back, and when the task is cancelled the fast path lets go at once.
+*One owner.* A connection belongs to its task. Between two exchanges, the task may lend it: it calls
+`FastPath.carry` and is suspended there. Until that call returns, the fast path owns the connection
+(`h1_connection.py` is one lent connection), reads from it and writes to it. The fast path also
+takes connections to endpoints from the pool that the ordinary path uses, but a pooled connection is
+used by one of the two at a time. The task wakes when the fast path returns the connection. When the
+task is cancelled, the fast path releases the connection immediately.
 
-*Streams.* A connection of HTTP/2 is never lent, because it is many exchanges' at a time: its reader and writer are tasks of its own on
-either path (exchange/h2/connection.py). What the ordinary path adds to them is a task for each exchange. Here an exchange is a
-`FastExchange`: it ties a stream of the client's to one of the endpoint's, and the readers call it when they have filed what one read
-brought. It keeps nothing for itself. What it cannot pass on at once (a window is closed, a writer is behind, others wait for their turn) it
-leaves where it lies, and gives the exchange back.
+*Streams.* An HTTP/2 connection is never lent, because many exchanges share it. Its reader and its
+writer are tasks on both paths (exchange/h2/connection.py). The ordinary path adds one task for each
+exchange. The fast path adds a `FastExchange` instead: it joins a stream of the client to a stream
+of the endpoint, and the readers call it after each read. It has no buffer. If it cannot pass data
+on immediately (a window is closed, a writer is behind, other senders wait for their turn), it
+leaves the data in the stream's buffer and hands the exchange over to the ordinary path.
 
-*Relays.* Two connections that are joined byte for byte are lent together, by the task that waits for the relay's end. A `FastRelay` passes
-their bytes on, and tells the relay's `Joint` how they end, as two tasks would. Connections that were HTTP before stay
-with those tasks: what was read ahead of them comes first.
+*Relays.* The task that waits for the end of a byte relay lends both of its connections together. A
+`FastRelay` passes the bytes on and reports the ends to the relay's `Joint`, as the two tasks of the
+ordinary path do. Connections that were HTTP before (tunnels) stay on the ordinary path, because
+bytes that were read ahead have to be sent first.
 
-*The fast path gives back what is not plain.* That is no failure but its principle: everything unusual has one implementation, the ordinary
-one. Between two exchanges it gives the connection back with the bytes read so far, as if they had just been read: a head that is declined
-or not whole, a body that is not here yet, no ready connection, anything the flow wants to decide by itself, a proxy that is going down.
-Within an exchange it gives the exchange back as far as it has got (`exchange/handoff.py`): a response whose head is declined (interim,
-without a length, ...), a server that closes without an answer, a client that has gone. The ends and errors of connections are not judged
-here: a stream repeats them to whoever asks next, so the ordinary path meets them as if it had been there.
+*Unusual work goes to the ordinary path.* This is by design: each unusual case has one
+implementation, on the ordinary path. Between two exchanges, the fast path returns the connection
+with the bytes that it has read. It does so for a head that is not recognised or not complete, a
+body that is not complete, an endpoint without an idle connection, a decision that the flow reserves
+for the ordinary path, and a shutdown of the proxy. Within an exchange, it hands the exchange over
+in its current state (`exchange/handoff.py`). It does so for a response head that is not recognised
+(interim, without a length, ...), a server that closes without an answer, and a client that has
+disconnected. The fast path does not interpret ends and errors of connections: a stream reports them
+again on the next call, so the ordinary path sees them as if it had made the first call.
 
-*Nothing waits here.* There are no deadlines on this path but one: what has not moved for `PATIENCE` seconds goes back to the ordinary
-path, where all the others are; and so does a call of gRPC whose own deadline is that near. So a slow server's exchange costs one
-hand-over more than it would have, and neither path has to know the other's clocks.
+*No waiting, one deadline.* The fast path has one deadline: it hands an exchange over if it has not
+moved for `PATIENCE` seconds, or if its own deadline is that near (the deadline of a gRPC call, for
+example). The ordinary path has all other timeouts. So an exchange with a slow server costs one
+extra handoff, and neither path needs to know the timers of the other.
 
-*Same books.* An exchange here is the same `Http1Exchange` or `Http2Exchange`, with the same account (opened here, closed here, or there
-after a hand-over), the same layers' decisions by the same functions, and the same bytes on the wire. tests/exchange runs its tests on
-both paths, and compares them.
+*Same records.* An exchange on the fast path is the same `Http1Exchange` or `Http2Exchange`. It has
+the same account, which is opened here and closed here, or closed by the ordinary path after a
+handoff. The same functions make the decisions of the layers, and the bytes on the wire are the
+same. tests/exchange runs its tests on both paths and compares them.
 
-*What is known is not asked.* A connection that rests in the pool stays in the fast path's epoll set. So it need not be asked whether its
-server has closed it, before it is used, if the poll of this very turn was silent about it (`ready_socket.py`). What others took meanwhile,
-or what came back in this turn, is asked.
+*Fewer system calls.* An idle connection in the pool stays in the fast path's epoll set. If this
+turn's poll reported no event for it, its server has not closed it, so no peek is needed before it
+is used (`ready_socket.py`). The fast path does peek if the ordinary path has used the connection in
+between, or if the connection came back in this turn.
 
-*Fairness.* A ready connection gets one step per turn: one read, what follows from it, one write. Requests that lie in the same read
-behind the first wait for the next turn. (The requests that one read of an HTTP/2 connection has brought do not wait: they are no more
-than it may have streams open.) A turn serves each ready connection once; when trio has something to do, it has it behind this turn. A
-side that takes no more stops the other: what it did not take is kept (one read at most), and nothing is read until it is gone.
+*Fairness.* In each turn, each ready connection gets one step: one read, the resulting work, one
+write. Pipelined requests in the same read wait for the next turn. (Requests from one read of an
+HTTP/2 connection do not wait; the limit on open streams bounds their number.) After each turn, trio
+runs if it has work. If one side does not accept all data, the rest is kept (at most one read), and
+the proxy reads nothing more from the other side until that rest is sent.
 """

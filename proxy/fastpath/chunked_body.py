@@ -1,4 +1,5 @@
-"""The body of a response in chunks, as it passes: read by the one strict reader of chunks, and written anew, as on the ordinary path."""
+"""A chunked response body on the fast path. Like the ordinary path, it uses the strict chunk reader
+and encodes the body again."""
 
 from __future__ import annotations
 
@@ -7,9 +8,13 @@ from proxy.wire.messages import EndOfMessage, Limits, ProtocolError
 
 
 class Chunks:
-    """`ended`: all of it has passed. `left`: what has been read and is not a whole line of the framing yet, or lies behind the end.
+    """The state of one chunked body.
 
-    Of the last read: `out`, what the client gets for it, and `size`, how many bytes of the body it brought. `error` ends the response."""
+    `ended`: the whole body has passed. `left`: bytes that were read but are not used: an incomplete
+    line of the framing, or what follows the end. After each `pass_on`: `out` is the data for the
+    client, `size` is the number of body bytes in it, and `error` is set if the framing is broken,
+    which ends the response.
+    """
 
     __slots__ = ("_writer", "ended", "error", "left", "out", "reader", "size")
 
@@ -22,7 +27,7 @@ class Chunks:
         self._writer = ChunkedWriter()
 
     def pass_on(self, data: bytes) -> None:
-        """Go on with `data`. Where it has an error, `out` is what came in front of that."""
+        """Process `data`. On an error, `out` has the data before it."""
         buffer, at, self.size = self.left + data if self.left else data, 0, 0
         pieces: list[bytes] = []
         try:

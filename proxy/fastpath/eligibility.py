@@ -1,14 +1,16 @@
-"""Whether a connection is worth lending."""
+"""Decides whether a connection is lent to the fast path."""
 
 from __future__ import annotations
 
-# Exchanges of one connection in a row that had to be given back, after which it is not lent for `REST` exchanges: whoever speaks HTTP/1.0,
-# or uploads, will do so again, and each attempt costs 10 to 20 µs.
+# After `MOST_DECLINED` exchanges in a row that the fast path could not finish, the connection is
+# not lent for `REST` exchanges. A client that speaks HTTP/1.0 or uploads will probably do so again,
+# and each attempt costs 10 to 20 µs.
 MOST_DECLINED, REST = 4, 64
 
 
 class Eligibility:
-    """Those of one connection. `row`: how many there were since an exchange ended on the fast path."""
+    """The state of one connection. `row`: exchanges that were declined since one last ended on the
+    fast path."""
 
     __slots__ = ("_resting", "row")
 
@@ -16,14 +18,14 @@ class Eligibility:
         self.row = self._resting = 0
 
     def willing(self) -> bool:
-        """Whether the connection is worth lending now."""
+        """Return whether to lend the connection now. Counts one exchange while it rests."""
         if self._resting:
             self._resting -= 1
             return False
         return True
 
     def declined(self) -> None:
-        """One more."""
+        """Count one more exchange that the fast path could not finish."""
         self.row += 1
         if self.row >= MOST_DECLINED:
             self.row, self._resting = 0, REST

@@ -1,19 +1,24 @@
-"""The fast path's event loop. It runs inside trio's idle wait: whenever trio would block in epoll_wait, this loop polls instead.
+"""The fast path's event loop. It runs inside trio's idle wait: whenever trio would block in
+epoll_wait, this loop polls instead.
 
-trio waits in one place, when no task can run: in epoll_wait, until the next deadline at the latest. Before, it asks its clock how long
-that is, and there this loop waits in its stead (`Clock`): for the fast path's descriptors, and for trio's own epoll set, which is a
-descriptor like any other. What has come for the fast path is done on the spot. A pass of the scheduler for it would cost more than most
-steps do: with one connection, a request took 71 µs of processor time at a hop when the fast path was a task of trio's, and 57 like this.
+When no task can run, trio waits in one place: epoll_wait, until the next deadline at the latest.
+Just before, it asks its clock how long to wait. At that point this loop waits instead (`Clock`),
+for the descriptors of the fast path and for trio's own epoll set, which is a descriptor like any
+other. The loop handles events of the fast path immediately. A pass of the scheduler would cost more
+than most steps: with one connection, one request used 71 µs of processor time at a hop when the
+fast path was a trio task, and uses 57 µs now.
 
-What has come for trio ends the wait. So does a step that has made a task runnable (`task_scheduled` tells), and a deadline that has come.
-Then the clock's answer is that there is no time to wait.
+The wait ends when an event for trio arrives, when a step makes a task runnable (`task_scheduled`
+reports this), or when a deadline has passed. The clock then answers that there is no time to wait.
 
-Two more cases are left to what trio tells instruments before it waits (`before_io_wait`). When a task can run already, the clock is not
-asked, and the fast path has its turn there. And a run on another's clock, as those of tests are, waits there as long as it would have
-waited itself; since it computed before how long that is, it has to be woken by an entry in its queue.
+Two cases use the instrument hook that trio calls before it waits (`before_io_wait`). First, when a
+task can already run, trio does not ask the clock; the fast path takes its turn in the hook. Second,
+a run with another clock, such as a test's, waits in the hook for the time that trio would have
+waited. Since trio computed its own timeout before, an entry in its queue has to wake it.
 
-trio calls clocks and instruments for what they are, and we use them for speed; but what they may do is the same: plain calls, from within
-its own thread. An exception would end the run, or the instrument, so none leaves this.
+trio defines clocks and instruments for other purposes; this module uses them for speed. Both are
+plain calls in trio's own thread. An exception would end the run, or remove the instrument, so no
+exception may leave this module.
 """
 
 from __future__ import annotations
@@ -38,11 +43,13 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("isthmus.exchange")
 
-# Events taken from the kernel in one turn, which is how long the tasks of trio may have to wait: a step takes 50 to 100 µs.
+# Events taken from the kernel in one turn. This bounds how long trio's tasks wait: a step takes 50
+# to 100 µs.
 EVENTS = 128
-# Seconds. trio waits no longer at a time, epoll_wait(2) not much.
+# Seconds. The longest timeout for one poll; trio uses the same limit, and that of epoll_wait(2) is
+# not much longer.
 _LONG = 86400.0
-# Passes of the scheduler until a task has surely begun to wait.
+# Passes of the scheduler after which a new task has certainly begun to wait.
 _PASSES = 10
 _TARGET = re.compile(r"^tfd: *([0-9]+) ", re.MULTILINE)
 
@@ -52,36 +59,42 @@ def _nothing() -> None:
 
 
 class EventLoop(trio.abc.Instrument):
-    """The loop beneath one run of trio's, shared by all paths in it (a process has one, a test may have several)."""
+    """The event loop of one trio run. All fast paths in the run share it: a process has one, a test
+    may have several."""
 
     def __init__(self, trios: int) -> None:
-        """`trios`: the descriptor of trio's epoll set."""
+        """`trios`: the file descriptor of trio's epoll set."""
         self.fast_paths: set[FastPath] = set()
-        self.lent = 0  # connections, and relays, that are on a fast path
-        self.now = 0.0  # trio's time at the beginning of this turn
-        self.steps: dict[int, Callable[[int], None]] = {trios: self._on_trio}  # by descriptor: what to do when it is ready
-        # By descriptor: all that this turn has heard of, done or not. None: it is no turn, or there was more than it could be told.
+        self.lent = 0  # connections and relays on a fast path
+        self.now = 0.0  # trio's time at the start of this turn
+        # by descriptor: the function to call when it is ready
+        self.steps: dict[int, Callable[[int], None]] = {trios: self._on_trio}
+        # The event masks of this turn by descriptor, handled or not. None: outside a turn, or when
+        # the poll returned the maximum number of events and may have missed some.
         self.heard: dict[int, int] | None = None
-        self._again: list[FastConnection] = []  # connections that have bytes of a next request already
+        # connections that have already read bytes of the next request
+        self._again: list[FastConnection] = []
         self._epoll = select.epoll()
         self._epoll.register(trios, select.EPOLLIN)
         self._token = current_trio_token()
         self._trio_is_ready = False
-        self._runnable = False  # some task is
-        self._waited = False  # for this pass of trio's, on its clock
+        self._runnable = False  # a task can run
+        self._waited = False  # in this pass of trio, through the clock
 
     def lends(self) -> None:
-        """One more is on a fast path; its first steps are done by its task."""
+        """Count one more connection or relay on a fast path. Its task runs the first steps itself.
+        """
         self.lent += 1
-        self.now = trio.current_time()  # the last turn may be long past
+        self.now = trio.current_time()  # the last turn may have been long ago
 
     def watch(self, descriptor: int, before: int, events: int) -> None:
-        """Wait for these events (0: none) instead of those `before`. A descriptor that is closed leaves the set by itself (epoll(7)), and
-        its step is replaced when its number is used again."""
+        """Wait for `events` on `descriptor` (0: none). `before`: the events waited for until now. A
+        closed descriptor leaves the epoll set by itself (epoll(7)). Its step is replaced when its
+        number is used again."""
         if not events:
             self.steps.pop(descriptor, None)
-            if not self._epoll.closed:  # a pool may be closed behind the last path
-                with suppress(OSError):  # it has been closed, and is not there any more
+            if not self._epoll.closed:  # a pool may be closed after the last fast path
+                with suppress(OSError):  # already closed, so no longer in the set
                     self._epoll.unregister(descriptor)
         elif before:
             self._epoll.modify(descriptor, events)
@@ -89,41 +102,46 @@ class EventLoop(trio.abc.Instrument):
             self._epoll.register(descriptor, events)
 
     def again(self, connection: FastConnection) -> None:
-        """`connection` wants another step, in the next turn."""
+        """Give `connection` another step in the next turn."""
         self._again.append(connection)
 
-    # What trio tells...
+    # Called by trio...
 
     def wait(self, timeout: float) -> None:
-        """trio's clock is asked how long to wait: for `timeout` seconds if there were no fast path. When this returns no time is left.
+        """Wait in place of trio, whose clock was asked for a timeout: `timeout` seconds without a
+        fast path. After this returns, trio must not wait.
 
-        Less than none, where a deadline has passed while tasks ran, is none: epoll_wait(2) takes it for ever."""
+        A negative timeout (a deadline passed while tasks ran) counts as 0, because epoll_wait(2)
+        takes it as infinite.
+        """
         self._waited = True
         self._turns(max(0.0, min(timeout, _LONG)))
 
     def before_io_wait(self, timeout: float) -> None:
-        """trio is about to wait for `timeout` seconds."""
+        """Called by trio before it waits for `timeout` seconds."""
         if self._waited:
             self._waited = False
         elif self.lent and self._turns(timeout):
             self._token.run_sync_soon(_nothing, idempotent=True)
 
-    def task_scheduled(self, task: Task) -> None:  # noqa: ARG002  # whichever it is
+    def task_scheduled(self, task: Task) -> None:  # noqa: ARG002  # any task counts
         self._runnable = True
 
     # The loop...
 
     def _turns(self, timeout: float) -> bool:
-        """Wait in trio's stead. Whether trio has to be woken, if it is about to wait as long again."""
+        """Wait in place of trio. Returns True if trio has to be woken, because it would wait for
+        the same time again."""
         try:
             return self._wait(timeout)
-        except Exception as error:  # each connection has a boundary of its own: this is a fault of the loop's
-            _log.error("the fast path failed by a fault of this proxy's, and is closed", exc_info=error)
+        # each connection handles its own errors: this is a bug in the loop
+        except Exception as error:
+            _log.error("internal error in the fast path's event loop; the fast path is closed", exc_info=error)
             for fast_path in list(self.fast_paths):
                 try:
                     fast_path.close()
                 except Exception as worse:
-                    _log.error("and what was on it may be lost", exc_info=worse)
+                    _log.error("closing the fast path failed; its connections may be lost", exc_info=worse)
             return True
         finally:
             self.heard = None
@@ -141,13 +159,14 @@ class EventLoop(trio.abc.Instrument):
                 connection.next()
             for descriptor, mask in events:
                 step = steps.get(descriptor)
-                if step is not None:  # otherwise it was forgotten in this very turn
+                if step is not None:  # None: an earlier step of this turn has removed it
                     step(mask)
             if timeout <= 0 or self._trio_is_ready:
-                return False  # trio does not wait then
+                return False  # trio will not wait
             timeout = until - perf_counter()
             if self._runnable or timeout <= 0:
-                # On a clock that a test moves, what is over is no more than a time of silence, which trio has to notice by itself.
+                # With a test's clock, the end of the timeout only means that nothing happened, and
+                # trio has to notice that by itself.
                 return self._runnable or trio.current_time() - began >= whole / 2
 
     def _on_trio(self, _: int) -> None:
@@ -158,12 +177,12 @@ class EventLoop(trio.abc.Instrument):
 
 
 class Clock(trio.abc.Clock):
-    """The system's clock, for a run of trio's that has a fast path: trio waits in the event loop. (So long as something is on the fast
-    path, nobody sees all tasks blocked, as trio.testing can wait for.)"""
+    """The system's clock, for a trio run with a fast path: trio waits in the event loop. While a
+    connection is on the fast path, trio.testing.wait_all_tasks_blocked does not return."""
 
     def __init__(self) -> None:
         self.event_loop: EventLoop | None = None
-        self._from = random.uniform(10_000, 200_000)  # noqa: S311  # as trio's own: times of two runs are not to be mixed
+        self._from = random.uniform(10_000, 200_000)  # noqa: S311  # like trio's own clock: times of two runs must not be mixed
 
     def start_clock(self) -> None:
         pass
@@ -184,7 +203,8 @@ _HERE: RunVar[EventLoop | None] = RunVar("event_loop", None)
 
 
 async def enter(fast_path: FastPath) -> EventLoop | None:
-    """The event loop of this run of trio's, for a fast path that will `leave` it; None: there is none to be had."""
+    """Return the event loop of this trio run, for a fast path that later calls `leave`. None:
+    trio's epoll set was not found."""
     event_loop = _HERE.get()
     if event_loop is None:
         trios = await _epoll_of_trio()
@@ -201,7 +221,7 @@ async def enter(fast_path: FastPath) -> EventLoop | None:
 
 
 def leave(fast_path: FastPath, event_loop: EventLoop) -> None:
-    """The fast path is empty, and no more."""
+    """Remove a fast path that is closed and empty. The last one closes the event loop."""
     event_loop.fast_paths.discard(fast_path)
     if not event_loop.fast_paths:
         remove_instrument(event_loop)
@@ -213,8 +233,9 @@ def leave(fast_path: FastPath, event_loop: EventLoop) -> None:
 
 
 async def _epoll_of_trio() -> int | None:
-    """The descriptor of the epoll set on which trio waits. trio does not tell it, but the kernel does (proc(5), fdinfo): it is the one
-    that has a socket in it for which a task of ours waits."""
+    """Find the descriptor of trio's epoll set. trio does not expose it, but the kernel does
+    (proc(5), fdinfo): it is the epoll set that contains a socket for which one of our tasks waits.
+    """
     found = None
     ours, other = socket.socketpair()
     with ours, other:
@@ -230,13 +251,13 @@ async def _epoll_of_trio() -> int | None:
 
 
 def _watcher_of(descriptor: int) -> int | None:
-    """The epoll set of this process that `descriptor` is in."""
+    """Return the epoll set of this process that contains `descriptor`."""
     for link in Path("/proc/self/fd").glob("*"):
         try:
             if str(link.readlink()) == "anon_inode:[eventpoll]":
                 targets = _TARGET.findall(Path("/proc/self/fdinfo", link.name).read_text("ascii"))
                 if str(descriptor) in targets:
                     return int(link.name)
-        except OSError:  # it has been closed meanwhile
+        except OSError:  # closed in the meantime
             continue
     return None

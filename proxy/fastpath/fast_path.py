@@ -1,4 +1,5 @@
-"""Who is on the fast path, and how it comes there and leaves. The theory stands in the package."""
+"""The entry to the fast path: which connections, exchanges and relays are on it, and how they enter
+and leave. The package docstring explains the design."""
 
 from __future__ import annotations
 
@@ -20,35 +21,38 @@ from proxy.net.tls.handshake import TLSStream
 
 _log = logging.getLogger("isthmus.exchange")
 
-# Seconds without a step after which an exchange is not plain any more. It is looked at twice as often.
+# Seconds without a step after which an exchange is handed over. Checked every half of this time.
 PATIENCE = 1.0
 
 
 class FastPath:
-    """Made before the flows, `run` beside them."""
+    """The fast path of one process. Create it before the flows and run it beside them."""
 
     def __init__(self, drain: Drain, idle_timeout: float, silence: float) -> None:
-        """The shortest of the servers that lend, and how long a relay may be silent; both in seconds."""
+        """`idle_timeout`: the shortest idle timeout of the servers that lend connections.
+        `silence`: how long a relay may be silent. Both in seconds."""
         drain.on_begin.add(self._recall)
         self._idle = idle_timeout / 2
         self._silence = silence
         self._event_loop: EventLoop | None = None  # while it runs
         self._connections: set[FastConnection] = set()
-        self._busy: set[FastConnection | FastExchange] = set()  # in an exchange
+        self._busy: set[FastConnection | FastExchange] = set()  # within an exchange
         self._relays: set[FastRelay] = set()
-        self._doze: trio.Event | None = None  # what the watch waits for while nothing is under way
-        self.running = False  # it takes what is lent
-        self._finished = self._handed_over = 0  # exchanges, since they were last asked for
+        # the watch task waits for it while no exchange is active
+        self._doze: trio.Event | None = None
+        self.running = False  # accepts connections
+        self._finished = self._handed_over = 0  # exchanges since the last call of `counts`
 
     async def open(self) -> None:
-        """From here on it takes what is lent; `run` has to follow."""
+        """Accept connections from now on. The caller must call `run` afterwards."""
         self._event_loop = await enter(self)
         if self._event_loop is None:
-            _log.warning("trio's epoll set is not to be found in /proc: HTTP/1.1 and relays take the ordinary path")
+            _log.warning("trio's epoll set was not found in /proc: HTTP/1.1 and relays take the ordinary path")
         self.running = True
 
     async def run(self) -> None:
-        """See to what is on the fast path, until cancelled: then that is given back."""
+        """Watch the connections on the fast path until cancelled, then return them to the ordinary
+        path."""
         try:
             await self._watch()
         finally:
@@ -57,7 +61,7 @@ class FastPath:
                 leave(self, self._event_loop)
 
     def close(self) -> None:
-        """Take nothing more, and give back what is on the fast path."""
+        """Accept nothing more, and return everything to the ordinary path."""
         self.running = False
         for connection in list(self._connections):
             connection.leave()
@@ -65,7 +69,8 @@ class FastPath:
             fast_relay.leave()
 
     async def carry(self, plan: ExchangePlan, server: Http1Server) -> Http1Exchange | None:
-        """See exchange.handoff.Carry. Cancelled within an exchange, it closes the exchange's account as such."""
+        """Implements exchange.handoff.Carry. If it is cancelled within an exchange, the account of
+        the exchange closes as cancelled."""
         stream = server.stream
         event_loop = self._event_loop
         ends = server.leaving or server.client_ended
@@ -83,11 +88,11 @@ class FastPath:
         return await connection.carry()
 
     def fork(self, plan: ExchangePlan, server: Http2Server, exchange: Http2Exchange) -> bool:
-        """See exchange.handoff.Fork."""
+        """Implements exchange.handoff.Fork."""
         return self.running and not server.drain.draining and begin(self, plan, server, exchange)
 
     async def join(self, joint: Joint) -> None:
-        """See net.relay.Carry."""
+        """Implements net.relay.Carry."""
         client, server = joint.sides
         event_loop = self._event_loop
         if not self.running or event_loop is None:
@@ -99,28 +104,29 @@ class FastPath:
             await fast_relay.carry()
 
     def counts(self) -> tuple[int, int]:
-        """Exchanges that have been finished here since this was last asked, and such that have been handed over."""
+        """Return the numbers of exchanges finished here and handed over since the last call."""
         counts, self._finished, self._handed_over = (self._finished, self._handed_over), 0, 0
         return counts
 
     @staticmethod
     def recall(server: Http1Server) -> None:
-        """Give back its connection, if it is between two exchanges."""
+        """Return the connection of `server` to the ordinary path if it is between two exchanges."""
         if isinstance(server.lent, FastConnection):
             server.lent.recall()
 
     def _recall(self) -> None:
-        """The proxy is going down: give back the connections that are between two exchanges. The others see it behind theirs."""
+        """The proxy is shutting down: return the connections that are between two exchanges. The
+        others return after their exchange."""
         for connection in list(self._connections):
             connection.recall()
 
-    # For what is carried...
+    # For connections, exchanges and relays on the fast path...
 
     @property
     def event_loop(self) -> EventLoop:
-        """The event loop, for what is carried by it."""
+        """The event loop. Raises RuntimeError if the fast path is not open."""
         if self._event_loop is None:
-            raise RuntimeError("the fast path does not run")
+            raise RuntimeError("the fast path is not running")
         return self._event_loop
 
     def released(self, connection: FastConnection) -> None:
@@ -129,35 +135,37 @@ class FastPath:
         self.event_loop.lent -= 1
 
     def parts(self, fast_relay: FastRelay) -> None:
-        """It is not on the fast path any more."""
+        """`fast_relay` has left the fast path."""
         self._relays.discard(fast_relay)
         self.event_loop.lent -= 1
 
     @property
     def patience(self) -> float:
-        """Seconds that an exchange must have left."""
+        """The time in seconds that an exchange must have until its deadline."""
         return PATIENCE
 
     def begins(self, connection: FastConnection | FastExchange) -> None:
-        """`connection` is in an exchange."""
+        """An exchange of `connection` has begun."""
         self._busy.add(connection)
         if self._doze is not None:
             self._doze.set()
 
     def rests(self, connection: FastConnection | FastExchange, *, finished: bool = True) -> None:
-        """Its exchange is not here any more; `finished`: it has ended here, and well."""
+        """The exchange of `connection` is no longer on the fast path. `finished`: it ended here
+        without an error."""
         self._busy.discard(connection)
         self._finished += finished
 
     def hands_over(self) -> None:
-        """An exchange goes on elsewhere."""
+        """Count one exchange that was handed over to the ordinary path."""
         self._handed_over += 1
 
-    # What does not move...
+    # Timeouts...
 
     async def _watch(self) -> None:
-        """Give back what does not move, and end what is silent. What lasts is looked at seldom: within a share of the time that it may
-        last, so nobody has to say when there is something new."""
+        """Hand over exchanges that do not move, return idle connections, and end silent relays.
+        Long timeouts are checked at a fraction of their length, so events do not have to wake this
+        task."""
         due = -math.inf
         while True:
             now = trio.current_time()
@@ -173,14 +181,16 @@ class FastPath:
                 self._doze = None
 
     def give_up(self, latest: float) -> None:
-        """Hand over the exchanges that have not moved since, and those that will be over soon in any case."""
+        """Hand over the exchanges that have not moved since `latest` (trio's time), and those whose
+        deadline is near."""
         soon = latest + 2 * PATIENCE
         for connection in list(self._busy):
             if connection.moved <= latest or connection.limit <= soon:
                 connection.hand_over()
 
     def _give_back(self, now: float) -> float:
-        """Give back the connections that have been idle for half their time; seconds until it is time for the next."""
+        """Return the connections that have been idle for half of the idle timeout. Returns the
+        seconds until the next check."""
         due = now + self._idle
         for connection in list(self._connections):
             if connection.due() <= now:
@@ -190,7 +200,8 @@ class FastPath:
         return max(due - now, self._idle / 8)
 
     def _expire(self, now: float) -> float:
-        """End the relays in which nothing has moved for too long; seconds until it is time for the next."""
+        """End the relays that have been silent for too long. Returns the seconds until the next
+        check."""
         least = self._silence
         for fast_relay in list(self._relays):
             least = min(least, fast_relay.expire(now))

@@ -1,8 +1,10 @@
 """A relay on the fast path: two connections that are joined byte for byte.
 
-Its task waits in `carry`, as that of a lent connection does, and here the bytes pass: what one read of a side gives is sent to the other.
-What the other does not take is kept, and until it is gone nothing is read behind it. Ends and losses are told to the `Joint`, by the same
-rules as on the ordinary path. To that goes back what it does better: clear text in bulk, which it leaves in the kernel.
+The task of the relay waits in `carry`, like the task of a lent connection. The bytes of one read of
+a side are sent to the other side. If the other side does not accept all of them, the rest is kept,
+and nothing more is read until it is sent. The relay reports ends and errors to the `Joint`, by the
+same rules as the ordinary path. It returns to the ordinary path for plain TCP in bulk, because
+splice(2) moves those bytes within the kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 
 
 class FastRelay:
-    """Made for one relay. `carry` is called by its task, `leave` and `expire` by anybody, the rest by the fast path."""
+    """One relay. Its task calls `carry`. Any code may call `leave` and `expire`. The fast path
+    calls the rest."""
 
     __slots__ = ("_event_loop", "_fast_path", "_fault", "_full", "_joint", "_lent", "_pipes", "_sides", "_task")
 
@@ -32,23 +35,27 @@ class FastRelay:
         self._event_loop = fast_path.event_loop
         self._joint = joint
         self._sides = (Side(fast_path.event_loop, client), Side(fast_path.event_loop, server))
-        self._pipes = self._sides[0].tls is None and self._sides[1].tls is None  # the kernel could do it alone
-        self._full = [0, 0]  # reads in a row that gave as much as they may
+        # both are plain TCP, so the kernel could splice them
+        self._pipes = self._sides[0].tls is None and self._sides[1].tls is None
+        self._full = [0, 0]  # by side: consecutive reads that filled the buffer
         self._lent = False
-        self._task: Task | None = None  # while it is suspended here
+        self._task: Task | None = None  # while it is suspended in `carry`
         self._fault: Exception | None = None
 
     async def carry(self) -> None:
-        """Pass bytes until the relay is over, or is the ordinary path's; what is left stands in the joint."""
+        """Pass bytes until the relay has ended or the ordinary path has to continue. The joint then
+        has the state."""
         self._lent, self._joint.quiet_since = True, self._event_loop.now
         try:
             for side in (0, 1):
                 self._sides[side].belongs(partial(self._on, side))
                 self._sides[side].watch(IN)
-        except OSError:  # the kernel watches no more for this user (epoll_ctl(2): ENOSPC); trio may be luckier
+        # the user's limit of epoll watches is reached (epoll_ctl(2): ENOSPC); trio may still
+        # succeed
+        except OSError:
             self.leave()
             return
-        for side in (0, 1):  # something may be here already, as a rule the client's first words
+        for side in (0, 1):  # data may already be here, usually the client's first bytes
             if self._lent:
                 self._on(side, IN)
         if self._lent:
@@ -68,7 +75,7 @@ class FastRelay:
         self._fast_path.parts(self)
 
     def leave(self) -> None:
-        """It goes on with the ordinary path."""
+        """Return the relay to the ordinary path."""
         if not self._lent:
             return
         task, self._task = self._task, None
@@ -77,7 +84,8 @@ class FastRelay:
             reschedule(task)
 
     def expire(self, now: float) -> float:
-        """End it if nothing has moved for its time; the seconds that it has left."""
+        """End the relay if it has been silent for its idle timeout. Returns the seconds that are
+        left until then. `now`: trio's time."""
         left = self._joint.quiet_since + self._joint.idle - now
         if left <= 0:
             self._joint.silent()
@@ -89,7 +97,7 @@ class FastRelay:
     def _on(self, side: int, mask: int) -> None:
         """The socket of this side is ready."""
         if not self._lent:
-            return  # it was given back in this very turn
+            return  # it was returned earlier in this turn
         joint = self._joint
         joint.quiet_since = self._event_loop.now
         try:
@@ -100,8 +108,10 @@ class FastRelay:
             if joint.going(side) and not joint.held[side]:
                 self._receive(side)
             elif not mask & IN:
-                self.leave()  # it is lost, as epoll cannot be told not to say, and nobody is about to read
-        except Exception as error:  # this room's boundary: one connection's fault is not the others'
+                # a hang-up or an error, which epoll always reports; nothing reads from this side
+                # now
+                self.leave()
+        except Exception as error:  # error boundary: a bug in one relay must not affect the others
             self._fault = error
             self.leave()
 
@@ -123,7 +133,7 @@ class FastRelay:
             self._end(side)
 
     def _send(self, side: int, data: bytes) -> None:
-        """To the other side."""
+        """Send data that was read from `side` to the other side."""
         joint = self._joint
         try:
             sent = self._sides[1 - side].send(data)
@@ -140,7 +150,7 @@ class FastRelay:
             self._receive(side)
 
     def _end(self, side: int) -> None:
-        """Tell the other side that this one has ended."""
+        """Pass the end of this side's data on to the other side."""
         joint = self._joint
         try:
             told = self._sides[1 - side].send_eof()

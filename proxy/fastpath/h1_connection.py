@@ -1,15 +1,16 @@
-"""One lent connection, and the exchange that it is in. The theory stands in the package.
+"""One lent connection and its current exchange. The package docstring explains the design.
 
-    IDLE      between two exchanges: a request may come
-    ASKED     the request is sent, or on its way: the head of the response may come
-    ANSWERED  the head of the response is sent, or on its way: the rest of its body may come
+    IDLE      between two exchanges: a request may arrive
+    ASKED     the request is sent or being sent: the response head may arrive
+    ANSWERED  the response head is sent or being sent: the rest of the body may arrive
 
     IDLE --take--> ASKED --answer--> ANSWERED --finish--> IDLE
     IDLE --give_back--> the ordinary path, between two exchanges
     ASKED, ANSWERED --hand_over--> the ordinary path, within the exchange
 
-Each step is called by the fast path when a socket is ready, does what can be done without waiting, and returns. A step that finds more than
-it can do gives the connection back, and that is the last thing it does.
+The event loop calls a step when a socket is ready. A step does what it can without waiting, then
+returns. If a step meets a case that the fast path does not handle, it gives the connection back,
+and this is always its last action.
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ from proxy.wire.messages import strip_hop_by_hop
 if TYPE_CHECKING:
     from proxy.fastpath.fast_path import FastPath
 
-_NOTHING = Whole()  # the body of a request that goes on in one piece
+_NOTHING = Whole()  # for a request whose body was sent together with its head
 
 
 class FastConnection:
-    """Made with its connection's first lease and kept for all of them. `carry` is called by the connection's task, `give_back`, `recall`
-    and `hand_over` by anybody, the rest by the fast path."""
+    """One connection. It is created with the first lease of the connection and kept for all later
+    ones. The connection's task calls `carry`. Any code may call `give_back`, `recall` and
+    `hand_over`. The fast path calls the rest."""
 
     __slots__ = (
         "_account", "_chunks", "_client", "_endpoint", "_event_loop", "_exchange", "_fast_path", "_fault", "_kept", "_lease", "_lent",
@@ -58,48 +60,53 @@ class FastConnection:
         self._server = server
         self._event_loop = fast_path.event_loop
         self._client = Side(fast_path.event_loop, stream)
-        self._kept = Charge(server.facts.share)  # what the client has not taken, and what it has sent ahead
+        # unsent bytes to the client, and bytes that it sent ahead
+        self._kept = Charge(server.facts.share)
         self._lent = False
-        self._task: Task | None = None  # the connection's, while it is suspended here
-        self._result: Http1Exchange | None = None  # that has been begun here, and goes on there
+        self._task: Task | None = None  # the connection's task, while it is suspended in `carry`
+        # an exchange that the ordinary path has to continue
+        self._result: Http1Exchange | None = None
         self._fault: Exception | None = None
-        self._rest = b""  # read behind the exchange that is under way
+        self._rest = b""  # bytes that were read after the current exchange
         self.eligibility = Eligibility()
         self.moved = 0.0  # trio's time at the last step of an exchange
-        self.limit = inf  # and when that has to be over
+        self.limit = inf  # trio's time when the exchange must have ended
         self._exchange: Http1Exchange | None = None
         self._account: AbstractContextManager[object] | None = None
         self._lease: ConnectionLease | None = None
         self._endpoint: Side | None = None
-        self._remaining = 0  # bytes of the response's body that have not been read yet; in chunks: 1, until it has ended
+        self._remaining = 0  # bytes of the response body still to be read; chunked: 1 until the end
         self._chunks: Chunks | None = None
-        self._spare = False  # the server has sent more than its response
+        self._spare = False  # the server has sent bytes after its response
 
     def busy(self) -> bool:
         return self._exchange is not None or bool(self._rest)
 
     def due(self) -> float:
-        """trio's time when the connection goes back if no request comes: when half of the time is over that it may wait for one."""
+        """Return the time (trio's) when the idle connection goes back to the ordinary path: after
+        half of its idle timeout."""
         return self._server.idle_since + self._server.settings.idle_timeout / 2
 
     async def carry(self) -> Http1Exchange | None:
-        """See exchange.handoff.Carry."""
+        """Implements exchange.handoff.Carry."""
         self._lent, self._server.on_client_end = True, self.leave
         self._client.belongs(self._on_client)
         self._client.watch(IN)
         connection = self._server.connection
-        connection.peer_version = b"1.1"  # of all requests here, whatever the last one was
+        # the fast path handles HTTP/1.1 only; the last request may have been another version
+        connection.peer_version = b"1.1"
         self._rest = connection.take_rest()
         self.next()
         try:
-            if self._is_lent():  # what was read already may not have suited
+            if self._is_lent():  # False if `next` has already given the connection back
                 self._task = current_task()
                 await wait_task_rescheduled(self._abort)
             if self._fault is not None:
                 raise self._fault
             handoff, self._result = self._result, None
             return handoff
-        except BaseException as error:  # cancelled, or a fault of this room's: either way the exchange ends here
+        # cancelled, or an internal error: in both cases the exchange ends here
+        except BaseException as error:
             self._drop(error)
             raise
 
@@ -118,7 +125,7 @@ class FastConnection:
 
     def _let_go(self) -> None:
         self._lent, self._server.on_client_end = False, None
-        self._kept.become(0)  # whoever goes on charges it anew
+        self._kept.become(0)  # the ordinary path charges its own buffers
         self._client.forget()
         if self._endpoint is not None:
             self._endpoint.forget()
@@ -131,26 +138,30 @@ class FastConnection:
             reschedule(task)
 
     def give_back(self, data: bytes = b"") -> None:
-        """Between two exchanges: `data` was read and is the beginning of the next request."""
+        """Give the connection back between two exchanges. `data`: bytes of the next request that
+        were read."""
         self.eligibility.declined()
         if data:
             self._server.connection.receive_data(data)
         self._wake()
 
     def recall(self) -> None:
-        """The proxy is going down, or the connection has been idle for long: the ordinary path knows what that means."""
+        """Give the connection back if it is between two exchanges. Called when the proxy shuts down
+        or the connection has been idle for long; the ordinary path handles both."""
         if not self.busy():
             self._wake()
 
     def leave(self) -> None:
-        """Give back whatever there is: the fast path is closed, or the client has ended its direction of the connection."""
+        """Give everything back: the fast path closes, or the client has ended its direction of the
+        connection."""
         if self._exchange is not None:
             self.hand_over()
         else:
             self.give_back(self._rest)
 
     def hand_over(self, data: bytes = b"", failure: Exception | None = None) -> None:
-        """Within an exchange: `data` was read from the server and not looked at; `failure`: the exchange is over, because of this."""
+        """Hand the current exchange over. `data`: bytes from the server that were not parsed.
+        `failure`: the error that ends the exchange."""
         exchange, account, lease, endpoint = self._exchange, self._account, self._lease, self._endpoint
         if exchange is None or account is None or lease is None or endpoint is None:
             raise RuntimeError("there is no exchange to hand over")
@@ -161,12 +172,13 @@ class FastConnection:
         exchange.handoff.failure = failure
         http.receive_data_if(self._rest)
         exchange.account = ExitStack()
-        exchange.account.push(account)  # it is open already
+        exchange.account.push(account)  # it is already open
         self._wake(exchange)
         self._forget_exchange()
 
     def _pass_over(self, exchange: Http1Exchange, rest: bytes) -> None:
-        """Before an exchange of which something has been decided already."""
+        """Give the connection back with a request for which decisions have been made, but nothing
+        was sent."""
         self.eligibility.declined()
         connection = self._server.connection
         connection.take_over(exchange.request.method, (At.DONE, 0), (At.HEAD, 0))
@@ -175,7 +187,7 @@ class FastConnection:
         self._wake(exchange)
 
     def fail(self, error: Exception) -> None:
-        """A fault of this room's: it ends the connection, as it would on the ordinary path."""
+        """Internal error: end the connection, as the ordinary path does."""
         self._fault = error
         self._wake()
 
@@ -188,17 +200,21 @@ class FastConnection:
 
     def _on_client(self, _: int) -> None:
         if not self._lent:
-            return  # it has been given back in this very turn
+            return  # it was given back earlier in this turn
         try:
             if self._exchange is None:
-                if not self._rest:  # otherwise that comes first: the last exchange has ended in this very turn, and `next` follows
+                # otherwise an exchange ended in this turn, and `next` will process the bytes read
+                # ahead
+                if not self._rest:
                     self._receive()
             elif self._client.unsent:
                 self.moved = self._event_loop.now
                 self._send(self._client.unsent)
             else:
-                self._client.watch(0)  # the client sends its next request, or has gone: that is looked at behind this exchange
-        except Exception as error:  # this room's boundary: one connection's fault is not the others'
+                # the client sends its next request or has closed; handled after this exchange
+                self._client.watch(0)
+        # error boundary: a bug in one connection must not affect the others
+        except Exception as error:
             self.fail(error)
 
     def _on_server(self, _: int) -> None:
@@ -208,9 +224,9 @@ class FastConnection:
             self.fail(error)
 
     def next(self) -> None:
-        """Look at what was read behind the last exchange."""
+        """Process the bytes that were read after the last exchange."""
         if not self._lent or self._exchange is not None or not self._rest:
-            return  # it has been given back meanwhile
+            return  # it was given back in the meantime
         data, self._rest = self._rest, b""
         try:
             self._take(data)
@@ -224,11 +240,11 @@ class FastConnection:
             data = b""
         if data:
             self._take(data)
-        elif data is not None:  # the end, of whichever kind: it is told again to the ordinary path
+        elif data is not None:  # the end or an error: the ordinary path will see it again
             self._wake()
 
     def _take(self, data: bytes) -> None:
-        """IDLE: a request, as a rule whole."""
+        """IDLE: process a request, which usually arrives whole."""
         server = self._server
         end = data.find(b"\r\n\r\n") + 4
         found = recognise_request(data[:end], server.settings.limits) if end > 3 else None
@@ -238,12 +254,12 @@ class FastConnection:
         request, length = found
         body = data[end : end + length]
         now = self._event_loop.now
-        # The body is read from there only if it has to be sent again.
+        # The exchange's body is only read if the request has to be sent again.
         exchange = Http1Exchange(server, request, Whole(body) if body else _NOTHING, now=now)
         rest = data[end + length :]
         lease = self._plan.take(exchange, now)
         if lease is None and (exchange.first is not None or exchange.trace is not None):
-            # What chance has decided is not asked of it again: that would change the odds.
+            # Keep the random decisions (endpoint, sampling): drawing again would change the odds.
             self._pass_over(exchange, rest)
             return
         if lease is None:
@@ -268,11 +284,13 @@ class FastConnection:
 
     def _ask(self, endpoint: Side, data: bytes) -> None:
         try:
-            sent = endpoint.send(data, sound=not endpoint.unsent)  # at first: it has just been found quiet
+            # the first send: the connection was just found quiet
+            sent = endpoint.send(data, sound=not endpoint.unsent)
         except NetError:
             if self._lease is not None:
                 self._lease.upstream.http.keep_alive = False
-            self.hand_over()  # the server takes no more: it may have said why
+            # the server accepts no more data; it may have sent a response that says why
+            self.hand_over()
             return
         endpoint.unsent = data[sent:]
         endpoint.watch(IN | OUT if endpoint.unsent else IN)
@@ -287,21 +305,22 @@ class FastConnection:
             self._ask(endpoint, endpoint.unsent)
             return
         try:
-            # Chunks are work: of small ones, one step would hold a larger read up for too long.
+            # Chunks cost work per chunk. With small chunks, a larger read would make one step too
+            # long.
             data = endpoint.take(self._server.facts.share, bulk=exchange.response is not None and self._chunks is None)
         except NetError:
             data = b""
         if data is None:
             return
         if not data:
-            self.hand_over()  # the end, of whichever kind: it is told again to the ordinary path
+            self.hand_over()  # the end or an error: the ordinary path will see it again
         elif exchange.response is None:
             self._answer(exchange, data)
         else:
             self._pass_on(exchange, b"", data)
 
     def _answer(self, exchange: Http1Exchange, data: bytes) -> None:
-        """ASKED: the head of the response, and perhaps some of its body."""
+        """ASKED: process the response head, and the part of the body that arrived with it."""
         end = data.find(b"\r\n\r\n") + 4
         found = recognise_response(data[:end], self._server.settings.limits) if end > 3 else None
         if found is None or self._server.leaving or (self._lease is not None and self._lease.declines(found[0])):
@@ -315,7 +334,9 @@ class FastConnection:
             chunks = Chunks(self._server.settings.limits)
             chunks.pass_on(data[end:])
             if chunks.error is not None and not chunks.size:
-                self.hand_over(data)  # the client has seen nothing of it: another response can still be given
+                # the client has received nothing yet, so the ordinary path can send an error
+                # response
+                self.hand_over(data)
                 return
         strip_hop_by_hop(head.headers)
         if bodiless or not isinstance(length, int) or not self._server.connection.keep_alive:
@@ -327,10 +348,11 @@ class FastConnection:
         self._pass_on(exchange, encode_response(head), data[end:])
 
     def _pass_on(self, exchange: Http1Exchange, head: bytes, body: bytes) -> None:
-        """ANSWERED: `body` has been read from the server."""
+        """ANSWERED: pass on `head`, if it was not sent yet, and `body`, which was read from the
+        server."""
         chunks = self._chunks
         if chunks is not None:
-            if not head:  # behind which it has been read already
+            if not head:  # `_answer` has already passed the first chunks to the reader
                 chunks.pass_on(body)
             exchange.response_bytes += chunks.size
             body, self._spare = chunks.out, chunks.ended and bool(chunks.left)
@@ -340,13 +362,14 @@ class FastConnection:
                 return
             self._remaining = 0 if chunks.ended else 1
             if not (head or body):
-                return  # a part of a line
+                return  # only part of a framing line has arrived
         else:
             if len(body) > self._remaining:
                 body, self._spare = body[: self._remaining], True
             self._remaining -= len(body)
             exchange.response_bytes += len(body)
-        self._send(head + body if head else body, sound=bool(head))  # a client that has gone before it has said nothing of use
+        # `sound`: before the response, nothing useful can be pending from the client
+        self._send(head + body if head else body, sound=bool(head))
 
     def _send(self, data: bytes, *, sound: bool = False) -> None:
         client = self._client
@@ -354,7 +377,7 @@ class FastConnection:
             sent = client.send(data, sound=sound)
         except NetError as error:
             self._server.connection.keep_alive = False
-            failure = ClientGone(f"the client's connection broke within the response: {error}")
+            failure = ClientGone(f"the client's connection broke during the response: {error}")
             failure.__cause__ = error
             client.unsent = data
             self.hand_over(failure=failure)
@@ -364,7 +387,7 @@ class FastConnection:
             self._kept.become(len(client.unsent) + len(self._rest))
             client.watch(OUT)
             if self._endpoint is not None:
-                self._endpoint.watch(0)  # what the client does not take stops the server
+                self._endpoint.watch(0)  # backpressure: stop reading from the server
             return
         client.unsent = b""
         if self._kept.size:
@@ -375,7 +398,7 @@ class FastConnection:
             self._endpoint.watch(IN)
 
     def _finish(self) -> None:
-        """ANSWERED: all of it is with the client."""
+        """ANSWERED: the whole response has been sent to the client."""
         account, lease, endpoint, rest = self._account, self._lease, self._endpoint, self._rest
         if account is None or lease is None or endpoint is None:
             return

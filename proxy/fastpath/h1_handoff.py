@@ -1,4 +1,5 @@
-"""An exchange of HTTP/1.1 that goes from the fast path to the ordinary one: both connections as the ordinary path has to find them."""
+"""The handoff of an HTTP/1.1 exchange from the fast path: it puts both connections into the state
+that the ordinary path expects."""
 
 from __future__ import annotations
 
@@ -13,14 +14,17 @@ from proxy.wire.h1.connection import At, Http1Connection
 def hand_off(
     connection: Http1Connection, exchange: Http1Exchange, lease: ConnectionLease, body: Chunks | int, bytes_left: tuple[bytes, bytes, bytes]
 ) -> Handoff:
-    """Set the state of the client's `connection` and of the lent one, and say how far the exchange has got.
+    """Set the protocol state of the client's `connection` and of the leased one, and return the
+    state of the exchange.
 
-    `body`: the response's, as far as it has passed, or how many bytes of it are still to be read. `bytes_left`: to the server and to the
-    client, which have not been sent; from the server, which nobody has looked at.
+    `body`: the response body as far as it has passed, or the number of its bytes that are still to
+    be read. `bytes_left`: unsent bytes to the server, unsent bytes to the client, and bytes from
+    the server that were not parsed.
     """
     to_server, to_client, received = bytes_left
     method, answered, http = exchange.request.method, exchange.response is not None, lease.upstream.http
-    # The end of the last chunk is written once: where the server has ended, it has been sent, or is in `to_client`.
+    # The last chunk is written only once. If the server's body has ended, the last chunk has been
+    # sent or is in `to_client`.
     to_write: Length = body if isinstance(body, int) else 0 if body.ended else Framing.CHUNKED
     connection.take_over(method, (At.DONE, 0), (At.BODY, to_write) if answered else (At.HEAD, 0))
     reading = At.BODY if answered else At.HEAD

@@ -1,11 +1,13 @@
-"""One exchange of HTTP/2 on the fast path: a stream of the client's, tied to one of an endpoint's. The theory stands in the package.
+"""One HTTP/2 exchange on the fast path: a stream of the client, joined to a stream of an endpoint.
+The package docstring explains the design.
 
-The connections are the muxes' (exchange/h2/connection.py): their readers file what comes on a stream, and tell us when all of one read is
-filed. Then it is passed on, in both directions, as long as nothing has to be waited for. There is nothing of its own that this room keeps:
-what it has not passed on lies where the ordinary path will find it.
+The readers of both connections (exchange/h2/connection.py) put the received data into the streams
+and call this module after each read. It passes the data on in both directions, as long as it does
+not have to wait. It has no buffer: what it has not passed on stays in the stream, where the
+ordinary path will find it.
 
-    ASKED     the head of the request is sent: its body may come, and the response's head
-    ANSWERED  the head of the response is sent: the bodies may go on
+    ASKED     the request head is sent: the request body and the response head may arrive
+    ANSWERED  the response head is sent: both bodies may continue
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ _UNOPENED = nullcontext()
 
 
 def begin(fast_path: FastPath, plan: ExchangePlan, server: Http2Server, exchange: Http2Exchange) -> bool:
-    """See exchange.handoff.Fork."""
+    """Implements exchange.handoff.Fork."""
     request = exchange.request
     method = request.method
     if method == b"CONNECT" or (method in max_forwards.METHODS and max_forwards.left(request) is not None):
@@ -55,23 +57,24 @@ def begin(fast_path: FastPath, plan: ExchangePlan, server: Http2Server, exchange
             fast_exchange.begin(plan)
             return True
     except Exception as error:  # as below
-        _log.error("a stream failed by a fault of this proxy's", exc_info=error)
+        _log.error("internal error while carrying an HTTP/2 stream", exc_info=error)
         exchange.stream.close(Code.INTERNAL_ERROR)
         return True
     if exchange.first is not None or exchange.trace is not None:
-        exchange.handoff = Handoff()  # what chance has decided is not asked of it again: that would change the odds
+        # keep the random decisions (endpoint, sampling): drawing again would change the odds
+        exchange.handoff = Handoff()
     return False
 
 
 def _limit(exchange: Http2Exchange, now: float) -> float:
-    """When the call's deadline is."""
+    """Return the deadline of a gRPC call in trio's time; inf: none."""
     value = exchange.request.headers.get(b"grpc-timeout")
     seconds = grpc.parse_timeout(value) if value is not None and exchange.is_grpc else None
     return inf if seconds is None else now + seconds
 
 
 class FastExchange:
-    """Made for an exchange; forgets its streams when that ends, or is handed over."""
+    """One exchange. It drops its streams when it ends or is handed over."""
 
     __slots__ = ("_account", "_asked", "_client", "_endpoint", "_exchange", "_fast_path", "_lease", "_server", "began", "limit", "moved")
 
@@ -81,12 +84,13 @@ class FastExchange:
         self._exchange = exchange
         self._lease = lease
         self._client = exchange.stream
-        self._endpoint: MuxStream = exchange.stream  # until it has its own
+        # replaced when the stream to the endpoint is open
+        self._endpoint: MuxStream = exchange.stream
         self._account: AbstractContextManager[object] = _UNOPENED
-        self._asked = False  # all of the request has been sent
+        self._asked = False  # the whole request has been sent
         self.began = 0.0  # trio's time
-        self.moved = 0.0  # when something was passed on last
-        self.limit = inf  # when it must not be here any more
+        self.moved = 0.0  # trio's time when data was last passed on
+        self.limit = inf  # trio's time by which the exchange must have ended
 
     def begin(self, plan: ExchangePlan) -> None:
         """Send the head of the request."""
@@ -95,7 +99,7 @@ class FastExchange:
             account.__enter__()
             self._account = account
             self._set_out()
-        except HeadTooLarge:  # which the ordinary path will say: nothing has been sent
+        except HeadTooLarge:  # nothing has been sent; the ordinary path reports the error
             self._lease.end()
             self._give(Handoff())
         except Exception as error:  # as below
@@ -109,25 +113,26 @@ class FastExchange:
         self._asked = exchange.body.length == 0
         self._endpoint = endpoint = lease.open(exchange, end=self._asked)
         client.on_news, endpoint.on_news = self._on_client, self._on_endpoint
-        # Where the client does not want it any more, the ordinary path finds the exchange cancelled, and closes what is open.
+        # If the client has reset the stream, the ordinary path sees a cancelled exchange and cleans
+        # up.
         client.on_lost = endpoint.on_lost = self.hand_over
         self._fast_path.begins(self)
         if not self._asked:
-            self._ask()  # what has come with the head
+            self._ask()  # the part of the body that arrived with the head
 
-    # What the muxes tell...
+    # Called by the readers...
 
     def _on_client(self) -> None:
-        """More of the request is there."""
+        """More of the request has arrived."""
         try:
             self._ask()
         except HeadTooLarge as error:
             self.hand_over(oversized(error))
-        except Exception as error:  # this room's boundary: one stream's fault is not the others'
+        except Exception as error:  # error boundary: a bug in one stream must not affect the others
             self._fail(error)
 
     def _on_endpoint(self) -> None:
-        """More of the response is there."""
+        """More of the response has arrived."""
         try:
             self._answer()
         except HeadTooLarge as error:
@@ -138,7 +143,7 @@ class FastExchange:
     # The steps...
 
     def _ask(self) -> None:
-        """Send what there is of the request's body, if it is taken."""
+        """Pass on the request body that has arrived, if the endpoint accepts it."""
         exchange, client, endpoint = self._exchange, self._client, self._endpoint
         while not self._asked:
             if not endpoint.takes(client.next_size):
@@ -173,7 +178,7 @@ class FastExchange:
         self._pass_on(exchange, client, endpoint)
 
     def _send_head(self, exchange: Http2Exchange, client: MuxStream, endpoint: MuxStream, head: ResponseHead) -> bool:
-        """Whether that was all of the response."""
+        """Send the response head. Returns True if it was the whole response."""
         endpoint.head_nowait()
         self.moved = endpoint.mux.heard
         self._lease.response = head
@@ -189,7 +194,7 @@ class FastExchange:
         return ended
 
     def _pass_on(self, exchange: Http2Exchange, client: MuxStream, endpoint: MuxStream) -> None:
-        """Send what there is of the response's body, if it is taken."""
+        """Pass on the response body that has arrived, if the client accepts it."""
         while True:
             if not client.takes(endpoint.next_size):
                 self.hand_over()
@@ -220,7 +225,7 @@ class FastExchange:
         client.on_news = client.on_lost = endpoint.on_news = endpoint.on_lost = None
 
     def _end(self, kind: type[BaseException] | None) -> None:
-        """The exchange is over; `kind`: of what ended it."""
+        """End the exchange. `kind`: the type of the error that ended it; None: it ended well."""
         self._forget_streams()
         self._lease.end()
         self._account.__exit__(kind, None, None)
@@ -228,13 +233,13 @@ class FastExchange:
         self._fast_path.rests(self, finished=kind is None)
 
     def _fail(self, error: Exception) -> None:
-        """A fault of this room's: it ends the stream, as it would on the ordinary path."""
-        _log.error("a stream failed by a fault of this proxy's", exc_info=error)
+        """Internal error: reset the stream, as the ordinary path does."""
+        _log.error("internal error while carrying an HTTP/2 stream", exc_info=error)
         self._client.mux.http.reset(self._client.number, Code.INTERNAL_ERROR)
         self._end(type(error))
 
     def hand_over(self, failure: Exception | None = None) -> None:
-        """The ordinary path goes on with it, or says that it has failed."""
+        """Let the ordinary path continue the exchange, or report `failure`."""
         self._give(Handoff(self._lease, self.began, self._asked, failure=failure))
 
     def _give(self, handoff: Handoff) -> None:
@@ -243,6 +248,6 @@ class FastExchange:
         self._fast_path.hands_over()
         exchange = self._exchange
         exchange.account = ExitStack()
-        exchange.account.push(self._account)  # it is open already
+        exchange.account.push(self._account)  # it is already open
         exchange.handoff = handoff
         self._server.serve(exchange)

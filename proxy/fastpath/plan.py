@@ -1,4 +1,5 @@
-"""Where a flow tells the fast path what to do with an exchange, and what the fast path borrows for it."""
+"""The interface between a flow and the fast path: the flow's decisions for an exchange, and the
+leases of connections and streams."""
 
 from __future__ import annotations
 
@@ -19,50 +20,53 @@ from proxy.wire.messages import RequestHead, ResponseHead
 
 
 class ExchangePlan(Protocol):
-    """A flow's decisions, as plain functions; the same that its layers make on the ordinary path."""
+    """The decisions of a flow as plain functions. The layers of the ordinary path make the same
+    decisions."""
 
     def account(self, exchange: Exchange) -> AbstractContextManager[object]:
-        """Open the account of an exchange that is under way from here on."""
+        """Return the account of an exchange that begins now. The caller enters and exits it."""
         ...
 
     def take(self, exchange: Exchange, now: float) -> ConnectionLease | None:
-        """A ready HTTP/1 connection for `exchange` (`now` is trio's time); None: the ordinary path has to see to it, and nothing has
-        changed."""
+        """Lease an idle HTTP/1 connection for `exchange` (`now`: trio's time). None: the ordinary
+        path has to carry the exchange, and nothing has changed."""
         ...
 
     def share(self, exchange: Exchange) -> StreamLease | None:
-        """The same for an exchange of HTTP/2: a stream of a ready connection."""
+        """Lease a stream of an open HTTP/2 connection for `exchange`. None: the ordinary path has
+        to carry the exchange."""
         ...
 
 
-# Seconds that an exchange must be allowed in all: the ordinary path watches what has less (see fast_path.PATIENCE).
+# Seconds. The ordinary path carries an exchange with a shorter time limit (see fast_path.PATIENCE).
 LEAST_LIMIT = 2.0
 
 
 def nothing() -> None:
-    """For who has nothing to do at an end."""
+    """The default `on_end`: do nothing."""
 
 
 def never(_: ResponseHead) -> bool:
-    """For who takes every response."""
+    """The default `declines`: accept every response."""
     return False
 
 
 @dataclass(slots=True, eq=False)
 class ConnectionLease:
-    """A kept connection, lent for one exchange (exchange.handoff.Lease)."""
+    """A pooled HTTP/1 connection, leased for one exchange. Implements exchange.handoff.Lease."""
 
     pool: Pool[Any]
     key: Hashable
     upstream: Upstream
     on_end: Callable[[], None] = nothing
-    attempt: Any = None  # the flow's own, for an exchange that is handed over
-    on_begin: Callable[[Exchange], None] | None = None  # once its account is open
-    limit: float = inf  # trio's time when the exchange has to be over
-    declines: Callable[[ResponseHead], bool] = never  # whether a response is for the flow to judge before it goes on
+    attempt: Any = None  # the flow's state, for an exchange that is handed over
+    on_begin: Callable[[Exchange], None] | None = None  # called when the account is open
+    limit: float = inf  # deadline of the exchange, in trio's time
+    # True: the flow has to judge this response on the ordinary path
+    declines: Callable[[ResponseHead], bool] = never
 
     def unused(self) -> None:
-        """It is not wanted after all."""
+        """Return the connection to the pool; nothing was sent on it."""
         self.pool.restore(self.key, self.upstream, self.upstream.idle_since)
 
     def carrier(self) -> Http1Carrier:
@@ -73,14 +77,16 @@ class ConnectionLease:
         self.on_end()
 
     def done(self, now: float) -> None:
-        """The exchange ended well, and `upstream.http` has not seen it."""
+        """End the lease after an exchange that ended well and bypassed `upstream.http`. `now`:
+        trio's time."""
         self.pool.restore(self.key, self.upstream, now)
         self.on_end()
 
 
 @dataclass(slots=True, eq=False)
 class StreamLease:
-    """A connection with room for a stream of one exchange (exchange.handoff.Lease). The room is there until something is waited for."""
+    """A connection that can open a stream for one exchange. Implements exchange.handoff.Lease. Open
+    the stream before the next await; the capacity is not reserved."""
 
     mux: Mux
     on_end: Callable[[], None] = nothing
@@ -88,13 +94,14 @@ class StreamLease:
     on_begin: Callable[[Exchange], None] | None = None
     limit: float = inf
     declines: Callable[[ResponseHead], bool] = never
-    on_answer: Callable[[], None] = nothing  # the head of the response is there
-    stream: MuxStream | None = None  # once it is opened
-    request: RequestHead | None = None  # that was sent on it
-    response: ResponseHead | None = None  # that was taken from it
+    on_answer: Callable[[], None] = nothing  # called when the head of the response has arrived
+    stream: MuxStream | None = None  # set by `open`
+    request: RequestHead | None = None  # the head that was sent on it
+    response: ResponseHead | None = None  # the head that was received on it
 
     def open(self, exchange: Exchange, *, end: bool) -> MuxStream:
-        """Send the head of the request."""
+        """Open a stream and send the head of the request. `end`: the request has no body. Raises
+        HeadTooLarge."""
         request = self.request = exchange.request
         pairs = onward_pairs(request, exchange.caller)
         if pairs is not None:
@@ -106,7 +113,7 @@ class StreamLease:
         return stream
 
     def unused(self) -> None:
-        """It is not wanted after all."""
+        """Nothing was opened, so nothing has to be returned."""
 
     def carrier(self) -> Http2Carrier:
         if self.stream is None or self.request is None:

@@ -1,4 +1,4 @@
-"""One end of a connection, or of a relay: a stream on the fast path."""
+"""One socket on the fast path: an end of a connection or of a relay."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from proxy.net.tls.handshake import TLSStream
 if TYPE_CHECKING:
     from proxy.fastpath.event_loop import EventLoop
 
-# Bytes that are read at a time where a body goes on: fewer steps, and more memory for those that do not take it. Of 64 KiB each, 1 MiB took
-# a hop 19 % more processor time. TLS is put together of records, a copy that has to stay in the cache to be cheap.
+# Bytes per read within a body: larger reads need fewer steps, but more memory when the other side
+# is slow. With reads of 64 KiB, 1 MiB cost a hop 19 % more processor time. TLS joins records in a
+# copy, which is only cheap while it fits into the cache.
 BULK, BULK_TLS = 262144, 131072
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
 
 
 class Side:
-    """A stream on the fast path: what it is watched for, and what it would not take yet."""
+    """A stream on the fast path, with the events that it waits for and the bytes that it did not
+    accept yet."""
 
     __slots__ = (
         "_event_loop", "_read", "_step", "_watched", "bulk", "descriptor", "peer", "receive", "send", "send_eof", "stream", "tls", "unsent",
@@ -33,7 +35,7 @@ class Side:
         self._event_loop = event_loop
         self._step: Callable[[int], None] | None = None
         self._watched = 0
-        self._read = 0  # of the stream, when it came to rest
+        self._read = 0  # `bytes_read` of the stream when it became idle
         self.stream = stream
         self.peer = stream.peer
         self.tls = stream.info if isinstance(stream, TLSStream) else None
@@ -45,30 +47,36 @@ class Side:
         self.unsent = b""
 
     def take(self, share: Share, *, bulk: bool) -> bytes | None:
-        """Read for `share`, less than usual when memory is short; `bulk`: what a body goes on with."""
+        """Read for `share`: less than usual when memory is short. `bulk`: read in larger pieces,
+        within a body. Returns None if nothing has arrived, b"" at the end. Raises NetError."""
         return self.receive(share.read_size(self.bulk if bulk else RECEIVE_SIZE))
 
     def belongs(self, step: Callable[[int], None]) -> None:
-        """`step` hears of what is watched from now on."""
+        """Call `step` for the events of this socket from now on."""
         self._step = self._event_loop.steps[self.descriptor] = step
 
     def watch(self, events: int) -> None:
-        """Wait for these events from now on; 0: for none, not even for the end of the connection, which epoll cannot be told to ignore."""
+        """Wait for these events from now on. 0: for none, not even for a hang-up, which epoll
+        otherwise always reports."""
         if events != self._watched:
             if not self._watched and self._step is not None:
-                self._event_loop.steps[self.descriptor] = self._step  # which is forgotten with the last event
+                # removed when no events were left
+                self._event_loop.steps[self.descriptor] = self._step
             self._event_loop.watch(self.descriptor, self._watched, events)
             self._watched = events
 
     def forget(self) -> None:
-        """Watch for nothing, and let go of whose it was: a step that leads back here would keep a closed connection until the next garbage
-        collection, and with it the TLS library's 10 to 30 KiB."""
+        """Wait for no events, and drop the reference to the owner's step. Otherwise the reference
+        cycle would keep a closed connection, and 10 to 30 KiB in the TLS library, until the next
+        garbage collection."""
         self.watch(0)
         self._step = None
 
     def rest(self) -> None:
-        """An endpoint's connection goes back to the pool. It stays in the epoll set, which saves two system calls (0.7 µs) in the next
-        exchange, and leaves it with the first event that nobody waits for: the ordinary path has taken it, or the server closes it."""
+        """The connection to an endpoint goes back to the pool. It stays in the epoll set, which
+        saves two system calls (0.7 µs) in the next exchange. The first event while no exchange uses
+        it removes it from the set: the ordinary path uses the connection, or the server closes it.
+        """
         self._step = None
         if self._watched == IN:
             self._event_loop.steps[self.descriptor] = self._stray
@@ -77,9 +85,10 @@ class Side:
             self.watch(0)
 
     def is_quiet(self) -> bool:
-        """See exchange.pool.Watch. What the poll of this turn has heard of it may be its end; also the very response behind which it came
-        to rest, and then its end may be here by now. Where others have read from it meanwhile, OpenSSL may have kept back what came
-        behind."""
+        """Implements exchange.h1.pool.Watch. True only if this turn's poll reported no event. An
+        event in this turn may be the end of the connection. It may also be the last response, but
+        the end may have arrived after that. If the ordinary path has read from the connection
+        since, OpenSSL may hold data that arrived later."""
         heard, stream = self._event_loop.heard, self.stream
         silent = heard is not None and self._watched == IN and self.descriptor not in heard
         return silent and stream.bytes_read == self._read and not stream.end_met
@@ -89,12 +98,13 @@ class Side:
 
 
 def side_of(upstream: Upstream, event_loop: EventLoop) -> Side:
-    """The side of a kept connection; it is made once, and stays with it."""
+    """Return the `Side` of a pooled connection. It is created once and stays with the connection.
+    """
     side = upstream.side
     if isinstance(side, Side):
         return side
     stream = upstream.stream
     if not isinstance(stream, SocketStream | TLSStream):
-        raise TypeError(f"{type(stream).__name__} cannot be asked without waiting")
+        raise TypeError(f"{type(stream).__name__} has no operations that do not wait")
     upstream.side = side = Side(event_loop, stream)
     return side

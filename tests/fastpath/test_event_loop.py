@@ -208,7 +208,7 @@ async def test_a_fault_of_the_loop_closes_the_fast_path_and_is_said(
         with trio.fail_after(20):
             await trio.sleep(0.05)
         assert not fast_path.running
-    assert "the fast path failed by a fault of this proxy's, and is closed" in caplog.text
+    assert "internal error in the fast path's event loop; the fast path is closed" in caplog.text
 
 
 @interpreted
