@@ -1,0 +1,106 @@
+"""docs/life-of-a-request.md is true: real proxies call the functions that it names, in its order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import trio
+import trio.testing
+
+from proxy.net.address import Address
+from tests.kit.apps import HOST, Fleet, application, mirror, way_in, way_out
+from tests.kit.build import COMPILED
+from tests.kit.calls import recorded
+from tests.kit.http import Peer, connect
+
+PAGE = Path(__file__).parent.parent / "docs" / "life-of-a-request.md"
+REQUEST = b"GET / HTTP/1.1\r\nHost: c\r\n\r\n"
+
+pytestmark = pytest.mark.skipif(COMPILED, reason="compiled functions cannot be traced")
+
+
+def steps(walk: str) -> list[str]:
+    text = PAGE.read_text("utf-8")
+    inner = text.split(f"<!-- walk: {walk} -->")[1].split(f"<!-- /walk: {walk} -->")[0]
+    return re.findall(r"\| `([^`]+\.py:[^`]+)` \|$", inner, re.MULTILINE)
+
+
+def first_missing(expected: list[str], calls: list[str]) -> str | None:
+    """The first of `expected` that is not called behind all before it."""
+    at = 0
+    for step in expected:
+        try:
+            at = calls.index(step, at) + 1
+        except ValueError:
+            return step
+    return None
+
+
+async def echo(stream: trio.SocketStream) -> None:
+    async for piece in stream:
+        await stream.send_all(piece)
+
+
+@asynccontextmanager
+async def pair(folder: Path, kind: Literal["http", "opaque"], *, fast: bool = True) -> AsyncIterator[Address]:
+    """The address of a client's sidecar, whose server's sidecar stands before an application."""
+    fleet, listen = Fleet(folder), {"listen": [f"{HOST}:0"]}
+    opaque = kind == "opaque"
+    async with application(echo if opaque else mirror) as port:
+        inbound = {**listen, "fixed_destination": f"{HOST}:{port}", "opaque_ports": [port] if opaque else []}
+        async with fleet.running("server", inbound=inbound, fast_path=fast) as server:
+            service = {
+                "name": "c",
+                "addresses": ["10.96.0.1"],
+                "ports": [{"port": way_in(server), "protocol": "opaque" if opaque else "detect"}],
+                "endpoints": [{"address": HOST, "identity": fleet.identity("server")}],
+            }
+            outbound = {**listen, "fixed_destination": f"10.96.0.1:{way_in(server)}"}
+            async with fleet.running("client", {"services": [service]}, outbound=outbound, fast_path=fast) as client:
+                yield Address(HOST, way_out(client))
+
+
+async def test_the_ordinary_path(tmp_path: Path) -> None:
+    async with pair(tmp_path, "http", fast=False) as address:
+        with recorded() as calls:
+            client = await connect(address)
+            assert (await client.ask(REQUEST)).status == 200
+        client.close()
+    assert len(steps("ordinary")) > 20
+    assert first_missing(steps("ordinary"), calls) is None
+
+
+async def test_the_fast_path(tmp_path: Path) -> None:
+    async with pair(tmp_path, "http") as address:
+        client = await connect(address)
+        assert (await client.ask(REQUEST)).status == 200
+        with recorded() as calls:
+            assert (await client.ask(REQUEST)).status == 200
+            await trio.testing.wait_all_tasks_blocked()
+        client.close()
+    assert len(steps("fast")) > 10
+    assert first_missing(steps("fast"), calls) is None
+
+
+async def test_an_opaque_connection(tmp_path: Path) -> None:
+    async with pair(tmp_path, "opaque") as address:
+        with recorded() as calls:
+            client = await connect(address)
+            await client.send(b"hello")
+            await client.until(b"hello")
+            await client.eof()
+            assert not await client.rest()
+            client.close()
+    assert len(steps("opaque")) > 5
+    assert first_missing(steps("opaque"), calls) is None
+
+
+def test_a_step_out_of_order_is_noticed() -> None:
+    assert first_missing(["a", "b"], ["b", "a", "c"]) == "b"
+    assert first_missing(["a", "a"], ["a"]) == "a"
+    assert first_missing(["a", "b"], ["a", "c", "b"]) is None
