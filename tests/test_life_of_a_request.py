@@ -16,7 +16,7 @@ from proxy.net.address import Address
 from tests.kit.apps import HOST, Fleet, application, mirror, way_in, way_out
 from tests.kit.build import COMPILED
 from tests.kit.calls import recorded
-from tests.kit.http import Peer, connect
+from tests.kit.http import connect
 
 PAGE = Path(__file__).parent.parent / "docs" / "life-of-a-request.md"
 REQUEST = b"GET / HTTP/1.1\r\nHost: c\r\n\r\n"
