@@ -1,9 +1,10 @@
-"""What can go wrong with a start, an exchange or a connection, and the one table of what is said about it.
+"""The errors of a start, an exchange or a connection, and the one table that describes each of
+them.
 
-Errors are raised where they are noticed, typed: wire.ProtocolError and net's errors by those rooms, the ones below by the rooms that
-drive them. `describe` finds the row for any of them: the HTTP status, the gRPC status, the error type of Proxy-Status (RFC 9209 §2.3) and
-the reason that the metrics count. So whose fault it was is told in the same words everywhere.
-"""
+Code raises a typed error where it notices the failure: proxy/wire raises ProtocolError, proxy/net
+raises its own errors, and the packages above them raise the errors below. `describe` finds the row
+for any of them: the HTTP status, the gRPC status, the error type of Proxy-Status (RFC 9209 §2.3)
+and the reason that the metrics count. So responses, logs and metrics name one cause in one way."""
 
 from __future__ import annotations
 
@@ -24,14 +25,16 @@ class StartError(Exception):
 
 
 class IsthmusError(Exception):
-    """Of the errors of a running proxy that are not net's or wire's. `said`: the Proxy-Status of a proxy behind this one that has
-    reported it (exchange/reports.py)."""
+    """Base of the errors of a running proxy, except those of proxy/net and proxy/wire. `said`: the
+    Proxy-Status field of the proxy behind this one that reported the failure
+    (exchange/reports.py)."""
 
     said = b""
 
 
 class RequestError(IsthmusError):
-    """The client's fault: it broke the protocol, with the status that answers it."""
+    """The client caused the failure: it violated the protocol. `status` is the status of the
+    response."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -43,15 +46,16 @@ class RequestTimeout(IsthmusError):
 
 
 class ClientGone(IsthmusError):
-    """The client's connection broke before its exchange was over; there is nobody left to answer."""
+    """The client's connection broke before its exchange ended. No response can be sent."""
 
 
 class NotAuthorised(IsthmusError):
-    """Policy wants an identity that the peer has not shown."""
+    """The policy requires an identity that the peer has not presented."""
 
 
 class LoopDetected(IsthmusError):
-    """The traffic would come back to where it came from, or has. `kind` and `cycle` (in names, as far as it is known) are loopguard's."""
+    """The traffic would return, or has returned, to a proxy that it came from. `kind` and `cycle`
+    (the names on the path, as far as they are known) come from loopguard."""
 
     def __init__(self, message: str, kind: str, cycle: str = "") -> None:
         super().__init__(message)
@@ -60,35 +64,37 @@ class LoopDetected(IsthmusError):
 
 
 class NoEndpoint(IsthmusError):
-    """The directory knows the service, and no endpoint of it is ready."""
+    """The directory has the service, but no endpoint of it is ready."""
 
 
 class NotExported(IsthmusError):
-    """A gateway was asked for something that its cluster does not export."""
+    """The request asked a gateway for a service that its cluster does not export."""
 
 
 class TunnelRefused(IsthmusError):
-    """A gateway would not open the tunnel that it was asked for."""
+    """A gateway refused to open the requested tunnel."""
 
 
 class AllBroken(IsthmusError):
-    """The service has endpoints, but all of them have failed, and it is not the time yet to try one again."""
+    """The service has endpoints, but the circuit breakers of all of them are open, and no trial is
+    due yet."""
 
 
 class QueueFull(IsthmusError):
-    """All endpoints of the service are broken, and as many requests as may wait for them do."""
+    """The circuit breakers of all endpoints of the service are open, and the wait queue is full."""
 
 
 class DeadlineExceeded(IsthmusError):
-    """The time is over that the policy, or the client, gave the whole request."""
+    """The request did not finish within the limit that the policy, or the client, set for it."""
 
 
 class PoolExhausted(IsthmusError):
-    """All connections that an endpoint may have are in use, and the queue for them is full or too slow."""
+    """All connections that an endpoint may have are in use, and the queue for them is full or too
+    slow."""
 
 
 class MemoryShort(IsthmusError):
-    """The memory budget of this process is used up, or the part of it that is for clients without an identity."""
+    """The memory budget of this process is used up, or its part for clients without an identity."""
 
 
 class UpstreamProtocolError(IsthmusError):
@@ -96,7 +102,8 @@ class UpstreamProtocolError(IsthmusError):
 
 
 class ResponseTooLarge(UpstreamProtocolError):
-    """The head of the server's response, or its trailers, are larger than the client takes (HTTP/2's SETTINGS_MAX_HEADER_LIST_SIZE)."""
+    """The head or the trailers of the server's response are larger than the client accepts
+    (SETTINGS_MAX_HEADER_LIST_SIZE of HTTP/2)."""
 
 
 class UpstreamClosed(IsthmusError):
@@ -104,11 +111,13 @@ class UpstreamClosed(IsthmusError):
 
 
 class UpstreamLeft(UpstreamClosed):
-    """The server had announced that it would close the connection (GOAWAY), and did so before its response was complete."""
+    """The server announced that it would close the connection (GOAWAY), and closed it before its
+    response was complete."""
 
 
 class UpstreamReset(UpstreamClosed):
-    """The server ended the one stream of the exchange, and said why: `code` is RST_STREAM's (RFC 9113 §7)."""
+    """The server reset the stream of the exchange. `code` is the error code of its RST_STREAM (RFC
+    9113 §7)."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -116,16 +125,18 @@ class UpstreamReset(UpstreamClosed):
 
 
 class UpgradeFailed(IsthmusError):
-    """The server does not do what the client wants to upgrade to. That says nothing against the server."""
+    """The server does not support the protocol that the client wants to upgrade to. This does not
+    count against the endpoint."""
 
 
 class UpstreamTimeout(IsthmusError):
-    """The server did not answer, or did not go on, in time."""
+    """The server did not answer in time, or its response paused for too long."""
 
 
 class Undelivered(IsthmusError):
-    """A verified proxy of the mesh says that nothing of the request has reached its application, or the endpoint behind a gateway: it could
-    not connect. `reason` is that proxy's own, one of `UNDELIVERED`."""
+    """A verified proxy of the mesh reports that no byte of the request reached its application, or
+    the endpoint behind a gateway, because it could not connect. `reason` is the reason that this
+    proxy reported, one of `UNDELIVERED`."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -133,8 +144,9 @@ class Undelivered(IsthmusError):
 
 
 class UpstreamTLSError(IsthmusError):
-    """Mutual TLS with the endpoint failed. A meshed endpoint is never spoken to in clear text instead. `kind`: as in `TLSFailed`, or
-    `clear_text`, or `lost` (the connection was lost in the handshake)."""
+    """Mutual TLS with the endpoint failed. The proxy never falls back to clear text for a meshed
+    endpoint. `kind`: as in `TLSFailed`, or `clear_text`, or `lost` (the connection was lost during
+    the handshake)."""
 
     def __init__(self, message: str, kind: str) -> None:
         super().__init__(message)
@@ -143,14 +155,14 @@ class UpstreamTLSError(IsthmusError):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One row: what is said about a cause."""
+    """One row of the table: how the proxy reports one cause."""
 
     status: int
     # 1 cancelled, 4 deadline exceeded, 5 not found, 7 permission denied, 8 resource exhausted, 10 aborted, 12 unimplemented, 13 internal,
     # 14 unavailable
     grpc_status: int
     proxy_status: str  # RFC 9209 §2.3
-    reason: str  # the metric's label, and the log's
+    reason: str  # the label of the metric, and the reason in the log
 
 
 INTERNAL = Answer(500, 13, "proxy_internal_error", "internal")
@@ -158,7 +170,7 @@ INTERNAL = Answer(500, 13, "proxy_internal_error", "internal")
 TABLE: dict[type[BaseException], Answer] = {
     RequestError: Answer(400, 13, "http_request_error", "bad_request"),
     RequestTimeout: Answer(408, 4, "http_request_error", "request_timeout"),
-    ClientGone: Answer(499, 1, "connection_terminated", "client_gone"),  # never sent: 499 is nginx's word for it in logs
+    ClientGone: Answer(499, 1, "connection_terminated", "client_gone"),  # never sent: nginx logs 499 for this case
     NotAuthorised: Answer(403, 7, "http_request_denied", "identity_required"),
     LoopDetected: Answer(508, 10, "proxy_loop_detected", "loop"),
     NoEndpoint: Answer(503, 14, "destination_unavailable", "no_endpoint"),
@@ -200,9 +212,10 @@ _TLS: dict[str, Answer] = {
 _TLS_OTHER = Answer(502, 14, "tls_protocol_error", "tls_protocol")
 
 
-# What a proxy reports to a verified peer by the field `FAILURE` (wire/messages.py): the reason why it answers a request itself. Behind
-# the first reasons nothing of the request has reached an application, so another endpoint may have it, whatever it is. Behind the second
-# the application has closed the connection: the peer treats that as it treats a server that does the same.
+# The reasons that a proxy reports to a verified peer in the field `FAILURE` (wire/messages.py) when
+# it answers a request itself. With a reason in `UNDELIVERED`, no byte of the request has reached an
+# application, so the peer may send any request to another endpoint. With a reason in `BROKEN`, the
+# application closed the connection. The peer treats that like a server that closes its connection.
 UNDELIVERED = {
     answer.reason: answer
     for answer in (*_CONNECT.values(), _CONNECT_OTHER, *_TLS.values(), _TLS_OTHER, TABLE[NoEndpoint], TABLE[AllBroken])
@@ -212,7 +225,7 @@ REPORTED = BROKEN.union(UNDELIVERED)
 
 
 def describe(error: BaseException) -> Answer:
-    """The row for `error`; what the table does not know is our own fault."""
+    """The row for `error`. An error that the table does not have is an internal error."""
     if isinstance(error, Undelivered):
         return UNDELIVERED.get(error.reason, _CONNECT_OTHER)
     if isinstance(error, ConnectFailed):
@@ -228,12 +241,13 @@ def describe(error: BaseException) -> Answer:
 
 
 def broken_off(answer: Answer) -> Answer:
-    """The row for a response that has begun. A server that falls silent in the middle of it has gone like one whose connection is cut: the
-    deadline that has passed is ours, and no client of gRPC should take it for its own."""
+    """The row for a failure after the response has started. A server that stops sending in the
+    middle is treated like one whose connection broke. The limit that expired is the proxy's, so a
+    gRPC client must not take it for its own deadline."""
     return replace(answer, grpc_status=14) if answer is TABLE[UpstreamTimeout] else answer
 
 
-# What another proxy says in Proxy-Status of a request that its destination has not answered at all.
+# The error types that another proxy sends in Proxy-Status if the destination did not answer at all.
 _UNANSWERED = frozenset(
     {
         b"connection_refused", b"connection_timeout", b"destination_ip_unroutable", b"destination_unavailable", b"http_response_timeout"
@@ -245,11 +259,12 @@ _MOST_READ = 4096
 
 
 def unanswered(headers: Headers) -> bool:
-    """Whether a response is a proxy's that could not get one from behind it: nobody is there, or says anything."""
+    """Whether a proxy generated this response because the destination was not reachable or did not
+    answer. Reads at most `_MOST_READ` bytes of Proxy-Status."""
     said = headers.get(b"proxy-status")
     return said is not None and not _UNANSWERED.isdisjoint(_ERROR.findall(_QUOTED.sub(b"", said[:_MOST_READ])))
 
 
 def known(error: BaseException) -> bool:
-    """The table has a row for it: it is no bug of ours."""
+    """Whether the table has a row for `error`. If not, it is an internal error."""
     return describe(error) is not INTERNAL

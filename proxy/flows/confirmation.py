@@ -1,16 +1,17 @@
-"""Opaque connections between sidecars: the inbound side says first whether it has connected to its application.
+"""Opaque connections between sidecars: the inbound side confirms that its application has accepted.
 
-Without that, the outbound side cannot tell an application that does not listen from one that accepts and closes: it has bytes under way
-already, and may not send them to another endpoint. So where both sides know the ALPN name `ALPN_TCP_CONFIRMED`, the inbound side dials its
-application behind the handshake, and sends one of
+Without this confirmation, the outbound side cannot distinguish an application that does not listen
+from one that accepts and closes. It would already have sent bytes, and must not send them to
+another endpoint. So if both sides know the ALPN name `ALPN_TCP_CONFIRMED`, the inbound side
+connects to its application after the handshake, and sends one of these:
 
-    one byte 0                                    it is connected; the application's bytes follow
-    a reason of errors.py, and the end of TLS     it is not: nothing has been delivered
+    one byte 0                                    connected; the application's bytes follow
+    a reason of errors.py, and the end of TLS     not connected; no byte has been delivered
 
-The outbound side sends nothing before. That costs one round trip for each connection, and nothing for a protocol in which the server speaks
-first. To dial before the handshake would cost none, but would let peers without an identity connect to the application. The byte 0 is not
-counted in `bytes_read` and `bytes_written`, which are the application's bytes.
-"""
+The outbound side sends nothing before that. This costs one round trip per connection, and nothing
+for a protocol in which the server speaks first. To connect before the handshake would cost nothing,
+but would let peers without an identity connect to the application. `bytes_read` and `bytes_written`
+count the application's bytes only, so they exclude the byte 0."""
 
 from __future__ import annotations
 
@@ -34,8 +35,9 @@ def _agreed(stream: Stream) -> TypeGuard[TLSStream]:
 
 
 async def confirmed(stream: Stream, timeout: float) -> None:
-    """Wait until the peer of `stream` has connected to its application, if it says so. `timeout` in seconds. Raises Undelivered,
-    TunnelRefused, UpstreamTLSError; `stream` stays with its owner."""
+    """Wait until the peer of `stream` has connected to its application, if ALPN agreed on a
+    confirmation. `timeout` in seconds. Raises Undelivered, TunnelRefused, UpstreamTLSError. The
+    caller keeps ownership of `stream`."""
     if not _agreed(stream):
         return
     said = b""
@@ -47,25 +49,27 @@ async def confirmed(stream: Stream, timeout: float) -> None:
                 return
             while len(said) < _LONGEST and (more := await stream.receive_some(_LONGEST)):
                 said += more
-        except TLSFailed as error:  # it refuses our certificate
+        except TLSFailed as error:  # the peer rejects our certificate
             raise UpstreamTLSError(f"mutual TLS with {stream.peer}: {error}", error.kind) from error
         except ConnectionLost as error:
-            raise TunnelRefused(f"the proxy at {stream.peer} ended the connection before it said that it is connected: {error}") from error
+            raise TunnelRefused(f"the proxy at {stream.peer} ended the connection before it sent the confirmation: {error}") from error
     reason = "connect_timeout" if scope.cancelled_caught else said.decode("latin-1")
     if reason in UNDELIVERED:
         raise Undelivered(f"the proxy at {stream.peer} could not connect to its application: {reason}", reason)
-    raise TunnelRefused(f"the proxy at {stream.peer} ended the connection before it said that it is connected")
+    raise TunnelRefused(f"the proxy at {stream.peer} ended the connection before it sent the confirmation")
 
 
 async def confirm(stream: Stream) -> None:
-    """Tell the peer of `stream`, if it waits for that, that the application is connected. Raises ConnectionLost."""
+    """Confirm to the peer of `stream` that the application is connected, if the peer waits for
+    that. Raises ConnectionLost."""
     if _agreed(stream):
         await stream.send_all(_CONNECTED)
         stream.bytes_written -= len(_CONNECTED)
 
 
 async def decline(stream: Stream, error: ConnectFailed) -> None:
-    """Tell it that the application could not be connected to, because of `error`, and end TLS. A lost connection is no error."""
+    """Report to the peer of `stream` that the connection to the application failed with `error`,
+    and end TLS. A lost connection is not an error."""
     if _agreed(stream):
         with suppress(NetError):
             await stream.send_all(describe(error).reason.encode("ascii"))

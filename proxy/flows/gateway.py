@@ -1,19 +1,23 @@
 """Traffic from other clusters to the services that this cluster exports.
 
-    accept -> mutual TLS with a workload of the trust domain, or a refusal -> HTTP, of either version
-      HTTP     server -> measure -> trace -> rescue -> admit -> guard -> deadline -> who? -> what? -> client -> pool
-                 -> connect(endpoint, mutual TLS)
-      CONNECT  the same, but the endpoint is connected to for bytes, and relayed
+    accept -> mutual TLS with a workload of the trust domain, or a refusal -> HTTP/1 or HTTP/2
+      HTTP     server -> measure -> trace -> rescue -> admit -> guard -> deadline -> authorise
+                 -> look up the exported service -> client -> pool -> connect(endpoint, mutual TLS)
+      CONNECT  as HTTP, but connects to the endpoint for bytes, and relays
 
-*Who* comes before *what*, so that nobody learns which names exist here who may not use them: without an identity, or with one that is
-not on the list, 403. What the directory does not export, 404: there is no name by which a gateway could be used as a way to anywhere
-else. What it does export goes to an endpoint in this cluster. The splits and failovers of the service are not asked: they were the
-business of the proxy that sent the request here, and to ask them twice sends requests back to where they came from (linkerd2 #6569).
+The gateway authorises the peer before it looks up the service, so that a peer without permission
+cannot learn which names exist. A peer without an identity, or with one that is not on the
+allow-list, gets 403. A service that the directory does not export gets 404, so no name turns the
+gateway into an open proxy. A request for an exported service goes to an endpoint in this cluster.
+The gateway ignores splits and failover of the service: the proxy that sent the request has already
+applied them, and to apply them twice can send a request back to the cluster that it came from
+(linkerd2 #6569).
 
-The endpoint sees the gateway as its peer. The caller's identity goes along in a field of ours, which proxies believe of a gateway that
-they are told to trust and of nobody else, and in `Forwarded` (RFC 7239) for whoever wants to know the way. That is read too: it shows loops
-through software that drops our tokens and keeps the standard's field.
-"""
+The endpoint sees the gateway as its peer. The gateway sends the caller's identity in a field of the
+mesh. Proxies accept that field only from gateways that they are configured to trust. The gateway
+also adds an element to `Forwarded` (RFC 7239), for software that wants to know the path. It reads
+that field too: this shows loops through software that drops the mesh's tokens and keeps the
+standard field."""
 
 from __future__ import annotations
 
@@ -42,9 +46,9 @@ from proxy.wire.messages import Headers, ProtocolError, ResponseHead
 from proxy.wire.sniff import Protocol
 
 DIRECTION: Direction = "gateway"
-LONGEST = 16384  # bytes of Forwarded that are read: more hops than loops.max_hops are
+LONGEST = 16384  # bytes of Forwarded that are read: enough for more than loops.max_hops hops
 
-_PLAIN = "a gateway takes mutual TLS with a workload of its trust domain only"
+_PLAIN = "a gateway accepts only mutual TLS with a workload of its trust domain"
 
 
 def gateway(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awaitable[None]]:
@@ -74,13 +78,14 @@ def gateway(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Await
                 elif about.identity is None:
                     raise NotAuthorised(_PLAIN)
                 else:
-                    raise NotExported("bytes that are not HTTP need a name: a gateway takes them by CONNECT")
+                    raise NotExported("traffic that is not HTTP needs a destination name: send CONNECT to the gateway")
 
     return accept
 
 
 def inside(stream: Stream, opening: Opening, account: ConnectionAccount) -> Protocol:
-    """What is spoken. A client without TLS that speaks HTTP can at least be told so."""
+    """The protocol inside the connection. A client without TLS that speaks HTTP can at least get an
+    HTTP error."""
     if isinstance(stream, TLSStream):
         account.secured(stream)
         return INNER.get(stream.info.alpn, Protocol.OPAQUE)
@@ -89,7 +94,8 @@ def inside(stream: Stream, opening: Opening, account: ConnectionAccount) -> Prot
 
 
 def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
-    """The endpoint of the stack: each request to an endpoint of the exported service that it names."""
+    """The endpoint of the layer stack: sends each request to an endpoint of the exported service
+    that the request names."""
     bridge = rt.ledger.bridge(rt.relay)
     client: Client[Endpoint] = Client(rt.settings.client, bridge)
 
@@ -97,7 +103,7 @@ def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
         name = exchange.request.authority or b""
         target = rt.directory.current.exported(name)
         if target is None:
-            raise NotExported(f"{name[:253].decode('latin-1')!r} is not exported by this cluster" if name else "the request names nobody")
+            raise NotExported(f"{name[:253].decode('latin-1')!r} is not exported by this cluster" if name else "the request has no Host")
         return target
 
     async def send(exchange: Exchange, target: Target, endpoint: Endpoint) -> None:
@@ -112,7 +118,7 @@ def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
             account = rt.ledger.upstream(DIRECTION, upstream)
             established = ResponseHead(200, Headers(), b"Connection established")
             if exchange.judge is not None:
-                exchange.judge(established, None)  # that it is there is all that bytes can say for an endpoint
+                exchange.judge(established, None)  # for bytes, a connection is all that an endpoint can prove
             try:
                 exchange.carried(upstream)
                 stream = await exchange.switch(established)
@@ -144,27 +150,30 @@ def is_allowed(rt: Runtime, identity: str | None) -> bool:
 
 
 def authorised(rt: Runtime, about: Facts) -> SpiffeId:
-    """Who the peer is. Raises NotAuthorised if that is unknown, or not on the list."""
+    """The identity of the peer. Raises NotAuthorised if it is unknown or not on the allow-list."""
     if about.identity is None:
         raise NotAuthorised(_PLAIN)
     who = SpiffeId.parse(about.identity)
     if not rt.config.gateway.admits(who):
-        raise NotAuthorised(f"{who} is not on the list of those who may use this gateway")
+        raise NotAuthorised(f"{who} is not on the allow-list of this gateway")
     return who
 
 
 async def alive(rt: Runtime, exchange: Exchange) -> None:
-    """A proxy of another cluster asks whether to send requests here."""
+    """Answer the liveness probe of a proxy of another cluster: 200, or 503 while this proxy
+    drains."""
     going = rt.drain.draining
     head = ResponseHead(503 if going else 200, Headers([(b"Content-Type", b"text/plain")]), b"Service Unavailable" if going else b"OK")
     await exchange.respond(head, Whole(b"shutting down\n" if going else b"live\n"))
 
 
 def note_way(rt: Runtime, exchange: Exchange, caller: SpiffeId) -> None:
-    """Add who has sent the request here, and to whom, to Forwarded. Raises LoopDetected if we stand there too often already.
+    """Add an element to Forwarded: the sender of the request and its destination. Raises
+    LoopDetected if this gateway is in the field too often already.
 
-    Lines of others that cannot be read by themselves are dropped, and counted: what they leave open would swallow ours. All are, if they
-    are longer than `LONGEST` together."""
+    Drops and counts lines that cannot be parsed on their own: a quoted string that such a line
+    leaves open would swallow this gateway's element. Drops all lines if they are longer than
+    `LONGEST` together."""
     request = exchange.request
     headers, host = request.headers, request.authority or b""
     by = node_of(rt.config.cluster, rt.identity.id if rt.identity is not None else caller)
@@ -183,13 +192,15 @@ def note_way(rt: Runtime, exchange: Exchange, caller: SpiffeId) -> None:
 
 @lru_cache(maxsize=16)
 def node_of(cluster: str, own: SpiffeId) -> bytes:
-    """A gateway as `by=` names it, all replicas by one name: `_east.gateway.isthmus.sa.cluster.local`. The gateways of two clusters may
-    have one identity, and a cluster's name has no dot."""
+    """The name of a gateway in `by=`, one name for all replicas:
+    `_east.gateway.isthmus.sa.cluster.local`. The gateways of two clusters may have the same
+    identity, so the name includes the cluster, which has no dot."""
     return forwarded.obfuscated(f"{cluster}.{own.sni}")
 
 
 def read_way(line: bytes, way: list[tuple[bytes, bytes]]) -> bool:
-    """Add (by, host) of each element of a line. False: it is not of the grammar."""
+    """Append (by, host) of each element of a line to `way`. Returns False if the line is
+    malformed."""
     try:
         way += [(element.get("by", b""), element.get("host", b"")) for element in forwarded.parse([line])]
     except ProtocolError:

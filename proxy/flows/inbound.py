@@ -1,13 +1,15 @@
 """Traffic from the mesh to the local application.
 
-    accept -> original destination -> loop guard -> TLS for me? terminate it, and know who the peer is : leave it as it is
+    accept -> original destination -> loop guard
+      -> TLS for this proxy? yes: terminate it and verify the peer. no: pass the bytes unchanged
       -> may this peer use this port?
-      -> HTTP or opaque? (named by ALPN where TLS was ours; otherwise seen)
+      -> HTTP or opaque? (by ALPN if this proxy terminated TLS, otherwise by the first bytes)
            opaque  relay <-> dial(application)
-           HTTP    server -> measure -> trace -> rescue -> admit -> guard -> deadline -> policy -> client -> pool -> dial(application)
+           HTTP    server -> measure -> trace -> rescue -> admit -> guard -> deadline -> policy
+                     -> client -> pool -> dial(application)
 
-The application is dialled at the very address that the peer dialled, so it is found on whatever address it listens.
-"""
+The proxy connects to the address that the peer connected to, so the application may listen on any
+address."""
 
 from __future__ import annotations
 
@@ -77,7 +79,7 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
                 else:
                     account.plain(opening)
                     about.protocol = Protocol.OPAQUE if opaque else opening.protocol
-                    if http_only and opening.open:  # it has begun what may be a request, and is slow
+                    if http_only and opening.open:  # an incomplete request head from a slow client
                         about.protocol = Protocol.HTTP1
                 if about.protocol is not Protocol.OPAQUE:
                     with pools.client(about.destination):
@@ -94,13 +96,14 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
 
 
 def silence(rt: Runtime, port: int) -> float | None:
-    """Seconds that a client may say nothing until it is taken for one that waits for the server; None: at once.
+    """Seconds that a client may be silent before it counts as one that waits for the server to
+    speak. None: do not wait.
 
-    A peer of the mesh sends its ClientHello as soon as it is connected. So on a port that is declared opaque, and open to peers without an
-    identity, a short wait tells the two apart; and where no TLS can be ours, there is nothing to wait for.
-    """
+    A peer of the mesh sends its ClientHello as soon as it is connected. So on a port that is
+    declared opaque and accepts peers without an identity, a short wait is enough. If this proxy has
+    no identity, it terminates no TLS, and does not wait."""
     config = rt.config.inbound
-    if port in config.http_ports:  # as a server of HTTP waits for a request
+    if port in config.http_ports:  # as an HTTP server waits for a request
         return rt.config.http.idle_timeout
     if port not in config.opaque_ports or config.requires_identity(port):
         return config.detect_timeout
@@ -108,17 +111,18 @@ def silence(rt: Runtime, port: int) -> float | None:
 
 
 def authorise(rt: Runtime, about: Facts) -> None:
-    """Raises NotAuthorised if the port's policy does not let this peer in."""
+    """Raises NotAuthorised if the policy of the port does not admit this peer."""
     port = about.destination.port
     if rt.config.inbound.allows(port, about.identity):
         return
     if about.identity is None:
-        raise NotAuthorised(f"port {port} takes peers with a verified identity only, and {about.peer} has shown none")
-    raise NotAuthorised(f"{about.identity} is not on the list of those who may use port {port}")
+        raise NotAuthorised(f"port {port} requires a verified identity, and {about.peer} presented no client certificate")
+    raise NotAuthorised(f"{about.identity} is not on the allow-list of port {port}")
 
 
 def to_application(rt: Runtime, pools: Pools[Address], client: Client[Address]) -> Handler:
-    """The endpoint of the stack: each request to the application, in the protocol it came by: the outbound side has translated already."""
+    """The endpoint of the layer stack: sends each request to the application, in the protocol in
+    which it arrived. The outbound side has already translated it."""
 
     async def send(exchange: Exchange) -> None:
         authorise(rt, exchange.facts)
@@ -130,7 +134,8 @@ def to_application(rt: Runtime, pools: Pools[Address], client: Client[Address]) 
 
 
 def caller(rt: Runtime, exchange: Exchange) -> bytes | None:
-    """Who has sent a request, for the application: the peer, as TLS has verified it; if that is a gateway that we trust, whom it names."""
+    """The sender of a request, for the application: the identity of the TLS peer, or, if that is a
+    trusted gateway, the identity that the gateway names. None: the peer has no identity."""
     peer = exchange.facts.identity
     if peer is None:
         return None
@@ -142,7 +147,7 @@ def caller(rt: Runtime, exchange: Exchange) -> bytes | None:
 
 
 class InboundPlan:
-    """The same on the fast path."""
+    """Plans inbound exchanges on the fast path."""
 
     def __init__(self, rt: Runtime, pools: Pools[Address]) -> None:
         self._rt = rt
@@ -169,19 +174,19 @@ class InboundPlan:
         return True
 
 
-async def to_listener(
-    rt: Runtime, stream: Stream, about: Facts, account: ConnectionAccount, pools: Pools[Address]
-) -> Stream | None:
-    """Relay `stream` to the application, byte for byte. Raises RequestError on a port for HTTP only.
+async def to_listener(rt: Runtime, stream: Stream, about: Facts, account: ConnectionAccount, pools: Pools[Address]) -> Stream | None:
+    """Relay `stream` to the application, byte for byte. Raises RequestError on a port for HTTP
+    only.
 
-    An application that goes by what this proxy says in a header (who the caller is) must not be reachable by bytes that have not been
-    looked at. A peer chooses by ALPN how it is read, and a client without TLS by its first bytes. So where the port is not declared opaque
-    (`about` is unsure), the bytes are looked at, a tunnel's too. If they are HTTP, nothing is relayed: returns the stream to serve, from
-    its first byte. The connection to the application is kept for the first request if nothing has passed on it: to dial again would double
-    the connections of an application that dials another one for each.
-    """
+    An application may rely on a header that this proxy sets (the identity of the caller). So bytes
+    that have not been inspected must not reach it. A peer selects the protocol by ALPN, and a
+    client without TLS by its first bytes. Therefore, if the port is not declared opaque (`about` is
+    unsure), this function inspects the bytes, those of a tunnel too. If they are HTTP, it relays
+    nothing, and returns the stream to serve, from its first byte. It keeps the connection to the
+    application for the first request if no byte has passed on it: a second connection would double
+    the connections of an application that opens one to another service for each that it accepts."""
     if about.destination.port in rt.config.inbound.http_ports:
-        raise RequestError(f"port {about.destination.port} takes HTTP only (inbound.http_ports), and this is something else")
+        raise RequestError(f"port {about.destination.port} accepts only HTTP (inbound.http_ports), and this connection is not HTTP")
     owner = closing(await dialled(rt, stream, about))
     async with owner as application:
         await confirm(stream)
@@ -191,16 +196,17 @@ async def to_listener(
                 account.relayed(SILENT if found.silent else await rt.relay(stream, application, about))
                 return None
             about.protocol, about.unnamed = found.protocol, True
-            if found.protocol is Protocol.HTTP1 and found.untouched and not about.depth:  # the pool has connections of the first level
+            if found.protocol is Protocol.HTTP1 and found.untouched and not about.depth:  # the pool keeps connections of depth 1 only
                 pools.adopt(about.destination, application, opened.handed_over())
                 owner.release()
-            elif found.passed:  # a FIN would say that this was all
+            elif found.passed:  # a FIN would mean that the data was complete
                 application.reset()
             return Resumed(stream, found.said)
 
 
 async def dialled(rt: Runtime, stream: Stream, about: Facts) -> Stream:
-    """A connection to the application. If there is none, the peer of `stream` is told so, and what the dialler raised is raised."""
+    """Connect to the application. If that fails, report it to the peer of `stream`, and raise the
+    dialler's error."""
     failure: ConnectFailed | None = None
     try:
         return await rt.dialer.dial(about.destination, about.depth + 1)
@@ -211,7 +217,7 @@ async def dialled(rt: Runtime, stream: Stream, about: Facts) -> Stream:
 
 
 def inbound_pools(rt: Runtime) -> Pools[Address]:
-    """The kept connections to the application."""
+    """The connection pools to the application."""
 
     async def connect(address: Address, _: bytes) -> Stream:
         return await rt.dialer.dial(address)

@@ -1,16 +1,19 @@
-"""Connections that are relayed byte for byte although it is not certain yet that they are not HTTP.
+"""Connections that the proxy relays before it is certain that they are not HTTP.
 
-A client that says nothing may wait for the server to speak, and one whose first bytes fit no request line speaks another protocol. Both are
-connected to the server. But an HTTP client may be silent for a while too, and some servers overlook what stands before a request line. If
-such a client were relayed for good, it could send the server anything: fields that only a proxy may set, among others. So what the client
-says is looked at until there is a verdict (wire/sniff.py), in both cases:
+A silent client may wait for the server to speak. A client whose first bytes match no request line
+speaks another protocol. The proxy connects both to the server. But an HTTP client may be silent for
+a while too, and some servers ignore bytes before a request line. If the proxy relayed such a client
+without inspection, the client could send the server anything, for example fields that only a proxy
+may set. So in both cases this module inspects the client's bytes until there is a verdict
+(wire/sniff.py):
 
-    the server speaks first     it is no HTTP: relay
-    the client says HTTP        serve it as HTTP, from its first byte; the server's connection is closed, or used for it if it is as new
-    the client says other       relay
+    the server speaks first     not HTTP: relay
+    the client sends HTTP       serve it as HTTP, from its first byte; close the connection to the
+                                server, or use it for HTTP if no byte has passed on it
+    the client sends other      relay
 
-Nothing is delayed by this but the beginning of what may well be a request, and that for `patience` seconds at most.
-"""
+This delays only bytes that may be the start of a request, and those by at most `patience`
+seconds."""
 
 from __future__ import annotations
 
@@ -27,10 +30,11 @@ from proxy.wire.sniff import LINE_LIMIT, LONGEST_LINE, UNDECIDED, Protocol, cond
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What it is. `said`: all that the client has said, if it is HTTP, of which the server has got `passed` bytes; otherwise everything has
-    been passed on. Of a request line that is malformed and very long, `said` is the beginning, and a line feed: enough to refuse it.
-    `silent`: neither side has said anything for too long. `untouched`: nothing has been sent to the server or read from it, not even its
-    end."""
+    """The verdict. `said`: all bytes from the client if it is HTTP, of which the server has
+    received `passed` bytes. For other protocols all bytes have been forwarded. For a malformed and
+    very long request line, `said` is the beginning and a line feed, which is enough to reject it.
+    `silent`: neither side sent anything for too long. `untouched`: no byte was sent to the server,
+    and neither a byte nor an EOF was read from it."""
 
     protocol: Protocol
     said: bytes = b""
@@ -43,8 +47,9 @@ FOUND_OPAQUE = Found(Protocol.OPAQUE)
 
 
 async def look(client: Stream, server: Stream, *, patience: float, idle: float) -> Found:
-    """Join `client` and `server` until it is known what the client speaks. Times in seconds. Raises what is lost with it; both streams
-    stay with their owners, and are reset in that case."""
+    """Forward bytes between `client` and `server` until the client's protocol is known. Times in
+    seconds. Raises NetError if a connection is lost. The caller keeps ownership of both streams.
+    They are reset if this function raises or the idle time ends."""
     watch = _Watch(client, server, patience)
     clean = False
     try:
@@ -62,7 +67,8 @@ async def look(client: Stream, server: Stream, *, patience: float, idle: float) 
 
 
 class _Watch:
-    """Two tasks, one for each side. Only their waits for something to read are ever cancelled, so nothing is torn or lost."""
+    """Two tasks, one per side. Only waits for data to read are ever cancelled, so no byte is
+    lost."""
 
     def __init__(self, client: Stream, server: Stream, patience: float) -> None:
         self._client = client
@@ -72,7 +78,7 @@ class _Watch:
         self._asking, self._hearing = trio.CancelScope(), trio.CancelScope()
         self.said = b""
         self._came = 0  # bytes from the client
-        self.heard = False  # anything of the server, or its end
+        self.heard = False  # data or EOF from the server
         self.verdict: Protocol | None = None
         self.failure: NetError | None = None
 
@@ -95,7 +101,7 @@ class _Watch:
             self._hearing.cancel()
 
     async def _listen(self) -> None:
-        """The server's first bytes, or its end."""
+        """Read the server's first bytes, or its EOF."""
         data = b""
         with self._hearing:
             data = await self._server.receive_some(RECEIVE_SIZE)
@@ -106,7 +112,7 @@ class _Watch:
                 await self._client.send_all(data)
 
     async def _ask(self) -> None:
-        """What the client says, until it is clear."""
+        """Read from the client until its protocol is clear."""
         until, waits = inf, True
         while self.verdict is None:
             data = None
@@ -126,10 +132,10 @@ class _Watch:
                     continue
             elif data is not None:
                 self._decide(settle(self.said))
-            if self.verdict is None:  # it is unlikely, or has been waited for long enough
+            if self.verdict is None:  # HTTP is unlikely, or the wait was long enough
                 waits, until = waits and data is not None, inf
                 await self._pass_on()
-                if len(self.said) > LINE_LIMIT:  # it is not kept: many clients may begin so
+                if len(self.said) > LINE_LIMIT:  # do not keep it: many clients may start like this
                     self.said = condensed(self.said)
                     self.passed = len(self.said)
         if self.verdict is Protocol.OPAQUE:

@@ -1,8 +1,8 @@
-"""The loop guard as this process has it: the facts that loopguard's verdicts need, kept where connections are opened and accepted.
+"""The loop guard of this process: it holds the facts that loopguard's verdicts need.
 
-loopguard/ knows no socket, no configuration and no exchange. Here are the one table of our own connections, the one of the calls of this
-pod to itself, our addresses and ports, and the secret of our tokens; and the places where a verdict becomes an error.
-"""
+loopguard/ has no sockets, no configuration and no exchanges. This module holds the table of the
+proxy's own connections, the count of calls from this pod to itself, the proxy's addresses and
+ports, and the secret of its tokens. It turns a verdict into an error."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from proxy.workers.protocol import WorkerInfo
 
 
 class LoopGuard:
-    """Owned by the application; `listeners` is replaced when the pod's addresses change. `worker`: what it is as
-    one of several workers, which have to know each other's tokens and connections."""
+    """Owned by the application. app.py replaces `listeners` when the pod's addresses change.
+    `worker`: set if this process is one of several workers, which must recognise each other's
+    tokens and connections."""
 
     def __init__(self, config: Config, listeners: OwnListeners, metrics: Metrics, worker: WorkerInfo | None = None) -> None:
         who, limits = Who(config.cluster, config.pod.namespace, config.pod.name), config.loops
@@ -46,20 +47,22 @@ class LoopGuard:
         self._metrics = metrics
 
     def layer(self, side: Side) -> Layer:
-        """The guard around the exchanges of a flow."""
+        """The layer that guards the exchanges of a flow."""
         return guard(self.waypoint(side), self._metrics.hops_dropped)
 
     def waypoint(self, side: Side) -> Waypoint:
-        """This proxy, as the tokens of a flow name it."""
+        """The waypoint with which the tokens of a flow name this proxy."""
         return Waypoint(side, self._who, self._secret, HopLimits(self._returns[side], self._hops))
 
     def fields(self, method: bytes, target: bytes) -> list[Field]:
-        """The token of a request that the outbound side makes up itself, to a peer of the trust domain."""
+        """The token field of a request that the outbound side creates itself, for a peer of the
+        trust domain."""
         return [(HEADER, self._outbound.named(self._outbound.token(method, target, target)))]
 
     def noted(self, exchange: Exchange, way: Sequence[tuple[bytes, bytes]], own: tuple[bytes, bytes]) -> None:
-        """A gateway reads in Forwarded the way of a request that has its token already: (by, host) of each element. Raises LoopDetected if
-        it has been on it too often, and no older token of its own is there to know better."""
+        """Check the path that a gateway reads from Forwarded: (by, host) of each element. The
+        request already has its token. Raises LoopDetected if the request has passed this gateway
+        too often, and no older token of the gateway is present to give the exact count."""
         field = exchange.request.headers.get(HEADER) or b""
         if not self._gateway.lost(field):
             return
@@ -73,21 +76,24 @@ class LoopGuard:
         return self.listeners.own(host)
 
     def calls_itself(self, host: str) -> bool:
-        """Whether what goes to `host` is a call of the pod to itself. To a loopback address it is not: the redirection leaves those alone,
-        so it was configured to go there (several proxies on one machine)."""
+        """Whether a connection to `host` is a call of the pod to itself. A connection to a loopback
+        address is not: the redirection skips loopback, so the connection was configured to go there
+        (several proxies on one machine)."""
         return self.listeners.own(host) and not (host.startswith("127.") or host == "::1")
 
     def accepted(self, connection: Connection, about: Facts) -> None:
-        """Raises LoopDetected for a connection that was made to one of our own listeners: one that was not redirected, with no other
-        destination configured, or one that was redirected although it was meant for us; and for one that is our own, and came back."""
+        """Check an accepted connection. Raises LoopDetected in these cases: it was made to one of
+        the proxy's own listeners without redirection and without another configured destination; it
+        was redirected although its destination was the proxy; or the proxy itself opened it."""
         destination = about.destination
         ours = destination == connection.local or about.direction == "inbound"
         _judge(self.listeners.accepted(destination.host, destination.port, ours=ours))
         self._nested(about)
 
     def begun(self, about: Facts) -> None:
-        """Look again, now that the client has had time to send its first bytes. A worker enters a connection in the table behind the first
-        packet and before the first byte. Another worker on another core may have accepted it in between. Raises LoopDetected."""
+        """Check again after the client has had time to send its first bytes. Raises LoopDetected. A
+        worker enters a connection in the table after the first packet and before the first byte, so
+        another worker on another core may accept the connection before the entry exists."""
         if not about.depth:
             self._nested(about)
 
@@ -99,22 +105,24 @@ class LoopGuard:
             _judge(loop)
 
     def stop(self, about: Facts) -> None:
-        """An accepted connection is refused because of a loop. If it is our own, its opener is told. Call it before the connection is
-        closed."""
+        """Record that an accepted connection is refused because of a loop. If this proxy opened it,
+        the opener finds the record. Call this before the connection is closed."""
         if about.depth:
             self.connections.stop(about.peer, about.destination)
 
     def follow(self, stream: SocketStream, address: Address) -> Followed:
-        """Watch a new connection of our own to `address` until it is known whether it can be used."""
+        """Watch a new connection of this proxy to `address` until it is known whether it can be
+        used."""
         return Followed(self.connections, stream, address)
 
     def dialled(self, address: Address) -> None:
-        """Raises LoopDetected if we are about to connect to ourselves."""
+        """Raises LoopDetected if the proxy would connect to itself."""
         _judge(self.listeners.dialled(address.host, address.port))
 
     @contextmanager
     def self_call(self, port: int) -> Iterator[SelfCall]:
-        """A call of this pod to its own `port`, counted as waiting until it is `answered` or over. Raises LoopDetected."""
+        """A call of this pod to its own `port`, for a block. It counts as waiting until it is
+        `answered` or the block ends. Raises LoopDetected."""
         call = self.call_self(port)
         try:
             yield call
@@ -122,19 +130,21 @@ class LoopGuard:
             call.answered()
 
     def call_self(self, port: int) -> SelfCall:
-        """The same for whoever sees to its `answered`."""
+        """Begin a call of this pod to its own `port`. The caller must call `answered` on the
+        result. Raises LoopDetected."""
         _judge(self._self_calls.begin(port))
         self._metrics.self_calls.at().inc()
         return SelfCall(self._self_calls, port)
 
     @property
     def waiting(self) -> int:
-        """Self-calls without an answer, now."""
+        """Number of self-calls that wait for an answer."""
         return self._self_calls.waiting
 
 
 class Followed:
-    """One connection of our own, until it can be used. It is asked about when it is closed, since the table forgets it then."""
+    """One connection of this proxy, until it can be used. It reads the verdict when the connection
+    is closed, because the table drops the connection then."""
 
     __slots__ = ("_address", "_connections", "_loop", "_on_close", "_stream")
 
@@ -152,11 +162,12 @@ class Followed:
             self._on_close()
 
     def check(self) -> None:
-        """The connection has failed and is closed. Raises LoopDetected if it was refused because of a loop."""
+        """Call this after the connection failed and was closed. Raises LoopDetected if it was
+        refused because of a loop."""
         _judge(self._loop)
 
     def end(self) -> None:
-        """The connection can be used."""
+        """The connection can be used. Stop watching it."""
         self._stream.on_close = self._on_close
 
 
@@ -171,13 +182,14 @@ class SelfCall:
         self._waits = True
 
     def answered(self) -> None:
-        """The first of an answer has come; later calls change nothing."""
+        """The first part of an answer has arrived. Further calls have no effect."""
         if self._waits:
             self._waits = False
             self._calls.end(self._port)
 
     def then(self, ends: Callable[[], None]) -> Callable[[], None]:
-        """Be answered at the latest when something else `ends`."""
+        """Wrap the callback `ends`, so that this call counts as answered when it runs, if not
+        before."""
 
         def both() -> None:
             self.answered()
@@ -186,12 +198,12 @@ class SelfCall:
         return both
 
     def moved(self, _: int, backward: int) -> None:
-        """Bytes of a relay have been passed on."""
+        """The relay's callback: bytes have been forwarded."""
         if backward:
             self.answered()
 
     def follow(self, exchange: Exchange) -> None:
-        """Be answered when the exchange is."""
+        """Count as answered when the exchange gets its response."""
         told = exchange.on_response
 
         def on_response(status: int) -> None:

@@ -1,13 +1,16 @@
 """Traffic from the local application to the mesh.
 
-    accept -> original destination -> loop guard -> what does the directory say of it? -> HTTP or opaque?
-        opaque  relay <-> connect(endpoint, mutual TLS if it is meshed; a tunnel if it is the gateway of another cluster)
-        HTTP    server -> measure -> trace -> rescue -> admit -> guard -> deadline -> endpoint -> client -> pool -> connect
+    accept -> original destination -> loop guard -> look it up in the directory -> HTTP or opaque?
+        opaque  relay <-> connect(endpoint, mutual TLS if it is meshed; a tunnel if it is a gateway
+                of another cluster)
+        HTTP    server -> measure -> trace -> rescue -> admit -> guard -> deadline -> endpoint
+                  -> client -> pool -> connect
 
-Where to is the router's decision (routing/router.py), asked when the connection is accepted, and again for each request: the directory may
-have changed since, and the requests of one connection may go to different services, clusters and endpoints. A service of another cluster is
-reached by way of its gateway, which is told the service's name there: as the request's authority, or by CONNECT.
-"""
+The router decides the destination (routing/router.py). The flow asks it when it accepts a
+connection, and again for each request: the directory may have changed, and the requests of one
+connection may go to different services, clusters and endpoints. The proxy reaches a service of
+another cluster through a gateway there. It sends the gateway the service's name in that cluster, as
+the authority of the request or in a CONNECT."""
 
 from __future__ import annotations
 
@@ -89,7 +92,8 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
 
 
 def waits(rt: Runtime, *, opaque: bool, declared: bool) -> tuple[float | None, float]:
-    """Seconds that a client may be silent, and that it may take to go on. Where HTTP is declared, a server of HTTP would wait as long."""
+    """(seconds that a client may be silent, seconds for the rest of the request's start). If HTTP
+    is declared, the proxy waits as long as an HTTP server would."""
     if opaque:
         return None, 0.0
     if declared:
@@ -98,7 +102,8 @@ def waits(rt: Runtime, *, opaque: bool, declared: bool) -> tuple[float | None, f
 
 
 def to_service(rt: Runtime, pools: Pools[Endpoint], client: Client[Endpoint]) -> Handler:
-    """The endpoint of the stack: each request to one of the endpoints of its destination."""
+    """The endpoint of the layer stack: sends each request to one of the endpoints of its
+    destination."""
 
     def choose(exchange: Exchange) -> Target:
         request = exchange.request
@@ -127,15 +132,18 @@ def to_service(rt: Runtime, pools: Pools[Endpoint], client: Client[Endpoint]) ->
 
 
 def whom(request: RequestHead) -> bytes | None:
-    """Whom a request is for, by its own words. One for a tunnel is for the proxy that it was sent to."""
+    """The authority in the request. None for a CONNECT for a tunnel, which is addressed to the
+    proxy that receives it."""
     return None if request.method == b"CONNECT" and request.protocol is None else request.authority
 
 
 def told(request: RequestHead, target: Target) -> bytes | None:
-    """The authority for a gateway: the service's name in its own cluster; None: the request's own words will do.
+    """The authority for a gateway: the service's name in its own cluster. None: the request's own
+    authority is right. Raises RequestError (501) for a CONNECT of the application to a service of
+    another cluster.
 
-    A CONNECT of the application's is addressed to a forward proxy, and says where that is to go. There is no place for both names in it.
-    """
+    Such a CONNECT is addressed to a forward proxy, and its authority is the destination of the
+    tunnel. It cannot carry both names."""
     if target.remote is None:
         return None
     if request.method == b"CONNECT" and request.protocol is None:
@@ -144,7 +152,8 @@ def told(request: RequestHead, target: Target) -> bytes | None:
 
 
 class OutboundPlan:
-    """The same on the fast path, for services that are here and ask for nothing special."""
+    """Plans outbound exchanges on the fast path: those for services of this cluster without special
+    policies."""
 
     def __init__(self, rt: Runtime, pools: Pools[Endpoint]) -> None:
         self.account = rt.ledger.exchange
@@ -159,14 +168,16 @@ class OutboundPlan:
         shared = self._leased(exchange, Hint.HTTP1, self._pools.share)
         if shared is not None and isinstance(shared.attempt, Underway):
             shared.on_answer = shared.attempt.answered
-            # A stream may be refused when a part of its body is gone. An address of no service is asked once.
+            # The server may refuse a stream after part of its body was sent. An address without a
+            # service gets one attempt only.
             target = shared.attempt.target
             if target.service is not None and exchange.body.length != 0:
                 exchange.body = Replay(exchange.body, target.policy.retries.max_body, exchange.facts.share)
         return shared
 
     def _leased(self, exchange: Exchange, foreign: Hint, lend: Callable[[Endpoint], Lease | None]) -> Lease | None:
-        """What `lend` says for the endpoint. `foreign`: a service that speaks this needs translation."""
+        """Lease what `lend` returns for the chosen endpoint. `foreign`: the protocol that would
+        need translation. None: the exchange takes the ordinary path."""
         rt, request = self._rt, exchange.request
         if not untraced(exchange, rt.spans.outbound):
             return None
@@ -185,14 +196,14 @@ class OutboundPlan:
             return None
         lease = lend(endpoint)
         if lease is None:
-            # Drawing again would favour the endpoints that have a ready connection.
+            # A second draw would favour endpoints with a ready connection.
             exchange.service, exchange.first = target.service, endpoint
             return None
         call = None
         if rt.loops.calls_itself(endpoint.address.host):
             try:
                 call = rt.loops.call_self(endpoint.address.port)
-            except LoopDetected:  # which the ordinary path will say
+            except LoopDetected:  # the ordinary path reports it
                 lease.unused()
                 return None
         exchange.upstream, exchange.service, exchange.chosen = endpoint.address, target.service, target.service
@@ -211,7 +222,8 @@ class OutboundPlan:
 
 
 def _plain(policy: Policy, exchange: Exchange) -> bool:
-    """Whether the fast path can do what `policy` says. A body of HTTP/1.1 is there, so it could always be sent again."""
+    """Whether the fast path can apply `policy`. It has the whole body of an HTTP/1.1 request, so it
+    can always send it again."""
     times, length = policy.timeouts, exchange.body.length
     if not policy.plain or (times.request is not None and times.request < LEAST_LIMIT):
         return False
@@ -219,9 +231,9 @@ def _plain(policy: Policy, exchange: Exchange) -> bool:
 
 
 async def to_endpoint(rt: Runtime, target: Target, client: Stream, about: Facts, account: ConnectionAccount) -> Stream | None:
-    """Relay `client` to an endpoint, byte for byte. If `about` is unsure, and the client turns out to speak HTTP, nothing is relayed:
-    returns the stream to serve, from its first byte."""
-    calls: list[SelfCall] = []  # of the pod to itself: this one, or none
+    """Relay `client` to an endpoint, byte for byte. If `about` is unsure and the client turns out
+    to speak HTTP, relay nothing, and return the stream to serve, from its first byte."""
+    calls: list[SelfCall] = []  # this connection, if it is a call of the pod to itself
 
     async def connect(target: Target, endpoint: Endpoint) -> Stream:
         about.chosen = target.service
@@ -240,7 +252,7 @@ async def to_endpoint(rt: Runtime, target: Target, client: Stream, about: Facts,
                 heard = calls[0].moved if calls else None
                 found = await rt.look(client, upstream, rt.config.outbound.detect_timeout) if about.unsure else FOUND_OPAQUE
                 if found.protocol is not Protocol.OPAQUE:
-                    if found.passed:  # a FIN would say that this was all
+                    if found.passed:  # a FIN would mean that the data was complete
                         upstream.reset()
                     about.protocol = found.protocol
                     return Resumed(client, found.said)
@@ -255,7 +267,8 @@ async def to_endpoint(rt: Runtime, target: Target, client: Stream, about: Facts,
 
 
 async def to_its_port(rt: Runtime, target: Target, endpoint: Endpoint, about: Facts) -> Stream:
-    """A connection to the target's port at an endpoint: by a tunnel, if that is a gateway."""
+    """Connect to the target's port at an endpoint, through a tunnel if the endpoint is a
+    gateway."""
     remote = target.remote
     if remote is None:
         return await rt.connect_opaque(endpoint, about.depth + 1)

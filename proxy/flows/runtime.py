@@ -1,4 +1,4 @@
-"""What every flow is given: one object instead of nine parameters, and the few steps that both directions share."""
+"""The objects that every flow needs, in one place, and the steps that the flows share."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ _PLAIN_LAST_CALL = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The parts of the configuration in the words of the rooms that they are for."""
+    """The parts of the configuration, as the settings types of the packages that use them."""
 
     server: ServerSettings
-    plain_server: ServerSettings  # for peers from outside of the pod that have shown no identity
+    plain_server: ServerSettings  # for peers outside the pod that presented no client certificate
     client: ClientSettings
     pool: PoolSettings
     limits: Limits
-    downstream: MuxSettings  # of HTTP/2 connections from clients
-    plain_downstream: MuxSettings  # and from those peers
-    upstream: MuxSettings  # and to servers
+    downstream: MuxSettings  # HTTP/2 connections from clients
+    plain_downstream: MuxSettings  # HTTP/2 connections from peers without an identity
+    upstream: MuxSettings  # HTTP/2 connections to servers
 
     @classmethod
     def of(cls, config: Config, pacer: Pacer) -> Settings:
@@ -108,7 +108,8 @@ class Settings:
 
 @dataclass(slots=True)
 class Runtime:
-    """Built by app.py before anything is accepted; shared by the flows; owns nothing that has to be closed."""
+    """Built by app.py before the proxy accepts connections. The flows share it. It owns nothing
+    that must be closed."""
 
     config: Config
     settings: Settings
@@ -126,19 +127,19 @@ class Runtime:
     former: FormerIdentities | None = None
     fast_path: FastPath | None = None
 
-    # Where a connection was going...
+    # The destination of a connection.
 
     def destination(self, connection: Connection, fixed: Address | None) -> Address:
-        """Where `connection` was going before it was redirected. Without a redirection: to `fixed` if that is configured, otherwise
-        it was made to our own listener, which the loop guard then says."""
+        """The destination of `connection` before it was redirected. Without a redirection: `fixed`
+        if that is configured, otherwise the address of our own listener, which the loop guard then
+        reports."""
         return connection.original or fixed or connection.local
 
-    # Bytes...
+    # Opaque bytes.
 
-    async def relay(
-        self, client: Stream, server: Stream, about: Facts, on_bytes: Callable[[int, int], None] | None = None
-    ) -> Relayed:
-        """net.relay, on the fast path as far as that goes; `about` the client's connection."""
+    async def relay(self, client: Stream, server: Stream, about: Facts, on_bytes: Callable[[int, int], None] | None = None) -> Relayed:
+        """net.relay, on the fast path as far as possible. `about` describes the client's
+        connection."""
 
         async def carry(joint: Joint) -> None:
             joint.share = about.share
@@ -148,13 +149,15 @@ class Runtime:
         return await relay(client, server, idle=self.config.tcp.idle_timeout, on_bytes=on_bytes, carry=carry)
 
     async def look(self, client: Stream, server: Stream, patience: float) -> Found:
-        """What a client speaks whose first bytes have not shown it (late_detection.py); what is not HTTP has been passed on."""
+        """Find out the protocol of a client whose first bytes did not show it (late_detection.py).
+        If it is not HTTP, all its bytes have been forwarded."""
         return await look(client, server, patience=patience, idle=self.config.tcp.idle_timeout)
 
-    # Reaching an endpoint...
+    # Connecting to an endpoint.
 
     async def connect_opaque(self, endpoint: Endpoint, depth: int = 1) -> Stream:
-        """A connection for bytes to the application of `endpoint`, as with `connect`. Raises Undelivered and TunnelRefused, too."""
+        """Connect to the application of `endpoint` for opaque bytes, with `connect`. Raises
+        Undelivered and TunnelRefused, and what `connect` raises."""
         stream = await self.connect(endpoint, ALPN_TCP, depth)
         try:
             await confirmed(stream, self.config.tcp.connect_timeout)
@@ -164,12 +167,14 @@ class Runtime:
         return stream
 
     async def connect(self, endpoint: Endpoint, alpn: bytes, depth: int = 1) -> Stream:
-        """A connection to `endpoint`: mutual TLS if it has an identity, clear text if it has none. The caller owns it.
+        """Connect to `endpoint`: mutual TLS if it has an identity, clear text if it has none. The
+        caller owns the stream.
 
-        Its identity decides, and nothing else: if TLS fails, the connection fails. An endpoint with our own identity at our own
-        address is this pod's application: that connection neither leaves the pod nor passes its inbound proxy, so it is clear text.
-        `depth`: of the connection among our own. Raises ConnectFailed, LoopDetected, UpstreamTLSError.
-        """
+        Only the endpoint's identity decides: if TLS fails, the connection fails. An endpoint with
+        our own identity at our own address is this pod's application. That connection does not
+        leave the pod and does not pass the inbound proxy, so it is clear text. `depth`: the nesting
+        depth of the connection among this proxy's own connections. Raises ConnectFailed,
+        LoopDetected, UpstreamTLSError."""
         identity, expected = self.identity, endpoint.identity
         if expected is None:
             self.check_clear_text(endpoint.address)
@@ -178,7 +183,7 @@ class Runtime:
             return stream
         if identity is None:
             stream.close()
-            raise UpstreamTLSError(f"{endpoint.address} has the identity {expected}, and this proxy has none to meet it with", "protocol")
+            raise UpstreamTLSError(f"{endpoint.address} has the identity {expected}, and this proxy has none for mutual TLS", "protocol")
         context, sessions = identity.client_context, identity.sessions
         host = endpoint.address.host
         own_end = identity.chain_end
@@ -210,44 +215,49 @@ class Runtime:
         return tls
 
     def check_clear_text(self, address: Address) -> None:
-        """Raises UpstreamTLSError if `address` had an identity lately, so that nothing may be sent there in clear text. A connection that
-        is kept open needs this before each use."""
+        """Raises UpstreamTLSError if `address` recently had an identity, so that it must not get
+        clear text. Call this before each use of a pooled connection."""
         former = self._was(address)
         if former is not None:
             of = f" for {', '.join(sorted(former.services))}" if former.services else ""
             words = f"{address} had the identity {former.identity}{of} and has none in the directory now"
-            raise UpstreamTLSError(f"{words}: nothing is sent there in clear text", "clear_text")
+            raise UpstreamTLSError(f"{words}: the proxy sends no clear text there", "clear_text")
 
     def clear_text_allowed(self, address: Address) -> bool:
         """Whether `check_clear_text` raises nothing."""
         return self._was(address) is None
 
     def _was(self, address: Address) -> Former | None:
-        """What an address was, other than one of this pod's own, if it had an identity lately."""
+        """The former identity of an address, if it had one recently. None for addresses of this
+        pod."""
         former = self.former
         found = former.find(address, trio.current_time()) if former else None
         return None if found is None or self.loops.calls_itself(address.host) else found
 
-    # What is said to whom...
+    # What clients may learn.
 
     def name(self, exchange: Exchange) -> bytes:
-        """What Proxy-Status calls this proxy: pods are named to those who may know them."""
+        """The name of this proxy in Proxy-Status. It contains the pod's name only if the client may
+        know it."""
         if not self.tells(exchange):
             return b"isthmus"
         pod = self.config.pod
         return f"{pod.name or 'isthmus'}.{pod.namespace}.{exchange.facts.direction}".encode("ascii", "replace").replace(b"?", b"_")
 
     def tells(self, exchange: Exchange) -> bool:
-        """Whether the client may know what is behind this proxy: the own application may, and peers whose identity is verified."""
+        """Whether the client may know details about what is behind this proxy. The pod's own
+        application may, and peers with a verified identity."""
         return (exchange.facts.direction == "outbound" or exchange.facts.identity is not None) and not exchange.outside
 
     def reports(self, exchange: Exchange) -> bool:
-        """Whether the client is a proxy of the mesh that is told why a request has failed (exchange/reports.py)."""
+        """Whether the client is a proxy of the mesh that gets the reason of a failure
+        (exchange/reports.py)."""
         return exchange.facts.direction != "outbound" and exchange.facts.identity is not None
 
 
 class closing:  # noqa: N801  # read as a word of a `with`, as contextlib's own are
-    """Own `stream` for a block: closed politely behind it, or at once if the block fails or is cancelled."""
+    """Own `stream` for a block. Closes it gracefully at the end, or at once if the block fails or
+    is cancelled."""
 
     __slots__ = ("_released", "_stream")
 
@@ -256,7 +266,7 @@ class closing:  # noqa: N801  # read as a word of a `with`, as contextlib's own 
         self._released = False
 
     def release(self) -> None:
-        """Another owner has taken the stream."""
+        """Another owner has taken the stream. The block does not close it."""
         self._released = True
 
     async def __aenter__(self) -> Stream:

@@ -1,4 +1,4 @@
-"""Where a peer of the mesh is met: mutual TLS, if the ClientHello asks for it, and what is inside."""
+"""Mutual TLS with peers of the mesh: terminate it if the ClientHello asks for a workload."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from proxy.net.socket_stream import SocketStream, Stream
 from proxy.net.tls.handshake import tls_server
 from proxy.wire.sniff import Protocol
 
-# What ALPN says is inside; anything else, and nothing, is relayed as it is.
+# The protocol inside TLS by ALPN name. The proxy relays every other protocol, and connections
+# without ALPN, unchanged.
 INNER = {ALPN_HTTP1: Protocol.HTTP1, ALPN_HTTP2: Protocol.HTTP2}
 
 
 async def terminate(rt: Runtime, stream: SocketStream, opening: Opening, about: Facts) -> Stream:
-    """Mutual TLS, if the ClientHello asks for a workload of the mesh; who the peer is goes into `about`. Any other TLS is the
-    application's own, and passes untouched. Raises TLSFailed, ConnectionLost.
+    """Terminate mutual TLS if the ClientHello asks for a workload of the mesh, and record the
+    peer's identity in `about`. Any other TLS belongs to the application: returns `stream`
+    unchanged. Raises TLSFailed, ConnectionLost.
 
-    A peer that asks for another workload of our trust domain has been sent to the wrong place. It is answered as who we are, so that it
-    refuses us and can say why; passed on to the application, its handshake would fail without a reason.
-    """
+    A peer that asks for another workload of the trust domain reached the wrong proxy. The proxy
+    presents its own certificate, so that the peer rejects it and can report the reason. If the
+    proxy passed the handshake on to the application, it would fail without a reason."""
     identity = rt.identity
     if identity is None or opening.hello is None or not (opening.hello.server_name or "").endswith(f".sa.{identity.id.trust_domain}"):
         return stream
@@ -36,7 +38,7 @@ async def terminate(rt: Runtime, stream: SocketStream, opening: Opening, about: 
         raise TLSFailed("certificate", str(error)) from error
     except NetError as error:
         if about.slot is not None and about.slot.evicted:
-            raise  # there is nothing wrong with the peer's TLS
+            raise  # the peer's TLS is not the cause
         rt.ledger.tls_failed(about.direction, error.kind if isinstance(error, TLSFailed) else "lost")
         raise
     rt.expiries.watch(tls)

@@ -1,4 +1,4 @@
-"""The connections that a flow keeps, by the protocol that they speak; and the server for the protocol that a client speaks."""
+"""The connection pools of a flow, one per protocol, and the server for the client's protocol."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ K = TypeVar("K", bound=Hashable)
 
 
 class Pools(Generic[K]):
-    """One pool for each version of HTTP. `connect` opens a connection that speaks what its ALPN name says."""
+    """One pool per version of HTTP. `connect` opens a connection that speaks the protocol of its
+    ALPN name."""
 
     def __init__(self, rt: Runtime, direction: Direction, connect: Callable[[K, bytes], Awaitable[Stream]]) -> None:
         account = partial(rt.ledger.upstream, direction)
@@ -44,16 +45,17 @@ class Pools(Generic[K]):
         }
 
     def take(self, key: K, now: float) -> ConnectionLease | None:
-        """A ready HTTP/1 connection for the fast path, if there is one; `now` is trio's time."""
+        """An idle HTTP/1 connection for the fast path, if there is one. `now` is trio's time."""
         upstream = self._http1.take(key, now)
         return None if upstream is None else ConnectionLease(self._http1, key, upstream)
 
     def adopt(self, key: K, stream: Stream, account: StreamAccount) -> None:
-        """Keep an HTTP/1 connection that nothing has been sent on or read from; the pool closes both."""
+        """Add an HTTP/1 connection on which no byte was sent or read. The pool closes `stream` and
+        `account`."""
         self._http1.adopt(key, stream, account)
 
     def share(self, key: K) -> StreamLease | None:
-        """An HTTP/2 connection with room for a stream, if there is one."""
+        """An HTTP/2 connection that can open another stream, if there is one."""
         mux = self._http2.ready(key)
         return None if mux is None else StreamLease(mux)
 
@@ -61,7 +63,7 @@ class Pools(Generic[K]):
         return self._leases[protocol]
 
     async def serve(self) -> None:
-        """Own the connections that live beside the exchanges, until cancelled."""
+        """Run the tasks of the HTTP/2 connections until cancelled."""
         await self._http2.serve()
 
     def counts(self) -> tuple[int, int]:
@@ -71,8 +73,9 @@ class Pools(Generic[K]):
 
     @contextmanager
     def client(self, key: K) -> Iterator[None]:
-        """While a client's connection is open whose requests go to `key`. From the first one on, `sweep` keeps no more connections to any
-        key than clients have: a server that is told to stop, and waits for its open connections, waits for those of its clients only."""
+        """Register a client connection whose requests go to `key`, for a block. After the first
+        registration, `sweep` limits the connections to each key to the number of its clients. So a
+        server that drains waits only for connections that its clients still have."""
         self._counted = True
         self._clients[key] += 1
         try:
@@ -85,14 +88,15 @@ class Pools(Generic[K]):
                 self._trim()
 
     def sweep(self) -> None:
-        """Close what is too old, and what is too many; about twice a second."""
+        """Close connections that are too old or too many. Called about twice a second."""
         self._http1.sweep()
         self._http2.sweep()
         if self._counted:
             self._trim()
 
     def drain(self) -> None:
-        """The server is about to stop, and may wait for its open connections: from now on, those that are too many are closed at once."""
+        """The server is about to stop, and may wait for its open connections. From now on the pool
+        closes surplus connections at once."""
         self._draining = True
         self._trim()
 
@@ -106,13 +110,13 @@ class Pools(Generic[K]):
 
 
 def spoken(version: bytes) -> Protocol:
-    """The protocol that a request came by."""
+    """The protocol in which a request arrived."""
     return Protocol.HTTP2 if version == b"2" else Protocol.HTTP1
 
 
 def upstream_protocol(exchange: Exchange, target: Target) -> Protocol:
-    """What the service speaks, as far as the directory knows; otherwise what the client spoke. Raises RequestError (501) for an extended
-    CONNECT that has no form in HTTP/1."""
+    """The protocol that the directory declares for the service, otherwise the client's protocol.
+    Raises RequestError (501) for an extended CONNECT that has no form in HTTP/1."""
     request = exchange.request
     protocol = {Hint.HTTP1: Protocol.HTTP1, Hint.HTTP2: Protocol.HTTP2}.get(target.protocol) or spoken(request.version)
     if protocol is Protocol.HTTP1 and request.protocol is not None and not websocket.asks(request):
@@ -121,7 +125,8 @@ def upstream_protocol(exchange: Exchange, target: Target) -> Protocol:
 
 
 async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler, plan: ExchangePlan | None = None) -> None:
-    """Serve a downstream HTTP connection of either version until it ends; plain exchanges of one with a `plan` take the fast path."""
+    """Serve a downstream HTTP connection of either version until it ends. If there is a `plan`,
+    simple exchanges take the fast path."""
     plain = about.identity is None and about.direction != "outbound"
     settings = rt.settings.plain_server if plain else rt.settings.server
     if about.protocol is Protocol.HTTP2:
@@ -131,7 +136,7 @@ async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler, pla
         if about.slot is not None:
             about.slot.activity = server
         await server.run(handler)
-        if server.mux.fault is not None:  # the client has been told, by GOAWAY; for the log
+        if server.mux.fault is not None:  # the client got a GOAWAY; raise it for the log
             raise server.mux.fault
     else:
         carry = partial(rt.fast_path.carry, plan) if rt.fast_path is not None and plan is not None else None
@@ -146,7 +151,7 @@ async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler, pla
         try:
             await one.run(handler)
         finally:
-            expiry.retire = None  # which leads back to the stream
+            expiry.retire = None  # it refers to the stream: break the reference cycle
 
 
 def _retire(rt: Runtime, server: Http1Server) -> None:
@@ -156,5 +161,5 @@ def _retire(rt: Runtime, server: Http1Server) -> None:
 
 
 def endpoint_pools(rt: Runtime, direction: Direction) -> Pools[Endpoint]:
-    """The kept connections to endpoints."""
+    """The connection pools to endpoints."""
     return Pools(rt, direction, rt.connect)

@@ -131,7 +131,7 @@ async def test_clear_text_to_a_port_that_requires_an_identity_is_answered_403(pa
     assert (seen.status, seen.error) == (403, "http_request_denied")
     assert "shop" not in str(seen.headers) + seen.body.decode()  # nothing of the pod is told to strangers
     assert await served(pair) == before
-    await logged(pair.far, "takes peers with a verified identity only", reason="identity_required")
+    await logged(pair.far, "requires a verified identity", reason="identity_required")
     assert await counted(pair.far, "isthmus_errors_total", direction="inbound", reason="identity_required") >= 1
 
 
@@ -153,7 +153,7 @@ async def test_a_member_that_is_not_on_the_list_is_answered_403_and_told_why(pai
     assert await say(guest, pair.service.ipv4, ECHO, b"\x00hello") == b""
     assert await served(pair) == before
     for port in (LISTED, ECHO):
-        await logged(pair.far, f"sa/guest is not on the list of those who may use port {port}", reason="identity_required")
+        await logged(pair.far, f"sa/guest is not on the allow-list of port {port}", reason="identity_required")
 
 
 async def test_a_sidecar_with_another_trust_root_gets_nowhere(pair: Pair) -> None:
