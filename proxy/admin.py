@@ -1,16 +1,19 @@
-"""The administration listener: /live, /ready and /metrics, in a thread with an event loop of its own.
+"""The administration listener: /live, /ready and /metrics. It runs in its own thread and event
+loop.
 
-/live says that the process is not beyond help. /ready says whether it should be sent traffic, and if not, why. Neither says anything about
-the application, which has probes of its own.
+/live tells whether the process still works. /ready tells whether it should receive traffic, and if
+not, why. Neither reports on the application, which has its own probes.
 
-Kubernetes restarts a pod whose /live does not answer, so the answer must not wait for the data path. The thread asks nothing of the main
-thread to answer a probe: it reads what the main thread has left in plain attributes. The interpreter's lock passes to it within a
-millisecond. What it may not hide is a main thread that is stuck. The main thread counts up twice a second (`Admin.run`), and this thread
-watches the count: when it has not changed for `stall_timeout`, both probes fail. The time is measured in passes of this thread, so that a
-process that was stopped as a whole, and goes on, is not taken for stuck.
+Kubernetes restarts a pod whose /live does not answer, so an answer must not wait for the data path.
+To answer a probe, the thread only reads plain attributes that the main thread has set. The
+interpreter lock reaches this thread within a millisecond. Still, a stuck main thread must be
+detected. The main thread increments a counter twice a second (`Admin.run`), and this thread watches
+it: if it has not changed for `stall_timeout`, both probes fail. The time is counted in passes of
+this thread. So a process that was stopped (SIGSTOP) and continued is not reported as stuck.
 
-A text of metrics is made at most once in `metrics_max_age`, in a worker thread, and compressed once. Before, the main thread is asked to
-bring its gauges up to date; it is not waited for longer than `_REFRESH`.
+The metrics are rendered at most once per `metrics_max_age`, in a worker thread, and compressed
+once. Before that, the main thread is asked to update its gauges; the wait for it is at most
+`_REFRESH`.
 """
 
 from __future__ import annotations
@@ -45,27 +48,32 @@ _log = logging.getLogger("isthmus.admin")
 _TEXT = b"text/plain; charset=utf-8"
 _REASONS: Final = {200: b"OK", 404: b"Not Found", 405: b"Method Not Allowed", 503: b"Service Unavailable"}
 
-# Seconds between two signs of life of the main thread.
+# Seconds between two increments of the main thread's counter.
 _BEAT = 0.5
-# How long (seconds) one thread may keep the interpreter from another. A thread has to get it back behind each system call, ten times for a
-# probe, so Python's own 5 ms would be too long while the data path is busy.
+# How long (seconds) one thread may keep the interpreter lock while another waits. This thread takes
+# the lock again after each system call, about ten times per probe. With Python's default of 5 ms
+# that would be too slow while the data path is busy.
 _SWITCH = 0.001
-# How long (seconds) a text of metrics waits for the main thread's gauges; then it has those of the last time.
+# How long (seconds) rendering waits for the main thread's gauges; after that it uses their previous
+# values.
 _REFRESH = 0.25
-# How long (seconds) a client may take nothing of what it is sent.
+# How long (seconds) a client may read nothing of its response.
 _WRITE_TIMEOUT = 2.0
-# Answers with metrics in a second: sixteen scrapers in a loop would otherwise take half of the interpreter's time from the data path.
+# Metrics responses per second. Without this limit, sixteen scrapers in a loop take half of the
+# interpreter's time from the data path.
 _SCRAPES = 50
-# How long (seconds) the end of the thread may take.
+# How long (seconds) stopping the thread may take.
 _END = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What the thread asks. All but `refresh` are called in threads other than the main one, and must not wait.
+    """Callbacks of the admin thread. All but `refresh` are called outside the main thread and must
+    not block.
 
-    `not_alive`: the reasons why the process is beyond help. `not_ready`: the reasons why traffic should not come. `render`: the metrics.
-    `refresh` is called in the main thread: it brings gauges up to date, and calls what it is given when that is done.
+    `not_alive`: reasons why the process no longer works. `not_ready`: reasons why it should get no
+    traffic. `render`: the metrics. `refresh` is called in the main thread: it updates the gauges,
+    then calls its argument.
     """
 
     not_alive: Callable[[], list[str]]
@@ -75,21 +83,22 @@ class Status:
 
 
 class Admin:
-    """The thread, seen from the main one. Owns the listeners, and closes them."""
+    """The admin thread, controlled from the main thread. Owns the listeners and closes them."""
 
     def __init__(self, config: AdminConfig, listeners: Sequence[socket.socket], status: Status, metrics: Metrics) -> None:
         self._config = config
         self._listeners = listeners
         self._status = status
         self._metrics = metrics
-        self._beats = 0  # written by the main thread
-        self._still = 0.0  # seconds since this has changed
-        self._runs = threading.Event()  # the two below are there
+        self._beats = 0  # incremented by the main thread
+        self._still = 0.0  # seconds since `_beats` last changed
+        self._runs = threading.Event()  # set once the two attributes below exist
         self._loop: trio.lowlevel.TrioToken
         self._scope: trio.CancelScope
 
     async def run(self) -> None:
-        """Serve until cancelled, and show that the main thread is alive. Without listeners there is nothing to do."""
+        """Serve until cancelled, and increment the counter. Without listeners it returns at once.
+        """
         if not self._listeners:
             return
         thread = threading.Thread(target=self._in_thread, args=(trio.lowlevel.current_trio_token(),), name="isthmus-admin", daemon=True)
@@ -108,8 +117,8 @@ class Admin:
     def _in_thread(self, main: trio.lowlevel.TrioToken) -> None:
         try:
             trio.run(self._serve, main)
-        except Exception:  # the thread's boundary: the traffic goes on, and probes that get no answer say that it has ended
-            _log.exception("internal error: the administration listener has ended")
+        except Exception:  # the thread's boundary: traffic continues, and unanswered probes show that the thread has ended
+            _log.exception("internal error: the administration listener has stopped")
         finally:
             for sock in self._listeners:
                 sock.close()
@@ -128,7 +137,8 @@ class Admin:
             body_timeout=config.request_timeout,
             write_timeout=_WRITE_TIMEOUT,
         )
-        # Who waits for a text, and whose connection ends meanwhile, is told: an evicted one keeps its place until its task has ended.
+        # An evicted connection keeps its slot until its task has ended. A task that waits for the
+        # metrics is cancelled when its connection ends, so that the slot is free again.
         drain = Drain(disconnects=Disconnects().open())
 
         async def accept(connection: Connection) -> None:
@@ -146,7 +156,7 @@ class Admin:
                 nursery.start_soon(acceptor.serve, self._listeners)
 
     async def _watch(self) -> None:
-        """See for how long the main thread has not moved."""
+        """Measure for how long the main thread has not incremented its counter."""
         seen = -1
         while True:
             await trio.sleep(_BEAT)
@@ -156,10 +166,10 @@ class Admin:
 
     def _stalled(self) -> list[str]:
         still = self._still
-        return [f"the event loop has not moved for {still:.0f} s"] if still >= self._config.stall_timeout else []
+        return [f"the event loop has been stuck for {still:.0f} s"] if still >= self._config.stall_timeout else []
 
     def _pages(self, texts: _Texts) -> Handler:
-        """The endpoint of the stack."""
+        """The innermost handler of the layer stack."""
 
         async def answer(exchange: Exchange) -> None:
             path = exchange.request.target.partition(b"?")[0]
@@ -189,22 +199,22 @@ class Admin:
 
 
 class _Texts:
-    """The metrics as they were rendered last, for all who ask within `max_age` seconds."""
+    """The rendered metrics, shared by all requests within `max_age` seconds."""
 
     def __init__(self, status: Status, max_age: float, main: trio.lowlevel.TrioToken) -> None:
         self._status = status
         self._max_age = max_age
         self._main = main
         self._lock = trio.Lock()
-        self._made = -math.inf  # trio's time
+        self._made = -math.inf  # trio's clock
         self._plain = self._zipped = b""
-        self._turns = trio.Lock()  # who waits for a turn; one that gives up leaves nothing behind
-        self._last = -math.inf  # when the last turn was
+        self._turns = trio.Lock()  # limits the rate; a waiter that is cancelled leaves no trace
+        self._last = -math.inf  # when the lock was last granted
 
     async def get(self, *, zipped: bool) -> bytes:
-        """The text, compressed or not."""
+        """The text, gzip-compressed if `zipped`."""
         async with self._turns:
-            # Up to a second's turns that nobody took are left to be taken.
+            # Unused grants of the last second may be used now (a burst).
             turn = max(self._last + 1 / _SCRAPES, trio.current_time() - 1)
             await trio.sleep_until(turn)
             self._last = turn
@@ -218,7 +228,7 @@ class _Texts:
             return self._zipped if zipped else self._plain
 
     async def _refresh(self) -> None:
-        """Have the main thread bring its gauges up to date, if it does so in time."""
+        """Let the main thread update its gauges; gives up after `_REFRESH`."""
         done, own = trio.Event(), trio.lowlevel.current_trio_token()
 
         def finished() -> None:
@@ -235,7 +245,7 @@ def _compress(text: bytes) -> bytes:
 
 
 def takes_gzip(headers: Headers) -> bool:
-    """Whether Accept-Encoding (RFC 9110 §12.5.3) names gzip, with a weight above 0."""
+    """Whether Accept-Encoding (RFC 9110 §12.5.3) names gzip with a weight above 0."""
     for token in headers.tokens(b"accept-encoding"):
         name, _, weight = token.partition(b";")
         if name.strip() in (b"gzip", b"x-gzip"):

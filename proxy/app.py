@@ -81,7 +81,7 @@ from proxy.workers.protocol import WorkerInfo
 _log = logging.getLogger("isthmus")
 
 _SWEEP = 0.5
-_SELDOM = 20  # sweeps
+_SELDOM = 20  # one in this many sweeps also does the rarely needed work
 
 
 Beside = Callable[["App"], Awaitable[None]]
@@ -90,15 +90,16 @@ Handler = Callable[[Connection], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A directory that does not change: there is none."""
+    """The source of an empty directory, for a proxy without one."""
 
     current: Directory
 
 
 def start(config: Config, worker: WorkerInfo | None = None, beside: Beside | None = None) -> int:
-    """Run a proxy until it is told to stop; returns the exit code. Raises StartError.
+    """Run a proxy until a signal stops it; returns the exit code. Raises StartError.
 
-    `worker`: what it is as one of several workers. `beside` runs as long as the proxy does.
+    `worker`: set if this process is one of several workers. `beside`: a task that runs as long as
+    the proxy.
     """
     _allow_descriptors()
     metrics = Metrics()
@@ -114,15 +115,18 @@ def start(config: Config, worker: WorkerInfo | None = None, beside: Beside | Non
 
 
 def _allow_descriptors() -> None:
-    """Take as many descriptors as we may have: the usual soft limit of 1024 is there for programs that use select(), and a relayed
-    connection needs two of them."""
+    """Raise the limit of open descriptors to the hard limit. The usual soft limit of 1024 exists
+    for programs that use select(), and each relayed connection needs two descriptors.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # then it is the soft limit that holds, and Acceptor sees to it
+    with suppress(ValueError, OSError):  # the soft limit stays, and `acceptor` adapts to it
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class App:
-    """One proxy. The constructor reads and binds, and raises StartError; `run` serves."""
+    """One proxy. The constructor reads the files and binds the sockets; it raises StartError. `run`
+    serves.
+    """
 
     def __init__(self, config: Config, metrics: Metrics, spans: Spans = OFF, worker: WorkerInfo | None = None) -> None:
         self.config, self.spans, self.metrics = config, spans, metrics
@@ -135,7 +139,8 @@ class App:
         resolvers = pod_resolvers(config)
         self.liveness = Liveness(config.tcp.user_timeout, config.tcp.keepalive)
         self.listeners = listen(config, self.liveness, resolvers)
-        self._ports = self.listeners.ports()  # asked once: a proxy that is going down has closed its listeners
+        # stored now: during shutdown the listeners are already closed
+        self._ports = self.listeners.ports()
         loops = LoopGuard(config, self._own(), metrics, worker)
         balancer = Balancer(trio.current_time, zone=config.pod.zone)
         dialer = Dialer(config.mark, config.tcp.connect_timeout, self.liveness, loops.dialled, loops.connections)
@@ -176,7 +181,9 @@ class App:
         )  # fmt: skip
 
     def _way_in(self, reserved: int) -> Acceptor:
-        """What serves those who come from outside of the pod: as its sidecar, or as a gateway of the cluster."""
+        """The acceptor of traffic from outside: inbound for a sidecar, gateway for a cluster's
+        gateway.
+        """
         config = self.config
         if config.gateway.enabled:
             self.metrics.measure("gateway")
@@ -189,7 +196,7 @@ class App:
         return made
 
     async def run(self, beside: Beside | None = None) -> None:
-        """Serve until SIGTERM or SIGINT, and through the drain that follows; `beside` is with it all the time."""
+        """Serve until SIGTERM or SIGINT, then drain. `beside` runs during all of it."""
         status = Status(list, self.not_ready, self.metrics.render, self._refresh)
         try:
             await self._run(Admin(self.config.admin, self.listeners.admin, status, self.metrics), beside)
@@ -221,12 +228,14 @@ class App:
                 self._say_hello()
 
     async def _serve_until(self, stop: Callable[[], Awaitable[int]], everything: trio.CancelScope) -> None:
-        """Serve the traffic until `stop`, then drain; `stop` again ends it at once."""
+        """Serve the traffic until `stop` returns, then drain. A second `stop` ends the drain at
+        once.
+        """
         async with trio.open_nursery() as flows:
             flows.start_soon(self.inbound.serve, self.listeners.inbound)
             flows.start_soon(self.outbound.serve, self.listeners.outbound)
             await stop()
-            _log.info("stopping: open connections have %g s", self.config.shutdown.grace)
+            _log.info("stopping: open connections have %g s to finish", self.config.shutdown.grace)
             flows.start_soon(self._hurry, stop, everything)
             await drain(self.inbound, self.outbound, self.drain, self.inbound_pools, self.config.shutdown)
             self._close_pools()
@@ -242,7 +251,7 @@ class App:
         self.outbound_pools.close()
         self.inbound_pools.close()
 
-    # What goes on beside the traffic...
+    # Background tasks
 
     async def _watch_directory(self) -> None:
         if self.source is not None and self.config.directory is not None:
@@ -255,7 +264,7 @@ class App:
             self._publish()
             _log.info("new directory in use: %d services", len(self.runtime.directory.current.services))
         else:
-            _log.error("the changed directory cannot be used, the old one stays: %s", error)
+            _log.error("cannot use the changed directory, keeping the old one: %s", error)
 
     def _publish(self) -> None:
         if self.names is not None:
@@ -263,12 +272,16 @@ class App:
             self.names.publish(self.runtime.directory.current)
 
     def _own(self) -> OwnListeners:
-        """What the loop guard knows of us: what we were told, and what the system says now."""
+        """The proxy's own addresses for the loop guard: the configured ones and those of the
+        network interfaces.
+        """
         told = frozenset(map(str, self.config.pod.addresses))
         return OwnListeners(self._ports, told | local_addresses())
 
     async def _sweep(self) -> None:
-        """About twice a second: what has become too old. More seldom: addresses, which come and go, and heads."""
+        """Remove what has expired, about twice a second. Every `_SELDOM` sweeps also refresh the
+        local addresses and clear caches.
+        """
         for turn in itertools.count(1):
             await trio.sleep(_SWEEP)
             self.own.expiries.look()
@@ -288,7 +301,7 @@ class App:
     def identity(self) -> Identity | None:
         return self.own.current
 
-    # What the admin listener says...
+    # For the administration listener
 
     def not_ready(self) -> list[str]:
         reasons = []
@@ -299,7 +312,7 @@ class App:
         return reasons
 
     def observe(self) -> None:
-        """Bring the gauges up to date."""
+        """Set the gauges to their current values."""
         used = [pool.counts() for pool in (self.outbound_pools, self.inbound_pools)]
         self.metrics.pool("active").set(sum(active for active, _ in used))
         self.metrics.pool("idle").set(sum(idle for _, idle in used))
@@ -315,7 +328,7 @@ class App:
         self.metrics.self_calls_waiting.at().set(self.runtime.loops.waiting)
 
     def render(self) -> bytes:
-        """The metrics, as they are now. Called in the main thread."""
+        """Collect the metrics and render them. Call it in the main thread only."""
         self.observe()
         return self.metrics.render()
 
@@ -326,7 +339,8 @@ class App:
             done()
 
     def _say_hello(self) -> None:
-        # What has been built so far lives as long as the process: the collector need not look at it again.
+        # Objects created so far live as long as the process. After freeze() the garbage collector
+        # skips them.
         gc.collect()
         gc.freeze()
         collect_seldom()
@@ -336,10 +350,10 @@ class App:
             for sock in sockets:
                 _log.info("%s: %s", name, Address.of(sock.getsockname()))
         if self.identity is None:
-            _log.warning("no identity is configured: everything is clear text")
+            _log.warning("no identity is configured: all traffic is plaintext")
         else:
             _log.info("identity: %s, valid until %s", self.identity.id, self.identity.not_after.isoformat())
 
 
-# Descriptors for listeners, files, pools' idle connections and the administration listener.
+# Descriptors for the listeners, files, the pools' idle connections and the administration listener.
 _RESERVED = 128

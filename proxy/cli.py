@@ -1,4 +1,4 @@
-"""The command `isthmus`: one subcommand a job, each with a --help that a newcomer can follow."""
+"""The command `isthmus`. Each subcommand does one job and has its own --help."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# sysexits.h: the command, or a file it was given, is not usable.
+# Exit codes of sysexits.h: wrong usage, or a file given on the command line cannot be used.
 USAGE = 64
 UNAVAILABLE = 69
-CUT_SHORT = 141  # as a shell says of a program that SIGPIPE has ended
+CUT_SHORT = 141  # what a shell reports for a program that SIGPIPE ended
 
 
-# Imported when they are asked for: a proxy need not carry the code of the other commands, nor an init container wait for it.
+# Imported on demand: the proxy does not load the code of the other commands, and an init container
+# does not wait for it.
 COMMANDS = {
     "intercept": "proxy.commands.intercept",
     "identity": "proxy.commands.identity",
@@ -27,7 +28,9 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns its exit code. argparse's own exit code for bad usage, 2, becomes 64."""
+    """Run a subcommand and return its exit code. argparse's own code for wrong usage, 2, becomes
+    64.
+    """
     words = sys.argv[1:] if argv is None else list(argv)
     parser = _parser(words[0] if words else None)
     try:
@@ -38,18 +41,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         result: int = args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read what we say has read enough (`| head`). What is left in the buffer would fail once more when the interpreter ends.
+        # The reader of our output has closed the pipe (`| head`). What is still buffered would
+        # raise the same error when the interpreter exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CUT_SHORT
     return result
 
 
 def _parser(wanted: str | None) -> argparse.ArgumentParser:
-    """The parser with the one subcommand that is `wanted`, or with all of them if it is none of them."""
+    """The parser with the subcommand `wanted` only, or with all of them if there is no such
+    subcommand.
+    """
     parser = argparse.ArgumentParser(
         prog="isthmus",
         description="A service-mesh data plane: a small process beside every pod that upgrades its traffic to mutual TLS.",
-        epilog="In a checkout begin with `isthmus demo`, which builds a small mesh on this machine and shows what it does.",
+        epilog="In a checkout, start with `isthmus demo`: it builds a small mesh on this machine and shows what it does.",
     )
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     everything = wanted not in {"run", *COMMANDS}
@@ -62,16 +68,18 @@ def _parser(wanted: str | None) -> argparse.ArgumentParser:
 
 
 def _add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str, module: str) -> None:
-    """The laboratory belongs to a checkout; the container image has only what runs, and then the command says so."""
+    """Add the subcommand `demo`. It needs the package `lab`, which the container image does not
+    have; there the subcommand only says so.
+    """
     if name == "demo" and importlib.util.find_spec("lab") is None:
-        absent = subparsers.add_parser("demo", help="not in this installation: run `make demo` in a checkout")
+        absent = subparsers.add_parser("demo", help="not available in this installation: run `make demo` in a checkout")
         absent.set_defaults(run=_no_demo)
         return
     importlib.import_module(module).add_parser(subparsers)
 
 
 def _no_demo(_: argparse.Namespace) -> int:
-    print("isthmus: the demonstration needs the laboratory (package lab), which is not installed here: use a checkout", file=sys.stderr)
+    print("isthmus: the demonstration needs the package lab, which is not installed here: use a checkout", file=sys.stderr)
     return UNAVAILABLE
 
 
@@ -80,15 +88,15 @@ def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "run",
         help="run the proxy",
         description=(
-            "Run the proxy: as a pod's sidecar with outbound (4140), inbound (4143) and admin (4191) listeners, and DNS (4153) if it is "
-            "configured; as a gateway with one for other clusters (4143), and admin. SIGTERM lets open connections finish within the "
-            "grace period; a second one ends at once."
+            "Run the proxy. As a pod's sidecar it listens on 4140 (outbound), 4143 (inbound), 4191 (admin), and 4153 (DNS) if "
+            "configured. As a gateway it listens on 4143 (other clusters) and 4191 (admin). On SIGTERM, open connections "
+            "may finish within the grace period; a second SIGTERM ends the proxy at once."
         ),
         epilog="docs/configuration.md describes every setting; ISTHMUS_<SECTION>__<FIELD>=value in the environment overrides the file.",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="the configuration file in YAML (default: $ISTHMUS_CONFIG, or none)")
-    parser.add_argument("--gateway", action="store_true", help="be a gateway of this cluster instead of a pod's sidecar (gateway.enabled)")
-    parser.add_argument("--workers", metavar="N", help="share connections among N processes behind the same ports (workers; default 1)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the configuration file in YAML (default: $ISTHMUS_CONFIG)")
+    parser.add_argument("--gateway", action="store_true", help="run as this cluster's gateway instead of a pod's sidecar (gateway.enabled)")
+    parser.add_argument("--workers", metavar="N", help="run N worker processes that share the same ports (workers; default 1)")
     parser.set_defaults(run=_run)
 
 

@@ -1,15 +1,17 @@
 """Reading files that another program writes, and writing keys and certificates.
 
-What is read was named by a person, who may have named anything: a pipe would stop the process for ever, a device never ends, a
-log has gigabytes. So only regular files are read, up to a bound, and what is wrong is said in words.
+A path comes from a user and may point to anything. A pipe would block the process forever, a device
+never ends, a log file may have gigabytes. So only regular files up to a size limit are read, and
+errors say what is wrong.
 
-A file may be read while it is being written. What is there then can be well-formed and mean less than the whole: a shorter list of
-roots, an endpoint without its identity. So contents are used only when two reads, some time apart, agree (`Settling` for what is
-watched, `read_settled` for the start). At the start a file that has not been touched for that time is used at once.
+A file may be read while it is being written. The partial contents can be well-formed and yet wrong:
+a shorter list of trust roots, an endpoint without its identity. So contents are used only when two
+reads, some time apart, agree (`Settling` for watched files, `read_settled` at the start). At the
+start, a file that has not been modified for that time is used at once.
 
-What is written is there whole or not at all, and a key is never readable by others, not even for a moment. A new file is made
-beside the old one, with its final mode, under a name that nobody else can have made (O_EXCL), filled, synced, and renamed over
-the old one. A reader sees the old contents or the new ones, and a crash leaves the old ones.
+Writes are atomic, and a key is never readable by other users. A new file is created beside the old
+one with its final mode, under an unused name (O_EXCL), then filled, synced, and renamed over the
+old one. A reader sees the old or the new contents; after a crash the old contents remain.
 """
 
 import os
@@ -27,7 +29,8 @@ PATIENCE = 10.0
 
 
 class FileUnusable(Exception):
-    """A file cannot be read, or is not of the kind that can be. `reason` says why, in words that follow the path."""
+    """A file cannot be read, or is not a regular file. `reason` is a phrase that follows the path.
+    """
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -36,14 +39,17 @@ class FileUnusable(Exception):
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """What is in a regular file of at most `most` bytes; links are followed. Never waits for anybody. Raises FileUnusable."""
+    """The contents of a regular file of at most `most` bytes; follows links. Never blocks. Raises
+    FileUnusable.
+    """
     try:
-        # O_NONBLOCK: opening a pipe would wait for somebody who writes into it.
+        # O_NONBLOCK: opening a pipe would otherwise wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise FileUnusable(path, "is not a regular file")
-            # The descriptor stays ours: a file object that cannot be made (of a directory) would not close it.
+            # We keep the descriptor: if the file object cannot be created (a directory), it would
+            # not be closed.
             with open(fd, "rb", closefd=False) as file:
                 data = file.read(most + 1)
         finally:
@@ -56,7 +62,8 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_text(path: Path, most: int) -> str:
-    """The same as text in UTF-8. Raises FileUnusable."""
+    """The contents of a regular file, decoded as UTF-8, at most `most` bytes. Raises FileUnusable.
+    """
     try:
         return read_bytes(path, most).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -64,10 +71,12 @@ def read_text(path: Path, most: int) -> str:
 
 
 def read_settled(read: Callable[[], tuple[T, bytes]], paths: Iterable[Path], settle: float) -> tuple[T, bytes]:
-    """What `read` gives, (contents, digest), of files that are not being written now. `settle` is in seconds; 0: the first read counts.
+    """The result of `read`, (contents, digest), once the files have settled. `settle` in seconds;
+    0: one read is enough.
 
-    Returns at once if none of `paths` has been modified in the last `settle` seconds. Otherwise two reads that far apart have to agree.
-    Blocks, for `PATIENCE` seconds and one `settle` at most. Raises FileUnusable if the files keep changing, and what `read` raises.
+    Returns at once if none of `paths` was modified in the last `settle` seconds. Otherwise two
+    reads, `settle` seconds apart, must agree. Blocks for at most `PATIENCE` plus one `settle`.
+    Raises FileUnusable if the files keep changing, and whatever `read` raises.
     """
     paths = list(paths)
     contents, digest = read()
@@ -80,22 +89,26 @@ def read_settled(read: Callable[[], tuple[T, bytes]], paths: Iterable[Path], set
         if again == digest:
             return contents, digest
         if time.monotonic() >= deadline:
-            raise FileUnusable(paths[0], f"keeps changing: no two reads within {PATIENCE:g} s have found the same")
+            raise FileUnusable(paths[0], f"keeps changing: no two reads within {PATIENCE:g} s agreed")
         digest = again
 
 
 def _young(path: Path, settle: float) -> bool:
-    """Whether the file has been modified in the last `settle` seconds. The time of the inode counts too, which no writer can set."""
+    """Whether the file was modified in the last `settle` seconds. The inode's change time also
+    counts, because a writer cannot set it.
+    """
     try:
         found = path.stat()
     except OSError:
-        return True  # it has just been read
-    # A time in the future says that the clocks differ, so it says nothing.
+        return True  # the file was just read, so it changed since
+    # A time in the future means that the clocks differ; then it tells nothing.
     return time.time() - max(found.st_mtime, found.st_ctime) < settle
 
 
 class Settling:
-    """Whether the contents of a watched file have settled: two reads, at least `settle` seconds apart, and none in between that differs."""
+    """Whether the contents of a watched file have settled: two reads with the same digest, at least
+    `settle` seconds apart, and no different read in between.
+    """
 
     def __init__(self, settle: float) -> None:
         self.settle = settle
@@ -104,11 +117,13 @@ class Settling:
 
     @property
     def waiting(self) -> bool:
-        """Whether a first read waits for a second one."""
+        """Whether a first read still waits for its confirmation."""
         return self._digest is not None
 
     def agreed(self, digest: bytes, now: float) -> bool:
-        """A read at `now` (seconds of any one clock) has found contents with this digest. True: they have settled; nothing waits then."""
+        """Record a read at `now` (seconds of any monotonic clock). True: the contents have settled,
+        and nothing waits.
+        """
         if digest != self._digest:
             self._digest, self._since = digest, now
         if now - self._since < self.settle:
@@ -117,12 +132,14 @@ class Settling:
         return True
 
     def forget(self) -> None:
-        """What was read first does not count any more."""
+        """Discard the first read."""
         self._digest = None
 
 
 def make_private_directory(path: Path) -> None:
-    """Make the directory and its missing parents, new ones with mode 0700. Existing ones stay as they are. Raises OSError."""
+    """Create the directory and its missing parents with mode 0700. Existing ones do not change.
+    Raises OSError.
+    """
     missing = []
     while not path.exists():
         missing.append(path)
@@ -132,22 +149,22 @@ def make_private_directory(path: Path) -> None:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a secret: only the owner can read it. Raises OSError."""
+    """Write a secret atomically; only the owner can read it. Raises OSError."""
     _replace(path, data, 0o600)
 
 
 def write_public(path: Path, data: bytes) -> None:
-    """Write what everybody may read. Raises OSError."""
+    """Write a public file atomically; all users can read it. Raises OSError."""
     _replace(path, data, 0o644)
 
 
 def _replace(path: Path, data: bytes, mode: int) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    # O_NOFOLLOW | O_EXCL: a link that somebody has put there is refused and not followed.
+    # O_NOFOLLOW | O_EXCL: a link placed at this name is refused, not followed.
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(fd, "wb") as file:
-            # The umask may only take away; fchmod gives exactly the mode that was meant.
+            # The umask could remove permissions; fchmod sets exactly the intended mode.
             os.fchmod(fd, mode)
             file.write(data)
             file.flush()

@@ -1,31 +1,36 @@
-"""Several workers as one proxy: starts them, starts them again, passes on what it is told, and answers for all of them.
+"""Several workers as one proxy: starts and restarts them, passes signals on, and serves their admin
+listener.
 
-The supervisor carries no traffic. Each worker is a whole proxy in a process of its own, that binds the same ports with SO_REUSEPORT; the
-kernel divides new connections among them by a hash of their addresses, and a connection stays with its worker. When one dies, its
-connections break and no others, and the kernel gives it no new ones; it is started again, with a pause that doubles while it keeps
-dying.
+The supervisor carries no traffic. Each worker is a complete proxy in its own process. All bind the
+same ports with SO_REUSEPORT; the kernel distributes new connections by a hash of their addresses,
+and a connection stays with its worker. When a worker dies, only its own connections break, and the
+kernel gives it no new ones. It is restarted after a pause, which doubles while it keeps dying.
 
     supervise
-    ├── admin                the one view: /live, /ready and /metrics of all workers together
-    ├── look                 asks every worker how it is, now and then, so that little of what it has counted is lost with it
-    ├── keep(1) ... keep(N)  a worker's process, one life after the other
-    └── stop                 SIGTERM and SIGINT, passed on
+    ├── admin                /live, /ready and /metrics of all workers together
+    ├── look                 asks every worker for its state regularly, so that a crash loses few counts
+    ├── keep(1) ... keep(N)  runs one worker's process and restarts it
+    └── stop                 passes SIGTERM and SIGINT on
 
-The administration listener has a thread of its own (admin.py), which answers from what is known of each worker: no answer waits for one. A
-worker that has not answered for `admin.stall_timeout` makes /live and /ready fail, as an event loop that stands still does where there are
-no workers. A worker is asked every two seconds, and one that does not answer is not asked again until it has.
+The administration listener has its own thread (admin.py). It answers from the last known state of
+each worker and waits for none. If a worker has not answered for `admin.stall_timeout`, /live and
+/ready fail, like those of a single process whose event loop is stuck. A worker is asked every two
+seconds; no new question is sent while one is open.
 
-The first worker is started alone. What is wrong with the configuration, the certificate or the ports is wrong for all, and is said once.
+The first worker is started alone. An error in the configuration, the certificate or the ports
+affects all workers, and is reported once.
 
-Two proxies on one port. With SO_REUSEPORT the kernel would let a second proxy of the same user take half of the connections, without a
-word. So the supervisor holds a name for each port (an abstract Unix socket: like ports they belong to the network namespace, and the
-kernel frees them whatever becomes of the process), and when it has the names, it binds each address once without SO_REUSEPORT, which
-fails if anybody listens there: workers of a supervisor that was killed, say. (A proxy without workers binds that way for good.) Other
-users cannot share the ports at all: the kernel wants the same user id.
+Two proxies on one port: with SO_REUSEPORT the kernel would silently give half of the connections to
+a second proxy of the same user. So the supervisor claims a name for each port, an abstract Unix
+socket. Like ports, these names belong to the network namespace, and the kernel frees them when the
+process ends for any reason. With the names claimed, the supervisor binds each address once without
+SO_REUSEPORT. That fails if another process listens there, for example workers of a supervisor that
+was killed. (A proxy without workers keeps this bind.) Processes of other users cannot share the
+ports: the kernel requires the same user id.
 
-Shared by all of them: the configuration, the loop guard's secret, and the table of our own open connections (workers/connection_table.py).
-Not shared: pools, health and load of endpoints, TLS sessions, DNS questions under way, queues of logs and spans. Each worker learns by
-itself.
+Shared by all workers: the configuration, the loop guard's secret, and the table of the proxy's own
+open connections (workers/connection_table.py). Not shared: pools, health and load of endpoints, TLS
+sessions, DNS queries in flight, queues of logs and spans. Each worker learns these for itself.
 """
 
 from __future__ import annotations
@@ -61,20 +66,22 @@ from proxy.workers.protocol import QUESTION, ProcessGone, Start, State, receive,
 
 _log = logging.getLogger("isthmus.supervisor")
 
-# Seconds between two looks at the workers: what one has counted since is lost if it is killed.
+# Seconds between two questions to the workers. A worker that is killed loses what it counted since
+# the last.
 _LOOK = 2.0
-# How long (seconds) a text of metrics waits for workers to say how they are.
+# How long (seconds) rendering the metrics waits for the workers' states.
 _PATIENCE = 0.25
-# Pauses before a worker that has died is started again: the first, and the longest. One that has lived for `_WELL` begins anew.
+# Pauses before a dead worker is restarted: the first, and the longest. After a life of `_WELL`, the
+# pause starts again at the first.
 _PAUSE, _LONGEST_PAUSE, _WELL = 0.1, 30.0, 60.0
-# Beyond the grace: what spans, logs and the interpreter may take at the end of a worker.
+# Time after the grace period in which spans, logs and the interpreter of a worker may finish.
 _MARGIN = 10.0
-# What a process says by its exit code that will be no better the next time (sysexits.h).
+# Exit codes of errors that a restart does not fix (sysexits.h).
 _HOPELESS = frozenset({64, 69})
 
 
 def supervise(config: Config) -> int:
-    """Run the workers until told to stop; returns the exit code. Raises StartError."""
+    """Run the workers until a signal stops them; returns the exit code. Raises StartError."""
     metrics = Metrics()
     close_logs = configure(config.log, on_drop=metrics.logs_dropped, worker=0)
     try:
@@ -85,7 +92,7 @@ def supervise(config: Config) -> int:
 
 
 def claimed(config: Config) -> ExitStack:
-    """Make sure that the ports of the traffic are nobody else's, until the result is closed. Raises StartError."""
+    """Claim the traffic ports for this proxy until the result is closed. Raises StartError."""
     names, addresses = ExitStack(), [(path, address) for path, address in config.listeners() if has_family(address)]
     try:
         for port in sorted({address.port for path, address in addresses if not path.startswith("admin.")}):
@@ -107,36 +114,39 @@ def claimed(config: Config) -> ExitStack:
 
 @dataclass(slots=True, eq=False)
 class Life:
-    """One process of a worker. It has at most one question before it; whoever asks meanwhile waits for the same answer."""
+    """One process of a worker. At most one question is open; all callers wait for the same answer.
+    """
 
     process: trio.Process
     pipe: trio.SocketStream
-    state: State | None = None  # the newest that it has said; None: it is still starting
+    state: State | None = None  # the last state received; None while it is starting
     asked: bool = False
-    missed: int = 0  # looks at it since it was asked and has not answered
+    missed: int = 0  # `look` calls since the unanswered question
     heard: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
 
     @property
     def silent_for(self) -> float:
-        """Seconds for which it has not answered. One that is still starting is not expected to."""
+        """Seconds without an answer; 0 while it is starting."""
         return self.missed * _LOOK if self.state is not None else 0.0
 
     async def look(self) -> None:
-        """Ask it how it is, unless it has not answered the last time."""
+        """Ask it for its state, unless a question is still open; then count the miss."""
         self.missed += self.asked
         await self.ask()
 
     async def ask(self) -> None:
-        """Have a question before it. Does not wait for the answer: the socket's buffer holds more than one."""
+        """Make sure that a question is open. Does not wait for the answer, and does not block: the
+        socket's buffer holds more than one question.
+        """
         try:
             if not self.asked:
                 self.asked = True
                 await self.pipe.send_all(QUESTION)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # it has ended, and that is noticed elsewhere
+            pass  # the process has ended; `_life` handles that
 
     async def listen(self, start: Start, hear: Callable[[State], None]) -> None:
-        """Tell a new process what it is, and take in what it says, until it is gone."""
+        """Send a new process its `Start`, then receive its states until it ends."""
         try:
             await send(self.pipe, start_message(start))
             self.asked = True
@@ -149,26 +159,31 @@ class Life:
         except (ProcessGone, trio.BrokenResourceError):
             self.heard.unpark_all()
         except msgspec.MsgspecError:
-            _log.exception("a worker says what nobody understands")
+            _log.exception("a worker sent an invalid message")
             self.process.kill()
 
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One place, and the process that has it now. `served`: one of them has come so far as to say how it is, or nobody will."""
+    """One worker number and its current process. `served`: a process has reported its state, or
+    none will.
+    """
 
     number: int
     life: Life | None = None
-    pausing: trio.CancelScope = field(default_factory=trio.CancelScope)  # between two lives
+    # the pause before a restart
+    pausing: trio.CancelScope = field(default_factory=trio.CancelScope)
     served: trio.Event = field(default_factory=trio.Event)
 
     def stalled(self, timeout: float) -> list[str]:
-        """Why it is beyond help, if it has not answered for `timeout` seconds."""
+        """Why it counts as stuck: it has not answered for `timeout` seconds. Empty if it is not
+        stuck.
+        """
         life = self.life
         return [f"has not answered for {life.silent_for:.0f} s"] if life is not None and life.silent_for >= timeout else []
 
     def reasons(self, timeout: float) -> list[str]:
-        """Why no traffic should come to it."""
+        """Why it should get no traffic. Empty if it is ready."""
         life = self.life
         if life is None:
             return ["is not running"]
@@ -176,7 +191,9 @@ class Worker:
 
 
 class Supervisor:
-    """The workers, and the one view of them. The constructor binds the administration listener, and raises StartError."""
+    """The workers and their common view. The constructor binds the administration listener; it
+    raises StartError.
+    """
 
     def __init__(self, config: Config, metrics: Metrics) -> None:
         self.config = config
@@ -185,11 +202,11 @@ class Supervisor:
         self._totals = Totals()
         self._share = share(config)
         self._secret = token_bytes(32)
-        self._memory = make(config.workers)  # open as long as this process lives
+        self._memory = make(config.workers)  # open as long as this process
         self._stopping = trio.Event()
         self._lives = trio.CancelScope()  # of all workers
         self._code = 0
-        self._nursery: trio.Nursery  # while it runs
+        self._nursery: trio.Nursery  # set while `run` runs
         self._admin: list[socket.socket] = []
         try:
             for address in config.admin.listen:
@@ -202,7 +219,9 @@ class Supervisor:
             raise StartError(str(error), 69) from error
 
     async def run(self) -> int:
-        """Until all workers have ended, since they were told to, or the first could not start. Returns the exit code."""
+        """Run until all workers have ended after a signal, or the first one cannot start. Returns
+        the exit code.
+        """
         status = Status(self.not_alive, self.not_ready, self.render, self._refresh)
         admin = Admin(self.config.admin, self._admin, status, self._metrics)
         _log.info("%d workers", len(self.workers))
@@ -225,10 +244,10 @@ class Supervisor:
             for worker in others:
                 workers.start_soon(self._keep, worker)
 
-    # A worker's lives...
+    # Processes of the workers
 
     async def _keep(self, worker: Worker) -> None:
-        """A worker's process, one after the other, until it is told to stop."""
+        """Run a worker's process and restart it until the supervisor stops."""
         pause = _PAUSE
         while not self._stopping.is_set():
             began = trio.current_time()
@@ -236,13 +255,13 @@ class Supervisor:
             if self._stopping.is_set():
                 break
             if code in _HOPELESS and worker is self.workers[0] and not worker.served.is_set():
-                self._code = code  # it has said itself what is wrong
+                self._code = code  # the worker has logged the error itself
                 self._stopping.set()
                 break
             self._metrics.worker_exits.at("signal" if code < 0 else "exit").inc()
             pause = _PAUSE if trio.current_time() - began > _WELL else pause
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"has ended with exit code {code}"
-            _log.error("worker %d %s, and is started again in %g s: its connections are lost", worker.number, how, pause)
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+            _log.error("worker %d %s; its connections are lost; restarting it in %g s", worker.number, how, pause)
             with worker.pausing:
                 await trio.sleep(pause)
             worker.pausing = trio.CancelScope()
@@ -250,7 +269,9 @@ class Supervisor:
         worker.served.set()
 
     async def _life(self, worker: Worker) -> int:
-        """One process, from its start to its end; the return code, negative for a signal. Cancelled, it is killed."""
+        """Run one process to its end; returns its return code, negative for a signal. If cancelled,
+        kills it.
+        """
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as pipe:
@@ -260,10 +281,11 @@ class Supervisor:
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno(), self._memory],
                     env={**os.environ, "PYTHONPATH": _path()},
-                    process_group=0,  # an interrupt from the keyboard is passed on by us, once
+                    process_group=0,  # the supervisor itself passes Ctrl-C on, once
                 )
             worker.life = life = Life(process, pipe)
-            if self._stopping.is_set():  # the signal came before there was somebody to pass it on to
+            # the signal came before the process was there to receive it
+            if self._stopping.is_set():
                 process.terminate()
             try:
                 async with trio.open_nursery() as nursery:
@@ -273,7 +295,7 @@ class Supervisor:
             finally:
                 if process.returncode is None:
                     process.kill()
-                    with trio.CancelScope(shield=True):  # nothing outlives SIGKILL for long
+                    with trio.CancelScope(shield=True):  # SIGKILL ends it soon
                         await process.wait()
                 worker.life = None
                 self._totals.gone(worker.number)
@@ -284,22 +306,24 @@ class Supervisor:
     def _hear(self, worker: Worker, state: State) -> None:
         self._totals.take(worker.number, state.reading)
         if not worker.served.is_set():
-            _log.info("worker %d serves", worker.number)
+            _log.info("worker %d is serving", worker.number)
         worker.served.set()
 
     async def _stop(self, signals: AsyncIterator[int]) -> None:
-        """Pass on each signal. The first is the beginning of the end, for which the workers have their grace."""
+        """Pass each signal on to the workers. The first one starts the shutdown, within their grace
+        period.
+        """
         async for number in signals:
             if not self._stopping.is_set():
                 self._stopping.set()
-                _log.info("stopping: the workers have %g s", self.config.shutdown.grace)
+                _log.info("stopping: the workers have %g s to finish", self.config.shutdown.grace)
                 self._lives.deadline = trio.current_time() + self.config.shutdown.grace + _MARGIN
             for worker in self.workers:
                 if worker.life is not None:
                     worker.life.process.send_signal(number)
                 worker.pausing.cancel()
 
-    # How they are...
+    # States of the workers
 
     async def _look(self) -> None:
         while True:
@@ -312,7 +336,7 @@ class Supervisor:
         self._nursery.start_soon(self._hear_all, done)
 
     async def _hear_all(self, done: Callable[[], None]) -> None:
-        """Have the newest from all workers that answer within `_PATIENCE`."""
+        """Get fresh states from all workers that answer within `_PATIENCE`."""
         with trio.move_on_after(_PATIENCE):
             async with trio.open_nursery() as nursery:
                 for worker in self.workers:
@@ -321,10 +345,12 @@ class Supervisor:
                         nursery.start_soon(worker.life.heard.park)
         done()
 
-    # The rest is called by the thread of the administration listener, too.
+    # The methods below are also called by the thread of the administration listener.
 
     def not_alive(self) -> list[str]:
-        """A worker that has ended is started again. One that is there and does not answer never will be."""
+        """A worker that has ended is restarted and does not count. One that runs but does not
+        answer stays stuck.
+        """
         timeout = self.config.admin.stall_timeout
         return [f"worker {worker.number} {reason}" for worker in self.workers for reason in worker.stalled(timeout)]
 
@@ -343,6 +369,6 @@ class Supervisor:
 
 
 def _path() -> str:
-    """Where a worker finds this program, whatever directory it is started in."""
+    """The directory of this program, so that a worker finds it in any working directory."""
     ours = str(Path(proxy.__file__).parent.parent)
     return os.pathsep.join([ours, *filter(None, [os.environ.get("PYTHONPATH")])])

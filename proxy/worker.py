@@ -1,9 +1,10 @@
-"""One of several workers: the same proxy as ever, but for the administration listener, which is the supervisor's.
+"""One of several workers: a complete proxy without the administration listener, which the
+supervisor has.
 
-`python -m proxy.worker FD MEMORY` is started by the supervisor and by nobody else. FD is this end of a pair of sockets
-(workers/protocol.py): by it comes what this worker is, and over it go the answers about how it is. MEMORY is shared with the other workers
-(workers/connection_table.py). When the supervisor is gone, whoever runs the container thinks that the proxy is; so the worker behaves as if
-it had been told to stop.
+Only the supervisor starts `python -m proxy.worker FD MEMORY`. FD is this process's end of a socket
+pair (workers/protocol.py): the worker receives its `Start` from it and sends its states to it.
+MEMORY is shared with the other workers (workers/connection_table.py). If the supervisor is gone,
+the container counts as ended, so the worker shuts down as on SIGTERM.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from proxy.workers.protocol import QUESTION, ProcessGone, State, WorkerInfo, rea
 
 
 def main(descriptor: int, memory: int) -> int:
-    """Be the worker at the other end of `descriptor`; returns the exit code."""
+    """Run the worker at the other end of `descriptor`; returns the exit code."""
     sock = socket.socket(fileno=descriptor)
     sock.setblocking(False)
     try:
         told = read_start(trio.run(_first, sock.dup()))
     except (ProcessGone, OSError, trio.BrokenResourceError):
-        return 0  # nobody wants a worker any more
+        return 0  # the supervisor is gone
 
     async def beside(app: App) -> None:
         async with trio.SocketStream(trio.socket.from_stdlib_socket(sock)) as supervisor:
@@ -51,7 +52,7 @@ async def _first(sock: socket.socket) -> bytes:
 
 
 async def answer(app: App, supervisor: trio.SocketStream) -> None:
-    """Say how this worker is, whenever it is asked."""
+    """Send this worker's state whenever the supervisor asks."""
     try:
         while questions := await supervisor.receive_some():
             for _ in range(bytes(questions).count(QUESTION)):
@@ -63,7 +64,9 @@ async def answer(app: App, supervisor: trio.SocketStream) -> None:
 
 
 def _state(app: App) -> bytes:
-    """How this worker is. Collecting takes milliseconds, which the data path should not stand still for."""
+    """This worker's state, encoded. Collecting takes milliseconds, so it must not run on the data
+    path's thread.
+    """
     return msgspec.msgpack.encode(State(app.not_ready(), reading(app.metrics.registry)))
 
 

@@ -1,4 +1,6 @@
-"""What the acceptors of all listeners have in common: how many connections each may have, and what is said when there is no room."""
+"""Common to the acceptors of all listeners: connection limits, and the log lines when a limit is
+reached.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +19,27 @@ _log = logging.getLogger("isthmus")
 _PAUSES = RateLimit(1)
 
 _EVICTED = {
-    "idle": "it has waited longest for a request",
+    "idle": "it has been idle longest",
     "pending": "it is the oldest that has sent no ClientHello",
     "handshake": "its handshake is the oldest",
-    "busy": "what it is doing counts less",
-    "source": "its address has too many",
+    "busy": "it has a lower priority",
+    "source": "its source address has too many connections",
 }
 
 
 def acceptor(
     name: str, handler: Callable[[Connection], Awaitable[None]], bounds: Bounds, metrics: Metrics, descriptors: int
 ) -> Acceptor:
-    """An acceptor of traffic, for as many connections as there are descriptors for: all but `descriptors` of what the system allows are for
-    the traffic of both directions. A connection takes one here, one to its server, and half a one while its peer is not known."""
+    """An acceptor of traffic, limited to the connections that the descriptors suffice for.
+
+    `descriptors` are reserved; the rest of RLIMIT_NOFILE serves the traffic of both directions. A
+    connection takes one descriptor here and one to its server. While its peer is unknown, it counts
+    as half a connection.
+    """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = bounds.total if soft == resource.RLIM_INFINITY else max(1, (soft - descriptors) // 5)
     if most < bounds.total:
-        _log.info("%s: RLIMIT_NOFILE is %d: %d connections are accepted at a time, not %d", name, soft, most, bounds.total)
+        _log.info("%s: RLIMIT_NOFILE is %d, so the limit is %d connections, not %d", name, soft, most, bounds.total)
         reserved = bounds.reserved * most // bounds.total
         bounds = Bounds(most, min(bounds.pending, max(2, most // 2)) if bounds.pending else 0, reserved)
     made = Acceptor(handler, limit=bounds, on_error=report, on_pause=_pausing)
@@ -42,7 +48,9 @@ def acceptor(
 
 
 def bounds_of(config: InboundConfig | GatewayConfig | OutboundConfig, *, mutual: bool) -> Bounds:
-    """How many connections a listener may have. `mutual`: there are peers with an identity, for whom to reserve some."""
+    """The connection limits of a listener. `mutual`: peers may have an identity, so some
+    connections are reserved for them.
+    """
     if isinstance(config, OutboundConfig):
         return Bounds(config.max_connections)
     reserved = int(config.max_connections * config.member_reserve) if mutual else 0
@@ -50,7 +58,9 @@ def bounds_of(config: InboundConfig | GatewayConfig | OutboundConfig, *, mutual:
 
 
 def admission(name: str, slots: Slots, metrics: Metrics) -> None:
-    """Count and log connections of this listener that are ended or refused for want of room."""
+    """Count and log connections of this listener that are closed or refused because a limit is
+    reached.
+    """
     evictions, refusals = RateLimit(1), RateLimit(1)
 
     def evicted(reason: str, source: str) -> None:
@@ -60,15 +70,15 @@ def admission(name: str, slots: Slots, metrics: Metrics) -> None:
 
     def refused(reason: str, source: str) -> None:
         metrics.refused(name, reason)
-        warn(_log, refusals, "%s: a connection from %s was refused, for there is no room (%s)", name, source, reason)
+        warn(_log, refusals, "%s: a connection from %s was refused: the limit is reached (%s)", name, source, reason)
 
     slots.on_evict, slots.on_refuse = evicted, refused
 
 
 def report(connection: Connection, error: BaseException) -> None:
-    """Errors that the table knows stand in the connection's line in the log already; the others are bugs."""
+    """Log an unexpected error. Expected errors are already in the connection's log line."""
     if not known(error):
-        _log.error("a connection from %s failed by a fault of this proxy's", connection.peer, exc_info=error)
+        _log.error("internal error: a connection from %s failed", connection.peer, exc_info=error)
 
 
 def _pausing(error: OSError) -> None:

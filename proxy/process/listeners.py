@@ -15,22 +15,25 @@ from proxy.net.liveness import Liveness
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
-    """Bound sockets. Whoever serves them closes them. A gateway has no outbound side, and its way in is its inbound one."""
+    """Bound sockets. Their server closes them. A gateway has no outbound listeners; `inbound` holds
+    its gateway port.
+    """
 
     outbound: list[socket.socket]
     inbound: list[socket.socket]
     admin: list[socket.socket]
     names: list[socket.socket]  # DNS over TCP
-    datagrams: list[tuple[socket.socket, Address]]  # DNS over UDP, and the resolver that each socket stands for
+    datagrams: list[tuple[socket.socket, Address]]  # DNS over UDP, each with its upstream resolver
 
     def ports(self) -> frozenset[int]:
-        """Those that forward what they accept."""
+        """The ports whose connections are forwarded."""
         return frozenset(sock.getsockname()[1] for sock in (*self.outbound, *self.inbound, *self.names))
 
 
 def listen(config: Config, liveness: Liveness, resolvers: Resolvers | None = None) -> Listeners:
-    """Bind what is configured; as one of several workers (`config.workers`) together with the others. Raises StartError, and then nothing
-    stays bound."""
+    """Bind the configured listeners. With `config.workers`, bind them shared with the other
+    workers. Raises StartError; then none stays bound.
+    """
     shared = config.workers > 1
     bound: list[socket.socket] = []
 
@@ -61,7 +64,7 @@ def listen(config: Config, liveness: Liveness, resolvers: Resolvers | None = Non
 
 
 def has_family(address: Address) -> bool:
-    """Whether the kernel knows the address's family: where IPv6 is switched off, its listeners are left out."""
+    """Whether the kernel supports the address family. Without IPv6, its listeners are left out."""
     if not address.is_ipv6:
         return True
     try:

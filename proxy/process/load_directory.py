@@ -1,4 +1,4 @@
-"""The directory as a proxy reads it at its start, by what the configuration says about it."""
+"""Loading the directory at the start, as the configuration asks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from proxy.errors import StartError
 
 
 def load_directory(config: Config) -> DirectorySource | None:
-    """The directory, read once; None: none is configured. Raises StartError."""
+    """The directory, read once; None if none is configured. Raises StartError."""
     section = config.directory
     if section is None:
         return None

@@ -1,20 +1,25 @@
-"""The memory of the process: how large its budget is, by the limit of the container, and how freed memory goes back to the system.
+"""The process's memory: its budget, from the container's limit, and returning freed memory to the
+system.
 
-The limit is that of the control group (cgroup v1 or v2) and of the groups above it, whichever is lowest. A part of it is what the
-processes take without traffic. What is left is divided between the workers, and a fifth of it is kept for what is not counted: the
-allocator's gaps, TLS libraries, buffers in transit.
+The limit is the lowest one of the control group (cgroup v1 or v2) and the groups above it. A part
+of it is what the processes need without traffic. The rest is divided between the workers. A fifth
+of that is kept for memory that is not counted: allocator fragmentation, TLS libraries, buffers in
+transit.
 
-glibc gives freed memory back at the end of its heap only, and one living object there keeps all that is below. After a flood that is most
-of it: 170 MiB of 225 in a measurement. `malloc_trim` gives back the free pages in the middle. It is called in a thread, and only after the
-process has shrunk: it took 10 ms for 150 MiB, during which other threads of the process wait for memory.
+glibc returns freed memory only from the end of its heap. One live object there keeps everything
+below it. After a flood that was 170 MiB of 225 in a measurement. `malloc_trim` also returns free
+pages in the middle. It is called in a thread, and only after the process has shrunk: it took 10 ms
+for 150 MiB, and other threads that allocate memory wait meanwhile.
 
-Python gives its own memory back by arenas of 1 MiB, each when the last object in it is gone. Two kinds of objects stay although nothing
-uses them. Cycles stay until the garbage collector comes by. And trio keeps cancel scopes that have ended until their deadlines, up to a
-thousand of them (`forget_ended_scopes`). Connections end one by one, so once is not enough: it is repeated until it does not help any more.
+Python returns its own memory in arenas of 1 MiB, each when its last object is gone. Two kinds of
+unused objects stay. Cycles stay until the garbage collector runs. trio keeps up to a thousand ended
+cancel scopes until their deadlines (`forget_ended_scopes`). Connections end one by one, so one pass
+is not enough: it is repeated until it frees no more.
 
-A full collection stops all threads for as long as it takes: 0.1 s and more, with the 250,000 objects of a flood. The collector makes a
-dozen while that many come, and finds nothing. So those that it makes by itself are made seldom, and this module makes them, when the
-process is larger than what is buffered accounts for.
+A full collection stops all threads: for 0.1 s and more with the 250,000 objects of a flood. While
+those objects are created, the collector would run a dozen times and find nothing. So its automatic
+full collections are made rare. This module runs them instead, when the process is larger than the
+buffered bytes explain.
 """
 
 from __future__ import annotations
@@ -36,36 +41,38 @@ from proxy.telemetry.metrics import Metrics
 _log = logging.getLogger("isthmus")
 
 _MIB = 2**20
-# Bytes that the supervisor of several workers takes.
+# Bytes that the supervisor of several workers uses.
 _SUPERVISOR = 56 * _MIB
 _LEAST = 16 * _MIB
-# Memory is given back when so many bytes less are buffered than were; or when the process has grown by so much since it was last, and
-# what is buffered accounts for less than half of it.
+# Memory is returned when the buffered bytes have dropped by this amount. Also when the process has
+# grown by this amount since the last time, and buffered bytes explain less than half of the growth.
 _FREED, _GROWN = 16 * _MIB, 24 * _MIB
-# Seconds between two looks at that; and the most, when giving back does not help: less than so many bytes.
+# Seconds between two such checks; and the longest pause, when returning memory frees less than so
+# many bytes.
 _LOOK, _SELDOM, _HELPED = 5.0, 300.0, 2**20
-# How many collections of the middle generation go by until the collector makes a full one.
+# Collections of the middle generation before the collector runs a full one.
 _FULL_COLLECTION = 1000
-# trio looks through its deadlines when there are so many more of ended scopes than of others.
+# trio cleans up its deadlines when ended scopes outnumber the others by this number.
 _ENDED_SCOPES, _MOST_SCOPES = 1000, 4000
-# cgroup v1 says "no limit" by a number that is a little below 2**63.
+# cgroup v1 reports "no limit" as a number slightly below 2**63.
 _NO_LIMIT = 2**60
 _PAGE = resource.getpagesize()
 
 _WORDS: dict[Action, str] = {
     "window": "windows of HTTP/2 connections are smaller",
-    "read": "connections that hold more than their share are not read",
-    "close": "a connection that held more than its share for too long is closed",
+    "read": "reading from connections above their share is paused",
+    "close": "a connection that was above its share for too long is closed",
     "connection": "new connections are closed",
     "stream": "new streams are refused",
-    "request": "requests are answered by 503",
+    "request": "requests are answered with 503",
 }
 
 
 def limit_of_container(proc: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """The lowest memory limit of this process's control groups, in bytes; None: there is none.
+    """The lowest memory limit of this process's control groups, in bytes; None if there is none.
 
-    A container without a cgroup namespace sees the path of the host in `proc`, and its own group at the root of `mount`.
+    A container without a cgroup namespace sees the host's path in `proc`, and its own group at the
+    root of `mount`.
     """
     found = []
     for line in _lines(proc):
@@ -79,7 +86,7 @@ def limit_of_container(proc: Path = Path("/proc/self/cgroup"), mount: Path = Pat
         group = root / path.lstrip("/")
         for folder in (group, *group.parents):
             if folder.is_relative_to(root) and (text := "".join(_lines(folder / name)[:1])).isdecimal():
-                found.append(int(text))  # noqa: PERF401  # it reads better so
+                found.append(int(text))  # noqa: PERF401  # clearer than a comprehension
     return min((limit for limit in found if limit < _NO_LIMIT), default=None)
 
 
@@ -91,7 +98,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def budget_of(config: Config, limit: int | None) -> int:
-    """Bytes that one process may buffer, where its container may use `limit`."""
+    """Bytes that one process may buffer if its container may use `limit` bytes."""
     if config.memory.budget is not None:
         return config.memory.budget
     if limit is None:
@@ -102,7 +109,9 @@ def budget_of(config: Config, limit: int | None) -> int:
 
 
 class MemoryWatch:
-    """Has the budget, tells of it, and gives memory back. `look` is to be called about once a second."""
+    """Holds the budget, logs its actions, and returns freed memory. Call `look` about once a
+    second.
+    """
 
     def __init__(self, config: Config, streams: StreamLimit, metrics: Metrics) -> None:
         self.budget = budget = Budget(budget_of(config, limit_of_container()), config.memory.patience)
@@ -112,11 +121,13 @@ class MemoryWatch:
         self._counted = dict.fromkeys(ACTIONS, 0)
         self._refused = 0
         self._floor = resident()
-        self._most = 0  # bytes that were buffered at a time since memory was given back
-        self._next = 0.0  # when it may be given back again because less is buffered
-        self._later, self._pause = 0.0, _LOOK  # and because the process is large: not before, and how long it is put off then
+        self._most = 0  # the maximum of buffered bytes since memory was last returned
+        self._next = 0.0  # earliest time of the next return because fewer bytes are buffered
+        # earliest time of a return because of the process's size, and the current pause between
+        # them
+        self._later, self._pause = 0.0, _LOOK
         budget.on_action = self._acted
-        self.observe()  # so that all series are there from the start
+        self.observe()  # so that all series exist from the start
 
     def _acted(self, action: Action) -> None:
         budget = self.budget
@@ -125,7 +136,9 @@ class MemoryWatch:
         warn(_log, self._limits[action], words, *figures, _WORDS[action])
 
     async def look(self) -> None:
-        """Close what has held too much for too long; give freed memory back to the system, if there is much of it."""
+        """Close connections that exceeded their share for too long. Return freed memory to the
+        system if it is much.
+        """
         now = trio.current_time()
         self.budget.sweep(now)
         if now < self._next:
@@ -148,7 +161,7 @@ class MemoryWatch:
         self._pause = _LOOK if size - resident() > _HELPED else min(2 * self._pause, _SELDOM)
 
     def observe(self) -> None:
-        """Bring the metrics up to date."""
+        """Set the metrics to their current values."""
         budget, metrics, streams = self.budget, self._metrics, self._streams
         metrics.memory_used.at("members").set(budget.used - budget.open_used)
         metrics.memory_used.at("others").set(budget.open_used)
@@ -165,33 +178,37 @@ class MemoryWatch:
 
 
 def resident() -> int:
-    """Bytes of memory that this process has now."""
+    """Bytes of memory that this process uses now (RSS)."""
     return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * _PAGE
 
 
 def collect_seldom() -> None:
-    """Have the garbage collector make full collections seldom: see above."""
+    """Make automatic full collections of the garbage collector rare (see the module's docstring).
+    """
     gc.set_threshold(*gc.get_threshold()[:2], _FULL_COLLECTION)
 
 
 def forget_ended_scopes() -> None:
-    """Have trio forget, in its next pass, the cancel scopes that have ended and whose deadlines have not come.
+    """Make trio drop, in its next pass, the ended cancel scopes whose deadlines have not come yet.
 
-    It keeps them in its heap of deadlines until they are in the majority by more than a thousand. So that many are made and ended here:
-    there is no call for it. How many it takes depends on how many deadlines there are; with more than a few thousand it does nothing.
+    trio keeps them in its heap of deadlines until they outnumber the others by more than a
+    thousand. It has no function to drop them, so this creates and ends that many scopes. Their
+    number depends on the number of deadlines; with more than a few thousand deadlines this function
+    does nothing.
     """
     most = min(_MOST_SCOPES, _ENDED_SCOPES + 2 * trio.lowlevel.current_statistics().tasks_living)
     until = trio.current_time() + _SELDOM
     for _ in range(most):
-        with trio.CancelScope(deadline=until):  # noqa: ASYNC100  # only its deadline is wanted
+        with trio.CancelScope(deadline=until):  # noqa: ASYNC100  # only its deadline is needed
             pass
 
 
 def trim() -> bool:
-    """Free what only the garbage collector can, and give free pages of the C library's heap back to the system; False: this C library
-    cannot."""
-    gc.collect()  # an idle proxy allocates little, so the collector would not come by for long
+    """Run the garbage collector and return the C library's free pages to the system. False: this C
+    library cannot do that.
+    """
+    gc.collect()  # an idle proxy allocates little, so the collector would not run for a long time
     try:
         return bool(ctypes.CDLL(None).malloc_trim(0))
-    except (AttributeError, OSError):  # musl
+    except (AttributeError, OSError):  # musl has no malloc_trim
         return False

@@ -1,7 +1,8 @@
-"""The proxy's own identity while it runs: loaded at the start, watched for changes, and what ends with a certificate.
+"""The proxy's own identity at run time: loading, reloading, and the end of a certificate.
 
-A change of the material replaces it at once. Connections that are open go on, unless the change removes the trust root that their peer was
-verified by: then they end as if the peer's certificate had expired (net/tls/expiry.py).
+A changed certificate, key or trust root is used at once. Open connections continue, unless the
+change removes the trust root that verified their peer. Then they end as if the peer's certificate
+had expired (net/tls/expiry.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _log = logging.getLogger("isthmus")
 
 
 def load_identity(config: Config) -> Identity | None:
-    """The identity that is configured, if one is. Raises StartError."""
+    """The configured identity, or None. Raises StartError."""
     if config.identity is None:
         return None
     files = MaterialFiles(config.identity.certificate, config.identity.key, config.identity.roots)
@@ -28,12 +29,14 @@ def load_identity(config: Config) -> Identity | None:
     except MaterialError as error:
         raise StartError(str(error), 64) from error
     if identity.id.trust_domain != config.trust_domain:
-        raise StartError(f"{files.certificate} is of the trust domain {identity.id.trust_domain}, not {config.trust_domain}", 64)
+        raise StartError(f"{files.certificate} is for the trust domain {identity.id.trust_domain}, not {config.trust_domain}", 64)
     return identity
 
 
 class OwnIdentity:
-    """The identity of this process, or that it has none. `expiries`: the connections that rest on certificates."""
+    """The identity of this process, or None. `expiries`: the connections whose lifetime
+    certificates limit.
+    """
 
     def __init__(self, config: Config, metrics: Metrics) -> None:
         self.current = load_identity(config)
@@ -47,11 +50,12 @@ class OwnIdentity:
             self._note(self.current)
 
     def not_ready(self) -> str | None:
-        """Why peers refuse us just now, by the clock."""
+        """Why peers refuse our certificate now (not yet valid, or expired); None if they accept it.
+        """
         return self.current.validity_problem() if self.current is not None else None
 
     async def watch(self) -> None:
-        """Look for new material until cancelled."""
+        """Reload changed files until cancelled."""
         if self.current is None:
             return
         for warning in self.current.warnings:
@@ -66,7 +70,7 @@ class OwnIdentity:
 
     def _broken(self, error: MaterialError) -> None:
         self._metrics.identity_reloaded("error")
-        _log.error("the changed certificate, key or roots cannot be used, the old ones stay: %s", error)
+        _log.error("cannot use the changed certificate, key or roots, keeping the old ones: %s", error)
 
     def _note(self, identity: Identity) -> None:
         self._metrics.validity(identity.not_before.timestamp(), identity.not_after.timestamp(), identity.roots_not_after.timestamp())

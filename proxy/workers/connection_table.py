@@ -1,15 +1,18 @@
-"""Our own connections, known to all workers of a proxy: a table in memory that they share.
+"""The proxy's own open connections, in a table in memory that all workers share.
 
-A connection of ours that comes back to us (loopguard/nesting.py) comes back to any worker, since the kernel divides connections by a hash.
-One that asked only itself would take most of them for the application's, and the commonest of all misconfigurations, a proxy whom its own
-redirection does not exempt, would be a storm again.
+If one of our connections comes back to us (loopguard/nesting.py), it can arrive at any worker: the
+kernel distributes connections by a hash. A worker that knew only its own connections would take
+most of the others for the application's. Then the most common misconfiguration, a proxy that is not
+exempt from its own redirection, would create a storm again.
 
-Each worker has a part of its own and reads in all of them. There is no lock: an entry is one word of eight bytes. 56 bits of it say whose
-it is, 7 how deep it lies, and one that it was stopped as a loop. Other workers than the owner set that bit, and no other one. If the owner
-writes at that very moment, the older entry stays in its place until the next one there. The place and the 56 bits are a digest, with the
-workers' secret, of both ends of the connection; nobody can choose ends that meet. Two connections that want the same place are the price:
-the older one is forgotten by the other workers, not by its own worker, which asks its own exact table first, and a loop that goes over it
-has one round more. A worker's part is wiped when the worker is gone.
+Each worker writes its own part and reads all parts. There is no lock: an entry is one word of eight
+bytes. 56 bits identify the connection, 7 bits hold its depth, one bit says that it was stopped as a
+loop. Other workers set only that bit. If the owner writes at the same moment, the older entry may
+stay in its place until the next write there. The place and the 56 bits are a keyed digest of both
+ends of the connection, so an attacker cannot choose ends that collide. If two connections collide,
+the other workers forget the older one; its own worker does not, because it asks its exact table
+first. A loop over that connection then makes one more round. A worker's part is cleared when the
+worker has ended.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from hashlib import blake2b
 
 from proxy.net.address import Address
 
-# Of each worker; with ten thousand connections open, one in four is not seen by the others.
+# Entries per worker. With ten thousand open connections, the other workers do not see one in four.
 _PLACES = 1 << 15
 _WORD = 8
 _STOPPED = 0x80
@@ -31,19 +34,21 @@ Ends = tuple[Address, Address]
 
 
 def make(workers: int) -> int:
-    """Memory for this many workers, empty; the caller closes the descriptor."""
+    """Create empty shared memory for this many workers. The caller closes the descriptor."""
     descriptor = os.memfd_create("isthmus-connections")
     os.ftruncate(descriptor, workers * _PLACES * _WORD)
     return descriptor
 
 
 def wipe(descriptor: int, worker: int) -> None:
-    """Forget what a worker, counted from 1, has left. Nobody writes there now."""
+    """Clear the part of a worker, counted from 1. No process may be writing there."""
     os.pwrite(descriptor, bytes(_PLACES * _WORD), (worker - 1) * _PLACES * _WORD)
 
 
 class SharedConnectionTable:
-    """The table of one worker, and what it sees of the others' (loopguard.nesting.ConnectionTable)."""
+    """One worker's table, which also reads the other workers' parts
+    (loopguard.nesting.ConnectionTable).
+    """
 
     def __init__(self, descriptor: int, worker: int, secret: bytes) -> None:
         self._words = memoryview(mmap.mmap(descriptor, 0)).cast("Q")

@@ -1,12 +1,13 @@
-"""What several workers have counted, as one proxy's metrics.
+"""The metrics of several workers, merged into those of one proxy.
 
-A worker's *reading* is all of its samples at one moment. Counters and histograms of the workers are added. A gauge is what is true now, so
-each has a rule of its own: connections are added, a certificate ends when the first of them does, and what all workers know alike (the
-virtual addresses, a failover) is not counted several times.
+A worker's *reading* is all of its samples at one moment. Counters and histograms of the workers are
+added. A gauge is a current value, so each has its own rule: connections are added, the certificate
+expiry is the earliest one, and values that all workers share (virtual addresses, a failover) are
+not added.
 
-A counter that goes backwards reads as a restart, and takes the rates of everybody's graphs along. So a worker's last reading stays when
-the worker is gone: its counters are kept with those of all who went before, and its gauges are forgotten. What it counted after its last
-reading is lost; a total is never below one that was told before.
+A counter that decreases looks like a restart and breaks rates in graphs. So when a worker has
+ended, its last reading stays: its counters are added to those of all former workers, its gauges are
+dropped. Counts after its last reading are lost, but a total never decreases.
 
 Pure: readings in, text out.
 """
@@ -21,18 +22,20 @@ from prometheus_client.metrics_core import Metric
 
 
 def _first(one: float, two: float) -> float:
-    """The earlier moment; 0 is none."""
+    """The earlier of two times; 0 means none."""
     return min(one, two) or max(one, two)
 
 
-# Of the gauges that are not simply added.
+# Gauges that are not added.
 RULES: Mapping[str, Callable[[float, float], float]] = {
     "isthmus_build_info": max,
-    "isthmus_endpoint_broken": max,  # as the next
-    "isthmus_failover_active": max,  # every worker judges for itself: one of them sends requests away
-    "isthmus_virtual_addresses": max,  # made from names: the same in all
-    "isthmus_former_identities": max,  # of one file: the same in all
-    "isthmus_certificate_expiry_timestamp_seconds": _first,  # one that could not read the new certificate is the one to hear of
+    "isthmus_endpoint_broken": max,  # as for failover
+    # each worker decides for itself; report it if one of them sends requests away
+    "isthmus_failover_active": max,
+    "isthmus_virtual_addresses": max,  # derived from names: the same in all workers
+    "isthmus_former_identities": max,  # from one file: the same in all workers
+    # the earliest: report a worker that could not load the new certificate
+    "isthmus_certificate_expiry_timestamp_seconds": _first,
     "isthmus_certificate_start_timestamp_seconds": max,
     "isthmus_root_expiry_timestamp_seconds": _first,
     "process_start_time_seconds": _first,
@@ -56,7 +59,7 @@ Reading = list[Family]
 
 
 def reading(registry: CollectorRegistry) -> Reading:
-    """All that a registry holds now."""
+    """All samples that a registry holds now."""
     return [
         Family(found.name, found.type, found.documentation, [(one.name, tuple(one.labels.items()), one.value) for one in found.samples])
         for found in registry.collect()
@@ -64,28 +67,28 @@ def reading(registry: CollectorRegistry) -> Reading:
 
 
 class Totals:
-    """The readings of the workers, each in its place, and what is left of those that are gone."""
+    """The current readings by worker, and the counters of workers that have ended."""
 
     def __init__(self) -> None:
         self._now: dict[int, Reading] = {}
         self._gone: Reading = []
 
     def take(self, place: int, new: Reading) -> None:
-        """The newest reading of the worker at this place."""
+        """Store the newest reading of the worker at this place."""
         self._now[place] = new
 
     def gone(self, place: int) -> None:
-        """The worker at this place has ended; the next one there begins at nothing."""
+        """Keep the counters of a worker that has ended; its successor starts at zero."""
         last = self._now.pop(place, [])
         self._gone = list(_added([self._gone, [family for family in last if family.type in _ACCUMULATED]]))
 
     def render(self, own: Reading) -> bytes:
-        """All together, and `own` with them, in Prometheus' text format 0.0.4."""
+        """All readings and `own` merged, in Prometheus' text format 0.0.4."""
         return generate_latest(_Text(list(_added([own, *list(self._now.values()), self._gone]))))
 
 
 def _added(readings: Iterable[Reading]) -> Iterator[Family]:
-    """One family of each name, in the order in which they are first met."""
+    """One family per name, in the order of first appearance."""
     found: dict[str, tuple[Family, dict[tuple[str, Labels], float]]] = {}
     for one in readings:
         for family in one:
@@ -102,7 +105,7 @@ def _added(readings: Iterable[Reading]) -> Iterator[Family]:
 
 
 class _Text:
-    """A registry as far as prometheus_client asks for one when it writes."""
+    """The part of a registry's interface that prometheus_client uses for rendering."""
 
     def __init__(self, families: Reading) -> None:
         self._families = families

@@ -1,10 +1,12 @@
-"""What a worker is told when it is started, and what it says when it is asked: the words between supervisor and worker.
+"""The messages between the supervisor and a worker.
 
-Between them is a pair of connected sockets that has no name, so nobody else can speak on it. Each message is its length, in four bytes, and
-that many bytes. The first is the supervisor's: everything that must be the same in all workers of one proxy (`Start`). Then each byte of
-the supervisor's is a question, and the answer to all of them is the same: how the worker is (`State`).
+They use a pair of connected, unnamed sockets, so no other process can send on it. A message is its
+length in four bytes, then that many bytes. The supervisor sends the first one (`Start`): everything
+that must be the same in all workers. After that, each byte from the supervisor is a question, and
+the worker answers with its `State`.
 
-The socket also says who is alive. A supervisor whose worker has ended reads the end of it, and so does a worker whose supervisor has.
+The socket also shows whether the other side runs: when one process has ended, the other one reads
+the end of the stream.
 """
 
 from __future__ import annotations
@@ -21,16 +23,16 @@ from proxy.workers.connection_table import SharedConnectionTable
 from proxy.workers.merged_metrics import Reading
 
 _LENGTH = struct.Struct("!I")
-_MOST = 64 * 1024 * 1024  # bytes of a message; a state has some 100 KiB
+_MOST = 64 * 1024 * 1024  # bytes per message; a state has some 100 KiB
 QUESTION = b"?"
 
 
 class ProcessGone(Exception):
-    """The other end of the pair has ended, or speaks something else."""
+    """The other process has ended, or sent an invalid message."""
 
 
 class Pipe(Protocol):
-    """What trio's SocketStream is to us."""
+    """The methods of trio's SocketStream that are used here."""
 
     async def send_all(self, data: bytes) -> None: ...
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray: ...
@@ -38,8 +40,10 @@ class Pipe(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a worker is made of. `config` is the worker's own share (`share`), as it was read when the supervisor was started: what the file
-    says now does not count. `secret` is of the loop guard: a token that one worker has made is known to all."""
+    """The parameters of a worker. `config` is the worker's share of the configuration (see
+    `share`), as read when the supervisor started; later changes of the file do not count. `secret`
+    belongs to the loop guard: every worker recognises tokens that another one created.
+    """
 
     number: int  # from 1
     config: Config
@@ -48,7 +52,9 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """What a proxy is as one of several workers. `connection_table`: the connections of all of them."""
+    """Set in a proxy that is one of several workers. `connection_table`: the connections of all
+    workers.
+    """
 
     number: int
     secret: bytes
@@ -56,15 +62,16 @@ class WorkerInfo:
 
 
 class State(msgspec.Struct):
-    """How a worker is. `reasons`: why no traffic should come; none: it is ready."""
+    """A worker's state. `reasons`: why it should get no traffic; empty if it is ready."""
 
     reasons: list[str]
     reading: Reading
 
 
 def share(config: Config) -> Config:
-    """The configuration of one of `config.workers`: what bounds the whole proxy is divided, rounded up. The administration listener is the
-    supervisor's."""
+    """The configuration of one of `config.workers` workers. Limits of the whole proxy are divided
+    and rounded up. The worker has no administration listener; the supervisor has it.
+    """
     workers = config.workers
 
     def part(whole: int) -> int:
@@ -98,18 +105,20 @@ def start_message(start: Start) -> bytes:
 
 
 def read_start(data: bytes) -> Start:
-    """The supervisor is the parent of this process, and the pair has no name: nobody else can have made these bytes."""
-    start: Start = pickle.loads(data)  # noqa: S301  # from our own parent, over a pair that has no name
+    """Decode the first message. Unpickling is safe: only the parent process can write to the
+    unnamed pair.
+    """
+    start: Start = pickle.loads(data)  # noqa: S301  # from our parent, over an unnamed socket pair
     return start
 
 
 async def send(pipe: Pipe, data: bytes) -> None:
-    """One message, with its length before it. Raises what the pipe raises."""
+    """Send one message with its length. Raises what the pipe raises."""
     await pipe.send_all(_LENGTH.pack(len(data)) + data)
 
 
 async def receive(pipe: Pipe) -> bytes:
-    """The next message. Raises ProcessGone."""
+    """Receive the next message. Raises ProcessGone."""
     (length,) = _LENGTH.unpack(await _exactly(pipe, _LENGTH.size))
     if length > _MOST:
         raise ProcessGone(f"a message of {length} bytes")
