@@ -1,4 +1,4 @@
-"""What a proxy has to know of gRPC: deadlines and statuses (github.com/grpc/grpc, doc/PROTOCOL-HTTP2.md)."""
+"""gRPC deadlines and statuses (github.com/grpc/grpc, doc/PROTOCOL-HTTP2.md)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _MOST = 10**8
 
 
 def parse_timeout(value: bytes) -> float | None:
-    """Seconds of a `grpc-timeout`; None: it is none."""
+    """Parse a `grpc-timeout` into seconds. None: the value is not valid."""
     match = _TIMEOUT.fullmatch(value)
     return int(match[1]) * _SECONDS[match[2]] if match is not None else None
 
 
 def write_timeout(seconds: float) -> bytes:
-    """A `grpc-timeout` of at most so many seconds, as exact as it can be."""
+    """Encode `seconds` as a `grpc-timeout`: rounded down, in the finest unit that fits."""
     for unit in (b"u", b"m", b"S"):
         if (count := int(max(0.0, seconds) / _SECONDS[unit])) < _MOST:
             return b"%d%s" % (count, unit)
@@ -27,10 +27,13 @@ def write_timeout(seconds: float) -> bytes:
 
 
 def status(head: Headers, trailers: Headers) -> int | None:
-    """The status of a call that has ended: in the trailers, or in the head of a response that has nothing else; None: there is none."""
+    """The status of a finished call. None: there is no status.
+
+    It is in the trailers, or in the head of a Trailers-Only response.
+    """
     return code(trailers.get(b"grpc-status") or head.get(b"grpc-status"))
 
 
 def code(value: bytes | None) -> int | None:
-    """The number in a `grpc-status`; None: it is none."""
+    """Parse a `grpc-status`. None: the value is missing or not valid."""
     return int(value) if value is not None and value.isdigit() and len(value) < 4 else None

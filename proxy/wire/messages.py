@@ -1,8 +1,8 @@
-"""Requests and responses, independent of the wire they came by.
+"""Requests and responses, independent of the HTTP version.
 
-The canonical form is HTTP/1's: a method, a request target, and an ordered list of fields in which the authority is the Host
-field (RFC 9110 §7.2). Names keep the case they arrived in, because a sidecar that nobody asked for should change as little as it
-can; comparisons are made in lower case.
+The canonical form is that of HTTP/1: a method, a request target, and an ordered list of fields. The
+authority is the Host field (RFC 9110 §7.2). Names keep the case in which they arrived, because a
+sidecar should change as little as possible. Comparisons use lower case.
 """
 
 from __future__ import annotations
@@ -14,16 +14,20 @@ from enum import Enum
 
 Field = tuple[bytes, bytes]
 
-# uri-host [":" port] (RFC 3986 §3.2.2, §3.2.3): what a Host field and an absolute-form target may name. User information has no place in
-# either, and is what lets two readers see two hosts in one name (RFC 9110 §4.2.4). No capturing groups: other expressions use these.
+# uri-host [":" port] (RFC 3986 §3.2.2, §3.2.3): the authority in a Host field or an absolute-form
+# target. User information is not allowed: it can make two readers see two different hosts in one
+# name (RFC 9110 §4.2.4). There are no capturing groups, because other expressions include these.
 HOST = rb"(?:\[[0-9A-Za-z:.%]+\]|[-0-9A-Za-z._~%!$&'()*+,;=]*)"
 AUTHORITY = HOST + rb"(?::[0-9]{0,5})?"
-_HOST_FIRST = (b"Host: ", b"host: ")  # as nearly always
+_HOST_FIRST = (b"Host: ", b"host: ")  # the usual first line
 _ABSOLUTE = re.compile(rb"[A-Za-z][-+.0-9A-Za-z]*://(" + AUTHORITY + rb")(?:[/?#].*)?", re.DOTALL)
 
 
 class ProtocolError(Exception):
-    """The peer broke the protocol. `status` is what a server would answer it with (RFC 9110 §15); the message names what and where."""
+    """The peer violated the protocol. The message says what is wrong, and where.
+
+    `status`: the status code with which a server answers (RFC 9110 §15).
+    """
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -31,7 +35,7 @@ class ProtocolError(Exception):
 
 
 class Signal(Enum):
-    """What a reader says when it has no event."""
+    """Returned by a reader that has no event."""
 
     NEED_DATA = "need data"
     CLOSED = "closed"
@@ -39,7 +43,7 @@ class Signal(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of one message's head and trailers: bytes, but for `fields`, which is a count."""
+    """Limits for the head and the trailers of one message: in bytes, except `fields` (a count)."""
 
     head: int = 65536
     target: int = 16384
@@ -49,9 +53,10 @@ class Limits:
 class Headers:
     """Ordered fields. Lookups take the name in lower case.
 
-    Those of a head that the recogniser has accepted (h1/fast_head.py) stay the `block` of lines that they came as until somebody asks for
-    more: most heads go on in their own bytes, with a line or two of ours behind them. A block has one Host, and no field that offers or
-    frames anything. `clean`: it is known that no field in here belongs to the hop, so nobody has to look for one.
+    The fields of a head that h1/fast_head.py has accepted stay in `block`, the lines as they
+    arrived, until they are needed separately. Most heads are forwarded as these bytes, with a line
+    or two added. A block has exactly one Host, and no Upgrade, TE, Expect or Transfer-Encoding.
+    `clean`: no field here is hop-by-hop, so nothing needs to be stripped.
     """
 
     __slots__ = ("_ending", "_items", "block", "clean")
@@ -64,7 +69,10 @@ class Headers:
 
     @classmethod
     def canonical(cls, block: bytes, ending: Sequence[bytes]) -> Headers:
-        """Of lines `name: value CRLF` that the recogniser has accepted. `ending`: those of them that belong to the hop, to their CR."""
+        """Create from lines `name: value CRLF` that h1/fast_head.py has accepted.
+
+        `ending`: the hop-by-hop lines among them, each including its CR.
+        """
         headers = cls()
         headers.block, headers._ending, headers.clean = block, ending, not ending
         return headers
@@ -82,13 +90,16 @@ class Headers:
         self.block, self._items = None, items
 
     def encode(self) -> bytes:
-        """As they stand in an HTTP/1 head. Nothing is checked."""
+        """Encode as the lines of an HTTP/1 head. Nothing is checked."""
         if self.block is not None:
             return self.block
         return b"".join([b"%b: %b\r\n" % item for item in self._items])
 
     def strip_block(self) -> bool:
-        """Remove what ends at this hop, if that can be done without splitting; whether it could."""
+        """Strip the hop-by-hop fields if this needs no split into lines.
+
+        Return whether it is done.
+        """
         if self.block is not None and not self.clean:
             lines = b"\n" + self.block
             for line in self._ending:
@@ -97,13 +108,13 @@ class Headers:
         return self.clean
 
     def onward(self) -> Headers:
-        """A copy of the `block`, without the lines that end at this hop."""
+        """Return a copy of the `block` without the hop-by-hop lines."""
         copy = Headers.canonical(self.block or b"", self._ending)
         copy.strip_block()
         return copy
 
     def append(self, name: bytes, value: bytes) -> None:
-        """Put a field at the end, one that does not belong to the hop (or to the next one, when nobody strips any more)."""
+        """Append a field. It must not be hop-by-hop, unless the fields are already stripped."""
         if self.block is not None:
             self.block = b"%b%b: %b\r\n" % (self.block, name, value)
         else:
@@ -122,12 +133,12 @@ class Headers:
         return any(n.lower() == name for n, _ in self.items)
 
     def __eq__(self, other: object) -> bool:
-        """Equal as a recipient would see them: the same names in any case, the same values, in the same order."""
+        """Equal for a recipient: the same names in any case, the same values, in the same order."""
         if not isinstance(other, Headers):
             return NotImplemented
         return [(n.lower(), v) for n, v in self.items] == [(n.lower(), v) for n, v in other.items]
 
-    __hash__ = None  # type: ignore[assignment]  # mutable: the documented way to say so
+    __hash__ = None  # type: ignore[assignment]  # mutable: the documented way to make it unhashable
 
     def __repr__(self) -> str:
         return f"Headers({self.items!r})"
@@ -146,7 +157,10 @@ class Headers:
         return [value for n, value in self.items if n.lower() == name]
 
     def tokens(self, name: bytes) -> list[bytes]:
-        """The members of a comma-separated field over all its lines, trimmed, in lower case, without empty ones (RFC 9110 §5.6.1)."""
+        """The members of a comma-separated field over all its lines (RFC 9110 §5.6.1).
+
+        They are trimmed and in lower case; empty members are omitted.
+        """
         found = [t.strip(b" \t").lower() for value in self.all(name) for t in value.split(b",")]
         return [t for t in found if t]
 
@@ -158,7 +172,7 @@ class Headers:
         self.items = _others(self.items, names)
 
     def replace(self, name: bytes, value: bytes) -> None:
-        """Put `value` where the first such field stands (at the end if there is none) and drop the other ones."""
+        """Replace the first such field and remove the others. Append the field if there is none."""
         lower = name.lower()
         for index, (n, _) in enumerate(self.items):
             if n.lower() == lower:
@@ -170,38 +184,51 @@ class Headers:
         return Headers(self.items)
 
     def write_length(self) -> None:
-        """Write a Content-Length that is a number without its leading zeros. The grammar allows them (1*DIGIT, RFC 9110 §8.6), and some
-        readers take such a number for an octal one."""
+        """Remove leading zeros from a numeric Content-Length.
+
+        The grammar allows them (1*DIGIT, RFC 9110 §8.6), but some readers parse such a number as
+        octal.
+        """
         for index, (name, value) in enumerate(self.items):
             if value[:1] == b"0" != value and name.lower() == b"content-length":
                 self.items[index] = (name, b"%d" % int(value))
 
 
 def _others(items: list[Field], names: Container[bytes]) -> list[Field]:
-    """The fields of all other names: the same objects, since one may be more than its parts (fields2.Secret), which a compiled loop does
-    not see."""
+    """The fields with all other names.
+
+    The result has the same tuple objects, because an item can be an instance of a subclass (Secret
+    in h2/fields.py), and a compiled loop would replace it by a plain tuple.
+    """
     return list(filter(lambda item: item[0].lower() not in names, items))
 
 
 def place(lower: bytes, mark: bytes) -> int:
-    """Where the value of a field begins in the canonical lines of a head, which are in lower case; the first one's, if there are more.
-    0: there is none. `mark` is what it stands behind: a newline, its name, colon and blank."""
+    """Return the offset at which the value of a field begins in `lower`; 0 if there is none.
+
+    `lower`: canonical lines of a head in lower case. `mark`: newline, name, colon and space. If the
+    field occurs several times, the first one counts.
+    """
     if lower.startswith(mark[1:]):
         return len(mark) - 1
     at = lower.find(mark)
     return at + len(mark) if at >= 0 else 0
 
 
-# A dataclass's own __init__ is never compiled (docs/decisions/30-compiled.md). These two are made for every request.
+# mypyc does not compile the generated __init__ of a dataclass (docs/decisions/30-compiled.md), and
+# these two objects are created for every request. So __init__ is explicit.
 @dataclass(slots=True, init=False)
 class RequestHead:
-    """A request's head. `target` is as on the wire: origin-form, absolute-form, authority-form (CONNECT) or `*` (RFC 9112 §3.2)."""
+    """The head of a request. `target` is as on the wire (RFC 9112 §3.2).
+
+    It is in origin-form, absolute-form, authority-form (CONNECT) or `*`.
+    """
 
     method: bytes
     target: bytes
     headers: Headers
     version: bytes
-    protocol: bytes | None  # of an extended CONNECT (RFC 8441), which is how HTTP/2 asks for a WebSocket
+    protocol: bytes | None  # of an extended CONNECT (RFC 8441), for a WebSocket in HTTP/2
 
     def __init__(self, method: bytes, target: bytes, headers: Headers, version: bytes = b"1.1", protocol: bytes | None = None) -> None:
         self.method = method
@@ -212,7 +239,7 @@ class RequestHead:
 
     @property
     def authority(self) -> bytes | None:
-        """Whom the request is for: the target's own authority before the Host field (RFC 9112 §3.2.2)."""
+        """The authority in the request: the target's, otherwise Host (RFC 9112 §3.2.2)."""
         if self.method == b"CONNECT" and self.protocol is None:
             return self.target
         if not self.target.startswith((b"/", b"*")):
@@ -225,7 +252,7 @@ class RequestHead:
 
 @dataclass(slots=True, init=False)
 class ResponseHead:
-    """The head of a response. `version`: of the connection that it came on."""
+    """The head of a response. `version`: the HTTP version of the connection on which it arrived."""
 
     status: int
     headers: Headers
@@ -240,23 +267,29 @@ class ResponseHead:
 
     @property
     def informational(self) -> bool:
-        """An interim response, which another one follows. 101 is not one: it ends HTTP on the connection (RFC 9110 §15.2.2)."""
+        """Whether this is an interim response, which another one follows.
+
+        101 is not interim: it ends HTTP on the connection (RFC 9110 §15.2.2).
+        """
         return 100 <= self.status < 200 and self.status != 101
 
 
 @dataclass(frozen=True, slots=True)
 class EndOfMessage:
-    """A body has ended, with these trailers."""
+    """The end of a body, with its trailers."""
 
     trailers: Headers = field(default_factory=Headers)
 
 
-# Without trailers there is nothing to tell two ends apart, so all share one.
+# All ends without trailers are equal, so they share one object.
 END = EndOfMessage()
 
 
 def absolute_authority(target: bytes) -> bytes | None:
-    """The authority of an absolute-form target; None if it has none, or one that is no host and port (user information included)."""
+    """The authority of an absolute-form target.
+
+    None: there is no authority, or it is not a host and port (for example with user information).
+    """
     match = _ABSOLUTE.fullmatch(target)
     if match is None or match[1].startswith(b":"):
         return None
@@ -276,38 +309,45 @@ def origin_form(request: RequestHead) -> bytes:
     return path if path.startswith(b"/") else b"/" + path
 
 
-# Fields that speak of one connection only (RFC 9110 §7.6.1; Keep-Alive and Proxy-Connection are RFC 2068's and de facto). Two come back:
-# Transfer-Encoding, as the framing of the other side has it, and TE as `TE: trailers` where trailers can be carried.
+# Fields for one connection only (RFC 9110 §7.6.1; Keep-Alive is from RFC 2068, and Proxy-Connection
+# is a de facto field). Two of them are written anew for the next connection: Transfer-Encoding if
+# its framing needs it, and `TE: trailers` if it can carry trailers.
 _CONNECTION_FIELDS = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding", b"upgrade"})
 
-# Who has sent a request, as proxies have verified it. Each proxy says it anew to the next hop, or says nothing: what came in is dropped,
-# for anybody could have written it. So is Linkerd's field of the same meaning, and every spelling that a server which makes variables
-# of fields (CGI and its children: RFC 3875 §4.1.18) would take for the same name. lighttpd has an underscore for each character that is no
-# letter and no digit, and so all that a name may have of these (RFC 9110 §5.6.2) stand for a dash.
+# The verified identity of the client. Each proxy writes this field for the next hop, or omits it. A
+# field that arrives is removed, because any client can write it. Linkerd's field with the same
+# meaning is removed too, and so is every spelling that a server could confuse with these names: a
+# CGI-like server turns field names into variable names (RFC 3875 §4.1.18). lighttpd replaces each
+# character that is not a letter or a digit by an underscore. So each such character that a name may
+# have (RFC 9110 §5.6.2) is treated like a dash.
 CALLER = b"isthmus-client-id"
 _DASHES = b"!#$%&'*+-.^_`|~"
 CALLER_FIELDS = frozenset(b"%b%cclient%cid" % (proxy, one, two) for proxy in (b"isthmus", b"l5d") for one in _DASHES for two in _DASHES)
-# The same as a pattern, of names in any case if it is used so.
+# A pattern for these names. Use it case-insensitively.
 CALLER_PATTERN = rb"(?:isthmus|l5d)[%b]client[%b]id" % (re.escape(_DASHES), re.escape(_DASHES))
 
-# Limits that a client asks the first proxy for (proxy/routing/request_overrides.py). They end there, heard or not.
+# Limits that a client requests from the first proxy (proxy/routing/request_overrides.py). The first
+# proxy removes them, whether it applies them or not.
 OVERRIDES = frozenset(
     {b"isthmus-timeout", b"isthmus-response-timeout", b"isthmus-attempt-timeout"}
     | {b"isthmus-retry-limit", b"isthmus-retry-statuses", b"isthmus-retry-grpc"}
 )
 
-# Why the last proxy answers a request itself: one of the reasons in errors.py. A proxy says it to peers whose identity is verified, and
-# believes it of those only (proxy/exchange/reports.py). It removes what an application says here, and passes nothing on.
+# Why the last proxy answers a request itself: one of the reasons in errors.py. A proxy sends this
+# field only to peers with a verified identity, and accepts it only from them
+# (proxy/exchange/reports.py). It removes the field if an application sends it, and never forwards
+# it.
 FAILURE = b"isthmus-failure"
 
-# What ends at each hop.
+# All fields that end at each hop.
 HOP_BY_HOP = _CONNECTION_FIELDS | CALLER_FIELDS | OVERRIDES | {FAILURE}
 
-# The names of all our fields begin with this.
+# The prefix of all our own field names.
 OWN = b"isthmus-"
 
-# A Connection option may name any field, but dropping one of these would change what the message means, to whom it goes, or what the
-# proxies before us have said about it. None of ours is dropped for it either: a client could take the loop guard's tokens off so.
+# A Connection option may name any field. But removing one of these would change the meaning of the
+# message, its destination, or what earlier proxies have said about it. Our own fields are not
+# removed either: otherwise a client could remove the tokens of the loop guard.
 NEVER_NOMINATED = frozenset(
     {b"host", b"content-length", b"content-type", b"content-encoding", b"content-range", b"range", b"location", b"authorization"}
     | {b"cookie", b"set-cookie", b"date", b"cache-control", b"max-forwards", b"forwarded", b"via", b"x-real-ip"}
@@ -316,11 +356,12 @@ NEVER_NOMINATED = frozenset(
     | {b"x-b3-traceid", b"x-b3-spanid", b"x-b3-parentspanid", b"x-b3-sampled", b"x-b3-flags"}
 )
 
-# Connection options that remove nothing more than is removed anyway.
+# Connection options that require no further removal.
 _NOTHING_MORE = NEVER_NOMINATED | HOP_BY_HOP | {b"close"}
 
-# What has no business behind a body (RFC 9110 §6.5.1, and the list of RFC 7230 §4.1.2): a recipient that adds trailers to the other
-# fields would frame, route, authorise or read the message anew. They are dropped, as a recipient may ignore them.
+# Fields that must not be trailers (RFC 9110 §6.5.1, and the list of RFC 7230 §4.1.2): a recipient
+# that merges trailers into the head would change framing, routing, authorisation or the meaning of
+# the message. They are dropped, because a recipient may ignore trailers.
 _NO_TRAILERS = (
     _CONNECTION_FIELDS
     | CALLER_FIELDS
@@ -334,12 +375,12 @@ _NO_TRAILERS = (
 
 
 def may_trail(name: bytes) -> bool:
-    """Whether a field of this name (in lower case) may be passed on in a trailer section."""
+    """Whether a field of this name (in lower case) may be forwarded in a trailer section."""
     return name not in _NO_TRAILERS and not name.startswith(OWN)
 
 
 def strip_hop_by_hop(headers: Headers) -> None:
-    """Remove in place what ends at this hop: the fixed list, and what Connection names (RFC 9110 §7.6.1)."""
+    """Remove hop-by-hop fields in place, also those that Connection names (RFC 9110 §7.6.1)."""
     if headers.clean or headers.strip_block():
         return
     named = [name for name in headers.tokens(b"connection") if name not in _NOTHING_MORE and not name.startswith(OWN)]
@@ -347,7 +388,7 @@ def strip_hop_by_hop(headers: Headers) -> None:
 
 
 def wants_trailers(headers: Headers) -> bool:
-    """The client said `TE: trailers` (RFC 9110 §10.1.4)."""
+    """Whether the client sent `TE: trailers` (RFC 9110 §10.1.4)."""
     return not headers.clean and any(token.split(b";")[0].strip() == b"trailers" for token in headers.tokens(b"te"))
 
 
@@ -355,9 +396,12 @@ _CARRY_HTTP = frozenset({b"h2c", b"h2", b"http", b"tls"})
 
 
 def upgrade_offer(headers: Headers) -> bytes | None:
-    """The value of Upgrade if Connection names it, as it must (RFC 9110 §7.8). What would carry HTTP is never offered onward (`h2c`, which
-    RFC 9113 §3.1 has retired, and TLS, RFC 2817): this proxy would no longer see the single requests, and anything could be written into
-    them. A proxy may ignore an offer."""
+    """The value of Upgrade, if Connection names it as required (RFC 9110 §7.8). None: no offer.
+
+    Protocols that carry HTTP are removed from the offer: `h2c` (retired by RFC 9113 §3.1) and TLS
+    (RFC 2817). After such an upgrade, this proxy could not see or check the single requests. A
+    proxy may ignore an offer.
+    """
     if headers.clean or b"upgrade" not in headers.tokens(b"connection"):
         return None
     offers = [value for value in headers.all(b"upgrade") if value]

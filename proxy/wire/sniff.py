@@ -1,23 +1,29 @@
-"""The first bytes of a connection: a TLS ClientHello, HTTP/1, HTTP/2, or something we leave alone.
+"""Protocol detection by the first bytes of a connection: TLS, HTTP/1, HTTP/2, or opaque.
 
-What a lenient server would serve as HTTP/1 is HTTP/1 here, however malformed it is: whoever reads it refuses it with 400. As something
-opaque it would go on untouched, past all that is done for requests, with header fields that only a proxy may set, to a server that may
-read it after all. So this is no reader of HTTP. It takes what any of the common servers overlooks: empty lines, blanks and control
-characters in front (nginx, Node.js, Python, Netty), a bare LF, any white space between the parts, versions such as HTTP/1.10 or http/1.1,
-a second CR, no version at all, any bytes as a method (wsgiref, Werkzeug and WEBrick take all). A method of the registry before a path is
-HTTP/1 whatever follows. Otherwise the end of the line decides, for `HTTP/1` behind a blank is no other protocol's.
+Everything that a lenient server would serve as HTTP/1 is HTTP/1 here, even if it is malformed: then
+the HTTP/1 parser refuses it with 400. As opaque bytes it would pass without any of the checks for
+requests, possibly with header fields that only a proxy may set, to a server that may accept it. So
+this module does not parse HTTP. It accepts what any of the common servers tolerates: empty lines,
+spaces and control characters at the start (nginx, Node.js, Python, Netty), a bare LF, any white
+space between the parts, versions such as HTTP/1.10 or http/1.1, a second CR, no version at all, and
+any bytes as a method (wsgiref, Werkzeug and WEBrick accept all). A registered method before a path
+is HTTP/1, whatever follows. Otherwise the end of the line decides, because no other protocol has
+`HTTP/1` after a space there.
 
-What cannot be told apart stays opaque: `GET key` is an inline command of Redis, and HTTP/0.9 to Python's http.server; `OPTIONS rtsp://a
-RTSP/1.0` is RTSP, and Node.js answers it. A port that must not be reached like that is declared (docs/decisions/47-http-detection.md).
+Ambiguous input stays opaque: `GET key` is an inline command of Redis, but HTTP/0.9 for Python's
+http.server; `OPTIONS rtsp://a RTSP/1.0` is RTSP, but Node.js answers it. If a port must not be
+reached in this way, its protocol must be configured (docs/decisions/47-http-detection.md).
 
-Pure functions of the bytes seen so far (they were peeked, and stay where they are). As long as more bytes could change the verdict there
-is none:
+These are pure functions of the bytes so far. The bytes are peeked and stay in the socket. While
+more bytes could change the result, there is no verdict:
 
-    UNDECIDED   it may well be HTTP: wait for more
-    UNLIKELY    it is hardly HTTP: the bytes may go on at once, but what follows them is to be looked at until there is a verdict
+    UNDECIDED   it is probably HTTP: wait for more
+    UNLIKELY    it is probably not HTTP: the bytes may be forwarded at once, but the bytes that
+                follow must be checked until there is a verdict
 
-So a binary protocol does not wait, and a server-speaks-first protocol is the only one that always waits for the detection timeout. A line
-may be as long as Python's servers read. What has come of one that is longer than `LINE_LIMIT` need not be kept as it is (`condensed`).
+So a binary protocol does not wait. Only a server-speaks-first protocol always waits for the
+detection timeout. A line may be as long as Python's servers accept. If a line is longer than
+`LINE_LIMIT`, a shorter form of it is enough to continue the detection (`condensed`).
 """
 
 from __future__ import annotations
@@ -27,45 +33,48 @@ import struct
 from dataclasses import dataclass
 from enum import Enum
 
-# A ClientHello with a post-quantum key share has about 1.8 KiB; RFC 8446 §4.1.2 would allow 128 KiB, and nobody sends that.
+# A ClientHello with a post-quantum key share has about 1.8 KiB. RFC 8446 §4.1.2 would allow 128
+# KiB, which is not used in practice.
 HELLO_LIMIT = 16384
 
-# RFC 9113 §3.4: sent first by every HTTP/2 client with prior knowledge. The first 16 bytes can be nothing else.
+# RFC 9113 §3.4: every HTTP/2 client with prior knowledge sends this first. No other protocol begins
+# with the first 16 bytes of it.
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _PREFACE_CERTAIN = 16
 
-# What one server or another passes over in front of a request line, and between its parts.
+# What at least one server ignores before a request line, and what it accepts between its parts.
 _PASSED_OVER = re.compile(rb"[\x00-\x20\x7f-\xa0]*")
 _BLANK = rb"[\t\v\f\r \x1c-\x1f\x85\xa0]"
 _TOKEN = rb"[-!#$%&'*+.^_`|~0-9A-Za-z]"
 _METHOD = rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH)"
-# HTTP whatever follows.
+# HTTP, whatever follows.
 _CERTAIN = re.compile(_METHOD + _BLANK + rb"++(?:/|(?i:https?://))")
-# The end of a line that ends in a version of HTTP, more or less.
+# The end of a line that ends with something like a version of HTTP.
 _VERSIONED = re.compile(_BLANK + rb"(?i:http)/[0-9][!-~]*+" + _BLANK + rb"*+\n")
 _BLANKS = b"\t\v\f\r \x1c\x1d\x1e\x1f\x85\xa0"
-# A request line, as far as it goes, that is worth waiting for. Methods of the registry are at most 17 characters long.
+# An incomplete request line for which it is worth waiting. Registered methods have at most 17
+# characters.
 _VERSION_START = rb"(?:H(?:T(?:T(?:P(?:/(?:[0-9](?:\.(?:[0-9]\r?)?)?)?)?)?)?)?)?"
 _REQUEST_START = re.compile(_TOKEN + rb"{1,24}(?: (?:[!-~\x80-\xff]+(?: " + _VERSION_START + rb")?)?)?")
 _MEANT_START = re.compile(rb"[A-Z]{1,24}(?:[ \t]+(?:/[^\n]*)?)?")
 _METHOD_START = re.compile(_METHOD + rb" [/*!-~]")
-# Beyond this (bytes) a line that goes on and on is HTTP/1 with a target over the limit (414), if it began as one.
+# If a longer line (bytes) began as HTTP/1, it is HTTP/1 with a target over the limit (414).
 LINE_LIMIT = 4096
-# http.server answers 414 to longer lines, and what stands before them counts here too.
+# http.server answers 414 to longer lines. Bytes before the line count here too.
 LONGEST_LINE = 65536
-# So much (bytes) of a word shows whether it begins like a version.
+# The number of bytes that show whether a word begins like a version.
 _VERSION = 64
 _LONG = re.compile(_METHOD + _BLANK + rb"|" + _TOKEN + rb"++" + _BLANK + rb"++(?:/|(?i:https?://))[!-~\x80-\xff]*+\Z")
 _LINES_ONLY = re.compile(rb"[\t\n\v\f\r ]*+")
-# Type and length of an extension of a ClientHello, and the types that are read (RFC 8446 §4.2).
+# Type and length of a ClientHello extension, and the types that are parsed (RFC 8446 §4.2).
 _EXTENSION = struct.Struct("!HH")
 _SERVER_NAME, _ALPN = 0, 16
-# As many empty lines as h1/connection.py skips before a request line.
+# The number of empty lines that h1/connection.py skips before a request line.
 _EMPTY_LINES = b"\r\n" * 4
 
 
 class Protocol(Enum):
-    """What is spoken inside a connection."""
+    """The protocol inside a connection."""
 
     HTTP1 = "http/1"
     HTTP2 = "http/2"
@@ -73,7 +82,7 @@ class Protocol(Enum):
 
 
 class Undecided(Enum):
-    """More bytes are needed to tell."""
+    """More bytes are necessary to decide."""
 
     UNDECIDED = "undecided"
     UNLIKELY = "unlikely"
@@ -85,14 +94,14 @@ UNLIKELY = Undecided.UNLIKELY
 
 @dataclass(frozen=True, slots=True)
 class ClientHello:
-    """What of a ClientHello matters here: whom it asks for and what it would speak (RFC 6066 §3, RFC 7301)."""
+    """The server name and the ALPN protocols of a ClientHello (RFC 6066 §3, RFC 7301)."""
 
     server_name: str | None
     alpn: tuple[bytes, ...]
 
 
 class NotTLS(Enum):
-    """What came is no ClientHello."""
+    """The bytes are not a ClientHello."""
 
     NOT_TLS = "not TLS"
 
@@ -101,7 +110,7 @@ NOT_TLS = NotTLS.NOT_TLS
 
 
 def protocol(data: bytes) -> Protocol | Undecided:
-    """What `data`, the first bytes of a connection, begins."""
+    """Detect the protocol by `data`, the first bytes of a connection."""
     if data[:_PREFACE_CERTAIN] == _PREFACE[: len(data[:_PREFACE_CERTAIN])]:
         return Protocol.HTTP2 if len(data) >= _PREFACE_CERTAIN else UNDECIDED
     start = data[:LINE_LIMIT]
@@ -111,7 +120,7 @@ def protocol(data: bytes) -> Protocol | Undecided:
     if _CERTAIN.match(line):
         return Protocol.HTTP1
     if len(start) == LINE_LIMIT and b"\n" not in line and (_LONG.match(line) if line else _LINES_ONLY.fullmatch(start)):
-        return Protocol.HTTP1  # what lies beyond may not change a verdict any more
+        return Protocol.HTTP1  # bytes beyond the limit must not change this verdict
     end = data.find(b"\n", at, LONGEST_LINE) + 1
     if end:
         return Protocol.HTTP1 if _VERSIONED.search(data, at, end) else Protocol.OPAQUE
@@ -123,8 +132,12 @@ def protocol(data: bytes) -> Protocol | Undecided:
 
 
 def condensed(data: bytes) -> bytes:
-    """Less of `data`, of which more than LINE_LIMIT has come and which is UNLIKELY. With the same bytes behind it, the verdict is the same,
-    but for LONGEST_LINE; or HTTP, where the last word begins like a version and goes on as something else."""
+    """Return a shorter form of `data`, which is longer than LINE_LIMIT and UNLIKELY.
+
+    With the same bytes appended, the verdict stays the same, with two exceptions: LONGEST_LINE
+    counts fewer bytes; and the verdict is HTTP if the last word begins like a version and continues
+    as something else.
+    """
     rest = data[LINE_LIMIT:]
     kept = rest.rstrip(_BLANKS)
     word = max(kept.rfind(_BLANKS[at : at + 1]) for at in range(len(_BLANKS)))
@@ -132,14 +145,20 @@ def condensed(data: bytes) -> bytes:
 
 
 def settle(data: bytes) -> Protocol:
-    """The verdict when nothing more comes: HTTP/1 if the beginning of a common request line is there (its own deadlines then see to
-    a client that is slow on purpose), otherwise opaque."""
+    """Return the verdict if no more bytes arrive.
+
+    It is HTTP/1 if the data begins like a common request line: then the deadlines of HTTP/1 handle
+    a client that is slow on purpose. Otherwise it is opaque.
+    """
     line = data[:LINE_LIMIT].lstrip(b"\r\n")
     return Protocol.HTTP1 if _METHOD_START.match(line) and _REQUEST_START.fullmatch(line) else Protocol.OPAQUE
 
 
 def client_hello(data: bytes) -> ClientHello | NotTLS | Undecided:
-    """The ClientHello that `data` begins with. A malformed one is not for us to complain about: it is passed on as it is."""
+    """Parse the ClientHello at the start of `data`.
+
+    A malformed one is NOT_TLS: the proxy does not reject it, but forwards it unchanged.
+    """
     if data[:3] not in (b"\x16\x03\x01", b"\x16\x03\x03", b"\x16\x03\x02") and data != b"\x16\x03"[: len(data)]:
         return NOT_TLS
     data = data[:HELLO_LIMIT]
@@ -156,8 +175,11 @@ def client_hello(data: bytes) -> ClientHello | NotTLS | Undecided:
 
 
 def _handshake_bytes(data: bytes) -> tuple[bytes, bool]:
-    """The payloads of the handshake records that `data` begins with, for a hello may be cut over several; and whether nothing but such
-    records was met (RFC 8446 §5.1: none of them is empty)."""
+    """Return the payloads of the handshake records at the start of `data`.
+
+    A hello may be split over several records. The bool is false if another record or an empty one
+    was found (RFC 8446 §5.1 forbids empty ones).
+    """
     payload = bytearray()
     at = 0
     while len(data) >= at + 5:
@@ -170,7 +192,7 @@ def _handshake_bytes(data: bytes) -> tuple[bytes, bool]:
 
 
 class _Cursor:
-    """Reads length-prefixed vectors; raises ValueError past the end."""
+    """Reads length-prefixed vectors. Raises ValueError at the end of the data."""
 
     __slots__ = ("at", "data")
 
@@ -198,17 +220,17 @@ class _Cursor:
 
 def _parse_hello(body: bytes) -> ClientHello:
     at = 2 + 32  # legacy_version, random
-    for size in (1, 2, 1):  # the lengths of legacy_session_id, cipher_suites, legacy_compression_methods
+    for size in (1, 2, 1):  # of the lengths of session_id, cipher_suites and compression_methods
         at += size + int.from_bytes(body[at : at + size], "big")
     end = at
     if at < len(body):
         end = at + 2 + int.from_bytes(body[at : at + 2], "big")
         at += 2
-    if end > len(body):  # whatever was cut short: nothing above can have come back
+    if end > len(body):  # also covers a cut in one of the fields above
         raise ValueError("truncated")
     server_name: str | None = None
     alpn: tuple[bytes, ...] = ()
-    while at + 4 <= end:  # a dozen or more, and two of them matter
+    while at + 4 <= end:  # usually a dozen or more extensions, of which two matter
         kind, size = _EXTENSION.unpack_from(body, at)
         start, at = at + 4, at + 4 + size
         if kind == _SERVER_NAME:

@@ -1,15 +1,18 @@
-"""A WebSocket's opening handshake in both versions of HTTP: GET with Upgrade (RFC 6455 §4), and extended CONNECT (RFC 8441 §5).
+"""The WebSocket opening handshake in both HTTP versions, and the translation between them.
 
-    HTTP/1.1                                                HTTP/2
-    GET /chat                                               :method CONNECT, :protocol websocket, :path /chat
-    Connection: Upgrade, Upgrade: websocket                 -
-    Sec-WebSocket-Key: <random>                             -
-    Sec-WebSocket-Version, -Protocol, -Extensions, Origin   as they are
-    101                                                     200
-    Sec-WebSocket-Accept: <made from the key>               -
+HTTP/1.1 uses GET with Upgrade (RFC 6455 §4). HTTP/2 uses extended CONNECT (RFC 8441 §5).
 
-The key proves to an HTTP/1.1 client that its server has understood the handshake, and is no cache. Where a proxy translates, it is that
-server, or that client: it makes the proof for the client's key, or draws a key and checks the proof.
+    HTTP/1.1                                      HTTP/2
+    GET /chat                                     :method CONNECT, :protocol websocket, :path /chat
+    Connection: Upgrade, Upgrade: websocket       -
+    Sec-WebSocket-Key: <random>                   -
+    Sec-WebSocket-Version, -Protocol, -Extensions, Origin    unchanged
+    101                                           200
+    Sec-WebSocket-Accept: <computed from the key> -
+
+The key proves to an HTTP/1.1 client that the server understands the handshake and is not a cache. A
+proxy that translates acts as that server or as that client: it computes the proof for the client's
+key, or creates a key and checks the proof.
 """
 
 from __future__ import annotations
@@ -29,11 +32,14 @@ _VERSION = b"13"
 
 def accept(key: bytes) -> bytes:
     """The Sec-WebSocket-Accept for a Sec-WebSocket-Key (RFC 6455 §4.2.2)."""
-    return b64encode(sha1(key + _GUID).digest())  # noqa: S324  # the RFC's; no secret depends on it
+    return b64encode(sha1(key + _GUID).digest())  # noqa: S324  # as the RFC says; not for secrecy
 
 
 def key_of(request: RequestHead) -> bytes | None:
-    """The key of a handshake of HTTP/1.1 that can be translated; None: it is none, or has a body, for which there would be no place."""
+    """The key of an HTTP/1.1 handshake that can be translated.
+
+    None: the request is not such a handshake, or it has a body, which cannot be translated.
+    """
     headers = request.headers
     if headers.clean or headers.block is not None or request.method != b"GET" or request.version != b"1.1":
         return None
@@ -51,19 +57,19 @@ def asks(request: RequestHead) -> bool:
 
 
 def extends(request: RequestHead) -> bool:
-    """Whether this is an extended CONNECT, or becomes one where it goes on by HTTP/2."""
+    """Whether this is an extended CONNECT, or becomes one if it is forwarded by HTTP/2."""
     return request.protocol is not None or key_of(request) is not None
 
 
 def to_connect(request: RequestHead) -> RequestHead:
-    """A handshake of HTTP/1.1 (`key_of`) as extended CONNECT."""
+    """Translate an HTTP/1.1 handshake (see `key_of`) to extended CONNECT."""
     headers = Headers(request.headers.items)
     headers.remove(b"connection", b"upgrade", b"sec-websocket-key", b"content-length")
     return RequestHead(b"CONNECT", request.target, headers, b"2", PROTOCOL)
 
 
 def to_get(request: RequestHead, key: bytes) -> RequestHead:
-    """An extended CONNECT for a WebSocket (`asks`) as a handshake of HTTP/1.1 with this key."""
+    """Translate an extended CONNECT for a WebSocket (see `asks`) to an HTTP/1.1 handshake."""
     headers = Headers(request.headers.items)
     headers.remove(b"connection", b"upgrade", b"sec-websocket-key", b"content-length")
     headers.items += [(b"Connection", b"Upgrade"), (b"Upgrade", PROTOCOL), (b"Sec-WebSocket-Key", key)]
@@ -73,7 +79,7 @@ def to_get(request: RequestHead, key: bytes) -> RequestHead:
 
 
 def to_101(response: ResponseHead, key: bytes) -> ResponseHead:
-    """A 2xx to the extended CONNECT as the answer to the client's handshake with this key."""
+    """Translate a 2xx to extended CONNECT into the 101 for the client's handshake with this key."""
     headers = Headers(response.headers.items)
     headers.remove(b"content-length", b"sec-websocket-accept")
     headers.items += [(b"Connection", b"Upgrade"), (b"Upgrade", PROTOCOL), (b"Sec-WebSocket-Accept", accept(key))]
@@ -81,11 +87,14 @@ def to_101(response: ResponseHead, key: bytes) -> ResponseHead:
 
 
 def to_200(response: ResponseHead, key: bytes) -> ResponseHead:
-    """A 101 as the answer to an extended CONNECT. Raises ProtocolError if it is not the answer to a handshake with this key."""
+    """Translate a 101 to the response to an extended CONNECT.
+
+    Raises ProtocolError if it does not accept the handshake with this key.
+    """
     if (upgrade_offer(response.headers) or b"").lower() != PROTOCOL:
-        raise ProtocolError("a 101 response to a WebSocket's handshake that switches to something else")
+        raise ProtocolError("the 101 to a WebSocket handshake switches to another protocol")
     if response.headers.all(b"sec-websocket-accept") != [accept(key)]:
-        raise ProtocolError("a 101 response to a WebSocket's handshake without its Sec-WebSocket-Accept")
+        raise ProtocolError("the 101 to a WebSocket handshake has no valid Sec-WebSocket-Accept")
     headers = Headers(response.headers.items)
     headers.remove(b"connection", b"upgrade", b"sec-websocket-accept", b"content-length")
     return ResponseHead(200, headers, b"OK")

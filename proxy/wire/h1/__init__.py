@@ -1,8 +1,8 @@
-"""HTTP/1: one connection in either role.
+"""HTTP/1: one connection, as client or server.
 
-connection.py    bytes in, heads and bodies out, and back
-fast_head.py     the strict recogniser of common heads
-strict_head.py   the heads that the recogniser declines: refused where they are ambiguous, otherwise h11's to decide
-head_faults.py   what is wrong with a head that was refused, in words
-body.py          how a body is delimited, and its readers and writers
+connection.py    the state of a connection: bytes in, heads and bodies out, and back
+fast_head.py     a fast parser for common heads, which declines all others
+strict_head.py   the declined heads: ambiguous ones are refused, h11 parses the rest
+head_faults.py   error messages that explain what is wrong with a refused head
+body.py          the framing of bodies, and their readers and writers
 """

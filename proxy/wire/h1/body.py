@@ -1,11 +1,13 @@
-"""How an HTTP/1 body is delimited (RFC 9112 §6.3), its readers and its writers.
+"""HTTP/1 bodies: their framing (RFC 9112 §6.3), readers and writers.
 
-There is one reader of bodies for both paths of the heads, so a body cannot mean different things on them. The chunked reader is our
-own and stricter than h11's: no bare LF anywhere, chunk extensions bounded and dropped, trailers bounded. docs/decisions has the
-reasons; tests/wire/h1/test_body.py holds it against h11 on every input that both accept.
+Both head parsers use the same body readers, so a body cannot mean different things on the two
+paths. The chunked reader is our own and stricter than h11's: it accepts no bare LF, it limits and
+drops chunk extensions, and it limits trailers. docs/decisions has the reasons.
+tests/wire/h1/test_body.py compares it with h11 on every input that both accept.
 
-A reader is fed by its connection: `read(buffer, start)` looks at the bytes from `start` on and says with its event how far it got. A
-body is never gathered: what has arrived goes on.
+The connection calls `read(buffer, start)`. The reader looks at the bytes from `start` on, and
+returns an event and the offset up to which it has consumed the buffer. It never collects a body:
+each piece that has arrived is passed on.
 """
 
 from __future__ import annotations
@@ -20,15 +22,15 @@ from proxy.wire.messages import END, EndOfMessage, Headers, ProtocolError, Reque
 Read = tuple[bytes | EndOfMessage | Signal, int]
 
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[ \t!-~\x80-\xff]*)?")
-# The same as far as it has come, with the CR of its end perhaps there already.
+# An incomplete line of that form. It may already have the CR of its CRLF.
 _CHUNK_LINE_SO_FAR = re.compile(rb"[0-9A-Fa-f]{1,16}[ \t]*(?:;[ \t!-~\x80-\xff]*)?\r?")
-# A size, a few extensions; nginx and HAProxy hold a chunk's line to similar bounds.
+# A size and a few extensions. nginx and HAProxy have similar limits for a chunk line.
 _CHUNK_LINE_LIMIT = 1024
 _TRAILER = re.compile(rb"(" + TOKEN + rb"):[ \t]*(" + FIELD_VALUE + rb")[ \t]*")
 
 
 class Framing(Enum):
-    """A body whose length is not known beforehand: in chunks, or until the connection ends."""
+    """The framing of a body of unknown length: chunks, or everything until the connection ends."""
 
     CHUNKED = "chunked"
     CLOSE = "close"
@@ -38,7 +40,10 @@ Length = int | Framing
 
 
 def request_length(head: RequestHead) -> Length:
-    """How the body of a checked request is delimited: without a word on it, there is none."""
+    """The framing of the body of a checked request.
+
+    A request without framing fields has no body.
+    """
     if b"transfer-encoding" in head.headers:
         return Framing.CHUNKED
     value = head.headers.get(b"content-length")
@@ -46,7 +51,7 @@ def request_length(head: RequestHead) -> Length:
 
 
 def response_length(method: bytes, head: ResponseHead) -> Length:
-    """How the body of a response to `method` is delimited."""
+    """The framing of the body of a response to `method`."""
     if method == b"HEAD" or head.status in (204, 304) or head.status < 200 or (method == b"CONNECT" and head.status < 300):
         return 0
     if b"transfer-encoding" in head.headers:
@@ -57,14 +62,14 @@ def response_length(method: bytes, head: ResponseHead) -> Length:
 
 @dataclass(slots=True)
 class FixedReader:
-    """`remaining` bytes, counted down."""
+    """Reads a body of known length. `remaining`: bytes still to come."""
 
     remaining: int
 
     def read(self, buffer: bytes, start: int) -> Read:
         if not self.remaining:
             return END, start
-        # A slice of the whole is the whole: where a read brought nothing but body, it goes on without a copy.
+        # Python copies nothing if the slice covers the whole buffer, which is the common case.
         data = buffer[start : start + self.remaining]
         if not data:
             return Signal.NEED_DATA, start
@@ -78,7 +83,7 @@ class FixedReader:
 
 
 class CloseReader:
-    """All there is until the connection ends. Only a response may be delimited so."""
+    """Reads until the connection ends. Only a response may be delimited so."""
 
     __slots__ = ()
 
@@ -90,18 +95,21 @@ class CloseReader:
 
 
 class _At(Enum):
-    """Where in the chunked grammar the next byte belongs (RFC 9112 §7.1)."""
+    """The position in the chunked grammar (RFC 9112 §7.1)."""
 
     SIZE = "chunk-size line"
     DATA = "chunk-data"
-    DATA_END = "CRLF behind chunk-data"
+    DATA_END = "CRLF after chunk-data"
     TRAILERS = "trailer section"
     DONE = "done"
 
 
 @dataclass(slots=True)
 class ChunkedReader:
-    """Chunks, then trailers. `limit` bounds the trailer section (bytes), `fields` their number."""
+    """Reads chunks, then trailers.
+
+    `limit`: maximum size of the trailer section in bytes. `fields`: maximum number of trailers.
+    """
 
     limit: int
     fields: int
@@ -136,14 +144,15 @@ class ChunkedReader:
         return self.limit if self.at is _At.TRAILERS else _CHUNK_LINE_LIMIT
 
     def _check_incomplete(self, line: bytes) -> None:
-        """Refuse as soon as no continuation could be right, so that a bad peer cannot make us wait for more."""
+        """Refuse a line that no continuation can make valid, so a bad peer cannot make us wait."""
         if b"\n" in line or b"\r" in line[:-1]:
             raise ProtocolError("a bare CR or LF in the chunked framing")
         if self.at is _At.DATA_END and line not in (b"", b"\r"):
-            raise ProtocolError("a chunk that is longer than its size says")
+            raise ProtocolError("a chunk is longer than its size")
         if self.at is _At.SIZE and line and not _CHUNK_LINE_SO_FAR.fullmatch(line):
             raise ProtocolError("a chunk size that is not a hexadecimal number")
-        # The CR may be that of the line's end: a line just within its limit is so in any pieces it comes in.
+        # The CR may belong to the CRLF. It must not count, so the limit does not depend on how the
+        # line is split into reads.
         if len(line.removesuffix(b"\r")) > self._line_limit():
             raise ProtocolError("a line of the chunked framing is too long", 431 if self.at is _At.TRAILERS else 400)
 
@@ -152,7 +161,7 @@ class ChunkedReader:
             raise ProtocolError("a bare CR or LF in the chunked framing")
         if self.at is _At.DATA_END:
             if line:
-                raise ProtocolError("a chunk that is longer than its size says")
+                raise ProtocolError("a chunk is longer than its size")
             self.at = _At.SIZE
         elif self.at is _At.SIZE:
             match = _CHUNK_LINE.fullmatch(line)
@@ -180,12 +189,15 @@ BodyReader = FixedReader | CloseReader | ChunkedReader
 
 
 class WriteError(Exception):
-    """We were about to send a body that is not as long as its head said: our own fault, or our source's; the connection is lost."""
+    """The body that we are sending is not as long as its head announced.
+
+    The cause is on our side, or the source of the body. The connection cannot be used any more.
+    """
 
 
 @dataclass(slots=True)
 class FixedWriter:
-    """A body whose length the head has told. Raises WriteError for another length."""
+    """Writes a body whose length the head has announced. Raises WriteError for another length."""
 
     remaining: int
 
@@ -195,26 +207,29 @@ class FixedWriter:
         self.remaining -= len(data)
         return data
 
-    def end(self, trailers: Headers) -> bytes:  # noqa: ARG002  # without chunks there is no place for trailers
+    def end(self, trailers: Headers) -> bytes:  # noqa: ARG002  # trailers need chunks
         if self.remaining:
             raise WriteError(f"{self.remaining} bytes fewer than the Content-Length")
         return b""
 
 
 class CloseWriter:
-    """Until the connection ends; who uses it has to close the connection behind it."""
+    """Writes a body that ends with the connection.
+
+    The caller must close the connection after it.
+    """
 
     __slots__ = ()
 
     def data(self, data: bytes) -> bytes:
         return data
 
-    def end(self, trailers: Headers) -> bytes:  # noqa: ARG002  # there is no place for trailers without chunks
+    def end(self, trailers: Headers) -> bytes:  # noqa: ARG002  # trailers need chunks
         return b""
 
 
 class ChunkedWriter:
-    """A chunked body (RFC 9112 §7.1): a chunk for each piece."""
+    """Writes a chunked body (RFC 9112 §7.1): one chunk for each piece."""
 
     __slots__ = ()
 
@@ -231,7 +246,7 @@ BodyWriter = FixedWriter | CloseWriter | ChunkedWriter
 
 
 def writer(length: Length) -> BodyWriter:
-    """The writer of a body that is delimited so."""
+    """Return the writer for a body with this framing."""
     if length is Framing.CHUNKED:
         return ChunkedWriter()
     if length is Framing.CLOSE:

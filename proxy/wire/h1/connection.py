@@ -1,15 +1,16 @@
-"""One HTTP/1.x connection, in either role: bytes in, heads and bodies out, and back.
+"""The state of one HTTP/1.x connection, as client or server: bytes in, heads and bodies out.
 
     reading   HEAD --head--> BODY --end--> DONE --next_cycle--> HEAD
                 |              |
-                +--- 101, 2xx to CONNECT ---> TUNNEL     (what is read from here on is not HTTP)
+                +--- 101, 2xx to CONNECT ---> TUNNEL     (from here on the bytes are not HTTP)
     writing   HEAD --head--> BODY --end--> DONE --next_cycle--> HEAD
 
-Both halves move by themselves, so an early response needs no special case. After a ProtocolError the connection is of no further use
-for reading; the caller may still write one response, and closes.
+The two halves are independent, so an early response is not a special case. After a ProtocolError
+nothing more can be read from the connection. The caller may write one response and then must close
+the connection.
 
-The state is these few attributes and nothing else, so that another driver can take a connection over between two calls, and give it
-back.
+These few attributes are the whole state. Therefore another driver (the fast path) can take over a
+connection between two calls, and give it back.
 """
 
 from __future__ import annotations
@@ -34,19 +35,20 @@ from proxy.wire.h1.strict_head import check_bytes, check_lines, check_size, deci
 from proxy.wire.messages import END, EndOfMessage, Headers, Limits, ProtocolError, RequestHead, ResponseHead, Signal
 
 _HEAD_END = b"\r\n\r\n"
-# Empty lines before a request line are skipped (RFC 9112 §2.2); a peer that sends more than a few of them is not an HTTP client.
+# Empty lines before a request line are skipped (RFC 9112 §2.2). A peer that sends more than these
+# is not an HTTP client.
 _EMPTY_LINES = 4
 
 
 class Role(Enum):
-    """Which side of the connection we are."""
+    """The side of the connection that we are."""
 
     CLIENT = "client"
     SERVER = "server"
 
 
 class At(Enum):
-    """How far one half of an exchange has come; the diagram stands above."""
+    """The state of one half of an exchange; see the diagram at the top of the module."""
 
     HEAD = "head"
     BODY = "body"
@@ -55,7 +57,7 @@ class At(Enum):
 
 
 class Http1Connection:
-    """One connection, from its first byte; `next_cycle` begins the next exchange on it."""
+    """One connection, from its first byte. `next_cycle` begins the next exchange on it."""
 
     __slots__ = (
         "_buffer", "_empty_lines", "_eof", "_limits", "_reader", "_role", "_searched", "_start", "_writer",
@@ -66,24 +68,24 @@ class Http1Connection:
         self._role = role
         self._limits = limits
         self._buffer = b""
-        self._start = 0  # of what is not used up yet
-        self._searched = 0  # no head's end lies before this
+        self._start = 0  # of the bytes that are not consumed yet
+        self._searched = 0  # the end of a head is not before this offset
         self._empty_lines = 0  # skipped since the last head
         self._eof = False
         self._reader: BodyReader = FixedReader(0)
         self._writer: BodyWriter = writer(0)
         self.reading = At.HEAD
         self.writing = At.HEAD
-        self.method = b""  # of the request in progress: a response means nothing without it
+        self.method = b""  # of the request in progress; a response cannot be parsed without it
         self.peer_version = b"1.1"
         self.keep_alive = True
-        self.head_size = 0  # bytes of the last head
-        self.declined = 0  # heads that took the longer way, for the metrics
+        self.head_size = 0  # of the last head, in bytes
+        self.declined = 0  # number of heads that fast_head.py declined, for the metrics
 
     # Reading...
 
     def receive_data(self, data: bytes) -> None:
-        """Take what was read from the stream; b"" is its end."""
+        """Add what was read from the stream. b"" means EOF."""
         if not data:
             self._eof = True
         elif self._start == len(self._buffer):
@@ -93,18 +95,18 @@ class Http1Connection:
             self._buffer, self._start = self._buffer[self._start :] + data, 0
 
     def receive_data_if(self, data: bytes) -> None:
-        """The same for what another driver has read, which is not the end if it is nothing."""
+        """Add what another driver has read from the stream. b"" means nothing, not EOF."""
         if data:
             self.receive_data(data)
 
     @property
     def buffered(self) -> int:
-        """Bytes received and not used up yet."""
+        """The number of bytes that are received and not consumed yet."""
         return len(self._buffer) - self._start
 
     @property
     def body_length(self) -> Length:
-        """Of the message being read: bytes still to come, or how they are delimited."""
+        """The framing of the message being read: bytes still to come, or a Framing."""
         match self._reader:
             case FixedReader(remaining=remaining):
                 return remaining
@@ -114,7 +116,10 @@ class Http1Connection:
                 return Framing.CLOSE
 
     def next_request(self) -> RequestHead | Signal:
-        """The next request's head, or NEED_DATA, or CLOSED (between two requests only). Raises ProtocolError."""
+        """Return the head of the next request, NEED_DATA, or CLOSED.
+
+        CLOSED: the peer closed the connection between two requests. Raises ProtocolError.
+        """
         head = self._whole_head()
         if isinstance(head, Signal):
             return head
@@ -132,8 +137,11 @@ class Http1Connection:
         return request
 
     def next_response(self) -> ResponseHead | Signal:
-        """The next response's head, informational ones too (the final one follows them). CLOSED: the server went away before it sent
-        one byte of it. Raises ProtocolError."""
+        """Return the head of the next response, NEED_DATA, or CLOSED.
+
+        Informational responses are returned too; the final one follows them. CLOSED: the server
+        closed the connection before the first byte of a response. Raises ProtocolError.
+        """
         head = self._whole_head()
         if isinstance(head, Signal):
             return head
@@ -156,11 +164,15 @@ class Http1Connection:
         return response
 
     def next_body(self) -> bytes | EndOfMessage | Signal:
-        """The next piece of the body being read (never empty), its end, or NEED_DATA. Raises ProtocolError."""
+        """Return the next piece of the body (never empty), its end, or NEED_DATA.
+
+        Raises ProtocolError.
+        """
         if self.reading is not At.BODY:
             return END
         event, self._start = self._reader.read(self._buffer, self._start)
-        if self._start == len(self._buffer):  # kept no longer than it is of use: whoever has the piece may wait for long
+        # Free the buffer now: the caller may block for long with the piece.
+        if self._start == len(self._buffer):
             self._buffer, self._start, self._searched = b"", 0, 0
         if event is Signal.NEED_DATA and self._eof:
             event = self._reader.end()
@@ -169,12 +181,15 @@ class Http1Connection:
         return event
 
     def take_rest(self) -> bytes:
-        """What was received and is not HTTP: the first bytes of a tunnel."""
+        """Return the received bytes that are not HTTP: the first bytes of a tunnel."""
         rest, self._buffer, self._start = self._buffer[self._start :], b"", 0
         return rest
 
     def _whole_head(self) -> bytes | Signal:
-        """The bytes of one head through its empty line; what is certainly wrong is refused without waiting for the rest of it."""
+        """Return the bytes of one head, including its empty line, or a Signal.
+
+        Raises ProtocolError as soon as a head cannot become valid, without waiting for the rest.
+        """
         if self._role is Role.SERVER:
             self._skip_empty_lines()
         end = self._buffer.find(_HEAD_END, max(self._start, self._searched - 3))
@@ -192,8 +207,11 @@ class Http1Connection:
         return Signal.NEED_DATA
 
     def _check_part(self) -> None:
-        """Raise for what has come of a head. A head that comes byte by byte must stay cheap: bytes are looked at once, lines when one is
-        complete, sizes then and where they are over a limit."""
+        """Check an incomplete head. Raises ProtocolError.
+
+        This must stay cheap if a head arrives byte by byte. So each byte is checked once, lines are
+        checked when one is complete, and sizes then and when they exceed a limit.
+        """
         request = self._role is Role.SERVER
         new = max(self._start, self._searched - 2)
         last_line = self._buffer.rfind(b"\r\n", new)
@@ -217,7 +235,7 @@ class Http1Connection:
         return CloseReader() if length is Framing.CLOSE else FixedReader(length)
 
     def _note_connection(self, headers: Headers, version: bytes) -> None:
-        """RFC 9112 §9.3: whether the peer will go on after this message."""
+        """Update `keep_alive`: whether the peer continues after this message (RFC 9112 §9.3)."""
         options = headers.tokens(b"connection")
         if b"close" in options or (version == b"1.0" and b"keep-alive" not in options):
             self.keep_alive = False
@@ -227,13 +245,19 @@ class Http1Connection:
     # Writing...
 
     def send_request(self, head: RequestHead, length: Length) -> bytes:
-        """The bytes of a request's head; the body that follows has `length`. The framing fields must be in `head` already."""
+        """Encode the head of a request whose body has `length`.
+
+        `head` must already have the framing fields.
+        """
         self.method = head.method
         self.writing, self._writer = At.BODY, writer(length)
         return encode_request(head)
 
     def send_response(self, head: ResponseHead, length: Length) -> bytes:
-        """The same for a response; an informational one changes nothing."""
+        """Encode the head of a response whose body has `length`.
+
+        `head` must already have the framing fields. An informational response changes no state.
+        """
         if not head.informational:
             tunnel = head.status == 101 or (self.method == b"CONNECT" and 200 <= head.status < 300)
             self.writing, self._writer = At.TUNNEL if tunnel else At.BODY, writer(length)
@@ -242,11 +266,14 @@ class Http1Connection:
         return encode_response(head)
 
     def send_data(self, data: bytes) -> bytes:
-        """Raises WriteError when the body gets longer than was announced."""
+        """Encode a piece of the body.
+
+        Raises WriteError if the body exceeds its announced length.
+        """
         return self._writer.data(data)
 
     def send_end(self, end: EndOfMessage) -> bytes:
-        """Raises WriteError when the body is shorter than was announced."""
+        """Encode the end of the body. Raises WriteError if the body is shorter than announced."""
         last = self._writer.end(end.trailers)
         self.writing = At.DONE
         return last
@@ -254,8 +281,10 @@ class Http1Connection:
     # Between two exchanges, and between two drivers...
 
     def take_over(self, method: bytes, reading: tuple[At, int | ChunkedReader], writing: tuple[At, Length]) -> None:
-        """Go on within an exchange that another driver (proxy/fastpath) has brought so far: how far each half is, and what of its body is
-        still to come."""
+        """Continue an exchange that another driver (proxy/fastpath) has begun.
+
+        `reading`, `writing`: the state of each half, and the rest of its body.
+        """
         self.method = method
         self.reading, to_read = reading
         self.writing, to_write = writing
@@ -263,15 +292,20 @@ class Http1Connection:
 
     @property
     def reusable(self) -> bool:
-        """Both halves came to their end, and nothing was said against going on. A server with bytes to spare may not be asked again: they
-        would pass for the answer to the next request. A client with bytes to spare has sent the next one, if need be with its EOF."""
+        """Whether the next exchange may begin on this connection.
+
+        Both halves must be DONE, and neither side may have asked to close. At a client, no received
+        bytes may be left: they would be read as the response to the next request. At a server, they
+        are the next request, possibly followed by EOF.
+        """
         if not self.keep_alive or self.reading is not At.DONE or self.writing is not At.DONE:
             return False
         return not self.buffered and not self._eof if self._role is Role.CLIENT else bool(self.buffered) or not self._eof
 
     def next_cycle(self) -> None:
-        """Get ready for the next exchange; only after `reusable`."""
+        """Prepare for the next exchange. Call it only if `reusable`."""
         if self._start == len(self._buffer):
-            self._buffer, self._start, self._searched = b"", 0, 0  # an idle connection does not keep its last read
+            # An idle connection keeps no buffer.
+            self._buffer, self._start, self._searched = b"", 0, 0
         self.reading = self.writing = At.HEAD
         self.method = b""

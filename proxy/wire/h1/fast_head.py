@@ -1,19 +1,23 @@
-"""The strict recogniser of common HTTP/1 heads: a small language, accepted completely or declined without an opinion.
+"""A fast parser for common HTTP/1 heads. It either accepts a head completely or declines it.
 
-It is not a second parser. h11 is the authority on what a head means; it takes 50-60 µs for one. Nearly all heads that are met in
-practice are written in one canonical way, and that way is a regular language: regular expressions say yes in 2-4 µs.
-Whatever it does not know (HTTP/1.0, folded lines, bytes outside ASCII, Expect, Upgrade, requests in chunks, two Hosts, blanks in
-unusual places, anything too long) it declines, and strict_head.py decides from the same bytes.
+It is not a second complete parser. h11 is the authority on the meaning of a head, and needs 50-60
+µs for one. Nearly all real heads are written in one canonical way, which is a regular language, so
+regular expressions recognise them in 2-4 µs. This parser declines everything else: HTTP/1.0, folded
+lines, non-ASCII bytes, Expect, Upgrade, chunked requests, two Host fields, unusual white space,
+anything too long. Then strict_head.py decides from the same bytes.
 
-Most heads have been here before, but for their first line: a client says the same of itself in each request, and a server answers with the
-same fields for as long as a second lasts. What was found out about a block of fields is kept for a while, and found again in 0.2 µs. It
-depends on nothing but these bytes (docs/decisions/34-field-block-cache.md).
+Apart from their first line, most heads repeat: a client sends the same fields with each request,
+and a server sends the same fields until the second changes. Therefore the result for a block of
+fields is cached, and found again in 0.2 µs. It depends only on these bytes
+(docs/decisions/34-field-block-cache.md).
 
-The law, which tests/wire/h1/test_fast_head.py holds over mutated heads and all chunkings: if it accepts, h11 accepts, and means the same.
+The invariant, which tests/wire/h1/test_fast_head.py checks with mutated heads and all ways to split
+them: if this parser accepts a head, h11 accepts it too, with the same meaning.
 
-The accepted language is chosen so that an accepted head needs no judgement: HTTP/1.1, keep-alive, exactly one Host, at most one
-Content-Length, no transfer coding, no field that belongs to the hop but the meaningless `Connection: keep-alive`. A response may be
-`Transfer-Encoding: chunked` and say nothing else of its length; whatever a request says of that is for those who judge.
+An accepted head needs no further decision: HTTP/1.1, keep-alive, exactly one Host, at most one
+Content-Length, no transfer coding, and no hop-by-hop field except `Connection: keep-alive`, which
+has no effect. A response may also have `Transfer-Encoding: chunked` without a Content-Length. A
+request with Transfer-Encoding is always declined.
 """
 
 from __future__ import annotations
@@ -30,14 +34,16 @@ _REQUEST = re.compile(rb"([A-Z]{1,24}) (/" + TARGET_CHAR + rb"*+) HTTP/1\.1\r\n"
 _RESPONSE = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) ((?:" + PLAIN_VALUE + rb")?)\r\n")
 _FIELDS = re.compile(rb"(?:" + TOKEN + rb": " + PLAIN_VALUE + rb"\r\n)*+\r\n")
 
-# The fields that a decision hangs on: these are let through in one form, and lines of those end at this hop whatever they say.
+# Fields that affect a decision: each is accepted in one form only. Lines with FAILURE or one of
+# _STRIPPED always end at this hop.
 _JUDGED = frozenset(
     {b"host", b"connection", b"content-length", b"transfer-encoding", b"upgrade", b"expect", b"te", b"trailer", b"keep-alive"}
     | {b"proxy-connection", b"http2-settings", b"max-forwards", FAILURE}
 )
 _STRIPPED = CALLER_FIELDS | OVERRIDES
-# Most heads have one or two of them. A line is looked for by the newline before it, which the engine finds quickly, and passed over by its
-# first letter (0.5 µs for 1.1).
+# Most heads have one or two of these lines. The expression starts with the newline before the line,
+# which the regex engine finds quickly, and rejects most lines by their first letter (0.5 µs
+# instead of 1.1).
 _DECISIVE = re.compile(
     rb"\n(?=[%b])(((?i:%b)): ([^\r]*)\r)"
     % (
@@ -46,19 +52,23 @@ _DECISIVE = re.compile(
     )
 )
 _HOST = re.compile(AUTHORITY)
-# As many digits as fit a signed 64-bit integer with room to spare; h11 stops at 20. No leading zero: there it would need an opinion.
+# As many digits as fit a signed 64-bit integer with a margin; h11 accepts 20. No leading zero: such
+# a value is for strict_head.py.
 _LENGTH = re.compile(rb"0|[1-9][0-9]{0,17}")
 
 _BODILESS = (b"204", b"304")
 
-# Blocks that are kept, and the length (bytes) of the longest: a megabyte, as a rule, and three at most.
+# The number of cached blocks, and the longest one in bytes. Usually 1 MiB in total, at most 3.
 _KEPT: Final = 512
 _LONGEST: Final = 1024
 
 
 class _Fields:
-    """What is found out about a block of fields: `lines` is the block without the empty line at its end, `hosts` says how many of them are
-    Host, `length` how the body is delimited; `ending` has the lines that belong to the hop, to their CR. It is shared: read only."""
+    """The result for a block of fields. It is cached and shared: read only.
+
+    `lines`: the block without the empty line at its end. `hosts`: the number of Host fields.
+    `length`: the framing of the body. `ending`: the hop-by-hop lines, each including its CR.
+    """
 
     __slots__ = ("ending", "hosts", "length", "lines")
 
@@ -69,12 +79,15 @@ class _Fields:
         self.ending = ending
 
     def exceed(self, most: int) -> bool:
-        """Whether there are more than `most`. None has less than six bytes, so they are seldom counted."""
+        """Whether the block has more than `most` fields.
+
+        A field line has at least 6 bytes, so a short block needs no count.
+        """
         return len(self.lines) > 6 * most and self.lines.count(b"\n") > most
 
 
 def _read(block: bytes) -> _Fields | None:
-    """All fields of a head, and the empty line behind them; None: declined."""
+    """Parse all fields of a head and the empty line after them. None: declined."""
     if not _FIELDS.fullmatch(block):
         return None
     hosts = 0
@@ -104,12 +117,18 @@ def _fields(block: bytes) -> _Fields | None:
 
 
 def forget() -> None:
-    """Keep nothing of what has come so far. To be called every few seconds: what clients say to show who they are stays no longer."""
+    """Clear the cache.
+
+    The caller does this every few seconds, so credentials of clients do not stay in memory longer.
+    """
     _known.cache_clear()
 
 
 def recognise_request(head: bytes, limits: Limits) -> tuple[RequestHead, int] | None:
-    """A whole head, from its first byte through the empty line -> (head, length of the body); None: declined."""
+    """Parse a complete head, including its empty line, into (head, length of the body).
+
+    None: declined.
+    """
     match = _REQUEST.match(head)
     if match is None or len(head) > limits.head:
         return None
@@ -124,7 +143,11 @@ def recognise_request(head: bytes, limits: Limits) -> tuple[RequestHead, int] | 
 
 
 def recognise_response(head: bytes, limits: Limits) -> tuple[ResponseHead, Length] | None:
-    """The same for a response that says how its body is delimited. Whether the body is really sent is the request's matter (HEAD, 304)."""
+    """Parse a complete response head into (head, framing of the body). None: declined.
+
+    The head must give the framing. Whether a body really follows also depends on the request (HEAD,
+    304); the caller decides this.
+    """
     match = _RESPONSE.match(head)
     if match is None or len(head) > limits.head:
         return None
@@ -139,10 +162,13 @@ def recognise_response(head: bytes, limits: Limits) -> tuple[ResponseHead, Lengt
 
 
 def encode_request(head: RequestHead) -> bytes:
-    """The head as bytes. Its parts come from a reader of this room, or were checked when they were made: nothing is checked here."""
+    """Encode the head of a request.
+
+    Nothing is checked: the parser or the creator has checked it.
+    """
     return b"%b %b HTTP/1.1\r\n%b\r\n" % (head.method, head.target, head.headers.encode())
 
 
 def encode_response(head: ResponseHead) -> bytes:
-    """The bytes of a response's head, the empty line included."""
+    """Encode the head of a response, including its empty line. Nothing is checked."""
     return b"HTTP/1.1 %d %b\r\n%b\r\n" % (head.status, head.reason, head.headers.encode())

@@ -1,8 +1,9 @@
-"""Heads that the recogniser of fast_head.py declined: refused where two readers could disagree about them, otherwise h11's to decide.
+"""Heads that fast_head.py declined. Ambiguous ones are refused; h11 parses the rest.
 
-h11 follows RFC 9112, with a few leniencies that are fine for an endpoint and dangerous for a proxy, which must not pass on what the
-next reader may cut in another place (request smuggling): it takes a bare LF as a line end, unfolds folded lines, merges equal
-Content-Lengths, and prefers Transfer-Encoding where both are given. Here each of them is refused first, on the bytes.
+h11 follows RFC 9112 with a few leniencies. They are fine for an endpoint, but dangerous for a
+proxy: the next reader may see the boundaries of the message elsewhere (request smuggling). h11
+accepts a bare LF as a line end, unfolds folded lines, merges equal Content-Lengths, and prefers
+Transfer-Encoding if both are given. This module refuses all of these first, on the bytes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from proxy.wire.grammar import CONTROL, TARGET_CHAR, TOKEN
 from proxy.wire.h1 import head_faults
 from proxy.wire.messages import AUTHORITY, HOST, Headers, Limits, ProtocolError, RequestHead, ResponseHead
 
-# Line ends that are not CRLF (RFC 9112 §2.2), folded lines (§5.2), and NUL, each of which readers are known to treat in different ways;
-# and the other control characters, which h11 lets through, and an HTTP/2 peer does not.
+# Line ends other than CRLF (RFC 9112 §2.2), folded lines (§5.2), and NUL: readers are known to
+# treat each of them differently. And the other control characters: h11 accepts them, but HTTP/2
+# peers do not.
 _AMBIGUOUS = re.compile(
     rb"(?P<lf>(?<!\r)\n)|(?P<cr>\r(?!\n))|(?P<fold>\r\n[ \t])|(?P<nul>\x00)|(?P<control>(?![\r\n])" + CONTROL + rb")"
 )
@@ -31,7 +33,8 @@ _REASONS = {
 _BLANK_BEFORE_COLON = re.compile(rb"\r\n[^\r\n:]*[ \t]:")
 _BLANKS_BEHIND_NAME = re.compile(rb"(\r\n[^\r\n: \t]+)[ \t]+:")
 
-# The lines of a head as far as they are complete: all that h11 could still accept, and a little more.
+# The complete lines of an incomplete head. Accepts all that h11 could still accept, and slightly
+# more.
 _REQUEST_SO_FAR = re.compile(TOKEN + rb" " + TARGET_CHAR + rb"++ HTTP/[0-9]\.[0-9]\r\n(?:" + TOKEN + rb":[^\r\n]*+\r\n)*+")
 _RESPONSE_SO_FAR = re.compile(rb"HTTP/[0-9]\.[0-9] [0-9]{3}(?: [^\r\n]*+)?\r\n(?:" + TOKEN + rb"[ \t]*+:[^\r\n]*+\r\n)*+")
 
@@ -40,13 +43,16 @@ _HOST = re.compile(AUTHORITY)
 _CODING = re.compile(TOKEN + rb"(?:[ \t]*;[ \t!-~\x80-\xff]*)?")
 _CONNECT_TARGET = re.compile(rb"(?!:)" + HOST + rb":[0-9]{1,5}")
 
-# Whatever was asked, a response is read for its head alone: with this request sent before, h11 accepts any status, 101 included.
+# A response is parsed without its request. With this one sent first, h11 accepts any status,
+# including 101.
 _ANY_REQUEST = h11.Request(method="GET", target="/", headers=[("Host", "h"), ("Connection", "upgrade"), ("Upgrade", "any")])
 
 
 def check_bytes(head: bytes, start: int = 0, *, complete: bool) -> None:
-    """Raise ProtocolError for bytes from `start` on on which readers disagree. An incomplete head may end in the CR of a CRLF that is still
-    on its way."""
+    """Raise ProtocolError for bytes from `start` on that readers interpret differently.
+
+    An incomplete head may end with the CR of a CRLF whose LF has not arrived.
+    """
     found = _AMBIGUOUS.search(head, start)
     if found is not None and (complete or found.lastgroup != "cr" or found.end() < len(head)):
         where = head_faults.control(head) if complete and found.lastgroup == "control" else None
@@ -54,22 +60,31 @@ def check_bytes(head: bytes, start: int = 0, *, complete: bool) -> None:
 
 
 def _check_blanks(lines: bytes) -> None:
-    """A request with white space before a colon is refused, for readers differ on what the field's name is (RFC 9112 §5.1)."""
+    """Raise ProtocolError for white space before a colon in a request.
+
+    Readers disagree about the name of such a field (RFC 9112 §5.1).
+    """
     if _BLANK_BEFORE_COLON.search(lines):
         raise ProtocolError("white space before the colon of a field line")
 
 
 def check_lines(lines: bytes, *, request: bool) -> None:
-    """Raise ProtocolError for the complete lines that an incomplete head begins with, where no further line could make it good: who
-    waits for the answer may never send one."""
+    """Raise ProtocolError if no further line can make an incomplete head valid.
+
+    `lines`: the complete lines of it. Without this check the peer might never send the rest,
+    because it waits for the answer.
+    """
     if request:
         _check_blanks(lines)
     if not (_REQUEST_SO_FAR if request else _RESPONSE_SO_FAR).fullmatch(lines):
-        raise ProtocolError(head_faults.lines(lines, request=request) or "the head has a line that cannot be read")
+        raise ProtocolError(head_faults.lines(lines, request=request) or "a line of the head cannot be parsed")
 
 
 def check_size(head: bytes, limits: Limits, *, request: bool) -> None:
-    """Raise 414 for a target over its limit, 431 for a head over its limit (also one that is not complete yet)."""
+    """Raise ProtocolError with 414 for a target over its limit, 431 for a head over its limit.
+
+    The head may be incomplete.
+    """
     if request:
         line = head.split(b"\r\n", 1)[0]
         target = line.partition(b" ")[2].partition(b" ")[0]
@@ -82,10 +97,11 @@ def check_size(head: bytes, limits: Limits, *, request: bool) -> None:
 
 
 def check_framing(headers: Headers, version: bytes) -> None:
-    """Raise for a head that delimits its body in two ways, or in none that is defined (RFC 9112 §6.1, §6.3).
+    """Raise ProtocolError for a head whose framing is ambiguous or undefined (RFC 9112 §6.1, §6.3).
 
-    A body whose last coding is not chunked has no end that could be known: a server must answer 400 (§6.3). One that does end in
-    chunks, with a coding below them that we do not undo, is in order and beyond us: 501 (§6.1).
+    If the last coding of a request is not chunked, its end cannot be determined: a server must
+    answer 400 (§6.3). If chunked is the last coding and another one is below it, the message is
+    valid, but we cannot decode it: 501 (§6.1).
     """
     codings = headers.all(b"transfer-encoding")
     lengths = headers.all(b"content-length")
@@ -103,16 +119,19 @@ def check_framing(headers: Headers, version: bytes) -> None:
 
 def _refuse_codings(names: list[bytes]) -> NoReturn:
     if names[-1] != b"chunked":
-        raise ProtocolError("a Transfer-Encoding whose last coding is not chunked: where the body ends cannot be known")
+        raise ProtocolError("Transfer-Encoding does not end with chunked, so the body has no known end")
     if names.count(b"chunked") > 1:
-        raise ProtocolError("a Transfer-Encoding with chunked more than once")
+        raise ProtocolError("Transfer-Encoding has chunked more than once")
     if not all(_CODING.fullmatch(name) for name in names[:-1]):
-        raise ProtocolError("a Transfer-Encoding that is no list of codings")
+        raise ProtocolError("Transfer-Encoding is not a list of codings")
     raise ProtocolError("a transfer coding other than chunked", 501)
 
 
 def _check_lengths(head: bytes) -> None:
-    """How many Content-Lengths were sent, in lines or in the list of one: h11 merges equal ones before anyone can see them."""
+    """Raise ProtocolError for more than one Content-Length, in lines or as a list.
+
+    h11 merges equal ones silently.
+    """
     if sum(1 + values.count(b",") for values in re.findall(rb"(?i)\r\ncontent-length:([^\r]*)", head)) > 1:
         raise ProtocolError("more than one Content-Length")
 
@@ -129,7 +148,7 @@ def _read(connection: h11.Connection, head: bytes, *, request: bool) -> h11.Requ
 
 
 def _refused(head: bytes, error: h11.RemoteProtocolError, *, request: bool) -> ProtocolError:
-    """What h11 has against a head, in words of our own."""
+    """Translate h11's error about a head into our own message."""
     words = head_faults.lines(head.removesuffix(b"\r\n"), request=request)
     if words is None:
         headers, version = head_faults.fields(head), head.partition(b"\r\n")[0][-3:] if request else head[5:8]
@@ -139,7 +158,7 @@ def _refused(head: bytes, error: h11.RemoteProtocolError, *, request: bool) -> P
             check_framing(headers, version)
         except ProtocolError as fault:
             return fault
-    return ProtocolError(words or "the head cannot be read", error.error_status_hint)
+    return ProtocolError(words or "the head cannot be parsed", error.error_status_hint)
 
 
 def _checked(event: h11.Request | h11.Response | h11.InformationalResponse, head: bytes) -> Headers:
@@ -151,40 +170,43 @@ def _checked(event: h11.Request | h11.Response | h11.InformationalResponse, head
 
 
 def decide_request(head: bytes, limits: Limits) -> RequestHead:
-    """A whole head through its empty line, as h11 reads it. Raises ProtocolError (400, 414, 431, 501, 505)."""
+    """Parse a complete request head by h11. Raises ProtocolError (400, 414, 431, 501, 505)."""
     check_size(head, limits, request=True)
     check_bytes(head, complete=True)
     _check_blanks(head)
     event = _read(h11.Connection(h11.SERVER, max_incomplete_event_size=limits.head), head, request=True)
-    if not isinstance(event, h11.Request):  # a server connection yields nothing else first
+    if not isinstance(event, h11.Request):  # a server connection returns nothing else first
         raise ProtocolError("a request was expected")
     if event.http_version not in (b"1.0", b"1.1"):
-        raise ProtocolError(f"HTTP/{event.http_version.decode('ascii')} is not spoken here", 505)
+        raise ProtocolError(f"HTTP/{event.http_version.decode('ascii')} is not supported", 505)
     request = RequestHead(bytes(event.method), bytes(event.target), _checked(event, head), bytes(event.http_version))
     _check_target(request)
     return request
 
 
 def _check_target(request: RequestHead) -> None:
-    """Raise for a request that is for nobody, or of which two readers may think that it is for two (RFC 9112 §3.2)."""
+    """Raise ProtocolError if the destination is missing or ambiguous (RFC 9112 §3.2)."""
     if b"#" in request.target:
         raise ProtocolError(head_faults.FRAGMENT)
     if not all(_HOST.fullmatch(value) for value in request.headers.all(b"host")):
-        raise ProtocolError("a Host that is not host or host:port")
+        raise ProtocolError("the Host field is not host or host:port")
     if request.method == b"CONNECT":
         if not _CONNECT_TARGET.fullmatch(request.target):
-            raise ProtocolError("CONNECT with a target that is not host:port")
+            raise ProtocolError("the target of CONNECT is not host:port")
         if b"transfer-encoding" in request.headers or int(request.headers.get(b"content-length") or 0):
             raise ProtocolError("CONNECT with a body")
     elif request.target[:1] not in (b"/", b"*") and request.authority is None:
-        raise ProtocolError("a request target that is neither a path nor an absolute URI")
+        raise ProtocolError("the request target is neither a path nor an absolute URI")
     elif request.target.startswith(b"*") and (request.target != b"*" or request.method != b"OPTIONS"):
-        raise ProtocolError("a request target of * with another method than OPTIONS")
+        raise ProtocolError("the request target * is valid with OPTIONS only")
 
 
 def decide_response(head: bytes, limits: Limits) -> ResponseHead:
-    """The same for a response's head. White space before a colon is removed, as a proxy must do (RFC 9112 §5.1): the client would refuse
-    it, or take the field for another one."""
+    """Parse a complete response head by h11. Raises ProtocolError.
+
+    White space before a colon is removed, as RFC 9112 §5.1 requires of a proxy: the client would
+    refuse the response, or read the field as another one.
+    """
     check_size(head, limits, request=False)
     check_bytes(head, complete=True)
     head = _BLANKS_BEHIND_NAME.sub(rb"\1:", head)
