@@ -1,9 +1,9 @@
-"""From a request to an endpoint. Imported by flows.
+"""From a request to an endpoint. Used by the flows.
 
 router.py              address or authority -> target: splits and failover
 remote_gateways.py     the gateways of other clusters, and which of them answer
-dispatch.py            target -> endpoint, and another one if the first fails
-retries.py             what an attempt says about its endpoint, and whether there is another
-endpoint_wait.py       waiting for an endpoint when all are broken
+dispatch.py            target -> endpoint, and another endpoint if the first one fails
+retries.py             the outcome of an attempt, and whether another attempt follows
+endpoint_wait.py       the wait for an endpoint while all circuit breakers are open
 request_overrides.py   limits that a request sets for itself by header
 """

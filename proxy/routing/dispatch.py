@@ -1,19 +1,21 @@
-"""From a target to one of its endpoints: which one, which other one if that does not do, and what happens if there is none.
+"""From a target to one of its endpoints: the choice, the next choice after a failure, and the
+errors.
 
-A flow knows what may serve a request (a target, asked for anew before each attempt, since what is usable may have changed) and how to
-carry it to an endpoint. What lies between the two is here: the balancer picks (balancing/balancer.py), retries.py says whether there is
-another attempt, and a request that finds all endpoints broken waits for one of them to be tried again (endpoint_wait.py). So does one that
-has found the last of them broken, if it was not sent or its body can be sent again: it is told why it could not be sent if the wait is in
-vain.
+A flow provides two functions. `choose` returns the target of a request; it is called again before
+each attempt, because the usable targets may have changed. `send` carries the request to an
+endpoint. This module connects the two: the balancer picks an endpoint (balancing/balancer.py), and
+retries.py decides whether another attempt follows. If the circuit breakers of all endpoints are
+open, the request waits until an endpoint is due for a trial (endpoint_wait.py). A request whose
+attempt opened the last closed breaker waits too, if it was not sent, or if its body can be sent
+again. If the wait fails, the client gets the error of that attempt.
 
-Waiting helps only where an endpoint may come back. Where mutual TLS with all endpoints fails, or a peer refuses a connection, the failure
-is told at once: it is a decision about an identity, and time does not change it.
+A wait helps only if an endpoint may recover. If mutual TLS with all endpoints fails, or a peer
+refuses a connection, the client gets the error at once: it is a decision about an identity, and
+does not change with time. If no better endpoint is available, the proxy uses one that responds with
+errors or closes the connection, and forwards its response.
 
-An endpoint that responds, though by errors or by closing, is used for want of a better one: what it says is the answer.
-
-An address of no service has one endpoint and nobody else: it is connected to as it would be without a proxy, whatever became of it last
-time.
-"""
+An address without a service has one endpoint and no alternative. The proxy connects to it as the
+application would without a proxy, and ignores earlier failures."""
 
 from __future__ import annotations
 
@@ -51,9 +53,9 @@ from proxy.wire.messages import ResponseHead
 
 _log = logging.getLogger("isthmus.endpoints")
 
-# What `connect` raises when there is no connection, and nothing has been sent.
+# What `connect` raises if there is no connection and nothing was sent.
 _NOT_CONNECTED = (*NOT_CONNECTED, TunnelRefused, UpstreamProtocolError)
-# Bytes of a response that comes nearly at once.
+# The size in bytes of a response that arrives almost at once.
 _SHORT = 65536
 
 Choose = Callable[[Exchange], Target]
@@ -62,21 +64,22 @@ Connect = Callable[[Target, Endpoint], Awaitable[Stream]]
 
 
 class Dispatcher:
-    """The way from targets to endpoints, for requests and for connections."""
+    """Finds endpoints for targets, for requests and for opaque connections."""
 
     def __init__(self, balancer: Balancer, metrics: Metrics, client: ClientSettings) -> None:
-        """`client`: how long a server may take where a policy does not say."""
+        """`client`: the limits for a server's response where the policy sets none."""
         self._balancer = balancer
         self._metrics = metrics.endpoints
         self._client = client
         self._opened, self._closed = RateLimit(5), RateLimit(5)
         balancer.on_change(self._changed)
 
-    # Requests...
+    # Requests.
 
     async def exchange(self, exchange: Exchange, choose: Choose, send: Send) -> None:
-        """Carry `exchange` by `send` to an endpoint of what `choose` says, as often as it takes and its policy allows. Raises NoEndpoint,
-        AllBroken, QueueFull, RequestError, and what `choose` and `send` raise."""
+        """Send `exchange` with `send` to an endpoint of the target that `choose` returns. Repeats
+        this as often as necessary and as the policy allows. Raises NoEndpoint, AllBroken,
+        QueueFull, RequestError, and what `choose` and `send` raise."""
         handoff = _underway(exchange)
         target = choose(exchange) if handoff is None else handoff.target
         if target.service is None:
@@ -118,7 +121,8 @@ class Dispatcher:
             attempts.remind()
 
     def _choose_again(self, choose: Callable[[], Target], failure: Exception | None) -> tuple[Target, EndpointSet]:
-        """Another look at what may serve, after an attempt. If nothing does any more, what has failed before is the better answer."""
+        """Choose a target again after an attempt. If there is none any more, raises the earlier
+        `failure`, which tells the client more."""
         try:
             target = choose()
         except NoEndpoint:
@@ -128,38 +132,45 @@ class Dispatcher:
         return target, self._endpoint_set(target)
 
     def _endpoint_set(self, target: Target) -> EndpointSet:
-        # The directory may have forgotten the service meanwhile. What is chosen then is an address of no service, with no history.
+        # The new directory may not have the service. Then the target is an address without a
+        # service, which has no history.
         return self._balancer.endpoint_set(target.service or "")
 
     def _patience(self, choose: Callable[[], Target]) -> Patience:
         return Patience(self._balancer, self._metrics, choose)
 
-    # Requests on the fast path, which has steps instead of attempts...
+    # Requests on the fast path.
 
     def sound(self, target: Target) -> Endpoint | None:
-        """An endpoint for a request that needs no care; None: there is none, or something of the service is broken."""
+        """An endpoint for a request on the fast path. None: no endpoint is ready, or a circuit
+        breaker of the service is not closed, or requests wait."""
         if target.service is None:
             return target.endpoints[0] if target.endpoints and target.endpoints[0].ready else None
         endpoint_set = self._balancer.endpoint_set(target.service)
         return None if endpoint_set.broken or endpoint_set.queue else endpoint_set.pick(target)
 
     def watch(self, exchange: Exchange, target: Target, endpoint: Endpoint) -> Underway:
-        """`exchange` is being sent to `endpoint`; what is returned is to be told when that has `ended`."""
+        """Record that `exchange` is being sent to `endpoint`. The caller must call `ended` on the
+        result."""
         if target.service is None:
             return Underway(exchange, target, endpoint, None)
         endpoint_set = self._balancer.endpoint_set(target.service)
         endpoint_set.budget.requests += 1
         return Underway(exchange, target, endpoint, endpoint_set.begin(target.policy, endpoint, alone=len(target.endpoints) == 1))
 
-    # Connections...
+    # Opaque connections.
 
     def connection(self, choose: Callable[[], Target], connect: Connect) -> Connected:
-        """A stream to an endpoint of what `choose` says, opened by `connect`, for a block, at whose end the caller has closed it; another
-        endpoint if one cannot be connected to. Raises NoEndpoint, AllBroken, QueueFull, and what `choose` and `connect` raise."""
+        """A context manager: a stream to an endpoint of the target that `choose` returns, opened by
+        `connect`. Tries another endpoint if a connection fails. The caller must close the stream
+        within the block. Raises NoEndpoint, AllBroken, QueueFull, and what `choose` and `connect`
+        raise."""
         return Connected(self, choose, connect)
 
     async def connected(self, choose: Callable[[], Target], connect: Connect) -> tuple[Stream, Work | None]:
-        """The same without a block: the work is to be told when it is `finished`; an address of no service makes none."""
+        """Open a stream to an endpoint of the target that `choose` returns, and tries another
+        endpoint if a connection fails. The caller must call `finished` on the returned work. An
+        address without a service has no work. Raises what `connection` raises."""
         target = choose()
         if target.service is None:
             return await connect(target, _only(target)), None
@@ -200,21 +211,29 @@ class Dispatcher:
             target, endpoint_set = self._choose_again(choose, failure)
 
     def changed(self) -> None:
-        """The directory has changed: whoever waits may look again."""
+        """The directory has changed: wake the requests that wait."""
         self._balancer.wake()
 
     def _changed(self, change: Change) -> None:
-        """A breaker has."""
+        """A circuit breaker has changed its state: count it and log it."""
         self._metrics.breaker_changed(change.state)
         if change.state is State.OPEN:
-            warn(_log, self._opened, "%s of %s is left alone for %.1f s: %s", change.address, change.service, change.penalty, change.why)
+            warn(
+                _log,
+                self._opened,
+                "%s of %s: circuit breaker opened for %.1f s: %s",
+                change.address,
+                change.service,
+                change.penalty,
+                change.why,
+            )
         elif change.state is State.CLOSED and (suppressed := self._closed.admit()) is not None:
             more = f" ({suppressed} similar suppressed)" if suppressed else ""
-            _log.info("%s of %s is used again%s", change.address, change.service, more)
+            _log.info("%s of %s: circuit breaker closed%s", change.address, change.service, more)
 
 
 class Connected:
-    """What Dispatcher.connection gives."""
+    """The context manager that Dispatcher.connection returns."""
 
     __slots__ = ("_choose", "_connect", "_dispatcher", "_work")
 
@@ -234,7 +253,8 @@ class Connected:
 
 
 async def _wait(patience: Patience, failure: Exception | None) -> Found:
-    """Wait for an endpoint. If there is none, the `failure` of the last attempt to connect is the better answer."""
+    """Wait for an endpoint. If the wait fails, raises the `failure` of the last attempt to connect,
+    if there is one, because it tells the client more."""
     try:
         return await patience.wait()
     except (AllBroken, NoEndpoint, QueueFull):
@@ -244,7 +264,7 @@ async def _wait(patience: Patience, failure: Exception | None) -> Found:
 
 
 async def _timed(attempts: Attempts, sending: Awaitable[None]) -> None:
-    """An attempt with a timeout of its own, which ends with the head of the response."""
+    """Send with the attempt's own timeout. The timeout ends with the response head."""
     with trio.CancelScope(deadline=trio.current_time() + (attempts.timeout or 0.0)) as scope:
         attempts.scope = scope
         await sending
@@ -254,8 +274,8 @@ async def _timed(attempts: Attempts, sending: Awaitable[None]) -> None:
 
 
 class Underway:
-    """An exchange on the fast path, which is its first attempt. That path tells that it has `ended`; if it hands it over, what comes of
-    it is this room's matter again."""
+    """An exchange on the fast path, as its first attempt. The fast path calls `ended`. If it hands
+    the exchange over to the ordinary path, `go_on` passes the attempt to `Attempts`."""
 
     __slots__ = ("_exchange", "_seconds", "_started", "_work", "endpoint", "target")
 
@@ -263,12 +283,12 @@ class Underway:
         self._exchange = exchange
         self._work = work
         self._started = trio.current_time() if work is not None and work.load is not None else 0.0
-        self._seconds: float | None = None  # until the response's head came, if anybody has said so
+        self._seconds: float | None = None  # until the response head arrived, if that was reported
         self.target = target
         self.endpoint = endpoint
 
     def answered(self) -> None:
-        """The head of the response is there."""
+        """The response head has arrived."""
         if self._started:
             self._seconds = trio.current_time() - self._started
 
@@ -290,13 +310,15 @@ class Underway:
         work.finished()
 
     def _waited(self) -> float | None:
-        """For the response, in seconds. The time of a long one says little about when it began."""
+        """Seconds until the response. Without a measurement for a long response: None, because its
+        total time says little about when it began."""
         if self._seconds is None and self._started and self._exchange.response_bytes <= _SHORT:
             return trio.current_time() - self._started
         return self._seconds
 
     def go_on(self, attempts: Attempts) -> Endpoint:
-        """It has been handed over, from this endpoint: the rest is told to `attempts`."""
+        """The fast path has handed the exchange over: pass the attempt to `attempts`. Returns its
+        endpoint."""
         work, self._work = self._work, None
         if work is not None:
             attempts.go_on(work, self._started)
@@ -304,7 +326,8 @@ class Underway:
 
 
 def _grpc_code(exchange: Exchange, response: ResponseHead) -> int | None:
-    """How a gRPC call has ended, as far as its server has said it; None: it is none, or that is not known."""
+    """The gRPC status of a call, as far as the server has sent it. None: not a gRPC call, or not
+    known."""
     if exchange.request.version != b"2" or not exchange.is_grpc:
         return None
     said = exchange.grpc_status or response.headers.get(b"grpc-status")
@@ -318,7 +341,7 @@ def _underway(exchange: Exchange) -> Underway | None:
 
 
 def _pick(exchange: Exchange, endpoint_set: EndpointSet, target: Target, attempts: Attempts) -> Endpoint | None:
-    """The endpoint of the next attempt; None: there is none now."""
+    """The endpoint of the next attempt. None: no endpoint can be used now."""
     first, exchange.first = exchange.first, None
     if isinstance(first, Endpoint) and endpoint_set.sound(first, target):
         return first

@@ -1,18 +1,20 @@
-"""Waiting for an endpoint of a service whose endpoints are all broken.
+"""The wait for an endpoint of a service while the circuit breakers of all its endpoints are open.
 
-Requests and connections wait in the service's queue (balancing/wait_queue.py). The first in it is sent to an endpoint as soon as one may be
-tried. What the others are told depends on two things: how long they have waited, and whether an endpoint has been tried in vain since.
+Requests and connections wait in the queue of the service (balancing/wait_queue.py). The first one
+is sent to an endpoint as soon as a trial is allowed. The outcome of the others depends on how long
+they have waited, and on whether a trial has failed since:
 
-    the service has no endpoint that is ready              NoEndpoint, at once
-    none is tried within the timeout                       AllBroken, at once
-    too many wait already                                  QueueFull, at once
-    the outage is young                                    AllBroken, behind the first trial in vain after the timeout
-    the outage is old: penalties are beyond the timeout    AllBroken, behind the first trial in vain
-    mutual TLS with all endpoints fails                    AllBroken, behind the first trial in vain
+    the service has no ready endpoint                      NoEndpoint, at once
+    no trial is due within the timeout                     AllBroken, at once
+    the queue is full                                      QueueFull, at once
+    the outage is short                                    AllBroken, after the first failed trial
+                                                           that follows the timeout
+    the outage is long: penalties exceed the timeout       AllBroken, after the first failed trial
+    mutual TLS with all endpoints fails                    AllBroken, after the first failed trial
 
-So a request is never refused because of a trial from before the service came back. Without that rule, requests whose timeout ended
-between the return and the next trial failed, and so did all that came in that time after a long outage.
-"""
+So a trial from before the service recovered never fails a request. Without this rule, requests
+failed whose timeout ended between the recovery and the next trial, and so did all requests in that
+time after a long outage."""
 
 from __future__ import annotations
 
@@ -27,16 +29,17 @@ from proxy.directory import Endpoint, Target
 from proxy.errors import AllBroken, NoEndpoint, QueueFull
 from proxy.telemetry.endpoint_metrics import EndpointMetrics
 
-# A queue looks again after this long (seconds) at the earliest: whatever the reason was that nothing could be picked.
+# Minimum time (seconds) before a queue checks again, whatever the reason for the wait.
 _LOOK_AGAIN = 0.02
-# How long a trial may take (seconds) until those who have waited long enough are told.
+# Maximum duration of a trial (seconds) before the requests that have waited long enough fail.
 _TRIAL = 0.25
 
 Found = tuple[Target, EndpointSet, Endpoint]
 
 
 class Patience:
-    """Of one request or connection, over all its attempts: how long it waits for an endpoint of what `choose` says."""
+    """The patience of one request or connection, over all its attempts: how long it waits for an
+    endpoint of the target that `choose` returns."""
 
     __slots__ = ("_balancer", "_choose", "_metrics", "_patient_until", "_told_at")
 
@@ -44,8 +47,8 @@ class Patience:
         self._balancer = balancer
         self._metrics = metrics
         self._choose = choose
-        self._patient_until: float | None = None  # trio's time; the first trial in vain after it decides. None: it has not waited yet
-        self._told_at = inf  # in any case
+        self._patient_until: float | None = None  # trio's time; the first failed trial after it decides. None: not waited yet
+        self._told_at = inf  # fail at this time in any case
 
     async def wait(self) -> Found:
         """Wait until an endpoint may be tried. Raises NoEndpoint, AllBroken, QueueFull, and what `choose` raises."""
@@ -53,7 +56,7 @@ class Patience:
         endpoint_set, rules = self._endpoint_set(target), target.policy.queue
         self._check(endpoint_set, target)
         if len(endpoint_set.queue) >= rules.size:
-            raise QueueFull(f"{len(endpoint_set.queue)} requests wait for an endpoint of {target.service} already")
+            raise QueueFull(f"{len(endpoint_set.queue)} requests already wait for an endpoint of {target.service}")
         with endpoint_set.queue.place() as place, self._metrics.queued() as record:
             while True:
                 soon = trio.current_time() + _LOOK_AGAIN
@@ -67,17 +70,18 @@ class Patience:
                 self._check(chosen, target)
 
     def _endpoint_set(self, target: Target) -> EndpointSet:
-        # The directory may have forgotten the service meanwhile. What is chosen then is an address of no service, with no history.
+        # The new directory may not have the service. Then the target is an address without a
+        # service, which has no history.
         return self._balancer.endpoint_set(target.service or "")
 
     @property
     def _next_check(self) -> float:
-        """When there is something to decide although there is no news."""
+        """When to check although nothing has changed (trio's time)."""
         until = self._patient_until
         return until if until is not None and until > trio.current_time() else self._told_at
 
     def _check(self, endpoint_set: EndpointSet, target: Target) -> None:
-        """Raises if there is nothing to wait for any more."""
+        """Raises NoEndpoint or AllBroken if it makes no sense to wait any longer."""
         if not any(endpoint.ready for endpoint in target.endpoints):
             raise NoEndpoint(f"none of the {len(target.endpoints)} endpoints of {target.service or 'the destination'} is ready")
         now, timeout = trio.current_time(), target.policy.queue.timeout
@@ -87,26 +91,31 @@ class Patience:
         if now < until:
             return
         usable = endpoint_set.usable(target)
-        if usable:  # it is a matter of moments until all who wait are served
+        if usable:  # all waiting requests will be served in a moment
             self._told_at = until + timeout + _TRIAL
         elif self._told_at == inf:
             trial = now if endpoint_set.trying(target) else max(now, endpoint_set.next_probe(target))
             self._told_at = trial + _TRIAL if trial <= now + timeout else now
         if now >= self._told_at or (not usable and endpoint_set.in_vain(target) > until):
-            raise AllBroken(f"{self._broken(target)}, and none could be used within {timeout:g} s")
+            raise AllBroken(f"{self._broken(target)}, and none became usable within {timeout:g} s")
 
     def _begin(self, endpoint_set: EndpointSet, target: Target, now: float) -> float:
-        """It begins to wait; returns until when it is patient."""
+        """Start the wait. Returns the time until which it is patient. Raises AllBroken if no trial
+        is due within the timeout."""
         latest = now + target.policy.queue.timeout
         if endpoint_set.usable(target):
             self._patient_until = latest
             return latest
         if endpoint_set.next_probe(target) > latest and not endpoint_set.trying(target):
-            raise AllBroken(f"{self._broken(target)}; the next one is tried in {endpoint_set.next_probe(target) - now:.1f} s")
+            raise AllBroken(f"{self._broken(target)}; the next trial is in {endpoint_set.next_probe(target) - now:.1f} s")
         self._patient_until = now if endpoint_set.opens(target) > latest or not endpoint_set.may_return(target) else latest
         return self._patient_until
 
     def _broken(self, target: Target) -> str:
         ready, why = sum(endpoint.ready for endpoint in target.endpoints), self._endpoint_set(target).why(target)
-        who = f"all {ready} endpoints of {target.service} are" if ready > 1 else f"the one endpoint of {target.service} is"
-        return f"{who} broken (last: {why})"
+        who = (
+            f"breakers of all {ready} endpoints of {target.service} are"
+            if ready > 1
+            else f"breaker of the only endpoint of {target.service} is"
+        )
+        return f"the circuit {who} open (last failure: {why})"

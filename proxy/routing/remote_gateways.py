@@ -1,31 +1,37 @@
-"""The ways into other clusters as they are now: which addresses their gateways have, and which of the gateways answer.
+"""The gateways of other clusters: their current addresses, and which of them answer.
 
-The directory says how gateways are called. What changes while it stays the same is known here, and asked for each request that leaves the
-cluster, without waiting.
+The directory has the names or addresses of the gateways. This module keeps the state that changes
+while the directory stays the same. Each request that leaves the cluster reads it without waiting.
 
-*Names.* A gateway may be given by a DNS name (a load balancer's address changes; some have none but a name). It is looked up again every
-`resolve_interval`, in a thread, of which there are few; all addresses found are gateways. A look-up that fails changes nothing: what
-was found before is more likely right than nothing. (The system's resolver does not tell for how long an answer is good, and keeps to
-that itself, if it caches.)
+*Names.* A gateway may have a DNS name, because the address of a load balancer can change. The proxy
+resolves the name every `resolve_interval`, in one of a few threads. All addresses found are
+gateways. If a lookup fails, the previous addresses stay in use, because they are more likely right
+than none. (The system resolver does not report the TTL of an answer. If it caches, it applies the
+TTL itself.)
 
-*Liveness.* A gateway that is in use is asked every `probe_interval`, give or take a tenth, over the port, the mutual TLS and the identity
-of all other requests: what can be a way for them can be one for the question. Any answer but 503 says that it is alive, so gateways of
-other make need not know the path. One that fails `probe_failures` times in a row gets no requests until it answers again. When none is
-left, requests fail at once and say why, and a service with failover goes elsewhere. Clusters that nobody has asked for in `_IDLE`
-seconds are left in peace: a thousand pods that know ten clusters do not knock at all their doors all day.
+*Liveness.* The proxy probes each gateway in use every `probe_interval`, plus or minus a tenth, over
+the same port, mutual TLS and identity as other requests. Every answer except 503 means that the
+gateway is alive, so gateways of other vendors need not know the path. A gateway that fails
+`probe_failures` probes in a row gets no requests until it answers again. If no gateway is left,
+requests fail at once with the reason, and a service with failover uses another cluster. The proxy
+does not probe a cluster that got no requests for `_IDLE` seconds. Otherwise a thousand pods that
+know ten clusters would probe all their gateways all day.
 
-*Silence.* What is under way to a gateway that is paused, or to which no packet gets through any more, would wait for all of
-`http.response_timeout`. So a connection on which no byte has come while `probe_failures` probes in a row had no answer at all is ended.
-It fails as if the kernel had found out that the peer is gone (`SocketStream.fail`): whoever reads or writes is told so and closes it as
-ever, be it an exchange, all streams of an HTTP/2 connection, a pool or a tunnel. So each connection keeps its one owner, and here is only
-noted which ones there are, weakly, once for each. The errors are those of a connection that broke: 502 where no response has begun, and
-another gateway if the method allows it.
+*Silence.* If a gateway hangs, or no packets reach it any more, requests in progress would wait for
+the whole `http.response_timeout`. So the proxy ends a connection on which no byte arrived while
+`probe_failures` probes in a row got no answer at all. The connection fails as if the kernel had
+detected that the peer is gone (`SocketStream.fail`). Its readers and writers get the error and
+close it as usual: an exchange, all streams of an HTTP/2 connection, a pool or a tunnel. So each
+connection keeps its one owner. This module only keeps weak references to the connections. The
+errors are those of a broken connection: 502 if no response has started, or another gateway if the
+method allows it.
 
-Only silence ends what is under way. A gateway that is shutting down (503) or listens no more (refused) lets its last exchanges finish,
-and one that answers the probe with a wrong certificate is there. One whose connections move, but not for probes, keeps those that move,
-and loses the others, a tunnel on which nothing comes back included: from here they look the same as dead ones. Bytes that we send
-do not count: the kernel takes them for a peer that is long gone.
-"""
+Only silence ends requests in progress. A gateway that shuts down (503) or refuses connections
+finishes its last exchanges, and one that answers the probe with a wrong certificate is alive. If a
+gateway answers other traffic but no probes, it keeps the connections with traffic, and loses the
+others, for example a tunnel that receives nothing: this side cannot distinguish these from dead
+ones. Bytes that this proxy sends do not count, because the kernel accepts them long after the peer
+is gone."""
 
 from __future__ import annotations
 
@@ -56,22 +62,22 @@ from proxy.wire.messages import END, EndOfMessage, Headers, RequestHead, Respons
 _log = logging.getLogger("isthmus.gateways")
 _TROUBLES = RateLimit(1)
 
-# What a gateway answers for itself, to whoever may use it.
+# The path that a gateway answers itself, for peers that may use it.
 LIVE = b"/.well-known/isthmus/live"
 
 _TICK = 0.25
 _IDLE = 300.0
-# A name that has more addresses than this is not one gateway's.
+# A name with more addresses than this does not belong to one gateway.
 _MOST_ADDRESSES = 32
-# Look-ups at a time; one that hangs keeps its thread until the system gives it up.
+# Concurrent lookups. A lookup that hangs keeps its thread until the system ends it.
 _LOOKUPS = 4
 _LOOKUP_TIMEOUT = 5.0
-# Of a probe's answer, which nobody reads.
+# Maximum number of body pieces of a probe's answer, which the proxy discards.
 _MOST_PIECES = 16
 
 
 class Books(Protocol):
-    """What is counted."""
+    """The metrics of gateways."""
 
     def gateway_probed(self, cluster: str, result: str) -> None: ...
     def gateways_usable(self, cluster: str, count: int) -> None: ...
@@ -79,30 +85,32 @@ class Books(Protocol):
 
 @dataclass(slots=True)
 class _Name:
-    """What is known of a gateway's DNS name."""
+    """The state of a gateway's DNS name."""
 
     addresses: tuple[str, ...] = ()
-    due: float = 0.0  # of the next look-up; infinite while one is under way
+    due: float = 0.0  # time of the next lookup; infinite during a lookup
     failure: str = "is being looked up"
 
 
 @dataclass(slots=True)
 class _Pulse:
-    """What is known of an endpoint's liveness."""
+    """The liveness of a gateway endpoint."""
 
-    due: float = 0.0  # of the next probe; infinite while one is under way
-    failures: int = 0  # in a row
-    silences: int = 0  # in a row: probes to which nothing was said at all
+    due: float = 0.0  # time of the next probe; infinite during a probe
+    failures: int = 0  # consecutive
+    silences: int = 0  # consecutive probes without any answer
     words: str = ""
 
 
-# Connections to a gateway: the bytes that had come on each when it was last looked at, and at how many silences that was.
+# The connections to a gateway. For each: bytes received at the last check, and the count of silent
+# probes at that time.
 _Lines = WeakKeyDictionary[SocketStream | TLSStream, tuple[int, int]]
 
 
 @dataclass(slots=True)
 class RemoteGateways:
-    """All gateways of one proxy's directory. `watch` keeps them; everything else is synchronous."""
+    """All remote gateways in the directory of one proxy. `watch` keeps the state up to date. All
+    other methods are synchronous."""
 
     source: Source
     settings: ClustersConfig
@@ -113,13 +121,14 @@ class RemoteGateways:
     _names: dict[str, _Name] = field(default_factory=dict, init=False)
     _pulses: dict[Endpoint, _Pulse] = field(default_factory=dict, init=False)
     _lines: dict[Endpoint, _Lines] = field(default_factory=dict, init=False)
-    _asked: dict[str, float] = field(default_factory=dict, init=False)  # when a cluster was last in demand
-    _made: dict[int, tuple[Target, Target]] = field(default_factory=dict, init=False)  # by the snapshot's target, which is kept alive here
+    _asked: dict[str, float] = field(default_factory=dict, init=False)  # time of the last request for a cluster
+    _made: dict[int, tuple[Target, Target]] = field(default_factory=dict, init=False)  # by id of the snapshot's target
     _gateways: dict[Address, str] = field(default_factory=dict, init=False)
-    _changed: dict[str, tuple[Endpoint, ...]] = field(default_factory=dict, init=False)  # where the snapshot alone is not the truth
+    _changed: dict[str, tuple[Endpoint, ...]] = field(default_factory=dict, init=False)  # where it differs from the snapshot
 
     def through(self, target: Target) -> Target:
-        """A target, by the gateways that can be used now if it is another cluster's."""
+        """The target with the gateways that are usable now, if it is in another cluster. Otherwise
+        `target`."""
         remote = target.remote
         if remote is None:
             return target
@@ -131,27 +140,30 @@ class RemoteGateways:
             return target
         made = self._made.get(id(target))
         if made is None:
-            # One and the same until something changes: what is known of a target's endpoints hangs on it.
+            # Return the same object until something changes, because the balancer keeps state per
+            # target.
             made = self._made[id(target)] = target, replace(target, endpoints=endpoints)
         return made[1]
 
     def why(self, cluster: str) -> str:
-        """Why no gateway of a cluster can be used, in words."""
+        """The reason why no gateway of a cluster is usable, for error messages."""
         found = self.source.current.clusters.get(cluster)
         if found is None or not found.gateways:
-            return f"the directory names no gateway of {cluster}"
+            return f"the directory has no gateway of {cluster}"
         words = [f"{name.failure} ({gateway.host})" for gateway in found.gateways if (name := self._unresolved(gateway)) is not None]
         words += [f"{end.address}: {self._pulses[end].words}" for end in self._endpoints(found) if self._dead(end)]
-        return f"no gateway of {cluster} can be used: {'; '.join(words)}"
+        return f"no gateway of {cluster} is usable: {'; '.join(words)}"
 
     def connected(self, endpoint: Endpoint, stream: SocketStream | TLSStream) -> None:
-        """There is a new connection to `endpoint`, which may be a gateway; it stays its owner's."""
+        """Register a new connection to `endpoint`, which may be a gateway. The caller keeps
+        ownership."""
         if (lines := self._lines.get(endpoint)) is not None:
             pulse = self._pulses.get(endpoint)
             lines[stream] = stream.bytes_read, pulse.silences if pulse is not None else 0
 
     def cluster(self, address: Address) -> str | None:
-        """The cluster whose gateway has this address, literal or resolved; None: it is not the address of a gateway."""
+        """The cluster whose gateway has this literal or resolved address. None: not a gateway's
+        address."""
         if self.source.current is not self._seen:
             self._look()
         return self._gateways.get(address)
@@ -160,7 +172,7 @@ class RemoteGateways:
         name = None if gateway.literal else self._names.get(gateway.host, _Name())
         return name if name is not None and not name.addresses else None
 
-    # What can be used...
+    # Usable gateways.
 
     def _endpoints(self, cluster: Cluster) -> Iterator[Endpoint]:
         for gateway in cluster.gateways:
@@ -173,7 +185,8 @@ class RemoteGateways:
         return pulse is not None and pulse.failures >= self.settings.probe_failures
 
     def _look(self) -> None:
-        """Work out anew what can be used: the directory has changed, or what is known of its gateways."""
+        """Compute the usable gateways again, after a change of the directory or of a gateway's
+        state."""
         directory = self._seen = self.source.current
         hosts = {gateway.host for cluster in directory.clusters.values() for gateway in cluster.gateways if not gateway.literal}
         self._names = {host: self._names.get(host) or _Name() for host in hosts}
@@ -190,10 +203,10 @@ class RemoteGateways:
                 self._changed[name] = alive
             self.books.gateways_usable(name, len(alive))
 
-    # Keeping it true...
+    # Updates.
 
     async def watch(self) -> None:
-        """Look names up, and probe gateways, until cancelled."""
+        """Resolve names and probe gateways, until cancelled."""
         limit = trio.CapacityLimiter(_LOOKUPS)
         async with trio.open_nursery() as nursery:
             while True:
@@ -225,7 +238,8 @@ class RemoteGateways:
         return due
 
     def _spread(self, seconds: float) -> float:
-        """Give or take a tenth, so that those who began together do not go on together."""
+        """Vary `seconds` by up to a tenth, so that tasks that start together do not stay in
+        step."""
         return seconds * (0.9 + 0.2 * self.chance.random())
 
     async def _look_up(self, host: str, name: _Name, limit: trio.CapacityLimiter) -> None:
@@ -234,14 +248,14 @@ class RemoteGateways:
         with trio.move_on_after(_LOOKUP_TIMEOUT):
             try:
                 found = await trio.to_thread.run_sync(_addresses, host, abandon_on_cancel=True, limiter=limit)
-            except OSError as error:  # gaierror is one
+            except OSError as error:  # includes gaierror
                 failure = f"does not resolve: {error.strerror or error}"
         name.due = trio.current_time() + self._spread(self.settings.resolve_interval)
         if not found:
             name.failure = failure
-            warn(_log, _TROUBLES, "the gateway's name %s %s; %d addresses are known", host, failure, len(name.addresses))
+            warn(_log, _TROUBLES, "the gateway name %s %s; using %d known addresses", host, failure, len(name.addresses))
         elif name.addresses != (addresses := tuple(sorted(found)[:_MOST_ADDRESSES])):
-            _log.info("the gateway's name %s is %s", host, ", ".join(addresses))
+            _log.info("the gateway name %s resolves to %s", host, ", ".join(addresses))
             name.addresses = addresses
             self._look()
 
@@ -251,7 +265,7 @@ class RemoteGateways:
         self._listen(cluster, endpoint)
         with trio.move_on_after(self.settings.probe_timeout):
             try:
-                # On a connection of its own: a kept one says little about whether there can be new ones.
+                # Use a new connection: a pooled one does not show that new connections work.
                 async with self.leases.carrier(endpoint, fresh=True) as carrier:
                     status = (await _ask(carrier, str(endpoint.address))).status
                 failure, silent = "it is shutting down (503)" if status == 503 else None, False
@@ -259,20 +273,21 @@ class RemoteGateways:
                 failure, silent = str(error), _says_nothing(error)
         self.books.gateway_probed(cluster, "ok" if failure is None else "failed")
         pulse = self._pulses.get(endpoint)
-        if pulse is None:  # it has left the directory meanwhile
+        if pulse is None:  # the gateway has left the directory
             return
         before = self._dead(endpoint)
         pulse.failures, pulse.words = (0, "") if failure is None else (pulse.failures + 1, failure)
         pulse.silences = pulse.silences + 1 if silent else 0
         pulse.due = trio.current_time() + self._spread(self.settings.probe_interval)
         if self._dead(endpoint) is not before:
-            _log.warning("the gateway %s of %s %s", endpoint.address, cluster, "is back" if before else f"is not used: {failure}")
+            _log.warning("the gateway %s of %s %s", endpoint.address, cluster, "is usable again" if before else f"is not usable: {failure}")
             self._look()
         if silent:
             self._listen(cluster, endpoint)
 
     def _listen(self, cluster: str, endpoint: Endpoint) -> None:
-        """Look at the connections to a gateway, before a probe and after one to which nothing was said, and end those that are dead."""
+        """Check the connections to a gateway, before a probe and after a silent one. End the dead
+        ones."""
         pulse, lines = self._pulses.get(endpoint), self._lines.get(endpoint)
         if pulse is None or not lines:
             return
@@ -286,18 +301,18 @@ class RemoteGateways:
                 stream.fail(ConnectionLost(words, "timeout"))
                 ended += 1
         if ended:
-            warn(_log, _TROUBLES, "%d silent connections to the gateway %s of %s are ended", ended, endpoint.address, cluster)
+            warn(_log, _TROUBLES, "closed %d silent connections to the gateway %s of %s", ended, endpoint.address, cluster)
 
 
 def _says_nothing(error: Exception) -> bool:
-    """Whether a probe has failed for want of any answer: a refusal is one."""
+    """Whether a probe failed without any answer. A refused connection is an answer."""
     if isinstance(error, ConnectFailed):
         return error.reason in ("timeout", "unreachable")
     return isinstance(error, UpstreamTLSError) and error.kind == "timeout"
 
 
 async def _ask(carrier: Carrier, host: str) -> ResponseHead:
-    """One small request, and its whole answer."""
+    """Send the probe request, and read the whole answer."""
     carrier.begin(RequestHead(b"GET", LIVE, Headers([(b"Host", host.encode("ascii"))])), 0)
     carrier.finish(END)
     await carrier.flush()
@@ -311,5 +326,5 @@ async def _ask(carrier: Carrier, host: str) -> ResponseHead:
 
 
 def _addresses(host: str) -> list[str]:
-    """Runs in a thread. Raises OSError."""
+    """Resolve `host`. Runs in a thread. Raises OSError."""
     return list({str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})

@@ -1,16 +1,16 @@
-"""Limits that a request sets for itself, by header, where the policy of the service allows that (`overrides: true`).
+"""Limits that a request sets for itself by header, if the service's policy allows it (`overrides:
+true`).
 
-    isthmus-timeout            of the whole request (policy.timeouts.request)
-    isthmus-response-timeout   to the head of the response (policy.timeouts.response_head)
-    isthmus-attempt-timeout    of an attempt (policy.retries.attempt_timeout)
-    isthmus-retry-limit        how often it is tried again (policy.retries.limit)
-    isthmus-retry-statuses     after which statuses: `503, 5xx` (policy.retries.statuses)
-    isthmus-retry-grpc         after which gRPC statuses: `unavailable, 8` (policy.retries.grpc)
+    isthmus-timeout            maximum time of the whole request (policy.timeouts.request)
+    isthmus-response-timeout   maximum time to the response head (policy.timeouts.response_head)
+    isthmus-attempt-timeout    maximum time of an attempt (policy.retries.attempt_timeout)
+    isthmus-retry-limit        maximum number of retries (policy.retries.limit)
+    isthmus-retry-statuses     statuses to retry: `503, 5xx` (policy.retries.statuses)
+    isthmus-retry-grpc         gRPC statuses to retry: `unavailable, 8` (policy.retries.grpc)
 
-Values are written as in the directory, lists with commas. They are for the proxy beside the application alone: wire/messages.py has their
-names among those that no proxy passes on, so a peer cannot set limits in another one's stead, and where they are not allowed they are not
-looked at.
-"""
+The values have the format of the directory, lists are separated by commas. Only the proxy beside
+the application reads these headers. No proxy forwards them (wire/messages.py), so a peer cannot set
+limits in another proxy. If the policy does not allow them, the proxy ignores them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ _SHAPES = {name: _shape(struct, field) for name, (_, struct, field) in _PLACES.i
 
 
 def overridden(policy: Policy, headers: Headers) -> Policy:
-    """`policy` with what the request says itself. Raises RequestError that names the header and says what it expects."""
+    """`policy` with the limits that the request sets. Raises RequestError with the name of the
+    header and the expected value."""
     changes: dict[str, dict[str, Any]] = {}
     for name, value in headers.items:
         if (place := _PLACES.get(lower := name.lower())) is not None:

@@ -1,22 +1,28 @@
-"""The attempts at one exchange: what each one says about its endpoint, and whether there is another.
+"""The attempts of one exchange: the outcome of each, and whether another one follows.
 
 An attempt ends in one of these ways:
 
-    it was not delivered    (the endpoint cannot be connected to,    another endpoint, a few of them, whatever the request is, if all
-                             or its sidecar says that its            of its body can be sent again; when all are broken, the one that
-                             application cannot)                     may be tried next (endpoint_wait.py), but not if mutual TLS with all
-                                                                     of them fails
-    the server refused it   (REFUSED_STREAM: it has not looked)      once more, whatever the request is (and its body, if that was kept)
-    it broke off            (no response, or none in time)           once more, if the method is idempotent (RFC 9110 §9.2.2)
-    it was answered         with a status of the policy's            once more, if that is what the policy wants for such a method
+    not delivered     The proxy cannot connect to the endpoint, or the endpoint's sidecar reports that
+                      it cannot connect to its application. The proxy tries another endpoint, up to
+                      a small number, for any request whose whole body can be sent again. If all
+                      circuit breakers are open, it waits for the next trial (endpoint_wait.py), but
+                      not if mutual TLS with all endpoints fails.
+    refused           REFUSED_STREAM: the server has not processed the request. The proxy retries any
+                      request whose body can be sent again.
+    broken            No response, or none in time. The proxy retries idempotent methods (RFC 9110
+                      §9.2.2).
+    answered          The status is one that the policy retries. The proxy retries if the policy
+                      allows it for the method.
 
-All but the first are retries: within the policy's limit, within the service's budget (balancing/retry_budget.py), not past the deadline of
-the request, and only if the body can be sent again (exchange/replay.py). None is made once a byte of a response has been passed on.
-Besides, the client (exchange/client.py) repeats a request once whose connection has gone away under it. So a server behind us
-sees a request `limit` + 2 times at most, whatever it does.
+All but the first are retries: within the policy's limit and the service's budget
+(balancing/retry_budget.py), before the deadline of the request, and only if the body can be sent
+again (exchange/replay.py). The proxy never retries after a byte of a response was forwarded.
 
-The deadline of a gRPC call is its client's (`grpc-timeout`): no attempt outlives it, and a further one is told what is left of it.
-"""
+In addition, the client (exchange/client.py) repeats a request once if its connection was lost. So a
+server gets a request at most `limit` + 2 times.
+
+The client sets the deadline of a gRPC call (`grpc-timeout`). No attempt continues after it. A
+further attempt carries the remaining time."""
 
 from __future__ import annotations
 
@@ -56,36 +62,39 @@ from proxy.wire.messages import Headers, ResponseHead
 if TYPE_CHECKING:
     from proxy.telemetry.endpoint_metrics import EndpointMetrics
 
-# More than a few tries to connect would only make the client wait: then the service is down, not an endpoint of it.
+# More tries to connect would only make the client wait: the service as a whole is down.
 ENDPOINTS_TRIED = 3
 
 
-# By these a server resets a stream whose request it holds to be malformed (RFC 9113 §8.1.1), or to ask too much of it (§7): a head over its
-# SETTINGS_MAX_HEADER_LIST_SIZE, for one.
+# Codes with which a server resets a stream because the request is malformed (RFC 9113 §8.1.1), or
+# too expensive (§7), for example because its head exceeds SETTINGS_MAX_HEADER_LIST_SIZE.
 _UNACCEPTABLE = frozenset({Code.PROTOCOL_ERROR, Code.ENHANCE_YOUR_CALM})
-# These say nothing against the endpoint: it goes away in good order, or the client takes less than others do.
+# These do not count against the endpoint: it shuts down gracefully, or the client's own limit is
+# small.
 _BLAMELESS = (UpstreamLeft, ResponseTooLarge)
 
 
 class AttemptTimeout(Exception):
-    """An attempt that was not the last did not bring a head in time."""
+    """An attempt, not the last one, got no response head in time."""
 
 
-# There was no connection to the endpoint, or none from its sidecar to its application: nothing of the request has reached it.
+# No connection to the endpoint, or none from its sidecar to its application. No byte of the request
+# has reached the application.
 NOT_CONNECTED = (ConnectFailed, UpstreamTLSError, Undelivered)
 FAILURES = (*NOT_CONNECTED, UpstreamClosed, UpstreamProtocolError, Declined, AttemptTimeout)
 
-# Attempts at one request that are remembered, for its spans. A request that waits may be sent to try once in a step of the breaker's.
+# Maximum number of attempts of one request that are kept for its spans. A request that waits may
+# make one trial in each step of the circuit breaker.
 _MOST_NOTED = 64
 
-# Failures to connect that it takes long to find out.
+# Failures to connect that take long to detect.
 _SLOW = frozenset({"connect_timeout", "connect_unreachable", "tls_timeout"})
-# Failures to connect that are decisions about a peer, or about this proxy. To wait does not change them.
+# Failures to connect that are decisions about a peer or this proxy. They do not change with time.
 _REJECTED = frozenset({"tls_certificate", "tls_alert", "tls_protocol", "clear_text_refused"})
 
 
 def unreachable(error: Exception) -> Failure:
-    """What one of `NOT_CONNECTED` says about the endpoint."""
+    """The kind of failure of the endpoint, for an error in `NOT_CONNECTED`."""
     reason = describe(error).reason
     if reason in _REJECTED:
         return Failure.REJECTED
@@ -93,7 +102,8 @@ def unreachable(error: Exception) -> Failure:
 
 
 class Attempts:
-    """At one exchange with one service. `judge` is the exchange's while one of them is under way."""
+    """The attempts of one exchange with one service. During an attempt, `exchange.judge` is this
+    `judge`."""
 
     __slots__ = (
         "_begun",
@@ -119,7 +129,8 @@ class Attempts:
     def __init__(
         self, exchange: Exchange, endpoint_set: EndpointSet, policy: Policy, metrics: EndpointMetrics, client: ClientSettings
     ) -> None:
-        """`client`: how long a server may take, where the policy does not say. Raises RequestError."""
+        """`client`: the limits for a server's response where the policy sets none. Raises
+        RequestError."""
         self._exchange = exchange
         self._metrics = metrics
         self._client = client
@@ -128,14 +139,14 @@ class Attempts:
         self._client_limit = inf
         self._body: Replay | None = None
         self._status = 0
-        self._begun = False  # it is being answered; how that ends is not known
+        self._begun = False  # the response has started; its end is not known
         self._started = 0.0
-        self._since: float | None = None  # when it was sent, if the clock does not say
+        self._since: float | None = None  # when it was sent, if the exchange's clock does not have it
         self._work: Work | None = None
         self.endpoint_set = endpoint_set
         self.policy = policy
-        self.failure: Exception | None = None  # the last endpoint could not be connected to, because of this
-        self.scope: trio.CancelScope | None = None  # of an attempt with a timeout of its own
+        self.failure: Exception | None = None  # why the last endpoint could not be connected to
+        self.scope: trio.CancelScope | None = None  # of an attempt with its own timeout
         self.tried: tuple[Endpoint, ...] = ()
         self.unreached: tuple[Endpoint, ...] = ()
         if policy is not DEFAULT_POLICY:
@@ -145,7 +156,7 @@ class Attempts:
         if exchange.body.length != 0:
             self._keep_body()
 
-    # Before...
+    # Before the first attempt.
 
     def _limits(self) -> None:
         exchange = self._exchange
@@ -161,7 +172,7 @@ class Attempts:
             limit = (begun or trio.current_time()) + whole
             if whole != allowed:
                 self._client_limit = limit
-            exchange.clock.limit_to(limit, lambda: DeadlineExceeded(f"the request was not over within {whole:g} s"))
+            exchange.clock.limit_to(limit, lambda: DeadlineExceeded(f"the request did not finish within {whole:g} s"))
 
     def _call_deadline(self) -> None:
         exchange = self._exchange
@@ -173,9 +184,10 @@ class Attempts:
             exchange.clock.limit_to(self._client_limit, lambda: DeadlineExceeded(f"the call's deadline of {seconds:g} s has passed"))
 
     def _keep_body(self) -> None:
-        """Keep what is sent of the body until the response begins: a sidecar may say that it could not connect to its application."""
+        """Keep the sent part of the body until the response starts: a sidecar may report that it
+        could not connect to its application."""
         exchange = self._exchange
-        if not isinstance(exchange.body, Replay):  # otherwise the fast path has begun to send it
+        if not isinstance(exchange.body, Replay):  # otherwise the fast path has started to send it
             exchange.body = Replay(exchange.body, self.policy.retries.max_body, exchange.facts.share)
         self._body = exchange.body
 
@@ -185,13 +197,14 @@ class Attempts:
 
     @property
     def _sendable(self) -> bool:
-        """The request can be sent once more, its body included."""
+        """Whether the request, with its body, can be sent again."""
         return self._body.rewindable if self._body is not None else self._exchange.request_bytes == 0
 
-    # One attempt...
+    # One attempt.
 
     def begin(self, endpoint: Endpoint, *, alone: bool) -> None:
-        """An attempt at `endpoint` begins; `end` has to follow. `alone`: the service has no other."""
+        """Begin an attempt at `endpoint`. The caller must call `end`. `alone`: the service has no
+        other endpoint."""
         self._exchange.judge = self.judge
         self._work = self.endpoint_set.begin(self.policy, endpoint, alone=alone)
         self._since = None
@@ -205,31 +218,33 @@ class Attempts:
                 self._body.rewind()
 
     def go_on(self, work: Work, since: float) -> None:
-        """The first attempt has been begun by the fast path, at `since` (trio's time); `end` has to follow."""
+        """Continue the first attempt, which the fast path began at `since` (trio's time). The
+        caller must call `end`."""
         self._exchange.judge = self.judge
         self._work, self._since = work, since
         self._started = since or trio.current_time()
         response = self._exchange.response
         if response is not None:
-            self._since = 0.0  # when that came is not known any more
+            self._since = 0.0  # the time of the response is not known
             self.judge(response, None)
 
     @property
     def timeout(self) -> float | None:
-        """Seconds that this attempt may take to the head; None: as many as any."""
+        """Maximum seconds of this attempt to the response head. None: no limit of its own."""
         retries = self.policy.retries
         if retries.attempt_timeout is None or self._retries >= retries.limit or not (self._repeatable or retries.all_methods):
             return None
         return retries.attempt_timeout
 
     def remind(self) -> None:
-        """Time has passed: the next hop is told what is left of the call's deadline."""
+        """Update `grpc-timeout` for the next hop: send the remaining time of the call's
+        deadline."""
         headers = self._exchange.request.headers
         if self._client_limit < inf and self._exchange.is_grpc and b"grpc-timeout" in headers:
             headers.replace(b"grpc-timeout", grpc.write_timeout(self._exchange.clock.limit - trio.current_time()))
 
     def waited(self) -> None:
-        """It has waited for an endpoint, which may be one that has failed before."""
+        """The exchange has waited for an endpoint. That endpoint may be one that failed before."""
         self.tried = self.unreached = ()
         self.remind()
 
@@ -248,14 +263,14 @@ class Attempts:
             self.scope.deadline = inf
         seconds = self._elapsed(work)
         if head.status < 400 and trailers is None:
-            # A gRPC call has a status at its end. While nothing fails, nobody has to wait for it to know that.
+            # A gRPC call has its status at the end. While nothing fails, do not wait for it.
             self._begun = True
             work.answered(seconds, begun=self.endpoint_set.failing and self._exchange.is_grpc)
             return False
         return self._judge_error(work, head, trailers, seconds)
 
     def _elapsed(self, work: Work) -> float | None:
-        """Since the request was sent, in seconds; None: that is not known, or of no use."""
+        """Seconds since the request was sent. None: not known, or not needed."""
         since = self._exchange.clock.since if self._since is None else self._since
         return trio.current_time() - since if since and work.load is not None else None
 
@@ -277,7 +292,8 @@ class Attempts:
         return self._again(cause)
 
     def end(self) -> None:
-        """The attempt is over, however. The exchange lets go of it too: in a circle both would stay until the next garbage collection."""
+        """End the attempt, whatever its result. Clears the exchange's reference to this object: the
+        cycle would keep both in memory until the next garbage collection."""
         self._exchange.judge = None
         work, self._work = self._work, None
         if work is None:
@@ -288,27 +304,29 @@ class Attempts:
             if trio.current_time() < self._client_limit:
                 work.failed("upstream_timeout", self._elapsed(work), Failure.SILENCE)
             else:
-                work.silent(self._elapsed(work))  # the client's impatience says nothing against the endpoint
+                work.silent(self._elapsed(work))  # the client's short limit does not count against the endpoint
         work.finished()
 
     def _judge_end(self, work: Work, code: int | None) -> None:
-        """A call has ended whose response had begun: too late for another attempt, but not for the breaker."""
+        """Judge a gRPC call that ended after its response had started: too late for another
+        attempt, but it counts for the circuit breaker."""
         if code in self.policy.breaker.grpc:
             work.failed(f"gRPC status {code}")
         else:
             work.answered(None)
 
-    # And another...
+    # The next attempt.
 
     def another(self, error: Exception) -> float:
-        """What has ended an attempt; returns the pause (seconds) before the next one, or raises what the client is told."""
+        """Handle the error that ended an attempt. Returns the pause (seconds) before the next
+        attempt, or raises the error for the client."""
         work = self._work
         if work is None:
             raise error
         endpoint = work.endpoint
         if isinstance(error, NOT_CONNECTED):
             if isinstance(error, ConnectFailed) and error.reason == "local":
-                raise error  # another endpoint would not help, and this one is not to be avoided for it
+                raise error  # another endpoint does not help, and this endpoint is not the cause
             work.failed(describe(error).reason, how=unreachable(error))
             if not self._sendable:
                 raise error
@@ -323,11 +341,12 @@ class Attempts:
         return pause
 
     def _sort(self, work: Work, error: Exception) -> str:
-        """Whether to go on after `error`, which is raised if not; the reason to note."""
+        """Decide whether to retry after `error`. Returns the reason for the attempt's record, or
+        raises the error for the client."""
         if isinstance(error, Declined):
-            return self._cause  # it was declined because there is to be another
+            return self._cause  # it was declined because a retry follows
         if isinstance(error, UpstreamReset) and error.code in _UNACCEPTABLE:
-            raise error  # it would do so again, and that is the client's doing
+            raise error  # a retry would fail too: the client caused the error
         refused = isinstance(error, UpstreamReset) and error.code == Code.REFUSED_STREAM
         if not refused and not work.told and not isinstance(error, _BLAMELESS):
             if isinstance(error, AttemptTimeout):
@@ -343,7 +362,8 @@ class Attempts:
         return "upstream_timeout" if cause == "timeout" else describe(error).reason
 
     def _again(self, cause: str) -> bool:
-        """Whether there is a retry because of `cause`. If so it is counted, and has to be made."""
+        """Whether a retry follows because of `cause`. If so, counts it, and the caller must make
+        it."""
         exchange, retries, now = self._exchange, self.policy.retries, trio.current_time()
         if not retries.limit:
             return False
@@ -366,7 +386,7 @@ class Attempts:
         return False
 
     def _pause(self, before: int) -> float:
-        """The longest pause in front of a retry that has so many `before` it."""
+        """Maximum pause in seconds before a retry that follows `before` other retries."""
         return min(self.policy.retries.max_backoff, self.policy.retries.backoff * 2.0**before)
 
     def _note(self, endpoint: Endpoint, reason: str) -> None:

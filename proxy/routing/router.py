@@ -1,30 +1,36 @@
-"""Which target a request, or an opaque connection, goes to.
+"""The router: it decides the target of a request or of an opaque connection.
 
-Three questions, asked for each request (and for each connection of which nothing but bytes is known):
+It answers three questions for each request, and for each opaque connection.
 
-*What was meant?* The address that the application dialled decides: a service's cluster address, a virtual address, an endpoint. The
-authority of a request chooses a service at two kinds of address only: at the gateway of another cluster, among the services of that
-cluster, and in the networks that the operator names (`outbound.authority_networks`). Everything else goes to its original destination,
-unchanged, in the form that it came in. An application often copies the authority from a request of an outsider, as each reverse proxy
-does that keeps the client's Host. If the authority could choose at any address, the outsider would choose among the internal services,
-and the request would arrive there with this pod's identity (docs/decisions/17-address-before-authority.md).
+*What is the destination?* The address that the application connected to decides: a service's
+cluster address, a virtual address, or an endpoint. The authority of a request selects a service
+only at two kinds of address: at the gateway of another cluster, among the services of that cluster,
+and in the networks that the operator configures (`outbound.authority_networks`). All other traffic
+goes to its original destination, unchanged. Applications often copy the authority from an external
+request, for example reverse proxies that keep the client's Host. If the authority could select a
+service at any address, an external client could select internal services, and the request would
+arrive there with this pod's identity (docs/decisions/17-address-before-authority.md).
 
-*Which service?* If the service is split, chance draws one of its backends by weight. One of which no endpoint can be used gets
-nothing; its share goes to the others, in proportion to their weights.
+*Which service?* If the service is split, the router draws one of its backends by weight. A backend
+without a usable endpoint gets no requests. Its share goes to the others, in proportion to their
+weights.
 
-*Where is that service served?* Here, as long as enough of its endpoints can be used. If not, in the first of its failover clusters that
-has a gateway which can be used. It comes back when enough of its own have been usable for `settle` seconds on end, so that a service
-that dies again and again does not take its clients along each time. Whether an endpoint that was broken is back, only a request can find
-out: so while a service is away one is sent home each time that a penalty is over (balancing/circuit_breaker.py). If that does not do, its
-further attempts ask here again and go where the others go; nothing else changes by it.
+*Where is that service served?* In this cluster, as long as enough of its endpoints are usable.
+Otherwise in the first of its failover clusters that has a usable gateway. The service returns to
+this cluster when enough of its own endpoints have been usable for `settle` seconds without
+interruption, so that a service that fails repeatedly does not affect its clients each time. Only a
+request can show whether an endpoint has recovered. So during a failover the router sends one
+request to this cluster each time a penalty ends (balancing/circuit_breaker.py). If it fails, its
+further attempts ask the router again, and go where the others go. The trial has no other effect.
 
-Where nothing at all can be used, each of these places is tried as soon as its breakers let anybody try.
+If no endpoint is usable anywhere, the router tries each place as soon as its circuit breakers allow
+a trial.
 
-What a gateway has received asks none of this: it goes to an endpoint of its own cluster (proxy/flows/gateway.py). So a request is split and
-failed over once for each time that an application sends it, and clusters whose splits name each other do not play ball with it.
+Requests that a gateway received do not pass the router. They go to an endpoint of the gateway's own
+cluster (proxy/flows/gateway.py). So a request is split and failed over once each time that an
+application sends it, and clusters whose splits name each other cannot send it to and fro.
 
-Nothing here waits. The directory may change between two calls; each call sees one snapshot.
-"""
+Nothing here waits. The directory may change between two calls. Each call uses one snapshot."""
 
 from __future__ import annotations
 
@@ -45,88 +51,94 @@ from proxy.net.tls.handshake import TLSStream
 
 
 class Source(Protocol):
-    """Where the directory is looked up: the snapshot changes under it, whole, so take it once for one decision."""
+    """The source of the directory. The snapshot is replaced as a whole, so read it once per
+    decision."""
 
     @property
     def current(self) -> Directory: ...
 
 
 class Virtual(Protocol):
-    """Addresses that stand for services of other clusters (proxy/dns/virtual_addresses.py)."""
+    """Virtual addresses of services in other clusters (proxy/dns/virtual_addresses.py)."""
 
     def lookup(self, host: str) -> tuple[str, str, str] | None:
-        """(cluster, namespace, name) of the service that an address stands for, or stood for; None: it has been given to nobody."""
+        """(cluster, namespace, name) of the service that an address stands for, or stood for. None:
+        the address is not assigned."""
         ...
 
     def covers(self, host: str) -> bool:
-        """Whether an address is of the virtual ranges."""
+        """Whether an address is in the virtual ranges."""
         ...
 
     def held(self, host: str) -> AbstractContextManager[None]:
-        """As long as this is open, the address goes on meaning what it means now."""
+        """While this context is open, the address keeps its current meaning."""
         ...
 
 
 class KnownGateways(Protocol):
-    """The ways into other clusters as they are now (proxy/routing/remote_gateways.py)."""
+    """The current gateways of other clusters (proxy/routing/remote_gateways.py)."""
 
     def through(self, target: Target) -> Target:
-        """A target, by the gateways that can be used now if it is another cluster's."""
+        """The target with the gateways that are usable now, if it is in another cluster. Otherwise
+        `target`."""
         ...
 
     def why(self, cluster: str) -> str:
-        """Why no gateway of a cluster can be used."""
+        """The reason why no gateway of a cluster is usable."""
         ...
 
     def cluster(self, address: Address) -> str | None:
-        """The cluster whose gateway has this address; None: it is not the address of a gateway."""
+        """The cluster whose gateway has this address. None: not a gateway's address."""
         ...
 
     def connected(self, endpoint: Endpoint, stream: SocketStream | TLSStream) -> None:
-        """There is a new connection to `endpoint`, which may be a gateway."""
+        """Register a new connection to `endpoint`, which may be a gateway."""
         ...
 
 
 class Health(Protocol):
-    """What is known of endpoints."""
+    """The health of endpoints."""
 
     def usable(self, target: Target) -> int:
-        """How many endpoints of a target can be used."""
+        """The number of usable endpoints of a target."""
         ...
 
     def trial(self, target: Target, *, alone: bool = False) -> bool:
-        """Whether a request would find out about an endpoint that could not be used. `alone`: nothing else can be used either."""
+        """Whether a request now would be the trial of an endpoint that was not usable. `alone`: no
+        other target is usable either."""
         ...
 
 
 class Books(Protocol):
-    """What is counted."""
+    """The metrics of the router."""
 
     def sent_away(self, cluster: str, why: str) -> None:
-        """A request or connection goes by way of another cluster's gateway."""
+        """Count a request or connection that goes through the gateway of another cluster."""
         ...
 
     def failed_over(self, service: str, away: bool) -> None:
-        """A service is served by another cluster from now on, or at home again."""
+        """Count that a service now fails over to another cluster, or has returned."""
         ...
 
 
 _NOTHING_HELD = nullcontext()
-# An application dials few destinations, each of them often. The kernel and the configuration give IP literals only.
+# An application connects to few destinations, each of them often. The kernel and the configuration
+# provide IP literals only.
 _literal = lru_cache(maxsize=1024)(ipaddress.ip_address)
 
 
 @dataclass(slots=True)
 class _Absence:
-    """A service is served elsewhere. `back`: since when enough of its own endpoints have been usable again."""
+    """A service that has failed over. `back`: the time since when enough of its own endpoints are
+    usable again."""
 
     back: float | None = None
 
 
 @dataclass(slots=True)
 class Router:
-    """Answers for one proxy. `settle` in seconds of `clock`; `namespace` is the pod's own, in which short names are read; `networks`
-    are those in which the authority may choose a service."""
+    """The router of one proxy. `settle` in seconds of `clock`. `namespace`: the pod's own, for
+    short names. `networks`: where the authority may select a service."""
 
     source: Source
     health: Health
@@ -140,10 +152,10 @@ class Router:
     networks: Sequence[Network] = ()
     _absences: dict[tuple[str | None, int], _Absence] = field(default_factory=dict, init=False)
 
-    # What was meant?
+    # The destination.
 
     def known(self, original: Address) -> Target | None:
-        """What an address stands for; None: nobody knows it."""
+        """The target of an address. None: the directory does not have the address."""
         directory = self.source.current
         target = directory.known(original)
         virtual = self.virtual
@@ -157,18 +169,19 @@ class Router:
         return found or Target("/".join(name), ())
 
     def holding(self, original: Address) -> AbstractContextManager[None]:
-        """For as long as a connection to this address is open: what it means does not change under it."""
+        """Keeps the meaning of this address while a connection to it is open."""
         return self.virtual.held(original.host) if self.virtual is not None else _NOTHING_HELD
 
     def meant(self, original: Address, authority: Callable[[], bytes | None]) -> Target:
-        """What a request to `original` is meant for. `authority` is called only where it may choose."""
+        """The target of a request to `original`. Calls `authority` only if the authority may select
+        a service."""
         target = self.known(original)
         if target is None and (self.networks or self.remote_gateways is not None):
             target = self._named(original, authority)
         return target or itself(original)
 
     def _named(self, original: Address, authority: Callable[[], bytes | None]) -> Target | None:
-        """The service that the authority names, if it may choose one at this address."""
+        """The service that the authority names, if the authority may select one at this address."""
         anywhere = bool(self.networks) and self._trusted(original.host)
         cluster = self.remote_gateways.cluster(original) if self.remote_gateways is not None and not anywhere else None
         if cluster is None and not anywhere:
@@ -180,15 +193,16 @@ class Router:
         return target if target.remote is not None and target.remote.cluster == cluster else None
 
     def _trusted(self, host: str) -> bool:
-        """Whether the operator lets the authority choose at this address."""
+        """Whether the operator allows the authority to select a service at this address."""
         literal = _literal(host)
         return any(literal in network for network in self.networks)
 
-    # Which service, and where is it served?
+    # The service, and where it is served.
 
     def choose(self, target: Target) -> Target:
-        """Where to go with what is meant for `target`. Raises NoEndpoint if it is split and none of its backends can be used, or if it is
-        another cluster's, whose gateways cannot be used."""
+        """The target to send a request for `target` to. Raises NoEndpoint if the service is split
+        and no backend is usable, or if it is in another cluster and no gateway of that cluster is
+        usable."""
         plan = target.plan
         if plan is None:
             return target if target.remote is None else self._sent(target, target.remote.cluster, "name")
@@ -199,7 +213,8 @@ class Router:
         return self._sent(chosen, chosen.remote.cluster, "split" if named else "failover")
 
     def _sent(self, target: Target, cluster: str, why: str) -> Target:
-        """What goes to another cluster, by the gateways that are there. Raises NoEndpoint if there is none."""
+        """A target in another cluster, with its usable gateways. Raises NoEndpoint if there is
+        none."""
         self.books.sent_away(cluster, why)
         found = self._through(target)
         if not found.endpoints and self.remote_gateways is not None:
@@ -221,20 +236,20 @@ class Router:
                 if self._trial(place, alone=True):
                     return place
             states = ", ".join(f"{b.target.service} none of {len(self._through(b.target).endpoints)}" for b in plan.backends if b.weight)
-            raise NoEndpoint(f"no backend of {service} has an endpoint that can be used: {states}")
+            raise NoEndpoint(f"no backend of {service} has a usable endpoint: {states}")
         return self._place(self._draw(others))
 
     def _draw(self, backends: Sequence[Backend]) -> Backend:
-        """One of them, by weight; at least one has some."""
+        """Draw a backend by weight. At least one weight is above zero."""
         left = self.chance.random() * sum(backend.weight for backend in backends)
         for backend in backends:
             left -= backend.weight
             if left < 0:
                 return backend
-        return next(backend for backend in reversed(backends) if backend.weight)  # rounding, at the very end of the range
+        return next(backend for backend in reversed(backends) if backend.weight)  # a rounding error at the end of the range
 
     def _place(self, backend: Backend) -> Target:
-        """Where a backend is served now."""
+        """The target that serves a backend now."""
         home = backend.target
         if not backend.elsewhere or not self._away(backend) or self.health.trial(home):
             return home
@@ -246,7 +261,8 @@ class Router:
         return next((other for other in backend.elsewhere if self._trial(other, alone=True)), home)
 
     def _away(self, backend: Backend) -> bool:
-        """Whether a service is not to be served at home, for want of endpoints, or because they have not been back for long enough."""
+        """Whether a service is failed over now: too few endpoints are usable, or they have not been
+        usable for long enough."""
         home, remote = backend.target, backend.elsewhere[0].remote
         key = home.service, remote.port if remote is not None else 0
         absence = self._absences.get(key)
@@ -275,5 +291,6 @@ class Router:
         return self.health.trial(self._through(target), alone=alone)
 
     def _serves(self, target: Target) -> bool:
-        """Whether it gets requests while others could have them: those that it can serve, and those that find out whether it can."""
+        """Whether a target gets requests although others are usable: it is usable, or is due for a
+        trial."""
         return bool(self._usable(target)) or self._trial(target, alone=False)

@@ -209,13 +209,13 @@ async def test_an_endpoint_that_fails_is_left_alone_and_used_again_when_it_has_r
         return await counted(pair.near, "isthmus_breaker_changes_total", state="open") >= 1
 
     await eventually(left_alone, "it has failed three times", 120)
-    await logged(pair.near, f"{pair.shop.ipv4}:{WEB} of default/fuse is left alone for 2.0 s: status 503")
+    await logged(pair.near, f"{pair.shop.ipv4}:{WEB} of default/fuse: circuit breaker opened for 2.0 s: status 503")
 
     async def recovered() -> bool:
         return "200 shop" in await asked(pair, "fuse", 20, {})
 
     await eventually(recovered, "the endpoint is used again")
-    await logged(pair.near, f"{pair.shop.ipv4}:{WEB} of default/fuse is used again")
+    await logged(pair.near, f"{pair.shop.ipv4}:{WEB} of default/fuse: circuit breaker closed")
     assert await counted(pair.near, "isthmus_endpoint_broken", service="default/fuse") == 0
 
 
@@ -236,7 +236,7 @@ async def test_limits_that_a_request_sets_itself_hold_where_the_policy_allows_th
     assert await asked(pair, "limits", 10, again, 1000) == {"200 annex": 10}, "with a body"
 
     async def not_repeated() -> bool:
-        # `shop` is left alone for a while after some bad answers, of earlier tests' too.
+        # After some bad responses, also in earlier tests, the circuit breaker of `shop` is open for a while.
         seen = await asked(pair, "plain", 20, again)
         assert set(seen) <= {"503 shop", "200 annex"}
         return "503 shop" in seen
@@ -265,7 +265,7 @@ async def test_the_only_endpoint_is_used_again_soon_after_it_is_back_however_lon
 
     async def long_away() -> bool:
         assert await status() in (502, 503)
-        return any("default/late is left alone for 9.6 s" in json.dumps(line) for line in pair.near.logged())
+        return any("default/late: circuit breaker opened for 9.6 s" in json.dumps(line) for line in pair.near.logged())
 
     await eventually(long_away, "the penalty is long", 120)
     await pair.cluster.pods["annex"].python("late", SERVER, "annex", str(LATE), port=LATE)
@@ -291,14 +291,14 @@ async def test_if_there_is_nothing_to_wait_for_the_client_is_told_why(pair: Pair
     before = await counted(pair.near, "isthmus_errors_total", direction="outbound", reason="all_broken")
     words = await refused(pair.web, "gone")
     assert "error=destination_unavailable" in words
-    assert "the one endpoint of default/gone is broken (last: connect_refused); the next one is tried in" in words
+    assert "the circuit breaker of the only endpoint of default/gone is open (last failure: connect_refused); the next trial is in" in words
     assert await counted(pair.near, "isthmus_errors_total", direction="outbound", reason="all_broken") == before + 1
 
 
 async def test_if_too_many_wait_the_client_is_told_so(pair: Pair) -> None:
     words = await refused(pair.web, "full")
     assert "error=connection_limit_reached" in words
-    assert "wait for an endpoint of default/full already" in words
+    assert "requests already wait for an endpoint of default/full" in words
 
 
 async def connected(pair: Pair, times: int) -> list[dict[str, int]]:

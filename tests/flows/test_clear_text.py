@@ -63,7 +63,7 @@ class Scene:
         return next(result for result, count in before.items() if self.reloads(result) > count)
 
     async def ask_until(self, done: Callable[[int | None], bool]) -> None:
-        """Ask until the answer is such: an endpoint that has refused TLS is left alone for a second or so."""
+        """Repeat the request until it gets this answer: after refused TLS, the circuit breaker is open for about a second."""
         with trio.fail_after(30):
             while not done((await self.ask())[0]):  # noqa: ASYNC110  (it is asked, which is no event)
                 await trio.sleep(0.05)

@@ -189,7 +189,7 @@ async def test_if_all_are_broken_for_longer_than_anybody_may_wait_the_client_is_
             answer = await client.ask()
         assert answer.status == 503
         assert b"error=destination_unavailable" in (answer.get(b"proxy-status") or b"")
-        words = b"all 2 endpoints of default/web are broken (last: connect_refused); the next one is tried in"
+        words = b"the circuit breakers of all 2 endpoints of default/web are open (last failure: connect_refused); the next trial is in"
         assert words in (answer.get(b"proxy-status") or b"")
         assert world.hop.ended[-1].failure == "all_broken"
 

@@ -55,7 +55,7 @@ async def test_a_name_that_does_not_resolve_fails_requests_at_once_and_says_so(t
         await until(lambda: "resolve" in all_.west.remote_gateways.why("east"), PATIENCE)
         answer = await all_.ask("c.east")
     assert answer.status == 503
-    assert b"no gateway of east can be used: " in answer.body
+    assert b"no gateway of east is usable: " in answer.body
     assert b"(gateway.invalid)" in answer.body
 
 
@@ -67,7 +67,7 @@ async def test_a_gateway_that_does_not_answer_is_left_out_until_it_does(tmp_path
         await until(lambda: counted(all_, 'gateways_usable{cluster="east"} 0.0'), PATIENCE)
         answer = await all_.ask("c.east")
         assert answer.status == 503
-        assert f"no gateway of east can be used: {HOST}:{port}: ".encode() in answer.body
+        assert f"no gateway of east is usable: {HOST}:{port}: ".encode() in answer.body
         settings = {"enabled": True, "listen": [f"{HOST}:{port}"]}
         async with all_.endpoint_set.running("gateway", east_directory(way_in(all_.server)), gateway=settings):
             await until(lambda: counted(all_, 'gateways_usable{cluster="east"} 1.0'), PATIENCE)
@@ -287,7 +287,7 @@ async def test_where_nothing_has_happened_the_snapshot_is_the_truth(autojump_clo
     north = known.current.clusters["north"].services[0].targets[80]
     assert remote_gateways.through(north).endpoints == ()
     assert remote_gateways.through(north) is remote_gateways.through(north)
-    assert remote_gateways.why("nowhere") == "the directory names no gateway of nowhere"
+    assert remote_gateways.why("nowhere") == "the directory has no gateway of nowhere"
     known.current = parse(TEXT.replace("203.0.113.7", "203.0.113.8"), "test")
     moved = known.current.clusters["east"].services[0].targets[80]
     assert remote_gateways.through(moved) is moved

@@ -296,7 +296,7 @@ def test_a_backend_without_endpoints_gets_nothing() -> None:
 
 def test_a_backend_of_weight_0_gets_nothing_even_if_it_is_the_last_one() -> None:
     world = World(text("{service: empty, weight: 1}, {service: new, weight: 0}"))
-    with pytest.raises(NoEndpoint, match=r"no backend of default/c has an endpoint that can be used: default/empty none of 0$"):
+    with pytest.raises(NoEndpoint, match=r"no backend of default/c has a usable endpoint: default/empty none of 0$"):
         world.to()
 
 
