@@ -1,31 +1,38 @@
-"""Whether an endpoint is left alone: a circuit breaker, one for each endpoint that has failed.
+"""The circuit breaker of an endpoint. Only endpoints that have failed have one.
 
-                  a failure that is one too many                 the penalty is over, and a request is sent
-        CLOSED ----------------------------------> OPEN ----------------------------------------------> PROBATION
-          ^                                         ^  ^      (or: nobody else is left)                   |  |  |
-          |                                         |  +-- it never came to an answer (at once due again) +  |  |
-          |                                         +----- it failed: twice the penalty ---------------------+  |
-          +----------------------------------------------- it was answered -------------------------------------+
+    CLOSED    -> OPEN         too many failures
+    OPEN      -> PROBATION    a request is sent after the penalty, or because all breakers are open
+    PROBATION -> OPEN         the trial failed: the penalty doubles
+                              the trial had no outcome: another trial is due at once
+    PROBATION -> CLOSED       the trial was answered
 
-A failure to connect is conclusive: nobody is there, and the next request need not find that out again. A response can be bad for its
-request's sake, so only a row of bad ones opens, and any good one ends the row. What was sent before the breaker opened says nothing new
-when it comes back; but an answer from an endpoint that could not be connected to says that it can be, so it closes what that has opened.
+PROBATION is the half-open state: one trial request decides.
 
-Even a row may be one client's: seven requests that the server answers by closing, or by 502. So an open endpoint that still *responds*,
-if only in this way, is left alone for the sake of others that may do better, and never as the last: where all of a service are broken,
-those that respond are used as if they were not, and the first request that does well closes the breaker. One that does not respond (a row
-of silences), or cannot be connected to, is left alone in any case: to ask it costs everybody his time.
+A failure to connect is conclusive: no request can reach the endpoint, so one failure opens the
+breaker. A bad response may be caused by its request. So only a number of consecutive bad responses
+opens the breaker, and each good one resets the count. The response to a request that was sent
+before the breaker opened says nothing new. But a response from an endpoint that could not be
+connected to shows that it can be reached, so it closes a breaker that opened for that reason.
 
-A refused connection costs next to nothing, and a process that restarts is back soon. So the first penalty of an endpoint that refuses
-connections is short (`connect_penalty`). That of one that responds badly, or not at all, is `min_penalty`.
+Even consecutive bad responses may be caused by one client: seven requests that the server answers
+with 502, or by closing the connection. So if an endpoint still *responds*, even if only in this
+way, its open breaker applies only while other endpoints may do better. If all breakers of a service
+are open, the endpoints that respond are used as if their breakers were closed, and the first
+request that succeeds closes the breaker. An endpoint that does not respond (consecutive timeouts),
+or cannot be connected to, gets no requests in any case, because each request would wait for the
+timeout.
 
-Penalties grow because others do the work meanwhile. Where there are none, to wait for the end of a long one would only prolong the outage:
-so there are steps behind which the endpoint may be tried *early*. A step is as long as the first penalty. After a refused connection it
-grows to a tenth of the outage so far, and to `min_penalty` at most. That such a probe has failed does not make the penalty longer, and one
-that has no answer after another step may be followed by a further one.
+A refused connection costs almost nothing, and a process that restarts is soon available again. So
+the first penalty of an endpoint that refuses connections is short (`connect_penalty`). For bad
+responses or no response, it is `min_penalty`.
 
-Everything here is synchronous; the time comes from outside, and so does chance.
-"""
+Penalties grow because other endpoints do the work meanwhile. If there are no others, a long penalty
+would only prolong the outage. So after a step there may be an *early* trial. A step is as long as
+the first penalty. After a refused connection the step grows to a tenth of the outage so far, but
+not beyond `min_penalty`. A failed early trial does not make the penalty longer. If a trial has no
+outcome after another step, a further one may follow.
+
+All functions are synchronous. The caller provides the time and the random numbers."""
 
 from __future__ import annotations
 
@@ -33,12 +40,13 @@ import enum
 
 from proxy.directory.policy import Breaker as Rules
 
-# Of the time that an endpoint has been unreachable: the pause between two early probes.
+# The pause between two early trials, as a fraction of the outage so far.
 _STEP = 0.1
 
 
 class State(enum.StrEnum):
-    """Of a breaker: used; left alone; a request is out that decides."""
+    """The state of a circuit breaker: closed, open, or half-open (`PROBATION`: one trial request
+    decides)."""
 
     CLOSED = "closed"
     OPEN = "open"
@@ -46,20 +54,21 @@ class State(enum.StrEnum):
 
 
 class Failure(enum.Enum):
-    """How a request has failed."""
+    """The kind of a failure."""
 
-    RESPONSE = enum.auto()  # it was answered by what counts as a failure, or by the end of its connection
-    SILENCE = enum.auto()  # there was no answer in the time that it had, or a proxy in front says that it gets none
-    UNREACHABLE = enum.auto()  # it was not sent: the endpoint could not be connected to
-    REFUSED = enum.auto()  # the same, and that was known at once: to try again costs next to nothing
-    REJECTED = enum.auto()  # mutual TLS failed: a certificate was refused, or the peer does not speak TLS. Time alone does not change that
+    RESPONSE = enum.auto()  # a response that counts as a failure, or the end of the connection
+    SILENCE = enum.auto()  # no response in time, or a proxy reports that it gets no response
+    UNREACHABLE = enum.auto()  # not sent: no connection to the endpoint
+    REFUSED = enum.auto()  # as UNREACHABLE, but detected at once, so that another try costs almost nothing
+    REJECTED = enum.auto()  # mutual TLS failed: a certificate was rejected, or the peer does not speak TLS; time alone does not help
 
 
 _NOT_CONNECTED = (Failure.UNREACHABLE, Failure.REFUSED, Failure.REJECTED)
 
 
 class Breaker:
-    """Of one endpoint. What changes the state returns whether it did."""
+    """The circuit breaker of one endpoint. Methods that may change the state return whether they
+    did."""
 
     __slots__ = (
         "early", "failures", "in_vain", "opened", "refused", "rejected", "responds", "seen", "silences", "since", "state", "unreachable",
@@ -68,34 +77,35 @@ class Breaker:
 
     def __init__(self) -> None:
         self.state = State.CLOSED
-        self.failures = 0  # in a row
-        self.silences = 0  # in a row, with no response of any kind between them
-        self.opened = 0  # times in a row
-        self.until = 0.0  # when the penalty is over
-        self.early = 0.0  # when it may be tried if there is nobody else
-        self.unreachable = False  # it was a failure to connect that opened it
-        self.refused = False  # and that was known at once
-        self.rejected = False  # by the last failure: mutual TLS failed
-        self.responds = True  # though not as it should; False: it cannot be connected to, or answers nobody
-        self.since = 0.0  # when it opened, and was closed before
-        self.seen = 0.0  # the last failure
-        self.in_vain = 0.0  # the last failure of a request on probation
-        self.why = ""  # it failed, in a word or two
+        self.failures = 0  # consecutive failures
+        self.silences = 0  # consecutive timeouts, without any response between them
+        self.opened = 0  # consecutive openings
+        self.until = 0.0  # end of the penalty
+        self.early = 0.0  # time of the next early trial, if all breakers are open
+        self.unreachable = False  # a failure to connect opened the breaker
+        self.refused = False  # and it was detected at once
+        self.rejected = False  # the last failure: mutual TLS failed
+        self.responds = True  # even if not correctly; False: no connection, or no responses
+        self.since = 0.0  # when it opened after it had been closed
+        self.seen = 0.0  # time of the last failure
+        self.in_vain = 0.0  # time of the last failed trial
+        self.why = ""  # short reason of the last failure
 
     def due(self, now: float) -> bool:
-        """The penalty is over: the next request is the one that decides."""
+        """Whether the penalty is over, so that the next request is the trial."""
         return self.state is State.OPEN and now >= self.until
 
     def probe(self, now: float, rules: Rules, chance: float) -> bool:
-        """A request is sent to an endpoint that is not closed, to find out whether it can be again: on probation. It has to end in
-        `failed`, `succeeded` or `abandoned`, each with `probe`."""
+        """A trial request is sent to an endpoint whose breaker is not closed. The caller must
+        report its outcome with `failed` or `succeeded` (with `probe`), or with `abandoned`."""
         self.early = now + self._step(now, rules) * (1 + rules.jitter * chance)
         changed = self.state is not State.PROBATION
         self.state = State.PROBATION
         return changed
 
     def failed(self, now: float, rules: Rules, chance: float, how: Failure = Failure.RESPONSE, *, probe: bool = False) -> bool:
-        """A request has failed. `chance` is from 0 to 1, for the jitter; `probe`: it was sent while the breaker was not closed."""
+        """A request failed. `chance`: from 0 to 1, for the jitter. `probe`: the request was sent
+        while the breaker was not closed."""
         self.seen = now
         responds = self._responds(how, rules.failures)
         over = True  # the last penalty, if there was one
@@ -124,11 +134,11 @@ class Breaker:
         return True
 
     def _first(self, rules: Rules) -> float:
-        """The first penalty, in seconds."""
+        """The first penalty in seconds."""
         return min(rules.connect_penalty, rules.min_penalty) if self.refused else rules.min_penalty
 
     def _step(self, now: float, rules: Rules) -> float:
-        """The pause before the next early probe, in seconds."""
+        """The pause before the next early trial, in seconds."""
         return min(rules.min_penalty, rules.max_penalty, max(self._first(rules), (now - self.since) * _STEP))
 
     def _responds(self, how: Failure, row: int) -> bool:
@@ -139,8 +149,8 @@ class Breaker:
         return how is Failure.RESPONSE or (how is Failure.SILENCE and self.responds and not 0 < row <= self.silences)
 
     def succeeded(self, *, probe: bool = False, begun: bool = False) -> bool:
-        """A request was answered. `begun`: so far, and its end may still say that it has failed: that does not end a row of failures, but
-        whoever begins to answer is there."""
+        """A request was answered. `begun`: the response has started, and may still fail. That does
+        not reset the count of consecutive failures, but it shows that the endpoint responds."""
         self.silences = 0
         if self.state is State.CLOSED:
             if not begun:
@@ -154,7 +164,7 @@ class Breaker:
         return True
 
     def abandoned(self, now: float) -> bool:
-        """The request on probation ended without saying anything about the endpoint."""
+        """The trial request ended without an outcome for the endpoint."""
         if self.state is not State.PROBATION:
             return False
         self.state = State.OPEN
@@ -162,5 +172,6 @@ class Breaker:
         return True
 
     def hasten(self, now: float, rules: Rules, chance: float) -> None:
-        """There is reason to hope: the rest of the penalty is one step at most."""
+        """Another endpoint of the service has recovered: limit the rest of the penalty to one
+        step."""
         self.until = min(self.until, now + self._step(now, rules) * (1 + rules.jitter * chance))

@@ -1,8 +1,8 @@
-"""The endpoints of one service as this proxy has come to know them: how busy they are, which of them are broken, which are new.
+"""The endpoints of one service, as this proxy sees them: their load, their circuit breakers, their
+age.
 
-balancer.py has the theory. All decisions are synchronous: `pick` says which endpoint, and changes nothing; `begin` takes it; what came of
-it is told to the `Work`.
-"""
+balancer.py explains the method. All decisions are synchronous. `pick` selects an endpoint and
+changes nothing. `begin` starts a request at it, and returns a `Work` that takes the outcome."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ from proxy.directory import Endpoint, Target
 from proxy.directory.policy import Policy
 from proxy.net.address import Address
 
-# What differs by less is equal (docs/decisions/25-peak-ewma.md has what that costs and brings).
+# Loads that differ by less count as equal (docs/decisions/25-peak-ewma.md has the effects).
 _NEARLY_EQUAL = 1.25
-# The share with which a new endpoint begins: enough to warm it up.
+# The initial share of a new endpoint: enough to warm it up.
 _FIRST_SHARE = 0.1
-# Draws before all endpoints are looked at, when some of them are broken.
+# Number of draws before all endpoints are checked, if some circuit breakers are open.
 _DRAWS = 8
-# Endpoints with a memory. A service with more is served, some of it by chance instead of by what is known.
+# Maximum number of endpoints with state. A larger service works, but the load of further endpoints
+# is unknown.
 _MOST = 65536
-# After its last failure (seconds) a breaker is forgotten, be it closed or of an endpoint that nobody asks for any more.
+# Seconds after its last failure when a circuit breaker is dropped, closed or not.
 _FORGET = 600.0
 _LONGEST_START = 3600.0
 
 
 class Change(NamedTuple):
-    """A breaker has changed its state."""
+    """A circuit breaker has changed its state."""
 
     service: str
     address: Address
     state: State
-    penalty: float  # seconds, if it has opened
-    why: str  # the last failure
+    penalty: float  # seconds, if it opened
+    why: str  # reason of the last failure
 
 
 @dataclass(slots=True)
@@ -55,7 +56,7 @@ class Surroundings:
 
 
 class EndpointSet:
-    """Of one service. It is told what came of each request by the `Work` that it gave out for it."""
+    """The endpoints of one service. The `Work` of each request reports the outcome."""
 
     def __init__(self, around: Surroundings, service: str) -> None:
         self.service = service
@@ -63,21 +64,22 @@ class EndpointSet:
         self.queue = WaitQueue()
         self.broken: dict[Address, Breaker] = {}  # the breakers that are not closed
         self._around = around
-        self._changes = 0  # of breakers
-        self._dark = False  # all of a target's endpoints were broken, so one was tried early
+        self._changes = 0  # count of breaker changes
+        self._dark = False  # all breakers of a target were open, so one endpoint got an early trial
         self._failed: dict[Address, Breaker] = {}  # all breakers
         self._loads: dict[Address, PeakEwma] = {}
-        self._joined: dict[Address, float] = {}  # new endpoints, and since when
+        self._joined: dict[Address, float] = {}  # new endpoints, and the time when they joined
         self._views: dict[int, View] = {}
-        self._older: dict[int, View] = {}  # of the time before the last sweep
+        self._older: dict[int, View] = {}  # views from before the last sweep
         self._known: dict[tuple[int, bool], frozenset[Address]] = {}
         self._swept = 0  # requests at the last sweep
 
-    # Which one...
+    # The selection.
 
     def pick(self, target: Target, exclude: Collection[Endpoint] = ()) -> Endpoint | None:
-        """An endpoint of `target` that is ready, not in `exclude`, and not broken, or to be tried, or the best that is left; None: there is
-        none now."""
+        """An endpoint of `target` that is ready and not in `exclude`. Its circuit breaker is
+        closed, or it is due for a trial, or it is the best that is left. None: no endpoint can be
+        used now."""
         careful = bool(self.broken or exclude)
         if len(target.endpoints) == 1 and not careful:
             endpoint = target.endpoints[0]
@@ -95,7 +97,7 @@ class EndpointSet:
         return self._careful(view.all, target.policy, exclude) or self._last(view.all, target.policy, exclude)
 
     def _better(self, weighted: WeightedEndpoints, policy: Policy) -> Endpoint:
-        """The less busy one of two."""
+        """Draw two, and return the less busy one."""
         one, two = weighted.draw(self._around.chance)
         if one is two:
             return one
@@ -109,7 +111,7 @@ class EndpointSet:
         return chosen
 
     def _passed_over(self, endpoint: Endpoint, now: float, slow_start: float) -> bool:
-        """A new endpoint's share grows with its age."""
+        """Whether the draw skips a new endpoint. The probability decreases with its age."""
         joined = self._joined.get(endpoint.address)
         if joined is None:
             return False
@@ -119,7 +121,8 @@ class EndpointSet:
         return self._around.chance.random() > max(_FIRST_SHARE, (now - joined) / slow_start)
 
     def _careful(self, weighted: WeightedEndpoints, policy: Policy, exclude: Collection[Endpoint]) -> Endpoint | None:
-        """The same where some are broken or excluded: one that may be tried again is, at once."""
+        """Select an endpoint if some breakers are open or some endpoints are excluded. An endpoint
+        that is due for a trial comes first."""
         now = self._around.clock()
         if now >= weighted.next_probe(self.broken, self._changes):
             for endpoint in weighted.endpoints:
@@ -139,8 +142,8 @@ class EndpointSet:
         return left[0] if left else None
 
     def _last(self, weighted: WeightedEndpoints, policy: Policy, exclude: Collection[Endpoint]) -> Endpoint | None:
-        """Of endpoints that are all broken, one that responds; if none does, the one that has not been tried for longest, if it is time
-        to."""
+        """Select an endpoint if all breakers are open: one that responds. If none responds, the one
+        whose last trial is the longest ago, if an early trial is due."""
         if last := weighted.last(self.broken, self._changes):
             return self._one_of([endpoint for endpoint in last if endpoint not in exclude], policy)
         if self._around.clock() < weighted.early_probe(self.broken, self._changes):
@@ -152,50 +155,53 @@ class EndpointSet:
         return endpoint.address not in self.broken and endpoint not in exclude
 
     def sound(self, endpoint: Endpoint, target: Target) -> bool:
-        """Whether `endpoint` is `target`'s, and can be used."""
+        """Whether `endpoint` belongs to `target` and is usable."""
         return endpoint in target.endpoints and endpoint.ready and endpoint.address not in self.broken
 
     def usable(self, target: Target) -> int:
-        """How many endpoints of `target` are ready and not broken."""
+        """The number of endpoints of `target` that are ready and whose breaker is closed."""
         return self._usable(self._laid_out(target).all)
 
     def _usable(self, weighted: WeightedEndpoints) -> int:
         return len(weighted.addresses) - len(weighted.broken(self.broken, self._changes)) if self.broken else len(weighted.addresses)
 
     def trial(self, target: Target, *, alone: bool) -> bool:
-        """Whether `pick` would have a broken endpoint of `target` used now. `alone`: nobody else could take the request, so it may be
-        early, or one that is the best that is left."""
+        """Whether `pick` would select an endpoint whose breaker is open. `alone`: no other target
+        can take the request, so the trial may be early, or the endpoint may be the best that is
+        left."""
         if not self.broken:
             return False
         due = self.next_probe(target) if alone else self._laid_out(target).all.next_probe(self.broken, self._changes)
         return self._around.clock() >= due
 
     def opens(self, target: Target) -> float:
-        """When the penalty of the next one of `target`'s broken endpoints is, or was, over: how long it is thought to be away."""
+        """The earliest end of a penalty of `target`'s endpoints, or -inf if endpoints respond
+        although all breakers are open. The expected end of the outage."""
         weighted = self._laid_out(target).all
         if weighted.last(self.broken, self._changes):
             return -inf
         return min((breaker.until for breaker in weighted.broken(self.broken, self._changes)), default=inf)
 
     def next_probe(self, target: Target) -> float:
-        """When the next one of `target`'s broken endpoints may be used."""
+        """The earliest time when one of `target`'s endpoints with an open breaker may get a
+        request."""
         weighted = self._laid_out(target).all
         if weighted.last(self.broken, self._changes):
             return -inf
         return min(weighted.next_probe(self.broken, self._changes), weighted.early_probe(self.broken, self._changes))
 
     def trying(self, target: Target) -> bool:
-        """Whether a request on probation is under way to one of `target`'s endpoints."""
+        """Whether a trial request is in progress at one of `target`'s endpoints."""
         return any(breaker.state is State.PROBATION for breaker in self._laid_out(target).all.broken(self.broken, self._changes))
 
     def may_return(self, target: Target) -> bool:
-        """Whether one of `target`'s broken endpoints does not respond, for a reason that time may change: it restarts, for example. False:
-        they all respond, or mutual TLS with them fails."""
+        """Whether one of `target`'s endpoints does not respond for a reason that may end with time,
+        for example a restart. False: all of them respond, or mutual TLS with them fails."""
         broken = self._laid_out(target).all.broken(self.broken, self._changes)
         return any(not breaker.responds and not breaker.rejected for breaker in broken)
 
     def in_vain(self, target: Target) -> float:
-        """When the last request on probation at one of `target`'s broken endpoints has failed; 0: there was none."""
+        """The time of the last failed trial at one of `target`'s endpoints. 0: there was none."""
         return max((breaker.in_vain for breaker in self._laid_out(target).all.broken(self.broken, self._changes)), default=0.0)
 
     def _laid_out(self, target: Target) -> View:
@@ -213,7 +219,7 @@ class EndpointSet:
         if not weighted.endpoints:
             return
         first = weighted.endpoints[0].address
-        key = first.port, first.is_ipv6  # a service may have a target for each of its ports, and for each address family
+        key = first.port, first.is_ipv6  # a service may have one target per port and address family
         known = self._known.get(key, frozenset())
         new = weighted.addresses - known
         if len(new) < len(weighted.addresses):
@@ -221,10 +227,11 @@ class EndpointSet:
             self._joined.update((address, now) for address in new)
         self._known[key] = weighted.addresses
 
-    # What came of it...
+    # Outcomes.
 
     def begin(self, policy: Policy, endpoint: Endpoint, *, alone: bool) -> Work:
-        """Something is sent to `endpoint`; the work has to be finished, whatever happens. `alone`: nobody compares it with others."""
+        """Record that a request or connection goes to `endpoint`. The caller must call `finished`
+        on the work in any case. `alone`: the service has no other endpoint to compare with."""
         load = None
         if not alone:
             load = self._loads.get(endpoint.address)
@@ -242,24 +249,25 @@ class EndpointSet:
         now = self._around.clock()
         self._dark = self._dark or now < breaker.until
         if breaker.responds and not breaker.due(now):
-            return  # it is used because all are broken, not to be tried
+            return  # used because all breakers are open, not as a trial
         if breaker.probe(now, policy.breaker, self._around.chance.random()):
             self._changed(endpoint.address, breaker)
         else:
             self._changes += 1
 
     def note(self, work: Work, seconds: float | None, *, bad: bool) -> None:
-        """Called by the work: how long the response took (None: there was none), and whether it was bad, whatever that means."""
+        """Called by `Work`: record the response time in seconds (None: no response), and whether
+        the response was bad."""
         if work.load is None or seconds is None:
             return
         now, decay = self._around.clock(), work.policy.balancing.decay
-        if bad:  # a quick error must not make an endpoint attractive, nor what is known of it fade
+        if bad:  # a quick error must not make an endpoint attractive, nor let its known load decay
             seconds = max(seconds, work.load.rtt)
         work.load.observe(seconds, now, decay)
 
     @property
     def failing(self) -> bool:
-        """Something has failed not long ago."""
+        """Whether an endpoint failed recently."""
         return bool(self._failed)
 
     def succeeded(self, work: Work, *, begun: bool) -> None:
@@ -271,7 +279,8 @@ class EndpointSet:
                 self._changed(work.endpoint.address, breaker)
 
     def _dawn(self, policy: Policy) -> None:
-        """One of those that were all broken is back. The others may well be too, and it should not have to do their work for a minute."""
+        """All breakers were open, and one endpoint has recovered. The others may have recovered
+        too. Shorten their penalties, so that the first one does not take all the load for long."""
         self._dark = False
         now, chance = self._around.clock(), self._around.chance
         for breaker in self.broken.values():
@@ -291,7 +300,7 @@ class EndpointSet:
             self._changed(address, breaker)
 
     def abandoned(self, work: Work) -> None:
-        """A probe has ended without an answer."""
+        """A trial ended without an outcome."""
         breaker = self.broken.get(work.endpoint.address)
         if breaker is not None and breaker.abandoned(self._around.clock()):
             self._changed(work.endpoint.address, breaker)
@@ -301,7 +310,7 @@ class EndpointSet:
         penalty = 0.0
         if breaker.state is State.CLOSED:
             del self.broken[address]
-            self._joined[address] = self._around.clock()  # back, and to be burdened gently
+            self._joined[address] = self._around.clock()  # recovered, so apply slow start
         else:
             self.broken[address] = breaker
             penalty = max(0.0, breaker.until - self._around.clock())
@@ -310,17 +319,19 @@ class EndpointSet:
         self._around.on_change(Change(self.service, address, breaker.state, penalty, breaker.why))
 
     def why(self, target: Target) -> str:
-        """What the last failure of `target`'s broken endpoints was; "" if none is broken."""
+        """The reason of the last failure of `target`'s endpoints with open breakers. "": none is
+        open."""
         broken = self._laid_out(target).all.broken(self.broken, self._changes)
         return max(broken, key=lambda breaker: breaker.seen).why if broken else ""
 
     def outstanding(self, address: Address) -> int:
-        """What has been begun at `address` and not finished; 0 for an endpoint that is alone."""
+        """The number of requests and connections in progress at `address`. 0 if the endpoint is
+        alone."""
         load = self._loads.get(address)
         return 0 if load is None else load.pending
 
     def sweep(self, now: float) -> bool:
-        """Forget what says nothing any more. Returns whether anything is left."""
+        """Drop state that is no longer meaningful. Returns whether any state is left."""
         self._older, self._views = self._views, {}
         for address in [address for address, load in self._loads.items() if load.idle(now)]:
             del self._loads[address]
@@ -335,8 +346,9 @@ class EndpointSet:
 
 
 class Work:
-    """One request or connection at an endpoint. Told what came of it (once, or when it has begun to be answered and again at its end), and
-    then finished; or finished without."""
+    """One request or connection at an endpoint. The caller reports the outcome once, or when the
+    response starts and again at its end, and then calls `finished`. It may call `finished` without
+    an outcome."""
 
     __slots__ = ("_endpoint_set", "_told", "endpoint", "load", "policy", "probe")
 
@@ -346,32 +358,34 @@ class Work:
         self.policy = policy
         self.endpoint = endpoint
         self.load = load
-        self.probe = probe  # it began while the endpoint was broken, so it decides whether that is used again
+        self.probe = probe  # the breaker was not closed, so the outcome decides its state
 
     @property
     def told(self) -> bool:
         return self._told
 
     def answered(self, seconds: float | None, *, bad: bool = False, begun: bool = False) -> None:
-        """The endpoint has answered after `seconds` (None: not measured). `bad`: with an error, which says nothing against the endpoint.
-        `begun`: it has begun to, and at the end may turn out to have failed."""
+        """The endpoint answered after `seconds` (None: not measured). `bad`: with an error that
+        does not count against the endpoint. `begun`: the response has started, and may still
+        fail."""
         self._told = True
         if self.load is not None:
             self._endpoint_set.note(self, seconds, bad=bad)
         self._endpoint_set.succeeded(self, begun=begun)
 
     def failed(self, why: str, seconds: float | None = None, how: Failure = Failure.RESPONSE) -> None:
-        """The endpoint has failed, or answered with what counts as that: `why`, in a word or two."""
+        """The endpoint failed, or answered with a failure. `why`: a short reason."""
         self._told = True
         self._endpoint_set.note(self, seconds, bad=True)
         self._endpoint_set.failed(self, why, how)
 
     def silent(self, seconds: float | None) -> None:
-        """There was no answer in `seconds`, and then it was given up: that is how busy the endpoint is at least, though it may be well."""
+        """The request was given up after `seconds` without a response. The endpoint is at least
+        that slow, but this does not count as a failure."""
         self._endpoint_set.note(self, seconds, bad=True)
 
     def finished(self) -> None:
-        """It is over, however it ended."""
+        """The request or connection has ended. Must be called exactly once."""
         if self.load is not None:
             self.load.pending -= 1
             self.load = None

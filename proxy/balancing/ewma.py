@@ -1,53 +1,59 @@
-"""How busy an endpoint is: what a request is likely to take there, times what is there already.
+"""The load of an endpoint: the expected response time, multiplied by the number of pending
+requests.
 
-Response times are remembered as a peak exponentially weighted moving average (Finagle's; Linkerd uses it too):
+The expected response time is a peak exponentially weighted moving average (from Finagle, also used
+by Linkerd):
 
-- One that is higher than what was expected counts at once and whole (the peak): an endpoint that has become slow must not get the next
-  thousand requests while an average makes up its mind.
-- One that is lower counts by how much time has passed since the last: after `decay` seconds two thirds of the difference are made up. So
-  one quick error does not win all the traffic, and the number of requests does not matter, only time.
-- What is not confirmed fades, at the same rate and towards nothing. An endpoint that was slow and therefore gets no requests is
-  tried again some time, or nobody would notice that it has recovered.
+- A response time above the expected value counts at once and in full (the peak). So an endpoint
+that
+  becomes slow does not get the next thousand requests while an average slowly rises.
+- A lower response time counts by the time since the last one: after `decay` seconds the value has
+moved
+  by two thirds of the difference. So one quick error does not attract all traffic, and only time
+  matters, not the number of requests.
+- Without new responses the value decays towards zero at the same rate. So an endpoint that gets no
+  requests because it was slow is tried again at some time. Otherwise its recovery would stay
+  unnoticed.
 
-An endpoint that never answered is expected to take `default_rtt`: longer than most, so that a newcomer is tried, but not by all at once.
-
-Requests that are out count too: with two of them, a third will be the third. An endpoint with twice the weight may have twice as many.
-"""
+An endpoint without any response has the expected time `default_rtt`. That is longer than most, so
+new endpoints get requests, but not from all clients at once. Pending requests count: if two are
+pending, a further one is the third. An endpoint of twice the weight may have twice as many."""
 
 from __future__ import annotations
 
 from math import exp
 
-# Seconds. What was known then has faded to nothing at the usual `decay`; at a longer one, it is old all the same.
+# Seconds. By then the value has decayed to almost nothing with the usual `decay`. With a longer
+# one, it is outdated.
 _FORGET = 300.0
 
 
 class PeakEwma:
-    """Of one endpoint. Seconds of any one clock."""
+    """The load of one endpoint. Times are seconds of the caller's clock."""
 
     __slots__ = ("pending", "rtt", "stamp")
 
     def __init__(self, rtt: float, now: float) -> None:
-        self.pending = 0  # requests or connections that are out
-        self.rtt = rtt  # what was expected at `stamp`
+        self.pending = 0  # requests or connections in progress
+        self.rtt = rtt  # the expected value at `stamp`
         self.stamp = now
 
     def expected(self, now: float, decay: float) -> float:
-        """Seconds that a response will take."""
+        """Expected seconds of a response."""
         return self.rtt * exp((self.stamp - now) / decay)
 
     def observe(self, seconds: float, now: float, decay: float) -> None:
-        """A response has taken `seconds`."""
+        """Record a response time."""
         kept = exp((self.stamp - now) / decay)
-        # In the case of a lower one: the fading of what was expected is the first term.
+        # The first term of the lower case is the decayed old value.
         self.rtt = seconds if seconds > self.rtt * kept else self.rtt * kept + seconds * (1.0 - kept)
         self.stamp = now
 
     def cost(self, now: float, decay: float, part: float) -> float:
-        """What one more request would find: the lower the better. `part`: how much one request is for an endpoint of this weight, 1 for
-        one of mean weight."""
+        """The cost of one more request; the lowest is best. `part`: the size of one request for an
+        endpoint of this weight, 1 for one of mean weight."""
         return self.rtt * exp((self.stamp - now) / decay) * (self.pending * part + 1.0)
 
     def idle(self, now: float) -> bool:
-        """Nothing is out, and nothing has come for so long that it says nothing any more."""
+        """Whether nothing is in progress, and the last response is too old to be meaningful."""
         return not self.pending and now - self.stamp > _FORGET

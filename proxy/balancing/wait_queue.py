@@ -1,8 +1,8 @@
-"""Where requests wait until one of a service's endpoints can be used again.
+"""The queue in which requests wait until an endpoint of the service is usable again.
 
-First come, first served: only the first looks whether there is something for it, when there is news and when its own time has come; when it
-leaves, with an endpoint or without, the next one looks. So no crowd wakes up for a single request on probation.
-"""
+First in, first out. Only the first one checks for an endpoint, when something has changed or when
+its own time has come. When it leaves, with or without an endpoint, the next one checks. So a single
+trial request does not wake all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import trio
 
 
 class Place:
-    """Of one that waits."""
+    """The place of one waiting request."""
 
     __slots__ = ("news",)
 
@@ -23,7 +23,8 @@ class Place:
 
 
 class WaitQueue:
-    """Of one service. Empty is false. Whoever takes a place bounds how many there are, and how long he stays."""
+    """The queue of one service. An empty queue is false. The caller must bound the number of places
+    and the time that it holds one."""
 
     __slots__ = ("_places",)
 
@@ -35,7 +36,7 @@ class WaitQueue:
 
     @contextmanager
     def place(self) -> Iterator[Place]:
-        """A place at the end, given up behind the block."""
+        """A place at the end of the queue. It is removed at the end of the block."""
         place = Place()
         self._places[place] = None
         try:
@@ -48,13 +49,13 @@ class WaitQueue:
         return next(iter(self._places)) is place
 
     async def turn(self, place: Place, until: float, latest: float) -> None:
-        """Wait until there is news for `place`, which there is only if it is the first, or until the time `latest`; the first one waits
-        until the time `until` at most."""
+        """Wait until `wake` reaches `place` (only if it is the first), or until the time `latest`.
+        The first place waits until the time `until` at most."""
         with trio.move_on_at(min(until, latest) if self.first(place) else latest):
             await place.news.wait()
         place.news = trio.Event()
 
     def wake(self) -> None:
-        """There is news: the first looks."""
+        """Something has changed: wake the first place."""
         if self._places:
             next(iter(self._places)).news.set()

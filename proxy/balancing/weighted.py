@@ -1,10 +1,10 @@
-"""What is drawn from: the places of endpoints.
+"""Weighted endpoints: the places that the balancer draws from.
 
-An endpoint of weight w holds w places. It is places that are drawn, each as likely as any other, so where all endpoints are equally good
-shares are as the weights say; and with equal weights, which is nearly always, a place is an endpoint.
+An endpoint of weight w holds w places. The draw selects places with equal probability. So if all
+endpoints are equally good, their shares follow the weights. If all weights are equal, which is the
+usual case, there is one place per endpoint.
 
-A target's endpoints are laid out once, and kept as long as the target is used.
-"""
+The places of a target are computed once, and kept as long as the target is used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from proxy.net.address import Address
 
 
 class WeightedEndpoints:
-    """Endpoints that are ready: all of a target, or those in one zone."""
+    """Ready endpoints: all of a target, or those in one zone."""
 
     __slots__ = ("_broken", "_due", "_early", "_last", "_places", "_seen", "addresses", "endpoints", "mean")
 
@@ -29,7 +29,7 @@ class WeightedEndpoints:
         self.addresses = frozenset(endpoint.address for endpoint in endpoints)
         weights = [endpoint.weight for endpoint in endpoints]
         unit = gcd(*weights) or 1
-        # None: one place for each endpoint
+        # None: one place per endpoint
         self._places = None if all(weight == unit for weight in weights) else list(accumulate(weight // unit for weight in weights))
         self.mean = sum(weights) / len(weights) if weights else 1.0
         self._seen = -1
@@ -38,7 +38,7 @@ class WeightedEndpoints:
         self._last: tuple[Endpoint, ...] = ()
 
     def draw(self, chance: random.Random) -> tuple[Endpoint, Endpoint]:
-        """Two places, which are one endpoint's if chance has it so; of at least two endpoints."""
+        """Draw two places. Both may belong to one endpoint. Requires at least two endpoints."""
         endpoints, places = self.endpoints, self._places
         count = len(endpoints) if places is None else places[-1]
         first = int(chance.random() * count)
@@ -49,7 +49,8 @@ class WeightedEndpoints:
         return endpoints[bisect(places, first)], endpoints[bisect(places, second)]
 
     def broken(self, among: Mapping[Address, Breaker], change: int) -> list[Breaker]:
-        """The breakers `among` these that are its endpoints'. They are looked for when `change` is another number than the last time."""
+        """The breakers in `among` that belong to these endpoints. The result is computed again when
+        `change` differs from the last call."""
         if self._seen != change:
             self._seen = change
             if len(among) <= len(self.addresses):
@@ -63,32 +64,34 @@ class WeightedEndpoints:
         return self._broken
 
     def next_probe(self, among: Mapping[Address, Breaker], change: int) -> float:
-        """When the penalty of the next of its endpoints that are left alone is over."""
+        """The earliest end of a penalty of these endpoints, as time of the balancer's clock."""
         self.broken(among, change)
         return self._due
 
     def early_probe(self, among: Mapping[Address, Breaker], change: int) -> float:
-        """When one may be tried because all are broken: a step after the last one was. Never, as long as one is not, or responds."""
+        """The time of the next early trial, if all breakers are open. Infinite if one is closed or
+        an endpoint responds."""
         self.broken(among, change)
         return self._early
 
     def last(self, among: Mapping[Address, Breaker], change: int) -> tuple[Endpoint, ...]:
-        """If all are broken: those that respond, which are used for want of better ones."""
+        """If all breakers are open: the endpoints that still respond."""
         self.broken(among, change)
         return self._last
 
 
 class View:
-    """A target as it is drawn from. It keeps the target alive, so that the target's id stays its own."""
+    """A target, prepared for the draw. It keeps the target alive, so that the target's id stays
+    unique."""
 
     __slots__ = ("all", "enough", "near", "target")
 
     def __init__(self, target: Target, zone: str) -> None:
-        """`zone`: the proxy's own; "" if it is not known."""
+        """`zone`: the proxy's own. "": not known."""
         self.target = target
         self.all = WeightedEndpoints([endpoint for endpoint in target.endpoints if endpoint.ready])
-        self.near: WeightedEndpoints | None = None  # those in the own zone, if they come first
-        self.enough = 0  # as long as so many of them can be used
+        self.near: WeightedEndpoints | None = None  # those in the own zone, if the policy prefers them
+        self.enough = 0  # minimum number of them that must be usable
         if zone and target.policy.balancing.zone == "prefer":
             near = [endpoint for endpoint in self.all.endpoints if endpoint.zone == zone]
             listed = sum(endpoint.zone == zone for endpoint in target.endpoints)
