@@ -1,13 +1,17 @@
-"""HTTP over net/ by wire/: the trio side of HTTP. It knows neither who a peer should be nor where services are.
+"""HTTP exchanges: the trio side of HTTP, between net/ (streams) and wire/ (parsers). It does not
+decide which peers are allowed or where services are.
 
-detect.py            the protocol of a connection, by its first bytes
-exchange.py          one request and its response, as the layers and flows see them, whatever the wire
-layers.py            what happens around every exchange: stack(), measure, rescue, deadline; loop_layer.py, trace_layer.py: two more
-client.py            one exchange carried to an endpoint, and its response brought back
-upstream.py          what carries it: an HTTP/1 connection, or a stream of an HTTP/2 one; leases.py: carriers from the pools
-upstream_head.py     the head of a request as it goes on; max_forwards.py, reports.py: fields of it
-handoff.py           exchanges that begin on the fast path
-replay.py            a body that can be sent again
-tunnel.py            CONNECT through a gateway; upgrade.py: WebSockets; prefixed_stream.py: a stream that goes on where HTTP ended
-h1/, h2/             servers and pools of the two versions
+    detect.py           the protocol of a connection, by its first bytes
+    exchange.py         one request and its response, as the layers and flows see them, for each HTTP version
+    layers.py           what happens around every exchange: measure, rescue, admit, deadline
+    loop_layer.py       the layer of the loop guard; trace_layer.py: the layer that records spans
+    client.py           sends one exchange to an endpoint and returns its response
+    upstream.py         what carries it: an HTTP/1 connection, or a stream of an HTTP/2 connection
+    leases.py           leases of connections and streams from the pools
+    upstream_head.py    the request head for the next hop; max_forwards.py, reports.py: single fields of it
+    handoff.py          exchanges that begin on the fast path and end on the ordinary path
+    replay.py           a request body that can be sent again
+    tunnel.py           CONNECT through a gateway; upgrade.py: WebSockets over HTTP/2 or HTTP/1.1
+    prefixed_stream.py  a stream whose first bytes were already read
+    h1/, h2/            servers and pools for each HTTP version
 """

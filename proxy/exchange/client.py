@@ -1,20 +1,30 @@
-"""One exchange carried to an endpoint, and its response brought back; upstream.py has the protocols that it may be carried by.
+"""Sends one exchange to an endpoint and returns its response. upstream.py has the carriers, one for
+each protocol.
 
-The task of the exchange sends the head together with what there is of the body, then reads the response. Only if more of the body
-is to come, a second task (the pump) sends it meanwhile, in a nursery that ends here: an upload takes as long as it takes, and the
-server may answer before its end.
+The task of the exchange sends the head together with the part of the body that has arrived, then
+reads the response. Only if more of the body has to come, a second task (the pump) sends it at the
+same time. It runs in a nursery that ends here: an upload may take long, and the server may answer
+before its end.
 
-What is tried again, and when: a connection that cannot be opened leaves the request untouched, so another endpoint may have it. A
-kept connection that the server closes just as we use it says nothing about our request; it is repeated on a new connection if
-that is safe (RFC 9110 §9.2.2): the method is idempotent, there was no body, and not a byte of a response has come. What was above the
-last stream of a GOAWAY the server has not looked at (RFC 9113 §6.8): it is repeated on a new connection whatever it is, unless a part of
-its body is gone. Either is done once for an exchange, at however many endpoints that is tried.
+What is repeated here, once for each exchange, at any number of endpoints:
 
-A stream that a server refuses on a connection that goes on (REFUSED_STREAM) is an answer, though to a request that it has not looked at.
-It is not repeated here but told to the client, who may repeat it; were it repeated at each hop, two hops would make four of one.
+- If a connection cannot be opened, the request was not sent, so the caller may try another
+endpoint.
 
-Anything further (other endpoints, statuses, refused streams) is decided by whoever calls `send` again; the exchange's `judge` sees the head
-before a byte of the response is passed on, and may decline it.
+- If the server closes a reused connection just as we send on it, the close says nothing about the
+request. The request is repeated on a new connection if this is safe (RFC 9110 §9.2.2): the method
+is idempotent, there was no body, and no byte of a response has arrived.
+
+- Streams above the last stream of a GOAWAY were not processed by the server (RFC 9113 §6.8). They
+are repeated on a new connection with any method, unless a part of the body has been sent.
+
+A refused stream (REFUSED_STREAM) on a connection that stays open was not processed either, but it
+counts as the response. It is not repeated here. The client is told and may repeat it. If each hop
+repeated it, two hops would make four requests of one.
+
+All other retries (other endpoints, statuses, refused streams) are decided by the caller, which
+calls `send` again. The exchange's `judge` sees the head before any byte of the response is passed
+on, and may decline the response.
 """
 
 from __future__ import annotations
@@ -44,7 +54,7 @@ from proxy.wire.messages import END, EndOfMessage, strip_hop_by_hop, upgrade_off
 K = TypeVar("K", bound=Hashable)
 K_contra = TypeVar("K_contra", bound=Hashable, contravariant=True)
 
-# More interim responses than anybody needs; each is passed on, so they may not go on for ever.
+# The most interim responses for one request. Each is passed on, so there has to be a limit.
 _INTERIM = 32
 
 # RFC 9110 §9.2.2.
@@ -53,48 +63,51 @@ IDEMPOTENT = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"
 _GATHER = 65536
 
 
-# Of a response that is dropped: so much is read, for so many seconds, that its connection may be kept.
+# Limits for reading the rest of a dropped response, so that its connection can be reused.
 _DROP_BYTES = 65536
 _DROP_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class ClientSettings:
-    """How long a server may take. Times in seconds."""
+    """Timeouts for the server, in seconds."""
 
-    response_timeout: float = 300.0  # from the end of the request to the response's head
-    stream_timeout: float = 3600.0  # between two pieces of a body, either way
+    response_timeout: float = 300.0  # from the end of the request to the response head
+    stream_timeout: float = 3600.0  # between two pieces of a body, in either direction
 
 
 class Declined(Exception):
-    """The response that came was dropped because the exchange's judge wants another attempt."""
+    """The response was dropped because the exchange's judge requires another attempt."""
 
 
 Bridge = Callable[[Exchange, Stream, Stream], Awaitable[None]]
 
 
 class Leases(Protocol[K_contra]):
-    """Where carriers come from: the kept connections of one protocol."""
+    """Leases carriers: the pooled connections of one protocol."""
 
     def carrier(self, endpoint: K_contra, *, fresh: bool, limit: float = inf) -> AbstractAsyncContextManager[Carrier]:
-        """A carrier for one exchange, given back behind the block. `fresh`: on a connection that has not been used before. `limit`: trio's
-        time of the request's deadline, if it has one."""
+        """Lease a carrier for one exchange; the end of the block returns it. `fresh`: on a
+        connection that has not been used before. `limit`: the request's deadline in trio's time, if
+        it has one."""
         ...
 
 
 class Client(Generic[K]):
-    """Carries exchanges to endpoints. `bridge` joins the two streams of an upgraded connection until they end (net.relay)."""
+    """Sends exchanges to endpoints. `bridge` joins the two streams of an upgraded connection until
+    they end (net.relay)."""
 
     def __init__(self, settings: ClientSettings, bridge: Bridge) -> None:
         self._settings = settings
         self._bridge = bridge
 
     async def send(self, exchange: Exchange, endpoint: K, leases: Leases[K]) -> None:
-        """Carry `exchange` to `endpoint` and back; one that the fast path has begun goes on where it stands. Raises what dialling raises,
-        the Upstream* errors, UpgradeFailed, NoExtendedConnect, Undelivered, and Declined."""
+        """Send `exchange` to `endpoint` and pass the response on. An exchange that the fast path
+        has begun continues in its current state. Raises the errors of the dial, the Upstream*
+        errors, UpgradeFailed, NoExtendedConnect, Undelivered, and Declined."""
         handoff, exchange.handoff = exchange.handoff, None
         if exchange.request.method in max_forwards.METHODS and max_forwards.left(exchange.request) == 0:
-            exchange.upstream = None  # it goes no further
+            exchange.upstream = None  # it is answered here
             await max_forwards.answer(exchange)
             return
         bodiless = exchange.body.length == 0
@@ -108,7 +121,7 @@ class Client(Generic[K]):
             if exchange.fresh or not (error.again and harmless):
                 raise _told(error) from error
             exchange.fresh = True
-            exchange.clock.rest()  # nothing is waited for until this one has been sent
+            exchange.clock.rest()  # no timeout until the request is sent again
             try:
                 await self._attempt(exchange, endpoint, leases)
             except Unanswered as second:
@@ -143,7 +156,7 @@ class Client(Generic[K]):
 
 
 def _told(error: Unanswered) -> UpstreamClosed:
-    """What has become of a request that is not repeated."""
+    """The error for a request that is not repeated."""
     return UpstreamReset(str(error), Code.REFUSED_STREAM) if error.untouched else UpstreamClosed(str(error))
 
 
@@ -158,14 +171,16 @@ class _Attempt:
         self._carrier = carrier
         carrier.share = exchange.facts.share
         self._bridge = bridge
-        self._to_client = b""  # what the fast path could not send of its response
-        self._fault: Exception | None = None  # of the pump or of the reader, whichever failed first
-        self.reported: Undelivered | UpstreamClosed | None = None  # what a proxy has said by a response that was declined for it
+        self._to_client = b""  # response bytes that the fast path has not sent
+        self._fault: Exception | None = None  # the first error of the pump or the reader
+        # the failure that the next proxy reported by a response, which was then declined
+        self.reported: Undelivered | UpstreamClosed | None = None
 
     async def run(self) -> bool:
-        """False: the response was declined."""
+        """Send the request and pass the response on. Returns False if the response was declined."""
         exchange = self._exchange
-        # What follows a CONNECT is not its body but the tunnel, and belongs to whoever answers it.
+        # The bytes after a CONNECT are not a body but the tunnel, which belongs to the final
+        # recipient.
         length = 0 if exchange.request.method == b"CONNECT" else exchange.body.length
         self._carrier.begin(forwarded_request(exchange), length)
         return await self._carry()
@@ -179,7 +194,7 @@ class _Attempt:
         except BaseExceptionGroup as error:
             group = error
         if group is not None:
-            # Cancelled in both tasks: one Cancelled for all, so that it counts as what it is.
+            # Cancelled in both tasks: raise a single Cancelled, not a group.
             await trio.lowlevel.checkpoint_if_cancelled()
             raise group
         if self._fault is not None:
@@ -187,11 +202,14 @@ class _Attempt:
         return taken
 
     async def go_on(self, handoff: Handoff) -> bool:
-        """The same behind the fast path, which has sent the request's head at least."""
+        """Continue an attempt that the fast path has begun: it has sent at least the head of the
+        request. Returns False if the response was declined."""
         exchange, carrier = self._exchange, self._carrier
-        await trio.lowlevel.checkpoint_if_cancelled()  # a client that has gone is no failure, whatever it has left unsaid
+        # if the client has disconnected, this is a cancellation, not a failure
+        await trio.lowlevel.checkpoint_if_cancelled()
         if handoff.failure is not None:
-            if handoff.to_client and isinstance(handoff.failure, UpstreamClosed):  # which the client is told behind what came before it
+            # the client gets the bytes before the failure first
+            if handoff.to_client and isinstance(handoff.failure, UpstreamClosed):
                 await exchange.go_on(handoff.to_client, _Failed(handoff.failure))
             raise handoff.failure
         self._to_client = handoff.to_client
@@ -201,13 +219,13 @@ class _Attempt:
             carrier.put(handoff.to_server)
             carrier.finish(END)
             exchange.clock.expect(self._stalls, self._settings.stream_timeout)
-            with suppress(ConnectionLost):  # it may have said why: the response is still to be read
+            with suppress(ConnectionLost):  # the server may have said why: read the response
                 await carrier.flush()
         self._sent()
         return await self._receive_or_drop()
 
     def _sent(self) -> None:
-        """All of the request has been sent."""
+        """The whole request has been sent."""
         exchange = self._exchange
         if exchange.response is None:
             exchange.clock.expect(self._silent, self._settings.response_timeout)
@@ -226,17 +244,19 @@ class _Attempt:
             nursery.start_soon(self._pump, nursery.cancel_scope)
             try:
                 taken = await self._receive()
-            except Exception as error:  # raised by the caller: out of a nursery it would come as a group
+            except Exception as error:  # raised by the caller: the nursery would wrap it in a group
                 self._fault = self._fault or error
             else:
-                # The client has its response: what became of the rest of its request in the same moment changes nothing any more.
+                # The client has its response, so an error in the rest of its request no longer
+                # matters.
                 self._fault = None
-            # A server that wants no more of the request has said so by ending its response.
+            # The response has ended, so the server needs no more of the request.
             nursery.cancel_scope.cancel()
         return taken
 
     async def _send_ready(self) -> bool:
-        """Send the head with what there is of the body. True: that was all of it."""
+        """Send the head with the part of the body that has arrived. Returns True if that was the
+        whole request."""
         exchange, carrier = self._exchange, self._carrier
         gathered, whole = 0, exchange.request.method == b"CONNECT"
         if whole:
@@ -262,7 +282,7 @@ class _Attempt:
         return whole
 
     async def _pump(self, attempt: trio.CancelScope) -> None:
-        """Send the rest of the body as it comes."""
+        """Send the rest of the body as it arrives."""
         exchange, carrier = self._exchange, self._carrier
         try:
             while True:
@@ -280,14 +300,15 @@ class _Attempt:
         except ConnectionLost:
             # The server takes no more. It may have said why: the response is still to be read.
             exchange.clock.expect(self._silent, self._settings.response_timeout)
-        except Exception as error:  # handed over to the attempt, which raises it
+        except Exception as error:  # the attempt raises it
             self._fault = error
             attempt.cancel()
 
     async def _receive(self) -> bool:
-        """Read the response, the interim ones first, and hand it on. False: it will not do, and nothing of it was handed on."""
+        """Read the response, with interim responses first, and pass it on. Returns False if it was
+        declined; nothing of it was passed on then."""
         exchange, carrier = self._exchange, self._carrier
-        if exchange.response is not None:  # the fast path has begun with it
+        if exchange.response is not None:  # the fast path has sent the head
             await exchange.go_on(self._to_client, _ResponseBody(self._settings, exchange, carrier))
             return True
         for _ in range(_INTERIM):
@@ -303,7 +324,7 @@ class _Attempt:
             await exchange.inform(head)
         else:
             raise UpstreamProtocolError(f"more than {_INTERIM} interim responses")
-        # If it is too late already, or the request has failed meanwhile, the client is told so. From here on it can only be told this.
+        # Last point at which a timeout or a failed request can still become an error response.
         await trio.lowlevel.checkpoint_if_cancelled()
         if failure is not None:
             self.reported = failure
@@ -328,7 +349,8 @@ class _Attempt:
         return True
 
     async def _drop(self) -> None:
-        """Read the rest of a response that was declined, if it is short: then its connection can be used again."""
+        """Read the rest of a declined response if it is short, so that its connection can be
+        reused."""
         length, left = self._carrier.length, _DROP_BYTES
         if isinstance(length, int) and length > left:
             return
@@ -344,13 +366,13 @@ class _Attempt:
 
 
 class _Failed:
-    """The rest of a response's body that cannot be read, because of `error`. An exchange.Body."""
+    """The rest of a response body that cannot be read, because of `error`. An exchange.Body."""
 
     __slots__ = ("_error", "length")
 
     def __init__(self, error: UpstreamClosed) -> None:
         self._error = error
-        self.length: Length = Framing.CHUNKED  # no other one can be broken by what it says
+        self.length: Length = Framing.CHUNKED  # only a chunked body can have invalid framing
 
     def receive_nowait(self) -> bytes | EndOfMessage | None:
         raise self._error
@@ -360,7 +382,7 @@ class _Failed:
 
 
 class _ResponseBody:
-    """The response's body as an exchange.Body, with the exchange's clock."""
+    """The response body as an exchange.Body, with the timeouts of the exchange's clock."""
 
     __slots__ = ("_carrier", "_clock", "_patience", "length")
 

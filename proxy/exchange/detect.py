@@ -1,7 +1,8 @@
-"""Where wire.sniff meets a stream: what a connection begins with, found by peeking, under one deadline.
+"""Protocol detection on a stream: peek at the first bytes of a connection, under one deadline, and
+classify them with wire.sniff.
 
-Nothing is consumed. So TLS that is for us goes to OpenSSL from its first byte, TLS that is not goes on untouched, and whichever
-engine speaks the protocol reads it from its beginning.
+Nothing is consumed. So OpenSSL gets TLS that the proxy terminates from its first byte, other TLS is
+relayed unchanged, and each protocol engine reads from the beginning.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from proxy.wire.sniff import HELLO_LIMIT, UNDECIDED, UNLIKELY, ClientHello, Prot
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """What a connection begins with. `hello`: its ClientHello, if it begins with one. `how`: for the metrics."""
+    """The start of a connection. `hello`: its ClientHello, if it starts with one. `how`: for the
+    metrics."""
 
     protocol: Protocol
-    how: str  # "http1", "http2", "tls", "opaque"; "silent": nothing came in time; "closed": it ended without a byte, as probes do
+    how: str  # "http1", "http2", "tls", "opaque"; "silent": no bytes in time; "closed": no bytes, as with probes
     hello: ClientHello | None = None
-    open: bool = False  # what comes later may still show that it is HTTP (flows/late_detection.py)
+    open: bool = False  # later bytes may still show that it is HTTP (flows/late_detection.py)
 
 
 def _judge(data: bytes) -> Opening | Undecided:
@@ -42,13 +44,14 @@ def _opening(verdict: Protocol) -> Opening:
 
 
 async def detect(stream: SocketStream, silence: float, patience: float) -> Opening:
-    """What `stream` begins with. A client that says nothing for `silence` seconds speaks a protocol in which the server is first:
-    opaque. One that has begun has `patience` seconds to go on, so that a first message in several packets is not taken for something else.
+    """Detect the protocol of `stream`. If the client sends nothing for `silence` seconds, it speaks
+    a protocol in which the server speaks first: opaque. After its first byte it has `patience`
+    seconds more, so that a first message in several packets is not misclassified.
 
     Raises ConnectionLost.
     """
     await checkpoint_if_cancelled()
-    # Mostly all of it is here already, and needs no deadline.
+    # Usually all bytes have arrived, and no deadline is needed.
     data = stream.glance(HELLO_LIMIT)
     if data and isinstance(verdict := _judge(data), Opening):
         return verdict
@@ -56,7 +59,8 @@ async def detect(stream: SocketStream, silence: float, patience: float) -> Openi
     with trio.move_on_after(silence) as scope:
         while True:
             seen = await stream.peek(HELLO_LIMIT, len(data) + 1)
-            if len(seen) == len(data):  # the client ended its side; there will be no more to go by
+            # the client has ended its direction: no more bytes will follow
+            if len(seen) == len(data):
                 return _opening(settle(data)) if data else Opening(Protocol.OPAQUE, "closed")
             if not data:
                 scope.deadline = trio.current_time() + patience

@@ -1,14 +1,16 @@
-"""One request and its response, as the layers and the flows see them.
+"""One request and its response, as the layers and flows see them.
 
-An exchange is handled by one call: `await handler(exchange)` returns when the whole response, body included, is with the client. So
-a layer is a plain function around that call: what it does before it sees the request, what it does after it sees how all of it
-ended, and a task that is needed for the exchange (the pump of a request body) lives in a nursery inside of it and nowhere else.
+One call handles an exchange: `await handler(exchange)` returns when the whole response, including
+its body, has been sent to the client. So a layer is a plain function around that call. It acts
+before the handler, when it sees the request, and after the handler, when it knows how everything
+ended. A task that the exchange needs (the pump of a request body) runs in a nursery inside this
+call.
 
     handler(exchange)
-        exchange.body.receive() ...            the request's body, as it comes
+        exchange.body.receive() ...            the request body, piece by piece
         exchange.inform(head)                  any number of interim responses
         exchange.respond(head, body)           once: the whole response, streamed
-     or exchange.switch(head) -> Stream        once: from here on raw bytes (101, or 2xx to CONNECT)
+     or exchange.switch(head) -> Stream        once: raw bytes from here on (101, or 2xx to CONNECT)
 """
 
 from __future__ import annotations
@@ -39,24 +41,24 @@ if TYPE_CHECKING:
 
 
 class Body(Protocol):
-    """A body that streams. After its end every call says EndOfMessage again."""
+    """A body that is streamed. After its end, every call returns EndOfMessage again."""
 
     @property
     def length(self) -> Length:
-        """Bytes still to come, or how the sender delimits them."""
+        """The bytes that are still to come, or how the sender delimits the body."""
         ...
 
     def receive_nowait(self) -> bytes | EndOfMessage | None:
-        """The next piece (never empty) if it is here already; None: it would have to be waited for."""
+        """Return the next piece (never empty) or the end, if it has arrived. None: not yet."""
         ...
 
     async def receive(self) -> bytes | EndOfMessage:
-        """The next piece (never empty), or the end. Raises what the source raises when it breaks off."""
+        """Return the next piece (never empty) or the end. Raises the errors of the source."""
         ...
 
 
 class Whole:
-    """A body that is here: what a proxy says itself."""
+    """A body in memory, such as that of the proxy's own responses."""
 
     __slots__ = ("_data",)
 
@@ -81,48 +83,52 @@ Direction = Literal["inbound", "outbound", "gateway"]
 
 @dataclass(slots=True)
 class Facts:
-    """What is known of the downstream connection that an exchange, or a relayed stream, came by."""
+    """What is known about the downstream connection of an exchange or a relayed stream."""
 
     direction: Direction
     peer: Address
-    destination: Address  # where the connection was going before it was redirected
+    destination: Address  # the original destination, before the redirection
     tls: TLSInfo | None = None
-    identity: str | None = None  # of the peer, verified; None: it has shown none
+    # the verified identity of the peer; None: it presented no client certificate
+    identity: str | None = None
     protocol: Spoken = Spoken.OPAQUE
-    upstream: Address | None = None  # where it, or the last of its exchanges, was carried to
+    upstream: Address | None = None  # where the connection, or its last exchange, was sent
     upstream_tls: TLSInfo | None = None
-    depth: int = 0  # how many connections of our own it lies in (loopguard/nesting.py)
-    declined_requests: int = 0  # HTTP/1 heads that took the longer way (wire/h1/fast_head.py)
+    # how many of this proxy's own connections it is nested in (loopguard/nesting.py)
+    depth: int = 0
+    declined_requests: int = 0  # HTTP/1 heads that needed the full parser (wire/h1/fast_head.py)
     declined_responses: int = 0
-    service: str | None = None  # of a connection that is relayed as it is: see Exchange
+    service: str | None = None  # for a relayed connection; see Exchange
     chosen: str | None = None
     trace: Trace | None = None
-    slot: Slot | None = None  # of the listener
-    unsure: bool = False  # it is relayed, and what the client says may still show that it is HTTP
-    unnamed: bool = False  # its bytes were not announced as HTTP, so the peer, and be it a gateway, has not written their fields
-    share: Share = UNCOUNTED  # what is buffered for the connection is charged to it
+    slot: Slot | None = None  # the connection slot of the listener
+    unsure: bool = False  # relayed, but later bytes of the client may still show that it is HTTP
+    # the bytes were not announced as HTTP, so the mesh fields in them are not from the peer, even
+    # if it is a gateway
+    unnamed: bool = False
+    share: Share = UNCOUNTED  # buffers of the connection are charged to it
 
     def carried(self, stream: Stream) -> None:
-        """Note the connection that goes on with this one."""
+        """Record the upstream connection of this connection."""
         self.upstream = stream.peer
         self.upstream_tls = stream.info if isinstance(stream, TLSStream) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """An attempt at an exchange that was not the last one. Times are trio's."""
+    """A failed attempt at an exchange, which was followed by another one. Times in trio's time."""
 
     upstream: Address
     started: float
     ended: float
-    status: int  # of its response; 0: there was none
-    reason: str  # why there was another: a reason of errors.py, or `status`, `grpc_status`
+    status: int  # status of its response; 0: none
+    reason: str  # why it was repeated: a reason of errors.py, or `status`, `grpc_status`
     chosen: str | None = None  # see Exchange
-    request_bytes: int = 0  # of the body, that were sent
+    request_bytes: int = 0  # bytes of the body that were sent
 
 
-# Told the final head, and the trailers of a response that has ended already without a body (None: it has not). Whether to drop it, because
-# there will be another attempt.
+# Called with the final head, and with the trailers if the response has already ended without a body
+# (None: it has not). Returns True to drop the response and make another attempt.
 Judge = Callable[[ResponseHead, Headers | None], bool]
 
 
@@ -135,7 +141,7 @@ def _untold(_: Exchange) -> None:
 
 
 class Exchange(ABC):
-    """One request on its way; made by a server, carried to its end by a handler."""
+    """One request and its response. A server creates it and a handler carries it to its end."""
 
     __slots__ = (
         "account",
@@ -176,46 +182,54 @@ class Exchange(ABC):
 
     def __init__(self, request: RequestHead, body: Body, facts: Facts, malformed: ProtocolError | None = None) -> None:
         self.request = request
-        self.malformed = malformed  # what was wrong with a request that could not be read: it is only there to be answered
+        # the error in an unreadable request, which only gets an error response
+        self.malformed = malformed
         self.body = body
         self.facts = facts
-        self.response: ResponseHead | None = None  # the final head, from the moment it is being sent
-        self.on_response: Callable[[int], None] = _unheard  # told the final status as soon as it is known
-        self.on_attempt: Callable[[Exchange], None] = _untold  # told that it is about to be sent to `upstream`, maybe once more
-        self.grpc_status: bytes | None = None  # what the trailers said
+        self.response: ResponseHead | None = None  # the final head, once sending has begun
+        self.on_response: Callable[[int], None] = _unheard  # called with the final status
+        # called before each attempt, when `upstream` is set
+        self.on_attempt: Callable[[Exchange], None] = _untold
+        self.grpc_status: bytes | None = None  # from the trailers
         self.trace: Trace | None = None
-        self.service: str | None = None  # what it is meant for, as the directory names it
-        self.chosen: str | None = None  # and what that has led to: by a split, or a failover
-        self.upstream: Address | None = None  # the endpoint that was asked last
+        self.service: str | None = None  # the requested service, as the directory names it
+        self.chosen: str | None = None  # the service chosen for it, by a split or a failover
+        self.upstream: Address | None = None  # the endpoint of the last attempt
         self.upstream_tls: TLSInfo | None = None
-        self.failure: str | None = None  # why the proxy made the response up itself, or cut it off: a reason of errors.py
+        # why the proxy created the response or cut it off: a reason of errors.py
+        self.failure: str | None = None
         self.failure_words = ""
-        self.loop: str | None = None  # the kind of the loop that was stopped
-        self.cycle = ""  # its way round in names (`west/web-1 -> east/gateway -> west/web-1`), as far as it is known
-        self.outside = False  # the answer will go on to somebody without an identity, though not at once
-        self.authority: bytes | None = None  # whom the next hop is told that the request is for; None: what the client said
-        self.caller: bytes | None = None  # the verified identity of who sent it, for the next hop; None: nothing is said
-        self.account: ExitStack | None = None  # closes the account, which is open already: the exchange was begun on the fast path
-        self.handoff: Handoff | None = None  # by the fast path, which has handed it over
-        self.first: object = None  # the endpoint to try first: chance has said so on the fast path
-        self.guarded = False  # the loop guard has seen it there
-        self.fresh = False  # a connection has gone away under it, which is excused once; only a new one is worth trying
-        self.attempts = 0  # connections that it was sent on
-        self.tried: list[Attempt] | None = None  # attempts before the last one; None: there were none
-        self.judge: Judge | None = None  # asked whether the response will do
-        self.informed = False  # an interim response has been passed on
-        self.times: ClientSettings | None = None  # if they are not the client's usual ones
+        self.loop: str | None = None  # the kind of the loop that was detected
+        # the names on the loop (`west/web-1 -> east/gateway -> west/web-1`), as far as known
+        self.cycle = ""
+        # the response will reach a client without an identity, though not directly
+        self.outside = False
+        self.authority: bytes | None = None  # authority for the next hop; None: the client's own
+        # verified identity of the caller, for the next hop; None: not sent
+        self.caller: bytes | None = None
+        self.account: ExitStack | None = None  # closes the account that the fast path has opened
+        self.handoff: Handoff | None = None  # set if the fast path has handed the exchange over
+        self.first: object = None  # the endpoint to try first, drawn at random on the fast path
+        self.guarded = False  # the loop guard has run on the fast path
+        # a connection was closed during the exchange; it is repeated once, on a new one only
+        self.fresh = False
+        self.attempts = 0  # number of connections that it was sent on
+        self.tried: list[Attempt] | None = None  # earlier attempts; None: none
+        self.judge: Judge | None = None  # decides whether to drop the response and try again
+        self.informed = False  # an interim response was sent to the client
+        self.times: ClientSettings | None = None  # overrides of the client's settings
         self.request_bytes = 0
         self.response_bytes = 0
-        self.left = False  # the client has gone
+        self.left = False  # the client has disconnected
         self.clock = NO_CLOCK
 
     def carried(self, stream: Stream) -> None:
-        """Note the connection to the endpoint that has this exchange now."""
+        """Record the connection to the endpoint that now carries this exchange."""
         self.carried_by(stream.peer, stream.info if isinstance(stream, TLSStream) else None)
 
     def carried_by(self, peer: Address, tls: TLSInfo | None) -> None:
-        """The same for one of which that is known."""
+        """Record the address and the TLS information of the connection that now carries this
+        exchange."""
         facts = self.facts
         facts.upstream = self.upstream = peer
         facts.upstream_tls = self.upstream_tls = tls
@@ -223,53 +237,65 @@ class Exchange(ABC):
         self.attempts += 1
 
     def give_up(self) -> None:
-        """The client has gone: end the exchange with ClientGone, wherever it is."""
+        """The client has disconnected: end the exchange with ClientGone, in whichever state it is.
+        """
         self.left = True
         self.clock.give_up(self._client_went)
 
     def _client_went(self) -> Exception:
-        return ClientGone(f"the client closed its connection {'before' if self.response is None else 'while'} it was answered")
+        return ClientGone(f"the client closed its connection {'before' if self.response is None else 'while'} it got its response")
 
     def pass_half_close(self, tell: Callable[[], None] | None) -> None:  # noqa: B027  # HTTP/2 has none
-        """All of the request has been sent: from now on, call `tell` once if the client has ended its direction of the connection. None:
-        not any more. Only HTTP/1 has that: a client that ends its HTTP/2 connection has gone."""
+        """The whole request has been sent: from now on, call `tell` once if the client ends its
+        direction of the connection. None: stop.
+
+        Only HTTP/1 has half-closed connections. A client that ends its HTTP/2 connection has
+        disconnected.
+        """
 
     @property
     def underway(self) -> bool:
-        """It has been sent by the fast path, and goes on where it stands."""
+        """The fast path has sent it; the ordinary path continues it."""
         return self.handoff is not None and self.handoff.lease is not None
 
     @abstractmethod
     async def inform(self, head: ResponseHead) -> None:
-        """Send an interim response (1xx but 101), if the client can take one."""
+        """Send an interim response (1xx but not 101), if the client supports it."""
 
     @abstractmethod
     async def respond(self, head: ResponseHead, body: Body) -> None:
-        """Send the final response with its whole body. Raises what `body` raises, and ConnectionLost when the client has gone."""
+        """Send the final response with its whole body. Raises the errors of `body`, and ClientGone
+        when the client has disconnected."""
 
     async def go_on(self, unsent: bytes, body: Body) -> None:
-        """Go on with a response whose head the fast path has sent: `unsent`, and what is left of `body`. Raises as `respond`."""
-        # Not abstract: only a server's exchanges begin there, and a layer can be tried with others.
+        """Continue a response whose head the fast path has sent: send `unsent`, then the rest of
+        `body`. Raises like `respond`."""
+        # Not abstract: only the exchanges of a server begin on the fast path, and tests of layers
+        # use others.
         raise NotImplementedError(f"{type(self).__name__} does not begin on the fast path")
 
     @abstractmethod
     async def switch(self, head: ResponseHead) -> Stream:
-        """Send a 101, or a 2xx to CONNECT; what comes from the client and goes to it from here on is not HTTP.
+        """Send a 101, or a 2xx to CONNECT. Returns the stream of the raw bytes from and to the
+        client.
 
-        The stream belongs to the server, which closes it when the handler returns.
+        The server owns the stream and closes it when the handler returns.
         """
 
-    def retire(self) -> None:  # noqa: B027  # not abstract: a layer can be tried with exchanges that have no connection
-        """This connection carries no further exchange: the client is told so with, or behind, the response of this one."""
+    def retire(self) -> None:  # noqa: B027  # not abstract: tests of layers use exchanges without a connection
+        """End the connection after this exchange. The client is told with the response or after it.
+        """
 
     @abstractmethod
     def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:
-        """The response cannot be ended properly: make sure that the client notices. Where the protocol has a code for that, with `code`;
-        where a message may say so at its end, with `trailers`."""
+        """The response cannot be completed: make sure that the client notices. `code`: the error
+        code, if the protocol has one. `trailers`: the error status, if the protocol can end a
+        message with it."""
 
     @property
     def is_grpc(self) -> bool:
-        """gRPC is what this request speaks, so its errors have to be gRPC's (they travel in trailers, which HTTP/2 has)."""
+        """Whether the request is gRPC, so that errors must be gRPC errors. These use trailers,
+        which require HTTP/2."""
         if self.request.version != b"2":
             return False
         kind = self.request.headers.get(b"content-type") or b""
@@ -277,10 +303,11 @@ class Exchange(ABC):
 
 
 class Clock:
-    """The deadline of one exchange: moved at each step, for one cancel scope is dearer than moving it (about 6 to 11 µs against 2).
+    """The deadline of one exchange. Each step moves it, because moving the deadline of one cancel
+    scope costs 2 µs, and a new scope 6 to 11 µs.
 
-    `expect` says what is waited for now; when the time is up, the deadline layer raises that. Whatever the steps are, the exchange as a
-    whole may have a limit.
+    `expect` sets what is awaited now and for how long. When the time is up, the deadline layer
+    raises the error. In addition, the exchange as a whole may have a limit.
     """
 
     __slots__ = ("_overdue", "client_awaited", "late", "limit", "scope", "since", "stopped")
@@ -288,14 +315,16 @@ class Clock:
     def __init__(self, scope: trio.CancelScope) -> None:
         self.scope = scope
         self.late: Callable[[], Exception] | None = None
-        self.limit = math.inf  # of the whole exchange; trio's time
-        self.since = 0.0  # when the last step began
+        self.limit = math.inf  # of the whole exchange, in trio's time
+        self.since = 0.0  # trio's time when the last step began
         self.stopped = False  # by `give_up`
-        self.client_awaited = False  # rather than the server: what is late is not the server's fault
+        # the awaited peer is the client: a timeout is not the server's fault
+        self.client_awaited = False
         self._overdue: Callable[[], Exception] | None = None
 
     def expect(self, late: Callable[[], Exception], seconds: float) -> None:
-        """From now on, `seconds` at most until the next step; `late()` is the error if not."""
+        """Allow at most `seconds` until the next step. `late()` creates the error for the timeout.
+        """
         self.since = now = trio.current_time()
         deadline = now + seconds
         self.client_awaited = False
@@ -306,41 +335,43 @@ class Clock:
             self.rest()
 
     def rest(self) -> None:
-        """Nothing is waited for that has a limit of its own."""
+        """Only the limit of the whole exchange applies."""
         self.late = self._overdue
         self.scope.deadline = self.limit
 
     def await_client(self) -> None:
-        """The same while the rest of the request is waited for. The client's own deadlines rule then."""
+        """The rest of the request is awaited. Only the limit of the whole exchange applies here;
+        the body has its own timeouts for the client."""
         self.rest()
         self.client_awaited = True
 
     def limit_to(self, limit: float, overdue: Callable[[], Exception]) -> None:
-        """The exchange has to be over by then, unless it has to be earlier already."""
+        """Limit the whole exchange to `limit` (trio's time), unless it already has an earlier
+        limit."""
         if limit < self.limit:
             self.limit, self._overdue = limit, overdue
             if limit < self.scope.deadline:
                 self.rest()
 
     def unlimit(self) -> None:
-        """The exchange has become a tunnel (101, or 2xx to CONNECT): that has no deadline, however short the exchange's was."""
+        """The exchange has become a tunnel (101, or 2xx to CONNECT), which has no deadline."""
         self.limit, self._overdue = math.inf, None
         self.rest()
 
     def give_up(self, late: Callable[[], Exception]) -> None:
-        """It is over now, because of `late()`."""
+        """End the exchange now, with the error that `late()` creates."""
         self.late = late
         self.stopped = True
         self.scope.cancel()
 
     @property
     def ran_out(self) -> bool:
-        """What was waited for did not come in time."""
+        """Whether a timeout has ended the exchange."""
         return self.scope.cancel_called and not self.stopped
 
 
 class _NoClock(Clock):
-    """Of an exchange outside the deadline layer: nothing is limited there."""
+    """The clock of an exchange outside the deadline layer. It limits nothing."""
 
     def expect(self, late: Callable[[], Exception], seconds: float) -> None:
         pass
@@ -368,7 +399,8 @@ Layer = Callable[[Handler], Handler]
 
 
 def stack(*layers: Layer, endpoint: Handler) -> Handler:
-    """Layers in the order in which a request meets them, around the endpoint that answers it."""
+    """Return a handler: the layers in the order in which a request passes them, around `endpoint`,
+    which answers it."""
     handler = endpoint
     for layer in reversed(layers):
         handler = layer(handler)

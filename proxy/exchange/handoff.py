@@ -1,11 +1,13 @@
-"""Exchanges that begin on the fast path (proxy/fastpath) and end on the ordinary one.
+"""Exchanges that begin on the fast path (proxy/fastpath) and end on the ordinary path.
 
-A server may lend its HTTP/1 connection between two exchanges. It comes back between two exchanges too, as a rule; and within one, when that
-one turned out to be more than the fast path can do: then it comes with the exchange, as far as that has got. An exchange on a stream of an
-HTTP/2 connection comes back alone, for the connection was never lent.
+A server may lend its HTTP/1 connection between two exchanges. Usually it gets the connection back
+between two exchanges too. If an exchange turns out to need the ordinary path, the connection comes
+back with that exchange in its current state. An HTTP/2 exchange comes back alone, because its
+connection is never lent.
 
-The exchange goes through the same layers as all others, which find its account open and its clock not yet set, and at their end the
-client goes on where it stands: what has been begun is the first attempt at it, and may be followed by another like any first attempt.
+The exchange passes the same layers as all others. They find its account already open and its clock
+not set. At the end of the layers, the client continues the exchange. The fast path's attempt counts
+as the first attempt and may be followed by another, like any first attempt.
 """
 
 from __future__ import annotations
@@ -20,54 +22,60 @@ if TYPE_CHECKING:
 
 
 class Lease(Protocol):
-    """What carries one exchange to an endpoint, lent for that."""
+    """A connection or stream to an endpoint, leased for one exchange."""
 
     @property
     def attempt(self) -> object:
-        """The flow's own: what it knows of the attempt."""
+        """The flow's own state of the attempt."""
         ...
 
     def carrier(self) -> Carrier:
-        """As far as it has got."""
+        """Return a carrier that continues in the current state."""
         ...
 
     def end(self, *, usable: bool) -> None:
-        """Give it back; `usable`: the exchange has ended well on it."""
+        """End the lease. `usable`: the exchange ended well, so the connection can be reused."""
         ...
 
 
 @dataclass(slots=True, eq=False)
 class Handoff:
-    """What the layers do not see of an exchange that is under way. The protocol states of both connections are in place."""
+    """The state of an exchange that the fast path has begun. The protocol states of both
+    connections are already set."""
 
-    lease: Lease | None = None  # None: the request has been read and guarded, and nothing else
-    since: float | None = None  # trio's time when it was begun, if that is known
-    asked: bool = True  # all of the request has been sent, but for `to_server`; otherwise the rest is the exchange's body
-    to_server: bytes = b""  # of the request, not sent yet
-    to_client: bytes = b""  # the same of the response
-    failure: Exception | None = None  # it is over, because of this
+    # None: the request was read and the loop guard has run, nothing was sent
+    lease: Lease | None = None
+    since: float | None = None  # trio's time when it began, if known
+    # the whole request has been sent, except `to_server`; False: the rest is in the exchange's body
+    asked: bool = True
+    to_server: bytes = b""  # unsent bytes of the request
+    to_client: bytes = b""  # unsent bytes of the response
+    failure: Exception | None = None  # the error that has ended the exchange
 
 
 class Carry(Protocol):
-    """The fast path, as a server of HTTP/1 sees it."""
+    """The fast path, as seen by an HTTP/1 server."""
 
     async def __call__(self, server: Http1Server) -> Http1Exchange | None:
-        """Carry exchanges of an idle connection for as long as that is plain work. When this returns the connection is the server's
-        again, with all that was read and not used put into `server.connection`, and with an exchange that has been begun."""
+        """Carry exchanges of an idle connection for as long as the fast path supports them. After
+        this returns, the server owns the connection again. Bytes that were read but not used are in
+        `server.connection`. Returns an exchange that has begun, or None."""
         ...
 
 
 class LentConnection(Protocol):
-    """A connection on the fast path, as far as its server asks."""
+    """A connection on the fast path, as seen by its server."""
 
     def busy(self) -> bool:
-        """It is in an exchange, or has read something of the next one."""
+        """Whether it is in an exchange, or has read a part of the next request."""
         ...
 
 
 class Fork(Protocol):
-    """The same for a server of HTTP/2, whose connection stays where it is: its streams take the one path or the other."""
+    """The fast path, as seen by an HTTP/2 server. The connection is not lent; each of its streams
+    takes one of the two paths."""
 
     def __call__(self, server: Http2Server, exchange: Http2Exchange) -> bool:
-        """Whether `exchange` is carried from here on; one that turns out to be more than plain work comes to `server.serve`."""
+        """Return True if the fast path carries `exchange`. If it later needs the ordinary path, the
+        fast path calls `server.serve`."""
         ...

@@ -1,9 +1,10 @@
-"""What happens around every exchange. Each layer is a function from handler to handler; a flow stacks them in reading order.
+"""The layers around every exchange. Each layer is a function from handler to handler. A flow stacks
+them from the outermost to the innermost.
 
-measure   outermost: counts, times and logs every request, also those that fail or cannot be read
-rescue    the one place where an error becomes a response
-admit     refuses requests when memory is short
-deadline  gives the exchange its clock
+    measure   outermost: counts, times and logs every request, including failed and unreadable ones
+    rescue    the only place where an error becomes a response
+    admit     refuses requests when memory is short
+    deadline  gives the exchange its clock
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ _log = logging.getLogger("isthmus.exchange")
 # RFC 8941 §3.3.4.
 _TOKEN = re.compile(rb"[A-Za-z*][-!#$%&'*+.^_`|~0-9A-Za-z:/]*")
 
-# For the few hundred bytes of an error's response: a client that does not take them has no use for them.
+# Seconds for sending an error response of a few hundred bytes.
 _ANSWER_SECONDS = 5.0
 
-# Errors may quote what the peer sent; an answer is not made long by that.
+# Characters of an error text in a response. An error may quote input of the peer, so the length is
+# limited.
 _DETAIL = 512
 
 _REASONS = {
@@ -51,12 +53,12 @@ _REASONS = {
 
 
 def never(_: Exchange) -> bool:
-    """For a flow whose clients are no proxies of the mesh."""
+    """The default `reports`, for a flow whose clients are not proxies of the mesh."""
     return False
 
 
 def measure(account: Callable[[Exchange], AbstractContextManager[object]]) -> Layer:
-    """Open an account for each exchange; it closes once, however the exchange ended."""
+    """Open an account for each exchange. It closes once, however the exchange ends."""
 
     def layer(handler: Handler) -> Handler:
         async def handle(exchange: Exchange) -> None:
@@ -69,19 +71,22 @@ def measure(account: Callable[[Exchange], AbstractContextManager[object]]) -> La
 
 
 def admit(handler: Handler) -> Handler:
-    """Refuse a request when memory is short: that of a connection which is open already. Streams are refused where they are opened."""
+    """Refuse requests on open connections when memory is short. Streams are refused where they are
+    opened."""
 
     async def handle(exchange: Exchange) -> None:
         if not exchange.underway and exchange.request.version != b"2" and exchange.facts.share.refuses("request"):
-            raise MemoryShort("this proxy is short of memory")
+            raise MemoryShort("the proxy is short of memory")
         await handler(exchange)
 
     return handle
 
 
 def rescue(name: Callable[[Exchange], bytes], open_to: Callable[[Exchange], bool], reports: Callable[[Exchange], bool] = never) -> Layer:
-    """Errors become responses here and nowhere else. `name` is what Proxy-Status calls this proxy; whoever is not `open_to` detail is told
-    the kind of the error only, not the addresses behind the proxy. A proxy that this one `reports` to is told the reason (reports.py)."""
+    """Turn errors into responses. `name`: the name of this proxy in Proxy-Status. `open_to`:
+    whether the client may see details; other clients only see the kind of the error, not the
+    addresses behind the proxy. `reports`: whether the client is a proxy that gets the reason in a
+    field (reports.py)."""
 
     def layer(handler: Handler) -> Handler:
         async def handle(exchange: Exchange) -> None:
@@ -89,26 +94,30 @@ def rescue(name: Callable[[Exchange], bytes], open_to: Callable[[Exchange], bool
                 if exchange.malformed is not None:
                     raise exchange.malformed
                 await handler(exchange)
-            except Exception as error:  # the table knows which are ours; a bug is logged with its trace, and answered
+            # `describe` knows our errors; any other is a bug, which is logged with its traceback
+            # and answered with 500
+            except Exception as error:
                 answer = describe(error)
                 exchange.failure, exchange.failure_words = answer.reason, str(error)
                 if isinstance(error, LoopDetected):
                     exchange.loop, exchange.cycle = error.kind, error.cycle
                 if answer is INTERNAL:
-                    _log.error("a request failed by a fault of this proxy's", exc_info=error)
+                    _log.error("internal error while handling a request", exc_info=error)
                 if isinstance(error, NotAuthorised):
-                    exchange.retire()  # whatever else comes on this connection is refused too
+                    exchange.retire()  # later requests on this connection would be refused too
                 detail = str(error) if open_to(exchange) else ""
                 if isinstance(error, ClientGone):
-                    exchange.abort()  # there is nobody to tell
+                    exchange.abort()  # no client is left to receive a response
                 elif isinstance(error, UpstreamReset) and exchange.request.version == b"2":
-                    exchange.abort(error.code)  # the server's own word, which the client understands
+                    # pass on the server's error code, which the client understands
+                    exchange.abort(error.code)
                 elif exchange.response is not None:
                     exchange.abort(trailers=grpc_status(broken_off(answer), detail) if exchange.is_grpc else None)
                 else:
                     made = made_up_grpc if exchange.is_grpc else made_up
                     head, body = made(answer, name(exchange), detail)
-                    if detail and isinstance(error, IsthmusError) and error.said:  # who noticed it comes first (RFC 9209 §2)
+                    # the proxy nearest to the origin comes first (RFC 9209 §2)
+                    if detail and isinstance(error, IsthmusError) and error.said:
                         head.headers.replace(b"Proxy-Status", b"%b, %b" % (error.said, head.headers.get(b"proxy-status") or b""))
                     if reports(exchange):
                         report(answer, head)
@@ -130,7 +139,7 @@ async def _answer(exchange: Exchange, head: ResponseHead, body: Whole) -> None:
 
 
 def made_up(answer: Answer, name: bytes, detail: str) -> tuple[ResponseHead, Whole]:
-    """A response that the proxy makes up itself, with Proxy-Status (RFC 9209)."""
+    """Create a response of the proxy itself, with Proxy-Status (RFC 9209)."""
     detail = detail[:_DETAIL]
     status = _member(name) + b";error=" + answer.proxy_status.encode("ascii")
     if detail:
@@ -147,32 +156,36 @@ def made_up(answer: Answer, name: bytes, detail: str) -> tuple[ResponseHead, Who
 
 
 def _member(name: bytes) -> bytes:
-    """A proxy's name as RFC 9209 §2 has it: a token where it is one. Kubernetes lets names begin with a digit; tokens may not."""
+    """Encode a proxy name for Proxy-Status (RFC 9209 §2): as a token if possible, otherwise as a
+    string. Kubernetes names may begin with a digit, tokens may not."""
     return name if _TOKEN.fullmatch(name) else sf_string(name.decode("latin-1"))
 
 
 def grpc_status(answer: Answer, detail: str) -> Headers:
-    """The status of a gRPC call (github.com/grpc/grpc, PROTOCOL-HTTP2.md): its message is percent-encoded."""
+    """Create the status fields of a gRPC call. The message is percent-encoded
+    (github.com/grpc/grpc, PROTOCOL-HTTP2.md)."""
     text = f"{answer.proxy_status}: {detail[:_DETAIL]}" if detail else answer.proxy_status
     message = "".join(c if " " <= c <= "~" and c != "%" else "".join(f"%{byte:02X}" for byte in c.encode("utf-8", "replace")) for c in text)
     return Headers([(b"grpc-status", b"%d" % answer.grpc_status), (b"grpc-message", message.encode("ascii"))])
 
 
 def made_up_grpc(answer: Answer, name: bytes, detail: str) -> tuple[ResponseHead, Whole]:
-    """The same for a gRPC call: HTTP says 200, and the head is the trailers too."""
+    """Create a gRPC error response of the proxy itself: HTTP status 200, and a head that is also
+    the trailers."""
     head, _ = made_up(answer, name, detail)
     kept = [item for item in head.headers.items if item[0] in (b"Date", b"Proxy-Status")]
     return ResponseHead(200, Headers([(b"content-type", b"application/grpc"), *kept, *grpc_status(answer, detail)])), Whole()
 
 
 def sf_string(text: str) -> bytes:
-    """A structured field's string (RFC 8941 §3.3.3): ASCII, quoted; what does not fit is replaced. So no detail can end the field."""
+    """Encode a string of a structured field (RFC 8941 §3.3.3): quoted ASCII. Other characters are
+    replaced, so no text can end the field early."""
     plain = "".join(c if " " <= c <= "~" else "?" for c in text)
     return b'"' + plain.replace("\\", "\\\\").replace('"', '\\"').encode("ascii") + b'"'
 
 
 def deadline(handler: Handler) -> Handler:
-    """Give the exchange its clock; what was late is raised here."""
+    """Give the exchange its clock. Raises the error of a step that timed out."""
 
     async def handle(exchange: Exchange) -> None:
         with trio.CancelScope() as scope:

@@ -1,4 +1,5 @@
-"""Carriers from the pools, lent for one exchange each: the one place that takes from a pool and gives back."""
+"""Carriers from the pools, leased for one exchange each. On the ordinary path, only this module
+takes from a pool and gives back."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from proxy.exchange.upstream import Carrier, Http1Carrier, Http2Carrier
 
 
 class Http1Leases(Generic[K]):
-    """A connection for each exchange, kept for the next one if the exchange ended well."""
+    """One connection for each exchange. It goes back to the pool if the exchange ended well."""
 
     def __init__(self, pool: Pool[K]) -> None:
         self.pool = pool
@@ -41,13 +42,13 @@ class _Http1Lease(Generic[K]):
 
 
 class Http2Leases(Generic[K]):
-    """A stream for each exchange, on a connection that it shares. A stream is always fresh."""
+    """One stream for each exchange, on a shared connection. A stream is always new."""
 
     def __init__(self, pool: MuxPool[K]) -> None:
         self.pool = pool
 
     def carrier(
-        self, endpoint: K, *, fresh: bool, limit: float = inf  # noqa: ARG002  # the pool knows which connections take no more
+        self, endpoint: K, *, fresh: bool, limit: float = inf  # noqa: ARG002  # the pool skips connections that accept no streams
     ) -> _Http2Lease[K]:
         return _Http2Lease(self.pool, endpoint, limit)
 
@@ -62,7 +63,8 @@ class _Http2Lease(Generic[K]):
         self._carrier: Http2Carrier | None = None
 
     async def __aenter__(self) -> Carrier:
-        # The stream is opened by the carrier's `begin`, with no await in between: the room that was found is still there.
+        # The carrier's `begin` opens the stream with no await in between, so the capacity is still
+        # there.
         self._carrier = Http2Carrier(await self._pool.acquire(self._endpoint, self._limit))
         return self._carrier
 

@@ -1,7 +1,9 @@
-"""The loop guard's place around an exchange: a request that has been here is refused, any other one goes on with our token.
+"""The layer of the loop guard: it refuses a request that has passed this proxy before, and adds our
+token to every other one.
 
-Between `rescue`, which answers what is raised here, and `deadline`. Finding the two fields that matter is what it costs, so they are looked
-for in the lines as they came, if nobody has split these; otherwise in one pass over the fields.
+It stands between `rescue`, which answers the errors raised here, and `deadline`. Most of its cost
+is finding two fields. It searches the header block as it was received, if the block was not split
+into fields yet; otherwise it makes one pass over the fields.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from proxy.wire.messages import place
 
 
 def guard(waypoint: Waypoint, dropped: Callable[[Dropped], None]) -> Layer:
-    """`dropped` hears why tokens were not believed."""
+    """Return the layer. `dropped` is called with the reason for each token that was not accepted.
+    """
 
     def layer(handler: Handler) -> Handler:
         async def handle(exchange: Exchange) -> None:
@@ -32,7 +35,7 @@ _HOST, _HOPS = b"\nhost: ", b"\n" + HEADER + b": "
 
 
 def leave_token(exchange: Exchange, waypoint: Waypoint, dropped: Callable[[Dropped], None]) -> None:
-    """Put our token on the request. Raises LoopDetected."""
+    """Add our token to the request. Raises LoopDetected."""
     headers = exchange.request.headers
     block = headers.block
     if block is None:
@@ -41,7 +44,7 @@ def leave_token(exchange: Exchange, waypoint: Waypoint, dropped: Callable[[Dropp
     lower = block.lower()
     came = lower.count(HEADER)
     start = place(lower, _HOPS) if came else 0
-    if came > 1 or (came and not start):  # there are several, or it is no name but stands within a value
+    if came > 1 or (came and not start):  # several such fields, or the name occurs within a value
         _among_fields(exchange, waypoint, dropped)
         return
     host = place(lower, _HOST)
@@ -55,7 +58,7 @@ def leave_token(exchange: Exchange, waypoint: Waypoint, dropped: Callable[[Dropp
 
 
 def _token(exchange: Exchange, waypoint: Waypoint, authority: bytes) -> bytes:
-    """Ours for this request."""
+    """Our token for this request."""
     request = exchange.request
     token = waypoint.token(request.method, request.target, authority)
     return outsiders(token) if _from_outsider(exchange) else token
@@ -66,7 +69,8 @@ def _from_outsider(exchange: Exchange) -> bool:
 
 
 def _extended(exchange: Exchange, waypoint: Waypoint, token: bytes, came: list[bytes], dropped: Callable[[Dropped], None]) -> bytes:
-    """The field, whose lines have come with these values, as it goes on. Raises LoopDetected."""
+    """Return the field's new value. `came`: the values of the received field lines. Raises
+    LoopDetected."""
     field, why = read(came)
     if why:
         dropped(why)
@@ -101,7 +105,8 @@ def _among_fields(exchange: Exchange, waypoint: Waypoint, dropped: Callable[[Dro
 
 
 def unguarded(exchange: Exchange, waypoint: Waypoint) -> bool:
-    """The same on the fast path. False: there is more to it than a token. Nothing has been counted: the ordinary path will find it too."""
+    """Add our token on the fast path. Returns False if the ordinary path has to run the guard (a
+    loop, or a dropped token). Nothing was counted then; the ordinary path will find the same."""
     try:
         leave_token(exchange, waypoint, _more)
     except (LoopDetected, _More):
@@ -119,7 +124,7 @@ def _more(_: Dropped) -> None:
 
 
 def hide_names(exchange: Exchange) -> None:
-    """Before a request leaves the trust domain: who has carried it is nobody's business there."""
+    """Remove the proxies' names from the request, before it leaves the trust domain."""
     for index, (name, value) in enumerate(exchange.request.headers.items):
         if len(name) == 12 and name.lower() == HEADER:
             exchange.request.headers.items[index] = (HEADER, nameless(value))

@@ -1,4 +1,4 @@
-"""A stream that goes on where HTTP ended: what was read ahead comes first."""
+"""A stream that continues after HTTP has ended: bytes that were read ahead come first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ READ_SIZE = 65536
 
 
 class Resumed:
-    """A stream of which some bytes were read before: they come first."""
+    """`stream`, preceded by the bytes `first`, which were already read from it."""
 
     __slots__ = ("_first", "_stream")
 

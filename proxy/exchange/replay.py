@@ -1,7 +1,8 @@
-"""A request's body that can be sent again: what has been taken of it is kept, up to a limit.
+"""A request body that can be sent again. It keeps the pieces that were taken, up to a limit.
 
-Only what has been sent counts. So a long body whose first piece is still to come can be sent elsewhere, and one of which more than the
-limit is gone cannot; what was kept of it is dropped in that moment.
+Only pieces that were taken count. So a long body can still be sent elsewhere before its first piece
+arrives. Once more than the limit was taken, the body cannot be repeated, and the kept pieces are
+dropped at once.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from proxy.wire.messages import EndOfMessage
 
 
 class Replay:
-    """`body` from its beginning as often as need be. An exchange.Body."""
+    """A `body` that can be rewound. An exchange.Body."""
 
     __slots__ = ("_at", "_body", "_charged", "_kept", "_room", "_share", "length")
 
     def __init__(self, body: Body, limit: int, share: Share = UNCOUNTED) -> None:
-        """`limit`: bytes that are kept. They are charged to `share`; whoever ends the exchange calls `drop`."""
+        """`limit`: the most bytes to keep. They are charged to `share`. The owner of the exchange
+        calls `drop` at its end."""
         self._share = share
         self._charged = 0
         self._body = body
-        self._kept: list[bytes] | None = []  # None: too much has gone
-        self._at = 0  # of what was kept, the piece that is the next to be taken
+        self._kept: list[bytes] | None = []  # None: no longer rewindable
+        self._at = 0  # index of the next piece within the kept ones
         self._room = limit
         self.length: Length = body.length
 
@@ -32,11 +34,11 @@ class Replay:
         return self._kept is not None
 
     def rewind(self) -> None:
-        """The next piece is the first. Only while it is `rewindable`."""
+        """Start again at the first piece. Only while `rewindable`."""
         self._at = 0
 
     def release(self) -> None:
-        """It will not be sent again: drop what was kept, and keep nothing more."""
+        """The body will not be sent again: drop the kept pieces, and keep no more."""
         if self._kept is not None and self._at == len(self._kept):
             self._kept = None
 
@@ -71,7 +73,7 @@ class Replay:
         return piece
 
     def drop(self) -> None:
-        """Keep nothing any more."""
+        """Drop the kept pieces, and keep no more."""
         self._kept = None
         self._share.release(self._charged)
         self._charged = 0

@@ -1,12 +1,14 @@
-"""The layer that gives an exchange its spans.
+"""The layer that records the spans of an exchange.
 
-It stands inside `measure` and outside `rescue`: what the proxy answers itself is traced like everything else, and how it ended is known
-here. On the path of a request there is no more than it takes to find the context, to put our span's id into the headers, and to note
-references and times in a record for the queue; tracing/ makes a span of it later, in a thread of its own.
+It stands inside `measure` and outside `rescue`. So responses of the proxy itself are traced too,
+and the layer knows how the exchange ended. During the request it only finds the trace context,
+writes the span's id into the headers, and puts references and times into a record for the queue.
+tracing/ creates the span from it later, in a thread of its own.
 
-A server's span is one for the exchange. A client's is one for each attempt, as the conventions ask: what is sent again has a header, a span
-id and a record of its own, beside the others under the same parent, with a link to the attempt before. A gateway has both: its
-client spans hang under its server span.
+A server records one span for each exchange. A client records one span for each attempt, as the
+conventions require: each attempt has its own header, span id and record, the same parent, and a
+link to the attempt before. A gateway records both; its client spans are children of its server
+span.
 """
 
 from __future__ import annotations
@@ -24,13 +26,15 @@ from tracing.spans import HttpRecord, Kind, Record
 
 Side = Literal["server", "client", "both"]
 
-# As much of a request as a span can show: the queue holds many records, and has to stay small.
+# Limits of a request's texts in a record, in bytes: the queue holds many records, so they must be
+# small.
 _METHOD, _TARGET, _AUTHORITY, _AGENT, _WORDS, _PROXY_STATUS = 64, 1024, 300, 256, 1024, 512
 _AGENT_LINE = b"\nuser-agent: "
 
 
 class Tracing:
-    """What a flow needs to trace: who decides and draws ids, and where records go (which takes them or drops them, and never waits)."""
+    """What a flow needs to trace. `tracer` makes the sampling decision and draws ids. `put` queues
+    or drops a record and never waits."""
 
     __slots__ = ("put", "tracer")
 
@@ -40,8 +44,8 @@ class Tracing:
 
 
 def trace(tracing: Tracing | None, side: Side) -> Layer:
-    """Open spans for each exchange that is traced, and hand over their records when they have ended. Without `tracing` the layer is not
-    there at all."""
+    """Return the layer, which opens spans for each sampled exchange and queues their records at the
+    end. Without `tracing`, there is no layer."""
 
     def layer(handler: Handler) -> Handler:
         if tracing is None:
@@ -49,7 +53,7 @@ def trace(tracing: Tracing | None, side: Side) -> Layer:
         tracer, put = tracing.tracer, tracing.put
 
         async def handle(exchange: Exchange) -> None:
-            if exchange.handoff is None:  # otherwise it has been asked on the fast path
+            if exchange.handoff is None:  # otherwise the fast path has already done this
                 exchange.trace = _found(exchange, tracer)
             found = exchange.trace
             if found is None or not found.sampled:
@@ -76,7 +80,8 @@ def trace(tracing: Tracing | None, side: Side) -> Layer:
 
 
 def untraced(exchange: Exchange, tracing: Tracing | None) -> bool:
-    """The same on the fast path. False: the exchange has spans, which it gets on the ordinary path."""
+    """Find the trace of an exchange on the fast path. Returns False if the exchange is sampled; the
+    ordinary path has to record its spans."""
     if tracing is None:
         return True
     exchange.trace = _found(exchange, tracing.tracer)
@@ -84,7 +89,7 @@ def untraced(exchange: Exchange, tracing: Tracing | None) -> bool:
 
 
 def _found(exchange: Exchange, tracer: Tracer) -> Trace | None:
-    """What the request has of a trace. Nearly always its head can stay the lines that it came as."""
+    """Return the trace of the request. In most cases, the header block is not split into fields."""
     headers = exchange.request.headers
     if headers.block is not None:
         seen = tracer.glance(headers.block)
@@ -95,7 +100,7 @@ def _found(exchange: Exchange, tracer: Tracer) -> Trace | None:
 
 
 def _opened(kind: Kind, exchange: Exchange, trace: Trace, parent: bytes) -> HttpRecord:
-    """What is known of a request before it goes anywhere."""
+    """Create a record with what is known before the request is sent."""
     request, facts = exchange.request, exchange.facts
     authority = request.authority
     return HttpRecord(
@@ -115,7 +120,7 @@ def _opened(kind: Kind, exchange: Exchange, trace: Trace, parent: bytes) -> Http
 
 
 def _closed(record: HttpRecord, exchange: Exchange, failure: str | None) -> HttpRecord:
-    """And how it ended."""
+    """Complete a record with the result of the exchange."""
     request, response = exchange.request, exchange.response
     record.ended = time_ns()
     record.request_bytes, record.response_bytes = exchange.request_bytes, exchange.response_bytes
@@ -135,8 +140,8 @@ def _closed(record: HttpRecord, exchange: Exchange, failure: str | None) -> Http
 
 
 def _accepted(exchange: Exchange, trace: Trace) -> HttpRecord:
-    """The one span of an exchange that was accepted. Nothing of it holds the exchange, which holds its `on_response`: that would leave a
-    cycle for the collector."""
+    """Open the server span of an exchange. It must not reference the exchange, which references
+    `on_response`: the reference cycle would wait for the garbage collector."""
     facts = exchange.facts
     record = _opened("server", exchange, trace, trace.parent)
     record.peer, record.tls, record.identity = facts.peer, facts.tls, facts.identity
@@ -153,20 +158,22 @@ def _accepted(exchange: Exchange, trace: Trace) -> HttpRecord:
 
 
 def _agent(headers: Headers) -> bytes | None:
-    """The User-Agent. It has to be looked for with care only where it may be the first line: that is a matter of 0.1 us."""
+    """Return the User-Agent. The slower search is needed only if it may be the first line; the
+    faster one saves 0.1 µs."""
     block = headers.block
-    if block is not None and block[:1] in b"Hh":  # of Host, nearly always
+    if block is not None and block[:1] in b"Hh":  # almost always Host
         begins = block.lower().find(_AGENT_LINE) + len(_AGENT_LINE)
         return block[begins : block.index(b"\r", begins)] if begins >= len(_AGENT_LINE) else None
     return headers.get(b"user-agent")
 
 
 class _ClientSpans:
-    """The spans of an exchange that is sent on: one for each attempt. `own`: the first one is the trace's own span; otherwise that is
-    the server's, and all attempts hang under it.
+    """The client spans of an exchange: one for each attempt. `own`: the first one is the trace's
+    own span. Otherwise that is the server's span, and all attempts are its children.
 
-    Attempts that another one followed stand in `exchange.tried`, also those that got no connection. Only what is repeated without anybody's
-    policy (client.py: a kept connection that broke) does not, and shows by another attempt being sent.
+    `exchange.tried` has all attempts that were followed by another one, including those without a
+    connection. It does not have the automatic repetition in client.py (a reused connection was
+    closed); that is detected when another attempt is sent.
     """
 
     __slots__ = ("_heard", "_last", "_own", "_parent", "_record", "_seen", "_sent", "_trace", "_tracing")
@@ -176,10 +183,11 @@ class _ClientSpans:
         self._tracing = tracing
         self._own = own
         self._parent = trace.parent if own else trace.span_id
-        self._record = _opened("client", exchange, trace, self._parent) if own else None  # of the attempt that is under way
-        self._last: HttpRecord | None = None  # of the one before
+        # of the current attempt
+        self._record = _opened("client", exchange, trace, self._parent) if own else None
+        self._last: HttpRecord | None = None  # of the previous attempt
         self._sent = False
-        self._seen = 0  # of exchange.tried
+        self._seen = 0  # attempts in `exchange.tried` that have been processed
         self._heard = exchange.on_response
         exchange.on_response = self._on_response
         exchange.on_attempt = self._on_attempt
@@ -190,12 +198,13 @@ class _ClientSpans:
         self._heard(status)
 
     def _on_attempt(self, exchange: Exchange) -> None:
-        """The exchange has a connection to an endpoint, and is about to be sent."""
+        """The exchange has a connection to an endpoint and is about to be sent."""
         if exchange.tried is not None:
             self._catch_up(exchange, exchange.tried)
         if self._sent and self._record is not None:
             self._record.ended, self._record.failure = time_ns(), "unanswered"
-            self._hand_over(self._record, exchange.service, exchange.chosen)  # it goes to the same place again
+            # the next attempt goes to the same service
+            self._hand_over(self._record, exchange.service, exchange.chosen)
         record = self._record or self._open(exchange)
         self._sent = True
         tls = exchange.upstream_tls
@@ -204,7 +213,7 @@ class _ClientSpans:
             record.identity = tls.peer_identity
 
     def _open(self, exchange: Exchange) -> HttpRecord:
-        """The record of another attempt, whose id is in the headers from now on."""
+        """Open the record of another attempt and write its span id into the headers."""
         trace = self._trace
         tracer, headers = self._tracing.tracer, exchange.request.headers
         lines = tracer.next_glance(trace, headers.block, self._parent) if headers.block is not None else None
@@ -219,7 +228,7 @@ class _ClientSpans:
         return record
 
     def _catch_up(self, exchange: Exchange, tried: Sequence[Attempt]) -> None:
-        """Hand over the attempts that have failed since the last look."""
+        """Queue the records of the attempts that have failed since the last call."""
         for attempt in tried[self._seen :]:
             record = self._record or self._open(exchange)
             record.started, record.ended = _unix(attempt.started), _unix(attempt.ended)
@@ -238,7 +247,8 @@ class _ClientSpans:
         self._last, self._record, self._sent = record, None, False
 
     def finish(self, exchange: Exchange, failure: str | None) -> None:
-        """Hand over the last attempt; or what became of the request without any, where no other span says so."""
+        """Queue the record of the last attempt. If there was none, queue the result of the request,
+        unless a server span has it."""
         if exchange.tried is not None:
             self._catch_up(exchange, exchange.tried)
         record = self._record
@@ -252,5 +262,5 @@ class _ClientSpans:
 
 
 def _unix(moment: float) -> int:
-    """A time of trio's clock, in nanoseconds since 1970."""
+    """Convert a time of trio's clock to nanoseconds since 1970."""
     return time_ns() - int((trio.current_time() - moment) * 1e9)

@@ -1,7 +1,8 @@
-"""A tunnel through a gateway: HTTP/1.1 CONNECT on a connection of its own, and after the 200 no byte is framed (RFC 9110 §9.3.6).
+"""A tunnel through a gateway: HTTP/1.1 CONNECT on a connection of its own. After the 200, the bytes
+are not framed (RFC 9110 §9.3.6).
 
-It is how bytes that are not HTTP get to a service of another cluster: the gateway is told a name, as it is for a request, and any proxy
-that speaks HTTP can be the gateway.
+Connections that are not HTTP reach a service in another cluster this way. The gateway gets a name,
+as it does for a request, and any HTTP proxy can be the gateway.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from proxy.net.socket_stream import Stream
 from proxy.wire.h1.connection import Http1Connection, Role
 from proxy.wire.messages import Field, Headers, Limits, ProtocolError, RequestHead, ResponseHead, Signal
 
-# What the gateway says of itself in a refusal may be quoted, up to here.
+# Bytes of the gateway's reason for a refusal that are quoted in an error.
 _QUOTED = 300
 
 
 async def open_tunnel(stream: Stream, authority: bytes, fields: list[Field], limits: Limits, timeout: float) -> Stream:
-    """Ask the gateway behind `stream` for a tunnel to `authority` (host and port), with `fields` beside it. `timeout` in seconds.
+    """Ask the gateway behind `stream` for a tunnel to `authority` (host and port), with additional
+    `fields`. `timeout`: in seconds.
 
-    Returns the stream of the tunnel; `stream` stays with its owner, whatever happens. Raises TunnelRefused, UpstreamProtocolError, and
-    Undelivered if the gateway reports that it could not connect to an endpoint.
+    Returns the stream of the tunnel. The caller keeps ownership of `stream` in every case. Raises
+    TunnelRefused, UpstreamProtocolError, and Undelivered if the gateway reports that it could not
+    connect to an endpoint.
     """
     http = Http1Connection(Role.CLIENT, limits)
     head = RequestHead(b"CONNECT", authority, Headers([(b"Host", authority), *fields]))
@@ -34,15 +37,15 @@ async def open_tunnel(stream: Stream, authority: bytes, fields: list[Field], lim
             await stream.send_all(http.send_request(head, 0))
             answer = await _final(stream, http)
         except ConnectionLost as error:
-            raise TunnelRefused(f"the gateway {stream.peer} ended the connection when asked for {_said(authority)}: {error}") from error
+            raise TunnelRefused(f"the gateway {stream.peer} closed the connection on CONNECT {_said(authority)}: {error}") from error
     if answer is None:
-        raise TunnelRefused(f"the gateway {stream.peer} did not answer within {timeout:g} s when asked for {_said(authority)}")
+        raise TunnelRefused(f"the gateway {stream.peer} did not answer within {timeout:g} s to CONNECT {_said(authority)}")
     failure = reported(answer, stream)
     if isinstance(failure, Undelivered):
         raise failure
     if not 200 <= answer.status < 300:
         why = answer.headers.get(b"proxy-status") or answer.reason
-        raise TunnelRefused(f"the gateway {stream.peer} answered {answer.status} when asked for {_said(authority)}: {_said(why)}")
+        raise TunnelRefused(f"the gateway {stream.peer} answered {answer.status} to CONNECT {_said(authority)}: {_said(why)}")
     rest = http.take_rest()
     return Resumed(stream, rest) if rest else stream
 
@@ -58,7 +61,7 @@ async def _final(stream: Stream, http: Http1Connection) -> ResponseHead:
             if not head.informational:
                 return head
         elif head is Signal.CLOSED:
-            raise ConnectionLost("it closed without an answer", "closed")
+            raise ConnectionLost("closed without an answer", "closed")
         else:
             http.receive_data(await stream.receive_some(READ_SIZE))
 

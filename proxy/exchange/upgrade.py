@@ -1,8 +1,10 @@
-"""A WebSocket to a server that speaks HTTP/2, which may take it there (RFC 8441), or by HTTP/1.1, or not at all.
+"""A WebSocket to a server that speaks HTTP/2. The server may accept it over HTTP/2 (RFC 8441), over
+HTTP/1.1, or not at all.
 
-Only the connection tells which: the server's SETTINGS are known behind the handshake. Many servers take both versions at one port, and
-WebSockets only in HTTP/1.1; so it is tried there where HTTP/2 does not do. A server that cannot do it either way cannot serve this client.
-That is UpgradeFailed, and no fault of the endpoint's: the client has asked for something that this service does not have.
+Only the connection tells which, because the server's SETTINGS arrive after the handshake. Many
+servers accept both versions on one port, but WebSockets only over HTTP/1.1, so that is tried
+second. If neither works, the server cannot serve this client. The error is UpgradeFailed and does
+not count against the endpoint: the client asked for something that the service does not support.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from proxy.wire.sniff import Protocol as Spoken
 
 
 class LeasesByProtocol(Protocol[K_contra]):
-    """The kept connections of a flow."""
+    """The pooled connections of a flow, by protocol."""
 
     def leases(self, protocol: Spoken) -> Leases[K_contra]: ...
 
@@ -27,8 +29,8 @@ class LeasesByProtocol(Protocol[K_contra]):
 def carry(
     client: Client[K], exchange: Exchange, endpoint: K, leases_by_protocol: LeasesByProtocol[K], protocol: Spoken
 ) -> Coroutine[Any, Any, None]:
-    """`client.send` by `protocol`, and a WebSocket by HTTP/1.1 where a server of HTTP/2 does not take it. Raises what that raises, and
-    UpgradeFailed."""
+    """Call `client.send` with `protocol`. If an HTTP/2 server does not accept a WebSocket, try
+    HTTP/1.1. Raises the errors of `client.send`, and UpgradeFailed."""
     if protocol is Spoken.HTTP1 or not websocket.extends(exchange.request):
         return client.send(exchange, endpoint, leases_by_protocol.leases(protocol))
     return _carry_tunnel(client, exchange, endpoint, leases_by_protocol)
@@ -40,11 +42,11 @@ async def _carry_tunnel(client: Client[K], exchange: Exchange, endpoint: K, leas
         return
     except NoExtendedConnect as error:
         if exchange.request.protocol is not None and not websocket.asks(exchange.request):
-            raise UpgradeFailed("the server does not take CONNECT with :protocol (RFC 8441)") from error
+            raise UpgradeFailed("the server does not accept CONNECT with :protocol (RFC 8441)") from error
     try:
         await client.send(exchange, endpoint, leases_by_protocol.leases(Spoken.HTTP1))
     except (UpstreamClosed, UpstreamProtocolError) as failure:
         if exchange.response is not None:
             raise
-        words = f"the server does not take a WebSocket by HTTP/2 (RFC 8441), and by HTTP/1.1 this came of it: {failure}"
+        words = f"the server does not accept a WebSocket over HTTP/2 (RFC 8441), and over HTTP/1.1 it failed: {failure}"
         raise UpgradeFailed(words) from failure

@@ -1,15 +1,17 @@
-"""What carries one request to an endpoint, and its response back: an HTTP/1 connection, or a stream of an HTTP/2 one.
+"""A carrier sends one request to an endpoint and receives its response: an HTTP/1 connection, or a
+stream of an HTTP/2 connection.
 
-client.py drives either through the same few steps and knows no difference:
+client.py uses the same steps for both:
 
-    admit()                                          whether the server takes a WebSocket, before one is begun
-    begin(head, length), put(data) ..., flush()      the request; what is put is sent by flush
+    admit()                                          whether the server accepts a WebSocket
+    begin(head, length), put(data) ..., flush()      the request; flush sends what was put
     finish(end)                                      its end
-    head()                                           the response's heads, interim ones first
+    head()                                           the response heads, interim ones first
     body_nowait(), body()                            its body
-    tunnel()                                         or raw bytes, behind a 101 or a 2xx to CONNECT
+    tunnel()                                         or raw bytes, after a 101 or a 2xx to CONNECT
 
-Where the client speaks the other version a carrier translates a WebSocket's handshake (wire/websocket.py), in both directions.
+If the client speaks the other HTTP version, a carrier translates a WebSocket handshake in both
+directions (wire/websocket.py).
 """
 
 from __future__ import annotations
@@ -41,8 +43,12 @@ from proxy.wire.messages import EndOfMessage, Headers, ProtocolError, RequestHea
 
 
 class Unanswered(Exception):
-    """The server ended before it sent one byte of a final response. `again`: another connection may do, for it was this one's end, and
-    not an answer to the request; `untouched`: the server has certainly not looked at it, so that it may be sent again whatever it is."""
+    """The server ended before it sent one byte of a final response.
+
+    `again`: another connection may succeed, because the end belongs to this connection and is not
+    an answer to the request. `untouched`: the server has certainly not processed the request, so it
+    may be sent again with any method.
+    """
 
     def __init__(self, message: str, *, again: bool, untouched: bool = False) -> None:
         super().__init__(message)
@@ -51,43 +57,45 @@ class Unanswered(Exception):
 
 
 def oversized(error: HeadTooLarge) -> RequestError:
-    """What a request comes to whose head, or trailers, the server does not take (RFC 6585 §5)."""
+    """The error for a request whose head or trailers are larger than the server accepts (RFC 6585
+    §5)."""
     failure = RequestError(f"the request: {error}", 431)
     failure.__cause__ = error
     return failure
 
 
 class NoExtendedConnect(Exception):
-    """The server has not announced that it takes CONNECT with :protocol, so it may not be sent one (RFC 8441 §3), or it does not even speak
-    HTTP/2. Nothing has been sent."""
+    """The server has not announced support for CONNECT with :protocol, so the proxy must not send
+    one (RFC 8441 §3), or it does not speak HTTP/2. Nothing has been sent."""
 
 
 def unreadable(error: ProtocolError) -> UpstreamClosed:
-    """What a response's body comes to that breaks the protocol."""
+    """The error for a response body with invalid framing."""
     failure = UpstreamClosed(f"the response's body: {error}")
     failure.__cause__ = error
     return failure
 
 
 class Carrier(ABC):
-    """One exchange on one connection; made for it, and dropped behind it."""
+    """One exchange on one connection. Created for the exchange and dropped after it."""
 
-    stream: Stream  # of the connection, for the logs
-    share: Share = UNCOUNTED  # of the client's connection; what waits here is charged to it
+    stream: Stream  # the connection, for the logs
+    share: Share = UNCOUNTED  # of the client's connection; buffers are charged to it
 
     @property
     def declined(self) -> int:
-        """HTTP/1 heads of this exchange that took the longer way."""
+        """HTTP/1 heads of this exchange that needed the full parser."""
         return 0
 
     @abstractmethod
     async def admit(self) -> None:
-        """Wait until it is known whether the server takes a WebSocket. `begin` has to follow with no await in between. Raises
-        NoExtendedConnect, Unanswered."""
+        """Wait until it is known whether the server accepts a WebSocket. Call `begin` next, with no
+        await in between. Raises NoExtendedConnect, Unanswered."""
 
     @abstractmethod
     def begin(self, head: RequestHead, length: Length) -> None:
-        """The request's head; hop-by-hop fields are stripped already. Raises RequestError, as `flush` does: the server takes less."""
+        """Add the request head, without the hop-by-hop fields of the client's connection. Raises
+        RequestError (as does `flush`) if the head is larger than the server accepts."""
 
     @abstractmethod
     def put(self, data: bytes) -> None: ...
@@ -97,38 +105,44 @@ class Carrier(ABC):
 
     @abstractmethod
     async def flush(self) -> None:
-        """Send what was put. Raises ConnectionLost: the server takes no more, and `head` may say why; UpstreamProtocolError, Unanswered."""
+        """Send what was put. Raises ConnectionLost if the server accepts no more data (`head` may
+        return its reason), UpstreamProtocolError, and Unanswered."""
 
     @abstractmethod
     async def head(self) -> ResponseHead:
-        """The next head, interim ones too. Raises Unanswered, UpstreamProtocolError, UpstreamClosed."""
+        """Return the next head, including interim ones. Raises Unanswered, UpstreamProtocolError,
+        UpstreamClosed."""
 
-    def half_close(self) -> None:  # noqa: B027  # a stream has no such end
-        """All of the request has been sent, and the client has ended its direction: end ours too, where the protocol has that."""
+    def half_close(self) -> None:  # noqa: B027  # a stream has no half-close
+        """The whole request has been sent and the client has ended its direction: end ours too, if
+        the protocol supports it."""
 
     def bare_end(self) -> Headers | None:
-        """The trailers of a response that has ended already without a body, as far as it is known; None: it has not. Behind `head`."""
+        """After `head`: the trailers of a response that has already ended without a body. None: it
+        has not, or this is not known."""
         return None
 
     @property
     @abstractmethod
     def length(self) -> Length:
-        """Of the response's body."""
+        """The length of the response body."""
 
     @abstractmethod
     def body_nowait(self) -> bytes | EndOfMessage | None:
-        """Raises UpstreamClosed, UpstreamReset."""
+        """Return the next piece or the end of the body; None: not yet. Raises UpstreamClosed,
+        UpstreamReset."""
 
     @abstractmethod
     async def body(self) -> bytes | EndOfMessage: ...
 
     @abstractmethod
     def tunnel(self) -> Stream | None:
-        """The raw bytes behind a head that ended HTTP here; None: it did not."""
+        """The stream of raw bytes after a head that ended HTTP on this connection. None: it did
+        not."""
 
 
 class Http1Carrier(Carrier):
-    """An HTTP/1 connection, for one exchange; whoever lent it takes it back."""
+    """An HTTP/1 connection, for one exchange. The owner of the lease gives it back."""
 
     def __init__(self, upstream: Upstream) -> None:
         self.stream = upstream.stream
@@ -136,7 +150,7 @@ class Http1Carrier(Carrier):
         self._reused = upstream.reused
         self._declined = upstream.http.declined
         self._interim = False
-        self._key = b""  # of a WebSocket's handshake that an HTTP/2 client did not have to make
+        self._key = b""  # the key of a WebSocket handshake, which an HTTP/2 client does not send
         self._half_closed = False
         self._out: list[bytes] = []
 
@@ -145,7 +159,7 @@ class Http1Carrier(Carrier):
         return self._http.declined - self._declined
 
     async def admit(self) -> None:
-        await trio.lowlevel.checkpoint()  # it says so by its answer
+        await trio.lowlevel.checkpoint()  # HTTP/1 servers tell by their response
 
     def begin(self, head: RequestHead, length: Length) -> None:
         if length is Framing.CHUNKED:
@@ -174,7 +188,8 @@ class Http1Carrier(Carrier):
                 raise
 
     def half_close(self) -> None:
-        """What the server makes of it is its business, as it would be without a proxy: many take it for the client's end."""
+        """End our direction. The server decides what this means, as it would without a proxy; many
+        take it for the client's end."""
         self._half_closed = True
         self._http.keep_alive = False
         stream = self.stream
@@ -182,7 +197,8 @@ class Http1Carrier(Carrier):
             if isinstance(stream, SocketStream):
                 stream.send_eof_nowait()
             elif isinstance(stream, TLSStream) and stream.send_eof_nowait():
-                stream.socket.shutdown(socket.SHUT_WR)  # which the peer's kernel tells without a read
+                # so that the peer's kernel reports the end without a read
+                stream.socket.shutdown(socket.SHUT_WR)
 
     async def head(self) -> ResponseHead:
         http = self._http
@@ -200,25 +216,26 @@ class Http1Carrier(Carrier):
                 http.receive_data(await self.stream.receive_some(READ_SIZE))
             except ConnectionLost as loss:
                 if http.buffered:
-                    raise UpstreamClosed(f"the connection broke within the response's head: {loss}") from loss
+                    raise UpstreamClosed(f"the connection broke during the response head: {loss}") from loss
                 raise self._unanswered(f"the connection broke before a response came: {loss}", loss.reason == "timeout") from loss
 
     def _connected(self, head: ResponseHead) -> ResponseHead:
-        """The answer to a WebSocket's handshake as an HTTP/2 client has to see it, to which any 2xx would mean that there is a tunnel."""
+        """Translate the response to a WebSocket handshake for an HTTP/2 client, which takes any 2xx
+        for an accepted tunnel."""
         if head.status == 101:
             try:
                 return websocket.to_200(head, self._key)
             except ProtocolError as error:
                 raise UpstreamProtocolError(str(error)) from error
         if 200 <= head.status < 300:
-            raise UpgradeFailed(f"the server answered {head.status} to a WebSocket's handshake, and not 101")
+            raise UpgradeFailed(f"the server answered {head.status} to a WebSocket handshake instead of 101")
         return head
 
     def _unanswered(self, words: str, silent: bool = False) -> Exception:
         if self._half_closed:
             return ClientGone(f"the client had ended its direction, and {words}")
-        # Only a kept connection may have been closed for another reason than our request. A server that has fallen silent has closed none,
-        # and would not take a new one.
+        # Only a reused connection may have been closed for a reason other than our request. A
+        # timeout means that the server did not close it and would not accept a new one either.
         return Unanswered(words, again=self._reused and not self._interim and not silent)
 
     @property
@@ -233,7 +250,8 @@ class Http1Carrier(Carrier):
         return None if isinstance(piece, Signal) else piece
 
     def _broken(self, error: UpstreamClosed) -> Exception:
-        """What is said of a body that breaks off: a server may end it because the client has ended its direction."""
+        """The error for a body that breaks off. If the client has ended its direction, the server
+        may have ended the body for that reason."""
         return ClientGone(f"the client had ended its direction, and {error}") if self._half_closed else error
 
     async def body(self) -> bytes | EndOfMessage:
@@ -241,20 +259,21 @@ class Http1Carrier(Carrier):
             try:
                 self._http.receive_data(await self.stream.receive_some(self.share.read_size(READ_SIZE)))
             except ConnectionLost as error:
-                raise self._broken(UpstreamClosed(f"the connection broke within the response's body: {error}")) from error
+                raise self._broken(UpstreamClosed(f"the connection broke during the response body: {error}")) from error
         return piece
 
     def tunnel(self) -> Stream | None:
         if self._http.reading is not At.TUNNEL:
             return None
         if self._http.writing is not At.DONE:
-            raise UpstreamProtocolError("the server switched protocols before it had the whole request")
+            raise UpstreamProtocolError("the server switched protocols before it received the whole request")
         self._http.keep_alive = False
         return Resumed(self.stream, self._http.take_rest())
 
 
 class Http2Carrier(Carrier):
-    """A stream. A request without a body ends with its head; a CONNECT does not end, for its stream is the tunnel."""
+    """A stream of an HTTP/2 connection. A request without a body ends with its head. A CONNECT does
+    not end, because its stream is the tunnel."""
 
     def __init__(self, mux: Mux) -> None:
         self.stream = mux.stream
@@ -265,11 +284,12 @@ class Http2Carrier(Carrier):
         self._pieces: list[bytes] = []
         self._end: EndOfMessage | None = None
         self._sends = True
-        self._key: bytes | None = None  # of the client's handshake, if that is HTTP/1.1's
+        self._key: bytes | None = None  # the key of the client's WebSocket handshake over HTTP/1.1
 
     @classmethod
     def begun(cls, stream: MuxStream, request: RequestHead, response: ResponseHead | None) -> Http2Carrier:
-        """One whose stream is open already, with `response` taken from it."""
+        """Return a carrier for an open stream. `response`: the head that was already received from
+        it."""
         carrier = cls(stream.mux)
         carrier._request, carrier._stream, carrier._response = request, stream, response
         return carrier
@@ -277,10 +297,12 @@ class Http2Carrier(Carrier):
     async def admit(self) -> None:
         mux = self._mux
         await mux.greeted.wait()
-        if not mux.http.extended_connect:  # or the connection has ended without SETTINGS, as servers do that do not know our preface
+        # also if the connection ended without SETTINGS: servers without HTTP/2 close it after our
+        # preface
+        if not mux.http.extended_connect:
             raise NoExtendedConnect
         if not mux.room:
-            raise Unanswered("the connection took no more streams", again=True, untouched=True)
+            raise Unanswered("the connection accepted no more streams", again=True, untouched=True)
 
     def begin(self, head: RequestHead, length: Length) -> None:
         self._key = websocket.key_of(head)
@@ -377,11 +399,11 @@ class Http2Carrier(Carrier):
         if self._stream is not None:
             self._stream.close()
         else:
-            self._mux.on_room()  # what was to be ours is somebody else's
+            self._mux.on_room()  # the unused capacity is free for another request
 
 
 def _reason(status: int) -> bytes:
-    """HTTP/2 has no reason phrases; an HTTP/1 client expects the usual one."""
+    """The usual reason phrase. HTTP/2 has none, but HTTP/1 clients expect one."""
     try:
         return HTTPStatus(status).phrase.encode("ascii")
     except ValueError:

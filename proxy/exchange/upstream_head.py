@@ -1,4 +1,4 @@
-"""The head of a request as it goes to the next hop."""
+"""The head of a request for the next hop."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from proxy.wire.messages import (
 
 
 def offered(request: RequestHead) -> bytes | None:
-    """The protocols that the client would rather speak. HTTP/1.0 knows no 101 (RFC 9110 §7.8)."""
+    """The protocols that the client offers to upgrade to. HTTP/1.0 has no 101 (RFC 9110 §7.8)."""
     return None if request.version == b"1.0" else upgrade_offer(request.headers)
 
 
 def forwarded_request(exchange: Exchange) -> RequestHead:
-    """The head as it goes to the next hop: without what belonged to the last one (RFC 9110 §7.6), with what it offers to the next, and
-    with what the flow says of it: another authority, and who sent it. Where the client went is the authority of one that names none."""
+    """Return the head for the next hop: without the hop-by-hop fields of the previous hop (RFC 9110
+    §7.6), with those for the next one, and with the fields that the flow sets (another authority,
+    the caller). If the client gave no authority, the original destination is the authority."""
     request = exchange.request
     canonical = request.version != b"2" and request.headers.clean and request.target.startswith(b"/")
     if canonical and exchange.authority is None and exchange.caller is None:
-        return request  # it goes on as it is
+        return request  # forwarded unchanged
     if request.headers.block is not None and exchange.authority is None:
-        headers = request.headers.onward()  # there is nothing among its lines that would have to be weighed
+        headers = request.headers.onward()  # the lines contain no field that needs special handling
         if exchange.caller is not None:
             headers.append(CALLER, exchange.caller)
         return RequestHead(request.method, request.target, headers)
@@ -40,13 +41,15 @@ def forwarded_request(exchange: Exchange) -> RequestHead:
         target = origin_form(request)
         headers.replace(b"Host", exchange.authority)
     elif request.target[:1] not in (b"/", b"*") and request.method != b"CONNECT":
-        # RFC 9112 §3.2.2: the absolute-form's authority is the one that counts, whatever Host said.
+        # RFC 9112 §3.2.2: the authority of an absolute-form target takes precedence over Host.
         headers.replace(b"Host", absolute_authority(request.target) or b"")
     elif request.version != b"1.1" and b"host" not in headers:
-        # HTTP/1.0 and HTTP/2 may do without; HTTP/1.1 may not (RFC 9112 §3.2).
+        # Host is optional in HTTP/1.0 and HTTP/2, but required in HTTP/1.1 (RFC 9112 §3.2).
         headers.items.insert(0, (b"Host", request.authority or str(exchange.facts.destination).encode("ascii")))
     if request.version == b"1.0":
-        headers.remove(b"expect")  # RFC 9110 §10.1.1: it is ignored, and the next hop, which is told 1.1, would not know that
+        # RFC 9110 §10.1.1: ignored in HTTP/1.0; the next hop, which gets HTTP/1.1, would not ignore
+        # it
+        headers.remove(b"expect")
     if request.method in max_forwards.METHODS:
         max_forwards.count_down(request, headers)
     if exchange.caller is not None:

@@ -1,18 +1,23 @@
-"""The connections that are kept to endpoints.
+"""The pool of HTTP/1 connections to endpoints.
 
-Every decision is a plain function on plain data: `give_back` keeps, hands over or closes, `sweep` closes what has been idle too long;
-none of them awaits, so a cancellation cannot fall between the two halves of a fact. Only `acquire` waits, and it holds what it has
-reserved in a `try`.
+Every decision is a plain function on plain data: `give_back` keeps a connection, hands it to a
+waiting request, or closes it; `sweep` closes connections that were idle for too long. These
+functions do not await, so a cancellation cannot interrupt a change of state. Only `acquire` waits,
+and it releases its reservation in an `except` block.
 
-Who waits is served in order: a connection that comes back, or its room, belongs to the first who waits from that moment, so that no
-newcomer can overtake. Hence there are never idle connections, nor room, while somebody waits.
+Waiting requests are served in order. A connection that comes back, or the free capacity for a new
+one, is assigned to the first waiting request at once, so a later request cannot overtake it. So
+there are never idle connections or free capacity while requests wait.
 
-A connection belongs to the pool while it is idle and to one exchange while it is lent out. Idle connections are used last in, first
-out, so that those that are not needed grow old and go. They go before a server would close them: most servers keep an idle connection
-for 5 s or longer, and a request that crosses with the server's close is one that may have to fail.
+A connection belongs to the pool while it is idle, and to one exchange while it is leased. Idle
+connections are used last in, first out, so connections that are not needed grow old and are closed.
+The pool closes them before a server would: most servers keep an idle connection for 5 s or longer,
+and a request that crosses with the server's close may fail.
 
-So before it is used, a connection is asked whether its server has closed it: by a peek, or of who watches it (`Watch`). The fast path
-takes several in one turn and gives several back in it; of those it cannot know yet, so it prefers any that came back before.
+So before each use, the pool checks whether the server has closed the connection: with a peek, or by
+asking its `Watch`. The fast path takes and returns several connections in one turn. It has no
+information yet about those that came back in the same turn, so it prefers connections that came
+back earlier.
 """
 
 from __future__ import annotations
@@ -36,31 +41,32 @@ from proxy.wire.messages import Limits
 
 @dataclass(frozen=True, slots=True)
 class PoolSettings:
-    """Bounds per endpoint; times in seconds."""
+    """Limits for each endpoint. Times in seconds."""
 
-    connections: int = 1024  # open ones, in use and idle together
+    connections: int = 1024  # open connections, in use and idle
     idle: int = 128
     idle_timeout: float = 3.0
     max_age: float = 3600.0
-    waiting: int = 10_000  # requests that wait for a connection, or for a stream
-    wait_timeout: float = 5.0  # in which nobody is served, for a request without a deadline of its own
+    waiting: int = 10_000  # requests that wait for a connection or a stream
+    wait_timeout: float = 5.0  # without progress, for a request without a deadline
 
 
 class Account(Protocol):
-    """Where a connection's life is recorded; closed with the connection."""
+    """Records the lifetime of a connection. Closed with the connection."""
 
     def close(self) -> None: ...
 
 
 class Watch(Protocol):
-    """Who waits for what an idle connection may have to say."""
+    """Watches an idle connection for events."""
 
     def is_quiet(self) -> bool:
-        """Whether it is known without a system call that just now there was nothing. False: it has to be asked itself."""
+        """Return True if it is known, without a system call, that no event has occurred. False: the
+        caller has to check the connection."""
         ...
 
     def forget(self) -> None:
-        """The connection is being closed: nobody waits for it any more, and nothing keeps it."""
+        """The connection is being closed: stop watching, and drop all references to it."""
         ...
 
 
@@ -73,14 +79,15 @@ class Upstream:
     opened: float
     account: Account
     idle_since: float = 0.0
-    reused: bool = False  # by the exchange that has it, or will have it: another one has been carried on it
-    side: Watch | None = None  # the fast path's own, from one lease to the next
-    until: float = math.inf  # when it becomes too old; trio's time
+    reused: bool = False  # True for its current or next exchange: an earlier exchange has used it
+    side: Watch | None = None  # the fast path's state, kept from one lease to the next
+    until: float = math.inf  # maximum age, in trio's time
 
 
 @dataclass(slots=True, eq=False)
 class _Turn:
-    """One that waits. When `given` is set, `upstream` is its own; None: the room for a new connection is, and is counted as open."""
+    """A waiting request. When `given` is set, it has got the connection `upstream`. If that is
+    None, it may open a new connection, which is already counted in `_Slot.open`."""
 
     fresh: bool
     given: trio.Event = field(default_factory=trio.Event)
@@ -89,45 +96,48 @@ class _Turn:
 
 @dataclass(slots=True)
 class _Slot:
-    """What is kept for one endpoint."""
+    """The state of one endpoint."""
 
-    open: int = 0  # connections, and those being opened
+    open: int = 0  # connections, including those being opened
     opening: int = 0
-    moved: float = -inf  # when the last one was opened, or given to one that waited; trio's time
+    # trio's time when a connection was last opened or given to a waiting request
+    moved: float = -inf
     idle: deque[Upstream] = field(default_factory=deque)
     waiting: OrderedDict[_Turn, None] = field(default_factory=OrderedDict)
 
 
 K = TypeVar("K", bound=Hashable)
 
-# Behind the deadline of a request (seconds): it has ended by then.
+# Seconds after the deadline of a request, when the deadline layer has certainly ended it.
 _GRACE = 1.0
 
-# How far behind the last idle connection one is looked for that has been idle for a moment.
+# How many idle connections to search for one that did not come back at this moment.
 _DEPTH = 16
 
 
 def _last(idle: deque[Upstream], now: float) -> Upstream:
-    """Take the last one that was not given back at this very moment: as a rule it is known to be quiet (`Watch`). All were: the last."""
+    """Take the last idle connection that did not come back at this very moment; usually it is known
+    to be quiet (`Watch`). If all came back just now, take the last one."""
     last = idle.pop()
     if last.idle_since < now:
         return last
     for back in range(1, min(len(idle), _DEPTH) + 1):
         if idle[-back].idle_since < now:
             earlier = idle[-back]
-            idle[-back] = last  # which is younger than those between them, by nothing
+            idle[-back] = last  # order by age stays correct: all between have the same time
             return earlier
     return last
 
 
 def _retire(upstream: Upstream) -> None:
-    """Do not lend it again. The pool's next sweep closes it, if it is idle."""
+    """Do not lease this connection again. If it is idle, the next sweep closes it."""
     upstream.until = -math.inf
 
 
 async def patiently(given: trio.Event, timeout: float, limit: float, moved: Callable[[], float]) -> None:
-    """Wait for `given` until `limit`, the time of the request's deadline, if it has one: that is the deadline layer's to enforce. Otherwise
-    until nothing has `moved` for `timeout` seconds: a pool that fills, or a queue that is being served, is not exhausted."""
+    """Wait for `given`. With a deadline (`limit`, trio's time), wait until then; the deadline layer
+    enforces it. Without one, wait until there was no progress (`moved`) for `timeout` seconds: a
+    pool that is opening connections, or whose queue moves, is not exhausted."""
     since = _now()
     while not given.is_set():
         until = limit + _GRACE if limit < inf else max(since, moved()) + timeout
@@ -142,7 +152,8 @@ def _now() -> float:
 
 
 class Pool(Generic[K]):
-    """Connections by endpoint. `connect` opens one, and raises what dialling and TLS raise; `account` records it."""
+    """Connections by endpoint. `connect` opens one, and raises the errors of the dial and of TLS.
+    `account` records it."""
 
     def __init__(
         self, connect: Callable[[K], Awaitable[Stream]], account: Callable[[Stream], Account], settings: PoolSettings, limits: Limits
@@ -157,7 +168,7 @@ class Pool(Generic[K]):
     # Synchronous decisions...
 
     def counts(self) -> tuple[int, int]:
-        """(connections in use, idle connections)"""
+        """Return (connections in use, idle connections)."""
         idle = sum(len(slot.idle) for slot in self._slots.values())
         return sum(slot.open for slot in self._slots.values()) - idle, idle
 
@@ -183,7 +194,7 @@ class Pool(Generic[K]):
         stream = upstream.stream
         stream.close()
         if isinstance(stream, TLSStream) and stream.expiry is not None:
-            stream.expiry.retire = None  # which leads back here
+            stream.expiry.retire = None  # breaks a reference cycle
         upstream.account.close()
 
     def _fresh(self, upstream: Upstream, now: float) -> bool:
@@ -195,19 +206,21 @@ class Pool(Generic[K]):
         return self._fresh(upstream, now) and ((side is not None and side.is_quiet()) or upstream.stream.is_idle())
 
     def take(self, key: K, now: float) -> Upstream | None:
-        """An idle connection to `key` if there is one; `now` is trio's time. To be ended with `give_back` or `restore`."""
+        """Take an idle connection to `key`, if there is one. `now`: trio's time. End the lease with
+        `give_back` or `restore`."""
         slot = self._slots.get(key)
         return None if slot is None else self._take_idle(slot, now)
 
     def restore(self, key: K, upstream: Upstream, now: float) -> None:
-        """End a lease whose exchange was carried past `upstream.http` (by the fast path) and ended well."""
+        """End a lease after an exchange that ended well and bypassed `upstream.http` (on the fast
+        path)."""
         upstream.idle_since = now
         upstream.reused = True
         self._keep(key, self._slots[key], upstream)
 
     def adopt(self, key: K, stream: Stream, account: Account) -> None:
-        """Keep a connection to `key` that was opened elsewhere, and that nothing has been sent on or read from. The pool closes both, at
-        once if it is full."""
+        """Add a connection to `key` that was opened elsewhere and not used yet. The pool then owns
+        `stream` and `account`, and closes both, immediately if the pool is full."""
         slot, now = self._slot(key), trio.current_time()
         slot.open += 1
         upstream = self._upstream(stream, account, now)
@@ -221,8 +234,9 @@ class Pool(Generic[K]):
         return Upstream(stream, Http1Connection(Role.CLIENT, self._limits), now, account, until=now + self._settings.max_age)
 
     def give_back(self, key: K, upstream: Upstream, *, usable: bool) -> None:
-        """End a lease. A connection that is not usable, or not reusable, is closed and leaves room for another."""
-        slot = self._slots[key]  # the lease has kept it
+        """End a lease. A connection that is not `usable`, or not reusable, is closed, which frees
+        capacity."""
+        slot = self._slots[key]  # the lease keeps the slot
         if usable and upstream.http.reusable:
             upstream.http.next_cycle()
             upstream.idle_since = trio.current_time()
@@ -233,7 +247,7 @@ class Pool(Generic[K]):
             self._freed(key, slot)
 
     def _keep(self, key: K, slot: _Slot, upstream: Upstream) -> None:
-        """A connection for the first who waits; nobody does: an idle one."""
+        """Give the connection to the first waiting request. If none waits, keep it idle."""
         first = next(iter(slot.waiting), None)
         if first is not None and not first.fresh and self._good(upstream, trio.current_time()):
             del slot.waiting[first]
@@ -247,7 +261,7 @@ class Pool(Generic[K]):
             self._freed(key, slot)
 
     def _freed(self, key: K, slot: _Slot) -> None:
-        """There is room in `slot`: for the first who waits."""
+        """Capacity is free in `slot`: give it to the first waiting request."""
         if slot.waiting:
             slot.open += 1
             slot.moved = _now()
@@ -256,7 +270,8 @@ class Pool(Generic[K]):
             self._slots.pop(key, None)
 
     def sweep(self) -> int:
-        """Close what has been idle too long; returns how many. To be called about once a second."""
+        """Close the connections that were idle for too long. Returns their number. Call it about
+        once a second."""
         now, swept = trio.current_time(), 0
         for key, slot in list(self._slots.items()):
             stale = [upstream for upstream in slot.idle if not self._fresh(upstream, now)]
@@ -269,7 +284,8 @@ class Pool(Generic[K]):
         return swept
 
     def trim(self, clients: Mapping[K, int]) -> None:
-        """Close idle connections, the oldest first, until no key has more open connections than `clients` says."""
+        """Close idle connections, oldest first, until no key has more open connections than
+        `clients` says."""
         for key, slot in list(self._slots.items()):
             while slot.idle and slot.open > clients.get(key, 0):
                 self._close(slot, slot.idle.popleft())
@@ -277,7 +293,8 @@ class Pool(Generic[K]):
                 del self._slots[key]
 
     def close(self) -> None:
-        """Close the idle connections; those in use are closed as they come back, and so are those that are opened from now on."""
+        """Close the idle connections. Connections in use are closed when they come back, and so are
+        connections that are opened later."""
         self.closed = True
         for key, slot in list(self._slots.items()):
             while slot.idle:
@@ -288,15 +305,18 @@ class Pool(Generic[K]):
     # Waiting...
 
     async def acquire(self, key: K, *, fresh: bool = False, limit: float = inf) -> Upstream:
-        """A connection to `key`: an idle one (unless `fresh`), a new one, or one that another exchange gives back. `limit`: trio's time of
-        the request's deadline, if it has one; it waits until then instead of for `wait_timeout`.
+        """Return a connection to `key`: an idle one (unless `fresh`), a new one, or one that
+        another exchange gives back. `limit`: the request's deadline in trio's time; with it, the
+        request waits until then instead of for `wait_timeout`.
 
-        To be ended with `give_back` in every case. Raises PoolExhausted, and what `connect` raises.
+        The caller must end the lease with `give_back` in every case. Raises PoolExhausted, and the
+        errors of `connect`.
         """
         slot = self._slot(key)
         upstream = None if fresh else self._take_idle(slot, trio.current_time())
         if upstream is None and slot.open >= self._settings.connections and slot.idle:
-            self._close(slot, slot.idle.popleft())  # a fresh one is wanted: the oldest makes room
+            # a new connection is required: close the oldest idle one
+            self._close(slot, slot.idle.popleft())
         if upstream is None and slot.open >= self._settings.connections:
             upstream = await self._wait(key, slot, _Turn(fresh), limit)
         elif upstream is None:
@@ -319,14 +339,14 @@ class Pool(Generic[K]):
         return upstream
 
     async def _wait(self, key: K, slot: _Slot, turn: _Turn, limit: float) -> Upstream | None:
-        """Wait for a connection, or for the room to open one (None)."""
+        """Wait for a connection, or for capacity to open one (None)."""
         if len(slot.waiting) >= self._settings.waiting:
             raise PoolExhausted(f"{slot.open} connections to {key} are in use, and {len(slot.waiting)} requests wait for one")
         slot.waiting[turn] = None
         try:
             await patiently(turn.given, self._settings.wait_timeout, limit, lambda: _now() if slot.opening else slot.moved)
         except BaseException:
-            # Cancelled in the very moment in which it was given: what it was given is the next one's.
+            # Cancelled at the same moment at which it was served: pass on to the next one.
             slot.waiting.pop(turn, None)
             if turn.upstream is not None:
                 self._keep(key, slot, turn.upstream)

@@ -1,4 +1,4 @@
-"""A request on an HTTP/1 connection, read as it is wanted: the rest of its head, and its body."""
+"""A request on an HTTP/1 connection, read on demand: the rest of its head, and its body."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 
 async def rest_of_head(connection: Http1Connection, stream: Stream, share: Share) -> RequestHead | Signal:
-    """A head of which some has come; what waits for the rest of it is charged to `share`. CLOSED: the client has ended. Raises
-    ProtocolError, and what `stream` raises."""
+    """Read the rest of a head that has begun to arrive. The incomplete head is charged to `share`.
+    CLOSED: the client has closed the connection. Raises ProtocolError, and the errors of `stream`.
+    """
     waiting = Charge(share)
     head: RequestHead | Signal = Signal.NEED_DATA
     try:
@@ -35,7 +36,8 @@ async def rest_of_head(connection: Http1Connection, stream: Stream, share: Share
 
 
 class RequestBody:
-    """The body of the request being read."""
+    """The body of the current request. An exchange.Body. Raises ProtocolError, ClientGone and
+    RequestTimeout."""
 
     __slots__ = ("_connection", "_received", "_settings", "_share", "_stream", "_waited")
 
@@ -45,7 +47,8 @@ class RequestBody:
         self._settings = settings
         self._share = share
         self._received = 0
-        self._waited = 0.0  # seconds, for the client: what the server takes is not the client's slowness
+        # seconds spent waiting for the client; time spent on a slow server does not count
+        self._waited = 0.0
 
     @property
     def length(self) -> Length:
@@ -70,7 +73,7 @@ class RequestBody:
                 try:
                     self._connection.receive_data(await self._stream.receive_some(self._share.read_size(READ_SIZE)))
                 except NetError as error:
-                    raise ClientGone(f"the client's connection broke within its request's body: {error}") from error
+                    raise ClientGone(f"the client's connection broke during the request body: {error}") from error
             if scope.cancelled_caught:
                 self._connection.keep_alive = False
                 raise RequestTimeout(f"the request's body stopped after {self._received} bytes")
@@ -78,7 +81,7 @@ class RequestBody:
         return event
 
     def _patience(self) -> float:
-        """Seconds that may pass until the next piece."""
+        """Return the seconds that may pass until the next piece."""
         patience = self._settings.body_timeout
         if self._settings.body_min_rate > 0:
             allowed = patience + self._received / self._settings.body_min_rate

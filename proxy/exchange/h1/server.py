@@ -1,8 +1,10 @@
 """One downstream HTTP/1 connection: requests in, one after the other, responses out.
 
-The connection's task reads a head, gives the exchange to the handler, and sees to what is left over when the handler has returned. It
-waits for heads under one cancel scope whose deadline it moves; within an exchange the exchange's own clock rules. Reading and
-writing a body is one call each for whoever needs it, so nothing is read that nobody wants: the client's TCP window is the back-pressure.
+The connection's task reads a head, calls the handler with the exchange, and cleans up when the
+handler has returned. It waits for heads under one cancel scope whose deadline it moves; within an
+exchange, the exchange's own clock applies. Bodies are read and written on demand, one piece for
+each call. So nothing is read before it is needed, and the client's TCP window provides
+backpressure.
 """
 
 from __future__ import annotations
@@ -27,16 +29,19 @@ from proxy.wire.h1.body import Framing, Length
 from proxy.wire.h1.connection import At, Http1Connection, Role
 from proxy.wire.messages import EndOfMessage, Headers, Limits, ProtocolError, RequestHead, ResponseHead, Signal
 
-# What is written together: a head with the first piece of its body, small chunks with their neighbours; more would only wait.
+# Bytes per write: a head with the first piece of its body, or several small chunks. More would only
+# add delay.
 _GATHER = 65536
 
-# A client that has been answered within its request, and sends nothing for so long (seconds), has noticed (see net/linger.py).
+# Seconds. A client that got its response before the end of its request, and then sends nothing for
+# this long, has noticed (see net/linger.py).
 _QUIET = 2.0
 
-# The rest of a request that nobody read is worth reading to keep the connection, if it is no more than this.
+# Bytes. An unread rest of a request up to this size is read to keep the connection.
 _DRAIN_BYTES = 65536
 
-# When the proxy goes down, a request may be on its way on any connection that waits for one (seconds since it began to wait).
+# Seconds since a connection began to wait for a request. At shutdown, a request may already be on
+# its way to it.
 _FIRST_REQUEST, _NEXT_REQUEST = 5.0, 1.0
 
 _NOTHING_READ = RequestHead(b"-", b"-", Headers())
@@ -44,17 +49,21 @@ _NOTHING_READ = RequestHead(b"-", b"-", Headers())
 
 @dataclass(slots=True)
 class Drain:
-    """The downstream HTTP connections as a whole: whether the proxy is going down, and who of them waits for what.
+    """The state of the shutdown, shared by all downstream HTTP connections.
 
-    All end after their next response, which says so. Those that wait for a request may wait a moment more, for one that is on its way: a
-    client that sent it cannot know whether it has been seen, and may not send it again if it is not idempotent.
+    Each connection ends after its next response, which says so. A connection that waits for a
+    request may wait a moment longer, because a request may be on its way. Its client cannot know
+    whether the request was processed, and may not send it again if it is not idempotent.
     """
 
     draining: bool = False
     idle: set[Http1Server] = field(default_factory=set)
-    on_begin: set[Callable[[], None]] = field(default_factory=set)  # for connections that have a way to say it
-    disconnects: Disconnects = field(default_factory=Disconnects)  # tells of clients that leave while they wait, if it is open
-    pacer: Pacer = field(default_factory=Pacer)  # how many of them end in one pass of the scheduler
+    # called when the shutdown begins
+    on_begin: set[Callable[[], None]] = field(default_factory=set)
+    # reports clients that disconnect while they wait, if it is open
+    disconnects: Disconnects = field(default_factory=Disconnects)
+    # limits how many connections end in one pass of the scheduler
+    pacer: Pacer = field(default_factory=Pacer)
 
     def begin(self) -> None:
         self.draining = True
@@ -66,32 +75,35 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """Limits of a downstream connection; all times in seconds."""
+    """Limits of a downstream connection. All times in seconds."""
 
     limits: Limits = field(default_factory=Limits)
     idle_timeout: float = 90.0  # between two requests
     head_timeout: float = 10.0  # from a head's first byte to its last
-    first_timeout: float = math.inf  # from the beginning to the end of the first request's head
-    body_timeout: float = 60.0  # between two pieces of a request's body
+    # from the start of the connection to the end of the first request's head
+    first_timeout: float = math.inf
+    body_timeout: float = 60.0  # between two pieces of a request body
     body_min_rate: float = 0.0  # bytes per second that a body must reach on average; 0: any
-    write_timeout: float = 60.0  # for the client to take what it is sent
-    linger_timeout: float = 10.0  # for the rest of a request that has been answered, before the connection is closed
-    stream_timeout: float = 3600.0  # between two pieces of a request that comes on a stream of HTTP/2, where pauses are nothing unusual
+    write_timeout: float = 60.0  # for the client to accept sent data
+    # to read the rest of an answered request, before the connection is closed
+    linger_timeout: float = 10.0
+    # between two pieces of an HTTP/2 request body, where pauses are normal
+    stream_timeout: float = 3600.0
 
 
 class Http1Exchange(Exchange):
-    """One request on an HTTP/1 connection, and its response there."""
+    """One request on an HTTP/1 connection and its response."""
 
     __slots__ = ("_continued", "_on_half_close", "_server", "started")
 
     def __init__(
         self, server: Http1Server, request: RequestHead, body: Body, malformed: ProtocolError | None = None, now: float | None = None
     ) -> None:
-        """`now`: trio's time, if it is known."""
+        """`now`: trio's time, if the caller has it."""
         super().__init__(request, body, server.facts, malformed)
         self._server = server
         self.started = trio.current_time() if now is None else now
-        self._continued = False  # the client was told to send its body
+        self._continued = False  # 100 Continue was sent
         self._on_half_close: Callable[[], None] | None = None
 
     def pass_half_close(self, tell: Callable[[], None] | None) -> None:
@@ -100,7 +112,8 @@ class Http1Exchange(Exchange):
             self.look()
 
     def look(self) -> None:
-        """The client's connection is lost, or its direction has ended: behind a whole request a half-close, which is passed on."""
+        """The client's connection is lost, or the client has ended its direction. After a complete
+        request, the end is a half-close, which is passed on."""
         server, tell = self._server, self._on_half_close
         how = "lost" if server.lost else "open" if server.connection.buffered else server.stream.ended()
         if how == "lost" and not server.tunnelled:
@@ -116,20 +129,22 @@ class Http1Exchange(Exchange):
 
     async def respond(self, head: ResponseHead, body: Body) -> None:
         length = body.length
-        piece = body.receive_nowait()  # which may raise, while another response can still be given
+        piece = body.receive_nowait()  # may raise; an error response can still be sent here
         length = self.answer(head, length)
         await self._stream([self._server.connection.send_response(head, length)], body, length, piece)
 
     def answer(self, head: ResponseHead, length: Length) -> Length:
-        """Make `head` the response's, with the fields that belong to this hop; how a body of `length` is delimited on it."""
+        """Set the response to `head` and add the fields of this hop. Returns how a body of `length`
+        is delimited on this connection."""
         length = self._frame(head, length)
         self.response = head
         self.on_response(head.status)
         return length
 
     def answer_as_is(self, head: ResponseHead) -> None:
-        """The same for a head that the recogniser has taken, with a body as long as it says, on a connection that is kept: it has all that
-        this hop needs."""
+        """Set the response to `head`, which already has all fields of this hop. Only for a head
+        that the recogniser accepted, with a known Content-Length, on a connection that stays open.
+        """
         self.response = head
         self.on_response(head.status)
 
@@ -137,7 +152,8 @@ class Http1Exchange(Exchange):
         await self._stream([unsent], body, body.length)
 
     async def _stream(self, out: list[bytes], body: Body, length: Length, piece: bytes | EndOfMessage | None = None) -> None:
-        """Send `out`, `piece`, and the rest of `body`. What came in front of a fault of its source is sent before that is raised."""
+        """Send `out`, `piece`, and the rest of `body`. If the source of the body fails, all data
+        that came before the error is sent first."""
         server = self._server
         gathered = 0
         fault: IsthmusError | None = None
@@ -199,9 +215,13 @@ class Http1Exchange(Exchange):
         return length
 
     def _ends_behind(self) -> bool:
-        """Whether the connection has to end behind this response, because the request has not ended (RFC 9112 §9.3, §9.6): more of it is to
-        come than is read to keep a connection, or it is not known how much. Or the client waits to be told to send its body, and now will
-        not be: a late body could not be told from a next request (RFC 9110 §10.1.1)."""
+        """Return whether the connection must close after this response, because the request has not
+        ended (RFC 9112 §9.3, §9.6).
+
+        It must close if the rest of the body is longer than `_DRAIN_BYTES`, or has no known length.
+        It must also close if the client waits for 100 Continue, which it will not get: the proxy
+        could not tell a late body from the next request (RFC 9110 §10.1.1).
+        """
         connection = self._server.connection
         if connection.reading is not At.BODY:
             return False
@@ -216,7 +236,8 @@ class Http1Exchange(Exchange):
         server = self._server
         self.response = head
         self.on_response(head.status)
-        if head.status != 101:  # RFC 9110 §9.3.6: a 2xx to CONNECT has no body, and no field says so
+        # RFC 9110 §9.3.6: a 2xx to CONNECT has no body and no field that announces one
+        if head.status != 101:
             head.headers.remove(b"content-length", b"transfer-encoding")
         await server.send(server.connection.send_response(head, 0))
         server.tunnelled = True
@@ -225,12 +246,13 @@ class Http1Exchange(Exchange):
     def retire(self) -> None:
         self._server.retire()
 
-    def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:  # noqa: ARG002  # HTTP/1 can only break off
+    def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:  # noqa: ARG002  # HTTP/1 can only cut the connection
         self._server.abort()
 
 
 class Http1Server:
-    """`run` returns when the connection is of no further use; closing the stream stays with its owner."""
+    """One downstream connection. `run` returns when the connection cannot be used any more. The
+    caller closes the stream."""
 
     def __init__(self, stream: Stream, facts: Facts, settings: ServerSettings, drain: Drain, carry: Carry | None = None) -> None:
         self.stream = stream
@@ -238,43 +260,49 @@ class Http1Server:
         self.settings = settings
         self.drain = drain
         self.connection = Http1Connection(Role.SERVER, settings.limits)
-        self.served = False  # whether a request has been answered
+        self.served = False  # a request has been answered
         self.tunnelled = self.aborted = False
-        self.idle_since = 0.0  # trio's time; when it began to wait for a request
-        self.lent: LentConnection | None = None  # the fast path's own, from one lease to the next
-        self._waiting = False  # for a request; on the fast path `lent` knows
+        self.idle_since = 0.0  # trio's time when it began to wait for a request
+        # the fast path's state, kept from one lease to the next
+        self.lent: LentConnection | None = None
+        self._waiting = False  # for a request; on the fast path, see `lent`
         self._retired = False
-        self.on_client_end: Callable[[], None] | None = None  # told of `client_ended`, while the connection is lent
-        self.client_ended = self.lost = False  # the client has ended its direction; the connection is lost
-        self._exchange: Http1Exchange | None = None  # under way
+        # called when `client_ended` is set while the connection is lent
+        self.on_client_end: Callable[[], None] | None = None
+        # the client has ended its direction; the connection is lost
+        self.client_ended = self.lost = False
+        self._exchange: Http1Exchange | None = None  # the current one
         self._carry = carry
-        self._scope = trio.CancelScope()  # of the whole connection; its deadline is that of the head that is waited for
+        # for the whole connection; its deadline is that of the awaited head
+        self._scope = trio.CancelScope()
 
     async def run(self, handler: Handler) -> None:
-        """Serve until either side has enough. Raises ConnectionLost when the client's connection breaks within a request's head."""
+        """Serve requests until the connection ends. Raises ConnectionLost if the client's
+        connection breaks within a request head."""
         try:
             with self._scope, self.drain.disconnects.watching(self.stream, self._client_ends):
                 while await self._serve_one(handler):
                     self.connection.next_cycle()
         finally:
-            self.lent = None  # which leads back here
+            self.lent = None  # breaks a reference cycle
         if self._scope.cancelled_caught and self.connection.buffered:
             await self._refuse(handler, ProtocolError("the request's head was not complete in time", 408))
 
     @property
     def leaving(self) -> bool:
-        """Whether the connection ends with the response under way, or at once."""
+        """Whether the connection ends after the current response, or immediately if there is none.
+        """
         return self._retired or self.drain.draining
 
     def retire(self) -> None:
-        """Take no request any more. One that has begun to come is answered."""
+        """Accept no more requests. A request that has begun to arrive is still answered."""
         self._retired = True
         if self in self.drain.idle:
             self._scope.deadline = trio.current_time()
 
     @property
     def waiting_since(self) -> float | None:
-        """See net.connection_slots.Activity."""
+        """Implements net.connection_slots.Activity."""
         if not self._waiting or (self.lent is not None and self.lent.busy()):
             return None
         return self.idle_since
@@ -282,18 +310,18 @@ class Http1Server:
     def _client_ends(self, lost: bool) -> None:
         self.client_ended, self.lost = True, self.lost or lost
         if self.on_client_end is not None:
-            self.on_client_end()  # the exchange comes back, and looks then
+            self.on_client_end()  # the fast path hands the exchange over, and `look` is called then
         elif self._exchange is not None:
             self._exchange.look()
 
     def hurry(self) -> None:
-        """The proxy is going down, and this connection waits for a request: not for much longer."""
+        """The proxy is shutting down and this connection waits for a request: shorten the wait."""
         if self.stream.is_idle():
             patience = _NEXT_REQUEST if self.served else _FIRST_REQUEST
             self._scope.deadline = min(self._scope.deadline, self.idle_since + patience)
 
     async def _serve_one(self, handler: Handler) -> bool:
-        """One exchange. False: the connection ends behind it."""
+        """Serve one exchange. Returns False if the connection ends after it."""
         connection = self.connection
         try:
             exchange = await self._next_exchange()
@@ -324,13 +352,14 @@ class Http1Server:
         return True
 
     async def _next_exchange(self) -> Http1Exchange | None:
-        """The next exchange; None: the client has closed, or nothing came in time."""
+        """Return the next exchange. None: the client has closed, or no request arrived in time."""
         self.idle_since, self._waiting = trio.current_time(), True
         exchange = await self._carry(self) if self._carry is not None else None
         head = await self._next_request() if exchange is None else None
         self._waiting = False
         if exchange is None:
-            await self.drain.pacer.turn(member=self.facts.share.member)  # thousands may come, or end, in one moment
+            # thousands of requests may arrive, or connections end, at the same time
+            await self.drain.pacer.turn(member=self.facts.share.member)
         if head is not None:
             self.facts.declined_requests = self.connection.declined
             exchange = Http1Exchange(self, head, RequestBody(self.connection, self.stream, self.settings, self.facts.share))
@@ -348,7 +377,7 @@ class Http1Server:
             try:
                 connection.receive_data(await self.stream.receive_some(READ_SIZE))
             except (trio.ClosedResourceError, NetError):
-                return None  # between two requests nothing is lost
+                return None  # between two requests, no data is lost
             finally:
                 self.drain.idle.discard(self)
         head = connection.next_request()
@@ -363,7 +392,8 @@ class Http1Server:
         return math.inf if self.served else self.idle_since + self.settings.first_timeout
 
     async def _refuse(self, handler: Handler, error: ProtocolError) -> None:
-        """A request that cannot be read goes the way of all others, so that it is counted, logged and answered as they are."""
+        """Pass an unreadable request through the handler, so that it is counted, logged and
+        answered like any other."""
         connection = self.connection
         connection.keep_alive = False
         connection.reading = At.DONE
@@ -371,7 +401,8 @@ class Http1Server:
         await self._linger(_QUIET)
 
     async def _finish_reading(self) -> None:
-        """Read the rest of the request, which is short, because the response's head has said that the connection goes on."""
+        """Read the rest of the request, which is short, because the response head said that the
+        connection stays open."""
         body = RequestBody(self.connection, self.stream, self.settings, self.facts.share)
         try:
             while isinstance(await body.receive(), bytes):
@@ -380,7 +411,7 @@ class Http1Server:
             self.connection.keep_alive = False
 
     async def _linger(self, seconds: float) -> None:
-        """End our side, then read and drop what still comes, for a limited time."""
+        """End our side, then read and drop what still arrives, for a limited time."""
         connection = self.connection
         read = connection.reading is At.DONE and connection.method and not connection.buffered
         if self.aborted or (read and self.stream.is_idle()):
@@ -392,9 +423,10 @@ class Http1Server:
             await self.stream.send_all(data)
         except NetError as error:
             self.connection.keep_alive = False
-            raise ClientGone(f"the client's connection broke within the response: {error}") from error
+            raise ClientGone(f"the client's connection broke during the response: {error}") from error
 
     def abort(self) -> None:
-        """Cut the connection so that the client cannot take what it got for a whole response."""
+        """Reset the connection, so that the client cannot take a partial response for a complete
+        one."""
         self.aborted = True
         self.stream.reset()
