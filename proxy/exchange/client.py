@@ -19,8 +19,8 @@ is idempotent, there was no body, and no byte of a response has arrived.
 are repeated on a new connection with any method, unless a part of the body has been sent.
 
 A refused stream (REFUSED_STREAM) on a connection that stays open was not processed either, but it
-counts as the response. It is not repeated here. The client is told and may repeat it. If each hop
-repeated it, two hops would make four requests of one.
+counts as the response. It is not repeated here. The client gets the refusal and may repeat the
+request. If each hop repeated it, two hops would make four requests of one.
 
 All other retries (other endpoints, statuses, refused streams) are decided by the caller, which
 calls `send` again. The exchange's `judge` sees the head before any byte of the response is passed
@@ -359,7 +359,7 @@ class _Attempt:
                 left -= len(piece)
 
     def _stalls(self) -> Exception:
-        return UpstreamTimeout(f"the server took nothing of the request for {self._settings.stream_timeout} s")
+        return UpstreamTimeout(f"the server accepted no data of the request for {self._settings.stream_timeout} s")
 
     def _silent(self) -> Exception:
         return UpstreamTimeout(f"the server did not answer within {self._settings.response_timeout} s")

@@ -237,8 +237,8 @@ class Exchange(ABC):
         self.attempts += 1
 
     def give_up(self) -> None:
-        """The client has disconnected: end the exchange with ClientGone, in whichever state it is.
-        """
+        """The client has disconnected: end the exchange with ClientGone, in whichever state it
+        is."""
         self.left = True
         self.clock.give_up(self._client_went)
 
@@ -283,8 +283,8 @@ class Exchange(ABC):
         """
 
     def retire(self) -> None:  # noqa: B027  # not abstract: tests of layers use exchanges without a connection
-        """End the connection after this exchange. The client is told with the response or after it.
-        """
+        """End the connection after this exchange. The response, or a frame after it, tells the
+        client."""
 
     @abstractmethod
     def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:
@@ -323,8 +323,8 @@ class Clock:
         self._overdue: Callable[[], Exception] | None = None
 
     def expect(self, late: Callable[[], Exception], seconds: float) -> None:
-        """Allow at most `seconds` until the next step. `late()` creates the error for the timeout.
-        """
+        """Allow at most `seconds` until the next step. `late()` creates the error for the
+        timeout."""
         self.since = now = trio.current_time()
         deadline = now + seconds
         self.client_awaited = False

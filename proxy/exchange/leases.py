@@ -48,7 +48,11 @@ class Http2Leases(Generic[K]):
         self.pool = pool
 
     def carrier(
-        self, endpoint: K, *, fresh: bool, limit: float = inf  # noqa: ARG002  # the pool skips connections that accept no streams
+        self,
+        endpoint: K,
+        *,
+        fresh: bool,  # noqa: ARG002  # the pool skips connections that accept no streams
+        limit: float = inf,
     ) -> _Http2Lease[K]:
         return _Http2Lease(self.pool, endpoint, limit)
 

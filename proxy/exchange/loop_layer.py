@@ -17,8 +17,8 @@ from proxy.wire.messages import place
 
 
 def guard(waypoint: Waypoint, dropped: Callable[[Dropped], None]) -> Layer:
-    """Return the layer. `dropped` is called with the reason for each token that was not accepted.
-    """
+    """Return the layer. `dropped` is called with the reason for each token that was not
+    accepted."""
 
     def layer(handler: Handler) -> Handler:
         async def handle(exchange: Exchange) -> None:

@@ -31,8 +31,8 @@ def count_down(request: RequestHead, headers: Headers) -> None:
 
 
 async def answer(exchange: Exchange) -> None:
-    """Answer as the final recipient: TRACE with the received head, OPTIONS with an empty response.
-    """
+    """Answer as the final recipient: TRACE with the received head, OPTIONS with an empty
+    response."""
     request = exchange.request
     if request.method == b"OPTIONS":
         await exchange.respond(ResponseHead(200, Headers(), b"OK"), Whole())

@@ -82,8 +82,8 @@ class EventLoop(trio.abc.Instrument):
         self._waited = False  # in this pass of trio, through the clock
 
     def lends(self) -> None:
-        """Count one more connection or relay on a fast path. Its task runs the first steps itself.
-        """
+        """Count one more connection or relay on a fast path. Its task runs the first steps
+        itself."""
         self.lent += 1
         self.now = trio.current_time()  # the last turn may have been long ago
 

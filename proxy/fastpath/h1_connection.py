@@ -54,6 +54,7 @@ class FastConnection:
         "_account", "_chunks", "_client", "_endpoint", "_event_loop", "_exchange", "_fast_path", "_fault", "_kept", "_lease", "_lent",
         "_plan", "_remaining", "_rest", "_result", "_server", "_spare", "_task", "eligibility", "limit", "moved",
     )  # fmt: skip
+
     def __init__(self, fast_path: FastPath, plan: ExchangePlan, server: Http1Server, stream: Prompt) -> None:
         self._fast_path = fast_path
         self._plan = plan

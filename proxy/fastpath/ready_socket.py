@@ -98,8 +98,8 @@ class Side:
 
 
 def side_of(upstream: Upstream, event_loop: EventLoop) -> Side:
-    """Return the `Side` of a pooled connection. It is created once and stays with the connection.
-    """
+    """Return the `Side` of a pooled connection. It is created once and stays with the
+    connection."""
     side = upstream.side
     if isinstance(side, Side):
         return side

@@ -193,7 +193,7 @@ async def test_a_client_that_takes_nothing_loses_its_connection() -> None:
         await client.head()
         await proxy.gone()
         assert proxy.ended[0].failure == "client_gone"
-        assert "took nothing for 0.1" in proxy.ended[0].words
+        assert "accepted no data for 0.1" in proxy.ended[0].words
         with pytest.raises(trio.BrokenResourceError):
             await client.rest()
 
@@ -281,7 +281,7 @@ async def test_a_server_that_takes_nothing_of_the_request_is_a_504(clock: MockCl
         started = trio.current_time()
         answer = await client.response()
         assert answer.status == 504
-        assert b"took nothing of the request" in answer.body
+        assert b"accepted no data of the request" in answer.body
         assert trio.current_time() - started == about(400)
         nursery.cancel_scope.cancel()
 

@@ -190,7 +190,7 @@ class Http1Exchange(Exchange):
             self.clock.rest()
 
     def _client_stalls(self) -> Exception:
-        return ClientGone(f"the client took nothing for {self._server.settings.write_timeout} s")
+        return ClientGone(f"the client accepted no data for {self._server.settings.write_timeout} s")
 
     def _frame(self, head: ResponseHead, length: Length) -> Length:
         connection, headers = self._server.connection, head.headers
@@ -290,8 +290,8 @@ class Http1Server:
 
     @property
     def leaving(self) -> bool:
-        """Whether the connection ends after the current response, or immediately if there is none.
-        """
+        """Whether the connection ends after the current response, or immediately if there is
+        none."""
         return self._retired or self.drain.draining
 
     def retire(self) -> None:

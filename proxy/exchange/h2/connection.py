@@ -1,15 +1,16 @@
-"""One HTTP/2 connection shared by many exchanges; either role.
+"""One HTTP/2 connection of either role, shared by many exchanges.
 
-Two tasks belong to a connection and to nobody's exchange. The reader parses and files what it has read into the streams; it never
-waits for a consumer, so one that is slow delays nobody: its stream's window runs out, and the peer stops. The writer sends what has
-been put down since it last looked, everything in one write; no exchange ever sends by itself, so cancelling one cannot tear a record
-that belongs to all. Whoever puts something down says `touch`.
+Two tasks belong to the connection and not to an exchange. The reader parses what it reads and puts
+it into the streams. It never waits for a consumer, so a slow consumer delays no other stream: the
+window of its stream runs out, and the peer stops sending. The writer sends all pending frames in
+one write. An exchange never writes to the socket itself, so cancelling an exchange cannot cut a
+record that all exchanges share. Code that adds frames calls `touch`.
 
-    exchange task --put down frames--> Http2Connection --data_to_send--> writer --> socket
+    exchange task --add frames--> Http2Connection --data_to_send--> writer --> socket
     socket --> reader --> Http2Connection --events--> MuxStream buffers --receive--> exchange task
 
-What is put down is bounded by the writer. DATA is also bound by the peer's windows; where it is the connection's that is used up, the
-streams take turns.
+The writer limits the pending output. The peer's windows limit DATA. When the connection window is
+used up, the streams take turns.
 """
 
 from __future__ import annotations
@@ -48,11 +49,14 @@ from proxy.wire.h2.flood_budget import OF_AGE
 from proxy.wire.h2.frames import Code, code_name
 from proxy.wire.messages import ProtocolError, RequestHead
 
-# One TLS record carries 16 KiB; reading more at a time would let one connection's frames hold up the others for longer.
+# Bytes per read. A TLS record has up to 16 KiB; larger reads would let one connection delay the
+# others.
 _READ = 16384
 _PING, _GOODBYE = b"isthmus\0", b"goodbye\0"
-# gRPC servers end a connection on which they are asked more than a few times within this (seconds) while they have nothing to say
-# themselves (gRFC A8, GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS), and with it the quiet streams that we ask for.
+# Seconds between PINGs to an application's server that sends nothing. gRPC servers close a
+# connection that sends more than a few PINGs within this time while they send no data themselves
+# (gRFC A8, GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS). That would break the quiet
+# streams that the PINGs are for.
 _SELDOM = 300.0
 
 
@@ -61,10 +65,12 @@ def _nobody() -> None:
 
 
 class Mux:
-    """A connection. `run` serves it until it ends; `broken` says why it is of no further use."""
+    """An HTTP/2 connection. `run` serves it until it ends. `broken`: why it cannot be used any
+    more."""
 
     def __init__(self, stream: Stream, role: Role, settings: MuxSettings, share: Share = UNCOUNTED) -> None:
-        """`share`: of the client's connection. What is buffered on a connection to a server is charged to the clients it is for."""
+        """`share`: of the client's connection. Buffers of a connection to a server are charged to
+        the clients that they are for."""
         self.stream = stream
         self.share = share
         self._pacer = settings.streams.pacer
@@ -76,34 +82,43 @@ class Mux:
         self.settings = settings
         self.opened = self.idle_since = trio.current_time()
         self.broken: str | None = None
-        self.fault: ProtocolError | None = None  # of the peer's, which ended it, or ends it when its streams have ended
-        self._farewell: str | None = None  # the code of the peer's GOAWAY
-        self.going_away = False  # no new streams, from whichever side it was said
-        self._last_call: float | None = None  # until then, those that the client opened before it could know
-        self.greeted = trio.Event()  # the peer's SETTINGS are known; or the connection is broken
-        self.reserved = 0  # streams that have been promised to somebody who has not opened them yet
+        # a protocol error of the peer, which ended the connection or ends it after its last stream
+        self.fault: ProtocolError | None = None
+        self._farewell: str | None = None  # the error code of the peer's GOAWAY
+        self.going_away = False  # no new streams; either side has announced the end
+        # server: accepts until then the streams that the client opened before it got the GOAWAY
+        self._last_call: float | None = None
+        # set when the peer's SETTINGS have arrived, or the connection is broken
+        self.greeted = trio.Event()
+        self.reserved = 0  # streams that are reserved for requests that have not opened them yet
         self._streams: dict[int, MuxStream] = {}
         self.writer = Writer(stream, self.http, settings.write_timeout, share)
-        self._held = 0  # bytes of the connection's window that wait for consumers
+        self._held = 0  # received bytes of the connection window that were not consumed
         self.scheduler = SendScheduler(self.http)
-        self._opened: list[MuxStream] = []  # by the peer, in this read
-        self.news: list[MuxStream] = []  # streams that have some for `on_news`, from this read; perhaps more than once
-        self.on_room: Callable[[], object] = _nobody  # told when there may be more room for streams, or none any more
-        self.heard = self.opened  # when something came last; trio's time
+        self._opened: list[MuxStream] = []  # opened by the peer in this read
+        # streams with events for `on_news` from this read; may contain duplicates
+        self.news: list[MuxStream] = []
+        # called when the number of possible streams may have changed
+        self.on_room: Callable[[], object] = _nobody
+        self.heard = self.opened  # trio's time of the last read
         self._pinged: float | None = None
-        self._ping_next = self.opened  # not before: an application's server may mind, another proxy does not
+        # the earliest next PING to an application's server, which may object; another proxy does
+        # not
+        self._ping_next = self.opened
         self._seldom = _SELDOM if self.client and not isinstance(stream, TLSStream) else 0.0
         self._scope = trio.CancelScope()
         if isinstance(stream, TLSStream) and stream.expiry is not None:
             stream.expiry.retire = self.retire
-        self._nursery: trio.Nursery | None = None  # while it runs
+        self._nursery: trio.Nursery | None = None  # set while `run` runs
         self._resets = Resets(self.http, settings.resets, OF_AGE * 1.5 if verified else settings.resets.hold, self._have_reset)
 
     async def run(self, on_request: Callable[[MuxStream], None] | None = None) -> None:
-        """Read and write until the connection ends. `on_request` is told of each stream that the peer opens, when all that came with
-        it is filed; of lost ones too (server).
+        """Read and write until the connection ends. `on_request` is called for each stream that the
+        peer opens, after the data of the same read is stored, also for streams that are already
+        lost (server).
 
-        Does not raise what ends the connection: every stream is told, and `broken` says it. Closes the stream in every case.
+        Does not raise the errors that end the connection: every stream gets the error, and `broken`
+        has its text. Always closes the stream.
         """
         try:
             with self._scope:
@@ -112,7 +127,9 @@ class Mux:
                     nursery.start_soon(self._write)
                     nursery.start_soon(self._watch)
                     ending = await self._read(on_request)
-                    self.going_away = True  # nothing new while the end waits: thousands may end in one moment
+                    # no new streams while the end waits for its turn: thousands of connections may
+                    # end at once
+                    self.going_away = True
                     await self._pacer.turn(self._line)
                     self._end(ending)
                     nursery.cancel_scope.cancel()
@@ -130,10 +147,10 @@ class Mux:
                 self._streams.clear()
             self.stream.close()
             if isinstance(self.stream, TLSStream) and self.stream.expiry is not None:
-                self.stream.expiry.retire = None  # which leads back here
+                self.stream.expiry.retire = None  # breaks a reference cycle
 
     async def _read(self, on_request: Callable[[MuxStream], None] | None) -> str:
-        """Read until the connection ends; why it did."""
+        """Read until the connection ends. Returns the reason."""
         intake = self._intake
         try:
             while data := await self.stream.receive_some(_READ):
@@ -142,7 +159,7 @@ class Mux:
                     await intake.ready(partial(self._take, b"", on_request))
         except ProtocolError as error:
             self.fault = error
-            if self.client:  # responses that were complete in front of the fault count
+            if self.client:  # responses that were complete before the error are valid
                 for event in self.http.before_fault:
                     self._dispatch(event)
                 self._tell(on_request)
@@ -152,7 +169,7 @@ class Mux:
         return "the peer closed the connection"
 
     def _take(self, data: bytes, on_request: Callable[[MuxStream], None] | None) -> None:
-        """File what has been read."""
+        """Process the data of one read."""
         if not self.client:
             self._intake.prepare()
         self.heard = trio.current_time()
@@ -163,7 +180,7 @@ class Mux:
         self.touch()
 
     def _tell(self, on_request: Callable[[MuxStream], None] | None) -> None:
-        """What one read has brought is filed: whoever hears of it without waiting for it hears of it now."""
+        """All data of one read is stored: call the callbacks of streams without a waiting task."""
         if self._opened:
             opened, self._opened = self._opened, []
             if on_request is not None:
@@ -184,7 +201,8 @@ class Mux:
             case HeadReceived() | DataReceived() | TrailersReceived() | StreamBroken():
                 self._file(event)
             case WindowOpened(stream=0):
-                self.greeted.set()  # it comes with SETTINGS, and a peer's first frame is SETTINGS
+                # this event comes with SETTINGS, which is always the peer's first frame
+                self.greeted.set()
                 self.scheduler.next()
                 self.on_room()
             case WindowOpened():
@@ -215,15 +233,15 @@ class Mux:
             known.file(event)
             self._opened.append(known)
         if known is None and self._resets.waiting:
-            self.on_room()  # a stream that was given up may have ended
+            self.on_room()  # an abandoned stream may have ended
 
     def _peer_goes(self, event: GoingAway) -> None:
         self.going_away = True
         self._farewell = code_name(event.code)
         for number, stream in list(self._streams.items()):
-            # What a client says of streams that a server has pushed, and nobody pushes, is nothing about its requests.
+            # For a server, `last` in a client's GOAWAY concerns pushed streams, and we push none.
             if self.client and number > event.last:
-                stream.lose(StreamLost("the peer is going away and did not take the stream", Code.REFUSED_STREAM, refused=True))
+                stream.lose(StreamLost("the peer is going away (GOAWAY) and did not accept the stream", Code.REFUSED_STREAM, refused=True))
         self.on_room()
         self.touch()
 
@@ -231,16 +249,17 @@ class Mux:
         failure = await self.writer.run(lambda: self.going_away and not self._streams and self._last_call is None)
         if failure is not None:
             self._end(failure)
-        self._scope.cancel()  # otherwise everything has been said
+        self._scope.cancel()  # otherwise all frames have been sent
 
     async def _watch(self) -> None:
-        """Ask a silent peer whether it is there, while somebody waits for it; end a connection that nobody has used for long."""
+        """Send a PING to a silent peer while streams are open, and end a connection that was unused
+        for too long."""
         while True:
             now = trio.current_time()
             if self._pinged is not None and self.heard >= self._pinged:
                 self._pinged = None
             if self._pinged is not None and now >= self._pinged + self.settings.ping_timeout:
-                self._end(f"the peer did not answer a PING for {self.settings.ping_timeout} s")
+                self._end(f"the peer did not answer a PING within {self.settings.ping_timeout} s")
                 return
             if self._last_call is not None and now >= self._last_call:
                 self._close_door()
@@ -264,18 +283,19 @@ class Mux:
             return self._last_call
         if self._streams:
             return min(self._next_ping, now + self.settings.ping_interval)
-        # Without a stream: one may be opened at any moment.
+        # Without a stream: one may be opened at any time.
         soon = now + self.settings.ping_interval / 4
         return soon if self.going_away else min(soon, self.idle_since + self.settings.idle_timeout)
 
     def _close_door(self) -> None:
-        """The client has heard our first GOAWAY, or will not hear of it."""
+        """The client has received our first GOAWAY, or did not confirm it in time: send the final
+        one."""
         self._last_call = None
         self.http.go_away()
         self.touch()
 
     def _end(self, words: str) -> None:
-        """The connection is of no further use: everybody is told, once."""
+        """The connection cannot be used any more: tell all streams, once."""
         if self.broken is None:
             self.broken = words
             self.going_away = True
@@ -292,12 +312,12 @@ class Mux:
     # For the exchanges...
 
     def touch(self) -> None:
-        """Something may have been put down: the writer is to look."""
+        """Frames may be pending: wake the writer."""
         if self.http.pending or self.going_away:
             self.writer.touch()
 
     def put(self, size: int) -> None:
-        """A stream has put down `size` bytes."""
+        """A stream has added `size` bytes of frames."""
         self.writer.put(size)
         self.touch()
 
@@ -311,7 +331,8 @@ class Mux:
 
     @property
     def clogged(self) -> bool:
-        """Slow consumers hold so much of the connection's window that one more stream might not get its share."""
+        """Whether slow consumers hold so much of the connection window that another stream might
+        not get its share."""
         limits = self.settings.limits
         return self._held > max(0, limits.connection_window - limits.stream_window)
 
@@ -321,23 +342,25 @@ class Mux:
 
     @property
     def unused(self) -> bool:
-        """It could be used, and has no stream, nor is one promised to anybody."""
+        """Whether it is usable and has no stream, open or reserved."""
         return self.usable and not self._streams and not self.reserved
 
     @property
     def room(self) -> int:
-        """How many more exchanges it can take now; one until its server has said how many it takes."""
+        """The number of exchanges that it can accept now. One, until the server has sent its
+        limit."""
         if not self.usable or self.clogged:
             return 0
         free = self.http.room if self.greeted.is_set() else min(self.http.room, 1 - len(self._streams))
         return max(0, free - self.reserved)
 
     def open(self, head: RequestHead, *, end: bool) -> MuxStream:
-        """A new stream with this head; only while there is `room`, and with no await in between."""
+        """Open a stream with this head. Only while there is `room`, with no await in between.
+        Raises HeadTooLarge."""
         return self._open(self.http.send_request(head, end=end))
 
     def open_fields(self, method: bytes, pairs: list[Pair], *, end: bool) -> MuxStream:
-        """The same with a head that is a header list already."""
+        """Open a stream with a head that is already a list of fields. Otherwise like `open`."""
         return self._open(self.http.send_request_fields(method, pairs, end=end))
 
     def _open(self, number: int) -> MuxStream:
@@ -346,13 +369,14 @@ class Mux:
         return stream
 
     def forget(self, stream: MuxStream) -> None:
-        """The exchange is over."""
+        """The exchange of `stream` has ended."""
         if self._streams.pop(stream.number, None) is None:
             return
         if not self.client:
             self.settings.streams.closes(self.share)
         if not self.client or self._nursery is None:
-            # RFC 9113 §8.1: a server that has answered wants no more of the request, and that is no error.
+            # RFC 9113 §8.1: a server that has sent its response may reset the rest of the request
+            # with NO_ERROR.
             self.http.reset(stream.number, Code.CANCEL if self.client else Code.NO_ERROR)
         elif self._resets.add(stream.number):
             self._nursery.start_soon(self._resets.run)
@@ -362,14 +386,15 @@ class Mux:
         self.touch()
 
     def retire_now(self) -> None:
-        """As `retire`, but what the client opens from now on is refused: it has nothing to expect here."""
+        """End the connection after its last stream, and refuse streams that the client opens from
+        now on. Unlike `retire`, there is no grace time for streams that are on their way."""
         self.going_away = True
         self._close_door()
         self.on_room()
 
     def exhaust(self) -> None:
-        """End the connection because its client has held too much memory for too long."""
-        words = "the connection has held more memory than it may for too long"
+        """End the connection, because its client has held too much memory for too long."""
+        words = "the connection has exceeded its memory limit for too long"
         self.http.close(Code.ENHANCE_YOUR_CALM, words)
         self._end(words)
 
@@ -382,10 +407,12 @@ class Mux:
         return len(self._streams)
 
     def retire(self) -> None:
-        """Take nothing new; the connection ends with its last stream.
+        """Accept no new streams. The connection ends with its last stream.
 
-        A server says it in two steps. A stream that crosses with GOAWAY would be refused, and clients repeat that once at most; so the
-        first GOAWAY refuses none, and a PING behind it tells by its answer that the client has read it: nothing is on its way any more.
+        A server announces the end in two steps. A stream that crosses with a final GOAWAY would be
+        refused, and clients repeat it once at most. So the first GOAWAY refuses nothing, and a PING
+        follows it. When the PING is answered, the client has read the GOAWAY, and no more streams
+        are on their way.
         """
         if not self.going_away:
             self.going_away = True

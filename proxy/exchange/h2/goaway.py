@@ -12,8 +12,9 @@ from proxy.wire.h2.frames import Code
 
 
 async def say_goodbye(stream: Stream, http: Http2Connection, *, lingers: bool) -> None:
-    """Send the last frames (GOAWAY), if they can be sent at once, and close `stream`. If it `lingers`, what the peer still sends is read
-    meanwhile, for closing with unread bytes would destroy the answers that are on their way to it."""
+    """Send the last frames (GOAWAY), if possible within a second, and close `stream`. `lingers`:
+    meanwhile, read what the peer still sends. Closing with unread bytes would destroy responses
+    that are on their way to the peer."""
     http.close(Code.NO_ERROR)
     with trio.move_on_after(1, shield=True):
         try:

@@ -1,16 +1,19 @@
-"""The HTTP/2 connections that are kept to endpoints, each shared by many exchanges.
+"""The pool of HTTP/2 connections to endpoints, each shared by many exchanges.
 
-An exchange takes a stream where there is room: on the first connection that has some, otherwise on a new one, and where an endpoint has
-all the connections it may have, it waits. Connections are opened one at a time for an endpoint, and the next one not before the last has
-said how many streams it takes (its SETTINGS): who comes meanwhile waits for that one, which most likely has room for all of them.
+An exchange opens its stream on the first connection with free capacity, otherwise on a new
+connection. If the endpoint has its maximum number of connections, the exchange waits. For each
+endpoint, one connection is opened at a time, and the next one only after the last has announced how
+many streams it accepts (its SETTINGS). Requests that arrive meanwhile wait for that connection,
+which probably has capacity for all of them.
 
-Who waits is served in order. Room, or the task of opening a connection, is given to the first who waits in the moment in which it is
-there, and reserved, so that no newcomer can overtake.
+Waiting requests are served in order. Free capacity, or the task of opening a connection, is
+reserved for the first waiting request at once, so a later request cannot overtake it.
 
-Connections do not live for ever: after `idle_timeout` without an exchange, and after `max_age` in any case, a connection takes nothing
-new and ends with its last stream. So memory that a burst has taken is given back, and a service's new endpoints get their share.
+Connections have a limited lifetime. After `idle_timeout` without an exchange, and after `max_age`
+in any case, a connection accepts no new streams and ends with its last stream. So the memory of a
+burst is freed, and new endpoints of a service get their share.
 
-Decisions are synchronous; `serve` is the task that owns the connections.
+Decisions are synchronous. `serve` is the task that owns the connections.
 """
 
 from __future__ import annotations
@@ -35,15 +38,17 @@ K = TypeVar("K", bound=Hashable)
 
 _log = logging.getLogger("isthmus.exchange")
 
-# One connection takes as many streams as the server allows, commonly 100 or more. More than a few for one endpoint only help where the
-# server allows next to none, and cost it memory.
+# The most connections to an endpoint. One connection carries as many streams as the server allows,
+# usually 100 or more. More than a few connections only help if the server allows very few streams,
+# and they cost it memory.
 _CONNECTIONS = 16
 
 
 @dataclass(slots=True, eq=False)
 class _Turn:
-    """One that waits. When `given` is set, `mux` has a stream reserved for it, or `failure` is what it waited for; neither: it is to open
-    a connection itself, and that is noted as under way."""
+    """A waiting request. When `given` is set, `mux` has a stream reserved for it, or `failure` is
+    the error of the connection that it waited for. If both are None, it must open a connection
+    itself, which is already recorded in `_Slot.opening`."""
 
     given: trio.Event = field(default_factory=trio.Event)
     mux: Mux | None = None
@@ -52,11 +57,11 @@ class _Turn:
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """What is kept for one endpoint."""
+    """The state of one endpoint."""
 
     muxes: list[Mux] = field(default_factory=list)
     opening: bool = False
-    served: float = -inf  # when the last one that waited was given a stream
+    served: float = -inf  # trio's time when a waiting request last got a stream
     waiting: OrderedDict[_Turn, None] = field(default_factory=OrderedDict)
 
     def with_room(self) -> Mux | None:
@@ -67,18 +72,21 @@ class _Slot:
 
     @property
     def moved(self) -> float:
-        """When a connection was opened, or a stream given to one that waited, the last time; now, if a connection is being opened."""
+        """The time (trio's) of the last progress: a connection was opened, or a waiting request got
+        a stream. Now, while a connection is being opened."""
         return trio.current_time() if self.opening else max(self.served, max((mux.opened for mux in self.muxes), default=-inf))
 
     @property
     def may_open(self) -> bool:
-        """Connections that take nothing new any more do not count: their last streams may take hours."""
+        """Whether to open another connection. Connections that accept no new streams do not count,
+        because their last streams may take hours."""
         usable = [mux for mux in self.muxes if mux.usable]
         return not self.opening and len(usable) < _CONNECTIONS and all(mux.greeted.is_set() for mux in usable)
 
 
 class MuxPool(Generic[K]):
-    """`connect` opens a connection, and raises what dialling and TLS raise; `account` records it."""
+    """Connections by endpoint. `connect` opens one, and raises the errors of the dial and of TLS.
+    `account` records it."""
 
     def __init__(
         self, connect: Callable[[K], Awaitable[Stream]], account: Callable[[Stream], Account], settings: PoolSettings, mux: MuxSettings
@@ -98,21 +106,23 @@ class MuxPool(Generic[K]):
             await trio.sleep_forever()
 
     def counts(self) -> tuple[int, int]:
-        """(connections with exchanges, connections without)"""
+        """Return (connections with exchanges, connections without)."""
         muxes = [mux for slot in self._slots.values() for mux in slot.muxes]
         active = sum(1 for mux in muxes if mux.exchanges)
         return active, len(muxes) - active
 
     def ready(self, key: K) -> Mux | None:
-        """The same as `acquire`, if nothing has to be waited for."""
+        """Return a connection with capacity for a stream, if there is one without waiting. The
+        stream must be opened with no await in between."""
         slot = self._slots.get(key)
         return None if slot is None or slot.waiting else slot.with_room()
 
     async def acquire(self, key: K, limit: float = inf) -> Mux:
-        """A connection with room for a stream, which has to be opened on it with no await in between. `limit`: trio's time of the request's
-        deadline, if it has one; it waits until then instead of for `wait_timeout`.
+        """Return a connection with capacity for a stream. The caller must open the stream with no
+        await in between. `limit`: the request's deadline in trio's time; with it, the request waits
+        until then instead of for `wait_timeout`.
 
-        Raises PoolExhausted, and what `connect` raises.
+        Raises PoolExhausted, and the errors of `connect`.
         """
         while True:
             slot = self._slots.get(key)
@@ -135,7 +145,8 @@ class MuxPool(Generic[K]):
         try:
             await patiently(turn.given, self._settings.wait_timeout, limit, lambda: slot.moved)
         except BaseException:
-            # Cancelled, perhaps in the very moment in which it was given: what it was given is the next one's.
+            # Cancelled, possibly at the same moment at which it was served: pass on to the next
+            # one.
             slot.waiting.pop(turn, None)
             if turn.mux is not None:
                 turn.mux.reserved -= 1
@@ -147,14 +158,16 @@ class MuxPool(Generic[K]):
         if not turn.given.is_set():
             raise PoolExhausted(f"no stream to {key} became free within {self._settings.wait_timeout} s")
         if turn.failure is not None:
-            raise turn.failure.with_traceback(None)  # which is one for all who waited, and would grow with each
+            # all waiting requests raise this error object, so its traceback would grow with each
+            raise turn.failure.with_traceback(None)
         if turn.mux is None:
             return await self._open(key, slot)
         turn.mux.reserved -= 1
         return turn.mux
 
     def _share(self, key: K, slot: _Slot) -> None:
-        """Give what there is to those who wait, in order; forget a slot that holds nothing."""
+        """Give the free capacity to the waiting requests, in order. Remove a slot without
+        connections."""
         while slot.waiting:
             mux = slot.with_room()
             if mux is None and not slot.may_open:
@@ -175,10 +188,11 @@ class MuxPool(Generic[K]):
                     mux.retire()
 
     async def _open(self, key: K, slot: _Slot) -> Mux:
-        """Open a connection, which is noted as under way already. What fails has failed for all who wait for it, too."""
+        """Open a connection; `slot.opening` is already set. An error also ends the requests that
+        wait for this connection."""
         try:
             mux = self._start(key, slot, await self._connect(key))
-            mux.reserved += 1  # for us: those who wait come behind
+            mux.reserved += 1  # for this request: the waiting ones come after it
         except Exception as error:
             while slot.waiting and not any(mux.usable for mux in slot.muxes):
                 turn, _ = slot.waiting.popitem(last=False)
@@ -208,15 +222,17 @@ class MuxPool(Generic[K]):
         account = self._account(mux.stream)
         try:
             await mux.run()
-        except Exception as error:  # the boundary of these connections, as net.accept is of the clients': the others go on
-            _log.error("the connection to %s ended by a fault of this proxy's", mux.stream.peer, exc_info=error)
+        # error boundary: a bug in one connection must not affect the others
+        except Exception as error:
+            _log.error("internal error on the HTTP/2 connection to %s", mux.stream.peer, exc_info=error)
         finally:
             account.close()
             slot.muxes.remove(mux)
             self._share(key, slot)
 
     def sweep(self) -> int:
-        """Retire what is too old; returns how many. To be called about once a second."""
+        """Retire the connections that are too old. Returns their number. Call it about once a
+        second."""
         now, swept = trio.current_time(), 0
         for slot in list(self._slots.values()):
             for mux in slot.muxes:
@@ -226,7 +242,8 @@ class MuxPool(Generic[K]):
         return swept
 
     def trim(self, clients: Mapping[K, int]) -> None:
-        """Retire connections without a stream, until no key has more connections than `clients` says."""
+        """Retire connections without a stream, until no key has more connections than `clients`
+        says."""
         for key, slot in list(self._slots.items()):
             surplus = sum(1 for mux in slot.muxes if mux.usable) - clients.get(key, 0)
             for mux in list(slot.muxes):
@@ -235,7 +252,7 @@ class MuxPool(Generic[K]):
                     surplus -= 1
 
     def close(self) -> None:
-        """Every connection ends with its last stream, also one that is opened from now on."""
+        """End each connection with its last stream, including those that are opened later."""
         self.closed = True
         for slot in self._slots.values():
             for mux in list(slot.muxes):

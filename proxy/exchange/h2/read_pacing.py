@@ -1,8 +1,9 @@
-"""How fast the connection of an HTTP/2 client is read, and how much it may have open.
+"""How fast the proxy reads the connection of an HTTP/2 client, and how many streams it may have
+open.
 
-A connection is not read while streams that it has opened wait for their beginning, nor while it holds more memory than it may. Its
-window, and the number of its streams, follow what is free in the process. All of it costs next to nothing while there is enough of
-everything.
+The proxy does not read a connection while streams that it opened wait for their start, or while it
+exceeds its memory limit. The connection window and the number of streams follow the free memory and
+free streams of the process. This costs almost nothing while both are plentiful.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _begin(streams: list[MuxStream], on_request: Callable[[MuxStream], None]) ->
 
 
 class Intake:
-    """Of one connection."""
+    """The reading side of one connection."""
 
     __slots__ = ("_http", "_limit", "_rest", "_share", "_streams", "_tight", "_window", "line", "window")
 
@@ -35,13 +36,15 @@ class Intake:
         self._share = share
         self._streams = settings.limits.streams
         self._limit = settings.streams
-        self._window = self.window = settings.limits.connection_window  # the first is what it is now
-        self._tight = False  # the window, or the number of streams, is smaller than usual
-        self._rest = Charge(share)  # for a frame or header block that is not complete
+        # `_window` is the current one, `window` the normal one
+        self._window = self.window = settings.limits.connection_window
+        self._tight = False  # the window, or the number of streams, is below normal
+        self._rest = Charge(share)  # for an incomplete frame or header block
         self.line = Line(member=share.member)
 
     def prepare(self) -> None:
-        """Before a read is parsed: bring the window, and the number of streams that the client may open, to what they may be now."""
+        """Call before a read is parsed: adjust the window and the number of streams that the client
+        may open."""
         budget, limit = self._share.budget, self._limit
         if budget.used > budget.half or limit.open > limit.half or self._tight:
             self._adjust()
@@ -59,7 +62,7 @@ class Intake:
         http.stream_limit = self._streams if left >= self._streams else min(self._streams, http.opened_by_peer + left)
 
     def note(self) -> None:
-        """Behind a read that has been parsed."""
+        """Call after a read was parsed."""
         http = self._http
         if http.refused:
             refused, http.refused = http.refused, 0
@@ -70,7 +73,8 @@ class Intake:
             self._rest.become(rest)
 
     def begin(self, streams: list[MuxStream], on_request: Callable[[MuxStream], None]) -> None:
-        """Tell `on_request` of the streams that a read has opened, now or in a later pass of the scheduler."""
+        """Call `on_request` for the streams that a read has opened, now or in a later pass of the
+        scheduler."""
         pacer, count = self._limit.pacer, len(streams)
         if pacer.now(self.line, count):
             _begin(streams, on_request)
@@ -79,12 +83,12 @@ class Intake:
 
     @property
     def full(self) -> bool:
-        """The connection is not to be read before `ready`."""
+        """Whether to call `ready` before the next read."""
         budget = self._share.budget
         return self._http.paused or bool(self.line.steps) or (budget.used > budget.half and self._share.over)
 
     async def ready(self, go_on: Callable[[], None]) -> None:
-        """Wait until the connection may be read. `go_on` parses what had to wait of the last read."""
+        """Wait until the connection may be read. `go_on` parses the rest of the last read."""
         await self.line.emptied()
         while self._http.paused:
             await self._limit.pacer.turn(self.line)

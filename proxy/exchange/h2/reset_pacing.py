@@ -1,14 +1,16 @@
-"""How quickly the streams that a client gives up are reset on a connection to a server.
+"""How fast the proxy resets abandoned streams on a connection to a server.
 
-The connection carries the requests of many clients, and a server ends one on which streams are reset too quickly: nghttp2 at 33 a second
-behind the first 1000, Envoy when most of 500 streams were reset within a second, a proxy like this one by its frame budget. A few clients
-with short deadlines are enough for that, and all others would lose their streams.
+The connection carries requests of many clients, and a server closes a connection on which streams
+are reset too fast: nghttp2 at 33 a second after the first 1000, Envoy when most of 500 streams were
+reset within a second, another proxy of the mesh by its frame budget. A few clients with short
+deadlines are enough to reach that, and all other clients would lose their streams.
 
-So the first resets go at once, and so do as many a second as no server minds. Beyond that a stream that is given up stays open for a
-while, and is reset when there is credit again, or when its time is over. Most servers have answered by then, and no reset is needed. A
-proxy like this one does not mind the resets of streams that have lived for a tenth of a second, so towards one the time is short.
-Meanwhile the stream counts among those that the server allows. A client that opens and cancels without end is thereby limited by the
-number of streams, as one that waits for its answers is.
+So the first resets are sent immediately, and then as many a second as every server accepts. Beyond
+this rate, an abandoned stream stays open until there is credit again, or until its time is over.
+Most servers have answered by then, and no reset is needed. A proxy of the mesh accepts any number
+of resets of streams that have lived for a tenth of a second, so the time is short for those. Until
+then the stream counts towards the server's limit. So a client that opens and cancels streams
+without end is limited by the number of streams, like a client that waits for its responses.
 """
 
 from __future__ import annotations
@@ -22,15 +24,18 @@ import trio
 from proxy.wire.h2.connection import Http2Connection
 from proxy.wire.h2.frames import Code
 
-# Streams of one connection that may wait for their reset. Half of what the server allows is always left for requests.
+# The most streams of one connection that wait for their reset. At least half of what the server
+# allows remains for requests.
 _MOST = 256
-# Seconds between two looks, at the least: what is missing of the credit for one may be less than the clock can show.
+# The shortest sleep in seconds: the time until the next credit may be below the resolution of the
+# clock.
 _SOONEST = 0.001
 
 
 @dataclass(frozen=True, slots=True)
 class ResetPace:
-    """`rate`: resets a second that go at once; `burst`: as many in a row; `hold`: seconds until one goes in any case."""
+    """`rate`: resets a second that are sent immediately. `burst`: how many at once. `hold`: seconds
+    after which a reset is sent in any case."""
 
     rate: float = 25.0
     burst: float = 100.0
@@ -42,7 +47,8 @@ def _nothing() -> None:
 
 
 class Resets:
-    """Of one connection. `run` is to be started when `add` says so. `sent` is told when streams have been reset."""
+    """The resets of one connection. The caller must start `run` when `add` returns True. `sent` is
+    called when streams have been reset."""
 
     __slots__ = ("_credit", "_hold", "_http", "_pace", "_refilled", "_running", "_sent", "_waiting")
 
@@ -54,15 +60,16 @@ class Resets:
         self._credit = pace.burst
         self._refilled = 0.0
         self._running = False
-        self._waiting: OrderedDict[int, float] = OrderedDict()  # streams, and when they are reset in any case (trio's time)
+        # by stream: when it is reset in any case (trio's time)
+        self._waiting: OrderedDict[int, float] = OrderedDict()
 
     @property
     def waiting(self) -> int:
-        """Streams that are given up, and not reset."""
+        """The number of abandoned streams that are not reset yet."""
         return len(self._waiting)
 
     def add(self, number: int) -> bool:
-        """A stream is given up. True: `run` has to be started."""
+        """Abandon a stream. Returns True if `run` has to be started."""
         if not self._http.is_open(number):
             return False
         now = trio.current_time()
@@ -78,7 +85,7 @@ class Resets:
         return start
 
     async def run(self) -> None:
-        """Reset those that wait, until none is left."""
+        """Reset the waiting streams, until none is left."""
         try:
             while self._waiting:
                 now = trio.current_time()
@@ -93,7 +100,7 @@ class Resets:
             self._running = False
 
     def stop(self) -> None:
-        """The connection has ended: nothing more is reset, and nothing is told."""
+        """The connection has ended: send no more resets, and make no more calls of `sent`."""
         self._waiting.clear()
         self._sent = _nothing
 
@@ -102,6 +109,6 @@ class Resets:
         self._refilled = now
 
     def _reset(self, number: int) -> None:
-        if self._http.is_open(number):  # otherwise the server has ended it meanwhile
+        if self._http.is_open(number):  # otherwise the server has ended it in the meantime
             self._credit = max(0.0, self._credit - 1)
             self._http.reset(number, Code.CANCEL)

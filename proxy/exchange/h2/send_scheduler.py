@@ -1,4 +1,5 @@
-"""Whose turn it is to send, where a connection's window is used up: whoever runs first would take all of it every time."""
+"""The order in which streams send when a connection window is used up. Without it, the task that
+runs first would take the whole window every time."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ if TYPE_CHECKING:
 
 
 class SendScheduler:
-    """The senders of DATA on one connection that wait for its window, in order. One whose own window is used up waits beside them, for
-    that: there may be thousands, and `next` must not look at each of them every time."""
+    """The senders of DATA that wait for the connection window, in order. A sender whose stream
+    window is used up waits for that one and is not in this queue. There may be thousands of them,
+    and `next` must not check each."""
 
     __slots__ = ("_http", "_waiting")
 
@@ -21,11 +23,12 @@ class SendScheduler:
 
     @property
     def waiting(self) -> bool:
-        """Somebody waits."""
+        """Whether a sender waits."""
         return bool(self._waiting)
 
     async def wait(self, stream: MuxStream) -> None:
-        """Wait for the windows. Whoever returns from here, or is cancelled here, calls `next` when it has taken what it takes."""
+        """Wait for the windows. After this returns or is cancelled, the sender calls `next` once it
+        has used its share of the window."""
         if self._http.stream_window(stream.number) > 0:
             self._waiting[stream] = None
         try:
@@ -34,11 +37,11 @@ class SendScheduler:
             self._waiting.pop(stream, None)
 
     def leave(self, stream: MuxStream) -> None:
-        """It waits no longer: its own window has opened."""
+        """Remove a stream: it does not wait any more, because its own window has opened."""
         self._waiting.pop(stream, None)
 
     def next(self) -> bool:
-        """Wake the first sender whose windows are open; False: there is none."""
+        """Wake the first sender whose windows are open. Returns False if there is none."""
         if self._http.connection_window <= 0:
             return False
         for stream in self._waiting:

@@ -1,6 +1,8 @@
-"""One downstream HTTP/2 connection: each of its streams is an exchange, in a task of its own, or on the fast path.
+"""One downstream HTTP/2 connection. Each of its streams is an exchange: in a task of its own, or on
+the fast path.
 
-The connection's reader and writer are the mux's; a stream that the peer resets cancels its exchange, and no other.
+The reader and the writer belong to the `Mux`. A stream that the peer resets cancels its own
+exchange only.
 """
 
 from __future__ import annotations
@@ -34,9 +36,12 @@ _NOTHING_READ = RequestHead(b"-", b"-", Headers(), b"2")
 
 
 class StreamBody:
-    """What comes on a stream, as an exchange.Body. Nothing is limited here but the silence of a stream: calls
-    that stream, as gRPC's do, may pause, and a peer that has gone is noticed by PING. A client that only listens, while it is being
-    answered, is not silent: who watches for changes may have nothing to say for days."""
+    """A request body on a stream. An exchange.Body.
+
+    The only limit here is on a silent stream. Streaming calls, such as gRPC's, may pause, and a
+    PING detects a dead peer. A client that only receives while the response is being sent does not
+    count as silent: a client that watches for changes may send nothing for days.
+    """
 
     __slots__ = ("_length", "_patience", "_stream")
 
@@ -47,7 +52,8 @@ class StreamBody:
 
     @property
     def length(self) -> Length:
-        """As the head says, and what has come when this is asked first: an end without a body may have been in the same read."""
+        """The length from the head. It is computed on first use, because the end of a request
+        without a body may have arrived in the same read."""
         if self._length is None:
             headers = self._stream.request.headers if self._stream.request is not None else Headers()
             self._length = body_length(headers, ended=self._stream.empty)
@@ -75,12 +81,13 @@ class StreamBody:
 
 
 def too_large(error: HeadTooLarge) -> ResponseTooLarge:
-    """What a response comes to whose head, or trailers, the client does not take."""
+    """The error for a response whose head or trailers are larger than the client accepts."""
     return ResponseTooLarge(f"the response: {error}")
 
 
 def body_length(headers: Headers, *, ended: bool) -> Length:
-    """How long the body of an HTTP/2 message is, by its head."""
+    """Return the body length of an HTTP/2 message from its head. `ended`: the message has ended
+    without a body."""
     if ended:
         return 0
     value = headers.get(b"content-length")
@@ -98,24 +105,26 @@ class Http2Exchange(Exchange):
         super().__init__(request, StreamBody(stream, settings.stream_timeout), facts, malformed)
         self.stream = stream
         self._settings = settings
-        self.last = False  # the connection carries no further exchange
+        self.last = False  # the connection ends after this exchange
 
     def lose(self) -> None:
-        """The stream has ended early. Where that is the client's fault, it is what became of the request."""
+        """The stream has ended early. If the client caused it by a protocol error, record that as
+        the failure of the exchange."""
         lost = self.stream.lost
         if lost is not None and lost.fault and self.failure is None:
             self.failure, self.failure_words = describe(ProtocolError(str(lost))).reason, str(lost)
 
     async def inform(self, head: ResponseHead) -> None:
         await trio.lowlevel.checkpoint()
-        with contextlib.suppress(ResponseTooLarge):  # it is too large for the client, who can do without
+        # too large for the client, and an interim response is optional
+        with contextlib.suppress(ResponseTooLarge):
             self._send_head(head, end=False)
 
     async def respond(self, head: ResponseHead, body: Body) -> None:
         if self.malformed is not None:
-            raise ClientGone("the stream was reset because of what came on it")  # RFC 9113 §8.1.1: that is the answer
+            raise ClientGone("the stream was reset because the request was malformed")  # RFC 9113 §8.1.1: the reset is the response
         bodiless = self.frame(head, body.length)
-        piece = body.receive_nowait()  # which may raise, while another response can still be given
+        piece = body.receive_nowait()  # may raise; an error response can still be sent here
         if self.stream.mux.writer.behind:
             self.clock.expect(self._client_stalls, self._settings.write_timeout)
             await self.stream.mux.writer.paced()
@@ -133,7 +142,8 @@ class Http2Exchange(Exchange):
             raise ClientGone(f"within the response: {error}") from error
 
     def frame(self, head: ResponseHead, length: Length) -> bool:
-        """Have `head` say the `length` of the response's body, where that is known and may be said; whether there is no body."""
+        """Add the `length` of the body to `head` if it is known and allowed. Returns True if there
+        is no body."""
         bodiless = self.request.method == b"HEAD" or head.status in (204, 304)
         if head.status == 204:
             head.headers.remove(b"content-length")
@@ -141,14 +151,15 @@ class Http2Exchange(Exchange):
             head.headers.add(b"content-length", b"%d" % length)
         return bodiless
 
-    async def go_on(self, unsent: bytes, body: Body) -> None:  # noqa: ARG002  # a frame is put down whole: nothing is left of one
+    async def go_on(self, unsent: bytes, body: Body) -> None:  # noqa: ARG002  # frames are added whole, so `unsent` is empty
         try:
             await self._send_body(body.receive_nowait(), body)
         except StreamLost as error:
             raise ClientGone(f"within the response: {error}") from error
 
     async def _send_body(self, piece: bytes | EndOfMessage | None, body: Body) -> None:
-        """Send `piece` and what follows it. The last DATA carries the end, if it is known in time."""
+        """Send `piece` and what follows it. The last DATA frame carries the end, if the end is
+        known in time."""
         while True:
             if piece is None:
                 piece = await body.receive()
@@ -157,7 +168,7 @@ class Http2Exchange(Exchange):
                 return
             try:
                 following = body.receive_nowait()
-            except IsthmusError:  # raised again by whoever asks for more: what has come is passed on first
+            except IsthmusError:  # the next receive raises it again; the piece is sent first
                 following = None
             last = isinstance(following, EndOfMessage) and not len(following.trailers)
             self.response_bytes += len(piece)
@@ -184,15 +195,16 @@ class Http2Exchange(Exchange):
         except StreamLost as error:
             raise ClientGone(str(error)) from error
         except HeadTooLarge as error:
-            if self.failure is not None:  # it is an answer of ours already
-                raise ClientGone(f"the client takes no answer: {error}") from error
+            if self.failure is not None:  # it is already an error response of the proxy
+                raise ClientGone(f"the client does not accept the error response: {error}") from error
             raise too_large(error) from error
 
     def _client_stalls(self) -> Exception:
-        return ClientGone(f"the client took nothing for {self._settings.write_timeout} s")
+        return ClientGone(f"the client accepted no data for {self._settings.write_timeout} s")
 
     async def switch(self, head: ResponseHead) -> Stream:
-        """A tunnel within a stream: CONNECT (RFC 9113 §8.5), or WebSocket by extended CONNECT (RFC 8441)."""
+        """Return a tunnel within a stream: CONNECT (RFC 9113 §8.5), or a WebSocket by extended
+        CONNECT (RFC 8441)."""
         self.response = head
         self.on_response(head.status)
         head.headers.remove(b"content-length")
@@ -204,7 +216,8 @@ class Http2Exchange(Exchange):
         self.last = True
 
     def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:
-        """End the stream as broken; with trailers where the protocol has them for that."""
+        """End the stream with an error: with `trailers` if the protocol has them (gRPC), otherwise
+        with a reset."""
         if trailers is not None:
             self.grpc_status = trailers.get(b"grpc-status")
             with contextlib.suppress(StreamLost, HeadTooLarge):
@@ -215,7 +228,7 @@ class Http2Exchange(Exchange):
 
 
 class Tunnel:
-    """The bytes of a stream behind the head of a CONNECT, as a Stream for relay."""
+    """The bytes of a stream after the head of a CONNECT, as a Stream for a relay."""
 
     def __init__(self, stream: MuxStream) -> None:
         self._stream = stream
@@ -289,19 +302,21 @@ def _lose(exchange: Http2Exchange, scope: trio.CancelScope) -> None:
 
 
 class Http2Server:
-    """`run` returns when the connection has ended; `mux.fault` is what the client did, if that ended it."""
+    """One downstream connection. `run` returns when it has ended. `mux.fault`: the protocol error
+    of the client, if that ended it."""
 
     def __init__(self, stream: Stream, facts: Facts, settings: ServerSettings, mux: MuxSettings, drain: Drain) -> None:
         self.facts = facts
         self.settings = settings
         self.drain = drain
         self.mux = Mux(stream, Role.SERVER, mux, facts.share)
-        self.serve: Callable[[Http2Exchange], None] = _nobody  # carries an exchange on the ordinary path, while `run` does
+        # starts an exchange on the ordinary path, while `run` runs
+        self.serve: Callable[[Http2Exchange], None] = _nobody
         self.fork: Fork | None = None  # the fast path, if there is one
 
     @property
     def waiting_since(self) -> float | None:
-        """See net.connection_slots.Activity."""
+        """Implements net.connection_slots.Activity."""
         return None if self.mux.exchanges else self.mux.idle_since
 
     async def run(self, handler: Handler) -> None:
@@ -321,21 +336,23 @@ class Http2Server:
             group = error
         finally:
             self.drain.on_begin.discard(self.mux.retire)
-            self.serve = _nobody  # the other leads back here
+            self.serve = _nobody  # breaks a reference cycle
         if group is not None:
-            # Cancelled in every task: one Cancelled for all, so that it counts as what it is.
+            # Cancelled in every task: raise a single Cancelled, not a group.
             await trio.lowlevel.checkpoint_if_cancelled()
             raise group
 
     def _accept(self, stream: MuxStream) -> None:
-        if stream.lost is not None and not stream.lost.fault:  # it has been taken back before anybody could look at it
+        # the client cancelled it before it was processed
+        if stream.lost is not None and not stream.lost.fault:
             stream.close()
         else:
-            # One that could not be read goes the way of all others, so that it is counted and logged as they are.
+            # An unreadable request passes the handler too, so that it is counted and logged like
+            # any other.
             exchange = Http2Exchange(stream, self.facts, self.settings)
             if self.fork is None or exchange.malformed is not None or not self.fork(self, exchange):
                 self.serve(exchange)
-        if self.drain.draining:  # whoever was let in has one request answered, as with HTTP/1
+        if self.drain.draining:  # an accepted connection gets one response, as with HTTP/1
             self.mux.retire()
 
     async def _serve(self, handler: Handler, exchange: Http2Exchange) -> None:
@@ -347,14 +364,15 @@ class Http2Server:
         with trio.CancelScope() as scope:
             stream.on_lost = partial(_lose, exchange, scope)
             if stream.lost is not None and exchange.underway:
-                stream.on_lost()  # the layers find that it is cancelled, and close what is open
+                stream.on_lost()  # the layers see a cancellation and clean up
             try:
                 await handler(exchange)
-            except Exception as error:  # the layers have answered what they know: what is left may end this stream, but not the others
-                _log.error("a stream failed by a fault of this proxy's", exc_info=error)
+            # the layers handle expected errors: a bug ends this stream, but not the others
+            except Exception as error:
+                _log.error("internal error while carrying an HTTP/2 stream", exc_info=error)
                 code = Code.INTERNAL_ERROR
             finally:
-                stream.on_lost = None  # which leads back here
+                stream.on_lost = None  # breaks a reference cycle
         stream.close(code)
-        if exchange.last:  # behind the response: there are clients that read nothing behind GOAWAY
+        if exchange.last:  # after the response: some clients read nothing after GOAWAY
             self.mux.retire_now()

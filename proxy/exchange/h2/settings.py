@@ -1,4 +1,4 @@
-"""How a shared HTTP/2 connection is set up."""
+"""The settings of a shared HTTP/2 connection."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from proxy.wire.h2.flood_budget import BUDGET
 
 @dataclass(frozen=True, slots=True)
 class MuxSettings:
-    """Times in seconds."""
+    """All times in seconds."""
 
     limits: Http2Limits = field(default_factory=Http2Limits)
-    budget: float = BUDGET  # of frames that only cost time, and
-    mesh_budget: float = 20 * BUDGET  # of a peer that is a verified proxy, and speaks for many clients
-    resets: ResetPace = field(default_factory=ResetPace)  # of streams that we have opened and given up
-    idle_timeout: float = math.inf  # without a stream, until we say GOAWAY
-    write_timeout: float = 60.0  # for the peer to take what it is sent
-    ping_interval: float = 20.0  # of silence, while streams are open, until we ask whether the peer is there
+    budget: float = BUDGET  # credit for frames that cost time but carry no data
+    mesh_budget: float = 20 * BUDGET  # the same for a verified proxy, which sends for many clients
+    # for streams that this side has opened and abandoned
+    resets: ResetPace = field(default_factory=ResetPace)
+    idle_timeout: float = math.inf  # without a stream, until GOAWAY
+    write_timeout: float = 60.0  # for the peer to accept sent data
+    ping_interval: float = 20.0  # of silence with open streams, until a PING
     ping_timeout: float = 10.0
-    last_call: float = 10.0  # for the client to hear that it is to open no more streams (server)
-    streams: StreamLimit = field(default_factory=StreamLimit)  # of all connections from clients, and how fast theirs begin and end
+    last_call: float = 10.0  # server: from the first GOAWAY to the final one
+    # shared by all connections from clients; also paces their start and end
+    streams: StreamLimit = field(default_factory=StreamLimit)

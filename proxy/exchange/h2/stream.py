@@ -1,4 +1,5 @@
-"""One stream of a shared HTTP/2 connection, as an exchange sees it: what has come and was not taken yet, and what may be sent."""
+"""One stream of a shared HTTP/2 connection, as an exchange uses it: a buffer for received data, and
+the sending side."""
 
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
     from proxy.exchange.h2.connection import Mux
 
 
-# Pieces are put together up to this size: a window's worth of single bytes would take a hundred times its size in memory.
+# Pieces are joined up to this size: single bytes would take a hundred times their size in memory.
 _PIECE = 4096
-# What a header block counts for where bytes are counted: most are far smaller once they are compressed.
+# The number of output bytes that a header block counts as. Most are far smaller after compression.
 _HEAD = 1024
-# Heads that nobody has taken: interim responses that come faster than they can be passed on.
+# The most received heads that are not consumed yet: interim responses may arrive faster than they
+# are passed on.
 _HEADS = 64
 
 
@@ -29,8 +31,13 @@ Filed = HeadReceived | DataReceived | TrailersReceived | StreamBroken
 
 
 class StreamLost(Exception):
-    """A stream ended before its message did. `code`: of RST_STREAM; `refused`: the peer has certainly not looked at the request; `fault`:
-    we ended it, for what the peer sent; `reset`: the peer ended it, and nothing else. Neither: the connection went, or is going."""
+    """A stream ended before its message did.
+
+    `code`: the code of RST_STREAM. `refused`: the peer has certainly not processed the request.
+    `fault`: this side reset the stream, because of a protocol error of the peer. `reset`: the peer
+    reset the stream, and only this stream. If both are false, the connection has ended or is
+    ending.
+    """
 
     def __init__(self, message: str, code: int, *, refused: bool = False, fault: bool = False, reset: bool = False) -> None:
         super().__init__(message)
@@ -41,11 +48,11 @@ class StreamLost(Exception):
 
 
 class ConnectionLeft(StreamLost):
-    """The connection went, and the peer had announced it (GOAWAY)."""
+    """The connection has ended, after the peer had announced it (GOAWAY)."""
 
 
 class MuxStream:
-    """One stream: what has come and was not taken yet, and its end."""
+    """One stream: received data that was not consumed yet, and its end."""
 
     __slots__ = (
         "_chunks", "_end", "_heads", "_lost", "_news", "_window", "mux", "number", "on_lost", "on_news", "request", "sent",
@@ -55,19 +62,20 @@ class MuxStream:
     def __init__(self, mux: Mux, number: int) -> None:
         self.mux = mux
         self.number = number
-        self.share = mux.share  # what waits here is charged to it
+        self.share = mux.share  # buffers are charged to it
         self.sent = 0  # bytes of DATA
         self.request: RequestHead | None = None
-        self.on_lost: Callable[[], None] | None = None  # told when nobody waits for the stream's message any more
-        self.on_news: Callable[[], None] | None = None  # instead of waiting: told when all of a read is filed
+        self.on_lost: Callable[[], None] | None = None  # called when the stream is lost
+        # called when the data of one read is stored; used instead of waiting
+        self.on_news: Callable[[], None] | None = None
         self._heads: deque[ResponseHead] = deque()
         self._chunks: deque[tuple[bytes, int]] = deque()
         self._end: EndOfMessage | None = None
         self._lost: StreamLost | None = None
-        self._news: ParkingLot | None = None  # whoever takes waits here; made for the first who does
-        self._window: ParkingLot | None = None  # and here whoever sends
+        self._news: ParkingLot | None = None  # receivers wait here; created for the first one
+        self._window: ParkingLot | None = None  # senders wait here
 
-    # Filled by the reader...
+    # Called by the reader...
 
     def file(self, event: Filed) -> None:
         match event:
@@ -75,7 +83,7 @@ class MuxStream:
                 if event.data:
                     self.share.charge(event.credit)
                     self._append(event.data, event.credit)
-                elif event.credit:  # padding, which nobody will take
+                elif event.credit:  # padding, which no exchange will consume
                     self.mux.consumed(self.number, event.credit)
                 if event.ended:
                     self._end = END
@@ -106,7 +114,8 @@ class MuxStream:
         self._chunks.append((data, credit))
 
     def lose(self, error: StreamLost) -> None:
-        """The stream has ended early. A client that has the whole response has lost nothing: the server wants no more of the request."""
+        """The stream has ended early. This is no error for a client that has the whole response:
+        the server needs no more of the request."""
         if self._lost is None and not (self.mux.client and self._end is not None):
             self._lost = error
             if self.on_lost is not None:
@@ -116,7 +125,7 @@ class MuxStream:
         self.wake()
 
     def wake(self) -> None:
-        """There is room in the windows."""
+        """The windows have opened."""
         if self._window is not None:
             self._window.unpark_all()
 
@@ -126,26 +135,28 @@ class MuxStream:
         await self._window.park()
 
     async def _more(self) -> None:
-        """Until there is news."""
+        """Wait until something was received, or the stream is lost."""
         if self._news is None:
             self._news = ParkingLot()
         await self._news.park()
 
-    # Taken by the exchange...
+    # Called by the exchange...
 
     @property
     def ended(self) -> bool:
-        """Everything has come; it may not all have been taken yet."""
+        """Whether the whole message has arrived. It may not have been consumed yet."""
         return self._end is not None
 
     @property
     def empty(self) -> bool:
-        """Everything has come and been taken; there may have been nothing."""
+        """Whether the whole message has arrived and was consumed, or had no body and no
+        trailers."""
         return self._end is not None and not self._chunks and not len(self._end.trailers)
 
     @property
     def bare_end(self) -> Headers | None:
-        """The trailers of a message that has ended without a body; None: it has a body, or goes on."""
+        """The trailers of a message that has ended and has no unread body. None: it has one, or has
+        not ended."""
         return self._end.trailers if self._end is not None and not self._chunks else None
 
     @property
@@ -154,20 +165,20 @@ class MuxStream:
 
     @property
     def next_head(self) -> ResponseHead | None:
-        """What `head` would return without waiting; it is not taken."""
+        """The head that `head` would return without waiting. It is not consumed."""
         return self._heads[0] if self._heads else None
 
     @property
     def next_size(self) -> int:
-        """Bytes of the piece that `receive_nowait` would return; 0: it would return none."""
+        """The size in bytes of the piece that `receive_nowait` would return. 0: none."""
         return len(self._chunks[0][0]) if self._chunks else 0
 
     def head_nowait(self) -> None:
-        """Take `next_head`."""
+        """Consume `next_head`."""
         self._heads.popleft()
 
     async def head(self) -> ResponseHead:
-        """The next head of the response, interim ones too. Raises StreamLost."""
+        """Return the next head of the response, including interim ones. Raises StreamLost."""
         while not self._heads:
             if self._lost is not None:
                 raise self._lost
@@ -175,7 +186,8 @@ class MuxStream:
         return self._heads.popleft()
 
     def receive_nowait(self) -> bytes | EndOfMessage | None:
-        """The next piece of the body; its bytes count as taken, and the peer may send as many more. Raises StreamLost."""
+        """Return the next piece of the body, or its end. None: not yet. Returned bytes count as
+        consumed: the peer may send as many more. Raises StreamLost."""
         if self._chunks:
             data, credit = self._chunks.popleft()
             self.share.release(credit)
@@ -191,7 +203,8 @@ class MuxStream:
         return piece
 
     def send_head(self, head: ResponseHead, *, end: bool) -> None:
-        """Raises StreamLost, as all that send do, and HeadTooLarge, as `send_trailers` does."""
+        """Send a response head. Raises StreamLost, like all methods that send, and HeadTooLarge,
+        like `send_trailers`."""
         try:
             self.mux.http.send_response(self.number, head, end=end)
         except StreamGone as error:
@@ -206,7 +219,7 @@ class MuxStream:
         self.mux.put(_HEAD)
 
     async def send(self, data: bytes, *, end: bool) -> None:
-        """Send DATA as the windows allow, and no faster than the writer."""
+        """Send DATA as fast as the windows and the writer allow. Raises StreamLost."""
         at = 0
         try:
             while True:
@@ -237,7 +250,7 @@ class MuxStream:
             raise StreamLost(str(error), Code.STREAM_CLOSED) from error
 
     def takes(self, size: int) -> bool:
-        """So many bytes can be `put` now, without overtaking anybody."""
+        """Return whether `size` bytes can be `put` now, without overtaking another sender."""
         mux = self.mux
         if self._lost is not None or mux.broken is not None or mux.writer.behind or mux.scheduler.waiting:
             return False
@@ -247,7 +260,7 @@ class MuxStream:
             return False
 
     def put(self, data: bytes, *, end: bool) -> None:
-        """Send DATA that the windows allow."""
+        """Send DATA that fits into the windows. Raises StreamLost."""
         self.sent += len(data)
         try:
             self.mux.http.send_data(self.number, data, end=end)
@@ -257,20 +270,21 @@ class MuxStream:
 
     @property
     def may_send(self) -> bool:
-        """`send` would not have to wait for a window, or would raise."""
+        """Whether `send` would raise, or would not have to wait for a window."""
         try:
             return self._room() > 0
         except StreamLost:
             return True
 
     def close(self, code: int | None = None) -> None:
-        """Give the stream up: reset if it has not ended (with `code`), and nothing more is filed for it."""
+        """Abandon the stream: reset it if it has not ended (with `code`), and store nothing more
+        for it."""
         if code is not None:
             self.mux.http.reset(self.number, code)
         self.mux.forget(self)
 
     def give_back(self) -> None:
-        """What has come and nobody will take."""
+        """Drop the received data that was not consumed, and return its window."""
         while self._chunks:
             credit = self._chunks.popleft()[1]
             self.share.release(credit)

@@ -1,18 +1,20 @@
-"""How many HTTP/2 streams clients may have open in all of this process, and how fast they begin and end."""
+"""The limit on open HTTP/2 streams of all clients of this process, and the pace at which they begin
+and end."""
 
 from __future__ import annotations
 
 from proxy.net.memory_budget import Share
 from proxy.net.pacing import Pacer
 
-# Of the limit, the part that clients without a verified identity may use, in eighths. The rest is a reserve for members of the mesh.
+# The part of the limit, in eighths, for clients without a verified identity. The rest is reserved
+# for members of the mesh.
 _OPEN_EIGHTHS = 6
-# Bytes that a stream takes beside what is sent on it: its objects, those of its exchange, and their task.
+# Memory of a stream in bytes, without its data: its objects, those of its exchange, and their task.
 STREAM_BYTES = 12 * 1024
 
 
 class StreamLimit:
-    """The streams of all connections from clients. `limit`: how many may be open."""
+    """The open streams of all connections from clients. `limit`: the most that may be open."""
 
     __slots__ = ("_open_limit", "half", "limit", "open", "others", "pacer", "refused")
 
@@ -22,7 +24,7 @@ class StreamLimit:
         self.half = limit // 2
         self._open_limit = max(1, limit * _OPEN_EIGHTHS // 8)
         self.open = 0  # streams
-        self.others = 0  # of these, of clients without an identity
+        self.others = 0  # those of clients without an identity
         self.refused = 0  # since the start
 
     def opens(self, share: Share) -> None:
@@ -33,20 +35,20 @@ class StreamLimit:
             self.others += 1
 
     def closes(self, share: Share, count: int = 1) -> None:
-        """So many streams that were opened have ended."""
+        """`count` streams have ended."""
         share.release(STREAM_BYTES * count)
         self.open -= count
         if not share.member:
             self.others -= count
 
     def refuses(self, share: Share, count: int) -> None:
-        """So many streams have been refused, because of `left`."""
+        """`count` streams were refused because of `left`."""
         self.refused += count
         if share.full:
             share.budget.act("stream")
 
     def left(self, share: Share) -> int:
-        """How many streams more may be opened on the connection of `share`."""
+        """Return how many more streams may be opened on the connection of `share`."""
         if share.full:
             return 0
         left = self.limit - self.open

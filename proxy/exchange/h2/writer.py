@@ -1,8 +1,8 @@
-"""The writer of a shared HTTP/2 connection: what has been put down since it last looked goes out in one write.
+"""The writer of a shared HTTP/2 connection. It sends all pending frames in one write.
 
-It is a task of the connection's, so cancelling an exchange cannot tear a record that belongs to all. What is put down is bounded:
-beyond `_AHEAD` bytes, whoever would send waits before it puts anything down, so that a peer that asks and does not read has its streams
-open and no more.
+It is a task of the connection, so cancelling an exchange cannot cut a record that all exchanges
+share. The pending output is bounded: beyond `_AHEAD` bytes, a sender waits before it adds more. So
+a peer that sends requests and does not read only keeps its streams open.
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ from proxy.net.socket_stream import SocketStream, Stream
 from proxy.net.tls.handshake import TLSStream
 from proxy.wire.h2.connection import Http2Connection
 
-# What may be put down ahead of the writer: enough to fill a write while the next pieces are made.
+# Bytes that may be pending: enough to fill a write while the next pieces are created.
 _AHEAD = 256 * 1024
-# One write, which has its time to itself: a slow peer is not one that takes nothing.
+# Bytes per write. Each write has its own timeout, so a slow peer is not taken for a dead one.
 _WRITE = 65536
 
 
 class Writer:
-    """Of the output of `http` to `stream`; `patience`: seconds for the peer to take a write."""
+    """Writes the output of `http` to `stream`. `patience`: seconds for the peer to accept one
+    write."""
 
     __slots__ = ("_ahead", "_http", "_patience", "_sent", "_share", "_stopped", "_stream", "_task")
 
     def __init__(self, stream: Stream, http: Http2Connection, patience: float, share: Share = UNCOUNTED) -> None:
-        """`share`: what waits to be sent is charged to it."""
+        """`share`: pending output is charged to it."""
         self._stream = stream
         self._http = http
         self._patience = patience
-        self._task: Task | None = None  # while it waits
+        self._task: Task | None = None  # set while it waits
         self._ahead = 0
         self._sent = ParkingLot()  # senders wait here
         self._share = share
         self._stopped = False
 
     async def run(self, over: Callable[[], bool]) -> str | None:
-        """Write until there is nothing to write and it is `over`; or say why that cannot be done any more."""
+        """Write until there is no output and `over` returns True. Otherwise returns why writing has
+        failed."""
         with trio.CancelScope() as scope:
             try:
                 while True:
@@ -57,10 +59,11 @@ class Writer:
                         await self._wait()
             except (NetError, trio.ClosedResourceError) as error:
                 return str(error)
-        return f"the peer took nothing for {self._patience} s"
+        return f"the peer accepted no data for {self._patience} s"
 
     async def _wait(self) -> None:
-        """Until somebody says `touch`. Nobody else waits here, and this is the commonest wait of all: so no ParkingLot."""
+        """Wait for a call of `touch`. No other task waits here, and this wait is the most frequent,
+        so it does not use a ParkingLot."""
 
         def abort(_: RaiseCancelT) -> Abort:
             self._task = None
@@ -72,12 +75,14 @@ class Writer:
     async def _send(self, data: bytes, scope: trio.CancelScope) -> None:
         sent, size, stream = 0, len(data), self._stream
         if size <= _WRITE and isinstance(stream, SocketStream | TLSStream):
-            sent = stream.send_nowait(data)  # as a rule that is all: no deadline has to be moved, twice
+            # usually this sends everything, and the deadline does not have to be moved twice
+            sent = stream.send_nowait(data)
         if sent < size:
             await self._send_rest(data, sent, scope)
 
     async def _send_rest(self, data: bytes, sent: int, scope: trio.CancelScope) -> None:
-        """The peer is slower than we are: what it has still to take is charged, and as much as may be put down meanwhile."""
+        """The peer is slow: send the rest in pieces. The rest is charged, together with the output
+        that may become pending meanwhile."""
         charged = len(data) + (_AHEAD if len(data) > _WRITE else 0)
         self._share.charge(charged)
         try:
@@ -90,27 +95,27 @@ class Writer:
             self._share.release(charged)
 
     def touch(self) -> None:
-        """Something may have been put down, or it may be over."""
+        """Wake the writer: output may be pending, or the connection may be over."""
         task = self._task
         if task is not None:
             self._task = None
             reschedule(task)
 
     def put(self, size: int) -> None:
-        """So many bytes, about, have been put down."""
+        """About `size` bytes of output have been added."""
         self._ahead += size
 
     @property
     def behind(self) -> bool:
-        """Too far for more to be put down."""
+        """Whether too much output is pending for more to be added."""
         return self._ahead > _AHEAD and not self._stopped
 
     async def paced(self) -> None:
-        """Wait until it is not too far behind."""
+        """Wait until `behind` is False."""
         while self.behind:
             await self._sent.park()
 
     def stop(self) -> None:
-        """The connection is of no further use: nobody waits any more."""
+        """The connection cannot be used any more: wake all senders."""
         self._stopped = True
         self._sent.unpark_all()
