@@ -6,10 +6,8 @@ reads the response. Only if more of the body has to come, a second task (the pum
 same time. It runs in a nursery that ends here: an upload may take long, and the server may answer
 before its end.
 
-What is repeated here, once for each exchange, at any number of endpoints:
-
-- If a connection cannot be opened, the request was not sent, so the caller may try another
-endpoint.
+If a connection cannot be opened, the request was not sent: the caller may try another endpoint.
+Two cases are repeated here, once for each exchange, at however many endpoints it is tried:
 
 - If the server closes a reused connection just as we send on it, the close says nothing about the
 request. The request is repeated on a new connection if this is safe (RFC 9110 §9.2.2): the method
@@ -219,7 +217,7 @@ class _Attempt:
             carrier.put(handoff.to_server)
             carrier.finish(END)
             exchange.clock.expect(self._stalls, self._settings.stream_timeout)
-            with suppress(ConnectionLost):  # the server may have said why: read the response
+            with suppress(ConnectionLost):  # the response may say why: read it
                 await carrier.flush()
         self._sent()
         return await self._receive_or_drop()
@@ -276,7 +274,7 @@ class _Attempt:
         try:
             await carrier.flush()
         except ConnectionLost:
-            whole = True  # The server takes no more. It may have said why: the response is still to be read.
+            whole = True  # The server accepts no more data. Its response may say why: read it.
         if whole:
             self._sent()
         return whole
@@ -298,7 +296,7 @@ class _Attempt:
                 carrier.put(piece)
                 await carrier.flush()
         except ConnectionLost:
-            # The server takes no more. It may have said why: the response is still to be read.
+            # The server accepts no more data. Its response may say why: read it.
             exchange.clock.expect(self._silent, self._settings.response_timeout)
         except Exception as error:  # the attempt raises it
             self._fault = error
@@ -317,7 +315,8 @@ class _Attempt:
             protocol = upgrade_offer(head.headers) if head.status == 101 else None
             strip_hop_by_hop(head.headers)
             if head.status < 200:
-                head.headers.remove(b"content-length")  # RFC 9110 §8.6: no body follows, whatever it says
+                # RFC 9110 §8.6: no body follows, whatever Content-Length says
+                head.headers.remove(b"content-length")
             if not head.informational:
                 break
             exchange.informed = True

@@ -8,8 +8,9 @@ An application must not be able to set that field. Two rules ensure this:
 
     - A proxy accepts the field only on a mutual TLS connection whose peer it has verified, so the
       field comes from a proxy.
-    - A proxy removes the field from everything that it forwards, in both directions (the field is in
-      HOP_BY_HOP; the fast path hands such responses over), so it does not come from behind that proxy.
+    - A proxy removes the field from everything that it forwards, in both directions (the field is
+      in HOP_BY_HOP; the fast path hands such responses over), so it does not come from behind that
+      proxy.
 
 The status and Proxy-Status of such a response are for people, and for peers that do not know the
 field.

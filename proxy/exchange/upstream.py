@@ -233,7 +233,7 @@ class Http1Carrier(Carrier):
 
     def _unanswered(self, words: str, silent: bool = False) -> Exception:
         if self._half_closed:
-            return ClientGone(f"the client had ended its direction, and {words}")
+            return ClientGone(f"the client had ended its direction of the connection, and {words}")
         # Only a reused connection may have been closed for a reason other than our request. A
         # timeout means that the server did not close it and would not accept a new one either.
         return Unanswered(words, again=self._reused and not self._interim and not silent)
@@ -252,7 +252,7 @@ class Http1Carrier(Carrier):
     def _broken(self, error: UpstreamClosed) -> Exception:
         """The error for a body that breaks off. If the client has ended its direction, the server
         may have ended the body for that reason."""
-        return ClientGone(f"the client had ended its direction, and {error}") if self._half_closed else error
+        return ClientGone(f"the client had ended its direction of the connection, and {error}") if self._half_closed else error
 
     async def body(self) -> bytes | EndOfMessage:
         while (piece := self.body_nowait()) is None:
@@ -340,7 +340,7 @@ class Http2Carrier(Carrier):
 
     def _opened(self) -> MuxStream:
         if self._stream is None:
-            raise RuntimeError("begin comes first")
+            raise RuntimeError("begin was not called")
         return self._stream
 
     async def head(self) -> ResponseHead:

@@ -6,8 +6,8 @@ Overview
 The ordinary path runs one trio task for each connection. It can do everything, but each wait costs
 a pass of trio's scheduler. One exchange needs two waits, a dozen coroutines, and several scopes and
 objects. Most exchanges do not need them: wire/h1/fast_head.py recognises their heads, the pool has
-an idle connection to the endpoint, the length of each body is known, and nothing fails. The fast
-path (`fast_path.py`) serves these exchanges. It has one epoll set for all connections. When a
+an idle connection to the endpoint, it is known how each body is delimited, and nothing fails. The
+fast path (`fast_path.py`) serves these exchanges. It has one epoll set for all connections. When a
 socket is ready, it calls a plain function: no task, no cancel scope, no await. Its loop is not a
 task either. It runs where trio would wait (`event_loop.py`).
 
@@ -41,8 +41,8 @@ disconnected. The fast path does not interpret ends and errors of connections: a
 again on the next call, so the ordinary path sees them as if it had made the first call.
 
 *No waiting, one deadline.* The fast path has one deadline: it hands an exchange over if it has not
-moved for `PATIENCE` seconds, or if its own deadline is that near (the deadline of a gRPC call, for
-example). The ordinary path has all other timeouts. So an exchange with a slow server costs one
+moved for `PATIENCE` seconds, or if the exchange's own deadline (that of a gRPC call, for example)
+is that near. The ordinary path has all other timeouts. So an exchange with a slow server costs one
 extra handoff, and neither path needs to know the timers of the other.
 
 *Same records.* An exchange on the fast path is the same `Http1Exchange` or `Http2Exchange`. It has

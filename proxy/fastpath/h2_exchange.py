@@ -56,7 +56,7 @@ def begin(fast_path: FastPath, plan: ExchangePlan, server: Http2Server, exchange
             fast_exchange.moved, fast_exchange.limit, fast_exchange.began = now, min(limit, lease.limit), now
             fast_exchange.begin(plan)
             return True
-    except Exception as error:  # as below
+    except Exception as error:  # error boundary, as in `_on_client`
         _log.error("internal error while carrying an HTTP/2 stream", exc_info=error)
         exchange.stream.close(Code.INTERNAL_ERROR)
         return True
@@ -102,7 +102,7 @@ class FastExchange:
         except HeadTooLarge:  # nothing has been sent; the ordinary path reports the error
             self._lease.end()
             self._give(Handoff())
-        except Exception as error:  # as below
+        except Exception as error:  # error boundary, as in `_on_client`
             self._fail(error)
 
     def _set_out(self) -> None:

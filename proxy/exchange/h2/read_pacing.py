@@ -1,9 +1,10 @@
 """How fast the proxy reads the connection of an HTTP/2 client, and how many streams it may have
 open.
 
-The proxy does not read a connection while streams that it opened wait for their start, or while it
-exceeds its memory limit. The connection window and the number of streams follow the free memory and
-free streams of the process. This costs almost nothing while both are plentiful.
+The proxy does not read a connection while new streams of that connection wait for their start, or
+while the connection exceeds its memory limit. The connection window and the number of streams
+follow the free memory and free streams of the process. This costs almost nothing while both are
+plentiful.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class StreamBody:
         try:
             return self._stream.receive_nowait()
         except StreamLost as error:
-            raise ClientGone(f"within the request: {error}") from error
+            raise ClientGone(f"during the request: {error}") from error
 
     async def receive(self) -> bytes | EndOfMessage:
         piece = self.receive_nowait()
@@ -73,7 +73,7 @@ class StreamBody:
                 try:
                     return await self._stream.receive()
                 except StreamLost as error:
-                    raise ClientGone(f"within the request: {error}") from error
+                    raise ClientGone(f"during the request: {error}") from error
             if self._stream.sent == sent:
                 raise RequestTimeout(f"the request's body paused for {self._patience} s, and so did the response")
             piece = self.receive_nowait()
@@ -139,7 +139,7 @@ class Http2Exchange(Exchange):
         try:
             await self._send_body(piece, body)
         except StreamLost as error:
-            raise ClientGone(f"within the response: {error}") from error
+            raise ClientGone(f"during the response: {error}") from error
 
     def frame(self, head: ResponseHead, length: Length) -> bool:
         """Add the `length` of the body to `head` if it is known and allowed. Returns True if there
@@ -155,7 +155,7 @@ class Http2Exchange(Exchange):
         try:
             await self._send_body(body.receive_nowait(), body)
         except StreamLost as error:
-            raise ClientGone(f"within the response: {error}") from error
+            raise ClientGone(f"during the response: {error}") from error
 
     async def _send_body(self, piece: bytes | EndOfMessage | None, body: Body) -> None:
         """Send `piece` and what follows it. The last DATA frame carries the end, if the end is

@@ -2,7 +2,7 @@
 
 It is a task of the connection, so cancelling an exchange cannot cut a record that all exchanges
 share. The pending output is bounded: beyond `_AHEAD` bytes, a sender waits before it adds more. So
-a peer that sends requests and does not read only keeps its streams open.
+a peer that sends requests but does not read keeps its streams open, and no more is buffered.
 """
 
 from __future__ import annotations
