@@ -155,13 +155,13 @@ class Client:
         headers = [("Content-Type", "application/apply-patch+yaml")]  # JSON is YAML
         return resource.one(await self.call(Request("PATCH", target, headers, msgspec.json.encode(item))))
 
-    async def patch(self, resource: Resource[T], item: T, changes: Mapping[str, Any], subresource: str = "") -> T:
+    async def patch(self, resource: Resource[T], item: T, changes: Mapping[str, Any], subresource: str = "", *, attempts: int = 0) -> T:
         """Merge `changes` (RFC 7386) into a stored object, or into its `subresource`, such as its status. If they have the
         resourceVersion of `item`, an object that has changed since is Refused with 409. An object is never stored whole: what these
         structs do not know of it would be lost. Raises KubeError."""
         target = self._target(resource.path(item.metadata.namespace, item.metadata.name, subresource))
         headers = [("Content-Type", "application/merge-patch+json")]
-        return resource.one(await self.call(Request("PATCH", target, headers, msgspec.json.encode(changes))))
+        return resource.one(await self.call(Request("PATCH", target, headers, msgspec.json.encode(changes)), attempts=attempts))
 
     async def delete(self, resource: Resource[T], item: T) -> None:
         """Delete exactly this object, and not another one of the same name. That it is gone already is no error. Raises KubeError."""

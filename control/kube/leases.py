@@ -106,7 +106,7 @@ class Election:
     async def _store(self, found: Lease, spec: LeaseSpec) -> Lease:
         """Raises Refused with 409, if it has changed since it was `found`."""
         changes = {"metadata": {"resourceVersion": found.metadata.resource_version}, "spec": msgspec.to_builtins(spec)}
-        return await self._client.patch(LEASES, found, changes)
+        return await self._client.patch(LEASES, found, changes, attempts=1)  # the next one comes soon
 
     async def _renew(self, held: Lease, scope: trio.CancelScope) -> None:
         """Renew until that fails for too long."""
@@ -114,8 +114,8 @@ class Election:
         while True:
             await trio.sleep(rules.retry)
             asked = trio.current_time()
-            left = self._renewed + rules.renew - asked
-            with trio.move_on_after(max(0.0, left)) as limit:
+            limit = min(self._renewed + rules.renew, asked + rules.renew / 2)  # one that hangs is not waited for until it is too late
+            with trio.move_on_at(limit):
                 try:
                     held = await self._store(held, self._spec(held.spec))
                     self._renewed = asked
@@ -123,7 +123,7 @@ class Election:
                     _log.debug("the lease %s/%s was not renewed: %s", self._namespace, self._name, error)
                     if isinstance(error, Refused) and error.code == 409:
                         held = await self._changed(held, scope)
-            if limit.cancelled_caught or trio.current_time() - self._renewed >= rules.renew:
+            if trio.current_time() >= self._renewed + rules.renew:
                 scope.cancel()
 
     async def _changed(self, held: Lease, scope: trio.CancelScope) -> Lease:
