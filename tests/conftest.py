@@ -11,6 +11,9 @@ from hypothesis import HealthCheck, settings
 from tests.kit.build import COMPILED
 from tests.kit.library import AWS_LC
 
+# Tests that several files have in common.
+pytest.register_assert_rewrite("tests.control.rules")
+
 # How long an example takes says how busy the machine is, and nothing about the code.
 settings.register_profile("isthmus", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("isthmus")

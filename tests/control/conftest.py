@@ -14,8 +14,6 @@ from control.kube.client import Client
 from lab.kube_api.server import ApiServer
 from tests.control.stage import FakeStage
 
-pytest.register_assert_rewrite("tests.control.rules")
-
 AT = Access("api.test", 6443, None)
 
 

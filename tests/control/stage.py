@@ -60,7 +60,7 @@ class Stage:
         """A token for `audience`, and the name of its user."""
         raise NotImplementedError
 
-    def grant(self, user: str) -> None:
+    async def grant(self, user: str) -> None:
         """From now on `user` may get config maps in the namespace, and nothing else."""
         raise NotImplementedError
 
@@ -79,7 +79,7 @@ class FakeStage(Stage):
         self.server.behaviour.tokens[""] = {}  # the tests' own requests have none
         return "secret", user
 
-    def grant(self, user: str) -> None:
+    async def grant(self, user: str) -> None:
         def allowed(spec: dict[str, Any]) -> bool:
             wish = spec["resourceAttributes"]
             return spec["user"] == user and (wish["verb"], wish["resource"], wish.get("namespace")) == ("get", "configmaps", self.namespace)
