@@ -62,7 +62,9 @@ RUN apt-get update \
     && useradd --uid 2102 --gid 2102 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin isthmus
 
 COPY --from=build /opt/isthmus /opt/isthmus
-ENV PATH=/opt/isthmus/bin:$PATH PYTHONDONTWRITEBYTECODE=1
+# The C library's allocator returns memory after a flood, Python's own does not
+# (docs/decisions/48-memory-budget.md).
+ENV PATH=/opt/isthmus/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONMALLOC=malloc
 
 # The redirection exempts this user. It is a number, so that Kubernetes can see that it is not root
 # (runAsNonRoot).

@@ -99,7 +99,8 @@ perf: $(VENV)/.dev $(READY) $(AWS_LC)/.ready
 	@./scripts/system-packages "wrk:wrk nginx:nginx-light h2load:nghttp2-client nghttpd:nghttp2-server curl:curl" "haproxy:haproxy nghttpx:nghttp2-proxy"
 	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m perf $(PERF)
 
-# The tables go into docs/reliability.md. SOAK="--only NAME,..." measures a part, and writes nothing.
+# The tables go into docs/reliability.md. SOAK="--only floods --write", or faults, measures one table and keeps the other.
+# SOAK="--only NAME,..." measures a part, and writes nothing.
 soak: $(VENV)/.dev $(READY) $(AWS_LC)/.ready
 	@./scripts/system-packages "$(NEEDED)"
 	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m perf.reliability $(or $(SOAK),--write)

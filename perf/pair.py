@@ -25,6 +25,8 @@ BODY = b"x" * 1024
 _BUILD = Path(__file__).parents[1] / "build"
 # What the image has instead of what a checkout has: its TLS library, and compiled modules. Made by `make aws-lc compiled`.
 IMAGE = (_BUILD / "aws-lc" / "site", _BUILD / "compiled")
+# And the environment of the programs in it (Dockerfile), but for its path.
+IMAGE_ENVIRONMENT = {"PYTHONSAFEPATH": "1", "PYTHONMALLOC": "malloc"}
 _START_SECONDS = 20.0
 
 
@@ -162,13 +164,14 @@ def isthmus_pair(folder: Path, back: int, wishes: dict[str, object] | None = Non
         },
     }
     commands = {}
+    image = IMAGE_ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(map(str, IMAGE))}
     for name, config in configs.items():
         if not wishes["resume"]:
             config["identity"]["session_lifetime"] = 0
         config.update(cast("dict[str, Any]", wishes["settings"]))
         path = folder / f"{name}.yaml"
         path.write_text(json.dumps(config))
-        build = ["env", "PYTHONSAFEPATH=1", f"PYTHONPATH={os.pathsep.join(map(str, IMAGE))}"] if wishes["image"] else []
+        build = ["env", *(f"{name}={value}" for name, value in image.items())] if wishes["image"] else []
         commands[name] = [*build, sys.executable, "-m", "proxy.cli", "run", "--config", str(path)]
     with pair_of("isthmus", commands, ports, folder) as found:
         yield found

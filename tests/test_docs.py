@@ -20,6 +20,7 @@ import pytest
 import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
+from perf import pair
 from proxy import directory, errors
 from proxy.config import load as config
 from proxy.config.units import GrpcCode
@@ -232,6 +233,12 @@ def test_the_gateway_of_the_manifests_fits_the_proxy() -> None:
 def test_the_image_runs_as_the_user_that_the_redirection_exempts() -> None:
     text = (ROOT / "Dockerfile").read_text("utf-8")
     assert re.findall(r"^USER (\S+)", text, re.MULTILINE) == [f"{InterceptSettings().uid}:{InterceptSettings().uid}"]
+
+
+def test_proxies_are_measured_with_the_allocator_of_the_image() -> None:
+    text = (ROOT / "Dockerfile").read_text("utf-8")
+    (allocator,) = re.findall(r"^ENV .*\bPYTHONMALLOC=(\S+)", text, re.MULTILINE)
+    assert allocator == pair.IMAGE_ENVIRONMENT["PYTHONMALLOC"]
 
 
 def test_the_base_of_the_image_is_pinned_by_digest() -> None:

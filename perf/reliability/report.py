@@ -36,9 +36,9 @@ class Row:
 
 
 def table(head: tuple[str, ...], rows: Iterable[Row]) -> str:
-    """A table in Markdown; its last column says whether the row held."""
+    """A table in Markdown. Its last column says whether the row passed."""
     lines = [head, ("---",) * len(head)]
-    lines += [(*row.cells, "held" if row.held else f"not held: {'; '.join(row.faults)}") for row in rows]
+    lines += [(*row.cells, "passed" if row.held else f"failed: {'; '.join(row.faults)}") for row in rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from perf.reliability import __main__ as program
 from perf.reliability import report
 from perf.reliability.report import Row, table, write
 
@@ -41,6 +42,23 @@ def test_a_row_says_whether_it_held() -> None:
     assert good.held
     assert not bad.held
     lines = table(("flood", "n", ""), [good, bad]).splitlines()
-    assert lines == ["| flood | n |  |", "| --- | --- | --- |", "| title | 1 | held |", "| other | 2 | not held: too slow; killed |"]
+    assert lines == ["| flood | n |  |", "| --- | --- | --- |", "| title | 1 | passed |", "| other | 2 | failed: too slow; killed |"]
     assert bad.line().startswith("FAIL b")
     assert "too slow; killed" in bad.line()
+
+
+def test_a_half_can_be_measured_and_written_alone() -> None:
+    assert program.chosen("faults") == program.FAULTS
+    assert program.chosen("") == program.FLOODS | program.FAULTS
+    assert program.chosen("faults,churn") == program.FAULTS | {"churn"}
+    rows = [Row("faults", name, (name, "rule", "measured")) for name in sorted(program.FAULTS)]
+    assert list(program.texts(rows)) == ["faults"]
+    assert program.texts(rows[1:]) == {}
+    assert list(program.texts([*rows, Row("floods", "churn", ("churn",))])) == ["faults"]
+
+
+@pytest.mark.parametrize("wrong", [["--only", "flods"], ["--only", "churn,sidecar-killed", "--write"]])
+def test_a_wrong_name_and_a_part_that_cannot_be_written_are_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        program.main(wrong)
+    assert ("flods" if "flods" in wrong else "--write needs a whole table") in capsys.readouterr().err
