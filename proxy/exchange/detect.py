@@ -22,7 +22,9 @@ class Opening:
     metrics."""
 
     protocol: Protocol
-    how: str  # "http1", "http2", "tls", "opaque"; "silent": no bytes in time; "closed": no bytes, as with probes
+    # "http1", "http2", "tls", "opaque"; "silent": no byte in time; "closed": closed without a byte,
+    # as probes do
+    how: str
     hello: ClientHello | None = None
     open: bool = False  # later bytes may still show that it is HTTP (flows/late_detection.py)
 

@@ -245,7 +245,7 @@ class Exchange(ABC):
     def _client_went(self) -> Exception:
         return ClientGone(f"the client closed its connection {'before' if self.response is None else 'while'} it got its response")
 
-    def pass_half_close(self, tell: Callable[[], None] | None) -> None:  # noqa: B027  # HTTP/2 has none
+    def pass_half_close(self, tell: Callable[[], None] | None) -> None:  # noqa: B027
         """The whole request has been sent: from now on, call `tell` once if the client ends its
         direction of the connection. None: stop.
 
@@ -282,7 +282,8 @@ class Exchange(ABC):
         The server owns the stream and closes it when the handler returns.
         """
 
-    def retire(self) -> None:  # noqa: B027  # not abstract: tests of layers use exchanges without a connection
+    # Not abstract: tests of layers use exchanges without a connection.
+    def retire(self) -> None:  # noqa: B027
         """End the connection after this exchange. The response, or a frame after it, tells the
         client."""
 

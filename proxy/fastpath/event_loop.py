@@ -182,7 +182,8 @@ class Clock(trio.abc.Clock):
 
     def __init__(self) -> None:
         self.event_loop: EventLoop | None = None
-        self._from = random.uniform(10_000, 200_000)  # noqa: S311  # like trio's own clock: times of two runs must not be mixed
+        # Like trio's own clock: times of two runs must not be mixed.
+        self._from = random.uniform(10_000, 200_000)  # noqa: S311
 
     def start_clock(self) -> None:
         pass

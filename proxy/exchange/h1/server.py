@@ -246,8 +246,8 @@ class Http1Exchange(Exchange):
     def retire(self) -> None:
         self._server.retire()
 
-    def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:  # noqa: ARG002  # HTTP/1 can only cut the connection
-        self._server.abort()
+    def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:  # noqa: ARG002
+        self._server.abort()  # HTTP/1 has no error code; it can only cut the connection
 
 
 class Http1Server:

@@ -122,7 +122,8 @@ class Http2Exchange(Exchange):
 
     async def respond(self, head: ResponseHead, body: Body) -> None:
         if self.malformed is not None:
-            raise ClientGone("the stream was reset because the request was malformed")  # RFC 9113 §8.1.1: the reset is the response
+            # RFC 9113 §8.1.1: the reset is the response
+            raise ClientGone("the stream was reset because the request was malformed")
         bodiless = self.frame(head, body.length)
         piece = body.receive_nowait()  # may raise; an error response can still be sent here
         if self.stream.mux.writer.behind:
@@ -151,8 +152,8 @@ class Http2Exchange(Exchange):
             head.headers.add(b"content-length", b"%d" % length)
         return bodiless
 
-    async def go_on(self, unsent: bytes, body: Body) -> None:  # noqa: ARG002  # frames are added whole, so `unsent` is empty
-        try:
+    async def go_on(self, unsent: bytes, body: Body) -> None:  # noqa: ARG002
+        try:  # frames are added whole, so `unsent` is empty
             await self._send_body(body.receive_nowait(), body)
         except StreamLost as error:
             raise ClientGone(f"during the response: {error}") from error
