@@ -1,22 +1,26 @@
-"""DNS messages: what to say to a question, from its bytes to the bytes of the answer. Pure; the sockets are proxy/dns/server.py's.
+"""DNS messages: from the bytes of a query to the bytes of the response. No I/O; proxy/dns/server.py
+has the sockets.
 
-A query is looked at as far as its question and no further, and what is not for us is forwarded in its own bytes: options, signatures
-and types that nobody here has heard of pass. Answers are made by dnspython; what we decide is small:
+The proxy parses a query up to its question only. It forwards queries for other names unchanged, so
+unknown options, signatures and types pass. dnspython builds the responses. The rules are:
 
     A, AAAA          the service's virtual address of that family
     ANY              both (RFC 8482 would allow less)
-    other types      the name exists, and has none (NODATA); HTTPS and SVCB are what browsers and curl ask for
-    PTR              of a virtual address: the service's name; of one that nobody has: NXDOMAIN, and the question stays here
-    TXT              of a name below `PROBE`: how `isthmus check` knows that it is us who answer
+    other types      the name exists without such records (NODATA); browsers and curl ask for HTTPS
+                     and SVCB
+    PTR              of a virtual address: the service's name; of an unassigned one: NXDOMAIN,
+                     and the query is not forwarded
+    TXT              of a name below `PROBE`: `isthmus check` detects by it that this proxy answers
 
-Negative answers have an SOA (RFC 2308), so that caches keep them, and not for long. The question comes back as it was asked, letter by
-letter: some clients vary the case against forgers. EDNS (RFC 6891) is answered by EDNS, a version that we do not know by BADVERS. Two
-questions in one message are a format error (RFC 9619). No answer of ours is longer than 512 bytes, so none is ever truncated. Responses
-and fragments are dropped without a word: an answer to an answer is how two servers begin to talk for ever.
+Negative responses have an SOA (RFC 2308), so that caches keep them for a short time. The response
+repeats the question with the same case: some clients vary the case to detect forged responses. A
+query with EDNS (RFC 6891) gets a response with EDNS, and an unknown version gets BADVERS. A message
+with two questions is a format error (RFC 9619). No response is longer than 512 bytes, so none is
+truncated. Responses and fragments of messages are dropped silently: a response to a response could
+start an endless exchange between two servers.
 
-Applications ask the same questions again and again: verdicts are remembered, by the bytes of the query behind its id, as long as the
-directory stays the same.
-"""
+Applications repeat the same queries. So verdicts are cached until the directory changes. The key is
+the query without its id."""
 
 from __future__ import annotations
 
@@ -43,20 +47,20 @@ from proxy.dns.zone import Verdict, Zone
 
 Result = Literal["answered", "nodata", "nxdomain", "no_address", "malformed", "overload", "unreachable"]
 
-# RFC 6761: nobody's name, and no resolver may find anything below it.
+# RFC 6761: the name is reserved, and no resolver finds anything below it.
 PROBE = "isthmus-check.invalid"
 PROBE_TEXT = "isthmus"
 
 _HEADER = 12  # bytes: id, flags and four counts (RFC 1035 §4.1.1)
-_PAYLOAD = 1232  # what we take over UDP without fragments (DNS flag day 2020)
-_NEGATIVE_TTL = 5  # seconds: a service that has just been added should be found soon
+_PAYLOAD = 1232  # largest UDP payload without fragments (DNS flag day 2020)
+_NEGATIVE_TTL = 5  # seconds: clients should find a new service soon
 _REMEMBERED = 1024
 _MOST_REMEMBERED_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Our own answer."""
+    """A response of this proxy."""
 
     wire: bytes
     result: Result
@@ -64,28 +68,29 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Not ours. `question` are the bytes that the answer has to repeat, in whatever case; none where we do not know what to expect."""
+    """Forward the query. `question`: the bytes that the response must repeat, in any case. Empty if
+    they are not known."""
 
     question: bytes
 
 
 def answers_to(answer: bytes, forward: Forward) -> bool:
-    """Whether a datagram, of which the id has been compared, is a response to what was passed on.
+    """Whether a datagram is a response to the forwarded query. The caller has compared the id.
 
-    Servers that cannot read a question, or do not want to, may leave it out when they say so.
-    """
+    Servers that cannot read the question, or refuse it, may omit it in an error response."""
     if len(answer) < _HEADER or not answer[2] << 8 & dns.flags.QR:
         return False
     _, flags, questions = struct.unpack_from("!3H", answer)
     if not questions:
         return not forward.question or dns.rcode.from_flags(flags, 0) != dns.rcode.NOERROR
     repeated = answer[_HEADER : _HEADER + len(forward.question)]
-    # The type and the class are compared as they are; no byte of a label's length is a letter.
+    # Compare type and class exactly. The length bytes of labels are not letters, so lower() keeps
+    # them.
     return repeated[-4:] == forward.question[-4:] and repeated.lower() == forward.question.lower()
 
 
 class Answers:
-    """What we say, by one snapshot of the directory. `ttl` is in seconds, of positive answers."""
+    """The responses for one snapshot of the directory. `ttl`: seconds, for positive responses."""
 
     def __init__(self, zone: Zone, virtual: VirtualAddresses, ttl: float) -> None:
         self._zone = zone
@@ -94,7 +99,7 @@ class Answers:
         self._remembered: dict[bytes, Reply | Forward | None] = {}
 
     def answer(self, wire: bytes) -> Reply | Forward | None:
-        """What becomes of a query; None: it is dropped. Never fails, whatever the bytes."""
+        """What to do with a query. None: drop it. Never raises, whatever the bytes."""
         if len(wire) < _HEADER:
             return None
         key = wire[2:]
@@ -127,7 +132,7 @@ class Answers:
         return forward if say is None else _reply(wire, say)
 
     def _words(self, name: dns.name.Name, kind: dns.rdatatype.RdataType) -> Callable[[dns.message.Message], Result] | None:
-        """What fills the answer to a question; None: it is not for us."""
+        """A function that fills the response to a question. None: forward the query."""
         labels = [label.decode("latin-1") for label in name.labels if label]
         if labels and labels[-1].lower() == "arpa":
             return self._reverse(name, kind)
@@ -174,7 +179,7 @@ class Answers:
 def _reply(wire: bytes, say: Callable[[dns.message.Message], Result]) -> Reply:
     try:
         query = dns.message.from_wire(wire)
-    except dns.exception.DNSException:  # what stands behind the question is no message, or is signed by a key that we do not have
+    except dns.exception.DNSException:  # invalid data after the question, or a signature with an unknown key
         return Reply(failure(wire, dns.rcode.FORMERR), "malformed")
     message = dns.message.make_response(query, recursion_available=True, our_payload=_PAYLOAD)
     message.flags |= dns.flags.AA
@@ -194,7 +199,8 @@ def _negative(message: dns.message.Message, zone: dns.name.Name, verdict: Verdic
 
 
 def failure(wire: bytes, code: dns.rcode.Rcode) -> bytes:
-    """A response to a query of at least twelve bytes that says only that it failed, with what of the query can be read."""
+    """An error response to a query of at least twelve bytes, with the parts of the query that can
+    be parsed."""
     message = dns.message.Message(int.from_bytes(wire[:2], "big"))
     message.flags = dns.flags.Flag(dns.flags.QR)
     for question_only in (False, True):

@@ -1,18 +1,21 @@
-"""Questions of the pod's programs to their resolvers.
+"""The DNS server: it answers or forwards the queries of the pod's programs.
 
-    a datagram, or a frame of a TCP connection -> whose name is it?
-        a service of another cluster's   answered here, by what the directory says now
-        anybody else's                   passed on to the resolver that was asked, in its own bytes, and the answer back in its own
+    a datagram, or a frame of a TCP connection -> which name?
+        a service of another cluster   answered here, from the current directory
+        any other name                 forwarded unchanged to the resolver that was asked; the
+                                       response returns unchanged
 
-Over UDP each question that is passed on has a socket of its own: the kernel draws its port and takes datagrams from that resolver only,
-and we draw its id. An answer has to come from there, to there, with that id, and repeat the question: whoever wants to forge one has
-some thirty bits to guess, and what does not fit is ignored and counted. Over TCP a client's connection has one connection to its
-resolver, on which questions and answers go on as they come, in any order; nobody else's are on it.
+Over UDP, each forwarded query has its own socket: the kernel selects its port, and accepts
+datagrams from that resolver only. The proxy selects a random id. A response must come from that
+address to that port, with that id, and must repeat the question. So an attacker has to guess about
+thirty bits. The proxy ignores and counts all other datagrams. Over TCP, each client connection has
+its own connection to the resolver. Queries and responses pass in any order, and no other client
+shares the connection.
 
-A slow or dead resolver costs what waits for it and nothing else: `max_in_flight` small tasks over UDP, `max_connections` over TCP. Who
-has waited for `timeout`, or would be one too many, is told so (SERVFAIL; over TCP by the end of the connection); then the C library
-asks the next server, or gives up. A datagram is a boundary of errors: whatever goes wrong with one, the others go on.
-"""
+A slow or dead resolver delays only the queries that wait for it: `max_in_flight` small tasks over
+UDP, `max_connections` over TCP. A query that has waited for `timeout`, or exceeds the limit, gets
+SERVFAIL (over TCP the connection ends). Then the C library asks the next server, or gives up. An
+error in one datagram does not affect the others."""
 
 from __future__ import annotations
 
@@ -44,7 +47,8 @@ _TROUBLES = RateLimit(1)
 
 @dataclass(slots=True)
 class Resolver:
-    """What answers and passes on. `answers` is replaced with each new directory, `upstreams` are the pod's resolvers, at least one."""
+    """Answers and forwards queries. `answers` is replaced with each new directory. `upstreams`: the
+    pod's resolvers, at least one."""
 
     config: DnsConfig
     upstreams: Sequence[Address]
@@ -53,10 +57,11 @@ class Resolver:
     metrics: Metrics
     in_flight: int = field(default=0, init=False)
 
-    # Datagrams...
+    # Datagrams.
 
     async def serve(self, ways_in: Sequence[tuple[socket.socket, Address]]) -> None:
-        """Take the datagrams of these sockets, each for its resolver, until cancelled. Owns and closes the sockets."""
+        """Serve the datagrams of these sockets until cancelled. Each socket has its resolver. Owns
+        and closes the sockets."""
         try:
             async with trio.open_nursery() as nursery:
                 for sock, upstream in ways_in:
@@ -66,11 +71,11 @@ class Resolver:
                 sock.close()
 
     def _take(self, nursery: trio.Nursery, sock: socket.socket, upstream: Address, wire: bytes, client: Sender) -> None:
-        """One datagram: answered at once, or passed on by a task of its own."""
+        """Handle one datagram: answer it at once, or start a task that forwards it."""
         try:
             judged = self.answers.answer(wire)
             if isinstance(judged, Forward) and self.in_flight >= self.config.max_in_flight:
-                warn(_log, _TROUBLES, "%d questions wait for resolvers: more are refused (dns.max_in_flight)", self.in_flight)
+                warn(_log, _TROUBLES, "%d queries wait for resolvers: refusing more (dns.max_in_flight)", self.in_flight)
                 judged = Reply(failure(wire, dns.rcode.SERVFAIL), "overload")
             if isinstance(judged, Forward):
                 self.in_flight += 1
@@ -90,7 +95,7 @@ class Resolver:
             self.in_flight -= 1
 
     async def _ask(self, forward: Forward, upstream: Address, wire: bytes) -> bytes | None:
-        """The resolver's answer, with the id of the question; None if there is none."""
+        """The resolver's response, with the id of the client's query. None: no response."""
         own_id = secrets.token_bytes(2)
         started = trio.current_time()
 
@@ -110,10 +115,10 @@ class Resolver:
             self.metrics.dns_latency.at().observe(trio.current_time() - started)
             self.ended("udp", "answered")
             return wire[:2] + answer[2:]
-        self.ended("udp", "timeout", f"{upstream} has not answered within {self.config.timeout:g} s")
+        self.ended("udp", "timeout", f"{upstream} did not answer within {self.config.timeout:g} s")
         return None
 
-    # Connections...
+    # Connections.
 
     async def converse(self, connection: Connection) -> None:
         """The handler of the TCP listeners' connections."""
@@ -122,38 +127,38 @@ class Resolver:
         try:
             await conversation.run()
         except* NetError:
-            pass  # one of both has gone, and the other sees its connection end
+            pass  # one side is gone; the other side's connection ends
 
-    # The books...
+    # Metrics and logs.
 
     def note(self, transport: str, judged: Reply | Forward | None) -> None:
-        """A question has been looked at."""
+        """Count a query and its verdict."""
         result = judged.result if isinstance(judged, Reply) else "dropped" if judged is None else "forwarded"
         self.metrics.dns_queries.at(transport, result).inc()
 
     def ended(self, transport: str, result: str, trouble: str = "") -> None:
-        """What was passed on has come to an end."""
+        """Count the result of a forwarded query, and log `trouble`."""
         self.metrics.dns_upstream.at(transport, result).inc()
         if trouble:
-            warn(_log, _TROUBLES, "a question was not answered: %s", trouble)
+            warn(_log, _TROUBLES, "a DNS query was not answered: %s", trouble)
 
     def _failed(self) -> None:
         self.metrics.dns_queries.at("udp", "failed").inc()
-        _log.exception("a question failed by a fault of this proxy's")
+        _log.exception("a DNS query failed: internal error")
 
 
 class _Conversation:
-    """A client's connection, and the one to its resolver, which is opened when it is needed.
+    """A client's connection, and the connection to its resolver, which opens on demand.
 
-    Each side is read by a task of its own. `life` bounds the silence: the resolver's while answers are outstanding, else the client's.
-    """
+    One task reads each side. `life` limits the silence: the resolver's while responses are pending,
+    otherwise the client's."""
 
     def __init__(self, resolver: Resolver, client: Stream, upstream: Address) -> None:
         self._resolver = resolver
         self._client = client
         self._address = upstream
         self._upstream: Stream | None = None
-        self._outstanding: set[bytes] = set()  # ids
+        self._outstanding: set[bytes] = set()  # ids of pending queries
         self._writing = trio.Lock()
         self._answered = trio.lowlevel.ParkingLot()
         self._life = trio.CancelScope()
@@ -164,7 +169,8 @@ class _Conversation:
         return None if self._outstanding else self._life.deadline - self._resolver.config.idle_timeout
 
     async def run(self) -> None:
-        """Until the client has what it asked for and says no more, or one of the two is silent for too long. Raises NetError."""
+        """Run until the client has all its responses and has closed its side, or until one side is
+        silent for too long. Raises NetError."""
         try:
             with self._life:
                 self._alive()
@@ -210,7 +216,8 @@ class _Conversation:
         await self._upstream.send_all(_framed(wire))
 
     async def _answers(self, upstream: Stream, conversation: trio.CancelScope) -> None:
-        """What the resolver says goes to the client as it is: several messages, in a zone transfer, may answer one question."""
+        """Forward the resolver's messages unchanged. Several messages may answer one query (zone
+        transfer)."""
         frames = _Frames(upstream)
         while (answer := await frames.next()) is not None:
             if answer[:2] in self._outstanding:
@@ -219,11 +226,12 @@ class _Conversation:
             self._alive()
             await self._say(answer)
             self._answered.unpark_all()
-        # Resolvers close what is idle. If it is not, the client has to know.
+        # Resolvers close idle connections. If queries are pending, close the client's connection
+        # too.
         upstream.close()
         self._upstream = None
         if self._outstanding:
-            self._resolver.ended("tcp", "cut", f"{self._address} has closed the connection")
+            self._resolver.ended("tcp", "cut", f"{self._address} closed the connection")
             conversation.cancel()
 
     async def _say(self, wire: bytes) -> None:
@@ -232,14 +240,15 @@ class _Conversation:
 
 
 class _Frames:
-    """The messages of a stream, each behind its length (RFC 1035 §4.2.2)."""
+    """The messages of a stream, each with a length prefix (RFC 1035 §4.2.2)."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._read = bytearray()
 
     async def next(self) -> bytes | None:
-        """The next message; None when the stream has ended, be it in the middle of one. Raises NetError."""
+        """The next message. None: the stream has ended, possibly within a message. Raises
+        NetError."""
         while True:
             end = 2 + int.from_bytes(self._read[:2], "big")
             if len(self._read) >= max(2, end):

@@ -1,10 +1,11 @@
-"""The names of other clusters' services, for every program of the pod: the table of their addresses, and who answers for them.
+"""The DNS service of the pod for names of other clusters: the address table, and the server.
 
-    directory, each new one -> virtual addresses   what `c.east` resolves to, and what a connection to it means (flows/outbound.py)
-                            -> answers             what is said to a question (server.py)
+    each new directory -> virtual addresses   what `c.east` resolves to, and what a connection to
+                                              that address means (flows/outbound.py)
+                       -> answers             the responses to queries (server.py)
 
-Both change in one step: no question is answered with an address that is not known yet, or by a directory that is not used any more.
-"""
+Both change in one step. So no response contains an unknown address, or comes from an old
+directory."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ _log = logging.getLogger("isthmus.dns")
 
 
 def pod_resolvers(config: Config) -> Resolvers | None:
-    """Whom the pod asks; None where DNS is left alone. Raises StartError."""
+    """The pod's own resolvers. None if DNS is not configured. Raises StartError."""
     if config.dns is None:
         return None
     try:
@@ -53,20 +54,20 @@ class Names:
         self._search = resolvers.search
         self._metrics = metrics
         self._directory = Directory()
-        self._without = 0  # services that have no address, for want of room
+        self._without = 0  # services without an address, because the limit is reached
         self.resolver = Resolver(settings, resolvers.upstreams, self._answers(), dialer, metrics)
-        _log.info("names are answered for; the pod's resolvers: %s", ", ".join(map(str, resolvers.upstreams)))
+        _log.info("answering DNS queries; the pod's resolvers: %s", ", ".join(map(str, resolvers.upstreams)))
 
     def publish(self, directory: Directory) -> None:
-        """This directory counts from now on."""
+        """Use this directory from now on."""
         self._directory = directory
         self.resolver.answers = self._answers()
         if self._without:
-            words = "%d services of other clusters have no address: there is room for %d (dns.max_names, dns.ranges)"
+            words = "%d services of other clusters have no address: the limit is %d (dns.max_names, dns.ranges)"
             _log.error(words, self._without, self.virtual.capacity)
 
     def sweep(self) -> None:
-        """End the quarantines that are over. Who found no room before may find some now."""
+        """End expired quarantines. Services without an address may get one then."""
         self.virtual.sweep()
         if self._without:
             self.resolver.answers = self._answers()
@@ -77,12 +78,12 @@ class Names:
         return Answers(zone, self.virtual, self._settings.ttl)
 
     def observe(self) -> None:
-        """Bring the gauges up to date."""
+        """Update the gauges."""
         self._metrics.virtual_addresses(*self.virtual.counts)
         self._metrics.dns_in_flight.at().set(self.resolver.in_flight)
 
     async def serve(self, listeners: Listeners, on_error: Callable[[Connection, BaseException], None]) -> None:
-        """Answer until cancelled. Owns and closes the sockets for names."""
+        """Answer queries until cancelled. Owns and closes the DNS sockets."""
         acceptor = Acceptor(self.resolver.converse, limit=self._settings.max_connections, on_error=on_error)
         admission("names", acceptor.slots, self._metrics)
         async with trio.open_nursery() as nursery:

@@ -1,31 +1,38 @@
-"""Virtual addresses: what the names of other clusters' services resolve to, so that any client and any protocol can use them.
+"""Virtual addresses: services of other clusters resolve to them, so that every client and protocol
+works.
 
-An application connects to an address, and over TCP that is all that the proxy sees. So each service of another cluster gets an address that
-belongs to nobody: one of 240.0.0.0/4, reserved since 1989 (RFC 1112) and never used, and one of a unique local IPv6 prefix (RFC 4193). The
-redirection brings connections to it to the proxy, and the proxy knows which service it stands for.
+An application connects to an address, and over TCP the proxy sees only that address. So each
+service of another cluster gets an unused address: one of 240.0.0.0/4, reserved since 1989 (RFC
+1112) and never used, and one of a unique local IPv6 prefix (RFC 4193). The redirection brings
+connections to such an address to the proxy, and the proxy knows its service.
 
-An address outlives whoever asked for it: it sits in the caches of resolvers and applications, and in connections whose next request
-is routed by it. From that follow three rules.
+An address lives longer than the query for it: in the caches of resolvers and applications, and in
+connections whose next request is routed by it. Therefore there are three rules.
 
-*It is made from the name.* A hash of the name says where in the range it lies, so all proxies, and a proxy after its restart, give the same
-address to the same service, with nothing written down anywhere. All names of the directory have theirs from the moment they are known,
-asked for or not: what was handed out before a restart still leads there after it.
+*The address is computed from the name.* A hash of the name gives its position in the range. So all
+proxies, also after a restart, give the same address to the same service, without stored state. All
+names in the directory have an address from the start, before any query. So an address from before a
+restart still works after it.
 
-*It is nobody else's, and a collision must not depend on who came first.* Where two hashes meet, each name has a next one, and a next.
-If one of the two kept the address, then after a restart, with the names in another order, the other might: and what an old client
-sends would go to the wrong service. So an address that two names propose in one batch is contested and belongs to neither; both go on
-to their next. What comes of that does not depend on any order: a name moves on only if the place where it stands is contested, and
-a contested place stays so. (One case is left: a name that keeps its place while a newcomer finds it taken. After a restart the two meet
-as equals and both stand elsewhere: old clients of the first are told that nobody is there. They are not sent to another.)
+*An address has one owner, and a collision does not depend on the order.* Each name has a sequence
+of hashes. If the first of two names kept the address on a collision, then after a restart, with
+another order, the other name might get it, and a request of an old client would go to the wrong
+service. So an address that two names propose in one batch is contested and belongs to neither. Both
+go on to their next hash. The result does not depend on the order: a name moves on only if its
+address is contested, and a contested address stays contested. (One case remains: a name keeps its
+address, and a new name finds it taken. After a restart both collide and both move. Old clients of
+the first name then get an error. They are not sent to another service.)
 
-*It is not given away while somebody may hold it.* A name that is no longer in the directory keeps its address in quarantine, until no
-connection holds it and `quarantine` seconds have passed since the last moment that one did, or that an answer could name it. Until then a
-connection to it is known to be for that name, and is refused in that name. If the name comes back it has its address back.
+*An address is not reused while a client may still have it.* A name that left the directory keeps
+its address in quarantine, until no connection uses it and `quarantine` seconds have passed since
+the last connection or the last possible response with it. Until then, the proxy knows the name
+behind such a connection and refuses it with that name. If the name returns, it gets its address
+back.
 
-How likely is it that hashes meet? With n names in 240.0.0.0/4, n * n / 2**29 pairs: for a thousand names one in 500, for ten thousand one
-pair in five. In the IPv6 range, never. Bounded: at most `most` names, and at most an eighth of the smaller range, so that
-a free place is found in a few steps. Names beyond that have no address and are reported.
-"""
+How likely is a collision? With n names in 240.0.0.0/4, there are n * n / 2**29 pairs: one in 500
+for a thousand names, and one pair in five for ten thousand names. In the IPv6 range, never.
+Bounded: at most `most` names, and at most an eighth of the smaller range, so that a few steps find
+a free address. Names beyond that have no address and are reported."""
 
 from __future__ import annotations
 
@@ -39,11 +46,12 @@ from typing import NamedTuple
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-# With an eighth of the range in use, the chance to find so many places taken in a row is 8 ** -64.
+# With an eighth of the range in use, the probability that so many addresses in a row are taken is 8
+# ** -64.
 _PROBES = 64
 _LOAD = 8
 
-_NOBODYS = nullcontext()  # held for an address that is nobody's
+_NOBODYS = nullcontext()  # for an address that is not assigned
 
 
 class RemoteName(NamedTuple):
@@ -59,7 +67,8 @@ class RemoteName(NamedTuple):
 
 @dataclass(slots=True)
 class _Tenant:
-    """Who has which addresses. `retired` is the moment from which on the quarantine counts; None while the name exists."""
+    """The addresses of one name. `retired`: the start of the quarantine. None while the name
+    exists."""
 
     hosts: tuple[str, ...]
     connections: int = 0
@@ -67,7 +76,7 @@ class _Tenant:
 
 
 class _Range:
-    """One address range: where the hash of a name points to."""
+    """One address range, and the mapping from names to its addresses."""
 
     def __init__(self, network: Network) -> None:
         self._family = socket.AF_INET if network.version == 4 else socket.AF_INET6
@@ -76,7 +85,8 @@ class _Range:
         self.size = network.num_addresses
 
     def probe(self, remote: RemoteName, turn: int) -> str:
-        """The address that the name proposes at its `turn`; never the first or the last of the range, which mean no one place."""
+        """The address number `turn` of the name's sequence. Never the first or last of the range,
+        which have special meanings."""
         digest = hashlib.blake2b(str(remote).encode(), digest_size=16, salt=turn.to_bytes(8, "big")).digest()
         offset = 1 + int.from_bytes(digest, "big") % (self.size - 2)
         return socket.inet_ntop(self._family, (self.first + offset).to_bytes(self._octets, "big"))
@@ -89,7 +99,8 @@ class _Range:
         return 0 <= int.from_bytes(packed, "big") - self.first < self.size
 
     def place(self, newcomers: Iterable[RemoteName], taken: Collection[str]) -> dict[RemoteName, str]:
-        """A place for each of the newcomers that is not in `taken`, whatever their order. Those that find none are left out."""
+        """Find an address that is not in `taken` for each new name, independent of their order.
+        Omits names for which there is none."""
         turns = dict.fromkeys(newcomers, 0)
         waiting = list(turns)
         proposed: dict[str, RemoteName | None] = {}  # None: contested
@@ -110,11 +121,12 @@ class _Range:
 
 
 class VirtualAddresses:
-    """The addresses of other clusters' services. Synchronous, without a clock or a socket of its own; owned by one event loop.
+    """The addresses of other clusters' services. Synchronous, without a clock or socket. One event
+    loop owns it.
 
-    `ranges` are one or two networks, of different families, with at least 16 addresses each. `quarantine` is in seconds of `clock` and must
-    be longer than the TTL of the answers that name the addresses.
-    """
+    `ranges`: one or two networks of different families, with at least 16 addresses each.
+    `quarantine`: in seconds of `clock`, longer than the TTL of the DNS responses with these
+    addresses."""
 
     def __init__(self, ranges: Iterable[Network], most: int, quarantine: float, clock: Callable[[], float]) -> None:
         self._ranges = [_Range(network) for network in ranges]
@@ -126,7 +138,8 @@ class VirtualAddresses:
         self._retired: set[RemoteName] = set()
 
     def publish(self, remotes: Collection[RemoteName]) -> int:
-        """These are the services that exist now; all others are retired. Returns how many of them have no address, for want of room."""
+        """Set the services that exist now, and retire all others. Returns how many have no address
+        because the limit is reached."""
         self.sweep()
         now = self._clock()
         existing = frozenset(remotes)
@@ -137,7 +150,7 @@ class VirtualAddresses:
             elif tenant.retired is None:
                 tenant.retired = now
                 self._retired.add(remote)
-        # Sorted, so that it is the same ones that find no room in every proxy.
+        # Sorted, so that every proxy leaves out the same names.
         newcomers = sorted(existing - self._tenants.keys())
         self._settle(newcomers[: max(self.capacity - len(self._tenants), 0)])
         return sum(remote not in self._tenants for remote in newcomers)
@@ -151,20 +164,23 @@ class VirtualAddresses:
                 self._hosts.update(dict.fromkeys(hosts, remote))
 
     def addresses(self, remote: RemoteName) -> tuple[str, ...]:
-        """What the name resolves to: an address of each range; none if it does not exist, or there was no room."""
+        """The addresses of the name, one per range. Empty if it does not exist, or has none because
+        of the limit."""
         tenant = self._tenants.get(remote)
         return tenant.hosts if tenant is not None and tenant.retired is None else ()
 
     def lookup(self, host: str) -> RemoteName | None:
-        """Which service the address stands for, also in quarantine; None for an address that has not been given to anybody."""
+        """The service of the address, also in quarantine. None: the address is not assigned."""
         return self._hosts.get(host)
 
     def covers(self, host: str) -> bool:
-        """Whether the address is of our ranges, given to somebody or not. Nobody else's connection may be sent there."""
+        """Whether the address is in the virtual ranges, assigned or not. No other connection may go
+        there."""
         return any(space.covers(host) for space in self._ranges)
 
     def hold(self, host: str) -> Callable[[], None] | None:
-        """A connection to the address begins; to be told of its end by the function returned. None: the address is nobody's."""
+        """A connection to the address begins. Returns a function that the caller must call at its
+        end. None: the address is not assigned."""
         remote = self._hosts.get(host)
         if remote is None:
             return None
@@ -179,7 +195,7 @@ class VirtualAddresses:
         return release
 
     def held(self, host: str) -> AbstractContextManager[None]:
-        """`hold` for a block, for any address."""
+        """`hold` as a context manager, for any address."""
         return self._held(host) if host in self._hosts else _NOBODYS
 
     @contextmanager
@@ -192,7 +208,7 @@ class VirtualAddresses:
                 release()
 
     def sweep(self) -> None:
-        """Ends the quarantines that are over."""
+        """End expired quarantines."""
         now = self._clock()
         for remote in [*self._retired]:
             tenant = self._tenants[remote]
@@ -204,5 +220,5 @@ class VirtualAddresses:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """(services that exist, services in quarantine)."""
+        """(services that exist, services in quarantine)"""
         return len(self._tenants) - len(self._retired), len(self._retired)

@@ -1,28 +1,34 @@
-"""Which DNS names are ours to answer: what a pod's resolver asks when an application says `c.east`.
+"""The DNS names that this proxy answers: what a pod's resolver asks when an application uses
+`c.east`.
 
-A resolver does not ask for what the application said. With `search default.svc.cluster.local svc.cluster.local cluster.local` and
-`ndots:5`, as Kubernetes sets them, glibc and musl make of `c.east` one question after the other, each for both address families:
+A resolver does not ask for the name as the application wrote it. Kubernetes sets `search
+default.svc.cluster.local svc.cluster.local cluster.local` and `ndots:5`. So for `c.east`, glibc and
+musl ask for these names one after the other, each for both address families:
 
-    c.east.default.svc.cluster.local     in the own namespace
-    c.east.svc.cluster.local             this is how Kubernetes writes a service `c` of the namespace `east`
+    c.east.default.svc.cluster.local     in the pod's own namespace
+    c.east.svc.cluster.local             in Kubernetes, the service `c` of the namespace `east`
     c.east.cluster.local
-    c.east.example.com                   what else the node searches
-    c.east                               as it was said
+    c.east.example.com                   other search domains of the node
+    c.east                               the name itself
 
-until one is answered. NXDOMAIN sends both of them on. An empty answer (NODATA) stops musl, and SERVFAIL stops musl and spoils the end for
-glibc; so neither may be said of a name that is still to be found. Most of these names lie in somebody else's zone: there we only add
-what exists, and pass on everything else, so that what works without us goes on working:
+until one is answered. After NXDOMAIN both continue. An empty response (NODATA) stops musl. SERVFAIL
+stops musl, and makes the final result of glibc an error. So the proxy must not send these for a
+name that still has to be found. Most of these names are in zones of other servers. There the proxy
+only adds names that exist, and forwards all other queries, so that everything that works without it
+keeps working:
 
-* A name that belongs to a service of our own cluster, or lies below one (`pod-0.db.default.svc.cluster.local`), is passed on. This
-  comes first: nothing that works without the mesh changes its meaning when a cluster is added.
-* A name that means a service of another cluster is answered: as it stands (proxy/directory/service_names.py has the forms), or with one of
-  the pod's search domains behind it. So the walk above ends at its first step, without asking anybody. Not taken off is `svc.<domain>`:
-  what remains would be read as `c` of the cluster `east`, but whoever writes `c.east.svc.cluster.local` means a namespace of
-  their own cluster, and nobody's walk needs it.
-* A name below another cluster's name, as a top-level domain, is ours alone: `gone.east` does not exist (NXDOMAIN), and no server of the
-  world is asked for it. `east` itself, and `shop.east` if the namespace has a service, exist without an address (NODATA, RFC 8020).
-* All else is passed on.
-"""
+* A name of a service of this cluster, or below one (`pod-0.db.default.svc.cluster.local`), is
+  forwarded. This rule comes first: a name that works without the mesh keeps its meaning when a
+  cluster is added.
+* A name of a service of another cluster is answered: alone (proxy/directory/service_names.py
+  has the forms), or followed by one of the pod's search domains. So the search ends at the first
+  step, without a query to another server. The search domain `svc.<domain>` is an exception: the
+  rest would be read as `c` of the cluster `east`, but `c.east.svc.cluster.local` means a namespace
+  of this cluster, and no search needs it.
+* For a name below the name of another cluster as a top-level domain, only this proxy is
+  responsible: `gone.east` does not exist (NXDOMAIN), and no other server is asked. `east` itself,
+  and `shop.east` if that namespace has a service, exist without an address (NODATA, RFC 8020).
+* Queries for all other names are forwarded."""
 
 from __future__ import annotations
 
@@ -34,7 +40,7 @@ from proxy.dns.virtual_addresses import RemoteName
 
 
 class Verdict(enum.Enum):
-    """What becomes of a question that is not for an existing service of another cluster."""
+    """The verdict for a name that is not an existing service of another cluster."""
 
     FORWARD = "forward"
     NODATA = "nodata"
@@ -42,10 +48,11 @@ class Verdict(enum.Enum):
 
 
 class Zone:
-    """The names of one snapshot, as a pod sees them. Never fails; a few look-ups, however many services there are."""
+    """The names of one snapshot, as a pod sees them. Never raises. A few lookups, independent of
+    the number of services."""
 
     def __init__(self, directory: Directory, namespace: str, searched: Sequence[str]) -> None:
-        """`namespace` is the pod's own, `searched` are its search domains."""
+        """`namespace`: the pod's own. `searched`: its search domains."""
         self._directory = directory
         self._namespace = namespace
         self._services = ["svc", *directory.domain.split(".")]
@@ -59,7 +66,7 @@ class Zone:
         self._inner = {f"{name.namespace}.{name.cluster}" for name in self.names}
 
     def judge(self, labels: Sequence[str]) -> RemoteName | Verdict:
-        """What to do about the name with these labels, in any case, without the root's empty one."""
+        """The verdict for the name with these labels, in any case, without the empty root label."""
         labels = [label.lower() for label in labels]
         if self._below_a_service(labels):
             return Verdict.FORWARD
@@ -74,12 +81,13 @@ class Zone:
         return Verdict.FORWARD
 
     def _find(self, labels: Sequence[str]) -> Service | None:
-        if any("." in label for label in labels):  # DNS allows it within a label; no service is called so
+        if any("." in label for label in labels):  # DNS allows a dot within a label, but no service has such a name
             return None
         return self._directory.named(".".join(labels), self._namespace)
 
     def _below_a_service(self, labels: Sequence[str]) -> bool:
-        """Whether it is of the form [...].c.shop.svc.cluster.local, and our cluster has that service."""
+        """Whether the name has the form [...].c.shop.svc.cluster.local, and this cluster has that
+        service."""
         end = len(labels) - len(self._services)
         if end <= 2 or list(labels[end:]) != self._services:
             return False
