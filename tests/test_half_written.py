@@ -175,8 +175,8 @@ async def test_watching_reads_again_as_soon_as_a_change_may_have_settled(file: P
 
 REFUSED = {
     "cut in front of an identity": (TWO[: TWO.rindex("    identity")], f"10.1.0.2 had the identity {B} and has none"),
-    "cut between services": (TWO[: TWO.index("- name: b")], "1 of 2 services with identities are gone (default/b)"),
-    "nothing left": ("services: []\n", "2 of 2 services with identities are gone (default/a, default/b)"),
+    "cut between services": (TWO[: TWO.index("- name: b")], "1 of 2 services with identities are missing (default/b)"),
+    "nothing left": ("services: []\n", "2 of 2 services with identities are missing (default/a, default/b)"),
 }
 
 

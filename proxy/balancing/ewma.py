@@ -1,16 +1,13 @@
-"""The load of an endpoint: the expected response time, multiplied by the number of pending
-requests.
+"""The load of an endpoint: the expected response time, times the number of pending requests.
 
 The expected response time is a peak exponentially weighted moving average (from Finagle, also used
 by Linkerd):
 
 - A response time above the expected value counts at once and in full (the peak). So an endpoint
-that
-  becomes slow does not get the next thousand requests while an average slowly rises.
+  that becomes slow does not get the next thousand requests while an average slowly rises.
 - A lower response time counts by the time since the last one: after `decay` seconds the value has
-moved
-  by two thirds of the difference. So one quick error does not attract all traffic, and only time
-  matters, not the number of requests.
+  moved by two thirds of the difference. So one quick error does not attract all traffic, and only
+  time matters, not the number of requests.
 - Without new responses the value decays towards zero at the same rate. So an endpoint that gets no
   requests because it was slow is tried again at some time. Otherwise its recovery would stay
   unnoticed.

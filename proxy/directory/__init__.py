@@ -1,13 +1,14 @@
-"""The directory: which services there are, where their endpoints are, who they are, and how other clusters are reached.
+"""The directory: the services, their endpoints and identities, and the gateways of other clusters.
 
-snapshot.py            what is known, immutable, and the look-ups
-reader.py              a YAML document -> a snapshot, or all its mistakes; with values.py, clusters.py and splits.py
-policy.py              how a service's endpoints are used
-service_names.py       the names that an application may write, and which service each means
-json_schema.py         the document's JSON schema
-watcher.py             reads the file again when it changes, and swaps the snapshot
-downgrades.py          what a new snapshot would send in clear text that the old one does not
-former_identities.py   addresses that had an identity lately
+snapshot.py            the immutable snapshot, and its lookups
+reader.py              YAML document -> snapshot, or all its mistakes (with values.py, clusters.py,
+                       splits.py)
+policy.py              how clients use the endpoints of a service
+service_names.py       the names that an application may use, and the service that each one means
+json_schema.py         the JSON schema of the document
+watcher.py             reads the file again when it changes, and replaces the snapshot
+downgrades.py          what a new snapshot would send in clear text instead of mutual TLS
+former_identities.py   addresses that recently had an identity
 """
 
 from proxy.directory.downgrades import Former, Losses, compare

@@ -1,8 +1,9 @@
-"""What a directory document says of other clusters: the ways to get there, and the services that they export.
+"""Reads the other clusters in a directory document: their gateways, and the services that they
+export.
 
-Each port of a remote service becomes a target whose endpoints are the gateways of its cluster. A gateway that is given by a DNS name is no
-endpoint yet: which addresses it has is found out while the proxy runs (proxy/routing/remote_gateways.py).
-"""
+Each port of a remote service becomes a target whose endpoints are the gateways of its cluster. A
+gateway with a DNS name has no endpoint yet: proxy/routing/remote_gateways.py resolves it while the
+proxy runs."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ PORT = ("port", "protocol")
 
 
 def read_clusters(value: Plain, own: str, values: Values) -> dict[str, Cluster]:
-    """The clusters in the list `clusters` by their names; `own` is the name of ours, if the document says it."""
+    """The clusters in the list `clusters`, by name. `own`: the name of this cluster, "" if the
+    document does not give it."""
     reader = _Reader(own, values)
     for index, item in enumerate(sequence(value, "clusters", values.mistakes)):
         reader.cluster(item, f"clusters[{index}]")
@@ -63,7 +65,7 @@ class _Reader:
     def _name(self, value: Plain, path: str) -> str:
         name = self._values.label(value, path)
         if name and name == self._own:
-            self._mistakes.add(path, f"{name} is this cluster itself: its services stand in `services`")
+            self._mistakes.add(path, f"{name} is this cluster itself: list its services in `services`")
         elif name == "svc":
             self._mistakes.add(path, "a cluster cannot be called svc: c.default.svc would have two meanings")
         elif name in self.found and name:
@@ -82,11 +84,11 @@ class _Reader:
         host = self._values.host(given["address"], child(path, "address")) if literal else self._host(given["host"], child(path, "host"))
         port = self._values.port(given.get("port", GATEWAY_PORT), child(path, "port"))
         if "identity" not in given:
-            self._mistakes.add(child(path, "identity"), "must be given: a gateway is spoken to by mutual TLS only")
+            self._mistakes.add(child(path, "identity"), "must be given: connections to a gateway always use mutual TLS")
             return None
         identity = self._values.identity(given["identity"], child(path, "identity"))
         if host and (first := self._ways.setdefault((host, port), path)) != path:
-            self._mistakes.add(path, f"{host} port {port} is the gateway at {first} already")
+            self._mistakes.add(path, f"{host} port {port} is already the gateway at {first}")
         return Gateway(host, port, identity, literal) if identity is not None else None
 
     def _host(self, value: Plain, path: str) -> str:
@@ -108,9 +110,7 @@ class _Reader:
         if len(host) > LONGEST:
             self._mistakes.add(path, f"its name in its own cluster is longer than {LONGEST} characters: {host}")
         targets: Mapping[int, Target] = {
-            port.port: Target(
-                f"{cluster[0]}/{namespace}/{name}", gateways, port.protocol, policy, Remote(cluster[0], host, port.port)
-            )
+            port.port: Target(f"{cluster[0]}/{namespace}/{name}", gateways, port.protocol, policy, Remote(cluster[0], host, port.port))
             for port in ports
         }
         return Service(name, namespace, (), tuple(ports), targets, cluster=cluster[0])

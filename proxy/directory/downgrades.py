@@ -1,21 +1,23 @@
-"""What a new directory would send in clear text that the one in use sends by mutual TLS.
+"""Finds what a new directory would send in clear text although the current one uses mutual TLS.
 
-A directory file that is cut off can be a valid, shorter one. Cut in front of `identity:`, it says that a meshed endpoint is not meshed. Cut
-between two services, it knows nothing of the second: connections to it would go where they were addressed, in clear text. A generator
-that has lost its input writes `services: []`. So the new directory is held against the old one, and what a person or a generator does
-every day is told from what only an accident does:
+A truncated directory file can be valid and shorter. If it ends before `identity:`, a meshed
+endpoint loses its identity. If it ends between two services, the second is missing, and connections
+to it would go to their original destination in clear text. A generator that has lost its input
+writes `services: []`. So the proxy compares the new directory with the current one. It
+distinguishes everyday changes from changes that only accidents cause:
 
     an address that had an identity is still there, without it                        refused
-    a port of such an address is in `skip_ports` now                                  refused
+    a port of such an address is now in `skip_ports`                                  refused
     a port of a service whose endpoints all had identities has one without            refused
     a cluster address of such a service belongs to a service with endpoints without   refused
-    services with identities are gone, so many of them as `max_loss` says             refused
-    other services with identities are gone                                           taken
-    endpoints of a service are gone, even all of them                                 taken: connections to it fail
+    services with identities are missing, at least the fraction `max_loss`            refused
+    other services with identities are missing                                        accepted
+    endpoints of a service are missing, even all of them                              accepted
 
-A document allows what would be refused by naming it (`allow_identity_loss`). What is taken without being named is remembered
-(proxy/directory/former_identities.py): for a while there is no clear text to the addresses that are gone.
-"""
+Connections to a service without endpoints fail. A document permits what would be refused if it
+names it (`allow_identity_loss`). The proxy remembers what it accepted without permission
+(proxy/directory/former_identities.py): for a while it sends no clear text to the missing
+addresses."""
 
 from __future__ import annotations
 
@@ -25,15 +27,15 @@ from dataclasses import dataclass, field
 from proxy.directory.snapshot import Directory, Pod, Service, Target
 from proxy.net.address import Address
 
-# Names in one sentence; the others are counted.
+# Maximum number of names in one sentence.
 _NAMED = 5
-# Sentences of one refusal.
+# Maximum number of sentences in one refusal.
 _MOST_SAID = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Former:
-    """What an address was when it had an identity."""
+    """The identity and the services that an address had."""
 
     identity: str
     services: frozenset[str]
@@ -42,16 +44,17 @@ class Former:
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """`refusals`: why the new directory is not to be taken, in sentences; none: it is. `former`: the addresses that it does not know any
-    more, or knows without an identity, although nothing allows that: pods by their host, services by their cluster address."""
+    """The result of a comparison. `refusals`: reasons to refuse the new directory, as sentences. If
+    there are none, it is accepted. `former`: addresses that are missing in the new directory, or
+    have lost their identity without permission: pods by host, services by cluster address."""
 
     refusals: tuple[str, ...] = ()
     former: Mapping[str | Address, Former] = field(default_factory=dict)
 
 
 def compare(old: Directory, new: Directory, max_loss: float) -> Losses:
-    """What is lost between two directories. `max_loss`: the part of the services with identities that may not be gone at once. Takes time
-    in proportion to the size of both."""
+    """Compare two directories. `max_loss`: refuse if this fraction of the services with identities
+    is missing. The time is proportional to the size of both."""
     comparison = _Comparison(old, new)
     refusals = comparison.refusals(max_loss) if not new.allowance.everything else []
     more = [f"and {len(refusals) - _MOST_SAID} more"] if len(refusals) > _MOST_SAID else []
@@ -65,7 +68,7 @@ class _Comparison:
         self._allows = new.allowance.covers
         self._after = {service.qualified: service for service in new.services}
         self._memberships: dict[str, set[str]] | None = None
-        self._named: set[str] = set()  # the hosts that a sentence is about
+        self._named: set[str] = set()  # hosts that a sentence already names
 
     def refusals(self, max_loss: float) -> list[str]:
         return [*self._pods(), *self._services(), *self._cluster_addresses(), *self._gone(max_loss)]
@@ -86,7 +89,7 @@ class _Comparison:
         return ((host, pod) for host, pod in self._old.pods.items() if pod.endpoint.identity is not None)
 
     def _services_of(self, host: str) -> set[str]:
-        """The services that a pod had a place in. All are looked through the first time that this is asked."""
+        """The services that a pod belonged to. The first call builds an index of all services."""
         if self._memberships is None:
             self._memberships = {}
             for service in self._old.services:
@@ -105,7 +108,7 @@ class _Comparison:
             if not self._allows((host, *self._services_of(host))):
                 self._named.add(host)
                 who = f"{host} had the identity {pod.endpoint.identity}"
-                yield f"{who} and has none" if after.endpoint.identity is None else f"{who} at {sorted(skipped)}, which skip_ports has now"
+                yield (f"{who} and has none" if after.endpoint.identity is None else f"{who} at {sorted(skipped)}, now in skip_ports")
 
     def _services(self) -> Iterator[str]:
         for service in self._old.services:
@@ -115,8 +118,8 @@ class _Comparison:
                     yield f"all endpoints of {service.qualified} had identities, and {host} has none"
 
     def _plain(self, service: Service, after: Service) -> set[str]:
-        """The hosts that are spoken to in clear text at a port of a service whose endpoints all had identities, without those that are
-        named already."""
+        """The hosts without an identity at a port of a service whose endpoints all had identities,
+        except those that a sentence already names."""
         found = set()
         for port, target in service.targets.items():
             if target.endpoints and all(endpoint.identity for endpoint in target.endpoints) and port in after.targets:
@@ -138,17 +141,18 @@ class _Comparison:
         gone = [name for name in meshed if name not in self._after and not self._allows((name,))]
         if gone and len(gone) >= max_loss * len(meshed):
             more = f" and {len(gone) - _NAMED} more" if len(gone) > _NAMED else ""
-            yield f"{len(gone)} of {len(meshed)} services with identities are gone ({', '.join(gone[:_NAMED])}{more})"
+            yield f"{len(gone)} of {len(meshed)} services with identities are missing ({', '.join(gone[:_NAMED])}{more})"
 
 
 def _hosts(service: Service) -> set[str]:
-    """The hosts of a service's endpoints; each of its ports has the same."""
+    """The hosts of a service's endpoints. Each of its ports has the same ones."""
     target = next(iter(service.targets.values()), None)
     return {endpoint.address.host for endpoint in target.endpoints} if target is not None and target.remote is None else set()
 
 
 def _identity(target: Target) -> str:
-    """An identity by which a target is reached, here or by way of another cluster; "": it is reached in clear text, or by nothing."""
+    """An identity through which a target is reached, directly or through another cluster. "": it is
+    reached in clear text, or has no endpoint."""
     for place in (target, *(backend.target for backend in (target.plan.backends if target.plan is not None else ()))):
         if place.remote is not None:
             return f"a gateway of {place.remote.cluster}"

@@ -1,15 +1,16 @@
-"""Addresses that had an identity lately: there is no clear text to them, whatever the directory says now, or does not say.
+"""Addresses that recently had an identity: the proxy sends no clear text to them.
 
-An endpoint that leaves the directory, and a service that does, are daily business. But a connection to an address that the directory does
-not know goes there in clear text, so a directory that is wrong about what has left would let it out. For `keep` seconds such a connection
-fails instead. By then a mistake has been noticed, or the address has been given to another pod.
+It is normal that an endpoint or a service leaves the directory. But a connection to an address that
+the directory does not have goes there in clear text, so a mistake in the directory would expose it.
+For `keep` seconds such a connection fails instead. After that time, operators have noticed the
+mistake, or the address belongs to another pod.
 
-An address is released before that if a new directory gives it an identity again, or allows that it has none. The pod itself is never
-refused its own address: nothing of that passes a wire.
+An address is released earlier if a new directory gives it an identity again, or permits that it has
+none. The proxy never refuses connections to the pod's own addresses, because they do not leave the
+pod.
 
-Bounded: `most` addresses. A directory that would make them more is not taken (proxy/directory/watcher.py), so none is forgotten for want of
-room.
-"""
+Bounded to `most` addresses. The watcher refuses a directory that would exceed this number
+(proxy/directory/watcher.py), so no address is dropped to make space."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from proxy.net.address import Address
 
 @dataclass(slots=True)
 class FormerIdentities:
-    """Synchronous, without a clock of its own: `now` is in seconds of any one clock. `keep` 0: nothing is remembered."""
+    """Synchronous, without a clock: `now` is in seconds of the caller's clock. `keep` 0: remembers
+    nothing."""
 
     keep: float
     most: int
@@ -32,7 +34,8 @@ class FormerIdentities:
         return len(self._known)
 
     def find(self, address: Address, now: float) -> Former | None:
-        """What this address was, if it had an identity less than `keep` seconds ago at this port."""
+        """The former identity of an address, if it had one at this port less than `keep` seconds
+        ago."""
         known = self._known
         if not known:
             return None
@@ -42,18 +45,18 @@ class FormerIdentities:
         return found[1] if found is not None and found[0] > now else None
 
     def fits(self, former: Mapping[str | Address, Former], now: float) -> bool:
-        """Whether there is room for these."""
+        """Whether these addresses fit into the limit."""
         self.sweep(now)
         return not self.keep or len(self._known) + len(former) <= self.most
 
     def take(self, directory: Directory, former: Mapping[str | Address, Former], now: float) -> None:
-        """`directory` is used from now on, and has lost these."""
+        """`directory` is now in use, and these addresses lost their identity with it."""
         self._known = {what: entry for what, entry in self._known.items() if entry[0] > now and not _released(what, entry[1], directory)}
         if self.keep:
             self._known.update({what: (now + self.keep, entry) for what, entry in former.items()})
 
     def sweep(self, now: float) -> None:
-        """Forget what was long ago."""
+        """Drop expired entries."""
         if self._known:
             self._known = {what: entry for what, entry in self._known.items() if entry[0] > now}
 

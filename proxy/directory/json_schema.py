@@ -1,4 +1,4 @@
-"""The JSON schema of a directory document. What contradicts itself across entries is found by `parse` alone."""
+"""The JSON schema of a directory document. Only `parse` finds contradictions between entries."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FLAG = {"type": "boolean"}
 
 
 def directory_schema() -> dict[str, object]:
-    """The schema (JSON Schema 2020-12) of the file, for editors and checks."""
+    """The schema of the file (JSON Schema 2020-12), for editors and checks."""
     top = {
         "cluster": _LABEL,
         "domain": _DOMAIN,

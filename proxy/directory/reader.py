@@ -1,8 +1,8 @@
-"""A directory document, read: YAML text to a snapshot, or to all the mistakes in it.
+"""Reads a directory document: YAML text to a snapshot, or to a list of all its mistakes.
 
-Our own services are read here, those of other clusters in clusters.py; splits.py then puts splits and failovers on top, which may name
-any of them. The indexes make sure that no address and no name means two things.
-"""
+This module reads the services of this cluster. clusters.py reads those of other clusters. splits.py
+then adds splits and failovers, which may name any service. The indexes ensure that each address and
+each name has one meaning."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ from proxy.net.address import Address
 
 MAX_WEIGHT = 1000
 DOMAIN = "cluster.local"
-# For a port of the service that an endpoint does not serve. A word, since a value that was forgotten is a mistake.
+# Marks a port of the service that an endpoint does not serve. An explicit word, because a missing
+# value is a mistake.
 NOT_SERVED = "none"
 
-# The ports on which an endpoint with an identity is spoken to in clear text, where the document does not say.
+# The default ports on which an endpoint with an identity gets clear text.
 SKIP_PORTS = frozenset({ADMIN_PORT})
 
 TOP = ("cluster", "domain", "skip_ports", "allow_identity_loss", "services", "clusters")
@@ -45,11 +46,12 @@ ENDPOINT = ("address", "identity", "ports", "skip_ports", "ready", "weight", "zo
 
 
 class DirectoryError(DocumentError):
-    """The text is not a directory. `.mistakes` has one line for each thing that is wrong, with its path."""
+    """The text is not a valid directory. `.mistakes` has one line per mistake, with its path."""
 
 
 def parse(text: str, source: str) -> Directory:
-    """The directory in a YAML document; `source` names it in errors. Raises DirectoryError with all mistakes."""
+    """Parse a YAML document. `source` names it in errors. Raises DirectoryError with all
+    mistakes."""
     try:
         value = load(text, source)
     except DocumentError as error:
@@ -66,7 +68,7 @@ def _read(root: Mapping[str, Plain], mistakes: Mistakes) -> Directory:
     values = Values(mistakes)
     unknown_keys(root, TOP, "", mistakes)
     if "services" not in root:
-        mistakes.add("services", "must be given (an empty list, if there are none)")
+        mistakes.add("services", "must be given (use an empty list if there are no services)")
     name = values.label(root["cluster"], "cluster") if "cluster" in root else ""
     domain = values.domain(root.get("domain", DOMAIN), "domain")
     builder = _Builder(values, values.port_set(root["skip_ports"], "skip_ports") if "skip_ports" in root else SKIP_PORTS)
@@ -96,15 +98,15 @@ def _names(services: list[Service], clusters: Mapping[str, Cluster], domain: str
 
 @dataclass(slots=True)
 class _Entry:
-    """One entry under `endpoints`, before it is known on which ports it serves."""
+    """One entry under `endpoints`, before its ports are known."""
 
     host: str
     pod: Pod
-    ports: Mapping[int, int | None]  # None: it does not serve this one
+    ports: Mapping[int, int | None]  # None: the endpoint does not serve this port
 
 
 class _Builder:
-    """Collects our own services, and the mistakes in them."""
+    """Collects the services of this cluster, and the mistakes in them."""
 
     def __init__(self, values: Values, skip_ports: frozenset[int]) -> None:
         self.values = values
@@ -164,7 +166,8 @@ class _Builder:
             if before is None:
                 self.served[address] = Target(service, (endpoint,), port.protocol, policy)
             elif before.service != service or before.protocol != port.protocol:
-                # Two services share the pod's port: the address alone does not say which of them is meant.
+                # Two services share the pod's port. The address alone does not tell which of them
+                # is the destination.
                 hint = port.protocol if before.protocol == port.protocol else Hint.DETECT
                 ready = endpoint.ready or before.endpoints[0].ready
                 shared = Endpoint(address, endpoint.identity, hint, ready, endpoint.weight, endpoint.zone)
@@ -202,7 +205,8 @@ class _Builder:
         return _Entry(host, pod, elsewhere)
 
     def _one_identity(self, host: str, pod: Pod, path: str) -> None:
-        """A pod has one identity, at the same ports in each service. If one place forgot it, that place would speak clear text to a meshed
+        """Add a mistake if a pod has different identities, or different ports without identity, in
+        two services. Otherwise a missing identity in one service would cause clear text to a meshed
         pod."""
         known = self.pods.setdefault(host, pod)
         if not host or known is pod:
@@ -215,7 +219,7 @@ class _Builder:
             self.mistakes.add(path, f"{host} has skip_ports {here} here, but {there} in another service")
 
     def _own_ports(self, value: Plain, path: str, ports: list[Port]) -> Mapping[int, int | None]:
-        """None: the endpoint does not serve that port."""
+        """The endpoint's own ports by service port. None: the endpoint does not serve that port."""
         if value is None:
             return {}
         found: dict[int, int | None] = {}

@@ -1,23 +1,25 @@
-"""What the directory says, as an immutable snapshot, and the two questions that it answers: who serves an address, who has a name.
+"""The directory as an immutable snapshot, and its lookups by address and by name.
 
-A snapshot is built whole from one document (reader.py), with every index it needs, and replaced whole by the next one
-(proxy/directory/watcher.py): a connection resolves against one consistent world, and no lock is needed.
+reader.py builds a snapshot from one document, with all indexes. The next snapshot replaces it as a
+whole (proxy/directory/watcher.py). So each lookup sees consistent data, without a lock.
 
-Three kinds of address are known, and tried in this order:
+Three kinds of address are known. The lookup tries them in this order:
 
     a service's cluster address and port    -> the service
-    an endpoint's address and target port   -> that one endpoint, with what its service says of the port
-    an endpoint's address, any other port   -> that one pod, nothing is said of the protocol
+    an endpoint's address and target port   -> that one endpoint, with its service's settings
+    an endpoint's address, any other port   -> that one pod, with unknown protocol
 
-An endpoint's identity holds for each port but those that its proxy does not stand before (`skip_ports`: the admin port, and what
-`intercept.skip_inbound_ports` has there). Those are spoken to as they are.
+An endpoint's identity applies to all ports except those that its proxy does not intercept
+(`skip_ports`: the admin port, and the ports in `intercept.skip_inbound_ports` there). Connections
+to those are clear text.
 
-Every other address is the one plain endpoint at exactly that address: it is never replaced by a guess. An endpoint with an
-identity is meshed, and is spoken to by mutual TLS only; one without is spoken to as it is.
+Every other address is one endpoint in clear text at exactly that address. The proxy never guesses
+another one. An endpoint with an identity is meshed, and is reached by mutual TLS only. One without
+an identity gets clear text.
 
-A target that is reached by way of another cluster is an ordinary one whose endpoints are that cluster's gateways; `remote` says what
-a gateway has to be told. A target may have a plan: other places where its requests may go (proxy/routing/router.py decides).
-"""
+The endpoints of a target in another cluster are the gateways of that cluster. `remote` has the name
+that a gateway needs. A target may have a plan: other places where its requests may go
+(proxy/routing/router.py decides)."""
 
 from __future__ import annotations
 
@@ -31,14 +33,14 @@ from proxy.directory.service_names import Names, split_authority
 from proxy.identity.spiffe import SpiffeId
 from proxy.net.address import Address
 
-# RFC 9110 §4.2.1; there is no TLS of the application's in a request that we can read.
+# RFC 9110 §4.2.1. A request that the proxy can read is not inside TLS of the application.
 HTTP_PORT = 80
-# The port of a proxy's probes and metrics, which is never redirected.
+# The port of a proxy's probes and metrics. It is never redirected.
 ADMIN_PORT = 4191
 
 
 class Hint(enum.StrEnum):
-    """What is known of the protocol before a byte has been seen."""
+    """The protocol of a port as declared, before any byte arrived."""
 
     HTTP1 = "http1"
     HTTP2 = "http2"
@@ -48,7 +50,8 @@ class Hint(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One place that serves. `identity` None: not meshed, so clear text; otherwise only this peer is accepted there."""
+    """One address that serves a service. `identity` None: not meshed, so clear text. Otherwise only
+    this peer is accepted there."""
 
     address: Address
     identity: SpiffeId | None = None
@@ -58,19 +61,20 @@ class Endpoint:
     zone: str = ""
 
     def __hash__(self) -> int:
-        """Connections are kept by endpoint, and looked for by each request. Hardly ever do two have one address."""
+        """Pools use endpoints as keys, and each request looks one up, so this must be fast. Two
+        endpoints rarely have the same address."""
         return hash(self.address)
 
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """One pod: who it is, and on which of its ports it is not. `endpoint` has the port 0."""
+    """One pod: its identity, and the ports without it. `endpoint` has the port 0."""
 
     endpoint: Endpoint
     skip_ports: frozenset[int]
 
     def at(self, address: Address, protocol: Hint = Hint.DETECT) -> Endpoint:
-        """The pod at one of its ports: `address` has its host."""
+        """The pod at one of its ports. `address` must have the pod's host."""
         known = self.endpoint
         identity = None if address.port in self.skip_ports else known.identity
         return Endpoint(address, identity, protocol, known.ready, known.weight, known.zone)
@@ -78,7 +82,7 @@ class Pod:
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A port of a service in another cluster, in the words that its gateway understands."""
+    """A port of a service in another cluster, in the form that its gateway needs."""
 
     cluster: str
     host: str  # the service's full name there
@@ -86,32 +90,33 @@ class Remote:
 
     @property
     def authority(self) -> bytes:
-        """For a request: with a port, if it is not HTTP's own."""
+        """The authority of a request: with a port, except port 80."""
         return self.host.encode("ascii") if self.port == HTTP_PORT else self.tunnel
 
     @property
     def tunnel(self) -> bytes:
-        """For CONNECT, which always names the port (RFC 9110 §9.3.6)."""
+        """The authority for CONNECT, which always has a port (RFC 9110 §9.3.6)."""
         return f"{self.host}:{self.port}".encode("ascii")
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a connection may go. `service` is "namespace/name", with "cluster/" before it if it is another cluster's, and None for an
-    address of no service. No endpoints: nobody serves it."""
+    """Where a connection may go. `service` is "namespace/name", or "cluster/namespace/name" for
+    another cluster. None: an address without a service. No endpoints: the service is not
+    available."""
 
     service: str | None
     endpoints: tuple[Endpoint, ...]
     protocol: Hint = Hint.DETECT
     policy: Policy = DEFAULT_POLICY
-    remote: Remote | None = None  # the endpoints are gateways
+    remote: Remote | None = None  # if set, the endpoints are gateways
     plan: Plan | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One of the services that requests are split between: where it is served, and where else if fewer than `below` of its endpoints
-    can be used. Neither target has a plan: a split is not split again."""
+    """One backend of a split: the target, and the alternatives if fewer than `below` of its
+    endpoints are usable. These targets have no plan: a split is not split again."""
 
     weight: int
     target: Target
@@ -121,14 +126,14 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the requests to a service are shared out. At least one weight is above zero."""
+    """How the requests for a service are distributed. At least one weight is above zero."""
 
     backends: tuple[Backend, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """A port of a service, and the port on which its endpoints serve it (unless an endpoint says otherwise)."""
+    """A port of a service, and the default port of its endpoints."""
 
     port: int
     target_port: int
@@ -137,7 +142,7 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A service, and for each of its ports where a connection to it may go. `cluster` is "" for our own."""
+    """A service, and the target of each of its ports. `cluster` is "" for this cluster."""
 
     name: str
     namespace: str
@@ -145,18 +150,20 @@ class Service:
     ports: tuple[Port, ...]
     targets: Mapping[int, Target] = field(repr=False)
     cluster: str = ""
-    exported: bool = False  # to the clusters that ask our gateway for it
+    exported: bool = False  # to other clusters, through this cluster's gateway
 
     @property
     def qualified(self) -> str:
-        """Its one name within this snapshot: "namespace/name", with "cluster/" before it for another cluster's."""
+        """The unique name in this snapshot: "namespace/name", or "cluster/namespace/name" for
+        another cluster."""
         local = f"{self.namespace}/{self.name}"
         return f"{self.cluster}/{local}" if self.cluster else local
 
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """A way into another cluster: `host` is an IP literal, or a name that has to be resolved while the proxy runs."""
+    """A gateway of another cluster. `host` is an IP literal, or a name that the proxy resolves
+    while it runs."""
 
     host: str
     port: int
@@ -164,14 +171,15 @@ class Gateway:
     literal: bool
 
     def at(self, host: str) -> Endpoint:
-        """The gateway as an endpoint. It is the same for all services behind it, so they share its connections; what is spoken with it
-        is what the client speaks, for the directory that knows more is at the other end."""
+        """The gateway as an endpoint. It is the same for all services behind it, so they share its
+        connections. Its protocol is the client's, because the directory with the declaration is in
+        the other cluster."""
         return Endpoint(Address(host, self.port), self.identity)
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Another cluster: how to get there, and what it exports."""
+    """Another cluster: its gateways, and the services that it exports."""
 
     name: str
     domain: str
@@ -181,7 +189,8 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What a document lets go over to clear text (downgrades.py): everything, or services ("namespace/name") and IP addresses."""
+    """What a document permits to lose its identity (downgrades.py): everything, or services
+    ("namespace/name") and IP addresses."""
 
     everything: bool = False
     names: frozenset[str] = frozenset()
@@ -193,11 +202,11 @@ class Allowance:
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """A snapshot. Made by `parse`; `Directory()` knows nothing, and resolves every address to itself."""
+    """A snapshot, made by `parse`. `Directory()` is empty, and resolves every address to itself."""
 
     services: tuple[Service, ...] = ()
     clusters: Mapping[str, Cluster] = field(default_factory=dict)
-    name: str = ""  # of our own cluster; "": the document does not say
+    name: str = ""  # of this cluster; "": the document does not give it
     clustered: Mapping[Address, Target] = field(default_factory=dict, repr=False)
     served: Mapping[Address, Target] = field(default_factory=dict, repr=False)
     pods: Mapping[str, Pod] = field(default_factory=dict, repr=False)
@@ -206,7 +215,8 @@ class Directory:
     _by_family: dict[tuple[int, bool], Target] = field(default_factory=dict, repr=False, compare=False)
 
     def known(self, original: Address) -> Target | None:
-        """What the directory says of an address; None: nothing. Takes the same time however much there is to know."""
+        """The target of an address. None: the directory does not have it. The time does not depend
+        on the size of the directory."""
         target = self.clustered.get(original) or self.served.get(original)
         if target is not None:
             return target
@@ -218,11 +228,12 @@ class Directory:
         return Target(None, (pod.at(original),))
 
     def resolve(self, original: Address) -> Target:
-        """Where a connection to `original` goes. Never fails."""
+        """The destination of a connection to `original`. Never raises."""
         return self.known(original) or itself(original)
 
     def named(self, host: str, namespace: str) -> Service | None:
-        """The service that the name `host` means to a pod of `namespace`: one of our own, or another cluster's. See dns/service.py."""
+        """The service that the name `host` means for a pod in `namespace`, in this or another
+        cluster. See dns/service.py."""
         return self._names.find(host, namespace)
 
     def remote(self, cluster: str, namespace: str, name: str) -> Service | None:
@@ -230,8 +241,9 @@ class Directory:
         return self._names.remote(name, namespace, cluster)
 
     def authority(self, authority: bytes, namespace: str, dialled: str) -> Target | None:
-        """What a request's authority names, if it names a port of a known service exactly: with the endpoints that have the address
-        family of `dialled`, an IP literal, if there are any. One object for each service, port and family."""
+        """The target that a request's authority names, if it names a port of a known service
+        exactly. It has the endpoints of the address family of `dialled` (an IP literal), if there
+        are any. Returns the same object for the same service, port and family."""
         parts = split_authority(authority)
         service = self._names.find(parts[0], namespace) if parts is not None else None
         target = service.targets.get(parts[1] or HTTP_PORT) if parts is not None and service is not None else None
@@ -244,8 +256,9 @@ class Directory:
         return made
 
     def exported(self, authority: bytes) -> Target | None:
-        """What our own gateway may be asked for by this name: a port of a service of our own that is exported. The name has to have its
-        namespace, for the one who asks has none here."""
+        """The target that this cluster's gateway serves under this name: a port of an exported
+        service of this cluster. The name must include the namespace, because the client has no
+        namespace here."""
         parts = split_authority(authority)
         service = self._names.find(parts[0], "") if parts is not None else None
         if parts is None or service is None or service.cluster or not service.exported:
@@ -254,22 +267,23 @@ class Directory:
 
     @property
     def domain(self) -> str:
-        """The domain of our own cluster, without a dot behind it."""
+        """The domain of this cluster, without a trailing dot."""
         return self._names.domain
 
     @property
     def endpoint_count(self) -> int:
-        """How many pods are known."""
+        """The number of known pods."""
         return len(self.pods)
 
 
 def itself(original: Address) -> Target:
-    """The one plain endpoint at exactly this address."""
+    """The target for exactly this address: one endpoint in clear text."""
     return Target(None, (Endpoint(original),))
 
 
 def normalised(host: str) -> str:
-    """An IP literal in its one canonical form, IPv4-mapped IPv6 as IPv4; anything else unchanged."""
+    """The canonical form of an IP literal, with IPv4-mapped IPv6 as IPv4. Any other text is
+    unchanged."""
     try:
         literal = ipaddress.ip_address(host)
     except ValueError:
@@ -280,8 +294,10 @@ def normalised(host: str) -> str:
 
 
 def of_family(target: Target, host: str) -> Target:
-    """The endpoints of a target that have the address family of `host`, as without a proxy: an application may listen on that one only. All
-    of them, if none has it: then a proxy can help that the network could not. Gateways are not asked: any of them will do."""
+    """The target with the endpoints of the address family of `host`, as without a proxy: an
+    application may listen on that family only. If there is none, all endpoints: the proxy can then
+    connect where the application could not. A target of gateways is unchanged, because each gateway
+    can reach the service."""
     if target.remote is not None:
         return target
     same = tuple(endpoint for endpoint in target.endpoints if endpoint.address.is_ipv6 == (":" in host)) or target.endpoints

@@ -1,13 +1,15 @@
-"""Splits and failovers: what a directory document wants to happen to the requests to a service, beside going to its endpoints.
+"""Splits and failovers: other destinations for the requests of a service, as the directory document
+declares them.
 
-`split` shares a service's requests out among services, of which it may be one itself; `failover` names the clusters that stand in for
-it. They are two steps: a split chooses a service, a failover chooses where that service is served. Neither is followed twice: a request
-that was split is not split again, whatever its backend would do with requests of its own.
+`split` distributes the requests of a service over several services, which may include itself.
+`failover` names clusters that can serve it instead. These are two steps: a split selects a service,
+and a failover selects where that service is served. Each step happens once. A request that was
+split is not split again, even if its backend has a split.
 
-Still, services that send their requests in a circle are a mistake, whose author cannot have meant it; and a circle that runs through the
-gateway of another cluster is one that only the directories of both could break. So circles are looked for here, along splits, failovers,
-mirrors of mirrors and gateways whose own names are behind themselves, and are mistakes of the document.
-"""
+A cycle of services that send requests to each other is still a mistake. If it runs through the
+gateway of another cluster, both directories would have to change to break it. So this module
+searches for cycles along splits, failovers, mirrors of mirrors and gateways whose names are behind
+themselves, and reports them as mistakes of the document."""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ FAILOVER = ("clusters", "below")
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """The `split` and the `failover` of one service, not read yet. `targets` are the service's own, and get the plans."""
+    """The unread `split` and `failover` of one service. `targets` belong to the service, and get
+    the plans."""
 
     service: Service
     targets: dict[int, Target]
@@ -40,7 +43,8 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """All that a plan may name. `name`: of our own cluster, "" if the document does not say."""
+    """All services that a plan may name. `name`: of this cluster, "" if the document does not give
+    it."""
 
     name: str
     services: tuple[Service, ...]
@@ -55,7 +59,8 @@ class _Failover:
 
 
 def plan(wishes: list[Wish], world: World, mistakes: Mistakes) -> None:
-    """Put the plans into the targets of the services that have wishes; note what cannot be done, and every circle."""
+    """Put the plans into the targets of these services. Add a mistake for each invalid plan and
+    each cycle."""
     reader = _Reader(world, mistakes)
     failovers = {wish.service.qualified: reader.failover(wish) for wish in wishes}
     splits = {wish.service.qualified: reader.split(wish) for wish in wishes}
@@ -73,7 +78,7 @@ def plan(wishes: list[Wish], world: World, mistakes: Mistakes) -> None:
     paths = {wish.service.qualified: wish.path for wish in wishes}
     for cycle in cycles(graph):
         where = next((paths[node] for node in cycle if node in paths), "clusters")
-        mistakes.add(where, f"its requests would go round in a circle: {' -> '.join(cycle)}")
+        mistakes.add(where, f"its requests would go in a cycle: {' -> '.join(cycle)}")
 
 
 def _backend(weight: int, service: Service, port: int, failover: _Failover, notes: tuple[str, Mistakes]) -> Backend | None:
@@ -110,7 +115,7 @@ class _Reader:
                 self._mistakes.add(here, f"{backend[1].qualified} is listed twice")
             found[backend[1].qualified] = (*backend, here)
         if found and not any(weight for weight, _, _ in found.values()):
-            self._mistakes.add(path, "all weights are 0: at least one backend has to get something")
+            self._mistakes.add(path, "all weights are 0: at least one weight must be above 0")
         return list(found.values())
 
     def _share(self, value: Plain, apex: Service, path: str) -> tuple[int, Service] | None:
@@ -156,7 +161,7 @@ class _Reader:
         return _Failover(tuple(found.values()), below)
 
     def _cluster(self, value: Plain, path: str) -> str | None:
-        """The name of a known cluster, "" for our own; None: it is not known."""
+        """The name of a known cluster, "" for this cluster. None: not known."""
         if isinstance(value, str) and value and value == self._world.name:
             return ""
         if isinstance(value, str) and value in self._world.clusters:
@@ -174,7 +179,7 @@ class _Reader:
 
 
 def _graph(world: World, splits: Mapping[str, Iterable[Service]], failovers: Mapping[str, _Failover]) -> dict[str, list[str]]:
-    """Who passes requests on to whom, by the names of services."""
+    """The graph of forwarded requests, by service name."""
     graph: dict[str, list[str]] = defaultdict(list)
     for name, services in splits.items():
         graph[name] += [service.qualified for service in services if service.qualified != name]
@@ -192,7 +197,8 @@ def _graph(world: World, splits: Mapping[str, Iterable[Service]], failovers: Map
 
 
 def _mirrored(service: Service, world: World, exported: set[str]) -> str | None:
-    """What a service that another cluster exports is there only a mirror of, by its name; None: it is the service itself."""
+    """The service that an exported service of another cluster only mirrors there, as its name
+    shows. None: it is not a mirror."""
     for other in (world.name, *world.clusters):
         if other and other != service.cluster and service.name.endswith(f"-{other}"):
             local = f"{service.namespace}/{service.name.removesuffix(f'-{other}')}"

@@ -1,4 +1,5 @@
-"""The single values of a directory document. Who reads one notes a mistake with its path, and gives something harmless in its place."""
+"""Reads single values of a directory document. A reader that finds a mistake records it with its
+path, and returns a harmless value."""
 
 from __future__ import annotations
 
@@ -11,17 +12,17 @@ from proxy.directory.snapshot import Allowance, Hint, Port
 from proxy.identity.spiffe import SpiffeId, SpiffeIdError
 
 MOST_PORTS = 1024  # in a list of ports
-MOST_ALLOWED = 100_000  # services and addresses that may lose their identity
+MOST_ALLOWED = 100_000  # services and addresses in allow_identity_loss
 
 _HINTS: Mapping[str, Hint] = {hint.value: hint for hint in Hint}
 
 
 class Values:
-    """Reads values of one document into what they mean; all mistakes go into `mistakes`."""
+    """Converts the values of one document. All mistakes go into `mistakes`."""
 
     def __init__(self, mistakes: Mistakes) -> None:
         self.mistakes = mistakes
-        self._identities: dict[str, SpiffeId] = {}  # most of the endpoints of a service share one
+        self._identities: dict[str, SpiffeId] = {}  # most endpoints of a service share one
         self._port_sets: dict[frozenset[int], frozenset[int]] = {}
 
     def label(self, value: Plain, path: str) -> str:
@@ -38,7 +39,7 @@ class Values:
         return ""
 
     def host(self, value: Plain, path: str) -> str:
-        """An IP literal in its canonical form."""
+        """An IP literal in canonical form."""
         try:
             literal = ipaddress.ip_address(value) if isinstance(value, str) else None
         except ValueError:
@@ -47,7 +48,7 @@ class Values:
             self.mistakes.add(path, "must be given" if value is None else f"expected an IP address, found {said(value)}")
             return ""
         if literal.is_unspecified or literal.is_multicast:
-            self.mistakes.add(path, f"{literal} is not the address of one place")
+            self.mistakes.add(path, f"{literal} is not the address of a single host")
         mapped = literal.ipv4_mapped if isinstance(literal, ipaddress.IPv6Address) else None
         return str(mapped or literal)
 
@@ -58,7 +59,7 @@ class Values:
         return 0
 
     def port_set(self, value: Plain, path: str) -> frozenset[int]:
-        """A list of ports, which may be empty."""
+        """A list of ports. It may be empty."""
         listed = sequence(value, path, self.mistakes)
         if len(listed) > MOST_PORTS:
             self.mistakes.add(path, f"at most {MOST_PORTS} ports, found {len(listed)}")
@@ -71,7 +72,7 @@ class Values:
             return Allowance(everything=value)
         listed = sequence(value, path, self.mistakes)
         if len(listed) > MOST_ALLOWED:
-            self.mistakes.add(path, f"at most {MOST_ALLOWED} entries, found {len(listed)}: write true, if everything may")
+            self.mistakes.add(path, f"at most {MOST_ALLOWED} entries, found {len(listed)}: use true to permit everything")
         return Allowance(names=frozenset(self._service_or_host(item, f"{path}[{index}]") for index, item in enumerate(listed)))
 
     def _service_or_host(self, value: Plain, path: str) -> str:
@@ -84,7 +85,7 @@ class Values:
         return self.host(value, path)
 
     def number(self, value: Plain, path: str, low: int, high: int) -> int:
-        """A whole number; `low`, if it is none."""
+        """A whole number from `low` to `high`. `low` on a mistake."""
         if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
             return value
         self.mistakes.add(path, f"expected a whole number from {low} to {high}, found {said(value)}")
@@ -104,8 +105,8 @@ class Values:
 
     def identity(self, value: Plain, path: str) -> SpiffeId | None:
         if not isinstance(value, str):
-            # Nothing would mean clear text, which nobody should get by leaving a value out.
-            self.mistakes.add(path, f"expected a SPIFFE ID, found {said(value)} (leave the key out for an endpoint without a proxy)")
+            # No identity would mean clear text. An empty value must not cause that by accident.
+            self.mistakes.add(path, f"expected a SPIFFE ID, found {said(value)} (omit the key for an endpoint without a proxy)")
             return None
         found = self._identities.get(value)
         if found is None:
@@ -116,7 +117,7 @@ class Values:
         return found
 
     def ports(self, value: Plain, path: str, keys: tuple[str, ...]) -> list[Port]:
-        """The ports of a service, of which each may have `keys`."""
+        """The ports of a service. Each entry may have the keys `keys`."""
         ports: dict[int, Port] = {}
         for index, item in enumerate(sequence(value, path, self.mistakes)):
             here = f"{path}[{index}]"

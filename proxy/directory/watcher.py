@@ -1,22 +1,25 @@
-"""Keeps the directory fresh: looks at its file, and swaps the snapshot whole when what the file says has changed.
+"""Keeps the directory current: checks its file, and replaces the snapshot when the content has
+changed.
 
-Polling, not inotify: Kubernetes swaps a symbolic link two levels up (`..data`), which a watch on the file does not see, and network
-file systems send no events at all. A look is one `stat`, a few microseconds, which follows the links; the file is read only when its
-identity, size or time differ, and parsed only when its bytes do. Reading and parsing happen in a thread, since ten thousand services
-take more than a second.
+It polls the file and does not use inotify. Kubernetes replaces a symbolic link two levels up
+(`..data`), which a watch on the file does not see, and network file systems send no events. A check
+is one `stat` that follows the links and takes a few microseconds. The file is read only if its
+inode, size or time differ, and parsed only if its bytes differ. A thread reads and parses it,
+because ten thousand services take more than a second.
 
-A thread does not help against the garbage collector, which stops all of them while it looks at everything that there is: with ten
-thousand services again and again for 200 to 300 ms, in which no request moves. Reading a directory makes no garbage that needs it. So it
-rests meanwhile, and is told to leave a large snapshot alone, which goes by itself when the next one takes its place.
+A thread does not help against the garbage collector, which stops all threads while it scans all
+objects: with ten thousand services, it stops all requests repeatedly for 200 to 300 ms. A parse
+creates no cyclic garbage. So the collector is off during the parse, and a large snapshot is frozen
+(gc.freeze). Reference counting frees it when the next snapshot replaces it.
 
-What has changed is not used at once. Two reads have to agree, `settle` seconds apart (proxy/files.py), so a file that is being
-written is left alone. With `require_end` the document has to end as YAML documents may, by a line `...`, which no part of it does. What is
-complete is held against the directory in use: it may not let what had an identity go over to clear text (downgrades.py). What it
-may drop is remembered for a while (former_identities.py).
+A change is not used at once. Two reads `settle` seconds apart must agree (proxy/files.py), so that
+a file is not used while it is being written. With `require_end`, the document must end with a line
+`...`, as YAML documents may. No part of a document does. A complete document is compared with the
+current directory: it must not move endpoints with an identity to clear text (downgrades.py). What
+it may remove is remembered for a while (former_identities.py).
 
-A file that is broken, missing, half written or refused keeps the snapshot that was there; each such state is reported once, not at every
-look.
-"""
+If a file is invalid, missing, incomplete or refused, the previous snapshot stays in use. Each such
+state is reported once, not at every check."""
 
 from __future__ import annotations
 
@@ -38,20 +41,22 @@ MOST_BYTES = 64 * 1024 * 1024
 
 Outcome = Callable[[DirectoryError | None], None]
 _Stat = tuple[int, int, int, int]
-# A file's time has the tick of the kernel's clock, so two writes in one tick can look the same. A file younger than this (seconds) is
-# read again at the next look.
+# A file's time has the resolution of the kernel's tick, so two writes in one tick may look the
+# same. A file younger than this (seconds) is read again at the next check.
 _YOUNG = 1.0
-# Services and endpoints that are not worth to be looked at by the garbage collector; fewer cost it a few milliseconds.
+# Freeze snapshots with more services and endpoints than this. A scan of fewer takes a few
+# milliseconds.
 _LARGE = 2000
 
 
 class IdentityLoss(DirectoryError):
-    """The text is a directory, but would send in clear text what is sent by mutual TLS now."""
+    """The text is a valid directory, but would send in clear text what now uses mutual TLS."""
 
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """When a changed file is used. `settle`, `remember` in seconds; `remember` 0: nothing is remembered."""
+    """When a changed file is used. `settle` and `remember` in seconds; `remember` 0: remembers
+    nothing."""
 
     settle: float = 0.5
     require_end: bool = False
@@ -61,12 +66,13 @@ class Acceptance:
 
 
 class DirectorySource:
-    """The directory as it is now. `current` is replaced whole, by `watch`; take it once for one decision. `former` has the addresses that
-    had an identity lately."""
+    """The current directory. `watch` replaces `current` as a whole, so read it once per decision.
+    `former` has the addresses that recently had an identity."""
 
     def __init__(self, path: Path, acceptance: Acceptance | None = None) -> None:
-        """Reads the file. Raises DirectoryError if it is missing or broken: a proxy does not start without its directory. Blocks while the
-        file is being written, for about `files.PATIENCE` seconds at most."""
+        """Reads the file. Raises DirectoryError if it is missing or invalid: a proxy does not start
+        without its directory. Blocks while the file is being written, for at most about
+        `files.PATIENCE` seconds."""
         self.path = path
         self.acceptance = rules = acceptance or Acceptance()
         self.former = FormerIdentities(rules.remember, rules.max_remembered)
@@ -77,17 +83,18 @@ class DirectorySource:
             raise DirectoryError(str(path), [error.reason]) from error
         self.current = _parse(data, path, rules.require_end)
         self._settling = files.Settling(rules.settle)
-        self._refused: bytes | None = None  # the digest of contents that cannot be used
+        self._refused: bytes | None = None  # digest of a content that cannot be used
         self._reported: str | None = None
 
     async def watch(self, interval: float, report: Outcome) -> None:
-        """Looks at the file every `interval` seconds, for ever. `report(None)` after a swap, `report(error)` for a new mistake."""
+        """Check the file every `interval` seconds, until cancelled. Calls `report(None)` after a
+        replacement, and `report(error)` for a new error."""
         while True:
             await trio.sleep(min(interval, self.acceptance.settle) if self._settling.waiting else interval)
             await self.look(report)
 
     async def look(self, report: Outcome) -> None:
-        """Looks once."""
+        """Check the file once."""
         try:
             if (seen := _stat(self.path)) == self._seen:
                 return
@@ -103,13 +110,13 @@ class DirectorySource:
             self._seen = None
             return
         self._settling.forget()
-        # What was seen before the file was read: a change in between is found at the next look.
+        # The stat from before the read: the next check finds a change in between.
         self._seen = _settled(seen)
         if digest not in (self._digest, self._refused):
             await self._take(data, digest, report)
 
     async def _take(self, data: bytes, digest: bytes, report: Outcome) -> None:
-        """Use what the file says now, if that can be used."""
+        """Use the new content if it is acceptable."""
         try:
             found, losses = await trio.to_thread.run_sync(_understand, data, self.path, self.current, self.acceptance)
         except DirectoryError as error:
@@ -118,8 +125,8 @@ class DirectorySource:
             return
         now = trio.current_time()
         if not self.former.fits(losses.former, now):
-            self._seen = None  # there may be room later
-            words = f"more than {self.former.most} addresses would have lost their identity lately (directory.max_remembered)"
+            self._seen = None  # try again: entries may expire
+            words = f"more than {self.former.most} addresses would be remembered as former identities (directory.max_remembered)"
             self._complain(IdentityLoss(str(self.path), [words]), report)
             return
         self.former.take(found, losses.former, now)
@@ -142,7 +149,7 @@ def _stat(path: Path) -> _Stat:
 
 
 def _settled(seen: _Stat) -> _Stat | None:
-    """`seen` if nothing can have happened to the file that it would not show, else None."""
+    """`seen`, if every later change of the file would change it. Otherwise None."""
     return seen if time.time() - seen[3] / 1e9 > _YOUNG else None
 
 
@@ -161,19 +168,20 @@ def _read(path: Path) -> tuple[bytes, bytes]:
 
 
 def _parse(data: bytes, path: Path, require_end: bool) -> Directory:
-    """The snapshot, read without the garbage collector. Raises DirectoryError."""
+    """Parse the snapshot without the garbage collector. Raises DirectoryError."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DirectoryError(str(path), [f"not UTF-8 at byte {error.start}"]) from error
     if require_end and not ended(text):
-        raise DirectoryError(str(path), ["does not end with a line `...`, which directory.require_end asks for: it may be half written"])
+        raise DirectoryError(str(path), ["does not end with a line `...` (directory.require_end): it may be incomplete"])
     collected = gc.isenabled()
     gc.disable()
     try:
         found = parse(text, str(path))
         if found.endpoint_count + len(found.services) > _LARGE:
-            # What else is frozen with it is collected by its references as before; only what is garbage in a circle now stays.
+            # Reference counting still frees everything else that is frozen. Only existing cyclic
+            # garbage stays.
             gc.freeze()
         return found
     finally:
@@ -182,15 +190,16 @@ def _parse(data: bytes, path: Path, require_end: bool) -> Directory:
 
 
 def ended(text: str) -> bool:
-    """Whether the end of a YAML document is marked (YAML 1.2.2 §9.1.2), so that nothing of it is missing."""
+    """Whether the end of a YAML document is marked (YAML 1.2.2 §9.1.2), so that it is complete."""
     lines = text.rstrip().rsplit("\n", 1)
     return lines[-1] == "..." and text.endswith("\n")
 
 
 def _understand(data: bytes, path: Path, current: Directory, rules: Acceptance) -> tuple[Directory, Losses]:
-    """Runs in a thread: the new directory, and what it has lost of the one in use. Raises DirectoryError, IdentityLoss."""
+    """Parse the new directory, and compare it with the current one. Runs in a thread. Raises
+    DirectoryError, IdentityLoss."""
     found = _parse(data, path, rules.require_end)
     losses = compare(current, found, rules.max_loss)
     if losses.refusals:
-        raise IdentityLoss(str(path), [*losses.refusals, "name what may lose its identity in allow_identity_loss, if that is meant"])
+        raise IdentityLoss(str(path), [*losses.refusals, "if this is intended, list what may lose its identity in allow_identity_loss"])
     return found, losses

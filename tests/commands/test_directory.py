@@ -33,7 +33,7 @@ def test_all_mistakes_of_all_files_are_told_and_the_good_ones_too(tmp_path: Path
     assert said.out == f"{files[0]}: ok: 0 services (0 exported, 0 with split or failover), 0 endpoints, no other cluster\n"
     lines = said.err.splitlines()
     assert len([line for line in lines if line.startswith(f"{files[1]}: ")]) > 25
-    assert f"{files[2]}: services[0]: its requests would go round in a circle: default/a -> default/b -> default/a" in lines
+    assert f"{files[2]}: services[0]: its requests would go in a cycle: default/a -> default/b -> default/a" in lines
     assert f"{files[3]}: cannot be read: No such file or directory" in lines or lines[-1].startswith(f"{files[3]}: ")
 
 

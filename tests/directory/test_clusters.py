@@ -243,9 +243,9 @@ clusters:
 @pytest.mark.parametrize(
     ("text", "cycle"),
     [
-        (SPLITS, "services[0]: its requests would go round in a circle: default/a -> default/b -> default/a"),
-        (MIRROR, "services[0]: its requests would go round in a circle: default/c -> east/default/c-west -> default/c"),
-        (BEHIND_ITSELF, "clusters: its requests would go round in a circle: south/default/gw -> south/default/gw"),
+        (SPLITS, "services[0]: its requests would go in a cycle: default/a -> default/b -> default/a"),
+        (MIRROR, "services[0]: its requests would go in a cycle: default/c -> east/default/c-west -> default/c"),
+        (BEHIND_ITSELF, "clusters: its requests would go in a cycle: south/default/gw -> south/default/gw"),
     ],
 )
 def test_a_circle_is_a_mistake_that_spells_the_circle_out(text: str, cycle: str) -> None:
@@ -270,10 +270,7 @@ def test_the_schema_takes_the_document_and_refuses_the_wrong_one() -> None:
 _KEYS = ["name", "gateways", "host", "address", "identity", "services", "ports", "port", "clusters", "weight", "service"]
 _SCRAP = st.recursive(
     st.none() | st.booleans() | st.integers() | st.sampled_from(["10.0.0.1", "c", "east", "http1", GATEWAY, ""]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(_KEYS), inner, max_size=5)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_KEYS), inner, max_size=5),
     max_leaves=20,
 )
 

@@ -92,14 +92,14 @@ SUSPICIOUS = {
     ),
     "a port is skipped": (
         change(0, service("a", pod(1, A, skip_ports=[4191, 80]), address=A_AT)),
-        f"10.1.0.1 had the identity {A} at [80], which skip_ports has",
+        f"10.1.0.1 had the identity {A} at [80], now in skip_ports",
     ),
     "a cluster address without": (
         [*four()[1:], service("d", pod(30), address=A_AT)],
         "10.96.0.1:80 was default/a, whose endpoints had identities, and is default/d, where 10.1.0.30 has none",
     ),
-    "two services of three leave": (four()[2:], "2 of 3 services with identities are gone (default/a, default/b)"),
-    "all services leave": ([], "3 of 3 services with identities are gone (default/a, default/b, default/c)"),
+    "two services of three leave": (four()[2:], "2 of 3 services with identities are missing (default/a, default/b)"),
+    "all services leave": ([], "3 of 3 services with identities are missing (default/a, default/b, default/c)"),
 }  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def test_a_service_that_is_only_a_way_to_another_cluster_counts_too() -> None:
     clusters = [{"name": "east", "gateways": [gateway], "services": [{"name": "m", "ports": [{"port": 80}]}]}]
     mirror = service("m", address="10.96.0.7", split=[{"service": "m", "cluster": "east", "weight": 1}])
     old = made(mirror, clusters=clusters)
-    assert compare(old, made(), 0.5).refusals == ("1 of 1 services with identities are gone (default/m)",)
+    assert compare(old, made(), 0.5).refusals == ("1 of 1 services with identities are missing (default/m)",)
     others = [service(f"s{number}", pod(number, A)) for number in range(1, 4)]
     lost = compare(made(mirror, *others, clusters=clusters), made(*others, clusters=clusters), 0.5)
     assert lost.former == {Address("10.96.0.7", 80): Former("a gateway of east", frozenset({"default/m"}))}

@@ -77,7 +77,7 @@ async def test_a_port_that_is_not_redirected_is_clear_text_where_the_directory_s
     for endpoint in document["services"][0]["endpoints"]:
         endpoint["skip_ports"] = [4191, PLAIN]
     pair.near.write_directory(document)
-    await logged(pair.near, f"at [{PLAIN}], which skip_ports has now")
+    await logged(pair.near, f"at [{PLAIN}], now in skip_ports")
     assert (await curl(pair.web, f"http://{pair.shop.ipv4}:{PLAIN}/")).status == 502, "a pod in use goes over to clear text by name only"
     document["allow_identity_loss"] = ["default/shop"]
     pair.near.write_directory(document)
