@@ -385,7 +385,7 @@ class Work:
         self._endpoint_set.note(self, seconds, bad=True)
 
     def finished(self) -> None:
-        """The request or connection has ended. Must be called exactly once."""
+        """The request or connection has ended, whatever the result."""
         if self.load is not None:
             self.load.pending -= 1
             self.load = None

@@ -197,7 +197,7 @@ class _Builder:
         weight = values.number(given["weight"], child(path, "weight"), 1, MAX_WEIGHT) if "weight" in given else 1
         zone = given.get("zone", "")
         if not isinstance(zone, str) or len(zone) > 63:
-            self.mistakes.add(child(path, "zone"), f"expected a text of at most 63 characters, found {said(zone)}")
+            self.mistakes.add(child(path, "zone"), f"expected a string of at most 63 characters, found {said(zone)}")
         elsewhere = self._own_ports(given.get("ports"), child(path, "ports"), ports)
         skipped = values.port_set(given["skip_ports"], child(path, "skip_ports")) if "skip_ports" in given else self.skip_ports
         pod = Pod(Endpoint(Address(host, 0), identity, Hint.DETECT, ready, weight, str(zone)), skipped)

@@ -255,7 +255,7 @@ class Runtime:
         return exchange.facts.direction != "outbound" and exchange.facts.identity is not None
 
 
-class closing:  # noqa: N801  # read as a word of a `with`, as contextlib's own are
+class closing:  # noqa: N801  # lower case, like the context managers of contextlib
     """Own `stream` for a block. Closes it gracefully at the end, or at once if the block fails or
     is cancelled."""
 

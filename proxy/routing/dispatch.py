@@ -168,7 +168,7 @@ class Dispatcher:
         return Connected(self, choose, connect)
 
     async def connected(self, choose: Callable[[], Target], connect: Connect) -> tuple[Stream, Work | None]:
-        """Open a stream to an endpoint of the target that `choose` returns, and tries another
+        """Open a stream to an endpoint of the target that `choose` returns. Tries another
         endpoint if a connection fails. The caller must call `finished` on the returned work. An
         address without a service has no work. Raises what `connection` raises."""
         target = choose()

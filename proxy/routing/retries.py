@@ -2,17 +2,17 @@
 
 An attempt ends in one of these ways:
 
-    not delivered     The proxy cannot connect to the endpoint, or the endpoint's sidecar reports that
-                      it cannot connect to its application. The proxy tries another endpoint, up to
-                      a small number, for any request whose whole body can be sent again. If all
-                      circuit breakers are open, it waits for the next trial (endpoint_wait.py), but
-                      not if mutual TLS with all endpoints fails.
-    refused           REFUSED_STREAM: the server has not processed the request. The proxy retries any
-                      request whose body can be sent again.
-    broken            No response, or none in time. The proxy retries idempotent methods (RFC 9110
-                      §9.2.2).
-    answered          The status is one that the policy retries. The proxy retries if the policy
-                      allows it for the method.
+    not delivered   The proxy cannot connect to the endpoint, or the endpoint's sidecar reports that
+                    it cannot connect to its application. The proxy tries another endpoint, up to a
+                    small number, for any request whose whole body can be sent again. If all circuit
+                    breakers are open, it waits for the next trial (endpoint_wait.py), but not if
+                    mutual TLS with all endpoints fails.
+    refused         REFUSED_STREAM: the server has not processed the request. The proxy retries any
+                    request whose body can be sent again.
+    broken          No response, or none in time. The proxy retries idempotent methods (RFC 9110
+                    §9.2.2).
+    answered        The status is one that the policy retries. The proxy retries if the policy
+                    allows it for the method.
 
 All but the first are retries: within the policy's limit and the service's budget
 (balancing/retry_budget.py), before the deadline of the request, and only if the body can be sent
