@@ -55,7 +55,7 @@ class Headers:
 
     The fields of a head that h1/fast_head.py has accepted stay in `block`, the lines as they
     arrived, until they are needed separately. Most heads are forwarded as these bytes, with a line
-    or two added. A block has exactly one Host, and no Upgrade, TE, Expect or Transfer-Encoding.
+    or two added. A request block has exactly one Host. No block has Upgrade, TE or Expect.
     `clean`: no field here is hop-by-hop, so nothing needs to be stripped.
     """
 

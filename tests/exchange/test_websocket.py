@@ -386,6 +386,6 @@ async def test_an_answer_of_http1_to_an_http2_preface_is_named_as_what_it_is() -
     async with origin(script) as up, hop2(up.address) as proxy:
         answer = await (await proxy.connect2()).ask()
         assert answer.status == 502
-        assert b"the server speaks HTTP/1, and not HTTP/2" in answer.body
+        assert b"the server speaks HTTP/1, not HTTP/2" in answer.body
         assert up.opened == 1, "asking again would not change that"
         assert [e.failure for e in proxy.ended] == ["upstream_protocol"]

@@ -1,11 +1,13 @@
-"""One HTTP/2 connection, in either role: what the peer sends, read into events of single streams (RFC 9113).
+"""One HTTP/2 connection, as client or server: reads frames and returns events (RFC 9113).
 
-What is wrong with one stream ends that stream (StreamFault: RST_STREAM), what is wrong with the connection ends it (ConnectionFault:
-GOAWAY, and ProtocolError to the caller). The peer's GOAWAY, whatever its code, ends nothing but the opening of new streams.
+An error of one stream ends that stream (StreamFault: RST_STREAM). An error of the connection ends
+the connection (ConnectionFault: GOAWAY, and ProtocolError to the caller). A GOAWAY of the peer,
+with any code, only stops the opening of new streams.
 
-The peer may be a proxy, whose connection carries the requests of many clients. So no fault that one client can cause by way of a proxy
-that keeps to the RFC is the connection's. A header list over the limit is decoded, for HPACK's table must stay in step, and its stream
-is reset. Only a list that is far over it ends the connection (hpack2.hard_limit).
+The peer may be a proxy whose connection carries the requests of many clients. Therefore nothing
+that one client can cause through a correct proxy is an error of the connection. A header list over
+the limit is still decoded, because HPACK's table must stay in sync, and then its stream is reset.
+Only a list far over the limit ends the connection (hpack.hard_limit).
 """
 
 from __future__ import annotations
@@ -33,24 +35,26 @@ from proxy.wire.h2.hpack import Decoder, hard_limit
 from proxy.wire.h2.streams import Stream, Streams
 from proxy.wire.messages import ProtocolError, RequestHead, ResponseHead
 
-# A header block in so many more pieces than it needs is an attack (CVE-2024-27316).
+# A header block in this many more pieces than necessary is an attack (CVE-2024-27316).
 _MOST_CONTINUATIONS = 16
 # A CONTINUATION of at least this many bytes costs the peer more than us.
 _LARGE_PIECE = 1024
-# Streams that a peer opens in one read, after which the rest of the read has to wait: a read holds hundreds, and each of them costs much
-# more to begin than to send.
+# The number of streams that a peer may open in one read; then the rest of the read must wait. One
+# read can hold hundreds, and each costs us much more to start than it costs the peer to send.
 _MOST_OPENED = 32
-# Parameters of one SETTINGS frame: each may move the window of every stream. nghttp2 has the same bound.
+# Parameters of one SETTINGS frame. Each may change the window of every stream. nghttp2 has the same
+# limit.
 _MOST_SETTINGS = 32
-_SHAPE = frames.END_HEADERS | frames.PADDED | frames.PRIORITY  # what a header block is not plain without, or with
+# A simple header block has END_HEADERS and neither of the other two.
+_SHAPE = frames.END_HEADERS | frames.PADDED | frames.PRIORITY
 _HEADER = frames.HEADER.unpack_from
-# A flag of ours beside the wire's eight.
+# An internal flag, outside the eight bits of the wire.
 _SELF_DEPENDENT = 0x100
 
 
 @dataclass(slots=True)
 class _Block:
-    """A header block that is still coming in."""
+    """A header block that is not complete yet."""
 
     stream: int
     flags: int
@@ -59,7 +63,11 @@ class _Block:
 
 
 class Http2Connection(Streams):
-    """Raises ProtocolError when the connection is over; what is in `data_to_send` then (GOAWAY) is still to be sent."""
+    """One connection, from its first byte.
+
+    Methods raise ProtocolError when the connection must end. The caller must still send what
+    `data_to_send` returns then (GOAWAY).
+    """
 
     def __init__(self, role: Role, limits: Http2Limits, budget: float = BUDGET) -> None:
         super().__init__(role, limits, budget)
@@ -69,23 +77,26 @@ class Http2Connection(Streams):
         self._decoder = Decoder(limits.head)
         self._block: _Block | None = None
         self._largest_block = hard_limit(limits.head)
-        self.speaks_http1 = False  # the server has answered our preface by HTTP/1
-        self.paused = False  # there are more whole frames than `receive_data` has read: call it again, with nothing
+        self.speaks_http1 = False  # the server answered our preface by HTTP/1
+        self.paused = False  # complete frames are left: call `receive_data` again, with b""
 
     @property
     def buffered(self) -> int:
-        """Bytes that have come and make no whole frame, or header block, yet."""
+        """Received bytes that are not a complete frame or header block yet."""
         return len(self._buffer) + (0 if self._block is None else self._block.size)
 
     @property
     def before_fault(self) -> list[Event]:
-        """What was read in front of the fault that made `receive_data` raise, in the same piece of bytes."""
+        """Events of the last `receive_data` before the error for which it raised."""
         return self._events if self._over else []
 
     def receive_data(self, data: bytes, now: float) -> list[Event]:
-        """Take bytes that were read at `now` (seconds of any clock). Raises ProtocolError: the connection is over."""
+        """Process bytes that were read at `now` (seconds of any clock), and return the events.
+
+        Raises ProtocolError when the connection must end.
+        """
         if self._over:
-            raise ProtocolError("HTTP/2: the connection is over")
+            raise ProtocolError("HTTP/2: the connection has ended")
         self._earn((now - self._refilled) * self._per_second)
         self._refilled = now
         self._buffer = self._buffer + data if self._buffer else data
@@ -129,17 +140,20 @@ class Http2Connection(Streams):
         self._buffer = buffer[at:]
 
     def _too_large(self, size: int, buffer: bytes) -> ConnectionFault:
-        """The fault of a frame over our limit, and of what is no frame: a server that does not know our preface answers it by HTTP/1."""
+        """The error for a frame over our size limit.
+
+        It may also be no frame at all: a server without HTTP/2 answers our preface by HTTP/1.
+        """
         if self._client and self._settings_pending and buffer.startswith(b"HTTP/1."):
             self.speaks_http1 = True
-            return ConnectionFault(Code.PROTOCOL_ERROR, "the server speaks HTTP/1, and not HTTP/2")
+            return ConnectionFault(Code.PROTOCOL_ERROR, "the server speaks HTTP/1, not HTTP/2")
         return ConnectionFault(Code.FRAME_SIZE_ERROR, f"a frame of {size} bytes")
 
     def _read_frame(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         if self._settings_pending or self._block is not None:
             self._check_order(kind, flags, stream)
         match kind:
-            case 0x0:  # DATA and HEADERS by their numbers: most frames are these, and an enum's member is looked up each time
+            case 0x0:  # DATA; HEADERS below: frequent, and an enum lookup is slower than a number
                 self._on_data(stream, flags, payload)
             case 0x1:
                 self._on_headers(stream, flags, payload)
@@ -164,9 +178,9 @@ class Http2Connection(Streams):
 
     def _check_order(self, kind: int, flags: int, stream: int) -> None:
         if self._settings_pending and (kind != Kind.SETTINGS or flags & frames.ACK):
-            raise ConnectionFault(Code.PROTOCOL_ERROR, "the first frame was not SETTINGS")
+            raise ConnectionFault(Code.PROTOCOL_ERROR, "the first frame is not SETTINGS")
         if self._block is not None and (kind != Kind.CONTINUATION or stream != self._block.stream):
-            raise ConnectionFault(Code.PROTOCOL_ERROR, "a frame within a header block")
+            raise ConnectionFault(Code.PROTOCOL_ERROR, "another frame within a header block")
 
     # ... bodies
 
@@ -192,14 +206,14 @@ class Http2Connection(Streams):
             self.consumed(0, credit)
             if stream.window < 0:
                 raise StreamFault(number, Code.FLOW_CONTROL_ERROR, "more DATA than the stream's window")
-            raise StreamFault(number, Code.PROTOCOL_ERROR, "DATA before the head, or not as many as Content-Length says")
+            raise StreamFault(number, Code.PROTOCOL_ERROR, "DATA before the head, or against Content-Length")
         self._events.append(DataReceived(number, data, credit, ended))
         if ended:
             self._received_end(stream)
 
     @staticmethod
     def _promised(stream: Stream, size: int, ended: bool) -> bool:
-        """Whether the body is as long as its head says, as far as one can see (§8.1.1)."""
+        """Whether the body can still have the length that its head announces (§8.1.1)."""
         if stream.expected is None:
             return True
         stream.expected -= size
@@ -218,14 +232,14 @@ class Http2Connection(Streams):
         try:
             fragment = frames.without_priority(fragment, flags, number)
         except StreamFault:
-            # The block has to be decoded all the same, or the table would be out of step.
+            # The block must still be decoded to keep the HPACK table in sync.
             self._block.flags |= _SELF_DEPENDENT
             fragment = fragment[5:]
         self._add(self._block, fragment, flags)
 
     def _on_continuation(self, flags: int, payload: bytes) -> None:
         if self._block is None:
-            raise ConnectionFault(Code.PROTOCOL_ERROR, "a CONTINUATION that continues nothing")
+            raise ConnectionFault(Code.PROTOCOL_ERROR, "a CONTINUATION without a header block")
         if len(payload) < _LARGE_PIECE:
             self._spend(COST_CONTROL)
         self._add(self._block, payload, flags)
@@ -248,7 +262,7 @@ class Http2Connection(Streams):
             if stream is None:
                 return
         elif not stream.receives:
-            raise StreamFault(number, Code.STREAM_CLOSED, "HEADERS behind the end of the stream")
+            raise StreamFault(number, Code.STREAM_CLOSED, "HEADERS after the end of the stream")
         if flags & _SELF_DEPENDENT:
             raise StreamFault(number, Code.PROTOCOL_ERROR, "a stream that depends on itself")
         if pairs is None:
@@ -265,7 +279,7 @@ class Http2Connection(Streams):
         head: RequestHead | ResponseHead
         if self._client:
             head = response_head(pairs)
-            if head.informational:  # their number is for the exchange to limit: one server's many are not the other streams' fault
+            if head.informational:  # the exchange limits their number, for its own stream only
                 if ended:
                     raise ProtocolError("an informational response that ends its stream")
                 self._events.append(HeadReceived(stream.number, head, False))
@@ -278,12 +292,12 @@ class Http2Connection(Streams):
             bodiless, tunnel = False, head.method == b"CONNECT"
         stream.headless = False
         length = head.headers.get(b"content-length")
-        if bodiless:  # whatever Content-Length says of the body that it would have had
+        if bodiless:  # Content-Length then describes the body that a GET would have had
             stream.expected = 0
         elif length is not None and not tunnel:
             stream.expected = int(length)
             if ended and stream.expected:
-                raise ProtocolError("a message without the body that its Content-Length promises")
+                raise ProtocolError("a message has no body, but its Content-Length is not 0")
         self._events.append(HeadReceived(stream.number, head, ended))
         if ended:
             self._received_end(stream)
@@ -293,7 +307,7 @@ class Http2Connection(Streams):
             raise ProtocolError("a second header block that does not end the stream")
         fields = trailers(pairs)
         if stream.expected:
-            raise ProtocolError("trailers before the end of the body that Content-Length promises")
+            raise ProtocolError("trailers before the end of the body that Content-Length announces")
         self._events.append(TrailersReceived(stream.number, fields))
         self._received_end(stream)
 
@@ -306,7 +320,7 @@ class Http2Connection(Streams):
             self._send_window += increment
             if not increment or self._send_window > frames.LARGEST_WINDOW:
                 code = Code.FLOW_CONTROL_ERROR if increment else Code.PROTOCOL_ERROR
-                raise ConnectionFault(code, f"the connection's window moved by {increment}, to {self._send_window}")
+                raise ConnectionFault(code, f"the connection's window changed by {increment}, to {self._send_window}")
         else:
             self._check_not_idle(number, "WINDOW_UPDATE")
             stream = self._streams.get(number)
@@ -315,7 +329,7 @@ class Http2Connection(Streams):
             stream.send_window += increment
             if not increment or stream.send_window > frames.LARGEST_WINDOW:
                 code = Code.FLOW_CONTROL_ERROR if increment else Code.PROTOCOL_ERROR
-                raise StreamFault(number, code, f"the stream's window moved by {increment}, to {stream.send_window}")
+                raise StreamFault(number, code, f"the stream's window changed by {increment}, to {stream.send_window}")
         self._events.append(WindowOpened(number))
 
     def _on_reset(self, number: int, payload: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What an HTTP/2 connection tells of its streams, and the limits it is given."""
+"""The events of an HTTP/2 connection, and its limits."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from proxy.wire.messages import Headers, RequestHead, ResponseHead
 
 @dataclass(frozen=True, slots=True)
 class Http2Limits:
-    """Bytes, but for `streams`, which is a count: how many the peer may have open at once.
+    """Limits in bytes, except `streams`: the number of streams that the peer may have open.
 
-    The windows must not be smaller than 65535, HTTP/2's own: that much a peer may send before it has read what we allow.
+    The windows must be at least 65535, the default of HTTP/2: a peer may send this much before it
+    has received our SETTINGS.
     """
 
     streams: int = 256
@@ -22,7 +23,7 @@ class Http2Limits:
 
 @dataclass(slots=True)
 class HeadReceived:
-    """A request, or a response, also an informational one."""
+    """The head of a request or a response. The response may be informational."""
 
     stream: int
     head: RequestHead | ResponseHead
@@ -31,7 +32,11 @@ class HeadReceived:
 
 @dataclass(slots=True)
 class DataReceived:
-    """`credit` bytes of the windows are given back with `consumed`: the data and its padding."""
+    """A piece of a body.
+
+    `credit`: bytes of the flow control windows (the data and its padding). The receiver must return
+    them by `consumed`.
+    """
 
     stream: int
     data: bytes
@@ -41,7 +46,7 @@ class DataReceived:
 
 @dataclass(slots=True)
 class TrailersReceived:
-    """The end of a body, with fields behind it."""
+    """The end of a body with trailers."""
 
     stream: int
     trailers: Headers
@@ -49,7 +54,10 @@ class TrailersReceived:
 
 @dataclass(slots=True)
 class StreamBroken:
-    """The stream ended before its message did: reset by the peer (`by_peer`), or by us because of what the peer sent."""
+    """The stream ended before its message.
+
+    The peer reset it (`by_peer`), or we did because of an error of the peer.
+    """
 
     stream: int
     code: int
@@ -59,7 +67,7 @@ class StreamBroken:
 
 @dataclass(slots=True)
 class GoingAway:
-    """The peer takes no streams above `last`; those up to it go on."""
+    """The peer accepts no streams above `last`. Those up to `last` continue."""
 
     last: int
     code: int
@@ -67,21 +75,24 @@ class GoingAway:
 
 @dataclass(slots=True)
 class WindowOpened:
-    """More may be sent on `stream`; 0: on all. Also told when the peer may take more streams than before."""
+    """More may be sent on `stream`; 0: on all. Also sent if the peer raises its stream limit."""
 
     stream: int
 
 
 @dataclass(slots=True)
 class PingAnswered:
-    """The peer has answered a PING of ours."""
+    """The peer has answered our PING."""
 
     payload: bytes
 
 
 @dataclass(slots=True)
 class Exhausted:
-    """The peer has used up its frame budget. GOAWAY has been sent: it may open no new streams, and those that are open go on."""
+    """The peer has used up its frame budget.
+
+    GOAWAY has been sent: it may open no new streams. The open ones continue.
+    """
 
     words: str
 
@@ -90,8 +101,8 @@ Event = HeadReceived | DataReceived | TrailersReceived | StreamBroken | GoingAwa
 
 
 class HeadTooLarge(Exception):
-    """A header list was to be sent that is larger than the peer takes (SETTINGS_MAX_HEADER_LIST_SIZE). Nothing has been sent."""
+    """A header list exceeds the peer's SETTINGS_MAX_HEADER_LIST_SIZE. Nothing has been sent."""
 
 
 class StreamGone(Exception):
-    """Something was to be sent on a stream that has ended."""
+    """The stream on which something was to be sent has ended."""

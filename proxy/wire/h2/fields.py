@@ -1,10 +1,11 @@
-"""The fields of HTTP/2 messages: from a decoded header list to a head of wire/messages.py, checked, and back (RFC 9113 §8).
+"""The fields of HTTP/2 messages: decoded header lists to checked heads, and back (RFC 9113 §8).
 
-h2 could check header lists, too, but it ends the whole connection for a bad one. A malformed message is a fault of its stream
-(§8.1.1), so the check is here, and what fails it is one stream's ProtocolError.
+The h2 library can check header lists too, but it ends the whole connection for a bad one. A
+malformed message is an error of its stream only (§8.1.1). So this module checks, and raises
+ProtocolError for that stream.
 
-In canonical form the authority is the Host field (wire/messages.py). So `:authority` becomes Host on the way in, in front of the other
-fields, and Host becomes `:authority` on the way out.
+In the canonical form, the authority is the Host field (wire/messages.py). So `:authority` becomes
+Host, before the other fields, when a head arrives; Host becomes `:authority` when it is sent.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ Pair = tuple[bytes, bytes]
 
 
 class Block(list[Pair]):
-    """A header list that comes again and again: with what it was read as, which is read off a second time at a tenth of the cost."""
+    """A header list that occurs repeatedly, with the head that was parsed from it.
+
+    Reusing the head costs a tenth of parsing it.
+    """
 
     __slots__ = ("head",)
 
@@ -39,7 +43,10 @@ class Block(list[Pair]):
 
 
 class Secret(tuple[bytes, bytes]):
-    """A field that came as never to be indexed, and has to go on as such (RFC 7541 §6.2.3). It travels through Headers like any other."""
+    """A field that arrived as never-indexed, and must be forwarded as such (RFC 7541 §6.2.3).
+
+    In Headers it behaves like any other field.
+    """
 
     __slots__ = ()
 
@@ -52,13 +59,13 @@ _METHOD = re.compile(rb"[-!#$%&'*+.^_`|~0-9A-Za-z]{1,64}")
 _AUTHORITY = re.compile(rb"(?!:|\Z)" + AUTHORITY)
 _STATUS = re.compile(rb"[1-5][0-9][0-9]")
 
-# §8.2.2: what speaks of an HTTP/1 connection has no place here.
+# §8.2.2: fields of an HTTP/1 connection are forbidden.
 _CONNECTION_FIELDS = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
 _SCHEME = (b":scheme", b"http")
-_TE = (b"te", b"trailers")  # in HTTP/2 it has no other value
+_TE = (b"te", b"trailers")  # the only value that HTTP/2 allows
 _REQUEST_PSEUDO = frozenset({b":method", b":scheme", b":authority", b":path", b":protocol"})
 _RESPONSE_PSEUDO = frozenset({b":status"})
-# What has to be looked at twice, wherever it stands.
+# Fields that need another check, or mean that the head is not clean.
 _NOTED = HOP_BY_HOP | {b"cookie", b"host", b"content-length"}
 
 
@@ -86,11 +93,11 @@ def _request_head(pairs: Iterable[Pair]) -> RequestHead:
     if not _METHOD.fullmatch(method):
         raise ProtocolError("a request without a valid :method")
     named = authority if authority is not None or not host else host[0]
-    # Neither is no fault here (§8.3.1): who accepted the connection knows where it was to go.
+    # It is not an error if both are missing (§8.3.1): the listener knows the original destination.
     if named is not None and not _AUTHORITY.fullmatch(named):
         raise ProtocolError("a malformed :authority or Host")
     if len(host) > 1 or (host and named is not None and host[0].lower() != named.lower()):
-        raise ProtocolError("a Host field that contradicts :authority")
+        raise ProtocolError("the Host field contradicts :authority")
     protocol = pseudo.get(b":protocol")
     if method == b"CONNECT" and protocol is None:
         if authority is None or b":path" in pseudo or b":scheme" in pseudo:
@@ -106,16 +113,19 @@ def _request_head(pairs: Iterable[Pair]) -> RequestHead:
 def _target(method: bytes, pseudo: dict[bytes, bytes], protocol: bytes | None) -> bytes:
     path = pseudo.get(b":path", b"")
     if pseudo.get(b":scheme", b"").lower() not in (b"http", b"https"):
-        raise ProtocolError("a request without a :scheme of http or https")
+        raise ProtocolError("a request whose :scheme is neither http nor https")
     if not _PATH.fullmatch(path) and not (path == b"*" and method == b"OPTIONS"):
         raise ProtocolError("a request without a valid :path")
     if protocol is not None and method != b"CONNECT":
-        raise ProtocolError(":protocol in a request that is no CONNECT (RFC 8441 §4)")
+        raise ProtocolError(":protocol in a request that is not CONNECT (RFC 8441 §4)")
     return path
 
 
 def response_head(pairs: Iterable[Pair]) -> ResponseHead:
-    """The head of a response, informational ones too. Raises ProtocolError if it is malformed."""
+    """The head of a response, possibly an informational one.
+
+    Raises ProtocolError if it is malformed.
+    """
     if type(pairs) is not Block:
         return _response_head(pairs)
     if not isinstance(pairs.head, ResponseHead):
@@ -126,19 +136,22 @@ def response_head(pairs: Iterable[Pair]) -> ResponseHead:
 def _response_head(pairs: Iterable[Pair]) -> ResponseHead:
     pseudo, headers = _split(pairs, _RESPONSE_PSEUDO)
     status = pseudo.get(b":status", b"")
-    if not _STATUS.fullmatch(status) or status == b"101":  # §8.6: there is nothing to switch to
+    if not _STATUS.fullmatch(status) or status == b"101":  # §8.6: HTTP/2 does not support 101
         raise ProtocolError("a response without a valid :status")
     return ResponseHead(int(status), headers, b"", b"2")
 
 
 def trailers(pairs: Iterable[Pair]) -> Headers:
-    """A trailer section: no pseudo-field may stand in it (§8.1). Fields that have no business there are dropped, as in HTTP/1."""
+    """A trailer section. Raises ProtocolError for a pseudo-field in it (§8.1).
+
+    Fields that must not be trailers are dropped, as in HTTP/1.
+    """
     kept = []
     for pair in pairs:
         if may_trail(pair[0]) or pair[0] in _CONNECTION_FIELDS:
             kept.append(pair)
         elif not _VALUE.fullmatch(pair[1]):
-            raise ProtocolError("a field value with bytes that are not allowed in one")
+            raise ProtocolError("a field value has forbidden bytes")
     return _split(kept, frozenset())[1]
 
 
@@ -149,10 +162,10 @@ def _split(pairs: Iterable[Pair], allowed: frozenset[bytes]) -> tuple[dict[bytes
     for pair in pairs:
         name, value = pair
         if not _VALUE.fullmatch(value):
-            raise ProtocolError("a field value with bytes that are not allowed in one")
+            raise ProtocolError("a field value has forbidden bytes")
         if name[:1] == b":":
             if name not in allowed or name in pseudo or fields:
-                raise ProtocolError("a pseudo-field that is unknown, repeated, or behind the fields")
+                raise ProtocolError("a pseudo-field is unknown, repeated, or after other fields")
             pseudo[name] = value
         elif not _NAME.fullmatch(name) or name in _CONNECTION_FIELDS or (name == b"te" and value.lower() != b"trailers"):
             raise ProtocolError(f"the field {name[:64].decode('latin-1')!r} is not allowed in HTTP/2")
@@ -173,7 +186,7 @@ def _look_again(headers: Headers, noted: list[Pair]) -> None:
         _join(headers, cookies)
     lengths = [value for name, value in noted if name == b"content-length"]
     if len(lengths) > 1 or (lengths and not (lengths[0].isdigit() and len(lengths[0]) < 19)):
-        raise ProtocolError("a Content-Length that is repeated, or not a number")
+        raise ProtocolError("the Content-Length is repeated, or not a number")
     if lengths and lengths[0][:1] == b"0" != lengths[0]:  # as in HTTP/1: Headers.write_length
         headers.items = [_shortened(pair) if pair[0] == b"content-length" else pair for pair in headers.items]
 
@@ -185,8 +198,11 @@ def _shortened(pair: Pair) -> Pair:
 
 
 def _join(headers: Headers, cookies: list[Pair]) -> None:
-    """§8.2.3: cookies are split for the sake of compression; everywhere else they are one field. An empty one would leave it with a blank
-    at its end, which nobody may send."""
+    """Join several cookie fields into one.
+
+    They are split for better compression; outside HTTP/2 they must be one field (§8.2.3). Empty
+    ones are omitted, because the result could then end with a space, which is forbidden.
+    """
     joined = b"; ".join([value for _, value in cookies if value])
     headers.replace(b"cookie", joined)
     if any(isinstance(pair, Secret) for pair in cookies):
@@ -195,7 +211,7 @@ def _join(headers: Headers, cookies: list[Pair]) -> None:
 
 def request_pairs(head: RequestHead) -> list[Pair]:
     """The header list of a request whose hop-by-hop fields have been stripped."""
-    # An extended CONNECT has a path for its target, and its authority where other requests have it.
+    # Extended CONNECT has a path in :path, and the authority in :authority, like other requests.
     authority = (head.authority if head.protocol is None else head.headers.get(b"host")) or b""
     if head.method == b"CONNECT" and head.protocol is None:
         pseudo = [(b":method", b"CONNECT"), (b":authority", head.target)]
@@ -209,8 +225,11 @@ def request_pairs(head: RequestHead) -> list[Pair]:
 
 
 def onward_pairs(head: RequestHead, caller: bytes | None) -> list[Pair] | None:
-    """The header list of a request that came by HTTP/2 and goes on by it: without what belonged to the last hop, and with what is said of
-    its `caller`. None: there is more to it."""
+    """The header list of a request that arrived by HTTP/2 and is forwarded by HTTP/2.
+
+    The hop-by-hop fields are removed, and the field for `caller` is added. None: the request is not
+    simple enough; use `request_pairs`.
+    """
     items = head.headers.items
     if not items or items[0][0] != b"host" or not head.target.startswith(b"/") or head.protocol is not None:
         return None
@@ -236,7 +255,7 @@ def response_pairs(head: ResponseHead) -> list[Pair]:
 
 
 def field_pairs(headers: Headers, without: bytes = b"") -> list[Pair]:
-    """Fields with their names in lower case; those of an HTTP/1 connection, which somebody may have left, are dropped."""
+    """The fields with names in lower case, without the fields of an HTTP/1 connection."""
     pairs = []
     for item in headers.items:
         name = item[0]

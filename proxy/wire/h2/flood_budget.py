@@ -1,21 +1,23 @@
-"""The budget of an HTTP/2 peer for frames that only cost time.
+"""The budget of an HTTP/2 peer for frames that cost us work and the peer nothing.
 
-Some frames cost us work and the peer nothing: a stream that is opened and reset (CVE-2023-44487), PING and SETTINGS, which
-must be answered, empty DATA, WINDOW_UPDATE by the byte, PRIORITY and unknown frames. All of them draw on one account. Streams that
-end well in both directions, DATA that we send (which is what honest peers answer with WINDOW_UPDATE and PING) and time passing pay
-into it. What the peer sends pays nothing: it could buy resets with padding.
+Such frames are: a stream that is opened and reset (CVE-2023-44487), PING and SETTINGS (which must
+be answered), empty DATA, WINDOW_UPDATE with small increments, PRIORITY and unknown frames. They all
+use one budget. The budget is refilled by streams that end normally in both directions, by DATA that
+we send (honest peers answer it with WINDOW_UPDATE and PING), and by time. DATA of the peer does not
+refill it: otherwise a peer could pay for resets with padding.
 
-These are free:
+These cost nothing:
 
-- A reset of a stream that has lived for a while, or that we have answered. The number of streams bounds the former, and the latter is no
-  cheaper than a request.
-- Frames that the peer may have sent before our reset of the stream reached it: a few header blocks, one reset, and what the window
-  allowed of DATA.
+- A reset of a stream that has existed for a while, or that we have answered. The number of streams
+  limits the former, and the latter costs us no less than a request.
+- Frames that the peer may have sent before it received our reset of the stream: a few header
+  blocks, one reset, and DATA up to the window.
 - What a server does to streams that we have opened, once for each stream.
 
-When the account is empty, GOAWAY with ENHANCE_YOUR_CALM asks the peer to open no new streams. The open ones go on: a peer that is itself
-a proxy carries the requests of many clients on them, and one of its clients may have caused the resets. A peer that does not stop uses
-up the second, smaller account that it has from then on. Then the connection ends.
+When the budget is empty, GOAWAY with ENHANCE_YOUR_CALM asks the peer to open no new streams. The
+open ones continue: if the peer is a proxy, they carry the requests of many clients, of which one
+may have caused the resets. The peer then has a second, smaller budget. When that is empty too, the
+connection ends.
 """
 
 from __future__ import annotations
@@ -23,28 +25,32 @@ from __future__ import annotations
 from proxy.wire.h2.frames import Code, ConnectionFault
 
 BUDGET = 1000.0
-# What comes back in a second, and what a peer has after GOAWAY, in parts of the budget.
+# The refill in a second, and the second budget after GOAWAY, as fractions of the budget.
 _PER_SECOND = 1 / 10
 _AFTERWARDS = 1 / 2
-# For a frame of DATA that we send: grpc-go answers each one with a PING while it measures the bandwidth, others with WINDOW_UPDATE for
-# the stream and for the connection; and for each largest frame's worth of it.
+# The refill for a DATA frame that we send, and again for each maximum-size frame's worth of data.
+# grpc-go answers each frame with a PING while it measures bandwidth. Other peers send WINDOW_UPDATE
+# for the stream and for the connection.
 PER_FRAME = 1.0
 PER_STREAM = 2.0
 COST_RESET = 2.0
 COST_CONTROL = 1.0
 COST_WINDOW = 0.25
 
-# A stream that has lived so long (seconds) may be reset for nothing.
+# The age (seconds) from which a reset of a stream costs nothing.
 OF_AGE = 0.1
-FLOOD = "too many frames that only cost time (resets, pings, settings, empty data)"
+FLOOD = "too many frames that only cause work (resets, pings, settings, empty data)"
 
 
 class FrameBudget:
-    """What the peer of one connection may still spend. `budget`: in the beginning; a tenth of it comes back each second."""
+    """The frame budget of the peer of one connection.
+
+    `budget`: the initial value and maximum. A tenth of it is refilled each second.
+    """
 
     def __init__(self, budget: float) -> None:
         self._budget = budget
-        self._patience = budget  # what is left of it
+        self._patience = budget  # the rest of the budget
         self._per_second = budget * _PER_SECOND
         self._exhausted = False
 
@@ -57,7 +63,7 @@ class FrameBudget:
             self._exhaust()
 
     def _exhaust(self) -> None:
-        """Ask the peer to stop; end the connection if it has been asked before."""
+        """Ask the peer to stop. Raises ConnectionFault if it was asked before."""
         if self._exhausted:
             raise ConnectionFault(Code.ENHANCE_YOUR_CALM, FLOOD)
         self._exhausted = True
@@ -66,5 +72,5 @@ class FrameBudget:
         self._ask_to_stop()
 
     def _ask_to_stop(self) -> None:
-        """Put down GOAWAY; the streams that are open go on."""
+        """Queue GOAWAY. Open streams continue."""
         raise NotImplementedError

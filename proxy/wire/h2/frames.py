@@ -1,4 +1,4 @@
-"""HTTP/2 frames (RFC 9113 §4, §6): their numbers, and their bytes."""
+"""HTTP/2 frames (RFC 9113 §4, §6): constants, parsing and encoding."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ class Code(IntEnum):
 
 
 def code_name(code: int) -> str:
-    """An error code in words, known or not."""
+    """The name of an error code, or its number if it is unknown."""
     return Code(code).name if code in Code.__members__.values() else f"code {code}"
 
 
 class ConnectionFault(Exception):
-    """The connection has to end, with this code."""
+    """The connection must end, with this error code."""
 
     def __init__(self, code: Code, message: str) -> None:
         super().__init__(message)
@@ -81,7 +81,7 @@ class ConnectionFault(Exception):
 
 
 class StreamFault(Exception):
-    """A stream has to end, with this code; the others go on."""
+    """One stream must end, with this error code. The others continue."""
 
     def __init__(self, stream: int, code: Code, message: str) -> None:
         super().__init__(message)
@@ -96,12 +96,12 @@ _GOAWAY = struct.Struct(">LL")
 
 
 def header(size: int, kind: int, flags: int, stream: int) -> bytes:
-    """The nine bytes before a payload of `size` bytes (§4.1)."""
+    """The nine-byte frame header for a payload of `size` bytes (§4.1)."""
     return HEADER.pack(size >> 16, size & 0xFFFF, kind, flags, stream)
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """A whole frame."""
+    """A complete frame."""
     return HEADER.pack(len(payload) >> 16, len(payload) & 0xFFFF, kind, flags, stream) + payload
 
 
@@ -111,7 +111,7 @@ def settings(values: dict[int, int]) -> bytes:
 
 
 def window_update(stream: int, increment: int) -> bytes:
-    """A WINDOW_UPDATE frame (§6.9); stream 0: of the connection."""
+    """A WINDOW_UPDATE frame (§6.9). Stream 0: for the connection."""
     return frame(Kind.WINDOW_UPDATE, 0, stream, _LONG.pack(increment))
 
 
@@ -121,12 +121,15 @@ def rst_stream(stream: int, code: int) -> bytes:
 
 
 def goaway(last: int, code: int, words: str = "") -> bytes:
-    """A GOAWAY frame (§6.8): the last stream that was or will be looked at, and why; of the words 256 bytes are said."""
+    """A GOAWAY frame (§6.8).
+
+    `last`: the highest stream that was or will be processed. `words`: debug data, cut to 256 bytes.
+    """
     return frame(Kind.GOAWAY, 0, 0, _GOAWAY.pack(last, code) + words.encode("ascii", "replace")[:256])
 
 
 def headers(stream: int, block: bytes, size: int, *, end: bool) -> list[bytes]:
-    """A header block as HEADERS and, where it is larger than `size`, CONTINUATION frames."""
+    """A header block as HEADERS, and CONTINUATION frames if it is larger than `size`."""
     flags = END_STREAM if end else 0
     if len(block) <= size:
         return [frame(Kind.HEADERS, flags | END_HEADERS, stream, block)]
@@ -138,14 +141,14 @@ def headers(stream: int, block: bytes, size: int, *, end: bool) -> list[bytes]:
 
 
 def read_settings(payload: bytes) -> list[tuple[int, int]]:
-    """(parameter, value) in the order in which they count. Raises ConnectionFault."""
+    """Parse SETTINGS into (parameter, value), in order. Raises ConnectionFault."""
     if len(payload) % 6:
-        raise ConnectionFault(Code.FRAME_SIZE_ERROR, "a SETTINGS frame whose size is no multiple of 6")
+        raise ConnectionFault(Code.FRAME_SIZE_ERROR, "the size of SETTINGS is not a multiple of 6")
     return list(_SETTING.iter_unpack(payload))
 
 
 def read_long(payload: bytes, what: str) -> int:
-    """The one 32-bit number that is all of the payload."""
+    """Parse a payload that is one 32-bit number. Raises ConnectionFault for another size."""
     if len(payload) != 4:
         raise ConnectionFault(Code.FRAME_SIZE_ERROR, f"a {what} frame of {len(payload)} bytes")
     number: int = _LONG.unpack(payload)[0]
@@ -153,7 +156,7 @@ def read_long(payload: bytes, what: str) -> int:
 
 
 def read_goaway(payload: bytes) -> tuple[int, int]:
-    """(the last stream that was looked at, error code). Raises ConnectionFault."""
+    """Parse GOAWAY into (highest processed stream, error code). Raises ConnectionFault."""
     if len(payload) < 8:
         raise ConnectionFault(Code.FRAME_SIZE_ERROR, "a GOAWAY frame that is too short")
     last, code = _GOAWAY.unpack_from(payload)
@@ -161,7 +164,7 @@ def read_goaway(payload: bytes) -> tuple[int, int]:
 
 
 def unpadded(payload: bytes, flags: int) -> bytes:
-    """The payload of a DATA or HEADERS frame without its padding."""
+    """The payload of a DATA or HEADERS frame without its padding. Raises ConnectionFault."""
     if not flags & PADDED:
         return payload
     if not payload or payload[0] >= len(payload):
@@ -170,7 +173,10 @@ def unpadded(payload: bytes, flags: int) -> bytes:
 
 
 def without_priority(payload: bytes, flags: int, stream: int) -> bytes:
-    """The payload of a HEADERS frame without its priority, which nobody reads any more (§5.3)."""
+    """The payload of a HEADERS frame without its priority, which is deprecated (§5.3).
+
+    Raises ConnectionFault, and StreamFault for a stream that depends on itself.
+    """
     if not flags & PRIORITY:
         return payload
     if len(payload) < 5:

@@ -1,22 +1,25 @@
-"""HPACK (RFC 7541) by the hpack library, with a memory in front of it, and a choice of what is worth a place in the table.
+"""HPACK (RFC 7541) by the hpack library, with a cache and rules for what enters the dynamic table.
 
-Peers send the same header block again and again, and a block that neither reads nor changes anything but a table that has not
-changed since means what it meant before. So the decoder remembers blocks, and the encoder fields, as long as the dynamic table stays
-as it is:
+Peers send the same header block repeatedly. If a block does not change the table, and the table has
+not changed since, the block means the same as before. So the decoder caches blocks and the encoder
+caches fields while the dynamic table stays the same:
 
-    what left the table unchanged  ->  remembered
-    what changed the table         ->  everything that was remembered is forgotten
+    the table did not change  ->  the result is cached
+    the table changed         ->  the whole cache is cleared
 
-The table is FIFO: using an entry does not move it (§2.3.2). So what is remembered can be replayed without the library seeing it.
+The table is FIFO: using an entry does not move it (§2.3.2). So a cached result can be reused
+without the library.
 
-A block that is new because of one literal (a trace context is in every request) is often made of nothing else but indexes and literals
-that have no place in the table. `_recognise` reads those blocks, or declines without an opinion: it touches no table, so the library
-can still read the block from its beginning.
+A block is often new only because of one literal, such as a trace context. Such a block often has
+nothing but indexes and literals that do not enter the table. `_recognise` decodes those blocks, or
+declines. It never changes the table, so the library can still decode the block from its start.
 
-What is sent without a place in the table. Secrets that are short enough to be guessed, because many clients share one connection to
-an endpoint, and one of them could find another's secret by the size of its own requests (§7.1.1, §7.1.3): Authorization and short
-cookies, as nghttp2 (and so Envoy) has it, and whatever was received marked as never to be indexed, because the mark has to be passed
-on (§6.2.3). And values that are hardly ever sent twice: they would push out the others, and the memory would never hit.
+Two kinds of fields do not enter the table. First, secrets that are short enough to guess: many
+clients share one connection to an endpoint, and one of them could find another one's secret by the
+size of its own requests (§7.1.1, §7.1.3). These are Authorization and short cookies, as in nghttp2
+(and so Envoy), and every field that arrived as never-indexed, because this mark must be forwarded
+(§6.2.3). Second, values that are rarely sent twice: they would push out other entries, and each
+insertion would clear the cache.
 """
 
 from __future__ import annotations
@@ -31,13 +34,14 @@ from proxy.wire.h2.events import HeadTooLarge
 from proxy.wire.h2.fields import Block, Pair, Secret
 from proxy.wire.h2.frames import Code, ConnectionFault
 
-# How many bytes the memory of one direction may take, keys and all, by a rough count from above.
+# The memory limit of the cache of one direction (bytes, including keys), by a rough upper estimate.
 _REMEMBERED = 64 * 1024
-# Of Python's own for a field: the tuple, two bytes objects, a place in a list or dict.
+# Python's overhead for a field: the tuple, two bytes objects, a slot in a list or dict.
 _OVERHEAD = 256
-# What a peer may have us use for its table (§4.2 lets us use less).
+# The largest table that a peer may make us use. §4.2 allows a smaller one than the peer's.
 _LARGEST_TABLE = 4096
-# A list over the limit is one stream's fault, as long as it can be decoded at all within so many times the limit, or so many bytes.
+# A list over the limit is an error of one stream, if it can be decoded within this many times the
+# limit, or within this many bytes.
 _BOMB = 4
 _BOMB_FROM = 256 * 1024
 
@@ -47,14 +51,14 @@ _WITHOUT = frozenset(
     {b":path", b"age", b"content-length", b"etag", b"if-modified-since", b"if-none-match", b"location", b"set-cookie"}
     | {b"grpc-timeout", b"traceparent", b"tracestate", b"uber-trace-id", b"x-b3-spanid", b"x-b3-traceid", b"x-request-id"}
 )
-# Of those, what is different in every message is not remembered either.
+# Those that differ in every message are not cached either.
 _FLEETING = frozenset(
     {b"grpc-timeout", b"traceparent", b"tracestate", b"uber-trace-id", b"x-b3-spanid", b"x-b3-traceid", b"x-request-id"}
 )
-# What is recognised is no longer than this: it cannot become a bomb, whatever the table holds.
+# The longest block for `_recognise`. So its result cannot become huge, whatever the table holds.
 _SHORT_BLOCK = 2048
 _STATIC = HeaderTable.STATIC_TABLE_MAPPING
-# A field of the static table counts for less than this (§6.5.2 of RFC 9113), and so does the name of one.
+# The size of a static table field (RFC 9113 §6.5.2) is less than this, and so is that of its name.
 _SMALL_FIELD = 64
 UNLIMITED = 2**62
 _LITERAL_NEVER, _LITERAL_WITHOUT = 0x10, 0x00
@@ -63,8 +67,11 @@ State = tuple[int, int, object]
 
 
 def _state(coder: hpack.Encoder | hpack.Decoder) -> State:
-    """Something that is different after every change of the dynamic table: an insertion makes another entry the newest one, everything
-    else changes a size. The newest entry is held, not just named by its id, so that no later one can take its place in memory."""
+    """A value that differs after every change of the dynamic table.
+
+    An insertion changes the newest entry; every other change affects a size. The state refers to
+    the newest entry itself, not to its id, so no later entry can get the same address in memory.
+    """
     table = coder.header_table
     entries = table.dynamic_entries
     return len(entries), table.maxsize, entries[0] if entries else None
@@ -75,7 +82,10 @@ def _same(one: State, other: State) -> bool:
 
 
 def _recognise(block: bytes, table: HeaderTable) -> list[Pair] | None:
-    """The fields of a block of indexes and of uncompressed literals that leave the table alone; None for any other block."""
+    """Decode a block of indexes and uncompressed literals that do not enter the table.
+
+    None: the block is of another kind.
+    """
     static, dynamic = HeaderTable.STATIC_TABLE, table.dynamic_entries
     known = len(static) + len(dynamic)
     pairs: list[Pair] = []
@@ -110,7 +120,7 @@ def _recognise(block: bytes, table: HeaderTable) -> list[Pair] | None:
 
 
 class _NotPlain(Exception):
-    """A string that is compressed, cut off, or so long that it takes three bytes to say so."""
+    """A string is compressed, truncated, or so long that its length needs three bytes."""
 
 
 def _text(block: bytes, at: int) -> tuple[bytes, int]:
@@ -129,12 +139,19 @@ def _text(block: bytes, at: int) -> tuple[bytes, int]:
 
 
 def hard_limit(limit: int) -> int:
-    """Bytes of a header block, or of its list, that are still decoded, for the sake of the table, where `limit` is what may be used."""
+    """The largest header block, or list, that is still decoded (bytes).
+
+    It only keeps the table in sync. `limit` is the largest list that may be used.
+    """
     return max(limit * _BOMB, _BOMB_FROM)
 
 
 class Decoder:
-    """Raises ConnectionFault for what cannot be decoded: the table is lost then, and the connection with it (§4.1)."""
+    """Decodes the header blocks of one direction of a connection.
+
+    Raises ConnectionFault for a block that cannot be decoded: then the table is out of sync, and
+    the connection must end (§4.1).
+    """
 
     __slots__ = ("_held", "_hpack", "_known", "_limit")
 
@@ -145,7 +162,7 @@ class Decoder:
         self._held = 0
 
     def decode(self, block: bytes) -> Sequence[Pair] | None:
-        """The header list; None if it is over the limit (bytes, counted as in RFC 9113 §6.5.2)."""
+        """Return the header list; None: it is over the limit (bytes, as in RFC 9113 §6.5.2)."""
         known = self._known.get(block)
         if known is not None:
             return known
@@ -173,8 +190,9 @@ class Decoder:
         return [(bytes(f[0]), bytes(f[1])) if f.indexable else Secret((bytes(f[0]), bytes(f[1]))) for f in decoded]
 
     def _remember(self, block: bytes, pairs: Sequence[Pair], listed: int) -> None:
-        # A literal's bytes are no more than its block's, nearly doubled by Huffman's code. The values of indexed fields are the table's
-        # own; but what the block is read as may hold them again, as often as they stand in it: cookies are joined.
+        # Huffman coding at most doubles (nearly) a literal's bytes. Indexed values belong to the
+        # table. But the parsed head may hold copies of them, because cookies are joined. `listed`
+        # covers these.
         size = 3 * len(block) + _OVERHEAD * (len(pairs) + 4) + listed
         if size > _REMEMBERED // 8:
             return
@@ -186,7 +204,7 @@ class Decoder:
 
 
 class Encoder:
-    """The header blocks of one direction of a connection, in the order in which they are sent."""
+    """Encodes the header blocks of one direction of a connection, in the order of sending."""
 
     __slots__ = ("_held", "_hpack", "_known", "_largest", "_sizes")
 
@@ -194,20 +212,25 @@ class Encoder:
         self._hpack = hpack.Encoder()
         self._known: dict[Pair, bytes] = {}
         self._held = 0
-        self._sizes: tuple[int, int] | None = None  # the smallest and the last table size that was set since the last block
-        self._largest = _SMALL_FIELD  # no field counts for more than this beyond its bytes in a block
+        self._sizes: tuple[int, int] | None = None  # the smallest and the last new table size
+        self._largest = _SMALL_FIELD  # upper limit of a field's size beyond its bytes in a block
 
     def encode(self, pairs: Sequence[Pair], limit: int = UNLIMITED) -> bytes:
-        """A header block. Raises HeadTooLarge if the list is over `limit` (bytes, counted as in RFC 9113 §6.5.2); then nothing is to be
-        sent, and the next block clears the table, which may have changed."""
+        """Encode a header block.
+
+        Raises HeadTooLarge if the list is over `limit` (bytes, as in RFC 9113 §6.5.2). Then nothing
+        may be sent, and the next block clears the table, which may have changed.
+        """
         known = self._known
         pieces = [self._resized()] if self._sizes is not None else []
         for pair in pairs:
-            # A Secret equals the same field that is none.
+            # A Secret is equal to a plain tuple, but must not use its cache entry.
             piece = known.get(pair) if type(pair) is tuple else None
             pieces.append(self._field(pair) if piece is None else piece)
         block = b"".join(pieces)
-        if len(block) + len(pairs) * self._largest > limit:  # it cannot be otherwise, so the fields need not be counted
+        # A quick estimate: usually the list cannot exceed the limit, so its size need not be
+        # counted.
+        if len(block) + len(pairs) * self._largest > limit:
             self._check(pairs, limit)
         return block
 
@@ -215,7 +238,7 @@ class Encoder:
         size = sum([len(name) + len(value) + 32 for name, value in pairs])
         if size > limit:
             self._sizes = (0, self._hpack.header_table_size)
-            raise HeadTooLarge(f"a header list of {size} bytes, and the peer takes {limit} (SETTINGS_MAX_HEADER_LIST_SIZE)")
+            raise HeadTooLarge(f"a header list of {size} bytes, over the peer's limit of {limit}")
 
     def _field(self, pair: Pair) -> bytes:
         name, value = pair
@@ -237,7 +260,7 @@ class Encoder:
         return piece
 
     def _not_worth_it(self, name: bytes, value: bytes) -> bool:
-        """Hardly ever sent twice, or so large that the table would hold little else."""
+        """Whether the field is rarely sent twice, or would fill most of the table."""
         return name in _WITHOUT or (len(name) + len(value) + 32) * 4 > self._hpack.header_table_size * 3
 
     def _remember(self, pair: Pair, piece: bytes) -> None:
@@ -251,14 +274,17 @@ class Encoder:
         self._held += size
 
     def resize(self, size: int) -> None:
-        """The peer's SETTINGS_HEADER_TABLE_SIZE, in bytes; it may come many times before the next block."""
+        """Apply the peer's SETTINGS_HEADER_TABLE_SIZE (bytes).
+
+        It may change several times before the next block.
+        """
         size = min(size, _LARGEST_TABLE)
         self._sizes = (min(size, self._sizes[0]) if self._sizes is not None else size, size)
 
     def _resized(self) -> bytes:
-        """What the next block begins with: the smallest size since the last one, then the last one (§4.2)."""
+        """Encode size updates before the next block: the smallest, then the last size (§4.2)."""
         for size in self._sizes or ():
-            # Not setting the same size again: the library would forget that there is something to say.
+            # Do not set an equal size: the library would then forget the pending update.
             if size != self._hpack.header_table_size:
                 self._hpack.header_table_size = size
         self._sizes = None
@@ -268,7 +294,10 @@ class Encoder:
 
 
 def _literal(kind: int, index: int, name: bytes, value: bytes) -> bytes:
-    """A literal that has no place in the table (§6.2.2, §6.2.3). Not Huffman-coded: that would cost more than the bytes it saves."""
+    """A literal that does not enter the table (§6.2.2, §6.2.3).
+
+    It has no Huffman coding, which would cost more than the bytes that it saves.
+    """
     head = encode_integer(index, 4)
     head[0] |= kind
     if not index:

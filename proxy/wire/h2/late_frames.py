@@ -1,13 +1,13 @@
-"""Frames for a stream that we have reset: the peer may have sent them before it knew (RFC 9113 §5.1)."""
+"""Frames that the peer sent before it received our reset of their stream (RFC 9113 §5.1)."""
 
 from __future__ import annotations
 
-# Frames without a body that may have been under way: interim heads, the head, trailers or an empty end.
+# Frames without a body that may be in flight: interim heads, the head, trailers, an empty end.
 _HEADS = 6
 
 
 class Late:
-    """What may still come, for nothing, on a stream that we have reset, because the peer has sent it before it knew."""
+    """What the peer may still send on a stream that we have reset, without cost to its budget."""
 
     __slots__ = ("credit", "heads", "reset")
 
@@ -17,7 +17,10 @@ class Late:
         self.reset = True  # one reset
 
     def takes(self, credit: int) -> bool:
-        """Whether DATA that used `credit` bytes of the window (0: another frame) is one of those."""
+        """Whether a frame is covered.
+
+        `credit`: its bytes of the window if it is DATA, otherwise 0.
+        """
         if credit:
             self.credit -= credit
             return self.credit >= 0
@@ -25,7 +28,10 @@ class Late:
         return self.heads >= 0
 
     def takes_reset(self) -> bool:
-        """The peer resets the stream too; nothing can be under way behind that."""
+        """Record a reset by the peer, after which nothing can be in flight.
+
+        False for a second one.
+        """
         was, self.reset = self.reset, False
         self.credit = self.heads = 0
         return was

@@ -1,13 +1,14 @@
-"""The streams of an HTTP/2 connection: their life, their windows, and what we send on them (RFC 9113 §5).
+"""The streams of an HTTP/2 connection: states, windows, and what we send (RFC 9113 §5).
 
-The states of a stream are two bits, one for each direction, because that is all they are: a direction is open until END_STREAM or
+The state of a stream is two bits, one for each direction: a direction is open until END_STREAM or
 RST_STREAM passes in it.
 
-        idle --HEADERS--> open --END_STREAM from one side--> half closed --END_STREAM from the other--> closed
-                            +------------------------- RST_STREAM, either side ------------------------^
+        idle --HEADERS--> open --END_STREAM from one side--> half closed --END_STREAM--> closed
+                            +--------------------- RST_STREAM, either side ----------------^
 
-Credit. What DATA carried counts against the peer's window until `consumed` says that somebody took it. So a consumer that is slow, or
-gone, stops its sender and nobody else: each stream has a window of its own, and the connection's is large enough for several.
+Flow control: DATA counts against the peer's window until `consumed` reports that a consumer has
+taken it. So a slow or missing consumer stops only its own sender: each stream has its own window,
+and the connection's window is large enough for several streams.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ from proxy.wire.h2.hpack import UNLIMITED, Encoder
 from proxy.wire.h2.late_frames import Late
 from proxy.wire.messages import Headers, RequestHead, ResponseHead
 
-# Streams that we reset, and whose late frames we therefore forgive. Of older ones we do not know, and forgive for a price.
+# The number of reset streams whose late frames are covered. Late frames of older ones cost budget.
 _FORGIVEN = 1024
-# A peer may allow frames of up to 16 MiB; a larger one than this would only keep the other streams waiting.
+# A peer may allow frames of up to 16 MiB. One larger than this would only delay the other streams.
 _LARGEST_SENT = 65536
 
 
 class Stream:
-    """One stream. `sends`, `receives`: the direction is still open. `expected`: bytes of the body that its head promised and that have
-    not come yet; None: it promised nothing."""
+    """One stream.
+
+    `sends`, `receives`: whether the direction is still open. `expected`: bytes of the body that are
+    announced by the head and have not arrived; None: the head announces no length.
+    """
 
     __slots__ = ("expected", "headless", "method", "number", "opened", "receives", "send_window", "sends", "taken", "window")
 
@@ -41,51 +45,51 @@ class Stream:
         self.opened = opened
         self.sends = True
         self.receives = True
-        self.headless = True  # the peer's (final) head has not come
+        self.headless = True  # the peer's (final) head has not arrived
         self.method = b""
         self.expected: int | None = None
         self.send_window = send_window
-        self.window = window  # what the peer may still send
-        self.taken = 0  # consumed, and not given back yet
+        self.window = window  # bytes that the peer may still send
+        self.taken = 0  # bytes that are consumed, but not returned to the peer yet
 
 
 class Streams(FrameBudget):
-    """All streams of one connection, and its output. What the peer sends is connection.py's to read."""
+    """All streams of one connection, and its output. connection.py reads what the peer sends."""
 
     def __init__(self, role: Role, limits: Http2Limits, budget: float = BUDGET) -> None:
-        """`budget`: what frames that only cost time may cost together before the peer is asked to stop; a tenth comes back each second."""
+        """`budget`: see flood_budget.FrameBudget."""
         super().__init__(budget)
         self._client = role is Role.CLIENT
         self._limits = limits
         self._encoder = Encoder()
         self._streams: dict[int, Stream] = {}
-        self._forgiven: OrderedDict[int, Late] = OrderedDict()  # what may still be under way to streams that we have reset
-        self._forgotten = 0  # the highest number that is not forgiven any more
+        self._forgiven: OrderedDict[int, Late] = OrderedDict()  # late frames of reset streams
+        self._forgotten = 0  # the highest stream number that was removed from it
         self._events: list[Event] = []
         self._out: list[bytes] = []
         self._highest_theirs = 0
         self._next_ours = 1 if self._client else 2
         self._open_ours = 0
         self._open_theirs = 0
-        self._last_allowed: int | None = None  # of the peer's GOAWAY
-        self._refuse_above: int | None = None  # of ours
+        self._last_allowed: int | None = None  # by the peer's GOAWAY
+        self._refuse_above: int | None = None  # by our GOAWAY
         self._send_window = frames.DEFAULT_WINDOW
-        # The peer may send `_window` bytes; `_held` have come and were not consumed. Together they are as large as the connection's window,
-        # or will be: what is missing (`_grant`) has not been announced yet.
+        # The peer may send `_window` bytes. `_held` bytes have arrived and are not consumed. Their
+        # sum reaches the connection's window in the end: `_grant` is what is not announced yet.
         self._window = max(limits.connection_window, frames.DEFAULT_WINDOW)
         self._held = 0
         self._target = self._window
-        self._opened = 0  # streams of the peer's, in this read
-        self.refused = 0  # and such that were refused, until the reader sets this to 0
-        self.stream_limit = limits.streams  # how many streams the peer may have open; no more than it has been told
-        self._refilled = 0.0  # when the peer was heard last
+        self._opened = 0  # streams that the peer has opened in this read
+        self.refused = 0  # streams that were refused; the reader resets this
+        self.stream_limit = limits.streams  # of open streams of the peer; at most what we announced
+        self._refilled = 0.0  # when we last received from the peer
         self._over = False
-        # What the peer has set, with the initial values of RFC 9113 §6.5.2.
+        # The peer's settings, with the initial values of RFC 9113 §6.5.2.
         self._peer_window = frames.DEFAULT_WINDOW
         self._peer_frame_size = frames.DEFAULT_FRAME_SIZE
         self._peer_head = UNLIMITED
-        self._peer_streams = 100  # until it says otherwise; the RFC's "no limit" would have us send streams that are refused
-        self.extended_connect = False  # the peer takes CONNECT with :protocol (RFC 8441)
+        self._peer_streams = 100  # until the peer sets it; without a limit, many might be refused
+        self.extended_connect = False  # the peer accepts CONNECT with :protocol (RFC 8441)
         self._greet()
 
     def _greet(self) -> None:
@@ -129,28 +133,32 @@ class Streams(FrameBudget):
     def _set_window(self, value: int) -> None:
         for stream in self._streams.values():
             before, stream.send_window = stream.send_window, stream.send_window + value - self._peer_window
-            if before <= 0 < stream.send_window:  # a sender that waits for this window alone has to hear of it
+            if before <= 0 < stream.send_window:  # wake a sender that waits for this window
                 self._events.append(WindowOpened(stream.number))
             if stream.send_window > frames.LARGEST_WINDOW:
                 raise ConnectionFault(Code.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE opens a window too far")
         self._peer_window = value
 
-    # The life of streams...
+    # The states of streams...
 
     def _idle(self, number: int) -> bool:
-        """Nobody has opened it yet."""
+        """Whether the stream has not been opened."""
         ours = (number % 2 == 1) == self._client
         return number >= self._next_ours if ours else number > self._highest_theirs
 
     def _check_not_idle(self, number: int, what: str) -> None:
         if number == 0 or self._idle(number):
-            raise ConnectionFault(Code.PROTOCOL_ERROR, f"{what} on stream {number}, which nobody has opened")
+            raise ConnectionFault(Code.PROTOCOL_ERROR, f"{what} on stream {number}, which was never opened")
 
     def _late(self, number: int, what: str, stream: Stream | None, credit: int = 0) -> None:
-        """A frame for a stream that does not receive any more: forgiven if it could not know, a fault otherwise (§5.1)."""
+        """Handle a frame for a stream that does not receive any more (§5.1).
+
+        It is ignored if the peer may have sent it before our reset. Otherwise this raises
+        StreamFault or ConnectionFault.
+        """
         self._check_not_idle(number, what)
         if stream is not None:
-            raise StreamFault(number, Code.STREAM_CLOSED, f"{what} behind the end of the stream")
+            raise StreamFault(number, Code.STREAM_CLOSED, f"{what} after the end of the stream")
         late = self._forgiven.get(number)
         if late is not None and late.takes(credit):
             return
@@ -159,7 +167,7 @@ class Streams(FrameBudget):
             raise ConnectionFault(Code.STREAM_CLOSED, f"{what} on the closed stream {number}")
 
     def _opened_by_peer(self, number: int) -> Stream | None:
-        """A new stream of the peer's; None: refused, or the rest of one that is gone."""
+        """Open a stream for the peer. None: it was refused, or has ended already."""
         if number <= self._highest_theirs or self._client or number % 2 == 0:
             self._late(number, "HEADERS", None)
             return None
@@ -167,7 +175,8 @@ class Streams(FrameBudget):
         self._opened += 1
         refused = self._open_theirs >= self.stream_limit
         if refused or (self._refuse_above is not None and number > self._refuse_above):
-            # Not dear: a client may open many before it has read our SETTINGS, and it costs us no more than a PING.
+            # Cheap, because a client may open many before it has read our SETTINGS, and a refusal
+            # costs us no more than a PING.
             self._spend(COST_CONTROL)
             self.refused += 1
             self._forgive(number, None)
@@ -178,7 +187,10 @@ class Streams(FrameBudget):
         return stream
 
     def _break(self, fault: StreamFault) -> None:
-        """RST_STREAM for what the peer did, and the event if the stream was one. An idle stream cannot be reset (§6.4)."""
+        """Reset a stream because of the peer's error, and add the event if the stream is known.
+
+        An idle stream cannot be reset (§6.4): this raises ConnectionFault.
+        """
         if self._idle(fault.stream):
             raise ConnectionFault(fault.code, str(fault))
         stream = self._streams.get(fault.stream)
@@ -225,7 +237,7 @@ class Streams(FrameBudget):
     # Writing...
 
     def data_to_send(self) -> bytes:
-        """All frames since the last call."""
+        """Return all frames since the last call, and clear the queue."""
         if not self._out:
             return b""
         data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
@@ -234,12 +246,15 @@ class Streams(FrameBudget):
 
     @property
     def pending(self) -> bool:
-        """There is something to send."""
+        """Whether there is something to send."""
         return bool(self._out)
 
     @property
     def room(self) -> int:
-        """How many more streams of ours the peer takes now; 0 behind its GOAWAY, and when the numbers are used up."""
+        """The number of streams that we may open now.
+
+        It is 0 after the peer's GOAWAY, and when all stream numbers are used.
+        """
         if self._last_allowed is not None or self._over or self._next_ours > frames.LARGEST_WINDOW:
             return 0
         return max(0, self._peer_streams - self._open_ours)
@@ -250,15 +265,21 @@ class Streams(FrameBudget):
 
     @property
     def opened_by_peer(self) -> int:
-        """Streams of the peer's that are open."""
+        """The number of open streams that the peer has opened."""
         return self._open_theirs
 
     def send_request(self, head: RequestHead, *, end: bool) -> int:
-        """Open a stream; only while there is `room`. Returns its number."""
+        """Open a stream and return its number. Raises HeadTooLarge.
+
+        Call it only if `room` is above 0.
+        """
         return self.send_request_fields(head.method, request_pairs(head), end=end)
 
     def send_request_fields(self, method: bytes, pairs: list[Pair], *, end: bool) -> int:
-        """The same for a head that is a header list already. Both raise HeadTooLarge."""
+        """Open a stream for a head that is already a header list, and return its number.
+
+        Raises HeadTooLarge. Call it only if `room` is above 0.
+        """
         block = self._encoder.encode(pairs, self._peer_head)
         number = self._next_ours
         self._next_ours += 2
@@ -269,7 +290,7 @@ class Streams(FrameBudget):
         return number
 
     def send_response(self, number: int, head: ResponseHead, *, end: bool) -> None:
-        """Raises StreamGone, as all of these do, and HeadTooLarge, as `send_trailers` does."""
+        """Send a response head. Raises StreamGone and HeadTooLarge."""
         stream = self._sending(number)
         self._send_block(stream, self._encoder.encode(response_pairs(head), self._peer_head), end)
 
@@ -283,20 +304,26 @@ class Streams(FrameBudget):
             self._sent_end(stream)
 
     def window(self, number: int) -> int:
-        """How many bytes of DATA may be sent on a stream now. Raises StreamGone."""
+        """The number of bytes of DATA that may be sent on a stream now. Raises StreamGone."""
         return max(0, min(self._sending(number).send_window, self._send_window))
 
     def stream_window(self, number: int) -> int:
-        """What `window` would say if only the stream's own window counted. Raises StreamGone."""
+        """The stream's own window; the connection's is ignored.
+
+        May be negative. Raises StreamGone.
+        """
         return self._sending(number).send_window
 
     @property
     def connection_window(self) -> int:
-        """How many bytes of DATA may be sent on all streams together."""
+        """The number of bytes of DATA that may be sent on all streams together."""
         return self._send_window
 
     def send_data(self, number: int, data: bytes, *, end: bool) -> None:
-        """Send no more than `window` says; it is cut to the peer's frame size. The bytes themselves are not copied here."""
+        """Send at most `window` bytes, split by the peer's frame size. Raises StreamGone.
+
+        The bytes are not copied here.
+        """
         stream = self._sending(number)
         size, largest = len(data), min(self._peer_frame_size, _LARGEST_SENT)
         if size <= largest:
@@ -323,27 +350,36 @@ class Streams(FrameBudget):
 
     @property
     def _grant(self) -> int:
-        """What may be announced of the connection's window."""
+        """The part of the connection's window that is not announced yet."""
         return self._target - self._window - self._held
 
     def resize(self, window: int) -> None:
-        """Make the connection's window `window` bytes, at least 65535 and at most what the limits say. What has been announced stays; a
-        smaller window is reached as the peer uses that up (RFC 9113 §6.9.2 has no frame that takes credit back)."""
+        """Change the connection's window to `window` bytes, from 65535 to the configured limit.
+
+        What has been announced stays: RFC 9113 §6.9.2 has no frame that takes credit back. A
+        smaller window is reached as the peer uses up the announced credit.
+        """
         grows = window > self._target
         self._target = max(frames.DEFAULT_WINDOW, min(window, self._limits.connection_window))
         if grows and not self._over and self._window < self._limits.stream_window:
             self._give_back()
 
     def _give_back(self) -> None:
-        """What is free of the connection's window: half of it at a time, or, while the peer has less than one stream may use, a
-        quarter of that. What is kept back must not be what one more stream lives on while slow consumers hold the rest."""
+        """Announce the unannounced part of the connection's window, if it is large enough.
+
+        This is half of the window, or a quarter of a stream's window if that is less. The held back
+        part must be small, so that another stream can continue while slow consumers hold the rest.
+        """
         grant = self._grant
         if grant * 4 >= min(2 * self._target, self._limits.stream_window):
             self._out.append(frames.window_update(0, grant))
             self._window += grant
 
     def consumed(self, number: int, credit: int) -> None:
-        """`credit` bytes have been taken by a consumer, or dropped: the peer may send as many more. Stream 0: the stream is gone."""
+        """Report that a consumer has taken or dropped `credit` bytes: the peer may send more.
+
+        Stream 0: the stream has ended.
+        """
         if self._over:
             return
         self._held -= credit
@@ -360,15 +396,15 @@ class Streams(FrameBudget):
 
     @property
     def streams_allowed(self) -> int:
-        """How many streams of ours the peer takes at a time."""
+        """The number of streams that the peer allows us to have open."""
         return self._peer_streams
 
     def is_open(self, number: int) -> bool:
-        """Whether the stream is open in one direction at least."""
+        """Whether the stream is open in at least one direction."""
         return number in self._streams
 
     def reset(self, number: int, code: int) -> None:
-        """End a stream in both directions; nothing happens if it has ended already."""
+        """End a stream in both directions by RST_STREAM. No effect if it has ended."""
         stream = self._streams.get(number)
         if stream is not None and not self._over:
             self._forget(stream)
@@ -376,23 +412,26 @@ class Streams(FrameBudget):
             self._out.append(frames.rst_stream(number, code))
 
     def announce_end(self) -> None:
-        """Ask the peer to open no new streams; those that it does open are taken still, for they may be on their way (RFC 9113 §6.8)."""
+        """Ask the peer to open no new streams, by a first GOAWAY.
+
+        New streams are still accepted, because they may be in flight (RFC 9113 §6.8).
+        """
         if self._refuse_above is None and not self._over:
             self._out.append(frames.goaway(frames.LARGEST_WINDOW, Code.NO_ERROR))
 
     def go_away(self) -> None:
-        """Take no new streams of the peer's; those that are open go on."""
+        """Accept no new streams of the peer, by GOAWAY. Open ones continue."""
         if self._refuse_above is None and not self._over:
             self._refuse_above = self._highest_theirs
             self._out.append(frames.goaway(self._highest_theirs, Code.NO_ERROR))
 
     def close(self, code: Code, words: str = "") -> None:
-        """The connection is over."""
+        """End the connection by GOAWAY."""
         if not self._over:
             self._over = True
             self._out.append(frames.goaway(self._highest_theirs, code, words))
 
     def ping(self, payload: bytes) -> None:
-        """`payload` has 8 bytes; PingAnswered comes back with it."""
+        """Send a PING. `payload` has 8 bytes; the event PingAnswered returns it."""
         if not self._over:
             self._out.append(frames.frame(Kind.PING, 0, 0, payload))

@@ -460,7 +460,7 @@ async def test_a_client_that_takes_nothing_is_given_up() -> None:
     [
         ([*GET, (b"connection", b"close")], "the field 'connection' is not allowed in HTTP/2"),
         (GET[:3], "a request without a valid :path"),
-        ([*POST, (b"content-length", b"1")], "a message without the body that its Content-Length promises"),
+        ([*POST, (b"content-length", b"1")], "a message has no body, but its Content-Length is not 0"),
     ],
 )
 async def test_a_request_that_cannot_be_read_is_reset_counted_and_named(head: list[Pair], words: str) -> None:
