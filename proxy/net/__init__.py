@@ -1,12 +1,21 @@
-"""Sockets: the only package that touches file descriptors. It knows streams, TLS and relays, and nothing of HTTP.
+"""Sockets: streams, TLS and relays. Only this package uses file descriptors; it knows no HTTP.
 
-accept.py             connections in, and the boundary at which their errors end; connection_slots.py: which end when there is no room
-dial.py               connections out
-socket_stream.py      a stream on a non-blocking socket; byte_stream.py: what others need of a stream; nonblocking.py: asked without waiting
-relay.py              two streams joined; splice.py: within the kernel
-memory_budget.py      how many bytes connections may buffer; pacing.py: how much begins and ends in one pass of the scheduler
-liveness.py           dead peers; disconnects.py: clients that leave; linger.py: ends whose peer is still sending
-datagrams.py, address.py, interfaces.py, readiness.py
-exceptions.py         what can go wrong with a connection
+accept.py             accepts connections; the error boundary of a connection
+connection_slots.py   selects which connection ends when a listener is full
+dial.py               opens connections
+socket_stream.py      a stream on a non-blocking socket
+byte_stream.py        the protocol of a stream
+nonblocking.py        the protocol of a stream that also has calls that never wait
+relay.py              joins two streams
+splice.py             moves bytes between sockets within the kernel
+memory_budget.py      limits how many bytes connections may buffer
+pacing.py             limits how many streams and connections start in one scheduler pass
+fairness.py           what busy streams do so that other tasks can run
+liveness.py           detects dead peers
+disconnects.py        detects clients that disconnect
+linger.py             closes connections whose peer is still sending
+datagrams.py          UDP
+address.py, interfaces.py, readiness.py
+exceptions.py         the errors of this package
 tls/                  TLS 1.3 on the socket
 """

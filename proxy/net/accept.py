@@ -1,17 +1,18 @@
-"""Accepting connections, and the boundary at which a connection's errors end.
+"""Accepts connections, and is the boundary at which the errors of a connection end.
 
-One task per connection, all of them children of `Acceptor.serve`. Whatever goes wrong in a connection's handler ends that
-connection and nothing else. Cancellation is not an error and passes. What is smaller than a connection has boundaries of its own, above:
-an exchange (exchange/layers.py), a stream of a shared connection (exchange/h2/server.py), a kept connection (exchange/h2/pool.py), a
-datagram (dns/server.py); nobody else catches broadly.
+Each connection has one task, a child of `Acceptor.serve`. An error in its handler ends this
+connection only. Cancellation is not an error and passes through. Smaller units have their own
+boundaries in higher layers: an exchange (exchange/layers.py), a stream of a shared connection
+(exchange/h2/server.py), a pooled connection (exchange/h2/pool.py), a datagram (dns/server.py). No
+other code catches all exceptions.
 
-Two things bound what a flood can cost us. The number of connections is bounded, and where there is room for no more, connection_slots.py
-says which one ends. If the process runs out of file descriptors, accepting pauses for a moment and goes on; connections that are open do
-not notice.
+Two limits keep a flood from costing too much. The number of connections is limited, and
+connection_slots.py selects which one ends when the listener is full. If the process runs out of
+file descriptors, accepting pauses for a moment; open connections are not affected.
 
-Draining: `drain(grace)` stops accepting at once, lets open connections finish, and cancels what is left after `grace` seconds. What
-waits in the kernel's queue then is still taken: for these clients the connection is open, and they may have sent something; closing
-the listener would reset them.
+`drain(grace)` stops accepting at once, lets open connections finish, and cancels the rest after
+`grace` seconds. Connections in the kernel's queue are still accepted: their clients see an open
+connection and may have sent data, and closing the listener would reset them.
 """
 
 from __future__ import annotations
@@ -34,36 +35,41 @@ from proxy.net.socket_stream import SocketStream
 
 _log = logging.getLogger("isthmus.net")
 
-# linux/netfilter_ipv4.h and linux/netfilter_ipv6/ip6_tables.h; the number is the same in both families.
+# linux/netfilter_ipv4.h and linux/netfilter_ipv6/ip6_tables.h: the same number in both families.
 _SO_ORIGINAL_DST = 80
 _SOCKADDR_IN = struct.Struct("=H2s4s8x")  # family, port, address
 _SOCKADDR_IN6 = struct.Struct("=H2sI16sI")  # family, port, flow, address, scope
 
-# Connections that the kernel completes and keeps until they are accepted.
+# The number of completed connections that the kernel keeps until they are accepted.
 _BACKLOG = 1024
 
-# Connections accepted in a row before other tasks run: in a flood, those that are open must go on. The tasks just started get
-# their turn at the same time, so accepting cannot run ahead of serving by more than this.
+# Connections accepted in a row before other tasks run, so open connections continue in a flood. The
+# new tasks run then too, so accepting is ahead of serving by at most this number.
 _ACCEPT_BURST = 8
 
-# How long accepting pauses when descriptors or memory have run out: long enough not to burn CPU (the listener stays readable all
-# the while), short enough that nobody's connect times out.
+# The pause (seconds) when descriptors or memory are exhausted: long enough to save CPU, because the
+# listener stays readable, and short enough that no client's connect times out.
 _PAUSE = 0.1
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
-# Errors of the listening socket itself, which no waiting mends. Everything else that accept(2) reports belongs to a connection
-# that is already gone (Linux passes its pending network errors on here), and the next one may be fine.
+# Errors of the listening socket itself, which do not go away. All other errors of accept(2) belong
+# to a connection that has already ended (Linux reports its pending network error here), and the
+# next call may succeed.
 _LISTENER_BROKEN = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP})
 
 
 class BindFailed(NetError):
-    """A listener could not be set up; the message names the address and the reason."""
+    """A listener could not be created. The message has the address and the reason."""
 
 
 @dataclass(slots=True, eq=False)
 class Connection:
-    """An accepted connection. `original` is where the client wanted to go, if the kernel redirected it here, else None. Its handler tells
-    `slot` what it learns of the peer, and what serves the connection."""
+    """An accepted connection.
+
+    `original`: the original destination, if the kernel redirected the connection here; otherwise
+    None. The handler reports to `slot` what it learns about the peer, and what serves the
+    connection.
+    """
 
     stream: SocketStream
     peer: Address
@@ -73,10 +79,11 @@ class Connection:
 
 
 def bind(address: Address, backlog: int = _BACKLOG, *, shared: bool = False) -> socket.socket:
-    """A listening, non-blocking socket. An IPv6 one takes IPv6 only, so that `0.0.0.0` and `::` can be bound side by side.
+    """Create a listening, non-blocking socket. The caller closes it. Raises BindFailed.
 
-    `backlog` is capped by net.core.somaxconn. `shared`: with others of the same user that say so too (SO_REUSEPORT), among whom the kernel
-    divides the connections by their addresses. Raises BindFailed.
+    An IPv6 socket accepts IPv6 only, so `0.0.0.0` and `::` can be bound side by side. The kernel
+    limits `backlog` to net.core.somaxconn. `shared`: other sockets of the same user may share the
+    address (SO_REUSEPORT); the kernel distributes the connections by their addresses.
     """
     sock = _bound(address, socket.SOCK_STREAM, shared)
     try:
@@ -88,7 +95,7 @@ def bind(address: Address, backlog: int = _BACKLOG, *, shared: bool = False) -> 
 
 
 def bind_datagrams(address: Address, *, shared: bool = False) -> socket.socket:
-    """A non-blocking UDP socket on `address`; `shared` as with `bind`. Raises BindFailed."""
+    """Create a non-blocking UDP socket on `address`; `shared` as in `bind`. Raises BindFailed."""
     return _bound(address, socket.SOCK_DGRAM, shared)
 
 
@@ -99,7 +106,8 @@ def _bound(address: Address, kind: int, shared: bool) -> socket.socket:
     except OSError as error:
         raise BindFailed(f"cannot listen on {address}: {error.strerror}") from error
     try:
-        if kind == socket.SOCK_STREAM:  # with UDP it would let two processes share the port, of which one gets nothing
+        # Not for UDP: two processes could bind the port, and one of them would get nothing.
+        if kind == socket.SOCK_STREAM:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -123,10 +131,11 @@ def _bind_problem(error: OSError) -> str:
 
 
 def original_destination(sock: socket.socket, local: Address) -> Address | None:
-    """Where a redirected connection wanted to go (SO_ORIGINAL_DST, IP6T_SO_ORIGINAL_DST); None if it was not redirected.
+    """The original destination of a redirected connection; None if it was not redirected.
 
-    The kernel answers from its connection tracking: ENOENT without an entry there, ENOPROTOOPT without the module; for a tracked
-    connection that was not redirected it answers the local address. All three mean the same to us.
+    The kernel answers SO_ORIGINAL_DST or IP6T_SO_ORIGINAL_DST from its connection tracking: ENOENT
+    without an entry, ENOPROTOOPT without the module, and the local address for a tracked connection
+    that was not redirected. The result is None in all three cases.
     """
     try:
         if local.is_ipv6:
@@ -154,10 +163,11 @@ def _accept(_: SocketStream) -> None:
 class Acceptor:
     """Accepts on some listeners and runs `handler` for each connection.
 
-    `handler` owns nothing: the connection is closed when it returns or raises. `limit`: how many connections there may be; a number alone
-    is the total. `on_error` hears what the handler raised (anything but cancellation), `on_pause` each time accepting pauses because
-    descriptors ran out, `on_accept` of each connection, before `handler` gets it; they are synchronous and must not raise. `slots` tells
-    which connections were ended or refused for want of room.
+    The connection is closed when `handler` returns or raises. `limit`: the maximum number of
+    connections; an int is the total. `on_error` is called with what the handler raised (anything
+    but cancellation), `on_pause` each time accepting pauses because resources are exhausted, and
+    `on_accept` for each connection before `handler` gets it. They are synchronous and must not
+    raise. `slots` reports which connections were evicted or refused because the listener was full.
     """
 
     def __init__(
@@ -170,7 +180,7 @@ class Acceptor:
         on_accept: Callable[[SocketStream], None] = _accept,
     ) -> None:
         self.slots = Slots(limit if isinstance(limit, Bounds) else Bounds(limit), trio.current_time)
-        self.accepted = 0  # connections so far
+        self.accepted = 0  # total number of connections
         self._handler = handler
         self._on_error = on_error
         self._on_pause = on_pause
@@ -178,12 +188,12 @@ class Acceptor:
         self._room = trio.lowlevel.ParkingLot()  # accept loops that wait for a connection to end
         self._accepting = trio.CancelScope()
         self._connections = trio.CancelScope()
-        self._listeners: list[socket.socket] = []  # while they are open
-        self._nursery: trio.Nursery | None = None  # of the connections, while we serve
+        self._listeners: list[socket.socket] = []  # that are open
+        self._nursery: trio.Nursery | None = None  # of the connections, during `serve`
 
     @property
     def open(self) -> int:
-        """Connections that are open now."""
+        """The number of open connections."""
         return self.slots.open
 
     @property
@@ -191,18 +201,19 @@ class Acceptor:
         return self._accepting.cancel_called
 
     def drain(self, grace: float) -> None:
-        """Stop accepting now; cancel what is still open after `grace` seconds. A second call can only shorten the grace.
+        """Stop accepting now. Cancel what is still open after `grace` seconds.
 
-        When it returns the listeners are closed: whoever is sent away from here on is refused if it comes back.
+        A second call can only shorten the grace. When this returns, the listeners are closed, so a
+        client that reconnects is refused.
         """
         self._accepting.cancel()
         self._close_listeners()
         self._connections.deadline = min(self._connections.deadline, trio.current_time() + max(grace, 0.0))
 
     async def serve(self, listeners: Sequence[socket.socket]) -> None:
-        """Accept until drained; returns when the last connection has ended. Owns and closes the listeners. Call it once.
+        """Accept until drained. Return when the last connection has ended. Call it once.
 
-        Raises OSError only if a listening socket itself is unusable.
+        Owns and closes the listeners. Raises OSError only if a listening socket itself is unusable.
         """
         self._listeners = list(listeners)
         with self._connections:
@@ -218,7 +229,7 @@ class Acceptor:
 
     async def _accept_from(self, listener: socket.socket, connections: trio.Nursery) -> None:
         streak = 0
-        while not self.draining:  # we may be woken in the moment in which the listener is closed
+        while not self.draining:  # the task may wake up exactly when the listener is closed
             if pause := self.slots.make_room():
                 with trio.move_on_after(pause):
                     await self._room.park()
@@ -253,7 +264,10 @@ class Acceptor:
             listener.close()
 
     def _accept_rest(self, listener: socket.socket, connections: trio.Nursery) -> None:
-        """Take what is in the kernel's queue, as far as there is room. A flood cannot keep us here: the queue's length is the bound."""
+        """Accept what is in the kernel's queue, up to the limits.
+
+        The loop is bounded by the length of the queue, so a flood cannot prolong it.
+        """
         for _ in range(_BACKLOG):
             if self.slots.make_room():
                 return
@@ -281,7 +295,7 @@ class Acceptor:
             try:
                 stream = SocketStream(sock)
             except ConnectionLost:
-                return  # it was gone before anyone looked at it
+                return  # the client closed it before it was accepted
             self.on_accept(stream)
             slot.stream = stream
             await self._guard(Connection(stream, stream.peer, stream.local, original_destination(sock, stream.local), slot))
@@ -310,11 +324,11 @@ class Acceptor:
         try:
             self._on_error(connection, error)
         except Exception:
-            _log.exception("the error of the connection from %s could not be reported: %r", connection.peer, error)
+            _log.exception("cannot report the error of the connection from %s: %r", connection.peer, error)
 
 
 def _unpacked(group: BaseExceptionGroup[Exception]) -> BaseException:
-    """The one error in a group, however deep, or the group if there are several."""
+    """Return the only error in a group at any depth, or the group if it has several."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]

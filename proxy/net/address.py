@@ -1,8 +1,9 @@
 """Network addresses as values.
 
-An address here is always a literal: names are resolved before a connection reaches this room. A socket that was opened for IPv6
-may report an IPv4 peer as `::ffff:10.0.0.1` (RFC 4291, section 2.5.5.2); everything above this room compares addresses, so the
-mapped form is unwrapped once, here, and never seen again.
+An address is always a literal: names are resolved before a connection reaches this package. A
+socket that was opened for IPv6 may report an IPv4 peer as `::ffff:10.0.0.1` (RFC 4291, section
+2.5.5.2). Other code compares addresses, so the mapped form is unwrapped here, and used nowhere
+else.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ _MAPPED = "::ffff:"
 
 
 class Address(NamedTuple):
-    """An IP literal (no brackets, IPv4-mapped IPv6 already unwrapped) and a port. `str()` gives `10.0.0.1:80` or `[fd00::1]:80`."""
+    """An IP literal and a port. `str()` returns `10.0.0.1:80` or `[fd00::1]:80`.
+
+    `host` has no brackets. IPv4-mapped IPv6 is already unwrapped.
+    """
 
     host: str
     port: int
@@ -28,7 +32,7 @@ class Address(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `10.0.0.1:80` or `[fd00::1]:80`. Raises ValueError that quotes the text and says what is wrong with it."""
+        """Parse `10.0.0.1:80` or `[fd00::1]:80`. Raises ValueError with the text and the reason."""
         host, colon, digits = text.rpartition(":")
         if not colon:
             raise ValueError(f"{text!r} is not an address: no port (expected 10.0.0.1:80 or [fd00::1]:80)")
@@ -40,14 +44,14 @@ class Address(NamedTuple):
         except ValueError:
             raise ValueError(f"{text!r} is not an address: {host!r} is not an IP literal (names are not resolved here)") from None
         if bracketed != (literal.version == 6):
-            raise ValueError(f"{text!r} is not an address: IPv6 is written in brackets, IPv4 without")
+            raise ValueError(f"{text!r} is not an address: IPv6 needs brackets, IPv4 must not have them")
         if isinstance(literal, ipaddress.IPv6Address) and literal.ipv4_mapped is not None:
             literal = literal.ipv4_mapped
         return cls(str(literal), int(digits))
 
     @classmethod
     def of(cls, sockaddr: tuple[str, int] | tuple[str, int, int, int]) -> Self:
-        """The address in what getpeername(), getsockname() and accept() return."""
+        """Convert what getpeername(), getsockname() or accept() returns."""
         host = sockaddr[0]
         if host.startswith(_MAPPED) and "." in host:
             host = host[len(_MAPPED) :]

@@ -1,4 +1,7 @@
-"""What the relay and the HTTP engines need of a connection. SocketStream (socket_stream.py) and TLSStream (tls/tls_stream.py) are such."""
+"""The interface of a connection that the relay and the HTTP code use.
+
+SocketStream (socket_stream.py) and TLSStream (tls/tls_stream.py) implement it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ End = Literal["open", "half", "lost"]
 
 
 class Stream(Protocol):
-    """A connection whose two directions end one by one. The theory of its operations stands in socket_stream.py."""
+    """A connection whose two directions end separately. socket_stream.py has the details."""
 
     @property
     def peer(self) -> Address: ...
@@ -25,33 +28,39 @@ class Stream(Protocol):
     def bytes_written(self) -> int: ...
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """At least one byte and at most `max_bytes` (RECEIVE_SIZE if None), or `b""` when the peer ended cleanly."""
+        """Return 1 to `max_bytes` bytes (default RECEIVE_SIZE), or `b""` at a clean end.
+
+        Raises ConnectionLost, and TLSFailed if TLS failed.
+        """
         ...
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send all of it. The memory must not change before this returns."""
+        """Send all of `data`. It must not change until this returns. Raises ConnectionLost."""
         ...
 
     async def send_eof(self) -> None:
-        """End our direction; reading goes on. Idempotent."""
+        """End our direction. Reading can continue. Idempotent."""
         ...
 
     async def aclose(self) -> None:
-        """Close, telling the peer if that is possible within a short time."""
+        """Close the connection. Tell the peer first if this is possible within a short time."""
         ...
 
     def close(self) -> None:
-        """Close at once. Idempotent; tasks waiting in this stream get ClosedResourceError."""
+        """Close at once. Idempotent. Tasks that wait in this stream get ClosedResourceError."""
         ...
 
     def reset(self) -> None:
-        """Close at once, so that the peer sees a broken connection and never a clean end."""
+        """Close at once, so that the peer sees a broken connection and not a clean end."""
         ...
 
     def is_idle(self) -> bool:
-        """True if the stream is open, and the peer has neither sent anything nor closed."""
+        """Whether the stream is open, and the peer has neither sent data nor closed."""
         ...
 
     def ended(self) -> End:
-        """How the peer has ended, where there is nothing left to read: its direction only (`half`), or the connection (`lost`)."""
+        """Whether the peer has ended its direction (`half`) or the connection (`lost`).
+
+        The answer is meaningful only if nothing is left to read.
+        """
         ...

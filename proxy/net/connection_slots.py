@@ -1,30 +1,38 @@
-"""Which connections a listener keeps when there is room for no more.
+"""Selects which connections a full listener keeps.
 
-Each accepted connection has a slot. A slot is *pending* until its peer is known, *plain* if the peer has shown no identity that counts,
-or a *member's*. Pending slots have a bound of their own, `pending`; plain and members' slots share `total`, of which plain ones may use
-all but `reserved`. A listener whose peers need not be known (`pending` is 0) has plain slots only.
+Each accepted connection has a slot. A slot is *pending* until its peer is known. Then it is a
+*member* slot if the peer has an identity that counts, and *plain* otherwise. Pending slots have
+their own limit, `pending`. Plain and member slots share `total`; plain slots may use all but
+`reserved`. A listener that does not need to know its peers (`pending` is 0) has plain slots only.
 
-A flood must not keep others out, so a full listener goes on accepting and ends the connection that is cheapest to lose:
+A flood must not keep others out, so a full listener continues to accept, and ends the connection
+that is cheapest to lose:
 
-    a new connection          the oldest pending one. One half of the pending slots is for connections of which no ClientHello has come
-                              yet, the other half for handshakes that are under way, so neither kind can push out the other
-    it turns out to be plain  the plain one that has waited longest for a request; if none waits, the new one
-    it is a member's          the same; if no plain one waits, the newest plain one; if there is none, the member's that has waited longest
-                              for a request; if none waits, the new one
+    a new connection     the oldest pending one. Half of the pending slots is for connections
+                         without a ClientHello, the other half for handshakes in progress, so
+                         neither kind can push out the other
+    it becomes plain     the plain one that has waited longest for a request; if none waits, the
+                         new one
+    it becomes a member  the plain one that has waited longest for a request; if none waits, the
+                         newest plain one; if there is no plain one, the member that has waited
+                         longest for a request; if none waits, the new one
 
-Where busy connections are cut too (`cut_busy`), a new one ends the one that has waited longest, if that has waited for `_LEAST` seconds.
-Otherwise it ends the oldest, whatever that does.
+If busy connections may be cut (`cut_busy`), a new connection ends the one that has waited longest,
+if it has waited for at least `_LEAST` seconds. Otherwise it ends the oldest one, even if it is
+busy.
 
-So whatever clients without an identity do, a member comes in if a pending slot lasts for as long as its handshake takes. What a client
-without an identity has begun is cut for members only.
+So a member can always connect if a pending slot lasts as long as its handshake, whatever clients
+without an identity do. Busy connections of such clients are cut only for members.
 
-A pending connection is left alone for `_LEAST` seconds. In a flood that is faster than that allows, the listener stops accepting until the
-oldest is old enough: the others wait in the kernel's backlog, which is better than a flood in which no handshake lives to its end.
+A pending connection is not ended before it is `_LEAST` seconds old. In a faster flood, the listener
+stops accepting until the oldest one is old enough. The others wait in the kernel's backlog.
+Otherwise no handshake could complete during the flood.
 
-Which connections wait for a request is not recorded when it changes, because it changes twice with each request. They are looked for when
-one is needed, and what was found is used up before the next look.
+Whether a connection waits for a request is not recorded, because it changes twice with each
+request. When such connections are needed, a scan looks for them, and its result is used up before
+the next scan.
 
-No waits here. A connection is ended by `fail`, which wakes up its own task.
+Nothing here blocks. A connection is ended by `fail`, which wakes up its task.
 """
 
 from __future__ import annotations
@@ -37,14 +45,16 @@ from typing import Literal, Protocol
 
 from proxy.net.exceptions import ConnectionLost, NetError
 
-# How many waiting connections one look keeps, and how long (seconds) the next look at more than these has to wait. A look at 10,000 takes
-# some milliseconds.
+# How many waiting connections one scan keeps, and the minimum time (seconds) between two scans if
+# there are more connections than these. A scan of 10,000 takes some milliseconds.
 _KEPT = 256
 _LOOK_PAUSE = 0.1
 
-# What a connection has in any case to say something, in seconds: two round trips to the other side of the world, or some on a busy machine.
+# The time (seconds) that each connection has to send something: two round trips around the world,
+# or some on a busy machine.
 _LEAST = 0.25
-# How long (seconds) a caller waits at most before it asks for room again. A connection that ends is a reason to ask sooner.
+# The longest time (seconds) that a caller waits before it asks again. It asks sooner if a
+# connection ends.
 _PAUSE = 0.2
 
 Eviction = Literal["idle", "pending", "handshake", "busy", "source"]
@@ -53,32 +63,33 @@ Kind = Literal["silent", "handshake", "plain", "member", "gone"]
 
 
 class NoRoom(NetError):
-    """There is no slot for a connection, and none that could be freed for it."""
+    """There is no slot for a connection, and none can be freed."""
 
 
 class Endable(Protocol):
-    """A connection, as far as its slot asks (streams.SocketStream)."""
+    """The part of a connection that its slot needs (socket_stream.SocketStream)."""
 
     def fail(self, loss: ConnectionLost) -> None: ...
     def is_idle(self) -> bool: ...
 
 
 class Activity(Protocol):
-    """What serves a connection, as far as its slot asks."""
+    """The part of the code that serves a connection which its slot needs."""
 
     @property
     def waiting_since(self) -> float | None:
-        """Since when it waits for a request, in the time of `Slots.clock`; None: it is doing something."""
+        """When it began to wait for a request, by `Slots.clock`. None: it is busy."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How many connections a listener may have.
+    """The connection limits of a listener.
 
-    `total`: whose peers are known. `pending`: beside these, whose peers are not known yet; 0: peers need not be known. `reserved`: of
-    `total`, for members only. `per_source`: of one client address, 0: any. `cut_busy`: a new connection is worth more than the oldest that
-    is doing something. Otherwise a listener without pending slots does not accept while all of its connections do something.
+    `total`: connections whose peer is known. `pending`: additional ones whose peer is not known
+    yet; 0: peers need not be known. `reserved`: the part of `total` for members only. `per_source`:
+    for one client address; 0: no limit. `cut_busy`: a new connection may end the oldest busy one.
+    Otherwise a listener without pending slots does not accept while all its connections are busy.
     """
 
     total: int
@@ -89,32 +100,32 @@ class Bounds:
 
     def __post_init__(self) -> None:
         if self.total < 1:
-            raise ValueError(f"a limit of {self.total} connections would accept none")
+            raise ValueError(f"a limit of {self.total} connections accepts none")
         if not 0 <= self.reserved < self.total:
             raise ValueError(f"of {self.total} connections, {self.reserved} cannot be reserved")
 
 
 class Slot:
-    """One connection's. `evicted`: it was ended from here."""
+    """The slot of one connection. `evicted`: this module has ended the connection."""
 
     __slots__ = ("_slots", "activity", "evicted", "kind", "source", "stream", "taken")
 
     def __init__(self, slots: Slots, source: str, taken: float) -> None:
         self._slots = slots
         self.source = source
-        self.taken = taken  # when, by the clock
+        self.taken = taken  # time of creation
         self.kind: Kind = "silent"
-        self.activity: Activity | None = None  # None: it is doing something
-        self.stream: Endable | None = None  # once the connection's task has begun
+        self.activity: Activity | None = None  # None: busy
+        self.stream: Endable | None = None  # set when the connection's task has started
         self.evicted = False
 
     def speaks(self) -> None:
-        """A ClientHello has come: a handshake is under way."""
+        """Report that a ClientHello has arrived: a handshake is in progress."""
         if self.kind == "silent":
             self._slots.move(self, "handshake")
 
     def settle(self, *, member: bool) -> None:
-        """The peer is known now. Raises NoRoom; then the connection has to end."""
+        """Report that the peer is known. Raises NoRoom; then the caller must end the connection."""
         if self.kind in ("silent", "handshake"):
             self._slots.settle(self, member=member)
 
@@ -128,13 +139,13 @@ def _unheard(_: str, __: str) -> None:
 
 
 class Slots:
-    """The slots of one acceptor. `clock`: the time that activities are told in, seconds."""
+    """The slots of one acceptor. `clock`: the clock of the activities, in seconds."""
 
     def __init__(self, bounds: Bounds, clock: Callable[[], float]) -> None:
         self.bounds = bounds
         self._clock = clock
-        self.leaving = 0  # connections that were ended here, and are not gone yet
-        # Told the reason and the client's address; synchronous, and must not raise.
+        self.leaving = 0  # evicted connections that are still closing
+        # Called with the reason and the client's address. They are synchronous and must not raise.
         self.on_evict: Callable[[Eviction, str], None] = _unheard
         self.on_refuse: Callable[[Refusal, str], None] = _unheard
         self._of: dict[Kind, OrderedDict[Slot, None]] = {
@@ -149,7 +160,7 @@ class Slots:
 
     @property
     def known(self) -> int:
-        """Connections whose peers are known."""
+        """The number of connections whose peer is known."""
         return self.count("plain") + self.count("member")
 
     @property
@@ -158,18 +169,23 @@ class Slots:
 
     @property
     def open(self) -> int:
-        """All of them, those that are about to end included."""
+        """The number of all connections, including evicted ones that are still closing."""
         return self.known + self.unknown + self.leaving
 
     def make_room(self) -> float:
-        """Have room for one more connection. 0: there is. Otherwise some have to end first; the caller asks again when one has, or after so
-        many seconds. Those that were ended here count until they are gone, so what a flood costs is bounded."""
+        """Make room for one more connection.
+
+        Returns 0 if there is room. Otherwise connections must end first: the caller asks again when
+        one has ended, or after the returned number of seconds. Evicted connections count until they
+        are closed, so the cost of a flood is limited.
+        """
         bounds = self.bounds
         if self.leaving >= (bounds.pending or bounds.total):
             return _PAUSE
         if bounds.pending:
             return self._evict_pending() if self.unknown >= bounds.pending else 0.0
-        # Where busy ones are cut, one that has just come, and whose request is on its way, must not be the first to go for being idle.
+        # With `cut_busy`, a connection that has just arrived, and whose request is in flight, must
+        # not be evicted first because it looks idle.
         if self.known < bounds.total or self._evict_waiting(_LEAST if bounds.cut_busy else 0.0):
             return 0.0
         if bounds.cut_busy:
@@ -178,7 +194,10 @@ class Slots:
         return _PAUSE
 
     def take(self, source: str) -> Slot:
-        """A slot for a connection from this address, behind `make_room`. Raises NoRoom."""
+        """Return a slot for a connection from this address.
+
+        Call `make_room` first. Raises NoRoom.
+        """
         bounds = self.bounds
         if bounds.per_source:
             self._limit_source(source)
@@ -190,7 +209,7 @@ class Slots:
         return slot
 
     def free(self, slot: Slot) -> None:
-        """Its connection is gone."""
+        """Release the slot of a connection that is closed."""
         if slot.evicted:
             self.leaving -= 1
         else:
@@ -198,14 +217,14 @@ class Slots:
         slot.kind, slot.activity, slot.stream = "gone", None, None
 
     def move(self, slot: Slot, kind: Kind) -> None:
-        """For slots..."""
+        """Change the kind of a slot. For Slot only."""
         if not slot.evicted:
             del self._of[slot.kind][slot]
             slot.kind = kind
             self._of[kind][slot] = None
 
     def settle(self, slot: Slot, *, member: bool) -> None:
-        """For slots: see Slot.settle."""
+        """See Slot.settle. For Slot only."""
         if slot.evicted:
             raise NoRoom("the connection was ended to make room for others")
         bounds = self.bounds
@@ -216,10 +235,10 @@ class Slots:
             raise self._refused("reserved" if self.known < bounds.total else "full", slot.source)
         self.move(slot, "member" if member else "plain")
 
-    # Whom to end...
+    # Which connection to end...
 
     def _evict_pending(self) -> float:
-        """End the oldest that is pending; or the seconds until it is old enough for that."""
+        """End the oldest pending connection, or return the seconds until it is old enough."""
         handshakes, silent = self._of["handshake"], self._of["silent"]
         group = handshakes if len(handshakes) > self.bounds.pending // 2 or not silent else silent
         oldest = next(iter(group))
@@ -229,7 +248,10 @@ class Slots:
         return max(left, 0.0)
 
     def _evict_waiting(self, least: float = 0.0) -> bool:
-        """End the plain connection that has waited longest for a request, for `least` seconds at least; whether there was one."""
+        """End the plain connection that has waited longest for a request.
+
+        It must have waited for at least `least` seconds. Return whether there was one.
+        """
         slot = self._plain_waiting.longest(least)
         if slot is not None:
             self._evict(slot, "idle")
@@ -247,7 +269,7 @@ class Slots:
         return slot is not None
 
     def _limit_source(self, source: str) -> None:
-        """Have room for one more of this address."""
+        """Make room for one more connection of this address. Raises NoRoom."""
         own = self._sources.get(source, ())
         if len(own) < self.bounds.per_source:
             return
@@ -267,7 +289,7 @@ class Slots:
 
     def _refused(self, reason: Refusal, source: str) -> NoRoom:
         self.on_refuse(reason, source)
-        return NoRoom(f"there is no room for the connection from {source} ({reason})")
+        return NoRoom(f"the listener has no room for the connection from {source} ({reason})")
 
     def _drop(self, slot: Slot) -> None:
         del self._of[slot.kind][slot]
@@ -279,16 +301,19 @@ class Slots:
 
 
 class _Waiting:
-    """Of a group of slots, those that wait for a request."""
+    """Finds the slots of a group that wait for a request."""
 
     def __init__(self, group: OrderedDict[Slot, None], clock: Callable[[], float]) -> None:
         self._group = group
         self._clock = clock
-        self._found: list[tuple[float, int, Slot]] = []  # the one that has waited longest stands last
+        self._found: list[tuple[float, int, Slot]] = []  # the last one has waited longest
         self._next_look = 0.0
 
     def longest(self, least: float = 0.0) -> Slot | None:
-        """The slot that has waited longest, for `least` seconds at least; None: none waits so long, or it is not known which do."""
+        """Return the slot that has waited longest, for at least `least` seconds.
+
+        None: no slot has waited so long, or the next scan is not allowed yet.
+        """
         slot = self._next(least)
         if slot is None and self._clock() >= self._next_look:
             self._look()

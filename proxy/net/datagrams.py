@@ -1,7 +1,7 @@
-"""Datagrams: taking them in from many, and asking one.
+"""Datagrams: receive from many peers, or ask one.
 
-A datagram is taken by the system call first, and only EAGAIN waits, as with streams. Nothing is ever queued here: what cannot be sent at
-once is dropped, which whoever uses UDP must be ready for anyway.
+As with streams, the system call comes first, and only EAGAIN waits. Nothing is queued here: a
+datagram that cannot be sent at once is dropped. Users of UDP must expect this.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from trio.lowlevel import checkpoint, wait_readable
 from proxy.net.address import Address
 from proxy.net.dial import failure
 
-_MOST = 65535  # bytes; no datagram is longer
-# Datagrams taken in a row before other tasks run: in a flood, those must go on.
+_MOST = 65535  # bytes; the longest possible datagram
+# Datagrams received in a row before other tasks run, so these continue in a flood.
 _BURST = 8
 
 Sender = tuple[str, int] | tuple[str, int, int, int]
 
 
 async def receive(sock: socket.socket, take: Callable[[bytes, Sender], None]) -> None:
-    """Give all that arrives at a bound socket to `take`, for ever. `take` is synchronous and must not raise."""
+    """Pass everything that arrives at a bound socket to `take`, until cancelled.
+
+    `take` is synchronous and must not raise.
+    """
     streak = 0
     while True:
         try:
@@ -32,7 +35,7 @@ async def receive(sock: socket.socket, take: Callable[[bytes, Sender], None]) ->
             streak = 0
             await wait_readable(sock)
             continue
-        except OSError:  # an earlier datagram of ours came back by ICMP, or memory is short: the next one may be fine
+        except OSError:  # ICMP error of an earlier datagram, or no memory: try the next one
             await checkpoint()
             continue
         take(data, sender)
@@ -43,7 +46,7 @@ async def receive(sock: socket.socket, take: Callable[[bytes, Sender], None]) ->
 
 
 def send(sock: socket.socket, data: bytes, to: Sender) -> bool:
-    """Send at once or not at all; whether it was sent."""
+    """Send at once or not at all. Return whether it was sent."""
     try:
         sock.sendto(data, to)
     except OSError:
@@ -52,9 +55,11 @@ def send(sock: socket.socket, data: bytes, to: Sender) -> bool:
 
 
 async def ask(sock: socket.socket, peer: Address, data: bytes, accept: Callable[[bytes], bool]) -> bytes:
-    """Send `data` to the peer of a connected socket, and wait for the first datagram that `accept` takes; others are ignored.
+    """Send `data` to the peer of a connected socket, and return its answer.
 
-    The caller sets the deadline. Raises ConnectFailed if the peer, or somebody on the way, says that nobody is there.
+    The answer is the first datagram that `accept` accepts. Other datagrams are ignored. The caller
+    sets the deadline. Raises ConnectFailed if the peer or a router reports that the destination is
+    unreachable.
     """
     try:
         sock.send(data)

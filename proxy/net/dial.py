@@ -1,14 +1,17 @@
-"""Connecting to an address.
+"""Connects to an address.
 
-Addresses are literals, so there is nothing to resolve and nothing that blocks: connect(2) on a non-blocking socket, wait until
-it is writable, read SO_ERROR. One attempt to one address; which address to try, and how often, is the balancer's business.
+Addresses are literals, so nothing is resolved and nothing blocks: connect(2) on a non-blocking
+socket, wait until it is writable, read SO_ERROR. This module makes one attempt to one address. The
+balancer decides which address to try, and how often.
 
-On this machine there is nothing to wait for: the kernel has carried all three packets, or the refusal, when connect(2) returns; only, it
-says EINPROGRESS of every non-blocking socket. So it is asked a second time, which costs a microsecond; a deadline and a pass of the
-scheduler would cost twenty. Every connection to the pod's own application is one of these.
+For a destination on this machine there is nothing to wait for: the kernel has exchanged all three
+packets, or the refusal, when connect(2) returns. But it returns EINPROGRESS for every non-blocking
+socket. So connect(2) is called a second time, which costs a microsecond; a deadline and a scheduler
+pass would cost twenty. Every connection to the pod's own application is of this kind.
 
-Two guards stand here because every connection we open comes by: `refuse`, which is asked before a packet is sent, and the mark,
-by which the packet filter knows our own traffic and does not send it back to us.
+Two protections are here because every connection passes this place: `refuse` is called before a
+packet is sent; and the mark lets the packet filter recognise our own traffic, so that it is not
+redirected to us.
 """
 
 from __future__ import annotations
@@ -51,14 +54,14 @@ _REASONS: dict[int, ConnectReason] = {
 _WORDS = {
     errno.EMFILE: "this process has no file descriptor left (RLIMIT_NOFILE)",
     errno.ENFILE: "this machine has no file descriptor left",
-    errno.EADDRNOTAVAIL: "no local port is left (net.ipv4.ip_local_port_range), or this machine has no address of that family",
-    errno.EAFNOSUPPORT: "this machine does not speak that address family",
+    errno.EADDRNOTAVAIL: "no free local port (net.ipv4.ip_local_port_range), or no such address",
+    errno.EAFNOSUPPORT: "this machine does not support that address family",
     errno.EPERM: "the local packet filter forbids it",
     errno.EACCES: "the local packet filter forbids it",
 }
 
 
-# What connect(2) says of a connection that is there, and of one that may come to be.
+# The results of connect(2) for an established connection, and for one in progress.
 _THERE = frozenset({0, errno.EISCONN})
 _UNDERWAY = frozenset({errno.EINPROGRESS, errno.EALREADY})
 
@@ -68,7 +71,7 @@ def _allow(_: Address) -> None:
 
 
 class Watch(Protocol):
-    """Who hears of our own connections: of each one when its first packet goes, and when it is closed."""
+    """Observes our own connections: when the first packet is sent, and when they close."""
 
     def opened(self, local: Address, remote: Address, depth: int) -> None: ...
 
@@ -79,8 +82,9 @@ class Watch(Protocol):
 class Dialer:
     """How this proxy opens connections.
 
-    mark: SO_MARK of every packet (needs CAP_NET_ADMIN), or None. timeout: seconds for one attempt. liveness: how a
-    connection finds out that its peer is gone. refuse: raises if we must not connect there (a loop).
+    `mark`: SO_MARK of every packet (needs CAP_NET_ADMIN), or None. `timeout`: seconds for one
+    attempt. `liveness`: detects dead peers. `refuse`: raises if the address must not be dialled (a
+    loop). `watch`: observes the connections.
     """
 
     mark: int | None = None
@@ -90,8 +94,11 @@ class Dialer:
     watch: Watch | None = None
 
     async def dial(self, address: Address, depth: int = 1) -> SocketStream:
-        """Connect. The caller owns the stream. Raises ConnectFailed, or what `refuse` raises, and leaves nothing open then. `depth` is for
-        `watch`: how many connections of our own this one lies in."""
+        """Connect to `address`. The caller owns the stream.
+
+        Raises ConnectFailed, or what `refuse` raises; then nothing stays open. `depth` is for
+        `watch`: the number of our own connections in which this one is nested.
+        """
         self.refuse(address)
         await checkpoint_if_cancelled()
         sock = _socket(address, socket.SOCK_STREAM)
@@ -100,7 +107,7 @@ class Dialer:
         try:
             self._mark(sock, address)
             there = _connect(sock, address)
-            local = Address.of(sock.getsockname())  # chosen with the first packet
+            local = Address.of(sock.getsockname())  # known once the first packet is sent
             forget = self._watched(local, address, depth)
             if not there and not _connect(sock, address):
                 await self._finish(sock, address)
@@ -118,9 +125,10 @@ class Dialer:
                 sock.close()
 
     def dial_datagrams(self, address: Address) -> socket.socket:
-        """A UDP socket at a port that the kernel draws, of which `address` is the only peer: what others send does not arrive.
+        """Create a UDP socket with a local port chosen by the kernel, connected to `address`.
 
-        The caller owns it. Raises ConnectFailed, or what `refuse` raises. Sends nothing.
+        It receives datagrams from `address` only. Sends nothing. The caller owns the socket. Raises
+        ConnectFailed, or what `refuse` raises.
         """
         self.refuse(address)
         sock = _socket(address, socket.SOCK_DGRAM)
@@ -140,11 +148,14 @@ class Dialer:
             try:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, self.mark)
             except PermissionError as error:
-                detail = f"marking our packets with {self.mark:#x} is not permitted (SO_MARK needs the capability CAP_NET_ADMIN)"
+                detail = f"the packet mark {self.mark:#x} is not permitted (SO_MARK needs CAP_NET_ADMIN)"
                 raise ConnectFailed(address, "other", detail) from error
 
     def _watched(self, local: Address, address: Address, depth: int) -> Callable[[], None] | None:
-        """Our end of it is known from the first packet on, and said before any other task runs: it may come back to us."""
+        """Report the connection to `watch`. Return the call that reports its end.
+
+        This must happen before any other task runs: the connection may come back to us.
+        """
         if self.watch is None:
             return None
         self.watch.opened(local, address, depth)
@@ -168,7 +179,10 @@ def _socket(address: Address, kind: int) -> socket.socket:
 
 
 def _connect(sock: socket.socket, address: Address) -> bool:
-    """connect(2): sends the first packet; later, says what has become of it. Whether the connection is there."""
+    """Call connect(2). The first call sends the first packet; later calls return the result.
+
+    Returns whether the connection is established. Raises ConnectFailed.
+    """
     code = sock.connect_ex((address.host, address.port))
     if code in _UNDERWAY:
         return False
@@ -183,13 +197,14 @@ def _stream(sock: socket.socket, address: Address, local: Address) -> SocketStre
     except ConnectionLost as error:
         raise ConnectFailed(address, "reset", str(error)) from error
     if stream.peer == stream.local:
-        # TCP lets a socket connect to itself, if nobody listens on a port of the ephemeral range and the kernel picks that very
-        # port for our end (simultaneous open, RFC 9293, section 3.5). Nobody is there: a refusal is the truth.
+        # TCP lets a socket connect to itself, if no socket listens on a port of the ephemeral range
+        # and the kernel selects that port for our end (simultaneous open, RFC 9293, section 3.5).
+        # No server is there, so it counts as refused.
         stream.reset()
-        raise ConnectFailed(address, "refused", "nobody listens there (the connection met itself)")
+        raise ConnectFailed(address, "refused", "no server there (the socket connected to itself)")
     return stream
 
 
 def failure(address: Address, code: int) -> ConnectFailed:
-    """The error for a system call towards `address` that failed with errno `code`."""
+    """The error for a system call towards `address` that failed with the errno `code`."""
     return ConnectFailed(address, _REASONS.get(code, "other"), _WORDS.get(code) or os.strerror(code).lower())

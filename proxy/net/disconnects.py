@@ -1,14 +1,16 @@
-"""Who has gone, of those from whom nobody reads.
+"""Detects disconnects of clients from which no task reads.
 
-A client that waits for its response is not read from: what it may send next is its next request, and stays in the kernel. So its end would
-be noticed with the next write only, and a quiet response may have none for hours. An epoll set of its own tells of it: each connection is
-in it from its beginning to its end, for EPOLLRDHUP alone, and edge-triggered. So the kernel wakes nobody for data, and a request costs
+While a client waits for its response, the proxy does not read from it: its next request stays in
+the kernel. So only the next write would show that the client has gone, and a silent response may
+have no write for hours. A separate epoll set detects this. Each connection is in it for its whole
+life, edge-triggered and for EPOLLRDHUP only. So data causes no wake-ups, and a request costs
 nothing; a connection costs one system call.
 
-What is told is what TCP says. FIN (EPOLLRDHUP) ends the peer's direction: it may have closed its connection, or shut down its direction
-only (a half-close) and wait for what we have to say; nothing on the wire tells the two apart. RST, and a peer that answers nothing any
-more (liveness.py), end the connection (EPOLLHUP). A peer that has closed answers whatever it gets by RST: data at once, and keep-alive
-probes when its kernel has forgotten the connection (net.ipv4.tcp_fin_timeout, a minute).
+The events are those of TCP. FIN (EPOLLRDHUP) ends the peer's direction: the peer has either closed
+the connection, or only shut down its direction (half-close) and waits for our data. The wire does
+not show which. RST, and a peer that does not answer any more (liveness.py), end the connection
+(EPOLLHUP). A peer that has closed answers by RST: to data at once, and to keep-alive probes when
+its kernel has dropped the connection (net.ipv4.tcp_fin_timeout, a minute).
 """
 
 from __future__ import annotations
@@ -26,38 +28,47 @@ from proxy.net.tls.handshake import TLSStream
 
 _log = logging.getLogger("isthmus.net")
 
-# Events that are taken from the kernel at a time.
+# The maximum number of events in one epoll call.
 _EVENTS = 256
-# Seconds from one look to the next. Most connections end between two requests, when somebody reads from them anyway: where many end,
-# they are told of together.
+# Seconds between two epoll calls. Most connections end between two requests, when a task reads from
+# them anyway. If many end, this batches the events.
 _PAUSE = 0.005
 
 
 class Disconnects:
-    """Tells of connections whose peer ends its direction, or is lost. `open` comes first; `run` closes it."""
+    """Reports connections whose peer ends its direction, or that are lost.
+
+    Call `open` first; `run` closes the epoll set.
+    """
 
     def __init__(self) -> None:
         self._epoll: select.epoll | None = None
         self._told: dict[int, Callable[[bool], None]] = {}
 
     def watch(self, descriptor: int, tell: Callable[[bool], None]) -> None:
-        """Call `tell(lost)` when the peer of this socket ends its direction, and when the connection is lost, until `forget`.
+        """Call `tell(lost)` when the peer ends its direction, and when the connection is lost.
 
-        Either may have happened already. `tell` is called by the task of `run`, and must not raise."""
+        Either may already have happened. The task of `run` calls `tell`, which must not raise. Use
+        `forget` to stop.
+        """
         if self._epoll is None or self._epoll.closed:
             return
-        with suppress(OSError):  # the kernel watches no more for this user (epoll_ctl(2): ENOSPC)
+        with suppress(OSError):  # the user's limit of epoll watches (epoll_ctl(2): ENOSPC)
             self._epoll.register(descriptor, select.EPOLLRDHUP | select.EPOLLET)
             self._told[descriptor] = tell
 
     def forget(self, descriptor: int, tell: Callable[[bool], None]) -> None:
-        """Undo `watch`. The socket may be closed already, which took it out of the set, and its number may be another one's."""
+        """Undo `watch`.
+
+        The socket may already be closed, which removes it from the epoll set. Then its number may
+        belong to another connection.
+        """
         if self._told.get(descriptor) == tell:
             del self._told[descriptor]
 
     @contextmanager
     def watching(self, stream: Stream, tell: Callable[[bool], None]) -> Iterator[None]:
-        """Watch the connection of `stream` for a block."""
+        """Watch the connection of `stream` within a `with` block."""
         descriptor = stream.socket.fileno() if isinstance(stream, SocketStream | TLSStream) else -1
         if descriptor >= 0:
             self.watch(descriptor, tell)
@@ -71,10 +82,10 @@ class Disconnects:
         return self
 
     async def run(self) -> None:
-        """Tell, until cancelled. Behind `open`."""
+        """Report events until cancelled. Call `open` first; otherwise this raises RuntimeError."""
         epoll = self._epoll
         if epoll is None:
-            raise RuntimeError("open comes first")
+            raise RuntimeError("Disconnects.run needs open() first")
         try:
             while True:
                 await wait_readable(epoll.fileno())
@@ -90,5 +101,5 @@ class Disconnects:
     def _tell(tell: Callable[[bool], None], *, lost: bool) -> None:
         try:
             tell(lost)
-        except Exception as error:  # one connection's fault is not the others'
-            _log.error("the end of a connection could not be told by a fault of this proxy's", exc_info=error)
+        except Exception as error:  # an error of one connection must not affect others
+            _log.error("internal error while reporting the end of a connection", exc_info=error)

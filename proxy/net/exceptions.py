@@ -1,6 +1,7 @@
-"""What can go wrong with a connection, in the words of this room.
+"""The errors of this package.
 
-OSError and OpenSSL's errors are translated once, where the system call is made (streams, tls, dial), and never leave this room.
+OSError and OpenSSL's errors are translated once, where the system call is made (socket_stream, tls,
+dial). They never leave this package.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ import trio
 from proxy.net.address import Address
 
 LossReason = Literal["reset", "closed", "timeout", "truncated", "torn", "expired", "evicted", "other"]
-# `local`: it is this machine, or this process, that cannot; the address is not to blame.
+# `local`: the cause is this machine or this process, not the address.
 ConnectReason = Literal["refused", "timeout", "unreachable", "reset", "local", "other"]
 TLSKind = Literal["certificate", "protocol", "alert", "timeout"]
 
 
 class NetError(Exception):
-    """All errors of this room."""
+    """The base of all errors of this package."""
 
 
 class ConnectionLost(NetError, trio.BrokenResourceError):
-    """The connection ended without having been closed properly, or nobody reads it any more.
+    """The connection ended without a proper close, or the peer does not read any more.
 
-    `reason`: `reset` (RST), `closed` (the peer had closed and does not take any more), `timeout` (the peer stopped answering),
-    `truncated` (end of TCP without the end of TLS), `torn` (an earlier send was cancelled in the middle), `expired` (a certificate has, see
-    tls/expiry.py), `evicted` (there was no room for all, see connection_slots.py), `other`.
+    `reason`: `reset` (RST), `closed` (the peer has closed and accepts no more data), `timeout` (the
+    peer does not answer), `truncated` (TCP ended without the end of TLS), `torn` (an earlier send
+    was cancelled half-way), `expired` (a certificate expired, see tls/expiry.py), `evicted` (the
+    listener was full, see connection_slots.py), `other`.
     """
 
     def __init__(self, message: str, reason: LossReason = "other") -> None:
@@ -37,7 +39,7 @@ class ConnectionLost(NetError, trio.BrokenResourceError):
 
 
 class ConnectFailed(NetError):
-    """No connection to `address` came about. `reason` is for metrics and policy, the message for people."""
+    """The connection to `address` failed. `reason` is for metrics and policy."""
 
     def __init__(self, address: Address, reason: ConnectReason, detail: str) -> None:
         super().__init__(f"cannot connect to {address}: {detail}")
@@ -46,11 +48,12 @@ class ConnectFailed(NetError):
 
 
 class TLSFailed(NetError, trio.BrokenResourceError):
-    """TLS could not be agreed on, or was broken later.
+    """The TLS handshake failed, or TLS failed later.
 
-    `kind`: `certificate` (we refuse the peer's), `alert` (the peer refuses us and said why), `protocol` (it does not speak our
-    TLS), `timeout` (the handshake took too long). A BrokenResourceError too, because the peer's refusal of our certificate
-    arrives, in TLS 1.3, only with the first read after the handshake (RFC 8446, section 4.4.2.4 and appendix E).
+    `kind`: `certificate` (we refuse the peer's), `alert` (the peer refuses us and sent the reason),
+    `protocol` (the peer does not speak our TLS), `timeout` (the handshake took too long). It is
+    also a BrokenResourceError: in TLS 1.3, the refusal of our certificate arrives only with the
+    first read after the handshake (RFC 8446, section 4.4.2.4 and appendix E).
     """
 
     def __init__(self, kind: TLSKind, message: str) -> None:
@@ -75,7 +78,7 @@ def lost(code: int) -> ConnectionLost:
 
 
 def again(failure: NetError) -> NetError:
-    """The same failure for the next one who asks: an exception is raised once, because it carries its traceback."""
+    """Return an equal error to raise again. Each is raised once, because it holds its traceback."""
     if isinstance(failure, ConnectionLost):
         return ConnectionLost(str(failure), failure.reason)
     if isinstance(failure, TLSFailed):

@@ -1,9 +1,10 @@
-"""What a stream does at the end of its burst: it lets other tasks run, and takes turns with the other busy streams.
+"""What a stream does at the end of a burst: it lets other tasks and other busy streams run.
 
-A pass of the scheduler runs each runnable task. A thousand uploads that always have something to read are a thousand runnable tasks. If
-each of them reads 64 KiB, a pass takes 0.4 s, and all other requests wait that long. So busy streams take steps of the `Pacer`, as begins
-and ends do, and a pass has as many steps as fit into 10 ms. A stream that waits for its socket between reads, as that of a client with
-small requests does, never ends a burst and takes no step.
+A scheduler pass runs each runnable task. A thousand uploads that always have data are a thousand
+runnable tasks. If each of them reads 64 KiB, a pass takes 0.4 s, and all other requests wait that
+long. So busy streams take steps of the `Pacer`, like starts and ends of streams do, and a pass has
+as many steps as fit into 10 ms. A stream that waits for its socket between reads, for example of a
+client with small requests, never ends a burst and takes no step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which addresses this network namespace has, as the kernel's own tables say it."""
+"""The addresses of this network namespace, from the kernel's tables."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ _PROC = Path("/proc/net")
 
 
 def local_addresses(proc: Path = _PROC) -> frozenset[str]:
-    """The addresses of all interfaces but loopback ones, both families; empty where /proc is not there.
+    """The addresses of all interfaces except loopback, of both families. Empty without /proc.
 
-    IPv4: the `/32 host LOCAL` leaves of the routing trie, each under the line with its address. IPv6: one line for each address.
+    IPv4: the `/32 host LOCAL` leaves of the routing trie; each follows the line with its address.
+    IPv6: one line for each address.
     """
     found: set[str] = set()
     try:

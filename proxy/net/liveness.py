@@ -1,18 +1,20 @@
-"""How TCP finds out that a peer is gone, and how a peer that only reads slowly is told from one.
+"""Detects dead peers by TCP, and distinguishes them from peers that read slowly.
 
-Three cases, and what the kernel does about each (tcp(7)):
+Three cases, and what the kernel does (tcp(7)):
 
     nothing is sent            keep-alive: probes after `keepalive` seconds of silence
-    data is not acknowledged   TCP_USER_TIMEOUT: the connection fails with ETIMEDOUT after that time, and not after 15 minutes
-    the window is closed       the peer acknowledges everything and takes nothing: it is there, and it reads slowly
+    data is not acknowledged   TCP_USER_TIMEOUT: ETIMEDOUT after that time, not after 15 minutes
+    the window is closed       the peer acknowledges but accepts nothing: it is alive and slow
 
-With TCP_USER_TIMEOUT, Linux ends the third case too, when the window has been closed for that time, whether or not the peer answers
-the probes. (RFC 9293 §3.8.6.1 says that such a connection must stay open.) So `run` looks at the open connections a few times within
-the timeout, and switches the option off for those whose peer has closed its window and answers. When the window opens, or probes stay
-without an answer, it switches the option on again. When a connection is closed with data unsent, the kernel goes on to send it, as
-long as the peer answers, unless the option is set; so it is switched off at the close.
+With TCP_USER_TIMEOUT, Linux also ends the third case after that time, whether or not the peer
+answers the probes. (RFC 9293 §3.8.6.1 says that such a connection must stay open.) So `run` checks
+the open connections several times within the timeout. It switches the option off if the peer has
+closed its window and answers. It switches it on again when the window opens or probes are not
+answered. If a connection is closed with unsent data, the kernel continues to send it while the peer
+answers, unless the option is set. So the option is switched off at the close.
 
-A socket inherits the options from its listening socket, so `prepare` costs accepted connections nothing.
+A socket inherits the options of its listening socket, so `prepare` costs nothing for accepted
+connections.
 """
 
 from __future__ import annotations
@@ -27,41 +29,47 @@ import trio
 
 from proxy.net.socket_stream import SocketStream
 
-# Seconds between keep-alive probes, and so many without an answer end the connection, where TCP_USER_TIMEOUT does not end it earlier.
+# Seconds between keep-alive probes, and the number of unanswered probes that end the connection,
+# unless TCP_USER_TIMEOUT ends it earlier.
 _KEEPALIVE_INTERVAL = 10
 _KEEPALIVE_PROBES = 3
 
-# linux/tcp.h. Python has the name from 3.13 on.
+# linux/tcp.h. Python has this name since 3.13.
 _TCP_USER_TIMEOUT = 18
 
-# States of a connection whose peer has ended its direction (linux/tcp_states.h): CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING.
+# The states in which the peer has ended its direction (linux/tcp_states.h): CLOSE, CLOSE_WAIT,
+# LAST_ACK, CLOSING.
 _ENDED = frozenset({7, 8, 9, 11})
 
-# Looks at a connection within one TCP_USER_TIMEOUT: a window that closes is seen in time.
+# Checks of a connection within one TCP_USER_TIMEOUT, so that a closed window is noticed in time.
 _LOOKS = 4
-# Connections that are looked at in one go.
+# Connections that are checked between two checkpoints.
 _SLICE = 256
-# The first bytes of struct tcp_info: state, congestion state, retransmissions, probes without an answer, exponential backoff.
+# The first bytes of struct tcp_info: state, congestion state, retransmissions, unanswered probes,
+# exponential backoff.
 _INFO = 5
-# A probe, or its answer, may be lost.
+# One unanswered probe does not count: a probe or its answer may be lost.
 _UNANSWERED = 2
 
 
 @dataclass(slots=True, eq=False)
 class Liveness:
-    """The options of this proxy's TCP sockets; both times in seconds, 0: off. `run` has to run beside the connections."""
+    """The options of this proxy's TCP sockets. Both times in seconds; 0: off.
+
+    `run` must run while connections are open.
+    """
 
     user_timeout: float = 0.0
     keepalive: float = 0.0
     _open: set[SocketStream] = field(default_factory=set)
-    _slow: set[SocketStream] = field(default_factory=set)  # of these, whose peer has closed its window
+    _slow: set[SocketStream] = field(default_factory=set)  # those whose peer has closed its window
 
     @property
     def _milliseconds(self) -> int:
         return max(1, round(self.user_timeout * 1000))
 
     def prepare(self, sock: socket.socket) -> None:
-        """Set the options on a listening socket, for all that it accepts, or on a connected one."""
+        """Set the options on a listening socket (for all its connections) or on a connected one."""
         if self.user_timeout:
             sock.setsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, self._milliseconds)
         if self.keepalive:
@@ -72,7 +80,10 @@ class Liveness:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
 
     def watch(self, stream: SocketStream) -> None:
-        """Keep the connection of a slow reader open, from now on until `stream` is closed. Its socket has been prepared."""
+        """Keep the connection open if its peer reads slowly, until `stream` is closed.
+
+        Call `prepare` for its socket first.
+        """
         if self.user_timeout:
             self._open.add(stream)
             stream.on_close = partial(self._closing, stream, stream.on_close)
@@ -87,7 +98,7 @@ class Liveness:
             then()
 
     async def run(self) -> None:
-        """Look at the connections, until cancelled."""
+        """Check the connections until cancelled."""
         if not self.user_timeout:
             return
         while True:
@@ -104,7 +115,7 @@ class Liveness:
             info = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO)
         except OSError:
             return
-        # The backoff without a retransmission is that of window probes.
+        # A backoff without retransmissions belongs to window probes.
         slow = bool(info[4]) and not info[2] and info[3] < _UNANSWERED
         if slow is not (stream in self._slow):
             _set_timeout(stream.socket, 0 if slow else self._milliseconds)
@@ -117,7 +128,7 @@ def _set_timeout(sock: socket.socket, milliseconds: int) -> None:
 
 
 def peer_ended(stream: SocketStream) -> bool:
-    """Whether the peer has ended its direction, or reset the connection; also where there is something left to read before that."""
+    """Whether the peer has ended its direction or reset the connection; unread data may be left."""
     if stream.closed:
         return True
     # tcp(7): the state is the first byte of struct tcp_info.

@@ -1,4 +1,4 @@
-"""Streams that can be asked without waiting."""
+"""The protocol of streams that also have calls that never wait."""
 
 from __future__ import annotations
 
@@ -9,30 +9,42 @@ from proxy.net.socket_stream import Stream
 
 
 class Prompt(Stream, Protocol):
-    """A stream that can also be asked without waiting, by an owner that knows of its socket's readiness by itself (proxy/fastpath)."""
+    """A stream with calls that never wait.
+
+    For an owner that observes the readiness of the socket itself (proxy/fastpath).
+    """
 
     @property
     def socket(self) -> socket.socket: ...
 
     @property
     def end_met(self) -> bool:
-        """Whether the end has been read behind the last data: asking again tells it, and the socket's readiness may not. Whatever else is
-        left shows as that."""
+        """Whether the end has been read after the last data.
+
+        Then the next call reports it, and the socket's readiness may not. Everything else that is
+        left shows as readiness of the socket.
+        """
         ...
 
     def receive_nowait(self, max_bytes: int = ...) -> bytes | None:
-        """As receive_some, if there is something; None: it would have to be waited for. A lost connection, or a clean end, is told again to
-        whoever asks next."""
+        """Like receive_some, but None if it would have to wait.
+
+        A lost connection or a clean end is reported again by each later call.
+        """
         ...
 
     def send_nowait(self, data: bytes | memoryview, *, sound: bool = False) -> int:
-        """Send what can be sent at once; how many bytes that was. What is left has to be offered again next, the same bytes first: TLS has
-        encrypted them already. Raises ConnectionLost.
+        """Send what can be sent at once. Return the number of bytes. Raises ConnectionLost.
 
-        `sound`: the connection has just been found in order, or nobody wants to know what the peer has said last. So TLS does not ask
-        before its first record whether the connection is lost; if it is, nothing more can be read."""
+        The next call must offer the rest, starting with the same bytes: TLS may have encrypted
+        them.
+
+        `sound`: the connection has just been found intact, or the peer's last data is not needed.
+        Then TLS does not check before its first record whether the connection is lost. If it is
+        lost, nothing more can be read.
+        """
         ...
 
     def send_eof_nowait(self) -> bool:
-        """As send_eof, if it can be done at once; False: the socket has to take more first. Raises ConnectionLost."""
+        """Like send_eof, but False if it cannot be done at once. Raises ConnectionLost."""
         ...

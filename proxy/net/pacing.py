@@ -1,13 +1,15 @@
-"""How much is begun and ended in one pass of the scheduler.
+"""Limits how many streams and connections start and end in one scheduler pass.
 
-trio runs every task that can run before it looks at the sockets again. So if thousands of streams are to begin, or connections to end, in
-the same pass, everything else waits until all of that is done: probes, and the requests of others. The `Pacer` bounds it. Whatever begins
-or ends takes a step through its connection's `Line`; a pass has a number of steps, and what is more waits for the next one. The lines
-take turns, one step each, so a client with two hundred requests delays its own and not those of others. Members of the mesh come first,
-but for a quarter of the steps, so that others are not stopped for ever.
+trio runs every runnable task before it checks the sockets again. If thousands of streams start, or
+connections end, in the same pass, everything else waits for them: probes, and other requests. The
+`Pacer` limits this. Each start or end takes a step through the `Line` of its connection. A pass has
+a number of steps; the rest waits for the next pass. The lines take turns, one step each, so a
+client with two hundred requests delays only its own. Members of the mesh come first, except for a
+quarter of the steps, so that others are not blocked completely.
 
-The number of steps follows from the processor time that a pass takes: it is halved when a pass took longer than `_LONG`, and grows slowly
-while passes are short. While there are steps left and no one waits, a step is a plain call.
+The number of steps depends on the CPU time of a pass: it is halved if a pass took longer than
+`_LONG`, and grows slowly while passes are short. If steps are left and none waits, a step is a
+plain function call.
 """
 
 from __future__ import annotations
@@ -19,66 +21,75 @@ from time import thread_time
 import trio
 from trio.lowlevel import Abort, RaiseCancelT, Task, checkpoint, current_task, reschedule, wait_task_rescheduled
 
-# Steps of one pass.
+# Steps of one pass: minimum, initial value, maximum, growth.
 _LEAST, _FIRST, _MOST, _MORE = 8, 256, 512, 8
-# Seconds of processor time: what other processes take does not depend on the number of steps.
+# Seconds of CPU time of this thread, which other processes do not affect.
 _LONG, _SHORT = 0.010, 0.005
 
 
 class Line:
-    """The steps of one connection that wait. `member`: see the module."""
+    """The waiting steps of one connection. `member`: see the module."""
 
     __slots__ = ("_emptied", "member", "steps")
 
     def __init__(self, *, member: bool = False) -> None:
         self.member = member
-        self.steps: deque[tuple[Callable[[], object], int]] = deque()  # and how many each counts for
+        self.steps: deque[tuple[Callable[[], object], int]] = deque()  # with the count of each step
         self._emptied: trio.Event | None = None
 
     async def emptied(self) -> None:
-        """Wait until no step of this line waits."""
+        """Wait until no step of this line is waiting."""
         while self.steps:
             if self._emptied is None:
                 self._emptied = trio.Event()
             await self._emptied.wait()
 
     def took(self) -> None:
-        """A step has been taken from it."""
+        """Report that a step was taken from the line."""
         if not self.steps and self._emptied is not None:
             self._emptied.set()
             self._emptied = None
 
 
 class Pacer:
-    """`run` has to run beside the connections; without it nothing waits."""
+    """Distributes the steps.
+
+    `run` must run while connections are open; without it nothing waits.
+    """
 
     __slots__ = ("_lines", "_running", "_steps", "_task", "left", "waited", "waiting")
 
     def __init__(self) -> None:
-        self.left = _FIRST  # steps that may be taken until `run` has its next turn
-        self.waiting = 0  # steps
-        self.waited = 0  # steps that had to wait, since the start
+        self.left = _FIRST  # steps that are free until `run` runs again
+        self.waiting = 0  # steps that wait now
+        self.waited = 0  # steps that have waited, since the start
         self._steps = _FIRST
         self._running = False
-        self._task: Task | None = None  # that of `run`, while it has nothing to do
-        self._lines: tuple[deque[Line], deque[Line]] = (deque(), deque())  # of others, and of members; those with steps that wait
+        self._task: Task | None = None  # the task of `run`, while it is idle
+        self._lines: tuple[deque[Line], deque[Line]] = (deque(), deque())  # non-members, members
 
     def take(self, line: Line, step: Callable[[], object], count: int = 1) -> None:
-        """Call `step`, which must not raise, now or in a later pass, behind those of its line that wait. It counts for `count` steps."""
+        """Call `step` now or in a later pass, after the waiting steps of its line.
+
+        `step` must not raise. It counts as `count` steps.
+        """
         if self.now(line, count):
             step()
         else:
             self.queue(line, step, count)
 
     def now(self, line: Line | None = None, count: int = 1) -> bool:
-        """Whether so many steps may be taken at once; then they count as taken. Otherwise they have to be queued."""
+        """Whether `count` steps may be taken at once. If so, they count as taken.
+
+        Otherwise the caller must queue them.
+        """
         if self.left > 0 and (line is None or not line.steps):
             self.left -= count
             return True
         return not self._running
 
     def queue(self, line: Line, step: Callable[[], object], count: int = 1) -> None:
-        """Have `step` called in a later pass."""
+        """Call `step` in a later pass."""
         if not line.steps:
             self._lines[line.member].append(line)
         line.steps.append((step, count))
@@ -87,7 +98,10 @@ class Pacer:
         self._wake()
 
     async def turn(self, line: Line | None = None, *, member: bool = False) -> None:
-        """Wait for a step of `line`, or of a line of its own. If the task is cancelled meanwhile, the step is lost, and that is all."""
+        """Wait for a step of `line`, or of a new line.
+
+        If the task is cancelled, the step is lost.
+        """
         if not self.now(line):
             line = line or Line(member=member)
             ready = trio.Event()
@@ -95,7 +109,7 @@ class Pacer:
             await ready.wait()
 
     def hurry(self, line: Line) -> None:
-        """Take all steps of `line` that wait, now."""
+        """Take all waiting steps of `line` now."""
         if line.steps:
             self._lines[line.member].remove(line)
             while line.steps:
@@ -111,11 +125,11 @@ class Pacer:
             reschedule(task)
 
     async def run(self) -> None:
-        """Take the steps that wait, until cancelled. Then nothing waits any more."""
+        """Take the waiting steps until cancelled. After that, steps never wait."""
         self._running = True
         try:
             while True:
-                self.left = self._steps  # newcomers may go at once, if no one is before them
+                self.left = self._steps  # new steps need not wait if none is waiting
                 while self.waiting:
                     self.left = 0
                     began = thread_time()
@@ -129,7 +143,7 @@ class Pacer:
             self._take(self.waiting)
 
     def _adapt(self, seconds: float) -> None:
-        """`seconds`: of the last pass."""
+        """Adapt the number of steps. `seconds`: CPU time of the last pass."""
         if seconds > _LONG:
             self._steps = max(_LEAST, self._steps // 2)
         elif seconds < _SHORT:
@@ -151,7 +165,7 @@ class Pacer:
             step()
 
     async def _idle(self) -> None:
-        """Until a step waits."""
+        """Wait until a step is queued."""
 
         def abort(_: RaiseCancelT) -> Abort:
             self._task = None

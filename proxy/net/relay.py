@@ -1,25 +1,30 @@
-"""Two streams joined: what arrives on one leaves on the other, in both directions, until both have ended.
+"""Joins two streams: forwards bytes in both directions until both have ended.
 
 The rules
 =========
 
-End of one direction is passed on as the end of that direction only (half-close): a client that has said all it wants to say may
-still be listening. When both directions have ended, the relay is over; the streams are closed by whoever owns them.
+The end of one direction is forwarded as the end of this direction only (half-close): a client that
+has sent everything may still wait for data. The relay ends when both directions have ended. The
+owner of the streams closes them.
 
-What is not a clean end must not look like one. If a side is lost (reset, or TLS that was cut off), or stays idle too long, or the relay is
-cancelled, then the other side is *reset*: its reader learns that what it has may be incomplete. A FIN would say the opposite.
+An unclean end must not look like a clean one. If a side is lost (reset, or truncated TLS) or idle
+for too long, or if the relay is cancelled, the other side is *reset*: its reader learns that the
+data may be incomplete. FIN would say the opposite.
 
-If a side takes no more (it closed while the other was still sending), then that direction is over, but the opposite one may still
-hold an answer on its way, and goes on. What the sender sends meanwhile stays where it is: back-pressure.
+If a side accepts no more data (it closed while the other side was still sending), this direction is
+over. The opposite direction may still carry an answer, and continues. What the sender sends
+meanwhile is not read, so it gets back-pressure.
 
-Memory is bounded: one read per direction, and nothing is read before the last piece has been taken by the kernel. Where both sides are
-clear text and much goes through, the bytes stay in the kernel: in a pipe of 1 MiB.
+Memory is limited: one read in each direction, and the next read happens after the kernel has
+accepted the previous piece. If both sides are clear text and the volume is large, the bytes stay in
+the kernel, in a pipe of 1 MiB.
 
-Who carries the bytes
-=====================
+Two ways to move the bytes
+==========================
 
-What is so far, and how it ends, is a `Joint`. Here two tasks carry, one for each direction, which can do everything. Before them somebody
-else may (`carry`; in a proxy the fast path), and they go on from what it has left.
+A `Joint` is the state of a relay and the way in which it ends. In this module, two tasks move the
+bytes, one for each direction, in all cases. Before them, the fast path may move the bytes
+(`carry`). The two tasks continue where it stopped.
 """
 
 from __future__ import annotations
@@ -38,32 +43,37 @@ from proxy.net.memory_budget import UNCOUNTED
 from proxy.net.socket_stream import RECEIVE_SIZE, SocketStream, Stream
 from proxy.net.splice import Pipe
 
-# The idle deadline is moved only when it has become stale by this share of the idle time: moving it at every read would cost
-# as much as the bookkeeping of a small read itself. So an idle relay ends after one to one and an eighth idle times.
+# The idle deadline is renewed only if it is older than this part of the idle time: a renewal at
+# each read would cost as much as a small read itself. So an idle relay ends after 1 to 1 1/8 idle
+# times.
 _STALENESS = 1 / 8
 
-# After a side closed without reading to the end, how long (seconds) the other side, which was still sending, is drained so that
-# the answer it was given is not destroyed by a reset.
+# If a side closed without reading to the end, the other side, which is still sending, is drained
+# for this time (seconds), so that a reset does not destroy the answer that it was given.
 _LINGER = 1.0
 
 How = Literal["eof", "unread", "idle", "lost"]
 _WORSE: dict[How, int] = {"eof": 0, "unread": 1, "idle": 2, "lost": 3}
 
 
-# Pieces in a row as long as a read may be, after which a relay between two sockets goes by a pipe (splice.py); and shorter ones, after
-# which it gives the pipe back: it takes two descriptors, and helps bulk only.
+# After this many full reads in a row, a relay between two sockets uses a pipe (splice.py). After
+# this many short ones, it gives the pipe back, which needs two descriptors and only helps bulk
+# data.
 BULK, _LULL, _NEVER = 4, 64, -1
 
 T = TypeVar("T", bound=Sized)
 
-# The sides by their index. A client is whatever was accepted, and a server whatever was dialled for it.
+# The sides by index. The client is the accepted connection, the server the dialled one.
 SideName = Literal["client", "server"]
 _NAMES: tuple[SideName, SideName] = ("client", "server")
 
 
 @dataclass(slots=True)
 class _Way(Generic[T]):
-    """How bytes get across, and for how long: until `enough` pieces in a row were `full` (or were not)."""
+    """How bytes are moved, and when to change: after `enough` pieces in a row that were `full`.
+
+    If `full` is False: after `enough` pieces in a row that were not full.
+    """
 
     receive: Callable[[], Awaitable[T]]
     send: Callable[[T], Awaitable[None]]
@@ -73,11 +83,12 @@ class _Way(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Relayed:
-    """How a relay ended. `forward`: bytes from the client to the server; `backward`: bytes from the server to the client.
+    """The result of a relay. `forward`: bytes from client to server; `backward`: the other way.
 
-    `first`: the side that ended first, in whatever way; None if neither did. `how`, the worst that happened: `eof` (both ended
-    cleanly, everything was passed on), `unread` (one took no more while the other was still sending), `idle`, `lost` (one was
-    reset or cut off). `error` says more about `unread` and `lost`, and `side` is the side that it happened to.
+    `first`: the side that ended first, in any way; None if neither did. `how` is the worst event:
+    `eof` (both ended cleanly, and everything was forwarded), `unread` (one side accepted no more
+    while the other was still sending), `idle`, `lost` (one was reset or truncated). For `unread`
+    and `lost`, `error` has details, and `side` is the side to which it happened.
     """
 
     forward: int
@@ -92,7 +103,10 @@ SILENT = Relayed(0, 0, None, "idle", None)
 
 
 class Joint:
-    """A relay under way. Whoever carries its bytes tells it what has become of them; `over`: there is nothing more to carry."""
+    """The state of a relay in progress. The code that moves the bytes reports all events to it.
+
+    `over`: the relay has ended.
+    """
 
     __slots__ = (
         "_ended", "_on_bytes", "error", "first", "held", "how", "idle", "moved", "over", "quiet_since", "share", "side", "sides", "unread",
@@ -100,22 +114,22 @@ class Joint:
 
     def __init__(self, client: Stream, server: Stream, idle: float, on_bytes: Callable[[int, int], None] | None) -> None:
         self.sides = (client, server)
-        self.share = UNCOUNTED  # what one side has sent and the other has not taken is charged to it
+        self.share = UNCOUNTED  # the share that is charged for bytes in transit
         self.idle = idle
-        self.moved = [0, 0]  # bytes, of each side's
-        self.held = [b"", b""]  # read from each side, and not taken by the other yet
-        self.quiet_since = 0.0  # trio's time, while somebody else than relay() carries
+        self.moved = [0, 0]  # bytes from each side
+        self.held = [b"", b""]  # read from each side, but not accepted by the other side yet
+        self.quiet_since = 0.0  # trio's time; maintained while `carry` moves the bytes
         self.first: SideName | None = None
         self.how: How = "eof"
         self.error: NetError | None = None
-        self.side: SideName | None = None  # that `error` happened to
-        self.unread: Stream | None = None  # a side whose bytes nobody takes any more
+        self.side: SideName | None = None  # the side of `error`
+        self.unread: Stream | None = None  # a side whose bytes the other side refuses
         self.over = False
         self._on_bytes = on_bytes
         self._ended = [False, False]
 
     def hold(self, side: int, data: bytes) -> None:
-        """Keep `data` of `side`, which the other did not take, instead of what was kept before."""
+        """Replace the held data of `side` by `data`, which the other side has not accepted yet."""
         before = len(self.held[side])
         self.held[side] = data
         if len(data) >= before:
@@ -124,36 +138,39 @@ class Joint:
             self.share.release(before - len(data))
 
     def going(self, side: int) -> bool:
-        """Whether there may be more from `side`."""
+        """Whether more bytes may come from `side`."""
         return not self._ended[side]
 
     def passed(self, side: int, size: int) -> None:
-        """So many bytes of `side` have been taken by the other."""
+        """Report that the other side has accepted `size` bytes of `side`."""
         self.moved[side] += size
         if self._on_bytes is not None:
             self._on_bytes(*((0, size) if side else (size, 0)))
 
     def ended(self, side: int) -> None:
-        """`side` has ended cleanly; what that is for the other side comes next."""
+        """Report that `side` has ended cleanly.
+
+        The caller then ends the other direction's stream.
+        """
         self._note(side, "eof")
 
     def told(self, side: int) -> None:
-        """And the other side has been told."""
+        """Report that the end of `side` has been forwarded."""
         self._end(side)
 
     def refused(self, side: int, error: NetError) -> None:
-        """The other side takes no more from `side`, not even its end."""
+        """Report that the other side accepts nothing more from `side`, not even its end."""
         self._note(1 - side, "unread", error)
         self.unread = self.sides[side]
         self._end(side)
 
     def lost(self, side: int, error: NetError) -> None:
-        """`side` is lost, and with it the whole."""
+        """Report that `side` is lost. This ends the relay."""
         self._note(side, "lost", error)
         self.over = True
 
     def silent(self) -> None:
-        """Nothing has moved for too long."""
+        """Report that no bytes have moved for too long. This ends the relay."""
         self._note(None, "idle")
         self.over = True
 
@@ -162,7 +179,7 @@ class Joint:
         self.over = self.over or self._ended[1 - side]
 
     def _note(self, side: int | None, how: How, error: NetError | None = None) -> None:
-        """The first side stays the first, but the worst way of ending counts."""
+        """Keep the first side that ended, and the worst way of ending."""
         if self.first is None and side is not None:
             self.first = _NAMES[side]
         if _WORSE[how] > _WORSE[self.how]:
@@ -180,11 +197,12 @@ Carry = Callable[[Joint], Awaitable[None]]
 async def relay(
     client: Stream, server: Stream, *, idle: float, on_bytes: Callable[[int, int], None] | None = None, carry: Carry | None = None
 ) -> Relayed:
-    """Join `client` and `server` until both directions have ended, a side is lost, or nothing has moved for `idle` seconds.
+    """Join `client` and `server` until both directions end, a side is lost, or the relay is idle.
 
-    Lost connections are reported in the result, not raised. Both streams stay with their owner, but are reset (which closes
-    them) unless the end was clean. `on_bytes(forward, backward)` hears of the bytes that have been passed on. `carry` takes the relay as
-    far as it can.
+    `idle`: seconds without any bytes. Lost connections are reported in the result, not raised. Both
+    streams stay with their owner, but are reset (which closes them) unless the end was clean.
+    `on_bytes(forward, backward)` is called with the numbers of bytes that were forwarded. `carry`
+    moves the bytes first, as long as it can.
     """
     joint = Joint(client, server, idle, on_bytes)
     clean = False
@@ -204,7 +222,7 @@ async def relay(
 
 
 class _Pumps:
-    """The two tasks, under one deadline."""
+    """The two tasks of a relay, with one idle deadline."""
 
     def __init__(self, joint: Joint) -> None:
         self._joint = joint
@@ -228,7 +246,7 @@ class _Pumps:
             joint.silent()
 
     async def _pump(self, side: int) -> None:
-        """Carry the bytes of sides[side] to the other side, until the end of the one or the other."""
+        """Move the bytes of sides[side] to the other side until this direction ends."""
         source, sink = self._joint.sides[side], self._joint.sides[1 - side]
         share = self._joint.share
         copying = _Way(lambda: source.receive_some(share.read_size(RECEIVE_SIZE)), sink.send_all)
@@ -246,7 +264,7 @@ class _Pumps:
             await self._carry(side, copying)
 
     async def _carry(self, side: int, way: _Way[Any]) -> bool:
-        """True: another way would be better from here on. False: this direction is over."""
+        """Move bytes. True: continue in another way. False: this direction has ended."""
         joint, row = self._joint, 0
         while row != way.enough:
             held = joint.held[side]

@@ -3,24 +3,29 @@
 Theory of operation
 ===================
 
-trio's own socket stream makes a scheduler pass for every operation, even if the system call succeeds at once. Here the system
-call is tried first, and only EAGAIN waits for readiness: about half the CPU for small messages. Two duties that the pass had
-must then be met in another way:
+trio's own socket stream makes a scheduler pass for every operation, even if the system call
+succeeds at once. This one tries the system call first, and waits for readiness only on EAGAIN. This
+saves about half the CPU for small messages. The scheduler pass has two purposes, which must be met
+in another way:
 
-*Cancellation.* Every operation looks, before its system call, whether its task is already cancelled (`checkpoint_if_cancelled`,
-a fraction of a microsecond). Never after it: a read that has taken bytes from the kernel always returns them.
+*Cancellation.* Every operation checks before its system call whether its task is already cancelled
+(`checkpoint_if_cancelled`, a fraction of a microsecond). It never checks afterwards: a read that
+has taken bytes from the kernel always returns them.
 
-*Fairness.* An operation that succeeds at once does not let other tasks run, so a peer that always has data could keep the whole
-process to itself, and no deadline would ever be noticed. Each stream counts its operations since it last waited, and makes one
-real checkpoint in every `BURST`. Large reads count for more. Streams that use up a burst take turns (fairness.py).
+*Fairness.* An operation that succeeds at once does not let other tasks run. So a peer that always
+has data could block the whole process, and no deadline would be noticed. Each stream counts its
+operations since it last waited, and makes one real checkpoint in every `BURST`. Large reads count
+for more. Streams that use up a burst take turns (fairness.py).
 
-This is the one deviation from trio's stream contract, which wants a checkpoint in every operation. With BURST = 1 the classes
-keep the contract to the letter, and that is how trio's conformance suite is run against them.
+This is the only deviation from trio's stream contract, which requires a checkpoint in every
+operation. With BURST = 1 the classes follow the contract exactly; trio's conformance suite is run
+in this way.
 
-Otherwise the contract is trio's: one task may read while another writes, two readers (or two writers) are a
-`trio.BusyResourceError`; `b""` is a clean end; a closed stream raises `trio.ClosedResourceError`, also in tasks that were waiting;
-a lost connection raises `ConnectionLost`. A cancelled `send_all` may have sent a part of its data, and then only `close()` and
-`reset()` are of use: anything else raises, because going on would corrupt the byte stream silently.
+Otherwise the contract is trio's. One task may read while another one writes; two readers (or two
+writers) get `trio.BusyResourceError`. `b""` is a clean end. A closed stream raises
+`trio.ClosedResourceError`, also in tasks that are waiting. A lost connection raises
+`ConnectionLost`. A cancelled `send_all` may have sent a part of its data. After that only `close()`
+and `reset()` work. Everything else raises, because continuing would silently corrupt the stream.
 """
 
 from __future__ import annotations
@@ -44,25 +49,30 @@ __all__ = [
     "BURST", "RECEIVE_SIZE", "Address", "ConnectFailed", "ConnectionLost", "End", "NetError", "SocketStream", "Stream", "TLSFailed",
 ]  # fmt: skip
 
-# Operations that may succeed in a row before a stream lets other tasks run. A scheduler pass costs three microseconds and more
-# (measured: sending and receiving 1 KiB takes 15.6 with a pass in each, 9.3 with one in 16, 8.8 without any). A read counts for one more
-# per 16 KiB, and what a pipe moves for one more per 64 KiB: a burst moves 256 KiB through our memory at most, in about 0.3 ms.
+# Operations that may succeed in a row before a stream lets other tasks run. A scheduler pass costs
+# at least three microseconds (measured: sending and receiving 1 KiB takes 15.6 with a pass in each,
+# 9.3 with one in 16, 8.8 without any). A read counts one more per 16 KiB, and a pipe one more per
+# 64 KiB: a burst moves at most 256 KiB through our memory, in about 0.3 ms.
 BURST, READ_SHIFT, PIPE_SHIFT = 16, 14, 16
 
-# What one read asks for. Measured for a relay, CPU seconds per GiB, plain and TLS on both sides: 16 KiB 1.01 and 2.36, 64 KiB 0.68
-# and 2.23, 256 KiB 0.69 and 2.23. So more buys nothing but memory.
+# The size of one read. Measured for a relay, CPU seconds per GiB, plain and TLS on both sides: 16
+# KiB 1.01 and 2.36, 64 KiB 0.68 and 2.23, 256 KiB 0.69 and 2.23. So a larger size only needs
+# memory.
 RECEIVE_SIZE = 65536
 
-# How long a peek sleeps if the kernel says "readable" although too little is there and the peer has not closed: when memory is short.
+# How long (seconds) a peek sleeps if the kernel reports "readable" without enough data, and the
+# peer has not closed. This happens when memory is short.
 _PEEK_PAUSE = 0.005
 
 _LINGER_NONE = struct.pack("ii", 1, 0)
 
 
 class SocketStream(trio.abc.HalfCloseableStream):
-    """A TCP connection. Takes ownership of `sock`, which must be connected; makes it non-blocking and sets TCP_NODELAY.
+    """A TCP connection.
 
-    `local`: our end, if that is known. Raises ConnectionLost (and closes the socket) if the connection is already gone.
+    Takes ownership of `sock`, which must be connected. Makes it non-blocking and sets TCP_NODELAY.
+    `local`: our address, if it is known. Raises ConnectionLost (and closes the socket) if the
+    connection is already lost.
     """
 
     __slots__ = (
@@ -73,12 +83,13 @@ class SocketStream(trio.abc.HalfCloseableStream):
 
     def __init__(self, sock: socket.socket, local: Address | None = None) -> None:
         self.socket = sock
-        self._recv, self._send = sock.recv, sock.send  # bound once: two attribute look-ups fewer in every operation
+        self._recv, self._send = sock.recv, sock.send  # saves two attribute lookups per operation
         self.bytes_read = self.bytes_written = self._streak = 0
-        self._reading = self._writing = False  # the conflict detectors of the two halves
+        self._reading = self._writing = False  # detect conflicts within the two halves
         self._closed = self._eof_sent = self._torn = False
         self._loss: ConnectionLost | None = None
-        self.on_close: Callable[[], None] | None = None  # called once, while the socket is open; must not wait or raise
+        # Called once, while the socket is still open. Must not wait or raise.
+        self.on_close: Callable[[], None] | None = None
         try:
             if sock.gettimeout() != 0.0:
                 sock.setblocking(False)
@@ -94,7 +105,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
 
     @property
     def closed(self) -> bool:
-        """Whether we have closed it."""
+        """Whether we have closed the stream."""
         return self._closed
 
     # Reading
@@ -120,15 +131,19 @@ class SocketStream(trio.abc.HalfCloseableStream):
         finally:
             self._reading = False
         if not data and (loss := self._loss) is not None:
-            # The kernel reports a reset once, to whoever asks first. After a send has heard of it, reading looks like a clean end.
+            # The kernel reports a reset only once. If a send has got it, reading looks like a clean
+            # end.
             raise again(loss)
         self.bytes_read += len(data)
         self._streak += len(data) >> READ_SHIFT
         return data
 
     async def receive_into(self, pipe: Pipe) -> Pipe:
-        """As receive_some, but what there is goes into `pipe`, which is empty before; if it is empty still, the peer has ended cleanly."""
-        # A loop of its own: one shared with receive_some would cost every read a call.
+        """Like receive_some, but into `pipe`, which must be empty.
+
+        If it is still empty afterwards, the peer has ended cleanly.
+        """
+        # A separate loop: sharing one with receive_some would cost every read a call.
         self._begin_read()
         try:
             await self._pass()
@@ -166,11 +181,12 @@ class SocketStream(trio.abc.HalfCloseableStream):
         return data
 
     async def peek(self, max_bytes: int, at_least: int = 1) -> bytes:
-        """Look at the next bytes without consuming them.
+        """Look at the next bytes without consuming them. Raises ConnectionLost.
 
-        Waits until `at_least` bytes are there, or the peer has ended its direction; then gives what is there, up to
-        `max_bytes`. Raises ConnectionLost. SO_RCVLOWAT (socket(7)) makes the kernel wait for the number: readiness is
-        level-triggered, so waiting for "one more byte" while one is there already would spin.
+        Waits until `at_least` bytes are there, or the peer has ended its direction. Then it returns
+        what is there, up to `max_bytes`. SO_RCVLOWAT (socket(7)) makes the kernel wait for that
+        many bytes. Readiness is level-triggered: otherwise the wait would return at once, again and
+        again, as soon as one byte is there.
         """
         if not 1 <= at_least <= max_bytes:
             raise ValueError(f"cannot peek for at least {at_least} of at most {max_bytes} bytes")
@@ -202,7 +218,10 @@ class SocketStream(trio.abc.HalfCloseableStream):
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
     def glance(self, max_bytes: int) -> bytes:
-        """As peek, without a wait; b"" if nothing is there now, be it for ever: peek tells an end from a pause."""
+        """Like peek, but without waiting. Raises ConnectionLost.
+
+        Returns b"" if nothing is there now; only peek distinguishes the end from a pause.
+        """
         try:
             return self._recv(max_bytes, socket.MSG_PEEK)
         except BlockingIOError:
@@ -229,7 +248,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
         except BlockingIOError:
             return "open"
         except OSError as error:
-            self._lost(error)  # which keeps it: the kernel tells it once
+            self._lost(error)  # keeps the error, because the kernel reports it only once
         return "lost"
 
     # Writing
@@ -248,7 +267,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
             self._writing = False
         self.bytes_written += size
 
-    def send_nowait(self, data: bytes | memoryview, *, sound: bool = False) -> int:  # noqa: ARG002  # the kernel says it by itself
+    def send_nowait(self, data: bytes | memoryview, *, sound: bool = False) -> int:  # noqa: ARG002  # for TLS
         """See nonblocking.py."""
         if self._closed or self._eof_sent:
             raise trio.ClosedResourceError("this connection, or this direction of it, was already closed")
@@ -259,7 +278,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
     async def _send_rest(self, view: memoryview, sent: int) -> None:
         size = len(view)
         while sent < size:
-            self._torn = sent > 0  # unless we come back to send the rest
+            self._torn = sent > 0  # reset below when the rest is sent
             self._streak = 0
             await wait_writable(self.socket)
             with view[sent:] as rest:
@@ -275,14 +294,14 @@ class SocketStream(trio.abc.HalfCloseableStream):
             raise self._lost(error) from error
 
     async def send_from(self, pipe: Pipe) -> None:
-        """As send_all, of what is in `pipe`."""
+        """Send everything that is in `pipe`. Raises as send_all."""
         self._begin_write()
         try:
             if self._eof_sent:
                 raise trio.ClosedResourceError("this direction was ended by send_eof")
             await self._pass()
             self.bytes_written += len(pipe)
-            self._torn = True  # unless all of it is sent
+            self._torn = True  # reset below when everything is sent
             while pipe:
                 try:
                     pipe.drain(self.socket)
@@ -323,7 +342,10 @@ class SocketStream(trio.abc.HalfCloseableStream):
     # Closing
 
     async def aclose(self) -> None:
-        """Close. The kernel goes on delivering what was sent; see linger.py for a peer that may still be sending."""
+        """Close the stream. The kernel still delivers what was sent.
+
+        linger.py handles a peer that may still be sending.
+        """
         self.close()
         await (checkpoint if self._streak + 1 >= BURST else checkpoint_if_cancelled)()
 
@@ -342,17 +364,20 @@ class SocketStream(trio.abc.HalfCloseableStream):
             self.close()
 
     def fail(self, loss: ConnectionLost) -> None:
-        """The peer is gone, or is to go: from now on every operation raises `loss` (reason `timeout` or `evicted`), those that wait
-        included. Closing stays with the owner. Does nothing to a stream that is closed or lost already."""
+        """End the connection from our side: every operation raises `loss` from now on.
+
+        `loss` has the reason `timeout` or `evicted`. Waiting operations raise it too. The owner
+        must still close the stream. No effect if it is closed or lost already.
+        """
         if not self._closed and self._loss is None:
             self._loss = loss
             self.cut()
 
     def cut(self) -> None:
-        """Wake whoever waits in this stream: there is nothing more to read, and nothing more can be sent."""
+        """Wake up the tasks that wait in this stream: nothing more can be read or sent."""
         if not self._closed:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
-            with suppress(OSError):  # ENOTCONN: it is lost already, and they are awake
+            with suppress(OSError):  # ENOTCONN: it is already lost, and no task waits
                 self.socket.shutdown(socket.SHUT_RDWR)
 
     # The parts of the operations
@@ -374,7 +399,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
         self._writing = True
 
     async def _pass(self) -> None:
-        """What every operation does before its system call: see the theory above."""
+        """The checkpoint before a system call: see the theory of operation above."""
         self._streak += 1
         if self._streak >= BURST:
             self._streak = 0
@@ -395,6 +420,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
         if self._loss is not None and self._loss.reason in ("timeout", "evicted"):
             return again(self._loss)
         loss = lost(error.errno or 0)
-        if loss.reason != "closed":  # EPIPE: the peer had ended properly before, so what it sent can be read to its clean end
-            self._loss = lost(error.errno or 0)  # not the one that is raised: its traceback leads back here
+        # EPIPE: the peer ended properly before, so what it sent can be read to its clean end.
+        if loss.reason != "closed":
+            self._loss = lost(error.errno or 0)  # a separate object, without a traceback to here
         return loss

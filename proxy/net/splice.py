@@ -1,9 +1,10 @@
-"""A pipe between two sockets, through which bytes go from the one to the other without coming up into this process (splice(2)).
+"""A pipe between two sockets: bytes move from one to the other within the kernel (splice(2)).
 
-A relay of clear text copies each byte twice, from the kernel and back into it, 64 KiB at a time. With a pipe of 1 MiB the pages themselves
-are handed on: 0.19 CPU seconds for a GiB instead of 0.39 (the system calls alone, over loopback), and a sixteenth of the steps. With
-a pipe of 64 KiB, the kernel's default, nothing is gained. So where a large one is not to be had (a user's pipes may take 64 MiB
-altogether, pipe(7)), or no descriptors, there is none, and the bytes are copied.
+Without it, a relay of clear text copies each byte twice, from the kernel and back, 64 KiB at a
+time. With a pipe of 1 MiB, the kernel passes on the pages themselves: 0.19 CPU seconds per GiB
+instead of 0.39 (system calls only, over loopback), and a sixteenth of the steps. A pipe of 64 KiB,
+the kernel's default, saves nothing. So if no large pipe is available (all pipes of a user may take
+64 MiB, pipe(7)), or no descriptors, the bytes are copied.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import os
 import socket
 from typing import Self
 
-# What a pipe holds, in bytes: as much as an unprivileged process may ask for (/proc/sys/fs/pipe-max-size).
+# The capacity (bytes): the most that an unprivileged process may set (/proc/sys/fs/pipe-max-size).
 PIPE_SIZE = 1 << 20
 
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 
 class Pipe:
-    """A pipe, which belongs to who has opened it. Its length is what it holds."""
+    """A pipe. The caller of `open` closes it. Its length is the number of bytes in it."""
 
     __slots__ = ("_reader", "_size", "_writer")
 
@@ -31,7 +32,7 @@ class Pipe:
 
     @classmethod
     def open(cls) -> Self | None:
-        """None: there is none to be had."""
+        """Open a pipe. None: no pipe of this size, or no descriptor, is available."""
         try:
             reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
@@ -48,12 +49,14 @@ class Pipe:
         return self._size
 
     def fill(self, sock: socket.socket) -> None:
-        """Take what `sock` has, nothing if its peer has ended. The pipe has to be empty. Raises OSError; BlockingIOError: nothing is there
-        yet."""
+        """Read from `sock` into the pipe, which must be empty. It stays empty at the end.
+
+        Raises OSError; BlockingIOError if nothing has arrived yet.
+        """
         self._size = os.splice(sock.fileno(), self._writer, PIPE_SIZE, flags=_FLAGS)
 
     def drain(self, sock: socket.socket) -> None:
-        """Give `sock` what it takes. Raises OSError; BlockingIOError if that is nothing."""
+        """Write to `sock` as much as it accepts. Raises OSError; BlockingIOError for nothing."""
         self._size -= os.splice(self._reader, sock.fileno(), self._size, flags=_FLAGS)
 
     def close(self) -> None:
