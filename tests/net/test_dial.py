@@ -151,7 +151,7 @@ async def test_a_connection_to_itself_is_a_refusal() -> None:
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     sock.connect(sock.getsockname())
-    with pytest.raises(ConnectFailed, match="met itself") as caught:
+    with pytest.raises(ConnectFailed, match="connected to itself") as caught:
         _stream(sock, itself := Address(*sock.getsockname()), itself)
     assert caught.value.reason == "refused"
     assert sock.fileno() == -1

@@ -225,7 +225,7 @@ def test_behind_the_end_nothing_is_said_or_heard() -> None:
     engine.close(Code.NO_ERROR)
     with pytest.raises(StreamGone):
         engine.send_response(1, ResponseHead(200), end=True)
-    with pytest.raises(ProtocolError, match="over"):
+    with pytest.raises(ProtocolError, match="has ended"):
         ours.hear(headers(3))
     assert engine.data_to_send() == b""
     assert len(ours.said) == said
