@@ -7,10 +7,9 @@ next request of every client to the same new endpoint (Mitzenmacher, "The Power 
 Randomized Load Balancing").
 
 Weights. An endpoint of weight w holds w places, and the draw selects places (weighted.py). If all
-endpoints are equally busy, their shares follow the weights. The load of an endpoint is the number
-of pending requests per place. Loads that differ by less than a quarter count as equal. Such
-differences are noise: without this rule, all requests would go to the endpoint with the fastest
-last response.
+endpoints are equally busy, their shares follow the weights. The load counts the pending requests
+per place. Loads that differ by less than a quarter count as equal. Such differences are noise:
+without this rule, all requests would go to the endpoint with the fastest last response.
 
 Zones. If enough endpoints in the proxy's own zone are usable, the draw uses these only, otherwise
 all.
@@ -23,8 +22,8 @@ has ended, that endpoint gets the next request, as a trial. If all circuit break
 draw uses the endpoints that still respond, as if their breakers were closed. If none responds, the
 endpoint that has waited longest gets an early trial, one step after the last trial. So about one
 request per second finds out when the service recovers, however long the outage was. When one
-endpoint has recovered, the others get their trials just as soon. While nothing has failed, the
-balancer skips these checks. For a service with one endpoint, it measures nothing.
+endpoint has recovered, the remaining penalties of the others are cut to one step. While nothing has
+failed, the balancer skips these checks. For a service with one endpoint, it measures nothing.
 
 The state belongs to a service (endpoint_set.py), because a gateway may lead to a healthy service
 and to one that fails. The balancer drops state that is no longer meaningful. All decisions are

@@ -84,7 +84,8 @@ class LoopGuard:
     def accepted(self, connection: Connection, about: Facts) -> None:
         """Check an accepted connection. Raises LoopDetected in these cases: it was made to one of
         the proxy's own listeners without redirection and without another configured destination; it
-        was redirected although its destination was the proxy; or the proxy itself opened it."""
+        was redirected although its destination was the proxy; or the proxy itself opened it, and it
+        is nested deeper than `loops.max_nesting`."""
         destination = about.destination
         ours = destination == connection.local or about.direction == "inbound"
         _judge(self.listeners.accepted(destination.host, destination.port, ours=ours))
