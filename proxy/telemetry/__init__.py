@@ -1,10 +1,11 @@
-"""Metrics, log and traces of what passes. It sees exchanges and connections when they end; nothing here decides anything.
+"""Metrics, log and traces of the traffic. This package observes connections and exchanges; it
+decides nothing.
 
-records.py            one record for each connection and exchange, closed exactly once
-metrics.py            the metrics of a proxy, as Prometheus reads them
-request_metrics.py    requests, responses, latency: plain numbers on the path of a request
-endpoint_metrics.py   retries, circuit breakers, queues
-counters.py           plain counters that a collector reads
-log.py                structured lines, written by a thread; log_output.py: where they go
-tracing_setup.py      samplers, queue and exporter, built from the configuration
+    records.py            one record for each connection and exchange, closed exactly once
+    metrics.py            the metrics of a proxy, as Prometheus reads them
+    request_metrics.py    requests, responses and latency, as plain numbers on the hot path
+    endpoint_metrics.py   retries, circuit breakers, queues
+    counters.py           plain counters that a collector reads
+    log.py                structured log lines, written by a thread; log_output.py writes them
+    tracing_setup.py      sampler, queue and exporter, built from the configuration
 """

@@ -1,8 +1,10 @@
-"""What is counted for each connection: plain numbers of our own, which become Prometheus' when it reads them.
+"""Per-connection counters: plain numbers, converted to Prometheus samples when a scrape reads them.
 
-A counter of prometheus_client takes a lock, and a check of what it is given, for each increment, and the books of a connection have twenty
-of them: 6 us in all. These are changed by the data path's thread only, so an entry in a dict does (2 us). Other threads may read them,
-since each copy is made in one step of the interpreter. As of every other family, past `MOST_SERIES` all new series are "other".
+A counter of prometheus_client takes a lock and checks its arguments for each increment, and one
+connection makes twenty increments: 6 us in all. Only the data path's thread changes the counters
+here, so an entry in a dict is enough (2 us). Other threads may read them, because copying the dict
+is one atomic step of the interpreter. As in every family, new series beyond `MOST_SERIES` are
+counted as "other".
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ MOST_SERIES = 256
 
 
 class Tally(Collector):
-    """A family of counters, or of gauges, by their label values. A series begins with the first that is added to it, be it 0."""
+    """A family of counters or gauges by label values. A series exists from its first `add`, even of
+    0.
+    """
 
     __slots__ = ("_family", "_labels", "_numbers", "_other", "_text")
 
     def __init__(self, name: str, text: str, labels: Sequence[str], registry: CollectorRegistry) -> None:
-        """A name that ends in `_total` is a counter's, any other one a gauge's."""
+        """A name that ends in `_total` makes a counter, any other name a gauge."""
         self._family = f"isthmus_{name}"
         self._text = text
         self._labels = labels
@@ -34,7 +38,7 @@ class Tally(Collector):
         registry.register(self)
 
     def add(self, values: tuple[str, ...], amount: int = 1) -> None:
-        """For a gauge, `amount` may be below 0."""
+        """For a gauge, `amount` may be negative."""
         try:
             self._numbers[values] += amount
         except KeyError:
@@ -48,13 +52,16 @@ class Tally(Collector):
 
     def collect(self) -> Iterator[Metric]:
         (found,) = self.describe()
-        for values, number in list(self._numbers.items()):  # whole, in one step: other threads read this too
+        # one atomic copy: other threads read this too
+        for values, number in list(self._numbers.items()):
             found.add_metric(values, number)
         yield found
 
 
 class Spread(Collector):
-    """A histogram by one label. `bounds` of its buckets, in ascending order; above the last one there is one more."""
+    """A histogram with one label. `bounds`: the upper bounds of its buckets, ascending; +Inf is
+    added.
+    """
 
     __slots__ = ("_bounds", "_buckets", "_family", "_label", "_sums", "_text")
 
@@ -63,12 +70,12 @@ class Spread(Collector):
         self._text = text
         self._bounds = bounds
         self._label = label
-        self._buckets: dict[str, list[int]] = {}  # of each value, how many fell into each
+        self._buckets: dict[str, list[int]] = {}  # by label value: the count of each bucket
         self._sums: dict[str, float] = {}
         registry.register(self)
 
     def observe(self, value: str, number: float) -> None:
-        """`value`, of the label, is one of few."""
+        """`value` is the label's value; it must come from a small set."""
         buckets = self._buckets.get(value)
         if buckets is None:
             buckets = self._buckets[value] = [0] * (len(self._bounds) + 1)

@@ -1,4 +1,4 @@
-"""What is counted between a flow and an endpoint: retries, breakers, and who waits."""
+"""Metrics of endpoint selection: retries, circuit breakers, queues."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 if TYPE_CHECKING:
     from proxy.telemetry.metrics import Series
 
-# Broken endpoints that are shown one by one.
+# Endpoints with an open circuit breaker that get a series of their own.
 _MOST_SHOWN = 256
 
 
 class QueueRecord:
-    """Whether one that waited was served."""
+    """Whether a queued request was served."""
 
     __slots__ = ("served",)
 
@@ -26,29 +26,31 @@ class QueueRecord:
 
 
 class EndpointMetrics:
-    """Of one proxy. `counter` and `gauge` make families (proxy/telemetry/metrics.py)."""
+    """The endpoint metrics of one proxy. `counter` and `gauge` create families
+    (proxy/telemetry/metrics.py).
+    """
 
-    def __init__(
-        self, counter: Callable[..., Series[Counter]], gauge: Callable[..., Series[Gauge]], registry: CollectorRegistry
-    ) -> None:
-        self._retries = counter("retries_total", "Requests that were tried again, by what the attempt before came to.", "cause")
-        self._no_retries = counter("retries_refused_total", "Requests that were not tried again, by what stood against it.", "reason")
-        self._breakers = counter("breaker_changes_total", "Endpoints whose breaker changed its state.", "state")
+    def __init__(self, counter: Callable[..., Series[Counter]], gauge: Callable[..., Series[Gauge]], registry: CollectorRegistry) -> None:
+        self._retries = counter("retries_total", "Retried requests, by the failure of the previous attempt.", "cause")
+        self._no_retries = counter("retries_refused_total", "Failed requests that were not retried, by reason.", "reason")
+        self._breakers = counter("breaker_changes_total", "Changes of endpoints' circuit breakers, by new state.", "state")
         self._queue = counter("queued_total", "Requests and connections that waited for an endpoint.", "result")
         self._waiting = gauge("queue_waiting", "Requests and connections that wait for an endpoint now.")
         self._broken = Gauge(
             "isthmus_endpoint_broken",
-            "Endpoints that are left alone or on probation (1 each; the others are not listed).",
+            "Endpoints whose circuit breaker is open or half-open (1 each; others are not listed).",
             ("service", "endpoint", "state"),
             registry=registry,
         )
 
     def retried(self, cause: str) -> None:
-        """A request is tried again, for `cause`: status, grpc_status, broken, refused, timeout."""
+        """A request is retried because of `cause`: status, grpc_status, broken, refused, timeout."""
         self._retries.at(cause).inc()
 
     def not_retried(self, reason: str) -> None:
-        """There was cause to try again, but `reason` stood against it: limit, begun, body, deadline, budget."""
+        """A failed request is not retried because of `reason`: limit, begun, body, deadline,
+        budget.
+        """
         self._no_retries.at(reason).inc()
 
     def breaker_changed(self, state: str) -> None:
@@ -56,7 +58,7 @@ class EndpointMetrics:
 
     @contextmanager
     def queued(self) -> Iterator[QueueRecord]:
-        """The account of one that waits for an endpoint; it has `served` set if it got one."""
+        """Record a request that waits for an endpoint. Set `served` of the result if it gets one."""
         record = QueueRecord()
         self._waiting.at().inc()
         try:
@@ -66,7 +68,9 @@ class EndpointMetrics:
             self._queue.at("served" if record.served else "failed").inc()
 
     def broken(self, endpoints: Iterable[tuple[str, str, str]]) -> None:
-        """All endpoints that are not used now: service, address and state. The first 256 are shown."""
+        """All endpoints with an open or half-open circuit breaker: service, address, state. Shows
+        the first 256.
+        """
         self._broken.clear()
         for labels in itertools.islice(endpoints, _MOST_SHOWN):
             self._broken.labels(*labels).set(1)

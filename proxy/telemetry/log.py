@@ -1,13 +1,16 @@
-"""Structured lines on standard error, which the data path never waits for.
+"""Structured log lines on standard error. The data path never waits for them.
 
-A line is put into a bounded queue, as values; a thread of its own formats and writes it. When the reader of standard error has
-stopped reading, that thread stands still and nothing else does: lines that find the queue full are dropped and counted, and once there
-is room again a line says how many were lost. The same goes for lines that cannot be written, each with its reason (log_output.py).
+A line is put into a bounded queue as values; a separate thread formats and writes it. If the reader
+of standard error stops reading, only that thread blocks. Lines that find the queue full are dropped
+and counted; when there is space again, a line reports how many were lost. Lines that cannot be
+written are reported in the same way, with the reason (log_output.py).
 
-A request's target is written without its query, which may hold secrets, and without user information, unless `log.query` says otherwise.
+A request's target is logged without its query, which may contain secrets, and without user
+information. `log.query` adds the query.
 
-What peers send ends up in lines, so no value can make a line of its own: JSON escapes by its nature; in text, a value with anything but
-plain characters is written as a JSON string, control characters of messages are escaped, and the lines of a traceback are indented.
+Log lines contain data from peers, so no value may start a line of its own. JSON escapes control
+characters. In the text format, a value with unusual characters is written as a JSON string, control
+characters in messages are escaped, and the lines of a traceback are indented.
 """
 
 from __future__ import annotations
@@ -32,12 +35,12 @@ from tracing.spans import redacted
 ROOT: Final = "isthmus"
 _CONNECTION = logging.getLogger(f"{ROOT}.connection")
 _ACCESS = logging.getLogger(f"{ROOT}.access")
-# How long the last lines may take to be written when the process ends, in seconds.
+# Seconds to write the last lines when the process ends.
 CLOSING = 2.0
 _PLAIN = re.compile(r"[!#-<>-~]+\Z")
-# How much of a value is written: a target may have 8 KiB, and a line should stay a line.
+# Characters of a value that are written: a target may have 8 KiB, and a line should stay readable.
 _LONGEST = 1024
-# Characters that are written by one system call, if so many wait.
+# Characters that one system call writes, if that many are queued.
 _TOGETHER = 65536
 
 Field = str | int | float | bool | None
@@ -45,7 +48,9 @@ Field = str | int | float | bool | None
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLine:
-    """What is said of a connection when it has ended. `reason` is a word for machines, `words` the same for people."""
+    """The log line of a connection that has ended. `reason` is a fixed label, `words` describes it
+    for people.
+    """
 
     direction: str
     peer: str
@@ -67,8 +72,9 @@ class ConnectionLine:
 
 @dataclass(frozen=True, slots=True)
 class RequestLine:
-    """What is said of a request when its response has ended. `status` 0: there was none. `caller`: who sent it, in the words of a peer that
-    is a trusted gateway."""
+    """The log line of a finished request. `status` 0: there was no response. `caller`: the sender
+    of the request, as reported by a peer that is a trusted gateway.
+    """
 
     direction: str
     peer: str
@@ -90,17 +96,17 @@ class RequestLine:
 
 
 def connections_logged() -> bool:
-    """Whether connections get lines, so that none need be made in vain."""
+    """Whether connections are logged; if not, callers need not build the line."""
     return _CONNECTION.isEnabledFor(logging.INFO)
 
 
 def log_connection(line: ConnectionLine) -> None:
-    """One line for a connection, at level info."""
+    """Log a connection, at level info."""
     _CONNECTION.info("connection", extra={"line": line})
 
 
 def log_request(line: RequestLine) -> None:
-    """One line for a request, at level info."""
+    """Log a request, at level info."""
     if _ACCESS.isEnabledFor(logging.INFO):
         _ACCESS.info("request", extra={"line": line})
 
@@ -108,10 +114,11 @@ def log_request(line: RequestLine) -> None:
 def configure(
     config: LogConfig, stream: TextIO | None = None, on_drop: Drop | None = None, worker: int | None = None
 ) -> Callable[[], None]:
-    """Starts writing to `stream` (None: standard error). `on_drop(count, why)` is called for dropped lines, from any thread. `worker`:
-    which of several this is; it stands in every line.
+    """Start logging to `stream` (None: standard error). `on_drop(count, why)` is called for dropped
+    lines, from any thread. `worker`: the worker's number, added to every line.
 
-    The result ends it: writes what is queued, waiting no longer than `CLOSING`, and puts everything back as it was.
+    Call the result to stop: it writes queued lines, waits at most `CLOSING` seconds, and restores
+    the previous logging.
     """
     formatter = (JsonFormatter if config.format == "json" else TextFormatter)(worker, query=config.query)
     handler = QueueHandler(stream or sys.stderr, formatter, config.queue, on_drop or (lambda *_: None))
@@ -129,7 +136,9 @@ def configure(
 
 
 class _NoLock:
-    """What logging takes around `emit`: acquire and release until Python 3.12, `with` from 3.13 on."""
+    """The lock interface that logging uses around `emit`: acquire and release until Python 3.12,
+    `with` from 3.13.
+    """
 
     def acquire(self) -> bool:
         return True
@@ -145,7 +154,7 @@ class _NoLock:
 
 
 class QueueHandler(logging.Handler):
-    """Hands records to the writing thread, or drops them. Its `emit` never blocks and never raises."""
+    """Passes records to the writing thread, or drops them. `emit` never blocks and never raises."""
 
     def __init__(self, stream: TextIO | None, formatter: logging.Formatter, size: int, on_drop: Drop) -> None:
         super().__init__()
@@ -156,13 +165,16 @@ class QueueHandler(logging.Handler):
         self._lost = Losses()
         self._lost_lock = threading.Lock()
         self._ending = threading.Event()
-        # A daemon, since one that is stuck in a write would otherwise keep the process from ending.
+        # A daemon thread: one that is blocked in a write would otherwise keep the process from
+        # ending.
         self._writer = threading.Thread(target=self._write, name="isthmus-logs", daemon=True)
         self._writer.start()
 
     def createLock(self) -> None:  # noqa: N802  (logging's name)
-        """No lock: the queue has its own, and a thread that holds one must never make the data path wait."""
-        self.lock = _NoLock()  # type: ignore[assignment]  # the interface of threading.RLock, of which logging uses these four
+        """No lock: the queue has its own, and the data path must never wait for a thread that holds
+        one.
+        """
+        self.lock = _NoLock()  # type: ignore[assignment]  # the part of RLock's interface that logging uses
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -171,9 +183,10 @@ class QueueHandler(logging.Handler):
             self._dropped(1, "slow_reader")
 
     def close(self) -> None:
-        """Ends the writing thread. Lines that are not written by then are lost."""
+        """Stop the writing thread. Lines that are not written by then are lost."""
         self._ending.set()
-        with contextlib.suppress(queue.Full):  # then the thread sees the event when it comes to the end of the queue
+        # then the thread sees the event when the queue is empty
+        with contextlib.suppress(queue.Full):
             self._queue.put_nowait(None)
         self._writer.join(CLOSING)
         super().close()
@@ -193,7 +206,9 @@ class QueueHandler(logging.Handler):
                 self._report_losses()
 
     def _take(self) -> list[str]:
-        """The lines that wait, up to `_TOGETHER` characters of them; waits for the first. They are written together."""
+        """The queued lines, up to `_TOGETHER` characters, to be written together. Waits for the
+        first one.
+        """
         lines: list[str] = []
         size = 0
         record = self._queue.get()
@@ -220,13 +235,13 @@ class QueueHandler(logging.Handler):
     def _text(self, record: logging.LogRecord) -> str:
         try:
             return self._form.format(record)
-        except Exception as error:  # noqa: BLE001, RUF100  (a message that does not fit its arguments must not end the thread)
+        except Exception as error:  # noqa: BLE001, RUF100  (wrong arguments of a message must not end the thread)
             return f"a log line could not be formatted: {type(error).__name__} ({record.pathname}:{record.lineno})"
 
 
 class _Formatter(logging.Formatter):
     def __init__(self, worker: int | None = None, *, query: bool = False) -> None:
-        """`query`: targets are written with their query strings."""
+        """`query`: write targets with their query strings."""
         super().__init__()
         self._query = query
         self._who: dict[str, Field] = {} if worker is None else {"worker": worker}
@@ -263,7 +278,9 @@ class TextFormatter(_Formatter):
 
 
 def facts(record: logging.LogRecord, *, query: bool = False) -> Mapping[str, Field]:
-    """The fields of a connection or request line in the order they are written; empty ones are left out. `query`: see shown_target."""
+    """The fields of a connection or request line, in output order, without empty ones. `query`: see
+    shown_target.
+    """
     line: object = getattr(record, "line", None)
     if not isinstance(line, ConnectionLine | RequestLine):
         return {}
@@ -290,15 +307,16 @@ def facts(record: logging.LogRecord, *, query: bool = False) -> Mapping[str, Fie
 
 
 def _shown(name: str, text: str, *, query: bool) -> str:
-    """What is written of a value that a client has chosen."""
+    """The text to log for a value that a client has chosen."""
     if name == "target":
         return shown_target(text, query=query)
     return text.rpartition("@")[2] if name == "authority" else text
 
 
 def shown_target(target: str, *, query: bool) -> str:
-    """A request target without the user information of its absolute form, and without its query. `query`: with it, but for the values that
-    are known to be signatures or keys."""
+    """A request target without user information and query. `query`: keep the query, but mask the
+    values of parameters that are known to hold signatures or keys.
+    """
     path, mark, parameters = target.partition("?")
     if not path.startswith("/") and "://" in path:
         scheme, _, rest = path.partition("://")
@@ -308,7 +326,7 @@ def shown_target(target: str, *, query: bool) -> str:
 
 
 def printable(text: str) -> str:
-    """The text on one line: what is not printable, escaped."""
+    """The text on one line, with unprintable characters escaped."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
@@ -336,7 +354,9 @@ class RateLimit:
     _suppressed: int = field(default=0, init=False)
 
     def admit(self) -> int | None:
-        """None: keep it to yourself. Otherwise how many were suppressed since the last one."""
+        """None: do not log the warning. Otherwise, how many were suppressed since the last logged
+        one.
+        """
         now = self.clock()
         if now - self._second >= 1:
             self._second, self._said = now, 0
@@ -349,7 +369,7 @@ class RateLimit:
 
 
 def warn(logger: logging.Logger, limit: RateLimit, message: str, *args: object) -> None:
-    """A warning under a limit; says how many like it were suppressed before."""
+    """Log a warning under a rate limit, with the number of similar ones suppressed before."""
     if (suppressed := limit.admit()) is not None:
         more = f" ({suppressed} similar suppressed)" if suppressed else ""
         logger.warning(message + more, *args)

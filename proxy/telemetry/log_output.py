@@ -1,12 +1,14 @@
-"""Where log lines are written, and what has become of those that could not be.
+"""Writing log lines, and counting those that could not be written.
 
-Lines are written to the descriptor itself, several at a time. A text stream would keep what it could not write, and write it later, or
-half of it; how many lines are lost would not be known. Here it is: those that are not wholly written. A line that was written in part (a
-disk that became full within it) is ended before the next one begins.
+Lines are written directly to the file descriptor, several at a time. A text stream would keep what
+it could not write and retry it later, perhaps in part, so the number of lost lines would be
+unknown. Here a line counts as lost if it was not written completely. A partly written line (the
+disk became full) is terminated before the next line.
 
-Why lines are lost is one of a few words. `slow_reader`: the reader of standard error does not keep up, the queue is full. `disk_full`: a
-file system without room, or a quota. `closed`: the reader of a pipe has gone, or the descriptor is closed. `write_error`: anything else,
-an I/O error of the disk for instance.
+The reason for a loss is one of: `slow_reader`, the reader of standard error does not keep up and
+the queue is full; `disk_full`, no space on the file system, or a quota; `closed`, the reader of the
+pipe is gone, or the descriptor is closed; `write_error`, anything else, such as an I/O error of the
+disk.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from typing import Literal, TextIO
 
 Why = Literal["slow_reader", "disk_full", "closed", "write_error"]
 WORDS: dict[Why, str] = {
-    "slow_reader": "their reader is too slow",
-    "disk_full": "there was no room on the disk",
+    "slow_reader": "the reader is too slow",
+    "disk_full": "the disk was full",
     "closed": "standard error was closed",
     "write_error": "they could not be written",
 }
@@ -37,18 +39,20 @@ _NEWLINE = b"\n"
 
 
 class Output:
-    """Writes to `stream`, which is a file, a pipe, or something in memory. None: there is no standard error."""
+    """Writes to `stream`: a file, a pipe, or a stream in memory. None: there is no standard error."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
         self._encoding = getattr(stream, "encoding", None) or "utf-8"
         self._descriptor = _descriptor(stream)
-        self._torn = False  # the last line that was begun was not ended
-        self.error: int | None = None  # errno of the last write that failed
+        self._torn = False  # the last line was written in part
+        self.error: int | None = None  # errno of the last failed write
 
     def write(self, lines: Sequence[str]) -> int:
-        """Write lines, each without its end; how many are wholly written. Waits for a reader that is slow. After fewer than all,
-        `error` says why, and the rest is lost."""
+        """Write lines, given without line ends; returns how many were written completely. Blocks
+        while the reader is slow. If not all were written, `error` holds the reason and the rest is
+        lost.
+        """
         if self._descriptor is None:
             return self._write_text(lines)
         data = b"".join(line.encode(self._encoding, "backslashreplace") + _NEWLINE for line in lines)
@@ -62,12 +66,12 @@ class Output:
         return done
 
     def _send(self, descriptor: int, data: bytes) -> int:
-        """How many bytes were written."""
+        """The number of bytes written."""
         sent = 0
         while sent < len(data):
             try:
                 sent += os.write(descriptor, memoryview(data)[sent:])
-            except BlockingIOError:  # somebody who has the descriptor too has made it non-blocking
+            except BlockingIOError:  # another process that shares the descriptor made it non-blocking
                 _wait(descriptor)
             except OSError as error:
                 self.error = error.errno
@@ -80,18 +84,18 @@ class Output:
                 raise OSError(errno.EBADF, "there is no standard error")
             self._stream.write("".join(f"{line}\n" for line in lines))
             self._stream.flush()
-        except (OSError, ValueError) as error:  # ValueError: it was closed
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
             self.error = error.errno if isinstance(error, OSError) else errno.EBADF
             return 0
         return len(lines)
 
     def why(self) -> Why:
-        """The reason of the last write that failed."""
+        """The reason of the last failed write."""
         return _REASONS.get(self.error, "write_error")
 
 
 class Losses:
-    """Lines that were lost and not told of yet, by their reasons. Not for several threads at once."""
+    """Lost lines that were not reported yet, by reason. Not thread-safe."""
 
     def __init__(self) -> None:
         self._lost: dict[Why, int] = {}
@@ -108,7 +112,7 @@ class Losses:
 
 
 def told(lost: dict[Why, int]) -> str:
-    """What was lost, as a message."""
+    """The log message that reports lost lines."""
     count = sum(lost.values())
     if len(lost) == 1:
         return f"{count} log lines were dropped: {WORDS[next(iter(lost))]}"
@@ -120,7 +124,7 @@ Drop = Callable[[int, Why], None]
 
 
 def _descriptor(stream: TextIO | None) -> int | None:
-    """The stream's descriptor, if it has one; what was written to it before is out by then."""
+    """The stream's file descriptor, if it has one. Flushes the stream first."""
     if stream is None:
         return None
     try:

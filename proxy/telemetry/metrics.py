@@ -1,12 +1,14 @@
-"""What a proxy counts, and how Prometheus reads it.
+"""The metrics of a proxy, as Prometheus reads them.
 
-Three rules. Label sets are bounded: nothing that a client chooses (an authority, a path, an unknown method) becomes a label value, and
-should a value come in that nobody foresaw, a family stops growing at `MOST_SERIES` and counts on as "other". Every connection and
-every request is recorded exactly once, on every path out of its `with` block, cancellation included. And what is counted for each of
-them is counted in plain numbers of our own: requests in request_metrics.py, connections in counters.py.
+Three rules. Label sets are bounded: nothing that a client chooses (an authority, a path, an unknown
+method) becomes a label value, and as a safeguard, a family counts new series beyond `MOST_SERIES`
+as "other". Each connection and each request is recorded exactly once, on every exit of its `with`
+block, including cancellation. Per-request and per-connection counts are plain numbers
+(request_metrics.py, counters.py).
 
-Names follow Prometheus: the unit in the name, `_total` for counters, seconds and bytes. The registry is our own, not the global one,
-so that several proxies in one process (tests, the laboratory) do not meet.
+Names follow Prometheus: the unit is in the name, counters end in `_total`, units are seconds and
+bytes. The registry belongs to the proxy and is not the global one, so several proxies in one
+process (in tests) do not share metrics.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ _Child = TypeVar("_Child", Counter, Gauge, Histogram)
 
 
 class Series(Generic[_Child]):
-    """The children of one family by their label values, looked up once and kept; past `MOST_SERIES` all new ones are "other"."""
+    """The children of one family by label values, looked up once and cached. New ones beyond
+    `MOST_SERIES` become "other".
+    """
 
     def __init__(self, family: _Child, labels: int) -> None:
         self._family: _Child = family
@@ -55,9 +59,10 @@ class Series(Generic[_Child]):
 
 
 class ConnectionRecord:
-    """The account of one connection, opened and closed by `with`.
+    """The metrics record of one connection; use it with `with`.
 
-    It is counted as open once it is known whether it is TLS: at once, or when `secured` is called. One that ends before is "unknown".
+    The connection counts as open once it is known whether it uses TLS: at once, or when `secured`
+    is called. If it ends before that, its label is "unknown".
     """
 
     __slots__ = ("_labels", "_measures", "_peer", "_read", "_tls", "_written")
@@ -66,12 +71,14 @@ class ConnectionRecord:
         self._measures = measures
         self._peer: Peer = peer
         self._tls: Tls | None = tls
-        self._labels: tuple[str, ...] | None = None  # of the connection, once it is counted as open
+        self._labels: tuple[str, ...] | None = None  # set once the connection counts as open
         self._read = 0
         self._written = 0
 
     def secured(self, tls: Tls) -> None:
-        """It is known now whether the connection is TLS, and whose. Later calls change nothing."""
+        """Set whether the connection uses TLS and whether peers are verified. Later calls have no
+        effect.
+        """
         if self._labels is None:
             measures = self._measures
             self._labels = labels = measures.direction, self._peer, tls
@@ -79,7 +86,7 @@ class ConnectionRecord:
             measures.open.add(labels)
 
     def transferred(self, read: int, written: int) -> None:
-        """The connection's totals so far, in bytes; may be called as often as one likes."""
+        """Set the connection's totals so far, in bytes. May be called any number of times."""
         measures = self._measures
         if read > self._read:
             measures.bytes.add((measures.direction, self._peer, "read"), read - self._read)
@@ -113,12 +120,14 @@ class ConnectionMeasures:
                 self.bytes.add((direction, peer, way), 0)
 
     def connection(self, peer: Peer, tls: Tls | None = None) -> ConnectionRecord:
-        """Opens an account: `with measures.connection("src") as record: ... record.secured("mutual")`."""
+        """Create a record: `with measures.connection("src") as record: ...
+        record.secured("mutual")`.
+        """
         return ConnectionRecord(self, peer, tls)
 
 
 class SpanCounts:
-    """What becomes of spans. Counted by the exporter's thread, and drops by the data path too."""
+    """Span counters. The exporter's thread updates them; the data path too, for drops."""
 
     def __init__(self, exported: Series[Counter], dropped: Series[Counter], exports: Series[Counter]) -> None:
         self._exported, self._dropped, self._exports = exported, dropped, exports
@@ -134,11 +143,14 @@ class SpanCounts:
 
 
 class Metrics:
-    """All families of one proxy. What happens seldom is counted by methods, the rest through `http` and `connections`."""
+    """All metric families of one proxy. Rare events have a method each; `http` and `connections`
+    count the rest.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        # Two thirds of all series would be `_created` timestamps otherwise. The switch is the library's own, and process-wide.
-        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # the library says no types
+        # Without this, two thirds of all series would be `_created` timestamps. The switch is
+        # process-wide.
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # untyped in the library
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._data_path()
@@ -153,7 +165,7 @@ class Metrics:
             self.measure(way)
 
     def measure(self, direction: Direction) -> None:
-        """Have the series of a direction. Those of a sidecar are there from the start."""
+        """Create the series of a direction. Those of a sidecar exist from the start."""
         self.http[direction] = HttpMeasures(self._clock)
         self.connections[direction] = ConnectionMeasures(self, direction)
 
@@ -176,115 +188,129 @@ class Metrics:
         self.closed = self._tally("connections_closed_total", "Connections closed.", *which)
         self.bytes = self._tally("bytes_total", "Bytes read from and written to peers.", "direction", "peer", "way")
         self._handshakes = self._tally(
-            "tls_handshakes_total", "TLS handshakes that ended.", "direction", "side", "result", "version", "group", "resumed"
+            "tls_handshakes_total", "Finished TLS handshakes.", "direction", "side", "result", "version", "group", "resumed"
         )
         self._detections = self._tally("detections_total", "Protocol detections by result.", "direction", "result")
         self._detection_time = Spread(
-            "detection_seconds", "From the start of protocol detection to its result.", DETECTION_BUCKETS, "direction", self.registry
+            "detection_seconds", "Time from the start of protocol detection to its result.", DETECTION_BUCKETS, "direction", self.registry
         )
-        self._declined = self._tally("heads_declined_total", "HTTP/1 heads that the fast recogniser left to h11.", "direction", "role")
+        self._declined = self._tally("heads_declined_total", "HTTP/1 heads that the fast parser left to h11.", "direction", "role")
 
     def _events(self) -> None:
         self._tls_failures = self._counter("tls_failures_total", "Failed TLS handshakes by kind.", "direction", "kind")
         self._loops = self._counter("loops_total", "Traffic loops that were stopped.", "kind")
         self.self_calls = self._counter("self_calls_total", "Connections and requests of the pod to itself.")
-        self._dropped_hops = self._counter("hop_tokens_dropped_total", "Requests whose loop tokens were not all believed.", "reason")
-        self._dropped_way = self._counter("forwarded_dropped_total", "Requests to a gateway whose Forwarded was not all kept.", "reason")
-        self._errors = self._counter("errors_total", "Connections and requests that failed in the proxy.", "direction", "reason")
-        self._fast = self._counter("fast_path_exchanges_total", "HTTP exchanges that the fast path began.", "end")
-        self._probes = self._counter("gateway_probes_total", "Other clusters' gateways asked whether they are alive.", "cluster", "result")
-        self._sent_away = self._counter("sent_away_total", "Requests and connections to other clusters' gateways.", "cluster", "why")
-        what = ("listener", "reason")
-        self._evicted = self._counter("connections_evicted_total", "Connections that were ended to make room for others.", *what)
-        self._refused = self._counter("connections_refused_total", "Connections for which there was no room.", *what)
-        self._directory = self._counter("directory_reloads_total", "Changed directory files by what became of them.", "result")
-        self._identity = self._counter("identity_reloads_total", "Changed certificates, keys or roots by what became of them.", "result")
-        self.spans = SpanCounts(
-            self._counter("spans_exported_total", "Spans that the collector took."),
-            self._counter("spans_dropped_total", "Spans that were not exported, by reason.", "reason"),
-            self._counter("span_exports_total", "Batches of spans sent, by what became of them.", "result"),
+        self._dropped_hops = self._counter("hop_tokens_dropped_total", "Requests of which loop tokens were dropped.", "reason")
+        self._dropped_way = self._counter(
+            "forwarded_dropped_total", "Requests to a gateway of which Forwarded values were dropped.", "reason"
         )
-        self._dropped_logs = self._counter("dropped_logs_total", "Log lines that were not written, by the reason.", "reason")
+        self._errors = self._counter("errors_total", "Connections and requests that failed in the proxy.", "direction", "reason")
+        self._fast = self._counter("fast_path_exchanges_total", "HTTP exchanges that started on the fast path, by where they ended.", "end")
+        self._probes = self._counter("gateway_probes_total", "Health probes of other clusters' gateways.", "cluster", "result")
+        self._sent_away = self._counter("sent_away_total", "Requests and connections sent to other clusters' gateways.", "cluster", "why")
+        what = ("listener", "reason")
+        self._evicted = self._counter("connections_evicted_total", "Connections that were closed to make room for others.", *what)
+        self._refused = self._counter("connections_refused_total", "Connections that were refused because a limit was reached.", *what)
+        self._directory = self._counter("directory_reloads_total", "Reloads of the directory file, by result.", "result")
+        self._identity = self._counter("identity_reloads_total", "Reloads of certificates, keys or trust roots, by result.", "result")
+        self.spans = SpanCounts(
+            self._counter("spans_exported_total", "Spans that the collector accepted."),
+            self._counter("spans_dropped_total", "Spans that were not exported, by reason.", "reason"),
+            self._counter("span_exports_total", "Export requests with spans, by result.", "result"),
+        )
+        self._dropped_logs = self._counter("dropped_logs_total", "Log lines that were not written, by reason.", "reason")
         self.endpoints = EndpointMetrics(self._counter, self._gauge, self.registry)
 
     def _states(self) -> None:
-        self._gateways = self._gauge("gateways_usable", "Gateways of another cluster that get requests.", "cluster")
-        self._failovers = self._gauge("failover_active", "1 while a service with failover is served by another cluster.", "service")
-        self._certificate = self._gauge("certificate_expiry_timestamp_seconds", "When the proxy's certificate ends (Unix time).")
-        self._ended = self._counter(
-            "certificate_ends_total", "Connections that a certificate ended, by the way they ended.", "how"
-        )
+        self._gateways = self._gauge("gateways_usable", "Gateways of another cluster that can get requests.", "cluster")
+        self._failovers = self._gauge("failover_active", "1 while another cluster serves a service with failover.", "service")
+        self._certificate = self._gauge("certificate_expiry_timestamp_seconds", "Time when the proxy's certificate expires (Unix time).")
+        self._ended = self._counter("certificate_ends_total", "Connections closed because a certificate expired, by how they ended.", "how")
         self._begin = self._gauge(
-            "certificate_start_timestamp_seconds", "When the proxy's certificate, and all that it depends on, begin (Unix time)."
+            "certificate_start_timestamp_seconds", "Time when the proxy's whole certificate chain becomes valid (Unix time)."
         )
-        self._roots = self._gauge("root_expiry_timestamp_seconds", "When the first of the trust roots ends (Unix time).")
-        self.former_identities = self._gauge("former_identities", "Addresses that had an identity lately, and get no clear text.")
+        self._roots = self._gauge("root_expiry_timestamp_seconds", "Time when the first trust root expires (Unix time).")
+        self.former_identities = self._gauge("former_identities", "Addresses that had an identity recently and get no plaintext.")
         self._pool = self._gauge("pool_connections", "Connections to endpoints kept by the pools.", "state")
         self._span_queue = self._gauge("spans_waiting", "Spans that wait to be exported.")
-        self.self_calls_waiting = self._gauge("self_calls_waiting", "Of these, the ones that wait for the first of their answer.")
-        self.memory_used = self._gauge("memory_used_bytes", "Bytes buffered, for whom.", "clients")
+        self.self_calls_waiting = self._gauge(
+            "self_calls_waiting", "Connections and requests of the pod to itself that wait for a response."
+        )
+        self.memory_used = self._gauge("memory_used_bytes", "Buffered bytes, by kind of client.", "clients")
         self.memory_limit = self._gauge("memory_limit_bytes", "Bytes that may be buffered (memory.budget); 0: no limit.")
-        self.memory_actions = self._counter("memory_short_total", "What was done because memory is short.", "action")
-        self.memory_trims = self._counter("memory_trims_total", "Times that freed memory was given back to the system.")
-        self.streams_open = self._gauge("streams_open", "HTTP/2 streams that clients have open.", "clients")
+        self.memory_actions = self._counter("memory_short_total", "Actions taken because memory is short.", "action")
+        self.memory_trims = self._counter("memory_trims_total", "How often freed memory was returned to the system.")
+        self.streams_open = self._gauge("streams_open", "Open HTTP/2 streams of clients.", "clients")
         self.streams_refused = self._counter("streams_refused_total", "HTTP/2 streams refused (memory.max_streams, memory.budget).")
-        self.steps_waiting = self._gauge("steps_waiting", "Streams and connections that wait to be begun or ended.")
-        self.workers = self._gauge("workers", "Worker processes, where there are several.", "state")
-        self.worker_exits = self._counter("worker_exits_total", "Workers that ended without being told to, by how.", "how")
-        info = self._gauge("build_info", "Always 1; the labels say what runs.", "version", "python", "compiled", "tls")
+        self.steps_waiting = self._gauge("steps_waiting", "Streams and connections that wait to be opened or closed.")
+        self.workers = self._gauge("workers", "Worker processes, if there are several.", "state")
+        self.worker_exits = self._counter("worker_exits_total", "Workers that ended unexpectedly, by how they ended.", "how")
+        info = self._gauge("build_info", "Always 1; the labels describe the build.", "version", "python", "compiled", "tls")
         compiled = "yes" if fast_head.__file__.endswith(".so") else "no"
         info.at(own_version(), platform.python_version(), compiled, SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode()).set(1)
 
     def _names(self) -> None:
         what = ("transport", "result")
-        self.dns_queries = self._counter("dns_queries_total", "Questions of the pod's programs by what became of them.", *what)
-        self.dns_upstream = self._counter("dns_upstream_total", "Questions that were passed on, by how that ended.", *what)
-        self.dns_ignored = self._counter("dns_ignored_datagrams_total", "Datagrams to our questions that did not answer them.")
-        self.dns_latency = self._histogram("dns_upstream_seconds", "From passing a datagram on to its answer.", LATENCY_BUCKETS)
-        self.dns_in_flight = self._gauge("dns_in_flight", "Questions that wait for a resolver.")
-        self._virtual = self._gauge("virtual_addresses", "Services that have virtual addresses, or still keep them.", "state")
+        self.dns_queries = self._counter("dns_queries_total", "DNS queries from the pod, by result.", *what)
+        self.dns_upstream = self._counter("dns_upstream_total", "DNS queries forwarded to resolvers, by result.", *what)
+        self.dns_ignored = self._counter("dns_ignored_datagrams_total", "Datagrams that did not match a forwarded query.")
+        self.dns_latency = self._histogram(
+            "dns_upstream_seconds", "Time from forwarding a query over UDP to its response.", LATENCY_BUCKETS
+        )
+        self.dns_in_flight = self._gauge("dns_in_flight", "DNS queries that wait for a resolver.")
+        self._virtual = self._gauge("virtual_addresses", "Services that have virtual addresses, or still reserve them.", "state")
 
     def virtual_addresses(self, existing: int, quarantined: int) -> None:
         self._virtual.at("existing").set(existing)
         self._virtual.at("quarantined").set(quarantined)
 
     def handshake(self, direction: Direction, side: Literal["client", "server"], facts: tuple[str, str, bool]) -> None:
-        """A TLS handshake succeeded; `facts` are the version, the key-exchange group, and whether the session was resumed."""
+        """A TLS handshake succeeded. `facts`: the version, the key-exchange group, and whether the
+        session was resumed.
+        """
         tls_version, group, resumed = facts
         self._handshakes.add((direction, side, "ok", tls_version, group, "true" if resumed else "false"))
 
     def handshake_failed(self, direction: Direction, side: Literal["client", "server"], kind: str) -> None:
-        """A TLS handshake failed; `kind` is the one of TLSFailed."""
+        """A TLS handshake failed; `kind` is that of TLSFailed."""
         self._handshakes.add((direction, side, "failed", "", "", "false"))
         self._tls_failures.at(direction, kind).inc()
 
     def detected(self, direction: Direction, result: str, seconds: float) -> None:
-        """Detection ended with `result` (http1, http2, opaque, tls, silent, closed, declared) after `seconds`."""
+        """Detection ended with `result` (http1, http2, opaque, tls, silent, closed, declared) after
+        `seconds`.
+        """
         self._detections.add((direction, result))
         self._detection_time.observe(direction, seconds)
 
     def sent_away(self, cluster: str, why: str) -> None:
-        """A request or connection goes by way of another cluster's gateway, since it was named, by a split, or by a failover."""
+        """A request or connection goes to another cluster's gateway: by its name, a split, or a
+        failover.
+        """
         self._sent_away.at(cluster, why).inc()
 
     def gateway_probed(self, cluster: str, result: str) -> None:
-        """A gateway was asked whether it is alive: `ok`, `failed`."""
+        """A gateway was probed; `result` is `ok` or `failed`."""
         self._probes.at(cluster, result).inc()
 
     def gateways_usable(self, cluster: str, count: int) -> None:
-        """How many gateways of a cluster get requests."""
+        """Set how many gateways of a cluster can get requests."""
         self._gateways.at(cluster).set(count)
 
     def failed_over(self, service: str, away: bool) -> None:
-        """A service is served by another cluster from now on, or at home again."""
+        """Set whether another cluster serves a service (failover), or the local one again."""
         self._failovers.at(service).set(1 if away else 0)
 
     def hops_dropped(self, reason: str) -> None:
-        """Tokens of a request were dropped: `broken` ones, or all of them since they were `oversized`."""
+        """Loop tokens of a request were dropped: the `broken` ones, or all because they were
+        `oversized`.
+        """
         self._dropped_hops.at(reason).inc()
 
     def way_dropped(self, reason: Literal["broken", "oversized"]) -> None:
-        """Lines of a request's Forwarded were dropped: `broken` ones, or all of them since they were `oversized`."""
+        """Forwarded values of a request were dropped: the `broken` ones, or all because they were
+        `oversized`.
+        """
         self._dropped_way.at(reason).inc()
 
     def loop(self, kind: str) -> None:
@@ -294,18 +320,18 @@ class Metrics:
         self._errors.at(direction, reason).inc()
 
     def evicted(self, listener: str, reason: str) -> None:
-        """A connection was ended to make room for others (a reason of net.connection_slots)."""
+        """A connection was closed to make room for others (reasons: see net.connection_slots)."""
         self._evicted.at(listener, reason).inc()
 
     def refused(self, listener: str, reason: str) -> None:
-        """There was no room for a connection (a reason of net.connection_slots)."""
+        """A connection was refused because a limit was reached (reasons: see net.connection_slots)."""
         self._refused.at(listener, reason).inc()
 
     def heads_declined(self, direction: Direction, role: Literal["request", "response"], count: int) -> None:
         self._declined.add((direction, role), count)
 
     def on_fast_path(self, finished: int, handed_over: int) -> None:
-        """So many more exchanges have ended on the fast path, or gone over to the ordinary one."""
+        """Add exchanges that ended on the fast path, and those that moved to the ordinary path."""
         self._fast.at("finished").inc(finished)
         self._fast.at("handed_over").inc(handed_over)
 
@@ -316,7 +342,9 @@ class Metrics:
         self._identity.at(result).inc()
 
     def validity(self, begin: float, end: float, first_root: float) -> None:
-        """When the certificate begins and ends, and when the first of the roots ends, in seconds since 1970."""
+        """Set when the certificate becomes valid and expires, and when the first root expires, as
+        Unix times.
+        """
         self._begin.at().set(begin)
         self._certificate.at().set(end)
         self._roots.at().set(first_root)
@@ -325,7 +353,7 @@ class Metrics:
         self._ended.at(how).inc()
 
     def pool(self, state: Literal["active", "idle"]) -> Gauge:
-        """The gauge of a pool's connections; the pools of both directions count in the same."""
+        """The gauge of pooled connections; the pools of both directions share it."""
         return self._pool.at(state)
 
     def spans_waiting(self, count: int) -> None:
@@ -335,12 +363,12 @@ class Metrics:
         self._dropped_logs.at(reason).inc(count)
 
     def render(self) -> bytes:
-        """All of it in Prometheus' text format 0.0.4 (`CONTENT_TYPE`)."""
+        """All metrics in Prometheus' text format 0.0.4 (`CONTENT_TYPE`)."""
         return generate_latest(self.registry)
 
 
 def own_version() -> str:
-    """Of this distribution; "unknown" where it runs from a checkout that is not installed."""
+    """The version of the installed distribution; "unknown" in a checkout that is not installed."""
     try:
         return version("isthmus")
     except PackageNotFoundError:

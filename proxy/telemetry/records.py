@@ -1,6 +1,8 @@
-"""The books: every connection and every exchange is recorded exactly once, in the metrics and in the log, however it ended.
+"""Records of connections and exchanges: each is recorded exactly once in the metrics and in the
+log, however it ends.
 
-A flow opens an account with `with`, tells it what it learns, and the account closes itself. Nothing here decides anything.
+A flow opens a record with `with` and adds what it learns; the record closes itself. Nothing here
+decides anything.
 """
 
 from __future__ import annotations
@@ -34,12 +36,13 @@ from tracing.spans import StreamRecord
 
 _LOOPS = logging.getLogger("isthmus.loopguard")
 
-# Joins two streams until they have ended, and tells how many bytes have moved each way (net.relay).
+# Relays between two streams until they have ended, and reports the bytes of each direction
+# (net.relay).
 Relay = Callable[[Stream, Stream, Facts, Callable[[int, int], None]], Awaitable[Relayed]]
 
 
 class Ledger:
-    """All accounts of one proxy. `access`: whether each request gets a line in the log."""
+    """Creates all records of one proxy. `access`: whether each request is logged."""
 
     def __init__(
         self, metrics: Metrics, *, access: bool, tracing: Mapping[str, Tracing | None] | None = None, budget: Budget | None = None
@@ -47,7 +50,7 @@ class Ledger:
         self.metrics = metrics
         self.budget = budget or Budget()
         self.access = access
-        self.tracing = tracing or {}  # of connections, by direction; requests are traced by a layer
+        self.tracing = tracing or {}  # for connections, by direction; a layer traces requests
         self._loops: dict[str, RateLimit] = {}
 
     def connection(self, stream: SocketStream, facts: Facts) -> ConnectionAccount:
@@ -59,7 +62,7 @@ class Ledger:
         return ExchangeAccount(self, exchange)
 
     def upstream(self, direction: Direction, stream: Stream) -> StreamAccount:
-        """Open the account of a connection to a server."""
+        """Open the record of a connection to a server."""
         tls: Tls = "mutual" if isinstance(stream, TLSStream) else "none"
         return StreamAccount(self.metrics.connections[direction].connection("dst", tls), stream)
 
@@ -71,13 +74,14 @@ class Ledger:
         self.metrics.handshake_failed(direction, "client" if direction == "outbound" else "server", kind)
 
     def loop(self, direction: Direction, kind: str, words: str) -> None:
-        """A loop was stopped: counted each time, said once a second of each kind."""
+        """A loop was stopped. Counts each; logs at most one of each kind per second."""
         self.metrics.loop(kind)
-        limit = self._loops.setdefault(kind, RateLimit(1))  # there are as many as loopguard has kinds
+        # bounded: one for each kind of loopguard
+        limit = self._loops.setdefault(kind, RateLimit(1))
         warn(_LOOPS, limit, "a loop was stopped (%s, %s): %s", kind, direction, words)
 
     def bridge(self, relay: Relay) -> Callable[[Exchange, Stream, Stream], Awaitable[None]]:
-        """Joins the two streams of an upgraded exchange; what they carry is the exchange's."""
+        """Relays the two streams of an upgraded exchange; their bytes count for the exchange."""
 
         async def join(exchange: Exchange, client: Stream, server: Stream) -> None:
             def moved(forward: int, backward: int) -> None:
@@ -92,7 +96,9 @@ class Ledger:
 
 
 class StreamAccount:
-    """One connection's entry in the metrics. `close` once the stream is closed; a second call changes nothing."""
+    """The metrics record of one connection. Call `close` once the stream is closed; a second call
+    has no effect.
+    """
 
     __slots__ = ("_handed_over", "_open", "_record", "stream")
 
@@ -113,7 +119,7 @@ class StreamAccount:
             self.close()
 
     def handed_over(self) -> StreamAccount:
-        """Another owner of the connection closes it: the end of a `with` does not any more."""
+        """Another owner will close the connection: the end of the `with` block no longer does."""
         self._handed_over = True
         return self
 
@@ -125,7 +131,7 @@ class StreamAccount:
 
 
 class ConnectionAccount:
-    """A downstream connection. Its line in the log is written when it ends."""
+    """The record of a downstream connection. Its log line is written when it ends."""
 
     __slots__ = ("_account", "_began", "_facts", "_ledger", "_relayed", "_started", "_tracing", "detection")
 
@@ -152,11 +158,12 @@ class ConnectionAccount:
         metrics.heads_declined(facts.direction, "response", facts.declined_responses)
         if isinstance(error, LoopDetected):
             self._ledger.loop(facts.direction, error.kind, str(error))
-        evicted = facts.slot is not None and facts.slot.evicted  # which has been counted, and is what any error comes from
+        # an eviction is already counted, and it is the cause of any error
+        evicted = facts.slot is not None and facts.slot.evicted
         if error is not None and not isinstance(error, trio.Cancelled) and not evicted:
             metrics.error(facts.direction, describe(error).reason)
         reason, words = self._ending(error)
-        # Only a connection whose bytes are nobody's business has a span: the others have one for each request.
+        # Only an opaque connection has its own span; other connections have one span per request.
         traced = facts.trace if facts.protocol is Spoken.OPAQUE else None
         if traced is not None and self._tracing is not None:
             self._tracing.put(self._span(traced, reason, words, error))
@@ -164,7 +171,9 @@ class ConnectionAccount:
             log_connection(self._line(reason, words, traced))
 
     async def detect(self, stream: SocketStream, silence: float | None, patience: float) -> Opening:
-        """What the connection begins with; None: nobody looks, it is declared opaque."""
+        """Detect the connection's protocol. None if there is no detection: the port is declared
+        opaque.
+        """
         started = time.perf_counter()
         opening = Opening(Spoken.OPAQUE, "declared") if silence is None else await detect(stream, silence, patience)
         self.detection = opening.how
@@ -172,12 +181,16 @@ class ConnectionAccount:
         return opening
 
     def plain(self, opening: Opening) -> None:
-        """The connection is not ours to decrypt. Raises MemoryShort, and so does `secured`: it is too much for this process."""
+        """The connection is not decrypted here. Raises MemoryShort if the process is short of
+        memory.
+        """
         self._account.secured("passthrough" if opening.hello is not None else "none")
         self._admit(opening.how)
 
     def secured(self, stream: TLSStream) -> None:
-        """The connection was decrypted; bytes are counted behind the decryption."""
+        """The connection was decrypted; bytes are counted after decryption. Raises MemoryShort like
+        `plain`.
+        """
         self._account.secured("mutual")
         self._account.stream = stream
         self._admit("tls")
@@ -187,7 +200,7 @@ class ConnectionAccount:
             raise MemoryShort("this proxy is short of memory")
 
     def upstream(self, stream: Stream) -> StreamAccount:
-        """The account of the one connection to a server that this one is relayed to; `with` closes it."""
+        """The record of the connection to a server that this one is relayed to; use it with `with`."""
         self._facts.carried(stream)
         return self._ledger.upstream(self._facts.direction, stream)
 
@@ -195,9 +208,9 @@ class ConnectionAccount:
         self._relayed = ended
 
     def _ending(self, error: BaseException | None) -> tuple[str, str]:
-        """How it ended, for machines and for people."""
+        """How it ended: a label and a description."""
         if self._facts.slot is not None and self._facts.slot.evicted:
-            return "evicted", "there was no room for all"
+            return "evicted", "a connection limit was reached"
         if error is not None:
             return "cancelled" if isinstance(error, trio.Cancelled) else describe(error).reason, str(error)
         if self._relayed is not None and isinstance(lost := self._relayed.error, ConnectionLost) and lost.reason == "expired":
@@ -207,7 +220,7 @@ class ConnectionAccount:
         return "closed", ""
 
     def _span(self, trace: Trace, reason: str, words: str, error: BaseException | None) -> StreamRecord:
-        """What its span is made of."""
+        """The data for the connection's span."""
         facts, stream = self._facts, self._account.stream
         outbound = facts.direction == "outbound"
         tls = facts.upstream_tls if outbound else facts.tls
@@ -255,7 +268,7 @@ class ConnectionAccount:
 
 
 class ExchangeAccount:
-    """One request and its response."""
+    """The record of one request and its response."""
 
     __slots__ = ("_exchange", "_ledger", "_record", "_started")
 
@@ -308,9 +321,9 @@ class ExchangeAccount:
 
 
 def said(ended: Relayed) -> str:
-    """How a relay ended that did not end cleanly, with the name of the side that it happened to."""
+    """The description of a relay that did not end cleanly, with the side of the error."""
     if ended.error is None:
-        return "neither side sent anything for too long"
+        return "neither side sent data for too long"
     return f"{ended.side}: {ended.error}" if ended.side is not None else str(ended.error)
 
 

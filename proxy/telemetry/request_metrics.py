@@ -1,8 +1,9 @@
-"""The books of HTTP requests: numbers of our own on the path of a request, which become Prometheus' when it reads them.
+"""Metrics of HTTP requests: plain numbers on the hot path, converted to Prometheus samples when a
+scrape reads them.
 
-A counter of prometheus_client takes a lock and a method call or three for each increment, and a histogram several of them: 3 µs for a
-request and its response, in a hop that has some 40. These are changed by the data path's thread only, so plain numbers do (0.7 µs), and
-a collector tells them in the library's own terms when somebody asks.
+A counter of prometheus_client takes a lock and up to three method calls per increment, and a
+histogram several: 3 µs for a request and its response, in a hop of some 40 µs. Only the data path's
+thread changes the numbers here, so plain ones are enough (0.7 µs).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from prometheus_client.utils import floatToGoString
 Direction = Literal["inbound", "outbound", "gateway"]
 
 METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH")
-# Linkerd's buckets with fewer steps above a second, and two below a millisecond, where a proxy's own share lies.
+# Linkerd's buckets, with fewer steps above a second and two below a millisecond, where a proxy's
+# own latency is.
 LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 30)
 _BOUNDS = [*map(floatToGoString, LATENCY_BUCKETS), "+Inf"]
 _OTHER = b"other"
@@ -30,7 +32,9 @@ _OUTCOMES = ("success", "failure", "cancelled")
 
 
 class RequestRecord:
-    """The account of one request, opened and closed by `with`. Call `head` when the response's head is there."""
+    """The record of one request; use it with `with`. Call `head` when the response's head has
+    arrived.
+    """
 
     __slots__ = ("_measures", "_started", "failed", "status")
 
@@ -41,7 +45,9 @@ class RequestRecord:
         self.failed = False
 
     def head(self, status: int) -> None:
-        """The response's head has arrived, or was made up: the latency ends here. The last one counts, so leave out 1xx."""
+        """The response's head has arrived, or the proxy made one: the latency ends here. The last
+        call counts, so do not call it for 1xx.
+        """
         if self.status == 0:
             self._measures.waited(self._measures.clock() - self._started)
         self.status = status
@@ -62,22 +68,27 @@ class HttpMeasures:
         self.clock = clock
         self.requests = dict.fromkeys((*METHODS, _OTHER), 0)
         self.responses = {(status, outcome): 0 for status in range(len(_CLASSES)) for outcome in _OUTCOMES}
-        self.latency = [0] * (len(LATENCY_BUCKETS) + 1)  # how many fell into each bucket; the last one has no bound
-        self.seconds = 0.0  # of all of them together
+        # counts by bucket; the last bucket is unbounded
+        self.latency = [0] * (len(LATENCY_BUCKETS) + 1)
+        self.seconds = 0.0  # the sum of all latencies
 
     def request(self, method: bytes) -> RequestRecord:
-        """Counts a request, and opens its account: `with measures.request(b"GET") as record: ... record.head(200)`."""
+        """Count a request and open its record: `with measures.request(b"GET") as record: ...
+        record.head(200)`.
+        """
         requests = self.requests
         requests[method if method in requests else _OTHER] += 1
         return RequestRecord(self, self.clock())
 
     def waited(self, seconds: float) -> None:
-        """A response's head has arrived so long behind its request's."""
+        """A response's head arrived this long after the request's head."""
         self.latency[bisect_left(LATENCY_BUCKETS, seconds)] += 1
         self.seconds += seconds
 
     def finished(self, record: RequestRecord, kind: type[BaseException] | None) -> None:
-        """Closes an account; called by the record itself. Server errors, and whatever ended without a response, are failures."""
+        """Close a record; the record calls this itself. Failures are server errors, and requests
+        without a response.
+        """
         status = record.status // 100 if 100 <= record.status < 600 else 0
         if kind is None:
             outcome = "failure" if record.failed or status in (0, 5) else "success"
@@ -87,20 +98,21 @@ class HttpMeasures:
 
 
 class HttpCollector(Collector):
-    """Tells Prometheus of the measures of all directions, which may become more."""
+    """Reports the numbers of all directions to Prometheus; directions may be added later."""
 
     def __init__(self, measures: Mapping[Direction, HttpMeasures]) -> None:
         self._measures = measures
 
     def collect(self) -> Iterator[Metric]:
-        requests = CounterMetricFamily("isthmus_requests", "HTTP requests that arrived.", labels=("direction", "method"))
+        requests = CounterMetricFamily("isthmus_requests", "HTTP requests received.", labels=("direction", "method"))
         responses = CounterMetricFamily(
-            "isthmus_responses", "HTTP exchanges that ended, by class of status.", labels=("direction", "status_class", "classification")
+            "isthmus_responses", "Finished HTTP exchanges, by status class.", labels=("direction", "status_class", "classification")
         )
         latency = HistogramMetricFamily(
-            "isthmus_response_latency_seconds", "From the head of a request to the head of its response.", labels=("direction",)
+            "isthmus_response_latency_seconds", "Time from the head of a request to the head of its response.", labels=("direction",)
         )
-        for direction, measures in list(self._measures.items()):  # other threads read this too
+        # one atomic copy: other threads read this too
+        for direction, measures in list(self._measures.items()):
             for method, count in measures.requests.items():
                 requests.add_metric((direction, method.decode()), count)
             for (status, outcome), count in measures.responses.items():

@@ -1,6 +1,8 @@
-"""Tracing as a whole, built from the configuration: who decides in which flow, the queue, the exporter, and the counts.
+"""Sets up tracing from the configuration: the sampler of each flow, the queue, the exporter, and
+the counters.
 
-Where tracing is off nothing of OpenTelemetry is imported, there is no thread, and the flows have no layer for it.
+If tracing is off, OpenTelemetry is not imported, no thread runs, and the flows have no tracing
+layer.
 """
 
 from __future__ import annotations
@@ -22,14 +24,17 @@ from tracing.sampling import Sampling, Tracer
 
 _log = logging.getLogger("isthmus.tracing")
 
-# What the last spans may take when the process ends, in seconds. The grace of open connections is over then, and Kubernetes' is not.
+# Seconds to send the last spans when the process ends. The grace period for connections is over
+# then, but Kubernetes' is not.
 CLOSING = 3.0
 _LOCAL = "http://localhost:4318"
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """The tracing of each flow; None: it is off. `close` when no flow can end a span any more."""
+    """The tracing of each flow; None if it is off. Call `close` when no flow can end a span any
+    more.
+    """
 
     inbound: Tracing | None = None
     outbound: Tracing | None = None
@@ -37,14 +42,14 @@ class Spans:
     queue: SpanQueue | None = None
 
     def flows(self) -> dict[str, Tracing | None]:
-        """By the name of the direction."""
+        """The tracing by direction name."""
         return {"inbound": self.inbound, "outbound": self.outbound, "gateway": self.gateway}
 
     def waiting(self) -> int:
         return len(self.queue) if self.queue is not None else 0
 
     def close(self) -> None:
-        """Send what is left, for at most `CLOSING` seconds. Blocks."""
+        """Send the remaining spans; blocks for at most `CLOSING` seconds."""
         if self.queue is not None:
             self.queue.close(CLOSING)
 
@@ -53,7 +58,7 @@ OFF = Spans()
 
 
 def build(config: Config, metrics: Metrics, environ: Mapping[str, str]) -> Spans:
-    """What the configuration asks for; its thread runs from now on. Raises StartError."""
+    """Set up tracing as configured; its thread starts here. Raises StartError."""
     settings = config.tracing
     if settings.exports == "none":
         return OFF
@@ -71,8 +76,10 @@ def build(config: Config, metrics: Metrics, environ: Mapping[str, str]) -> Spans
 
 
 def _exporter(config: Config, environ: Mapping[str, str]) -> Callable[[], Exporter]:
-    """What makes the exporter, in the queue's thread. What can be wrong with the configuration is found out here, before anything runs."""
-    from tracing import export  # noqa: PLC0415  (OpenTelemetry's SDK takes 10 MiB, which are for those who trace)
+    """A function that creates the exporter, called in the queue's thread. Configuration errors are
+    raised here, before anything runs.
+    """
+    from tracing import export  # noqa: PLC0415  (OpenTelemetry's SDK takes 10 MiB, which only tracing needs)
 
     settings = config.tracing
     spans = export.Spans(Resource(_about(config, environ), _complain), own_version(), settings.query)
@@ -87,7 +94,9 @@ def _exporter(config: Config, environ: Mapping[str, str]) -> Callable[[], Export
 
 
 def collector(settings: TracingConfig, mark: int | None) -> Collector:
-    """Where OTLP goes, in the words of tracing/. A URL without a path names the collector as a whole, whose traces have a fixed one."""
+    """The OTLP destination in the terms of tracing/. For a URL without a path, the default path for
+    traces is added.
+    """
     endpoint = settings.endpoint or _LOCAL
     if urlsplit(endpoint).path in ("", "/"):
         endpoint = endpoint.rstrip("/") + "/v1/traces"
@@ -97,7 +106,9 @@ def collector(settings: TracingConfig, mark: int | None) -> Collector:
 
 
 def _about(config: Config, environ: Mapping[str, str]) -> About:
-    """Who we are, as the configuration has it: there the downward API's variables have found their way already."""
+    """The resource attributes of this proxy. The configuration already contains the downward API's
+    values.
+    """
     settings, pod = config.tracing, config.pod
     values = {name: getattr(pod, name) for name in DOWNWARD}
     known = {variable: str(values[name]) for name, variable in DOWNWARD.items() if values[name]}

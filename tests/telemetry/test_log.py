@@ -147,7 +147,7 @@ def test_a_stuck_reader_holds_nobody_up_and_losses_are_counted_and_confessed(stu
     assert sum(drops) == 1000 - 16
     stuck.go.set()
     close()
-    assert "984 log lines were dropped: their reader is too slow" in stuck.getvalue()
+    assert "984 log lines were dropped: the reader is too slow" in stuck.getvalue()
 
 
 def test_the_process_ends_although_the_reader_is_stuck(stuck: Stuck, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +264,7 @@ def test_a_full_disk_is_called_that_and_reported_when_there_is_room_again(tmp_pa
     first, second = file.read_text().splitlines()
     assert {why for _, why in drops.found} == {"disk_full"}
     assert first.endswith("isthmus.test: written")
-    assert second.endswith("isthmus: 3 log lines were dropped: there was no room on the disk")
+    assert second.endswith("isthmus: 3 log lines were dropped: the disk was full")
 
 
 def test_standard_error_that_is_closed_is_called_that() -> None:
@@ -317,12 +317,12 @@ def test_a_line_that_a_full_disk_has_cut_is_ended_before_the_next_one(tmp_path: 
         after = (folder / "log").read_text().splitlines()
         assert after[: len(lines)] == lines, "what was cut there stays as it is"
         assert after[len(lines)].endswith("isthmus.test: room"), "on a line of its own"
-        assert after[-1].endswith(f"isthmus: {drops.total()} log lines were dropped: there was no room on the disk")
+        assert after[-1].endswith(f"isthmus: {drops.total()} log lines were dropped: the disk was full")
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_losses_for_several_reasons_are_told_apart() -> None:
     assert told({"slow_reader": 2, "disk_full": 1}) == (
-        "3 log lines were dropped: there was no room on the disk (1), their reader is too slow (2)"
+        "3 log lines were dropped: the disk was full (1), the reader is too slow (2)"
     )

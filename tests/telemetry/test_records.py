@@ -59,6 +59,6 @@ async def test_silence_is_of_neither_side(autojump_clock: trio.abc.Clock) -> Non
     client, accepted = pair()
     dialled, server = pair()
     outcome = await relay(accepted, dialled, idle=60)
-    assert said(outcome) == "neither side sent anything for too long"
+    assert said(outcome) == "neither side sent data for too long"
     for stream in (client, accepted, dialled, server):
         stream.close()
