@@ -1,11 +1,12 @@
-"""The configuration: what can be set, where it is read from, how it is written down. It knows no traffic.
+"""The configuration: the settings, their sources and their notation. It knows nothing about
+traffic.
 
-schema.py          every setting, typed; schema_files.py and schema_tracing.py have two sections of it
-load.py            file and environment -> Config, or all mistakes at once
-decode.py          plain values -> frozen structs, with all mistakes
-units.py           durations, sizes, addresses, as people write them
-document.py        YAML with the place of each mistake
-otel_env.py        OpenTelemetry's standard environment variables
-reference.py       the settings as a JSON schema and as tables
-resolv_conf.py     the resolvers that the pod's programs ask
+    schema.py          every setting, typed; schema_files.py and schema_tracing.py have two sections of it
+    load.py            file and environment -> Config, or all mistakes at once
+    decode.py          plain values -> frozen structs, with all mistakes
+    units.py           parsing durations, sizes, addresses
+    document.py        YAML, with the place of each mistake
+    otel_env.py        OpenTelemetry's standard environment variables
+    reference.py       the settings as a JSON schema and as tables
+    resolv_conf.py     the resolvers of the pod
 """

@@ -1,10 +1,13 @@
-"""Typed settings: from plain values to frozen structs, with all mistakes at once, and from the same structs to their description.
+"""Typed settings: decodes plain values into frozen structs, with all mistakes, and describes the
+structs.
 
-msgspec's own conversion stops at the first mistake. A person who mends a file wants them all, so the walk here goes struct by
-struct and field by field, writes every mistake down with its path, and lets msgspec build the structs when there are none.
+msgspec's own conversion stops at the first mistake. A user who fixes a file wants all of them. So
+the walk here goes through structs and fields, records every mistake with its path, and lets msgspec
+build the structs if there are none.
 
-The type of a field says everything about it: `Annotated[float, seconds(0.1, 60, "...")]` has the unit, the limits and the
-meaning, from which the checks, the JSON schema and the tables in the documentation are all made. They cannot disagree.
+The type of a field is the only source of its meaning: `Annotated[float, seconds(0.1, 60, "...")]`
+has unit, limits and description. The checks, the JSON schema and the tables in the documentation
+are made from it, so they always agree.
 """
 
 from __future__ import annotations
@@ -27,33 +30,35 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 def seconds(low: float, high: float, text: str) -> msgspec.Meta:
-    """A duration, in seconds, written "10s", "500ms", "1h"; 0 needs no unit."""
+    """A duration in seconds, written "10s", "500ms", "1h"; 0 needs no unit."""
     return msgspec.Meta(ge=low, le=high, description=text, extra={"unit": "duration"})
 
 
 def octets(low: int, high: int, text: str) -> msgspec.Meta:
-    """A size, in bytes, written "64KiB", "1MiB", or as a plain number of bytes."""
+    """A size in bytes, written "64KiB", "1MiB", or as a plain number of bytes."""
     return msgspec.Meta(ge=low, le=high, description=text, extra={"unit": "size"})
 
 
 def number(low: int, high: int, text: str, unit: str = "number") -> msgspec.Meta:
-    """A whole number; `unit` is what it counts, for the documentation."""
+    """A whole number. `unit`: what it counts, for the documentation."""
     return msgspec.Meta(ge=low, le=high, description=text, extra={"unit": unit})
 
 
 def ratio(low: float, high: float, text: str) -> msgspec.Meta:
-    """A number that need not be whole."""
+    """A number that may have a fraction."""
     return msgspec.Meta(ge=low, le=high, description=text, extra={"unit": "ratio"})
 
 
 def described(text: str, most: int | None = None) -> msgspec.Meta:
-    """The meaning of a setting; `most` is the greatest number of elements (of a list or mapping) or characters (of a text)."""
+    """A setting's description. `most`: the maximum number of elements (list, mapping) or characters
+    (text).
+    """
     return msgspec.Meta(description=text, extra={"most": most} if most else {})
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the annotation of a field says: the bare type, whether nothing is allowed, and the bounds."""
+    """The parts of a field's annotation: the bare type, whether None is allowed, and the limits."""
 
     type: Any
     optional: bool
@@ -69,7 +74,7 @@ class Shape:
 
 
 def shape(annotation: Any) -> Shape:
-    """Takes `Annotated` and `| None` off an annotation."""
+    """Remove `Annotated` and `| None` from an annotation."""
     meta, optional = msgspec.Meta(), False
     while True:
         if get_origin(annotation) is typing.Annotated:
@@ -83,13 +88,14 @@ def shape(annotation: Any) -> Shape:
 
 
 def is_struct(kind: Any) -> bool:
-    """Whether a type is a section, or a part of one."""
+    """Whether a type is a section or a part of one."""
     return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 
 
 @functools.cache  # a directory may have ten thousand policies
 def fields(struct: type[msgspec.Struct]) -> tuple[tuple[str, Any, Shape], ...]:
-    """(name, default, shape) of every field. The default is msgspec.NODEFAULT where the field has to be given."""
+    """(name, default, shape) of every field. The default is msgspec.NODEFAULT for required fields.
+    """
     hints = typing.get_type_hints(struct, include_extras=True)
     found = []
     for info in msgspec.structs.fields(struct):
@@ -99,7 +105,9 @@ def fields(struct: type[msgspec.Struct]) -> tuple[tuple[str, Any, Shape], ...]:
 
 
 def decode(value: Plain, struct: type[msgspec.Struct], path: str, mistakes: Mistakes) -> Any:
-    """A `struct` from a mapping; None, and at least one mistake, when something in it is wrong."""
+    """Decode a mapping into a `struct`. Returns None, after adding at least one mistake, if
+    something is wrong.
+    """
     given = mapping({} if value is None else value, path, mistakes)
     if given is None:
         return None
@@ -155,7 +163,8 @@ def _decode_ports(value: Plain, form: Shape, path: str, mistakes: Mistakes) -> o
 
 
 def leaf(value: Plain, form: Shape) -> object:
-    """One value. Raises ValueError that says what is expected, what was found, and the limits."""
+    """Decode one value. Raises ValueError with the expected form, the value found, and the limits.
+    """
     if get_origin(form.type) is Literal:
         if value in (choices := get_args(form.type)) and isinstance(value, str):
             return value
@@ -193,7 +202,7 @@ def _bounded(value: Plain, form: Shape) -> float:
 
 
 def show(value: object, form: Shape) -> str:
-    """A value in the words of the file."""
+    """A value in the file's notation."""
     match value:
         case None:
             return "none"
@@ -213,7 +222,7 @@ def show(value: object, form: Shape) -> str:
 
 
 def limits(form: Shape) -> str:
-    """The bounds of a setting in words; "" where its type alone bounds it."""
+    """The limits of a setting as text; "" if only its type limits it."""
     if form.meta.ge is not None and form.meta.le is not None:
         return f"from {show(form.meta.ge, form)} to {show(form.meta.le, form)}"
     if get_origin(form.type) is Literal:
@@ -222,7 +231,7 @@ def limits(form: Shape) -> str:
 
 
 def kind(form: Shape) -> str:
-    """The unit or kind of a setting in words."""
+    """The unit or kind of a setting as text."""
     if get_origin(form.type) is tuple:
         return f"list of {kind(shape(get_args(form.type)[0]))}"
     if get_origin(form.type) is dict:

@@ -1,13 +1,15 @@
-"""Documents that people write: YAML text to plain values, with every mistake and the place of each.
+"""Reads YAML documents into plain values; reports every mistake with its place.
 
-YAML is read here from the parser's events, not through PyYAML's constructor, for three reasons. The constructor silently keeps
-the last of two equal keys, which in a configuration is always a mistake. It follows YAML 1.1, in which `no` is a boolean and
-`22:30` a number; here the core schema of YAML 1.2 holds (section 10.3.2 of that specification), in which both are words. And it
-takes three times as long, which is what a directory of many thousand services is made of.
+The code reads the parser's events instead of using PyYAML's constructor, for three reasons. The
+constructor silently keeps the last of two equal keys, which is always a mistake in a configuration.
+It follows YAML 1.1, in which `no` is a boolean and `22:30` a number; in the core schema of YAML 1.2
+(section 10.3.2), used here, both are text. And it takes three times as long, which matters for a
+directory of many thousand services.
 
-Anchors, aliases and tags are refused: nobody needs them in these files, and an alias can make a kilobyte unfold to a gigabyte.
+Anchors, aliases and tags are rejected: these files do not need them, and an alias can expand a
+kilobyte to a gigabyte.
 
-A path is written as one would say it: `services[3].ports[0].port`.
+Paths look like `services[3].ports[0].port`.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ import yaml
 
 Plain: TypeAlias = bool | int | float | str | list["Plain"] | dict[str, "Plain"] | None
 
-# More than a screenful helps nobody, and a file that is wrong in one place is often wrong in ten thousand.
+# More than a screenful does not help, and a wrong file often has ten thousand mistakes.
 SHOWN = 50
-# The deepest legal document has five levels; the limit keeps a hostile one from exhausting the interpreter's stack.
+# The deepest valid document has five levels. The limit protects the interpreter's stack from a
+# hostile one.
 DEEPEST = 32
 
 _WORDS: Mapping[str, bool | None] = {
@@ -37,7 +40,9 @@ _NUMERIC_START = frozenset("0123456789+-.")
 
 
 class Mistakes:
-    """All mistakes found in one document, each with its path; empty is false. Keeps the first `SHOWN`, and counts the others."""
+    """The mistakes found in one document, each with its path; false if empty. Keeps `SHOWN`, counts
+    the others.
+    """
 
     def __init__(self) -> None:
         self._found: list[str] = []
@@ -53,12 +58,14 @@ class Mistakes:
         return bool(self._found)
 
     def found(self) -> tuple[str, ...]:
-        """Each mistake in one line, in the order of the document."""
+        """One line per mistake, in the order of the document."""
         return (*self._found, f"and {self._more} more") if self._more else tuple(self._found)
 
 
 class DocumentError(Exception):
-    """The text is not a document of the expected kind. `.mistakes` has one line for each thing that is wrong, with its path."""
+    """The text is not a document of the expected kind. `.mistakes` has one line per mistake, with
+    its path.
+    """
 
     def __init__(self, source: str, mistakes: Iterable[str]) -> None:
         self.source = source
@@ -72,13 +79,13 @@ def child(path: str, key: str) -> str:
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """` (did you mean ...?)` when a known word is near, else nothing."""
+    """` (did you mean ...?)` if a known word is similar, else ""."""
     near = difflib.get_close_matches(word, [str(name) for name in known], n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def said(value: Plain) -> str:
-    """A value as a mistake names it: short, and on one line."""
+    """A value as shown in a mistake: short, on one line."""
     match value:
         case None:
             return "nothing"
@@ -94,7 +101,7 @@ def said(value: Plain) -> str:
 
 
 def mapping(value: Plain, path: str, mistakes: Mistakes) -> dict[str, Plain] | None:
-    """`value` if it is a mapping; otherwise a mistake, and None."""
+    """`value` if it is a mapping; otherwise adds a mistake and returns None."""
     if isinstance(value, dict):
         return value
     mistakes.add(path, f"expected a mapping, found {said(value)}")
@@ -102,7 +109,7 @@ def mapping(value: Plain, path: str, mistakes: Mistakes) -> dict[str, Plain] | N
 
 
 def sequence(value: Plain, path: str, mistakes: Mistakes) -> list[Plain]:
-    """`value` if it is a list, [] for nothing; otherwise a mistake, and []."""
+    """`value` if it is a list, [] for None; otherwise adds a mistake and returns []."""
     if isinstance(value, list):
         return value
     if value is not None:
@@ -111,7 +118,7 @@ def sequence(value: Plain, path: str, mistakes: Mistakes) -> list[Plain]:
 
 
 def unknown_keys(value: Mapping[str, Plain], known: Iterable[str], path: str, mistakes: Mistakes) -> None:
-    """A mistake for every key that is not known, with the nearest known one."""
+    """Add a mistake for every unknown key, with the most similar known key."""
     names = tuple(known)
     for key in value:
         if key not in names:
@@ -119,7 +126,7 @@ def unknown_keys(value: Mapping[str, Plain], known: Iterable[str], path: str, mi
 
 
 def scalar(text: str) -> bool | int | float | str | None:
-    """The value of a plain (unquoted) scalar by YAML 1.2's core schema."""
+    """The value of a plain (unquoted) scalar in YAML 1.2's core schema."""
     if text in _WORDS:
         return _WORDS[text]
     if text[0] in _NUMERIC_START and len(text) < 40:
@@ -133,9 +140,10 @@ def scalar(text: str) -> bool | int | float | str | None:
 
 
 def load(text: str, source: str) -> Plain:
-    """The value of the one document in `text`; None for an empty one.
+    """The value of the one document in `text`; None if it is empty.
 
-    Raises DocumentError for what is not YAML (with line and column), for repeated keys, and for anchors, aliases and tags.
+    Raises DocumentError for invalid YAML (with line and column), repeated keys, anchors, aliases
+    and tags.
     """
     try:
         reader = _Reader(text)
@@ -157,7 +165,9 @@ def _syntax(error: yaml.YAMLError) -> str:
 
 
 class _Reader:
-    """Builds plain values from the events of the parser (libyaml where PyYAML has it, which is four times as fast)."""
+    """Builds plain values from the parser's events. Uses libyaml if PyYAML has it, which is four
+    times as fast.
+    """
 
     def __init__(self, text: str) -> None:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
@@ -177,14 +187,14 @@ class _Reader:
     def _value(self, event: Any, path: str, depth: int) -> Plain:
         kind = type(event)
         if kind is yaml.AliasEvent:
-            self._refuse(event, path, "an alias (*name) is not read here: write the value out")
+            self._refuse(event, path, "aliases (*name) are not supported: write the value out")
             return None
         if event.anchor is not None or (event.tag is not None and kind is not yaml.ScalarEvent):
-            self._refuse(event, path, "anchors (&name) and tags (!name) are not read here")
+            self._refuse(event, path, "anchors (&name) and tags (!name) are not supported")
         if kind is yaml.ScalarEvent:
             if event.tag is not None and event.tag != "!":
-                self._refuse(event, path, "tags (!name) are not read here")
-            # implicit[0]: the scalar stands there without quotes, so that its form decides what it is
+                self._refuse(event, path, "tags (!name) are not supported")
+            # implicit[0]: the scalar has no quotes, so its form decides its type
             return scalar(event.value) if event.implicit[0] else str(event.value)
         if depth >= DEEPEST:
             raise yaml.MarkedYAMLError(None, None, f"nested more than {DEEPEST} levels deep", event.start_mark)

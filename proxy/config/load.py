@@ -1,10 +1,11 @@
-"""The configuration of a proxy: read from its file and the environment, checked as a whole, typed and frozen.
+"""Loads the configuration from its file and the environment, checks it as a whole, and freezes it.
 
-It comes from one YAML file and from the environment, which wins: `ISTHMUS_OUTBOUND__DETECT_TIMEOUT=5s` is the setting
-`outbound.detect_timeout`, `ISTHMUS_CLUSTER=east` the setting `cluster`; values are written as in the file. All mistakes are reported
-together, each with its path, and then those that only show when settings are held against each other.
+The sources are one YAML file and the environment, which takes precedence:
+`ISTHMUS_OUTBOUND__DETECT_TIMEOUT=5s` is the setting `outbound.detect_timeout`,
+`ISTHMUS_CLUSTER=east` the setting `cluster`. Values are written as in the file. All mistakes are
+reported together, each with its path; then contradictions between settings.
 
-The settings themselves stand in schema.py.
+The settings are defined in schema.py.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from proxy.net.address import Address
 __all__ = ["Config", "ConfigError", "LogConfig", "config_schema", "load", "variable"]
 
 PREFIX = "ISTHMUS_"
-# Seconds, for `isthmus run`: a file that is cut off can be a valid one that asks for less.
+# Seconds, for `isthmus run`: a truncated file can be valid and ask for less.
 SETTLE = 0.5
-# What Kubernetes' downward API is usually asked to put into the environment, and the setting of the pod that it stands for.
+# The variables that the downward API usually sets, and the pod settings they provide.
 DOWNWARD = {
     "name": "POD_NAME",
     "namespace": "POD_NAMESPACE",
@@ -42,12 +43,13 @@ DOWNWARD = {
     "service_account": "SERVICE_ACCOUNT",
 }
 DOWNWARD_ADDRESSES = "POD_IPS"
-# Every setting and an allow-list of ten thousand identities fit many times.
+# Large enough for every setting and an allow-list of ten thousand identities.
 MOST_BYTES = 4 * 1024 * 1024
-# Addresses are made by hashing names: in a range that is hardly used, hashes seldom meet.
+# Virtual addresses are hashes of names. In a sparsely used range, hashes rarely collide.
 _LEAST_ADDRESSES = 4096
-# The variables that Kubernetes sets in each container for each Service of the namespace (`enableServiceLinks`), as `name=value`. A Service
-# may be called anything, so the value too has to be one that Kubernetes writes.
+# The variables that Kubernetes sets in each container for each Service of the namespace
+# (`enableServiceLinks`), as `name=value`. A Service may have any name, so the value must also match
+# what Kubernetes writes.
 _SERVICE_LINK = re.compile(
     r"[A-Z](?:[A-Z0-9_]*[A-Z0-9])?_"
     r"(?:SERVICE_HOST=[0-9A-Fa-f.:]+"
@@ -61,14 +63,16 @@ _CLUSTER = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 
 
 class ConfigError(DocumentError):
-    """The configuration is wrong. `.mistakes` has one line for each thing that is, with its path."""
+    """The configuration is invalid. `.mistakes` has one line per mistake, with its path."""
 
 
 def load(path: Path | None, environ: Mapping[str, str], settle: float = 0.0) -> Config:
-    """The configuration from the file at `path` (None: the one that ISTHMUS_CONFIG names, if any) and the environment.
+    """The configuration from the file at `path` (None: the one in ISTHMUS_CONFIG, if any) and the
+    environment.
 
-    A file that has been modified within the last `settle` seconds has to be read twice, so far apart, with one result (files.read_settled).
-    Raises ConfigError with all mistakes; a file that cannot be read is one of them.
+    A file modified within the last `settle` seconds must give the same result in two reads, that
+    far apart (files.read_settled). Raises ConfigError with all mistakes, including an unreadable
+    file.
     """
     mistakes = Mistakes()
     environ = _ours(environ, mistakes)
@@ -104,8 +108,9 @@ def _file(path: Path, source: str, settle: float) -> dict[str, Plain]:
 
 
 def _ours(environ: Mapping[str, str], mistakes: Mistakes) -> dict[str, str]:
-    """The variables that are looked at here, without those that speak of a Service. One that is not UTF-8, which the system does not
-    mind, is a mistake and left out."""
+    """The variables that the configuration uses, without those that Kubernetes sets for Services. A
+    value that is not UTF-8 is a mistake and left out.
+    """
     found = {}
     for name, text in sorted(environ.items()):
         ours = name.startswith((PREFIX, otel_env.PREFIX)) or name in DOWNWARD.values() or name == DOWNWARD_ADDRESSES
@@ -114,7 +119,7 @@ def _ours(environ: Mapping[str, str], mistakes: Mistakes) -> dict[str, str]:
                 f"{name}{text}".encode()
             except UnicodeEncodeError:
                 if name.startswith(otel_env.PREFIX):
-                    continue  # it is not for us alone, and no reason not to start
+                    continue  # not only for this proxy, so it must not prevent the start
                 mistakes.add(name.encode("ascii", "backslashreplace").decode(), "not UTF-8")
             else:
                 found[name] = text
@@ -122,7 +127,7 @@ def _ours(environ: Mapping[str, str], mistakes: Mistakes) -> dict[str, str]:
 
 
 def _pod_defaults(values: dict[str, Plain], environ: Mapping[str, str]) -> None:
-    """What the downward API says in the environment stands in for what the file leaves open."""
+    """Use the downward API's variables for pod settings that the file does not set."""
     pod = values.get("pod")
     if not isinstance(pod, dict | None):
         return
@@ -134,20 +139,20 @@ def _pod_defaults(values: dict[str, Plain], environ: Mapping[str, str]) -> None:
 
 
 def _tracing_defaults(values: dict[str, Plain], environ: Mapping[str, str]) -> None:
-    """OpenTelemetry's own variables stand in for what the file leaves open."""
+    """Use OpenTelemetry's variables for tracing settings that the file does not set."""
     given = values.get("tracing")
     if isinstance(given, dict | None) and (found := otel_env.standard(environ)):
         values["tracing"] = {**found, **(given or {})}
 
 
 def _overrides(values: dict[str, Plain], environ: Mapping[str, str], mistakes: Mistakes) -> None:
-    """Puts ISTHMUS_<SECTION>__<FIELD> over what the file says."""
+    """Apply ISTHMUS_<SECTION>__<FIELD> over the file's values."""
     known = {variable(section, field): (section, field) for section, field in _names()}
     for name, text in environ.items():
         if not name.startswith(PREFIX) or name == f"{PREFIX}CONFIG":
             continue
         if name not in known:
-            # A variable without `__` may belong to another program, unless it is a slip.
+            # A variable without `__` may belong to another program, unless it looks like a typo.
             near = closest(name.removeprefix(PREFIX), (other.removeprefix(PREFIX) for other in known))
             if "__" in name or near:
                 mistakes.add(name, f"no such setting{near.replace(chr(39), chr(39) + PREFIX, 1)}")
@@ -167,7 +172,7 @@ def _overrides(values: dict[str, Plain], environ: Mapping[str, str], mistakes: M
 
 
 def variable(section: str, field: str) -> str:
-    """The name of the environment variable of a setting; `section` is "" for the settings at the top."""
+    """The environment variable of a setting; `section` is "" for top-level settings."""
     return PREFIX + (f"{section}__{field}" if section else field).upper()
 
 
@@ -180,7 +185,7 @@ def _names() -> Iterator[tuple[str, str]]:
 
 
 def _contradictions(config: Config, mistakes: Mistakes) -> None:
-    """What is wrong only when settings are held against each other."""
+    """Mistakes that only a comparison of settings shows."""
     if not _CLUSTER.fullmatch(config.cluster):
         mistakes.add("cluster", f"expected lower-case letters, digits and dashes, found {config.cluster!r}")
     try:
@@ -193,13 +198,13 @@ def _contradictions(config: Config, mistakes: Mistakes) -> None:
     inbound = config.inbound
     if config.identity is None:
         if inbound.require_identity.default or any(inbound.require_identity.ports.values()):
-            mistakes.add("inbound.require_identity", "asks for identities, but there is no `identity` section, so no peer can show one")
+            mistakes.add("inbound.require_identity", "requires identities, but there is no `identity` section, so no peer can present one")
         if inbound.allow:
-            mistakes.add("inbound.allow", "names identities, but there is no `identity` section, so no peer can show one")
+            mistakes.add("inbound.allow", "lists identities, but there is no `identity` section, so no peer can present one")
     elif not config.identity.roots:
-        mistakes.add("identity.roots", "names no file: nobody would be trusted")
+        mistakes.add("identity.roots", "lists no file: no peer would be trusted")
     if both := set(inbound.http_ports) & set(inbound.opaque_ports):
-        mistakes.add("inbound.http_ports", f"takes HTTP only on {min(both)}, which inbound.opaque_ports declares to be something else")
+        mistakes.add("inbound.http_ports", f"accepts only HTTP on {min(both)}, but inbound.opaque_ports declares it opaque")
     for port in inbound.allow:
         if inbound.require_identity.ports.get(port) is False:
             mistakes.add(f"inbound.allow.{port}", "has an allow-list, but inbound.require_identity says false for the same port")
@@ -226,23 +231,23 @@ def _dns(config: Config, mistakes: Mistakes) -> None:
     if section is None:
         return
     if not config.outbound.listen:
-        mistakes.add("dns", "hands out addresses that lead to the outbound listener, but outbound.listen is empty")
+        mistakes.add("dns", "returns addresses that lead to the outbound listener, but outbound.listen is empty")
     for name, given in (("listen", section.listen), ("ranges", section.ranges)):
         if not given:
             mistakes.add(f"dns.{name}", "must not be empty")
     for index, network in enumerate(section.ranges):
         if network.num_addresses < _LEAST_ADDRESSES:
-            mistakes.add(f"dns.ranges[{index}]", f"{network} has less than {_LEAST_ADDRESSES} addresses: too few to make them of names")
+            mistakes.add(f"dns.ranges[{index}]", f"{network} has fewer than {_LEAST_ADDRESSES} addresses: too few to hash names to them")
     if len({network.version for network in section.ranges}) < len(section.ranges):
         mistakes.add("dns.ranges", "at most one network of each address family")
     if len({address.is_ipv6 for address in section.listen}) < len(section.listen):
         mistakes.add("dns.listen", "at most one address of each family")
     if section.quarantine < section.ttl:
-        mistakes.add("dns.quarantine", "is below dns.ttl: an answer could outlive it")
+        mistakes.add("dns.quarantine", "is below dns.ttl: a cached answer could outlive it")
     ours = [address for _, address in config.listeners()]
     for index, upstream in enumerate(section.upstreams):
         if any(_collide(address, upstream) for address in ours) or upstream.port == 0:
-            mistakes.add(f"dns.upstreams[{index}]", f"{upstream} is the proxy itself, or nobody")
+            mistakes.add(f"dns.upstreams[{index}]", f"{upstream} is the proxy itself, or has port 0")
 
 
 def _tracing(tracing: TracingConfig, mistakes: Mistakes) -> None:
@@ -253,20 +258,21 @@ def _tracing(tracing: TracingConfig, mistakes: Mistakes) -> None:
     for name, members in (("headers", tracing.headers), ("resource", tracing.resource)):
         for index, member in enumerate(members):
             if not member.partition("=")[0].strip() or "=" not in member or any(ord(c) < 32 for c in member):
-                mistakes.add(f"tracing.{name}[{index}]", "expected name=value")  # which may be a secret: it is not repeated
+                # the value may be secret, so it is not repeated
+                mistakes.add(f"tracing.{name}[{index}]", "expected name=value")
     if tracing.client_key is not None and tracing.client_certificate is None:
         mistakes.add("tracing.client_key", "is the key of a certificate, but tracing.client_certificate names none")
 
 
 def _gateway(config: Config, mistakes: Mistakes) -> None:
     if config.gateway.enabled and config.identity is None:
-        mistakes.add("gateway.enabled", "needs an `identity` section: a gateway takes mutual TLS only")
+        mistakes.add("gateway.enabled", "needs an `identity` section: a gateway accepts only mutual TLS")
     if config.gateway.enabled and config.directory is None:
-        mistakes.add("gateway.enabled", "needs a `directory` section, which says what is exported")
+        mistakes.add("gateway.enabled", "needs a `directory` section, which lists the exported services")
     if config.gateway.enabled and config.dns is not None:
-        mistakes.add("dns", "a gateway has no application whose questions it could answer")
+        mistakes.add("dns", "a gateway has no application that could send queries")
     if config.inbound.trusted_gateways and config.identity is None:
-        mistakes.add("inbound.trusted_gateways", "names identities, but there is no `identity` section, so no peer can show one")
+        mistakes.add("inbound.trusted_gateways", "lists identities, but there is no `identity` section, so no peer can present one")
 
 
 def _listeners(config: Config, mistakes: Mistakes) -> None:
@@ -282,12 +288,14 @@ def _listeners(config: Config, mistakes: Mistakes) -> None:
 
 
 def _collide(one: Address, two: Address) -> bool:
-    """Whether both cannot be bound at once. A listener on `::` takes IPv6 only, so it does not meet one on 0.0.0.0."""
+    """Whether the two cannot be bound at once. A listener on `::` accepts IPv6 only, so 0.0.0.0
+    does not conflict.
+    """
     if one.port != two.port or one.port == 0 or one.is_ipv6 != two.is_ipv6:
         return False
     return one.host == two.host or "0.0.0.0" in (one.host, two.host) or "::" in (one.host, two.host)
 
 
 def config_schema() -> dict[str, Any]:
-    """The JSON schema (2020-12) of the file, made from the same structs."""
+    """The JSON schema (2020-12) of the file, generated from the structs."""
     return schema(Config)

@@ -1,8 +1,9 @@
 """OpenTelemetry's standard environment variables, as settings of the section `tracing`.
 
-They fill in what the file and the ISTHMUS_ variables leave open: what was said to this proxy counts before what was said to everything in
-the pod. As the specification asks, an empty value is none, and one that cannot be used is a warning and not a mistake: operators put
-these variables into all containers alike, and a proxy that did not start for one of them would take its pod along.
+They apply where the file and the ISTHMUS_ variables set nothing: settings for this proxy take
+precedence over settings for the whole pod. As the specification requires, an empty value counts as
+unset, and an unusable value is a warning, not an error: operators set these variables in all
+containers, and a proxy that did not start would stop its pod.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from proxy.config.schema_tracing import TracingConfig
 _log = logging.getLogger("isthmus.config")
 
 PREFIX = "OTEL_"
-# Sampler -> (whether the caller's decision counts, the ratio; None: the argument's).
+# Sampler -> (whether the caller's decision is followed, the ratio; None: from the argument).
 SAMPLERS: Mapping[str, tuple[bool, float | None]] = {
     "always_on": (False, 1.0),
     "always_off": (False, 0.0),
@@ -28,7 +29,7 @@ SAMPLERS: Mapping[str, tuple[bool, float | None]] = {
     "parentbased_traceidratio": (True, None),
 }
 _RATIOS = ("inbound_ratio", "outbound_ratio", "gateway_ratio")
-# In the order in which they count: setting, variables, unit that the number lacks.
+# In order of precedence: setting, variables, unit to add to the number.
 _PLAIN: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("certificate", ("EXPORTER_OTLP_TRACES_CERTIFICATE", "EXPORTER_OTLP_CERTIFICATE"), ""),
     ("client_certificate", ("EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE", "EXPORTER_OTLP_CLIENT_CERTIFICATE"), ""),
@@ -43,7 +44,7 @@ _PLAIN: tuple[tuple[str, tuple[str, ...], str], ...] = (
 
 
 def standard(environ: Mapping[str, str]) -> dict[str, Plain]:
-    """The settings that the variables stand for, each of them good by itself."""
+    """The settings from the variables; each of them is valid."""
     found: dict[str, Plain] = {}
     shapes = {name: form for name, _, form in fields(TracingConfig)}
     for name, value, variable in _settings(environ):
@@ -58,7 +59,7 @@ def standard(environ: Mapping[str, str]) -> dict[str, Plain]:
 
 
 def _settings(environ: Mapping[str, str]) -> Iterator[tuple[str, Plain, str]]:
-    """(setting, value, variable that it comes from)"""
+    """(setting, value, source variable)"""
 
     def first(*names: str) -> tuple[str, str]:
         return next(((f"{PREFIX}{n}", text) for n in names if (text := environ.get(f"{PREFIX}{n}", "").strip())), ("", ""))
@@ -80,13 +81,15 @@ def _settings(environ: Mapping[str, str]) -> Iterator[tuple[str, Plain, str]]:
 
 
 def pairs(text: str, variable: str) -> Iterator[str]:
-    """The members of a list `key=value,key=value`, percent-decoded (it is W3C baggage without properties)."""
+    """The members of a list `key=value,key=value`, percent-decoded (W3C baggage without
+    properties).
+    """
     for member in text.split(","):
         key, equals, value = member.partition("=")
         if key.strip() and equals:
             yield f"{unquote(key.strip())}={unquote(value.strip())}"
         elif member.strip():
-            _log.warning("%s: %r is no key=value, and ignored", variable, member.strip())
+            _log.warning("%s: %r is ignored: expected key=value", variable, member.strip())
 
 
 def _exporter(environ: Mapping[str, str]) -> Iterator[tuple[str, Plain, str]]:
@@ -96,7 +99,7 @@ def _exporter(environ: Mapping[str, str]) -> Iterator[tuple[str, Plain, str]]:
     variable = f"{PREFIX}TRACES_EXPORTER"
     names = [name.strip() for name in environ.get(variable, "").split(",") if name.strip()]
     if len(names) > 1:
-        _log.warning("%s names several exporters: the first of them is used", variable)
+        _log.warning("%s lists several exporters: the first one is used", variable)
     if names:
         yield "exporter", names[0], variable
     if environ.get(f"{PREFIX}EXPORTER_JAEGER_AGENT_HOST"):
@@ -108,7 +111,7 @@ def _endpoint(environ: Mapping[str, str]) -> Iterator[tuple[str, Plain, str]]:
     for name in ("EXPORTER_OTLP_TRACES_PROTOCOL", "EXPORTER_OTLP_PROTOCOL"):
         protocol = environ.get(f"{PREFIX}{name}", "").strip()
         if protocol and protocol != "http/protobuf":
-            _log.warning("%s%s=%s is not spoken here; spans go by http/protobuf, usually on port 4318", PREFIX, name, protocol)
+            _log.warning("%s%s=%s is not supported; spans are sent with http/protobuf, usually to port 4318", PREFIX, name, protocol)
             break
     variable = f"{PREFIX}EXPORTER_OTLP_TRACES_ENDPOINT"
     if exact := environ.get(variable, "").strip():

@@ -1,4 +1,6 @@
-"""The configuration described from its own types: as a JSON schema for editors and checks, and as tables for people."""
+"""Describes the configuration from its types: as a JSON schema for editors and checks, and as
+Markdown tables.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from proxy.config.units import LEAVES, GrpcCode, PortSwitch, StatusRange
 
 
 def schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
-    """The JSON schema (2020-12) of a struct as it is written in the file: durations, sizes and addresses are text there."""
+    """The JSON schema (2020-12) of a struct as written in the file: durations, sizes and addresses
+    are text.
+    """
     properties = {}
     required = []
     for name, default, form in fields(struct):
@@ -85,7 +89,7 @@ def _type(form: Shape) -> dict[str, Any]:
 
 
 def tables(struct: type[msgspec.Struct], section: str = "") -> str:
-    """Markdown: one table for the settings of `struct` itself, and one for each of its sections."""
+    """Markdown: one table for the settings of `struct` itself, and one per section."""
     rows, below = [], []
     for name, default, form in fields(struct):
         if is_struct(form.type):

@@ -1,12 +1,14 @@
-"""The pod's resolvers: whom its programs ask for names, as /etc/resolv.conf or the settings say.
+"""The pod's DNS resolvers, from /etc/resolv.conf or the settings.
 
-Kubernetes gives every container of a pod the same /etc/resolv.conf, and does not change it while the pod lives. So the init container
-that installs the rules and the proxy that runs later read the same, and need not tell each other.
+Kubernetes gives every container of a pod the same /etc/resolv.conf and does not change it while the
+pod runs. So the init container that installs the rules and the proxy that runs later read the same
+file and need not communicate.
 
-A redirected datagram does not say where it was going. The kernel tells that of TCP and SCTP alone (SO_ORIGINAL_DST);
-IP_RECVORIGDSTADDR and IP_PKTINFO give the address after the redirection; conntrack's netlink and TPROXY want capabilities that a
-sidecar does not have. So the way in says it: each resolver has a port of its own, the first `listen.port`, the second one more, and the
-rules send to it what was going to that resolver. Over TCP one port is enough.
+A redirected datagram does not carry its original destination. SO_ORIGINAL_DST works for TCP and
+SCTP only; IP_RECVORIGDSTADDR and IP_PKTINFO give the address after the redirection; conntrack's
+netlink and TPROXY need capabilities that a sidecar does not have. So the port identifies the
+resolver: each has its own, starting at `listen.port` and counting up, and the rules redirect its
+datagrams to it. Over TCP one port is enough.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from proxy.config.load import ConfigError
 from proxy.config.schema import DnsConfig
 from proxy.net.address import Address
 
-# What glibc (MAXNS) and musl look at; programs do not ask a fourth.
+# The maximum of glibc (MAXNS) and musl; programs never ask a fourth.
 MOST = 3
 _PORT = 53
 _MOST_BYTES = 64 * 1024
@@ -28,14 +30,14 @@ _MOST_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Resolvers:
-    """Whom the pod asks, and which domains its resolver puts behind a name."""
+    """The resolvers that the pod asks, and its search domains."""
 
     upstreams: tuple[Address, ...]
     search: tuple[str, ...]
 
     @classmethod
     def of(cls, config: DnsConfig) -> Resolvers:
-        """Raises ConfigError if there are none: nothing could be captured, and nothing forwarded."""
+        """Raises ConfigError if there are none: then nothing could be captured or forwarded."""
         told = cls(config.upstreams, config.search)
         if told.upstreams and told.search:
             return told
@@ -46,11 +48,13 @@ class Resolvers:
                 return told
             raise ConfigError(str(config.resolv_conf), [error.reason]) from error
         if not told.upstreams and not found.upstreams:
-            raise ConfigError(str(config.resolv_conf), ["names no resolver that can be asked: set dns.upstreams"])
+            raise ConfigError(str(config.resolv_conf), ["lists no usable resolver: set dns.upstreams"])
         return cls(told.upstreams or found.upstreams, told.search or found.search)
 
     def ways_in(self, config: DnsConfig) -> Iterator[tuple[Address, Address]]:
-        """(our address, resolver): where datagrams for each resolver arrive. One whose address family is not listened on is left out."""
+        """(our address, resolver): where datagrams for each resolver arrive. Leaves out address
+        families without a listener.
+        """
         for index, upstream in enumerate(self.upstreams):
             for address in config.listen:
                 if address.is_ipv6 == upstream.is_ipv6:
@@ -59,9 +63,10 @@ class Resolvers:
 
 
 def parse(text: str) -> Resolvers:
-    """What resolv.conf(5) says; the last `search` or `domain` counts. Lines that nobody understands are skipped, as the C library does.
+    """Parse resolv.conf(5). The last `search` or `domain` line counts. Skips invalid lines, as the
+    C library does.
 
-    A link-local resolver (`fe80::1%eth0`) is left out: interception leaves link-local addresses alone.
+    A link-local resolver (`fe80::1%eth0`) is left out: link-local addresses are not redirected.
     """
     servers: dict[Address, None] = {}
     search: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
-"""The units that settings are written in: one way to write each down, and errors that say what is expected.
+"""The units of settings: one notation for each, and errors that say what is expected.
 
-Durations carry a unit, since a bare number is seconds to one reader and milliseconds to the next. Sizes are powers of two, and
-spelled so (KiB). Every parser takes a plain value of the document and raises ValueError.
+Durations need a unit, because a bare number may mean seconds or milliseconds. Sizes are powers of
+two and written so (KiB). Every parser takes a plain value of the document and raises ValueError.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BYTES: Final = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 class PortSwitch(NamedTuple):
-    """Yes or no for every port: `ports` says it for some of them, `default` for all others."""
+    """Yes or no for every port: `ports` lists exceptions, `default` is for all others."""
 
     default: bool
     ports: Mapping[int, bool]
@@ -38,7 +38,7 @@ class PortSwitch(NamedTuple):
 
 
 class StatusRange(NamedTuple):
-    """HTTP statuses from `low` to `high`, both included; written 503, 5xx or 500-504."""
+    """HTTP statuses from `low` to `high`, inclusive; written 503, 5xx or 500-504."""
 
     low: int
     high: int
@@ -53,12 +53,14 @@ Statuses = tuple[StatusRange, ...]
 
 
 def within(status: int, ranges: Statuses) -> bool:
-    """Whether an HTTP status is one of these: errors all (`_statuses`), which most are not."""
+    """Whether an HTTP status is in one of the ranges. These contain errors only (`_statuses`), and
+    most statuses are not errors.
+    """
     return status >= 400 and any(low <= status <= high for low, high in ranges)
 
 
 class GrpcCode(enum.IntEnum):
-    """The statuses of gRPC that are errors (github.com/grpc/grpc, statuscodes.md)."""
+    """The error statuses of gRPC (github.com/grpc/grpc, statuscodes.md)."""
 
     cancelled = 1
     unknown = 2
@@ -79,7 +81,7 @@ class GrpcCode(enum.IntEnum):
 
 
 def parse_duration(value: Plain) -> float:
-    """Seconds. Raises ValueError that says what is expected."""
+    """Parse a duration into seconds. Raises ValueError with the expected form."""
     if isinstance(value, int | float) and not isinstance(value, bool) and value == 0:
         return 0.0
     if isinstance(value, str) and (match := _DURATION.match(value)):
@@ -89,7 +91,7 @@ def parse_duration(value: Plain) -> float:
 
 
 def parse_size(value: Plain) -> int:
-    """Bytes. Raises ValueError that says what is expected."""
+    """Parse a size into bytes. Raises ValueError with the expected form."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     if isinstance(value, str) and (match := _SIZE.match(value)):
@@ -98,7 +100,7 @@ def parse_size(value: Plain) -> int:
 
 
 def show_duration(value: float) -> str:
-    """The shortest way to write a duration exactly; the inverse of `parse_duration`."""
+    """The shortest exact notation of a duration; the inverse of `parse_duration`."""
     if value == 0:
         return "0"
     for unit in ("d", "h", "m", "s", "ms"):
@@ -108,7 +110,7 @@ def show_duration(value: float) -> str:
 
 
 def show_size(value: int) -> str:
-    """The shortest way to write a size exactly; the inverse of `parse_size`."""
+    """The shortest exact notation of a size; the inverse of `parse_size`."""
     for unit in ("GiB", "MiB", "KiB"):
         if value and value % _BYTES[unit] == 0:
             return f"{value // _BYTES[unit]}{unit}"
@@ -184,7 +186,7 @@ def _grpc_code(value: Plain) -> GrpcCode:
 
 
 def parse_port(value: Plain) -> int:
-    """A port; as a key of a document it may be text. Raises ValueError that says what is expected."""
+    """Parse a port; as a mapping key it may be text. Raises ValueError with the expected form."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 6:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65535:

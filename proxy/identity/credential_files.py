@@ -1,4 +1,4 @@
-"""The bytes of the files behind an identity, read together; proxy/identity/credentials.py says what they mean."""
+"""Reads the files of an identity together. proxy/identity/credentials.py parses and checks them."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,7 +12,9 @@ MAX_FILE_BYTES = 4 * 1024 * 1024
 
 
 class MaterialError(Exception):
-    """A file of the identity cannot be used. `path` is the file, `reason` what is wrong with it and how to mend it."""
+    """A file of the identity cannot be used. `path` is the file; `reason` says what is wrong and
+    how to fix it.
+    """
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -22,7 +24,8 @@ class MaterialError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class MaterialFiles:
-    """Where an identity lives on disk. All files are PEM; each of the root files may hold several certificates."""
+    """The paths of an identity's files. All are PEM; each root file may hold several certificates.
+    """
 
     certificate: Path
     key: Path
@@ -35,7 +38,7 @@ class MaterialFiles:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The bytes of all files as read in one go. `digest` tells two contents apart, whatever their time stamps say."""
+    """The bytes of all files, read in one pass. `digest` changes whenever the contents change."""
 
     files: MaterialFiles
     parts: tuple[bytes, ...]
@@ -63,7 +66,8 @@ def read_files(files: MaterialFiles) -> Contents:
 
 
 def read_settled(files: MaterialFiles, settle: float) -> Contents:
-    """Read all files when they are not being written; see files.read_settled. Raises MaterialError."""
+    """Read all files once they are not being written; see files.read_settled. Raises MaterialError.
+    """
 
     def read() -> tuple[Contents, bytes]:
         contents = read_files(files)

@@ -1,15 +1,18 @@
-"""The files behind an identity: certificate chain, private key, trust roots; read, checked and understood as a whole.
+"""The files of an identity: certificate chain, private key and trust roots, read and checked
+together.
 
-Material is all or nothing. A certificate whose key is missing, a key of yesterday's certificate, a leaf that our own roots do
-not vouch for: each of them would load into OpenSSL without a word, and then every handshake would fail for a reason that only
-the other side knows. So everything that a peer will check is checked here first, by the same judges (the library's chain
-verification, and proxy/net/tls/certificate_rules.py), and the error names the file and what to mend.
+The set is accepted or rejected as a whole. A missing key, the key of an older certificate, a
+certificate that our own roots do not verify: OpenSSL would load each of them without an error, and
+then every handshake would fail for a reason that only the peer sees. So everything that a peer will
+check is checked here first, with the same code (the library's chain verification, and
+proxy/net/tls/certificate_rules.py). The error names the file and the fix.
 
-Files change under us while we read. In Kubernetes a mounted volume is a directory of symbolic links into `..data`, which is
-swapped at once; elsewhere files are replaced one after the other. Either way a reader may catch the new certificate and the
-old key. Such a set is refused as a whole, and is whole again at the next look. A file that is being written may be a good, shorter one:
-roots of which the last are missing. So what has changed is used when two reads agree, and a file that ends inside a certificate is
-refused.
+Files can change while they are read. In Kubernetes a mounted volume is a directory of symbolic
+links into `..data`, which is swapped atomically; elsewhere files are replaced one after the other.
+In both cases a reader may see the new certificate and the old key. Such a set is rejected; the next
+check finds a consistent one. A file that is being written may also look valid but short: a bundle
+without its last roots. So a change is used only when two reads agree, and a file that ends inside a
+certificate is rejected.
 """
 
 import re
@@ -37,7 +40,9 @@ _BOUNDARY = re.compile(rb"-----(BEGIN|END) [A-Z0-9 ]+-----")
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """A complete, consistent and currently valid set. `warnings` are things that work but should be mended."""
+    """A complete, consistent and currently valid set. `warnings`: problems that do not prevent its
+    use.
+    """
 
     id: SpiffeId
     leaf: x509.Certificate
@@ -45,16 +50,19 @@ class Material:
     key: PrivateKey
     roots: tuple[x509.Certificate, ...]
     warnings: tuple[str, ...]
-    chain: tuple[x509.Certificate, ...]  # as peers will verify it: the leaf first, the trust root last
+    # in the order of verification: the leaf first, the trust root last
+    chain: tuple[x509.Certificate, ...]
 
 
 def utc_now() -> datetime:
-    """The wall clock, aware. Certificates are the one thing in the proxy that is about wall-clock time."""
+    """The wall clock in UTC. In the proxy, only certificates depend on wall-clock time."""
     return datetime.now(UTC)
 
 
 def load(contents: Contents, now: datetime) -> Material:
-    """Understand the contents and check everything a peer would check. Raises MaterialError naming file and reason."""
+    """Parse the contents and check everything that a peer would check. Raises MaterialError with
+    file and reason.
+    """
     files = contents.files
     leaf, *others = parse_certificates(files.certificate, contents.parts[0])
     key = parse_key(files.key, contents.parts[1])
@@ -72,23 +80,24 @@ def load(contents: Contents, now: datetime) -> Material:
         chain = verify_chain(leaf, intermediates, roots, now)
     except ValueError as error:
         names = ", ".join(str(path) for path in files.roots)
-        raise MaterialError(files.certificate, f"is not vouched for by the trust roots in {names}: {error}") from None
+        raise MaterialError(files.certificate, f"is not signed by the trust roots in {names}: {error}") from None
     flaw = find_flaw(chain)
     if flaw is not None:
         what = "the certificate" if not flaw.depth else f"the certificate of its authority {name_of(chain[flaw.depth])}"
-        raise MaterialError(files.certificate, f"would be refused by every peer: {what} {flaw.words}")
+        raise MaterialError(files.certificate, f"would be rejected by every peer: {what} {flaw.words}")
     return Material(identity, leaf, intermediates, key, roots, _warnings(contents, roots, now), chain)
 
 
 def parse_certificates(path: Path, data: bytes) -> list[x509.Certificate]:
-    """All certificates of a PEM file, at least one, each of them well-formed as a whole. Raises MaterialError."""
+    """All certificates of a PEM file, at least one, each well-formed. Raises MaterialError."""
     if b"-----BEGIN CERTIFICATE-----" not in data:
         what = "is empty" if not data.strip() else "holds no PEM certificate (no line '-----BEGIN CERTIFICATE-----')"
         raise MaterialError(path, what)
     *_, last = _BOUNDARY.finditer(data)
     if last[1] != b"END" or b"-----" in data[last.end() :]:
-        raise MaterialError(path, "ends inside a PEM block: it is half written, or cut off")
-    # The library warns of oddities that it means to refuse one day, a serial number of zero for example. Till then they do no harm.
+        raise MaterialError(path, "ends inside a PEM block: it is incomplete or truncated")
+    # The library warns of flaws that it will reject in the future, such as serial number zero.
+    # Ignore these.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -104,10 +113,11 @@ def parse_certificates(path: Path, data: bytes) -> list[x509.Certificate]:
 
 
 def _malformation(certificate: x509.Certificate) -> str | None:
-    """What is malformed in a certificate, or None. After this none of its parts raises when it is asked for, except the public key
-    and the signature's algorithm, which may be of a kind that is not known here.
+    """What is malformed in a certificate, or None. If None, reading its parts does not raise,
+    except for the public key and the signature algorithm, which may be of an unknown kind.
 
-    Both libraries are asked, since the one that shakes hands reads some of the parts more strictly than the one that shows them.
+    Both libraries check it, because the TLS library parses some parts more strictly than the one
+    that displays them.
     """
     try:
         crypto.X509.from_cryptography(certificate)
@@ -124,18 +134,22 @@ def _malformation(certificate: x509.Certificate) -> str | None:
 
 
 def openssl_reason(error: crypto.Error | SSL.Error) -> str:
-    """Why OpenSSL refuses something: pyOpenSSL raises a list of (library, function, reason), the last of them the most general."""
-    return ", in ".join(dict.fromkeys(reasons(error))) or visible(str(error)) or "it does not say why"
+    """OpenSSL's reason for an error. pyOpenSSL raises a list of (library, function, reason), most
+    general last.
+    """
+    return ", in ".join(dict.fromkeys(reasons(error))) or visible(str(error)) or "no reason given"
 
 
 def parse_key(path: Path, data: bytes) -> PrivateKey:
-    """The one private key of a PEM file, checked for type and strength. Raises MaterialError; the key is never quoted."""
+    """The one private key of a PEM file, checked for type and strength. Raises MaterialError, never
+    with key data.
+    """
     try:
         key = serialization.load_pem_private_key(data, password=None)
     except TypeError:
-        raise MaterialError(path, "holds an encrypted private key: a proxy that starts alone cannot type a passphrase") from None
+        raise MaterialError(path, "holds an encrypted private key, but the proxy has no passphrase for it") from None
     except (ValueError, UnsupportedAlgorithm):
-        # The library's message may quote its input, which is the one text that must never reach a log.
+        # The library's message may quote its input, and key material must never reach a log.
         what = "is empty" if not data.strip() else "holds no PEM private key that can be read (PKCS #8, SEC 1 or PKCS #1)"
         raise MaterialError(path, what) from None
     if isinstance(key, PrivateKey):
@@ -143,15 +157,17 @@ def parse_key(path: Path, data: bytes) -> PrivateKey:
         if weakness is not None:
             raise MaterialError(path, f"holds a private key that no peer accepts: {weakness}")
         return key
-    raise MaterialError(path, f"holds a private key of a kind that TLS 1.3 certificates do not use here ({type(key).__name__})")
+    raise MaterialError(path, f"holds a private key of an unsupported kind ({type(key).__name__})")
 
 
 def spiffe_uri(certificate: x509.Certificate) -> str:
-    """The one URI SAN of a certificate. Raises SpiffeIdError when there is none, or more than one (X.509-SVID, section 2)."""
+    """The one URI SAN of a certificate (X.509-SVID, section 2). Raises SpiffeIdError if there is
+    none or several.
+    """
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
-        raise SpiffeIdError("the certificate has no subject alternative name, so it names no identity") from None
+        raise SpiffeIdError("the certificate has no subject alternative name, so it has no identity") from None
     except UNREADABLE as error:
         raise SpiffeIdError(f"the certificate's extensions cannot be parsed: {error}") from None
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
@@ -164,10 +180,12 @@ def spiffe_uri(certificate: x509.Certificate) -> str:
 def verify_chain(
     leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], roots: Sequence[x509.Certificate], now: datetime
 ) -> tuple[x509.Certificate, ...]:
-    """Judge the chain as the TLS library does in the handshake. The chain, the leaf first and the root last. Raises ValueError with the
-    reason in words."""
+    """Verify the chain as the TLS library does in the handshake. Returns it, the leaf first and the
+    root last. Raises ValueError with the reason.
+    """
     store = crypto.X509Store()
-    # Whatever is in the trust root files is an anchor, also a certificate that is not self-signed (SPIFFE bundles may be so).
+    # Every certificate in the root files is a trust anchor, even if not self-signed (SPIFFE bundles
+    # may be so).
     store.set_flags(crypto.X509StoreFlags.PARTIAL_CHAIN)
     store.set_time(now)
     try:
@@ -183,14 +201,16 @@ def verify_chain(
 
 
 def check_validity(path: Path, certificate: x509.Certificate, now: datetime, what: str) -> None:
-    """Raise MaterialError when the certificate is not valid at `now`."""
+    """Raise MaterialError if the certificate is not valid at `now`."""
     reason = validity_problem(certificate, now)
     if reason is not None:
         raise MaterialError(path, f"{what} {reason}")
 
 
 def validity_problem(certificate: x509.Certificate, now: datetime) -> str | None:
-    """Why the certificate is not valid at `now`, in words that follow "the certificate ..."; None when it is valid."""
+    """Why the certificate is not valid at `now`, as a phrase after "the certificate ..."; None if
+    it is valid.
+    """
     if now > certificate.not_valid_after_utc:
         return f"expired on {when(certificate.not_valid_after_utc)} (it is {when(now)} here)"
     if now < certificate.not_valid_before_utc:
@@ -199,14 +219,16 @@ def validity_problem(certificate: x509.Certificate, now: datetime) -> str | None
 
 
 def when(moment: datetime) -> str:
-    """A moment as it stands in messages: UTC, to the second."""
+    """A time for messages: UTC, to the second."""
     return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _parse_roots(files: MaterialFiles, parts: Sequence[bytes], now: datetime) -> tuple[x509.Certificate, ...]:
-    """All roots of all files, each once, without those that have expired: they vouch for nobody any more.
+    """All roots of all files, without duplicates and without expired ones, which cannot verify
+    anything.
 
-    A root that begins later stays: it may have been handed out ahead of its time, and nobody touches the files when it begins.
+    A root that is not yet valid stays: it may have been distributed in advance, and no file changes
+    when it starts.
     """
     found: dict[x509.Certificate, str | None] = {}
     for path, data in zip(files.roots, parts, strict=True):
@@ -223,11 +245,11 @@ def _check_authority(path: Path, certificate: x509.Certificate) -> None:
         extensions = certificate.extensions
         constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
     except x509.ExtensionNotFound:
-        raise MaterialError(path, f"holds a certificate that is no authority (no basic constraints): {name_of(certificate)}") from None
+        raise MaterialError(path, f"holds a certificate that is not a CA (no basic constraints): {name_of(certificate)}") from None
     except UNREADABLE as error:
         raise MaterialError(path, f"holds a certificate whose extensions cannot be parsed: {error}") from None
     if not constraints.ca:
-        raise MaterialError(path, f"holds a certificate that is no authority (a workload's certificate?): {name_of(certificate)}")
+        raise MaterialError(path, f"holds a certificate that is not a CA (a workload's certificate?): {name_of(certificate)}")
     weakness = _weakness(path, certificate)
     if weakness is not None:
         raise MaterialError(path, f"holds a weak trust root ({name_of(certificate)}): it {weakness}")
@@ -240,15 +262,16 @@ def _check_leaf(path: Path, leaf: x509.Certificate, now: datetime) -> SpiffeId:
     except SpiffeIdError as error:
         raise MaterialError(path, str(error)) from None
     if _is_authority(leaf):
-        raise MaterialError(path, "the first certificate is an authority, not a workload's certificate: put the leaf first")
+        raise MaterialError(path, "the first certificate is a CA, not a workload's certificate: put the leaf first")
     flaw = certificate_flaw(leaf, 0)
     if flaw is not None:
-        raise MaterialError(path, f"would be refused by every peer: the certificate {flaw.words}")
+        raise MaterialError(path, f"would be rejected by every peer: the certificate {flaw.words}")
     return identity
 
 
 def public_key(path: Path, certificate: x509.Certificate) -> object:
-    """The certificate's public key. Raises MaterialError when it is malformed, or of a kind that is not known here."""
+    """The certificate's public key. Raises MaterialError if it is malformed, or of an unknown kind.
+    """
     try:
         return certificate.public_key()
     except UNREADABLE as error:
@@ -256,7 +279,9 @@ def public_key(path: Path, certificate: x509.Certificate) -> object:
 
 
 def _weakness(path: Path, certificate: x509.Certificate) -> str | None:
-    """What makes a certificate forgeable, in words that follow "it ...". Raises MaterialError when its key cannot be read."""
+    """What makes a certificate forgeable, as a phrase after "it ...". Raises MaterialError if its
+    key is unreadable.
+    """
     public_key(path, certificate)
     return strength_flaw(certificate)
 
@@ -277,21 +302,21 @@ def _warnings(contents: Contents, roots: Sequence[x509.Certificate], now: dateti
         for certificate in parse_certificates(path, data):
             flaw = certificate_flaw(certificate, 1, anchor=True)
             if flaw is not None:
-                found.append(f"{path}: the trust root {name_of(certificate)} {flaw.words}: nothing that it has signed is accepted")
+                found.append(f"{path}: the trust root {name_of(certificate)} {flaw.words}: certificates that it signed are rejected")
             problem = validity_problem(certificate, now)
             if problem is not None:
-                use = "it counts from then on" if certificate in roots else "it is not used"
+                use = "it is used from then on" if certificate in roots else "it is not used"
                 found.append(f"{path}: the trust root {name_of(certificate)} {problem}: {use}")
     return tuple(found)
 
 
 def name_of(certificate: x509.Certificate) -> str:
-    """A certificate's subject for a message; its serial number when it has none."""
+    """A certificate's subject for a message; its serial number if the subject is empty."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a part that is longer than it should be; nobody is harmed
+        warnings.simplefilter("ignore")  # of overlong parts; harmless
         return visible(certificate.subject.rfc4514_string()) or f"serial number {certificate.serial_number:x}"
 
 
 def visible(text: str) -> str:
-    """A text from outside for a message: on one line, and nothing in it that a terminal would obey."""
+    """Foreign text for a message: on one line, without terminal control characters."""
     return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,14 +1,16 @@
-"""Who we are, and who the others are: certificate, key and trust roots, alive.
+"""The proxy's identity at run time: certificate, key and trust roots, reloaded without a restart.
 
-An Identity owns the material of this process (proxy/identity/credentials.py: what was read and checked), the TLS contexts made from it
-and the sessions resumed with it (proxy/identity/tls_contexts.py). It changes as a whole: `reload` reads the files again and either
-replaces everything, synchronously, or keeps everything. A generation counter says which it was.
+An Identity owns the credentials of this process (proxy/identity/credentials.py), the TLS contexts
+made from them, and the sessions resumed with them (proxy/identity/tls_contexts.py). They change
+together: `reload` reads the files again and either replaces everything at once or keeps everything.
+A generation counter shows which.
 
-Three steps judge a peer, all of them within the handshake. The TLS library verifies the chain up to one of our trust roots. The rules
-of proxy/net/tls/certificate_rules.py make both libraries agree on what a chain may be. `verify_chain` reads the name: exactly one SPIFFE
-ID, of a trust domain we accept, valid at this moment, and the one that was expected. A resumed session has the last step only.
+A peer is verified in three steps, all within the handshake. The TLS library verifies the chain up
+to one of our trust roots. The rules of proxy/net/tls/certificate_rules.py make both TLS libraries
+agree on the allowed chains. `verify_chain` checks the name: exactly one SPIFFE ID, of an accepted
+trust domain, valid now, and the expected one. A resumed session only has the last step.
 
-Time here is wall-clock time, since that is what certificates speak about.
+Times here are wall-clock times, because certificates use them.
 """
 
 import math
@@ -53,14 +55,15 @@ __all__ = [
     "watch",
 ]
 
-# A workload's certificate is renewed at 70 % of its lifetime by every issuer we know of; when 30 % are left and it is still the
-# old one, renewal has failed. At 10 % somebody must act.
+# Known issuers renew a workload's certificate at 70 % of its lifetime. If the old one is still in
+# use with 30 % left, renewal has failed. At 10 % an operator must act.
 WARN_AT = (0.30, 0.10)
 
 RefusalReason = Literal["no_certificate", "no_identity", "trust_domain", "expired", "not_yet_valid", "wrong_identity"]
 
 
-# What the peer is told. RFC 8446 has `access_denied` for a good certificate that is not let in; no library sends that from a verification.
+# The alert for the peer. RFC 8446 has `access_denied` for a valid certificate without access; no
+# TLS library sends that from a verification.
 _ALERTS: dict[RefusalReason, Alert] = {
     "no_certificate": "certificate_unknown",
     "no_identity": "bad_certificate",
@@ -72,8 +75,9 @@ _ALERTS: dict[RefusalReason, Alert] = {
 
 
 class PeerRefused(Exception):
-    """The peer's certificate chain is good, but we may not talk to the peer. `reason` is a label for metrics, `alert` what the peer is
-    told."""
+    """The peer's certificate chain is valid, but the peer is not accepted. `reason` is a label for
+    metrics, `alert` is sent to the peer.
+    """
 
     def __init__(self, reason: RefusalReason, message: str) -> None:
         super().__init__(message)
@@ -86,23 +90,27 @@ class PeerRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TLSSettings:
-    """What can be set about TLS. `trust_domains` are accepted beside our own; all of them share the trust roots, so a root that
-    may only speak for one of them must say so itself (name constraints, which `isthmus identity root` sets)."""
+    """TLS settings. `trust_domains` are accepted in addition to our own. All of them share the
+    trust roots, so a root that may only sign for one of them must be restricted by name
+    constraints, as `isthmus identity root` does.
+    """
 
     trust_domains: frozenset[str] = frozenset()
-    session_lifetime: float = 3600.0  # seconds a session can be resumed; 0: never
+    session_lifetime: float = 3600.0  # seconds in which a session can be resumed; 0: never
     session_limit: int = tls_contexts.DEFAULT_SESSIONS
-    settle: float = 0.0  # seconds between two reads of changed files that have to agree; 0: one is enough
+    # seconds between two reads of changed files, which must agree; 0: one read is enough
+    settle: float = 0.0
 
 
 class Identity:
     """Our certificate, key and trust roots, with the TLS contexts made from them.
 
-    Raises MaterialError when the files are not a complete, consistent and valid set. Blocks while they are being written, for about
-    `files.PATIENCE` seconds at most, if `settings.settle` is not 0. Nothing is to be closed.
+    Raises MaterialError if the files are not a complete, consistent and valid set. If
+    `settings.settle` is not 0 and the files are being written, the constructor blocks for at most
+    about `files.PATIENCE` seconds. Nothing needs closing.
 
-    Attributes for metrics: `generation` (1 at the start, one more with each change), `failures` (how many times broken
-    material was found), `last_error` (None when the files on disk are the ones in use).
+    Attributes for metrics: `generation` (1 at the start, plus one per change), `failures` (how
+    often invalid files were found), `last_error` (None if the files on disk are in use).
     """
 
     def __init__(self, files: MaterialFiles, settings: TLSSettings | None = None, *, clock: Callable[[], datetime] = utc_now) -> None:
@@ -113,17 +121,20 @@ class Identity:
         self.last_error: MaterialError | None = None
         self._clock = clock
         self._reported: tuple[bytes | None, str] | None = None
-        self._warned: dict[bytes, float] = {}  # by fingerprint, the lowest threshold that has been said
+        # by fingerprint: the lowest threshold already reported
+        self._warned: dict[bytes, float] = {}
         read = credential_files.read_settled(files, self.settings.settle)
         self._adopt(read.digest, credentials.load(read, clock()))
 
     def _adopt(self, digest: bytes, new: Material) -> None:
-        """Replace everything at once. The contexts come first: if OpenSSL refuses the material nothing has changed."""
+        """Replace everything at once. The contexts come first: if OpenSSL rejects the files,
+        nothing has changed.
+        """
         try:
             server = tls_contexts.server_context(new, self.settings.session_lifetime)
             client = tls_contexts.client_context(new, self.settings.session_lifetime)
         except (SSL.Error, crypto.Error) as error:
-            raise MaterialError(self.files.certificate, f"is refused by OpenSSL: {credentials.openssl_reason(error)}") from error
+            raise MaterialError(self.files.certificate, f"is rejected by OpenSSL: {credentials.openssl_reason(error)}") from error
         self._digest = digest
         self._material = new
         self._server_context = server
@@ -140,22 +151,26 @@ class Identity:
 
     @property
     def server_context(self) -> SSL.Context:
-        """For accepting. Another object after each change: take it anew for every connection."""
+        """The context for accepting. It is replaced at each change: get it again for every
+        connection.
+        """
         return self._server_context
 
     @property
     def client_context(self) -> SSL.Context:
-        """For dialling. Another object after each change: take it anew for every connection, together with `sessions`."""
+        """The context for dialling. It is replaced at each change: get it again for every
+        connection, together with `sessions`.
+        """
         return self._client_context
 
     @property
     def sessions(self) -> SessionCache:
-        """The sessions of `client_context`; replaced with it."""
+        """The sessions of `client_context`; replaced together with it."""
         return self._sessions
 
     @property
     def resumes(self) -> bool:
-        """Whether our connections take up sessions, and keep them."""
+        """Whether our connections resume sessions and store them."""
         return self.settings.session_lifetime > 0
 
     @property
@@ -164,26 +179,26 @@ class Identity:
 
     @property
     def roots(self) -> tuple[x509.Certificate, ...]:
-        """The trust roots in use; expired ones are left out."""
+        """The trust roots in use, without expired ones."""
         return self._material.roots
 
     @property
     def not_after(self) -> datetime:
-        """When our own certificate ends."""
+        """When our own certificate expires."""
         return self._material.leaf.not_valid_after_utc
 
     @property
     def not_before(self) -> datetime:
-        """When the last certificate of our own chain begins: before that, no peer accepts us."""
+        """When our own whole chain becomes valid: before that, peers reject us."""
         return max(certificate.not_valid_before_utc for certificate in self._material.chain)
 
     @property
     def chain_end(self) -> float:
-        """When the first certificate of our own chain ends, in seconds since the epoch."""
+        """When the first certificate of our own chain expires, in seconds since the epoch."""
         return min(certificate.not_valid_after_utc.timestamp() for certificate in self._material.chain)
 
     def validity_problem(self) -> str | None:
-        """Why peers refuse our own chain at this moment, by the clock; None: they do not."""
+        """Why peers reject our own chain now, by the clock; None if they accept it."""
         now = self._clock()
         for depth, certificate in enumerate(self._material.chain):
             problem = credentials.validity_problem(certificate, now)
@@ -194,31 +209,37 @@ class Identity:
 
     @property
     def roots_not_after(self) -> datetime:
-        """When the first of the trust roots ends."""
+        """When the first trust root expires."""
         return min(root.not_valid_after_utc for root in self._material.roots)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What works but should be mended: a key that everybody can read, an expired root among valid ones."""
+        """Problems that do not prevent operation: a key that all users can read, an expired root
+        among valid ones.
+        """
         return self._material.warnings
 
     @property
     def time_left(self) -> timedelta:
-        """How long our certificate is still valid; negative when it has expired."""
+        """The remaining lifetime of our certificate; negative if it has expired."""
         return self.not_after - self._clock()
 
     def verify_peer(self, certificate: x509.Certificate | None, expected: SpiffeId | None = None) -> SpiffeId:
-        """The peer's identity, if it is one we may talk to now. Call it after every handshake, resumed ones too.
+        """The peer's identity, if the peer is accepted now. Call it after every handshake, also
+        resumed ones.
 
-        `expected` is who must be there (the directory's word, when we dial); None accepts every identity of our trust
-        domains. The certificate is the one the handshake has verified. Raises PeerRefused.
+        `expected` is the identity that the peer must have (from the directory, when dialling); None
+        accepts every identity of our trust domains. `certificate` is the one verified in the
+        handshake. Raises PeerRefused.
         """
         return verify_peer(certificate, expected, self._accepted_domains, self._clock())
 
     def verify_chain(self, chain: Sequence[x509.Certificate], expected: SpiffeId | None = None) -> SpiffeId:
-        """The peer's identity by its verified chain, the leaf first: as `verify_peer`, and no certificate of the chain may have expired.
+        """The peer's identity from its verified chain, the leaf first. Like `verify_peer`; also, no
+        certificate of the chain may have expired.
 
-        An empty chain is a peer without a certificate; a leaf alone is one whose session was resumed. Raises PeerRefused.
+        An empty chain is a peer without a certificate; a chain of one is a resumed session. Raises
+        PeerRefused.
         """
         identity = self.verify_peer(chain[0] if chain else None, expected)
         now = self._clock()
@@ -229,11 +250,12 @@ class Identity:
         return identity
 
     def reload(self, settling: Settling | None = None) -> bool:
-        """Read the files again; True when they had changed and are in use now. False while `settling` waits for a second read.
+        """Read the files again. True: they had changed and are now in use. False while `settling`
+        waits for a second read.
 
-        Raises MaterialError when they have changed to something broken: everything stays as it was. The same broken contents
-        are raised once, and after that answered with False until they change (`last_error` stays). Synchronous; a few
-        milliseconds when something has changed.
+        Raises MaterialError if the new contents are invalid: everything stays as it was. The same
+        invalid contents raise once; later calls return False until they change (`last_error`
+        stays). Synchronous; takes a few milliseconds if something has changed.
         """
         digest = None
         try:
@@ -250,7 +272,8 @@ class Identity:
             self._adopt(digest, credentials.load(read, self._clock()))
         except MaterialError as error:
             self.last_error = error
-            # A text with the present time in it would be new at every look, so what is compared is the file and the contents.
+            # Compare file and contents, not the message: its text contains the current time and
+            # would always differ.
             seen = (digest, str(error.path) if digest is not None else str(error))
             if seen == self._reported:
                 return False
@@ -260,9 +283,10 @@ class Identity:
         return True
 
     def expiry_warnings(self) -> list[str]:
-        """Sentences about certificates that end soon: one when 30 % of the lifetime are left, one at 10 %, one at the end.
+        """Warnings about certificates that expire soon: at 30 % of the lifetime left, at 10 %, and
+        at the end.
 
-        Each is said once for each certificate, whoever asks.
+        Each is returned once per certificate, regardless of the caller.
         """
         now = self._clock()
         found = []
@@ -282,15 +306,18 @@ class Identity:
 
 @lru_cache(maxsize=256)
 def _named(certificate: x509.Certificate) -> SpiffeId:
-    """The workload that a certificate names. A proxy has few peers, and meets the same certificates again and again: this is a tenth of
-    what Python does for a handshake. Raises SpiffeIdError."""
+    """The workload that a certificate names. Cached: a proxy sees the same few certificates again
+    and again, and parsing is a tenth of Python's time in a handshake. Raises SpiffeIdError.
+    """
     return SpiffeId.parse(credentials.spiffe_uri(certificate))
 
 
 def verify_peer(certificate: x509.Certificate | None, expected: SpiffeId | None, trust_domains: Collection[str], now: datetime) -> SpiffeId:
-    """Read and judge the name in a certificate whose chain has been verified. Raises PeerRefused; see Identity.verify_peer."""
+    """Check the name in a certificate whose chain is verified. Raises PeerRefused; see
+    Identity.verify_peer.
+    """
     if certificate is None:
-        raise PeerRefused("no_certificate", "the peer has shown no certificate")
+        raise PeerRefused("no_certificate", "the peer presented no certificate")
     try:
         identity = _named(certificate)
     except SpiffeIdError as error:
@@ -308,7 +335,7 @@ def verify_peer(certificate: x509.Certificate | None, expected: SpiffeId | None,
 
 
 def _threshold(certificate: x509.Certificate, now: datetime) -> float:
-    """The lowest of the warning thresholds that has been reached; 0.0 is the end itself, infinity is none of them."""
+    """The lowest warning threshold that has been reached; 0.0: expired, infinity: none."""
     left = life_left(certificate, now)
     return 0.0 if left <= 0 else min((threshold for threshold in WARN_AT if left <= threshold), default=math.inf)
 
@@ -320,19 +347,21 @@ async def watch(
     on_error: Callable[[MaterialError], None],
     on_warning: Callable[[str], None],
 ) -> None:
-    """Look for changed files every `interval_seconds`, for ever; end it by cancelling.
+    """Check for changed files every `interval_seconds` until cancelled.
 
-    A look is one stat() a file (which follows the symbolic links that Kubernetes swaps); only when something moved are the
-    contents read. They are used when two reads have found the same, `TLSSettings.settle` seconds apart. The callbacks are
-    synchronous: `on_change` after new material is in use, `on_error` once for each broken change, `on_warning` with each sentence
-    of Identity.expiry_warnings.
+    A check is one stat() per file (it follows the symbolic links that Kubernetes swaps). Only if
+    something changed are the contents read. They are used when two reads agree,
+    `TLSSettings.settle` seconds apart. The callbacks are synchronous: `on_change` after new
+    credentials are in use, `on_error` once per invalid change, `on_warning` for each text of
+    Identity.expiry_warnings.
     """
     seen: tuple[object, ...] | None = None
     settling = Settling(identity.settings.settle)
     while True:
-        # Taken before reading: what changes while we read is noticed at the next look.
+        # Taken before reading: a change during the read is noticed at the next check.
         signature = tuple(_signature(path) for path in identity.files.all)
-        # Broken material may mend itself without a change of the files: a certificate that is not valid yet.
+        # Invalid credentials may become valid without a change of the files: a certificate that is
+        # not valid yet.
         if signature != seen or identity.last_error is not None or settling.waiting:
             seen = signature
             try:

@@ -1,4 +1,4 @@
-"""A certificate in words, for people: who it is, who says so, how long it holds, and what it may do."""
+"""Describes a certificate for people: its identity, issuer, validity and permitted use."""
 
 import io
 import sys
@@ -19,7 +19,9 @@ _USAGES = {ExtendedKeyUsageOID.SERVER_AUTH: "TLS server", ExtendedKeyUsageOID.CL
 
 
 def describe(certificate: x509.Certificate, now: datetime) -> list[tuple[str, str]]:
-    """The facts of a certificate that material.parse_certificates gave, as (label, words), in the order a reader wants them."""
+    """The facts of a certificate from credentials.parse_certificates, as (label, text), in display
+    order.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return [(label, visible(words)) for label, words in _facts(certificate, now)]
@@ -43,13 +45,15 @@ def _facts(certificate: x509.Certificate, now: datetime) -> list[tuple[str, str]
 
 
 def write_everything() -> None:
-    """Lets standard output escape what its encoding does not know, instead of raising: names come from files and peers."""
+    """Make standard output escape characters that its encoding lacks, instead of raising: names
+    come from files and peers.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def expiry_in_words(certificate: x509.Certificate, now: datetime) -> str:
-    """The end of a certificate for a sentence that begins with its name."""
+    """The expiry of a certificate, as a phrase after its name."""
     end = certificate.not_valid_after_utc
     if now > end:
         return f"expired {in_words(now - end)} ago, on {when(end)}"
@@ -57,7 +61,7 @@ def expiry_in_words(certificate: x509.Certificate, now: datetime) -> str:
 
 
 def in_words(span: timedelta) -> str:
-    """A span of time in its two largest units: "3 days 4 hours", "12 minutes 5 seconds"."""
+    """A duration in its two largest units: "3 days 4 hours", "12 minutes 5 seconds"."""
     seconds = max(0, int(span.total_seconds()))
     parts: list[str] = []
     for name, size in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
@@ -68,7 +72,7 @@ def in_words(span: timedelta) -> str:
 
 
 def life_left(certificate: x509.Certificate, now: datetime) -> float:
-    """The part of the lifetime that is left: 1.0 at the beginning, 0.0 or less at the end."""
+    """The fraction of the lifetime that is left: 1.0 at the start, 0.0 or less after the end."""
     lifetime = (certificate.not_valid_after_utc - certificate.not_valid_before_utc).total_seconds()
     return (certificate.not_valid_after_utc - now).total_seconds() / max(lifetime, 1.0)
 

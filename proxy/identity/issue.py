@@ -1,16 +1,18 @@
-"""Making certificates for standalone use: a trust root, and workloads' certificates signed by it.
+"""Creates certificates for standalone use: a trust root, and workload certificates signed by it.
 
-In Kubernetes something else usually issues certificates (cert-manager, SPIRE); this is for clusters without it, for the
-laboratory and for tests. The profile is that of an X.509-SVID (SPIFFE): ECDSA P-256 with SHA-256; the only name is one URI SAN;
-the subject is empty, and so the SAN is critical (RFC 5280, section 4.1.2.6).
+In Kubernetes another system usually issues certificates (cert-manager, SPIRE). This module is for
+clusters without one, for the lab and for tests. The profile is an X.509-SVID (SPIFFE): ECDSA P-256
+with SHA-256; the only name is one URI SAN; the subject is empty, so the SAN is critical (RFC 5280,
+section 4.1.2.6).
 
-Lifetimes. A workload's certificate lasts hours: its key lies beside an application, nobody revokes it, so its end must come soon
-by itself. A root lasts ten years: its end stops the whole mesh in one second, it cannot be renewed without touching every
-workload, and so its replacement should be an operator's decision (several roots at once are there for that) and never an
-expiry that surprises somebody. Its key belongs off the machines that run workloads, which is what protects it; a shorter life
-would not.
+Lifetimes. A workload's certificate lasts hours: its key is stored beside an application and is
+never revoked, so it must expire soon. A root lasts ten years: its expiry stops the whole mesh at
+once, and replacing it changes every workload. So an operator should plan the replacement (several
+roots can be trusted at once) and not be surprised by an expiry. The root's key must be stored away
+from the machines that run workloads; that protects it, a shorter lifetime would not.
 
-Clock skew. A certificate begins CLOCK_SKEW before it was made, or a machine whose clock is a little behind would refuse it.
+Clock skew. A certificate's validity starts CLOCK_SKEW before its creation. Otherwise a machine
+whose clock is slightly behind would reject it.
 """
 
 from dataclasses import dataclass
@@ -27,21 +29,24 @@ from proxy.identity.spiffe import SCHEME, SpiffeId, SpiffeIdError, check_trust_d
 
 WORKLOAD_LIFETIME = timedelta(hours=24)
 ROOT_LIFETIME = timedelta(days=3650)
-# Clocks that are kept by NTP differ by milliseconds, those of virtual machines that were asleep by seconds.
+# Clocks kept by NTP differ by milliseconds, those of virtual machines after a suspend by seconds.
 CLOCK_SKEW = timedelta(seconds=20)
-# X.509 ends with the year 9999 (RFC 5280, section 4.1.2.5); a hundred years is where a lifetime is surely a mistake.
+# X.509 ends with the year 9999 (RFC 5280, section 4.1.2.5). A lifetime above a hundred years is
+# surely a mistake.
 MAX_LIFETIME = timedelta(days=36500)
 # A common name has at most 64 characters (RFC 5280, appendix A.1).
 _MAX_COMMON_NAME = 64
 
 
 class IssueError(Exception):
-    """A certificate cannot be made as asked; the message says why."""
+    """A certificate cannot be created as requested; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """A certificate with its private key. `note` says what was made otherwise than asked (a clamped lifetime), or is ""."""
+    """A certificate with its private key. `note`: how it differs from the request (a shortened
+    lifetime), or "".
+    """
 
     certificate: x509.Certificate
     key: PrivateKey
@@ -53,32 +58,35 @@ class Issued:
 
     @property
     def key_pem(self) -> bytes:
-        """Unencrypted PKCS #8: write it with files.write_private only."""
+        """Unencrypted PKCS #8. Write it with files.write_private only."""
         return self.key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
 
 
 def make_root(
     trust_domain: str, lifetime: timedelta = ROOT_LIFETIME, *, name_constraints: bool = True, now: datetime | None = None
 ) -> Issued:
-    """A new trust root for a trust domain. Raises SpiffeIdError (trust domain) or IssueError (lifetime).
+    """Create a trust root for a trust domain. Raises SpiffeIdError (trust domain) or IssueError
+    (lifetime).
 
-    With `name_constraints` the root itself says that it vouches for names of this trust domain only, and OpenSSL holds it to
-    that: a root of one domain, trusted beside that of another, can then never speak for the other. Leave it out only for
-    verifiers that do not understand name constraints for URIs.
+    With `name_constraints` the root is limited to names of this trust domain, and OpenSSL enforces
+    that. So the root of one domain can never sign for another domain whose root is also trusted.
+    Leave it out only for verifiers that do not support name constraints for URIs.
     """
     check_trust_domain(trust_domain)
     now = now or utc_now()
     _check_lifetime(lifetime)
     key = ec.generate_private_key(ec.SECP256R1())
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-    # The start of the key identifier tells two roots of one domain apart wherever only the name is shown.
+    # The start of the key identifier distinguishes two roots of one domain where only the name is
+    # shown.
     tag = f" root {identifier.digest.hex()[:8]}"
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, trust_domain[: _MAX_COMMON_NAME - len(tag)] + tag)])
     builder = (
         _builder(subject, subject, key.public_key())
         .not_valid_before(_seconds(now - CLOCK_SKEW))
         .not_valid_after(_seconds(now + lifetime))
-        # One authority between root and workload is allowed, so that the root's key can stay off line.
+        # One intermediate CA is allowed between root and workload, so that the root's key can stay
+        # offline.
         .add_extension(x509.BasicConstraints(ca=True, path_length=1), critical=True)
         .add_extension(_key_usage(authority=True), critical=True)
         .add_extension(identifier, critical=False)
@@ -91,9 +99,11 @@ def make_root(
 
 
 def issue(root: Issued, identity: SpiffeId, lifetime: timedelta = WORKLOAD_LIFETIME, *, now: datetime | None = None) -> Issued:
-    """A new key and certificate for a workload, signed by the root. It never outlives the root; `note` says if that mattered.
+    """Create a key and a certificate for a workload, signed by the root. The certificate never
+    outlives the root; `note` says if it was shortened.
 
-    Raises IssueError when the root is not valid now, is of another trust domain, or the lifetime makes no sense.
+    Raises IssueError if the root is not valid now, belongs to another trust domain, or the lifetime
+    is invalid.
     """
     now = now or utc_now()
     _check_lifetime(lifetime)
@@ -102,12 +112,12 @@ def issue(root: Issued, identity: SpiffeId, lifetime: timedelta = WORKLOAD_LIFET
         raise IssueError(f"the root {problem}")
     domain = root_trust_domain(root.certificate)
     if domain is not None and domain != identity.trust_domain:
-        raise IssueError(f"the root is of the trust domain {domain}, it cannot vouch for {identity}")
+        raise IssueError(f"the root is for the trust domain {domain}, it cannot sign for {identity}")
     end = now + lifetime
     note = ""
     if end > root.certificate.not_valid_after_utc:
         end = root.certificate.not_valid_after_utc
-        note = f"the lifetime was shortened: the root ends on {when(end)}"
+        note = f"the lifetime was shortened: the root expires on {when(end)}"
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = (
         _builder(x509.Name([]), root.certificate.subject, key.public_key())
@@ -125,7 +135,7 @@ def issue(root: Issued, identity: SpiffeId, lifetime: timedelta = WORKLOAD_LIFET
 
 
 def root_trust_domain(root: x509.Certificate) -> str | None:
-    """The trust domain a root names (the SPIFFE URI without a path in its SAN), or None if it names none."""
+    """The trust domain that a root names (a SPIFFE URI without a path in its SAN), or None."""
     try:
         trust_domain, path = split_uri(spiffe_uri(root))
     except SpiffeIdError:
@@ -134,20 +144,21 @@ def root_trust_domain(root: x509.Certificate) -> str | None:
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-    # 159 random bits, positive, at most 20 octets (RFC 5280, section 4.1.2.2): no two certificates share a number.
+    # 159 random bits, positive, at most 20 octets (RFC 5280, section 4.1.2.2): serial numbers do
+    # not repeat.
     serial = x509.random_serial_number()
     return x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key).serial_number(serial)
 
 
 def _check_lifetime(lifetime: timedelta) -> None:
     if lifetime < timedelta(seconds=1):
-        raise IssueError(f"a lifetime of {lifetime.total_seconds():g} seconds makes no certificate: it must be positive")
+        raise IssueError(f"a lifetime of {lifetime.total_seconds():g} seconds is invalid: it must be positive")
     if lifetime > MAX_LIFETIME:
         raise IssueError(f"a lifetime of {lifetime.days} days is more than {MAX_LIFETIME.days // 365} years")
 
 
 def _seconds(moment: datetime) -> datetime:
-    """Certificates know whole seconds only (RFC 5280, section 4.1.2.5.1)."""
+    """Truncate to whole seconds, the resolution of certificates (RFC 5280, section 4.1.2.5.1)."""
     return moment.replace(microsecond=0)
 
 
@@ -160,7 +171,7 @@ def _authority_identifier(root: x509.Certificate) -> x509.AuthorityKeyIdentifier
 
 
 def _key_usage(*, authority: bool) -> x509.KeyUsage:
-    """An authority signs certificates, a workload signs handshakes. Neither does anything else with its key."""
+    """A CA signs certificates, a workload signs handshakes. No other use of the key is allowed."""
     return x509.KeyUsage(
         digital_signature=not authority,
         key_cert_sign=authority,

@@ -1,4 +1,6 @@
-"""The kinds of private keys that a workload may have (proxy/net/tls/certificate_rules.py has the rules for their public halves)."""
+"""The accepted kinds of workload private keys. proxy/net/tls/certificate_rules.py has the rules for
+public keys.
+"""
 
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 

@@ -1,17 +1,20 @@
-"""SPIFFE IDs: the names that workloads have in the mesh.
+"""SPIFFE IDs: the names of workloads in the mesh.
 
-A SPIFFE ID is a URI, `spiffe://<trust-domain>/<path>`. The trust domain says whose trust roots vouch for the name; the path
-says which workload it is. The mesh uses one form of path only, the one that Kubernetes meshes agree on:
+A SPIFFE ID is a URI, `spiffe://<trust-domain>/<path>`. The trust domain selects the trust roots;
+the path identifies the workload. The mesh uses one form of path, the common one of Kubernetes
+meshes:
 
     spiffe://<trust-domain>/ns/<namespace>/sa/<service-account>
 
-The same name travels in three disguises: as the one URI SAN of a certificate, as text in the directory and in allow-lists,
-and as a DNS name in the SNI of a TLS handshake (`<service-account>.<namespace>.sa.<trust-domain>`), by which the inbound side
-tells a handshake that is meant for it from one that is the application's own. A name that does not fit all three would fail
-late and in the dark, so it is refused here, when it is read.
+The name appears in three forms: as the one URI SAN of a certificate; as text in the directory and
+in allow-lists; and as a DNS name in the SNI of a TLS handshake
+(`<service-account>.<namespace>.sa.<trust-domain>`). By the SNI the inbound side distinguishes a
+handshake for the proxy from one of the application. A name that does not fit all three forms would
+fail late and without a clear reason, so it is rejected when it is read.
 
-Parsing is strict, since two readings of one name are a hole in an allow-list: no percent-encoding, no upper case in the trust
-domain, no empty or dot segments, no port, no user, no query, no fragment (SPIFFE-ID specification, sections 2.1 to 2.4).
+Parsing is strict, because two spellings of one name would be a hole in an allow-list: no
+percent-encoding, no upper case in the trust domain, no empty or dot segments, no port, user, query
+or fragment (SPIFFE-ID specification, sections 2.1 to 2.4).
 """
 
 import functools
@@ -21,11 +24,11 @@ from typing import Self
 
 SCHEME = "spiffe://"
 
-# The SPIFFE-ID specification, section 2.3: implementations must support 2048 bytes and may refuse more.
+# SPIFFE-ID specification, section 2.3: implementations must support 2048 bytes and may reject more.
 MAX_ID_BYTES = 2048
-# Section 2.1 limits the trust domain to what fits the host of a URI.
+# Section 2.1 limits the trust domain to the maximum length of a URI's host.
 MAX_TRUST_DOMAIN_BYTES = 255
-# RFC 1035, section 2.3.4: a label has 63 bytes, a name 253 in its written form.
+# RFC 1035, section 2.3.4: a label has at most 63 bytes, a name at most 253 in text form.
 MAX_DNS_LABEL = 63
 MAX_DNS_NAME = 253
 
@@ -33,19 +36,23 @@ _TRUST_DOMAIN = re.compile(r"[a-z0-9._-]+", re.ASCII)
 _SEGMENT = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
 # Kubernetes names: a namespace is one DNS label, a service account is a DNS subdomain (RFC 1123).
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?", re.ASCII)
-# Labels of the SNI come from the trust domain too, which may hold underscores; DNS allows them, host names do not.
+# SNI labels also come from the trust domain, which may contain underscores; DNS allows them, host
+# names do not.
 _SNI_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?", re.ASCII)
 
 
 class SpiffeIdError(ValueError):
-    """A text is not a SPIFFE ID (or pattern) of this mesh; the message quotes it and says which part is wrong."""
+    """A text is not a SPIFFE ID (or pattern) of this mesh. The message quotes it and names the
+    wrong part.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class SpiffeId:
-    """A workload's name. Hashable and comparable; every instance is valid, whichever way it was made.
+    """A workload's name. Hashable and comparable; every instance is valid.
 
-    Raises SpiffeIdError when a part is not allowed, or when the three together make no legal DNS name for the SNI.
+    Raises SpiffeIdError if a part is invalid, or if the parts together do not form a legal DNS name
+    for the SNI.
     """
 
     trust_domain: str
@@ -66,14 +73,15 @@ class SpiffeId:
 
     @property
     def sni(self) -> str:
-        """The name in DNS form, as it stands in the SNI of a handshake with this workload."""
+        """The name in DNS form, for the SNI of a handshake with this workload."""
         return f"{self.service_account}.{self.namespace}.sa.{self.trust_domain}"
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read a SPIFFE ID of the form spiffe://<trust-domain>/ns/<namespace>/sa/<service-account>.
+        """Parse a SPIFFE ID of the form
+        spiffe://<trust-domain>/ns/<namespace>/sa/<service-account>.
 
-        Raises SpiffeIdError, which quotes the text and names the part that is wrong.
+        Raises SpiffeIdError, which quotes the text and names the wrong part.
         """
         try:
             trust_domain, path = split_uri(text)
@@ -87,7 +95,9 @@ class SpiffeId:
 
 @functools.lru_cache(maxsize=1024)
 def is_identity(text: bytes) -> bool:
-    """Whether a field's value is a SPIFFE ID of the mesh's form. A pod has few callers, and each of them many requests."""
+    """Whether a field's value is a SPIFFE ID of the mesh's form. Cached: a pod has few callers,
+    each with many requests.
+    """
     try:
         SpiffeId.parse(text.decode("ascii"))
     except (SpiffeIdError, UnicodeDecodeError):
@@ -97,11 +107,13 @@ def is_identity(text: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class IdentityPattern:
-    """One entry of an allow-list: an exact SPIFFE ID, a prefix of one that ends with `/*`, or a bare `*`.
+    """An entry of an allow-list: an exact SPIFFE ID, a prefix of one that ends with `/*`, or a bare
+    `*`.
 
-    A bare `*` matches every identity. Identities reach an allow-list only after `Identity.verify_peer`, so that means every
-    identity of our own trust domain (and of those that were configured beside it). The `*` stands for whole path segments, so it
-    follows a `/`: `ns/prod*` would match `ns/production-evil` too, and `spiffe://mesh.example*` another trust domain.
+    A bare `*` matches every identity. Identities are matched only after `Identity.verify_peer`, so
+    this means every identity of the accepted trust domains. A `*` stands for whole path segments,
+    so it must follow a `/`: `ns/prod*` would also match `ns/production-evil`, and
+    `spiffe://mesh.example*` another trust domain.
     """
 
     prefix: str
@@ -112,7 +124,7 @@ class IdentityPattern:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read a pattern. Raises SpiffeIdError, which quotes the text and says what is wrong."""
+        """Parse a pattern. Raises SpiffeIdError, which quotes the text and gives the reason."""
         if "*" not in text:
             return cls(str(SpiffeId.parse(text)), exact=True)
         prefix = text[:-1]
@@ -131,7 +143,7 @@ class IdentityPattern:
 
 
 def check_trust_domain(name: str) -> None:
-    """Raise SpiffeIdError unless the name is a legal trust domain."""
+    """Raise SpiffeIdError if the name is not a legal trust domain."""
     if not name:
         raise SpiffeIdError("the trust domain is empty")
     if "@" in name:
@@ -145,9 +157,10 @@ def check_trust_domain(name: str) -> None:
 
 
 def split_uri(text: str) -> tuple[str, str]:
-    """Split any SPIFFE URI into its trust domain and its path without the leading slash ("" for a bare trust domain).
+    """Split a SPIFFE URI into trust domain and path, without the leading slash ("" for a bare trust
+    domain).
 
-    Such a bare URI names a trust domain itself: it stands in the certificate of a root. Raises SpiffeIdError.
+    A bare URI names the trust domain itself; root certificates contain it. Raises SpiffeIdError.
     """
     if not text.startswith(SCHEME):
         raise SpiffeIdError(f"it does not start with {SCHEME!r}")
@@ -174,13 +187,15 @@ def _check_path(segments: list[str]) -> None:
 
 
 def _check_prefix(prefix: str) -> None:
-    """Refuse a prefix that no identity can have, since an entry that never matches is a mistake that nobody would notice."""
+    """Reject a prefix that no identity can have: an entry that never matches is a mistake that goes
+    unnoticed.
+    """
     if not prefix.startswith(SCHEME):
         raise SpiffeIdError(f"it does not start with {SCHEME!r}")
     trust_domain, slash, path = prefix[len(SCHEME) :].partition("/")
     check_trust_domain(trust_domain)
     if not slash:
-        raise SpiffeIdError(f"the '*' may not stand inside the trust domain: write {SCHEME}{trust_domain}/*")
+        raise SpiffeIdError(f"the '*' may not be inside the trust domain: write {SCHEME}{trust_domain}/*")
     if not path.endswith("/") and path:
         raise SpiffeIdError(_instead(prefix, path.split("/")))
     given = path.split("/")
@@ -197,8 +212,8 @@ def _check_prefix(prefix: str) -> None:
 
 
 def _instead(prefix: str, given: list[str]) -> str:
-    """What to write for a prefix that ends inside a path segment."""
-    why = "the '*' may follow a '/' only, since it would match every name that begins like this"
+    """The suggested replacement for a prefix that ends inside a path segment."""
+    why = "the '*' may only follow a '/', otherwise it would match every name with this beginning"
     if len(given) == 2:
         return f"{why}: write {prefix}/* for the namespace {given[1]}"
     if len(given) == 4:
@@ -218,12 +233,12 @@ def _check_label(part: str, label: str, whole: str | None = None) -> None:
 
 def _check_sni(name: str) -> None:
     if len(name) > MAX_DNS_NAME:
-        raise SpiffeIdError(f"its DNS form, which goes into the SNI, is longer than {MAX_DNS_NAME} characters: {_quote(name)}")
+        raise SpiffeIdError(f"its DNS form for the SNI is longer than {MAX_DNS_NAME} characters: {_quote(name)}")
     for label in name.split("."):
         if len(label) > MAX_DNS_LABEL or not _SNI_LABEL.fullmatch(label):
-            raise SpiffeIdError(f"its DNS form, which goes into the SNI, has the label {_quote(label)}, which is not legal: {_quote(name)}")
+            raise SpiffeIdError(f"its DNS form for the SNI has the label {_quote(label)}, which is not legal: {_quote(name)}")
 
 
 def _quote(text: str) -> str:
-    """The text for a message: visible, and never longer than a line."""
+    """The text for a message: printable, and limited to one line."""
     return repr(text if len(text) <= 120 else text[:117] + "...")

@@ -94,7 +94,7 @@ def test_a_certificate_never_begins_before_its_root():
 @pytest.mark.parametrize(
     ("identity", "lifetime", "later", "complaint"),
     [
-        (spiffe("cart", "other.test"), timedelta(hours=1), timedelta(), "cannot vouch for"),
+        (spiffe("cart", "other.test"), timedelta(hours=1), timedelta(), "cannot sign for"),
         (spiffe("cart"), timedelta(), timedelta(), "must be positive"),
         (spiffe("cart"), timedelta(hours=-1), timedelta(), "must be positive"),
         (spiffe("cart"), timedelta(days=40000), timedelta(), "more than 100 years"),
@@ -242,7 +242,7 @@ def test_show_fails_for_an_expired_certificate_and_for_a_stranger(tmp_path, caps
     assert "EXPIRED" in capsys.readouterr().out
     assert run("show", tmp_path / "good.pem") == 0
     assert run("show", tmp_path / "good.pem", "--roots", tmp_path / "other.pem") == 1
-    assert "not vouched for" in capsys.readouterr().out
+    assert "not signed by" in capsys.readouterr().out
 
 
 def test_show_warns_before_the_end(tmp_path, capsys):

@@ -162,7 +162,7 @@ def test_a_pattern_that_can_never_match_is_refused(text, complaint):
     ],
 )
 def test_a_star_inside_a_name_is_refused_with_what_to_write_instead(text, instead):
-    with pytest.raises(SpiffeIdError, match=re.escape("the '*' may follow a '/' only")) as refused:
+    with pytest.raises(SpiffeIdError, match=re.escape("the '*' may only follow a '/'")) as refused:
         IdentityPattern.parse(text)
     assert instead in str(refused.value)
 
