@@ -97,8 +97,7 @@ class Admin:
         self._scope: trio.CancelScope
 
     async def run(self) -> None:
-        """Serve until cancelled, and increment the counter. Without listeners it returns at once.
-        """
+        """Serve until cancelled, and increment the counter. Without listeners it returns at once."""
         if not self._listeners:
             return
         thread = threading.Thread(target=self._in_thread, args=(trio.lowlevel.current_trio_token(),), name="isthmus-admin", daemon=True)

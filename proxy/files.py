@@ -29,8 +29,7 @@ PATIENCE = 10.0
 
 
 class FileUnusable(Exception):
-    """A file cannot be read, or is not a regular file. `reason` is a phrase that follows the path.
-    """
+    """A file cannot be read, or is not a regular file. `reason` is a phrase that follows the path."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -62,8 +61,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_text(path: Path, most: int) -> str:
-    """The contents of a regular file, decoded as UTF-8, at most `most` bytes. Raises FileUnusable.
-    """
+    """The contents of a regular file, decoded as UTF-8, at most `most` bytes. Raises FileUnusable."""
     try:
         return read_bytes(path, most).decode("utf-8")
     except UnicodeDecodeError as error:

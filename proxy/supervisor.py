@@ -114,8 +114,7 @@ def claimed(config: Config) -> ExitStack:
 
 @dataclass(slots=True, eq=False)
 class Life:
-    """One process of a worker. At most one question is open; all callers wait for the same answer.
-    """
+    """One process of a worker. At most one question is open; all callers wait for the same answer."""
 
     process: trio.Process
     pipe: trio.SocketStream

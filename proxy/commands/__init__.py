@@ -1,1 +1,1 @@
-"""The subcommands of `isthmus`: each module adds its parser, and is imported only when it is asked for."""
+"""The subcommands of `isthmus`. Each module adds its parser and is imported only on demand."""

@@ -1,4 +1,6 @@
-"""`isthmus check`: proves in words that this pod is set up right, or says what is wrong and how to mend it."""
+"""`isthmus check`: checks that this pod is set up correctly, or says what is wrong and how to fix
+it.
+"""
 
 import argparse
 import json
@@ -16,25 +18,25 @@ from proxy.commands.checks import Moment, Result, check_certificates, check_cloc
 from proxy.identity.inspect import write_everything
 
 DESCRIPTION = """\
-Prove that this pod is set up right, and say what is wrong and how to mend it:
+Check that this pod is set up correctly, and say what is wrong and how to fix it:
 
-  configuration   the file and the environment are understood
+  configuration   the file and the environment are valid
   certificates    certificate, key and trust roots fit together and are valid
-  proxy           if a proxy runs here already: it is ready
-  clock           this machine's time is believable
-  directory       the directory file is understood
-  redirection     a connection to an address that belongs to nobody arrives at the proxy (nothing is sent on it)
-  names           if the section `dns` is configured: questions to the pod's resolvers arrive at the proxy
-  peers           the directory's endpoints and gateways answer, and are who they should be
+  proxy           if a proxy already runs here: it is ready
+  clock           this machine's time is plausible
+  directory       the directory file is valid
+  redirection     a connection to an unused address arrives at the proxy (it carries no data)
+  names           if the section `dns` is configured: queries to the pod's resolvers arrive at the proxy
+  peers           the directory's endpoints and gateways answer and have the expected identities
 
-Run it as root, best as an init container after `isthmus intercept`: the proxy's own user is exempt from redirection and
-cannot prove it, and other users cannot go around it to reach the peers themselves.
-The exit code is 0 when nothing failed and 1 when something did; warnings alone do not fail."""
+Run it as root, preferably in an init container after `isthmus intercept`. The proxy's own user is exempt from
+redirection, so it cannot test it. Other users cannot bypass it to reach the peers directly.
+The exit code is 0 if no check failed, else 1. Warnings do not count as failures."""
 
 EPILOG = """\
 examples:
   isthmus check --config /etc/isthmus/isthmus.yaml
-  isthmus check --only configuration --only redirection      in an init container: peers may not be up yet
+  isthmus check --only configuration --only redirection      in an init container, when peers may not be up yet
   isthmus check --only certificates --only clock
   isthmus check --json | jq '.checks[] | select(.status != "ok")'"""
 
@@ -46,19 +48,23 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the subcommand `check`."""
     parser = subparsers.add_parser(
         "check",
-        help="prove that redirection, certificates, clock, directory and peers are right",
+        help="check redirection, certificates, clock, directory and peers",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="the proxy's configuration file")
-    parser.add_argument("--only", action="append", choices=CHECKS, metavar="CHECK", help="do only this check; may be repeated")
+    parser.add_argument("--only", action="append", choices=CHECKS, metavar="CHECK", help="run only this check; may be repeated")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    parser.add_argument("--timeout", type=_positive, default=3.0, metavar="SECONDS", help="for each connection (default 3)")
+    parser.add_argument("--timeout", type=_positive, default=3.0, metavar="SECONDS", help="timeout of each connection (default 3)")
     parser.add_argument(
-        "--probe-port", type=int, default=PROBE_PORT, metavar="PORT", help=f"dialled to prove redirection (default {PROBE_PORT})"
+        "--probe-port",
+        type=int,
+        default=PROBE_PORT,
+        metavar="PORT",
+        help=f"destination port of the redirection test (default {PROBE_PORT})",
     )
-    parser.add_argument("--max-peers", type=int, default=MAX_PEERS, metavar="N", help=f"endpoints to try (default {MAX_PEERS})")
+    parser.add_argument("--max-peers", type=int, default=MAX_PEERS, metavar="N", help=f"maximum endpoints to try (default {MAX_PEERS})")
     parser.set_defaults(run=run)
 
 
@@ -73,7 +79,7 @@ def _positive(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when nothing failed, 1 when something did."""
+    """0 if no check failed, else 1."""
     results = trio.run(examine, args)
     write_everything()
     print(_as_json(results) if args.json else _as_text(results))
@@ -81,11 +87,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def examine(args: argparse.Namespace) -> list[Result]:
-    """All the checks that were asked for, in the order of CHECKS. What later checks need is loaded even when it is not asked for."""
+    """Run the requested checks in the order of CHECKS. What later checks need is loaded even if not
+    requested.
+    """
     started = Moment.now()
     results, config = check_configuration(args.config, os.environ)
     if config is None:
-        return [*results, Result("everything else", "skipped", "without a configuration nothing more can be checked")]
+        return [*results, Result("everything else", "skipped", "without a valid configuration nothing more can be checked")]
     found, identity = check_certificates(config)
     results += found
     wanted = frozenset(args.only or CHECKS)
@@ -102,7 +110,7 @@ async def examine(args: argparse.Namespace) -> list[Result]:
     if "peers" in wanted and directory is not None:
         results += await check_peers(config, identity, directory, args.max_peers, args.timeout)
     certificate = config.identity.certificate if config.identity is not None else None
-    # Last, so that the clock can be watched over the time that all the others took.
+    # Last, so that the clock is observed over the time of all other checks.
     results += check_clock(certificate, started, reported)
     asked = [result for result in results if result.name in wanted]
     return sorted(asked, key=lambda result: CHECKS.index(result.name))

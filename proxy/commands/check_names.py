@@ -1,8 +1,10 @@
-"""Proof that questions of the pod's programs arrive at the proxy, over UDP and TCP, for each of the pod's resolvers.
+"""Checks that DNS queries of the pod's programs arrive at the proxy, over UDP and TCP, for each of
+its resolvers.
 
-As with redirection there are two situations. Before the proxy runs, the check is the proxy for a moment: it listens where datagrams and
-connections for the resolver should arrive, and looks whether they do. While it runs, the check asks the resolver for a name that no
-resolver of the world has (RFC 6761 keeps `.invalid` for that), and that the proxy answers by itself: an answer proves it.
+As with redirection there are two cases. Before the proxy runs, the check takes its place: it
+listens where datagrams and connections for the resolver should arrive. While the proxy runs, the
+check asks the resolver for a name that no resolver has (RFC 6761 reserves `.invalid`) and that the
+proxy answers itself: an answer proves the redirection.
 """
 
 from __future__ import annotations
@@ -28,20 +30,22 @@ from proxy.net.dial import Dialer
 from proxy.net.exceptions import ConnectFailed, NetError
 
 _NAME = "names"
-_INSTALL = "install the rules with `isthmus intercept --config FILE`, and look at them with `isthmus intercept --dry-run --config FILE`"
+_INSTALL = "install the rules with `isthmus intercept --config FILE`, and inspect them with `isthmus intercept --dry-run --config FILE`"
 
 
 async def check_names(config: Config, timeout: float) -> list[Result]:
-    """Ask each resolver over UDP and TCP, and find out where the question arrives. `timeout` in seconds, for each question."""
+    """Query each resolver over UDP and TCP, and find out where the query arrives. `timeout` in
+    seconds, per query.
+    """
     if config.dns is None:
-        return [Result(_NAME, "skipped", "DNS is left alone: there is no section `dns`")]
+        return [Result(_NAME, "skipped", "DNS is not redirected: there is no section `dns`")]
     if os.geteuid() == config.intercept.uid:
-        what = f"this runs as user {config.intercept.uid}, the proxy's own, whose questions are never redirected: nothing can be proven"
+        what = f"this runs as user {config.intercept.uid}, the proxy's own, whose queries are never redirected: cannot test it"
         return [Result(_NAME, "skipped", what, "run it as another user, in an init container as root")]
     try:
         resolvers = Resolvers.of(config.dns)
     except ConfigError as error:
-        return [Result(_NAME, "failed", str(error), "set dns.upstreams, or mend the file")]
+        return [Result(_NAME, "failed", str(error), "set dns.upstreams, or fix the file")]
     results = []
     for ours, upstream in resolvers.ways_in(config.dns):
         results.append(await _datagram(ours, upstream, timeout))
@@ -79,7 +83,7 @@ async def _connection(config: DnsConfig, upstream: Address, timeout: float) -> R
         try:
             stream = await Dialer(timeout=timeout).dial(upstream)
         except ConnectFailed as error:
-            return Result(_NAME, "failed", f"TCP: a question is not captured: {error}", _INSTALL)
+            return Result(_NAME, "failed", f"TCP: a query is not redirected: {error}", _INSTALL)
         async with stream:
             for listener in listeners:
                 with suppress(OSError):
@@ -112,5 +116,5 @@ def _is_ours(answer: bytes | None) -> bool:
 
 def _result(transport: str, upstream: Address, what: str, good: bool) -> Result:
     if good:
-        return Result(_NAME, "ok", f"{transport}: a question to {upstream} {what}")
-    return Result(_NAME, "failed", f"{transport}: a question to {upstream} does not arrive at the proxy", _INSTALL)
+        return Result(_NAME, "ok", f"{transport}: a query to {upstream} {what}")
+    return Result(_NAME, "failed", f"{transport}: a query to {upstream} does not arrive at the proxy", _INSTALL)

@@ -1,10 +1,13 @@
-"""Proof that the endpoints of the directory, and the gateways of other clusters, are reachable, and are who the directory says.
+"""Checks that the directory's endpoints and the gateways of other clusters are reachable and have
+the right identity.
 
-A meshed endpoint must complete a mutual TLS handshake with our certificate and show the identity that the directory expects; then
-the connection ends, before a byte of any application. An unmeshed one must accept a TCP connection.
+A meshed endpoint must complete a mutual TLS handshake with our certificate and present the identity
+that the directory expects. Then the connection ends, before any application data. An unmeshed
+endpoint must accept a TCP connection.
 
-These connections must leave as the proxy's own do, past the redirection, or they would be answered by our own proxy in the peer's
-place. The packet filter knows the proxy's connections by their owner or by their mark, so the check takes on either.
+These connections must bypass the redirection like the proxy's own, otherwise our own proxy would
+answer in place of the peer. The packet filter recognises the proxy's connections by their owner or
+their mark, so the check uses the same user or the same mark.
 """
 
 import dataclasses
@@ -26,7 +29,8 @@ from proxy.net.exceptions import ConnectFailed, ConnectionLost, TLSFailed
 from proxy.net.socket_stream import SocketStream
 from proxy.net.tls.handshake import TLSOffer, tls_client
 
-# Enough to prove that the mesh works; a directory may hold thousands of endpoints, and each of them would feel the handshake.
+# Enough to test the mesh. A directory may hold thousands of endpoints, and each handshake costs the
+# endpoint.
 MAX_PEERS = 50
 _AT_ONCE = 10
 
@@ -59,11 +63,11 @@ class PeerCheck:
         if expected is None:
             return Result(_NAME, "ok", f"{who}: accepts connections")
         if self.identity is None:
-            return Result(_NAME, "skipped", f"{who}: without a certificate of our own it cannot be tried")
+            return Result(_NAME, "skipped", f"{who}: it cannot be tried without a certificate for this pod")
         try:
             return await self._shake_hands(stream, self.identity, expected, who)
         except PeerRefused as error:
-            remedy = "the directory names another identity than the peer has: mend the one that is wrong"
+            remedy = "the directory and the peer's certificate disagree on the identity: fix the wrong one"
             return Result(_NAME, "failed", f"{who}: {error}", remedy)
         except (TLSFailed, ConnectionLost) as error:
             return Result(_NAME, "failed", f"{who}: {error}", _remedy(error))
@@ -72,13 +76,14 @@ class PeerCheck:
         offer = TLSOffer(server_name=expected.sni, alpn=(ALPN_HTTP1,))
         verify = partial(identity.verify_chain, expected=expected)
         tls = await tls_client(stream, identity.client_context, offer, verify=verify, timeout=self.timeout)
-        # In TLS 1.3 the server judges our certificate after our side of the handshake is done. So end our direction and read:
-        # a refusal comes as an alert, acceptance as the end of the other direction.
+        # In TLS 1.3 the server verifies our certificate after our side of the handshake is done. So
+        # close our direction and read: a rejection comes as an alert, acceptance as the end of the
+        # stream.
         await tls.send_eof()
         try:
             await tls.receive_some(1)
         except ConnectionLost:
-            pass  # it ended the connection its own way, and has not refused us
+            pass  # the peer closed in another way, but did not reject us
         finally:
             tls.close()
         return Result(_NAME, "ok", f"{who}: mutual TLS, {tls.info.version}, {tls.info.group}")
@@ -86,11 +91,11 @@ class PeerCheck:
 
 def _remedy(error: TLSFailed | ConnectionLost) -> str:
     if isinstance(error, ConnectionLost):
-        return "something answers there that does not finish TLS: is it the proxy's inbound port?"
+        return "the server there does not complete TLS: is it the proxy's inbound port?"
     return {
         "certificate": "both sides need each other's trust root: compare with `isthmus identity show`",
-        "alert": "the peer refuses our certificate: is our trust root among its roots, is its clock right?",
-        "protocol": "what answers there does not speak the mesh's TLS: is the pod meshed, is its redirection installed?",
+        "alert": "the peer rejects our certificate: is our trust root among its roots, is its clock correct?",
+        "protocol": "the server there does not use the mesh's TLS: is the pod meshed, is its redirection installed?",
         "timeout": "is the peer overloaded?",
     }[error.kind]
 
@@ -99,7 +104,7 @@ async def check_peers(config: Config, identity: Identity | None, directory: Dire
     """Try up to `limit` endpoints, `_AT_ONCE` at a time, each for at most `timeout` seconds."""
     endpoints = [endpoint for endpoint in _endpoints(directory) if not _ourselves(endpoint, identity)]
     if not endpoints:
-        return [Result(_NAME, "skipped", "the directory names no ready endpoint but our own")]
+        return [Result(_NAME, "skipped", "the directory has no ready endpoint except this pod's own")]
     results: list[Result | None] = [None] * min(limit, len(endpoints))
     slots = trio.CapacityLimiter(_AT_ONCE)
     with _as_the_proxy(config) as (dialer, unproven):
@@ -121,7 +126,9 @@ async def check_peers(config: Config, identity: Identity | None, directory: Dire
 
 
 def _endpoints(directory: Directory) -> list[Endpoint]:
-    """Other clusters' gateways (those with a name have no address yet), then each ready endpoint, once, in the order of the directory."""
+    """Gateways of other clusters that have an address (not those with a DNS name), then each ready
+    endpoint once, in the directory's order.
+    """
     ways = (gateway for cluster in directory.clusters.values() for gateway in cluster.gateways if gateway.literal)
     found = {endpoint.address: endpoint for endpoint in (gateway.at(gateway.host) for gateway in ways)}
     targets = [target for service in directory.services for target in service.targets.values()]
@@ -130,7 +137,9 @@ def _endpoints(directory: Directory) -> list[Endpoint]:
 
 
 def _ourselves(endpoint: Endpoint, identity: Identity | None) -> bool:
-    """What stays inside a pod is not redirected, so that our own endpoint answers without TLS: that proves nothing."""
+    """Whether this is our own endpoint. Traffic inside a pod is not redirected, so it answers
+    without TLS and proves nothing.
+    """
     if identity is None or endpoint.identity != identity.id:
         return False
     family = socket.AF_INET6 if ":" in endpoint.address.host else socket.AF_INET
@@ -144,21 +153,22 @@ def _ourselves(endpoint: Endpoint, identity: Identity | None) -> bool:
 
 @contextmanager
 def _as_the_proxy(config: Config) -> Iterator[tuple[Dialer, str]]:
-    """A dialer whose connections are not redirected, and "" or why that could not be had.
+    """A dialer whose connections are not redirected; and "", or why this is not possible.
 
-    Root becomes the proxy's user while the block runs: the packet filter looks at who opened a socket. This is a command-line
-    program with nothing else going on, so changing the process's user for a moment harms nobody.
+    Root changes to the proxy's user while the block runs, because the packet filter checks the
+    owner of a socket. This command does nothing else at the same time, so changing the process's
+    user for a moment is safe.
     """
     dialer = Dialer(timeout=config.tcp.connect_timeout)
     if config.mark is not None:
         if _may_mark(config.mark):
             yield dataclasses.replace(dialer, mark=config.mark), ""
         else:
-            yield dialer, "our packets may not be marked (CAP_NET_ADMIN), so our own proxy may have answered for peers"
+            yield dialer, "packets cannot be marked (needs CAP_NET_ADMIN), so this pod's own proxy may have answered for peers"
         return
     before = os.geteuid()
     if not _became(config.intercept.uid):
-        yield dialer, f"this is not user {config.intercept.uid} and cannot become it, so our own proxy may have answered for peers"
+        yield dialer, f"cannot run as user {config.intercept.uid}, so this pod's own proxy may have answered for peers"
         return
     try:
         yield dialer, ""

@@ -1,6 +1,8 @@
-"""The checks of `isthmus check` that need no traffic: configuration, certificates, clock, directory.
+"""The checks of `isthmus check` that need no traffic: configuration, certificates, clock,
+directory.
 
-Every check answers with results and never raises: a check that fails is a finding, and the next one is still of interest.
+Every check returns results and never raises: a failed check is a finding, and the next checks still
+run.
 """
 
 import time
@@ -23,19 +25,22 @@ from proxy.identity.inspect import expiry_in_words, in_words, life_left
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 
-# A clock before this software was written is a clock that nobody has set (machines without a battery begin in 1970 or 2000).
+# A time before this software was written means that the clock was never set (machines without a
+# battery start in 1970 or 2000).
 _EARLIEST = datetime(2026, 1, 1, tzinfo=UTC)
-# Below the first, clocks differ as clocks do (the Date header has whole seconds); beyond the second, certificates that last hours
-# and traces stop making sense.
+# Differences below the first are normal (the Date header has whole seconds). Beyond the second,
+# certificates that last hours and traces stop working.
 _SKEW_WARNING = 3.0
 _SKEW_FAILURE = 60.0
-# Wall clock against monotonic clock over the few seconds that a check takes.
+# The allowed difference between wall clock and monotonic clock over the few seconds of a check.
 _STEP = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one check found: `what` is the finding in words, `remedy` what to do about it ("" when there is nothing to do)."""
+    """The result of one check: `what` is the finding, `remedy` says how to fix it ("" if nothing is
+    to be done).
+    """
 
     name: str
     status: Status
@@ -56,23 +61,23 @@ class Moment:
 
 
 def check_configuration(path: Path | None, environment: Mapping[str, str]) -> tuple[list[Result], Config | None]:
-    """Read the configuration; every mistake is a result of its own."""
+    """Read the configuration; every mistake becomes a result."""
     name = "configuration"
     try:
         found = config.load(path, environment)
     except ConfigError as error:
-        remedy = "docs/configuration.md lists every setting with its limits"
+        remedy = "docs/configuration.md lists all settings and their limits"
         return [Result(name, "failed", f"{error.source}: {mistake}", remedy) for mistake in error.mistakes], None
     source = str(path) if path is not None else "defaults and environment"
     return [Result(name, "ok", f"{source}: cluster {found.cluster}, trust domain {found.trust_domain}")], found
 
 
 def check_certificates(settings: Config) -> tuple[list[Result], Identity | None]:
-    """Load the identity as the proxy does, with everything that it checks."""
+    """Load the identity as the proxy does, with all its checks."""
     name = "certificates"
     section = settings.identity
     if section is None:
-        return [Result(name, "skipped", "no identity is configured: traffic goes in clear text", "configure the section identity")], None
+        return [Result(name, "skipped", "no identity is configured: traffic is plaintext", "configure the section identity")], None
     files = MaterialFiles(section.certificate, section.key, tuple(section.roots))
     try:
         identity = Identity(files, TLSSettings(session_lifetime=section.session_lifetime, settle=section.settle))
@@ -80,8 +85,8 @@ def check_certificates(settings: Config) -> tuple[list[Result], Identity | None]
         return [Result(name, "failed", str(error), f"look at the file with: isthmus identity show {error.path}")], None
     results = [Result(name, "warning", warning) for warning in identity.warnings]
     if identity.id.trust_domain != settings.trust_domain:
-        what = f"the certificate is of the trust domain {identity.id.trust_domain}, but trust_domain is {settings.trust_domain}"
-        results.append(Result(name, "warning", what, "set trust_domain to the one of the certificates"))
+        what = f"the certificate is for the trust domain {identity.id.trust_domain}, but trust_domain is {settings.trust_domain}"
+        results.append(Result(name, "warning", what, "set trust_domain to that of the certificates"))
     now = credentials.utc_now()
     results.append(_lifetime(name, f"{identity.id}: the certificate", identity.certificate, now))
     results += [_lifetime(name, f"trust root {credentials.name_of(root)}", root, now) for root in identity.roots]
@@ -92,13 +97,15 @@ def _lifetime(name: str, what: str, certificate: x509.Certificate, now: datetime
     words = f"{what} {expiry_in_words(certificate, now)}"
     if life_left(certificate, now) > WARN_AT[0]:
         return Result(name, "ok", words)
-    return Result(name, "warning", words, "find out why it was not renewed: less than a third of its life is left")
+    return Result(name, "warning", words, "find out why it was not renewed: less than a third of its lifetime is left")
 
 
 def check_clock(certificate: Path | None, started: Moment, reported: datetime | None) -> list[Result]:
-    """Judge this machine's clock by the certificate, by the running proxy's Date header (`reported`), and by itself.
+    """Check this machine's clock against the certificate, the running proxy's Date header
+    (`reported`), and itself.
 
-    `started` was read before the other checks: if the two clocks have moved apart since, somebody is setting the time.
+    `started` was read before the other checks: if the two clocks have diverged since, the time was
+    changed.
     """
     name = "clock"
     now = Moment.now()
@@ -109,7 +116,7 @@ def check_clock(certificate: Path | None, started: Moment, reported: datetime | 
     drift = (now.wall - started.wall).total_seconds() - (now.monotonic - started.monotonic)
     if abs(drift) > _STEP:
         what = f"the clock jumped by {drift:+.1f} s while these checks ran"
-        results.append(Result(name, "warning", what, "something sets the time in steps; let NTP slew it"))
+        results.append(Result(name, "warning", what, "the time is set in steps; let NTP slew it"))
     results += _clock_by_certificate(name, certificate, now.wall)
     if reported is not None:
         results.append(_clock_by_proxy(name, now.wall, reported))
@@ -122,15 +129,15 @@ def _clock_by_certificate(name: str, path: Path | None, now: datetime) -> list[R
     try:
         leaf = credentials.parse_certificates(path, credential_files.read_file(path))[0]
     except MaterialError:
-        return []  # that is the certificates' finding
+        return []  # check_certificates reports it
     start, end = leaf.not_valid_before_utc, leaf.not_valid_after_utc
     if now < start:
-        what = f"it is {credentials.when(now)} here, but our certificate begins {in_words(start - now)} later: this clock is slow"
+        what = f"it is {credentials.when(now)} here, but our certificate becomes valid {in_words(start - now)} later: this clock is slow"
         return [Result(name, "failed", f"{what}, or the issuer's is fast", "compare both clocks with NTP")]
     if now > end:
-        what = f"it is {credentials.when(now)} here, and our certificate ended {in_words(now - end)} ago"
+        what = f"it is {credentials.when(now)} here, and our certificate expired {in_words(now - end)} ago"
         return [Result(name, "warning", what, "if the certificate is new this clock is fast; otherwise renew it")]
-    return [Result(name, "ok", f"it is {credentials.when(now)} here, {in_words(now - start)} after our certificate begins")]
+    return [Result(name, "ok", f"it is {credentials.when(now)} here, {in_words(now - start)} after the start of our certificate")]
 
 
 def _clock_by_proxy(name: str, now: datetime, reported: datetime) -> Result:
@@ -139,29 +146,29 @@ def _clock_by_proxy(name: str, now: datetime, reported: datetime) -> Result:
         return Result(name, "ok", "the running proxy has the same time")
     status: Status = "failed" if abs(difference) > _SKEW_FAILURE else "warning"
     words = f"the running proxy's clock is {in_words(timedelta(seconds=abs(difference)))} {'ahead' if difference > 0 else 'behind'}"
-    return Result(name, status, words, "set both clocks by NTP")
+    return Result(name, status, words, "synchronise both clocks with NTP")
 
 
 def check_directory(settings: Config) -> tuple[list[Result], Directory | None]:
-    """Read the directory file as the proxy does; every mistake is a result of its own."""
+    """Read the directory file as the proxy does; every mistake becomes a result."""
     name = "directory"
     if settings.directory is None:
-        what = "no directory is configured: connections go where they were addressed, in clear text"
+        what = "no directory is configured: connections go to their original destination, in plaintext"
         return [Result(name, "skipped", what, "configure directory.file")], None
     path = settings.directory.file
     try:
         text = watcher.read(path)
         found = directory.parse(text, str(path))
         if settings.directory.require_end and not watcher.ended(text):
-            raise DirectoryError(str(path), ["does not end with a line `...`, which directory.require_end asks for"])
+            raise DirectoryError(str(path), ["does not end with a line `...`, which directory.require_end requires"])
     except DirectoryError as error:
-        remedy = "mend the file, or directory.file"
+        remedy = "fix the file, or directory.file"
         return [Result(name, "failed", f"{error.source}: {mistake}", remedy) for mistake in error.mistakes], None
     return [Result(name, "ok", f"{path}: {counted(len(found.services), 'service')}, {counted(found.endpoint_count, 'endpoint')}")], found
 
 
 def worst(results: Iterable[Result]) -> Status:
-    """The status that decides: failed before warning before ok; skipped only when nothing else was found."""
+    """The overall status: failed before warning before ok; skipped only if there is nothing else."""
     found = {result.status for result in results}
     order: tuple[Status, ...] = ("failed", "warning", "ok")
     return next((status for status in order if status in found), "skipped")

@@ -1,4 +1,6 @@
-"""`isthmus directory`: the document's JSON schema, and a check that finds all mistakes at once."""
+"""`isthmus directory`: prints the document's JSON schema, and reports all mistakes in a directory
+file at once.
+"""
 
 import argparse
 import json
@@ -10,8 +12,8 @@ from proxy.directory import Cluster, Directory, DirectoryError, directory_schema
 from proxy.directory.watcher import read
 
 DESCRIPTION = """\
-The directory is the file that says which services there are, where they are served and by whom, which other clusters there are, and how
-requests are shared out among all of these. docs/configuration.md describes it."""
+The directory file lists the services, their endpoints and identities, and the other clusters. It defines how requests
+are distributed among them. docs/configuration.md describes it."""
 
 EPILOG = """\
 examples:
@@ -31,8 +33,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     jobs = parser.add_subparsers(title="jobs", required=True, metavar="JOB")
     check = jobs.add_parser(
         "check",
-        help="find all mistakes of directory files, circles included",
-        description="Read directory files as the proxy does, and print every mistake with its path. Exit code 0: none; 1: some.",
+        help="report all mistakes in directory files, including cycles",
+        description=(
+            "Read directory files as the proxy does, and print every mistake with its path. The exit code is 0 if there are none, else 1."
+        ),
     )
     check.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a directory file in YAML")
     check.set_defaults(run=run_check)
@@ -41,7 +45,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """0 when all files are good, 1 when one is not."""
+    """0 if all files are valid, else 1."""
     wrong = False
     for path in args.files:
         try:
@@ -60,7 +64,7 @@ def run_schema(_: argparse.Namespace) -> int:
 
 
 def summary(found: Directory) -> str:
-    """What a good directory has, in one line."""
+    """A summary of a valid directory in one line."""
     planned = sum(any(target.plan is not None for target in service.targets.values()) for service in found.services)
     exported = sum(service.exported for service in found.services)
     own = f"{counted(len(found.services), 'service')} ({exported} exported, {planned} with split or failover)"
@@ -75,5 +79,5 @@ def _others(clusters: Mapping[str, Cluster]) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """So many, in words: `1 service`, `2 services`."""
+    """A count with its noun: `1 service`, `2 services`."""
     return f"{number} {what}{'' if number == 1 else 's'}"

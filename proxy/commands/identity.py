@@ -1,4 +1,6 @@
-"""`isthmus identity root|issue|show`: trust roots and workload certificates for standalone use, and any certificate in words."""
+"""`isthmus identity root|issue|show`: creates trust roots and workload certificates, and describes
+certificates.
+"""
 
 import argparse
 import re
@@ -24,7 +26,7 @@ EXIT_USAGE = 64
 
 ROOT_CERTIFICATE = "root.pem"
 ROOT_KEY = "root.key"
-# The names that a directory issued here has; docs and the laboratory use them too.
+# The file names in a directory that `issue` wrote; the documentation and the lab use them too.
 CERTIFICATE = "certificate.pem"
 KEY = "key.pem"
 ROOTS = "roots.pem"
@@ -32,25 +34,25 @@ ROOTS = "roots.pem"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 _ROOT_HELP = f"""\
-Make a new trust root: the key pair whose signature makes a certificate a member of the mesh.
+Create a new trust root: the key pair that signs the certificates of the mesh's members.
 
 Writes into the directory:
   {ROOT_CERTIFICATE}   the root certificate: give it to every proxy
-  {ROOT_KEY}   its private key (mode 0600): needed by `isthmus identity issue` only, keep it off the machines of the mesh
+  {ROOT_KEY}   its private key (mode 0600): only `isthmus identity issue` needs it; keep it off the machines of the mesh
 
 example:
   isthmus identity root --trust-domain mesh.example --out ./trust
 """
 
 _ISSUE_HELP = f"""\
-Make a key and a certificate for one workload, signed by a trust root.
+Create a key and a certificate for one workload, signed by a trust root.
 
 Writes into the directory:
   {CERTIFICATE}   the workload's certificate
   {KEY}           its private key (mode 0600)
-  {ROOTS}         the trust root; add further roots to it with `cat` while you replace one
+  {ROOTS}         the trust root; to replace a root, append the new one with `cat`
 
-A running proxy takes up the new files by itself, so repeating the same command renews a certificate.
+A running proxy loads the new files by itself, so repeating the command renews a certificate.
 
 examples:
   isthmus identity issue --root ./trust --namespace shop --service-account checkout --out ./checkout
@@ -58,9 +60,9 @@ examples:
 """
 
 _SHOW_HELP = """\
-Show every certificate of PEM files in words. Private keys in the same file are ignored and never shown.
+Describe every certificate in PEM files. Private keys in the same file are ignored and never shown.
 
-The exit code is 1 when a certificate is malformed, expired or not yet valid, or, with --roots, when a workload's certificate is not
+The exit code is 1 if a certificate is malformed, expired or not yet valid; with --roots also if a workload's certificate is not
 signed by one of these trust roots.
 
 examples:
@@ -73,8 +75,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the subcommand `identity`."""
     parser = subparsers.add_parser(
         "identity",
-        help="make trust roots and certificates, show a certificate in words",
-        description="Certificates of the mesh: make a trust root, issue certificates for workloads, show any certificate in words.",
+        help="create trust roots and certificates, describe a certificate",
+        description="Certificates of the mesh: create a trust root, issue certificates for workloads, describe any certificate.",
     )
     parser.set_defaults(run=lambda _args: _usage(parser))
     actions = parser.add_subparsers(title="actions", metavar="ACTION")
@@ -84,18 +86,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _add_root(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    root = _action(actions, "root", "make a trust root", _ROOT_HELP)
+    root = _action(actions, "root", "create a trust root", _ROOT_HELP)
     root.add_argument("--trust-domain", required=True, metavar="DOMAIN", help="the name of the mesh, such as mesh.example")
-    root.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write (made with mode 0700 if it is missing)")
+    root.add_argument("--out", required=True, type=Path, metavar="DIR", help="output directory (created with mode 0700 if missing)")
     root.add_argument(
         "--lifetime",
         type=_lifetime,
         default=certificates.ROOT_LIFETIME,
         metavar="TIME",
-        help="such as 365d or 48h (default 3650d: the end of a root stops the whole mesh, so replacing it should be your decision)",
+        help="such as 365d or 48h (default 3650d: an expired root stops the whole mesh, so plan its replacement)",
     )
-    root.add_argument("--no-name-constraints", action="store_true", help="let the root vouch for names of any trust domain")
-    root.add_argument("--force", action="store_true", help="replace the root that is there: everything it has signed becomes worthless")
+    root.add_argument("--no-name-constraints", action="store_true", help="allow the root to sign names of any trust domain")
+    root.add_argument("--force", action="store_true", help="replace an existing root: all certificates that it signed become invalid")
     root.set_defaults(run=_guarded(_run_root))
 
 
@@ -105,7 +107,7 @@ def _add_issue(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     issue.add_argument("--id", metavar="SPIFFE-ID", help="spiffe://<trust-domain>/ns/<namespace>/sa/<service-account>")
     issue.add_argument("--namespace", metavar="NAME", help="instead of --id, together with --service-account")
     issue.add_argument("--service-account", metavar="NAME", help="instead of --id, together with --namespace")
-    issue.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write (made with mode 0700 if it is missing)")
+    issue.add_argument("--out", required=True, type=Path, metavar="DIR", help="output directory (created with mode 0700 if missing)")
     issue.add_argument(
         "--lifetime", type=_lifetime, default=certificates.WORKLOAD_LIFETIME, metavar="TIME", help="such as 24h, 90m or 2d (default 24h)"
     )
@@ -113,7 +115,7 @@ def _add_issue(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _add_show(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    show = _action(actions, "show", "show certificates in words", _SHOW_HELP)
+    show = _action(actions, "show", "describe certificates", _SHOW_HELP)
     show.add_argument("files", nargs="+", type=Path, metavar="FILE", help="PEM files: a certificate, a chain, a bundle of roots")
     show.add_argument(
         "--roots", type=Path, action="append", default=[], metavar="FILE", help="trust roots to verify against; may be repeated"
@@ -131,7 +133,7 @@ def _usage(parser: argparse.ArgumentParser) -> int:
 
 
 def _guarded(action: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Errors of the input become one line that names it."""
+    """Reports errors of the input as one line."""
 
     def run(args: argparse.Namespace) -> int:
         write_everything()
@@ -150,7 +152,7 @@ def _guarded(action: Callable[[argparse.Namespace], int]) -> Callable[[argparse.
 def _lifetime(text: str) -> timedelta:
     match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time: write a number and one of s, m, h, d, such as 24h")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration: write a number and one of s, m, h, d, such as 24h")
     return timedelta(seconds=int(match[1]) * _UNITS[match[2]])
 
 
@@ -158,11 +160,13 @@ def _run_root(args: argparse.Namespace) -> int:
     out: Path = args.out
     taken = [path for path in (out / ROOT_CERTIFICATE, out / ROOT_KEY) if path.exists()]
     if taken and not args.force:
-        raise IssueError(f"{taken[0]} exists: a new root would make everything the old one has signed worthless (--force to do it)")
+        raise IssueError(
+            f"{taken[0]} exists: a new root would invalidate all certificates that the old one signed (use --force to replace it)"
+        )
     root = certificates.make_root(args.trust_domain, args.lifetime, name_constraints=not args.no_name_constraints)
     _write_pair(out, (ROOT_CERTIFICATE, ROOT_KEY), root)
     print(f"{out / ROOT_CERTIFICATE}: the trust root of {args.trust_domain}; it {expiry_in_words(root.certificate, utc_now())}")
-    print(f"{out / ROOT_KEY}: its private key. Who has it can be anybody in the mesh: keep it elsewhere.")
+    print(f"{out / ROOT_KEY}: its private key. Its holder can create any identity in the mesh: keep it elsewhere.")
     return 0
 
 
@@ -191,18 +195,20 @@ def load_root(directory: Path) -> Issued:
 def _wanted_identity(args: argparse.Namespace, root: Issued) -> SpiffeId:
     if args.id is not None:
         if args.namespace is not None or args.service_account is not None:
-            raise IssueError("--id already says namespace and service account: give either --id or the two of them")
+            raise IssueError("--id already contains namespace and service account: give either --id or these two")
         return SpiffeId.parse(args.id)
     if args.namespace is None or args.service_account is None:
-        raise IssueError("who is the certificate for? give --id, or --namespace and --service-account")
+        raise IssueError("no identity given: use --id, or --namespace and --service-account")
     domain = certificates.root_trust_domain(root.certificate)
     if domain is None:
-        raise IssueError("the root does not say which trust domain it is of: give the full name with --id")
+        raise IssueError("the root does not name its trust domain: give the full name with --id")
     return SpiffeId(domain, args.namespace, args.service_account)
 
 
 def _write_pair(out: Path, names: tuple[str, str], made: Issued) -> None:
-    """Key first: a proxy that looks between the two refuses the pair, keeps what it has, and looks again."""
+    """Write the key first: a proxy that reads between the two writes rejects the pair, keeps the
+    old one, and reads again.
+    """
     files.make_private_directory(out)
     files.write_private(out / names[1], made.key_pem)
     files.write_public(out / names[0], made.certificate_pem)
@@ -239,7 +245,7 @@ def _verdict(certificate: x509.Certificate, chain: Sequence[x509.Certificate], r
         try:
             credentials.verify_chain(certificate, chain, roots, now)
         except ValueError as error:
-            print(f"  {'FAILED':<12} not vouched for by these trust roots: {error}")
+            print(f"  {'FAILED':<12} not signed by these trust roots: {error}")
             return False
         print(f"  {'verified':<12} by these trust roots")
     if life_left(certificate, now) <= WARN_AT[0]:

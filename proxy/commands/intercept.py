@@ -1,6 +1,7 @@
-"""`isthmus intercept`: install, show or remove the rules that bring the pod's traffic to the proxy.
+"""`isthmus intercept`: installs, shows or removes the rules that redirect the pod's traffic to the
+proxy.
 
-It is what the init container runs.  It changes the network namespace it is started in, and nothing else.
+The init container runs it. It changes the network namespace it runs in, and nothing else.
 """
 
 import argparse
@@ -19,13 +20,14 @@ from proxy.intercept.nftables import Captured, InterceptError, InterceptSettings
 from proxy.net.address import Address
 
 DESCRIPTION = """\
-Redirects the TCP traffic of this network namespace (a pod) to the proxy, by one nftables table `inet isthmus`:
-what the pod's programs send goes to the outbound port (4140), what arrives from outside to the inbound port (4143).
-Untouched: the proxy's own connections (known by user id or packet mark), the loopback interface, UDP, the admin port
-(4191), connections that are already open, link-local IPv6 destinations, and the ports and subnets you skip.
-If the configuration has a section `dns`, questions to the pod's resolvers (/etc/resolv.conf) go to the proxy as well,
-over UDP and TCP, whatever you skip.
-A new TCP connection that gets around the redirection by a trick, in either direction, is refused.
+Redirects the TCP traffic of this network namespace (a pod) to the proxy, with one nftables table `inet isthmus`:
+connections of the pod's programs go to the outbound port (4140), and connections from outside go to the inbound
+port (4143).
+Not redirected: the proxy's own connections (by user id or packet mark), the loopback interface, UDP, the admin port
+(4191), connections that are already open, link-local IPv6 destinations, and the skipped ports and subnets.
+If the configuration has a section `dns`, queries to the pod's resolvers (/etc/resolv.conf) also go to the proxy,
+over UDP and TCP, even if their ports or subnets are skipped.
+A new TCP connection that evades the redirection, in either direction, is rejected.
 
 Running it again replaces the rules in one step. It needs the capability NET_ADMIN and the program nft."""
 
@@ -35,16 +37,16 @@ examples:
   isthmus intercept --skip-outbound-ports 5432,6000-6010
   isthmus intercept --skip-outbound-subnets 10.0.0.0/8,fd00::/8
   isthmus intercept --no-uid --mark 0x2102             where the proxy cannot have a user id of its own
-  isthmus intercept --remove                           take the rules away; good too when there are none"""
+  isthmus intercept --remove                           remove the rules; succeeds also if there are none"""
 
-# flag, field of InterceptSettings, what it says in the help
+# flag, field of InterceptSettings, help text
 _LISTS = (
-    ("--skip-inbound-ports", "skip_inbound_ports", "arriving at these ports goes straight to the application"),
-    ("--skip-outbound-ports", "skip_outbound_ports", "sent to these ports goes straight to its destination"),
-    ("--skip-inbound-subnets", "skip_inbound_subnets", "arriving from these subnets goes straight to the application"),
-    ("--skip-outbound-subnets", "skip_outbound_subnets", "sent to these subnets goes straight to its destination"),
-    ("--redirect-inbound-ports", "redirect_inbound_ports", "only what arrives at these ports is redirected (default: all)"),
-    ("--redirect-outbound-ports", "redirect_outbound_ports", "only what is sent to these ports is redirected (default: all)"),
+    ("--skip-inbound-ports", "skip_inbound_ports", "connections to these ports go directly to the application"),
+    ("--skip-outbound-ports", "skip_outbound_ports", "connections to these ports go directly to their destination"),
+    ("--skip-inbound-subnets", "skip_inbound_subnets", "connections from these subnets go directly to the application"),
+    ("--skip-outbound-subnets", "skip_outbound_subnets", "connections to these subnets go directly to their destination"),
+    ("--redirect-inbound-ports", "redirect_inbound_ports", "redirect only connections to these ports (default: all)"),
+    ("--redirect-outbound-ports", "redirect_outbound_ports", "redirect only connections to these ports (default: all)"),
 )
 _PORTS = (
     ("--outbound-port", "the proxy's outbound port"),
@@ -57,7 +59,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the subcommand `intercept`."""
     parser = subparsers.add_parser(
         "intercept",
-        help="install (or show, or remove) the rules that bring the pod's traffic to the proxy",
+        help="install, show or remove the rules that redirect the pod's traffic to the proxy",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -66,21 +68,21 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="print the rules and change nothing")
     mode.add_argument("--remove", action="store_true", help="remove the rules")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="the proxy's configuration file; flags override what it says")
-    settings = parser.add_argument_group("settings", "lists are separated by commas; a flag replaces what the configuration says")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the proxy's configuration file; flags override it")
+    settings = parser.add_argument_group("settings", "separate list items by commas; a flag replaces the configured value")
     for flag, meaning in _PORTS:
         settings.add_argument(flag, type=int, metavar="PORT", help=meaning)
     exempt = settings.add_mutually_exclusive_group()
-    exempt.add_argument("--uid", type=int, metavar="UID", help="the user id the proxy runs as (2102)")
-    exempt.add_argument("--no-uid", action="store_true", help="no exemption by user id (then --mark is needed)")
-    settings.add_argument("--no-dns", action="store_true", help="leave DNS alone, whatever the configuration says")
-    settings.add_argument("--mark", type=_number, metavar="MARK", help="the mark on the proxy's own packets, e.g. 0x2102")
+    exempt.add_argument("--uid", type=int, metavar="UID", help="the proxy's user id (2102)")
+    exempt.add_argument("--no-uid", action="store_true", help="no exemption by user id (then --mark is required)")
+    settings.add_argument("--no-dns", action="store_true", help="do not redirect DNS, even if it is configured")
+    settings.add_argument("--mark", type=_number, metavar="MARK", help="the mark of the proxy's own packets, e.g. 0x2102")
     for flag, field, meaning in _LISTS:
         settings.add_argument(flag, dest=field, type=_list, metavar="LIST", help=meaning)
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when done, 1 when the kernel did not take it, 64 when the settings are wrong."""
+    """0 on success, 1 if the kernel rejected the rules, 64 if the settings are invalid."""
     try:
         if args.remove:
             nftables.remove()
@@ -101,9 +103,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _from_config(path: Path | None) -> InterceptSettings:
-    """The settings before any flag: those of the proxy's configuration, so that both agree on ports, uid and mark.
+    """The settings before any flags: from the proxy's configuration, so that both agree on ports,
+    uid and mark.
 
-    Raises ConfigError, or SettingsInvalid when the listeners of one direction are on several ports.
+    Raises ConfigError, or SettingsInvalid if the listeners of one direction are on several ports.
     """
     if path is None and not any(name.startswith(config.PREFIX) for name in os.environ):
         return InterceptSettings()
@@ -134,7 +137,7 @@ def _captured(dns: DnsConfig, resolvers: Resolvers) -> tuple[Captured, ...]:
 
 
 def _one_port(direction: str, addresses: Sequence[Address], mistakes: list[str]) -> int | None:
-    """The port that connections are redirected to: one for IPv4 and IPv6.  None when the direction is off."""
+    """The port that connections are redirected to, for IPv4 and IPv6. None if the direction is off."""
     ports = sorted({address.port for address in addresses})
     if len(ports) > 1:
         mistakes.append(f"{direction}.listen: the addresses are on several ports ({', '.join(map(str, ports))}), but a redirection has one")
@@ -142,7 +145,7 @@ def _one_port(direction: str, addresses: Sequence[Address], mistakes: list[str])
 
 
 def _override(settings: InterceptSettings, args: argparse.Namespace) -> InterceptSettings:
-    """The settings with the flags that were given."""
+    """The settings, overridden by the given flags."""
     names = ("outbound_port", "inbound_port", "admin_port", "uid", "mark", *(field for _, field, _ in _LISTS))
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.no_uid:

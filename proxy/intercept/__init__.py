@@ -1,4 +1,4 @@
-"""Interception: the rules that bring a pod's connections to the proxy.
+"""Interception: the rules that redirect a pod's connections to the proxy.
 
-nftables.py   the ruleset as text, from settings; pure
+nftables.py   the ruleset as text, from settings, and its installation
 """

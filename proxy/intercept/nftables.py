@@ -1,53 +1,70 @@
-"""Interception: the nftables ruleset that brings a pod's TCP traffic to the proxy without the application knowing.
+"""Interception: the nftables ruleset that redirects a pod's TCP traffic to the proxy, transparently
+for programs.
 
-General theory of operation.  One table of the family `inet` (IPv4 and IPv6 together) holds two chains of the type `nat`, through
-which the kernel sends the first packet of a connection only; what they decide holds for the connection's whole life.
+How it works. One table of the family `inet` (IPv4 and IPv6) holds two chains of the type `nat`. The
+kernel sends only the first packet of a connection through them; the decision holds for the whole
+connection.
 
-* `output` sees what the pod's own programs send.  It sends every new TCP connection to the outbound port, except: the proxy's
-  own (recognised by its user id or by a packet mark; without this exemption the proxy would be its own client for ever),
-  what stays inside the pod (leaves through `lo`), link-local IPv6 (below), and what the settings skip.
-* `prerouting` sees what arrives from outside.  It sends every new TCP connection for an address of the pod to the inbound port,
-  except the admin port and what the settings skip.  A connection straight to the inbound port arrives there too: its original
-  destination is then the proxy itself, which is how the proxy recognises a loop.
+- `output` sees what the pod's own programs send. It redirects every new TCP connection to the
+outbound port, except the proxy's own connections (recognised by user id or packet mark; without
+this exemption the proxy would connect to itself forever), connections inside the pod (they leave
+through `lo`), link-local IPv6 (below), and what the settings skip.
+- `prerouting` sees what arrives from outside. It redirects every new TCP connection to an address
+of the pod to the inbound port, except the admin port and what the settings skip. A direct
+connection to the inbound port arrives there too: its original destination is then the proxy itself,
+and by that the proxy recognises a loop.
 
-Where the connection was going is not lost: the proxy asks the kernel (SO_ORIGINAL_DST, and IP6T_SO_ORIGINAL_DST for IPv6).
+The original destination is not lost: the proxy asks the kernel (SO_ORIGINAL_DST, for IPv6
+IP6T_SO_ORIGINAL_DST).
 
-Only a first SYN is redirected.  Connection tracking begins when the first NAT chain is installed and would take the next packet
-of an already open connection for the first one of a new connection; without the test of the flags a running pod would lose its
-connections at that moment.
+Only a first SYN is redirected. Connection tracking starts when the first NAT chain is installed. It
+would take the next packet of an already open connection for the first packet of a new one. Without
+the check of the flags, a running pod would lose its connections at that moment.
 
-That test alone would be a hole.  A peer can send a bare ACK before its SYN: connection tracking takes it for a connection that was
-open (nf_conntrack_tcp_loose), NAT decides to do nothing, and the SYN that follows from the same port belongs to that "connection" and
-is not redirected.  (Most such ACKs are answered by a reset, which ends it; one with a TCP-MD5 signature that nobody expects is not,
-RFC 2385.)  A program of the pod can leave past the outbound proxy in the same way, if somebody outside sends it the ACK.  So two
-chains of the type `filter`, through which every packet goes, stand behind the redirection:
+That check alone would leave a hole. A peer can send a bare ACK before its SYN: connection tracking
+takes it for an open connection (nf_conntrack_tcp_loose), NAT decides to do nothing, and the SYN
+that follows from the same port belongs to that "connection" and is not redirected. (Most such ACKs
+are answered with a reset, which ends the entry. An ACK with an unexpected TCP-MD5 signature is not,
+RFC 2385.) In the same way, a program in the pod can bypass the outbound proxy if a host outside
+sends it the ACK. So two chains of the type `filter`, through which every packet passes, follow the
+redirection:
 
-* `guard_input` refuses each SYN from outside that has not come out of the redirection at the inbound port, but for the same exceptions.
-* `guard_output` refuses each SYN that would leave the pod, but for the same exceptions: a redirected one goes to a local address.
+- `guard_input` rejects each SYN from outside that was not redirected to the inbound port, with the
+same exceptions.
+- `guard_output` rejects each SYN that would leave the pod, with the same exceptions: a redirected
+one goes to a local address.
 
-They look at the packet, after NAT, and never ask connection tracking: whatever it believes (a stray entry, a packet it calls invalid,
-a `notrack` of somebody else), a SYN that was not redirected opens nothing.  Packets other than SYN pass, because they open nothing:
-a listener answers them by a reset.  (But for the answer to a SYN cookie, and none is made for a SYN that has not been let through.)
-What the kernel cannot read as far as the flags, such as fragments within fragments, does not match the exceptions and is dropped.
+They check the packet after NAT and never ask connection tracking. Whatever its state (a stray
+entry, a packet it calls invalid, a foreign `notrack` rule), a SYN that was not redirected opens
+nothing. Packets other than SYN pass, because they open nothing: a listener answers them with a
+reset. (The exception is the answer to a SYN cookie, but no cookie is made for a SYN that did not
+pass.) Packets whose flags the kernel cannot read, such as fragments within fragments, do not match
+the exceptions and are dropped.
 
-They refuse by a reset rather than silently.  An honest client that runs into this (its port has a stale entry) knows at once and can
-try again from another port, and newer kernels mark the entry as closed, so that it is gone in ten seconds rather than five minutes; a
-dropped SYN would be repeated for two minutes, each time in vain.  A reset tells an attacker no more than a closed port does.
+The chains reject with a reset instead of dropping silently. An honest client that runs into this
+(its port has a stale entry) learns it at once and can retry from another port. Newer kernels also
+mark the entry as closed, so that it is gone in ten seconds instead of five minutes. A dropped SYN
+would be retransmitted for two minutes without success. A reset tells an attacker no more than a
+closed port does.
 
-Link-local IPv6 (fe80::/10): an address without its interface cannot be dialled, and SO_ORIGINAL_DST does not tell the interface.
-Outbound it is therefore left alone.  Inbound it is not, or each neighbour on the link could reach the application without the proxy:
-such a connection arrives at the proxy and fails there.
+Link-local IPv6 (fe80::/10): such an address cannot be dialled without its interface, and
+SO_ORIGINAL_DST does not give the interface. So outbound it is not redirected. Inbound it is,
+because otherwise each neighbour on the link could reach the application without the proxy: such a
+connection arrives at the proxy and fails there.
 
-DNS, if that is switched on: questions of the pod's programs to the pod's own resolvers, over UDP and TCP, go to the proxy, and questions to
-anybody else do not. A datagram that was redirected does not say where it was going (proxy/config/resolv_conf.py), and a program that asks a
-resolver of its own choice, as resolvers do, has its reasons. So there is a rule for each resolver, with a port for its datagrams. These
-rules stand before the one for the loopback interface, because a pod's resolver may live there, and before what the settings skip: those
-are about connections. A datagram that leaves for a resolver all the same, on a flow that connection tracking knew before the rules
-came, is refused by `guard_output`: the program is told at once, and asks again. So it is as long as the proxy does not run: the kernel
-answers for it that nobody listens, and no program has to wait.
+DNS, if enabled: queries of the pod's programs to the pod's own resolvers, over UDP and TCP, go to
+the proxy. Queries to other resolvers do not: a redirected datagram does not carry its destination
+(proxy/config/resolv_conf.py), and a program that chooses its own resolver has its reasons. So there
+is one rule per resolver, with its own port for datagrams. These rules come before the rule for the
+loopback interface, because a pod's resolver may be there, and before the skip settings, which are
+about connections. A datagram can still leave for a resolver, on a flow that connection tracking
+knew before the rules were installed. `guard_output` rejects it: the program learns it at once and
+asks again. While the proxy does not run, the kernel rejects redirected datagrams (port
+unreachable), so no program has to wait.
 
-The whole ruleset is one nft transaction which begins with `add table` and `delete table`: it replaces what was there, does not
-fail when nothing was there, and at no time is there half a ruleset.  But for DNS, what is not TCP is never touched.
+The whole ruleset is one nft transaction that starts with `add table` and `delete table`: it
+replaces an existing table, does not fail without one, and never leaves a partial ruleset. Except
+for DNS, only TCP is affected.
 """
 
 import dataclasses
@@ -59,15 +76,17 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 TABLE = "isthmus"
-SYSTEM_PATH = ":/usr/sbin:/sbin"  # where nft lives; an ordinary user's PATH often lacks them
+# directories of nft; they are often missing in an ordinary user's PATH
+SYSTEM_PATH = ":/usr/sbin:/sbin"
 NFT_TIMEOUT = 20.0  # seconds; a transaction takes milliseconds, but the kernel may have to load modules first
 
-# -100 is what nft calls dstnat; in the output hook the name is known only to newer versions.  0 comes after it: ports are those after NAT.
+# -100 is nft's dstnat; newer versions only know that name in the output hook. 0 runs after it and
+# sees the ports after NAT.
 _NAT = "type nat hook {} priority -100; policy accept;"
 _FILTER = "type filter hook {} priority 0; policy accept;"
 _FIRST_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
 _FIRST_SYN_ONLY = (
-    "# Only a first SYN opens a connection; open ones are left alone.",
+    "# Only a first SYN opens a connection; open connections are not touched.",
     "meta l4proto != tcp return",
     "tcp flags & (fin | syn | rst | ack) != syn return",
 )
@@ -78,11 +97,11 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class InterceptError(Exception):
-    """The rules could not be installed or removed; the message says why and what to do."""
+    """The rules could not be installed or removed; the message gives the reason and the remedy."""
 
 
 class SettingsInvalid(InterceptError, ValueError):
-    """The settings are wrong; `mistakes` names all of them."""
+    """The settings are invalid; `mistakes` lists all problems."""
 
     def __init__(self, mistakes: Sequence[str]) -> None:
         super().__init__("; ".join(mistakes))
@@ -90,7 +109,9 @@ class SettingsInvalid(InterceptError, ValueError):
 
 
 class Captured(NamedTuple):
-    """A resolver whose questions are captured: its address and port, and the port of the proxy that datagrams for it go to."""
+    """A resolver whose queries are captured: its address and port, and the proxy's port for its
+    datagrams.
+    """
 
     host: str
     port: int
@@ -99,12 +120,13 @@ class Captured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class InterceptSettings:
-    """What the ruleset says.
+    """The input of the ruleset.
 
-    `uid` and `mark` are two ways to exempt the proxy's own connections; at least one is needed, both may be given.
-    Ports are numbers or inclusive ranges ("4000-4010"); subnets are in CIDR notation, a bare address is itself.
-    A direction whose port is None is not redirected.  `redirect_*_ports`, when not empty, narrow the redirection down to these ports;
-    skipped ports still win.  `dns_port` is where TCP connections to the `resolvers` go; None: DNS is left alone.
+    `uid` and `mark` are two ways to exempt the proxy's own connections; at least one is required.
+    Ports are numbers or inclusive ranges ("4000-4010"). Subnets are in CIDR notation; a bare
+    address is a subnet of one. A direction whose port is None is not redirected. A non-empty
+    `redirect_*_ports` limits the redirection to these ports; skipped ports still win. `dns_port` is
+    the proxy's port for TCP connections to the `resolvers`; None: DNS is not redirected.
     """
 
     outbound_port: int | None = 4140
@@ -123,7 +145,7 @@ class InterceptSettings:
 
 
 def parse_ports(spec: PortSpec) -> tuple[int, int]:
-    """A port or an inclusive range as (first, last); raises ValueError with the reason."""
+    """A port or an inclusive range as (first, last). Raises ValueError with the reason."""
     text = str(spec).strip()
     first, dash, last = text.partition("-")
     if not (first.isascii() and first.isdigit()) or (dash and not (last.isascii() and last.isdigit())):
@@ -138,7 +160,9 @@ def parse_ports(spec: PortSpec) -> tuple[int, int]:
 
 
 def parse_subnet(text: str) -> Network:
-    """A subnet in CIDR notation, or an address; raises ValueError with the reason (also when host bits are set)."""
+    """A subnet in CIDR notation, or an address. Raises ValueError with the reason, also if host
+    bits are set.
+    """
     try:
         return ipaddress.ip_network(text.strip(), strict=True)
     except ValueError as error:
@@ -146,7 +170,7 @@ def parse_subnet(text: str) -> Network:
 
 
 def check(settings: InterceptSettings) -> list[str]:
-    """All mistakes in the settings, each with the name of its field; empty when there is none."""
+    """All mistakes in the settings, each with its field name; empty if there are none."""
     mistakes: list[str] = []
     named = ((name, getattr(settings, name)) for name in ("outbound_port", "inbound_port", "admin_port", "dns_port"))
     listeners = {name: port for name, port in named if port is not None}
@@ -154,13 +178,13 @@ def check(settings: InterceptSettings) -> list[str]:
     if len(set(listeners.values())) < len(listeners):
         mistakes.append(f"{', '.join(listeners)}: must differ from each other, but are {', '.join(map(str, listeners.values()))}")
     if settings.uid is None and settings.mark is None:
-        mistakes.append("uid, mark: one of them is needed, or the proxy's own connections would be redirected to the proxy")
+        mistakes.append("uid, mark: one of them is needed, otherwise the proxy's own connections would be redirected to itself")
     if settings.uid is not None and not 0 <= settings.uid < 2**32 - 1:
         mistakes.append(f"uid: {settings.uid} is not a user id")
     if settings.mark is not None and not 1 <= settings.mark < 2**32:
-        mistakes.append(f"mark: {settings.mark} is not a packet mark (1-4294967295; 0 is what every unmarked packet has)")
+        mistakes.append(f"mark: {settings.mark} is not a packet mark (1-4294967295; 0 means unmarked)")
     if settings.dns_port is not None and settings.outbound_port is None:
-        mistakes.append("dns_port: names lead to the outbound port, but there is none")
+        mistakes.append("dns_port: DNS answers lead to the outbound port, but there is none")
     for host, *used in settings.resolvers:
         if not _is_address(host) or not all(1 <= port <= 65535 for port in used):
             mistakes.append(f"resolvers: {host!r}, {used}: expected an IP address, its port, and a port of the proxy")
@@ -184,7 +208,9 @@ def _is_address(text: str) -> bool:
 
 
 def merge_ports(specs: Iterable[PortSpec]) -> list[str]:
-    """Ports and ranges in order, without overlaps: an interval set refuses elements that overlap."""
+    """Ports and ranges in order, with overlaps merged: an nft interval set rejects overlapping
+    elements.
+    """
     merged: list[tuple[int, int]] = []
     for low, high in sorted(map(parse_ports, specs)):
         if merged and low <= merged[-1][1] + 1:
@@ -195,7 +221,7 @@ def merge_ports(specs: Iterable[PortSpec]) -> list[str]:
 
 
 def _set(name: str, kind: str, elements: Sequence[str]) -> list[str]:
-    """The lines of a named interval set; none when it would be empty."""
+    """The lines of a named interval set; empty if it has no elements."""
     if not elements:
         return []
     return [f"\tset {name} {{", f"\t\ttype {kind}", "\t\tflags interval", f"\t\telements = {{ {', '.join(elements)} }}", "\t}", ""]
@@ -224,7 +250,7 @@ def _direction(settings: InterceptSettings, direction: str) -> tuple[list[str], 
 
 
 def render(settings: InterceptSettings) -> str:
-    """The ruleset as text for `nft -f -`: pure, the same settings give the same text.  Raises SettingsInvalid."""
+    """The ruleset as text for `nft -f -`. Pure: same settings, same text. Raises SettingsInvalid."""
     if mistakes := check(settings):
         raise SettingsInvalid(mistakes)
     chains: list[str] = []
@@ -241,23 +267,38 @@ def _outbound(settings: InterceptSettings, port: int) -> list[str]:
     own += [f"meta mark {settings.mark:#010x} return"] if settings.mark is not None else []
     skips = ["# Link-local: the proxy could not dial it.", "ip6 daddr fe80::/10 return", *skips]
     questions, left = _dns(settings)
-    redirect = ["# The proxy's own.", *own, *questions, "# What stays inside the pod.", 'oifname "lo" return', *_FIRST_SYN_ONLY, *skips]
-    guard = ["# The proxy's own.", *own, "# What stays inside the pod, and so all that was redirected.", "fib daddr type local return"]
+    redirect = [
+        "# The proxy's own connections.",
+        *own,
+        *questions,
+        "# Traffic inside the pod.",
+        'oifname "lo" return',
+        *_FIRST_SYN_ONLY,
+        *skips,
+    ]
+    guard = [
+        "# The proxy's own connections.",
+        *own,
+        "# Traffic inside the pod, which includes all redirected traffic.",
+        "fib daddr type local return",
+    ]
     guard += left
     return [
         *sets,
-        "\t# What the pod's programs send goes to the outbound port.",
+        "\t# Connections of the pod's programs go to the outbound port.",
         *_chain("output", _NAT.format("output"), [*redirect, f"meta l4proto tcp redirect to :{port}"]),
-        "\t# A new connection that left the pod without it, by whatever trick, would go past the mesh.",
+        "\t# A new connection that is not redirected would leave the pod without the mesh.",
         *_chain("guard_output", _FILTER.format("output"), [*guard, *_FIRST_SYN_ONLY, *skips, _REFUSE]),
     ]
 
 
 def _dns(settings: InterceptSettings) -> tuple[list[str], list[str]]:
-    """The rules that capture questions to the pod's resolvers, and those that refuse datagrams which left uncaptured."""
+    """The rules that capture queries to the pod's resolvers, and the rules that reject datagrams
+    left uncaptured.
+    """
     if settings.dns_port is None or not settings.resolvers:
         return [], []
-    capture, refuse = ["# Questions to the pod's resolvers."], ["# Questions that were not redirected."]
+    capture, refuse = ["# Queries to the pod's resolvers."], ["# Queries that were not redirected."]
     for host, port, datagrams in settings.resolvers:
         to = f"{'ip6' if ':' in host else 'ip'} daddr {host}"
         capture.append(f"{to} udp dport {port} redirect to :{datagrams}")
@@ -270,13 +311,13 @@ def _inbound(settings: InterceptSettings, port: int) -> list[str]:
     sets, skips = _direction(settings, "inbound")
     admin = f"tcp dport {settings.admin_port} return"
     redirect = ['iifname "lo" return', "fib daddr type != local return", *_FIRST_SYN_ONLY, admin, *skips]
-    guard = ['iifname "lo" return', *_FIRST_SYN_ONLY, "# What was redirected.", f"tcp dport {port} return", admin, *skips]
-    unreadable = ["# All else is not readable: fragments within fragments, for instance.", "counter drop"]
+    guard = ['iifname "lo" return', *_FIRST_SYN_ONLY, "# Redirected traffic.", f"tcp dport {port} return", admin, *skips]
+    unreadable = ["# Everything else is unreadable, such as fragments within fragments.", "counter drop"]
     return [
         *sets,
-        "\t# What arrives from outside goes to the inbound port.",
+        "\t# Connections from outside go to the inbound port.",
         *_chain("prerouting", _NAT.format("prerouting"), [*redirect, f"meta l4proto tcp redirect to :{port}"]),
-        "\t# A new connection that arrived without it, by whatever trick, would reach the application without the proxy's judgement.",
+        "\t# A new connection that is not redirected would reach the application without the proxy's checks.",
         *_chain("guard_input", _FILTER.format("input"), [*guard, _REFUSE, *unreadable]),
     ]
 
@@ -286,25 +327,27 @@ def _chain(name: str, kind: str, rules: Sequence[str]) -> list[str]:
 
 
 def render_removal() -> str:
-    """The transaction that takes the table away, also when it is not there."""
+    """The transaction that removes the table. It does not fail without one."""
     return f"add table inet {TABLE}\ndelete table inet {TABLE}\n"
 
 
 def apply(settings: InterceptSettings) -> None:
-    """Install the ruleset in the network namespace of this process, replacing an earlier one.  Raises InterceptError."""
+    """Install the ruleset in this process's network namespace, replacing an earlier one. Raises
+    InterceptError.
+    """
     run_nft(render(settings))
 
 
 def remove() -> None:
-    """Take the ruleset away; nothing is left.  Raises InterceptError, but not when there was none."""
+    """Remove the ruleset. Raises InterceptError, but not if there is no ruleset."""
     run_nft(render_removal())
 
 
 def run_nft(script: str) -> None:
-    """Give one transaction to the kernel by the program nft.  Raises InterceptError in words."""
+    """Apply one transaction with the program nft. Raises InterceptError."""
     nft = shutil.which("nft", path=os.environ.get("PATH", os.defpath) + SYSTEM_PATH)
     if nft is None:
-        raise InterceptError("the program nft is not installed (the package is called nftables on Debian, Fedora and Alpine)")
+        raise InterceptError("the program nft is not installed (package nftables on Debian, Fedora and Alpine)")
     try:
         done = subprocess.run([nft, "-f", "-"], input=script, capture_output=True, text=True, timeout=NFT_TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
@@ -316,12 +359,12 @@ def run_nft(script: str) -> None:
 
 
 def explain(stderr: str) -> str:
-    """What nft wrote to its standard error, as one line that says what to do."""
+    """nft's standard error as one line that says what to do."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     first = next((line for line in lines if "Error" in line), lines[0] if lines else "no reason given")
     if "Operation not permitted" in stderr or "must be root" in stderr:
-        return f"the kernel does not let this process change its rules: it needs the capability NET_ADMIN (nft: {first})"
+        return f"this process may not change the kernel's rules: it needs the capability NET_ADMIN (nft: {first})"
     if any(text in stderr for text in ("Protocol not supported", "Operation not supported", "No such file or directory", "address family")):
         needed = "nftables with NAT, fib lookups and reject (modules nft_chain_nat, nft_redir, nft_fib_inet, nft_reject_inet)"
-        return f"the kernel lacks what the rules need: {needed} (nft: {first})"
-    return f"nft refused the rules: {first}"
+        return f"the kernel lacks features that the rules need: {needed} (nft: {first})"
+    return f"nft rejected the rules: {first}"

@@ -27,9 +27,7 @@ _EVICTED = {
 }
 
 
-def acceptor(
-    name: str, handler: Callable[[Connection], Awaitable[None]], bounds: Bounds, metrics: Metrics, descriptors: int
-) -> Acceptor:
+def acceptor(name: str, handler: Callable[[Connection], Awaitable[None]], bounds: Bounds, metrics: Metrics, descriptors: int) -> Acceptor:
     """An acceptor of traffic, limited to the connections that the descriptors suffice for.
 
     `descriptors` are reserved; the rest of RLIMIT_NOFILE serves the traffic of both directions. A

@@ -183,8 +183,7 @@ def resident() -> int:
 
 
 def collect_seldom() -> None:
-    """Make automatic full collections of the garbage collector rare (see the module's docstring).
-    """
+    """Make automatic full collections of the garbage collector rare (see the module's docstring)."""
     gc.set_threshold(*gc.get_threshold()[:2], _FULL_COLLECTION)
 
 

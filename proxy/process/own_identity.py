@@ -50,8 +50,7 @@ class OwnIdentity:
             self._note(self.current)
 
     def not_ready(self) -> str | None:
-        """Why peers refuse our certificate now (not yet valid, or expired); None if they accept it.
-        """
+        """Why peers refuse our certificate now (not yet valid, or expired); None if they accept it."""
         return self.current.validity_problem() if self.current is not None else None
 
     async def watch(self) -> None:

@@ -81,7 +81,7 @@ async def test_who_cannot_become_the_proxys_user_is_warned_that_peers_may_not_be
         with ordinary_user():
             results = await check_peers(config, identity, snapshot((address, None)), 10, 5)
     assert statuses(results) == ["ok", "warning"]
-    assert "our own proxy may have answered" in results[1].what
+    assert "own proxy may have answered" in results[1].what
 
 
 async def test_a_silent_peer_is_given_up_at_the_deadline(tmp_path, cart, root):

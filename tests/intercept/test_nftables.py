@@ -43,15 +43,15 @@ table inet isthmus {
 \t\telements = { fd00::/8 }
 \t}
 
-\t# What the pod's programs send goes to the outbound port.
+\t# Connections of the pod's programs go to the outbound port.
 \tchain output {
 \t\ttype nat hook output priority -100; policy accept;
-\t\t# The proxy's own.
+\t\t# The proxy's own connections.
 \t\tmeta skuid 2102 return
 \t\tmeta mark 0x00002102 return
-\t\t# What stays inside the pod.
+\t\t# Traffic inside the pod.
 \t\toifname "lo" return
-\t\t# Only a first SYN opens a connection; open ones are left alone.
+\t\t# Only a first SYN opens a connection; open connections are not touched.
 \t\tmeta l4proto != tcp return
 \t\ttcp flags & (fin | syn | rst | ack) != syn return
 \t\t# Link-local: the proxy could not dial it.
@@ -62,15 +62,15 @@ table inet isthmus {
 \t\tmeta l4proto tcp redirect to :4140
 \t}
 
-\t# A new connection that left the pod without it, by whatever trick, would go past the mesh.
+\t# A new connection that is not redirected would leave the pod without the mesh.
 \tchain guard_output {
 \t\ttype filter hook output priority 0; policy accept;
-\t\t# The proxy's own.
+\t\t# The proxy's own connections.
 \t\tmeta skuid 2102 return
 \t\tmeta mark 0x00002102 return
-\t\t# What stays inside the pod, and so all that was redirected.
+\t\t# Traffic inside the pod, which includes all redirected traffic.
 \t\tfib daddr type local return
-\t\t# Only a first SYN opens a connection; open ones are left alone.
+\t\t# Only a first SYN opens a connection; open connections are not touched.
 \t\tmeta l4proto != tcp return
 \t\ttcp flags & (fin | syn | rst | ack) != syn return
 \t\t# Link-local: the proxy could not dial it.
@@ -93,12 +93,12 @@ table inet isthmus {
 \t\telements = { 192.0.2.1/32 }
 \t}
 
-\t# What arrives from outside goes to the inbound port.
+\t# Connections from outside go to the inbound port.
 \tchain prerouting {
 \t\ttype nat hook prerouting priority -100; policy accept;
 \t\tiifname "lo" return
 \t\tfib daddr type != local return
-\t\t# Only a first SYN opens a connection; open ones are left alone.
+\t\t# Only a first SYN opens a connection; open connections are not touched.
 \t\tmeta l4proto != tcp return
 \t\ttcp flags & (fin | syn | rst | ack) != syn return
 \t\ttcp dport 4191 return
@@ -107,20 +107,20 @@ table inet isthmus {
 \t\tmeta l4proto tcp redirect to :4143
 \t}
 
-\t# A new connection that arrived without it, by whatever trick, would reach the application without the proxy's judgement.
+\t# A new connection that is not redirected would reach the application without the proxy's checks.
 \tchain guard_input {
 \t\ttype filter hook input priority 0; policy accept;
 \t\tiifname "lo" return
-\t\t# Only a first SYN opens a connection; open ones are left alone.
+\t\t# Only a first SYN opens a connection; open connections are not touched.
 \t\tmeta l4proto != tcp return
 \t\ttcp flags & (fin | syn | rst | ack) != syn return
-\t\t# What was redirected.
+\t\t# Redirected traffic.
 \t\ttcp dport 4143 return
 \t\ttcp dport 4191 return
 \t\ttcp dport @skip_inbound_ports return
 \t\tip saddr @skip_inbound_subnets4 return
 \t\tmeta l4proto tcp counter reject with tcp reset
-\t\t# All else is not readable: fragments within fragments, for instance.
+\t\t# Everything else is unreadable, such as fragments within fragments.
 \t\tcounter drop
 \t}
 }
@@ -165,19 +165,19 @@ def test_the_ruleset_reads_as_documented() -> None:
 
 
 QUESTIONS = """\
-\t\t# Questions to the pod's resolvers.
+\t\t# Queries to the pod's resolvers.
 \t\tip daddr 10.96.0.10 udp dport 53 redirect to :4153
 \t\tip daddr 10.96.0.10 tcp dport 53 tcp flags & (fin | syn | rst | ack) == syn redirect to :4153
 \t\tip6 daddr fd00::a udp dport 5353 redirect to :4154
 \t\tip6 daddr fd00::a tcp dport 5353 tcp flags & (fin | syn | rst | ack) == syn redirect to :4153
-\t\t# What stays inside the pod.
+\t\t# Traffic inside the pod.
 """
 REFUSED = """\
 \t\tfib daddr type local return
-\t\t# Questions that were not redirected.
+\t\t# Queries that were not redirected.
 \t\tip daddr 10.96.0.10 udp dport 53 counter reject
 \t\tip6 daddr fd00::a udp dport 5353 counter reject
-\t\t# Only a first SYN opens a connection; open ones are left alone.
+\t\t# Only a first SYN opens a connection; open connections are not touched.
 """
 
 
@@ -193,7 +193,7 @@ def test_questions_to_the_pods_resolvers_are_captured_before_all_exceptions_but_
 
 
 def test_names_without_an_outbound_port_and_odd_resolvers_are_mistakes() -> None:
-    with pytest.raises(SettingsInvalid, match="dns_port: names lead to the outbound port"):
+    with pytest.raises(SettingsInvalid, match="dns_port: DNS answers lead to the outbound port"):
         nftables.render(InterceptSettings(outbound_port=None, dns_port=4153))
     for captured in (Captured("dns.example", 53, 4153), Captured("10.0.0.1", 0, 4153), Captured("10.0.0.1", 53, 70000)):
         with pytest.raises(SettingsInvalid, match="resolvers: "):
@@ -323,7 +323,7 @@ def test_odd_port_texts_are_refused(spec: str) -> None:
         ("Operation not permitted (you must be root)\n", "NET_ADMIN"),
         ("/dev/stdin:5:1-2: Error: Could not process rule: No such file or directory\nfib daddr\n^^\n", "kernel lacks"),
         ("/dev/stdin:5:1-2: Error: Could not process rule: Operation not supported\n", "kernel lacks"),
-        ("/dev/stdin:1:1-2: Error: syntax error\nfoo\n", "refused the rules: /dev/stdin:1:1-2: Error: syntax error"),
+        ("/dev/stdin:1:1-2: Error: syntax error\nfoo\n", "rejected the rules: /dev/stdin:1:1-2: Error: syntax error"),
         ("", "no reason given"),
     ],
 )
