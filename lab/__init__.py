@@ -1,1 +1,3 @@
-"""The laboratory: clusters, pods and what lies between them, as network namespaces on one machine; for the demonstration and the tests."""
+"""The lab: clusters, pods and networks between them, built from network namespaces on one machine;
+for demo and tests.
+"""

@@ -1,4 +1,6 @@
-"""The part of the demonstration's story that is told by gRPC: `web` calls the service `stock`, which two pods of the shop serve."""
+"""The gRPC part of the demonstration: `web` calls the service `stock`, which two pods of the shop
+serve.
+"""
 
 from typing import Any
 
@@ -8,22 +10,24 @@ from lab.pod import Pod
 from lab.stage import GRPC, SECRET, Stage, error_type, why
 
 CALLS = 600  # over one connection of the client
-FAIR = 0.35  # of the calls, at least, for each of two pods: a fair coin misses this once in 10**13 demonstrations
-DEADLINE = 2.5  # seconds: the call has to reach the server before
-PATIENCE = 30.0  # seconds, for what has to happen by itself
-# A pod that stood still for a moment gets less for a while. Here that is a short one.
+FAIR = 0.35  # minimum share of each of two pods: by chance missed once in 10**13 runs
+DEADLINE = 2.5  # seconds: the call must reach the server within this time
+PATIENCE = 30.0  # maximum wait in seconds for what happens without our action
+# A pod that paused gets fewer requests for a while. Here that time is short.
 FORGETFUL: dict[str, Any] = {"balancing": {"decay": "1s"}}
 
 KINDS = {
-    "unary": ("unary call", "one message there, one back"),
-    "server": ("server streaming", "one there, 100 back"),
-    "client": ("client streaming", "200 there, and their digest back"),
-    "both": ("bidirectional", "50 and 50 in turn, on one stream"),
+    "unary": ("unary call", "one request, one response"),
+    "server": ("server streaming", "1 request, 100 responses"),
+    "client": ("client streaming", "200 requests, one response with their digest"),
+    "both": ("bidirectional", "50 requests and 50 responses in turn, on one stream"),
 }
 
 
 async def calls(stage: Stage) -> None:
-    """All kinds of calls, one connection over two pods, a deadline, a cancellation, and servers that are gone."""
+    """All kinds of calls, one connection over two pods, a deadline, a cancellation, and calls
+    without a server.
+    """
     stage.report.section = "gRPC, grpcio to grpcio: `web` calls `stock`, which the pods `shop` and `annex` serve"
     answer = await stage.client(stage.web, "grpc-kinds", "stock", GRPC, SECRET)
     for key, (label, detail) in KINDS.items():
@@ -40,8 +44,9 @@ async def grpc_server(stage: Stage, pod: Pod) -> None:
 
 
 async def spread(stage: Stage) -> None:
-    """The requests of one connection go to both pods, once neither was slow just before. That it was one is what the sidecar of `web` has
-    counted."""
+    """The requests of one connection go to both pods, unless one of them was slow just before. The
+    sidecar of `web` counts the client's connections.
+    """
     until = trio.current_time() + PATIENCE
     held, told = await spread_once(stage)
     while not held and trio.current_time() < until:
@@ -50,7 +55,7 @@ async def spread(stage: Stage) -> None:
 
 
 async def spread_once(stage: Stage) -> tuple[bool, str]:
-    """Whether it was so, in words too."""
+    """One attempt: whether it held, and its description."""
     before = await connections(stage)
     answer = await stage.client(stage.web, "grpc-spread", "stock", GRPC, str(CALLS))
     opened = await connections(stage) - before
@@ -62,40 +67,43 @@ async def spread_once(stage: Stage) -> tuple[bool, str]:
 
 
 async def connections(stage: Stage) -> float:
-    """How many connections the programs in `web` have opened, as the sidecar that they all arrive at has counted."""
+    """How many connections the programs in `web` have opened, as its sidecar counted."""
     counted = await stage.sidecars["web"].metrics()
     wanted = ("isthmus_connections_opened_total{", 'direction="outbound"', 'peer="src"')
     return sum(value for name, value in counted.items() if all(part in name for part in wanted))
 
 
 async def patience(stage: Stage) -> None:
-    """The caller's deadline is known to the server, and a cancelled call ends there too."""
+    """The server sees the caller's deadline, and a cancelled call ends there too."""
     answer = await stage.client(stage.web, "grpc-impatient", "stock", GRPC, str(DEADLINE))
     left, over = await heard(stage, "deadline: ", "deadline: over")
     late = answer.get("deadline", {})
     held = late.get("code") == "DEADLINE_EXCEEDED" and "s left" in left and 0 < float(left.split()[1]) <= DEADLINE and bool(over)
-    told = f"DEADLINE_EXCEEDED after {late.get('seconds', 0):.2f} s; the server was told at once: {left.partition(': ')[2]}"
+    told = f"DEADLINE_EXCEEDED after {late.get('seconds', 0):.2f} s; the server received it: {left.partition(': ')[2]}"
     stage.report.prove("deadline", f"{told} {why(answer, held)}", held)
     _, over = await heard(stage, "cancelled: ", "cancelled: over")
     held = answer.get("cancelled") == "CANCELLED" and "active: False" in over
-    stage.report.prove("cancellation", f"the server heard of it: its call was {over.partition(': ')[2]} {why(answer, held)}", held)
+    stage.report.prove("cancellation", f"the server noticed: its call was {over.partition(': ')[2]} {why(answer, held)}", held)
 
 
 async def heard(stage: Stage, *beginnings: str) -> list[str]:
-    """What the servers wrote: for each beginning the first line that has it, \"\" if none comes."""
+    """For each prefix, the first line of the servers' output that contains it, or "" if none comes.
+    """
     outputs = [pod.processes["grpc_service"].output for pod in (stage.shop, stage.annex)]
 
     def find(beginning: str) -> str:
         return next((line for output in outputs for line in output.lines if line.startswith(beginning)), "")
 
     with trio.move_on_after(PATIENCE):
-        while not all(map(find, beginnings)):  # noqa: ASYNC110  # two programs may write it, and a moment's delay harms nobody
+        while not all(map(find, beginnings)):  # noqa: ASYNC110  # two programs may write it, and a small delay is harmless
             await trio.sleep(0.02)
     return [find(beginning) for beginning in beginnings]
 
 
 async def unavailable(stage: Stage) -> None:
-    """Nobody serves: the answer is a gRPC status, made up by the proxy that noticed; and all is well when the servers are back."""
+    """Without a server, the proxy that notices it answers with a gRPC status. Calls work again when
+    the servers are back.
+    """
     pods = (stage.shop, stage.annex)
     async with trio.open_nursery() as nursery:
         for pod in pods:

@@ -1,8 +1,8 @@
-"""Listening on a link, to prove what is on it and what is not.
+"""Captures the frames on a link, to prove what is visible on it and what is not.
 
-An AF_PACKET socket in the pod's namespace sees every frame on eth0 as the kernel hands it over, after the redirection and before
-the other pod: what somebody between the two pods would see.  Memory is bounded; frames beyond it are counted, and a capture that
-lost frames never says that all is well.
+An AF_PACKET socket in the pod's namespace sees every frame on eth0, after the redirection and
+before the other pod: the view of an eavesdropper between the two pods. Memory is bounded. Frames
+beyond the limit are counted, and a capture that lost frames never reports success.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from lab.flows import Flow, TLSFacts, examine, flows
 from lab.pod import Pod
 from lab.process import LabError
 
-MAX_BYTES = 64 * 1024 * 1024  # of frames that are kept
-_RECEIVE_BUFFER = 32 * 1024 * 1024  # bytes in the kernel, for the time in which this process does something else
+MAX_BYTES = 64 * 1024 * 1024  # of stored frames
+_RECEIVE_BUFFER = 32 * 1024 * 1024  # bytes in the kernel, while this process is busy
 _SO_RCVBUFFORCE, _SOL_PACKET, _PACKET_STATISTICS = 33, 263, 6
 _ETH_P_ALL = 3
 _SNAPLEN = 262144  # larger than any frame: the kernel hands over up to 64 KiB that the card would split
@@ -38,13 +38,13 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """True when there was traffic and nothing was wrong with it: an empty capture proves nothing."""
+        """True if there was traffic and no problem was found: an empty capture proves nothing."""
         return not self.problems and self.flows > 0
 
 
 @dataclass(slots=True)
 class Capture:
-    """Frames of one pod's link, from the beginning of `async with Capture(pod) as wire` to its end."""
+    """The frames of one pod's link, captured within `async with Capture(pod) as wire`."""
 
     pod: Pod
     interface: str = "eth0"
@@ -62,7 +62,8 @@ class Capture:
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
         except PermissionError:  # needs the capability in the first user namespace; the laboratory may be rootless
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
-        self._socket.bind((self.interface, _ETH_P_ALL))  # a packet socket without a protocol hears nothing until here
+        # a packet socket without a protocol receives nothing before this
+        self._socket.bind((self.interface, _ETH_P_ALL))
         self.pod.cluster.lab.nursery.start_soon(self._listen)
         return self
 
@@ -72,7 +73,7 @@ class Capture:
             await self._done.wait()
 
     def stop(self) -> None:
-        """Take what is in the kernel's buffer and end the capture; what was captured stays."""
+        """Read the rest from the kernel's buffer and stop; the captured frames stay."""
         if self._socket is None:
             return
         self._scope.cancel()

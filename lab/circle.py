@@ -1,4 +1,6 @@
-"""The demonstration's step about loops: two clusters of which each forwards to the other, and what stops that."""
+"""The loop part of the demonstration: two clusters forward to each other, and the loop guard stops
+the request.
+"""
 
 import json
 
@@ -18,7 +20,8 @@ print(json.dumps([answer.status, answer.getheader("Proxy-Status", ""), answer.re
 
 
 async def circle(stage: Stage) -> None:
-    """Send a request that would go round between two clusters for ever, and show how far it came."""
+    """Send a request that would loop between two clusters forever, and show where it was stopped.
+    """
     report = stage.report
     report.section = "A loop across clusters: `ping` in north and `pong` in south forward to each other"
     area = stage.lab.wide_area()
@@ -48,4 +51,4 @@ async def circle(stage: Stage) -> None:
     report.prove("the cycle", body.strip().partition(": ")[2], "south/gateway -> south/pong -> north/gateway -> north/ping" in body)
     asked = [(await pod.run_python(_REQUEST, f"127.0.0.1:{ROUND}", "/asked")).stdout for pod in pods]
     counts = [json.loads(answer)[2] for answer in asked]
-    report.prove("what it cost", f"of one request, ping saw {counts[0]} and pong {counts[1]}", counts == ["1", "1"])
+    report.prove("what it cost", f"for one request, ping received {counts[0]} and pong {counts[1]}", counts == ["1", "1"])

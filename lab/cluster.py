@@ -1,15 +1,16 @@
-"""The laboratory and its clusters.
+"""The lab and its clusters.
 
     async with Lab() as lab:
         west = lab.cluster("west")
         web = west.pod("web")
 
-A cluster is a bridge in a network namespace of its own, with subnets for its pods and for the virtual addresses of its services;
-nothing answers at the virtual ones, the sidecars know what they mean.  Clusters do not reach each other; what lies between them, and
-which of their ports can be reached from there, is in lab/wide_area.py (`Lab.wide_area`).
+A cluster is a bridge in its own network namespace, with subnets for its pods and for the virtual
+addresses of its services. No host answers at the virtual addresses; only the sidecars know them.
+Clusters cannot reach each other. lab/wide_area.py is the network between them (`Lab.wide_area`),
+and defines which of their ports it can reach.
 
-Everything ends with the `async with`: programs are ended, namespaces deleted.  What cannot run any more, because the process was
-killed, is done by the sandbox.
+The `async with` block ends everything: it stops the programs and deletes the namespaces. If the
+process is killed, the sandbox does that.
 """
 
 import contextlib
@@ -30,7 +31,8 @@ from lab.wide_area import WideArea
 
 _FIRST_POD = 10  # host number of the first pod; .1 is the bridge
 _MAX_PODS = 200
-_LABS = Path("/run/isthmus-lab")  # a directory per laboratory: several test processes may share one sandbox
+# one directory per lab: several test processes may share one sandbox
+_LABS = Path("/run/isthmus-lab")
 
 POD_SYSCTLS = {
     "net/ipv4/ip_unprivileged_port_start": "0",
@@ -42,13 +44,13 @@ BRIDGE_SYSCTLS = {
     "net/ipv4/ip_forward": "1",
     "net/ipv6/conf/all/forwarding": "1",
     "net/ipv6/conf/default/accept_dad": "0",
-    # Whoever asks the bridge for a name is refused each time, and not only six times in a row and then once a second.
+    # By default the bridge rejects only six DNS queries in a row, then one per second. Reject each.
     "net/ipv4/icmp_ratelimit": "0",
 }
 
 
 class Cluster:
-    """A failure domain: a bridge with pods.  Made by `Lab.cluster`."""
+    """A failure domain: a bridge with pods. Created by `Lab.cluster`."""
 
     def __init__(self, lab: "Lab", name: str, subnets: Subnets) -> None:
         self.lab = lab
@@ -61,8 +63,9 @@ class Cluster:
         self.hosts: dict[str, list[str]] = {}
         self.hosts_file = self.directory / "hosts"
         self.resolver_file = self.directory / "resolv.conf"
-        # The bridge has no resolver: what is neither in the hosts file nor known to a sidecar is unknown at once. A sidecar may take its
-        # time, and a datagram may be lost: a second attempt is the C library's default.
+        # The bridge has no resolver: a name that neither the hosts file nor a sidecar knows is
+        # unknown at once. A sidecar may be slow and a datagram may be lost, so allow a second
+        # attempt, the C library's default.
         self.resolver_file.write_text(f"nameserver {self.router()[0]}\noptions attempts:2 timeout:10\n")
         self._write_hosts()
         self._services = 0
@@ -78,7 +81,7 @@ class Cluster:
             f"address add {router4}/{self.subnets.pods4.prefixlen} dev br0",
             f"address add {router6}/{self.subnets.pods6.prefixlen} dev br0 nodad",
             "link set br0 up",
-            # Nobody has a virtual address: a clear error at once instead of a connection that hangs.
+            # No host has a virtual address: fail at once instead of hanging.
             f"route add unreachable {self.subnets.services4}",
             f"route add unreachable {self.subnets.services6}",
             netns=self.netns,
@@ -89,7 +92,7 @@ class Cluster:
         return str(self.subnets.pods4[1]), str(self.subnets.pods6[1])
 
     def pod(self, name: str) -> Pod:
-        """A new pod with its link and addresses; its name is in every pod's /etc/hosts."""
+        """Create a pod with its link and addresses. Its name is in every pod's /etc/hosts."""
         if name in self.pods:
             raise LabError(f"cluster {self.name} already has a pod {name}")
         number = _FIRST_POD + len(self.pods)
@@ -122,7 +125,9 @@ class Cluster:
         )
 
     def service_addresses(self, name: str) -> tuple[str, str]:
-        """The next virtual addresses (IPv4, IPv6) for a service; its name is in every pod's /etc/hosts."""
+        """The next virtual addresses (IPv4, IPv6) for a service. Its name is in every pod's
+        /etc/hosts.
+        """
         self._services += 1
         if self._services > _MAX_PODS:
             raise LabError(f"cluster {self.name} has no virtual address left")
@@ -131,12 +136,14 @@ class Cluster:
         return ipv4, ipv6
 
     def name_host(self, name: str, *addresses: str) -> None:
-        """Put a name into the /etc/hosts of the cluster's pods; programs that run already see it too."""
+        """Add a name to the /etc/hosts of the cluster's pods; running programs see it too."""
         self.hosts[name] = list(addresses)
         self._write_hosts()
 
     def resolve_by(self, *servers: str, search: Sequence[str] = (), ndots: int = 1) -> None:
-        """Let the pods ask these resolvers (addresses) for what /etc/hosts does not have; programs that start from now on do."""
+        """Set the resolvers (addresses) of the pods for names not in /etc/hosts; affects programs
+        started from now on.
+        """
         lines = [f"nameserver {server}" for server in servers]
         lines += [f"search {' '.join(search)}"] if search else []
         self.resolver_file.write_text("\n".join([*lines, f"options attempts:1 timeout:10 ndots:{ndots}", ""]))
@@ -144,11 +151,11 @@ class Cluster:
     def _write_hosts(self) -> None:
         lines = ["127.0.0.1 localhost", "::1 localhost"]
         lines += [f"{address} {name}" for name, addresses in self.hosts.items() for address in addresses]
-        # Written in place: the file is bind-mounted, a new one under its name would not be seen.
+        # Written in place: the file is bind-mounted, so a replaced file would not be seen.
         self.hosts_file.write_text("\n".join(lines) + "\n")
 
     async def aclose(self) -> None:
-        """End all pods and free the bridge."""
+        """Stop all pods and delete the bridge."""
         async with trio.open_nursery() as nursery:
             for pod in self.pods.values():
                 nursery.start_soon(pod.aclose)
@@ -156,7 +163,7 @@ class Cluster:
 
 
 class Lab:
-    """All clusters of one experiment, and the nursery in which their programs are watched."""
+    """All clusters of one experiment, and the nursery that watches their programs."""
 
     def __init__(self) -> None:
         self.clusters: dict[str, Cluster] = {}
@@ -180,7 +187,8 @@ class Lab:
             if self._wide_area is not None:
                 self._wide_area.close()
         self.nursery.cancel_scope.cancel()
-        # The nursery is not told of the error: it only holds reading tasks, and would wrap the error into a group.
+        # Do not pass the error to the nursery: it only holds reader tasks and would wrap the error
+        # in a group.
         await self._stack.aclose()
 
     def cluster(self, name: str, subnets: Subnets | None = None) -> Cluster:
@@ -192,19 +200,20 @@ class Lab:
         return cluster
 
     def wide_area(self) -> WideArea:
-        """The network between the clusters, made at the first call."""
+        """The network between the clusters, created at the first call."""
         if self._wide_area is None:
             self._wide_area = WideArea(self)
         return self._wide_area
 
     def claim(self, name: str) -> str:
-        """The name of a network namespace, distinct from those of other laboratories in the same sandbox."""
+        """A network namespace name that differs from those of other labs in the same sandbox."""
         return self._prefix + name
 
     def _claim_directory(self) -> None:
-        """A directory of our own, whose number also keeps our namespaces apart from those of others.
+        """A directory of this lab; its number also distinguishes our namespaces from those of other
+        labs.
 
-        It lies in the sandbox's private /run, which is gone with the sandbox even when nobody is left to clean up.
+        It is in the sandbox's private /run, which disappears with the sandbox, even after a crash.
         """
         _LABS.mkdir(exist_ok=True)
         for number in range(1000):

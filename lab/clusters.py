@@ -1,4 +1,4 @@
-"""Clusters with a gateway each, that share the reachability of these gateways and nothing else.
+"""Clusters with one gateway each. Only these gateways connect them.
 
     clusters = Clusters(lab)
     west, east = clusters.add("west"), clusters.add("east", nat=True)
@@ -6,7 +6,8 @@
     clusters.link()
     await clusters.start()
 
-A gateway has an address of its own in the wide area, or it is behind NAT: then others know it by its border's address and another port.
+A gateway has its own address in the wide area, or is behind NAT: then others use its border's
+address and another port.
 """
 
 from dataclasses import dataclass, field
@@ -27,20 +28,21 @@ PUBLISHED_PORT = 14143  # of a gateway behind NAT
 
 @dataclass(slots=True)
 class Clusters:
-    """The meshes of one laboratory, by the names of their clusters."""
+    """The meshes of one lab, by cluster name."""
 
     lab: Lab
     meshes: dict[str, Mesh] = field(default_factory=dict)
-    legs: dict[str, Leg] = field(default_factory=dict)  # by which the gateway of each cluster is reached
+    # the wide-area link of each cluster's gateway
+    legs: dict[str, Leg] = field(default_factory=dict)
 
     def add(self, name: str, *, nat: bool = False, **settings: Any) -> Mesh:
-        """A new cluster with the trust root of the others; `settings` are its gateway's."""
+        """Add a cluster with the trust root of the others; `settings` are for its gateway."""
         first = next(iter(self.meshes.values()), None)
         cluster = self.lab.cluster(name)
         return self.adopt(Mesh(cluster, first.authority) if first else Mesh(cluster), nat=nat, **settings)
 
     def adopt(self, mesh: Mesh, *, nat: bool = False, **settings: Any) -> Mesh:
-        """Give a mesh that is there already a border and a gateway."""
+        """Give an existing mesh a border and a gateway."""
         name, area = mesh.cluster.name, self.lab.wide_area()
         border, pod = area.border(mesh.cluster), mesh.cluster.pod(GATEWAY)
         if nat:
@@ -51,12 +53,12 @@ class Clusters:
         return mesh
 
     def link(self) -> None:
-        """Let each cluster know all others."""
+        """Make all clusters known to each other."""
         for mesh in self.meshes.values():
             mesh.peers = [other for other in self.meshes.values() if other is not mesh]
 
     def pod(self, cluster: str, name: str) -> Pod:
-        """A pod that is there.  Raises LabError."""
+        """An existing pod. Raises LabError."""
         try:
             return self.meshes[cluster].cluster.pods[name]
         except KeyError as error:
@@ -70,7 +72,7 @@ class Clusters:
             raise LabError(f"there is no sidecar of a pod {pod} in a cluster {cluster}") from error
 
     async def start(self) -> None:
-        """Start all sidecars and gateways that do not run yet.  Raises LabError."""
+        """Start all sidecars and gateways that are not running yet. Raises LabError."""
         failures: list[LabError] = []
 
         async def start_one(mesh: Mesh) -> None:
@@ -86,6 +88,6 @@ class Clusters:
             raise failures[0]
 
     def publish(self) -> None:
-        """Give all proxies their present directory."""
+        """Give all proxies their current directory."""
         for mesh in self.meshes.values():
             mesh.publish()

@@ -1,7 +1,8 @@
-"""The part of the demonstration's story that is told by two clusters: on networks of their own, joined by their gateways only.
+"""The two-cluster part of the demonstration: two networks, connected only by their gateways.
 
-West is the cluster of the rest of the story; its `web` calls services of east.  East's gateway is behind NAT, west's has an address of its
-own in the wide area.  `STEPS` are told in their order, and each leaves things as it found them.
+The rest of the demonstration runs in west; its `web` calls services of east. East's gateway is
+behind NAT, west's has its own address in the wide area. `STEPS` run in order, and each restores
+what it changed.
 """
 
 import math
@@ -24,18 +25,19 @@ from lab.wide_area import Fault
 SPLIT_REQUESTS = 1000
 SHARE = 0.1  # of the requests to `c` that go to east
 PHASE = 1.5  # seconds of load before, during and after the outage, at least
-ENOUGH = 100  # requests in each of these phases, or it says little
-PATIENCE = 20.0  # seconds, for what has to happen by itself
+ENOUGH = 100  # requests in each of these phases; fewer prove little
+PATIENCE = 20.0  # maximum wait in seconds for what happens without our action
 HERE, THERE = "c of west", "c of east"
-# Back home when `c` has been well for a second, and a way that does not answer is looked at each second: stories are short. What takes
-# longer than `probe_timeout` and `response_timeout` is given up, so these are what a busy machine may take at times.
+# Short times keep the demonstration short: requests return to `c` after it has been well for a
+# second, and an unreachable gateway is probed each second. `probe_timeout` and `response_timeout`
+# allow for a busy machine.
 CLIENT: dict[str, Any] = {
     "clusters": {"settle": "1s", "probe_interval": "1s", "probe_timeout": "3s"},
     "dns": {},
     "http": {"response_timeout": "5s"},
 }
 POLICY = {"breaker": {"min_penalty": "500ms", "max_penalty": "1s"}}
-PEERS_PORT = 7  # for looking at addresses
+PEERS_PORT = 7  # for looking at source addresses
 
 
 @dataclass(slots=True)
@@ -54,7 +56,7 @@ class World:
         return self.clusters.meshes["east"]
 
     def prove(self, label: str, detail: str, held: bool) -> None:
-        """Note a proof."""
+        """Record a proof."""
         self.stage.report.prove(label, detail, held)
 
     def load(self, service: str, clients: int = 2) -> Load:
@@ -63,7 +65,9 @@ class World:
 
 
 async def build(stage: Stage) -> World:
-    """East, the gateways, and the pods that west has for this part.  Everything but the collector is started with the rest of the story."""
+    """Create east, the gateways, and west's pods for this part. Only the collector starts here; the
+    rest starts with the other sidecars.
+    """
     clusters = Clusters(stage.lab)
     world = World(stage, clusters)
     west = clusters.adopt(stage.mesh)
@@ -85,7 +89,7 @@ async def build(stage: Stage) -> World:
 
 
 async def servers(world: World) -> None:
-    """Start the programs that are called."""
+    """Start the servers."""
     stage, pods = world.stage, world.east.cluster.pods
     async with trio.open_nursery() as nursery:
         nursery.start_soon(web_server, world, "west")
@@ -99,11 +103,11 @@ async def web_server(world: World, cluster: str) -> None:
     await world.stage.server(world.clusters.pod(cluster, "c"), "web-c", "::", str(HTTP), f"c of {cluster}", port=HTTP)
 
 
-# The steps...
+# The steps
 
 
 async def apart(world: World) -> None:
-    """The clusters share nothing but the gateways' addresses, and east's is not its own."""
+    """The clusters share only the gateways' addresses, and east's gateway is behind NAT."""
     world.stage.report.section = "Two clusters on networks of their own, joined by their gateways"
     stranger, target = world.stage.stranger, world.clusters.pod("east", "c")
     reason = ""
@@ -129,7 +133,7 @@ async def apart(world: World) -> None:
 
 
 async def by_name(world: World) -> None:
-    """A service of the other cluster, by its name, in three protocols; and what is on the wire meanwhile."""
+    """Call a service of the other cluster by name, in three protocols; check the wire meanwhile."""
     stage = world.stage
     async with Capture(stage.web) as wire:
         answer = await stage.client(stage.web, "get", "c.east", HTTP, SECRET)
@@ -152,7 +156,7 @@ async def by_name(world: World) -> None:
 
 
 async def split(world: World) -> None:
-    """Requests to `c` of west, ten in a hundred of which east gets."""
+    """Requests to `c` of west; ten percent go to east."""
     weights = (round(100 * (1 - SHARE)), round(100 * SHARE))
     await arrange(world, split=[{"service": "c", "weight": weights[0]}, {"service": "c", "cluster": "east", "weight": weights[1]}])
     async with world.load("c", clients=4) as load:
@@ -179,8 +183,8 @@ async def failover(world: World) -> None:
         took = time.monotonic() - dead
         await answered(load, THERE, 100)
         lost = sum(load.bad.values())
-        told = f"`c` of west is killed under load: east answers {took * 1000:.0f} ms later, {lost} of the requests under way were lost"
-        # Two clients: what was under way when the server died may be lost, and nothing else.
+        told = f"`c` of west is killed under load: east answers {took * 1000:.0f} ms later, {lost} requests in flight were lost"
+        # Two clients: only the requests in flight when the server died may be lost.
         world.prove("failover", told, away and lost <= 2)
         await web_server(world, "west")
         await sidecar.start(intercept=False)
@@ -189,12 +193,14 @@ async def failover(world: World) -> None:
         took = time.monotonic() - back
         await answered(load, HERE, 100)
         lost = sum(load.bad.values()) - lost
-        world.prove("and back", f"`c` of west is there again: it answers after {took:.1f} s, {lost} errors", home and lost == 0)
+        world.prove("and back", f"`c` of west is back: it answers after {took:.1f} s, {lost} errors", home and lost == 0)
     await arrange(world)
 
 
 async def outage(world: World) -> None:
-    """East is gone, silently, while west's own service is called; and what is called of east says so."""
+    """East becomes unreachable while west's own service is called; calls to east fail with a clear
+    error.
+    """
     leg = world.clusters.legs["east"]
     async with world.load("shop") as load:
         moments, good = [time.monotonic()], load.good
@@ -223,19 +229,19 @@ async def outage(world: World) -> None:
     last = answers[-1]
     said = f"{last.get('status', '')} {error_type(last.get('proxy-status', ''))}"
     held = all(answer.get("status") in (502, 503, 504) and "error=" in answer.get("proxy-status", "") for answer in answers)
-    told = f"{len(answers)} calls while it was gone, none answered; the slowest took {slowest:.2f} s, the last was told: {said}"
+    told = f"{len(answers)} calls during the outage, none answered; the slowest took {slowest:.2f} s, the last response: {said}"
     world.prove("c.east meanwhile", f"{told} {why(last, held)}", held)
-    world.prove("c.east afterwards", f"answers {recovered:.2f} s after the way is mended", recovered < PATIENCE)
+    world.prove("c.east afterwards", f"answers {recovered:.2f} s after the link is restored", recovered < PATIENCE)
 
 
 def tell_outage(world: World, phases: list[Summary]) -> None:
-    """What `web` saw of west's own service, before, during and after."""
+    """The calls of west's own service before, during and after the outage."""
     for when, phase in zip(("before", "during", "after"), phases, strict=True):
         world.prove(f"east's outage: {when}", f"`web` calls `shop` of west: {phase}", phase.requests > ENOUGH and phase.errors == 0)
 
 
 async def hops(world: World) -> None:
-    """Who was verified by whom at each hop, from each proxy's own log."""
+    """Which peer each proxy verified at each hop, from its own log."""
     world.stage.report.section = "Identities across clusters, as each of the three proxies verified and logged them"
     name = world.stage.mesh.authority.identity
     web, gateway = str(name("web")), str(world.east.sidecars["gateway"].identity)
@@ -253,7 +259,7 @@ async def hops(world: World) -> None:
             (f"sidecar of `{service}`", "the gateway", third.get("identity"), gateway),
         ]
         held = all(seen == wanted for _, _, seen, wanted in verified)
-        told = "; ".join(f"{who} verified {whom}: {seen or 'nobody'}" for who, whom, seen, _ in verified)
+        told = "; ".join(f"{who} verified {whom}: {seen or 'none'}" for who, whom, seen, _ in verified)
         world.prove(f"{label}: {service}.east", told, held)
 
 
@@ -262,16 +268,16 @@ STEPS: tuple[tuple[str, Callable[[World], Awaitable[None]]], ...] = (
     ("services of the other cluster are called by name: HTTP, gRPC, TCP", by_name),
     ("requests are split between the clusters", split),
     ("west's `c` dies under load, and comes back", failover),
-    ("the whole of east goes away, and comes back", outage),
-    ("reading who each proxy has verified", hops),
+    ("all of east becomes unreachable, and comes back", outage),
+    ("reading which peers each proxy verified", hops),
 )
 
 
-# What the steps share...
+# Helpers of the steps
 
 
 async def arrange(world: World, **traits: Any) -> None:
-    """Give west's `c` a split or a failover, and wait until the sidecar of `web` knows."""
+    """Give west's `c` a split or a failover, and wait until the sidecar of `web` has loaded it."""
     near = world.west.sidecars["web"]
     before = await reloads(world)
     world.west.services["c"].traits = {"export": True, "policy": POLICY, **traits}
@@ -285,33 +291,35 @@ async def arrange(world: World, **traits: Any) -> None:
 
 
 async def reloads(world: World) -> float:
-    """How many directories the sidecar of `web` has taken."""
+    """How many directories the sidecar of `web` has loaded."""
     counted = await world.west.sidecars["web"].metrics()
     return sum(value for name, value in counted.items() if name.startswith("isthmus_directory_reloads_total{") and '"ok"' in name)
 
 
 async def answered(load: Load, name: str, more: int) -> bool:
-    """Wait until a server has answered so many more requests."""
+    """Wait until a server has answered `more` further requests."""
     goal = load.answered[name] + more
     with trio.move_on_after(PATIENCE):
-        while load.answered[name] < goal:  # noqa: ASYNC110  # several clients count, and a moment's delay harms nobody
+        while load.answered[name] < goal:  # noqa: ASYNC110  # several clients count, and a small delay is harmless
             await trio.sleep(0.005)
         return True
     return False
 
 
 async def enough(load: Load, since: int) -> None:
-    """Wait until a load of which `since` requests were answered before has answered enough. Raises LabError."""
+    """Wait until a load has enough requests answered after the first `since`. Raises LabError."""
     await load.more(max(0, since + ENOUGH + 1 - load.good), timeout=PATIENCE)
 
 
 async def remote(world: World) -> dict[str, Any]:
-    """One call of east's `c`, whatever comes of it."""
+    """One call of east's `c`; failures are results too."""
     return await world.stage.client(world.stage.web, "once", "c.east", HTTP)
 
 
 async def found(sidecar: Any, *, port: int = 0, **facts: str) -> dict[str, Any]:
-    """The first line of a proxy's log with these facts; waits for it, since a line is written when what it tells of has ended."""
+    """The first line of a proxy's log with these fields. Waits for it: a line is written when its
+    connection or request has ended.
+    """
     with trio.move_on_after(PATIENCE / 2):
         while True:
             for line in sidecar.logged():

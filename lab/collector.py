@@ -1,9 +1,10 @@
-"""A collector: receives spans by OTLP over HTTP, decodes what was really sent with OpenTelemetry's own messages, and shows it.
+"""A trace collector: receives spans by OTLP over HTTP, decodes them with OpenTelemetry's own
+messages, and shows them.
 
-    python -m lab.collector PORT FILE      as a program in a pod; spans are appended to FILE, a JSON object a line
-    with Collector() as collector: ...     in a test, on a port of its own
+    python -m lab.collector PORT FILE      as a program in a pod; appends spans to FILE, one JSON object per line
+    with Collector() as collector: ...     in a test, on its own port
 
-It is a server of the standard library's and knows nothing of the proxies but what they send.
+It uses the standard library's HTTP server and shares no code with the proxies.
 """
 
 import gzip
@@ -20,7 +21,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 
 KINDS = {1: "internal", 2: "server", 3: "client", 4: "producer", 5: "consumer"}
-RAW = ".raw"  # beside the file of a program: the requests as they came, each behind its length in four bytes
+RAW = ".raw"  # suffix of a second file: the raw requests, each preceded by its length in four bytes
 MOST_BODY = 64 * 1024 * 1024
 
 
@@ -33,7 +34,7 @@ class Event:
 
 @dataclass(slots=True)
 class Span:
-    """A span as it was received. Ids are hexadecimal, times nanoseconds since 1970."""
+    """A span as received. Ids are hexadecimal, times are nanoseconds since 1970."""
 
     name: str
     kind: str
@@ -62,7 +63,7 @@ class Span:
 
 
 def decode(body: bytes) -> list[Span]:
-    """The spans of an export request. Raises google.protobuf's DecodeError when it is none."""
+    """The spans of an export request. Raises google.protobuf's DecodeError if it is invalid."""
     spans = []
     for group in ExportTraceServiceRequest.FromString(body).resource_spans:
         resource = _attributes(group.resource.attributes)
@@ -104,7 +105,7 @@ def _value(value: AnyValue) -> Any:
 
 
 def read(path: Path) -> list[Span]:
-    """What a collector that runs as a program has written so far; a line that is being written is not read."""
+    """The spans that a collector program has written so far, without an incomplete last line."""
     if not path.exists():
         return []
     whole, _, _ = path.read_text("utf-8").rpartition("\n")
@@ -117,13 +118,15 @@ def read(path: Path) -> list[Span]:
 
 
 class Collector:
-    """Receives on a port of 127.0.0.1 (0: any that is free), or on all addresses. `answer` is what it answers with; change it at will."""
+    """Receives on a port of 127.0.0.1 (0: any free one), or on all addresses. `answer` is the
+    response status; tests may change it.
+    """
 
     def __init__(self, port: int = 0, host: str = "127.0.0.1") -> None:
         self.spans: list[Span] = []
         self.requests: list[dict[str, str]] = []  # the headers of each
         self.answer: tuple[int, dict[str, str], bytes] = (200, {}, ExportTraceServiceResponse().SerializeToString())
-        self.hold = threading.Event()  # cleared: answers have to wait
+        self.hold = threading.Event()  # while cleared, responses wait
         self.hold.set()
         self.arrived = threading.Condition()
         self._server = ThreadingHTTPServer((host, port), self._handler())
@@ -146,14 +149,14 @@ class Collector:
         self._thread.join()
 
     def wait(self, count: int, seconds: float = 15.0) -> list[Span]:
-        """Wait until there are at least `count` spans; all of them. Raises TimeoutError."""
+        """Wait until there are at least `count` spans; returns all. Raises TimeoutError."""
         with self.arrived:
             if not self.arrived.wait_for(lambda: len(self.spans) >= count, seconds):
                 raise TimeoutError(f"{len(self.spans)} of {count} spans came within {seconds:g} s")
             return list(self.spans)
 
     def received(self, body: bytes) -> None:
-        """What is done with one request that was accepted."""
+        """Handle one accepted request."""
         self.spans += decode(body)
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
@@ -187,7 +190,7 @@ class Collector:
 
 
 class _Writer(Collector):
-    """Appends to a file instead of keeping."""
+    """Appends to a file instead of keeping spans in memory."""
 
     def __init__(self, port: int, path: Path) -> None:
         super().__init__(port, "0.0.0.0")

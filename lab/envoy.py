@@ -1,7 +1,7 @@
-"""Another vendor's gateway in a pod: Envoy, with the very configuration that deploy/envoy/ shows.
+"""Envoy as a gateway in a pod, with the configuration from deploy/envoy/.
 
-The files there have addresses of their own.  They are rendered for the laboratory by exchanging these for others and nothing else, and
-each must be there: an example that has changed without its users is an error, not a test of something else.
+The files there contain example addresses. The lab replaces only these, and each must be present: so
+a changed example is an error, and not silently a test of something else.
 """
 
 import sys
@@ -24,7 +24,9 @@ _FILES: Final = ("envoy.yaml", "certificate.yaml", "roots.yaml")
 
 @dataclass(slots=True)
 class Envoy(Member):
-    """Envoy as the gateway of the pod's cluster.  `words`: what stands in the example -> what stands for it here."""
+    """Envoy as the gateway of the pod's cluster. `words`: text in the example -> its replacement
+    here.
+    """
 
     words: Mapping[str, str] = field(default_factory=dict)
     process: Process | None = None
@@ -43,7 +45,7 @@ class Envoy(Member):
                 raise LabError(f"{EXAMPLES} does not say {old!r} any more")
         for name, text in texts.items():
             for old, new in words.items():
-                text = text.replace(old, new)  # noqa: PLW2901  # the text as it is rendered, step by step
+                text = text.replace(old, new)  # noqa: PLW2901  # rendered step by step
             yaml.safe_load(text)
             self.write(self.directory / name, text.encode())
 

@@ -1,4 +1,4 @@
-"""What goes wrong in real clusters, made to go wrong here: each a `with` block, and mended when it ends.
+"""Faults of real clusters, reproduced here. Each is a `with` block and is undone at its end.
 
 Crashes and hangs of programs are methods of lab.process.Process: kill, pause, resume.
 """
@@ -13,7 +13,7 @@ from lab.sidecar import Sidecar
 
 @contextmanager
 def paused(process: Process) -> Iterator[None]:
-    """A program that hangs: its port still accepts connections, and nobody answers."""
+    """A program that hangs: its port still accepts connections, but it does not answer."""
     process.pause()
     try:
         yield
@@ -33,7 +33,9 @@ def link_cut(pod: Pod) -> Iterator[None]:
 
 @contextmanager
 def expired_certificate(sidecar: Sidecar) -> Iterator[None]:
-    """A sidecar whose certificate file ended an hour ago.  A running proxy does not take it and keeps the old one."""
+    """A sidecar whose certificate file expired an hour ago. A running proxy rejects the file and
+    keeps the old one.
+    """
     if sidecar.authority is None or sidecar.identity is None:
         raise LabError(f"the sidecar of pod {sidecar.pod.name} has no identity that could expire")
     sidecar.write_certificate(sidecar.authority.issue_expired(sidecar.identity))
@@ -45,7 +47,7 @@ def expired_certificate(sidecar: Sidecar) -> Iterator[None]:
 
 @contextmanager
 def broken_directory(sidecar: Sidecar, text: bytes = b"services: [{name: 'half a file") -> Iterator[None]:
-    """A directory file that somebody broke."""
+    """A directory file with invalid contents."""
     before = sidecar.directory_file.read_bytes()
     sidecar.write(sidecar.directory_file, text)
     try:

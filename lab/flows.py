@@ -1,8 +1,9 @@
-"""What went over a wire: frames -> TCP flows -> TLS records.  Pure: bytes in, facts out.
+"""Analyses captured traffic: frames -> TCP flows -> TLS records. Pure: bytes in, facts out.
 
-A flow is put together from the sequence numbers of its segments (RFC 9293, section 3.4), so that retransmissions and reordering
-do not matter; a hole ends what is known of that direction and is said.  TLS is recognised by its records (RFC 8446, section 5.1)
-and by the two hellos, which are the only clear text of TLS 1.3 and name the version, the cipher suite and the group.
+A flow is assembled by the sequence numbers of its segments (RFC 9293, section 3.4), so
+retransmissions and reordering do not matter. A gap ends the known part of that direction and is
+reported. TLS is recognised by its records (RFC 8446, section 5.1) and by the two hellos, the only
+plaintext of TLS 1.3; they name version, cipher suite and group.
 """
 
 import ipaddress
@@ -37,7 +38,9 @@ class Segment(NamedTuple):
 
 
 def parse_frame(frame: bytes) -> Segment | None:
-    """The TCP segment of an Ethernet frame; None for everything else (ARP, UDP, ICMP, fragments, cut frames)."""
+    """The TCP segment of an Ethernet frame; None for everything else (ARP, UDP, ICMP, fragments,
+    truncated frames).
+    """
     try:
         kind = int.from_bytes(frame[12:14])
         if kind == 0x0800 and frame[14] >> 4 == 4 and frame[23] == 6:
@@ -73,7 +76,9 @@ class Direction:
             self.pieces.append((segment.sequence, segment.payload))
 
     def data(self) -> tuple[bytes, bool]:
-        """The bytes in order, and whether they are complete (no hole, and the beginning was seen)."""
+        """The bytes in order, and whether they are complete (no gap, and the beginning was
+        captured).
+        """
         if not self.pieces:
             return b"", True
         first = self.first if self.first is not None else self.pieces[0][0]
@@ -90,7 +95,9 @@ class Direction:
 
 @dataclass(slots=True)
 class Flow:
-    """A TCP connection as it was seen on the wire; the client is who sent the first SYN (or the first segment seen)."""
+    """A TCP connection as captured; the client is the sender of the first SYN (or of the first
+    captured segment).
+    """
 
     client: tuple[str, int]
     server: tuple[str, int]
@@ -102,13 +109,17 @@ class Flow:
         return f"{self.client[0]} port {self.client[1]} -> {self.server[0]} port {self.server[1]}"
 
     def carries(self, needle: bytes) -> bool:
-        """Whether these bytes stand in the flow as they are, in either direction; a hole does not hide what is behind it."""
+        """Whether these bytes are in the flow, in either direction; data after a gap is searched
+        too.
+        """
         halves = (self.to_server, self.to_client)
         return any(needle in half.data()[0] or any(needle in payload for _, payload in half.pieces) for half in halves)
 
 
 def flows(frames: Iterable[bytes]) -> list[Flow]:
-    """The TCP connections in these frames, in the order of their first segments.  A reused port begins a new one."""
+    """The TCP connections in these frames, in the order of their first segments. A reused port
+    starts a new one.
+    """
     found: list[Flow] = []
     current: dict[tuple[tuple[str, int], tuple[str, int]], Flow] = {}
     for segment in filter(None, map(parse_frame, frames)):
@@ -126,19 +137,19 @@ def flows(frames: Iterable[bytes]) -> list[Flow]:
 
 @dataclass(slots=True)
 class TLSFacts:
-    """What a look at the wire tells of a flow.  `problem` is None when everything on it is TLS 1.3."""
+    """The facts about a flow. `problem` is None if all of it is TLS 1.3."""
 
     problem: str | None = None
     server_name: str = ""
     version: str = ""
     cipher: str = ""
     group: str = ""
-    key_shares: int = 0  # that the client has sent first
+    key_shares: int = 0  # sent by the client in its first hello
     records: int = 0
 
 
 def examine(flow: Flow) -> TLSFacts:
-    """Look whether a flow is TLS 1.3 from its first byte to its last."""
+    """Check whether a flow is TLS 1.3 from its first byte to its last."""
     facts = TLSFacts()
     facts.problem = _examine(flow, facts)
     return facts
@@ -153,7 +164,7 @@ def _examine(flow: Flow, facts: TLSFacts) -> str | None:
             records = list(split_records(data))
             facts.records += len(records)
             if not records:
-                continue  # nobody was forced to say anything before the connection was closed
+                continue  # the connection was closed before this side sent anything
             _hello(records[0], facts)
         except ValueError as error:
             return f"what the {side} sent is not TLS: {error}"
@@ -163,7 +174,9 @@ def _examine(flow: Flow, facts: TLSFacts) -> str | None:
 
 
 def split_records(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(type, body) of each TLS record; the last may be cut off.  Raises ValueError at the first byte that is no record."""
+    """(type, body) of each TLS record; the last may be truncated. Raises ValueError at the first
+    byte that is not a record.
+    """
     position = 0
     while position < len(data):
         header = data[position : position + 5]
@@ -182,7 +195,7 @@ def _hello(record: tuple[int, bytes], facts: TLSFacts) -> None:
     """Note what a ClientHello or ServerHello says (RFC 8446, section 4.1).  Raises ValueError when it is neither."""
     kind, body = record
     if kind == 21:
-        return  # an alert as the first word: a refusal
+        return  # an alert as the first record: a rejection
     try:
         position = 4 + 2 + 32
         position += 1 + body[position]

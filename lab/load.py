@@ -1,7 +1,8 @@
-"""Requests under which things are done to a mesh, each of them accounted for.
+"""A load of requests during faults; the outcome of each request is counted.
 
-A bounded number of clients in a pod, each with one kept connection and one request at a time. Clients open a new connection when the old
-one was ended with notice (Connection: close, or an end between two requests); every other irregularity is an outcome of its own.
+A fixed number of clients in a pod, each with one kept-alive connection and one request at a time. A
+client opens a new connection when the old one ended normally (Connection: close, or closed between
+two requests). Every other end is an outcome of its own.
 """
 
 import json
@@ -22,8 +23,8 @@ from lab.report import percentile
 _GONE = (OSError, trio.BrokenResourceError, h11.RemoteProtocolError)
 PAUSE = 0.004  # seconds between the requests of a client
 PATIENCE = 30.0  # seconds for one request
-MOST_SAMPLES = 200_000  # of which the times are kept; all are counted
-MOST_BODY = 4096  # bytes of a response that are looked at
+MOST_SAMPLES = 200_000  # samples whose times are kept; all are counted
+MOST_BODY = 4096  # bytes of a response that are examined
 
 
 def proxy_error(status: str) -> str:
@@ -32,7 +33,7 @@ def proxy_error(status: str) -> str:
 
 
 class Sample(NamedTuple):
-    """One request: when it ended (seconds of time.monotonic), how long it took (seconds), and what came of it."""
+    """One request: its end (seconds of time.monotonic), its duration (seconds), and its outcome."""
 
     when: float
     seconds: float
@@ -41,7 +42,9 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a number of requests came to. `p50` and `p99` in seconds, of those that were answered by 200; 0 if there was none."""
+    """A summary of requests. `p50` and `p99` in seconds, of those answered with 200; 0 if there
+    were none.
+    """
 
     requests: int
     errors: int
@@ -62,7 +65,7 @@ class Summary:
 
 @dataclass(slots=True)
 class _Answer:
-    """What has come of a response so far."""
+    """The response received so far."""
 
     outcome: str = ""
     began: bool = False
@@ -78,7 +81,7 @@ class _Answer:
         self.ended = isinstance(event, (h11.EndOfMessage, h11.ConnectionClosed))
 
     def server(self) -> list[str]:
-        """The name that the server gave itself (lab/apps/web.py), if it gave one."""
+        """The server's own name (lab/apps/web.py), if it sent one."""
         if self.outcome != "200":
             return []
         try:
@@ -89,35 +92,38 @@ class _Answer:
 
 
 class Load:
-    """`async with Load(pod, host, port) as load: ...`; afterwards `outcomes` counts what the clients saw.
+    """`async with Load(pod, host, port) as load: ...`; afterwards `outcomes` counts what the
+    clients saw.
 
-    "200" and other statuses are answers ("502 connection_refused" one that a proxy made up), "connect" a connection that could not be
-    made, "cut" one that ended within an exchange, "silent" one on which no answer came within PATIENCE seconds.
+    "200" and other statuses are responses ("502 connection_refused": made by a proxy), "connect": a
+    connection that could not be opened, "cut": one that ended during an exchange, "silent": no
+    answer within PATIENCE seconds.
     """
 
     def __init__(self, pod: Pod, host: str, port: int, *, clients: int = 6, authority: str = "shop") -> None:
         self.outcomes: Counter[str] = Counter()
-        self.answered: Counter[str] = Counter()  # how many requests each server has answered, by the name that it gave itself
+        self.answered: Counter[str] = Counter()  # answered requests by the server's own name
         self.samples: list[Sample] = []
         self.connections = 0
-        self.raced = 0  # connections that ended just as a request was sent: not answered, so safe to send again
+        # connections closed just as a request was sent: not answered, so safe to retry
+        self.raced = 0
         self._target = (pod, host, port)
-        self.body = b""  # if there is one, it is posted
+        self.body = b""  # posted, if not empty
         self._authority = authority
         self._clients = clients
         self._stop = False
         self._done = trio.Event()
         self._running = 0
-        self._told = ""  # what the last answer that was not 200 said
-        self._begun = 0  # requests
-        self._under_way: set[int] = set()  # of these, by number
+        self._told = ""  # the last answer that was not 200
+        self._begun = 0  # started requests
+        self._under_way: set[int] = set()  # numbers of the requests in flight
 
     @property
     def good(self) -> int:
         return self.outcomes["200"]
 
     def summary(self, since: float = 0.0, until: float = float("inf")) -> Summary:
-        """What the requests that ended between two moments (time.monotonic) came to."""
+        """A summary of the requests that ended between two times (time.monotonic)."""
         return Summary.of(sample for sample in self.samples if since <= sample.when < until)
 
     @property
@@ -137,22 +143,24 @@ class Load:
             await self.stop()
 
     async def stop(self) -> None:
-        """Let the requests that are on their way finish."""
+        """Let the requests in flight finish."""
         self._stop = True
         with trio.move_on_after(PATIENCE + 1, shield=True):
             await self._done.wait()
 
     async def more(self, number: int, outcome: str = "200", timeout: float = 60.0) -> None:
-        """Wait for `number` more of this outcome."""
+        """Wait for `number` more requests with this outcome."""
         goal = self.outcomes[outcome] + number
         with trio.move_on_after(timeout):
-            while self.outcomes[outcome] < goal:  # noqa: ASYNC110  # one reader, several writers, and a moment's delay harms nobody
+            while self.outcomes[outcome] < goal:  # noqa: ASYNC110  # one reader, several writers, and a small delay is harmless
                 await trio.sleep(0.02)
             return
         raise LabError(f"not {number} more {outcome!r} within {timeout:g} s: {dict(self.outcomes)}; the last said {self._told!r}")
 
     async def settle(self, timeout: float = 60.0) -> None:
-        """Wait until the requests that are under way now have ended: what is counted from then on knows of everything done before."""
+        """Wait until the requests now in flight have ended: later counts then reflect everything
+        done before.
+        """
         old = set(self._under_way)
         with trio.move_on_after(timeout):
             while old & self._under_way:  # noqa: ASYNC110  # as in `more`
@@ -213,7 +221,7 @@ class Load:
             self._under_way.remove(number)
 
     def _message(self, connection: h11.Connection) -> bytes:
-        """A request. Each has its length, so that it is one write."""
+        """A request. It has its length, so that it is one write."""
         headers = [("Host", self._authority)] + ([("Content-Length", str(len(self.body)))] if self.body else [])
         parts = [h11.Request(method="POST" if self.body else "GET", target="/", headers=headers), h11.Data(self.body), h11.EndOfMessage()]
         return b"".join(connection.send(part) or b"" for part in parts if part is not parts[1] or self.body)

@@ -1,4 +1,4 @@
-"""A mesh in a cluster: who is in it, which services there are, and the directory that its sidecars read.
+"""A mesh in a cluster: its members, its services, and the directory of its sidecars.
 
     mesh = Mesh(cluster)
     mesh.join(client, "client")
@@ -6,8 +6,9 @@
     mesh.service("shop", [server], {80: "detect", 25: "opaque"})
     await mesh.start()
 
-Meshes of several clusters share their trust root, and know of each other what a control plane would copy: the gateways, and the names and
-ports of what is exported.  Nothing else of one cluster stands in the directory of another, least of all the address of a pod.
+Meshes of several clusters share their trust root. They know of each other what a control plane
+would copy: the gateways, and names and ports of exported services. A directory contains nothing
+else of another cluster, in particular no pod addresses.
 
     west, east = Mesh(lab.cluster("west")), Mesh(lab.cluster("east"), authority=west.authority)
     east.gateway(east_gateway, area.attach(east_gateway))
@@ -34,7 +35,9 @@ GATEWAY_NAMESPACE = "isthmus"
 
 @dataclass(slots=True)
 class Service:
-    """A service: virtual addresses, and pods behind them.  `traits` stand in the directory as they are: export, split, failover, policy."""
+    """A service: virtual addresses and its pods. `traits` are copied into the directory: export,
+    split, failover, policy.
+    """
 
     name: str
     ipv4: str
@@ -56,13 +59,16 @@ class Mesh:
     authority: Authority = field(default_factory=Authority)
     sidecars: dict[str, Sidecar] = field(default_factory=dict)
     services: dict[str, Service] = field(default_factory=dict)
-    ways_in: list[dict[str, Any]] = field(default_factory=list)  # the gateways, as other clusters' directories describe them
-    peers: list["Mesh"] = field(default_factory=list)  # the clusters that this one knows
+    # the gateways, as the directories of other clusters describe them
+    ways_in: list[dict[str, Any]] = field(default_factory=list)
+    peers: list["Mesh"] = field(default_factory=list)  # the known other clusters
 
     def join(self, pod: Pod, service_account: str | None = None, *, authority: Authority | None = None, **settings: Any) -> Sidecar:
-        """Give a pod a sidecar with an identity; `settings` are laid over its configuration.  Started by `start`.
+        """Give a pod a sidecar with an identity; `settings` override its configuration. `start`
+        starts it.
 
-        Another `authority` than the mesh's makes an intruder: with a certificate, but one that nobody here trusts.
+        With an `authority` other than the mesh's, it is an intruder: it has a certificate that no
+        member trusts.
         """
         if pod.name in self.sidecars:
             raise LabError(f"pod {pod.name} is already in the mesh")
@@ -72,7 +78,9 @@ class Mesh:
         return sidecar
 
     def gateway(self, pod: Pod, leg: Leg, *, port: int = GATEWAY_PORT, **settings: Any) -> Sidecar:
-        """Make a pod a gateway of this cluster (`isthmus run --gateway`), which others reach at the wide-area addresses of `leg`."""
+        """Make a pod a gateway of this cluster (`isthmus run --gateway`); others reach it at the
+        addresses of `leg`.
+        """
         gateway = self.join(pod, **settings)
         gateway.identity = self.authority.identity("gateway", GATEWAY_NAMESPACE)
         gateway.gateway = True
@@ -80,15 +88,17 @@ class Mesh:
         return gateway
 
     def way_in(self, member: Member, **way: Any) -> None:
-        """Tell other clusters of a gateway, of whatever make: `address` or `host`, and `port`."""
+        """Announce a gateway of any kind to other clusters: `address` or `host`, and `port`."""
         self.ways_in.append({**way, "identity": str(member.identity)})
 
     def link(self, *others: "Mesh") -> None:
-        """Know other clusters: by their names, gateways and exports."""
+        """Make other clusters known: their names, gateways and exports."""
         self.peers += others
 
     def service(self, name: str, pods: Iterable[Pod], ports: Mapping[int, str], **traits: Any) -> Service:
-        """A service on these pods; ports are the same on both sides.  Its name resolves in every pod of the cluster."""
+        """Add a service on these pods, with the same ports. Its name resolves in every pod of the
+        cluster.
+        """
         ipv4, ipv6 = self.cluster.service_addresses(name)
         service = Service(name, ipv4, ipv6, dict(ports), tuple(pods), traits)
         self.services[name] = service
@@ -102,7 +112,7 @@ class Mesh:
         return {"cluster": self.cluster.name, "services": services, "clusters": [peer.exports() for peer in self.peers]}
 
     def exports(self) -> dict[str, Any]:
-        """This cluster as the directories of others describe it."""
+        """This cluster as other clusters' directories describe it."""
         exported = [service for service in self.services.values() if service.traits.get("export")]
         services = [{"name": service.name, "ports": _ports(service)} for service in exported]
         return {"name": self.cluster.name, "gateways": self.ways_in, "services": services}
@@ -122,7 +132,9 @@ class Mesh:
         return [{"address": address, **identity} for address in (pod.ipv4, pod.ipv6)]
 
     async def start(self) -> None:
-        """Write the files of all sidecars that do not run yet, and start them, all at once.  Raises LabError."""
+        """Write the files of all sidecars that are not running yet, and start them in parallel.
+        Raises LabError.
+        """
         waiting = [sidecar for sidecar in self.sidecars.values() if sidecar.process is None]
         for sidecar in waiting:
             sidecar.write_files(self.document())
@@ -141,7 +153,7 @@ class Mesh:
             raise failures[0]
 
     def publish(self) -> None:
-        """Give the present directory to all sidecars."""
+        """Give the current directory to all sidecars."""
         for sidecar in self.sidecars.values():
             sidecar.write_directory(self.document())
 

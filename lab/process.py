@@ -1,8 +1,9 @@
-"""Programs in the laboratory: started, watched, waited for, ended.
+"""Programs in the lab: starting, watching, waiting, stopping.
 
-A process keeps its output in a file and the newest lines in memory, so that an error can always show the end of what the program
-said.  Each runs in a session of its own: a kill reaches its children too.  The nursery of the laboratory owns the reading tasks;
-`Process.aclose` ends the program, and the sandbox's process-id namespace is the last net below that.
+A process keeps its output in a file and the newest lines in memory, so that an error can show the
+end of the output. Each program runs in its own session, so a kill also reaches its children. The
+lab's nursery owns the reader tasks. `Process.aclose` stops the program; as a last resort, the
+sandbox's process-id namespace does.
 """
 
 import os
@@ -18,12 +19,15 @@ import trio
 TAIL_LINES = 400  # lines of output that stay in memory; the file has the first MAX_LOG_BYTES
 MAX_LINE = 16 * 1024  # bytes; a longer line is cut into pieces
 MAX_LOG_BYTES = 16 * 1024 * 1024
-READY_TIMEOUT = 40.0  # seconds; generous, for a machine that is slow and busy: nobody waits longer than it takes
+# seconds; generous, for a slow and busy machine: waits end as soon as the program is ready
+READY_TIMEOUT = 40.0
 STOP_TIMEOUT = 10.0  # seconds between SIGTERM and SIGKILL
 
 
 class LabError(Exception):
-    """Something in the laboratory did not work; the message says what and shows the end of the log where there is one."""
+    """Something in the lab failed; the message gives the reason, and the end of the log if there is
+    one.
+    """
 
 
 @dataclass(slots=True)
@@ -33,7 +37,7 @@ class Output:
     path: Path
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
     total_bytes: int = 0
-    count: int = 0  # of lines, including those which `lines` has forgotten
+    count: int = 0  # of all lines, including those dropped from `lines`
     changed: trio.Event = field(default_factory=trio.Event)
     ended: bool = False
 
@@ -90,7 +94,9 @@ class Completed:
 
 
 class Process:
-    """A running program.  Made by `start`; whoever started it calls `aclose`, the laboratory does at its end."""
+    """A running program, created by `start`. The caller of `start` must call `aclose`; the lab does
+    so at its end.
+    """
 
     def __init__(self, name: str, command: Sequence[str], process: trio.Process, output: Output) -> None:
         self.name = name
@@ -136,23 +142,23 @@ class Process:
                     return int(line.split()[1]) * 1024
         except OSError as error:
             raise LabError(f"{self.name} does not run any more") from error
-        raise LabError(f"{self.name} has ended, but nobody has collected it yet")
+        raise LabError(f"{self.name} has ended, but was not reaped yet")
 
     def signal(self, number: int) -> None:
-        """Send a signal to the program and its children; nothing happens when it has ended."""
+        """Send a signal to the program and its children; no effect if it has ended."""
         if self.alive:
             os.killpg(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL: what a crash looks like from outside."""
+        """SIGKILL: looks like a crash from outside."""
         self.signal(signal.SIGKILL)
 
     def pause(self) -> None:
-        """SIGSTOP: the kernel still accepts connections for it, but nobody answers."""
+        """SIGSTOP: the kernel still accepts connections for it, but it does not answer."""
         self.signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """SIGCONT: the end of `pause`."""
+        """SIGCONT: ends a `pause`."""
         self.signal(signal.SIGCONT)
 
     async def wait(self) -> int:
@@ -170,7 +176,9 @@ class Process:
             await self._process.wait()
 
     async def wait_line(self, text: str, timeout: float = READY_TIMEOUT) -> str:
-        """Wait until the program has written a line that contains `text`; that line.  Raises LabError."""
+        """Wait until the program has written a line that contains `text`; returns it. Raises
+        LabError.
+        """
         found: list[str] = []
 
         def seen() -> bool:
@@ -181,7 +189,9 @@ class Process:
         return found[0]
 
     async def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = READY_TIMEOUT) -> None:
-        """Wait until `condition`, which is asked again after each output.  Raises LabError when the program ends before, or is too slow."""
+        """Wait until `condition` holds; it is checked after each output. Raises LabError if the
+        program ends before, or on timeout.
+        """
         with trio.move_on_after(timeout):
             while not condition():
                 if self.output.ended:
@@ -198,7 +208,7 @@ class Process:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """How a program is started: what stands before its command, and what it finds."""
+    """How a program is started: the command prefix and the environment."""
 
     prefix: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
@@ -206,7 +216,9 @@ class Launch:
 
 
 async def start(nursery: trio.Nursery, name: str, command: Sequence[str], log: Path, launch: Launch) -> Process:
-    """Start a program whose output is read by a task in `nursery`.  Raises LabError when it cannot be started."""
+    """Start a program; a task in `nursery` reads its output. Raises LabError if it cannot be
+    started.
+    """
     try:
         process = await trio.lowlevel.open_process(
             [*launch.prefix, *command],
@@ -226,7 +238,9 @@ async def start(nursery: trio.Nursery, name: str, command: Sequence[str], log: P
 
 
 async def run(command: Sequence[str], launch: Launch, *, stdin: bytes = b"", timeout: float = 30.0) -> Completed:
-    """Run a program to its end.  Raises LabError when it cannot be started or takes more than `timeout` seconds."""
+    """Run a program to its end. Raises LabError if it cannot be started or takes more than
+    `timeout` seconds.
+    """
     done: subprocess.CompletedProcess[bytes] | None = None
     with trio.move_on_after(timeout):
         try:

@@ -1,6 +1,7 @@
-"""What the demonstration prints: progress while it goes on, and at the end a table of what was proven.
+"""The output of the demonstration: progress, and finally a table of what was proven.
 
-Plain text, at most WIDTH columns; colour only where the output is a terminal, and marks in ASCII where it cannot show others.
+Plain text, at most WIDTH columns. Colours only on a terminal; marks in ASCII where the encoding has
+no others.
 """
 
 import os
@@ -18,7 +19,7 @@ _LABEL = 22  # columns
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """One thing that was tried, what came out, and whether that is what should have."""
+    """One proof: what was tried, the result, and whether it held."""
 
     section: str
     label: str
@@ -43,25 +44,25 @@ class Report:
         return bool(self.proofs) and all(proof.held for proof in self.proofs) and not self.trouble
 
     def step(self, text: str) -> None:
-        """A line of progress."""
+        """Print a line of progress."""
         self.say(f"{time.monotonic() - self.began:5.1f} s  {text}")
 
     def say(self, text: str = "") -> None:
-        """A line as it is."""
+        """Print a line unchanged."""
         print(text, file=self.out, flush=True)
 
     def prove(self, label: str, detail: str, held: bool) -> None:
-        """Note one proof in the present section; what did not hold is said at once."""
+        """Record a proof in the current section. A failure is printed at once."""
         self.proofs.append(Proof(self.section, label, " ".join(detail.split()), held))
         if not held:
             self.say(f"         {self._mark(False)} {label}: {detail}"[: WIDTH * 4])
 
     def show(self, lines: Sequence[str]) -> None:
-        """Lines that stand below the proofs of the present section."""
+        """Lines to show below the proofs of the current section."""
         self.shown += [(self.section, line) for line in lines]
 
     def broke(self, text: str) -> None:
-        """Something of the laboratory itself did not work."""
+        """Report an error of the lab itself."""
         self.trouble.append(text)
         self.say(f"\nisthmus demo: {text}")
 
@@ -76,8 +77,8 @@ class Report:
                 self.say(f"      {line}"[:WIDTH])
             self.say()
         held = sum(proof.held for proof in self.proofs)
-        verdict = "All of it held" if self.held else "NOT all of it held"
-        self.say(self._colour("1;32" if self.held else "1;31", f"{verdict}: {held} of {len(self.proofs)} proofs, in {seconds:.1f} s."))
+        verdict = "All proofs held" if self.held else "NOT all proofs held"
+        self.say(self._colour("1;32" if self.held else "1;31", f"{verdict}: {held} of {len(self.proofs)}, in {seconds:.1f} s."))
 
     def _row(self, proof: Proof) -> None:
         mark = self._mark(proof.held)
@@ -112,5 +113,5 @@ def latency_line(meshed: Sequence[float], plain: Sequence[float]) -> str:
     """Both sides' p50 and p99 from sorted microseconds."""
     sides = [(statistics.median(side) / 1000, percentile(side, 0.99) / 1000) for side in (meshed, plain)]
     (p50, p99), (plain50, plain99) = sides
-    through, past = f"p50 {p50:.2f} ms, p99 {p99:.2f} ms through both sidecars", f"{plain50:.2f} and {plain99:.2f} ms past them"
+    through, past = f"p50 {p50:.2f} ms, p99 {p99:.2f} ms through both sidecars", f"{plain50:.2f} and {plain99:.2f} ms without them"
     return f"{through}; {past} ({len(meshed)} requests each)"

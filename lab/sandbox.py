@@ -1,21 +1,23 @@
-"""The sandbox: everything of the laboratory lives in namespaces of its own, so that the kernel itself removes every trace.
+"""The sandbox: the lab runs in separate namespaces, so that the kernel removes everything at the
+end.
 
-`python -m lab.sandbox -- COMMAND ...` runs COMMAND in new network, mount and process-id namespaces; for an ordinary user also in
-a new user namespace, in which that user is root.  Inside, `ip netns`, veth pairs and nftables work, and nothing of it can be seen
-outside: interfaces and rules belong to the network namespaces, the names in /run/netns to the mount namespace, and all
-processes to the process-id namespace.  When its first process ends, whatever the reason, the kernel kills the rest and frees it all.
+`python -m lab.sandbox -- COMMAND ...` runs COMMAND in new network, mount and process-id namespaces;
+for an ordinary user also in a new user namespace, where that user is root. Inside, `ip netns`, veth
+pairs and nftables work, and nothing is visible outside: interfaces and rules belong to the network
+namespaces, names in /run/netns to the mount namespace, and processes to the process-id namespace.
+When its first process ends for any reason, the kernel kills the others and frees everything.
 
-Three processes are in a row:
+There are three processes:
 
-    outer   stays in the old process-id namespace; passes signals on; leaves with the exit code of COMMAND
-    init    the first process of the new namespace; dies with `outer` (PR_SET_PDEATHSIG, also after kill -9); collects orphans
+    outer   stays in the old process-id namespace; passes signals on; exits with the exit code of COMMAND
+    init    the first process of the new namespace; dies with `outer` (PR_SET_PDEATHSIG, also after kill -9); reaps orphans
     COMMAND keeps the terminal
 
-Signals that the terminal sends (Ctrl-C) reach all three by themselves, since they share a process group; only signals that somebody
-sent on purpose are passed on, or COMMAND would get each Ctrl-C three times.
+Signals from the terminal (Ctrl-C) reach all three, since they share a process group. Only other
+signals are passed on, otherwise COMMAND would get each Ctrl-C three times.
 
-This is done by system calls rather than by the program unshare, because that ignores SIGTERM while it waits, and because it would
-stand between us and the exit code.
+The code uses system calls and not the program unshare, because that ignores SIGTERM while it waits,
+and hides the exit code.
 """
 
 import argparse
@@ -31,8 +33,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ENV_INSIDE = "ISTHMUS_SANDBOX"  # the identity of the process-id namespace: an inherited value cannot be mistaken for ours
-ENV_PID = "ISTHMUS_SANDBOX_PID"  # the pid of `init` as seen from outside, for nsenter
+# the id of the process-id namespace: an inherited value is recognised as foreign
+ENV_INSIDE = "ISTHMUS_SANDBOX"
+ENV_PID = "ISTHMUS_SANDBOX_PID"  # the pid of `init` outside, for nsenter
 SYSTEM_PATH = ("/usr/sbin", "/sbin")  # where ip and nft live
 PROBE_TIMEOUT = 20.0  # seconds
 
@@ -43,17 +46,19 @@ _SI_KERNEL = 0x80  # si_code of a signal that the terminal generated (asm-generi
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
-# What the kernel lets a container do by default and the laboratory needs otherwise.  The net.* values belong to the network namespace.
+# Settings that the lab needs and containers often lack. The net.* values belong to the network
+# namespace.
 SYSCTLS = {
     "net/ipv4/ip_unprivileged_port_start": "0",  # an application without privileges may listen on port 25
     "net/ipv4/ping_group_range": "0 0",
-    "net/ipv6/conf/all/accept_dad": "0",  # addresses are usable at once; nobody else is on the link
+    # addresses are usable at once; no other host is on the link
+    "net/ipv6/conf/all/accept_dad": "0",
     "net/ipv6/conf/default/accept_dad": "0",
 }
 
 
 class SandboxError(Exception):
-    """The sandbox cannot be made; the message is one line that says why and what to do."""
+    """The sandbox cannot be created; the message is one line with the reason and the remedy."""
 
 
 def inside() -> bool:
@@ -62,18 +67,22 @@ def inside() -> bool:
 
 
 def outside_pid() -> int | None:
-    """The pid by which processes outside can enter this sandbox (nsenter --target)."""
+    """The pid for processes outside to enter this sandbox (nsenter --target)."""
     return int(os.environ[ENV_PID]) if inside() and ENV_PID in os.environ else None
 
 
 def rootless() -> bool:
-    """Whether only one user id exists here: then uid 2102 and others cannot be used, and the packet mark stands for the uid."""
+    """Whether only one user id exists here. Then uid 2102 cannot be used, and the packet mark
+    replaces it.
+    """
     ranges = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
     return not any(int(first) <= 65534 < int(first) + int(count) for first, _, count in ranges)
 
 
 def available() -> str | None:
-    """None when a sandbox can be made here; otherwise one line that says why not and what to do.  Makes one, to be sure."""
+    """None if a sandbox can be created here; otherwise one line with the reason and the remedy.
+    Creates one to check.
+    """
     if (missing := _missing_programs()) is not None:
         return missing
     return _probe()
@@ -99,7 +108,7 @@ def command_line(command: Sequence[str]) -> list[str]:
 
 
 def reexecute(command: Sequence[str]) -> None:
-    """Replace this process by `command` in a sandbox; comes back only by SandboxError when one cannot be made."""
+    """Replace this process by `command` in a sandbox. Returns only by raising SandboxError."""
     if (missing := _missing_programs()) is not None:
         raise SandboxError(missing)
     arguments = command_line(command)
@@ -107,7 +116,7 @@ def reexecute(command: Sequence[str]) -> None:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_root()), environment.get("PYTHONPATH")]))
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(arguments[0], arguments, environment)  # noqa: S606  # no shell is wanted
+    os.execve(arguments[0], arguments, environment)  # noqa: S606  # no shell needed
 
 
 def run(command: Sequence[str]) -> int:
@@ -129,7 +138,9 @@ def run(command: Sequence[str]) -> int:
 
 
 def _init(command: Sequence[str], alive: int) -> int:
-    """The first process of the namespace: makes it a home for `ip netns`, starts the command, collects orphans."""
+    """The first process of the namespace: prepares it for `ip netns`, starts the command, reaps
+    orphans.
+    """
     try:
         _libc_call("prctl", "die with the outer process", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         outside = os.read(alive, 32)
@@ -151,7 +162,7 @@ def _init(command: Sequence[str], alive: int) -> int:
 
 
 def _wait(child: int) -> int:
-    """Wait for `child`, pass signals on, collect every other process that ends."""
+    """Wait for `child`, pass signals on, and reap every other process that ends."""
     watched = {*_FORWARDED, signal.SIGCHLD}
     while True:
         info = signal.sigwaitinfo(watched)
@@ -160,7 +171,7 @@ def _wait(child: int) -> int:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, info.si_signo)
             continue
-        # Signals of one number are merged while they are pending: one SIGCHLD can stand for many children.
+        # Pending signals of one number are merged: one SIGCHLD can stand for many children.
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -174,7 +185,9 @@ def _wait(child: int) -> int:
 
 
 def _unshare() -> None:
-    """Enter the new namespaces: as root directly, otherwise (also for a root without the capability) by a user namespace."""
+    """Enter the new namespaces: as root directly, otherwise (also as root without the capability)
+    with a user namespace.
+    """
     flags = _CLONE_NEWNS | _CLONE_NEWPID | _CLONE_NEWNET
     uid, gid = os.geteuid(), os.getegid()
     libc = ctypes.CDLL(None, use_errno=True)
@@ -191,14 +204,14 @@ def _unshare() -> None:
 
 
 def why_no_user_namespace(code: int) -> str:
-    """The reason in words: several systems forbid user namespaces in their own ways."""
+    """The reason: several systems restrict user namespaces in their own ways."""
 
     def setting(path: str) -> str | None:
         with contextlib.suppress(OSError):
             return Path(path).read_text().strip()
         return None
 
-    start = "the laboratory needs user namespaces, and they are not allowed here: "
+    start = "the lab needs user namespaces, and they are not allowed here: "
     if setting("/proc/sys/user/max_user_namespaces") == "0":
         return start + "run `sysctl user.max_user_namespaces=10000` as root, or run this as root"
     if setting("/proc/sys/kernel/unprivileged_userns_clone") == "0":
@@ -215,7 +228,8 @@ def _prepare_mounts() -> None:
     resolver = Path("/etc/resolv.conf").resolve()
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
     _mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
-    # /run is hidden as a whole because /run/netns cannot be made in it by an ordinary user, and would stay behind as root.
+    # All of /run is hidden: an ordinary user cannot create /run/netns in it, and as root it would
+    # stay behind.
     _mount("tmpfs", "/run", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=755,size=512m")
     if resolver.is_relative_to("/run"):  # the file of systemd-resolved has just been hidden
         resolver.parent.mkdir(parents=True, exist_ok=True)
@@ -243,7 +257,9 @@ def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> N
 
 
 def _libc_call(name: str, what: str, *arguments: object) -> None:
-    """Call a function of the C library that returns 0 on success.  Raises SandboxError that says what was tried."""
+    """Call a C library function that returns 0 on success. Raises SandboxError that names the
+    attempt.
+    """
     if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments) != 0:
         code = ctypes.get_errno()
         hint = "; this container hides parts of /proc: start it with --privileged" if code == errno.EPERM and "/proc" in what else ""
@@ -258,11 +274,13 @@ def _missing_programs() -> str | None:
         return None
     programs, packages = zip(*missing, strict=True)
     names = " ".join(packages)
-    return f"the laboratory needs the programs {' and '.join(programs)}: install {names} (Debian: apt install {names})"
+    return f"the lab needs the programs {' and '.join(programs)}: install {names} (Debian: apt install {names})"
 
 
 def _environment() -> dict[str, str]:
-    """The environment with the system's programs on its PATH, which an ordinary user's PATH often lacks."""
+    """The environment with the system's program directories on PATH, which an ordinary user often
+    lacks.
+    """
     environment = dict(os.environ)
     path = environment.get("PATH", os.defpath).split(os.pathsep)
     environment["PATH"] = os.pathsep.join([*path, *(extra for extra in SYSTEM_PATH if extra not in path)])
@@ -279,14 +297,14 @@ def _root() -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m lab.sandbox [--check] [-- COMMAND ...]`."""
-    about = "Run a command in namespaces of its own; nothing stays behind."
+    about = "Run a command in separate namespaces; leaves nothing behind."
     parser = argparse.ArgumentParser(prog="python -m lab.sandbox", description=about)
-    parser.add_argument("--check", action="store_true", help="say whether a sandbox can be made here, and do nothing else")
+    parser.add_argument("--check", action="store_true", help="only report whether a sandbox can be created here")
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="what to run, after -- (a shell if nothing is given)")
     args = parser.parse_args(argv)
     if args.check:
         reason = available()
-        print(reason or "a sandbox can be made here")
+        print(reason or "a sandbox can be created here")
         return 1 if reason else 0
     try:
         return run(args.command or [os.environ.get("SHELL", "/bin/sh")])

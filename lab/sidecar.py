@@ -1,8 +1,9 @@
-"""A sidecar in a pod: its certificate, its files, its rules, its process.
+"""A sidecar in a pod: its certificate, files, rules and process.
 
-Everything is made with the product's own means: certificates by proxy.identity.issue, the configuration as YAML, the rules by
-`isthmus intercept`, the process by `isthmus run`.  The files lie in the pod's directory and can be exchanged while the
-sidecar runs, which is how tests rotate certificates and change the directory.
+Everything uses the product itself: certificates from proxy.identity.issue, the configuration as
+YAML, the rules from `isthmus intercept`, the process from `isthmus run`. The files are in the pod's
+directory and can be replaced while the sidecar runs; so tests rotate certificates and change the
+directory.
 """
 
 import contextlib
@@ -29,18 +30,18 @@ TRUST_DOMAIN: Final = "cluster.local"
 ADMIN_PORT: Final = 4191
 
 READY_POLL: Final = 0.03  # seconds
-ANSWER_TIMEOUT: Final = 20.0  # seconds: of a proxy that is alive, on a machine that has much else to do
+ANSWER_TIMEOUT: Final = 20.0  # seconds: the maximum for a live proxy on a busy machine
 
 
 class _Plain(yaml.SafeDumper):
-    """Writes out what stands in two places twice: the proxies take no anchors and aliases."""
+    """Writes repeated values out: the proxies accept no anchors and aliases."""
 
     def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002  # the base class's signature
         return True
 
 
 class Authority:
-    """A trust root that the laboratory owns; valid since yesterday, so that expired certificates can be made."""
+    """A trust root of the lab; valid since yesterday, so that it can issue expired certificates."""
 
     def __init__(self, trust_domain: str = TRUST_DOMAIN) -> None:
         self.trust_domain = trust_domain
@@ -55,7 +56,7 @@ class Authority:
         return issue(self.root, identity, lifetime)
 
     def issue_expired(self, identity: SpiffeId) -> Issued:
-        """A certificate that ended an hour ago."""
+        """A certificate that expired an hour ago."""
         return issue(self.root, identity, timedelta(hours=1), now=_ago(hours=2))
 
 
@@ -65,7 +66,9 @@ def _ago(**amount: float) -> datetime:
 
 @dataclass(slots=True)
 class Member:
-    """A proxy in a pod, with an identity and files: what the mesh's own proxies and others' have in common.  Ended with the pod."""
+    """A proxy in a pod, with an identity and files: common to this project's proxies and others.
+    Stopped with the pod.
+    """
 
     pod: Pod
     authority: Authority | None
@@ -77,16 +80,16 @@ class Member:
         return self.pod.directory / "sidecar"
 
     def write_certificate(self, issued: Issued) -> None:
-        """Exchange the certificate and its key; a running proxy takes them at its next look."""
+        """Replace the certificate and its key; a running proxy loads them at its next check."""
         self.write(self.directory / "key.pem", issued.key_pem, mode=0o600)
         self.write(self.directory / "certificate.pem", issued.certificate_pem)
 
     def write_roots(self, *authorities: Authority) -> None:
-        """Exchange the trust roots."""
+        """Replace the trust roots."""
         self.write(self.directory / "roots.pem", b"".join(authority.root.certificate_pem for authority in authorities))
 
     def write(self, path: Path, data: bytes, mode: int = 0o644) -> None:
-        """Write a file whole: a reader sees the old or the new one."""
+        """Write a file atomically: a reader sees the old or the new one."""
         temporary = path.with_suffix(".new")
         temporary.write_bytes(data)
         temporary.chmod(mode)
@@ -97,11 +100,11 @@ class Member:
 
 @dataclass(slots=True)
 class Sidecar(Member):
-    """The proxy of a pod.  Made by `Mesh.join`."""
+    """The proxy of a pod. Created by `Mesh.join`."""
 
     settings: dict[str, Any]
     process: Process | None = None
-    gateway: bool = False  # of its cluster: no application is beside it, so nothing is redirected
+    gateway: bool = False  # a gateway of its cluster has no application, so nothing is redirected
 
     @property
     def config_file(self) -> Path:
@@ -126,10 +129,11 @@ class Sidecar(Member):
             "pod": {"name": self.pod.name, "ip": self.pod.ipv4, "addresses": [self.pod.ipv4, self.pod.ipv6]},
             "directory": {"file": str(self.directory_file), "poll_interval": "200ms", "settle": "100ms"},
             "log": {"format": "json", "access": True},
-            # Most programs of the laboratory are not told to stop together with their sidecar.
+            # Most programs of the lab are not stopped together with their sidecar.
             "shutdown": {"grace": "1s", "outbound_minimum": "0s"},
-            "admin": {"metrics_max_age": 0},  # tests compare what is counted before and after
-            # From when on a silent client is one without TLS: not a sidecar that has to wait for the processor.
+            "admin": {"metrics_max_age": 0},  # tests compare counters before and after
+            # After this time, a silent client counts as one without TLS. It must not be a sidecar
+            # that waits for the CPU.
             "inbound": {"hello_timeout": "10s"},
         }
         if rootless():
@@ -145,11 +149,13 @@ class Sidecar(Member):
         self.write(self.config_file, yaml.safe_dump(settings, sort_keys=False).encode())
 
     def write_directory(self, directory: Mapping[str, Any]) -> None:
-        """Exchange the directory."""
+        """Replace the directory."""
         self.write(self.directory_file, yaml.dump(dict(directory), Dumper=_Plain, sort_keys=False).encode())
 
     async def start(self, *, intercept: bool = True, ready: bool = True) -> None:
-        """Install the rules, start the proxy, wait until /ready says yes.  Raises LabError with the end of its log."""
+        """Install the rules, start the proxy, wait until /ready succeeds. Raises LabError with the
+        end of its log.
+        """
         if intercept and not self.gateway:
             await self.pod.intercept("--config", str(self.config_file))
         command = [sys.executable, "-m", "proxy.cli", "run", "--config", str(self.config_file), *(["--gateway"] if self.gateway else [])]
@@ -158,12 +164,12 @@ class Sidecar(Member):
             await self.wait_ready()
 
     async def restart(self) -> None:
-        """End the proxy and start it again; the rules stay."""
+        """Stop the proxy and start it again; the rules stay."""
         await self.running().aclose()
         await self.start(intercept=False)
 
     async def wait_ready(self, timeout: float = READY_TIMEOUT) -> None:
-        """Wait until the proxy is ready.  Raises LabError with its last reason."""
+        """Wait until the proxy is ready. Raises LabError with the last reason."""
         process, reason = self.running(), "no answer"
         with trio.move_on_after(timeout):
             while process.alive:
@@ -177,11 +183,14 @@ class Sidecar(Member):
         raise process.error(f"was not ready within {timeout:g} s: {reason}")
 
     async def admin(self, path: str) -> tuple[int, str]:
-        """Ask the admin port from inside the pod: (status, body), (0, reason) when nobody answers."""
+        """Ask the admin port from inside the pod: (status, body), or (0, reason) without an answer.
+        """
         return await http_get(self.pod, "127.0.0.1", ADMIN_PORT, path)
 
     async def metrics(self) -> dict[str, float]:
-        """The proxy's metrics: the sample's name with its labels -> value.  Raises LabError when they cannot be had."""
+        """The proxy's metrics: sample name with labels -> value. Raises LabError if they cannot be
+        read.
+        """
         status, body = await self.admin("/metrics")
         if status != 200:
             raise LabError(f"/metrics of pod {self.pod.name} answered {status}: {body[:200]}")
@@ -189,7 +198,7 @@ class Sidecar(Member):
         return {name: float(value) for name, _, value in samples}
 
     def logged(self) -> list[dict[str, Any]]:
-        """The proxy's log lines so far as mappings; lines that are not JSON are left out."""
+        """The proxy's log lines so far as mappings, without lines that are not JSON."""
         found: list[dict[str, Any]] = []
         for line in self.running().output.path.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError):
@@ -200,7 +209,7 @@ class Sidecar(Member):
 
 
 def merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Lay settings over settings, section by section; the two share nothing afterwards, so `changes` stay as they are."""
+    """Merge settings into others, section by section; copies, so `changes` stay unchanged."""
     for key, value in changes.items():
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
             merge(into[key], value)
@@ -209,7 +218,7 @@ def merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 async def http_get(pod: Pod, host: str, port: int, path: str) -> tuple[int, str]:
-    """The plainest HTTP request from inside a pod: (status, body), or (0, reason)."""
+    """A minimal HTTP request from inside a pod: (status, body), or (0, reason)."""
     try:
         with trio.fail_after(ANSWER_TIMEOUT):
             stream = await pod.connect(host, port)

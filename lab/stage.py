@@ -1,4 +1,6 @@
-"""What the parts of the demonstration's story share: its pods, its programs, and how it tells what a client saw."""
+"""Shared by the parts of the demonstration: its pods and programs, and the description of client
+results.
+"""
 
 import json
 import sys
@@ -12,13 +14,13 @@ from lab.report import Report
 from lab.sidecar import Sidecar
 from lab.traces import TraceCollector
 
-SECRET = "the-password-is-tangerine"  # noqa: S105  # what a listener on the wire must not find
+SECRET = "the-password-is-tangerine"  # noqa: S105  # must not be visible on the wire
 HTTP, PLAIN, SOCKET, MAIL, GRPC = 8080, 8081, 9000, 2525, 50051
 
 
 @dataclass(slots=True)
 class Stage:
-    """The pods of the story."""
+    """The pods of the demonstration."""
 
     lab: Lab
     west: Cluster
@@ -31,10 +33,11 @@ class Stage:
     size: int
     collectors: list[TraceCollector] = field(default_factory=list)  # one in each cluster: they share nothing
     sidecars: dict[str, Sidecar] = field(default_factory=dict)
-    server_names: dict[int, set[str]] = field(default_factory=dict)  # port -> what the hellos on the wire asked for
+    # port -> the SNI values seen on the wire
+    server_names: dict[int, set[str]] = field(default_factory=dict)
 
     async def client(self, pod: Pod, what: str, host: str, port: int, *rest: str) -> dict[str, Any]:
-        """Run an ordinary client in a pod; what it says it saw."""
+        """Run an ordinary client in a pod; returns its result."""
         command = [sys.executable, "-m", "lab.apps.client", what, host, str(port), *rest]
         done = await pod.run(command, env=PACKAGES, timeout=60)
         try:
@@ -50,7 +53,7 @@ class Stage:
 
 
 def why(answer: dict[str, Any], held: bool) -> str:
-    """What the client saw, when that was not what it should have seen."""
+    """What the client saw, if the proof did not hold."""
     return "" if held else f"- the client saw {json.dumps({key: value for key, value in answer.items() if key != 'peak_rss'})[:200]}"
 
 

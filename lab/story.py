@@ -1,7 +1,9 @@
-"""The story that `isthmus demo` tells: pods with sidecars, four intruders, a second cluster, and what each step proved.
+"""The steps of `isthmus demo`: pods with sidecars, four intruders, a second cluster, and what each
+step proved.
 
-The steps only start programs and look; what they found goes into a Report (lab/report.py).  Identities, ciphers and groups are read
-from the proxies' logs and from the wire, never from what the story itself configured.
+The steps start programs and observe; the findings go into a Report (lab/report.py). Identities,
+ciphers and groups are read from the proxies' logs and from the wire, never from the demonstration's
+own configuration.
 """
 
 import shutil
@@ -30,21 +32,22 @@ from lab.traces import TraceCollector
 from proxy.identity.spiffe import SpiffeId
 
 REQUESTS = 400  # per side, for the latency
-MEMORY_ALLOWED = 5 * 1024 * 1024  # bytes a sidecar may grow by while a large body passes
-SHORT_LIVED = {"idle_timeout": "1s", "ping_interval": "1s"}  # so that the connections of gRPC calls end, and are in the log, in time
-LOG_PATIENCE = 30.0  # seconds; a pooled connection is closed, and its line written, after 3 s without a request
-STORY_TIMEOUT = 300.0  # seconds; the story takes about forty, and more where the machine has much else to do
+MEMORY_ALLOWED = 5 * 1024 * 1024  # bytes by which a sidecar may grow during a large body
+# so that gRPC connections end, and are logged, in time
+SHORT_LIVED = {"idle_timeout": "1s", "ping_interval": "1s"}
+LOG_PATIENCE = 30.0  # seconds; a pooled connection is closed and logged after 3 s without a request
+STORY_TIMEOUT = 300.0  # seconds; it takes about forty, more on a busy machine
 
 
 def tell(*, size: int, keep: bool) -> int:
-    """Tell the story; the exit code of `isthmus demo`."""
+    """Run the demonstration; returns the exit code of `isthmus demo`."""
     report = Report()
     try:
         return trio.run(_tell, report, size, keep)
     except LabError as error:
         report.broke(str(error))
     except KeyboardInterrupt:
-        report.say("\nended; nothing is left of it")
+        report.say("\nstopped; nothing is left behind")
         return 0 if report.held else 1
     return 1
 
@@ -55,8 +58,8 @@ async def _tell(report: Report, size: int, keep: bool) -> int:
         with trio.move_on_after(STORY_TIMEOUT) as limit:
             stage, world = await build(lab, report, size)
             steps: tuple[tuple[str, Callable[[Stage], Awaitable[None]]], ...] = (
-                ("ordinary programs talk, a listener sits on the wire", traffic),
-                ("two clusters send a request round and round", circle),
+                ("ordinary programs communicate, an eavesdropper captures the wire", traffic),
+                ("two clusters forward a request to each other", circle),
                 ("large bodies are streamed", large_bodies),
                 ("intruders try", intruders),
                 ("latency is measured, with and without the mesh in turn", latency),
@@ -68,7 +71,7 @@ async def _tell(report: Report, size: int, keep: bool) -> int:
             for title, chapter in clusters_story.STEPS:
                 report.step(title)
                 await chapter(world)
-            report.step("one request is followed from span to span")
+            report.step("one request is traced through all proxies")
             await traced(stage)
         if limit.cancelled_caught:
             report.broke(f"the demonstration did not end within {STORY_TIMEOUT:g} s")
@@ -96,7 +99,8 @@ async def build(lab: Lab, report: Report, size: int) -> tuple[Stage, World]:
     mesh.join(shop, "shop", intercept=skip, tracing=tracing, inbound={"require_identity": True, "allow": {str(HTTP): only_web}})
     mesh.join(annex, "shop")
     mesh.join(guest, "guest")
-    mesh.join(forger, "web", authority=Authority())  # the right name, vouched for by nobody the shop trusts
+    # the right name, signed by a root that the shop does not trust
+    mesh.join(forger, "web", authority=Authority())
     mesh.service("shop", [shop], {HTTP: "detect", SOCKET: "detect", MAIL: "opaque"})
     mesh.service("stock", [shop, annex], {GRPC: "detect"}, policy=FORGETFUL)
     west.name_host("shop.plain", shop.ipv4)
@@ -111,7 +115,7 @@ async def build(lab: Lab, report: Report, size: int) -> tuple[Stage, World]:
 
 
 async def servers(stage: Stage) -> None:
-    """Start the programs that are called."""
+    """Start the servers."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lambda: stage.server(stage.shop, "web", "::", str(HTTP), port=HTTP))
         nursery.start_soon(lambda: stage.server(stage.shop, "web-plain", "::", str(PLAIN), port=PLAIN))
@@ -122,7 +126,9 @@ async def servers(stage: Stage) -> None:
 
 
 async def traffic(stage: Stage) -> None:
-    """HTTP, WebSocket, SMTP and gRPC, all with the secret in them, while the link of `web` is being listened to."""
+    """HTTP, WebSocket, SMTP and gRPC, all with the secret in them, while the link of `web` is
+    captured.
+    """
     report = stage.report
     report.section = "Ordinary programs, through two sidecars: `web` calls `shop`"
     async with Capture(stage.web) as wire:
@@ -140,14 +146,14 @@ async def traffic(stage: Stage) -> None:
         held = answer.get("refused") == 0 and "error" not in answer
         greeting = f"greeted after {answer.get('greeting_seconds', 0) * 1000:.1f} ms" if held else ""
         report.prove("SMTP", f"smtplib -> aiosmtpd, the server speaks first, {greeting} {why(answer, held)}", held)
-        stage.report.step("gRPC calls of all kinds, spread over two pods, with deadlines, and with nobody there")
+        stage.report.step("gRPC calls of all kinds, balanced over two pods, with deadlines, and without servers")
         await calls(stage)
         control = await stage.client(stage.web, "get", "shop.plain", PLAIN, "visible-without-the-mesh")
     on_the_wire(stage, wire, control)
 
 
 def on_the_wire(stage: Stage, wire: Capture, control: dict[str, Any]) -> None:
-    """What the listener saw."""
+    """What the eavesdropper saw."""
     report = stage.report
     report.section = "A listener on the link of `web`"
     verdict = wire.verdict(HTTP, SOCKET, MAIL, GRPC)
@@ -163,15 +169,15 @@ def on_the_wire(stage: Stage, wire: Capture, control: dict[str, Any]) -> None:
     report.prove(
         "no clear text", "the secret that all clients sent is not in the capture" if hidden else "the secret IS on the wire", hidden
     )
-    detail = "the same capture does show what was sent past the mesh" if seen else f"the listener saw nothing at all: {control}"
-    report.prove("the ear works", detail, seen)
+    detail = "the same capture shows plaintext that was sent without the mesh" if seen else f"the capture is empty: {control}"
+    report.prove("capture works", detail, seen)
     wire.write_pcap(stage.lab.directory / "wire.pcap")
 
 
 async def large_bodies(stage: Stage) -> None:
     """A large body each way; the sidecars must not grow."""
     report, size = stage.report, stage.size
-    report.section = "Large bodies, and what it costs"
+    report.section = "Large bodies, and the cost of the mesh"
     proxies = [stage.sidecars[name].running() for name in ("web", "shop")]
     before = [proxy.rss() for proxy in proxies]
     for what, key, expected in (("download", "bytes", size), ("upload", "right", True)):
@@ -186,7 +192,7 @@ async def large_bodies(stage: Stage) -> None:
 
 
 async def intruders(stage: Stage) -> None:
-    """Who has no right to be served is not served."""
+    """Unauthorised clients are not served."""
     stage.report.section = "Intruders"
     address = stage.shop.ipv4
     answer = await stage.client(stage.stranger, "get", address, HTTP, SECRET)
@@ -207,7 +213,8 @@ async def intruders(stage: Stage) -> None:
 
 
 def refused(stage: Stage, label: str, who: str, answer: dict[str, Any], pod: Pod) -> None:
-    """An intruder held if it saw an error, or a status that says no, and nothing of the shop."""
+    """The proof holds if the intruder saw an error or a rejecting status, and nothing of the shop.
+    """
     status = answer.get("status", 0)
     held = "hello from the shop" not in answer.get("body", "") and (status in (403, 502, 503) or "error" in answer)
     saw = f"{status} {error_type(answer.get('proxy-status', ''))}" if status else answer.get("error", "")
@@ -215,7 +222,7 @@ def refused(stage: Stage, label: str, who: str, answer: dict[str, Any], pod: Pod
 
 
 def _reason(stage: Stage, pod: Pod) -> str:
-    """What the shop's sidecar wrote about a peer."""
+    """What the shop's sidecar logged about a peer."""
     hosts = (f"{pod.ipv4}:", f"[{pod.ipv6}]:")
     for line in reversed(stage.sidecars["shop"].logged()):
         words = line.get("error") or line.get("words") or ""
@@ -225,7 +232,7 @@ def _reason(stage: Stage, pod: Pod) -> str:
 
 
 async def who_was_who(stage: Stage) -> None:
-    """Who talked to whom, as the proxy at the other end verified it."""
+    """Which identities communicated, as the proxy at the other end verified them."""
     report = stage.report
     report.section = "Identities, as the proxies verified and logged them"
     web, shop = (str(stage.mesh.authority.identity(name)) for name in ("web", "shop"))
@@ -240,21 +247,23 @@ async def who_was_who(stage: Stage) -> None:
         callees = {str(value) for line in outbound for key, value in line.items() if key.endswith("identity")}
         detail = f"{' and '.join(sorted(callees))}, verified by the sidecar of `web`"
         if outbound and not callees:
-            # The outbound log does not name the server: then what the wire and the other end say of it.
+            # The outbound log does not name the server: use the wire and the other end's log.
             callees, asked = own_identity(stage.sidecars["shop"]), stage.server_names.get(port, set())
-            detail = f"{' and '.join(sorted(callees)) or 'nobody'}, asked for on the wire as {' and '.join(sorted(asked)) or 'nothing'}"
+            detail = f"{' and '.join(sorted(callees)) or 'none'}, requested on the wire as {' and '.join(sorted(asked)) or 'nothing'}"
             callees = callees if asked == {SpiffeId.parse(each).sni for each in callees} else set()
         report.prove(f"{name}: to", detail, callees == {shop})
 
 
 def own_identity(sidecar: Sidecar) -> set[str]:
-    """Who a proxy says it is, in its log."""
+    """The proxy's own identity, from its log."""
     lines = [str(line.get("message", "")) for line in sidecar.logged()]
     return {line.removeprefix("identity: ").partition(",")[0] for line in lines if line.startswith("identity: ")}
 
 
 async def logged(sidecar: Sidecar, direction: str, port: int, peer: Pod) -> list[dict[str, Any]]:
-    """A proxy's lines of finished connections from a pod to a port; waits for one, since a pooled connection lives on for a while."""
+    """A proxy's log lines of finished connections from a pod to a port. Waits for one, since a
+    pooled connection stays open for a while.
+    """
     found: list[dict[str, Any]] = []
     hosts = (f"{peer.ipv4}:", f"[{peer.ipv6}]:")
     with trio.move_on_after(LOG_PATIENCE):
@@ -274,8 +283,8 @@ async def logged(sidecar: Sidecar, direction: str, port: int, peer: Pod) -> list
 
 
 async def latency(stage: Stage) -> None:
-    """The price, measured on the same two pods in turn."""
-    stage.report.section = "Large bodies, and what it costs"
+    """The latency cost, measured on the same two pods in turn."""
+    stage.report.section = "Large bodies, and the cost of the mesh"
     answer = await stage.client(stage.web, "latency", stage.shop.ipv4, HTTP, str(PLAIN), str(REQUESTS))
     meshed, plain = answer.get(str(HTTP), []), answer.get(str(PLAIN), [])
     held = len(meshed) == len(plain) == REQUESTS
@@ -283,7 +292,7 @@ async def latency(stage: Stage) -> None:
 
 
 def explain_how_to_enter(stage: Stage) -> None:
-    """What to do with a mesh that keeps running."""
+    """Print how to use the running mesh."""
     pid, say = outside_pid(), stage.report.say
     if pid is None:
         return
@@ -293,13 +302,13 @@ def explain_how_to_enter(stage: Stage) -> None:
         say(f"  {name:<9} {stage.west.pods[name].enter_command(pid)}")
     say(f"""
 and there, for example:
-  in web        curl -v http://shop:{HTTP}/            through both sidecars; an ordinary client, as you see
-                curl -v http://shop.plain:{PLAIN}/      past them
+  in web        curl -v http://shop:{HTTP}/            through both sidecars; curl is an ordinary client
+                curl -v http://shop.plain:{PLAIN}/      without them
                 {sys.executable} -m lab.apps.client grpc-spread stock {GRPC} 600
                                                      gRPC calls over one connection, answered by two pods
                 curl http://localhost:4191/metrics   what the sidecar counts
                 nft list table inet isthmus          the interception rules
-                tcpdump -ni eth0 -X                  what a listener on the wire sees meanwhile
+                tcpdump -ni eth0 -X                  what an eavesdropper on the wire sees
   in stranger   curl -v http://{stage.shop.ipv4}:{HTTP}/      a pod without an identity is refused
   anywhere      ls {stage.lab.directory}/west/*/sidecar   configuration, certificates, directory; logs are beside it
                 tcpdump -nr {stage.lab.directory}/wire.pcap     the capture""")

@@ -1,4 +1,6 @@
-"""The demonstration's step about traces: one request from west to east, and the tree of the spans that the proxies exported of it."""
+"""The trace part of the demonstration: one request from west to east, and the tree of the spans
+that the proxies exported.
+"""
 
 import secrets
 
@@ -11,12 +13,12 @@ import sys, urllib.request
 request = urllib.request.Request(sys.argv[1], headers={"traceparent": sys.argv[2]})
 print(urllib.request.urlopen(request, timeout=20).status)
 """
-# The sidecar of the caller, the gateway on its two sides, the sidecar of the server.
+# The caller's sidecar, the gateway's two sides, the server's sidecar.
 _WAY = [("west", "web", "client"), ("east", "gateway", "server"), ("east", "gateway", "client"), ("east", "c", "server")]
 
 
 async def traced(stage: Stage) -> None:
-    """Send a request with a context as an application would, and show what became of it."""
+    """Send a request with a trace context, as an application would, and show its spans."""
     report = stage.report
     report.section = "One request across both clusters as a trace, from the spans that the proxies exported (OTLP)"
     trace_id, caller = secrets.token_hex(16), secrets.token_hex(8)
@@ -29,7 +31,7 @@ async def traced(stage: Stage) -> None:
         return
     parents = [caller, *(span.span_id for span in spans[:-1])]
     held = len(spans) == len(_WAY) and [span.parent_id for span in spans] == parents
-    report.prove("one trace", f"{len(spans)} spans, each under the one that called it, the first under the application's", held)
+    report.prove("one trace", f"{len(spans)} spans, each a child of its caller's span, the first a child of the application's", held)
     seen = [(span.cluster, span.pod, span.kind) for span in spans]
     detail = ", ".join(f"{pod} of {cluster} ({kind})" for cluster, pod, kind in seen)
     report.prove("which pod", detail, seen == _WAY)

@@ -1,12 +1,14 @@
-"""Traces in the laboratory: a collector in a pod of its own, the tree of a trace in a terminal, and the way to a Jaeger outside.
+"""Traces in the lab: a collector in its own pod, the tree of a trace as text, and forwarding to a
+Jaeger outside.
 
     collector = await TraceCollector.start(cluster)
     mesh.join(pod, tracing=collector.settings())
     spans = await collector.trace(trace_id, 2)
     print("\n".join(tree(spans)))
 
-The sandbox has a network of its own, from which nothing outside can be reached. Where spans are to go to a Jaeger of the user's, a
-process that was left outside sends them there: what the collector has received is handed to it through a pipe, byte for byte.
+The sandbox has its own network and cannot reach anything outside. To send spans to the user's
+Jaeger, a process outside the sandbox forwards them: it gets the collector's requests through a
+pipe, unchanged.
 """
 
 import os
@@ -28,7 +30,7 @@ from lab.pod import ROOT, Pod
 from lab.process import LabError
 
 PORT = 4318
-PIPE = "ISTHMUS_LAB_JAEGER"  # the environment variable with the pipe's descriptor
+PIPE = "ISTHMUS_LAB_JAEGER"  # the environment variable with the pipe's file descriptor
 PATIENCE = 15.0  # seconds
 _LENGTH = struct.Struct("!I")
 
@@ -49,11 +51,11 @@ class TraceCollector:
         return cls(pod, file)
 
     def settings(self, **more: Any) -> dict[str, Any]:
-        """The section `tracing` of a proxy whose spans are to come here, soon."""
+        """The section `tracing` of a proxy that exports to this collector, with short delays."""
         return {"endpoint": f"http://{self.pod.ipv4}:{PORT}", "delay": "100ms", **more}
 
     async def trace(self, trace_id: str, count: int) -> list[Span]:
-        """Wait for `count` spans of a trace; all there are, the first to begin first. Raises LabError."""
+        """Wait for `count` spans of a trace; returns all, by start time. Raises LabError."""
         return await gathered([self], trace_id, count)
 
     def all(self) -> list[Span]:
@@ -63,7 +65,7 @@ class TraceCollector:
         return sorted((span for span in self.all() if span.trace_id == trace_id), key=lambda span: span.start)
 
     def raw(self) -> Iterator[bytes]:
-        """The export requests as they came."""
+        """The export requests as received."""
         path = self.file.with_suffix(RAW)
         data = path.read_bytes() if path.exists() else b""
         while len(data) >= _LENGTH.size:
@@ -73,7 +75,9 @@ class TraceCollector:
 
 
 async def gathered(collectors: Sequence[TraceCollector], trace_id: str, count: int) -> list[Span]:
-    """Wait for `count` spans of a trace in all of several collectors; all there are, the first to begin first. Raises LabError."""
+    """Wait for `count` spans of a trace in several collectors together; returns all, by start time.
+    Raises LabError.
+    """
     found: list[Span] = []
     with trio.move_on_after(PATIENCE):
         while True:
@@ -85,7 +89,7 @@ async def gathered(collectors: Sequence[TraceCollector], trace_id: str, count: i
 
 
 def tree(spans: list[Span]) -> list[str]:
-    """A trace in lines: each span under its parent, with its pod, what it saw, and how long it took."""
+    """A trace as lines: each span under its parent, with its pod, facts and duration."""
     known = {span.span_id for span in spans}
     below: dict[str, list[Span]] = {}
     for span in sorted(spans, key=lambda span: span.start):
@@ -113,7 +117,7 @@ def _headline(span: Span) -> str:
 def _facts(span: Span) -> Iterator[str]:
     at = span.attributes
     peer = f"{at.get('network.peer.address', '?')}:{at.get('network.peer.port', '?')}"
-    yield f"{'to' if span.kind == 'client' else 'from'} {at.get('isthmus.peer.identity', 'nobody known')} at {peer}"
+    yield f"{'to' if span.kind == 'client' else 'from'} {at.get('isthmus.peer.identity', 'unknown')} at {peer}"
     if at.get("tls.established"):
         yield f"TLS {at['tls.protocol.version']}, {at['tls.cipher']}, {at['tls.curve']}"
     for name in ("isthmus.service", "isthmus.split.backend", "isthmus.cluster", "http.request.resend_count", "isthmus.proxy_status"):
@@ -125,7 +129,9 @@ def _facts(span: Span) -> Iterator[str]:
 
 
 def forward_outside(url: str) -> None:
-    """Leave a process behind that posts to `url` what it is sent through a pipe; to be called before the sandbox is entered."""
+    """Start a process that posts to `url` what it gets through a pipe. Call it before entering the
+    sandbox.
+    """
     reader, writer = os.pipe()
     if os.fork() == 0:
         os.close(writer)
@@ -138,7 +144,7 @@ def forward_outside(url: str) -> None:
 
 
 def hand_over(bodies: Iterator[bytes]) -> bool:
-    """Give export requests to the process outside, once; False: there is none."""
+    """Give export requests to the process outside, once; False if there is none."""
     descriptor = os.environ.pop(PIPE, "")
     if not descriptor:
         return False
@@ -149,7 +155,7 @@ def hand_over(bodies: Iterator[bytes]) -> bool:
 
 
 def traces_url(url: str) -> str:
-    """Where OTLP's traces go, of a collector that may be named without a path."""
+    """The OTLP traces URL of a collector given without a path."""
     return url.rstrip("/") + "/v1/traces" if urlsplit(url).path in ("", "/") else url
 
 

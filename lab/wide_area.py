@@ -1,19 +1,20 @@
-"""The wide area: what lies between clusters, and the little of them that can be reached from it.
+"""The wide area: the network between clusters, and the few ports that it can reach.
 
     area = lab.wide_area()
     west, east = lab.cluster("west"), lab.cluster("east")
-    area.border(west).publish(4143, gateway_of_west)     # behind NAT: its address out here is the border's
+    area.border(west).publish(4143, gateway_of_west)     # behind NAT: out here it has the border's address
     area.border(east)
-    area.attach(gateway_of_east)                         # with an address of its own out here
+    area.attach(gateway_of_east)                         # with its own address out here
 
-It is a router in a namespace of its own, with a link (a leg) to each border and to each gateway that has an address here, and with routes
-to these links and to nothing else: the addresses inside the clusters mean nothing here, and packets for them are answered by
-"unreachable".
+It is a router in its own namespace, with a link (a leg) to each border and to each gateway with an
+address here. It has routes to these links only: addresses inside the clusters mean nothing here,
+and packets for them are answered with "unreachable".
 
-A border is the router of a cluster, as a cluster's nodes are: what its pods send to the wide area leaves under the border's address
-(masquerade), and what comes in from there is let through only if a port was published for it (dnat), or if it is an answer.
+A border is the router of a cluster. Traffic of its pods to the wide area leaves with the border's
+address (masquerade). Traffic from there passes only if a port was published for it (dnat), or if it
+is a reply.
 
-Faults are made here, in the middle, where neither side can see them otherwise than by their effects (`Leg.fault`).
+Faults are made in the middle, where the two sides only see their effects (`Leg.fault`).
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from lab.process import LabError
 if TYPE_CHECKING:
     from lab.cluster import Cluster, Lab
 
-# Addresses for documentation (RFC 5737, RFC 3849): nobody's, and unlike those of any cluster.
+# Documentation addresses (RFC 5737, RFC 3849): unused, and unlike those of any cluster.
 RANGE4 = ipaddress.IPv4Network("198.51.100.0/24")
 RANGE6 = ipaddress.IPv6Network("2001:db8:15::/48")
 _MAX_LEGS = 63  # four IPv4 addresses a leg
@@ -39,11 +40,12 @@ AREA_SYSCTLS = {"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1",
 
 
 class Fault(Enum):
-    """What can happen to a leg."""
+    """A fault of a leg."""
 
-    SILENCE = "drop"  # packets vanish, and nobody says so: a broken firewall, a lost node
-    REFUSAL = "reject with icmpx type host-unreachable"  # a router says at once that there is no way
-    UNPLUGGED = ""  # the link is down, and who is at its end sees it
+    SILENCE = "drop"  # packets vanish without an error: a broken firewall, a lost node
+    # a router reports at once that there is no route
+    REFUSAL = "reject with icmpx type host-unreachable"
+    UNPLUGGED = ""  # the link is down, and the host at its end sees it
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,23 +54,24 @@ class Leg:
 
     area: "WideArea"
     netns: str
-    name: str  # of the wide area's end
+    name: str  # of the end in the wide area
     ipv4: str
     ipv6: str
 
     def address(self, version: int) -> str:
-        """The address of IP version 4 or 6 by which the wide area knows this end."""
+        """The address of this end in the wide area, for IP version 4 or 6."""
         return {4: self.ipv4, 6: self.ipv6}[version]
 
     def near(self, version: int) -> str:
-        """The address of the wide area's end, over which this end reaches everything else there."""
+        """The address of the wide area's end: this end's next hop."""
         return str(ipaddress.ip_address(self.address(version)) - 1)
 
     @contextlib.contextmanager
     def fault(self, fault: Fault) -> Iterator[None]:
-        """Let something happen to this leg, in both directions, until the block ends.
+        """Apply a fault to this leg, in both directions, until the block ends.
 
-        One fault at a time; the effect on TCP connections that survive it lasts as long as their retransmission timer.
+        One fault at a time. TCP connections that survive it may stay slow until their
+        retransmission timer fires.
         """
         if fault is Fault.UNPLUGGED:
             network.batch(f"link set {self.name} down", netns=self.area.netns)
@@ -93,14 +96,16 @@ class Border:
     published: dict[int, tuple[Pod, int]] = field(default_factory=dict)  # port -> pod and its port
 
     def publish(self, port: int, pod: Pod, target_port: int | None = None) -> None:
-        """Lead a TCP port of the border's wide-area addresses to a pod.  Replaces what the port led to before."""
+        """Forward a TCP port of the border's wide-area addresses to a pod. Replaces an earlier
+        target.
+        """
         if pod.cluster is not self.cluster:
             raise LabError(f"the border of cluster {self.cluster.name} cannot lead to pod {pod.name} of cluster {pod.cluster.name}")
         self.published[port] = (pod, target_port or port)
         self._write()
 
     def withdraw(self, port: int) -> None:
-        """Lead a port nowhere any more; connections that are open stay."""
+        """Stop forwarding a port; open connections stay."""
         del self.published[port]
         self._write()
 
@@ -114,7 +119,7 @@ class Border:
 
 
 class WideArea:
-    """The network between the clusters of a laboratory.  Made by `Lab.wide_area`."""
+    """The network between the clusters of a lab. Created by `Lab.wide_area`."""
 
     def __init__(self, lab: "Lab") -> None:
         self.netns = lab.claim("wide-area")
@@ -126,7 +131,9 @@ class WideArea:
         network.nft(self.netns, "add table inet legs", "add chain inet legs between { type filter hook forward priority 0; }")
 
     def border(self, cluster: "Cluster") -> Border:
-        """The border of a cluster, made at the first call: from then on its pods reach the wide area."""
+        """The border of a cluster, created at the first call: from then on its pods reach the wide
+        area.
+        """
         if cluster.name not in self.borders:
             leg = self._leg(cluster.netns)
             network.nft(
@@ -147,7 +154,9 @@ class WideArea:
         return self.borders[cluster.name]
 
     def attach(self, pod: Pod) -> Leg:
-        """Give a pod a link of its own to the wide area, beside the one to its cluster: it does not route between them."""
+        """Give a pod its own link to the wide area in addition to its cluster's; it does not route
+        between them.
+        """
         return self._leg(pod.netns)
 
     def _leg(self, netns: str) -> Leg:
@@ -170,7 +179,9 @@ class WideArea:
         return leg
 
     def plug_in(self, leg: Leg) -> None:
-        """The link is up, with its routes; the kernel forgets those, and IPv6 addresses, when a link goes down."""
+        """Bring the link up, with its routes; the kernel drops those and IPv6 addresses when a link
+        goes down.
+        """
         network.batch(f"link set {leg.name} up", netns=self.netns)
         network.batch(f"address replace {leg.near(6)}/64 dev {leg.name} nodad", netns=self.netns)
         network.batch(
@@ -181,5 +192,5 @@ class WideArea:
         )
 
     def close(self) -> None:
-        """Free the namespace; the legs go with it."""
+        """Delete the namespace and its legs."""
         network.batch(f"netns delete {self.netns}")

@@ -1,1 +1,3 @@
-"""Real programs for the pods: servers and clients that know nothing of any mesh.  Each runs as `python -m lab.apps.NAME`."""
+"""Real programs for the pods: servers and clients that know nothing of a mesh. Run as `python -m
+lab.apps.NAME`.
+"""

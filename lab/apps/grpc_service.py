@@ -103,7 +103,7 @@ _KINDS = {
 
 
 def say(words: str) -> None:
-    """One line for whoever reads the server's output."""
+    """Print one line for the reader of the server's output."""
     print(words, flush=True)
 
 

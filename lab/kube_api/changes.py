@@ -1,7 +1,8 @@
 """Pure parts of the server: selectors, merge patches, server-side apply.
 
-Apply is what a small server needs of it: every leaf of an object has owners, maps are merged, lists are leaves. What its manager leaves
-out, and nobody else owns, is removed; a leaf with another value that belongs to somebody else is a conflict, unless forced.
+Apply is reduced to what a small server needs: every leaf of an object has owners, maps are merged,
+lists are leaves. A leaf that its manager leaves out and no other manager owns is removed. A leaf
+with a different value and another owner is a conflict, unless forced.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A request as the server sees it, what the server is like, and what may happen to a request instead of its answer."""
+"""A parsed request, the server's behaviour, and faults that replace an answer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from lab.kube_api.store import Json, Problem
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What happens to one request instead of its answer. `raw`: these bytes; `hang`: nothing at all; else the connection is cut, before
-    the answer, or after so many bytes of it (`after`). `only`: a part of the target that the request must have."""
+    """Replaces the answer to one request. `raw`: send these bytes; `hang`: send nothing; otherwise
+    cut the connection, before the answer or `after` that many bytes of it. `only`: applies to
+    requests whose target contains this.
+    """
 
     raw: bytes = b""
     hang: bool = False
@@ -31,8 +33,10 @@ def refuse(code: int, reason: str = "", retry_after: int | None = None, only: st
 
 @dataclass(slots=True)
 class Behaviour:
-    """What the server is like. `streaming`: "yes", "refused" (422), or "unknown" (the parameter is ignored). `gone`: how a version that
-    is too old is told, "event" or "status". `tokens`: who may come (none: everybody). `forbidden`: plurals that are answered by 403."""
+    """The server's behaviour. `streaming`: "yes", "refused" (422), or "unknown" (the parameter is
+    ignored). `gone`: how an expired version is reported, "event" or "status". `tokens`: the
+    accepted tokens (empty: all clients). `forbidden`: plurals that are answered with 403.
+    """
 
     streaming: str = "yes"
     gone: str = "event"
@@ -40,7 +44,7 @@ class Behaviour:
     forbidden: set[str] = field(default_factory=set)
     allowed: Callable[[Json], bool] = lambda _: True
     down: bool = False
-    mute: bool = False  # watches say nothing any more, and stay open
+    mute: bool = False  # watches stay open but send nothing more
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ KINDS = {
 
 
 class Problem(Exception):  # it is an answer
-    """What the server says instead of doing it."""
+    """An error response of the server."""
 
     def __init__(self, code: int, reason: str, message: str, **details: Any) -> None:
         super().__init__(message)
@@ -85,7 +85,7 @@ class Store:
         await self._changed.wait()
 
     def wake(self) -> None:
-        """Wake all who wait."""
+        """Wake all waiters."""
         self._changed.set()
         self._changed = trio.Event()
 
@@ -190,7 +190,7 @@ class Store:
     # Faults
 
     def compact(self) -> None:
-        """Forget all history: only a new list leads on from a version before this one."""
+        """Drop the history: after that, a watch from an older version must list again."""
         self.compacted = self.version
         self.history.clear()
         self.wake()
@@ -200,7 +200,7 @@ class Store:
         return self.version, {kind: dict(items) for kind, items in self.objects.items()}
 
     def restore(self, backup: tuple[int, dict[Kind, dict[Key, Json]]]) -> None:
-        """Be what we were then, with the version of then."""
+        """Restore a backup, with its version."""
         self.version, objects = backup
         self.objects = {kind: dict(items) for kind, items in objects.items()}
         self.compacted = self.version

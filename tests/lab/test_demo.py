@@ -14,7 +14,7 @@ def test_the_demonstration_holds() -> None:
     command = [sys.executable, "-m", "proxy.cli", "demo", "--size", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=360, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "All of it held" in done.stdout
+    assert "All proofs held" in done.stdout
     assert "FAIL" not in done.stdout
     for label in ("WebSocket", "SMTP", "bidirectional", "balanced by call", "deadline", "cancellation", "servers stopped", "gRPC: from"):
         assert f" ok   {label} " in done.stdout
@@ -44,7 +44,7 @@ def report(*held: bool) -> tuple[Report, str]:
 def test_all_proofs_together_make_it_hold() -> None:
     made, text = report(True, True)
     assert made.held
-    assert "All of it held: 2 of 2" in text
+    assert "All proofs held: 2 of 2" in text
     assert max(map(len, text.splitlines())) <= WIDTH
 
 
@@ -52,7 +52,7 @@ def test_all_proofs_together_make_it_hold() -> None:
 def test_one_failure_or_no_proof_at_all_does_not_hold(held: tuple[bool, ...]) -> None:
     made, text = report(*held)
     assert not made.held
-    assert "NOT all of it held" in text
+    assert "NOT all proofs held" in text
 
 
 def test_what_is_shown_below_the_proofs_fits_too() -> None:
