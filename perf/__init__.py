@@ -1,1 +1,3 @@
-"""What a hop costs. One question a file; each prints the baseline, the number and the ratio, all from one run."""
+"""Measures what a hop costs. Each file answers one question; each prints baseline, result and ratio
+from one run.
+"""

@@ -1,11 +1,13 @@
-"""The same work through us and through other proxies, interleaved in one run.
+"""The same work through this proxy and through others, interleaved in one run.
 
     python -m perf [--quick] [--only WORK,...] [--peers NAME,...] [--rounds N] [--seconds S]
 
-Everything, load generators and servers included, is pinned to one core (ISTHMUS_PERF_CPU, by default the last one), so that no figure
-depends on what the scheduler did; requests a second then say what all of it took together, and the processor time of the proxies is what
-counts. For each work, the proxies take turns, round after round; the table has the median of the rounds, and the lowest and highest.
-The result is written to perf/results as JSON; `python -m perf.report FILE` makes the tables and plots of docs/performance.md from it.
+Everything, including load generators and servers, is pinned to one core (ISTHMUS_PERF_CPU, by
+default the last one), so that no figure depends on the scheduler. So requests per second include
+the CPU of all programs. The figure that counts is the CPU time of the proxies. For each work, the
+proxies take turns, round after round; the table has the median of the rounds, and the lowest and
+highest. The result is written to perf/results as JSON; `python -m perf.report FILE` makes the
+tables and plots of docs/performance.md from it.
 """
 
 from __future__ import annotations
@@ -33,14 +35,16 @@ from perf.report import table
 
 @dataclass(slots=True)
 class Sample:
-    """One round of one work through one proxy. CPU in microseconds per unit, for the outbound and the inbound process."""
+    """One round of one work through one proxy. CPU in microseconds per unit, for the outbound and
+    the inbound process.
+    """
 
     work: str
     peer: str
     outbound: float
     inbound: float
-    rate: float  # units a second
-    resident_kib: float  # of one process, behind the work
+    rate: float  # units per second
+    resident_kib: float  # of one process, after the work
     latency: dict[str, float]
     facts: dict[str, float] = field(default_factory=dict)
 
@@ -104,7 +108,7 @@ class Run:
             for work in group:
                 if not fresh:
                     for pair in pairs.values():
-                        work.run(pair, 0.5)  # connections, sessions and caches are warm behind this
+                        work.run(pair, 0.5)  # warms up connections, sessions and caches
                 for number in range(1 if fresh else self.rounds):
                     for peer, pair in pairs.items():
                         self._say(f"  {work.title}: {peer.name}, round {number + 1}", end="")
@@ -113,7 +117,8 @@ class Run:
 
     @staticmethod
     def _say(text: str, end: str = "\n") -> None:
-        """A line that stays, or, without an `end`, one that the next takes the place of: for those who watch."""
+        """Print a line. Without `end` it stays; otherwise the next line overwrites it (progress).
+        """
         if sys.stdout.isatty():
             print(f"\r\033[K{text}", end=end, flush=True)
         elif end:
@@ -131,7 +136,7 @@ class Run:
 
 
 def machine() -> dict[str, str]:
-    """What the figures were got on."""
+    """The machine and versions that the figures come from."""
     lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
     optimised = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
@@ -158,12 +163,12 @@ def _version(name: str, flag: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m perf", description="The same work through us and through other proxies.")
-    parser.add_argument("--quick", action="store_true", help="one short round of everything: to see that it runs, not for figures")
-    parser.add_argument("--only", default="", metavar="WORK,...", help=f"of {', '.join(work.name for work in works())}")
-    parser.add_argument("--peers", default="", metavar="NAME,...", help=f"of {', '.join(peer.name for peer in PEERS)}")
+    parser = argparse.ArgumentParser(prog="python -m perf", description="The same work through this proxy and through others.")
+    parser.add_argument("--quick", action="store_true", help="one short round of everything: shows that it runs, not for figures")
+    parser.add_argument("--only", default="", metavar="WORK,...", help=f"only these: {', '.join(work.name for work in works())}")
+    parser.add_argument("--peers", default="", metavar="NAME,...", help=f"only these: {', '.join(peer.name for peer in PEERS)}")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each load in each round")
+    parser.add_argument("--seconds", type=float, default=2.0, help="duration of each load in each round")
     asked = parser.parse_args()
     cpu = int(os.environ.get("ISTHMUS_PERF_CPU") or max(os.sched_getaffinity(0)))
     os.sched_setaffinity(0, {cpu})

@@ -1,8 +1,10 @@
-"""What does it cost a request that its endpoint is chosen, watched and may be tried again? Microseconds a request, nothing failing.
+"""The cost of endpoint selection per request: picking, watching, and the possibility of a retry.
+Nothing fails here.
 
-Baseline: the same call without the balancer, that is, `await send(exchange, target, target.endpoints[0])`. What is measured is
-Dispatcher.exchange with a `send` that hands a good response to the exchange's judge and does nothing else, and the picking alone. With one
-endpoint nobody compares; with several the response time of each is kept.
+Baseline: the same call without the balancer: `await send(exchange, target, target.endpoints[0])`.
+Measured are Dispatcher.exchange with a `send` that only reports a good response to the exchange's
+judge, and the picking alone. With one endpoint nothing is compared; with several, the response time
+of each is recorded.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def _runs(make: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
 
 
 def _run(coroutine: Coroutine[Any, Any, None]) -> None:
-    """None of it waits, so there is nothing to schedule."""
+    """Run a coroutine that never waits, so that no scheduler is needed."""
     try:
         coroutine.send(None)
     except StopIteration:

@@ -1,11 +1,13 @@
-"""What does calling another cluster add, with redirection, NAT and tunnels?  (perf/gateway.py has it on loopback, with processor time.)
+"""The cost of calling another cluster, with redirection, NAT and tunnels. (perf/gateway.py: on
+loopback, with CPU.)
 
     python -m lab.sandbox -- python -m perf.clusters [--requests N]
 
-Two clusters of the laboratory, joined by a gateway behind NAT, all on this machine, so that the network itself takes next to no time: what
-is measured is the proxies. One client in a pod asks the same server program in turn, request by request: in its own cluster (two
-sidecars between them: the baseline) and in the other one (two sidecars and the gateway). Requests of HTTP/1.1 on kept connections, and
-bytes there and back through opaque TCP, which is a tunnel on the second way; both with connections that were opened before.
+Two lab clusters, connected by a gateway behind NAT, all on this machine. The network itself takes
+almost no time, so the proxies are measured. One client in a pod asks the same server program in
+turn, request by request: in its own cluster (two sidecars: the baseline) and in the other one (two
+sidecars and the gateway). The requests are HTTP/1.1 on kept-alive connections, and bytes echoed
+over opaque TCP, which is a tunnel in the second case. All connections are already open.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from lab.report import percentile
 from lab.sandbox import inside
 
 HTTP, ECHO = 8080, 7000
-WARM = 200  # requests of each kind that do not count
+WARM = 200  # requests of each kind that are not counted
 
 _ECHO = """
 import socket, socketserver, sys
@@ -94,18 +96,18 @@ async def measure(requests: int) -> dict[str, dict[str, list[float]]]:
 
 
 async def serve(pod: Pod) -> None:
-    """Both servers of a pod."""
+    """Start both servers of a pod."""
     await pod.start("web", [sys.executable, "-m", "lab.apps.web", "::", str(HTTP)], port=HTTP, env={"PYTHONPATH": str(ROOT)})
     await pod.python("echo", _ECHO, str(ECHO), port=ECHO)
 
 
 def main() -> None:
-    """Measure, and print baseline, number, ratio."""
+    """Measure, and print baseline, result and ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=3000, help="of each kind, on each way (default: 3000)")
+    parser.add_argument("--requests", type=int, default=3000, help="requests of each kind on each path (default: 3000)")
     arguments = parser.parse_args()
     if not inside():
-        raise SystemExit("perf.clusters runs in the laboratory's sandbox: python -m lab.sandbox -- python -m perf.clusters")
+        raise SystemExit("perf.clusters runs in the lab's sandbox: python -m lab.sandbox -- python -m perf.clusters")
     found = trio.run(measure, arguments.requests)
     print(f"{'milliseconds':<18} {'own cluster':>12} {'by gateway':>12} {'added':>8} {'ratio':>6}")
     for kind, hosts in found.items():

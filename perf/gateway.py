@@ -1,10 +1,11 @@
-"""What does the way through a gateway add, against the way from pod to pod in one cluster?
+"""The cost of the path through a gateway, against the path from pod to pod in one cluster.
 
     direct    client -> sidecar ---------------- mutual TLS --------------- sidecar -> nginx
     gateway   client -> sidecar -- mutual TLS -- gateway -- mutual TLS -- sidecar -> nginx
 
-The same sidecars and the same server, all on loopback; requests of 1 KiB on one keep-alive connection, one after the other, the two ways in
-turn, so that what disturbs one disturbs the other too. Processor time is the gateway's own.
+Same sidecars and server, all on loopback. Requests of 1 KiB on one keep-alive connection, one after
+the other; the two paths take turns, so a disturbance affects both. The CPU time is the gateway's
+own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from perf.pair import BODY, HOST, Proxy, await_port, free_port, make_identities,
 
 ROUNDS, REQUESTS = 10, 500
 _WHO = "spiffe://perf.test/ns/perf/sa"
-_NOWHERE = "192.0.2.1:80"  # RFC 5737: an address of no service, at which the authority may choose
+_NOWHERE = "192.0.2.1:80"  # RFC 5737: an address of no service, so the authority selects it
 
 
 def _identity(folder: Path, name: str) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def main() -> None:
         connection = http.client.HTTPConnection(HOST, first.port, timeout=10)
         seen: dict[str, list[float]] = {"c": [], "c.east": []}
         for host in seen:
-            times(connection, host)  # connections and sessions are there behind this
+            times(connection, host)  # opens connections and sessions
         before = gateway.cpu()
         for _ in range(ROUNDS):
             for host in seen:
@@ -95,7 +96,7 @@ def main() -> None:
     for host, what in (("c", "direct"), ("c.east", "gateway")):
         cuts = statistics.quantiles(seen[host], n=100)
         print(f"{what:<12} {cuts[49] * 1e3:>8.2f} {cuts[89] * 1e3:>8.2f} {cuts[98] * 1e3:>8.2f}")
-    print(f"the gateway takes {cpu:.0f} µs of processor time a request")
+    print(f"the gateway takes {cpu:.0f} µs of CPU time per request")
 
 
 if __name__ == "__main__":

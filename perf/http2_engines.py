@@ -1,7 +1,9 @@
-"""How much processor time does one unary exchange take in our HTTP/2 engine, client and server together, beside the h2 library?
+"""CPU time of one unary exchange in this project's HTTP/2 engine, client and server together, and
+in the h2 library.
 
-Nothing but the engines: bytes go from one side's output to the other side's input, with no socket between. A request in the manner of gRPC:
-100 bytes up and down, trailers, flow control given back for every DATA. Rounds are interleaved; the best of each counts.
+Only the engines run: the output of one side is the input of the other, without a socket. The
+request resembles gRPC: 100 bytes each way, trailers, a window update for every DATA. Rounds are
+interleaved; the best of each counts.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def ours() -> Callable[[], None]:
             if isinstance(event, DataReceived):
                 client.consumed(event.stream, event.credit)
         if [type(event) for event in seen if type(event) in (HeadReceived, DataReceived, TrailersReceived)] != _OURS:
-            raise SystemExit(f"not the answer: {seen}")
+            raise SystemExit(f"unexpected answer: {seen}")
 
     return exchange
 
@@ -83,7 +85,7 @@ def theirs() -> Callable[[], None]:
             if isinstance(event, h2.events.DataReceived):
                 client.acknowledge_received_data(event.flow_controlled_length, number)
         if not any(isinstance(event, h2.events.TrailersReceived) for event in seen):
-            raise SystemExit(f"not the answer: {seen}")
+            raise SystemExit(f"unexpected answer: {seen}")
 
     return exchange
 
@@ -99,7 +101,7 @@ def main() -> None:
                 exchange()
             best[name] = min(best[name], (time.process_time() - began) / EXCHANGES)
     for name, seconds in best.items():
-        print(f"  {name:5} {seconds * 1e6:6.1f} µs of processor time for an exchange (client and server)")
+        print(f"  {name:5} {seconds * 1e6:6.1f} µs of CPU time per exchange (client and server)")
     print(f"  h2 takes {best['h2'] / best['ours']:.1f} times as much")
 
 

@@ -1,6 +1,8 @@
-"""The work that is measured: each item is one kind of load for one kind of pair, bounded in time, and says how much was done.
+"""The measured work: each item is one kind of load for one kind of pair, limited in time, and
+reports what was done.
 
-All load generators are other people's (wrk, h2load, curl), but for the open-loop one (perf/rate.py) and the idle connections.
+All load generators are independent programs (wrk, h2load, curl), except the open-loop one
+(perf/rate.py) and the idle connections.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ IDLE = 500
 
 @dataclass(slots=True)
 class Done:
-    """`units` of work in `seconds`; latencies in microseconds by percentile; `facts`: other figures, by name."""
+    """`units` of work in `seconds`; latencies in microseconds by percentile; `facts`: other
+    figures, by name.
+    """
 
     units: float
     seconds: float
@@ -37,8 +41,9 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """`run(pair, seconds)` does it. CPU is told in microseconds per `unit`; `resume`: whether TLS sessions are; `fresh`: on proxies that
-    have done nothing else, and once."""
+    """`run(pair, seconds)` does the work. CPU is reported in microseconds per `unit`. `resume`:
+    whether TLS sessions are resumed. `fresh`: runs once, on newly started proxies.
+    """
 
     name: str
     title: str
@@ -57,7 +62,8 @@ def _output(command: list[str], seconds: float) -> str:
 
 
 def wrk(pair: Pair, seconds: float, connections: int, path: str = "", header: str = "") -> Done:
-    """HTTP/1.1, closed loop: each connection asks again as soon as it is answered."""
+    """HTTP/1.1, closed loop: each connection sends the next request as soon as it gets a response.
+    """
     extra = ["-H", header] if header else []
     timed = ["-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--latency"]
     command = ["wrk", *timed, *extra, f"http://{HOST}:{pair.outbound.port}/{path}"]
@@ -74,7 +80,7 @@ def wrk(pair: Pair, seconds: float, connections: int, path: str = "", header: st
 
 
 def h2load(pair: Pair, seconds: float, connections: int, streams: int) -> Done:
-    """Unary calls in the manner of gRPC: 100 bytes up and down, trailers."""
+    """Unary calls like gRPC: 100 bytes each way, trailers."""
     with tempfile.NamedTemporaryFile("w") as body:
         body.write("x" * 100)
         body.flush()
@@ -84,7 +90,7 @@ def h2load(pair: Pair, seconds: float, connections: int, streams: int) -> Done:
         ]  # fmt: skip
         text = _output(command, seconds)
     counts = re.search(r"(\d+) succeeded, (\d+) failed, (\d+) errored", text)
-    # What is under way when the time is up counts as failed; more than that is a fault.
+    # Requests in flight at the end count as failed; more failures are errors.
     if counts is None or int(counts[1]) == 0 or int(counts[2]) > connections * streams:
         raise SystemExit(text)
     return Done(float(counts[1]), max(1, round(seconds)))
@@ -95,19 +101,19 @@ def bulk(pair: Pair, _: float, flag: str = "--http1.1") -> Done:
     command = ["curl", "-sS", flag, "-o", "/dev/null", "-w", "%{size_download} %{time_total}", f"http://{HOST}:{pair.outbound.port}/bulk"]
     size, seconds = _output(command, 60).split()
     if int(size) != BULK:
-        raise SystemExit(f"{size} of {BULK} bytes came")
+        raise SystemExit(f"received {size} of {BULK} bytes")
     return Done(BULK / 2**20, float(seconds))
 
 
 def rate(pair: Pair, seconds: float, per_second: int) -> Done:
-    """A fixed rate, evenly spaced, whether or not the proxy keeps up."""
+    """A fixed rate, evenly spaced, even if the proxy cannot keep up."""
     seconds = max(seconds, 200 / per_second)
     found = json.loads(_output([sys.executable, "-m", "perf.rate", str(pair.outbound.port), str(per_second), f"{seconds:g}"], seconds))
     return Done(found["answers"], seconds, {name: found[name] for name in ("p50", "p99", "p99.9")})
 
 
 def idle(pair: Pair, _: float) -> Done:
-    """Open connections that have been used once; a unit is a connection, what counts is the memory of each."""
+    """Open connections that were used once. A unit is a connection; the figure is its memory."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     before = [proxy.resident() for proxy in pair.proxies]

@@ -1,7 +1,8 @@
-"""What does the loop guard cost a request? One call of the layer, in microseconds.
+"""The cost of the loop guard per request: one call of the layer, in microseconds.
 
-Baseline: the same without the layer, that is, the making of the request's fields. Three requests: from an application that forwards
-nothing (no tokens yet: the outbound side), from a peer (one token), and from an ingress behind six sidecars.
+Baseline: building the request's fields without the layer. Three requests: from an application that
+forwards nothing (no tokens yet: the outbound side), from a peer (one token), and from an ingress
+behind six sidecars.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from proxy.wire.messages import Headers, RequestHead
 ROUNDS = 20_000
 REPEATS = 5
 
-# Ten fields, as a browser's or a gRPC client's request has them.
+# Ten fields, like a request of a browser or a gRPC client.
 FIELDS = [
     (b"Host", b"shop.default.svc.cluster.local:8080"), (b"User-Agent", b"python-httpx/0.27"), (b"Accept", b"*/*"),
     (b"Accept-Encoding", b"gzip, deflate, br"), (b"Content-Type", b"application/json"), (b"Content-Length", b"0"),

@@ -1,10 +1,11 @@
-"""The steps of a request, one by one: microseconds each, and which share of a request that is.
+"""The steps of a request: microseconds of each, and its share of the request.
 
     python -m perf.micro
 
-The baseline is the whole: the CPU that one hop takes for one request (HTTP/1.1, 1 KiB, 16 connections, mutual TLS), measured first in the
-same run. Each step is timed in a loop, warm, so the shares are lower bounds: between other work the caches are colder. The loop guard,
-routing, the balancer and spans have programs of their own (perf.loopguard, perf.routing, perf.balancer, perf.tracing).
+The baseline is the whole: the CPU of one hop for one request (HTTP/1.1, 1 KiB, 16 connections,
+mutual TLS), measured first in the same run. Each step is timed in a loop with warm caches, so the
+shares are lower bounds. The loop guard, routing, the balancer and spans have their own programs
+(perf.loopguard, perf.routing, perf.balancer, perf.tracing).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from proxy.wire.messages import Limits
 from tests.kit.certs import Authority, spiffe
 
 NUMBER, REPEATS = 5000, 7
-# Heads that differ: more than the recogniser remembers.
+# Different heads, more than the parser caches.
 NEW = 2000
 
 REQUEST = (
@@ -53,14 +54,14 @@ def heads() -> Iterator[tuple[str, float]]:
     limits = Limits()
     request, response = recognise_request(REQUEST, limits), recognise_response(RESPONSE, limits)
     if request is None or response is None:
-        raise SystemExit("the recogniser declines what it is there for")
+        raise SystemExit("the fast parser declines the test head")
     requests = itertools.cycle([REQUEST.replace(b"3f1c2d4e", b"%08x" % number) for number in range(NEW)])
-    yield "a request's head recognised", microseconds(lambda: recognise_request(next(requests), limits))
-    yield "with fields that came before", microseconds(lambda: recognise_request(REQUEST, limits))
-    yield "the same by h11", microseconds(lambda: decide_request(REQUEST, limits), 500)
+    yield "a request's head parsed", microseconds(lambda: recognise_request(next(requests), limits))
+    yield "with known fields", microseconds(lambda: recognise_request(REQUEST, limits))
+    yield "the same with h11", microseconds(lambda: decide_request(REQUEST, limits), 500)
     responses = itertools.cycle([RESPONSE.replace(b"no-store", b"max-age=%d" % number) for number in range(NEW)])
-    yield "a response's head recognised", microseconds(lambda: recognise_response(next(responses), limits))
-    yield "with fields that came before", microseconds(lambda: recognise_response(RESPONSE, limits))
+    yield "a response's head parsed", microseconds(lambda: recognise_response(next(responses), limits))
+    yield "with known fields", microseconds(lambda: recognise_response(RESPONSE, limits))
     yield "a request's head written", microseconds(lambda: encode_request(request[0]))
     yield "a response's head written", microseconds(lambda: encode_response(response[0]))
 
@@ -76,13 +77,13 @@ def books() -> Iterator[tuple[str, float]]:
     close = configure(LogConfig(queue=1_000_000), io.StringIO())
     logging.getLogger("isthmus.access").propagate = True
     line = RequestLine("outbound", "10.0.0.1:1", method=b"GET", target=b"/api", authority=b"shop", status=200, upstream="10.0.0.2:80")
-    yield "its line in the log (optional), queued", microseconds(lambda: log_request(line), 2000)
+    yield "its log line (optional), queued", microseconds(lambda: log_request(line), 2000)
     close()
 
 
 @contextmanager
 def connected() -> Iterator[tuple[SSL.Connection, SSL.Connection]]:
-    """Two ends of a TLS 1.3 connection over a socket of this machine."""
+    """Two ends of a TLS 1.3 connection over a local socket."""
     authority = Authority()
     leaf = authority.issue(spiffe("perf"))
     contexts = []
@@ -121,7 +122,7 @@ def tls() -> Iterator[tuple[str, float]]:
             client.send(BODY)
             server.recv(65536)
 
-        yield "1 KiB sent and received by TLS, both ends", microseconds(both)
+        yield "1 KiB sent and received with TLS, both ends", microseconds(both)
 
 
 def whole() -> float:

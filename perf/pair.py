@@ -1,6 +1,7 @@
 """Two proxies on loopback with mutual TLS between them: client -> outbound -> inbound -> server.
 
-Nothing is redirected here: the listeners have fixed destinations, so what is measured is the proxies, and not the packet filter.
+Nothing is redirected: the listeners have fixed destinations, so the proxies are measured and not
+the packet filter.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from typing import Any, cast
 HOST = "127.0.0.1"
 BODY = b"x" * 1024
 _BUILD = Path(__file__).parents[1] / "build"
-# What the image has instead of what a checkout has: its TLS library, and compiled modules. Made by `make aws-lc compiled`.
+# What the image adds to a checkout: its TLS library and compiled modules. Created by `make aws-lc
+# compiled`.
 IMAGE = (_BUILD / "aws-lc" / "site", _BUILD / "compiled")
 # And the environment of the programs in it (Dockerfile), but for its path.
 IMAGE_ENVIRONMENT = {"PYTHONSAFEPATH": "1", "PYTHONMALLOC": "malloc"}
@@ -32,14 +34,16 @@ _START_SECONDS = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """A running proxy, and where it listens."""
+    """A running proxy, and its listener."""
 
     name: str
     pid: int
     port: int
 
     def cpu(self) -> float:
-        """Seconds of processor time so far, of all its threads: the process's own clock, so without the 10 ms steps of /proc/PID/stat."""
+        """CPU seconds so far, of all its threads. Uses the process's CPU clock, so without the 10
+        ms steps of /proc/PID/stat.
+        """
         # The kernel's number for the CPU clock of another process (clock_getcpuclockid(3) computes the same).
         return time.clock_gettime((~self.pid << 3) | 2)
 
@@ -89,24 +93,25 @@ def await_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def nginx_paths(folder: Path) -> str:
-    """Where an nginx that may not write to /var may."""
+    """Paths for an nginx that may not write to /var."""
     return "".join(f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
 
 
 @contextmanager
 def server(folder: Path) -> Iterator[int]:
-    """nginx with one worker, which answers / with 1 KiB, and /N with the file N of the folder www, if there is one; /chunked/N with the
-    same in chunks."""
+    """nginx with one worker. It answers / with 1 KiB, and /N with the file N of the folder www, if
+    there is one; /chunked/N answers the same in chunks.
+    """
     if shutil.which("nginx") is None or shutil.which("wrk") is None:
         raise SystemExit("perf needs nginx and wrk")
     port = free_port()
-    user = "user root; " if os.getuid() == 0 else ""  # as anybody else it could not read the folder
+    user = "user root; " if os.getuid() == 0 else ""  # other users could not read the folder
     (folder / "nginx.conf").write_text(
         f"{user}daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/nginx.log;"
         "events { worker_connections 8192; }"
         f"http {{ access_log off; keepalive_requests 100000000; client_max_body_size 0; sendfile on; {nginx_paths(folder)}"
         f"server {{ listen {HOST}:{port}; root {folder}/www; location = / {{ return 200 \"{BODY.decode()}\"; }}"
-        # What is filtered has no length that is known before: it comes in chunks.
+        # A filtered response has no known length, so it is sent in chunks.
         f" location /chunked/ {{ alias {folder}/www/; sub_filter_types *; sub_filter never-there x; }} }} }}",
         "ascii",
     )
@@ -118,7 +123,9 @@ def server(folder: Path) -> Iterator[int]:
 
 @contextmanager
 def pair_of(name: str, commands: dict[str, list[str]], ports: dict[str, int], folder: Path) -> Iterator[Pair]:
-    """The two processes of a pair, the inbound one first; `commands` and `ports` have an entry for each."""
+    """The two processes of a pair, the inbound one first; `commands` and `ports` have an entry for
+    each.
+    """
     proxies = {}
     with ExitStack() as stack:
         for side in ("inbound", "outbound"):
@@ -131,7 +138,9 @@ def pair_of(name: str, commands: dict[str, list[str]], ports: dict[str, int], fo
 
 @contextmanager
 def pair() -> Iterator[Pair]:
-    """Two of ours in front of nginx; everything is stopped and removed behind the block."""
+    """Two proxies of this project in front of nginx; the end of the block stops and removes
+    everything.
+    """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="isthmus-perf-")))
         make_identities(folder)
@@ -143,9 +152,11 @@ def pair() -> Iterator[Pair]:
 
 @contextmanager
 def isthmus_pair(folder: Path, back: int, wishes: dict[str, object] | None = None) -> Iterator[Pair]:
-    """Two of ours in front of the server at port `back`; `folder` holds the identities that make_identities has made. `wishes`: what the
-    directory says of the `protocol`, whether sessions may be `resume`d, `settings` laid over both configurations, and whether to run the
-    sources or what the image has (`image`)."""
+    """Two proxies of this project in front of the server at port `back`. `folder` holds the
+    identities from make_identities. `wishes`: the directory's `protocol`, whether sessions may
+    `resume`, `settings` that override both configurations, and `image`: run the image's build or
+    the sources.
+    """
     wishes = {"protocol": "detect", "resume": True, "settings": {}, "image": False} | (wishes or {})
     ports = {name: free_port() for name in ("inbound", "outbound", "inbound-admin", "outbound-admin")}
     services = [
@@ -178,7 +189,8 @@ def isthmus_pair(folder: Path, back: int, wishes: dict[str, object] | None = Non
 
 
 def make_identities(folder: Path, *names: str) -> None:
-    """A trust root, and the certificates of these workloads; of a client and a server, if none is named."""
+    """Create a trust root and the certificates of these workloads; default: a client and a server.
+    """
     command, root = [sys.executable, "-m", "proxy.cli", "identity"], folder / "root"
     subprocess.run([*command, "root", "--trust-domain", "perf.test", "--out", root], check=True, stdout=subprocess.DEVNULL)
     for name in names or ("client", "server"):
@@ -195,7 +207,8 @@ def _configured(name: str, destination: str, ports: dict[str, int], material: Pa
         other: {"listen": []},
         "admin": {"listen": [f"{HOST}:{ports[f'{name}-admin']}"]},
         "log": {"level": "warning"},
-        "tracing": {"endpoint": f"http://{HOST}:9"},  # on; nothing is sampled, so nobody is asked
+        # on, but nothing is sampled, so nothing is sent
+        "tracing": {"endpoint": f"http://{HOST}:9"},
         "identity": {
             "certificate": str(material / "certificate.pem"),
             "key": str(material / "key.pem"),

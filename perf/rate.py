@@ -1,12 +1,12 @@
-"""An open-loop load: requests at a fixed rate, whether or not the ones before have been answered.
+"""An open-loop load: requests at a fixed rate, whether or not earlier ones have been answered.
 
     python -m perf.rate PORT RATE SECONDS [CONNECTIONS]
 
-Requests are evenly spaced. A request's latency counts from the moment at which it was to be sent, so that a proxy that stands still for a
-while is charged for all who would have come meanwhile ("coordinated omission" is what the other way of counting is called). All
-connections have carried a request at once before the clock starts, so the proxies have as many of their own: what a new one costs is
-measured by itself, and sixteen of them would be most of the last percent. Prints JSON: the number of answers, and percentiles in
-microseconds.
+Requests are evenly spaced. A request's latency counts from its planned start. So a proxy that
+pauses is charged for all requests planned in that time (otherwise: "coordinated omission"). Before
+the clock starts, all connections have carried a request at the same time, so the proxies have as
+many upstream connections: the cost of a new one is measured elsewhere, and sixteen of them would
+dominate the last percent. Prints JSON: the number of answers, and percentiles in microseconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _PATIENCE = 10.0
 
 
 class _Connection:
-    """One request at a time; `due` is when the one that is out was to be sent, None: nothing is out."""
+    """One request at a time. `due`: the planned start of the open request; None if there is none.
+    """
 
     def __init__(self, port: int) -> None:
         self.socket = socket.create_connection((HOST, port))
@@ -39,7 +40,7 @@ class _Connection:
         self.socket.sendall(_REQUEST)
 
     def answered(self) -> bool:
-        """Read what is there; whether the response is complete."""
+        """Read the available data; returns whether the response is complete."""
         piece = self.socket.recv(65536)
         if not piece:
             raise SystemExit("a connection was closed")
@@ -48,7 +49,7 @@ class _Connection:
         if not blank:
             return False
         if not head.startswith(b"HTTP/1.1 200"):
-            raise SystemExit(f"not a good answer: {head[:80]!r}")
+            raise SystemExit(f"unexpected answer: {head[:80]!r}")
         length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
         return len(body) >= int(length.split(b":")[1])
 

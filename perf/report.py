@@ -31,12 +31,12 @@ def _of(document: dict[str, Any], work: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def _hop(each: dict[str, Any]) -> float:
-    """CPU of one of the two hops, on average."""
+    """CPU of one hop: the average of the two."""
     return float(each["outbound"] + each["inbound"]) / 2
 
 
 def rows(document: dict[str, Any], work: str) -> tuple[list[str], list[list[str]]]:
-    """The head and the lines of the table of one work."""
+    """The header and the rows of the table of one work."""
     unit = next(each["unit"] for each in document["works"] if each["name"] == work)
     peers = _of(document, work)
     ours = middle(map(_hop, peers[OURS])) if OURS in peers else None
@@ -64,7 +64,7 @@ def rows(document: dict[str, Any], work: str) -> tuple[list[str], list[list[str]
 
 
 def table(document: dict[str, Any], names: list[str]) -> str:
-    """For the terminal."""
+    """The tables for the terminal."""
     parts = []
     for work in document["works"]:
         if work["name"] in names:

@@ -1,10 +1,11 @@
-"""What does it cost to find out where a request goes, and does it depend on how many services there are?
+"""The cost of routing a request, and whether it depends on the number of services.
 
-Each line is one way to say where to: by the address of a service, by an authority where it may choose, by neither; and by the address of a
-service with a split, or a failover. At an address outside of the mesh the authority is not looked at. The directory has 1 service, then
-10,000 with 50,000 endpoints, and as many in another cluster. The ratio is the second by the first; it should be 1, within what one run
-differs from the next. (Asking for a thousand services in turn shows what the processor's caches do: what was not asked for lately has to
-come from memory.)
+Each line is one way to select a destination: by the address of a service, by an authority (where it
+may select), by neither; and by the address of a service with a split or a failover. For an address
+outside the mesh, the authority is not used. The directory has 1 service, then 10,000 with 50,000
+endpoints, and as many in another cluster. The ratio is the second divided by the first; it should
+be 1 within the noise. (Asking for a thousand services in turn shows the effect of CPU caches:
+entries not used recently come from memory.)
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Uncounted:
 
 
 def document(services: int) -> str:
-    """A directory of that many services with five endpoints each, of which the first has a split, and the second a failover."""
+    """A directory with that many services of five endpoints each. The first has a split, the second
+    a failover.
+    """
     lines = ["services:"]
     for number in range(services):
         lines.append(f"- {{name: s-{number}, addresses: [10.64.{number >> 8}.{number & 255}], ports: [{{port: 80}}], endpoints: [")
@@ -59,7 +62,7 @@ def document(services: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One way to say where to. `addresses` take turns."""
+    """One way to select a destination. `addresses` take turns."""
 
     what: str
     addresses: tuple[str, ...]
@@ -83,7 +86,7 @@ def cases(services: int) -> list[Case]:
 
 
 def seconds(router: Router, case: Case) -> float:
-    """For one request."""
+    """Seconds for one request."""
     known = [Address.parse(address) for address in case.addresses]
 
     def ask() -> bytes | None:
@@ -109,7 +112,7 @@ def main() -> None:
     few, many = made(1), made(10_000)
     print(f"\n{'µs a request':<28} {'1 service':>10} {'10,000':>10} {'ratio':>7}")
     for one, other in zip(cases(1), cases(10_000), strict=True):
-        # In turns, and the best of each: what disturbs one disturbs the other too.
+        # Taking turns, and the best of each: a disturbance affects both.
         rounds = [(seconds(few, one), seconds(many, other)) for _ in range(ROUNDS)]
         small, large = (min(times) * 1e6 for times in zip(*rounds, strict=True))
         print(f"{one.what:<28} {small:>10.2f} {large:>10.2f} {large / small:>7.2f}")

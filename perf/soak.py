@@ -1,10 +1,12 @@
-"""A soak of HTTP/2 through one proxy: many requests of mixed kinds and sizes, some of them cancelled at any moment.
+"""A soak test of HTTP/2 through one proxy: requests of mixed kinds and sizes, some cancelled at
+random moments.
 
     python -m perf.soak [requests=200000] [clients=8] [seed=1]
 
-The proxy is a process of its own, so that what is measured is its memory alone: the clients and the server, which are in this one, keep
-books on every stream. Prints what was done and what is left of it in the proxy: streams, tasks, file descriptors, memory. The streams
-that are left must be none, and the others what they were after the warming up.
+The proxy is a separate process, so that only its memory is measured: the clients and the server, in
+this process, keep records of every stream. Prints what was done and what remains in the proxy:
+streams, tasks, file descriptors, memory. No stream may remain; the others must be as after the
+warm-up.
 """
 
 from __future__ import annotations
@@ -35,11 +37,11 @@ WARM_UP = 20_000
 SIZES = (0, 1, 200, 3000, 20_000, 100_000)
 
 
-# The proxy's process...
+# The proxy's process
 
 
 def resident() -> float:
-    """MiB of memory that this process has now."""
+    """MiB of memory that this process uses now."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize() / 2**20
 
@@ -52,15 +54,18 @@ async def _report(proxy: Hop2) -> dict[str, float]:
 
 
 async def _proxy(address: str) -> None:
-    """A proxy to `address`; says where it listens, and answers each line with what it holds, until its input ends."""
-    settings = Settings2(account=lambda _: contextlib.nullcontext())  # the kit's own books would grow with every request
+    """Run a proxy to `address`. Prints its listener, then answers each input line with its counts,
+    until the input ends.
+    """
+    # the test kit's records would grow with every request
+    settings = Settings2(account=lambda _: contextlib.nullcontext())
     async with hop2(Address.parse(address), settings=settings) as proxy:
         print(proxy.address, flush=True)
         async for _ in trio.wrap_file(sys.stdin):
             print(json.dumps(await _report(proxy)), flush=True)
 
 
-# And that of the others...
+# The process of clients and server
 
 
 async def _answer(peer: Peer2, number: int, message: Answer) -> None:
@@ -79,7 +84,7 @@ async def _one(client: Peer2, number: int, size: int, cancelled: bool) -> None:
         await client.send(number, bytes(size), end=not cancelled)
         if cancelled:
             await client.reset(number)
-    except (h2.exceptions.ProtocolError, trio.BrokenResourceError):  # the other side was faster
+    except (h2.exceptions.ProtocolError, trio.BrokenResourceError):  # the other side ended the stream first
         pass
 
 
@@ -106,7 +111,7 @@ async def _rounds(clients: list[Peer2], requests: int, dice: random.Random) -> C
 
 
 async def _line(process: trio.Process, said: bytes = b"") -> bytes:
-    """What the proxy's process answers to this."""
+    """Send a line to the proxy's process; returns its answer."""
     assert process.stdin is not None
     assert process.stdout is not None
     await process.stdin.send_all(said)

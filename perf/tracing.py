@@ -1,8 +1,8 @@
-"""What does tracing cost? Off, on and not recorded, on and all of it recorded: processor time for a request and hop, latency, and the
-microseconds that a span takes on the path of its request.
+"""The cost of tracing: off, on and not recorded, on and all recorded. CPU time per request and hop,
+latency, and the microseconds of a span on its request's path.
 
-Baseline: tracing off. The pairs of proxies run side by side and are loaded in turn, each round in another order. The collector is a
-process of its own that takes what it is sent and throws it away.
+Baseline: tracing off. The pairs of proxies run side by side and are loaded in turn, each round in a
+different order. The collector is a separate process that discards what it gets.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 
 def load(pair: Pair, flags: str | None) -> tuple[int, float, float]:
-    """(requests, p50 in ms, p99 in ms) under load for a while."""
+    """(requests, p50 in ms, p99 in ms) under load for SECONDS."""
     header = ["-H", f"traceparent: {_w3c(flags.encode())[0][1].decode()}"] if flags else []
     command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{SECONDS}", "--latency", *header, f"http://{HOST}:{pair.outbound.port}/"]
     text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS + 30).stdout
@@ -103,7 +103,7 @@ def _w3c(flags: bytes) -> list[Field]:
 
 
 class _Bare(Exchange):
-    """An exchange that nobody sends: what is measured is the layer around it."""
+    """An exchange that is not sent: only the layer around it is measured."""
 
     __slots__ = ()
 
@@ -114,7 +114,9 @@ class _Bare(Exchange):
 
 
 def spans() -> None:
-    """Microseconds of processor time of the layer for one request, from its head to the queue, without what the handler takes."""
+    """CPU microseconds of the layer for one request, from its head to the queue, without the
+    handler.
+    """
     here = Address(HOST, 1)
     facts, answer = Facts("inbound", here, here), ResponseHead(200, Headers([(b"Content-Length", b"2")]))
 
@@ -157,13 +159,13 @@ def spans() -> None:
         "server, HTTP/2": (once(layered("server"), _w3c(b"01"), b"2"), bare2),
         "client, HTTP/2": (once(layered("client"), _w3c(b"01"), b"2"), bare2),
     }
-    print(f"the layer alone, the best of {REPEATS} rounds of {CALLS} calls, less the best without it")
+    print(f"the layer alone: the best of {REPEATS} rounds of {CALLS} calls, minus the best without it")
     for name, (call, without) in cases.items():
         took, alone = [], []
         for _ in range(REPEATS):
             took.append(_timed(call))
             while len(queue):
-                time.sleep(0.001)  # the exporter takes what is there, as soon as a batch of it is
+                time.sleep(0.001)  # the exporter takes spans as soon as they fill a batch
             alone.append(_timed(without))
         print(f"  {name:24} {min(took) - min(alone):6.2f} us per request")
 
@@ -180,7 +182,7 @@ def _timed(call: Callable[[], None]) -> float:
 
 
 class _Nobody:
-    """An exporter that takes everything and does nothing: its work is not on the path of a request."""
+    """An exporter that discards everything: its work is not on a request's path."""
 
     def prepare(self, records: Sequence[Record]) -> None: ...
     def send(self, seconds: float) -> Outcome:  # noqa: ARG002  # it takes no time

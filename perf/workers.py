@@ -1,10 +1,12 @@
-"""What do more workers bring? Requests a second through one proxy with 1, 2 and 4 workers, and what each request costs.
+"""The effect of more workers: requests per second through one proxy with 1, 2 and 4 workers, and
+the cost per request.
 
-Baseline: one process, which is a proxy without workers. The proxies run side by side and are loaded in turn, each round in another order.
-The hop is clear text on both sides, so client and server take as little of the machine as they can; but they do run on the same cores, and
-what they take is not there for workers. So beside the rate stands the greatest that these cores could give: all of their time, divided
-by what a request costs proxy, client and server together. Memory is the processes' proportional share (PSS) behind the load, in which
-a page that several have counts once.
+Baseline: one process, a proxy without workers. The proxies run side by side and are loaded in turn,
+each round in a different order. The hop is plaintext on both sides, so client and server use as
+little CPU as possible. But they run on the same cores and take CPU from the workers. So the output
+also has the maximum rate that these cores allow: all of their time, divided by the CPU of proxy,
+client and server per request. Memory is the processes' proportional share (PSS) after the load; it
+counts shared pages once.
 """
 
 from __future__ import annotations
@@ -30,30 +32,30 @@ _PROPORTIONAL = "Pss:"
 @dataclass(frozen=True, slots=True)
 class Round:
     rate: float  # requests a second
-    proxy: float  # us of processor time for a request
-    others: float  # the same of client and server
+    proxy: float  # us of CPU time per request
+    others: float  # us of CPU time of client and server per request
 
 
 def tree(pid: int) -> list[int]:
-    """A process and all below it."""
+    """A process and all its descendants."""
     parents: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             parent = int(path.read_text("ascii", "replace").rpartition(")")[2].split()[1])
             parents.setdefault(parent, []).append(int(path.parent.name))
     found = [pid]
-    for one in found:  # grows meanwhile
+    for one in found:  # grows during the loop
         found += parents.get(one, [])
     return found
 
 
 def cpu(pids: list[int]) -> float:
-    """Seconds of processor time so far."""
+    """Seconds of CPU time so far."""
     return sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)  # as Proxy.cpu in perf/pair.py
 
 
 def memory(pids: list[int]) -> float:
-    """MiB."""
+    """Memory in MiB."""
     lines = (line for pid in pids for line in Path(f"/proc/{pid}/smaps_rollup").read_text("ascii").splitlines())
     return sum(int(line.split()[1]) for line in lines if line.startswith(_PROPORTIONAL)) / 1024
 
@@ -93,7 +95,7 @@ def main() -> None:
             give_up = time.monotonic() + 30
             while len(tree(process.pid)) < expected and time.monotonic() < give_up:
                 time.sleep(0.05)
-            time.sleep(1)  # until the last of them has bound its port
+            time.sleep(1)  # until the last worker has bound its port
             proxies[workers] = (port, tree(process.pid))
         for port, pids in proxies.values():
             loaded(port, pids, back)

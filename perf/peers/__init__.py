@@ -1,11 +1,12 @@
-"""The proxies that are measured: two of one kind in front of one server, with mutual TLS 1.3 between them.
+"""The measured proxies: two of a kind in front of one server, with mutual TLS 1.3 between them.
 
-    client -> outbound (clear text in, mutual TLS out) -> inbound (mutual TLS in, clear text out) -> server
+    client -> outbound (plaintext in, mutual TLS out) -> inbound (mutual TLS in, plaintext out) -> server
 
-Each is configured to do the same work with one worker: both sides show a certificate of the same root and verify the other's chain.
-Only Envoy and we match the peer's SPIFFE identity as well; the others cannot match a URI name. Statistics and header handling are as they
-come; access logs are off. `meshed envoy` does besides what a mesh has it do (perf/peers/envoy.py), the others do not. What a proxy
-cannot do, or what is not installed, is left out with a word.
+All are configured for the same work with one worker: both sides present a certificate of the same
+root and verify the other's chain. Only Envoy and this proxy also match the peer's SPIFFE identity;
+the others cannot match a URI name. Statistics and header handling have their defaults; access logs
+are off. `meshed envoy` also does what a mesh configures (perf/peers/envoy.py), the others do not.
+Work that a proxy does not support, and proxies that are not installed, are left out with a message.
 """
 
 from __future__ import annotations

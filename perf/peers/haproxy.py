@@ -1,4 +1,6 @@
-"""HAProxy. It verifies the chain of the server's certificate, and no name: it knows names of hosts only."""
+"""HAProxy. It verifies the chain of the server's certificate but no name: it supports host names
+only.
+"""
 
 from __future__ import annotations
 

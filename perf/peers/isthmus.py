@@ -1,6 +1,8 @@
-"""Ours: as the image has it, the path of a request compiled and on AWS-LC (docs/decisions/30-compiled.md, 36-aws-lc.md); the sources as
-they are, on the OpenSSL that is in cryptography's wheel; and as the image has it, but without the fast path for plain HTTP/1.1 exchanges
-(docs/decisions/21-fast-path.md)."""
+"""This project's proxy in three variants: as in the image, with compiled modules and AWS-LC
+(docs/decisions/30-compiled.md, 36-aws-lc.md); the plain sources on the OpenSSL of cryptography's
+wheel; and as in the image, but without the fast path for plain HTTP/1.1 exchanges
+(docs/decisions/21-fast-path.md).
+"""
 
 from __future__ import annotations
 

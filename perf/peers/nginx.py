@@ -1,4 +1,6 @@
-"""nginx. It knows no HTTP/2 towards servers, and cannot match a URI name, so it does not verify the server's certificate."""
+"""nginx. It has no HTTP/2 to servers and cannot match a URI name, so it does not verify the
+server's certificate.
+"""
 
 from __future__ import annotations
 

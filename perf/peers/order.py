@@ -1,4 +1,4 @@
-"""What a pair of proxies is asked to be, and what a peer says of itself."""
+"""The request for a pair of proxies, and the description of a peer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ Kind = Literal["http1", "http2", "tcp"]
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a pair is to be: `kind` of traffic, in front of the server at port `server`; `folder` holds the identities (perf.pair) and takes
-    its files; `resume`: whether TLS sessions may be resumed."""
+    """The requested pair: the `kind` of traffic, in front of the server at port `server`. `folder`
+    holds the identities (perf.pair) and the pair's files. `resume`: whether TLS sessions may be
+    resumed.
+    """
 
     kind: Kind
     folder: Path
@@ -24,7 +26,7 @@ class Order:
     resume: bool = True
 
     def material(self, side: str) -> Path:
-        """Where the certificate, key and roots of a side lie."""
+        """The directory with certificate, key and roots of a side."""
         return self.folder / {"outbound": "client", "inbound": "server"}[side]
 
 

@@ -1,6 +1,6 @@
-"""`make soak`: floods and faults, measured; exits with 0 only if all of it held.
+"""`make soak`: measures floods and faults; the exit code is 0 only if everything held.
 
-python -m perf.reliability [--only NAME,...] [--write]
+    python -m perf.reliability [--only NAME,...] [--write]
 
 `--only floods` and `--only faults` measure one table each, in five to seven minutes. `--write` keeps the other table then.
 """
@@ -46,7 +46,7 @@ def texts(rows: Sequence[Row]) -> dict[str, str]:
 
 
 async def measure(only: frozenset[str]) -> list[Row]:
-    """The rows of these names, printed as they come."""
+    """The rows of these names; each is printed as soon as it is measured."""
     rows = []
 
     async def take(some: AsyncIterator[Row]) -> None:
@@ -64,9 +64,9 @@ async def measure(only: frozenset[str]) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 if all held, 1 if something did not, 64 if it cannot be measured here."""
-    parser = argparse.ArgumentParser(prog="python -m perf.reliability", description="Floods and faults, measured beside a member.")
-    parser.add_argument("--only", default="", metavar="NAME,...", help=f"of {', '.join((*TABLES, *sorted(FLOODS | FAULTS)))}")
+    """0 if everything held, 1 if not, 64 if it cannot be measured here."""
+    parser = argparse.ArgumentParser(prog="python -m perf.reliability", description="Measures the effect of floods and faults on a member.")
+    parser.add_argument("--only", default="", metavar="NAME,...", help=f"only these: {', '.join((*TABLES, *sorted(FLOODS | FAULTS)))}")
     parser.add_argument("--write", action="store_true", help="write each table that is measured as a whole into docs/reliability.md")
     asked = parser.parse_args(arguments)
     try:
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.write and not any(whole <= only for whole in TABLES.values()):
         parser.error("--write needs a whole table: --only floods, --only faults, or all")
     if not all(folder.is_dir() for folder in IMAGE):
-        print("perf.reliability: the sidecar is measured as the image has it: run `make aws-lc compiled` first", file=sys.stderr)
+        print("perf.reliability: the sidecar is measured as in the image: run `make aws-lc compiled` first", file=sys.stderr)
         return 64
     if not inside():
         if (why := available()) is not None:
@@ -101,7 +101,7 @@ def _sandboxed(arguments: Sequence[str]) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """With what the image has found before the checkout."""
+    """The environment in which the image's packages come before the checkout's."""
     return {**os.environ, **IMAGE_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, (*IMAGE, ROOT)))}
 
 

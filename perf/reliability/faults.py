@@ -1,4 +1,4 @@
-"""Faults of programs, links and files, each on a small mesh of its own: what its members notice."""
+"""Faults of programs, links and files, each on its own small mesh, as the members see them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lab.sidecar import ADMIN_PORT, http_get
 from perf.reliability.report import Row
 
 HTTP, TCP = 8080, 9000
-# The laboratory has shorter times than those that are shipped; here the latter are measured.
+# The lab has shorter timeouts than the defaults; here the defaults are measured.
 SETTINGS: dict[str, Any] = {
     "log": {"access": False},
     "shutdown": {"grace": "25s", "outbound_minimum": "3s"},
@@ -53,7 +53,7 @@ class Scene:
         return Load(self.web, self.service.ipv4, HTTP, clients=clients)
 
     def serve_by(self, pods: Iterable[Pod]) -> None:
-        """Put the service on these pods, in all directories."""
+        """Move the service to these pods, in all directories."""
         self.service.pods = tuple(pods)
         self.mesh.publish()
 
@@ -65,7 +65,7 @@ async def start_app(pod: Pod, app: str) -> Process:
 
 @asynccontextmanager
 async def scene(lab: Lab, replicas: int, app: str = "web") -> AsyncIterator[Scene]:
-    """A running scene in a cluster of its own; its pods are ended behind the block."""
+    """A running scene in its own cluster; the end of the block stops its pods."""
     cluster = lab.cluster(f"scene{next(_numbers)}")
     mesh = Mesh(cluster)
     web = cluster.pod("web")
@@ -86,7 +86,7 @@ async def scene(lab: Lab, replicas: int, app: str = "web") -> AsyncIterator[Scen
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What came of a fault, in words, and what did not hold."""
+    """The result of a fault in words, and what did not hold."""
 
     words: str
     faults: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ class Fault:
 
 
 def judged(load: Load, since: float) -> Measured:
-    """Whether no request of a load has failed since a moment (time.monotonic)."""
+    """Whether no request of a load has failed since a time (time.monotonic)."""
     summary = load.summary(since)
     slowest = max((sample.seconds for sample in load.samples if sample.when >= since), default=0.0)
     faults = (f"{load.bad}",) if summary.errors else ()
@@ -170,7 +170,7 @@ async def rolling_restart(lab: Lab) -> Measured:
             sidecar = found.mesh.sidecars[pod.name]
             sidecar.running().signal(signal.SIGTERM)
             found.app(pod).signal(signal.SIGTERM)
-            await trio.sleep(0.5)  # until the endpoint is out of everybody's directory
+            await trio.sleep(0.5)  # until the endpoint is removed from all directories
             found.serve_by(others)
             await sidecar.running().wait()
             await found.app(pod).wait()
@@ -185,7 +185,7 @@ async def node_dies(lab: Lab) -> Measured:
     async with scene(lab, 2) as found, found.load() as load:
         since = time.monotonic()
         with link_cut(found.pods[0]):
-            await trio.sleep(0.5)  # until requests are on their way there
+            await trio.sleep(0.5)  # until requests are in flight to it
             await load.settle(60)
             settled = time.monotonic() - since
             await load.more(200)
@@ -249,7 +249,7 @@ async def quiet_client_leaves(lab: Lab) -> Measured:
 
 
 async def _gone(found: Scene, since: float) -> list[float]:
-    """When clients of /quiet were gone, by what the server has noted."""
+    """When clients of /quiet disconnected, as the server recorded."""
     status, body = await http_get(found.pods[0], "127.0.0.1", HTTP, "/gone")
     return [when for when in json.loads(body)["gone"] if when >= since] if status == 200 else []
 
@@ -289,8 +289,9 @@ async def early_answer(lab: Lab) -> Measured:
 
 
 async def drained_server(lab: Lab) -> Measured:
-    """A server that waits for its connections: how long it takes to end, with a sidecar and without. A native sidecar is told to stop
-    only when the application has ended."""
+    """A server that waits for its connections: how long it takes to end, with and without a
+    sidecar. A native sidecar is stopped only after the application has ended.
+    """
     seconds = {"without a sidecar": await _drain(lab, sidecar=False, told=False)}
     seconds["with one"] = await _drain(lab, sidecar=True, told=True)
     seconds["with a native one"] = await _drain(lab, sidecar=True, told=False)
@@ -300,7 +301,9 @@ async def drained_server(lab: Lab) -> Measured:
 
 
 async def _drain(lab: Lab, *, sidecar: bool, told: bool) -> float:
-    """Seconds from SIGTERM to the end of the server; `told`: whether its sidecar gets the signal too."""
+    """Seconds from SIGTERM to the end of the server. `told`: whether its sidecar gets the signal
+    too.
+    """
     cluster = lab.cluster(f"scene{next(_numbers)}")
     mesh = Mesh(cluster)
     pod, kubelet = cluster.pod("shop"), cluster.pod("kubelet")
@@ -325,7 +328,7 @@ async def _drain(lab: Lab, *, sidecar: bool, told: bool) -> float:
 
 
 async def _probe(kubelet: Pod, pod: Pod) -> None:
-    """Ask once a second, from outside of the mesh."""
+    """Probe once per second, from outside the mesh."""
     while True:
         with trio.move_on_after(1):
             await http_get(kubelet, pod.ipv4, HTTP, "/")
@@ -333,7 +336,7 @@ async def _probe(kubelet: Pod, pod: Pod) -> None:
 
 
 async def half_written_directory(lab: Lab) -> Measured:
-    """Every prefix of the directory file is there for a moment; nothing may go on the wire in clear text."""
+    """Every prefix of the directory file exists for a moment; no plaintext may be sent."""
     async with scene(lab, 1) as found:
         near = found.mesh.sidecars["web"]
         whole = near.directory_file.read_bytes()
@@ -351,7 +354,7 @@ async def half_written_directory(lab: Lab) -> Measured:
 
 
 async def stopped_worker(lab: Lab) -> Measured:
-    """One of two workers stands still: the admin port answers all the same."""
+    """One of two workers is stopped: the admin port must still answer."""
     cluster = lab.cluster(f"scene{next(_numbers)}")
     mesh = Mesh(cluster)
     pod = cluster.pod("shop")
@@ -381,7 +384,7 @@ def _children(pid: int) -> list[str]:
     """The processes whose parent is `pid` (proc_pid_stat(5))."""
 
     def parent(stat: Path) -> str:
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # the process has ended
             return stat.read_text("ascii", "replace").rpartition(")")[2].split()[1]
         return ""
 

@@ -1,4 +1,4 @@
-"""The floods, one by one and all at once, and what a well-behaved member feels of them."""
+"""The floods, one by one and all at once, and their effect on a well-behaved member."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from lab.sidecar import ADMIN_PORT
 from perf.reliability.bed import LIMIT, MIB, OPEN, STALL, WEB, Attack, Bed, Watched, watch
 from perf.reliability.report import Row
 
-SECONDS, TOGETHER = 12.0, 60.0  # of one flood, of all at once
+SECONDS, TOGETHER = 12.0, 60.0  # seconds of one flood, of all at once
 SETTLE, RECOVER = 5.0, 60.0  # seconds after one flood, after all
-# What must hold: of the member's requests (seconds), of the probes (milliseconds), of the memory a minute later (share of what it was).
+# Limits: the member's requests (seconds), probes (milliseconds), memory a minute later (relative to
+# before).
 P99, SLOWEST_PROBE, RETURN = 0.250, 100, 1.20
 
 
@@ -56,7 +57,7 @@ async def run(bed: Bed, only: frozenset[str]) -> AsyncIterator[Row]:
 
 
 def row(flood: Flood, seen: Watched, bed: Bed, *, together: bool) -> Row:
-    """What was measured, in words, and whether it is what must hold."""
+    """The measured values as text, and whether the limits held."""
     member, probes = seen.member, seen.probes
     alive = bed.victim.running().alive
     faults = []

@@ -281,4 +281,4 @@ def test_who_the_certificate_is_for_must_be_said_once(tmp_path, capsys):
 def test_a_lifetime_needs_a_number_and_a_unit(text, capsys):
     with pytest.raises(SystemExit):
         run("root", "--trust-domain", DOMAIN, "--out", "x", f"--lifetime={text}")
-    assert "is not a time" in capsys.readouterr().err
+    assert "is not a duration" in capsys.readouterr().err
