@@ -43,17 +43,18 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 # The whole suite runs in its own network namespaces, so that tests and the machine cannot affect
-# each other. The parts run with the sources and the TLS library of the wheel. Whole proxies, and
-# the parts that are compiled or about TLS, run as in the image (docs/decisions/30-compiled.md,
-# 36-aws-lc.md). Then the tests with the most HTTP/1.1 run again with the sources, without the fast
-# path (docs/decisions/21-fast-path.md).
-SANDBOXED = PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 2 --dist loadfile -q
-WHOLE := tests/e2e tests/lab
+# each other. There are three pytest processes for two cores, because many tests wait. The parts run
+# with the sources and the TLS library of the wheel. Whole proxies, and the parts that are compiled
+# or about TLS, run as in the image (docs/decisions/30-compiled.md, 36-aws-lc.md). Then the tests
+# with the most HTTP/1.1 run again with the sources, without the fast path
+# (docs/decisions/21-fast-path.md).
+SANDBOXED = PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 3 --dist loadfile -q
+WHOLE := tests/e2e tests/flows tests/lab
 # Of HTTP/2, only the server is compiled (docs/decisions/30-compiled.md). Tests of whole proxies,
 # and tests/both_paths, check that it works beside the modules that are not compiled.
 AS_COMPILED := $(wildcard tests/exchange/test_*.py) tests/exchange/h1 \
-	$(addprefix tests/,balancing both_paths commands directory fastpath identity loopguard net routing tracing wire) \
-	tests/flows/test_sessions.py tests/telemetry/test_metrics.py
+	$(addprefix tests/,balancing both_paths directory fastpath identity loopguard net routing tracing wire) \
+	tests/telemetry/test_metrics.py
 ORDINARY := $(addprefix tests/e2e/test_,clients.py failures.py shutdown.py tracing.py)
 parts: $(VENV)/.dev
 	@./scripts/system-packages "$(NEEDED)" "$(PEERS)"
