@@ -1,6 +1,7 @@
-"""Memory cgroups: a limit for the memory of some processes, as a container has one.
+"""Memory cgroups: a memory limit for some processes, like that of a container.
 
-Works with cgroup v1 (a mounted `memory` controller) and with v2 (where the root cgroup delegates `memory`). Needs root.
+Works with cgroup v1 (a mounted `memory` controller) and v2 (if the root cgroup delegates `memory`).
+Needs root.
 """
 
 import contextlib
@@ -23,15 +24,15 @@ class MemoryCgroup:
         self._unified = unified
 
     def add(self, pid: int) -> None:
-        """Move a process into the cgroup. What it allocates from now on counts."""
+        """Move a process into the cgroup. Only its later allocations count."""
         (self.folder / "cgroup.procs").write_text(str(pid))
 
     def peak(self) -> int:
-        """The most memory that was in use, in bytes."""
+        """The highest memory use, in bytes."""
         return int((self.folder / ("memory.peak" if self._unified else "memory.max_usage_in_bytes")).read_text())
 
     def kills(self) -> int:
-        """How many processes the kernel has killed because the limit was reached."""
+        """How many processes the kernel killed because of the limit."""
         file = self.folder / ("memory.events" if self._unified else "memory.oom_control")
         values = dict(line.split() for line in file.read_text().splitlines())
         return int(values.get("oom_kill", 0))
@@ -39,7 +40,9 @@ class MemoryCgroup:
 
 @contextmanager
 def memory_cgroup(name: str, limit: int) -> Iterator[MemoryCgroup]:
-    """A memory cgroup with a limit in bytes; removed behind the block, when its processes have ended. Raises LabError."""
+    """A memory cgroup with a limit in bytes; removed after the block, when its processes have
+    ended. Raises LabError.
+    """
     unified = (_ROOT / "cgroup.controllers").exists()
     folder = (_ROOT if unified else _ROOT / "memory") / f"{name}-{os.urandom(4).hex()}"
     try:
@@ -53,7 +56,7 @@ def memory_cgroup(name: str, limit: int) -> Iterator[MemoryCgroup]:
     except OSError as error:
         with contextlib.suppress(OSError):
             folder.rmdir()
-        raise LabError(f"a memory cgroup cannot be made here ({error}): run this as root, with the memory controller delegated") from error
+        raise LabError(f"a memory cgroup cannot be created here ({error}): run this as root, with the memory controller delegated") from error
     try:
         yield MemoryCgroup(folder, limit, unified=unified)
     finally:

@@ -174,7 +174,7 @@ class Lab:
 
     async def __aenter__(self) -> Self:
         if not inside():
-            raise LabError("the laboratory runs in its sandbox only: python -m lab.sandbox -- COMMAND")
+            raise LabError("the lab runs only in its sandbox: python -m lab.sandbox -- COMMAND")
         self._claim_directory()
         self.nursery = await self._stack.enter_async_context(trio.open_nursery())
         return self
@@ -226,4 +226,4 @@ class Lab:
             self._prefix = "" if number == 0 else f"{number}-"
             self._stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
             return
-        raise LabError("there are already 1000 laboratories in this sandbox")
+        raise LabError("there are already 1000 labs in this sandbox")

@@ -1,4 +1,6 @@
-"""Links, addresses and namespaces: the few `ip` commands the laboratory is made of, and sockets in other namespaces."""
+"""Links, addresses and namespaces: the `ip` commands that build the lab, and sockets in other
+namespaces.
+"""
 
 import contextlib
 import ctypes
@@ -39,7 +41,7 @@ class Subnets(NamedTuple):
 
 
 def batch(*lines: str, netns: str | None = None) -> None:
-    """Run `ip` commands, one a line, in one process.  Raises LabError with the first that failed."""
+    """Run `ip` commands, one per line, in one process. Raises LabError with the first failure."""
     command = ["ip", *(["-n", netns] if netns else []), "-batch", "-"]
     done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -47,7 +49,8 @@ def batch(*lines: str, netns: str | None = None) -> None:
 
 
 def nft(netns: str, *lines: str) -> str:
-    """Run `nft` commands, one a line, as one transaction; what they list.  Raises LabError."""
+    """Run `nft` commands, one per line, as one transaction; returns their output. Raises LabError.
+    """
     command = ["nsenter", f"--net=/run/netns/{netns}", "--", "nft", "-f", "-"]
     done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -56,18 +59,21 @@ def nft(netns: str, *lines: str) -> str:
 
 
 def sysctl(netns: str, values: dict[str, str]) -> None:
-    """Set kernel settings of a network namespace; unknown ones (a kernel without IPv6) are left out."""
+    """Set kernel settings of a network namespace; skips unknown ones (a kernel without IPv6)."""
 
     def write() -> None:
         for name, value in values.items():
             with contextlib.suppress(OSError):
-                Path("/proc/sys", name).write_text(value)  # /proc/sys/net shows the namespace of the thread that asks
+                # /proc/sys/net shows the namespace of the calling thread
+                Path("/proc/sys", name).write_text(value)
 
     in_namespace(netns, write)
 
 
 def in_namespace(netns: str, function: Callable[[], T]) -> T:
-    """Call `function` in a network namespace: in a thread that enters it and then ends, since a thread cannot go back safely."""
+    """Call `function` in a network namespace. Uses a thread that enters it and then ends, because a
+    thread cannot safely go back.
+    """
     result: list[T] = []
     errors: list[Exception] = []
 
@@ -78,7 +84,7 @@ def in_namespace(netns: str, function: Callable[[], T]) -> T:
                 if libc.setns(file.fileno(), _CLONE_NEWNET) != 0:
                     raise LabError(f"cannot enter the network namespace {netns}: {os.strerror(ctypes.get_errno())}")
             result.append(function())
-        except Exception as error:  # noqa: BLE001, RUF100  # carried over to the caller's thread
+        except Exception as error:  # noqa: BLE001, RUF100  # re-raised in the caller's thread
             errors.append(error)
 
     thread = threading.Thread(target=body, name=f"netns {netns}")
@@ -90,5 +96,5 @@ def in_namespace(netns: str, function: Callable[[], T]) -> T:
 
 
 def open_socket(netns: str, family: int, kind: int, protocol: int = 0) -> socket.socket:
-    """A socket that lives in a network namespace while this process does not; the caller closes it."""
+    """A socket in a network namespace that this process is not in; the caller closes it."""
     return in_namespace(netns, lambda: socket.socket(family, kind, protocol))

@@ -1,12 +1,13 @@
 """A pod: a network namespace with one link to its cluster's bridge, and the programs in it.
 
-Programs are started through a short chain of commands that replace each other, so that the pid is the program's own: `nsenter`
-enters the network namespace, `unshare --mount` and a line of shell give it the cluster's /etc/hosts and /etc/resolv.conf, and
-`setpriv` takes its privileges away.
+Programs are started through a chain of commands that replace each other, so that the pid is the
+program's own: `nsenter` enters the network namespace, `unshare --mount` and a line of shell install
+the cluster's /etc/hosts and /etc/resolv.conf, and `setpriv` drops privileges.
 
-Who is who.  As root, an application runs as uid 65534 and a sidecar as uid 2102, and the rules exempt uid 2102.  Where only one user
-id exists (the rootless sandbox) everything runs as that, and the rules exempt a packet mark instead.  CAP_DAC_READ_SEARCH
-stays with the programs: a checkout or an interpreter below a home directory that others cannot enter is common.
+Users: as root, an application runs as uid 65534 and a sidecar as uid 2102, and the rules exempt uid
+2102. Where only one user id exists (the rootless sandbox), everything runs with it, and the rules
+exempt a packet mark instead. Programs keep CAP_DAC_READ_SEARCH, because a checkout or an
+interpreter is often in a home directory that others cannot enter.
 """
 
 import ipaddress
@@ -36,8 +37,9 @@ PROXY_UID = 2102
 PROXY_MARK = 0x2102
 CLI = (sys.executable, "-m", "proxy.cli")
 ROOT = Path(__file__).resolve().parent.parent
-# For programs in pods: what runs here of cryptography and of the product (of both there may be another build than the environment's and the
-# checkout's: `make aws-lc compiled`), and the checkout.
+# For programs in pods: the checkout, and the build of cryptography and of the product that this
+# process uses (`make aws-lc compiled`), which may differ from those of the environment and the
+# checkout.
 _FOUND = (Path(cryptography.__file__).resolve().parents[1], Path(proxy.__file__).resolve().parents[1])
 PACKAGES = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(map(str, (*_FOUND, ROOT))))}
 
@@ -46,14 +48,16 @@ _OVERLAY = 'mount --bind "$1" /etc/hosts; mount --bind "$2" /etc/resolv.conf; sh
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class User:
-    """As whom a program runs in a pod.  `privileged` keeps root (for the interception); `never_root` is for programs that refuse root."""
+    """The user of a program in a pod. `privileged` keeps root (for the interception); `never_root`
+    is for programs that refuse to run as root.
+    """
 
     uid: int = APP_UID
     privileged: bool = False
     never_root: bool = False
 
     def prefix(self) -> list[str]:
-        """The commands that take on this user."""
+        """The command prefix that switches to this user."""
         if self.privileged:
             return []
         if rootless():
@@ -70,16 +74,17 @@ OPERATOR = User(privileged=True)
 
 @dataclass(slots=True)
 class Pod:
-    """A pod of a cluster; made by `Cluster.pod`, freed with the laboratory."""
+    """A pod of a cluster; created by `Cluster.pod`, deleted with the lab."""
 
     cluster: "Cluster"
     name: str
     netns: str
     ipv4: str
     ipv6: str
-    directory: Path  # files of this pod: logs, and what its sidecar reads
+    directory: Path  # this pod's files: logs, and the sidecar's files
     processes: dict[str, Process] = field(default_factory=dict)
-    sockets: list[trio.socket.SocketType] = field(default_factory=list)  # of this process, in the pod's namespace
+    # this process's sockets in the pod's namespace
+    sockets: list[trio.socket.SocketType] = field(default_factory=list)
 
     @property
     def link(self) -> str:
@@ -96,7 +101,9 @@ class Pod:
     async def start(
         self, name: str, command: Sequence[str], *, user: User = APP, port: int | None = None, env: Mapping[str, str] | None = None
     ) -> Process:
-        """Start a program and, when `port` is given, wait until it listens there.  Raises LabError with the end of its output."""
+        """Start a program. With `port`, wait until it listens there. Raises LabError with the end of
+        its output.
+        """
         if (old := self.processes.get(name)) is not None and old.alive:
             raise LabError(f"pod {self.name} already runs {name}")
         log = self.directory / f"{name}.log"
@@ -111,14 +118,16 @@ class Pod:
         return await self.start(name, [sys.executable, "-c", code, *arguments], port=port, user=user)
 
     async def restart(self, running: Process, *, user: User = APP, port: int | None = None) -> Process:
-        """End a program and start the same command again."""
+        """Stop a program and start the same command again."""
         await running.aclose()
         return await self.start(running.name.rpartition("/")[2], running.command, user=user, port=port)
 
     async def run(
         self, command: Sequence[str], *, user: User = APP, env: Mapping[str, str] | None = None, stdin: bytes = b"", timeout: float = 30.0
     ) -> Completed:
-        """Run a program in the pod to its end.  Raises LabError when it cannot start or is too slow, not for its exit code."""
+        """Run a program in the pod to its end. Raises LabError if it cannot start or on timeout, not
+        for its exit code.
+        """
         return await process.run(command, self.launch(user, env, self.directory), stdin=stdin, timeout=timeout)
 
     async def run_python(self, code: str, *arguments: str, user: User = APP, timeout: float = 30.0) -> Completed:
@@ -138,15 +147,19 @@ class Pod:
         raise running.error(f"did not listen on port {port} within {timeout:g} s")
 
     def listens(self, port: int) -> bool:
-        """Whether a TCP listener is on `port`, in any family and on any address; nothing is connected for that."""
+        """Whether a TCP listener is on `port`, in any family and on any address; opens no
+        connection.
+        """
         return self._sockets(port, "0A") > 0
 
     def connected(self, port: int) -> int:
-        """How many established TCP connections have `port` at their end in this pod."""
+        """The number of established TCP connections with local port `port` in this pod."""
         return self._sockets(port, "01")
 
     def _sockets(self, port: int, state: str) -> int:
-        """How many TCP sockets have this local port, and this state of linux/tcp_states.h in hexadecimal."""
+        """The number of TCP sockets with this local port and this state (linux/tcp_states.h,
+        hexadecimal).
+        """
 
         def tables() -> str:
             # The thread's own /proc/.../net shows the namespace that it has entered.
@@ -159,7 +172,7 @@ class Pod:
         return sum(1 for row in rows if len(row) > 3 and row[1].endswith(wanted) and row[3] == state)
 
     def socket(self, version: int = 4, kind: int = socket.SOCK_STREAM) -> trio.socket.SocketType:
-        """A socket inside the pod for the use of this process (as root); closed with the pod at the latest."""
+        """A socket inside the pod for this process (as root); closed with the pod at the latest."""
         family = socket.AF_INET6 if version == 6 else socket.AF_INET
         plain = network.open_socket(self.netns, family, kind)
         if version == 6:
@@ -191,14 +204,16 @@ class Pod:
         return trio.SocketStream(sock)
 
     async def intercept(self, *flags: str, check: bool = True) -> Completed:
-        """Run the real command `isthmus intercept` in the pod.  Raises LabError when it fails and `check` is left on."""
+        """Run the command `isthmus intercept` in the pod. Raises LabError if it fails and `check`
+        is true.
+        """
         done = await self.run([*CLI, "intercept", *flags], user=OPERATOR, env=PACKAGES)
         if check and not done.ok:
             raise LabError(f"isthmus intercept in pod {self.name}: {done.stderr.decode(errors='replace').strip()}")
         return done
 
     def inside(self, function: Callable[[], network.T]) -> network.T:
-        """Call a short function in the pod's network namespace (in a thread of its own)."""
+        """Call a short function in the pod's network namespace, in a separate thread."""
         return network.in_namespace(self.netns, function)
 
     def address(self, version: int) -> str:
@@ -214,7 +229,7 @@ class Pod:
         network.batch(f"link set {self.link} up", netns=self.cluster.netns)
 
     async def aclose(self) -> None:
-        """End the pod's programs and free its namespace."""
+        """Stop the pod's programs and delete its namespace."""
         for sock in self.sockets:
             sock.close()
         async with trio.open_nursery() as nursery:
@@ -223,7 +238,7 @@ class Pod:
         network.batch(f"netns delete {self.netns}")
 
     def enter_command(self, outside_pid: int) -> str:
-        """The command that gives a shell in this pod, as root, from outside of the sandbox."""
+        """The command that opens a root shell in this pod, from outside the sandbox."""
         script = self.directory / "enter"
         shell = os.environ.get("SHELL", "/bin/sh")
         script.write_text(f"exec {shlex.join([*self.launch(OPERATOR).prefix, shell])}\n")
@@ -232,15 +247,17 @@ class Pod:
 
 
 def exemption() -> InterceptSettings:
-    """The interception settings of this sandbox: by user id where there are several, otherwise by packet mark."""
+    """The interception settings of this sandbox: exemption by user id if there are several,
+    otherwise by packet mark.
+    """
     return InterceptSettings(uid=None, mark=PROXY_MARK) if rootless() else InterceptSettings(uid=PROXY_UID)
 
 
 def exemption_flags() -> tuple[str, ...]:
-    """The same as flags of `isthmus intercept`."""
+    """The settings of `exemption` as flags of `isthmus intercept`."""
     return ("--no-uid", "--mark", hex(PROXY_MARK)) if rootless() else ("--uid", str(PROXY_UID))
 
 
 def bracketed(address: str, port: int) -> str:
-    """host:port as it stands in a URL."""
+    """host:port in the form used in URLs."""
     return f"[{address}]:{port}" if ipaddress.ip_address(address).version == 6 else f"{address}:{port}"

@@ -238,10 +238,10 @@ async def who_was_who(stage: Stage) -> None:
     web, shop = (str(stage.mesh.authority.identity(name)) for name in ("web", "shop"))
     for name, port in (("HTTP/1.1", HTTP), ("WebSocket", SOCKET), ("SMTP", MAIL), ("gRPC", GRPC)):
         inbound = await logged(stage.sidecars["shop"], "inbound", port, stage.web)
-        callers = {str(line.get("identity", "nobody")) for line in inbound}
+        callers = {str(line.get("identity", "none")) for line in inbound}
         held = callers == {web} and all(line.get("tls") == "TLSv1.3" for line in inbound)
         terms = {f"{line.get('tls')}, {line.get('cipher')}, {line.get('group')}" for line in inbound}
-        who = " and ".join(sorted(callers)) or "nobody"
+        who = " and ".join(sorted(callers)) or "none"
         report.prove(f"{name}: from", f"{who}, verified by the sidecar of `shop` ({'; '.join(sorted(terms))})", held)
         outbound = await logged(stage.sidecars["web"], "outbound", port, stage.web)
         callees = {str(value) for line in outbound for key, value in line.items() if key.endswith("identity")}

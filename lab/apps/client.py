@@ -31,7 +31,7 @@ def get(host: str, port: int, secret: str) -> Result:
 
 
 def once(host: str, port: int) -> Result:
-    """One request, whatever comes of it."""
+    """One request; failures are results too."""
     connection = http.client.HTTPConnection(host, port, timeout=20)
     connection.request("GET", "/")
     response = connection.getresponse()
@@ -72,7 +72,9 @@ def upload(host: str, port: int, size: str) -> Result:
 
 
 def websocket(host: str, port: int, secret: str) -> Result:
-    """Text messages back and forth, and a binary one of 1 MiB; uncompressed, so that nothing but encryption hides them."""
+    """Text messages back and forth, and a binary one of 1 MiB; uncompressed, so that only
+    encryption can hide them.
+    """
     from websockets.sync.client import connect  # noqa: PLC0415  # only this client needs the package
 
     with connect(f"ws://{host}:{port}/", max_size=4 * 1024 * 1024, open_timeout=10, compression=None) as connection:
@@ -99,7 +101,7 @@ def mail(host: str, port: int, secret: str) -> Result:
 
 
 def forged(host: str, port: int, server_name: str, certificate: str, key: str) -> Result:
-    """TLS to the proxy itself, with a certificate of its own making, and without asking who is there."""
+    """TLS to the proxy itself, with a self-made certificate, and without verifying the peer."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["http/1.1"])
@@ -112,7 +114,7 @@ def forged(host: str, port: int, server_name: str, certificate: str, key: str) -
 
 
 def latency(host: str, port: int, other_port: str, count: str) -> Result:
-    """Requests on two kept-alive connections in turn; microseconds of each."""
+    """Requests on two kept-alive connections in turn; the microseconds of each."""
     ports = (port, int(other_port))
     connections = {each: http.client.HTTPConnection(host, each, timeout=10) for each in ports}
     times: dict[int, list[float]] = {each: [] for each in ports}

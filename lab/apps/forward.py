@@ -1,6 +1,8 @@
-"""A reverse proxy, as small as they get: each GET goes on to another host with all its header fields.  `forward PORT HOST:PORT`
+"""A minimal reverse proxy: forwards each GET to another host with all its header fields. `forward
+PORT HOST:PORT`
 
-The answer's status, header fields and body come back.  What it has been asked so far is at /asked, as a number.
+It returns the response's status, header fields and body. /asked answers with the number of requests
+so far.
 """
 
 import http.client
@@ -39,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing: the answers are the result."""
+        """Log nothing: the responses are the result."""
 
 
 def _passed(fields: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from lab.apps.grpc_service import SERVICE
 
 Result = dict[str, Any]
 SIZE = 64 * 1024 * 1024
-# Whatever the environment says of proxies is not meant for the mesh.
+# Ignore proxy settings in the environment.
 OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", SIZE), ("grpc.max_send_message_length", SIZE)]
 
 
@@ -48,7 +48,7 @@ def kinds(host: str, port: int, secret: str) -> Result:
 
 
 def _in_turn(shop: Shop, word: bytes, turns: int) -> bool:
-    """A conversation: each message is sent when the answer to the last has come."""
+    """A conversation: each message is sent after the answer to the previous one."""
     words: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     answers = shop.stream_stream("Chat")(iter(words.get, None), timeout=10)
     same = 0
@@ -61,7 +61,7 @@ def _in_turn(shop: Shop, word: bytes, turns: int) -> bool:
 
 
 def spread(host: str, port: int, count: str) -> Result:
-    """Unary calls over one channel, eight under way at a time; who answered how many."""
+    """Unary calls over one channel, eight in flight at a time; counts the answers by server."""
     name = Shop(host, port).unary_unary("Name")
     answered: Counter[str] = Counter()
     waiting: list[Any] = []
@@ -84,12 +84,13 @@ def impatient(host: str, port: int, timeout: str) -> Result:
     next(call)
     time.sleep(0.2)
     call.cancel()
-    time.sleep(0.3)  # the process's end would cut the connection, and that would be another way to hear of it
+    # the end of the process would cut the connection, which the server would also notice
+    time.sleep(0.3)
     return {"deadline": late, "cancelled": call.code().name}
 
 
 def _status(function: Callable[[], object]) -> Result:
-    """How a call ended, and what a proxy says of it."""
+    """How a call ended, and what a proxy reports about it."""
     try:
         function()
     except grpc.RpcError as error:

@@ -74,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the base class's name
-        """Say nothing: thousands of requests are measured."""
+        """Log nothing: thousands of requests are measured."""
 
 
 class Server(ThreadingHTTPServer):

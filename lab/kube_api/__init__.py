@@ -1,12 +1,12 @@
-"""A Kubernetes API server in memory, for tests and measurements: it keeps the rules of list, watch and write, and has
-faults when it is told to.
+"""A Kubernetes API server in memory, for tests and measurements. It follows the rules of list,
+watch and write, and injects faults on request.
 
     store.py     objects, versions, history, compaction
     changes.py   selectors, patches, server-side apply
-    requests.py  what is asked, what the server is like, what goes wrong
+    requests.py  requests, the server's behaviour, faults
     watches.py   one watch
-    server.py    HTTP, in front of that
+    server.py    the HTTP side
 
-It has no controllers: what is not written is not there. tests/control/rules.py holds it against a real API server: the same tests run
-against both.
+It has no controllers: only written objects exist. tests/control/rules.py compares it with a real
+API server: the same tests run against both.
 """

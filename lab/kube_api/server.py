@@ -1,6 +1,7 @@
-"""The server's side of HTTP, its watches, and its faults.
+"""The server's HTTP side, its watches, and its faults.
 
-Each connection is a task. `ApiServer.dial` makes one in memory, so that a test may use trio's MockClock; `serve` answers on any stream.
+Each connection is a task. `ApiServer.dial` opens one in memory, so that a test can use trio's
+MockClock; `serve` answers on any stream.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ __all__ = ["ApiServer", "Behaviour", "Fault", "refuse"]
 
 
 class ApiServer:
-    """The server. `log` has the target of each request, `faults` what happens to the next ones."""
+    """The server. `log` has the target of each request; `faults` apply to the next requests."""
 
     def __init__(self, nursery: trio.Nursery, store: Store | None = None) -> None:
         """`nursery` has a task for each connection that `dial` makes."""
@@ -70,7 +71,7 @@ class ApiServer:
     # Answers
 
     def answer(self, asked: Asked) -> Json:
-        """What is not a watch. Raises Problem."""
+        """Answer a request that is not a watch. Raises Problem."""
         parts = [unquote(part) for part in asked.path.strip("/").split("/")]
         if parts[0] == "api":
             api, rest = parts[1], parts[2:]

@@ -1,4 +1,6 @@
-"""What the server stores: objects as plain JSON, each change with a version of its own, and a history that can be compacted."""
+"""The server's objects as plain JSON. Each change has its own version; the history can be
+compacted.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of objects. `status`: its status is written apart from the rest. `generation`: it counts the changes of spec."""
+    """A kind of objects. `status`: its status is written separately. `generation`: counts changes
+    of spec.
+    """
 
     api: str
     plural: str
@@ -209,5 +213,5 @@ class Store:
 
 
 def without_metadata(item: Json) -> Json:
-    """What generation counts the changes of."""
+    """The parts whose changes `generation` counts."""
     return {name: value for name, value in item.items() if name != "metadata"}

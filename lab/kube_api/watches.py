@@ -1,4 +1,4 @@
-"""One watch of the server's: what it tells, in which order, and when it ends."""
+"""One watch of the server: which events it sends, in which order, and when it ends."""
 
 from __future__ import annotations
 

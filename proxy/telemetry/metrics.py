@@ -225,7 +225,7 @@ class Metrics:
         self._gateways = self._gauge("gateways_usable", "Gateways of another cluster that can get requests.", "cluster")
         self._failovers = self._gauge("failover_active", "1 while another cluster serves a service with failover.", "service")
         self._certificate = self._gauge("certificate_expiry_timestamp_seconds", "Time when the proxy's certificate expires (Unix time).")
-        self._ended = self._counter("certificate_ends_total", "Connections closed because a certificate expired, by how they ended.", "how")
+        self._ended = self._counter("certificate_ends_total", "Connections that ended because of a certificate, by how they ended.", "how")
         self._begin = self._gauge(
             "certificate_start_timestamp_seconds", "Time when the proxy's whole certificate chain becomes valid (Unix time)."
         )
