@@ -1,10 +1,10 @@
-"""Traffic loops: what they are and how they are seen. Pure: facts in, verdict out. No socket, no clock, no logging, no trio.
+"""Detects traffic loops. Pure functions of facts: no socket, no clock, no logging, no trio.
 
-l4.py        loops that addresses show: traffic for a proxy's own listener
-nesting.py   connections of a pod to itself: which are legitimate, which are a loop
-l7.py        loops that requests show: tokens that they carry from proxy to proxy
-forwarded_loops.py loops that only `Forwarded` shows, to gateways
-graph.py    loops that are written down, in a directory
+l4.py               loops that addresses show: traffic for a listener of the proxy itself
+nesting.py          connections of a pod to itself: which are legitimate, which are a loop
+l7.py               loops that requests show: tokens that requests carry from proxy to proxy
+forwarded_loops.py  loops through gateways that only `Forwarded` shows
+graph.py            loops in a configuration (a directory)
 """
 
 from loopguard.l4 import Loop, OwnListeners, loopback

@@ -1,8 +1,8 @@
-"""Loops that are written down: a configuration in which traffic would go round in a circle before any of it has been sent.
+"""Loops in a configuration: traffic would go in a circle, and this is visible before it is sent.
 
-The facts are a graph: who passes requests on to whom. The verdict is its cycles: one for each group of nodes that can all reach each other
-(a strongly connected component; two cycles that touch are one mistake), and of each group the shortest cycle, because that is the one
-that a person can follow.
+The input is a graph: which node passes requests on to which. The result is its cycles: the shortest
+one of each strongly connected component. Two cycles that touch are one mistake, and the shortest
+cycle is the easiest to understand.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 
 def cycles(graph: Mapping[str, Iterable[str]]) -> list[tuple[str, ...]]:
-    """The cycles of a graph, each with its first node repeated at the end, which begins with its least name. In the order of those.
+    """Return the cycles of a graph, sorted. Each begins and ends with its smallest name.
 
-    Takes time in proportion to nodes and edges, but for the groups that have cycles; uses no recursion, so it may be as deep as it likes.
+    The time is linear in nodes and edges, except for components with cycles. There is no recursion,
+    so the depth of the graph is not limited.
     """
     edges = {node: sorted(set(nexts)) for node, nexts in graph.items()}
     circular = (group for group in _components(edges) if len(group) > 1 or group[0] in edges.get(group[0], ()))
@@ -22,7 +23,10 @@ def cycles(graph: Mapping[str, Iterable[str]]) -> list[tuple[str, ...]]:
 
 
 def _components(edges: Mapping[str, list[str]]) -> Iterator[list[str]]:
-    """The strongly connected components (Tarjan, "Depth-First Search and Linear Graph Algorithms", 1972), with a stack of our own."""
+    """The strongly connected components, by Tarjan's algorithm with an explicit stack.
+
+    Tarjan, "Depth-First Search and Linear Graph Algorithms", 1972.
+    """
     order: dict[str, int] = {}
     low: dict[str, int] = {}
     path: list[str] = []
@@ -60,14 +64,14 @@ def _components(edges: Mapping[str, list[str]]) -> Iterator[list[str]]:
 
 
 def _shortest(edges: Mapping[str, list[str]], group: frozenset[str]) -> tuple[str, ...]:
-    """The shortest cycle within a group; of several, the one whose least name comes first."""
+    """The shortest cycle of a component. If there are several, the smallest start node decides."""
     ring = min((_back_to(start, edges, group) for start in sorted(group)), key=len)[:-1]
     least = ring.index(min(ring))
     return (*ring[least:], *ring[:least], ring[least])
 
 
 def _back_to(start: str, edges: Mapping[str, list[str]], group: frozenset[str]) -> tuple[str, ...]:
-    """The shortest way from a node of a group back to it, breadth first."""
+    """The shortest path from a node of a component back to itself, by breadth-first search."""
     came_from: dict[str, str] = {}
     queue = deque([start])
     while queue:

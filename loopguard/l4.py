@@ -1,17 +1,20 @@
 """Loops that addresses show.
 
-A proxy that is sent to its own listener sends itself there again, and again: each round takes a connection, two descriptors and
-some processor time, until one of them runs out. Linkerd's and Istio's users know it as 100 % CPU without a hint (linkerd2 #3785, #4269;
-istio #14443, #28058). It begins in three ways, all of them visible in one address before a byte is read or sent:
+A proxy that connects to its own listener sends the traffic to itself again and again. Each round
+needs a connection, two descriptors and CPU time, until one of them is exhausted. Users of Linkerd
+and Istio know this as 100 % CPU without an explanation (linkerd2 #3785, #4269; istio #14443,
+#28058). There are three causes. Each is visible in one address before a byte is read or sent:
 
-- somebody connects to a listener directly instead of being redirected to it. Then there is no original destination, or it is the
-  listener itself, and "where it was going" is here;
-- the original destination is a listener of ours: the packet filter redirects a connection that was meant for us;
-- we are about to dial a listener of ours: directory, override or application name the proxy's port as a service.
+- A client connects to a listener directly, without redirection. Then there is no original
+  destination, or it is the listener itself.
+- The original destination is one of our listeners: the packet filter redirected a connection that
+  was meant for the proxy.
+- We are about to connect to one of our listeners: the directory, an override or the application
+  names the proxy's port as a service.
 
-All three are the same question: is this (one of our addresses, or loopback) x (one of our listeners' ports)?
+All three are the same check: is it one of our addresses, or loopback, with a port of our listeners?
 
-The administration listener is not one of these ports: it ends connections and passes nothing on.
+The admin listener is not included: it forwards nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ from functools import lru_cache
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """A verdict against the traffic. `kind` is a metric's label, `words` are for people, `cycle` is the way round in names, if known."""
+    """A verdict: the traffic is a loop.
+
+    `kind`: a metric label. `words`: a message. `cycle`: the names in the cycle, if known.
+    """
 
     kind: str
     words: str
@@ -32,7 +38,10 @@ class Loop:
 
 @lru_cache(maxsize=4096)
 def loopback(host: str) -> bool:
-    """Whether an IP literal never leaves this machine: loopback, or unspecified (which connects to it), IPv4-mapped ones too."""
+    """Whether an IP literal is loopback or unspecified (which connects to loopback).
+
+    IPv4-mapped addresses count as IPv4.
+    """
     address = ipaddress.ip_address(host)
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
@@ -41,7 +50,7 @@ def loopback(host: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _plain(host: str) -> str:
-    """The literal in its one normal form, IPv4-mapped IPv6 as IPv4: two spellings of an address are one address."""
+    """The normal form of a literal; IPv4-mapped IPv6 as IPv4. So two spellings are equal."""
     address = ipaddress.ip_address(host)
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         return str(address.ipv4_mapped)
@@ -50,7 +59,7 @@ def _plain(host: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class OwnListeners:
-    """What a proxy knows of itself: the ports it forwards traffic from, and the addresses of its pod (besides loopback)."""
+    """The ports from which a proxy forwards traffic, and the pod's addresses (except loopback)."""
 
     ports: frozenset[int]
     addresses: frozenset[str]
@@ -59,18 +68,21 @@ class OwnListeners:
         object.__setattr__(self, "addresses", frozenset(_plain(host) for host in self.addresses))
 
     def own(self, host: str) -> bool:
-        """Whether connecting to `host` stays in this pod."""
+        """Whether a connection to `host` stays in this pod."""
         return loopback(host) or _plain(host) in self.addresses
 
     def accepted(self, host: str, port: int, *, ours: bool = False) -> Loop | None:
-        """The verdict on a connection whose destination, before any redirection, was (host, port). `ours`: it is known to be an address of
-        this pod, whatever the list says: it came in by it. Pods have addresses that nobody has told them of."""
+        """Return the verdict on a connection with the original destination (host, port).
+
+        `ours`: the host is known to be an address of this pod, even if it is not in the list,
+        because the connection arrived there. A pod may have addresses that the proxy does not know.
+        """
         if port in self.ports and (ours or self.own(host)):
             return Loop("own_listener", f"the connection was made to {_join(host, port)}, which is this proxy's own listener")
         return None
 
     def dialled(self, host: str, port: int) -> Loop | None:
-        """The verdict on a connection that is about to be made to (host, port)."""
+        """Return the verdict on a connection that is about to be made to (host, port)."""
         if port in self.ports and self.own(host):
             return Loop("own_target", f"connecting to {_join(host, port)} would reach this proxy's own listener")
         return None

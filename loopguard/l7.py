@@ -1,53 +1,63 @@
 """Loops that requests show.
 
-What goes round
-===============
+The problem
+===========
 
-Addresses cannot show a loop that leads through an application: an ingress that forwards to its own service, two reverse proxies that point
-at each other, two clusters that each send to the other. Between a proxy's inbound and its outbound side the application opens a connection
-of its own, and nothing in the two says that they belong together. But software that forwards requests (nginx, HAProxy, ingress
-controllers) copies header fields that it does not know. So each proxy that a request passes leaves a token in a field of ours, and one that
-meets its own token has seen this request before.
+Addresses cannot show a loop through an application: an ingress that forwards to its own service,
+two reverse proxies that point at each other, two clusters that each send to the other. Between the
+proxy's inbound and outbound side, the application opens a new connection, and nothing connects the
+two. But software that forwards requests (nginx, HAProxy, ingress controllers) copies unknown header
+fields. So each proxy adds a token to a field of the request. A proxy that finds its own token has
+already seen this request.
 
 The field
 =========
 
-    isthmus-hops = hop *( OWS "," OWS hop )        ; oldest first; several lines are one list (RFC 9110, section 5.3)
+    isthmus-hops = hop *( OWS "," OWS hop )    ; oldest first; several lines are one list
+                                               ; (RFC 9110, section 5.3)
     hop          = place who what [ ":" name ]
-    place        = "o" / "i" / "e" / "g"           ; outbound; inbound from a verified peer, from anybody else; gateway
-    who          = 8base64                         ; 48 bits, of the cluster, the namespace, the pod and the side of the proxy
-    what         = 8base64                         ; 48 bits, of the method, the authority and the target
+    place        = "o" / "i" / "e" / "g"       ; outbound; inbound from a verified peer; inbound
+                                               ; from any other peer; gateway
+    who          = 8base64                     ; 48 bits: cluster, namespace, pod, side of the proxy
+    what         = 8base64                     ; 48 bits: method, authority, target
     base64       = ALPHA / DIGIT / "+" / "/"
-    name         = label "/" label                 ; cluster and pod, for people
+    name         = label "/" label             ; cluster and pod, for people
     label        = 1*63( ALPHA / DIGIT / "-" / "." / "_" )
 
-Both digests are keyed (BLAKE2b) by a secret that a process draws when it starts. So a proxy recognises its own tokens, nobody else can make
-one, and nobody can find out by trial what a pod or a path is called. Others' tokens are never compared, only counted and read aloud.
+Both digests are keyed (BLAKE2b) by a secret that each process creates at its start. So a proxy
+recognises its own tokens, no other party can create one, and no party can find out the names of
+pods or paths by trial. Tokens of other proxies are never compared. They are only counted and
+quoted.
 
 Verdicts
 ========
 
-*Return.* Our own `who` and `what` stand in the field already: the same request is here again. An application may call itself with the
-request that it is answering, so a sidecar lets `max_returns` of them pass. A gateway is no application, and `max_returns` is 0 there. A
-request that is sent again (a retry, a client that repeats itself) begins with an empty field each time, and is no return.
+*Return.* The field has our own `who` and `what`: the same request is here again. An application may
+call itself with the request that it is answering, so a sidecar allows `max_returns` of them. A
+gateway is not an application, so there `max_returns` is 0. A repeated request (a retry, or a client
+that tries again) starts with an empty field each time, so it is not a return.
 
-*Too far.* The field has `max_hops` tokens. That ends what no return shows: a loop that changes its path in each round, or one that
-is spread over so many replicas that none sees it twice. It bounds every loop, because each round adds a token.
+*Too many hops.* The field has `max_hops` tokens. This ends loops without a visible return: a loop
+whose path changes in each round, or one over so many replicas that none sees it twice. It limits
+every loop, because each round adds a token.
 
-What is not seen: a loop through software that drops fields it does not know, as most programs do that are no reverse proxies. If it calls
-itself, nesting.py bounds it; if it keeps `Forwarded`, forwarded_loops.py. Else nothing in its requests tells a loop from a busy service;
-each proxy's limits hold, and no more.
+What is not detected: a loop through software that drops unknown fields, like most programs that are
+not reverse proxies. If it calls itself, nesting.py limits it. If it keeps `Forwarded`,
+forwarded_loops.py limits it. Otherwise its requests look like those of a busy service, and only the
+limits of each proxy apply.
 
 Trust
 =====
 
-A refusal meets the request that carries the field and no other. Whoever forges tokens, or sends a field full of them, can have his
-own requests refused, which he can have cheaper. What is not of the grammar is dropped, and what is longer than `LONGEST` is dropped
-unread: a loop that loses its tokens begins again, and whoever could make it lose them in each round could as well not send it round.
+A refusal affects only the request that carries the field. A sender that forges tokens, or fills the
+field with them, only has its own requests refused. Text outside the grammar is dropped, and a field
+longer than `LONGEST` is dropped unread. A loop that loses its tokens starts again; a party that can
+remove them in each round could also stop sending.
 
-The digests say nothing to others and always travel, so a loop that leads out of the mesh and back is seen. Names are for peers of the trust
-domain: they are taken off before a request leaves for an endpoint without an identity, and not believed if they come from a peer that has
-shown none. `e` says that the request came from such a peer, so the words of its loops are for the log and not for the answer.
+The digests are opaque to others and always stay, so a loop that leaves the mesh and returns is
+detected. Names are only for peers of the trust domain. They are removed before a request goes to an
+endpoint without an identity, and not trusted if a peer without an identity sends them. `e` marks a
+request of such a peer; then the description of a loop goes into the log but not into the answer.
 """
 
 from __future__ import annotations
@@ -61,8 +71,8 @@ from typing import Literal
 from loopguard.l4 import Loop
 
 HEADER = b"isthmus-hops"
-LONGEST = 16384  # bytes of the field that are read
-LONGEST_NAMED = 4096  # bytes that are sent on with names: common servers take 8 KiB for a line
+LONGEST = 16384  # bytes; a longer field is not read
+LONGEST_NAMED = 4096  # bytes; a longer field is sent without names (servers accept 8 KiB a line)
 
 Side = Literal["outbound", "inbound", "gateway"]
 
@@ -76,12 +86,12 @@ _NAMES = re.compile(rb":[^,]*")
 _NO_LABEL = re.compile(r"[^-A-Za-z0-9._]")
 
 UNNAMED = "?"
-_TOLD = 8  # names of one cycle that are spelled out
+_TOLD = 8  # names in a description of a cycle
 
 
 @dataclass(frozen=True, slots=True)
 class Who:
-    """A proxy, in the words of its configuration."""
+    """A proxy, by the names in its configuration."""
 
     cluster: str
     namespace: str
@@ -89,7 +99,7 @@ class Who:
 
     @property
     def name(self) -> str:
-        """As it stands in tokens and in words: `west/web-1`."""
+        """The name in tokens and messages: `west/web-1`."""
         return f"{_label(self.cluster)}/{_label(self.pod or 'isthmus')}"
 
 
@@ -99,14 +109,14 @@ def _label(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class HopLimits:
-    """How often one request may be here again, and how many proxies it may pass."""
+    """The limits for one request: returns to the same proxy, and proxies on its path."""
 
     max_returns: int
     max_hops: int
 
 
 class Waypoint:
-    """One side of one proxy, which requests pass. `secret` is the process's own, 16 to 64 random bytes."""
+    """One side of one proxy. `secret`: the secret of this process, 16 to 64 random bytes."""
 
     __slots__ = ("_limits", "_name", "_own", "_prefix", "_what", "name")
 
@@ -117,11 +127,11 @@ class Waypoint:
         text = f"{who.cluster}/{who.namespace}/{who.pod}/{side}".encode()
         self._own = _base64(blake2b(text, digest_size=_DIGEST, key=secret, person=b"who").digest())
         self._prefix = side[:1].encode() + self._own
-        # Kept with the key taken in: copying that is cheaper than taking it in again for each request.
+        # The key is already processed here: a copy is cheaper than processing it for each request.
         self._what = blake2b(text, digest_size=_DIGEST, key=secret, person=b"what")
 
     def token(self, method: bytes, target: bytes, authority: bytes) -> bytes:
-        """Our token for a request, without a name."""
+        """The token of this proxy for a request, without a name."""
         digest = self._what.copy()
         digest.update(b"%b %b %b" % (method, target, authority))
         return self._prefix + b2a_base64(digest.digest(), newline=False)
@@ -130,13 +140,16 @@ class Waypoint:
         return token + self._name
 
     def met(self, field: bytes, token: bytes) -> Loop | None:
-        """The verdict on a request that comes with `field` (as `read` gives it) and for which `token` is ours."""
+        """Return the verdict on a request with `field` (from `read`) and our `token`.
+
+        None: no loop.
+        """
         if self._own in field and (loop := self._returned(field, token)) is not None:
             return loop
         if field.count(b",") + 1 < self._limits.max_hops:
             return None
         names = self._words(field.split(b", "))
-        words = f"the request has passed {self._limits.max_hops} proxies, which is as many as it may (loops.max_hops): {names}"
+        words = f"the request has passed {self._limits.max_hops} proxies, the limit (loops.max_hops): {names}"
         return Loop("hops", words, names)
 
     def _returned(self, field: bytes, token: bytes) -> Loop | None:
@@ -144,12 +157,15 @@ class Waypoint:
         mine = [index for index, hop in enumerate(hops) if hop[1:_BARE] == token[1:]]
         if len(mine) <= self._limits.max_returns:
             return None
-        names = self._words(hops[mine[-1] :])  # from its last time here to now is once round
+        names = self._words(hops[mine[-1] :])  # one cycle: from our last token to now
         often = f" {len(mine)} times" if len(mine) > 1 else ""
         return Loop("request", f"the same request has been here{often} already: {names}", names)
 
     def _words(self, hops: list[bytes]) -> str:
-        """The way of a request from `hops` to us, in words. The two sides of a proxy, and neighbours without a name, are one stop."""
+        """Describe the path of a request from `hops` to this proxy.
+
+        The two sides of a proxy, and adjacent hops without names, count as one stop.
+        """
         stops: list[str] = []
         for hop in hops:
             name = self.name if hop[1:9] == self._own else hop[_BARE + 1 :].decode("ascii") or UNNAMED
@@ -160,17 +176,20 @@ class Waypoint:
         return told(stops)
 
     def lost(self, field: bytes) -> bool:
-        """Whether a request that goes on with `field` has come without a token of ours: it is new here, or has lost them on the way."""
+        """Whether a request that is forwarded with `field` arrived without a token of ours.
+
+        It is either new here, or has lost its tokens.
+        """
         return field.count(self._own) <= 1
 
     def extended(self, field: bytes, token: bytes) -> bytes:
-        """The field as it goes on; without its names if it would be too long with them."""
+        """The field with our token added. Without names if it would be too long with them."""
         longer = b"%b, %b%b" % (field, token, self._name)
         return longer if len(longer) <= LONGEST_NAMED else nameless(longer)
 
 
 def told(stops: list[str]) -> str:
-    """A way in words, of bounded length."""
+    """Describe a path in a text of limited length."""
     if len(stops) > _TOLD:
         stops = [*stops[: _TOLD // 2], f"({len(stops) - _TOLD} more)", *stops[-_TOLD // 2 :]]
     return " -> ".join(stops)
@@ -180,7 +199,10 @@ Dropped = Literal["", "broken", "oversized"]
 
 
 def read(lines: list[bytes]) -> tuple[bytes, Dropped]:
-    """The tokens in the field's lines, separated by `, `, and why some were dropped. b"": there are none."""
+    """Return the tokens in the field's lines, separated by `, `, and why some were dropped.
+
+    b"": there are none.
+    """
     if len(lines) == 1 and len(lines[0]) <= LONGEST and _WHOLE.fullmatch(lines[0]):
         return lines[0], ""
     if sum(map(len, lines)) > LONGEST:
@@ -191,17 +213,17 @@ def read(lines: list[bytes]) -> tuple[bytes, Dropped]:
 
 
 def nameless(field: bytes) -> bytes:
-    """The field as outsiders may see it."""
+    """The field without names, for peers outside the mesh."""
     return _NAMES.sub(b"", field) if b":" in field else field
 
 
 def outsiders(token: bytes) -> bytes:
-    """The inbound token of a request whose sender has shown no identity."""
+    """The inbound token for a request whose sender has no identity."""
     return b"e" + token[1:]
 
 
 def from_outside(field: bytes) -> bool:
-    """Whether somebody without an identity began this, or had a part in it."""
+    """Whether a sender without an identity started this request or forwarded it."""
     return field.startswith(b"e") or b", e" in field
 
 

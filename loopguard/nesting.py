@@ -1,40 +1,46 @@
-"""Connections of a pod to itself: a self-call is legitimate, a connection within itself is a loop.
+"""Connections of a pod to itself: a self-call is legitimate, a nested connection is a loop.
 
 What a proxy sees of its own connections
 ========================================
 
-*Our own connection comes back to us.* The redirection should leave a proxy's own connections alone. If it does not (the proxy runs as
-another user than the rules exempt, or without their mark), each connection that we open arrives at our listener, is taken for one of
-the application's, and opened again, without an end: the loop that most often takes meshes down. The same happens if we dial an address that
-the network routes back to this pod. Nothing lies between, so it can be seen exactly: the connection that was accepted has the very
-addresses and ports, at both ends, that one of our own open connections has. It is nested in that one, and its depth is one more.
+*Our own connection comes back to us.* The redirection should exempt the proxy's own connections. If
+it does not (the proxy runs as another user than the rules exempt, or without their mark), each
+connection that we open arrives at our listener, looks like one of the application's, and is opened
+again, without end. This is the most frequent loop in meshes. The same happens if we dial an address
+that the network routes back to this pod. Nothing is in between, so it can be detected exactly: the
+accepted connection has the same addresses and ports, at both ends, as one of our own open
+connections. It is nested in that one, and its depth is one more.
 
-The innermost connection is refused by closing it. To the outer one that looks like a peer that restarts, for which a request waits and
-tries again. So the refusal is also noted in the table, at the connection that came back (`stop`), before it is closed. Its opener finds the
-note (`stopped`) and refuses the connection on whose behalf it dialled. Thus the refusal goes outwards level by level, and no level tries
-again.
+The innermost connection is refused by closing it. The outer side would see a peer that restarts,
+and would retry. So the refusal is first recorded in the table, at the connection that came back
+(`stop`). The task that opened it finds the record (`stopped`) and refuses the connection for which
+it dialled. So the refusal moves outwards level by level, and no level retries.
 
-Both ends are compared, because one is not enough: Linux gives the same local port to connections with different destinations, so an
-application's connection may well have the local address and port of one of ours.
+Both ends are compared, because one is not enough: Linux may use the same local port for connections
+to different destinations. So a connection of the application may have the local address and port of
+one of ours.
 
-*The application connects to itself.* A pod calls its own service, and we carry the call back to the application. That
-is legitimate (a worker posts to its own API). But a relay that has itself as its target (socat, HAProxy in TCP mode, a forgotten
-`upstream`) opens, for each connection that it gets, another one to itself. Nothing in the new connection says to which old one it
-belongs: the application has opened it, the bytes may not have begun, and what belongs together within the application only the
-application knows. So it cannot be *recognised*, only *bounded*, and the question is by what. Not by the number of self-calls, which is as
-large as the application likes. But a loop has a property that a busy service lacks: in it, no call is ever answered, because the answer
-would have to come from the innermost, which there is none of. Self-calls of a service are answered, sooner or later, and the number of
-those without an answer is their rate times the time that an answer takes. So we count, for each port of the pod, the self-calls of which
-no byte of an answer has come, and refuse one that would be more than `max_self_calls`. The relay closes what it had opened for it, and
-the whole chain with it.
+*The application connects to itself.* A pod calls its own service, and we forward the call to the
+application. This is legitimate (a worker posts to its own API). But a relay whose target is itself
+(socat, HAProxy in TCP mode, a wrong `upstream`) opens another connection to itself for each one
+that it gets. Nothing connects the new connection with the old one: the application has opened it,
+there may be no bytes yet, and only the application knows which connections belong together. So such
+a loop cannot be *recognised*, only *limited*. The number of self-calls is not a good limit, because
+an application may make many. But a loop has a property that a busy service does not have: its calls
+are never answered, because the innermost call, which would have to answer, does not exist. The
+self-calls of a service are answered sooner or later, and the number of unanswered ones is their
+rate times the response time. So we count, for each port of the pod, the self-calls without a byte
+of an answer, and refuse one that would exceed `max_self_calls`. Then the relay closes what it had
+opened for it, and so the whole chain ends.
 
-What is not seen, and why
-=========================
+What is not detected, and why
+=============================
 
-A relay that answers before it has an answer itself (a greeting) hides the property; then the limits of connections are all that bounds
-it. So does a loop of opaque connections over two pods and more: each proxy sees connections that come and connections that go, as every
-relay's does, and a protocol without answers (syslog) looks the same when it is well. Requests carry tokens (l7.py) and are seen in both
-cases.
+A relay that answers before it has an answer itself (a greeting) hides this property; then only the
+connection limits apply. The same is true for a loop of opaque connections over two or more pods:
+each proxy sees incoming and outgoing connections, as for every relay, and a protocol without
+answers (syslog) looks the same without a loop. Requests carry tokens (l7.py) and are detected in
+both cases.
 """
 
 from __future__ import annotations
@@ -45,12 +51,15 @@ from typing import Any, Protocol
 
 from loopguard.l4 import Loop
 
-End = Hashable  # an address and a port, of whatever type the caller has
+End = Hashable  # an address and a port, of any type that the caller uses
 
 
 class ConnectionTable(Protocol):
-    """Depths by ends, of one process or shared by several of a proxy. A depth is 101 at most. A connection that has been opened may be
-    marked as stopped, by any of the processes. The mark goes with the connection."""
+    """Depths by the two ends of connections, for one process or shared by all of a proxy.
+
+    A depth is at most 101. Any of the processes may mark an open connection as stopped. The mark is
+    removed together with the connection.
+    """
 
     def __setitem__(self, ends: tuple[Any, Any], depth: int, /) -> None: ...
     def pop(self, ends: tuple[Any, Any], default: None, /) -> int | None: ...
@@ -61,7 +70,7 @@ class ConnectionTable(Protocol):
 
 
 class LocalConnectionTable:
-    """Depths of a proxy that is one process."""
+    """The connection table of a proxy with one process."""
 
     def __init__(self) -> None:
         self._table: dict[tuple[Any, Any], int] = {}
@@ -90,14 +99,17 @@ class LocalConnectionTable:
 
 @dataclass(slots=True)
 class OwnConnections:
-    """The connections that this proxy has opened, by both their ends, and how deep each lies in others of its own."""
+    """The open connections of this proxy, by both ends, and how deep each is nested."""
 
     max_nesting: int
     name: str
     _open: ConnectionTable = field(default_factory=LocalConnectionTable)
 
     def opened(self, local: End, remote: End, depth: int) -> None:
-        """We are connecting to `remote`, on behalf of a connection of depth `depth - 1`. Say it before a packet can have come back."""
+        """Record that we are connecting to `remote` for a connection of depth `depth - 1`.
+
+        Call it before a packet can have come back.
+        """
         self._open[local, remote] = depth
 
     def closed(self, local: End, remote: End) -> None:
@@ -107,21 +119,24 @@ class OwnConnections:
         return len(self._open)
 
     def depth(self, peer: End, destination: End) -> int:
-        """How deep a connection lies that `peer` made to `destination`; 0: it is not our own."""
+        """The depth of the connection from `peer` to `destination`. 0: it is not our own."""
         return self._open.get((peer, destination), 0)
 
     def accepted(self, depth: int, destination: End) -> Loop | None:
-        """The verdict on a connection of this depth."""
+        """Return the verdict on a connection of this depth. None: no loop."""
         if depth <= self.max_nesting:
             return None
         return self._loop(destination, f"{depth} times")
 
     def stop(self, peer: End, destination: End) -> None:
-        """The connection that `peer` made to `destination` is refused because of a loop. Say it before it is closed."""
+        """Record that the connection from `peer` to `destination` is refused because of a loop.
+
+        Call it before the connection is closed.
+        """
         self._open.stop((peer, destination))
 
     def stopped(self, local: End, remote: End) -> Loop | None:
-        """The verdict on a connection of our own that has failed. Ask before it is `closed`."""
+        """Return the verdict on a connection of ours that has failed. Call it before `closed`."""
         return self._loop(remote, "and was refused") if self._open.stopped((local, remote)) else None
 
     def _loop(self, destination: End, how: str) -> Loop:
@@ -134,14 +149,17 @@ class OwnConnections:
 
 @dataclass(slots=True)
 class SelfCalls:
-    """The calls of this pod to itself that wait for the first byte of their answer, by port."""
+    """The calls of this pod to itself without a first answer byte, by port."""
 
     most: int
     name: str
     _waiting: dict[int, int] = field(default_factory=dict)
 
     def begin(self, port: int) -> Loop | None:
-        """A call to our own `port` begins, unless there is a verdict against it; `end` has to follow, once."""
+        """Record a call to our own `port`, or return a verdict against it.
+
+        After None, call `end` once.
+        """
         waiting = self._waiting.get(port, 0)
         if waiting >= self.most:
             words = (
@@ -153,7 +171,7 @@ class SelfCalls:
         return None
 
     def end(self, port: int) -> None:
-        """It has been answered, or is over."""
+        """Record that a call was answered or has ended."""
         left = self._waiting[port] - 1
         if left:
             self._waiting[port] = left

@@ -143,7 +143,7 @@ async def test_a_relay_is_cut_behind_the_grace_with_a_reason(tmp_path: Path, fas
         await until(lambda: bool(caplog.records))
     line = caplog.records[-1].__dict__["line"]
     assert line.reason == "certificate_ended"
-    assert line.words == "a certificate of the peer's has expired, and with it this connection"
+    assert line.words == "the peer's certificate has expired, and this connection with it"
 
 
 async def test_where_it_is_switched_off_nothing_ends(tmp_path: Path, fast: bool) -> None:

@@ -1,10 +1,12 @@
-"""TLS 1.3 by OpenSSL on the non-blocking socket itself.
+"""TLS 1.3 by OpenSSL or AWS-LC, directly on the non-blocking socket.
 
-handshake.py           as server and as client
+handshake.py           the handshake, as server and as client
 tls_stream.py          a stream after the handshake
-verify.py              the verdict on a peer's certificates; certificate_rules.py: what a chain has to be
+verify.py              verifies a peer's certificates during the handshake
+certificate_rules.py   the rules for certificate chains
 info.py                what both ends agreed on
-expiry.py              connections end with the certificates that they rest on
-openssl_errors.py      errors of OpenSSL and AWS-LC in words
-openssl_config.py      what OpenSSL is told before it begins; binding.py: calls that pyOpenSSL lacks
+expiry.py              ends connections whose certificates have expired
+openssl_errors.py      translates errors of OpenSSL and AWS-LC
+openssl_config.py      OpenSSL settings that must be made before its import
+binding.py             OpenSSL calls that pyOpenSSL lacks
 """

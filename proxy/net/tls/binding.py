@@ -1,10 +1,12 @@
-"""What pyOpenSSL has no call for, done with the binding that it is made of.
+"""OpenSSL calls that pyOpenSSL lacks, made through its underlying binding.
 
-All use of its private names stands here. They are the ones that pyOpenSSL's own verification callback uses; requirements/*.txt fix the
-version, and an import of this module fails if one of them is gone.
+Only this module uses pyOpenSSL's private names. They are the ones that pyOpenSSL's own verification
+callback uses. requirements/*.txt pin the version, and the import of this module fails if one of
+them is missing.
 
-The reason for it: pyOpenSSL's callback cannot choose the alert of a refusal (a refusal of it is always an `internal_error`), sees one
-certificate at a time, and costs two objects for each. This one is made once, lives as long as the process, and serves all contexts.
+The reason: with pyOpenSSL's callback, the alert of a refusal is always `internal_error`, it sees
+one certificate at a time, and it creates two objects for each. This callback is created once, lives
+as long as the process, and serves all contexts.
 """
 
 # ruff: noqa: SLF001  # see above
@@ -27,7 +29,7 @@ _FALLBACK: int = SSL.X509VerificationCodes.ERR_CERT_REJECTED
 
 
 class Verification:
-    """A verification under way, for the time of one callback. `code` is the library's reason, if it refuses."""
+    """A verification in progress; valid during one callback. `code`: the library's error code."""
 
     __slots__ = ("_store", "code", "connection", "depth")
 
@@ -38,7 +40,7 @@ class Verification:
         self.connection: SSL.Connection = _CONNECTIONS[_lib.X509_STORE_CTX_get_ex_data(store, _STORE_INDEX)]
 
     def certificate(self) -> crypto.X509 | None:
-        """The one at `depth`."""
+        """The certificate at `depth`."""
         pointer = _lib.X509_STORE_CTX_get_current_cert(self._store)
         if pointer == _ffi.NULL:
             return None
@@ -47,7 +49,7 @@ class Verification:
         return certificate
 
     def chain(self) -> bytes:
-        """The chain as far as it has been built: certificates in DER, one behind the other, the leaf first."""
+        """The chain built so far: concatenated DER certificates, the leaf first."""
         stack = _lib.X509_STORE_CTX_get1_chain(self._store)
         if stack == _ffi.NULL:
             return b""
@@ -57,7 +59,7 @@ class Verification:
         for number in range(_lib.sk_X509_num(stack)):
             certificate = _lib.sk_X509_value(stack, number)
             _lib.i2d_X509_bio(memory, certificate)
-            _lib.X509_free(certificate)  # get1: each of them is ours to release, and so is the stack itself
+            _lib.X509_free(certificate)  # get1: we must free each certificate, and the stack
         _lib.sk_X509_free(stack)
         start = _ffi.new("char **")
         size = _lib.BIO_get_mem_data(memory, start)
@@ -66,13 +68,17 @@ class Verification:
         return found
 
 
-# Is shown a verification, and whether the library is content. None: go on. Otherwise the verification code that chooses the alert.
+# Called with a verification, and whether the library accepts. None: continue. Otherwise the
+# returned verification code selects the alert.
 OnCertificate = Callable[[Verification, bool], int | None]
 
 
 def verification_callback(judge: OnCertificate) -> Any:
-    """A callback for `set_verification`, to be kept as long as any context has it. The library is asked first: it is called for the leaf
-    once that and all of its authorities have passed, and for any certificate that has not."""
+    """Create a callback for `set_verification`. Keep it as long as any context uses it.
+
+    The library decides first. `judge` is called for the leaf once it and all its authorities have
+    passed, and for each certificate that has not.
+    """
 
     def on_certificate(accepted: int, store: Any) -> int:
         depth: int = _lib.X509_STORE_CTX_get_error_depth(store)
@@ -80,8 +86,8 @@ def verification_callback(judge: OnCertificate) -> Any:
             return 1
         try:
             code = judge(Verification(store, depth), bool(accepted))
-        except Exception as error:  # a fault of this proxy's must not look like consent
-            _log.error("the verification of a peer's certificate failed by a fault of this proxy's", exc_info=error)
+        except Exception as error:  # an internal error must not look like acceptance
+            _log.error("internal error while verifying a peer's certificate", exc_info=error)
             code = _FALLBACK
         if code is None:
             return 1
@@ -92,22 +98,25 @@ def verification_callback(judge: OnCertificate) -> Any:
 
 
 def set_verification(context: SSL.Context, mode: int, callback: Any) -> None:
-    """Context.set_verify, with a callback of `verification_callback`."""
+    """Like Context.set_verify, with a callback of `verification_callback`."""
     _lib.SSL_CTX_set_verify(context._context, mode, callback)
 
 
 def set_signature_algorithms(context: SSL.Context, names: bytes) -> None:
-    """What is offered to the peer, and taken from it (RFC 8446, section 4.2.3). Raises ValueError if the library does not know them."""
+    """Set the algorithms that are offered and accepted (RFC 8446, section 4.2.3).
+
+    Raises ValueError if the library does not know them.
+    """
     if not _lib.SSL_CTX_set1_sigalgs_list(context._context, names):
         raise ValueError("the TLS library does not know these signature algorithms")
 
 
 def was_resumed(connection: SSL.Connection) -> bool:
-    """Whether the handshake that is done went by a session."""
+    """Whether the completed handshake resumed a session."""
     return bool(_lib.SSL_session_reused(connection._ssl))
 
 
 def code_in_words(code: int) -> str:
-    """A verification code in the library's own words."""
+    """The library's text for a verification code."""
     text = _lib.X509_verify_cert_error_string(code)
     return str(_ffi.string(text).decode("ascii", "replace")) if text != _ffi.NULL else f"X.509 verification error {code}"

@@ -1,21 +1,25 @@
-"""What a chain of certificates must be, whichever TLS library has verified it.
+"""The rules for certificate chains, independent of the TLS library that has verified the chain.
 
-OpenSSL and AWS-LC both verify signatures, build the path to a trust root, and look at the clock. Beyond that they differ: in the key usage
-that a server's certificate needs, in the path length of the root, in the keys, signatures and curves that are strong enough, in policies.
-The rules here decide all of that again, in one place, so that both libraries give one verdict. The stricter side of the two always wins:
-a library's refusal stands, and `find_flaw` refuses more.
+OpenSSL and AWS-LC both verify signatures, build the path to a trust root, and check the time. They
+differ in other checks: key usage of a server's certificate, path length of the root, accepted keys,
+signatures and curves, policies. This module checks all of these again, so that both libraries give
+the same verdict. The stricter side wins: a refusal of the library stands, and `find_flaw` refuses
+more.
 
-The rules are those of X.509-SVID (SPIFFE) sections 4 and 5.2 for the leaf, and of RFC 5280 section 6.1 for its authorities:
+The rules are those of X.509-SVID (SPIFFE) sections 4 and 5.2 for the leaf, and of RFC 5280 section
+6.1 for its authorities:
 
-- A leaf is not an authority: no CA flag, neither keyCertSign nor cRLSign. Its key usage is there, is critical, and has digitalSignature.
-  Extended key usage, if it is there, has both serverAuth and clientAuth: a sidecar is both.
-- An authority has the CA flag, and keyCertSign if it has a key usage. Its path length is kept, that of the root included. Its name
-  constraints are applied to the URIs and DNS names of the leaf; a constraint on another kind of name refuses names of that kind.
-- A critical extension is one of those that are read here. Extensions that only one of the libraries obeys (policies, proxy certificates)
-  are refused.
-- Keys and signatures have 112 bits of security or more, and are of a kind that both libraries know.
+- A leaf is not an authority: no CA flag, neither keyCertSign nor cRLSign. It has a critical key
+  usage with digitalSignature. Extended key usage, if present, has both serverAuth and clientAuth,
+  because a sidecar is both.
+- An authority has the CA flag, and keyCertSign if it has a key usage. Path lengths are enforced,
+  including the root's. Its name constraints apply to the URIs and DNS names of the leaf. A
+  constraint on another kind of name refuses names of this kind.
+- A critical extension must be one of those that are checked here. Extensions that only one of the
+  libraries enforces (policies, proxy certificates) are refused.
+- Keys and signatures have at least 112 bits of security, and both libraries support them.
 
-No clock and no trust domain: who the peer is, and whether it is valid now, is the caller's business.
+The caller checks the identity of the peer and the validity period.
 """
 
 from __future__ import annotations
@@ -31,11 +35,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, ObjectIdentifier, SignatureAlgorithmOID
 
-# What the refusing side tells the refused one (RFC 8446, section 6.2).
+# The alert for the refused side (RFC 8446, section 6.2).
 Alert = Literal["bad_certificate", "unsupported_certificate", "certificate_expired", "certificate_unknown", "unknown_ca"]
 
-# What reading a malformed certificate raises. Most of its parts are parsed only when they are asked for, and then turned into objects
-# whose constructors raise what they like: the library says of a few of these only that it may raise them.
+# The exceptions that parsing a malformed certificate raises. Most parts are parsed on access and
+# converted to objects whose constructors may raise anything; the library documents only a few.
 UNREADABLE = (
     ValueError,
     TypeError,
@@ -50,15 +54,16 @@ UNREADABLE = (
 MIN_RSA_BITS = 2048
 CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 _HASHES = (hashes.SHA224, hashes.SHA256, hashes.SHA384, hashes.SHA512)
-# Authorities between the leaf and its trust root. A mesh has none or one; a longer chain is a mistake or an attempt to keep us busy.
+# Authorities between the leaf and its trust root. A mesh has none or one. A longer chain is a
+# mistake, or an attempt to cause work.
 MAX_INTERMEDIATES = 3
 
-# Extensions that are read here, and so may be critical.
+# Extensions that are checked here, so they may be critical.
 _READ = frozenset({
     ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_USAGE, ExtensionOID.EXTENDED_KEY_USAGE, ExtensionOID.SUBJECT_ALTERNATIVE_NAME,
     ExtensionOID.NAME_CONSTRAINTS,
 })  # fmt: skip
-# Extensions that one library obeys and the other does not, critical or not.
+# Extensions that only one library enforces, whether they are critical or not.
 _DIVISIVE = {
     ExtensionOID.POLICY_CONSTRAINTS: "policy constraints",
     ExtensionOID.POLICY_MAPPINGS: "policy mappings",
@@ -68,14 +73,17 @@ _DIVISIVE = {
 }
 _BOTH_ROLES = ((ExtendedKeyUsageOID.SERVER_AUTH, "servers"), (ExtendedKeyUsageOID.CLIENT_AUTH, "clients"))
 
-_UNSIGNED = "is not signed by a trust root"  # of the certificate below the one that is looked at
+_UNSIGNED = "is not signed by a trust root"  # about the certificate below the checked one
 
 _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 
 
 @dataclass(frozen=True, slots=True)
 class Flaw:
-    """Why a chain is refused. `depth` of the certificate: 0 is the leaf. `words` follow "the certificate ..."."""
+    """Why a chain is refused. `depth`: of the certificate; 0 is the leaf.
+
+    `words` continue a sentence "the certificate ...".
+    """
 
     depth: int
     words: str
@@ -83,9 +91,10 @@ class Flaw:
 
 
 def find_flaw(chain: Sequence[x509.Certificate]) -> Flaw | None:
-    """The first rule that a verified chain breaks, or None. The leaf first, the trust root last. A leaf may come alone.
+    """Return the first violation in a verified chain, or None. Never raises.
 
-    Never raises: what cannot be read is a flaw.
+    `chain`: the leaf first, the trust root last. It may be the leaf only. A certificate that cannot
+    be parsed is a violation.
     """
     if len(chain) - 2 > MAX_INTERMEDIATES:
         return Flaw(0, "has too long a chain", "unknown_ca")
@@ -100,10 +109,12 @@ def find_flaw(chain: Sequence[x509.Certificate]) -> Flaw | None:
 
 
 def certificate_flaw(certificate: x509.Certificate, depth: int, *, anchor: bool = False) -> Flaw | None:
-    """What is wrong with one certificate by itself: a leaf at depth 0, an authority above. The signature of an `anchor` proves nothing,
-    so its algorithm does not count."""
+    """Return the violation of one certificate by itself: a leaf at depth 0, an authority above.
+
+    The signature of an `anchor` proves nothing, so its algorithm is not checked.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of oddities that the parser means to refuse one day
+        warnings.simplefilter("ignore")  # of deviations that the parser will reject in the future
         try:
             words = strength_flaw(certificate, anchor=anchor)
             if words is None:
@@ -116,7 +127,10 @@ def certificate_flaw(certificate: x509.Certificate, depth: int, *, anchor: bool 
 
 
 def strength_flaw(certificate: x509.Certificate, *, anchor: bool = False) -> str | None:
-    """What is wrong with the key of a certificate, or with the algorithm of its issuer's signature. Raises what UNREADABLE has."""
+    """Describe a weak key, or a weak algorithm of the issuer's signature. None: no violation.
+
+    Raises the exceptions in UNREADABLE.
+    """
     words = key_flaw(certificate.public_key())
     if words is not None:
         return f"has {words}"
@@ -124,7 +138,7 @@ def strength_flaw(certificate: x509.Certificate, *, anchor: bool = False) -> str
 
 
 def key_flaw(key: object) -> str | None:
-    """What is wrong with a public key's kind or strength, or None. A phrase: "a key ..."."""
+    """Describe an unaccepted kind or strength of a public key as "a key ...". None: accepted."""
     match key:
         case ec.EllipticCurvePublicKey():
             if not isinstance(key.curve, CURVES):
@@ -139,7 +153,7 @@ def key_flaw(key: object) -> str | None:
 
 
 def signature_flaw(certificate: x509.Certificate) -> str | None:
-    """What is wrong with the algorithm of the issuer's signature, or None."""
+    """Describe an unaccepted algorithm of the issuer's signature. None: accepted."""
     if certificate.signature_algorithm_oid == SignatureAlgorithmOID.ED25519:
         return None
     try:
@@ -164,7 +178,8 @@ def _extensions_flaw(certificate: x509.Certificate) -> str | None:
 def _leaf_flaw(leaf: x509.Certificate) -> str | None:
     usage, critical = _extension(leaf, x509.KeyUsage)
     if usage is not None and not usage.digital_signature:
-        return "is not meant for this use (key usage)"  # AWS-LC finds this before it calls back: openssl_errors.py has these words
+        # AWS-LC checks this before it calls back: openssl_errors.py has the same message.
+        return "is not meant for this use (key usage)"
     constraints, _ = _extension(leaf, x509.BasicConstraints)
     if constraints is not None and constraints.ca:
         return "is an authority's (CA), not a workload's"
@@ -180,7 +195,8 @@ def _leaf_flaw(leaf: x509.Certificate) -> str | None:
 def _authority_flaw(authority: x509.Certificate) -> str | None:
     usage, _ = _extension(authority, x509.KeyUsage)
     if usage is not None and not usage.key_cert_sign:
-        # For AWS-LC such a certificate is nobody's issuer, and the chain ends below it: "not signed by a trust root" is all it can say.
+        # For AWS-LC such a certificate is not an issuer, so the chain ends below it, and it can
+        # only report "not signed by a trust root".
         return f"{_UNSIGNED}, but by one that may not sign certificates (key usage)"
     constraints, _ = _extension(authority, x509.BasicConstraints)
     if constraints is None or not constraints.ca:
@@ -197,11 +213,11 @@ def _roles_flaw(certificate: x509.Certificate) -> str | None:
 
 
 def _path_flaw(chain: Sequence[x509.Certificate], depth: int) -> Flaw | None:
-    """What the authority at `depth` does not allow below it."""
+    """Check the path length and the name constraints of the authority at `depth`."""
     authority = chain[depth]
     constraints, _ = _extension(authority, x509.BasicConstraints)
     if constraints is not None and constraints.path_length is not None:
-        # RFC 5280, section 4.2.1.9: those that are not self-issued, without the leaf.
+        # RFC 5280, section 4.2.1.9: certificates that are not self-issued, without the leaf.
         below = sum(1 for certificate in chain[1:depth] if certificate.subject != certificate.issuer)
         if below > constraints.path_length:
             return Flaw(0, "has a longer chain than its authority allows", "unknown_ca")
@@ -215,7 +231,7 @@ _OUTSIDE = "names what its authority may not (name constraints)"
 
 
 def _names_flaw(leaf: x509.Certificate, limits: x509.NameConstraints) -> str | None:
-    """RFC 5280, section 4.2.1.10, for the names of a leaf."""
+    """Check the names of a leaf by RFC 5280, section 4.2.1.10."""
     names, _ = _extension(leaf, x509.SubjectAlternativeName)
     permitted, excluded = list(limits.permitted_subtrees or ()), list(limits.excluded_subtrees or ())
     found: list[x509.GeneralName] = list(names or ())
@@ -228,7 +244,7 @@ def _names_flaw(leaf: x509.Certificate, limits: x509.NameConstraints) -> str | N
         if not allowing and not forbidding:
             continue
         if not isinstance(name, x509.UniformResourceIdentifier | x509.DNSName):
-            return f"has a name of a kind ({kind.__name__}) on which its authority's name constraints are not understood here"
+            return f"has a name of a kind ({kind.__name__}) for which name constraints are not supported"
         if allowing and not _within(name, allowing):
             return _OUTSIDE
         if _within(name, forbidding):
@@ -250,7 +266,7 @@ def _host(uri: str) -> str:
 
 
 def _uri_host_within(host: str, limit: str) -> bool:
-    """A limit that begins with a dot is for the names below it, any other for one host."""
+    """Whether a host is within a limit. A limit with a leading dot covers the names below it."""
     limit = limit.lower()
     return bool(host) and (host.endswith(limit) and len(host) > len(limit) if limit.startswith(".") else host == limit)
 
@@ -260,7 +276,7 @@ def _domain_within(name: str, limit: str) -> bool:
 
 
 def _extension(certificate: x509.Certificate, kind: type[_Extension]) -> tuple[_Extension | None, bool]:
-    """An extension, and whether it is critical."""
+    """Return an extension, and whether it is critical."""
     try:
         found = certificate.extensions.get_extension_for_class(kind)
     except x509.ExtensionNotFound:
@@ -269,5 +285,5 @@ def _extension(certificate: x509.Certificate, kind: type[_Extension]) -> tuple[_
 
 
 def _visible(text: str) -> str:
-    """On one line, with nothing in it that a terminal would obey."""
+    """Escape line breaks and control characters for terminals."""
     return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

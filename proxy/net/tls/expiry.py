@@ -1,14 +1,17 @@
-"""Connections end with the certificates that they rest on.
+"""Ends connections whose certificates have expired or are not trusted any more.
 
-A peer is who its certificate says until that ends, and the handshake looks only once. So every TLS connection is watched for the end of
-the chain that was verified for it, and for the removal of the trust root above that chain. When the time has come,
+A certificate proves the peer's identity only until it expires, but the handshake checks it only
+once. So every TLS connection is watched for the end of its verified chain, and for the removal of
+the trust root of this chain. When that happens:
 
-- the connection is retired: it takes no new request. An HTTP/1 server closes behind the response under way, an HTTP/2 connection says
-  GOAWAY, and pools do not lend it any more. Whoever can do that sets `Expiry.retire`;
-- `grace` seconds later it is cut, whatever is under way in it. A relay knows no requests, and is only cut.
+- The connection is retired: it accepts no new request. An HTTP/1 server closes it after the
+  response in progress, an HTTP/2 connection sends GOAWAY, and pools do not lease it any more. The
+  code that can do this sets `Expiry.retire`.
+- `grace` seconds later it is cut, even if it is busy. A relay has no requests, so it is only cut.
 
-Times are of the wall clock, which certificates speak of; it is looked at about once a second, so a clock that was set counts at once.
-Nothing is done on the way of a connection's bytes. A connection that ends by itself is forgotten with its stream.
+Times are of the wall clock, like those in certificates. It is checked about once a second, so a
+change of the clock takes effect at once. Nothing is done for each byte. A connection that ends
+earlier is dropped together with its stream.
 """
 
 from __future__ import annotations
@@ -27,19 +30,24 @@ from proxy.net.tls.tls_stream import TLSStream
 
 How = Literal["retired", "cut"]
 
-# Connections are kept by the minute in which they end, and only those of the minutes that have come are looked at.
+# Connections are grouped by the minute in which they end. Only groups whose minute has come are
+# checked.
 _MINUTE = 60.0
-# A client stops using a connection so many seconds before its server ends it, or a request could meet its end.
+# A client stops using a connection this many seconds before its server ends it. Otherwise a request
+# could be lost.
 EARLY = 1.0
 
-_EXPIRED = "a certificate of the peer's has expired, and with it this connection"
+_EXPIRED = "the peer's certificate has expired, and this connection with it"
 _OWN_EXPIRED = "the certificate with which this connection was opened has expired"
-_UNTRUSTED = "the trust root of the peer's certificate was removed, and with it this connection ends"
+_UNTRUSTED = "the trust root of the peer's certificate was removed, so this connection ends"
 
 
 class Expiries:
-    """The TLS connections of a proxy. `grace` in seconds, from the end of a certificate to that of the connection. `on_end` is told of each
-    connection that is retired, and of each that is cut. `clock`: the wall clock, in seconds since the epoch. Not `enabled`: nothing is.
+    """The TLS connections of a proxy.
+
+    `grace`: seconds from the end of a certificate to the end of the connection. `on_end` is called
+    for each connection that is retired, and for each that is cut. `clock`: the wall clock, in
+    seconds since the epoch. If not `enabled`, nothing is watched.
     """
 
     def __init__(
@@ -52,8 +60,11 @@ class Expiries:
         self._minutes: dict[float, WeakSet[TLSStream]] = {}
 
     def watch(self, stream: TLSStream, own_end: float = math.inf) -> None:
-        """Watch a connection from here on. `own_end`, in seconds since the epoch: for one that we have opened, when our own certificate
-        ends; such a connection is retired `EARLY`."""
+        """Watch a connection from now on.
+
+        `own_end`: for a connection that we have opened, the end of our own certificate in seconds
+        since the epoch. Such a connection is retired `EARLY` seconds before.
+        """
         if not self._enabled:
             return
         theirs, early = stream.info.peer_not_after, EARLY if own_end < math.inf else 0.0
@@ -69,8 +80,10 @@ class Expiries:
         known.add(stream)
 
     def untrust(self, roots: Collection[Certificate]) -> None:
-        """`roots` are all that is trusted now. End the connections that rest on another one, or on one that is not known: a session was
-        resumed that nothing is remembered of."""
+        """End the connections whose trust root is not in `roots`, or is unknown.
+
+        It is unknown if a session was resumed whose chain is not cached any more.
+        """
         now = self._clock()
         for stream in [stream for known in self._minutes.values() for stream in known]:
             expiry = stream.expiry
@@ -80,7 +93,7 @@ class Expiries:
                 self._file(stream, now)
 
     def look(self) -> None:
-        """Retire and cut what is due. About once a second."""
+        """Retire and cut what is due. Call it about once a second."""
         now = self._clock()
         for minute, known in list(self._minutes.items()):
             if minute <= now // _MINUTE:
@@ -91,7 +104,7 @@ class Expiries:
                 del self._minutes[minute]
 
     def _end(self, stream: TLSStream, now: float) -> bool:
-        """True: there is nothing more to do."""
+        """Retire or cut a connection if it is due. True: nothing is left to do."""
         expiry = stream.expiry
         if expiry is None:
             return True

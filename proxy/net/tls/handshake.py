@@ -1,12 +1,13 @@
 """The TLS handshake, as server and as client.
 
-Everything about a connection that has been agreed on is in proxy.net.tls.tls_stream. Here is how it comes about: under one deadline,
-with the stream owned and closed on every way out but the good one, and with the caller's own verification as a step of the handshake
-itself: a peer that is refused by its name gets an alert that says so (verify.py).
+The handshake has one deadline. It owns the stream, and closes it unless it succeeds. The caller's
+verification is a step of the handshake itself, so a peer that is refused by its name gets an alert
+with the reason (verify.py). tls_stream.py has the connection after the handshake.
 
-Resumption is not a way around that step. A TLS 1.3 server that resumes a session does not see the client's certificate again, but
-the ticket carries it; so the caller judges it anew on every connection. What it refuses then is closed without an alert: neither library
-sends one after the handshake.
+Resumption does not skip this step. A TLS 1.3 server that resumes a session does not receive the
+client's certificate again, but the ticket contains it. So the caller verifies it on every
+connection. If it refuses then, the connection is closed without an alert: neither library sends one
+after the handshake.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ __all__ = ["Chain", "TLSInfo", "TLSOffer", "TLSStream", "Verify", "demand_certif
 
 @dataclass(frozen=True, slots=True)
 class TLSOffer:
-    """What a client asks for. `session` must come from the same context; if it does not, a full handshake is made.
+    """What a client offers.
 
-    `on_session` is called once, when the session can be resumed by a later connection.
+    `session` must come from the same context; otherwise a full handshake is made. `on_session` is
+    called once, when a later connection can resume the session.
     """
 
     server_name: str = ""
@@ -45,12 +47,13 @@ class TLSOffer:
 
 
 async def tls_server(stream: SocketStream, context: SSL.Context, *, verify: Verify | None, timeout: float) -> TLSStream:
-    """Answer a client's handshake on `stream`, which must not have been read from (peeking is fine).
+    """Handshake as the server on `stream`, from which nothing may have been read (peeks are fine).
 
-    `verify` gets the peer's verified chain (see tls_verdict.Verify), also when a session was resumed, and raises if the peer is not good
-    enough; what it returns becomes `info.peer_identity`. Takes ownership of `stream`: whatever is raised, it is closed, and no
-    application byte was read or written. Raises TLSFailed, ConnectionLost, and what `verify` raises, unchanged. `timeout` in
-    seconds, for the handshake as a whole.
+    `verify` gets the peer's verified chain (see verify.Verify), also if a session was resumed, and
+    raises to refuse the peer. What it returns becomes `info.peer_identity`. Takes ownership of
+    `stream`: if anything is raised, it is closed, and no application byte was read or written.
+    Raises TLSFailed, ConnectionLost, and what `verify` raises, unchanged. `timeout`: seconds for
+    the whole handshake.
     """
     try:
         connection = SSL.Connection(context, stream.socket)
@@ -65,10 +68,10 @@ async def tls_server(stream: SocketStream, context: SSL.Context, *, verify: Veri
 
 
 async def tls_client(stream: SocketStream, context: SSL.Context, offer: TLSOffer, *, verify: Verify | None, timeout: float) -> TLSStream:
-    """Open TLS as the client. Everything else as tls_server.
+    """Handshake as the client on `stream`. Ownership and errors as in `tls_server`.
 
-    In TLS 1.3 the client is done before the server has looked at its certificate: a refusal arrives as TLSFailed (`alert`) from
-    the first read, or write, after this.
+    In TLS 1.3 the client completes before the server has checked its certificate. So a refusal is
+    raised as TLSFailed (`alert`) by the first read or write after this.
     """
     try:
         connection = SSL.Connection(context, stream.socket)
@@ -78,7 +81,8 @@ async def tls_client(stream: SocketStream, context: SSL.Context, offer: TLSOffer
         if offer.alpn:
             connection.set_alpn_protos(list(offer.alpn))
         if offer.session is not None:
-            with suppress(ValueError):  # made by another context: its trust or our certificate has changed since
+            # ValueError: of another context. Our certificate or the trust roots have changed.
+            with suppress(ValueError):
                 connection.set_session(offer.session)
         connection.set_connect_state()
         await _handshake(connection, stream, timeout)
@@ -100,16 +104,19 @@ async def _handshake(connection: SSL.Connection, stream: SocketStream, timeout: 
             except SSL.WantWriteError:
                 await trio.lowlevel.wait_writable(stream.socket)
             except SSL.Error as error:
-                discard_unread(stream.socket)  # so that the alert we have just sent is not destroyed by a reset
+                discard_unread(stream.socket)  # otherwise a reset would destroy our alert
                 raise _refusal(connection) or explain(error, connection, "during the TLS handshake") from error
             else:
                 return
     if scope.cancelled_caught:
-        raise TLSFailed("timeout", f"the TLS handshake with {stream.peer} was not done within {timeout:g} s")
+        raise TLSFailed("timeout", f"the TLS handshake with {stream.peer} timed out after {timeout:g} s")
 
 
 def _refusal(connection: SSL.Connection) -> Exception | None:
-    """What the caller's own verification has raised within the handshake; once, because an exception leads back to where it was raised."""
+    """Return the exception of the caller's `verify` during the handshake.
+
+    Only once, because its traceback refers to this connection.
+    """
     verdict = verdict_of(connection)
     error, verdict.error = verdict.error, None
     return error
@@ -119,7 +126,7 @@ def _info(connection: SSL.Connection, sni: str, verify: Verify | None) -> TLSInf
     verdict = verdict_of(connection)
     connection.set_app_data(None)
     chain, outcome = verdict.chain, verdict.outcome
-    if not chain:  # a session was resumed, or the peer has shown nothing
+    if not chain:  # a session was resumed, or the peer presented no certificate
         shown = connection.get_peer_certificate()
         if shown is not None:
             chain = remembered_chain(crypto.dump_certificate(crypto.FILETYPE_ASN1, shown))

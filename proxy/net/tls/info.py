@@ -1,4 +1,4 @@
-"""What the two ends of a TLS connection have agreed on."""
+"""What the two ends of a TLS connection agreed on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from cryptography.x509 import Certificate
 
 @dataclass(frozen=True, slots=True)
 class TLSInfo:
-    """What was agreed on. `peer_identity`: what `verify` gave for the peer's certificate, as text; None without `verify`.
+    """The result of a handshake.
 
-    `peer_not_after`: when the first certificate of the peer's chain ends, in seconds since the epoch; infinity, if it has shown none.
-    `peer_root`: the trust root above it; None: not known.
+    `peer_identity`: what `verify` returned, as text; None without `verify`. `peer_not_after`: when
+    the first certificate of the peer's chain expires, in seconds since the epoch; infinity if it
+    presented none. `peer_root`: the trust root of this chain; None: unknown.
     """
 
     version: str
@@ -29,9 +30,10 @@ class TLSInfo:
 
 
 class Expiry:
-    """When a connection has to end with the certificates it rests on; see expiry.py. Times in seconds since the epoch.
+    """When a connection must end because of its certificates; see expiry.py.
 
-    `retire` is set by whoever can end the connection politely, and called at `retires`.
+    Times in seconds since the epoch. `retire` is called at `retires`; the code that can end the
+    connection gracefully sets it.
     """
 
     __slots__ = ("ends", "retire", "retired", "retires", "words")

@@ -3,31 +3,40 @@
 Theory of operation
 ===================
 
-OpenSSL reads and writes the socket; each of its calls either succeeds, or says which readiness it misses (WantRead, WantWrite). Then
-we wait for that and make *the same call again*. Five things about this are easy to get wrong:
+OpenSSL reads and writes the socket. Each of its calls either succeeds, or reports which readiness
+it needs (WantRead, WantWrite). Then we wait for this and repeat *the same call*. Five points are
+easy to get wrong:
 
-*Readable is not the same as "something to read".* Decrypted bytes may already lie in OpenSSL, and bytes on the socket may be a session
-ticket only. So the call always comes first, and waiting second. But what is not decrypted is in the socket, whose readiness tells of it:
-of each record first the header is read, then the rest and no more (by AWS-LC too: ssl_buffer.cc). The fast path rests on that.
+*Readable does not mean that there is data.* OpenSSL may hold decrypted bytes, and the bytes on the
+socket may be only a session ticket. So the call comes first, and the wait second. But bytes that
+are not decrypted yet are in the socket, and its readiness shows them: of each record the header is
+read first, then the rest and no more (also by AWS-LC: ssl_buffer.cc). The fast path relies on this.
 
-*Reading may want to write, and the reverse.* A key update (RFC 8446, section 4.6.3) must be answered by the reader, and a writer may meet
-a half-arrived post-handshake message. Then two tasks wait for the same direction of one socket, which trio forbids. `Readiness` lets
-the first one wait, and the others wait for the first. (AWS-LC keeps the answer for its next write, as a server does with its tickets.)
+*Reading may need to write, and the reverse.* The reader must answer a key update (RFC 8446, section
+4.6.3), and a writer may meet an incomplete post-handshake message. Then two tasks wait for the same
+direction of one socket, which trio forbids. `Readiness` lets the first one wait for the socket, and
+the others wait for the first. (AWS-LC sends the answer with its next write, as a server does with
+its tickets.)
 
-*A refused write must be repeated with the same bytes.* The record is already encrypted, and a part of it may be on its way. The memory may
-have moved (SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER, set by pyOpenSSL), the contents may not have changed. So a send that was cancelled while
-it waited has torn the stream: nothing can be sent any more, not even close_notify.
+*A blocked write must be repeated with the same bytes.* The record is already encrypted, and a part
+of it may be sent. The memory may move (SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER, set by pyOpenSSL), but
+its contents must not change. So a send that was cancelled while waiting has torn the stream:
+nothing more can be sent, not even close_notify.
 
-*A failed write kills the reading half too.* OpenSSL does not read from a connection on which a write failed, although the peer's last
-words (an early answer, or the alert that says why it refuses us) may have arrived. So every write first asks the socket for its error
-(SO_ERROR, a third of a microsecond) and fails without OpenSSL hearing of it. Only who has no use for last words need not ask. AWS-LC does
-read on; but it asks for the error by itself, and throws it away: a read may have taken it from the write, which then fails in the library.
+*A failed write also ends reading.* OpenSSL does not read from a connection after a failed write,
+although the peer's last data (an early answer, or the alert with the reason of a refusal) may have
+arrived. So every write first reads the socket's error (SO_ERROR, a third of a microsecond), and
+fails without calling OpenSSL. A caller that does not need this data may skip the check. AWS-LC
+still reads after a failed write. But it reads SO_ERROR itself and ignores it: a read may have
+consumed the error before the write, which then fails in the library.
 
-*The end has two layers.* close_notify ends one direction (RFC 8446, section 6.1), and the other goes on. The end of TCP without
-it is an attack or an accident, never an end: ConnectionLost with reason `truncated`.
+*The end has two layers.* close_notify ends one direction (RFC 8446, section 6.1), and the other
+continues. The end of TCP without it is an attack or an accident, never a clean end: it raises
+ConnectionLost with the reason `truncated`.
 
-Session tickets come behind the handshake, before the server's first data. So a client asks for its session when it has first read data.
-Fairness and cancellation are those of proxy.net.socket_stream, with the same deviation from trio's contract.
+Session tickets arrive after the handshake, before the server's first data. So a client asks for its
+session when it has first read data. Fairness and cancellation are as in socket_stream.py, with the
+same deviation from trio's contract.
 """
 
 from __future__ import annotations
@@ -48,15 +57,20 @@ from proxy.net.socket_stream import End, SocketStream
 from proxy.net.tls.info import Expiry, TLSInfo
 from proxy.net.tls.openssl_errors import AWS_LC, explain
 
-# The most plain text that one record carries (RFC 8446, section 5.1), and so the most that one call of OpenSSL reads or writes.
+# The most plain text in one record (RFC 8446, section 5.1), so the most that one OpenSSL call reads
+# or writes.
 _RECORD = 16384
 
-# How long aclose() waits, in seconds, until the kernel takes the 24 bytes of close_notify. If it does not, the peer is stuck.
+# How long (seconds) aclose() waits until the kernel accepts the 24 bytes of close_notify. If it
+# does not, the peer does not read.
 _CLOSE_TIMEOUT = 1.0
 
 
 class TLSStream(trio.abc.HalfCloseableStream):
-    """An established TLS connection; made by tls_server and tls_client. See proxy.net.socket_stream.Stream for what its methods promise."""
+    """An established TLS connection, created by tls_server and tls_client.
+
+    It implements byte_stream.Stream.
+    """
 
     __slots__ = (
         "__weakref__", "_connection", "_eof_sent", "_failure", "_on_session", "_option", "_raw", "_readiness", "_reading", "_recv", "_send",
@@ -70,7 +84,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         self.socket = raw.socket
         self.peer, self.local = raw.peer, raw.local
         self.info = info
-        self.bytes_read = self.bytes_written = self._streak = 0  # of plain text; `raw` is not told of the bytes on the wire
+        self.bytes_read = self.bytes_written = self._streak = 0  # plain text; `raw` does not count
         self.expiry: Expiry | None = None
         self._connection = connection
         self._recv, self._send = connection.recv, connection.send
@@ -100,8 +114,9 @@ class TLSStream(trio.abc.HalfCloseableStream):
         try:
             await self._pass()
             while True:
-                # Waiting is done outside of the handlers: an exception that is being handled keeps its traceback, and with it the
-                # binding's buffer of 16 KiB, for as long as an idle connection waits.
+                # Wait outside of the handlers: an exception that is being handled keeps its
+                # traceback, and so the binding's buffer of 16 KiB, as long as an idle connection
+                # waits.
                 try:
                     data: bytes = self._recv(min(_RECORD, max_bytes))
                     break
@@ -125,8 +140,10 @@ class TLSStream(trio.abc.HalfCloseableStream):
         return data
 
     def _with_more(self, data: bytes, max_bytes: int) -> bytes:
-        """A full record is seldom the last one: take those with it that are here already. No call of OpenSSL's gives more than one, and
-        its binding allocates as much as it is asked for."""
+        """Read further records that have already arrived: a full record is rarely the last one.
+
+        One OpenSSL call returns at most one record, and its binding allocates the requested size.
+        """
         records, size = [data], _RECORD
         try:
             while size < max_bytes and len(data) == _RECORD:
@@ -135,14 +152,14 @@ class TLSStream(trio.abc.HalfCloseableStream):
                 size += len(data)
         except (SSL.WantReadError, SSL.WantWriteError):
             pass
-        except SSL.Error as error:  # to be told to whoever asks next; OpenSSL repeats a clean end by itself
+        except SSL.Error as error:  # raised by the next call; OpenSSL repeats a clean end itself
             self.end_met = True
             if not isinstance(error, SSL.ZeroReturnError):
                 self._failed(error, "while reading")
         return b"".join(records)
 
     def receive_nowait(self, max_bytes: int = socket_stream.RECEIVE_SIZE) -> bytes | None:
-        """See net/nonblocking.py. Whole records only, of which OpenSSL keeps nothing back."""
+        """See net/nonblocking.py. Reads whole records only, so OpenSSL keeps no data back."""
         self._check_open()
         if self._failure is not None:
             raise again(self._failure)
@@ -178,13 +195,13 @@ class TLSStream(trio.abc.HalfCloseableStream):
         if self._raw.closed or self._torn or self._failure is not None or self.end_met:
             return False
         if self._reading:
-            # Somebody waits for the socket, and has taken all that OpenSSL had. A peek would move what has come from the socket into
-            # OpenSSL, and the reader would wait for ever.
+            # A task waits for the socket, and has taken all that OpenSSL had. A peek would move new
+            # bytes from the socket into OpenSSL, and the waiting task would never wake up.
             return self._raw.is_idle()
         if self._raw.is_idle() and not self._connection.pending():
-            return True  # as nearly always; asking OpenSSL would cost an exception more
+            return True  # the usual case; asking OpenSSL would cost another exception
         try:
-            self._recv(1, socket.MSG_PEEK)  # takes in what is not data: session tickets, key updates
+            self._recv(1, socket.MSG_PEEK)  # processes session tickets and key updates
         except SSL.Error as error:
             return isinstance(error, SSL.WantReadError)
         return False
@@ -193,7 +210,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         if self._raw.closed or self._torn or self._failure is not None:
             return "lost"
         if self._reading:
-            return "open"  # whoever waits will hear of it
+            return "open"  # the waiting reader will notice the end
         try:
             self._recv(1, socket.MSG_PEEK)
         except SSL.ZeroReturnError:
@@ -215,7 +232,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
             size = len(data)
             if size:
                 sent = await self._send_some(data)
-                if sent < size:  # one call takes one record at most; only longer messages need a view
+                if sent < size:  # one call sends at most one record; only longer data needs a view
                     await self._send_rest(memoryview(data), sent)
         finally:
             self._writing = False
@@ -226,14 +243,14 @@ class TLSStream(trio.abc.HalfCloseableStream):
         while sent < size:
             self._streak += 1
             if self._streak >= socket_stream.BURST:
-                self._torn = True  # unless we come back: a part is on its way
+                self._torn = True  # a part is sent; reset below if the rest is sent
                 await self._pass()
                 self._torn = False
             with view[sent : sent + _RECORD] as record:
                 sent += await self._send_some(record)
 
     async def _send_some(self, data: bytes | bytearray | memoryview) -> int:
-        """One record of `data`; how much of it that was."""
+        """Send one record of `data`. Return the number of bytes."""
         self._torn = True
         while True:
             if code := self._option(socket.SOL_SOCKET, socket.SO_ERROR):
@@ -259,7 +276,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         while sent < size:
             if not sound and (code := self._option(socket.SOL_SOCKET, socket.SO_ERROR)):
                 raise self._refused(lost(code))
-            sound = False  # this record may meet a peer that has closed
+            sound = False  # the peer may close before the next record
             try:
                 sent += self._send(data if size <= _RECORD else memoryview(data)[sent : sent + _RECORD])
             except (SSL.WantWriteError, SSL.WantReadError):
@@ -275,7 +292,10 @@ class TLSStream(trio.abc.HalfCloseableStream):
         return self._failed(error, doing)
 
     def _refused(self, loss: NetError) -> NetError:
-        """A peer that refuses us sends an alert and closes: the better reason, if nobody is about to read it anyway."""
+        """Return the peer's alert, if it sent one before it closed; otherwise `loss`.
+
+        The alert has the better reason. It is read only if no other task is reading.
+        """
         self._torn = True
         if not self._reading:
             try:
@@ -309,11 +329,14 @@ class TLSStream(trio.abc.HalfCloseableStream):
         if self._torn:
             raise self._unusable()
         done = self._eof_sent or self._close_notify()
-        self._torn = False  # whoever was told no comes back
+        self._torn = False  # if not done, the caller repeats the call
         return done
 
     def _close_notify(self) -> bool:
-        """Send it; False: the socket has to take more first, and the connection is torn until this is called again."""
+        """Send close_notify. False: the socket is full.
+
+        Then the connection counts as torn until this is called again.
+        """
         self._torn = True
         if code := self._option(socket.SOL_SOCKET, socket.SO_ERROR):
             raise self._refused(lost(code))
@@ -322,7 +345,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         except SSL.WantWriteError:
             return False
         except SSL.WantReadError:
-            pass  # sent: it is the peer's that OpenSSL is waiting for
+            pass  # sent; OpenSSL waits for that of the peer
         except SSL.Error as error:
             raise self._unsent(error, "while ending TLS") from error
         self._torn = False
@@ -332,35 +355,39 @@ class TLSStream(trio.abc.HalfCloseableStream):
     # Closing
 
     async def aclose(self) -> None:
-        """Send close_notify if it has not been sent, do not wait for the peer's, close. Takes at most a second."""
+        """Send close_notify if it is not sent yet, and close. Takes at most a second.
+
+        Does not wait for the peer's close_notify.
+        """
         try:
             if not (self._raw.closed or self._torn or self._writing or self._eof_sent):
                 with trio.move_on_after(_CLOSE_TIMEOUT):
-                    while not self._close_notify():  # it takes it at once, as a rule: it is sent even if our task is cancelled
+                    # Usually this succeeds at once, even if our task is cancelled.
+                    while not self._close_notify():
                         await self._wait_writable()
                 discard_unread(self.socket)
         except NetError:
-            pass  # the peer was faster
+            pass  # the peer closed first
         finally:
             self.close()
         await (checkpoint if self._streak + 1 >= socket_stream.BURST else checkpoint_if_cancelled)()
 
     def close(self) -> None:
-        # From here on the number of the descriptor may belong to another connection: OpenSSL must never be called again.
+        # From here on another connection may have this descriptor number: never call OpenSSL again.
         self._raw.close()
 
     def reset(self) -> None:
         self._raw.reset()
 
     def fail(self, loss: ConnectionLost) -> bool:
-        """See SocketStream.fail. Whether the stream was neither closed nor lost."""
+        """See SocketStream.fail. Return whether the stream was neither closed nor lost."""
         if self._raw.closed or self._failure is not None:
             return False
         self._failure, self._torn = loss, True
         self._raw.cut()
         return True
 
-    # The parts of the operations
+    # Parts of the operations
 
     def _check_open(self) -> None:
         if self._raw.closed:

@@ -1,14 +1,17 @@
-"""The verdict on a peer's certificates, while the handshake runs.
+"""Verifies a peer's certificates during the handshake.
 
-The TLS library verifies the chain, and calls back for each certificate of it, the authorities first and the leaf last. When the leaf has
-passed, the whole chain goes through the rules that hold for both libraries (certificate_rules.py), and then to the connection's own
-`verify`, which knows names. All of this happens inside the handshake, because only there a refusal reaches the peer as an alert
-(RFC 8446, section 6.2). After the handshake nothing but a reset is left.
+The TLS library verifies the chain, and calls back for each certificate, the authorities first and
+the leaf last. When the leaf has passed, the whole chain is checked by the rules that are the same
+for both libraries (certificate_rules.py), and then by the connection's own `verify`, which checks
+names. All of this happens during the handshake, because only then a refusal reaches the peer as an
+alert (RFC 8446, section 6.2). After the handshake only a reset is possible.
 
-The reason of a refusal is kept with the connection: as text, or as the exception that `verify` raised.
+The reason of a refusal is stored with the connection: as text, or as the exception that `verify`
+raised.
 
-A resumed session brings no chain, and the library does not call back. The leaf is in the ticket; the rest is what was verified with that
-leaf before, if it is still remembered (`remembered_chain`).
+A resumed session has no chain, and the library does not call back. The leaf is in the ticket. The
+rest of the chain is what was verified with this leaf before, if it is still cached
+(`remembered_chain`).
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ from proxy.net.tls.binding import Verification, code_in_words, set_signature_alg
 from proxy.net.tls.certificate_rules import UNREADABLE, Alert, Flaw, find_flaw
 from proxy.net.tls.openssl_errors import AWS_LC
 
-# Gets the verified chain, the leaf first and the trust root last; only the leaf, if a session was resumed whose chain is not remembered; an
-# empty one, if the peer has shown no certificate. Raises if the peer is refused: the exception may have an attribute `alert` (Alert).
+# Called with the verified chain, the leaf first and the trust root last. Only the leaf: a session
+# was resumed whose chain is not cached. Empty: the peer presented no certificate. Raises to refuse
+# the peer; the exception may have an attribute `alert` (Alert).
 Chain = tuple[Certificate, ...]
 Verify = Callable[[Chain], object]
 
@@ -35,7 +39,7 @@ _V = SSL.X509VerificationCodes
 
 _UNTRUSTED = "is not signed by a trust root"
 _ISSUER_MISSING = _V.ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY
-# Codes of the libraries, in words, for what they find before the rules are asked.
+# Errors that the libraries find before our rules are checked: code, message, alert.
 _REFUSALS: dict[int, tuple[str, Alert]] = {
     _ISSUER_MISSING: (_UNTRUSTED, "unknown_ca"),
     _V.ERR_UNABLE_TO_GET_ISSUER_CERT: (_UNTRUSTED, "unknown_ca"),
@@ -48,7 +52,8 @@ _REFUSALS: dict[int, tuple[str, Alert]] = {
     _V.ERR_CERT_HAS_EXPIRED: ("has expired (not after {end})", "certificate_expired"),
     _V.ERR_CERT_NOT_YET_VALID: ("is not valid yet (not before {begin})", "certificate_expired"),
 }
-# What the libraries find when they have a whole chain. The rules find most of it too, and their words are more exact.
+# Errors that the libraries find in a complete chain. Our rules find most of them too, with a more
+# exact message.
 _OF_THE_CHAIN: dict[int, tuple[str, Alert]] = {
     _V.ERR_INVALID_CA: ("is signed by a certificate that is not an authority's", "unknown_ca"),
     _V.ERR_INVALID_PURPOSE: ("is not meant for this use", "unsupported_certificate"),
@@ -59,7 +64,8 @@ _OF_THE_CHAIN: dict[int, tuple[str, Alert]] = {
 }
 _ANY_OTHER: tuple[str, Alert] = ("was refused by the TLS library: {code}", "bad_certificate")
 
-# Of both libraries' tables of alerts (ssl_x509err2alert; SSL_alert_from_verify_result) one code each that stands for that alert.
+# One code for each alert, from both libraries' tables (ssl_x509err2alert;
+# SSL_alert_from_verify_result).
 _ALERTS: dict[Alert, int] = {
     "bad_certificate": _V.ERR_CERT_REJECTED,
     "unsupported_certificate": _V.ERR_INVALID_PURPOSE,
@@ -68,33 +74,34 @@ _ALERTS: dict[Alert, int] = {
     "unknown_ca": _V.ERR_INVALID_CA,
 }
 
-# What the handshake may be signed with, and so which keys a leaf may have: the same with both libraries, which have other lists by
-# themselves. Those with PKCS #1 are for the signatures of certificates only (RFC 8446, section 4.2.3).
+# The signature algorithms of the handshake, which also decide the accepted keys of a leaf. Set here
+# because the libraries have different defaults. Those with PKCS #1 are only for signatures in
+# certificates (RFC 8446, section 4.2.3).
 _SIGNATURES = (
     b"ecdsa_secp256r1_sha256:ecdsa_secp384r1_sha384:ecdsa_secp521r1_sha512:ed25519:rsa_pss_rsae_sha256:rsa_pss_rsae_sha384:"
     b"rsa_pss_rsae_sha512:rsa_pkcs1_sha256:rsa_pkcs1_sha384:rsa_pkcs1_sha512"
 )
 
-# Chains that are remembered for resumed sessions.
+# The number of chains that are cached for resumed sessions.
 _REMEMBERED = 1024
 _chains: OrderedDict[bytes, Chain] = OrderedDict()
 
 
 class Verdict:
-    """What has become of a connection's verification: the application data of the connection, while the handshake runs."""
+    """The state of a connection's verification: its application data during the handshake."""
 
     __slots__ = ("chain", "error", "outcome", "refusal", "verify")
 
     def __init__(self, verify: Verify | None) -> None:
         self.verify = verify
-        self.chain: Chain = ()  # verified in this very handshake
-        self.outcome: object = None  # what `verify` gave
-        self.refusal: str | None = None  # why the peer is refused, in words
+        self.chain: Chain = ()  # verified in this handshake
+        self.outcome: object = None  # what `verify` returned
+        self.refusal: str | None = None  # why the peer is refused
         self.error: Exception | None = None  # what `verify` raised
 
 
 def verdict_of(connection: SSL.Connection) -> Verdict:
-    """The verdict on the peer of `connection`; there is one from here on."""
+    """Return the verdict on the peer of `connection`. Create it if there is none."""
     found = connection.get_app_data()
     if not isinstance(found, Verdict):
         found = Verdict(None)
@@ -103,15 +110,17 @@ def verdict_of(connection: SSL.Connection) -> Verdict:
 
 
 def demand_certificate(context: SSL.Context, *, always: bool) -> None:
-    """Have the handshakes of a new context verify the peer's certificate, and refuse it by the rules of this module. `always`: as a server,
-    do without none."""
+    """Make a new context verify the peer's certificate by the rules of this module.
+
+    `always`: a server also refuses a peer without a certificate.
+    """
     mode = SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT if always else SSL.VERIFY_PEER
     set_verification(context, mode, _CALLBACK)
     set_signature_algorithms(context, _SIGNATURES)
 
 
 def remembered_chain(leaf: bytes) -> Chain:
-    """The chain that was verified with this leaf (DER) last; the leaf alone, if that is not remembered."""
+    """The chain that was last verified with this leaf (DER). Only the leaf if it is not cached."""
     return _chains.get(leaf) or _read(leaf)[1]
 
 
@@ -129,7 +138,7 @@ _CALLBACK = verification_callback(_on_certificate)
 
 
 def _judge(verdict: Verdict, shown: bytes) -> tuple[str, Alert] | None:
-    """The library is content. The reason against the peer, with the alert for it, or None."""
+    """Check a chain that the library accepts. Return the reason and alert of a refusal, or None."""
     try:
         leaf, chain, flaw = _read(shown)
     except UNREADABLE as error:
@@ -151,13 +160,13 @@ def _judge(verdict: Verdict, shown: bytes) -> tuple[str, Alert] | None:
 
 
 def _explain(verification: Verification) -> tuple[str, Alert]:
-    """The library refuses: its reason in words, and the alert for it."""
+    """Describe a refusal of the library: the reason, and the alert for it."""
     code, depth, certificate = verification.code, verification.depth, verification.certificate()
-    if AWS_LC and code == _ISSUER_MISSING:  # its one reason for all that ends a chain too early
+    if AWS_LC and code == _ISSUER_MISSING:  # its only code for a chain that ends too early
         code = _why_too_early(verification.connection, depth, certificate)
     if code not in _REFUSALS:
         try:
-            flaw = _read.__wrapped__(verification.chain())[2]  # these are not verified: they must not fill the cache
+            flaw = _read.__wrapped__(verification.chain())[2]  # unverified: not cached
         except UNREADABLE:
             flaw = None
         if flaw is not None:
@@ -183,8 +192,10 @@ def _owner(depth: int) -> str:
 
 @lru_cache(maxsize=256)
 def _read(shown: bytes) -> tuple[bytes, Chain, Flaw | None]:
-    """The leaf in DER, the whole chain, and what is wrong with it, from certificates in DER that stand one behind the other. Peers are few
-    and come again, so this is looked up, as a rule."""
+    """Parse concatenated DER certificates into (leaf in DER, chain, violation).
+
+    Cached, because peers are few and connect repeatedly.
+    """
     found = []
     while shown:
         size = _size(shown)
@@ -197,7 +208,7 @@ def _read(shown: bytes) -> tuple[bytes, Chain, Flaw | None]:
 
 
 def _size(der: bytes) -> int:
-    """Of the element at the start (X.690, section 8.1.3)."""
+    """The size of the DER element at the start (X.690, section 8.1.3)."""
     if der[1] < 0x80:
         return 2 + der[1]
     octets = der[1] & 0x7F
@@ -219,5 +230,8 @@ def _day(when: Callable[[], bytes | None]) -> str:
 
 
 def chain_end(chain: Chain) -> float:
-    """When the first of its certificates ends, in seconds since the epoch; infinity for an empty chain."""
+    """When the first certificate of the chain expires, in seconds since the epoch.
+
+    Infinity for an empty chain.
+    """
     return min((certificate.not_valid_after_utc.timestamp() for certificate in chain), default=math.inf)

@@ -53,7 +53,7 @@ async def test_a_connection_is_retired_once_at_the_end_and_cut_behind_the_grace(
     assert await client.receive_some() == b"it goes on"
     assert watched.at(end + GRACE) == ["cut"]
     for operation in (server.receive_some, lambda: server.send_all(b"x")):
-        with pytest.raises(ConnectionLost, match="a certificate of the peer's has expired") as caught:
+        with pytest.raises(ConnectionLost, match="a certificate the peer's certificate has expired") as caught:
             await operation()
         assert caught.value.reason == "expired"
     with pytest.raises(ConnectionLost):
@@ -84,7 +84,7 @@ async def test_one_that_waits_to_read_is_woken(mesh: Mesh) -> None:
 
 async def test_one_that_we_have_opened_is_retired_a_little_early_and_ends_with_our_own_certificate_too(mesh: Mesh) -> None:
     client, server = await mesh.connect()
-    cases = ((end_of(client) - 500, "with which this connection was opened"), (end_of(client) + 500, "of the peer's has expired"))
+    cases = ((end_of(client) - 500, "with which this connection was opened"), (end_of(client) + 500, "the peer's certificate has expired"))
     for own_end, words in cases:
         end = min(own_end, end_of(client))
         watched = Watched(end - 1000)
