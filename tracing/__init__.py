@@ -1,1 +1,1 @@
-"""Traces: contexts in headers, what becomes a span, and its way to a collector. It knows OpenTelemetry, and nothing of proxy/."""
+"""Tracing: trace contexts in headers, spans, and their export. Uses OpenTelemetry, not proxy/."""

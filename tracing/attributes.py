@@ -1,7 +1,8 @@
-"""The names of the attributes, and the values that the conventions fix.
+"""The names of the span attributes, and the values that the conventions define.
 
-Those of OpenTelemetry are written out rather than imported: the data path would pay for the library with memory where tracing is off, and
-several of them are in modules that move between releases. A test holds them against the installed conventions.
+OpenTelemetry's names are copied here, not imported: the library would cost the data path memory
+even without tracing, and several names are in modules that move between releases. A test compares
+them with the installed conventions.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Name(StrEnum):
     LOOP_EVENT = "isthmus.loop"
 
 
-# RFC 9110 §9 and RFC 5789: what the conventions call known.
+# The methods that the conventions call known (RFC 9110 §9 and RFC 5789).
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
 
 # In the order of their numbers (github.com/grpc/grpc, doc/statuscodes.md).
@@ -70,8 +71,8 @@ GRPC_CODES = (
     "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS",
     "UNAUTHENTICATED",
 )  # fmt: skip
-# The codes that are errors of a server's; all but OK are errors to a client.
+# The codes that are errors of the server. For a client, all except OK are errors.
 SERVER_ERRORS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 
-# Parameters of a query whose values the conventions ask to hide.
+# Query parameters whose values should be hidden, by the conventions.
 SECRET_PARAMETERS = frozenset({"AWSAccessKeyId", "Signature", "sig", "X-Goog-Signature", "X-Amz-Signature", "X-Amz-Security-Token"})

@@ -1,11 +1,13 @@
-"""B3, Zipkin's trace headers, in both of their forms (openzipkin/b3-propagation).
+"""B3, Zipkin's trace headers, in both forms (openzipkin/b3-propagation).
 
-Single: `b3: traceid-spanid[-sampled[-parentspanid]]`, or the sampling state alone. Several: `X-B3-TraceId`, `X-B3-SpanId`,
-`X-B3-ParentSpanId`, `X-B3-Sampled`, `X-B3-Flags`. A trace id has 64 or 128 bits and keeps its width; the shorter one is the same number
-with zeros before it. The sampling state is 1, 0, `d` (debug: record it, whatever the sampler says; among several headers it is
-`X-B3-Flags: 1`), or absent: the decision is left to whoever receives it. Older senders write true and false.
+Single: `b3: traceid-spanid[-sampled[-parentspanid]]`, or only the sampling state. Multi:
+`X-B3-TraceId`, `X-B3-SpanId`, `X-B3-ParentSpanId`, `X-B3-Sampled`, `X-B3-Flags`. A trace id has 64
+or 128 bits and keeps its width; the shorter one is the same number with leading zeros. The sampling
+state is 1, 0, `d` (debug: always record; in the multi form `X-B3-Flags: 1`), or absent: the
+receiver decides. Older senders write true and false.
 
-A parent's id is written only where one came: it becomes the caller's span id, because the proxy's own id takes that place.
+A parent id is written only if one arrived. It becomes the caller's span id, because the proxy's own
+id replaces that one.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from tracing.context import NO_SPAN, NO_TRACE, Field, Format, Glimpse, Places, T
 _SINGLE = re.compile(rb"([0-9a-f]{16}|[0-9a-f]{32})-([0-9a-f]{16})(?:-([01d])(?:-[0-9a-f]{16})?)?\Z")
 _TRACE = re.compile(rb"[0-9a-f]{16}(?:[0-9a-f]{16})?\Z")
 _SPAN = re.compile(rb"[0-9a-f]{16}\Z")
-# Both forms as they usually are: with ids and a decision.
+# Both forms in their usual shape: with ids and a decision.
 _USUAL = re.compile(rb"\n[Bb]3: (?!0+-)([0-9a-f]{32}|[0-9a-f]{16})-(?!0{16})([0-9a-f]{16})-([01d])(-[0-9a-f]{16})?\r\n")
 _USUAL_TRACE = re.compile(rb"\n.{12}: (?!0+\r)([0-9a-f]{32}|[0-9a-f]{16})\r\n")
 _USUAL_SPAN = re.compile(rb"\n.{11}: (?!0+\r)([0-9a-f]{16})\r\n")
@@ -92,8 +94,11 @@ MULTI = Format("b3multi", _read_multi, _write_multi)
 
 
 def glimpse_single(lines: bytes, lower: bytes) -> Glimpse | None:
-    """What `_read_single` would find in lines in which no other format carries a context, where it has its usual form (`lower`: the same
-    lines in lower case). None: they have to be looked at longer."""
+    """Fast version of `_read_single` for the usual form of the header.
+
+    The lines must have no context in another format. `lower`: the lines in lower case. None: the
+    caller must use the complete parser.
+    """
     at = lower.find(b"\nb3: ")
     match = _USUAL.match(lines, at) if at >= 0 else None
     if match is None or lower.count(b"b3:") > 1 or lower.find(b"x-b3-") >= 0:
@@ -103,11 +108,14 @@ def glimpse_single(lines: bytes, lower: bytes) -> Glimpse | None:
 
 
 def glimpse_multi(lines: bytes, lower: bytes, trace_at: int) -> Glimpse | None:
-    """The same for several headers. `trace_at`: where TRACE_ID was found."""
+    """Fast version of `_read_multi` for the usual form of the headers.
+
+    `trace_at`: the offset of TRACE_ID in `lower`. None: the caller must use the complete parser.
+    """
     span_at, decision_at, parent_at = lower.find(_SPAN_ID), lower.find(_DECISION), lower.find(_PARENT_ID)
     if span_at < 0 or decision_at < 0 or lower.find(b"b3:") >= 0:
         return None
-    # There are as many lines of this kind as were found: none is there twice, none stands first, and none is X-B3-Flags.
+    # The count matches: no header is repeated, none is in the first line, and none is X-B3-Flags.
     if lower.count(b"x-b3-") != (3 if parent_at < 0 else 4):
         return None
     trace, span = _USUAL_TRACE.match(lines, trace_at), _USUAL_SPAN.match(lines, span_at)
@@ -119,5 +127,5 @@ def glimpse_multi(lines: bytes, lower: bytes, trace_at: int) -> Glimpse | None:
     if parent_at >= 0:
         shown = parent_at + len(_PARENT_ID)
         if lines.index(b"\r", shown) != shown + len(NO_SPAN):
-            return None  # whatever stands there, an id cannot be written over it
+            return None  # the value is not an id, so it cannot be replaced by one of equal length
     return trace[1].rjust(32, b"0"), span[1], decision == b"1\r\n", (), span.start(1), shown, len(NO_SPAN)

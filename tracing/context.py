@@ -1,7 +1,7 @@
-"""Where a request is in its trace, whatever the headers are called that say so.
+"""The trace context of a request, independent of the header format.
 
-Ids are kept as they travel in most headers, in lower-case hexadecimal: what comes in one header goes out in another of the same kind, and
-nothing on the way needs the number.
+Ids are stored as in most headers, in lower-case hexadecimal: they are forwarded in a header of the
+same kind, and no code needs the number.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 Field = tuple[bytes, bytes]
-# Where the trace headers of a request stand: lower-case name -> index into its fields; REPEATED if there are several of that name.
+# The positions of the trace headers: lower-case name -> index into the fields, or REPEATED.
 Places = dict[bytes, int]
 REPEATED = -1
 
-# The same at a glance, for lines of which each ends with CRLF: the trace, the caller's span, whether the trace is recorded, the tracestate,
-# where the span stands in the lines, and where its parent (0: the header has none), and how many bytes that has.
+# The result of a fast parser, for lines that each end with CRLF: trace id, the caller's span id,
+# whether the trace is recorded, tracestate, offset of the span id in the lines, offset of the
+# parent id (0: the header has none), and length of the parent id in bytes.
 Glimpse = tuple[bytes, bytes, bool, tuple[bytes, ...], int, int, int]
 
 NO_TRACE, NO_SPAN = b"0" * 32, b"0" * 16
@@ -23,28 +24,28 @@ NO_TRACE, NO_SPAN = b"0" * 32, b"0" * 16
 
 @dataclass(slots=True)
 class TraceContext:
-    """The trace, the caller's span, and whether the trace is being recorded.
+    """The trace, the caller's span, and whether the trace is recorded.
 
-    `trace_id` has 32 digits, or none: then the header says only whether to record the trace that begins here. `sampled` is None where
-    the caller leaves that to whoever comes next. `span_id` has none either where `trace_id` has none. `parent` is the parent of a span of
-    this proxy's. For a caller's span it is not used.
+    `trace_id` has 32 digits, or none: then the header only says whether to record a new trace, and
+    `span_id` is empty too. `sampled` is None if the caller leaves the decision to the receiver.
+    `parent` is the parent of a span of this proxy; it is not used for a caller's span.
     """
 
     trace_id: bytes
     span_id: bytes
     sampled: bool | None
     random: bool = False  # the trace id is random in its last 7 bytes (W3C level 2)
-    debug: bool = False  # B3: recorded whatever it costs
-    state: tuple[bytes, ...] = ()  # the values of the tracestate headers, as they came
+    debug: bool = False  # B3: always record
+    state: tuple[bytes, ...] = ()  # the values of the tracestate headers, as they arrived
     parent: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One way to write a context into headers.
+    """A header format for contexts.
 
-    `read(places, fields)`: the context; None if there is none that is valid. `write(places, fields, context, child)`: `child` in the place
-    of what `read` has found, in place.
+    `read(places, fields)` returns the context, or None if there is no valid one. `write(places,
+    fields, child)` replaces what `read` has found by `child`, in place.
     """
 
     name: str
@@ -53,14 +54,16 @@ class Format:
 
 
 def value_at(places: Places, fields: list[Field], name: bytes) -> bytes | None:
-    """The value of the one field of this name; None if there is none, or more than one."""
+    """The value of the only field with this name. None: there is none, or more than one."""
     place = places.get(name)
     return fields[place][1] if place is not None and place != REPEATED else None
 
 
 def put(places: Places, fields: list[Field], name: bytes, value: bytes) -> None:
-    """Give the field a new value, under the name it came with; add it if it is not there. Which of several is meant nobody can tell: they
-    stay as they are."""
+    """Set the value of a field and keep the case of its name. Append the field if it is missing.
+
+    Repeated fields are ambiguous, so they stay unchanged.
+    """
     place = places.get(name)
     if place is None:
         places[name] = len(fields)

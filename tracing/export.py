@@ -1,8 +1,9 @@
-"""From records to OpenTelemetry's spans, and to where they go. All that knows the SDK is here, and is imported only where tracing is
-configured: it takes 10 MiB.
+"""Converts records to OpenTelemetry spans and exports them.
 
-A record becomes a ReadableSpan of the SDK with our own ids. No tracer, no span processor: those would make the data path do what this
-thread can do. OTLP sends the SDK's encoding by our own client; what else the SDK can write to takes the spans as they are.
+Only this module uses the SDK. It is imported only if tracing is configured, because it takes 10
+MiB. A record becomes a ReadableSpan of the SDK with our own ids. There is no tracer and no span
+processor: they would move work from this thread to the data path. For OTLP, the SDK encodes the
+spans and our own client sends them. The SDK's other exporters get the spans directly.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from tracing.w3c import parse_state
 
 _KINDS: Mapping[Kind, SpanKind] = {"server": SpanKind.SERVER, "client": SpanKind.CLIENT}
 _FLAGS = TraceFlags(TraceFlags.SAMPLED)
-# Of the installed conventions; tests/tracing/test_conventions.py holds the names against them.
+# The schema of the installed conventions. tests/tracing/test_conventions.py compares the names.
 _SCHEMA = "https://opentelemetry.io/schemas/1.44.0"
 
 
 class Attributes(Protocol):
-    """What all spans have in common, as it is now."""
+    """The current attributes that all spans have in common."""
 
     def attributes(self) -> Mapping[str, str | int]: ...
 
 
 @dataclass(slots=True)
 class Spans:
-    """Makes spans of records. `query`: query strings may be shown."""
+    """Creates spans from records. `query`: whether query strings may be shown."""
 
     resource: Attributes
     version: str
@@ -85,7 +86,7 @@ class Spans:
 
 
 class OtlpExporter:
-    """To a collector by OTLP over HTTP."""
+    """Exports to a collector by OTLP over HTTP."""
 
     def __init__(self, spans: Spans, collector: Collector) -> None:
         # Protocol buffers take memory that the other exporters do not need.
@@ -98,7 +99,7 @@ class OtlpExporter:
         self._batch: list[bytes] = []
 
     def prepare(self, records: Sequence[Record]) -> None:
-        # Messages of Protocol Buffers that are put one behind the other are one message with all their elements.
+        # Concatenated messages of Protocol Buffers form one message with all their elements.
         self._batch.append(self._encode([self._spans.make(record) for record in records]).SerializeToString())
 
     def send(self, seconds: float) -> Outcome:
@@ -108,7 +109,7 @@ class OtlpExporter:
         try:
             answer = self._response.FromString(found.body)
         except Exception as error:  # noqa: BLE001, RUF100  (google.protobuf's DecodeError, not in the type stubs; taken is taken)
-            return Outcome(words=f"the answer cannot be read: {error}")
+            return Outcome(words=f"the answer cannot be parsed: {error}")
         partial = answer.partial_success
         return Outcome(lost=partial.rejected_spans, words=partial.error_message) if partial.rejected_spans else TAKEN
 
@@ -120,7 +121,7 @@ class OtlpExporter:
 
 
 class SdkExporter:
-    """To wherever an exporter of the SDK's sends spans."""
+    """Exports by an exporter of the SDK."""
 
     def __init__(self, spans: Spans, exporter: SpanExporter) -> None:
         self._spans = spans
@@ -145,12 +146,15 @@ class SdkExporter:
 
 
 def console(spans: Spans) -> Exporter:
-    """One line of JSON a span, on standard output."""
+    """Writes spans to standard output: one line of JSON each."""
     return SdkExporter(spans, ConsoleSpanExporter(out=sys.stdout, formatter=lambda span: span.to_json(indent=None) + "\n"))
 
 
 def jaeger(spans: Spans, host: str, port: int) -> Exporter:
-    """Datagrams to a Jaeger agent, in Thrift. Needs the extra `isthmus[jaeger]`; raises ImportError with what to do."""
+    """Exports datagrams in Thrift to a Jaeger agent.
+
+    Needs the extra `isthmus[jaeger]`. Without it, raises ImportError that explains what to do.
+    """
     try:
         from opentelemetry.exporter.jaeger.thrift import JaegerExporter  # type: ignore[import-not-found]  # noqa: PLC0415  # an extra
     except ImportError as error:

@@ -1,9 +1,10 @@
-"""`grpc-trace-bin`: the context in binary, as gRPC libraries with OpenCensus send it (census-instrumentation/opencensus-specs,
-encodings/BinaryEncoding.md).
+"""`grpc-trace-bin`: the binary context of gRPC libraries with OpenCensus.
 
-A byte for the version (0), then fields, each a byte for its number and then its value: 0, the trace id (16 bytes); 1, the span id (8);
-2, the options (1, of which the lowest bit says sampled). A number that nobody knows ends the reading, and what was read counts. The
-header's value is base64; gRPC's own libraries leave the padding out and take it with or without. Ours goes out as it came in.
+Source: census-instrumentation/opencensus-specs, encodings/BinaryEncoding.md. A version byte (0),
+then fields. Each field is a byte for its number, then its value: 0, the trace id (16 bytes); 1, the
+span id (8); 2, the options (1; the lowest bit is sampled). An unknown number ends the parsing, and
+the fields before it count. The header's value is base64. gRPC's own libraries omit the padding and
+accept both; we keep the form that arrived.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tracing.context import Field, Format, Places, TraceContext, put, value_at
 
 NAME = b"grpc-trace-bin"
 _SIZES = {0: 16, 1: 8, 2: 1}
-# The whole thing has 29 bytes; what a later version may append is passed on.
+# A context of version 0 has 29 bytes. Later versions may append data, which is forwarded.
 _LONGEST = 512
 
 
@@ -30,7 +31,7 @@ def _decode(value: bytes) -> bytearray | None:
 
 
 def _offsets(data: bytearray) -> dict[int, int] | None:
-    """Where the value of each field begins; None: it is cut off within one, or not of version 0."""
+    """The offset of each field's value. None: it is truncated, or not of version 0."""
     if data[:1] != b"\0":
         return None
     offsets: dict[int, int] = {}

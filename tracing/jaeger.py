@@ -2,9 +2,10 @@
 
     uber-trace-id: {trace-id}:{span-id}:{parent-span-id}:{flags}
 
-All four are hexadecimal numbers. Ids may lack their leading zeros; a trace id has up to 128 bits, the other ones 64. A parent of 0 says
-that the span is a root. Of the flags 1 is sampled, 2 is debug (record it, whatever the sampler says), and the others are passed on. Some
-clients percent-encode the colons. The trace id, the other flags and the way the colons are written go out as they came.
+All four are hexadecimal numbers. Ids may lack leading zeros; a trace id has up to 128 bits, the
+others 64. A parent of 0 means that the span is a root. Flags: 1 is sampled, 2 is debug (always
+record), and the others are forwarded. Some clients percent-encode the colons. The trace id, the
+other flags and the form of the colons are forwarded unchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ NAME = b"uber-trace-id"
 SAMPLED, DEBUG = 0x01, 0x02
 
 _VALUE = re.compile(rb"([0-9a-fA-F]{1,32})(:|%3[Aa])([0-9a-fA-F]{1,16})\2([0-9a-fA-F]{1,16})\2([0-9a-fA-F]{1,2})\Z")
-# The header's line in its usual form, behind another one.
+# The header's line in its usual form, after another line.
 _USUAL = re.compile(rb"\n.{13}: (?!0+:)([0-9a-f]{1,32}):(?!0{16}:)([0-9a-f]{16}):(0|[0-9a-f]{16}):([01])\r\n")
 _LINE = b"\n" + NAME + b": "
 
@@ -52,8 +53,11 @@ JAEGER = Format("uber-trace-id", _read, _write)
 
 
 def glimpse_jaeger(lines: bytes, lower: bytes) -> Glimpse | None:
-    """What `_read` would find in lines in which no other format says "trace", where it has its usual form (`lower`: the same lines in lower
-    case). None: they have to be looked at longer."""
+    """Fast version of `_read` for the usual form of the header.
+
+    The lines must have no other context whose format has "trace" in its name. `lower`: the lines in
+    lower case. None: the caller must use the complete parser.
+    """
     at = lower.find(_LINE)
     match = _USUAL.match(lines, at) if at >= 0 else None
     if match is None or lower.find(b"b3:") >= 0 or lower.find(b"x-b3-") >= 0:

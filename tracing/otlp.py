@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from tracing.queue import Outcome
 
-# The answer to an export has a few bytes, an error a sentence.
+# The answer to an export has a few bytes; an error has a sentence.
 _MOST_ANSWER = 64 * 1024
 _AGAIN = frozenset({429, 502, 503, 504})
 _LONGEST_AFTER = 300.0
@@ -39,7 +39,7 @@ class Collector:
 
     endpoint: str
     headers: Mapping[str, str] = field(default_factory=dict)
-    certificate: str | None = None  # whom to trust, instead of the system's roots (PEM file)
+    certificate: str | None = None  # trust roots (PEM file) instead of the system's
     client_certificate: str | None = None
     client_key: str | None = None
     gzip: bool = False
@@ -48,13 +48,13 @@ class Collector:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer with status 2xx."""
+    """A complete answer with a 2xx status."""
 
     body: bytes
 
 
 class Post:
-    """Posts to one collector. Used by one thread."""
+    """Posts to one collector. For use by one thread. Call `close` at the end."""
 
     def __init__(self, collector: Collector) -> None:
         self._collector = collector
@@ -76,7 +76,10 @@ class Post:
         return context
 
     def send(self, body: bytes, seconds: float) -> Outcome | Answer:
-        """One request, answered within `seconds` or given up. A kept connection that has died meanwhile is replaced once."""
+        """Send one request, with `seconds` until the complete answer.
+
+        If a reused connection turns out to be dead, the request is repeated once on a new one.
+        """
         deadline = time.monotonic() + seconds
         kept = self._connection is not None
         try:
@@ -101,7 +104,7 @@ class Post:
         response = connection.getresponse()
         answer = response.read(_MOST_ANSWER)
         if not response.isclosed():
-            response.close()  # there is more of it than anybody wants
+            response.close()  # the rest of the answer is not needed
             self.close()
         if 200 <= response.status < 300:
             return Answer(answer)
@@ -117,7 +120,7 @@ class Post:
                 sock.settimeout(max(0.001, deadline - time.monotonic()))
                 sock = self._context.wrap_socket(sock, server_hostname=self._host)
             self._connection = http.client.HTTPConnection(self._host, self._port)
-            self._connection.auto_open = 0  # it would leave the mark out
+            self._connection.auto_open = 0  # a connection that it opened would lack the mark
             self._timed = self._connection.sock = _Timed(sock)
         return self._connection, self._timed
 
@@ -145,7 +148,10 @@ class Post:
 
 
 class _Timed:
-    """A socket for http.client whose every operation ends at one deadline: its own timeout begins anew with each."""
+    """A socket for http.client with one deadline for all operations.
+
+    A socket's own timeout starts again with each operation.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -168,7 +174,7 @@ class _Timed:
         return io.BufferedReader(_Reader(self))
 
     def close(self) -> None:
-        """As with a socket's own files: who still reads the answer reads it to its end."""
+        """Close. The descriptor stays open until the reader has finished, as for any socket."""
         self._ended = True
         if not self._reading:
             self._sock.close()
@@ -207,7 +213,10 @@ def _broken(error: Exception, endpoint: str) -> Outcome:
 
 
 def retry_after(value: str | None) -> float:
-    """Seconds to wait, by a Retry-After header (RFC 9110 §10.2.3), at most five minutes; what is no such header asks for nothing."""
+    """The seconds to wait by a Retry-After header (RFC 9110 §10.2.3), at most five minutes.
+
+    0 for a missing or invalid header.
+    """
     if value is None:
         return 0.0
     try:

@@ -1,10 +1,11 @@
-"""Which pod a span comes from: the pod's metadata as OpenTelemetry resource attributes.
+"""The pod's metadata as OpenTelemetry resource attributes.
 
-The names are those of OpenTelemetry's semantic conventions for Kubernetes. Names and addresses come from environment variables; labels
-and annotations, which can have any text, from files of a downward-API volume: one `key="value"` a line, the value quoted as the Go
-language quotes strings (strconv.Quote), which is why it is unescaped here as Go would.
+The names are those of OpenTelemetry's semantic conventions for Kubernetes. Names and addresses come
+from environment variables. Labels and annotations, which can have any text, come from files of a
+downward-API volume. Each line is `key="value"`, and the value is quoted as a Go string
+(strconv.Quote), so it is unescaped here by Go's rules.
 
-Metadata is an ornament: whatever is missing or unreadable gives a warning to log, and never an error.
+Metadata is optional: missing or unreadable data gives a warning for the log, never an error.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ VARIABLES: Mapping[str, str] = {
 }
 # file of the volume -> prefix of the attributes
 FILES: Mapping[str, str] = {"labels": "k8s.pod.label.", "annotations": "k8s.pod.annotation."}
-# Kubernetes allows 256 KiB of annotations in all; tools put whole manifests there, which do not belong on a span.
+# Kubernetes allows 256 KiB of annotations. Tools store whole manifests there; spans omit these.
 MOST_FILE_BYTES = 512 * 1024
 MOST_VALUE = 1024
-# Annotations that repeat the pod's manifest, and those that only tools read.
+# Annotations that repeat the pod's manifest, or that only tools need.
 SKIPPED = ("kubectl.kubernetes.io/last-applied-configuration", "kubernetes.io/config.seen", "kubernetes.io/config.source")
 
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{3}|.)", re.DOTALL)
@@ -39,7 +40,10 @@ _SIMPLE: Mapping[str, bytes] = {
 
 
 def pod_attributes(environ: Mapping[str, str], directory: Path | None = None) -> tuple[dict[str, str], str | None]:
-    """The attributes, and a warning when something could not be read. `directory` is where the downward-API volume is mounted."""
+    """Return the attributes, and a warning if something could not be read.
+
+    `directory`: the mount point of the downward-API volume.
+    """
     found = {attribute: environ[name][:MOST_VALUE] for name, attribute in VARIABLES.items() if environ.get(name)}
     troubles = []
     for name, prefix in FILES.items() if directory is not None else ():
@@ -63,9 +67,9 @@ def _read(path: Path) -> str:
 
 
 def parse_downward(text: str) -> dict[str, str]:
-    """The pairs in a downward-API file. Raises ValueError, which names the line that is not `key="value"`."""
+    """Parse a downward-API file. Raises ValueError with the number of the invalid line."""
     found = {}
-    # only at "\n": other line separators may stand inside a value as they are
+    # Split only at "\n": a value may have other line separators.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -80,7 +84,10 @@ def parse_downward(text: str) -> dict[str, str]:
 
 
 def unquote(quoted: str) -> str:
-    """A Go string literal in double quotes as the text it stands for; bytes that are not UTF-8 become the replacement character."""
+    """Unquote a Go string literal in double quotes. Raises ValueError.
+
+    Bytes that are not UTF-8 become the replacement character.
+    """
     if len(quoted) < 2 or quoted[0] != '"' or quoted[-1] != '"':
         raise ValueError("the value is not in double quotes")
     parts, position, inner = [], 0, quoted[1:-1]

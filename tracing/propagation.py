@@ -1,12 +1,13 @@
-"""The trace context of a request, in whichever headers it came; and the same headers with our span in the caller's place.
+"""Reads the trace context of a request in any of the header formats, and writes ours in its place.
 
-The format that came is kept, and only what says "my span" is changed in it: whoever is behind us understands what was sent to us. In
-what order formats are looked for decides nothing where all say the same; where they contradict each other the standard wins. Senders that
-change over from one format to another send both: all that name the same trace are given our span, or those who read the other one
-would take us out of the chain. Headers of another trace stay as they are, and so does everything that is not valid.
+The format that arrived is kept, and only the caller's span id is replaced, so the next hop
+understands what was sent to us. If the formats agree, their order has no effect. If they
+contradict, the standard wins. Senders that migrate between two formats send both: our span is
+written into all that have the same trace. Otherwise readers of the other format would not see our
+span in the chain. Headers of another trace stay unchanged, and so do invalid ones.
 
-A span that is not recorded changes nothing: the header goes on with the caller's span, which is the last one that anybody will find. Only a
-decision that those behind us could not know from it is written into it (sampling.py).
+A span that is not recorded changes nothing: the header keeps the caller's span, which is the last
+one that exists. Only a decision that the next hops cannot derive from it is written (sampling.py).
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ NAMES = frozenset(
     | {b"x-b3-traceid", b"x-b3-spanid", b"x-b3-parentspanid", b"x-b3-sampled", b"x-b3-flags"}
 )
 STANDARD = (W3C,)
-# The standard's header among lines in lower case, if it is not the first.
+# The standard header in lines in lower case, if it is not in the first line.
 _TRACEPARENT = b"\ntraceparent: "
 
 
 @dataclass(slots=True)
 class Carried:
-    """A context as it came (ours, once it is written over), and the formats that carry it."""
+    """A context (replaced by ours after the write), and the formats that carry it."""
 
     context: TraceContext
     formats: tuple[Format, ...]
@@ -39,7 +40,7 @@ class Carried:
 
 
 def locate(fields: list[Field]) -> Places:
-    """Where the trace headers stand in the fields of a request."""
+    """The positions of the trace headers in the fields of a request."""
     places: Places = {}
     for place, field in enumerate(fields):
         name = field[0].lower()
@@ -49,9 +50,12 @@ def locate(fields: list[Field]) -> Places:
 
 
 def glimpse(lines: bytes, lower: bytes, mentions: int) -> Glimpse | None:
-    """The context of a request with these lines (`name: value`, each with its CRLF; `lower`: the same in lower case), where one format says
-    it alone, in its usual form, and not in the first line, which nearly always is Host. `mentions`: how often they say "trace".
-    Where that is no more than the format does itself, there is no other format. None: they have to be looked at longer."""
+    """Fast parser for a context in one format only, in its usual form. None: use `extract`.
+
+    `lines`: `name: value`, each with CRLF. `lower`: the same in lower case. The header must not be
+    in the first line, which is usually Host. `mentions`: how often `lower` has "trace". If this is
+    as often as the format itself needs, there is no other format.
+    """
     if not mentions:
         return glimpse_single(lines, lower)
     at = lower.find(_TRACEPARENT)
@@ -66,7 +70,7 @@ def glimpse(lines: bytes, lower: bytes, mentions: int) -> Glimpse | None:
     if match is None or lower.find(b"b3:") >= 0:
         return None
     trace_id, span_id, sampled = match.groups()
-    if mentions == 1:  # what B3 says in several headers says nothing without the trace's id
+    if mentions == 1:  # without a trace id, other headers of B3 have no meaning
         return trace_id, span_id, sampled is not None, (), at + USUAL_SPAN, 0, 0
     state = state_of(lines, lower)
     if state is None or (mentions > 1 + len(state) and _several(lower)):
@@ -75,20 +79,20 @@ def glimpse(lines: bytes, lower: bytes, mentions: int) -> Glimpse | None:
 
 
 def _several(lower: bytes) -> bool:
-    """Whether lines with a traceparent have another one, or a context in another format that says "trace"."""
+    """Whether lines with a traceparent have a second one, or another format with "trace"."""
     others = lower.find(b"grpc-trace-bin:") >= 0 or lower.find(b"x-b3-traceid:") >= 0 or lower.find(b"uber-trace-id:") >= 0
     return others or lower.count(b"traceparent:") > 1
 
 
 def extract(fields: list[Field]) -> Carried | None:
-    """The context of a request; None if there is no valid one."""
+    """Return the context of a request. None: there is no valid one."""
     places = locate(fields)
     return extract_at(places, fields) if places else None
 
 
 def extract_at(places: Places, fields: list[Field]) -> Carried | None:
-    """The same where it is known where the trace headers stand."""
-    if len(places) == (b"traceparent" in places) + (b"tracestate" in places):  # as nearly always: nobody else has to be asked
+    """Return the context of a request with these positions of the trace headers, or None."""
+    if len(places) == (b"traceparent" in places) + (b"tracestate" in places):  # the usual case
         found = W3C.read(places, fields)
         return Carried(found, STANDARD, places) if found is not None else None
     context: TraceContext | None = None
@@ -105,31 +109,36 @@ def extract_at(places: Places, fields: list[Field]) -> Carried | None:
 
 
 def _same(one: bytes, other: bytes) -> bool:
-    """The same trace; a system with ids of 64 bits knows the last half of a longer one."""
+    """Whether the trace ids are equal. A system with 64-bit ids knows only the last half."""
     if one == other:
         return True
     return one[16:] == other[16:] and one[16:] != b"" and b"0" * 16 in (one[:16], other[:16])
 
 
 def replace(fields: list[Field], carried: Carried, child: TraceContext) -> None:
-    """Write `child` over the context that was extracted from `fields`, in place. The places are looked for again, as others may have
-    added fields since."""
+    """Replace the context that was extracted from `fields` by `child`, in place.
+
+    The positions are determined again, because fields may have been added since.
+    """
     places = locate(fields)
     for written in carried.formats:
         written.write(places, fields, child)
 
 
 def header(trace_id: bytes, span_id: bytes) -> Field:
-    """The context of a recorded span, for a message of our own."""
+    """The header with the context of a recorded span, for a message of our own."""
     return (b"traceparent", traceparent(TraceContext(trace_id, span_id, sampled=True, random=True)))
 
 
 def begin(fields: list[Field], root: TraceContext) -> None:
-    """Write the context of a trace that begins here, in place. What is there of the same headers is not valid, and goes."""
+    """Write the context of a new trace, in place.
+
+    Existing headers of the standard are invalid here.
+    """
     drop_standard(fields)
     fields.append((b"traceparent", traceparent(root)))
 
 
 def drop_standard(fields: list[Field]) -> None:
-    """Remove the standard's headers."""
+    """Remove the headers of the standard, in place."""
     fields[:] = filter(lambda field: field[0].lower() not in (b"traceparent", b"tracestate"), fields)  # the same objects: messages._others

@@ -1,14 +1,16 @@
-"""The queue between the data path and the exporter's thread, and what the thread does when the collector does not do what it should.
+"""The span queue between the data path and the exporter's thread, which handles failed exports.
 
-The data path calls `put`, which appends or drops, and never waits for anything. The thread wakes when a batch is full or when `delay`
-seconds have passed, and sends what there is, in batches. It never holds more than one batch outside of the queue. A collector that does
-not take one is given time, twice as long each time; meanwhile the queue fills, and then the newest spans are dropped and counted. A
-batch that has been tried `MOST_TRIES` times makes room for newer ones.
+The data path calls `put`, which appends or drops, and never waits. The thread wakes up when a batch
+is full or after `delay` seconds, and sends what is there, in batches. It holds at most one batch
+outside of the queue. If the collector does not accept a batch, the thread retries with growing
+pauses. Meanwhile the queue fills, and then new spans are dropped and counted. After `MOST_TRIES`
+attempts a batch is dropped.
 
-Python runs one thread at a time, so the exporter's work is taken from the data path. What matters is less how much that is than for how
-long at a stretch: a thread that computes keeps the interpreter for 5 ms, and each system call of the data path would have to wait that long
-to get it back. So spans are prepared a few at a time, with a pause behind each few that is as long as they took; only a queue that
-is more than half full is worked off without pauses.
+Python runs one thread at a time, so the exporter takes CPU time from the data path. Long stretches
+are worse than the total: a thread that computes keeps the interpreter for 5 ms, and each system
+call of the data path would wait this long to get it back. So spans are prepared a few at a time,
+with a pause after each step that is as long as the step. There are no pauses if the queue is more
+than half full.
 """
 
 from __future__ import annotations
@@ -26,14 +28,17 @@ from tracing.spans import Record
 MOST_TRIES = 6
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 
-# About a third of a millisecond of work.
+# Spans per step: about a third of a millisecond of work.
 SLICE = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a batch. `reason`: why not all of it was taken (None: it was); `again`: it may be sent again, not before `after`
-    seconds; `lost`: how many spans the collector says it has refused of a batch that it took."""
+    """The result of sending a batch.
+
+    `reason`: why it was not accepted completely; None: it was. `again`: it may be sent again, after
+    `after` seconds. `lost`: how many spans the collector rejected in a batch that it accepted.
+    """
 
     reason: str | None = None
     again: bool = False
@@ -46,24 +51,27 @@ TAKEN = Outcome()
 
 
 class Exporter(Protocol):
-    """Where spans go. Used by one thread."""
+    """Sends spans to their destination. For use by one thread."""
 
     def prepare(self, records: Sequence[Record]) -> None:
-        """Add spans to the batch that is sent next; the work of the interpreter is done here, a few at a time."""
+        """Add spans to the next batch.
+
+        Encode them here, so that the work is done in small steps.
+        """
 
     def send(self, seconds: float) -> Outcome:
-        """Send the batch; it stays for another try until `forget`. Takes no longer than `seconds`, and raises nothing."""
+        """Send the batch within `seconds`. Never raises. The batch stays until `forget`."""
         ...
 
     def forget(self) -> None:
-        """The batch is done with."""
+        """Drop the batch: it is sent or given up."""
 
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class QueueSettings:
-    """`limit` and `batch` are spans, the others seconds."""
+    """`limit` and `batch` in spans, the others in seconds."""
 
     limit: int = 2048
     batch: int = 512
@@ -72,7 +80,7 @@ class QueueSettings:
 
 
 class Counts(Protocol):
-    """Who keeps count; called from both threads."""
+    """Counts spans and attempts. Called from both threads."""
 
     def dropped(self, reason: str, spans: int) -> None: ...
     def exported(self, spans: int) -> None: ...
@@ -80,8 +88,11 @@ class Counts(Protocol):
 
 
 class SpanQueue:
-    """Starts its thread at once. `build` makes the exporter, in that thread; `complain` is told of troubles, in whole sentences, when they
-    begin and when they are over."""
+    """The queue and its thread, which starts at once.
+
+    `build` creates the exporter in that thread. `complain` is called with a sentence when a problem
+    begins and when it ends.
+    """
 
     def __init__(
         self, build: Callable[[], Exporter], settings: QueueSettings, counts: Counts, complain: Callable[[str], None]
@@ -94,9 +105,9 @@ class SpanQueue:
         self._wake = threading.Event()
         self._closing = False
         self._deadline = float("inf")
-        self._held = 0  # spans of the batch under way
+        self._held = 0  # spans of the batch in progress
         self._failing = False
-        # A daemon: one that hangs in a system call must not keep the process from ending.
+        # A daemon thread: if it hangs in a system call, the process can still exit.
         self._thread = threading.Thread(target=self._run, name="isthmus-spans", daemon=True)
         self._thread.start()
 
@@ -104,7 +115,7 @@ class SpanQueue:
         return len(self._records)
 
     def put(self, record: Record) -> None:
-        """Take a record, or drop it. Never waits."""
+        """Append a record, or drop it. Never waits."""
         records = self._records
         if len(records) >= self._settings.limit or self._closing:
             self._counts.dropped("shutdown" if self._closing else "queue_full", 1)
@@ -114,7 +125,7 @@ class SpanQueue:
             self._wake.set()
 
     def close(self, seconds: float) -> None:
-        """Send what is queued, for at most `seconds`; what is left is dropped and counted."""
+        """Send what is queued, for at most `seconds`. The rest is dropped and counted."""
         self._deadline = time.monotonic() + seconds
         self._closing = True
         self._wake.set()
@@ -142,7 +153,7 @@ class SpanQueue:
         exporter.close()
 
     def _export(self, exporter: Exporter) -> None:
-        """One batch, from the queue to the collector, or to nowhere."""
+        """Send or drop one batch."""
         try:
             self._prepare(exporter)
         except Exception as error:  # noqa: BLE001, RUF100  (one span that cannot be made must not end all others)
@@ -177,13 +188,13 @@ class SpanQueue:
             if not outcome.again or self._closing:
                 break
             self._say(outcome)
-            # A little at random, so that the proxies of a cluster do not all come back at once.
+            # A random factor, so that the proxies of a cluster do not retry at the same time.
             self._wait(max(outcome.after, pause * random.uniform(0.8, 1.2)))  # noqa: S311  # no secret depends on it
             pause = min(2 * pause, _LONGEST_PAUSE)
         self._trouble(outcome.reason or "failed", outcome.words, self._held)
 
     def _wait(self, seconds: float) -> None:
-        """Wait, or until the end begins. That a batch is full is no reason to disturb a collector that has asked for time."""
+        """Wait, or until `close` is called. A full batch does not shorten a pause."""
         until = time.monotonic() + seconds
         while not self._closing and (left := until - time.monotonic()) > 0:
             self._wake.wait(left)
@@ -210,7 +221,7 @@ class SpanQueue:
 
 
 class _Nowhere:
-    """There is no exporter: everything is dropped, and counted."""
+    """Stands in for an exporter that could not be created: all spans are dropped and counted."""
 
     def prepare(self, records: Sequence[Record]) -> None:
         pass

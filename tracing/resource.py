@@ -1,7 +1,8 @@
-"""The resource of all spans of a proxy: which pod, of which workload and cluster, on which node; which process; which service.
+"""The resource of all spans of a proxy: pod, workload, cluster, node, process and service.
 
-Labels and annotations can change while a pod runs. Kubernetes then writes the files of the downward-API volume anew; whoever asks for the
-resource gets what they say at that moment, for the price of two stat calls if nothing has changed.
+Labels and annotations can change while a pod runs. Then Kubernetes rewrites the files of the
+downward-API volume. The resource always has the current values; without a change this costs two
+stat calls.
 """
 
 from __future__ import annotations
@@ -23,20 +24,26 @@ _LABEL = "k8s.pod.label."
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What is known of the proxy before any file is read. `environ` has what the downward API puts into the environment (pod.VARIABLES);
-    `given` was configured, and wins over everything that is found."""
+    """What is known about the proxy before any file is read.
+
+    `environ`: the environment, with variables of the downward API (pod.VARIABLES). `given`:
+    configured attributes, which override all others.
+    """
 
     environ: Mapping[str, str]
     cluster: str = ""
     directory: Path | None = None
     service_name: str = ""
     given: Mapping[str, str] = field(default_factory=dict)
-    labels: bool = False  # app.kubernetes.io/instance, name and version count for the service's name and version
+    labels: bool = False  # use the app.kubernetes.io labels instance, name and version
     version: str = ""
 
 
 class Resource:
-    """The attributes as they are now. `warn` is told once of each trouble; the spans then have fewer attributes."""
+    """The current attributes.
+
+    `warn` is called once for each problem; then attributes are missing.
+    """
 
     def __init__(self, about: About, warn: Callable[[str], None]) -> None:
         self._about = about
@@ -46,7 +53,7 @@ class Resource:
         self._attributes: dict[str, Value] = {}
 
     def attributes(self) -> Mapping[str, Value]:
-        """To be called from one thread. The same object comes back as long as nothing has changed."""
+        """The attributes; the same object until something changes. For use by one thread."""
         stamp = self._stamps()
         if not self._attributes or stamp != self._stamp:
             self._stamp = stamp
@@ -54,7 +61,10 @@ class Resource:
         return self._attributes
 
     def _stamps(self) -> tuple[tuple[int, int, int] | None, ...]:
-        """What changes when a file does: Kubernetes swaps a directory of them by renaming a link, so the inode is another one."""
+        """Values that change with the files.
+
+        Kubernetes replaces their directory by renaming a link, so the inode changes.
+        """
         if self._about.directory is None:
             return ()
         found: list[tuple[int, int, int] | None] = []

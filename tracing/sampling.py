@@ -1,13 +1,17 @@
-"""Whether a trace is recorded, and the ids of what is.
+"""Decides whether a trace is recorded, and creates ids.
 
-Who began the trace has decided for all of it: a proxy that follows keeps whole traces whole. Where nobody has (no context, or one that
-leaves it open), the trace id is held against the ratio, as OpenTelemetry's TraceIdRatioBased does; so all proxies with the same ratio
-decide alike without asking each other. Ratio 0, the default, means that this proxy begins no traces.
+The sender that began a trace has decided for all of it. A proxy that follows this decision keeps
+traces complete. Without a decision (no context, or one that leaves it open), the trace id is
+compared with the ratio, like OpenTelemetry's TraceIdRatioBased. So all proxies with the same ratio
+decide alike, without communication. Ratio 0, the default, means that this proxy begins no traces.
 
-A proxy that does not follow stands where strangers come in, and decides for all behind it: a *no* against a caller's *yes* is passed on, or
-each of those would record what this one was told to keep out. A decision is changed together with the span's id (W3C, section 3.4).
+A proxy that does not follow is at the edge, where untrusted clients connect, and decides for all
+hops after it. If it decides against recording, but the caller wanted it, the decision is forwarded.
+Otherwise the next hops would record what this proxy is configured to exclude. A decision is changed
+together with the span id (W3C, section 3.4).
 
-Ids are random and need not be secret: one generator, seeded by the system, is fifteen times cheaper than asking the system for each.
+Ids are random but not secret: one generator, seeded by the system, is fifteen times cheaper than a
+system call for each id.
 """
 
 from __future__ import annotations
@@ -25,20 +29,23 @@ _RATIO_BITS = 64
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """`ratio`: which part of the traces without a decision is recorded, from 0 to 1. `follow`: the caller's decision counts."""
+    """`ratio`: the part of undecided traces to record, 0 to 1. `follow`: follow the caller."""
 
     ratio: float = 0.0
     follow: bool = True
 
     def records(self, trace_id: bytes) -> bool:
-        """Whether a trace that nobody has decided upon is recorded."""
+        """Whether a trace without a decision is recorded."""
         return int(trace_id[16:], 16) < int(self.ratio * 2**_RATIO_BITS)
 
 
 @dataclass(slots=True)
 class Trace:
-    """What a request has of a trace. Where it is `sampled` the ids are those of our span, `parent` is the caller's (b"": it is the first
-    one), and the request's headers say so; otherwise they are the caller's, for the log."""
+    """The trace of a request.
+
+    If it is `sampled`, the ids are those of our span, `parent` is the caller's span (b"": none),
+    and the request's headers have our span. Otherwise the ids are the caller's, for the log.
+    """
 
     sampled: bool
     trace_id: bytes
@@ -48,7 +55,7 @@ class Trace:
 
 
 class Tracer:
-    """Decides and draws ids for one kind of listener. Nothing in it waits, and nothing is kept per request."""
+    """Decides and creates ids for one kind of listener. Never waits; no state per request."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
@@ -56,12 +63,15 @@ class Tracer:
         self._bits = random.Random().getrandbits  # noqa: S311  (seeded from the system; not a secret)
 
     def span_id(self) -> bytes:
-        """A new id, which is not zero."""
+        """A new id, never zero."""
         return hexlify((self._bits(64) or 1).to_bytes(8, "big"))
 
     def begin(self, fields: list[Field]) -> Trace | None:
-        """The trace of a request with these header fields, which are rewritten in place where a span of ours is to be recorded, or where
-        this proxy has decided for a trace that begins here. None: there is no trace."""
+        """Return the trace of a request with these header fields; None: there is no trace.
+
+        The fields are rewritten in place if our span is to be recorded, or if this proxy has
+        decided about a new trace.
+        """
         places = locate(fields)
         if not places:
             return self._root(fields) if self._begins else None
@@ -73,8 +83,11 @@ class Tracer:
         return self._go_on(fields, carried)
 
     def _begin_anew(self, fields: list[Field]) -> Trace | None:
-        """Several traceparents are none (W3C, section 3.2), and whoever comes next might take one or the other of them for the caller's. So
-        exactly one goes on: that of the context in another format, or of a trace that begins here."""
+        """Handle several traceparents, which count as none (W3C, section 3.2).
+
+        The next hop might use any of them. So exactly one is forwarded: that of the context in
+        another format, or of a new trace.
+        """
         drop_standard(fields)
         carried = extract(fields)
         if carried is None:
@@ -85,7 +98,7 @@ class Tracer:
         return self.begin(fields)
 
     def _go_on(self, fields: list[Field], carried: Carried) -> Trace | None:
-        """The trace of a request that came with a context."""
+        """Return the trace of a request that arrived with a context."""
         context = carried.context
         trace_id = context.trace_id or b"%032x" % (self._bits(128) or 1)
         sampled = context.sampled
@@ -105,11 +118,13 @@ class Tracer:
         return Trace(True, trace_id, span_id, caller, context.state)
 
     def glance(self, lines: bytes) -> tuple[Trace | None, bytes] | None:
-        """What `begin` would find for a request with these lines of header fields, and the lines as they go on then, for the commonest
-        ones; None: it has to be asked."""
+        """Fast version of `begin` for the most common header lines. None: call `begin`.
+
+        Returns the trace, and the lines to forward.
+        """
         lower = lines.lower()
         mentions = lower.count(b"trace")
-        if not mentions and lower.find(b"b3") < 0:  # one of them is in the name of each header
+        if not mentions and lower.find(b"b3") < 0:  # every trace header's name has one
             return None if self._begins else (None, lines)
         found = glimpse(lines, lower, mentions) if self._sampling.follow else None
         if found is None:
@@ -124,7 +139,7 @@ class Tracer:
         return Trace(True, trace_id, span_id, caller, state), lines
 
     def next_glance(self, trace: Trace, lines: bytes, parent: bytes) -> bytes | None:
-        """What `next_attempt` would make of lines whose context was seen at a glance. None: it was not."""
+        """Fast version of `next_attempt` for lines that `glance` can parse. None: it cannot."""
         lower = lines.lower()
         found = glimpse(lines, lower, lower.count(b"trace"))
         if found is None:
@@ -135,16 +150,16 @@ class Tracer:
         return lines[:shown] + parent + lines[shown + width :] if shown else lines
 
     def connection(self) -> Trace | None:
-        """The trace of a connection in which nothing can carry one; None: it has none."""
+        """The trace of a connection whose protocol cannot carry one. None: it is not recorded."""
         if not self._begins:
             return None
         trace_id = b"%032x" % (self._bits(128) or 1)
         return Trace(True, trace_id, self.span_id()) if self._sampling.records(trace_id) else None
 
     def next_attempt(self, trace: Trace, fields: list[Field], parent: bytes) -> None:
-        """The request is sent once more: give it a span of its own under `parent`, beside the last one."""
+        """Give the next attempt of a request its own span under `parent`."""
         trace.span_id = self.span_id()
-        carried = extract(fields)  # what we have written for the attempt before, in the formats that it came in
+        carried = extract(fields)  # what we wrote for the previous attempt, in the original formats
         if carried is None:
             begin(fields, TraceContext(trace.trace_id, trace.span_id, sampled=True, random=True))
             return
@@ -156,7 +171,7 @@ class Tracer:
     def _root(self, fields: list[Field]) -> Trace:
         trace_id = b"%032x" % (self._bits(128) or 1)
         sampled = self._sampling.records(trace_id)
-        # A no is passed on too, or the next proxy would draw lots again.
+        # A negative decision is forwarded too; otherwise the next proxy would decide again.
         root = TraceContext(trace_id, self.span_id(), sampled, random=True)
         begin(fields, root)
         return Trace(sampled, trace_id, root.span_id)

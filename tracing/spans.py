@@ -1,12 +1,14 @@
-"""What a request, its response, and a connection give a span: OpenTelemetry's semantic conventions for HTTP, RPC, TLS and networks.
+"""Converts records of requests, responses and connections to spans.
 
-The data path fills a record, which is a few references and numbers, and goes on. Everything that takes time is done here, later, by the
-exporter's thread: a pure function from a record to a name, attributes, events and a status.
+The spans follow OpenTelemetry's semantic conventions for HTTP, RPC, TLS and networks. The data path
+only fills a record with a few references and numbers. The expensive work is done here, later, in
+the exporter's thread: a pure function from a record to a name, attributes, events and a status.
 
-Names have few values. `GET`, not the path: it has as many values as there are things to ask for, and the conventions forbid it; a gRPC
-method's full name is one of few. What may be secret does not get into a span: no header but User-Agent, no query unless that is
-configured (and then without the values of signatures), no user information of a URL, and no words that a peer has chosen beyond what
-the attributes below name. The mesh's own facts have names that begin with `isthmus.`; docs/tracing.md has the table of all.
+Span names have few values: `GET` without the path, which has too many values (the conventions
+forbid it); but the full name of a gRPC method. A span has nothing that may be secret: no header
+except User-Agent, no query unless configured (and then without the values of signatures), no user
+information of a URL, and no text of a peer except in the attributes below. The mesh's own
+attributes begin with `isthmus.`; docs/tracing.md lists all.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from tracing.attributes import GRPC_CODES, METHODS, SECRET_PARAMETERS, SERVER_ER
 Value = str | int | float | bool
 Kind = Literal["server", "client"]
 
-# A span is for reading: longer values are cut.
+# Spans are read by people: longer values are cut.
 LONGEST = 1024
 
 
@@ -34,7 +36,7 @@ class Address(Protocol):
 
 
 class TLS(Protocol):
-    """What was agreed on with a peer."""
+    """What was agreed on with a peer in the TLS handshake."""
 
     @property
     def version(self) -> str: ...
@@ -50,8 +52,10 @@ class TLS(Protocol):
 
 @dataclass(slots=True)
 class Record:
-    """What every span has. Times are nanoseconds since 1970. What is known when it begins is given by place, which is cheaper than by
-    name."""
+    """The common part of all records. Times in nanoseconds since 1970.
+
+    What is known at the start is passed by position, which is faster than by keyword.
+    """
 
     kind: Kind
     trace_id: bytes
@@ -60,20 +64,20 @@ class Record:
     state: tuple[bytes, ...] = ()
     started: int = 0
     direction: str = ""
-    destination: Address | None = None  # where the connection was going before it was redirected
+    destination: Address | None = None  # the original destination of the connection
     _: KW_ONLY
     peer: Address | None = None
     tls: TLS | None = None
-    identity: str | None = None  # the peer's, verified
+    identity: str | None = None  # of the peer, verified
     ended: int = 0
-    remote: bool = True  # the parent is somebody else's
-    follows: bytes = b""  # the attempt before this one
-    service: str | None = None  # what it was meant for, as "namespace/name"; "cluster/" before it: of another cluster
-    chosen: str | None = None  # what that led to: a backend of a split, or where else it is served
-    failure: str | None = None  # a reason of the proxy's own
+    remote: bool = True  # the parent is a span of another process
+    follows: bytes = b""  # the span of the previous attempt
+    service: str | None = None  # the destination: "namespace/name", or "cluster/namespace/name"
+    chosen: str | None = None  # the backend of a split, or the service that is used instead
+    failure: str | None = None  # a reason of this proxy
     words: str = ""
-    loop: str | None = None  # the kind of the loop that was stopped
-    cycle: str = ""  # its way round
+    loop: str | None = None  # the kind of the loop
+    cycle: str = ""  # the path of the loop
 
 
 @dataclass(slots=True)
@@ -88,7 +92,7 @@ class HttpRecord(Record):
     grpc: bool = False
     agent: bytes | None = None
     status: int = 0
-    head_at: int = 0  # when the response's head was there; 0: never
+    head_at: int = 0  # when the response's head arrived; 0: never
     grpc_status: bytes | None = None
     proxy_status: bytes | None = None
     attempt: int = 0
@@ -98,16 +102,16 @@ class HttpRecord(Record):
 
 @dataclass(slots=True)
 class StreamRecord(Record):
-    """One connection whose bytes are relayed as they are."""
+    """One connection whose bytes are relayed."""
 
-    protocol: str = ""  # what its first bytes looked like
+    protocol: str = ""  # by detection from the first bytes
     read: int = 0
     written: int = 0
 
 
 @dataclass(slots=True)
 class Described:
-    """A record in OpenTelemetry's words. `error` is the status: None unset, else its description."""
+    """A record in OpenTelemetry's terms. `error`: the status description; None: status unset."""
 
     name: str
     attributes: dict[str, Value]
@@ -116,7 +120,7 @@ class Described:
 
 
 def describe(record: Record, *, query: bool = False) -> Described:
-    """What is said of a record. `query`: query strings may be shown."""
+    """Convert a record. `query`: whether query strings may be shown."""
     attributes: dict[str, Value] = {Name.TRANSPORT: "tcp", Name.DIRECTION: record.direction}
     _network(record, attributes)
     if isinstance(record, HttpRecord):
@@ -138,8 +142,8 @@ def describe(record: Record, *, query: bool = False) -> Described:
     return described
 
 
-# Reasons whose words are the proxy's own and the directory's: addresses, identities, limits. What the words of the others quote may
-# have come from a peer.
+# Reasons whose message is written by the proxy and the directory only: addresses, identities,
+# limits. The messages of other reasons may quote a peer.
 _OWN_WORDS = re.compile(r"(connect_|tls_|loop|no_endpoint|pool_|identity_|upstream_timeout|request_timeout|.*budget|.*breaker)")
 
 
@@ -179,7 +183,7 @@ def _network(record: Record, attributes: dict[str, Value]) -> None:
 
 
 def _exchange(record: HttpRecord, described: Described) -> None:
-    """What HTTP and RPC have in common."""
+    """Add what HTTP and RPC have in common."""
     attributes = described.attributes
     host, port = _host_port(record)
     if host:
@@ -203,7 +207,7 @@ _ALPN = {b"http/1.1": "1.1", b"h2": "2"}
 
 
 def _version(record: HttpRecord) -> str:
-    """Of HTTP on the connection that the span is about: ours to the next hop may have another one than the client's to us."""
+    """The HTTP version of the span's connection; the next hop may use another than the client."""
     agreed = _ALPN.get(record.tls.alpn) if record.kind == "client" and record.tls is not None else None
     return agreed or _text(record.version)
 
@@ -229,7 +233,7 @@ def _http(record: HttpRecord, attributes: dict[str, Value], *, query: bool) -> D
         attributes[Name.STATUS] = record.status
         if record.status >= (400 if record.kind == "client" else 500):
             attributes[Name.ERROR] = str(record.status)
-            error = ""  # the status says it all
+            error = ""  # the status code is enough
     return Described(method if known else "HTTP", attributes, error)
 
 
@@ -238,14 +242,14 @@ def _rpc(record: HttpRecord, attributes: dict[str, Value]) -> Described:
     method = path.removeprefix("/")
     attributes[Name.RPC_SYSTEM] = "grpc"
     code = _grpc_code(record)
-    if code == "UNIMPLEMENTED":  # nobody knows this method, so it is any text at all
+    if code == "UNIMPLEMENTED":  # the method does not exist, so its name may be any text
         attributes |= {Name.RPC_METHOD: "_OTHER", Name.RPC_METHOD_ORIGINAL: method}
         name = "grpc"
     else:
         attributes[Name.RPC_METHOD] = method
         name = method or "grpc"
     if record.status not in (0, 200):
-        attributes[Name.STATUS] = record.status  # not gRPC's way to answer: somebody in between did
+        attributes[Name.STATUS] = record.status  # gRPC answers 200: an intermediary sent this
     error = None
     if code is not None:
         attributes[Name.RPC_STATUS] = code
@@ -263,8 +267,11 @@ def _grpc_code(record: HttpRecord) -> str | None:
 
 
 def _path(target: bytes) -> tuple[str, str]:
-    """Path and query of a request target in any of its forms. An absolute form's authority, which may have user information, is not
-    part of either, nor is the authority that CONNECT asks for."""
+    """The path and the query of a request target in any form.
+
+    The authority of an absolute-form target (which may have user information) or of CONNECT is not
+    included.
+    """
     text = _text(target)
     if "://" in text.partition("?")[0]:
         rest = text.partition("://")[2]
@@ -277,7 +284,7 @@ def _path(target: bytes) -> tuple[str, str]:
 
 
 def redacted(query: str) -> str:
-    """A query string without the values that are known to be signatures or keys."""
+    """A query string with the values of known signatures and keys replaced."""
     parts = [part.partition("=") for part in query.split("&")]
     return "&".join(f"{key}=REDACTED" if key in SECRET_PARAMETERS else key + equals + value for key, equals, value in parts)
 
@@ -286,7 +293,7 @@ _HOST_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:@\[\]]*))(?::([0-9]{1,5})
 
 
 def _host_port(record: HttpRecord) -> tuple[str, int | None]:
-    """Whom the request was for. Its own words count before the address it was sent to; user information is left out."""
+    """The host and port in the request; otherwise the original destination. No user information."""
     authority = _text(record.authority or b"").rpartition("@")[2]
     match = _HOST_PORT.match(authority)
     if match is not None and (match[1] or match[2]):

@@ -1,11 +1,12 @@
-"""W3C trace context: the `traceparent` and `tracestate` headers (W3C Recommendation "Trace Context", level 1, with the random flag of
-level 2).
+"""W3C trace context: the `traceparent` and `tracestate` headers.
 
-A traceparent is `version-traceid-parentid-flags`, in lower-case hexadecimal. Of a higher version than ours the first four fields are
-used as if it were ours, as section 3.2.4 asks: a proxy that refused them would cut every trace when applications upgrade. A header
-that is not right in any detail is treated as absent: half a context joins spans that do not belong together. The tracestate belongs to
-the tracing systems. A proxy that adds nothing to it passes it on byte for byte; it is read only for the span, where it is cut to its
-limits, and thrown away whole if it is malformed (section 3.3.1.5), never the traceparent with it.
+W3C Recommendation "Trace Context", level 1, with the random flag of level 2. A traceparent is
+`version-traceid-parentid-flags`, in lower-case hexadecimal. Of a higher version, the first four
+fields are used as in version 00 (section 3.2.4): a proxy that refused it would cut every trace when
+applications upgrade. A header with any error counts as absent, because half a context would join
+unrelated spans. The tracestate belongs to the tracing systems. It is forwarded byte for byte. It is
+parsed only for the span, where it is cut to its limits. If it is malformed, the span omits it
+completely (section 3.3.1.5), but keeps the traceparent.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ from tracing.context import NO_SPAN, NO_TRACE, REPEATED, Field, Format, Places, 
 
 SAMPLED = 0x01
 RANDOM = 0x02
-# Section 3.3.1.1: at most 32 members; section 3.3.1.5: at least 512 characters have to be kept. We keep 512, dropping whole members,
-# the long ones (over 128 characters) first, then from the end.
+# Section 3.3.1.1: at most 32 members. Section 3.3.1.5: at least 512 characters must be kept. We
+# keep 512, and drop whole members: first those over 128 characters, then from the end.
 MOST_MEMBERS = 32
 MOST_CHARACTERS = 512
 LONG_MEMBER = 128
-# A list longer than this, which is passed on like any other, is not shown on spans.
+# A longer list is forwarded, but not shown on spans.
 _LONGEST = 4096
 
-# Of flags that this version does not define only the known bits may be relied upon (section 3.2.4).
+# Of the flags, only the known bits may be used (section 3.2.4).
 _FLAGS = {b"%02x" % bits: (bits & SAMPLED != 0, bits & RANDOM != 0) for bits in range(256)}
 _BITS = {(True, False): b"01", (True, True): b"03", (False, False): b"00", (False, True): b"02"}
 _PARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?\Z", re.DOTALL)
-# The header's line in its usual form, behind another one: of our version, and no flags but the known; and where in it the span stands.
+# The header's line in its usual form, after another line: version 00 and known flags only. And the
+# offset of the span id in it.
 USUAL = re.compile(rb"\n.{11}: 00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-0(?:([13])|[02])\r\n")
 USUAL_SPAN = len(b"\ntraceparent: 00-%b-" % NO_TRACE)
 _STATE = b"\ntracestate: "
@@ -38,7 +40,7 @@ _VALUE = re.compile(r"[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3
 
 
 def parse(traceparent: bytes) -> TraceContext | None:
-    """The context in a header's value; None when it is not valid."""
+    """Parse the header's value. None: it is not valid."""
     match = _PARENT.match(traceparent) or _PARENT.match(traceparent.strip(b" \t"))
     if match is None:
         return None
@@ -49,12 +51,12 @@ def parse(traceparent: bytes) -> TraceContext | None:
 
 
 def traceparent(context: TraceContext) -> bytes:
-    """The header's value, always of version 00, with the flags that version knows (sampled, random)."""
+    """The header's value, always of version 00, with its flags (sampled, random)."""
     return b"00-%b-%b-%b" % (context.trace_id, context.span_id, _BITS[context.sampled is True, context.random])
 
 
 def _read(places: Places, fields: list[Field]) -> TraceContext | None:
-    # More than one traceparent is none (section 3.2).
+    # More than one traceparent counts as none (section 3.2).
     place = places.get(b"traceparent", REPEATED)
     context = parse(fields[place][1]) if place != REPEATED else None
     if context is not None and b"tracestate" in places:
@@ -63,7 +65,7 @@ def _read(places: Places, fields: list[Field]) -> TraceContext | None:
 
 
 def _state(places: Places, fields: list[Field]) -> tuple[bytes, ...]:
-    """What waits in the queue with its span, and so must not be long."""
+    """The tracestate for the span. Empty if it is too long to wait in the queue."""
     place = places[b"tracestate"]
     every = place == REPEATED
     state = tuple([value for name, value in fields if name.lower() == b"tracestate"]) if every else (fields[place][1],)
@@ -79,8 +81,10 @@ W3C = Format("w3c", _read, _write)
 
 
 def state_of(lines: bytes, lower: bytes) -> tuple[bytes, ...] | None:
-    """What `_state` finds, of lines that each end with CRLF (`lower`: the same in lower case). None: there is more than one tracestate, or
-    it stands in the first line."""
+    """Fast version of `_state` for lines that each end with CRLF (`lower`: in lower case).
+
+    None: there is more than one tracestate, or it is in the first line.
+    """
     begins = lower.find(_STATE) + len(_STATE)
     found = begins >= len(_STATE)
     if lower.count(_STATE[1:-1]) != found:
@@ -90,8 +94,10 @@ def state_of(lines: bytes, lower: bytes) -> tuple[bytes, ...] | None:
 
 
 def parse_state(values: Iterable[bytes]) -> tuple[tuple[str, str], ...]:
-    """The members of a tracestate; several headers are one list (section 3.3.1.4). None at all when one is malformed or repeated, or when
-    there are more than 32."""
+    """Parse the members of a tracestate; several headers form one list (section 3.3.1.4).
+
+    Empty if a member is malformed or repeated, or if there are more than 32.
+    """
     members: dict[str, str] = {}
     for value in values:
         for raw in value.split(b","):

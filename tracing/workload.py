@@ -1,12 +1,12 @@
-"""Which workload a pod belongs to, and what its service is called: by the labels that Kubernetes' controllers set, and by how they name
-pods.
+"""The workload of a pod and the name of its service, by Kubernetes' labels and the pod's name.
 
     Deployment   web-7d4b9c6f5d-x2x9k    label pod-template-hash: 7d4b9c6f5d; its ReplicaSet is web-7d4b9c6f5d
     StatefulSet  db-0                    labels statefulset.kubernetes.io/pod-name, apps.kubernetes.io/pod-index
     DaemonSet    agent-8kq2z             label controller-revision-hash, and none of a StatefulSet's
     Job          report-28371960-k4m2c   label batch.kubernetes.io/job-name (before 1.27: job-name); of a CronJob if it ends in minutes
 
-Without labels the name alone has to do; the alphabet of generated suffixes (no vowels, none of 0, 1, 3) makes mistakes rare.
+Without labels, only the name is used. The alphabet of generated suffixes (no vowels, none of 0, 1,
+3) makes mistakes rare.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _SAFE = "[bcdfghjklmnpqrstvwxz2456789]"
 _REPLICA = re.compile(rf"(.+)-({_SAFE}{{6,10}})-{_SAFE}{{5}}")
 _GENERATED = re.compile(rf"(.+)-{_SAFE}{{5}}")
 _ORDINAL = re.compile(r"(.+)-[0-9]+")
-# A CronJob names its Jobs by the minute that they were due, counted from 1970: eight digits until the year 2160.
+# The name of a CronJob's Job ends with its due minute since 1970: eight digits until the year 2160.
 _SCHEDULED = re.compile(r"(.+)-[0-9]{8}")
 
 ANNOTATION = "resource.opentelemetry.io/"
 
 
 def owner(name: str, labels: Mapping[str, str]) -> dict[str, str]:
-    """The attributes of the workload that owns the pod called `name`; none if nothing tells."""
+    """The attributes of the workload that owns the pod `name`. Empty if it is unknown."""
     template = labels.get("pod-template-hash", "")
     if template:
         base, found, _ = name.rpartition(f"-{template}-")
@@ -48,8 +48,8 @@ def _named(attribute: str, pattern: re.Pattern[str], name: str) -> dict[str, str
     return {attribute: match[1]} if match else {}
 
 
-# What a service is called if nobody has said: OpenTelemetry's order for Kubernetes (semantic conventions, "Specify resource attributes
-# using Kubernetes annotations").
+# The default service name: OpenTelemetry's order for Kubernetes (semantic conventions, "Specify
+# resource attributes using Kubernetes annotations").
 _OWNERS = (
     "k8s.deployment.name", "k8s.replicaset.name", "k8s.statefulset.name", "k8s.daemonset.name", "k8s.cronjob.name", "k8s.job.name",
     "k8s.pod.name", "k8s.container.name",
@@ -57,8 +57,11 @@ _OWNERS = (
 
 
 def service(attributes: Mapping[str, str], *, labels: bool) -> dict[str, str]:
-    """The service.* attributes that follow from those of the pod and its owner. `labels`: the well-known labels count; they are not asked
-    by default, since charts give all their parts the same."""
+    """The service.* attributes that follow from those of the pod and its owner.
+
+    `labels`: use the well-known labels. Off by default, because charts give the same labels to all
+    their parts.
+    """
 
     def label(name: str) -> str:
         return attributes.get(f"k8s.pod.label.app.kubernetes.io/{name}", "") if labels else ""
