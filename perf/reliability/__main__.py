@@ -22,7 +22,7 @@ from lab.sandbox import available, command_line, inside
 from perf.__main__ import machine
 from perf.pair import IMAGE, IMAGE_ENVIRONMENT
 from perf.reliability import faults, floods
-from perf.reliability.bed import bed
+from perf.reliability.bed import all_first, bed
 from perf.reliability.report import Row, table, write
 
 FLOODS = frozenset(flood.name for flood in (*floods.FLOODS, floods.ALL))
@@ -58,8 +58,9 @@ async def measure(only: frozenset[str]) -> list[Row]:
         async with bed() as place:
             await take(floods.run(place, only))
     if only & FAULTS:
-        async with Lab() as lab:
-            await take(faults.run(lab, only))
+        with all_first():
+            async with Lab() as lab:
+                await take(faults.run(lab, only))
     return rows
 
 
