@@ -19,7 +19,7 @@ from proxy.errors import AllBroken, TunnelRefused, Undelivered, UpstreamTLSError
 from proxy.net.address import Address
 from proxy.net.exceptions import ConnectFailed
 from proxy.net.socket_stream import Stream
-from tests.kit.apps import HOST, EndpointSet, application, way_in, way_out
+from tests.kit.apps import HOST, Fleet, application, way_in, way_out
 from tests.kit.clusters import LISTEN
 from tests.kit.dispatch import Mesh, mesh, policy
 from tests.kit.http import GET, connect, until
@@ -124,21 +124,21 @@ def fast(request: pytest.FixtureRequest) -> bool:
 
 async def _hears(folder: Path, fast: bool, name: str, protocol: str, allow: str = "") -> tuple[bytes, float]:
     """What a client hears whose proxy connects to a sidecar as `name`, and after how many seconds. The queue's timeout is 20 s."""
-    endpoint_set = EndpointSet(folder)
+    fleet = Fleet(folder)
 
     async def greet(stream: trio.SocketStream) -> None:
         await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 
     async with application(greet) as port:
-        settings = {**LISTEN, "fixed_destination": f"{HOST}:{port}"} | ({"allow": {port: [endpoint_set.identity(allow)]}} if allow else {})
-        async with endpoint_set.running("server", inbound=settings, fast_path=fast) as server:
+        settings = {**LISTEN, "fixed_destination": f"{HOST}:{port}"} | ({"allow": {port: [fleet.identity(allow)]}} if allow else {})
+        async with fleet.running("server", inbound=settings, fast_path=fast) as server:
             place = way_in(server)
-            endpoint = {"address": HOST, "identity": endpoint_set.identity(name), "ports": {"80": place}}
+            endpoint = {"address": HOST, "identity": fleet.identity(name), "ports": {"80": place}}
             ports = [{"port": 80, "protocol": protocol}]
             rules = {"queue": {"timeout": "20s"}}
             service = {"name": "shop", "addresses": [SERVICE], "ports": ports, "endpoints": [endpoint], "policy": rules}
             outbound = {**LISTEN, "fixed_destination": f"{SERVICE}:80"}
-            async with endpoint_set.running("west", {"services": [service]}, outbound=outbound, fast_path=fast) as west:
+            async with fleet.running("west", {"services": [service]}, outbound=outbound, fast_path=fast) as west:
                 client, since = await connect(Address(HOST, way_out(west))), trio.current_time()
                 await client.send(GET)
                 if protocol == "opaque":
@@ -171,7 +171,7 @@ async def test_an_opaque_connection_that_the_policy_does_not_allow_is_closed_at_
 
 async def test_a_connection_that_is_lost_in_the_handshake_is_tried_again(tmp_path: Path, fast: bool) -> None:
     """As by a sidecar that is stopped within a handshake, and comes back."""
-    endpoint_set, seen = EndpointSet(tmp_path), 0
+    fleet, seen = Fleet(tmp_path), 0
 
     async def cut(stream: trio.SocketStream) -> None:
         nonlocal seen
@@ -179,12 +179,12 @@ async def test_a_connection_that_is_lost_in_the_handshake_is_tried_again(tmp_pat
         await stream.receive_some(1)
 
     async with application(cut) as port:
-        endpoint = {"address": HOST, "identity": endpoint_set.identity("server"), "ports": {"80": port}}
+        endpoint = {"address": HOST, "identity": fleet.identity("server"), "ports": {"80": port}}
         ports = [{"port": 80, "protocol": "http1"}]
         rules = {"queue": {"timeout": "1s"}}
         service = {"name": "shop", "addresses": [SERVICE], "ports": ports, "endpoints": [endpoint], "policy": rules}
         outbound = {**LISTEN, "fixed_destination": f"{SERVICE}:80"}
-        async with endpoint_set.running("west", {"services": [service]}, outbound=outbound, fast_path=fast) as west:
+        async with fleet.running("west", {"services": [service]}, outbound=outbound, fast_path=fast) as west:
             client, since = await connect(Address(HOST, way_out(west))), trio.current_time()
             answer = await client.ask()
             assert (answer.status, trio.current_time() - since >= 1) == (502, True)

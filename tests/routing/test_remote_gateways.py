@@ -25,7 +25,7 @@ from proxy.net.address import Address
 from proxy.net.exceptions import ConnectFailed, ConnectionLost
 from proxy.net.socket_stream import SocketStream
 from proxy.routing.remote_gateways import RemoteGateways
-from tests.kit.apps import HOST, EndpointSet, application, mirror, way_in, way_out
+from tests.kit.apps import HOST, Fleet, application, mirror, way_in, way_out
 from tests.kit.clusters import LISTEN, NAMED, NOWHERE, Clusters, ask, clusters, east_directory, west_directory
 from tests.kit.http import BROKEN, Peer, connect, until
 
@@ -69,7 +69,7 @@ async def test_a_gateway_that_does_not_answer_is_left_out_until_it_does(tmp_path
         assert answer.status == 503
         assert f"no gateway of east is usable: {HOST}:{port}: ".encode() in answer.body
         settings = {"enabled": True, "listen": [f"{HOST}:{port}"]}
-        async with all_.endpoint_set.running("gateway", east_directory(way_in(all_.server)), gateway=settings):
+        async with all_.fleet.running("gateway", east_directory(way_in(all_.server)), gateway=settings):
             await until(lambda: counted(all_, 'gateways_usable{cluster="east"} 1.0'), PATIENCE)
             assert (await all_.ask("c.east")).status == 200
 
@@ -90,12 +90,12 @@ async def test_a_gateway_with_another_identity_is_none(tmp_path: Path) -> None:
             "clusters": [
                 {
                     "name": "east",
-                    "gateways": [{"address": HOST, "port": way_in(all_.gateway), "identity": EndpointSet.identity("other")}],
+                    "gateways": [{"address": HOST, "port": way_in(all_.gateway), "identity": Fleet.identity("other")}],
                     "services": [{"name": "c", "ports": [{"port": 80}]}],
                 }
             ],
         }
-        all_.endpoint_set.direct(directory, "west")
+        all_.fleet.direct(directory, "west")
         await until(lambda: not all_.west.runtime.directory.current.services, PATIENCE)
         answer = await all_.ask("c.east")
         assert answer.status in (502, 503)
@@ -131,24 +131,22 @@ async def unmoved(stream: trio.SocketStream) -> None:
 
 @asynccontextmanager
 async def stoppable(folder: Path, *, to: str = NOWHERE, protocol: str = "http1") -> AsyncIterator[Stopped]:
-    endpoint_set = EndpointSet(folder)
+    fleet = Fleet(folder)
     with socket.socket() as free:
         free.bind((HOST, 0))
         port = free.getsockname()[1]
     async with application(unmoved) as back:
-        trust = {"trusted_gateways": [endpoint_set.identity("gateway")]}
+        trust = {"trusted_gateways": [fleet.identity("gateway")]}
         inside: dict[str, Any] = {**LISTEN, "fixed_destination": f"{HOST}:{back}", **trust}
-        async with endpoint_set.running("server", inbound=inside) as server:
+        async with fleet.running("server", inbound=inside) as server:
             entry = {"enabled": True, "listen": [f"{HOST}:{port}"]}
-            file = endpoint_set.configure("gateway", east_directory(way_in(server)), gateway=entry)
+            file = fleet.configure("gateway", east_directory(way_in(server)), gateway=entry)
             process = await trio.lowlevel.open_process([sys.executable, "-m", "proxy.cli", "run", "--config", str(file)])
             try:
                 directory = west_directory(port)
                 directory["clusters"][0]["services"][0]["ports"][0]["protocol"] = protocol
                 probes = {"probe_interval": "100ms", "probe_timeout": "1500ms"}
-                async with endpoint_set.running(
-                    "west", directory, outbound={**LISTEN, **NAMED, "fixed_destination": to}, clusters=probes
-                ) as west:
+                async with fleet.running("west", directory, outbound={**LISTEN, **NAMED, "fixed_destination": to}, clusters=probes) as west:
                     yield Stopped(west, process, port)
             finally:
                 process.kill()
