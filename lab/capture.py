@@ -60,7 +60,7 @@ class Capture:
         self._socket = network.open_socket(self.pod.netns, socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK)
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
-        except PermissionError:  # needs the capability in the first user namespace; the laboratory may be rootless
+        except PermissionError:  # needs the capability in the first user namespace; the lab may be rootless
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
         # a packet socket without a protocol receives nothing before this
         self._socket.bind((self.interface, _ETH_P_ALL))

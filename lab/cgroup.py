@@ -56,7 +56,7 @@ def memory_cgroup(name: str, limit: int) -> Iterator[MemoryCgroup]:
     except OSError as error:
         with contextlib.suppress(OSError):
             folder.rmdir()
-        raise LabError(f"a memory cgroup cannot be created here ({error}): run this as root, with the memory controller delegated") from error
+        raise LabError(f"a memory cgroup cannot be created here ({error}): run as root, with the memory controller delegated") from error
     try:
         yield MemoryCgroup(folder, limit, unified=unified)
     finally:

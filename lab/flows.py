@@ -3,7 +3,7 @@
 A flow is assembled by the sequence numbers of its segments (RFC 9293, section 3.4), so
 retransmissions and reordering do not matter. A gap ends the known part of that direction and is
 reported. TLS is recognised by its records (RFC 8446, section 5.1) and by the two hellos, the only
-plaintext of TLS 1.3; they name version, cipher suite and group.
+clear text of TLS 1.3; they name version, cipher suite and group.
 """
 
 import ipaddress
@@ -45,7 +45,7 @@ def parse_frame(frame: bytes) -> Segment | None:
         kind = int.from_bytes(frame[12:14])
         if kind == 0x0800 and frame[14] >> 4 == 4 and frame[23] == 6:
             if int.from_bytes(frame[20:22]) & 0x3FFF:
-                return None  # a fragment; the laboratory's links have one MTU, so there are none
+                return None  # a fragment; the lab's links have one MTU, so there are none
             start, end = 14 + (frame[14] & 15) * 4, 14 + int.from_bytes(frame[16:18])
             hosts = frame[26:30], frame[30:34]
         elif kind == 0x86DD and frame[20] == 6:

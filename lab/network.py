@@ -31,7 +31,7 @@ class Subnets(NamedTuple):
     def numbered(cls, number: int) -> "Subnets":
         """The plan of the cluster with this number (1-100), from the private ranges of RFC 1918 and RFC 4193."""
         if not 1 <= number <= 100:
-            raise ValueError(f"a laboratory has at most 100 clusters, this would be number {number}")
+            raise ValueError(f"a lab has at most 100 clusters, this would be number {number}")
         return cls(
             ipaddress.IPv4Network(f"10.{100 + number}.0.0/24"),
             ipaddress.IPv6Network(f"fd15:7400:{number:x}::/64"),

@@ -169,7 +169,7 @@ def on_the_wire(stage: Stage, wire: Capture, control: dict[str, Any]) -> None:
     report.prove(
         "no clear text", "the secret that all clients sent is not in the capture" if hidden else "the secret IS on the wire", hidden
     )
-    detail = "the same capture shows plaintext that was sent without the mesh" if seen else f"the capture is empty: {control}"
+    detail = "the same capture shows clear text that was sent without the mesh" if seen else f"the capture is empty: {control}"
     report.prove("capture works", detail, seen)
     wire.write_pcap(stage.lab.directory / "wire.pcap")
 

@@ -2,7 +2,7 @@
 the cost per request.
 
 Baseline: one process, a proxy without workers. The proxies run side by side and are loaded in turn,
-each round in a different order. The hop is plaintext on both sides, so client and server use as
+each round in a different order. The hop is clear text on both sides, so client and server use as
 little CPU as possible. But they run on the same cores and take CPU from the workers. So the output
 also has the maximum rate that these cores allow: all of their time, divided by the CPU of proxy,
 client and server per request. Memory is the processes' proportional share (PSS) after the load; it

@@ -350,7 +350,7 @@ class App:
             for sock in sockets:
                 _log.info("%s: %s", name, Address.of(sock.getsockname()))
         if self.identity is None:
-            _log.warning("no identity is configured: all traffic is plaintext")
+            _log.warning("no identity is configured: all traffic is clear text")
         else:
             _log.info("identity: %s, valid until %s", self.identity.id, self.identity.not_after.isoformat())
 

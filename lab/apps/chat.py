@@ -13,7 +13,7 @@ async def echo(connection: ServerConnection) -> None:
 
 
 async def main(port: int) -> None:
-    """Serve for ever."""
+    """Serve forever."""
     async with serve(echo, None, port, max_size=4 * 1024 * 1024) as server:
         await server.serve_forever()
 

@@ -16,7 +16,7 @@ class Mailbox:
 
 
 async def main(port: int) -> None:
-    """Serve for ever, on all addresses of both families."""
+    """Serve forever, on all addresses of both families."""
     server = await asyncio.get_running_loop().create_server(lambda: SMTP(Mailbox(), hostname="shop"), None, port)
     await server.serve_forever()
 

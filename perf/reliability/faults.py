@@ -336,7 +336,7 @@ async def _probe(kubelet: Pod, pod: Pod) -> None:
 
 
 async def half_written_directory(lab: Lab) -> Measured:
-    """Every prefix of the directory file exists for a moment; no plaintext may be sent."""
+    """Every prefix of the directory file exists for a moment; no clear text may be sent."""
     async with scene(lab, 1) as found:
         near = found.mesh.sidecars["web"]
         whole = near.directory_file.read_bytes()

@@ -77,7 +77,7 @@ def check_certificates(settings: Config) -> tuple[list[Result], Identity | None]
     name = "certificates"
     section = settings.identity
     if section is None:
-        return [Result(name, "skipped", "no identity is configured: traffic is plaintext", "configure the section identity")], None
+        return [Result(name, "skipped", "no identity is configured: traffic is clear text", "configure the section identity")], None
     files = MaterialFiles(section.certificate, section.key, tuple(section.roots))
     try:
         identity = Identity(files, TLSSettings(session_lifetime=section.session_lifetime, settle=section.settle))
@@ -153,7 +153,7 @@ def check_directory(settings: Config) -> tuple[list[Result], Directory | None]:
     """Read the directory file as the proxy does; every mistake becomes a result."""
     name = "directory"
     if settings.directory is None:
-        what = "no directory is configured: connections go to their original destination, in plaintext"
+        what = "no directory is configured: connections go to their original destination, in clear text"
         return [Result(name, "skipped", what, "configure directory.file")], None
     path = settings.directory.file
     try:

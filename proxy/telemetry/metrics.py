@@ -230,7 +230,7 @@ class Metrics:
             "certificate_start_timestamp_seconds", "Time when the proxy's whole certificate chain becomes valid (Unix time)."
         )
         self._roots = self._gauge("root_expiry_timestamp_seconds", "Time when the first trust root expires (Unix time).")
-        self.former_identities = self._gauge("former_identities", "Addresses that had an identity recently and get no plaintext.")
+        self.former_identities = self._gauge("former_identities", "Addresses that had an identity recently and get no clear text.")
         self._pool = self._gauge("pool_connections", "Connections to endpoints kept by the pools.", "state")
         self._span_queue = self._gauge("spans_waiting", "Spans that wait to be exported.")
         self.self_calls_waiting = self._gauge(
