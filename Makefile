@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 JAEGER := .venv-jaeger
 COMPILED := build/compiled
 AWS_LC := build/aws-lc
-SOURCES := $(shell find loopguard proxy tracing -name '*.py' | sort)
+SOURCES := $(shell find control loopguard proxy tracing -name '*.py' | sort)
 # Rebuilt when a module changes, or is added or removed.
 READY := $(COMPILED)/.ready-$(shell echo $(SOURCES) | cksum | cut -d ' ' -f 1)
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "identity": "proxy.commands.identity",
     "check": "proxy.commands.check",
     "directory": "proxy.commands.directory",
+    "control": "control.command",
     "demo": "lab.demo",
 }
 

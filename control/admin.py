@@ -1,0 +1,71 @@
+"""The admin listener of the control plane: /live, /ready and /metrics over HTTP/1.1.
+
+It runs in the loop of everything else, so that /live answers only if that does. One request a connection, few connections, little time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import h11
+import trio
+
+MOST_CONNECTIONS = 64
+# Seconds for a request and its answer.
+PATIENCE = 5.0
+_HEAD = 8192
+
+_TEXT = "text/plain; charset=utf-8"
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Admin:
+    """`not_ready` says why we are not, or ""; `metrics` gives their text."""
+
+    def __init__(self, not_ready: Callable[[], str], metrics: Callable[[], bytes]) -> None:
+        self._not_ready = not_ready
+        self._metrics = metrics
+        self._open = 0
+
+    async def serve(self, listeners: Sequence[trio.SocketListener]) -> None:
+        """Serve until cancelled. Closes `listeners`."""
+        if listeners:
+            await trio.serve_listeners(self.answer, list(listeners))
+
+    async def answer(self, stream: trio.abc.Stream) -> None:
+        """Answer one request. Closes `stream`."""
+        self._open += 1
+        try:
+            if self._open <= MOST_CONNECTIONS:
+                with trio.move_on_after(PATIENCE):
+                    await self._answer(stream)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, h11.ProtocolError):
+            pass  # whoever asked has gone, or does not speak HTTP
+        finally:
+            self._open -= 1
+            await trio.aclose_forcefully(stream)
+
+    async def _answer(self, stream: trio.abc.Stream) -> None:
+        http = h11.Connection(h11.SERVER, max_incomplete_event_size=_HEAD)
+        while not isinstance(event := http.next_event(), h11.Request):
+            if event is not h11.NEED_DATA:
+                return
+            http.receive_data(bytes(await stream.receive_some(4096)))
+        code, kind, body = self._page(event.method, event.target.partition(b"?")[0])
+        headers = [("Content-Type", kind), ("Content-Length", str(len(body))), ("Connection", "close")]
+        sent = http.send(h11.Response(status_code=code, headers=headers))
+        if event.method != b"HEAD":
+            sent += http.send(h11.Data(data=body))
+        await stream.send_all(sent)
+
+    def _page(self, method: bytes, path: bytes) -> tuple[int, str, bytes]:
+        if method not in (b"GET", b"HEAD"):
+            return 405, _TEXT, b"only GET\n"
+        if path == b"/live":
+            return 200, _TEXT, b"live\n"
+        if path == b"/ready":
+            reason = self._not_ready()
+            return (503, _TEXT, f"not ready: {reason}\n".encode()) if reason else (200, _TEXT, b"ready\n")
+        if path == b"/metrics":
+            return 200, METRICS_TYPE, self._metrics()
+        return 404, _TEXT, b"/live, /ready, /metrics\n"
