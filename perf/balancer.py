@@ -18,7 +18,7 @@ import trio
 
 from proxy.balancing.balancer import Balancer
 from proxy.directory import Endpoint, Target
-from proxy.exchange.client import ClientSettings
+from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.exchange import Clock, Exchange, Facts, Whole
 from proxy.net.address import Address
 from proxy.routing.dispatch import Dispatcher

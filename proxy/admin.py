@@ -34,8 +34,9 @@ import trio
 
 from proxy.config.schema import AdminConfig
 from proxy.exchange.exchange import Exchange, Facts, Handler, Whole, stack
-from proxy.exchange.h1.server import Drain, Http1Server, ServerSettings
+from proxy.exchange.h1.server import Http1Server
 from proxy.exchange.layers import deadline, rescue
+from proxy.exchange.server_settings import Drain, ServerSettings
 from proxy.net.accept import Acceptor, Connection
 from proxy.net.connection_slots import Bounds
 from proxy.net.disconnects import Disconnects

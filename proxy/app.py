@@ -44,7 +44,7 @@ from proxy.config.schema import GatewayConfig, InboundConfig, OutboundConfig
 from proxy.directory import Directory, DirectoryError, Endpoint
 from proxy.directory.watcher import IdentityLoss
 from proxy.dns.service import Names, pod_resolvers
-from proxy.exchange.h1.server import Drain
+from proxy.exchange.server_settings import Drain
 from proxy.fastpath.event_loop import Clock
 from proxy.fastpath.fast_path import FastPath
 from proxy.flows.gateway import gateway

@@ -124,21 +124,6 @@ CIRCLES: list[set[str]] = [
         "proxy.exchange.h2.stream",
     },
     {
-        "proxy.exchange.client",
-        "proxy.exchange.exchange",
-        "proxy.exchange.h1.request_body",
-        "proxy.exchange.h1.server",
-        "proxy.exchange.h2.server",
-        "proxy.exchange.handoff",
-        "proxy.exchange.max_forwards",
-        "proxy.exchange.upstream",
-        "proxy.exchange.upstream_head",
-    },
-    {
-        "proxy.telemetry.endpoint_metrics",
-        "proxy.telemetry.metrics",
-    },
-    {
         "proxy.fastpath.event_loop",
         "proxy.fastpath.fast_path",
         "proxy.fastpath.fast_relay",

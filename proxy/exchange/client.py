@@ -29,7 +29,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Hashable
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import dataclass
 from math import inf
 from typing import Generic, Protocol, TypeVar
 
@@ -37,6 +36,7 @@ import trio
 
 from proxy.errors import Undelivered, UpstreamClosed, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
 from proxy.exchange import max_forwards
+from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.exchange import Exchange
 from proxy.exchange.handoff import Handoff, Lease
 from proxy.exchange.reports import reported
@@ -64,14 +64,6 @@ _GATHER = 65536
 # Limits for reading the rest of a dropped response, so that its connection can be reused.
 _DROP_BYTES = 65536
 _DROP_SECONDS = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class ClientSettings:
-    """Timeouts for the server, in seconds."""
-
-    response_timeout: float = 300.0  # from the end of the request to the response head
-    stream_timeout: float = 3600.0  # between two pieces of a body, in either direction
 
 
 class Declined(Exception):

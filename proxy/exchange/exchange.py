@@ -36,7 +36,7 @@ from proxy.wire.sniff import Protocol as Spoken
 from tracing.sampling import Trace
 
 if TYPE_CHECKING:
-    from proxy.exchange.client import ClientSettings
+    from proxy.exchange.client_settings import ClientSettings
     from proxy.exchange.handoff import Handoff
 
 

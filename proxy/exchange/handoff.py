@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from proxy.exchange.h1.server import Http1Exchange, Http1Server
-    from proxy.exchange.h2.server import Http2Exchange, Http2Server
     from proxy.exchange.upstream import Carrier
 
 
@@ -51,31 +49,3 @@ class Handoff:
     to_server: bytes = b""  # unsent bytes of the request
     to_client: bytes = b""  # unsent bytes of the response
     failure: Exception | None = None  # the error that has ended the exchange
-
-
-class Carry(Protocol):
-    """The fast path, as seen by an HTTP/1 server."""
-
-    async def __call__(self, server: Http1Server) -> Http1Exchange | None:
-        """Carry exchanges of an idle connection for as long as the fast path supports them. After
-        this returns, the server owns the connection again. Bytes that were read but not used are in
-        `server.connection`. Returns an exchange that has begun, or None."""
-        ...
-
-
-class LentConnection(Protocol):
-    """A connection on the fast path, as seen by its server."""
-
-    def busy(self) -> bool:
-        """Whether it is in an exchange, or has read a part of the next request."""
-        ...
-
-
-class Fork(Protocol):
-    """The fast path, as seen by an HTTP/2 server. The connection is not lent; each of its streams
-    takes one of the two paths."""
-
-    def __call__(self, server: Http2Server, exchange: Http2Exchange) -> bool:
-        """Return True if the fast path carries `exchange`. If it later needs the ordinary path, the
-        fast path calls `server.serve`."""
-        ...

@@ -27,8 +27,8 @@ import trio
 
 from proxy.errors import ClientGone, RequestError, UpgradeFailed, UpstreamClosed, UpstreamLeft, UpstreamProtocolError, UpstreamReset
 from proxy.exchange.h1.pool import Upstream
+from proxy.exchange.h2.body import Tunnel, body_length
 from proxy.exchange.h2.connection import Mux
-from proxy.exchange.h2.server import Tunnel, body_length
 from proxy.exchange.h2.stream import ConnectionLeft, MuxStream, StreamLost
 from proxy.exchange.prefixed_stream import READ_SIZE, Resumed
 from proxy.net.exceptions import ConnectionLost, NetError

@@ -8,8 +8,9 @@ import math
 
 import trio
 
-from proxy.exchange.h1.server import Drain, Http1Exchange, Http1Server
+from proxy.exchange.h1.server import Http1Exchange, Http1Server
 from proxy.exchange.h2.server import Http2Exchange, Http2Server
+from proxy.exchange.server_settings import Drain
 from proxy.fastpath.event_loop import EventLoop, enter, leave
 from proxy.fastpath.fast_relay import FastRelay
 from proxy.fastpath.h1_connection import FastConnection

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import trio
 
 from proxy.exchange import max_forwards
-from proxy.exchange.h2.server import Http2Exchange, Http2Server, body_length, too_large
+from proxy.exchange.h2.body import body_length, too_large
+from proxy.exchange.h2.server import Http2Exchange, Http2Server
 from proxy.exchange.h2.stream import MuxStream
 from proxy.exchange.handoff import Handoff
 from proxy.exchange.reports import is_report

@@ -14,13 +14,13 @@ from proxy.config.load import Config
 from proxy.directory import Endpoint, Former
 from proxy.directory.former_identities import FormerIdentities
 from proxy.errors import UpstreamTLSError
-from proxy.exchange.client import ClientSettings
+from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.exchange import Exchange, Facts
 from proxy.exchange.h1.pool import PoolSettings
-from proxy.exchange.h1.server import Drain, ServerSettings
 from proxy.exchange.h2.reset_pacing import ResetPace
 from proxy.exchange.h2.settings import MuxSettings
 from proxy.exchange.h2.stream_limit import StreamLimit
+from proxy.exchange.server_settings import Drain, ServerSettings
 from proxy.fastpath.fast_path import FastPath
 from proxy.flows.confirmation import confirmed
 from proxy.flows.late_detection import Found, look

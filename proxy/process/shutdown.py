@@ -19,7 +19,7 @@ from typing import Protocol
 import trio
 
 from proxy.config.schema import ShutdownConfig
-from proxy.exchange.h1.server import Drain
+from proxy.exchange.server_settings import Drain
 from proxy.net.accept import Acceptor
 
 # An application that is finishing its work makes its next connection within this time (seconds) of

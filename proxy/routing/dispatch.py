@@ -40,7 +40,7 @@ from proxy.errors import (
     describe,
     unanswered,
 )  # fmt: skip
-from proxy.exchange.client import ClientSettings
+from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.exchange import Exchange
 from proxy.net.exceptions import ConnectFailed
 from proxy.net.socket_stream import Stream

@@ -50,7 +50,8 @@ from proxy.errors import (
     describe,
     unanswered,
 )  # fmt: skip
-from proxy.exchange.client import IDEMPOTENT, ClientSettings, Declined
+from proxy.exchange.client import IDEMPOTENT, Declined
+from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.exchange import Attempt, Exchange
 from proxy.exchange.replay import Replay
 from proxy.net.exceptions import ConnectFailed

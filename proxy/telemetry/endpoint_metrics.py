@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 if TYPE_CHECKING:
-    from proxy.telemetry.metrics import Series
+    from proxy.telemetry.series import Series
 
 # Endpoints with an open circuit breaker that get a series of their own.
 _MOST_SHOWN = 256

@@ -18,16 +18,17 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
-from typing import Generic, Literal, Self, TypeVar
+from typing import Literal, Self
 
 import prometheus_client
 from OpenSSL import SSL
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-from proxy.telemetry.counters import MOST_SERIES, Spread, Tally
+from proxy.telemetry.counters import Spread, Tally
 from proxy.telemetry.endpoint_metrics import EndpointMetrics
 from proxy.telemetry.log_output import Why
 from proxy.telemetry.request_metrics import LATENCY_BUCKETS, Direction, HttpCollector, HttpMeasures
+from proxy.telemetry.series import Series
 from proxy.wire.h1 import fast_head
 
 Peer = Literal["src", "dst"]
@@ -35,27 +36,6 @@ Tls = Literal["mutual", "none", "passthrough", "unknown"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 DETECTION_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2, 3, 5, 10)
-
-_Child = TypeVar("_Child", Counter, Gauge, Histogram)
-
-
-class Series(Generic[_Child]):
-    """The children of one family by label values, looked up once and cached. New ones beyond
-    `MOST_SERIES` become "other".
-    """
-
-    def __init__(self, family: _Child, labels: int) -> None:
-        self._family: _Child = family
-        self._other = ("other",) * labels
-        self._children: dict[tuple[str, ...], _Child] = {}
-
-    def at(self, *values: str) -> _Child:
-        child = self._children.get(values)
-        if child is None:
-            if len(self._children) >= MOST_SERIES and values != self._other:
-                return self.at(*self._other)
-            child = self._children[values] = self._family.labels(*values) if values else self._family
-        return child
 
 
 class ConnectionRecord:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from proxy.exchange.h1.server import ServerSettings
+from proxy.exchange.server_settings import ServerSettings
 from proxy.wire.messages import Limits
 from tests.kit.hop import Settings, hop, through
 from tests.kit.http import GET, OK, POST, Message, Peer, answering, chunked, origin

@@ -15,8 +15,8 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from proxy.exchange.client import ClientSettings
-from proxy.exchange.h1.server import ServerSettings
+from proxy.exchange.client_settings import ClientSettings
+from proxy.exchange.server_settings import ServerSettings
 from tests.kit.build import interpreted
 from tests.kit.hop import Settings, hop, through
 from tests.kit.http import BROKEN, GET, OK, POST, Message, Peer, answering, echo, origin, until

@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from proxy.errors import NoEndpoint
-from proxy.exchange.h1.server import ServerSettings
+from proxy.exchange.server_settings import ServerSettings
 from tests.kit.hop import Settings, hop, through
 from tests.kit.http import GET, OK, Peer, answering, origin
 from tests.kit.http2_hop import through2

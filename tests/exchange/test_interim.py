@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from proxy.exchange.h1.server import ServerSettings
+from proxy.exchange.server_settings import ServerSettings
 from tests.kit.hop import Settings, through
 from tests.kit.http import GET, OK, Peer
 

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 import pytest
 import trio
 
-from proxy.exchange.h1.server import Drain
+from proxy.exchange.server_settings import Drain
 from proxy.fastpath import event_loop as room
 from proxy.fastpath.event_loop import Clock, EventLoop
 from proxy.fastpath.fast_path import FastPath

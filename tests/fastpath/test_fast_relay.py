@@ -14,7 +14,7 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.exchange.h1.server import Drain
+from proxy.exchange.server_settings import Drain
 from proxy.fastpath.fast_path import FastPath
 from proxy.net.exceptions import ConnectionLost, NetError
 from proxy.net.relay import Relayed, relay

@@ -13,7 +13,7 @@ from proxy.balancing.balancer import Balancer
 from proxy.config.document import Mistakes, load
 from proxy.directory import Endpoint, Target
 from proxy.directory.policy import Policy, read_policy
-from proxy.exchange.client import ClientSettings
+from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.exchange import Attempt, Exchange
 from proxy.net.address import Address
 from proxy.routing.dispatch import Dispatcher

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, cast
 
 from proxy.exchange.exchange import Exchange, Facts, Whole
-from proxy.exchange.h1.server import Drain, Http1Exchange, Http1Server, ServerSettings
+from proxy.exchange.h1.server import Http1Exchange, Http1Server
+from proxy.exchange.server_settings import Drain, ServerSettings
 from proxy.wire.messages import RequestHead
 
 

@@ -12,13 +12,14 @@ from typing import Protocol
 
 import trio
 
-from proxy.exchange.client import Client, ClientSettings
+from proxy.exchange.client import Client
+from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.exchange import Exchange, Facts, Layer, stack
 from proxy.exchange.h1.pool import Pool, PoolSettings
-from proxy.exchange.h1.server import Drain, Http1Server, ServerSettings
-from proxy.exchange.handoff import Carry
+from proxy.exchange.h1.server import Carry, Http1Server
 from proxy.exchange.layers import deadline, measure, rescue
 from proxy.exchange.leases import Http1Leases
+from proxy.exchange.server_settings import Drain, ServerSettings
 from proxy.exchange.trace_layer import Side, Tracing, trace
 from proxy.fastpath.fast_path import FastPath
 from proxy.fastpath.plan import ConnectionLease, StreamLease

@@ -10,16 +10,18 @@ from functools import partial
 
 import trio
 
-from proxy.exchange.client import Client, ClientSettings, Leases
+from proxy.exchange.client import Client, Leases
+from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.exchange import Exchange, Facts, stack
 from proxy.exchange.h1.pool import Pool, PoolSettings
-from proxy.exchange.h1.server import Drain, Http1Server, ServerSettings
+from proxy.exchange.h1.server import Http1Server
 from proxy.exchange.h2.connection import Mux
 from proxy.exchange.h2.pool import MuxPool
 from proxy.exchange.h2.server import Http2Server
 from proxy.exchange.h2.settings import MuxSettings
 from proxy.exchange.layers import deadline, measure, rescue
 from proxy.exchange.leases import Http1Leases, Http2Leases
+from proxy.exchange.server_settings import Drain, ServerSettings
 from proxy.exchange.upgrade import carry
 from proxy.fastpath.fast_path import FastPath
 from proxy.fastpath.plan import ConnectionLease, StreamLease

@@ -13,7 +13,7 @@ from typing import Protocol
 import pytest
 import trio
 
-from proxy.exchange.h1.server import Drain
+from proxy.exchange.server_settings import Drain
 from proxy.fastpath.fast_path import FastPath
 from proxy.net.relay import Relayed, relay
 from proxy.net.socket_stream import ConnectionLost, SocketStream, Stream

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import trio
 
-from proxy.exchange.h1.server import Drain
+from proxy.exchange.server_settings import Drain
 from proxy.fastpath.fast_path import FastPath
 from proxy.net.relay import Relayed, relay
 from proxy.telemetry.records import said

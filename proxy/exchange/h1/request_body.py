@@ -16,7 +16,7 @@ from proxy.wire.h1.connection import Http1Connection
 from proxy.wire.messages import EndOfMessage, ProtocolError, RequestHead, Signal
 
 if TYPE_CHECKING:
-    from proxy.exchange.h1.server import ServerSettings
+    from proxy.exchange.server_settings import ServerSettings
 
 
 async def rest_of_head(connection: Http1Connection, stream: Stream, share: Share) -> RequestHead | Signal:

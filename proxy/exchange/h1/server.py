@@ -11,23 +11,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import Protocol
 
 import trio
 
 from proxy.errors import ClientGone, IsthmusError, RequestTimeout
 from proxy.exchange.exchange import Body, Exchange, Facts, Handler
 from proxy.exchange.h1.request_body import RequestBody, rest_of_head
-from proxy.exchange.handoff import Carry, LentConnection
 from proxy.exchange.prefixed_stream import READ_SIZE, Resumed
-from proxy.net.disconnects import Disconnects
+from proxy.exchange.server_settings import Drain, ServerSettings
 from proxy.net.exceptions import NetError
 from proxy.net.linger import linger
-from proxy.net.pacing import Pacer
 from proxy.net.socket_stream import Stream
 from proxy.wire.h1.body import Framing, Length
 from proxy.wire.h1.connection import At, Http1Connection, Role
-from proxy.wire.messages import EndOfMessage, Headers, Limits, ProtocolError, RequestHead, ResponseHead, Signal
+from proxy.wire.messages import EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead, Signal
 
 # Bytes per write: a head with the first piece of its body, or several small chunks. More would only
 # add delay.
@@ -47,48 +45,22 @@ _FIRST_REQUEST, _NEXT_REQUEST = 5.0, 1.0
 _NOTHING_READ = RequestHead(b"-", b"-", Headers())
 
 
-@dataclass(slots=True)
-class Drain:
-    """The state of the shutdown, shared by all downstream HTTP connections.
+class Carry(Protocol):
+    """The fast path, as seen by an HTTP/1 server."""
 
-    Each connection ends after its next response, which says so. A connection that waits for a
-    request may wait a moment longer, because a request may be on its way. Its client cannot know
-    whether the request was processed, and may not send it again if it is not idempotent.
-    """
-
-    draining: bool = False
-    idle: set[Http1Server] = field(default_factory=set)
-    # called when the shutdown begins
-    on_begin: set[Callable[[], None]] = field(default_factory=set)
-    # reports clients that disconnect while they wait, if it is open
-    disconnects: Disconnects = field(default_factory=Disconnects)
-    # limits how many connections end in one pass of the scheduler
-    pacer: Pacer = field(default_factory=Pacer)
-
-    def begin(self) -> None:
-        self.draining = True
-        for tell in list(self.on_begin):
-            tell()
-        for server in self.idle:
-            server.hurry()
+    async def __call__(self, server: Http1Server) -> Http1Exchange | None:
+        """Carry exchanges of an idle connection for as long as the fast path supports them. After
+        this returns, the server owns the connection again. Bytes that were read but not used are in
+        `server.connection`. Returns an exchange that has begun, or None."""
+        ...
 
 
-@dataclass(frozen=True, slots=True)
-class ServerSettings:
-    """Limits of a downstream connection. All times in seconds."""
+class LentConnection(Protocol):
+    """A connection on the fast path, as seen by its server."""
 
-    limits: Limits = field(default_factory=Limits)
-    idle_timeout: float = 90.0  # between two requests
-    head_timeout: float = 10.0  # from a head's first byte to its last
-    # from the start of the connection to the end of the first request's head
-    first_timeout: float = math.inf
-    body_timeout: float = 60.0  # between two pieces of a request body
-    body_min_rate: float = 0.0  # bytes per second that a body must reach on average; 0: any
-    write_timeout: float = 60.0  # for the client to accept sent data
-    # to read the rest of an answered request, before the connection is closed
-    linger_timeout: float = 10.0
-    # between two pieces of an HTTP/2 request body, where pauses are normal
-    stream_timeout: float = 3600.0
+    def busy(self) -> bool:
+        """Whether it is in an exchange, or has read a part of the next request."""
+        ...
 
 
 class Http1Exchange(Exchange):

@@ -11,20 +11,19 @@ import contextlib
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import trio
 
-from proxy.errors import ClientGone, IsthmusError, RequestTimeout, ResponseTooLarge, describe
+from proxy.errors import ClientGone, IsthmusError, ResponseTooLarge, describe
 from proxy.exchange.exchange import Body, Exchange, Facts, Handler
-from proxy.exchange.h1.server import Drain, ServerSettings
+from proxy.exchange.h2.body import StreamBody, Tunnel, too_large
 from proxy.exchange.h2.connection import Mux
 from proxy.exchange.h2.settings import MuxSettings
 from proxy.exchange.h2.stream import MuxStream, StreamLost
-from proxy.exchange.handoff import Fork
-from proxy.net.address import Address
-from proxy.net.exceptions import ConnectionLost
-from proxy.net.socket_stream import End, Stream
-from proxy.wire.h1.body import Framing, Length
+from proxy.exchange.server_settings import Drain, ServerSettings
+from proxy.net.socket_stream import Stream
+from proxy.wire.h1.body import Length
 from proxy.wire.h1.connection import Role
 from proxy.wire.h2.events import HeadTooLarge
 from proxy.wire.h2.frames import Code
@@ -35,63 +34,14 @@ _log = logging.getLogger("isthmus.exchange")
 _NOTHING_READ = RequestHead(b"-", b"-", Headers(), b"2")
 
 
-class StreamBody:
-    """A request body on a stream. An exchange.Body.
+class Fork(Protocol):
+    """The fast path, as seen by an HTTP/2 server. The connection is not lent; each of its streams
+    takes one of the two paths."""
 
-    The only limit here is on a silent stream. Streaming calls, such as gRPC's, may pause, and a
-    PING detects a dead peer. A client that only receives while the response is being sent does not
-    count as silent: a client that watches for changes may send nothing for days.
-    """
-
-    __slots__ = ("_length", "_patience", "_stream")
-
-    def __init__(self, stream: MuxStream, patience: float) -> None:
-        self._stream = stream
-        self._patience = patience
-        self._length: Length | None = None
-
-    @property
-    def length(self) -> Length:
-        """The length from the head. It is computed on first use, because the end of a request
-        without a body may have arrived in the same read."""
-        if self._length is None:
-            headers = self._stream.request.headers if self._stream.request is not None else Headers()
-            self._length = body_length(headers, ended=self._stream.empty)
-        return self._length
-
-    def receive_nowait(self) -> bytes | EndOfMessage | None:
-        try:
-            return self._stream.receive_nowait()
-        except StreamLost as error:
-            raise ClientGone(f"during the request: {error}") from error
-
-    async def receive(self) -> bytes | EndOfMessage:
-        piece = self.receive_nowait()
-        while piece is None:
-            sent = self._stream.sent
-            with trio.move_on_after(self._patience):
-                try:
-                    return await self._stream.receive()
-                except StreamLost as error:
-                    raise ClientGone(f"during the request: {error}") from error
-            if self._stream.sent == sent:
-                raise RequestTimeout(f"the request's body paused for {self._patience} s, and so did the response")
-            piece = self.receive_nowait()
-        return piece
-
-
-def too_large(error: HeadTooLarge) -> ResponseTooLarge:
-    """The error for a response whose head or trailers are larger than the client accepts."""
-    return ResponseTooLarge(f"the response: {error}")
-
-
-def body_length(headers: Headers, *, ended: bool) -> Length:
-    """Return the body length of an HTTP/2 message from its head. `ended`: the message has ended
-    without a body."""
-    if ended:
-        return 0
-    value = headers.get(b"content-length")
-    return int(value) if value is not None else Framing.CHUNKED
+    def __call__(self, server: Http2Server, exchange: Http2Exchange) -> bool:
+        """Return True if the fast path carries `exchange`. If it later needs the ordinary path, the
+        fast path calls `server.serve`."""
+        ...
 
 
 class Http2Exchange(Exchange):
@@ -226,71 +176,6 @@ class Http2Exchange(Exchange):
                 return
             code = None
         self.stream.close(Code.INTERNAL_ERROR if code is None else code)
-
-
-class Tunnel:
-    """The bytes of a stream after the head of a CONNECT, as a Stream for a relay."""
-
-    def __init__(self, stream: MuxStream) -> None:
-        self._stream = stream
-        self._rest = b""
-        self._ended = False
-        self.bytes_read = 0
-        self.bytes_written = 0
-
-    @property
-    def peer(self) -> Address:
-        return self._stream.mux.stream.peer
-
-    @property
-    def local(self) -> Address:
-        return self._stream.mux.stream.local
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        if not self._rest:
-            try:
-                piece = await self._stream.receive()
-            except StreamLost as error:
-                raise ConnectionLost(str(error), "reset") from error
-            if isinstance(piece, EndOfMessage):
-                return b""
-            self._rest = piece
-        data, self._rest = self._rest[:max_bytes], self._rest[len(self._rest[:max_bytes]) :]
-        self.bytes_read += len(data)
-        return data
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        try:
-            await self._stream.send(bytes(data), end=False)
-        except StreamLost as error:
-            raise ConnectionLost(str(error), "reset") from error
-        self.bytes_written += len(data)
-
-    async def send_eof(self) -> None:
-        if not self._ended:
-            self._ended = True
-            try:
-                await self._stream.send(b"", end=True)
-            except StreamLost as error:
-                raise ConnectionLost(str(error), "reset") from error
-
-    async def aclose(self) -> None:
-        await trio.lowlevel.checkpoint()
-        self.close()
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def reset(self) -> None:
-        self._stream.close(Code.CONNECT_ERROR)
-
-    def is_idle(self) -> bool:
-        return self._stream.lost is None and not self._stream.ended
-
-    def ended(self) -> End:
-        if self._stream.lost is not None:
-            return "lost"
-        return "half" if self._stream.empty and not self._rest else "open"
 
 
 def _nobody(_: Http2Exchange) -> None:

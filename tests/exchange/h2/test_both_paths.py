@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from proxy.exchange.exchange import Exchange
-from proxy.exchange.h1.server import ServerSettings
+from proxy.exchange.server_settings import ServerSettings
 from proxy.fastpath import fast_path, h2_exchange
 from proxy.fastpath.plan import StreamLease
 from proxy.wire.h2.frames import Code

@@ -9,7 +9,7 @@ import h2.errors
 import pytest
 import trio
 
-from proxy.exchange.client import ClientSettings
+from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.exchange import Exchange
 from proxy.exchange.h1.pool import PoolSettings
 from proxy.exchange.h2.settings import MuxSettings

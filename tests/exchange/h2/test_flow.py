@@ -10,9 +10,9 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from proxy.exchange.client import ClientSettings
-from proxy.exchange.h1.server import ServerSettings
+from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.h2.settings import MuxSettings
+from proxy.exchange.server_settings import ServerSettings
 from proxy.wire.h2.events import Http2Limits
 from tests.kit.http import Peer, origin, until
 from tests.kit.http2_hop import Settings2, hop2, through2
