@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import cryptography
 import trio
@@ -28,9 +28,6 @@ from lab import network, process
 from lab.process import Completed, LabError, Launch, Process
 from lab.sandbox import rootless
 from proxy.intercept.nftables import InterceptSettings
-
-if TYPE_CHECKING:
-    from lab.cluster import Cluster
 
 APP_UID = 65534
 PROXY_UID = 2102
@@ -72,11 +69,30 @@ SIDECAR = User(uid=PROXY_UID)
 OPERATOR = User(privileged=True)
 
 
+class Laboratory(Protocol):
+    """The part of the laboratory (`Lab`) that a pod uses."""
+
+    @property
+    def nursery(self) -> trio.Nursery: ...
+
+
+class Home(Protocol):
+    """The part of a cluster (`Cluster`) that a pod uses."""
+
+    name: str
+    netns: str
+    hosts_file: Path
+    resolver_file: Path
+
+    @property
+    def lab(self) -> Laboratory: ...
+
+
 @dataclass(slots=True)
 class Pod:
     """A pod of a cluster; created by `Cluster.pod`, deleted with the lab."""
 
-    cluster: "Cluster"
+    cluster: Home
     name: str
     netns: str
     ipv4: str

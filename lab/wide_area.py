@@ -22,14 +22,11 @@ import ipaddress
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from lab import network
-from lab.pod import Pod
+from lab.pod import Home, Pod
 from lab.process import LabError
-
-if TYPE_CHECKING:
-    from lab.cluster import Cluster, Lab
 
 # Documentation addresses (RFC 5737, RFC 3849): unused, and unlike those of any cluster.
 RANGE4 = ipaddress.IPv4Network("198.51.100.0/24")
@@ -46,6 +43,14 @@ class Fault(Enum):
     # a router reports at once that there is no route
     REFUSAL = "reject with icmpx type host-unreachable"
     UNPLUGGED = ""  # the link is down, and the host at its end sees it
+
+
+class Claims(Protocol):
+    """The part of the laboratory (`Lab`) that the wide area uses."""
+
+    def claim(self, name: str) -> str:
+        """Make a network namespace that is removed with the laboratory."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,7 @@ class Leg:
 class Border:
     """The router between a cluster and the wide area."""
 
-    cluster: "Cluster"
+    cluster: Home
     leg: Leg
     published: dict[int, tuple[Pod, int]] = field(default_factory=dict)  # port -> pod and its port
 
@@ -121,7 +126,7 @@ class Border:
 class WideArea:
     """The network between the clusters of a lab. Created by `Lab.wide_area`."""
 
-    def __init__(self, lab: "Lab") -> None:
+    def __init__(self, lab: Claims) -> None:
         self.netns = lab.claim("wide-area")
         self.borders: dict[str, Border] = {}
         self._legs = 0
@@ -130,7 +135,7 @@ class WideArea:
         network.batch("link set lo up", netns=self.netns)
         network.nft(self.netns, "add table inet legs", "add chain inet legs between { type filter hook forward priority 0; }")
 
-    def border(self, cluster: "Cluster") -> Border:
+    def border(self, cluster: Home) -> Border:
         """The border of a cluster, created at the first call: from then on its pods reach the wide
         area.
         """

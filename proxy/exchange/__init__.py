@@ -6,6 +6,7 @@ decide which peers are allowed or where services are.
     layers.py           what happens around every exchange: measure, rescue, admit, deadline
     loop_layer.py       the layer of the loop guard; trace_layer.py: the layer that records spans
     client.py           sends one exchange to an endpoint and returns its response
+    client_settings.py  its timeouts; server_settings.py: settings and shutdown state of the servers
     upstream.py         what carries it: an HTTP/1 connection, or a stream of an HTTP/2 connection
     leases.py           leases of connections and streams from the pools
     upstream_head.py    the request head for the next hop; max_forwards.py, reports.py: fields

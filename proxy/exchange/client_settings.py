@@ -1,4 +1,4 @@
-"""The limits of an exchange with an endpoint."""
+"""The timeouts of an exchange with an endpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the servers of both versions have in common: their limits, and the drain."""
+"""The settings and the shutdown state that the HTTP/1 and HTTP/2 servers share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Idle(Protocol):
     """A connection that waits for a request."""
 
     def hurry(self) -> None:
-        """The proxy is going down: wait no longer than for a request that is on its way."""
+        """The proxy is shutting down: wait only for a request that may be on its way."""
         ...
 
 

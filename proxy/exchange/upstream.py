@@ -287,10 +287,10 @@ class Http2Carrier(Carrier):
         self._key: bytes | None = None  # the key of the client's WebSocket handshake over HTTP/1.1
 
     @classmethod
-    def begun(cls, stream: MuxStream, request: RequestHead, response: ResponseHead | None) -> Http2Carrier:
+    def begun(cls, mux: Mux, stream: MuxStream, request: RequestHead, response: ResponseHead | None) -> Http2Carrier:
         """Return a carrier for an open stream. `response`: the head that was already received from
         it."""
-        carrier = cls(stream.mux)
+        carrier = cls(mux)
         carrier._request, carrier._stream, carrier._response = request, stream, response
         return carrier
 

@@ -32,14 +32,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import trio
 from trio.lowlevel import RunVar, Task, add_instrument, checkpoint, current_clock, current_trio_token, remove_instrument, wait_readable
-
-if TYPE_CHECKING:
-    from proxy.fastpath.fast_path import FastPath
-    from proxy.fastpath.h1_connection import FastConnection
 
 _log = logging.getLogger("isthmus.exchange")
 
@@ -58,13 +54,25 @@ def _nothing() -> None:
     pass
 
 
+class Closable(Protocol):
+    """A fast path."""
+
+    def close(self) -> None: ...
+
+
+class Stepping(Protocol):
+    """A connection that needs another step in the next turn."""
+
+    def next(self) -> None: ...
+
+
 class EventLoop(trio.abc.Instrument):
     """The event loop of one trio run. All fast paths in the run share it: a process has one, a test
     may have several."""
 
     def __init__(self, trios: int) -> None:
         """`trios`: the file descriptor of trio's epoll set."""
-        self.fast_paths: set[FastPath] = set()
+        self.fast_paths: set[Closable] = set()
         self.lent = 0  # connections and relays on a fast path
         self.now = 0.0  # trio's time at the start of this turn
         # by descriptor: the function to call when it is ready
@@ -73,7 +81,7 @@ class EventLoop(trio.abc.Instrument):
         # the poll returned the maximum number of events and may have missed some.
         self.heard: dict[int, int] | None = None
         # connections that have already read bytes of the next request
-        self._again: list[FastConnection] = []
+        self._again: list[Stepping] = []
         self._epoll = select.epoll()
         self._epoll.register(trios, select.EPOLLIN)
         self._token = current_trio_token()
@@ -101,7 +109,7 @@ class EventLoop(trio.abc.Instrument):
         else:
             self._epoll.register(descriptor, events)
 
-    def again(self, connection: FastConnection) -> None:
+    def again(self, connection: Stepping) -> None:
         """Give `connection` another step in the next turn."""
         self._again.append(connection)
 
@@ -203,7 +211,7 @@ class Clock(trio.abc.Clock):
 _HERE: RunVar[EventLoop | None] = RunVar("event_loop", None)
 
 
-async def enter(fast_path: FastPath) -> EventLoop | None:
+async def enter(fast_path: Closable) -> EventLoop | None:
     """Return the event loop of this trio run, for a fast path that later calls `leave`. None:
     trio's epoll set was not found."""
     event_loop = _HERE.get()
@@ -221,7 +229,7 @@ async def enter(fast_path: FastPath) -> EventLoop | None:
     return event_loop
 
 
-def leave(fast_path: FastPath, event_loop: EventLoop) -> None:
+def leave(fast_path: Closable, event_loop: EventLoop) -> None:
     """Remove a fast path that is closed and empty. The last one closes the event loop."""
     event_loop.fast_paths.discard(fast_path)
     if not event_loop.fast_paths:

@@ -14,7 +14,8 @@ from proxy.exchange.server_settings import Drain
 from proxy.fastpath.event_loop import EventLoop, enter, leave
 from proxy.fastpath.fast_relay import FastRelay
 from proxy.fastpath.h1_connection import FastConnection
-from proxy.fastpath.h2_exchange import FastExchange, begin
+from proxy.fastpath.h2_exchange import begin
+from proxy.fastpath.host import Carried, Connection, Host, Relay
 from proxy.fastpath.plan import ExchangePlan
 from proxy.net.relay import Joint
 from proxy.net.socket_stream import SocketStream
@@ -26,7 +27,7 @@ _log = logging.getLogger("isthmus.exchange")
 PATIENCE = 1.0
 
 
-class FastPath:
+class FastPath(Host):
     """The fast path of one process. Create it before the flows and run it beside them."""
 
     def __init__(self, drain: Drain, idle_timeout: float, silence: float) -> None:
@@ -36,9 +37,9 @@ class FastPath:
         self._idle = idle_timeout / 2
         self._silence = silence
         self._event_loop: EventLoop | None = None  # while it runs
-        self._connections: set[FastConnection] = set()
-        self._busy: set[FastConnection | FastExchange] = set()  # within an exchange
-        self._relays: set[FastRelay] = set()
+        self._connections: set[Connection] = set()
+        self._busy: set[Carried] = set()  # within an exchange
+        self._relays: set[Relay] = set()
         # the watch task waits for it while no exchange is active
         self._doze: trio.Event | None = None
         self.running = False  # accepts connections
@@ -70,7 +71,7 @@ class FastPath:
             fast_relay.leave()
 
     async def carry(self, plan: ExchangePlan, server: Http1Server) -> Http1Exchange | None:
-        """Implements exchange.handoff.Carry. If it is cancelled within an exchange, the account of
+        """Implements exchange.h1.server.Carry. If it is cancelled within an exchange, the account of
         the exchange closes as cancelled."""
         stream = server.stream
         event_loop = self._event_loop
@@ -89,7 +90,7 @@ class FastPath:
         return await connection.carry()
 
     def fork(self, plan: ExchangePlan, server: Http2Server, exchange: Http2Exchange) -> bool:
-        """Implements exchange.handoff.Fork."""
+        """Implements exchange.h2.server.Fork."""
         return self.running and not server.drain.draining and begin(self, plan, server, exchange)
 
     async def join(self, joint: Joint) -> None:
@@ -130,14 +131,14 @@ class FastPath:
             raise RuntimeError("the fast path is not running")
         return self._event_loop
 
-    def released(self, connection: FastConnection) -> None:
+    def released(self, connection: Connection) -> None:
         self._connections.discard(connection)
         self._busy.discard(connection)
         self.event_loop.lent -= 1
 
-    def parts(self, fast_relay: FastRelay) -> None:
-        """`fast_relay` has left the fast path."""
-        self._relays.discard(fast_relay)
+    def parts(self, relay: Relay) -> None:
+        """`relay` has left the fast path."""
+        self._relays.discard(relay)
         self.event_loop.lent -= 1
 
     @property
@@ -145,16 +146,16 @@ class FastPath:
         """The time in seconds that an exchange must have until its deadline."""
         return PATIENCE
 
-    def begins(self, connection: FastConnection | FastExchange) -> None:
-        """An exchange of `connection` has begun."""
-        self._busy.add(connection)
+    def begins(self, carried: Carried) -> None:
+        """An exchange of `carried` has begun."""
+        self._busy.add(carried)
         if self._doze is not None:
             self._doze.set()
 
-    def rests(self, connection: FastConnection | FastExchange, *, finished: bool = True) -> None:
-        """The exchange of `connection` is no longer on the fast path. `finished`: it ended here
+    def rests(self, carried: Carried, *, finished: bool = True) -> None:
+        """The exchange of `carried` is no longer on the fast path. `finished`: it ended here
         without an error."""
-        self._busy.discard(connection)
+        self._busy.discard(carried)
         self._finished += finished
 
     def hands_over(self) -> None:

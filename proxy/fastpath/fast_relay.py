@@ -10,18 +10,15 @@ splice(2) moves those bytes within the kernel.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
 
+from proxy.fastpath.host import Host
 from proxy.fastpath.ready_socket import IN, OUT, Side
 from proxy.net.exceptions import NetError
 from proxy.net.nonblocking import Prompt
 from proxy.net.relay import BULK, Joint
 from proxy.net.socket_stream import RECEIVE_SIZE
-
-if TYPE_CHECKING:
-    from proxy.fastpath.fast_path import FastPath
 
 
 class FastRelay:
@@ -30,7 +27,7 @@ class FastRelay:
 
     __slots__ = ("_event_loop", "_fast_path", "_fault", "_full", "_joint", "_lent", "_pipes", "_sides", "_task")
 
-    def __init__(self, fast_path: FastPath, joint: Joint, client: Prompt, server: Prompt) -> None:
+    def __init__(self, fast_path: Host, joint: Joint, client: Prompt, server: Prompt) -> None:
         self._fast_path = fast_path
         self._event_loop = fast_path.event_loop
         self._joint = joint

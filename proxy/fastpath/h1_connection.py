@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
 from math import inf
-from typing import TYPE_CHECKING
 
 from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
 
@@ -30,6 +29,7 @@ from proxy.exchange.upstream_head import forwarded_request
 from proxy.fastpath.chunked_body import Chunks
 from proxy.fastpath.eligibility import Eligibility
 from proxy.fastpath.h1_handoff import hand_off
+from proxy.fastpath.host import Host
 from proxy.fastpath.plan import ConnectionLease, ExchangePlan
 from proxy.fastpath.ready_socket import IN, OUT, Side, side_of
 from proxy.net.exceptions import NetError
@@ -38,9 +38,6 @@ from proxy.net.nonblocking import Prompt
 from proxy.wire.h1.connection import At
 from proxy.wire.h1.fast_head import encode_request, encode_response, recognise_request, recognise_response
 from proxy.wire.messages import strip_hop_by_hop
-
-if TYPE_CHECKING:
-    from proxy.fastpath.fast_path import FastPath
 
 _NOTHING = Whole()  # for a request whose body was sent together with its head
 
@@ -55,7 +52,7 @@ class FastConnection:
         "_plan", "_remaining", "_rest", "_result", "_server", "_spare", "_task", "eligibility", "limit", "moved",
     )  # fmt: skip
 
-    def __init__(self, fast_path: FastPath, plan: ExchangePlan, server: Http1Server, stream: Prompt) -> None:
+    def __init__(self, fast_path: Host, plan: ExchangePlan, server: Http1Server, stream: Prompt) -> None:
         self._fast_path = fast_path
         self._plan = plan
         self._server = server
@@ -89,7 +86,7 @@ class FastConnection:
         return self._server.idle_since + self._server.settings.idle_timeout / 2
 
     async def carry(self) -> Http1Exchange | None:
-        """Implements exchange.handoff.Carry."""
+        """Implements exchange.h1.server.Carry."""
         self._lent, self._server.on_client_end = True, self.leave
         self._client.belongs(self._on_client)
         self._client.watch(IN)

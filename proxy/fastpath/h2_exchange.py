@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from math import inf
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -26,22 +25,20 @@ from proxy.exchange.h2.stream import MuxStream
 from proxy.exchange.handoff import Handoff
 from proxy.exchange.reports import is_report
 from proxy.exchange.upstream import oversized
+from proxy.fastpath.host import Host
 from proxy.fastpath.plan import ExchangePlan, StreamLease
 from proxy.wire import grpc
 from proxy.wire.h2.events import HeadTooLarge
 from proxy.wire.h2.frames import Code
 from proxy.wire.messages import EndOfMessage, ResponseHead, strip_hop_by_hop
 
-if TYPE_CHECKING:
-    from proxy.fastpath.fast_path import FastPath
-
 _log = logging.getLogger("isthmus.exchange")
 
 _UNOPENED = nullcontext()
 
 
-def begin(fast_path: FastPath, plan: ExchangePlan, server: Http2Server, exchange: Http2Exchange) -> bool:
-    """Implements exchange.handoff.Fork."""
+def begin(fast_path: Host, plan: ExchangePlan, server: Http2Server, exchange: Http2Exchange) -> bool:
+    """Implements exchange.h2.server.Fork."""
     request = exchange.request
     method = request.method
     if method == b"CONNECT" or (method in max_forwards.METHODS and max_forwards.left(request) is not None):
@@ -79,7 +76,7 @@ class FastExchange:
 
     __slots__ = ("_account", "_asked", "_client", "_endpoint", "_exchange", "_fast_path", "_lease", "_server", "began", "limit", "moved")
 
-    def __init__(self, fast_path: FastPath, server: Http2Server, exchange: Http2Exchange, lease: StreamLease) -> None:
+    def __init__(self, fast_path: Host, server: Http2Server, exchange: Http2Exchange, lease: StreamLease) -> None:
         self._fast_path = fast_path
         self._server = server
         self._exchange = exchange

@@ -118,7 +118,7 @@ class StreamLease:
     def carrier(self) -> Http2Carrier:
         if self.stream is None or self.request is None:
             raise RuntimeError("the request has not been sent")
-        return Http2Carrier.begun(self.stream, self.request, self.response)
+        return Http2Carrier.begun(self.mux, self.stream, self.request, self.response)
 
     def end(self, *, usable: bool = True) -> None:  # noqa: ARG002  # a stream is used once
         if self.stream is not None:

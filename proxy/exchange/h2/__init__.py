@@ -2,6 +2,7 @@
 
 connection.py       a connection of either role, with its reader and writer; stream.py: one stream
 server.py           one downstream connection: each stream is an exchange
+body.py             bodies of messages, and the bytes of tunnels
 pool.py             the pool of connections to endpoints
 settings.py         the settings of a connection
 writer.py           sends pending frames in one write; send_scheduler.py: the order of the senders

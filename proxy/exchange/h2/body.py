@@ -1,4 +1,4 @@
-"""What comes and goes on a stream behind its head: bodies, and the bytes of tunnels."""
+"""The bodies of HTTP/2 messages, and the bytes of tunnels in streams."""
 
 from __future__ import annotations
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import trio
 from trio.lowlevel import ParkingLot
 
+from proxy.exchange.h2.writer import Writer
+from proxy.net.memory_budget import Share
+from proxy.net.socket_stream import Stream
+from proxy.wire.h2.connection import Http2Connection
 from proxy.wire.h2.events import DataReceived, HeadReceived, StreamBroken, StreamGone, TrailersReceived
 from proxy.wire.h2.frames import Code
 from proxy.wire.messages import END, EndOfMessage, Headers, RequestHead, ResponseHead
-
-if TYPE_CHECKING:
-    from proxy.exchange.h2.connection import Mux
-
 
 # Pieces are joined up to this size: single bytes would take a hundred times their size in memory.
 _PIECE = 4096
@@ -51,6 +51,45 @@ class ConnectionLeft(StreamLost):
     """The connection has ended, after the peer had announced it (GOAWAY)."""
 
 
+class Senders(Protocol):
+    """The order in which streams send (send_scheduler.py)."""
+
+    @property
+    def waiting(self) -> bool: ...
+
+    async def wait(self, stream: MuxStream) -> None: ...
+
+    def next(self) -> bool: ...
+
+
+class Connection(Protocol):
+    """The parts of a connection (connection.py) that its streams use."""
+
+    client: bool  # which of the two ends this is
+    http: Http2Connection
+    stream: Stream
+    share: Share
+    writer: Writer
+    news: list[MuxStream]
+    broken: str | None
+    heard: float
+
+    @property
+    def scheduler(self) -> Senders: ...
+
+    def put(self, size: int) -> None:
+        """Count `size` bytes that `http` has to write."""
+        ...
+
+    def consumed(self, number: int, credit: int) -> None:
+        """`credit` bytes of stream `number` were consumed."""
+        ...
+
+    def forget(self, stream: MuxStream) -> None:
+        """`stream` is closed."""
+        ...
+
+
 class MuxStream:
     """One stream: received data that was not consumed yet, and its end."""
 
@@ -59,7 +98,7 @@ class MuxStream:
         "share",
     )  # fmt: skip
 
-    def __init__(self, mux: Mux, number: int) -> None:
+    def __init__(self, mux: Connection, number: int) -> None:
         self.mux = mux
         self.number = number
         self.share = mux.share  # buffers are charged to it
