@@ -8,7 +8,8 @@ import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.telemetry.metrics import MOST_SERIES, Metrics
+from proxy.telemetry.counters import MOST_SERIES
+from proxy.telemetry.metrics import Metrics
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
