@@ -4,6 +4,8 @@
 # make soak      floods, attacks and faults beside a member of the mesh, and their effect on it (as root)
 # make compiled  the packages as in the image, with the request path compiled, in build/compiled
 # make aws-lc    cryptography as in the image, on AWS-LC, in build/aws-lc
+# make kube      Kubernetes for tests: programs and images, built once (as root)
+# make test-kube the tests on Kubernetes, on clusters of their own, or on that of KUBECONFIG
 # make base      pins the base of the image to the current digest of its tag; needs docker
 # The targets set up what they need: a virtual environment in .venv, and, as root on Debian, the
 # system packages.
@@ -22,7 +24,7 @@ READY := $(COMPILED)/.ready-$(shell echo $(SOURCES) | cksum | cut -d ' ' -f 1)
 NEEDED := nft:nftables ip:iproute2 unshare:util-linux setpriv:util-linux venv:python3-venv
 PEERS := curl:curl wrk:wrk h2load:nghttp2-client nghttpd:nghttp2-server nginx:nginx-light psql:postgresql-client postgres:postgresql openssl:openssl socat:socat haproxy:haproxy dig:bind9-dnsutils kdig:knot-dnsutils dnsmasq:dnsmasq-base musl-gcc:musl-tools gcc:gcc
 
-.PHONY: demo test lint parts whole compiled aws-lc jaeger perf soak lock base clean
+.PHONY: demo test lint parts whole compiled aws-lc jaeger kube test-kube perf soak lock base clean
 
 demo: $(VENV)/.demo
 	$(BIN)/isthmus demo
@@ -58,7 +60,7 @@ AS_COMPILED := $(wildcard tests/exchange/test_*.py) tests/exchange/h1 \
 ORDINARY := $(addprefix tests/e2e/test_,clients.py failures.py shutdown.py tracing.py)
 parts: $(VENV)/.dev
 	@./scripts/system-packages "$(NEEDED)" "$(PEERS)"
-	$(SANDBOXED) $(addprefix --ignore=,$(WHOLE))
+	$(SANDBOXED) $(addprefix --ignore=,$(WHOLE) tests/kube)
 
 whole: $(VENV)/.dev $(READY) $(AWS_LC)/.ready
 	@./scripts/system-packages "$(NEEDED)" "$(PEERS)"
@@ -95,6 +97,23 @@ $(JAEGER)/.ready: pyproject.toml requirements/jaeger.txt
 	test -x $(JAEGER)/bin/python || $(PYTHON) -m venv $(JAEGER)
 	$(JAEGER)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/jaeger.txt
 	touch $@
+
+# Kubernetes from source, and the image by the steps of its Dockerfile (CONTRIBUTING.md). KUBERNETES=1.34 chooses the oldest version.
+export KUBERNETES ?= 1.37
+KUBE_NEEDED := go:golang-go containerd:containerd runc:runc cni:containernetworking-plugins debootstrap:debootstrap \
+	nft:nftables iptables:iptables conntrack:conntrack ip:iproute2 nsenter:util-linux mount:mount
+kube: $(VENV)/.dev
+	@./scripts/system-packages "$(KUBE_NEEDED)"
+	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.kube build
+
+# TEST_KUBE names files or tests; all of tests/kube without it.
+ifdef KUBECONFIG
+test-kube: $(VENV)/.dev
+	$(BIN)/python -m pytest -q $(or $(TEST_KUBE),tests/kube)
+else
+test-kube: kube
+	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.kube run -- $(BIN)/python -m pytest -q $(or $(TEST_KUBE),tests/kube)
+endif
 
 perf: $(VENV)/.dev $(READY) $(AWS_LC)/.ready
 	@./scripts/system-packages "wrk:wrk nginx:nginx-light h2load:nghttp2-client nghttpd:nghttp2-server curl:curl" "haproxy:haproxy nghttpx:nghttp2-proxy"
