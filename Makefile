@@ -41,6 +41,7 @@ test: $(VENV)/.dev
 # dialer and of the handshakes. ASYNC124 is off because tests run in trio whether they wait or not.
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	git ls-files -coz --exclude-standard "*.py" | xargs -0 -n 50 -P 2 $(BIN)/flake8-async --enable ASYNC1,ASYNC2 --disable ASYNC109,ASYNC124
 	$(BIN)/mypy
 

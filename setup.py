@@ -1,8 +1,10 @@
-"""Builds the packages: as they are; or, with ISTHMUS_COMPILE=1, with the modules that pyproject.toml names as extension modules.
+"""Builds the packages: as they are; or, with ISTHMUS_COMPILE=1, with the modules that
+pyproject.toml names as extension modules.
 
-The extension modules are made by mypyc (docs/decisions/30-compiled.md), and lie in the wheel beside their sources. What they do is what the
-sources say. It takes a C compiler, Python's headers, what requirements/compile.txt names (so no build isolation), and a minute or two. Only
-wheels are built so: beside the sources of a checkout, extension modules would hide what is edited.
+The extension modules are made by mypyc (docs/decisions/30-compiled.md), and lie in the wheel beside
+their sources. What they do is what the sources say. It takes a C compiler, Python's headers, what
+requirements/compile.txt names (so no build isolation), and a minute or two. Only wheels are built
+so: beside the sources of a checkout, extension modules would hide what is edited.
 """
 
 from __future__ import annotations
@@ -50,7 +52,11 @@ def extensions(project: dict[str, Any]) -> list[Extension]:
             copy = copies / source.relative_to(_ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_text(_SLOTS.sub(r"\1", source.read_text("utf-8")), "utf-8")
-    modules = [str(path.relative_to(copies)) for pattern in project["tool"]["isthmus"]["compiled"] for path in sorted(copies.glob(pattern))]
+    modules = [
+        str(path.relative_to(copies))
+        for pattern in project["tool"]["isthmus"]["compiled"]
+        for path in sorted(copies.glob(pattern))
+    ]
     os.chdir(copies)  # mypy names modules by their paths from here
     try:
         return mypycify(
@@ -66,6 +72,9 @@ def extensions(project: dict[str, Any]) -> list[Extension]:
 
 
 if os.environ.get("ISTHMUS_COMPILE") == "1" and "bdist_wheel" in sys.argv:
-    setup(ext_modules=extensions(tomllib.loads((_ROOT / "pyproject.toml").read_text("utf-8"))), cmdclass={"build_ext": ParallelBuild})
+    setup(
+        ext_modules=extensions(tomllib.loads((_ROOT / "pyproject.toml").read_text("utf-8"))),
+        cmdclass={"build_ext": ParallelBuild},
+    )
 else:
     setup()

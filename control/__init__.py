@@ -1,1 +1,2 @@
-"""The control plane: what discovers and tells. docs/control-plane.md has the flow of data and the contract."""
+"""The control plane: what discovers and tells. docs/control-plane.md has the flow of data and the
+contract."""

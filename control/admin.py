@@ -1,6 +1,7 @@
 """The admin listener of the control plane: /live, /ready and /metrics over HTTP/1.1.
 
-It runs in the loop of everything else, so that /live answers only if that does. One request a connection, few connections, little time.
+It runs in the loop of everything else, so that /live answers only if that does. One request a
+connection, few connections, little time.
 """
 
 from __future__ import annotations
@@ -52,7 +53,11 @@ class Admin:
                 return
             http.receive_data(bytes(await stream.receive_some(4096)))
         code, kind, body = self._page(event.method, event.target.partition(b"?")[0])
-        headers = [("Content-Type", kind), ("Content-Length", str(len(body))), ("Connection", "close")]
+        headers = [
+            ("Content-Type", kind),
+            ("Content-Length", str(len(body))),
+            ("Connection", "close"),
+        ]
         sent = http.send(h11.Response(status_code=code, headers=headers))
         if event.method != b"HEAD":
             sent += http.send(h11.Data(data=body))
@@ -65,7 +70,11 @@ class Admin:
             return 200, _TEXT, b"live\n"
         if path == b"/ready":
             reason = self._not_ready()
-            return (503, _TEXT, f"not ready: {reason}\n".encode()) if reason else (200, _TEXT, b"ready\n")
+            return (
+                (503, _TEXT, f"not ready: {reason}\n".encode())
+                if reason
+                else (200, _TEXT, b"ready\n")
+            )
         if path == b"/metrics":
             return 200, METRICS_TYPE, self._metrics()
         return 404, _TEXT, b"/live, /ready, /metrics\n"

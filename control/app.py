@@ -36,7 +36,8 @@ LEASE = "isthmus-control"
 
 @dataclass(frozen=True, slots=True)
 class ControlConfig:
-    """`namespace`: that of the lease. `identity`: this replica's name, which no other one has. `admin`: host and port; None: none."""
+    """`namespace`: that of the lease. `identity`: this replica's name, which no other one has.
+    `admin`: host and port; None: none."""
 
     trust_domain: str = "cluster.local"
     namespace: str = "isthmus"
@@ -58,7 +59,10 @@ class Control:
 
     async def run(self, listeners: Sequence[trio.SocketListener]) -> None:
         """Run until SIGTERM or SIGINT, and give the lease back. Owns `listeners`."""
-        admin = Admin(self.not_ready, lambda: render(self.discovery, self.election, self.recorder, self.client))
+        admin = Admin(
+            self.not_ready,
+            lambda: render(self.discovery, self.election, self.recorder, self.client),
+        )
         try:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 async with trio.open_nursery() as nursery:
@@ -83,11 +87,18 @@ class Control:
 
     def not_ready(self) -> str:
         """Why this replica cannot answer yet; "": it can."""
-        missing = [reflector for reflector in self.discovery.reflectors if not reflector.synced.is_set()]
-        return "; ".join(f"{reflector.resource.plural}: {reflector.error or 'being listed'}" for reflector in missing)
+        missing = [
+            reflector for reflector in self.discovery.reflectors if not reflector.synced.is_set()
+        ]
+        return "; ".join(
+            f"{reflector.resource.plural}: {reflector.error or 'being listed'}"
+            for reflector in missing
+        )
 
     def _tell(self, changes: Changes) -> None:
-        _log.debug("%d services and %d addresses have changed", len(changes.services), len(changes.pods))
+        _log.debug(
+            "%d services and %d addresses have changed", len(changes.services), len(changes.pods)
+        )
         if self.election.leading:
             self._say()
 
@@ -98,6 +109,10 @@ class Control:
             entry = self.discovery.catalog.services.get(key)
             for problem in found if entry is not None else ():
                 if problem not in self._said.get(key, ()):
-                    about = ObjectReference("Service", key[0], key[1], entry.uid if entry is not None else "", "v1")
-                    self.recorder.say(Said(about, "EndpointNotUsed", problem, "Discover", warning=True))
+                    about = ObjectReference(
+                        "Service", key[0], key[1], entry.uid if entry is not None else "", "v1"
+                    )
+                    self.recorder.say(
+                        Said(about, "EndpointNotUsed", problem, "Discover", warning=True)
+                    )
         self._said = dict(problems)

@@ -27,28 +27,75 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "control",
         help="run the control plane of a Kubernetes cluster",
         description=(
-            "Watch the Services, EndpointSlices, pods and nodes of a cluster. In a pod its service account says where the API server is; "
-            "elsewhere a kubeconfig does. Of several replicas one leads. SIGTERM ends it."
+            "Watch the Services, EndpointSlices, pods and nodes of a cluster. In a pod its service"
+            " account says where the API server is; elsewhere a kubeconfig does. Of several"
+            " replicas one leads. SIGTERM ends it."
         ),
         epilog="docs/control-plane.md describes what it does, and its limits.",
     )
     environment = os.environ
-    parser.add_argument("--kubeconfig", type=Path, metavar="FILE", help="a kubeconfig (default: the service account of this pod)")
-    parser.add_argument("--context", default="", metavar="NAME", help="a context of the kubeconfig (default: its current one)")
-    parser.add_argument("--trust-domain", default="cluster.local", metavar="NAME", help="of identities (default: cluster.local)")
-    namespace, name = environment.get("POD_NAMESPACE", "isthmus"), environment.get("POD_NAME", socket.gethostname())
-    parser.add_argument("--namespace", default=namespace, metavar="NAME", help="of the lease (default: $POD_NAMESPACE, or isthmus)")
-    parser.add_argument("--name", default=name, metavar="NAME", help="of this replica (default: $POD_NAME, or the host's)")
-    parser.add_argument("--admin", default="[::]:4191", metavar="ADDRESS", help='/live, /ready and /metrics (default: [::]:4191; "": none)')
-    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"], help="(default: info)")
+    parser.add_argument(
+        "--kubeconfig",
+        type=Path,
+        metavar="FILE",
+        help="a kubeconfig (default: the service account of this pod)",
+    )
+    parser.add_argument(
+        "--context",
+        default="",
+        metavar="NAME",
+        help="a context of the kubeconfig (default: its current one)",
+    )
+    parser.add_argument(
+        "--trust-domain",
+        default="cluster.local",
+        metavar="NAME",
+        help="of identities (default: cluster.local)",
+    )
+    namespace, name = (
+        environment.get("POD_NAMESPACE", "isthmus"),
+        environment.get("POD_NAME", socket.gethostname()),
+    )
+    parser.add_argument(
+        "--namespace",
+        default=namespace,
+        metavar="NAME",
+        help="of the lease (default: $POD_NAMESPACE, or isthmus)",
+    )
+    parser.add_argument(
+        "--name",
+        default=name,
+        metavar="NAME",
+        help="of this replica (default: $POD_NAME, or the host's)",
+    )
+    parser.add_argument(
+        "--admin",
+        default="[::]:4191",
+        metavar="ADDRESS",
+        help='/live, /ready and /metrics (default: [::]:4191; "": none)',
+    )
+    parser.add_argument(
+        "--log-level",
+        default="info",
+        choices=["debug", "info", "warning", "error"],
+        help="(default: info)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """0 after SIGTERM; 64 if the settings cannot be used."""
-    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=args.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
     try:
-        access = kubeconfig_file(args.kubeconfig, args.context) if args.kubeconfig is not None else in_cluster(os.environ)
+        access = (
+            kubeconfig_file(args.kubeconfig, args.context)
+            if args.kubeconfig is not None
+            else in_cluster(os.environ)
+        )
         config = ControlConfig(args.trust_domain, args.namespace, args.name, _address(args.admin))
         trio.run(_main, config, access)
     except (AccessError, SpiffeIdError, ValueError, OSError) as error:
@@ -62,7 +109,9 @@ async def _main(config: ControlConfig, access: Access) -> None:
     listeners = []
     if config.admin is not None:
         host, port = config.admin
-        listeners = await trio.open_tcp_listeners(port, host=host if host != "::" else None)  # None: all addresses of both families
+        listeners = await trio.open_tcp_listeners(
+            port, host=host if host != "::" else None
+        )  # None: all addresses of both families
     await control.run(listeners)
 
 

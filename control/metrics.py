@@ -19,7 +19,9 @@ PREFIX = "isthmus_control_"
 class _Parts:
     """A collector of prometheus_client."""
 
-    def __init__(self, discovery: Discovery, election: Election, recorder: Recorder, client: Client) -> None:
+    def __init__(
+        self, discovery: Discovery, election: Election, recorder: Recorder, client: Client
+    ) -> None:
         self._discovery = discovery
         self._election = election
         self._recorder = recorder
@@ -31,7 +33,11 @@ class _Parts:
         for name, text, value in (
             ("services", "Services that proxies are told of", len(catalog.services)),
             ("meshed_addresses", "Addresses of pods that have a sidecar", len(catalog.pods)),
-            ("services_with_problems", "Services of which something is not used", len(catalog.problems)),
+            (
+                "services_with_problems",
+                "Services of which something is not used",
+                len(catalog.problems),
+            ),
             ("leading", "Whether this replica is the leader", int(self._election.leading)),
         ):
             yield GaugeMetricFamily(PREFIX + name, text, value=value)
@@ -45,10 +51,20 @@ class _Parts:
 
     def _reflectors(self) -> Iterator[Metric]:
         now = trio.current_time()
-        objects = GaugeMetricFamily(PREFIX + "objects", "Objects that are known", labels=["resource"])
-        synced = GaugeMetricFamily(PREFIX + "synced", "Whether a list was complete once", labels=["resource"])
-        silence = GaugeMetricFamily(PREFIX + "silence_seconds", "Since the API server last said something", labels=["resource"])
-        counted = CounterMetricFamily(PREFIX + "watch", "What has happened to a watch", labels=["resource", "what"])
+        objects = GaugeMetricFamily(
+            PREFIX + "objects", "Objects that are known", labels=["resource"]
+        )
+        synced = GaugeMetricFamily(
+            PREFIX + "synced", "Whether a list was complete once", labels=["resource"]
+        )
+        silence = GaugeMetricFamily(
+            PREFIX + "silence_seconds",
+            "Since the API server last said something",
+            labels=["resource"],
+        )
+        counted = CounterMetricFamily(
+            PREFIX + "watch", "What has happened to a watch", labels=["resource", "what"]
+        )
         for reflector in self._discovery.reflectors:
             name, counts = [reflector.resource.plural], reflector.counts
             objects.add_metric(name, len(reflector.known))

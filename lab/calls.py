@@ -28,7 +28,9 @@ async def calls(stage: Stage) -> None:
     """All kinds of calls, one connection over two pods, a deadline, a cancellation, and calls
     without a server.
     """
-    stage.report.section = "gRPC, grpcio to grpcio: `web` calls `stock`, which the pods `shop` and `annex` serve"
+    stage.report.section = (
+        "gRPC, grpcio to grpcio: `web` calls `stock`, which the pods `shop` and `annex` serve"
+    )
     answer = await stage.client(stage.web, "grpc-kinds", "stock", GRPC, SECRET)
     for key, (label, detail) in KINDS.items():
         held = answer.get(key) is True
@@ -62,7 +64,10 @@ async def spread_once(stage: Stage) -> tuple[bool, str]:
     answered = answer.get("answered", {})
     shares = [answered.get(pod.name, 0) for pod in (stage.shop, stage.annex)]
     held = opened == 1 and sum(shares) == CALLS and min(shares) >= FAIR * CALLS
-    told = f"{CALLS} calls, of which `shop` answered {shares[0]} and `annex` {shares[1]}; the client had {opened:.0f} TCP connection"
+    told = (
+        f"{CALLS} calls, of which `shop` answered {shares[0]} and `annex` {shares[1]}; the client"
+        f" had {opened:.0f} TCP connection"
+    )
     return held, f"{told} {why(answer, held)}"
 
 
@@ -78,21 +83,35 @@ async def patience(stage: Stage) -> None:
     answer = await stage.client(stage.web, "grpc-impatient", "stock", GRPC, str(DEADLINE))
     left, over = await heard(stage, "deadline: ", "deadline: over")
     late = answer.get("deadline", {})
-    held = late.get("code") == "DEADLINE_EXCEEDED" and "s left" in left and 0 < float(left.split()[1]) <= DEADLINE and bool(over)
-    told = f"DEADLINE_EXCEEDED after {late.get('seconds', 0):.2f} s; the server received it: {left.partition(': ')[2]}"
+    held = (
+        late.get("code") == "DEADLINE_EXCEEDED"
+        and "s left" in left
+        and 0 < float(left.split()[1]) <= DEADLINE
+        and bool(over)
+    )
+    told = (
+        f"DEADLINE_EXCEEDED after {late.get('seconds', 0):.2f} s; the server received it:"
+        f" {left.partition(': ')[2]}"
+    )
     stage.report.prove("deadline", f"{told} {why(answer, held)}", held)
     _, over = await heard(stage, "cancelled: ", "cancelled: over")
     held = answer.get("cancelled") == "CANCELLED" and "active: False" in over
-    stage.report.prove("cancellation", f"the server noticed: its call was {over.partition(': ')[2]} {why(answer, held)}", held)
+    stage.report.prove(
+        "cancellation",
+        f"the server noticed: its call was {over.partition(': ')[2]} {why(answer, held)}",
+        held,
+    )
 
 
 async def heard(stage: Stage, *beginnings: str) -> list[str]:
-    """For each prefix, the first line of the servers' output that contains it, or "" if none comes.
-    """
+    """For each prefix, the first line of the servers' output that contains it, or "" if none
+    comes."""
     outputs = [pod.processes["grpc_service"].output for pod in (stage.shop, stage.annex)]
 
     def find(beginning: str) -> str:
-        return next((line for output in outputs for line in output.lines if line.startswith(beginning)), "")
+        return next(
+            (line for output in outputs for line in output.lines if line.startswith(beginning)), ""
+        )
 
     with trio.move_on_after(PATIENCE):
         while not all(map(find, beginnings)):  # noqa: ASYNC110  # two programs may write it, and a small delay is harmless
@@ -110,15 +129,23 @@ async def unavailable(stage: Stage) -> None:
             nursery.start_soon(pod.processes["grpc_service"].aclose)
     answer = await stage.client(stage.web, "grpc-gone", "stock", GRPC)
     status = answer.get("proxy-status", "")
-    held = answer.get("code") == "UNAVAILABLE" and error_type(status) == "connection_refused" and status.startswith(_inbound_names(pods))
-    told = f"{answer.get('code')}, Proxy-Status: {status.partition(';')[0]};error={error_type(status)}"
+    held = (
+        answer.get("code") == "UNAVAILABLE"
+        and error_type(status) == "connection_refused"
+        and status.startswith(_inbound_names(pods))
+    )
+    told = (
+        f"{answer.get('code')}, Proxy-Status: {status.partition(';')[0]};error={error_type(status)}"
+    )
     stage.report.prove("servers stopped", f"{told} {why(answer, held)}", held)
     async with trio.open_nursery() as nursery:
         for pod in pods:
             nursery.start_soon(grpc_server, stage, pod)
     answer = await stage.client(stage.web, "grpc-gone", "stock", GRPC)
     held = answer.get("code") == "OK"
-    stage.report.prove("servers back", f"{answer.get('code')}, with no sidecar restarted {why(answer, held)}", held)
+    stage.report.prove(
+        "servers back", f"{answer.get('code')}, with no sidecar restarted {why(answer, held)}", held
+    )
 
 
 def _inbound_names(pods: tuple[Pod, ...]) -> tuple[str, ...]:

@@ -25,7 +25,9 @@ MAX_BYTES = 64 * 1024 * 1024  # of stored frames
 _RECEIVE_BUFFER = 32 * 1024 * 1024  # bytes in the kernel, while this process is busy
 _SO_RCVBUFFORCE, _SOL_PACKET, _PACKET_STATISTICS = 33, 263, 6
 _ETH_P_ALL = 3
-_SNAPLEN = 262144  # larger than any frame: the kernel hands over up to 64 KiB that the card would split
+_SNAPLEN = (
+    262144  # larger than any frame: the kernel hands over up to 64 KiB that the card would split
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +59,26 @@ class Capture:
     _done: trio.Event = field(default_factory=trio.Event)
 
     async def __aenter__(self) -> Self:
-        self._socket = network.open_socket(self.pod.netns, socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK)
+        self._socket = network.open_socket(
+            self.pod.netns, socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK
+        )
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
-        except PermissionError:  # needs the capability in the first user namespace; the lab may be rootless
+        except (
+            PermissionError
+        ):  # needs the capability in the first user namespace; the lab may be rootless
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
         # a packet socket without a protocol receives nothing before this
         self._socket.bind((self.interface, _ETH_P_ALL))
         self.pod.cluster.lab.nursery.start_soon(self._listen)
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stop()
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
             await self._done.wait()
@@ -111,28 +122,45 @@ class Capture:
 
     def flows(self, *ports: int) -> list[Flow]:
         """The TCP connections seen so far; with `ports` only those to (or from) servers on them."""
-        return [flow for flow in flows(frame for _, frame in self.frames) if not ports or flow.server[1] in ports]
+        return [
+            flow
+            for flow in flows(frame for _, frame in self.frames)
+            if not ports or flow.server[1] in ports
+        ]
 
     def verdict(self, *ports: int) -> Verdict:
         """Whether all TCP connections (to these ports) are TLS 1.3."""
         seen = self.flows(*ports)
         facts = tuple(examine(flow) for flow in seen)
-        problems = [f"{flow.name}: {fact.problem}" for flow, fact in zip(seen, facts, strict=True) if fact.problem]
+        problems = [
+            f"{flow.name}: {fact.problem}"
+            for flow, fact in zip(seen, facts, strict=True)
+            if fact.problem
+        ]
         if self.dropped:
             problems.insert(0, f"the capture lost {self.dropped} frames")
         return Verdict(len(seen), tuple(problems), facts)
 
     def contains(self, needle: bytes) -> bool:
-        """Whether these bytes are on the wire as they are, in any frame or put together from several segments."""
-        return any(needle in frame for _, frame in self.frames) or any(flow.carries(needle) for flow in self.flows())
+        """Whether these bytes are on the wire as they are, in any frame or put together from
+        several segments."""
+        return any(needle in frame for _, frame in self.frames) or any(
+            flow.carries(needle) for flow in self.flows()
+        )
 
     def write_pcap(self, path: Path) -> None:
-        """Write a file that tcpdump, tshark and Wireshark read (pcap 2.4, Ethernet, microseconds)."""
+        """Write a file that tcpdump, tshark and Wireshark read (pcap 2.4, Ethernet,
+        microseconds)."""
         try:
             with path.open("wb") as file:
                 file.write(struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, _SNAPLEN, 1))
                 for when, frame in self.frames:
                     micros = int(when * 1_000_000)
-                    file.write(struct.pack("<IIII", micros // 1_000_000, micros % 1_000_000, len(frame), len(frame)) + frame)
+                    file.write(
+                        struct.pack(
+                            "<IIII", micros // 1_000_000, micros % 1_000_000, len(frame), len(frame)
+                        )
+                        + frame
+                    )
         except OSError as error:
             raise LabError(f"the capture cannot be written to {path}: {error.strerror}") from error

@@ -29,7 +29,11 @@ class MemoryCgroup:
 
     def peak(self) -> int:
         """The highest memory use, in bytes."""
-        return int((self.folder / ("memory.peak" if self._unified else "memory.max_usage_in_bytes")).read_text())
+        return int(
+            (
+                self.folder / ("memory.peak" if self._unified else "memory.max_usage_in_bytes")
+            ).read_text()
+        )
 
     def kills(self) -> int:
         """How many processes the kernel killed because of the limit."""
@@ -56,7 +60,10 @@ def memory_cgroup(name: str, limit: int) -> Iterator[MemoryCgroup]:
     except OSError as error:
         with contextlib.suppress(OSError):
             folder.rmdir()
-        raise LabError(f"a memory cgroup cannot be created here ({error}): run as root, with the memory controller delegated") from error
+        raise LabError(
+            f"a memory cgroup cannot be created here ({error}): run as root, with the memory"
+            " controller delegated"
+        ) from error
     try:
         yield MemoryCgroup(folder, limit, unified=unified)
     finally:

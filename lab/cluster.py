@@ -66,7 +66,9 @@ class Cluster:
         # The bridge has no resolver: a name that neither the hosts file nor a sidecar knows is
         # unknown at once. A sidecar may be slow and a datagram may be lost, so allow a second
         # attempt, the C library's default.
-        self.resolver_file.write_text(f"nameserver {self.router()[0]}\noptions attempts:2 timeout:10\n")
+        self.resolver_file.write_text(
+            f"nameserver {self.router()[0]}\noptions attempts:2 timeout:10\n"
+        )
         self._write_hosts()
         self._services = 0
         self._build()
@@ -110,7 +112,10 @@ class Cluster:
 
     def _plug_in(self, pod: Pod) -> None:
         network.batch(f"netns add {pod.netns}")
-        link = (f"link add {pod.link} type veth peer name eth0 netns {pod.netns}", f"link set {pod.link} master br0 up")
+        link = (
+            f"link add {pod.link} type veth peer name eth0 netns {pod.netns}",
+            f"link set {pod.link} master br0 up",
+        )
         network.batch(*link, netns=self.netns)
         network.sysctl(pod.netns, POD_SYSCTLS)
         router4, router6 = self.router()
@@ -131,7 +136,10 @@ class Cluster:
         self._services += 1
         if self._services > _MAX_PODS:
             raise LabError(f"cluster {self.name} has no virtual address left")
-        ipv4, ipv6 = str(self.subnets.services4[self._services]), str(self.subnets.services6[self._services])
+        ipv4, ipv6 = (
+            str(self.subnets.services4[self._services]),
+            str(self.subnets.services6[self._services]),
+        )
         self.name_host(name, ipv4, ipv6)
         return ipv4, ipv6
 
@@ -146,11 +154,15 @@ class Cluster:
         """
         lines = [f"nameserver {server}" for server in servers]
         lines += [f"search {' '.join(search)}"] if search else []
-        self.resolver_file.write_text("\n".join([*lines, f"options attempts:1 timeout:10 ndots:{ndots}", ""]))
+        self.resolver_file.write_text(
+            "\n".join([*lines, f"options attempts:1 timeout:10 ndots:{ndots}", ""])
+        )
 
     def _write_hosts(self) -> None:
         lines = ["127.0.0.1 localhost", "::1 localhost"]
-        lines += [f"{address} {name}" for name, addresses in self.hosts.items() for address in addresses]
+        lines += [
+            f"{address} {name}" for name, addresses in self.hosts.items() for address in addresses
+        ]
         # Written in place: the file is bind-mounted, so a replaced file would not be seen.
         self.hosts_file.write_text("\n".join(lines) + "\n")
 
@@ -179,7 +191,12 @@ class Lab:
         self.nursery = await self._stack.enter_async_context(trio.open_nursery())
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 30):
             async with trio.open_nursery() as nursery:
                 for cluster in self.clusters.values():

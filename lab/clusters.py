@@ -39,7 +39,9 @@ class Clusters:
         """Add a cluster with the trust root of the others; `settings` are for its gateway."""
         first = next(iter(self.meshes.values()), None)
         cluster = self.lab.cluster(name)
-        return self.adopt(Mesh(cluster, first.authority) if first else Mesh(cluster), nat=nat, **settings)
+        return self.adopt(
+            Mesh(cluster, first.authority) if first else Mesh(cluster), nat=nat, **settings
+        )
 
     def adopt(self, mesh: Mesh, *, nat: bool = False, **settings: Any) -> Mesh:
         """Give an existing mesh a border and a gateway."""

@@ -61,7 +61,13 @@ class World:
 
     def load(self, service: str, clients: int = 2) -> Load:
         """Requests of `web` to a service of west, at its cluster address."""
-        return Load(self.stage.web, self.west.services[service].ipv4, HTTP, clients=clients, authority=service)
+        return Load(
+            self.stage.web,
+            self.west.services[service].ipv4,
+            HTTP,
+            clients=clients,
+            authority=service,
+        )
 
 
 async def build(stage: Stage) -> World:
@@ -80,7 +86,11 @@ async def build(stage: Stage) -> World:
     west.join(west.cluster.pod("c"), inbound=trusted)
     west.service("c", [west.cluster.pods["c"]], {HTTP: "http1"}, export=True, policy=POLICY)
     strict = {**trusted, "require_identity": True}
-    for name, ports in (("c", {HTTP: "http1"}), ("stock", {GRPC: "http2"}), ("mail", {MAIL: "opaque"})):
+    for name, ports in (
+        ("c", {HTTP: "http1"}),
+        ("stock", {GRPC: "http2"}),
+        ("mail", {MAIL: "opaque"}),
+    ):
         pod = east.cluster.pod(name)
         east.join(pod, inbound=strict, http2={"idle_timeout": "1s"}, dns={}, tracing=tracing)
         east.service(name, [pod], ports, export=True, policy=POLICY)
@@ -94,13 +104,19 @@ async def servers(world: World) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(web_server, world, "west")
         nursery.start_soon(web_server, world, "east")
-        nursery.start_soon(lambda: stage.server(pods["stock"], "grpc_service", str(GRPC), "stock of east", port=GRPC))
+        nursery.start_soon(
+            lambda: stage.server(
+                pods["stock"], "grpc_service", str(GRPC), "stock of east", port=GRPC
+            )
+        )
         nursery.start_soon(lambda: stage.server(pods["mail"], "mail", str(MAIL), port=MAIL))
 
 
 async def web_server(world: World, cluster: str) -> None:
     """Start `c` of one cluster."""
-    await world.stage.server(world.clusters.pod(cluster, "c"), "web-c", "::", str(HTTP), f"c of {cluster}", port=HTTP)
+    await world.stage.server(
+        world.clusters.pod(cluster, "c"), "web-c", "::", str(HTTP), f"c of {cluster}", port=HTTP
+    )
 
 
 # The steps
@@ -116,7 +132,11 @@ async def apart(world: World) -> None:
             await stranger.connect(target.ipv4, HTTP)
         except OSError as error:
             reason = error.strerror or str(error)
-    world.prove("apart", f"a pod of west connects to a pod of east, {target.ipv4}: {reason or 'it got through'}", bool(reason))
+    world.prove(
+        "apart",
+        f"a pod of west connects to a pod of east, {target.ipv4}: {reason or 'it got through'}",
+        bool(reason),
+    )
     border = world.stage.lab.wide_area().border(world.east.cluster)
     gateway = world.clusters.pod("east", "gateway")
     border.publish(PEERS_PORT, gateway)
@@ -128,7 +148,10 @@ async def apart(world: World) -> None:
         await each.aclose()
     border.withdraw(PEERS_PORT)
     held = inside == gateway.ipv4 != border.leg.ipv4 and client not in (stranger.ipv4, inside)
-    detail = f"east's gateway is {border.leg.ipv4} outside and {inside} inside; {stranger.ipv4} of west is {client} there"
+    detail = (
+        f"east's gateway is {border.leg.ipv4} outside and {inside} inside; {stranger.ipv4} of west"
+        f" is {client} there"
+    )
     world.prove("NAT at both ends", detail, held)
 
 
@@ -137,34 +160,74 @@ async def by_name(world: World) -> None:
     stage = world.stage
     async with Capture(stage.web) as wire:
         answer = await stage.client(stage.web, "get", "c.east", HTTP, SECRET)
-        held = answer.get("status") == 200 and "hello from the c of east" in answer.get("body", "") and SECRET in answer.get("body", "")
-        world.prove("c.east by HTTP", f"http.client -> {THERE}, 3 requests on one connection {why(answer, held)}", held)
+        held = (
+            answer.get("status") == 200
+            and "hello from the c of east" in answer.get("body", "")
+            and SECRET in answer.get("body", "")
+        )
+        world.prove(
+            "c.east by HTTP",
+            f"http.client -> {THERE}, 3 requests on one connection {why(answer, held)}",
+            held,
+        )
         answer = await stage.client(stage.web, "grpc-kinds", "stock.east", GRPC, SECRET)
         held = all(answer.get(kind) is True for kind in ("unary", "server", "client", "both"))
-        world.prove("stock.east by gRPC", f"all four kinds of calls, grpcio to grpcio {why(answer, held)}", held)
+        world.prove(
+            "stock.east by gRPC",
+            f"all four kinds of calls, grpcio to grpcio {why(answer, held)}",
+            held,
+        )
         answer = await stage.client(stage.web, "mail", "mail.east", MAIL, SECRET)
         held = answer.get("refused") == 0 and "error" not in answer
-        greeting = f"greeted after {answer.get('greeting_seconds', 0) * 1000:.1f} ms" if held else ""
-        world.prove("mail.east by TCP", f"smtplib -> aiosmtpd, the server speaks first, {greeting} {why(answer, held)}", held)
+        greeting = (
+            f"greeted after {answer.get('greeting_seconds', 0) * 1000:.1f} ms" if held else ""
+        )
+        world.prove(
+            "mail.east by TCP",
+            f"smtplib -> aiosmtpd, the server speaks first, {greeting} {why(answer, held)}",
+            held,
+        )
     verdict = wire.verdict(PUBLISHED_PORT)
     held = verdict.ok and not wire.contains(SECRET.encode())
-    told = f"{verdict.flows} connections to the gateway: TLS 1.3 from the first byte to the last, the secret is not in it"
-    world.prove("on the wire", told if held else "; ".join(verdict.problems) or "the secret IS on the wire", held)
+    told = (
+        f"{verdict.flows} connections to the gateway: TLS 1.3 from the first byte to the last, the"
+        " secret is not in it"
+    )
+    world.prove(
+        "on the wire",
+        told if held else "; ".join(verdict.problems) or "the secret IS on the wire",
+        held,
+    )
     answer = await stage.client(world.clusters.pod("east", "c"), "get", "c.west", HTTP, SECRET)
     held = answer.get("status") == 200 and f"hello from the {HERE}" in answer.get("body", "")
-    world.prove("and back: c.west", f"called by `c` of east, through west's gateway {why(answer, held)}", held)
+    world.prove(
+        "and back: c.west",
+        f"called by `c` of east, through west's gateway {why(answer, held)}",
+        held,
+    )
 
 
 async def split(world: World) -> None:
     """Requests to `c` of west; ten percent go to east."""
     weights = (round(100 * (1 - SHARE)), round(100 * SHARE))
-    await arrange(world, split=[{"service": "c", "weight": weights[0]}, {"service": "c", "cluster": "east", "weight": weights[1]}])
+    await arrange(
+        world,
+        split=[
+            {"service": "c", "weight": weights[0]},
+            {"service": "c", "cluster": "east", "weight": weights[1]},
+        ],
+    )
     async with world.load("c", clients=4) as load:
         await load.more(SPLIT_REQUESTS)
     answered, total = load.answered, sum(load.answered.values())
-    spread = 5 * math.sqrt(total * SHARE * (1 - SHARE))  # five standard deviations: chance exceeds them once in a million
+    spread = 5 * math.sqrt(
+        total * SHARE * (1 - SHARE)
+    )  # five standard deviations: chance exceeds them once in a million
     held = abs(answered[THERE] - SHARE * total) <= spread and not load.bad
-    told = f"`web` calls `c`: of {total} requests west answered {answered[HERE]} and east {answered[THERE]}, {load.bad or 'no'} errors"
+    told = (
+        f"`web` calls `c`: of {total} requests west answered {answered[HERE]} and east"
+        f" {answered[THERE]}, {load.bad or 'no'} errors"
+    )
     world.prove(f"split {weights[0]}/{weights[1]}", told, held)
     await arrange(world)
 
@@ -183,7 +246,10 @@ async def failover(world: World) -> None:
         took = time.monotonic() - dead
         await answered(load, THERE, 100)
         lost = sum(load.bad.values())
-        told = f"`c` of west is killed under load: east answers {took * 1000:.0f} ms later, {lost} requests in flight were lost"
+        told = (
+            f"`c` of west is killed under load: east answers {took * 1000:.0f} ms later, {lost}"
+            " requests in flight were lost"
+        )
         # Two clients: only the requests in flight when the server died may be lost.
         world.prove("failover", told, away and lost <= 2)
         await web_server(world, "west")
@@ -193,7 +259,11 @@ async def failover(world: World) -> None:
         took = time.monotonic() - back
         await answered(load, HERE, 100)
         lost = sum(load.bad.values()) - lost
-        world.prove("and back", f"`c` of west is back: it answers after {took:.1f} s, {lost} errors", home and lost == 0)
+        world.prove(
+            "and back",
+            f"`c` of west is back: it answers after {took:.1f} s, {lost} errors",
+            home and lost == 0,
+        )
     await arrange(world)
 
 
@@ -228,26 +298,50 @@ async def outage(world: World) -> None:
     tell_outage(world, phases)
     last = answers[-1]
     said = f"{last.get('status', '')} {error_type(last.get('proxy-status', ''))}"
-    held = all(answer.get("status") in (502, 503, 504) and "error=" in answer.get("proxy-status", "") for answer in answers)
-    told = f"{len(answers)} calls during the outage, none answered; the slowest took {slowest:.2f} s, the last response: {said}"
+    held = all(
+        answer.get("status") in (502, 503, 504) and "error=" in answer.get("proxy-status", "")
+        for answer in answers
+    )
+    told = (
+        f"{len(answers)} calls during the outage, none answered; the slowest took {slowest:.2f} s,"
+        f" the last response: {said}"
+    )
     world.prove("c.east meanwhile", f"{told} {why(last, held)}", held)
-    world.prove("c.east afterwards", f"answers {recovered:.2f} s after the link is restored", recovered < PATIENCE)
+    world.prove(
+        "c.east afterwards",
+        f"answers {recovered:.2f} s after the link is restored",
+        recovered < PATIENCE,
+    )
 
 
 def tell_outage(world: World, phases: list[Summary]) -> None:
     """The calls of west's own service before, during and after the outage."""
     for when, phase in zip(("before", "during", "after"), phases, strict=True):
-        world.prove(f"east's outage: {when}", f"`web` calls `shop` of west: {phase}", phase.requests > ENOUGH and phase.errors == 0)
+        world.prove(
+            f"east's outage: {when}",
+            f"`web` calls `shop` of west: {phase}",
+            phase.requests > ENOUGH and phase.errors == 0,
+        )
 
 
 async def hops(world: World) -> None:
     """Which peer each proxy verified at each hop, from its own log."""
-    world.stage.report.section = "Identities across clusters, as each of the three proxies verified and logged them"
+    world.stage.report.section = (
+        "Identities across clusters, as each of the three proxies verified and logged them"
+    )
     name = world.stage.mesh.authority.identity
     web, gateway = str(name("web")), str(world.east.sidecars["gateway"].identity)
-    for label, service, port in (("HTTP", "c", HTTP), ("gRPC", "stock", GRPC), ("TCP", "mail", MAIL)):
+    for label, service, port in (
+        ("HTTP", "c", HTTP),
+        ("gRPC", "stock", GRPC),
+        ("TCP", "mail", MAIL),
+    ):
         target = str(name(service))
-        near, way, far = world.west.sidecars["web"], world.east.sidecars["gateway"], world.east.sidecars[service]
+        near, way, far = (
+            world.west.sidecars["web"],
+            world.east.sidecars["gateway"],
+            world.east.sidecars[service],
+        )
         full = f"{service}.default.svc.cluster.local:{port}"
         first = await found(near, direction="outbound", upstream_identity=gateway, port=port)
         second = await found(way, direction="gateway", identity=web, authority=full)
@@ -259,7 +353,9 @@ async def hops(world: World) -> None:
             (f"sidecar of `{service}`", "the gateway", third.get("identity"), gateway),
         ]
         held = all(seen == wanted for _, _, seen, wanted in verified)
-        told = "; ".join(f"{who} verified {whom}: {seen or 'none'}" for who, whom, seen, _ in verified)
+        told = "; ".join(
+            f"{who} verified {whom}: {seen or 'none'}" for who, whom, seen, _ in verified
+        )
         world.prove(f"{label}: {service}.east", told, held)
 
 
@@ -293,7 +389,11 @@ async def arrange(world: World, **traits: Any) -> None:
 async def reloads(world: World) -> float:
     """How many directories the sidecar of `web` has loaded."""
     counted = await world.west.sidecars["web"].metrics()
-    return sum(value for name, value in counted.items() if name.startswith("isthmus_directory_reloads_total{") and '"ok"' in name)
+    return sum(
+        value
+        for name, value in counted.items()
+        if name.startswith("isthmus_directory_reloads_total{") and '"ok"' in name
+    )
 
 
 async def answered(load: Load, name: str, more: int) -> bool:
@@ -323,7 +423,9 @@ async def found(sidecar: Any, *, port: int = 0, **facts: str) -> dict[str, Any]:
     with trio.move_on_after(PATIENCE / 2):
         while True:
             for line in sidecar.logged():
-                if facts.items() <= line.items() and (not port or f":{port}" in f"{line.get('destination')} {line.get('authority')}"):
+                if facts.items() <= line.items() and (
+                    not port or f":{port}" in f"{line.get('destination')} {line.get('authority')}"
+                ):
                     return dict(line)
             await trio.sleep(0.1)
     return {}

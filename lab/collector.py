@@ -17,7 +17,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest, ExportTraceServiceResponse
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 
 KINDS = {1: "internal", 2: "server", 3: "client", 4: "producer", 5: "consumer"}
@@ -69,7 +72,10 @@ def decode(body: bytes) -> list[Span]:
         resource = _attributes(group.resource.attributes)
         for scope in group.scope_spans:
             for span in scope.spans:
-                events = [Event(event.name, event.time_unix_nano, _attributes(event.attributes)) for event in span.events]
+                events = [
+                    Event(event.name, event.time_unix_nano, _attributes(event.attributes))
+                    for event in span.events
+                ]
                 spans.append(
                     Span(
                         name=span.name,
@@ -125,14 +131,20 @@ class Collector:
     def __init__(self, port: int = 0, host: str = "127.0.0.1") -> None:
         self.spans: list[Span] = []
         self.requests: list[dict[str, str]] = []  # the headers of each
-        self.answer: tuple[int, dict[str, str], bytes] = (200, {}, ExportTraceServiceResponse().SerializeToString())
+        self.answer: tuple[int, dict[str, str], bytes] = (
+            200,
+            {},
+            ExportTraceServiceResponse().SerializeToString(),
+        )
         self.hold = threading.Event()  # while cleared, responses wait
         self.hold.set()
         self.arrived = threading.Condition()
         self._server = ThreadingHTTPServer((host, port), self._handler())
         self._server.daemon_threads = True
         self.port = self._server.server_port
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        )
 
     @property
     def endpoint(self) -> str:
@@ -171,14 +183,20 @@ class Collector:
                     body = gzip.decompress(body)
                 collector.hold.wait(30)
                 status, headers, answer = collector.answer
-                seen = {name.lower(): value for name, value in self.headers.items()} | {":path": self.path}
+                seen = {name.lower(): value for name, value in self.headers.items()} | {
+                    ":path": self.path
+                }
                 with collector.arrived:
                     collector.requests.append(seen)
                     if 200 <= status < 300:
                         collector.received(body)
                     collector.arrived.notify_all()
                 self.send_response(status)
-                for name, value in {"Content-Type": "application/x-protobuf", "Content-Length": str(len(answer)), **headers}.items():
+                for name, value in {
+                    "Content-Type": "application/x-protobuf",
+                    "Content-Length": str(len(answer)),
+                    **headers,
+                }.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(answer)
@@ -197,7 +215,10 @@ class _Writer(Collector):
         self._path = path
 
     def received(self, body: bytes) -> None:
-        with self._path.open("a", encoding="utf-8") as file, self._path.with_suffix(RAW).open("ab") as raw:
+        with (
+            self._path.open("a", encoding="utf-8") as file,
+            self._path.with_suffix(RAW).open("ab") as raw,
+        ):
             raw.write(len(body).to_bytes(4, "big") + body)
             file.write("".join(json.dumps(asdict(span)) + "\n" for span in decode(body)))
 

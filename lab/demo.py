@@ -35,10 +35,25 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--keep", action="store_true", help="keep the pods running until Ctrl-C, and print how to enter them")
-    parser.add_argument("--size", type=int, default=256, metavar="MIB", help="size of the large bodies in MiB, each way (default: 256)")
     parser.add_argument(
-        "--jaeger", metavar="URL", help="also send the spans to this OTLP/HTTP collector, such as http://localhost:4318 (Jaeger)"
+        "--keep",
+        action="store_true",
+        help="keep the pods running until Ctrl-C, and print how to enter them",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=256,
+        metavar="MIB",
+        help="size of the large bodies in MiB, each way (default: 256)",
+    )
+    parser.add_argument(
+        "--jaeger",
+        metavar="URL",
+        help=(
+            "also send the spans to this OTLP/HTTP collector, such as http://localhost:4318"
+            " (Jaeger)"
+        ),
     )
     parser.set_defaults(run=run)
 
@@ -49,14 +64,26 @@ def run(args: argparse.Namespace) -> int:
         print(f"isthmus demo: --size {args.size}: must be from 1 to 4096", file=sys.stderr)
         return 64
     if args.jaeger is not None and not args.jaeger.startswith(("http://", "https://")):
-        print(f"isthmus demo: --jaeger {args.jaeger}: expected an http or https URL", file=sys.stderr)
+        print(
+            f"isthmus demo: --jaeger {args.jaeger}: expected an http or https URL", file=sys.stderr
+        )
         return 64
     if not inside():
         if args.jaeger is not None:
-            from lab.traces import forward_outside  # noqa: PLC0415  # its imports are rarely needed here
+            from lab.traces import (  # noqa: PLC0415
+                forward_outside,
+            )  # its imports are rarely needed here
 
             forward_outside(args.jaeger)
-        command = [sys.executable, "-m", "proxy.cli", "demo", "--size", str(args.size), *(["--keep"] if args.keep else [])]
+        command = [
+            sys.executable,
+            "-m",
+            "proxy.cli",
+            "demo",
+            "--size",
+            str(args.size),
+            *(["--keep"] if args.keep else []),
+        ]
         try:
             reexecute(command)
         except SandboxError as error:

@@ -38,7 +38,11 @@ class Envoy(Member):
         self.directory.mkdir(exist_ok=True)
         self.write_certificate(self.authority.issue(self.identity))
         self.write_roots(self.authority)
-        words = {"/etc/isthmus/identity": str(self.directory), "/etc/envoy": str(self.directory), **self.words}
+        words = {
+            "/etc/isthmus/identity": str(self.directory),
+            "/etc/envoy": str(self.directory),
+            **self.words,
+        }
         texts = {name: (EXAMPLES / name).read_text() for name in _FILES}
         for old in words:
             if not any(old in text for text in texts.values()):
@@ -53,6 +57,17 @@ class Envoy(Member):
         """Start it, and wait until it listens.  Raises LabError."""
         self.write_files()
         if not PROGRAM.exists():
-            raise LabError(f"Envoy is not installed: there is no {PROGRAM} (it comes with the requirements for development)")
-        command = [str(PROGRAM), "--config-path", str(self.directory / "envoy.yaml"), "--concurrency", "1"]
-        self.process = await self.pod.start("envoy", [*command, "--disable-hot-restart"], user=SIDECAR, port=PORT)
+            raise LabError(
+                f"Envoy is not installed: there is no {PROGRAM} (it comes with the requirements for"
+                " development)"
+            )
+        command = [
+            str(PROGRAM),
+            "--config-path",
+            str(self.directory / "envoy.yaml"),
+            "--concurrency",
+            "1",
+        ]
+        self.process = await self.pod.start(
+            "envoy", [*command, "--disable-hot-restart"], user=SIDECAR, port=PORT
+        )

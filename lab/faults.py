@@ -46,7 +46,9 @@ def expired_certificate(sidecar: Sidecar) -> Iterator[None]:
 
 
 @contextmanager
-def broken_directory(sidecar: Sidecar, text: bytes = b"services: [{name: 'half a file") -> Iterator[None]:
+def broken_directory(
+    sidecar: Sidecar, text: bytes = b"services: [{name: 'half a file"
+) -> Iterator[None]:
     """A directory file with invalid contents."""
     before = sidecar.directory_file.read_bytes()
     sidecar.write(sidecar.directory_file, text)

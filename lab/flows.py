@@ -12,8 +12,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-CIPHER_SUITES = {0x1301: "TLS_AES_128_GCM_SHA256", 0x1302: "TLS_AES_256_GCM_SHA384", 0x1303: "TLS_CHACHA20_POLY1305_SHA256"}
-GROUPS = {0x0017: "secp256r1", 0x0018: "secp384r1", 0x0019: "secp521r1", 0x001D: "X25519", 0x001E: "X448", 0x11EC: "X25519MLKEM768"}
+CIPHER_SUITES = {
+    0x1301: "TLS_AES_128_GCM_SHA256",
+    0x1302: "TLS_AES_256_GCM_SHA384",
+    0x1303: "TLS_CHACHA20_POLY1305_SHA256",
+}
+GROUPS = {
+    0x0017: "secp256r1",
+    0x0018: "secp384r1",
+    0x0019: "secp521r1",
+    0x001D: "X25519",
+    0x001E: "X448",
+    0x11EC: "X25519MLKEM768",
+}
 TLS13 = 0x0304
 _SERVER_NAME, _SUPPORTED_VERSIONS, _KEY_SHARE = 0, 43, 51
 _MAX_RECORD = 2**14 + 256  # bytes of an encrypted record (RFC 8446, section 5.2)
@@ -83,8 +94,12 @@ class Direction:
             return b"", True
         first = self.first if self.first is not None else self.pieces[0][0]
         out = bytearray()
-        # Offsets modulo 2**32, as signed numbers: a retransmission from before the capture began is negative.
-        offsets = sorted((((sequence - first + 2**31) & 0xFFFFFFFF) - 2**31, payload) for sequence, payload in self.pieces)
+        # Offsets modulo 2**32, as signed numbers: a retransmission from before the capture began is
+        # negative.
+        offsets = sorted(
+            (((sequence - first + 2**31) & 0xFFFFFFFF) - 2**31, payload)
+            for sequence, payload in self.pieces
+        )
         for offset, payload in offsets:
             if offset > len(out):
                 return bytes(out), False
@@ -113,7 +128,10 @@ class Flow:
         too.
         """
         halves = (self.to_server, self.to_client)
-        return any(needle in half.data()[0] or any(needle in payload for _, payload in half.pieces) for half in halves)
+        return any(
+            needle in half.data()[0] or any(needle in payload for _, payload in half.pieces)
+            for half in halves
+        )
 
 
 def flows(frames: Iterable[bytes]) -> list[Flow]:
@@ -123,7 +141,10 @@ def flows(frames: Iterable[bytes]) -> list[Flow]:
     found: list[Flow] = []
     current: dict[tuple[tuple[str, int], tuple[str, int]], Flow] = {}
     for segment in filter(None, map(parse_frame, frames)):
-        source, destination = (segment.source, segment.source_port), (segment.destination, segment.destination_port)
+        source, destination = (
+            (segment.source, segment.source_port),
+            (segment.destination, segment.destination_port),
+        )
         flow = current.get((source, destination)) or current.get((destination, source))
         opens = segment.flags & 0x12 == 0x02  # SYN without ACK
         if flow is None or (opens and flow.to_client.pieces):
@@ -183,7 +204,11 @@ def split_records(data: bytes) -> Iterator[tuple[int, bytes]]:
         if len(header) < 5:
             return
         kind, version, length = struct.unpack("!BHH", header)
-        if kind not in (20, 21, 22, 23) or version not in (0x0301, 0x0303) or not 0 < length <= _MAX_RECORD:
+        if (
+            kind not in (20, 21, 22, 23)
+            or version not in (0x0301, 0x0303)
+            or not 0 < length <= _MAX_RECORD
+        ):
             raise ValueError(f"at byte {position} stands {data[position : position + 24]!r}")
         if position == 0 and kind not in (21, 22):
             raise ValueError(f"it begins with a record of type {kind}")
@@ -192,7 +217,8 @@ def split_records(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _hello(record: tuple[int, bytes], facts: TLSFacts) -> None:
-    """Note what a ClientHello or ServerHello says (RFC 8446, section 4.1).  Raises ValueError when it is neither."""
+    """Note what a ClientHello or ServerHello says (RFC 8446, section 4.1).  Raises ValueError when
+    it is neither."""
     kind, body = record
     if kind == 21:
         return  # an alert as the first record: a rejection
@@ -230,7 +256,9 @@ def _client_extensions(extensions: dict[int, bytes], facts: TLSFacts) -> None:
     if TLS13 not in offered:
         raise ValueError("the ClientHello does not offer TLS 1.3")
     facts.server_name = extensions.get(_SERVER_NAME, b"")[5:].decode("ascii", errors="replace")
-    facts.key_shares = sum(1 for _ in _extensions(extensions.get(_KEY_SHARE, b"\0\0")))  # which are laid out in the same way
+    facts.key_shares = sum(
+        1 for _ in _extensions(extensions.get(_KEY_SHARE, b"\0\0"))
+    )  # which are laid out in the same way
 
 
 def _server_extensions(extensions: dict[int, bytes], facts: TLSFacts) -> None:

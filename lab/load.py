@@ -60,7 +60,10 @@ class Summary:
         return cls(len(taken), len(taken) - len(good), p50, p99)
 
     def __str__(self) -> str:
-        return f"{self.requests} requests, {self.errors} errors, p50 {self.p50 * 1000:.1f} ms, p99 {self.p99 * 1000:.1f} ms"
+        return (
+            f"{self.requests} requests, {self.errors} errors, p50 {self.p50 * 1000:.1f} ms, p99"
+            f" {self.p99 * 1000:.1f} ms"
+        )
 
 
 @dataclass(slots=True)
@@ -100,7 +103,9 @@ class Load:
     answer within PATIENCE seconds.
     """
 
-    def __init__(self, pod: Pod, host: str, port: int, *, clients: int = 6, authority: str = "shop") -> None:
+    def __init__(
+        self, pod: Pod, host: str, port: int, *, clients: int = 6, authority: str = "shop"
+    ) -> None:
         self.outcomes: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()  # answered requests by the server's own name
         self.samples: list[Sample] = []
@@ -138,7 +143,12 @@ class Load:
         await self.more(self._clients)
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         with trio.move_on_after(PATIENCE + 2, shield=True):
             await self.stop()
 
@@ -155,7 +165,10 @@ class Load:
             while self.outcomes[outcome] < goal:  # noqa: ASYNC110  # one reader, several writers, and a small delay is harmless
                 await trio.sleep(0.02)
             return
-        raise LabError(f"not {number} more {outcome!r} within {timeout:g} s: {dict(self.outcomes)}; the last said {self._told!r}")
+        raise LabError(
+            f"not {number} more {outcome!r} within {timeout:g} s: {dict(self.outcomes)}; the last"
+            f" said {self._told!r}"
+        )
 
     async def settle(self, timeout: float = 60.0) -> None:
         """Wait until the requests now in flight have ended: later counts then reflect everything
@@ -211,7 +224,9 @@ class Load:
                 first = False
                 await trio.sleep(PAUSE)
 
-    async def _request(self, stream: trio.SocketStream, connection: h11.Connection, *, first: bool) -> str:
+    async def _request(
+        self, stream: trio.SocketStream, connection: h11.Connection, *, first: bool
+    ) -> str:
         self._begun += 1
         number = self._begun
         self._under_way.add(number)
@@ -222,11 +237,21 @@ class Load:
 
     def _message(self, connection: h11.Connection) -> bytes:
         """A request. It has its length, so that it is one write."""
-        headers = [("Host", self._authority)] + ([("Content-Length", str(len(self.body)))] if self.body else [])
-        parts = [h11.Request(method="POST" if self.body else "GET", target="/", headers=headers), h11.Data(self.body), h11.EndOfMessage()]
-        return b"".join(connection.send(part) or b"" for part in parts if part is not parts[1] or self.body)
+        headers = [("Host", self._authority)] + (
+            [("Content-Length", str(len(self.body)))] if self.body else []
+        )
+        parts = [
+            h11.Request(method="POST" if self.body else "GET", target="/", headers=headers),
+            h11.Data(self.body),
+            h11.EndOfMessage(),
+        ]
+        return b"".join(
+            connection.send(part) or b"" for part in parts if part is not parts[1] or self.body
+        )
 
-    async def _exchange(self, stream: trio.SocketStream, connection: h11.Connection, *, first: bool) -> str:
+    async def _exchange(
+        self, stream: trio.SocketStream, connection: h11.Connection, *, first: bool
+    ) -> str:
         answer = _Answer()
         try:
             with trio.fail_after(PATIENCE):

@@ -63,7 +63,14 @@ class Mesh:
     ways_in: list[dict[str, Any]] = field(default_factory=list)
     peers: list["Mesh"] = field(default_factory=list)  # the known other clusters
 
-    def join(self, pod: Pod, service_account: str | None = None, *, authority: Authority | None = None, **settings: Any) -> Sidecar:
+    def join(
+        self,
+        pod: Pod,
+        service_account: str | None = None,
+        *,
+        authority: Authority | None = None,
+        **settings: Any,
+    ) -> Sidecar:
         """Give a pod a sidecar with an identity; `settings` override its configuration. `start`
         starts it.
 
@@ -95,7 +102,9 @@ class Mesh:
         """Make other clusters known: their names, gateways and exports."""
         self.peers += others
 
-    def service(self, name: str, pods: Iterable[Pod], ports: Mapping[int, str], **traits: Any) -> Service:
+    def service(
+        self, name: str, pods: Iterable[Pod], ports: Mapping[int, str], **traits: Any
+    ) -> Service:
         """Add a service on these pods, with the same ports. Its name resolves in every pod of the
         cluster.
         """
@@ -109,7 +118,11 @@ class Mesh:
         services = [self._described(service) for service in self.services.values()]
         if not self.peers:
             return {"services": services}
-        return {"cluster": self.cluster.name, "services": services, "clusters": [peer.exports() for peer in self.peers]}
+        return {
+            "cluster": self.cluster.name,
+            "services": services,
+            "clusters": [peer.exports() for peer in self.peers],
+        }
 
     def exports(self) -> dict[str, Any]:
         """This cluster as other clusters' directories describe it."""
@@ -128,7 +141,11 @@ class Mesh:
 
     def _endpoints(self, pod: Pod) -> list[dict[str, Any]]:
         sidecar = self.sidecars.get(pod.name)
-        identity = {"identity": str(sidecar.identity)} if sidecar is not None and sidecar.identity is not None else {}
+        identity = (
+            {"identity": str(sidecar.identity)}
+            if sidecar is not None and sidecar.identity is not None
+            else {}
+        )
         return [{"address": address, **identity} for address in (pod.ipv4, pod.ipv6)]
 
     async def start(self) -> None:

@@ -20,7 +20,8 @@ T = TypeVar("T")
 
 
 class Subnets(NamedTuple):
-    """The addresses of a cluster: pods, and the virtual addresses of its services, in both families."""
+    """The addresses of a cluster: pods, and the virtual addresses of its services, in both
+    families."""
 
     pods4: ipaddress.IPv4Network
     pods6: ipaddress.IPv6Network
@@ -29,7 +30,8 @@ class Subnets(NamedTuple):
 
     @classmethod
     def numbered(cls, number: int) -> "Subnets":
-        """The plan of the cluster with this number (1-100), from the private ranges of RFC 1918 and RFC 4193."""
+        """The plan of the cluster with this number (1-100), from the private ranges of RFC 1918 and
+        RFC 4193."""
         if not 1 <= number <= 100:
             raise ValueError(f"a lab has at most 100 clusters, this would be number {number}")
         return cls(
@@ -43,16 +45,20 @@ class Subnets(NamedTuple):
 def batch(*lines: str, netns: str | None = None) -> None:
     """Run `ip` commands, one per line, in one process. Raises LabError with the first failure."""
     command = ["ip", *(["-n", netns] if netns else []), "-batch", "-"]
-    done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise LabError(f"ip: {done.stderr.strip()} (commands: {'; '.join(lines)})")
 
 
 def nft(netns: str, *lines: str) -> str:
-    """Run `nft` commands, one per line, as one transaction; returns their output. Raises LabError.
-    """
+    """Run `nft` commands, one per line, as one transaction; returns their output. Raises
+    LabError."""
     command = ["nsenter", f"--net=/run/netns/{netns}", "--", "nft", "-f", "-"]
-    done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise LabError(f"nft: {done.stderr.strip()} (commands: {'; '.join(lines)})")
     return done.stdout
@@ -82,7 +88,10 @@ def in_namespace(netns: str, function: Callable[[], T]) -> T:
             with Path("/run/netns", netns).open("rb") as file:
                 libc = ctypes.CDLL(None, use_errno=True)
                 if libc.setns(file.fileno(), _CLONE_NEWNET) != 0:
-                    raise LabError(f"cannot enter the network namespace {netns}: {os.strerror(ctypes.get_errno())}")
+                    raise LabError(
+                        f"cannot enter the network namespace {netns}:"
+                        f" {os.strerror(ctypes.get_errno())}"
+                    )
             result.append(function())
         except Exception as error:  # noqa: BLE001, RUF100  # re-raised in the caller's thread
             errors.append(error)

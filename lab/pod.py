@@ -37,7 +37,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # For programs in pods: the checkout, and the build of cryptography and of the product that this
 # process uses (`make aws-lc compiled`), which may differ from those of the environment and the
 # checkout.
-_FOUND = (Path(cryptography.__file__).resolve().parents[1], Path(proxy.__file__).resolve().parents[1])
+_FOUND = (
+    Path(cryptography.__file__).resolve().parents[1],
+    Path(proxy.__file__).resolve().parents[1],
+)
 PACKAGES = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(map(str, (*_FOUND, ROOT))))}
 
 _OVERLAY = 'mount --bind "$1" /etc/hosts; mount --bind "$2" /etc/resolv.conf; shift 2; exec "$@"'
@@ -58,10 +61,22 @@ class User:
         if self.privileged:
             return []
         if rootless():
-            return ["unshare", "--user", f"--map-user={self.uid}", f"--map-group={self.uid}"] if self.never_root else []
+            return (
+                ["unshare", "--user", f"--map-user={self.uid}", f"--map-group={self.uid}"]
+                if self.never_root
+                else []
+            )
         kept = "-all,+dac_read_search"
         ids = [f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups"]
-        return ["setpriv", *ids, f"--inh-caps={kept}", f"--ambient-caps={kept}", f"--bounding-set={kept}", "--no-new-privs", "--"]
+        return [
+            "setpriv",
+            *ids,
+            f"--inh-caps={kept}",
+            f"--ambient-caps={kept}",
+            f"--bounding-set={kept}",
+            "--no-new-privs",
+            "--",
+        ]
 
 
 APP = User()
@@ -107,57 +122,98 @@ class Pod:
         """The name of the pod's end at the bridge, in the cluster's namespace."""
         return f"p-{self.ipv4.rpartition('.')[2]}"
 
-    def launch(self, user: User = APP, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Launch:
+    def launch(
+        self, user: User = APP, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> Launch:
         """How to start a program in this pod."""
         hosts, resolver = self.cluster.hosts_file, self.cluster.resolver_file
         prefix = ["nsenter", f"--net=/run/netns/{self.netns}", "--", "unshare", "--mount", "--"]
         prefix += ["sh", "-c", _OVERLAY, "sh", str(hosts), str(resolver), *user.prefix()]
-        return Launch(prefix=tuple(prefix), env={"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}, cwd=cwd)
+        return Launch(
+            prefix=tuple(prefix),
+            env={"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", **(env or {})},
+            cwd=cwd,
+        )
 
     async def start(
-        self, name: str, command: Sequence[str], *, user: User = APP, port: int | None = None, env: Mapping[str, str] | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        user: User = APP,
+        port: int | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> Process:
-        """Start a program. With `port`, wait until it listens there. Raises LabError with the end of
-        its output.
+        """Start a program. With `port`, wait until it listens there. Raises LabError with the end
+        of its output.
         """
         if (old := self.processes.get(name)) is not None and old.alive:
             raise LabError(f"pod {self.name} already runs {name}")
         log = self.directory / f"{name}.log"
-        running = await process.start(self.cluster.lab.nursery, f"{self.name}/{name}", command, log, self.launch(user, env, self.directory))
+        running = await process.start(
+            self.cluster.lab.nursery,
+            f"{self.name}/{name}",
+            command,
+            log,
+            self.launch(user, env, self.directory),
+        )
         self.processes[name] = running
         if port is not None:
             await self.wait_port(running, port)
         return running
 
-    async def python(self, name: str, code: str, *arguments: str, port: int | None = None, user: User = APP) -> Process:
+    async def python(
+        self, name: str, code: str, *arguments: str, port: int | None = None, user: User = APP
+    ) -> Process:
         """Start a Python program given as text."""
-        return await self.start(name, [sys.executable, "-c", code, *arguments], port=port, user=user)
+        return await self.start(
+            name, [sys.executable, "-c", code, *arguments], port=port, user=user
+        )
 
-    async def restart(self, running: Process, *, user: User = APP, port: int | None = None) -> Process:
+    async def restart(
+        self, running: Process, *, user: User = APP, port: int | None = None
+    ) -> Process:
         """Stop a program and start the same command again."""
         await running.aclose()
-        return await self.start(running.name.rpartition("/")[2], running.command, user=user, port=port)
+        return await self.start(
+            running.name.rpartition("/")[2], running.command, user=user, port=port
+        )
 
     async def run(
-        self, command: Sequence[str], *, user: User = APP, env: Mapping[str, str] | None = None, stdin: bytes = b"", timeout: float = 30.0
+        self,
+        command: Sequence[str],
+        *,
+        user: User = APP,
+        env: Mapping[str, str] | None = None,
+        stdin: bytes = b"",
+        timeout: float = 30.0,
     ) -> Completed:
-        """Run a program in the pod to its end. Raises LabError if it cannot start or on timeout, not
-        for its exit code.
+        """Run a program in the pod to its end. Raises LabError if it cannot start or on timeout,
+        not for its exit code.
         """
-        return await process.run(command, self.launch(user, env, self.directory), stdin=stdin, timeout=timeout)
+        return await process.run(
+            command, self.launch(user, env, self.directory), stdin=stdin, timeout=timeout
+        )
 
-    async def run_python(self, code: str, *arguments: str, user: User = APP, timeout: float = 30.0) -> Completed:
+    async def run_python(
+        self, code: str, *arguments: str, user: User = APP, timeout: float = 30.0
+    ) -> Completed:
         """Run a Python program given as text to its end."""
         return await self.run([sys.executable, "-c", code, *arguments], user=user, timeout=timeout)
 
-    async def wait_port(self, running: Process, port: int, timeout: float = process.READY_TIMEOUT) -> None:
+    async def wait_port(
+        self, running: Process, port: int, timeout: float = process.READY_TIMEOUT
+    ) -> None:
         """Wait until something in the pod listens on `port`.  Raises LabError."""
         with trio.move_on_after(timeout):
             while not self.listens(port):
                 if not running.alive:
                     with trio.move_on_after(1):
                         await running.wait_until(lambda: running.output.ended, "end")
-                    raise running.error(f"ended (return code {running.returncode}) before it listened on port {port}")
+                    raise running.error(
+                        f"ended (return code {running.returncode}) before it listened on port"
+                        f" {port}"
+                    )
                 await trio.sleep(0.02)
             return
         raise running.error(f"did not listen on port {port} within {timeout:g} s")
@@ -180,12 +236,16 @@ class Pod:
         def tables() -> str:
             # The thread's own /proc/.../net shows the namespace that it has entered.
             return "".join(
-                Path("/proc/thread-self/net", name).read_text() for name in ("tcp", "tcp6") if Path("/proc/thread-self/net", name).exists()
+                Path("/proc/thread-self/net", name).read_text()
+                for name in ("tcp", "tcp6")
+                if Path("/proc/thread-self/net", name).exists()
             )
 
         wanted = f":{port:04X}"
         rows = (line.split() for line in network.in_namespace(self.netns, tables).splitlines())
-        return sum(1 for row in rows if len(row) > 3 and row[1].endswith(wanted) and row[3] == state)
+        return sum(
+            1 for row in rows if len(row) > 3 and row[1].endswith(wanted) and row[3] == state
+        )
 
     def socket(self, version: int = 4, kind: int = socket.SOCK_STREAM) -> trio.socket.SocketType:
         """A socket inside the pod for this process (as root); closed with the pod at the latest."""
@@ -198,7 +258,8 @@ class Pod:
         return made
 
     async def listen(self, port: int, version: int = 4) -> trio.SocketListener:
-        """A listener inside the pod on all addresses of IP version 4 or 6; closed with the pod at the latest."""
+        """A listener inside the pod on all addresses of IP version 4 or 6; closed with the pod at
+        the latest."""
         sock = self.socket(version)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         await sock.bind(("::" if version == 6 else "0.0.0.0", port))
@@ -206,7 +267,8 @@ class Pod:
         return trio.SocketListener(sock)
 
     async def connect(self, host: str, port: int, *, mark: int | None = None) -> trio.SocketStream:
-        """A TCP connection from inside the pod to an IP literal; closed with the pod at the latest.  Raises OSError."""
+        """A TCP connection from inside the pod to an IP literal; closed with the pod at the latest.
+        Raises OSError."""
         sock = self.socket(ipaddress.ip_address(host).version)
         if mark is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
@@ -225,7 +287,10 @@ class Pod:
         """
         done = await self.run([*CLI, "intercept", *flags], user=OPERATOR, env=PACKAGES)
         if check and not done.ok:
-            raise LabError(f"isthmus intercept in pod {self.name}: {done.stderr.decode(errors='replace').strip()}")
+            raise LabError(
+                f"isthmus intercept in pod {self.name}:"
+                f" {done.stderr.decode(errors='replace').strip()}"
+            )
         return done
 
     def inside(self, function: Callable[[], network.T]) -> network.T:
@@ -266,7 +331,11 @@ def exemption() -> InterceptSettings:
     """The interception settings of this sandbox: exemption by user id if there are several,
     otherwise by packet mark.
     """
-    return InterceptSettings(uid=None, mark=PROXY_MARK) if rootless() else InterceptSettings(uid=PROXY_UID)
+    return (
+        InterceptSettings(uid=None, mark=PROXY_MARK)
+        if rootless()
+        else InterceptSettings(uid=PROXY_UID)
+    )
 
 
 def exemption_flags() -> tuple[str, ...]:
@@ -276,4 +345,6 @@ def exemption_flags() -> tuple[str, ...]:
 
 def bracketed(address: str, port: int) -> str:
     """host:port in the form used in URLs."""
-    return f"[{address}]:{port}" if ipaddress.ip_address(address).version == 6 else f"{address}:{port}"
+    return (
+        f"[{address}]:{port}" if ipaddress.ip_address(address).version == 6 else f"{address}:{port}"
+    )

@@ -98,7 +98,9 @@ class Process:
     so at its end.
     """
 
-    def __init__(self, name: str, command: Sequence[str], process: trio.Process, output: Output) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], process: trio.Process, output: Output
+    ) -> None:
         self.name = name
         self.command = tuple(command)
         self.output = output
@@ -124,7 +126,8 @@ class Process:
         return self._status("VmRSS")
 
     def peak_rss(self) -> int:
-        """The largest resident memory so far, in bytes.  Raises LabError when the program has ended."""
+        """The largest resident memory so far, in bytes.  Raises LabError when the program has
+        ended."""
         return self._status("VmHWM")
 
     def cpu_seconds(self) -> float:
@@ -188,14 +191,18 @@ class Process:
         await self.wait_until(seen, f"write a line with {text!r}", timeout)
         return found[0]
 
-    async def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = READY_TIMEOUT) -> None:
+    async def wait_until(
+        self, condition: Callable[[], bool], what: str, timeout: float = READY_TIMEOUT
+    ) -> None:
         """Wait until `condition` holds; it is checked after each output. Raises LabError if the
         program ends before, or on timeout.
         """
         with trio.move_on_after(timeout):
             while not condition():
                 if self.output.ended:
-                    raise self.error(f"ended (return code {await self.wait()}) before it could {what}")
+                    raise self.error(
+                        f"ended (return code {await self.wait()}) before it could {what}"
+                    )
                 await self.output.changed.wait()
             return
         raise self.error(f"did not {what} within {timeout:g} s")
@@ -215,7 +222,9 @@ class Launch:
     cwd: Path | None = None
 
 
-async def start(nursery: trio.Nursery, name: str, command: Sequence[str], log: Path, launch: Launch) -> Process:
+async def start(
+    nursery: trio.Nursery, name: str, command: Sequence[str], log: Path, launch: Launch
+) -> Process:
     """Start a program; a task in `nursery` reads its output. Raises LabError if it cannot be
     started.
     """
@@ -237,7 +246,9 @@ async def start(nursery: trio.Nursery, name: str, command: Sequence[str], log: P
     return Process(name, command, process, output)
 
 
-async def run(command: Sequence[str], launch: Launch, *, stdin: bytes = b"", timeout: float = 30.0) -> Completed:
+async def run(
+    command: Sequence[str], launch: Launch, *, stdin: bytes = b"", timeout: float = 30.0
+) -> Completed:
     """Run a program to its end. Raises LabError if it cannot be started or takes more than
     `timeout` seconds.
     """

@@ -78,7 +78,12 @@ class Report:
             self.say()
         held = sum(proof.held for proof in self.proofs)
         verdict = "All proofs held" if self.held else "NOT all proofs held"
-        self.say(self._colour("1;32" if self.held else "1;31", f"{verdict}: {held} of {len(self.proofs)}, in {seconds:.1f} s."))
+        self.say(
+            self._colour(
+                "1;32" if self.held else "1;31",
+                f"{verdict}: {held} of {len(self.proofs)}, in {seconds:.1f} s.",
+            )
+        )
 
     def _row(self, proof: Proof) -> None:
         mark = self._mark(proof.held)
@@ -95,7 +100,9 @@ class Report:
         return "ok  " if held else "FAIL"
 
     def _colour(self, code: str, text: str) -> str:
-        wanted = self.out.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        wanted = (
+            self.out.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        )
         return f"\x1b[{code}m{text}\x1b[0m" if wanted else text
 
 
@@ -111,7 +118,12 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 def latency_line(meshed: Sequence[float], plain: Sequence[float]) -> str:
     """Both sides' p50 and p99 from sorted microseconds."""
-    sides = [(statistics.median(side) / 1000, percentile(side, 0.99) / 1000) for side in (meshed, plain)]
+    sides = [
+        (statistics.median(side) / 1000, percentile(side, 0.99) / 1000) for side in (meshed, plain)
+    ]
     (p50, p99), (plain50, plain99) = sides
-    through, past = f"p50 {p50:.2f} ms, p99 {p99:.2f} ms through both sidecars", f"{plain50:.2f} and {plain99:.2f} ms without them"
+    through, past = (
+        f"p50 {p50:.2f} ms, p99 {p99:.2f} ms through both sidecars",
+        f"{plain50:.2f} and {plain99:.2f} ms without them",
+    )
     return f"{through}; {past} ({len(meshed)} requests each)"

@@ -39,17 +39,30 @@ ENV_PID = "ISTHMUS_SANDBOX_PID"  # the pid of `init` outside, for nsenter
 SYSTEM_PATH = ("/usr/sbin", "/sbin")  # where ip and nft live
 PROBE_TIMEOUT = 20.0  # seconds
 
-_CLONE_NEWNS, _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x00020000, 0x10000000, 0x20000000, 0x40000000
+_CLONE_NEWNS, _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = (
+    0x00020000,
+    0x10000000,
+    0x20000000,
+    0x40000000,
+)
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_PRIVATE = 0x2, 0x4, 0x8, 0x4000, 0x40000
 _PR_SET_PDEATHSIG = 1
 _SI_KERNEL = 0x80  # si_code of a signal that the terminal generated (asm-generic/siginfo.h)
 
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+_FORWARDED = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
 
 # Settings that the lab needs and containers often lack. The net.* values belong to the network
 # namespace.
 SYSCTLS = {
-    "net/ipv4/ip_unprivileged_port_start": "0",  # an application without privileges may listen on port 25
+    # an application without privileges may listen on port 25
+    "net/ipv4/ip_unprivileged_port_start": "0",
     "net/ipv4/ping_group_range": "0 0",
     # addresses are usable at once; no other host is on the link
     "net/ipv6/conf/all/accept_dad": "0",
@@ -93,13 +106,25 @@ def _probe() -> str | None:
     script = "ip netns add probe && ip netns exec probe nft list tables && ip netns delete probe"
     command = [sys.executable, "-m", "lab.sandbox", "--", "sh", "-c", script]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT, check=False, env=_environment(), cwd=_root())
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=PROBE_TIMEOUT,
+            check=False,
+            env=_environment(),
+            cwd=_root(),
+        )
     except subprocess.TimeoutExpired:
         return f"a sandbox could not be made within {PROBE_TIMEOUT:g} s"
     if done.returncode == 0:
         return None
     lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-    return lines[0] if done.returncode == 64 else f"network namespaces or nftables do not work here: {lines[0]}"
+    return (
+        lines[0]
+        if done.returncode == 64
+        else f"network namespaces or nftables do not work here: {lines[0]}"
+    )
 
 
 def command_line(command: Sequence[str]) -> list[str]:
@@ -113,14 +138,17 @@ def reexecute(command: Sequence[str]) -> None:
         raise SandboxError(missing)
     arguments = command_line(command)
     environment = _environment()
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_root()), environment.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(_root()), environment.get("PYTHONPATH")])
+    )
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(arguments[0], arguments, environment)  # noqa: S606  # no shell needed
 
 
 def run(command: Sequence[str]) -> int:
-    """Run `command` in a new sandbox and wait; its exit code (128 + n when signal n ended it).  Raises SandboxError."""
+    """Run `command` in a new sandbox and wait; its exit code (128 + n when signal n ended it).
+    Raises SandboxError."""
     if (missing := _missing_programs()) is not None:
         raise SandboxError(missing)
     os.environ.update(_environment())
@@ -142,7 +170,9 @@ def _init(command: Sequence[str], alive: int) -> int:
     orphans.
     """
     try:
-        _libc_call("prctl", "die with the outer process", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _libc_call(
+            "prctl", "die with the outer process", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0
+        )
         outside = os.read(alive, 32)
         if not outside:  # the outer process died before the line above
             return 1
@@ -152,7 +182,13 @@ def _init(command: Sequence[str], alive: int) -> int:
         os.environ[ENV_INSIDE] = _pid_namespace()
         os.environ[ENV_PID] = outside.decode().strip()
         try:
-            child = os.posix_spawnp(command[0], list(command), os.environ, setsigmask=[], setsigdef=[*_FORWARDED, signal.SIGPIPE])
+            child = os.posix_spawnp(
+                command[0],
+                list(command),
+                os.environ,
+                setsigmask=[],
+                setsigdef=[*_FORWARDED, signal.SIGPIPE],
+            )
         except OSError as error:
             raise SandboxError(f"{command[0]} cannot be started: {error.strerror}") from error
         return _wait(child)
@@ -200,7 +236,10 @@ def _unshare() -> None:
         Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
         Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
     except OSError as error:
-        raise SandboxError(f"{why_no_user_namespace(error.errno or 0)} (it was made, but its user ids cannot be mapped)") from error
+        raise SandboxError(
+            f"{why_no_user_namespace(error.errno or 0)} (it was made, but its user ids cannot be"
+            " mapped)"
+        ) from error
 
 
 def why_no_user_namespace(code: int) -> str:
@@ -215,16 +254,23 @@ def why_no_user_namespace(code: int) -> str:
     if setting("/proc/sys/user/max_user_namespaces") == "0":
         return start + "run `sysctl user.max_user_namespaces=10000` as root, or run this as root"
     if setting("/proc/sys/kernel/unprivileged_userns_clone") == "0":
-        return start + "run `sysctl kernel.unprivileged_userns_clone=1` as root, or run this as root"
+        return (
+            start + "run `sysctl kernel.unprivileged_userns_clone=1` as root, or run this as root"
+        )
     if setting("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") == "1":
-        return start + "run `sysctl kernel.apparmor_restrict_unprivileged_userns=0` as root, or run this as root"
+        return (
+            start
+            + "run `sysctl kernel.apparmor_restrict_unprivileged_userns=0` as root, or run this as"
+            " root"
+        )
     if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
         return start + "start the container with --privileged, or run this outside of a container"
     return f"{start}{os.strerror(code)}; run this as root"
 
 
 def _prepare_mounts() -> None:
-    """Private mounts: a /proc of the new process-id namespace, a /sys of the new network namespace, an empty /run."""
+    """Private mounts: a /proc of the new process-id namespace, a /sys of the new network namespace,
+    an empty /run."""
     resolver = Path("/etc/resolv.conf").resolve()
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
     _mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
@@ -252,7 +298,13 @@ def _prepare_network() -> None:
 
 def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
     """mount(2).  Raises SandboxError."""
-    arguments = (source.encode(), target.encode(), kind.encode() or None, ctypes.c_ulong(flags), data.encode() or None)
+    arguments = (
+        source.encode(),
+        target.encode(),
+        kind.encode() or None,
+        ctypes.c_ulong(flags),
+        data.encode() or None,
+    )
     _libc_call("mount", f"mount {kind or 'private'} on {target}", *arguments)
 
 
@@ -262,19 +314,28 @@ def _libc_call(name: str, what: str, *arguments: object) -> None:
     """
     if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments) != 0:
         code = ctypes.get_errno()
-        hint = "; this container hides parts of /proc: start it with --privileged" if code == errno.EPERM and "/proc" in what else ""
+        hint = (
+            "; this container hides parts of /proc: start it with --privileged"
+            if code == errno.EPERM and "/proc" in what
+            else ""
+        )
         raise SandboxError(f"cannot {what}: {os.strerror(code)}{hint}")
 
 
 def _missing_programs() -> str | None:
     path = _environment()["PATH"]
     needed = (("ip", "iproute2"), ("nft", "nftables"))
-    missing = [(program, package) for program, package in needed if not shutil.which(program, path=path)]
+    missing = [
+        (program, package) for program, package in needed if not shutil.which(program, path=path)
+    ]
     if not missing:
         return None
     programs, packages = zip(*missing, strict=True)
     names = " ".join(packages)
-    return f"the lab needs the programs {' and '.join(programs)}: install {names} (Debian: apt install {names})"
+    return (
+        f"the lab needs the programs {' and '.join(programs)}: install {names} (Debian: apt install"
+        f" {names})"
+    )
 
 
 def _environment() -> dict[str, str]:
@@ -283,7 +344,9 @@ def _environment() -> dict[str, str]:
     """
     environment = dict(os.environ)
     path = environment.get("PATH", os.defpath).split(os.pathsep)
-    environment["PATH"] = os.pathsep.join([*path, *(extra for extra in SYSTEM_PATH if extra not in path)])
+    environment["PATH"] = os.pathsep.join(
+        [*path, *(extra for extra in SYSTEM_PATH if extra not in path)]
+    )
     return environment
 
 
@@ -299,8 +362,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m lab.sandbox [--check] [-- COMMAND ...]`."""
     about = "Run a command in separate namespaces; leaves nothing behind."
     parser = argparse.ArgumentParser(prog="python -m lab.sandbox", description=about)
-    parser.add_argument("--check", action="store_true", help="only report whether a sandbox can be created here")
-    parser.add_argument("command", nargs="*", metavar="COMMAND", help="what to run, after -- (a shell if nothing is given)")
+    parser.add_argument(
+        "--check", action="store_true", help="only report whether a sandbox can be created here"
+    )
+    parser.add_argument(
+        "command",
+        nargs="*",
+        metavar="COMMAND",
+        help="what to run, after -- (a shell if nothing is given)",
+    )
     args = parser.parse_args(argv)
     if args.check:
         reason = available()

@@ -86,7 +86,10 @@ class Member:
 
     def write_roots(self, *authorities: Authority) -> None:
         """Replace the trust roots."""
-        self.write(self.directory / "roots.pem", b"".join(authority.root.certificate_pem for authority in authorities))
+        self.write(
+            self.directory / "roots.pem",
+            b"".join(authority.root.certificate_pem for authority in authorities),
+        )
 
     def write(self, path: Path, data: bytes, mode: int = 0o644) -> None:
         """Write a file atomically: a reader sees the old or the new one."""
@@ -126,8 +129,16 @@ class Sidecar(Member):
         self.write_directory(directory)
         settings: dict[str, Any] = {
             "cluster": self.pod.cluster.name,
-            "pod": {"name": self.pod.name, "ip": self.pod.ipv4, "addresses": [self.pod.ipv4, self.pod.ipv6]},
-            "directory": {"file": str(self.directory_file), "poll_interval": "200ms", "settle": "100ms"},
+            "pod": {
+                "name": self.pod.name,
+                "ip": self.pod.ipv4,
+                "addresses": [self.pod.ipv4, self.pod.ipv6],
+            },
+            "directory": {
+                "file": str(self.directory_file),
+                "poll_interval": "200ms",
+                "settle": "100ms",
+            },
             "log": {"format": "json", "access": True},
             # Most programs of the lab are not stopped together with their sidecar.
             "shutdown": {"grace": "1s", "outbound_minimum": "0s"},
@@ -140,9 +151,20 @@ class Sidecar(Member):
             settings["mark"] = PROXY_MARK
         if self.authority is not None and self.identity is not None:
             settings["trust_domain"] = self.authority.trust_domain
-            files = {name: str(self.directory / f"{name}.pem") for name in ("certificate", "key", "roots")}
-            settings["identity"] = {**files, "roots": [files["roots"]], "reload_interval": "200ms", "settle": "100ms"}
-            settings["pod"] |= {"service_account": self.identity.service_account, "namespace": self.identity.namespace}
+            files = {
+                name: str(self.directory / f"{name}.pem")
+                for name in ("certificate", "key", "roots")
+            }
+            settings["identity"] = {
+                **files,
+                "roots": [files["roots"]],
+                "reload_interval": "200ms",
+                "settle": "100ms",
+            }
+            settings["pod"] |= {
+                "service_account": self.identity.service_account,
+                "namespace": self.identity.namespace,
+            }
             self.write_certificate(self.authority.issue(self.identity))
             self.write_roots(self.authority)
         merge(settings, self.settings)
@@ -150,7 +172,9 @@ class Sidecar(Member):
 
     def write_directory(self, directory: Mapping[str, Any]) -> None:
         """Replace the directory."""
-        self.write(self.directory_file, yaml.dump(dict(directory), Dumper=_Plain, sort_keys=False).encode())
+        self.write(
+            self.directory_file, yaml.dump(dict(directory), Dumper=_Plain, sort_keys=False).encode()
+        )
 
     async def start(self, *, intercept: bool = True, ready: bool = True) -> None:
         """Install the rules, start the proxy, wait until /ready succeeds. Raises LabError with the
@@ -158,7 +182,15 @@ class Sidecar(Member):
         """
         if intercept and not self.gateway:
             await self.pod.intercept("--config", str(self.config_file))
-        command = [sys.executable, "-m", "proxy.cli", "run", "--config", str(self.config_file), *(["--gateway"] if self.gateway else [])]
+        command = [
+            sys.executable,
+            "-m",
+            "proxy.cli",
+            "run",
+            "--config",
+            str(self.config_file),
+            *(["--gateway"] if self.gateway else []),
+        ]
         self.process = await self.pod.start("sidecar", command, user=SIDECAR, env=PACKAGES)
         if ready:
             await self.wait_ready()
@@ -183,8 +215,8 @@ class Sidecar(Member):
         raise process.error(f"was not ready within {timeout:g} s: {reason}")
 
     async def admin(self, path: str) -> tuple[int, str]:
-        """Ask the admin port from inside the pod: (status, body), or (0, reason) without an answer.
-        """
+        """Ask the admin port from inside the pod: (status, body), or (0, reason) without an
+        answer."""
         return await http_get(self.pod, "127.0.0.1", ADMIN_PORT, path)
 
     async def metrics(self) -> dict[str, float]:
@@ -194,7 +226,9 @@ class Sidecar(Member):
         status, body = await self.admin("/metrics")
         if status != 200:
             raise LabError(f"/metrics of pod {self.pod.name} answered {status}: {body[:200]}")
-        samples = (line.rpartition(" ") for line in body.splitlines() if line and not line.startswith("#"))
+        samples = (
+            line.rpartition(" ") for line in body.splitlines() if line and not line.startswith("#")
+        )
         return {name: float(value) for name, _, value in samples}
 
     def logged(self) -> list[dict[str, Any]]:

@@ -31,7 +31,9 @@ class Stage:
     annex: Pod  # a second pod of the shop, under the same service account
     stranger: Pod
     size: int
-    collectors: list[TraceCollector] = field(default_factory=list)  # one in each cluster: they share nothing
+    collectors: list[TraceCollector] = field(
+        default_factory=list
+    )  # one in each cluster: they share nothing
     sidecars: dict[str, Sidecar] = field(default_factory=dict)
     # port -> the SNI values seen on the wire
     server_names: dict[int, set[str]] = field(default_factory=dict)
@@ -43,7 +45,12 @@ class Stage:
         try:
             result: dict[str, Any] = json.loads(done.stdout)
         except ValueError:
-            return {"error": done.stderr.decode(errors="replace").strip()[-300:] or f"exit code {done.returncode}"}
+            return {
+                "error": (
+                    done.stderr.decode(errors="replace").strip()[-300:]
+                    or f"exit code {done.returncode}"
+                )
+            }
         return result
 
     async def server(self, pod: Pod, name: str, *arguments: str, port: int) -> None:
@@ -54,9 +61,18 @@ class Stage:
 
 def why(answer: dict[str, Any], held: bool) -> str:
     """What the client saw, if the proof did not hold."""
-    return "" if held else f"- the client saw {json.dumps({key: value for key, value in answer.items() if key != 'peak_rss'})[:200]}"
+    return (
+        ""
+        if held
+        else (
+            "- the client saw"
+            f" {json.dumps({key: value for key, value in answer.items() if key != 'peak_rss'})[:200]}"
+        )
+    )
 
 
 def error_type(proxy_status: str) -> str:
     """The error type of a Proxy-Status field (RFC 9209)."""
-    return next((part[6:] for part in proxy_status.split(";") if part.startswith("error=")), proxy_status)
+    return next(
+        (part[6:] for part in proxy_status.split(";") if part.startswith("error=")), proxy_status
+    )

@@ -84,7 +84,10 @@ async def _tell(report: Report, size: int, keep: bool) -> int:
 
 async def build(lab: Lab, report: Report, size: int) -> tuple[Stage, World]:
     """Clusters, pods, programs, sidecars."""
-    report.step(f"building two clusters of pods ({'as an ordinary user, rootless' if rootless() else 'as root'})")
+    report.step(
+        "building two clusters of pods"
+        f" ({'as an ordinary user, rootless' if rootless() else 'as root'})"
+    )
     west = lab.cluster("west")
     mesh = Mesh(west)
     web, shop, annex, stranger = (west.pod(name) for name in ("web", "shop", "annex", "stranger"))
@@ -95,8 +98,16 @@ async def build(lab: Lab, report: Report, size: int) -> tuple[Stage, World]:
     collector = await TraceCollector.start(west)
     stage.collectors.append(collector)
     tracing = collector.settings()
-    mesh.join(web, "web", intercept=skip, http2=SHORT_LIVED, tracing=tracing, **clusters_story.CLIENT)
-    mesh.join(shop, "shop", intercept=skip, tracing=tracing, inbound={"require_identity": True, "allow": {str(HTTP): only_web}})
+    mesh.join(
+        web, "web", intercept=skip, http2=SHORT_LIVED, tracing=tracing, **clusters_story.CLIENT
+    )
+    mesh.join(
+        shop,
+        "shop",
+        intercept=skip,
+        tracing=tracing,
+        inbound={"require_identity": True, "allow": {str(HTTP): only_web}},
+    )
     mesh.join(annex, "shop")
     mesh.join(guest, "guest")
     # the right name, signed by a root that the shop does not trust
@@ -109,7 +120,9 @@ async def build(lab: Lab, report: Report, size: int) -> tuple[Stage, World]:
     report.step("starting web, WebSocket, mail and gRPC servers")
     await servers(stage)
     await clusters_story.servers(world)
-    report.step("issuing certificates, installing the rules, starting the sidecars and the gateways")
+    report.step(
+        "issuing certificates, installing the rules, starting the sidecars and the gateways"
+    )
     await world.clusters.start()
     return stage, world
 
@@ -118,7 +131,9 @@ async def servers(stage: Stage) -> None:
     """Start the servers."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lambda: stage.server(stage.shop, "web", "::", str(HTTP), port=HTTP))
-        nursery.start_soon(lambda: stage.server(stage.shop, "web-plain", "::", str(PLAIN), port=PLAIN))
+        nursery.start_soon(
+            lambda: stage.server(stage.shop, "web-plain", "::", str(PLAIN), port=PLAIN)
+        )
         nursery.start_soon(lambda: stage.server(stage.shop, "chat", str(SOCKET), port=SOCKET))
         nursery.start_soon(lambda: stage.server(stage.shop, "mail", str(MAIL), port=MAIL))
         nursery.start_soon(grpc_server, stage, stage.shop)
@@ -133,22 +148,44 @@ async def traffic(stage: Stage) -> None:
     report.section = "Ordinary programs, through two sidecars: `web` calls `shop`"
     async with Capture(stage.web) as wire:
         answer = await stage.client(stage.web, "get", "shop", HTTP, SECRET)
-        held = answer.get("status") == 200 and answer.get("same") is True and SECRET in answer.get("body", "")
-        report.prove("HTTP/1.1", f"http.client -> http.server, 3 requests on one connection {why(answer, held)}", held)
+        held = (
+            answer.get("status") == 200
+            and answer.get("same") is True
+            and SECRET in answer.get("body", "")
+        )
+        report.prove(
+            "HTTP/1.1",
+            f"http.client -> http.server, 3 requests on one connection {why(answer, held)}",
+            held,
+        )
         if shutil.which("curl"):
-            done = await stage.web.run(["curl", "-sS", "-m", "10", "-H", f"X-Secret: {SECRET}", f"http://shop:{HTTP}/"])
+            done = await stage.web.run(
+                ["curl", "-sS", "-m", "10", "-H", f"X-Secret: {SECRET}", f"http://shop:{HTTP}/"]
+            )
             held = SECRET in done.text
-            report.prove("curl", f"curl -> http.server {'' if held else done.stderr.decode()[:60]}", held)
+            report.prove(
+                "curl", f"curl -> http.server {'' if held else done.stderr.decode()[:60]}", held
+            )
         answer = await stage.client(stage.web, "websocket", "shop", SOCKET, SECRET)
         held = answer.get("echoed") == 50 and answer.get("large") is True
         report.prove("WebSocket", f"50 messages and one of 1 MiB, echoed {why(answer, held)}", held)
         answer = await stage.client(stage.web, "mail", "shop", MAIL, SECRET)
         held = answer.get("refused") == 0 and "error" not in answer
-        greeting = f"greeted after {answer.get('greeting_seconds', 0) * 1000:.1f} ms" if held else ""
-        report.prove("SMTP", f"smtplib -> aiosmtpd, the server speaks first, {greeting} {why(answer, held)}", held)
-        stage.report.step("gRPC calls of all kinds, balanced over two pods, with deadlines, and without servers")
+        greeting = (
+            f"greeted after {answer.get('greeting_seconds', 0) * 1000:.1f} ms" if held else ""
+        )
+        report.prove(
+            "SMTP",
+            f"smtplib -> aiosmtpd, the server speaks first, {greeting} {why(answer, held)}",
+            held,
+        )
+        stage.report.step(
+            "gRPC calls of all kinds, balanced over two pods, with deadlines, and without servers"
+        )
         await calls(stage)
-        control = await stage.client(stage.web, "get", "shop.plain", PLAIN, "visible-without-the-mesh")
+        control = await stage.client(
+            stage.web, "get", "shop.plain", PLAIN, "visible-without-the-mesh"
+        )
     on_the_wire(stage, wire, control)
 
 
@@ -158,18 +195,45 @@ def on_the_wire(stage: Stage, wire: Capture, control: dict[str, Any]) -> None:
     report.section = "A listener on the link of `web`"
     verdict = wire.verdict(HTTP, SOCKET, MAIL, GRPC)
     facts = [fact for fact in verdict.facts if fact.version]
-    stage.server_names = {port: {fact.server_name for fact in wire.verdict(port).facts} for port in (HTTP, SOCKET, MAIL, GRPC)}
-    detail = f"{verdict.flows} connections, {sum(fact.records for fact in facts)} records: TLS 1.3 from the first byte to the last"
-    report.prove("on the wire", detail if verdict.ok else "; ".join(verdict.problems) or "no connection was seen", verdict.ok)
-    terms = {"cipher": {fact.cipher for fact in facts}, "key exchange": {fact.group for fact in facts if "only" not in fact.group}}
+    stage.server_names = {
+        port: {fact.server_name for fact in wire.verdict(port).facts}
+        for port in (HTTP, SOCKET, MAIL, GRPC)
+    }
+    detail = (
+        f"{verdict.flows} connections, {sum(fact.records for fact in facts)} records: TLS 1.3 from"
+        " the first byte to the last"
+    )
+    report.prove(
+        "on the wire",
+        detail if verdict.ok else "; ".join(verdict.problems) or "no connection was seen",
+        verdict.ok,
+    )
+    terms = {
+        "cipher": {fact.cipher for fact in facts},
+        "key exchange": {fact.group for fact in facts if "only" not in fact.group},
+    }
     for label, values in terms.items():
-        report.prove(label, f"{', '.join(sorted(values)) or 'none'} (read from the hellos on the wire)", bool(values))
+        report.prove(
+            label,
+            f"{', '.join(sorted(values)) or 'none'} (read from the hellos on the wire)",
+            bool(values),
+        )
     hidden = not wire.contains(SECRET.encode())
     seen = wire.contains(b"visible-without-the-mesh")
     report.prove(
-        "no clear text", "the secret that all clients sent is not in the capture" if hidden else "the secret IS on the wire", hidden
+        "no clear text",
+        (
+            "the secret that all clients sent is not in the capture"
+            if hidden
+            else "the secret IS on the wire"
+        ),
+        hidden,
     )
-    detail = "the same capture shows clear text that was sent without the mesh" if seen else f"the capture is empty: {control}"
+    detail = (
+        "the same capture shows clear text that was sent without the mesh"
+        if seen
+        else f"the capture is empty: {control}"
+    )
     report.prove("capture works", detail, seen)
     wire.write_pcap(stage.lab.directory / "wire.pcap")
 
@@ -184,11 +248,19 @@ async def large_bodies(stage: Stage) -> None:
         answer = await stage.client(stage.web, what, "shop", HTTP, str(size))
         held = answer.get("status") == 200 and answer.get(key) == expected
         speed = f"{size / 2**20 / answer['seconds']:.0f} MiB/s" if held else ""
-        report.prove(f"large {what}", f"{size // 2**20} MiB, chunked, unchanged, {speed} {why(answer, held)}", held)
+        report.prove(
+            f"large {what}",
+            f"{size // 2**20} MiB, chunked, unchanged, {speed} {why(answer, held)}",
+            held,
+        )
     growth = [proxy.rss() - old for proxy, old in zip(proxies, before, strict=True)]
     told = zip(("web", "shop"), before, growth, strict=True)
     detail = ", ".join(f"{name} {megabytes(old)} {grown / 2**20:+.1f}" for name, old, grown in told)
-    report.prove("memory", f"of the sidecars before and after, in MiB: {detail}", max(growth) < MEMORY_ALLOWED)
+    report.prove(
+        "memory",
+        f"of the sidecars before and after, in MiB: {detail}",
+        max(growth) < MEMORY_ALLOWED,
+    )
 
 
 async def intruders(stage: Stage) -> None:
@@ -198,26 +270,41 @@ async def intruders(stage: Stage) -> None:
     answer = await stage.client(stage.stranger, "get", address, HTTP, SECRET)
     refused(stage, "clear text", "a pod without a sidecar", answer, stage.stranger)
     forged = Authority()
-    certificate, key = stage.stranger.directory / "forged.pem", stage.stranger.directory / "forged.key"
+    certificate, key = (
+        stage.stranger.directory / "forged.pem",
+        stage.stranger.directory / "forged.key",
+    )
     issued = forged.issue(forged.identity("web"))
     certificate.write_bytes(issued.certificate_pem)
     key.write_bytes(issued.key_pem)
     server_name = stage.mesh.authority.identity("shop").sni
-    answer = await stage.client(stage.stranger, "forged", address, HTTP, server_name, str(certificate), str(key))
-    refused(stage, "forged certificate", "TLS as `web`, signed by another root", answer, stage.stranger)
+    answer = await stage.client(
+        stage.stranger, "forged", address, HTTP, server_name, str(certificate), str(key)
+    )
+    refused(
+        stage, "forged certificate", "TLS as `web`, signed by another root", answer, stage.stranger
+    )
     forger, guest = (stage.west.pods[name] for name in ("forger", "guest"))
     answer = await stage.client(forger, "get", "shop", HTTP, SECRET)
     refused(stage, "another trust root", "a sidecar that trusts another root", answer, forger)
     answer = await stage.client(guest, "get", "shop", HTTP, SECRET)
-    refused(stage, "not on the list", "a member of the mesh that is not allowed here", answer, guest)
+    refused(
+        stage, "not on the list", "a member of the mesh that is not allowed here", answer, guest
+    )
 
 
 def refused(stage: Stage, label: str, who: str, answer: dict[str, Any], pod: Pod) -> None:
-    """The proof holds if the intruder saw an error or a rejecting status, and nothing of the shop.
-    """
+    """The proof holds if the intruder saw an error or a rejecting status, and nothing of the
+    shop."""
     status = answer.get("status", 0)
-    held = "hello from the shop" not in answer.get("body", "") and (status in (403, 502, 503) or "error" in answer)
-    saw = f"{status} {error_type(answer.get('proxy-status', ''))}" if status else answer.get("error", "")
+    held = "hello from the shop" not in answer.get("body", "") and (
+        status in (403, 502, 503) or "error" in answer
+    )
+    saw = (
+        f"{status} {error_type(answer.get('proxy-status', ''))}"
+        if status
+        else answer.get("error", "")
+    )
     stage.report.prove(label, f"{who}: {saw}{_reason(stage, pod)}", held)
 
 
@@ -240,16 +327,33 @@ async def who_was_who(stage: Stage) -> None:
         inbound = await logged(stage.sidecars["shop"], "inbound", port, stage.web)
         callers = {str(line.get("identity", "none")) for line in inbound}
         held = callers == {web} and all(line.get("tls") == "TLSv1.3" for line in inbound)
-        terms = {f"{line.get('tls')}, {line.get('cipher')}, {line.get('group')}" for line in inbound}
+        terms = {
+            f"{line.get('tls')}, {line.get('cipher')}, {line.get('group')}" for line in inbound
+        }
         who = " and ".join(sorted(callers)) or "none"
-        report.prove(f"{name}: from", f"{who}, verified by the sidecar of `shop` ({'; '.join(sorted(terms))})", held)
+        report.prove(
+            f"{name}: from",
+            f"{who}, verified by the sidecar of `shop` ({'; '.join(sorted(terms))})",
+            held,
+        )
         outbound = await logged(stage.sidecars["web"], "outbound", port, stage.web)
-        callees = {str(value) for line in outbound for key, value in line.items() if key.endswith("identity")}
+        callees = {
+            str(value)
+            for line in outbound
+            for key, value in line.items()
+            if key.endswith("identity")
+        }
         detail = f"{' and '.join(sorted(callees))}, verified by the sidecar of `web`"
         if outbound and not callees:
             # The outbound log does not name the server: use the wire and the other end's log.
-            callees, asked = own_identity(stage.sidecars["shop"]), stage.server_names.get(port, set())
-            detail = f"{' and '.join(sorted(callees)) or 'none'}, requested on the wire as {' and '.join(sorted(asked)) or 'nothing'}"
+            callees, asked = (
+                own_identity(stage.sidecars["shop"]),
+                stage.server_names.get(port, set()),
+            )
+            detail = (
+                f"{' and '.join(sorted(callees)) or 'none'}, requested on the wire as"
+                f" {' and '.join(sorted(asked)) or 'nothing'}"
+            )
             callees = callees if asked == {SpiffeId.parse(each).sni for each in callees} else set()
         report.prove(f"{name}: to", detail, callees == {shop})
 
@@ -257,7 +361,11 @@ async def who_was_who(stage: Stage) -> None:
 def own_identity(sidecar: Sidecar) -> set[str]:
     """The proxy's own identity, from its log."""
     lines = [str(line.get("message", "")) for line in sidecar.logged()]
-    return {line.removeprefix("identity: ").partition(",")[0] for line in lines if line.startswith("identity: ")}
+    return {
+        line.removeprefix("identity: ").partition(",")[0]
+        for line in lines
+        if line.startswith("identity: ")
+    }
 
 
 async def logged(sidecar: Sidecar, direction: str, port: int, peer: Pod) -> list[dict[str, Any]]:
@@ -285,7 +393,9 @@ async def logged(sidecar: Sidecar, direction: str, port: int, peer: Pod) -> list
 async def latency(stage: Stage) -> None:
     """The latency cost, measured on the same two pods in turn."""
     stage.report.section = "Large bodies, and the cost of the mesh"
-    answer = await stage.client(stage.web, "latency", stage.shop.ipv4, HTTP, str(PLAIN), str(REQUESTS))
+    answer = await stage.client(
+        stage.web, "latency", stage.shop.ipv4, HTTP, str(PLAIN), str(REQUESTS)
+    )
     meshed, plain = answer.get(str(HTTP), []), answer.get(str(PLAIN), [])
     held = len(meshed) == len(plain) == REQUESTS
     stage.report.prove("latency", latency_line(meshed, plain) if held else why(answer, held), held)

@@ -62,7 +62,9 @@ class TraceCollector:
         return read(self.file)
 
     def spans(self, trace_id: str) -> list[Span]:
-        return sorted((span for span in self.all() if span.trace_id == trace_id), key=lambda span: span.start)
+        return sorted(
+            (span for span in self.all() if span.trace_id == trace_id), key=lambda span: span.start
+        )
 
     def raw(self) -> Iterator[bytes]:
         """The export requests as received."""
@@ -99,7 +101,11 @@ def tree(spans: list[Span]) -> list[str]:
         children = below.get(parent, [])
         for number, span in enumerate(children):
             last = number == len(children) - 1
-            branch, further = ("", "") if not stem and not parent else ("`- " if last else "|- ", "   " if last else "|  ")
+            branch, further = (
+                ("", "")
+                if not stem and not parent
+                else ("`- " if last else "|- ", "   " if last else "|  ")
+            )
             yield f"{stem}{branch}{_headline(span)}"
             yield from (f"{stem}{further}   {text}" for text in _facts(span))
             yield from lines(span.span_id, stem + further)
@@ -108,23 +114,39 @@ def tree(spans: list[Span]) -> list[str]:
 
 
 def _headline(span: Span) -> str:
-    outcome = span.attributes.get("rpc.response.status_code") or span.attributes.get("http.response.status_code", "")
+    outcome = span.attributes.get("rpc.response.status_code") or span.attributes.get(
+        "http.response.status_code", ""
+    )
     failed = f"  ERROR {span.attributes.get('error.type', '')}" if span.status == "error" else ""
     where = f"{span.cluster}/{span.pod}" if span.cluster else span.pod
-    return f"{span.name}  {span.kind.upper()}  {where}  {outcome}  {(span.end - span.start) / 1e6:.2f} ms{failed}"
+    return (
+        f"{span.name}  {span.kind.upper()}  {where}  {outcome}  {(span.end - span.start) / 1e6:.2f}"
+        f" ms{failed}"
+    )
 
 
 def _facts(span: Span) -> Iterator[str]:
     at = span.attributes
     peer = f"{at.get('network.peer.address', '?')}:{at.get('network.peer.port', '?')}"
-    yield f"{'to' if span.kind == 'client' else 'from'} {at.get('isthmus.peer.identity', 'unknown')} at {peer}"
+    yield (
+        f"{'to' if span.kind == 'client' else 'from'} {at.get('isthmus.peer.identity', 'unknown')}"
+        f" at {peer}"
+    )
     if at.get("tls.established"):
         yield f"TLS {at['tls.protocol.version']}, {at['tls.cipher']}, {at['tls.curve']}"
-    for name in ("isthmus.service", "isthmus.split.backend", "isthmus.cluster", "http.request.resend_count", "isthmus.proxy_status"):
+    for name in (
+        "isthmus.service",
+        "isthmus.split.backend",
+        "isthmus.cluster",
+        "http.request.resend_count",
+        "isthmus.proxy_status",
+    ):
         if name in at:
             yield f"{name.removeprefix('isthmus.')}: {at[name]}"
     for event in span.events:
-        more = "".join(f" {value}" for key, value in event.attributes.items() if key.startswith("isthmus."))
+        more = "".join(
+            f" {value}" for key, value in event.attributes.items() if key.startswith("isthmus.")
+        )
         yield f"+{(event.at - span.start) / 1e6:.2f} ms {event.name}{more}"
 
 
@@ -163,7 +185,9 @@ def _forward(url: str, data: bytes) -> None:
     while len(data) >= _LENGTH.size:
         (size,) = _LENGTH.unpack_from(data)
         body, data = data[_LENGTH.size : _LENGTH.size + size], data[_LENGTH.size + size :]
-        request = urllib.request.Request(traces_url(url), body, {"Content-Type": "application/x-protobuf"})  # noqa: S310  # the user named it
+        request = urllib.request.Request(  # noqa: S310
+            traces_url(url), body, {"Content-Type": "application/x-protobuf"}
+        )  # the user named it
         try:
             urllib.request.urlopen(request, timeout=10).close()  # noqa: S310  (the user has named it)
         except (OSError, urllib.error.URLError) as error:

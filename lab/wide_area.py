@@ -33,7 +33,11 @@ RANGE4 = ipaddress.IPv4Network("198.51.100.0/24")
 RANGE6 = ipaddress.IPv6Network("2001:db8:15::/48")
 _MAX_LEGS = 63  # four IPv4 addresses a leg
 
-AREA_SYSCTLS = {"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1", "net/ipv6/conf/default/accept_dad": "0"}
+AREA_SYSCTLS = {
+    "net/ipv4/ip_forward": "1",
+    "net/ipv6/conf/all/forwarding": "1",
+    "net/ipv6/conf/default/accept_dad": "0",
+}
 
 
 class Fault(Enum):
@@ -55,7 +59,8 @@ class Claims(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """A link between the wide area and a namespace, in which it is called `wan0`; and the addresses of that end."""
+    """A link between the wide area and a namespace, in which it is called `wan0`; and the addresses
+    of that end."""
 
     area: "WideArea"
     netns: str
@@ -81,7 +86,10 @@ class Leg:
         if fault is Fault.UNPLUGGED:
             network.batch(f"link set {self.name} down", netns=self.area.netns)
         else:
-            rules = (f"add rule inet legs {self.name} {way} {self.name} {fault.value}" for way in ("iifname", "oifname"))
+            rules = (
+                f"add rule inet legs {self.name} {way} {self.name} {fault.value}"
+                for way in ("iifname", "oifname")
+            )
             network.nft(self.area.netns, *rules)
         try:
             yield
@@ -105,7 +113,10 @@ class Border:
         target.
         """
         if pod.cluster is not self.cluster:
-            raise LabError(f"the border of cluster {self.cluster.name} cannot lead to pod {pod.name} of cluster {pod.cluster.name}")
+            raise LabError(
+                f"the border of cluster {self.cluster.name} cannot lead to pod {pod.name} of"
+                f" cluster {pod.cluster.name}"
+            )
         self.published[port] = (pod, target_port or port)
         self._write()
 
@@ -117,9 +128,16 @@ class Border:
     def _write(self) -> None:
         lines = []
         for version in (4, 6):
-            elements = [f"{port} : {pod.address(version)} . {target}" for port, (pod, target) in self.published.items()]
+            elements = [
+                f"{port} : {pod.address(version)} . {target}"
+                for port, (pod, target) in self.published.items()
+            ]
             lines.append(f"flush map inet border published{version}")
-            lines += [f"add element inet border published{version} {{ {', '.join(elements)} }}"] if elements else []
+            lines += (
+                [f"add element inet border published{version} {{ {', '.join(elements)} }}"]
+                if elements
+                else []
+            )
         network.nft(self.cluster.netns, *lines)
 
 
@@ -133,7 +151,11 @@ class WideArea:
         network.batch(f"netns add {self.netns}")
         network.sysctl(self.netns, AREA_SYSCTLS)
         network.batch("link set lo up", netns=self.netns)
-        network.nft(self.netns, "add table inet legs", "add chain inet legs between { type filter hook forward priority 0; }")
+        network.nft(
+            self.netns,
+            "add table inet legs",
+            "add chain inet legs between { type filter hook forward priority 0; }",
+        )
 
     def border(self, cluster: Home) -> Border:
         """The border of a cluster, created at the first call: from then on its pods reach the wide
@@ -147,8 +169,10 @@ class WideArea:
                 "add map inet border published4 { type inet_service : ipv4_addr . inet_service; }",
                 "add map inet border published6 { type inet_service : ipv6_addr . inet_service; }",
                 "add chain inet border inward { type nat hook prerouting priority dstnat; }",
-                'add rule inet border inward iifname "wan0" dnat ip addr . port to tcp dport map @published4',
-                'add rule inet border inward iifname "wan0" dnat ip6 addr . port to tcp dport map @published6',
+                'add rule inet border inward iifname "wan0" dnat ip addr . port to tcp dport map'
+                " @published4",
+                'add rule inet border inward iifname "wan0" dnat ip6 addr . port to tcp dport map'
+                " @published6",
                 "add chain inet border outward { type nat hook postrouting priority srcnat; }",
                 'add rule inet border outward oifname "wan0" masquerade',
                 "add chain inet border between { type filter hook forward priority 0; }",
@@ -168,9 +192,14 @@ class WideArea:
         if self._legs >= _MAX_LEGS:
             raise LabError(f"the wide area has no room for more than {_MAX_LEGS} legs")
         number, self._legs = self._legs, self._legs + 1
-        net4, net6 = list(RANGE4.subnets(new_prefix=30))[number], ipaddress.IPv6Network((int(RANGE6[0]) + (number << 64), 64))
+        net4, net6 = (
+            list(RANGE4.subnets(new_prefix=30))[number],
+            ipaddress.IPv6Network((int(RANGE6[0]) + (number << 64), 64)),
+        )
         leg = Leg(self, netns, f"leg{number}", str(net4[2]), str(net6[2]))
-        network.batch(f"link add {leg.name} type veth peer name wan0 netns {netns}", netns=self.netns)
+        network.batch(
+            f"link add {leg.name} type veth peer name wan0 netns {netns}", netns=self.netns
+        )
         network.sysctl(netns, {"net/ipv6/conf/wan0/accept_dad": "0"})
         network.batch(
             f"address add {net4[1]}/30 dev {leg.name}",
@@ -180,7 +209,11 @@ class WideArea:
         )
         network.batch(f"address add {leg.ipv4}/30 dev wan0", "link set wan0 up", netns=netns)
         self.plug_in(leg)
-        network.nft(self.netns, f"add chain inet legs {leg.name}", f"add rule inet legs between jump {leg.name}")
+        network.nft(
+            self.netns,
+            f"add chain inet legs {leg.name}",
+            f"add rule inet legs between jump {leg.name}",
+        )
         return leg
 
     def plug_in(self, leg: Leg) -> None:

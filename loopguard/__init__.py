@@ -11,4 +11,13 @@ from loopguard.l4 import Loop, OwnListeners, loopback
 from loopguard.l7 import HopLimits, Waypoint, Who
 from loopguard.nesting import OwnConnections, SelfCalls
 
-__all__ = ["HopLimits", "Loop", "OwnConnections", "OwnListeners", "SelfCalls", "Waypoint", "Who", "loopback"]
+__all__ = [
+    "HopLimits",
+    "Loop",
+    "OwnConnections",
+    "OwnListeners",
+    "SelfCalls",
+    "Waypoint",
+    "Who",
+    "loopback",
+]

@@ -28,23 +28,37 @@ from loopguard.l7 import UNNAMED, told
 _NODE = re.compile(rb"_[-A-Za-z0-9._]{1,320}")
 
 
-def noted(way: Sequence[tuple[bytes, bytes]], own: tuple[bytes, bytes], name: str, max_returns: int) -> Loop | None:
+def noted(
+    way: Sequence[tuple[bytes, bytes]], own: tuple[bytes, bytes], name: str, max_returns: int
+) -> Loop | None:
     """Return the verdict on a request; None: no loop.
 
     `way`: (by, host) of each element of Forwarded, the oldest first. `own`: the pair that we are
     about to add. `name`: our name for the message.
     """
     by, host = own[0].lower(), own[1].lower()
-    mine = [index for index, element in enumerate(way) if element[0].lower() == by and element[1].lower() == host]
+    mine = [
+        index
+        for index, element in enumerate(way)
+        if element[0].lower() == by and element[1].lower() == host
+    ]
     if len(mine) <= max_returns:
         return None
     stops = [name]
     for other, _ in way[mine[-1] + 1 :]:  # one cycle: from our last element to now
-        stop = name if other.lower() == by else other[1:].decode("ascii") if _NODE.fullmatch(other) else UNNAMED
+        stop = (
+            name
+            if other.lower() == by
+            else other[1:].decode("ascii")
+            if _NODE.fullmatch(other)
+            else UNNAMED
+        )
         if stop != stops[-1]:
             stops.append(stop)
     if len(stops) == 1 or stops[-1] != name:
         stops.append(name)
     cycle = told(stops)
     often = f"{len(mine)} times" if len(mine) > 1 else "once"
-    return Loop("forwarded", f"Forwarded has this gateway {often} already for the same host: {cycle}", cycle)
+    return Loop(
+        "forwarded", f"Forwarded has this gateway {often} already for the same host: {cycle}", cycle
+    )

@@ -18,7 +18,11 @@ def cycles(graph: Mapping[str, Iterable[str]]) -> list[tuple[str, ...]]:
     so the depth of the graph is not limited.
     """
     edges = {node: sorted(set(nexts)) for node, nexts in graph.items()}
-    circular = (group for group in _components(edges) if len(group) > 1 or group[0] in edges.get(group[0], ()))
+    circular = (
+        group
+        for group in _components(edges)
+        if len(group) > 1 or group[0] in edges.get(group[0], ())
+    )
     return sorted(_shortest(edges, frozenset(group)) for group in circular)
 
 

@@ -78,13 +78,20 @@ class OwnListeners:
         because the connection arrived there. A pod may have addresses that the proxy does not know.
         """
         if port in self.ports and (ours or self.own(host)):
-            return Loop("own_listener", f"the connection was made to {_join(host, port)}, which is this proxy's own listener")
+            return Loop(
+                "own_listener",
+                f"the connection was made to {_join(host, port)}, which is this proxy's own"
+                " listener",
+            )
         return None
 
     def dialled(self, host: str, port: int) -> Loop | None:
         """Return the verdict on a connection that is about to be made to (host, port)."""
         if port in self.ports and self.own(host):
-            return Loop("own_target", f"connecting to {_join(host, port)} would reach this proxy's own listener")
+            return Loop(
+                "own_target",
+                f"connecting to {_join(host, port)} would reach this proxy's own listener",
+            )
         return None
 
 

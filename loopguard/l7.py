@@ -149,7 +149,10 @@ class Waypoint:
         if field.count(b",") + 1 < self._limits.max_hops:
             return None
         names = self._words(field.split(b", "))
-        words = f"the request has passed {self._limits.max_hops} proxies, the limit (loops.max_hops): {names}"
+        words = (
+            f"the request has passed {self._limits.max_hops} proxies, the limit (loops.max_hops):"
+            f" {names}"
+        )
         return Loop("hops", words, names)
 
     def _returned(self, field: bytes, token: bytes) -> Loop | None:
@@ -168,7 +171,9 @@ class Waypoint:
         """
         stops: list[str] = []
         for hop in hops:
-            name = self.name if hop[1:9] == self._own else hop[_BARE + 1 :].decode("ascii") or UNNAMED
+            name = (
+                self.name if hop[1:9] == self._own else hop[_BARE + 1 :].decode("ascii") or UNNAMED
+            )
             if not stops or stops[-1] != name:
                 stops.append(name)
         if len(stops) == 1 or stops[-1] != self.name:
@@ -207,7 +212,12 @@ def read(lines: list[bytes]) -> tuple[bytes, Dropped]:
         return lines[0], ""
     if sum(map(len, lines)) > LONGEST:
         return b"", "oversized"
-    members = [member for line in lines for member in (part.strip(b" \t") for part in line.split(b",")) if member]
+    members = [
+        member
+        for line in lines
+        for member in (part.strip(b" \t") for part in line.split(b","))
+        if member
+    ]
     hops = [member for member in members if _ONE.fullmatch(member)]
     return b", ".join(hops), "broken" if len(hops) < len(members) else ""
 

@@ -137,12 +137,15 @@ class OwnConnections:
 
     def stopped(self, local: End, remote: End) -> Loop | None:
         """Return the verdict on a connection of ours that has failed. Call it before `closed`."""
-        return self._loop(remote, "and was refused") if self._open.stopped((local, remote)) else None
+        return (
+            self._loop(remote, "and was refused") if self._open.stopped((local, remote)) else None
+        )
 
     def _loop(self, destination: End, how: str) -> Loop:
         words = (
-            f"this proxy's own connection to {destination} has come back to it {how}: the redirection does not exempt the proxy "
-            "(its user id, or its packet mark), or that address leads back to this pod"
+            f"this proxy's own connection to {destination} has come back to it {how}: the"
+            " redirection does not exempt the proxy (its user id, or its packet mark), or that"
+            " address leads back to this pod"
         )
         return Loop("own_connection", words, f"{self.name} -> {self.name}")
 
@@ -163,8 +166,9 @@ class SelfCalls:
         waiting = self._waiting.get(port, 0)
         if waiting >= self.most:
             words = (
-                f"{waiting} connections or requests of this pod to its own port {port} wait for an answer, and this would be one more: "
-                "the application is calling itself in a circle (loops.max_self_calls)"
+                f"{waiting} connections or requests of this pod to its own port {port} wait for an"
+                " answer, and this would be one more: the application is calling itself in a"
+                " circle (loops.max_self_calls)"
             )
             return Loop("self_calls", words, f"{self.name} -> {self.name}")
         self._waiting[port] = waiting + 1

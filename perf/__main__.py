@@ -52,15 +52,36 @@ class Sample:
 def sample(work: Work, peer: Peer, pair: Pair, seconds: float) -> Sample:
     before = [proxy.cpu() for proxy in pair.proxies]
     done = work.run(pair, seconds)
-    outbound, inbound = [(proxy.cpu() - was) / done.units * 1e6 for proxy, was in zip(pair.proxies, before, strict=True)]
+    outbound, inbound = [
+        (proxy.cpu() - was) / done.units * 1e6
+        for proxy, was in zip(pair.proxies, before, strict=True)
+    ]
     resident = sum(proxy.resident() for proxy in pair.proxies) / 2 / 1024
-    return Sample(work.name, peer.name, outbound, inbound, done.units / done.seconds, resident, done.latency, done.facts)
+    return Sample(
+        work.name,
+        peer.name,
+        outbound,
+        inbound,
+        done.units / done.seconds,
+        resident,
+        done.latency,
+        done.facts,
+    )
 
 
 @contextmanager
 def http2_server(folder: Path) -> Iterator[int]:
     port, log = free_port(), folder / "nghttpd.log"
-    command = ["nghttpd", "--no-tls", "--trailer=grpc-status: 0", "-d", str(folder / "www"), "-a", HOST, str(port)]
+    command = [
+        "nghttpd",
+        "--no-tls",
+        "--trailer=grpc-status: 0",
+        "-d",
+        str(folder / "www"),
+        "-a",
+        HOST,
+        str(port),
+    ]
     with running(command, log) as process:
         await_port(port, process, log)
         yield port
@@ -88,8 +109,12 @@ class Run:
                     body.truncate(size)
             with server(folder) as http1, http2_server(folder) as http2:
                 servers: dict[Kind, int] = {"http1": http1, "tcp": http1, "http2": http2}
-                for (kind, resume, fresh), group in groupby(self.works, lambda work: (work.kind, work.resume, work.fresh)):
-                    self._group(folder, Order(kind, folder, servers[kind], resume), list(group), fresh)
+                for (kind, resume, fresh), group in groupby(
+                    self.works, lambda work: (work.kind, work.resume, work.fresh)
+                ):
+                    self._group(
+                        folder, Order(kind, folder, servers[kind], resume), list(group), fresh
+                    )
 
     def _group(self, folder: Path, order: Order, group: list[Work], fresh: bool) -> None:
         with ExitStack() as stack:
@@ -101,10 +126,16 @@ class Run:
                     self._say(f"  {peer.name} is left out of {order.kind}: {why}")
                     self.left_out.append(f"{peer.name} ({order.kind}): {why}")
                     continue
-                own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{peer.name}-", dir=folder)))
+                own = Path(
+                    stack.enter_context(
+                        tempfile.TemporaryDirectory(prefix=f"{peer.name}-", dir=folder)
+                    )
+                )
                 for side in ("client", "server"):
                     (own / side).symlink_to(folder / side)
-                pairs[peer] = stack.enter_context(peer.start(Order(order.kind, own, order.server, order.resume)))
+                pairs[peer] = stack.enter_context(
+                    peer.start(Order(order.kind, own, order.server, order.resume))
+                )
             for work in group:
                 if not fresh:
                     for pair in pairs.values():
@@ -117,8 +148,8 @@ class Run:
 
     @staticmethod
     def _say(text: str, end: str = "\n") -> None:
-        """Print a line. Without `end` it stays; otherwise the next line overwrites it (progress).
-        """
+        """Print a line. Without `end` it stays; otherwise the next line overwrites it
+        (progress)."""
         if sys.stdout.isatty():
             print(f"\r\033[K{text}", end=end, flush=True)
         elif end:
@@ -130,7 +161,10 @@ class Run:
             "rounds": self.rounds,
             "seconds": self.seconds,
             "left_out": self.left_out,
-            "works": [{"name": work.name, "title": work.title, "unit": work.unit, "kind": work.kind} for work in self.works],
+            "works": [
+                {"name": work.name, "title": work.title, "unit": work.unit, "kind": work.kind}
+                for work in self.works
+            ],
             "samples": [asdict(each) for each in self.samples],
         }
 
@@ -138,37 +172,78 @@ class Run:
 def machine() -> dict[str, str]:
     """The machine and versions that the figures come from."""
     lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
+    cpu = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?"
+    )
     optimised = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": f"{cpu}, {os.cpu_count()} cores",
         "kernel": platform.release(),
-        "python": f"{platform.python_version()}, configured {'with' if optimised else 'without'} --enable-optimizations",
+        "python": (
+            f"{platform.python_version()}, configured {'with' if optimised else 'without'}"
+            " --enable-optimizations"
+        ),
         "versions": "; ".join(_version(*command) for command in _VERSIONS),
     }
 
 
-_VERSIONS = (("envoy", "--version"), ("haproxy", "-v"), ("nginx", "-v"), ("nghttpx", "--version"), ("wrk", "-v"), ("h2load", "--version"))
+_VERSIONS = (
+    ("envoy", "--version"),
+    ("haproxy", "-v"),
+    ("nginx", "-v"),
+    ("nghttpx", "--version"),
+    ("wrk", "-v"),
+    ("h2load", "--version"),
+)
 
 
 def _version(name: str, flag: str) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     try:
-        done = subprocess.run([name, flag], check=False, capture_output=True, text=True, timeout=20, env={**os.environ, "PATH": path})
+        done = subprocess.run(
+            [name, flag],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            env={**os.environ, "PATH": path},
+        )
     except OSError:
         return f"{name}: none"
-    words = [word for word in (done.stdout + done.stderr).replace("/", " ").split() if word[0].isdigit() and "." in word]
+    words = [
+        word
+        for word in (done.stdout + done.stderr).replace("/", " ").split()
+        if word[0].isdigit() and "." in word
+    ]
     return f"{name} {words[0] if words else '?'}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m perf", description="The same work through this proxy and through others.")
-    parser.add_argument("--quick", action="store_true", help="one short round of everything: shows that it runs, not for figures")
-    parser.add_argument("--only", default="", metavar="WORK,...", help=f"only these: {', '.join(work.name for work in works())}")
-    parser.add_argument("--peers", default="", metavar="NAME,...", help=f"only these: {', '.join(peer.name for peer in PEERS)}")
+    parser = argparse.ArgumentParser(
+        prog="python -m perf", description="The same work through this proxy and through others."
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one short round of everything: shows that it runs, not for figures",
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="WORK,...",
+        help=f"only these: {', '.join(work.name for work in works())}",
+    )
+    parser.add_argument(
+        "--peers",
+        default="",
+        metavar="NAME,...",
+        help=f"only these: {', '.join(peer.name for peer in PEERS)}",
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="duration of each load in each round")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="duration of each load in each round"
+    )
     asked = parser.parse_args()
     cpu = int(os.environ.get("ISTHMUS_PERF_CPU") or max(os.sched_getaffinity(0)))
     os.sched_setaffinity(0, {cpu})

@@ -60,10 +60,15 @@ def _run(coroutine: Coroutine[Any, Any, None]) -> None:
 async def _measure() -> None:
     print("microseconds a request      pick alone   baseline   all of it   the difference")
     for count in (1, 5, 5000):
-        places = tuple(Endpoint(Address(f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}", 80)) for n in range(count))
+        places = tuple(
+            Endpoint(Address(f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}", 80)) for n in range(count)
+        )
         target = Target("default/shop", places)
         balancer = Balancer(trio.current_time)
-        dispatcher, endpoint_set = Dispatcher(balancer, Metrics(), ClientSettings()), balancer.endpoint_set("default/shop")
+        dispatcher, endpoint_set = (
+            Dispatcher(balancer, Metrics(), ClientSettings()),
+            balancer.endpoint_set("default/shop"),
+        )
         exchange = _Exchange(_REQUEST, Whole(), _FACTS)
         exchange.clock = Clock(trio.CancelScope())
         exchange.clock.since = trio.current_time()
@@ -75,7 +80,9 @@ async def _measure() -> None:
         def choose(_: Exchange, target: Target = target) -> Target:
             return target
 
-        async def bare(choose: Callable[[Exchange], Target] = choose, exchange: Exchange = exchange) -> None:
+        async def bare(
+            choose: Callable[[Exchange], Target] = choose, exchange: Exchange = exchange
+        ) -> None:
             exchange.judge = None
             target = choose(exchange)
             await send(exchange, target, target.endpoints[0])
@@ -85,7 +92,10 @@ async def _measure() -> None:
         picking = _microseconds(partial(endpoint_set.pick, target))
         baseline = _microseconds(_runs(bare))
         whole = _microseconds(_runs(partial(dispatcher.exchange, exchange, choose, send)))
-        print(f"{count:12} endpoint(s) {picking:14.2f} {baseline:10.2f} {whole:11.2f} {whole - baseline:16.2f}")
+        print(
+            f"{count:12} endpoint(s) {picking:14.2f} {baseline:10.2f} {whole:11.2f}"
+            f" {whole - baseline:16.2f}"
+        )
 
 
 def main() -> None:

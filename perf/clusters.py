@@ -97,23 +97,41 @@ async def measure(requests: int) -> dict[str, dict[str, list[float]]]:
 
 async def serve(pod: Pod) -> None:
     """Start both servers of a pod."""
-    await pod.start("web", [sys.executable, "-m", "lab.apps.web", "::", str(HTTP)], port=HTTP, env={"PYTHONPATH": str(ROOT)})
+    await pod.start(
+        "web",
+        [sys.executable, "-m", "lab.apps.web", "::", str(HTTP)],
+        port=HTTP,
+        env={"PYTHONPATH": str(ROOT)},
+    )
     await pod.python("echo", _ECHO, str(ECHO), port=ECHO)
 
 
 def main() -> None:
     """Measure, and print baseline, result and ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=3000, help="requests of each kind on each path (default: 3000)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=3000,
+        help="requests of each kind on each path (default: 3000)",
+    )
     arguments = parser.parse_args()
     if not inside():
-        raise SystemExit("perf.clusters runs in the lab's sandbox: python -m lab.sandbox -- python -m perf.clusters")
+        raise SystemExit(
+            "perf.clusters runs in the lab's sandbox: python -m lab.sandbox -- python -m"
+            " perf.clusters"
+        )
     found = trio.run(measure, arguments.requests)
     print(f"{'milliseconds':<18} {'own cluster':>12} {'by gateway':>12} {'added':>8} {'ratio':>6}")
     for kind, hosts in found.items():
         for label, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
             own, remote = (percentile(hosts[host], share) / 1000 for host in ("c", "c.east"))
-            print(f"{kind + ' ' + label:<18} {own:>12.3f} {remote:>12.3f} {remote - own:>8.3f} {remote / own:>6.2f}")
+            print(
+                f"{kind + ' ' + label:<18} {own:>12.3f} {remote:>12.3f} {remote - own:>8.3f}"
+                f" {remote / own:>6.2f}"
+            )
 
 
 if __name__ == "__main__":

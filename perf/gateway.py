@@ -30,22 +30,43 @@ _NOWHERE = "192.0.2.1:80"  # RFC 5737: an address of no service, so the authorit
 
 def _identity(folder: Path, name: str) -> dict[str, Any]:
     paths = {key: str(folder / name / f"{key}.pem") for key in ("certificate", "key")}
-    return {"trust_domain": "perf.test", "log": {"level": "warning"}, "identity": {**paths, "roots": [str(folder / name / "roots.pem")]}}
+    return {
+        "trust_domain": "perf.test",
+        "log": {"level": "warning"},
+        "identity": {**paths, "roots": [str(folder / name / "roots.pem")]},
+    }
 
 
 def _services(port: int, **more: object) -> dict[str, Any]:
     endpoint = {"address": HOST, "identity": f"{_WHO}/server", "ports": {"80": port}}
-    return {"services": [{"name": "c", "ports": [{"port": 80, "protocol": "http1"}], "endpoints": [endpoint], **more}]}
+    return {
+        "services": [
+            {
+                "name": "c",
+                "ports": [{"port": 80, "protocol": "http1"}],
+                "endpoints": [endpoint],
+                **more,
+            }
+        ]
+    }
 
 
 @contextmanager
-def _proxy(folder: Path, name: str, port: int, document: dict[str, Any], directory: dict[str, Any] | None = None) -> Iterator[Proxy]:
+def _proxy(
+    folder: Path,
+    name: str,
+    port: int,
+    document: dict[str, Any],
+    directory: dict[str, Any] | None = None,
+) -> Iterator[Proxy]:
     if directory is not None:
         (folder / f"{name}-directory.yaml").write_text(json.dumps(directory))
         document["directory"] = {"file": str(folder / f"{name}-directory.yaml")}
     (folder / f"{name}.yaml").write_text(json.dumps({"admin": {"listen": []}, **document}))
     log = folder / f"{name}.log"
-    with running([sys.executable, "-m", "proxy.cli", "run", "--config", str(folder / f"{name}.yaml")], log) as process:
+    with running(
+        [sys.executable, "-m", "proxy.cli", "run", "--config", str(folder / f"{name}.yaml")], log
+    ) as process:
         await_port(port, process, log)
         yield Proxy(name, process.pid, port)
 
@@ -59,14 +80,32 @@ def three(folder: Path) -> Iterator[tuple[Proxy, Proxy]]:
     east = {"name": "east", "gateways": [way], "services": [{"name": "c", "ports": [{"port": 80}]}]}
     with ExitStack() as stack:
         back = stack.enter_context(server(folder))
-        inbound = {"listen": [f"{HOST}:{last}"], "fixed_destination": f"{HOST}:{back}", "trusted_gateways": [f"{_WHO}/gateway"]}
+        inbound = {
+            "listen": [f"{HOST}:{last}"],
+            "fixed_destination": f"{HOST}:{back}",
+            "trusted_gateways": [f"{_WHO}/gateway"],
+        }
         document = {**_identity(folder, "server"), "outbound": {"listen": []}, "inbound": inbound}
         stack.enter_context(_proxy(folder, "last", last, document))
-        document = {**_identity(folder, "gateway"), "gateway": {"enabled": True, "listen": [f"{HOST}:{gate}"]}}
-        gateway = stack.enter_context(_proxy(folder, "gateway", gate, document, _services(last, export=True)))
-        outbound = {"listen": [f"{HOST}:{first}"], "fixed_destination": _NOWHERE, "authority_networks": ["192.0.2.0/24"]}
+        document = {
+            **_identity(folder, "gateway"),
+            "gateway": {"enabled": True, "listen": [f"{HOST}:{gate}"]},
+        }
+        gateway = stack.enter_context(
+            _proxy(folder, "gateway", gate, document, _services(last, export=True))
+        )
+        outbound = {
+            "listen": [f"{HOST}:{first}"],
+            "fixed_destination": _NOWHERE,
+            "authority_networks": ["192.0.2.0/24"],
+        }
         document = {**_identity(folder, "client"), "outbound": outbound, "inbound": {"listen": []}}
-        yield stack.enter_context(_proxy(folder, "first", first, document, {**_services(last), "clusters": [east]})), gateway
+        yield (
+            stack.enter_context(
+                _proxy(folder, "first", first, document, {**_services(last), "clusters": [east]})
+            ),
+            gateway,
+        )
 
 
 def times(connection: http.client.HTTPConnection, host: str) -> list[float]:
@@ -82,7 +121,10 @@ def times(connection: http.client.HTTPConnection, host: str) -> list[float]:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="isthmus-perf-") as name, three(Path(name)) as (first, gateway):
+    with (
+        tempfile.TemporaryDirectory(prefix="isthmus-perf-") as name,
+        three(Path(name)) as (first, gateway),
+    ):
         connection = http.client.HTTPConnection(HOST, first.port, timeout=10)
         seen: dict[str, list[float]] = {"c": [], "c.east": []}
         for host in seen:

@@ -23,9 +23,21 @@ from proxy.wire.messages import Headers, RequestHead, ResponseHead
 
 ROUNDS, EXCHANGES = 15, 2000
 BODY = b"y" * 100
-FIELDS = [(b"content-type", b"application/grpc"), (b"te", b"trailers"), (b"user-agent", b"grpc-python/1.85.1 grpc-c/56.0.0 (linux)")]
-PSEUDO = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/perf.Echo/Call"), (b":authority", b"shop:50051")]
-ANSWER = [(b"content-type", b"application/grpc"), (b"grpc-accept-encoding", b"identity, deflate, gzip")]
+FIELDS = [
+    (b"content-type", b"application/grpc"),
+    (b"te", b"trailers"),
+    (b"user-agent", b"grpc-python/1.85.1 grpc-c/56.0.0 (linux)"),
+]
+PSEUDO = [
+    (b":method", b"POST"),
+    (b":scheme", b"http"),
+    (b":path", b"/perf.Echo/Call"),
+    (b":authority", b"shop:50051"),
+]
+ANSWER = [
+    (b"content-type", b"application/grpc"),
+    (b"grpc-accept-encoding", b"identity, deflate, gzip"),
+]
 STATUS = [(b"grpc-status", b"0")]
 
 
@@ -51,7 +63,11 @@ def ours() -> Callable[[], None]:
         for event in seen:
             if isinstance(event, DataReceived):
                 client.consumed(event.stream, event.credit)
-        if [type(event) for event in seen if type(event) in (HeadReceived, DataReceived, TrailersReceived)] != _OURS:
+        if [
+            type(event)
+            for event in seen
+            if type(event) in (HeadReceived, DataReceived, TrailersReceived)
+        ] != _OURS:
             raise SystemExit(f"unexpected answer: {seen}")
 
     return exchange
@@ -62,7 +78,9 @@ _OURS = [HeadReceived, DataReceived, TrailersReceived]
 
 def theirs() -> Callable[[], None]:
     client, server = (
-        h2.connection.H2Connection(h2.config.H2Configuration(client_side=client_side, header_encoding=None))
+        h2.connection.H2Connection(
+            h2.config.H2Configuration(client_side=client_side, header_encoding=None)
+        )
         for client_side in (True, False)
     )
     client.initiate_connection()

@@ -55,15 +55,17 @@ class Work:
 
 
 def _output(command: list[str], seconds: float) -> str:
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=seconds + 60)
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=seconds + 60
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout
 
 
 def wrk(pair: Pair, seconds: float, connections: int, path: str = "", header: str = "") -> Done:
-    """HTTP/1.1, closed loop: each connection sends the next request as soon as it gets a response.
-    """
+    """HTTP/1.1, closed loop: each connection sends the next request as soon as it gets a
+    response."""
     extra = ["-H", header] if header else []
     timed = ["-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--latency"]
     command = ["wrk", *timed, *extra, f"http://{HOST}:{pair.outbound.port}/{path}"]
@@ -75,7 +77,10 @@ def wrk(pair: Pair, seconds: float, connections: int, path: str = "", header: st
         raise SystemExit(text)
     length = float(found[2]) * {"ms": 1e-3, "s": 1.0, "m": 60.0}[found[3]]
     told = re.findall(r"(50|99)%\s+([\d.]+)(us|ms|s)", text)
-    latency = {f"p{share}": float(value) * {"us": 1, "ms": 1e3, "s": 1e6}[unit] for share, value, unit in told}
+    latency = {
+        f"p{share}": float(value) * {"us": 1, "ms": 1e3, "s": 1e6}[unit]
+        for share, value, unit in told
+    }
     return Done(float(found[1]), length, latency)
 
 
@@ -98,7 +103,16 @@ def h2load(pair: Pair, seconds: float, connections: int, streams: int) -> Done:
 
 def bulk(pair: Pair, _: float, flag: str = "--http1.1") -> Done:
     """One large body; a unit is a MiB."""
-    command = ["curl", "-sS", flag, "-o", "/dev/null", "-w", "%{size_download} %{time_total}", f"http://{HOST}:{pair.outbound.port}/bulk"]
+    command = [
+        "curl",
+        "-sS",
+        flag,
+        "-o",
+        "/dev/null",
+        "-w",
+        "%{size_download} %{time_total}",
+        f"http://{HOST}:{pair.outbound.port}/bulk",
+    ]
     size, seconds = _output(command, 60).split()
     if int(size) != BULK:
         raise SystemExit(f"received {size} of {BULK} bytes")
@@ -108,7 +122,19 @@ def bulk(pair: Pair, _: float, flag: str = "--http1.1") -> Done:
 def rate(pair: Pair, seconds: float, per_second: int) -> Done:
     """A fixed rate, evenly spaced, even if the proxy cannot keep up."""
     seconds = max(seconds, 200 / per_second)
-    found = json.loads(_output([sys.executable, "-m", "perf.rate", str(pair.outbound.port), str(per_second), f"{seconds:g}"], seconds))
+    found = json.loads(
+        _output(
+            [
+                sys.executable,
+                "-m",
+                "perf.rate",
+                str(pair.outbound.port),
+                str(per_second),
+                f"{seconds:g}",
+            ],
+            seconds,
+        )
+    )
     return Done(found["answers"], seconds, {name: found[name] for name in ("p50", "p99", "p99.9")})
 
 
@@ -137,10 +163,22 @@ def idle(pair: Pair, _: float) -> Done:
 
 def works() -> list[Work]:
     def http1(name: str, title: str, connections: int, path: str = "") -> Work:
-        return Work(name, title, "http1", "request", lambda pair, seconds: wrk(pair, seconds, connections, path))
+        return Work(
+            name,
+            title,
+            "http1",
+            "request",
+            lambda pair, seconds: wrk(pair, seconds, connections, path),
+        )
 
     fixed = [
-        Work(f"rate-{number}", f"HTTP/1.1, 1 KiB, {number} requests/s", "http1", "request", partial(rate, per_second=number))
+        Work(
+            f"rate-{number}",
+            f"HTTP/1.1, 1 KiB, {number} requests/s",
+            "http1",
+            "request",
+            partial(rate, per_second=number),
+        )
         for number in (20, 200, 2000)
     ]
     close = "Connection: close"
@@ -153,11 +191,42 @@ def works() -> list[Work]:
         http1("c16-chunked", "HTTP/1.1, 1 KiB in chunks, 16 connections", 16, "chunked/1k"),
         http1("c16-1m", "HTTP/1.1, 1 MiB, 16 connections", 16, "1m"),
         *fixed,
-        Work("h2-16x8", "HTTP/2, 16 connections x 8 streams", "http2", "request", partial(h2load, connections=16, streams=8)),
-        Work("h2-bulk", "HTTP/2, one stream", "http2", "MiB", partial(bulk, flag="--http2-prior-knowledge")),
-        Work("tcp-1k", "opaque TCP, 1 KiB and back, 16 connections", "tcp", "request", partial(wrk, connections=16)),
+        Work(
+            "h2-16x8",
+            "HTTP/2, 16 connections x 8 streams",
+            "http2",
+            "request",
+            partial(h2load, connections=16, streams=8),
+        ),
+        Work(
+            "h2-bulk",
+            "HTTP/2, one stream",
+            "http2",
+            "MiB",
+            partial(bulk, flag="--http2-prior-knowledge"),
+        ),
+        Work(
+            "tcp-1k",
+            "opaque TCP, 1 KiB and back, 16 connections",
+            "tcp",
+            "request",
+            partial(wrk, connections=16),
+        ),
         Work("tcp-bulk", "opaque TCP, bulk", "tcp", "MiB", bulk),
-        Work("new-resumed", "new connections, TLS resumed", "tcp", "connection", partial(wrk, connections=8, header=close)),
-        Work("new-full", "new connections, full handshake", "tcp", "connection", partial(wrk, connections=8, header=close), resume=False),
+        Work(
+            "new-resumed",
+            "new connections, TLS resumed",
+            "tcp",
+            "connection",
+            partial(wrk, connections=8, header=close),
+        ),
+        Work(
+            "new-full",
+            "new connections, full handshake",
+            "tcp",
+            "connection",
+            partial(wrk, connections=8, header=close),
+            resume=False,
+        ),
         Work("idle", f"{IDLE} idle mutual-TLS connections", "tcp", "connection", idle, fresh=True),
     ]

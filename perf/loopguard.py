@@ -48,7 +48,10 @@ def main() -> None:
     exchange = _Exchange(request, Whole(), facts)
 
     def field(count: int) -> bytes:
-        return b", ".join(place.named(place.token(b"GET", request.target, b"shop")) for place in places[1 : count + 1])
+        return b", ".join(
+            place.named(place.token(b"GET", request.target, b"shop"))
+            for place in places[1 : count + 1]
+        )
 
     print("the guard layer, microseconds a request")
     for name, hops in (("no tokens yet", 0), ("one token", 1), ("twelve tokens", 12)):
@@ -62,7 +65,10 @@ def main() -> None:
             leave_token(exchange, here, print)
 
         baseline, whole = microseconds(fresh), microseconds(guarded)
-        print(f"  {name:14} baseline {baseline:5.2f}   with the guard {whole:5.2f}   the guard {whole - baseline:5.2f}")
+        print(
+            f"  {name:14} baseline {baseline:5.2f}   with the guard {whole:5.2f}   the guard"
+            f" {whole - baseline:5.2f}"
+        )
 
 
 if __name__ == "__main__":

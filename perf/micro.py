@@ -25,7 +25,12 @@ from perf.pair import Proxy, pair
 from proxy.config.schema import LogConfig
 from proxy.telemetry.log import RequestLine, configure, log_request
 from proxy.telemetry.metrics import Metrics
-from proxy.wire.h1.fast_head import encode_request, encode_response, recognise_request, recognise_response
+from proxy.wire.h1.fast_head import (
+    encode_request,
+    encode_response,
+    recognise_request,
+    recognise_response,
+)
 from proxy.wire.h1.strict_head import decide_request
 from proxy.wire.messages import Limits
 from tests.kit.certs import Authority, spiffe
@@ -35,13 +40,18 @@ NUMBER, REPEATS = 5000, 7
 NEW = 2000
 
 REQUEST = (
-    b"GET /api/items/123?expand=all HTTP/1.1\r\nHost: shop.default.svc.cluster.local:8080\r\nUser-Agent: python-httpx/0.28.1\r\n"
-    b"Accept: */*\r\nAccept-Encoding: gzip, deflate, br\r\nConnection: keep-alive\r\nX-Request-Id: 3f1c2d4e-0000-4000-8000-123456789abc\r\n"
-    b"traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\nCookie: session=" + b"y" * 64 + b"\r\n\r\n"
+    b"GET /api/items/123?expand=all HTTP/1.1\r\nHost:"
+    b" shop.default.svc.cluster.local:8080\r\nUser-Agent: python-httpx/0.28.1\r\nAccept:"
+    b" */*\r\nAccept-Encoding: gzip, deflate, br\r\nConnection: keep-alive\r\nX-Request-Id:"
+    b" 3f1c2d4e-0000-4000-8000-123456789abc\r\ntraceparent:"
+    b" 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\nCookie: session="
+    + b"y" * 64
+    + b"\r\n\r\n"
 )
 RESPONSE = (
-    b"HTTP/1.1 200 OK\r\nServer: nginx/1.22.1\r\nDate: Mon, 02 Nov 2026 10:00:00 GMT\r\nContent-Type: application/json\r\n"
-    b"Content-Length: 1024\r\nConnection: keep-alive\r\nCache-Control: no-store\r\n\r\n"
+    b"HTTP/1.1 200 OK\r\nServer: nginx/1.22.1\r\nDate: Mon, 02 Nov 2026 10:00:00"
+    b" GMT\r\nContent-Type: application/json\r\nContent-Length: 1024\r\nConnection:"
+    b" keep-alive\r\nCache-Control: no-store\r\n\r\n"
 )
 BODY = b"x" * 1024
 
@@ -55,12 +65,19 @@ def heads() -> Iterator[tuple[str, float]]:
     request, response = recognise_request(REQUEST, limits), recognise_response(RESPONSE, limits)
     if request is None or response is None:
         raise SystemExit("the fast parser declines the test head")
-    requests = itertools.cycle([REQUEST.replace(b"3f1c2d4e", b"%08x" % number) for number in range(NEW)])
+    requests = itertools.cycle(
+        [REQUEST.replace(b"3f1c2d4e", b"%08x" % number) for number in range(NEW)]
+    )
     yield "a request's head parsed", microseconds(lambda: recognise_request(next(requests), limits))
     yield "with known fields", microseconds(lambda: recognise_request(REQUEST, limits))
     yield "the same with h11", microseconds(lambda: decide_request(REQUEST, limits), 500)
-    responses = itertools.cycle([RESPONSE.replace(b"no-store", b"max-age=%d" % number) for number in range(NEW)])
-    yield "a response's head parsed", microseconds(lambda: recognise_response(next(responses), limits))
+    responses = itertools.cycle(
+        [RESPONSE.replace(b"no-store", b"max-age=%d" % number) for number in range(NEW)]
+    )
+    yield (
+        "a response's head parsed",
+        microseconds(lambda: recognise_response(next(responses), limits)),
+    )
     yield "with known fields", microseconds(lambda: recognise_response(RESPONSE, limits))
     yield "a request's head written", microseconds(lambda: encode_request(request[0]))
     yield "a response's head written", microseconds(lambda: encode_response(response[0]))
@@ -76,7 +93,15 @@ def books() -> Iterator[tuple[str, float]]:
     yield "a request in the metrics", microseconds(count)
     close = configure(LogConfig(queue=1_000_000), io.StringIO())
     logging.getLogger("isthmus.access").propagate = True
-    line = RequestLine("outbound", "10.0.0.1:1", method=b"GET", target=b"/api", authority=b"shop", status=200, upstream="10.0.0.2:80")
+    line = RequestLine(
+        "outbound",
+        "10.0.0.1:1",
+        method=b"GET",
+        target=b"/api",
+        authority=b"shop",
+        status=200,
+        upstream="10.0.0.2:80",
+    )
     yield "its log line (optional), queued", microseconds(lambda: log_request(line), 2000)
     close()
 

@@ -44,12 +44,15 @@ class Proxy:
         """CPU seconds so far, of all its threads. Uses the process's CPU clock, so without the 10
         ms steps of /proc/PID/stat.
         """
-        # The kernel's number for the CPU clock of another process (clock_getcpuclockid(3) computes the same).
+        # The kernel's number for the CPU clock of another process (clock_getcpuclockid(3) computes
+        # the same).
         return time.clock_gettime((~self.pid << 3) | 2)
 
     def resident(self) -> int:
         """Resident memory in bytes."""
-        return int(Path(f"/proc/{self.pid}/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path(f"/proc/{self.pid}/statm").read_text("ascii").split()[1]) * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,10 @@ def free_port() -> int:
 
 @contextmanager
 def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with log.open("wb") as sink, subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink) as process:
+    with (
+        log.open("wb") as sink,
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink) as process,
+    ):
         try:
             yield process
         finally:
@@ -94,7 +100,10 @@ def await_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
 
 def nginx_paths(folder: Path) -> str:
     """Paths for an nginx that may not write to /var."""
-    return "".join(f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    return "".join(
+        f"{kind}_temp_path {folder}/{kind};"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
 
 
 @contextmanager
@@ -107,12 +116,16 @@ def server(folder: Path) -> Iterator[int]:
     port = free_port()
     user = "user root; " if os.getuid() == 0 else ""  # other users could not read the folder
     (folder / "nginx.conf").write_text(
-        f"{user}daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/nginx.log;"
+        f"{user}daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log"
+        f" {folder}/nginx.log;"
         "events { worker_connections 8192; }"
-        f"http {{ access_log off; keepalive_requests 100000000; client_max_body_size 0; sendfile on; {nginx_paths(folder)}"
-        f"server {{ listen {HOST}:{port}; root {folder}/www; location = / {{ return 200 \"{BODY.decode()}\"; }}"
+        "http { access_log off; keepalive_requests 100000000; client_max_body_size 0; sendfile"
+        f" on; {nginx_paths(folder)}"
+        f"server {{ listen {HOST}:{port}; root {folder}/www; location = / {{ return 200"
+        f' "{BODY.decode()}"; }}'
         # A filtered response has no known length, so it is sent in chunks.
-        f" location /chunked/ {{ alias {folder}/www/; sub_filter_types *; sub_filter never-there x; }} }} }}",
+        f" location /chunked/ {{ alias {folder}/www/; sub_filter_types *; sub_filter never-there x;"
+        " } } }",
         "ascii",
     )
     log = folder / "nginx.out"
@@ -122,7 +135,9 @@ def server(folder: Path) -> Iterator[int]:
 
 
 @contextmanager
-def pair_of(name: str, commands: dict[str, list[str]], ports: dict[str, int], folder: Path) -> Iterator[Pair]:
+def pair_of(
+    name: str, commands: dict[str, list[str]], ports: dict[str, int], folder: Path
+) -> Iterator[Pair]:
     """The two processes of a pair, the inbound one first; `commands` and `ports` have an entry for
     each.
     """
@@ -145,20 +160,26 @@ def pair() -> Iterator[Pair]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="isthmus-perf-")))
         make_identities(folder)
         found = stack.enter_context(isthmus_pair(folder, stack.enter_context(server(folder))))
-        with urllib.request.urlopen(f"http://{HOST}:{found.outbound.port}/", timeout=10) as response:
+        with urllib.request.urlopen(
+            f"http://{HOST}:{found.outbound.port}/", timeout=10
+        ) as response:
             assert response.read() == BODY
         yield found
 
 
 @contextmanager
-def isthmus_pair(folder: Path, back: int, wishes: dict[str, object] | None = None) -> Iterator[Pair]:
+def isthmus_pair(
+    folder: Path, back: int, wishes: dict[str, object] | None = None
+) -> Iterator[Pair]:
     """Two proxies of this project in front of the server at port `back`. `folder` holds the
     identities from make_identities. `wishes`: the directory's `protocol`, whether sessions may
     `resume`, `settings` that override both configurations, and `image`: run the image's build or
     the sources.
     """
     wishes = {"protocol": "detect", "resume": True, "settings": {}, "image": False} | (wishes or {})
-    ports = {name: free_port() for name in ("inbound", "outbound", "inbound-admin", "outbound-admin")}
+    ports = {
+        name: free_port() for name in ("inbound", "outbound", "inbound-admin", "outbound-admin")
+    }
     services = [
         {
             "name": "server",
@@ -182,28 +203,47 @@ def isthmus_pair(folder: Path, back: int, wishes: dict[str, object] | None = Non
         config.update(cast("dict[str, Any]", wishes["settings"]))
         path = folder / f"{name}.yaml"
         path.write_text(json.dumps(config))
-        build = ["env", *(f"{name}={value}" for name, value in image.items())] if wishes["image"] else []
+        build = (
+            ["env", *(f"{name}={value}" for name, value in image.items())]
+            if wishes["image"]
+            else []
+        )
         commands[name] = [*build, sys.executable, "-m", "proxy.cli", "run", "--config", str(path)]
     with pair_of("isthmus", commands, ports, folder) as found:
         yield found
 
 
 def make_identities(folder: Path, *names: str) -> None:
-    """Create a trust root and the certificates of these workloads; default: a client and a server.
-    """
+    """Create a trust root and the certificates of these workloads; default: a client and a
+    server."""
     command, root = [sys.executable, "-m", "proxy.cli", "identity"], folder / "root"
-    subprocess.run([*command, "root", "--trust-domain", "perf.test", "--out", root], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [*command, "root", "--trust-domain", "perf.test", "--out", root],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     for name in names or ("client", "server"):
         who = ["--namespace", "perf", "--service-account", name]
-        subprocess.run([*command, "issue", "--root", root, *who, "--out", folder / name], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [*command, "issue", "--root", root, *who, "--out", folder / name],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
 
 
-def _configured(name: str, destination: str, ports: dict[str, int], material: Path) -> dict[str, Any]:
+def _configured(
+    name: str, destination: str, ports: dict[str, int], material: Path
+) -> dict[str, Any]:
     other = "inbound" if name == "outbound" else "outbound"
     return {
         "trust_domain": "perf.test",
         "pod": {"name": name, "namespace": "perf"},
-        name: {"listen": [f"{HOST}:{ports[name]}"], "fixed_destination": destination, "opaque_ports": [], "max_connections": 100_000},
+        name: {
+            "listen": [f"{HOST}:{ports[name]}"],
+            "fixed_destination": destination,
+            "opaque_ports": [],
+            "max_connections": 100_000,
+        },
         other: {"listen": []},
         "admin": {"listen": [f"{HOST}:{ports[f'{name}-admin']}"]},
         "log": {"level": "warning"},
@@ -220,7 +260,9 @@ def _configured(name: str, destination: str, ports: dict[str, int], material: Pa
 def wrk(port: int, connections: int, seconds: int) -> int:
     """Load for `seconds`; returns the number of requests answered. Ends the run if any failed."""
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}", f"http://{HOST}:{port}/"]
-    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds + 30).stdout
+    text = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=seconds + 30
+    ).stdout
     if "Non-2xx" in text or "Socket errors" in text:
         raise SystemExit(text)
     return int(next(line.split()[0] for line in text.splitlines() if "requests in" in line))

@@ -21,15 +21,24 @@ def bars(title: str, groups: dict[str, dict[str, float]]) -> str:
         for name, value in values.items():
             width = max(1.0, value / most * (_WIDTH - _LEFT - _RIGHT))
             parts.append(f'<text x="{_LEFT - 8}" y="{y + 12}" class="name">{escape(name)}</text>')
-            parts.append(f'<rect x="{_LEFT}" y="{y}" width="{width:.1f}" height="{_BAR}" rx="2" fill="{_COLOURS.get(name, "#888")}"/>')
-            parts.append(f'<text x="{_LEFT + width + 6:.1f}" y="{y + 12}" class="value">{value:.0f}</text>')
+            parts.append(
+                f'<rect x="{_LEFT}" y="{y}" width="{width:.1f}" height="{_BAR}" rx="2"'
+                f' fill="{_COLOURS.get(name, "#888")}"/>'
+            )
+            parts.append(
+                f'<text x="{_LEFT + width + 6:.1f}" y="{y + 12}" class="value">{value:.0f}</text>'
+            )
             y += _BAR + _GAP
         y += 12
     style = (
-        "text{font:13px system-ui,sans-serif;fill:#222}.title{font-size:16px;font-weight:600}.label{font-weight:600}"
+        "text{font:13px"
+        " system-ui,sans-serif;fill:#222}.title{font-size:16px;font-weight:600}.label{font-weight:600}"
         ".name{text-anchor:end}.value{font-variant-numeric:tabular-nums}"
     )
-    words = "; ".join(f"{label}: " + ", ".join(f"{name} {value:.0f}" for name, value in values.items()) for label, values in groups.items())
+    words = "; ".join(
+        f"{label}: " + ", ".join(f"{name} {value:.0f}" for name, value in values.items())
+        for label, values in groups.items()
+    )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y}" role="img">'
         f"<title>{escape(title)}</title><desc>{escape(words)}</desc>"

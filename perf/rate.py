@@ -25,8 +25,8 @@ _PATIENCE = 10.0
 
 
 class _Connection:
-    """One request at a time. `due`: the planned start of the open request; None if there is none.
-    """
+    """One request at a time. `due`: the planned start of the open request; None if there is
+    none."""
 
     def __init__(self, port: int) -> None:
         self.socket = socket.create_connection((HOST, port))
@@ -50,13 +50,18 @@ class _Connection:
             return False
         if not head.startswith(b"HTTP/1.1 200"):
             raise SystemExit(f"unexpected answer: {head[:80]!r}")
-        length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+        length = next(
+            line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")
+        )
         return len(body) >= int(length.split(b":")[1])
 
 
 def load(port: int, rate: float, seconds: float, count: int = 16) -> list[float]:
     """The latencies in seconds, sorted."""
-    connections = {connection.socket.fileno(): connection for connection in (_Connection(port) for _ in range(count))}
+    connections = {
+        connection.socket.fileno(): connection
+        for connection in (_Connection(port) for _ in range(count))
+    }
     poller = select.epoll()
     for number in connections:
         poller.register(number, select.EPOLLIN)
@@ -98,7 +103,14 @@ def main() -> None:
     port, rate, seconds = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
     found = load(port, rate, seconds, *map(int, sys.argv[4:]))
     named = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
-    print(json.dumps({"answers": len(found), **{name: percentile(found, share) * 1e6 for name, share in named.items()}}))
+    print(
+        json.dumps(
+            {
+                "answers": len(found),
+                **{name: percentile(found, share) * 1e6 for name, share in named.items()},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

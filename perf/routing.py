@@ -43,18 +43,32 @@ def document(services: int) -> str:
     """
     lines = ["services:"]
     for number in range(services):
-        lines.append(f"- {{name: s-{number}, addresses: [10.64.{number >> 8}.{number & 255}], ports: [{{port: 80}}], endpoints: [")
+        lines.append(
+            f"- {{name: s-{number}, addresses: [10.64.{number >> 8}.{number & 255}], ports:"
+            " [{port: 80}], endpoints: ["
+        )
         lines += [
-            f"  {{address: 10.{128 + (pod >> 16)}.{pod >> 8 & 255}.{pod & 255}, identity: spiffe://cluster.local/ns/default/sa/s-{number}}},"
+            f"  {{address: 10.{128 + (pod >> 16)}.{pod >> 8 & 255}.{pod & 255}, identity:"
+            f" spiffe://cluster.local/ns/default/sa/s-{number}}},"
             for pod in range(number * 5, number * 5 + 5)
         ]
         lines.append("]}")
     for name, host, more in (
-        ("split", "10.63.0.1", "split: [{service: split, weight: 90}, {service: split, cluster: east, weight: 10}]"),
+        (
+            "split",
+            "10.63.0.1",
+            "split: [{service: split, weight: 90}, {service: split, cluster: east, weight: 10}]",
+        ),
         ("over", "10.63.0.2", "failover: {clusters: [east]}"),
     ):
-        lines.append(f"- {{name: {name}, addresses: [{host}], ports: [{{port: 80}}], endpoints: [{{address: {host}9}}], {more}}}")
-    lines += ["clusters:", f"- {{name: east, gateways: [{{address: 203.0.113.7, identity: '{GATEWAY}'}}], services: ["]
+        lines.append(
+            f"- {{name: {name}, addresses: [{host}], ports: [{{port: 80}}], endpoints: [{{address:"
+            f" {host}9}}], {more}}}"
+        )
+    lines += [
+        "clusters:",
+        f"- {{name: east, gateways: [{{address: 203.0.113.7, identity: '{GATEWAY}'}}], services: [",
+    ]
     lines += [f"  {{name: s-{number}, ports: [{{port: 80}}]}}," for number in range(services)]
     lines += ["  {name: split, ports: [{port: 80}]}, {name: over, ports: [{port: 80}]}]}"]
     return "\n".join(lines)
@@ -71,7 +85,9 @@ class Case:
 
 def cases(services: int) -> list[Case]:
     last, nowhere = services - 1, ("192.0.2.1:80",)
-    each = tuple(f"10.64.{n >> 8}.{n & 255}:80" for n in range(0, services, max(1, services // 1000)))
+    each = tuple(
+        f"10.64.{n >> 8}.{n & 255}:80" for n in range(0, services, max(1, services // 1000))
+    )
     return [
         Case("address of a service", each[-1:]),
         Case("of another one each time", each),
@@ -103,9 +119,21 @@ def seconds(router: Router, case: Case) -> float:
 def made(services: int) -> Router:
     started = time.perf_counter()
     directory = parse(document(services), "perf")
-    print(f"{services:,} services, {directory.endpoint_count:,} endpoints: read in {time.perf_counter() - started:.2f} s")
+    print(
+        f"{services:,} services, {directory.endpoint_count:,} endpoints: read in"
+        f" {time.perf_counter() - started:.2f} s"
+    )
     balancer, networks = Balancer(time.monotonic), [ip_network("192.0.2.0/24")]
-    return Router(Fixed(directory), balancer, Uncounted(), "default", 10.0, time.monotonic, random.Random(1), networks=networks)
+    return Router(
+        Fixed(directory),
+        balancer,
+        Uncounted(),
+        "default",
+        10.0,
+        time.monotonic,
+        random.Random(1),
+        networks=networks,
+    )
 
 
 def main() -> None:

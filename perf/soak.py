@@ -50,7 +50,13 @@ async def _report(proxy: Hop2) -> dict[str, float]:
     await proxy.idle(30)
     gc.collect()
     living, open_ = current_statistics().tasks_living, proxy.exchanges
-    return {"memory MiB": resident(), "descriptors": descriptors(), "tasks": living, "streams": open_, "connections": proxy.dialled}
+    return {
+        "memory MiB": resident(),
+        "descriptors": descriptors(),
+        "tasks": living,
+        "streams": open_,
+        "connections": proxy.dialled,
+    }
 
 
 async def _proxy(address: str) -> None:
@@ -84,7 +90,10 @@ async def _one(client: Peer2, number: int, size: int, cancelled: bool) -> None:
         await client.send(number, bytes(size), end=not cancelled)
         if cancelled:
             await client.reset(number)
-    except (h2.exceptions.ProtocolError, trio.BrokenResourceError):  # the other side ended the stream first
+    except (
+        h2.exceptions.ProtocolError,
+        trio.BrokenResourceError,
+    ):  # the other side ended the stream first
         pass
 
 
@@ -102,7 +111,11 @@ async def _rounds(clients: list[Peer2], requests: int, dice: random.Random) -> C
                     wanted.append((client, number))
         await until(partial(_answered, wanted), 60)
         for client, number in wanted:
-            done["reset" if client.messages[number].reset is not None else str(client.messages[number].status)] += 1
+            done[
+                "reset"
+                if client.messages[number].reset is not None
+                else str(client.messages[number].status)
+            ] += 1
         for client in clients:
             client.events.clear()
             client.messages.clear()
@@ -124,7 +137,9 @@ async def _line(process: trio.Process, said: bytes = b"") -> bytes:
 async def main(requests: int, count: int, seed: int) -> None:
     async with origin(speaking(answering2(_answer))) as up:
         command = [sys.executable, "-m", "perf.soak", "--proxy", str(up.address)]
-        process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = await trio.lowlevel.open_process(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         try:
             address = Address.parse((await _line(process)).decode().strip())
             await _soak(process, address, (requests, count, seed))

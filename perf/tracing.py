@@ -18,7 +18,16 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from perf.pair import HOST, Pair, await_port, free_port, isthmus_pair, make_identities, running, server
+from perf.pair import (
+    HOST,
+    Pair,
+    await_port,
+    free_port,
+    isthmus_pair,
+    make_identities,
+    running,
+    server,
+)
 from proxy.exchange.exchange import Body, Exchange, Facts, Handler, Whole
 from proxy.exchange.trace_layer import Side, Tracing, trace
 from proxy.net.address import Address
@@ -32,8 +41,19 @@ from tracing.spans import Record
 ROUNDS, SECONDS, CONNECTIONS = 3, 4, 8
 CALLS, REPEATS = 2_000, 50
 TRACE, SPAN = b"4bf92f3577b34da6a3ce929d0e0e4736", b"00f067aa0ba902b7"
-FIELDS = [(b"Host", b"shop"), (b"User-Agent", b"curl/8.5.0"), (b"Accept", b"*/*"), (b"Accept-Encoding", b"gzip"), (b"Cookie", b"a=b")]
-SEVERAL = [(b"X-B3-TraceId", TRACE), (b"X-B3-SpanId", SPAN), (b"X-B3-ParentSpanId", b"b7ad6b7169203331"), (b"X-B3-Sampled", b"1")]
+FIELDS = [
+    (b"Host", b"shop"),
+    (b"User-Agent", b"curl/8.5.0"),
+    (b"Accept", b"*/*"),
+    (b"Accept-Encoding", b"gzip"),
+    (b"Cookie", b"a=b"),
+]
+SEVERAL = [
+    (b"X-B3-TraceId", TRACE),
+    (b"X-B3-SpanId", SPAN),
+    (b"X-B3-ParentSpanId", b"b7ad6b7169203331"),
+    (b"X-B3-Sampled", b"1"),
+]
 _LATENCY = re.compile(r"^\s+(50|99)%\s+([0-9.]+)(us|ms|s)$", re.MULTILINE)
 _UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
@@ -53,12 +73,26 @@ ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 def load(pair: Pair, flags: str | None) -> tuple[int, float, float]:
     """(requests, p50 in ms, p99 in ms) under load for SECONDS."""
     header = ["-H", f"traceparent: {_w3c(flags.encode())[0][1].decode()}"] if flags else []
-    command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{SECONDS}", "--latency", *header, f"http://{HOST}:{pair.outbound.port}/"]
-    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS + 30).stdout
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{CONNECTIONS}",
+        f"-d{SECONDS}",
+        "--latency",
+        *header,
+        f"http://{HOST}:{pair.outbound.port}/",
+    ]
+    text = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=SECONDS + 30
+    ).stdout
     if "Non-2xx" in text or "Socket errors" in text:
         raise SystemExit(text)
     times = {match[1]: float(match[2]) * _UNITS[match[3]] for match in _LATENCY.finditer(text)}
-    return int(next(line.split()[0] for line in text.splitlines() if "requests in" in line)), times["50"], times["99"]
+    return (
+        int(next(line.split()[0] for line in text.splitlines() if "requests in" in line)),
+        times["50"],
+        times["99"],
+    )
 
 
 def requests() -> None:
@@ -66,17 +100,29 @@ def requests() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="isthmus-perf-")))
         make_identities(folder)
         back, collector = stack.enter_context(server(folder)), free_port()
-        process = stack.enter_context(running([sys.executable, "-c", COLLECTOR, str(collector)], folder / "collector.log"))
+        process = stack.enter_context(
+            running([sys.executable, "-c", COLLECTOR, str(collector)], folder / "collector.log")
+        )
         await_port(collector, process, folder / "collector.log")
-        settings = {"off": {"tracing": {"exporter": "none"}}, "on": {"tracing": {"endpoint": f"http://{HOST}:{collector}"}}}
+        settings = {
+            "off": {"tracing": {"exporter": "none"}},
+            "on": {"tracing": {"endpoint": f"http://{HOST}:{collector}"}},
+        }
         pairs = {}
         for name, given in settings.items():
             (folder / name).mkdir()
             for side in ("client", "server"):
                 (folder / name / side).symlink_to(folder / side)
-            pairs[name] = stack.enter_context(isthmus_pair(folder / name, back, {"settings": given}))
+            pairs[name] = stack.enter_context(
+                isthmus_pair(folder / name, back, {"settings": given})
+            )
         off, on = pairs["off"], pairs["on"]
-        cases = {"off": (off, None), "off, with a header": (off, "01"), "on, not recorded": (on, "00"), "on, all recorded": (on, "01")}
+        cases = {
+            "off": (off, None),
+            "off, with a header": (off, "01"),
+            "on, not recorded": (on, "00"),
+            "on, all recorded": (on, "01"),
+        }
         cpu: dict[str, list[float]] = {name: [] for name in cases}
         latency: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
         for pair in (off, on):
@@ -86,16 +132,31 @@ def requests() -> None:
             for name, (pair, flags) in order[number:] + order[:number]:
                 before = sum(proxy.cpu() for proxy in pair.proxies)
                 count, p50, p99 = load(pair, flags)
-                cpu[name].append((sum(proxy.cpu() for proxy in pair.proxies) - before) / count / 2 * 1e6)
+                cpu[name].append(
+                    (sum(proxy.cpu() for proxy in pair.proxies) - before) / count / 2 * 1e6
+                )
                 latency[name].append((p50, p99))
-        print(f"{CONNECTIONS} connections, {ROUNDS} rounds of {SECONDS} s, median (lowest - highest)")
+        print(
+            f"{CONNECTIONS} connections, {ROUNDS} rounds of {SECONDS} s, median (lowest - highest)"
+        )
         base = statistics.median(cpu["off"])
         for name, values in cpu.items():
-            p50, p99 = (statistics.median(found[which] for found in latency[name]) for which in (0, 1))
+            p50, p99 = (
+                statistics.median(found[which] for found in latency[name]) for which in (0, 1)
+            )
             mid = statistics.median(values)
-            line = f"{mid:6.0f} us of CPU per request and hop ({min(values):.0f} - {max(values):.0f}), {mid / base:.2f} times"
+            line = (
+                f"{mid:6.0f} us of CPU per request and hop ({min(values):.0f} - {max(values):.0f}),"
+                f" {mid / base:.2f} times"
+            )
             print(f"  {name:20} {line}; p50 {p50:.2f} ms, p99 {p99:.2f} ms")
-        print("  memory: " + ", ".join(f"{name} {pair.inbound.resident() / 2**20:.1f} MiB" for name, pair in (("off", off), ("on", on))))
+        print(
+            "  memory: "
+            + ", ".join(
+                f"{name} {pair.inbound.resident() / 2**20:.1f} MiB"
+                for name, pair in (("off", off), ("on", on))
+            )
+        )
 
 
 def _w3c(flags: bytes) -> list[Field]:
@@ -118,7 +179,10 @@ def spans() -> None:
     handler.
     """
     here = Address(HOST, 1)
-    facts, answer = Facts("inbound", here, here), ResponseHead(200, Headers([(b"Content-Length", b"2")]))
+    facts, answer = (
+        Facts("inbound", here, here),
+        ResponseHead(200, Headers([(b"Content-Length", b"2")])),
+    )
 
     async def handler(exchange: Exchange) -> None:
         exchange.response = answer
@@ -143,7 +207,9 @@ def spans() -> None:
     def layered(side: Side) -> Handler:
         return trace(Tracing(Tracer(Sampling()), queue.put), side)(handler)
 
-    queue = SpanQueue(_Nobody, QueueSettings(2 * CALLS, batch=CALLS, delay=3600), Metrics().spans, print)
+    queue = SpanQueue(
+        _Nobody, QueueSettings(2 * CALLS, batch=CALLS, delay=3600), Metrics().spans, print
+    )
     bare, bare2 = once(handler, _w3c(b"01")), once(handler, _w3c(b"01"), b"2")
     cases = {
         "off": (once(trace(None, "server")(handler), _w3c(b"01")), bare),
@@ -152,14 +218,19 @@ def spans() -> None:
         "recorded, server": (once(layered("server"), _w3c(b"01")), bare),
         "recorded, client": (once(layered("client"), _w3c(b"01")), bare),
         "recorded, both": (once(layered("both"), _w3c(b"01")), bare),
-        "server, with tracestate": (once(layered("server"), [*_w3c(b"01"), (b"tracestate", b"a=1,b=2")]), bare),
+        "server, with tracestate": (
+            once(layered("server"), [*_w3c(b"01"), (b"tracestate", b"a=1,b=2")]),
+            bare,
+        ),
         "server, B3": (once(layered("server"), [(b"b3", TRACE + b"-" + SPAN + b"-1")]), bare),
         "server, B3 in several": (once(layered("server"), SEVERAL), bare),
         "server, W3C and B3": (once(layered("server"), [*_w3c(b"01"), *SEVERAL]), bare),
         "server, HTTP/2": (once(layered("server"), _w3c(b"01"), b"2"), bare2),
         "client, HTTP/2": (once(layered("client"), _w3c(b"01"), b"2"), bare2),
     }
-    print(f"the layer alone: the best of {REPEATS} rounds of {CALLS} calls, minus the best without it")
+    print(
+        f"the layer alone: the best of {REPEATS} rounds of {CALLS} calls, minus the best without it"
+    )
     for name, (call, without) in cases.items():
         took, alone = [], []
         for _ in range(REPEATS):

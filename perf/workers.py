@@ -56,7 +56,11 @@ def cpu(pids: list[int]) -> float:
 
 def memory(pids: list[int]) -> float:
     """Memory in MiB."""
-    lines = (line for pid in pids for line in Path(f"/proc/{pid}/smaps_rollup").read_text("ascii").splitlines())
+    lines = (
+        line
+        for pid in pids
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text("ascii").splitlines()
+    )
     return sum(int(line.split()[1]) for line in lines if line.startswith(_PROPORTIONAL)) / 1024
 
 
@@ -66,7 +70,9 @@ def loaded(port: int, proxy: list[int], back: list[int]) -> Round:
     count = wrk(port, CONNECTIONS, SECONDS)
     took = time.monotonic() - began
     client = resource.getrusage(resource.RUSAGE_CHILDREN)
-    others = cpu(back) - before[1] + client.ru_utime - spent.ru_utime + client.ru_stime - spent.ru_stime
+    others = (
+        cpu(back) - before[1] + client.ru_utime - spent.ru_utime + client.ru_stime - spent.ru_stime
+    )
     return Round(count / took, (cpu(proxy) - before[0]) / count * 1e6, others / count * 1e6)
 
 
@@ -81,7 +87,10 @@ def main() -> None:
             port = free_port()
             config = {
                 "workers": workers,
-                "outbound": {"listen": [f"{HOST}:{port}"], "fixed_destination": f"{HOST}:{back_port}"},
+                "outbound": {
+                    "listen": [f"{HOST}:{port}"],
+                    "fixed_destination": f"{HOST}:{back_port}",
+                },
                 "inbound": {"listen": []},
                 "admin": {"listen": []},
                 "log": {"level": "warning"},
@@ -102,19 +111,28 @@ def main() -> None:
         found: dict[int, list[Round]] = {workers: [] for workers in WORKERS}
         for number in range(ROUNDS):
             order = list(proxies.items())
-            for workers, (port, pids) in order[number % len(order) :] + order[: number % len(order)]:
+            for workers, (port, pids) in (
+                order[number % len(order) :] + order[: number % len(order)]
+            ):
                 found[workers].append(loaded(port, pids, back))
-        print(f"{cores} cores for all; {CONNECTIONS} connections, {ROUNDS} rounds of {SECONDS} s, median (lowest - highest)")
+        print(
+            f"{cores} cores for all; {CONNECTIONS} connections, {ROUNDS} rounds of {SECONDS} s,"
+            " median (lowest - highest)"
+        )
         base = statistics.median(one.rate for one in found[1])
         for workers, rounds in found.items():
             rates = sorted(one.rate for one in rounds)
-            proxy, others = (statistics.median(values) for values in zip(*((one.proxy, one.others) for one in rounds), strict=True))
+            proxy, others = (
+                statistics.median(values)
+                for values in zip(*((one.proxy, one.others) for one in rounds), strict=True)
+            )
             most = cores * 1e6 / (proxy + others)
             rate = statistics.median(rates)
             print(
-                f"  {workers} workers: {rate:6.0f} requests/s ({rates[0]:.0f} - {rates[-1]:.0f}), {rate / base:.2f} times; "
-                f"{proxy:.0f} us of the proxy and {others:.0f} of client and server for each, so {most:.0f} at most; "
-                f"{memory(proxies[workers][1]):.0f} MiB"
+                f"  {workers} workers: {rate:6.0f} requests/s ({rates[0]:.0f} - {rates[-1]:.0f}),"
+                f" {rate / base:.2f} times; {proxy:.0f} us of the proxy and {others:.0f} of client"
+                f" and server for each, so {most:.0f} at most;"
+                f" {memory(proxies[workers][1]):.0f} MiB"
             )
 
 

@@ -47,7 +47,12 @@ from proxy.wire.messages import Headers, ResponseHead
 _log = logging.getLogger("isthmus.admin")
 
 _TEXT = b"text/plain; charset=utf-8"
-_REASONS: Final = {200: b"OK", 404: b"Not Found", 405: b"Method Not Allowed", 503: b"Service Unavailable"}
+_REASONS: Final = {
+    200: b"OK",
+    404: b"Not Found",
+    405: b"Method Not Allowed",
+    503: b"Service Unavailable",
+}
 
 # Seconds between two increments of the main thread's counter.
 _BEAT = 0.5
@@ -86,7 +91,13 @@ class Status:
 class Admin:
     """The admin thread, controlled from the main thread. Owns the listeners and closes them."""
 
-    def __init__(self, config: AdminConfig, listeners: Sequence[socket.socket], status: Status, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        config: AdminConfig,
+        listeners: Sequence[socket.socket],
+        status: Status,
+        metrics: Metrics,
+    ) -> None:
         self._config = config
         self._listeners = listeners
         self._status = status
@@ -98,10 +109,16 @@ class Admin:
         self._scope: trio.CancelScope
 
     async def run(self) -> None:
-        """Serve until cancelled, and increment the counter. Without listeners it returns at once."""
+        """Serve until cancelled, and increment the counter. Without listeners it returns at
+        once."""
         if not self._listeners:
             return
-        thread = threading.Thread(target=self._in_thread, args=(trio.lowlevel.current_trio_token(),), name="isthmus-admin", daemon=True)
+        thread = threading.Thread(
+            target=self._in_thread,
+            args=(trio.lowlevel.current_trio_token(),),
+            name="isthmus-admin",
+            daemon=True,
+        )
         thread.start()
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH))
         try:
@@ -128,8 +145,14 @@ class Admin:
         self._runs.set()
         config = self._config
         texts = _Texts(self._status, config.metrics_max_age, main)
-        handler = stack(rescue(lambda _: b"isthmus", lambda _: False), deadline, endpoint=self._pages(texts))
-        bounds = Bounds(config.max_connections, per_source=min(config.max_per_source, config.max_connections), cut_busy=True)
+        handler = stack(
+            rescue(lambda _: b"isthmus", lambda _: False), deadline, endpoint=self._pages(texts)
+        )
+        bounds = Bounds(
+            config.max_connections,
+            per_source=min(config.max_per_source, config.max_connections),
+            cut_busy=True,
+        )
         settings = ServerSettings(
             idle_timeout=config.idle_timeout,
             first_timeout=config.request_timeout,
@@ -166,7 +189,11 @@ class Admin:
 
     def _stalled(self) -> list[str]:
         still = self._still
-        return [f"the event loop has been stuck for {still:.0f} s"] if still >= self._config.stall_timeout else []
+        return (
+            [f"the event loop has been stuck for {still:.0f} s"]
+            if still >= self._config.stall_timeout
+            else []
+        )
 
     def _pages(self, texts: _Texts) -> Handler:
         """The innermost handler of the layer stack."""
@@ -187,7 +214,11 @@ class Admin:
                 if zipped:
                     headers.add(b"Content-Encoding", b"gzip")
             else:
-                word, ask = ("live", self._status.not_alive) if path == b"/live" else ("ready", self._status.not_ready)
+                word, ask = (
+                    ("live", self._status.not_alive)
+                    if path == b"/live"
+                    else ("ready", self._status.not_ready)
+                )
                 reasons = [*ask(), *self._stalled()]
                 status = 503 if reasons else 200
                 text = (f"not {word}: {'; '.join(reasons)}\n" if reasons else f"{word}\n").encode()
@@ -221,10 +252,14 @@ class _Texts:
         async with self._lock:
             if trio.current_time() - self._made >= self._max_age:
                 await self._refresh()
-                self._plain = await trio.to_thread.run_sync(self._status.render, abandon_on_cancel=True)
+                self._plain = await trio.to_thread.run_sync(
+                    self._status.render, abandon_on_cancel=True
+                )
                 self._zipped, self._made = b"", trio.current_time()
             if zipped and not self._zipped:
-                self._zipped = await trio.to_thread.run_sync(_compress, self._plain, abandon_on_cancel=True)
+                self._zipped = await trio.to_thread.run_sync(
+                    _compress, self._plain, abandon_on_cancel=True
+                )
             return self._zipped if zipped else self._plain
 
     async def _refresh(self) -> None:

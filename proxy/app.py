@@ -1,7 +1,9 @@
-"""The composition root: it reads certificates and the directory, binds the sockets, builds the flows, and runs them.
+"""The composition root: it reads certificates and the directory, binds the sockets, builds the
+flows, and runs them.
 
-It is the only module that knows all others. The start follows the dependencies: first the identity, because no socket is bound without
-it if one is configured; then the directory; then the sockets, which are bound early and served late. Then the tasks start:
+It is the only module that knows all others. The start follows the dependencies: first the identity,
+because no socket is bound without it if one is configured; then the directory; then the sockets,
+which are bound early and served late. Then the tasks start:
 
     run
     ├── admin                    probes and metrics, in a separate thread, from the start to the end
@@ -103,7 +105,11 @@ def start(config: Config, worker: WorkerInfo | None = None, beside: Beside | Non
     """
     _allow_descriptors()
     metrics = Metrics()
-    close_logs = configure(config.log, on_drop=metrics.logs_dropped, worker=worker.number if worker is not None else None)
+    close_logs = configure(
+        config.log,
+        on_drop=metrics.logs_dropped,
+        worker=worker.number if worker is not None else None,
+    )
     spans = OFF
     try:
         spans = build(config, metrics, os.environ)
@@ -128,12 +134,16 @@ class App:
     serves.
     """
 
-    def __init__(self, config: Config, metrics: Metrics, spans: Spans = OFF, worker: WorkerInfo | None = None) -> None:
+    def __init__(
+        self, config: Config, metrics: Metrics, spans: Spans = OFF, worker: WorkerInfo | None = None
+    ) -> None:
         self.config, self.spans, self.metrics = config, spans, metrics
         self.drain = Drain(disconnects=Disconnects().open())
         settings = Settings.of(config, self.drain.pacer)
         self.memory = MemoryWatch(config, settings.downstream.streams, metrics)
-        self.ledger = Ledger(metrics, access=config.log.access, tracing=spans.flows(), budget=self.memory.budget)
+        self.ledger = Ledger(
+            metrics, access=config.log.access, tracing=spans.flows(), budget=self.memory.budget
+        )
         self.own = OwnIdentity(config, metrics)
         self.source = load_directory(config)
         resolvers = pod_resolvers(config)
@@ -143,7 +153,9 @@ class App:
         self._ports = self.listeners.ports()
         loops = LoopGuard(config, self._own(), metrics, worker)
         balancer = Balancer(trio.current_time, zone=config.pod.zone)
-        dialer = Dialer(config.mark, config.tcp.connect_timeout, self.liveness, loops.dialled, loops.connections)
+        dialer = Dialer(
+            config.mark, config.tcp.connect_timeout, self.liveness, loops.dialled, loops.connections
+        )
         self.names = Names(config, resolvers, dialer, metrics) if resolvers is not None else None
         self.runtime = Runtime(
             config=config,
@@ -160,18 +172,33 @@ class App:
             spans=spans,
             drain=self.drain,
             expiries=self.own.expiries,
-            fast_path=FastPath(self.drain, settings.plain_server.idle_timeout, config.tcp.idle_timeout) if config.fast_path else None,
+            fast_path=(
+                FastPath(self.drain, settings.plain_server.idle_timeout, config.tcp.idle_timeout)
+                if config.fast_path
+                else None
+            ),
         )
         self._publish()
-        self.outbound_pools: Pools[Endpoint] = endpoint_pools(self.runtime, "gateway" if config.gateway.enabled else "outbound")
+        self.outbound_pools: Pools[Endpoint] = endpoint_pools(
+            self.runtime, "gateway" if config.gateway.enabled else "outbound"
+        )
         self.remote_gateways = RemoteGateways(
-            self.runtime.directory, config.clusters, self.outbound_pools.leases(Protocol.HTTP1), self.metrics
+            self.runtime.directory,
+            config.clusters,
+            self.outbound_pools.leases(Protocol.HTTP1),
+            self.metrics,
         )
         self.runtime.router.remote_gateways = self.remote_gateways
         self.inbound_pools: Pools[Address] = inbound_pools(self.runtime)
-        reserved = _RESERVED + (config.dns.max_in_flight + 2 * config.dns.max_connections if config.dns is not None else 0)
+        reserved = _RESERVED + (
+            config.dns.max_in_flight + 2 * config.dns.max_connections
+            if config.dns is not None
+            else 0
+        )
         self.inbound = self._way_in(reserved)
-        self.outbound = self._acceptor("outbound", outbound(self.runtime, self.outbound_pools), config.outbound, reserved)
+        self.outbound = self._acceptor(
+            "outbound", outbound(self.runtime, self.outbound_pools), config.outbound, reserved
+        )
 
     def _router(self, balancer: Balancer) -> Router:
         config, source = self.config, self.source or _Known(Directory())
@@ -187,11 +214,27 @@ class App:
         config = self.config
         if config.gateway.enabled:
             self.metrics.measure("gateway")
-            return self._acceptor("gateway", gateway(self.runtime, self.outbound_pools), config.gateway, reserved)
-        return self._acceptor("inbound", inbound(self.runtime, self.inbound_pools), config.inbound, reserved)
+            return self._acceptor(
+                "gateway", gateway(self.runtime, self.outbound_pools), config.gateway, reserved
+            )
+        return self._acceptor(
+            "inbound", inbound(self.runtime, self.inbound_pools), config.inbound, reserved
+        )
 
-    def _acceptor(self, name: str, handler: Handler, config: InboundConfig | GatewayConfig | OutboundConfig, reserved: int) -> Acceptor:
-        made = acceptor(name, handler, bounds_of(config, mutual=self.identity is not None), self.metrics, reserved)
+    def _acceptor(
+        self,
+        name: str,
+        handler: Handler,
+        config: InboundConfig | GatewayConfig | OutboundConfig,
+        reserved: int,
+    ) -> Acceptor:
+        made = acceptor(
+            name,
+            handler,
+            bounds_of(config, mutual=self.identity is not None),
+            self.metrics,
+            reserved,
+        )
         made.on_accept = self.liveness.watch
         return made
 
@@ -199,7 +242,9 @@ class App:
         """Serve until SIGTERM or SIGINT, then drain. `beside` runs during all of it."""
         status = Status(list, self.not_ready, self.metrics.render, self._refresh)
         try:
-            await self._run(Admin(self.config.admin, self.listeners.admin, status, self.metrics), beside)
+            await self._run(
+                Admin(self.config.admin, self.listeners.admin, status, self.metrics), beside
+            )
         finally:
             self._close_pools()
 
@@ -224,10 +269,14 @@ class App:
                 nursery.start_soon(self.inbound_pools.serve)
                 if beside is not None:
                     nursery.start_soon(beside, self)
-                nursery.start_soon(self._serve_until, signals.__aiter__().__anext__, nursery.cancel_scope)
+                nursery.start_soon(
+                    self._serve_until, signals.__aiter__().__anext__, nursery.cancel_scope
+                )
                 self._say_hello()
 
-    async def _serve_until(self, stop: Callable[[], Awaitable[int]], everything: trio.CancelScope) -> None:
+    async def _serve_until(
+        self, stop: Callable[[], Awaitable[int]], everything: trio.CancelScope
+    ) -> None:
         """Serve the traffic until `stop` returns, then drain. A second `stop` ends the drain at
         once.
         """
@@ -237,7 +286,9 @@ class App:
             await stop()
             _log.info("stopping: open connections have %g s to finish", self.config.shutdown.grace)
             flows.start_soon(self._hurry, stop, everything)
-            await drain(self.inbound, self.outbound, self.drain, self.inbound_pools, self.config.shutdown)
+            await drain(
+                self.inbound, self.outbound, self.drain, self.inbound_pools, self.config.shutdown
+            )
             self._close_pools()
             flows.cancel_scope.cancel()
         everything.cancel()
@@ -258,11 +309,15 @@ class App:
             await self.source.watch(self.config.directory.poll_interval, self._directory_changed)
 
     def _directory_changed(self, error: DirectoryError | None) -> None:
-        self.metrics.directory_reloaded("ok" if error is None else "refused" if isinstance(error, IdentityLoss) else "error")
+        self.metrics.directory_reloaded(
+            "ok" if error is None else "refused" if isinstance(error, IdentityLoss) else "error"
+        )
         if error is None:
             self.runtime.dispatcher.changed()
             self._publish()
-            _log.info("new directory in use: %d services", len(self.runtime.directory.current.services))
+            _log.info(
+                "new directory in use: %d services", len(self.runtime.directory.current.services)
+            )
         else:
             _log.error("cannot use the changed directory, keeping the old one: %s", error)
 
@@ -316,7 +371,10 @@ class App:
         used = [pool.counts() for pool in (self.outbound_pools, self.inbound_pools)]
         self.metrics.pool("active").set(sum(active for active, _ in used))
         self.metrics.pool("idle").set(sum(idle for _, idle in used))
-        self.metrics.endpoints.broken((service, str(address), state) for service, address, state in self.runtime.balancer.broken())
+        self.metrics.endpoints.broken(
+            (service, str(address), state)
+            for service, address, state in self.runtime.balancer.broken()
+        )
         self.memory.observe()
         if self.runtime.fast_path is not None:
             self.metrics.on_fast_path(*self.runtime.fast_path.counts())
@@ -345,14 +403,21 @@ class App:
         gc.freeze()
         collect_seldom()
         listeners = self.listeners
-        sides = {"outbound": listeners.outbound, "gateway" if self.config.gateway.enabled else "inbound": listeners.inbound}
+        sides = {
+            "outbound": listeners.outbound,
+            "gateway" if self.config.gateway.enabled else "inbound": listeners.inbound,
+        }
         for name, sockets in {**sides, "admin": listeners.admin, "names": listeners.names}.items():
             for sock in sockets:
                 _log.info("%s: %s", name, Address.of(sock.getsockname()))
         if self.identity is None:
             _log.warning("no identity is configured: all traffic is clear text")
         else:
-            _log.info("identity: %s, valid until %s", self.identity.id, self.identity.not_after.isoformat())
+            _log.info(
+                "identity: %s, valid until %s",
+                self.identity.id,
+                self.identity.not_after.isoformat(),
+            )
 
 
 # Descriptors for the listeners, files, the pools' idle connections and the administration listener.

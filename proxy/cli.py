@@ -55,8 +55,14 @@ def _parser(wanted: str | None) -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(
         prog="isthmus",
-        description="A service-mesh data plane: a small process beside every pod that upgrades its traffic to mutual TLS.",
-        epilog="In a checkout, start with `isthmus demo`: it builds a small mesh on this machine and shows what it does.",
+        description=(
+            "A service-mesh data plane: a small process beside every pod that upgrades its traffic"
+            " to mutual TLS."
+        ),
+        epilog=(
+            "In a checkout, start with `isthmus demo`: it builds a small mesh on this machine and"
+            " shows what it does."
+        ),
     )
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     everything = wanted not in {"run", *COMMANDS}
@@ -68,19 +74,27 @@ def _parser(wanted: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def _add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str, module: str) -> None:
+def _add(
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str, module: str
+) -> None:
     """Add the subcommand `demo`. It needs the package `lab`, which the container image does not
     have; there the subcommand only says so.
     """
     if name == "demo" and importlib.util.find_spec("lab") is None:
-        absent = subparsers.add_parser("demo", help="not available in this installation: run `make demo` in a checkout")
+        absent = subparsers.add_parser(
+            "demo", help="not available in this installation: run `make demo` in a checkout"
+        )
         absent.set_defaults(run=_no_demo)
         return
     importlib.import_module(module).add_parser(subparsers)
 
 
 def _no_demo(_: argparse.Namespace) -> int:
-    print("isthmus: the demonstration needs the package lab, which is not installed here: use a checkout", file=sys.stderr)
+    print(
+        "isthmus: the demonstration needs the package lab, which is not installed here: use a"
+        " checkout",
+        file=sys.stderr,
+    )
     return UNAVAILABLE
 
 
@@ -89,15 +103,32 @@ def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "run",
         help="run the proxy",
         description=(
-            "Run the proxy. As a pod's sidecar it listens on 4140 (outbound), 4143 (inbound), 4191 (admin), and 4153 (DNS) if "
-            "configured. As a gateway it listens on 4143 (other clusters) and 4191 (admin). On SIGTERM, open connections "
-            "may finish within the grace period; a second SIGTERM ends the proxy at once."
+            "Run the proxy. As a pod's sidecar it listens on 4140 (outbound), 4143 (inbound), 4191"
+            " (admin), and 4153 (DNS) if configured. As a gateway it listens on 4143 (other"
+            " clusters) and 4191 (admin). On SIGTERM, open connections may finish within the grace"
+            " period; a second SIGTERM ends the proxy at once."
         ),
-        epilog="docs/configuration.md describes every setting; ISTHMUS_<SECTION>__<FIELD>=value in the environment overrides the file.",
+        epilog=(
+            "docs/configuration.md describes every setting; ISTHMUS_<SECTION>__<FIELD>=value in the"
+            " environment overrides the file."
+        ),
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="the configuration file in YAML (default: $ISTHMUS_CONFIG)")
-    parser.add_argument("--gateway", action="store_true", help="run as this cluster's gateway instead of a pod's sidecar (gateway.enabled)")
-    parser.add_argument("--workers", metavar="N", help="run N worker processes that share the same ports (workers; default 1)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="the configuration file in YAML (default: $ISTHMUS_CONFIG)",
+    )
+    parser.add_argument(
+        "--gateway",
+        action="store_true",
+        help="run as this cluster's gateway instead of a pod's sidecar (gateway.enabled)",
+    )
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        help="run N worker processes that share the same ports (workers; default 1)",
+    )
     parser.set_defaults(run=_run)
 
 

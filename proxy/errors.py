@@ -158,8 +158,8 @@ class Answer:
     """One row of the table: how the proxy reports one cause."""
 
     status: int
-    # 1 cancelled, 4 deadline exceeded, 5 not found, 7 permission denied, 8 resource exhausted, 10 aborted, 12 unimplemented, 13 internal,
-    # 14 unavailable
+    # 1 cancelled, 4 deadline exceeded, 5 not found, 7 permission denied, 8 resource exhausted, 10
+    # aborted, 12 unimplemented, 13 internal, 14 unavailable
     grpc_status: int
     proxy_status: str  # RFC 9209 §2.3
     reason: str  # the label of the metric, and the reason in the log
@@ -170,7 +170,9 @@ INTERNAL = Answer(500, 13, "proxy_internal_error", "internal")
 TABLE: dict[type[BaseException], Answer] = {
     RequestError: Answer(400, 13, "http_request_error", "bad_request"),
     RequestTimeout: Answer(408, 4, "http_request_error", "request_timeout"),
-    ClientGone: Answer(499, 1, "connection_terminated", "client_gone"),  # never sent: nginx logs 499 for this case
+    ClientGone: Answer(
+        499, 1, "connection_terminated", "client_gone"
+    ),  # never sent: nginx logs 499 for this case
     NotAuthorised: Answer(403, 7, "http_request_denied", "identity_required"),
     LoopDetected: Answer(508, 10, "proxy_loop_detected", "loop"),
     NoEndpoint: Answer(503, 14, "destination_unavailable", "no_endpoint"),
@@ -218,7 +220,14 @@ _TLS_OTHER = Answer(502, 14, "tls_protocol_error", "tls_protocol")
 # application closed the connection. The peer treats that like a server that closes its connection.
 UNDELIVERED = {
     answer.reason: answer
-    for answer in (*_CONNECT.values(), _CONNECT_OTHER, *_TLS.values(), _TLS_OTHER, TABLE[NoEndpoint], TABLE[AllBroken])
+    for answer in (
+        *_CONNECT.values(),
+        _CONNECT_OTHER,
+        *_TLS.values(),
+        _TLS_OTHER,
+        TABLE[NoEndpoint],
+        TABLE[AllBroken],
+    )
 }
 BROKEN = frozenset(TABLE[kind].reason for kind in (UpstreamClosed, UpstreamReset, ConnectionLost))
 REPORTED = BROKEN.union(UNDELIVERED)
@@ -236,7 +245,11 @@ def describe(error: BaseException) -> Answer:
         if kind in TABLE:
             answer = TABLE[kind]
             status = getattr(error, "status", answer.status)
-            return answer if status == answer.status else Answer(status, answer.grpc_status, answer.proxy_status, answer.reason)
+            return (
+                answer
+                if status == answer.status
+                else Answer(status, answer.grpc_status, answer.proxy_status, answer.reason)
+            )
     return INTERNAL
 
 
@@ -262,7 +275,9 @@ def unanswered(headers: Headers) -> bool:
     """Whether a proxy generated this response because the destination was not reachable or did not
     answer. Reads at most `_MOST_READ` bytes of Proxy-Status."""
     said = headers.get(b"proxy-status")
-    return said is not None and not _UNANSWERED.isdisjoint(_ERROR.findall(_QUOTED.sub(b"", said[:_MOST_READ])))
+    return said is not None and not _UNANSWERED.isdisjoint(
+        _ERROR.findall(_QUOTED.sub(b"", said[:_MOST_READ]))
+    )
 
 
 def known(error: BaseException) -> bool:

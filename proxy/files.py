@@ -29,7 +29,8 @@ PATIENCE = 10.0
 
 
 class FileUnusable(Exception):
-    """A file cannot be read, or is not a regular file. `reason` is a phrase that follows the path."""
+    """A file cannot be read, or is not a regular file. `reason` is a phrase that follows the
+    path."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -61,14 +62,17 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_text(path: Path, most: int) -> str:
-    """The contents of a regular file, decoded as UTF-8, at most `most` bytes. Raises FileUnusable."""
+    """The contents of a regular file, decoded as UTF-8, at most `most` bytes. Raises
+    FileUnusable."""
     try:
         return read_bytes(path, most).decode("utf-8")
     except UnicodeDecodeError as error:
         raise FileUnusable(path, f"not UTF-8 at byte {error.start}") from error
 
 
-def read_settled(read: Callable[[], tuple[T, bytes]], paths: Iterable[Path], settle: float) -> tuple[T, bytes]:
+def read_settled(
+    read: Callable[[], tuple[T, bytes]], paths: Iterable[Path], settle: float
+) -> tuple[T, bytes]:
     """The result of `read`, (contents, digest), once the files have settled. `settle` in seconds;
     0: one read is enough.
 
@@ -87,7 +91,9 @@ def read_settled(read: Callable[[], tuple[T, bytes]], paths: Iterable[Path], set
         if again == digest:
             return contents, digest
         if time.monotonic() >= deadline:
-            raise FileUnusable(paths[0], f"keeps changing: no two reads within {PATIENCE:g} s agreed")
+            raise FileUnusable(
+                paths[0], f"keeps changing: no two reads within {PATIENCE:g} s agreed"
+            )
         digest = again
 
 
@@ -159,7 +165,9 @@ def write_public(path: Path, data: bytes) -> None:
 def _replace(path: Path, data: bytes, mode: int) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     # O_NOFOLLOW | O_EXCL: a link placed at this name is refused, not followed.
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    fd = os.open(
+        temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode
+    )
     try:
         with os.fdopen(fd, "wb") as file:
             # The umask could remove permissions; fchmod sets exactly the intended mode.

@@ -62,7 +62,16 @@ from proxy.telemetry.log import configure
 from proxy.telemetry.metrics import Metrics
 from proxy.workers.connection_table import make, wipe
 from proxy.workers.merged_metrics import Totals, reading
-from proxy.workers.protocol import QUESTION, ProcessGone, Start, State, receive, send, share, start_message
+from proxy.workers.protocol import (
+    QUESTION,
+    ProcessGone,
+    Start,
+    State,
+    receive,
+    send,
+    share,
+    start_message,
+)
 
 _log = logging.getLogger("isthmus.supervisor")
 
@@ -93,14 +102,21 @@ def supervise(config: Config) -> int:
 
 def claimed(config: Config) -> ExitStack:
     """Claim the traffic ports for this proxy until the result is closed. Raises StartError."""
-    names, addresses = ExitStack(), [(path, address) for path, address in config.listeners() if has_family(address)]
+    names, addresses = (
+        ExitStack(),
+        [(path, address) for path, address in config.listeners() if has_family(address)],
+    )
     try:
-        for port in sorted({address.port for path, address in addresses if not path.startswith("admin.")}):
+        for port in sorted(
+            {address.port for path, address in addresses if not path.startswith("admin.")}
+        ):
             name = names.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
             try:
                 name.bind(f"\0isthmus/port/{port}")
             except OSError as error:
-                raise StartError(f"port {port} is in use by another proxy with workers", 69) from error
+                raise StartError(
+                    f"port {port} is in use by another proxy with workers", 69
+                ) from error
         for path, address in addresses:
             if not path.startswith("admin."):
                 bind(address).close()
@@ -114,7 +130,8 @@ def claimed(config: Config) -> ExitStack:
 
 @dataclass(slots=True, eq=False)
 class Life:
-    """One process of a worker. At most one question is open; all callers wait for the same answer."""
+    """One process of a worker. At most one question is open; all callers wait for the same
+    answer."""
 
     process: trio.Process
     pipe: trio.SocketStream
@@ -179,14 +196,20 @@ class Worker:
         stuck.
         """
         life = self.life
-        return [f"has not answered for {life.silent_for:.0f} s"] if life is not None and life.silent_for >= timeout else []
+        return (
+            [f"has not answered for {life.silent_for:.0f} s"]
+            if life is not None and life.silent_for >= timeout
+            else []
+        )
 
     def reasons(self, timeout: float) -> list[str]:
         """Why it should get no traffic. Empty if it is ready."""
         life = self.life
         if life is None:
             return ["is not running"]
-        return self.stalled(timeout) or (["is starting"] if life.state is None else life.state.reasons)
+        return self.stalled(timeout) or (
+            ["is starting"] if life.state is None else life.state.reasons
+        )
 
 
 class Supervisor:
@@ -259,8 +282,17 @@ class Supervisor:
                 break
             self._metrics.worker_exits.at("signal" if code < 0 else "exit").inc()
             pause = _PAUSE if trio.current_time() - began > _WELL else pause
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-            _log.error("worker %d %s; its connections are lost; restarting it in %g s", worker.number, how, pause)
+            how = (
+                f"was killed by {signal.Signals(-code).name}"
+                if code < 0
+                else f"exited with code {code}"
+            )
+            _log.error(
+                "worker %d %s; its connections are lost; restarting it in %g s",
+                worker.number,
+                how,
+                pause,
+            )
             with worker.pausing:
                 await trio.sleep(pause)
             worker.pausing = trio.CancelScope()
@@ -276,7 +308,14 @@ class Supervisor:
         async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as pipe:
             with theirs:
                 process = await trio.lowlevel.open_process(
-                    [sys.executable, "-P", "-m", "proxy.worker", str(theirs.fileno()), str(self._memory)],
+                    [
+                        sys.executable,
+                        "-P",
+                        "-m",
+                        "proxy.worker",
+                        str(theirs.fileno()),
+                        str(self._memory),
+                    ],
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno(), self._memory],
                     env={**os.environ, "PYTHONPATH": _path()},
@@ -288,7 +327,11 @@ class Supervisor:
                 process.terminate()
             try:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(life.listen, Start(worker.number, self._share, self._secret), partial(self._hear, worker))
+                    nursery.start_soon(
+                        life.listen,
+                        Start(worker.number, self._share, self._secret),
+                        partial(self._hear, worker),
+                    )
                     await process.wait()
                     nursery.cancel_scope.cancel()
             finally:
@@ -351,13 +394,21 @@ class Supervisor:
         answer stays stuck.
         """
         timeout = self.config.admin.stall_timeout
-        return [f"worker {worker.number} {reason}" for worker in self.workers for reason in worker.stalled(timeout)]
+        return [
+            f"worker {worker.number} {reason}"
+            for worker in self.workers
+            for reason in worker.stalled(timeout)
+        ]
 
     def not_ready(self) -> list[str]:
         if self._stopping.is_set():
             return ["shutting down"]
         timeout = self.config.admin.stall_timeout
-        return [f"worker {worker.number}: {reason}" for worker in self.workers for reason in worker.reasons(timeout)]
+        return [
+            f"worker {worker.number}: {reason}"
+            for worker in self.workers
+            for reason in worker.reasons(timeout)
+        ]
 
     def render(self) -> bytes:
         timeout = self.config.admin.stall_timeout

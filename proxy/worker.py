@@ -21,7 +21,15 @@ from proxy.app import App, start
 from proxy.errors import StartError
 from proxy.workers.connection_table import SharedConnectionTable
 from proxy.workers.merged_metrics import reading
-from proxy.workers.protocol import QUESTION, ProcessGone, State, WorkerInfo, read_start, receive, send
+from proxy.workers.protocol import (
+    QUESTION,
+    ProcessGone,
+    State,
+    WorkerInfo,
+    read_start,
+    receive,
+    send,
+)
 
 
 def main(descriptor: int, memory: int) -> int:
@@ -37,7 +45,9 @@ def main(descriptor: int, memory: int) -> int:
         async with trio.SocketStream(trio.socket.from_stdlib_socket(sock)) as supervisor:
             await answer(app, supervisor)
 
-    worker = WorkerInfo(told.number, told.secret, SharedConnectionTable(memory, told.number, told.secret))
+    worker = WorkerInfo(
+        told.number, told.secret, SharedConnectionTable(memory, told.number, told.secret)
+    )
     os.close(memory)
     try:
         return start(told.config, worker, beside)

@@ -1,4 +1,5 @@
-"""What holds for every test: in CI, a test that needs namespaces or a real peer may not be skipped."""
+"""What holds for every test: in CI, a test that needs namespaces or a real peer may not be
+skipped."""
 
 from __future__ import annotations
 
@@ -27,11 +28,15 @@ def pytest_configure() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.skipped and os.environ.get("CI"):
         marked = [name for name in ("lab", "real") if item.get_closest_marker(name)]
         if marked:
             report.outcome = "failed"
-            report.longrepr = f"skipped in CI, where it has to run ({', '.join(marked)}): {report.longrepr}"
+            report.longrepr = (
+                f"skipped in CI, where it has to run ({', '.join(marked)}): {report.longrepr}"
+            )
     return report

@@ -1,7 +1,9 @@
-"""The administration listener of a whole proxy in this process, asked by threads: as probes and scrapers are, they are elsewhere.
+"""The administration listener of a whole proxy in this process, asked by threads: as probes and
+scrapers are, they are elsewhere.
 
-Rules: whatever the main thread does, a probe is answered within 100 ms, and one that is stuck is said to be; whoever only holds connections
-keeps no probe out; one text of metrics is given to all who ask within its age, compressed for those who can read that.
+Rules: whatever the main thread does, a probe is answered within 100 ms, and one that is stuck is
+said to be; whoever only holds connections keeps no probe out; one text of metrics is given to all
+who ask within its age, compressed for those who can read that.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ async def running(folder: Path, **settings: Any) -> AsyncIterator[tuple[App, int
     """A proxy without traffic, and its administration port."""
     admin = "".join(f", {name}: {value}" for name, value in settings.items())
     file = folder / "isthmus.yaml"
-    file.write_text(f"outbound: {{listen: []}}\ninbound: {{listen: []}}\nadmin: {{listen: ['{HOST}:0']{admin}}}\n")
+    file.write_text(
+        "outbound: {listen: []}\ninbound: {listen: []}\nadmin: {listen:"
+        f" ['{HOST}:0']{admin}}}\n"
+    )
     app = App(load(file, {}), Metrics())
     port: int = app.listeners.admin[0].getsockname()[1]
     async with trio.open_nursery() as nursery:
@@ -51,11 +56,17 @@ async def elsewhere(what: Callable[..., T], *arguments: Any) -> T:
     return await trio.to_thread.run_sync(what, *arguments)
 
 
-def ask(port: int, path: str, source: str = HOST, **fields: str) -> tuple[int, bytes, http.client.HTTPMessage]:
+def ask(
+    port: int, path: str, source: str = HOST, **fields: str
+) -> tuple[int, bytes, http.client.HTTPMessage]:
     """One request on a connection of its own, from this address."""
-    connection = http.client.HTTPConnection(HOST, port, timeout=PATIENCE, source_address=(source, 0))
+    connection = http.client.HTTPConnection(
+        HOST, port, timeout=PATIENCE, source_address=(source, 0)
+    )
     try:
-        connection.request("GET", path, headers={name.replace("_", "-"): value for name, value in fields.items()})
+        connection.request(
+            "GET", path, headers={name.replace("_", "-"): value for name, value in fields.items()}
+        )
         answer = connection.getresponse()
         return answer.status, answer.read(), answer.headers
     finally:
@@ -123,8 +134,11 @@ def ends(sock: socket.socket) -> bytes:
     return data
 
 
-async def test_probes_are_answered_while_the_main_thread_does_something_else(tmp_path: Path) -> None:
-    """Half of the time it calls what waits without the interpreter, half of the time it computes."""
+async def test_probes_are_answered_while_the_main_thread_does_something_else(
+    tmp_path: Path,
+) -> None:
+    """Half of the time it calls what waits without the interpreter, half of the time it
+    computes."""
     async with running(tmp_path) as (_, port):
         with Probing(port) as probing:
             time.sleep(0.7)  # noqa: ASYNC251  # the main thread stands still: that is the test
@@ -136,7 +150,9 @@ async def test_probes_are_answered_while_the_main_thread_does_something_else(tmp
     assert sorted(probing.seconds)[len(probing.seconds) * 9 // 10] < 0.1
 
 
-async def test_a_main_thread_that_is_stuck_is_said_to_be_and_forgiven_when_it_goes_on(tmp_path: Path) -> None:
+async def test_a_main_thread_that_is_stuck_is_said_to_be_and_forgiven_when_it_goes_on(
+    tmp_path: Path,
+) -> None:
     async with running(tmp_path, stall_timeout="1s") as (_, port):
         assert (await elsewhere(ask, port, "/live"))[:2] == (200, b"live\n")
         with Probing(port) as probing:
@@ -158,21 +174,32 @@ async def test_metrics_can_be_read_while_the_main_thread_is_stuck(tmp_path: Path
 
 
 async def test_what_only_holds_connections_keeps_no_probe_out(tmp_path: Path) -> None:
-    async with running(tmp_path, max_connections=8, max_per_source=8, request_timeout="60s") as (app, port):
+    async with running(tmp_path, max_connections=8, max_per_source=8, request_timeout="60s") as (
+        app,
+        port,
+    ):
         with silent(port, 8, "127.0.0.2") as held:
             for _ in range(20):
                 began = time.perf_counter()
                 assert (await elsewhere(ask, port, "/live"))[0] == 200
-                assert time.perf_counter() - began < 10, "the connections would be there for a minute"
+                assert time.perf_counter() - began < 10, (
+                    "the connections would be there for a minute"
+                )
             assert await elsewhere(ends, held[0]) == b"", "the oldest has been closed"
         assert count(app, "connections_evicted_total", listener="admin", reason="idle") >= 1
 
 
 async def test_one_address_cannot_take_the_slots_of_others(tmp_path: Path) -> None:
-    async with running(tmp_path, max_connections=8, max_per_source=3, request_timeout="60s") as (app, port):
+    async with running(tmp_path, max_connections=8, max_per_source=3, request_timeout="60s") as (
+        app,
+        port,
+    ):
         with silent(port, 1, "127.0.0.3") as other, silent(port, 20, "127.0.0.2"):
             assert (await elsewhere(ask, port, "/live"))[0] == 200
-            ended = (count(app, f"connections_{how}_total", listener="admin", reason="source") for how in ("evicted", "refused"))
+            ended = (
+                count(app, f"connections_{how}_total", listener="admin", reason="source")
+                for how in ("evicted", "refused")
+            )
             assert sum(ended) >= 17
             other[0].sendall(b"GET /live HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
             assert (await elsewhere(ends, other[0])).startswith(b"HTTP/1.1 200 ")
@@ -204,9 +231,17 @@ async def test_a_connection_that_has_asked_may_pause(tmp_path: Path) -> None:
 async def test_metrics_are_compressed_for_who_can_read_that(tmp_path: Path) -> None:
     async with running(tmp_path, metrics_max_age="1m") as (_, port):
         status, plain, fields = await elsewhere(ask, port, "/metrics")
-        assert (status, fields["vary"], fields["content-encoding"]) == (200, "Accept-Encoding", None)
+        assert (status, fields["vary"], fields["content-encoding"]) == (
+            200,
+            "Accept-Encoding",
+            None,
+        )
         _, zipped, fields = await elsewhere(lambda: ask(port, "/metrics", Accept_Encoding="gzip"))
-        assert (fields["content-encoding"], fields["vary"], int(fields["content-length"])) == ("gzip", "Accept-Encoding", len(zipped))
+        assert (fields["content-encoding"], fields["vary"], int(fields["content-length"])) == (
+            "gzip",
+            "Accept-Encoding",
+            len(zipped),
+        )
         assert gzip.decompress(zipped) == plain
         assert len(zipped) < len(plain) / 4
 
@@ -245,13 +280,18 @@ async def test_scrapers_in_a_loop_are_slowed_down_and_probes_are_not(tmp_path: P
     assert sorted(probing.seconds)[len(probing.seconds) * 9 // 10] < 0.1
 
 
-async def test_scrapers_that_leave_before_their_answer_delay_neither_probes_nor_other_scrapers(tmp_path: Path) -> None:
-    """From so many addresses that no limit for one helps. Each has a place until it is served, or gone, or there is no room for it."""
+async def test_scrapers_that_leave_before_their_answer_delay_neither_probes_nor_other_scrapers(
+    tmp_path: Path,
+) -> None:
+    """From so many addresses that no limit for one helps. Each has a place until it is served, or
+    gone, or there is no room for it."""
     async with running(tmp_path) as (app, port):
         there: deque[socket.socket] = deque()
         with Probing(port) as probing:
             for number in range(400):
-                sock = socket.create_connection((HOST, port), PATIENCE, (f"127.0.0.{number % 100 + 2}", 0))
+                sock = socket.create_connection(
+                    (HOST, port), PATIENCE, (f"127.0.0.{number % 100 + 2}", 0)
+                )
                 there.append(sock)
                 sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
                 if number % 2:
@@ -265,7 +305,9 @@ async def test_scrapers_that_leave_before_their_answer_delay_neither_probes_nor_
             assert (await elsewhere(ask, port, "/metrics"))[0] == 200
             assert time.perf_counter() - began < 3, "400 turns would take 7 s"
         assert [answer for answer in probing.answers if answer[0] != 200] == []
-        assert sorted(probing.seconds)[len(probing.seconds) * 9 // 10] < 2, "nobody waits for a turn"
+        assert sorted(probing.seconds)[len(probing.seconds) * 9 // 10] < 2, (
+            "nobody waits for a turn"
+        )
         assert count(app, "connections_evicted_total", listener="admin", reason="busy") >= 10
 
 

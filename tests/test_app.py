@@ -1,4 +1,5 @@
-"""The whole proxy in this process, on loopback, with real sockets: what its parts promise only together."""
+"""The whole proxy in this process, on loopback, with real sockets: what its parts promise only
+together."""
 
 from __future__ import annotations
 
@@ -31,7 +32,11 @@ from tests.kit.http import until
 @asynccontextmanager
 async def running(tmp_path: Path, **settings: Any) -> AsyncIterator[App]:
     """A proxy with these settings; other listeners than those that are named are off."""
-    document: dict[str, Any] = {"outbound": {"listen": []}, "inbound": {"listen": []}, "admin": {"listen": []}}
+    document: dict[str, Any] = {
+        "outbound": {"listen": []},
+        "inbound": {"listen": []},
+        "admin": {"listen": []},
+    }
     for name, section in settings.items():
         document[name] = {**document.get(name, {}), **section}
     file = tmp_path / "isthmus.yaml"
@@ -47,10 +52,18 @@ def identity(tmp_path: Path) -> tuple[dict[str, Any], SpiffeId]:
     """Settings for a proxy with a certificate of its own, and its identity."""
     root, who = make_root("cluster.local"), SpiffeId("cluster.local", "shop", "web")
     leaf = issue(root, who)
-    for name, pem in (("certificate", leaf.certificate_pem), ("key", leaf.key_pem), ("roots", root.certificate_pem)):
+    for name, pem in (
+        ("certificate", leaf.certificate_pem),
+        ("key", leaf.key_pem),
+        ("roots", root.certificate_pem),
+    ):
         (tmp_path / f"{name}.pem").write_bytes(pem)
         (tmp_path / f"{name}.pem").chmod(0o600)
-    paths = {"certificate": str(tmp_path / "certificate.pem"), "key": str(tmp_path / "key.pem"), "roots": [str(tmp_path / "roots.pem")]}
+    paths = {
+        "certificate": str(tmp_path / "certificate.pem"),
+        "key": str(tmp_path / "key.pem"),
+        "roots": [str(tmp_path / "roots.pem")],
+    }
     paths["settle"] = "0s"
     return paths, who
 
@@ -81,7 +94,9 @@ async def test_without_an_identity_nobody_waits_for_tls_on_an_opaque_port(tmp_pa
                 assert await client.receive_some() == b"220 ready\r\n"
 
 
-async def test_a_client_hello_in_two_parts_is_one_however_late_the_second_comes(tmp_path: Path) -> None:
+async def test_a_client_hello_in_two_parts_is_one_however_late_the_second_comes(
+    tmp_path: Path,
+) -> None:
     seen = []
 
     async def record(stream: trio.SocketStream) -> None:
@@ -94,34 +109,49 @@ async def test_a_client_hello_in_two_parts_is_one_however_late_the_second_comes(
     except ssl.SSLWantReadError:
         hello = outgoing.read()
     async with application(record) as port:
-        settings = inbound_to(port, opaque_ports=[port], hello_timeout="100ms", detect_timeout="30s")
+        settings = inbound_to(
+            port, opaque_ports=[port], hello_timeout="100ms", detect_timeout="30s"
+        )
         async with running(tmp_path, inbound=settings, identity=paths) as app:
             first = socket.create_connection((HOST, port_of(app.listeners.inbound)))
-            first.sendall(hello[:40])  # before the proxy gets its turn: so the client is silent at no time
+            first.sendall(
+                hello[:40]
+            )  # before the proxy gets its turn: so the client is silent at no time
             first.setblocking(False)
             async with trio.SocketStream(trio.socket.from_stdlib_socket(first)) as client:
                 await trio.sleep(0.4)  # four times what a silent client gets
                 await client.send_all(hello[40:])
                 with trio.fail_after(60):
                     answer = await client.receive_some()
-            assert answer[:1] == b"\x16", "a handshake record: the proxy has answered, and not the application"
+            assert answer[:1] == b"\x16", (
+                "a handshake record: the proxy has answered, and not the application"
+            )
             assert not seen
 
 
-FORGED = b"Host: a\r\nIsthmus-Client-Id: spiffe://cluster.local/ns/default/sa/king\r\nConnection: close\r\n\r\n"
+FORGED = (
+    b"Host: a\r\nIsthmus-Client-Id: spiffe://cluster.local/ns/default/sa/king\r\nConnection:"
+    b" close\r\n\r\n"
+)
 
 
 @pytest.mark.parametrize("how", ["as bytes, in the mesh", "as bytes, without TLS"])
 @pytest.mark.parametrize("closed", [False, True], ids=["any port", "a port for HTTP only"])
-async def test_there_is_no_way_around_what_is_done_to_requests(tmp_path: Path, how: str, closed: bool) -> None:
-    """What a peer calls bytes is looked at all the same, and on a port for HTTP only it is refused."""
+async def test_there_is_no_way_around_what_is_done_to_requests(
+    tmp_path: Path, how: str, closed: bool
+) -> None:
+    """What a peer calls bytes is looked at all the same, and on a port for HTTP only it is
+    refused."""
     heard = bytearray()
 
     async def record(stream: trio.SocketStream) -> None:
         heard.extend(await stream.receive_some())
 
     fleet = Fleet(tmp_path)
-    async with application(record) as port, fleet.running("shop", inbound=inbound_to(port, http_ports=[port] if closed else [])) as app:
+    async with (
+        application(record) as port,
+        fleet.running("shop", inbound=inbound_to(port, http_ports=[port] if closed else [])) as app,
+    ):
         refused = closed and how.endswith("mesh")
         if how.endswith("mesh"):
             client: trio.abc.Stream = await fleet.meet(app, "mallory", "shop", alpn="isthmus-tcp")
@@ -135,18 +165,33 @@ async def test_there_is_no_way_around_what_is_done_to_requests(tmp_path: Path, h
         await client.aclose()
         assert bool(heard) is not refused
         assert b"king" not in heard
-        assert (b'isthmus_errors_total{direction="inbound",reason="bad_request"} 1.0' in app.render()) is refused
+        assert (
+            b'isthmus_errors_total{direction="inbound",reason="bad_request"} 1.0' in app.render()
+        ) is refused
 
 
-async def test_a_malformed_request_line_is_refused_and_not_passed_on_as_something_unknown(tmp_path: Path) -> None:
+async def test_a_malformed_request_line_is_refused_and_not_passed_on_as_something_unknown(
+    tmp_path: Path,
+) -> None:
     heard = bytearray()
 
     async def record(stream: trio.SocketStream) -> None:
         heard.extend(await stream.receive_some())
 
     async with application(record) as port, running(tmp_path, inbound=inbound_to(port)) as app:
-        lines = [b"GET /\0 HTTP/1.1", b"GET  / HTTP/1.1", b"GET\t/ HTTP/1.1", b"\nGET / HTTP/1.1", b" GET / HTTP/1.1", b"GET / HTTP/1.10"]
-        for line in (*(line + b"\r\n" for line in lines), b"GET / HTTP/1.1\r\r\n", b"FOO / HTTP/1.1\r\r\n"):
+        lines = [
+            b"GET /\0 HTTP/1.1",
+            b"GET  / HTTP/1.1",
+            b"GET\t/ HTTP/1.1",
+            b"\nGET / HTTP/1.1",
+            b" GET / HTTP/1.1",
+            b"GET / HTTP/1.10",
+        ]
+        for line in (
+            *(line + b"\r\n" for line in lines),
+            b"GET / HTTP/1.1\r\r\n",
+            b"FOO / HTTP/1.1\r\r\n",
+        ):
             async with await connected(app) as client:
                 await client.send_all(line + FORGED)
                 with trio.fail_after(60):
@@ -155,8 +200,12 @@ async def test_a_malformed_request_line_is_refused_and_not_passed_on_as_somethin
 
 
 @pytest.mark.parametrize("told", [[], ["192.0.2.1"]], ids=["addresses found", "addresses told"])
-async def test_a_connection_made_to_the_listener_itself_is_a_loop_whatever_the_pod_calls_its_own(tmp_path: Path, told: list[str]) -> None:
-    settings = {"listen": ["127.9.9.9:0"]}  # an address that no list names, as a second interface's would be
+async def test_a_connection_made_to_the_listener_itself_is_a_loop_whatever_the_pod_calls_its_own(
+    tmp_path: Path, told: list[str]
+) -> None:
+    settings = {
+        "listen": ["127.9.9.9:0"]
+    }  # an address that no list names, as a second interface's would be
     async with running(tmp_path, inbound=settings, pod={"addresses": told}) as app:
         port = port_of(app.listeners.inbound)
         async with await trio.open_tcp_stream("127.9.9.9", port) as client:
@@ -167,7 +216,9 @@ async def test_a_connection_made_to_the_listener_itself_is_a_loop_whatever_the_p
 
 
 @pytest.mark.parametrize("way", ["closed", "reset"])
-async def test_a_client_that_goes_while_the_server_thinks_is_noticed(tmp_path: Path, way: str) -> None:
+async def test_a_client_that_goes_while_the_server_thinks_is_noticed(
+    tmp_path: Path, way: str
+) -> None:
     asked, left = trio.Event(), trio.Event()
 
     async def think(stream: trio.SocketStream) -> None:
@@ -186,7 +237,12 @@ async def test_a_client_that_goes_while_the_server_thinks_is_noticed(tmp_path: P
         client.socket.close()
         with trio.fail_after(60):
             await left.wait()
-        await until(lambda: b'isthmus_errors_total{direction="inbound",reason="client_gone"} 1.0' in app.render())
+        await until(
+            lambda: (
+                b'isthmus_errors_total{direction="inbound",reason="client_gone"} 1.0'
+                in app.render()
+            )
+        )
 
 
 async def test_a_client_that_half_closes_behind_its_request_is_answered(tmp_path: Path) -> None:
@@ -194,7 +250,11 @@ async def test_a_client_that_half_closes_behind_its_request_is_answered(tmp_path
         await stream.receive_some()
         await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
 
-    async with application(answer) as port, running(tmp_path, inbound=inbound_to(port)) as app, await connected(app) as client:
+    async with (
+        application(answer) as port,
+        running(tmp_path, inbound=inbound_to(port)) as app,
+        await connected(app) as client,
+    ):
         await client.send_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         await client.send_eof()
         with trio.fail_after(60):
@@ -210,17 +270,27 @@ async def test_a_proxy_that_is_going_down_still_knows_its_own_listeners(tmp_path
         assert app._own() == before
 
 
-async def test_what_clients_have_said_of_themselves_is_soon_forgotten(tmp_path: Path, mock_clock: MockClock) -> None:
+async def test_what_clients_have_said_of_themselves_is_soon_forgotten(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
     async with running(tmp_path):
-        assert fast_head.recognise_request(b"GET / HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret\r\n\r\n", Limits()) is not None
+        assert (
+            fast_head.recognise_request(
+                b"GET / HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret\r\n\r\n", Limits()
+            )
+            is not None
+        )
         assert fast_head._known.cache_info().currsize > 0
         mock_clock.autojump_threshold = 0.01
         await trio.sleep(15)
         assert fast_head._known.cache_info().currsize == 0
 
 
-async def test_what_was_configured_to_go_to_a_loopback_address_is_no_call_of_the_pod_to_itself(tmp_path: Path) -> None:
-    """Two sidecars on one machine (README) may have more requests under way than a pod that calls itself in a circle."""
+async def test_what_was_configured_to_go_to_a_loopback_address_is_no_call_of_the_pod_to_itself(
+    tmp_path: Path,
+) -> None:
+    """Two sidecars on one machine (README) may have more requests under way than a pod that calls
+    itself in a circle."""
     asked, arrived, answer = 3, trio.Semaphore(0), trio.Event()
 
     async def wait(stream: trio.SocketStream) -> None:
@@ -234,7 +304,10 @@ async def test_what_was_configured_to_go_to_a_loopback_address_is_no_call_of_the
             await client.send_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
             assert (await client.receive_some()).startswith(b"HTTP/1.1 200 OK")
 
-    async with application(wait) as port, running(tmp_path, outbound=inbound_to(port), loops={"max_self_calls": 1}) as app:
+    async with (
+        application(wait) as port,
+        running(tmp_path, outbound=inbound_to(port), loops={"max_self_calls": 1}) as app,
+    ):
         with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 for _ in range(asked):
@@ -249,7 +322,9 @@ async def test_an_http2_client_that_breaks_its_connection_is_counted(tmp_path: P
     async with application(greet) as port, running(tmp_path, inbound=inbound_to(port)) as app:
         with trio.fail_after(60):
             async with await connected(app) as client:
-                await client.send_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\x04\x04\0\0\0\0\0four")
+                await client.send_all(
+                    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\x04\x04\0\0\0\0\0four"
+                )
                 while await client.receive_some():
                     pass
         await until(lambda: app.inbound.open == 0, 20)
@@ -257,7 +332,9 @@ async def test_an_http2_client_that_breaks_its_connection_is_counted(tmp_path: P
 
 
 @pytest.mark.parametrize(("days", "words"), [(-1, "is not yet valid until"), (2, "expired on")])
-async def test_a_proxy_is_not_ready_while_no_peer_takes_its_certificate(tmp_path: Path, days: int, words: str) -> None:
+async def test_a_proxy_is_not_ready_while_no_peer_takes_its_certificate(
+    tmp_path: Path, days: int, words: str
+) -> None:
     """By the wall clock, which can be set back as well."""
     paths, _ = identity(tmp_path)
     async with running(tmp_path, identity=paths) as app:

@@ -1,4 +1,5 @@
-"""What setup.py compiles is there, and can be compiled as it is written (docs/decisions/30-compiled.md)."""
+"""What setup.py compiles is there, and can be compiled as it is written
+(docs/decisions/30-compiled.md)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMPILED = [ROOT / path for path in tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["isthmus"]["compiled"]]
+COMPILED = [
+    ROOT / path
+    for path in tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["isthmus"][
+        "compiled"
+    ]
+]
 
 
 def test_what_is_compiled_is_there_and_named_once() -> None:
@@ -25,19 +31,34 @@ def test_nothing_is_written_that_the_compiler_takes_for_something_else(path: Pat
     tree = ast.parse(path.read_text("utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
-            assert not _weakly_referred(node), f"{node.name}: a compiled class knows no weak references"
+            assert not _weakly_referred(node), (
+                f"{node.name}: a compiled class knows no weak references"
+            )
             if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-                assert not any("Generic" in ast.unparse(base) for base in node.bases), f"{node.name}: no dataclass that is generic"
-                plain = [field for field in node.body if isinstance(field, ast.AnnAssign) and ast.unparse(field.annotation) == "object"]
+                assert not any("Generic" in ast.unparse(base) for base in node.bases), (
+                    f"{node.name}: no dataclass that is generic"
+                )
+                plain = [
+                    field
+                    for field in node.body
+                    if isinstance(field, ast.AnnAssign)
+                    and ast.unparse(field.annotation) == "object"
+                ]
                 assert not plain, f"{node.name}: no field of a dataclass is an `object` (Any is)"
         if isinstance(node, ast.AsyncFunctionDef):
-            assert not _reused(node), f"{node.name}: one name for errors of several types, of which the first is believed"
+            assert not _reused(node), (
+                f"{node.name}: one name for errors of several types, of which the first is believed"
+            )
         if isinstance(node, ast.Try):
-            assert not _narrowed(node), f"line {node.lineno}: what is None at the end of `try` is None to its `finally`, too"
+            assert not _narrowed(node), (
+                f"line {node.lineno}: what is None at the end of `try` is None to its `finally`, too"
+            )
 
 
 def _weakly_referred(node: ast.ClassDef) -> bool:
-    return any(isinstance(inner, ast.Constant) and inner.value == "__weakref__" for inner in ast.walk(node))
+    return any(
+        isinstance(inner, ast.Constant) and inner.value == "__weakref__" for inner in ast.walk(node)
+    )
 
 
 def _reused(node: ast.AsyncFunctionDef) -> list[str]:
@@ -57,20 +78,41 @@ def _narrowed(node: ast.Try) -> set[str]:
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
             if isinstance(statement.value, ast.Constant) and statement.value.value is None:
                 cleared.update(target.id for target in targets if isinstance(target, ast.Name))
-    return cleared & {inner.id for part in node.finalbody for inner in ast.walk(part) if isinstance(inner, ast.Name)}
+    return cleared & {
+        inner.id
+        for part in node.finalbody
+        for inner in ast.walk(part)
+        if isinstance(inner, ast.Name)
+    }
 
 
 def test_no_class_that_is_compiled_has_a_subclass_that_is_not() -> None:
     """Of what runs compiled: perf's programs, which have some, run the sources."""
-    trees = {path: ast.parse(path.read_text("utf-8")) for room in ("proxy", "loopguard", "tracing") for path in (ROOT / room).rglob("*.py")}
-    classes = [(path, node) for path, tree in trees.items() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    trees = {
+        path: ast.parse(path.read_text("utf-8"))
+        for room in ("proxy", "loopguard", "tracing")
+        for path in (ROOT / room).rglob("*.py")
+    }
+    classes = [
+        (path, node)
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    ]
     compiled = {node.name for path, node in classes if path in COMPILED and not _is_free(node)}
     assert {"Exchange", "FastConnection", "Headers"} <= compiled
-    wrong = [node.name for path, node in classes if path not in COMPILED and compiled & {ast.unparse(base) for base in node.bases}]
+    wrong = [
+        node.name
+        for path, node in classes
+        if path not in COMPILED and compiled & {ast.unparse(base) for base in node.bases}
+    ]
     assert not wrong
 
 
 def _is_free(node: ast.ClassDef) -> bool:
     """Whether it stays a class of Python's: protocols, enumerations and exceptions do."""
     bases = {ast.unparse(base) for base in node.bases}
-    return any(base.startswith("Protocol") or base.endswith(("Enum", "Exception", "Error")) for base in bases)
+    return any(
+        base.startswith("Protocol") or base.endswith(("Enum", "Exception", "Error"))
+        for base in bases
+    )

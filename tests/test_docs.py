@@ -1,7 +1,8 @@
 """The documents are true in what a machine can check.
 
-Every row of the tables of errors and metrics is in the code, and the other way round; links lead somewhere; examples of configurations are
-configurations; pictures and manifests can be read; and nothing names a place on the machine that it was written on.
+Every row of the tables of errors and metrics is in the code, and the other way round; links lead
+somewhere; examples of configurations are configurations; pictures and manifests can be read; and
+nothing names a place on the machine that it was written on.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ PICTURES = sorted((ROOT / "docs").rglob("*.svg"))
 MANIFESTS = sorted((ROOT / "deploy" / "kubernetes").rglob("*.yaml"))
 EXAMPLES = sorted((ROOT / "deploy").rglob("*.yaml"))
 MODULES = [
-    file for folder in ("control", "lab", "loopguard", "perf", "proxy", "tests", "tracing") for file in (ROOT / folder).rglob("*.py")
+    file
+    for folder in ("control", "lab", "loopguard", "perf", "proxy", "tests", "tracing")
+    for file in (ROOT / folder).rglob("*.py")
 ] + [ROOT / "setup.py"]
 PACKAGING = [ROOT / "Dockerfile", ROOT / ".dockerignore"]
 
@@ -53,7 +56,8 @@ def name(path: Path) -> str:
 
 
 def table(document: str, what: str) -> list[list[str]]:
-    """The rows of the table between the marks `what`, without its head; the cells without backquotes."""
+    """The rows of the table between the marks `what`, without its head; the cells without
+    backquotes."""
     text = (ROOT / "docs" / document).read_text("utf-8")
     inner = text.split(f"<!-- {what} -->")[1].split(f"<!-- /{what} -->")[0].strip()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in inner.splitlines()]
@@ -81,11 +85,16 @@ def families() -> Iterator[tuple[str, str, tuple[str, ...]]]:
         elif isinstance(family, HttpCollector):
             for found in family.collect():
                 suffix = "_total" if found.type == "counter" else ""
-                yield f"{found.name}{suffix}", found.type, tuple(name for name in found.samples[0].labels if name != "le")
+                yield (
+                    f"{found.name}{suffix}",
+                    found.type,
+                    tuple(name for name in found.samples[0].labels if name != "le"),
+                )
 
 
 def anchors(path: Path) -> set[str]:
-    """What can stand behind the # of a link to the document: its headings, as they are made into anchors."""
+    """What can stand behind the # of a link to the document: its headings, as they are made into
+    anchors."""
     found = set()
     text = _FENCE.sub("", path.read_text("utf-8"))
     for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
@@ -103,7 +112,12 @@ def documents_of(path: Path) -> list[dict[str, object]]:
 
 
 def manifests(kind: str) -> Iterator[dict[str, dict[str, object]]]:
-    return (document for path in MANIFESTS for document in documents_of(path) if document["kind"] == kind)  # type: ignore[misc]
+    return (
+        document
+        for path in MANIFESTS
+        for document in documents_of(path)
+        if document["kind"] == kind
+    )  # type: ignore[misc]
 
 
 def test_there_are_documents_to_check() -> None:
@@ -114,7 +128,15 @@ def test_there_are_documents_to_check() -> None:
 
 def test_the_page_of_errors_has_every_row_of_the_code_and_no_other() -> None:
     told = [(row[0], row[1], row[2], row[3]) for row in table("errors.md", "errors")]
-    real = {(str(answer.status), GrpcCode(answer.grpc_status).name.upper(), answer.proxy_status, answer.reason) for answer in answers()}
+    real = {
+        (
+            str(answer.status),
+            GrpcCode(answer.grpc_status).name.upper(),
+            answer.proxy_status,
+            answer.reason,
+        )
+        for answer in answers()
+    }
     assert set(told) == real
     assert len(told) == len(set(told)), "a row stands there twice"
 
@@ -125,13 +147,25 @@ def test_the_page_of_errors_says_of_each_row_what_it_means_and_what_to_do() -> N
 
 def test_the_page_of_metrics_has_every_family_with_its_type_and_labels_and_no_other() -> None:
     rows = table("metrics.md", "metrics")
-    told = {(row[0], row[1], () if row[2] == "none" else tuple(label.strip(" `") for label in row[2].split(","))) for row in rows}
+    told = {
+        (
+            row[0],
+            row[1],
+            () if row[2] == "none" else tuple(label.strip(" `") for label in row[2].split(",")),
+        )
+        for row in rows
+    }
     assert told == set(families())
 
 
 def test_metrics_that_documents_name_exist() -> None:
     known = {family for family, _, _ in families()}
-    known |= {f"{family}{end}" for family, kind, _ in families() if kind == "histogram" for end in ("_bucket", "_sum", "_count")}
+    known |= {
+        f"{family}{end}"
+        for family, kind, _ in families()
+        if kind == "histogram"
+        for end in ("_bucket", "_sum", "_count")
+    }
     wrong = [
         f"{name(path)}: {found}"
         for path in DOCUMENTS
@@ -159,7 +193,8 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
 def test_modules_that_documents_name_exist(path: Path) -> None:
-    """A name may leave out the first folders: net/relay.py, or test_relay.py beside another test."""
+    """A name may leave out the first folders: net/relay.py, or test_relay.py beside another
+    test."""
     parts = [file.relative_to(ROOT).parts for file in MODULES]
     known = {"/".join(part[start:]) for part in parts for start in range(len(part))}
     named = set(_MODULE.findall(_FENCE.sub("", path.read_text("utf-8"))))
@@ -193,14 +228,21 @@ def test_the_configurations_of_the_quickstart_are_good(tmp_path: Path) -> None:
 
 
 def test_the_directories_that_documents_show_are_good() -> None:
-    shown = [(path, text) for path in DOCUMENTS for text in fenced(path, "yaml") if "directory.yaml" in text.splitlines()[0]]
+    shown = [
+        (path, text)
+        for path in DOCUMENTS
+        for text in fenced(path, "yaml")
+        if "directory.yaml" in text.splitlines()[0]
+    ]
     assert len(shown) >= 4
     for path, text in shown:
         assert directory.parse(text, name(path)) is not None
 
 
 def test_the_configuration_of_the_manifests_is_good(tmp_path: Path) -> None:
-    found = next(found for found in manifests("ConfigMap") if found["metadata"]["name"] == "isthmus")
+    found = next(
+        found for found in manifests("ConfigMap") if found["metadata"]["name"] == "isthmus"
+    )
     data = found["data"]
     (tmp_path / "isthmus.yaml").write_text(str(data["isthmus.yaml"]))
     loaded = config.load(tmp_path / "isthmus.yaml", {})
@@ -217,7 +259,11 @@ def test_the_pod_of_the_manifests_fits_the_proxy() -> None:
     assert sidecar["securityContext"]["runAsUser"] == settings.uid
     assert {port["containerPort"] for port in sidecar["ports"]} == {settings.admin_port}  # type: ignore[index]
     assert intercept["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN"]}
-    assert {variable["name"] for variable in sidecar["env"]} == {*config.DOWNWARD.values(), "POD_IPS", "CONTAINER_NAME"}  # type: ignore[index]
+    assert {variable["name"] for variable in sidecar["env"]} == {
+        *config.DOWNWARD.values(),
+        "POD_IPS",
+        "CONTAINER_NAME",
+    }  # type: ignore[index]
 
 
 def test_the_gateway_of_the_manifests_fits_the_proxy() -> None:
@@ -225,15 +271,26 @@ def test_the_gateway_of_the_manifests_fits_the_proxy() -> None:
     pod: dict[str, Any] = found["spec"]["template"]["spec"]
     (gateway,) = pod["containers"]
     assert gateway["args"][:2] == ["run", "--gateway"]
-    assert {port["containerPort"] for port in gateway["ports"]} == {GATEWAY_PORT, InterceptSettings().admin_port}
-    assert {variable["name"] for variable in gateway["env"]} == {*config.DOWNWARD.values(), "POD_IPS", "CONTAINER_NAME"}
+    assert {port["containerPort"] for port in gateway["ports"]} == {
+        GATEWAY_PORT,
+        InterceptSettings().admin_port,
+    }
+    assert {variable["name"] for variable in gateway["env"]} == {
+        *config.DOWNWARD.values(),
+        "POD_IPS",
+        "CONTAINER_NAME",
+    }
     assert pod["terminationGracePeriodSeconds"] > config.Config().shutdown.grace
-    assert {mount["name"] for mount in gateway["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in gateway["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
 
 
 def test_the_image_runs_as_the_user_that_the_redirection_exempts() -> None:
     text = (ROOT / "Dockerfile").read_text("utf-8")
-    assert re.findall(r"^USER (\S+)", text, re.MULTILINE) == [f"{InterceptSettings().uid}:{InterceptSettings().uid}"]
+    assert re.findall(r"^USER (\S+)", text, re.MULTILINE) == [
+        f"{InterceptSettings().uid}:{InterceptSettings().uid}"
+    ]
 
 
 def test_proxies_are_measured_with_the_allocator_of_the_image() -> None:
@@ -246,7 +303,9 @@ def test_the_base_of_the_image_is_pinned_by_digest() -> None:
     text = (ROOT / "Dockerfile").read_text("utf-8")
     (pinned,) = re.findall(r"^ARG PYTHON=(.*)$", text, re.MULTILINE)
     assert re.fullmatch(r"3\.\d+-slim-trixie@sha256:[0-9a-f]{64}", pinned)
-    assert {line.split()[1] for line in text.splitlines() if line.startswith("FROM ")} == {"python:${PYTHON}"}
+    assert {line.split()[1] for line in text.splitlines() if line.startswith("FROM ")} == {
+        "python:${PYTHON}"
+    }
 
 
 @pytest.mark.parametrize(
@@ -254,7 +313,9 @@ def test_the_base_of_the_image_is_pinned_by_digest() -> None:
     [("sha256:" + "ab" * 32, 0, "sha256:" + "ab" * 32), ("sha256:abc", 1, None), ("", 1, None)],
     ids=["a digest", "half of one", "nothing"],
 )
-def test_the_base_is_pinned_anew_by_what_the_registry_says(tmp_path: Path, said: str, code: int, pinned: str | None) -> None:
+def test_the_base_is_pinned_anew_by_what_the_registry_says(
+    tmp_path: Path, said: str, code: int, pinned: str | None
+) -> None:
     file = tmp_path / "Dockerfile"
     before = (ROOT / "Dockerfile").read_text("utf-8")
     file.write_text(before)
@@ -262,17 +323,34 @@ def test_the_base_is_pinned_anew_by_what_the_registry_says(tmp_path: Path, said:
     registry.write_text(f'#!/bin/sh\n[ "$1" = python:3.13-slim-trixie ] && echo {said}\n')
     registry.chmod(0o755)
     environ = {"PATH": "/usr/bin:/bin", "PIN_BASE_INSPECT": str(registry)}
-    done = subprocess.run([ROOT / "scripts" / "pin-base", file], env=environ, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [ROOT / "scripts" / "pin-base", file],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == code, done.stderr
-    after = re.sub(r"^(ARG PYTHON=[^@]*@).*$", rf"\g<1>{pinned}", before, flags=re.MULTILINE) if pinned else before
+    after = (
+        re.sub(r"^(ARG PYTHON=[^@]*@).*$", rf"\g<1>{pinned}", before, flags=re.MULTILINE)
+        if pinned
+        else before
+    )
     assert file.read_text() == after
 
 
 def test_the_image_is_built_of_files_that_are_there_and_that_the_builder_gets() -> None:
-    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
+    allowed = {
+        line[1:]
+        for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+        if line.startswith("!")
+    }
     text = (ROOT / "Dockerfile").read_text("utf-8").replace("\\\n", "")
     copied = {
-        source for line in text.splitlines() if line.startswith("COPY ") and "--from=" not in line for source in shlex.split(line)[1:-1]
+        source
+        for line in text.splitlines()
+        if line.startswith("COPY ") and "--from=" not in line
+        for source in shlex.split(line)[1:-1]
     }
     assert copied == allowed
     assert all((ROOT / path).exists() for path in allowed)
@@ -280,9 +358,14 @@ def test_the_image_is_built_of_files_that_are_there_and_that_the_builder_gets() 
 
 
 def test_without_the_laboratory_the_demonstration_says_so_in_one_line() -> None:
-    without = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda name: None if name == 'lab' else find(name)"
+    without = (
+        "import importlib.util as u; find = u.find_spec; u.find_spec = lambda name: None if name =="
+        " 'lab' else find(name)"
+    )
     program = f"{without}\nimport sys; from proxy import cli; sys.exit(cli.main(['demo']))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 69
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1

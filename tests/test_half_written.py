@@ -1,4 +1,5 @@
-"""Files that are read while they are being written: what is half there is not used, at the start or later.
+"""Files that are read while they are being written: what is half there is not used, at the start or
+later.
 
 Real files, written in place and in pieces, as editors and scripts do; the clock is the test's.
 """
@@ -24,7 +25,14 @@ from proxy.config.load import ConfigError, load
 from proxy.directory import DirectoryError, parse
 from proxy.directory.watcher import Acceptance, DirectorySource, IdentityLoss
 from proxy.files import FileUnusable, Settling, read_settled
-from proxy.identity.identity import Identity, MaterialError, MaterialFiles, SpiffeId, TLSSettings, watch
+from proxy.identity.identity import (
+    Identity,
+    MaterialError,
+    MaterialFiles,
+    SpiffeId,
+    TLSSettings,
+    watch,
+)
 from proxy.identity.issue import Issued, issue, make_root
 from proxy.net.address import Address
 
@@ -46,8 +54,13 @@ TWO = f"""services:
 FURTHER = {"name: a": "name: c", "name: b": "name: d", "10.96.0.": "10.97.0.", "10.1.": "10.2."}
 FOUR = TWO + reduce(lambda text, pair: text.replace(*pair), FURTHER.items(), TWO.partition("\n")[2])
 WITHOUT_D = FOUR[: FOUR.index("- name: d")]
-WITHOUT_A_POD = WITHOUT_D.replace(f"endpoints:\n  - address: 10.1.0.2\n    identity: {B}", "endpoints: []")
-MESHED = [Address.parse(text) for text in ("10.96.0.1:80", "10.96.0.2:80", "10.1.0.1:80", "10.1.0.2:80", "10.1.0.1:9000")]
+WITHOUT_A_POD = WITHOUT_D.replace(
+    f"endpoints:\n  - address: 10.1.0.2\n    identity: {B}", "endpoints: []"
+)
+MESHED = [
+    Address.parse(text)
+    for text in ("10.96.0.1:80", "10.96.0.2:80", "10.1.0.1:80", "10.1.0.2:80", "10.1.0.1:9000")
+]
 SETTLE, INTERVAL = 0.5, 1.0
 
 
@@ -65,7 +78,8 @@ def source(path: Path, **rules: float) -> DirectorySource:
 
 
 class Watched:
-    """A source that is looked at as `watch` does it, on a clock that stands still while files are read."""
+    """A source that is looked at as `watch` does it, on a clock that stands still while files are
+    read."""
 
     def __init__(self, made: DirectorySource, clock: MockClock) -> None:
         self.made = made
@@ -89,7 +103,8 @@ def clear(made: DirectorySource) -> list[Address]:
         address
         for address in MESHED
         for endpoint in made.current.resolve(address).endpoints
-        if endpoint.identity is None and made.former.find(endpoint.address, trio.current_time()) is None
+        if endpoint.identity is None
+        and made.former.find(endpoint.address, trio.current_time()) is None
     ]
 
 
@@ -105,7 +120,9 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-async def test_every_prefix_seen_while_the_file_is_written_changes_nothing(file: Path, mock_clock: MockClock) -> None:
+async def test_every_prefix_seen_while_the_file_is_written_changes_nothing(
+    file: Path, mock_clock: MockClock
+) -> None:
     made = source(file)
     watched = Watched(made, mock_clock)
     for end in range(0, len(FOUR), 7):
@@ -121,11 +138,15 @@ async def test_every_prefix_seen_while_the_file_is_written_changes_nothing(file:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 120), st.floats(0.01, 3.0)), min_size=1, max_size=12), st.booleans())
+@given(
+    st.lists(st.tuples(st.integers(1, 120), st.floats(0.01, 3.0)), min_size=1, max_size=12),
+    st.booleans(),
+)
 def test_a_file_written_in_pieces_with_pauses_lets_nothing_out(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[tuple[int, float]], end: bool
 ) -> None:
-    """Pauses of up to three seconds: long enough for two reads of a part to agree. If ends are marked, no part is even taken."""
+    """Pauses of up to three seconds: long enough for two reads of a part to agree. If ends are
+    marked, no part is even taken."""
     file, marked = tmp_path_factory.mktemp("pieces") / "directory.yaml", FOUR + "...\n"
     put(file, TWO + "...\n")
 
@@ -174,14 +195,25 @@ async def test_watching_reads_again_as_soon_as_a_change_may_have_settled(file: P
 
 
 REFUSED = {
-    "cut in front of an identity": (TWO[: TWO.rindex("    identity")], f"10.1.0.2 had the identity {B} and has none"),
-    "cut between services": (TWO[: TWO.index("- name: b")], "1 of 2 services with identities are missing (default/b)"),
-    "nothing left": ("services: []\n", "2 of 2 services with identities are missing (default/a, default/b)"),
+    "cut in front of an identity": (
+        TWO[: TWO.rindex("    identity")],
+        f"10.1.0.2 had the identity {B} and has none",
+    ),
+    "cut between services": (
+        TWO[: TWO.index("- name: b")],
+        "1 of 2 services with identities are missing (default/b)",
+    ),
+    "nothing left": (
+        "services: []\n",
+        "2 of 2 services with identities are missing (default/a, default/b)",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_a_file_that_stays_cut_off_is_refused_and_said_once(file: Path, name: str, mock_clock: MockClock) -> None:
+async def test_a_file_that_stays_cut_off_is_refused_and_said_once(
+    file: Path, name: str, mock_clock: MockClock
+) -> None:
     made = source(file)
     watched = Watched(made, mock_clock)
     text, reason = REFUSED[name]
@@ -197,13 +229,17 @@ async def test_a_file_that_stays_cut_off_is_refused_and_said_once(file: Path, na
     await watched.passes(5)
     put(file, text)
     await watched.passes(5)
-    assert [type(report) for report in watched.reports] == [IdentityLoss, IdentityLoss], "said again after it was good"
+    assert [type(report) for report in watched.reports] == [IdentityLoss, IdentityLoss], (
+        "said again after it was good"
+    )
     put(file, f"allow_identity_loss: true\n{text}")
     await watched.passes(5)
     assert watched.reports[-1] is None
 
 
-async def test_what_has_left_gets_no_clear_text_until_the_time_is_over(file: Path, mock_clock: MockClock) -> None:
+async def test_what_has_left_gets_no_clear_text_until_the_time_is_over(
+    file: Path, mock_clock: MockClock
+) -> None:
     put(file, FOUR)
     made = source(file, remember=300.0)
     watched = Watched(made, mock_clock)
@@ -215,10 +251,16 @@ async def test_what_has_left_gets_no_clear_text_until_the_time_is_over(file: Pat
         assert made.current.known(address) is None
         assert made.former.find(address, trio.current_time()) is not None
     await watched.passes(300)
-    assert [made.former.find(address, trio.current_time()) for address in gone] == [None, None, None]
+    assert [made.former.find(address, trio.current_time()) for address in gone] == [
+        None,
+        None,
+        None,
+    ]
 
 
-async def test_a_file_that_would_exceed_the_memory_is_refused_until_there_is_room(file: Path, mock_clock: MockClock) -> None:
+async def test_a_file_that_would_exceed_the_memory_is_refused_until_there_is_room(
+    file: Path, mock_clock: MockClock
+) -> None:
     put(file, FOUR)
     made = source(file, remember=100.0, max_remembered=2)
     watched = Watched(made, mock_clock)
@@ -245,14 +287,24 @@ class Held:
     errors: list[MaterialError]
 
     async def watched(self) -> None:
-        await watch(self.identity, 0.02, lambda found: self.changes.append(len(found.roots)), self.errors.append, lambda _: None)
+        await watch(
+            self.identity,
+            0.02,
+            lambda found: self.changes.append(len(found.roots)),
+            self.errors.append,
+            lambda _: None,
+        )
 
 
 def held(folder: Path, roots: list[Issued]) -> Held:
     """With a certificate of the first root; both roots are trusted."""
     leaf = issue(roots[0], SpiffeId.parse(A))
     bundle = b"".join(root.certificate_pem for root in roots)
-    for name, pem in (("certificate", leaf.certificate_pem), ("key", leaf.key_pem), ("roots", bundle)):
+    for name, pem in (
+        ("certificate", leaf.certificate_pem),
+        ("key", leaf.key_pem),
+        ("roots", bundle),
+    ):
         (folder / f"{name}.pem").write_bytes(pem)
         (folder / f"{name}.pem").chmod(0o600)
     files_ = MaterialFiles(folder / "certificate.pem", folder / "key.pem", (folder / "roots.pem",))
@@ -261,8 +313,11 @@ def held(folder: Path, roots: list[Issued]) -> Held:
     return found
 
 
-async def test_roots_that_are_being_written_are_never_taken_for_fewer(tmp_path: Path, autojump_clock: MockClock) -> None:
-    """Each prefix that ends behind a certificate is a good file of fewer roots, and would refuse the peers of the others."""
+async def test_roots_that_are_being_written_are_never_taken_for_fewer(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """Each prefix that ends behind a certificate is a good file of fewer roots, and would refuse
+    the peers of the others."""
     roots = [make_root("cluster.local") for _ in range(4)]
     made, path = held(tmp_path, roots[:2]), tmp_path / "roots.pem"
     new = b"".join(root.certificate_pem for root in roots)
@@ -281,7 +336,9 @@ async def test_roots_that_are_being_written_are_never_taken_for_fewer(tmp_path: 
         nursery.cancel_scope.cancel()
 
 
-async def test_a_key_and_its_certificate_that_are_written_in_turn_are_taken_together(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_key_and_its_certificate_that_are_written_in_turn_are_taken_together(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     root = make_root("cluster.local")
     made, leaf = held(tmp_path, [root, make_root("cluster.local")]), issue(root, SpiffeId.parse(A))
     async with trio.open_nursery() as nursery:
@@ -351,7 +408,9 @@ def test_a_writer_that_is_faster_than_the_reads_is_waited_for(file: Path) -> Non
     assert [service.name for service in made.current.services] == ["a", "b"]
 
 
-def test_a_file_that_keeps_changing_ends_the_wait(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_keeps_changing_ends_the_wait(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "PATIENCE", 0.1)
     count = iter(range(1000))
     with pytest.raises(FileUnusable, match="keeps changing"):
@@ -365,7 +424,9 @@ def test_a_file_without_its_end_is_refused_where_the_end_is_asked_for(file: Path
             DirectorySource(file, Acceptance(settle=0, require_end=True))
     for text in (TWO + "...\n", TWO + "...\n\n"):
         put(file, text)
-        assert len(DirectorySource(file, Acceptance(settle=0, require_end=True)).current.services) == 2
+        assert (
+            len(DirectorySource(file, Acceptance(settle=0, require_end=True)).current.services) == 2
+        )
         assert len(parse(text, "test").services) == 2, "it changes nothing of the document"
 
 

@@ -1,8 +1,10 @@
-"""The direction of imports is the architecture. These are its rules, read from the source text: nothing is imported to check them.
+"""The direction of imports is the architecture. These are its rules, read from the source text:
+nothing is imported to check them.
 
-Imports go up in the table of RULES and never down: a package may import only what stands above it, and of that only what its row names.
-Data goes the other way: app builds the flows and gives each part what it needs. There are no circles of modules. The sizes at the end are
-the sign that a module holds two things.
+Imports go up in the table of RULES and never down: a package may import only what stands above it,
+and of that only what its row names. Data goes the other way: app builds the flows and gives each
+part what it needs. There are no circles of modules. The sizes at the end are the sign that a module
+holds two things.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("control", "proxy", "tracing", "loopguard", "lab")
 OURS = frozenset(PACKAGES)
 
-# Package, or module beside them -> what it may import of our own, and of third parties. The order is the direction: see above.
+# Package, or module beside them -> what it may import of our own, and of third parties. The order
+# is the direction: see above.
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "loopguard": (set(), set()),
     "tracing": (set(), {"opentelemetry"}),
@@ -30,15 +33,24 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "proxy.errors": ({"proxy.net", "proxy.wire"}, set()),
     "proxy.identity": ({"proxy.files", "proxy.net"}, {"trio", "OpenSSL", "cryptography"}),
     "proxy.config": ({"proxy.files", "proxy.identity", "proxy.net"}, {"msgspec", "yaml"}),
-    "proxy.directory": ({"proxy.config", "proxy.files", "proxy.identity", "proxy.net", "loopguard"}, {"trio", "msgspec"}),
+    "proxy.directory": (
+        {"proxy.config", "proxy.files", "proxy.identity", "proxy.net", "loopguard"},
+        {"trio", "msgspec"},
+    ),
     "control.contract": ({"proxy.directory", "proxy.identity"}, set()),
     "control.discovery": ({"control.kube", "control.contract"}, {"trio", "msgspec"}),
     "control.metrics": ({"control.kube", "control.discovery"}, {"trio", "prometheus_client"}),
     "control.admin": (set(), {"trio", "h11"}),
-    "control.app": ({"control.kube", "control.discovery", "control.admin", "control.metrics"}, {"trio"}),
+    "control.app": (
+        {"control.kube", "control.discovery", "control.admin", "control.metrics"},
+        {"trio"},
+    ),
     "control.command": ({"control.app", "control.kube", "control.contract"}, {"trio"}),
     "proxy.balancing": ({"proxy.directory", "proxy.net"}, {"trio"}),
-    "proxy.exchange": ({"proxy.wire", "proxy.net", "proxy.errors", "loopguard", "tracing"}, {"trio"}),
+    "proxy.exchange": (
+        {"proxy.wire", "proxy.net", "proxy.errors", "loopguard", "tracing"},
+        {"trio"},
+    ),
     "proxy.fastpath": ({"proxy.exchange", "proxy.wire", "proxy.net", "proxy.errors"}, {"trio"}),
     "proxy.telemetry": (
         {"proxy.config", "proxy.exchange", "proxy.wire", "proxy.net", "proxy.errors", "tracing"},
@@ -46,10 +58,28 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "proxy.workers": ({"proxy.config", "proxy.net"}, {"msgspec", "prometheus_client"}),
     "proxy.process": (
-        {"proxy.telemetry", "proxy.exchange", "proxy.directory", "proxy.identity", "proxy.config", "proxy.net", "proxy.errors"},
+        {
+            "proxy.telemetry",
+            "proxy.exchange",
+            "proxy.directory",
+            "proxy.identity",
+            "proxy.config",
+            "proxy.net",
+            "proxy.errors",
+        },
         {"trio"},
     ),
-    "proxy.dns": ({"proxy.process", "proxy.telemetry", "proxy.directory", "proxy.config", "proxy.net", "proxy.errors"}, {"trio", "dns"}),
+    "proxy.dns": (
+        {
+            "proxy.process",
+            "proxy.telemetry",
+            "proxy.directory",
+            "proxy.config",
+            "proxy.net",
+            "proxy.errors",
+        },
+        {"trio", "dns"},
+    ),
     "proxy.routing": (
         {
             "proxy.balancing",
@@ -82,21 +112,60 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         },
         {"trio"},
     ),
-    "proxy.admin": ({"proxy.process", "proxy.telemetry", "proxy.exchange", "proxy.config", "proxy.wire", "proxy.net"}, {"trio"}),
+    "proxy.admin": (
+        {
+            "proxy.process",
+            "proxy.telemetry",
+            "proxy.exchange",
+            "proxy.config",
+            "proxy.wire",
+            "proxy.net",
+        },
+        {"trio"},
+    ),
     # The composition root.
     "proxy.app": ({"proxy", "loopguard"}, {"trio"}),
     "proxy.worker": ({"proxy.app", "proxy.workers", "proxy.errors"}, {"trio", "msgspec"}),
     "proxy.supervisor": (
-        {"proxy.admin", "proxy.process", "proxy.workers", "proxy.telemetry", "proxy.config", "proxy.net", "proxy.errors", "proxy"},
+        {
+            "proxy.admin",
+            "proxy.process",
+            "proxy.workers",
+            "proxy.telemetry",
+            "proxy.config",
+            "proxy.net",
+            "proxy.errors",
+            "proxy",
+        },
         {"trio", "msgspec"},
     ),
     "proxy.commands": (
-        {"proxy.dns", "proxy.directory", "proxy.intercept", "proxy.config", "proxy.identity", "proxy.files", "proxy.net"},
+        {
+            "proxy.dns",
+            "proxy.directory",
+            "proxy.intercept",
+            "proxy.config",
+            "proxy.identity",
+            "proxy.files",
+            "proxy.net",
+        },
         {"trio", "cryptography", "dns", "h11"},
     ),
-    "proxy.cli": ({"proxy.app", "proxy.supervisor", "proxy.commands", "proxy.config", "proxy.net", "proxy.errors", "lab"}, set()),
+    "proxy.cli": (
+        {
+            "proxy.app",
+            "proxy.supervisor",
+            "proxy.commands",
+            "proxy.config",
+            "proxy.net",
+            "proxy.errors",
+            "lab",
+        },
+        set(),
+    ),
 }
-# Modules of the standard library that these packages do not use: they are functions of their arguments.
+# Modules of the standard library that these packages do not use: they are functions of their
+# arguments.
 STDLIB_FORBIDDEN = {
     "loopguard": {"socket", "ssl", "time", "logging", "asyncio", "threading", "os"},
     "proxy.wire": {"socket", "ssl", "time", "asyncio", "selectors", "threading", "os", "logging"},
@@ -112,8 +181,8 @@ NEVER = [
 ]
 
 MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 400, 50, 5
-# Longer files that hold one thing. A list of settings has one entry for each setting. The others are
-# one connection, or one exchange, whose steps use the same private state.
+# Longer files that hold one thing. A list of settings has one entry for each setting. The others
+# are one connection, or one exchange, whose steps use the same private state.
 LONGER = {
     "proxy/config/schema.py": 600,
     "proxy/exchange/client.py": 450,
@@ -137,7 +206,8 @@ MODULES = frozenset(name for name, _, _ in SOURCES)
 
 
 def imported(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """What is imported, with the name that is taken, and the line. What is for type checkers alone counts as well."""
+    """What is imported, with the name that is taken, and the line. What is for type checkers alone
+    counts as well."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -158,7 +228,8 @@ def package_of(name: str) -> str:
 
 
 def cycles(graph: Mapping[str, set[str]]) -> list[set[str]]:
-    """The groups of more than one node of which each can be reached from each other one (Tarjan's algorithm)."""
+    """The groups of more than one node of which each can be reached from each other one (Tarjan's
+    algorithm)."""
     order: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -195,9 +266,14 @@ def test_each_package_has_a_rule() -> None:
 
 
 def test_the_rules_have_one_direction() -> None:
-    above: set[str] = {"proxy", "lab"}  # the root package holds nothing, and the laboratory imports what it likes
+    above: set[str] = {
+        "proxy",
+        "lab",
+    }  # the root package holds nothing, and the laboratory imports what it likes
     for package, (first_party, _) in RULES.items():
-        assert first_party <= above, f"{package} may import {first_party - above}, which do not stand above it"
+        assert first_party <= above, (
+            f"{package} may import {first_party - above}, which do not stand above it"
+        )
         above.add(package)
 
 
@@ -212,7 +288,11 @@ def test_a_package_imports_only_what_it_may(package: str) -> None:
             top = target.split(".")[0]
             if top in OURS:
                 row = package_of(target) if package_of(target) in RULES else top
-                allowed = row == package or row in first_party or (package == "proxy.app" and row in _above(package))
+                allowed = (
+                    row == package
+                    or row in first_party
+                    or (package == "proxy.app" and row in _above(package))
+                )
             elif top in sys.stdlib_module_names:
                 allowed = top not in STDLIB_FORBIDDEN.get(package, set())
             else:
@@ -231,7 +311,12 @@ def _above(package: str) -> list[str]:
 def test_what_does_not_know_each_other(one: str, other: str) -> None:
     importers = [(path, tree) for name, path, tree in SOURCES if within(name, one)]
     assert importers
-    wrong = [f"{path}:{line}" for path, tree in importers for target, line in imported(tree) if within(target, other)]
+    wrong = [
+        f"{path}:{line}"
+        for path, tree in importers
+        for target, line in imported(tree)
+        if within(target, other)
+    ]
     assert not wrong, wrong
 
 
@@ -249,20 +334,29 @@ def test_the_proxy_does_not_know_the_laboratory() -> None:
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph: dict[str, set[str]] = {}
     for name, _, tree in SOURCES:
-        targets = {target if target in MODULES else target.rpartition(".")[0] for target, _ in imported(tree)}
+        targets = {
+            target if target in MODULES else target.rpartition(".")[0]
+            for target, _ in imported(tree)
+        }
         graph[name] = (targets & MODULES) - {name}
     assert cycles(graph) == []
 
 
 def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    return (
+        node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    )
 
 
 def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Lines of a function without its docstring: the contract is not what makes it long."""
     lines = (function.end_lineno or 0) - function.lineno + 1
     first = function.body[0]
-    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+    if (
+        isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
+    ):
         lines -= (first.end_lineno or 0) - first.lineno + 1
     return lines
 
@@ -278,7 +372,11 @@ def test_no_module_no_function_and_no_parameter_list_holds_two_things() -> None:
             if body_lines(function) > MOST_FUNCTION_LINES:
                 wrong.append(f"{where} has {body_lines(function)} lines")
             arguments = function.args
-            names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs) if a.arg not in ("self", "cls")]
+            names = [
+                a.arg
+                for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
+                if a.arg not in ("self", "cls")
+            ]
             if len(names) > MOST_PARAMETERS:
                 wrong.append(f"{where} has {len(names)} parameters")
     assert not wrong, "\n".join(wrong)

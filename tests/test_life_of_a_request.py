@@ -1,4 +1,5 @@
-"""docs/life-of-a-request.md is true: real proxies call the functions that it names, in its order."""
+"""docs/life-of-a-request.md is true: real proxies call the functions that it names, in its
+order."""
 
 from __future__ import annotations
 
@@ -47,12 +48,18 @@ async def echo(stream: trio.SocketStream) -> None:
 
 
 @asynccontextmanager
-async def pair(folder: Path, kind: Literal["http", "opaque"], *, fast: bool = True) -> AsyncIterator[Address]:
+async def pair(
+    folder: Path, kind: Literal["http", "opaque"], *, fast: bool = True
+) -> AsyncIterator[Address]:
     """The address of a client's sidecar, whose server's sidecar stands before an application."""
     fleet, listen = Fleet(folder), {"listen": [f"{HOST}:0"]}
     opaque = kind == "opaque"
     async with application(echo if opaque else mirror) as port:
-        inbound = {**listen, "fixed_destination": f"{HOST}:{port}", "opaque_ports": [port] if opaque else []}
+        inbound = {
+            **listen,
+            "fixed_destination": f"{HOST}:{port}",
+            "opaque_ports": [port] if opaque else [],
+        }
         async with fleet.running("server", inbound=inbound, fast_path=fast) as server:
             service = {
                 "name": "c",
@@ -61,7 +68,9 @@ async def pair(folder: Path, kind: Literal["http", "opaque"], *, fast: bool = Tr
                 "endpoints": [{"address": HOST, "identity": fleet.identity("server")}],
             }
             outbound = {**listen, "fixed_destination": f"10.96.0.1:{way_in(server)}"}
-            async with fleet.running("client", {"services": [service]}, outbound=outbound, fast_path=fast) as client:
+            async with fleet.running(
+                "client", {"services": [service]}, outbound=outbound, fast_path=fast
+            ) as client:
                 yield Address(HOST, way_out(client))
 
 

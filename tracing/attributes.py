@@ -63,7 +63,9 @@ class Name(StrEnum):
 
 
 # The methods that the conventions call known (RFC 9110 §9 and RFC 5789).
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
+METHODS = frozenset(
+    {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
+)
 
 # In the order of their numbers (github.com/grpc/grpc, doc/statuscodes.md).
 GRPC_CODES = (
@@ -72,7 +74,18 @@ GRPC_CODES = (
     "UNAUTHENTICATED",
 )  # fmt: skip
 # The codes that are errors of the server. For a client, all except OK are errors.
-SERVER_ERRORS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
+SERVER_ERRORS = frozenset(
+    {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
+)
 
 # Query parameters whose values should be hidden, by the conventions.
-SECRET_PARAMETERS = frozenset({"AWSAccessKeyId", "Signature", "sig", "X-Goog-Signature", "X-Amz-Signature", "X-Amz-Security-Token"})
+SECRET_PARAMETERS = frozenset(
+    {
+        "AWSAccessKeyId",
+        "Signature",
+        "sig",
+        "X-Goog-Signature",
+        "X-Amz-Signature",
+        "X-Amz-Security-Token",
+    }
+)

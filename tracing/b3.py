@@ -14,20 +14,42 @@ from __future__ import annotations
 
 import re
 
-from tracing.context import NO_SPAN, NO_TRACE, Field, Format, Glimpse, Places, TraceContext, put, value_at
+from tracing.context import (
+    NO_SPAN,
+    NO_TRACE,
+    Field,
+    Format,
+    Glimpse,
+    Places,
+    TraceContext,
+    put,
+    value_at,
+)
 
-_SINGLE = re.compile(rb"([0-9a-f]{16}|[0-9a-f]{32})-([0-9a-f]{16})(?:-([01d])(?:-[0-9a-f]{16})?)?\Z")
+_SINGLE = re.compile(
+    rb"([0-9a-f]{16}|[0-9a-f]{32})-([0-9a-f]{16})(?:-([01d])(?:-[0-9a-f]{16})?)?\Z"
+)
 _TRACE = re.compile(rb"[0-9a-f]{16}(?:[0-9a-f]{16})?\Z")
 _SPAN = re.compile(rb"[0-9a-f]{16}\Z")
 # Both forms in their usual shape: with ids and a decision.
-_USUAL = re.compile(rb"\n[Bb]3: (?!0+-)([0-9a-f]{32}|[0-9a-f]{16})-(?!0{16})([0-9a-f]{16})-([01d])(-[0-9a-f]{16})?\r\n")
+_USUAL = re.compile(
+    rb"\n[Bb]3:"
+    rb" (?!0+-)([0-9a-f]{32}|[0-9a-f]{16})-(?!0{16})([0-9a-f]{16})-([01d])(-[0-9a-f]{16})?\r\n"
+)
 _USUAL_TRACE = re.compile(rb"\n.{12}: (?!0+\r)([0-9a-f]{32}|[0-9a-f]{16})\r\n")
 _USUAL_SPAN = re.compile(rb"\n.{11}: (?!0+\r)([0-9a-f]{16})\r\n")
-TRACE_ID, _SPAN_ID, _PARENT_ID, _DECISION = b"\nx-b3-traceid: ", b"\nx-b3-spanid: ", b"\nx-b3-parentspanid: ", b"\nx-b3-sampled: "
+TRACE_ID, _SPAN_ID, _PARENT_ID, _DECISION = (
+    b"\nx-b3-traceid: ",
+    b"\nx-b3-spanid: ",
+    b"\nx-b3-parentspanid: ",
+    b"\nx-b3-sampled: ",
+)
 _SAMPLED: dict[bytes, bool] = {b"1": True, b"0": False, b"true": True, b"false": False, b"d": True}
 
 
-def _context(trace: bytes, span: bytes, sampled: bool | None, *, debug: bool) -> TraceContext | None:
+def _context(
+    trace: bytes, span: bytes, sampled: bool | None, *, debug: bool
+) -> TraceContext | None:
     trace = trace.rjust(32, b"0")
     if trace == NO_TRACE or span == NO_SPAN:
         return None
@@ -61,8 +83,14 @@ def _write_single(places: Places, fields: list[Field], child: TraceContext) -> N
 
 
 def _read_multi(places: Places, fields: list[Field]) -> TraceContext | None:
-    trace, span = value_at(places, fields, b"x-b3-traceid"), value_at(places, fields, b"x-b3-spanid")
-    state, flags = value_at(places, fields, b"x-b3-sampled"), value_at(places, fields, b"x-b3-flags")
+    trace, span = (
+        value_at(places, fields, b"x-b3-traceid"),
+        value_at(places, fields, b"x-b3-spanid"),
+    )
+    state, flags = (
+        value_at(places, fields, b"x-b3-sampled"),
+        value_at(places, fields, b"x-b3-flags"),
+    )
     debug = flags is not None and flags.strip(b" \t") == b"1"
     sampled = True if debug else _SAMPLED.get((state or b"").strip(b" \t").lower())
     if b"x-b3-traceid" not in places and b"x-b3-spanid" not in places:
@@ -104,7 +132,15 @@ def glimpse_single(lines: bytes, lower: bytes) -> Glimpse | None:
     if match is None or lower.count(b"b3:") > 1 or lower.find(b"x-b3-") >= 0:
         return None
     trace, span, state, parent = match.groups()
-    return trace.rjust(32, b"0"), span, state != b"0", (), match.start(2), match.start(4) + 1 if parent else 0, len(NO_SPAN)
+    return (
+        trace.rjust(32, b"0"),
+        span,
+        state != b"0",
+        (),
+        match.start(2),
+        match.start(4) + 1 if parent else 0,
+        len(NO_SPAN),
+    )
 
 
 def glimpse_multi(lines: bytes, lower: bytes, trace_at: int) -> Glimpse | None:
@@ -112,7 +148,11 @@ def glimpse_multi(lines: bytes, lower: bytes, trace_at: int) -> Glimpse | None:
 
     `trace_at`: the offset of TRACE_ID in `lower`. None: the caller must use the complete parser.
     """
-    span_at, decision_at, parent_at = lower.find(_SPAN_ID), lower.find(_DECISION), lower.find(_PARENT_ID)
+    span_at, decision_at, parent_at = (
+        lower.find(_SPAN_ID),
+        lower.find(_DECISION),
+        lower.find(_PARENT_ID),
+    )
     if span_at < 0 or decision_at < 0 or lower.find(b"b3:") >= 0:
         return None
     # The count matches: no header is repeated, none is in the first line, and none is X-B3-Flags.
@@ -128,4 +168,12 @@ def glimpse_multi(lines: bytes, lower: bytes, trace_at: int) -> Glimpse | None:
         shown = parent_at + len(_PARENT_ID)
         if lines.index(b"\r", shown) != shown + len(NO_SPAN):
             return None  # the value is not an id, so it cannot be replaced by one of equal length
-    return trace[1].rjust(32, b"0"), span[1], decision == b"1\r\n", (), span.start(1), shown, len(NO_SPAN)
+    return (
+        trace[1].rjust(32, b"0"),
+        span[1],
+        decision == b"1\r\n",
+        (),
+        span.start(1),
+        shown,
+        len(NO_SPAN),
+    )

@@ -19,7 +19,15 @@ from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SpanExporter, SpanExportResult
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.sdk.version import __version__ as sdk_version
-from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
+from opentelemetry.trace import (
+    Link,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+    TraceState,
+)
 
 from tracing.otlp import Answer, Collector, Post
 from tracing.queue import TAKEN, Exporter, Outcome
@@ -56,14 +64,21 @@ class Spans:
             return SpanContext(trace_id, int(span_id, 16), remote, _FLAGS, state)
 
         described = describe(record, query=self.query)
-        status = Status(StatusCode.UNSET) if described.error is None else Status(StatusCode.ERROR, described.error or None)
+        status = (
+            Status(StatusCode.UNSET)
+            if described.error is None
+            else Status(StatusCode.ERROR, described.error or None)
+        )
         return ReadableSpan(
             name=described.name,
             context=context(record.span_id, remote=False),
             parent=context(record.parent, remote=record.remote) if record.parent else None,
             resource=self.current(),
             attributes=described.attributes,
-            events=[Event(name, BoundedAttributes(attributes=attributes), at) for name, at, attributes in described.events],
+            events=[
+                Event(name, BoundedAttributes(attributes=attributes), at)
+                for name, at, attributes in described.events
+            ],
             links=[Link(context(record.follows, remote=False))] if record.follows else (),
             kind=_KINDS[record.kind],
             status=status,
@@ -75,7 +90,11 @@ class Spans:
     def current(self) -> SdkResource:
         attributes = self.resource.attributes()
         if self._known is None or self._known[0] is not attributes:
-            sdk = {"telemetry.sdk.language": "python", "telemetry.sdk.name": "opentelemetry", "telemetry.sdk.version": sdk_version}
+            sdk = {
+                "telemetry.sdk.language": "python",
+                "telemetry.sdk.name": "opentelemetry",
+                "telemetry.sdk.version": sdk_version,
+            }
             self._known = attributes, SdkResource({**attributes, **sdk}, _SCHEMA)
         return self._known[1]
 
@@ -90,8 +109,12 @@ class OtlpExporter:
 
     def __init__(self, spans: Spans, collector: Collector) -> None:
         # Protocol buffers take memory that the other exporters do not need.
-        from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans  # noqa: PLC0415  # as said above
-        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse  # noqa: PLC0415  # the same
+        from opentelemetry.exporter.otlp.proto.common.trace_encoder import (  # noqa: PLC0415
+            encode_spans,
+        )  # as said above
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (  # noqa: PLC0415
+            ExportTraceServiceResponse,
+        )  # the same
 
         self._encode, self._response = encode_spans, ExportTraceServiceResponse
         self._spans = spans
@@ -100,7 +123,9 @@ class OtlpExporter:
 
     def prepare(self, records: Sequence[Record]) -> None:
         # Concatenated messages of Protocol Buffers form one message with all their elements.
-        self._batch.append(self._encode([self._spans.make(record) for record in records]).SerializeToString())
+        self._batch.append(
+            self._encode([self._spans.make(record) for record in records]).SerializeToString()
+        )
 
     def send(self, seconds: float) -> Outcome:
         found = self._post.send(b"".join(self._batch), seconds)
@@ -111,7 +136,11 @@ class OtlpExporter:
         except Exception as error:  # noqa: BLE001, RUF100  (google.protobuf's DecodeError, not in the type stubs; taken is taken)
             return Outcome(words=f"the answer cannot be parsed: {error}")
         partial = answer.partial_success
-        return Outcome(lost=partial.rejected_spans, words=partial.error_message) if partial.rejected_spans else TAKEN
+        return (
+            Outcome(lost=partial.rejected_spans, words=partial.error_message)
+            if partial.rejected_spans
+            else TAKEN
+        )
 
     def forget(self) -> None:
         self._batch.clear()
@@ -136,7 +165,11 @@ class SdkExporter:
             result = self._exporter.export(self._batch)
         except Exception as error:  # noqa: BLE001, RUF100  (they are other people's: whatever they raise is a batch that was not sent)
             return Outcome("failed", words=f"{type(error).__name__}: {error}")
-        return TAKEN if result is SpanExportResult.SUCCESS else Outcome("failed", words=f"{type(self._exporter).__name__} could not send")
+        return (
+            TAKEN
+            if result is SpanExportResult.SUCCESS
+            else Outcome("failed", words=f"{type(self._exporter).__name__} could not send")
+        )
 
     def forget(self) -> None:
         self._batch = []
@@ -147,7 +180,12 @@ class SdkExporter:
 
 def console(spans: Spans) -> Exporter:
     """Writes spans to standard output: one line of JSON each."""
-    return SdkExporter(spans, ConsoleSpanExporter(out=sys.stdout, formatter=lambda span: span.to_json(indent=None) + "\n"))
+    return SdkExporter(
+        spans,
+        ConsoleSpanExporter(
+            out=sys.stdout, formatter=lambda span: span.to_json(indent=None) + "\n"
+        ),
+    )
 
 
 def jaeger(spans: Spans, host: str, port: int) -> Exporter:
@@ -159,7 +197,11 @@ def jaeger(spans: Spans, host: str, port: int) -> Exporter:
         from opentelemetry.exporter.jaeger.thrift import JaegerExporter  # type: ignore[import-not-found]  # noqa: PLC0415  # an extra
     except ImportError as error:
         raise ImportError(
-            f"the Jaeger exporter cannot be imported ({error}): install isthmus[jaeger], which brings an older opentelemetry-sdk, "
-            "or let Jaeger take OTLP on its port 4318 (exporter: otlp)"
+            f"the Jaeger exporter cannot be imported ({error}): install isthmus[jaeger], which"
+            " brings an older opentelemetry-sdk, or let Jaeger take OTLP on its port 4318"
+            " (exporter: otlp)"
         ) from error
-    return SdkExporter(spans, JaegerExporter(agent_host_name=host, agent_port=port, udp_split_oversized_batches=True))
+    return SdkExporter(
+        spans,
+        JaegerExporter(agent_host_name=host, agent_port=port, udp_split_oversized_batches=True),
+    )

@@ -25,7 +25,11 @@ def _decode(value: bytes) -> bytearray | None:
     if len(value) > _LONGEST:
         return None
     try:
-        return bytearray(base64.b64decode(value.rstrip(b"=") + b"=" * (-len(value.rstrip(b"=")) % 4), validate=True))
+        return bytearray(
+            base64.b64decode(
+                value.rstrip(b"=") + b"=" * (-len(value.rstrip(b"=")) % 4), validate=True
+            )
+        )
     except binascii.Error:
         return None
 
@@ -69,7 +73,12 @@ def _write(places: Places, fields: list[Field], child: TraceContext) -> None:
         end = max(offset + _SIZES[number] for number, offset in offsets.items())
         data[end:end] = b"\x02\x01"
     written = base64.b64encode(data)
-    put(places, fields, NAME, written if value.rstrip(b" \t").endswith(b"=") else written.rstrip(b"="))
+    put(
+        places,
+        fields,
+        NAME,
+        written if value.rstrip(b" \t").endswith(b"=") else written.rstrip(b"="),
+    )
 
 
 GRPC = Format("grpc-trace-bin", _read, _write)

@@ -12,14 +12,28 @@ from __future__ import annotations
 
 import re
 
-from tracing.context import NO_SPAN, NO_TRACE, Field, Format, Glimpse, Places, TraceContext, put, value_at
+from tracing.context import (
+    NO_SPAN,
+    NO_TRACE,
+    Field,
+    Format,
+    Glimpse,
+    Places,
+    TraceContext,
+    put,
+    value_at,
+)
 
 NAME = b"uber-trace-id"
 SAMPLED, DEBUG = 0x01, 0x02
 
-_VALUE = re.compile(rb"([0-9a-fA-F]{1,32})(:|%3[Aa])([0-9a-fA-F]{1,16})\2([0-9a-fA-F]{1,16})\2([0-9a-fA-F]{1,2})\Z")
+_VALUE = re.compile(
+    rb"([0-9a-fA-F]{1,32})(:|%3[Aa])([0-9a-fA-F]{1,16})\2([0-9a-fA-F]{1,16})\2([0-9a-fA-F]{1,2})\Z"
+)
 # The header's line in its usual form, after another line.
-_USUAL = re.compile(rb"\n.{13}: (?!0+:)([0-9a-f]{1,32}):(?!0{16}:)([0-9a-f]{16}):(0|[0-9a-f]{16}):([01])\r\n")
+_USUAL = re.compile(
+    rb"\n.{13}: (?!0+:)([0-9a-f]{1,32}):(?!0{16}:)([0-9a-f]{16}):(0|[0-9a-f]{16}):([01])\r\n"
+)
 _LINE = b"\n" + NAME + b": "
 
 
@@ -32,7 +46,11 @@ def _read(places: Places, fields: list[Field]) -> TraceContext | None:
     match = _match(places, fields)
     if match is None:
         return None
-    trace, span, flags = match[1].lower().rjust(32, b"0"), match[3].lower().rjust(16, b"0"), int(match[5], 16)
+    trace, span, flags = (
+        match[1].lower().rjust(32, b"0"),
+        match[3].lower().rjust(16, b"0"),
+        int(match[5], 16),
+    )
     if trace == NO_TRACE or span == NO_SPAN:
         return None
     return TraceContext(trace, span, flags & (SAMPLED | DEBUG) != 0, debug=flags & DEBUG != 0)
@@ -46,7 +64,12 @@ def _write(places: Places, fields: list[Field], child: TraceContext) -> None:
     flags = int(came, 16)
     flags = flags | SAMPLED if child.sampled else flags & ~(SAMPLED | DEBUG)
     written = b"%x" % flags
-    put(places, fields, NAME, colon.join((trace, child.span_id, child.parent or parent, written.rjust(len(came), b"0"))))
+    put(
+        places,
+        fields,
+        NAME,
+        colon.join((trace, child.span_id, child.parent or parent, written.rjust(len(came), b"0"))),
+    )
 
 
 JAEGER = Format("uber-trace-id", _read, _write)
@@ -63,4 +86,12 @@ def glimpse_jaeger(lines: bytes, lower: bytes) -> Glimpse | None:
     if match is None or lower.find(b"b3:") >= 0 or lower.find(b"x-b3-") >= 0:
         return None
     trace, span, parent, flag = match.groups()
-    return trace.rjust(32, b"0"), span, flag == b"1", (), match.start(2), match.start(3), len(parent)
+    return (
+        trace.rjust(32, b"0"),
+        span,
+        flag == b"1",
+        (),
+        match.start(2),
+        match.start(3),
+        len(parent),
+    )

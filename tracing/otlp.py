@@ -1,4 +1,5 @@
-"""OTLP over HTTP: the client that posts one protobuf message to a collector, over a persistent connection.
+"""OTLP over HTTP: the client that posts one protobuf message to a collector, over a persistent
+connection.
 
 The SDK's encoder is used, but not its exporter (docs/decisions/18-otlp-client.md). The exporter has
 no deadline for a whole request, does not limit the size of a response, does not report why an
@@ -97,7 +98,11 @@ class Post:
     def _request(self, body: bytes, deadline: float) -> Outcome | Answer:
         connection, timed = self._connected(deadline)
         timed.deadline = deadline
-        headers = {"Content-Type": "application/x-protobuf", "User-Agent": "isthmus", **self._collector.headers}
+        headers = {
+            "Content-Type": "application/x-protobuf",
+            "User-Agent": "isthmus",
+            **self._collector.headers,
+        }
         if self._collector.gzip:
             body, headers["Content-Encoding"] = gzip.compress(body, 1), "gzip"
         connection.request("POST", self._path, body, headers)
@@ -126,7 +131,9 @@ class Post:
 
     def _connect(self, deadline: float) -> socket.socket:
         failure: OSError = OSError("the name has no address")
-        for family, kind, protocol, _, address in socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM):
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            self._host, self._port, type=socket.SOCK_STREAM
+        ):
             sock = socket.socket(family, kind, protocol)
             try:
                 if self._collector.mark is not None:
@@ -208,7 +215,9 @@ def _broken(error: Exception, endpoint: str) -> Outcome:
     if isinstance(error, ssl.SSLCertVerificationError):
         return Outcome("tls", True, words=f"{endpoint}: {error.verify_message}")
     if isinstance(error, http.client.HTTPException):
-        return Outcome("garbage", True, words=f"{endpoint} did not answer in HTTP: {type(error).__name__}")
+        return Outcome(
+            "garbage", True, words=f"{endpoint} did not answer in HTTP: {type(error).__name__}"
+        )
     return Outcome("unreachable", True, words=f"{endpoint}: {error}")
 
 

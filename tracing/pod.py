@@ -31,7 +31,11 @@ FILES: Mapping[str, str] = {"labels": "k8s.pod.label.", "annotations": "k8s.pod.
 MOST_FILE_BYTES = 512 * 1024
 MOST_VALUE = 1024
 # Annotations that repeat the pod's manifest, or that only tools need.
-SKIPPED = ("kubectl.kubernetes.io/last-applied-configuration", "kubernetes.io/config.seen", "kubernetes.io/config.source")
+SKIPPED = (
+    "kubectl.kubernetes.io/last-applied-configuration",
+    "kubernetes.io/config.seen",
+    "kubernetes.io/config.source",
+)
 
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{3}|.)", re.DOTALL)
 _SIMPLE: Mapping[str, bytes] = {
@@ -39,12 +43,18 @@ _SIMPLE: Mapping[str, bytes] = {
 }  # fmt: skip
 
 
-def pod_attributes(environ: Mapping[str, str], directory: Path | None = None) -> tuple[dict[str, str], str | None]:
+def pod_attributes(
+    environ: Mapping[str, str], directory: Path | None = None
+) -> tuple[dict[str, str], str | None]:
     """Return the attributes, and a warning if something could not be read.
 
     `directory`: the mount point of the downward-API volume.
     """
-    found = {attribute: environ[name][:MOST_VALUE] for name, attribute in VARIABLES.items() if environ.get(name)}
+    found = {
+        attribute: environ[name][:MOST_VALUE]
+        for name, attribute in VARIABLES.items()
+        if environ.get(name)
+    }
     troubles = []
     for name, prefix in FILES.items() if directory is not None else ():
         try:
@@ -53,8 +63,12 @@ def pod_attributes(environ: Mapping[str, str], directory: Path | None = None) ->
             words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             troubles.append(f"{name}: {words}")
             continue
-        found |= {prefix + key: value[:MOST_VALUE] for key, value in pairs.items() if key not in SKIPPED}
-    warning = f"pod metadata in {directory} is incomplete: {'; '.join(troubles)}" if troubles else None
+        found |= {
+            prefix + key: value[:MOST_VALUE] for key, value in pairs.items() if key not in SKIPPED
+        }
+    warning = (
+        f"pod metadata in {directory} is incomplete: {'; '.join(troubles)}" if troubles else None
+    )
     return found, warning
 
 

@@ -63,7 +63,9 @@ def glimpse(lines: bytes, lower: bytes, mentions: int) -> Glimpse | None:
         if lower.find(b"uber-trace-id:") >= 0:
             return glimpse_jaeger(lines, lower) if mentions == 1 else None
         several = lower.find(TRACE_ID)
-        if mentions != (several >= 0) and (lower.find(b"traceparent:") >= 0 or lower.find(b"grpc-trace-bin:") >= 0):
+        if mentions != (several >= 0) and (
+            lower.find(b"traceparent:") >= 0 or lower.find(b"grpc-trace-bin:") >= 0
+        ):
             return None
         return glimpse_single(lines, lower) if several < 0 else glimpse_multi(lines, lower, several)
     match = USUAL.match(lines, at)
@@ -80,7 +82,11 @@ def glimpse(lines: bytes, lower: bytes, mentions: int) -> Glimpse | None:
 
 def _several(lower: bytes) -> bool:
     """Whether lines with a traceparent have a second one, or another format with "trace"."""
-    others = lower.find(b"grpc-trace-bin:") >= 0 or lower.find(b"x-b3-traceid:") >= 0 or lower.find(b"uber-trace-id:") >= 0
+    others = (
+        lower.find(b"grpc-trace-bin:") >= 0
+        or lower.find(b"x-b3-traceid:") >= 0
+        or lower.find(b"uber-trace-id:") >= 0
+    )
     return others or lower.count(b"traceparent:") > 1
 
 
@@ -141,4 +147,6 @@ def begin(fields: list[Field], root: TraceContext) -> None:
 
 def drop_standard(fields: list[Field]) -> None:
     """Remove the headers of the standard, in place."""
-    fields[:] = filter(lambda field: field[0].lower() not in (b"traceparent", b"tracestate"), fields)  # the same objects: messages._others
+    fields[:] = filter(
+        lambda field: field[0].lower() not in (b"traceparent", b"tracestate"), fields
+    )  # the same objects: messages._others

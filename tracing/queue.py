@@ -95,7 +95,11 @@ class SpanQueue:
     """
 
     def __init__(
-        self, build: Callable[[], Exporter], settings: QueueSettings, counts: Counts, complain: Callable[[str], None]
+        self,
+        build: Callable[[], Exporter],
+        settings: QueueSettings,
+        counts: Counts,
+        complain: Callable[[str], None],
     ) -> None:
         self._build = build
         self._settings = settings
@@ -167,7 +171,10 @@ class SpanQueue:
         self._held = 0
         while self._records and self._held < self._settings.batch:
             started = time.perf_counter()
-            few = [self._records.popleft() for _ in range(min(SLICE, len(self._records), self._settings.batch - self._held))]
+            few = [
+                self._records.popleft()
+                for _ in range(min(SLICE, len(self._records), self._settings.batch - self._held))
+            ]
             self._held += len(few)
             exporter.prepare(few)
             if not self._closing and len(self._records) < self._settings.limit // 2:
@@ -211,7 +218,10 @@ class SpanQueue:
     def _say(self, outcome: Outcome) -> None:
         if not self._failing:
             self._failing = True
-            self._complain(f"spans cannot be exported, and will be tried again ({outcome.reason}): {outcome.words}")
+            self._complain(
+                f"spans cannot be exported, and will be tried again ({outcome.reason}):"
+                f" {outcome.words}"
+            )
 
     def _trouble(self, reason: str, words: str, spans: int) -> None:
         self._counts.dropped(reason, spans)

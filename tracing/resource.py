@@ -83,12 +83,18 @@ class Resource:
         if warning is not None and warning != self._warned:
             self._warn(warning)
         self._warned = warning
-        labels = {key.removeprefix(_LABEL): value for key, value in pod.items() if key.startswith(_LABEL)}
+        labels = {
+            key.removeprefix(_LABEL): value for key, value in pod.items() if key.startswith(_LABEL)
+        }
         pod |= owner(pod.get("k8s.pod.name", ""), labels)
         if about.cluster:
             pod["k8s.cluster.name"] = about.cluster
         pod |= service(pod, labels=about.labels)
-        pod = {key: value for key, value in pod.items() if not key.startswith(f"k8s.pod.annotation.{ANNOTATION}")}
+        pod = {
+            key: value
+            for key, value in pod.items()
+            if not key.startswith(f"k8s.pod.annotation.{ANNOTATION}")
+        }
         pod.setdefault("host.name", platform.node())
         found: dict[str, Value] = {**pod, **_process(about.version), **about.given}
         if about.service_name:
@@ -98,7 +104,9 @@ class Resource:
 
 def _process(version: str) -> dict[str, Value]:
     found: dict[str, Value] = {
-        "host.arch": {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine()),
+        "host.arch": {"x86_64": "amd64", "aarch64": "arm64"}.get(
+            platform.machine(), platform.machine()
+        ),
         "process.pid": os.getpid(),
         "process.executable.name": Path(sys.executable).name,
         "process.runtime.name": sys.implementation.name,

@@ -21,7 +21,16 @@ from binascii import hexlify
 from dataclasses import dataclass
 
 from tracing.context import REPEATED, Field, TraceContext
-from tracing.propagation import Carried, begin, drop_standard, extract, extract_at, glimpse, locate, replace
+from tracing.propagation import (
+    Carried,
+    begin,
+    drop_standard,
+    extract,
+    extract_at,
+    glimpse,
+    locate,
+    replace,
+)
 from tracing.w3c import traceparent
 
 _RATIO_BITS = 64
@@ -102,17 +111,28 @@ class Tracer:
         context = carried.context
         trace_id = context.trace_id or b"%032x" % (self._bits(128) or 1)
         sampled = context.sampled
-        decided = sampled if sampled is not None and self._sampling.follow else self._sampling.records(trace_id)
+        decided = (
+            sampled
+            if sampled is not None and self._sampling.follow
+            else self._sampling.records(trace_id)
+        )
         if not decided:
             span_id = context.span_id
             if sampled or (sampled is None and self._begins):
                 span_id = span_id and self.span_id()
-                refusal = TraceContext(context.trace_id, span_id, False, context.random, parent=context.span_id)
+                refusal = TraceContext(
+                    context.trace_id, span_id, False, context.random, parent=context.span_id
+                )
                 replace(fields, carried, refusal)
             return Trace(False, context.trace_id, span_id) if span_id else None
         caller, span_id = context.span_id, self.span_id()
         # From here on the context is ours.
-        context.trace_id, context.span_id, context.parent, context.sampled = trace_id, span_id, caller, True
+        context.trace_id, context.span_id, context.parent, context.sampled = (
+            trace_id,
+            span_id,
+            caller,
+            True,
+        )
         for written in carried.formats:
             written.write(carried.places, fields, context)
         return Trace(True, trace_id, span_id, caller, context.state)

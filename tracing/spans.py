@@ -124,7 +124,9 @@ def describe(record: Record, *, query: bool = False) -> Described:
     attributes: dict[str, Value] = {Name.TRANSPORT: "tcp", Name.DIRECTION: record.direction}
     _network(record, attributes)
     if isinstance(record, HttpRecord):
-        described = _rpc(record, attributes) if record.grpc else _http(record, attributes, query=query)
+        described = (
+            _rpc(record, attributes) if record.grpc else _http(record, attributes, query=query)
+        )
         _exchange(record, described)
     else:
         described = Described("TCP", attributes)
@@ -136,7 +138,10 @@ def describe(record: Record, *, query: bool = False) -> Described:
         attributes[Name.ERROR] = record.failure
         described.error = _words(record)
     if record.loop is not None:
-        loop: dict[str, Value] = {Name.LOOP_KIND: record.loop, Name.LOOP_CYCLE: _text(record.cycle or record.words)}
+        loop: dict[str, Value] = {
+            Name.LOOP_KIND: record.loop,
+            Name.LOOP_CYCLE: _text(record.cycle or record.words),
+        }
         attributes[Name.LOOP_KIND] = record.loop
         described.events.append((Name.LOOP_EVENT, record.ended, loop))
     return described
@@ -144,18 +149,27 @@ def describe(record: Record, *, query: bool = False) -> Described:
 
 # Reasons whose message is written by the proxy and the directory only: addresses, identities,
 # limits. The messages of other reasons may quote a peer.
-_OWN_WORDS = re.compile(r"(connect_|tls_|loop|no_endpoint|pool_|identity_|upstream_timeout|request_timeout|.*budget|.*breaker)")
+_OWN_WORDS = re.compile(
+    r"(connect_|tls_|loop|no_endpoint|pool_|identity_|upstream_timeout|request_timeout|.*budget|.*breaker)"
+)
 
 
 def _words(record: Record) -> str:
-    return _text(record.words) if record.failure is not None and _OWN_WORDS.match(record.failure) else ""
+    return (
+        _text(record.words)
+        if record.failure is not None and _OWN_WORDS.match(record.failure)
+        else ""
+    )
 
 
 def _network(record: Record, attributes: dict[str, Value]) -> None:
     if record.peer is not None:
         attributes |= {Name.PEER_ADDRESS: record.peer.host, Name.PEER_PORT: record.peer.port}
         if record.kind == "server":
-            attributes |= {Name.CLIENT_ADDRESS: record.peer.host, Name.CLIENT_PORT: record.peer.port}
+            attributes |= {
+                Name.CLIENT_ADDRESS: record.peer.host,
+                Name.CLIENT_PORT: record.peer.port,
+            }
     if record.destination is not None:
         attributes[Name.DESTINATION] = _authority(record.destination)
     if record.identity:
@@ -175,7 +189,9 @@ def _network(record: Record, attributes: dict[str, Value]) -> None:
     if record.service is not None:
         attributes[Name.SERVICE] = record.service
     if record.chosen is not None:
-        cluster, slash, _ = record.chosen.partition("/") if record.chosen.count("/") > 1 else ("", "", "")
+        cluster, slash, _ = (
+            record.chosen.partition("/") if record.chosen.count("/") > 1 else ("", "", "")
+        )
         if record.chosen != record.service:
             attributes[Name.BACKEND] = record.chosen
         if slash:
@@ -192,7 +208,10 @@ def _exchange(record: HttpRecord, described: Described) -> None:
         attributes[Name.SERVER_PORT] = port
     if version := _version(record):
         attributes |= {Name.PROTOCOL: "http", Name.PROTOCOL_VERSION: version}
-    attributes |= {Name.REQUEST_SIZE: record.request_bytes, Name.RESPONSE_SIZE: record.response_bytes}
+    attributes |= {
+        Name.REQUEST_SIZE: record.request_bytes,
+        Name.RESPONSE_SIZE: record.response_bytes,
+    }
     if record.attempt:
         attributes[Name.RESEND_COUNT] = record.attempt
     if record.agent is not None and record.kind == "server":
@@ -208,7 +227,9 @@ _ALPN = {b"http/1.1": "1.1", b"h2": "2"}
 
 def _version(record: HttpRecord) -> str:
     """The HTTP version of the span's connection; the next hop may use another than the client."""
-    agreed = _ALPN.get(record.tls.alpn) if record.kind == "client" and record.tls is not None else None
+    agreed = (
+        _ALPN.get(record.tls.alpn) if record.kind == "client" and record.tls is not None else None
+    )
     return agreed or _text(record.version)
 
 
@@ -263,7 +284,11 @@ def _grpc_code(record: HttpRecord) -> str | None:
     if record.grpc_status is None:
         return None
     text = record.grpc_status.decode("ascii", "replace")
-    return GRPC_CODES[int(text)] if text.isdecimal() and len(text) < 3 and int(text) < len(GRPC_CODES) else "UNKNOWN"
+    return (
+        GRPC_CODES[int(text)]
+        if text.isdecimal() and len(text) < 3 and int(text) < len(GRPC_CODES)
+        else "UNKNOWN"
+    )
 
 
 def _path(target: bytes) -> tuple[str, str]:
@@ -286,7 +311,10 @@ def _path(target: bytes) -> tuple[str, str]:
 def redacted(query: str) -> str:
     """A query string with the values of known signatures and keys replaced."""
     parts = [part.partition("=") for part in query.split("&")]
-    return "&".join(f"{key}=REDACTED" if key in SECRET_PARAMETERS else key + equals + value for key, equals, value in parts)
+    return "&".join(
+        f"{key}=REDACTED" if key in SECRET_PARAMETERS else key + equals + value
+        for key, equals, value in parts
+    )
 
 
 _HOST_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:@\[\]]*))(?::([0-9]{1,5}))?\Z")
@@ -304,7 +332,11 @@ def _host_port(record: HttpRecord) -> tuple[str, int | None]:
 
 
 def _authority(address: Address) -> str:
-    return f"[{address.host}]:{address.port}" if ":" in address.host else f"{address.host}:{address.port}"
+    return (
+        f"[{address.host}]:{address.port}"
+        if ":" in address.host
+        else f"{address.host}:{address.port}"
+    )
 
 
 def _text(raw: bytes | str) -> str:

@@ -29,13 +29,19 @@ _LONGEST = 4096
 # Of the flags, only the known bits may be used (section 3.2.4).
 _FLAGS = {b"%02x" % bits: (bits & SAMPLED != 0, bits & RANDOM != 0) for bits in range(256)}
 _BITS = {(True, False): b"01", (True, True): b"03", (False, False): b"00", (False, True): b"02"}
-_PARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?\Z", re.DOTALL)
+_PARENT = re.compile(
+    rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?\Z", re.DOTALL
+)
 # The header's line in its usual form, after another line: version 00 and known flags only. And the
 # offset of the span id in it.
-USUAL = re.compile(rb"\n.{11}: 00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-0(?:([13])|[02])\r\n")
+USUAL = re.compile(
+    rb"\n.{11}: 00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-0(?:([13])|[02])\r\n"
+)
 USUAL_SPAN = len(b"\ntraceparent: 00-%b-" % NO_TRACE)
 _STATE = b"\ntracestate: "
-_KEY = re.compile(r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})\Z")
+_KEY = re.compile(
+    r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})\Z"
+)
 _VALUE = re.compile(r"[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]\Z")
 
 
@@ -45,14 +51,23 @@ def parse(traceparent: bytes) -> TraceContext | None:
     if match is None:
         return None
     version, trace, span, flags, rest = match.groups()
-    if trace == NO_TRACE or span == NO_SPAN or version == b"ff" or (rest is not None and version == b"00"):
+    if (
+        trace == NO_TRACE
+        or span == NO_SPAN
+        or version == b"ff"
+        or (rest is not None and version == b"00")
+    ):
         return None
     return TraceContext(trace, span, *_FLAGS[flags])
 
 
 def traceparent(context: TraceContext) -> bytes:
     """The header's value, always of version 00, with its flags (sampled, random)."""
-    return b"00-%b-%b-%b" % (context.trace_id, context.span_id, _BITS[context.sampled is True, context.random])
+    return b"00-%b-%b-%b" % (
+        context.trace_id,
+        context.span_id,
+        _BITS[context.sampled is True, context.random],
+    )
 
 
 def _read(places: Places, fields: list[Field]) -> TraceContext | None:
@@ -68,7 +83,11 @@ def _state(places: Places, fields: list[Field]) -> tuple[bytes, ...]:
     """The tracestate for the span. Empty if it is too long to wait in the queue."""
     place = places[b"tracestate"]
     every = place == REPEATED
-    state = tuple([value for name, value in fields if name.lower() == b"tracestate"]) if every else (fields[place][1],)
+    state = (
+        tuple([value for name, value in fields if name.lower() == b"tracestate"])
+        if every
+        else (fields[place][1],)
+    )
     return state if sum(map(len, state)) <= _LONGEST else ()
 
 

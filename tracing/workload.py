@@ -30,7 +30,11 @@ def owner(name: str, labels: Mapping[str, str]) -> dict[str, str]:
     template = labels.get("pod-template-hash", "")
     if template:
         base, found, _ = name.rpartition(f"-{template}-")
-        return {"k8s.deployment.name": base, "k8s.replicaset.name": f"{base}-{template}"} if found and base else {}
+        return (
+            {"k8s.deployment.name": base, "k8s.replicaset.name": f"{base}-{template}"}
+            if found and base
+            else {}
+        )
     if "statefulset.kubernetes.io/pod-name" in labels or "apps.kubernetes.io/pod-index" in labels:
         return _named("k8s.statefulset.name", _ORDINAL, name)
     job = labels.get("batch.kubernetes.io/job-name") or labels.get("job-name")
@@ -70,13 +74,23 @@ def service(attributes: Mapping[str, str], *, labels: bool) -> dict[str, str]:
         return next((value for value in values if value), "")
 
     namespace = attributes.get("k8s.namespace.name", "")
-    parts = [attributes.get(key, "") for key in ("k8s.namespace.name", "k8s.pod.name", "k8s.container.name")]
+    parts = [
+        attributes.get(key, "")
+        for key in ("k8s.namespace.name", "k8s.pod.name", "k8s.container.name")
+    ]
     found = {
-        "service.name": first(label("instance"), label("name"), *(attributes.get(key, "") for key in _OWNERS)) or "unknown_service:isthmus",
+        "service.name": (
+            first(label("instance"), label("name"), *(attributes.get(key, "") for key in _OWNERS))
+            or "unknown_service:isthmus"
+        ),
         "service.namespace": namespace,
         "service.version": label("version"),
         "service.instance.id": ".".join(part for part in parts if part) if parts[1] else "",
     }
     annotated = f"k8s.pod.annotation.{ANNOTATION}"
-    found |= {key.removeprefix(annotated): value for key, value in attributes.items() if key.startswith(annotated)}
+    found |= {
+        key.removeprefix(annotated): value
+        for key, value in attributes.items()
+        if key.startswith(annotated)
+    }
     return {key: value for key, value in found.items() if value}

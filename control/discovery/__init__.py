@@ -10,5 +10,6 @@
     document.py   entries -> the document of a directory file
     discovery.py  reflectors -> catalog -> whoever wants to know
 
-All but the last are pure and synchronous: the same facts give the same entries, in whichever order they came.
+All but the last are pure and synchronous: the same facts give the same entries, in whichever order
+they came.
 """

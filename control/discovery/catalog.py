@@ -1,12 +1,14 @@
 """All facts, and the entries that they make: incremental, by key.
 
-A fact that comes, changes or goes makes some services stale: its own one, those whose endpoints have its address, those that share an
-address with it. `flush` makes the entries of stale services anew, and says which of them are different now. Nothing depends on the order in
-which facts come: a slice may be there before its service, an endpoint before its pod.
+A fact that comes, changes or goes makes some services stale: its own one, those whose endpoints
+have its address, those that share an address with it. `flush` makes the entries of stale services
+anew, and says which of them are different now. Nothing depends on the order in which facts come: a
+slice may be there before its service, an endpoint before its pod.
 
-Addresses are looked up by what has them: pods by their addresses (pods of the host network have that of their node, and are nobody there),
-services by their cluster addresses, slices by the addresses of their endpoints. Where two have one address, while one goes and the other
-comes, the newer one has it.
+Addresses are looked up by what has them: pods by their addresses (pods of the host network have
+that of their node, and are nobody there), services by their cluster addresses, slices by the
+addresses of their endpoints. Where two have one address, while one goes and the other comes, the
+newer one has it.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ class Changes:
 
 
 class Catalog:
-    """See above. `services`, `pods`: the entries as of the last `flush`. `problems`: what is wrong with services, for people."""
+    """See above. `services`, `pods`: the entries as of the last `flush`. `problems`: what is wrong
+    with services, for people."""
 
     def __init__(self, trust_domain: str) -> None:
         """Raises SpiffeIdError, if that is no trust domain."""
@@ -71,10 +74,14 @@ class Catalog:
         self.services: dict[Key, ServiceEntry] = {}
         self.pods: dict[str, PodEntry] = {}
         self.problems: dict[Key, tuple[str, ...]] = {}
-        self.identity = functools.lru_cache(maxsize=4096)(functools.partial(_identity, trust_domain))
+        self.identity = functools.lru_cache(maxsize=4096)(
+            functools.partial(_identity, trust_domain)
+        )
         self._services: dict[Key, ServiceFact] = {}
         self._slices: dict[Key, SliceFact] = {}
-        self._parts: dict[Key, dict[Key, None]] = {}  # the slices of a service, in the order in which they came
+        self._parts: dict[
+            Key, dict[Key, None]
+        ] = {}  # the slices of a service, in the order in which they came
         self._pods: dict[Key, PodFact] = {}
         self._zones: dict[str, str] = {}
         self._holders: Index[Key] = Index()
@@ -95,13 +102,27 @@ class Catalog:
     def service(self, key: Key, fact: ServiceFact | None) -> None:
         """A service."""
         before = _swap(self._services, key, fact)
-        old, new = before.addresses if before is not None else (), fact.addresses if fact is not None else ()
+        old, new = (
+            before.addresses if before is not None else (),
+            fact.addresses if fact is not None else (),
+        )
         for address in self._owners.move(key, old, new):
             self._stale.update(dict.fromkeys(self._owners.at(address)))
             self._touch(address)
-        if before is not None and fact is not None and (before.uid, before.created) != (fact.uid, fact.created):
-            self._stale.update((other, None) for address in new for other in self._owners.at(address))
-        if before is None or fact is None or (before.identity, before.created, before.uid) != (fact.identity, fact.created, fact.uid):
+        if (
+            before is not None
+            and fact is not None
+            and (before.uid, before.created) != (fact.uid, fact.created)
+        ):
+            self._stale.update(
+                (other, None) for address in new for other in self._owners.at(address)
+            )
+        if (
+            before is None
+            or fact is None
+            or (before.identity, before.created, before.uid)
+            != (fact.identity, fact.created, fact.uid)
+        ):
             for part in self._parts.get(key, ()):
                 self._touch_shared(self._slices[part])
         self._stale[key] = None
@@ -141,7 +162,9 @@ class Catalog:
             self._zones[name] = zone
         for part in self._unplaced.at(name):
             self._stale[self._slices[part].service] = None
-        self._moved.update((address, None) for address, entry in self.pods.items() if entry.node == name)
+        self._moved.update(
+            (address, None) for address, entry in self.pods.items() if entry.node == name
+        )
 
     def _touch(self, address: str) -> None:
         """Services that list `address` are stale."""
@@ -189,11 +212,19 @@ class Catalog:
             return None
         (namespace, _), pod = holder
         identity = self.identity(namespace, pod.account)
-        return None if identity is None else PodEntry(address, identity, pod.skip_ports, self.zone(pod.node), pod.node)
+        return (
+            None
+            if identity is None
+            else PodEntry(address, identity, pod.skip_ports, self.zone(pod.node), pod.node)
+        )
 
     def _owner(self, address: str) -> Key | None:
         """The service whose cluster address this is: of those that claim it the newest one."""
-        return max(self._owners.at(address), key=lambda key: (self._services[key].created, self._services[key].uid), default=None)
+        return max(
+            self._owners.at(address),
+            key=lambda key: (self._services[key].created, self._services[key].uid),
+            default=None,
+        )
 
     # What judge.py asks...
 
@@ -206,7 +237,11 @@ class Catalog:
         keys = self._holders.at(address)
         if not keys:
             return None
-        key = keys[0] if len(keys) == 1 else max(keys, key=lambda key: (self._pods[key].created, self._pods[key].uid))
+        key = (
+            keys[0]
+            if len(keys) == 1
+            else max(keys, key=lambda key: (self._pods[key].created, self._pods[key].uid))
+        )
         return key, self._pods[key]
 
     def is_cluster_address(self, address: str) -> bool:
@@ -219,7 +254,9 @@ class Catalog:
 
     def external(self, address: str) -> SpiffeId | None:
         """See judge.World."""
-        oldest = min(self._claims(address), key=lambda service: (service.created, service.uid), default=None)
+        oldest = min(
+            self._claims(address), key=lambda service: (service.created, service.uid), default=None
+        )
         return oldest.identity if oldest is not None else None
 
     def _claims(self, address: str) -> Iterator[ServiceFact]:
@@ -227,9 +264,16 @@ class Catalog:
         for part in self._listed.at(address):
             fact = self._slices[part]
             service = self._services.get(fact.service)
-            if service is None or service.careful or (service.identity is not None and self.is_host(address)):
+            if (
+                service is None
+                or service.careful
+                or (service.identity is not None and self.is_host(address))
+            ):
                 continue
-            if any(endpoint.address == address and endpoint.target is None for endpoint in fact.endpoints):
+            if any(
+                endpoint.address == address and endpoint.target is None
+                for endpoint in fact.endpoints
+            ):
                 yield service
 
     def zone(self, node: str) -> str:
@@ -262,7 +306,11 @@ def _addresses(fact: SliceFact | None) -> list[str]:
 
 
 def _unplaced(fact: SliceFact | None) -> list[str]:
-    return [endpoint.node for endpoint in fact.endpoints if endpoint.node and not endpoint.zone] if fact is not None else []
+    return (
+        [endpoint.node for endpoint in fact.endpoints if endpoint.node and not endpoint.zone]
+        if fact is not None
+        else []
+    )
 
 
 def _held(fact: PodFact | None, *, host: bool = False) -> tuple[str, ...]:

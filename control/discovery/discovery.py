@@ -1,11 +1,13 @@
-"""Reflectors of services, slices, pods and nodes; the catalog; and whoever wants to know what has changed.
+"""Reflectors of services, slices, pods and nodes; the catalog; and whoever wants to know what has
+changed.
 
-Pods are read whole, and not as metadata: the service account of a pod and its addresses are what identities are derived from, and of these
-metadata says nothing that its owner could not have written. Pods that have ended are left out by the server.
+Pods are read whole, and not as metadata: the service account of a pod and its addresses are what
+identities are derived from, and of these metadata says nothing that its owner could not have
+written. Pods that have ended are left out by the server.
 
-Nothing is told before all four lists are complete: without its pod an endpoint would be no endpoint. After that changes are collected for a
-moment (`settle`), and for no longer than `delay`, and told together. What API servers do is no reason to take anything back: see
-reflector.py.
+Nothing is told before all four lists are complete: without its pod an endpoint would be no
+endpoint. After that changes are collected for a moment (`settle`), and for no longer than `delay`,
+and told together. What API servers do is no reason to take anything back: see reflector.py.
 """
 
 from __future__ import annotations
@@ -37,9 +39,16 @@ class DiscoveryRules:
 
 
 class Discovery:
-    """Keeps a catalog up to date. `tell` is called with each set of changes, and must not wait; the first has everything."""
+    """Keeps a catalog up to date. `tell` is called with each set of changes, and must not wait; the
+    first has everything."""
 
-    def __init__(self, client: Client, trust_domain: str, tell: Callable[[Changes], None], rules: DiscoveryRules | None = None) -> None:
+    def __init__(
+        self,
+        client: Client,
+        trust_domain: str,
+        tell: Callable[[Changes], None],
+        rules: DiscoveryRules | None = None,
+    ) -> None:
         self.catalog = Catalog(trust_domain)
         self.ready = trio.Event()  # everything was told once
         self._tell = tell
@@ -47,7 +56,9 @@ class Discovery:
         self._stale = trio.Event()
         catalog = self.catalog
         self.reflectors: Sequence[Reflector[Any, Any]] = (
-            Reflector(client, NODES, node_zone, self._heard(lambda key, zone: catalog.node(key[1], zone))),
+            Reflector(
+                client, NODES, node_zone, self._heard(lambda key, zone: catalog.node(key[1], zone))
+            ),
             Reflector(client, PODS, pod_fact, self._heard(catalog.pod), RUNNING),
             Reflector(client, SERVICES, service_fact, self._heard(catalog.service)),
             Reflector(client, SLICES, slice_fact, self._heard(catalog.slice)),
@@ -70,7 +81,11 @@ class Discovery:
             self._flush()
             self.ready.set()
             catalog = self.catalog
-            _log.info("discovery is complete: %d services, %d meshed addresses", len(catalog.services), len(catalog.pods))
+            _log.info(
+                "discovery is complete: %d services, %d meshed addresses",
+                len(catalog.services),
+                len(catalog.pods),
+            )
             while True:
                 await self._stale.wait()
                 await self._settle()

@@ -14,8 +14,9 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
 
 class EndpointEntry(Entry, frozen=True):
-    """A place that serves. `identity` None: clear text; else only this peer is accepted there, except on `skip_ports`. `ports`: for each
-    port of the service that it serves, its own one. The rest is for views.py."""
+    """A place that serves. `identity` None: clear text; else only this peer is accepted there,
+    except on `skip_ports`. `ports`: for each port of the service that it serves, its own one. The
+    rest is for views.py."""
 
     address: str
     identity: SpiffeId | None
@@ -38,8 +39,8 @@ class PortEntry(Entry, frozen=True):
 
 
 class ServiceEntry(Entry, frozen=True):
-    """A service, which is this one only as long as `uid` is the same: names and addresses are used again. `local`: it is served on the
-    client's node only."""
+    """A service, which is this one only as long as `uid` is the same: names and addresses are used
+    again. `local`: it is served on the client's node only."""
 
     key: Key
     uid: str

@@ -1,7 +1,7 @@
 """What is kept of each object: the fields that decide something, in a compact form.
 
-Two objects with equal facts are the same to discovery, so a change of anything else is none. Addresses are canonical here, and ports are
-those of TCP: nothing else is carried by proxies.
+Two objects with equal facts are the same to discovery, so a change of anything else is none.
+Addresses are canonical here, and ports are those of TCP: nothing else is carried by proxies.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Fact(msgspec.Struct, frozen=True, gc=False):
 
 
 class PodFact(Fact, frozen=True):
-    """A pod that may be running. `account`: its service account, which the API server has checked. `skip_ports`: see marks.py. `problems`:
-    what could not be read, for people."""
+    """A pod that may be running. `account`: its service account, which the API server has checked.
+    `skip_ports`: see marks.py. `problems`: what could not be read, for people."""
 
     uid: str
     account: str
@@ -38,7 +38,8 @@ class PodFact(Fact, frozen=True):
 
 
 class PortFact(Fact, frozen=True):
-    """A port of a service. `target`: the port of its endpoints, as far as the service says it as a number."""
+    """A port of a service. `target`: the port of its endpoints, as far as the service says it as a
+    number."""
 
     name: str
     port: int
@@ -47,8 +48,8 @@ class PortFact(Fact, frozen=True):
 
 
 class ServiceFact(Fact, frozen=True):
-    """A service. `local`: only endpoints of the client's own node serve it. `identity`: of endpoints that are no pods; `careful`: it should
-    have said one, which could not be read."""
+    """A service. `local`: only endpoints of the client's own node serve it. `identity`: of
+    endpoints that are no pods; `careful`: it should have said one, which could not be read."""
 
     uid: str
     created: str
@@ -66,8 +67,8 @@ State = Literal["ready", "draining", "unready"]
 
 
 class EndpointFact(Fact, frozen=True):
-    """An endpoint as a slice has it. `target`: the pod that it names; None: it names none. `zones`, `nodes`: the clients that it is meant
-    for. "draining": it is terminating, and still serves."""
+    """An endpoint as a slice has it. `target`: the pod that it names; None: it names none. `zones`,
+    `nodes`: the clients that it is meant for. "draining": it is terminating, and still serves."""
 
     address: str
     state: State
@@ -80,7 +81,8 @@ class EndpointFact(Fact, frozen=True):
 
 
 class SliceFact(Fact, frozen=True):
-    """Some endpoints of a service. `ports`: name and number (None: the one that is dialled). `order`: a newer slice has a higher one."""
+    """Some endpoints of a service. `ports`: name and number (None: the one that is dialled).
+    `order`: a newer slice has a higher one."""
 
     service: Key
     order: tuple[int, str]
@@ -109,7 +111,17 @@ def pod_fact(pod: Pod) -> PodFact | None:
     ips = tuple(ip for ip in given if ip is not None)
     account = spec.service_account_name or "default"
     created = meta.creation_timestamp or ""
-    return PodFact(meta.uid, account, ips, spec.node_name, spec.host_network, meshed, skip_ports, created, problems)
+    return PodFact(
+        meta.uid,
+        account,
+        ips,
+        spec.node_name,
+        spec.host_network,
+        meshed,
+        skip_ports,
+        created,
+        problems,
+    )
 
 
 def service_fact(service: Service) -> ServiceFact | None:
@@ -133,14 +145,27 @@ def service_fact(service: Service) -> ServiceFact | None:
     ports: dict[int, PortFact] = {}
     for port in spec.ports or ():
         if port.protocol == "TCP" and 1 <= port.port <= 65535:
-            target = port.target_port if isinstance(port.target_port, int) and port.target_port > 0 else port.port
+            target = (
+                port.target_port
+                if isinstance(port.target_port, int) and port.target_port > 0
+                else port.port
+            )
             protocol = Hint.OPAQUE if port.port in opaque else marks.hint(port.app_protocol)
             ports.setdefault(port.port, PortFact(port.name or "", port.port, target, protocol))
     given = (canonical(ip) for ip in spec.cluster_ips or (spec.cluster_ip,))
     addresses = tuple(ip for ip in given if ip is not None)
     local = spec.internal_traffic_policy == "Local"
     created = meta.creation_timestamp or ""
-    return ServiceFact(meta.uid, created, addresses, tuple(ports.values()), local, identity, careful, tuple(problems))
+    return ServiceFact(
+        meta.uid,
+        created,
+        addresses,
+        tuple(ports.values()),
+        local,
+        identity,
+        careful,
+        tuple(problems),
+    )
 
 
 def slice_fact(found: EndpointSlice) -> SliceFact | None:
@@ -162,8 +187,18 @@ def slice_fact(found: EndpointSlice) -> SliceFact | None:
             problems.append(f"slice {meta.name}: {said[:60]!r} is not the address of one place")
         else:
             endpoints.append(fact)
-    version = int(meta.resource_version) if meta.resource_version.isascii() and meta.resource_version.isdigit() else 0
-    return SliceFact((meta.namespace, name), (version, meta.name), ports, tuple(endpoints), tuple(problems[:_MOST_PROBLEMS]))
+    version = (
+        int(meta.resource_version)
+        if meta.resource_version.isascii() and meta.resource_version.isdigit()
+        else 0
+    )
+    return SliceFact(
+        (meta.namespace, name),
+        (version, meta.name),
+        ports,
+        tuple(endpoints),
+        tuple(problems[:_MOST_PROBLEMS]),
+    )
 
 
 def node_zone(node: PartialObjectMetadata) -> str | None:
@@ -190,12 +225,22 @@ def _endpoint(endpoint: SliceEndpoint, namespace: str) -> EndpointFact | None:
     zones = frozenset(zone.name for zone in hints.for_zones or ()) if hints is not None else _NONE
     nodes = frozenset(node.name for node in hints.for_nodes or ()) if hints is not None else _NONE
     state: State = "ready" if ready else "draining" if draining else "unready"
-    return EndpointFact(address, state, target, endpoint.node_name or "", (endpoint.zone or "")[:63], endpoint.hostname or "", zones, nodes)
+    return EndpointFact(
+        address,
+        state,
+        target,
+        endpoint.node_name or "",
+        (endpoint.zone or "")[:63],
+        endpoint.hostname or "",
+        zones,
+        nodes,
+    )
 
 
 @functools.lru_cache(maxsize=65536)
 def canonical(text: str) -> str | None:
-    """An IP address in its one form; None: it is none, or not the address of one place that a connection could go to."""
+    """An IP address in its one form; None: it is none, or not the address of one place that a
+    connection could go to."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -204,7 +249,12 @@ def canonical(text: str) -> str | None:
         if address.scope_id:
             return None
         address = address.ipv4_mapped or address
-    if address.is_unspecified or address.is_multicast or address.is_loopback or address.is_link_local:
+    if (
+        address.is_unspecified
+        or address.is_multicast
+        or address.is_loopback
+        or address.is_link_local
+    ):
         return None
     return str(address)
 

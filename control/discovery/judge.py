@@ -1,8 +1,9 @@
 """Whom an endpoint's address belongs to, and so who is expected there.
 
-An EndpointSlice is written by controllers, and by anybody with the right to write slices in a namespace, who may put any address into it
-(CVE-2021-25740). So a slice says where a service is served, and never who is there. That is said by pods: their service account is checked
-by the API server, their addresses are written by kubelets, and their mark by the injector.
+An EndpointSlice is written by controllers, and by anybody with the right to write slices in a
+namespace, who may put any address into it (CVE-2021-25740). So a slice says where a service is
+served, and never who is there. That is said by pods: their service account is checked by the API
+server, their addresses are written by kubelets, and their mark by the injector.
 
     the address is      the endpoint names                 then
     ------------------  ---------------------------------  -------------------------------------------------
@@ -15,10 +16,12 @@ by the API server, their addresses are written by kubelets, and their mark by th
     nobody's            no pod                             what the service says of it (isthmus.dev/endpoint-identity), or clear text
     a node's            no pod                             the same, but no identity: pods of the host network have none
 
-One address means one identity, whoever lists it. Where services disagree about an address that is no pod's, the oldest one is right: nobody
-can take an address from a service that uses it already, and the others' endpoints are refused.
+One address means one identity, whoever lists it. Where services disagree about an address that is
+no pod's, the oldest one is right: nobody can take an address from a service that uses it already,
+and the others' endpoints are refused.
 
-A refused endpoint is none: it gets no connection, neither in clear text nor otherwise, and nothing else takes its place.
+A refused endpoint is none: it gets no connection, neither in clear text nor otherwise, and nothing
+else takes its place.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ _NO_PORTS: frozenset[int] = frozenset()
 
 
 class World(Protocol):
-    """All that is known of the cluster. `holder`: the pod that has an address, and the network namespace behind it, for itself."""
+    """All that is known of the cluster. `holder`: the pod that has an address, and the network
+    namespace behind it, for itself."""
 
     def pod_of(self, key: Key) -> PodFact | None: ...
     def holder(self, address: str) -> tuple[Key, PodFact] | None: ...
@@ -45,7 +49,8 @@ class World(Protocol):
 
 
 class Who(NamedTuple):
-    """Who is expected at an address (None: nobody in particular, in clear text), but for `skip_ports`."""
+    """Who is expected at an address (None: nobody in particular, in clear text), but for
+    `skip_ports`."""
 
     identity: SpiffeId | None
     skip_ports: frozenset[int]
@@ -57,7 +62,9 @@ class Refusal(NamedTuple):
     why: str
 
 
-def judge(endpoint: EndpointFact, namespace: str, service: ServiceFact, world: World) -> Who | Refusal:
+def judge(
+    endpoint: EndpointFact, namespace: str, service: ServiceFact, world: World
+) -> Who | Refusal:
     """Who is expected at an endpoint of a service of `namespace`."""
     address = endpoint.address
     if world.is_cluster_address(address):
@@ -79,7 +86,9 @@ def judge(endpoint: EndpointFact, namespace: str, service: ServiceFact, world: W
     return Who(service.identity, _NO_PORTS)
 
 
-def _named(endpoint: EndpointFact, namespace: str, holder: tuple[Key, PodFact] | None, world: World) -> Who | Refusal:
+def _named(
+    endpoint: EndpointFact, namespace: str, holder: tuple[Key, PodFact] | None, world: World
+) -> Who | Refusal:
     """Of an endpoint that names a pod."""
     address = endpoint.address
     space, name, uid = endpoint.target or ("", "", "")
@@ -87,7 +96,9 @@ def _named(endpoint: EndpointFact, namespace: str, holder: tuple[Key, PodFact] |
         return Refusal(f"{address} names a pod of another namespace, {space}/{name}")
     pod = world.pod_of((space, name))
     if pod is None or (uid and uid != pod.uid):
-        return Refusal("")  # not seen yet, or seen no more: the slice, or the pod, is a moment behind
+        return Refusal(
+            ""
+        )  # not seen yet, or seen no more: the slice, or the pod, is a moment behind
     if address not in pod.ips:
         return Refusal(f"{address} is not an address of the pod {name}" if pod.ips else "")
     if not pod.host_network and (holder is None or holder[0] != (space, name)):
@@ -100,5 +111,8 @@ def _of(pod: PodFact, namespace: str, world: World) -> Who | Refusal:
         return Who(None, _NO_PORTS)
     identity = world.identity(namespace, pod.account)
     if identity is None:
-        return Refusal(f"a pod of the service account {pod.account} cannot have an identity: its name is too long")
+        return Refusal(
+            f"a pod of the service account {pod.account} cannot have an identity: its name is too"
+            " long"
+        )
     return Who(identity, pod.skip_ports)

@@ -1,8 +1,9 @@
 """Labels and annotations that discovery reads, and their values.
 
-The injector marks a pod that it has given a sidecar by a label, and writes beside it which ports the sidecar does not stand before. A
-mark that cannot be read is taken for the more careful thing: a pod with an odd mark is meshed, a list of ports with a mistake is no list.
-So a typing error makes a connection fail, and does not send it in clear text.
+The injector marks a pod that it has given a sidecar by a label, and writes beside it which ports
+the sidecar does not stand before. A mark that cannot be read is taken for the more careful thing: a
+pod with an odd mark is meshed, a list of ports with a mistake is no list. So a typing error makes a
+connection fail, and does not send it in clear text.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ from control.contract import ADMIN_PORT, MOST_PORTS, Hint
 
 # Of pods. Written by the injector, or by hand beside a sidecar that is written by hand.
 MESHED = "isthmus.dev/meshed"  # label: "true"
-SKIP_INBOUND_PORTS = "isthmus.dev/skip-inbound-ports"  # annotation: ports and ranges, "4567,4568,5000-5010"
+SKIP_INBOUND_PORTS = (
+    "isthmus.dev/skip-inbound-ports"  # annotation: ports and ranges, "4567,4568,5000-5010"
+)
 ADMIN = "isthmus.dev/admin-port"  # annotation: "4191"
 
 # Of services.
 OPAQUE_PORTS = "isthmus.dev/opaque-ports"  # annotation: ports and ranges that clients connect to
-ENDPOINT_IDENTITY = "isthmus.dev/endpoint-identity"  # annotation: a SPIFFE ID, of endpoints that are no pods of this cluster
+# annotation: a SPIFFE ID, of endpoints that are no pods of this cluster
+ENDPOINT_IDENTITY = "isthmus.dev/endpoint-identity"
 
 ZONE = "topology.kubernetes.io/zone"
 SERVICE_NAME = "kubernetes.io/service-name"
 
-# appProtocol: the names of IANA and of Kubernetes (KEP-3726), and what other meshes have made usual. Everything else is found out by
-# detection.
+# appProtocol: the names of IANA and of Kubernetes (KEP-3726), and what other meshes have made
+# usual. Everything else is found out by detection.
 _PROTOCOLS: Mapping[str, Hint] = {
     "http": Hint.HTTP1,
     "kubernetes.io/ws": Hint.HTTP1,
@@ -77,7 +81,9 @@ def port_list(text: str) -> frozenset[int]:
 def skipped_ports(annotations: Mapping[str, str]) -> frozenset[int]:
     """The ports of a meshed pod that its sidecar does not stand before. Raises MarkError."""
     admin = annotations.get(ADMIN)
-    return port_list(annotations.get(SKIP_INBOUND_PORTS, "")) | {_port(admin.strip(), admin) if admin is not None else ADMIN_PORT}
+    return port_list(annotations.get(SKIP_INBOUND_PORTS, "")) | {
+        _port(admin.strip(), admin) if admin is not None else ADMIN_PORT
+    }
 
 
 def _port(text: str, whole: str) -> int:

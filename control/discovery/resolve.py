@@ -1,8 +1,8 @@
 """A service and its slices, and what is known of pods: the service's entry.
 
-An endpoint may stand in two slices, while it is moved between them, or because each has some of its ports: it is one, and where they
-disagree the newer slice is right. A port of the service is looked for by its name in each slice, since a named target port may have another
-number in each pod.
+An endpoint may stand in two slices, while it is moved between them, or because each has some of its
+ports: it is one, and where they disagree the newer slice is right. A port of the service is looked
+for by its name in each slice, since a named target port may have another number in each pod.
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ _MOST_PROBLEMS = 10
 
 
 def resolve(
-    key: Key, service: ServiceFact, addresses: tuple[str, ...], slices: Iterable[SliceFact], world: World
+    key: Key,
+    service: ServiceFact,
+    addresses: tuple[str, ...],
+    slices: Iterable[SliceFact],
+    world: World,
 ) -> tuple[ServiceEntry, tuple[str, ...]]:
-    """The entry of a service, and what is wrong with it, for people. `addresses`: those of its own that are no other service's."""
+    """The entry of a service, and what is wrong with it, for people. `addresses`: those of its own
+    that are no other service's."""
     problems = list(service.problems)
     newest: dict[str, tuple[EndpointFact, Who]] = {}
     ports: dict[str, dict[int, int]] = {}
@@ -36,7 +41,8 @@ def resolve(
             newest[endpoint.address] = endpoint, who
             ports.setdefault(endpoint.address, {}).update(numbers)
     endpoints = tuple(
-        _entry(endpoint, who, ports[address], world) for address, (endpoint, who) in sorted(newest.items(), key=lambda item: item[0])
+        _entry(endpoint, who, ports[address], world)
+        for address, (endpoint, who) in sorted(newest.items(), key=lambda item: item[0])
     )
     listed = tuple(PortEntry(port.port, port.target, port.protocol) for port in service.ports)
     shown = tuple(dict.fromkeys(problems))[:_MOST_PROBLEMS]

@@ -10,6 +10,6 @@
     recorder.py    events
     reviews.py     token and access reviews
 
-No client library of the ecosystem runs on trio and survives a 410 (the rules are those of the API's documentation, "Efficient detection of
-changes", and of client-go's reflector).
+No client library of the ecosystem runs on trio and survives a 410 (the rules are those of the API's
+documentation, "Efficient detection of changes", and of client-go's reflector).
 """

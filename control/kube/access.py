@@ -1,10 +1,13 @@
 """Where the API server is, whom to trust there, and who we are.
 
-In a pod that is the service account's folder: a token and the authority's certificate, both replaced while we run, and both read again each
-minute. Elsewhere it is a kubeconfig, with certificates and tokens as data or as files. What a kubeconfig may do beyond that, it may not
-here: it runs no program (`exec`), names no files if it comes out of a Secret, and cannot switch off verification.
+In a pod that is the service account's folder: a token and the authority's certificate, both
+replaced while we run, and both read again each minute. Elsewhere it is a kubeconfig, with
+certificates and tokens as data or as files. What a kubeconfig may do beyond that, it may not here:
+it runs no program (`exec`), names no files if it comes out of a Secret, and cannot switch off
+verification.
 
-Keys that come as data are never written to a disk: the TLS library wants a path, and gets one of an anonymous file in memory.
+Keys that come as data are never written to a disk: the TLS library wants a path, and gets one of an
+anonymous file in memory.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ import trio
 from control.kube.errors import AccessError
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-# How long (seconds) what was read from a file holds. A kubelet renews a token when 80 % of its life are over, which is an hour or more.
+# How long (seconds) what was read from a file holds. A kubelet renews a token when 80 % of its life
+# are over, which is an hour or more.
 FRESH = 60.0
 # Of a kubeconfig, and of each file that it names.
 MOST_BYTES = 1024 * 1024
@@ -44,7 +48,8 @@ class Secret:
         return f"<Secret {self.path or 'given as data'}>"
 
     def current(self) -> bytes:
-        """What it is now. A file that cannot be read any more is what it was. Raises AccessError if it never was readable."""
+        """What it is now. A file that cannot be read any more is what it was. Raises AccessError if
+        it never was readable."""
         if self.path is not None and trio.current_time() - self._read_at >= FRESH:
             try:
                 self.text = _read(self.path)
@@ -63,13 +68,16 @@ class Secret:
 class Trust:
     """Makes the TLS contexts: whom we trust, and the certificate that we show, if there is one."""
 
-    def __init__(self, authority: Secret, certificate: Secret | None = None, key: Secret | None = None) -> None:
+    def __init__(
+        self, authority: Secret, certificate: Secret | None = None, key: Secret | None = None
+    ) -> None:
         self._parts = (authority, certificate, key)
         self._made: ssl.SSLContext | None = None
         self._of: tuple[bytes, ...] = ()
 
     def context(self) -> ssl.SSLContext:
-        """The context for a new connection: another one when a file has changed. Raises AccessError."""
+        """The context for a new connection: another one when a file has changed. Raises
+        AccessError."""
         current = tuple(part.current() if part is not None else b"" for part in self._parts)
         if self._made is None or current != self._of:
             self._made, self._of = _context(*current), current
@@ -78,8 +86,8 @@ class Trust:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """An API server, and how to speak to it. `host` is an IP literal or a name; `prefix` stands before every path. Without `trust` there
-    is no TLS, which only loopback addresses may have."""
+    """An API server, and how to speak to it. `host` is an IP literal or a name; `prefix` stands
+    before every path. Without `trust` there is no TLS, which only loopback addresses may have."""
 
     host: str
     port: int
@@ -96,13 +104,23 @@ class Access:
 
 def in_cluster(environment: Mapping[str, str], folder: Path = SERVICE_ACCOUNT) -> Access:
     """How a pod reaches its own cluster's API server. Raises AccessError."""
-    host, port = environment.get("KUBERNETES_SERVICE_HOST", ""), environment.get("KUBERNETES_SERVICE_PORT", "")
+    host, port = (
+        environment.get("KUBERNETES_SERVICE_HOST", ""),
+        environment.get("KUBERNETES_SERVICE_PORT", ""),
+    )
     if not host or not port:
-        raise AccessError("not in a cluster: KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set")
+        raise AccessError(
+            "not in a cluster: KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set"
+        )
     token, authority = folder / "token", folder / "ca.crt"
     for path in (token, authority):
         _read(path)
-    return Access(host.strip("[]"), _port(port, "KUBERNETES_SERVICE_PORT"), Trust(Secret(path=authority)), Secret(path=token))
+    return Access(
+        host.strip("[]"),
+        _port(port, "KUBERNETES_SERVICE_PORT"),
+        Trust(Secret(path=authority)),
+        Secret(path=token),
+    )
 
 
 # A kubeconfig...
@@ -166,14 +184,16 @@ def kubeconfig_file(path: Path, context: str = "") -> Access:
 
 
 def kubeconfig(data: bytes, context: str = "", *, folder: Path | None = None) -> Access:
-    """The access in a kubeconfig; `context` is the current one, if it is not said. `folder` is where relative paths begin; None: it may
-    name no files at all. Raises AccessError."""
+    """The access in a kubeconfig; `context` is the current one, if it is not said. `folder` is
+    where relative paths begin; None: it may name no files at all. Raises AccessError."""
     if len(data) > MOST_BYTES:
         raise AccessError(f"kubeconfig: larger than {MOST_BYTES} bytes")
     try:
         found = msgspec.yaml.decode(data, type=_Kubeconfig)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise AccessError(f"kubeconfig: {error}") from None  # not `from error`: it may show the text
+        raise AccessError(
+            f"kubeconfig: {error}"
+        ) from None  # not `from error`: it may show the text
     contexts = {entry.name: entry.context for entry in found.contexts or ()}
     name = context or found.current_context
     chosen = contexts.get(name)
@@ -184,7 +204,9 @@ def kubeconfig(data: bytes, context: str = "", *, folder: Path | None = None) ->
     cluster = clusters.get(chosen.cluster)
     user = users.get(chosen.user) if chosen.user else _User()
     if cluster is None or user is None:
-        raise AccessError(f"kubeconfig: the context {name!r} names a cluster or a user that is not there")
+        raise AccessError(
+            f"kubeconfig: the context {name!r} names a cluster or a user that is not there"
+        )
     return _Reader(folder).access(cluster, user)
 
 
@@ -201,24 +223,46 @@ class _Reader:
             host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
         except ValueError as error:
             raise AccessError(f"kubeconfig: server {cluster.server!r}: {error}") from None
-        if url.scheme not in ("https", "http") or not host or url.query or url.fragment or url.username:
-            raise AccessError(f"kubeconfig: server {cluster.server!r} is not an address such as https://10.0.0.1:6443")
+        if (
+            url.scheme not in ("https", "http")
+            or not host
+            or url.query
+            or url.fragment
+            or url.username
+        ):
+            raise AccessError(
+                f"kubeconfig: server {cluster.server!r} is not an address such as"
+                " https://10.0.0.1:6443"
+            )
         token = self._secret("token", user.token, user.token_file, encoded=False)
         prefix = url.path.rstrip("/")
         if url.scheme == "http":
             if not _loopback(host):
-                raise AccessError(f"kubeconfig: server {cluster.server!r}: without TLS only loopback addresses are allowed")
+                raise AccessError(
+                    f"kubeconfig: server {cluster.server!r}: without TLS only loopback addresses"
+                    " are allowed"
+                )
             return Access(host, port, None, token, prefix=prefix)
-        authority = self._secret("certificate-authority", cluster.certificate_authority_data, cluster.certificate_authority)
+        authority = self._secret(
+            "certificate-authority",
+            cluster.certificate_authority_data,
+            cluster.certificate_authority,
+        )
         if authority is None:
-            raise AccessError("kubeconfig: certificate-authority or certificate-authority-data must be given")
-        certificate = self._secret("client-certificate", user.client_certificate_data, user.client_certificate)
+            raise AccessError(
+                "kubeconfig: certificate-authority or certificate-authority-data must be given"
+            )
+        certificate = self._secret(
+            "client-certificate", user.client_certificate_data, user.client_certificate
+        )
         key = self._secret("client-key", user.client_key_data, user.client_key)
         if (certificate is None) != (key is None):
             raise AccessError("kubeconfig: client-certificate and client-key belong together")
         parts = [part.text if part is not None else b"" for part in (authority, certificate, key)]
         _context(*parts)  # so that a mistake is found now
-        return Access(host, port, Trust(authority, certificate, key), token, cluster.tls_server_name, prefix)
+        return Access(
+            host, port, Trust(authority, certificate, key), token, cluster.tls_server_name, prefix
+        )
 
     def _check(self, cluster: _Cluster, user: _User) -> None:
         forbidden = {
@@ -230,14 +274,23 @@ class _Reader:
         }
         for name, used in forbidden.items():
             if used:
-                raise AccessError(f"kubeconfig: {name} is not supported: give a token, or a client certificate, and the authority")
+                raise AccessError(
+                    f"kubeconfig: {name} is not supported: give a token, or a client certificate,"
+                    " and the authority"
+                )
 
     def _secret(self, name: str, data: str, path: str, *, encoded: bool = True) -> Secret | None:
         if data:
             try:
-                return Secret(base64.b64decode(data, validate=True) if encoded else data.encode("ascii"))
+                return Secret(
+                    base64.b64decode(data, validate=True) if encoded else data.encode("ascii")
+                )
             except (binascii.Error, ValueError):
-                raise AccessError(f"kubeconfig: {name} is not base64" if encoded else f"kubeconfig: {name} is not ASCII") from None
+                raise AccessError(
+                    f"kubeconfig: {name} is not base64"
+                    if encoded
+                    else f"kubeconfig: {name} is not ASCII"
+                ) from None
         if not path:
             return None
         if self.folder is None:
@@ -253,7 +306,9 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise AccessError(f"{path}: {error.strerror}") from error
     if not data.strip() or len(data) > MOST_BYTES:
-        raise AccessError(f"{path}: {'empty' if len(data) <= MOST_BYTES else f'larger than {MOST_BYTES} bytes'}")
+        raise AccessError(
+            f"{path}: {'empty' if len(data) <= MOST_BYTES else f'larger than {MOST_BYTES} bytes'}"
+        )
     return data
 
 

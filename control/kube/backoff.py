@@ -1,7 +1,8 @@
 """How long to wait before the next attempt.
 
-Delays double from `first` to `most`, and each is stretched by a random part of itself: clients that have lost one server together do not
-come back together. After a time without failures the next one is a first one again. The figures are those of client-go's reflector.
+Delays double from `first` to `most`, and each is stretched by a random part of itself: clients that
+have lost one server together do not come back together. After a time without failures the next one
+is a first one again. The figures are those of client-go's reflector.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class Backoff:
 
     __slots__ = ("_chance", "_failed", "_next", "_rules")
 
-    def __init__(self, rules: BackoffRules | None = None, chance: random.Random | None = None) -> None:
+    def __init__(
+        self, rules: BackoffRules | None = None, chance: random.Random | None = None
+    ) -> None:
         self._rules = rules or BackoffRules()
         self._chance = chance or random.Random()  # noqa: S311  # it spreads load, and keeps no secret
         self._next = self._rules.first

@@ -1,8 +1,9 @@
 """Requests to the API server.
 
-Every request has limits: of time for connecting, for the head of the answer and for all of it, and of bytes. What fails is tried again
-where that is harmless: reading and applying always, everything else only if the server says that it has done nothing (429). The server's
-Retry-After is obeyed; a server that asks for more than `Limits.patience` gets its answer passed on to the caller.
+Every request has limits: of time for connecting, for the head of the answer and for all of it, and
+of bytes. What fails is tried again where that is harmless: reading and applying always, everything
+else only if the server says that it has done nothing (429). The server's Retry-After is obeyed; a
+server that asks for more than `Limits.patience` gets its answer passed on to the caller.
 
 There are connections for requests, of which a few are kept, and one of its own for each watch.
 """
@@ -43,7 +44,8 @@ _status = msgspec.json.Decoder(Status)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """In seconds, bytes and numbers. `body` is that of one answer, which is a page of a list at most; `line` of one line of a watch."""
+    """In seconds, bytes and numbers. `body` is that of one answer, which is a page of a list at
+    most; `line` of one line of a watch."""
 
     connect: float = 10.0
     head: float = 30.0
@@ -59,7 +61,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Some objects of a kind: in a namespace ("": in all), with labels and fields as selectors say."""
+    """Some objects of a kind: in a namespace ("": in all), with labels and fields as selectors
+    say."""
 
     namespace: str = ""
     labels: str = ""
@@ -75,14 +78,17 @@ Dial = Callable[[Access], Awaitable[trio.abc.Stream]]
 
 
 async def connect(access: Access) -> trio.abc.Stream:
-    """A connection to the API server, with TLS if it has any. Raises OSError, Unreachable, AccessError."""
+    """A connection to the API server, with TLS if it has any. Raises OSError, Unreachable,
+    AccessError."""
     tcp = await trio.open_tcp_stream(access.host, access.port)
     if access.trust is None:
         return tcp
     done = False
     try:
         name = access.server_name or access.host
-        secured = trio.SSLStream(tcp, access.trust.context(), server_hostname=name, https_compatible=True)
+        secured = trio.SSLStream(
+            tcp, access.trust.context(), server_hostname=name, https_compatible=True
+        )
         await secured.do_handshake()
         done = True
     except trio.BrokenResourceError as error:
@@ -107,7 +113,12 @@ class Answer:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
@@ -116,9 +127,16 @@ class Answer:
 
 
 class Client:
-    """Speaks to one API server. `requests` counts what was sent, `refusals` what was answered by an error."""
+    """Speaks to one API server. `requests` counts what was sent, `refusals` what was answered by an
+    error."""
 
-    def __init__(self, access: Access, limits: Limits | None = None, dial: Dial = connect, chance: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        access: Access,
+        limits: Limits | None = None,
+        dial: Dial = connect,
+        chance: random.Random | None = None,
+    ) -> None:
         self.access = access
         self.limits = limits or Limits()
         self.requests = 0
@@ -132,39 +150,78 @@ class Client:
 
     async def get(self, resource: Resource[T], namespace: str, name: str) -> T:
         """One object. Raises KubeError; Refused with 404 if there is none."""
-        request = Request("GET", self._target(resource.path(namespace, name)), [("Accept", resource.accept(listed=False))])
+        request = Request(
+            "GET",
+            self._target(resource.path(namespace, name)),
+            [("Accept", resource.accept(listed=False))],
+        )
         return resource.one(await self.call(request))
 
-    async def page(self, resource: Resource[T], selection: Selection, query: Mapping[str, str], *, attempts: int = 0) -> Page[T]:
+    async def page(
+        self,
+        resource: Resource[T],
+        selection: Selection,
+        query: Mapping[str, str],
+        *,
+        attempts: int = 0,
+    ) -> Page[T]:
         """A page of a list; `query` has `limit`, `continue` and the like. Raises KubeError."""
         target = self._target(resource.path(selection.namespace), {**selection.query(), **query})
         request = Request("GET", target, [("Accept", resource.accept(listed=True))])
         return resource.page(await self.call(request, attempts=attempts))
 
-    async def create(self, resource: Resource[T], item: T, namespace: str = "", *, stored: bool = True) -> T:
-        """Make an object, and return it as it was stored. A review is answered, and not `stored`. Raises KubeError."""
-        request = Request("POST", self._target(resource.path(namespace)), [_JSON], self._body(resource, item))
+    async def create(
+        self, resource: Resource[T], item: T, namespace: str = "", *, stored: bool = True
+    ) -> T:
+        """Make an object, and return it as it was stored. A review is answered, and not `stored`.
+        Raises KubeError."""
+        request = Request(
+            "POST", self._target(resource.path(namespace)), [_JSON], self._body(resource, item)
+        )
         return resource.one(await self.call(request, repeat=not stored), stored=stored)
 
-    async def apply(self, resource: Resource[T], item: Mapping[str, Any], manager: str, *, force: bool = True) -> T:
-        """Server-side apply: own exactly the fields of `item`, which names apiVersion, kind and metadata. `force` takes fields that
-        somebody else has set; without it that is a 409. Raises KubeError."""
+    async def apply(
+        self, resource: Resource[T], item: Mapping[str, Any], manager: str, *, force: bool = True
+    ) -> T:
+        """Server-side apply: own exactly the fields of `item`, which names apiVersion, kind and
+        metadata. `force` takes fields that somebody else has set; without it that is a 409. Raises
+        KubeError."""
         meta = item["metadata"]
         path = resource.path(meta.get("namespace", ""), meta["name"])
-        target = self._target(path, {"fieldManager": manager, "force": "true" if force else "false"})
+        target = self._target(
+            path, {"fieldManager": manager, "force": "true" if force else "false"}
+        )
         headers = [("Content-Type", "application/apply-patch+yaml")]  # JSON is YAML
-        return resource.one(await self.call(Request("PATCH", target, headers, msgspec.json.encode(item))))
+        return resource.one(
+            await self.call(Request("PATCH", target, headers, msgspec.json.encode(item)))
+        )
 
-    async def patch(self, resource: Resource[T], item: T, changes: Mapping[str, Any], subresource: str = "", *, attempts: int = 0) -> T:
-        """Merge `changes` (RFC 7386) into a stored object, or into its `subresource`, such as its status. If they have the
-        resourceVersion of `item`, an object that has changed since is Refused with 409. An object is never stored whole: what these
-        structs do not know of it would be lost. Raises KubeError."""
-        target = self._target(resource.path(item.metadata.namespace, item.metadata.name, subresource))
+    async def patch(
+        self,
+        resource: Resource[T],
+        item: T,
+        changes: Mapping[str, Any],
+        subresource: str = "",
+        *,
+        attempts: int = 0,
+    ) -> T:
+        """Merge `changes` (RFC 7386) into a stored object, or into its `subresource`, such as its
+        status. If they have the resourceVersion of `item`, an object that has changed since is
+        Refused with 409. An object is never stored whole: what these structs do not know of it
+        would be lost. Raises KubeError."""
+        target = self._target(
+            resource.path(item.metadata.namespace, item.metadata.name, subresource)
+        )
         headers = [("Content-Type", "application/merge-patch+json")]
-        return resource.one(await self.call(Request("PATCH", target, headers, msgspec.json.encode(changes)), attempts=attempts))
+        return resource.one(
+            await self.call(
+                Request("PATCH", target, headers, msgspec.json.encode(changes)), attempts=attempts
+            )
+        )
 
     async def delete(self, resource: Resource[T], item: T) -> None:
-        """Delete exactly this object, and not another one of the same name. That it is gone already is no error. Raises KubeError."""
+        """Delete exactly this object, and not another one of the same name. That it is gone already
+        is no error. Raises KubeError."""
         target = self._target(resource.path(item.metadata.namespace, item.metadata.name))
         body = msgspec.json.encode({"preconditions": {"uid": item.metadata.uid}})
         try:
@@ -173,22 +230,30 @@ class Client:
             if error.code != 404:
                 raise
 
-    async def watch(self, resource: Resource[T], selection: Selection, query: Mapping[str, str]) -> Answer:
+    async def watch(
+        self, resource: Resource[T], selection: Selection, query: Mapping[str, str]
+    ) -> Answer:
         """Begin a watch. Raises KubeError. Close what is returned."""
-        target = self._target(resource.path(selection.namespace), {**selection.query(), **query, "watch": "1"})
+        target = self._target(
+            resource.path(selection.namespace), {**selection.query(), **query, "watch": "1"}
+        )
         return await self.open(Request("GET", target, [("Accept", resource.accept(listed=False))]))
 
     def _target(self, path: str, query: Mapping[str, str] | None = None) -> str:
-        return f"{self.access.prefix}{path}?{urlencode(query)}" if query else self.access.prefix + path
+        return (
+            f"{self.access.prefix}{path}?{urlencode(query)}" if query else self.access.prefix + path
+        )
 
     def _body(self, resource: Resource[T], item: T) -> bytes:
-        return msgspec.json.encode(msgspec.structs.replace(item, kind=resource.kind, api_version=resource.api))
+        return msgspec.json.encode(
+            msgspec.structs.replace(item, kind=resource.kind, api_version=resource.api)
+        )
 
     # Requests...
 
     async def call(self, request: Request, *, repeat: bool = True, attempts: int = 0) -> bytes:
-        """The body of the answer to `request`. `repeat`: to do it twice is the same as once. `attempts` 0: as many as the limits say.
-        Raises KubeError."""
+        """The body of the answer to `request`. `repeat`: to do it twice is the same as once.
+        `attempts` 0: as many as the limits say. Raises KubeError."""
         backoff = Backoff(BackoffRules(most=self.limits.patience / 2), self._chance)
         left = attempts or self.limits.attempts
         while True:
@@ -198,12 +263,17 @@ class Client:
             except KubeError as error:
                 wait = backoff.failed(trio.current_time())
                 asked = error.retry_after if isinstance(error, Refused) else None
-                if left <= 0 or not _again(error, repeat=repeat) or (asked or 0) > self.limits.patience:
+                if (
+                    left <= 0
+                    or not _again(error, repeat=repeat)
+                    or (asked or 0) > self.limits.patience
+                ):
                     raise
                 await trio.sleep(max(wait, asked or 0.0))
 
     async def open(self, request: Request) -> Answer:
-        """The answer to `request`, of which only the head has been read, on a connection of its own. Raises KubeError."""
+        """The answer to `request`, of which only the head has been read, on a connection of its
+        own. Raises KubeError."""
         for last in (False, True):
             connection = await self._connect()
             good = False
@@ -236,7 +306,8 @@ class Client:
             try:
                 return await self._on(connection, request)
             except Unreachable:
-                # A kept connection that the server had closed meanwhile. A POST may have been read before: it does not come again.
+                # A kept connection that the server had closed meanwhile. A POST may have been read
+                # before: it does not come again.
                 if connection.begun or request.method not in ("GET", "PUT", "DELETE"):
                     raise
         return await self._on(await self._connect(), request)
@@ -260,7 +331,11 @@ class Client:
 
     async def _head(self, connection: Connection, request: Request) -> Head:
         token = self.access.token
-        fields = [("Authorization", f"Bearer {token.current().decode('latin-1').strip()}")] if token is not None else []
+        fields = (
+            [("Authorization", f"Bearer {token.current().decode('latin-1').strip()}")]
+            if token is not None
+            else []
+        )
         self.requests += 1
         with trio.move_on_after(self.limits.head):
             head = await connection.request(request, _AGENT, *fields)
@@ -274,7 +349,11 @@ class Client:
     async def _refusal(self, connection: Connection, head: Head) -> Refused:
         try:
             with trio.move_on_after(self.limits.head):
-                return refusal(await _whole(connection, _MOST_REFUSAL), head.status, head.headers.get("retry-after", ""))
+                return refusal(
+                    await _whole(connection, _MOST_REFUSAL),
+                    head.status,
+                    head.headers.get("retry-after", ""),
+                )
         except KubeError:
             pass  # the status says enough
         return refusal(b"", head.status, head.headers.get("retry-after", ""))
@@ -285,7 +364,9 @@ class Client:
                 return Connection(await self._dial(self.access), self.access.authority)
             except OSError as error:
                 raise Unreachable(f"cannot connect to {self.access.authority}: {error}") from error
-        raise Unreachable(f"no connection to {self.access.authority} within {self.limits.connect:g} s")
+        raise Unreachable(
+            f"no connection to {self.access.authority} within {self.limits.connect:g} s"
+        )
 
     async def _take(self) -> Connection | None:
         while self._kept:
@@ -312,11 +393,23 @@ def refusal(body: bytes | msgspec.Raw, code: int, retry_after: str = "") -> Refu
     except InvalidAnswer:
         status = Status()
     details = status.details
-    seconds = float(details.retry_after_seconds) if details is not None and details.retry_after_seconds > 0 else None
+    seconds = (
+        float(details.retry_after_seconds)
+        if details is not None and details.retry_after_seconds > 0
+        else None
+    )
     if retry_after.isascii() and retry_after.isdigit() and len(retry_after) <= 9:
         seconds = float(retry_after)
-    causes = frozenset(cause.reason for cause in (details.causes if details is not None else None) or ())
-    return Refused(code or status.code, status.reason, status.message[:_MOST_SAID], retry_after=seconds, causes=causes)
+    causes = frozenset(
+        cause.reason for cause in (details.causes if details is not None else None) or ()
+    )
+    return Refused(
+        code or status.code,
+        status.reason,
+        status.message[:_MOST_SAID],
+        retry_after=seconds,
+        causes=causes,
+    )
 
 
 def _again(error: KubeError, *, repeat: bool) -> bool:

@@ -1,7 +1,8 @@
 """One HTTP/1.1 connection to the API server: h11 on a stream.
 
-It carries one request after the other; a watch keeps it for itself. h11 decides what is HTTP: everything that it refuses is InvalidAnswer,
-and everything that happens to the stream is Unreachable.
+It carries one request after the other; a watch keeps it for itself. h11 decides what is HTTP:
+everything that it refuses is InvalidAnswer, and everything that happens to the stream is
+Unreachable.
 """
 
 from __future__ import annotations
@@ -50,13 +51,16 @@ class Connection:
         self.begun = False  # some of the answer to the current request has come
 
     async def request(self, request: Request, *fields: tuple[str, str]) -> Head:
-        """Send a request, and wait for the head of the answer. Raises Unreachable, InvalidAnswer."""
+        """Send a request, and wait for the head of the answer. Raises Unreachable,
+        InvalidAnswer."""
         self.begun = False
         headers = [("Host", self._authority), *request.headers, *fields]
         if request.body or request.method in ("POST", "PUT", "PATCH"):
             headers.append(("Content-Length", str(len(request.body))))
         sent = [
-            self._http.send(h11.Request(method=request.method, target=request.target, headers=headers)),
+            self._http.send(
+                h11.Request(method=request.method, target=request.target, headers=headers)
+            ),
             self._http.send(h11.Data(data=request.body)) if request.body else b"",
             self._http.send(h11.EndOfMessage()),
         ]
@@ -67,12 +71,19 @@ class Connection:
         while True:
             event = await self._next()
             if isinstance(event, h11.Response):
-                return Head(event.status_code, {name.decode("latin-1"): value.decode("latin-1") for name, value in event.headers})
+                return Head(
+                    event.status_code,
+                    {
+                        name.decode("latin-1"): value.decode("latin-1")
+                        for name, value in event.headers
+                    },
+                )
             if not isinstance(event, h11.InformationalResponse) or event.status_code == 101:
                 raise InvalidAnswer(f"expected the head of an answer, found {type(event).__name__}")
 
     async def read(self) -> bytes:
-        """The next piece of the answer's body; b"" is its end. Raises Unreachable, InvalidAnswer."""
+        """The next piece of the answer's body; b"" is its end. Raises Unreachable,
+        InvalidAnswer."""
         while True:
             event = await self._next()
             if isinstance(event, h11.Data):
@@ -102,8 +113,13 @@ class Connection:
             raise Unreachable("the connection was lost") from error
 
     def is_quiet(self) -> bool:
-        """Whether a connection that waits for the next request can have it: the server has neither closed it nor said anything."""
-        below = self._stream.transport_stream if isinstance(self._stream, trio.SSLStream) else self._stream
+        """Whether a connection that waits for the next request can have it: the server has neither
+        closed it nor said anything."""
+        below = (
+            self._stream.transport_stream
+            if isinstance(self._stream, trio.SSLStream)
+            else self._stream
+        )
         if not isinstance(below, trio.SocketStream):
             return True  # one in memory, of which nothing is known before it is tried
         descriptor = socket.socket(fileno=os.dup(below.socket.fileno()))

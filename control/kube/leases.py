@@ -1,9 +1,10 @@
 """Leader election: of several replicas the one that holds a Lease does what must happen once.
 
-The holder renews the lease every `retry` seconds. Another one takes it when it has not changed for as long as the holder has said
-(`duration`), by the clock of the one who looks: the times in the lease are for people. The holder stops to lead when it has not renewed for
-`renew` seconds, which is earlier; so that two never lead at once, as long as their clocks run at about the same speed. The figures, and the
-use of the fields, are client-go's.
+The holder renews the lease every `retry` seconds. Another one takes it when it has not changed for
+as long as the holder has said (`duration`), by the clock of the one who looks: the times in the
+lease are for people. The holder stops to lead when it has not renewed for `renew` seconds, which is
+earlier; so that two never lead at once, as long as their clocks run at about the same speed. The
+figures, and the use of the fields, are client-go's.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class LeaseRules:
 class Election:
     """Takes part in the election for one lease, as `identity`, which no other replica has."""
 
-    def __init__(self, client: Client, name: tuple[str, str], identity: str, rules: LeaseRules | None = None) -> None:
+    def __init__(
+        self, client: Client, name: tuple[str, str], identity: str, rules: LeaseRules | None = None
+    ) -> None:
         """`name`: namespace and name of the lease."""
         self.leading = False
         self.identity = identity
@@ -47,12 +50,15 @@ class Election:
         self._client = client
         self._namespace, self._name = name
         self._rules = rules or LeaseRules()
-        self._seen: tuple[str, float] = ("", 0.0)  # the version of the lease, and since when it is that one
+        self._seen: tuple[str, float] = (
+            "",
+            0.0,
+        )  # the version of the lease, and since when it is that one
         self._renewed = 0.0
 
     async def run(self, lead: Callable[[], Awaitable[None]]) -> None:
-        """Run `lead` whenever we are the leader, and cancel it when we are not any more. Returns when `lead` does; the lease is given back
-        then, and when we are cancelled."""
+        """Run `lead` whenever we are the leader, and cancel it when we are not any more. Returns
+        when `lead` does; the lease is given back then, and when we are cancelled."""
         while True:
             held = await self._acquire()
             self.leading, self.terms = True, self.terms + 1
@@ -70,7 +76,9 @@ class Election:
                     await self._release()
             if done:
                 return
-            _log.warning("not the leader any more: %s/%s could not be renewed", self._namespace, self._name)
+            _log.warning(
+                "not the leader any more: %s/%s could not be renewed", self._namespace, self._name
+            )
 
     async def _acquire(self) -> Lease:
         while True:
@@ -80,7 +88,9 @@ class Election:
             except KubeError as error:
                 taken = None
                 if not isinstance(error, Refused) or error.code != 409:
-                    _log.debug("the lease %s/%s cannot be had: %s", self._namespace, self._name, error)
+                    _log.debug(
+                        "the lease %s/%s cannot be had: %s", self._namespace, self._name, error
+                    )
             if taken is not None:
                 self._renewed = asked
                 return taken
@@ -93,20 +103,30 @@ class Election:
         except Refused as error:
             if error.code != 404:
                 raise
-            new = Lease(metadata=Meta(name=self._name, namespace=self._namespace), spec=self._spec(LeaseSpec()))
+            new = Lease(
+                metadata=Meta(name=self._name, namespace=self._namespace),
+                spec=self._spec(LeaseSpec()),
+            )
             return await self._client.create(LEASES, new, self._namespace)
         now, version = trio.current_time(), found.metadata.resource_version
         if version != self._seen[0]:
             self._seen = version, now
         spec = found.spec
-        if spec.holder_identity not in ("", None, self.identity) and now - self._seen[1] <= (spec.lease_duration_seconds or 0):
+        if spec.holder_identity not in ("", None, self.identity) and now - self._seen[1] <= (
+            spec.lease_duration_seconds or 0
+        ):
             return None
         return await self._store(found, self._spec(spec))
 
     async def _store(self, found: Lease, spec: LeaseSpec) -> Lease:
         """Raises Refused with 409, if it has changed since it was `found`."""
-        changes = {"metadata": {"resourceVersion": found.metadata.resource_version}, "spec": msgspec.to_builtins(spec)}
-        return await self._client.patch(LEASES, found, changes, attempts=1)  # the next one comes soon
+        changes = {
+            "metadata": {"resourceVersion": found.metadata.resource_version},
+            "spec": msgspec.to_builtins(spec),
+        }
+        return await self._client.patch(
+            LEASES, found, changes, attempts=1
+        )  # the next one comes soon
 
     async def _renew(self, held: Lease, scope: trio.CancelScope) -> None:
         """Renew until that fails for too long."""
@@ -114,13 +134,17 @@ class Election:
         while True:
             await trio.sleep(rules.retry)
             asked = trio.current_time()
-            limit = min(self._renewed + rules.renew, asked + rules.renew / 2)  # one that hangs is not waited for until it is too late
+            limit = min(
+                self._renewed + rules.renew, asked + rules.renew / 2
+            )  # one that hangs is not waited for until it is too late
             with trio.move_on_at(limit):
                 try:
                     held = await self._store(held, self._spec(held.spec))
                     self._renewed = asked
                 except KubeError as error:
-                    _log.debug("the lease %s/%s was not renewed: %s", self._namespace, self._name, error)
+                    _log.debug(
+                        "the lease %s/%s was not renewed: %s", self._namespace, self._name, error
+                    )
                     if isinstance(error, Refused) and error.code == 409:
                         held = await self._changed(held, scope)
             if trio.current_time() >= self._renewed + rules.renew:
@@ -149,7 +173,9 @@ class Election:
             found = await self._client.get(LEASES, self._namespace, self._name)
             if found.spec.holder_identity == self.identity:
                 now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-                spec = msgspec.structs.replace(found.spec, holder_identity="", lease_duration_seconds=1, renew_time=now)
+                spec = msgspec.structs.replace(
+                    found.spec, holder_identity="", lease_duration_seconds=1, renew_time=now
+                )
                 await self._store(found, spec)
         except KubeError as error:
             _log.debug("the lease %s/%s was not given back: %s", self._namespace, self._name, error)

@@ -1,6 +1,8 @@
-"""The API's objects, with the fields that are needed here. Everything else in an answer is skipped while it is decoded.
+"""The API's objects, with the fields that are needed here. Everything else in an answer is skipped
+while it is decoded.
 
-Go writes an empty list as null, or leaves it out; so lists and maps are `| None`. Structs are frozen: a watcher's copy is shared.
+Go writes an empty list as null, or leaves it out; so lists and maps are `| None`. Structs are
+frozen: a watcher's copy is shared.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class Meta(Struct, frozen=True):
 
 
 class Object(Struct, frozen=True):
-    """What every object has. It is all that is known of one of which only the metadata was asked for."""
+    """What every object has. It is all that is known of one of which only the metadata was asked
+    for."""
 
     kind: str = ""
     api_version: str = ""

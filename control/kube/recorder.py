@@ -1,8 +1,9 @@
 """Events: what is said to people about an object, where `kubectl describe` shows it.
 
-Saying something never waits and never fails: it is put into a queue, of which the oldest is dropped when it is full. The same said again is
-one event with a count (events.k8s.io/v1, `series`), which is written once in a while. Writing is paced, so that a fault of ten thousand
-objects is no load for the API server.
+Saying something never waits and never fails: it is put into a queue, of which the oldest is dropped
+when it is full. The same said again is one event with a count (events.k8s.io/v1, `series`), which
+is written once in a while. Writing is paced, so that a fault of ten thousand objects is no load for
+the API server.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ _MOST_NAME = 230
 
 @dataclass(frozen=True, slots=True)
 class RecorderRules:
-    """`waiting`: events that have not been written; `remembered`: those that may happen again, for `forget` seconds; `series`: seconds
-    between two counts of one; `pace`: seconds between two writes."""
+    """`waiting`: events that have not been written; `remembered`: those that may happen again, for
+    `forget` seconds; `series`: seconds between two counts of one; `pace`: seconds between two
+    writes."""
 
     waiting: int = 256
     remembered: int = 1024
@@ -64,7 +66,9 @@ class _Series:
 class Recorder:
     """Writes events as `controller`, of which this process is `instance`."""
 
-    def __init__(self, client: Client, controller: str, instance: str, rules: RecorderRules | None = None) -> None:
+    def __init__(
+        self, client: Client, controller: str, instance: str, rules: RecorderRules | None = None
+    ) -> None:
         self.dropped = 0
         self.written = 0
         self._client = client
@@ -104,13 +108,23 @@ class Recorder:
                 await self._something.wait()
             self._something = trio.Event()
             now = trio.current_time()
-            due = [said for said in self._waiting if now - self._series[said].written_at >= self._rules.series]
+            due = [
+                said
+                for said in self._waiting
+                if now - self._series[said].written_at >= self._rules.series
+            ]
             for said in due:
-                if self._waiting.pop(said, False) is None and (series := self._series.get(said)) is not None:
+                if (
+                    self._waiting.pop(said, False) is None
+                    and (series := self._series.get(said)) is not None
+                ):
                     await self._write(said, series)
                     await trio.sleep(self._rules.pace)
             if self._waiting and not due:  # repetitions, whose time has not come
-                first = min(self._series[said].written_at for said in self._waiting) + self._rules.series
+                first = (
+                    min(self._series[said].written_at for said in self._waiting)
+                    + self._rules.series
+                )
                 with trio.move_on_at(max(first, now + self._rules.pace)):
                     await self._something.wait()
 
@@ -118,7 +132,9 @@ class Recorder:
         count = series.count
         try:
             if series.stored is None:
-                series.stored = await self._client.create(EVENTS, self._event(said), said.regarding.namespace or "default")
+                series.stored = await self._client.create(
+                    EVENTS, self._event(said), said.regarding.namespace or "default"
+                )
             if count > 1:
                 changes = {"series": {"count": count, "lastObservedTime": _now()}}
                 await self._client.patch(EVENTS, series.stored, changes)

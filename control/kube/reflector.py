@@ -46,10 +46,11 @@ State = Literal["listing", "watching", "waiting"]
 
 @dataclass(frozen=True, slots=True)
 class WatchRules:
-    """In seconds and numbers. `page`: objects of a page; `most`: of all; `silence`: without a word on a watch; `initial`: without a new
-    object in a list that comes as a stream, after which the server is taken not to know that; `listing`: for a whole list;
-    `shortest`, `longest`: a watch, as it is asked for; `short`: a watch that ends sooner is a fault;
-    `patience`: the longest Retry-After that is obeyed."""
+    """In seconds and numbers. `page`: objects of a page; `most`: of all; `silence`: without a word
+    on a watch; `initial`: without a new object in a list that comes as a stream, after which the
+    server is taken not to know that; `listing`: for a whole list; `shortest`, `longest`: a watch,
+    as it is asked for; `short`: a watch that ends sooner is a fault; `patience`: the longest
+    Retry-After that is obeyed."""
 
     page: int = 500
     most: int = 500_000
@@ -65,7 +66,8 @@ class WatchRules:
 
 @dataclass(slots=True)
 class Counts:
-    """What has happened: complete lists, watches that were begun, events, failures, and lists that a 410 or the like made necessary."""
+    """What has happened: complete lists, watches that were begun, events, failures, and lists that
+    a 410 or the like made necessary."""
 
     lists: int = 0
     watches: int = 0
@@ -79,9 +81,10 @@ class _Relist(Exception):
 
 
 class Reflector(Generic[S, T]):
-    """A copy of the objects that `selection` says, each as `keep` makes it (None: it is of no interest). `tell` is called for each
-    difference: with a key, and what is there now (None: nothing). It must not wait. Between `run` and the first complete list nothing is
-    told; `synced` is set after that."""
+    """A copy of the objects that `selection` says, each as `keep` makes it (None: it is of no
+    interest). `tell` is called for each difference: with a key, and what is there now (None:
+    nothing). It must not wait. Between `run` and the first complete list nothing is told; `synced`
+    is set after that."""
 
     def __init__(
         self,
@@ -161,14 +164,18 @@ class Reflector(Generic[S, T]):
             while True:
                 query = {"limit": str(self._page)} | ({"continue": token} if token else {})
                 try:
-                    page = await self._client.page(self.resource, self._selection, query, attempts=1)
+                    page = await self._client.page(
+                        self.resource, self._selection, query, attempts=1
+                    )
                 except TooLarge:
                     if self._page == 1:
                         raise
                     self._page = max(1, self._page // 4)
                     continue
                 except Refused as error:
-                    if token and error.expired:  # the list took too long: larger pages, and fewer of them
+                    if (
+                        token and error.expired
+                    ):  # the list took too long: larger pages, and fewer of them
                         self._page *= 2
                     raise
                 self.heard = trio.current_time()
@@ -202,7 +209,9 @@ class Reflector(Generic[S, T]):
         return True
 
     def _extend(self, scope: trio.CancelScope, limit: float) -> None:
-        scope.deadline = float("inf") if self._version else min(limit, trio.current_time() + self.rules.initial)
+        scope.deadline = (
+            float("inf") if self._version else min(limit, trio.current_time() + self.rules.initial)
+        )
 
     def _collect(self, found: dict[Key, T], item: S) -> bool:
         """Returns whether it is one more."""
@@ -237,15 +246,23 @@ class Reflector(Generic[S, T]):
     async def _ask_version(self) -> None:
         page = await self._client.page(self.resource, self._selection, {"limit": "1"}, attempts=1)
         if older(page.metadata.resource_version, self._version):
-            raise _Relist(f"the server is at {page.metadata.resource_version}, which is older than {self._version}")
+            raise _Relist(
+                f"the server is at {page.metadata.resource_version}, which is older than"
+                f" {self._version}"
+            )
         self._doubt = False
 
     async def _watch(self) -> None:
         await self._follow({"resourceVersion": self._version}, None, lambda: None)
 
-    async def _follow(self, query: dict[str, str], found: dict[Key, T] | None, progress: Callable[[], None]) -> None:
-        """A watch until its end. As long as `found` collects a list, nothing is told; `progress` is called when it grows or is complete."""
-        seconds = self.rules.shortest + (self.rules.longest - self.rules.shortest) * self.chance.random()
+    async def _follow(
+        self, query: dict[str, str], found: dict[Key, T] | None, progress: Callable[[], None]
+    ) -> None:
+        """A watch until its end. As long as `found` collects a list, nothing is told; `progress` is
+        called when it grows or is complete."""
+        seconds = (
+            self.rules.shortest + (self.rules.longest - self.rules.shortest) * self.chance.random()
+        )
         query |= {"allowWatchBookmarks": "true", "timeoutSeconds": str(int(seconds))}
         self.counts.watches += 1
         lines = Lines(self._client.limits.line)
@@ -284,7 +301,9 @@ class Reflector(Generic[S, T]):
         raise Unreachable(f"nothing came for {self.rules.silence:g} s")
 
     def _take(self, event: Change[S] | Bookmark) -> None:
-        version = event.version if isinstance(event, Bookmark) else event.item.metadata.resource_version
+        version = (
+            event.version if isinstance(event, Bookmark) else event.item.metadata.resource_version
+        )
         self._check(version)
         if older(version, self._version):
             raise _Relist(f"resourceVersion went backwards, from {self._version} to {version}")
@@ -311,4 +330,10 @@ class Reflector(Generic[S, T]):
 
 def older(version: str, than: str) -> bool:
     """Whether one resourceVersion is older than another; False if they cannot be compared."""
-    return version.isascii() and than.isascii() and version.isdigit() and than.isdigit() and int(version) < int(than)
+    return (
+        version.isascii()
+        and than.isascii()
+        and version.isdigit()
+        and than.isdigit()
+        and int(version) < int(than)
+    )

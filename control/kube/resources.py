@@ -1,7 +1,7 @@
 """Where each kind of object is found, and how its answers are read.
 
-An answer is believed only if it is of the kind that was asked for: a list of pods that comes for a list of services is a fault, however
-well it decodes.
+An answer is believed only if it is of the kind that was asked for: a list of pods that comes for a
+list of services is a fault, however well it decodes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _METADATA = "PartialObjectMetadata"
 
 
 class Resource(Generic[T]):
-    """A kind of objects: `Resource("discovery.k8s.io/v1", "endpointslices", EndpointSlice)`. The core group is "v1".
+    """A kind of objects: `Resource("discovery.k8s.io/v1", "endpointslices", EndpointSlice)`. The
+    core group is "v1".
 
     With the type PartialObjectMetadata only metadata is asked for, and `kind` says of what.
     """
@@ -76,8 +77,15 @@ class Resource(Generic[T]):
     def check(self, found: T) -> T:
         """Of a list's objects the kind may be left out, but not the names. Raises InvalidAnswer."""
         meta = found.metadata
-        if not meta.name or bool(meta.namespace) != self.namespaced or found.kind not in ("", self.kind):
-            raise InvalidAnswer(f"an object of kind {found.kind!r} among {self.plural}: name {meta.name!r}, namespace {meta.namespace!r}")
+        if (
+            not meta.name
+            or bool(meta.namespace) != self.namespaced
+            or found.kind not in ("", self.kind)
+        ):
+            raise InvalidAnswer(
+                f"an object of kind {found.kind!r} among {self.plural}: name {meta.name!r},"
+                f" namespace {meta.namespace!r}"
+            )
         return found
 
 
@@ -101,5 +109,9 @@ NODES = Resource("v1", "nodes", objects.PartialObjectMetadata, namespaced=False)
 NAMESPACES = Resource("v1", "namespaces", objects.PartialObjectMetadata, namespaced=False)
 LEASES = Resource("coordination.k8s.io/v1", "leases", objects.Lease)
 EVENTS = Resource("events.k8s.io/v1", "events", objects.Event)
-TOKEN_REVIEWS = Resource("authentication.k8s.io/v1", "tokenreviews", objects.TokenReview, namespaced=False)
-ACCESS_REVIEWS = Resource("authorization.k8s.io/v1", "subjectaccessreviews", objects.SubjectAccessReview, namespaced=False)
+TOKEN_REVIEWS = Resource(
+    "authentication.k8s.io/v1", "tokenreviews", objects.TokenReview, namespaced=False
+)
+ACCESS_REVIEWS = Resource(
+    "authorization.k8s.io/v1", "subjectaccessreviews", objects.SubjectAccessReview, namespaced=False
+)

@@ -5,19 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from control.kube.client import Client
-from control.kube.objects import AccessReviewSpec, ResourceAttributes, SubjectAccessReview, TokenReview, TokenReviewSpec, UserInfo
+from control.kube.objects import (
+    AccessReviewSpec,
+    ResourceAttributes,
+    SubjectAccessReview,
+    TokenReview,
+    TokenReviewSpec,
+    UserInfo,
+)
 from control.kube.resources import ACCESS_REVIEWS, TOKEN_REVIEWS
 
 
 async def review_token(client: Client, token: str, audience: str) -> UserInfo | None:
     """Whose token this is; None: of nobody, or it is not for `audience`. Raises KubeError.
 
-    A server that does not know audiences names none in its answer: then the token may be for anybody, and is not good enough.
+    A server that does not know audiences names none in its answer: then the token may be for
+    anybody, and is not good enough.
     """
     review = TokenReview(spec=TokenReviewSpec(token, (audience,)))
     answer = await client.create(TOKEN_REVIEWS, review, stored=False)
     status = answer.status
-    good = status.authenticated and not status.error and audience in (status.audiences or ()) and bool(status.user.username)
+    good = (
+        status.authenticated
+        and not status.error
+        and audience in (status.audiences or ())
+        and bool(status.user.username)
+    )
     return status.user if good else None
 
 
@@ -31,6 +44,12 @@ async def may(client: Client, user: UserInfo, wish: ResourceAttributes) -> bool:
 def service_account(user: UserInfo) -> tuple[str, str] | None:
     """Namespace and name of a service account; None: the user is none."""
     parts: Sequence[str] = user.username.split(":")
-    if len(parts) == 4 and parts[0] == "system" and parts[1] == "serviceaccount" and parts[2] and parts[3]:
+    if (
+        len(parts) == 4
+        and parts[0] == "system"
+        and parts[1] == "serviceaccount"
+        and parts[2]
+        and parts[3]
+    ):
         return parts[2], parts[3]
     return None

@@ -74,15 +74,21 @@ class Bookmark:
 
 
 def event_of(line: bytes, resource: Resource[T]) -> Change[T] | Bookmark:
-    """What a line says. Raises Refused, if it says that the watch has ended by an error; InvalidAnswer."""
+    """What a line says. Raises Refused, if it says that the watch has ended by an error;
+    InvalidAnswer."""
     event = decode(_event, line)
     if event.type == "ERROR":
         raise refusal(event.object, 0)
     if event.type == "BOOKMARK":
         found = decode(_object, event.object)
         if found.kind != resource.kind:
-            raise InvalidAnswer(f"expected a bookmark of kind {resource.kind}, found {found.kind!r}")
-        return Bookmark(found.metadata.resource_version, (found.metadata.annotations or {}).get(INITIAL_EVENTS_END) == "true")
+            raise InvalidAnswer(
+                f"expected a bookmark of kind {resource.kind}, found {found.kind!r}"
+            )
+        return Bookmark(
+            found.metadata.resource_version,
+            (found.metadata.annotations or {}).get(INITIAL_EVENTS_END) == "true",
+        )
     if event.type not in ("ADDED", "MODIFIED", "DELETED"):
         raise InvalidAnswer(f"an event of the unknown type {event.type[:40]!r}")
     return Change(resource.one(event.object), event.type == "DELETED", event.type == "ADDED")

@@ -1,4 +1,5 @@
-"""Ordinary clients: http.client, websockets, smtplib, grpcio.  `python -m lab.apps.client WHAT HOST PORT ...` prints one line of JSON."""
+"""Ordinary clients: http.client, websockets, smtplib, grpcio.  `python -m lab.apps.client WHAT HOST
+PORT ...` prints one line of JSON."""
 
 import email.message
 import hashlib
@@ -27,7 +28,12 @@ def get(host: str, port: int, secret: str) -> Result:
         answers.append((response.status, response.read().decode()))
     status, body = answers[-1]
     headers = {name.lower(): value for name, value in response.getheaders()}
-    return {"status": status, "body": body[:500], "same": len(set(answers)) == 1, "proxy-status": headers.get("proxy-status", "")}
+    return {
+        "status": status,
+        "body": body[:500],
+        "same": len(set(answers)) == 1,
+        "proxy-status": headers.get("proxy-status", ""),
+    }
 
 
 def once(host: str, port: int) -> Result:
@@ -35,7 +41,11 @@ def once(host: str, port: int) -> Result:
     connection = http.client.HTTPConnection(host, port, timeout=20)
     connection.request("GET", "/")
     response = connection.getresponse()
-    return {"status": response.status, "body": response.read().decode()[:500], "proxy-status": response.getheader("proxy-status", "")}
+    return {
+        "status": response.status,
+        "body": response.read().decode()[:500],
+        "proxy-status": response.getheader("proxy-status", ""),
+    }
 
 
 def download(host: str, port: int, size: str) -> Result:
@@ -64,7 +74,13 @@ def upload(host: str, port: int, size: str) -> Result:
 
     connection = http.client.HTTPConnection(host, port, timeout=30)
     began = time.monotonic()
-    connection.request("POST", "/sink", body=blocks(), encode_chunked=True, headers={"Transfer-Encoding": "chunked"})
+    connection.request(
+        "POST",
+        "/sink",
+        body=blocks(),
+        encode_chunked=True,
+        headers={"Transfer-Encoding": "chunked"},
+    )
     response = connection.getresponse()
     answer = json.loads(response.read())
     right = answer == {"bytes": int(size), "sha256": digest.hexdigest()}
@@ -75,9 +91,13 @@ def websocket(host: str, port: int, secret: str) -> Result:
     """Text messages back and forth, and a binary one of 1 MiB; uncompressed, so that only
     encryption can hide them.
     """
-    from websockets.sync.client import connect  # noqa: PLC0415  # only this client needs the package
+    from websockets.sync.client import (  # noqa: PLC0415
+        connect,
+    )  # only this client needs the package
 
-    with connect(f"ws://{host}:{port}/", max_size=4 * 1024 * 1024, open_timeout=10, compression=None) as connection:
+    with connect(
+        f"ws://{host}:{port}/", max_size=4 * 1024 * 1024, open_timeout=10, compression=None
+    ) as connection:
         echoed = 0
         for number in range(50):
             text = f"{secret} {number}"
@@ -94,7 +114,11 @@ def mail(host: str, port: int, secret: str) -> Result:
     with smtplib.SMTP(host, port, local_hostname="web", timeout=10) as connection:
         greeted = time.monotonic() - began
         message = email.message.EmailMessage()
-        message["From"], message["To"], message["Subject"] = "web@west.example", "shop@west.example", "an order"
+        message["From"], message["To"], message["Subject"] = (
+            "web@west.example",
+            "shop@west.example",
+            "an order",
+        )
         message.set_content(secret)
         refused = connection.send_message(message)
     return {"refused": len(refused), "greeting_seconds": greeted}
@@ -106,11 +130,18 @@ def forged(host: str, port: int, server_name: str, certificate: str, key: str) -
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["http/1.1"])
     context.load_cert_chain(certificate, key)
-    with socket.create_connection((host, port), timeout=10) as plain, context.wrap_socket(plain, server_hostname=server_name) as stream:
+    with (
+        socket.create_connection((host, port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname=server_name) as stream,
+    ):
         stream.sendall(b"GET / HTTP/1.1\r\nHost: shop\r\n\r\n")
         answer = stream.recv(4096).decode(errors="replace")
     words = answer.split(None, 2)
-    return {"status": int(words[1]), "body": answer} if len(words) > 1 else {"error": "closed without an answer"}
+    return (
+        {"status": int(words[1]), "body": answer}
+        if len(words) > 1
+        else {"error": "closed without an answer"}
+    )
 
 
 def latency(host: str, port: int, other_port: str, count: str) -> Result:
@@ -137,7 +168,9 @@ CLIENTS: dict[str, Callable[..., Result]] = {
 def find(what: str) -> Callable[..., Result]:
     """The client of this name."""
     if what.startswith("grpc-"):
-        from lab.apps.grpc_client import CALLS  # noqa: PLC0415  # only these clients need the package, which takes a while to load
+        from lab.apps.grpc_client import (  # noqa: PLC0415
+            CALLS,
+        )  # only these clients need the package, which takes a while to load
 
         return CALLS[what]
     return CLIENTS[what]

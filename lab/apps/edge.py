@@ -5,7 +5,8 @@ GET /gone         when clients of /quiet were gone, as JSON: seconds of the syst
 POST /early       413 at once, before the body; the body is then read, and the connection kept
 anything else     200 with a short body
 
-SIGTERM stops the listener. The process ends when the last connection has ended, as servers do that drain.
+SIGTERM stops the listener. The process ends when the last connection has ended, as servers do that
+drain.
 """
 
 import asyncio
@@ -16,7 +17,10 @@ import time
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
 EARLY = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 6\r\n\r\nlarge\n"
-QUIET = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n8\r\ndata: 1\n\r\n"
+QUIET = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding:"
+    b" chunked\r\n\r\n8\r\ndata: 1\n\r\n"
+)
 
 
 class Edge:
@@ -82,7 +86,9 @@ async def main() -> None:
     """Serve until SIGTERM, and then until the last connection has ended."""
     edge, stop = Edge(), asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    server = await asyncio.start_server(edge.serve, None if sys.argv[1] == "::" else sys.argv[1], int(sys.argv[2]))
+    server = await asyncio.start_server(
+        edge.serve, None if sys.argv[1] == "::" else sys.argv[1], int(sys.argv[2])
+    )
     await stop.wait()
     server.close()
     if edge.open:

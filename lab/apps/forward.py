@@ -10,7 +10,9 @@ import socket
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-OF_THE_CONNECTION = frozenset({"host", "connection", "keep-alive", "transfer-encoding", "content-length"})
+OF_THE_CONNECTION = frozenset(
+    {"host", "connection", "keep-alive", "transfer-encoding", "content-length"}
+)
 
 
 class Handler(BaseHTTPRequestHandler):

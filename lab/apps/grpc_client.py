@@ -1,4 +1,5 @@
-"""An ordinary gRPC client (package grpcio). Its calls are run by lab.apps.client, as `grpc-kinds`, `grpc-spread` ..."""
+"""An ordinary gRPC client (package grpcio). Its calls are run by lab.apps.client, as `grpc-kinds`,
+`grpc-spread` ..."""
 
 import hashlib
 import json
@@ -15,7 +16,11 @@ from lab.apps.grpc_service import SERVICE
 Result = dict[str, Any]
 SIZE = 64 * 1024 * 1024
 # Ignore proxy settings in the environment.
-OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", SIZE), ("grpc.max_send_message_length", SIZE)]
+OPTIONS = [
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_receive_message_length", SIZE),
+    ("grpc.max_send_message_length", SIZE),
+]
 
 
 class Shop:
@@ -38,7 +43,11 @@ def kinds(host: str, port: int, secret: str) -> Result:
     counted = list(shop.unary_stream("Count")(b"100", timeout=10))
     pieces = [word * 100] * 200
     summed = json.loads(shop.stream_unary("Sum")(iter(pieces), timeout=10))
-    right = {"messages": len(pieces), "bytes": sum(map(len, pieces)), "sha256": hashlib.sha256(b"".join(pieces)).hexdigest()}
+    right = {
+        "messages": len(pieces),
+        "bytes": sum(map(len, pieces)),
+        "sha256": hashlib.sha256(b"".join(pieces)).hexdigest(),
+    }
     return {
         "unary": echoed == word,
         "server": counted == [b"%d" % (number + 1) for number in range(100)],
@@ -95,7 +104,11 @@ def _status(function: Callable[[], object]) -> Result:
         function()
     except grpc.RpcError as error:
         metadata = dict([*(error.initial_metadata() or ()), *(error.trailing_metadata() or ())])
-        return {"code": error.code().name, "details": error.details(), "proxy-status": metadata.get("proxy-status", "")}
+        return {
+            "code": error.code().name,
+            "details": error.details(),
+            "proxy-status": metadata.get("proxy-status", ""),
+        }
     return {"code": "OK"}
 
 
@@ -114,4 +127,6 @@ def _explained(call: Callable[..., Result]) -> Callable[..., Result]:
     return explained
 
 
-CALLS: dict[str, Callable[..., Result]] = {f"grpc-{call.__name__}": _explained(call) for call in (kinds, spread, impatient, gone)}
+CALLS: dict[str, Callable[..., Result]] = {
+    f"grpc-{call.__name__}": _explained(call) for call in (kinds, spread, impatient, gone)
+}

@@ -1,4 +1,5 @@
-"""A gRPC server (package grpcio), without generated code: messages are bytes, as they are for any gRPC server below its generated part.
+"""A gRPC server (package grpcio), without generated code: messages are bytes, as they are for any
+gRPC server below its generated part.
 
 Name    unary                    what the server was told to call itself
 Echo    unary                    the request
@@ -26,7 +27,10 @@ from typing import Any
 import grpc  # type: ignore[import-untyped]  # grpcio has no type hints
 
 SERVICE = "isthmus.lab.Shop"
-_SIZE = [("grpc.max_receive_message_length", 64 * 1024 * 1024), ("grpc.max_send_message_length", 64 * 1024 * 1024)]
+_SIZE = [
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    ("grpc.max_send_message_length", 64 * 1024 * 1024),
+]
 _CALLS = 64  # at the same time; each has a thread
 Context = Any  # grpc.ServicerContext; the package has no types
 
@@ -83,7 +87,9 @@ class Shop:
         return b""
 
     def unary_trail(self, request: bytes, context: Context) -> bytes:
-        context.set_trailing_metadata([(f"x-{number}", "v" * 1000) for number in range(int(request) // 1000)])
+        context.set_trailing_metadata(
+            [(f"x-{number}", "v" * 1000) for number in range(int(request) // 1000)]
+        )
         return b""
 
     def unary_tell(self, _: bytes, context: Context) -> bytes:
@@ -91,7 +97,9 @@ class Shop:
         own = [(key, value) for key, value in metadata if key.startswith("x-")]
         context.send_initial_metadata(own)
         context.set_trailing_metadata(own)
-        return json.dumps([(key, value.hex() if isinstance(value, bytes) else value) for key, value in metadata]).encode()
+        return json.dumps(
+            [(key, value.hex() if isinstance(value, bytes) else value) for key, value in metadata]
+        ).encode()
 
 
 _KINDS = {
@@ -111,13 +119,21 @@ def handlers(shop: Shop) -> dict[str, Any]:
     """Method name -> grpcio's handler, by the names of the methods above."""
     names = (name for name in dir(shop) if not name.startswith("__") and "_" in name[1:])
     kinds = ((name, *name.partition("_")[::2]) for name in names)
-    return {what.capitalize(): _KINDS[kind](getattr(shop, name)) for name, kind, what in kinds if kind in _KINDS}
+    return {
+        what.capitalize(): _KINDS[kind](getattr(shop, name))
+        for name, kind, what in kinds
+        if kind in _KINDS
+    }
 
 
 def main(port: int, name: str) -> None:
     """Serve until SIGTERM; then what is under way has a second to finish."""
-    server = grpc.server(futures.ThreadPoolExecutor(_CALLS), options=[*_SIZE, ("grpc.so_reuseport", 0)])
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers(Shop(name))),))
+    server = grpc.server(
+        futures.ThreadPoolExecutor(_CALLS), options=[*_SIZE, ("grpc.so_reuseport", 0)]
+    )
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(SERVICE, handlers(Shop(name))),)
+    )
     server.add_insecure_port(f"[::]:{port}")
     server.start()
     signal.signal(signal.SIGTERM, lambda *_: server.stop(1))

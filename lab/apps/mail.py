@@ -1,4 +1,5 @@
-"""An SMTP server (package aiosmtpd): a protocol in which the server speaks first.  Writes each message it takes to its output."""
+"""An SMTP server (package aiosmtpd): a protocol in which the server speaks first.  Writes each
+message it takes to its output."""
 
 import asyncio
 import sys
@@ -17,7 +18,9 @@ class Mailbox:
 
 async def main(port: int) -> None:
     """Serve forever, on all addresses of both families."""
-    server = await asyncio.get_running_loop().create_server(lambda: SMTP(Mailbox(), hostname="shop"), None, port)
+    server = await asyncio.get_running_loop().create_server(
+        lambda: SMTP(Mailbox(), hostname="shop"), None, port
+    )
     await server.serve_forever()
 
 

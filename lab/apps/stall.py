@@ -1,14 +1,19 @@
-"""A server that accepts work and does not do it: it reads the first bytes and then nothing.  `stall PORT`
+"""A server that accepts work and does not do it: it reads the first bytes and then nothing.  `stall
+PORT`
 
-To an HTTP/2 client it sends SETTINGS, acknowledges those of the client, and discards what comes. It never opens a window. To any other
-client it says nothing and stops reading. A connection ends when the client ends it.
+To an HTTP/2 client it sends SETTINGS, acknowledges those of the client, and discards what comes. It
+never opens a window. To any other client it says nothing and stops reading. A connection ends when
+the client ends it.
 """
 
 import asyncio
 import resource
 import sys
 
-SETTINGS, SETTINGS_ACK = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00", b"\x00\x00\x00\x04\x01\x00\x00\x00\x00"
+SETTINGS, SETTINGS_ACK = (
+    b"\x00\x00\x00\x04\x00\x00\x00\x00\x00",
+    b"\x00\x00\x00\x04\x01\x00\x00\x00\x00",
+)
 
 
 async def stall(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,4 +1,5 @@
-"""An HTTP/1.1 server: the standard library's, as thousands of small services are written.  `web HOST PORT [NAME]`
+"""An HTTP/1.1 server: the standard library's, as thousands of small services are written.  `web
+HOST PORT [NAME]`
 
 /                 a short text, with the NAME (shop)
 /head             the request as it came: method, target, and all header fields, in their order
@@ -29,9 +30,22 @@ class Handler(BaseHTTPRequestHandler):
             self._stream(int(self.path.rpartition("/")[2]))
             return
         if self.path.startswith("/head"):
-            self._answer({"name": NAME, "method": self.command, "target": self.path, "headers": self.headers.items()})
+            self._answer(
+                {
+                    "name": NAME,
+                    "method": self.command,
+                    "target": self.path,
+                    "headers": self.headers.items(),
+                }
+            )
             return
-        self._answer({"message": f"hello from the {NAME}", "name": NAME, "secret": self.headers.get("X-Secret", "")})
+        self._answer(
+            {
+                "message": f"hello from the {NAME}",
+                "name": NAME,
+                "secret": self.headers.get("X-Secret", ""),
+            }
+        )
 
     def do_POST(self) -> None:
         digest, total = hashlib.sha256(), 0

@@ -90,14 +90,25 @@ _IDENTITY = {("kind",), ("apiVersion",), ("metadata", "name"), ("metadata", "nam
 
 def apply(item: Json, wanted: Json, manager: str, *, force: bool) -> Json:
     """The object after an apply. Raises Problem 409."""
-    owners: dict[Path, set[str]] = {path: set(names) for path, names in item.get(_OWNERS, {}).items()}
+    owners: dict[Path, set[str]] = {
+        path: set(names) for path, names in item.get(_OWNERS, {}).items()
+    }
     new = {path: value for path, value in leaves(wanted) if path not in _IDENTITY}
     have = dict(leaves({name: value for name, value in item.items() if name != _OWNERS}))
-    conflicts = [path for path, value in new.items() if owners.get(path, set()) - {manager} and have.get(path) != value]
+    conflicts = [
+        path
+        for path, value in new.items()
+        if owners.get(path, set()) - {manager} and have.get(path) != value
+    ]
     if conflicts and not force:
         others = sorted({name for path in conflicts for name in owners[path]} - {manager})
-        text = f"Apply failed with {len(conflicts)} conflict: conflicts with {', '.join(map(repr, others))}"
-        raise Problem(409, "Conflict", text, causes=[{"reason": "FieldManagerConflict", "message": text}])
+        text = (
+            f"Apply failed with {len(conflicts)} conflict: conflicts with"
+            f" {', '.join(map(repr, others))}"
+        )
+        raise Problem(
+            409, "Conflict", text, causes=[{"reason": "FieldManagerConflict", "message": text}]
+        )
     for path in conflicts:
         owners[path] = set()
     for path in [path for path, names in owners.items() if manager in names and path not in new]:

@@ -27,7 +27,10 @@ def refuse(code: int, reason: str = "", retry_after: int | None = None, only: st
     """An answer with an error."""
     body = json.dumps(Problem(code, reason, "as the test wants it").body).encode()
     more = f"Retry-After: {retry_after}\r\n" if retry_after is not None else ""
-    head = f"HTTP/1.1 {code} X\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{more}\r\n"
+    head = (
+        f"HTTP/1.1 {code} X\r\nConnection: close\r\nContent-Type:"
+        f" application/json\r\nContent-Length: {len(body)}\r\n{more}\r\n"
+    )
     return Fault(raw=head.encode() + body, only=only)
 
 
@@ -64,11 +67,17 @@ class Asked:
 def selected(item: Json, query: dict[str, str]) -> bool:
     """Whether an object is one of those that a request is about."""
     labels = item["metadata"].get("labels") or {}
-    return matches_labels(query.get("labelSelector", ""), labels) and matches_fields(query.get("fieldSelector", ""), item)
+    return matches_labels(query.get("labelSelector", ""), labels) and matches_fields(
+        query.get("fieldSelector", ""), item
+    )
 
 
 def view(item: Json, asked: Asked) -> Json:
     """An object in the form that was asked for."""
     if "PartialObjectMetadata" in asked.accept:
-        return {"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": item["metadata"]}
+        return {
+            "kind": "PartialObjectMetadata",
+            "apiVersion": "meta.k8s.io/v1",
+            "metadata": item["metadata"],
+        }
     return shown(item)

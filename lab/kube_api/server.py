@@ -85,7 +85,11 @@ class ApiServer:
         if asked.method == "POST":
             return shown(self.store.create(kind, namespace, json.loads(asked.body)))
         if asked.method != "GET":
-            raise Problem(405, "MethodNotAllowed", "the server does not allow this method on the requested resource")
+            raise Problem(
+                405,
+                "MethodNotAllowed",
+                "the server does not allow this method on the requested resource",
+            )
         return self._list(asked, kind, namespace)
 
     def _found(self, api: str, rest: list[str]) -> tuple[Kind, str, str, str]:
@@ -102,7 +106,9 @@ class ApiServer:
     def watched(self, asked: Asked) -> tuple[Kind, str]:
         """Kind and namespace of a watch. Raises Problem."""
         parts = asked.path.strip("/").split("/")
-        api, rest = (parts[1], parts[2:]) if parts[0] == "api" else ("/".join(parts[1:3]), parts[3:])
+        api, rest = (
+            (parts[1], parts[2:]) if parts[0] == "api" else ("/".join(parts[1:3]), parts[3:])
+        )
         kind, namespace, _, _ = self._found(api, rest)
         return kind, namespace
 
@@ -112,7 +118,14 @@ class ApiServer:
         body: Json = json.loads(asked.body or b"{}")
         status = subresource == "status"
         if asked.method == "PUT":
-            return shown(self.store.update(kind, key, lambda old: {**body, "x-owners": old.get("x-owners", {})}, status=status))
+            return shown(
+                self.store.update(
+                    kind,
+                    key,
+                    lambda old: {**body, "x-owners": old.get("x-owners", {})},
+                    status=status,
+                )
+            )
         if asked.method == "DELETE":
             return shown(self.store.delete(kind, key, body.get("preconditions", {}).get("uid", "")))
         if asked.kind == "application/merge-patch+json":
@@ -120,20 +133,34 @@ class ApiServer:
         if asked.kind == "application/apply-patch+yaml":
             manager, force = asked.query.get("fieldManager", ""), asked.query.get("force") == "true"
             if not manager:
-                raise Problem(422, "Invalid", "fieldManager: Required value: is required for apply patch")
+                raise Problem(
+                    422, "Invalid", "fieldManager: Required value: is required for apply patch"
+                )
             if key not in self.store.objects[kind]:
-                return shown(self.store.create(kind, key[0], apply(dict(body), body, manager, force=force)))
-            return shown(self.store.update(kind, key, lambda old: apply(old, body, manager, force=force), status=status))
+                return shown(
+                    self.store.create(kind, key[0], apply(dict(body), body, manager, force=force))
+                )
+            return shown(
+                self.store.update(
+                    kind, key, lambda old: apply(old, body, manager, force=force), status=status
+                )
+            )
         raise Problem(415, "UnsupportedMediaType", f"unsupported: {asked.kind}")
 
     def _list(self, asked: Asked, kind: Kind, namespace: str) -> Json:
         query, store = asked.query, self.store
         if "sendInitialEvents" in query:
-            raise Problem(422, "Invalid", "sendInitialEvents: Forbidden: sendInitialEvents is forbidden for list")
+            raise Problem(
+                422,
+                "Invalid",
+                "sendInitialEvents: Forbidden: sendInitialEvents is forbidden for list",
+            )
         check_fields(query.get("fieldSelector", ""))
         version = int(query.get("resourceVersion", "") or 0)
         if version > store.version:
-            causes = [{"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}]
+            causes = [
+                {"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}
+            ]
             text = f"Timeout: Too large resource version: {version}, current: {store.version}"
             raise Problem(504, "Timeout", text, causes=causes, retryAfterSeconds=1)
         at, items, start = store.version, [], 0
@@ -141,7 +168,12 @@ class ApiServer:
             token = json.loads(base64.urlsafe_b64decode(query["continue"]))
             at, start = token["v"], token["at"]
             if at < store.compacted or token["id"] not in self._pages:
-                raise Problem(410, "Expired", "The provided continue parameter is too old to display a consistent list result.")
+                raise Problem(
+                    410,
+                    "Expired",
+                    "The provided continue parameter is too old to display a consistent list"
+                    " result.",
+                )
             items = self._pages[token["id"]][1]
             page_id = token["id"]
         else:
@@ -152,12 +184,20 @@ class ApiServer:
         if start + limit < len(items):
             self._pages[page_id] = (at, items)
             token = json.dumps({"v": at, "at": start + limit, "id": page_id}).encode()
-            meta |= {"continue": base64.urlsafe_b64encode(token).decode(), "remainingItemCount": len(items) - start - limit}
+            meta |= {
+                "continue": base64.urlsafe_b64encode(token).decode(),
+                "remainingItemCount": len(items) - start - limit,
+            }
         partial = "PartialObjectMetadata" in asked.accept
-        name, api = ("PartialObjectMetadata", "meta.k8s.io/v1") if partial else (kind.name, kind.api)
+        name, api = (
+            ("PartialObjectMetadata", "meta.k8s.io/v1") if partial else (kind.name, kind.api)
+        )
         views = [view(item, asked) for item in items[start : start + limit]]
         if not partial:
-            views = [{name: value for name, value in item.items() if name not in ("kind", "apiVersion")} for item in views]
+            views = [
+                {name: value for name, value in item.items() if name not in ("kind", "apiVersion")}
+                for item in views
+            ]
         return {"kind": f"{name}List", "apiVersion": api, "metadata": meta, "items": views}
 
     def _review(self, plural: str, body: Json) -> Json:
@@ -171,7 +211,10 @@ class ApiServer:
         given = wanted & set((found or {}).get("audiences", ["https://kubernetes.default.svc"]))
         if found is None or not given:
             return {**body, "status": {"user": {}, "error": "invalid bearer token"}}
-        return {**body, "status": {"authenticated": True, "user": found["user"], "audiences": sorted(given)}}
+        return {
+            **body,
+            "status": {"authenticated": True, "user": found["user"], "audiences": sorted(given)},
+        }
 
 
 class _Connection:
@@ -192,7 +235,9 @@ class _Connection:
                 self._authenticate(asked)
                 if asked.query.get("watch") in ("1", "true"):
                     server = self._server
-                    await Watch(server.store, server.behaviour, asked, server.watched(asked)).run(self._send)
+                    await Watch(server.store, server.behaviour, asked, server.watched(asked)).run(
+                        self._send
+                    )
                     return
                 await self._answer(200, self._server.answer(asked))
             except Problem as problem:
@@ -211,7 +256,10 @@ class _Connection:
             await trio.sleep_forever()
         if fault.after is not None:
             whole = json.dumps(self._server.answer(asked)).encode()
-            head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(whole)
+            head = (
+                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+                % len(whole)
+            )
             await self._stream.send_all(head + whole[: fault.after])
         elif fault.raw:
             await self._stream.send_all(fault.raw)
@@ -240,14 +288,27 @@ class _Connection:
         fields = {name.decode(): value.decode() for name, value in head.headers}
         target = head.target.decode()
         url = urlsplit(target)
-        query = {name: values[0] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
+        query = {
+            name: values[0] for name, values in parse_qs(url.query, keep_blank_values=True).items()
+        }
         token = fields.get("authorization", "").removeprefix("Bearer ")
-        return Asked(head.method.decode(), target, url.path, query, fields.get("accept", ""), fields.get("content-type", ""), token, body)
+        return Asked(
+            head.method.decode(),
+            target,
+            url.path,
+            query,
+            fields.get("accept", ""),
+            fields.get("content-type", ""),
+            token,
+            body,
+        )
 
     async def _answer(self, code: int, body: Any) -> None:
         data = json.dumps(body).encode()
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(data)))]
-        await self._send(h11.Response(status_code=code, headers=headers), h11.Data(data=data), h11.EndOfMessage())
+        await self._send(
+            h11.Response(status_code=code, headers=headers), h11.Data(data=data), h11.EndOfMessage()
+        )
 
     async def _send(self, *events: h11.Event) -> None:
         await self._stream.send_all(b"".join(self._http.send(event) or b"" for event in events))

@@ -104,7 +104,9 @@ class Store:
 
     def sorted(self, kind: Kind, namespace: str) -> list[Json]:
         """All objects, in the order of their keys."""
-        return [item for key, item in sorted(self.objects[kind].items()) if namespace in ("", key[0])]
+        return [
+            item for key, item in sorted(self.objects[kind].items()) if namespace in ("", key[0])
+        ]
 
     def since(self, version: int) -> Iterator[Record]:
         """The changes after `version`. Raises Problem 410."""
@@ -125,9 +127,19 @@ class Store:
         if not meta.get("name") and meta.get("generateName"):
             meta["name"] = meta["generateName"] + uuid.uuid4().hex[:5]
         if not meta.get("name"):
-            raise Problem(422, "Invalid", f'{kind.name} "" is invalid: metadata.name: Required value: name or generateName is required')
+            raise Problem(
+                422,
+                "Invalid",
+                f'{kind.name} "" is invalid: metadata.name: Required value: name or generateName is'
+                " required",
+            )
         if kind.namespaced and meta.setdefault("namespace", namespace) != namespace:
-            raise Problem(400, "BadRequest", "the namespace of the provided object does not match the namespace sent on the request")
+            raise Problem(
+                400,
+                "BadRequest",
+                "the namespace of the provided object does not match the namespace sent on the"
+                " request",
+            )
         key = (namespace, meta["name"])
         if key in self.objects[kind]:
             raise Problem(409, "AlreadyExists", f'{kind.plural} "{key[1]}" already exists')
@@ -140,22 +152,38 @@ class Store:
             meta["generation"] = 1
         return self._store(kind, key, item)
 
-    def update(self, kind: Kind, key: Key, change: Callable[[Json], Json], *, status: bool = False) -> Json:
+    def update(
+        self, kind: Kind, key: Key, change: Callable[[Json], Json], *, status: bool = False
+    ) -> Json:
         """Store what `change` makes of the object. Raises Problem."""
         old = self.get(kind, key)
         new = change(copy.deepcopy(old))
         meta = new.setdefault("metadata", {})
         wanted = meta.get("resourceVersion")
         if wanted not in (None, "", old["metadata"]["resourceVersion"]):
-            text = "the object has been modified; please apply your changes to the latest version and try again"
-            raise Problem(409, "Conflict", f'Operation cannot be fulfilled on {kind.plural} "{key[1]}": {text}')
+            text = (
+                "the object has been modified; please apply your changes to the latest version and"
+                " try again"
+            )
+            raise Problem(
+                409,
+                "Conflict",
+                f'Operation cannot be fulfilled on {kind.plural} "{key[1]}": {text}',
+            )
         for name in ("uid", "creationTimestamp", "name", "namespace", "generation"):
             if name in old["metadata"]:
                 meta[name] = old["metadata"][name]
         if kind.status:
             kept = old if status else new
             other = new if status else old
-            new = {**{name: value for name, value in kept.items() if name not in ("metadata", "status")}, "metadata": meta}
+            new = {
+                **{
+                    name: value
+                    for name, value in kept.items()
+                    if name not in ("metadata", "status")
+                },
+                "metadata": meta,
+            }
             if "status" in other:
                 new["status"] = other["status"]
         meta["resourceVersion"] = old["metadata"]["resourceVersion"]
@@ -169,7 +197,12 @@ class Store:
         """Raises Problem."""
         old = self.get(kind, key)
         if uid and old["metadata"]["uid"] != uid:
-            raise Problem(409, "Conflict", f"Precondition failed: UID in precondition: {uid}, UID in object meta: {old['metadata']['uid']}")
+            raise Problem(
+                409,
+                "Conflict",
+                f"Precondition failed: UID in precondition: {uid}, UID in object meta:"
+                f" {old['metadata']['uid']}",
+            )
         del self.objects[kind][key]
         self._record(kind, old, None)
         return old

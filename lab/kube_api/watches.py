@@ -24,7 +24,9 @@ class Send(Protocol):
 class Watch:
     """One watch."""
 
-    def __init__(self, store: Store, behaviour: Behaviour, asked: Asked, of: tuple[Kind, str]) -> None:
+    def __init__(
+        self, store: Store, behaviour: Behaviour, asked: Asked, of: tuple[Kind, str]
+    ) -> None:
         """`of`: the kind of objects, and their namespace ("": all)."""
         self._asked = asked
         self._store = store
@@ -36,13 +38,33 @@ class Watch:
         """Send the answer, until its end. Raises Problem before that has begun."""
         self._send = send
         query, store = self._asked.query, self._store
-        streaming = query.get("sendInitialEvents") == "true" and self._behaviour.streaming != "unknown"
+        streaming = (
+            query.get("sendInitialEvents") == "true" and self._behaviour.streaming != "unknown"
+        )
         if streaming and self._behaviour.streaming == "refused":
-            raise Problem(422, "Invalid", "sendInitialEvents: Forbidden: sendInitialEvents is forbidden for watch unless the gate is on")
+            raise Problem(
+                422,
+                "Invalid",
+                "sendInitialEvents: Forbidden: sendInitialEvents is forbidden for watch unless the"
+                " gate is on",
+            )
         if streaming and query.get("resourceVersionMatch") != "NotOlderThan":
-            raise Problem(422, "Invalid", "resourceVersionMatch: Forbidden: sendInitialEvents requires setting resourceVersionMatch")
-        if "resourceVersionMatch" in query and not streaming and self._behaviour.streaming != "unknown":
-            raise Problem(422, "Invalid", "resourceVersionMatch: Forbidden: resourceVersionMatch is forbidden for watch")
+            raise Problem(
+                422,
+                "Invalid",
+                "resourceVersionMatch: Forbidden: sendInitialEvents requires setting"
+                " resourceVersionMatch",
+            )
+        if (
+            "resourceVersionMatch" in query
+            and not streaming
+            and self._behaviour.streaming != "unknown"
+        ):
+            raise Problem(
+                422,
+                "Invalid",
+                "resourceVersionMatch: Forbidden: resourceVersionMatch is forbidden for watch",
+            )
         version = int(query.get("resourceVersion", "") or 0)
         if version and self._behaviour.gone == "status":
             store.check_version(version)
@@ -93,12 +115,19 @@ class Watch:
         name = "MODIFIED" if before and now else "ADDED" if now else "DELETED"
         item = (record.new if now else record.old) or {}
         if name == "DELETED":  # with the version of its end
-            item = {**item, "metadata": {**item["metadata"], "resourceVersion": str(record.version)}}
+            item = {
+                **item,
+                "metadata": {**item["metadata"], "resourceVersion": str(record.version)},
+            }
         await self._event(name, view(item, self._asked))
 
     async def _bookmark(self, version: int, annotations: Json | None = None) -> None:
         partial = "PartialObjectMetadata" in self._asked.accept
-        name, api = ("PartialObjectMetadata", "meta.k8s.io/v1") if partial else (self._kind.name, self._kind.api)
+        name, api = (
+            ("PartialObjectMetadata", "meta.k8s.io/v1")
+            if partial
+            else (self._kind.name, self._kind.api)
+        )
         meta: Json = {"resourceVersion": str(version), "creationTimestamp": None}
         if annotations:
             meta["annotations"] = annotations

@@ -16,4 +16,13 @@ from perf.peers.order import Kind, Order, Peer
 
 __all__ = ["PEERS", "Kind", "Order", "Peer"]
 
-PEERS = (isthmus.PEER, isthmus.SOURCES, isthmus.ORDINARY, envoy.PEER, envoy.MESHED, haproxy.PEER, nginx.PEER, nghttpx.PEER)
+PEERS = (
+    isthmus.PEER,
+    isthmus.SOURCES,
+    isthmus.ORDINARY,
+    envoy.PEER,
+    envoy.MESHED,
+    haproxy.PEER,
+    nginx.PEER,
+    nghttpx.PEER,
+)

@@ -20,7 +20,11 @@ _IDENTITY = "spiffe://perf.test/ns/perf/sa/"
 
 
 def path() -> str | None:
-    return os.environ.get("ISTHMUS_PERF_ENVOY") or shutil.which("envoy") or shutil.which("envoy", path=str(Path(sys.executable).parent))
+    return (
+        os.environ.get("ISTHMUS_PERF_ENVOY")
+        or shutil.which("envoy")
+        or shutil.which("envoy", path=str(Path(sys.executable).parent))
+    )
 
 
 def missing(_: Kind) -> str | None:
@@ -32,8 +36,18 @@ def start(order: Order, mesh: bool = False) -> Iterator[Pair]:
     """`mesh`: also do what a service mesh configures and this proxy always does (see `_meshed`)."""
     inbound, outbound = free_port(), free_port()
     configs = {
-        "inbound": _hop(order.kind, inbound, order.server, {"downstream": _tls(order, "Downstream", order.material("inbound"), "client")}),
-        "outbound": _hop(order.kind, outbound, inbound, {"upstream": _tls(order, "Upstream", order.material("outbound"), "server")}),
+        "inbound": _hop(
+            order.kind,
+            inbound,
+            order.server,
+            {"downstream": _tls(order, "Downstream", order.material("inbound"), "client")},
+        ),
+        "outbound": _hop(
+            order.kind,
+            outbound,
+            inbound,
+            {"upstream": _tls(order, "Upstream", order.material("outbound"), "server")},
+        ),
     }
     commands = {}
     for side, config in configs.items():
@@ -41,14 +55,28 @@ def start(order: Order, mesh: bool = False) -> Iterator[Pair]:
             _meshed(config, side)
         file = order.folder / f"envoy-{side}.json"
         file.write_text(json.dumps(config))
-        commands[side] = [str(path()), "-c", str(file), "--concurrency", "1", "--disable-hot-restart", "--log-level", "error"]
-    with pair_of("envoy", commands, {"inbound": inbound, "outbound": outbound}, order.folder) as found:
+        commands[side] = [
+            str(path()),
+            "-c",
+            str(file),
+            "--concurrency",
+            "1",
+            "--disable-hot-restart",
+            "--log-level",
+            "error",
+        ]
+    with pair_of(
+        "envoy", commands, {"inbound": inbound, "outbound": outbound}, order.folder
+    ) as found:
         yield found
 
 
 def _tls(order: Order, side: str, material: Path, peer: str) -> dict[str, Any]:
     common = {
-        "tls_params": {"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3"},
+        "tls_params": {
+            "tls_minimum_protocol_version": "TLSv1_3",
+            "tls_maximum_protocol_version": "TLSv1_3",
+        },
         "alpn_protocols": [{"http1": "http/1.1", "http2": "h2", "tcp": "tcp"}[order.kind]],
         "tls_certificates": [
             {
@@ -58,10 +86,15 @@ def _tls(order: Order, side: str, material: Path, peer: str) -> dict[str, Any]:
         ],
         "validation_context": {
             "trusted_ca": {"filename": str(material / "roots.pem")},
-            "match_typed_subject_alt_names": [{"san_type": "URI", "matcher": {"exact": _IDENTITY + peer}}],
+            "match_typed_subject_alt_names": [
+                {"san_type": "URI", "matcher": {"exact": _IDENTITY + peer}}
+            ],
         },
     }
-    config: dict[str, Any] = {"@type": f"{_TYPE}.transport_sockets.tls.v3.{side}TlsContext", "common_tls_context": common}
+    config: dict[str, Any] = {
+        "@type": f"{_TYPE}.transport_sockets.tls.v3.{side}TlsContext",
+        "common_tls_context": common,
+    }
     if side == "Downstream":
         config["require_client_certificate"] = True
     else:
@@ -79,20 +112,41 @@ def _hop(kind: Kind, listen: int, to: int, tls: dict[str, dict[str, Any]]) -> di
     cluster: dict[str, Any] = {
         "name": "next",
         "type": "STATIC",
-        "circuit_breakers": {"thresholds": [{"max_connections": 4096, "max_pending_requests": 4096, "max_requests": 4096}]},
-        "load_assignment": {"cluster_name": "next", "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(to)}}]}]},
+        "circuit_breakers": {
+            "thresholds": [
+                {"max_connections": 4096, "max_pending_requests": 4096, "max_requests": 4096}
+            ]
+        },
+        "load_assignment": {
+            "cluster_name": "next",
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(to)}}]}],
+        },
     }
     if kind != "tcp":
         options = {"http1": "http_protocol_options", "http2": "http2_protocol_options"}[kind]
-        protocol = {"@type": f"{_TYPE}.upstreams.http.v3.HttpProtocolOptions", "explicit_http_config": {options: {}}}
-        cluster["typed_extension_protocol_options"] = {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": protocol}
+        protocol = {
+            "@type": f"{_TYPE}.upstreams.http.v3.HttpProtocolOptions",
+            "explicit_http_config": {options: {}},
+        }
+        cluster["typed_extension_protocol_options"] = {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": protocol
+        }
     if "upstream" in tls:
         cluster["transport_socket"] = tls["upstream"]
-    return {"static_resources": {"listeners": [{"address": _address(listen), "filter_chains": [chain]}], "clusters": [cluster]}}
+    return {
+        "static_resources": {
+            "listeners": [{"address": _address(listen), "filter_chains": [chain]}],
+            "clusters": [cluster],
+        }
+    }
 
 
 def _relay() -> dict[str, Any]:
-    config = {"@type": f"{_TYPE}.filters.network.tcp_proxy.v3.TcpProxy", "stat_prefix": "hop", "cluster": "next"}
+    config = {
+        "@type": f"{_TYPE}.filters.network.tcp_proxy.v3.TcpProxy",
+        "stat_prefix": "hop",
+        "cluster": "next",
+    }
     return {"name": "envoy.filters.network.tcp_proxy", "typed_config": config}
 
 
@@ -102,9 +156,20 @@ def _http(kind: Kind) -> dict[str, Any]:
         "codec_type": kind.upper(),
         "stat_prefix": "hop",
         "route_config": {
-            "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "next"}}]}]
+            "virtual_hosts": [
+                {
+                    "name": "all",
+                    "domains": ["*"],
+                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "next"}}],
+                }
+            ]
         },
-        "http_filters": [{"name": "envoy.filters.http.router", "typed_config": {"@type": f"{_TYPE}.filters.http.router.v3.Router"}}],
+        "http_filters": [
+            {
+                "name": "envoy.filters.http.router",
+                "typed_config": {"@type": f"{_TYPE}.filters.http.router.v3.Router"},
+            }
+        ],
     }
     return {"name": "envoy.filters.network.http_connection_manager", "typed_config": config}
 
@@ -116,26 +181,44 @@ def _meshed(config: dict[str, Any], side: str) -> None:
     resources = config["static_resources"]
     manager = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
     collector = {"envoy_grpc": {"cluster_name": "collector"}, "timeout": "1s"}
-    tracer = {"@type": "type.googleapis.com/envoy.config.trace.v3.OpenTelemetryConfig", "grpc_service": collector, "service_name": side}
+    tracer = {
+        "@type": "type.googleapis.com/envoy.config.trace.v3.OpenTelemetryConfig",
+        "grpc_service": collector,
+        "service_name": side,
+    }
     manager["tracing"] = {
         "random_sampling": {"value": 0},
         "overall_sampling": {"value": 100},
         "provider": {"name": "envoy.tracers.opentelemetry", "typed_config": tracer},
     }
-    manager["route_config"]["virtual_hosts"][0]["retry_policy"] = {"retry_on": "connect-failure,refused-stream,reset", "num_retries": 2}
+    manager["route_config"]["virtual_hosts"][0]["retry_policy"] = {
+        "retry_on": "connect-failure,refused-stream,reset",
+        "num_retries": 2,
+    }
     if side == "inbound":
         principal = {"authenticated": {"principal_name": {"exact": _IDENTITY + "client"}}}
-        rules = {"action": "ALLOW", "policies": {"callers": {"permissions": [{"any": True}], "principals": [principal]}}}
+        rules = {
+            "action": "ALLOW",
+            "policies": {"callers": {"permissions": [{"any": True}], "principals": [principal]}},
+        }
         access = {"@type": f"{_TYPE}.filters.http.rbac.v3.RBAC", "rules": rules}
-        manager["http_filters"].insert(0, {"name": "envoy.filters.http.rbac", "typed_config": access})
-        manager |= {"forward_client_cert_details": "SANITIZE_SET", "set_current_client_cert_details": {"uri": True}}
+        manager["http_filters"].insert(
+            0, {"name": "envoy.filters.http.rbac", "typed_config": access}
+        )
+        manager |= {
+            "forward_client_cert_details": "SANITIZE_SET",
+            "set_current_client_cert_details": {"uri": True},
+        }
     (cluster,) = resources["clusters"]
     cluster["outlier_detection"] = {"consecutive_5xx": 5, "interval": "1s"}
     resources["clusters"].append(
         {
             "name": "collector",
             "type": "STATIC",
-            "load_assignment": {"cluster_name": "collector", "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(9)}}]}]},
+            "load_assignment": {
+                "cluster_name": "collector",
+                "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(9)}}]}],
+            },
         }
     )
 

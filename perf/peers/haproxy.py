@@ -24,22 +24,32 @@ def start(order: Order) -> Iterator[Pair]:
     tls = {}
     for side in ports:
         material, both = order.material(side), order.folder / f"haproxy-{side}.pem"
-        both.write_bytes((material / "certificate.pem").read_bytes() + (material / "key.pem").read_bytes())
-        tls[side] = f"ssl crt {both} ca-file {material / 'roots.pem'} verify required ssl-min-ver TLSv1.3 {alpn}"
+        both.write_bytes(
+            (material / "certificate.pem").read_bytes() + (material / "key.pem").read_bytes()
+        )
+        tls[side] = (
+            f"ssl crt {both} ca-file {material / 'roots.pem'} verify required ssl-min-ver TLSv1.3"
+            f" {alpn}"
+        )
     reuse = "" if order.resume else "no-ssl-reuse"
     lines = {
-        "outbound": (f"{HOST}:{ports['outbound']} {protocol}", f"{HOST}:{ports['inbound']} {tls['outbound']} {protocol} {reuse}"),
-        "inbound": (f"{HOST}:{ports['inbound']} {tls['inbound']}", f"{HOST}:{order.server} {protocol}"),
+        "outbound": (
+            f"{HOST}:{ports['outbound']} {protocol}",
+            f"{HOST}:{ports['inbound']} {tls['outbound']} {protocol} {reuse}",
+        ),
+        "inbound": (
+            f"{HOST}:{ports['inbound']} {tls['inbound']}",
+            f"{HOST}:{order.server} {protocol}",
+        ),
     }
     commands = {}
     for side, (bind, server) in lines.items():
         file = order.folder / f"haproxy-{side}.cfg"
         mode = "tcp" if order.kind == "tcp" else "http\n  http-reuse always"
         file.write_text(
-            "global\n  nbthread 1\n  maxconn 8192\n"
-            f"defaults\n  mode {mode}\n  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\n"
-            f"frontend hop\n  bind {bind}\n  default_backend next\n"
-            f"backend next\n  server next {server}\n"
+            f"global\n  nbthread 1\n  maxconn 8192\ndefaults\n  mode {mode}\n  timeout connect 5s\n"
+            f"  timeout client 60s\n  timeout server 60s\nfrontend hop\n  bind {bind}\n "
+            f" default_backend next\nbackend next\n  server next {server}\n"
         )
         commands[side] = ["haproxy", "-db", "-f", str(file)]
     with pair_of("haproxy", commands, ports, order.folder) as found:

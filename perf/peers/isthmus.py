@@ -15,14 +15,32 @@ from perf.peers.order import Kind, Order, Peer
 
 def start(order: Order, *, fast: bool, image: bool) -> AbstractContextManager[Pair]:
     protocol = "opaque" if order.kind == "tcp" else "detect"
-    wishes = {"protocol": protocol, "resume": order.resume, "settings": {"fast_path": fast}, "image": image}
+    wishes = {
+        "protocol": protocol,
+        "resume": order.resume,
+        "settings": {"fast_path": fast},
+        "image": image,
+    }
     return isthmus_pair(order.folder, order.server, wishes)
 
 
 def missing(_: Kind) -> str | None:
-    return None if all(folder.is_dir() for folder in IMAGE) else "`make aws-lc compiled` has not been run"
+    return (
+        None
+        if all(folder.is_dir() for folder in IMAGE)
+        else "`make aws-lc compiled` has not been run"
+    )
 
 
-PEER = Peer("isthmus", frozenset({"http1", "http2", "tcp"}), missing, partial(start, fast=True, image=True))
-SOURCES = Peer("checkout", frozenset({"http1", "http2", "tcp"}), lambda _: None, partial(start, fast=True, image=False))
-ORDINARY = Peer("ordinary path", frozenset({"http1"}), missing, partial(start, fast=False, image=True))
+PEER = Peer(
+    "isthmus", frozenset({"http1", "http2", "tcp"}), missing, partial(start, fast=True, image=True)
+)
+SOURCES = Peer(
+    "checkout",
+    frozenset({"http1", "http2", "tcp"}),
+    lambda _: None,
+    partial(start, fast=True, image=False),
+)
+ORDINARY = Peer(
+    "ordinary path", frozenset({"http1"}), missing, partial(start, fast=False, image=True)
+)

@@ -1,4 +1,5 @@
-"""nghttpx. It cannot match a URI name, so it does not verify the server's certificate; it relays HTTP only."""
+"""nghttpx. It cannot match a URI name, so it does not verify the server's certificate; it relays
+HTTP only."""
 
 from __future__ import annotations
 
@@ -18,7 +19,13 @@ def missing(_: Kind) -> str | None:
 def start(order: Order) -> Iterator[Pair]:
     ports = {"inbound": free_port(), "outbound": free_port()}
     protocol = "h2" if order.kind == "http2" else "http/1.1"
-    common = ["nghttpx", "--conf=/dev/null", "--workers=1", "--single-process", "--accesslog-file=/dev/null"]
+    common = [
+        "nghttpx",
+        "--conf=/dev/null",
+        "--workers=1",
+        "--single-process",
+        "--accesslog-file=/dev/null",
+    ]
     common.append("--backend-connections-per-host=512")
     serving, calling = order.material("inbound"), order.material("outbound")
     commands = {

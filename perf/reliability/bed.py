@@ -78,7 +78,9 @@ class Bed:
         numbers = [str(max(1, attack.connections // len(self.crowd))), str(attack.streams)]
 
         async def run(pod: Pod) -> None:
-            counts.update(await _attacker(pod, attack.kind, self.shop.ipv4, attack.port, seconds, *numbers))
+            counts.update(
+                await _attacker(pod, attack.kind, self.shop.ipv4, attack.port, seconds, *numbers)
+            )
 
         async with trio.open_nursery() as nursery:
             for pod in self.crowd:
@@ -90,10 +92,23 @@ class Bed:
         return await _attacker(self.kubelet, "probe", self.shop.ipv4, ADMIN_PORT, seconds)
 
 
-async def _attacker(pod: Pod, kind: str, host: str, port: int, seconds: float, *numbers: str) -> dict[str, int]:
+async def _attacker(
+    pod: Pod, kind: str, host: str, port: int, seconds: float, *numbers: str
+) -> dict[str, int]:
     """Run the program `attacker` in a pod; returns its counts. Raises LabError."""
-    first, user = (["chrt", "--rr", str(PROBER_PRIORITY)], OPERATOR) if kind == "probe" else ([], APP)
-    program = [sys.executable, "-m", "perf.reliability.attacker", kind, host, str(port), f"{seconds:g}", *numbers]
+    first, user = (
+        (["chrt", "--rr", str(PROBER_PRIORITY)], OPERATOR) if kind == "probe" else ([], APP)
+    )
+    program = [
+        sys.executable,
+        "-m",
+        "perf.reliability.attacker",
+        kind,
+        host,
+        str(port),
+        f"{seconds:g}",
+        *numbers,
+    ]
     done = await pod.run([*first, *program], env=PACKAGES, timeout=seconds + 60, user=user)
     if not done.ok:
         raise LabError(f"the attacker {kind} failed: {done.stderr.decode(errors='replace')[-400:]}")
@@ -103,7 +118,9 @@ async def _attacker(pod: Pod, kind: str, host: str, port: int, seconds: float, *
 
 def resident(pid: int) -> int:
     """Resident memory of a process in bytes."""
-    return int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1]) * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
 
 
 @dataclass(slots=True)
@@ -132,7 +149,12 @@ async def watch(bed: Bed, attacks: list[Attack], seconds: float) -> Watched:
             async with trio.open_nursery() as attackers:
 
                 async def attack(each: Attack) -> None:
-                    counts.update({f"{each.kind} {name}": number for name, number in (await bed.attack(each, seconds)).items()})
+                    counts.update(
+                        {
+                            f"{each.kind} {name}": number
+                            for name, number in (await bed.attack(each, seconds)).items()
+                        }
+                    )
 
                 async def probe() -> None:
                     seen["probes"] = await bed.probe(seconds)
@@ -142,8 +164,12 @@ async def watch(bed: Bed, attacks: list[Attack], seconds: float) -> Watched:
                     attackers.start_soon(attack, each)
             nursery.cancel_scope.cancel()
         summary = load.summary(since)
-        slowest = max((sample.seconds for sample in load.samples if sample.when >= since), default=0.0)
-    return Watched(summary, slowest, load.bad, seen["probes"], before, seen["most"], attackers=counts)
+        slowest = max(
+            (sample.seconds for sample in load.samples if sample.when >= since), default=0.0
+        )
+    return Watched(
+        summary, slowest, load.bad, seen["probes"], before, seen["most"], attackers=counts
+    )
 
 
 async def _follow(bed: Bed, seen: dict[str, Any]) -> None:
@@ -165,7 +191,9 @@ async def bed() -> AsyncIterator[Bed]:
             crowd = [cluster.pod(f"crowd{number}") for number in range(CROWD)]
             near = mesh.join(web, log={"access": False})
             rules = {"require_identity": [WEB], "opaque_ports": [], "hello_timeout": "500ms"}
-            victim = mesh.join(shop, inbound=rules, log={"access": False}, admin={"metrics_max_age": "1s"})
+            victim = mesh.join(
+                shop, inbound=rules, log={"access": False}, admin={"metrics_max_age": "1s"}
+            )
             service = mesh.service("shop", [shop], {WEB: "http1"})
             _go_first((await _app(shop, "web", "::", str(WEB))).pid)
             await _app(shop, "web", "::", str(OPEN))
@@ -184,7 +212,12 @@ async def bed() -> AsyncIterator[Bed]:
 async def _app(pod: Pod, name: str, *arguments: str) -> Process:
     """Start one of the lab's servers; its port is the last argument."""
     port = int(arguments[-1])
-    return await pod.start(f"{name}-{port}", [sys.executable, "-m", f"lab.apps.{name}", *arguments], port=port, env=PACKAGES)
+    return await pod.start(
+        f"{name}-{port}",
+        [sys.executable, "-m", f"lab.apps.{name}", *arguments],
+        port=port,
+        env=PACKAGES,
+    )
 
 
 def _cores() -> tuple[set[int], set[int]]:
@@ -218,8 +251,9 @@ def _keep(pid: int, cores: set[int]) -> None:
 
 @contextmanager
 def all_first() -> Iterator[None]:
-    """Give real-time priority to this process and to all that it starts during the block. Without it, other work on the machine counts:
-    a sidecar that starts too slowly loses the requests that wait for it. Raises LabError."""
+    """Give real-time priority to this process and to all that it starts during the block. Without
+    it, other work on the machine counts: a sidecar that starts too slowly loses the requests that
+    wait for it. Raises LabError."""
     try:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(MEMBER_PRIORITY))
     except PermissionError as error:
@@ -233,6 +267,10 @@ def all_first() -> Iterator[None]:
 def _go_first(pid: int) -> None:
     """Give a process real-time priority, but not its children. Raises LabError."""
     try:
-        os.sched_setscheduler(pid, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(MEMBER_PRIORITY))
+        os.sched_setscheduler(
+            pid, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(MEMBER_PRIORITY)
+        )
     except PermissionError as error:
-        raise LabError(f"the member cannot have real-time priority here ({error}): run this as root") from error
+        raise LabError(
+            f"the member cannot have real-time priority here ({error}): run this as root"
+        ) from error

@@ -60,7 +60,12 @@ class Scene:
 
 async def start_app(pod: Pod, app: str) -> Process:
     """Start one of the servers of lab/apps in a pod."""
-    return await pod.start("app", [sys.executable, "-m", f"lab.apps.{app}", "::", str(HTTP), pod.name], port=HTTP, env=PACKAGES)
+    return await pod.start(
+        "app",
+        [sys.executable, "-m", f"lab.apps.{app}", "::", str(HTTP), pod.name],
+        port=HTTP,
+        env=PACKAGES,
+    )
 
 
 @asynccontextmanager
@@ -105,7 +110,9 @@ def judged(load: Load, since: float) -> Measured:
     summary = load.summary(since)
     slowest = max((sample.seconds for sample in load.samples if sample.when >= since), default=0.0)
     faults = (f"{load.bad}",) if summary.errors else ()
-    return Measured(f"{summary.errors} of {summary.requests} failed; slowest {slowest * 1000:.0f} ms", faults)
+    return Measured(
+        f"{summary.errors} of {summary.requests} failed; slowest {slowest * 1000:.0f} ms", faults
+    )
 
 
 async def apps_restarted(lab: Lab) -> Measured:
@@ -127,7 +134,8 @@ async def sidecar_killed(lab: Lab) -> Measured:
         away = time.monotonic() - since
         await load.more(100)
     measured = judged(load, since)
-    # On a busy machine the start can take longer than requests wait (`queue.timeout` of a policy, 3 s): then some of them must fail.
+    # On a busy machine the start can take longer than requests wait (`queue.timeout` of a policy, 3
+    # s): then some of them must fail.
     return Measured(f"{measured.words}; ready again after {away:.1f} s", measured.faults)
 
 
@@ -140,13 +148,23 @@ async def app_away(lab: Lab) -> Measured:
         await start_app(found.pods[0], "web")
         back = time.monotonic()
         await load.more(100)
-        served = min(sample.when for sample in load.samples if sample.when >= back and sample.outcome == "200")
-        late = [sample for sample in load.samples if sample.when > served and sample.outcome != "200"]
+        served = min(
+            sample.when
+            for sample in load.samples
+            if sample.when >= back and sample.outcome == "200"
+        )
+        late = [
+            sample for sample in load.samples if sample.when > served and sample.outcome != "200"
+        ]
         await trio.sleep(2)
     faults = (f"{len(late)} errors after the first response",) if late else ()
     if served - back > 1.0:
         faults = (*faults, "the first response took more than a second")
-    return Measured(f"first response {(served - back) * 1000:.0f} ms after the server was back, then {len(late)} errors", faults)
+    return Measured(
+        f"first response {(served - back) * 1000:.0f} ms after the server was back, then"
+        f" {len(late)} errors",
+        faults,
+    )
 
 
 async def app_dies_first(lab: Lab) -> Measured:
@@ -195,7 +213,10 @@ async def node_dies(lab: Lab) -> Measured:
         faults.append("a request waited for more than 35 s")
     if behind.errors:
         faults.append(f"{load.bad}")
-    words = f"requests in progress ended within {settled:.1f} s; then {behind.errors} of {behind.requests} failed"
+    words = (
+        f"requests in progress ended within {settled:.1f} s; then {behind.errors} of"
+        f" {behind.requests} failed"
+    )
     return Measured(words, tuple(faults))
 
 
@@ -228,7 +249,10 @@ async def client_vanishes(lab: Lab) -> Measured:
             except LabError:
                 return Measured("", ("the server's connection was open after 75 s",))
         seconds = float(line.split()[1]) - began
-    return Measured(f"the server's connection ended after {seconds:.1f} s", ("more than 60 s",) if seconds > 60 else ())
+    return Measured(
+        f"the server's connection ended after {seconds:.1f} s",
+        ("more than 60 s",) if seconds > 60 else (),
+    )
 
 
 async def quiet_client_leaves(lab: Lab) -> Measured:
@@ -245,7 +269,10 @@ async def quiet_client_leaves(lab: Lab) -> Measured:
             delays += [when - left for when in (await _gone(found, left))[:1]]
     if len(delays) < 3:
         return Measured("", ("the server did not detect it within 3 s",))
-    return Measured(f"the server detected it after {max(delays) * 1000:.0f} ms", ("more than a second",) if max(delays) > 1 else ())
+    return Measured(
+        f"the server detected it after {max(delays) * 1000:.0f} ms",
+        ("more than a second",) if max(delays) > 1 else (),
+    )
 
 
 async def _gone(found: Scene, since: float) -> list[float]:
@@ -284,8 +311,14 @@ async def early_answer(lab: Lab) -> Measured:
         done = await found.web.run_python(EARLY, found.service.ipv4, str(HTTP), timeout=120)
         bad = int(done.text or "24")
     measured = judged(load, since)
-    faults = measured.faults if not bad else (*measured.faults, f"{bad} of 24 answers were missed: {done.stderr.decode()[-200:]}")
-    return Measured(f"{bad} of 24 exchanges of the uploader failed; other clients: {measured.words}", faults)
+    faults = (
+        measured.faults
+        if not bad
+        else (*measured.faults, f"{bad} of 24 answers were missed: {done.stderr.decode()[-200:]}")
+    )
+    return Measured(
+        f"{bad} of 24 exchanges of the uploader failed; other clients: {measured.words}", faults
+    )
 
 
 async def drained_server(lab: Lab) -> Measured:
@@ -377,7 +410,10 @@ async def stopped_worker(lab: Lab) -> Measured:
     faults = [] if done.ok else ["the worker was not stopped"]
     if slowest > 0.1:
         faults.append("more than 100 ms")
-    return Measured(f"slowest /live {slowest * 1000:.0f} ms, status {', '.join(map(str, sorted(statuses)))}", tuple(faults))
+    return Measured(
+        f"slowest /live {slowest * 1000:.0f} ms, status {', '.join(map(str, sorted(statuses)))}",
+        tuple(faults),
+    )
 
 
 def _children(pid: int) -> list[str]:
@@ -388,22 +424,84 @@ def _children(pid: int) -> list[str]:
             return stat.read_text("ascii", "replace").rpartition(")")[2].split()[1]
         return ""
 
-    return [stat.parent.name for stat in Path("/proc").glob("[0-9]*/stat") if parent(stat) == str(pid)]
+    return [
+        stat.parent.name for stat in Path("/proc").glob("[0-9]*/stat") if parent(stat) == str(pid)
+    ]
 
 
 FAULTS = (
-    Fault("apps-restarted", "three applications restart, one after another", "no request fails", apps_restarted),
-    Fault("sidecar-killed", "the sidecar of the only endpoint is killed and started again", "no request fails", sidecar_killed),
-    Fault("app-away", "the only endpoint's application is down for 3 s", "it serves again within 1 s, without errors", app_away),
-    Fault("app-dies-first", "one of two applications ends before its sidecar", "no request fails", app_dies_first),
-    Fault("rolling-restart", "two replicas restart with their sidecars", "no request fails", rolling_restart),
-    Fault("node-dies", "packets to one of two endpoints are dropped", "requests in progress end within 35 s", node_dies),
-    Fault("client-vanishes", "packets from a database client are dropped", "the server's connection ends within 60 s", client_vanishes),
-    Fault("quiet-client-leaves", "a client leaves during a quiet event stream", "the server detects it within 1 s", quiet_client_leaves),
-    Fault("early-answer", "12 uploads get 413 before they are read", "no later request fails", early_answer),
-    Fault("drained-server", "SIGTERM to a probed server that waits for its connections", "as fast as without a sidecar", drained_server),
-    Fault("half-directory", "the directory file is written in pieces", "no clear text, no request fails", half_written_directory),
-    Fault("stopped-worker", "one of two workers is stopped (SIGSTOP)", "/live answers within 100 ms", stopped_worker),
+    Fault(
+        "apps-restarted",
+        "three applications restart, one after another",
+        "no request fails",
+        apps_restarted,
+    ),
+    Fault(
+        "sidecar-killed",
+        "the sidecar of the only endpoint is killed and started again",
+        "no request fails",
+        sidecar_killed,
+    ),
+    Fault(
+        "app-away",
+        "the only endpoint's application is down for 3 s",
+        "it serves again within 1 s, without errors",
+        app_away,
+    ),
+    Fault(
+        "app-dies-first",
+        "one of two applications ends before its sidecar",
+        "no request fails",
+        app_dies_first,
+    ),
+    Fault(
+        "rolling-restart",
+        "two replicas restart with their sidecars",
+        "no request fails",
+        rolling_restart,
+    ),
+    Fault(
+        "node-dies",
+        "packets to one of two endpoints are dropped",
+        "requests in progress end within 35 s",
+        node_dies,
+    ),
+    Fault(
+        "client-vanishes",
+        "packets from a database client are dropped",
+        "the server's connection ends within 60 s",
+        client_vanishes,
+    ),
+    Fault(
+        "quiet-client-leaves",
+        "a client leaves during a quiet event stream",
+        "the server detects it within 1 s",
+        quiet_client_leaves,
+    ),
+    Fault(
+        "early-answer",
+        "12 uploads get 413 before they are read",
+        "no later request fails",
+        early_answer,
+    ),
+    Fault(
+        "drained-server",
+        "SIGTERM to a probed server that waits for its connections",
+        "as fast as without a sidecar",
+        drained_server,
+    ),
+    Fault(
+        "half-directory",
+        "the directory file is written in pieces",
+        "no clear text, no request fails",
+        half_written_directory,
+    ),
+    Fault(
+        "stopped-worker",
+        "one of two workers is stopped (SIGSTOP)",
+        "/live answers within 100 ms",
+        stopped_worker,
+    ),
 )
 
 

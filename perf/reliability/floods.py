@@ -26,22 +26,68 @@ class Flood:
 
 
 FLOODS = (
-    Flood("admin-idle", "256 idle connections to the admin port", (Attack("idle", ADMIN_PORT, 256),)),
-    Flood("admin-scrapers", "16 scrapers that request /metrics without a pause", (Attack("scrape", ADMIN_PORT, 16),)),
-    Flood("windows", "120 HTTP/2 connections, 40 uploads on each, to a server that does not read", (Attack("windows", STALL, 120, 40),)),
-    Flood("uploads", "1,000 HTTP/1.1 uploads to a server that does not read", (Attack("uploads", STALL, 1000),)),
-    Flood("headers", "60 HTTP/2 connections, 200 requests at once on each, to a protected port", (Attack("headers", WEB, 60, 200),)),
-    Flood("headers-open", "60 HTTP/2 connections, 200 requests at once on each, to an open port", (Attack("headers", STALL, 60, 200),)),
-    Flood("churn", "4,000 clients that connect and disconnect at once, every second", (Attack("churn", WEB, 4000),)),
-    Flood("refused", "2,000 connections that stay open after their 403", (Attack("refused", WEB, 2000),)),
-    Flood("handshakes", "2,000 TLS handshakes that stop within the ClientHello", (Attack("handshakes", WEB, 2000),)),
+    Flood(
+        "admin-idle", "256 idle connections to the admin port", (Attack("idle", ADMIN_PORT, 256),)
+    ),
+    Flood(
+        "admin-scrapers",
+        "16 scrapers that request /metrics without a pause",
+        (Attack("scrape", ADMIN_PORT, 16),),
+    ),
+    Flood(
+        "windows",
+        "120 HTTP/2 connections, 40 uploads on each, to a server that does not read",
+        (Attack("windows", STALL, 120, 40),),
+    ),
+    Flood(
+        "uploads",
+        "1,000 HTTP/1.1 uploads to a server that does not read",
+        (Attack("uploads", STALL, 1000),),
+    ),
+    Flood(
+        "headers",
+        "60 HTTP/2 connections, 200 requests at once on each, to a protected port",
+        (Attack("headers", WEB, 60, 200),),
+    ),
+    Flood(
+        "headers-open",
+        "60 HTTP/2 connections, 200 requests at once on each, to an open port",
+        (Attack("headers", STALL, 60, 200),),
+    ),
+    Flood(
+        "churn",
+        "4,000 clients that connect and disconnect at once, every second",
+        (Attack("churn", WEB, 4000),),
+    ),
+    Flood(
+        "refused",
+        "2,000 connections that stay open after their 403",
+        (Attack("refused", WEB, 2000),),
+    ),
+    Flood(
+        "handshakes",
+        "2,000 TLS handshakes that stop within the ClientHello",
+        (Attack("handshakes", WEB, 2000),),
+    ),
     Flood("heads", "1,000 request heads, one byte per second", (Attack("heads", OPEN, 1000),)),
-    Flood("resets", "20 HTTP/2 connections, requests that are reset at once (CVE-2023-44487)", (Attack("resets", OPEN, 20, 100),)),
-    Flood("continuation", "20 HTTP/2 heads that never end (CVE-2024-27316)", (Attack("continuation", OPEN, 20),)),
+    Flood(
+        "resets",
+        "20 HTTP/2 connections, requests that are reset at once (CVE-2023-44487)",
+        (Attack("resets", OPEN, 20, 100),),
+    ),
+    Flood(
+        "continuation",
+        "20 HTTP/2 heads that never end (CVE-2024-27316)",
+        (Attack("continuation", OPEN, 20),),
+    ),
     Flood("pings", "20 HTTP/2 connections, PING without a pause", (Attack("pings", OPEN, 20),)),
 )
 # All at once, as far as one core can send them.
-ALL = Flood("all", "all of these at once, for 60 s", tuple(attack for flood in FLOODS for attack in flood.attacks))
+ALL = Flood(
+    "all",
+    "all of these at once, for 60 s",
+    tuple(attack for flood in FLOODS for attack in flood.attacks),
+)
 
 
 async def run(bed: Bed, only: frozenset[str]) -> AsyncIterator[Row]:

@@ -38,12 +38,15 @@ class Row:
 def table(head: tuple[str, ...], rows: Iterable[Row]) -> str:
     """A table in Markdown. Its last column says whether the row passed."""
     lines = [head, ("---",) * len(head)]
-    lines += [(*row.cells, "passed" if row.held else f"failed: {'; '.join(row.faults)}") for row in rows]
+    lines += [
+        (*row.cells, "passed" if row.held else f"failed: {'; '.join(row.faults)}") for row in rows
+    ]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def write(tables: Mapping[str, str]) -> None:
-    """Replace what stands between the marks of each table in docs/reliability.md. Raises ValueError if a mark is missing."""
+    """Replace what stands between the marks of each table in docs/reliability.md. Raises ValueError
+    if a mark is missing."""
     document = DOCUMENT.read_text("utf-8")
     for name, text in tables.items():
         pattern = re.escape(_MARKED.format(name=name, text="\0")).replace("\0", ".*?")

@@ -47,7 +47,9 @@ def _unheard(_: Change) -> None:
 class Balancer:
     """The endpoint sets of all services."""
 
-    def __init__(self, clock: Callable[[], float], chance: random.Random | None = None, zone: str = "") -> None:
+    def __init__(
+        self, clock: Callable[[], float], chance: random.Random | None = None, zone: str = ""
+    ) -> None:
         """`clock` returns seconds (trio.current_time). `chance`: a random generator, for tests that
         need repeatable draws. `zone`: the proxy's own."""
         self._around = Surroundings(clock, chance or random.Random(), zone, _unheard)  # noqa: S311  (no secret depends on it)
@@ -77,7 +79,9 @@ class Balancer:
         """Whether a request to `target` now would be the trial of an endpoint. A caller that uses
         another target because too few endpoints are usable must send such a request here, otherwise
         it never learns that they have recovered. `alone`: there is no other target."""
-        return target.service is not None and self.endpoint_set(target.service).trial(target, alone=alone)
+        return target.service is not None and self.endpoint_set(target.service).trial(
+            target, alone=alone
+        )
 
     def broken(self) -> Iterator[tuple[str, Address, State]]:
         """(service, address, state) of each endpoint whose circuit breaker is open or half-open."""
@@ -97,4 +101,8 @@ class Balancer:
     def sweep(self) -> None:
         """Drop state that is no longer meaningful. Called about every ten seconds."""
         now = self._around.clock()
-        self._endpoint_sets = {service: endpoint_set for service, endpoint_set in self._endpoint_sets.items() if endpoint_set.sweep(now)}
+        self._endpoint_sets = {
+            service: endpoint_set
+            for service, endpoint_set in self._endpoint_sets.items()
+            if endpoint_set.sweep(now)
+        }

@@ -59,8 +59,12 @@ class Failure(enum.Enum):
     RESPONSE = enum.auto()  # a response that counts as a failure, or the end of the connection
     SILENCE = enum.auto()  # no response in time, or a proxy reports that it gets no response
     UNREACHABLE = enum.auto()  # not sent: no connection to the endpoint
-    REFUSED = enum.auto()  # as UNREACHABLE, but detected at once, so that another try costs almost nothing
-    REJECTED = enum.auto()  # mutual TLS failed: a certificate was rejected, or the peer does not speak TLS; time alone does not help
+    REFUSED = (
+        enum.auto()
+    )  # as UNREACHABLE, but detected at once, so that another try costs almost nothing
+    # mutual TLS failed: a certificate was rejected, or the peer does not speak TLS; time alone does
+    # not help
+    REJECTED = enum.auto()
 
 
 _NOT_CONNECTED = (Failure.UNREACHABLE, Failure.REFUSED, Failure.REJECTED)
@@ -103,7 +107,15 @@ class Breaker:
         self.state = State.PROBATION
         return changed
 
-    def failed(self, now: float, rules: Rules, chance: float, how: Failure = Failure.RESPONSE, *, probe: bool = False) -> bool:
+    def failed(
+        self,
+        now: float,
+        rules: Rules,
+        chance: float,
+        how: Failure = Failure.RESPONSE,
+        *,
+        probe: bool = False,
+    ) -> bool:
         """A request failed. `chance`: from 0 to 1, for the jitter. `probe`: the request was sent
         while the breaker was not closed."""
         self.seen = now
@@ -130,7 +142,10 @@ class Breaker:
         share = 1 + rules.jitter * chance
         self.early = now + self._step(now, rules) * share
         if over:
-            self.until = now + min(rules.max_penalty, self._first(rules) * 2.0 ** min(self.opened, 40)) * share
+            self.until = (
+                now
+                + min(rules.max_penalty, self._first(rules) * 2.0 ** min(self.opened, 40)) * share
+            )
         return True
 
     def _first(self, rules: Rules) -> float:
@@ -139,14 +154,20 @@ class Breaker:
 
     def _step(self, now: float, rules: Rules) -> float:
         """The pause before the next early trial, in seconds."""
-        return min(rules.min_penalty, rules.max_penalty, max(self._first(rules), (now - self.since) * _STEP))
+        return min(
+            rules.min_penalty,
+            rules.max_penalty,
+            max(self._first(rules), (now - self.since) * _STEP),
+        )
 
     def _responds(self, how: Failure, row: int) -> bool:
         if how is Failure.RESPONSE:
             self.silences = 0
         elif how is Failure.SILENCE:
             self.silences += 1
-        return how is Failure.RESPONSE or (how is Failure.SILENCE and self.responds and not 0 < row <= self.silences)
+        return how is Failure.RESPONSE or (
+            how is Failure.SILENCE and self.responds and not 0 < row <= self.silences
+        )
 
     def succeeded(self, *, probe: bool = False, begun: bool = False) -> bool:
         """A request was answered. `begun`: the response has started, and may still fail. That does

@@ -94,7 +94,9 @@ class EndpointSet:
             found = self._careful(view.near, target.policy, exclude)
             if found is not None:
                 return found
-        return self._careful(view.all, target.policy, exclude) or self._last(view.all, target.policy, exclude)
+        return self._careful(view.all, target.policy, exclude) or self._last(
+            view.all, target.policy, exclude
+        )
 
     def _better(self, weighted: WeightedEndpoints, policy: Policy) -> Endpoint:
         """Draw two, and return the less busy one."""
@@ -103,8 +105,14 @@ class EndpointSet:
             return one
         now, rules, mean = self._around.clock(), policy.balancing, weighted.mean
         first, second = self._loads.get(one.address), self._loads.get(two.address)
-        cost_one = rules.default_rtt if first is None else first.cost(now, rules.decay, mean / one.weight)
-        cost_two = rules.default_rtt if second is None else second.cost(now, rules.decay, mean / two.weight)
+        cost_one = (
+            rules.default_rtt if first is None else first.cost(now, rules.decay, mean / one.weight)
+        )
+        cost_two = (
+            rules.default_rtt
+            if second is None
+            else second.cost(now, rules.decay, mean / two.weight)
+        )
         chosen, other = (two, one) if cost_two * _NEARLY_EQUAL < cost_one else (one, two)
         if self._joined and self._passed_over(chosen, now, rules.slow_start):
             return other
@@ -120,7 +128,9 @@ class EndpointSet:
             return False
         return self._around.chance.random() > max(_FIRST_SHARE, (now - joined) / slow_start)
 
-    def _careful(self, weighted: WeightedEndpoints, policy: Policy, exclude: Collection[Endpoint]) -> Endpoint | None:
+    def _careful(
+        self, weighted: WeightedEndpoints, policy: Policy, exclude: Collection[Endpoint]
+    ) -> Endpoint | None:
         """Select an endpoint if some breakers are open or some endpoints are excluded. An endpoint
         that is due for a trial comes first."""
         now = self._around.clock()
@@ -134,14 +144,19 @@ class EndpointSet:
                 endpoint = self._better(weighted, policy)
                 if self._will_do(endpoint, exclude):
                     return endpoint
-        return self._one_of([endpoint for endpoint in weighted.endpoints if self._will_do(endpoint, exclude)], policy)
+        return self._one_of(
+            [endpoint for endpoint in weighted.endpoints if self._will_do(endpoint, exclude)],
+            policy,
+        )
 
     def _one_of(self, left: list[Endpoint], policy: Policy) -> Endpoint | None:
         if len(left) > 1:
             return self._better(WeightedEndpoints(left), policy)
         return left[0] if left else None
 
-    def _last(self, weighted: WeightedEndpoints, policy: Policy, exclude: Collection[Endpoint]) -> Endpoint | None:
+    def _last(
+        self, weighted: WeightedEndpoints, policy: Policy, exclude: Collection[Endpoint]
+    ) -> Endpoint | None:
         """Select an endpoint if all breakers are open: one that responds. If none responds, the one
         whose last trial is the longest ago, if an early trial is due."""
         if last := weighted.last(self.broken, self._changes):
@@ -156,14 +171,20 @@ class EndpointSet:
 
     def sound(self, endpoint: Endpoint, target: Target) -> bool:
         """Whether `endpoint` belongs to `target` and is usable."""
-        return endpoint in target.endpoints and endpoint.ready and endpoint.address not in self.broken
+        return (
+            endpoint in target.endpoints and endpoint.ready and endpoint.address not in self.broken
+        )
 
     def usable(self, target: Target) -> int:
         """The number of endpoints of `target` that are ready and whose breaker is closed."""
         return self._usable(self._laid_out(target).all)
 
     def _usable(self, weighted: WeightedEndpoints) -> int:
-        return len(weighted.addresses) - len(weighted.broken(self.broken, self._changes)) if self.broken else len(weighted.addresses)
+        return (
+            len(weighted.addresses) - len(weighted.broken(self.broken, self._changes))
+            if self.broken
+            else len(weighted.addresses)
+        )
 
     def trial(self, target: Target, *, alone: bool) -> bool:
         """Whether `pick` would select an endpoint whose breaker is open. `alone`: no other target
@@ -171,7 +192,11 @@ class EndpointSet:
         left."""
         if not self.broken:
             return False
-        due = self.next_probe(target) if alone else self._laid_out(target).all.next_probe(self.broken, self._changes)
+        due = (
+            self.next_probe(target)
+            if alone
+            else self._laid_out(target).all.next_probe(self.broken, self._changes)
+        )
         return self._around.clock() >= due
 
     def opens(self, target: Target) -> float:
@@ -180,7 +205,9 @@ class EndpointSet:
         weighted = self._laid_out(target).all
         if weighted.last(self.broken, self._changes):
             return -inf
-        return min((breaker.until for breaker in weighted.broken(self.broken, self._changes)), default=inf)
+        return min(
+            (breaker.until for breaker in weighted.broken(self.broken, self._changes)), default=inf
+        )
 
     def next_probe(self, target: Target) -> float:
         """The earliest time when one of `target`'s endpoints with an open breaker may get a
@@ -188,11 +215,17 @@ class EndpointSet:
         weighted = self._laid_out(target).all
         if weighted.last(self.broken, self._changes):
             return -inf
-        return min(weighted.next_probe(self.broken, self._changes), weighted.early_probe(self.broken, self._changes))
+        return min(
+            weighted.next_probe(self.broken, self._changes),
+            weighted.early_probe(self.broken, self._changes),
+        )
 
     def trying(self, target: Target) -> bool:
         """Whether a trial request is in progress at one of `target`'s endpoints."""
-        return any(breaker.state is State.PROBATION for breaker in self._laid_out(target).all.broken(self.broken, self._changes))
+        return any(
+            breaker.state is State.PROBATION
+            for breaker in self._laid_out(target).all.broken(self.broken, self._changes)
+        )
 
     def may_return(self, target: Target) -> bool:
         """Whether one of `target`'s endpoints does not respond for a reason that may end with time,
@@ -202,7 +235,13 @@ class EndpointSet:
 
     def in_vain(self, target: Target) -> float:
         """The time of the last failed trial at one of `target`'s endpoints. 0: there was none."""
-        return max((breaker.in_vain for breaker in self._laid_out(target).all.broken(self.broken, self._changes)), default=0.0)
+        return max(
+            (
+                breaker.in_vain
+                for breaker in self._laid_out(target).all.broken(self.broken, self._changes)
+            ),
+            default=0.0,
+        )
 
     def _laid_out(self, target: Target) -> View:
         return self._views.get(id(target)) or self._view(target)
@@ -335,11 +374,17 @@ class EndpointSet:
         self._older, self._views = self._views, {}
         for address in [address for address, load in self._loads.items() if load.idle(now)]:
             del self._loads[address]
-        for address in [address for address, breaker in self._failed.items() if now - max(breaker.seen, breaker.until) > _FORGET]:
+        for address in [
+            address
+            for address, breaker in self._failed.items()
+            if now - max(breaker.seen, breaker.until) > _FORGET
+        ]:
             del self._failed[address]
             if self.broken.pop(address, None) is not None:
                 self._changes += 1
-        for address in [address for address, joined in self._joined.items() if now - joined > _LONGEST_START]:
+        for address in [
+            address for address, joined in self._joined.items() if now - joined > _LONGEST_START
+        ]:
             del self._joined[address]
         used, self._swept = self.budget.requests != self._swept, self.budget.requests
         return bool(used or self._loads or self._failed or self.queue)
@@ -352,7 +397,14 @@ class Work:
 
     __slots__ = ("_endpoint_set", "_told", "endpoint", "load", "policy", "probe")
 
-    def __init__(self, endpoint_set: EndpointSet, policy: Policy, endpoint: Endpoint, load: PeakEwma | None, probe: bool) -> None:
+    def __init__(
+        self,
+        endpoint_set: EndpointSet,
+        policy: Policy,
+        endpoint: Endpoint,
+        load: PeakEwma | None,
+        probe: bool,
+    ) -> None:
         self._endpoint_set = endpoint_set
         self._told = False
         self.policy = policy
@@ -373,7 +425,9 @@ class Work:
             self._endpoint_set.note(self, seconds, bad=bad)
         self._endpoint_set.succeeded(self, begun=begun)
 
-    def failed(self, why: str, seconds: float | None = None, how: Failure = Failure.RESPONSE) -> None:
+    def failed(
+        self, why: str, seconds: float | None = None, how: Failure = Failure.RESPONSE
+    ) -> None:
         """The endpoint failed, or answered with a failure. `why`: a short reason."""
         self._told = True
         self._endpoint_set.note(self, seconds, bad=True)

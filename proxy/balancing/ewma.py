@@ -43,7 +43,9 @@ class PeakEwma:
         """Record a response time."""
         kept = exp((self.stamp - now) / decay)
         # The first term of the lower case is the decayed old value.
-        self.rtt = seconds if seconds > self.rtt * kept else self.rtt * kept + seconds * (1.0 - kept)
+        self.rtt = (
+            seconds if seconds > self.rtt * kept else self.rtt * kept + seconds * (1.0 - kept)
+        )
         self.stamp = now
 
     def cost(self, now: float, decay: float, part: float) -> float:

@@ -22,7 +22,17 @@ from proxy.net.address import Address
 class WeightedEndpoints:
     """Ready endpoints: all of a target, or those in one zone."""
 
-    __slots__ = ("_broken", "_due", "_early", "_last", "_places", "_seen", "addresses", "endpoints", "mean")
+    __slots__ = (
+        "_broken",
+        "_due",
+        "_early",
+        "_last",
+        "_places",
+        "_seen",
+        "addresses",
+        "endpoints",
+        "mean",
+    )
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self.endpoints = tuple(endpoints)
@@ -30,7 +40,11 @@ class WeightedEndpoints:
         weights = [endpoint.weight for endpoint in endpoints]
         unit = gcd(*weights) or 1
         # None: one place per endpoint
-        self._places = None if all(weight == unit for weight in weights) else list(accumulate(weight // unit for weight in weights))
+        self._places = (
+            None
+            if all(weight == unit for weight in weights)
+            else list(accumulate(weight // unit for weight in weights))
+        )
         self.mean = sum(weights) / len(weights) if weights else 1.0
         self._seen = -1
         self._broken: list[Breaker] = []
@@ -54,13 +68,26 @@ class WeightedEndpoints:
         if self._seen != change:
             self._seen = change
             if len(among) <= len(self.addresses):
-                self._broken = [breaker for address, breaker in among.items() if address in self.addresses]
+                self._broken = [
+                    breaker for address, breaker in among.items() if address in self.addresses
+                ]
             else:
                 self._broken = [among[address] for address in self.addresses if address in among]
-            self._due = min((breaker.until for breaker in self._broken if breaker.state is State.OPEN), default=inf)
+            self._due = min(
+                (breaker.until for breaker in self._broken if breaker.state is State.OPEN),
+                default=inf,
+            )
             alone = len(self._broken) == len(self.addresses)
-            self._last = tuple(place for place in self.endpoints if among[place.address].responds) if alone else ()
-            self._early = max((breaker.early for breaker in self._broken), default=inf) if alone and not self._last else inf
+            self._last = (
+                tuple(place for place in self.endpoints if among[place.address].responds)
+                if alone
+                else ()
+            )
+            self._early = (
+                max((breaker.early for breaker in self._broken), default=inf)
+                if alone and not self._last
+                else inf
+            )
         return self._broken
 
     def next_probe(self, among: Mapping[Address, Breaker], change: int) -> float:
@@ -90,7 +117,9 @@ class View:
         """`zone`: the proxy's own. "": not known."""
         self.target = target
         self.all = WeightedEndpoints([endpoint for endpoint in target.endpoints if endpoint.ready])
-        self.near: WeightedEndpoints | None = None  # those in the own zone, if the policy prefers them
+        self.near: WeightedEndpoints | None = (
+            None  # those in the own zone, if the policy prefers them
+        )
         self.enough = 0  # minimum number of them that must be usable
         if zone and target.policy.balancing.zone == "prefer":
             near = [endpoint for endpoint in self.all.endpoints if endpoint.zone == zone]

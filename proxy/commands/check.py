@@ -14,7 +14,15 @@ import trio
 from proxy.commands.check_names import check_names
 from proxy.commands.check_peers import MAX_PEERS, check_peers
 from proxy.commands.check_redirection import PROBE_PORT, check_proxy, check_redirection
-from proxy.commands.checks import Moment, Result, check_certificates, check_clock, check_configuration, check_directory, worst
+from proxy.commands.checks import (
+    Moment,
+    Result,
+    check_certificates,
+    check_clock,
+    check_configuration,
+    check_directory,
+    worst,
+)
 from proxy.identity.inspect import write_everything
 
 DESCRIPTION = """\
@@ -40,7 +48,16 @@ examples:
   isthmus check --only certificates --only clock
   isthmus check --json | jq '.checks[] | select(.status != "ok")'"""
 
-CHECKS = ("configuration", "certificates", "proxy", "clock", "directory", "redirection", "names", "peers")
+CHECKS = (
+    "configuration",
+    "certificates",
+    "proxy",
+    "clock",
+    "directory",
+    "redirection",
+    "names",
+    "peers",
+)
 _LABELS = {"ok": "ok", "warning": "WARNING", "failed": "FAILED", "skipped": "skipped"}
 
 
@@ -53,10 +70,24 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="the proxy's configuration file")
-    parser.add_argument("--only", action="append", choices=CHECKS, metavar="CHECK", help="run only this check; may be repeated")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="the proxy's configuration file"
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=CHECKS,
+        metavar="CHECK",
+        help="run only this check; may be repeated",
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    parser.add_argument("--timeout", type=_positive, default=3.0, metavar="SECONDS", help="timeout of each connection (default 3)")
+    parser.add_argument(
+        "--timeout",
+        type=_positive,
+        default=3.0,
+        metavar="SECONDS",
+        help="timeout of each connection (default 3)",
+    )
     parser.add_argument(
         "--probe-port",
         type=int,
@@ -64,7 +95,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="PORT",
         help=f"destination port of the redirection test (default {PROBE_PORT})",
     )
-    parser.add_argument("--max-peers", type=int, default=MAX_PEERS, metavar="N", help=f"maximum endpoints to try (default {MAX_PEERS})")
+    parser.add_argument(
+        "--max-peers",
+        type=int,
+        default=MAX_PEERS,
+        metavar="N",
+        help=f"maximum endpoints to try (default {MAX_PEERS})",
+    )
     parser.set_defaults(run=run)
 
 
@@ -93,7 +130,14 @@ async def examine(args: argparse.Namespace) -> list[Result]:
     started = Moment.now()
     results, config = check_configuration(args.config, os.environ)
     if config is None:
-        return [*results, Result("everything else", "skipped", "without a valid configuration nothing more can be checked")]
+        return [
+            *results,
+            Result(
+                "everything else",
+                "skipped",
+                "without a valid configuration nothing more can be checked",
+            ),
+        ]
     found, identity = check_certificates(config)
     results += found
     wanted = frozenset(args.only or CHECKS)
@@ -117,7 +161,9 @@ async def examine(args: argparse.Namespace) -> list[Result]:
 
 
 def _as_json(results: Sequence[Result]) -> str:
-    checks = [{"name": r.name, "status": r.status, "what": r.what, "remedy": r.remedy} for r in results]
+    checks = [
+        {"name": r.name, "status": r.status, "what": r.what, "remedy": r.remedy} for r in results
+    ]
     return json.dumps({"status": worst(results), "checks": checks}, indent=2)
 
 

@@ -30,7 +30,10 @@ from proxy.net.dial import Dialer
 from proxy.net.exceptions import ConnectFailed, NetError
 
 _NAME = "names"
-_INSTALL = "install the rules with `isthmus intercept --config FILE`, and inspect them with `isthmus intercept --dry-run --config FILE`"
+_INSTALL = (
+    "install the rules with `isthmus intercept --config FILE`, and inspect them with `isthmus"
+    " intercept --dry-run --config FILE`"
+)
 
 
 async def check_names(config: Config, timeout: float) -> list[Result]:
@@ -40,8 +43,13 @@ async def check_names(config: Config, timeout: float) -> list[Result]:
     if config.dns is None:
         return [Result(_NAME, "skipped", "DNS is not redirected: there is no section `dns`")]
     if os.geteuid() == config.intercept.uid:
-        what = f"this runs as user {config.intercept.uid}, the proxy's own, whose queries are never redirected: cannot test it"
-        return [Result(_NAME, "skipped", what, "run it as another user, in an init container as root")]
+        what = (
+            f"this runs as user {config.intercept.uid}, the proxy's own, whose queries are never"
+            " redirected: cannot test it"
+        )
+        return [
+            Result(_NAME, "skipped", what, "run it as another user, in an init container as root")
+        ]
     try:
         resolvers = Resolvers.of(config.dns)
     except ConfigError as error:
@@ -79,7 +87,11 @@ async def _connection(config: DnsConfig, upstream: Address, timeout: float) -> R
     with ExitStack() as stack:
         listeners: list[socket.socket] = []
         with suppress(BindFailed):
-            listeners = [stack.enter_context(bind(address)) for address in config.listen if address.is_ipv6 == upstream.is_ipv6]
+            listeners = [
+                stack.enter_context(bind(address))
+                for address in config.listen
+                if address.is_ipv6 == upstream.is_ipv6
+            ]
         try:
             stream = await Dialer(timeout=timeout).dial(upstream)
         except ConnectFailed as error:
@@ -89,7 +101,12 @@ async def _connection(config: DnsConfig, upstream: Address, timeout: float) -> R
                 with suppress(OSError):
                     accepted, peer = listener.accept()
                     accepted.close()
-                    return _result("TCP", upstream, "arrives at the proxy's port", Address.of(peer) == stream.local)
+                    return _result(
+                        "TCP",
+                        upstream,
+                        "arrives at the proxy's port",
+                        Address.of(peer) == stream.local,
+                    )
             question = _question(secrets.token_hex(8))
             found = b""
             with trio.move_on_after(timeout), suppress(NetError):
@@ -117,4 +134,9 @@ def _is_ours(answer: bytes | None) -> bool:
 def _result(transport: str, upstream: Address, what: str, good: bool) -> Result:
     if good:
         return Result(_NAME, "ok", f"{transport}: a query to {upstream} {what}")
-    return Result(_NAME, "failed", f"{transport}: a query to {upstream} does not arrive at the proxy", _INSTALL)
+    return Result(
+        _NAME,
+        "failed",
+        f"{transport}: a query to {upstream} does not arrive at the proxy",
+        _INSTALL,
+    )

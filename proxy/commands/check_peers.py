@@ -53,9 +53,17 @@ class PeerCheck:
                 with closing(stream):
                     return await self._talk(stream, endpoint, who)
         except trio.TooSlowError:
-            return Result(_NAME, "failed", f"{who}: not done within {self.timeout:g} s", "is the peer overloaded?")
+            return Result(
+                _NAME,
+                "failed",
+                f"{who}: not done within {self.timeout:g} s",
+                "is the peer overloaded?",
+            )
         except ConnectFailed as error:
-            remedy = "is the endpoint up, is the directory's address right, does a network policy forbid it?"
+            remedy = (
+                "is the endpoint up, is the directory's address right, does a network policy"
+                " forbid it?"
+            )
             return Result(_NAME, "failed", f"{who}: {error}", remedy)
 
     async def _talk(self, stream: SocketStream, endpoint: Endpoint, who: str) -> Result:
@@ -63,19 +71,28 @@ class PeerCheck:
         if expected is None:
             return Result(_NAME, "ok", f"{who}: accepts connections")
         if self.identity is None:
-            return Result(_NAME, "skipped", f"{who}: it cannot be tried without a certificate for this pod")
+            return Result(
+                _NAME, "skipped", f"{who}: it cannot be tried without a certificate for this pod"
+            )
         try:
             return await self._shake_hands(stream, self.identity, expected, who)
         except PeerRefused as error:
-            remedy = "the directory and the peer's certificate disagree on the identity: fix the wrong one"
+            remedy = (
+                "the directory and the peer's certificate disagree on the identity: fix the"
+                " wrong one"
+            )
             return Result(_NAME, "failed", f"{who}: {error}", remedy)
         except (TLSFailed, ConnectionLost) as error:
             return Result(_NAME, "failed", f"{who}: {error}", _remedy(error))
 
-    async def _shake_hands(self, stream: SocketStream, identity: Identity, expected: SpiffeId, who: str) -> Result:
+    async def _shake_hands(
+        self, stream: SocketStream, identity: Identity, expected: SpiffeId, who: str
+    ) -> Result:
         offer = TLSOffer(server_name=expected.sni, alpn=(ALPN_HTTP1,))
         verify = partial(identity.verify_chain, expected=expected)
-        tls = await tls_client(stream, identity.client_context, offer, verify=verify, timeout=self.timeout)
+        tls = await tls_client(
+            stream, identity.client_context, offer, verify=verify, timeout=self.timeout
+        )
         # In TLS 1.3 the server verifies our certificate after our side of the handshake is done. So
         # close our direction and read: a rejection comes as an alert, acceptance as the end of the
         # stream.
@@ -93,18 +110,32 @@ def _remedy(error: TLSFailed | ConnectionLost) -> str:
     if isinstance(error, ConnectionLost):
         return "the server there does not complete TLS: is it the proxy's inbound port?"
     return {
-        "certificate": "both sides need each other's trust root: compare with `isthmus identity show`",
-        "alert": "the peer rejects our certificate: is our trust root among its roots, is its clock correct?",
-        "protocol": "the server there does not use the mesh's TLS: is the pod meshed, is its redirection installed?",
+        "certificate": (
+            "both sides need each other's trust root: compare with `isthmus identity show`"
+        ),
+        "alert": (
+            "the peer rejects our certificate: is our trust root among its roots, is its clock"
+            " correct?"
+        ),
+        "protocol": (
+            "the server there does not use the mesh's TLS: is the pod meshed, is its redirection"
+            " installed?"
+        ),
         "timeout": "is the peer overloaded?",
     }[error.kind]
 
 
-async def check_peers(config: Config, identity: Identity | None, directory: Directory, limit: int, timeout: float) -> list[Result]:
+async def check_peers(
+    config: Config, identity: Identity | None, directory: Directory, limit: int, timeout: float
+) -> list[Result]:
     """Try up to `limit` endpoints, `_AT_ONCE` at a time, each for at most `timeout` seconds."""
-    endpoints = [endpoint for endpoint in _endpoints(directory) if not _ourselves(endpoint, identity)]
+    endpoints = [
+        endpoint for endpoint in _endpoints(directory) if not _ourselves(endpoint, identity)
+    ]
     if not endpoints:
-        return [Result(_NAME, "skipped", "the directory has no ready endpoint except this pod's own")]
+        return [
+            Result(_NAME, "skipped", "the directory has no ready endpoint except this pod's own")
+        ]
     results: list[Result | None] = [None] * min(limit, len(endpoints))
     slots = trio.CapacityLimiter(_AT_ONCE)
     with _as_the_proxy(config) as (dialer, unproven):
@@ -119,7 +150,14 @@ async def check_peers(config: Config, identity: Identity | None, directory: Dire
                 nursery.start_soon(one, index)
     found = [result for result in results if result is not None]
     if len(endpoints) > limit:
-        found.append(Result(_NAME, "skipped", f"{len(endpoints) - limit} more endpoints were not tried", "raise --max-peers"))
+        found.append(
+            Result(
+                _NAME,
+                "skipped",
+                f"{len(endpoints) - limit} more endpoints were not tried",
+                "raise --max-peers",
+            )
+        )
     if unproven:
         found.append(Result(_NAME, "warning", unproven, "run it as root or as the proxy's user"))
     return found
@@ -129,10 +167,22 @@ def _endpoints(directory: Directory) -> list[Endpoint]:
     """Gateways of other clusters that have an address (not those with a DNS name), then each ready
     endpoint once, in the directory's order.
     """
-    ways = (gateway for cluster in directory.clusters.values() for gateway in cluster.gateways if gateway.literal)
-    found = {endpoint.address: endpoint for endpoint in (gateway.at(gateway.host) for gateway in ways)}
+    ways = (
+        gateway
+        for cluster in directory.clusters.values()
+        for gateway in cluster.gateways
+        if gateway.literal
+    )
+    found = {
+        endpoint.address: endpoint for endpoint in (gateway.at(gateway.host) for gateway in ways)
+    }
     targets = [target for service in directory.services for target in service.targets.values()]
-    found |= {endpoint.address: endpoint for target in targets for endpoint in target.endpoints if endpoint.ready}
+    found |= {
+        endpoint.address: endpoint
+        for target in targets
+        for endpoint in target.endpoints
+        if endpoint.ready
+    }
     return list(found.values())
 
 
@@ -164,11 +214,23 @@ def _as_the_proxy(config: Config) -> Iterator[tuple[Dialer, str]]:
         if _may_mark(config.mark):
             yield dataclasses.replace(dialer, mark=config.mark), ""
         else:
-            yield dialer, "packets cannot be marked (needs CAP_NET_ADMIN), so this pod's own proxy may have answered for peers"
+            yield (
+                dialer,
+                (
+                    "packets cannot be marked (needs CAP_NET_ADMIN), so this pod's own proxy may"
+                    " have answered for peers"
+                ),
+            )
         return
     before = os.geteuid()
     if not _became(config.intercept.uid):
-        yield dialer, f"cannot run as user {config.intercept.uid}, so this pod's own proxy may have answered for peers"
+        yield (
+            dialer,
+            (
+                f"cannot run as user {config.intercept.uid}, so this pod's own proxy may have"
+                " answered for peers"
+            ),
+        )
         return
     try:
         yield dialer, ""

@@ -39,7 +39,10 @@ PROBES = ("192.0.2.1", "2001:db8::1")
 PROBE_PORT = 4101
 
 _NAME = "redirection"
-_INSTALL = "install the rules with `isthmus intercept` (as root), and inspect them with `isthmus intercept --dry-run`"
+_INSTALL = (
+    "install the rules with `isthmus intercept` (as root), and inspect them with `isthmus intercept"
+    " --dry-run`"
+)
 _OPENED = "isthmus_connections_opened_total"
 # bytes of /metrics; with a thousand services a proxy needs a tenth of it
 _MAX_ANSWER = 4 * 1024 * 1024
@@ -60,10 +63,17 @@ async def check_redirection(config: Config, probe_port: int, timeout: float) -> 
     """
     exempt = config.intercept.uid
     if os.geteuid() == exempt:
-        what = f"this runs as user {exempt}, the proxy's own, whose connections are never redirected: cannot test it"
-        return [Result(_NAME, "skipped", what, "run it as another user, in an init container as root")]
+        what = (
+            f"this runs as user {exempt}, the proxy's own, whose connections are never redirected:"
+            " cannot test it"
+        )
+        return [
+            Result(_NAME, "skipped", what, "run it as another user, in an init container as root")
+        ]
     if not config.outbound.listen:
-        return [Result(_NAME, "skipped", "outbound.listen is empty: connections are not redirected")]
+        return [
+            Result(_NAME, "skipped", "outbound.listen is empty: connections are not redirected")
+        ]
     results = [await _probe(config, Address(host, probe_port), timeout) for host in PROBES]
     if all(result.status == "skipped" for result in results):
         what = "cannot test it: there is no route, so no connection can be redirected"
@@ -72,7 +82,11 @@ async def check_redirection(config: Config, probe_port: int, timeout: float) -> 
 
 
 async def _probe(config: Config, target: Address, timeout: float) -> Result:
-    listeners = [address for address in config.outbound.listen if address.is_ipv6 == target.is_ipv6 and address.port]
+    listeners = [
+        address
+        for address in config.outbound.listen
+        if address.is_ipv6 == target.is_ipv6 and address.port
+    ]
     family = "IPv6" if target.is_ipv6 else "IPv4"
     if not listeners:
         return Result(_NAME, "skipped", f"{family}: the proxy has no outbound listener for it")
@@ -82,7 +96,12 @@ async def _probe(config: Config, target: Address, timeout: float) -> Result:
             sockets = [stack.enter_context(bind(address)) for address in listeners]
         except BindFailed as error:
             if not _taken(error):
-                return Result(_NAME, "skipped", f"{family}: {error}", "if the pod has no such address, remove the listener")
+                return Result(
+                    _NAME,
+                    "skipped",
+                    f"{family}: {error}",
+                    "if the pod has no such address, remove the listener",
+                )
         if len(sockets) == len(listeners):
             return await _probe_ourselves(sockets, target, timeout)
     return await _probe_running(config, target, timeout)
@@ -92,7 +111,9 @@ def _taken(error: BindFailed) -> bool:
     return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE
 
 
-async def _probe_ourselves(listeners: Sequence[socket.socket], target: Address, timeout: float) -> Result:
+async def _probe_ourselves(
+    listeners: Sequence[socket.socket], target: Address, timeout: float
+) -> Result:
     """No proxy runs yet: listen in its place."""
     dialled: list[Address | ConnectFailed] = []
     arrived: list[tuple[Address, Address | None]] = []
@@ -111,7 +132,10 @@ async def _probe_ourselves(listeners: Sequence[socket.socket], target: Address, 
                 nursery.cancel_scope.cancel()
     if any(original == target for _peer, original in arrived):
         return Result(
-            _NAME, "ok", f"a connection to {target} arrives at the outbound port, and the kernel reports its original destination"
+            _NAME,
+            "ok",
+            f"a connection to {target} arrives at the outbound port, and the kernel reports its"
+            " original destination",
         )
     outcome = dialled[0] if dialled else None
     # Other programs of the pod may have connected meanwhile: recognise our connection by its local
@@ -119,10 +143,16 @@ async def _probe_ourselves(listeners: Sequence[socket.socket], target: Address, 
     for peer, original in arrived:
         if peer == outcome:
             what = (
-                f"a connection to {target} arrives at the outbound port, but the kernel reports the original destination"
-                f" {original or 'of the proxy itself'}"
+                f"a connection to {target} arrives at the outbound port, but the kernel reports the"
+                f" original destination {original or 'of the proxy itself'}"
             )
-            return Result(_NAME, "failed", what, "connection tracking is missing (module nf_conntrack), or another rule rewrites first")
+            return Result(
+                _NAME,
+                "failed",
+                what,
+                "connection tracking is missing (module nf_conntrack), or another rule rewrites"
+                " first",
+            )
     return _not_redirected(target, outcome, timeout)
 
 
@@ -134,7 +164,9 @@ async def _accept_some(listener: socket.socket) -> list[tuple[Address, Address |
     except OSError:
         return []
     with accepted:
-        return [(Address.of(peer), original_destination(accepted, Address.of(accepted.getsockname())))]
+        return [
+            (Address.of(peer), original_destination(accepted, Address.of(accepted.getsockname())))
+        ]
 
 
 async def _dial(target: Address, timeout: float) -> Address | ConnectFailed:
@@ -147,15 +179,38 @@ async def _dial(target: Address, timeout: float) -> Address | ConnectFailed:
         return stream.local
 
 
-def _not_redirected(target: Address, outcome: Address | ConnectFailed | None, timeout: float) -> Result:
-    if isinstance(outcome, ConnectFailed) and outcome.reason in {"unreachable", "other"} and not _routed(target):
+def _not_redirected(
+    target: Address, outcome: Address | ConnectFailed | None, timeout: float
+) -> Result:
+    if (
+        isinstance(outcome, ConnectFailed)
+        and outcome.reason in {"unreachable", "other"}
+        and not _routed(target)
+    ):
         what = f"{outcome}: without a route no connection can be redirected"
-        return Result(_NAME, "skipped", what, "give the pod a default route if it should use this address family")
+        return Result(
+            _NAME,
+            "skipped",
+            what,
+            "give the pod a default route if it should use this address family",
+        )
     if isinstance(outcome, Address):
-        what = f"a connection to {target} was answered, but not by the outbound port: the network answers for every address"
+        what = (
+            f"a connection to {target} was answered, but not by the outbound port: the network"
+            " answers for every address"
+        )
         return Result(_NAME, "failed", what, _INSTALL)
-    why = str(outcome).removeprefix(f"cannot connect to {target}: ") if outcome is not None else f"no answer within {timeout:g} s"
-    return Result(_NAME, "failed", f"a connection to {target} is not redirected to the proxy ({why})", _INSTALL)
+    why = (
+        str(outcome).removeprefix(f"cannot connect to {target}: ")
+        if outcome is not None
+        else f"no answer within {timeout:g} s"
+    )
+    return Result(
+        _NAME,
+        "failed",
+        f"a connection to {target} is not redirected to the proxy ({why})",
+        _INSTALL,
+    )
 
 
 def _routed(target: Address) -> bool:
@@ -163,7 +218,9 @@ def _routed(target: Address) -> bool:
     packet left the pod.
     """
     try:
-        with socket.socket(socket.AF_INET6 if target.is_ipv6 else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        with socket.socket(
+            socket.AF_INET6 if target.is_ipv6 else socket.AF_INET, socket.SOCK_DGRAM
+        ) as probe:
             probe.connect((target.host, target.port))  # sends nothing
     except OSError:
         return False
@@ -181,12 +238,27 @@ async def _probe_running(config: Config, target: Address, timeout: float) -> Res
         while before is not None:
             after = await _accepted(config, timeout)
             if after is not None and after > before:
-                return Result(_NAME, "ok", f"a connection to {target} is answered by the running proxy, which has counted it")
+                return Result(
+                    _NAME,
+                    "ok",
+                    f"a connection to {target} is answered by the running proxy, which has"
+                    " counted it",
+                )
             await trio.sleep(0.05)
     if before is None:
-        what = f"a connection to {target} is answered, but the proxy's admin port does not answer, so it is unknown which process did"
-        return Result(_NAME, "warning", what, "configure admin.listen, or run the check before the proxy starts")
-    what = f"a connection to {target} is answered, but not by the running proxy: it has not counted it"
+        what = (
+            f"a connection to {target} is answered, but the proxy's admin port does not answer, so"
+            " it is unknown which process did"
+        )
+        return Result(
+            _NAME,
+            "warning",
+            what,
+            "configure admin.listen, or run the check before the proxy starts",
+        )
+    what = (
+        f"a connection to {target} is answered, but not by the running proxy: it has not counted it"
+    )
     return Result(_NAME, "failed", what, _INSTALL)
 
 
@@ -203,7 +275,11 @@ def outbound_connections(exposition: str) -> float | None:
         return None
     found = 0.0
     for line in exposition.splitlines():
-        if line.startswith(f"{_OPENED}{{") and 'direction="outbound"' in line and 'peer="src"' in line:
+        if (
+            line.startswith(f"{_OPENED}{{")
+            and 'direction="outbound"' in line
+            and 'peer="src"' in line
+        ):
             with suppress(ValueError, IndexError):
                 found += float(line.rpartition("} ")[2].split()[0])
     return found
@@ -216,11 +292,19 @@ async def check_proxy(config: Config, timeout: float) -> tuple[list[Result], dat
     name = "proxy"
     answer = await ask_admin(config, "/ready", timeout)
     if answer is None:
-        return [Result(name, "skipped", "no proxy answers on the admin port: it does not run yet, or runs elsewhere")], None
+        return [
+            Result(
+                name,
+                "skipped",
+                "no proxy answers on the admin port: it does not run yet, or runs elsewhere",
+            )
+        ], None
     if answer.status == 200:
         return [Result(name, "ok", "the running proxy is ready")], answer.date
     reason = " ".join(answer.body.split())[:200] or f"status {answer.status}"
-    return [Result(name, "failed", f"the running proxy is not ready: {reason}", "see its log")], answer.date
+    return [
+        Result(name, "failed", f"the running proxy is not ready: {reason}", "see its log")
+    ], answer.date
 
 
 async def ask_admin(config: Config, path: str, timeout: float) -> AdminAnswer | None:
@@ -241,8 +325,12 @@ async def ask_admin(config: Config, path: str, timeout: float) -> AdminAnswer | 
 
 async def _get(stream: trio.abc.Stream, path: str) -> AdminAnswer:
     connection = h11.Connection(h11.CLIENT)
-    request = h11.Request(method="GET", target=path, headers=[("Host", "localhost"), ("Connection", "close")])
-    await stream.send_all((connection.send(request) or b"") + (connection.send(h11.EndOfMessage()) or b""))
+    request = h11.Request(
+        method="GET", target=path, headers=[("Host", "localhost"), ("Connection", "close")]
+    )
+    await stream.send_all(
+        (connection.send(request) or b"") + (connection.send(h11.EndOfMessage()) or b"")
+    )
     status, date, body = 0, None, b""
     while True:
         match connection.next_event():

@@ -60,16 +60,23 @@ class Moment:
         return cls(credentials.utc_now(), time.monotonic())
 
 
-def check_configuration(path: Path | None, environment: Mapping[str, str]) -> tuple[list[Result], Config | None]:
+def check_configuration(
+    path: Path | None, environment: Mapping[str, str]
+) -> tuple[list[Result], Config | None]:
     """Read the configuration; every mistake becomes a result."""
     name = "configuration"
     try:
         found = config.load(path, environment)
     except ConfigError as error:
         remedy = "docs/configuration.md lists all settings and their limits"
-        return [Result(name, "failed", f"{error.source}: {mistake}", remedy) for mistake in error.mistakes], None
+        return [
+            Result(name, "failed", f"{error.source}: {mistake}", remedy)
+            for mistake in error.mistakes
+        ], None
     source = str(path) if path is not None else "defaults and environment"
-    return [Result(name, "ok", f"{source}: cluster {found.cluster}, trust domain {found.trust_domain}")], found
+    return [
+        Result(name, "ok", f"{source}: cluster {found.cluster}, trust domain {found.trust_domain}")
+    ], found
 
 
 def check_certificates(settings: Config) -> tuple[list[Result], Identity | None]:
@@ -77,19 +84,43 @@ def check_certificates(settings: Config) -> tuple[list[Result], Identity | None]
     name = "certificates"
     section = settings.identity
     if section is None:
-        return [Result(name, "skipped", "no identity is configured: traffic is clear text", "configure the section identity")], None
+        return [
+            Result(
+                name,
+                "skipped",
+                "no identity is configured: traffic is clear text",
+                "configure the section identity",
+            )
+        ], None
     files = MaterialFiles(section.certificate, section.key, tuple(section.roots))
     try:
-        identity = Identity(files, TLSSettings(session_lifetime=section.session_lifetime, settle=section.settle))
+        identity = Identity(
+            files, TLSSettings(session_lifetime=section.session_lifetime, settle=section.settle)
+        )
     except MaterialError as error:
-        return [Result(name, "failed", str(error), f"look at the file with: isthmus identity show {error.path}")], None
+        return [
+            Result(
+                name,
+                "failed",
+                str(error),
+                f"look at the file with: isthmus identity show {error.path}",
+            )
+        ], None
     results = [Result(name, "warning", warning) for warning in identity.warnings]
     if identity.id.trust_domain != settings.trust_domain:
-        what = f"the certificate is for the trust domain {identity.id.trust_domain}, but trust_domain is {settings.trust_domain}"
-        results.append(Result(name, "warning", what, "set trust_domain to that of the certificates"))
+        what = (
+            f"the certificate is for the trust domain {identity.id.trust_domain}, but trust_domain"
+            f" is {settings.trust_domain}"
+        )
+        results.append(
+            Result(name, "warning", what, "set trust_domain to that of the certificates")
+        )
     now = credentials.utc_now()
     results.append(_lifetime(name, f"{identity.id}: the certificate", identity.certificate, now))
-    results += [_lifetime(name, f"trust root {credentials.name_of(root)}", root, now) for root in identity.roots]
+    results += [
+        _lifetime(name, f"trust root {credentials.name_of(root)}", root, now)
+        for root in identity.roots
+    ]
     return results, identity
 
 
@@ -97,10 +128,17 @@ def _lifetime(name: str, what: str, certificate: x509.Certificate, now: datetime
     words = f"{what} {expiry_in_words(certificate, now)}"
     if life_left(certificate, now) > WARN_AT[0]:
         return Result(name, "ok", words)
-    return Result(name, "warning", words, "find out why it was not renewed: less than a third of its lifetime is left")
+    return Result(
+        name,
+        "warning",
+        words,
+        "find out why it was not renewed: less than a third of its lifetime is left",
+    )
 
 
-def check_clock(certificate: Path | None, started: Moment, reported: datetime | None) -> list[Result]:
+def check_clock(
+    certificate: Path | None, started: Moment, reported: datetime | None
+) -> list[Result]:
     """Check this machine's clock against the certificate, the running proxy's Date header
     (`reported`), and itself.
 
@@ -120,7 +158,13 @@ def check_clock(certificate: Path | None, started: Moment, reported: datetime | 
     results += _clock_by_certificate(name, certificate, now.wall)
     if reported is not None:
         results.append(_clock_by_proxy(name, now.wall, reported))
-    return results or [Result(name, "ok", f"it is {credentials.when(now.wall)} here; there is nothing to compare it with")]
+    return results or [
+        Result(
+            name,
+            "ok",
+            f"it is {credentials.when(now.wall)} here; there is nothing to compare it with",
+        )
+    ]
 
 
 def _clock_by_certificate(name: str, path: Path | None, now: datetime) -> list[Result]:
@@ -132,12 +176,36 @@ def _clock_by_certificate(name: str, path: Path | None, now: datetime) -> list[R
         return []  # check_certificates reports it
     start, end = leaf.not_valid_before_utc, leaf.not_valid_after_utc
     if now < start:
-        what = f"it is {credentials.when(now)} here, but our certificate becomes valid {in_words(start - now)} later: this clock is slow"
-        return [Result(name, "failed", f"{what}, or the issuer's is fast", "compare both clocks with NTP")]
+        what = (
+            f"it is {credentials.when(now)} here, but our certificate becomes valid"
+            f" {in_words(start - now)} later: this clock is slow"
+        )
+        return [
+            Result(
+                name, "failed", f"{what}, or the issuer's is fast", "compare both clocks with NTP"
+            )
+        ]
     if now > end:
-        what = f"it is {credentials.when(now)} here, and our certificate expired {in_words(now - end)} ago"
-        return [Result(name, "warning", what, "if the certificate is new this clock is fast; otherwise renew it")]
-    return [Result(name, "ok", f"it is {credentials.when(now)} here, {in_words(now - start)} after the start of our certificate")]
+        what = (
+            f"it is {credentials.when(now)} here, and our certificate expired"
+            f" {in_words(now - end)} ago"
+        )
+        return [
+            Result(
+                name,
+                "warning",
+                what,
+                "if the certificate is new this clock is fast; otherwise renew it",
+            )
+        ]
+    return [
+        Result(
+            name,
+            "ok",
+            f"it is {credentials.when(now)} here, {in_words(now - start)} after the start of our"
+            " certificate",
+        )
+    ]
 
 
 def _clock_by_proxy(name: str, now: datetime, reported: datetime) -> Result:
@@ -145,7 +213,10 @@ def _clock_by_proxy(name: str, now: datetime, reported: datetime) -> Result:
     if abs(difference) <= _SKEW_WARNING:
         return Result(name, "ok", "the running proxy has the same time")
     status: Status = "failed" if abs(difference) > _SKEW_FAILURE else "warning"
-    words = f"the running proxy's clock is {in_words(timedelta(seconds=abs(difference)))} {'ahead' if difference > 0 else 'behind'}"
+    words = (
+        f"the running proxy's clock is {in_words(timedelta(seconds=abs(difference)))}"
+        f" {'ahead' if difference > 0 else 'behind'}"
+    )
     return Result(name, status, words, "synchronise both clocks with NTP")
 
 
@@ -153,22 +224,38 @@ def check_directory(settings: Config) -> tuple[list[Result], Directory | None]:
     """Read the directory file as the proxy does; every mistake becomes a result."""
     name = "directory"
     if settings.directory is None:
-        what = "no directory is configured: connections go to their original destination, in clear text"
+        what = (
+            "no directory is configured: connections go to their original destination, in clear"
+            " text"
+        )
         return [Result(name, "skipped", what, "configure directory.file")], None
     path = settings.directory.file
     try:
         text = watcher.read(path)
         found = directory.parse(text, str(path))
         if settings.directory.require_end and not watcher.ended(text):
-            raise DirectoryError(str(path), ["does not end with a line `...`, which directory.require_end requires"])
+            raise DirectoryError(
+                str(path), ["does not end with a line `...`, which directory.require_end requires"]
+            )
     except DirectoryError as error:
         remedy = "fix the file, or directory.file"
-        return [Result(name, "failed", f"{error.source}: {mistake}", remedy) for mistake in error.mistakes], None
-    return [Result(name, "ok", f"{path}: {counted(len(found.services), 'service')}, {counted(found.endpoint_count, 'endpoint')}")], found
+        return [
+            Result(name, "failed", f"{error.source}: {mistake}", remedy)
+            for mistake in error.mistakes
+        ], None
+    return [
+        Result(
+            name,
+            "ok",
+            f"{path}: {counted(len(found.services), 'service')},"
+            f" {counted(found.endpoint_count, 'endpoint')}",
+        )
+    ], found
 
 
 def worst(results: Iterable[Result]) -> Status:
-    """The overall status: failed before warning before ok; skipped only if there is nothing else."""
+    """The overall status: failed before warning before ok; skipped only if there is nothing
+    else."""
     found = {result.status for result in results}
     order: tuple[Status, ...] = ("failed", "warning", "ok")
     return next((status for status in order if status in found), "skipped")

@@ -35,12 +35,19 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "check",
         help="report all mistakes in directory files, including cycles",
         description=(
-            "Read directory files as the proxy does, and print every mistake with its path. The exit code is 0 if there are none, else 1."
+            "Read directory files as the proxy does, and print every mistake with its path. The"
+            " exit code is 0 if there are none, else 1."
         ),
     )
-    check.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a directory file in YAML")
+    check.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE", help="a directory file in YAML"
+    )
     check.set_defaults(run=run_check)
-    schema = jobs.add_parser("schema", help="print the JSON schema", description="Print the JSON schema (2020-12) of directory files.")
+    schema = jobs.add_parser(
+        "schema",
+        help="print the JSON schema",
+        description="Print the JSON schema (2020-12) of directory files.",
+    )
     schema.set_defaults(run=run_schema)
 
 
@@ -65,16 +72,25 @@ def run_schema(_: argparse.Namespace) -> int:
 
 def summary(found: Directory) -> str:
     """A summary of a valid directory in one line."""
-    planned = sum(any(target.plan is not None for target in service.targets.values()) for service in found.services)
+    planned = sum(
+        any(target.plan is not None for target in service.targets.values())
+        for service in found.services
+    )
     exported = sum(service.exported for service in found.services)
-    own = f"{counted(len(found.services), 'service')} ({exported} exported, {planned} with split or failover)"
+    own = (
+        f"{counted(len(found.services), 'service')} ({exported} exported, {planned} with split or"
+        " failover)"
+    )
     return f"ok: {own}, {counted(found.endpoint_count, 'endpoint')}, {_others(found.clusters)}"
 
 
 def _others(clusters: Mapping[str, Cluster]) -> str:
     if not clusters:
         return "no other cluster"
-    has = {name: (counted(len(found.gateways), "gateway"), counted(len(found.services), "service")) for name, found in clusters.items()}
+    has = {
+        name: (counted(len(found.gateways), "gateway"), counted(len(found.services), "service"))
+        for name, found in clusters.items()
+    }
     return "; ".join(f"{name}: {', '.join(what)}" for name, what in has.items())
 
 

@@ -41,12 +41,36 @@ examples:
 
 # flag, field of InterceptSettings, help text
 _LISTS = (
-    ("--skip-inbound-ports", "skip_inbound_ports", "connections to these ports go directly to the application"),
-    ("--skip-outbound-ports", "skip_outbound_ports", "connections to these ports go directly to their destination"),
-    ("--skip-inbound-subnets", "skip_inbound_subnets", "connections from these subnets go directly to the application"),
-    ("--skip-outbound-subnets", "skip_outbound_subnets", "connections to these subnets go directly to their destination"),
-    ("--redirect-inbound-ports", "redirect_inbound_ports", "redirect only connections to these ports (default: all)"),
-    ("--redirect-outbound-ports", "redirect_outbound_ports", "redirect only connections to these ports (default: all)"),
+    (
+        "--skip-inbound-ports",
+        "skip_inbound_ports",
+        "connections to these ports go directly to the application",
+    ),
+    (
+        "--skip-outbound-ports",
+        "skip_outbound_ports",
+        "connections to these ports go directly to their destination",
+    ),
+    (
+        "--skip-inbound-subnets",
+        "skip_inbound_subnets",
+        "connections from these subnets go directly to the application",
+    ),
+    (
+        "--skip-outbound-subnets",
+        "skip_outbound_subnets",
+        "connections to these subnets go directly to their destination",
+    ),
+    (
+        "--redirect-inbound-ports",
+        "redirect_inbound_ports",
+        "redirect only connections to these ports (default: all)",
+    ),
+    (
+        "--redirect-outbound-ports",
+        "redirect_outbound_ports",
+        "redirect only connections to these ports (default: all)",
+    ),
 )
 _PORTS = (
     ("--outbound-port", "the proxy's outbound port"),
@@ -68,15 +92,31 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="print the rules and change nothing")
     mode.add_argument("--remove", action="store_true", help="remove the rules")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="the proxy's configuration file; flags override it")
-    settings = parser.add_argument_group("settings", "separate list items by commas; a flag replaces the configured value")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="the proxy's configuration file; flags override it",
+    )
+    settings = parser.add_argument_group(
+        "settings", "separate list items by commas; a flag replaces the configured value"
+    )
     for flag, meaning in _PORTS:
         settings.add_argument(flag, type=int, metavar="PORT", help=meaning)
     exempt = settings.add_mutually_exclusive_group()
     exempt.add_argument("--uid", type=int, metavar="UID", help="the proxy's user id (2102)")
-    exempt.add_argument("--no-uid", action="store_true", help="no exemption by user id (then --mark is required)")
-    settings.add_argument("--no-dns", action="store_true", help="do not redirect DNS, even if it is configured")
-    settings.add_argument("--mark", type=_number, metavar="MARK", help="the mark of the proxy's own packets, e.g. 0x2102")
+    exempt.add_argument(
+        "--no-uid", action="store_true", help="no exemption by user id (then --mark is required)"
+    )
+    settings.add_argument(
+        "--no-dns", action="store_true", help="do not redirect DNS, even if it is configured"
+    )
+    settings.add_argument(
+        "--mark",
+        type=_number,
+        metavar="MARK",
+        help="the mark of the proxy's own packets, e.g. 0x2102",
+    )
     for flag, field, meaning in _LISTS:
         settings.add_argument(flag, dest=field, type=_list, metavar="LIST", help=meaning)
 
@@ -133,20 +173,34 @@ def _from_config(path: Path | None) -> InterceptSettings:
 
 
 def _captured(dns: DnsConfig, resolvers: Resolvers) -> tuple[Captured, ...]:
-    return tuple(Captured(upstream.host, upstream.port, ours.port) for ours, upstream in resolvers.ways_in(dns))
+    return tuple(
+        Captured(upstream.host, upstream.port, ours.port)
+        for ours, upstream in resolvers.ways_in(dns)
+    )
 
 
 def _one_port(direction: str, addresses: Sequence[Address], mistakes: list[str]) -> int | None:
-    """The port that connections are redirected to, for IPv4 and IPv6. None if the direction is off."""
+    """The port that connections are redirected to, for IPv4 and IPv6. None if the direction is
+    off."""
     ports = sorted({address.port for address in addresses})
     if len(ports) > 1:
-        mistakes.append(f"{direction}.listen: the addresses are on several ports ({', '.join(map(str, ports))}), but a redirection has one")
+        mistakes.append(
+            f"{direction}.listen: the addresses are on several ports"
+            f" ({', '.join(map(str, ports))}), but a redirection has one"
+        )
     return ports[0] if ports else None
 
 
 def _override(settings: InterceptSettings, args: argparse.Namespace) -> InterceptSettings:
     """The settings, overridden by the given flags."""
-    names = ("outbound_port", "inbound_port", "admin_port", "uid", "mark", *(field for _, field, _ in _LISTS))
+    names = (
+        "outbound_port",
+        "inbound_port",
+        "admin_port",
+        "uid",
+        "mark",
+        *(field for _, field, _ in _LISTS),
+    )
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.no_uid:
         changes["uid"] = None

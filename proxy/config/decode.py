@@ -22,7 +22,14 @@ from typing import Any, Literal, Union, get_args, get_origin
 import msgspec
 
 from proxy.config.document import Mistakes, Plain, child, mapping, said, unknown_keys
-from proxy.config.units import LEAVES, parse_duration, parse_port, parse_size, show_duration, show_size
+from proxy.config.units import (
+    LEAVES,
+    parse_duration,
+    parse_port,
+    parse_size,
+    show_duration,
+    show_size,
+)
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -80,9 +87,13 @@ def shape(annotation: Any) -> Shape:
         if get_origin(annotation) is typing.Annotated:
             annotation, *notes = get_args(annotation)
             meta = next(note for note in notes if isinstance(note, msgspec.Meta))
-        elif get_origin(annotation) in (Union, types.UnionType) and type(None) in get_args(annotation):
+        elif get_origin(annotation) in (Union, types.UnionType) and type(None) in get_args(
+            annotation
+        ):
             optional = True
-            annotation = Union[tuple(part for part in get_args(annotation) if part is not type(None))]  # noqa: UP007  # made of a tuple
+            annotation = Union[  # noqa: UP007
+                tuple(part for part in get_args(annotation) if part is not type(None))
+            ]  # made of a tuple
         else:
             return Shape(annotation, optional, meta)
 
@@ -94,12 +105,14 @@ def is_struct(kind: Any) -> bool:
 
 @functools.cache  # a directory may have ten thousand policies
 def fields(struct: type[msgspec.Struct]) -> tuple[tuple[str, Any, Shape], ...]:
-    """(name, default, shape) of every field. The default is msgspec.NODEFAULT for required fields.
-    """
+    """(name, default, shape) of every field. The default is msgspec.NODEFAULT for required
+    fields."""
     hints = typing.get_type_hints(struct, include_extras=True)
     found = []
     for info in msgspec.structs.fields(struct):
-        default = info.default if info.default_factory is msgspec.NODEFAULT else info.default_factory()
+        default = (
+            info.default if info.default_factory is msgspec.NODEFAULT else info.default_factory()
+        )
         found.append((info.name, default, shape(hints[info.name])))
     return tuple(found)
 
@@ -145,7 +158,9 @@ def _decode_list(value: Plain, form: Shape, path: str, mistakes: Mistakes) -> ob
     if form.most is not None and len(value) > form.most:
         mistakes.add(path, f"at most {form.most} elements, found {len(value)}")
     element = shape(get_args(form.type)[0])
-    return tuple(_decode(item, element, f"{path}[{index}]", mistakes) for index, item in enumerate(value))
+    return tuple(
+        _decode(item, element, f"{path}[{index}]", mistakes) for index, item in enumerate(value)
+    )
 
 
 def _decode_ports(value: Plain, form: Shape, path: str, mistakes: Mistakes) -> object:
@@ -163,8 +178,8 @@ def _decode_ports(value: Plain, form: Shape, path: str, mistakes: Mistakes) -> o
 
 
 def leaf(value: Plain, form: Shape) -> object:
-    """Decode one value. Raises ValueError with the expected form, the value found, and the limits.
-    """
+    """Decode one value. Raises ValueError with the expected form, the value found, and the
+    limits."""
     if get_origin(form.type) is Literal:
         if value in (choices := get_args(form.type)) and isinstance(value, str):
             return value
@@ -188,7 +203,11 @@ def _bounded(value: Plain, form: Shape) -> float:
     elif form.unit == "size":
         amount = parse_size(value)
     elif form.unit == "ratio":
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not math.isfinite(value)
+        ):
             raise ValueError(f"expected a number such as 0.2, found {said(value)}")
         amount = float(value)
     elif isinstance(value, int) and not isinstance(value, bool):
@@ -209,7 +228,9 @@ def show(value: object, form: Shape) -> str:
         case bool():
             return "true" if value else "false"
         case tuple() if get_origin(form.type) is tuple:
-            return "[" + ", ".join(show(item, shape(get_args(form.type)[0])) for item in value) + "]"
+            return (
+                "[" + ", ".join(show(item, shape(get_args(form.type)[0])) for item in value) + "]"
+            )
         case dict():
             return "{}"
         case int() | float() if form.unit == "duration":

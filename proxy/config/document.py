@@ -117,7 +117,9 @@ def sequence(value: Plain, path: str, mistakes: Mistakes) -> list[Plain]:
     return []
 
 
-def unknown_keys(value: Mapping[str, Plain], known: Iterable[str], path: str, mistakes: Mistakes) -> None:
+def unknown_keys(
+    value: Mapping[str, Plain], known: Iterable[str], path: str, mistakes: Mistakes
+) -> None:
     """Add a mistake for every unknown key, with the most similar known key."""
     names = tuple(known)
     for key in value:
@@ -159,9 +161,17 @@ def load(text: str, source: str) -> Plain:
 
 def _syntax(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    what = " ".join(str(part) for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part)
+    what = " ".join(
+        str(part)
+        for part in (getattr(error, "context", None), getattr(error, "problem", None))
+        if part
+    )
     what = what or str(error).splitlines()[0]
-    return f"line {mark.line + 1}, column {mark.column + 1}: not YAML: {what}" if mark else f"not YAML: {what}"
+    return (
+        f"line {mark.line + 1}, column {mark.column + 1}: not YAML: {what}"
+        if mark
+        else f"not YAML: {what}"
+    )
 
 
 class _Reader:
@@ -181,7 +191,9 @@ class _Reader:
         value = self._value(self._next(), "", 0)
         self._next()  # the end of the document
         if not isinstance(event := self._next(), yaml.StreamEndEvent):
-            self.mistakes.add(f"line {event.start_mark.line + 1}", "a second document in the same file")
+            self.mistakes.add(
+                f"line {event.start_mark.line + 1}", "a second document in the same file"
+            )
         return value
 
     def _value(self, event: Any, path: str, depth: int) -> Plain:
@@ -197,8 +209,14 @@ class _Reader:
             # implicit[0]: the scalar has no quotes, so its form decides its type
             return scalar(event.value) if event.implicit[0] else str(event.value)
         if depth >= DEEPEST:
-            raise yaml.MarkedYAMLError(None, None, f"nested more than {DEEPEST} levels deep", event.start_mark)
-        return self._list(path, depth + 1) if kind is yaml.SequenceStartEvent else self._dict(path, depth + 1)
+            raise yaml.MarkedYAMLError(
+                None, None, f"nested more than {DEEPEST} levels deep", event.start_mark
+            )
+        return (
+            self._list(path, depth + 1)
+            if kind is yaml.SequenceStartEvent
+            else self._dict(path, depth + 1)
+        )
 
     def _list(self, path: str, depth: int) -> list[Plain]:
         values: list[Plain] = []
@@ -210,7 +228,9 @@ class _Reader:
         values: dict[str, Plain] = {}
         while type(event := self._next()) is not yaml.MappingEndEvent:
             if type(event) is not yaml.ScalarEvent:
-                raise yaml.MarkedYAMLError(None, None, "a key must be a single word", event.start_mark)
+                raise yaml.MarkedYAMLError(
+                    None, None, "a key must be a single word", event.start_mark
+                )
             key = event.value
             if key in values:
                 self._refuse(event, child(path, key), "the same key twice")

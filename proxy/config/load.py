@@ -113,7 +113,11 @@ def _ours(environ: Mapping[str, str], mistakes: Mistakes) -> dict[str, str]:
     """
     found = {}
     for name, text in sorted(environ.items()):
-        ours = name.startswith((PREFIX, otel_env.PREFIX)) or name in DOWNWARD.values() or name == DOWNWARD_ADDRESSES
+        ours = (
+            name.startswith((PREFIX, otel_env.PREFIX))
+            or name in DOWNWARD.values()
+            or name == DOWNWARD_ADDRESSES
+        )
         if ours and not _SERVICE_LINK.fullmatch(f"{name}={text}"):
             try:
                 f"{name}{text}".encode()
@@ -131,7 +135,9 @@ def _pod_defaults(values: dict[str, Plain], environ: Mapping[str, str]) -> None:
     pod = values.get("pod")
     if not isinstance(pod, dict | None):
         return
-    found: dict[str, Plain] = {name: environ[variable] for name, variable in DOWNWARD.items() if environ.get(variable)}
+    found: dict[str, Plain] = {
+        name: environ[variable] for name, variable in DOWNWARD.items() if environ.get(variable)
+    }
     if addresses := environ.get(DOWNWARD_ADDRESSES):
         found["addresses"] = [address.strip() for address in addresses.split(",")]
     if found:
@@ -153,7 +159,9 @@ def _overrides(values: dict[str, Plain], environ: Mapping[str, str], mistakes: M
             continue
         if name not in known:
             # A variable without `__` may belong to another program, unless it looks like a typo.
-            near = closest(name.removeprefix(PREFIX), (other.removeprefix(PREFIX) for other in known))
+            near = closest(
+                name.removeprefix(PREFIX), (other.removeprefix(PREFIX) for other in known)
+            )
             if "__" in name or near:
                 mistakes.add(name, f"no such setting{near.replace(chr(39), chr(39) + PREFIX, 1)}")
             continue
@@ -187,7 +195,9 @@ def _names() -> Iterator[tuple[str, str]]:
 def _contradictions(config: Config, mistakes: Mistakes) -> None:
     """Mistakes that only a comparison of settings shows."""
     if not _CLUSTER.fullmatch(config.cluster):
-        mistakes.add("cluster", f"expected lower-case letters, digits and dashes, found {config.cluster!r}")
+        mistakes.add(
+            "cluster", f"expected lower-case letters, digits and dashes, found {config.cluster!r}"
+        )
     try:
         check_trust_domain(config.trust_domain)
     except SpiffeIdError as error:
@@ -198,24 +208,46 @@ def _contradictions(config: Config, mistakes: Mistakes) -> None:
     inbound = config.inbound
     if config.identity is None:
         if inbound.require_identity.default or any(inbound.require_identity.ports.values()):
-            mistakes.add("inbound.require_identity", "requires identities, but there is no `identity` section, so no peer can present one")
+            mistakes.add(
+                "inbound.require_identity",
+                "requires identities, but there is no `identity` section, so no peer can"
+                " present one",
+            )
         if inbound.allow:
-            mistakes.add("inbound.allow", "lists identities, but there is no `identity` section, so no peer can present one")
+            mistakes.add(
+                "inbound.allow",
+                "lists identities, but there is no `identity` section, so no peer can present one",
+            )
     elif not config.identity.roots:
         mistakes.add("identity.roots", "lists no file: no peer would be trusted")
     if both := set(inbound.http_ports) & set(inbound.opaque_ports):
-        mistakes.add("inbound.http_ports", f"accepts only HTTP on {min(both)}, but inbound.opaque_ports declares it opaque")
+        mistakes.add(
+            "inbound.http_ports",
+            f"accepts only HTTP on {min(both)}, but inbound.opaque_ports declares it opaque",
+        )
     for port in inbound.allow:
         if inbound.require_identity.ports.get(port) is False:
-            mistakes.add(f"inbound.allow.{port}", "has an allow-list, but inbound.require_identity says false for the same port")
+            mistakes.add(
+                f"inbound.allow.{port}",
+                "has an allow-list, but inbound.require_identity says false for the same port",
+            )
     _dns(config, mistakes)
     if config.http.max_target_bytes > config.http.max_head_bytes:
-        mistakes.add("http.max_target_bytes", "is greater than http.max_head_bytes, of which the target is a part")
+        mistakes.add(
+            "http.max_target_bytes",
+            "is greater than http.max_head_bytes, of which the target is a part",
+        )
     if config.pool.max_idle_per_endpoint > config.pool.max_connections_per_endpoint:
-        mistakes.add("pool.max_idle_per_endpoint", "is greater than pool.max_connections_per_endpoint")
+        mistakes.add(
+            "pool.max_idle_per_endpoint", "is greater than pool.max_connections_per_endpoint"
+        )
     _tracing(config.tracing, mistakes)
     if config.pool.idle_timeout >= config.http.idle_timeout:
-        mistakes.add("pool.idle_timeout", "is not below http.idle_timeout: other proxies would close connections that are about to be used")
+        mistakes.add(
+            "pool.idle_timeout",
+            "is not below http.idle_timeout: other proxies would close connections that are about"
+            " to be used",
+        )
 
 
 def _workers(config: Config, mistakes: Mistakes) -> None:
@@ -223,7 +255,9 @@ def _workers(config: Config, mistakes: Mistakes) -> None:
         return
     for path, address in config.listeners():
         if address.port == 0 and not path.startswith("admin."):
-            mistakes.add(path, f"{address} would be another port for each of the {config.workers} workers")
+            mistakes.add(
+                path, f"{address} would be another port for each of the {config.workers} workers"
+            )
 
 
 def _dns(config: Config, mistakes: Mistakes) -> None:
@@ -231,13 +265,20 @@ def _dns(config: Config, mistakes: Mistakes) -> None:
     if section is None:
         return
     if not config.outbound.listen:
-        mistakes.add("dns", "returns addresses that lead to the outbound listener, but outbound.listen is empty")
+        mistakes.add(
+            "dns",
+            "returns addresses that lead to the outbound listener, but outbound.listen is empty",
+        )
     for name, given in (("listen", section.listen), ("ranges", section.ranges)):
         if not given:
             mistakes.add(f"dns.{name}", "must not be empty")
     for index, network in enumerate(section.ranges):
         if network.num_addresses < _LEAST_ADDRESSES:
-            mistakes.add(f"dns.ranges[{index}]", f"{network} has fewer than {_LEAST_ADDRESSES} addresses: too few to hash names to them")
+            mistakes.add(
+                f"dns.ranges[{index}]",
+                f"{network} has fewer than {_LEAST_ADDRESSES} addresses: too few to hash names to"
+                " them",
+            )
     if len({network.version for network in section.ranges}) < len(section.ranges):
         mistakes.add("dns.ranges", "at most one network of each address family")
     if len({address.is_ipv6 for address in section.listen}) < len(section.listen):
@@ -247,32 +288,51 @@ def _dns(config: Config, mistakes: Mistakes) -> None:
     ours = [address for _, address in config.listeners()]
     for index, upstream in enumerate(section.upstreams):
         if any(_collide(address, upstream) for address in ours) or upstream.port == 0:
-            mistakes.add(f"dns.upstreams[{index}]", f"{upstream} is the proxy itself, or has port 0")
+            mistakes.add(
+                f"dns.upstreams[{index}]", f"{upstream} is the proxy itself, or has port 0"
+            )
 
 
 def _tracing(tracing: TracingConfig, mistakes: Mistakes) -> None:
     if tracing.endpoint and not _URL.fullmatch(tracing.endpoint):
-        mistakes.add("tracing.endpoint", f"expected an http or https URL without a user, found {tracing.endpoint!r}")
+        mistakes.add(
+            "tracing.endpoint",
+            f"expected an http or https URL without a user, found {tracing.endpoint!r}",
+        )
     if not _AGENT.fullmatch(tracing.agent):
         mistakes.add("tracing.agent", f"expected host:port, found {tracing.agent!r}")
     for name, members in (("headers", tracing.headers), ("resource", tracing.resource)):
         for index, member in enumerate(members):
-            if not member.partition("=")[0].strip() or "=" not in member or any(ord(c) < 32 for c in member):
+            if (
+                not member.partition("=")[0].strip()
+                or "=" not in member
+                or any(ord(c) < 32 for c in member)
+            ):
                 # the value may be secret, so it is not repeated
                 mistakes.add(f"tracing.{name}[{index}]", "expected name=value")
     if tracing.client_key is not None and tracing.client_certificate is None:
-        mistakes.add("tracing.client_key", "is the key of a certificate, but tracing.client_certificate names none")
+        mistakes.add(
+            "tracing.client_key",
+            "is the key of a certificate, but tracing.client_certificate names none",
+        )
 
 
 def _gateway(config: Config, mistakes: Mistakes) -> None:
     if config.gateway.enabled and config.identity is None:
-        mistakes.add("gateway.enabled", "needs an `identity` section: a gateway accepts only mutual TLS")
+        mistakes.add(
+            "gateway.enabled", "needs an `identity` section: a gateway accepts only mutual TLS"
+        )
     if config.gateway.enabled and config.directory is None:
-        mistakes.add("gateway.enabled", "needs a `directory` section, which lists the exported services")
+        mistakes.add(
+            "gateway.enabled", "needs a `directory` section, which lists the exported services"
+        )
     if config.gateway.enabled and config.dns is not None:
         mistakes.add("dns", "a gateway has no application that could send queries")
     if config.inbound.trusted_gateways and config.identity is None:
-        mistakes.add("inbound.trusted_gateways", "lists identities, but there is no `identity` section, so no peer can present one")
+        mistakes.add(
+            "inbound.trusted_gateways",
+            "lists identities, but there is no `identity` section, so no peer can present one",
+        )
 
 
 def _listeners(config: Config, mistakes: Mistakes) -> None:
@@ -283,8 +343,15 @@ def _listeners(config: Config, mistakes: Mistakes) -> None:
         taken.append((path, address))
     for name, section in (("outbound", config.outbound), ("inbound", config.inbound)):
         fixed = section.fixed_destination
-        if fixed is not None and (other := next((p for p, known in taken if _collide(known, fixed)), None)) is not None:
-            mistakes.add(f"{name}.fixed_destination", f"{fixed} is the proxy itself ({other}): that would be a loop")
+        if (
+            fixed is not None
+            and (other := next((p for p, known in taken if _collide(known, fixed)), None))
+            is not None
+        ):
+            mistakes.add(
+                f"{name}.fixed_destination",
+                f"{fixed} is the proxy itself ({other}): that would be a loop",
+            )
 
 
 def _collide(one: Address, two: Address) -> bool:

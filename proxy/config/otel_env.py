@@ -32,10 +32,18 @@ _RATIOS = ("inbound_ratio", "outbound_ratio", "gateway_ratio")
 # In order of precedence: setting, variables, unit to add to the number.
 _PLAIN: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("certificate", ("EXPORTER_OTLP_TRACES_CERTIFICATE", "EXPORTER_OTLP_CERTIFICATE"), ""),
-    ("client_certificate", ("EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE", "EXPORTER_OTLP_CLIENT_CERTIFICATE"), ""),
+    (
+        "client_certificate",
+        ("EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE", "EXPORTER_OTLP_CLIENT_CERTIFICATE"),
+        "",
+    ),
     ("client_key", ("EXPORTER_OTLP_TRACES_CLIENT_KEY", "EXPORTER_OTLP_CLIENT_KEY"), ""),
     ("compression", ("EXPORTER_OTLP_TRACES_COMPRESSION", "EXPORTER_OTLP_COMPRESSION"), ""),
-    ("timeout", ("EXPORTER_OTLP_TRACES_TIMEOUT", "EXPORTER_OTLP_TIMEOUT", "BSP_EXPORT_TIMEOUT"), "ms"),
+    (
+        "timeout",
+        ("EXPORTER_OTLP_TRACES_TIMEOUT", "EXPORTER_OTLP_TIMEOUT", "BSP_EXPORT_TIMEOUT"),
+        "ms",
+    ),
     ("service_name", ("SERVICE_NAME",), ""),
     ("queue", ("BSP_MAX_QUEUE_SIZE",), "int"),
     ("batch", ("BSP_MAX_EXPORT_BATCH_SIZE",), "int"),
@@ -62,14 +70,27 @@ def _settings(environ: Mapping[str, str]) -> Iterator[tuple[str, Plain, str]]:
     """(setting, value, source variable)"""
 
     def first(*names: str) -> tuple[str, str]:
-        return next(((f"{PREFIX}{n}", text) for n in names if (text := environ.get(f"{PREFIX}{n}", "").strip())), ("", ""))
+        return next(
+            (
+                (f"{PREFIX}{n}", text)
+                for n in names
+                if (text := environ.get(f"{PREFIX}{n}", "").strip())
+            ),
+            ("", ""),
+        )
 
     yield from _exporter(environ)
     yield from _endpoint(environ)
     for setting, names, unit in _PLAIN:
         variable, text = first(*names)
         if text:
-            yield setting, int(text) if unit == "int" and text.isdecimal() else f"{text}{unit if unit == 'ms' else ''}", variable
+            yield (
+                setting,
+                int(text)
+                if unit == "int" and text.isdecimal()
+                else f"{text}{unit if unit == 'ms' else ''}",
+                variable,
+            )
     for setting, names in (
         ("headers", ("EXPORTER_OTLP_TRACES_HEADERS", "EXPORTER_OTLP_HEADERS")),
         ("resource", ("RESOURCE_ATTRIBUTES",)),
@@ -103,7 +124,10 @@ def _exporter(environ: Mapping[str, str]) -> Iterator[tuple[str, Plain, str]]:
     if names:
         yield "exporter", names[0], variable
     if environ.get(f"{PREFIX}EXPORTER_JAEGER_AGENT_HOST"):
-        host, port = environ[f"{PREFIX}EXPORTER_JAEGER_AGENT_HOST"], environ.get(f"{PREFIX}EXPORTER_JAEGER_AGENT_PORT") or "6831"
+        host, port = (
+            environ[f"{PREFIX}EXPORTER_JAEGER_AGENT_HOST"],
+            environ.get(f"{PREFIX}EXPORTER_JAEGER_AGENT_PORT") or "6831",
+        )
         yield "agent", f"{host}:{port}", f"{PREFIX}EXPORTER_JAEGER_AGENT_HOST"
 
 
@@ -111,7 +135,12 @@ def _endpoint(environ: Mapping[str, str]) -> Iterator[tuple[str, Plain, str]]:
     for name in ("EXPORTER_OTLP_TRACES_PROTOCOL", "EXPORTER_OTLP_PROTOCOL"):
         protocol = environ.get(f"{PREFIX}{name}", "").strip()
         if protocol and protocol != "http/protobuf":
-            _log.warning("%s%s=%s is not supported; spans are sent with http/protobuf, usually to port 4318", PREFIX, name, protocol)
+            _log.warning(
+                "%s%s=%s is not supported; spans are sent with http/protobuf, usually to port 4318",
+                PREFIX,
+                name,
+                protocol,
+            )
             break
     variable = f"{PREFIX}EXPORTER_OTLP_TRACES_ENDPOINT"
     if exact := environ.get(variable, "").strip():

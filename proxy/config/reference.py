@@ -26,7 +26,11 @@ def schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
         elif not is_struct(form.type):
             node["default"] = _written(default, form)
         properties[name] = node
-    found: dict[str, Any] = {"type": "object", "additionalProperties": False, "properties": properties}
+    found: dict[str, Any] = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+    }
     if required:
         found["required"] = required
     if struct.__doc__:
@@ -57,7 +61,9 @@ def _node(form: Shape) -> dict[str, Any]:
     elif form.optional and "anyOf" in node:
         node["anyOf"] = [*node["anyOf"], {"type": "null"}]
     if form.meta.description:
-        node["description"] = form.meta.description + (f" ({limits(form)})" if form.unit in ("duration", "size") else "")
+        node["description"] = form.meta.description + (
+            f" ({limits(form)})" if form.unit in ("duration", "size") else ""
+        )
     return node
 
 
@@ -66,19 +72,39 @@ def _type(form: Shape) -> dict[str, Any]:
         return schema(form.type)
     most = form.most
     if get_origin(form.type) is tuple:
-        return {"type": "array", "items": _node(shape(get_args(form.type)[0]))} | ({"maxItems": most} if most else {})
+        return {"type": "array", "items": _node(shape(get_args(form.type)[0]))} | (
+            {"maxItems": most} if most else {}
+        )
     if get_origin(form.type) is dict:
-        return {"type": "object", "additionalProperties": _node(shape(get_args(form.type)[1]))} | ({"maxProperties": most} if most else {})
+        return {"type": "object", "additionalProperties": _node(shape(get_args(form.type)[1]))} | (
+            {"maxProperties": most} if most else {}
+        )
     if get_origin(form.type) is Literal:
         return {"type": "string", "enum": list(get_args(form.type))}
     if form.type is bool:
         return {"type": "boolean"}
     if form.type is PortSwitch:
-        return {"anyOf": [{"type": "boolean"}, {"type": "array", "items": {"type": "integer"}}, {"type": "object"}]}
+        return {
+            "anyOf": [
+                {"type": "boolean"},
+                {"type": "array", "items": {"type": "integer"}},
+                {"type": "object"},
+            ]
+        }
     if form.unit == "duration":
-        return {"anyOf": [{"type": "string", "pattern": "^[0-9]+([.][0-9]+)?(ms|s|m|h|d)$"}, {"const": 0}]}
+        return {
+            "anyOf": [
+                {"type": "string", "pattern": "^[0-9]+([.][0-9]+)?(ms|s|m|h|d)$"},
+                {"const": 0},
+            ]
+        }
     if form.unit == "size":
-        return {"anyOf": [{"type": "string", "pattern": "^[0-9]+(B|KiB|MiB|GiB)?$"}, {"type": "integer", "minimum": 0}]}
+        return {
+            "anyOf": [
+                {"type": "string", "pattern": "^[0-9]+(B|KiB|MiB|GiB)?$"},
+                {"type": "integer", "minimum": 0},
+            ]
+        }
     if form.unit == "ratio":
         return {"type": "number", "minimum": form.meta.ge, "maximum": form.meta.le}
     if form.type in (StatusRange, GrpcCode):
@@ -97,7 +123,12 @@ def tables(struct: type[msgspec.Struct], section: str = "") -> str:
             continue
         given = "required" if default is msgspec.NODEFAULT else f"`{show(default, form)}`"
         label = f"{section}.{name}" if section else name
-        rows.append(f"| `{label}` | {form.meta.description} | {kind(form)} | {given} | {limits(form) or '-'} |")
+        rows.append(
+            f"| `{label}` | {form.meta.description} | {kind(form)} | {given} |"
+            f" {limits(form) or '-'} |"
+        )
     title = f"### {section or 'Top level'}\n\n{inspect.getdoc(struct) if section else 'Settings of the whole proxy.'}\n\n"
-    head = "| Setting | Meaning | Unit or kind | Default | Limit |\n| --- | --- | --- | --- | --- |\n"
+    head = (
+        "| Setting | Meaning | Unit or kind | Default | Limit |\n| --- | --- | --- | --- | --- |\n"
+    )
     return "\n".join([title + head + "\n".join(rows) + "\n", *below])

@@ -48,7 +48,9 @@ class Resolvers:
                 return told
             raise ConfigError(str(config.resolv_conf), [error.reason]) from error
         if not told.upstreams and not found.upstreams:
-            raise ConfigError(str(config.resolv_conf), ["lists no usable resolver: set dns.upstreams"])
+            raise ConfigError(
+                str(config.resolv_conf), ["lists no usable resolver: set dns.upstreams"]
+            )
         return cls(told.upstreams or found.upstreams, told.search or found.search)
 
     def ways_in(self, config: DnsConfig) -> Iterator[tuple[Address, Address]]:
@@ -58,7 +60,10 @@ class Resolvers:
         for index, upstream in enumerate(self.upstreams):
             for address in config.listen:
                 if address.is_ipv6 == upstream.is_ipv6:
-                    yield Address(address.host, address.port + index if address.port else 0), upstream
+                    yield (
+                        Address(address.host, address.port + index if address.port else 0),
+                        upstream,
+                    )
                     break
 
 
@@ -82,5 +87,3 @@ def parse(text: str) -> Resolvers:
             case ["search" | "domain", *domains]:
                 search = tuple(domain.rstrip(".") for domain in domains)
     return Resolvers(tuple(servers)[:MOST], tuple(domain for domain in search if domain))
-
-

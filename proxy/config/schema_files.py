@@ -1,4 +1,5 @@
-"""The settings of files that a running proxy watches. proxy/config/schema.py has all other settings."""
+"""The settings of files that a running proxy watches. proxy/config/schema.py has all other
+settings."""
 
 from __future__ import annotations
 
@@ -11,22 +12,40 @@ _HOUR, _DAY, _WEEK = 3600, 86400, 7 * 86400
 
 
 class IdentityConfig(Section, frozen=True):
-    """The proxy's certificate and its trust roots. Without this section the proxy uses clear text, not
-    mutual TLS.
+    """The proxy's certificate and its trust roots. Without this section the proxy uses clear text,
+    not mutual TLS.
     """
 
     certificate: Annotated[Path, described("PEM file with the certificate and its intermediates")]
     key: Annotated[Path, described("PEM file with the private key of the certificate")]
-    roots: Annotated[tuple[Path, ...], described("PEM files with the trust roots; each may contain several", 64)]
-    reload_interval: Annotated[float, seconds(0.05, _HOUR, "interval between checks of the files for changes")] = 10.0
-    settle: Annotated[float, seconds(0, 60, "interval between two reads of changed files, which must agree; 0: one read is sufficient")] = (
-        0.5
-    )
-    session_lifetime: Annotated[float, seconds(0, _DAY, "maximum age of a TLS session for resumption; 0: no resumption")] = 3600.0
+    roots: Annotated[
+        tuple[Path, ...], described("PEM files with the trust roots; each may contain several", 64)
+    ]
+    reload_interval: Annotated[
+        float, seconds(0.05, _HOUR, "interval between checks of the files for changes")
+    ] = 10.0
+    settle: Annotated[
+        float,
+        seconds(
+            0,
+            60,
+            "interval between two reads of changed files, which must agree; 0: one read is"
+            " sufficient",
+        ),
+    ] = 0.5
+    session_lifetime: Annotated[
+        float, seconds(0, _DAY, "maximum age of a TLS session for resumption; 0: no resumption")
+    ] = 3600.0
     end_with_certificate: Annotated[
-        bool, described("whether the proxy closes a connection when a certificate that it depends on expires")
+        bool,
+        described(
+            "whether the proxy closes a connection when a certificate that it depends on expires"
+        ),
     ] = True
-    expiry_grace: Annotated[float, seconds(0, _DAY, "maximum time for requests that are in progress on such a connection")] = 10.0
+    expiry_grace: Annotated[
+        float,
+        seconds(0, _DAY, "maximum time for requests that are in progress on such a connection"),
+    ] = 10.0
 
 
 # Writing a file of 6 MB takes tens of milliseconds. Half a second also covers a writer that waits
@@ -38,24 +57,47 @@ class DirectoryConfig(Section, frozen=True):
     """
 
     file: Annotated[Path, described("path of the directory file")]
-    poll_interval: Annotated[float, seconds(0.05, _HOUR, "interval between checks of the file for changes")] = 1.0
+    poll_interval: Annotated[
+        float, seconds(0.05, _HOUR, "interval between checks of the file for changes")
+    ] = 1.0
     settle: Annotated[
-        float, seconds(0, 60, "interval between two reads of a changed file, which must agree; 0: one read is sufficient")
+        float,
+        seconds(
+            0,
+            60,
+            "interval between two reads of a changed file, which must agree; 0: one read is"
+            " sufficient",
+        ),
     ] = 0.5
-    require_end: Annotated[bool, described("whether the file must end with the line `...`; this detects a truncated file")] = False
+    require_end: Annotated[
+        bool,
+        described("whether the file must end with the line `...`; this detects a truncated file"),
+    ] = False
     max_loss: Annotated[
-        float, ratio(0, 1, "fraction of the services with identities; the proxy rejects a changed file that removes this fraction or more")
+        float,
+        ratio(
+            0,
+            1,
+            "fraction of the services with identities; the proxy rejects a changed file that"
+            " removes this fraction or more",
+        ),
     ] = 0.5
     remember: Annotated[
         float,
-        seconds(0, _WEEK, "how long the proxy sends no clear text to an address that had an identity; 0: clear text is allowed at once"),
+        seconds(
+            0,
+            _WEEK,
+            "how long the proxy sends no clear text to an address that had an identity; 0: clear"
+            " text is allowed at once",
+        ),
     ] = 600.0
     max_remembered: Annotated[
         int,
         number(
             1,
             10_000_000,
-            "maximum addresses that are remembered for this; the proxy rejects a changed file that would exceed it",
+            "maximum addresses that are remembered for this; the proxy rejects a changed file that"
+            " would exceed it",
             "addresses",
         ),
     ] = 65536

@@ -86,8 +86,14 @@ def parse_duration(value: Plain) -> float:
         return 0.0
     if isinstance(value, str) and (match := _DURATION.match(value)):
         return round(float(match[1]) * _SECONDS[match[2]], 6)
-    unit = " (a number needs a unit)" if isinstance(value, int | float) and not isinstance(value, bool) else ""
-    raise ValueError(f'expected a duration such as "500ms", "10s", "5m" or "1h", found {said(value)}{unit}')
+    unit = (
+        " (a number needs a unit)"
+        if isinstance(value, int | float) and not isinstance(value, bool)
+        else ""
+    )
+    raise ValueError(
+        f'expected a duration such as "500ms", "10s", "5m" or "1h", found {said(value)}{unit}'
+    )
 
 
 def parse_size(value: Plain) -> int:
@@ -96,7 +102,9 @@ def parse_size(value: Plain) -> int:
         return value
     if isinstance(value, str) and (match := _SIZE.match(value)):
         return int(match[1]) * _BYTES[match[2] or "B"]
-    raise ValueError(f'expected a size such as "64KiB", "1MiB" or a number of bytes, found {said(value)}')
+    raise ValueError(
+        f'expected a size such as "64KiB", "1MiB" or a number of bytes, found {said(value)}'
+    )
 
 
 def show_duration(value: float) -> str:
@@ -135,7 +143,9 @@ def _network(value: Plain) -> Network:
     try:
         return ipaddress.ip_network(_text(value))
     except ValueError as error:
-        raise ValueError(f'expected a subnet such as "10.0.0.0/8", found {said(value)}: {error}') from None
+        raise ValueError(
+            f'expected a subnet such as "10.0.0.0/8", found {said(value)}: {error}'
+        ) from None
 
 
 def _text(value: Plain) -> str:
@@ -160,26 +170,41 @@ def _port_switch(value: Plain) -> PortSwitch:
             for state in value.values():
                 if not isinstance(state, bool):
                     raise ValueError(f"expected true or false for each port, found {said(state)}")
-            ports = {parse_port(port): state is True for port, state in value.items() if port != "default"}
+            ports = {
+                parse_port(port): state is True
+                for port, state in value.items()
+                if port != "default"
+            }
             return PortSwitch(value.get("default") is True, ports)
-    raise ValueError(f"expected true, false, a list of ports, or a mapping of ports to true or false, found {said(value)}")
+    raise ValueError(
+        "expected true, false, a list of ports, or a mapping of ports to true or false, found"
+        f" {said(value)}"
+    )
 
 
 def _statuses(value: Plain) -> StatusRange:
-    if isinstance(value, int | str) and not isinstance(value, bool) and (match := _STATUSES.match(str(value))):
+    if (
+        isinstance(value, int | str)
+        and not isinstance(value, bool)
+        and (match := _STATUSES.match(str(value)))
+    ):
         if match[1]:
             return StatusRange(int(match[1]) * 100, int(match[1]) * 100 + 99)
         low = int(match[2])
         high = int(match[3] or low)
         if 400 <= low <= high <= 599:
             return StatusRange(low, high)
-    raise ValueError(f"expected statuses such as 503, 5xx or 500-504, from 400 to 599, found {said(value)}")
+    raise ValueError(
+        f"expected statuses such as 503, 5xx or 500-504, from 400 to 599, found {said(value)}"
+    )
 
 
 def _grpc_code(value: Plain) -> GrpcCode:
     name = value.lower() if isinstance(value, str) else ""
     for code in GrpcCode:
-        if name == code.name or (isinstance(value, int) and not isinstance(value, bool) and value == code.value):
+        if name == code.name or (
+            isinstance(value, int) and not isinstance(value, bool) and value == code.value
+        ):
             return code
     near = closest(name, GrpcCode.__members__) if name else ""
     raise ValueError(f"expected a gRPC status such as unavailable or 14, found {said(value)}{near}")

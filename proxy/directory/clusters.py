@@ -49,25 +49,35 @@ class _Reader:
         name = self._name(given.get("name"), child(path, "name"))
         domain = self._values.domain(given.get("domain", DOMAIN), child(path, "domain"))
         gateways = []
-        for index, item in enumerate(sequence(given.get("gateways"), child(path, "gateways"), self._mistakes)):
+        for index, item in enumerate(
+            sequence(given.get("gateways"), child(path, "gateways"), self._mistakes)
+        ):
             if (gateway := self._gateway(item, f"{path}.gateways[{index}]")) is not None:
                 gateways.append(gateway)
         endpoints = tuple(gateway.at(gateway.host) for gateway in gateways if gateway.literal)
         services: dict[str, Service] = {}
-        for index, item in enumerate(sequence(given.get("services"), child(path, "services"), self._mistakes)):
+        for index, item in enumerate(
+            sequence(given.get("services"), child(path, "services"), self._mistakes)
+        ):
             here = f"{path}.services[{index}]"
             if (service := self._service(item, here, (name, domain), endpoints)) is None:
                 continue
             if services.setdefault(service.qualified, service) is not service:
                 self._mistakes.add(here, f"the service {service.qualified} is listed twice")
-        self.found.setdefault(name, Cluster(name, domain, tuple(gateways), tuple(services.values())))
+        self.found.setdefault(
+            name, Cluster(name, domain, tuple(gateways), tuple(services.values()))
+        )
 
     def _name(self, value: Plain, path: str) -> str:
         name = self._values.label(value, path)
         if name and name == self._own:
-            self._mistakes.add(path, f"{name} is this cluster itself: list its services in `services`")
+            self._mistakes.add(
+                path, f"{name} is this cluster itself: list its services in `services`"
+            )
         elif name == "svc":
-            self._mistakes.add(path, "a cluster cannot be called svc: c.default.svc would have two meanings")
+            self._mistakes.add(
+                path, "a cluster cannot be called svc: c.default.svc would have two meanings"
+            )
         elif name in self.found and name:
             self._mistakes.add(path, f"the cluster {name} is listed twice")
         return name
@@ -78,13 +88,22 @@ class _Reader:
             return None
         unknown_keys(given, GATEWAY, path, self._mistakes)
         if ("address" in given) == ("host" in given):
-            self._mistakes.add(path, "expected either `address`, an IP address, or `host`, a DNS name")
+            self._mistakes.add(
+                path, "expected either `address`, an IP address, or `host`, a DNS name"
+            )
             return None
         literal = "address" in given
-        host = self._values.host(given["address"], child(path, "address")) if literal else self._host(given["host"], child(path, "host"))
+        host = (
+            self._values.host(given["address"], child(path, "address"))
+            if literal
+            else self._host(given["host"], child(path, "host"))
+        )
         port = self._values.port(given.get("port", GATEWAY_PORT), child(path, "port"))
         if "identity" not in given:
-            self._mistakes.add(child(path, "identity"), "must be given: connections to a gateway always use mutual TLS")
+            self._mistakes.add(
+                child(path, "identity"),
+                "must be given: connections to a gateway always use mutual TLS",
+            )
             return None
         identity = self._values.identity(given["identity"], child(path, "identity"))
         if host and (first := self._ways.setdefault((host, port), path)) != path:
@@ -93,11 +112,18 @@ class _Reader:
 
     def _host(self, value: Plain, path: str) -> str:
         if isinstance(value, str) and value.replace(".", "").isdigit():
-            self._mistakes.add(path, f"expected a DNS name, found {said(value)} (an IP address belongs under `address`)")
+            self._mistakes.add(
+                path,
+                f"expected a DNS name, found {said(value)} (an IP address belongs under `address`)",
+            )
             return ""
-        return self._values.domain(value.removesuffix(".") if isinstance(value, str) else value, path)
+        return self._values.domain(
+            value.removesuffix(".") if isinstance(value, str) else value, path
+        )
 
-    def _service(self, value: Plain, path: str, cluster: tuple[str, str], gateways: tuple[Endpoint, ...]) -> Service | None:
+    def _service(
+        self, value: Plain, path: str, cluster: tuple[str, str], gateways: tuple[Endpoint, ...]
+    ) -> Service | None:
         given = mapping(value, path, self._mistakes)
         if given is None:
             return None
@@ -105,12 +131,24 @@ class _Reader:
         name = self._values.label(given.get("name"), child(path, "name"))
         namespace = self._values.label(given.get("namespace", "default"), child(path, "namespace"))
         ports = self._values.ports(given.get("ports"), child(path, "ports"), PORT)
-        policy = read_policy(given["policy"], child(path, "policy"), self._mistakes) if "policy" in given else DEFAULT_POLICY
+        policy = (
+            read_policy(given["policy"], child(path, "policy"), self._mistakes)
+            if "policy" in given
+            else DEFAULT_POLICY
+        )
         host = full_name(name, namespace, cluster[1])
         if len(host) > LONGEST:
-            self._mistakes.add(path, f"its name in its own cluster is longer than {LONGEST} characters: {host}")
+            self._mistakes.add(
+                path, f"its name in its own cluster is longer than {LONGEST} characters: {host}"
+            )
         targets: Mapping[int, Target] = {
-            port.port: Target(f"{cluster[0]}/{namespace}/{name}", gateways, port.protocol, policy, Remote(cluster[0], host, port.port))
+            port.port: Target(
+                f"{cluster[0]}/{namespace}/{name}",
+                gateways,
+                port.protocol,
+                policy,
+                Remote(cluster[0], host, port.port),
+            )
             for port in ports
         }
         return Service(name, namespace, (), tuple(ports), targets, cluster=cluster[0])

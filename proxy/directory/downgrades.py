@@ -77,16 +77,26 @@ class _Comparison:
         found: dict[str | Address, Former] = {}
         for host, pod in self._meshed_pods():
             after = self._new.pods.get(host)
-            if (after is None or after.endpoint.identity is None) and not self._allows((host, *self._services_of(host))):
-                found[host] = Former(str(pod.endpoint.identity), frozenset(self._services_of(host)), pod.skip_ports)
+            if (after is None or after.endpoint.identity is None) and not self._allows(
+                (host, *self._services_of(host))
+            ):
+                found[host] = Former(
+                    str(pod.endpoint.identity), frozenset(self._services_of(host)), pod.skip_ports
+                )
         for address, target in self._old.clustered.items():
             identity, service = _identity(target), target.service or ""
-            if identity and address not in self._new.clustered and not self._allows((address.host, service)):
+            if (
+                identity
+                and address not in self._new.clustered
+                and not self._allows((address.host, service))
+            ):
                 found[address] = Former(identity, frozenset((service,)))
         return found
 
     def _meshed_pods(self) -> Iterator[tuple[str, Pod]]:
-        return ((host, pod) for host, pod in self._old.pods.items() if pod.endpoint.identity is not None)
+        return (
+            (host, pod) for host, pod in self._old.pods.items() if pod.endpoint.identity is not None
+        )
 
     def _services_of(self, host: str) -> set[str]:
         """The services that a pod belonged to. The first call builds an index of all services."""
@@ -108,52 +118,100 @@ class _Comparison:
             if not self._allows((host, *self._services_of(host))):
                 self._named.add(host)
                 who = f"{host} had the identity {pod.endpoint.identity}"
-                yield (f"{who} and has none" if after.endpoint.identity is None else f"{who} at {sorted(skipped)}, now in skip_ports")
+                yield (
+                    f"{who} and has none"
+                    if after.endpoint.identity is None
+                    else f"{who} at {sorted(skipped)}, now in skip_ports"
+                )
 
     def _services(self) -> Iterator[str]:
         for service in self._old.services:
             after = self._after.get(service.qualified)
             for host in sorted(self._plain(service, after)) if after is not None else ():
                 if not self._allows((host, service.qualified)):
-                    yield f"all endpoints of {service.qualified} had identities, and {host} has none"
+                    yield (
+                        f"all endpoints of {service.qualified} had identities, and {host} has none"
+                    )
 
     def _plain(self, service: Service, after: Service) -> set[str]:
         """The hosts without an identity at a port of a service whose endpoints all had identities,
         except those that a sentence already names."""
         found = set()
         for port, target in service.targets.items():
-            if target.endpoints and all(endpoint.identity for endpoint in target.endpoints) and port in after.targets:
-                plain = {endpoint.address.host for endpoint in after.targets[port].endpoints if endpoint.identity is None}
+            if (
+                target.endpoints
+                and all(endpoint.identity for endpoint in target.endpoints)
+                and port in after.targets
+            ):
+                plain = {
+                    endpoint.address.host
+                    for endpoint in after.targets[port].endpoints
+                    if endpoint.identity is None
+                }
                 found |= plain - self._named
         return found
 
     def _cluster_addresses(self) -> Iterator[str]:
         for address, target in self._old.clustered.items():
             after = self._new.clustered.get(address)
-            if after is None or after.service == target.service or not all(endpoint.identity for endpoint in target.endpoints):
+            if (
+                after is None
+                or after.service == target.service
+                or not all(endpoint.identity for endpoint in target.endpoints)
+            ):
                 continue
-            plain = next((endpoint.address.host for endpoint in after.endpoints if endpoint.identity is None), None)
-            if _identity(target) and plain and not self._allows((address.host, plain, target.service or "", after.service or "")):
-                yield f"{address} was {target.service}, whose endpoints had identities, and is {after.service}, where {plain} has none"
+            plain = next(
+                (
+                    endpoint.address.host
+                    for endpoint in after.endpoints
+                    if endpoint.identity is None
+                ),
+                None,
+            )
+            if (
+                _identity(target)
+                and plain
+                and not self._allows(
+                    (address.host, plain, target.service or "", after.service or "")
+                )
+            ):
+                yield (
+                    f"{address} was {target.service}, whose endpoints had identities, and is"
+                    f" {after.service}, where {plain} has none"
+                )
 
     def _gone(self, max_loss: float) -> Iterator[str]:
-        meshed = [service.qualified for service in self._old.services if any(map(_identity, service.targets.values()))]
+        meshed = [
+            service.qualified
+            for service in self._old.services
+            if any(map(_identity, service.targets.values()))
+        ]
         gone = [name for name in meshed if name not in self._after and not self._allows((name,))]
         if gone and len(gone) >= max_loss * len(meshed):
             more = f" and {len(gone) - _NAMED} more" if len(gone) > _NAMED else ""
-            yield f"{len(gone)} of {len(meshed)} services with identities are missing ({', '.join(gone[:_NAMED])}{more})"
+            yield (
+                f"{len(gone)} of {len(meshed)} services with identities are missing"
+                f" ({', '.join(gone[:_NAMED])}{more})"
+            )
 
 
 def _hosts(service: Service) -> set[str]:
     """The hosts of a service's endpoints. Each of its ports has the same ones."""
     target = next(iter(service.targets.values()), None)
-    return {endpoint.address.host for endpoint in target.endpoints} if target is not None and target.remote is None else set()
+    return (
+        {endpoint.address.host for endpoint in target.endpoints}
+        if target is not None and target.remote is None
+        else set()
+    )
 
 
 def _identity(target: Target) -> str:
     """An identity through which a target is reached, directly or through another cluster. "": it is
     reached in clear text, or has no endpoint."""
-    for place in (target, *(backend.target for backend in (target.plan.backends if target.plan is not None else ()))):
+    for place in (
+        target,
+        *(backend.target for backend in (target.plan.backends if target.plan is not None else ())),
+    ):
         if place.remote is not None:
             return f"a gateway of {place.remote.cluster}"
         for endpoint in place.endpoints:

@@ -49,9 +49,15 @@ class FormerIdentities:
         self.sweep(now)
         return not self.keep or len(self._known) + len(former) <= self.most
 
-    def take(self, directory: Directory, former: Mapping[str | Address, Former], now: float) -> None:
+    def take(
+        self, directory: Directory, former: Mapping[str | Address, Former], now: float
+    ) -> None:
         """`directory` is now in use, and these addresses lost their identity with it."""
-        self._known = {what: entry for what, entry in self._known.items() if entry[0] > now and not _released(what, entry[1], directory)}
+        self._known = {
+            what: entry
+            for what, entry in self._known.items()
+            if entry[0] > now and not _released(what, entry[1], directory)
+        }
         if self.keep:
             self._known.update({what: (now + self.keep, entry) for what, entry in former.items()})
 

@@ -13,7 +13,11 @@ from proxy.directory.splits import MAX_SHARE, MOST_BACKENDS
 from proxy.directory.values import MOST_ALLOWED, MOST_PORTS
 
 _LABEL = {"type": "string", "pattern": "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"}
-_DOMAIN = {"type": "string", "maxLength": 253, "pattern": r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*\.?$"}
+_DOMAIN = {
+    "type": "string",
+    "maxLength": 253,
+    "pattern": r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*\.?$",
+}
 _PORT = {"type": "integer", "minimum": 1, "maximum": 65535}
 _PROTOCOL = {"enum": [hint.value for hint in Hint]}
 _IDENTITY = {"type": "string", "pattern": "^spiffe://[^/]+/ns/[^/]+/sa/[^/]+$"}
@@ -41,7 +45,10 @@ def _service() -> dict[str, object]:
     endpoint = {
         "address": {"type": "string"},
         "identity": _IDENTITY,
-        "ports": {"type": "object", "additionalProperties": {"anyOf": [_PORT, {"const": NOT_SERVED}]}},
+        "ports": {
+            "type": "object",
+            "additionalProperties": {"anyOf": [_PORT, {"const": NOT_SERVED}]},
+        },
         "skip_ports": _list(_PORT, maxItems=MOST_PORTS),
         "ready": _FLAG,
         "weight": {"type": "integer", "minimum": 1, "maximum": MAX_WEIGHT},
@@ -53,12 +60,18 @@ def _service() -> dict[str, object]:
         "cluster": _LABEL,
         "weight": {"type": "integer", "minimum": 0, "maximum": MAX_SHARE},
     }
-    failover = {"clusters": _list(_LABEL, minItems=1), "below": {"type": "integer", "minimum": 1, "maximum": 1_000_000}}
+    failover = {
+        "clusters": _list(_LABEL, minItems=1),
+        "below": {"type": "integer", "minimum": 1, "maximum": 1_000_000},
+    }
     service = {
         "name": _LABEL,
         "namespace": _LABEL,
         "addresses": _list({"type": "string"}),
-        "ports": _list(_closed({"port": _PORT, "target_port": _PORT, "protocol": _PROTOCOL}, "port"), minItems=1),
+        "ports": _list(
+            _closed({"port": _PORT, "target_port": _PORT, "protocol": _PROTOCOL}, "port"),
+            minItems=1,
+        ),
         "endpoints": _list(_closed(endpoint, "address")),
         "export": _FLAG,
         "split": _list(_closed(backend, "service", "weight"), maxItems=MOST_BACKENDS),
@@ -80,7 +93,10 @@ def _cluster() -> dict[str, object]:
         {
             "name": _LABEL,
             "domain": _DOMAIN,
-            "gateways": _list(_closed(gateway, "identity") | {"oneOf": [{"required": ["address"]}, {"required": ["host"]}]}),
+            "gateways": _list(
+                _closed(gateway, "identity")
+                | {"oneOf": [{"required": ["address"]}, {"required": ["host"]}]}
+            ),
             "services": _list(_closed(service, "name", "ports")),
         },
         "name",
@@ -92,4 +108,9 @@ def _list(items: Mapping[str, object], **bounds: Any) -> dict[str, object]:
 
 
 def _closed(properties: Mapping[str, object], *required: str) -> dict[str, object]:
-    return {"type": "object", "additionalProperties": False, "properties": dict(properties), "required": list(required)}
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": dict(properties),
+        "required": list(required),
+    }

@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from proxy.config.document import DocumentError, Mistakes, Plain, child, load, mapping, said, sequence, unknown_keys
+from proxy.config.document import (
+    DocumentError,
+    Mistakes,
+    Plain,
+    child,
+    load,
+    mapping,
+    said,
+    sequence,
+    unknown_keys,
+)
 from proxy.directory.clusters import read_clusters
 from proxy.directory.policy import DEFAULT_POLICY, Policy, read_policy
 from proxy.directory.service_names import Names
@@ -40,7 +50,17 @@ NOT_SERVED = "none"
 SKIP_PORTS = frozenset({ADMIN_PORT})
 
 TOP = ("cluster", "domain", "skip_ports", "allow_identity_loss", "services", "clusters")
-SERVICE = ("name", "namespace", "addresses", "ports", "endpoints", "export", "split", "failover", "policy")
+SERVICE = (
+    "name",
+    "namespace",
+    "addresses",
+    "ports",
+    "endpoints",
+    "export",
+    "split",
+    "failover",
+    "policy",
+)
 PORT = ("port", "target_port", "protocol")
 ENDPOINT = ("address", "identity", "ports", "skip_ports", "ready", "weight", "zone")
 
@@ -71,7 +91,10 @@ def _read(root: Mapping[str, Plain], mistakes: Mistakes) -> Directory:
         mistakes.add("services", "must be given (use an empty list if there are no services)")
     name = values.label(root["cluster"], "cluster") if "cluster" in root else ""
     domain = values.domain(root.get("domain", DOMAIN), "domain")
-    builder = _Builder(values, values.port_set(root["skip_ports"], "skip_ports") if "skip_ports" in root else SKIP_PORTS)
+    builder = _Builder(
+        values,
+        values.port_set(root["skip_ports"], "skip_ports") if "skip_ports" in root else SKIP_PORTS,
+    )
     for index, item in enumerate(sequence(root.get("services"), "services", mistakes)):
         builder.service(item, f"services[{index}]")
     clusters = read_clusters(root.get("clusters"), name, values)
@@ -79,11 +102,26 @@ def _read(root: Mapping[str, Plain], mistakes: Mistakes) -> Directory:
     plan(builder.wishes, World(name, tuple(builder.services), clusters, names), mistakes)
     for service, address in builder.addresses:
         builder.clustered[address] = of_family(service.targets[address.port], address.host)
-    allowance = values.allowance(root["allow_identity_loss"], "allow_identity_loss") if "allow_identity_loss" in root else Allowance()
-    return Directory(tuple(builder.services), clusters, name, builder.clustered, builder.served, builder.pods, names, allowance)
+    allowance = (
+        values.allowance(root["allow_identity_loss"], "allow_identity_loss")
+        if "allow_identity_loss" in root
+        else Allowance()
+    )
+    return Directory(
+        tuple(builder.services),
+        clusters,
+        name,
+        builder.clustered,
+        builder.served,
+        builder.pods,
+        names,
+        allowance,
+    )
 
 
-def _names(services: list[Service], clusters: Mapping[str, Cluster], domain: str, mistakes: Mistakes) -> Names[Service]:
+def _names(
+    services: list[Service], clusters: Mapping[str, Cluster], domain: str, mistakes: Mistakes
+) -> Names[Service]:
     names: Names[Service] = Names(domain)
     for service in services:
         names.add(service.name, service.namespace, service)
@@ -92,7 +130,11 @@ def _names(services: list[Service], clusters: Mapping[str, Cluster], domain: str
             other = names.add_remote(service.name, service.namespace, cluster.name, service)
             if other is not None and other.cluster:
                 mirror = f"{service.name}-{cluster.name}.{service.namespace}"
-                mistakes.add("clusters", f"{mirror} would mean both {other.qualified} and {service.qualified}: rename a cluster")
+                mistakes.add(
+                    "clusters",
+                    f"{mirror} would mean both {other.qualified} and {service.qualified}: rename a"
+                    " cluster",
+                )
     return names
 
 
@@ -132,11 +174,20 @@ class _Builder:
         if name and namespace and (first := self._names.setdefault(qualified, path)) != path:
             self.mistakes.add(path, f"the service {qualified} is already at {first}")
         listed = sequence(given.get("addresses"), child(path, "addresses"), self.mistakes)
-        hosts = tuple(self.values.host(host, f"{path}.addresses[{index}]") for index, host in enumerate(listed))
+        hosts = tuple(
+            self.values.host(host, f"{path}.addresses[{index}]")
+            for index, host in enumerate(listed)
+        )
         ports = self.values.ports(given.get("ports"), child(path, "ports"), PORT)
         pods = self._endpoints(given.get("endpoints"), child(path, "endpoints"), ports)
-        policy = read_policy(given["policy"], child(path, "policy"), self.mistakes) if "policy" in given else DEFAULT_POLICY
-        exported = self.values.flag(given["export"], child(path, "export")) if "export" in given else False
+        policy = (
+            read_policy(given["policy"], child(path, "policy"), self.mistakes)
+            if "policy" in given
+            else DEFAULT_POLICY
+        )
+        exported = (
+            self.values.flag(given["export"], child(path, "export")) if "export" in given else False
+        )
         targets = {port.port: self._target(qualified, port, pods, policy) for port in ports}
         service = Service(name, namespace, hosts, tuple(ports), targets, exported=exported)
         for index, host in enumerate(hosts):
@@ -144,7 +195,9 @@ class _Builder:
                 self._claim(service, Address(host, port.port), f"{path}.addresses[{index}]")
         self.services.append(service)
         if "split" in given or "failover" in given:
-            self.wishes.append(Wish(service, targets, path, given.get("split"), given.get("failover")))
+            self.wishes.append(
+                Wish(service, targets, path, given.get("split"), given.get("failover"))
+            )
 
     def _claim(self, service: Service, address: Address, path: str) -> None:
         if address in self._owners and address.host:
@@ -170,7 +223,9 @@ class _Builder:
                 # is the destination.
                 hint = port.protocol if before.protocol == port.protocol else Hint.DETECT
                 ready = endpoint.ready or before.endpoints[0].ready
-                shared = Endpoint(address, endpoint.identity, hint, ready, endpoint.weight, endpoint.zone)
+                shared = Endpoint(
+                    address, endpoint.identity, hint, ready, endpoint.weight, endpoint.zone
+                )
                 self.served[address] = Target(None, (shared,), hint)
         return Target(service, tuple(endpoints), port.protocol, policy)
 
@@ -181,7 +236,9 @@ class _Builder:
             if entry is None:
                 continue
             if entry.host in found:
-                self.mistakes.add(f"{path}[{index}].address", f"{entry.host} is listed twice in this service")
+                self.mistakes.add(
+                    f"{path}[{index}].address", f"{entry.host} is listed twice in this service"
+                )
             found[entry.host] = entry
         return list(found.values())
 
@@ -192,15 +249,32 @@ class _Builder:
         values = self.values
         unknown_keys(given, ENDPOINT, path, self.mistakes)
         host = values.host(given.get("address"), child(path, "address"))
-        identity = values.identity(given["identity"], child(path, "identity")) if "identity" in given else None
+        identity = (
+            values.identity(given["identity"], child(path, "identity"))
+            if "identity" in given
+            else None
+        )
         ready = values.flag(given["ready"], child(path, "ready")) if "ready" in given else True
-        weight = values.number(given["weight"], child(path, "weight"), 1, MAX_WEIGHT) if "weight" in given else 1
+        weight = (
+            values.number(given["weight"], child(path, "weight"), 1, MAX_WEIGHT)
+            if "weight" in given
+            else 1
+        )
         zone = given.get("zone", "")
         if not isinstance(zone, str) or len(zone) > 63:
-            self.mistakes.add(child(path, "zone"), f"expected a string of at most 63 characters, found {said(zone)}")
+            self.mistakes.add(
+                child(path, "zone"),
+                f"expected a string of at most 63 characters, found {said(zone)}",
+            )
         elsewhere = self._own_ports(given.get("ports"), child(path, "ports"), ports)
-        skipped = values.port_set(given["skip_ports"], child(path, "skip_ports")) if "skip_ports" in given else self.skip_ports
-        pod = Pod(Endpoint(Address(host, 0), identity, Hint.DETECT, ready, weight, str(zone)), skipped)
+        skipped = (
+            values.port_set(given["skip_ports"], child(path, "skip_ports"))
+            if "skip_ports" in given
+            else self.skip_ports
+        )
+        pod = Pod(
+            Endpoint(Address(host, 0), identity, Hint.DETECT, ready, weight, str(zone)), skipped
+        )
         self._one_identity(host, pod, path)
         return _Entry(host, pod, elsewhere)
 
@@ -212,11 +286,16 @@ class _Builder:
         if not host or known is pod:
             return
         if known.endpoint.identity != pod.endpoint.identity:
-            was, now = known.endpoint.identity or "no identity", pod.endpoint.identity or "no identity"
+            was, now = (
+                known.endpoint.identity or "no identity",
+                pod.endpoint.identity or "no identity",
+            )
             self.mistakes.add(path, f"{host} has {now} here, but {was} in another service")
         elif known.skip_ports != pod.skip_ports:
             here, there = sorted(pod.skip_ports), sorted(known.skip_ports)
-            self.mistakes.add(path, f"{host} has skip_ports {here} here, but {there} in another service")
+            self.mistakes.add(
+                path, f"{host} has skip_ports {here} here, but {there} in another service"
+            )
 
     def _own_ports(self, value: Plain, path: str, ports: list[Port]) -> Mapping[int, int | None]:
         """The endpoint's own ports by service port. None: the endpoint does not serve that port."""
@@ -228,5 +307,7 @@ class _Builder:
             if key not in names:
                 self.mistakes.add(child(path, key), "is not a port of this service")
             else:
-                found[names[key]] = None if item == NOT_SERVED else self.values.port(item, child(path, key))
+                found[names[key]] = (
+                    None if item == NOT_SERVED else self.values.port(item, child(path, key))
+                )
         return found

@@ -212,7 +212,9 @@ class Directory:
     pods: Mapping[str, Pod] = field(default_factory=dict, repr=False)
     _names: Names[Service] = field(default_factory=Names, repr=False)
     allowance: Allowance = Allowance()
-    _by_family: dict[tuple[int, bool], Target] = field(default_factory=dict, repr=False, compare=False)
+    _by_family: dict[tuple[int, bool], Target] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def known(self, original: Address) -> Target | None:
         """The target of an address. None: the directory does not have it. The time does not depend
@@ -246,7 +248,11 @@ class Directory:
         are any. Returns the same object for the same service, port and family."""
         parts = split_authority(authority)
         service = self._names.find(parts[0], namespace) if parts is not None else None
-        target = service.targets.get(parts[1] or HTTP_PORT) if parts is not None and service is not None else None
+        target = (
+            service.targets.get(parts[1] or HTTP_PORT)
+            if parts is not None and service is not None
+            else None
+        )
         if target is None:
             return None
         key = id(target), ":" in dialled
@@ -300,10 +306,20 @@ def of_family(target: Target, host: str) -> Target:
     can reach the service."""
     if target.remote is not None:
         return target
-    same = tuple(endpoint for endpoint in target.endpoints if endpoint.address.is_ipv6 == (":" in host)) or target.endpoints
+    same = (
+        tuple(
+            endpoint for endpoint in target.endpoints if endpoint.address.is_ipv6 == (":" in host)
+        )
+        or target.endpoints
+    )
     plan = target.plan
     if plan is not None:
-        plan = Plan(tuple(replace(backend, target=of_family(backend.target, host)) for backend in plan.backends))
+        plan = Plan(
+            tuple(
+                replace(backend, target=of_family(backend.target, host))
+                for backend in plan.backends
+            )
+        )
     elif len(same) == len(target.endpoints):
         return target
     return replace(target, endpoints=same, plan=plan)

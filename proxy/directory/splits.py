@@ -18,7 +18,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from loopguard.graph import cycles
-from proxy.config.document import Mistakes, Plain, child, closest, mapping, said, sequence, unknown_keys
+from proxy.config.document import (
+    Mistakes,
+    Plain,
+    child,
+    closest,
+    mapping,
+    said,
+    sequence,
+    unknown_keys,
+)
 from proxy.directory.service_names import Names
 from proxy.directory.snapshot import Backend, Cluster, Plan, Service, Target
 
@@ -71,17 +80,32 @@ def plan(wishes: list[Wish], world: World, mistakes: Mistakes) -> None:
             backends = [
                 backend
                 for weight, service, path in shares
-                if (backend := _backend(weight, service, port, failovers.get(service.qualified, _Failover()), (path, mistakes))) is not None
+                if (
+                    backend := _backend(
+                        weight,
+                        service,
+                        port,
+                        failovers.get(service.qualified, _Failover()),
+                        (path, mistakes),
+                    )
+                )
+                is not None
             ]
             wish.targets[port] = replace(wish.targets[port], plan=Plan(tuple(backends)))
-    graph = _graph(world, {name: [service for _, service, _ in shares] for name, shares in splits.items()}, failovers)
+    graph = _graph(
+        world,
+        {name: [service for _, service, _ in shares] for name, shares in splits.items()},
+        failovers,
+    )
     paths = {wish.service.qualified: wish.path for wish in wishes}
     for cycle in cycles(graph):
         where = next((paths[node] for node in cycle if node in paths), "clusters")
         mistakes.add(where, f"its requests would go in a cycle: {' -> '.join(cycle)}")
 
 
-def _backend(weight: int, service: Service, port: int, failover: _Failover, notes: tuple[str, Mistakes]) -> Backend | None:
+def _backend(
+    weight: int, service: Service, port: int, failover: _Failover, notes: tuple[str, Mistakes]
+) -> Backend | None:
     path, mistakes = notes
     found = []
     for place in (service, *failover.services):
@@ -98,7 +122,9 @@ class _Reader:
         self._world = world
         self._mistakes = mistakes
         everywhere = [world.services, *(cluster.services for cluster in world.clusters.values())]
-        self._services = {service.qualified: service for services in everywhere for service in services}
+        self._services = {
+            service.qualified: service for services in everywhere for service in services
+        }
 
     def split(self, wish: Wish) -> list[tuple[int, Service, str]]:
         """(weight, service, path) of each backend."""
@@ -125,16 +151,24 @@ class _Reader:
         unknown_keys(given, SPLIT, path, self._mistakes)
         weight = given.get("weight")
         if isinstance(weight, bool) or not isinstance(weight, int) or not 0 <= weight <= MAX_SHARE:
-            wrong = "must be given" if weight is None else f"expected a whole number from 0 to {MAX_SHARE}, found {said(weight)}"
+            wrong = (
+                "must be given"
+                if weight is None
+                else f"expected a whole number from 0 to {MAX_SHARE}, found {said(weight)}"
+            )
             self._mistakes.add(child(path, "weight"), wrong)
             weight = 0
         if "service" not in given:
             self._mistakes.add(child(path, "service"), "must be given")
             return None
-        cluster = self._cluster(given["cluster"], child(path, "cluster")) if "cluster" in given else ""
+        cluster = (
+            self._cluster(given["cluster"], child(path, "cluster")) if "cluster" in given else ""
+        )
         if cluster is None:
             return None
-        service = self._find(f"{given.get('namespace', apex.namespace)}/{given['service']}", cluster, path)
+        service = self._find(
+            f"{given.get('namespace', apex.namespace)}/{given['service']}", cluster, path
+        )
         return (weight, service) if service is not None else None
 
     def failover(self, wish: Wish) -> _Failover:
@@ -144,7 +178,10 @@ class _Reader:
         unknown_keys(given, FAILOVER, path, self._mistakes)
         below = given.get("below", 1)
         if isinstance(below, bool) or not isinstance(below, int) or not 1 <= below <= 1_000_000:
-            self._mistakes.add(child(path, "below"), f"expected a whole number from 1 to 1000000, found {said(below)}")
+            self._mistakes.add(
+                child(path, "below"),
+                f"expected a whole number from 1 to 1000000, found {said(below)}",
+            )
             below = 1
         listed = sequence(given.get("clusters"), child(path, "clusters"), self._mistakes)
         if not listed:
@@ -155,7 +192,9 @@ class _Reader:
             if (cluster := self._cluster(item, here)) is None:
                 continue
             if cluster in found or cluster == "":
-                self._mistakes.add(here, f"{said(item)} is {'listed twice' if cluster else 'this cluster itself'}")
+                self._mistakes.add(
+                    here, f"{said(item)} is {'listed twice' if cluster else 'this cluster itself'}"
+                )
             elif (service := self._find(wish.service.qualified, cluster, here)) is not None:
                 found[cluster] = service
         return _Failover(tuple(found.values()), below)
@@ -167,30 +206,44 @@ class _Reader:
         if isinstance(value, str) and value in self._world.clusters:
             return value
         near = closest(value, self._world.clusters) if isinstance(value, str) else ""
-        self._mistakes.add(path, f"expected the name of a cluster in `clusters`, found {said(value)}{near}")
+        self._mistakes.add(
+            path, f"expected the name of a cluster in `clusters`, found {said(value)}{near}"
+        )
         return None
 
     def _find(self, qualified: str, cluster: str, path: str) -> Service | None:
         name = f"{cluster}/{qualified}" if cluster else qualified
         service = self._services.get(name)
         if service is None:
-            self._mistakes.add(path, f"there is no service {name} in this document{closest(name, self._services)}")
+            self._mistakes.add(
+                path, f"there is no service {name} in this document{closest(name, self._services)}"
+            )
         return service
 
 
-def _graph(world: World, splits: Mapping[str, Iterable[Service]], failovers: Mapping[str, _Failover]) -> dict[str, list[str]]:
+def _graph(
+    world: World, splits: Mapping[str, Iterable[Service]], failovers: Mapping[str, _Failover]
+) -> dict[str, list[str]]:
     """The graph of forwarded requests, by service name."""
     graph: dict[str, list[str]] = defaultdict(list)
     for name, services in splits.items():
         graph[name] += [service.qualified for service in services if service.qualified != name]
     for name, failover in failovers.items():
         graph[name] += [service.qualified for service in failover.services]
-    exported = {service.qualified for cluster in world.clusters.values() for service in cluster.services}
+    exported = {
+        service.qualified for cluster in world.clusters.values() for service in cluster.services
+    }
     exported |= {service.qualified for service in world.services}
     for cluster in world.clusters.values():
-        behind = [world.names.find(gateway.host, "") for gateway in cluster.gateways if not gateway.literal]
+        behind = [
+            world.names.find(gateway.host, "")
+            for gateway in cluster.gateways
+            if not gateway.literal
+        ]
         for service in cluster.services:
-            graph[service.qualified] += [gateway.qualified for gateway in behind if gateway is not None]
+            graph[service.qualified] += [
+                gateway.qualified for gateway in behind if gateway is not None
+            ]
             if (mirrored := _mirrored(service, world, exported)) is not None:
                 graph[service.qualified].append(mirrored)
     return graph

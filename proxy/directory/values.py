@@ -6,7 +6,16 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 
-from proxy.config.document import Mistakes, Plain, child, closest, mapping, said, sequence, unknown_keys
+from proxy.config.document import (
+    Mistakes,
+    Plain,
+    child,
+    closest,
+    mapping,
+    said,
+    sequence,
+    unknown_keys,
+)
 from proxy.directory.service_names import DOMAIN, LABEL, LONGEST
 from proxy.directory.snapshot import Allowance, Hint, Port
 from proxy.identity.spiffe import SpiffeId, SpiffeIdError
@@ -29,13 +38,17 @@ class Values:
         if isinstance(value, str) and LABEL.match(value):
             return value
         expected = "expected a name of at most 63 lower-case letters, digits and dashes"
-        self.mistakes.add(path, "must be given" if value is None else f"{expected}, found {said(value)}")
+        self.mistakes.add(
+            path, "must be given" if value is None else f"{expected}, found {said(value)}"
+        )
         return ""
 
     def domain(self, value: Plain, path: str) -> str:
         if isinstance(value, str) and len(value) <= LONGEST and DOMAIN.match(value):
             return value
-        self.mistakes.add(path, f"expected a domain name in lower case such as cluster.local, found {said(value)}")
+        self.mistakes.add(
+            path, f"expected a domain name in lower case such as cluster.local, found {said(value)}"
+        )
         return ""
 
     def host(self, value: Plain, path: str) -> str:
@@ -45,7 +58,14 @@ class Values:
         except ValueError:
             literal = None
         if literal is None:
-            self.mistakes.add(path, "must be given" if value is None else f"expected an IP address, found {said(value)}")
+            self.mistakes.add(
+                path,
+                (
+                    "must be given"
+                    if value is None
+                    else f"expected an IP address, found {said(value)}"
+                ),
+            )
             return ""
         if literal.is_unspecified or literal.is_multicast:
             self.mistakes.add(path, f"{literal} is not the address of a single host")
@@ -55,7 +75,14 @@ class Values:
     def port(self, value: Plain, path: str) -> int:
         if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 65535:
             return value
-        self.mistakes.add(path, "must be given" if value is None else f"expected a port from 1 to 65535, found {said(value)}")
+        self.mistakes.add(
+            path,
+            (
+                "must be given"
+                if value is None
+                else f"expected a port from 1 to 65535, found {said(value)}"
+            ),
+        )
         return 0
 
     def port_set(self, value: Plain, path: str) -> frozenset[int]:
@@ -72,15 +99,25 @@ class Values:
             return Allowance(everything=value)
         listed = sequence(value, path, self.mistakes)
         if len(listed) > MOST_ALLOWED:
-            self.mistakes.add(path, f"at most {MOST_ALLOWED} entries, found {len(listed)}: use true to permit everything")
-        return Allowance(names=frozenset(self._service_or_host(item, f"{path}[{index}]") for index, item in enumerate(listed)))
+            self.mistakes.add(
+                path,
+                f"at most {MOST_ALLOWED} entries, found {len(listed)}: use true to permit"
+                " everything",
+            )
+        return Allowance(
+            names=frozenset(
+                self._service_or_host(item, f"{path}[{index}]") for index, item in enumerate(listed)
+            )
+        )
 
     def _service_or_host(self, value: Plain, path: str) -> str:
         if isinstance(value, str) and "/" in value:
             namespace, _, name = value.partition("/")
             if LABEL.match(namespace) and LABEL.match(name):
                 return value
-            self.mistakes.add(path, f"expected a service as namespace/name, or an IP address, found {said(value)}")
+            self.mistakes.add(
+                path, f"expected a service as namespace/name, or an IP address, found {said(value)}"
+            )
             return ""
         return self.host(value, path)
 
@@ -88,7 +125,9 @@ class Values:
         """A whole number from `low` to `high`. `low` on a mistake."""
         if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
             return value
-        self.mistakes.add(path, f"expected a whole number from {low} to {high}, found {said(value)}")
+        self.mistakes.add(
+            path, f"expected a whole number from {low} to {high}, found {said(value)}"
+        )
         return low
 
     def flag(self, value: Plain, path: str) -> bool:
@@ -100,13 +139,19 @@ class Values:
         hint = _HINTS.get(value) if isinstance(value, str) else None
         if hint is None:
             near = closest(value, _HINTS) if isinstance(value, str) else ""
-            self.mistakes.add(path, f"expected one of {', '.join(_HINTS)}; found {said(value)}{near}")
+            self.mistakes.add(
+                path, f"expected one of {', '.join(_HINTS)}; found {said(value)}{near}"
+            )
         return hint or Hint.DETECT
 
     def identity(self, value: Plain, path: str) -> SpiffeId | None:
         if not isinstance(value, str):
             # No identity would mean clear text. An empty value must not cause that by accident.
-            self.mistakes.add(path, f"expected a SPIFFE ID, found {said(value)} (omit the key for an endpoint without a proxy)")
+            self.mistakes.add(
+                path,
+                f"expected a SPIFFE ID, found {said(value)} (omit the key for an endpoint without a"
+                " proxy)",
+            )
             return None
         found = self._identities.get(value)
         if found is None:
@@ -126,10 +171,16 @@ class Values:
                 continue
             unknown_keys(given, keys, here, self.mistakes)
             port = self.port(given.get("port"), child(here, "port"))
-            target = self.port(given["target_port"], child(here, "target_port")) if "target_port" in given else port
+            target = (
+                self.port(given["target_port"], child(here, "target_port"))
+                if "target_port" in given
+                else port
+            )
             if port in ports and port:
                 self.mistakes.add(child(here, "port"), f"port {port} is listed twice")
-            ports[port] = Port(port, target, self.hint(given.get("protocol", "detect"), child(here, "protocol")))
+            ports[port] = Port(
+                port, target, self.hint(given.get("protocol", "detect"), child(here, "protocol"))
+            )
         if not ports:
             self.mistakes.add(path, "at least one port must be given")
         return list(ports.values())

@@ -90,7 +90,9 @@ class DirectorySource:
         """Check the file every `interval` seconds, until cancelled. Calls `report(None)` after a
         replacement, and `report(error)` for a new error."""
         while True:
-            await trio.sleep(min(interval, self.acceptance.settle) if self._settling.waiting else interval)
+            await trio.sleep(
+                min(interval, self.acceptance.settle) if self._settling.waiting else interval
+            )
             await self.look(report)
 
     async def look(self, report: Outcome) -> None:
@@ -102,7 +104,14 @@ class DirectorySource:
         except (DirectoryError, files.FileUnusable) as error:
             self._seen = None
             self._settling.forget()
-            self._complain(DirectoryError(str(self.path), [error.reason]) if isinstance(error, files.FileUnusable) else error, report)
+            self._complain(
+                (
+                    DirectoryError(str(self.path), [error.reason])
+                    if isinstance(error, files.FileUnusable)
+                    else error
+                ),
+                report,
+            )
             return
         if digest == self._digest:
             self._reported = self._refused = None
@@ -118,7 +127,9 @@ class DirectorySource:
     async def _take(self, data: bytes, digest: bytes, report: Outcome) -> None:
         """Use the new content if it is acceptable."""
         try:
-            found, losses = await trio.to_thread.run_sync(_understand, data, self.path, self.current, self.acceptance)
+            found, losses = await trio.to_thread.run_sync(
+                _understand, data, self.path, self.current, self.acceptance
+            )
         except DirectoryError as error:
             self._refused = digest
             self._complain(error, report)
@@ -126,7 +137,10 @@ class DirectorySource:
         now = trio.current_time()
         if not self.former.fits(losses.former, now):
             self._seen = None  # try again: entries may expire
-            words = f"more than {self.former.most} addresses would be remembered as former identities (directory.max_remembered)"
+            words = (
+                f"more than {self.former.most} addresses would be remembered as former identities"
+                " (directory.max_remembered)"
+            )
             self._complain(IdentityLoss(str(self.path), [words]), report)
             return
         self.former.take(found, losses.former, now)
@@ -174,7 +188,10 @@ def _parse(data: bytes, path: Path, require_end: bool) -> Directory:
     except UnicodeDecodeError as error:
         raise DirectoryError(str(path), [f"not UTF-8 at byte {error.start}"]) from error
     if require_end and not ended(text):
-        raise DirectoryError(str(path), ["does not end with a line `...` (directory.require_end): it may be incomplete"])
+        raise DirectoryError(
+            str(path),
+            ["does not end with a line `...` (directory.require_end): it may be incomplete"],
+        )
     collected = gc.isenabled()
     gc.disable()
     try:
@@ -195,11 +212,19 @@ def ended(text: str) -> bool:
     return lines[-1] == "..." and text.endswith("\n")
 
 
-def _understand(data: bytes, path: Path, current: Directory, rules: Acceptance) -> tuple[Directory, Losses]:
+def _understand(
+    data: bytes, path: Path, current: Directory, rules: Acceptance
+) -> tuple[Directory, Losses]:
     """Parse the new directory, and compare it with the current one. Runs in a thread. Raises
     DirectoryError, IdentityLoss."""
     found = _parse(data, path, rules.require_end)
     losses = compare(current, found, rules.max_loss)
     if losses.refusals:
-        raise IdentityLoss(str(path), [*losses.refusals, "if this is intended, list what may lose its identity in allow_identity_loss"])
+        raise IdentityLoss(
+            str(path),
+            [
+                *losses.refusals,
+                "if this is intended, list what may lose its identity in allow_identity_loss",
+            ],
+        )
     return found, losses

@@ -45,7 +45,9 @@ import dns.rrset
 from proxy.dns.virtual_addresses import RemoteName, VirtualAddresses
 from proxy.dns.zone import Verdict, Zone
 
-Result = Literal["answered", "nodata", "nxdomain", "no_address", "malformed", "overload", "unreachable"]
+Result = Literal[
+    "answered", "nodata", "nxdomain", "no_address", "malformed", "overload", "unreachable"
+]
 
 # RFC 6761: the name is reserved, and no resolver finds anything below it.
 PROBE = "isthmus-check.invalid"
@@ -104,7 +106,11 @@ class Answers:
             return None
         key = wire[2:]
         if (found := self._remembered.get(key)) is not None:
-            return Reply(wire[:2] + found.wire[2:], found.result) if isinstance(found, Reply) else found
+            return (
+                Reply(wire[:2] + found.wire[2:], found.result)
+                if isinstance(found, Reply)
+                else found
+            )
         found = self._judge(wire)
         if found is not None and len(key) <= _MOST_REMEMBERED_BYTES:
             if len(self._remembered) >= _REMEMBERED:
@@ -131,7 +137,9 @@ class Answers:
         say = self._words(asked.name, asked.rdtype)
         return forward if say is None else _reply(wire, say)
 
-    def _words(self, name: dns.name.Name, kind: dns.rdatatype.RdataType) -> Callable[[dns.message.Message], Result] | None:
+    def _words(
+        self, name: dns.name.Name, kind: dns.rdatatype.RdataType
+    ) -> Callable[[dns.message.Message], Result] | None:
         """A function that fills the response to a question. None: forward the query."""
         labels = [label.decode("latin-1") for label in name.labels if label]
         if labels and labels[-1].lower() == "arpa":
@@ -147,15 +155,30 @@ class Answers:
                 return lambda message: _negative(message, dns.name.Name(name.labels[-2:]), verdict)
         return lambda message: self._addresses(message, name, kind, verdict)
 
-    def _addresses(self, message: dns.message.Message, name: dns.name.Name, kind: dns.rdatatype.RdataType, meant: RemoteName) -> Result:
+    def _addresses(
+        self,
+        message: dns.message.Message,
+        name: dns.name.Name,
+        kind: dns.rdatatype.RdataType,
+        meant: RemoteName,
+    ) -> Result:
         hosts = self._virtual.addresses(meant)
         if not hosts:
             message.set_rcode(dns.rcode.SERVFAIL)
             return "no_address"
-        found = {dns.rdatatype.A: [h for h in hosts if ":" not in h], dns.rdatatype.AAAA: [h for h in hosts if ":" in h]}
-        return self._found(message, name, {own: texts for own, texts in found.items() if kind in (own, dns.rdatatype.ANY)})
+        found = {
+            dns.rdatatype.A: [h for h in hosts if ":" not in h],
+            dns.rdatatype.AAAA: [h for h in hosts if ":" in h],
+        }
+        return self._found(
+            message,
+            name,
+            {own: texts for own, texts in found.items() if kind in (own, dns.rdatatype.ANY)},
+        )
 
-    def _reverse(self, name: dns.name.Name, kind: dns.rdatatype.RdataType) -> Callable[[dns.message.Message], Result] | None:
+    def _reverse(
+        self, name: dns.name.Name, kind: dns.rdatatype.RdataType
+    ) -> Callable[[dns.message.Message], Result] | None:
         try:
             host = dns.reversename.to_address(name)
             host = str(ipaddress.ip_address(host))
@@ -169,17 +192,26 @@ class Answers:
         texts = [f"{remote}."] if kind in (dns.rdatatype.PTR, dns.rdatatype.ANY) else []
         return lambda message: self._found(message, name, {dns.rdatatype.PTR: texts})
 
-    def _found(self, message: dns.message.Message, name: dns.name.Name, records: dict[dns.rdatatype.RdataType, list[str]]) -> Result:
+    def _found(
+        self,
+        message: dns.message.Message,
+        name: dns.name.Name,
+        records: dict[dns.rdatatype.RdataType, list[str]],
+    ) -> Result:
         for kind, texts in records.items():
             if texts:
-                message.answer.append(dns.rrset.from_text_list(name, self._ttl, dns.rdataclass.IN, kind, texts))
+                message.answer.append(
+                    dns.rrset.from_text_list(name, self._ttl, dns.rdataclass.IN, kind, texts)
+                )
         return "answered" if message.answer else _negative(message, name, Verdict.NODATA)
 
 
 def _reply(wire: bytes, say: Callable[[dns.message.Message], Result]) -> Reply:
     try:
         query = dns.message.from_wire(wire)
-    except dns.exception.DNSException:  # invalid data after the question, or a signature with an unknown key
+    except (
+        dns.exception.DNSException
+    ):  # invalid data after the question, or a signature with an unknown key
         return Reply(failure(wire, dns.rcode.FORMERR), "malformed")
     message = dns.message.make_response(query, recursion_available=True, our_payload=_PAYLOAD)
     message.flags |= dns.flags.AA
@@ -194,7 +226,9 @@ def _negative(message: dns.message.Message, zone: dns.name.Name, verdict: Verdic
     if verdict is Verdict.NXDOMAIN:
         message.set_rcode(dns.rcode.NXDOMAIN)
     start = f"ns.isthmus.invalid. nobody.isthmus.invalid. 1 3600 600 86400 {_NEGATIVE_TTL}"
-    message.authority.append(dns.rrset.from_text(zone, _NEGATIVE_TTL, dns.rdataclass.IN, dns.rdatatype.SOA, start))
+    message.authority.append(
+        dns.rrset.from_text(zone, _NEGATIVE_TTL, dns.rdataclass.IN, dns.rdatatype.SOA, start)
+    )
     return "nxdomain" if verdict is Verdict.NXDOMAIN else "nodata"
 
 
@@ -206,7 +240,9 @@ def failure(wire: bytes, code: dns.rcode.Rcode) -> bytes:
     for question_only in (False, True):
         with suppress(dns.exception.DNSException):
             query = dns.message.from_wire(wire, question_only=question_only)
-            message = dns.message.make_response(query, recursion_available=True, our_payload=_PAYLOAD)
+            message = dns.message.make_response(
+                query, recursion_available=True, our_payload=_PAYLOAD
+            )
             break
     message.question = message.question[:1]
     message.set_rcode(code)

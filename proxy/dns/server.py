@@ -70,23 +70,39 @@ class Resolver:
             for sock, _ in ways_in:
                 sock.close()
 
-    def _take(self, nursery: trio.Nursery, sock: socket.socket, upstream: Address, wire: bytes, client: Sender) -> None:
+    def _take(
+        self,
+        nursery: trio.Nursery,
+        sock: socket.socket,
+        upstream: Address,
+        wire: bytes,
+        client: Sender,
+    ) -> None:
         """Handle one datagram: answer it at once, or start a task that forwards it."""
         try:
             judged = self.answers.answer(wire)
             if isinstance(judged, Forward) and self.in_flight >= self.config.max_in_flight:
-                warn(_log, _TROUBLES, "%d queries wait for resolvers: refusing more (dns.max_in_flight)", self.in_flight)
+                warn(
+                    _log,
+                    _TROUBLES,
+                    "%d queries wait for resolvers: refusing more (dns.max_in_flight)",
+                    self.in_flight,
+                )
                 judged = Reply(failure(wire, dns.rcode.SERVFAIL), "overload")
             if isinstance(judged, Forward):
                 self.in_flight += 1
-                nursery.start_soon(self._pass_on, judged, upstream, wire, partial(send, sock, to=client))
+                nursery.start_soon(
+                    self._pass_on, judged, upstream, wire, partial(send, sock, to=client)
+                )
             elif judged is not None:
                 send(sock, judged.wire, client)
             self.note("udp", judged)
         except Exception:
             self._failed()
 
-    async def _pass_on(self, forward: Forward, upstream: Address, wire: bytes, say: partial[bool]) -> None:
+    async def _pass_on(
+        self, forward: Forward, upstream: Address, wire: bytes, say: partial[bool]
+    ) -> None:
         try:
             say(await self._ask(forward, upstream, wire) or failure(wire, dns.rcode.SERVFAIL))
         except Exception:
@@ -122,7 +138,9 @@ class Resolver:
 
     async def converse(self, connection: Connection) -> None:
         """The handler of the TCP listeners' connections."""
-        conversation = _Conversation(self, connection.stream, connection.original or self.upstreams[0])
+        conversation = _Conversation(
+            self, connection.stream, connection.original or self.upstreams[0]
+        )
         connection.slot.activity = conversation
         try:
             await conversation.run()
@@ -133,7 +151,13 @@ class Resolver:
 
     def note(self, transport: str, judged: Reply | Forward | None) -> None:
         """Count a query and its verdict."""
-        result = judged.result if isinstance(judged, Reply) else "dropped" if judged is None else "forwarded"
+        result = (
+            judged.result
+            if isinstance(judged, Reply)
+            else "dropped"
+            if judged is None
+            else "forwarded"
+        )
         self.metrics.dns_queries.at(transport, result).inc()
 
     def ended(self, transport: str, result: str, trouble: str = "") -> None:
@@ -166,7 +190,9 @@ class _Conversation:
     @property
     def waiting_since(self) -> float | None:
         """See net.connection_slots.Activity."""
-        return None if self._outstanding else self._life.deadline - self._resolver.config.idle_timeout
+        return (
+            None if self._outstanding else self._life.deadline - self._resolver.config.idle_timeout
+        )
 
     async def run(self) -> None:
         """Run until the client has all its responses and has closed its side, or until one side is
@@ -189,7 +215,9 @@ class _Conversation:
 
     def _alive(self) -> None:
         config = self._resolver.config
-        self._life.deadline = trio.current_time() + (config.timeout if self._outstanding else config.idle_timeout)
+        self._life.deadline = trio.current_time() + (
+            config.timeout if self._outstanding else config.idle_timeout
+        )
 
     async def _take(self, wire: bytes, nursery: trio.Nursery) -> None:
         judged = self._resolver.answers.answer(wire)

@@ -46,9 +46,13 @@ def pod_resolvers(config: Config) -> Resolvers | None:
 class Names:
     """Built by app.py if the section `dns` is configured."""
 
-    def __init__(self, config: Config, resolvers: Resolvers, dialer: Dialer, metrics: Metrics) -> None:
+    def __init__(
+        self, config: Config, resolvers: Resolvers, dialer: Dialer, metrics: Metrics
+    ) -> None:
         settings = config.dns or DnsConfig()
-        self.virtual = VirtualAddresses(settings.ranges, settings.max_names, settings.quarantine, time.monotonic)
+        self.virtual = VirtualAddresses(
+            settings.ranges, settings.max_names, settings.quarantine, time.monotonic
+        )
         self._settings = settings
         self._namespace = config.pod.namespace
         self._search = resolvers.search
@@ -56,14 +60,20 @@ class Names:
         self._directory = Directory()
         self._without = 0  # services without an address, because the limit is reached
         self.resolver = Resolver(settings, resolvers.upstreams, self._answers(), dialer, metrics)
-        _log.info("answering DNS queries; the pod's resolvers: %s", ", ".join(map(str, resolvers.upstreams)))
+        _log.info(
+            "answering DNS queries; the pod's resolvers: %s",
+            ", ".join(map(str, resolvers.upstreams)),
+        )
 
     def publish(self, directory: Directory) -> None:
         """Use this directory from now on."""
         self._directory = directory
         self.resolver.answers = self._answers()
         if self._without:
-            words = "%d services of other clusters have no address: the limit is %d (dns.max_names, dns.ranges)"
+            words = (
+                "%d services of other clusters have no address: the limit is %d (dns.max_names,"
+                " dns.ranges)"
+            )
             _log.error(words, self._without, self.virtual.capacity)
 
     def sweep(self) -> None:
@@ -82,9 +92,13 @@ class Names:
         self._metrics.virtual_addresses(*self.virtual.counts)
         self._metrics.dns_in_flight.at().set(self.resolver.in_flight)
 
-    async def serve(self, listeners: Listeners, on_error: Callable[[Connection, BaseException], None]) -> None:
+    async def serve(
+        self, listeners: Listeners, on_error: Callable[[Connection, BaseException], None]
+    ) -> None:
         """Answer queries until cancelled. Owns and closes the DNS sockets."""
-        acceptor = Acceptor(self.resolver.converse, limit=self._settings.max_connections, on_error=on_error)
+        acceptor = Acceptor(
+            self.resolver.converse, limit=self._settings.max_connections, on_error=on_error
+        )
         admission("names", acceptor.slots, self._metrics)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.resolver.serve, listeners.datagrams)

@@ -87,7 +87,9 @@ class _Range:
     def probe(self, remote: RemoteName, turn: int) -> str:
         """The address number `turn` of the name's sequence. Never the first or last of the range,
         which have special meanings."""
-        digest = hashlib.blake2b(str(remote).encode(), digest_size=16, salt=turn.to_bytes(8, "big")).digest()
+        digest = hashlib.blake2b(
+            str(remote).encode(), digest_size=16, salt=turn.to_bytes(8, "big")
+        ).digest()
         offset = 1 + int.from_bytes(digest, "big") % (self.size - 2)
         return socket.inet_ntop(self._family, (self.first + offset).to_bytes(self._octets, "big"))
 
@@ -98,7 +100,9 @@ class _Range:
             return False
         return 0 <= int.from_bytes(packed, "big") - self.first < self.size
 
-    def place(self, newcomers: Iterable[RemoteName], taken: Collection[str]) -> dict[RemoteName, str]:
+    def place(
+        self, newcomers: Iterable[RemoteName], taken: Collection[str]
+    ) -> dict[RemoteName, str]:
         """Find an address that is not in `taken` for each new name, independent of their order.
         Omits names for which there is none."""
         turns = dict.fromkeys(newcomers, 0)
@@ -128,7 +132,9 @@ class VirtualAddresses:
     `quarantine`: in seconds of `clock`, longer than the TTL of the DNS responses with these
     addresses."""
 
-    def __init__(self, ranges: Iterable[Network], most: int, quarantine: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, ranges: Iterable[Network], most: int, quarantine: float, clock: Callable[[], float]
+    ) -> None:
         self._ranges = [_Range(network) for network in ranges]
         self._quarantine = quarantine
         self._clock = clock
@@ -156,7 +162,9 @@ class VirtualAddresses:
         return sum(remote not in self._tenants for remote in newcomers)
 
     def _settle(self, newcomers: list[RemoteName]) -> None:
-        placed: list[Mapping[RemoteName, str]] = [space.place(newcomers, self._hosts) for space in self._ranges]
+        placed: list[Mapping[RemoteName, str]] = [
+            space.place(newcomers, self._hosts) for space in self._ranges
+        ]
         for remote in newcomers:
             hosts = tuple(found[remote] for found in placed if remote in found)
             if len(hosts) == len(self._ranges):
@@ -212,7 +220,11 @@ class VirtualAddresses:
         now = self._clock()
         for remote in [*self._retired]:
             tenant = self._tenants[remote]
-            if tenant.connections == 0 and tenant.retired is not None and now - tenant.retired >= self._quarantine:
+            if (
+                tenant.connections == 0
+                and tenant.retired is not None
+                and now - tenant.retired >= self._quarantine
+            ):
                 self._retired.remove(remote)
                 del self._tenants[remote]
                 for host in tenant.hosts:

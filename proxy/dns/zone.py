@@ -56,7 +56,10 @@ class Zone:
         self._directory = directory
         self._namespace = namespace
         self._services = ["svc", *directory.domain.split(".")]
-        domains = {tuple(domain.lower().rstrip(".").split(".")) for domain in searched} - {tuple(self._services), ("",)}
+        domains = {tuple(domain.lower().rstrip(".").split(".")) for domain in searched} - {
+            tuple(self._services),
+            ("",),
+        }
         self._searched = [list(domain) for domain in sorted(domains, key=len, reverse=True)]
         self.names = [
             RemoteName(cluster.name, service.namespace, service.name)
@@ -75,13 +78,23 @@ class Zone:
             if meant is None and len(labels) > len(domain) and labels[-len(domain) :] == domain:
                 meant = self._find(labels[: -len(domain)])
         if meant is not None:
-            return RemoteName(meant.cluster, meant.namespace, meant.name) if meant.cluster else Verdict.FORWARD
+            return (
+                RemoteName(meant.cluster, meant.namespace, meant.name)
+                if meant.cluster
+                else Verdict.FORWARD
+            )
         if labels and labels[-1] in self._directory.clusters:
-            return Verdict.NODATA if len(labels) == 1 or ".".join(labels) in self._inner else Verdict.NXDOMAIN
+            return (
+                Verdict.NODATA
+                if len(labels) == 1 or ".".join(labels) in self._inner
+                else Verdict.NXDOMAIN
+            )
         return Verdict.FORWARD
 
     def _find(self, labels: Sequence[str]) -> Service | None:
-        if any("." in label for label in labels):  # DNS allows a dot within a label, but no service has such a name
+        if any(
+            "." in label for label in labels
+        ):  # DNS allows a dot within a label, but no service has such a name
             return None
         return self._directory.named(".".join(labels), self._namespace)
 

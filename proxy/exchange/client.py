@@ -34,7 +34,13 @@ from typing import Generic, Protocol, TypeVar
 
 import trio
 
-from proxy.errors import Undelivered, UpstreamClosed, UpstreamProtocolError, UpstreamReset, UpstreamTimeout
+from proxy.errors import (
+    Undelivered,
+    UpstreamClosed,
+    UpstreamProtocolError,
+    UpstreamReset,
+    UpstreamTimeout,
+)
 from proxy.exchange import max_forwards
 from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.exchange import Exchange
@@ -76,7 +82,9 @@ Bridge = Callable[[Exchange, Stream, Stream], Awaitable[None]]
 class Leases(Protocol[K_contra]):
     """Leases carriers: the pooled connections of one protocol."""
 
-    def carrier(self, endpoint: K_contra, *, fresh: bool, limit: float = inf) -> AbstractAsyncContextManager[Carrier]:
+    def carrier(
+        self, endpoint: K_contra, *, fresh: bool, limit: float = inf
+    ) -> AbstractAsyncContextManager[Carrier]:
         """Lease a carrier for one exchange; the end of the block returns it. `fresh`: on a
         connection that has not been used before. `limit`: the request's deadline in trio's time, if
         it has one."""
@@ -96,7 +104,10 @@ class Client(Generic[K]):
         has begun continues in its current state. Raises the errors of the dial, the Upstream*
         errors, UpgradeFailed, NoExtendedConnect, Undelivered, and Declined."""
         handoff, exchange.handoff = exchange.handoff, None
-        if exchange.request.method in max_forwards.METHODS and max_forwards.left(exchange.request) == 0:
+        if (
+            exchange.request.method in max_forwards.METHODS
+            and max_forwards.left(exchange.request) == 0
+        ):
             exchange.upstream = None  # it is answered here
             await max_forwards.answer(exchange)
             return
@@ -107,7 +118,11 @@ class Client(Generic[K]):
             else:
                 await self._attempt(exchange, endpoint, leases)
         except Unanswered as error:
-            harmless = not exchange.request_bytes if error.untouched else bodiless and exchange.request.method in IDEMPOTENT
+            harmless = (
+                not exchange.request_bytes
+                if error.untouched
+                else bodiless and exchange.request.method in IDEMPOTENT
+            )
             if exchange.fresh or not (error.again and harmless):
                 raise _told(error) from error
             exchange.fresh = True
@@ -131,7 +146,9 @@ class Client(Generic[K]):
             raise attempt.reported or Declined
 
     async def _attempt(self, exchange: Exchange, endpoint: K, leases: Leases[K]) -> None:
-        async with leases.carrier(endpoint, fresh=exchange.fresh, limit=exchange.clock.limit) as carrier:
+        async with leases.carrier(
+            endpoint, fresh=exchange.fresh, limit=exchange.clock.limit
+        ) as carrier:
             if websocket.extends(exchange.request):
                 await carrier.admit()
             exchange.carried(carrier.stream)
@@ -147,15 +164,29 @@ class Client(Generic[K]):
 
 def _told(error: Unanswered) -> UpstreamClosed:
     """The error for a request that is not repeated."""
-    return UpstreamReset(str(error), Code.REFUSED_STREAM) if error.untouched else UpstreamClosed(str(error))
+    return (
+        UpstreamReset(str(error), Code.REFUSED_STREAM)
+        if error.untouched
+        else UpstreamClosed(str(error))
+    )
 
 
 class _Attempt:
     """One exchange on one carrier."""
 
-    __slots__ = ("_bridge", "_carrier", "_exchange", "_fault", "_settings", "_to_client", "reported")
+    __slots__ = (
+        "_bridge",
+        "_carrier",
+        "_exchange",
+        "_fault",
+        "_settings",
+        "_to_client",
+        "reported",
+    )
 
-    def __init__(self, settings: ClientSettings, exchange: Exchange, carrier: Carrier, bridge: Bridge) -> None:
+    def __init__(
+        self, settings: ClientSettings, exchange: Exchange, carrier: Carrier, bridge: Bridge
+    ) -> None:
         self._settings = settings
         self._exchange = exchange
         self._carrier = carrier
@@ -350,10 +381,14 @@ class _Attempt:
                 left -= len(piece)
 
     def _stalls(self) -> Exception:
-        return UpstreamTimeout(f"the server accepted no data of the request for {self._settings.stream_timeout} s")
+        return UpstreamTimeout(
+            f"the server accepted no data of the request for {self._settings.stream_timeout} s"
+        )
 
     def _silent(self) -> Exception:
-        return UpstreamTimeout(f"the server did not answer within {self._settings.response_timeout} s")
+        return UpstreamTimeout(
+            f"the server did not answer within {self._settings.response_timeout} s"
+        )
 
 
 class _Failed:

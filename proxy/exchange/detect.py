@@ -13,7 +13,17 @@ import trio
 from trio.lowlevel import checkpoint_if_cancelled
 
 from proxy.net.socket_stream import SocketStream
-from proxy.wire.sniff import HELLO_LIMIT, UNDECIDED, UNLIKELY, ClientHello, Protocol, Undecided, client_hello, protocol, settle
+from proxy.wire.sniff import (
+    HELLO_LIMIT,
+    UNDECIDED,
+    UNLIKELY,
+    ClientHello,
+    Protocol,
+    Undecided,
+    client_hello,
+    protocol,
+    settle,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +52,10 @@ def _judge(data: bytes) -> Opening | Undecided:
 
 
 def _opening(verdict: Protocol) -> Opening:
-    return Opening(verdict, {Protocol.HTTP1: "http1", Protocol.HTTP2: "http2", Protocol.OPAQUE: "opaque"}[verdict])
+    return Opening(
+        verdict,
+        {Protocol.HTTP1: "http1", Protocol.HTTP2: "http2", Protocol.OPAQUE: "opaque"}[verdict],
+    )
 
 
 async def detect(stream: SocketStream, silence: float, patience: float) -> Opening:

@@ -180,7 +180,9 @@ class Exchange(ABC):
         "upstream_tls",
     )  # fmt: skip
 
-    def __init__(self, request: RequestHead, body: Body, facts: Facts, malformed: ProtocolError | None = None) -> None:
+    def __init__(
+        self, request: RequestHead, body: Body, facts: Facts, malformed: ProtocolError | None = None
+    ) -> None:
         self.request = request
         # the error in an unreadable request, which only gets an error response
         self.malformed = malformed
@@ -243,7 +245,10 @@ class Exchange(ABC):
         self.clock.give_up(self._client_went)
 
     def _client_went(self) -> Exception:
-        return ClientGone(f"the client closed its connection {'before' if self.response is None else 'while'} it got its response")
+        return ClientGone(
+            f"the client closed its connection {'before' if self.response is None else 'while'} it"
+            " got its response"
+        )
 
     def pass_half_close(self, tell: Callable[[], None] | None) -> None:  # noqa: B027
         """The whole request has been sent: from now on, call `tell` once if the client ends its

@@ -75,14 +75,22 @@ def admit(handler: Handler) -> Handler:
     opened."""
 
     async def handle(exchange: Exchange) -> None:
-        if not exchange.underway and exchange.request.version != b"2" and exchange.facts.share.refuses("request"):
+        if (
+            not exchange.underway
+            and exchange.request.version != b"2"
+            and exchange.facts.share.refuses("request")
+        ):
             raise MemoryShort("the proxy is short of memory")
         await handler(exchange)
 
     return handle
 
 
-def rescue(name: Callable[[Exchange], bytes], open_to: Callable[[Exchange], bool], reports: Callable[[Exchange], bool] = never) -> Layer:
+def rescue(
+    name: Callable[[Exchange], bytes],
+    open_to: Callable[[Exchange], bool],
+    reports: Callable[[Exchange], bool] = never,
+) -> Layer:
     """Turn errors into responses. `name`: the name of this proxy in Proxy-Status. `open_to`:
     whether the client may see details; other clients only see the kind of the error, not the
     addresses behind the proxy. `reports`: whether the client is a proxy that gets the reason in a
@@ -112,13 +120,20 @@ def rescue(name: Callable[[Exchange], bytes], open_to: Callable[[Exchange], bool
                     # pass on the server's error code, which the client understands
                     exchange.abort(error.code)
                 elif exchange.response is not None:
-                    exchange.abort(trailers=grpc_status(broken_off(answer), detail) if exchange.is_grpc else None)
+                    exchange.abort(
+                        trailers=(
+                            grpc_status(broken_off(answer), detail) if exchange.is_grpc else None
+                        )
+                    )
                 else:
                     made = made_up_grpc if exchange.is_grpc else made_up
                     head, body = made(answer, name(exchange), detail)
                     # the proxy nearest to the origin comes first (RFC 9209 §2)
                     if detail and isinstance(error, IsthmusError) and error.said:
-                        head.headers.replace(b"Proxy-Status", b"%b, %b" % (error.said, head.headers.get(b"proxy-status") or b""))
+                        head.headers.replace(
+                            b"Proxy-Status",
+                            b"%b, %b" % (error.said, head.headers.get(b"proxy-status") or b""),
+                        )
                     if reports(exchange):
                         report(answer, head)
                     await _answer(exchange, head, body)
@@ -152,7 +167,9 @@ def made_up(answer: Answer, name: bytes, detail: str) -> tuple[ResponseHead, Who
             (b"Proxy-Status", status),
         ]
     )
-    return ResponseHead(answer.status, headers, _REASONS.get(answer.status, b"")), Whole(text.encode("utf-8", "replace"))
+    return ResponseHead(answer.status, headers, _REASONS.get(answer.status, b"")), Whole(
+        text.encode("utf-8", "replace")
+    )
 
 
 def _member(name: bytes) -> bytes:
@@ -165,8 +182,17 @@ def grpc_status(answer: Answer, detail: str) -> Headers:
     """Create the status fields of a gRPC call. The message is percent-encoded
     (github.com/grpc/grpc, PROTOCOL-HTTP2.md)."""
     text = f"{answer.proxy_status}: {detail[:_DETAIL]}" if detail else answer.proxy_status
-    message = "".join(c if " " <= c <= "~" and c != "%" else "".join(f"%{byte:02X}" for byte in c.encode("utf-8", "replace")) for c in text)
-    return Headers([(b"grpc-status", b"%d" % answer.grpc_status), (b"grpc-message", message.encode("ascii"))])
+    message = "".join(
+        (
+            c
+            if " " <= c <= "~" and c != "%"
+            else "".join(f"%{byte:02X}" for byte in c.encode("utf-8", "replace"))
+        )
+        for c in text
+    )
+    return Headers(
+        [(b"grpc-status", b"%d" % answer.grpc_status), (b"grpc-message", message.encode("ascii"))]
+    )
 
 
 def made_up_grpc(answer: Answer, name: bytes, detail: str) -> tuple[ResponseHead, Whole]:
@@ -174,7 +200,13 @@ def made_up_grpc(answer: Answer, name: bytes, detail: str) -> tuple[ResponseHead
     the trailers."""
     head, _ = made_up(answer, name, detail)
     kept = [item for item in head.headers.items if item[0] in (b"Date", b"Proxy-Status")]
-    return ResponseHead(200, Headers([(b"content-type", b"application/grpc"), *kept, *grpc_status(answer, detail)])), Whole()
+    return (
+        ResponseHead(
+            200,
+            Headers([(b"content-type", b"application/grpc"), *kept, *grpc_status(answer, detail)]),
+        ),
+        Whole(),
+    )
 
 
 def sf_string(text: str) -> bytes:

@@ -33,10 +33,17 @@ class _Http1Lease(Generic[K]):
         self._upstream: Upstream | None = None
 
     async def __aenter__(self) -> Carrier:
-        self._upstream = await self._pool.acquire(self._endpoint, fresh=self._fresh, limit=self._limit)
+        self._upstream = await self._pool.acquire(
+            self._endpoint, fresh=self._fresh, limit=self._limit
+        )
         return Http1Carrier(self._upstream)
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._upstream is not None:
             self._pool.give_back(self._endpoint, self._upstream, usable=kind is None)
 
@@ -72,6 +79,11 @@ class _Http2Lease(Generic[K]):
         self._carrier = Http2Carrier(await self._pool.acquire(self._endpoint, self._limit))
         return self._carrier
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._carrier is not None:
             self._carrier.close()

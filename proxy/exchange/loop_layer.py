@@ -68,7 +68,13 @@ def _from_outsider(exchange: Exchange) -> bool:
     return exchange.facts.identity is None and exchange.facts.direction != "outbound"
 
 
-def _extended(exchange: Exchange, waypoint: Waypoint, token: bytes, came: list[bytes], dropped: Callable[[Dropped], None]) -> bytes:
+def _extended(
+    exchange: Exchange,
+    waypoint: Waypoint,
+    token: bytes,
+    came: list[bytes],
+    dropped: Callable[[Dropped], None],
+) -> bytes:
     """Return the field's new value. `came`: the values of the received field lines. Raises
     LoopDetected."""
     field, why = read(came)
@@ -84,7 +90,9 @@ def _extended(exchange: Exchange, waypoint: Waypoint, token: bytes, came: list[b
     return waypoint.extended(field, token) if field else waypoint.named(token)
 
 
-def _among_fields(exchange: Exchange, waypoint: Waypoint, dropped: Callable[[Dropped], None]) -> None:
+def _among_fields(
+    exchange: Exchange, waypoint: Waypoint, dropped: Callable[[Dropped], None]
+) -> None:
     items = exchange.request.headers.items
     authority, came = b"", None
     for item in items:

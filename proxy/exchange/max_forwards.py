@@ -19,7 +19,9 @@ _SECRET = frozenset({b"authorization", b"proxy-authorization", b"cookie", b"isth
 def left(request: RequestHead) -> int | None:
     """Return how many more proxies may forward the request. None: no limit, or an invalid one."""
     values = request.headers.all(_NAME) if request.method in METHODS else ()
-    return int(values[0]) if len(values) == 1 and values[0].isdigit() and len(values[0]) < 10 else None
+    return (
+        int(values[0]) if len(values) == 1 and values[0].isdigit() and len(values[0]) < 10 else None
+    )
 
 
 def count_down(request: RequestHead, headers: Headers) -> None:
@@ -37,7 +39,13 @@ async def answer(exchange: Exchange) -> None:
     if request.method == b"OPTIONS":
         await exchange.respond(ResponseHead(200, Headers(), b"OK"), Whole())
         return
-    kept = [item for item in request.headers.items if item[0].lower() not in _SECRET and not item[0].lower().startswith(OWN)]
+    kept = [
+        item
+        for item in request.headers.items
+        if item[0].lower() not in _SECRET and not item[0].lower().startswith(OWN)
+    ]
     version = b"1.1" if request.version == b"2" else request.version
     received = b"TRACE %b HTTP/%b\r\n%b\r\n" % (request.target, version, Headers(kept).encode())
-    await exchange.respond(ResponseHead(200, Headers([(b"Content-Type", b"message/http")]), b"OK"), Whole(received))
+    await exchange.respond(
+        ResponseHead(200, Headers([(b"Content-Type", b"message/http")]), b"OK"), Whole(received)
+    )

@@ -60,7 +60,11 @@ def trace(tracing: Tracing | None, side: Side) -> Layer:
                 await handler(exchange)
                 return
             server = _accepted(exchange, found) if side != "client" else None
-            client = _ClientSpans(exchange, found, tracing, own=side == "client") if side != "server" else None
+            client = (
+                _ClientSpans(exchange, found, tracing, own=side == "client")
+                if side != "server"
+                else None
+            )
             try:
                 await handler(exchange)
             except BaseException:
@@ -68,7 +72,12 @@ def trace(tracing: Tracing | None, side: Side) -> Layer:
                 raise
             end(exchange, server, client, exchange.failure)
 
-        def end(exchange: Exchange, server: HttpRecord | None, client: _ClientSpans | None, failure: str | None) -> None:
+        def end(
+            exchange: Exchange,
+            server: HttpRecord | None,
+            client: _ClientSpans | None,
+            failure: str | None,
+        ) -> None:
             if client is not None:
                 client.finish(exchange, failure)
             if server is not None:
@@ -176,7 +185,17 @@ class _ClientSpans:
     closed); that is detected when another attempt is sent.
     """
 
-    __slots__ = ("_heard", "_last", "_own", "_parent", "_record", "_seen", "_sent", "_trace", "_tracing")
+    __slots__ = (
+        "_heard",
+        "_last",
+        "_own",
+        "_parent",
+        "_record",
+        "_seen",
+        "_sent",
+        "_trace",
+        "_tracing",
+    )
 
     def __init__(self, exchange: Exchange, trace: Trace, tracing: Tracing, *, own: bool) -> None:
         self._trace = trace
@@ -216,7 +235,11 @@ class _ClientSpans:
         """Open the record of another attempt and write its span id into the headers."""
         trace = self._trace
         tracer, headers = self._tracing.tracer, exchange.request.headers
-        lines = tracer.next_glance(trace, headers.block, self._parent) if headers.block is not None else None
+        lines = (
+            tracer.next_glance(trace, headers.block, self._parent)
+            if headers.block is not None
+            else None
+        )
         if lines is not None:
             headers.block = lines
         else:
@@ -232,7 +255,11 @@ class _ClientSpans:
         for attempt in tried[self._seen :]:
             record = self._record or self._open(exchange)
             record.started, record.ended = _unix(attempt.started), _unix(attempt.ended)
-            record.peer, record.status, record.request_bytes = attempt.upstream, attempt.status, attempt.request_bytes
+            record.peer, record.status, record.request_bytes = (
+                attempt.upstream,
+                attempt.status,
+                attempt.request_bytes,
+            )
             if attempt.status:
                 record.head_at = record.ended
             record.grpc = exchange.is_grpc

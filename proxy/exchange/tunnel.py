@@ -15,13 +15,23 @@ from proxy.exchange.reports import reported
 from proxy.net.exceptions import ConnectionLost
 from proxy.net.socket_stream import Stream
 from proxy.wire.h1.connection import Http1Connection, Role
-from proxy.wire.messages import Field, Headers, Limits, ProtocolError, RequestHead, ResponseHead, Signal
+from proxy.wire.messages import (
+    Field,
+    Headers,
+    Limits,
+    ProtocolError,
+    RequestHead,
+    ResponseHead,
+    Signal,
+)
 
 # Bytes of the gateway's reason for a refusal that are quoted in an error.
 _QUOTED = 300
 
 
-async def open_tunnel(stream: Stream, authority: bytes, fields: list[Field], limits: Limits, timeout: float) -> Stream:
+async def open_tunnel(
+    stream: Stream, authority: bytes, fields: list[Field], limits: Limits, timeout: float
+) -> Stream:
     """Ask the gateway behind `stream` for a tunnel to `authority` (host and port), with additional
     `fields`. `timeout`: in seconds.
 
@@ -37,15 +47,24 @@ async def open_tunnel(stream: Stream, authority: bytes, fields: list[Field], lim
             await stream.send_all(http.send_request(head, 0))
             answer = await _final(stream, http)
         except ConnectionLost as error:
-            raise TunnelRefused(f"the gateway {stream.peer} closed the connection on CONNECT {_said(authority)}: {error}") from error
+            raise TunnelRefused(
+                f"the gateway {stream.peer} closed the connection on CONNECT {_said(authority)}:"
+                f" {error}"
+            ) from error
     if answer is None:
-        raise TunnelRefused(f"the gateway {stream.peer} did not answer within {timeout:g} s to CONNECT {_said(authority)}")
+        raise TunnelRefused(
+            f"the gateway {stream.peer} did not answer within {timeout:g} s to CONNECT"
+            f" {_said(authority)}"
+        )
     failure = reported(answer, stream)
     if isinstance(failure, Undelivered):
         raise failure
     if not 200 <= answer.status < 300:
         why = answer.headers.get(b"proxy-status") or answer.reason
-        raise TunnelRefused(f"the gateway {stream.peer} answered {answer.status} to CONNECT {_said(authority)}: {_said(why)}")
+        raise TunnelRefused(
+            f"the gateway {stream.peer} answered {answer.status} to CONNECT {_said(authority)}:"
+            f" {_said(why)}"
+        )
     rest = http.take_rest()
     return Resumed(stream, rest) if rest else stream
 

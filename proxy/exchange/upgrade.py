@@ -27,7 +27,11 @@ class LeasesByProtocol(Protocol[K_contra]):
 
 
 def carry(
-    client: Client[K], exchange: Exchange, endpoint: K, leases_by_protocol: LeasesByProtocol[K], protocol: Spoken
+    client: Client[K],
+    exchange: Exchange,
+    endpoint: K,
+    leases_by_protocol: LeasesByProtocol[K],
+    protocol: Spoken,
 ) -> Coroutine[Any, Any, None]:
     """Call `client.send` with `protocol`. If an HTTP/2 server does not accept a WebSocket, try
     HTTP/1.1. Raises the errors of `client.send`, and UpgradeFailed."""
@@ -36,17 +40,24 @@ def carry(
     return _carry_tunnel(client, exchange, endpoint, leases_by_protocol)
 
 
-async def _carry_tunnel(client: Client[K], exchange: Exchange, endpoint: K, leases_by_protocol: LeasesByProtocol[K]) -> None:
+async def _carry_tunnel(
+    client: Client[K], exchange: Exchange, endpoint: K, leases_by_protocol: LeasesByProtocol[K]
+) -> None:
     try:
         await client.send(exchange, endpoint, leases_by_protocol.leases(Spoken.HTTP2))
         return
     except NoExtendedConnect as error:
         if exchange.request.protocol is not None and not websocket.asks(exchange.request):
-            raise UpgradeFailed("the server does not accept CONNECT with :protocol (RFC 8441)") from error
+            raise UpgradeFailed(
+                "the server does not accept CONNECT with :protocol (RFC 8441)"
+            ) from error
     try:
         await client.send(exchange, endpoint, leases_by_protocol.leases(Spoken.HTTP1))
     except (UpstreamClosed, UpstreamProtocolError) as failure:
         if exchange.response is not None:
             raise
-        words = f"the server does not accept a WebSocket over HTTP/2 (RFC 8441), and over HTTP/1.1 it failed: {failure}"
+        words = (
+            "the server does not accept a WebSocket over HTTP/2 (RFC 8441), and over HTTP/1.1 it"
+            f" failed: {failure}"
+        )
         raise UpgradeFailed(words) from failure

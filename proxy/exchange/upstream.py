@@ -25,7 +25,15 @@ from secrets import token_bytes
 
 import trio
 
-from proxy.errors import ClientGone, RequestError, UpgradeFailed, UpstreamClosed, UpstreamLeft, UpstreamProtocolError, UpstreamReset
+from proxy.errors import (
+    ClientGone,
+    RequestError,
+    UpgradeFailed,
+    UpstreamClosed,
+    UpstreamLeft,
+    UpstreamProtocolError,
+    UpstreamReset,
+)
 from proxy.exchange.h1.pool import Upstream
 from proxy.exchange.h2.body import Tunnel, body_length
 from proxy.exchange.h2.connection import Mux
@@ -39,7 +47,14 @@ from proxy.wire import websocket
 from proxy.wire.h1.body import Framing, Length
 from proxy.wire.h1.connection import At
 from proxy.wire.h2.events import HeadTooLarge
-from proxy.wire.messages import EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead, Signal
+from proxy.wire.messages import (
+    EndOfMessage,
+    Headers,
+    ProtocolError,
+    RequestHead,
+    ResponseHead,
+    Signal,
+)
 
 
 class Unanswered(Exception):
@@ -216,8 +231,12 @@ class Http1Carrier(Carrier):
                 http.receive_data(await self.stream.receive_some(READ_SIZE))
             except ConnectionLost as loss:
                 if http.buffered:
-                    raise UpstreamClosed(f"the connection broke during the response head: {loss}") from loss
-                raise self._unanswered(f"the connection broke before a response came: {loss}", loss.reason == "timeout") from loss
+                    raise UpstreamClosed(
+                        f"the connection broke during the response head: {loss}"
+                    ) from loss
+                raise self._unanswered(
+                    f"the connection broke before a response came: {loss}", loss.reason == "timeout"
+                ) from loss
 
     def _connected(self, head: ResponseHead) -> ResponseHead:
         """Translate the response to a WebSocket handshake for an HTTP/2 client, which takes any 2xx
@@ -228,7 +247,9 @@ class Http1Carrier(Carrier):
             except ProtocolError as error:
                 raise UpstreamProtocolError(str(error)) from error
         if 200 <= head.status < 300:
-            raise UpgradeFailed(f"the server answered {head.status} to a WebSocket handshake instead of 101")
+            raise UpgradeFailed(
+                f"the server answered {head.status} to a WebSocket handshake instead of 101"
+            )
         return head
 
     def _unanswered(self, words: str, silent: bool = False) -> Exception:
@@ -252,21 +273,31 @@ class Http1Carrier(Carrier):
     def _broken(self, error: UpstreamClosed) -> Exception:
         """The error for a body that breaks off. If the client has ended its direction, the server
         may have ended the body for that reason."""
-        return ClientGone(f"the client had ended its direction of the connection, and {error}") if self._half_closed else error
+        return (
+            ClientGone(f"the client had ended its direction of the connection, and {error}")
+            if self._half_closed
+            else error
+        )
 
     async def body(self) -> bytes | EndOfMessage:
         while (piece := self.body_nowait()) is None:
             try:
-                self._http.receive_data(await self.stream.receive_some(self.share.read_size(READ_SIZE)))
+                self._http.receive_data(
+                    await self.stream.receive_some(self.share.read_size(READ_SIZE))
+                )
             except ConnectionLost as error:
-                raise self._broken(UpstreamClosed(f"the connection broke during the response body: {error}")) from error
+                raise self._broken(
+                    UpstreamClosed(f"the connection broke during the response body: {error}")
+                ) from error
         return piece
 
     def tunnel(self) -> Stream | None:
         if self._http.reading is not At.TUNNEL:
             return None
         if self._http.writing is not At.DONE:
-            raise UpstreamProtocolError("the server switched protocols before it received the whole request")
+            raise UpstreamProtocolError(
+                "the server switched protocols before it received the whole request"
+            )
         self._http.keep_alive = False
         return Resumed(self.stream, self._http.take_rest())
 
@@ -287,7 +318,9 @@ class Http2Carrier(Carrier):
         self._key: bytes | None = None  # the key of the client's WebSocket handshake over HTTP/1.1
 
     @classmethod
-    def begun(cls, mux: Mux, stream: MuxStream, request: RequestHead, response: ResponseHead | None) -> Http2Carrier:
+    def begun(
+        cls, mux: Mux, stream: MuxStream, request: RequestHead, response: ResponseHead | None
+    ) -> Http2Carrier:
         """Return a carrier for an open stream. `response`: the head that was already received from
         it."""
         carrier = cls(mux)
@@ -330,7 +363,10 @@ class Http2Carrier(Carrier):
             return
         trailers = end is not None and bool(len(end.trailers))
         try:
-            await stream.send(b"".join(pieces) if len(pieces) != 1 else pieces[0], end=end is not None and not trailers)
+            await stream.send(
+                b"".join(pieces) if len(pieces) != 1 else pieces[0],
+                end=end is not None and not trailers,
+            )
             if end is not None and trailers:
                 stream.send_trailers(end.trailers)
         except HeadTooLarge as excess:
@@ -370,7 +406,9 @@ class Http2Carrier(Carrier):
             return UpstreamReset(str(error), error.code)
         if isinstance(error, ConnectionLeft):
             return UpstreamLeft(str(error))
-        return UpstreamClosed(f"the connection broke: {error}" if self._mux.broken is not None else str(error))
+        return UpstreamClosed(
+            f"the connection broke: {error}" if self._mux.broken is not None else str(error)
+        )
 
     @property
     def length(self) -> Length:
@@ -391,7 +429,12 @@ class Http2Carrier(Carrier):
             raise self._broken(error) from error
 
     def tunnel(self) -> Stream | None:
-        if self._request is None or self._request.method != b"CONNECT" or self._response is None or self._response.status >= 300:
+        if (
+            self._request is None
+            or self._request.method != b"CONNECT"
+            or self._response is None
+            or self._response.status >= 300
+        ):
             return None
         return Tunnel(self._opened())
 

@@ -26,7 +26,9 @@ def forwarded_request(exchange: Exchange) -> RequestHead:
     §7.6), with those for the next one, and with the fields that the flow sets (another authority,
     the caller). If the client gave no authority, the original destination is the authority."""
     request = exchange.request
-    canonical = request.version != b"2" and request.headers.clean and request.target.startswith(b"/")
+    canonical = (
+        request.version != b"2" and request.headers.clean and request.target.startswith(b"/")
+    )
     if canonical and exchange.authority is None and exchange.caller is None:
         return request  # forwarded unchanged
     if request.headers.block is not None and exchange.authority is None:
@@ -45,7 +47,9 @@ def forwarded_request(exchange: Exchange) -> RequestHead:
         headers.replace(b"Host", absolute_authority(request.target) or b"")
     elif request.version != b"1.1" and b"host" not in headers:
         # Host is optional in HTTP/1.0 and HTTP/2, but required in HTTP/1.1 (RFC 9112 §3.2).
-        headers.items.insert(0, (b"Host", request.authority or str(exchange.facts.destination).encode("ascii")))
+        headers.items.insert(
+            0, (b"Host", request.authority or str(exchange.facts.destination).encode("ascii"))
+        )
     if request.version == b"1.0":
         # RFC 9110 §10.1.1: ignored in HTTP/1.0; the next hop, which gets HTTP/1.1, would not ignore
         # it

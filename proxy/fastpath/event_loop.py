@@ -35,7 +35,16 @@ from time import perf_counter
 from typing import Protocol
 
 import trio
-from trio.lowlevel import RunVar, Task, add_instrument, checkpoint, current_clock, current_trio_token, remove_instrument, wait_readable
+from trio.lowlevel import (
+    RunVar,
+    Task,
+    add_instrument,
+    checkpoint,
+    current_clock,
+    current_trio_token,
+    remove_instrument,
+    wait_readable,
+)
 
 _log = logging.getLogger("isthmus.exchange")
 
@@ -144,12 +153,17 @@ class EventLoop(trio.abc.Instrument):
             return self._wait(timeout)
         # each connection handles its own errors: this is a bug in the loop
         except Exception as error:
-            _log.error("internal error in the fast path's event loop; the fast path is closed", exc_info=error)
+            _log.error(
+                "internal error in the fast path's event loop; the fast path is closed",
+                exc_info=error,
+            )
             for fast_path in list(self.fast_paths):
                 try:
                     fast_path.close()
                 except Exception as worse:
-                    _log.error("closing the fast path failed; its connections may be lost", exc_info=worse)
+                    _log.error(
+                        "closing the fast path failed; its connections may be lost", exc_info=worse
+                    )
             return True
         finally:
             self.heard = None

@@ -49,7 +49,10 @@ class FastPath(Host):
         """Accept connections from now on. The caller must call `run` afterwards."""
         self._event_loop = await enter(self)
         if self._event_loop is None:
-            _log.warning("trio's epoll set was not found in /proc: HTTP/1.1 and relays take the ordinary path")
+            _log.warning(
+                "trio's epoll set was not found in /proc: HTTP/1.1 and relays take the ordinary"
+                " path"
+            )
         self.running = True
 
     async def run(self) -> None:
@@ -71,12 +74,17 @@ class FastPath(Host):
             fast_relay.leave()
 
     async def carry(self, plan: ExchangePlan, server: Http1Server) -> Http1Exchange | None:
-        """Implements exchange.h1.server.Carry. If it is cancelled within an exchange, the account of
-        the exchange closes as cancelled."""
+        """Implements exchange.h1.server.Carry. If it is cancelled within an exchange, the account
+        of the exchange closes as cancelled."""
         stream = server.stream
         event_loop = self._event_loop
         ends = server.leaving or server.client_ended
-        if not self.running or event_loop is None or ends or not isinstance(stream, SocketStream | TLSStream):
+        if (
+            not self.running
+            or event_loop is None
+            or ends
+            or not isinstance(stream, SocketStream | TLSStream)
+        ):
             return None
         connection = server.lent
         if not isinstance(connection, FastConnection):
@@ -99,7 +107,9 @@ class FastPath(Host):
         event_loop = self._event_loop
         if not self.running or event_loop is None:
             return
-        if isinstance(client, SocketStream | TLSStream) and isinstance(server, SocketStream | TLSStream):
+        if isinstance(client, SocketStream | TLSStream) and isinstance(
+            server, SocketStream | TLSStream
+        ):
             fast_relay = FastRelay(self, joint, client, server)
             self._relays.add(fast_relay)
             event_loop.lends()

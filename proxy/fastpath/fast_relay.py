@@ -25,7 +25,17 @@ class FastRelay:
     """One relay. Its task calls `carry`. Any code may call `leave` and `expire`. The fast path
     calls the rest."""
 
-    __slots__ = ("_event_loop", "_fast_path", "_fault", "_full", "_joint", "_lent", "_pipes", "_sides", "_task")
+    __slots__ = (
+        "_event_loop",
+        "_fast_path",
+        "_fault",
+        "_full",
+        "_joint",
+        "_lent",
+        "_pipes",
+        "_sides",
+        "_task",
+    )
 
     def __init__(self, fast_path: Host, joint: Joint, client: Prompt, server: Prompt) -> None:
         self._fast_path = fast_path

@@ -36,7 +36,12 @@ from proxy.net.exceptions import NetError
 from proxy.net.memory_budget import SMALL, Charge
 from proxy.net.nonblocking import Prompt
 from proxy.wire.h1.connection import At
-from proxy.wire.h1.fast_head import encode_request, encode_response, recognise_request, recognise_response
+from proxy.wire.h1.fast_head import (
+    encode_request,
+    encode_response,
+    recognise_request,
+    recognise_response,
+)
 from proxy.wire.messages import strip_hop_by_hop
 
 _NOTHING = Whole()  # for a request whose body was sent together with its head
@@ -52,7 +57,9 @@ class FastConnection:
         "_plan", "_remaining", "_rest", "_result", "_server", "_spare", "_task", "eligibility", "limit", "moved",
     )  # fmt: skip
 
-    def __init__(self, fast_path: Host, plan: ExchangePlan, server: Http1Server, stream: Prompt) -> None:
+    def __init__(
+        self, fast_path: Host, plan: ExchangePlan, server: Http1Server, stream: Prompt
+    ) -> None:
         self._fast_path = fast_path
         self._plan = plan
         self._server = server
@@ -160,13 +167,24 @@ class FastConnection:
     def hand_over(self, data: bytes = b"", failure: Exception | None = None) -> None:
         """Hand the current exchange over. `data`: bytes from the server that were not parsed.
         `failure`: the error that ends the exchange."""
-        exchange, account, lease, endpoint = self._exchange, self._account, self._lease, self._endpoint
+        exchange, account, lease, endpoint = (
+            self._exchange,
+            self._account,
+            self._lease,
+            self._endpoint,
+        )
         if exchange is None or account is None or lease is None or endpoint is None:
             raise RuntimeError("there is no exchange to hand over")
         self._fast_path.hands_over()
         self.eligibility.declined()
         http = self._server.connection
-        exchange.handoff = hand_off(http, exchange, lease, self._chunks or self._remaining, (endpoint.unsent, self._client.unsent, data))
+        exchange.handoff = hand_off(
+            http,
+            exchange,
+            lease,
+            self._chunks or self._remaining,
+            (endpoint.unsent, self._client.unsent, data),
+        )
         exchange.handoff.failure = failure
         http.receive_data_if(self._rest)
         exchange.account = ExitStack()
@@ -246,7 +264,13 @@ class FastConnection:
         server = self._server
         end = data.find(b"\r\n\r\n") + 4
         found = recognise_request(data[:end], server.settings.limits) if end > 3 else None
-        if found is None or found[1] > len(data) - end or end > SMALL or server.leaving or server.facts.share.full:
+        if (
+            found is None
+            or found[1] > len(data) - end
+            or end > SMALL
+            or server.leaving
+            or server.facts.share.full
+        ):
             self.give_back(data)
             return
         request, length = found
@@ -305,7 +329,10 @@ class FastConnection:
         try:
             # Chunks cost work per chunk. With small chunks, a larger read would make one step too
             # long.
-            data = endpoint.take(self._server.facts.share, bulk=exchange.response is not None and self._chunks is None)
+            data = endpoint.take(
+                self._server.facts.share,
+                bulk=exchange.response is not None and self._chunks is None,
+            )
         except NetError:
             data = b""
         if data is None:
@@ -321,7 +348,11 @@ class FastConnection:
         """ASKED: process the response head, and the part of the body that arrived with it."""
         end = data.find(b"\r\n\r\n") + 4
         found = recognise_response(data[:end], self._server.settings.limits) if end > 3 else None
-        if found is None or self._server.leaving or (self._lease is not None and self._lease.declines(found[0])):
+        if (
+            found is None
+            or self._server.leaving
+            or (self._lease is not None and self._lease.declines(found[0]))
+        ):
             self.hand_over(data)
             return
         head, length = found

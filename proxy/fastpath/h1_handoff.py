@@ -12,7 +12,11 @@ from proxy.wire.h1.connection import At, Http1Connection
 
 
 def hand_off(
-    connection: Http1Connection, exchange: Http1Exchange, lease: ConnectionLease, body: Chunks | int, bytes_left: tuple[bytes, bytes, bytes]
+    connection: Http1Connection,
+    exchange: Http1Exchange,
+    lease: ConnectionLease,
+    body: Chunks | int,
+    bytes_left: tuple[bytes, bytes, bytes],
 ) -> Handoff:
     """Set the protocol state of the client's `connection` and of the leased one, and return the
     state of the exchange.
@@ -22,7 +26,11 @@ def hand_off(
     the server that were not parsed.
     """
     to_server, to_client, received = bytes_left
-    method, answered, http = exchange.request.method, exchange.response is not None, lease.upstream.http
+    method, answered, http = (
+        exchange.request.method,
+        exchange.response is not None,
+        lease.upstream.http,
+    )
     # The last chunk is written only once. If the server's body has ended, the last chunk has been
     # sent or is in `to_client`.
     to_write: Length = body if isinstance(body, int) else 0 if body.ended else Framing.CHUNKED

@@ -37,11 +37,15 @@ _log = logging.getLogger("isthmus.exchange")
 _UNOPENED = nullcontext()
 
 
-def begin(fast_path: Host, plan: ExchangePlan, server: Http2Server, exchange: Http2Exchange) -> bool:
+def begin(
+    fast_path: Host, plan: ExchangePlan, server: Http2Server, exchange: Http2Exchange
+) -> bool:
     """Implements exchange.h2.server.Fork."""
     request = exchange.request
     method = request.method
-    if method == b"CONNECT" or (method in max_forwards.METHODS and max_forwards.left(request) is not None):
+    if method == b"CONNECT" or (
+        method in max_forwards.METHODS and max_forwards.left(request) is not None
+    ):
         return False
     now = trio.current_time()
     limit = _limit(exchange, now)
@@ -51,7 +55,11 @@ def begin(fast_path: Host, plan: ExchangePlan, server: Http2Server, exchange: Ht
         lease = plan.share(exchange)
         if lease is not None:
             fast_exchange = FastExchange(fast_path, server, exchange, lease)
-            fast_exchange.moved, fast_exchange.limit, fast_exchange.began = now, min(limit, lease.limit), now
+            fast_exchange.moved, fast_exchange.limit, fast_exchange.began = (
+                now,
+                min(limit, lease.limit),
+                now,
+            )
             fast_exchange.begin(plan)
             return True
     except Exception as error:  # error boundary, as in `_on_client`
@@ -74,9 +82,23 @@ def _limit(exchange: Http2Exchange, now: float) -> float:
 class FastExchange:
     """One exchange. It drops its streams when it ends or is handed over."""
 
-    __slots__ = ("_account", "_asked", "_client", "_endpoint", "_exchange", "_fast_path", "_lease", "_server", "began", "limit", "moved")
+    __slots__ = (
+        "_account",
+        "_asked",
+        "_client",
+        "_endpoint",
+        "_exchange",
+        "_fast_path",
+        "_lease",
+        "_server",
+        "began",
+        "limit",
+        "moved",
+    )
 
-    def __init__(self, fast_path: Host, server: Http2Server, exchange: Http2Exchange, lease: StreamLease) -> None:
+    def __init__(
+        self, fast_path: Host, server: Http2Server, exchange: Http2Exchange, lease: StreamLease
+    ) -> None:
         self._fast_path = fast_path
         self._server = server
         self._exchange = exchange
@@ -168,14 +190,21 @@ class FastExchange:
             head = endpoint.next_head
             if head is None:
                 return
-            if head.informational or not client.takes(0) or self._lease.declines(head) or is_report(head):
+            if (
+                head.informational
+                or not client.takes(0)
+                or self._lease.declines(head)
+                or is_report(head)
+            ):
                 self.hand_over()
                 return
             if self._send_head(exchange, client, endpoint, head):
                 return
         self._pass_on(exchange, client, endpoint)
 
-    def _send_head(self, exchange: Http2Exchange, client: MuxStream, endpoint: MuxStream, head: ResponseHead) -> bool:
+    def _send_head(
+        self, exchange: Http2Exchange, client: MuxStream, endpoint: MuxStream, head: ResponseHead
+    ) -> bool:
         """Send the response head. Returns True if it was the whole response."""
         endpoint.head_nowait()
         self.moved = endpoint.mux.heard

@@ -67,7 +67,8 @@ class Host(ABC):
 
     @abstractmethod
     def rests(self, carried: Carried, *, finished: bool = True) -> None:
-        """The exchange of `carried` is no longer here. `finished`: it ended here without an error."""
+        """The exchange of `carried` is no longer here. `finished`: it ended here without an
+        error."""
 
     @abstractmethod
     def hands_over(self) -> None:

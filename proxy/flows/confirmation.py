@@ -52,11 +52,18 @@ async def confirmed(stream: Stream, timeout: float) -> None:
         except TLSFailed as error:  # the peer rejects our certificate
             raise UpstreamTLSError(f"mutual TLS with {stream.peer}: {error}", error.kind) from error
         except ConnectionLost as error:
-            raise TunnelRefused(f"the proxy at {stream.peer} ended the connection before it sent the confirmation: {error}") from error
+            raise TunnelRefused(
+                f"the proxy at {stream.peer} ended the connection before it sent the confirmation:"
+                f" {error}"
+            ) from error
     reason = "connect_timeout" if scope.cancelled_caught else said.decode("latin-1")
     if reason in UNDELIVERED:
-        raise Undelivered(f"the proxy at {stream.peer} could not connect to its application: {reason}", reason)
-    raise TunnelRefused(f"the proxy at {stream.peer} ended the connection before it sent the confirmation")
+        raise Undelivered(
+            f"the proxy at {stream.peer} could not connect to its application: {reason}", reason
+        )
+    raise TunnelRefused(
+        f"the proxy at {stream.peer} ended the connection before it sent the confirmation"
+    )
 
 
 async def confirm(stream: Stream) -> None:

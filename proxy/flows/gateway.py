@@ -78,7 +78,10 @@ def gateway(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Await
                 elif about.identity is None:
                     raise NotAuthorised(_PLAIN)
                 else:
-                    raise NotExported("traffic that is not HTTP needs a destination name: send CONNECT to the gateway")
+                    raise NotExported(
+                        "traffic that is not HTTP needs a destination name: send CONNECT to the"
+                        " gateway"
+                    )
 
     return accept
 
@@ -103,7 +106,11 @@ def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
         name = exchange.request.authority or b""
         target = rt.directory.current.exported(name)
         if target is None:
-            raise NotExported(f"{name[:253].decode('latin-1')!r} is not exported by this cluster" if name else "the request has no Host")
+            raise NotExported(
+                f"{name[:253].decode('latin-1')!r} is not exported by this cluster"
+                if name
+                else "the request has no Host"
+            )
         return target
 
     async def send(exchange: Exchange, target: Target, endpoint: Endpoint) -> None:
@@ -118,7 +125,9 @@ def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
             account = rt.ledger.upstream(DIRECTION, upstream)
             established = ResponseHead(200, Headers(), b"Connection established")
             if exchange.judge is not None:
-                exchange.judge(established, None)  # for bytes, a connection is all that an endpoint can prove
+                exchange.judge(
+                    established, None
+                )  # for bytes, a connection is all that an endpoint can prove
             try:
                 exchange.carried(upstream)
                 stream = await exchange.switch(established)
@@ -163,7 +172,11 @@ async def alive(rt: Runtime, exchange: Exchange) -> None:
     """Answer the liveness probe of a proxy of another cluster: 200, or 503 while this proxy
     drains."""
     going = rt.drain.draining
-    head = ResponseHead(503 if going else 200, Headers([(b"Content-Type", b"text/plain")]), b"Service Unavailable" if going else b"OK")
+    head = ResponseHead(
+        503 if going else 200,
+        Headers([(b"Content-Type", b"text/plain")]),
+        b"Service Unavailable" if going else b"OK",
+    )
     await exchange.respond(head, Whole(b"shutting down\n" if going else b"live\n"))
 
 
@@ -181,7 +194,11 @@ def note_way(rt: Runtime, exchange: Exchange, caller: SpiffeId) -> None:
         way: list[tuple[bytes, bytes]] = []
         came = len(headers.items)
         few = sum(map(len, headers.all(b"forwarded"))) <= LONGEST
-        headers.items = [item for item in headers.items if item[0].lower() != b"forwarded" or (few and read_way(item[1], way))]
+        headers.items = [
+            item
+            for item in headers.items
+            if item[0].lower() != b"forwarded" or (few and read_way(item[1], way))
+        ]
         if len(headers.items) < came:
             rt.ledger.metrics.way_dropped("broken" if few else "oversized")
         if way:
@@ -202,7 +219,10 @@ def read_way(line: bytes, way: list[tuple[bytes, bytes]]) -> bool:
     """Append (by, host) of each element of a line to `way`. Returns False if the line is
     malformed."""
     try:
-        way += [(element.get("by", b""), element.get("host", b"")) for element in forwarded.parse([line])]
+        way += [
+            (element.get("by", b""), element.get("host", b""))
+            for element in forwarded.parse([line])
+        ]
     except ProtocolError:
         return False
     return True

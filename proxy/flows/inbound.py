@@ -60,7 +60,12 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
 
     async def accept(connection: Connection) -> None:
         slot = connection.slot
-        about = Facts(DIRECTION, connection.peer, rt.destination(connection, config.fixed_destination), slot=slot)
+        about = Facts(
+            DIRECTION,
+            connection.peer,
+            rt.destination(connection, config.fixed_destination),
+            slot=slot,
+        )
         with rt.ledger.connection(connection.stream, about) as account:
             rt.loops.accepted(connection, about)
             port = about.destination.port
@@ -72,7 +77,9 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
                 return
             rt.loops.begun(about)
             async with closing(await terminate(rt, connection.stream, opening, about)) as stream:
-                slot.settle(member=about.identity is not None and config.allows(port, about.identity))
+                slot.settle(
+                    member=about.identity is not None and config.allows(port, about.identity)
+                )
                 if isinstance(stream, TLSStream):
                     account.secured(stream)
                     about.protocol = INNER.get(stream.info.alpn, Protocol.OPAQUE)
@@ -116,7 +123,10 @@ def authorise(rt: Runtime, about: Facts) -> None:
     if rt.config.inbound.allows(port, about.identity):
         return
     if about.identity is None:
-        raise NotAuthorised(f"port {port} requires a verified identity, and {about.peer} presented no client certificate")
+        raise NotAuthorised(
+            f"port {port} requires a verified identity, and {about.peer} presented no client"
+            " certificate"
+        )
     raise NotAuthorised(f"{about.identity} is not on the allow-list of port {port}")
 
 
@@ -128,7 +138,9 @@ def to_application(rt: Runtime, pools: Pools[Address], client: Client[Address]) 
         authorise(rt, exchange.facts)
         exchange.caller = caller(rt, exchange)
         exchange.upstream = exchange.facts.destination
-        await carry(client, exchange, exchange.facts.destination, pools, spoken(exchange.request.version))
+        await carry(
+            client, exchange, exchange.facts.destination, pools, spoken(exchange.request.version)
+        )
 
     return send
 
@@ -174,7 +186,9 @@ class InboundPlan:
         return True
 
 
-async def to_listener(rt: Runtime, stream: Stream, about: Facts, account: ConnectionAccount, pools: Pools[Address]) -> Stream | None:
+async def to_listener(
+    rt: Runtime, stream: Stream, about: Facts, account: ConnectionAccount, pools: Pools[Address]
+) -> Stream | None:
     """Relay `stream` to the application, byte for byte. Raises RequestError on a port for HTTP
     only.
 
@@ -186,17 +200,28 @@ async def to_listener(rt: Runtime, stream: Stream, about: Facts, account: Connec
     application for the first request if no byte has passed on it: a second connection would double
     the connections of an application that opens one to another service for each that it accepts."""
     if about.destination.port in rt.config.inbound.http_ports:
-        raise RequestError(f"port {about.destination.port} accepts only HTTP (inbound.http_ports), and this connection is not HTTP")
+        raise RequestError(
+            f"port {about.destination.port} accepts only HTTP (inbound.http_ports), and this"
+            " connection is not HTTP"
+        )
     owner = closing(await dialled(rt, stream, about))
     async with owner as application:
         await confirm(stream)
         with account.upstream(application) as opened:
-            found = await rt.look(stream, application, rt.config.inbound.detect_timeout) if about.unsure else FOUND_OPAQUE
+            found = (
+                await rt.look(stream, application, rt.config.inbound.detect_timeout)
+                if about.unsure
+                else FOUND_OPAQUE
+            )
             if found.protocol is Protocol.OPAQUE:
-                account.relayed(SILENT if found.silent else await rt.relay(stream, application, about))
+                account.relayed(
+                    SILENT if found.silent else await rt.relay(stream, application, about)
+                )
                 return None
             about.protocol, about.unnamed = found.protocol, True
-            if found.protocol is Protocol.HTTP1 and found.untouched and not about.depth:  # the pool keeps connections of depth 1 only
+            if (
+                found.protocol is Protocol.HTTP1 and found.untouched and not about.depth
+            ):  # the pool keeps connections of depth 1 only
                 pools.adopt(about.destination, application, opened.handed_over())
                 owner.release()
             elif found.passed:  # a FIN would mean that the data was complete

@@ -25,7 +25,15 @@ import trio
 
 from proxy.net.exceptions import NetError
 from proxy.net.socket_stream import RECEIVE_SIZE, Stream
-from proxy.wire.sniff import LINE_LIMIT, LONGEST_LINE, UNDECIDED, Protocol, condensed, protocol, settle
+from proxy.wire.sniff import (
+    LINE_LIMIT,
+    LONGEST_LINE,
+    UNDECIDED,
+    Protocol,
+    condensed,
+    protocol,
+    settle,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +67,13 @@ async def look(client: Stream, server: Stream, *, patience: float, idle: float) 
             raise watch.failure
         clean = not scope.cancelled_caught
         untouched = not (watch.passed or watch.heard)
-        return Found(watch.verdict or Protocol.OPAQUE, watch.said, watch.passed, silent=scope.cancelled_caught, untouched=untouched)
+        return Found(
+            watch.verdict or Protocol.OPAQUE,
+            watch.said,
+            watch.passed,
+            silent=scope.cancelled_caught,
+            untouched=untouched,
+        )
     finally:
         if not clean:
             client.reset()

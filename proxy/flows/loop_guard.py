@@ -31,15 +31,27 @@ class LoopGuard:
     `worker`: set if this process is one of several workers, which must recognise each other's
     tokens and connections."""
 
-    def __init__(self, config: Config, listeners: OwnListeners, metrics: Metrics, worker: WorkerInfo | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        listeners: OwnListeners,
+        metrics: Metrics,
+        worker: WorkerInfo | None = None,
+    ) -> None:
         who, limits = Who(config.cluster, config.pod.namespace, config.pod.name), config.loops
         self.listeners = listeners
-        table: ConnectionTable = worker.connection_table if worker is not None else LocalConnectionTable()
+        table: ConnectionTable = (
+            worker.connection_table if worker is not None else LocalConnectionTable()
+        )
         self.connections = OwnConnections(limits.max_nesting, who.name, table)
         self._self_calls = SelfCalls(limits.max_self_calls, who.name)
         self._who = who
         self._hops = limits.max_hops
-        self._returns: dict[Side, int] = {"outbound": limits.max_returns, "inbound": limits.max_returns, "gateway": 0}
+        self._returns: dict[Side, int] = {
+            "outbound": limits.max_returns,
+            "inbound": limits.max_returns,
+            "gateway": 0,
+        }
         self._secret = worker.secret if worker is not None else token_bytes(32)
         self._outbound = self.waypoint("outbound")
         self._gateway = self.waypoint("gateway")
@@ -59,7 +71,9 @@ class LoopGuard:
         trust domain."""
         return [(HEADER, self._outbound.named(self._outbound.token(method, target, target)))]
 
-    def noted(self, exchange: Exchange, way: Sequence[tuple[bytes, bytes]], own: tuple[bytes, bytes]) -> None:
+    def noted(
+        self, exchange: Exchange, way: Sequence[tuple[bytes, bytes]], own: tuple[bytes, bytes]
+    ) -> None:
         """Check the path that a gateway reads from Forwarded: (by, host) of each element. The
         request already has its token. Raises LoopDetected if the request has passed this gateway
         too often, and no older token of the gateway is present to give the exact count."""

@@ -68,14 +68,24 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
     plan = OutboundPlan(rt, pools)
 
     async def accept(connection: Connection) -> None:
-        about = Facts(DIRECTION, connection.peer, rt.destination(connection, config.fixed_destination), slot=connection.slot)
-        with rt.ledger.connection(connection.stream, about) as account, rt.router.holding(about.destination):
+        about = Facts(
+            DIRECTION,
+            connection.peer,
+            rt.destination(connection, config.fixed_destination),
+            slot=connection.slot,
+        )
+        with (
+            rt.ledger.connection(connection.stream, about) as account,
+            rt.router.holding(about.destination),
+        ):
             rt.loops.accepted(connection, about)
             target = rt.router.known(about.destination) or itself(about.destination)
             about.service = target.service
             opaque = target.protocol is Hint.OPAQUE or about.destination.port in config.opaque_ports
             declared = not opaque and target.protocol in (Hint.HTTP1, Hint.HTTP2)
-            opening = await account.detect(connection.stream, *waits(rt, opaque=opaque, declared=declared))
+            opening = await account.detect(
+                connection.stream, *waits(rt, opaque=opaque, declared=declared)
+            )
             account.plain(opening)
             rt.loops.begun(about)
             if opening.how == "closed" or (declared and opening.how == "silent"):
@@ -147,7 +157,11 @@ def told(request: RequestHead, target: Target) -> bytes | None:
     if target.remote is None:
         return None
     if request.method == b"CONNECT" and request.protocol is None:
-        raise RequestError(f"CONNECT to {target.service}, a proxy in another cluster: declare its port opaque in the directory", 501)
+        raise RequestError(
+            f"CONNECT to {target.service}, a proxy in another cluster: declare its port opaque in"
+            " the directory",
+            501,
+        )
     return target.remote.authority
 
 
@@ -172,10 +186,14 @@ class OutboundPlan:
             # service gets one attempt only.
             target = shared.attempt.target
             if target.service is not None and exchange.body.length != 0:
-                exchange.body = Replay(exchange.body, target.policy.retries.max_body, exchange.facts.share)
+                exchange.body = Replay(
+                    exchange.body, target.policy.retries.max_body, exchange.facts.share
+                )
         return shared
 
-    def _leased(self, exchange: Exchange, foreign: Hint, lend: Callable[[Endpoint], Lease | None]) -> Lease | None:
+    def _leased(
+        self, exchange: Exchange, foreign: Hint, lend: Callable[[Endpoint], Lease | None]
+    ) -> Lease | None:
         """Lease what `lend` returns for the chosen endpoint. `foreign`: the protocol that would
         need translation. None: the exchange takes the ordinary path."""
         rt, request = self._rt, exchange.request
@@ -206,7 +224,11 @@ class OutboundPlan:
             except LoopDetected:  # the ordinary path reports it
                 lease.unused()
                 return None
-        exchange.upstream, exchange.service, exchange.chosen = endpoint.address, target.service, target.service
+        exchange.upstream, exchange.service, exchange.chosen = (
+            endpoint.address,
+            target.service,
+            target.service,
+        )
         if endpoint.identity is None:
             hide_names(exchange)
         if policy is not DEFAULT_POLICY:
@@ -227,10 +249,14 @@ def _plain(policy: Policy, exchange: Exchange) -> bool:
     times, length = policy.timeouts, exchange.body.length
     if not policy.plain or (times.request is not None and times.request < LEAST_LIMIT):
         return False
-    return exchange.request.version == b"2" or (isinstance(length, int) and length <= policy.retries.max_body)
+    return exchange.request.version == b"2" or (
+        isinstance(length, int) and length <= policy.retries.max_body
+    )
 
 
-async def to_endpoint(rt: Runtime, target: Target, client: Stream, about: Facts, account: ConnectionAccount) -> Stream | None:
+async def to_endpoint(
+    rt: Runtime, target: Target, client: Stream, about: Facts, account: ConnectionAccount
+) -> Stream | None:
     """Relay `client` to an endpoint, byte for byte. If `about` is unsure and the client turns out
     to speak HTTP, relay nothing, and return the stream to serve, from its first byte."""
     calls: list[SelfCall] = []  # this connection, if it is a call of the pod to itself
@@ -247,16 +273,25 @@ async def to_endpoint(rt: Runtime, target: Target, client: Stream, about: Facts,
             raise
 
     try:
-        async with rt.dispatcher.connection(lambda: rt.router.choose(target), connect) as stream, closing(stream) as upstream:
+        async with (
+            rt.dispatcher.connection(lambda: rt.router.choose(target), connect) as stream,
+            closing(stream) as upstream,
+        ):
             with account.upstream(upstream):
                 heard = calls[0].moved if calls else None
-                found = await rt.look(client, upstream, rt.config.outbound.detect_timeout) if about.unsure else FOUND_OPAQUE
+                found = (
+                    await rt.look(client, upstream, rt.config.outbound.detect_timeout)
+                    if about.unsure
+                    else FOUND_OPAQUE
+                )
                 if found.protocol is not Protocol.OPAQUE:
                     if found.passed:  # a FIN would mean that the data was complete
                         upstream.reset()
                     about.protocol = found.protocol
                     return Resumed(client, found.said)
-                account.relayed(SILENT if found.silent else await rt.relay(client, upstream, about, heard))
+                account.relayed(
+                    SILENT if found.silent else await rt.relay(client, upstream, about, heard)
+                )
         return None
     except LoopDetected:
         rt.loops.stop(about)
@@ -276,7 +311,9 @@ async def to_its_port(rt: Runtime, target: Target, endpoint: Endpoint, about: Fa
     stream = await rt.connect(endpoint, ALPN_HTTP1, about.depth + 1)
     try:
         fields = [*trace, *rt.loops.fields(b"CONNECT", remote.tunnel)]
-        return await open_tunnel(stream, remote.tunnel, fields, rt.settings.limits, rt.config.clusters.tunnel_timeout)
+        return await open_tunnel(
+            stream, remote.tunnel, fields, rt.settings.limits, rt.config.clusters.tunnel_timeout
+        )
     except BaseException:
         stream.close()
         raise

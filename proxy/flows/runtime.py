@@ -63,8 +63,12 @@ class Settings:
     @classmethod
     def of(cls, config: Config, pacer: Pacer) -> Settings:
         http, http2, pool = config.http, config.http2, config.pool
-        limits = Limits(head=http.max_head_bytes, target=http.max_target_bytes, fields=http.max_headers)
-        windows = Http2Limits(http2.max_streams, http.max_head_bytes, http2.stream_window, http2.connection_window)
+        limits = Limits(
+            head=http.max_head_bytes, target=http.max_target_bytes, fields=http.max_headers
+        )
+        windows = Http2Limits(
+            http2.max_streams, http.max_head_bytes, http2.stream_window, http2.connection_window
+        )
         mux = MuxSettings(
             windows,
             streams=StreamLimit(config.memory.max_streams, pacer),
@@ -90,7 +94,9 @@ class Settings:
         return cls(
             server=server,
             plain_server=replace(server, idle_timeout=shortest),
-            client=ClientSettings(response_timeout=http.response_timeout, stream_timeout=http.response_body_timeout),
+            client=ClientSettings(
+                response_timeout=http.response_timeout, stream_timeout=http.response_body_timeout
+            ),
             pool=PoolSettings(
                 connections=pool.max_connections_per_endpoint,
                 idle=pool.max_idle_per_endpoint,
@@ -101,7 +107,11 @@ class Settings:
             ),
             limits=limits,
             downstream=downstream,
-            plain_downstream=replace(downstream, idle_timeout=shortest, last_call=min(http2.ping_timeout, _PLAIN_LAST_CALL)),
+            plain_downstream=replace(
+                downstream,
+                idle_timeout=shortest,
+                last_call=min(http2.ping_timeout, _PLAIN_LAST_CALL),
+            ),
             upstream=replace(mux, idle_timeout=http2.idle_timeout),
         )
 
@@ -137,7 +147,13 @@ class Runtime:
 
     # Opaque bytes.
 
-    async def relay(self, client: Stream, server: Stream, about: Facts, on_bytes: Callable[[int, int], None] | None = None) -> Relayed:
+    async def relay(
+        self,
+        client: Stream,
+        server: Stream,
+        about: Facts,
+        on_bytes: Callable[[int, int], None] | None = None,
+    ) -> Relayed:
         """net.relay, on the fast path as far as possible. `about` describes the client's
         connection."""
 
@@ -146,7 +162,9 @@ class Runtime:
             if self.fast_path is not None:
                 await self.fast_path.join(joint)
 
-        return await relay(client, server, idle=self.config.tcp.idle_timeout, on_bytes=on_bytes, carry=carry)
+        return await relay(
+            client, server, idle=self.config.tcp.idle_timeout, on_bytes=on_bytes, carry=carry
+        )
 
     async def look(self, client: Stream, server: Stream, patience: float) -> Found:
         """Find out the protocol of a client whose first bytes did not show it (late_detection.py).
@@ -179,11 +197,19 @@ class Runtime:
         if expected is None:
             self.check_clear_text(endpoint.address)
         stream = await self.dialer.dial(endpoint.address, depth)
-        if expected is None or (identity is not None and expected == identity.id and self.loops.own(endpoint.address.host)):
+        if expected is None or (
+            identity is not None
+            and expected == identity.id
+            and self.loops.own(endpoint.address.host)
+        ):
             return stream
         if identity is None:
             stream.close()
-            raise UpstreamTLSError(f"{endpoint.address} has the identity {expected}, and this proxy has none for mutual TLS", "protocol")
+            raise UpstreamTLSError(
+                f"{endpoint.address} has the identity {expected}, and this proxy has none for"
+                " mutual TLS",
+                "protocol",
+            )
         context, sessions = identity.client_context, identity.sessions
         host = endpoint.address.host
         own_end = identity.chain_end
@@ -202,10 +228,18 @@ class Runtime:
                 timeout=self.config.tcp.handshake_timeout,
             )
         except (TLSFailed, PeerRefused, ConnectionLost) as error:
-            kind = error.kind if isinstance(error, TLSFailed) else "certificate" if isinstance(error, PeerRefused) else "lost"
+            kind = (
+                error.kind
+                if isinstance(error, TLSFailed)
+                else "certificate"
+                if isinstance(error, PeerRefused)
+                else "lost"
+            )
             self.ledger.tls_failed("outbound", kind)
             followed.check()
-            raise UpstreamTLSError(f"mutual TLS with {endpoint.address} as {expected}: {error}", kind) from error
+            raise UpstreamTLSError(
+                f"mutual TLS with {endpoint.address} as {expected}: {error}", kind
+            ) from error
         followed.end()
         kept.end = tls.info.peer_not_after
         self.expiries.watch(tls, own_end)
@@ -220,7 +254,10 @@ class Runtime:
         former = self._was(address)
         if former is not None:
             of = f" for {', '.join(sorted(former.services))}" if former.services else ""
-            words = f"{address} had the identity {former.identity}{of} and has none in the directory now"
+            words = (
+                f"{address} had the identity {former.identity}{of} and has none in the"
+                " directory now"
+            )
             raise UpstreamTLSError(f"{words}: the proxy sends no clear text there", "clear_text")
 
     def clear_text_allowed(self, address: Address) -> bool:
@@ -242,12 +279,16 @@ class Runtime:
         if not self.tells(exchange):
             return b"isthmus"
         pod = self.config.pod
-        return f"{pod.name or 'isthmus'}.{pod.namespace}.{exchange.facts.direction}".encode("ascii", "replace").replace(b"?", b"_")
+        return f"{pod.name or 'isthmus'}.{pod.namespace}.{exchange.facts.direction}".encode(
+            "ascii", "replace"
+        ).replace(b"?", b"_")
 
     def tells(self, exchange: Exchange) -> bool:
         """Whether the client may know details about what is behind this proxy. The pod's own
         application may, and peers with a verified identity."""
-        return (exchange.facts.direction == "outbound" or exchange.facts.identity is not None) and not exchange.outside
+        return (
+            exchange.facts.direction == "outbound" or exchange.facts.identity is not None
+        ) and not exchange.outside
 
     def reports(self, exchange: Exchange) -> bool:
         """Whether the client is a proxy of the mesh that gets the reason of a failure
@@ -272,7 +313,12 @@ class closing:  # noqa: N801  # lower case, like the context managers of context
     async def __aenter__(self) -> Stream:
         return self._stream
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._released:
             return
         if kind is None:

@@ -27,19 +27,30 @@ async def terminate(rt: Runtime, stream: SocketStream, opening: Opening, about: 
     presents its own certificate, so that the peer rejects it and can report the reason. If the
     proxy passed the handshake on to the application, it would fail without a reason."""
     identity = rt.identity
-    if identity is None or opening.hello is None or not (opening.hello.server_name or "").endswith(f".sa.{identity.id.trust_domain}"):
+    if (
+        identity is None
+        or opening.hello is None
+        or not (opening.hello.server_name or "").endswith(f".sa.{identity.id.trust_domain}")
+    ):
         return stream
     if about.slot is not None:
         about.slot.speaks()
     try:
-        tls = await tls_server(stream, identity.server_context, verify=identity.verify_chain, timeout=rt.config.tcp.handshake_timeout)
+        tls = await tls_server(
+            stream,
+            identity.server_context,
+            verify=identity.verify_chain,
+            timeout=rt.config.tcp.handshake_timeout,
+        )
     except PeerRefused as error:
         rt.ledger.tls_failed(about.direction, "certificate")
         raise TLSFailed("certificate", str(error)) from error
     except NetError as error:
         if about.slot is not None and about.slot.evicted:
             raise  # the peer's TLS is not the cause
-        rt.ledger.tls_failed(about.direction, error.kind if isinstance(error, TLSFailed) else "lost")
+        rt.ledger.tls_failed(
+            about.direction, error.kind if isinstance(error, TLSFailed) else "lost"
+        )
         raise
     rt.expiries.watch(tls)
     rt.ledger.tls_established(about.direction, tls.info)

@@ -33,10 +33,16 @@ class Pools(Generic[K]):
     """One pool per version of HTTP. `connect` opens a connection that speaks the protocol of its
     ALPN name."""
 
-    def __init__(self, rt: Runtime, direction: Direction, connect: Callable[[K, bytes], Awaitable[Stream]]) -> None:
+    def __init__(
+        self, rt: Runtime, direction: Direction, connect: Callable[[K, bytes], Awaitable[Stream]]
+    ) -> None:
         account = partial(rt.ledger.upstream, direction)
-        self._http1: Pool[K] = Pool(lambda key: connect(key, ALPN_HTTP1), account, rt.settings.pool, rt.settings.limits)
-        self._http2: MuxPool[K] = MuxPool(lambda key: connect(key, ALPN_HTTP2), account, rt.settings.pool, rt.settings.upstream)
+        self._http1: Pool[K] = Pool(
+            lambda key: connect(key, ALPN_HTTP1), account, rt.settings.pool, rt.settings.limits
+        )
+        self._http2: MuxPool[K] = MuxPool(
+            lambda key: connect(key, ALPN_HTTP2), account, rt.settings.pool, rt.settings.upstream
+        )
         self._clients: Counter[K] = Counter()
         self._counted = self._draining = False
         self._leases: dict[Protocol, Leases[K]] = {
@@ -118,19 +124,31 @@ def upstream_protocol(exchange: Exchange, target: Target) -> Protocol:
     """The protocol that the directory declares for the service, otherwise the client's protocol.
     Raises RequestError (501) for an extended CONNECT that has no form in HTTP/1."""
     request = exchange.request
-    protocol = {Hint.HTTP1: Protocol.HTTP1, Hint.HTTP2: Protocol.HTTP2}.get(target.protocol) or spoken(request.version)
+    protocol = {Hint.HTTP1: Protocol.HTTP1, Hint.HTTP2: Protocol.HTTP2}.get(
+        target.protocol
+    ) or spoken(request.version)
     if protocol is Protocol.HTTP1 and request.protocol is not None and not websocket.asks(request):
-        raise RequestError("CONNECT with a :protocol other than websocket, to a server that speaks HTTP/1", 501)
+        raise RequestError(
+            "CONNECT with a :protocol other than websocket, to a server that speaks HTTP/1", 501
+        )
     return protocol
 
 
-async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler, plan: ExchangePlan | None = None) -> None:
+async def serve(
+    rt: Runtime, stream: Stream, about: Facts, handler: Handler, plan: ExchangePlan | None = None
+) -> None:
     """Serve a downstream HTTP connection of either version until it ends. If there is a `plan`,
     simple exchanges take the fast path."""
     plain = about.identity is None and about.direction != "outbound"
     settings = rt.settings.plain_server if plain else rt.settings.server
     if about.protocol is Protocol.HTTP2:
-        server = Http2Server(stream, about, settings, rt.settings.plain_downstream if plain else rt.settings.downstream, rt.drain)
+        server = Http2Server(
+            stream,
+            about,
+            settings,
+            rt.settings.plain_downstream if plain else rt.settings.downstream,
+            rt.drain,
+        )
         if rt.fast_path is not None and plan is not None:
             server.fork = partial(rt.fast_path.fork, plan)
         if about.slot is not None:
@@ -139,7 +157,11 @@ async def serve(rt: Runtime, stream: Stream, about: Facts, handler: Handler, pla
         if server.mux.fault is not None:  # the client got a GOAWAY; raise it for the log
             raise server.mux.fault
     else:
-        carry = partial(rt.fast_path.carry, plan) if rt.fast_path is not None and plan is not None else None
+        carry = (
+            partial(rt.fast_path.carry, plan)
+            if rt.fast_path is not None and plan is not None
+            else None
+        )
         one = Http1Server(stream, about, settings, rt.drain, carry)
         if about.slot is not None:
             about.slot.activity = one

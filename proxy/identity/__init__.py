@@ -1,11 +1,11 @@
 """The proxy's own identity and its peers' identities: SPIFFE IDs in X.509 certificates.
 
-    identity.py           the identity at run time: loading, reloading, verifying peers
-    credentials.py        certificate chain, key and trust roots, checked together
-    credential_files.py   reading their files together
-    tls_contexts.py       TLS contexts, and the sessions that clients resume
-    spiffe.py             SPIFFE IDs and patterns
-    key_strength.py       the accepted kinds of private keys
-    issue.py              trust roots and certificates for standalone use
-    inspect.py            a certificate described for people
+identity.py           the identity at run time: loading, reloading, verifying peers
+credentials.py        certificate chain, key and trust roots, checked together
+credential_files.py   reading their files together
+tls_contexts.py       TLS contexts, and the sessions that clients resume
+spiffe.py             SPIFFE IDs and patterns
+key_strength.py       the accepted kinds of private keys
+issue.py              trust roots and certificates for standalone use
+inspect.py            a certificate described for people
 """

@@ -24,8 +24,8 @@ class MaterialError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class MaterialFiles:
-    """The paths of an identity's files. All are PEM; each root file may hold several certificates.
-    """
+    """The paths of an identity's files. All are PEM; each root file may hold several
+    certificates."""
 
     certificate: Path
     key: Path
@@ -56,7 +56,10 @@ class Contents:
 def read_files(files: MaterialFiles) -> Contents:
     """Read all files. Raises MaterialError for the first one that cannot be read."""
     if not files.roots:
-        raise MaterialError(files.certificate, "no trust root file is configured for this certificate: name at least one")
+        raise MaterialError(
+            files.certificate,
+            "no trust root file is configured for this certificate: name at least one",
+        )
     parts = tuple(read_file(path) for path in files.all)
     try:
         mode = files.key.stat().st_mode
@@ -66,8 +69,8 @@ def read_files(files: MaterialFiles) -> Contents:
 
 
 def read_settled(files: MaterialFiles, settle: float) -> Contents:
-    """Read all files once they are not being written; see files.read_settled. Raises MaterialError.
-    """
+    """Read all files once they are not being written; see files.read_settled. Raises
+    MaterialError."""
 
     def read() -> tuple[Contents, bytes]:
         contents = read_files(files)

@@ -31,7 +31,13 @@ from OpenSSL import SSL, crypto
 from proxy.identity.credential_files import Contents, MaterialError, MaterialFiles
 from proxy.identity.key_strength import PrivateKey
 from proxy.identity.spiffe import SpiffeId, SpiffeIdError
-from proxy.net.tls.certificate_rules import UNREADABLE, certificate_flaw, find_flaw, key_flaw, strength_flaw
+from proxy.net.tls.certificate_rules import (
+    UNREADABLE,
+    certificate_flaw,
+    find_flaw,
+    key_flaw,
+    strength_flaw,
+)
 from proxy.net.tls.openssl_errors import reasons
 
 # RFC 7468 §3
@@ -68,30 +74,51 @@ def load(contents: Contents, now: datetime) -> Material:
     key = parse_key(files.key, contents.parts[1])
     roots = _parse_roots(files, contents.parts[2:], now)
     if key.public_key() != public_key(files.certificate, leaf):
-        raise MaterialError(files.key, f"does not belong to the certificate in {files.certificate}: both must be replaced together")
+        raise MaterialError(
+            files.key,
+            f"does not belong to the certificate in {files.certificate}: both must be replaced"
+            " together",
+        )
     identity = _check_leaf(files.certificate, leaf, now)
     intermediates = tuple(certificate for certificate in others if certificate not in roots)
     for certificate in intermediates:
         check_validity(files.certificate, certificate, now, "the intermediate certificate")
         weakness = _weakness(files.certificate, certificate)
         if weakness is not None:
-            raise MaterialError(files.certificate, f"holds a weak intermediate certificate ({name_of(certificate)}): it {weakness}")
+            raise MaterialError(
+                files.certificate,
+                f"holds a weak intermediate certificate ({name_of(certificate)}): it {weakness}",
+            )
     try:
         chain = verify_chain(leaf, intermediates, roots, now)
     except ValueError as error:
         names = ", ".join(str(path) for path in files.roots)
-        raise MaterialError(files.certificate, f"is not signed by the trust roots in {names}: {error}") from None
+        raise MaterialError(
+            files.certificate, f"is not signed by the trust roots in {names}: {error}"
+        ) from None
     flaw = find_flaw(chain)
     if flaw is not None:
-        what = "the certificate" if not flaw.depth else f"the certificate of its authority {name_of(chain[flaw.depth])}"
-        raise MaterialError(files.certificate, f"would be rejected by every peer: {what} {flaw.words}")
-    return Material(identity, leaf, intermediates, key, roots, _warnings(contents, roots, now), chain)
+        what = (
+            "the certificate"
+            if not flaw.depth
+            else f"the certificate of its authority {name_of(chain[flaw.depth])}"
+        )
+        raise MaterialError(
+            files.certificate, f"would be rejected by every peer: {what} {flaw.words}"
+        )
+    return Material(
+        identity, leaf, intermediates, key, roots, _warnings(contents, roots, now), chain
+    )
 
 
 def parse_certificates(path: Path, data: bytes) -> list[x509.Certificate]:
     """All certificates of a PEM file, at least one, each well-formed. Raises MaterialError."""
     if b"-----BEGIN CERTIFICATE-----" not in data:
-        what = "is empty" if not data.strip() else "holds no PEM certificate (no line '-----BEGIN CERTIFICATE-----')"
+        what = (
+            "is empty"
+            if not data.strip()
+            else "holds no PEM certificate (no line '-----BEGIN CERTIFICATE-----')"
+        )
         raise MaterialError(path, what)
     *_, last = _BOUNDARY.finditer(data)
     if last[1] != b"END" or b"-----" in data[last.end() :]:
@@ -103,11 +130,17 @@ def parse_certificates(path: Path, data: bytes) -> list[x509.Certificate]:
         try:
             found = x509.load_pem_x509_certificates(data)
         except UNREADABLE as error:
-            raise MaterialError(path, f"holds a certificate that cannot be parsed: {visible(str(error))}") from None
+            raise MaterialError(
+                path, f"holds a certificate that cannot be parsed: {visible(str(error))}"
+            ) from None
         for number, certificate in enumerate(found, start=1):
             problem = _malformation(certificate)
             if problem is not None:
-                which = "a certificate" if len(found) == 1 else f"a certificate (number {number} of {len(found)})"
+                which = (
+                    "a certificate"
+                    if len(found) == 1
+                    else f"a certificate (number {number} of {len(found)})"
+                )
                 raise MaterialError(path, f"holds {which} that cannot be parsed: {problem}")
     return found
 
@@ -147,10 +180,16 @@ def parse_key(path: Path, data: bytes) -> PrivateKey:
     try:
         key = serialization.load_pem_private_key(data, password=None)
     except TypeError:
-        raise MaterialError(path, "holds an encrypted private key, but the proxy has no passphrase for it") from None
+        raise MaterialError(
+            path, "holds an encrypted private key, but the proxy has no passphrase for it"
+        ) from None
     except (ValueError, UnsupportedAlgorithm):
         # The library's message may quote its input, and key material must never reach a log.
-        what = "is empty" if not data.strip() else "holds no PEM private key that can be read (PKCS #8, SEC 1 or PKCS #1)"
+        what = (
+            "is empty"
+            if not data.strip()
+            else "holds no PEM private key that can be read (PKCS #8, SEC 1 or PKCS #1)"
+        )
         raise MaterialError(path, what) from None
     if isinstance(key, PrivateKey):
         weakness = key_flaw(key.public_key())
@@ -167,18 +206,30 @@ def spiffe_uri(certificate: x509.Certificate) -> str:
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
-        raise SpiffeIdError("the certificate has no subject alternative name, so it has no identity") from None
+        raise SpiffeIdError(
+            "the certificate has no subject alternative name, so it has no identity"
+        ) from None
     except UNREADABLE as error:
         raise SpiffeIdError(f"the certificate's extensions cannot be parsed: {error}") from None
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     if len(uris) != 1:
-        found = "none" if not uris else f"{len(uris)}: " + ", ".join(repr(uri[:100]) for uri in uris[:4])
-        raise SpiffeIdError(f"the certificate must have exactly one URI among its subject alternative names, it has {found}")
+        found = (
+            "none"
+            if not uris
+            else f"{len(uris)}: " + ", ".join(repr(uri[:100]) for uri in uris[:4])
+        )
+        raise SpiffeIdError(
+            "the certificate must have exactly one URI among its subject alternative names, it has"
+            f" {found}"
+        )
     return uris[0]
 
 
 def verify_chain(
-    leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], roots: Sequence[x509.Certificate], now: datetime
+    leaf: x509.Certificate,
+    intermediates: Sequence[x509.Certificate],
+    roots: Sequence[x509.Certificate],
+    now: datetime,
 ) -> tuple[x509.Certificate, ...]:
     """Verify the chain as the TLS library does in the handshake. Returns it, the leaf first and the
     root last. Raises ValueError with the reason.
@@ -192,7 +243,9 @@ def verify_chain(
         for root in roots:
             store.add_cert(crypto.X509.from_cryptography(root))
         chain = [crypto.X509.from_cryptography(certificate) for certificate in intermediates]
-        found = crypto.X509StoreContext(store, crypto.X509.from_cryptography(leaf), chain).get_verified_chain()
+        found = crypto.X509StoreContext(
+            store, crypto.X509.from_cryptography(leaf), chain
+        ).get_verified_chain()
         return tuple(certificate.to_cryptography() for certificate in found)
     except crypto.X509StoreContextError as error:
         raise ValueError(str(error)) from None
@@ -214,7 +267,10 @@ def validity_problem(certificate: x509.Certificate, now: datetime) -> str | None
     if now > certificate.not_valid_after_utc:
         return f"expired on {when(certificate.not_valid_after_utc)} (it is {when(now)} here)"
     if now < certificate.not_valid_before_utc:
-        return f"is not yet valid until {when(certificate.not_valid_before_utc)} (it is {when(now)} here: is the clock right?)"
+        return (
+            f"is not yet valid until {when(certificate.not_valid_before_utc)} (it is {when(now)}"
+            " here: is the clock right?)"
+        )
     return None
 
 
@@ -223,7 +279,9 @@ def when(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _parse_roots(files: MaterialFiles, parts: Sequence[bytes], now: datetime) -> tuple[x509.Certificate, ...]:
+def _parse_roots(
+    files: MaterialFiles, parts: Sequence[bytes], now: datetime
+) -> tuple[x509.Certificate, ...]:
     """All roots of all files, without duplicates and without expired ones, which cannot verify
     anything.
 
@@ -236,7 +294,10 @@ def _parse_roots(files: MaterialFiles, parts: Sequence[bytes], now: datetime) ->
             _check_authority(path, certificate)
             found.setdefault(certificate, validity_problem(certificate, now))
     if all(found.values()):
-        raise MaterialError(files.roots[0], f"holds no trust root that is valid now: the first one {next(iter(found.values()))}")
+        raise MaterialError(
+            files.roots[0],
+            f"holds no trust root that is valid now: the first one {next(iter(found.values()))}",
+        )
     return tuple(certificate for certificate in found if now <= certificate.not_valid_after_utc)
 
 
@@ -245,14 +306,25 @@ def _check_authority(path: Path, certificate: x509.Certificate) -> None:
         extensions = certificate.extensions
         constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
     except x509.ExtensionNotFound:
-        raise MaterialError(path, f"holds a certificate that is not a CA (no basic constraints): {name_of(certificate)}") from None
+        raise MaterialError(
+            path,
+            f"holds a certificate that is not a CA (no basic constraints): {name_of(certificate)}",
+        ) from None
     except UNREADABLE as error:
-        raise MaterialError(path, f"holds a certificate whose extensions cannot be parsed: {error}") from None
+        raise MaterialError(
+            path, f"holds a certificate whose extensions cannot be parsed: {error}"
+        ) from None
     if not constraints.ca:
-        raise MaterialError(path, f"holds a certificate that is not a CA (a workload's certificate?): {name_of(certificate)}")
+        raise MaterialError(
+            path,
+            "holds a certificate that is not a CA (a workload's certificate?):"
+            f" {name_of(certificate)}",
+        )
     weakness = _weakness(path, certificate)
     if weakness is not None:
-        raise MaterialError(path, f"holds a weak trust root ({name_of(certificate)}): it {weakness}")
+        raise MaterialError(
+            path, f"holds a weak trust root ({name_of(certificate)}): it {weakness}"
+        )
 
 
 def _check_leaf(path: Path, leaf: x509.Certificate, now: datetime) -> SpiffeId:
@@ -262,7 +334,9 @@ def _check_leaf(path: Path, leaf: x509.Certificate, now: datetime) -> SpiffeId:
     except SpiffeIdError as error:
         raise MaterialError(path, str(error)) from None
     if _is_authority(leaf):
-        raise MaterialError(path, "the first certificate is a CA, not a workload's certificate: put the leaf first")
+        raise MaterialError(
+            path, "the first certificate is a CA, not a workload's certificate: put the leaf first"
+        )
     flaw = certificate_flaw(leaf, 0)
     if flaw is not None:
         raise MaterialError(path, f"would be rejected by every peer: the certificate {flaw.words}")
@@ -270,12 +344,14 @@ def _check_leaf(path: Path, leaf: x509.Certificate, now: datetime) -> SpiffeId:
 
 
 def public_key(path: Path, certificate: x509.Certificate) -> object:
-    """The certificate's public key. Raises MaterialError if it is malformed, or of an unknown kind.
-    """
+    """The certificate's public key. Raises MaterialError if it is malformed, or of an unknown
+    kind."""
     try:
         return certificate.public_key()
     except UNREADABLE as error:
-        raise MaterialError(path, f"holds a certificate whose public key cannot be read: {error}") from None
+        raise MaterialError(
+            path, f"holds a certificate whose public key cannot be read: {error}"
+        ) from None
 
 
 def _weakness(path: Path, certificate: x509.Certificate) -> str | None:
@@ -293,16 +369,24 @@ def _is_authority(certificate: x509.Certificate) -> bool:
         return False
 
 
-def _warnings(contents: Contents, roots: Sequence[x509.Certificate], now: datetime) -> tuple[str, ...]:
+def _warnings(
+    contents: Contents, roots: Sequence[x509.Certificate], now: datetime
+) -> tuple[str, ...]:
     files = contents.files
     found = []
     if contents.key_mode & stat.S_IROTH:
-        found.append(f"{files.key}: the private key can be read by every user of this machine: chmod 600 {files.key}")
+        found.append(
+            f"{files.key}: the private key can be read by every user of this machine: chmod 600"
+            f" {files.key}"
+        )
     for path, data in zip(files.roots, contents.parts[2:], strict=True):
         for certificate in parse_certificates(path, data):
             flaw = certificate_flaw(certificate, 1, anchor=True)
             if flaw is not None:
-                found.append(f"{path}: the trust root {name_of(certificate)} {flaw.words}: certificates that it signed are rejected")
+                found.append(
+                    f"{path}: the trust root {name_of(certificate)} {flaw.words}: certificates that"
+                    " it signed are rejected"
+                )
             problem = validity_problem(certificate, now)
             if problem is not None:
                 use = "it is used from then on" if certificate in roots else "it is not used"
@@ -314,9 +398,16 @@ def name_of(certificate: x509.Certificate) -> str:
     """A certificate's subject for a message; its serial number if the subject is empty."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of overlong parts; harmless
-        return visible(certificate.subject.rfc4514_string()) or f"serial number {certificate.serial_number:x}"
+        return (
+            visible(certificate.subject.rfc4514_string())
+            or f"serial number {certificate.serial_number:x}"
+        )
 
 
 def visible(text: str) -> str:
     """Foreign text for a message: on one line, without terminal control characters."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    )

@@ -32,7 +32,14 @@ from proxy.identity.credential_files import MaterialError, MaterialFiles
 from proxy.identity.credentials import Material, utc_now
 from proxy.identity.inspect import expiry_in_words, life_left
 from proxy.identity.spiffe import IdentityPattern, SpiffeId, SpiffeIdError, check_trust_domain
-from proxy.identity.tls_contexts import ALPN_HTTP1, ALPN_HTTP2, ALPN_TCP, INNER_PROTOCOLS, NoCommonProtocol, SessionCache
+from proxy.identity.tls_contexts import (
+    ALPN_HTTP1,
+    ALPN_HTTP2,
+    ALPN_TCP,
+    INNER_PROTOCOLS,
+    NoCommonProtocol,
+    SessionCache,
+)
 from proxy.net.tls.certificate_rules import Alert
 
 __all__ = [
@@ -59,7 +66,9 @@ __all__ = [
 # use with 30 % left, renewal has failed. At 10 % an operator must act.
 WARN_AT = (0.30, 0.10)
 
-RefusalReason = Literal["no_certificate", "no_identity", "trust_domain", "expired", "not_yet_valid", "wrong_identity"]
+RefusalReason = Literal[
+    "no_certificate", "no_identity", "trust_domain", "expired", "not_yet_valid", "wrong_identity"
+]
 
 
 # The alert for the peer. RFC 8446 has `access_denied` for a valid certificate without access; no
@@ -113,7 +122,13 @@ class Identity:
     often invalid files were found), `last_error` (None if the files on disk are in use).
     """
 
-    def __init__(self, files: MaterialFiles, settings: TLSSettings | None = None, *, clock: Callable[[], datetime] = utc_now) -> None:
+    def __init__(
+        self,
+        files: MaterialFiles,
+        settings: TLSSettings | None = None,
+        *,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
         self.files = files
         self.settings = settings or TLSSettings()
         self.generation = 0
@@ -134,7 +149,10 @@ class Identity:
             server = tls_contexts.server_context(new, self.settings.session_lifetime)
             client = tls_contexts.client_context(new, self.settings.session_lifetime)
         except (SSL.Error, crypto.Error) as error:
-            raise MaterialError(self.files.certificate, f"is rejected by OpenSSL: {credentials.openssl_reason(error)}") from error
+            raise MaterialError(
+                self.files.certificate,
+                f"is rejected by OpenSSL: {credentials.openssl_reason(error)}",
+            ) from error
         self._digest = digest
         self._material = new
         self._server_context = server
@@ -195,7 +213,9 @@ class Identity:
     @property
     def chain_end(self) -> float:
         """When the first certificate of our own chain expires, in seconds since the epoch."""
-        return min(certificate.not_valid_after_utc.timestamp() for certificate in self._material.chain)
+        return min(
+            certificate.not_valid_after_utc.timestamp() for certificate in self._material.chain
+        )
 
     def validity_problem(self) -> str | None:
         """Why peers reject our own chain now, by the clock; None if they accept it."""
@@ -203,7 +223,11 @@ class Identity:
         for depth, certificate in enumerate(self._material.chain):
             problem = credentials.validity_problem(certificate, now)
             if problem is not None:
-                what = "the certificate" if not depth else f"the certificate of its authority {credentials.name_of(certificate)}"
+                what = (
+                    "the certificate"
+                    if not depth
+                    else f"the certificate of its authority {credentials.name_of(certificate)}"
+                )
                 return f"{what} {problem}"
         return None
 
@@ -224,7 +248,9 @@ class Identity:
         """The remaining lifetime of our certificate; negative if it has expired."""
         return self.not_after - self._clock()
 
-    def verify_peer(self, certificate: x509.Certificate | None, expected: SpiffeId | None = None) -> SpiffeId:
+    def verify_peer(
+        self, certificate: x509.Certificate | None, expected: SpiffeId | None = None
+    ) -> SpiffeId:
         """The peer's identity, if the peer is accepted now. Call it after every handshake, also
         resumed ones.
 
@@ -234,7 +260,9 @@ class Identity:
         """
         return verify_peer(certificate, expected, self._accepted_domains, self._clock())
 
-    def verify_chain(self, chain: Sequence[x509.Certificate], expected: SpiffeId | None = None) -> SpiffeId:
+    def verify_chain(
+        self, chain: Sequence[x509.Certificate], expected: SpiffeId | None = None
+    ) -> SpiffeId:
         """The peer's identity from its verified chain, the leaf first. Like `verify_peer`; also, no
         certificate of the chain may have expired.
 
@@ -245,7 +273,10 @@ class Identity:
         now = self._clock()
         for authority in chain[1:]:
             if now > authority.not_valid_after_utc:
-                words = f"the certificate of an authority of the peer {identity} {credentials.validity_problem(authority, now)}"
+                words = (
+                    f"the certificate of an authority of the peer {identity}"
+                    f" {credentials.validity_problem(authority, now)}"
+                )
                 raise PeerRefused("expired", words)
         return identity
 
@@ -292,7 +323,9 @@ class Identity:
         found = []
         said: dict[bytes, float] = {}
         named = [("our certificate", self._material.leaf)]
-        named += [(f"the trust root {credentials.name_of(root)}", root) for root in self._material.roots]
+        named += [
+            (f"the trust root {credentials.name_of(root)}", root) for root in self._material.roots
+        ]
         for what, certificate in named:
             key = certificate.fingerprint(hashes.SHA256())
             before = self._warned.get(key, math.inf)
@@ -312,7 +345,12 @@ def _named(certificate: x509.Certificate) -> SpiffeId:
     return SpiffeId.parse(credentials.spiffe_uri(certificate))
 
 
-def verify_peer(certificate: x509.Certificate | None, expected: SpiffeId | None, trust_domains: Collection[str], now: datetime) -> SpiffeId:
+def verify_peer(
+    certificate: x509.Certificate | None,
+    expected: SpiffeId | None,
+    trust_domains: Collection[str],
+    now: datetime,
+) -> SpiffeId:
     """Check the name in a certificate whose chain is verified. Raises PeerRefused; see
     Identity.verify_peer.
     """
@@ -321,13 +359,19 @@ def verify_peer(certificate: x509.Certificate | None, expected: SpiffeId | None,
     try:
         identity = _named(certificate)
     except SpiffeIdError as error:
-        raise PeerRefused("no_identity", f"the peer's certificate does not name a workload of the mesh: {error}") from None
+        raise PeerRefused(
+            "no_identity", f"the peer's certificate does not name a workload of the mesh: {error}"
+        ) from None
     if identity.trust_domain not in trust_domains:
         ours = " or ".join(sorted(trust_domains))
-        raise PeerRefused("trust_domain", f"the peer is {identity}, which is not of the trust domain {ours}")
+        raise PeerRefused(
+            "trust_domain", f"the peer is {identity}, which is not of the trust domain {ours}"
+        )
     problem = credentials.validity_problem(certificate, now)
     if problem is not None:
-        reason: RefusalReason = "expired" if now > certificate.not_valid_after_utc else "not_yet_valid"
+        reason: RefusalReason = (
+            "expired" if now > certificate.not_valid_after_utc else "not_yet_valid"
+        )
         raise PeerRefused(reason, f"the certificate of the peer {identity} {problem}")
     if expected is not None and identity != expected:
         raise PeerRefused("wrong_identity", f"the peer is {identity}, but {expected} was expected")
@@ -337,7 +381,11 @@ def verify_peer(certificate: x509.Certificate | None, expected: SpiffeId | None,
 def _threshold(certificate: x509.Certificate, now: datetime) -> float:
     """The lowest warning threshold that has been reached; 0.0: expired, infinity: none."""
     left = life_left(certificate, now)
-    return 0.0 if left <= 0 else min((threshold for threshold in WARN_AT if left <= threshold), default=math.inf)
+    return (
+        0.0
+        if left <= 0
+        else min((threshold for threshold in WARN_AT if left <= threshold), default=math.inf)
+    )
 
 
 async def watch(
@@ -371,7 +419,9 @@ async def watch(
                 on_error(error)
         for sentence in identity.expiry_warnings():
             on_warning(sentence)
-        await trio.sleep(min(interval_seconds, settling.settle) if settling.waiting else interval_seconds)
+        await trio.sleep(
+            min(interval_seconds, settling.settle) if settling.waiting else interval_seconds
+        )
 
 
 def _signature(path: Path) -> object:

@@ -15,7 +15,10 @@ from proxy.identity.credentials import name_of, spiffe_uri, validity_problem, vi
 from proxy.identity.spiffe import SpiffeId, SpiffeIdError, split_uri
 from proxy.net.tls.certificate_rules import UNREADABLE
 
-_USAGES = {ExtendedKeyUsageOID.SERVER_AUTH: "TLS server", ExtendedKeyUsageOID.CLIENT_AUTH: "TLS client"}
+_USAGES = {
+    ExtendedKeyUsageOID.SERVER_AUTH: "TLS server",
+    ExtendedKeyUsageOID.CLIENT_AUTH: "TLS client",
+}
 
 
 def describe(certificate: x509.Certificate, now: datetime) -> list[tuple[str, str]]:
@@ -31,7 +34,14 @@ def _facts(certificate: x509.Certificate, now: datetime) -> list[tuple[str, str]
     return [
         ("identity", _identity(certificate)),
         ("subject", name_of(certificate)),
-        ("issuer", "itself" if certificate.issuer == certificate.subject else certificate.issuer.rfc4514_string()),
+        (
+            "issuer",
+            (
+                "itself"
+                if certificate.issuer == certificate.subject
+                else certificate.issuer.rfc4514_string()
+            ),
+        ),
         ("valid from", when(certificate.not_valid_before_utc)),
         ("valid until", f"{when(certificate.not_valid_after_utc)} ({_left(certificate, now)})"),
         ("key", _key(certificate)),
@@ -80,7 +90,10 @@ def life_left(certificate: x509.Certificate, now: datetime) -> float:
 def _left(certificate: x509.Certificate, now: datetime) -> str:
     problem = validity_problem(certificate, now)
     if problem is None:
-        return f"{in_words(certificate.not_valid_after_utc - now)} left, {max(0.0, life_left(certificate, now)):.0%} of its life"
+        return (
+            f"{in_words(certificate.not_valid_after_utc - now)} left,"
+            f" {max(0.0, life_left(certificate, now)):.0%} of its life"
+        )
     if now > certificate.not_valid_after_utc:
         return f"EXPIRED {in_words(now - certificate.not_valid_after_utc)} ago"
     return f"NOT YET VALID for {in_words(certificate.not_valid_before_utc - now)}"
@@ -129,7 +142,12 @@ def _san(certificate: x509.Certificate) -> str:
     return _listed(f"{_KINDS.get(type(name), type(name).__name__)} {name.value}" for name in names)
 
 
-_KINDS: dict[type, str] = {x509.UniformResourceIdentifier: "URI", x509.DNSName: "DNS", x509.IPAddress: "IP", x509.RFC822Name: "e-mail"}
+_KINDS: dict[type, str] = {
+    x509.UniformResourceIdentifier: "URI",
+    x509.DNSName: "DNS",
+    x509.IPAddress: "IP",
+    x509.RFC822Name: "e-mail",
+}
 
 
 def _usage(certificate: x509.Certificate) -> str:
@@ -152,7 +170,11 @@ def _authority(certificate: x509.Certificate) -> str:
     except x509.ExtensionNotFound:
         return "yes, for any name"
     permitted = _listed(str(name.value) for name in limits.permitted_subtrees or ())
-    return f"yes, for names in {permitted}" if limits.permitted_subtrees else "yes, with names that are excluded"
+    return (
+        f"yes, for names in {permitted}"
+        if limits.permitted_subtrees
+        else "yes, with names that are excluded"
+    )
 
 
 def _listed(words: Iterable[str]) -> str:

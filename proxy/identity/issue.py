@@ -59,11 +59,19 @@ class Issued:
     @property
     def key_pem(self) -> bytes:
         """Unencrypted PKCS #8. Write it with files.write_private only."""
-        return self.key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        return self.key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
 
 
 def make_root(
-    trust_domain: str, lifetime: timedelta = ROOT_LIFETIME, *, name_constraints: bool = True, now: datetime | None = None
+    trust_domain: str,
+    lifetime: timedelta = ROOT_LIFETIME,
+    *,
+    name_constraints: bool = True,
+    now: datetime | None = None,
 ) -> Issued:
     """Create a trust root for a trust domain. Raises SpiffeIdError (trust domain) or IssueError
     (lifetime).
@@ -80,7 +88,9 @@ def make_root(
     # The start of the key identifier distinguishes two roots of one domain where only the name is
     # shown.
     tag = f" root {identifier.digest.hex()[:8]}"
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, trust_domain[: _MAX_COMMON_NAME - len(tag)] + tag)])
+    subject = x509.Name(
+        [x509.NameAttribute(NameOID.COMMON_NAME, trust_domain[: _MAX_COMMON_NAME - len(tag)] + tag)]
+    )
     builder = (
         _builder(subject, subject, key.public_key())
         .not_valid_before(_seconds(now - CLOCK_SKEW))
@@ -90,15 +100,29 @@ def make_root(
         .add_extension(x509.BasicConstraints(ca=True, path_length=1), critical=True)
         .add_extension(_key_usage(authority=True), critical=True)
         .add_extension(identifier, critical=False)
-        .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(f"{SCHEME}{trust_domain}")]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName(
+                [x509.UniformResourceIdentifier(f"{SCHEME}{trust_domain}")]
+            ),
+            critical=False,
+        )
     )
     if name_constraints:
         permitted = [x509.UniformResourceIdentifier(trust_domain)]
-        builder = builder.add_extension(x509.NameConstraints(permitted_subtrees=permitted, excluded_subtrees=None), critical=True)
+        builder = builder.add_extension(
+            x509.NameConstraints(permitted_subtrees=permitted, excluded_subtrees=None),
+            critical=True,
+        )
     return Issued(builder.sign(key, hashes.SHA256()), key)
 
 
-def issue(root: Issued, identity: SpiffeId, lifetime: timedelta = WORKLOAD_LIFETIME, *, now: datetime | None = None) -> Issued:
+def issue(
+    root: Issued,
+    identity: SpiffeId,
+    lifetime: timedelta = WORKLOAD_LIFETIME,
+    *,
+    now: datetime | None = None,
+) -> Issued:
     """Create a key and a certificate for a workload, signed by the root. The certificate never
     outlives the root; `note` says if it was shortened.
 
@@ -112,7 +136,9 @@ def issue(root: Issued, identity: SpiffeId, lifetime: timedelta = WORKLOAD_LIFET
         raise IssueError(f"the root {problem}")
     domain = root_trust_domain(root.certificate)
     if domain is not None and domain != identity.trust_domain:
-        raise IssueError(f"the root is for the trust domain {domain}, it cannot sign for {identity}")
+        raise IssueError(
+            f"the root is for the trust domain {domain}, it cannot sign for {identity}"
+        )
     end = now + lifetime
     note = ""
     if end > root.certificate.not_valid_after_utc:
@@ -125,11 +151,21 @@ def issue(root: Issued, identity: SpiffeId, lifetime: timedelta = WORKLOAD_LIFET
         .not_valid_after(_seconds(end))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(authority=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        .add_extension(
+            x509.ExtendedKeyUsage(
+                [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+            ),
+            critical=False,
+        )
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(_authority_identifier(root.certificate), critical=False)
-        .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(str(identity))]), critical=True)
-        .sign(root.key, None if isinstance(root.key, ed25519.Ed25519PrivateKey) else hashes.SHA256())
+        .add_extension(
+            x509.SubjectAlternativeName([x509.UniformResourceIdentifier(str(identity))]),
+            critical=True,
+        )
+        .sign(
+            root.key, None if isinstance(root.key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
+        )
     )
     return Issued(certificate, key, note)
 
@@ -143,18 +179,30 @@ def root_trust_domain(root: x509.Certificate) -> str | None:
     return trust_domain if not path else None
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey
+) -> x509.CertificateBuilder:
     # 159 random bits, positive, at most 20 octets (RFC 5280, section 4.1.2.2): serial numbers do
     # not repeat.
     serial = x509.random_serial_number()
-    return x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key).serial_number(serial)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(serial)
+    )
 
 
 def _check_lifetime(lifetime: timedelta) -> None:
     if lifetime < timedelta(seconds=1):
-        raise IssueError(f"a lifetime of {lifetime.total_seconds():g} seconds is invalid: it must be positive")
+        raise IssueError(
+            f"a lifetime of {lifetime.total_seconds():g} seconds is invalid: it must be positive"
+        )
     if lifetime > MAX_LIFETIME:
-        raise IssueError(f"a lifetime of {lifetime.days} days is more than {MAX_LIFETIME.days // 365} years")
+        raise IssueError(
+            f"a lifetime of {lifetime.days} days is more than {MAX_LIFETIME.days // 365} years"
+        )
 
 
 def _seconds(moment: datetime) -> datetime:
@@ -166,7 +214,9 @@ def _authority_identifier(root: x509.Certificate) -> x509.AuthorityKeyIdentifier
     try:
         own = root.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     except x509.ExtensionNotFound:
-        return x509.AuthorityKeyIdentifier(x509.SubjectKeyIdentifier.from_public_key(root.public_key()).digest, None, None)
+        return x509.AuthorityKeyIdentifier(
+            x509.SubjectKeyIdentifier.from_public_key(root.public_key()).digest, None, None
+        )
     return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own)
 
 

@@ -63,7 +63,10 @@ class SpiffeId:
         check_trust_domain(self.trust_domain)
         _check_label("namespace", self.namespace)
         if len(self.service_account) > MAX_DNS_NAME:
-            raise SpiffeIdError(f"service account is longer than {MAX_DNS_NAME} characters: {_quote(self.service_account)}")
+            raise SpiffeIdError(
+                f"service account is longer than {MAX_DNS_NAME} characters:"
+                f" {_quote(self.service_account)}"
+            )
         for label in self.service_account.split("."):
             _check_label("service account", label, self.service_account)
         _check_sni(self.sni)
@@ -90,7 +93,9 @@ class SpiffeId:
                 raise SpiffeIdError("the path must be /ns/<namespace>/sa/<service-account>")
             return cls(trust_domain, segments[1], segments[3])
         except SpiffeIdError as error:
-            raise SpiffeIdError(f"{_quote(text)} is not a SPIFFE ID of this mesh: {error}") from None
+            raise SpiffeIdError(
+                f"{_quote(text)} is not a SPIFFE ID of this mesh: {error}"
+            ) from None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -129,7 +134,10 @@ class IdentityPattern:
             return cls(str(SpiffeId.parse(text)), exact=True)
         prefix = text[:-1]
         if not text.endswith("*") or "*" in prefix:
-            raise SpiffeIdError(f"{_quote(text)} is not an identity pattern: one '*' is allowed, as the last character")
+            raise SpiffeIdError(
+                f"{_quote(text)} is not an identity pattern: one '*' is allowed, as the last"
+                " character"
+            )
         if prefix:
             try:
                 _check_prefix(prefix)
@@ -151,9 +159,14 @@ def check_trust_domain(name: str) -> None:
     if ":" in name:
         raise SpiffeIdError(f"the trust domain {_quote(name)} contains a port (':')")
     if not _TRUST_DOMAIN.fullmatch(name):
-        raise SpiffeIdError(f"the trust domain {_quote(name)} may contain lower-case letters, digits, '.', '-' and '_' only")
+        raise SpiffeIdError(
+            f"the trust domain {_quote(name)} may contain lower-case letters, digits, '.', '-' and"
+            " '_' only"
+        )
     if len(name) > MAX_TRUST_DOMAIN_BYTES:
-        raise SpiffeIdError(f"the trust domain is longer than {MAX_TRUST_DOMAIN_BYTES} bytes ({len(name)})")
+        raise SpiffeIdError(
+            f"the trust domain is longer than {MAX_TRUST_DOMAIN_BYTES} bytes ({len(name)})"
+        )
 
 
 def split_uri(text: str) -> tuple[str, str]:
@@ -183,7 +196,10 @@ def _check_path(segments: list[str]) -> None:
         if segment in {".", ".."}:
             raise SpiffeIdError(f"the path has a {segment!r} segment")
         if not _SEGMENT.fullmatch(segment):
-            raise SpiffeIdError(f"the path segment {_quote(segment)} may contain letters, digits, '.', '-' and '_' only")
+            raise SpiffeIdError(
+                f"the path segment {_quote(segment)} may contain letters, digits, '.', '-' and '_'"
+                " only"
+            )
 
 
 def _check_prefix(prefix: str) -> None:
@@ -195,18 +211,29 @@ def _check_prefix(prefix: str) -> None:
     trust_domain, slash, path = prefix[len(SCHEME) :].partition("/")
     check_trust_domain(trust_domain)
     if not slash:
-        raise SpiffeIdError(f"the '*' may not be inside the trust domain: write {SCHEME}{trust_domain}/*")
+        raise SpiffeIdError(
+            f"the '*' may not be inside the trust domain: write {SCHEME}{trust_domain}/*"
+        )
     if not path.endswith("/") and path:
         raise SpiffeIdError(_instead(prefix, path.split("/")))
     given = path.split("/")
-    for position, (wanted, segment) in enumerate(zip(("ns", None, "sa", None), given, strict=False)):
+    for position, (wanted, segment) in enumerate(
+        zip(("ns", None, "sa", None), given, strict=False)
+    ):
         complete = position < len(given) - 1
         if wanted is not None:
             fits = segment == wanted if complete else wanted.startswith(segment)
         else:
-            fits = bool(_LABEL.fullmatch(segment)) if complete else re.fullmatch(r"([a-z0-9][a-z0-9.-]*)?", segment) is not None
+            fits = (
+                bool(_LABEL.fullmatch(segment))
+                if complete
+                else re.fullmatch(r"([a-z0-9][a-z0-9.-]*)?", segment) is not None
+            )
         if not fits:
-            raise SpiffeIdError(f"no identity starts like this: {_quote(segment)} does not fit /ns/<namespace>/sa/<service-account>")
+            raise SpiffeIdError(
+                f"no identity starts like this: {_quote(segment)} does not fit"
+                " /ns/<namespace>/sa/<service-account>"
+            )
     if len(given) > 4:
         raise SpiffeIdError("no identity has so many path segments")
 
@@ -217,26 +244,37 @@ def _instead(prefix: str, given: list[str]) -> str:
     if len(given) == 2:
         return f"{why}: write {prefix}/* for the namespace {given[1]}"
     if len(given) == 4:
-        return f"{why}: write {prefix} for the one service account, or {prefix.removesuffix(given[3])}* for all of the namespace"
+        return (
+            f"{why}: write {prefix} for the one service account, or"
+            f" {prefix.removesuffix(given[3])}* for all of the namespace"
+        )
     return f"{why}: write {prefix.removesuffix(given[-1])}*"
 
 
 def _check_label(part: str, label: str, whole: str | None = None) -> None:
     where = part if whole is None or whole == label else f"{part} {_quote(whole)}, label"
     if len(label) > MAX_DNS_LABEL:
-        raise SpiffeIdError(f"the {where} is longer than {MAX_DNS_LABEL} characters: {_quote(label)}")
+        raise SpiffeIdError(
+            f"the {where} is longer than {MAX_DNS_LABEL} characters: {_quote(label)}"
+        )
     if not _LABEL.fullmatch(label):
         raise SpiffeIdError(
-            f"the {where} {_quote(label)} is not a Kubernetes name (lower-case letters, digits and '-', a letter or digit at both ends)"
+            f"the {where} {_quote(label)} is not a Kubernetes name (lower-case letters, digits and"
+            " '-', a letter or digit at both ends)"
         )
 
 
 def _check_sni(name: str) -> None:
     if len(name) > MAX_DNS_NAME:
-        raise SpiffeIdError(f"its DNS form for the SNI is longer than {MAX_DNS_NAME} characters: {_quote(name)}")
+        raise SpiffeIdError(
+            f"its DNS form for the SNI is longer than {MAX_DNS_NAME} characters: {_quote(name)}"
+        )
     for label in name.split("."):
         if len(label) > MAX_DNS_LABEL or not _SNI_LABEL.fullmatch(label):
-            raise SpiffeIdError(f"its DNS form for the SNI has the label {_quote(label)}, which is not legal: {_quote(name)}")
+            raise SpiffeIdError(
+                f"its DNS form for the SNI has the label {_quote(label)}, which is not legal:"
+                f" {_quote(name)}"
+            )
 
 
 def _quote(text: str) -> str:

@@ -104,7 +104,9 @@ class SessionCache:
             self._sessions.move_to_end(key)
         return session
 
-    def put(self, expected: SpiffeId, host: str, session: SSL.Session | None, end: float = math.inf) -> None:
+    def put(
+        self, expected: SpiffeId, host: str, session: SSL.Session | None, end: float = math.inf
+    ) -> None:
         """Store a session after the peer was verified. None (the peer sent no ticket yet) changes
         nothing. `end`: when the peer's certificate expires, in seconds since the epoch; the session
         must not outlive it.

@@ -78,7 +78,9 @@ from typing import NamedTuple
 TABLE = "isthmus"
 # directories of nft; they are often missing in an ordinary user's PATH
 SYSTEM_PATH = ":/usr/sbin:/sbin"
-NFT_TIMEOUT = 20.0  # seconds; a transaction takes milliseconds, but the kernel may have to load modules first
+NFT_TIMEOUT = (
+    20.0  # seconds; a transaction takes milliseconds, but the kernel may have to load modules first
+)
 
 # -100 is nft's dstnat; newer versions only know that name in the output hook. 0 runs after it and
 # sees the ports after NAT.
@@ -148,7 +150,9 @@ def parse_ports(spec: PortSpec) -> tuple[int, int]:
     """A port or an inclusive range as (first, last). Raises ValueError with the reason."""
     text = str(spec).strip()
     first, dash, last = text.partition("-")
-    if not (first.isascii() and first.isdigit()) or (dash and not (last.isascii() and last.isdigit())):
+    if not (first.isascii() and first.isdigit()) or (
+        dash and not (last.isascii() and last.isdigit())
+    ):
         raise ValueError(f"{text!r} is neither a port nor a range like 4000-4010")
     low = int(first)
     high = int(last) if dash else low
@@ -172,22 +176,40 @@ def parse_subnet(text: str) -> Network:
 def check(settings: InterceptSettings) -> list[str]:
     """All mistakes in the settings, each with its field name; empty if there are none."""
     mistakes: list[str] = []
-    named = ((name, getattr(settings, name)) for name in ("outbound_port", "inbound_port", "admin_port", "dns_port"))
+    named = (
+        (name, getattr(settings, name))
+        for name in ("outbound_port", "inbound_port", "admin_port", "dns_port")
+    )
     listeners = {name: port for name, port in named if port is not None}
-    mistakes += [f"{name}: {port} is not a port (1-65535)" for name, port in listeners.items() if not 1 <= port <= 65535]
+    mistakes += [
+        f"{name}: {port} is not a port (1-65535)"
+        for name, port in listeners.items()
+        if not 1 <= port <= 65535
+    ]
     if len(set(listeners.values())) < len(listeners):
-        mistakes.append(f"{', '.join(listeners)}: must differ from each other, but are {', '.join(map(str, listeners.values()))}")
+        mistakes.append(
+            f"{', '.join(listeners)}: must differ from each other, but are"
+            f" {', '.join(map(str, listeners.values()))}"
+        )
     if settings.uid is None and settings.mark is None:
-        mistakes.append("uid, mark: one of them is needed, otherwise the proxy's own connections would be redirected to itself")
+        mistakes.append(
+            "uid, mark: one of them is needed, otherwise the proxy's own connections would be"
+            " redirected to itself"
+        )
     if settings.uid is not None and not 0 <= settings.uid < 2**32 - 1:
         mistakes.append(f"uid: {settings.uid} is not a user id")
     if settings.mark is not None and not 1 <= settings.mark < 2**32:
-        mistakes.append(f"mark: {settings.mark} is not a packet mark (1-4294967295; 0 means unmarked)")
+        mistakes.append(
+            f"mark: {settings.mark} is not a packet mark (1-4294967295; 0 means unmarked)"
+        )
     if settings.dns_port is not None and settings.outbound_port is None:
         mistakes.append("dns_port: DNS answers lead to the outbound port, but there is none")
     for host, *used in settings.resolvers:
         if not _is_address(host) or not all(1 <= port <= 65535 for port in used):
-            mistakes.append(f"resolvers: {host!r}, {used}: expected an IP address, its port, and a port of the proxy")
+            mistakes.append(
+                f"resolvers: {host!r}, {used}: expected an IP address, its port, and a port of the"
+                " proxy"
+            )
     for field in dataclasses.fields(settings):
         if not field.name.startswith(("skip_", "redirect_")):
             continue
@@ -224,7 +246,14 @@ def _set(name: str, kind: str, elements: Sequence[str]) -> list[str]:
     """The lines of a named interval set; empty if it has no elements."""
     if not elements:
         return []
-    return [f"\tset {name} {{", f"\t\ttype {kind}", "\t\tflags interval", f"\t\telements = {{ {', '.join(elements)} }}", "\t}", ""]
+    return [
+        f"\tset {name} {{",
+        f"\t\ttype {kind}",
+        "\t\tflags interval",
+        f"\t\telements = {{ {', '.join(elements)} }}",
+        "\t}",
+        "",
+    ]
 
 
 def _networks(subnets: Iterable[str], version: int) -> list[str]:
@@ -238,7 +267,9 @@ def _direction(settings: InterceptSettings, direction: str) -> tuple[list[str], 
     ports = merge_ports(getattr(settings, f"skip_{direction}_ports"))
     only = merge_ports(getattr(settings, f"redirect_{direction}_ports"))
     subnets = getattr(settings, f"skip_{direction}_subnets")
-    sets = _set(f"skip_{direction}_ports", "inet_service", ports) + _set(f"redirect_{direction}_ports", "inet_service", only)
+    sets = _set(f"skip_{direction}_ports", "inet_service", ports) + _set(
+        f"redirect_{direction}_ports", "inet_service", only
+    )
     rules = [f"tcp dport @skip_{direction}_ports return"] if ports else []
     for version, family in ((4, "ip"), (6, "ip6")):
         networks = _networks(subnets, version)
@@ -250,7 +281,8 @@ def _direction(settings: InterceptSettings, direction: str) -> tuple[list[str], 
 
 
 def render(settings: InterceptSettings) -> str:
-    """The ruleset as text for `nft -f -`. Pure: same settings, same text. Raises SettingsInvalid."""
+    """The ruleset as text for `nft -f -`. Pure: same settings, same text. Raises
+    SettingsInvalid."""
     if mistakes := check(settings):
         raise SettingsInvalid(mistakes)
     chains: list[str] = []
@@ -258,7 +290,16 @@ def render(settings: InterceptSettings) -> str:
         chains += _outbound(settings, settings.outbound_port)
     if settings.inbound_port is not None:
         chains += _inbound(settings, settings.inbound_port)
-    return "\n".join([f"add table inet {TABLE}", f"delete table inet {TABLE}", f"table inet {TABLE} {{", *chains[:-1], "}", ""])
+    return "\n".join(
+        [
+            f"add table inet {TABLE}",
+            f"delete table inet {TABLE}",
+            f"table inet {TABLE} {{",
+            *chains[:-1],
+            "}",
+            "",
+        ]
+    )
 
 
 def _outbound(settings: InterceptSettings, port: int) -> list[str]:
@@ -286,9 +327,13 @@ def _outbound(settings: InterceptSettings, port: int) -> list[str]:
     return [
         *sets,
         "\t# Connections of the pod's programs go to the outbound port.",
-        *_chain("output", _NAT.format("output"), [*redirect, f"meta l4proto tcp redirect to :{port}"]),
+        *_chain(
+            "output", _NAT.format("output"), [*redirect, f"meta l4proto tcp redirect to :{port}"]
+        ),
         "\t# A new connection that is not redirected would leave the pod without the mesh.",
-        *_chain("guard_output", _FILTER.format("output"), [*guard, *_FIRST_SYN_ONLY, *skips, _REFUSE]),
+        *_chain(
+            "guard_output", _FILTER.format("output"), [*guard, *_FIRST_SYN_ONLY, *skips, _REFUSE]
+        ),
     ]
 
 
@@ -310,14 +355,37 @@ def _dns(settings: InterceptSettings) -> tuple[list[str], list[str]]:
 def _inbound(settings: InterceptSettings, port: int) -> list[str]:
     sets, skips = _direction(settings, "inbound")
     admin = f"tcp dport {settings.admin_port} return"
-    redirect = ['iifname "lo" return', "fib daddr type != local return", *_FIRST_SYN_ONLY, admin, *skips]
-    guard = ['iifname "lo" return', *_FIRST_SYN_ONLY, "# Redirected traffic.", f"tcp dport {port} return", admin, *skips]
-    unreadable = ["# Everything else is unreadable, such as fragments within fragments.", "counter drop"]
+    redirect = [
+        'iifname "lo" return',
+        "fib daddr type != local return",
+        *_FIRST_SYN_ONLY,
+        admin,
+        *skips,
+    ]
+    guard = [
+        'iifname "lo" return',
+        *_FIRST_SYN_ONLY,
+        "# Redirected traffic.",
+        f"tcp dport {port} return",
+        admin,
+        *skips,
+    ]
+    unreadable = [
+        "# Everything else is unreadable, such as fragments within fragments.",
+        "counter drop",
+    ]
     return [
         *sets,
         "\t# Connections from outside go to the inbound port.",
-        *_chain("prerouting", _NAT.format("prerouting"), [*redirect, f"meta l4proto tcp redirect to :{port}"]),
-        "\t# A new connection that is not redirected would reach the application without the proxy's checks.",
+        *_chain(
+            "prerouting",
+            _NAT.format("prerouting"),
+            [*redirect, f"meta l4proto tcp redirect to :{port}"],
+        ),
+        (
+            "\t# A new connection that is not redirected would reach the application without the"
+            " proxy's checks."
+        ),
         *_chain("guard_input", _FILTER.format("input"), [*guard, _REFUSE, *unreadable]),
     ]
 
@@ -347,9 +415,18 @@ def run_nft(script: str) -> None:
     """Apply one transaction with the program nft. Raises InterceptError."""
     nft = shutil.which("nft", path=os.environ.get("PATH", os.defpath) + SYSTEM_PATH)
     if nft is None:
-        raise InterceptError("the program nft is not installed (package nftables on Debian, Fedora and Alpine)")
+        raise InterceptError(
+            "the program nft is not installed (package nftables on Debian, Fedora and Alpine)"
+        )
     try:
-        done = subprocess.run([nft, "-f", "-"], input=script, capture_output=True, text=True, timeout=NFT_TIMEOUT, check=False)
+        done = subprocess.run(
+            [nft, "-f", "-"],
+            input=script,
+            capture_output=True,
+            text=True,
+            timeout=NFT_TIMEOUT,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         raise InterceptError(f"nft did not finish within {NFT_TIMEOUT:g} s") from None
     except OSError as error:
@@ -361,10 +438,26 @@ def run_nft(script: str) -> None:
 def explain(stderr: str) -> str:
     """nft's standard error as one line that says what to do."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    first = next((line for line in lines if "Error" in line), lines[0] if lines else "no reason given")
+    first = next(
+        (line for line in lines if "Error" in line), lines[0] if lines else "no reason given"
+    )
     if "Operation not permitted" in stderr or "must be root" in stderr:
-        return f"this process may not change the kernel's rules: it needs the capability NET_ADMIN (nft: {first})"
-    if any(text in stderr for text in ("Protocol not supported", "Operation not supported", "No such file or directory", "address family")):
-        needed = "nftables with NAT, fib lookups and reject (modules nft_chain_nat, nft_redir, nft_fib_inet, nft_reject_inet)"
+        return (
+            "this process may not change the kernel's rules: it needs the capability NET_ADMIN"
+            f" (nft: {first})"
+        )
+    if any(
+        text in stderr
+        for text in (
+            "Protocol not supported",
+            "Operation not supported",
+            "No such file or directory",
+            "address family",
+        )
+    ):
+        needed = (
+            "nftables with NAT, fib lookups and reject (modules nft_chain_nat, nft_redir,"
+            " nft_fib_inet, nft_reject_inet)"
+        )
         return f"the kernel lacks features that the rules need: {needed} (nft: {first})"
     return f"nft rejected the rules: {first}"

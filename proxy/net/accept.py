@@ -208,7 +208,9 @@ class Acceptor:
         """
         self._accepting.cancel()
         self._close_listeners()
-        self._connections.deadline = min(self._connections.deadline, trio.current_time() + max(grace, 0.0))
+        self._connections.deadline = min(
+            self._connections.deadline, trio.current_time() + max(grace, 0.0)
+        )
 
     async def serve(self, listeners: Sequence[socket.socket]) -> None:
         """Accept until drained. Return when the last connection has ended. Call it once.
@@ -279,7 +281,9 @@ class Acceptor:
                 if error.errno in _LISTENER_BROKEN or error.errno in _EXHAUSTED:
                     return
 
-    def _take(self, sock: socket.socket, client: tuple[Any, ...], connections: trio.Nursery) -> None:
+    def _take(
+        self, sock: socket.socket, client: tuple[Any, ...], connections: trio.Nursery
+    ) -> None:
         self.accepted += 1
         try:
             slot = self.slots.take(str(client[0]))
@@ -298,7 +302,15 @@ class Acceptor:
                 return  # the client closed it before it was accepted
             self.on_accept(stream)
             slot.stream = stream
-            await self._guard(Connection(stream, stream.peer, stream.local, original_destination(sock, stream.local), slot))
+            await self._guard(
+                Connection(
+                    stream,
+                    stream.peer,
+                    stream.local,
+                    original_destination(sock, stream.local),
+                    slot,
+                )
+            )
         finally:
             sock.close()
             self.slots.free(slot)
@@ -324,7 +336,9 @@ class Acceptor:
         try:
             self._on_error(connection, error)
         except Exception:
-            _log.exception("cannot report the error of the connection from %s: %r", connection.peer, error)
+            _log.exception(
+                "cannot report the error of the connection from %s: %r", connection.peer, error
+            )
 
 
 def _unpacked(group: BaseExceptionGroup[Exception]) -> BaseException:

@@ -35,16 +35,23 @@ class Address(NamedTuple):
         """Parse `10.0.0.1:80` or `[fd00::1]:80`. Raises ValueError with the text and the reason."""
         host, colon, digits = text.rpartition(":")
         if not colon:
-            raise ValueError(f"{text!r} is not an address: no port (expected 10.0.0.1:80 or [fd00::1]:80)")
+            raise ValueError(
+                f"{text!r} is not an address: no port (expected 10.0.0.1:80 or [fd00::1]:80)"
+            )
         if not (digits.isascii() and digits.isdigit() and int(digits) <= 65535):
             raise ValueError(f"{text!r} is not an address: {digits!r} is not a port (0 to 65535)")
         bracketed = host.startswith("[") and host.endswith("]")
         try:
             literal = ipaddress.ip_address(host[1:-1] if bracketed else host)
         except ValueError:
-            raise ValueError(f"{text!r} is not an address: {host!r} is not an IP literal (names are not resolved here)") from None
+            raise ValueError(
+                f"{text!r} is not an address: {host!r} is not an IP literal (names are not resolved"
+                " here)"
+            ) from None
         if bracketed != (literal.version == 6):
-            raise ValueError(f"{text!r} is not an address: IPv6 needs brackets, IPv4 must not have them")
+            raise ValueError(
+                f"{text!r} is not an address: IPv6 needs brackets, IPv4 must not have them"
+            )
         if isinstance(literal, ipaddress.IPv6Address) and literal.ipv4_mapped is not None:
             literal = literal.ipv4_mapped
         return cls(str(literal), int(digits))

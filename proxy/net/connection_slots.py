@@ -131,7 +131,9 @@ class Slot:
 
     @property
     def waiting_since(self) -> float | None:
-        return self.activity.waiting_since if self.activity is not None and not self.evicted else None
+        return (
+            self.activity.waiting_since if self.activity is not None and not self.evicted else None
+        )
 
 
 def _unheard(_: str, __: str) -> None:
@@ -231,7 +233,9 @@ class Slots:
         if member:
             if self.known >= bounds.total and not self._room_for_member():
                 raise self._refused("full", slot.source)
-        elif (self.count("plain") >= bounds.total - bounds.reserved or self.known >= bounds.total) and not self._evict_waiting():
+        elif (
+            self.count("plain") >= bounds.total - bounds.reserved or self.known >= bounds.total
+        ) and not self._evict_waiting():
             raise self._refused("reserved" if self.known < bounds.total else "full", slot.source)
         self.move(slot, "member" if member else "plain")
 
@@ -273,7 +277,11 @@ class Slots:
         own = self._sources.get(source, ())
         if len(own) < self.bounds.per_source:
             return
-        waiting = [(since, number, slot) for number, slot in enumerate(own) if (since := slot.waiting_since) is not None]
+        waiting = [
+            (since, number, slot)
+            for number, slot in enumerate(own)
+            if (since := slot.waiting_since) is not None
+        ]
         if waiting:
             self._evict(min(waiting)[2], "source")
         else:
@@ -324,12 +332,20 @@ class _Waiting:
         until = self._clock() - least
         while self._found and self._found[-1][0] <= until:
             since, _, slot = self._found.pop()
-            if slot in self._group and slot.waiting_since == since and (slot.stream is None or slot.stream.is_idle()):
+            if (
+                slot in self._group
+                and slot.waiting_since == since
+                and (slot.stream is None or slot.stream.is_idle())
+            ):
                 return slot
         return None
 
     def _look(self) -> None:
-        waiting = ((since, number, slot) for number, slot in enumerate(self._group) if (since := slot.waiting_since) is not None)
+        waiting = (
+            (since, number, slot)
+            for number, slot in enumerate(self._group)
+            if (since := slot.waiting_since) is not None
+        )
         self._found = heapq.nsmallest(_KEPT, waiting)
         self._found.reverse()
         self._next_look = self._clock() + (_LOOK_PAUSE if len(self._group) > _KEPT else 0.0)

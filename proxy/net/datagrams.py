@@ -54,7 +54,9 @@ def send(sock: socket.socket, data: bytes, to: Sender) -> bool:
     return True
 
 
-async def ask(sock: socket.socket, peer: Address, data: bytes, accept: Callable[[bytes], bool]) -> bytes:
+async def ask(
+    sock: socket.socket, peer: Address, data: bytes, accept: Callable[[bytes], bool]
+) -> bytes:
     """Send `data` to the peer of a connected socket, and return its answer.
 
     The answer is the first datagram that `accept` accepts. Other datagrams are ignored. The caller

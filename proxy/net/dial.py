@@ -148,7 +148,9 @@ class Dialer:
             try:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, self.mark)
             except PermissionError as error:
-                detail = f"the packet mark {self.mark:#x} is not permitted (SO_MARK needs CAP_NET_ADMIN)"
+                detail = (
+                    f"the packet mark {self.mark:#x} is not permitted (SO_MARK needs CAP_NET_ADMIN)"
+                )
                 raise ConnectFailed(address, "other", detail) from error
 
     def _watched(self, local: Address, address: Address, depth: int) -> Callable[[], None] | None:
@@ -173,7 +175,9 @@ class Dialer:
 
 def _socket(address: Address, kind: int) -> socket.socket:
     try:
-        return socket.socket(socket.AF_INET6 if address.is_ipv6 else socket.AF_INET, kind | socket.SOCK_NONBLOCK)
+        return socket.socket(
+            socket.AF_INET6 if address.is_ipv6 else socket.AF_INET, kind | socket.SOCK_NONBLOCK
+        )
     except OSError as error:
         raise failure(address, error.errno or 0) from error
 
@@ -207,4 +211,6 @@ def _stream(sock: socket.socket, address: Address, local: Address) -> SocketStre
 
 def failure(address: Address, code: int) -> ConnectFailed:
     """The error for a system call towards `address` that failed with the errno `code`."""
-    return ConnectFailed(address, _REASONS.get(code, "other"), _WORDS.get(code) or os.strerror(code).lower())
+    return ConnectFailed(
+        address, _REASONS.get(code, "other"), _WORDS.get(code) or os.strerror(code).lower()
+    )

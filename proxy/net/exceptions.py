@@ -14,7 +14,9 @@ import trio
 
 from proxy.net.address import Address
 
-LossReason = Literal["reset", "closed", "timeout", "truncated", "torn", "expired", "evicted", "other"]
+LossReason = Literal[
+    "reset", "closed", "timeout", "truncated", "torn", "expired", "evicted", "other"
+]
 # `local`: the cause is this machine or this process, not the address.
 ConnectReason = Literal["refused", "timeout", "unreachable", "reset", "local", "other"]
 TLSKind = Literal["certificate", "protocol", "alert", "timeout"]

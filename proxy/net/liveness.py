@@ -76,7 +76,9 @@ class Liveness:
             idle = max(1, round(self.keepalive))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, min(idle, _KEEPALIVE_INTERVAL))
+            sock.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, min(idle, _KEEPALIVE_INTERVAL)
+            )
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
 
     def watch(self, stream: SocketStream) -> None:

@@ -72,7 +72,19 @@ class Budget:
     `limit` in bytes. `patience` in seconds.
     """
 
-    __slots__ = ("_over", "_shares", "_waiting", "counts", "half", "limit", "on_action", "open_limit", "open_used", "patience", "used")
+    __slots__ = (
+        "_over",
+        "_shares",
+        "_waiting",
+        "counts",
+        "half",
+        "limit",
+        "on_action",
+        "open_limit",
+        "open_used",
+        "patience",
+        "used",
+    )
 
     def __init__(self, limit: int = UNLIMITED, patience: float = 10.0) -> None:
         self.limit = limit
@@ -112,8 +124,16 @@ class Budget:
         for share in list(self._waiting):
             if share.gone():
                 share.exhaust()
-        self._over = {share: self._over.get(share, now) for share in self._shares if share.over} if self.used > self.half else {}
-        exhausted = [share for share, since in self._over.items() if now - since >= self.patience and share.on_exhausted is not None]
+        self._over = (
+            {share: self._over.get(share, now) for share in self._shares if share.over}
+            if self.used > self.half
+            else {}
+        )
+        exhausted = [
+            share
+            for share, since in self._over.items()
+            if now - since >= self.patience and share.on_exhausted is not None
+        ]
         # The largest first, and not all at once: each end raises the threshold of the others.
         exhausted.sort(key=_held, reverse=True)
         for share in exhausted[: 1 + len(exhausted) // 8]:
@@ -189,7 +209,10 @@ class Share:
         budget = self.budget
         if self.member:
             return max(0, budget.limit - budget.used) >> _MEMBER_SHIFT
-        return max(0, min(budget.open_limit - budget.open_used, budget.limit - budget.used)) >> _OPEN_SHIFT
+        return (
+            max(0, min(budget.open_limit - budget.open_used, budget.limit - budget.used))
+            >> _OPEN_SHIFT
+        )
 
     @property
     def over(self) -> bool:
@@ -207,7 +230,10 @@ class Share:
             # The thresholds limit what members hold. The last sixteenth is for finishing work that
             # has begun.
             return True
-        return not self.member and budget.open_limit - budget.open_used < budget.open_limit >> _FULL_SHIFT
+        return (
+            not self.member
+            and budget.open_limit - budget.open_used < budget.open_limit >> _FULL_SHIFT
+        )
 
     def refuses(self, action: Action) -> bool:
         """Whether new work must be refused. If so, count it as `action`."""
@@ -259,7 +285,12 @@ class _Holding(AbstractContextManager[None]):
     def __enter__(self) -> None:
         self._share.charge(self._size)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._share.release(self._size)
 
 

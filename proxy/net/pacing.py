@@ -19,7 +19,15 @@ from collections.abc import Callable
 from time import thread_time
 
 import trio
-from trio.lowlevel import Abort, RaiseCancelT, Task, checkpoint, current_task, reschedule, wait_task_rescheduled
+from trio.lowlevel import (
+    Abort,
+    RaiseCancelT,
+    Task,
+    checkpoint,
+    current_task,
+    reschedule,
+    wait_task_rescheduled,
+)
 
 # Steps of one pass: minimum, initial value, maximum, growth.
 _LEAST, _FIRST, _MOST, _MORE = 8, 256, 512, 8

@@ -112,7 +112,13 @@ class Joint:
         "_ended", "_on_bytes", "error", "first", "held", "how", "idle", "moved", "over", "quiet_since", "share", "side", "sides", "unread",
     )  # fmt: skip
 
-    def __init__(self, client: Stream, server: Stream, idle: float, on_bytes: Callable[[int, int], None] | None) -> None:
+    def __init__(
+        self,
+        client: Stream,
+        server: Stream,
+        idle: float,
+        on_bytes: Callable[[int, int], None] | None,
+    ) -> None:
         self.sides = (client, server)
         self.share = UNCOUNTED  # the share that is charged for bytes in transit
         self.idle = idle
@@ -195,7 +201,12 @@ Carry = Callable[[Joint], Awaitable[None]]
 
 
 async def relay(
-    client: Stream, server: Stream, *, idle: float, on_bytes: Callable[[int, int], None] | None = None, carry: Carry | None = None
+    client: Stream,
+    server: Stream,
+    *,
+    idle: float,
+    on_bytes: Callable[[int, int], None] | None = None,
+    carry: Carry | None = None,
 ) -> Relayed:
     """Join `client` and `server` until both directions end, a side is lost, or the relay is idle.
 
@@ -258,7 +269,15 @@ class _Pumps:
                     copying.enough = _NEVER
                     continue
                 with closing(pipe):
-                    if not await self._carry(side, _Way(partial(source.receive_into, pipe), sink.send_from, full=False, enough=_LULL)):
+                    if not await self._carry(
+                        side,
+                        _Way(
+                            partial(source.receive_into, pipe),
+                            sink.send_from,
+                            full=False,
+                            enough=_LULL,
+                        ),
+                    ):
                         return
         else:
             await self._carry(side, copying)

@@ -37,7 +37,13 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import trio
-from trio.lowlevel import checkpoint, checkpoint_if_cancelled, notify_closing, wait_readable, wait_writable
+from trio.lowlevel import (
+    checkpoint,
+    checkpoint_if_cancelled,
+    notify_closing,
+    wait_readable,
+    wait_writable,
+)
 
 from proxy.net.address import Address
 from proxy.net.byte_stream import End, Stream
@@ -270,7 +276,9 @@ class SocketStream(trio.abc.HalfCloseableStream):
     def send_nowait(self, data: bytes | memoryview, *, sound: bool = False) -> int:  # noqa: ARG002  # for TLS
         """See nonblocking.py."""
         if self._closed or self._eof_sent:
-            raise trio.ClosedResourceError("this connection, or this direction of it, was already closed")
+            raise trio.ClosedResourceError(
+                "this connection, or this direction of it, was already closed"
+            )
         sent = self._send_some(data)
         self.bytes_written += sent
         return sent
@@ -360,7 +368,9 @@ class SocketStream(trio.abc.HalfCloseableStream):
 
     def reset(self) -> None:
         if not self._closed:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)  # close() then sends RST (socket(7))
+            self.socket.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE
+            )  # close() then sends RST (socket(7))
             self.close()
 
     def fail(self, loss: ConnectionLost) -> None:
@@ -395,7 +405,9 @@ class SocketStream(trio.abc.HalfCloseableStream):
         if self._writing:
             raise trio.BusyResourceError("another task is already writing to this connection")
         if self._torn:
-            raise ConnectionLost("an earlier send to this connection was cancelled half-way", "torn")
+            raise ConnectionLost(
+                "an earlier send to this connection was cancelled half-way", "torn"
+            )
         self._writing = True
 
     async def _pass(self) -> None:

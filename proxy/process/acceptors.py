@@ -27,7 +27,13 @@ _EVICTED = {
 }
 
 
-def acceptor(name: str, handler: Callable[[Connection], Awaitable[None]], bounds: Bounds, metrics: Metrics, descriptors: int) -> Acceptor:
+def acceptor(
+    name: str,
+    handler: Callable[[Connection], Awaitable[None]],
+    bounds: Bounds,
+    metrics: Metrics,
+    descriptors: int,
+) -> Acceptor:
     """An acceptor of traffic, limited to the connections that the descriptors suffice for.
 
     `descriptors` are reserved; the rest of RLIMIT_NOFILE serves the traffic of both directions. A
@@ -37,9 +43,17 @@ def acceptor(name: str, handler: Callable[[Connection], Awaitable[None]], bounds
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = bounds.total if soft == resource.RLIM_INFINITY else max(1, (soft - descriptors) // 5)
     if most < bounds.total:
-        _log.info("%s: RLIMIT_NOFILE is %d, so the limit is %d connections, not %d", name, soft, most, bounds.total)
+        _log.info(
+            "%s: RLIMIT_NOFILE is %d, so the limit is %d connections, not %d",
+            name,
+            soft,
+            most,
+            bounds.total,
+        )
         reserved = bounds.reserved * most // bounds.total
-        bounds = Bounds(most, min(bounds.pending, max(2, most // 2)) if bounds.pending else 0, reserved)
+        bounds = Bounds(
+            most, min(bounds.pending, max(2, most // 2)) if bounds.pending else 0, reserved
+        )
     made = Acceptor(handler, limit=bounds, on_error=report, on_pause=_pausing)
     admission(name, made.slots, metrics)
     return made
@@ -68,7 +82,14 @@ def admission(name: str, slots: Slots, metrics: Metrics) -> None:
 
     def refused(reason: str, source: str) -> None:
         metrics.refused(name, reason)
-        warn(_log, refusals, "%s: a connection from %s was refused: the limit is reached (%s)", name, source, reason)
+        warn(
+            _log,
+            refusals,
+            "%s: a connection from %s was refused: the limit is reached (%s)",
+            name,
+            source,
+            reason,
+        )
 
     slots.on_evict, slots.on_refuse = evicted, refused
 

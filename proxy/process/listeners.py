@@ -27,7 +27,9 @@ class Listeners:
 
     def ports(self) -> frozenset[int]:
         """The ports whose connections are forwarded."""
-        return frozenset(sock.getsockname()[1] for sock in (*self.outbound, *self.inbound, *self.names))
+        return frozenset(
+            sock.getsockname()[1] for sock in (*self.outbound, *self.inbound, *self.names)
+        )
 
 
 def listen(config: Config, liveness: Liveness, resolvers: Resolvers | None = None) -> Listeners:
@@ -46,8 +48,14 @@ def listen(config: Config, liveness: Liveness, resolvers: Resolvers | None = Non
 
     try:
         if config.gateway.enabled:
-            return Listeners([], every(config.gateway.listen), every(config.admin.listen), names=[], datagrams=[])
-        traffic = every(config.outbound.listen), every(config.inbound.listen), every(config.admin.listen)
+            return Listeners(
+                [], every(config.gateway.listen), every(config.admin.listen), names=[], datagrams=[]
+            )
+        traffic = (
+            every(config.outbound.listen),
+            every(config.inbound.listen),
+            every(config.admin.listen),
+        )
         if config.dns is None or resolvers is None:
             return Listeners(*traffic, names=[], datagrams=[])
         names = every(config.dns.listen)

@@ -13,7 +13,13 @@ def load_directory(config: Config) -> DirectorySource | None:
     section = config.directory
     if section is None:
         return None
-    rules = Acceptance(section.settle, section.require_end, section.max_loss, section.remember, section.max_remembered)
+    rules = Acceptance(
+        section.settle,
+        section.require_end,
+        section.max_loss,
+        section.remember,
+        section.max_remembered,
+    )
     try:
         return DirectorySource(section.file, rules)
     except DirectoryError as error:

@@ -68,7 +68,9 @@ _WORDS: dict[Action, str] = {
 }
 
 
-def limit_of_container(proc: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int | None:
+def limit_of_container(
+    proc: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+) -> int | None:
     """The lowest memory limit of this process's control groups, in bytes; None if there is none.
 
     A container without a cgroup namespace sees the host's path in `proc`, and its own group at the
@@ -78,14 +80,20 @@ def limit_of_container(proc: Path = Path("/proc/self/cgroup"), mount: Path = Pat
     for line in _lines(proc):
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            root, name = mount if (mount / "cgroup.controllers").exists() else mount / "unified", "memory.max"
+            root, name = (
+                mount if (mount / "cgroup.controllers").exists() else mount / "unified",
+                "memory.max",
+            )
         elif "memory" in controllers.split(","):
             root, name = mount / "memory", "memory.limit_in_bytes"
         else:
             continue
         group = root / path.lstrip("/")
         for folder in (group, *group.parents):
-            if folder.is_relative_to(root) and (text := "".join(_lines(folder / name)[:1])).isdecimal():
+            if (
+                folder.is_relative_to(root)
+                and (text := "".join(_lines(folder / name)[:1])).isdecimal()
+            ):
                 found.append(int(text))  # noqa: PERF401  # clearer than a comprehension
     return min((limit for limit in found if limit < _NO_LIMIT), default=None)
 
@@ -114,7 +122,9 @@ class MemoryWatch:
     """
 
     def __init__(self, config: Config, streams: StreamLimit, metrics: Metrics) -> None:
-        self.budget = budget = Budget(budget_of(config, limit_of_container()), config.memory.patience)
+        self.budget = budget = Budget(
+            budget_of(config, limit_of_container()), config.memory.patience
+        )
         self._streams = streams
         self._metrics = metrics
         self._limits = {action: RateLimit(1) for action in ACTIONS}
@@ -183,7 +193,8 @@ def resident() -> int:
 
 
 def collect_seldom() -> None:
-    """Make automatic full collections of the garbage collector rare (see the module's docstring)."""
+    """Make automatic full collections of the garbage collector rare (see the module's
+    docstring)."""
     gc.set_threshold(*gc.get_threshold()[:2], _FULL_COLLECTION)
 
 

@@ -25,11 +25,20 @@ def load_identity(config: Config) -> Identity | None:
         return None
     files = MaterialFiles(config.identity.certificate, config.identity.key, config.identity.roots)
     try:
-        identity = Identity(files, TLSSettings(session_lifetime=config.identity.session_lifetime, settle=config.identity.settle))
+        identity = Identity(
+            files,
+            TLSSettings(
+                session_lifetime=config.identity.session_lifetime, settle=config.identity.settle
+            ),
+        )
     except MaterialError as error:
         raise StartError(str(error), 64) from error
     if identity.id.trust_domain != config.trust_domain:
-        raise StartError(f"{files.certificate} is for the trust domain {identity.id.trust_domain}, not {config.trust_domain}", 64)
+        raise StartError(
+            f"{files.certificate} is for the trust domain {identity.id.trust_domain}, not"
+            f" {config.trust_domain}",
+            64,
+        )
     return identity
 
 
@@ -50,7 +59,8 @@ class OwnIdentity:
             self._note(self.current)
 
     def not_ready(self) -> str | None:
-        """Why peers refuse our certificate now (not yet valid, or expired); None if they accept it."""
+        """Why peers refuse our certificate now (not yet valid, or expired); None if they accept
+        it."""
         return self.current.validity_problem() if self.current is not None else None
 
     async def watch(self) -> None:
@@ -59,17 +69,33 @@ class OwnIdentity:
             return
         for warning in self.current.warnings:
             _log.warning("%s", warning)
-        await identities.watch(self.current, self._interval, self._changed, self._broken, lambda sentence: _log.warning("%s", sentence))
+        await identities.watch(
+            self.current,
+            self._interval,
+            self._changed,
+            self._broken,
+            lambda sentence: _log.warning("%s", sentence),
+        )
 
     def _changed(self, identity: Identity) -> None:
         self._metrics.identity_reloaded("ok")
         self._note(identity)
         self.expiries.untrust(identity.roots)
-        _log.info("new certificate or trust roots in use: %s, valid until %s", identity.id, identity.not_after.isoformat())
+        _log.info(
+            "new certificate or trust roots in use: %s, valid until %s",
+            identity.id,
+            identity.not_after.isoformat(),
+        )
 
     def _broken(self, error: MaterialError) -> None:
         self._metrics.identity_reloaded("error")
-        _log.error("cannot use the changed certificate, key or roots, keeping the old ones: %s", error)
+        _log.error(
+            "cannot use the changed certificate, key or roots, keeping the old ones: %s", error
+        )
 
     def _note(self, identity: Identity) -> None:
-        self._metrics.validity(identity.not_before.timestamp(), identity.not_after.timestamp(), identity.roots_not_after.timestamp())
+        self._metrics.validity(
+            identity.not_before.timestamp(),
+            identity.not_after.timestamp(),
+            identity.roots_not_after.timestamp(),
+        )

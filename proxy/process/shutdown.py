@@ -34,7 +34,13 @@ class Drainable(Protocol):
     def drain(self) -> None: ...
 
 
-async def drain(inbound: Acceptor, outbound: Acceptor, connections: Drain, pools: Drainable, settings: ShutdownConfig) -> None:
+async def drain(
+    inbound: Acceptor,
+    outbound: Acceptor,
+    connections: Drain,
+    pools: Drainable,
+    settings: ShutdownConfig,
+) -> None:
     """Stop accepting, and return when all open connections have ended. Cancels the rest after
     `settings.grace` seconds.
     """
@@ -46,7 +52,11 @@ async def drain(inbound: Acceptor, outbound: Acceptor, connections: Drain, pools
     pools.drain()
     quiet, seen = 0.0, outbound.accepted
     with trio.move_on_at(began + settings.grace):
-        while inbound.open or quiet < _QUIET or trio.current_time() < began + settings.outbound_minimum:
+        while (
+            inbound.open
+            or quiet < _QUIET
+            or trio.current_time() < began + settings.outbound_minimum
+        ):
             await trio.sleep(_TICK)
             # A short connection may have opened and closed since the last check.
             busy = outbound.open > 0 or outbound.accepted != seen

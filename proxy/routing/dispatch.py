@@ -45,7 +45,14 @@ from proxy.exchange.exchange import Exchange
 from proxy.net.exceptions import ConnectFailed
 from proxy.net.socket_stream import Stream
 from proxy.routing.endpoint_wait import Found, Patience
-from proxy.routing.retries import ENDPOINTS_TRIED, FAILURES, NOT_CONNECTED, Attempts, AttemptTimeout, unreachable
+from proxy.routing.retries import (
+    ENDPOINTS_TRIED,
+    FAILURES,
+    NOT_CONNECTED,
+    Attempts,
+    AttemptTimeout,
+    unreachable,
+)
 from proxy.telemetry.log import RateLimit, warn
 from proxy.telemetry.metrics import Metrics
 from proxy.wire import grpc
@@ -94,7 +101,11 @@ class Dispatcher:
                 endpoint, handoff = handoff.go_on(attempts), None
             else:
                 picked = _pick(exchange, endpoint_set, target, attempts)
-                if picked is None and attempts.failure is not None and not endpoint_set.may_return(target):
+                if (
+                    picked is None
+                    and attempts.failure is not None
+                    and not endpoint_set.may_return(target)
+                ):
                     raise attempts.failure
                 if picked is None or endpoint_set.queue:
                     patience = patience or self._patience(lambda: choose(exchange))
@@ -120,7 +131,9 @@ class Dispatcher:
             target, endpoint_set = self._choose_again(lambda: choose(exchange), failure)
             attempts.remind()
 
-    def _choose_again(self, choose: Callable[[], Target], failure: Exception | None) -> tuple[Target, EndpointSet]:
+    def _choose_again(
+        self, choose: Callable[[], Target], failure: Exception | None
+    ) -> tuple[Target, EndpointSet]:
         """Choose a target again after an attempt. If there is none any more, raises the earlier
         `failure`, which tells the client more."""
         try:
@@ -156,7 +169,12 @@ class Dispatcher:
             return Underway(exchange, target, endpoint, None)
         endpoint_set = self._balancer.endpoint_set(target.service)
         endpoint_set.budget.requests += 1
-        return Underway(exchange, target, endpoint, endpoint_set.begin(target.policy, endpoint, alone=len(target.endpoints) == 1))
+        return Underway(
+            exchange,
+            target,
+            endpoint,
+            endpoint_set.begin(target.policy, endpoint, alone=len(target.endpoints) == 1),
+        )
 
     # Opaque connections.
 
@@ -167,7 +185,9 @@ class Dispatcher:
         raise."""
         return Connected(self, choose, connect)
 
-    async def connected(self, choose: Callable[[], Target], connect: Connect) -> tuple[Stream, Work | None]:
+    async def connected(
+        self, choose: Callable[[], Target], connect: Connect
+    ) -> tuple[Stream, Work | None]:
         """Open a stream to an endpoint of the target that `choose` returns. Tries another
         endpoint if a connection fails. The caller must call `finished` on the returned work. An
         address without a service has no work. Raises what `connection` raises."""
@@ -176,7 +196,9 @@ class Dispatcher:
             return await connect(target, _only(target)), None
         return await self._connected(target, choose, connect)
 
-    async def _connected(self, target: Target, choose: Callable[[], Target], connect: Connect) -> tuple[Stream, Work]:
+    async def _connected(
+        self, target: Target, choose: Callable[[], Target], connect: Connect
+    ) -> tuple[Stream, Work]:
         endpoint_set, failure = self._endpoint_set(target), None
         tried: tuple[Endpoint, ...] = ()
         patience: Patience | None = None
@@ -199,7 +221,9 @@ class Dispatcher:
                     work.finished()
                     raise
                 gone = isinstance(error, NOT_CONNECTED)
-                work.failed(describe(error).reason, how=unreachable(error) if gone else Failure.RESPONSE)
+                work.failed(
+                    describe(error).reason, how=unreachable(error) if gone else Failure.RESPONSE
+                )
                 work.finished()
                 failure, tried = error, (*tried, endpoint)
             except BaseException:
@@ -237,7 +261,9 @@ class Connected:
 
     __slots__ = ("_choose", "_connect", "_dispatcher", "_work")
 
-    def __init__(self, dispatcher: Dispatcher, choose: Callable[[], Target], connect: Connect) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, choose: Callable[[], Target], connect: Connect
+    ) -> None:
         self._dispatcher = dispatcher
         self._choose = choose
         self._connect = connect
@@ -247,7 +273,12 @@ class Connected:
         stream, self._work = await self._dispatcher.connected(self._choose, self._connect)
         return stream
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._work is not None:
             self._work.finished()
 
@@ -279,7 +310,9 @@ class Underway:
 
     __slots__ = ("_exchange", "_seconds", "_started", "_work", "endpoint", "target")
 
-    def __init__(self, exchange: Exchange, target: Target, endpoint: Endpoint, work: Work | None) -> None:
+    def __init__(
+        self, exchange: Exchange, target: Target, endpoint: Endpoint, work: Work | None
+    ) -> None:
         self._exchange = exchange
         self._work = work
         self._started = trio.current_time() if work is not None and work.load is not None else 0.0
@@ -306,7 +339,10 @@ class Underway:
                 how = Failure.SILENCE if unanswered(response.headers) else Failure.RESPONSE
                 work.failed(f"status {response.status}", seconds, how)
             else:
-                work.answered(seconds, bad=response.status >= 500 or bool(code and self._exchange.grpc_status is None))
+                work.answered(
+                    seconds,
+                    bad=response.status >= 500 or bool(code and self._exchange.grpc_status is None),
+                )
         work.finished()
 
     def _waited(self) -> float | None:
@@ -340,13 +376,19 @@ def _underway(exchange: Exchange) -> Underway | None:
     return attempt if isinstance(attempt, Underway) else None
 
 
-def _pick(exchange: Exchange, endpoint_set: EndpointSet, target: Target, attempts: Attempts) -> Endpoint | None:
+def _pick(
+    exchange: Exchange, endpoint_set: EndpointSet, target: Target, attempts: Attempts
+) -> Endpoint | None:
     """The endpoint of the next attempt. None: no endpoint can be used now."""
     first, exchange.first = exchange.first, None
     if isinstance(first, Endpoint) and endpoint_set.sound(first, target):
         return first
     endpoint = endpoint_set.pick(target, attempts.tried)
-    return endpoint_set.pick(target, attempts.unreached) if endpoint is None and attempts.tried else endpoint
+    return (
+        endpoint_set.pick(target, attempts.unreached)
+        if endpoint is None and attempts.tried
+        else endpoint
+    )
 
 
 def _only(target: Target) -> Endpoint:

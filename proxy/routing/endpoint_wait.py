@@ -43,24 +43,34 @@ class Patience:
 
     __slots__ = ("_balancer", "_choose", "_metrics", "_patient_until", "_told_at")
 
-    def __init__(self, balancer: Balancer, metrics: EndpointMetrics, choose: Callable[[], Target]) -> None:
+    def __init__(
+        self, balancer: Balancer, metrics: EndpointMetrics, choose: Callable[[], Target]
+    ) -> None:
         self._balancer = balancer
         self._metrics = metrics
         self._choose = choose
-        self._patient_until: float | None = None  # trio's time; the first failed trial after it decides. None: not waited yet
+        self._patient_until: float | None = (
+            None  # trio's time; the first failed trial after it decides. None: not waited yet
+        )
         self._told_at = inf  # fail at this time in any case
 
     async def wait(self) -> Found:
-        """Wait until an endpoint may be tried. Raises NoEndpoint, AllBroken, QueueFull, and what `choose` raises."""
+        """Wait until an endpoint may be tried. Raises NoEndpoint, AllBroken, QueueFull, and what
+        `choose` raises."""
         target = self._choose()
         endpoint_set, rules = self._endpoint_set(target), target.policy.queue
         self._check(endpoint_set, target)
         if len(endpoint_set.queue) >= rules.size:
-            raise QueueFull(f"{len(endpoint_set.queue)} requests already wait for an endpoint of {target.service}")
+            raise QueueFull(
+                f"{len(endpoint_set.queue)} requests already wait for an endpoint of"
+                f" {target.service}"
+            )
         with endpoint_set.queue.place() as place, self._metrics.queued() as record:
             while True:
                 soon = trio.current_time() + _LOOK_AGAIN
-                await endpoint_set.queue.turn(place, max(soon, endpoint_set.next_probe(target)), max(soon, self._next_check))
+                await endpoint_set.queue.turn(
+                    place, max(soon, endpoint_set.next_probe(target)), max(soon, self._next_check)
+                )
                 target = self._choose()
                 chosen = self._endpoint_set(target)
                 endpoint = chosen.pick(target) if endpoint_set.queue.first(place) else None
@@ -83,7 +93,10 @@ class Patience:
     def _check(self, endpoint_set: EndpointSet, target: Target) -> None:
         """Raises NoEndpoint or AllBroken if it makes no sense to wait any longer."""
         if not any(endpoint.ready for endpoint in target.endpoints):
-            raise NoEndpoint(f"none of the {len(target.endpoints)} endpoints of {target.service or 'the destination'} is ready")
+            raise NoEndpoint(
+                f"none of the {len(target.endpoints)} endpoints of"
+                f" {target.service or 'the destination'} is ready"
+            )
         now, timeout = trio.current_time(), target.policy.queue.timeout
         until = self._patient_until
         if until is None:
@@ -94,7 +107,9 @@ class Patience:
         if usable:  # all waiting requests will be served in a moment
             self._told_at = until + timeout + _TRIAL
         elif self._told_at == inf:
-            trial = now if endpoint_set.trying(target) else max(now, endpoint_set.next_probe(target))
+            trial = (
+                now if endpoint_set.trying(target) else max(now, endpoint_set.next_probe(target))
+            )
             self._told_at = trial + _TRIAL if trial <= now + timeout else now
         if now >= self._told_at or (not usable and endpoint_set.in_vain(target) > until):
             raise AllBroken(f"{self._broken(target)}, and none became usable within {timeout:g} s")
@@ -107,12 +122,22 @@ class Patience:
             self._patient_until = latest
             return latest
         if endpoint_set.next_probe(target) > latest and not endpoint_set.trying(target):
-            raise AllBroken(f"{self._broken(target)}; the next trial is in {endpoint_set.next_probe(target) - now:.1f} s")
-        self._patient_until = now if endpoint_set.opens(target) > latest or not endpoint_set.may_return(target) else latest
+            raise AllBroken(
+                f"{self._broken(target)}; the next trial is in"
+                f" {endpoint_set.next_probe(target) - now:.1f} s"
+            )
+        self._patient_until = (
+            now
+            if endpoint_set.opens(target) > latest or not endpoint_set.may_return(target)
+            else latest
+        )
         return self._patient_until
 
     def _broken(self, target: Target) -> str:
-        ready, why = sum(endpoint.ready for endpoint in target.endpoints), self._endpoint_set(target).why(target)
+        ready, why = (
+            sum(endpoint.ready for endpoint in target.endpoints),
+            self._endpoint_set(target).why(target),
+        )
         who = (
             f"breakers of all {ready} endpoints of {target.service} are"
             if ready > 1

@@ -121,10 +121,16 @@ class RemoteGateways:
     _names: dict[str, _Name] = field(default_factory=dict, init=False)
     _pulses: dict[Endpoint, _Pulse] = field(default_factory=dict, init=False)
     _lines: dict[Endpoint, _Lines] = field(default_factory=dict, init=False)
-    _asked: dict[str, float] = field(default_factory=dict, init=False)  # time of the last request for a cluster
-    _made: dict[int, tuple[Target, Target]] = field(default_factory=dict, init=False)  # by id of the snapshot's target
+    _asked: dict[str, float] = field(
+        default_factory=dict, init=False
+    )  # time of the last request for a cluster
+    _made: dict[int, tuple[Target, Target]] = field(
+        default_factory=dict, init=False
+    )  # by id of the snapshot's target
     _gateways: dict[Address, str] = field(default_factory=dict, init=False)
-    _changed: dict[str, tuple[Endpoint, ...]] = field(default_factory=dict, init=False)  # where it differs from the snapshot
+    _changed: dict[str, tuple[Endpoint, ...]] = field(
+        default_factory=dict, init=False
+    )  # where it differs from the snapshot
 
     def through(self, target: Target) -> Target:
         """The target with the gateways that are usable now, if it is in another cluster. Otherwise
@@ -150,8 +156,16 @@ class RemoteGateways:
         found = self.source.current.clusters.get(cluster)
         if found is None or not found.gateways:
             return f"the directory has no gateway of {cluster}"
-        words = [f"{name.failure} ({gateway.host})" for gateway in found.gateways if (name := self._unresolved(gateway)) is not None]
-        words += [f"{end.address}: {self._pulses[end].words}" for end in self._endpoints(found) if self._dead(end)]
+        words = [
+            f"{name.failure} ({gateway.host})"
+            for gateway in found.gateways
+            if (name := self._unresolved(gateway)) is not None
+        ]
+        words += [
+            f"{end.address}: {self._pulses[end].words}"
+            for end in self._endpoints(found)
+            if self._dead(end)
+        ]
         return f"no gateway of {cluster} is usable: {'; '.join(words)}"
 
     def connected(self, endpoint: Endpoint, stream: SocketStream | TLSStream) -> None:
@@ -177,7 +191,9 @@ class RemoteGateways:
     def _endpoints(self, cluster: Cluster) -> Iterator[Endpoint]:
         for gateway in cluster.gateways:
             name = None if gateway.literal else self._names.get(gateway.host)
-            for host in (gateway.host,) if gateway.literal else name.addresses if name is not None else ():
+            for host in (
+                (gateway.host,) if gateway.literal else name.addresses if name is not None else ()
+            ):
                 yield gateway.at(host)
 
     def _dead(self, endpoint: Endpoint) -> bool:
@@ -188,18 +204,31 @@ class RemoteGateways:
         """Compute the usable gateways again, after a change of the directory or of a gateway's
         state."""
         directory = self._seen = self.source.current
-        hosts = {gateway.host for cluster in directory.clusters.values() for gateway in cluster.gateways if not gateway.literal}
+        hosts = {
+            gateway.host
+            for cluster in directory.clusters.values()
+            for gateway in cluster.gateways
+            if not gateway.literal
+        }
         self._names = {host: self._names.get(host) or _Name() for host in hosts}
-        every = {name: tuple(self._endpoints(cluster)) for name, cluster in directory.clusters.items()}
-        self._gateways = {endpoint.address: name for name, endpoints in every.items() for endpoint in endpoints}
+        every = {
+            name: tuple(self._endpoints(cluster)) for name, cluster in directory.clusters.items()
+        }
+        self._gateways = {
+            endpoint.address: name for name, endpoints in every.items() for endpoint in endpoints
+        }
         known = {endpoint for endpoints in every.values() for endpoint in endpoints}
-        self._pulses = {endpoint: pulse for endpoint, pulse in self._pulses.items() if endpoint in known}
+        self._pulses = {
+            endpoint: pulse for endpoint, pulse in self._pulses.items() if endpoint in known
+        }
         self._lines = {endpoint: self._lines.get(endpoint, _Lines()) for endpoint in known}
         self._asked = {name: when for name, when in self._asked.items() if name in every}
         self._changed, self._made = {}, {}
         for name, endpoints in every.items():
             alive = tuple(endpoint for endpoint in endpoints if not self._dead(endpoint))
-            if len(alive) < len(endpoints) or not all(gateway.literal for gateway in directory.clusters[name].gateways):
+            if len(alive) < len(endpoints) or not all(
+                gateway.literal for gateway in directory.clusters[name].gateways
+            ):
                 self._changed[name] = alive
             self.books.gateways_usable(name, len(alive))
 
@@ -232,7 +261,9 @@ class RemoteGateways:
             for endpoint in self._endpoints(cluster):
                 pulse = self._pulses.get(endpoint)
                 if pulse is None:
-                    self._pulses[endpoint] = _Pulse(now + self.chance.random() * self.settings.probe_interval)
+                    self._pulses[endpoint] = _Pulse(
+                        now + self.chance.random() * self.settings.probe_interval
+                    )
                 elif pulse.due <= now:
                     due.append((cluster.name, endpoint))
         return due
@@ -247,13 +278,22 @@ class RemoteGateways:
         failure = f"was not resolved within {_LOOKUP_TIMEOUT:g} s"
         with trio.move_on_after(_LOOKUP_TIMEOUT):
             try:
-                found = await trio.to_thread.run_sync(_addresses, host, abandon_on_cancel=True, limiter=limit)
+                found = await trio.to_thread.run_sync(
+                    _addresses, host, abandon_on_cancel=True, limiter=limit
+                )
             except OSError as error:  # includes gaierror
                 failure = f"does not resolve: {error.strerror or error}"
         name.due = trio.current_time() + self._spread(self.settings.resolve_interval)
         if not found:
             name.failure = failure
-            warn(_log, _TROUBLES, "the gateway name %s %s; using %d known addresses", host, failure, len(name.addresses))
+            warn(
+                _log,
+                _TROUBLES,
+                "the gateway name %s %s; using %d known addresses",
+                host,
+                failure,
+                len(name.addresses),
+            )
         elif name.addresses != (addresses := tuple(sorted(found)[:_MOST_ADDRESSES])):
             _log.info("the gateway name %s resolves to %s", host, ", ".join(addresses))
             name.addresses = addresses
@@ -280,7 +320,12 @@ class RemoteGateways:
         pulse.silences = pulse.silences + 1 if silent else 0
         pulse.due = trio.current_time() + self._spread(self.settings.probe_interval)
         if self._dead(endpoint) is not before:
-            _log.warning("the gateway %s of %s %s", endpoint.address, cluster, "is usable again" if before else f"is not usable: {failure}")
+            _log.warning(
+                "the gateway %s of %s %s",
+                endpoint.address,
+                cluster,
+                "is usable again" if before else f"is not usable: {failure}",
+            )
             self._look()
         if silent:
             self._listen(cluster, endpoint)
@@ -297,11 +342,21 @@ class RemoteGateways:
                 lines[stream] = stream.bytes_read, pulse.silences
             elif pulse.silences - since >= self.settings.probe_failures:
                 del lines[stream]
-                words = f"the gateway {endpoint.address} of {cluster} does not answer its probes ({pulse.words})"
+                words = (
+                    f"the gateway {endpoint.address} of {cluster} does not answer its probes"
+                    f" ({pulse.words})"
+                )
                 stream.fail(ConnectionLost(words, "timeout"))
                 ended += 1
         if ended:
-            warn(_log, _TROUBLES, "closed %d silent connections to the gateway %s of %s", ended, endpoint.address, cluster)
+            warn(
+                _log,
+                _TROUBLES,
+                "closed %d silent connections to the gateway %s of %s",
+                ended,
+                endpoint.address,
+                cluster,
+            )
 
 
 def _says_nothing(error: Exception) -> bool:
@@ -327,4 +382,6 @@ async def _ask(carrier: Carrier, host: str) -> ResponseHead:
 
 def _addresses(host: str) -> list[str]:
     """Resolve `host`. Runs in a thread. Raises OSError."""
-    return list({str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
+    return list(
+        {str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    )

@@ -53,17 +53,26 @@ def overridden(policy: Policy, headers: Headers) -> Policy:
             changes.setdefault(place[0], {})[place[2]] = found
     if not changes:
         return policy
-    parts = {part: msgspec.structs.replace(getattr(policy, part), **fields) for part, fields in changes.items()}
+    parts = {
+        part: msgspec.structs.replace(getattr(policy, part), **fields)
+        for part, fields in changes.items()
+    }
     return msgspec.structs.replace(policy, **parts)
 
 
 def _value(text: str, form: Shape) -> object:
     if form.type is int:
-        return leaf(int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text, form)
+        return leaf(
+            int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text, form
+        )
     if form.type is float:
         return leaf(text, form)
     element = shape(get_args(form.type)[0])
     words = [word.strip() for word in text.split(",")]
     if form.most is not None and len(words) > form.most:
         raise ValueError(f"at most {form.most} elements, found {len(words)}")
-    return tuple(leaf(int(word) if word.isascii() and word.isdigit() and len(word) < 4 else word, element) for word in words if word)
+    return tuple(
+        leaf(int(word) if word.isascii() and word.isdigit() and len(word) < 4 else word, element)
+        for word in words
+        if word
+    )

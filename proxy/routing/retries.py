@@ -128,7 +128,12 @@ class Attempts:
     )  # fmt: skip
 
     def __init__(
-        self, exchange: Exchange, endpoint_set: EndpointSet, policy: Policy, metrics: EndpointMetrics, client: ClientSettings
+        self,
+        exchange: Exchange,
+        endpoint_set: EndpointSet,
+        policy: Policy,
+        metrics: EndpointMetrics,
+        client: ClientSettings,
     ) -> None:
         """`client`: the limits for a server's response where the policy sets none. Raises
         RequestError."""
@@ -142,7 +147,9 @@ class Attempts:
         self._status = 0
         self._begun = False  # the response has started; its end is not known
         self._started = 0.0
-        self._since: float | None = None  # when it was sent, if the exchange's clock does not have it
+        self._since: float | None = (
+            None  # when it was sent, if the exchange's clock does not have it
+        )
         self._work: Work | None = None
         self.endpoint_set = endpoint_set
         self.policy = policy
@@ -166,14 +173,19 @@ class Attempts:
             self.policy = overridden(self.policy, exchange.request.headers)
         times = self.policy.timeouts
         if times.response_head is not None or times.idle is not None:
-            exchange.times = ClientSettings(times.response_head or self._client.response_timeout, times.idle or self._client.stream_timeout)
+            exchange.times = ClientSettings(
+                times.response_head or self._client.response_timeout,
+                times.idle or self._client.stream_timeout,
+            )
         whole = times.request
         if whole is not None:
             begun = exchange.handoff.since if exchange.handoff is not None else None
             limit = (begun or trio.current_time()) + whole
             if whole != allowed:
                 self._client_limit = limit
-            exchange.clock.limit_to(limit, lambda: DeadlineExceeded(f"the request did not finish within {whole:g} s"))
+            exchange.clock.limit_to(
+                limit, lambda: DeadlineExceeded(f"the request did not finish within {whole:g} s")
+            )
 
     def _call_deadline(self) -> None:
         exchange = self._exchange
@@ -182,14 +194,19 @@ class Attempts:
         if seconds is not None:
             begun = exchange.handoff.since if exchange.handoff is not None else None
             self._client_limit = min(self._client_limit, (begun or trio.current_time()) + seconds)
-            exchange.clock.limit_to(self._client_limit, lambda: DeadlineExceeded(f"the call's deadline of {seconds:g} s has passed"))
+            exchange.clock.limit_to(
+                self._client_limit,
+                lambda: DeadlineExceeded(f"the call's deadline of {seconds:g} s has passed"),
+            )
 
     def _keep_body(self) -> None:
         """Keep the sent part of the body until the response starts: a sidecar may report that it
         could not connect to its application."""
         exchange = self._exchange
         if not isinstance(exchange.body, Replay):  # otherwise the fast path has started to send it
-            exchange.body = Replay(exchange.body, self.policy.retries.max_body, exchange.facts.share)
+            exchange.body = Replay(
+                exchange.body, self.policy.retries.max_body, exchange.facts.share
+            )
         self._body = exchange.body
 
     @property
@@ -199,7 +216,9 @@ class Attempts:
     @property
     def _sendable(self) -> bool:
         """Whether the request, with its body, can be sent again."""
-        return self._body.rewindable if self._body is not None else self._exchange.request_bytes == 0
+        return (
+            self._body.rewindable if self._body is not None else self._exchange.request_bytes == 0
+        )
 
     # One attempt.
 
@@ -233,7 +252,11 @@ class Attempts:
     def timeout(self) -> float | None:
         """Maximum seconds of this attempt to the response head. None: no limit of its own."""
         retries = self.policy.retries
-        if retries.attempt_timeout is None or self._retries >= retries.limit or not (self._repeatable or retries.all_methods):
+        if (
+            retries.attempt_timeout is None
+            or self._retries >= retries.limit
+            or not (self._repeatable or retries.all_methods)
+        ):
             return None
         return retries.attempt_timeout
 
@@ -242,7 +265,10 @@ class Attempts:
         deadline."""
         headers = self._exchange.request.headers
         if self._client_limit < inf and self._exchange.is_grpc and b"grpc-timeout" in headers:
-            headers.replace(b"grpc-timeout", grpc.write_timeout(self._exchange.clock.limit - trio.current_time()))
+            headers.replace(
+                b"grpc-timeout",
+                grpc.write_timeout(self._exchange.clock.limit - trio.current_time()),
+            )
 
     def waited(self) -> None:
         """The exchange has waited for an endpoint. That endpoint may be one that failed before."""
@@ -275,17 +301,29 @@ class Attempts:
         since = self._exchange.clock.since if self._since is None else self._since
         return trio.current_time() - since if since and work.load is not None else None
 
-    def _judge_error(self, work: Work, head: ResponseHead, trailers: Headers | None, seconds: float | None) -> bool:
+    def _judge_error(
+        self, work: Work, head: ResponseHead, trailers: Headers | None, seconds: float | None
+    ) -> bool:
         status, retries, breaker = head.status, self.policy.retries, self.policy.breaker
-        code = grpc.status(head.headers, trailers) if trailers is not None and self._exchange.is_grpc else None
+        code = (
+            grpc.status(head.headers, trailers)
+            if trailers is not None and self._exchange.is_grpc
+            else None
+        )
         if within(status, breaker.statuses) or code in breaker.grpc:
             why = f"status {status}" if code is None else f"gRPC status {code}"
-            work.failed(why, seconds, Failure.SILENCE if unanswered(head.headers) else Failure.RESPONSE)
+            work.failed(
+                why, seconds, Failure.SILENCE if unanswered(head.headers) else Failure.RESPONSE
+            )
         else:
             work.answered(seconds, bad=status >= 500 or bool(code))
         if code in retries.grpc:
             cause = "grpc_status"
-        elif retries.statuses and within(status, retries.statuses) and (self._repeatable or retries.all_methods):
+        elif (
+            retries.statuses
+            and within(status, retries.statuses)
+            and (self._repeatable or retries.all_methods)
+        ):
             cause = "status"
         else:
             return False
@@ -301,11 +339,17 @@ class Attempts:
             return
         if self._begun and self._exchange.grpc_status is not None and self._exchange.is_grpc:
             self._judge_end(work, grpc.code(self._exchange.grpc_status))
-        if not work.told and self._exchange.clock.ran_out and not self._exchange.clock.client_awaited:
+        if (
+            not work.told
+            and self._exchange.clock.ran_out
+            and not self._exchange.clock.client_awaited
+        ):
             if trio.current_time() < self._client_limit:
                 work.failed("upstream_timeout", self._elapsed(work), Failure.SILENCE)
             else:
-                work.silent(self._elapsed(work))  # the client's short limit does not count against the endpoint
+                work.silent(
+                    self._elapsed(work)
+                )  # the client's short limit does not count against the endpoint
         work.finished()
 
     def _judge_end(self, work: Work, code: int | None) -> None:
@@ -354,11 +398,17 @@ class Attempts:
                 work.failed("attempt_timeout", self._elapsed(work), Failure.SILENCE)
             else:
                 work.failed(describe(error).reason)
-        cause = "refused" if refused else "timeout" if isinstance(error, AttemptTimeout) else "broken"
-        safe = refused or self._repeatable or (cause == "timeout" and self.policy.retries.all_methods)
+        cause = (
+            "refused" if refused else "timeout" if isinstance(error, AttemptTimeout) else "broken"
+        )
+        safe = (
+            refused or self._repeatable or (cause == "timeout" and self.policy.retries.all_methods)
+        )
         if isinstance(error, UpstreamProtocolError) or not safe or not self._again(cause):
             if isinstance(error, AttemptTimeout):
-                raise UpstreamTimeout(f"the server did not answer within {self.policy.retries.attempt_timeout:g} s") from error
+                raise UpstreamTimeout(
+                    f"the server did not answer within {self.policy.retries.attempt_timeout:g} s"
+                ) from error
             raise error
         return "upstream_timeout" if cause == "timeout" else describe(error).reason
 
@@ -396,5 +446,13 @@ class Attempts:
             exchange.tried = []
         elif len(exchange.tried) >= _MOST_NOTED:
             return
-        attempt = Attempt(endpoint.address, self._started, now, self._status, reason, exchange.chosen, exchange.request_bytes)
+        attempt = Attempt(
+            endpoint.address,
+            self._started,
+            now,
+            self._status,
+            reason,
+            exchange.chosen,
+            exchange.request_bytes,
+        )
         exchange.tried.append(attempt)

@@ -183,11 +183,17 @@ class Router:
     def _named(self, original: Address, authority: Callable[[], bytes | None]) -> Target | None:
         """The service that the authority names, if the authority may select one at this address."""
         anywhere = bool(self.networks) and self._trusted(original.host)
-        cluster = self.remote_gateways.cluster(original) if self.remote_gateways is not None and not anywhere else None
+        cluster = (
+            self.remote_gateways.cluster(original)
+            if self.remote_gateways is not None and not anywhere
+            else None
+        )
         if cluster is None and not anywhere:
             return None
         name = authority()
-        target = self.source.current.authority(name, self.namespace, original.host) if name else None
+        target = (
+            self.source.current.authority(name, self.namespace, original.host) if name else None
+        )
         if target is None or anywhere:
             return target
         return target if target.remote is not None and target.remote.cluster == cluster else None
@@ -205,8 +211,16 @@ class Router:
         usable."""
         plan = target.plan
         if plan is None:
-            return target if target.remote is None else self._sent(target, target.remote.cluster, "name")
-        chosen = self._place(plan.backends[0]) if len(plan.backends) == 1 else self._split(target.service, plan)
+            return (
+                target
+                if target.remote is None
+                else self._sent(target, target.remote.cluster, "name")
+            )
+        chosen = (
+            self._place(plan.backends[0])
+            if len(plan.backends) == 1
+            else self._split(target.service, plan)
+        )
         if chosen.remote is None:
             return chosen
         named = any(chosen.service == backend.target.service for backend in plan.backends)
@@ -222,20 +236,32 @@ class Router:
         return found
 
     def _through(self, target: Target) -> Target:
-        return target if self.remote_gateways is None or target.remote is None else self.remote_gateways.through(target)
+        return (
+            target
+            if self.remote_gateways is None or target.remote is None
+            else self.remote_gateways.through(target)
+        )
 
     def _split(self, service: str | None, plan: Plan) -> Target:
         drawn = self._draw(plan.backends)
         target = self._place(drawn)
         if self._serves(target):
             return target
-        others = [backend for backend in plan.backends if backend.weight and backend is not drawn and self._serves(self._place(backend))]
+        others = [
+            backend
+            for backend in plan.backends
+            if backend.weight and backend is not drawn and self._serves(self._place(backend))
+        ]
         if not others:
             weighty = [self._place(backend) for backend in plan.backends if backend.weight]
             for place in (target, *weighty):
                 if self._trial(place, alone=True):
                     return place
-            states = ", ".join(f"{b.target.service} none of {len(self._through(b.target).endpoints)}" for b in plan.backends if b.weight)
+            states = ", ".join(
+                f"{b.target.service} none of {len(self._through(b.target).endpoints)}"
+                for b in plan.backends
+                if b.weight
+            )
             raise NoEndpoint(f"no backend of {service} has a usable endpoint: {states}")
         return self._place(self._draw(others))
 
@@ -246,7 +272,9 @@ class Router:
             left -= backend.weight
             if left < 0:
                 return backend
-        return next(backend for backend in reversed(backends) if backend.weight)  # a rounding error at the end of the range
+        return next(
+            backend for backend in reversed(backends) if backend.weight
+        )  # a rounding error at the end of the range
 
     def _place(self, backend: Backend) -> Target:
         """The target that serves a backend now."""

@@ -14,7 +14,12 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -28,7 +33,9 @@ class Tally(Collector):
 
     __slots__ = ("_family", "_labels", "_numbers", "_other", "_text")
 
-    def __init__(self, name: str, text: str, labels: Sequence[str], registry: CollectorRegistry) -> None:
+    def __init__(
+        self, name: str, text: str, labels: Sequence[str], registry: CollectorRegistry
+    ) -> None:
         """A name that ends in `_total` makes a counter, any other name a gauge."""
         self._family = f"isthmus_{name}"
         self._text = text
@@ -65,7 +72,9 @@ class Spread(Collector):
 
     __slots__ = ("_bounds", "_buckets", "_family", "_label", "_sums", "_text")
 
-    def __init__(self, name: str, text: str, bounds: Sequence[float], label: str, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, name: str, text: str, bounds: Sequence[float], label: str, registry: CollectorRegistry
+    ) -> None:
         self._family = f"isthmus_{name}"
         self._text = text
         self._bounds = bounds
@@ -91,5 +100,9 @@ class Spread(Collector):
         (found,) = self.describe()
         names = [*map(floatToGoString, self._bounds), "+Inf"]
         for value, buckets in list(self._buckets.items()):
-            found.add_metric((value,), list(zip(names, accumulate(list(buckets)), strict=True)), self._sums[value])
+            found.add_metric(
+                (value,),
+                list(zip(names, accumulate(list(buckets)), strict=True)),
+                self._sums[value],
+            )
         yield found

@@ -30,12 +30,29 @@ class EndpointMetrics:
     (proxy/telemetry/metrics.py).
     """
 
-    def __init__(self, counter: Callable[..., Series[Counter]], gauge: Callable[..., Series[Gauge]], registry: CollectorRegistry) -> None:
-        self._retries = counter("retries_total", "Retried requests, by the failure of the previous attempt.", "cause")
-        self._no_retries = counter("retries_refused_total", "Failed requests that were not retried, by reason.", "reason")
-        self._breakers = counter("breaker_changes_total", "Changes of endpoints' circuit breakers, by new state.", "state")
-        self._queue = counter("queued_total", "Requests and connections that waited for an endpoint.", "result")
-        self._waiting = gauge("queue_waiting", "Requests and connections that wait for an endpoint now.")
+    def __init__(
+        self,
+        counter: Callable[..., Series[Counter]],
+        gauge: Callable[..., Series[Gauge]],
+        registry: CollectorRegistry,
+    ) -> None:
+        self._retries = counter(
+            "retries_total", "Retried requests, by the failure of the previous attempt.", "cause"
+        )
+        self._no_retries = counter(
+            "retries_refused_total", "Failed requests that were not retried, by reason.", "reason"
+        )
+        self._breakers = counter(
+            "breaker_changes_total",
+            "Changes of endpoints' circuit breakers, by new state.",
+            "state",
+        )
+        self._queue = counter(
+            "queued_total", "Requests and connections that waited for an endpoint.", "result"
+        )
+        self._waiting = gauge(
+            "queue_waiting", "Requests and connections that wait for an endpoint now."
+        )
         self._broken = Gauge(
             "isthmus_endpoint_broken",
             "Endpoints whose circuit breaker is open or half-open (1 each; others are not listed).",
@@ -44,7 +61,8 @@ class EndpointMetrics:
         )
 
     def retried(self, cause: str) -> None:
-        """A request is retried because of `cause`: status, grpc_status, broken, refused, timeout."""
+        """A request is retried because of `cause`: status, grpc_status, broken, refused,
+        timeout."""
         self._retries.at(cause).inc()
 
     def not_retried(self, reason: str) -> None:
@@ -58,7 +76,8 @@ class EndpointMetrics:
 
     @contextmanager
     def queued(self) -> Iterator[QueueRecord]:
-        """Record a request that waits for an endpoint. Set `served` of the result if it gets one."""
+        """Record a request that waits for an endpoint. Set `served` of the result if it gets
+        one."""
         record = QueueRecord()
         self._waiting.at().inc()
         try:

@@ -112,7 +112,10 @@ def log_request(line: RequestLine) -> None:
 
 
 def configure(
-    config: LogConfig, stream: TextIO | None = None, on_drop: Drop | None = None, worker: int | None = None
+    config: LogConfig,
+    stream: TextIO | None = None,
+    on_drop: Drop | None = None,
+    worker: int | None = None,
 ) -> Callable[[], None]:
     """Start logging to `stream` (None: standard error). `on_drop(count, why)` is called for dropped
     lines, from any thread. `worker`: the worker's number, added to every line.
@@ -120,8 +123,12 @@ def configure(
     Call the result to stop: it writes queued lines, waits at most `CLOSING` seconds, and restores
     the previous logging.
     """
-    formatter = (JsonFormatter if config.format == "json" else TextFormatter)(worker, query=config.query)
-    handler = QueueHandler(stream or sys.stderr, formatter, config.queue, on_drop or (lambda *_: None))
+    formatter = (JsonFormatter if config.format == "json" else TextFormatter)(
+        worker, query=config.query
+    )
+    handler = QueueHandler(
+        stream or sys.stderr, formatter, config.queue, on_drop or (lambda *_: None)
+    )
     root, own = logging.getLogger(), logging.getLogger(ROOT)
     before = own.level
     root.addHandler(handler)
@@ -156,7 +163,9 @@ class _NoLock:
 class QueueHandler(logging.Handler):
     """Passes records to the writing thread, or drops them. `emit` never blocks and never raises."""
 
-    def __init__(self, stream: TextIO | None, formatter: logging.Formatter, size: int, on_drop: Drop) -> None:
+    def __init__(
+        self, stream: TextIO | None, formatter: logging.Formatter, size: int, on_drop: Drop
+    ) -> None:
         super().__init__()
         self._output = Output(stream)
         self._form = formatter
@@ -236,7 +245,10 @@ class QueueHandler(logging.Handler):
         try:
             return self._form.format(record)
         except Exception as error:  # noqa: BLE001, RUF100  (wrong arguments of a message must not end the thread)
-            return f"a log line could not be formatted: {type(error).__name__} ({record.pathname}:{record.lineno})"
+            return (
+                f"a log line could not be formatted: {type(error).__name__}"
+                f" ({record.pathname}:{record.lineno})"
+            )
 
 
 class _Formatter(logging.Formatter):
@@ -268,8 +280,16 @@ class TextFormatter(_Formatter):
     """`time level logger: message name=value ...`, for people."""
 
     def format(self, record: logging.LogRecord) -> str:
-        parts = [f"{_time(record)} {record.levelname.lower():7} {record.name}: {printable(record.getMessage())}"]
-        parts += [f"{name}={_quoted(value)}" for name, value in {**self._who, **facts(record, query=self._query)}.items()]
+        parts = [
+            (
+                f"{_time(record)} {record.levelname.lower():7} {record.name}:"
+                f" {printable(record.getMessage())}"
+            )
+        ]
+        parts += [
+            f"{name}={_quoted(value)}"
+            for name, value in {**self._who, **facts(record, query=self._query)}.items()
+        ]
         line = " ".join(parts)
         if record.exc_info:
             trace = self.formatException(record.exc_info)
@@ -296,7 +316,9 @@ def facts(record: logging.LogRecord, *, query: bool = False) -> Mapping[str, Fie
                 f"{side}resumed": value.resumed,
             }
         elif isinstance(value, bytes):
-            found[info.name] = _shown(info.name, value.decode("utf-8", "backslashreplace"), query=query)[:_LONGEST]
+            found[info.name] = _shown(
+                info.name, value.decode("utf-8", "backslashreplace"), query=query
+            )[:_LONGEST]
         elif isinstance(value, str):
             found[info.name] = value[:_LONGEST]
         elif isinstance(value, float):
@@ -329,7 +351,10 @@ def printable(text: str) -> str:
     """The text on one line, with unprintable characters escaped."""
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
 
 
 def _quoted(value: Field) -> str:
@@ -340,7 +365,10 @@ def _quoted(value: Field) -> str:
 
 
 def _time(record: logging.LogRecord) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z"
+    return (
+        time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        + f".{int(record.msecs):03}Z"
+    )
 
 
 @dataclass(slots=True)

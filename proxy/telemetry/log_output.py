@@ -39,7 +39,8 @@ _NEWLINE = b"\n"
 
 
 class Output:
-    """Writes to `stream`: a file, a pipe, or a stream in memory. None: there is no standard error."""
+    """Writes to `stream`: a file, a pipe, or a stream in memory. None: there is no standard
+    error."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
@@ -55,7 +56,9 @@ class Output:
         """
         if self._descriptor is None:
             return self._write_text(lines)
-        data = b"".join(line.encode(self._encoding, "backslashreplace") + _NEWLINE for line in lines)
+        data = b"".join(
+            line.encode(self._encoding, "backslashreplace") + _NEWLINE for line in lines
+        )
         begun = self._torn
         if begun:
             data = _NEWLINE + data
@@ -71,7 +74,9 @@ class Output:
         while sent < len(data):
             try:
                 sent += os.write(descriptor, memoryview(data)[sent:])
-            except BlockingIOError:  # another process that shares the descriptor made it non-blocking
+            except (
+                BlockingIOError
+            ):  # another process that shares the descriptor made it non-blocking
                 _wait(descriptor)
             except OSError as error:
                 self.error = error.errno

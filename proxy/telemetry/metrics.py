@@ -22,7 +22,14 @@ from typing import Literal, Self
 
 import prometheus_client
 from OpenSSL import SSL
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 from proxy.telemetry.counters import Spread, Tally
 from proxy.telemetry.endpoint_metrics import EndpointMetrics
@@ -80,7 +87,12 @@ class ConnectionRecord:
             self.secured(self._tls)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.secured("unknown")
         if self._labels is not None:
             self._measures.open.add(self._labels, -1)
@@ -94,7 +106,12 @@ class ConnectionMeasures:
 
     def __init__(self, metrics: Metrics, direction: Direction) -> None:
         self.direction = direction
-        self.opened, self.open, self.closed, self.bytes = metrics.opened, metrics.open, metrics.closed, metrics.bytes
+        self.opened, self.open, self.closed, self.bytes = (
+            metrics.opened,
+            metrics.open,
+            metrics.closed,
+            metrics.bytes,
+        )
         for peer in ("src", "dst"):
             for way in ("read", "written"):
                 self.bytes.add((direction, peer, way), 0)
@@ -109,7 +126,9 @@ class ConnectionMeasures:
 class SpanCounts:
     """Span counters. The exporter's thread updates them; the data path too, for drops."""
 
-    def __init__(self, exported: Series[Counter], dropped: Series[Counter], exports: Series[Counter]) -> None:
+    def __init__(
+        self, exported: Series[Counter], dropped: Series[Counter], exports: Series[Counter]
+    ) -> None:
         self._exported, self._dropped, self._exports = exported, dropped, exports
 
     def exported(self, spans: int) -> None:
@@ -155,103 +174,242 @@ class Metrics:
     def _gauge(self, name: str, text: str, *labels: str) -> Series[Gauge]:
         return Series(Gauge(f"isthmus_{name}", text, labels, registry=self.registry), len(labels))
 
-    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Series[Histogram]:
-        return Series(Histogram(f"isthmus_{name}", text, labels, registry=self.registry, buckets=buckets), len(labels))
+    def _histogram(
+        self, name: str, text: str, buckets: Sequence[float], *labels: str
+    ) -> Series[Histogram]:
+        return Series(
+            Histogram(f"isthmus_{name}", text, labels, registry=self.registry, buckets=buckets),
+            len(labels),
+        )
 
     def _tally(self, name: str, text: str, *labels: str) -> Tally:
         return Tally(name, text, labels, self.registry)
 
     def _data_path(self) -> None:
         which = ("direction", "peer", "tls")
-        self.opened = self._tally("connections_opened_total", "Connections opened (src: from the client, dst: to the server).", *which)
+        self.opened = self._tally(
+            "connections_opened_total",
+            "Connections opened (src: from the client, dst: to the server).",
+            *which,
+        )
         self.open = self._tally("connections_open", "Connections open now.", *which)
         self.closed = self._tally("connections_closed_total", "Connections closed.", *which)
-        self.bytes = self._tally("bytes_total", "Bytes read from and written to peers.", "direction", "peer", "way")
+        self.bytes = self._tally(
+            "bytes_total", "Bytes read from and written to peers.", "direction", "peer", "way"
+        )
         self._handshakes = self._tally(
-            "tls_handshakes_total", "Finished TLS handshakes.", "direction", "side", "result", "version", "group", "resumed"
+            "tls_handshakes_total",
+            "Finished TLS handshakes.",
+            "direction",
+            "side",
+            "result",
+            "version",
+            "group",
+            "resumed",
         )
-        self._detections = self._tally("detections_total", "Protocol detections by result.", "direction", "result")
+        self._detections = self._tally(
+            "detections_total", "Protocol detections by result.", "direction", "result"
+        )
         self._detection_time = Spread(
-            "detection_seconds", "Time from the start of protocol detection to its result.", DETECTION_BUCKETS, "direction", self.registry
+            "detection_seconds",
+            "Time from the start of protocol detection to its result.",
+            DETECTION_BUCKETS,
+            "direction",
+            self.registry,
         )
-        self._declined = self._tally("heads_declined_total", "HTTP/1 heads that the fast parser left to h11.", "direction", "role")
+        self._declined = self._tally(
+            "heads_declined_total",
+            "HTTP/1 heads that the fast parser left to h11.",
+            "direction",
+            "role",
+        )
 
     def _events(self) -> None:
-        self._tls_failures = self._counter("tls_failures_total", "Failed TLS handshakes by kind.", "direction", "kind")
-        self._loops = self._counter("loops_total", "Traffic loops that were stopped.", "kind")
-        self.self_calls = self._counter("self_calls_total", "Connections and requests of the pod to itself.")
-        self._dropped_hops = self._counter("hop_tokens_dropped_total", "Requests of which loop tokens were dropped.", "reason")
-        self._dropped_way = self._counter(
-            "forwarded_dropped_total", "Requests to a gateway of which Forwarded values were dropped.", "reason"
+        self._tls_failures = self._counter(
+            "tls_failures_total", "Failed TLS handshakes by kind.", "direction", "kind"
         )
-        self._errors = self._counter("errors_total", "Connections and requests that failed in the proxy.", "direction", "reason")
-        self._fast = self._counter("fast_path_exchanges_total", "HTTP exchanges that started on the fast path, by where they ended.", "end")
-        self._probes = self._counter("gateway_probes_total", "Health probes of other clusters' gateways.", "cluster", "result")
-        self._sent_away = self._counter("sent_away_total", "Requests and connections sent to other clusters' gateways.", "cluster", "why")
+        self._loops = self._counter("loops_total", "Traffic loops that were stopped.", "kind")
+        self.self_calls = self._counter(
+            "self_calls_total", "Connections and requests of the pod to itself."
+        )
+        self._dropped_hops = self._counter(
+            "hop_tokens_dropped_total", "Requests of which loop tokens were dropped.", "reason"
+        )
+        self._dropped_way = self._counter(
+            "forwarded_dropped_total",
+            "Requests to a gateway of which Forwarded values were dropped.",
+            "reason",
+        )
+        self._errors = self._counter(
+            "errors_total",
+            "Connections and requests that failed in the proxy.",
+            "direction",
+            "reason",
+        )
+        self._fast = self._counter(
+            "fast_path_exchanges_total",
+            "HTTP exchanges that started on the fast path, by where they ended.",
+            "end",
+        )
+        self._probes = self._counter(
+            "gateway_probes_total",
+            "Health probes of other clusters' gateways.",
+            "cluster",
+            "result",
+        )
+        self._sent_away = self._counter(
+            "sent_away_total",
+            "Requests and connections sent to other clusters' gateways.",
+            "cluster",
+            "why",
+        )
         what = ("listener", "reason")
-        self._evicted = self._counter("connections_evicted_total", "Connections that were closed to make room for others.", *what)
-        self._refused = self._counter("connections_refused_total", "Connections that were refused because a limit was reached.", *what)
-        self._directory = self._counter("directory_reloads_total", "Reloads of the directory file, by result.", "result")
-        self._identity = self._counter("identity_reloads_total", "Reloads of certificates, keys or trust roots, by result.", "result")
+        self._evicted = self._counter(
+            "connections_evicted_total",
+            "Connections that were closed to make room for others.",
+            *what,
+        )
+        self._refused = self._counter(
+            "connections_refused_total",
+            "Connections that were refused because a limit was reached.",
+            *what,
+        )
+        self._directory = self._counter(
+            "directory_reloads_total", "Reloads of the directory file, by result.", "result"
+        )
+        self._identity = self._counter(
+            "identity_reloads_total",
+            "Reloads of certificates, keys or trust roots, by result.",
+            "result",
+        )
         self.spans = SpanCounts(
             self._counter("spans_exported_total", "Spans that the collector accepted."),
-            self._counter("spans_dropped_total", "Spans that were not exported, by reason.", "reason"),
+            self._counter(
+                "spans_dropped_total", "Spans that were not exported, by reason.", "reason"
+            ),
             self._counter("span_exports_total", "Export requests with spans, by result.", "result"),
         )
-        self._dropped_logs = self._counter("dropped_logs_total", "Log lines that were not written, by reason.", "reason")
+        self._dropped_logs = self._counter(
+            "dropped_logs_total", "Log lines that were not written, by reason.", "reason"
+        )
         self.endpoints = EndpointMetrics(self._counter, self._gauge, self.registry)
 
     def _states(self) -> None:
-        self._gateways = self._gauge("gateways_usable", "Gateways of another cluster that can get requests.", "cluster")
-        self._failovers = self._gauge("failover_active", "1 while another cluster serves a service with failover.", "service")
-        self._certificate = self._gauge("certificate_expiry_timestamp_seconds", "Time when the proxy's certificate expires (Unix time).")
-        self._ended = self._counter("certificate_ends_total", "Connections that ended because of a certificate, by how they ended.", "how")
-        self._begin = self._gauge(
-            "certificate_start_timestamp_seconds", "Time when the proxy's whole certificate chain becomes valid (Unix time)."
+        self._gateways = self._gauge(
+            "gateways_usable", "Gateways of another cluster that can get requests.", "cluster"
         )
-        self._roots = self._gauge("root_expiry_timestamp_seconds", "Time when the first trust root expires (Unix time).")
-        self.former_identities = self._gauge("former_identities", "Addresses that had an identity recently and get no clear text.")
-        self._pool = self._gauge("pool_connections", "Connections to endpoints kept by the pools.", "state")
+        self._failovers = self._gauge(
+            "failover_active", "1 while another cluster serves a service with failover.", "service"
+        )
+        self._certificate = self._gauge(
+            "certificate_expiry_timestamp_seconds",
+            "Time when the proxy's certificate expires (Unix time).",
+        )
+        self._ended = self._counter(
+            "certificate_ends_total",
+            "Connections that ended because of a certificate, by how they ended.",
+            "how",
+        )
+        self._begin = self._gauge(
+            "certificate_start_timestamp_seconds",
+            "Time when the proxy's whole certificate chain becomes valid (Unix time).",
+        )
+        self._roots = self._gauge(
+            "root_expiry_timestamp_seconds", "Time when the first trust root expires (Unix time)."
+        )
+        self.former_identities = self._gauge(
+            "former_identities", "Addresses that had an identity recently and get no clear text."
+        )
+        self._pool = self._gauge(
+            "pool_connections", "Connections to endpoints kept by the pools.", "state"
+        )
         self._span_queue = self._gauge("spans_waiting", "Spans that wait to be exported.")
         self.self_calls_waiting = self._gauge(
-            "self_calls_waiting", "Connections and requests of the pod to itself that wait for a response."
+            "self_calls_waiting",
+            "Connections and requests of the pod to itself that wait for a response.",
         )
-        self.memory_used = self._gauge("memory_used_bytes", "Buffered bytes, by kind of client.", "clients")
-        self.memory_limit = self._gauge("memory_limit_bytes", "Bytes that may be buffered (memory.budget); 0: no limit.")
-        self.memory_actions = self._counter("memory_short_total", "Actions taken because memory is short.", "action")
-        self.memory_trims = self._counter("memory_trims_total", "How often freed memory was returned to the system.")
-        self.streams_open = self._gauge("streams_open", "Open HTTP/2 streams of clients.", "clients")
-        self.streams_refused = self._counter("streams_refused_total", "HTTP/2 streams refused (memory.max_streams, memory.budget).")
-        self.steps_waiting = self._gauge("steps_waiting", "Streams and connections that wait to be opened or closed.")
+        self.memory_used = self._gauge(
+            "memory_used_bytes", "Buffered bytes, by kind of client.", "clients"
+        )
+        self.memory_limit = self._gauge(
+            "memory_limit_bytes", "Bytes that may be buffered (memory.budget); 0: no limit."
+        )
+        self.memory_actions = self._counter(
+            "memory_short_total", "Actions taken because memory is short.", "action"
+        )
+        self.memory_trims = self._counter(
+            "memory_trims_total", "How often freed memory was returned to the system."
+        )
+        self.streams_open = self._gauge(
+            "streams_open", "Open HTTP/2 streams of clients.", "clients"
+        )
+        self.streams_refused = self._counter(
+            "streams_refused_total", "HTTP/2 streams refused (memory.max_streams, memory.budget)."
+        )
+        self.steps_waiting = self._gauge(
+            "steps_waiting", "Streams and connections that wait to be opened or closed."
+        )
         self.workers = self._gauge("workers", "Worker processes, if there are several.", "state")
-        self.worker_exits = self._counter("worker_exits_total", "Workers that ended unexpectedly, by how they ended.", "how")
-        info = self._gauge("build_info", "Always 1; the labels describe the build.", "version", "python", "compiled", "tls")
+        self.worker_exits = self._counter(
+            "worker_exits_total", "Workers that ended unexpectedly, by how they ended.", "how"
+        )
+        info = self._gauge(
+            "build_info",
+            "Always 1; the labels describe the build.",
+            "version",
+            "python",
+            "compiled",
+            "tls",
+        )
         compiled = "yes" if fast_head.__file__.endswith(".so") else "no"
-        info.at(own_version(), platform.python_version(), compiled, SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode()).set(1)
+        info.at(
+            own_version(),
+            platform.python_version(),
+            compiled,
+            SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode(),
+        ).set(1)
 
     def _names(self) -> None:
         what = ("transport", "result")
-        self.dns_queries = self._counter("dns_queries_total", "DNS queries from the pod, by result.", *what)
-        self.dns_upstream = self._counter("dns_upstream_total", "DNS queries forwarded to resolvers, by result.", *what)
-        self.dns_ignored = self._counter("dns_ignored_datagrams_total", "Datagrams that did not match a forwarded query.")
+        self.dns_queries = self._counter(
+            "dns_queries_total", "DNS queries from the pod, by result.", *what
+        )
+        self.dns_upstream = self._counter(
+            "dns_upstream_total", "DNS queries forwarded to resolvers, by result.", *what
+        )
+        self.dns_ignored = self._counter(
+            "dns_ignored_datagrams_total", "Datagrams that did not match a forwarded query."
+        )
         self.dns_latency = self._histogram(
-            "dns_upstream_seconds", "Time from forwarding a query over UDP to its response.", LATENCY_BUCKETS
+            "dns_upstream_seconds",
+            "Time from forwarding a query over UDP to its response.",
+            LATENCY_BUCKETS,
         )
         self.dns_in_flight = self._gauge("dns_in_flight", "DNS queries that wait for a resolver.")
-        self._virtual = self._gauge("virtual_addresses", "Services that have virtual addresses, or still reserve them.", "state")
+        self._virtual = self._gauge(
+            "virtual_addresses",
+            "Services that have virtual addresses, or still reserve them.",
+            "state",
+        )
 
     def virtual_addresses(self, existing: int, quarantined: int) -> None:
         self._virtual.at("existing").set(existing)
         self._virtual.at("quarantined").set(quarantined)
 
-    def handshake(self, direction: Direction, side: Literal["client", "server"], facts: tuple[str, str, bool]) -> None:
+    def handshake(
+        self, direction: Direction, side: Literal["client", "server"], facts: tuple[str, str, bool]
+    ) -> None:
         """A TLS handshake succeeded. `facts`: the version, the key-exchange group, and whether the
         session was resumed.
         """
         tls_version, group, resumed = facts
-        self._handshakes.add((direction, side, "ok", tls_version, group, "true" if resumed else "false"))
+        self._handshakes.add(
+            (direction, side, "ok", tls_version, group, "true" if resumed else "false")
+        )
 
-    def handshake_failed(self, direction: Direction, side: Literal["client", "server"], kind: str) -> None:
+    def handshake_failed(
+        self, direction: Direction, side: Literal["client", "server"], kind: str
+    ) -> None:
         """A TLS handshake failed; `kind` is that of TLSFailed."""
         self._handshakes.add((direction, side, "failed", "", "", "false"))
         self._tls_failures.at(direction, kind).inc()
@@ -304,10 +462,13 @@ class Metrics:
         self._evicted.at(listener, reason).inc()
 
     def refused(self, listener: str, reason: str) -> None:
-        """A connection was refused because a limit was reached (reasons: see net.connection_slots)."""
+        """A connection was refused because a limit was reached (reasons: see
+        net.connection_slots)."""
         self._refused.at(listener, reason).inc()
 
-    def heads_declined(self, direction: Direction, role: Literal["request", "response"], count: int) -> None:
+    def heads_declined(
+        self, direction: Direction, role: Literal["request", "response"], count: int
+    ) -> None:
         self._declined.add((direction, role), count)
 
     def on_fast_path(self, finished: int, handed_over: int) -> None:

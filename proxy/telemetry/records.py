@@ -27,7 +27,15 @@ from proxy.net.memory_budget import CONNECTION_BYTES, Budget
 from proxy.net.relay import Relayed
 from proxy.net.socket_stream import SocketStream, Stream
 from proxy.net.tls.handshake import TLSInfo, TLSStream
-from proxy.telemetry.log import ConnectionLine, RateLimit, RequestLine, connections_logged, log_connection, log_request, warn
+from proxy.telemetry.log import (
+    ConnectionLine,
+    RateLimit,
+    RequestLine,
+    connections_logged,
+    log_connection,
+    log_request,
+    warn,
+)
 from proxy.telemetry.metrics import ConnectionRecord, Metrics, Tls
 from proxy.telemetry.request_metrics import Direction, RequestRecord
 from proxy.wire.sniff import Protocol as Spoken
@@ -45,7 +53,12 @@ class Ledger:
     """Creates all records of one proxy. `access`: whether each request is logged."""
 
     def __init__(
-        self, metrics: Metrics, *, access: bool, tracing: Mapping[str, Tracing | None] | None = None, budget: Budget | None = None
+        self,
+        metrics: Metrics,
+        *,
+        access: bool,
+        tracing: Mapping[str, Tracing | None] | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.metrics = metrics
         self.budget = budget or Budget()
@@ -71,7 +84,9 @@ class Ledger:
         self.metrics.handshake(direction, side, (info.version, info.group, info.resumed))
 
     def tls_failed(self, direction: Direction, kind: str) -> None:
-        self.metrics.handshake_failed(direction, "client" if direction == "outbound" else "server", kind)
+        self.metrics.handshake_failed(
+            direction, "client" if direction == "outbound" else "server", kind
+        )
 
     def loop(self, direction: Direction, kind: str, words: str) -> None:
         """A loop was stopped. Counts each; logs at most one of each kind per second."""
@@ -114,7 +129,12 @@ class StreamAccount:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if not self._handed_over:
             self.close()
 
@@ -133,13 +153,24 @@ class StreamAccount:
 class ConnectionAccount:
     """The record of a downstream connection. Its log line is written when it ends."""
 
-    __slots__ = ("_account", "_began", "_facts", "_ledger", "_relayed", "_started", "_tracing", "detection")
+    __slots__ = (
+        "_account",
+        "_began",
+        "_facts",
+        "_ledger",
+        "_relayed",
+        "_started",
+        "_tracing",
+        "detection",
+    )
 
     def __init__(self, ledger: Ledger, stream: SocketStream, facts: Facts) -> None:
         self._ledger = ledger
         self._facts = facts
         self._started = time.perf_counter()
-        self._account = StreamAccount(ledger.metrics.connections[facts.direction].connection("src"), stream)
+        self._account = StreamAccount(
+            ledger.metrics.connections[facts.direction].connection("src"), stream
+        )
         self._relayed: Relayed | None = None
         self.detection = "none"
         self._tracing = ledger.tracing.get(facts.direction)
@@ -150,7 +181,12 @@ class ConnectionAccount:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._account.close()
         self._facts.share.close()
         metrics, facts = self._ledger.metrics, self._facts
@@ -175,9 +211,15 @@ class ConnectionAccount:
         opaque.
         """
         started = time.perf_counter()
-        opening = Opening(Spoken.OPAQUE, "declared") if silence is None else await detect(stream, silence, patience)
+        opening = (
+            Opening(Spoken.OPAQUE, "declared")
+            if silence is None
+            else await detect(stream, silence, patience)
+        )
         self.detection = opening.how
-        self._ledger.metrics.detected(self._facts.direction, opening.how, time.perf_counter() - started)
+        self._ledger.metrics.detected(
+            self._facts.direction, opening.how, time.perf_counter() - started
+        )
         return opening
 
     def plain(self, opening: Opening) -> None:
@@ -200,7 +242,8 @@ class ConnectionAccount:
             raise MemoryShort("this proxy is short of memory")
 
     def upstream(self, stream: Stream) -> StreamAccount:
-        """The record of the connection to a server that this one is relayed to; use it with `with`."""
+        """The record of the connection to a server that this one is relayed to; use it with
+        `with`."""
         self._facts.carried(stream)
         return self._ledger.upstream(self._facts.direction, stream)
 
@@ -212,14 +255,22 @@ class ConnectionAccount:
         if self._facts.slot is not None and self._facts.slot.evicted:
             return "evicted", "a connection limit was reached"
         if error is not None:
-            return "cancelled" if isinstance(error, trio.Cancelled) else describe(error).reason, str(error)
-        if self._relayed is not None and isinstance(lost := self._relayed.error, ConnectionLost) and lost.reason == "expired":
+            return "cancelled" if isinstance(error, trio.Cancelled) else describe(
+                error
+            ).reason, str(error)
+        if (
+            self._relayed is not None
+            and isinstance(lost := self._relayed.error, ConnectionLost)
+            and lost.reason == "expired"
+        ):
             return "certificate_ended", str(lost)
         if self._relayed is not None and self._relayed.how != "eof":
             return self._relayed.how, said(self._relayed)
         return "closed", ""
 
-    def _span(self, trace: Trace, reason: str, words: str, error: BaseException | None) -> StreamRecord:
+    def _span(
+        self, trace: Trace, reason: str, words: str, error: BaseException | None
+    ) -> StreamRecord:
         """The data for the connection's span."""
         facts, stream = self._facts, self._account.stream
         outbound = facts.direction == "outbound"
@@ -254,7 +305,9 @@ class ConnectionAccount:
             upstream=str(facts.upstream or ""),
             upstream_identity=_identity(facts.upstream_tls),
             upstream_tls=facts.upstream_tls,
-            protocol=self.detection if facts.tls is None else facts.tls.alpn.decode("ascii", "replace"),
+            protocol=self.detection
+            if facts.tls is None
+            else facts.tls.alpn.decode("ascii", "replace"),
             identity=facts.identity or "",
             tls=facts.tls,
             read=stream.bytes_read,
@@ -276,15 +329,26 @@ class ExchangeAccount:
         self._ledger = ledger
         self._exchange = exchange
         self._started = time.perf_counter()
-        self._record: RequestRecord = ledger.metrics.http[exchange.facts.direction].request(exchange.request.method)
+        self._record: RequestRecord = ledger.metrics.http[exchange.facts.direction].request(
+            exchange.request.method
+        )
         exchange.on_response = self._record.head
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         exchange = self._exchange
-        self._record.failed = exchange.failure is not None and exchange.response is not None and exchange.response.status < 400
+        self._record.failed = (
+            exchange.failure is not None
+            and exchange.response is not None
+            and exchange.response.status < 400
+        )
         self._record.__exit__(kind, error, trace)
         if isinstance(exchange.body, Replay):
             exchange.body.drop()
@@ -298,7 +362,10 @@ class ExchangeAccount:
     def _line(self) -> RequestLine:
         exchange = self._exchange
         trace = exchange.trace
-        identity, caller = exchange.facts.identity or "", (exchange.caller or b"").decode("ascii", "replace")
+        identity, caller = (
+            exchange.facts.identity or "",
+            (exchange.caller or b"").decode("ascii", "replace"),
+        )
         return RequestLine(
             direction=exchange.facts.direction,
             peer=str(exchange.facts.peer),

@@ -24,7 +24,26 @@ Direction = Literal["inbound", "outbound", "gateway"]
 METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH")
 # Linkerd's buckets, with fewer steps above a second and two below a millisecond, where a proxy's
 # own latency is.
-LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 30)
+LATENCY_BUCKETS = (
+    0.0005,
+    0.001,
+    0.002,
+    0.003,
+    0.005,
+    0.01,
+    0.02,
+    0.03,
+    0.05,
+    0.1,
+    0.2,
+    0.3,
+    0.5,
+    1,
+    2,
+    5,
+    10,
+    30,
+)
 _BOUNDS = [*map(floatToGoString, LATENCY_BUCKETS), "+Inf"]
 _OTHER = b"other"
 _CLASSES = ("none", "1xx", "2xx", "3xx", "4xx", "5xx")
@@ -55,7 +74,12 @@ class RequestRecord:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._measures.finished(self, kind)
 
 
@@ -67,7 +91,9 @@ class HttpMeasures:
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.requests = dict.fromkeys((*METHODS, _OTHER), 0)
-        self.responses = {(status, outcome): 0 for status in range(len(_CLASSES)) for outcome in _OUTCOMES}
+        self.responses = {
+            (status, outcome): 0 for status in range(len(_CLASSES)) for outcome in _OUTCOMES
+        }
         # counts by bucket; the last bucket is unbounded
         self.latency = [0] * (len(LATENCY_BUCKETS) + 1)
         self.seconds = 0.0  # the sum of all latencies
@@ -104,12 +130,18 @@ class HttpCollector(Collector):
         self._measures = measures
 
     def collect(self) -> Iterator[Metric]:
-        requests = CounterMetricFamily("isthmus_requests", "HTTP requests received.", labels=("direction", "method"))
+        requests = CounterMetricFamily(
+            "isthmus_requests", "HTTP requests received.", labels=("direction", "method")
+        )
         responses = CounterMetricFamily(
-            "isthmus_responses", "Finished HTTP exchanges, by status class.", labels=("direction", "status_class", "classification")
+            "isthmus_responses",
+            "Finished HTTP exchanges, by status class.",
+            labels=("direction", "status_class", "classification"),
         )
         latency = HistogramMetricFamily(
-            "isthmus_response_latency_seconds", "Time from the head of a request to the head of its response.", labels=("direction",)
+            "isthmus_response_latency_seconds",
+            "Time from the head of a request to the head of its response.",
+            labels=("direction",),
         )
         # one atomic copy: other threads read this too
         for direction, measures in list(self._measures.items()):

@@ -26,5 +26,7 @@ class Series(Generic[_Child]):
         if child is None:
             if len(self._children) >= MOST_SERIES and values != self._other:
                 return self.at(*self._other)
-            child = self._children[values] = self._family.labels(*values) if values else self._family
+            child = self._children[values] = (
+                self._family.labels(*values) if values else self._family
+            )
         return child

@@ -66,7 +66,9 @@ def build(config: Config, metrics: Metrics, environ: Mapping[str, str]) -> Spans
         exporter = _exporter(config, environ)
     except (ImportError, ValueError, OSError) as error:
         raise StartError(f"tracing: {error}", 64) from error
-    limits = QueueSettings(settings.queue, min(settings.batch, settings.queue), settings.delay, settings.timeout)
+    limits = QueueSettings(
+        settings.queue, min(settings.batch, settings.queue), settings.delay, settings.timeout
+    )
     queue = SpanQueue(exporter, limits, metrics.spans, _complain)
     one, two, three = (
         Tracing(Tracer(Sampling(ratio, settings.follow)), queue.put)
@@ -79,10 +81,14 @@ def _exporter(config: Config, environ: Mapping[str, str]) -> Callable[[], Export
     """A function that creates the exporter, called in the queue's thread. Configuration errors are
     raised here, before anything runs.
     """
-    from tracing import export  # noqa: PLC0415  (OpenTelemetry's SDK takes 10 MiB, which only tracing needs)
+    from tracing import (  # noqa: PLC0415
+        export,
+    )
 
     settings = config.tracing
-    spans = export.Spans(Resource(_about(config, environ), _complain), own_version(), settings.query)
+    spans = export.Spans(
+        Resource(_about(config, environ), _complain), own_version(), settings.query
+    )
     if settings.exports == "console":
         return lambda: export.console(spans)
     if settings.exports == "jaeger":
@@ -102,7 +108,15 @@ def collector(settings: TracingConfig, mark: int | None) -> Collector:
         endpoint = endpoint.rstrip("/") + "/v1/traces"
     files = (settings.certificate, settings.client_certificate, settings.client_key)
     trust, certificate, key = (str(path) if path is not None else None for path in files)
-    return Collector(endpoint, _pairs(settings.headers), trust, certificate, key, settings.compression == "gzip", mark)
+    return Collector(
+        endpoint,
+        _pairs(settings.headers),
+        trust,
+        certificate,
+        key,
+        settings.compression == "gzip",
+        mark,
+    )
 
 
 def _about(config: Config, environ: Mapping[str, str]) -> About:

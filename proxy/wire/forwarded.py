@@ -122,7 +122,9 @@ def node(value: bytes) -> Node:
         if not (ipv4 or name.lower() == "unknown" or _OBFUSCATED.match(name)):
             raise ProtocolError(f"Forwarded: {text[:64]!r} is neither an address nor a _name")
     port = rest[1:]
-    if rest and not (rest[0] == ":" and (re.fullmatch(r"[0-9]{1,5}", port) or _OBFUSCATED.match(port))):
+    if rest and not (
+        rest[0] == ":" and (re.fullmatch(r"[0-9]{1,5}", port) or _OBFUSCATED.match(port))
+    ):
         raise ProtocolError(f"Forwarded: {text[:64]!r} has no valid port after its colon")
     return Node("unknown" if name.lower() == "unknown" else name, port)
 

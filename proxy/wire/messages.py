@@ -230,7 +230,14 @@ class RequestHead:
     version: bytes
     protocol: bytes | None  # of an extended CONNECT (RFC 8441), for a WebSocket in HTTP/2
 
-    def __init__(self, method: bytes, target: bytes, headers: Headers, version: bytes = b"1.1", protocol: bytes | None = None) -> None:
+    def __init__(
+        self,
+        method: bytes,
+        target: bytes,
+        headers: Headers,
+        version: bytes = b"1.1",
+        protocol: bytes | None = None,
+    ) -> None:
         self.method = method
         self.target = target
         self.headers = headers
@@ -259,7 +266,13 @@ class ResponseHead:
     reason: bytes
     version: bytes
 
-    def __init__(self, status: int, headers: Headers | None = None, reason: bytes = b"", version: bytes = b"1.1") -> None:
+    def __init__(
+        self,
+        status: int,
+        headers: Headers | None = None,
+        reason: bytes = b"",
+        version: bytes = b"1.1",
+    ) -> None:
         self.status = status
         self.headers = Headers() if headers is None else headers
         self.reason = reason
@@ -312,7 +325,9 @@ def origin_form(request: RequestHead) -> bytes:
 # Fields for one connection only (RFC 9110 §7.6.1; Keep-Alive is from RFC 2068, and Proxy-Connection
 # is a de facto field). Two of them are written anew for the next connection: Transfer-Encoding if
 # its framing needs it, and `TE: trailers` if it can carry trailers.
-_CONNECTION_FIELDS = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding", b"upgrade"})
+_CONNECTION_FIELDS = frozenset(
+    {b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding", b"upgrade"}
+)
 
 # The verified identity of the client. Each proxy writes this field for the next hop, or omits it. A
 # field that arrives is removed, because any client can write it. Linkerd's field with the same
@@ -322,7 +337,12 @@ _CONNECTION_FIELDS = frozenset({b"connection", b"keep-alive", b"proxy-connection
 # have (RFC 9110 §5.6.2) is treated like a dash.
 CALLER = b"isthmus-client-id"
 _DASHES = b"!#$%&'*+-.^_`|~"
-CALLER_FIELDS = frozenset(b"%b%cclient%cid" % (proxy, one, two) for proxy in (b"isthmus", b"l5d") for one in _DASHES for two in _DASHES)
+CALLER_FIELDS = frozenset(
+    b"%b%cclient%cid" % (proxy, one, two)
+    for proxy in (b"isthmus", b"l5d")
+    for one in _DASHES
+    for two in _DASHES
+)
 # A pattern for these names. Use it case-insensitively.
 CALLER_PATTERN = rb"(?:isthmus|l5d)[%b]client[%b]id" % (re.escape(_DASHES), re.escape(_DASHES))
 
@@ -349,8 +369,26 @@ OWN = b"isthmus-"
 # message, its destination, or what earlier proxies have said about it. Our own fields are not
 # removed either: otherwise a client could remove the tokens of the loop guard.
 NEVER_NOMINATED = frozenset(
-    {b"host", b"content-length", b"content-type", b"content-encoding", b"content-range", b"range", b"location", b"authorization"}
-    | {b"cookie", b"set-cookie", b"date", b"cache-control", b"max-forwards", b"forwarded", b"via", b"x-real-ip"}
+    {
+        b"host",
+        b"content-length",
+        b"content-type",
+        b"content-encoding",
+        b"content-range",
+        b"range",
+        b"location",
+        b"authorization",
+    }
+    | {
+        b"cookie",
+        b"set-cookie",
+        b"date",
+        b"cache-control",
+        b"max-forwards",
+        b"forwarded",
+        b"via",
+        b"x-real-ip",
+    }
     | {b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-forwarded-port"}
     | {b"traceparent", b"tracestate", b"grpc-trace-bin", b"b3", b"uber-trace-id", b"grpc-timeout"}
     | {b"x-b3-traceid", b"x-b3-spanid", b"x-b3-parentspanid", b"x-b3-sampled", b"x-b3-flags"}
@@ -365,11 +403,52 @@ _NOTHING_MORE = NEVER_NOMINATED | HOP_BY_HOP | {b"close"}
 _NO_TRAILERS = (
     _CONNECTION_FIELDS
     | CALLER_FIELDS
-    | {b"content-length", b"trailer", b"host", b"via", b"forwarded", b"proxy-status", b"proxy-authenticate", b"proxy-authorization"}
-    | {b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-forwarded-port", b"x-real-ip"}
-    | {b"authorization", b"www-authenticate", b"authentication-info", b"proxy-authentication-info", b"cookie", b"set-cookie"}
-    | {b"cache-control", b"expect", b"max-forwards", b"pragma", b"range", b"age", b"date", b"expires", b"location", b"retry-after"}
-    | {b"vary", b"warning", b"if-match", b"if-none-match", b"if-modified-since", b"if-unmodified-since", b"if-range"}
+    | {
+        b"content-length",
+        b"trailer",
+        b"host",
+        b"via",
+        b"forwarded",
+        b"proxy-status",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+    }
+    | {
+        b"x-forwarded-for",
+        b"x-forwarded-host",
+        b"x-forwarded-proto",
+        b"x-forwarded-port",
+        b"x-real-ip",
+    }
+    | {
+        b"authorization",
+        b"www-authenticate",
+        b"authentication-info",
+        b"proxy-authentication-info",
+        b"cookie",
+        b"set-cookie",
+    }
+    | {
+        b"cache-control",
+        b"expect",
+        b"max-forwards",
+        b"pragma",
+        b"range",
+        b"age",
+        b"date",
+        b"expires",
+        b"location",
+        b"retry-after",
+    }
+    | {
+        b"vary",
+        b"warning",
+        b"if-match",
+        b"if-none-match",
+        b"if-modified-since",
+        b"if-unmodified-since",
+        b"if-range",
+    }
     | {b"content-encoding", b"content-type", b"content-range"}
 )
 
@@ -383,13 +462,19 @@ def strip_hop_by_hop(headers: Headers) -> None:
     """Remove hop-by-hop fields in place, also those that Connection names (RFC 9110 §7.6.1)."""
     if headers.clean or headers.strip_block():
         return
-    named = [name for name in headers.tokens(b"connection") if name not in _NOTHING_MORE and not name.startswith(OWN)]
+    named = [
+        name
+        for name in headers.tokens(b"connection")
+        if name not in _NOTHING_MORE and not name.startswith(OWN)
+    ]
     headers.items = _others(headers.items, HOP_BY_HOP.union(named) if named else HOP_BY_HOP)
 
 
 def wants_trailers(headers: Headers) -> bool:
     """Whether the client sent `TE: trailers` (RFC 9110 §10.1.4)."""
-    return not headers.clean and any(token.split(b";")[0].strip() == b"trailers" for token in headers.tokens(b"te"))
+    return not headers.clean and any(
+        token.split(b";")[0].strip() == b"trailers" for token in headers.tokens(b"te")
+    )
 
 
 _CARRY_HTTP = frozenset({b"h2c", b"h2", b"http", b"tls"})
@@ -406,4 +491,7 @@ def upgrade_offer(headers: Headers) -> bytes | None:
         return None
     offers = [value for value in headers.all(b"upgrade") if value]
     names = [name.strip() for value in offers for name in value.split(b",")]
-    return b", ".join([n for n in names if n and n.lower().partition(b"/")[0] not in _CARRY_HTTP]) or None
+    return (
+        b", ".join([n for n in names if n and n.lower().partition(b"/")[0] not in _CARRY_HTTP])
+        or None
+    )

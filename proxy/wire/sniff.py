@@ -55,7 +55,9 @@ _BLANKS = b"\t\v\f\r \x1c\x1d\x1e\x1f\x85\xa0"
 # An incomplete request line for which it is worth waiting. Registered methods have at most 17
 # characters.
 _VERSION_START = rb"(?:H(?:T(?:T(?:P(?:/(?:[0-9](?:\.(?:[0-9]\r?)?)?)?)?)?)?)?)?"
-_REQUEST_START = re.compile(_TOKEN + rb"{1,24}(?: (?:[!-~\x80-\xff]+(?: " + _VERSION_START + rb")?)?)?")
+_REQUEST_START = re.compile(
+    _TOKEN + rb"{1,24}(?: (?:[!-~\x80-\xff]+(?: " + _VERSION_START + rb")?)?)?"
+)
 _MEANT_START = re.compile(rb"[A-Z]{1,24}(?:[ \t]+(?:/[^\n]*)?)?")
 _METHOD_START = re.compile(_METHOD + rb" [/*!-~]")
 # If a longer line (bytes) began as HTTP/1, it is HTTP/1 with a target over the limit (414).
@@ -64,7 +66,15 @@ LINE_LIMIT = 4096
 LONGEST_LINE = 65536
 # The number of bytes that show whether a word begins like a version.
 _VERSION = 64
-_LONG = re.compile(_METHOD + _BLANK + rb"|" + _TOKEN + rb"++" + _BLANK + rb"++(?:/|(?i:https?://))[!-~\x80-\xff]*+\Z")
+_LONG = re.compile(
+    _METHOD
+    + _BLANK
+    + rb"|"
+    + _TOKEN
+    + rb"++"
+    + _BLANK
+    + rb"++(?:/|(?i:https?://))[!-~\x80-\xff]*+\Z"
+)
 _LINES_ONLY = re.compile(rb"[\t\n\v\f\r ]*+")
 # Type and length of a ClientHello extension, and the types that are parsed (RFC 8446 §4.2).
 _EXTENSION = struct.Struct("!HH")
@@ -119,7 +129,11 @@ def protocol(data: bytes) -> Protocol | Undecided:
     line = start[at:]
     if _CERTAIN.match(line):
         return Protocol.HTTP1
-    if len(start) == LINE_LIMIT and b"\n" not in line and (_LONG.match(line) if line else _LINES_ONLY.fullmatch(start)):
+    if (
+        len(start) == LINE_LIMIT
+        and b"\n" not in line
+        and (_LONG.match(line) if line else _LINES_ONLY.fullmatch(start))
+    ):
         return Protocol.HTTP1  # bytes beyond the limit must not change this verdict
     end = data.find(b"\n", at, LONGEST_LINE) + 1
     if end:
@@ -128,7 +142,11 @@ def protocol(data: bytes) -> Protocol | Undecided:
         return Protocol.OPAQUE
     if len(start) == LINE_LIMIT or not _EMPTY_LINES.startswith(start[:at]):
         return UNLIKELY
-    return UNDECIDED if not line or _REQUEST_START.fullmatch(line) or _MEANT_START.fullmatch(line) else UNLIKELY
+    return (
+        UNDECIDED
+        if not line or _REQUEST_START.fullmatch(line) or _MEANT_START.fullmatch(line)
+        else UNLIKELY
+    )
 
 
 def condensed(data: bytes) -> bytes:
@@ -151,7 +169,11 @@ def settle(data: bytes) -> Protocol:
     a client that is slow on purpose. Otherwise it is opaque.
     """
     line = data[:LINE_LIMIT].lstrip(b"\r\n")
-    return Protocol.HTTP1 if _METHOD_START.match(line) and _REQUEST_START.fullmatch(line) else Protocol.OPAQUE
+    return (
+        Protocol.HTTP1
+        if _METHOD_START.match(line) and _REQUEST_START.fullmatch(line)
+        else Protocol.OPAQUE
+    )
 
 
 def client_hello(data: bytes) -> ClientHello | NotTLS | Undecided:
@@ -159,7 +181,10 @@ def client_hello(data: bytes) -> ClientHello | NotTLS | Undecided:
 
     A malformed one is NOT_TLS: the proxy does not reject it, but forwards it unchanged.
     """
-    if data[:3] not in (b"\x16\x03\x01", b"\x16\x03\x03", b"\x16\x03\x02") and data != b"\x16\x03"[: len(data)]:
+    if (
+        data[:3] not in (b"\x16\x03\x01", b"\x16\x03\x03", b"\x16\x03\x02")
+        and data != b"\x16\x03"[: len(data)]
+    ):
         return NOT_TLS
     data = data[:HELLO_LIMIT]
     message, intact = _handshake_bytes(data)

@@ -41,13 +41,20 @@ def key_of(request: RequestHead) -> bytes | None:
     None: the request is not such a handshake, or it has a body, which cannot be translated.
     """
     headers = request.headers
-    if headers.clean or headers.block is not None or request.method != b"GET" or request.version != b"1.1":
+    if (
+        headers.clean
+        or headers.block is not None
+        or request.method != b"GET"
+        or request.version != b"1.1"
+    ):
         return None
     offers = (upgrade_offer(headers) or b"").lower().split(b", ")
     keys = headers.all(b"sec-websocket-key")
     if PROTOCOL not in offers or len(keys) != 1 or not _KEY.fullmatch(keys[0]):
         return None
-    bodiless = (headers.get(b"content-length") or b"0") == b"0" and b"transfer-encoding" not in headers
+    bodiless = (
+        headers.get(b"content-length") or b"0"
+    ) == b"0" and b"transfer-encoding" not in headers
     return keys[0] if bodiless else None
 
 
@@ -72,7 +79,11 @@ def to_get(request: RequestHead, key: bytes) -> RequestHead:
     """Translate an extended CONNECT for a WebSocket (see `asks`) to an HTTP/1.1 handshake."""
     headers = Headers(request.headers.items)
     headers.remove(b"connection", b"upgrade", b"sec-websocket-key", b"content-length")
-    headers.items += [(b"Connection", b"Upgrade"), (b"Upgrade", PROTOCOL), (b"Sec-WebSocket-Key", key)]
+    headers.items += [
+        (b"Connection", b"Upgrade"),
+        (b"Upgrade", PROTOCOL),
+        (b"Sec-WebSocket-Key", key),
+    ]
     if b"sec-websocket-version" not in headers:
         headers.items.append((b"Sec-WebSocket-Version", _VERSION))
     return RequestHead(b"GET", request.target, headers)
@@ -82,7 +93,11 @@ def to_101(response: ResponseHead, key: bytes) -> ResponseHead:
     """Translate a 2xx to extended CONNECT into the 101 for the client's handshake with this key."""
     headers = Headers(response.headers.items)
     headers.remove(b"content-length", b"sec-websocket-accept")
-    headers.items += [(b"Connection", b"Upgrade"), (b"Upgrade", PROTOCOL), (b"Sec-WebSocket-Accept", accept(key))]
+    headers.items += [
+        (b"Connection", b"Upgrade"),
+        (b"Upgrade", PROTOCOL),
+        (b"Sec-WebSocket-Accept", accept(key)),
+    ]
     return ResponseHead(101, headers, b"Switching Protocols")
 
 

@@ -61,7 +61,12 @@ Reading = list[Family]
 def reading(registry: CollectorRegistry) -> Reading:
     """All samples that a registry holds now."""
     return [
-        Family(found.name, found.type, found.documentation, [(one.name, tuple(one.labels.items()), one.value) for one in found.samples])
+        Family(
+            found.name,
+            found.type,
+            found.documentation,
+            [(one.name, tuple(one.labels.items()), one.value) for one in found.samples],
+        )
         for found in registry.collect()
     ]
 
@@ -80,7 +85,9 @@ class Totals:
     def gone(self, place: int) -> None:
         """Keep the counters of a worker that has ended; its successor starts at zero."""
         last = self._now.pop(place, [])
-        self._gone = list(_added([self._gone, [family for family in last if family.type in _ACCUMULATED]]))
+        self._gone = list(
+            _added([self._gone, [family for family in last if family.type in _ACCUMULATED]])
+        )
 
     def render(self, own: Reading) -> bytes:
         """All readings and `own` merged, in Prometheus' text format 0.0.4."""
@@ -99,9 +106,13 @@ def _added(readings: Iterable[Reading]) -> Iterator[Family]:
                 if key not in values:
                     values[key] = value
                 else:
-                    values[key] = rule(values[key], value) if rule is not None else values[key] + value
+                    values[key] = (
+                        rule(values[key], value) if rule is not None else values[key] + value
+                    )
     for family, values in found.values():
-        yield Family(family.name, family.type, family.text, [(*key, value) for key, value in values.items()])
+        yield Family(
+            family.name, family.type, family.text, [(*key, value) for key, value in values.items()]
+        )
 
 
 class _Text:

@@ -84,10 +84,14 @@ def share(config: Config) -> Config:
         admin=replace(config.admin, listen=()),
         outbound=replace(config.outbound, max_connections=part(config.outbound.max_connections)),
         inbound=replace(
-            config.inbound, max_connections=part(config.inbound.max_connections), max_pending=max(2, part(config.inbound.max_pending))
+            config.inbound,
+            max_connections=part(config.inbound.max_connections),
+            max_pending=max(2, part(config.inbound.max_pending)),
         ),
         gateway=replace(
-            config.gateway, max_connections=part(config.gateway.max_connections), max_pending=max(2, part(config.gateway.max_pending))
+            config.gateway,
+            max_connections=part(config.gateway.max_connections),
+            max_pending=max(2, part(config.gateway.max_pending)),
         ),
         pool=replace(
             pool,
@@ -95,7 +99,10 @@ def share(config: Config) -> Config:
             max_idle_per_endpoint=part(pool.max_idle_per_endpoint),
         ),
         loops=replace(loops, max_self_calls=part(loops.max_self_calls)),
-        dns=dns and replace(dns, max_in_flight=part(dns.max_in_flight), max_connections=part(dns.max_connections)),
+        dns=dns
+        and replace(
+            dns, max_in_flight=part(dns.max_in_flight), max_connections=part(dns.max_connections)
+        ),
     )
 
 

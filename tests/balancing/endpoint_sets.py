@@ -36,10 +36,19 @@ class World:
     def endpoint_set(self) -> EndpointSet:
         return self.balancer.endpoint_set("default/web")
 
-    def picks(self, where: Target, times: int = 200, exclude: Sequence[Endpoint] = ()) -> Counter[Endpoint | None]:
+    def picks(
+        self, where: Target, times: int = 200, exclude: Sequence[Endpoint] = ()
+    ) -> Counter[Endpoint | None]:
         return Counter(self.endpoint_set.pick(where, exclude) for _ in range(times))
 
-    def fail(self, where: Target, endpoint: Endpoint, times: int = 1, *, how: Failure = Failure.UNREACHABLE) -> None:
+    def fail(
+        self,
+        where: Target,
+        endpoint: Endpoint,
+        times: int = 1,
+        *,
+        how: Failure = Failure.UNREACHABLE,
+    ) -> None:
         for _ in range(times):
             work = self.endpoint_set.begin(where.policy, endpoint, alone=False)
             work.failed("test", how=how)

@@ -1,4 +1,5 @@
-"""Choosing an endpoint: ready and sound ones only, the less busy of two, by weight, near ones first, new ones gently; on simulated time."""
+"""Choosing an endpoint: ready and sound ones only, the less busy of two, by weight, near ones
+first, new ones gently; on simulated time."""
 
 from __future__ import annotations
 
@@ -101,7 +102,9 @@ def test_a_peak_counts_at_once_and_an_improvement_by_the_time_that_has_passed() 
     assert load.expected(1.0, 10.0) == pytest.approx(1.0), "no time has passed"
     load.observe(0.1, 11.0, 10.0)
     assert load.expected(11.0, 10.0) == pytest.approx(0.1 + 0.9 / 2.718281828)
-    assert load.expected(21.0, 10.0) == pytest.approx((0.1 + 0.9 / 2.718281828) / 2.718281828), "what is not confirmed fades"
+    assert load.expected(21.0, 10.0) == pytest.approx((0.1 + 0.9 / 2.718281828) / 2.718281828), (
+        "what is not confirmed fades"
+    )
 
 
 def test_work_spreads_evenly_when_nothing_finishes() -> None:
@@ -115,12 +118,17 @@ def test_work_spreads_evenly_when_nothing_finishes() -> None:
     assert max(loads) - min(loads) <= 50, loads
 
 
-def simulate(where: Target, service: Callable[[int], float], clients: int, seconds: float) -> list[int]:
-    """A closed loop: `clients` that ask one after the other, endpoints that answer after `service(index)` seconds. Counts by endpoint."""
+def simulate(
+    where: Target, service: Callable[[int], float], clients: int, seconds: float
+) -> list[int]:
+    """A closed loop: `clients` that ask one after the other, endpoints that answer after
+    `service(index)` seconds. Counts by endpoint."""
     world = World()
     index = {endpoint: at for at, endpoint in enumerate(where.endpoints)}
     counts = [0] * len(index)
-    events: list[tuple[float, int]] = [(world.now + 0.001 * client, client) for client in range(clients)]
+    events: list[tuple[float, int]] = [
+        (world.now + 0.001 * client, client) for client in range(clients)
+    ]
     heapq.heapify(events)
     out: dict[int, tuple[float, Work]] = {}
     end = world.now + seconds
@@ -140,9 +148,15 @@ def simulate(where: Target, service: Callable[[int], float], clients: int, secon
 
 @pytest.mark.parametrize("clients", [3, 30], ids=["hardly loaded", "loaded"])
 def test_an_endpoint_that_is_ten_times_slower_gets_its_small_share(clients: int) -> None:
-    """Fair is what it can do in the time: a tenth of another's. Under load it gets that; without need it gets less, but never nothing."""
+    """Fair is what it can do in the time: a tenth of another's. Under load it gets that; without
+    need it gets less, but never nothing."""
     chance = random.Random(1)
-    counts = simulate(target(*endpoints(5)), lambda at: chance.uniform(0.5, 1.5) * (0.1 if at == 0 else 0.01), clients, 120)
+    counts = simulate(
+        target(*endpoints(5)),
+        lambda at: chance.uniform(0.5, 1.5) * (0.1 if at == 0 else 0.01),
+        clients,
+        120,
+    )
     others = sum(counts[1:]) / 4
     assert 0.001 * others < counts[0] < 0.2 * others, counts
     assert min(counts[1:]) > 0.7 * others, counts
@@ -153,18 +167,35 @@ def test_an_endpoint_that_becomes_slow_loses_its_share_and_gets_it_back_when_it_
     where, slow = target(*endpoints(3)), [False]
     phases = []
     for slow[0], seconds in ((True, 30.0), (False, 120.0)):
-        phases.append(simulate(where, lambda at: chance.uniform(0.5, 1.5) * (0.2 if at == 0 and slow[0] else 0.01), 6, seconds))
+        phases.append(
+            simulate(
+                where,
+                lambda at: chance.uniform(0.5, 1.5) * (0.2 if at == 0 and slow[0] else 0.01),
+                6,
+                seconds,
+            )
+        )
     assert phases[0][0] < 0.2 * phases[0][1]
     assert phases[1][0] > 0.8 * phases[1][1]
 
 
-@pytest.mark.parametrize("weights", [(1, 1), (1, 9), (10, 20, 30), (3, 3, 3, 3), (500, 501), (1, 1000)])
+@pytest.mark.parametrize(
+    "weights", [(1, 1), (1, 9), (10, 20, 30), (3, 3, 3, 3), (500, 501), (1, 1000)]
+)
 @pytest.mark.parametrize("clients", [1, 40], ids=["one after the other", "forty at a time"])
 def test_shares_are_as_the_weights_say(weights: tuple[int, ...], clients: int) -> None:
-    """Endpoints that are equally fast for each place. 3 % is more than four standard deviations of what chance does here."""
+    """Endpoints that are equally fast for each place. 3 % is more than four standard deviations of
+    what chance does here."""
     chance = random.Random(3)
-    placed = [Endpoint(Address(f"10.0.0.{n}", 80), weight=weight) for n, weight in enumerate(weights)]
-    counts = simulate(target(*placed), lambda _: chance.uniform(0.9, 1.1) * 0.01, clients, 200 if clients == 1 else 8)
+    placed = [
+        Endpoint(Address(f"10.0.0.{n}", 80), weight=weight) for n, weight in enumerate(weights)
+    ]
+    counts = simulate(
+        target(*placed),
+        lambda _: chance.uniform(0.9, 1.1) * 0.01,
+        clients,
+        200 if clients == 1 else 8,
+    )
     for count, weight in zip(counts, weights, strict=True):
         assert count / sum(counts) == pytest.approx(weight / sum(weights), abs=0.03), counts
 
@@ -174,13 +205,18 @@ def test_shares_are_as_the_weights_say(weights: tuple[int, ...], clients: int) -
 
 def zoned(*zones: str, ready: Sequence[bool] = ()) -> tuple[Endpoint, ...]:
     states = ready or [True] * len(zones)
-    return tuple(Endpoint(Address(f"10.0.0.{n}", 80), zone=z, ready=r) for n, (z, r) in enumerate(zip(zones, states, strict=True)))
+    return tuple(
+        Endpoint(Address(f"10.0.0.{n}", 80), zone=z, ready=r)
+        for n, (z, r) in enumerate(zip(zones, states, strict=True))
+    )
 
 
 def test_the_own_zone_comes_first() -> None:
     world, places = World(zone="a"), zoned("a", "a", "b", "b", "c")
     assert set(world.picks(target(*places))) == set(places[:2])
-    assert set(World(zone="").picks(target(*places))) == set(places), "the proxy's own zone is not known"
+    assert set(World(zone="").picks(target(*places))) == set(places), (
+        "the proxy's own zone is not known"
+    )
     assert set(World(zone="d").picks(target(*places))) == set(places), "nobody is there"
     ignoring = Policy(balancing=Balancing(zone="ignore"))
     assert set(world.picks(target(*places, policy=ignoring))) == set(places)
@@ -191,7 +227,9 @@ def test_a_zone_with_too_few_that_can_be_used_gets_help() -> None:
     where = target(*places)
     assert set(world.picks(where)) == set(places[:3])
     world.fail(where, places[0])
-    assert set(world.picks(where)) == set(places[1:]), "two of three are less than the 70 % that are asked for"
+    assert set(world.picks(where)) == set(places[1:]), (
+        "two of three are less than the 70 % that are asked for"
+    )
     third = target(*places, policy=Policy(balancing=Balancing(zone_share=0.3)))
     assert set(world.picks(third)) == set(places[1:3]), "and more than 30 %"
 
@@ -211,7 +249,9 @@ def test_if_all_of_the_own_zone_are_excluded_another_zone_helps() -> None:
 
 def test_a_new_endpoint_gets_a_share_that_grows() -> None:
     world, places = World(), endpoints(4)
-    world.endpoint_set.pick(target(*places[:3]))  # the first that is seen of the service: none of them is new
+    world.endpoint_set.pick(
+        target(*places[:3])
+    )  # the first that is seen of the service: none of them is new
     where, shares = target(*places), []
     for _ in range(4):
         shares.append(world.picks(where, 2000)[places[3]] / 2000)
@@ -280,18 +320,29 @@ def test_a_service_that_is_used_is_not_forgotten() -> None:
     assert world.endpoint_set is endpoint_set
 
 
-@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), max_size=12), st.integers(), st.sampled_from(["", "a"]))
+@given(
+    st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), max_size=12),
+    st.integers(),
+    st.sampled_from(["", "a"]),
+)
 def test_a_pick_is_ready_sound_and_not_excluded_and_is_found_if_there_is_one(
     kinds: list[tuple[bool, bool, bool]], seed: int, zone: str
 ) -> None:
     world = World(zone, seed)
-    listed = [Endpoint(Address(f"10.0.0.{n}", 80), ready=ready, zone="ab"[n % 2]) for n, (ready, _, _) in enumerate(kinds)]
+    listed = [
+        Endpoint(Address(f"10.0.0.{n}", 80), ready=ready, zone="ab"[n % 2])
+        for n, (ready, _, _) in enumerate(kinds)
+    ]
     where = target(*listed)
     exclude = [endpoint for endpoint, (_, out, _) in zip(listed, kinds, strict=True) if out]
     for endpoint, (_, _, bad) in zip(listed, kinds, strict=True):
         if bad:
             world.fail(where, endpoint)
-    sound = [endpoint for endpoint, (ready, _, bad) in zip(listed, kinds, strict=True) if ready and not bad]
+    sound = [
+        endpoint
+        for endpoint, (ready, _, bad) in zip(listed, kinds, strict=True)
+        if ready and not bad
+    ]
     assert world.balancer.usable(where) == len(sound)
     allowed = [endpoint for endpoint in sound if endpoint not in exclude]
     picked = world.endpoint_set.pick(where, exclude)

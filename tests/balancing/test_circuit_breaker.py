@@ -1,4 +1,5 @@
-"""The breaker of an endpoint: a row of failures opens it, one request on probation decides, and penalties grow up to a limit."""
+"""The breaker of an endpoint: a row of failures opens it, one request on probation decides, and
+penalties grow up to a limit."""
 
 from __future__ import annotations
 
@@ -86,7 +87,9 @@ def test_an_answer_shows_that_an_endpoint_can_be_connected_to_after_all() -> Non
     assert breaker.state is State.CLOSED
 
 
-def test_an_early_probe_that_fails_leaves_the_penalty_as_it_was_and_another_may_follow_after_a_step() -> None:
+def test_an_early_probe_that_fails_leaves_the_penalty_as_it_was_and_another_may_follow_after_a_step() -> (
+    None
+):
     breaker, now = opened(), 0.0
     for _ in range(5):
         now = breaker.until
@@ -103,7 +106,9 @@ def test_an_early_probe_that_fails_leaves_the_penalty_as_it_was_and_another_may_
         assert (breaker.until, breaker.early) == (until, now + 1)
 
 
-def test_one_that_refuses_connections_is_tried_soon_and_in_steps_that_grow_with_the_outage() -> None:
+def test_one_that_refuses_connections_is_tried_soon_and_in_steps_that_grow_with_the_outage() -> (
+    None
+):
     breaker, now, gaps = Breaker(), 100.0, []
     assert breaker.failed(now, RULES, 0.0, REFUSED)
     assert breaker.until == pytest.approx(now + 0.2)
@@ -143,14 +148,19 @@ def test_a_penalty_can_be_cut_short_but_not_prolonged() -> None:
         ([SILENT] * 3, False),
         ([SILENT, SILENT, BAD], True),
         ([BAD, BAD, SILENT], True),
-        ([BAD, BAD, SILENT, SILENT, SILENT], False),  # the last two while it was used for want of better ones
+        (
+            [BAD, BAD, SILENT, SILENT, SILENT],
+            False,
+        ),  # the last two while it was used for want of better ones
         ([BAD, BAD, BAD, SILENT, SILENT, BAD], True),
         ([BAD, BAD, BAD, GONE], False),
         ([GONE, SILENT], False),
         ([GONE, BAD], True),
     ],
 )
-def test_one_that_fails_responds_until_it_is_unreachable_or_silent_in_a_row(row: list[Failure], responds: bool) -> None:
+def test_one_that_fails_responds_until_it_is_unreachable_or_silent_in_a_row(
+    row: list[Failure], responds: bool
+) -> None:
     breaker = Breaker()
     for how in row:
         breaker.failed(0, RULES, 0, how, probe=breaker.state is not State.CLOSED)
@@ -175,7 +185,8 @@ def test_a_probe_can_only_be_given_up_while_there_is_one(state: str) -> None:
 
 
 class Life(RuleBasedStateMachine):
-    """Any order of events, with a model beside it that is as simple as the words: how many failures in a row, is it out, until when."""
+    """Any order of events, with a model beside it that is as simple as the words: how many failures
+    in a row, is it out, until when."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -278,7 +289,9 @@ class Life(RuleBasedStateMachine):
         self.quiet = 0 if how is BAD else self.quiet + (how is SILENT)
 
     def judged(self, how: Failure) -> None:
-        self.responds = how is BAD or (how is SILENT and self.responds and self.quiet < RULES.failures)
+        self.responds = how is BAD or (
+            how is SILENT and self.responds and self.quiet < RULES.failures
+        )
 
     def recovered(self) -> None:
         self.out = self.probing = self.unreached = False

@@ -1,4 +1,5 @@
-"""Endpoints that are broken: who is left alone, and who is tried when, so that an outage ends soon after its cause; on simulated time."""
+"""Endpoints that are broken: who is left alone, and who is tried when, so that an outage ends soon
+after its cause; on simulated time."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ def test_an_endpoint_that_cannot_be_connected_to_is_left_alone_and_then_tried_on
     world, (one, two) = World(), endpoints(2)
     where = target(one, two)
     world.fail(where, one)
-    assert world.told == [Change("default/web", one.address, State.OPEN, pytest.approx(1.25, abs=0.26), "test")]
+    assert world.told == [
+        Change("default/web", one.address, State.OPEN, pytest.approx(1.25, abs=0.26), "test")
+    ]
     assert set(world.picks(where)) == {two}
     assert world.balancer.usable(where) == 1
     world.now += 1.6
@@ -61,7 +64,9 @@ def test_if_all_are_broken_nothing_is_picked_and_it_is_known_when() -> None:
     assert world.endpoint_set.opens(where) <= world.now, "one is being tried"
 
 
-def test_endpoints_that_respond_badly_are_used_if_there_is_nobody_better_and_balanced_as_ever() -> None:
+def test_endpoints_that_respond_badly_are_used_if_there_is_nobody_better_and_balanced_as_ever() -> (
+    None
+):
     world, places = World(), endpoints(3)
     where = target(*places)
     bad, worse, gone = places
@@ -93,7 +98,9 @@ def test_one_that_stops_responding_is_used_no_more_for_want_of_better_ones() -> 
     assert world.endpoint_set.next_probe(where) > world.now
 
 
-def test_one_that_responds_badly_is_tried_when_its_penalty_is_over_although_another_is_well() -> None:
+def test_one_that_responds_badly_is_tried_when_its_penalty_is_over_although_another_is_well() -> (
+    None
+):
     world, (one, two) = World(), endpoints(2)
     where = target(one, two)
     world.fail(where, one, 7, how=Failure.RESPONSE)
@@ -138,7 +145,9 @@ def test_the_only_endpoint_is_tried_about_once_a_second_however_long_it_was_away
     times = [when for when, _ in outage.tried]
     gaps = [later - earlier for earlier, later in pairwise(times)]
     assert max(gaps) < 1.7, gaps
-    assert sum(gap < 0.99 for gap in gaps) <= 8 + 600 / 60, "when a penalty of about a minute is over it is tried in any case"
+    assert sum(gap < 0.99 for gap in gaps) <= 8 + 600 / 60, (
+        "when a penalty of about a minute is over it is tried in any case"
+    )
     outage.dead.clear()
     assert outage.ask_for(2)[outage.places[0]] >= 3
     assert not outage.world.endpoint_set.broken
@@ -157,7 +166,9 @@ def test_of_many_that_are_all_away_one_in_a_second_is_tried_early_and_each_gets_
     outage.ask_for(600)
     outage.tried.clear()
     outage.ask_for(60)
-    assert 40 <= len(outage.tried) <= 60 + 20 * 2, "one in 1 to 1.6 s, and each when its penalty of about a minute is over"
+    assert 40 <= len(outage.tried) <= 60 + 20 * 2, (
+        "one in 1 to 1.6 s, and each when its penalty of about a minute is over"
+    )
     assert {endpoint for _, endpoint in outage.tried} == set(outage.places)
 
 

@@ -64,8 +64,11 @@ def test_requests_that_were_not_looked_at_count_where_they_came() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 5), st.integers(0, 50), st.integers(0, 60)), max_size=60))
-def test_in_no_window_are_there_more_than_its_requests_allow(steps: list[tuple[float, int, int]]) -> None:
-    """The window moves in tenths, so in `ttl` seconds there may be a tenth more, and what came together is spread over the time before."""
+def test_in_no_window_are_there_more_than_its_requests_allow(
+    steps: list[tuple[float, int, int]],
+) -> None:
+    """The window moves in tenths, so in `ttl` seconds there may be a tenth more, and what came
+    together is spread over the time before."""
     rules = Budget(ratio=0.2, min_per_second=1.0, ttl=10.0)
     budget, now, made, came = RetryBudget(0.0), 0.0, [], []
     for pause, requests, wanted in steps:

@@ -1,4 +1,5 @@
-"""What the client of a play does. An act begins when nothing is under way, and ends so that the next cannot overtake what it has begun."""
+"""What the client of a play does. An act begins when nothing is under way, and ends so that the
+next cannot overtake what it has begun."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ FIELDS: tuple[list[bytes], ...] = (
 SAMPLED = FIELDS[5]
 TOO_FAR = [b"isthmus-hops: " + b", ".join([_HOP] * 8)]
 
-# Kinds of answers (server.py) behind which the server keeps its connection, and those behind which it does not.
+# Kinds of answers (server.py) behind which the server keeps its connection, and those behind which
+# it does not.
 KEPT = (
     "ok", "ok", "together", "bytewise", "none", "same", "kept", "error", "busy", "missing", "interim", "spare",
     "chunked", "chunked-bytewise", "chunked-spare",
@@ -74,7 +76,10 @@ async def answer(stage: Stage, end: End, method: str = "GET") -> None:
                 reader.receive_data(data)
                 fed += len(data)
             elif isinstance(event, h11.Response):
-                last = (b"connection", b"close") in event.headers.raw_items() or (b"Connection", b"close") in event.headers.raw_items()
+                last = (b"connection", b"close") in event.headers.raw_items() or (
+                    b"Connection",
+                    b"close",
+                ) in event.headers.raw_items()
         end.take(fed - len(reader.trailing_data[0]))
     except h11.RemoteProtocolError:
         end.take(fed)
@@ -106,10 +111,24 @@ def closings(stage: Stage) -> int:
 # Acts...
 
 
-async def ask(stage: Stage, rng: random.Random, kinds: tuple[str, ...] = (*KEPT, *ENDED), fields: list[bytes] | None = None) -> None:
+async def ask(
+    stage: Stage,
+    rng: random.Random,
+    kinds: tuple[str, ...] = (*KEPT, *ENDED),
+    fields: list[bytes] | None = None,
+) -> None:
     """A request and its answer."""
     kind, before = rng.choice(kinds), closings(stage)
-    method = rng.choice([b"GET", b"GET", b"GET", b"HEAD" if kind in ("ok", "kept", "none", "same") else b"GET", b"OPTIONS", b"DELETE"])
+    method = rng.choice(
+        [
+            b"GET",
+            b"GET",
+            b"GET",
+            b"HEAD" if kind in ("ok", "kept", "none", "same") else b"GET",
+            b"OPTIONS",
+            b"DELETE",
+        ]
+    )
     end = await line(stage)
     fields = rng.choice(FIELDS) if fields is None else fields
     await end.send(*pieces(request(f"/{kind}/{rng.choice(SIZES)}", fields, method), rng))
@@ -119,9 +138,14 @@ async def ask(stage: Stage, rng: random.Random, kinds: tuple[str, ...] = (*KEPT,
 
 
 async def upload(stage: Stage, rng: random.Random) -> None:
-    method, body = rng.choice([b"POST", b"PUT", b"PATCH"]), bytes(rng.choice([1, 700, 20_000, 90_000]))
+    method, body = (
+        rng.choice([b"POST", b"PUT", b"PATCH"]),
+        bytes(rng.choice([1, 700, 20_000, 90_000])),
+    )
     end = await line(stage)
-    await end.send(*pieces(request(f"/ok/{rng.choice(SIZES)}", rng.choice(FIELDS), method, body), rng))
+    await end.send(
+        *pieces(request(f"/ok/{rng.choice(SIZES)}", rng.choice(FIELDS), method, body), rng)
+    )
     await answer(stage, end)
 
 
@@ -153,14 +177,19 @@ async def answered_early(stage: Stage, rng: random.Random) -> None:
     end, before = await line(stage), closings(stage)
     kind = rng.choice(["early", "early-close"])
     await end.send(request(f"/{kind}/30", [b"Content-Length: 10"], b"PATCH") + b"hello")
-    await stage.until(lambda: end.new.endswith(b"\r\n\r\n0123456789:;<=>?@ABCDEFGHIJKLM") or end.ended is not None)
+    await stage.until(
+        lambda: end.new.endswith(b"\r\n\r\n0123456789:;<=>?@ABCDEFGHIJKLM") or end.ended is not None
+    )
     await end.send(b"hello")
     await answer(stage, end)
     await closed(stage, before)
 
 
 async def pipeline(stage: Stage, rng: random.Random) -> None:
-    kinds = [rng.choice([kind for kind in KEPT if "spare" not in kind]) for _ in range(rng.choice([2, 3, 6]))]
+    kinds = [
+        rng.choice([kind for kind in KEPT if "spare" not in kind])
+        for _ in range(rng.choice([2, 3, 6]))
+    ]
     end = await line(stage)
     asked = b"".join(request(f"/{kind}/{rng.choice(SIZES)}", rng.choice(FIELDS)) for kind in kinds)
     await end.send(*pieces(asked, rng))
@@ -170,7 +199,11 @@ async def pipeline(stage: Stage, rng: random.Random) -> None:
 
 async def pipeline_with_upload(stage: Stage, rng: random.Random) -> None:
     end = await line(stage)
-    asked = request("/ok/3", [], b"POST", b"abc") + request("/ok/4", []) + request("/ok/5", [], b"PUT", b"d" * 2000)
+    asked = (
+        request("/ok/3", [], b"POST", b"abc")
+        + request("/ok/4", [])
+        + request("/ok/5", [], b"PUT", b"d" * 2000)
+    )
     await end.send(*pieces(asked, rng))
     for _ in range(3):
         await answer(stage, end)
@@ -201,22 +234,31 @@ async def slow(stage: Stage, rng: random.Random) -> None:
     """The server takes longer than the fast path has patience."""
     end, kind = await line(stage), rng.choice(["wait", "half-wait", "wait-close"])
     before = closings(stage)
-    await end.send(request(f"/{kind}/2000", rng.choice(FIELDS), *rng.choice([(b"GET", b""), (b"POST", b"abc")])))
+    await end.send(
+        request(
+            f"/{kind}/2000", rng.choice(FIELDS), *rng.choice([(b"GET", b""), (b"POST", b"abc")])
+        )
+    )
     await stage.waiting()
     await trio.sleep(2 * fast_path.PATIENCE)
     stage.go_on()
     if kind == "wait-close":
         await closed(stage, before)
         if stage.awaited == stage.gone_on:
-            await stage.until(lambda: end.ended is not None or stage.awaited > stage.gone_on or len(end.new) > 0)
+            await stage.until(
+                lambda: end.ended is not None or stage.awaited > stage.gone_on or len(end.new) > 0
+            )
         while stage.awaited > stage.gone_on:  # it is asked again
             stage.go_on()
-            await stage.until(lambda: end.ended is not None or stage.awaited > stage.gone_on or len(end.new) > 0)
+            await stage.until(
+                lambda: end.ended is not None or stage.awaited > stage.gone_on or len(end.new) > 0
+            )
     await answer(stage, end)
 
 
 async def half_closed(stage: Stage, rng: random.Random) -> None:
-    """A client that ends its direction behind its request gets its answer, and the server hears of the end."""
+    """A client that ends its direction behind its request gets its answer, and the server hears of
+    the end."""
     end, before = await line(stage), endings(stage)
     await end.send(request("/wait/500", rng.choice(FIELDS)))
     await stage.waiting()
@@ -281,13 +323,20 @@ async def odd(stage: Stage, rng: random.Random) -> None:
             b"\r\nGET /ok/5 HTTP/1.1\r\nHost: a\r\n\r\n",
             b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
             b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
-            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nConnection: keep-alive, Upgrade\r\nUpgrade: TLS/1.2\r\n\r\n",
+            (
+                b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nConnection: keep-alive, Upgrade\r\nUpgrade:"
+                b" TLS/1.2\r\n\r\n"
+            ),
             b"POST /ok/5 HTTP/1.1\r\nHost: a\r\nContent-Length: 02\r\n\r\nhi",
-            b"POST /ok/5 HTTP/1.0\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\nhi",
+            (
+                b"POST /ok/5 HTTP/1.0\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length:"
+                b" 2\r\n\r\nhi"
+            ),
             b"OPTIONS /ok/5 HTTP/1.1\r\nHost: a\r\nMax-Forwards: 5\r\n\r\n",
             b"OPTIONS /ok/5 HTTP/1.1\r\nHost: a\r\nMax-Forwards: 0\r\n\r\n",
             b"TRACE /ok/5 HTTP/1.1\r\nHost: a\r\nMax-Forwards: 0\r\n\r\n",
-            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nConnection: isthmus-hops, b3, x-mine\r\nX-Mine: 1\r\nisthmus-hops: %b\r\n\r\n" % _HOP,
+            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nConnection: isthmus-hops, b3, x-mine\r\nX-Mine:"
+            b" 1\r\nisthmus-hops: %b\r\n\r\n" % _HOP,
             b"GET /blank/5 HTTP/1.1\r\nHost: a\r\n\r\n",
             b"GET /interim-length/5 HTTP/1.1\r\nHost: a\r\n\r\n",
             b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nX-Long: %b\r\n\r\n" % (b"x" * 20_000),
@@ -305,7 +354,10 @@ async def wrong(stage: Stage, rng: random.Random) -> None:
             b"GET /ok/5 HTTP/1.1\r\n\r\n",
             b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
             b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nsmuggled : 1\r\n\r\n",
-            b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
+            (
+                b"GET /ok/5 HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nTransfer-Encoding:"
+                b" chunked\r\n\r\n"
+            ),
             b"GET /ok/5 HTTP/3.1\r\nHost: a\r\n\r\n",
             b"GET /%b HTTP/1.1\r\nHost: a\r\n\r\n" % (b"y" * 20_000),
             b"GET /ok/5#x HTTP/1.1\r\nHost: a\r\n\r\n",
@@ -320,7 +372,9 @@ async def wrong(stage: Stage, rng: random.Random) -> None:
 
 
 async def loop(stage: Stage, rng: random.Random) -> None:
-    await ask(stage, rng, kinds=("ok",), fields=TOO_FAR)  # which gets no further than the first proxy
+    await ask(
+        stage, rng, kinds=("ok",), fields=TOO_FAR
+    )  # which gets no further than the first proxy
 
 
 async def sampled(stage: Stage, rng: random.Random) -> None:
@@ -368,7 +422,8 @@ async def fail_in_a_row(stage: Stage, rng: random.Random) -> None:
 
 
 async def stop(stage: Stage, _: random.Random) -> None:
-    """The proxies go down, while connections are idle, wait for an answer, have half of it, and have asked for more already."""
+    """The proxies go down, while connections are idle, wait for an answer, have half of it, and
+    have asked for more already."""
     idle, asks, waits, has_half, has_more = [await stage.client() for _ in range(5)]
     for end in (idle, asks, waits, has_half, has_more):
         await end.send(request("/ok/4", []))
@@ -387,7 +442,9 @@ async def stop(stage: Stage, _: random.Random) -> None:
     for end in (waits, has_half, has_more):
         stage.go_on()
         await answer(stage, end)
-    await stage.until(lambda: all(end.ended is not None for end in (idle, asks, waits, has_half, has_more)))
+    await stage.until(
+        lambda: all(end.ended is not None for end in (idle, asks, waits, has_half, has_more))
+    )
 
 
 async def many_at_once(stage: Stage, rng: random.Random) -> None:
@@ -397,7 +454,10 @@ async def many_at_once(stage: Stage, rng: random.Random) -> None:
         drawn = random.Random(seed)
         end = await stage.client()
         for _ in range(4):
-            kinds = [drawn.choice(("ok/100000", "together/9000", "bytewise/60", "kept/3", "none")) for _ in range(drawn.choice([1, 2, 8]))]
+            kinds = [
+                drawn.choice(("ok/100000", "together/9000", "bytewise/60", "kept/3", "none"))
+                for _ in range(drawn.choice([1, 2, 8]))
+            ]
             data = b"".join(request(f"/{kind}", []) for kind in kinds)
             await end.send(*pieces(data, drawn))
             for _ in kinds:
@@ -411,11 +471,19 @@ async def many_at_once(stage: Stage, rng: random.Random) -> None:
 good: Act = partial(ask, kinds=("ok", "together"), fields=[])
 
 # Answers in chunks, each behind a plain one; and such that are none, or not all of one.
-IN_CHUNKS: tuple[Act, ...] = tuple(partial(ask, kinds=(kind,)) for kind in KEPT if kind.startswith("chunked"))
-BAD_CHUNKS: tuple[Act, ...] = tuple(partial(broken, kinds=(kind,)) for kind in BROKEN if kind.startswith(("torn", "spoiled", "two-fr")))
+IN_CHUNKS: tuple[Act, ...] = tuple(
+    partial(ask, kinds=(kind,)) for kind in KEPT if kind.startswith("chunked")
+)
+BAD_CHUNKS: tuple[Act, ...] = tuple(
+    partial(broken, kinds=(kind,))
+    for kind in BROKEN
+    if kind.startswith(("torn", "spoiled", "two-fr"))
+)
 
 TRIED_AGAIN: tuple[Act, ...] = tuple(
-    act for kind in ("busy", "missing", "chunked", "reset") for act in (good, partial(broken if kind == "reset" else ask, kinds=(kind,)))
+    act
+    for kind in ("busy", "missing", "chunked", "reset")
+    for act in (good, partial(broken if kind == "reset" else ask, kinds=(kind,)))
 )
 
 ODD: tuple[Act, ...] = (
@@ -426,7 +494,8 @@ ODD: tuple[Act, ...] = (
 
 
 def drawn(seed: int, number: int) -> list[Act]:
-    """A play: acts that are not plain, each behind plain ones, so that it meets connections that are kept on the fast path."""
+    """A play: acts that are not plain, each behind plain ones, so that it meets connections that
+    are kept on the fast path."""
     rng = random.Random(seed)
     acts: list[Act] = [sampled, *IN_CHUNKS]
     for act in BAD_CHUNKS:

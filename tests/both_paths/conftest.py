@@ -14,9 +14,13 @@ from tests.both_paths.stage import Cast, Theatre
 
 
 @pytest.fixture
-def made(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Theatre]:
+def made(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Theatre]:
     monkeypatch.setattr("proxy.flows.loop_guard.token_bytes", bytes)  # the same tokens each time
-    monkeypatch.setattr(eligibility, "REST", 0)  # the fast path is tried again and again, although much of what is done is not plain
+    monkeypatch.setattr(
+        eligibility, "REST", 0
+    )  # the fast path is tried again and again, although much of what is done is not plain
     monkeypatch.setattr(fast_path, "PATIENCE", 0.1)
     caplog.set_level(logging.INFO, "isthmus")
 

@@ -1,5 +1,5 @@
-"""What the client of a play of HTTP/2 does, but for faults (h2_faults.py). An act begins when nothing is under way, and ends so that the
-next cannot overtake what it has begun."""
+"""What the client of a play of HTTP/2 does, but for faults (h2_faults.py). An act begins when
+nothing is under way, and ends so that the next cannot overtake what it has begun."""
 
 from __future__ import annotations
 
@@ -35,11 +35,21 @@ FIELDS: list[list[Pair]] = [
     [(b"te", b"trailers"), (b"isthmus-timeout", b"9s"), (b"x-mine", b"1")],
 ]
 SAMPLED, TOO_FAR = FIELDS[5], pairs(TOO_FAR_LINES)
-CALL: list[Pair] = [(b"te", b"trailers"), (b"content-type", b"application/grpc"), (b"user-agent", b"x")]
+CALL: list[Pair] = [
+    (b"te", b"trailers"),
+    (b"content-type", b"application/grpc"),
+    (b"user-agent", b"x"),
+]
 
 
 def asking(path: str, fields: list[Pair], method: bytes = b"GET") -> list[Pair]:
-    return [(b":method", method), (b":scheme", b"http"), (b":authority", b"a"), (b":path", path.encode()), *fields]
+    return [
+        (b":method", method),
+        (b":scheme", b"http"),
+        (b":authority", b"a"),
+        (b":path", path.encode()),
+        *fields,
+    ]
 
 
 def once(kind: str, size: int, rng: random.Random) -> str:
@@ -87,7 +97,12 @@ async def heard(stage: Stage, size: int) -> None:
     """Wait until the server has so much of a body that is not whole."""
 
     def known() -> bool:
-        messages = [message for end in stage.servers if isinstance(end, Server2) for message in end.messages.values()]
+        messages = [
+            message
+            for end in stage.servers
+            if isinstance(end, Server2)
+            for message in end.messages.values()
+        ]
         return any(len(message.body) == size and not message.over for message in messages)
 
     await stage.until(known)
@@ -96,13 +111,21 @@ async def heard(stage: Stage, size: int) -> None:
 # Acts...
 
 
-async def ask(stage: Stage, rng: random.Random, kinds: tuple[str, ...] = PLAIN, fields: list[Pair] | None = None) -> None:
+async def ask(
+    stage: Stage,
+    rng: random.Random,
+    kinds: tuple[str, ...] = PLAIN,
+    fields: list[Pair] | None = None,
+) -> None:
     """A request without a body, or with one that has come with its head."""
     end, kind = await line(stage), rng.choice(kinds)
     method = rng.choice([b"GET", b"GET", b"GET", b"HEAD", b"OPTIONS", b"DELETE"])
     if method == b"HEAD" and kind not in ("ok", "length", "empty", "none", "same", "missing"):
         method = b"POST"
-    fields, how = drawn_fields(rng) if fields is None else fields, rng.choice(["end", "end", "hollow", "body"])
+    fields, how = (
+        drawn_fields(rng) if fields is None else fields,
+        rng.choice(["end", "end", "hollow", "body"]),
+    )
     end.cut = random.Random(0) if rng.random() < 0.3 else None
     number = end.open(asking(f"/{kind}/{rng.choice(SIZES)}", fields, method), end=how == "end")
     if how != "end":
@@ -114,7 +137,9 @@ async def ask(stage: Stage, rng: random.Random, kinds: tuple[str, ...] = PLAIN, 
 async def call(stage: Stage, rng: random.Random, kinds: tuple[str, ...] = CALLS) -> None:
     """A call of gRPC."""
     end, more = await line(stage), rng.choice([[], [], [(b"grpc-timeout", b"9S")], SAMPLED])
-    number = end.open(asking(f"/{rng.choice(kinds)}/{rng.choice(SIZES)}", [*CALL, *more], b"POST"), end=False)
+    number = end.open(
+        asking(f"/{rng.choice(kinds)}/{rng.choice(SIZES)}", [*CALL, *more], b"POST"), end=False
+    )
     await end.put(number, b"x" * rng.choice([5, 100, 20_000]), end=True)
     await answer(stage, end, number)
 
@@ -123,7 +148,10 @@ async def upload(stage: Stage, rng: random.Random) -> None:
     """In pieces, with padding, behind promises, and with trailers, or none of these."""
     end, data = await line(stage), rng.randbytes(rng.choice([1, 700, 20_000, 90_000]))
     promise = [(b"content-length", b"%d" % len(data))] if rng.random() < 0.5 else []
-    number = end.open(asking(f"/{rng.choice(['ok', 'echo', 'grpc'])}/9", [*rng.choice(FIELDS), *promise], b"PUT"), end=False)
+    number = end.open(
+        asking(f"/{rng.choice(['ok', 'echo', 'grpc'])}/9", [*rng.choice(FIELDS), *promise], b"PUT"),
+        end=False,
+    )
     step = rng.choice([len(data), 16_000, 1 + len(data) // 7])
     pad, together = rng.choice([None, None, 0, 200]), rng.random() < 0.5
     end.cut = random.Random(0) if rng.random() < 0.3 else None
@@ -166,7 +194,8 @@ async def download(stage: Stage, rng: random.Random) -> None:
 
 
 async def slow_reader(stage: Stage, rng: random.Random) -> None:
-    """A client whose window is small, and who gives it back in its own time; its other streams go on."""
+    """A client whose window is small, and who gives it back in its own time; its other streams go
+    on."""
     end, window = await connected(stage, window=2000), 2000
     number = end.open(asking(f"/{rng.choice(['ok', 'trailers', 'grpc'])}/9000", rng.choice(FIELDS)))
     await end.flush()
@@ -203,7 +232,14 @@ async def left(stage: Stage, end: Client2, *, reset: bool) -> None:
 async def answered_early(stage: Stage, rng: random.Random) -> None:
     """The answer is whole before the request is; the rest is not wanted."""
     end = await line(stage)
-    number = end.open(asking(f"/{rng.choice(['early', 'early-reset'])}/{rng.choice(SIZES)}", rng.choice(FIELDS), b"POST"), end=False)
+    number = end.open(
+        asking(
+            f"/{rng.choice(['early', 'early-reset'])}/{rng.choice(SIZES)}",
+            rng.choice(FIELDS),
+            b"POST",
+        ),
+        end=False,
+    )
     await end.put(number, b"hello")
     await answer(stage, end, number)
 
@@ -211,7 +247,9 @@ async def answered_early(stage: Stage, rng: random.Random) -> None:
 async def ask_before_upload(stage: Stage, rng: random.Random) -> None:
     """Expect: 100-continue, to a server that says so, and to one that answers at once."""
     end, kind = await line(stage), rng.choice(["continue", "early"])
-    number = end.open(asking(f"/{kind}/7", [*rng.choice(FIELDS), (b"expect", b"100-continue")], b"PUT"), end=False)
+    number = end.open(
+        asking(f"/{kind}/7", [*rng.choice(FIELDS), (b"expect", b"100-continue")], b"PUT"), end=False
+    )
     await end.flush()
     if kind == "continue":
         await stage.until(lambda: bool(end.messages[number].interim))
@@ -246,8 +284,14 @@ async def slow_upload(stage: Stage, rng: random.Random) -> None:
 async def tunnel(stage: Stage, rng: random.Random) -> None:
     """CONNECT, plain and extended."""
     end = await line(stage)
-    websocket: list[Pair] = [(b":method", b"CONNECT"), (b":protocol", b"websocket"), *asking("/chat/0", [])[1:]]
-    number = end.open(rng.choice([[(b":method", b"CONNECT"), (b":authority", b"far:443")], websocket]), end=False)
+    websocket: list[Pair] = [
+        (b":method", b"CONNECT"),
+        (b":protocol", b"websocket"),
+        *asking("/chat/0", [])[1:],
+    ]
+    number = end.open(
+        rng.choice([[(b":method", b"CONNECT"), (b":authority", b"far:443")], websocket]), end=False
+    )
     await end.put(number, b"x" * 3000)
     await got(stage, end, number, 3000)
     await end.put(number, b"", end=True)
@@ -255,7 +299,8 @@ async def tunnel(stage: Stage, rng: random.Random) -> None:
 
 
 async def at_once(stage: Stage, rng: random.Random) -> None:
-    """A few streams on one connection, in one write. One server's answers cannot overtake each other: the kinds are alike."""
+    """A few streams on one connection, in one write. One server's answers cannot overtake each
+    other: the kinds are alike."""
     end, size = await line(stage), rng.choice(SIZES)
     numbers = [end.open(asking(f"/ok/{size}/{n}", [])) for n in range(rng.choice([2, 5]))]
     await end.flush()
@@ -263,7 +308,9 @@ async def at_once(stage: Stage, rng: random.Random) -> None:
 
 
 async def loop(stage: Stage, rng: random.Random) -> None:
-    await ask(stage, rng, kinds=("ok",), fields=TOO_FAR)  # which gets no further than the first proxy
+    await ask(
+        stage, rng, kinds=("ok",), fields=TOO_FAR
+    )  # which gets no further than the first proxy
 
 
 async def sampled(stage: Stage, rng: random.Random) -> None:
@@ -276,7 +323,8 @@ good: Act = partial(ask, kinds=("ok", "length"), fields=[])
 
 
 async def stop(stage: Stage, _: random.Random) -> None:
-    """The proxies go down: streams that are open go on, and the last that came before the client could know is served."""
+    """The proxies go down: streams that are open go on, and the last that came before the client
+    could know is served."""
     end, idle = await connected(stage), await connected(stage)
     first = [end.open(asking("/ok/4", [])), idle.open(asking("/ok/4", []))]
     await end.flush()
@@ -308,11 +356,20 @@ async def many_at_once(stage: Stage, rng: random.Random) -> None:
         drawn = random.Random(seed)
         end = await connected(stage)
         for turn in range(3):
-            kinds = [drawn.choice(("ok/60000", "pieces/900", "padded/600", "length/3", "none/0", "trailers/500")) for _ in range(8)]
-            numbers = [end.open(asking(f"/{kind}/{seed}-{turn}-{n}", [])) for n, kind in enumerate(kinds)]
+            kinds = [
+                drawn.choice(
+                    ("ok/60000", "pieces/900", "padded/600", "length/3", "none/0", "trailers/500")
+                )
+                for _ in range(8)
+            ]
+            numbers = [
+                end.open(asking(f"/{kind}/{seed}-{turn}-{n}", [])) for n, kind in enumerate(kinds)
+            ]
             await end.flush()
             for number in range(2):
-                numbers.append(end.open(asking(f"/echo/0/{seed}-{turn}-{number}", CALL, b"POST"), end=False))
+                numbers.append(
+                    end.open(asking(f"/echo/0/{seed}-{turn}-{number}", CALL, b"POST"), end=False)
+                )
                 await end.put(numbers[-1], b"y" * drawn.choice([1, 3000, 40_000]), end=True)
             await answer(stage, end, *numbers)
 

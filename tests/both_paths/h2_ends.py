@@ -1,4 +1,5 @@
-"""Ends of HTTP/2 connections, outside of the proxies: what comes is read at once, by python-hyper's h2, into messages."""
+"""Ends of HTTP/2 connections, outside of the proxies: what comes is read at once, by python-hyper's
+h2, into messages."""
 
 from __future__ import annotations
 
@@ -54,19 +55,30 @@ class Message:
         return next((value for n, value in self.head if n == name), b"")
 
     def shown(self) -> str:
-        heads = [masked(b"".join(b"%b: %b\r\n" % pair for pair in pairs)) for pairs in (*self.interim, self.head, self.trailers)]
-        return f"{heads} {len(self.body)} {zlib.crc32(self.body):x} {'ended' if self.ended else ''} {None if self.left else self.reset}"
+        heads = [
+            masked(b"".join(b"%b: %b\r\n" % pair for pair in pairs))
+            for pairs in (*self.interim, self.head, self.trailers)
+        ]
+        return (
+            f"{heads} {len(self.body)} {zlib.crc32(self.body):x} {'ended' if self.ended else ''}"
+            f" {None if self.left else self.reset}"
+        )
 
 
 class End2(End):
-    """Sends what it is told to, right or wrong; what nobody takes any more is the other side's matter."""
+    """Sends what it is told to, right or wrong; what nobody takes any more is the other side's
+    matter."""
 
     client = False
 
-    def __init__(self, stage: Stage, sock: trio.socket.SocketType, settings: dict[int, int] | None = None) -> None:
+    def __init__(
+        self, stage: Stage, sock: trio.socket.SocketType, settings: dict[int, int] | None = None
+    ) -> None:
         super().__init__(stage, sock)
         config = h2.config.H2Configuration(client_side=self.client, header_encoding=None)
-        config.validate_outbound_headers = config.normalize_outbound_headers = config.normalize_inbound_headers = False
+        config.validate_outbound_headers = config.normalize_outbound_headers = (
+            config.normalize_inbound_headers
+        ) = False
         self.h2 = h2.connection.H2Connection(config)
         self.h2.initiate_connection()
         if settings is not None:
@@ -97,7 +109,9 @@ class End2(End):
             piece = bytes(self.heard[:size])
             del self.heard[:size]
             if not self._preface and piece[3] == Kind.GOAWAY:
-                self.goaways.append((int.from_bytes(piece[9:13], "big"), int.from_bytes(piece[13:17], "big")))
+                self.goaways.append(
+                    (int.from_bytes(piece[9:13], "big"), int.from_bytes(piece[13:17], "big"))
+                )
             else:
                 self._read(piece)
             self._preface = 0
@@ -172,7 +186,9 @@ class End2(End):
             await self.flush()
             if not data:
                 return
-            await self._stage.until(lambda: not self._open(number) or self.h2.local_flow_control_window(number) > 0)
+            await self._stage.until(
+                lambda: not self._open(number) or self.h2.local_flow_control_window(number) > 0
+            )
 
     def _open(self, number: int) -> bool:
         message = self.messages[number]
@@ -180,7 +196,9 @@ class End2(End):
 
     async def goaway(self, last: int, code: int = 0) -> None:
         """By hand: h2 sends one only to end its connection."""
-        await self.flush(frame(Kind.GOAWAY, 0, 0, last.to_bytes(4, "big") + code.to_bytes(4, "big")))
+        await self.flush(
+            frame(Kind.GOAWAY, 0, 0, last.to_bytes(4, "big") + code.to_bytes(4, "big"))
+        )
 
     def close(self, *, reset: bool = False) -> None:
         for message in self.messages.values():
@@ -191,12 +209,18 @@ class End2(End):
 
     @property
     def quiet(self) -> bool:
-        return self.closed or self.ended is not None or all(message.done for message in self.messages.values())
+        return (
+            self.closed
+            or self.ended is not None
+            or all(message.done for message in self.messages.values())
+        )
 
     def seen(self) -> object:
         """In which order the requests of one write come to a server is anybody's."""
         messages = [self.messages[number].shown() for number in sorted(self.messages)]
-        return (self.fault, messages, self.goaways) if self.client else (self.fault, sorted(messages))
+        return (
+            (self.fault, messages, self.goaways) if self.client else (self.fault, sorted(messages))
+        )
 
 
 class Client2(End2):
@@ -218,8 +242,21 @@ class Server2(End2):
 
 
 def fuzzed(rng: random.Random) -> list[Pair]:
-    """Fields of any names and values, some of them more than once, and some with what only proxies may say."""
+    """Fields of any names and values, some of them more than once, and some with what only proxies
+    may say."""
     names = [bytes(rng.choices(b"abcxyz-_.0~", k=rng.choice([1, 5, 20]))) for _ in range(3)]
-    names += [b"cookie", b"l5d_client_id", b"isthmus-client-id", b"isthmus-retry-limit", b"user-agent", b"x-request-id"]
-    values = [b"", b"1", bytes(rng.choices(b'!az\x80\xff,;="', k=rng.choice([3, 30, 400]))), b"a \t b"]
+    names += [
+        b"cookie",
+        b"l5d_client_id",
+        b"isthmus-client-id",
+        b"isthmus-retry-limit",
+        b"user-agent",
+        b"x-request-id",
+    ]
+    values = [
+        b"",
+        b"1",
+        bytes(rng.choices(b'!az\x80\xff,;="', k=rng.choice([3, 30, 400]))),
+        b"a \t b",
+    ]
     return [(rng.choice(names), rng.choice(values)) for _ in range(rng.randrange(7))]

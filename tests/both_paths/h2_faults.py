@@ -40,7 +40,18 @@ from tests.both_paths.stage import Act, Stage
 
 async def broken(stage: Stage, rng: random.Random) -> None:
     """The server gives no answer, or a wrong one; where that may be, it is asked again."""
-    kinds = ["reset", "cancelled", "calm", "refused", "close", "abort", "bad-status", "bad-name", "bad-field", "bad-length"]
+    kinds = [
+        "reset",
+        "cancelled",
+        "calm",
+        "refused",
+        "close",
+        "abort",
+        "bad-status",
+        "bad-name",
+        "bad-field",
+        "bad-length",
+    ]
     kind, end = rng.choice(kinds), await line(stage)
     method, data = rng.choice([(b"GET", b""), (b"POST", b"x"), (b"PUT", b"yy"), (b"DELETE", b"")])
     number = end.open(asking(f"/{kind}/1000", rng.choice([*FIELDS, CALL]), method), end=not data)
@@ -52,7 +63,9 @@ async def broken(stage: Stage, rng: random.Random) -> None:
 
 
 async def cut_within_answer(stage: Stage, rng: random.Random) -> None:
-    kind = rng.choice(["half-close", "half-abort", "half-reset", "half-calm", "half-refused", "half-grpc"])
+    kind = rng.choice(
+        ["half-close", "half-abort", "half-reset", "half-calm", "half-refused", "half-grpc"]
+    )
     end, fields = await line(stage), CALL if kind == "half-grpc" else rng.choice(FIELDS)
     number = end.open(asking(f"/{kind}/2000", fields, b"POST"))
     await end.flush()
@@ -66,7 +79,9 @@ async def cut_within_answer(stage: Stage, rng: random.Random) -> None:
 async def refused(stage: Stage, rng: random.Random) -> None:
     """Once: without a body, with one, with one that is too long to be kept."""
     end, size = await line(stage), rng.choice([0, 0, 3, 30_000, 90_000])
-    number = end.open(asking(once("refused-once", 9, rng), rng.choice(FIELDS), b"POST"), end=not size)
+    number = end.open(
+        asking(once("refused-once", 9, rng), rng.choice(FIELDS), b"POST"), end=not size
+    )
     await end.put(number, b"z" * size, end=True) if size else await end.flush()
     await answer(stage, end, number)
 
@@ -84,7 +99,8 @@ async def broken_within_upload(stage: Stage, rng: random.Random) -> None:
 
 
 async def sent_away(stage: Stage, rng: random.Random) -> None:
-    """The server goes away, and has not looked at it; other streams of its connection go on, or there are none."""
+    """The server goes away, and has not looked at it; other streams of its connection go on, or
+    there are none."""
     end, other = await line(stage), None
     if rng.random() < 0.5:
         other = end.open(asking("/wait/30", []))
@@ -165,7 +181,10 @@ async def leave(stage: Stage, rng: random.Random) -> None:
     """The client closes its connection: with nothing under way, or within a few things at once."""
     end, reset = await line(stage), rng.random() < 0.5
     if rng.random() < 0.8:
-        waits, half = end.open(asking("/wait/200", [])), end.open(asking("/half-wait/2000", CALL, b"POST"))
+        waits, half = (
+            end.open(asking("/wait/200", [])),
+            end.open(asking("/half-wait/2000", CALL, b"POST")),
+        )
         uploads = end.open(asking("/ok/200", [], b"POST"), end=False)
         await end.put(uploads, b"hello")
         await got(stage, end, half, 1000)
@@ -212,7 +231,8 @@ MALFORMED: list[list[Pair]] = [
 
 
 async def malformed(stage: Stage, rng: random.Random) -> None:
-    """A head that is no head, and a body that is not what its head says; the other streams go on."""
+    """A head that is no head, and a body that is not what its head says; the other streams go
+    on."""
     end, other = await line(stage), None
     if rng.random() < 0.7:
         number = end.open(rng.choice(MALFORMED))
@@ -241,12 +261,18 @@ async def wrong_frame(stage: Stage, _: random.Random) -> None:
 
 
 async def late(stage: Stage, rng: random.Random) -> None:
-    """A call whose deadline passes, which is the matter of a proxy that goes out; of two that stand behind each other nobody could tell
-    whether the second will say so before it is told."""
+    """A call whose deadline passes, which is the matter of a proxy that goes out; of two that stand
+    behind each other nobody could tell whether the second will say so before it is told."""
     end = await line(stage)
     if len(stage.apps) == 1 and stage.apps[0].listeners.outbound:
         kind = rng.choice(["never", "half-never"])
-        number = end.open(asking(f"/{kind}/2000", [*CALL, (b"grpc-timeout", rng.choice([b"50m", b"150m", b"250m"]))], b"POST"))
+        number = end.open(
+            asking(
+                f"/{kind}/2000",
+                [*CALL, (b"grpc-timeout", rng.choice([b"50m", b"150m", b"250m"]))],
+                b"POST",
+            )
+        )
         await end.flush()
         await answer(stage, end, number)
 
@@ -255,7 +281,8 @@ async def late(stage: Stage, rng: random.Random) -> None:
 
 
 async def unanswered(stage: Stage, _: random.Random) -> None:
-    """All that can be waited for, at once: a head, the rest of a response, that of a request, a client's window."""
+    """All that can be waited for, at once: a head, the rest of a response, that of a request, a
+    client's window."""
     end, slow_end = await line(stage), await connected(stage, window=2000)
     numbers = [end.open(asking(f"/{kind}/2000", [])) for kind in ("never", "half-never")]
     numbers += [end.open(asking(f"/{kind}/1/{kind}", CALL)) for kind in ("never",)]
@@ -290,11 +317,18 @@ plain_call: Act = partial(call, kinds=("grpc",))
 
 
 def drawn(seed: int, number: int) -> list[Act]:
-    """A play: acts that are not plain, each behind plain ones, so that it meets connections that are ready for the fast path."""
+    """A play: acts that are not plain, each behind plain ones, so that it meets connections that
+    are ready for the fast path."""
     rng = random.Random(seed)
     acts: list[Act] = [sampled]
     odd = [act for _ in range(2) for act in rng.sample(ODD, len(ODD))][:number]
     for act in odd:
-        acts += [good, plain_call, ask] if rng.random() < 0.5 else [plain_call] if rng.random() < 0.8 else [good]
+        acts += (
+            [good, plain_call, ask]
+            if rng.random() < 0.5
+            else [plain_call]
+            if rng.random() < 0.8
+            else [good]
+        )
         acts.append(act)
     return acts

@@ -1,4 +1,5 @@
-"""A server of HTTP/2 that does what a request's path says: /kind/size. It waits for the whole of a request, unless the kind is EARLY."""
+"""A server of HTTP/2 that does what a request's path says: /kind/size. It waits for the whole of a
+request, unless the kind is EARLY."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ REFUSED, CANCEL = 7, 8
 
 
 def body(size: int) -> bytes:
-    return bytes(48 + n % 64 for n in range(64)) * (size // 64) + bytes(48 + n for n in range(size % 64))
+    return bytes(48 + n % 64 for n in range(64)) * (size // 64) + bytes(
+        48 + n for n in range(size % 64)
+    )
 
 
 async def serve(stage: Stage, end: End) -> None:
@@ -25,7 +28,10 @@ async def serve(stage: Stage, end: End) -> None:
     done = 0
     async with trio.open_nursery() as nursery:
         while end.ended is None and not end.closed:
-            await stage.until(lambda: len(end.told) > done or end.ended is not None or end.closed, 100)  # noqa: B023  # used in this turn
+            await stage.until(
+                lambda: len(end.told) > done or end.ended is not None or end.closed,  # noqa: B023
+                100,
+            )
             for number in end.told[done:]:
                 nursery.start_soon(_respond, stage, end, number)
             done = len(end.told)
@@ -52,7 +58,13 @@ class Asked:
     """A request, and where its answer goes."""
 
     def __init__(self, stage: Stage, end: End2, number: int, message: Message, size: int) -> None:
-        self.stage, self.end, self.number, self.message, self.size = stage, end, number, message, size
+        self.stage, self.end, self.number, self.message, self.size = (
+            stage,
+            end,
+            number,
+            message,
+            size,
+        )
 
     async def answer(self, data: bytes, head: list[Pair] = OK) -> None:
         self.end.head(self.number, head, end=not data)
@@ -79,7 +91,9 @@ class Asked:
 
     async def some(self) -> None:
         """Until something of the body has come."""
-        await self.stage.until(lambda: bool(self.message.body) or self.message.over or self.end.ended is not None)
+        await self.stage.until(
+            lambda: bool(self.message.body) or self.message.over or self.end.ended is not None
+        )
 
     async def whole(self) -> None:
         await self.stage.until(lambda: self.message.over or self.end.ended is not None, 100)
@@ -88,7 +102,17 @@ class Asked:
 Kind = Callable[[Asked], Awaitable[None]]
 KINDS: dict[str, Kind] = {}
 # These do not wait for the end of the request.
-EARLY = {"tunnel", "slow-take", "continue", "early", "early-reset", "early-head", "echo", "refused-upload", "reset-upload"}
+EARLY = {
+    "tunnel",
+    "slow-take",
+    "continue",
+    "early",
+    "early-reset",
+    "early-head",
+    "echo",
+    "refused-upload",
+    "reset-upload",
+}
 
 
 def kind(*names: str) -> Callable[[Kind], Kind]:
@@ -109,7 +133,9 @@ def _says(head: list[Pair], *, empty: bool = False) -> Kind:
 KINDS["ok"] = _says(OK)
 KINDS["empty"] = _says(OK, empty=True)
 KINDS["none"] = _says([(b":status", b"204")], empty=True)
-KINDS["same"] = _says([(b":status", b"304"), (b"content-length", b"77"), (b"etag", b"x")], empty=True)
+KINDS["same"] = _says(
+    [(b":status", b"304"), (b"content-length", b"77"), (b"etag", b"x")], empty=True
+)
 KINDS["error"] = _says([(b":status", b"500")])
 KINDS["busy"] = _says([(b":status", b"503")])
 KINDS["missing"] = _says([(b":status", b"404"), (b"set-cookie", b"a=b"), (b"set-cookie", b"c=d")])
@@ -134,7 +160,8 @@ async def _hollow(asked: Asked) -> None:
 
 @kind("pieces", "padded")
 async def _pieces(asked: Asked) -> None:
-    """DATA of any size, some of it empty, the last one too; each in a write of its own, or a few together."""
+    """DATA of any size, some of it empty, the last one too; each in a write of its own, or a few
+    together."""
     end, number, data = asked.end, asked.number, body(asked.size % 1000)
     padded = asked.message.get(b":path").startswith(b"/padded")
     end.head(number, OK)
@@ -159,7 +186,10 @@ async def _trailers(asked: Asked) -> None:
 async def _grpc(asked: Asked) -> None:
     asked.end.head(asked.number, GRPC)
     await asked.end.put(asked.number, body(asked.size))
-    asked.trailers((b"grpc-status", b"0" if asked.message.get(b":path").startswith(b"/grpc/") else b"14"), (b"x-more", b"1"))
+    asked.trailers(
+        (b"grpc-status", b"0" if asked.message.get(b":path").startswith(b"/grpc/") else b"14"),
+        (b"x-more", b"1"),
+    )
 
 
 @kind("interim")
@@ -205,7 +235,8 @@ async def _fuzzed(asked: Asked) -> None:
 
 @kind("early", "early-reset")
 async def _early(asked: Asked) -> None:
-    """Answered within the request; its rest is not wanted, as the proxies find out by themselves, or are told."""
+    """Answered within the request; its rest is not wanted, as the proxies find out by themselves,
+    or are told."""
     await asked.some()
     await asked.answer(body(asked.size))
     if asked.message.get(b":path").startswith(b"/early-reset"):
@@ -228,7 +259,10 @@ async def _echo(asked: Asked) -> None:
     await end.flush()
     over, sent = False, 0
     while not over:
-        await asked.stage.until(lambda: len(message.body) > sent or message.over or end.ended is not None, 100)  # noqa: B023  # used in this turn
+        await asked.stage.until(
+            lambda: len(message.body) > sent or message.over or end.ended is not None,  # noqa: B023
+            100,
+        )
         over, new = message.over or end.ended is not None, bytes(message.body[sent:])
         sent += len(new)
         if new or (over and not message.trailers):
@@ -243,7 +277,9 @@ async def _reset(asked: Asked) -> None:
     if name == b"refused-once" and not asked.first():
         await asked.answer(bytes(asked.message.body) or b"again")
     else:
-        asked.end.reset(asked.number, {b"reset": 2, b"cancelled": CANCEL, b"calm": 11}.get(name, REFUSED))
+        asked.end.reset(
+            asked.number, {b"reset": 2, b"cancelled": CANCEL, b"calm": 11}.get(name, REFUSED)
+        )
 
 
 @kind("refused-upload", "reset-upload")
@@ -251,7 +287,9 @@ async def _within_upload(asked: Asked) -> None:
     """The first time, when a part of the body is here."""
     await asked.some()
     if asked.first():
-        asked.end.reset(asked.number, REFUSED if asked.message.get(b":path").startswith(b"/refused") else 2)
+        asked.end.reset(
+            asked.number, REFUSED if asked.message.get(b":path").startswith(b"/refused") else 2
+        )
         return
     await asked.whole()
     await asked.answer(bytes(asked.message.body))
@@ -272,7 +310,9 @@ async def _close(asked: Asked) -> None:
     asked.end.close(reset=asked.message.get(b":path").startswith(b"/abort"))
 
 
-@kind("half-close", "half-abort", "half-reset", "half-calm", "half-refused", "half-wait", "half-grpc")
+@kind(
+    "half-close", "half-abort", "half-reset", "half-calm", "half-refused", "half-wait", "half-grpc"
+)
 async def _half(asked: Asked) -> None:
     name = asked.message.get(b":path").split(b"/")[1]
     await asked.begin(GRPC if name == b"half-grpc" else OK)
@@ -298,4 +338,6 @@ async def _wait(asked: Asked) -> None:
 async def _never(asked: Asked) -> None:
     if asked.message.get(b":path").startswith(b"/half"):
         await asked.begin()
-    await asked.stage.until(lambda: asked.message.reset is not None or asked.end.ended is not None, 100)
+    await asked.stage.until(
+        lambda: asked.message.reset is not None or asked.end.ended is not None, 100
+    )

@@ -1,4 +1,5 @@
-"""A server that does what a request's target says: /kind/size. It reads a request's body where a client sends one whole."""
+"""A server that does what a request's target says: /kind/size. It reads a request's body where a
+client sends one whole."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ async def serve(stage: Stage, end: End) -> None:
         kind, size = target[1].decode(), int(target[2] or 0)
         if not kind.startswith("early"):
             await _read_body(stage, end, head, continued=kind == "continue")
-        if end.ended == "closed here" or await KINDS[kind](stage, end, size, head.startswith(b"HEAD")):
+        if end.ended == "closed here" or await KINDS[kind](
+            stage, end, size, head.startswith(b"HEAD")
+        ):
             end.close()
             return
 
@@ -55,7 +58,8 @@ async def _read_body(stage: Stage, end: End, head: bytes, *, continued: bool) ->
         end.take(wanted)
 
 
-# What it does: (stage, end, size of the response, whether that has no body) -> whether its connection ends.
+# What it does: (stage, end, size of the response, whether that has no body) -> whether its
+# connection ends.
 Kind = Callable[[Stage, End, int, bool], Awaitable[bool]]
 
 
@@ -130,41 +134,81 @@ async def _bytewise(_: Stage, end: End, size: int, bare: bool) -> bool:
 
 async def _bytewise_chunks(_: Stage, end: End, size: int, bare: bool) -> bool:
     size = min(size, 300)
-    data = _CHUNKED + (b"" if bare else chunked(_body(size)[:100] or b"x", b"y", trailers=b"X-T: 1\r\n"))
+    data = _CHUNKED + (
+        b"" if bare else chunked(_body(size)[:100] or b"x", b"y", trailers=b"X-T: 1\r\n")
+    )
     await end.send(*(data[n : n + 1] for n in range(len(data))))
     return False
 
 
 KINDS: dict[str, Kind] = {
     "ok": _sends(lambda size: (_ok(size), _body(size))),
-    "together": _sends(lambda size: (_ok(size), _body(size)) if size > 60_000 else (_ok(size) + _body(size),)),
+    "together": _sends(
+        lambda size: (_ok(size), _body(size)) if size > 60_000 else (_ok(size) + _body(size),)
+    ),
     "bytewise": _bytewise,
     "none": _sends(lambda _: (b"HTTP/1.1 204 No Content\r\n\r\n",)),
     "same": _sends(lambda _: (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 77\r\n\r\n",)),
-    "kept": _sends(lambda size: (_ok(size, b"Connection: keep-alive\r\nKeep-Alive: timeout=5\r\n"), _body(size))),
-    "error": _sends(lambda size: (b"HTTP/1.1 500 Oops\r\nContent-Length: %d\r\n\r\n" % size, _body(size))),
-    "busy": _sends(lambda size: (b"HTTP/1.1 503 Busy\r\nContent-Length: %d\r\n\r\n" % size, _body(size))),
-    "missing": _sends(lambda size: (b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n" % size, _body(size))),
+    "kept": _sends(
+        lambda size: (
+            _ok(size, b"Connection: keep-alive\r\nKeep-Alive: timeout=5\r\n"),
+            _body(size),
+        )
+    ),
+    "error": _sends(
+        lambda size: (b"HTTP/1.1 500 Oops\r\nContent-Length: %d\r\n\r\n" % size, _body(size))
+    ),
+    "busy": _sends(
+        lambda size: (b"HTTP/1.1 503 Busy\r\nContent-Length: %d\r\n\r\n" % size, _body(size))
+    ),
+    "missing": _sends(
+        lambda size: (b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n" % size, _body(size))
+    ),
     "spare": _sends(lambda size: (_ok(size), _body(size) + b"spare")),
-    "says-close": _sends(lambda size: (_ok(size, b"Connection: close\r\n"), _body(size)), ends=True),
+    "says-close": _sends(
+        lambda size: (_ok(size, b"Connection: close\r\n"), _body(size)), ends=True
+    ),
     "then-close": _sends(lambda size: (_ok(size), _body(size)), ends=True),
     "old": _sends(lambda size: (b"HTTP/1.0 200 OK\r\nServer: x\r\n\r\n", _body(size)), ends=True),
-    "chunked": _sends(
-        lambda size: (_CHUNKED + chunked(_body(size or 1), trailers=b"X-T: 1\r\n"),)
-    ),
+    "chunked": _sends(lambda size: (_CHUNKED + chunked(_body(size or 1), trailers=b"X-T: 1\r\n"),)),
     "chunked-bytewise": _bytewise_chunks,
-    "chunked-spare": _sends(lambda size: (_CHUNKED, chunked(_body(size)[: size // 2], _body(size)[size // 2 :] or b"x") + b"spare")),
+    "chunked-spare": _sends(
+        lambda size: (
+            _CHUNKED,
+            chunked(_body(size)[: size // 2], _body(size)[size // 2 :] or b"x") + b"spare",
+        )
+    ),
     "drip": _drip,
     "torn": _sends(lambda size: (_CHUNKED + b"5\r\nhello\r\n5\r\nhe",), ends=True),
     "torn-late": _sends(lambda size: (_CHUNKED + b"5\r\nhello\r\n", b"5\r\nhello\r\n5"), ends=True),
-    "spoiled": _sends(lambda size: (_CHUNKED + b"5\r\nhello\r\n", b"3\r\nabc\r\n4\r\nlonger\r\n0\r\n\r\n"), ends=True),
+    "spoiled": _sends(
+        lambda size: (_CHUNKED + b"5\r\nhello\r\n", b"3\r\nabc\r\n4\r\nlonger\r\n0\r\n\r\n"),
+        ends=True,
+    ),
     "spoiled-size": _sends(lambda size: (_CHUNKED + b"-5\r\nhello\r\n0\r\n\r\n",), ends=True),
     "spoiled-behind": _sends(lambda size: (_CHUNKED + b"5\r\nhello\r\n3\r\nabcd\r\n",), ends=True),
     "control": _sends(lambda size: (_ok(size, b"X: a\x01b\r\n"), _body(size)), ends=True),
-    "blank": _sends(lambda size: (b"HTTP/1.1 200 OK\r\nX-A : 1\r\nContent-Length\t: %d\r\n\r\n" % size, _body(size))),
-    "interim-length": _sends(lambda size: (b"HTTP/1.1 103 Early Hints\r\nContent-Length: 5\r\nLink: x\r\n\r\n" + _ok(size), _body(size))),
-    "two-framings": _sends(lambda size: (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n" + _CHUNKED[17:] + chunked(b"hello"),), ends=True),
-    "interim": _sends(lambda size: (b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + _ok(size), _body(size))),
+    "blank": _sends(
+        lambda size: (
+            b"HTTP/1.1 200 OK\r\nX-A : 1\r\nContent-Length\t: %d\r\n\r\n" % size,
+            _body(size),
+        )
+    ),
+    "interim-length": _sends(
+        lambda size: (
+            b"HTTP/1.1 103 Early Hints\r\nContent-Length: 5\r\nLink: x\r\n\r\n" + _ok(size),
+            _body(size),
+        )
+    ),
+    "two-framings": _sends(
+        lambda size: (
+            b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n" + _CHUNKED[17:] + chunked(b"hello"),
+        ),
+        ends=True,
+    ),
+    "interim": _sends(
+        lambda size: (b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + _ok(size), _body(size))
+    ),
     "continue": _sends(lambda size: (_ok(size), _body(size))),
     "close": _sends(lambda _: (), ends=True),
     "reset": _reset,
@@ -177,7 +221,12 @@ KINDS: dict[str, Kind] = {
     "wait-close": _wait_close,
     "never": _never,
     "garbage": _sends(lambda _: (b"what is this?\r\n\r\n",), ends=True),
-    "two-lengths": _sends(lambda _: (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n", b"hi"), ends=True),
+    "two-lengths": _sends(
+        lambda _: (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n", b"hi"),
+        ends=True,
+    ),
     "early": _sends(lambda size: (_ok(size), _body(size))),
-    "early-close": _sends(lambda size: (_ok(size, b"Connection: close\r\n"), _body(size)), ends=True),
+    "early-close": _sends(
+        lambda size: (_ok(size, b"Connection: close\r\n"), _body(size)), ends=True
+    ),
 }

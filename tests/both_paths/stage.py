@@ -1,4 +1,5 @@
-"""Proxies in this process, between a client and a server that are read all the time, and all that a play leaves behind."""
+"""Proxies in this process, between a client and a server that are read all the time, and all that a
+play leaves behind."""
 
 from __future__ import annotations
 
@@ -90,7 +91,9 @@ class End:
         if not self.closed:
             self.closed = True
             if reset:
-                self.stream.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+                self.stream.setsockopt(
+                    trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0"
+                )
             self.stream.socket.close()
             self._stage.tell()
 
@@ -112,7 +115,9 @@ class End:
 class Left:
     """What a play has left behind, without ports, times, and ids that were drawn."""
 
-    clients: list[tuple[Any, str | None]] = field(default_factory=list)  # what they heard, and how their connection ended
+    clients: list[tuple[Any, str | None]] = field(
+        default_factory=list
+    )  # what they heard, and how their connection ended
     servers: list[tuple[Any, bool]] = field(default_factory=list)  # the same; whether it was open
     metrics: dict[str, float] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)  # their lines in the log
@@ -125,7 +130,9 @@ class Left:
 class Stage:
     """Where a play takes place: the proxies, and the connections to both sides of them."""
 
-    def __init__(self, nursery: trio.Nursery, address: Address, apps: list[App], cast: Cast) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, address: Address, apps: list[App], cast: Cast
+    ) -> None:
         self.apps = apps
         self._nursery = nursery
         self._address = address
@@ -178,18 +185,34 @@ class Stage:
 
     async def settled(self) -> None:
         """Until no exchange is under way in any proxy, and the servers know."""
-        await until(lambda: not any(app.outbound_pools.counts()[0] + app.inbound_pools.counts()[0] for app in self.apps), 20)
+        await until(
+            lambda: (
+                not any(
+                    app.outbound_pools.counts()[0] + app.inbound_pools.counts()[0]
+                    for app in self.apps
+                )
+            ),
+            20,
+        )
         await self.until(lambda: all(end.quiet for end in self.servers))
 
     async def known(self) -> None:
         """Until the proxy knows which of the server's connections are open."""
         last = self.apps[-1]
         pools = last.inbound_pools if last.listeners.inbound else last.outbound_pools
-        await until(lambda: sum(pools.counts()) == sum(not end.closed and end.ended is None for end in self.servers), 20)
+        await until(
+            lambda: (
+                sum(pools.counts())
+                == sum(not end.closed and end.ended is None for end in self.servers)
+            ),
+            20,
+        )
 
     async def forgotten(self) -> None:
         """Until the proxy knows which of the clients' connections are open."""
-        acceptor = self.apps[0].outbound if self.apps[0].listeners.outbound else self.apps[0].inbound
+        acceptor = (
+            self.apps[0].outbound if self.apps[0].listeners.outbound else self.apps[0].inbound
+        )
         await until(lambda: acceptor.open <= sum(not end.closed for end in self.clients), 20)
 
     async def clear(self) -> None:
@@ -218,7 +241,11 @@ class Cast:
 @asynccontextmanager
 async def sidecar(tmp_path: Path, spans: list[Record], **document: Any) -> AsyncIterator[App]:
     file = tmp_path / "isthmus.yaml"
-    off: dict[str, Any] = {"outbound": {"listen": []}, "inbound": {"listen": []}, "admin": {"listen": []}}
+    off: dict[str, Any] = {
+        "outbound": {"listen": []},
+        "inbound": {"listen": []},
+        "admin": {"listen": []},
+    }
     off |= {"log": {"access": True}, "loops": {"max_hops": 8}}
     file.write_text(yaml.safe_dump({**off, **document}))
     tracing = Tracing(Tracer(Sampling()), spans.append)
@@ -229,37 +256,60 @@ async def sidecar(tmp_path: Path, spans: list[Record], **document: Any) -> Async
         nursery.cancel_scope.cancel()
 
 
-def _calling(tmp_path: Path, cast: Cast, number: int, who: object, both: dict[str, Any]) -> dict[str, Any]:
+def _calling(
+    tmp_path: Path, cast: Cast, number: int, who: object, both: dict[str, Any]
+) -> dict[str, Any]:
     """Settings of a client's sidecar: there is one service, with one endpoint at port `number`."""
     port = {"port": number, "protocol": cast.protocol}
     endpoint = {"address": HOST} if who is None else {"address": HOST, "identity": str(who)}
-    service = {"name": "c", "addresses": ["10.96.0.1"], "ports": [port], "endpoints": [endpoint], "policy": dict(cast.policy)}
+    service = {
+        "name": "c",
+        "addresses": ["10.96.0.1"],
+        "ports": [port],
+        "endpoints": [endpoint],
+        "policy": dict(cast.policy),
+    }
     (tmp_path / "directory.yaml").write_text(yaml.safe_dump({"services": [service]}))
     way = {"listen": [f"{HOST}:0"], "fixed_destination": f"10.96.0.1:{port['port']}"}
-    return {"outbound": way, "directory": {"file": str(tmp_path / "directory.yaml"), "settle": "0s"}, **both}
+    return {
+        "outbound": way,
+        "directory": {"file": str(tmp_path / "directory.yaml"), "settle": "0s"},
+        **both,
+    }
 
 
 @asynccontextmanager
 async def proxies(
     shape: Shape, tmp_path: Path, server: Address, spans: list[Record], *, cast: Cast, **both: Any
 ) -> AsyncIterator[list[App]]:
-    """The sidecar of a server, or of a client, or one of each with mutual TLS between them; the client's first."""
+    """The sidecar of a server, or of a client, or one of each with mutual TLS between them; the
+    client's first."""
 
     async with AsyncExitStack() as stack:
         to_server = {"inbound": {"listen": [f"{HOST}:0"], "fixed_destination": str(server)}, **both}
         if shape == "inbound":
             yield [await stack.enter_async_context(sidecar(tmp_path, spans, **to_server))]
         elif shape == "outbound":
-            yield [await stack.enter_async_context(sidecar(tmp_path, spans, **_calling(tmp_path, cast, server.port, None, both)))]
+            yield [
+                await stack.enter_async_context(
+                    sidecar(tmp_path, spans, **_calling(tmp_path, cast, server.port, None, both))
+                )
+            ]
         else:
             paths, who = identity(tmp_path)
-            inbound = await stack.enter_async_context(sidecar(tmp_path, spans, **to_server, identity=paths))
-            calling = _calling(tmp_path, cast, port_of(inbound.listeners.inbound), who, {**both, "identity": paths})
+            inbound = await stack.enter_async_context(
+                sidecar(tmp_path, spans, **to_server, identity=paths)
+            )
+            calling = _calling(
+                tmp_path, cast, port_of(inbound.listeners.inbound), who, {**both, "identity": paths}
+            )
             yield [await stack.enter_async_context(sidecar(tmp_path, spans, **calling)), inbound]
 
 
 @asynccontextmanager
-async def staged(shape: Shape, tmp_path: Path, cast: Cast, spans: list[Record], **both: Any) -> AsyncIterator[Stage]:
+async def staged(
+    shape: Shape, tmp_path: Path, cast: Cast, spans: list[Record], **both: Any
+) -> AsyncIterator[Stage]:
     listener = listen()
     server = Address.of(listener.getsockname())
     async with (
@@ -268,10 +318,14 @@ async def staged(shape: Shape, tmp_path: Path, cast: Cast, spans: list[Record], 
         AsyncExitStack() as clients,
     ):
         for app in apps:
-            for _ in range(64):  # so that no connection is closed for being one too many, at a time that a play does not know
+            for _ in range(
+                64
+            ):  # so that no connection is closed for being one too many, at a time that a play does not know
                 clients.enter_context(app.inbound_pools.client(server))
         first = apps[0].listeners
-        stage = Stage(nursery, Address.of((first.outbound or first.inbound)[0].getsockname()), apps, cast)
+        stage = Stage(
+            nursery, Address.of((first.outbound or first.inbound)[0].getsockname()), apps, cast
+        )
 
         async def accept() -> None:
             listening = trio.socket.from_stdlib_socket(listener)
@@ -314,7 +368,8 @@ class Theatre:
     settings: dict[str, Any] = field(default_factory=dict)
 
     async def on_all_paths(self, acts: list[Act], shape: Shape, seed: int) -> list[Left]:
-        """The same play on each of PATHS. The fast one carries what it can, and the ordinary one is another."""
+        """The same play on each of PATHS. The fast one carries what it can, and the ordinary one is
+        another."""
         ordinary, fast, disturbed = [await self.play(acts, shape, path, seed) for path in PATHS]
         assert not ordinary.finished
         assert ordinary.spans
@@ -324,7 +379,14 @@ class Theatre:
         self.log.clear()
         left, spans = Left(), list[Record]()
         async with (
-            staged(shape, self.tmp_path, self.cast, spans, fast_path=path != "ordinary", **self.settings) as stage,
+            staged(
+                shape,
+                self.tmp_path,
+                self.cast,
+                spans,
+                fast_path=path != "ordinary",
+                **self.settings,
+            ) as stage,
             trio.open_nursery() as beside,
         ):
             if path == "disturbed":
@@ -335,15 +397,26 @@ class Theatre:
                         await act(stage, random.Random(f"{seed} {number}"))
                         await stage.settled()
                     except trio.TooSlowError:
-                        ends = [repr(end.seen())[-1500:] for end in (*stage.clients[-1:], *stage.servers[-2:])]
-                        raise AssertionError(f"act {number} does not end ({shape}, {path}, {act}); last heard: {ends}") from None
+                        ends = [
+                            repr(end.seen())[-1500:]
+                            for end in (*stage.clients[-1:], *stage.servers[-2:])
+                        ]
+                        raise AssertionError(
+                            f"act {number} does not end ({shape}, {path}, {act}); last heard:"
+                            f" {ends}"
+                        ) from None
                 await stage.clear()
             beside.cancel_scope.cancel()
             left.clients = [(end.seen(), end.ended) for end in stage.clients]
             left.servers = [(end.seen(), end.ended is None) for end in stage.servers]
             for number, app in enumerate(stage.apps):
                 left.metrics |= _counted(number, app.render())
-                left.finished += app.metrics.registry.get_sample_value("isthmus_fast_path_exchanges_total", {"end": "finished"}) or 0
+                left.finished += (
+                    app.metrics.registry.get_sample_value(
+                        "isthmus_fast_path_exchanges_total", {"end": "finished"}
+                    )
+                    or 0
+                )
         self._read_log(left)
         left.spans = sorted(_shown(record) for record in spans if isinstance(record, HttpRecord))
         return left
@@ -352,11 +425,23 @@ class Theatre:
         for record in self.log.records:
             line: Any = getattr(record, "line", None)
             if line is not None:
-                kept = replace(line, peer="", upstream=line.upstream and "yes", seconds=0.0, words=_PORT.sub("", line.words))
+                kept = replace(
+                    line,
+                    peer="",
+                    upstream=line.upstream and "yes",
+                    seconds=0.0,
+                    words=_PORT.sub("", line.words),
+                )
                 if record.name == "isthmus.access":
-                    left.requests.append(_PORT.sub("", repr(replace(kept, span_id=b"", trace_id=bool(line.trace_id)))))
+                    left.requests.append(
+                        _PORT.sub(
+                            "", repr(replace(kept, span_id=b"", trace_id=bool(line.trace_id)))
+                        )
+                    )
                 else:
-                    counted = {} if self.cast.protocol == "http1" else {"read": 0, "written": 0}  # where frames end is nobody's business
+                    counted = (
+                        {} if self.cast.protocol == "http1" else {"read": 0, "written": 0}
+                    )  # where frames end is nobody's business
                     left.connections.append(repr(replace(kept, destination="", **counted)))
             elif record.levelno >= logging.ERROR:
                 left.faults.append(record.getMessage())
@@ -365,8 +450,13 @@ class Theatre:
 
 
 _PORT = re.compile(r":\d{4,5}\b")
-_DRAWN = re.compile(rb"(?i)(?<=\ndate: )[^\r]*|-[0-9a-f]{16}(?=-[01]|\r)|:[0-9a-f]{16}(?=:)|(?<=\d\.\d):\d{4,5}\b")
-_NOT_COMPARED = re.compile(r"isthmus_\w+_seconds(_bucket|_sum)?[{ ]|python_|process_|isthmus_build_info|isthmus_fast_path|\w+_created")
+_DRAWN = re.compile(
+    rb"(?i)(?<=\ndate: )[^\r]*|-[0-9a-f]{16}(?=-[01]|\r)|:[0-9a-f]{16}(?=:)|(?<=\d\.\d):\d{4,5}\b"
+)
+_NOT_COMPARED = re.compile(
+    r"isthmus_\w+_seconds(_bucket|_sum)?[{"
+    r" ]|python_|process_|isthmus_build_info|isthmus_fast_path|\w+_created"
+)
 
 
 def masked(heard: bytes | bytearray) -> bytes:
@@ -376,15 +466,30 @@ def masked(heard: bytes | bytearray) -> bytes:
 
 def _counted(number: int, metrics: bytes) -> dict[str, float]:
     """All series but times; of histograms of times, how many there were."""
-    lines = [line for line in metrics.decode().splitlines() if not line.startswith("#") and not _NOT_COMPARED.match(line)]
-    return {f"{number} {series}": float(value) for series, value in (line.rsplit(" ", 1) for line in lines)}
+    lines = [
+        line
+        for line in metrics.decode().splitlines()
+        if not line.startswith("#") and not _NOT_COMPARED.match(line)
+    ]
+    return {
+        f"{number} {series}": float(value)
+        for series, value in (line.rsplit(" ", 1) for line in lines)
+    }
 
 
 def _shown(record: HttpRecord) -> str:
     assert record.started <= (record.head_at or record.ended) <= record.ended
     peer = record.peer and Address(record.peer.host, 0)
     destination = record.destination and Address(record.destination.host, 0)
-    same = replace(record, started=0, ended=0, head_at=0, span_id=b"", follows=bool(record.follows), tls=record.tls is not None)
+    same = replace(
+        record,
+        started=0,
+        ended=0,
+        head_at=0,
+        span_id=b"",
+        follows=bool(record.follows),
+        tls=record.tls is not None,
+    )
     kept = record.parent if record.parent == SPAN else b""
     return _PORT.sub("", repr(replace(same, peer=peer, destination=destination, parent=kept)))
 
@@ -396,10 +501,14 @@ def same(ordinary: Left, other: Left, names: tuple[str, ...] = ALL) -> None:
         there, here = getattr(ordinary, name), getattr(other, name)
         if isinstance(there, dict):
             there, here = sorted(there.items()), sorted(here.items())
-        for number, (a, b) in enumerate(zip_longest(map(str, there), map(str, here), fillvalue="nothing")):
+        for number, (a, b) in enumerate(
+            zip_longest(map(str, there), map(str, here), fillvalue="nothing")
+        ):
             at = next((n for n in range(min(len(a), len(b))) if a[n] != b[n]), min(len(a), len(b)))
             part = slice(max(0, at - 300), at + 150)
-            assert a == b, f"{name}, {number}: {a[part]!r} on the ordinary path, {b[part]!r} on the fast"
+            assert a == b, (
+                f"{name}, {number}: {a[part]!r} on the ordinary path, {b[part]!r} on the fast"
+            )
 
 
 TRACE, SPAN = b"4bf92f3577b34da6a3ce929d0e0e4736", b"00f067aa0ba902b7"

@@ -1,5 +1,6 @@
-"""What is over is gone at once: nothing that belongs to an exchange, a connection or a relay waits for the garbage collector. A circle of
-references would keep 30 KiB of OpenSSL's for each closed connection until then, and the collector has to look at all of it."""
+"""What is over is gone at once: nothing that belongs to an exchange, a connection or a relay waits
+for the garbage collector. A circle of references would keep 30 KiB of OpenSSL's for each closed
+connection until then, and the collector has to look at all of it."""
 
 from __future__ import annotations
 
@@ -48,7 +49,11 @@ def garbage() -> Iterator[Counter[str]]:
 async def test_exchanges_and_connections_leave_nothing_to_the_collector(
     version: str, path: WhichPath, made: Callable[..., Theatre]
 ) -> None:
-    cast, act = (Cast(serve), good) if version == "HTTP/1.1" else (Cast(serve2, Client2, Server2, "http2"), good2)
+    cast, act = (
+        (Cast(serve), good)
+        if version == "HTTP/1.1"
+        else (Cast(serve2, Client2, Server2, "http2"), good2)
+    )
     theatre = made(cast)
     with garbage() as left:
         play = await theatre.play([act] * 6, "pair", path, 1)
@@ -61,7 +66,11 @@ async def test_relays_leave_nothing_to_the_collector(given_back: int | None) -> 
     with garbage() as left:
         async with paved() as fast_path:
             for tls in ((False, True), (True, True), (False, False)):
-                talk = await held(Conversation([(0, 10), (1, 1000), (0, 10)], ("eof", "eof"), given_back), tls, fast_path)
+                talk = await held(
+                    Conversation([(0, 10), (1, 1000), (0, 10)], ("eof", "eof"), given_back),
+                    tls,
+                    fast_path,
+                )
                 assert talk.outcome is not None
                 assert talk.outcome.how == "eof"
     assert not left

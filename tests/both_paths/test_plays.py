@@ -1,5 +1,6 @@
-"""A play has one outcome: what the client got, byte for byte, what the server heard, all metrics but times, the lines of the log and the
-records for spans are the same with the fast path off, with it on, and while it hands over exchanges at any moment."""
+"""A play has one outcome: what the client got, byte for byte, what the server heard, all metrics
+but times, the lines of the log and the records for spans are the same with the fast path off, with
+it on, and while it hands over exchanges at any moment."""
 
 from __future__ import annotations
 
@@ -11,7 +12,16 @@ from functools import partial
 import pytest
 
 from proxy.fastpath import fast_path
-from tests.both_paths.acts import TRIED_AGAIN, drawn, drip, fail_in_a_row, good, many_at_once, stop, unanswered
+from tests.both_paths.acts import (
+    TRIED_AGAIN,
+    drawn,
+    drip,
+    fail_in_a_row,
+    good,
+    many_at_once,
+    stop,
+    unanswered,
+)
 from tests.both_paths.server import serve
 from tests.both_paths.stage import PATHS, Cast, Shape, Theatre, WhichPath, same
 
@@ -25,7 +35,9 @@ def theatre(made: Callable[..., Theatre]) -> Callable[..., Theatre]:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shape", ["inbound", "outbound", "pair"])
-async def test_nobody_can_tell_which_path_an_exchange_took(shape: Shape, seed: int, theatre: Callable[..., Theatre]) -> None:
+async def test_nobody_can_tell_which_path_an_exchange_took(
+    shape: Shape, seed: int, theatre: Callable[..., Theatre]
+) -> None:
     ordinary, fast, disturbed = await theatre().on_all_paths(drawn(seed, 16), shape, seed)
     assert fast.finished >= 8, "nothing was put to the test"
     same(ordinary, fast)
@@ -35,7 +47,14 @@ async def test_nobody_can_tell_which_path_an_exchange_took(shape: Shape, seed: i
 # What the fast path can do of a policy. The limit is there for what is slow, which none of this is.
 POLICY = {
     "timeouts": {"request": "60s"},
-    "retries": {"statuses": ["503", "404"], "limit": 2, "all_methods": True, "max_body": 10_000, "backoff": "1ms", "max_backoff": "2ms"},
+    "retries": {
+        "statuses": ["503", "404"],
+        "limit": 2,
+        "all_methods": True,
+        "max_body": 10_000,
+        "backoff": "1ms",
+        "max_backoff": "2ms",
+    },
     "breaker": {"failures": 0, "statuses": ["5xx"]},
     "balancing": {"decay": "1s"},
 }
@@ -43,51 +62,82 @@ POLICY = {
 
 @pytest.mark.parametrize("seed", [3, 4])
 @pytest.mark.parametrize("shape", ["outbound", "pair"])
-async def test_a_policy_is_kept_to_on_either_path(shape: Shape, seed: int, made: Callable[..., Theatre]) -> None:
+async def test_a_policy_is_kept_to_on_either_path(
+    shape: Shape, seed: int, made: Callable[..., Theatre]
+) -> None:
     theatre = made(replace(CAST, policy=POLICY))
-    ordinary, fast, disturbed = await theatre.on_all_paths([*drawn(seed, 12), *TRIED_AGAIN], shape, seed)
+    ordinary, fast, disturbed = await theatre.on_all_paths(
+        [*drawn(seed, 12), *TRIED_AGAIN], shape, seed
+    )
     assert fast.finished >= 8, "nothing was put to the test"
-    assert sum(count for name, count in ordinary.metrics.items() if "isthmus_retries_total" in name) >= 4
+    assert (
+        sum(count for name, count in ordinary.metrics.items() if "isthmus_retries_total" in name)
+        >= 4
+    )
     same(ordinary, fast)
     same(ordinary, disturbed)
 
 
-async def test_a_policy_that_nobody_can_keep_by_the_second_is_the_ordinary_path_s(made: Callable[..., Theatre]) -> None:
-    soon, paused, tried = {"timeouts": {"request": "1s"}}, {"timeouts": {"idle": "5s"}}, {"retries": {"attempt_timeout": "5s"}}
+async def test_a_policy_that_nobody_can_keep_by_the_second_is_the_ordinary_path_s(
+    made: Callable[..., Theatre],
+) -> None:
+    soon, paused, tried = (
+        {"timeouts": {"request": "1s"}},
+        {"timeouts": {"idle": "5s"}},
+        {"retries": {"attempt_timeout": "5s"}},
+    )
     for policy in (soon, paused, tried, {"overrides": True}):
         left = await made(replace(CAST, policy=policy)).play([good] * 3, "outbound", "fast", 1)
         assert not left.finished
 
 
 @pytest.mark.parametrize("path", PATHS[:2])
-async def test_a_request_that_moves_all_the_time_has_no_longer_than_its_policy_says(path: WhichPath, made: Callable[..., Theatre]) -> None:
+async def test_a_request_that_moves_all_the_time_has_no_longer_than_its_policy_says(
+    path: WhichPath, made: Callable[..., Theatre]
+) -> None:
     began = time.monotonic()
-    left = await made(replace(CAST, policy={"timeouts": {"request": "2s"}})).play([good, good, drip], "outbound", path, 1)
+    left = await made(replace(CAST, policy={"timeouts": {"request": "2s"}})).play(
+        [good, good, drip], "outbound", path, 1
+    )
     assert time.monotonic() - began >= 2
     assert any("reason='deadline_exceeded'" in line for line in left.requests), left.requests
 
 
 @pytest.mark.parametrize("shape", ["inbound", "outbound"])
-async def test_what_takes_too_long_ends_alike(shape: Shape, theatre: Callable[..., Theatre]) -> None:
+async def test_what_takes_too_long_ends_alike(
+    shape: Shape, theatre: Callable[..., Theatre]
+) -> None:
     stage = theatre(http={"response_timeout": "2500ms", "response_body_timeout": "2500ms"})
     acts = [good, good, unanswered, good]
     ordinary, fast = [await stage.play(acts, shape, path, 1) for path in (PATHS[0], PATHS[1])]
-    assert [status for status in (504, 499) if not any(f"status={status}" in line for line in ordinary.requests)] == [499]
+    assert [
+        status
+        for status in (504, 499)
+        if not any(f"status={status}" in line for line in ordinary.requests)
+    ] == [499]
     assert fast.finished
     same(ordinary, fast)
 
 
-async def test_an_endpoint_that_fails_in_a_row_is_broken_alike(theatre: Callable[..., Theatre]) -> None:
-    ordinary, *others = [await theatre().play([good, fail_in_a_row], "outbound", path, 1) for path in PATHS]
+async def test_an_endpoint_that_fails_in_a_row_is_broken_alike(
+    theatre: Callable[..., Theatre],
+) -> None:
+    ordinary, *others = [
+        await theatre().play([good, fail_in_a_row], "outbound", path, 1) for path in PATHS
+    ]
     assert sum("reason='upstream_closed'" in line for line in ordinary.requests) >= 7
     for other in others:
         same(ordinary, other)
 
 
 @pytest.mark.parametrize("shape", ["inbound", "outbound", "pair"])
-async def test_a_proxy_that_goes_down_sends_its_clients_away_alike(shape: Shape, theatre: Callable[..., Theatre]) -> None:
+async def test_a_proxy_that_goes_down_sends_its_clients_away_alike(
+    shape: Shape, theatre: Callable[..., Theatre]
+) -> None:
     ordinary, *others = [await theatre().play([good, good, stop], shape, path, 1) for path in PATHS]
-    assert sum(b"Connection: close" in heard for heard, _ in ordinary.clients) == 3  # one had its head already, one nothing to be answered
+    assert (
+        sum(b"Connection: close" in heard for heard, _ in ordinary.clients) == 3
+    )  # one had its head already, one nothing to be answered
     for other in others:
         same(ordinary, other)
 
@@ -98,10 +148,14 @@ async def test_many_clients_at_once_are_served_alike(
 ) -> None:
     """Which of the connections to the server serves whom is anybody's."""
     monkeypatch.setattr(fast_path, "PATIENCE", 30)  # nobody is slow here but the machine
-    ordinary, *others = [await theatre().play([good, many_at_once], shape, path, 1) for path in PATHS]
+    ordinary, *others = [
+        await theatre().play([good, many_at_once], shape, path, 1) for path in PATHS
+    ]
     assert others[0].finished >= 50
     for other in others:
         for left in (ordinary, other):
             left.clients.sort(key=str)
-            left.metrics = {name: count for name, count in left.metrics.items() if "_connections" not in name}
+            left.metrics = {
+                name: count for name, count in left.metrics.items() if "_connections" not in name
+            }
         same(ordinary, other, ("requests", "clients", "spans", "metrics"))

@@ -1,4 +1,5 @@
-"""What `isthmus check` finds when it looks: configurations, a proxy's admin port and TLS servers on loopback."""
+"""What `isthmus check` finds when it looks: configurations, a proxy's admin port and TLS servers on
+loopback."""
 
 import json
 import os
@@ -20,8 +21,12 @@ LOOPBACK = Address("127.0.0.1", 0)
 
 
 def mapped(uid):
-    """Whether this user namespace has the user: one that an ordinary user has made knows root only."""
-    ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    """Whether this user namespace has the user: one that an ordinary user has made knows root
+    only."""
+    ranges = [
+        tuple(map(int, line.split()))
+        for line in Path("/proc/self/uid_map").read_text().splitlines()
+    ]
     return any(first <= uid < first + count for first, _, count in ranges)
 
 
@@ -47,7 +52,11 @@ def configuration(tmp_path, **sections):
 
 def identity_section(workload):
     names = workload.files
-    return {"certificate": str(names.certificate), "key": str(names.key), "roots": [str(path) for path in names.roots]}
+    return {
+        "certificate": str(names.certificate),
+        "key": str(names.key),
+        "roots": [str(path) for path in names.roots],
+    }
 
 
 def statuses(results):
@@ -68,7 +77,8 @@ def ordinary_user():
 
 @asynccontextmanager
 async def serving(handler):
-    """A listener on loopback whose connections are given to the handler, as streams of ours; gives its address."""
+    """A listener on loopback whose connections are given to the handler, as streams of ours; gives
+    its address."""
     with bind(LOOPBACK) as listener:
         async with trio.open_nursery() as nursery:
 
@@ -87,13 +97,16 @@ async def serving(handler):
 
 
 def meshed(workload, seen):
-    """What the inbound side of a peer's proxy does with a connection that ends before its first request."""
+    """What the inbound side of a peer's proxy does with a connection that ends before its first
+    request."""
 
     identity = workload.identity()
 
     async def handler(stream):
         try:
-            tls = await tls_server(stream, identity.server_context, verify=identity.verify_chain, timeout=30)
+            tls = await tls_server(
+                stream, identity.server_context, verify=identity.verify_chain, timeout=30
+            )
             seen.append((tls.info.peer_identity, await tls.receive_some(100)))
             await tls.aclose()
         except NetError as error:
@@ -103,14 +116,21 @@ def meshed(workload, seen):
 
 
 def admin(answers, *, date=None):
-    """An admin port; `answers` maps a path to (status, body), where the body may be made anew for each request."""
+    """An admin port; `answers` maps a path to (status, body), where the body may be made anew for
+    each request."""
 
     async def handler(stream):
         head = await stream.receive_some(4096)
         status, body = answers.get(head.split()[1].decode(), (404, ""))
         body = (body() if callable(body) else body).encode()
-        fields = [f"Content-Length: {len(body)}", "Connection: close", *([f"Date: {date}"] if date else [])]
-        await stream.send_all("\r\n".join([f"HTTP/1.1 {status} Whatever", *fields, "", ""]).encode() + body)
+        fields = [
+            f"Content-Length: {len(body)}",
+            "Connection: close",
+            *([f"Date: {date}"] if date else []),
+        ]
+        await stream.send_all(
+            "\r\n".join([f"HTTP/1.1 {status} Whatever", *fields, "", ""]).encode() + body
+        )
 
     return handler
 
@@ -121,7 +141,9 @@ def snapshot(*endpoints):
         {
             "name": f"s{number}",
             "ports": [{"port": address.port}],
-            "endpoints": [{"address": address.host, **({"identity": str(identity)} if identity else {})}],
+            "endpoints": [
+                {"address": address.host, **({"identity": str(identity)} if identity else {})}
+            ],
         }
         for number, (address, identity) in enumerate(endpoints)
     ]

@@ -1,7 +1,9 @@
-"""`isthmus check`: every finding is in words, says what to do, and is a failure only when something is wrong.
+"""`isthmus check`: every finding is in words, says what to do, and is a failure only when something
+is wrong.
 
-Real sockets on loopback stand for the proxy and its peers: a TLS server with a real identity, an admin port that answers HTTP.
-What needs a packet filter is proven in network namespaces elsewhere; here the verdicts on what it does or does not do are.
+Real sockets on loopback stand for the proxy and its peers: a TLS server with a real identity, an
+admin port that answers HTTP. What needs a packet filter is proven in network namespaces elsewhere;
+here the verdicts on what it does or does not do are.
 """
 
 import argparse
@@ -16,8 +18,21 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from proxy import files
 from proxy.commands import check
-from proxy.commands.check_redirection import ask_admin, check_proxy, check_redirection, outbound_connections
-from proxy.commands.checks import Moment, Result, check_certificates, check_clock, check_configuration, check_directory, worst
+from proxy.commands.check_redirection import (
+    ask_admin,
+    check_proxy,
+    check_redirection,
+    outbound_connections,
+)
+from proxy.commands.checks import (
+    Moment,
+    Result,
+    check_certificates,
+    check_clock,
+    check_configuration,
+    check_directory,
+    worst,
+)
 from proxy.identity import credential_files, credentials, issue
 from proxy.telemetry.metrics import Metrics
 from tests.commands.probed import admin, configuration, identity_section, serving, statuses
@@ -46,7 +61,9 @@ def test_good_certificates_are_said_with_their_lifetimes(tmp_path, cart):
 
 def test_a_broken_certificate_is_named_with_the_way_to_look_at_it(tmp_path, cart):
     cart.files.certificate.write_text("garbage")
-    (result,), identity = check_certificates(configuration(tmp_path, identity=identity_section(cart)))
+    (result,), identity = check_certificates(
+        configuration(tmp_path, identity=identity_section(cart))
+    )
     assert identity is None
     assert result.status == "failed"
     assert str(cart.files.certificate) in result.what
@@ -55,8 +72,12 @@ def test_a_broken_certificate_is_named_with_the_way_to_look_at_it(tmp_path, cart
 
 def test_malformed_certificates_are_findings(tmp_path, cart, root):
     config = configuration(tmp_path, identity=identity_section(cart))
-    der = root.certificate.public_bytes(Encoding.DER).replace(b"mesh.test root", b"\xff\xfesh.test root")
-    broken = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(der) + b"-----END CERTIFICATE-----\n"
+    der = root.certificate.public_bytes(Encoding.DER).replace(
+        b"mesh.test root", b"\xff\xfesh.test root"
+    )
+    broken = (
+        b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(der) + b"-----END CERTIFICATE-----\n"
+    )
     for path in (cart.files.roots[0], cart.files.certificate):
         path.write_bytes(path.read_bytes() + broken)
         (result,), identity = check_certificates(config)
@@ -70,10 +91,24 @@ def test_a_short_rest_a_readable_key_and_another_trust_domain_are_warnings(tmp_p
     old_root = issue.make_root(DOMAIN, now=credentials.utc_now() - timedelta(days=1))
     cart.renew(old_root, timedelta(hours=20), now=credentials.utc_now() - timedelta(hours=18))
     cart.files.key.chmod(0o604)
-    results, _identity = check_certificates(configuration(tmp_path, identity=identity_section(cart), trust_domain="other.test"))
-    assert [result.what for result in results if result.status == "warning" and "every user" in result.what]
-    assert [result.what for result in results if result.status == "warning" and "other.test" in result.what]
-    assert [result.what for result in results if result.status == "warning" and "ends in 1 hour" in result.what]
+    results, _identity = check_certificates(
+        configuration(tmp_path, identity=identity_section(cart), trust_domain="other.test")
+    )
+    assert [
+        result.what
+        for result in results
+        if result.status == "warning" and "every user" in result.what
+    ]
+    assert [
+        result.what
+        for result in results
+        if result.status == "warning" and "other.test" in result.what
+    ]
+    assert [
+        result.what
+        for result in results
+        if result.status == "warning" and "ends in 1 hour" in result.what
+    ]
     assert worst(results) == "warning"
 
 
@@ -128,9 +163,16 @@ def test_a_clock_is_judged_by_the_certificate(cart, root, tmp_path):
     assert clock_of(check_clock(cart.files.certificate, started, None))[0] == "warning"
 
 
-@pytest.mark.parametrize(("ahead", "status"), [(1, "ok"), (-1, "ok"), (10, "warning"), (-10, "warning"), (600, "failed")])
+@pytest.mark.parametrize(
+    ("ahead", "status"), [(1, "ok"), (-1, "ok"), (10, "warning"), (-10, "warning"), (600, "failed")]
+)
 def test_a_clock_is_compared_with_the_running_proxys(ahead, status):
-    assert clock_of(check_clock(None, Moment.now(), credentials.utc_now() + timedelta(seconds=ahead)))[0] == status
+    assert (
+        clock_of(check_clock(None, Moment.now(), credentials.utc_now() + timedelta(seconds=ahead)))[
+            0
+        ]
+        == status
+    )
 
 
 def test_a_clock_that_jumps_while_we_look_is_noticed():
@@ -150,7 +192,9 @@ def test_a_clock_with_nothing_to_compare_is_no_failure():
 
 async def test_a_ready_proxy_is_asked_for_its_time(tmp_path):
     moment = credentials.utc_now().replace(microsecond=0)
-    async with serving(admin({"/ready": (200, "ready")}, date=format_datetime(moment, usegmt=True))) as address:
+    async with serving(
+        admin({"/ready": (200, "ready")}, date=format_datetime(moment, usegmt=True))
+    ) as address:
         config = configuration(tmp_path, admin={"listen": [str(address)]})
         results, reported = await check_proxy(config, 5)
     assert statuses(results) == ["ok"]
@@ -158,8 +202,12 @@ async def test_a_ready_proxy_is_asked_for_its_time(tmp_path):
 
 
 async def test_a_proxy_that_is_not_ready_says_why(tmp_path):
-    async with serving(admin({"/ready": (503, "no certificate yet\n")}, date="yesterday")) as address:
-        results, reported = await check_proxy(configuration(tmp_path, admin={"listen": [str(address)]}), 5)
+    async with serving(
+        admin({"/ready": (503, "no certificate yet\n")}, date="yesterday")
+    ) as address:
+        results, reported = await check_proxy(
+            configuration(tmp_path, admin={"listen": [str(address)]}), 5
+        )
     assert statuses(results) == ["failed"]
     assert "no certificate yet" in results[0].what
     assert reported is None
@@ -175,7 +223,10 @@ async def test_something_else_on_the_admin_port_is_survived(tmp_path):
         await stream.send_all(b"220 mail.test ESMTP\r\n")
 
     async with serving(mumble) as address:
-        assert await ask_admin(configuration(tmp_path, admin={"listen": [str(address)]}), "/ready", 1) is None
+        assert (
+            await ask_admin(configuration(tmp_path, admin={"listen": [str(address)]}), "/ready", 1)
+            is None
+        )
 
 
 # Redirection
@@ -197,8 +248,13 @@ def test_the_accepted_connections_are_read_out_of_the_proxys_own_metrics():
 
 
 async def test_without_redirection_the_finding_says_how_to_install_it(tmp_path):
-    """Whatever the network does with a documentation address (refuses it, drops it, has no route): it does not come to us."""
-    config = configuration(tmp_path, outbound={"listen": [f"127.0.0.1:{free_port()}"]}, intercept={"uid": os.geteuid() + 1})
+    """Whatever the network does with a documentation address (refuses it, drops it, has no route):
+    it does not come to us."""
+    config = configuration(
+        tmp_path,
+        outbound={"listen": [f"127.0.0.1:{free_port()}"]},
+        intercept={"uid": os.geteuid() + 1},
+    )
     results = await check_redirection(config, free_port(), 0.3)
     assert all(result.status in {"failed", "skipped"} for result in results)
     assert worst(results) == "failed"
@@ -206,7 +262,9 @@ async def test_without_redirection_the_finding_says_how_to_install_it(tmp_path):
 
 
 async def test_no_outbound_listener_means_nothing_to_redirect(tmp_path):
-    (result,) = await check_redirection(configuration(tmp_path, intercept={"uid": os.geteuid() + 1}), 4101, 1)
+    (result,) = await check_redirection(
+        configuration(tmp_path, intercept={"uid": os.geteuid() + 1}), 4101, 1
+    )
     assert result.status == "skipped"
     assert "outbound.listen is empty" in result.what
 
@@ -235,7 +293,18 @@ def test_the_command_says_everything_and_its_exit_code_says_the_worst(tmp_path, 
 
 def test_the_results_come_as_json_too(tmp_path, cart, capsys):
     configuration(tmp_path, identity=identity_section(cart))
-    assert run("--config", tmp_path / "config.yaml", "--json", "--only", "certificates", "--only", "clock") == 0
+    assert (
+        run(
+            "--config",
+            tmp_path / "config.yaml",
+            "--json",
+            "--only",
+            "certificates",
+            "--only",
+            "clock",
+        )
+        == 0
+    )
     told = json.loads(capsys.readouterr().out)
     assert told["status"] == "ok"
     assert {entry["name"] for entry in told["checks"]} == {"certificates", "clock"}

@@ -20,28 +20,49 @@ def test_a_good_file_is_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["directory", "check", str(file)]) == 0
     said = capsys.readouterr()
     own = "2 services (1 exported, 1 with split or failover), 4 endpoints"
-    assert said.out == f"{file}: ok: {own}, east: 2 gateways, 2 services; north: 1 gateway, 1 service\n"
+    assert (
+        said.out
+        == f"{file}: ok: {own}, east: 2 gateways, 2 services; north: 1 gateway, 1 service\n"
+    )
     assert not said.err
 
 
-def test_all_mistakes_of_all_files_are_told_and_the_good_ones_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_mistakes_of_all_files_are_told_and_the_good_ones_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, text in (("good", "services: []"), ("wrong", WRONG), ("round", SPLITS)):
         (tmp_path / name).write_text(text)
     files = [str(tmp_path / name) for name in ("good", "wrong", "round", "missing")]
     assert main(["directory", "check", *files]) == 1
     said = capsys.readouterr()
-    assert said.out == f"{files[0]}: ok: 0 services (0 exported, 0 with split or failover), 0 endpoints, no other cluster\n"
+    assert (
+        said.out
+        == f"{files[0]}: ok: 0 services (0 exported, 0 with split or failover), 0 endpoints, no"
+        " other cluster\n"
+    )
     lines = said.err.splitlines()
     assert len([line for line in lines if line.startswith(f"{files[1]}: ")]) > 25
-    assert f"{files[2]}: services[0]: its requests would go in a cycle: default/a -> default/b -> default/a" in lines
-    assert f"{files[3]}: cannot be read: No such file or directory" in lines or lines[-1].startswith(f"{files[3]}: ")
+    assert (
+        f"{files[2]}: services[0]: its requests would go in a cycle: default/a -> default/b ->"
+        " default/a" in lines
+    )
+    assert f"{files[3]}: cannot be read: No such file or directory" in lines or lines[
+        -1
+    ].startswith(f"{files[3]}: ")
 
 
 def test_the_schema_is_a_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["directory", "schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     jsonschema.Draft202012Validator.check_schema(schema)
-    assert {"services", "clusters", "cluster", "domain", "skip_ports", "allow_identity_loss"} == set(schema["properties"])
+    assert {
+        "services",
+        "clusters",
+        "cluster",
+        "domain",
+        "skip_ports",
+        "allow_identity_loss",
+    } == set(schema["properties"])
 
 
 def test_a_reader_that_has_read_enough_is_no_error() -> None:

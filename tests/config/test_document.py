@@ -1,4 +1,5 @@
-"""Reading documents: YAML 1.2's core schema, no repeated keys, no anchors, aliases or tags, and every mistake with its place."""
+"""Reading documents: YAML 1.2's core schema, no repeated keys, no anchors, aliases or tags, and
+every mistake with its place."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ from proxy.config.document import SHOWN, DocumentError, Mistakes, load
         ("", None),
         ("a: no", {"a": "no"}),
         ("a: 22:30", {"a": "22:30"}),
-        ("a: '1'\nb: 1\nc: 0x10\nd: 1.5\ne:\nf: true", {"a": "1", "b": 1, "c": 16, "d": 1.5, "e": None, "f": True}),
+        (
+            "a: '1'\nb: 1\nc: 0x10\nd: 1.5\ne:\nf: true",
+            {"a": "1", "b": 1, "c": 16, "d": 1.5, "e": None, "f": True},
+        ),
         ("[1, [2, {a: []}]]", [1, [2, {"a": []}]]),
         ("a: |\n  two\n  lines\n", {"a": "two\nlines\n"}),
         ("1: x", {"1": "x"}),
@@ -44,14 +48,18 @@ def test_what_people_do_not_mean_is_a_mistake_with_path_and_line(text: str, mist
     assert mistake in caught.value.mistakes
 
 
-@pytest.mark.parametrize("text", ["a: [", "\t- a", "a: \x00", "? [1]: 2\n: 3", "[" * 40 + "]" * 40, "%YAML 9.9\n---\n-"])
+@pytest.mark.parametrize(
+    "text", ["a: [", "\t- a", "a: \x00", "? [1]: 2\n: 3", "[" * 40 + "]" * 40, "%YAML 9.9\n---\n-"]
+)
 def test_what_is_not_yaml_is_one_error_that_names_the_source(text: str) -> None:
     with pytest.raises(DocumentError, match=r"^file\.yaml: "):
         load(text, "file.yaml")
 
 
 def test_a_hostile_alias_bomb_is_refused_and_not_unfolded() -> None:
-    layers = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
+    layers = ["a0: &a0 [x, x]"] + [
+        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)
+    ]
     with pytest.raises(DocumentError):
         load("\n".join(layers), "f")
 

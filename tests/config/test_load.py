@@ -1,4 +1,5 @@
-"""The configuration: defaults, file, environment; all mistakes together; and a documentation that agrees with the code."""
+"""The configuration: defaults, file, environment; all mistakes together; and a documentation that
+agrees with the code."""
 
 from __future__ import annotations
 
@@ -16,7 +17,16 @@ from hypothesis import strategies as st
 from proxy.config.decode import fields, is_struct
 from proxy.config.document import DocumentError
 from proxy.config.document import load as load_document
-from proxy.config.load import DOWNWARD, DOWNWARD_ADDRESSES, MOST_BYTES, Config, ConfigError, config_schema, load, variable
+from proxy.config.load import (
+    DOWNWARD,
+    DOWNWARD_ADDRESSES,
+    MOST_BYTES,
+    Config,
+    ConfigError,
+    config_schema,
+    load,
+    variable,
+)
 from proxy.config.reference import tables
 from proxy.config.units import parse_duration, parse_size, show_duration, show_size
 from proxy.directory import parse
@@ -55,14 +65,19 @@ def test_the_defaults_pass_their_own_checks(tmp_path: Path) -> None:
     for name, default, form in fields(Config):
         if is_struct(form.type) and default is not None:
             schema = config_schema()["properties"][name]["properties"]
-            written[name] = {key: node["default"] for key, node in schema.items() if node.get("default") is not None}
+            written[name] = {
+                key: node["default"]
+                for key, node in schema.items()
+                if node.get("default") is not None
+            }
     assert config(tmp_path, yaml.safe_dump(written)) == Config()
 
 
 def test_units_become_seconds_bytes_and_addresses(tmp_path: Path) -> None:
     found = config(
         tmp_path,
-        'outbound: {listen: ["[::1]:5"], detect_timeout: 500ms}\nhttp: {max_head_bytes: 1MiB}\ntcp: {idle_timeout: 1h, keepalive: 0}\n',
+        'outbound: {listen: ["[::1]:5"], detect_timeout: 500ms}\nhttp: {max_head_bytes: 1MiB}\ntcp:'
+        " {idle_timeout: 1h, keepalive: 0}\n",
     )
     assert found.outbound.listen == (Address("::1", 5),)
     assert (found.outbound.detect_timeout, found.http.max_head_bytes) == (0.5, 2**20)
@@ -70,7 +85,8 @@ def test_units_become_seconds_bytes_and_addresses(tmp_path: Path) -> None:
 
 
 def service_links(service: str, host: str, ports: dict[str, tuple[int, str]]) -> dict[str, str]:
-    """What Kubernetes puts into each container for a Service: pkg/kubelet/envvars of its source has the forms."""
+    """What Kubernetes puts into each container for a Service: pkg/kubelet/envvars of its source has
+    the forms."""
     name, netloc = service.upper().replace("-", "_"), f"[{host}]" if ":" in host else host
     found = {f"{name}_SERVICE_HOST": host}
     for index, (port_name, (port, protocol)) in enumerate(ports.items()):
@@ -79,16 +95,35 @@ def service_links(service: str, host: str, ports: dict[str, tuple[int, str]]) ->
             found |= {f"{name}_SERVICE_PORT": str(port), f"{name}_PORT": url}
         if port_name:
             found[f"{name}_SERVICE_PORT_{port_name.upper().replace('-', '_')}"] = str(port)
-        found |= {link: url, f"{link}_PROTO": protocol.lower(), f"{link}_PORT": str(port), f"{link}_ADDR": host}
+        found |= {
+            link: url,
+            f"{link}_PROTO": protocol.lower(),
+            f"{link}_PORT": str(port),
+            f"{link}_ADDR": host,
+        }
     return found
 
 
 @pytest.mark.parametrize("host", ["10.96.0.7", "fd00::7"])
 @pytest.mark.parametrize(
-    "service", ["isthmus", "isthmus--east", "isthmus-log--level", "isthmus-cluster", "otel", "otel-exporter-jaeger-agent", "pod", "node"]
+    "service",
+    [
+        "isthmus",
+        "isthmus--east",
+        "isthmus-log--level",
+        "isthmus-cluster",
+        "otel",
+        "otel-exporter-jaeger-agent",
+        "pod",
+        "node",
+    ],
 )
-def test_the_variables_that_kubernetes_sets_for_a_service_are_no_settings(tmp_path: Path, service: str, host: str) -> None:
-    links = service_links(service, host, {"http": (80, "TCP"), "dns-udp": (53, "UDP"), "": (9, "SCTP")})
+def test_the_variables_that_kubernetes_sets_for_a_service_are_no_settings(
+    tmp_path: Path, service: str, host: str
+) -> None:
+    links = service_links(
+        service, host, {"http": (80, "TCP"), "dns-udp": (53, "UDP"), "": (9, "SCTP")}
+    )
     assert len(links) == 17
     assert config(tmp_path, "", links) == Config()
     jaeger = {"OTEL_EXPORTER_JAEGER_AGENT_HOST": "agent"}
@@ -108,17 +143,31 @@ def test_the_variables_that_kubernetes_sets_for_a_service_are_no_settings(tmp_pa
         ("ISTHMUS_LOG__LEVL", "debug"),
     ],
 )
-def test_a_variable_that_only_looks_like_a_services_is_a_mistake(tmp_path: Path, name: str, value: str) -> None:
+def test_a_variable_that_only_looks_like_a_services_is_a_mistake(
+    tmp_path: Path, name: str, value: str
+) -> None:
     assert mistakes(tmp_path, "", {name: value})[0].startswith(f"{name}: no such setting")
 
 
 def test_no_setting_has_a_name_that_a_service_could_take() -> None:
-    sections = [(name, fields(form.type) if is_struct(form.type) else None) for name, _, form in fields(Config)]
-    names = [variable(name, field) for name, inner in sections if inner is not None for field, _, _ in inner]
+    sections = [
+        (name, fields(form.type) if is_struct(form.type) else None)
+        for name, _, form in fields(Config)
+    ]
+    names = [
+        variable(name, field)
+        for name, inner in sections
+        if inner is not None
+        for field, _, _ in inner
+    ]
     names += [variable("", name) for name, inner in sections if inner is None]
     assert len(names) > 100
-    ending = re.compile(r".*[A-Z0-9]_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
-    assert [name for name in [*names, *DOWNWARD.values(), DOWNWARD_ADDRESSES] if ending.fullmatch(name)] == []
+    ending = re.compile(
+        r".*[A-Z0-9]_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+    )
+    assert [
+        name for name in [*names, *DOWNWARD.values(), DOWNWARD_ADDRESSES] if ending.fullmatch(name)
+    ] == []
 
 
 def test_the_environment_names_the_file_and_overrides_it(tmp_path: Path) -> None:
@@ -132,14 +181,25 @@ def test_the_environment_names_the_file_and_overrides_it(tmp_path: Path) -> None
         "ISTHMUS_DIRECTORY__FILE": "/d.yaml",
     }
     found = load(None, environ)
-    assert (found.cluster, found.log.level, found.log.access, found.mark) == ("east", "debug", True, 16)
+    assert (found.cluster, found.log.level, found.log.access, found.mark) == (
+        "east",
+        "debug",
+        True,
+        16,
+    )
     assert found.outbound.opaque_ports == (1, 2)
     assert found.directory is not None
     assert found.directory.file == Path("/d.yaml")
 
 
 def test_the_downward_api_fills_what_the_file_leaves_open(tmp_path: Path) -> None:
-    environ = {"POD_NAME": "web-1", "POD_NAMESPACE": "shop", "POD_IPS": "10.0.0.1, fd00::1", "ISTHMUS_POD__NODE": "n1", "NODE_NAME": "n2"}
+    environ = {
+        "POD_NAME": "web-1",
+        "POD_NAMESPACE": "shop",
+        "POD_IPS": "10.0.0.1, fd00::1",
+        "ISTHMUS_POD__NODE": "n1",
+        "NODE_NAME": "n2",
+    }
     pod = config(tmp_path, "pod: {namespace: mine}", environ).pod
     assert (pod.name, pod.namespace, pod.node) == ("web-1", "mine", "n1")
     assert [str(address) for address in pod.addresses] == ["10.0.0.1", "fd00::1"]
@@ -183,7 +243,10 @@ def test_all_mistakes_are_reported_together_with_their_paths(tmp_path: Path) -> 
         ("inbound: {http_ports: [80, 25]}", "inbound.http_ports"),
         ("inbound: {require_identity: [80]}", "inbound.require_identity"),
         ("inbound: {allow: {80: ['*']}}", "inbound.allow"),
-        (IDENTITY + "inbound: {allow: {80: ['*']}, require_identity: {80: false}}", "inbound.allow.80"),
+        (
+            IDENTITY + "inbound: {allow: {80: ['*']}, require_identity: {80: false}}",
+            "inbound.allow.80",
+        ),
         ("identity: {certificate: c, key: k, roots: []}", "identity.roots"),
         ("http: {max_head_bytes: 1KiB}", "http.max_target_bytes"),
         ("pool: {max_connections_per_endpoint: 1}", "pool.max_idle_per_endpoint"),
@@ -201,30 +264,50 @@ def test_all_mistakes_are_reported_together_with_their_paths(tmp_path: Path) -> 
         ("dns: {upstreams: ['127.0.0.1:4153']}", "dns.upstreams[0]"),
     ],
 )
-def test_settings_that_contradict_each_other_are_mistakes(tmp_path: Path, text: str, path: str) -> None:
+def test_settings_that_contradict_each_other_are_mistakes(
+    tmp_path: Path, text: str, path: str
+) -> None:
     assert [mistake.split(": ")[0] for mistake in mistakes(tmp_path, text)] == [path]
 
 
-@pytest.mark.parametrize(("text", "on"), [("", False), ("dns:", False), ("dns: {}", True), ("dns: {ttl: 1s}", True)])
-def test_names_are_answered_for_only_if_that_is_asked_for(tmp_path: Path, text: str, on: bool) -> None:
+@pytest.mark.parametrize(
+    ("text", "on"), [("", False), ("dns:", False), ("dns: {}", True), ("dns: {ttl: 1s}", True)]
+)
+def test_names_are_answered_for_only_if_that_is_asked_for(
+    tmp_path: Path, text: str, on: bool
+) -> None:
     assert (config(tmp_path, text).dns is not None) is on
 
 
 def test_a_listener_on_all_ipv6_addresses_does_not_meet_one_on_ipv4(tmp_path: Path) -> None:
-    config(tmp_path, 'inbound: {listen: ["0.0.0.0:1", "[::]:1"]}\nadmin: {listen: ["127.0.0.1:0"]}\noutbound: {listen: ["127.0.0.1:0"]}')
+    config(
+        tmp_path,
+        'inbound: {listen: ["0.0.0.0:1", "[::]:1"]}\nadmin: {listen: ["127.0.0.1:0"]}\noutbound:'
+        ' {listen: ["127.0.0.1:0"]}',
+    )
 
 
 @pytest.mark.parametrize(
     ("written", "required"),
-    [("true", {80, 81}), ("false", set()), ("[80]", {80}), ("{80: true}", {80}), ("{default: true, 80: false}", {81})],
+    [
+        ("true", {80, 81}),
+        ("false", set()),
+        ("[80]", {80}),
+        ("{80: true}", {80}),
+        ("{default: true, 80: false}", {81}),
+    ],
 )
-def test_identity_is_required_for_all_or_some_ports(tmp_path: Path, written: str, required: set[int]) -> None:
+def test_identity_is_required_for_all_or_some_ports(
+    tmp_path: Path, written: str, required: set[int]
+) -> None:
     inbound = config(tmp_path, IDENTITY + f"inbound: {{require_identity: {written}}}").inbound
     assert {port for port in (80, 81) if inbound.requires_identity(port)} == required
     assert {port for port in (80, 81) if not inbound.allows(port, None)} == required
 
 
-@pytest.mark.parametrize("written", ["[0]", "{a: true}", "{80: 1}", "x", "3", "{80: true, default: maybe}"])
+@pytest.mark.parametrize(
+    "written", ["[0]", "{a: true}", "{80: 1}", "x", "3", "{80: true, default: maybe}"]
+)
 def test_what_is_neither_a_switch_nor_ports_is_a_mistake(tmp_path: Path, written: str) -> None:
     (mistake,) = mistakes(tmp_path, IDENTITY + f"inbound: {{require_identity: {written}}}")
     assert mistake.startswith("inbound.require_identity: ")
@@ -235,7 +318,12 @@ def test_an_allow_list_lets_in_whom_it_names_and_asks_for_an_identity(tmp_path: 
     inbound = config(tmp_path, text).inbound
     assert inbound.allows(80, "spiffe://t/ns/a/sa/b")
     assert inbound.allows(80, "spiffe://t/ns/c/sa/x")
-    for other in (None, "spiffe://t/ns/a/sa/bb", "spiffe://t/ns/cc/sa/x", "spiffe://other/ns/a/sa/b"):
+    for other in (
+        None,
+        "spiffe://t/ns/a/sa/bb",
+        "spiffe://t/ns/cc/sa/x",
+        "spiffe://other/ns/a/sa/b",
+    ):
         assert not inbound.allows(80, other)
         assert other is None or not inbound.allows(80, SpiffeId.parse(other))
     assert inbound.allows(80, SpiffeId.parse("spiffe://t/ns/c/sa/x"))
@@ -244,14 +332,27 @@ def test_an_allow_list_lets_in_whom_it_names_and_asks_for_an_identity(tmp_path: 
     assert inbound.requires_identity(80)
 
 
-@pytest.mark.parametrize("pattern", ["x", "spiffe://t*", "spiffe://*/ns/a/sa/b", "http://t/ns/a/sa/b", "3"])
+@pytest.mark.parametrize(
+    "pattern", ["x", "spiffe://t*", "spiffe://*/ns/a/sa/b", "http://t/ns/a/sa/b", "3"]
+)
 def test_a_pattern_that_no_identity_can_match_is_a_mistake(tmp_path: Path, pattern: str) -> None:
     (mistake,) = mistakes(tmp_path, IDENTITY + f"inbound: {{allow: {{80: ['{pattern}']}}}}")
     assert mistake.startswith("inbound.allow.80[0]: ")
 
 
-def test_a_slip_in_a_variable_is_a_mistake_and_a_variable_of_kubernetes_is_not(tmp_path: Path) -> None:
-    found = mistakes(tmp_path, "", {"ISTHMUS_LOG__LEVL": "debug", "ISTHMUS_CLUTSER": "a", "ISTHMUS_HTTP__MAX_HEADERS": "[", "OTHER": "x"})
+def test_a_slip_in_a_variable_is_a_mistake_and_a_variable_of_kubernetes_is_not(
+    tmp_path: Path,
+) -> None:
+    found = mistakes(
+        tmp_path,
+        "",
+        {
+            "ISTHMUS_LOG__LEVL": "debug",
+            "ISTHMUS_CLUTSER": "a",
+            "ISTHMUS_HTTP__MAX_HEADERS": "[",
+            "OTHER": "x",
+        },
+    )
     assert found[0] == "ISTHMUS_CLUTSER: no such setting (did you mean 'ISTHMUS_CLUSTER'?)"
     assert found[1].startswith("ISTHMUS_HTTP__MAX_HEADERS: line 2, column 1: not YAML")
     assert found[2] == "ISTHMUS_LOG__LEVL: no such setting (did you mean 'ISTHMUS_LOG__LEVEL'?)"
@@ -271,21 +372,35 @@ def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
-def test_what_is_no_regular_file_is_an_error_and_nobody_waits_for_it(tmp_path: Path, put: Callable[[Path], None]) -> None:
+def test_what_is_no_regular_file_is_an_error_and_nobody_waits_for_it(
+    tmp_path: Path, put: Callable[[Path], None]
+) -> None:
     put(tmp_path / "isthmus.yaml")
     with pytest.raises(ConfigError, match=r"isthmus.yaml: is not a regular file"):
         load(tmp_path / "isthmus.yaml", {})
 
 
 def test_a_file_that_is_too_large_is_an_error(tmp_path: Path) -> None:
-    assert mistakes(tmp_path, "#" * (MOST_BYTES + 1)) == ["is larger than 4 MiB: is it the right file?"]
+    assert mistakes(tmp_path, "#" * (MOST_BYTES + 1)) == [
+        "is larger than 4 MiB: is it the right file?"
+    ]
 
 
 def test_variables_that_are_not_utf8_are_mistakes(tmp_path: Path) -> None:
     """So they come from the system: each byte that is not UTF-8 is half of a surrogate pair."""
-    environ = {"ISTHMUS_CLUSTER": "\udcff", "ISTHMUS_LOG__LEVEL": "loud", "POD_NAME": "a\udcfe", "ISTHMUS_\udcfd": "", "PATH": "\udcff"}
+    environ = {
+        "ISTHMUS_CLUSTER": "\udcff",
+        "ISTHMUS_LOG__LEVEL": "loud",
+        "POD_NAME": "a\udcfe",
+        "ISTHMUS_\udcfd": "",
+        "PATH": "\udcff",
+    }
     found = mistakes(tmp_path, "", environ)
-    assert found[:3] == ["ISTHMUS_CLUSTER: not UTF-8", r"ISTHMUS_\udcfd: not UTF-8", "POD_NAME: not UTF-8"]
+    assert found[:3] == [
+        "ISTHMUS_CLUSTER: not UTF-8",
+        r"ISTHMUS_\udcfd: not UTF-8",
+        "POD_NAME: not UTF-8",
+    ]
     assert [mistake.split(": ")[0] for mistake in found[3:]] == ["log.level"]
     with pytest.raises(ConfigError, match="the environment: ISTHMUS_CONFIG: not UTF-8"):
         load(None, {"ISTHMUS_CONFIG": "\udcff.yaml"})
@@ -301,13 +416,25 @@ def test_a_configuration_cannot_be_changed() -> None:
         Config().log.level = "debug"  # type: ignore[misc]
 
 
-_SCRAP = st.none() | st.booleans() | st.integers() | st.text("abc:/[]{}109.smh", max_size=12) | st.lists(st.integers(), max_size=2)
-_SECTIONS = {name: [field for field, _, _ in fields(form.type)] for name, _, form in fields(Config) if is_struct(form.type)}
+_SCRAP = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text("abc:/[]{}109.smh", max_size=12)
+    | st.lists(st.integers(), max_size=2)
+)
+_SECTIONS = {
+    name: [field for field, _, _ in fields(form.type)]
+    for name, _, form in fields(Config)
+    if is_struct(form.type)
+}
 
 
 @given(
     st.sampled_from(sorted(_SECTIONS)).flatmap(
-        lambda name: st.tuples(st.just(name), st.dictionaries(st.sampled_from(_SECTIONS[name]), _SCRAP))
+        lambda name: st.tuples(
+            st.just(name), st.dictionaries(st.sampled_from(_SECTIONS[name]), _SCRAP)
+        )
     )
 )
 def test_any_values_are_a_configuration_or_mistakes(
@@ -319,7 +446,9 @@ def test_any_values_are_a_configuration_or_mistakes(
     try:
         load(file, {})
     except ConfigError as error:
-        assert all(re.match(r"[a-z0-9_]+(\.|\[|: |$)", mistake) for mistake in error.mistakes), error.mistakes  # noqa: PT017  (either is right)
+        assert all(re.match(r"[a-z0-9_]+(\.|\[|: |$)", mistake) for mistake in error.mistakes), (  # noqa: PT017
+            error.mistakes
+        )
 
 
 @given(st.integers(0, 10**9))
@@ -357,7 +486,9 @@ def test_the_documentation_says_what_the_code_does() -> None:
 def test_the_examples_of_the_documentation_are_valid(tmp_path: Path) -> None:
     (example,), (directory,) = blocks("isthmus.yaml"), blocks("directory.yaml")
     found = config(tmp_path, example)
-    jsonschema.Draft202012Validator(config_schema()).validate(yaml.safe_load(re.sub(r"(?m)^(\s+)(\d+):", r'\1"\2":', example)))
+    jsonschema.Draft202012Validator(config_schema()).validate(
+        yaml.safe_load(re.sub(r"(?m)^(\s+)(\d+):", r'\1"\2":', example))
+    )
     assert found.identity is not None
     known = parse(directory, "directory.yaml")
     assert known.resolve(Address("10.96.0.10", 80)).service == "shop/web"
@@ -368,4 +499,13 @@ def test_the_schema_is_a_schema_and_refuses_what_the_code_refuses() -> None:
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
     assert validator.is_valid({})
-    assert len(list(validator.iter_errors({"cluter": 1, "log": {"level": "loud"}, "mark": 0, "tcp": {"keepalive": 10}}))) == 4
+    assert (
+        len(
+            list(
+                validator.iter_errors(
+                    {"cluter": 1, "log": {"level": "loud"}, "mark": 0, "tcp": {"keepalive": 10}}
+                )
+            )
+        )
+        == 4
+    )

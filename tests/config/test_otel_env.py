@@ -1,4 +1,5 @@
-"""OpenTelemetry's own variables, and what they mean beside the file and ISTHMUS_ variables; and what the configuration builds."""
+"""OpenTelemetry's own variables, and what they mean beside the file and ISTHMUS_ variables; and
+what the configuration builds."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.tracing_setup import OFF, build, collector
 
 
-def tracing(environ: dict[str, str] | None = None, text: str = "", folder: Path | None = None) -> TracingConfig:
+def tracing(
+    environ: dict[str, str] | None = None, text: str = "", folder: Path | None = None
+) -> TracingConfig:
     path = None
     if folder is not None:
         path = folder / "isthmus.yaml"
@@ -34,8 +37,17 @@ def test_tracing_is_off_unless_somebody_says_where_spans_go() -> None:
     [
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:4318"}, "http://a:4318/v1/traces"),
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:4318/base/"}, "http://a:4318/base/v1/traces"),
-        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://a/exactly", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://b"}, "http://a/exactly"),
-        ({"ISTHMUS_TRACING__ENDPOINT": "https://a", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://b"}, "https://a/v1/traces"),
+        (
+            {
+                "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://a/exactly",
+                "OTEL_EXPORTER_OTLP_ENDPOINT": "http://b",
+            },
+            "http://a/exactly",
+        ),
+        (
+            {"ISTHMUS_TRACING__ENDPOINT": "https://a", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://b"},
+            "https://a/v1/traces",
+        ),
         ({"OTEL_TRACES_EXPORTER": "otlp"}, "http://localhost:4318/v1/traces"),
     ],
 )
@@ -73,9 +85,16 @@ def test_the_exporter_is_chosen_by_its_variable(environ: dict[str, str], exports
         ("parentbased_traceidratio", "", True, 1.0),
     ],
 )
-def test_the_standard_samplers_are_known(name: str, argument: str, follow: bool, ratio: float) -> None:
+def test_the_standard_samplers_are_known(
+    name: str, argument: str, follow: bool, ratio: float
+) -> None:
     found = tracing({"OTEL_TRACES_SAMPLER": name, "OTEL_TRACES_SAMPLER_ARG": argument})
-    assert (found.follow, found.inbound_ratio, found.outbound_ratio, found.gateway_ratio) == (follow, ratio, ratio, ratio)
+    assert (found.follow, found.inbound_ratio, found.outbound_ratio, found.gateway_ratio) == (
+        follow,
+        ratio,
+        ratio,
+        ratio,
+    )
 
 
 def test_all_others_are_read_in_their_units() -> None:
@@ -94,7 +113,12 @@ def test_all_others_are_read_in_their_units() -> None:
         }
     )
     assert found.headers == ("authorization=Bearer x", "a=b")
-    assert (found.timeout, found.compression, str(found.certificate), found.service_name) == (2.5, "gzip", "/ca.pem", "shop")
+    assert (found.timeout, found.compression, str(found.certificate), found.service_name) == (
+        2.5,
+        "gzip",
+        "/ca.pem",
+        "shop",
+    )
     assert found.resource == ("team=a,b", "deployment.environment.name=test")
     assert (found.queue, found.batch, found.delay) == (100, 10, 0.1)
     assert tracing({"OTEL_BSP_EXPORT_TIMEOUT": "9000"}).timeout == 9.0
@@ -104,7 +128,12 @@ def test_the_file_counts_before_them_and_our_own_variables_before_the_file(tmp_p
     environ = {"OTEL_SERVICE_NAME": "c", "OTEL_BSP_MAX_QUEUE_SIZE": "3"}
     found = tracing(environ, "tracing: {service_name: b, batch: 2}", tmp_path)
     assert (found.service_name, found.batch, found.queue) == ("b", 2, 3)
-    assert tracing(environ | {"ISTHMUS_TRACING__SERVICE_NAME": "a"}, "tracing: {service_name: b}", tmp_path).service_name == "a"
+    assert (
+        tracing(
+            environ | {"ISTHMUS_TRACING__SERVICE_NAME": "a"}, "tracing: {service_name: b}", tmp_path
+        ).service_name
+        == "a"
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,7 +151,9 @@ def test_the_file_counts_before_them_and_our_own_variables_before_the_file(tmp_p
         {"OTEL_RESOURCE_ATTRIBUTES": "nonsense"},
     ],
 )
-def test_what_cannot_be_used_is_a_warning_and_the_proxy_starts(environ: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_used_is_a_warning_and_the_proxy_starts(
+    environ: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING, "isthmus.config"):
         found = tracing(environ)
     assert found.queue == 2048
@@ -146,7 +177,9 @@ def test_a_variable_that_is_no_text_is_ignored() -> None:
         ("tracing: {exporter: zipkin}", "tracing.exporter"),
     ],
 )
-def test_mistakes_in_the_section_are_named_and_no_secret_is_repeated(tmp_path: Path, text: str, path: str) -> None:
+def test_mistakes_in_the_section_are_named_and_no_secret_is_repeated(
+    tmp_path: Path, text: str, path: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         tracing({}, text, tmp_path)
     assert [mistake.split(": ")[0] for mistake in caught.value.mistakes] == [path]
@@ -158,21 +191,36 @@ def test_an_exporter_that_is_not_installed_is_an_error_of_the_start() -> None:
 
 
 def test_what_is_built_has_a_ratio_for_each_flow() -> None:
-    config = load(None, {"ISTHMUS_TRACING__ENDPOINT": "http://127.0.0.1:9", "ISTHMUS_TRACING__GATEWAY_RATIO": "1"})
+    config = load(
+        None,
+        {"ISTHMUS_TRACING__ENDPOINT": "http://127.0.0.1:9", "ISTHMUS_TRACING__GATEWAY_RATIO": "1"},
+    )
     spans = build(config, Metrics(), {})
     try:
-        begun = {name: tracing.tracer.begin([]) for name, tracing in spans.flows().items() if tracing is not None}
+        begun = {
+            name: tracing.tracer.begin([])
+            for name, tracing in spans.flows().items()
+            if tracing is not None
+        }
         assert {name for name, trace in begun.items() if trace is not None} == {"gateway"}
     finally:
         spans.close()
 
 
-@pytest.mark.parametrize(("environ", "imported"), [({}, False), ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}, True)])
-def test_opentelemetry_is_imported_only_where_tracing_is_configured(environ: dict[str, str], imported: bool) -> None:
+@pytest.mark.parametrize(
+    ("environ", "imported"),
+    [({}, False), ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}, True)],
+)
+def test_opentelemetry_is_imported_only_where_tracing_is_configured(
+    environ: dict[str, str], imported: bool
+) -> None:
     program = (
-        "import sys\nfrom proxy.app import start\nfrom proxy.config.load import load\n"
-        "from proxy.telemetry.metrics import Metrics\nfrom proxy.telemetry.tracing_setup import build\n"
-        f"build(load(None, {environ!r}), Metrics(), {{}}).close()\nprint(any(name.startswith('opentelemetry') for name in sys.modules))"
+        "import sys\nfrom proxy.app import start\nfrom proxy.config.load import load\nfrom"
+        " proxy.telemetry.metrics import Metrics\nfrom proxy.telemetry.tracing_setup import"
+        f" build\nbuild(load(None, {environ!r}), Metrics(),"
+        " {}).close()\nprint(any(name.startswith('opentelemetry') for name in sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
     assert done.stdout.strip() == str(imported)

@@ -1,4 +1,5 @@
-"""Whom the pod asks: resolv.conf as the C library reads it, and the settings that stand above it."""
+"""Whom the pod asks: resolv.conf as the C library reads it, and the settings that stand above
+it."""
 
 from __future__ import annotations
 
@@ -23,27 +24,54 @@ options ndots:5
 def test_what_kubernetes_writes_is_understood() -> None:
     found = parse(KUBERNETES)
     assert found.upstreams == (Address("10.96.0.10", 53),)
-    assert found.search == ("default.svc.cluster.local", "svc.cluster.local", "cluster.local", "example.com")
+    assert found.search == (
+        "default.svc.cluster.local",
+        "svc.cluster.local",
+        "cluster.local",
+        "example.com",
+    )
 
 
 def test_at_most_three_resolvers_count_each_once_and_the_last_search() -> None:
-    servers = ["10.0.0.1", "fd00::1", "fe80::1%eth0", "nonsense", "10.0.0.1", "10.0.0.2", "10.0.0.3"]
+    servers = [
+        "10.0.0.1",
+        "fd00::1",
+        "fe80::1%eth0",
+        "nonsense",
+        "10.0.0.1",
+        "10.0.0.2",
+        "10.0.0.3",
+    ]
     lines = [f"nameserver {server}" for server in servers]
-    text = "\n".join([*lines, "domain a.example", "search b.example", "# nameserver 1.1.1.1", "nameserver"])
+    text = "\n".join(
+        [*lines, "domain a.example", "search b.example", "# nameserver 1.1.1.1", "nameserver"]
+    )
     found = parse(text)
-    assert [str(address) for address in found.upstreams] == ["10.0.0.1:53", "[fd00::1]:53", "10.0.0.2:53"]
+    assert [str(address) for address in found.upstreams] == [
+        "10.0.0.1:53",
+        "[fd00::1]:53",
+        "10.0.0.2:53",
+    ]
     assert found.search == ("b.example",)
 
 
 def test_each_resolver_has_a_port_of_its_own_in_its_own_family() -> None:
     upstreams = (Address("10.0.0.1", 53), Address("fd00::1", 53), Address("10.0.0.2", 53))
-    ways = [(str(ours), str(theirs)) for ours, theirs in Resolvers(upstreams, ()).ways_in(DnsConfig())]
-    assert ways == [("127.0.0.1:4153", "10.0.0.1:53"), ("[::1]:4154", "[fd00::1]:53"), ("127.0.0.1:4155", "10.0.0.2:53")]
+    ways = [
+        (str(ours), str(theirs)) for ours, theirs in Resolvers(upstreams, ()).ways_in(DnsConfig())
+    ]
+    assert ways == [
+        ("127.0.0.1:4153", "10.0.0.1:53"),
+        ("[::1]:4154", "[fd00::1]:53"),
+        ("127.0.0.1:4155", "10.0.0.2:53"),
+    ]
     only_ipv4 = DnsConfig(listen=(Address("127.0.0.1", 4153),))
     assert len(list(Resolvers(upstreams, ()).ways_in(only_ipv4))) == 2
 
 
-def test_settings_stand_above_the_file_and_the_file_fills_what_they_leave_open(tmp_path: Path) -> None:
+def test_settings_stand_above_the_file_and_the_file_fills_what_they_leave_open(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "resolv.conf"
     path.write_text(KUBERNETES)
     told = Resolvers.of(DnsConfig(upstreams=(Address("192.0.2.53", 5353),), resolv_conf=path))
@@ -59,7 +87,12 @@ def test_without_any_resolver_it_is_said_what_to_set(tmp_path: Path) -> None:
     path.write_text("search example.com\n")
     with pytest.raises(ConfigError, match=r"dns\.upstreams"):
         Resolvers.of(DnsConfig(resolv_conf=path))
-    assert Resolvers.of(DnsConfig(resolv_conf=tmp_path / "none", upstreams=(Address("192.0.2.1", 53),))).search == ()
+    assert (
+        Resolvers.of(
+            DnsConfig(resolv_conf=tmp_path / "none", upstreams=(Address("192.0.2.1", 53),))
+        ).search
+        == ()
+    )
 
 
 @given(st.text(alphabet="nameserver search10.:#\n\t \0", max_size=200))

@@ -25,16 +25,32 @@ def identity(account: str, namespace: str = "shop") -> SpiffeId:
 
 
 def meta(name: str, namespace: str, **more: Any) -> Json:
-    return {"name": name, "namespace": namespace, "uid": f"uid-{name}", "creationTimestamp": "2026-01-01T00:00:00Z", **more}
+    return {
+        "name": name,
+        "namespace": namespace,
+        "uid": f"uid-{name}",
+        "creationTimestamp": "2026-01-01T00:00:00Z",
+        **more,
+    }
 
 
 def port(number: int, name: str = "", **more: Any) -> Json:
     return {"port": number, "name": name, "protocol": "TCP", **more}
 
 
-def service(name: str = "web", ip: str | None = "10.96.0.1", *ports: Json, namespace: str = "shop", **more: Any) -> Json:
+def service(
+    name: str = "web",
+    ip: str | None = "10.96.0.1",
+    *ports: Json,
+    namespace: str = "shop",
+    **more: Any,
+) -> Json:
     """With `spec` and `metadata` for what is left out here."""
-    spec: Json = {"type": "ClusterIP", "ports": list(ports or (port(80, targetPort=8080),)), "selector": {"app": name}}
+    spec: Json = {
+        "type": "ClusterIP",
+        "ports": list(ports or (port(80, targetPort=8080),)),
+        "selector": {"app": name},
+    }
     if ip is not None:
         spec |= {"clusterIP": ip, "clusterIPs": [ip]}
     return {"metadata": meta(name, namespace, **more.pop("metadata", {})), "spec": {**spec, **more}}
@@ -42,25 +58,45 @@ def service(name: str = "web", ip: str | None = "10.96.0.1", *ports: Json, names
 
 def endpoint(address: str, pod: str | None = None, **more: Any) -> Json:
     """`pod`: the pod that it names."""
-    found: Json = {"addresses": [address], "conditions": {"ready": True, "serving": True, "terminating": False}}
+    found: Json = {
+        "addresses": [address],
+        "conditions": {"ready": True, "serving": True, "terminating": False},
+    }
     if pod is not None:
         found["targetRef"] = {"kind": "Pod", "name": pod, "namespace": "shop", "uid": f"uid-{pod}"}
     return found | more
 
 
 def slice_of(
-    of: str, *endpoints: Json, name: str = "", namespace: str = "shop", ports: list[Json] | None = None, version: str = "1"
+    of: str,
+    *endpoints: Json,
+    name: str = "",
+    namespace: str = "shop",
+    ports: list[Json] | None = None,
+    version: str = "1",
 ) -> Json:
     six = bool(endpoints) and ":" in endpoints[0]["addresses"][0]
     return {
-        "metadata": meta(name or f"{of}-1", namespace, resourceVersion=version, labels={"kubernetes.io/service-name": of}),
+        "metadata": meta(
+            name or f"{of}-1",
+            namespace,
+            resourceVersion=version,
+            labels={"kubernetes.io/service-name": of},
+        ),
         "addressType": "IPv6" if six else "IPv4",
         "endpoints": list(endpoints) or None,
         "ports": [{"port": 8080, "protocol": "TCP", "name": ""}] if ports is None else ports,
     }
 
 
-def pod(name: str, *ips: str, account: str = "web", namespace: str = "shop", meshed: bool = True, **more: Any) -> Json:
+def pod(
+    name: str,
+    *ips: str,
+    account: str = "web",
+    namespace: str = "shop",
+    meshed: bool = True,
+    **more: Any,
+) -> Json:
     labels = {"isthmus.dev/meshed": "true"} if meshed else {}
     made = meta(name, namespace, labels=labels, **more.pop("metadata", {}))
     return {
@@ -94,13 +130,19 @@ class Cluster:
     def _put(self, item: Json, *, gone: bool) -> None:
         key = (item["metadata"].get("namespace", ""), item["metadata"]["name"])
         if "addressType" in item:
-            self.catalog.slice(key, None if gone else slice_fact(msgspec.convert(item, EndpointSlice)))
+            self.catalog.slice(
+                key, None if gone else slice_fact(msgspec.convert(item, EndpointSlice))
+            )
         elif "status" in item:
             self.catalog.pod(key, None if gone else pod_fact(msgspec.convert(item, Pod)))
         elif "spec" in item:
-            self.catalog.service(key, None if gone else service_fact(msgspec.convert(item, Service)))
+            self.catalog.service(
+                key, None if gone else service_fact(msgspec.convert(item, Service))
+            )
         else:
-            self.catalog.node(key[1], None if gone else node_zone(msgspec.convert(item, PartialObjectMetadata)))
+            self.catalog.node(
+                key[1], None if gone else node_zone(msgspec.convert(item, PartialObjectMetadata))
+            )
 
     def flush(self) -> Changes:
         return self.catalog.flush()
@@ -115,7 +157,9 @@ class Cluster:
     def directory(self, place: Place = NOWHERE) -> Directory:
         """What a proxy reads of it."""
         self.flush()
-        text = msgspec.json.encode(document(self.catalog.services.values(), place)).decode()  # JSON is YAML
+        text = msgspec.json.encode(
+            document(self.catalog.services.values(), place)
+        ).decode()  # JSON is YAML
         return parse(text, "discovered")
 
     def problems(self, key: Key = ("shop", "web")) -> tuple[str, ...]:

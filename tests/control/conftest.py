@@ -1,4 +1,5 @@
-"""An API server in memory, and a client of it. Time is trio's MockClock, which jumps when nothing is left to do."""
+"""An API server in memory, and a client of it. Time is trio's MockClock, which jumps when nothing
+is left to do."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""How the API behaves, and what the client makes of it: held by the server in memory, and by a real one.
+"""How the API behaves, and what the client makes of it: held by the server in memory, and by a real
+one.
 
-Each test names `clock`, since a clock has to be named by the test itself: MockClock here, the machine's there.
-tests/control/test_rules.py runs these against the first, tests/kube against the second: that is how the first is known to be right.
+Each test names `clock`, since a clock has to be named by the test itself: MockClock here, the
+machine's there. tests/control/test_rules.py runs these against the first, tests/kube against the
+second: that is how the first is known to be right.
 """
 
 from __future__ import annotations
@@ -30,7 +32,11 @@ class Watching:
     """A watch, event by event."""
 
     def __init__(self, stage: Stage, selection: Selection, **query: str) -> None:
-        self._stage, self._selection, self._query = stage, selection, {"timeoutSeconds": "60", **query}
+        self._stage, self._selection, self._query = (
+            stage,
+            selection,
+            {"timeoutSeconds": "60", **query},
+        )
         self._events: list[Change[ConfigMap] | Bookmark] = []
         self._lines = Lines(2**20)
 
@@ -53,7 +59,9 @@ class Watching:
         """What has happened, and to whom."""
         event = await self.next()
         assert isinstance(event, Change)
-        return ("gone" if event.gone else "added" if event.added else "changed"), event.item.metadata.name
+        return (
+            "gone" if event.gone else "added" if event.added else "changed"
+        ), event.item.metadata.name
 
 
 async def version(stage: Stage) -> str:
@@ -93,14 +101,18 @@ async def test_a_name_that_is_missing_is_a_422(clock: object, stage: Stage) -> N
     assert (refused.value.code, refused.value.reason) == (422, "Invalid")
 
 
-async def test_a_merge_patch_changes_what_it_names_and_removes_what_is_null(clock: object, stage: Stage) -> None:
+async def test_a_merge_patch_changes_what_it_names_and_removes_what_is_null(
+    clock: object, stage: Stage
+) -> None:
     made = await stage.config_map("one", a="1", b="2")
     changed = await stage.client.patch(CONFIG_MAPS, made, {"data": {"a": None, "c": "3"}})
     assert changed.data == {"b": "2", "c": "3"}
     assert int(changed.metadata.resource_version) > int(made.metadata.resource_version)
 
 
-async def test_a_patch_that_changes_nothing_makes_no_new_version(clock: object, stage: Stage) -> None:
+async def test_a_patch_that_changes_nothing_makes_no_new_version(
+    clock: object, stage: Stage
+) -> None:
     made = await stage.config_map("one", a="1")
     assert await stage.client.patch(CONFIG_MAPS, made, {"data": {"a": "1"}}) == made
 
@@ -109,7 +121,11 @@ async def test_a_patch_of_an_older_version_is_a_409(clock: object, stage: Stage)
     made = await stage.config_map("one", a="1")
     await stage.client.patch(CONFIG_MAPS, made, {"data": {"a": "2"}})
     with pytest.raises(Refused) as refused:
-        await stage.client.patch(CONFIG_MAPS, made, {"metadata": {"resourceVersion": made.metadata.resource_version}, "data": {"a": "3"}})
+        await stage.client.patch(
+            CONFIG_MAPS,
+            made,
+            {"metadata": {"resourceVersion": made.metadata.resource_version}, "data": {"a": "3"}},
+        )
     assert (refused.value.code, refused.value.reason) == (409, "Conflict")
 
 
@@ -129,7 +145,9 @@ async def test_a_status_is_patched_apart_from_the_rest(clock: object, stage: Sta
     assert found.metadata.resource_version != made.metadata.resource_version
 
 
-async def test_what_is_deleted_is_gone_and_only_the_one_that_was_meant(clock: object, stage: Stage) -> None:
+async def test_what_is_deleted_is_gone_and_only_the_one_that_was_meant(
+    clock: object, stage: Stage
+) -> None:
     first = await stage.config_map("one")
     await stage.client.delete(CONFIG_MAPS, first)
     await stage.client.delete(CONFIG_MAPS, first)  # it is gone already
@@ -144,10 +162,17 @@ async def test_what_is_deleted_is_gone_and_only_the_one_that_was_meant(clock: ob
 
 
 def wanted(stage: Stage, **data: str) -> dict[str, object]:
-    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "ours", "namespace": stage.namespace}, "data": data}
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "ours", "namespace": stage.namespace},
+        "data": data,
+    }
 
 
-async def test_apply_creates_and_changes_and_removes_what_is_left_out(clock: object, stage: Stage) -> None:
+async def test_apply_creates_and_changes_and_removes_what_is_left_out(
+    clock: object, stage: Stage
+) -> None:
     made = await stage.client.apply(CONFIG_MAPS, wanted(stage, a="1", b="2"), "isthmus")
     assert made.data == {"a": "1", "b": "2"}
     changed = await stage.client.apply(CONFIG_MAPS, wanted(stage, a="3"), "isthmus")
@@ -159,15 +184,22 @@ async def test_apply_creates_and_changes_and_removes_what_is_left_out(clock: obj
 async def test_apply_leaves_what_belongs_to_others(clock: object, stage: Stage) -> None:
     await stage.client.apply(CONFIG_MAPS, wanted(stage, a="1"), "isthmus")
     await stage.client.apply(CONFIG_MAPS, wanted(stage, b="2"), "another")
-    assert (await stage.client.apply(CONFIG_MAPS, wanted(stage, c="3"), "isthmus")).data == {"b": "2", "c": "3"}
+    assert (await stage.client.apply(CONFIG_MAPS, wanted(stage, c="3"), "isthmus")).data == {
+        "b": "2",
+        "c": "3",
+    }
 
 
-async def test_apply_takes_what_belongs_to_others_only_by_force(clock: object, stage: Stage) -> None:
+async def test_apply_takes_what_belongs_to_others_only_by_force(
+    clock: object, stage: Stage
+) -> None:
     await stage.client.apply(CONFIG_MAPS, wanted(stage, a="1"), "another")
     with pytest.raises(Refused) as refused:
         await stage.client.apply(CONFIG_MAPS, wanted(stage, a="2"), "isthmus", force=False)
     assert (refused.value.code, refused.value.causes) == (409, {"FieldManagerConflict"})
-    assert (await stage.client.apply(CONFIG_MAPS, wanted(stage, a="2"), "isthmus")).data == {"a": "2"}
+    assert (await stage.client.apply(CONFIG_MAPS, wanted(stage, a="2"), "isthmus")).data == {
+        "a": "2"
+    }
 
 
 # Lists...
@@ -185,7 +217,9 @@ async def test_pages_are_of_one_version(clock: object, stage: Stage) -> None:
         assert page.metadata.resource_version == first.metadata.resource_version
         if not page.metadata.continue_:
             break
-        page = await stage.client.page(CONFIG_MAPS, ours, {"limit": "2", "continue": page.metadata.continue_})
+        page = await stage.client.page(
+            CONFIG_MAPS, ours, {"limit": "2", "continue": page.metadata.continue_}
+        )
     assert names == [["m0", "m1"], ["m2", "m3"], ["m4"]]
 
 
@@ -193,7 +227,9 @@ async def test_metadata_alone(clock: object, stage: Stage) -> None:
     await stage.config_map("one", {"app": "web"}, key="value")
     page = await stage.client.page(METADATA, Selection(stage.namespace, "app=web"), {})
     assert page.kind == "PartialObjectMetadataList"
-    assert [(item.metadata.name, item.metadata.labels) for item in page.items or ()] == [("one", {"app": "web"})]
+    assert [(item.metadata.name, item.metadata.labels) for item in page.items or ()] == [
+        ("one", {"app": "web"})
+    ]
     assert (await stage.client.get(METADATA, stage.namespace, "one")).metadata.name == "one"
 
 
@@ -216,7 +252,9 @@ async def test_a_field_that_cannot_be_selected_by_is_a_400(clock: object, stage:
     assert refused.value.code == 400
 
 
-async def test_a_version_from_the_future_is_told_from_other_faults(clock: object, stage: Stage) -> None:
+async def test_a_version_from_the_future_is_told_from_other_faults(
+    clock: object, stage: Stage
+) -> None:
     future = str(int(await version(stage)) + 1_000_000)
     query = {"resourceVersion": future, "resourceVersionMatch": "NotOlderThan"}
     with pytest.raises(Refused) as refused:
@@ -229,7 +267,9 @@ async def test_a_version_from_the_future_is_told_from_other_faults(clock: object
 # Watches...
 
 
-async def test_a_watch_tells_what_has_happened_since_a_version_in_order(clock: object, stage: Stage) -> None:
+async def test_a_watch_tells_what_has_happened_since_a_version_in_order(
+    clock: object, stage: Stage
+) -> None:
     since = await version(stage)
     made = await stage.config_map("one", a="1")
     await stage.client.patch(CONFIG_MAPS, made, {"data": {"a": "2"}})
@@ -245,9 +285,13 @@ async def test_a_watch_tells_what_has_happened_since_a_version_in_order(clock: o
         assert int(gone.item.metadata.resource_version) > int(event.item.metadata.resource_version)
 
 
-async def test_a_label_that_changes_makes_an_object_come_and_go(clock: object, stage: Stage) -> None:
+async def test_a_label_that_changes_makes_an_object_come_and_go(
+    clock: object, stage: Stage
+) -> None:
     since = await version(stage)
-    async with Watching(stage, Selection(stage.namespace, "app=web"), resourceVersion=since) as watch:
+    async with Watching(
+        stage, Selection(stage.namespace, "app=web"), resourceVersion=since
+    ) as watch:
         made = await stage.config_map("one", {"app": "mail"})
         await stage.client.patch(CONFIG_MAPS, made, {"metadata": {"labels": {"app": "web"}}})
         assert await watch.named() == ("added", "one")
@@ -255,10 +299,16 @@ async def test_a_label_that_changes_makes_an_object_come_and_go(clock: object, s
         assert await watch.named() == ("gone", "one")
 
 
-async def test_a_list_as_a_stream_ends_with_a_bookmark_and_goes_on_as_a_watch(clock: object, stage: Stage) -> None:
+async def test_a_list_as_a_stream_ends_with_a_bookmark_and_goes_on_as_a_watch(
+    clock: object, stage: Stage
+) -> None:
     await stage.config_map("one", {"of": "ours"})
     await stage.config_map("two", {"of": "ours"})
-    query = {"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan", "allowWatchBookmarks": "true"}
+    query = {
+        "sendInitialEvents": "true",
+        "resourceVersionMatch": "NotOlderThan",
+        "allowWatchBookmarks": "true",
+    }
     async with Watching(stage, Selection(stage.namespace, "of=ours"), **query) as watch:
         assert [await watch.named(), await watch.named()] == [("added", "one"), ("added", "two")]
         bookmark = await watch.next()
@@ -271,9 +321,16 @@ async def test_a_list_as_a_stream_ends_with_a_bookmark_and_goes_on_as_a_watch(cl
 
 async def test_a_stream_of_metadata(clock: object, stage: Stage) -> None:
     await stage.config_map("one", {"of": "ours"}, key="value")
-    query = {"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan", "allowWatchBookmarks": "true", "timeoutSeconds": "60"}
+    query = {
+        "sendInitialEvents": "true",
+        "resourceVersionMatch": "NotOlderThan",
+        "allowWatchBookmarks": "true",
+        "timeoutSeconds": "60",
+    }
     lines, events = Lines(2**20), []
-    async with await stage.client.watch(METADATA, Selection(stage.namespace, "of=ours"), query) as answer:
+    async with await stage.client.watch(
+        METADATA, Selection(stage.namespace, "of=ours"), query
+    ) as answer:
         with trio.fail_after(30):
             while len(events) < 2:
                 events += [event_of(line, METADATA) for line in lines.feed(await answer.read())]
@@ -304,7 +361,9 @@ async def test_a_watch_ends_cleanly_when_its_time_is_over(clock: object, stage: 
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-async def test_a_reflector_follows(clock: object, stage: Stage, nursery: trio.Nursery, streaming: bool) -> None:
+async def test_a_reflector_follows(
+    clock: object, stage: Stage, nursery: trio.Nursery, streaming: bool
+) -> None:
     one = await stage.config_map("one", a="1")
     await stage.config_map("two", a="1")
     told: Told[dict[str, str]] = Told()
@@ -339,7 +398,9 @@ async def test_a_reflector_reads_pages(clock: object, stage: Stage, nursery: tri
     nursery.start_soon(reflector.run)
     with trio.fail_after(30):
         await reflector.synced.wait()
-    assert sorted(name for _, name in told.now if name != OWN) == [f"m{number}" for number in range(7)]
+    assert sorted(name for _, name in told.now if name != OWN) == [
+        f"m{number}" for number in range(7)
+    ]
 
 
 # Leases...
@@ -349,7 +410,9 @@ QUICK = LeaseRules(duration=3, renew=2.0, retry=0.5)
 
 async def test_one_leads_and_the_next_one_does_when_it_stops(clock: object, stage: Stage) -> None:
     leaders: list[str] = []
-    elections = [Election(stage.client, (stage.namespace, "leader"), name, QUICK) for name in ("a", "b")]
+    elections = [
+        Election(stage.client, (stage.namespace, "leader"), name, QUICK) for name in ("a", "b")
+    ]
     stop: dict[str, trio.Event] = {"a": trio.Event(), "b": trio.Event()}
     began = trio.Event()
 
@@ -400,7 +463,9 @@ async def test_a_lease_keeps_what_others_have_written_to_it(clock: object, stage
 # Events and reviews...
 
 
-async def test_an_event_is_written_once_with_a_count(clock: object, stage: Stage, nursery: trio.Nursery) -> None:
+async def test_an_event_is_written_once_with_a_count(
+    clock: object, stage: Stage, nursery: trio.Nursery
+) -> None:
     recorder = Recorder(stage.client, "isthmus.dev/test", "test-1", RecorderRules(series=2.0))
     service = await stage.service("web")
     about = ObjectReference("Service", stage.namespace, "web", service.metadata.uid, "v1")
@@ -409,14 +474,24 @@ async def test_an_event_is_written_once_with_a_count(clock: object, stage: Stage
     for _ in range(3):
         recorder.say(said)
     counts: Told[int] = Told()
-    reflector = Reflector(stage.client, EVENTS, lambda event: event.series.count if event.series is not None else 0, counts, stage.here)
+    reflector = Reflector(
+        stage.client,
+        EVENTS,
+        lambda event: event.series.count if event.series is not None else 0,
+        counts,
+        stage.here,
+    )
     nursery.start_soon(reflector.run)
     await counts.until(lambda now: list(now.values()) == [3])
     recorder.say(said)
     await counts.until(lambda now: list(now.values()) == [4])
     found = (await stage.client.page(EVENTS, stage.here, {})).items or []
     assert len(found) == 1
-    assert (found[0].type, found[0].note, found[0].reporting_controller) == ("Warning", said.note, "isthmus.dev/test")
+    assert (found[0].type, found[0].note, found[0].reporting_controller) == (
+        "Warning",
+        said.note,
+        "isthmus.dev/test",
+    )
     assert found[0].regarding is not None
     assert found[0].regarding.uid == service.metadata.uid
 
@@ -434,9 +509,17 @@ async def test_a_token_is_good_for_its_audience_only(clock: object, stage: Stage
 async def test_a_right_is_asked_for(clock: object, stage: Stage) -> None:
     await stage.grant("jane")
     jane = UserInfo("jane")
-    assert await may(stage.client, jane, ResourceAttributes("get", "configmaps", namespace=stage.namespace))
-    assert not await may(stage.client, jane, ResourceAttributes("delete", "configmaps", namespace=stage.namespace))
-    assert not await may(stage.client, UserInfo("joe"), ResourceAttributes("get", "configmaps", namespace=stage.namespace))
+    assert await may(
+        stage.client, jane, ResourceAttributes("get", "configmaps", namespace=stage.namespace)
+    )
+    assert not await may(
+        stage.client, jane, ResourceAttributes("delete", "configmaps", namespace=stage.namespace)
+    )
+    assert not await may(
+        stage.client,
+        UserInfo("joe"),
+        ResourceAttributes("get", "configmaps", namespace=stage.namespace),
+    )
 
 
 async def test_pods_are_read_with_what_is_needed(clock: object, stage: Stage) -> None:
@@ -445,10 +528,19 @@ async def test_pods_are_read_with_what_is_needed(clock: object, stage: Stage) ->
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {"name": "p", "namespace": stage.namespace},
-        "spec": {"serviceAccountName": "default", "nodeName": "nowhere", "containers": [{"name": "c", "image": "web:1.0"}]},
+        "spec": {
+            "serviceAccountName": "default",
+            "nodeName": "nowhere",
+            "containers": [{"name": "c", "image": "web:1.0"}],
+        },
     }
     made = await stage.client.apply(PODS, pod, "tests")
-    await stage.client.patch(PODS, made, {"status": {"phase": "Running", "podIP": "10.9.9.9", "podIPs": [{"ip": "10.9.9.9"}]}}, "status")
+    await stage.client.patch(
+        PODS,
+        made,
+        {"status": {"phase": "Running", "podIP": "10.9.9.9", "podIPs": [{"ip": "10.9.9.9"}]}},
+        "status",
+    )
     found: Pod = await stage.client.get(PODS, stage.namespace, "p")
     assert (found.spec.service_account_name, found.spec.node_name) == ("default", "nowhere")
     assert [address.ip for address in found.status.pod_ips or ()] == ["10.9.9.9"]

@@ -1,4 +1,5 @@
-"""What tests of the client need of an API server, whichever it is: the one in memory, or a real one.
+"""What tests of the client need of an API server, whichever it is: the one in memory, or a real
+one.
 
 A stage has a namespace that the test may fill. `Told` keeps what a reflector tells.
 """
@@ -42,8 +43,12 @@ class Stage:
     def here(self) -> Selection:
         return Selection(self.namespace)
 
-    async def config_map(self, name: str, labels: dict[str, str] | None = None, **data: str) -> ConfigMap:
-        return await self.client.create(CONFIG_MAPS, ConfigMap(metadata=self.meta(name, labels), data=data), self.namespace)
+    async def config_map(
+        self, name: str, labels: dict[str, str] | None = None, **data: str
+    ) -> ConfigMap:
+        return await self.client.create(
+            CONFIG_MAPS, ConfigMap(metadata=self.meta(name, labels), data=data), self.namespace
+        )
 
     async def service(self, name: str) -> Service:
         made = Service(metadata=self.meta(name), spec=ServiceSpec(ports=(ServicePort(80, "http"),)))
@@ -75,14 +80,21 @@ class FakeStage(Stage):
 
     async def token(self, audience: str) -> tuple[str, str]:
         user = f"system:serviceaccount:{self.namespace}:someone"
-        self.server.behaviour.tokens["secret"] = {"user": {"username": user}, "audiences": [audience]}
+        self.server.behaviour.tokens["secret"] = {
+            "user": {"username": user},
+            "audiences": [audience],
+        }
         self.server.behaviour.tokens[""] = {}  # the tests' own requests have none
         return "secret", user
 
     async def grant(self, user: str) -> None:
         def allowed(spec: dict[str, Any]) -> bool:
             wish = spec["resourceAttributes"]
-            return spec["user"] == user and (wish["verb"], wish["resource"], wish.get("namespace")) == ("get", "configmaps", self.namespace)
+            return spec["user"] == user and (
+                wish["verb"],
+                wish["resource"],
+                wish.get("namespace"),
+            ) == ("get", "configmaps", self.namespace)
 
         self.server.behaviour.allowed = allowed
 

@@ -1,4 +1,5 @@
-"""Where the API server is and who we are: in a pod and by kubeconfig. Nothing unsafe is accepted, and no secret is in a message."""
+"""Where the API server is and who we are: in a pod and by kubeconfig. Nothing unsafe is accepted,
+and no secret is in a message."""
 
 from __future__ import annotations
 
@@ -36,16 +37,22 @@ def authority() -> Authority:
     return Authority("kubernetes")
 
 
-def config(authority: Authority, user: dict[str, Any] | None = None, **cluster: Any) -> dict[str, Any]:
+def config(
+    authority: Authority, user: dict[str, Any] | None = None, **cluster: Any
+) -> dict[str, Any]:
     data = {"certificate-authority-data": b64(authority.root.certificate_pem)}
     return {
         "apiVersion": "v1",
         "kind": "Config",
         "current-context": "west",
         "preferences": {},
-        "clusters": [{"name": "c", "cluster": {"server": "https://172.31.1.2:6443", **data, **cluster}}],
+        "clusters": [
+            {"name": "c", "cluster": {"server": "https://172.31.1.2:6443", **data, **cluster}}
+        ],
         "users": [{"name": "admin", "user": {"token": SECRET} if user is None else user}],
-        "contexts": [{"name": "west", "context": {"cluster": "c", "user": "admin", "namespace": "x"}}],
+        "contexts": [
+            {"name": "west", "context": {"cluster": "c", "user": "admin", "namespace": "x"}}
+        ],
     }
 
 
@@ -55,7 +62,10 @@ def read(document: dict[str, Any], context: str = "", folder: Path | None = None
 
 def test_a_kubeconfig_with_data(authority: Authority) -> None:
     client = authority.issue(None)
-    user = {"client-certificate-data": b64(client.certificate_pem), "client-key-data": b64(client.key_pem)}
+    user = {
+        "client-certificate-data": b64(client.certificate_pem),
+        "client-key-data": b64(client.key_pem),
+    }
     found = read(config(authority, user))
     assert (found.host, found.port, found.prefix, found.token) == ("172.31.1.2", 6443, "", None)
     assert found.authority == "172.31.1.2:6443"
@@ -70,7 +80,11 @@ def test_a_kubeconfig_with_data(authority: Authority) -> None:
 def test_a_kubeconfig_with_files_beside_it(authority: Authority, tmp_path: Path) -> None:
     (tmp_path / "ca.crt").write_bytes(authority.root.certificate_pem)
     (tmp_path / "token").write_text(SECRET + "\n")
-    document = config(authority, {"tokenFile": "token"}, **{"certificate-authority": "ca.crt", "certificate-authority-data": ""})
+    document = config(
+        authority,
+        {"tokenFile": "token"},
+        **{"certificate-authority": "ca.crt", "certificate-authority-data": ""},
+    )
     (tmp_path / "config").write_bytes(msgspec.json.encode(document))  # JSON is YAML
     assert kubeconfig_file(tmp_path / "config").token is not None
     with pytest.raises(AccessError, match="names a file, which it may not here"):
@@ -82,7 +96,12 @@ def test_a_kubeconfig_with_files_beside_it(authority: Authority, tmp_path: Path)
     [
         ("https://[fd00::1]:6443", "fd00::1", 6443, ""),
         ("https://api.example.com", "api.example.com", 443, ""),
-        ("https://rancher.example.com/k8s/clusters/c-1/", "rancher.example.com", 443, "/k8s/clusters/c-1"),
+        (
+            "https://rancher.example.com/k8s/clusters/c-1/",
+            "rancher.example.com",
+            443,
+            "/k8s/clusters/c-1",
+        ),
     ],
 )
 def test_servers(authority: Authority, server: str, host: str, port: int, prefix: str) -> None:
@@ -108,7 +127,11 @@ def test_servers(authority: Authority, server: str, host: str, port: int, prefix
         ({}, {"certificate-authority-data": "!!"}, "is not base64"),
         ({}, {"certificate-authority-data": b64(b"no certificate")}, "cannot be used"),
         ({"client-certificate-data": b64(b"x")}, {}, "belong together"),
-        ({"client-certificate-data": b64(b"x"), "client-key-data": b64(SECRET.encode())}, {}, "cannot be used"),
+        (
+            {"client-certificate-data": b64(b"x"), "client-key-data": b64(SECRET.encode())},
+            {},
+            "cannot be used",
+        ),
         ({"token": 7}, {}, "Expected `str`"),
     ],
 )
@@ -130,7 +153,9 @@ def test_contexts(authority: Authority) -> None:
         read(document)
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"\xff\xfe", b"a: [", b"{" * 5000, b"x" * (2**20 + 1)])
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"\xff\xfe", b"a: [", b"{" * 5000, b"x" * (2**20 + 1)]
+)
 def test_what_is_no_kubeconfig(text: bytes) -> None:
     with pytest.raises(AccessError, match="kubeconfig"):
         kubeconfig(text)
@@ -147,17 +172,27 @@ def folder(tmp_path: Path, authority: Authority) -> Path:
 
 def test_in_a_cluster(tmp_path: Path, authority: Authority) -> None:
     where = folder(tmp_path, authority)
-    found = in_cluster({"KUBERNETES_SERVICE_HOST": "fd00:96::1", "KUBERNETES_SERVICE_PORT": "443"}, where)
+    found = in_cluster(
+        {"KUBERNETES_SERVICE_HOST": "fd00:96::1", "KUBERNETES_SERVICE_PORT": "443"}, where
+    )
     assert (found.host, found.port, found.authority) == ("fd00:96::1", 443, "[fd00:96::1]:443")
-    for environment in ({}, {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}, {"KUBERNETES_SERVICE_HOST": "x", "KUBERNETES_SERVICE_PORT": "x"}):
+    for environment in (
+        {},
+        {"KUBERNETES_SERVICE_HOST": "10.96.0.1"},
+        {"KUBERNETES_SERVICE_HOST": "x", "KUBERNETES_SERVICE_PORT": "x"},
+    ):
         with pytest.raises(AccessError):
             in_cluster(environment, where)
     (where / "token").unlink()
     with pytest.raises(AccessError, match="token"):
-        in_cluster({"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443"}, where)
+        in_cluster(
+            {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443"}, where
+        )
 
 
-async def test_a_token_is_read_again_each_minute_and_kept_while_it_cannot_be(clock: Clock, tmp_path: Path) -> None:
+async def test_a_token_is_read_again_each_minute_and_kept_while_it_cannot_be(
+    clock: Clock, tmp_path: Path
+) -> None:
     path = tmp_path / "token"
     path.write_text("one")
     secret = Secret(path=path)
@@ -175,9 +210,13 @@ async def test_a_token_is_read_again_each_minute_and_kept_while_it_cannot_be(clo
     assert SECRET not in repr(Secret(SECRET.encode()))
 
 
-async def test_a_new_authority_makes_another_context(clock: Clock, tmp_path: Path, authority: Authority) -> None:
+async def test_a_new_authority_makes_another_context(
+    clock: Clock, tmp_path: Path, authority: Authority
+) -> None:
     where = folder(tmp_path, authority)
-    trust = in_cluster({"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443"}, where).trust
+    trust = in_cluster(
+        {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443"}, where
+    ).trust
     assert trust is not None
     before = trust.context()
     (where / "ca.crt").write_bytes(Authority("another").root.certificate_pem)
@@ -188,33 +227,59 @@ async def test_a_new_authority_makes_another_context(clock: Clock, tmp_path: Pat
 # With real sockets and TLS...
 
 
-async def served(nursery: trio.Nursery, server: ApiServer, certificate: Credential, tmp_path: Path, clients: Authority | None) -> int:
+async def served(
+    nursery: trio.Nursery,
+    server: ApiServer,
+    certificate: Credential,
+    tmp_path: Path,
+    clients: Authority | None,
+) -> int:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(*certificate.write(tmp_path, "server"))
     if clients is not None:
         context.verify_mode = ssl.CERT_REQUIRED
         context.load_verify_locations(cadata=clients.root.certificate_pem.decode())
-    listeners = await trio.open_ssl_over_tcp_listeners(0, context, host="127.0.0.1", https_compatible=True)
+    listeners = await trio.open_ssl_over_tcp_listeners(
+        0, context, host="127.0.0.1", https_compatible=True
+    )
     nursery.start_soon(trio.serve_listeners, server.serve, listeners)
     port: int = listeners[0].transport_listener.socket.getsockname()[1]
     return port
 
 
-async def test_a_client_certificate_and_the_servers_name_are_verified(nursery: trio.Nursery, tmp_path: Path, authority: Authority) -> None:
+async def test_a_client_certificate_and_the_servers_name_are_verified(
+    nursery: trio.Nursery, tmp_path: Path, authority: Authority
+) -> None:
     server = ApiServer(nursery)
-    ours = authority.issue(None, names=(x509.IPAddress(IPv4Address("127.0.0.1")), x509.DNSName("api.test")))
+    ours = authority.issue(
+        None, names=(x509.IPAddress(IPv4Address("127.0.0.1")), x509.DNSName("api.test"))
+    )
     port = await served(nursery, server, ours, tmp_path, authority)
     shown = authority.issue(None)
-    user = {"client-certificate-data": b64(shown.certificate_pem), "client-key-data": b64(shown.key_pem)}
+    user = {
+        "client-certificate-data": b64(shown.certificate_pem),
+        "client-key-data": b64(shown.key_pem),
+    }
     for more in ({}, {"tls-server-name": "api.test"}):
         client = Client(read(config(authority, user, server=f"https://127.0.0.1:{port}", **more)))
         page = await client.page(SERVICES, Selection(), {})
         assert page.kind == "ServiceList"
         assert len(client._kept) == 1
-        assert (await client.page(SERVICES, Selection(), {})).kind == "ServiceList"  # on the same connection
+        assert (
+            await client.page(SERVICES, Selection(), {})
+        ).kind == "ServiceList"  # on the same connection
         assert server.connections == 1
         await client.aclose()
-    wrong = Client(read(config(authority, user, server=f"https://127.0.0.1:{port}", **{"tls-server-name": "other.test"})))
+    wrong = Client(
+        read(
+            config(
+                authority,
+                user,
+                server=f"https://127.0.0.1:{port}",
+                **{"tls-server-name": "other.test"},
+            )
+        )
+    )
     with pytest.raises(Unreachable, match=r"no TLS.*[Hh]ostname"):
         await wrong.page(SERVICES, Selection(), {}, attempts=1)
     stranger = Client(read(config(Authority("another"), user, server=f"https://127.0.0.1:{port}")))
@@ -228,13 +293,17 @@ async def test_a_kept_connection_that_the_server_has_closed_is_not_used_for_what
     server = ApiServer(nursery)
     ours = authority.issue(None, names=(x509.IPAddress(IPv4Address("127.0.0.1")),))
     port = await served(nursery, server, ours, tmp_path, None)
-    stage = FakeStage(Client(read(config(authority, server=f"https://127.0.0.1:{port}"))), "default", server)
+    stage = FakeStage(
+        Client(read(config(authority, server=f"https://127.0.0.1:{port}"))), "default", server
+    )
     for name in ("one", "two"):
         await stage.config_map(name)
         server.cut()
         ((kept, _),) = stage.client._kept
         assert isinstance(kept._stream, trio.SSLStream)
-        await trio.lowlevel.wait_readable(kept._stream.transport_stream.socket)  # until the end has come
+        await trio.lowlevel.wait_readable(
+            kept._stream.transport_stream.socket
+        )  # until the end has come
     assert len(server.store.objects[KINDS["v1", "configmaps"]]) == 2
     assert len(stage.client._kept) == 1
     await stage.client.aclose()

@@ -32,7 +32,9 @@ class Replica:
     """A replica with a listener on loopback."""
 
     def __init__(self, server: ApiServer, name: str, listeners: list[trio.SocketListener]) -> None:
-        self.control = Control(ControlConfig("test.local", "isthmus", name, None), Client(AT, dial=server.dial))
+        self.control = Control(
+            ControlConfig("test.local", "isthmus", name, None), Client(AT, dial=server.dial)
+        )
         self.listeners = listeners
         self.ended = trio.Event()
 
@@ -69,7 +71,9 @@ async def replica(server: ApiServer, nursery: trio.Nursery) -> AsyncIterator[Rep
         await listener.aclose()
 
 
-async def test_it_is_ready_when_all_is_known_and_live_before(replica: Replica, server: ApiServer) -> None:
+async def test_it_is_ready_when_all_is_known_and_live_before(
+    replica: Replica, server: ApiServer
+) -> None:
     body = await replica.until(503)
     assert "pods" in body
     assert await replica.ask("GET /live") == (200, "live\n")
@@ -87,8 +91,12 @@ async def test_other_questions(replica: Replica) -> None:
     assert await replica.ask("HEAD /live") == (200, "")
 
 
-async def test_a_client_that_is_none_holds_nobody_up(replica: Replica, nursery: trio.Nursery) -> None:
-    streams = [await trio.testing.open_stream_to_socket_listener(replica.listeners[0]) for _ in range(3)]
+async def test_a_client_that_is_none_holds_nobody_up(
+    replica: Replica, nursery: trio.Nursery
+) -> None:
+    streams = [
+        await trio.testing.open_stream_to_socket_listener(replica.listeners[0]) for _ in range(3)
+    ]
     await streams[0].send_all(b"\x16\x03\x01hello\r\n\r\n")
     await streams[1].send_all(b"GET /" + b"x" * 20_000)
     assert await replica.ask("GET /live") == (200, "live\n")
@@ -97,18 +105,24 @@ async def test_a_client_that_is_none_holds_nobody_up(replica: Replica, nursery: 
         await stream.aclose()
 
 
-async def test_the_page_of_the_control_plane_has_every_metric(replica: Replica, server: ApiServer) -> None:
+async def test_the_page_of_the_control_plane_has_every_metric(
+    replica: Replica, server: ApiServer
+) -> None:
     server.behaviour.forbidden.clear()
     await replica.until(200)
     _, text = await replica.ask("GET /metrics")
     said = set(re.findall(r"^# TYPE (isthmus_control_\w+) ", text, re.MULTILINE))
-    assert said == set(re.findall(r"^\| `(isthmus_control_\w+)` \|", PAGE.read_text("utf-8"), re.MULTILINE))
+    assert said == set(
+        re.findall(r"^\| `(isthmus_control_\w+)` \|", PAGE.read_text("utf-8"), re.MULTILINE)
+    )
     assert 'isthmus_control_objects{resource="pods"} 1.0' in text
     assert 'isthmus_control_watch_total{resource="services",what="lists"} 1.0' in text
     assert "isthmus_control_services 1.0" in text
 
 
-async def test_a_signal_ends_it_and_gives_the_lease_back(replica: Replica, server: ApiServer) -> None:
+async def test_a_signal_ends_it_and_gives_the_lease_back(
+    replica: Replica, server: ApiServer
+) -> None:
     server.behaviour.forbidden.clear()
     await replica.until(200)
     with trio.fail_after(20):
@@ -116,13 +130,20 @@ async def test_a_signal_ends_it_and_gives_the_lease_back(replica: Replica, serve
             await trio.testing.wait_all_tasks_blocked(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
         await replica.ended.wait()
-    assert server.store.objects[LEASES]["isthmus", "isthmus-control"]["spec"]["holderIdentity"] == ""
+    assert (
+        server.store.objects[LEASES]["isthmus", "isthmus-control"]["spec"]["holderIdentity"] == ""
+    )
     assert replica.control.client._kept == []
     assert all(listener.socket.fileno() == -1 for listener in replica.listeners)
 
 
-async def test_the_leader_tells_of_problems_and_others_do_not(clock: Clock, server: ApiServer, nursery: trio.Nursery) -> None:
-    trap = service("trap", "10.96.6.6", namespace="evil"), slice_of("trap", endpoint("10.1.0.1"), namespace="evil")
+async def test_the_leader_tells_of_problems_and_others_do_not(
+    clock: Clock, server: ApiServer, nursery: trio.Nursery
+) -> None:
+    trap = (
+        service("trap", "10.96.6.6", namespace="evil"),
+        slice_of("trap", endpoint("10.1.0.1"), namespace="evil"),
+    )
     store(server, *ONE, *trap)
     replicas = [Replica(server, name, []) for name in ("a", "b")]
     for one in replicas:
@@ -131,10 +152,18 @@ async def test_the_leader_tells_of_problems_and_others_do_not(clock: Clock, serv
     await trio.sleep(60)
     assert [one.control.election.leading for one in replicas].count(True) == 1
     (event,) = server.store.objects[EVENTS].values()
-    assert (event["metadata"]["namespace"], event["regarding"]["name"], event["reason"]) == ("evil", "trap", "EndpointNotUsed")
+    assert (event["metadata"]["namespace"], event["regarding"]["name"], event["reason"]) == (
+        "evil",
+        "trap",
+        "EndpointNotUsed",
+    )
     assert "10.1.0.1 is the address of a pod of another namespace, shop" in event["note"]
     # It is told once, and again when it is another one.
-    store(server, pod("b", "10.1.0.2"), slice_of("trap", endpoint("10.1.0.1"), endpoint("10.1.0.2"), namespace="evil"))
+    store(
+        server,
+        pod("b", "10.1.0.2"),
+        slice_of("trap", endpoint("10.1.0.1"), endpoint("10.1.0.2"), namespace="evil"),
+    )
     await trio.sleep(60)
     assert len(server.store.objects[EVENTS]) == 2
 
@@ -148,7 +177,10 @@ async def test_the_leader_tells_of_problems_and_others_do_not(clock: Clock, serv
     ],
 )
 def test_settings_that_cannot_be_used_are_told_in_one_line(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     assert main(["control", *words]) == 64

@@ -1,6 +1,7 @@
-"""Random histories of services, slices, pods and nodes: whatever has come in whichever order, with a flush anywhere in between, the entries
-are those of a catalog that was given the last state at once; what was told, change by change, is that too; and every state is a directory
-that a proxy accepts."""
+"""Random histories of services, slices, pods and nodes: whatever has come in whichever order, with
+a flush anywhere in between, the entries are those of a catalog that was given the last state at
+once; what was told, change by change, is that too; and every state is a directory that a proxy
+accepts."""
 
 from __future__ import annotations
 
@@ -11,7 +12,17 @@ from hypothesis import strategies as st
 
 from control.discovery.catalog import Changes
 from control.kube.resources import Key
-from tests.control.cluster import Cluster, Json, endpoint, identity, node, pod, port, service, slice_of
+from tests.control.cluster import (
+    Cluster,
+    Json,
+    endpoint,
+    identity,
+    node,
+    pod,
+    port,
+    service,
+    slice_of,
+)
 
 SPACES = st.sampled_from(["shop", "evil"])
 NAMES = st.sampled_from(["a", "b"])
@@ -23,12 +34,25 @@ NODES = st.sampled_from(["node-1", "node-2", ""])
 
 @st.composite
 def services(draw: st.DrawFn) -> Json:
-    identities = st.sampled_from([{}, {"isthmus.dev/endpoint-identity": str(identity("x"))}, {"isthmus.dev/endpoint-identity": "?"}])
+    identities = st.sampled_from(
+        [
+            {},
+            {"isthmus.dev/endpoint-identity": str(identity("x"))},
+            {"isthmus.dev/endpoint-identity": "?"},
+        ]
+    )
     about = {"annotations": draw(identities), "creationTimestamp": draw(TIMES), "uid": draw(UIDS)}
     ports = draw(st.sampled_from([[port(80, "http")], [port(80, "http"), port(81, "more")], []]))
-    made = service(draw(NAMES), draw(st.sampled_from(["10.96.0.1", "10.96.0.2", "None"])), namespace=draw(SPACES), metadata=about)
+    made = service(
+        draw(NAMES),
+        draw(st.sampled_from(["10.96.0.1", "10.96.0.2", "None"])),
+        namespace=draw(SPACES),
+        metadata=about,
+    )
     made["spec"]["ports"] = ports
-    made["spec"]["type"] = draw(st.sampled_from(["ClusterIP", "ClusterIP", "ClusterIP", "ExternalName"]))
+    made["spec"]["type"] = draw(
+        st.sampled_from(["ClusterIP", "ClusterIP", "ClusterIP", "ExternalName"])
+    )
     return made
 
 
@@ -36,7 +60,12 @@ def services(draw: st.DrawFn) -> Json:
 def endpoints(draw: st.DrawFn) -> Json:
     made = endpoint(draw(HOSTS), nodeName=draw(NODES), zone=draw(st.sampled_from(["", "z"])))
     if draw(st.booleans()):
-        made["targetRef"] = {"kind": "Pod", "namespace": draw(SPACES), "name": draw(NAMES), "uid": draw(st.sampled_from(["", "1", "2"]))}
+        made["targetRef"] = {
+            "kind": "Pod",
+            "namespace": draw(SPACES),
+            "name": draw(NAMES),
+            "uid": draw(st.sampled_from(["", "1", "2"])),
+        }
     made["conditions"]["ready"] = draw(st.booleans())
     return made
 
@@ -45,7 +74,11 @@ def endpoints(draw: st.DrawFn) -> Json:
 def slices(draw: st.DrawFn) -> Json:
     ports = [port(8080, "http"), port(8081, "more")][: draw(st.integers(0, 2))]
     found = draw(st.lists(endpoints(), max_size=3))
-    name, space, version = draw(st.sampled_from(["s1", "s2"])), draw(SPACES), str(draw(st.integers(1, 3)))
+    name, space, version = (
+        draw(st.sampled_from(["s1", "s2"])),
+        draw(SPACES),
+        str(draw(st.integers(1, 3))),
+    )
     return slice_of(draw(NAMES), *found, name=name, namespace=space, ports=ports, version=version)
 
 
@@ -60,7 +93,12 @@ def pods(draw: st.DrawFn) -> Json:
     return made
 
 
-ITEMS = st.one_of(services(), slices(), pods(), st.builds(node, st.sampled_from(["node-1", "node-2"]), st.sampled_from(["x", "y"])))
+ITEMS = st.one_of(
+    services(),
+    slices(),
+    pods(),
+    st.builds(node, st.sampled_from(["node-1", "node-2"]), st.sampled_from(["x", "y"])),
+)
 STEPS = st.lists(st.tuples(ITEMS, st.booleans(), st.booleans()), max_size=30)
 
 
@@ -110,11 +148,14 @@ def test_the_order_of_events_does_not_matter(steps: list[tuple[Json, bool, bool]
 
 
 def no_clear_text(cluster: Cluster, state: dict[tuple[str, str, str], Json]) -> None:
-    """No endpoint of any service is spoken to in clear text, if a meshed pod has its address, or a service."""
+    """No endpoint of any service is spoken to in clear text, if a meshed pod has its address, or a
+    service."""
     meshed = {
         address["ip"]
         for item in state.values()
-        if kind(item) == "status" and item["metadata"]["labels"] and item["status"]["phase"] == "Running"
+        if kind(item) == "status"
+        and item["metadata"]["labels"]
+        and item["status"]["phase"] == "Running"
         for address in item["status"]["podIPs"]
         if not item["spec"]["hostNetwork"]
     }
@@ -123,5 +164,7 @@ def no_clear_text(cluster: Cluster, state: dict[tuple[str, str, str], Json]) -> 
             if found.identity is None and found.address in meshed:
                 holder = cluster.catalog.holder(found.address)
                 assert holder is not None
-                assert not holder[1].meshed  # the address has gone over to a newer pod, which is not
+                assert not holder[
+                    1
+                ].meshed  # the address has gone over to a newer pod, which is not
             assert not cluster.catalog.is_cluster_address(found.address)

@@ -1,4 +1,5 @@
-"""Requests: what is tried again and what is not, and that nothing a server does makes a request endless."""
+"""Requests: what is tried again and what is not, and that nothing a server does makes a request
+endless."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from tests.control.conftest import AT
 from tests.control.stage import CONFIG_MAPS, FakeStage
 
 
-async def test_connections_are_kept_and_bounded(clock: Clock, stage: FakeStage, server: ApiServer) -> None:
+async def test_connections_are_kept_and_bounded(
+    clock: Clock, stage: FakeStage, server: ApiServer
+) -> None:
     made = await stage.config_map("one")
     for _ in range(3):
         await stage.client.get(CONFIG_MAPS, "default", made.metadata.name)
@@ -36,7 +39,9 @@ async def test_connections_are_kept_and_bounded(clock: Clock, stage: FakeStage, 
     assert server.connections == 0
 
 
-async def test_a_kept_connection_that_the_server_has_closed_is_no_failure(clock: Clock, stage: FakeStage, server: ApiServer) -> None:
+async def test_a_kept_connection_that_the_server_has_closed_is_no_failure(
+    clock: Clock, stage: FakeStage, server: ApiServer
+) -> None:
     await stage.config_map("one")
     server.cut()
     await trio.sleep(1)
@@ -61,7 +66,9 @@ async def test_attempts_are_few(clock: Clock, stage: FakeStage, server: ApiServe
     assert len(server.log) == stage.client.limits.attempts
 
 
-async def test_what_may_have_been_done_is_not_done_again(clock: Clock, stage: FakeStage, server: ApiServer) -> None:
+async def test_what_may_have_been_done_is_not_done_again(
+    clock: Clock, stage: FakeStage, server: ApiServer
+) -> None:
     server.faults.append(Fault())
     with pytest.raises(Unreachable):
         await stage.config_map("one")
@@ -86,7 +93,9 @@ async def test_what_was_not_done_for_lack_of_room_is_tried_again_when_the_server
     assert refused.value.retry_after == 31  # the caller's business
 
 
-async def test_a_server_that_does_not_answer(clock: Clock, stage: FakeStage, server: ApiServer) -> None:
+async def test_a_server_that_does_not_answer(
+    clock: Clock, stage: FakeStage, server: ApiServer
+) -> None:
     server.faults.extend(Fault(hang=True) for _ in range(10))
     began = trio.current_time()
     with pytest.raises(Unreachable, match="no answer within 30 s"):
@@ -115,7 +124,11 @@ async def test_a_server_that_answers_byte_by_byte(clock: Clock, nursery: trio.Nu
 
 
 @pytest.mark.parametrize(
-    "body", [b"Content-Length: 1000000000\r\n\r\n" + b"x" * 3000, b"Transfer-Encoding: chunked\r\n\r\nfff\r\n" + b"x" * 0xFFF]
+    "body",
+    [
+        b"Content-Length: 1000000000\r\n\r\n" + b"x" * 3000,
+        b"Transfer-Encoding: chunked\r\n\r\nfff\r\n" + b"x" * 0xFFF,
+    ],
 )
 async def test_an_answer_without_an_end(clock: Clock, server: ApiServer, body: bytes) -> None:
     client = Client(AT, Limits(body=2000), server.dial)
@@ -124,8 +137,14 @@ async def test_an_answer_without_an_end(clock: Clock, server: ApiServer, body: b
         await client.page(SERVICES, Selection(), {}, attempts=1)
 
 
-async def test_the_text_of_a_refusal_may_be_anything(clock: Clock, stage: FakeStage, server: ApiServer) -> None:
-    for raw in (b"Content-Length: 5\r\n\r\nhello", b"Content-Length: 100000000\r\n\r\n" + b"x" * 200_000, b"Content-Length: 50\r\n\r\n{}"):
+async def test_the_text_of_a_refusal_may_be_anything(
+    clock: Clock, stage: FakeStage, server: ApiServer
+) -> None:
+    for raw in (
+        b"Content-Length: 5\r\n\r\nhello",
+        b"Content-Length: 100000000\r\n\r\n" + b"x" * 200_000,
+        b"Content-Length: 50\r\n\r\n{}",
+    ):
         server.faults.append(Fault(raw=b"HTTP/1.1 403 Forbidden\r\n" + raw))
         with pytest.raises(Refused) as refused:
             await stage.client.page(SERVICES, Selection(), {}, attempts=1)
@@ -148,7 +167,9 @@ def test_retry_after(body: bytes, header: str, seconds: float | None) -> None:
     assert refusal(body, 429, header).retry_after == seconds
 
 
-async def test_a_token_that_has_been_replaced_is_read_again_when_it_is_refused(clock: Clock, server: ApiServer, tmp_path: Path) -> None:
+async def test_a_token_that_has_been_replaced_is_read_again_when_it_is_refused(
+    clock: Clock, server: ApiServer, tmp_path: Path
+) -> None:
     path = tmp_path / "token"
     path.write_text("old\n")
     access = Access("api.test", 6443, None, Secret(path=path))
@@ -168,7 +189,9 @@ async def test_a_token_that_has_been_replaced_is_read_again_when_it_is_refused(c
     assert refused.value.code == 401
 
 
-async def test_the_prefix_of_a_server_stands_before_each_path(clock: Clock, server: ApiServer) -> None:
+async def test_the_prefix_of_a_server_stands_before_each_path(
+    clock: Clock, server: ApiServer
+) -> None:
     client = Client(Access("api.test", 6443, None, prefix="/k8s/c-1"), dial=server.dial)
     with pytest.raises((Refused, InvalidAnswer)):
         await client.page(SERVICES, Selection("a/../b"), {"limit": "5"})

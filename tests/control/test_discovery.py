@@ -1,4 +1,5 @@
-"""From an API server to entries: nothing is told before everything is known, faults take nothing back, and in the end it is the truth."""
+"""From an API server to entries: nothing is told before everything is known, faults take nothing
+back, and in the end it is the truth."""
 
 from __future__ import annotations
 
@@ -19,7 +20,17 @@ from control.kube.client import Client
 from control.kube.resources import Key
 from lab.kube_api.server import ApiServer, refuse
 from lab.kube_api.store import KINDS, Kind, Problem
-from tests.control.cluster import TRUST_DOMAIN, Cluster, Json, endpoint, identity, node, pod, service, slice_of
+from tests.control.cluster import (
+    TRUST_DOMAIN,
+    Cluster,
+    Json,
+    endpoint,
+    identity,
+    node,
+    pod,
+    service,
+    slice_of,
+)
 from tests.control.conftest import AT
 from tests.control.test_catalog_random import ITEMS, kind
 
@@ -36,11 +47,16 @@ def name_of(item: Json) -> tuple[Kind, Key]:
 
 
 def store(server: ApiServer, *items: Json) -> None:
-    """As the API server has them: versions and uids are its own, and references to pods have these uids."""
+    """As the API server has them: versions and uids are its own, and references to pods have these
+    uids."""
     for item in items:
         of, key = name_of(item)
         data = {name: value for name, value in item.items() if name != "metadata"}
-        meta = {name: value for name, value in item["metadata"].items() if name in ("name", "namespace", "labels", "annotations")}
+        meta = {
+            name: value
+            for name, value in item["metadata"].items()
+            if name in ("name", "namespace", "labels", "annotations")
+        }
         for found in data.get("endpoints") or ():
             if "targetRef" in found:
                 found["targetRef"] = {**found["targetRef"], "uid": ""}
@@ -50,7 +66,11 @@ def store(server: ApiServer, *items: Json) -> None:
         except Problem:
             server.store.create(of, key[0], made)
             continue
-        kept = {**current["metadata"], "labels": meta.get("labels") or {}, "annotations": meta.get("annotations") or {}}
+        kept = {
+            **current["metadata"],
+            "labels": meta.get("labels") or {},
+            "annotations": meta.get("annotations") or {},
+        }
         server.store.objects[of][key] = current  # as it is, so that status is taken too
         server.store._store(of, key, {**made, "metadata": kept})
 
@@ -95,13 +115,22 @@ class Stage:
         services: dict[Key, Any] = {}
         for changes in self.told:
             services |= changes.services
-        assert {key: entry for key, entry in services.items() if entry is not None} == fresh.services
+        assert {
+            key: entry for key, entry in services.items() if entry is not None
+        } == fresh.services
 
 
-ONE = [service(), slice_of("web", endpoint("10.1.0.1", "a", nodeName="node-1")), pod("a", "10.1.0.1"), node("node-1", "west-1")]
+ONE = [
+    service(),
+    slice_of("web", endpoint("10.1.0.1", "a", nodeName="node-1")),
+    pod("a", "10.1.0.1"),
+    node("node-1", "west-1"),
+]
 
 
-async def test_a_cluster_is_discovered(clock: Clock, server: ApiServer, nursery: trio.Nursery) -> None:
+async def test_a_cluster_is_discovered(
+    clock: Clock, server: ApiServer, nursery: trio.Nursery
+) -> None:
     store(server, *ONE)
     stage = Stage(server)
     nursery.start_soon(stage.discovery.run)
@@ -109,14 +138,23 @@ async def test_a_cluster_is_discovered(clock: Clock, server: ApiServer, nursery:
     assert len(stage.told) == 1
     entry = stage.told[0].services["shop", "web"]
     assert entry is not None
-    assert [(found.address, found.identity, found.zone) for found in entry.endpoints] == [("10.1.0.1", identity("web"), "west-1")]
+    assert [(found.address, found.identity, found.zone) for found in entry.endpoints] == [
+        ("10.1.0.1", identity("web"), "west-1")
+    ]
     stage.assert_true()
-    assert {target.partition("?")[0].rpartition("/")[2] for _, target in server.log} == {"services", "endpointslices", "pods", "nodes"}
+    assert {target.partition("?")[0].rpartition("/")[2] for _, target in server.log} == {
+        "services",
+        "endpointslices",
+        "pods",
+        "nodes",
+    }
     assert len(server.log) == 4
 
 
 @pytest.mark.parametrize("missing", ["pods", "nodes", "services", "endpointslices"])
-async def test_nothing_is_told_before_all_lists_are_complete(clock: Clock, server: ApiServer, nursery: trio.Nursery, missing: str) -> None:
+async def test_nothing_is_told_before_all_lists_are_complete(
+    clock: Clock, server: ApiServer, nursery: trio.Nursery, missing: str
+) -> None:
     store(server, *ONE)
     server.behaviour.forbidden.add(missing)
     stage = Stage(server)
@@ -129,7 +167,9 @@ async def test_nothing_is_told_before_all_lists_are_complete(clock: Clock, serve
     stage.assert_true()
 
 
-async def test_a_change_is_told_after_a_moment_and_many_together(clock: Clock, server: ApiServer, nursery: trio.Nursery) -> None:
+async def test_a_change_is_told_after_a_moment_and_many_together(
+    clock: Clock, server: ApiServer, nursery: trio.Nursery
+) -> None:
     store(server, *ONE)
     stage = Stage(server, DiscoveryRules(settle=0.05, delay=0.5))
     nursery.start_soon(stage.discovery.run)
@@ -145,7 +185,9 @@ async def test_a_change_is_told_after_a_moment_and_many_together(clock: Clock, s
     stage.assert_true()
 
 
-async def test_an_api_server_that_is_away_takes_nothing_back(clock: Clock, server: ApiServer, nursery: trio.Nursery) -> None:
+async def test_an_api_server_that_is_away_takes_nothing_back(
+    clock: Clock, server: ApiServer, nursery: trio.Nursery
+) -> None:
     store(server, *ONE)
     stage = Stage(server)
     nursery.start_soon(stage.discovery.run)
@@ -162,7 +204,9 @@ async def test_an_api_server_that_is_away_takes_nothing_back(clock: Clock, serve
     stage.assert_true()
 
 
-async def test_metadata_alone_makes_no_change(clock: Clock, server: ApiServer, nursery: trio.Nursery) -> None:
+async def test_metadata_alone_makes_no_change(
+    clock: Clock, server: ApiServer, nursery: trio.Nursery
+) -> None:
     store(server, *ONE)
     stage = Stage(server)
     nursery.start_soon(stage.discovery.run)
@@ -170,13 +214,17 @@ async def test_metadata_alone_makes_no_change(clock: Clock, server: ApiServer, n
     for of in KIND_OF.values():
         for key in list(server.store.objects[of]):
             note = {"annotations": {"some": "thing"}}
-            server.store.update(of, key, lambda item, note=note: {**item, "metadata": {**item["metadata"], **note}})
+            server.store.update(
+                of, key, lambda item, note=note: {**item, "metadata": {**item["metadata"], **note}}
+            )
     await trio.sleep(10)
     assert sum(reflector.counts.events for reflector in stage.discovery.reflectors) == 4
     assert len(stage.told) == 1
 
 
-async def test_pods_that_have_ended_are_left_out_by_the_server(clock: Clock, server: ApiServer, nursery: trio.Nursery) -> None:
+async def test_pods_that_have_ended_are_left_out_by_the_server(
+    clock: Clock, server: ApiServer, nursery: trio.Nursery
+) -> None:
     store(server, *ONE)
     stage = Stage(server)
     nursery.start_soon(stage.discovery.run)
@@ -201,7 +249,15 @@ STEPS = st.lists(
         st.tuples(st.just("remove"), ITEMS),
         st.tuples(st.just("wait"), st.sampled_from([0.01, 1.0, 100.0])),
         st.sampled_from(
-            [("cut", None), ("compact", None), ("down", True), ("down", False), ("refuse", 410), ("refuse", 429), ("refuse", 500)]
+            [
+                ("cut", None),
+                ("compact", None),
+                ("down", True),
+                ("down", False),
+                ("refuse", 410),
+                ("refuse", 429),
+                ("refuse", 500),
+            ]
         ),
     ),
     max_size=25,
@@ -240,5 +296,7 @@ async def play(steps: list[tuple[str, Any]]) -> None:
 
 @settings(max_examples=40)
 @given(STEPS)
-def test_whatever_happens_in_the_end_it_is_what_a_fresh_list_gives(steps: list[tuple[str, Any]]) -> None:
+def test_whatever_happens_in_the_end_it_is_what_a_fresh_list_gives(
+    steps: list[tuple[str, Any]],
+) -> None:
     trio.run(play, steps, clock=MockClock(autojump_threshold=0))

@@ -1,5 +1,6 @@
-"""Tenants who write slices, and point them at what is not theirs (CVE-2021-25740): no traffic of the mesh gets there, neither in clear
-text nor otherwise, no identity is made of what they write, and nobody else's services change.
+"""Tenants who write slices, and point them at what is not theirs (CVE-2021-25740): no traffic of
+the mesh gets there, neither in clear text nor otherwise, no identity is made of what they write,
+and nobody else's services change.
 
 The tenant's namespace is `evil`; the victim's `shop`.
 """
@@ -21,12 +22,20 @@ VICTIM = "10.1.0.1"
 
 
 def evil(*endpoints: Json) -> list[Json]:
-    return [service("trap", TRAP.host, namespace="evil"), slice_of("trap", *endpoints, namespace="evil")]
+    return [
+        service("trap", TRAP.host, namespace="evil"),
+        slice_of("trap", *endpoints, namespace="evil"),
+    ]
 
 
 def referring(address: str, name: str, namespace: str = "evil", uid: str = "") -> Json:
     found = endpoint(address)
-    found["targetRef"] = {"kind": "Pod", "namespace": namespace, "name": name, "uid": uid or f"uid-{name}"}
+    found["targetRef"] = {
+        "kind": "Pod",
+        "namespace": namespace,
+        "name": name,
+        "uid": uid or f"uid-{name}",
+    }
     return found
 
 
@@ -68,13 +77,18 @@ def test_a_slice_that_points_at_somebody_elses_pod_has_no_endpoint(what: str, me
 
 def same_for_others(before: Directory, after: Directory) -> None:
     """Nothing that the tenant has not is different."""
-    for address in (Address("10.96.0.1", 80), *(Address(VICTIM, number) for number in (8080, 9999, 4191))):
+    for address in (
+        Address("10.96.0.1", 80),
+        *(Address(VICTIM, number) for number in (8080, 9999, 4191)),
+    ):
         assert after.resolve(address) == before.resolve(address)
 
 
 def test_people_are_told_why() -> None:
     cluster = mesh().put(*evil(endpoint(VICTIM)))
-    assert cluster.problems(("evil", "trap")) == (f"{VICTIM} is the address of a pod of another namespace, shop",)
+    assert cluster.problems(("evil", "trap")) == (
+        f"{VICTIM} is the address of a pod of another namespace, shop",
+    )
 
 
 def test_a_tenants_own_pods_are_its_own() -> None:
@@ -102,7 +116,9 @@ def test_an_annotation_of_a_service_says_nothing_of_pods() -> None:
     trap, part = evil(endpoint("10.1.6.6"), endpoint(VICTIM))
     trap["metadata"]["annotations"] = {"isthmus.dev/endpoint-identity": str(identity("web"))}
     found = mesh().put(trap, part).directory().resolve(TRAP).endpoints
-    assert [(one.address.host, one.identity) for one in found] == [("10.1.6.6", identity("mallory", "evil"))]
+    assert [(one.address.host, one.identity) for one in found] == [
+        ("10.1.6.6", identity("mallory", "evil"))
+    ]
 
 
 def test_a_slice_of_another_namespace_adds_nothing_to_a_service() -> None:
@@ -112,19 +128,28 @@ def test_a_slice_of_another_namespace_adds_nothing_to_a_service() -> None:
 
 def test_an_address_that_becomes_a_pods_is_the_pods() -> None:
     cluster = Cluster().put(*evil(endpoint(VICTIM)))
-    assert cluster.directory().resolve(TRAP).endpoints == (Endpoint(Address(VICTIM, 8080)),)  # nobody's so far
+    assert cluster.directory().resolve(TRAP).endpoints == (
+        Endpoint(Address(VICTIM, 8080)),
+    )  # nobody's so far
     cluster.put(pod("a", VICTIM))
     assert cluster.directory().resolve(TRAP).endpoints == ()
-    assert cluster.directory().known(Address(VICTIM, 8080)) is None  # the document has endpoints only,
+    assert (
+        cluster.directory().known(Address(VICTIM, 8080)) is None
+    )  # the document has endpoints only,
     assert cluster.catalog.pods[VICTIM].identity == identity("web")  # the channel all pods
 
 
 def test_an_address_outside_of_the_cluster_cannot_be_taken_from_a_service_that_has_it() -> None:
-    """Both ways: no clear text where there was an identity, and no other identity where there was clear text."""
-    gateway = {"annotations": {"isthmus.dev/endpoint-identity": str(identity("gateway", "isthmus"))}}
+    """Both ways: no clear text where there was an identity, and no other identity where there was
+    clear text."""
+    gateway = {
+        "annotations": {"isthmus.dev/endpoint-identity": str(identity("gateway", "isthmus"))}
+    }
     late = {"creationTimestamp": "2026-06-06T00:00:00Z"}
     for first, second in (({"metadata": gateway}, {}), ({}, gateway)):
-        cluster = Cluster().put(service("ours", "10.96.0.7", **first), slice_of("ours", endpoint("203.0.113.7")))
+        cluster = Cluster().put(
+            service("ours", "10.96.0.7", **first), slice_of("ours", endpoint("203.0.113.7"))
+        )
         before = cluster.directory()
         trap = service("trap", TRAP.host, namespace="evil", metadata={**late, **second})
         cluster.put(trap, slice_of("trap", endpoint("203.0.113.7"), namespace="evil"))
@@ -138,7 +163,11 @@ def test_an_address_outside_of_the_cluster_cannot_be_taken_from_a_service_that_h
 
 
 def test_a_nodes_address_has_no_identity_that_a_service_could_say() -> None:
-    cluster = Cluster().put(service(), slice_of("web", endpoint("192.168.0.5", "a")), pod("a", "192.168.0.5", hostNetwork=True))
+    cluster = Cluster().put(
+        service(),
+        slice_of("web", endpoint("192.168.0.5", "a")),
+        pod("a", "192.168.0.5", hostNetwork=True),
+    )
     trap, part = evil(endpoint("192.168.0.5"))
     trap["metadata"]["annotations"] = {"isthmus.dev/endpoint-identity": str(identity("web"))}
     trap["metadata"]["creationTimestamp"] = "2020-01-01T00:00:00Z"
@@ -152,7 +181,9 @@ def test_a_nodes_address_has_no_identity_that_a_service_could_say() -> None:
 
 def test_a_service_account_whose_name_is_too_long_for_an_identity_is_not_clear_text() -> None:
     account = ".".join(["a" * 60] * 4)
-    cluster = Cluster().put(service(), slice_of("web", endpoint(VICTIM, "a")), pod("a", VICTIM, account=account))
+    cluster = Cluster().put(
+        service(), slice_of("web", endpoint(VICTIM, "a")), pod("a", VICTIM, account=account)
+    )
     assert cluster.endpoints() == {}
     assert "too long" in cluster.problems()[0]
 
@@ -164,7 +195,9 @@ ENDPOINTS = st.builds(
     st.one_of(
         st.just({}),
         st.builds(
-            lambda kind, space, name, uid: {"targetRef": {"kind": kind, "namespace": space, "name": name, "uid": uid}},
+            lambda kind, space, name, uid: {
+                "targetRef": {"kind": kind, "namespace": space, "name": name, "uid": uid}
+            },
             st.sampled_from(["Pod", "Node", ""]),
             st.sampled_from(["shop", "evil", ""]),
             st.sampled_from(["a", "b", "mine"]),
@@ -172,11 +205,19 @@ ENDPOINTS = st.builds(
         ),
     ),
 )
-ANNOTATIONS = st.sampled_from([{}, {"isthmus.dev/endpoint-identity": str(identity("web"))}, {"isthmus.dev/endpoint-identity": "junk"}])
+ANNOTATIONS = st.sampled_from(
+    [
+        {},
+        {"isthmus.dev/endpoint-identity": str(identity("web"))},
+        {"isthmus.dev/endpoint-identity": "junk"},
+    ]
+)
 
 
 @given(st.lists(ENDPOINTS, max_size=6), ANNOTATIONS)
-def test_whatever_a_tenant_writes_into_slices_the_victims_pods_are_out_of_reach(endpoints: list[Json], annotations: Json) -> None:
+def test_whatever_a_tenant_writes_into_slices_the_victims_pods_are_out_of_reach(
+    endpoints: list[Json], annotations: Json
+) -> None:
     cluster = mesh().put(pod("b", "10.1.0.2", "fd00::1", account="api"))
     before = cluster.directory()
     trap, part = evil(*endpoints)
@@ -191,7 +232,11 @@ def test_whatever_a_tenant_writes_into_slices_the_victims_pods_are_out_of_reach(
 
 
 def test_every_order_of_pod_slice_and_service_gives_the_same() -> None:
-    items = [*evil(endpoint(VICTIM), endpoint("10.1.6.6")), pod("a", VICTIM), pod("mine", "10.1.6.6", account="m", namespace="evil")]
+    items = [
+        *evil(endpoint(VICTIM), endpoint("10.1.6.6")),
+        pod("a", VICTIM),
+        pod("mine", "10.1.6.6", account="m", namespace="evil"),
+    ]
     found = set()
     for order in itertools.permutations(items):
         cluster = Cluster()

@@ -1,4 +1,5 @@
-"""Leader election when things go wrong: two never lead at once, and somebody does again in the end."""
+"""Leader election when things go wrong: two never lead at once, and somebody does again in the
+end."""
 
 from __future__ import annotations
 
@@ -60,7 +61,9 @@ async def replicas(server: ApiServer, nursery: trio.Nursery) -> Replicas:
     return Replicas(server, nursery)
 
 
-async def test_a_leader_that_is_cut_off_stops_before_the_next_one_begins(clock: Clock, replicas: Replicas) -> None:
+async def test_a_leader_that_is_cut_off_stops_before_the_next_one_begins(
+    clock: Clock, replicas: Replicas
+) -> None:
     replicas.start("a")
     await trio.sleep(10)
     replicas.start("b")
@@ -79,7 +82,9 @@ async def test_a_leader_that_is_cut_off_stops_before_the_next_one_begins(clock: 
     assert replicas.leading == {"b"}
 
 
-async def test_nobody_leads_while_the_server_is_away_and_somebody_when_it_is_back(clock: Clock, replicas: Replicas) -> None:
+async def test_nobody_leads_while_the_server_is_away_and_somebody_when_it_is_back(
+    clock: Clock, replicas: Replicas
+) -> None:
     for name in ("a", "b"):
         replicas.start(name)
     await trio.sleep(10)
@@ -113,7 +118,9 @@ async def test_a_request_that_hangs_is_not_waited_for(clock: Clock, replicas: Re
     assert [what for _, _, what in replicas.log] == ["leads"]
 
 
-async def test_a_leader_that_is_cancelled_gives_the_lease_back(clock: Clock, replicas: Replicas) -> None:
+async def test_a_leader_that_is_cancelled_gives_the_lease_back(
+    clock: Clock, replicas: Replicas
+) -> None:
     scope = replicas.start("a")
     await trio.sleep(10)
     replicas.start("b")
@@ -127,10 +134,14 @@ async def test_a_leader_that_is_cancelled_gives_the_lease_back(clock: Clock, rep
     assert (lease.spec.holder_identity, lease.spec.lease_transitions) == ("b", 1)
 
 
-async def test_a_lease_that_somebody_takes_is_not_ours_any_more(clock: Clock, replicas: Replicas) -> None:
+async def test_a_lease_that_somebody_takes_is_not_ours_any_more(
+    clock: Clock, replicas: Replicas
+) -> None:
     replicas.start("a")
     await trio.sleep(10)
-    replicas.server.store.update(KIND, KEY, lambda item: {**item, "spec": {**item["spec"], "holderIdentity": "thief"}})
+    replicas.server.store.update(
+        KIND, KEY, lambda item: {**item, "spec": {**item["spec"], "holderIdentity": "thief"}}
+    )
     await trio.sleep(3)
     assert replicas.leading == set()
     await trio.sleep(30)
@@ -147,7 +158,9 @@ async def test_a_lease_that_is_deleted_is_made_again(clock: Clock, replicas: Rep
 
 
 @pytest.mark.parametrize("code", [403, 429, 500])
-async def test_a_server_that_refuses_is_asked_again_and_not_often(clock: Clock, replicas: Replicas, code: int) -> None:
+async def test_a_server_that_refuses_is_asked_again_and_not_often(
+    clock: Clock, replicas: Replicas, code: int
+) -> None:
     replicas.server.faults.extend(refuse(code) for _ in range(10_000))
     replicas.start("a")
     await trio.sleep(600)

@@ -1,4 +1,5 @@
-"""Events under load: saying something never waits, what is kept and what is written is bounded, and what is dropped is counted."""
+"""Events under load: saying something never waits, what is kept and what is written is bounded, and
+what is dropped is counted."""
 
 from __future__ import annotations
 
@@ -15,14 +16,22 @@ KIND = KINDS["events.k8s.io/v1", "events"]
 
 
 def said(name: str = "web", reason: str = "Refused", note: str = "not used") -> Said:
-    return Said(ObjectReference("Service", "shop", name, f"uid-{name}", "v1"), reason, note, "Discover", warning=True)
+    return Said(
+        ObjectReference("Service", "shop", name, f"uid-{name}", "v1"),
+        reason,
+        note,
+        "Discover",
+        warning=True,
+    )
 
 
 def events(server: ApiServer) -> list[Json]:
     return list(server.store.objects[KIND].values())
 
 
-async def test_writes_are_paced(clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery) -> None:
+async def test_writes_are_paced(
+    clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
+) -> None:
     recorder = Recorder(client, "isthmus.dev/control", "c-1", RecorderRules(pace=0.2))
     nursery.start_soon(recorder.run)
     for number in range(100):
@@ -34,18 +43,26 @@ async def test_writes_are_paced(clock: Clock, server: ApiServer, client: Client,
     assert (recorder.written, recorder.dropped) == (100, 0)
 
 
-async def test_more_than_may_wait_is_dropped_and_counted(clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery) -> None:
-    recorder = Recorder(client, "isthmus.dev/control", "c-1", RecorderRules(waiting=10, remembered=5))
+async def test_more_than_may_wait_is_dropped_and_counted(
+    clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
+) -> None:
+    recorder = Recorder(
+        client, "isthmus.dev/control", "c-1", RecorderRules(waiting=10, remembered=5)
+    )
     for number in range(1000):
         recorder.say(said(f"s{number}"))
     nursery.start_soon(recorder.run)
     await trio.sleep(60)
     assert len(events(server)) == recorder.written == 5
     assert recorder.dropped == 995
-    assert {event["regarding"]["name"] for event in events(server)} == {f"s{number}" for number in range(995, 1000)}
+    assert {event["regarding"]["name"] for event in events(server)} == {
+        f"s{number}" for number in range(995, 1000)
+    }
 
 
-async def test_the_same_again_is_a_count_once_in_a_while(clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery) -> None:
+async def test_the_same_again_is_a_count_once_in_a_while(
+    clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
+) -> None:
     recorder = Recorder(client, "isthmus.dev/control", "c-1")
     nursery.start_soon(recorder.run)
     for _ in range(600):  # ten minutes
@@ -56,7 +73,9 @@ async def test_the_same_again_is_a_count_once_in_a_while(clock: Clock, server: A
     assert events(server)[0]["series"]["count"] > 500
 
 
-async def test_the_same_after_a_long_time_is_another_event(clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery) -> None:
+async def test_the_same_after_a_long_time_is_another_event(
+    clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
+) -> None:
     recorder = Recorder(client, "isthmus.dev/control", "c-1")
     nursery.start_soon(recorder.run)
     recorder.say(said())
@@ -66,7 +85,9 @@ async def test_the_same_after_a_long_time_is_another_event(clock: Clock, server:
     assert len(events(server)) == 2
 
 
-async def test_a_server_that_takes_no_events_is_no_trouble(clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery) -> None:
+async def test_a_server_that_takes_no_events_is_no_trouble(
+    clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
+) -> None:
     server.behaviour.forbidden.add("events")
     recorder = Recorder(client, "isthmus.dev/control", "c-1")
     nursery.start_soon(recorder.run)
@@ -81,7 +102,9 @@ async def test_a_server_that_takes_no_events_is_no_trouble(clock: Clock, server:
     assert len(events(server)) == 1
 
 
-async def test_an_event_that_was_deleted_is_written_again(clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery) -> None:
+async def test_an_event_that_was_deleted_is_written_again(
+    clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
+) -> None:
     recorder = Recorder(client, "isthmus.dev/control", "c-1", RecorderRules(series=1.0))
     nursery.start_soon(recorder.run)
     recorder.say(said())
@@ -94,7 +117,9 @@ async def test_an_event_that_was_deleted_is_written_again(clock: Clock, server: 
     assert len(events(server)) == 1
 
 
-async def test_words_are_cut_to_what_the_server_takes(clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery) -> None:
+async def test_words_are_cut_to_what_the_server_takes(
+    clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
+) -> None:
     recorder = Recorder(client, "isthmus.dev/control", "i" * 300)
     nursery.start_soon(recorder.run)
     recorder.say(said("n" * 253, "R" * 300, "ä" * 2000))

@@ -1,4 +1,5 @@
-"""What a reflector makes of faults: a fault deletes nothing, requests to a server in trouble are few, and the truth is back in the end."""
+"""What a reflector makes of faults: a fault deletes nothing, requests to a server in trouble are
+few, and the truth is back in the end."""
 
 from __future__ import annotations
 
@@ -49,7 +50,12 @@ class Scene:
         store.create(KIND, "default", {"metadata": {"name": "three"}, "data": {"a": "3"}})
 
     async def recovered(self) -> None:
-        await self.told.until(lambda now: {name: item for (_, name), item in now.items()} == {"two": {"a": "22"}, "three": {"a": "3"}})
+        await self.told.until(
+            lambda now: (
+                {name: item for (_, name), item in now.items()}
+                == {"two": {"a": "22"}, "three": {"a": "3"}}
+            )
+        )
 
 
 @pytest.fixture
@@ -63,7 +69,9 @@ async def scene(stage: FakeStage, nursery: trio.Nursery) -> Scene:
 
 
 @pytest.mark.parametrize("gone", ["event", "status"])
-async def test_after_a_410_the_list_is_made_anew_and_only_then_is_anything_deleted(clock: Clock, scene: Scene, gone: str) -> None:
+async def test_after_a_410_the_list_is_made_anew_and_only_then_is_anything_deleted(
+    clock: Clock, scene: Scene, gone: str
+) -> None:
     scene.server.behaviour.gone = gone
     scene.server.behaviour.down = True
     scene.server.cut()
@@ -88,7 +96,9 @@ async def test_a_410_within_a_watch_that_was_fine(clock: Clock, scene: Scene) ->
     await scene.recovered()
 
 
-async def test_a_server_that_answers_every_watch_by_410_is_not_asked_in_a_loop(clock: Clock, scene: Scene) -> None:
+async def test_a_server_that_answers_every_watch_by_410_is_not_asked_in_a_loop(
+    clock: Clock, scene: Scene
+) -> None:
     scene.reflector._streaming = False
     scene.server.faults.extend(refuse(410, "Expired", only="watch=1") for _ in range(1000))
     scene.server.cut()
@@ -173,14 +183,18 @@ async def test_bookmarks_show_that_a_connection_lives(clock: Clock, scene: Scene
     assert scene.reflector.counts.failures == 0
 
 
-async def test_watches_that_the_server_ends_are_begun_again_at_once(clock: Clock, scene: Scene) -> None:
+async def test_watches_that_the_server_ends_are_begun_again_at_once(
+    clock: Clock, scene: Scene
+) -> None:
     await trio.sleep(3600)
     assert 6 <= scene.reflector.counts.watches <= 13
     assert scene.reflector.counts.failures == 0
     assert len(scene.server.log) == scene.reflector.counts.watches - 1
 
 
-async def test_a_server_that_ends_each_watch_at_once_is_not_asked_in_a_loop(clock: Clock, scene: Scene) -> None:
+async def test_a_server_that_ends_each_watch_at_once_is_not_asked_in_a_loop(
+    clock: Clock, scene: Scene
+) -> None:
     empty = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
     scene.server.faults.extend(Fault(raw=empty, only="watch=1") for _ in range(1000))
     scene.server.cut()
@@ -202,7 +216,8 @@ async def test_a_server_that_was_restored_from_a_backup(clock: Clock, scene: Sce
 
 
 async def test_a_watch_from_the_future_is_found_by_its_silence(clock: Clock, scene: Scene) -> None:
-    """Nobody has noticed a lost connection: a balancer before the server has kept it, and leads to another server now."""
+    """Nobody has noticed a lost connection: a balancer before the server has kept it, and leads to
+    another server now."""
     scene.reflector._version = "999999"
     scene.server.cut()
     scene.reflector._doubt = False
@@ -252,7 +267,11 @@ async def test_a_list_that_is_cut_off_is_none(clock: Clock, scene: Scene, after:
 
 
 async def test_a_list_as_a_stream_that_is_cut_off_is_none(clock: Clock, scene: Scene) -> None:
-    item = {"kind": "ConfigMap", "apiVersion": "v1", "metadata": {"name": "x", "namespace": "default", "resourceVersion": "1000"}}
+    item = {
+        "kind": "ConfigMap",
+        "apiVersion": "v1",
+        "metadata": {"name": "x", "namespace": "default", "resourceVersion": "1000"},
+    }
     line = json.dumps({"type": "ADDED", "object": item}).encode() + b"\n"
     raw = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(line)
     scene.server.faults.extend(Fault(raw=raw + line, only="sendInitialEvents") for _ in range(4))
@@ -265,7 +284,9 @@ async def test_a_list_as_a_stream_that_is_cut_off_is_none(clock: Clock, scene: S
     assert "x" not in [key[1] for key, _ in scene.told.log]
 
 
-async def test_a_continue_token_that_is_too_old_begins_the_list_again(clock: Clock, stage: FakeStage, nursery: trio.Nursery) -> None:
+async def test_a_continue_token_that_is_too_old_begins_the_list_again(
+    clock: Clock, stage: FakeStage, nursery: trio.Nursery
+) -> None:
     for number in range(6):
         await stage.config_map(f"m{number}")
     stage.server.faults.append(refuse(410, "Expired", only="continue="))
@@ -280,7 +301,9 @@ async def test_a_continue_token_that_is_too_old_begins_the_list_again(clock: Clo
     assert "limit=4" in lists[2]  # fewer pages take less time
 
 
-async def test_a_page_that_is_too_large_is_asked_for_in_smaller_ones(clock: Clock, server: ApiServer, nursery: trio.Nursery) -> None:
+async def test_a_page_that_is_too_large_is_asked_for_in_smaller_ones(
+    clock: Clock, server: ApiServer, nursery: trio.Nursery
+) -> None:
     client = Client(AT, Limits(body=20_000), server.dial)
     stage = FakeStage(client, "default", server)
     for number in range(9):
@@ -302,8 +325,15 @@ def chunk(body: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(body), body)
 
 
-def event(kind: str, name: str = "one", version: str = "9000", of: str = "ConfigMap", **more: object) -> bytes:
-    item = {"kind": of, "apiVersion": "v1", "metadata": {"name": name, "namespace": "default", "resourceVersion": version}, **more}
+def event(
+    kind: str, name: str = "one", version: str = "9000", of: str = "ConfigMap", **more: object
+) -> bytes:
+    item = {
+        "kind": of,
+        "apiVersion": "v1",
+        "metadata": {"name": name, "namespace": "default", "resourceVersion": version},
+        **more,
+    }
     return json.dumps({"type": kind, "object": item}).encode() + b"\n"
 
 
@@ -315,7 +345,8 @@ HOSTILE = {
     "a line without an end": HEAD + chunk(b"x" * 100_000),
     "no JSON": HEAD + chunk(b"hello\n"),
     "no UTF-8": HEAD + chunk(b'{"type": "ADDED", "object": {"kind": "\xff\xfe"}}\n'),
-    "deep JSON": HEAD + chunk(b'{"type": "ADDED", "object": ' + b"[" * 40_000 + b"]" * 40_000 + b"}\n"),
+    "deep JSON": HEAD
+    + chunk(b'{"type": "ADDED", "object": ' + b"[" * 40_000 + b"]" * 40_000 + b"}\n"),
     "another kind": HEAD + chunk(event("DELETED", of="Secret")),
     "a list": HEAD + chunk(event("DELETED", of="ConfigMapList")),
     "an unknown event": HEAD + chunk(event("EXPLODED")),
@@ -365,8 +396,16 @@ PAGES = {
         "metadata": {"resourceVersion": "900"},
         "items": [{"kind": "Secret", "metadata": {"name": "x", "namespace": "default"}}],
     },
-    "an item without a name": {"kind": "ConfigMapList", "metadata": {"resourceVersion": "900"}, "items": [{"metadata": {}}]},
-    "an endless list": {"kind": "ConfigMapList", "metadata": {"resourceVersion": "900", "continue": "more"}, "items": []},
+    "an item without a name": {
+        "kind": "ConfigMapList",
+        "metadata": {"resourceVersion": "900"},
+        "items": [{"metadata": {}}],
+    },
+    "an endless list": {
+        "kind": "ConfigMapList",
+        "metadata": {"resourceVersion": "900", "continue": "more"},
+        "items": [],
+    },
     "the same page for ever": {
         "kind": "ConfigMapList",
         "metadata": {"resourceVersion": "900", "continue": "more"},
@@ -391,7 +430,9 @@ async def test_a_page_that_is_none_deletes_nothing(clock: Clock, scene: Scene, w
     await scene.recovered()
 
 
-async def test_more_objects_than_the_limit_are_not_kept(clock: Clock, server: ApiServer, nursery: trio.Nursery) -> None:
+async def test_more_objects_than_the_limit_are_not_kept(
+    clock: Clock, server: ApiServer, nursery: trio.Nursery
+) -> None:
     stage = FakeStage(Client(AT, dial=server.dial), "default", server)
     scene = Scene(stage, nursery)
     scene.reflector.rules = WatchRules(most=3)
@@ -403,7 +444,9 @@ async def test_more_objects_than_the_limit_are_not_kept(clock: Clock, server: Ap
     assert "more than 3 configmaps" in scene.reflector.error
 
 
-async def test_what_is_not_kept_is_as_if_it_were_not_there(clock: Clock, stage: FakeStage, nursery: trio.Nursery) -> None:
+async def test_what_is_not_kept_is_as_if_it_were_not_there(
+    clock: Clock, stage: FakeStage, nursery: trio.Nursery
+) -> None:
     def keep(item: ConfigMap) -> dict[str, str] | None:
         found = data(item)
         return found if found.get("a") != "hidden" else None

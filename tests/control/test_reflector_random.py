@@ -1,5 +1,6 @@
-"""Random histories: whatever happens, in whatever order, the copy is the server's state when things have calmed down, and nothing was ever
-told to be gone that was not deleted, or replaced by an older state of the server."""
+"""Random histories: whatever happens, in whatever order, the copy is the server's state when things
+have calmed down, and nothing was ever told to be gone that was not deleted, or replaced by an older
+state of the server."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ STEPS = st.one_of(
     st.tuples(st.just("put"), NAMES, st.integers(0, 3)),
     st.tuples(st.just("delete"), NAMES),
     st.tuples(st.just("wait"), st.sampled_from([0.0, 0.5, 3.0, 40.0, 200.0])),
-    st.sampled_from([("cut",), ("compact",), ("save",), ("restore",), ("break list",), ("break stream",)]),
+    st.sampled_from(
+        [("cut",), ("compact",), ("save",), ("restore",), ("break list",), ("break stream",)]
+    ),
     st.tuples(st.sampled_from(["forbid", "down", "mute"]), st.booleans()),
     st.tuples(st.just("refuse"), st.sampled_from([410, 429, 500, 503])),
 )
@@ -38,7 +41,9 @@ class World:
     def __init__(self, server: ApiServer) -> None:
         self.server = server
         self.backup = server.store.backup()
-        self.absent: set[str] = set()  # names that did not exist at some time, after they had been told
+        self.absent: set[str] = (
+            set()
+        )  # names that did not exist at some time, after they had been told
 
     def step(self, what: str, *words: Any) -> None:
         getattr(self, what.replace(" ", "_"))(*words)
@@ -80,18 +85,23 @@ class World:
         self.server.faults.append(Fault(after=30, only="limit="))
 
     def break_stream(self) -> None:
-        self.server.faults.append(Fault(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n{", only="watch="))
+        self.server.faults.append(
+            Fault(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n{", only="watch=")
+        )
         self.server.cut()
 
     def save(self) -> None:
         self.backup = self.server.store.backup()
 
     def restore(self) -> None:
-        """An older state. What no client can find out is that its version was passed again before it asked: so there is time to ask."""
+        """An older state. What no client can find out is that its version was passed again before
+        it asked: so there is time to ask."""
         self.calm()
         self.server.store.restore(self.backup)
         self.server.cut()
-        self.absent.update(name for name in ALL if ("default", name) not in self.server.store.objects[KIND])
+        self.absent.update(
+            name for name in ALL if ("default", name) not in self.server.store.objects[KIND]
+        )
 
     def calm(self) -> None:
         self.server.faults.clear()
@@ -134,6 +144,12 @@ async def play(steps: list[tuple[Any, ...]], streaming: str, page: int) -> None:
 
 
 @settings(max_examples=60)
-@given(st.lists(STEPS, max_size=40), st.sampled_from(["yes", "refused", "unknown"]), st.sampled_from([1, 2, 500]))
-def test_in_the_end_the_copy_is_the_truth(steps: list[tuple[Any, ...]], streaming: str, page: int) -> None:
+@given(
+    st.lists(STEPS, max_size=40),
+    st.sampled_from(["yes", "refused", "unknown"]),
+    st.sampled_from([1, 2, 500]),
+)
+def test_in_the_end_the_copy_is_the_truth(
+    steps: list[tuple[Any, ...]], streaming: str, page: int
+) -> None:
     trio.run(play, steps, streaming, page, clock=MockClock(autojump_threshold=0))

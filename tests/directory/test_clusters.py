@@ -1,4 +1,5 @@
-"""Other clusters in the directory: remote services by their names, exports, splits and failovers, and what is wrong with a document."""
+"""Other clusters in the directory: remote services by their names, exports, splits and failovers,
+and what is wrong with a document."""
 
 from __future__ import annotations
 
@@ -10,7 +11,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.directory import Backend, Directory, DirectoryError, Hint, Remote, Target, directory_schema, parse
+from proxy.directory import (
+    Backend,
+    Directory,
+    DirectoryError,
+    Hint,
+    Remote,
+    Target,
+    directory_schema,
+    parse,
+)
 from proxy.net.address import Address
 
 GATEWAY = "spiffe://cluster.local/ns/isthmus/sa/gateway"
@@ -54,12 +64,17 @@ def test_a_remote_service_is_a_target_whose_endpoints_are_the_gateways_of_its_cl
     target = service.targets[80]
     assert (target.service, target.protocol) == ("east/default/c", Hint.HTTP2)
     assert target.remote == Remote("east", "c.default.svc.east.example", 80)
-    assert [(str(e.address), str(e.identity)) for e in target.endpoints] == [("203.0.113.7:4143", GATEWAY)]
+    assert [(str(e.address), str(e.identity)) for e in target.endpoints] == [
+        ("203.0.113.7:4143", GATEWAY)
+    ]
 
 
 def test_the_gateway_is_told_the_name_in_its_own_cluster_with_a_port_where_it_needs_one() -> None:
     remote = Remote("east", "c.default.svc.east.example", 80)
-    assert (remote.authority, remote.tunnel) == (b"c.default.svc.east.example", b"c.default.svc.east.example:80")
+    assert (remote.authority, remote.tunnel) == (
+        b"c.default.svc.east.example",
+        b"c.default.svc.east.example:80",
+    )
     assert Remote("east", "c", 8080).authority == b"c:8080"
 
 
@@ -87,7 +102,9 @@ def test_a_gateway_with_a_name_is_known_but_no_endpoint_yet() -> None:
         (b"db.data.east:5432", "east/data/db"), (b"db.data.east", None), (b"10.96.0.1", None), (b"example.com", None), (b"", None),
     ],
 )  # fmt: skip
-def test_an_authority_names_a_port_of_a_service_or_nothing(authority: bytes, service: str | None) -> None:
+def test_an_authority_names_a_port_of_a_service_or_nothing(
+    authority: bytes, service: str | None
+) -> None:
     target = directory().authority(authority, "default", "10.0.0.1")
     assert (target and target.service) == service
 
@@ -99,7 +116,9 @@ def test_an_authority_names_a_port_of_a_service_or_nothing(authority: bytes, ser
         (b"new.default", None), (b"c.default.east", None), (b"c-east.default.svc.cluster.local", None), (b"c.east", None),
     ],
 )  # fmt: skip
-def test_a_gateway_exports_what_is_marked_by_its_full_name_and_nothing_of_other_clusters(authority: bytes, service: str | None) -> None:
+def test_a_gateway_exports_what_is_marked_by_its_full_name_and_nothing_of_other_clusters(
+    authority: bytes, service: str | None
+) -> None:
     target = directory().exported(authority)
     assert (target and target.service) == service
 
@@ -115,7 +134,10 @@ def test_a_split_with_failover_is_a_plan_of_leaves() -> None:
     one, two, three = target.plan.backends
     assert (one.weight, two.weight, three.weight) == (90, 10, 0)
     assert seen(one.target) == ("default/c", ["10.1.0.1", "10.1.0.2"])
-    assert [seen(other) for other in one.elsewhere] == [("east/default/c", ["203.0.113.7"]), ("north/default/c", ["2001:db8::7"])]
+    assert [seen(other) for other in one.elsewhere] == [
+        ("east/default/c", ["203.0.113.7"]),
+        ("north/default/c", ["2001:db8::7"]),
+    ]
     assert one.below == 2
     assert seen(two.target) == ("east/default/c", ["203.0.113.7"])
     assert two.elsewhere == ()
@@ -125,7 +147,11 @@ def test_a_split_with_failover_is_a_plan_of_leaves() -> None:
 def test_a_plan_keeps_to_the_address_family_that_was_dialled() -> None:
     target = directory().resolve(Address("fd00:96::1", 80))
     assert target.plan is not None
-    assert [seen(backend.target)[1] for backend in target.plan.backends] == [["fd00::3"], ["203.0.113.7"], ["10.1.0.9"]]
+    assert [seen(backend.target)[1] for backend in target.plan.backends] == [
+        ["fd00::3"],
+        ["203.0.113.7"],
+        ["10.1.0.9"],
+    ]
 
 
 def test_a_service_without_split_or_failover_has_no_plan() -> None:
@@ -216,7 +242,9 @@ clusters:
   - {name: b, services: [{name: c-a, ports: [{port: 80}]}]}
   - {name: a-b, services: [{name: c, ports: [{port: 80}]}]}
 """
-    assert mistakes(text) == ("clusters: c-a-b.default would mean both b/default/c-a and a-b/default/c: rename a cluster",)
+    assert mistakes(text) == (
+        "clusters: c-a-b.default would mean both b/default/c-a and a-b/default/c: rename a cluster",
+    )
 
 
 SPLITS = """
@@ -243,9 +271,21 @@ clusters:
 @pytest.mark.parametrize(
     ("text", "cycle"),
     [
-        (SPLITS, "services[0]: its requests would go in a cycle: default/a -> default/b -> default/a"),
-        (MIRROR, "services[0]: its requests would go in a cycle: default/c -> east/default/c-west -> default/c"),
-        (BEHIND_ITSELF, "clusters: its requests would go in a cycle: south/default/gw -> south/default/gw"),
+        (
+            SPLITS,
+            "services[0]: its requests would go in a cycle: default/a -> default/b -> default/a",
+        ),
+        (
+            MIRROR,
+            (
+                "services[0]: its requests would go in a cycle: default/c -> east/default/c-west ->"
+                " default/c"
+            ),
+        ),
+        (
+            BEHIND_ITSELF,
+            "clusters: its requests would go in a cycle: south/default/gw -> south/default/gw",
+        ),
     ],
 )
 def test_a_circle_is_a_mistake_that_spells_the_circle_out(text: str, cycle: str) -> None:
@@ -253,9 +293,18 @@ def test_a_circle_is_a_mistake_that_spells_the_circle_out(text: str, cycle: str)
 
 
 def test_clusters_that_split_and_fail_over_to_each_other_are_no_circle() -> None:
-    """What a gateway received is not split again: so the same document in both clusters, with the names exchanged, is right."""
-    other = TEXT.replace("cluster: west", "cluster: x").replace("cluster: east", "cluster: west").replace("name: east", "name: west")
-    assert parse(other.replace("[east, north]", "[west, north]"), "east.yaml").clusters["west"].services
+    """What a gateway received is not split again: so the same document in both clusters, with the
+    names exchanged, is right."""
+    other = (
+        TEXT.replace("cluster: west", "cluster: x")
+        .replace("cluster: east", "cluster: west")
+        .replace("name: east", "name: west")
+    )
+    assert (
+        parse(other.replace("[east, north]", "[west, north]"), "east.yaml")
+        .clusters["west"]
+        .services
+    )
 
 
 def test_the_schema_takes_the_document_and_refuses_the_wrong_one() -> None:
@@ -263,20 +312,46 @@ def test_the_schema_takes_the_document_and_refuses_the_wrong_one() -> None:
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
     assert validator.is_valid(yaml.safe_load(TEXT))
-    for change in ("weight: 90", "port: 14143, ", "clusters: [east, north], ", "host: gw.east.example, "):
-        assert not validator.is_valid(yaml.safe_load(TEXT.replace(change, f"wrong-{change}"))), change
+    for change in (
+        "weight: 90",
+        "port: 14143, ",
+        "clusters: [east, north], ",
+        "host: gw.east.example, ",
+    ):
+        assert not validator.is_valid(yaml.safe_load(TEXT.replace(change, f"wrong-{change}"))), (
+            change
+        )
 
 
-_KEYS = ["name", "gateways", "host", "address", "identity", "services", "ports", "port", "clusters", "weight", "service"]
+_KEYS = [
+    "name",
+    "gateways",
+    "host",
+    "address",
+    "identity",
+    "services",
+    "ports",
+    "port",
+    "clusters",
+    "weight",
+    "service",
+]
 _SCRAP = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.sampled_from(["10.0.0.1", "c", "east", "http1", GATEWAY, ""]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_KEYS), inner, max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from(["10.0.0.1", "c", "east", "http1", GATEWAY, ""]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_KEYS), inner, max_size=5)
+    ),
     max_leaves=20,
 )
 
 
 @given(_SCRAP, _SCRAP, _SCRAP)
-def test_any_document_is_a_directory_or_a_directory_error(clusters: object, split: object, failover: object) -> None:
+def test_any_document_is_a_directory_or_a_directory_error(
+    clusters: object, split: object, failover: object
+) -> None:
     service = {"name": "c", "ports": [{"port": 80}], "split": split, "failover": failover}
     try:
         parse(yaml.safe_dump({"services": [service], "clusters": clusters}), "f")
@@ -285,7 +360,9 @@ def test_any_document_is_a_directory_or_a_directory_error(clusters: object, spli
 
 
 def test_a_thousand_remote_services_are_read_quickly() -> None:
-    services = "\n".join(f"    - {{name: s-{number}, ports: [{{port: 80}}]}}" for number in range(1000))
+    services = "\n".join(
+        f"    - {{name: s-{number}, ports: [{{port: 80}}]}}" for number in range(1000)
+    )
     text = f"services: []\nclusters:\n  - name: east\n    services:\n{services}"
     started = time.perf_counter()
     found = parse(text, "large")

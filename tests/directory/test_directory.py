@@ -1,7 +1,8 @@
 """The directory: what an address resolves to, and what is wrong with a document.
 
-A known address gives what the document says of it; an unknown one gives itself. A meshed pod keeps its identity on every port. A document
-with mistakes gives all of them, with their paths, and no directory at all.
+A known address gives what the document says of it; an unknown one gives itself. A meshed pod keeps
+its identity on every port. A document with mistakes gives all of them, with their paths, and no
+directory at all.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.directory import Directory, DirectoryError, Endpoint, Hint, Target, directory_schema, parse
+from proxy.directory import (
+    Directory,
+    DirectoryError,
+    Endpoint,
+    Hint,
+    Target,
+    directory_schema,
+    parse,
+)
 from proxy.identity.spiffe import SpiffeId
 from proxy.net.address import Address
 
@@ -50,21 +59,35 @@ def test_a_cluster_address_and_port_resolve_to_the_endpoints_of_the_service() ->
 
 
 def test_a_cluster_address_without_an_endpoint_of_its_family_has_those_of_the_other() -> None:
-    text = "services: [{name: a, addresses: [10.0.0.1], ports: [{port: 80}], endpoints: [{address: 'fd00::1'}, {address: 'fd00::2'}]}]"
+    text = (
+        "services: [{name: a, addresses: [10.0.0.1], ports: [{port: 80}], endpoints: [{address:"
+        " 'fd00::1'}, {address: 'fd00::2'}]}]"
+    )
     assert len(parse(text, "test").resolve(Address("10.0.0.1", 80)).endpoints) == 2
 
 
 def test_a_port_without_a_target_port_is_the_same_on_the_endpoints() -> None:
-    assert [endpoint.address.port for endpoint in directory().services[0].targets[25].endpoints] == [25, 25]
+    assert [
+        endpoint.address.port for endpoint in directory().services[0].targets[25].endpoints
+    ] == [25, 25]
 
 
 def test_an_endpoint_may_leave_a_port_of_the_service_out() -> None:
     text = TEXT.replace("ports: {80: 9090}", "ports: {80: none}")
     found = parse(text, "test")
-    assert [str(endpoint.address) for endpoint in found.services[0].targets[80].endpoints] == ["10.1.0.1:8080"]
-    assert [str(endpoint.address) for endpoint in found.services[0].targets[25].endpoints] == ["10.1.0.1:25", "[fd00::2]:25"]
-    assert found.resolve(Address("fd00::2", 8080)) == Target(None, (Endpoint(Address("fd00::2", 8080), ready=False),))
-    jsonschema.validate(yaml.safe_load(text.replace("80: none", "'80': none")), dict(directory_schema()))
+    assert [str(endpoint.address) for endpoint in found.services[0].targets[80].endpoints] == [
+        "10.1.0.1:8080"
+    ]
+    assert [str(endpoint.address) for endpoint in found.services[0].targets[25].endpoints] == [
+        "10.1.0.1:25",
+        "[fd00::2]:25",
+    ]
+    assert found.resolve(Address("fd00::2", 8080)) == Target(
+        None, (Endpoint(Address("fd00::2", 8080), ready=False),)
+    )
+    jsonschema.validate(
+        yaml.safe_load(text.replace("80: none", "'80': none")), dict(directory_schema())
+    )
     with pytest.raises(DirectoryError, match=r"endpoints\[1\]\.ports\.80: must be given"):
         parse(TEXT.replace("ports: {80: 9090}", "ports: {80: }"), "test")
 
@@ -82,7 +105,9 @@ def test_a_pod_keeps_its_identity_on_every_other_port() -> None:
     assert str(target.endpoints[0].identity) == ONE
 
 
-@pytest.mark.parametrize("address", [Address("8.8.8.8", 53), Address("10.96.0.1", 81), Address("fe80::1", 1)])
+@pytest.mark.parametrize(
+    "address", [Address("8.8.8.8", 53), Address("10.96.0.1", 81), Address("fe80::1", 1)]
+)
 def test_an_unknown_address_is_one_plain_endpoint_at_exactly_that_address(address: Address) -> None:
     assert directory().resolve(address) == Target(None, (Endpoint(address),), Hint.DETECT)
     assert Directory().resolve(address) == Target(None, (Endpoint(address),), Hint.DETECT)
@@ -101,7 +126,9 @@ def test_different_spellings_of_an_ipv6_address_are_one_address() -> None:
 
 def test_a_service_without_endpoints_has_a_target_without_endpoints() -> None:
     text = "services: [{name: a, addresses: [10.0.0.1], ports: [{port: 80}]}]"
-    assert parse(text, "test").resolve(Address("10.0.0.1", 80)) == Target("default/a", (), Hint.DETECT)
+    assert parse(text, "test").resolve(Address("10.0.0.1", 80)) == Target(
+        "default/a", (), Hint.DETECT
+    )
 
 
 def test_a_pod_of_two_services_on_one_port_is_said_to_be_of_neither() -> None:
@@ -150,15 +177,30 @@ def test_all_mistakes_are_reported_together_with_their_paths() -> None:
 
 def test_an_endpoint_that_is_meshed_in_one_service_and_not_in_another_is_refused() -> None:
     """Otherwise a forgotten line would mean clear text to a meshed pod."""
-    with pytest.raises(DirectoryError, match=r"services\[2\].endpoints\[0\]: 10.1.0.2 has no identity here, but spiffe://t/ns/a/sa/b"):
+    with pytest.raises(
+        DirectoryError,
+        match=(
+            r"services\[2\].endpoints\[0\]: 10.1.0.2 has no identity here, but spiffe://t/ns/a/sa/b"
+        ),
+    ):
         parse(WRONG, "dir.yaml")
 
 
 def identities(text: str) -> dict[str, bool]:
     """Whether these addresses, of one pod and of a service on it, have an identity."""
     found = parse(text, "test")
-    asked = ["10.1.0.1:4191", "10.1.0.1:9000", "10.1.0.1:8080", "10.1.0.1:1", "10.96.0.1:80", "10.96.0.1:91"]
-    return {address: found.resolve(Address.parse(address)).endpoints[0].identity is not None for address in asked}
+    asked = [
+        "10.1.0.1:4191",
+        "10.1.0.1:9000",
+        "10.1.0.1:8080",
+        "10.1.0.1:1",
+        "10.96.0.1:80",
+        "10.96.0.1:91",
+    ]
+    return {
+        address: found.resolve(Address.parse(address)).endpoints[0].identity is not None
+        for address in asked
+    }
 
 
 @pytest.mark.parametrize(
@@ -168,15 +210,24 @@ def identities(text: str) -> dict[str, bool]:
         ("skip_ports: [9000]", "", {"10.1.0.1:9000"}),
         ("skip_ports: []", "", set()),
         ("", ", skip_ports: []", set()),
-        ("", ", skip_ports: [4191, 9000, 8080]", {"10.1.0.1:4191", "10.96.0.1:91", "10.1.0.1:9000", "10.1.0.1:8080", "10.96.0.1:80"}),
+        (
+            "",
+            ", skip_ports: [4191, 9000, 8080]",
+            {"10.1.0.1:4191", "10.96.0.1:91", "10.1.0.1:9000", "10.1.0.1:8080", "10.96.0.1:80"},
+        ),
         ("skip_ports: [9000]", ", skip_ports: [8080]", {"10.1.0.1:8080", "10.96.0.1:80"}),
     ],
 )
-def test_an_identity_holds_for_all_ports_but_those_that_the_proxy_does_not_stand_before(top: str, own: str, plain: set[str]) -> None:
+def test_an_identity_holds_for_all_ports_but_those_that_the_proxy_does_not_stand_before(
+    top: str, own: str, plain: set[str]
+) -> None:
     """By the pod's address and by a service's, whose target port is what counts."""
     ports = "[{port: 80, target_port: 8080}, {port: 91, target_port: 4191}]"
     endpoint = f'{{address: 10.1.0.1, identity: "{ONE}"{own}}}'
-    found = identities(f"{top}\nservices: [{{name: a, addresses: [10.96.0.1], ports: {ports}, endpoints: [{endpoint}]}}]")
+    found = identities(
+        f"{top}\nservices: [{{name: a, addresses: [10.96.0.1], ports: {ports}, endpoints:"
+        f" [{endpoint}]}}]"
+    )
     assert {address for address, meshed in found.items() if not meshed} == plain
 
 
@@ -186,7 +237,10 @@ services:
   - {{name: a, ports: [{{port: 80}}], endpoints: [{{address: 10.1.0.1, identity: "{ONE}"}}]}}
   - {{name: b, ports: [{{port: 80}}], endpoints: [{{address: 10.1.0.1, identity: "{ONE}", skip_ports: [80]}}]}}
 """
-    words = r"services\[1\].endpoints\[0\]: 10.1.0.1 has skip_ports \[80\] here, but \[4191\] in another service"
+    words = (
+        r"services\[1\].endpoints\[0\]: 10.1.0.1 has skip_ports \[80\] here, but \[4191\] in"
+        r" another service"
+    )
     with pytest.raises(DirectoryError, match=words):
         parse(text, "test")
 
@@ -194,7 +248,10 @@ services:
 @pytest.mark.parametrize("value", ["4191", "[0]", "[70000]", "[a]", "{}"])
 def test_skip_ports_that_are_no_ports_are_refused(value: str) -> None:
     endpoint = f"{{address: 10.1.0.1, skip_ports: {value}}}"
-    for text in (f"skip_ports: {value}\nservices: []", f"services: [{{name: a, ports: [{{port: 80}}], endpoints: [{endpoint}]}}]"):
+    for text in (
+        f"skip_ports: {value}\nservices: []",
+        f"services: [{{name: a, ports: [{{port: 80}}], endpoints: [{endpoint}]}}]",
+    ):
         with pytest.raises(DirectoryError, match="skip_ports"):
             parse(text, "test")
 
@@ -206,11 +263,28 @@ def test_what_is_not_a_directory_at_all_is_an_error(text: str) -> None:
 
 
 _SCRAP = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.sampled_from(["10.0.0.1", "a", "http1", "spiffe://t/ns/a/sa/b", "", "::1"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from(["10.0.0.1", "a", "http1", "spiffe://t/ns/a/sa/b", "", "::1"]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["services", "name", "addresses", "ports", "port", "endpoints", "address", "identity", "80"]), inner, max_size=4
+            st.sampled_from(
+                [
+                    "services",
+                    "name",
+                    "addresses",
+                    "ports",
+                    "port",
+                    "endpoints",
+                    "address",
+                    "identity",
+                    "80",
+                ]
+            ),
+            inner,
+            max_size=4,
         )
     ),
     max_leaves=30,
@@ -237,16 +311,22 @@ def large(services: int) -> str:
     """A directory of that many services with five endpoints each."""
     lines = ["services:"]
     for number in range(services):
-        lines.append(f"- {{name: s-{number}, addresses: [10.64.{number >> 8}.{number & 255}], ports: [{{port: 80}}], endpoints: [")
+        lines.append(
+            f"- {{name: s-{number}, addresses: [10.64.{number >> 8}.{number & 255}], ports:"
+            " [{port: 80}], endpoints: ["
+        )
         lines += [
-            f"  {{address: 10.128.{pod >> 8}.{pod & 255}, identity: spiffe://cluster.local/ns/default/sa/s-{number}}},"
+            f"  {{address: 10.128.{pod >> 8}.{pod & 255}, identity:"
+            f" spiffe://cluster.local/ns/default/sa/s-{number}}},"
             for pod in range(number * 5, number * 5 + 5)
         ]
         lines.append("]}")
     return "\n".join(lines)
 
 
-def test_a_thousand_services_are_read_quickly_and_a_lookup_does_not_depend_on_their_number() -> None:
+def test_a_thousand_services_are_read_quickly_and_a_lookup_does_not_depend_on_their_number() -> (
+    None
+):
     text = large(1000)
     started = time.perf_counter()
     found = parse(text, "large")

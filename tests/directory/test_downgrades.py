@@ -1,6 +1,8 @@
-"""What a new directory takes away from the one in use: what only an accident does is refused, and what has left is remembered.
+"""What a new directory takes away from the one in use: what only an accident does is refused, and
+what has left is remembered.
 
-Every prefix of a directory file, if it were taken for the whole, leaves no way in clear text to an address that had an identity.
+Every prefix of a directory file, if it were taken for the whole, leaves no way in clear text to an
+address that had an identity.
 """
 
 from __future__ import annotations
@@ -20,8 +22,16 @@ A, B, C = (f"spiffe://cluster.local/ns/default/sa/{name}" for name in "abc")
 KEEP = 600.0
 
 
-def service(name: str, *endpoints: dict[str, Any], address: str = "", **more: Any) -> dict[str, Any]:
-    return {"name": name, "addresses": [address] if address else [], "ports": [{"port": 80}], "endpoints": list(endpoints), **more}
+def service(
+    name: str, *endpoints: dict[str, Any], address: str = "", **more: Any
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "addresses": [address] if address else [],
+        "ports": [{"port": 80}],
+        "endpoints": list(endpoints),
+        **more,
+    }
 
 
 def pod(last: int, identity: str | None = None, **more: Any) -> dict[str, Any]:
@@ -141,29 +151,51 @@ def test_or_allows_what_is_lost_by_its_name_and_nothing_else(name: str, names: l
 
 
 @pytest.mark.parametrize(
-    ("max_loss", "gone", "taken"), [(0, 1, False), (0.3, 1, False), (0.34, 1, True), (0.67, 2, True), (1, 2, True), (1, 3, False)]
+    ("max_loss", "gone", "taken"),
+    [(0, 1, False), (0.3, 1, False), (0.34, 1, True), (0.67, 2, True), (1, 2, True), (1, 3, False)],
 )
-def test_the_part_that_may_leave_at_once_is_a_setting(max_loss: float, gone: int, taken: bool) -> None:
+def test_the_part_that_may_leave_at_once_is_a_setting(
+    max_loss: float, gone: int, taken: bool
+) -> None:
     assert (refused(four()[gone:], max_loss) == "") is taken
     assert refused(four(), max_loss) == ""
 
 
 def test_a_service_that_is_only_a_way_to_another_cluster_counts_too() -> None:
     gateway = {"address": "203.0.113.7", "identity": A}
-    clusters = [{"name": "east", "gateways": [gateway], "services": [{"name": "m", "ports": [{"port": 80}]}]}]
-    mirror = service("m", address="10.96.0.7", split=[{"service": "m", "cluster": "east", "weight": 1}])
+    clusters = [
+        {
+            "name": "east",
+            "gateways": [gateway],
+            "services": [{"name": "m", "ports": [{"port": 80}]}],
+        }
+    ]
+    mirror = service(
+        "m", address="10.96.0.7", split=[{"service": "m", "cluster": "east", "weight": 1}]
+    )
     old = made(mirror, clusters=clusters)
-    assert compare(old, made(), 0.5).refusals == ("1 of 1 services with identities are missing (default/m)",)
+    assert compare(old, made(), 0.5).refusals == (
+        "1 of 1 services with identities are missing (default/m)",
+    )
     others = [service(f"s{number}", pod(number, A)) for number in range(1, 4)]
     lost = compare(made(mirror, *others, clusters=clusters), made(*others, clusters=clusters), 0.5)
-    assert lost.former == {Address("10.96.0.7", 80): Former("a gateway of east", frozenset({"default/m"}))}
+    assert lost.former == {
+        Address("10.96.0.7", 80): Former("a gateway of east", frozenset({"default/m"}))
+    }
 
 
 def test_what_has_left_is_remembered_by_host_and_by_cluster_address() -> None:
     lost = compare(made(*four()), made(*four()[1:]), 0.5)
     former, of = Former(A, frozenset({"default/a"}), frozenset({4191})), frozenset({"default/a"})
-    assert lost.former == {"10.1.0.1": former, "10.1.0.2": former, Address("10.96.0.1", 80): Former(A, of)}
-    assert compare(made(*four()), made(*four()[1:], allow_identity_loss=["default/a"]), 0.5).former == {}
+    assert lost.former == {
+        "10.1.0.1": former,
+        "10.1.0.2": former,
+        Address("10.96.0.1", 80): Former(A, of),
+    }
+    assert (
+        compare(made(*four()), made(*four()[1:], allow_identity_loss=["default/a"]), 0.5).former
+        == {}
+    )
     assert compare(made(*four()), made(*four()), 0.5).former == {}
 
 
@@ -189,7 +221,9 @@ def test_the_schema_has_it() -> None:
 # The memory...
 
 
-def test_a_former_address_is_found_at_the_ports_where_it_had_its_identity_until_the_time_is_over() -> None:
+def test_a_former_address_is_found_at_the_ports_where_it_had_its_identity_until_the_time_is_over() -> (
+    None
+):
     memory = FormerIdentities(KEEP, 100)
     new = made(*four()[1:])
     memory.take(new, compare(made(*four()), new, 0.5).former, 1000.0)
@@ -216,7 +250,9 @@ def test_a_former_address_is_found_at_the_ports_where_it_had_its_identity_until_
         ([*four()[1:], service("new", pod(1))], {}, 3),  # the address is back, without an identity
     ],
 )
-def test_an_address_is_released_by_an_identity_or_by_an_allowance(services: list[dict[str, Any]], top: dict[str, Any], left: int) -> None:
+def test_an_address_is_released_by_an_identity_or_by_an_allowance(
+    services: list[dict[str, Any]], top: dict[str, Any], left: int
+) -> None:
     memory = FormerIdentities(KEEP, 100)
     new, newer = made(*four()[1:]), made(*services, **top)
     memory.take(new, compare(made(*four()), new, 0.5).former, 1000.0)
@@ -231,7 +267,9 @@ def test_the_memory_is_bounded_and_forgets_nothing_for_want_of_room() -> None:
     assert memory.fits(former, 1000.0)
     memory.take(new, former, 1000.0)
     assert not memory.fits({"10.1.0.50": Former(A, frozenset())}, 1001.0)
-    assert memory.fits({"10.1.0.50": Former(A, frozenset())}, 1000.0 + KEEP), "by then there is room"
+    assert memory.fits({"10.1.0.50": Former(A, frozenset())}, 1000.0 + KEEP), (
+        "by then there is room"
+    )
 
 
 def test_nothing_is_remembered_if_it_is_switched_off() -> None:
@@ -247,25 +285,51 @@ def test_nothing_is_remembered_if_it_is_switched_off() -> None:
 
 @st.composite
 def documents(draw: st.DrawFn) -> str:
-    """A directory of services with one to three pods each, most of them with identities, as a generator may write it."""
+    """A directory of services with one to three pods each, most of them with identities, as a
+    generator may write it."""
     hosts, addresses = draw(st.permutations(range(1, 30))), draw(st.permutations(range(1, 9)))
     services = []
     for index in range(draw(st.integers(1, 5))):
         meshed = draw(st.sampled_from([True, True, True, False]))
         pods = []
         for turn in range(draw(st.integers(1, 3))):
-            more = {"skip_ports": [4191, draw(st.sampled_from([80, 8080, 9000]))]} if draw(st.booleans()) else {}
-            pods.append(pod(hosts[index * 3 + turn], f"spiffe://cluster.local/ns/default/sa/s{index}" if meshed else None, **more))
-        ports = [{"port": 80, "target_port": draw(st.sampled_from([80, 8080]))}, {"port": 8080}][: draw(st.integers(1, 2))]
-        services.append(service(f"s{index}", *pods, address=f"10.96.0.{addresses[index]}", ports=ports))
-    text: str = yaml.safe_dump({"services": services}, sort_keys=False, default_flow_style=draw(st.sampled_from([False, None])))
+            more = (
+                {"skip_ports": [4191, draw(st.sampled_from([80, 8080, 9000]))]}
+                if draw(st.booleans())
+                else {}
+            )
+            pods.append(
+                pod(
+                    hosts[index * 3 + turn],
+                    f"spiffe://cluster.local/ns/default/sa/s{index}" if meshed else None,
+                    **more,
+                )
+            )
+        ports = [{"port": 80, "target_port": draw(st.sampled_from([80, 8080]))}, {"port": 8080}][
+            : draw(st.integers(1, 2))
+        ]
+        services.append(
+            service(f"s{index}", *pods, address=f"10.96.0.{addresses[index]}", ports=ports)
+        )
+    text: str = yaml.safe_dump(
+        {"services": services},
+        sort_keys=False,
+        default_flow_style=draw(st.sampled_from([False, None])),
+    )
     return text
 
 
 def meshed_addresses(directory: Directory) -> list[Address]:
-    """The addresses that are spoken to by mutual TLS: cluster addresses, and pods at a few ports."""
-    asked = [Address(host, port) for host in directory.pods for port in (80, 8080, 9000, 4191, 7)] + list(directory.clustered)
-    found = [address for address in asked if all(endpoint.identity for endpoint in directory.resolve(address).endpoints)]
+    """The addresses that are spoken to by mutual TLS: cluster addresses, and pods at a few
+    ports."""
+    asked = [
+        Address(host, port) for host in directory.pods for port in (80, 8080, 9000, 4191, 7)
+    ] + list(directory.clustered)
+    found = [
+        address
+        for address in asked
+        if all(endpoint.identity for endpoint in directory.resolve(address).endpoints)
+    ]
     return [address for address in found if directory.resolve(address).endpoints]
 
 
@@ -280,7 +344,8 @@ def leaks(current: Directory, memory: FormerIdentities, meshed: list[Address]) -
 
 
 def taken(old: Directory, text: str) -> tuple[Directory, FormerIdentities] | None:
-    """What becomes of the directory `old` when a file has this text, as if it were complete; None: it is broken, or refused."""
+    """What becomes of the directory `old` when a file has this text, as if it were complete; None:
+    it is broken, or refused."""
     try:
         new = parse(text, "new")
     except DirectoryError:
@@ -295,8 +360,11 @@ def taken(old: Directory, text: str) -> tuple[Directory, FormerIdentities] | Non
 
 @settings(max_examples=25, deadline=None)
 @given(documents(), st.data())
-def test_no_prefix_that_is_taken_for_the_whole_lets_a_meshed_address_go_over_to_clear_text(old_text: str, data: st.DataObject) -> None:
-    """The writer has stopped, so that the file is not even known to be half written. It writes the same document again, or another one."""
+def test_no_prefix_that_is_taken_for_the_whole_lets_a_meshed_address_go_over_to_clear_text(
+    old_text: str, data: st.DataObject
+) -> None:
+    """The writer has stopped, so that the file is not even known to be half written. It writes the
+    same document again, or another one."""
     new_text = data.draw(st.one_of(st.just(old_text), documents()))
     old = parse(old_text, "old")
     meshed = meshed_addresses(old)
@@ -330,7 +398,8 @@ services:
 
 
 def test_every_prefix_of_a_file_with_two_services() -> None:
-    """Of the prefixes that are valid documents, most would let something out; what is taken of them lets nothing out."""
+    """Of the prefixes that are valid documents, most would let something out; what is taken of them
+    lets nothing out."""
     old = parse(TWO, "old")
     meshed = meshed_addresses(old)
     valid = [text for end in range(len(TWO)) if (text := TWO[:end]) and parses(text)]

@@ -1,4 +1,5 @@
-"""A service's policy: what is said is read, what is not said has its default, and every mistake is told with its path."""
+"""A service's policy: what is said is read, what is not said has its default, and every mistake is
+told with its path."""
 
 from __future__ import annotations
 
@@ -52,12 +53,36 @@ def test_every_part_is_read() -> None:
         queue: {size: 0, timeout: 0}
     """)
     assert policy.overrides
-    assert (policy.timeouts.request, policy.timeouts.response_head, policy.timeouts.idle) == (10.0, 0.5, 60.0)
-    assert policy.retries.statuses == (StatusRange(503, 503), StatusRange(500, 599), StatusRange(500, 502))
-    assert policy.retries.grpc == (GrpcCode.unavailable, GrpcCode.deadline_exceeded, GrpcCode.resource_exhausted)
-    assert (policy.retries.limit, policy.retries.max_body, policy.retries.budget.ratio) == (3, 1024, 0.5)
-    assert (policy.balancing.zone, policy.balancing.zone_share, policy.balancing.slow_start) == ("ignore", 1.0, 0.0)
-    assert (policy.breaker.failures, policy.breaker.statuses, policy.breaker.max_penalty) == (3, (), 3.0)
+    assert (policy.timeouts.request, policy.timeouts.response_head, policy.timeouts.idle) == (
+        10.0,
+        0.5,
+        60.0,
+    )
+    assert policy.retries.statuses == (
+        StatusRange(503, 503),
+        StatusRange(500, 599),
+        StatusRange(500, 502),
+    )
+    assert policy.retries.grpc == (
+        GrpcCode.unavailable,
+        GrpcCode.deadline_exceeded,
+        GrpcCode.resource_exhausted,
+    )
+    assert (policy.retries.limit, policy.retries.max_body, policy.retries.budget.ratio) == (
+        3,
+        1024,
+        0.5,
+    )
+    assert (policy.balancing.zone, policy.balancing.zone_share, policy.balancing.slow_start) == (
+        "ignore",
+        1.0,
+        0.0,
+    )
+    assert (policy.breaker.failures, policy.breaker.statuses, policy.breaker.max_penalty) == (
+        3,
+        (),
+        3.0,
+    )
     assert (policy.queue.size, policy.queue.timeout) == (0, 0.0)
 
 
@@ -69,20 +94,44 @@ def test_every_part_is_read() -> None:
         ("timeouts: {request: 10}", "p.timeouts.request: expected a duration such as"),
         ("timeouts: {request: 0}", "p.timeouts.request: must be from 1ms to 1d"),
         ("retries: {limit: 11}", "p.retries.limit: must be from 0 to 10"),
-        ("retries: {statuses: [503, 200]}", "p.retries.statuses[1]: expected statuses such as 503, 5xx or 500-504, from 400 to 599"),
+        (
+            "retries: {statuses: [503, 200]}",
+            "p.retries.statuses[1]: expected statuses such as 503, 5xx or 500-504, from 400 to 599",
+        ),
         ("retries: {statuses: [504-500]}", "p.retries.statuses[0]: expected statuses"),
         ("retries: {statuses: 503}", "p.retries.statuses: expected a list"),
-        ("retries: {grpc: [unavailible]}", "p.retries.grpc[0]: expected a gRPC status such as unavailable or 14, found 'unavailible'"),
+        (
+            "retries: {grpc: [unavailible]}",
+            (
+                "p.retries.grpc[0]: expected a gRPC status such as unavailable or 14, found"
+                " 'unavailible'"
+            ),
+        ),
         ("retries: {grpc: [0]}", "p.retries.grpc[0]: expected a gRPC status"),
-        ("retries: {budget: {ratio: .inf}}", "p.retries.budget.ratio: expected a number such as 0.2"),
-        ("retries: {budget: {ratio: true}}", "p.retries.budget.ratio: expected a number such as 0.2, found true"),
+        (
+            "retries: {budget: {ratio: .inf}}",
+            "p.retries.budget.ratio: expected a number such as 0.2",
+        ),
+        (
+            "retries: {budget: {ratio: true}}",
+            "p.retries.budget.ratio: expected a number such as 0.2, found true",
+        ),
         ("balancing: {zone_share: 1.5}", "p.balancing.zone_share: must be from 0 to 1, found 1.5"),
         ("balancing: {zone: near}", "p.balancing.zone: expected one of prefer, ignore"),
         ("overrides: yes", "p.overrides: expected true or false, found 'yes'"),
         ("retries: {backoff: 1s}", "p.retries.backoff: is longer than retries.max_backoff (250ms)"),
-        ("breaker: {min_penalty: 2m}", "p.breaker.min_penalty: is longer than breaker.max_penalty (1m)"),
-        ("timeouts: {request: 1s, response_head: 2s}", "p.timeouts.response_head: is longer than timeouts.request (1s)"),
-        ("{timeouts: {request: 1s}, retries: {attempt_timeout: 2s}}", "p.retries.attempt_timeout: is longer than timeouts.request"),
+        (
+            "breaker: {min_penalty: 2m}",
+            "p.breaker.min_penalty: is longer than breaker.max_penalty (1m)",
+        ),
+        (
+            "timeouts: {request: 1s, response_head: 2s}",
+            "p.timeouts.response_head: is longer than timeouts.request (1s)",
+        ),
+        (
+            "{timeouts: {request: 1s}, retries: {attempt_timeout: 2s}}",
+            "p.retries.attempt_timeout: is longer than timeouts.request",
+        ),
     ],
 )
 def test_a_mistake_is_told_with_its_path(text: str, told: str) -> None:
@@ -90,7 +139,10 @@ def test_a_mistake_is_told_with_its_path(text: str, told: str) -> None:
 
 
 def test_all_mistakes_are_told_at_once() -> None:
-    assert len(mistaken("{timeouts: {request: 1}, queue: {size: -1}, breaker: {jitter: 2, more: 1}}")) == 4
+    assert (
+        len(mistaken("{timeouts: {request: 1}, queue: {size: -1}, breaker: {jitter: 2, more: 1}}"))
+        == 4
+    )
 
 
 def test_a_mistake_elsewhere_in_the_document_does_not_hide_what_is_right_here() -> None:

@@ -1,4 +1,5 @@
-"""Names: every form that Kubernetes has, and the three of another cluster's service; a local service of exactly that name wins."""
+"""Names: every form that Kubernetes has, and the three of another cluster's service; a local
+service of exactly that name wins."""
 
 from __future__ import annotations
 
@@ -78,7 +79,9 @@ def test_two_clusters_whose_mirrors_have_one_name_are_noticed() -> None:
 
 
 @given(_LABELS, _LABELS, _LABELS, st.randoms(use_true_random=False), st.booleans())
-def test_every_way_to_write_a_service_leads_to_it(name: str, namespace: str, cluster: str, chance: random.Random, dot: bool) -> None:
+def test_every_way_to_write_a_service_leads_to_it(
+    name: str, namespace: str, cluster: str, chance: random.Random, dot: bool
+) -> None:
     def written(host: str) -> str:
         mixed = "".join(chance.choice((c, c.upper())) for c in host)
         return f"{mixed}." if dot else mixed
@@ -86,12 +89,21 @@ def test_every_way_to_write_a_service_leads_to_it(name: str, namespace: str, clu
     found: Names[str] = Names("a.example")
     found.add_remote(name, namespace, cluster, "remote")
     mirror = f"{name}-{cluster}.{namespace}"
-    for host in (mirror, f"{mirror}.svc", f"{mirror}.svc.a.example", f"{name}.{namespace}.{cluster}"):
+    for host in (
+        mirror,
+        f"{mirror}.svc",
+        f"{mirror}.svc.a.example",
+        f"{name}.{namespace}.{cluster}",
+    ):
         assert found.find(written(host), "elsewhere") == "remote"
     for host in (f"{name}-{cluster}", f"{name}.{cluster}"):
         assert found.find(written(host), namespace) == "remote"
     found.add(name, namespace, "local")
-    for host in (f"{name}.{namespace}", f"{name}.{namespace}.svc", f"{name}.{namespace}.svc.a.example"):
+    for host in (
+        f"{name}.{namespace}",
+        f"{name}.{namespace}.svc",
+        f"{name}.{namespace}.svc.a.example",
+    ):
         assert found.find(written(host), "elsewhere") == "local"
     assert found.find(written(name), namespace) == "local"
 
@@ -117,11 +129,15 @@ def test_any_text_is_a_name_or_none(host: str, namespace: str) -> None:
         (b"\xe9.east", None),
     ],
 )
-def test_an_authority_is_a_host_and_perhaps_a_port(authority: bytes, parts: tuple[str, int | None] | None) -> None:
+def test_an_authority_is_a_host_and_perhaps_a_port(
+    authority: bytes, parts: tuple[str, int | None] | None
+) -> None:
     assert split_authority(authority) == parts
 
 
 @given(st.binary(max_size=60))
 def test_any_bytes_are_an_authority_or_none(authority: bytes) -> None:
     parts = split_authority(authority)
-    assert parts is None or (parts[0] and ":" not in parts[0] and (parts[1] is None or 1 <= parts[1] <= 65535))
+    assert parts is None or (
+        parts[0] and ":" not in parts[0] and (parts[1] is None or 1 <= parts[1] <= 65535)
+    )

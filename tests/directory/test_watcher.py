@@ -1,4 +1,5 @@
-"""Watching the directory: a good change swaps the snapshot whole, a bad one keeps the old and is reported once.
+"""Watching the directory: a good change swaps the snapshot whole, a bad one keeps the old and is
+reported once.
 
 The files are real; only the clock is not.
 """
@@ -99,7 +100,9 @@ def device(path: Path) -> None:
 
 
 @pytest.mark.parametrize("put", [pipe, device, Path.mkdir])
-async def test_what_is_no_regular_file_is_an_error_and_stops_nothing(file: Path, put: Callable[[Path], None]) -> None:
+async def test_what_is_no_regular_file_is_an_error_and_stops_nothing(
+    file: Path, put: Callable[[Path], None]
+) -> None:
     source, reports = DirectorySource(file, ONE_READ), Reports()
     replace(file, put)
     with trio.fail_after(30):
@@ -142,13 +145,17 @@ async def test_a_file_that_was_touched_and_not_changed_is_no_change(file: Path) 
     assert reports == []
 
 
-async def test_a_broken_file_keeps_the_old_snapshot_and_is_reported_once_for_each_state(file: Path) -> None:
+async def test_a_broken_file_keeps_the_old_snapshot_and_is_reported_once_for_each_state(
+    file: Path,
+) -> None:
     source, reports = DirectorySource(file, ONE_READ), Reports()
     write(file, "services: [{name: a}]")
     for _ in range(3):
         await source.look(reports)
     assert name(source) == "default/a"
-    assert [str(error).split(": ", 1)[1] for error in reports] == ["services[0].ports: at least one port must be given"]
+    assert [str(error).split(": ", 1)[1] for error in reports] == [
+        "services[0].ports: at least one port must be given"
+    ]
     write(file, "services: 3")
     await source.look(reports)
     write(file, B)
@@ -207,7 +214,8 @@ async def test_watching_looks_once_in_every_interval(file: Path, mock_clock: Moc
 
 
 async def test_reading_a_large_directory_stops_nobody_for_a_collection(file: Path) -> None:
-    """A full collection while it is read would stop all requests for as long as it takes to look at all that there is."""
+    """A full collection while it is read would stop all requests for as long as it takes to look at
+    all that there is."""
     source, reports = DirectorySource(file, ONE_READ), Reports()
     full = gc.get_stats()[2]["collections"]
     write(file, large(1000))

@@ -1,7 +1,8 @@
 """What is said to a question.
 
-Rules: any bytes lead to an answer, to the question's being passed on, or to nothing, and never to an exception; an answer repeats the
-question as it was asked; what is not ours is passed on whatever else stands in the message; answers are read back by dnspython.
+Rules: any bytes lead to an answer, to the question's being passed on, or to nothing, and never to
+an exception; an answer repeats the question as it was asked; what is not ours is passed on whatever
+else stands in the message; answers are read back by dnspython.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from proxy.dns.zone import Zone
 from tests.dns.test_virtual_addresses import RANGES
 from tests.dns.test_zone import SEARCH, document
 
-FOUR, SIX = "253.73.238.1", "fd69:7374:686d:7573:24b5:f71a:90a0:fc9f"  # of c.default.east, see test_virtual_addresses.py
+FOUR, SIX = (
+    "253.73.238.1",
+    "fd69:7374:686d:7573:24b5:f71a:90a0:fc9f",
+)  # of c.default.east, see test_virtual_addresses.py
 
 
 def made(most: int = 1000) -> Answers:
@@ -64,7 +68,9 @@ def test_a_name_has_the_services_virtual_addresses(kind: str, found: list[str]) 
     assert {rrset.ttl for rrset in answer.answer} == {30}
 
 
-@pytest.mark.parametrize("kind", ["MX", "HTTPS", "SVCB", "TXT", "SRV", "NS", "SOA", "CNAME", "TYPE65280"])
+@pytest.mark.parametrize(
+    "kind", ["MX", "HTTPS", "SVCB", "TXT", "SRV", "NS", "SOA", "CNAME", "TYPE65280"]
+)
 def test_other_types_exist_without_data_and_say_for_how_long(kind: str) -> None:
     answer = ask(query("c.east.default.svc.cluster.local", kind))
     assert (answer.rcode(), answer.answer) == (dns.rcode.NOERROR, [])
@@ -102,10 +108,22 @@ def test_edns_is_answered_by_edns_and_nothing_else_is() -> None:
 
 def test_virtual_addresses_have_names_and_others_of_the_range_have_none() -> None:
     for host in (FOUR, SIX):
-        assert texts(ask(query(str(dns.reversename.from_address(host)), "PTR"))) == ["c.default.east."]
-    assert ask(query(str(dns.reversename.from_address("240.0.0.7")), "PTR")).rcode() == dns.rcode.NXDOMAIN
+        assert texts(ask(query(str(dns.reversename.from_address(host)), "PTR"))) == [
+            "c.default.east."
+        ]
+    assert (
+        ask(query(str(dns.reversename.from_address("240.0.0.7")), "PTR")).rcode()
+        == dns.rcode.NXDOMAIN
+    )
     assert ask(query(str(dns.reversename.from_address(FOUR)), "A")).rcode() == dns.rcode.NOERROR
-    for name in (dns.reversename.from_address("10.0.0.1"), "240.in-addr.arpa", "x.ip6.arpa", "arpa", "1.2.3.4.5.in-addr.arpa", "home.arpa"):
+    for name in (
+        dns.reversename.from_address("10.0.0.1"),
+        "240.in-addr.arpa",
+        "x.ip6.arpa",
+        "arpa",
+        "1.2.3.4.5.in-addr.arpa",
+        "home.arpa",
+    ):
         assert isinstance(ANSWERS.answer(query(str(name), "PTR").to_wire()), Forward)
 
 
@@ -131,7 +149,12 @@ def test_names_beyond_the_bound_are_a_failure_and_not_a_lie() -> None:
 
 
 def other_people_s() -> list[dns.message.Message]:
-    plain = [query("example.com"), query("www.example.com", "HTTPS"), query(".", "NS"), query("c.east", rdclass=dns.rdataclass.CH)]
+    plain = [
+        query("example.com"),
+        query("www.example.com", "HTTPS"),
+        query(".", "NS"),
+        query("c.east", rdclass=dns.rdataclass.CH),
+    ]
     signed = query("example.com")
     signed.use_tsig(dns.tsigkeyring.from_text({"key.": "c2VjcmV0"}))
     optioned = query("example.com", use_edns=0, options=[dns.edns.GenericOption(65001, b"x" * 100)])
@@ -166,7 +189,9 @@ def test_remembered_verdicts_have_the_id_of_the_question_and_change_with_the_dir
     assert ask(question).id == question.id
     question.id ^= 0xFFFF
     assert ask(question).id == question.id
-    gone = Answers(Zone(document(remote=()), "default", SEARCH), VirtualAddresses(RANGES, 1, 60, lambda: 0), 30)
+    gone = Answers(
+        Zone(document(remote=()), "default", SEARCH), VirtualAddresses(RANGES, 1, 60, lambda: 0), 30
+    )
     assert ask(question, gone).rcode() == dns.rcode.NXDOMAIN
 
 
@@ -177,7 +202,19 @@ def test_a_flood_of_different_questions_does_not_fill_the_memory() -> None:
     assert len(answers._remembered) <= 1024
 
 
-parts = [b"c", b"C", b"east", b"default", b"svc", b"cluster", b"local", b"arpa", b"ip6", b"\xff.", b"x" * 63]
+parts = [
+    b"c",
+    b"C",
+    b"east",
+    b"default",
+    b"svc",
+    b"cluster",
+    b"local",
+    b"arpa",
+    b"ip6",
+    b"\xff.",
+    b"x" * 63,
+]
 names = st.lists(st.sampled_from(parts), max_size=7)
 questions = st.builds(
     lambda labels, kind, number, flags: (

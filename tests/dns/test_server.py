@@ -1,8 +1,9 @@
 """Questions that are answered, and questions that are passed on, over real sockets.
 
-Rules: what is passed on arrives in its own bytes but for the id, and so does the answer; nothing but the answer to the question, from
-the resolver that was asked, is taken for it; a resolver that is slow, dead or mad costs those who ask it, for a bounded time, and nobody
-else; a flood is bounded; the listener outlives whatever it is sent.
+Rules: what is passed on arrives in its own bytes but for the id, and so does the answer; nothing
+but the answer to the question, from the resolver that was asked, is taken for it; a resolver that
+is slow, dead or mad costs those who ask it, for a bounded time, and nobody else; a flood is
+bounded; the listener outlives whatever it is sent.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ def query(name: str = "www.example.com", kind: str = "A", **more: object) -> byt
 
 def response(wire: bytes, *texts: str) -> bytes:
     message = dns.message.make_response(dns.message.from_wire(wire))
-    message.answer += [dns.rrset.from_text(message.question[0].name, 60, "IN", message.question[0].rdtype, text) for text in texts]
+    message.answer += [
+        dns.rrset.from_text(message.question[0].name, 60, "IN", message.question[0].rdtype, text)
+        for text in texts
+    ]
     return message.to_wire()
 
 
@@ -73,7 +77,9 @@ class Setup:
     def count(self, family: str, **labels: str) -> float:
         found = 0.0
         for line in self.metrics.render().decode().splitlines():
-            if line.startswith(f"isthmus_{family}") and all(f'{name}="{value}"' in line for name, value in labels.items()):
+            if line.startswith(f"isthmus_{family}") and all(
+                f'{name}="{value}"' in line for name, value in labels.items()
+            ):
                 found += float(line.rpartition(" ")[2])
         return found
 
@@ -81,7 +87,9 @@ class Setup:
         await until(lambda: self.count(family, **labels) >= count, PATIENCE)
 
     def client(self) -> trio.socket.SocketType:
-        return trio.socket.socket(socket.AF_INET6 if self.udp.is_ipv6 else socket.AF_INET, socket.SOCK_DGRAM)
+        return trio.socket.socket(
+            socket.AF_INET6 if self.udp.is_ipv6 else socket.AF_INET, socket.SOCK_DGRAM
+        )
 
     async def ask(self, wire: bytes) -> dns.message.Message:
         """Over UDP, as a client with a connected socket does it."""
@@ -104,11 +112,15 @@ def both(version: int) -> tuple[trio.socket.SocketType, trio.SocketListener]:
         except BindFailed:  # somebody else's TCP port: take another
             datagrams.close()
             continue
-        return trio.socket.from_stdlib_socket(datagrams), trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+        return trio.socket.from_stdlib_socket(datagrams), trio.SocketListener(
+            trio.socket.from_stdlib_socket(listener)
+        )
 
 
 @asynccontextmanager
-async def upstream(answer: Callable[[bytes, Say], Awaitable[None]] = echo_answer, version: int = 4) -> AsyncIterator[Upstream]:
+async def upstream(
+    answer: Callable[[bytes, Say], Awaitable[None]] = echo_answer, version: int = 4
+) -> AsyncIterator[Upstream]:
     udp, listener = both(version)
     found = Upstream(Address.of(udp.getsockname()), answer)
 
@@ -158,9 +170,16 @@ async def running(to: Address, version: int = 4, **settings: float) -> AsyncIter
     config = DnsConfig(**{"timeout": 30.0, **settings})  # type: ignore[arg-type]
     metrics = Metrics()
     resolver = Resolver(config, (to,), made(), Dialer(timeout=5.0), metrics)
-    sock, listener = bind_datagrams(Address(LOOPBACK[version], 0)), bind(Address(LOOPBACK[version], 0))
+    sock, listener = (
+        bind_datagrams(Address(LOOPBACK[version], 0)),
+        bind(Address(LOOPBACK[version], 0)),
+    )
     errors: list[BaseException] = []
-    acceptor = Acceptor(resolver.converse, limit=config.max_connections, on_error=lambda _, error: errors.append(error))
+    acceptor = Acceptor(
+        resolver.converse,
+        limit=config.max_connections,
+        on_error=lambda _, error: errors.append(error),
+    )
 
     async def datagrams() -> None:
         await resolver.serve([(sock, to)])
@@ -168,10 +187,18 @@ async def running(to: Address, version: int = 4, **settings: float) -> AsyncIter
     async def connections() -> None:
         await acceptor.serve([listener])
 
-    async with trio.open_nursery() as nursery:  # the sockets are bound already: nobody comes too early
+    async with (
+        trio.open_nursery() as nursery
+    ):  # the sockets are bound already: nobody comes too early
         nursery.start_soon(datagrams)
         nursery.start_soon(connections)
-        yield Setup(resolver, metrics, Address.of(sock.getsockname()), Address.of(listener.getsockname()), nursery)
+        yield Setup(
+            resolver,
+            metrics,
+            Address.of(sock.getsockname()),
+            Address.of(listener.getsockname()),
+            nursery,
+        )
         nursery.cancel_scope.cancel()
     assert not errors
 
@@ -188,7 +215,9 @@ async def frame(stream: trio.SocketStream) -> bytes | None:
     with trio.fail_after(PATIENCE):
         read = b""
         while len(read) < 2 or len(read) < 2 + int.from_bytes(read[:2], "big"):
-            want = 2 - len(read) if len(read) < 2 else 2 + int.from_bytes(read[:2], "big") - len(read)
+            want = (
+                2 - len(read) if len(read) < 2 else 2 + int.from_bytes(read[:2], "big") - len(read)
+            )
             piece = await stream.receive_some(want)
             if not piece:
                 return None
@@ -212,7 +241,9 @@ async def test_names_of_other_clusters_are_answered_and_nobody_is_asked(version:
 
 
 @VERSIONS
-async def test_all_else_is_passed_on_in_its_own_bytes_with_an_id_of_our_own_and_a_port_drawn_anew(version: int) -> None:
+async def test_all_else_is_passed_on_in_its_own_bytes_with_an_id_of_our_own_and_a_port_drawn_anew(
+    version: int,
+) -> None:
     odd = b"\0\0\x29\x04\xd0\0\0\x80\0\0\x0b\xfd\xe9\0\x07strange"  # an option that nobody knows
     async with upstream(version=version) as there, running(there.address, version) as setup:
         wires = [query(f"n{number}.example.com") for number in range(20)]
@@ -262,11 +293,15 @@ async def test_forged_answers_are_ignored_and_the_true_one_is_taken() -> None:
         true = response(wire, "192.0.2.7")
         await say(bytes([true[0] ^ 1]) + true[1:])  # another id
         await say(response(query("www.example.org"), "192.0.2.66"))
-        await say(wire[:2] + response(query("www.example.org"), "192.0.2.66")[2:])  # another question
+        await say(
+            wire[:2] + response(query("www.example.org"), "192.0.2.66")[2:]
+        )  # another question
         await say(wire)  # a question
         await say(b"")
         await say(true[:11])
-        with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:  # right in all but where it comes from
+        with trio.socket.socket(
+            socket.AF_INET, socket.SOCK_DGRAM
+        ) as stranger:  # right in all but where it comes from
             await stranger.sendto(response(wire, "192.0.2.66"), ("127.0.0.1", there.ports[-1]))
         await say(true)
 
@@ -332,7 +367,15 @@ async def test_a_flood_of_questions_is_bounded_and_our_own_names_are_answered_me
 async def test_garbage_is_survived() -> None:
     async with running(NOBODY) as setup:
         with setup.client() as sock:
-            for wire in (b"", b"x", b"\0" * 11, b"\xff" * 600, query()[:20], b"\0\0\x80\0" + query()[4:], b"\0" * 65000):
+            for wire in (
+                b"",
+                b"x",
+                b"\0" * 11,
+                b"\xff" * 600,
+                query()[:20],
+                b"\0\0\x80\0" + query()[4:],
+                b"\0" * 65000,
+            ):
                 await sock.sendto(wire, (setup.udp.host, setup.udp.port))
         assert (await setup.ask(query("c.east"))).answer[0][0].to_text() == FOUR
 
@@ -355,7 +398,13 @@ async def test_pipelined_questions_are_answered_in_whatever_order_they_are_ready
         while (wire := await frame(stream)) is not None:
             message = dns.message.from_wire(wire)
             answers[message.id] = message.answer[0][0].to_text()
-        assert answers == dict(zip((int.from_bytes(wire[:2], "big") for wire in wires), ("192.0.2.1", "192.0.2.2", FOUR), strict=True))
+        assert answers == dict(
+            zip(
+                (int.from_bytes(wire[:2], "big") for wire in wires),
+                ("192.0.2.1", "192.0.2.2", FOUR),
+                strict=True,
+            )
+        )
         assert there.connections == 1
         assert there.asked == wires[:2]
 
@@ -365,10 +414,16 @@ async def test_a_transfer_of_many_messages_comes_through() -> None:
         for number in range(5):
             await say(response(wire, f"192.0.2.{number}"))
 
-    async with upstream(transfer) as there, running(there.address) as setup, connected(setup) as stream:
+    async with (
+        upstream(transfer) as there,
+        running(there.address) as setup,
+        connected(setup) as stream,
+    ):
         await stream.send_all(framed(query()))
         found = [await frame(stream) for _ in range(5)]
-        assert [dns.message.from_wire(wire or b"").answer[0][0].to_text() for wire in found] == [f"192.0.2.{n}" for n in range(5)]
+        assert [dns.message.from_wire(wire or b"").answer[0][0].to_text() for wire in found] == [
+            f"192.0.2.{n}" for n in range(5)
+        ]
 
 
 async def test_a_resolver_that_closes_what_is_idle_is_dialled_again() -> None:
@@ -380,7 +435,9 @@ async def test_a_resolver_that_closes_what_is_idle_is_dialled_again() -> None:
         for _ in range(3):
             await stream.send_all(framed(query()))
             assert await frame(stream)
-            await trio.testing.wait_all_tasks_blocked(0.05)  # the end of the connection has been seen
+            await trio.testing.wait_all_tasks_blocked(
+                0.05
+            )  # the end of the connection has been seen
         assert there.connections == 3
 
 
@@ -390,14 +447,25 @@ async def test_a_resolver_that_owes_an_answer_is_not_waited_for_for_ever(answer:
         await say(b"")
 
     script = close if answer == "close" else silent
-    async with upstream(script) as there, running(there.address, timeout=0.2) as setup, connected(setup) as stream:
+    async with (
+        upstream(script) as there,
+        running(there.address, timeout=0.2) as setup,
+        connected(setup) as stream,
+    ):
         await stream.send_all(framed(query()))
         with suppress(trio.BrokenResourceError):
             assert await frame(stream) is None
-        await setup.until(1, "dns_upstream_total", transport="tcp", result="cut" if answer == "close" else "timeout")
+        await setup.until(
+            1,
+            "dns_upstream_total",
+            transport="tcp",
+            result="cut" if answer == "close" else "timeout",
+        )
 
 
-async def test_a_resolver_that_does_not_take_connections_is_said_so_and_the_connection_goes_on() -> None:
+async def test_a_resolver_that_does_not_take_connections_is_said_so_and_the_connection_goes_on() -> (
+    None
+):
     async with running(NOBODY) as setup, connected(setup) as stream:
         await stream.send_all(framed(query()))
         answer = await frame(stream)

@@ -1,8 +1,9 @@
 """Virtual addresses.
 
-Rules: the same names have the same addresses, in whatever order they came and after a restart; no address stands for two names;
-an address is not given to another name while a connection holds it or the quarantine lasts; after a restart an old address leads to the
-service that it led to, or to nobody; the number is bounded. The ranges are small here, so that hashes meet all the time.
+Rules: the same names have the same addresses, in whatever order they came and after a restart; no
+address stands for two names; an address is not given to another name while a connection holds it or
+the quarantine lasts; after a restart an old address leads to the service that it led to, or to
+nobody; the number is bounded. The ranges are small here, so that hashes meet all the time.
 """
 
 from __future__ import annotations
@@ -20,17 +21,29 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from proxy.dns.virtual_addresses import RemoteName, VirtualAddresses
 
 RANGES = (ipaddress.ip_network("240.0.0.0/4"), ipaddress.ip_network("fd69:7374:686d:7573::/64"))
-SMALL = (ipaddress.ip_network("240.0.0.0/25"), ipaddress.ip_network("fd00::/121"))  # 128 addresses, so 16 names
+SMALL = (
+    ipaddress.ip_network("240.0.0.0/25"),
+    ipaddress.ip_network("fd00::/121"),
+)  # 128 addresses, so 16 names
 QUARANTINE = 60.0
 
-remotes = st.builds(RemoteName, st.sampled_from(["east", "north"]), st.just("default"), st.sampled_from([f"s{i}" for i in range(40)]))
+remotes = st.builds(
+    RemoteName,
+    st.sampled_from(["east", "north"]),
+    st.just("default"),
+    st.sampled_from([f"s{i}" for i in range(40)]),
+)
 
 
 def names(count: int, start: int = 0) -> list[RemoteName]:
-    return [RemoteName("east", "default", f"service-{number}") for number in range(start, start + count)]
+    return [
+        RemoteName("east", "default", f"service-{number}") for number in range(start, start + count)
+    ]
 
 
-def fresh(ranges: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = RANGES, most: int = 100_000) -> VirtualAddresses:
+def fresh(
+    ranges: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = RANGES, most: int = 100_000
+) -> VirtualAddresses:
     return VirtualAddresses(ranges, most, QUARANTINE, lambda: 0.0)
 
 
@@ -47,10 +60,14 @@ def test_a_name_has_an_address_of_each_range_and_they_lead_back_to_it() -> None:
 
 
 def test_addresses_are_part_of_the_contract_between_versions_of_the_proxy() -> None:
-    """Proxies of two versions run side by side in a roll-out, and one restarts as the other: these may never change."""
+    """Proxies of two versions run side by side in a roll-out, and one restarts as the other: these
+    may never change."""
     virtual = fresh()
     virtual.publish([RemoteName("east", "default", "c")])
-    assert virtual.addresses(RemoteName("east", "default", "c")) == ("253.73.238.1", "fd69:7374:686d:7573:24b5:f71a:90a0:fc9f")
+    assert virtual.addresses(RemoteName("east", "default", "c")) == (
+        "253.73.238.1",
+        "fd69:7374:686d:7573:24b5:f71a:90a0:fc9f",
+    )
 
 
 def test_addresses_outside_the_ranges_are_not_ours_and_unknown_ones_within_are_nobodys() -> None:
@@ -67,19 +84,25 @@ def test_addresses_outside_the_ranges_are_not_ours_and_unknown_ones_within_are_n
 
 @settings(max_examples=60)
 @given(st.sets(remotes, max_size=16), st.randoms(use_true_random=False))
-def test_neither_the_order_nor_a_restart_changes_an_address(chosen: set[RemoteName], order: random.Random) -> None:
+def test_neither_the_order_nor_a_restart_changes_an_address(
+    chosen: set[RemoteName], order: random.Random
+) -> None:
     first, second = fresh(SMALL), fresh(SMALL)
     shuffled = sorted(chosen)
     order.shuffle(shuffled)
     first.publish(sorted(chosen))
     second.publish(shuffled)
-    assert [first.addresses(name) for name in shuffled] == [second.addresses(name) for name in shuffled]
+    assert [first.addresses(name) for name in shuffled] == [
+        second.addresses(name) for name in shuffled
+    ]
     assert all(len(first.addresses(name)) == 2 for name in chosen)
 
 
 @settings(max_examples=100)
 @given(st.lists(remotes, min_size=1, max_size=16, unique=True))
-def test_names_that_came_one_by_one_lead_after_a_restart_to_themselves_or_to_nobody(chosen: list[RemoteName]) -> None:
+def test_names_that_came_one_by_one_lead_after_a_restart_to_themselves_or_to_nobody(
+    chosen: list[RemoteName],
+) -> None:
     before, after = fresh(SMALL), fresh(SMALL)
     for count in range(1, len(chosen) + 1):
         before.publish(chosen[:count])
@@ -90,7 +113,8 @@ def test_names_that_came_one_by_one_lead_after_a_restart_to_themselves_or_to_nob
 
 
 def test_most_names_keep_their_address_over_a_restart_even_when_hashes_meet() -> None:
-    """How often "nobody" is the answer in the test above: seldom in a range that is an eighth full, never in the real one."""
+    """How often "nobody" is the answer in the test above: seldom in a range that is an eighth full,
+    never in the real one."""
     many = names(2000)
     before, after = fresh(), fresh()
     for count in range(0, 2001, 100):
@@ -119,7 +143,8 @@ def test_ten_thousand_names_are_published_at_once_and_again_without_a_pause() ->
 
 
 class Life(RuleBasedStateMachine):
-    """Names come and go, connections open and close, time passes; the machine remembers who was ever told which address."""
+    """Names come and go, connections open and close, time passes; the machine remembers who was
+    ever told which address."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +199,11 @@ class Life(RuleBasedStateMachine):
                 assert self.virtual.lookup(host) == name
         held = [host for name in self.existing for host in self.virtual.addresses(name)]
         assert len(held) == len(set(held))
-        assert all(self.virtual.lookup(host) == name for name in self.existing for host in self.virtual.addresses(name))
+        assert all(
+            self.virtual.lookup(host) == name
+            for name in self.existing
+            for host in self.virtual.addresses(name)
+        )
 
     @invariant()
     def it_is_bounded(self) -> None:
@@ -193,7 +222,9 @@ def test_a_quarantined_address_is_free_in_the_end_and_not_before() -> None:
     (four, _) = virtual.addresses(old)
     release = virtual.hold(four)
     assert release is not None
-    assert virtual.publish([new]) == 1  # there is room for one, and the old one's address is still held
+    assert (
+        virtual.publish([new]) == 1
+    )  # there is room for one, and the old one's address is still held
     assert virtual.addresses(old) == ()
     assert virtual.lookup(four) == old
     now = 1000.0
@@ -218,7 +249,9 @@ def test_a_name_that_comes_back_has_its_address_back() -> None:
 
 
 @pytest.mark.parametrize("ranges", [RANGES[:1], RANGES[1:]])
-def test_one_family_is_enough(ranges: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]) -> None:
+def test_one_family_is_enough(
+    ranges: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...],
+) -> None:
     virtual = fresh(ranges)
     (db,) = names(1)
     virtual.publish([db])

@@ -1,8 +1,9 @@
 """Which names are ours to answer.
 
-Rules: whatever form an application uses, the walk of its resolver through the search domains ends at the service that the name means;
-a name that works without the mesh goes on meaning the same; a name of another cluster that is not there ends as "does not exist", and
-nobody in the world is asked about it; musl, which an empty answer stops, never meets one before the end.
+Rules: whatever form an application uses, the walk of its resolver through the search domains ends
+at the service that the name means; a name that works without the mesh goes on meaning the same; a
+name of another cluster that is not there ends as "does not exist", and nobody in the world is asked
+about it; musl, which an empty answer stops, never meets one before the end.
 """
 
 from __future__ import annotations
@@ -22,9 +23,16 @@ SEARCH = ("default.svc.cluster.local", "svc.cluster.local", "cluster.local", "ex
 EAST_C, EAST_DB = RemoteName("east", "default", "c"), RemoteName("east", "shop", "db")
 
 
-def document(*local: tuple[str, str], remote: tuple[RemoteName, ...] = (EAST_C, EAST_DB), domain: str = "cluster.local") -> Directory:
+def document(
+    *local: tuple[str, str],
+    remote: tuple[RemoteName, ...] = (EAST_C, EAST_DB),
+    domain: str = "cluster.local",
+) -> Directory:
     def services(names: Iterable[tuple[str, str]]) -> list[dict[str, object]]:
-        return [{"name": name, "namespace": namespace, "ports": [{"port": 80}]} for name, namespace in names]
+        return [
+            {"name": name, "namespace": namespace, "ports": [{"port": 80}]}
+            for name, namespace in names
+        ]
 
     gateway = {"port": 4143, "identity": "spiffe://cluster.local/ns/isthmus/sa/gateway"}
     clusters = [
@@ -35,16 +43,28 @@ def document(*local: tuple[str, str], remote: tuple[RemoteName, ...] = (EAST_C, 
         }
         for number, cluster in enumerate(("east", "north"))
     ]
-    return parse(yaml.safe_dump({"domain": domain, "services": services(local), "clusters": clusters}), "test")
+    return parse(
+        yaml.safe_dump({"domain": domain, "services": services(local), "clusters": clusters}),
+        "test",
+    )
 
 
-def zone(*local: tuple[str, str], namespace: str = "default", search: tuple[str, ...] = SEARCH) -> Zone:
+def zone(
+    *local: tuple[str, str], namespace: str = "default", search: tuple[str, ...] = SEARCH
+) -> Zone:
     return Zone(document(*local), namespace, search)
 
 
-def walk(asked: Zone, said: str, upstream: frozenset[str] = frozenset(), search: tuple[str, ...] = SEARCH) -> tuple[object, int]:
-    """What a resolver library makes of a name: what it ends with, and after how many questions. ndots:5, as Kubernetes sets it."""
-    names = [said.rstrip(".")] if said.endswith(".") else [*(f"{said}.{domain}" for domain in search), said]
+def walk(
+    asked: Zone, said: str, upstream: frozenset[str] = frozenset(), search: tuple[str, ...] = SEARCH
+) -> tuple[object, int]:
+    """What a resolver library makes of a name: what it ends with, and after how many questions.
+    ndots:5, as Kubernetes sets it."""
+    names = (
+        [said.rstrip(".")]
+        if said.endswith(".")
+        else [*(f"{said}.{domain}" for domain in search), said]
+    )
     if not said.endswith(".") and said.count(".") >= 5:
         names = [names[-1], *names[:-1]]
     end: object = None
@@ -61,12 +81,16 @@ def walk(asked: Zone, said: str, upstream: frozenset[str] = frozenset(), search:
 
 
 @pytest.mark.parametrize("dot", ["", "."])
-@pytest.mark.parametrize("said", ["c.east", "c.default.east", "C.East", "c-east", "c-east.default", "c-east.default.svc"])
+@pytest.mark.parametrize(
+    "said", ["c.east", "c.default.east", "C.East", "c-east", "c-east.default", "c-east.default.svc"]
+)
 def test_every_form_of_a_name_is_found_at_the_first_question(said: str, dot: str) -> None:
     assert walk(zone(), said + dot) == (EAST_C, 1)
 
 
-@pytest.mark.parametrize("said", ["db.shop.east", "db-east.shop", "db-east.shop.svc", "db-east.shop.svc.cluster.local"])
+@pytest.mark.parametrize(
+    "said", ["db.shop.east", "db-east.shop", "db-east.shop.svc", "db-east.shop.svc.cluster.local"]
+)
 def test_services_of_other_namespaces_are_found(said: str) -> None:
     assert walk(zone(), said) == (EAST_DB, 1)
     assert walk(zone(), said + ".") == (EAST_DB, 1)
@@ -83,11 +107,17 @@ def test_a_short_name_is_of_the_pods_own_namespace() -> None:
 def test_a_local_service_of_exactly_that_name_wins() -> None:
     upstream = frozenset({"c.east.svc.cluster.local"})
     assert walk(zone(("c", "east")), "c.east", upstream) == ("c.east.svc.cluster.local", 2)
-    assert walk(zone(("c-east", "default")), "c-east", frozenset({"c-east.default.svc.cluster.local"}))[1] == 1
+    assert (
+        walk(
+            zone(("c-east", "default")), "c-east", frozenset({"c-east.default.svc.cluster.local"})
+        )[1]
+        == 1
+    )
 
 
 def test_the_pods_of_a_local_service_keep_their_names() -> None:
-    """`c.east.default.svc.cluster.local` is also how Kubernetes writes the pod `c` of a headless service `east`."""
+    """`c.east.default.svc.cluster.local` is also how Kubernetes writes the pod `c` of a headless
+    service `east`."""
     pod = "c.east.default.svc.cluster.local"
     assert walk(zone(("east", "default")), pod, frozenset({pod})) == (pod, 1)
     # The service of the other cluster is found all the same, where nobody else can be meant.
@@ -100,7 +130,9 @@ def test_a_namespace_of_the_name_of_a_cluster_can_be_written_in_full() -> None:
     assert zone().judge(["c", "east", "svc", "cluster", "local"]) is Verdict.FORWARD
 
 
-@pytest.mark.parametrize("said", ["gone.east", "gone.shop.east", "x.y.z.east", "_http._tcp.c.east", "c.north", "*.east"])
+@pytest.mark.parametrize(
+    "said", ["gone.east", "gone.shop.east", "x.y.z.east", "_http._tcp.c.east", "c.north", "*.east"]
+)
 def test_what_another_cluster_does_not_have_does_not_exist(said: str) -> None:
     assert walk(zone(), said)[0] is Verdict.NXDOMAIN
     assert zone().judge(said.split(".")) is Verdict.NXDOMAIN
@@ -112,7 +144,16 @@ def test_names_that_others_lie_below_exist_without_an_address() -> None:
     assert zone().judge(["empty", "east"]) is Verdict.NXDOMAIN
 
 
-@pytest.mark.parametrize("name", ["example.com", "c", "c.default.svc.cluster.local", "gone-east.default.svc.cluster.local", "feast"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "example.com",
+        "c",
+        "c.default.svc.cluster.local",
+        "gone-east.default.svc.cluster.local",
+        "feast",
+    ],
+)
 def test_all_other_names_are_passed_on(name: str) -> None:
     assert zone(("c", "default")).judge(name.split(".")) is Verdict.FORWARD
     assert zone().judge([]) is Verdict.FORWARD
@@ -130,11 +171,18 @@ def test_clusters_with_another_domain_are_understood() -> None:
     assert walk(asked, "c-east.default.svc.west.example", search=search) == (EAST_C, 1)
 
 
-labels = st.lists(st.sampled_from(["c", "db", "east", "shop", "default", "svc", "cluster", "local", "c-east", "x.y", "é", ""]), max_size=8)
+labels = st.lists(
+    st.sampled_from(
+        ["c", "db", "east", "shop", "default", "svc", "cluster", "local", "c-east", "x.y", "é", ""]
+    ),
+    max_size=8,
+)
 
 
 @given(labels, st.sampled_from([(), (("c", "east"),), (("east", "default"), ("c-east", "shop"))]))
-def test_any_labels_have_a_verdict_and_local_names_are_never_taken(chosen: list[str], local: tuple[tuple[str, str], ...]) -> None:
+def test_any_labels_have_a_verdict_and_local_names_are_never_taken(
+    chosen: list[str], local: tuple[tuple[str, str], ...]
+) -> None:
     asked = zone(*local)
     verdict = asked.judge(chosen)
     assert isinstance(verdict, RemoteName | Verdict)

@@ -1,4 +1,5 @@
-"""gRPC calls by grpcio, from within a pod: one program at a time, or as a load under which things are done to a mesh."""
+"""gRPC calls by grpcio, from within a pod: one program at a time, or as a load under which things
+are done to a mesh."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def status(error):
     return " ".join([error.code().name, *kind])
 """
 
-# Threads that call one after the other over one channel, until a file appears. A line of JSON, a few times a second, says what came of it.
+# Threads that call one after the other over one channel, until a file appears. A line of JSON, a
+# few times a second, says what came of it.
 _LOAD = """
 threads, stop, pause = int(sys.argv[3]), sys.argv[4], float(sys.argv[5])
 outcomes, answered, longest, lock, ended = {}, {}, 0.0, threading.Lock(), threading.Event()
@@ -67,13 +69,19 @@ tell()
 """
 
 
-def build(lab: Any, *, web: dict[str, Any] | None = None, shop: dict[str, Any] | None = None) -> Pair:
-    """A pair whose pod `shop` serves the service `shop`, and with a third pod, `annex`, the service `stock`. Nothing runs yet."""
+def build(
+    lab: Any, *, web: dict[str, Any] | None = None, shop: dict[str, Any] | None = None
+) -> Pair:
+    """A pair whose pod `shop` serves the service `shop`, and with a third pod, `annex`, the service
+    `stock`. Nothing runs yet."""
     pair = prepare(lab, {GRPC: "detect"}, web=web, shop=shop)
     annex = pair.cluster.pod("annex")
     pair.mesh.join(annex, "shop", **(shop or {}))
-    # A pod that stood still for a moment, as on a busy machine, gets less for a while. Here that is a short one.
-    pair.mesh.service("stock", [pair.shop, annex], {GRPC: "detect"}, policy={"balancing": {"decay": "1s"}})
+    # A pod that stood still for a moment, as on a busy machine, gets less for a while. Here that is
+    # a short one.
+    pair.mesh.service(
+        "stock", [pair.shop, annex], {GRPC: "detect"}, policy={"balancing": {"decay": "1s"}}
+    )
     return pair
 
 
@@ -92,23 +100,34 @@ def server(pair: Pair) -> Process:
     return pair.shop.processes["grpc_service"]
 
 
-async def calling(pod: Pod, code: str, *arguments: str, host: str = "shop", port: int = GRPC, timeout: float = 60) -> Any:
-    """Run a client given as text; it finds `shop` (the server's calls, lab.apps.grpc_client) and `status`. What it printed, as JSON."""
-    return json.loads(await python(pod, _BEGIN + code, host, str(port), *arguments, timeout=timeout))
+async def calling(
+    pod: Pod, code: str, *arguments: str, host: str = "shop", port: int = GRPC, timeout: float = 60
+) -> Any:
+    """Run a client given as text; it finds `shop` (the server's calls, lab.apps.grpc_client) and
+    `status`. What it printed, as JSON."""
+    return json.loads(
+        await python(pod, _BEGIN + code, host, str(port), *arguments, timeout=timeout)
+    )
 
 
 async def speaking(pod: Pod, name: str, code: str, *arguments: str, host: str = "shop") -> Process:
     """Start such a client, and go on."""
-    return await pod.start(name, [sys.executable, "-c", _BEGIN + code, host, str(GRPC), *arguments], env=PROGRAMS)
+    return await pod.start(
+        name, [sys.executable, "-c", _BEGIN + code, host, str(GRPC), *arguments], env=PROGRAMS
+    )
 
 
 class Calls:
-    """`async with Calls(pod, host) as load: ...`: unary calls over one channel, each of them accounted for.
+    """`async with Calls(pod, host) as load: ...`: unary calls over one channel, each of them
+    accounted for.
 
-    "OK", or the status with the type of the error in Proxy-Status where there is one ("UNAVAILABLE connection_refused").
+    "OK", or the status with the type of the error in Proxy-Status where there is one ("UNAVAILABLE
+    connection_refused").
     """
 
-    def __init__(self, pod: Pod, host: str, *, threads: int = THREADS, pause: float = 0.002) -> None:
+    def __init__(
+        self, pod: Pod, host: str, *, threads: int = THREADS, pause: float = 0.002
+    ) -> None:
         """`pause`: seconds between two calls of a thread."""
         self._pod = pod
         self._host = host
@@ -119,11 +138,18 @@ class Calls:
 
     async def __aenter__(self) -> Self:
         arguments = (str(self._threads), str(self._stop), str(self._pause))
-        self._process = await speaking(self._pod, f"calls-{id(self)}", _LOAD, *arguments, host=self._host)
+        self._process = await speaking(
+            self._pod, f"calls-{id(self)}", _LOAD, *arguments, host=self._host
+        )
         await self.more(self._threads)
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 40):
             await self.stop()
 
@@ -169,4 +195,6 @@ class Calls:
                 assert not self._process.output.ended, self._process.output.tail()
                 await self._process.output.changed.wait()
             return
-        raise AssertionError(f"not {number} more {outcome!r} within {timeout:g} s: {dict(self.outcomes)}")
+        raise AssertionError(
+            f"not {number} more {outcome!r} within {timeout:g} s: {dict(self.outcomes)}"
+        )

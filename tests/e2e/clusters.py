@@ -1,7 +1,8 @@
-"""Two clusters that share the reachability of their gateways and nothing else; the tests of test_clusters*.py build on them.
+"""Two clusters that share the reachability of their gateways and nothing else; the tests of
+test_clusters*.py build on them.
 
-West has clients (`web`) and a service `c`; east has `c` too, and what only east has. East's gateway is behind NAT, west's has an address
-of its own in the wide area.
+West has clients (`web`) and a service `c`; east has `c` too, and what only east has. East's gateway
+is behind NAT, west's has an address of its own in the wide area.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from tests.e2e.stage import WEB, Curled, curl, eventually, serve
 GRPC, MAIL = 50051, 2525
 HTTP = {WEB: "http1"}
 GATEWAY = "spiffe://cluster.local/ns/isthmus/sa/gateway"
-# Back home as soon as something has been usable for a second: tests do not want to wait for ten. And a gateway is not given up because a
-# busy machine keeps it from answering.
+# Back home as soon as something has been usable for a second: tests do not want to wait for ten.
+# And a gateway is not given up because a busy machine keeps it from answering.
 SETTINGS: dict[str, Any] = {
     "clusters": {"settle": "1s", "probe_timeout": "20s"},
     "dns": {},
@@ -52,13 +53,17 @@ def member(made: Clusters, cluster: str, name: str, **settings: Any) -> Pod:
 
 async def web_server(made: Clusters, cluster: str, pod: str = "c", port: int = WEB) -> Process:
     """A web server in a pod, which says that it is `pod of cluster`."""
-    return await serve(made.pod(cluster, pod), "web", "::", str(port), f"{pod} of {cluster}", port=port, name="web")
+    return await serve(
+        made.pod(cluster, pod), "web", "::", str(port), f"{pod} of {cluster}", port=port, name="web"
+    )
 
 
 async def ask(pod: Pod, url: str, *arguments: str) -> dict[str, Any]:
     """What a server of lab/apps/web.py says of a request to its /head; the answer has to be 200."""
     answer = await curl(pod, *arguments, url)
-    assert answer.status == 200, f"{answer.status} {answer.headers.get('proxy-status')} {answer.errors} {answer.body[:300]!r}"
+    assert answer.status == 200, (
+        f"{answer.status} {answer.headers.get('proxy-status')} {answer.errors} {answer.body[:300]!r}"
+    )
     said: dict[str, Any] = json.loads(answer.body)
     return said
 
@@ -71,7 +76,9 @@ def header(said: dict[str, Any], name: str) -> list[str]:
 async def resolved(pod: Pod, name: str, version: int = 4) -> str:
     """The address that a name has for the programs of a pod."""
     family = {4: "AF_INET", 6: "AF_INET6"}[version]
-    code = f"import socket, sys; print(socket.getaddrinfo(sys.argv[1], 80, socket.{family})[0][4][0])"
+    code = (
+        f"import socket, sys; print(socket.getaddrinfo(sys.argv[1], 80, socket.{family})[0][4][0])"
+    )
     done = await pod.run_python(code, name)
     assert done.ok, done.stderr.decode()
     return done.text.strip()
@@ -89,7 +96,9 @@ async def answers_again(pod: Pod, url: str, name: str, timeout: float = 60.0) ->
 
     async def probe() -> Curled | None:
         answer = await curl(pod, url)
-        return answer if answer.status == 200 and json.loads(answer.body).get("name") == name else None
+        return (
+            answer if answer.status == 200 and json.loads(answer.body).get("name") == name else None
+        )
 
     found: Curled = await eventually(probe, f"{url} is answered by {name}", timeout)
     return found

@@ -1,7 +1,9 @@
-"""One laboratory for each file of end-to-end tests: its pods and sidecars are built once and shared by the tests of the file.
+"""One laboratory for each file of end-to-end tests: its pods and sidecars are built once and shared
+by the tests of the file.
 
-An async test of pytest-trio has an event loop of its own, and what lives in one loop cannot be used from another. So a laboratory
-gets a loop in a thread of its own, and the async tests in this directory are run there.
+An async test of pytest-trio has an event loop of its own, and what lives in one loop cannot be used
+from another. So a laboratory gets a loop in a thread of its own, and the async tests in this
+directory are run there.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ _PATIENCE = 240.0  # seconds for one test, on a slow and busy machine; most take
 
 
 class Laboratory:
-    """A laboratory with a thread and a loop of its own. `run` calls an async function there, and waits."""
+    """A laboratory with a thread and a loop of its own. `run` calls an async function there, and
+    waits."""
 
     lab: Lab
 
@@ -76,7 +79,9 @@ def laboratory() -> Iterator[Laboratory]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    skip = pytest.mark.skip(reason="not in the sandbox: run `make test`, or `python -m lab.sandbox -- pytest`")
+    skip = pytest.mark.skip(
+        reason="not in the sandbox: run `make test`, or `python -m lab.sandbox -- pytest`"
+    )
     for item in items:
         if not isinstance(item, pytest.Function) or not item.path.is_relative_to(_HERE):
             continue
@@ -87,5 +92,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.obj = partial(_run_in_laboratory, item, item.obj)
 
 
-def _run_in_laboratory(item: pytest.Function, test: Callable[..., Awaitable[None]], **fixtures: Any) -> None:
+def _run_in_laboratory(
+    item: pytest.Function, test: Callable[..., Awaitable[None]], **fixtures: Any
+) -> None:
     item.funcargs["laboratory"].run(test, **fixtures)

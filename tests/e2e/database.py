@@ -18,12 +18,15 @@ def find_initdb() -> Path:
     """Debian keeps the server's programs out of the PATH."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not programs or shutil.which("psql") is None:
-        pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql postgresql-client)")
+        pytest.skip(
+            "PostgreSQL is not installed (Debian: apt install postgresql postgresql-client)"
+        )
     return programs[-1]
 
 
 async def postgres(pod: Pod) -> None:
-    """Debian's PostgreSQL, as somebody who is not root, with a password so that the authentication is a conversation too."""
+    """Debian's PostgreSQL, as somebody who is not root, with a password so that the authentication
+    is a conversation too."""
     initdb = find_initdb()
     data, password = pod.directory / "data", pod.directory / "password"
     password.write_text("tangerine\n")
@@ -50,13 +53,44 @@ async def postgres(pod: Pod) -> None:
     assert made.ok, made.stderr.decode()
     with (data / "pg_hba.conf").open("a") as file:
         file.write("host all all 0.0.0.0/0 scram-sha-256\nhost all all ::/0 scram-sha-256\n")
-    settings = ["listen_addresses=*", f"port={POSTGRES}", f"unix_socket_directories={pod.directory}", "fsync=off", "shared_buffers=8MB"]
-    command = [str(initdb.with_name("postgres")), "-D", str(data), *(part for each in settings for part in ("-c", each))]
+    settings = [
+        "listen_addresses=*",
+        f"port={POSTGRES}",
+        f"unix_socket_directories={pod.directory}",
+        "fsync=off",
+        "shared_buffers=8MB",
+    ]
+    command = [
+        str(initdb.with_name("postgres")),
+        "-D",
+        str(data),
+        *(part for each in settings for part in ("-c", each)),
+    ]
     await pod.start("postgres", command, user=_NOT_ROOT, port=POSTGRES)
 
 
-async def psql(pod: Pod, host: str, sql: str, *, port: int = POSTGRES, sslmode: str = "prefer", stdin: bytes = b"") -> Completed:
+async def psql(
+    pod: Pod,
+    host: str,
+    sql: str,
+    *,
+    port: int = POSTGRES,
+    sslmode: str = "prefer",
+    stdin: bytes = b"",
+) -> Completed:
     """Run psql in a pod; without `sql` it reads its commands from `stdin`."""
-    target = f"host={host} port={port} user=tester dbname=postgres sslmode={sslmode} connect_timeout=10"
-    command = ["psql", target, "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", *(["-c", sql] if sql else [])]
+    target = (
+        f"host={host} port={port} user=tester dbname=postgres sslmode={sslmode} connect_timeout=10"
+    )
+    command = [
+        "psql",
+        target,
+        "-X",
+        "-q",
+        "-A",
+        "-t",
+        "-v",
+        "ON_ERROR_STOP=1",
+        *(["-c", sql] if sql else []),
+    ]
     return await pod.run(command, env={"PGPASSWORD": "tangerine"}, stdin=stdin)

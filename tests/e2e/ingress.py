@@ -1,4 +1,5 @@
-"""Software from Debian's packages that forwards what it gets, to wherever it is told: nginx, HAProxy and socat, in the lab's pods."""
+"""Software from Debian's packages that forwards what it gets, to wherever it is told: nginx,
+HAProxy and socat, in the lab's pods."""
 
 from __future__ import annotations
 
@@ -10,42 +11,72 @@ from lab.sandbox import rootless
 
 
 async def nginx(pod: Pod, locations: Mapping[int, str], *, upstreams: str = "") -> Process:
-    """An nginx that listens on some ports, each with what stands in its `location /` (a line of configuration). Ports of HTTP/2 have
-    `http2` as the first word. `upstreams` stands before the servers. `requests` counts what it was asked."""
+    """An nginx that listens on some ports, each with what stands in its `location /` (a line of
+    configuration). Ports of HTTP/2 have `http2` as the first word. `upstreams` stands before the
+    servers. `requests` counts what it was asked."""
     home = pod.directory / "nginx"
     home.mkdir(exist_ok=True)
     home.chmod(0o777)
     servers = []
     for port, text in locations.items():
-        http2, line = (" http2", text.removeprefix("http2 ")) if text.startswith("http2 ") else ("", text)
-        servers.append(f"server {{ listen {port}{http2}; listen [::]:{port}{http2}; location / {{ {line} }} }}")
-    # Started as root it gives its directories to `nobody`, who does not exist where there is one user id only.
+        http2, line = (
+            (" http2", text.removeprefix("http2 ")) if text.startswith("http2 ") else ("", text)
+        )
+        servers.append(
+            f"server {{ listen {port}{http2}; listen [::]:{port}{http2}; location / {{ {line} }} }}"
+        )
+    # Started as root it gives its directories to `nobody`, who does not exist where there is one
+    # user id only.
     user = "user root; " if rootless() else ""
-    temporary = " ".join(f"{kind}_temp_path {home}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-    (home / "nginx.conf").write_text(
-        f"{user}daemon off; master_process off; worker_processes 1; pid {home}/pid; error_log stderr;\n"
-        f"events {{ worker_connections 2048; }}\n"
-        f"http {{ {temporary} log_format ports '$server_port'; access_log {home}/access ports; proxy_http_version 1.1;\n"
-        f"  {upstreams} {' '.join(servers)} }}\n"
+    temporary = " ".join(
+        f"{kind}_temp_path {home}/{kind};"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
-    return await pod.start("nginx", ["nginx", "-c", str(home / "nginx.conf"), "-p", str(home), "-e", "stderr"], port=next(iter(locations)))
+    (home / "nginx.conf").write_text(
+        f"{user}daemon off; master_process off; worker_processes 1; pid {home}/pid; error_log"
+        f" stderr;\nevents {{ worker_connections 2048; }}\nhttp {{ {temporary} log_format ports"
+        f" '$server_port'; access_log {home}/access ports; proxy_http_version 1.1;\n  {upstreams}"
+        f" {' '.join(servers)} }}\n"
+    )
+    return await pod.start(
+        "nginx",
+        ["nginx", "-c", str(home / "nginx.conf"), "-p", str(home), "-e", "stderr"],
+        port=next(iter(locations)),
+    )
 
 
 def requests(pod: Pod, port: int) -> int:
-    """How many requests the pod's nginx has answered on `port`. It writes them down when they are over."""
+    """How many requests the pod's nginx has answered on `port`. It writes them down when they are
+    over."""
     return (pod.directory / "nginx" / "access").read_text().split().count(str(port))
 
 
 async def haproxy(pod: Pod, targets: Mapping[int, str]) -> Process:
-    """An HAProxy whose ports forward HTTP to `host:port`; with ` proto h2` behind it, both sides speak HTTP/2."""
+    """An HAProxy whose ports forward HTTP to `host:port`; with ` proto h2` behind it, both sides
+    speak HTTP/2."""
     home = pod.directory / "haproxy"
     home.mkdir(exist_ok=True)
-    sections = ["global", " maxconn 2000", "defaults", " mode http", " timeout connect 5s", " timeout client 30s", " timeout server 30s"]
+    sections = [
+        "global",
+        " maxconn 2000",
+        "defaults",
+        " mode http",
+        " timeout connect 5s",
+        " timeout client 30s",
+        " timeout server 30s",
+    ]
     for port, target in targets.items():
         _, _, http2 = target.partition(" ")
-        sections += [f"listen port{port}", f" bind :{port} {http2}", f" bind :::{port} {http2}", f" server next {target}"]
+        sections += [
+            f"listen port{port}",
+            f" bind :{port} {http2}",
+            f" bind :::{port} {http2}",
+            f" server next {target}",
+        ]
     (home / "haproxy.cfg").write_text("\n".join([*sections, ""]))
-    return await pod.start("haproxy", ["haproxy", "-db", "-f", str(home / "haproxy.cfg")], port=next(iter(targets)))
+    return await pod.start(
+        "haproxy", ["haproxy", "-db", "-f", str(home / "haproxy.cfg")], port=next(iter(targets))
+    )
 
 
 async def relay(pod: Pod, port: int, host: str, target: int) -> Process:

@@ -1,4 +1,5 @@
-"""What the end-to-end tests build and look at: pairs of meshed pods, what curl saw, what a proxy counted and logged."""
+"""What the end-to-end tests build and look at: pairs of meshed pods, what curl saw, what a proxy
+counted and logged."""
 
 from __future__ import annotations
 
@@ -48,8 +49,15 @@ class Pair:
         return self.near, self.far
 
 
-def prepare(lab: Lab, ports: Mapping[int, str], *, web: Mapping[str, Any] | None = None, shop: Mapping[str, Any] | None = None) -> Pair:
-    """A pair in a cluster of its own; `web` and `shop` are laid over the configurations. Nothing runs yet."""
+def prepare(
+    lab: Lab,
+    ports: Mapping[int, str],
+    *,
+    web: Mapping[str, Any] | None = None,
+    shop: Mapping[str, Any] | None = None,
+) -> Pair:
+    """A pair in a cluster of its own; `web` and `shop` are laid over the configurations. Nothing
+    runs yet."""
     cluster = lab.cluster(f"c{next(_numbers)}")
     mesh = Mesh(cluster)
     first, second = cluster.pod("web"), cluster.pod("shop")
@@ -69,7 +77,9 @@ async def web_and_echo(lab: Lab) -> Pair:
 
 async def serve(pod: Pod, app: str, *arguments: str, port: int, name: str | None = None) -> Process:
     """Start one of the laboratory's servers (lab/apps) in a pod."""
-    return await pod.start(name or app, [sys.executable, "-m", f"lab.apps.{app}", *arguments], port=port, env=PROGRAMS)
+    return await pod.start(
+        name or app, [sys.executable, "-m", f"lab.apps.{app}", *arguments], port=port, env=PROGRAMS
+    )
 
 
 async def web_server(pod: Pod, port: int = WEB) -> Process:
@@ -78,7 +88,9 @@ async def web_server(pod: Pod, port: int = WEB) -> Process:
 
 async def client(pod: Pod, what: str, *arguments: str, timeout: float = 60) -> dict[str, Any]:
     """Run one of the laboratory's clients (lab.apps.client) in a pod: what it says it saw."""
-    done = await pod.run([sys.executable, "-m", "lab.apps.client", what, *arguments], env=PROGRAMS, timeout=timeout)
+    done = await pod.run(
+        [sys.executable, "-m", "lab.apps.client", what, *arguments], env=PROGRAMS, timeout=timeout
+    )
     assert done.ok, done.stderr.decode()
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -112,7 +124,8 @@ async def ask_again_and_again(pair: Pair, times: int) -> None:
 
 @dataclass(frozen=True)
 class Curled:
-    """What curl saw of its last answer. `exit` is curl's exit code, `errors` what it complained of."""
+    """What curl saw of its last answer. `exit` is curl's exit code, `errors` what it complained
+    of."""
 
     exit: int
     status: int
@@ -123,14 +136,20 @@ class Curled:
 
     @property
     def error(self) -> str:
-        """The error type in Proxy-Status (RFC 9209); empty if the answer was not made by a proxy."""
+        """The error type in Proxy-Status (RFC 9209); empty if the answer was not made by a
+        proxy."""
         return proxy_error(self.headers.get("proxy-status", [""])[0])
 
 
 async def curl(pod: Pod, *arguments: str, stdin: bytes = b"", timeout: float = 30) -> Curled:
-    """Run curl in a pod. Its own report goes behind a NUL on standard error, so that neither body nor complaints can be mistaken for it."""
+    """Run curl in a pod. Its own report goes behind a NUL on standard error, so that neither body
+    nor complaints can be mistaken for it."""
     report = "%{stderr}\\0%{json}%{header_json}".replace("\\0", "\x01")
-    done = await pod.run(["curl", "-sS", "-m", str(timeout - 5), "-w", report, *arguments], stdin=stdin, timeout=timeout)
+    done = await pod.run(
+        ["curl", "-sS", "-m", str(timeout - 5), "-w", report, *arguments],
+        stdin=stdin,
+        timeout=timeout,
+    )
     errors, _, text = done.stderr.decode(errors="replace").partition("\x01")
     info, end = json.JSONDecoder().raw_decode(text)
     headers = json.JSONDecoder().raw_decode(text[end:].lstrip())[0]
@@ -144,8 +163,14 @@ async def counted(sidecar: Sidecar, name: str, **labels: str) -> float:
     """The sum of the samples with this name that have these labels."""
     status, text = await sidecar.admin("/metrics")
     assert status == 200, text
-    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    return sum(sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items())
+    samples = [
+        sample for family in text_string_to_metric_families(text) for sample in family.samples
+    ]
+    return sum(
+        sample.value
+        for sample in samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
 
 
 async def on_fast_path(sidecar: Sidecar) -> float:
@@ -154,7 +179,8 @@ async def on_fast_path(sidecar: Sidecar) -> float:
 
 
 async def logged(sidecar: Sidecar, text: str, **facts: object) -> dict[str, Any]:
-    """Wait for a line of the log in which `text` stands somewhere and these facts are as given; that line."""
+    """Wait for a line of the log in which `text` stands somewhere and these facts are as given;
+    that line."""
 
     def find() -> dict[str, Any] | None:
         for line in reversed(sidecar.logged()):
@@ -162,7 +188,9 @@ async def logged(sidecar: Sidecar, text: str, **facts: object) -> dict[str, Any]
                 return line
         return None
 
-    return await eventually(find, f"a line with {text!r} and {facts} in the log of {sidecar.pod.name}")
+    return await eventually(
+        find, f"a line with {text!r} and {facts} in the log of {sidecar.pod.name}"
+    )
 
 
 async def eventually(probe: Callable[[], Any], what: str, timeout: float = 40.0) -> Any:
@@ -181,10 +209,14 @@ async def eventually(probe: Callable[[], Any], what: str, timeout: float = 40.0)
 # Raw connections...
 
 
-async def say(pod: Pod, host: str, port: int, data: bytes, *, patience: float = 30.0, end: bool = False) -> bytes:
-    """Connect from a pod, send `data`, and read until the other side ends or resets the connection; what came.
+async def say(
+    pod: Pod, host: str, port: int, data: bytes, *, patience: float = 30.0, end: bool = False
+) -> bytes:
+    """Connect from a pod, send `data`, and read until the other side ends or resets the connection;
+    what came.
 
-    Fails if it does not end within `patience` seconds. `end`: say at once that there is no more to come.
+    Fails if it does not end within `patience` seconds. `end`: say at once that there is no more to
+    come.
     """
     heard = b""
     try:

@@ -6,7 +6,19 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import Laboratory
-from tests.e2e.stage import ECHO, WEB, Pair, counted, curl, echo_server, eventually, logged, prepare, say, web_server
+from tests.e2e.stage import (
+    ECHO,
+    WEB,
+    Pair,
+    counted,
+    curl,
+    echo_server,
+    eventually,
+    logged,
+    prepare,
+    say,
+    web_server,
+)
 from tests.kit.build import COMPILED
 from tests.kit.library import LIBRARY
 
@@ -19,7 +31,11 @@ PLAIN = 9000  # a port of the shop that is not redirected
 @pytest.fixture(scope="module")
 def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
-        pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque", 4191: "http1"}, shop={"intercept": {"skip_inbound_ports": [PLAIN]}})
+        pair = prepare(
+            laboratory.lab,
+            {WEB: "detect", ECHO: "opaque", 4191: "http1"},
+            shop={"intercept": {"skip_inbound_ports": [PLAIN]}},
+        )
         pair.cluster.pod("prometheus")
         await web_server(pair.shop)
         await echo_server(pair.shop)
@@ -30,10 +46,16 @@ def pair(laboratory: Laboratory) -> Pair:
     return laboratory.run(build)
 
 
-@pytest.mark.parametrize(("path", "body"), [("/live", b"live\n"), ("/ready", b"ready\n"), ("/live?probe=1", b"live\n")])
+@pytest.mark.parametrize(
+    ("path", "body"), [("/live", b"live\n"), ("/ready", b"ready\n"), ("/live?probe=1", b"live\n")]
+)
 async def test_probes(pair: Pair, path: str, body: bytes) -> None:
     seen = await curl(pair.shop, ADMIN + path)
-    assert (seen.status, seen.body, seen.headers["content-type"]) == (200, body, ["text/plain; charset=utf-8"])
+    assert (seen.status, seen.body, seen.headers["content-type"]) == (
+        200,
+        body,
+        ["text/plain; charset=utf-8"],
+    )
 
 
 async def test_head_other_methods_and_other_paths(pair: Pair) -> None:
@@ -57,7 +79,9 @@ async def test_it_is_reached_from_outside_without_the_mesh(pair: Pair, version: 
 
 
 @pytest.mark.parametrize("version", [4, 6])
-async def test_a_pod_of_the_mesh_reaches_the_admin_port_of_another_one(pair: Pair, version: int) -> None:
+async def test_a_pod_of_the_mesh_reaches_the_admin_port_of_another_one(
+    pair: Pair, version: int
+) -> None:
     """By the pod's address, and by a service that has it as its target: nothing ends TLS there."""
     address = pair.shop.address(version)
     host = f"[{address}]" if version == 6 else address
@@ -70,7 +94,9 @@ async def test_a_pod_of_the_mesh_reaches_the_admin_port_of_another_one(pair: Pai
     assert "upstream_identity" not in line
 
 
-async def test_a_port_that_is_not_redirected_is_clear_text_where_the_directory_says_so(pair: Pair) -> None:
+async def test_a_port_that_is_not_redirected_is_clear_text_where_the_directory_says_so(
+    pair: Pair,
+) -> None:
     seen = await curl(pair.web, f"http://{pair.shop.ipv4}:{PLAIN}/")
     assert (seen.status, seen.error) == (502, "tls_protocol_error"), "never in clear text by itself"
     document = pair.mesh.document()
@@ -78,7 +104,9 @@ async def test_a_port_that_is_not_redirected_is_clear_text_where_the_directory_s
         endpoint["skip_ports"] = [4191, PLAIN]
     pair.near.write_directory(document)
     await logged(pair.near, f"at [{PLAIN}], now in skip_ports")
-    assert (await curl(pair.web, f"http://{pair.shop.ipv4}:{PLAIN}/")).status == 502, "a pod in use goes over to clear text by name only"
+    assert (await curl(pair.web, f"http://{pair.shop.ipv4}:{PLAIN}/")).status == 502, (
+        "a pod in use goes over to clear text by name only"
+    )
     document["allow_identity_loss"] = ["default/shop"]
     pair.near.write_directory(document)
 
@@ -89,11 +117,15 @@ async def test_a_port_that_is_not_redirected_is_clear_text_where_the_directory_s
     seen = await curl(pair.web, f"http://shop:{WEB}/")
     assert seen.status == 200
     line = await logged(pair.near, "200", direction="outbound", authority=f"shop:{WEB}")
-    assert line["upstream_identity"] == str(pair.far.identity), "all other ports are spoken to by mutual TLS as before"
+    assert line["upstream_identity"] == str(pair.far.identity), (
+        "all other ports are spoken to by mutual TLS as before"
+    )
 
 
 async def test_what_is_wrong_with_a_request_is_answered_there_too(pair: Pair) -> None:
-    assert (await say(pair.shop, "127.0.0.1", 4191, b"nonsense\r\n\r\n")).startswith(b"HTTP/1.1 400")
+    assert (await say(pair.shop, "127.0.0.1", 4191, b"nonsense\r\n\r\n")).startswith(
+        b"HTTP/1.1 400"
+    )
     assert (await curl(pair.shop, f"{ADMIN}/live")).status == 200
 
 
@@ -127,9 +159,14 @@ async def test_requests_connections_and_bytes_are_counted_in_both_proxies(pair: 
         await stream.send_all(b"x" * 1000)
         assert len(await stream.receive_some()) <= 1000
         for sidecar, direction in places:
-            await eventually(lambda s=sidecar, d=direction: _open(s, d), "the connection is counted as open")
+            await eventually(
+                lambda s=sidecar, d=direction: _open(s, d), "the connection is counted as open"
+            )
     for (sidecar, direction), old in zip(places, before, strict=True):
-        await eventually(lambda s=sidecar, d=direction: _all_closed(s, d), "all connections are counted as closed")
+        await eventually(
+            lambda s=sidecar, d=direction: _all_closed(s, d),
+            "all connections are counted as closed",
+        )
         new = await _numbers(sidecar, direction)
         assert new["requests"] == old["requests"] + 5
         assert new["responses"] == old["responses"] + 5
@@ -141,13 +178,19 @@ async def test_requests_connections_and_bytes_are_counted_in_both_proxies(pair: 
 async def _numbers(sidecar: object, direction: str) -> dict[str, float]:
     samples = {
         "requests": ("isthmus_requests_total", {"method": "GET"}),
-        "responses": ("isthmus_responses_total", {"status_class": "2xx", "classification": "success"}),
+        "responses": (
+            "isthmus_responses_total",
+            {"status_class": "2xx", "classification": "success"},
+        ),
         "latency": ("isthmus_response_latency_seconds_count", {}),
         "written": ("isthmus_bytes_total", {"peer": "src", "way": "written"}),
         "opened": ("isthmus_connections_opened_total", {}),
         "closed": ("isthmus_connections_closed_total", {}),
     }
-    return {key: await counted(sidecar, name, direction=direction, **labels) for key, (name, labels) in samples.items()}  # type: ignore[arg-type]
+    return {
+        key: await counted(sidecar, name, direction=direction, **labels)
+        for key, (name, labels) in samples.items()
+    }  # type: ignore[arg-type]
 
 
 async def _open(sidecar: object, direction: str) -> bool:

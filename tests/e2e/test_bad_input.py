@@ -1,7 +1,8 @@
-"""Malformed, oversized and slow input through two sidecars: each gets its own clear answer, the application hears nothing of it, and
-all other connections go on.
+"""Malformed, oversized and slow input through two sidecars: each gets its own clear answer, the
+application hears nothing of it, and all other connections go on.
 
-Rules: bytes are sent as they stand here; the first proxy answers (Proxy-Status names it); a good request is made behind each attack.
+Rules: bytes are sent as they stand here; the first proxy answers (Proxy-Status names it); a good
+request is made behind each attack.
 """
 
 from __future__ import annotations
@@ -14,12 +15,25 @@ import trio
 
 from lab.sidecar import Sidecar
 from tests.e2e.conftest import Laboratory
-from tests.e2e.stage import ECHO, LAST_GET, WEB, Pair, counted, echo_server, eventually, logged, prepare, say, web_server
+from tests.e2e.stage import (
+    ECHO,
+    LAST_GET,
+    WEB,
+    Pair,
+    counted,
+    echo_server,
+    eventually,
+    logged,
+    prepare,
+    say,
+    web_server,
+)
 
 pytestmark = pytest.mark.lab
 
 QUICK = {"head_timeout": "600ms", "body_timeout": "600ms", "linger_timeout": "1s"}
-# Bytes that a client can send behind a refusal: linger's first MiB, a second of its 4 MiB/s, and the kernel's buffers on both sides.
+# Bytes that a client can send behind a refusal: linger's first MiB, a second of its 4 MiB/s, and
+# the kernel's buffers on both sides.
 LINGERING = 5 * 2**20 + 12 * 2**20
 HEAD = b"POST /sink HTTP/1.1\r\nHost: shop\r\n"
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: shop\r\n\r\n"
@@ -28,7 +42,8 @@ SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: shop\r\n\r\n"
 @pytest.fixture(scope="module")
 def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
-        # The first proxy alone is in a hurry: with two it would be chance which of them notices. And only where that is to be seen.
+        # The first proxy alone is in a hurry: with two it would be chance which of them notices.
+        # And only where that is to be seen.
         pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque"})
         pair.cluster.pod("stranger")
         pair.mesh.join(pair.cluster.pod("hasty"), http=QUICK)
@@ -59,20 +74,32 @@ def status(answer: bytes) -> int:
 
 
 VECTORS = {
-    "content-length-twice": HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello" + SMUGGLED,
-    "content-length-repeated": HEAD + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello" + SMUGGLED,
+    "content-length-twice": HEAD
+    + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello"
+    + SMUGGLED,
+    "content-length-repeated": HEAD
+    + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello"
+    + SMUGGLED,
     "content-length-list": HEAD + b"Content-Length: 5, 6\r\n\r\nhello" + SMUGGLED,
     "content-length-signed": HEAD + b"Content-Length: +5\r\n\r\nhello" + SMUGGLED,
     "content-length-negative": HEAD + b"Content-Length: -1\r\n\r\nhello" + SMUGGLED,
     "content-length-hexadecimal": HEAD + b"Content-Length: 0x5\r\n\r\nhello" + SMUGGLED,
-    "content-length-and-chunked": HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-    "chunked-and-content-length": HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n" + SMUGGLED,
-    "chunked-twice": HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "content-length-and-chunked": HEAD
+    + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    + SMUGGLED,
+    "chunked-and-content-length": HEAD
+    + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n"
+    + SMUGGLED,
+    "chunked-twice": HEAD
+    + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    + SMUGGLED,
     "chunked-not-last": HEAD + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n" + SMUGGLED,
     "nul-in-the-target": b"GET /\x00 HTTP/1.1\r\nHost: shop\r\n\r\n" + SMUGGLED,
     "two-blanks": b"GET  / HTTP/1.1\r\nHost: shop\r\n\r\n" + SMUGGLED,
     "chunked-misspelt": HEAD + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-    "chunked-with-a-vertical-tab": HEAD + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "chunked-with-a-vertical-tab": HEAD
+    + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n"
+    + SMUGGLED,
     "blank-before-colon": HEAD + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
     "folded-line": HEAD + b"X: a\r\n Transfer-Encoding: chunked\r\n\r\n" + SMUGGLED,
     "folded-first-line": b"GET / HTTP/1.1\r\n Host: shop\r\n\r\n" + SMUGGLED,
@@ -88,29 +115,49 @@ VECTORS = {
     "empty-name": HEAD + b": nothing\r\n\r\n" + SMUGGLED,
     "two-hosts": b"GET / HTTP/1.1\r\nHost: shop\r\nHost: bank\r\n\r\n" + SMUGGLED,
     "no-host": b"GET / HTTP/1.1\r\nX: a\r\n\r\n" + SMUGGLED,
-    "chunk-size-misspelt": HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nhello\r\n0\r\n\r\n" + SMUGGLED,
-    "chunk-size-signed": HEAD + b"Transfer-Encoding: chunked\r\n\r\n+5\r\nhello\r\n0\r\n\r\n" + SMUGGLED,
-    "chunk-size-hexadecimal": HEAD + b"Transfer-Encoding: chunked\r\n\r\n0x5\r\nhello\r\n0\r\n\r\n" + SMUGGLED,
-    "chunk-size-huge": HEAD + b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\nhello\r\n0\r\n\r\n" + SMUGGLED,
-    "chunk-longer-than-said": HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nhello\r\n0\r\n\r\n" + SMUGGLED,
-    "chunk-line-bare-line-feed": HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\nhello\r\n0\r\n\r\n" + SMUGGLED,
+    "chunk-size-misspelt": HEAD
+    + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nhello\r\n0\r\n\r\n"
+    + SMUGGLED,
+    "chunk-size-signed": HEAD
+    + b"Transfer-Encoding: chunked\r\n\r\n+5\r\nhello\r\n0\r\n\r\n"
+    + SMUGGLED,
+    "chunk-size-hexadecimal": HEAD
+    + b"Transfer-Encoding: chunked\r\n\r\n0x5\r\nhello\r\n0\r\n\r\n"
+    + SMUGGLED,
+    "chunk-size-huge": HEAD
+    + b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\nhello\r\n0\r\n\r\n"
+    + SMUGGLED,
+    "chunk-longer-than-said": HEAD
+    + b"Transfer-Encoding: chunked\r\n\r\n3\r\nhello\r\n0\r\n\r\n"
+    + SMUGGLED,
+    "chunk-line-bare-line-feed": HEAD
+    + b"Transfer-Encoding: chunked\r\n\r\n5\nhello\r\n0\r\n\r\n"
+    + SMUGGLED,
 }
 
 
 @pytest.mark.parametrize("name", VECTORS)
-async def test_what_two_readers_could_read_in_two_ways_is_refused_by_the_first_proxy(pair: Pair, name: str) -> None:
+async def test_what_two_readers_could_read_in_two_ways_is_refused_by_the_first_proxy(
+    pair: Pair, name: str
+) -> None:
     before = await counted(pair.far, "isthmus_responses_total", status_class="2xx")
     answer = await attack(pair, VECTORS[name])
     assert status(answer) == 400, answer[:300]
     assert b"web.default.outbound;error=http_request_error" in answer
-    assert len(re.findall(rb"HTTP/1\.1 \d{3} ", answer)) == 1  # and nothing behind it was taken for a request
+    assert (
+        len(re.findall(rb"HTTP/1\.1 \d{3} ", answer)) == 1
+    )  # and nothing behind it was taken for a request
     assert await counted(pair.far, "isthmus_responses_total", status_class="2xx") == before
-    assert not any(line.get("target") == "/smuggled" for line in pair.near.logged() + pair.far.logged())
+    assert not any(
+        line.get("target") == "/smuggled" for line in pair.near.logged() + pair.far.logged()
+    )
     await goes_on(pair)
 
 
 async def test_each_of_them_is_counted_and_logged(pair: Pair) -> None:
-    assert await counted(pair.near, "isthmus_errors_total", direction="outbound", reason="bad_request") >= len(VECTORS)
+    assert await counted(
+        pair.near, "isthmus_errors_total", direction="outbound", reason="bad_request"
+    ) >= len(VECTORS)
     assert (await logged(pair.near, "bare LF", status=400))["reason"] == "bad_request"
 
 
@@ -118,12 +165,23 @@ async def test_each_of_them_is_counted_and_logged(pair: Pair) -> None:
     ("data", "expected"),
     [
         (b"GET / HTTP/1.1\r\nHost: shop\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", 431),
-        (b"GET / HTTP/1.1\r\nHost: shop\r\n" + b"".join(b"X-%d: a\r\n" % number for number in range(300)) + b"\r\n", 431),
+        (
+            b"GET / HTTP/1.1\r\nHost: shop\r\n"
+            + b"".join(b"X-%d: a\r\n" % number for number in range(300))
+            + b"\r\n",
+            431,
+        ),
         (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: shop\r\n\r\n", 414),
         (b"GET / HTTP/3.7\r\nHost: shop\r\n\r\n", 505),
         (HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
     ],
-    ids=["a field of 70 kB", "300 fields", "a target of 20 kB", "a version that is not there", "a coding below chunked"],
+    ids=[
+        "a field of 70 kB",
+        "300 fields",
+        "a target of 20 kB",
+        "a version that is not there",
+        "a coding below chunked",
+    ],
 )
 async def test_too_much_or_too_new_is_told_so(pair: Pair, data: bytes, expected: int) -> None:
     before = await requests(pair.far, "inbound")
@@ -154,7 +212,11 @@ async def test_a_head_without_end_is_cut_off_at_the_limit_not_collected(pair: Pa
     await goes_on(pair, "hasty")
 
 
-@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: shop\r\nX-Slow: "], ids=["a line", "half a field"])
+@pytest.mark.parametrize(
+    "sent",
+    [b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: shop\r\nX-Slow: "],
+    ids=["a line", "half a field"],
+)
 async def test_a_head_that_never_ends_is_answered_408(pair: Pair, sent: bytes) -> None:
     answer = await attack(pair, sent, "hasty")
     assert status(answer) == 408
@@ -164,13 +226,16 @@ async def test_a_head_that_never_ends_is_answered_408(pair: Pair, sent: bytes) -
 
 
 async def test_what_does_not_begin_as_http_is_the_servers_business(pair: Pair) -> None:
-    """Bytes go through as they are, so there is no second reading of them that a proxy could get wrong."""
+    """Bytes go through as they are, so there is no second reading of them that a proxy could get
+    wrong."""
     answer = await attack(pair, b"hello\r\n")
     assert b"Bad request syntax" in answer
     assert b"Proxy-Status" not in answer
 
 
-async def test_what_looks_like_http_to_some_is_refused_before_the_server_sees_it(pair: Pair) -> None:
+async def test_what_looks_like_http_to_some_is_refused_before_the_server_sees_it(
+    pair: Pair,
+) -> None:
     answer = await attack(pair, b"get /a b HTTP/1.1\r\nHost: shop\r\n\r\n")
     assert status(answer) == 400
     assert b"Proxy-Status: web.default.outbound" in answer
@@ -191,7 +256,10 @@ async def test_a_head_that_comes_byte_by_byte_is_cut_at_the_same_deadline(pair: 
 
 
 async def test_a_body_that_stops_is_answered_408(pair: Pair) -> None:
-    for framing in (b"Content-Length: 100\r\n\r\nhello", b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"):
+    for framing in (
+        b"Content-Length: 100\r\n\r\nhello",
+        b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+    ):
         answer = await attack(pair, HEAD + framing, "hasty")
         assert status(answer) == 408, answer[:300]
     await logged(pair.mesh.sidecars["hasty"], "body stopped after 5 bytes", status=408)
@@ -221,10 +289,18 @@ async def test_a_crowd_of_slow_clients_leaves_room_for_the_others(pair: Pair) ->
         bytes(range(256)) * 300,
         b"PRI * HTTP/2.0\r\n\r\nnonsense\r\n\r\n" + b"\xff" * 100,
     ],
-    ids=["record too long", "no hello", "hello of nonsense", "SSL 2", "all bytes", "half a preface"],
+    ids=[
+        "record too long",
+        "no hello",
+        "hello of nonsense",
+        "SSL 2",
+        "all bytes",
+        "half a preface",
+    ],
 )
 async def test_bytes_that_are_no_tls_harm_nobody(pair: Pair, data: bytes) -> None:
-    """From outside the mesh, to the inbound listener. They are no TLS for this workload, so they are the application's business."""
+    """From outside the mesh, to the inbound listener. They are no TLS for this workload, so they
+    are the application's business."""
     stranger = pair.cluster.pods["stranger"]
     await say(stranger, pair.shop.ipv4, WEB, data, end=True)
     await say(stranger, pair.shop.ipv4, ECHO, data, end=True)
@@ -259,5 +335,7 @@ async def test_no_bug_was_reported_and_nobody_was_restarted(pair: Pair) -> None:
     """The last test of the file: nothing of all this was a surprise."""
     for sidecar in pair.mesh.sidecars.values():
         assert sidecar.running().alive
-        assert [line for line in sidecar.logged() if line.get("level") == "error" or "exception" in line] == []
+        assert [
+            line for line in sidecar.logged() if line.get("level") == "error" or "exception" in line
+        ] == []
         assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0

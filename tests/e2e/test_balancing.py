@@ -1,11 +1,13 @@
-"""Endpoints that are slow, that fail and recover; requests that are sent again, with their bodies; and what a client is told when nothing
-is left.
+"""Endpoints that are slow, that fail and recover; requests that are sent again, with their bodies;
+and what a client is told when nothing is left.
 
-Two pods serve: `shop` and `annex`. What is wrong with one of them, a request says itself: `x-bad: shop` makes that server answer 503,
-`x-slow: shop` makes it slow. What nobody but the proxy should see, a server answers with 418.
+Two pods serve: `shop` and `annex`. What is wrong with one of them, a request says itself: `x-bad:
+shop` makes that server answer 503, `x-slow: shop` makes it slow. What nobody but the proxy should
+see, a server answers with 418.
 
-A server that stands still for a moment, as on a busy machine, is slow too, and gets less for a while: with the `decay` that is set here for
-some seconds. So what depends on both being asked is waited for.
+A server that stands still for a moment, as on a busy machine, is slow too, and gets less for a
+while: with the `decay` that is set here for some seconds. So what depends on both being asked is
+waited for.
 """
 
 from __future__ import annotations
@@ -79,7 +81,8 @@ class Server(socketserver.ThreadingTCPServer):
 Server(("0.0.0.0", 9000), Handler).serve_forever()
 """
 
-# Connects so many times, one after the other, and then says something on each connection; if a file is named, when there is one.
+# Connects so many times, one after the other, and then says something on each connection; if a file
+# is named, when there is one.
 RAW_ASK = """
 import collections, json, os, socket, sys, time
 seen, kept = collections.Counter(), []
@@ -143,9 +146,16 @@ def pair(laboratory: Laboratory) -> Pair:
         unbroken: dict[str, Any] = {"breaker": {"failures": 0}, **FORGETFUL}
         fused = {"breaker": {"failures": 3, **fast}, **FORGETFUL}
         pair.mesh.service("plain", both, {WEB: "http1"}, policy=unbroken)
-        pair.mesh.service("again", both, {WEB: "http1"}, policy={"retries": {"statuses": [503]}, **unbroken})
+        pair.mesh.service(
+            "again", both, {WEB: "http1"}, policy={"retries": {"statuses": [503]}, **unbroken}
+        )
         pair.mesh.service("fuse", both, {WEB: "http1"}, policy={"retries": {"limit": 0}, **fused})
-        pair.mesh.service("calls", both, {CALLS: "http2"}, policy={"retries": {"grpc": ["unavailable"]}, **unbroken})
+        pair.mesh.service(
+            "calls",
+            both,
+            {CALLS: "http2"},
+            policy={"retries": {"grpc": ["unavailable"]}, **unbroken},
+        )
         broken = {"failures": 1, "min_penalty": "1m", "connect_penalty": "1m"}
         pair.mesh.service("gone", [pair.shop], {NOBODY: "http1"}, policy={"breaker": broken})
         pair.mesh.service("limits", both, {WEB: "http1"}, policy={"overrides": True, **unbroken})
@@ -153,7 +163,12 @@ def pair(laboratory: Laboratory) -> Pair:
         pair.mesh.service("late", [annex], {LATE: "http1"}, policy={"breaker": late})
         pair.mesh.service("raw", both, {RAW: "opaque"}, policy=FORGETFUL)
         full = {"size": 0, "timeout": "2m"}
-        pair.mesh.service("full", [annex], {NOBODY: "http1"}, policy={"breaker": {**broken, "jitter": 0}, "queue": full})
+        pair.mesh.service(
+            "full",
+            [annex],
+            {NOBODY: "http1"},
+            policy={"breaker": {**broken, "jitter": 0}, "queue": full},
+        )
         await pair.mesh.start()
         for pod in both:
             await pod.python("web", SERVER, pod.name, str(WEB), port=WEB)
@@ -164,10 +179,14 @@ def pair(laboratory: Laboratory) -> Pair:
     return laboratory.run(build)
 
 
-async def asked(pair: Pair, service: str, times: int, fields: dict[str, str], size: int = 0) -> dict[str, int]:
+async def asked(
+    pair: Pair, service: str, times: int, fields: dict[str, str], size: int = 0
+) -> dict[str, int]:
     """What the answers were: by status and server."""
     host = pair.mesh.services[service].ipv4
-    found: dict[str, int] = json.loads(await python(pair.web, ASK, host, str(times), json.dumps(fields), str(size)))
+    found: dict[str, int] = json.loads(
+        await python(pair.web, ASK, host, str(times), json.dumps(fields), str(size))
+    )
     return found
 
 
@@ -192,7 +211,9 @@ async def test_a_request_is_sent_again_with_its_body(pair: Pair) -> None:
             assert seen == {"200 annex": 40}, f"{size} bytes"
         return await counted(pair.near, "isthmus_retries_total", cause="status") >= 10
 
-    await eventually(sent_again, "the bad one is asked too: not at once, if it was slow just before")
+    await eventually(
+        sent_again, "the bad one is asked too: not at once, if it was slow just before"
+    )
     failed = 0
     for bad, good in (("shop", "annex"), ("annex", "shop")):
         seen = await asked(pair, "again", 40, {"x-bad": bad}, 65537)
@@ -202,14 +223,19 @@ async def test_a_request_is_sent_again_with_its_body(pair: Pair) -> None:
     assert await counted(pair.near, "isthmus_retries_refused_total", reason="body") == failed
 
 
-async def test_an_endpoint_that_fails_is_left_alone_and_used_again_when_it_has_recovered(pair: Pair) -> None:
+async def test_an_endpoint_that_fails_is_left_alone_and_used_again_when_it_has_recovered(
+    pair: Pair,
+) -> None:
     async def left_alone() -> bool:
         seen = await asked(pair, "fuse", 100, {"x-bad": "shop"})
         assert seen.get("503 shop", 0) <= 30, seen
         return await counted(pair.near, "isthmus_breaker_changes_total", state="open") >= 1
 
     await eventually(left_alone, "it has failed three times", 120)
-    await logged(pair.near, f"{pair.shop.ipv4}:{WEB} of default/fuse: circuit breaker opened for 2.0 s: status 503")
+    await logged(
+        pair.near,
+        f"{pair.shop.ipv4}:{WEB} of default/fuse: circuit breaker opened for 2.0 s: status 503",
+    )
 
     async def recovered() -> bool:
         return "200 shop" in await asked(pair, "fuse", 20, {})
@@ -230,13 +256,16 @@ async def test_a_grpc_call_is_sent_again(pair: Pair) -> None:
     await eventually(sent_again, "the bad one is asked too", 120)
 
 
-async def test_limits_that_a_request_sets_itself_hold_where_the_policy_allows_that_and_no_server_sees_them(pair: Pair) -> None:
+async def test_limits_that_a_request_sets_itself_hold_where_the_policy_allows_that_and_no_server_sees_them(
+    pair: Pair,
+) -> None:
     again = {"x-bad": "shop", "isthmus-retry-statuses": "503"}
     assert await asked(pair, "limits", 40, again) == {"200 annex": 40}
     assert await asked(pair, "limits", 10, again, 1000) == {"200 annex": 10}, "with a body"
 
     async def not_repeated() -> bool:
-        # After some bad responses, also in earlier tests, the circuit breaker of `shop` is open for a while.
+        # After some bad responses, also in earlier tests, the circuit breaker of `shop` is open for
+        # a while.
         seen = await asked(pair, "plain", 20, again)
         assert set(seen) <= {"503 shop", "200 annex"}
         return "503 shop" in seen
@@ -244,7 +273,9 @@ async def test_limits_that_a_request_sets_itself_hold_where_the_policy_allows_th
     await eventually(not_repeated, "the same is nothing where it is not allowed")
 
     async def in_time() -> bool:
-        seen = await asked(pair, "limits", 60, {"x-slow": "shop", "x-for": "10", "isthmus-timeout": "2500ms"})
+        seen = await asked(
+            pair, "limits", 60, {"x-slow": "shop", "x-for": "10", "isthmus-timeout": "2500ms"}
+        )
         assert set(seen) <= {"504 http_response_timeout:", "200 annex"}, seen
         assert seen["200 annex"] >= 40, f"that one answers in time is noticed: {seen}"
         return len(seen) == 2
@@ -257,7 +288,9 @@ async def test_limits_that_a_request_sets_itself_hold_where_the_policy_allows_th
     assert "isthmus-timeout: expected a duration" in wrong.headers["proxy-status"][0]
 
 
-async def test_the_only_endpoint_is_used_again_soon_after_it_is_back_however_long_it_was_away(pair: Pair) -> None:
+async def test_the_only_endpoint_is_used_again_soon_after_it_is_back_however_long_it_was_away(
+    pair: Pair,
+) -> None:
     url = f"http://late:{LATE}/"
 
     async def status() -> int:
@@ -265,7 +298,10 @@ async def test_the_only_endpoint_is_used_again_soon_after_it_is_back_however_lon
 
     async def long_away() -> bool:
         assert await status() in (502, 503)
-        return any("default/late: circuit breaker opened for 9.6 s" in json.dumps(line) for line in pair.near.logged())
+        return any(
+            "default/late: circuit breaker opened for 9.6 s" in json.dumps(line)
+            for line in pair.near.logged()
+        )
 
     await eventually(long_away, "the penalty is long", 120)
     await pair.cluster.pods["annex"].python("late", SERVER, "annex", str(LATE), port=LATE)
@@ -288,11 +324,19 @@ async def refused(pod: Pod, service: str) -> str:
 
 
 async def test_if_there_is_nothing_to_wait_for_the_client_is_told_why(pair: Pair) -> None:
-    before = await counted(pair.near, "isthmus_errors_total", direction="outbound", reason="all_broken")
+    before = await counted(
+        pair.near, "isthmus_errors_total", direction="outbound", reason="all_broken"
+    )
     words = await refused(pair.web, "gone")
     assert "error=destination_unavailable" in words
-    assert "the circuit breaker of the only endpoint of default/gone is open (last failure: connect_refused); the next trial is in" in words
-    assert await counted(pair.near, "isthmus_errors_total", direction="outbound", reason="all_broken") == before + 1
+    assert (
+        "the circuit breaker of the only endpoint of default/gone is open (last failure:"
+        " connect_refused); the next trial is in" in words
+    )
+    assert (
+        await counted(pair.near, "isthmus_errors_total", direction="outbound", reason="all_broken")
+        == before + 1
+    )
 
 
 async def test_if_too_many_wait_the_client_is_told_so(pair: Pair) -> None:
@@ -302,13 +346,18 @@ async def test_if_too_many_wait_the_client_is_told_so(pair: Pair) -> None:
 
 
 async def connected(pair: Pair, times: int) -> list[dict[str, int]]:
-    """Which server so many connections got to, and how many of them carried something there and back."""
-    lines = (await python(pair.web, RAW_ASK, pair.mesh.services["raw"].ipv4, str(times), "")).splitlines()
+    """Which server so many connections got to, and how many of them carried something there and
+    back."""
+    lines = (
+        await python(pair.web, RAW_ASK, pair.mesh.services["raw"].ipv4, str(times), "")
+    ).splitlines()
     found: list[dict[str, int]] = json.loads(lines[-1])
     return found
 
 
-async def test_connections_go_to_the_endpoint_that_is_left_when_the_other_pod_dies(pair: Pair) -> None:
+async def test_connections_go_to_the_endpoint_that_is_left_when_the_other_pod_dies(
+    pair: Pair,
+) -> None:
     """The last test here: nobody starts that pod again."""
     go = pair.web.directory / "go"
 

@@ -1,6 +1,7 @@
 """`isthmus check` and `isthmus intercept` in a pod of a running mesh.
 
-Rules: the real commands, as root in the pod; each fault is made, found by its own words and the exit code, and mended.
+Rules: the real commands, as root in the pod; each fault is made, found by its own words and the
+exit code, and mended.
 """
 
 from __future__ import annotations
@@ -27,7 +28,16 @@ def pair(laboratory: Laboratory) -> Pair:
 
 async def check(pair: Pair, *arguments: str) -> tuple[int, dict[str, list[dict[str, Any]]], str]:
     """The command's exit code, its results by name, and everything it said."""
-    command = [*CLI, "check", "--config", str(pair.near.config_file), "--json", "--timeout", "20", *arguments]
+    command = [
+        *CLI,
+        "check",
+        "--config",
+        str(pair.near.config_file),
+        "--json",
+        "--timeout",
+        "20",
+        *arguments,
+    ]
     done = await pair.web.run(command, user=OPERATOR, env=PACKAGES, timeout=120)
     results: dict[str, list[dict[str, Any]]] = {}
     for each in json.loads(done.stdout)["checks"]:
@@ -36,13 +46,24 @@ async def check(pair: Pair, *arguments: str) -> tuple[int, dict[str, list[dict[s
 
 
 def failed(results: dict[str, list[dict[str, Any]]]) -> set[str]:
-    return {name for name, found in results.items() if any(each["status"] == "failed" for each in found)}
+    return {
+        name for name, found in results.items() if any(each["status"] == "failed" for each in found)
+    }
 
 
 async def test_a_pod_that_is_right_is_found_right(pair: Pair) -> None:
     code, results, said = await check(pair)
     assert (code, failed(results)) == (0, set()), said
-    assert set(results) == {"configuration", "certificates", "proxy", "clock", "directory", "redirection", "names", "peers"}
+    assert set(results) == {
+        "configuration",
+        "certificates",
+        "proxy",
+        "clock",
+        "directory",
+        "redirection",
+        "names",
+        "peers",
+    }
     (names,) = results.pop("names")
     assert (names["status"], "no section `dns`" in names["what"]) == ("skipped", True)
     assert {each["status"] for found in results.values() for each in found} == {"ok"}, said
@@ -87,7 +108,10 @@ async def test_a_peer_that_is_dead_is_found(pair: Pair) -> None:
         with trio.move_on_after(60, shield=True):
             await pair.far.start(intercept=False)
     assert (code, failed(results)) == (1, {"peers"}), said
-    assert all(str(pair.far.identity) in each["what"] and "refused" in each["what"] for each in results["peers"])
+    assert all(
+        str(pair.far.identity) in each["what"] and "refused" in each["what"]
+        for each in results["peers"]
+    )
     assert (await check(pair, "--only", "peers"))[0] == 0
 
 
@@ -113,7 +137,9 @@ async def test_a_proxy_that_does_not_run_yet_can_be_checked_for(pair: Pair) -> N
     """As an init container does it, behind `isthmus intercept`."""
     await pair.near.running().aclose()
     try:
-        code, results, said = await check(pair, "--only", "configuration", "--only", "certificates", "--only", "redirection")
+        code, results, said = await check(
+            pair, "--only", "configuration", "--only", "certificates", "--only", "redirection"
+        )
     finally:
         with trio.move_on_after(60, shield=True):
             await pair.near.start(intercept=False)
@@ -122,7 +148,12 @@ async def test_a_proxy_that_does_not_run_yet_can_be_checked_for(pair: Pair) -> N
 
 
 def rules(pod: Pod) -> str:
-    return subprocess.run(["ip", "netns", "exec", pod.netns, "nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["ip", "netns", "exec", pod.netns, "nft", "list", "ruleset"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
 
 
 async def test_removing_the_rules_leaves_nothing_and_the_pod_as_it_was(pair: Pair) -> None:
@@ -130,6 +161,9 @@ async def test_removing_the_rules_leaves_nothing_and_the_pod_as_it_was(pair: Pai
     await pair.shop.intercept("--remove")
     assert rules(pair.shop) == ""
     stranger = pair.cluster.pod("stranger")
-    assert await say(stranger, pair.shop.ipv4, ECHO, b"without a proxy", end=True) == b"without a proxy"
+    assert (
+        await say(stranger, pair.shop.ipv4, ECHO, b"without a proxy", end=True)
+        == b"without a proxy"
+    )
     await pair.shop.intercept("--config", str(pair.far.config_file))
     assert (await check(pair, "--only", "peers"))[0] == 0

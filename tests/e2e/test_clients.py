@@ -1,7 +1,8 @@
 """Ordinary HTTP clients, unmodified, through two sidecars to ordinary servers.
 
-Rules: the client runs in one pod, the server in another, both behind real interception; the address is the service's, which nobody
-has; and every test says how it knows that the answer is the server's own.
+Rules: the client runs in one pod, the server in another, both behind real interception; the address
+is the service's, which nobody has; and every test says how it knows that the answer is the server's
+own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,18 @@ import pytest
 
 from lab.pod import User
 from tests.e2e.conftest import Laboratory
-from tests.e2e.stage import SOCKET, WEB, Pair, client, counted, curl, prepare, python, serve, web_server
+from tests.e2e.stage import (
+    SOCKET,
+    WEB,
+    Pair,
+    client,
+    counted,
+    curl,
+    prepare,
+    python,
+    serve,
+    web_server,
+)
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
@@ -36,7 +48,8 @@ http {
 }
 """
 
-# The standard library's server as it comes: it sends 100 Continue at once, and writes without a buffer.
+# The standard library's server as it comes: it sends 100 Continue at once, and writes without a
+# buffer.
 POLITE_SERVER = """
 import hashlib, json, socket, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -58,14 +71,24 @@ Server(("::", int(sys.argv[1])), Handler).serve_forever()
 @pytest.fixture(scope="module")
 def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
-        ports = {NGINX: "detect", WEB: "detect", FILES: "detect", POLITE: "detect", SOCKET: "detect"}
+        ports = {
+            NGINX: "detect",
+            WEB: "detect",
+            FILES: "detect",
+            POLITE: "detect",
+            SOCKET: "detect",
+        }
         shop = {"log": {"access": False}, "pool": {"idle_timeout": "1m"}}
         pair = prepare(laboratory.lab, ports, web={"log": {"access": False}}, shop=shop)
         await nginx(pair)
         await web_server(pair.shop)
         await pair.shop.python("polite", POLITE_SERVER, str(POLITE), port=POLITE)
         await serve(pair.shop, "chat", str(SOCKET), port=SOCKET)
-        await pair.shop.start("files", ["python3", "-m", "http.server", "--bind", "::", "--directory", "files", str(FILES)], port=FILES)
+        await pair.shop.start(
+            "files",
+            ["python3", "-m", "http.server", "--bind", "::", "--directory", "files", str(FILES)],
+            port=FILES,
+        )
         await pair.mesh.start()
         return pair
 
@@ -79,7 +102,9 @@ async def nginx(pair: Pair) -> None:
     (files / "text").write_text("abcdefgh" * 1024)
     config = pair.shop.directory / "nginx.conf"
     config.write_text(NGINX_CONFIG)
-    await pair.shop.start("nginx", ["nginx", "-p", ".", "-c", str(config)], user=User(never_root=True), port=NGINX)
+    await pair.shop.start(
+        "nginx", ["nginx", "-p", ".", "-c", str(config)], user=User(never_root=True), port=NGINX
+    )
 
 
 def url(path: str, port: int = NGINX) -> str:
@@ -115,7 +140,19 @@ async def test_a_head_has_the_length_and_no_body(pair: Pair) -> None:
 @VERSIONS
 async def test_two_requests_of_curl_share_a_connection(pair: Pair, version: str) -> None:
     done = await pair.web.run(
-        ["curl", "-sS", version, "-w", "%{num_connects} ", "-o", "/dev/null", url("/digits"), "-o", "/dev/null", url("/text")]
+        [
+            "curl",
+            "-sS",
+            version,
+            "-w",
+            "%{num_connects} ",
+            "-o",
+            "/dev/null",
+            url("/digits"),
+            "-o",
+            "/dev/null",
+            url("/text"),
+        ]
     )
     assert done.text == "1 0 "
 
@@ -127,7 +164,11 @@ async def test_connections_to_the_server_are_kept_between_clients(pair: Pair) ->
 
 async def test_ranges_redirects_no_content_and_not_modified(pair: Pair) -> None:
     part = await curl(pair.web, "-r", "2-4", url("/digits"))
-    assert (part.status, part.body, part.headers["content-range"]) == (206, b"234", ["bytes 2-4/10"])
+    assert (part.status, part.body, part.headers["content-range"]) == (
+        206,
+        b"234",
+        ["bytes 2-4/10"],
+    )
     assert (await curl(pair.web, "-L", url("/moved"))).body == b"0123456789"
     empty = await curl(pair.web, url("/nothing"))
     assert (empty.status, empty.body) == (204, b"")
@@ -205,17 +246,30 @@ async def test_a_websocket(pair: Pair) -> None:
     assert (seen["echoed"], seen["large"]) == (50, True)
 
 
-async def test_ten_thousand_requests_of_h2load_over_64_connections_without_one_error(pair: Pair) -> None:
-    before = await counted(pair.far, "isthmus_responses_total", direction="inbound", status_class="2xx")
-    done = await pair.web.run(["h2load", "--h1", "-n", "10000", "-c", "64", "-t", "1", url("/digits")], timeout=200)
+async def test_ten_thousand_requests_of_h2load_over_64_connections_without_one_error(
+    pair: Pair,
+) -> None:
+    before = await counted(
+        pair.far, "isthmus_responses_total", direction="inbound", status_class="2xx"
+    )
+    done = await pair.web.run(
+        ["h2load", "--h1", "-n", "10000", "-c", "64", "-t", "1", url("/digits")], timeout=200
+    )
     print(done.text)
-    assert "requests: 10000 total, 10000 started, 10000 done, 10000 succeeded, 0 failed, 0 errored, 0 timeout" in done.text
-    after = await counted(pair.far, "isthmus_responses_total", direction="inbound", status_class="2xx")
+    assert (
+        "requests: 10000 total, 10000 started, 10000 done, 10000 succeeded, 0 failed, 0 errored, 0"
+        " timeout" in done.text
+    )
+    after = await counted(
+        pair.far, "isthmus_responses_total", direction="inbound", status_class="2xx"
+    )
     assert after - before == 10000
 
 
 async def test_wrk_over_64_connections_without_one_error(pair: Pair) -> None:
-    done = await pair.web.run(["wrk", "-t", "2", "-c", "64", "-d", "4s", "--timeout", "10s", url("/digits")], timeout=40)
+    done = await pair.web.run(
+        ["wrk", "-t", "2", "-c", "64", "-d", "4s", "--timeout", "10s", url("/digits")], timeout=40
+    )
     print(done.text)
     assert "Socket errors" not in done.text
     assert "Non-2xx" not in done.text
@@ -226,9 +280,27 @@ async def test_wrk_over_64_connections_without_one_error(pair: Pair) -> None:
 
 async def test_all_of_it_went_by_mutual_tls(pair: Pair) -> None:
     """Run last in this file: the server's sidecar has accepted nothing else."""
-    assert await counted(pair.far, "isthmus_connections_opened_total", direction="inbound", peer="src", tls="mutual") > 0
+    assert (
+        await counted(
+            pair.far,
+            "isthmus_connections_opened_total",
+            direction="inbound",
+            peer="src",
+            tls="mutual",
+        )
+        > 0
+    )
     for kind in ("none", "passthrough", "unknown"):
-        assert await counted(pair.far, "isthmus_connections_opened_total", direction="inbound", peer="src", tls=kind) == 0
+        assert (
+            await counted(
+                pair.far,
+                "isthmus_connections_opened_total",
+                direction="inbound",
+                peer="src",
+                tls=kind,
+            )
+            == 0
+        )
     for sidecar in pair.both:
         assert await counted(sidecar, "isthmus_errors_total") == 0
         errors = [line for line in sidecar.logged() if line["level"] in ("error", "warning")]

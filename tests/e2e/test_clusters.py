@@ -1,7 +1,8 @@
 """Two clusters joined by their gateways: names, protocols, who gets in, who is known to whom.
 
-Rules: ordinary programs in ordinary pods, which know a name and nothing else; the servers say who they are and what they got; who was
-verified by whom is read from the logs of each proxy. Splits and failures have files of their own.
+Rules: ordinary programs in ordinary pods, which know a name and nothing else; the servers say who
+they are and what they got; who was verified by whom is read from the logs of each proxy. Splits and
+failures have files of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,18 @@ from lab.capture import Capture
 from lab.clusters import Clusters
 from lab.pod import Pod
 from lab.sidecar import Authority
-from tests.e2e.clusters import GATEWAY, GRPC, HTTP, MAIL, ask, clusters, header, member, resolved, web_server
+from tests.e2e.clusters import (
+    GATEWAY,
+    GRPC,
+    HTTP,
+    MAIL,
+    ask,
+    clusters,
+    header,
+    member,
+    resolved,
+    web_server,
+)
 from tests.e2e.conftest import Laboratory
 from tests.e2e.database import POSTGRES, postgres, psql
 from tests.e2e.stage import WEB, Curled, client, counted, curl, eventually, logged, serve
@@ -36,7 +48,10 @@ def made(laboratory: Laboratory) -> Clusters:
         member(made, "west", "web")
         member(made, "west", "guest")
         strict = {"inbound": {"require_identity": True, "allow": {str(WEB): [GATEWAY]}}}
-        c, stock, db, hidden = (member(made, "east", name, **(strict if name == "c" else {})) for name in ("c", "stock", "db", "hidden"))
+        c, stock, db, hidden = (
+            member(made, "east", name, **(strict if name == "c" else {}))
+            for name in ("c", "stock", "db", "hidden")
+        )
         east.service("c", [c], HTTP, export=True)
         east.service("stock", [stock], {GRPC: "http2"}, export=True)
         east.service("db", [db], {POSTGRES: "opaque", MAIL: "opaque"}, export=True)
@@ -65,9 +80,20 @@ def web(made: Clusters) -> Pod:
 
 @VERSIONS
 @pytest.mark.parametrize(
-    "name", ["c.east", "c.default.east", "c-east", "c-east.default", "c-east.default.svc", "c-east.default.svc.cluster.local", "C.East."]
+    "name",
+    [
+        "c.east",
+        "c.default.east",
+        "c-east",
+        "c-east.default",
+        "c-east.default.svc",
+        "c-east.default.svc.cluster.local",
+        "C.East.",
+    ],
 )
-async def test_a_service_of_the_other_cluster_has_all_its_names(made: Clusters, name: str, version: str) -> None:
+async def test_a_service_of_the_other_cluster_has_all_its_names(
+    made: Clusters, name: str, version: str
+) -> None:
     said = await ask(web(made), f"http://{name}:{WEB}/head", version)
     assert said["name"] == "c of east"
     assert header(said, "host") == [f"c.default.svc.cluster.local:{WEB}"]
@@ -79,20 +105,34 @@ async def test_a_name_that_nobody_has_is_not_resolved(made: Clusters) -> None:
 
 
 async def test_http_needs_no_name_service(made: Clusters) -> None:
-    """A client that dials the gateway itself says by its authority which of the services behind it is meant."""
-    said = await ask(web(made), f"http://c.east:{WEB}/head", "--connect-to", f"::{made.legs['east'].ipv4}:14143")
+    """A client that dials the gateway itself says by its authority which of the services behind it
+    is meant."""
+    said = await ask(
+        web(made), f"http://c.east:{WEB}/head", "--connect-to", f"::{made.legs['east'].ipv4}:14143"
+    )
     assert said["name"] == "c of east"
 
 
-async def test_an_authority_chooses_nothing_at_an_address_outside_of_the_mesh(made: Clusters) -> None:
-    """As a reverse proxy sends it that keeps the Host of an outsider. No route leads to the address."""
+async def test_an_authority_chooses_nothing_at_an_address_outside_of_the_mesh(
+    made: Clusters,
+) -> None:
+    """As a reverse proxy sends it that keeps the Host of an outsider. No route leads to the
+    address."""
     for authority in (f"c.east:{WEB}", f"c:{WEB}", f"c.default.svc.cluster.local:{WEB}"):
         for version in ("--http1.1", "--http2-prior-knowledge"):
-            answer = await curl(web(made), version, "-H", f"Host: {authority}", f"http://203.0.113.1:{WEB}/head")
-            assert (answer.status, answer.error) == (502, "destination_ip_unroutable"), (authority, answer)
+            answer = await curl(
+                web(made), version, "-H", f"Host: {authority}", f"http://203.0.113.1:{WEB}/head"
+            )
+            assert (answer.status, answer.error) == (502, "destination_ip_unroutable"), (
+                authority,
+                answer,
+            )
         # In absolute form, as to a forward proxy.
         answer = await curl(web(made), "-x", "http://203.0.113.1:3128", f"http://{authority}/head")
-        assert (answer.status, answer.error) == (502, "destination_ip_unroutable"), (authority, answer)
+        assert (answer.status, answer.error) == (502, "destination_ip_unroutable"), (
+            authority,
+            answer,
+        )
 
 
 async def test_http2_by_prior_knowledge_to_a_server_of_http1(made: Clusters) -> None:
@@ -115,7 +155,9 @@ async def test_psql_by_name(made: Clusters, sslmode: str) -> None:
 async def test_psql_moves_a_large_table(made: Clusters) -> None:
     rows = b"".join(b"%d\t%s\n" % (number, b"x" * (number % 200)) for number in range(20_000))
     script = (
-        b"create temp table t (n int, text text);\n\\copy t from stdin\n" + rows + b"\\.\n\\copy (select * from t order by n) to stdout\n"
+        b"create temp table t (n int, text text);\n\\copy t from stdin\n"
+        + rows
+        + b"\\.\n\\copy (select * from t order by n) to stdout\n"
     )
     done = await psql(web(made), "db.east", "", stdin=script)
     assert done.stdout == rows, done.stderr.decode()
@@ -133,7 +175,9 @@ async def test_large_bodies_go_through_unchanged(made: Clusters) -> None:
     assert (down.get("bytes"), up.get("right")) == (size, True), (down, up)
 
 
-async def test_the_other_way_round_through_the_gateway_with_an_address_of_its_own(made: Clusters) -> None:
+async def test_the_other_way_round_through_the_gateway_with_an_address_of_its_own(
+    made: Clusters,
+) -> None:
     said = await ask(made.pod("east", "c"), f"http://home.west:{WEB}/head")
     assert said["name"] == "home of west"
     assert header(said, "isthmus-client-id") == [f"{ID}c"]
@@ -158,11 +202,20 @@ async def test_the_three_proxies_have_verified_each_other(made: Clusters) -> Non
 
 async def test_opaque_bytes_are_carried_between_verified_identities_too(made: Clusters) -> None:
     assert (await psql(web(made), "db.east", "select 1")).ok
-    first = await logged(made.sidecar("west", "web"), f":{POSTGRES}", direction="outbound", upstream_identity=GATEWAY)
+    first = await logged(
+        made.sidecar("west", "web"), f":{POSTGRES}", direction="outbound", upstream_identity=GATEWAY
+    )
     assert first["message"] == "connection"
-    second = await logged(made.sidecar("east", "gateway"), "db.default.svc.cluster.local:5432", method="CONNECT", identity=f"{ID}web")
+    second = await logged(
+        made.sidecar("east", "gateway"),
+        "db.default.svc.cluster.local:5432",
+        method="CONNECT",
+        identity=f"{ID}web",
+    )
     assert second["upstream_identity"] == f"{ID}db"
-    third = await logged(made.sidecar("east", "db"), "connection", direction="inbound", identity=GATEWAY)
+    third = await logged(
+        made.sidecar("east", "db"), "connection", direction="inbound", identity=GATEWAY
+    )
     assert (third["protocol"], third["tls"]) == ("isthmus-tcp-confirmed", "TLSv1.3")
 
 
@@ -185,33 +238,53 @@ async def test_nobody_can_say_that_he_is_somebody_else(made: Clusters, name: str
 
 
 async def test_on_the_wide_area_everything_is_tls(made: Clusters) -> None:
-    home = made.pod("west", "home")  # its sidecar has no connections that are older than the capture
+    home = made.pod(
+        "west", "home"
+    )  # its sidecar has no connections that are older than the capture
     async with Capture(home) as wire:
         await ask(home, f"http://c.east:{WEB}/head", "-H", "X-Secret: tangerine")
         assert (await psql(home, "db.east", "select 'tangerine'")).ok
         verdict = wire.verdict(14143)
         assert verdict.ok, verdict.problems
         assert not wire.contains(b"tangerine")
-        assert {fact.server_name for fact in verdict.facts if fact.server_name} == {"gateway.isthmus.sa.cluster.local"}
+        assert {fact.server_name for fact in verdict.facts if fact.server_name} == {
+            "gateway.isthmus.sa.cluster.local"
+        }
 
 
 # Who gets in...
 
 
-async def direct(made: Clusters, authority: Authority | None, account: str, host: str, *arguments: str) -> Curled:
-    """curl from a pod without a sidecar to east's gateway, as somebody with a certificate, or without one."""
+async def direct(
+    made: Clusters, authority: Authority | None, account: str, host: str, *arguments: str
+) -> Curled:
+    """curl from a pod without a sidecar to east's gateway, as somebody with a certificate, or
+    without one."""
     stranger, shown = made.pod("west", "stranger"), []
     if authority is not None:
         issued = authority.issue(authority.identity(account))
-        for flag, name, data in (("--cert", "c.pem", issued.certificate_pem), ("--key", "k.pem", issued.key_pem)):
+        for flag, name, data in (
+            ("--cert", "c.pem", issued.certificate_pem),
+            ("--key", "k.pem", issued.key_pem),
+        ):
             file = stranger.directory / name
             await trio.Path(file).write_bytes(data)
             await trio.Path(file).chmod(0o644)
             shown += [flag, str(file)]
     address = made.legs["east"].ipv4
-    # The server name has to be that of a workload, or the gateway cannot tell that the handshake is meant for it.
+    # The server name has to be that of a workload, or the gateway cannot tell that the handshake is
+    # meant for it.
     gate = "gateway.isthmus.sa.cluster.local"
-    to = ["--connect-to", f"{gate}:443:{address}:14143", "-k", "--http1.1", "-H", f"Host: {host}", "-H", "X: y"]
+    to = [
+        "--connect-to",
+        f"{gate}:443:{address}:14143",
+        "-k",
+        "--http1.1",
+        "-H",
+        f"Host: {host}",
+        "-H",
+        "X: y",
+    ]
     return await curl(stranger, *shown, *to, *arguments, f"https://{gate}/head")
 
 
@@ -241,13 +314,24 @@ async def test_a_client_without_a_certificate_is_refused(made: Clusters) -> None
 
 
 async def test_clear_text_is_refused(made: Clusters) -> None:
-    answer = await curl(made.pod("west", "stranger"), "-H", f"Host: {EXPORTED}", f"http://{made.legs['east'].ipv4}:14143/head")
+    answer = await curl(
+        made.pod("west", "stranger"),
+        "-H",
+        f"Host: {EXPORTED}",
+        f"http://{made.legs['east'].ipv4}:14143/head",
+    )
     assert (answer.status, answer.error) == (403, "http_request_denied")
 
 
 @pytest.mark.parametrize(
     "host",
-    ["hidden.default.svc.cluster.local:8080", "c.default.svc.cluster.local:81", "nobody.default.svc.cluster.local", "home.west:8080", "x"],
+    [
+        "hidden.default.svc.cluster.local:8080",
+        "c.default.svc.cluster.local:81",
+        "nobody.default.svc.cluster.local",
+        "home.west:8080",
+        "x",
+    ],
 )
 async def test_what_is_not_exported_is_not_there(made: Clusters, host: str) -> None:
     answer = await direct(made, made.meshes["west"].authority, "web", host)
@@ -284,7 +368,8 @@ with context.wrap_socket(plain, server_hostname="gateway.isthmus.sa.cluster.loca
 
 
 async def test_a_gateway_that_is_somebody_else_is_not_spoken_to(made: Clusters) -> None:
-    """Another member of the mesh, with a certificate of the same root, has got hold of the gateway's address."""
+    """Another member of the mesh, with a certificate of the same root, has got hold of the
+    gateway's address."""
     border = made.lab.wide_area().border(made.meshes["east"].cluster)
     hidden, gateway = made.pod("east", "hidden"), made.pod("east", "gateway")
     border.publish(14143, hidden, WEB)
@@ -293,9 +378,13 @@ async def test_a_gateway_that_is_somebody_else_is_not_spoken_to(made: Clusters) 
         seen: list[Any] = [answer]
 
         async def refused() -> bool:
-            # Whoever finds out, a request or a probe, says so once; then the gateway is known to be broken, and why.
+            # Whoever finds out, a request or a probe, says so once; then the gateway is known to be
+            # broken, and why.
             seen.append(await curl(web(made), f"http://c.east:{WEB}/other"))
-            return seen[-1].error in ("tls_certificate_error", "destination_unavailable") and b"sa/gateway was expected" in seen[-1].body
+            return (
+                seen[-1].error in ("tls_certificate_error", "destination_unavailable")
+                and b"sa/gateway was expected" in seen[-1].body
+            )
 
         await eventually(refused, "the other one is refused for its name")
     finally:
@@ -315,5 +404,9 @@ async def test_what_went_away_is_counted(made: Clusters) -> None:
 
 
 async def test_a_name_stands_for_a_virtual_address_of_each_family(made: Clusters) -> None:
-    assert ipaddress.ip_address(await resolved(web(made), "c.east")) in ipaddress.ip_network("240.0.0.0/4")
-    assert ipaddress.ip_address(await resolved(web(made), "c.east", 6)) in ipaddress.ip_network("fd69:7374:686d:7573::/64")
+    assert ipaddress.ip_address(await resolved(web(made), "c.east")) in ipaddress.ip_network(
+        "240.0.0.0/4"
+    )
+    assert ipaddress.ip_address(await resolved(web(made), "c.east", 6)) in ipaddress.ip_network(
+        "fd69:7374:686d:7573::/64"
+    )

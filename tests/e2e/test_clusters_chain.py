@@ -1,7 +1,8 @@
-"""Three clusters: a request may go from the first to the second and from there to the third, since each time an application sends it.
+"""Three clusters: a request may go from the first to the second and from there to the third, since
+each time an application sends it.
 
-Rules: every cluster has a gateway, and every hop between clusters goes through one; the application in the middle is a program that calls
-another service by its name, and knows nothing of clusters.
+Rules: every cluster has a gateway, and every hop between clusters goes through one; the application
+in the middle is a program that calls another service by its name, and knows nothing of clusters.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ pytestmark = [pytest.mark.lab, pytest.mark.real]
 
 ID = "spiffe://cluster.local/ns/default/sa/"
 
-# Answers with what another service says, and passes on the request id, as a decent application does.
+# Answers with what another service says, and passes on the request id, as a decent application
+# does.
 MIDDLE = """
 import http.client, socket, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -60,23 +62,37 @@ def made(laboratory: Laboratory) -> Clusters:
 
 
 async def test_a_chain_over_three_clusters(made: Clusters) -> None:
-    said = await ask(made.pod("west", "web"), f"http://b.east:{WEB}/head", "-H", "X-Request-Id: tangerine")
+    said = await ask(
+        made.pod("west", "web"), f"http://b.east:{WEB}/head", "-H", "X-Request-Id: tangerine"
+    )
     assert said["name"] == "c of south"
     assert header(said, "x-request-id") == ["tangerine"]
     # Whoever sends a request is who sends it: the last one knows `b`, and not `web`.
     assert header(said, "isthmus-client-id") == [f"{ID}b"]
     for cluster, caller in (("east", "web"), ("south", "b")):
-        line = await logged(made.sidecar(cluster, "gateway"), "/head", direction="gateway", identity=f"{ID}{caller}")
+        line = await logged(
+            made.sidecar(cluster, "gateway"), "/head", direction="gateway", identity=f"{ID}{caller}"
+        )
         assert line["status"] == 200
-    assert (await logged(made.sidecar("south", "c"), "/head", direction="inbound"))["identity"] == GATEWAY
-    assert await counted(made.sidecar("west", "gateway"), "isthmus_requests_total", direction="gateway") == 0
+    assert (await logged(made.sidecar("south", "c"), "/head", direction="inbound"))[
+        "identity"
+    ] == GATEWAY
+    assert (
+        await counted(
+            made.sidecar("west", "gateway"), "isthmus_requests_total", direction="gateway"
+        )
+        == 0
+    )
 
 
 async def test_a_gateway_does_not_pass_on_to_a_third_cluster(made: Clusters) -> None:
-    """West asks east's gateway for what is south's: east exports what it has, and not what it knows."""
+    """West asks east's gateway for what is south's: east exports what it has, and not what it
+    knows."""
     west, (gate,) = made.pod("west", "web"), made.meshes["east"].ways_in
     for name in ("c.south.east", "c-south.east"):
-        answer = await curl(west, "--connect-to", f"::{gate['address']}:{gate['port']}", f"http://{name}:{WEB}/")
+        answer = await curl(
+            west, "--connect-to", f"::{gate['address']}:{gate['port']}", f"http://{name}:{WEB}/"
+        )
         assert (answer.status, answer.error) == (403, "http_request_denied"), (name, answer)
     direct = await curl(west, f"http://c.south:{WEB}/head")
     assert json.loads(direct.body)["name"] == "c of south"

@@ -1,8 +1,10 @@
-"""One cluster's trouble is not another's: what west's pods see while east, its gateway, or the way to it is in trouble.
+"""One cluster's trouble is not another's: what west's pods see while east, its gateway, or the way
+to it is in trouble.
 
-Rules: requests to west's own service are under way all the time, and each of them is accounted for; the trouble is real (a process
-killed or stopped, packets that vanish, a link that is down); what is remote fails with a status and a Proxy-Status that says why, and works
-again by itself. How fast, is measured by the demonstration and by perf/; here only what would be a hang is a failure.
+Rules: requests to west's own service are under way all the time, and each of them is accounted for;
+the trouble is real (a process killed or stopped, packets that vanish, a link that is down); what is
+remote fails with a status and a Proxy-Status that says why, and works again by itself. How fast, is
+measured by the demonstration and by perf/; here only what would be a hang is a failure.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ REASONS = {
 }  # fmt: skip
 
 
-# Requests that must not be sent twice, one after the other, each on a connection of its own: what became of each, and in how many seconds.
+# Requests that must not be sent twice, one after the other, each on a connection of its own: what
+# became of each, and in how many seconds.
 POSTS = """
 import http.client, json, sys, time
 seen = []
@@ -53,12 +56,20 @@ print(json.dumps(seen))
 def made(laboratory: Laboratory) -> Clusters:
     async def build() -> Clusters:
         made = clusters(laboratory.lab, "west", "east")
-        # A request that is on its way when the way breaks is given up after this; nobody can know earlier that no answer will come.
-        quick: dict[str, Any] = {"http": {"response_timeout": "3s"}, "clusters": {"probe_timeout": "3s"}}
+        # A request that is on its way when the way breaks is given up after this; nobody can know
+        # earlier that no answer will come.
+        quick: dict[str, Any] = {
+            "http": {"response_timeout": "3s"},
+            "clusters": {"probe_timeout": "3s"},
+        }
         member(made, "west", "web", **quick)
-        patient = {"timeouts": {"response_head": "1m"}}  # what is local has no trouble, and so no reason to be in a hurry
+        patient = {
+            "timeouts": {"response_head": "1m"}
+        }  # what is local has no trouble, and so no reason to be in a hurry
         for cluster, name in (("west", "home"), ("east", "c")):
-            made.meshes[cluster].service(name, [member(made, cluster, name)], HTTP, export=True, policy=patient)
+            made.meshes[cluster].service(
+                name, [member(made, cluster, name)], HTTP, export=True, policy=patient
+            )
         made.legs["second"] = made.lab.wide_area().attach(made.meshes["east"].cluster.pod("second"))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(web_server, made, "west", "home")
@@ -74,7 +85,9 @@ def web(made: Clusters) -> Pod:
 
 
 def at_home(made: Clusters) -> Load:
-    return Load(web(made), made.meshes["west"].services["home"].ipv4, WEB, clients=3, authority="home")
+    return Load(
+        web(made), made.meshes["west"].services["home"].ipv4, WEB, clients=3, authority="home"
+    )
 
 
 @contextlib.asynccontextmanager
@@ -98,7 +111,9 @@ TROUBLES = ["killed", "paused", *(fault.name for fault in Fault)]
 
 
 @pytest.mark.parametrize("kind", TROUBLES)
-async def test_what_is_local_does_not_notice_and_what_is_remote_fails_clearly_and_comes_back(made: Clusters, kind: str) -> None:
+async def test_what_is_local_does_not_notice_and_what_is_remote_fails_clearly_and_comes_back(
+    made: Clusters, kind: str
+) -> None:
     await answers_again(web(made), C_EAST, "c of east", timeout=40)
     async with at_home(made) as load:
         async with trouble(made, kind):
@@ -115,11 +130,17 @@ async def test_what_is_local_does_not_notice_and_what_is_remote_fails_clearly_an
     assert max(sample.seconds for sample in load.samples) < HANG
 
 
-async def test_the_whole_of_the_other_cluster_goes_away_under_load_and_comes_back(made: Clusters) -> None:
-    """Programs that keep asking for what is not there do not get in the way of those that ask for what is."""
+async def test_the_whole_of_the_other_cluster_goes_away_under_load_and_comes_back(
+    made: Clusters,
+) -> None:
+    """Programs that keep asking for what is not there do not get in the way of those that ask for
+    what is."""
     await answers_again(web(made), C_EAST, "c of east", timeout=40)
     east = await resolved(web(made), "c.east")
-    async with at_home(made) as load, Load(web(made), east, WEB, clients=4, authority=f"c.east:{WEB}") as remote:
+    async with (
+        at_home(made) as load,
+        Load(web(made), east, WEB, clients=4, authority=f"c.east:{WEB}") as remote,
+    ):
         with made.legs["east"].fault(Fault.SILENCE):
             await load.more(300)
         await remote.more(50, timeout=90)
@@ -133,18 +154,26 @@ async def test_the_whole_of_the_other_cluster_goes_away_under_load_and_comes_bac
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["refused", "silent"])
-async def test_what_one_gateway_has_not_been_sent_goes_to_the_other(made: Clusters, silent: bool) -> None:
+async def test_what_one_gateway_has_not_been_sent_goes_to_the_other(
+    made: Clusters, silent: bool
+) -> None:
     await answers_again(web(made), C_EAST, "c of east", timeout=40)
     east, near, leg = made.meshes["east"], made.sidecar("west", "web"), made.legs["second"]
     with leg.fault(Fault.SILENCE) if silent else contextlib.nullcontext():
         opened = await counted(near, "isthmus_breaker_changes_total", state="open")
-        east.way_in(made.sidecar("east", "gateway"), address=leg.ipv4, port=4143)  # where nobody listens
+        east.way_in(
+            made.sidecar("east", "gateway"), address=leg.ipv4, port=4143
+        )  # where nobody listens
         made.publish()
         try:
             seen: list[tuple[int, float]] = []
 
             async def tried() -> bool:
-                seen.extend(json.loads((await web(made).run_python(POSTS, str(WEB), "20", timeout=120)).text))
+                seen.extend(
+                    json.loads(
+                        (await web(made).run_python(POSTS, str(WEB), "20", timeout=120)).text
+                    )
+                )
                 return await counted(near, "isthmus_breaker_changes_total", state="open") > opened
 
             await eventually(tried, "one of them was tried in vain", timeout=60)
@@ -165,10 +194,21 @@ async def test_with_two_gateways_one_may_die(made: Clusters) -> None:
 
         async def both() -> bool:
             await curl(web(made), C_EAST)
-            return all([await counted(made.sidecar("east", name), "isthmus_requests_total") > 0 for name in ("gateway", "second")])
+            return all(
+                [
+                    await counted(made.sidecar("east", name), "isthmus_requests_total") > 0
+                    for name in ("gateway", "second")
+                ]
+            )
 
         await eventually(both, "both gateways are used")
-        async with Load(web(made), await resolved(web(made), "c.east"), WEB, clients=3, authority=f"c.east:{WEB}") as remote:
+        async with Load(
+            web(made),
+            await resolved(web(made), "c.east"),
+            WEB,
+            clients=3,
+            authority=f"c.east:{WEB}",
+        ) as remote:
             second.running().kill()
             await remote.more(200, timeout=60)
         # What was under way on the one that died may be lost; nothing after it.

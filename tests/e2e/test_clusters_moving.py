@@ -1,7 +1,8 @@
 """A gateway that is known by a DNS name, whose address changes.
 
-Rules: the name is looked up by the proxy as any program of its pod would, in the pod's own hosts file; the old way is not only retired but
-dead, so that nothing which still holds on to it can work; nobody restarts anything or touches the directory.
+Rules: the name is looked up by the proxy as any program of its pod would, in the pod's own hosts
+file; the old way is not only retired but dead, so that nothing which still holds on to it can work;
+nobody restarts anything or touches the directory.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ def made(laboratory: Laboratory) -> Clusters:
     async def build() -> Clusters:
         made = clusters(laboratory.lab, "west", "east")
         west, east = made.meshes["west"], made.meshes["east"]
-        quick = {"settle": "1s", "resolve_interval": "1s", "probe_interval": "500ms", "probe_timeout": "3s"}
+        quick = {
+            "settle": "1s",
+            "resolve_interval": "1s",
+            "probe_interval": "500ms",
+            "probe_timeout": "3s",
+        }
         member(made, "west", "web", clusters=quick, http={"response_timeout": "10s"})
         for cluster, name in (("west", "home"), ("east", "c")):
             made.meshes[cluster].service(name, [member(made, cluster, name)], HTTP, export=True)
@@ -52,21 +58,31 @@ async def test_a_gateway_that_moves_is_found_again_by_its_name(made: Clusters) -
     second = east.gateway(east.cluster.pods["moved"], moved, gateway={"listen": ["0.0.0.0:14143"]})
     east.ways_in.pop()  # nobody is told but by the name
     await made.start()
-    async with Load(web, made.meshes["west"].services["home"].ipv4, WEB, clients=2, authority="home") as local:
+    async with Load(
+        web, made.meshes["west"].services["home"].ipv4, WEB, clients=2, authority="home"
+    ) as local:
         with made.legs["east"].fault(Fault.SILENCE):
             west.name_host(NAME, moved.ipv4)
             await answers_again(web, C_EAST, "c of east", timeout=60)
             assert (await curl(web, C_EAST)).status == 200
         await local.more(20)
     assert not local.bad
-    assert any(line.get("direction") == "gateway" and line.get("status") == 200 for line in second.logged())
+    assert any(
+        line.get("direction") == "gateway" and line.get("status") == 200 for line in second.logged()
+    )
 
 
-async def test_a_name_that_is_gone_for_a_while_does_not_close_a_way_that_works(made: Clusters) -> None:
+async def test_a_name_that_is_gone_for_a_while_does_not_close_a_way_that_works(
+    made: Clusters,
+) -> None:
     west, web = made.meshes["west"].cluster, made.pod("west", "web")
     await answers_again(web, C_EAST, "c of east", timeout=40)
     west.name_host(NAME)
-    async with Load(web, await resolved(web, "c.east"), WEB, clients=2, authority=f"c.east:{WEB}") as remote:
-        await trio.sleep(3)  # time for three look-ups, none of which finds anything: that something does not happen cannot be waited for
+    async with Load(
+        web, await resolved(web, "c.east"), WEB, clients=2, authority=f"c.east:{WEB}"
+    ) as remote:
+        await trio.sleep(
+            3
+        )  # time for three look-ups, none of which finds anything: that something does not happen cannot be waited for
         await remote.more(50)
     assert not remote.bad

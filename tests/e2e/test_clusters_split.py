@@ -1,7 +1,8 @@
-"""A service that is served in two clusters: its requests are split between them, and one takes over when the other cannot.
+"""A service that is served in two clusters: its requests are split between them, and one takes over
+when the other cannot.
 
-Rules: real requests under way all the time, each accounted for; the servers say where they are; shares are held to five standard
-deviations, which chance exceeds once in a million runs.
+Rules: real requests under way all the time, each accounted for; the servers say where they are;
+shares are held to five standard deviations, which chance exceeds once in a million runs.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def made(laboratory: Laboratory) -> Clusters:
         made = clusters(laboratory.lab, "west", "east")
         member(made, "west", "web")
         for name in ("west", "east"):
-            made.meshes[name].service("c", [member(made, name, "c")], HTTP, export=True, policy=POLICY)
+            made.meshes[name].service(
+                "c", [member(made, name, "c")], HTTP, export=True, policy=POLICY
+            )
         made.meshes["west"].service("empty", [], HTTP)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(web_server, made, "west")
@@ -45,11 +48,18 @@ def made(laboratory: Laboratory) -> Clusters:
 
 def loaded(made: Clusters, clients: int = 4) -> Load:
     """Requests to west's own address of `c`."""
-    return Load(made.pod("west", "web"), made.meshes["west"].services["c"].ipv4, WEB, clients=clients, authority="c")
+    return Load(
+        made.pod("west", "web"),
+        made.meshes["west"].services["c"].ipv4,
+        WEB,
+        clients=clients,
+        authority="c",
+    )
 
 
 async def arrange(made: Clusters, **traits: Any) -> None:
-    """Give west's `c` a split, a failover, or neither, and wait until the clients' sidecar knows."""
+    """Give west's `c` a split, a failover, or neither, and wait until the clients' sidecar
+    knows."""
     near, service = made.sidecar("west", "web"), made.meshes["west"].services["c"]
     before = await taken(made)
     service.traits = {"export": True, "policy": POLICY, **traits}
@@ -82,7 +92,10 @@ async def revive(made: Clusters) -> None:
 
 
 def weights(here: int, there: int, empty: int | None = None) -> dict[str, Any]:
-    split: list[dict[str, Any]] = [{"service": "c", "weight": here}, {"service": "c", "cluster": "east", "weight": there}]
+    split: list[dict[str, Any]] = [
+        {"service": "c", "weight": here},
+        {"service": "c", "cluster": "east", "weight": there},
+    ]
     return {"split": split + ([{"service": "empty", "weight": empty}] if empty is not None else [])}
 
 
@@ -124,7 +137,10 @@ async def test_the_share_of_a_backend_without_endpoints_goes_to_the_others(made:
 async def test_two_clusters_that_both_split_do_not_play_ball(made: Clusters) -> None:
     """East splits `c` too. What west has sent it is east's, and is not sent back."""
     east = made.meshes["east"].services["c"]
-    east.traits["split"] = [{"service": "c", "weight": 50}, {"service": "c", "cluster": "west", "weight": 50}]
+    east.traits["split"] = [
+        {"service": "c", "weight": 50},
+        {"service": "c", "cluster": "west", "weight": 50},
+    ]
     try:
         before = await taken(made, "east", "gateway")
         made.meshes["east"].publish()
@@ -134,14 +150,21 @@ async def test_two_clusters_that_both_split_do_not_play_ball(made: Clusters) -> 
             answered = await shares(load, 600)
         assert fair(answered, 0.5), answered
         assert not load.bad
-        seen = [await counted(made.sidecar(name, "gateway"), "isthmus_requests_total", direction="gateway") for name in ("west", "east")]
+        seen = [
+            await counted(
+                made.sidecar(name, "gateway"), "isthmus_requests_total", direction="gateway"
+            )
+            for name in ("west", "east")
+        ]
         assert seen[0] == 0 < seen[1]
     finally:
         del east.traits["split"]
         made.meshes["east"].publish()
 
 
-async def test_the_other_cluster_takes_over_when_the_service_dies_and_gives_back_when_it_lives(made: Clusters) -> None:
+async def test_the_other_cluster_takes_over_when_the_service_dies_and_gives_back_when_it_lives(
+    made: Clusters,
+) -> None:
     await arrange(made, failover={"clusters": ["east"]})
     async with loaded(made) as load:
         assert set(await shares(load, 100)) == {HERE}
@@ -158,7 +181,8 @@ async def test_the_other_cluster_takes_over_when_the_service_dies_and_gives_back
         await load.settle()
         assert set(await shares(load, 100)) == {HERE}
         assert load.bad == bad  # coming back costs nobody anything
-    # A request that was under way when the server was killed may be lost, if it is not known whether it was looked at.
+    # A request that was under way when the server was killed may be lost, if it is not known
+    # whether it was looked at.
     assert sum(bad.values()) <= 8, bad
 
 
@@ -178,15 +202,20 @@ async def test_readiness_alone_moves_requests_and_without_an_error(made: Cluster
     assert not load.bad
 
 
-async def test_a_service_that_dies_again_and_again_does_not_take_its_clients_along(made: Clusters) -> None:
-    """While it is not steady, requests stay with the other cluster: no more than the first ones notice."""
+async def test_a_service_that_dies_again_and_again_does_not_take_its_clients_along(
+    made: Clusters,
+) -> None:
+    """While it is not steady, requests stay with the other cluster: no more than the first ones
+    notice."""
     await arrange(made, failover={"clusters": ["east"]})
     async with loaded(made) as load:
         await load.more(50)
         for _ in range(3):
             await kill(made)
             goal = load.answered[THERE] + 50
-            await eventually(lambda goal=goal: load.answered[THERE] >= goal, "east answers", timeout=30)
+            await eventually(
+                lambda goal=goal: load.answered[THERE] >= goal, "east answers", timeout=30
+            )
             await revive(made)
         goal = load.answered[HERE] + 300
         await eventually(lambda: load.answered[HERE] >= goal, "west answers again")

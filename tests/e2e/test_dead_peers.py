@@ -1,7 +1,9 @@
-"""A peer that vanishes without a word (its node dies, its link is cut) is found out within the times that are configured.
+"""A peer that vanishes without a word (its node dies, its link is cut) is found out within the
+times that are configured.
 
-Rules: the link of a pod is cut, so that packets vanish in both directions and no kernel answers for it. All other limits are long: what
-ends within `SOON` was ended by what is tested. `EVER` is what the other limits would have allowed at least.
+Rules: the link of a pod is cut, so that packets vanish in both directions and no kernel answers for
+it. All other limits are long: what ends within `SOON` was ended by what is tested. `EVER` is what
+the other limits would have allowed at least.
 """
 
 from __future__ import annotations
@@ -26,11 +28,19 @@ SOCKETS: dict[str, Any] = {
     "http2": {"ping_interval": "1m", "ping_timeout": "1m"},
     "shutdown": {"grace": "60s"},
 }
-PINGS: dict[str, Any] = {"tcp": {"user_timeout": 0, "keepalive": 0}, "http2": {"ping_interval": "1s", "ping_timeout": "1s"}}
+PINGS: dict[str, Any] = {
+    "tcp": {"user_timeout": 0, "keepalive": 0},
+    "http2": {"ping_interval": "1s", "ping_timeout": "1s"},
+}
 
 
 async def build(laboratory: Laboratory, settings: dict[str, Any], *, fast: bool) -> Pair:
-    pair = prepare(laboratory.lab, {WEB: "detect", NGHTTPD: "detect", ECHO: "opaque"}, web=settings, shop=settings)
+    pair = prepare(
+        laboratory.lab,
+        {WEB: "detect", NGHTTPD: "detect", ECHO: "opaque"},
+        web=settings,
+        shop=settings,
+    )
     for sidecar in pair.both:
         sidecar.settings = {**settings, "fast_path": fast}
     files = pair.shop.directory / "files"
@@ -39,7 +49,11 @@ async def build(laboratory: Laboratory, settings: dict[str, Any], *, fast: bool)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(web_server, pair.shop)
         nursery.start_soon(echo_server, pair.shop)
-        nursery.start_soon(lambda: pair.shop.start("nghttpd", ["nghttpd", "--no-tls", "-d", str(files), str(NGHTTPD)], port=NGHTTPD))
+        nursery.start_soon(
+            lambda: pair.shop.start(
+                "nghttpd", ["nghttpd", "--no-tls", "-d", str(files), str(NGHTTPD)], port=NGHTTPD
+            )
+        )
         nursery.start_soon(pair.mesh.start)
     return pair
 
@@ -63,7 +77,8 @@ async def _answers(pair: Pair) -> bool:
 
 
 async def test_a_request_on_a_kept_connection(pair: Pair) -> None:
-    """The client's own connection is kept too, so that the request goes by the pool, and on the fast path where there is one."""
+    """The client's own connection is kept too, so that the request goes by the pool, and on the
+    fast path where there is one."""
     stream = await pair.web.connect(pair.service.ipv4, WEB)
     async with stream:
         for _ in range(3):
@@ -97,7 +112,10 @@ async def request_of_http2(pair: Pair) -> None:
         answer = await curl(pair.web, PRIOR, url, timeout=EVER)
         assert time.monotonic() - began < SOON
     # It may have been sent once more, on a new connection, which does not come about.
-    assert (answer.status, answer.error) in {(502, "connection_terminated"), (504, "connection_timeout")}
+    assert (answer.status, answer.error) in {
+        (502, "connection_terminated"),
+        (504, "connection_timeout"),
+    }
     await eventually(lambda: _answers(pair), "the service answers again")
 
 
@@ -116,7 +134,8 @@ async def test_a_relay_with_data_that_nothing_acknowledges(pair: Pair) -> None:
 
 
 async def test_a_relay_in_which_nothing_is_sent(pair: Pair) -> None:
-    """The client's pod vanishes: its sidecar finds out, and so does the server's, whose application gets its connection back."""
+    """The client's pod vanishes: its sidecar finds out, and so does the server's, whose application
+    gets its connection back."""
     await eventually(lambda: pair.shop.connected(ECHO) == 0, "nobody is connected")
     stream = await pair.web.connect(pair.service.ipv4, ECHO)
     async with stream:
@@ -124,7 +143,11 @@ async def test_a_relay_in_which_nothing_is_sent(pair: Pair) -> None:
         assert await stream.receive_some() == b"hello"
         assert pair.shop.connected(ECHO) == 1
         with link_cut(pair.web):
-            await eventually(lambda: pair.shop.connected(ECHO) == 0, "the server's connection has ended", timeout=SOON)
+            await eventually(
+                lambda: pair.shop.connected(ECHO) == 0,
+                "the server's connection has ended",
+                timeout=SOON,
+            )
             with trio.fail_after(SOON), pytest.raises(trio.BrokenResourceError):
                 await stream.receive_some()
     await answers(pair)
@@ -138,7 +161,11 @@ async def test_a_client_without_a_sidecar_that_vanishes(pair: Pair) -> None:
         with trio.fail_after(EVER):
             assert await stream.receive_some() == b"hello"
         with link_cut(outside):
-            await eventually(lambda: pair.shop.connected(ECHO) == 0, "the server's connection has ended", timeout=SOON)
+            await eventually(
+                lambda: pair.shop.connected(ECHO) == 0,
+                "the server's connection has ended",
+                timeout=SOON,
+            )
 
 
 async def test_a_quiet_link_that_is_there_is_not_taken_for_a_dead_one(pair: Pair) -> None:
@@ -153,7 +180,8 @@ async def test_a_quiet_link_that_is_there_is_not_taken_for_a_dead_one(pair: Pair
 
 
 async def test_a_slow_reader_gets_everything(pair: Pair) -> None:
-    """It reads nothing for three times the timeout while its window is closed, of a download and of a relay."""
+    """It reads nothing for three times the timeout while its window is closed, of a download and of
+    a relay."""
     size = 64 << 20
     stream = await pair.web.connect(pair.service.ipv4, WEB)
     async with stream:

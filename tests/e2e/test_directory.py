@@ -1,6 +1,7 @@
 """The directory changes, breaks and vanishes under load.
 
-Rules: a change takes effect without a failed request; a broken file changes nothing and is told once, with its path.
+Rules: a change takes effect without a failed request; a broken file changes nothing and is told
+once, with its path.
 """
 
 from __future__ import annotations
@@ -22,8 +23,15 @@ HELLO = b"hello from the shop"
 @pytest.fixture(scope="module")
 def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
-        pair = prepare(laboratory.lab, {WEB: "detect"}, web={"log": {"access": False}}, shop={"log": {"access": False}})
-        pair.service.traits["policy"] = {"balancing": {"decay": "1s"}}  # that a pod has stood still for a moment is soon forgotten
+        pair = prepare(
+            laboratory.lab,
+            {WEB: "detect"},
+            web={"log": {"access": False}},
+            shop={"log": {"access": False}},
+        )
+        pair.service.traits["policy"] = {
+            "balancing": {"decay": "1s"}
+        }  # that a pod has stood still for a moment is soon forgotten
         other = pair.cluster.pod("other")
         pair.mesh.join(other)
         for pod in (pair.shop, other):
@@ -52,13 +60,19 @@ def document(pair: Pair, *names: str) -> dict[str, Any]:
     """The directory with these pods behind the service `shop`."""
     made = pair.mesh.document()
     pods = [pair.cluster.pods[name] for name in names]
-    endpoints = [{"address": host, "identity": str(pair.mesh.sidecars[pod.name].identity)} for pod in pods for host in (pod.ipv4, pod.ipv6)]
+    endpoints = [
+        {"address": host, "identity": str(pair.mesh.sidecars[pod.name].identity)}
+        for pod in pods
+        for host in (pod.ipv4, pod.ipv6)
+    ]
     made["services"][0]["endpoints"] = endpoints
     return made
 
 
 async def passed(pair: Pair, name: str) -> float:
-    return await counted(pair.mesh.sidecars[name], "isthmus_responses_total", direction="inbound", status_class="2xx")
+    return await counted(
+        pair.mesh.sidecars[name], "isthmus_responses_total", direction="inbound", status_class="2xx"
+    )
 
 
 async def test_an_endpoint_moves_under_load_without_a_failed_request(pair: Pair) -> None:
@@ -80,7 +94,8 @@ async def test_an_endpoint_moves_under_load_without_a_failed_request(pair: Pair)
 
 
 async def both_have_their_share(pair: Pair, load: Load) -> bool:
-    """Of the next three hundred. A pod that was slow just now, as a busy machine may make it, gets less for a while."""
+    """Of the next three hundred. A pod that was slow just now, as a busy machine may make it, gets
+    less for a while."""
     before = await passed(pair, "shop"), await passed(pair, "other")
     await load.more(300)
     after = await passed(pair, "shop"), await passed(pair, "other")
@@ -99,7 +114,10 @@ async def test_a_service_without_endpoints_is_answered_503(pair: Pair) -> None:
 BROKEN = {
     "half a file": (b"services: [{name: 'half a", "directory.yaml"),
     "mistakes": (
-        b"services:\n- name: Shop\n  ports: [{port: 99999}]\n  endpoints: [{address: nowhere, identity: bob}]\n",
+        (
+            b"services:\n- name: Shop\n  ports: [{port: 99999}]\n  endpoints: [{address: nowhere,"
+            b" identity: bob}]\n"
+        ),
         "services[0].endpoints[0].address",
     ),
     "not text": (b"\xff\xfe\x00", "directory.yaml"),
@@ -108,7 +126,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-async def test_a_broken_file_keeps_the_old_directory_and_is_told_once_with_its_path(pair: Pair, name: str) -> None:
+async def test_a_broken_file_keeps_the_old_directory_and_is_told_once_with_its_path(
+    pair: Pair, name: str
+) -> None:
     data, words = BROKEN[name]
     good, errors = pair.near.directory_file.read_bytes(), await reloads(pair.near, "error")
 

@@ -1,7 +1,9 @@
-"""Another vendor's gateway: Envoy at the edge of east, configured as deploy/envoy/ shows, carries what west's pods say to east's.
+"""Another vendor's gateway: Envoy at the edge of east, configured as deploy/envoy/ shows, carries
+what west's pods say to east's.
 
-Rules: the configuration is the example's own text, with the laboratory's addresses; the services and their sidecars behind it are ordinary
-members of the mesh; who was verified by whom is read from Envoy's log and from the sidecars'.
+Rules: the configuration is the example's own text, with the laboratory's addresses; the services
+and their sidecars behind it are ordinary members of the mesh; who was verified by whom is read from
+Envoy's log and from the sidecars'.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ with socket.create_connection((host, int(port)), timeout=10) as plain, context.w
 
 @dataclass
 class Stage:
-    """East, with the services `c`, `stock` and `db` behind Envoy; in west a member of the mesh, and a pod without a sidecar."""
+    """East, with the services `c`, `stock` and `db` behind Envoy; in west a member of the mesh, and
+    a pod without a sidecar."""
 
     west: Mesh
     mesh: Mesh  # of east
@@ -74,7 +77,15 @@ class Stage:
 
     async def ask(self, *arguments: str, authority: str = C, path: str = "/head") -> Curled:
         """curl from the stranger to the gateway, without asking who that is."""
-        return await curl(self.stranger, "-k", "--http1.1", "-H", f"Host: {authority}", *arguments, f"https://{self.leg.ipv4}:{GATE}{path}")
+        return await curl(
+            self.stranger,
+            "-k",
+            "--http1.1",
+            "-H",
+            f"Host: {authority}",
+            *arguments,
+            f"https://{self.leg.ipv4}:{GATE}{path}",
+        )
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +96,18 @@ def stage(laboratory: Laboratory) -> Stage:
         mesh = Mesh(lab.cluster("east"), west.authority)
         area.border(west.cluster)
         c, stock, db, gateway = (mesh.cluster.pod(name) for name in ("c", "stock", "db", "gateway"))
-        for pod, port, hint in ((c, WEB, "http1"), (stock, GRPC, "http2"), (db, POSTGRES, "opaque")):
-            mesh.join(pod, inbound={"require_identity": True, "trusted_gateways": [str(mesh.authority.identity("gateway", "isthmus"))]})
+        for pod, port, hint in (
+            (c, WEB, "http1"),
+            (stock, GRPC, "http2"),
+            (db, POSTGRES, "opaque"),
+        ):
+            mesh.join(
+                pod,
+                inbound={
+                    "require_identity": True,
+                    "trusted_gateways": [str(mesh.authority.identity("gateway", "isthmus"))],
+                },
+            )
             mesh.service(pod.name, [pod], {port: hint}, export=True)
         west.join(west.cluster.pod("web"), dns={})
         west.link(mesh)
@@ -115,7 +136,9 @@ def entries(stage: Stage) -> list[dict[str, Any]]:
 # What west's sidecars send...
 
 
-@pytest.mark.parametrize("name", ["c.east", "c.default.east", "c-east", "c-east.default.svc.cluster.local"])
+@pytest.mark.parametrize(
+    "name", ["c.east", "c.default.east", "c-east", "c-east.default.svc.cluster.local"]
+)
 async def test_http_is_carried_to_a_service_of_the_other_cluster(stage: Stage, name: str) -> None:
     said = json.loads((await stage.call(f"http://{name}:{WEB}/head")).body)
     assert said["name"] == "c of east"
@@ -124,9 +147,9 @@ async def test_http_is_carried_to_a_service_of_the_other_cluster(stage: Stage, n
 
 async def test_grpc_is_carried_in_all_its_kinds(stage: Stage) -> None:
     seen = await client(stage.web, "grpc-kinds", "stock.east", str(GRPC), "tangerine")
-    assert {kind: seen.get(kind) for kind in ("unary", "server", "client", "both")} == dict.fromkeys(
-        ("unary", "server", "client", "both"), True
-    )
+    assert {
+        kind: seen.get(kind) for kind in ("unary", "server", "client", "both")
+    } == dict.fromkeys(("unary", "server", "client", "both"), True)
 
 
 async def test_a_database_is_reached_by_name(stage: Stage) -> None:
@@ -143,11 +166,19 @@ async def test_a_large_body_goes_through_unchanged_both_ways(stage: Stage) -> No
 
 async def test_each_hop_is_between_verified_identities(stage: Stage) -> None:
     await stage.call(f"http://c.east:{WEB}/")
-    web, gateway, c = (str(each.identity) for each in (stage.west.sidecars["web"], stage.envoy, stage.mesh.sidecars["c"]))
-    first = await logged(stage.west.sidecars["web"], "request", direction="outbound", upstream_identity=gateway)
+    web, gateway, c = (
+        str(each.identity)
+        for each in (stage.west.sidecars["web"], stage.envoy, stage.mesh.sidecars["c"])
+    )
+    first = await logged(
+        stage.west.sidecars["web"], "request", direction="outbound", upstream_identity=gateway
+    )
     assert first["upstream"] == f"{stage.leg.ipv4}:{GATE}"
     second = await eventually(
-        lambda: [line for line in entries(stage) if line["authority"] == C and line["identity"] == web], "a line of Envoy's"
+        lambda: [
+            line for line in entries(stage) if line["authority"] == C and line["identity"] == web
+        ],
+        "a line of Envoy's",
     )
     assert {line["upstream_identity"] for line in second} == {c}
     await logged(stage.mesh.sidecars["c"], "request", direction="inbound", identity=gateway)
@@ -193,7 +224,9 @@ async def test_what_a_client_says_of_itself_is_not_believed(stage: Stage) -> Non
     ]
     head = json.loads((await stage.ask(*member, *forged)).body)
     told = [(name.lower(), value) for name, value in head["headers"]]
-    assert [value for name, value in told if name == "isthmus-client-id"] == ["spiffe://cluster.local/ns/default/sa/web"]
+    assert [value for name, value in told if name == "isthmus-client-id"] == [
+        "spiffe://cluster.local/ns/default/sa/web"
+    ]
     assert "x-forwarded-client-cert" not in dict(told)
 
 
@@ -209,7 +242,8 @@ async def test_nor_does_one_that_another_root_vouches_for(stage: Stage) -> None:
 
 
 async def test_nor_one_of_another_trust_domain_whatever_root_it_has(stage: Stage) -> None:
-    """The roots of both domains are trusted for a while, as when two meshes become one: the name decides."""
+    """The roots of both domains are trusted for a while, as when two meshes become one: the name
+    decides."""
     other = Authority("other.example")
     certificates = stage.show("foreign", other, "web")
     stage.envoy.write_roots(stage.mesh.authority, other)
@@ -261,7 +295,12 @@ async def test_a_tunnel_leads_to_a_database(stage: Stage) -> None:
         )
     )
     assert answer == {"status": 200, "said": "N"}
-    inbound = await logged(stage.mesh.sidecars["db"], "connection", direction="inbound", identity=str(stage.envoy.identity))
+    inbound = await logged(
+        stage.mesh.sidecars["db"],
+        "connection",
+        direction="inbound",
+        identity=str(stage.envoy.identity),
+    )
     assert (inbound["protocol"], inbound["tls"]) == ("isthmus-tcp", "TLSv1.3")
 
 

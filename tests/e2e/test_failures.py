@@ -1,7 +1,9 @@
-"""Crashes, hangs and cut links under load: the client is told what happened and whose fault it was, and it ends when the fault ends.
+"""Crashes, hangs and cut links under load: the client is told what happened and whose fault it was,
+and it ends when the fault ends.
 
-Rules: every request of the load has an outcome: the server's answer, or a proxy's own with Proxy-Status (RFC 9209). A connection that
-breaks within a response is allowed only where the response had begun. No proxy is restarted, except where that is the fault.
+Rules: every request of the load has an outcome: the server's answer, or a proxy's own with
+Proxy-Status (RFC 9209). A connection that breaks within a response is allowed only where the
+response had begun. No proxy is restarted, except where that is the fault.
 """
 
 from __future__ import annotations
@@ -15,7 +17,18 @@ import trio
 from lab.faults import link_cut, paused
 from lab.load import Load
 from tests.e2e.conftest import Laboratory
-from tests.e2e.stage import ECHO, WEB, Pair, counted, curl, echo_server, eventually, logged, prepare, web_server
+from tests.e2e.stage import (
+    ECHO,
+    WEB,
+    Pair,
+    counted,
+    curl,
+    echo_server,
+    eventually,
+    logged,
+    prepare,
+    web_server,
+)
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
@@ -29,7 +42,11 @@ SETTINGS = {
 PATIENCE = 1.0  # seconds: response_timeout
 # What the client's proxy says while the service's one endpoint is broken.
 BROKEN = "503 destination_unavailable"
-IMPATIENT = {"log": {"access": True}, "http": {"response_timeout": "1s"}, "tcp": {"connect_timeout": "1s", "handshake_timeout": "1s"}}
+IMPATIENT = {
+    "log": {"access": True},
+    "http": {"response_timeout": "1s"},
+    "tcp": {"connect_timeout": "1s", "handshake_timeout": "1s"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +59,8 @@ def pair(laboratory: Laboratory) -> Pair:
 
 @pytest.fixture(scope="module")
 def impatient(laboratory: Laboratory) -> Pair:
-    """A pair whose client's proxy gives up soon, for the tests that wait for that; nothing else is to be given up on a slow machine."""
+    """A pair whose client's proxy gives up soon, for the tests that wait for that; nothing else is
+    to be given up on a slow machine."""
 
     async def build() -> Pair:
         return await _built(laboratory, IMPATIENT)
@@ -61,22 +79,30 @@ async def _built(laboratory: Laboratory, settings: dict[str, Any]) -> Pair:
 
 
 def explained(load: Load, *statuses: str) -> bool:
-    """Whether everything that was not good is one of these statuses, with the type of the error behind it."""
+    """Whether everything that was not good is one of these statuses, with the type of the error
+    behind it."""
     return all(outcome.split()[0] in statuses and len(outcome.split()) == 2 for outcome in load.bad)
 
 
 async def test_a_server_that_is_killed_under_load_and_comes_back(pair: Pair) -> None:
-    server, pids = pair.shop.processes[f"web-{WEB}"], [sidecar.running().pid for sidecar in pair.both]
+    server, pids = (
+        pair.shop.processes[f"web-{WEB}"],
+        [sidecar.running().pid for sidecar in pair.both],
+    )
     async with Load(pair.web, pair.service.ipv4, WEB) as load:
         await load.more(100)
         server.kill()
         await server.wait()
-        # The server's own proxy says what is wrong. The client's tries the one endpoint again, and then tells those who have waited.
+        # The server's own proxy says what is wrong. The client's tries the one endpoint again, and
+        # then tells those who have waited.
         await load.more(20, BROKEN)
         seen = await curl(pair.web, f"http://shop:{WEB}/")
         assert seen.status in (502, 503)
         assert seen.headers["proxy-status"][0].startswith(
-            ("shop.default.inbound;error=connection_refused;", "web.default.outbound;error=destination_unavailable;")
+            (
+                "shop.default.inbound;error=connection_refused;",
+                "web.default.outbound;error=destination_unavailable;",
+            )
         )
         await web_server(pair.shop)
         await load.more(300)
@@ -84,7 +110,12 @@ async def test_a_server_that_is_killed_under_load_and_comes_back(pair: Pair) -> 
     assert load.bad["502 connection_refused"], "those who were sent to try last"
     assert explained(load, "502", "503")
     assert [sidecar.running().pid for sidecar in pair.both] == pids
-    assert await counted(pair.far, "isthmus_errors_total", direction="inbound", reason="connect_refused") >= 7, "trials"
+    assert (
+        await counted(
+            pair.far, "isthmus_errors_total", direction="inbound", reason="connect_refused"
+        )
+        >= 7
+    ), "trials"
     await logged(pair.far, "connection refused", status=502)
     await clean(pair)
 
@@ -119,7 +150,8 @@ async def test_the_servers_sidecar_is_restarted_politely_under_load(pair: Pair) 
 
 
 async def test_a_server_that_is_restarted_at_once_costs_no_request(pair: Pair) -> None:
-    """What the killed application had taken is asked again, for it was idempotent. What came while it was away has waited."""
+    """What the killed application had taken is asked again, for it was idempotent. What came while
+    it was away has waited."""
     server = pair.shop.processes[f"web-{WEB}"]
     async with Load(pair.web, pair.service.ipv4, WEB) as load:
         await load.more(100)
@@ -144,7 +176,12 @@ async def test_a_server_that_hangs_is_given_up_after_the_response_timeout(impati
         await load.more(200)
     print(dict(load.outcomes))
     assert explained(load, "504", "503")
-    assert await counted(impatient.near, "isthmus_errors_total", direction="outbound", reason="upstream_timeout") >= 4
+    assert (
+        await counted(
+            impatient.near, "isthmus_errors_total", direction="outbound", reason="upstream_timeout"
+        )
+        >= 4
+    )
     await logged(impatient.near, "did not answer within 1.0 s", status=504)
     await clean(impatient)
 
@@ -170,13 +207,21 @@ async def test_a_link_that_is_cut_under_load_and_mended(impatient: Pair) -> None
             await load.more(3, "504 connection_timeout")
         await load.more(200)
     print(dict(load.outcomes))
-    # Where the neighbour's address is not known any more, the kernel itself says that there is no way to it.
+    # Where the neighbour's address is not known any more, the kernel itself says that there is no
+    # way to it.
     assert explained(load, "504", "502", "503")
-    assert set(load.bad) <= {"504 http_response_timeout", "504 connection_timeout", "502 destination_ip_unroutable", BROKEN}
+    assert set(load.bad) <= {
+        "504 http_response_timeout",
+        "504 connection_timeout",
+        "502 destination_ip_unroutable",
+        BROKEN,
+    }
     await clean(impatient)
 
 
-async def test_a_server_that_dies_within_a_response_is_not_taken_for_a_whole_response(pair: Pair) -> None:
+async def test_a_server_that_dies_within_a_response_is_not_taken_for_a_whole_response(
+    pair: Pair,
+) -> None:
     server = pair.shop.processes[f"web-{WEB}"]
     stream = await pair.web.connect(pair.service.ipv4, WEB)
     async with stream:
@@ -225,7 +270,10 @@ async def clean(pair: Pair) -> None:
     for sidecar in pair.both:
         assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0
         assert [line for line in sidecar.logged() if "exception" in line] == []
-        await eventually(lambda sidecar=sidecar: _nothing_active(sidecar), f"nothing is active in {sidecar.pod.name}")
+        await eventually(
+            lambda sidecar=sidecar: _nothing_active(sidecar),
+            f"nothing is active in {sidecar.pod.name}",
+        )
 
 
 async def _nothing_active(sidecar: object) -> bool:

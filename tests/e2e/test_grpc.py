@@ -1,7 +1,8 @@
 """gRPC through two sidecars: grpcio at both ends, unmodified.
 
-Rules: the client runs in one pod, servers in two others, all behind real interception. What the server was told is read from the server's
-own output, what the client saw from the client; how many connections there were, from what the proxies counted.
+Rules: the client runs in one pod, servers in two others, all behind real interception. What the
+server was told is read from the server's own output, what the client saw from the client; how many
+connections there were, from what the proxies counted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ MANY = 2000
 @pytest.fixture(scope="module")
 def pair(laboratory: Laboratory) -> Pair:
     async def prepare() -> Pair:
-        pair = build(laboratory.lab, web={"log": {"access": False}}, shop={"log": {"access": False}})
+        pair = build(
+            laboratory.lab, web={"log": {"access": False}}, shop={"log": {"access": False}}
+        )
         pair.cluster.pod("stranger")
         await start(pair)
         return pair
@@ -30,31 +33,51 @@ def pair(laboratory: Laboratory) -> Pair:
 
 @pytest.mark.parametrize("version", [4, 6])
 async def test_all_four_kinds_of_calls(pair: Pair, version: int) -> None:
-    seen = await client(pair.web, "grpc-kinds", pair.service.address(version), str(GRPC), "tangerine")
-    assert {key: seen[key] for key in ("unary", "server", "client", "both")} == dict.fromkeys(("unary", "server", "client", "both"), True)
+    seen = await client(
+        pair.web, "grpc-kinds", pair.service.address(version), str(GRPC), "tangerine"
+    )
+    assert {key: seen[key] for key in ("unary", "server", "client", "both")} == dict.fromkeys(
+        ("unary", "server", "client", "both"), True
+    )
 
 
 async def test_two_thousand_calls_of_one_channel_are_spread_over_two_endpoints(pair: Pair) -> None:
     async def answered(name: str) -> float:
-        return await counted(pair.mesh.sidecars[name], "isthmus_responses_total", direction="inbound", classification="success")
+        return await counted(
+            pair.mesh.sidecars[name],
+            "isthmus_responses_total",
+            direction="inbound",
+            classification="success",
+        )
 
     async def opened(peer: str) -> float:
-        return await counted(pair.near, "isthmus_connections_opened_total", direction="outbound", peer=peer)
+        return await counted(
+            pair.near, "isthmus_connections_opened_total", direction="outbound", peer=peer
+        )
 
     async def evenly() -> bool:
         before = await answered("shop"), await answered("annex"), await opened("src")
-        seen = await client(pair.web, "grpc-spread", pair.mesh.services["stock"].ipv4, str(GRPC), str(MANY))
+        seen = await client(
+            pair.web, "grpc-spread", pair.mesh.services["stock"].ipv4, str(GRPC), str(MANY)
+        )
         shares = {name: seen["answered"].get(name, 0) for name in ("shop", "annex")}
         assert sum(shares.values()) == MANY
-        assert (await answered("shop") - before[0], await answered("annex") - before[1]) == (shares["shop"], shares["annex"])
+        assert (await answered("shop") - before[0], await answered("annex") - before[1]) == (
+            shares["shop"],
+            shares["annex"],
+        )
         assert await opened("src") - before[2] == 1
         # Half each, give or take nine standard deviations of a fair coin.
         return 800 <= shares["shop"] <= 1200
 
-    await eventually(evenly, "both pods get their half, unless one was slow just before", timeout=120)
+    await eventually(
+        evenly, "both pods get their half, unless one was slow just before", timeout=120
+    )
 
 
-async def test_five_hundred_calls_at_once_are_more_than_the_proxy_takes_and_all_are_answered(pair: Pair) -> None:
+async def test_five_hundred_calls_at_once_are_more_than_the_proxy_takes_and_all_are_answered(
+    pair: Pair,
+) -> None:
     code = """
 calls = [shop.unary_unary("Echo").future(b"%d" % number, timeout=20) for number in range(500)]
 print(json.dumps(sum(call.result() == b"%d" % number for number, call in enumerate(calls))))
@@ -173,7 +196,9 @@ for number in range(1, 17):
         seen.append([error.code().value[0], error.details(), right])
 print(json.dumps(seen))
 """
-    assert await calling(pair.web, code, words) == [[number, words, True] for number in range(1, 17)]
+    assert await calling(pair.web, code, words) == [
+        [number, words, True] for number in range(1, 17)
+    ]
 
 
 async def test_an_unknown_method_is_the_servers_to_refuse(pair: Pair) -> None:
@@ -186,7 +211,9 @@ except grpc.RpcError as error:
     assert await calling(pair.web, code) == "UNIMPLEMENTED"
 
 
-async def test_a_slow_consumer_of_one_stream_delays_no_other_call_of_the_channel(pair: Pair) -> None:
+async def test_a_slow_consumer_of_one_stream_delays_no_other_call_of_the_channel(
+    pair: Pair,
+) -> None:
     """The stream is far larger than all windows between, so it stands still until it is read."""
     code = """
 size, count = 64 * 1024, 1000
@@ -239,21 +266,53 @@ stuck.cancel()
 
 async def test_a_caller_without_a_sidecar_is_served_too(pair: Pair) -> None:
     """Clear text, HTTP/2 with prior knowledge, recognised by its preface."""
-    seen = await client(pair.cluster.pods["stranger"], "grpc-kinds", pair.shop.ipv4, str(GRPC), "tangerine")
+    seen = await client(
+        pair.cluster.pods["stranger"], "grpc-kinds", pair.shop.ipv4, str(GRPC), "tangerine"
+    )
     assert (seen["unary"], seen["both"]) == (True, True)
-    assert await counted(pair.far, "isthmus_detections_total", direction="inbound", result="http2") >= 1
+    assert (
+        await counted(pair.far, "isthmus_detections_total", direction="inbound", result="http2")
+        >= 1
+    )
 
 
-async def test_between_the_sidecars_all_of_it_was_http_2_in_mutual_tls_and_nothing_is_left_open(pair: Pair) -> None:
+async def test_between_the_sidecars_all_of_it_was_http_2_in_mutual_tls_and_nothing_is_left_open(
+    pair: Pair,
+) -> None:
     """Run last in this file."""
     await calling(pair.web, "print(json.dumps(shop.unary_unary('Name')(b'', timeout=10).decode()))")
-    assert await counted(pair.far, "isthmus_connections_opened_total", direction="inbound", peer="src", tls="mutual") >= 1
+    assert (
+        await counted(
+            pair.far,
+            "isthmus_connections_opened_total",
+            direction="inbound",
+            peer="src",
+            tls="mutual",
+        )
+        >= 1
+    )
     # The stranger's is the only one in clear text.
-    assert await counted(pair.far, "isthmus_connections_opened_total", direction="inbound", peer="src", tls="none") == 1
+    assert (
+        await counted(
+            pair.far,
+            "isthmus_connections_opened_total",
+            direction="inbound",
+            peer="src",
+            tls="none",
+        )
+        == 1
+    )
     for sidecar in pair.both:
-        await eventually(lambda sidecar=sidecar: _nothing_active(sidecar), f"nothing is active in {sidecar.pod.name}")
+        await eventually(
+            lambda sidecar=sidecar: _nothing_active(sidecar),
+            f"nothing is active in {sidecar.pod.name}",
+        )
         assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0
-        assert [line for line in sidecar.logged() if line["level"] in ("error", "warning") or "exception" in line] == []
+        assert [
+            line
+            for line in sidecar.logged()
+            if line["level"] in ("error", "warning") or "exception" in line
+        ] == []
 
 
 async def _nothing_active(sidecar: object) -> bool:

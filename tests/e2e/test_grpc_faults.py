@@ -1,7 +1,9 @@
-"""gRPC under load, while servers and proxies crash, restart, stop, and while certificates and the directory change.
+"""gRPC under load, while servers and proxies crash, restart, stop, and while certificates and the
+directory change.
 
-Rules: every call of a load has an outcome, and what a proxy makes up says so in Proxy-Status. Where nothing has failed for the caller's
-purposes (new certificates, another endpoint, connections that are replaced for their age) not one call may fail.
+Rules: every call of a load has an outcome, and what a proxy makes up says so in Proxy-Status. Where
+nothing has failed for the caller's purposes (new certificates, another endpoint, connections that
+are replaced for their age) not one call may fail.
 """
 
 from __future__ import annotations
@@ -24,12 +26,17 @@ from tests.e2e.stage import Pair, counted, eventually
 
 pytestmark = pytest.mark.lab
 
-QUIET = {"log": {"access": False}, "shutdown": {"grace": "60s"}, "tcp": {"connect_timeout": "30s", "handshake_timeout": "30s"}}
+QUIET = {
+    "log": {"access": False},
+    "shutdown": {"grace": "60s"},
+    "tcp": {"connect_timeout": "30s", "handshake_timeout": "30s"},
+}
 HASTY = {"shutdown": {"grace": "4s"}}
 PINGS = {"http2": {"ping_interval": "1s", "ping_timeout": "4s"}}
 YOUNG = {"pool": {"max_age": "1s"}}
 REFUSED = "UNAVAILABLE connection_refused"
-BROKEN = "UNAVAILABLE destination_unavailable"  # while the one endpoint there is is asked from time to time only
+# while the one endpoint there is is asked from time to time only
+BROKEN = "UNAVAILABLE destination_unavailable"
 CUT = {"UNAVAILABLE connection_terminated", "UNAVAILABLE http_response_incomplete"}
 
 
@@ -84,7 +91,10 @@ except grpc.RpcError as error:
     for sidecar in pair.both:
         assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0
         assert [line for line in sidecar.logged() if "exception" in line] == []
-        await eventually(lambda sidecar=sidecar: _nothing_active(sidecar), f"nothing is active in {sidecar.pod.name}")
+        await eventually(
+            lambda sidecar=sidecar: _nothing_active(sidecar),
+            f"nothing is active in {sidecar.pod.name}",
+        )
 
 
 async def _nothing_active(sidecar: Sidecar) -> bool:
@@ -105,7 +115,9 @@ async def test_a_server_that_is_killed_under_load_and_comes_back(pair: Pair) -> 
         await load.more(200)
     print(dict(load.outcomes))
     assert set(load.bad) <= {REFUSED, BROKEN, *CUT}
-    assert sum(load.bad[outcome] for outcome in CUT & set(load.bad)) <= 6  # those that were with the server when it died
+    assert (
+        sum(load.bad[outcome] for outcome in CUT & set(load.bad)) <= 6
+    )  # those that were with the server when it died
     assert [sidecar.running().pid for sidecar in pair.both] == pids
     await well(pair)
 
@@ -124,13 +136,15 @@ async def test_the_servers_sidecar_is_killed_under_load_and_comes_back(pair: Pai
 
 
 async def test_the_servers_sidecar_is_restarted_politely_under_load(pair: Pair) -> None:
-    """Its pod stays in the directory, so calls fail while it is down; none of those that it had taken does."""
+    """Its pod stays in the directory, so calls fail while it is down; none of those that it had
+    taken does."""
     async with Calls(pair.web, "shop") as load:
         await load.more(100)
         await pair.far.restart()
         await load.more(200)
     print(dict(load.outcomes))
-    # A call that crosses GOAWAY is refused, grpcio sends it again by itself, and may meet the closed listener.
+    # A call that crosses GOAWAY is refused, grpcio sends it again by itself, and may meet the
+    # closed listener.
     refused = {outcome for outcome in load.bad if "RST_STREAM with error code 7" in outcome}
     assert set(load.bad) <= {REFUSED, BROKEN, *refused}
     assert sum(load.bad[outcome] for outcome in refused) <= 6
@@ -138,7 +152,8 @@ async def test_the_servers_sidecar_is_restarted_politely_under_load(pair: Pair) 
 
 
 async def test_one_of_two_pods_dies_under_load_and_the_other_serves(pair: Pair) -> None:
-    """The proxy of a dead pod refuses connections at once, so each call finds the other one; calls that were there are lost."""
+    """The proxy of a dead pod refuses connections at once, so each call finds the other one; calls
+    that were there are lost."""
     annex = pair.mesh.sidecars["annex"]
     async with Calls(pair.web, "stock") as load:
         await load.more(100)
@@ -150,7 +165,9 @@ async def test_one_of_two_pods_dies_under_load_and_the_other_serves(pair: Pair) 
         assert load.answered["shop"] - before >= 290
         await annex.start(intercept=False)
         before = load.answered["annex"]
-        await eventually(lambda: load.answered["annex"] > before + 20, "the pod that is back has its share")
+        await eventually(
+            lambda: load.answered["annex"] > before + 20, "the pod that is back has its share"
+        )
     print(dict(load.outcomes))
     assert set(load.bad) <= CUT
     assert sum(load.bad.values()) <= 6
@@ -170,7 +187,9 @@ print(json.dumps({"after": shop.unary_unary("Name")(b"", timeout=60, wait_for_re
 
 
 @pytest.mark.parametrize("who", ["the server", "the server's sidecar"])
-async def test_a_stream_whose_server_dies_ends_with_a_status_and_the_channel_goes_on(pair: Pair, who: str) -> None:
+async def test_a_stream_whose_server_dies_ends_with_a_status_and_the_channel_goes_on(
+    pair: Pair, who: str
+) -> None:
     reader = await speaking(pair.web, f"half-{who[-6:]}", HALF)
     assert (await reader.wait_line("first")) == '{"first": 1000}'
     victim = server(pair) if who == "the server" else pair.far.running()
@@ -179,16 +198,21 @@ async def test_a_stream_whose_server_dies_ends_with_a_status_and_the_channel_goe
     end = json.loads(await reader.wait_line("end"))
     print(end)
     assert end["end"] == "UNAVAILABLE"
-    # The proxy that noticed has the last word, as trailers: without them grpcio would make something up.
+    # The proxy that noticed has the last word, as trailers: without them grpcio would make
+    # something up.
     assert end["details"].startswith(("connection_terminated", "http_response_incomplete"))
-    assert (await (grpc_server(pair.shop) if who == "the server" else pair.far.start(intercept=False))) is not False
+    assert (
+        await (grpc_server(pair.shop) if who == "the server" else pair.far.start(intercept=False))
+    ) is not False
     # The first call behind it may still meet the fault; the channel is the same.
     await reader.wait_until(lambda: reader.output.ended, "end", timeout=90)
     assert reader.output.tail().count("after") == 1 or "UNAVAILABLE" in reader.output.tail()
     await well(pair)
 
 
-async def test_a_server_that_hangs_costs_the_caller_its_deadline_and_the_proxies_nothing(young: Pair) -> None:
+async def test_a_server_that_hangs_costs_the_caller_its_deadline_and_the_proxies_nothing(
+    young: Pair,
+) -> None:
     code = """
 def one():
     try:
@@ -251,7 +275,9 @@ def roots(sidecar: Sidecar, *authorities: Authority) -> Callable[[], Awaitable[N
 
 async def test_connections_that_are_replaced_every_second_cost_no_call(young: Pair) -> None:
     async def opened() -> float:
-        return await counted(young.near, "isthmus_connections_opened_total", direction="outbound", peer="dst")
+        return await counted(
+            young.near, "isthmus_connections_opened_total", direction="outbound", peer="dst"
+        )
 
     before = await opened()
     async with Calls(young.web, "stock") as load:
@@ -262,7 +288,9 @@ async def test_connections_that_are_replaced_every_second_cost_no_call(young: Pa
     await well(young)
 
 
-async def test_new_certificates_and_a_new_root_under_load_without_a_failed_call(young: Pair) -> None:
+async def test_new_certificates_and_a_new_root_under_load_without_a_failed_call(
+    young: Pair,
+) -> None:
     old, new = young.mesh.authority, Authority()
     sidecars = list(young.mesh.sidecars.values())
     handshakes = await counted(young.far, "isthmus_tls_handshakes_total", result="ok")
@@ -293,8 +321,14 @@ async def test_endpoints_move_under_load_without_a_failed_call(young: Pair) -> N
     def document(*names: str) -> dict[str, Any]:
         made = young.mesh.document()
         pods = [young.cluster.pods[name] for name in names]
-        hosts = [(host, str(young.mesh.sidecars[pod.name].identity)) for pod in pods for host in (pod.ipv4, pod.ipv6)]
-        made["services"][1]["endpoints"] = [{"address": host, "identity": identity} for host, identity in hosts]
+        hosts = [
+            (host, str(young.mesh.sidecars[pod.name].identity))
+            for pod in pods
+            for host in (pod.ipv4, pod.ipv6)
+        ]
+        made["services"][1]["endpoints"] = [
+            {"address": host, "identity": identity} for host, identity in hosts
+        ]
         return made
 
     async def take(*names: str) -> None:
@@ -349,7 +383,9 @@ async def finish(pair: Pair, reader: Process) -> None:
 
 
 @pytest.mark.parametrize("side", ["near", "far"])
-async def test_a_proxy_that_is_told_to_stop_lets_an_open_stream_finish(fresh: Pair, side: str) -> None:
+async def test_a_proxy_that_is_told_to_stop_lets_an_open_stream_finish(
+    fresh: Pair, side: str
+) -> None:
     sidecar: Sidecar = getattr(fresh, side)
     reader = await speaking(fresh.web, "long", LONG)
     await reader.wait_line("begun")
@@ -383,9 +419,12 @@ except grpc.RpcError as error:
         assert await fresh.far.running().wait() == 0
 
 
-async def test_the_clients_proxy_is_told_to_stop_under_load_and_no_call_is_lost(fresh: Pair) -> None:
-    """The application is told by GOAWAY to open a new connection, which is served as well, until the application is quiet: as it is not
-    while a conversation goes on, however busy the machine."""
+async def test_the_clients_proxy_is_told_to_stop_under_load_and_no_call_is_lost(
+    fresh: Pair,
+) -> None:
+    """The application is told by GOAWAY to open a new connection, which is served as well, until
+    the application is quiet: as it is not while a conversation goes on, however busy the
+    machine."""
     reader = await speaking(fresh.web, "long", LONG)
     await reader.wait_line("begun")
     async with Calls(fresh.web, "shop") as load:

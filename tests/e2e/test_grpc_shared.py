@@ -1,5 +1,6 @@
-"""Two sidecars have one connection for the calls of many clients. What some of these do costs the others nothing: deadlines of a few
-milliseconds in great number, and trailers that are too large. Clients and servers are grpcio."""
+"""Two sidecars have one connection for the calls of many clients. What some of these do costs the
+others nothing: deadlines of a few milliseconds in great number, and trailers that are too large.
+Clients and servers are grpcio."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from tests.e2e.stage import Pair, counted
 
 pytestmark = pytest.mark.lab
 
-# Ten clients, each with a connection of its own, make 28 calls a second that the server would answer after 0.1 s, and give them 30 ms.
+# Ten clients, each with a connection of its own, make 28 calls a second that the server would
+# answer after 0.1 s, and give them 30 ms.
 _IMPATIENT = """
 outcomes, lock = {}, threading.Lock()
 ends = time.monotonic() + float(sys.argv[3])
@@ -66,14 +68,20 @@ def pair(laboratory: Laboratory, request: pytest.FixtureRequest) -> Pair:
 async def trouble(pair: Pair) -> dict[str, float]:
     """What must not change: connections between the sidecars, and changes of breakers."""
     return {
-        "connections": await counted(pair.near, "isthmus_connections_opened_total", direction="outbound", peer="dst"),
+        "connections": await counted(
+            pair.near, "isthmus_connections_opened_total", direction="outbound", peer="dst"
+        ),
         "opened": await counted(pair.near, "isthmus_breaker_changes_total"),
     }
 
 
-def test_ten_clients_that_give_up_after_30_ms_cost_a_patient_one_nothing(laboratory: Laboratory, pair: Pair) -> None:
+def test_ten_clients_that_give_up_after_30_ms_cost_a_patient_one_nothing(
+    laboratory: Laboratory, pair: Pair
+) -> None:
     async def run() -> None:
-        async with Calls(pair.web, "shop", pause=0.1) as load:  # what ends well pays for what does not: here is little of that
+        async with Calls(
+            pair.web, "shop", pause=0.1
+        ) as load:  # what ends well pays for what does not: here is little of that
             await load.more(50)
             before = await trouble(pair)
             outcomes = await calling(pair.web, _IMPATIENT, "8")
@@ -88,7 +96,9 @@ def test_ten_clients_that_give_up_after_30_ms_cost_a_patient_one_nothing(laborat
 
 
 @pytest.mark.parametrize("size", ["20000", "70000"])
-def test_trailers_that_are_too_large_cost_the_other_calls_nothing(laboratory: Laboratory, pair: Pair, size: str) -> None:
+def test_trailers_that_are_too_large_cost_the_other_calls_nothing(
+    laboratory: Laboratory, pair: Pair, size: str
+) -> None:
     async def run() -> None:
         async with Calls(pair.web, "shop") as load:
             await load.more(20)

@@ -1,8 +1,9 @@
-"""HTTP/2 clients and servers as they are, through two sidecars: h2load, curl, nghttpd, hypercorn, httpx, nginx; and translation where the
-two ends do not speak the same version.
+"""HTTP/2 clients and servers as they are, through two sidecars: h2load, curl, nghttpd, hypercorn,
+httpx, nginx; and translation where the two ends do not speak the same version.
 
-Rules: the client runs in one pod, the server in another. Which version a server was spoken to in is said by the server (hypercorn's
-application answers what it sees); that an HTTP/1 server was not spoken to in another goes without saying.
+Rules: the client runs in one pod, the server in another. Which version a server was spoken to in is
+said by the server (hypercorn's application answers what it sees); that an HTTP/1 server was not
+spoken to in another goes without saying.
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ import pytest
 
 from lab.pod import User
 from tests.e2e.conftest import Laboratory
-from tests.e2e.stage import PROGRAMS, WEB, Pair, counted, curl, eventually, prepare, python, web_server
+from tests.e2e.stage import (
+    PROGRAMS,
+    WEB,
+    Pair,
+    counted,
+    curl,
+    eventually,
+    prepare,
+    python,
+    web_server,
+)
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
@@ -27,7 +38,8 @@ MIB = 2**20
 LARGE = 64 * MIB
 PRIOR = "--http2-prior-knowledge"
 
-# What it sees of a request, and bodies in both directions. hypercorn takes HTTP/1.1, h2c, and an offer to upgrade, on one port.
+# What it sees of a request, and bodies in both directions. hypercorn takes HTTP/1.1, h2c, and an
+# offer to upgrade, on one port.
 APPLICATION = """
 import hashlib, json
 async def app(scope, receive, send):
@@ -93,7 +105,9 @@ def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
         ports = dict.fromkeys((NGHTTPD, ECHO, ASGI, NGINX, WEB), "detect")
         ports |= {NGINX_DECLARED: "http1", WEB_DECLARED: "http1", ASGI_DECLARED: "http2"}
-        pair = prepare(laboratory.lab, ports, web={"log": {"access": False}}, shop={"log": {"access": False}})
+        pair = prepare(
+            laboratory.lab, ports, web={"log": {"access": False}}, shop={"log": {"access": False}}
+        )
         await servers(pair)
         await pair.mesh.start()
         return pair
@@ -112,13 +126,19 @@ async def servers(pair: Pair) -> None:
             file.write(os.urandom(MIB))
     for port, name in ((NGHTTPD, "nghttpd"), (ECHO, "nghttpd-echo")):
         echo = ["--echo-upload"] if port == ECHO else []
-        await shop.start(name, ["nghttpd", "--no-tls", "-d", str(files), *echo, str(port)], port=port)
+        await shop.start(
+            name, ["nghttpd", "--no-tls", "-d", str(files), *echo, str(port)], port=port
+        )
     (shop.directory / "application.py").write_text(APPLICATION)
     ports = [str(ASGI), str(ASGI_DECLARED)]
-    await shop.start("hypercorn", [sys.executable, "-c", HYPERCORN, *ports], port=ASGI_DECLARED, env=PROGRAMS)
+    await shop.start(
+        "hypercorn", [sys.executable, "-c", HYPERCORN, *ports], port=ASGI_DECLARED, env=PROGRAMS
+    )
     config = shop.directory / "nginx.conf"
     config.write_text(NGINX_CONFIG)
-    await shop.start("nginx", ["nginx", "-p", ".", "-c", str(config)], user=User(never_root=True), port=NGINX)
+    await shop.start(
+        "nginx", ["nginx", "-p", ".", "-c", str(config)], user=User(never_root=True), port=NGINX
+    )
     await web_server(shop)
     await web_server(shop, WEB_DECLARED)
 
@@ -127,7 +147,9 @@ def url(path: str, port: int) -> str:
     return f"http://shop:{port}{path}"
 
 
-async def seen(pair: Pair, *arguments: str, path: str = "/", port: int = ASGI, stdin: bytes = b"") -> dict[str, Any]:
+async def seen(
+    pair: Pair, *arguments: str, path: str = "/", port: int = ASGI, stdin: bytes = b""
+) -> dict[str, Any]:
     """What hypercorn's application saw of a request of curl's."""
     answer = await curl(pair.web, *arguments, url(path, port), stdin=stdin)
     assert answer.status == 200, (answer.errors, answer.headers, answer.body[:200])
@@ -139,12 +161,24 @@ async def seen(pair: Pair, *arguments: str, path: str = "/", port: int = ASGI, s
 
 
 async def test_ten_thousand_requests_of_h2load_without_one_error(pair: Pair) -> None:
-    before = await counted(pair.far, "isthmus_responses_total", direction="inbound", status_class="2xx")
-    done = await pair.web.run(["h2load", "-n", "10000", "-c", "16", "-m", "8", "-t", "1", url("/digits", NGHTTPD)], timeout=200)
+    before = await counted(
+        pair.far, "isthmus_responses_total", direction="inbound", status_class="2xx"
+    )
+    done = await pair.web.run(
+        ["h2load", "-n", "10000", "-c", "16", "-m", "8", "-t", "1", url("/digits", NGHTTPD)],
+        timeout=200,
+    )
     print(done.text)
-    assert "requests: 10000 total, 10000 started, 10000 done, 10000 succeeded, 0 failed, 0 errored, 0 timeout" in done.text
+    assert (
+        "requests: 10000 total, 10000 started, 10000 done, 10000 succeeded, 0 failed, 0 errored, 0"
+        " timeout" in done.text
+    )
     assert "10000 2xx" in done.text
-    assert await counted(pair.far, "isthmus_responses_total", direction="inbound", status_class="2xx") - before == 10000
+    assert (
+        await counted(pair.far, "isthmus_responses_total", direction="inbound", status_class="2xx")
+        - before
+        == 10000
+    )
 
 
 @pytest.mark.parametrize("version", ["-4", "-6"])
@@ -158,16 +192,33 @@ async def test_curl_with_prior_knowledge_gets_a_file_from_nghttpd(pair: Pair, ve
 
 async def test_curl_downloads_64_mib_unchanged(pair: Pair) -> None:
     peak = [sidecar.running().rss() for sidecar in pair.both]
-    done = await pair.web.run(["curl", "-sS", PRIOR, "-o", "got", url("/large", NGHTTPD)], timeout=200)
+    done = await pair.web.run(
+        ["curl", "-sS", PRIOR, "-o", "got", url("/large", NGHTTPD)], timeout=200
+    )
     assert done.ok, done.stderr
-    assert (pair.web.directory / "got").read_bytes() == (pair.shop.directory / "files/large").read_bytes()
+    assert (pair.web.directory / "got").read_bytes() == (
+        pair.shop.directory / "files/large"
+    ).read_bytes()
     for sidecar, before in zip(pair.both, peak, strict=True):
         assert sidecar.running().peak_rss() - before < 16 * MIB
 
 
 async def test_curl_uploads_64_mib_and_gets_them_back_at_the_same_time(pair: Pair) -> None:
     large = pair.shop.directory / "files/large"
-    command = ["curl", "-sS", PRIOR, "-X", "POST", "--data-binary", f"@{large}", "-H", "Expect:", "-o", "back", url("/", ECHO)]
+    command = [
+        "curl",
+        "-sS",
+        PRIOR,
+        "-X",
+        "POST",
+        "--data-binary",
+        f"@{large}",
+        "-H",
+        "Expect:",
+        "-o",
+        "back",
+        url("/", ECHO),
+    ]
     done = await pair.web.run(command, timeout=200)
     assert done.ok, done.stderr
     assert (pair.web.directory / "back").read_bytes() == large.read_bytes()
@@ -202,12 +253,18 @@ asyncio.run(main())
 """
 
 
-async def test_httpx_speaks_http_2_with_hypercorn_a_hundred_requests_at_once_on_one_connection(pair: Pair) -> None:
+async def test_httpx_speaks_http_2_with_hypercorn_a_hundred_requests_at_once_on_one_connection(
+    pair: Pair,
+) -> None:
     async def opened() -> float:
-        return await counted(pair.near, "isthmus_connections_opened_total", direction="outbound", peer="src")
+        return await counted(
+            pair.near, "isthmus_connections_opened_total", direction="outbound", peer="src"
+        )
 
     before = await opened()
-    version, first, paths, same, size, head, length, empty = json.loads(await python(pair.web, HTTPX, url("", ASGI)))
+    version, first, paths, same, size, head, length, empty = json.loads(
+        await python(pair.web, HTTPX, url("", ASGI))
+    )
     assert version == "HTTP/2"
     assert (first["version"], first["path"], first["query"]) == ("2", "/one", "two=3")
     assert paths == [f"/{number}" for number in range(100)]
@@ -227,7 +284,9 @@ async def test_an_offer_of_h2c_is_not_passed_on_and_http_1_goes_on(pair: Pair) -
     assert json.loads(first + "}")["path"] == "/"
     saw = json.loads("{" + second)
     assert (saw["version"], saw["path"]) == ("1.1", "/again")
-    assert not {"upgrade", "http2-settings"} & {name for name, _ in json.loads(first + "}")["headers"]}
+    assert not {"upgrade", "http2-settings"} & {
+        name for name, _ in json.loads(first + "}")["headers"]
+    }
     direct = await curl(pair.shop, "--http2", url("/", ASGI).replace("shop", "127.0.0.1"))
     assert direct.info["http_version"] == "2"  # so it would have
 
@@ -235,7 +294,11 @@ async def test_an_offer_of_h2c_is_not_passed_on_and_http_1_goes_on(pair: Pair) -
 async def test_an_offer_of_h2c_with_a_body_works_as_http_1(pair: Pair) -> None:
     body = os.urandom(300_000)
     saw = await seen(pair, "--http2", "-X", "POST", "--data-binary", "@-", stdin=body)
-    assert (saw["version"], saw["bytes"], saw["sha256"]) == ("1.1", len(body), hashlib.sha256(body).hexdigest())
+    assert (saw["version"], saw["bytes"], saw["sha256"]) == (
+        "1.1",
+        len(body),
+        hashlib.sha256(body).hexdigest(),
+    )
 
 
 # Translation...
@@ -246,38 +309,73 @@ async def test_an_http_2_client_of_a_service_declared_http1(pair: Pair, port: in
     path = "/digits" if port == NGINX_DECLARED else "/"
     answer = await curl(pair.web, PRIOR, url(path, port))
     assert (answer.status, answer.info["http_version"]) == (200, "2")
-    assert answer.body == b"0123456789" or json.loads(answer.body)["message"] == "hello from the shop"
+    assert (
+        answer.body == b"0123456789" or json.loads(answer.body)["message"] == "hello from the shop"
+    )
     assert not {"connection", "keep-alive", "transfer-encoding"} & set(answer.headers)
 
 
-async def test_nginx_is_told_the_authority_as_host_and_gives_all_kinds_of_answers(pair: Pair) -> None:
-    assert (await curl(pair.web, PRIOR, url("/version", NGINX_DECLARED))).body == f"HTTP/1.1 shop:{NGINX_DECLARED}\n".encode()
+async def test_nginx_is_told_the_authority_as_host_and_gives_all_kinds_of_answers(
+    pair: Pair,
+) -> None:
+    assert (
+        await curl(pair.web, PRIOR, url("/version", NGINX_DECLARED))
+    ).body == f"HTTP/1.1 shop:{NGINX_DECLARED}\n".encode()
     empty = await curl(pair.web, PRIOR, url("/nothing", NGINX_DECLARED))
     assert (empty.status, empty.body) == (204, b"")
     head = await curl(pair.web, PRIOR, "-I", url("/digits", NGINX_DECLARED))
     assert (head.status, head.headers["content-length"]) == (200, ["10"])
     part = await curl(pair.web, PRIOR, "-r", "2-4", url("/digits", NGINX_DECLARED))
     assert (part.status, part.body) == (206, b"234")
-    same = await curl(pair.web, PRIOR, "-H", f"If-None-Match: {head.headers['etag'][0]}", url("/digits", NGINX_DECLARED))
+    same = await curl(
+        pair.web,
+        PRIOR,
+        "-H",
+        f"If-None-Match: {head.headers['etag'][0]}",
+        url("/digits", NGINX_DECLARED),
+    )
     assert (same.status, same.body) == (304, b"")
 
 
 async def test_h2load_against_nginx_declared_http1_without_one_error(pair: Pair) -> None:
-    done = await pair.web.run(["h2load", "-n", "3000", "-c", "8", "-m", "8", "-t", "1", url("/digits", NGINX_DECLARED)], timeout=200)
+    done = await pair.web.run(
+        ["h2load", "-n", "3000", "-c", "8", "-m", "8", "-t", "1", url("/digits", NGINX_DECLARED)],
+        timeout=200,
+    )
     assert "3000 succeeded, 0 failed, 0 errored, 0 timeout" in done.text, done.text
 
 
 async def test_large_bodies_of_an_http_2_client_and_an_http_1_server(pair: Pair) -> None:
     large = (pair.shop.directory / "files/large").read_bytes()
-    command = ["curl", "-sS", PRIOR, "-X", "POST", "-T", str(pair.shop.directory / "files/large"), url("/sink", WEB_DECLARED)]
+    command = [
+        "curl",
+        "-sS",
+        PRIOR,
+        "-X",
+        "POST",
+        "-T",
+        str(pair.shop.directory / "files/large"),
+        url("/sink", WEB_DECLARED),
+    ]
     done = await pair.web.run(command, timeout=200)
     assert json.loads(done.stdout) == {"bytes": LARGE, "sha256": hashlib.sha256(large).hexdigest()}
-    done = await pair.web.run(["curl", "-sS", PRIOR, "-o", "got1", url("/large", NGINX_DECLARED)], timeout=200)
+    done = await pair.web.run(
+        ["curl", "-sS", PRIOR, "-o", "got1", url("/large", NGINX_DECLARED)], timeout=200
+    )
     assert (pair.web.directory / "got1").read_bytes() == large
 
 
 async def test_an_http_1_client_of_a_service_declared_http2(pair: Pair) -> None:
-    arguments = ("-H", "Connection: close, x-private", "-H", "X-Private: 1", "-H", "Cookie: a=1; b=2", "-H", "X-Kept: yes")
+    arguments = (
+        "-H",
+        "Connection: close, x-private",
+        "-H",
+        "X-Private: 1",
+        "-H",
+        "Cookie: a=1; b=2",
+        "-H",
+        "X-Kept: yes",
+    )
     saw = await seen(pair, "--http1.1", *arguments, path="/one?two=3", port=ASGI_DECLARED)
     assert (saw["version"], saw["path"], saw["query"]) == ("2", "/one", "two=3")
     headers: dict[str, list[str]] = {}
@@ -286,19 +384,31 @@ async def test_an_http_1_client_of_a_service_declared_http2(pair: Pair) -> None:
     assert headers.get("host", headers.get(":authority")) == [f"shop:{ASGI_DECLARED}"]
     assert "; ".join(headers["cookie"]) == "a=1; b=2"
     assert headers["x-kept"] == ["yes"]
-    assert not {"connection", "x-private", "upgrade", "transfer-encoding", "keep-alive"} & set(headers)
+    assert not {"connection", "x-private", "upgrade", "transfer-encoding", "keep-alive"} & set(
+        headers
+    )
 
 
 async def test_answers_of_an_http_2_server_are_right_in_http_1(pair: Pair) -> None:
     answer = await curl(pair.web, "--http1.1", url("/", ASGI_DECLARED), url("/", ASGI_DECLARED))
     assert (answer.status, answer.info["http_version"]) == (200, "1.1")
-    done = await pair.web.run(["curl", "-sS", "-w", "%{num_connects} ", *(["-o", "/dev/null", url("/", ASGI_DECLARED)] * 2)])
+    done = await pair.web.run(
+        [
+            "curl",
+            "-sS",
+            "-w",
+            "%{num_connects} ",
+            *(["-o", "/dev/null", url("/", ASGI_DECLARED)] * 2),
+        ]
+    )
     assert done.text == "1 0 "
     assert answer.headers["set-cookie"] == ["a=1", "b=2"]
     head = await curl(pair.web, "--http1.1", "-I", url("/", ASGI_DECLARED))
     assert (head.status, head.body.count(b"HTTP/1.1 200 OK\r\n")) == (200, 1)
     for status in (204, 304):
-        empty = await curl(pair.web, "--http1.1", "-H", f"X-Status: {status}", url("/", ASGI_DECLARED))
+        empty = await curl(
+            pair.web, "--http1.1", "-H", f"X-Status: {status}", url("/", ASGI_DECLARED)
+        )
         assert (empty.status, empty.body) == (status, b"")
     old = await curl(pair.web, "-0", url("/", ASGI_DECLARED))
     assert json.loads(old.body)["version"] == "2"
@@ -309,20 +419,38 @@ async def test_answers_of_an_http_2_server_are_right_in_http_1(pair: Pair) -> No
 async def test_bodies_of_an_http_1_client_and_an_http_2_server(pair: Pair) -> None:
     body = os.urandom(3 * MIB)
     right = (len(body), hashlib.sha256(body).hexdigest())
-    saw = await seen(pair, "--http1.1", "-X", "POST", "--data-binary", "@-", "-H", "Expect:", port=ASGI_DECLARED, stdin=body)
+    saw = await seen(
+        pair,
+        "--http1.1",
+        "-X",
+        "POST",
+        "--data-binary",
+        "@-",
+        "-H",
+        "Expect:",
+        port=ASGI_DECLARED,
+        stdin=body,
+    )
     assert (saw["bytes"], saw["sha256"]) == right
     assert ["content-length", str(len(body))] in saw["headers"]
-    saw = await seen(pair, "--http1.1", "-X", "POST", "-T", "-", port=ASGI_DECLARED, stdin=body)  # chunked
+    saw = await seen(
+        pair, "--http1.1", "-X", "POST", "-T", "-", port=ASGI_DECLARED, stdin=body
+    )  # chunked
     assert (saw["bytes"], saw["sha256"]) == right
 
 
 async def test_h2load_of_http_1_against_a_service_declared_http2(pair: Pair) -> None:
-    done = await pair.web.run(["h2load", "--h1", "-n", "1000", "-c", "8", "-t", "1", url("/", ASGI_DECLARED)], timeout=200)
+    done = await pair.web.run(
+        ["h2load", "--h1", "-n", "1000", "-c", "8", "-t", "1", url("/", ASGI_DECLARED)], timeout=200
+    )
     assert "1000 succeeded, 0 failed, 0 errored, 0 timeout" in done.text, done.text
 
 
-async def test_an_http_2_client_of_an_http_1_server_that_nobody_declared_is_told_so(pair: Pair) -> None:
-    """Nothing says that nginx does not speak HTTP/2: it is spoken to in what the client speaks, and its answer is no HTTP/2."""
+async def test_an_http_2_client_of_an_http_1_server_that_nobody_declared_is_told_so(
+    pair: Pair,
+) -> None:
+    """Nothing says that nginx does not speak HTTP/2: it is spoken to in what the client speaks, and
+    its answer is no HTTP/2."""
     answer = await curl(pair.web, PRIOR, url("/digits", NGINX))
     assert answer.status == 502
     assert answer.headers["proxy-status"][0].startswith("shop.default.inbound;error=")
@@ -331,10 +459,21 @@ async def test_an_http_2_client_of_an_http_1_server_that_nobody_declared_is_told
 async def test_all_of_it_went_by_mutual_tls_and_the_proxies_are_well(pair: Pair) -> None:
     """Run last in this file."""
     for kind in ("none", "passthrough", "unknown"):
-        assert await counted(pair.far, "isthmus_connections_opened_total", direction="inbound", peer="src", tls=kind) == 0
+        assert (
+            await counted(
+                pair.far,
+                "isthmus_connections_opened_total",
+                direction="inbound",
+                peer="src",
+                tls=kind,
+            )
+            == 0
+        )
     for sidecar in pair.both:
         assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0
-        assert [line for line in sidecar.logged() if line["level"] == "error" or "exception" in line] == []
+        assert [
+            line for line in sidecar.logged() if line["level"] == "error" or "exception" in line
+        ] == []
 
         async def quiet(sidecar: Any = sidecar) -> bool:
             return await counted(sidecar, "isthmus_pool_connections", state="active") == 0

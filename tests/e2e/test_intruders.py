@@ -1,7 +1,8 @@
 """Who has no right to be served is not served, and who is not who he should be is not spoken to.
 
-Rules: each attack is judged by three witnesses: what the client got, what the server's application (or the impostor) saw, which must
-be nothing, and what the sidecars' logs and metrics say of the reason.
+Rules: each attack is judged by three witnesses: what the client got, what the server's application
+(or the impostor) saw, which must be nothing, and what the sidecars' logs and metrics say of the
+reason.
 """
 
 from __future__ import annotations
@@ -18,18 +19,32 @@ from lab.pod import Pod
 from lab.process import Process
 from lab.sidecar import Authority
 from tests.e2e.conftest import Laboratory
-from tests.e2e.stage import ECHO, LAST_GET, WEB, Pair, counted, curl, echo_server, eventually, logged, prepare, say, web_server
+from tests.e2e.stage import (
+    ECHO,
+    LAST_GET,
+    WEB,
+    Pair,
+    counted,
+    curl,
+    echo_server,
+    eventually,
+    logged,
+    prepare,
+    say,
+    web_server,
+)
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
 LISTED, OPEN = 8081, 8082
 SECRET = "the-password-is-tangerine"
 HELLO = b"hello from the shop"
-# After a failed handshake the next request waits for the end of the penalty, a second, however long that takes a busy machine; then it is
-# told the same.
+# After a failed handshake the next request waits for the end of the penalty, a second, however long
+# that takes a busy machine; then it is told the same.
 PATIENT = {"queue": {"timeout": "30s"}}
 
-# An impostor: servers that are not who the directory says. Each writes what it was told in clear, which has to be nothing.
+# An impostor: servers that are not who the directory says. Each writes what it was told in clear,
+# which has to be nothing.
 IMPOSTOR = """
 import socket, ssl, sys, threading
 def serve(port, name, version, roots):
@@ -63,13 +78,22 @@ OTHER_ROOT, EXPIRED, WRONG_NAME, OLD_TLS, NAMELESS, CLEAR = range(9001, 9007)
 def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
         required = {"require_identity": {"default": True, OPEN: False}}
-        pair = prepare(laboratory.lab, dict.fromkeys((WEB, LISTED, OPEN), "detect") | {ECHO: "opaque"}, shop={"inbound": required})
+        pair = prepare(
+            laboratory.lab,
+            dict.fromkeys((WEB, LISTED, OPEN), "detect") | {ECHO: "opaque"},
+            shop={"inbound": required},
+        )
         allowed = {LISTED: [str(pair.near.identity)], ECHO: [str(pair.near.identity)]}
         pair.far.settings["inbound"]["allow"] = allowed
         pair.mesh.join(pair.cluster.pod("guest"))
         pair.mesh.join(pair.cluster.pod("forger"), "web", authority=Authority())
         pair.cluster.pod("stranger")
-        pair.mesh.service("bank", [pair.cluster.pod("impostor")], dict.fromkeys(range(9001, 9007), "detect"), policy=PATIENT)
+        pair.mesh.service(
+            "bank",
+            [pair.cluster.pod("impostor")],
+            dict.fromkeys(range(9001, 9007), "detect"),
+            policy=PATIENT,
+        )
         pair.service.traits["policy"] = PATIENT
         for port in (WEB, LISTED, OPEN):
             await web_server(pair.shop, port)
@@ -82,7 +106,10 @@ def pair(laboratory: Laboratory) -> Pair:
         # The impostor listens on IPv4 only.
         document["services"][1]["endpoints"] = document["services"][1]["endpoints"][:1]
         pair.near.write_directory(document)
-        await eventually(lambda: counted(pair.near, "isthmus_directory_reloads_total", result="ok"), "the directory is taken")
+        await eventually(
+            lambda: counted(pair.near, "isthmus_directory_reloads_total", result="ok"),
+            "the directory is taken",
+        )
         return pair
 
     return laboratory.run(build)
@@ -110,7 +137,9 @@ def url(port: int = WEB) -> str:
 
 async def served(pair: Pair) -> float:
     """How many requests the shop's sidecar has passed on to the application."""
-    return await counted(pair.far, "isthmus_responses_total", direction="inbound", status_class="2xx")
+    return await counted(
+        pair.far, "isthmus_responses_total", direction="inbound", status_class="2xx"
+    )
 
 
 # Clients that may not...
@@ -129,19 +158,36 @@ async def test_clear_text_to_a_port_that_requires_an_identity_is_answered_403(pa
     stranger, before = pair.cluster.pods["stranger"], await served(pair)
     seen = await curl(stranger, f"http://{pair.shop.ipv4}:{WEB}/")
     assert (seen.status, seen.error) == (403, "http_request_denied")
-    assert "shop" not in str(seen.headers) + seen.body.decode()  # nothing of the pod is told to strangers
+    assert (
+        "shop" not in str(seen.headers) + seen.body.decode()
+    )  # nothing of the pod is told to strangers
     assert await served(pair) == before
     await logged(pair.far, "requires a verified identity", reason="identity_required")
-    assert await counted(pair.far, "isthmus_errors_total", direction="inbound", reason="identity_required") >= 1
+    assert (
+        await counted(
+            pair.far, "isthmus_errors_total", direction="inbound", reason="identity_required"
+        )
+        >= 1
+    )
 
 
 async def test_clear_text_to_a_port_that_is_open_to_all_is_served(pair: Pair) -> None:
-    assert HELLO in (await curl(pair.cluster.pods["stranger"], f"http://{pair.shop.ipv4}:{OPEN}/")).body
+    assert (
+        HELLO
+        in (await curl(pair.cluster.pods["stranger"], f"http://{pair.shop.ipv4}:{OPEN}/")).body
+    )
 
 
 @pytest.mark.parametrize("version", [4, 6])
-async def test_clear_bytes_to_an_opaque_port_with_an_allow_list_are_cut(pair: Pair, version: int) -> None:
-    assert await say(pair.cluster.pods["stranger"], pair.shop.address(version), ECHO, b"\x00anybody there?") == b""
+async def test_clear_bytes_to_an_opaque_port_with_an_allow_list_are_cut(
+    pair: Pair, version: int
+) -> None:
+    assert (
+        await say(
+            pair.cluster.pods["stranger"], pair.shop.address(version), ECHO, b"\x00anybody there?"
+        )
+        == b""
+    )
 
 
 async def test_a_member_that_is_not_on_the_list_is_answered_403_and_told_why(pair: Pair) -> None:
@@ -153,7 +199,11 @@ async def test_a_member_that_is_not_on_the_list_is_answered_403_and_told_why(pai
     assert await say(guest, pair.service.ipv4, ECHO, b"\x00hello") == b""
     assert await served(pair) == before
     for port in (LISTED, ECHO):
-        await logged(pair.far, f"sa/guest is not on the allow-list of port {port}", reason="identity_required")
+        await logged(
+            pair.far,
+            f"sa/guest is not on the allow-list of port {port}",
+            reason="identity_required",
+        )
 
 
 async def test_a_sidecar_with_another_trust_root_gets_nowhere(pair: Pair) -> None:
@@ -164,14 +214,33 @@ async def test_a_sidecar_with_another_trust_root_gets_nowhere(pair: Pair) -> Non
     assert await served(pair) == before
     await logged(pair.far, "unknown ca")
     await logged(pair.mesh.sidecars["forger"], "not signed by a trust root")
-    assert await counted(pair.mesh.sidecars["forger"], "isthmus_tls_failures_total", direction="outbound", kind="certificate") >= 2
+    assert (
+        await counted(
+            pair.mesh.sidecars["forger"],
+            "isthmus_tls_failures_total",
+            direction="outbound",
+            kind="certificate",
+        )
+        >= 2
+    )
     assert await counted(pair.far, "isthmus_tls_failures_total", direction="inbound") >= 2
 
 
 async def s_client(pair: Pair, *arguments: str) -> str:
-    """openssl's client, from the pod without a sidecar; what it printed, its complaints included."""
+    """openssl's client, from the pod without a sidecar; what it printed, its complaints
+    included."""
     name = pair.far.identity.sni if pair.far.identity else ""
-    command = ["openssl", "s_client", "-connect", f"{pair.shop.ipv4}:{WEB}", "-servername", name, "-alpn", "http/1.1", "-ign_eof"]
+    command = [
+        "openssl",
+        "s_client",
+        "-connect",
+        f"{pair.shop.ipv4}:{WEB}",
+        "-servername",
+        name,
+        "-alpn",
+        "http/1.1",
+        "-ign_eof",
+    ]
     done = await pair.cluster.pods["stranger"].run([*command, *arguments], stdin=LAST_GET)
     return (done.stdout + done.stderr).decode(errors="replace")
 
@@ -182,7 +251,9 @@ def credentials(pod: Pod, name: str, issued: Any) -> tuple[str, ...]:
     return "-cert", f"{name}.pem", "-key", f"{name}.key"
 
 
-async def test_openssl_with_a_good_certificate_is_served_so_the_next_tests_can_fail(pair: Pair) -> None:
+async def test_openssl_with_a_good_certificate_is_served_so_the_next_tests_can_fail(
+    pair: Pair,
+) -> None:
     stranger, ours = pair.cluster.pods["stranger"], pair.mesh.authority
     said = await s_client(pair, *credentials(stranger, "good", ours.issue(ours.identity("web"))))
     assert HELLO.decode() in said
@@ -200,11 +271,20 @@ async def test_a_client_without_a_certificate_gets_nowhere(pair: Pair) -> None:
 
 @pytest.mark.parametrize(
     ("name", "told", "words"),
-    [("expired", "certificate expired", "expired"), ("other-root", "unknown ca", "not signed by a trust root")],
+    [
+        ("expired", "certificate expired", "expired"),
+        ("other-root", "unknown ca", "not signed by a trust root"),
+    ],
 )
-async def test_a_client_with_a_bad_certificate_gets_nowhere(pair: Pair, name: str, told: str, words: str) -> None:
+async def test_a_client_with_a_bad_certificate_gets_nowhere(
+    pair: Pair, name: str, told: str, words: str
+) -> None:
     stranger, ours, before = pair.cluster.pods["stranger"], pair.mesh.authority, await served(pair)
-    issued = ours.issue_expired(ours.identity("web")) if name == "expired" else Authority().issue(ours.identity("web"))
+    issued = (
+        ours.issue_expired(ours.identity("web"))
+        if name == "expired"
+        else Authority().issue(ours.identity("web"))
+    )
     said = await s_client(pair, *credentials(stranger, name, issued))
     assert told in said
     assert HELLO.decode() not in said
@@ -215,13 +295,20 @@ async def test_a_client_with_a_bad_certificate_gets_nowhere(pair: Pair, name: st
 async def test_a_client_of_another_trust_domain_gets_nowhere(pair: Pair) -> None:
     """Its root is not ours, whatever it calls itself."""
     foreign = Authority("example.org")
-    said = await s_client(pair, *credentials(pair.cluster.pods["stranger"], "foreign", foreign.issue(foreign.identity("web"))))
+    said = await s_client(
+        pair,
+        *credentials(
+            pair.cluster.pods["stranger"], "foreign", foreign.issue(foreign.identity("web"))
+        ),
+    )
     assert HELLO.decode() not in said
 
 
 async def test_tls_1_2_is_refused(pair: Pair) -> None:
     stranger, ours = pair.cluster.pods["stranger"], pair.mesh.authority
-    said = await s_client(pair, "-tls1_2", *credentials(stranger, "good", ours.issue(ours.identity("web"))))
+    said = await s_client(
+        pair, "-tls1_2", *credentials(stranger, "good", ours.issue(ours.identity("web")))
+    )
     assert "protocol version" in said
     assert HELLO.decode() not in said
 
@@ -246,17 +333,29 @@ async def peer(pair: Pair) -> str:
     [
         (OTHER_ROOT, "tls_certificate_error", "not signed by a trust root"),
         (EXPIRED, "tls_certificate_error", "expired"),
-        (WRONG_NAME, "tls_certificate_error", "sa/guest, but spiffe://cluster.local/ns/default/sa/bank was expected"),
-        (NAMELESS, "tls_certificate_error", "ns/other/sa/bank, but spiffe://cluster.local/ns/default/sa/bank was expected"),
+        (
+            WRONG_NAME,
+            "tls_certificate_error",
+            "sa/guest, but spiffe://cluster.local/ns/default/sa/bank was expected",
+        ),
+        (
+            NAMELESS,
+            "tls_certificate_error",
+            "ns/other/sa/bank, but spiffe://cluster.local/ns/default/sa/bank was expected",
+        ),
         (OLD_TLS, "tls_", "TLS"),
         (CLEAR, "tls_protocol_error", "TLS"),
     ],
 )
-async def test_a_server_that_is_not_who_the_directory_says_is_not_spoken_to(pair: Pair, port: int, error: str, words: str) -> None:
+async def test_a_server_that_is_not_who_the_directory_says_is_not_spoken_to(
+    pair: Pair, port: int, error: str, words: str
+) -> None:
     heard = pair.cluster.pods["impostor"].processes["impostor"].output
     async with Capture(pair.web) as wire:
         seen = await curl(pair.web, "-H", f"X-Secret: {SECRET}", f"http://bank:{port}/{SECRET}")
-        opaque = await say(pair.web, pair.mesh.services["bank"].ipv4, port, b"\x00" + SECRET.encode())
+        opaque = await say(
+            pair.web, pair.mesh.services["bank"].ipv4, port, b"\x00" + SECRET.encode()
+        )
     assert seen.status == 502
     assert seen.error.startswith(error)
     assert b"HACKED" not in seen.body
@@ -264,13 +363,24 @@ async def test_a_server_that_is_not_who_the_directory_says_is_not_spoken_to(pair
     assert not wire.contains(SECRET.encode())
     assert not any(SECRET in line for line in heard.lines)
     await logged(pair.near, words, status=502)
-    kind = "certificate" if "certificate" in error else "protocol" if error == "tls_protocol_error" else None
+    kind = (
+        "certificate"
+        if "certificate" in error
+        else "protocol"
+        if error == "tls_protocol_error"
+        else None
+    )
     labels = {"kind": kind} if kind else {}
-    assert await counted(pair.near, "isthmus_tls_failures_total", direction="outbound", **labels) >= 2
+    assert (
+        await counted(pair.near, "isthmus_tls_failures_total", direction="outbound", **labels) >= 2
+    )
 
 
-async def test_a_meshed_server_whose_identity_the_directory_has_wrong_is_not_spoken_to(laboratory: Laboratory, pair: Pair) -> None:
-    """Its sidecar takes TLS for another name for the application's own, and passes it on: the handshake fails, and nothing gets through."""
+async def test_a_meshed_server_whose_identity_the_directory_has_wrong_is_not_spoken_to(
+    laboratory: Laboratory, pair: Pair
+) -> None:
+    """Its sidecar takes TLS for another name for the application's own, and passes it on: the
+    handshake fails, and nothing gets through."""
     guest, document = pair.mesh.sidecars["guest"], pair.mesh.document()
     for endpoint in document["services"][0]["endpoints"]:
         endpoint["identity"] = str(pair.mesh.authority.identity("somebody-else"))
@@ -288,8 +398,11 @@ async def _more(sidecar: Any, before: float) -> bool:
     return await counted(sidecar, "isthmus_directory_reloads_total", result="ok") > before
 
 
-async def test_a_certificate_that_ends_while_the_proxy_runs_is_no_longer_good(laboratory: Laboratory) -> None:
-    """Renewal has failed: the peers do not speak to the proxy any more, and it says itself that it is not ready."""
+async def test_a_certificate_that_ends_while_the_proxy_runs_is_no_longer_good(
+    laboratory: Laboratory,
+) -> None:
+    """Renewal has failed: the peers do not speak to the proxy any more, and it says itself that it
+    is not ready."""
     pair = prepare(laboratory.lab, {WEB: "detect"}, web={"identity": {"session_lifetime": "0s"}})
     await web_server(pair.shop)
     await pair.mesh.start()
@@ -302,7 +415,9 @@ async def test_a_certificate_that_ends_while_the_proxy_runs_is_no_longer_good(la
     assert "expired" in expired
     assert time.monotonic() - began >= 4
     # The connection between the two has ended with the certificate.
-    seen = await eventually(lambda: _refused(pair), "the client's proxy refuses the expired certificate")
+    seen = await eventually(
+        lambda: _refused(pair), "the client's proxy refuses the expired certificate"
+    )
     assert (seen.status, seen.error) == (502, "tls_certificate_error")
     await logged(pair.near, "expired", status=502)
     pair.far.write_certificate(pair.mesh.authority.issue(pair.far.identity))
@@ -328,9 +443,13 @@ async def _refused(pair: Pair) -> Any:
 
 
 @pytest.mark.parametrize("rules", ["with its rules", "without its rules"])
-async def test_a_server_whose_sidecar_is_dead_is_never_spoken_to_in_clear_text(laboratory: Laboratory, rules: str) -> None:
+async def test_a_server_whose_sidecar_is_dead_is_never_spoken_to_in_clear_text(
+    laboratory: Laboratory, rules: str
+) -> None:
     pair = prepare(laboratory.lab, {WEB: "detect", ECHO: "opaque"})
-    pair.service.traits["policy"] = {"queue": {"timeout": "2s"}}  # a sidecar that is away may come back
+    pair.service.traits["policy"] = {
+        "queue": {"timeout": "2s"}
+    }  # a sidecar that is away may come back
     await web_server(pair.shop)
     echo = await echo_server(pair.shop)
     await pair.mesh.start()
@@ -343,15 +462,23 @@ async def test_a_server_whose_sidecar_is_dead_is_never_spoken_to_in_clear_text(l
         for _ in range(2):
             seen = await curl(pair.web, "-H", f"X-Secret: {SECRET}", url())
             assert seen.status == 502
-            assert seen.error in ("connection_refused", "tls_protocol_error", "connection_terminated")
+            assert seen.error in (
+                "connection_refused",
+                "tls_protocol_error",
+                "connection_terminated",
+            )
             assert await say(pair.web, pair.service.ipv4, ECHO, b"\x00" + SECRET.encode()) == b""
     assert not wire.contains(SECRET.encode())
     assert HELLO not in b"".join(frame for _, frame in wire.frames)
     assert echo.alive
-    # The application itself answers whoever asks it without the mesh's sidecars in between: it was there all the time.
+    # The application itself answers whoever asks it without the mesh's sidecars in between: it was
+    # there all the time.
     if rules == "without its rules":
         pair.cluster.pod("stranger")
-        assert HELLO in (await curl(pair.cluster.pods["stranger"], f"http://{pair.shop.ipv4}:{WEB}/")).body
+        assert (
+            HELLO
+            in (await curl(pair.cluster.pods["stranger"], f"http://{pair.shop.ipv4}:{WEB}/")).body
+        )
     await pair.far.start()
     assert HELLO in (await eventually(lambda: _answered(pair), "recovery")).body
 
@@ -362,5 +489,16 @@ async def _answered(pair: Pair) -> Any:
 
 
 def test_the_plan_of_the_impostor_is_what_the_tests_think() -> None:
-    names = yaml.safe_load(IMPOSTOR[IMPOSTOR.index("plan = [") + 7 : IMPOSTOR.index("]\nfor") + 1].replace("(", "[").replace(")", "]"))
-    assert [name for name, _ in names] == ["other-root", "expired", "wrong-name", "right", "nameless", "clear"]
+    names = yaml.safe_load(
+        IMPOSTOR[IMPOSTOR.index("plan = [") + 7 : IMPOSTOR.index("]\nfor") + 1]
+        .replace("(", "[")
+        .replace(")", "]")
+    )
+    assert [name for name, _ in names] == [
+        "other-root",
+        "expired",
+        "wrong-name",
+        "right",
+        "nameless",
+        "clear",
+    ]

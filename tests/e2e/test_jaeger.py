@@ -1,8 +1,10 @@
-"""What Jaeger's UI will show, asked of its query API: a real Jaeger 2 in a pod, with the configuration of deploy/addons/jaeger.
+"""What Jaeger's UI will show, asked of its query API: a real Jaeger 2 in a pod, with the
+configuration of deploy/addons/jaeger.
 
-It runs when ISTHMUS_TEST_JAEGER names a Jaeger binary, which is in no package that the suite could install (CONTRIBUTING.md says how to
-build one). East's proxies could reach the pod and west's could not, so it is given what both clusters' collectors have received, byte
-for byte: that is what the proxies have exported.
+It runs when ISTHMUS_TEST_JAEGER names a Jaeger binary, which is in no package that the suite could
+install (CONTRIBUTING.md says how to build one). East's proxies could reach the pod and west's could
+not, so it is given what both clusters' collectors have received, byte for byte: that is what the
+proxies have exported.
 """
 
 from __future__ import annotations
@@ -40,9 +42,17 @@ def scene(laboratory: Laboratory) -> Scene:
 def jaeger(laboratory: Laboratory, scene: Scene) -> Pod:
     async def start() -> Pod:
         pod = scene.east.cluster.pod("jaeger")
-        documents = yaml.safe_load_all((Path(ROOT) / "deploy" / "addons" / "jaeger" / "jaeger.yaml").read_text())
+        documents = yaml.safe_load_all(
+            (Path(ROOT) / "deploy" / "addons" / "jaeger" / "jaeger.yaml").read_text()
+        )
         config = pod.directory / "config.yaml"
-        config.write_text(next(document["data"]["config.yaml"] for document in documents if document["kind"] == "ConfigMap"))
+        config.write_text(
+            next(
+                document["data"]["config.yaml"]
+                for document in documents
+                if document["kind"] == "ConfigMap"
+            )
+        )
         await pod.start("jaeger", [str(JAEGER), "--config", str(config)], port=UI)
         return pod
 
@@ -60,7 +70,11 @@ async def shown(scene: Scene, jaeger: Pod, trace_id: str, count: int) -> dict[st
 
     async def whole() -> Any:
         found = await ask(jaeger, f"/api/traces/{trace_id}")
-        return found[0] if found and len({span["spanID"] for span in found[0]["spans"]}) == count else None
+        return (
+            found[0]
+            if found and len({span["spanID"] for span in found[0]["spans"]}) == count
+            else None
+        )
 
     trace: dict[str, Any] = await eventually(whole, "the trace in Jaeger", 30)
     return trace
@@ -75,14 +89,20 @@ def tags(of: dict[str, Any]) -> dict[str, Any]:
     return {tag["key"]: tag["value"] for tag in of["tags"]}
 
 
-async def test_jaeger_shows_a_request_across_both_clusters_as_one_tree(scene: Scene, jaeger: Pod) -> None:
+async def test_jaeger_shows_a_request_across_both_clusters_as_one_tree(
+    scene: Scene, jaeger: Pod
+) -> None:
     trace_id, headers = context()
     await curl(scene.web, *headers, f"http://c:{WEB}/path?t=hunter2")
     trace = await shown(scene, jaeger, trace_id, 4)
     spans = {span["spanID"]: span for span in trace["spans"]}
-    parents = {name: span["references"][0]["spanID"] for name, span in spans.items() if span["references"]}
+    parents = {
+        name: span["references"][0]["spanID"] for name, span in spans.items() if span["references"]
+    }
     way, above = list[dict[str, Any]](), CALLER
-    while (below := next((name for name, parent in parents.items() if parent == above), None)) is not None:
+    while (
+        below := next((name for name, parent in parents.items() if parent == above), None)
+    ) is not None:
         way.append(spans[below])
         above = below
     processes = [tags(trace["processes"][span["processID"]]) for span in way]
@@ -91,25 +111,44 @@ async def test_jaeger_shows_a_request_across_both_clusters_as_one_tree(scene: Sc
         ("west", "web", "client"), ("east", "gateway", "server"), ("east", "gateway", "client"), ("east", "c", "server"),
     ]  # fmt: skip
     assert {about["k8s.namespace.name"] for about in processes} <= {"default", "isthmus"}
-    names = {pod: str(sidecar.identity) for mesh in (scene.west, scene.east) for pod, sidecar in mesh.sidecars.items()}
+    names = {
+        pod: str(sidecar.identity)
+        for mesh in (scene.west, scene.east)
+        for pod, sidecar in mesh.sidecars.items()
+    }
     peers = [tags(span)["isthmus.peer.identity"] for span in way]
     assert peers == [names["gateway"], names["web"], names["c"], names["gateway"]]
-    assert {(span["operationName"], tags(span)["http.response.status_code"], tags(span)["tls.curve"]) for span in way} == {
-        ("GET", 200, "X25519MLKEM768")
-    }
+    assert {
+        (span["operationName"], tags(span)["http.response.status_code"], tags(span)["tls.curve"])
+        for span in way
+    } == {("GET", 200, "X25519MLKEM768")}
     assert tags(way[0])["isthmus.split.backend"] == "east/default/c"
     assert "hunter2" not in json.dumps(trace)
 
 
 async def test_jaeger_shows_a_call_by_grpc_and_what_became_of_it(scene: Scene, jaeger: Pod) -> None:
     trace_id, headers = context()
-    grpc = ["--http2-prior-knowledge", "-H", "content-type: application/grpc", "-H", "te: trailers", "--data-binary", "@-"]
-    await curl(scene.web, *grpc, *headers, f"http://stock:{GRPC}/isthmus.lab.Shop/Missing", stdin=bytes(5))
+    grpc = [
+        "--http2-prior-knowledge",
+        "-H",
+        "content-type: application/grpc",
+        "-H",
+        "te: trailers",
+        "--data-binary",
+        "@-",
+    ]
+    await curl(
+        scene.web, *grpc, *headers, f"http://stock:{GRPC}/isthmus.lab.Shop/Missing", stdin=bytes(5)
+    )
     trace = await shown(scene, jaeger, trace_id, 4)
-    assert {(tags(span)["rpc.response.status_code"], tags(span)["error"]) for span in trace["spans"]} == {("UNIMPLEMENTED", True)}
+    assert {
+        (tags(span)["rpc.response.status_code"], tags(span)["error"]) for span in trace["spans"]
+    } == {("UNIMPLEMENTED", True)}
 
 
-async def test_jaeger_lists_the_workloads_as_services_and_finds_spans_by_their_tags(scene: Scene, jaeger: Pod) -> None:
+async def test_jaeger_lists_the_workloads_as_services_and_finds_spans_by_their_tags(
+    scene: Scene, jaeger: Pod
+) -> None:
     trace_id, headers = context()
     await curl(scene.web, *headers, f"http://c:{WEB}/")
     await shown(scene, jaeger, trace_id, 4)

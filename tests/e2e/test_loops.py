@@ -1,7 +1,8 @@
-"""Traffic that would come back to the proxy it came from: refused at once, counted, logged, and without burning the processor.
+"""Traffic that would come back to the proxy it came from: refused at once, counted, logged, and
+without burning the processor.
 
-Rules: a round of a loop that is not stopped takes a connection and two descriptors each time, so a loop shows in the proxy's CPU time
-and in its open connections; other traffic must go on meanwhile.
+Rules: a round of a loop that is not stopped takes a connection and two descriptors each time, so a
+loop shows in the proxy's CPU time and in its open connections; other traffic must go on meanwhile.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ pytestmark = [pytest.mark.lab, pytest.mark.real]
 OUTBOUND, INBOUND = 4140, 4143
 HELLO = b"hello from the shop"
 CONNECTIONS = 50
-BUSY = 2.0  # seconds of CPU time that refusing so many connections may cost; a loop takes all there is
+BUSY = (
+    2.0  # seconds of CPU time that refusing so many connections may cost; a loop takes all there is
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,8 @@ def pair(laboratory: Laboratory) -> Pair:
 
 
 async def refused(pod: Pod, host: str, port: int, data: bytes) -> None:
-    """The connection ends at once, and brings nothing but, for HTTP, an answer that the proxy made itself."""
+    """The connection ends at once, and brings nothing but, for HTTP, an answer that the proxy made
+    itself."""
     assert HELLO not in await say(pod, host, port, data)
 
 
@@ -59,9 +63,18 @@ async def settled(sidecar: Sidecar) -> bool:
 @pytest.mark.parametrize("data", [LAST_GET, b"\x00bytes", b""], ids=["http", "bytes", "nothing"])
 @pytest.mark.parametrize(
     ("place", "port"),
-    [("127.0.0.1", OUTBOUND), ("::1", OUTBOUND), ("ipv4", INBOUND), ("ipv6", INBOUND), ("127.0.0.1", INBOUND), ("ipv4", OUTBOUND)],
+    [
+        ("127.0.0.1", OUTBOUND),
+        ("::1", OUTBOUND),
+        ("ipv4", INBOUND),
+        ("ipv6", INBOUND),
+        ("127.0.0.1", INBOUND),
+        ("ipv4", OUTBOUND),
+    ],
 )
-async def test_an_application_that_connects_to_its_own_proxy_is_refused(pair: Pair, place: str, port: int, data: bytes) -> None:
+async def test_an_application_that_connects_to_its_own_proxy_is_refused(
+    pair: Pair, place: str, port: int, data: bytes
+) -> None:
     host = {"ipv4": pair.web.ipv4, "ipv6": pair.web.ipv6}.get(place, place)
     if (place, port) == ("ipv4", OUTBOUND):
         # The outbound proxy listens on loopback only: nobody answers there.
@@ -69,19 +82,30 @@ async def test_an_application_that_connects_to_its_own_proxy_is_refused(pair: Pa
             await pair.web.connect(host, port)
         return
     process = pair.near.running()
-    before, cpu = await counted(pair.near, "isthmus_loops_total", kind="own_listener"), process.cpu_seconds()
+    before, cpu = (
+        await counted(pair.near, "isthmus_loops_total", kind="own_listener"),
+        process.cpu_seconds(),
+    )
     await many(pair.web, host, port, data)
     assert process.cpu_seconds() - cpu < BUSY
-    assert await counted(pair.near, "isthmus_loops_total", kind="own_listener") == before + CONNECTIONS
+    assert (
+        await counted(pair.near, "isthmus_loops_total", kind="own_listener") == before + CONNECTIONS
+    )
     shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    await logged(pair.near, f"the connection was made to {shown}, which is this proxy's own listener", reason="loop")
+    await logged(
+        pair.near,
+        f"the connection was made to {shown}, which is this proxy's own listener",
+        reason="loop",
+    )
     assert HELLO in (await curl(pair.web, f"http://shop:{WEB}/")).body
 
 
 @pytest.mark.parametrize("data", [LAST_GET, b"\x00bytes"], ids=["http", "bytes"])
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("port", [INBOUND, OUTBOUND])
-async def test_another_pods_proxy_port_is_refused_by_that_proxy(pair: Pair, port: int, version: int, data: bytes) -> None:
+async def test_another_pods_proxy_port_is_refused_by_that_proxy(
+    pair: Pair, port: int, version: int, data: bytes
+) -> None:
     before = await counted(pair.far, "isthmus_loops_total", kind="own_listener")
     processes = [sidecar.running() for sidecar in pair.both]
     cpu = [process.cpu_seconds() for process in processes]
@@ -101,13 +125,21 @@ async def test_a_client_of_another_pods_proxy_port_is_told_why_it_failed(pair: P
 
 
 @pytest.mark.parametrize("target", [OUTBOUND, INBOUND])
-async def test_a_directory_that_names_the_proxys_own_port_is_answered_508(pair: Pair, target: int) -> None:
+async def test_a_directory_that_names_the_proxys_own_port_is_answered_508(
+    pair: Pair, target: int
+) -> None:
     """As when somebody publishes the sidecar's port as the application's."""
     document = pair.mesh.document()
-    document["services"][0]["ports"] = [{"port": WEB, "target_port": target}, {"port": ECHO, "target_port": target, "protocol": "opaque"}]
+    document["services"][0]["ports"] = [
+        {"port": WEB, "target_port": target},
+        {"port": ECHO, "target_port": target, "protocol": "opaque"},
+    ]
     await take(pair.far, document)
     try:
-        loops, cpu = await counted(pair.far, "isthmus_loops_total", kind="own_target"), pair.far.running().cpu_seconds()
+        loops, cpu = (
+            await counted(pair.far, "isthmus_loops_total", kind="own_target"),
+            pair.far.running().cpu_seconds(),
+        )
         for _ in range(10):
             seen = await curl(pair.shop, f"http://{pair.service.ipv4}:{WEB}/")
             assert (seen.status, seen.error) == (508, "proxy_loop_detected")
@@ -146,5 +178,7 @@ async def test_a_pod_may_call_its_own_service_and_its_own_address(pair: Pair, ve
 
 async def test_nothing_stays_open_behind_all_of_it(pair: Pair) -> None:
     for sidecar in pair.both:
-        await eventually(lambda sidecar=sidecar: settled(sidecar), f"no connection is open in {sidecar.pod.name}")
+        await eventually(
+            lambda sidecar=sidecar: settled(sidecar), f"no connection is open in {sidecar.pod.name}"
+        )
         assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0

@@ -1,8 +1,11 @@
-"""Loops through applications, with real software in them: each is cut, the cost is bounded, and the explanation names the true cycle.
+"""Loops through applications, with real software in them: each is cut, the cost is bounded, and the
+explanation names the true cycle.
 
-`web` calls `shop`, whose programs forward what they get: to their own service, to a service of `annex` that forwards it back, to
-themselves under another path. Rules: requests that the programs see for each one that is sent are as many as configured and no more; the
-proxies' CPU time is far below what a loop would take; the answer (or the log, where nobody may be told) names the way; all else goes on.
+`web` calls `shop`, whose programs forward what they get: to their own service, to a service of
+`annex` that forwards it back, to themselves under another path. Rules: requests that the programs
+see for each one that is sent are as many as configured and no more; the proxies' CPU time is far
+below what a loop would take; the answer (or the log, where nobody may be told) names the way; all
+else goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +21,20 @@ from lab.sidecar import Sidecar
 from tests.e2e.calls import calling
 from tests.e2e.conftest import Laboratory
 from tests.e2e.ingress import haproxy, nginx, relay, requests
-from tests.e2e.stage import ECHO, LAST_GET, WEB, Pair, counted, curl, echo_server, eventually, logged, prepare, say, web_server
+from tests.e2e.stage import (
+    ECHO,
+    LAST_GET,
+    WEB,
+    Pair,
+    counted,
+    curl,
+    echo_server,
+    eventually,
+    logged,
+    prepare,
+    say,
+    web_server,
+)
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
@@ -27,13 +43,26 @@ ITSELF, TWO, GROWING, GRPC, TWO_GRPC = 8081, 8083, 8085, 8087, 8089
 HAPROXY, HAPROXY2, HAPROXY_TWO = 8091, 8092, 8093
 RELAY, FORGETFUL_PORT = 7100, 8095
 RETURNS, HOPS, SELF_CALLS = 4, 64, 80  # the first two are the defaults
-BUSY = 4.0  # seconds of CPU time, of one proxy in one test; most take less than a tenth of it, and a loop takes all there is
+# seconds of CPU time, of one proxy in one test; most take less than a tenth of it, and a loop takes
+# all there is
+BUSY = 4.0
 
 
 @pytest.fixture(scope="module")
 def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
-        detected = (WEB, ITSELF, TWO, GROWING, GRPC, TWO_GRPC, HAPROXY, HAPROXY2, HAPROXY_TWO, FORGETFUL_PORT)
+        detected = (
+            WEB,
+            ITSELF,
+            TWO,
+            GROWING,
+            GRPC,
+            TWO_GRPC,
+            HAPROXY,
+            HAPROXY2,
+            HAPROXY_TWO,
+            FORGETFUL_PORT,
+        )
         ports = {**dict.fromkeys(detected, "detect"), ECHO: "opaque", RELAY: "opaque"}
         pair = prepare(laboratory.lab, ports, shop={"loops": {"max_self_calls": SELF_CALLS}})
         annex, astray = pair.cluster.pod("annex"), pair.cluster.pod("astray")
@@ -53,9 +82,20 @@ def pair(laboratory: Laboratory) -> Pair:
                 TWO_GRPC: f"http2 grpc_pass grpc://annex:{TWO_GRPC};",
             },
         )
-        await nginx(annex, {TWO: f"proxy_pass http://shop:{TWO};", TWO_GRPC: f"http2 grpc_pass grpc://shop:{TWO_GRPC};"})
+        await nginx(
+            annex,
+            {
+                TWO: f"proxy_pass http://shop:{TWO};",
+                TWO_GRPC: f"http2 grpc_pass grpc://shop:{TWO_GRPC};",
+            },
+        )
         await haproxy(
-            pair.shop, {HAPROXY: f"shop:{HAPROXY}", HAPROXY2: f"shop:{HAPROXY2} proto h2", HAPROXY_TWO: f"annex:{HAPROXY_TWO}"}
+            pair.shop,
+            {
+                HAPROXY: f"shop:{HAPROXY}",
+                HAPROXY2: f"shop:{HAPROXY2} proto h2",
+                HAPROXY_TWO: f"annex:{HAPROXY_TWO}",
+            },
         )
         await haproxy(annex, {HAPROXY_TWO: f"shop:{HAPROXY_TWO}"})
         await relay(pair.shop, RELAY, "shop", RELAY)
@@ -67,7 +107,8 @@ def pair(laboratory: Laboratory) -> Pair:
 
 @asynccontextmanager
 async def bounded(pair: Pair, kind: str, *, at_least: int = 1) -> AsyncIterator[None]:
-    """What happens inside is cut by a verdict of this kind, takes little CPU time, and leaves nothing behind."""
+    """What happens inside is cut by a verdict of this kind, takes little CPU time, and leaves
+    nothing behind."""
     sidecars = list(pair.mesh.sidecars.values())
     before = sum([await counted(sidecar, "isthmus_loops_total", kind=kind) for sidecar in sidecars])
     cpu = [sidecar.running().cpu_seconds() for sidecar in sidecars]
@@ -102,7 +143,9 @@ ROUNDS = {
 
 @pytest.mark.parametrize("case", ROUNDS)
 @pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_a_request_that_goes_round_through_applications_is_answered_508(pair: Pair, case: str, method: str) -> None:
+async def test_a_request_that_goes_round_through_applications_is_answered_508(
+    pair: Pair, case: str, method: str
+) -> None:
     port, way, options = ROUNDS[case]
     body = ("-d", "x" * 5000) if method == "POST" else ()
     async with bounded(pair, "request"):
@@ -113,16 +156,22 @@ async def test_a_request_that_goes_round_through_applications_is_answered_508(pa
 
 
 @pytest.mark.parametrize(("port", "pods"), [(ITSELF, ("shop",)), (TWO, ("shop", "annex"))])
-async def test_applications_see_each_request_as_often_as_configured_and_no_more(pair: Pair, port: int, pods: tuple[str, ...]) -> None:
+async def test_applications_see_each_request_as_often_as_configured_and_no_more(
+    pair: Pair, port: int, pods: tuple[str, ...]
+) -> None:
     before = [requests(pair.cluster.pods[pod], port) for pod in pods]
     async with bounded(pair, "request", at_least=10):
         for _ in range(10):
             assert (await curl(pair.web, f"http://shop:{port}/")).status == 508
-    # Alone, nginx gets it once by its inbound side, then from itself: the first time, and as often as it may return. Of two, the first
-    # one's inbound side counts: the first time, and as often as it may return.
+    # Alone, nginx gets it once by its inbound side, then from itself: the first time, and as often
+    # as it may return. Of two, the first one's inbound side counts: the first time, and as often as
+    # it may return.
     each = 1 + 1 + RETURNS if len(pods) == 1 else 1 + RETURNS
     for pod, old in zip(pods, before, strict=True):
-        await eventually(lambda pod=pod, old=old: requests(pair.cluster.pods[pod], port) >= old + 10 * each, f"{pod} has written them down")
+        await eventually(
+            lambda pod=pod, old=old: requests(pair.cluster.pods[pod], port) >= old + 10 * each,
+            f"{pod} has written them down",
+        )
         assert requests(pair.cluster.pods[pod], port) == old + 10 * each
 
 
@@ -132,14 +181,22 @@ async def test_a_request_whose_path_changes_in_each_round_ends_at_the_hop_limit(
         seen = await curl(pair.web, f"http://shop:{GROWING}/")
     assert (seen.status, seen.error) == (508, "proxy_loop_detected")
     assert b"loops.max_hops" in seen.body
-    await logged(pair.far, "a loop was stopped (hops, outbound): the request has passed 64 proxies", logger="isthmus.loopguard")
+    await logged(
+        pair.far,
+        "a loop was stopped (hops, outbound): the request has passed 64 proxies",
+        logger="isthmus.loopguard",
+    )
     assert name(pair, "web", "shop").encode() in seen.body
     await eventually(lambda: requests(pair.shop, GROWING) > before, "they are written down")
     assert requests(pair.shop, GROWING) - before <= HOPS
 
 
-@pytest.mark.parametrize(("port", "way"), [(GRPC, ("shop", "shop")), (TWO_GRPC, ("shop", "annex", "shop"))])
-async def test_a_grpc_call_that_goes_round_is_aborted(pair: Pair, port: int, way: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("port", "way"), [(GRPC, ("shop", "shop")), (TWO_GRPC, ("shop", "annex", "shop"))]
+)
+async def test_a_grpc_call_that_goes_round_is_aborted(
+    pair: Pair, port: int, way: tuple[str, ...]
+) -> None:
     code = """
 try:
     shop.unary_unary("Name")(b"", timeout=20)
@@ -168,15 +225,26 @@ async def test_a_stranger_is_told_that_it_is_a_loop_and_not_who_is_in_it(pair: P
 
 
 async def test_a_relay_that_dials_itself_is_bounded(pair: Pair) -> None:
-    opened = await counted(pair.far, "isthmus_connections_opened_total", direction="outbound", peer="src")
+    opened = await counted(
+        pair.far, "isthmus_connections_opened_total", direction="outbound", peer="src"
+    )
     async with bounded(pair, "self_calls", at_least=3):
         for data in (b"", b"\x00bytes"):
             assert await say(pair.web, pair.service.ipv4, RELAY, data, patience=30) == b""
         answer = await say(pair.web, pair.service.ipv4, RELAY, LAST_GET, patience=30)
         assert answer.startswith(b"HTTP/1.1 502 "), "what turns out to be HTTP is answered in HTTP"
-    rounds = await counted(pair.far, "isthmus_connections_opened_total", direction="outbound", peer="src") - opened
+    rounds = (
+        await counted(
+            pair.far, "isthmus_connections_opened_total", direction="outbound", peer="src"
+        )
+        - opened
+    )
     assert rounds <= 3 * (SELF_CALLS + 1)
-    await logged(pair.far, f"{SELF_CALLS} connections or requests of this pod to its own port {RELAY} wait", reason="loop")
+    await logged(
+        pair.far,
+        f"{SELF_CALLS} connections or requests of this pod to its own port {RELAY} wait",
+        reason="loop",
+    )
     await eventually(lambda: quiet(pair.far), "the whole chain is closed")
 
 
@@ -205,7 +273,9 @@ Server(("", int(sys.argv[1])), Forgetful).serve_forever()
 """
 
 
-async def test_a_program_that_calls_itself_and_copies_no_field_is_bounded_as_a_relay_is(pair: Pair) -> None:
+async def test_a_program_that_calls_itself_and_copies_no_field_is_bounded_as_a_relay_is(
+    pair: Pair,
+) -> None:
     await pair.shop.python("forgetful", FORGETFUL, str(FORGETFUL_PORT), port=FORGETFUL_PORT)
     before = await counted(pair.far, "isthmus_self_calls_total")
     async with bounded(pair, "self_calls"):
@@ -215,8 +285,11 @@ async def test_a_program_that_calls_itself_and_copies_no_field_is_bounded_as_a_r
 
 
 @pytest.mark.parametrize("version", [4, 6])
-async def test_a_proxy_that_its_own_redirection_does_not_exempt_is_no_storm(pair: Pair, version: int) -> None:
-    """The commonest of all misconfigurations: the proxy runs as somebody whom the rules do not exempt."""
+async def test_a_proxy_that_its_own_redirection_does_not_exempt_is_no_storm(
+    pair: Pair, version: int
+) -> None:
+    """The commonest of all misconfigurations: the proxy runs as somebody whom the rules do not
+    exempt."""
     astray = pair.cluster.pods["astray"]
     its = sidecar(pair, "astray")
     assert HELLO in (await curl(astray, f"http://shop:{WEB}/")).body
@@ -225,11 +298,17 @@ async def test_a_proxy_that_its_own_redirection_does_not_exempt_is_no_storm(pair
     try:
         # A service that this pod has not called yet: kept connections go on as they were.
         host = pair.mesh.services["annex"].address(version)
-        opened = await counted(its, "isthmus_connections_opened_total", direction="outbound", peer="src")
+        opened = await counted(
+            its, "isthmus_connections_opened_total", direction="outbound", peer="src"
+        )
         async with bounded(pair, "own_connection"):
             seen = await curl(astray, f"http://{f'[{host}]' if version == 6 else host}:{TWO}/")
         assert seen.status >= 500
-        assert await counted(its, "isthmus_connections_opened_total", direction="outbound", peer="src") - opened < 20
+        assert (
+            await counted(its, "isthmus_connections_opened_total", direction="outbound", peer="src")
+            - opened
+            < 20
+        )
         await logged(its, "this proxy's own connection to", reason="loop")
     finally:
         with trio.move_on_after(20, shield=True):

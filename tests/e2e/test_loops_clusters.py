@@ -1,8 +1,11 @@
-"""Loops between clusters, through their gateways: cut at the first return to a gateway, with the whole way; and what is none, is not.
+"""Loops between clusters, through their gateways: cut at the first return to a gateway, with the
+whole way; and what is none, is not.
 
-`west` and `east` know each other. `ping` in west and `pong` in east are nginx that forward to each other, by a service that is split to the
-other cluster; `both` is a service of each, whose split sends half of its requests to the other's. By other ports the same nginx speak gRPC,
-drop the tokens and keep the rest, and go on to a third cluster, `south`: once round for `ring`, and no further than that for `chain`.
+`west` and `east` know each other. `ping` in west and `pong` in east are nginx that forward to each
+other, by a service that is split to the other cluster; `both` is a service of each, whose split
+sends half of its requests to the other's. By other ports the same nginx speak gRPC, drop the tokens
+and keep the rest, and go on to a third cluster, `south`: once round for `ring`, and no further than
+that for `chain`.
 """
 
 from __future__ import annotations
@@ -62,7 +65,8 @@ def to(service: str, cluster: str) -> list[dict[str, object]]:
 
 
 async def furnish(mesh: Mesh, end: Pod) -> None:
-    """The services of a cluster, and the nginx behind them. `ring` and `chain` go on to the next cluster's, the chain as far as south."""
+    """The services of a cluster, and the nginx behind them. `ring` and `chain` go on to the next
+    cluster's, the chain as far as south."""
     here = mesh.cluster.name
     name, other = WAYS[here]
     mesh.service("ring", [end], {RING: "http1"}, export=True)
@@ -76,7 +80,12 @@ async def furnish(mesh: Mesh, end: Pod) -> None:
     }
     if other:
         mesh.service(name, [end], {ROUND: "http1", LOST: "http1", GRPC: "http2"}, export=True)
-        mesh.service("away", [end], {ROUND: "http1", LOST: "http1", GRPC: "http2"}, split=to(WAYS[other][0], other))
+        mesh.service(
+            "away",
+            [end],
+            {ROUND: "http1", LOST: "http1", GRPC: "http2"},
+            split=to(WAYS[other][0], other),
+        )
         ports |= {
             ROUND: f"proxy_pass http://away:{ROUND};",
             LOST: f'proxy_set_header isthmus-hops ""; proxy_pass http://away:{LOST};',
@@ -86,7 +95,8 @@ async def furnish(mesh: Mesh, end: Pod) -> None:
 
 
 async def relays(mesh: Mesh) -> Process:
-    """A socat in a pod of its own that sends what it gets to the one of the other cluster. West's may not have many connections."""
+    """A socat in a pod of its own that sends what it gets to the one of the other cluster. West's
+    may not have many connections."""
     here, pod = mesh.cluster.name, mesh.cluster.pod("relay")
     mesh.join(pod, **({"outbound": {"max_connections": MOST}} if here == "west" else {}))
     mesh.service("relay", [pod], {RELAY: "opaque"}, export=True)
@@ -147,12 +157,20 @@ async def test_splits_that_point_at_each_other_are_no_loop(scene: Scene) -> None
 
 ROUNDS = {
     "HTTP/1.1": (ROUND, "east/gateway -> east/pong -> west/gateway -> west/ping -> east/gateway"),
-    "three clusters": (RING, "east/gateway -> east/pong -> south/gateway -> south/pang -> west/gateway -> west/ping -> east/gateway"),
+    "three clusters": (
+        RING,
+        (
+            "east/gateway -> east/pong -> south/gateway -> south/pang -> west/gateway -> west/ping"
+            " -> east/gateway"
+        ),
+    ),
 }
 
 
 @pytest.mark.parametrize("case", ROUNDS)
-async def test_a_request_that_goes_round_through_clusters_is_cut_with_its_way(scene: Scene, case: str) -> None:
+async def test_a_request_that_goes_round_through_clusters_is_cut_with_its_way(
+    scene: Scene, case: str
+) -> None:
     """The one through three is a mirror of a mirror that comes back."""
     port, way = ROUNDS[case]
     ends = scene.pod("west", "ping"), scene.pod("east", "pong")
@@ -160,14 +178,22 @@ async def test_a_request_that_goes_round_through_clusters_is_cut_with_its_way(sc
     loops = await counted(scene.gateway("east"), "isthmus_loops_total", kind="request")
     cpu = [sidecar.running().cpu_seconds() for sidecar in scene.sidecars]
     for _ in range(10):
-        seen = await curl(scene.pod("west", "web"), f"http://{'ping' if port == ROUND else 'ring'}:{port}/a")
+        seen = await curl(
+            scene.pod("west", "web"), f"http://{'ping' if port == ROUND else 'ring'}:{port}/a"
+        )
         assert (seen.status, seen.error) == (508, "proxy_loop_detected")
         assert seen.body.decode().strip().endswith(f"the same request has been here already: {way}")
-    await logged(scene.gateway("east"), "a loop was stopped (request, gateway)", logger="isthmus.loopguard")
+    await logged(
+        scene.gateway("east"), "a loop was stopped (request, gateway)", logger="isthmus.loopguard"
+    )
     assert await counted(scene.gateway("east"), "isthmus_loops_total", kind="request") == loops + 10
-    # ping has it from web and from west's gateway, pong from east's: once each, for the gateways refuse the first return.
+    # ping has it from web and from west's gateway, pong from east's: once each, for the gateways
+    # refuse the first return.
     for pod, old, each in zip(ends, before, (2, 1), strict=True):
-        await eventually(lambda pod=pod, old=old, each=each: requests(pod, port) >= old + 10 * each, f"{pod.name} has written them down")
+        await eventually(
+            lambda pod=pod, old=old, each=each: requests(pod, port) >= old + 10 * each,
+            f"{pod.name} has written them down",
+        )
         assert requests(pod, port) == old + 10 * each
     for sidecar, old in zip(scene.sidecars, cpu, strict=True):
         assert sidecar.running().cpu_seconds() - old < BUSY
@@ -183,19 +209,32 @@ except grpc.RpcError as error:
 """
     status, details = await calling(scene.pod("west", "web"), code, host="ping", port=GRPC)
     assert status == "ABORTED proxy_loop_detected"
-    assert details.endswith("east/gateway -> east/pong -> west/gateway -> west/ping -> east/gateway")
+    assert details.endswith(
+        "east/gateway -> east/pong -> west/gateway -> west/ping -> east/gateway"
+    )
 
 
-async def test_a_loop_through_software_that_drops_the_tokens_is_found_in_forwarded(scene: Scene) -> None:
+async def test_a_loop_through_software_that_drops_the_tokens_is_found_in_forwarded(
+    scene: Scene,
+) -> None:
     ends = scene.pod("west", "ping"), scene.pod("east", "pong")
     before = [requests(pod, LOST) for pod in ends]
     seen = await curl(scene.pod("west", "web"), f"http://ping:{LOST}/b")
     assert (seen.status, seen.error) == (508, "proxy_loop_detected")
     node = "west.gateway.isthmus.sa.cluster.local"
-    assert seen.body.decode().strip().endswith(f"has been here 5 times for the same host: east/gateway -> {node} -> east/gateway")
+    assert (
+        seen.body.decode()
+        .strip()
+        .endswith(
+            f"has been here 5 times for the same host: east/gateway -> {node} -> east/gateway"
+        )
+    )
     assert await counted(scene.gateway("east"), "isthmus_loops_total", kind="forwarded") == 1
     for pod, old, most in zip(ends, before, (RETURNS + 2, RETURNS + 1), strict=True):
-        await eventually(lambda pod=pod, old=old, most=most: requests(pod, LOST) >= old + most, f"{pod.name} has written them down")
+        await eventually(
+            lambda pod=pod, old=old, most=most: requests(pod, LOST) >= old + most,
+            f"{pod.name} has written them down",
+        )
         assert requests(pod, LOST) == old + most
 
 
@@ -204,34 +243,63 @@ async def test_a_chain_through_three_clusters_is_no_loop(scene: Scene) -> None:
     seen = await curl(scene.pod("west", "web"), f"http://chain:{CHAIN}/c")
     assert seen.status == 200
     hops = [hop.partition(":")[2] for hop in seen.body.decode().split(", ")]
-    way = ["west/web", "west/ping", "west/ping", "east/gateway", "east/pong", "east/pong", "south/gateway", "south/pang"]
+    way = [
+        "west/web",
+        "west/ping",
+        "west/ping",
+        "east/gateway",
+        "east/pong",
+        "east/pong",
+        "south/gateway",
+        "south/pang",
+    ]
     assert hops == way
     assert await scene.loops() == loops
 
 
 async def test_the_span_of_the_gateway_that_cuts_a_loop_tells_its_way(scene: Scene) -> None:
     trace_id = f"{0xC1:032x}"
-    seen = await curl(scene.pod("east", "web"), "-H", f"traceparent: 00-{trace_id}-00f067aa0ba902b7-01", f"http://pong:{ROUND}/d")
+    seen = await curl(
+        scene.pod("east", "web"),
+        "-H",
+        f"traceparent: 00-{trace_id}-00f067aa0ba902b7-01",
+        f"http://pong:{ROUND}/d",
+    )
     assert (seen.status, seen.error) == (508, "proxy_loop_detected")
 
     def told() -> list[tuple[str, str]]:
-        events = [(span.pod, event) for span in scene.collector.spans(trace_id) for event in span.events]
-        return [(pod, event.attributes["isthmus.loop.cycle"]) for pod, event in events if event.name == "isthmus.loop"]
+        events = [
+            (span.pod, event) for span in scene.collector.spans(trace_id) for event in span.events
+        ]
+        return [
+            (pod, event.attributes["isthmus.loop.cycle"])
+            for pod, event in events
+            if event.name == "isthmus.loop"
+        ]
 
     found = await eventually(told, "the span with the loop", 30)
-    assert found == [("gateway", "west/gateway -> west/ping -> east/gateway -> east/pong -> west/gateway")]
+    assert found == [
+        ("gateway", "west/gateway -> west/ping -> east/gateway -> east/pong -> west/gateway")
+    ]
 
 
 async def relayed(scene: Scene, what: str) -> list[float]:
     """The connections that west's and east's relay have opened, or have open."""
     name = f"isthmus_connections_{what}"
-    return [await counted(scene.meshes[here].sidecars["relay"], name, direction="outbound", peer="src") for here in ("west", "east")]
+    return [
+        await counted(scene.meshes[here].sidecars["relay"], name, direction="outbound", peer="src")
+        for here in ("west", "east")
+    ]
 
 
-async def test_opaque_relays_that_go_round_by_tunnels_have_as_many_connections_as_they_may_have_and_no_more(scene: Scene) -> None:
+async def test_opaque_relays_that_go_round_by_tunnels_have_as_many_connections_as_they_may_have_and_no_more(
+    scene: Scene,
+) -> None:
     """Nothing cuts this loop but whoever stops a relay (docs/loops.md)."""
     cpu = [sidecar.running().cpu_seconds() for sidecar in scene.sidecars]
-    async with await scene.pod("west", "web").connect(scene.meshes["west"].services["relay"].ipv4, RELAY):
+    async with await scene.pod("west", "web").connect(
+        scene.meshes["west"].services["relay"].ipv4, RELAY
+    ):
 
         async def full() -> bool:
             return await relayed(scene, "open") == [MOST, MOST]

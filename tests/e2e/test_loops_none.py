@@ -1,7 +1,8 @@
 """What looks like a loop and is none: not one refusal.
 
-An application that calls itself, also with the request that it is answering, one that calls back its caller, one that has many calls to
-itself under way, a client that says the same ten thousand times, a reverse proxy that tries again. All of them copy every field they get.
+An application that calls itself, also with the request that it is answering, one that calls back
+its caller, one that has many calls to itself under way, a client that says the same ten thousand
+times, a reverse proxy that tries again. All of them copy every field they get.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ APP, INGRESS, RETRYING, QUICK, NOBODY = 8080, 8081, 8082, 8083, 8099
 TOGETHER = 100  # calls of a pod to itself under way at a time
 SAME = 10_000
 
-# A program that does what its path says, copying all fields of the request to its own: /down/N asks itself for /down/N-1; /again asks
-# itself for the same until the field Left is used up; /call/HOST asks HOST for /back/<itself>, which asks for /leaf there; /wait/S
-# answers after S seconds.
-PROGRAM = '''
+# A program that does what its path says, copying all fields of the request to its own: /down/N asks
+# itself for /down/N-1; /again asks itself for the same until the field Left is used up; /call/HOST
+# asks HOST for /back/<itself>, which asks for /leaf there; /wait/S answers after S seconds.
+PROGRAM = """
 import http.client, http.server, socket, sys, time
 ME, PORT = sys.argv[1], int(sys.argv[2])
 class Program(http.server.BaseHTTPRequestHandler):
@@ -58,9 +59,10 @@ class Program(http.server.BaseHTTPRequestHandler):
 class Server(http.server.ThreadingHTTPServer):
     address_family, request_queue_size, daemon_threads = socket.AF_INET6, 512, True
 Server(("::", PORT), Program).serve_forever()
-'''
+"""
 
-# Opens so many connections to a host and port at once, says a line on each and reads it back, three times over.
+# Opens so many connections to a host and port at once, says a line on each and reads it back, three
+# times over.
 MANY = """
 import asyncio, sys
 async def main(host, port, count):
@@ -80,13 +82,21 @@ asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
 @pytest.fixture(scope="module")
 def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
-        ports = {APP: "detect", INGRESS: "detect", RETRYING: "detect", QUICK: "detect", NOBODY: "detect", ECHO: "opaque"}
+        ports = {
+            APP: "detect",
+            INGRESS: "detect",
+            RETRYING: "detect",
+            QUICK: "detect",
+            NOBODY: "detect",
+            ECHO: "opaque",
+        }
         pair = prepare(laboratory.lab, ports)
         pair.mesh.service("web", [pair.web], {APP: "detect"})
         for pod in (pair.web, pair.shop):
             await pod.python("program", PROGRAM, pod.name, str(APP), port=APP)
         await echo_server(pair.shop)
-        # An ingress in front of a service that calls itself, and one whose first choice is not there.
+        # An ingress in front of a service that calls itself, and one whose first choice is not
+        # there.
         await nginx(
             pair.shop,
             {
@@ -94,7 +104,10 @@ def pair(laboratory: Laboratory) -> Pair:
                 RETRYING: "proxy_next_upstream error http_502 http_503; proxy_pass http://two;",
                 QUICK: "return 200 leaf;",
             },
-            upstreams=f"upstream two {{ server shop:{NOBODY} max_fails=0; server shop:{APP} max_fails=0; }}",
+            upstreams=(
+                f"upstream two {{ server shop:{NOBODY} max_fails=0; server shop:{APP}"
+                " max_fails=0; }"
+            ),
         )
         await pair.mesh.start()
         return pair
@@ -113,12 +126,16 @@ async def answered(pair: Pair, pod: Pod, url: str, *options: str) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 15])
-async def test_an_application_that_calls_itself_further_and_further_down(pair: Pair, depth: int) -> None:
+async def test_an_application_that_calls_itself_further_and_further_down(
+    pair: Pair, depth: int
+) -> None:
     await answered(pair, pair.web, f"http://shop:{APP}/down/{depth}")
 
 
 @pytest.mark.parametrize("left", [0, 1, 4])
-async def test_an_application_that_calls_itself_with_the_very_request_that_it_answers(pair: Pair, left: int) -> None:
+async def test_an_application_that_calls_itself_with_the_very_request_that_it_answers(
+    pair: Pair, left: int
+) -> None:
     await answered(pair, pair.web, f"http://shop:{APP}/again", "-H", f"Left: {left}")
 
 
@@ -160,7 +177,9 @@ async def test_a_pod_that_has_many_requests_to_itself_under_way(pair: Pair) -> N
 
 
 async def parallel(pod: Pod, urls: list[str]) -> None:
-    done = await pod.run(["curl", "-sS", "-Z", "--parallel-max", str(len(urls)), "-f", *urls], timeout=60)
+    done = await pod.run(
+        ["curl", "-sS", "-Z", "--parallel-max", str(len(urls)), "-f", *urls], timeout=60
+    )
     assert done.stdout == b"leaf" * len(urls), done.stderr
 
 

@@ -1,8 +1,10 @@
-"""Names of another cluster's services, as ordinary programs resolve them: the C library, dig and kdig through real interception, and a
-real resolver (dnsmasq) in another pod that serves all other names, over IPv4 and IPv6, UDP and TCP.
+"""Names of another cluster's services, as ordinary programs resolve them: the C library, dig and
+kdig through real interception, and a real resolver (dnsmasq) in another pod that serves all other
+names, over IPv4 and IPv6, UDP and TCP.
 
-Rules: programs find virtual addresses under every form of a name; what the resolver has comes through unchanged, and so does what a
-program asks of somebody else; nothing waits for ever, whoever is down; a name keeps its address over a restart of the proxy.
+Rules: programs find virtual addresses under every form of a name; what the resolver has comes
+through unchanged, and so does what a program asks of somebody else; nothing waits for ever, whoever
+is down; a name keeps its address over a restart of the proxy.
 """
 
 from __future__ import annotations
@@ -25,9 +27,14 @@ from tests.e2e.stage import counted, eventually
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
 SEARCH = ("default.svc.cluster.local", "svc.cluster.local", "cluster.local")
-RANGES = {4: ipaddress.ip_network("240.0.0.0/4"), 6: ipaddress.ip_network("fd69:7374:686d:7573::/64")}
+RANGES = {
+    4: ipaddress.ip_network("240.0.0.0/4"),
+    6: ipaddress.ip_network("fd69:7374:686d:7573::/64"),
+}
 VERSIONS = pytest.mark.parametrize("version", [4, 6])
-LONG = [f"--txt-record=long.example.com,{number:03}{'x' * 200}" for number in range(20)]  # no datagram holds it
+LONG = [
+    f"--txt-record=long.example.com,{number:03}{'x' * 200}" for number in range(20)
+]  # no datagram holds it
 
 # What getaddrinfo(3) fails with, and after how many seconds.
 FAILS = """
@@ -41,8 +48,9 @@ except OSError as error:
 
 
 class Stage:
-    """A pod `web` with a sidecar that answers for names, the pod's resolver `dns`, and a resolver `other` that is not the pod's. `hasty` is
-    the same with a pod whose sidecar does not wait for resolvers as long as a busy machine may take."""
+    """A pod `web` with a sidecar that answers for names, the pod's resolver `dns`, and a resolver
+    `other` that is not the pod's. `hasty` is the same with a pod whose sidecar does not wait for
+    resolvers as long as a busy machine may take."""
 
     hasty: Stage
 
@@ -55,7 +63,9 @@ class Stage:
         self.sidecar.write_directory(directory(*services))
 
         async def taken() -> bool:
-            return await counted(self.sidecar, "isthmus_directory_reloads_total", result="ok") > before
+            return (
+                await counted(self.sidecar, "isthmus_directory_reloads_total", result="ok") > before
+            )
 
         await eventually(taken, "the directory is in use")
 
@@ -65,28 +75,47 @@ class Stage:
         return sorted({line.split()[0] for line in done.text.splitlines()})
 
     async def quiet(self) -> None:
-        """Wait until no question is under way: who was answered late has asked twice, and the second answer counts, too."""
+        """Wait until no question is under way: who was answered late has asked twice, and the
+        second answer counts, too."""
 
         async def none() -> bool:
             return await counted(self.sidecar, "isthmus_dns_in_flight") == 0
 
         await eventually(none, "no question is under way")
 
-    async def dig(self, name: str, *arguments: str, at: str | None = None, program: str = "dig") -> Completed:
+    async def dig(
+        self, name: str, *arguments: str, at: str | None = None, program: str = "dig"
+    ) -> Completed:
         server = [f"@{at}"] if at is not None else []
         return await self.web.run([program, *server, name, *arguments], timeout=60)
 
 
 def directory(*services: str) -> dict[str, Any]:
-    gateway = {"address": "192.0.2.1", "port": 4143, "identity": "spiffe://cluster.local/ns/isthmus/sa/gateway"}
+    gateway = {
+        "address": "192.0.2.1",
+        "port": 4143,
+        "identity": "spiffe://cluster.local/ns/isthmus/sa/gateway",
+    }
     split = [service.split(".") for service in services]
-    remote = [{"name": name, "namespace": namespace, "ports": [{"port": 80}]} for name, namespace in split]
-    return {"services": [], "clusters": [{"name": "east", "gateways": [gateway], "services": remote}]}
+    remote = [
+        {"name": name, "namespace": namespace, "ports": [{"port": 80}]} for name, namespace in split
+    ]
+    return {
+        "services": [],
+        "clusters": [{"name": "east", "gateways": [gateway], "services": remote}],
+    }
 
 
 async def resolver(pod: Pod, *records: str) -> None:
     """dnsmasq, which knows these records and asks nobody else."""
-    alone = ["--keep-in-foreground", "--no-resolv", "--no-hosts", "--local=/#/", "--pid-file=", "--log-facility=-"]
+    alone = [
+        "--keep-in-foreground",
+        "--no-resolv",
+        "--no-hosts",
+        "--local=/#/",
+        "--pid-file=",
+        "--log-facility=-",
+    ]
     await pod.start("dnsmasq", ["dnsmasq", *alone, *records], port=53, user=User(never_root=True))
 
 
@@ -94,7 +123,9 @@ async def build(laboratory: Laboratory) -> Stage:
     cluster = laboratory.lab.cluster("names")
     web, dns, other = cluster.pod("web"), cluster.pod("dns"), cluster.pod("other")
     await resolver(dns, "--host-record=www.example.com,192.0.2.7,2001:db8::7", *LONG)
-    await resolver(other, "--host-record=www.example.com,192.0.2.99", "--host-record=c.east,192.0.2.98")
+    await resolver(
+        other, "--host-record=www.example.com,192.0.2.99", "--host-record=c.east,192.0.2.98"
+    )
     cluster.resolve_by(dns.ipv4, dns.ipv6, search=SEARCH, ndots=5)
     mesh = Mesh(cluster)
     sidecar = mesh.join(web, dns={"timeout": "30s"})
@@ -113,15 +144,28 @@ def stage(laboratory: Laboratory) -> Stage:
 
 
 @VERSIONS
-@pytest.mark.parametrize("name", ["c.east", "c.default.east", "c-east", "c-east.default", "c-east.default.svc.cluster.local", "C.East."])
-async def test_the_c_library_finds_a_virtual_address_under_every_form_of_a_name(stage: Stage, name: str, version: int) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "c.east",
+        "c.default.east",
+        "c-east",
+        "c-east.default",
+        "c-east.default.svc.cluster.local",
+        "C.East.",
+    ],
+)
+async def test_the_c_library_finds_a_virtual_address_under_every_form_of_a_name(
+    stage: Stage, name: str, version: int
+) -> None:
     (host,) = await stage.resolve(name, version)
     assert ipaddress.ip_address(host) in RANGES[version]
     assert [host] == await stage.resolve("c.east", version)
     assert [host] != await stage.resolve("db.shop.east", version)
 
 
-# getent(1) for a C library that comes without: the addresses of a name, or what getaddrinfo(3) says.
+# getent(1) for a C library that comes without: the addresses of a name, or what getaddrinfo(3)
+# says.
 GETENT = r"""
 #include <arpa/inet.h>
 #include <netdb.h>
@@ -144,11 +188,21 @@ int main(int argc, char **argv) {
 async def test_musl_the_c_library_of_alpine_finds_them_too(stage: Stage) -> None:
     source, program = stage.web.directory / "getent.c", stage.web.directory / "getent"
     source.write_text(GETENT)
-    done = await stage.web.run(["musl-gcc", "-static", "-o", str(program), str(source)], user=OPERATOR)
+    done = await stage.web.run(
+        ["musl-gcc", "-static", "-o", str(program), str(source)], user=OPERATOR
+    )
     assert done.ok, done.stderr.decode()
-    for name in ("c.east", "c.default.east", "c-east", "c-east.default.svc.cluster.local", "c.east."):
+    for name in (
+        "c.east",
+        "c.default.east",
+        "c-east",
+        "c-east.default.svc.cluster.local",
+        "c.east.",
+    ):
         done = await stage.web.run([str(program), name], timeout=60)
-        assert sorted(done.text.split()) == sorted([*await stage.resolve("c.east", 4), *await stage.resolve("c.east", 6)]), name
+        assert sorted(done.text.split()) == sorted(
+            [*await stage.resolve("c.east", 4), *await stage.resolve("c.east", 6)]
+        ), name
     done = await stage.web.run([str(program), "www.example.com"], timeout=60)
     assert sorted(done.text.split()) == ["192.0.2.7", "2001:db8::7"]
     for name in ("gone.east", "c.gone.east"):
@@ -161,25 +215,45 @@ async def test_the_resolver_is_not_asked_for_them(stage: Stage) -> None:
     forwarded = await counted(stage.sidecar, "isthmus_dns_queries_total", result="forwarded")
     assert await stage.resolve("db.shop.east", 4)
     assert await stage.resolve("gone.east.", 4) == []
-    assert await counted(stage.sidecar, "isthmus_dns_queries_total", result="forwarded") == forwarded
+    assert (
+        await counted(stage.sidecar, "isthmus_dns_queries_total", result="forwarded") == forwarded
+    )
 
 
 @VERSIONS
 @pytest.mark.parametrize("transport", ["+notcp", "+tcp"])
 @pytest.mark.parametrize("program", ["dig", "kdig"])
-async def test_other_names_are_answered_by_the_pods_resolver(stage: Stage, program: str, transport: str, version: int) -> None:
+async def test_other_names_are_answered_by_the_pods_resolver(
+    stage: Stage, program: str, transport: str, version: int
+) -> None:
     over = "udp" if transport == "+notcp" else "tcp"
     await stage.quiet()
-    before = await counted(stage.sidecar, "isthmus_dns_upstream_total", transport=over, result="answered")
+    before = await counted(
+        stage.sidecar, "isthmus_dns_upstream_total", transport=over, result="answered"
+    )
     for kind, found in (("A", "192.0.2.7"), ("AAAA", "2001:db8::7")):
-        done = await stage.dig("www.example.com", kind, transport, "+short", at=stage.dns.address(version), program=program)
+        done = await stage.dig(
+            "www.example.com",
+            kind,
+            transport,
+            "+short",
+            at=stage.dns.address(version),
+            program=program,
+        )
         assert done.text.split() == [found], done.stderr
-    assert await counted(stage.sidecar, "isthmus_dns_upstream_total", transport=over, result="answered") == before + 2
+    assert (
+        await counted(
+            stage.sidecar, "isthmus_dns_upstream_total", transport=over, result="answered"
+        )
+        == before + 2
+    )
 
 
 @VERSIONS
 @pytest.mark.parametrize("transport", ["+notcp", "+tcp"])
-async def test_dig_gets_the_names_of_the_other_cluster_over_both_transports(stage: Stage, transport: str, version: int) -> None:
+async def test_dig_gets_the_names_of_the_other_cluster_over_both_transports(
+    stage: Stage, transport: str, version: int
+) -> None:
     where = stage.dns.address(version)
     done = await stage.dig("c.east", "AAAA" if version == 6 else "A", transport, "+short", at=where)
     assert ipaddress.ip_address(done.text.strip()) in RANGES[version]
@@ -199,10 +273,17 @@ async def test_a_virtual_address_has_its_name(stage: Stage) -> None:
 
 async def test_what_is_too_long_for_a_datagram_comes_over_tcp(stage: Stage) -> None:
     await stage.quiet()
-    before = await counted(stage.sidecar, "isthmus_dns_upstream_total", transport="tcp", result="answered")
+    before = await counted(
+        stage.sidecar, "isthmus_dns_upstream_total", transport="tcp", result="answered"
+    )
     done = await stage.dig("long.example.com", "TXT", "+short", "+bufsize=512", at=stage.dns.ipv4)
     assert len(done.text.splitlines()) == 20
-    assert await counted(stage.sidecar, "isthmus_dns_upstream_total", transport="tcp", result="answered") == before + 1
+    assert (
+        await counted(
+            stage.sidecar, "isthmus_dns_upstream_total", transport="tcp", result="answered"
+        )
+        == before + 1
+    )
 
 
 async def test_who_asks_somebody_else_is_answered_by_somebody_else(stage: Stage) -> None:
@@ -222,7 +303,17 @@ async def test_names_come_and_go_with_the_directory_and_keep_their_address(stage
 
 
 async def check(stage: Stage, timeout: int = 20) -> dict[str, list[str]]:
-    command = [*CLI, "check", "--config", str(stage.sidecar.config_file), "--only", "names", "--json", "--timeout", str(timeout)]
+    command = [
+        *CLI,
+        "check",
+        "--config",
+        str(stage.sidecar.config_file),
+        "--only",
+        "names",
+        "--json",
+        "--timeout",
+        str(timeout),
+    ]
     done = await stage.web.run(command, user=OPERATOR, env=PACKAGES, timeout=150)
     found: dict[str, list[str]] = {}
     for one in json.loads(done.text)["checks"]:
@@ -230,9 +321,13 @@ async def check(stage: Stage, timeout: int = 20) -> dict[str, list[str]]:
     return found
 
 
-async def test_the_check_proves_it_while_the_proxy_runs_before_and_says_when_it_is_not_so(stage: Stage) -> None:
+async def test_the_check_proves_it_while_the_proxy_runs_before_and_says_when_it_is_not_so(
+    stage: Stage,
+) -> None:
     found = await check(stage)
-    assert {status: len(what) for status, what in found.items()} == {"ok": 4}  # two resolvers, UDP and TCP
+    assert {status: len(what) for status, what in found.items()} == {
+        "ok": 4
+    }  # two resolvers, UDP and TCP
     assert all("running proxy" in what for what in found["ok"])
     await stage.web.intercept("--remove")
     assert list(await check(stage, 2)) == ["failed"]
@@ -249,30 +344,43 @@ async def test_the_check_proves_it_while_the_proxy_runs_before_and_says_when_it_
     assert await stage.resolve("c.east", 4)
 
 
-async def test_without_a_running_proxy_programs_are_told_so_at_once_and_find_the_same_address_after_it_is_back(stage: Stage) -> None:
+async def test_without_a_running_proxy_programs_are_told_so_at_once_and_find_the_same_address_after_it_is_back(
+    stage: Stage,
+) -> None:
     was = await stage.resolve("c.east", 4), await stage.resolve("c.east", 6)
     await stage.sidecar.running().aclose()
-    number, seconds = (await stage.web.run_python(FAILS, "www.example.com", timeout=60)).text.split()
+    number, seconds = (
+        await stage.web.run_python(FAILS, "www.example.com", timeout=60)
+    ).text.split()
     assert int(number) == -3  # EAI_AGAIN: a failure, not an answer that there is no such name
     assert float(seconds) < 8  # by timeouts it would be 2 s for each of 2 servers and 4 names
     await stage.sidecar.start(intercept=False)
     assert (await stage.resolve("c.east", 4), await stage.resolve("c.east", 6)) == was
 
 
-async def test_a_dead_resolver_is_a_failure_for_its_own_names_and_nothing_for_ours(stage: Stage) -> None:
+async def test_a_dead_resolver_is_a_failure_for_its_own_names_and_nothing_for_ours(
+    stage: Stage,
+) -> None:
     stage = stage.hasty
     stage.dns.processes["dnsmasq"].pause()
     try:
         async with trio.open_nursery() as nursery:
             for number in range(10):
                 nursery.start_soon(stage.dig, f"n{number}.example.com", "+tries=1", "+timeout=5")
-            await eventually(lambda: counted(stage.sidecar, "isthmus_dns_in_flight"), "questions wait")
+            await eventually(
+                lambda: counted(stage.sidecar, "isthmus_dns_in_flight"), "questions wait"
+            )
             assert await stage.resolve("c.east", 4)
             done = await stage.dig("www.example.com", "+tries=1", "+timeout=20", at=stage.dns.ipv4)
             assert "status: SERVFAIL" in done.text
     finally:
         stage.dns.processes["dnsmasq"].resume()
-    assert await counted(stage.sidecar, "isthmus_dns_upstream_total", transport="udp", result="timeout") >= 11
+    assert (
+        await counted(
+            stage.sidecar, "isthmus_dns_upstream_total", transport="udp", result="timeout"
+        )
+        >= 11
+    )
     assert await stage.resolve("www.example.com", 4) == ["192.0.2.7"]
 
 

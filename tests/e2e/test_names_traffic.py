@@ -1,7 +1,9 @@
-"""From a name to the service: programs of one cluster reach services of another by `c.east`, through virtual addresses and a gateway.
+"""From a name to the service: programs of one cluster reach services of another by `c.east`,
+through virtual addresses and a gateway.
 
-Rules: the programs know nothing but the name, and there is no resolver that answers for anything else; HTTP and opaque TCP work, over both
-address families; what the directory does not have any more is refused in its name, at once.
+Rules: the programs know nothing but the name, and there is no resolver that answers for anything
+else; HTTP and opaque TCP work, over both address families; what the directory does not have any
+more is refused in its name, at once.
 """
 
 from __future__ import annotations
@@ -63,9 +65,15 @@ def stage(laboratory: Laboratory) -> Stage:
         east.service("c", [c], {WEB: "http1"}, export=True)
         east.service("db", [db], {POSTGRES: "opaque"}, export=True)
         west.link(east)
-        west.cluster.resolve_by("192.0.2.53", search=("default.svc.cluster.local", "svc.cluster.local", "cluster.local"), ndots=5)
+        west.cluster.resolve_by(
+            "192.0.2.53",
+            search=("default.svc.cluster.local", "svc.cluster.local", "cluster.local"),
+            ndots=5,
+        )
         web = west.cluster.pod("web")
-        near = west.join(web, dns={"timeout": "1s"})  # the resolver is not there: nobody has to wait long for it
+        near = west.join(
+            web, dns={"timeout": "1s"}
+        )  # the resolver is not there: nobody has to wait long for it
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lambda: serve(c, "web", "::", str(WEB), "c of east", port=WEB))
             nursery.start_soon(postgres, db)
@@ -79,7 +87,9 @@ def stage(laboratory: Laboratory) -> Stage:
 
 @VERSIONS
 @pytest.mark.parametrize("name", ["c.east", "c.default.east", "c-east"])
-async def test_curl_reaches_a_service_of_another_cluster_by_its_name(stage: Stage, name: str, version: int) -> None:
+async def test_curl_reaches_a_service_of_another_cluster_by_its_name(
+    stage: Stage, name: str, version: int
+) -> None:
     answer = await curl(stage.web, f"-{version}", f"http://{name}:{WEB}/head")
     assert answer.status == 200, answer
     assert json.loads(answer.body)["name"] == "c of east"
@@ -89,12 +99,16 @@ async def test_curl_reaches_a_service_of_another_cluster_by_its_name(stage: Stag
 
 @VERSIONS
 async def test_opaque_tcp_reaches_it_too(stage: Stage, version: int) -> None:
-    address, said = (await python(stage.web, SSL_REQUEST, "db.east", str(POSTGRES), str(version))).split()
+    address, said = (
+        await python(stage.web, SSL_REQUEST, "db.east", str(POSTGRES), str(version))
+    ).split()
     assert said in "SN"
     assert (":" in address) is (version == 6)
 
 
-async def test_what_is_gone_is_not_found_and_its_old_address_is_refused_in_its_name(stage: Stage) -> None:
+async def test_what_is_gone_is_not_found_and_its_old_address_is_refused_in_its_name(
+    stage: Stage,
+) -> None:
     address = (await python(stage.web, SSL_REQUEST, "db.east", str(POSTGRES), "4")).split()[0]
     before = await counted(stage.near, "isthmus_directory_reloads_total", result="ok")
     gone = stage.east.services.pop("db")
@@ -104,8 +118,13 @@ async def test_what_is_gone_is_not_found_and_its_old_address_is_refused_in_its_n
         return await counted(stage.near, "isthmus_directory_reloads_total", result="ok") > before
 
     await eventually(taken, "the directory is in use")
-    assert (await curl(stage.web, f"http://db.east:{POSTGRES}/")).exit == 6  # could not resolve host
-    assert await say(stage.web, address, POSTGRES, bytes([0, 0, 0, 8, 4, 210, 22, 47]), patience=20) == b""
+    assert (
+        await curl(stage.web, f"http://db.east:{POSTGRES}/")
+    ).exit == 6  # could not resolve host
+    assert (
+        await say(stage.web, address, POSTGRES, bytes([0, 0, 0, 8, 4, 210, 22, 47]), patience=20)
+        == b""
+    )
     line = await logged(stage.near, f"{address}:{POSTGRES}", reason="no_endpoint")
     assert "east/default/db" in line["words"]
     stage.east.services["db"] = gone

@@ -1,8 +1,9 @@
 """A rolling restart of two replicas under load loses no request.
 
-Rules: Kubernetes tells the application and its sidecar to stop at the same moment, and takes the pod out of the directory somewhat
-later. The application is one of many such: it stops listening, ends what it has, and then itself. A POST is sent again only where
-nothing has looked at it. Every request that a client has sent is accounted for.
+Rules: Kubernetes tells the application and its sidecar to stop at the same moment, and takes the
+pod out of the directory somewhat later. The application is one of many such: it stops listening,
+ends what it has, and then itself. A POST is sent again only where nothing has looked at it. Every
+request that a client has sent is accounted for.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""New certificates, keys and trust roots under load: not one request fails, and no connection is cut.
+"""New certificates, keys and trust roots under load: not one request fails, and no connection is
+cut.
 
-Rules: the files are exchanged as a deployment does it, one proxy after the other; every request of the load is accounted for.
+Rules: the files are exchanged as a deployment does it, one proxy after the other; every request of
+the load is accounted for.
 """
 
 from __future__ import annotations
@@ -13,11 +15,26 @@ import trio
 from lab.load import Load
 from lab.sidecar import Authority, Sidecar
 from tests.e2e.conftest import Laboratory
-from tests.e2e.stage import ECHO, LAST_GET, WEB, Pair, counted, echo_server, eventually, logged, prepare, say, web_server
+from tests.e2e.stage import (
+    ECHO,
+    LAST_GET,
+    WEB,
+    Pair,
+    counted,
+    echo_server,
+    eventually,
+    logged,
+    prepare,
+    say,
+    web_server,
+)
 
 pytestmark = pytest.mark.lab
 
-QUIET = {"log": {"access": False}, "pool": {"max_age": "1s"}}  # so that handshakes go on all the time
+QUIET = {
+    "log": {"access": False},
+    "pool": {"max_age": "1s"},
+}  # so that handshakes go on all the time
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +73,8 @@ async def reloads(sidecar: Sidecar, result: str = "ok") -> float:
 
 
 async def change(sidecar: Sidecar, write: Callable[[], None], result: str = "ok") -> None:
-    """Exchange files, and wait until the proxy has seen it. While two files are exchanged they may not fit for a moment; the proxy keeps
-    the old ones then, and looks again."""
+    """Exchange files, and wait until the proxy has seen it. While two files are exchanged they may
+    not fit for a moment; the proxy keeps the old ones then, and looks again."""
     before = await reloads(sidecar, result)
     write()
 
@@ -74,7 +91,8 @@ def leaf(sidecar: Sidecar, authority: Authority) -> Callable[[], None]:
 
 
 async def under_load(pair: Pair, steps: list[Callable[[], Awaitable[None]]]) -> Load:
-    """Do `steps` while requests are made, and some hundred of them after each; the finished load."""
+    """Do `steps` while requests are made, and some hundred of them after each; the finished
+    load."""
     old = await LongLived.open(pair)
     await old.talks(b"before")
     async with Load(pair.web, pair.service.ipv4, WEB) as load:
@@ -94,7 +112,10 @@ async def test_new_leaves_without_a_failed_request(pair: Pair) -> None:
     expiry = await counted(pair.far, "isthmus_certificate_expiry_timestamp_seconds")
     await trio.sleep(1.1)  # the expiry is counted in whole seconds
     ours = pair.mesh.authority
-    steps = [lambda sidecar=sidecar: change(sidecar, leaf(sidecar, ours)) for sidecar in (*pair.both, *pair.both)]
+    steps = [
+        lambda sidecar=sidecar: change(sidecar, leaf(sidecar, ours))
+        for sidecar in (*pair.both, *pair.both)
+    ]
     load = await under_load(pair, steps)
     print(f"{load.good} requests, {load.connections} connections, {load.bad}")
     assert load.bad == {}
@@ -105,12 +126,16 @@ async def test_new_leaves_without_a_failed_request(pair: Pair) -> None:
 
 
 async def test_a_new_trust_root_without_a_failed_request(pair: Pair) -> None:
-    """Both roots are trusted first, then the leaves change, then the old root goes: at each step everybody trusts everybody."""
+    """Both roots are trusted first, then the leaves change, then the old root goes: at each step
+    everybody trusts everybody."""
     old, new = pair.mesh.authority, Authority()
     handshakes = await counted(pair.far, "isthmus_tls_handshakes_total", result="ok")
 
     def roots(*authorities: Authority) -> list[Callable[[], Awaitable[None]]]:
-        return [lambda sidecar=sidecar: change(sidecar, lambda: sidecar.write_roots(*authorities)) for sidecar in pair.both]
+        return [
+            lambda sidecar=sidecar: change(sidecar, lambda: sidecar.write_roots(*authorities))
+            for sidecar in pair.both
+        ]
 
     leaves = [lambda sidecar=sidecar: change(sidecar, leaf(sidecar, new)) for sidecar in pair.both]
     load = await under_load(pair, [*roots(old, new), *leaves, *roots(new)])

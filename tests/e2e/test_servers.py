@@ -1,7 +1,7 @@
 """Servers that are no web servers: a real PostgreSQL, and mail servers, which speak first.
 
-Rules: a port that somebody declared opaque costs no waiting; a port that nobody declared works as well, after the detection timeout if
-the server is the one who speaks first.
+Rules: a port that somebody declared opaque costs no waiting; a port that nobody declared works as
+well, after the detection timeout if the server is the one who speaks first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ pytestmark = [pytest.mark.lab, pytest.mark.real]
 
 UNDECLARED = 15432
 UNDECLARED_MAIL, PLAIN_MAIL = 2526, 25
-# Seconds, configured below. A client that has something to say first has to do so before, on a busy machine too.
+# Seconds, configured below. A client that has something to say first has to do so before, on a busy
+# machine too.
 DETECTION = 6.0
 HELLO = 3.0  # inbound.hello_timeout
 PATIENCE = 15.0
@@ -28,8 +29,19 @@ PATIENCE = 15.0
 def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
         timeouts = {"detect_timeout": f"{DETECTION:g}s"}
-        ports = {POSTGRES: "opaque", UNDECLARED: "detect", MAIL: "opaque", UNDECLARED_MAIL: "detect", PLAIN_MAIL: "opaque"}
-        pair = prepare(laboratory.lab, ports, web={"outbound": timeouts}, shop={"inbound": {**timeouts, "hello_timeout": f"{HELLO:g}s"}})
+        ports = {
+            POSTGRES: "opaque",
+            UNDECLARED: "detect",
+            MAIL: "opaque",
+            UNDECLARED_MAIL: "detect",
+            PLAIN_MAIL: "opaque",
+        }
+        pair = prepare(
+            laboratory.lab,
+            ports,
+            web={"outbound": timeouts},
+            shop={"inbound": {**timeouts, "hello_timeout": f"{HELLO:g}s"}},
+        )
         pair.cluster.pod("stranger")
         await postgres(pair.shop)
         for port in (MAIL, UNDECLARED_MAIL, PLAIN_MAIL):
@@ -37,15 +49,28 @@ def pair(laboratory: Laboratory) -> Pair:
         await pair.mesh.start()
         # The undeclared port leads to the same database.
         document = pair.mesh.document()
-        next(port for port in document["services"][0]["ports"] if port["port"] == UNDECLARED)["target_port"] = POSTGRES
+        next(port for port in document["services"][0]["ports"] if port["port"] == UNDECLARED)[
+            "target_port"
+        ] = POSTGRES
         pair.near.write_directory(document)
-        await eventually(lambda: counted(pair.near, "isthmus_directory_reloads_total", result="ok"), "the directory is taken")
+        await eventually(
+            lambda: counted(pair.near, "isthmus_directory_reloads_total", result="ok"),
+            "the directory is taken",
+        )
         return pair
 
     return laboratory.run(build)
 
 
-async def psql(pair: Pair, sql: str, *, host: str = "shop", port: int = POSTGRES, sslmode: str = "prefer", stdin: bytes = b"") -> Completed:
+async def psql(
+    pair: Pair,
+    sql: str,
+    *,
+    host: str = "shop",
+    port: int = POSTGRES,
+    sslmode: str = "prefer",
+    stdin: bytes = b"",
+) -> Completed:
     return await database.psql(pair.web, host, sql, port=port, sslmode=sslmode, stdin=stdin)
 
 
@@ -69,7 +94,8 @@ async def test_psql_copies_a_large_table_in_and_out(pair: Pair) -> None:
     script = (
         b"create table t (n int, text text);\n\\copy t from stdin\n"
         + rows
-        + b"\\.\nselect count(*), sum(length(text)) from t;\n\\copy (select * from t order by n) to stdout\n"
+        + b"\\.\nselect count(*), sum(length(text)) from t;\n\\copy (select * from t order by n) to"
+        b" stdout\n"
     )
     done = await psql(pair, "", stdin=script)
     assert done.ok, done.stderr.decode()
@@ -78,7 +104,9 @@ async def test_psql_copies_a_large_table_in_and_out(pair: Pair) -> None:
     assert copied == rows
 
 
-async def test_an_error_of_the_database_is_the_clients_and_a_wrong_password_is_refused(pair: Pair) -> None:
+async def test_an_error_of_the_database_is_the_clients_and_a_wrong_password_is_refused(
+    pair: Pair,
+) -> None:
     failed = await psql(pair, "select 1/0")
     assert failed.returncode == 1
     assert b"division by zero" in failed.stderr
@@ -91,16 +119,27 @@ async def test_the_database_was_reached_by_mutual_tls_only(pair: Pair) -> None:
     await psql(pair, "select 1")
 
     def lines() -> list[dict[str, object]]:
-        return [line for line in pair.far.logged() if str(line.get("destination", "")).endswith(f":{POSTGRES}")]
+        return [
+            line
+            for line in pair.far.logged()
+            if str(line.get("destination", "")).endswith(f":{POSTGRES}")
+        ]
 
     await eventually(lines, "connections to the database in the log")
-    assert {(line.get("protocol"), line.get("tls")) for line in lines()} == {("isthmus-tcp-confirmed", "TLSv1.3")}
+    assert {(line.get("protocol"), line.get("tls")) for line in lines()} == {
+        ("isthmus-tcp-confirmed", "TLSv1.3")
+    }
     assert {line.get("identity") for line in lines()} == {str(pair.near.identity)}
 
 
 async def waited(pair: Pair) -> float:
     """How often a proxy has waited in vain for a client's first word."""
-    return sum([await counted(sidecar, "isthmus_detections_total", result="silent") for sidecar in pair.both])
+    return sum(
+        [
+            await counted(sidecar, "isthmus_detections_total", result="silent")
+            for sidecar in pair.both
+        ]
+    )
 
 
 async def test_a_server_that_speaks_first_is_heard_at_once_on_a_declared_port(pair: Pair) -> None:
@@ -110,7 +149,9 @@ async def test_a_server_that_speaks_first_is_heard_at_once_on_a_declared_port(pa
     assert await waited(pair) == before
 
 
-async def test_a_server_that_speaks_first_is_heard_after_the_detection_timeout_on_an_undeclared_port(pair: Pair) -> None:
+async def test_a_server_that_speaks_first_is_heard_after_the_detection_timeout_on_an_undeclared_port(
+    pair: Pair,
+) -> None:
     seen = await client(pair.web, "mail", "shop", str(UNDECLARED_MAIL), "tangerine")
     assert seen["refused"] == 0
     assert DETECTION - 0.1 < seen["greeting_seconds"] < DETECTION + PATIENCE
@@ -118,7 +159,8 @@ async def test_a_server_that_speaks_first_is_heard_after_the_detection_timeout_o
 
 
 async def test_a_client_without_a_sidecar_hears_the_server_too(pair: Pair) -> None:
-    """Its connection is not TLS: on a declared port that is known after a moment, on an undeclared one after the timeout."""
+    """Its connection is not TLS: on a declared port that is known after a moment, on an undeclared
+    one after the timeout."""
     stranger = pair.cluster.pods["stranger"]
     declared = await client(stranger, "mail", pair.shop.ipv4, str(PLAIN_MAIL), "tangerine")
     undeclared = await client(stranger, "mail", pair.shop.ipv4, str(UNDECLARED_MAIL), "tangerine")

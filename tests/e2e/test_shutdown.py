@@ -1,7 +1,9 @@
-"""The end of a proxy: SIGTERM lets what is on its way finish, within the grace; a second SIGTERM does not wait.
+"""The end of a proxy: SIGTERM lets what is on its way finish, within the grace; a second SIGTERM
+does not wait.
 
-Rules: the application is told to stop at the same moment as its sidecar and may have work to finish, so the outbound side serves it
-until it is quiet. Every test ends a proxy, so every test has one of its own.
+Rules: the application is told to stop at the same moment as its sidecar and may have work to
+finish, so the outbound side serves it until it is quiet. Every test ends a proxy, so every test has
+one of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +19,17 @@ import trio
 from lab.load import Load
 from lab.sidecar import Sidecar
 from tests.e2e.conftest import Laboratory
-from tests.e2e.stage import ECHO, LAST_GET, WEB, Pair, echo_server, eventually, prepare, say, web_server
+from tests.e2e.stage import (
+    ECHO,
+    LAST_GET,
+    WEB,
+    Pair,
+    echo_server,
+    eventually,
+    prepare,
+    say,
+    web_server,
+)
 
 pytestmark = pytest.mark.lab
 
@@ -51,7 +63,12 @@ def pair(laboratory: Laboratory, request: pytest.FixtureRequest) -> Pair:
 
     async def build() -> Pair:
         settings = {"shutdown": {"grace": f"{grace:g}s"}}
-        pair = prepare(laboratory.lab, {WEB: "detect", SLOW: "detect", ECHO: "opaque"}, web=settings, shop=settings)
+        pair = prepare(
+            laboratory.lab,
+            {WEB: "detect", SLOW: "detect", ECHO: "opaque"},
+            web=settings,
+            shop=settings,
+        )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(web_server, pair.shop)
             nursery.start_soon(echo_server, pair.shop)
@@ -94,7 +111,9 @@ async def test_an_idle_proxy_ends_at_once_with_exit_code_0(pair: Pair) -> None:
     assert await ended(pair.far) == 0
 
 
-async def test_the_servers_proxy_finishes_the_requests_it_has_and_takes_no_others(pair: Pair) -> None:
+async def test_the_servers_proxy_finishes_the_requests_it_has_and_takes_no_others(
+    pair: Pair,
+) -> None:
     async with trio.open_nursery() as nursery:
         answers = in_background(nursery, slow(pair, "go"))
         await pair.shop.processes["slow"].wait_line("asked")
@@ -119,7 +138,8 @@ async def _not_ready(sidecar: Sidecar) -> Any:
 
 
 async def test_the_clients_proxy_serves_the_application_until_it_is_quiet(pair: Pair) -> None:
-    """While it has one connection open all its new ones are served, though the proxy was told to stop before the first."""
+    """While it has one connection open all its new ones are served, though the proxy was told to
+    stop before the first."""
     stream = await pair.web.connect(pair.service.ipv4, ECHO)
     async with stream:
         await stream.send_all(b"hello")
@@ -129,15 +149,19 @@ async def test_the_clients_proxy_serves_the_application_until_it_is_quiet(pair: 
         for _ in range(3):
             answer = await say(pair.web, pair.service.ipv4, WEB, LAST_GET)
             assert answer.startswith(b"HTTP/1.1 200")
-            assert await say(pair.web, pair.service.ipv4, ECHO, b"last words", end=True) == b"last words"
+            assert (
+                await say(pair.web, pair.service.ipv4, ECHO, b"last words", end=True)
+                == b"last words"
+            )
             await trio.sleep(1.2)  # longer than the moment after which it would be taken for quiet
             assert pair.near.running().alive
     assert await ended(pair.near) == 0
 
 
 async def test_under_load_nothing_that_was_taken_is_lost(pair: Pair) -> None:
-    """The client's proxy ends kept connections behind a response, and says so; the application goes on with new ones to the end. One
-    that carries nothing stays open, or a moment without requests, as on a busy machine, would be the end."""
+    """The client's proxy ends kept connections behind a response, and says so; the application goes
+    on with new ones to the end. One that carries nothing stays open, or a moment without requests,
+    as on a busy machine, would be the end."""
     held = await pair.web.connect(pair.service.ipv4, ECHO)
     async with held, Load(pair.web, pair.service.ipv4, WEB) as load:
         await load.more(100)
@@ -155,7 +179,8 @@ async def test_the_servers_proxy_under_load_loses_nothing_that_it_has_taken(pair
         stop(pair.far)
         assert await ended(pair.far) == 0
         await load.more(1, "502 connection_refused")
-    # A few refusals are enough for the one endpoint to be taken for broken: then requests are told so without being sent.
+    # A few refusals are enough for the one endpoint to be taken for broken: then requests are told
+    # so without being sent.
     assert set(load.bad) <= {"502 connection_refused", "503 destination_unavailable"}
 
 

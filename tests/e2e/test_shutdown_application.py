@@ -1,7 +1,9 @@
-"""An application that is told to stop, and waits for its open connections to end, ends as soon as it would without a sidecar.
+"""An application that is told to stop, and waits for its open connections to end, ends as soon as
+it would without a sidecar.
 
-Rules: the application is one of many such: the threads of the standard library's server, joined at its end. A prober asks it every half
-second, as the kubelet does, on a new connection each time. What is measured is how long the program runs after its SIGTERM.
+Rules: the application is one of many such: the threads of the standard library's server, joined at
+its end. A prober asks it every half second, as the kubelet does, on a new connection each time.
+What is measured is how long the program runs after its SIGTERM.
 """
 
 from __future__ import annotations
@@ -77,7 +79,10 @@ class Prober:
         return {outcome for when, outcome in self.outcomes if when >= moment}
 
     async def answered(self) -> None:
-        await eventually(lambda: [outcome for _, outcome in self.outcomes[-3:]] == ["200"] * 3, "three probes in a row are answered")
+        await eventually(
+            lambda: [outcome for _, outcome in self.outcomes[-3:]] == ["200"] * 3,
+            "three probes in a row are answered",
+        )
 
 
 @asynccontextmanager
@@ -146,7 +151,8 @@ async def test_it_is_told_together_with_its_sidecar(pair: Pair) -> None:
 
 
 async def test_it_is_told_before_its_sidecar(pair: Pair) -> None:
-    """As with native sidecars. The sidecar does not know that its application is going down, and goes on to accept probes."""
+    """As with native sidecars. The sidecar does not know that its application is going down, and
+    goes on to accept probes."""
     alone = await without_a_sidecar(pair.cluster)
     async with probing(pair.cluster.pods["prober"], pair.shop.ipv4) as prober:
         await prober.answered()
@@ -158,7 +164,8 @@ async def test_it_is_told_before_its_sidecar(pair: Pair) -> None:
 
 
 async def test_clients_of_the_mesh_that_have_left_do_not_hold_it_up(pair: Pair) -> None:
-    """Their sidecar keeps its connections for a while, and with them the application's; no longer than they are kept."""
+    """Their sidecar keeps its connections for a while, and with them the application's; no longer
+    than they are kept."""
     for _ in range(5):
         assert (await curl(pair.web, f"http://shop:{APP}/")).status == 200
     began = time.monotonic()
@@ -166,7 +173,9 @@ async def test_clients_of_the_mesh_that_have_left_do_not_hold_it_up(pair: Pair) 
     assert time.monotonic() - began < 3 + LATER
 
 
-async def test_the_application_may_open_connections_for_a_while_after_its_sidecar_was_told(pair: Pair) -> None:
+async def test_the_application_may_open_connections_for_a_while_after_its_sidecar_was_told(
+    pair: Pair,
+) -> None:
     told = term(pair.far)
     await trio.sleep(2.2)
     stream = await pair.shop.connect(pair.web.ipv4, ECHO)

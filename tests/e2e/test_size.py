@@ -1,7 +1,8 @@
 """What connections and bodies cost in memory.
 
-Rules: resident memory of the proxies as the kernel counts it, measured at rest before and after, and at its highest while bodies pass. The
-proxies have done their work once before anything is measured: what a first connection builds is built for all.
+Rules: resident memory of the proxies as the kernel counts it, measured at rest before and after,
+and at its highest while bodies pass. The proxies have done their work once before anything is
+measured: what a first connection builds is built for all.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ while True:
 UPLOADS = 8090
 STREAMS = 8091
 
-# Opens connections that say six bytes, which begin no request, and stay; then waits for the end of its input.
+# Opens connections that say six bytes, which begin no request, and stay; then waits for the end of
+# its input.
 HOLDER = """
 import resource, socket, sys, time
 host, port, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -77,7 +79,9 @@ time.sleep(3600)
 @pytest.fixture(scope="module")
 def pair(laboratory: Laboratory) -> Pair:
     async def build() -> Pair:
-        pair = prepare(laboratory.lab, {WEB: "detect", UPLOADS: "detect", STREAMS: "detect", ECHO: "opaque"})
+        pair = prepare(
+            laboratory.lab, {WEB: "detect", UPLOADS: "detect", STREAMS: "detect", ECHO: "opaque"}
+        )
         files = pair.shop.directory / "files"
         files.mkdir()
         for name, size in (("large", GIBIBYTE), ("small", 64 * 1024**2)):
@@ -87,8 +91,12 @@ def pair(laboratory: Laboratory) -> Pair:
                 file.truncate(size)
         config = pair.shop.directory / "nginx.conf"
         config.write_text(NGINX)
-        await pair.shop.start("nginx", ["nginx", "-p", ".", "-c", str(config)], user=User(never_root=True), port=WEB)
-        await pair.shop.start("nghttpd", ["nghttpd", "--no-tls", "-d", str(files), str(STREAMS)], port=STREAMS)
+        await pair.shop.start(
+            "nginx", ["nginx", "-p", ".", "-c", str(config)], user=User(never_root=True), port=WEB
+        )
+        await pair.shop.start(
+            "nghttpd", ["nghttpd", "--no-tls", "-d", str(files), str(STREAMS)], port=STREAMS
+        )
         await pair.shop.python("sink", SINK, str(UPLOADS), port=UPLOADS)
         await echo_server(pair.shop)
         with usual_limit():
@@ -100,7 +108,8 @@ def pair(laboratory: Laboratory) -> Pair:
 
 @contextmanager
 def usual_limit() -> Iterator[None]:
-    """What is started within finds the soft limit that most systems set, and has to see to it itself that it can hold more."""
+    """What is started within finds the soft limit that most systems set, and has to see to it
+    itself that it can hold more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
     try:
@@ -126,7 +135,10 @@ class Highest:
 
     async def watch(self) -> None:
         while True:
-            self.rss = [max(old, process.rss()) for old, process in zip(self.rss, self._processes, strict=True)]
+            self.rss = [
+                max(old, process.rss())
+                for old, process in zip(self.rss, self._processes, strict=True)
+            ]
             await trio.sleep(0.05)
 
 
@@ -147,16 +159,31 @@ async def test_an_idle_proxy_is_small(pair: Pair) -> None:
     assert max(sizes) < IDLE
 
 
-async def test_a_thousand_idle_connections_by_mutual_tls_cost_less_than_64_kib_each(pair: Pair) -> None:
+async def test_a_thousand_idle_connections_by_mutual_tls_cost_less_than_64_kib_each(
+    pair: Pair,
+) -> None:
     first = await hold(pair, 20)
     await first.aclose()
     await eventually(lambda: none_open(pair), "all connections are closed")
     before = [process.rss() for process in proxies(pair)]
     holder = await hold(pair, CONNECTIONS)
-    assert await counted(pair.far, "isthmus_connections_open", direction="inbound", peer="src", tls="mutual") == CONNECTIONS
-    assert await counted(pair.near, "isthmus_connections_open", direction="outbound", peer="dst", tls="mutual") == CONNECTIONS
+    assert (
+        await counted(
+            pair.far, "isthmus_connections_open", direction="inbound", peer="src", tls="mutual"
+        )
+        == CONNECTIONS
+    )
+    assert (
+        await counted(
+            pair.near, "isthmus_connections_open", direction="outbound", peer="dst", tls="mutual"
+        )
+        == CONNECTIONS
+    )
     await trio.sleep(0.5)
-    cost = [(process.rss() - old) / CONNECTIONS for process, old in zip(proxies(pair), before, strict=True)]
+    cost = [
+        (process.rss() - old) / CONNECTIONS
+        for process, old in zip(proxies(pair), before, strict=True)
+    ]
     print("a connection:", ", ".join(f"{each / 1024:.1f} KiB" for each in cost))
     assert max(cost) < PER_CONNECTION
     await holder.aclose()
@@ -164,7 +191,8 @@ async def test_a_thousand_idle_connections_by_mutual_tls_cost_less_than_64_kib_e
 
 
 async def grown(pair: Pair, *arguments: str) -> list[int]:
-    """By how much the proxies grow, at the most, while curl does this; how long it took is printed."""
+    """By how much the proxies grow, at the most, while curl does this; how long it took is
+    printed."""
     before = [process.rss() for process in proxies(pair)]
     highest = Highest(proxies(pair))
     async with trio.open_nursery() as nursery:
@@ -180,21 +208,27 @@ async def grown(pair: Pair, *arguments: str) -> list[int]:
 
 
 async def test_a_gibibyte_down_leaves_the_proxies_as_small_as_they_were(pair: Pair) -> None:
-    assert (await curl(pair.web, "-o", "/dev/null", f"http://shop:{WEB}/small", timeout=60)).status == 200
+    assert (
+        await curl(pair.web, "-o", "/dev/null", f"http://shop:{WEB}/small", timeout=60)
+    ).status == 200
     growth = await grown(pair, "-o", "/dev/null", f"http://shop:{WEB}/large")
     assert max(growth) < GROWTH
 
 
 async def test_a_gibibyte_on_one_stream_of_http2_leaves_them_so_too(pair: Pair) -> None:
     prior = "--http2-prior-knowledge"
-    seen = await curl(pair.web, prior, "-o", "/dev/null", f"http://shop:{STREAMS}/small", timeout=60)
+    seen = await curl(
+        pair.web, prior, "-o", "/dev/null", f"http://shop:{STREAMS}/small", timeout=60
+    )
     assert (seen.status, seen.info["http_version"]) == (200, "2")
     growth = await grown(pair, prior, "-o", "/dev/null", f"http://shop:{STREAMS}/large")
     assert max(growth) < GROWTH
 
 
 async def test_a_gibibyte_up_leaves_the_proxies_as_small_as_they_were(pair: Pair) -> None:
-    assert (await curl(pair.web, "-H", "Expect:", "-T", "small", f"http://shop:{UPLOADS}/", timeout=60)).status == 200
+    assert (
+        await curl(pair.web, "-H", "Expect:", "-T", "small", f"http://shop:{UPLOADS}/", timeout=60)
+    ).status == 200
     growth = await grown(pair, "-H", "Expect:", "-T", "large", f"http://shop:{UPLOADS}/")
     assert max(growth) < GROWTH
 

@@ -1,4 +1,5 @@
-"""A proxy that cannot start says why in one line, and in its exit code: 64 for what it was given, 69 for what it cannot have.
+"""A proxy that cannot start says why in one line, and in its exit code: 64 for what it was given,
+69 for what it cannot have.
 
 Rules: the real command, no pod; each case is one change to a configuration that is good.
 """
@@ -24,7 +25,15 @@ def run(*arguments: str, environment: dict[str, str] | None = None) -> tuple[int
     """`isthmus run` that does not get far: its exit code, and what it said."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ISTHMUS_")}
     command = [sys.executable, "-m", "proxy.cli", "run", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT, env={**clean, **(environment or {})})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=ROOT,
+        env={**clean, **(environment or {})},
+    )
     return done.returncode, done.stderr
 
 
@@ -33,7 +42,11 @@ def config(tmp_path: Path) -> dict[str, Any]:
     """A configuration whose files are all there, on ports that nobody has."""
     ours = Authority()
     issued = ours.issue(ours.identity("web"))
-    for name, data in (("certificate.pem", issued.certificate_pem), ("key.pem", issued.key_pem), ("roots.pem", ours.root.certificate_pem)):
+    for name, data in (
+        ("certificate.pem", issued.certificate_pem),
+        ("key.pem", issued.key_pem),
+        ("roots.pem", ours.root.certificate_pem),
+    ):
         (tmp_path / name).write_bytes(data)
         (tmp_path / name).chmod(0o600)
     (tmp_path / "directory.yaml").write_text("services: []\n")
@@ -56,8 +69,12 @@ def write(tmp_path: Path, config: dict[str, Any]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("missing", ["directory.yaml", "certificate.pem", "key.pem", "roots.pem", "isthmus.yaml"])
-def test_a_file_that_is_missing_at_the_start_is_one_line_and_exit_code_64(tmp_path: Path, config: dict[str, Any], missing: str) -> None:
+@pytest.mark.parametrize(
+    "missing", ["directory.yaml", "certificate.pem", "key.pem", "roots.pem", "isthmus.yaml"]
+)
+def test_a_file_that_is_missing_at_the_start_is_one_line_and_exit_code_64(
+    tmp_path: Path, config: dict[str, Any], missing: str
+) -> None:
     path = write(tmp_path, config)
     (tmp_path / missing).unlink()
     code, said = run("--config", path)
@@ -69,7 +86,9 @@ def test_a_file_that_is_missing_at_the_start_is_one_line_and_exit_code_64(tmp_pa
 
 
 @pytest.mark.parametrize("broken", ["directory.yaml", "certificate.pem", "key.pem", "roots.pem"])
-def test_a_file_that_is_broken_at_the_start_is_named_and_exit_code_64(tmp_path: Path, config: dict[str, Any], broken: str) -> None:
+def test_a_file_that_is_broken_at_the_start_is_named_and_exit_code_64(
+    tmp_path: Path, config: dict[str, Any], broken: str
+) -> None:
     (tmp_path / broken).write_text("nonsense: [")
     code, said = run("--config", write(tmp_path, config))
     assert code == 64
@@ -77,10 +96,16 @@ def test_a_file_that_is_broken_at_the_start_is_named_and_exit_code_64(tmp_path: 
     assert "Traceback" not in said
 
 
-def test_an_expired_certificate_at_the_start_is_exit_code_64(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_an_expired_certificate_at_the_start_is_exit_code_64(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
     ours = Authority()
     issued = ours.issue_expired(ours.identity("web"))
-    for name, data in (("certificate.pem", issued.certificate_pem), ("key.pem", issued.key_pem), ("roots.pem", ours.root.certificate_pem)):
+    for name, data in (
+        ("certificate.pem", issued.certificate_pem),
+        ("key.pem", issued.key_pem),
+        ("roots.pem", ours.root.certificate_pem),
+    ):
         (tmp_path / name).write_bytes(data)
     code, said = run("--config", write(tmp_path, config))
     assert code == 64
@@ -88,19 +113,31 @@ def test_an_expired_certificate_at_the_start_is_exit_code_64(tmp_path: Path, con
     assert said.count("\n") == 1
 
 
-def test_all_mistakes_of_a_configuration_are_told_at_once(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_all_mistakes_of_a_configuration_are_told_at_once(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
     config["http"] = {"head_timeout": "ten seconds", "max_head_byte": "64KiB"}
     config["outbound"] = {"listen": ["localhost:4140"]}
     config["log"] = {"level": "loud"}
-    code, said = run("--config", write(tmp_path, config), environment={"ISTHMUS_POOL__IDLE_TIMEOUT": "-1s"})
+    code, said = run(
+        "--config", write(tmp_path, config), environment={"ISTHMUS_POOL__IDLE_TIMEOUT": "-1s"}
+    )
     assert code == 64
-    for path in ("http.head_timeout", "max_head_byte", "outbound.listen", "log.level", "pool.idle_timeout"):
+    for path in (
+        "http.head_timeout",
+        "max_head_byte",
+        "outbound.listen",
+        "log.level",
+        "pool.idle_timeout",
+    ):
         assert path in said
     assert str(tmp_path / "isthmus.yaml") in said
     assert "Traceback" not in said
 
 
-def test_a_port_that_is_taken_is_named_and_exit_code_69(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_port_that_is_taken_is_named_and_exit_code_69(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         config["inbound"] = {"listen": [address]}

@@ -1,7 +1,7 @@
 """Traces of requests through two sidecars, as a collector in another pod receives them.
 
-Rules: what is asserted was exported by running proxies and decoded by lab/collector.py. The applications know nothing but headers: curl
-sends one, and the server says what it was sent.
+Rules: what is asserted was exported by running proxies and decoded by lab/collector.py. The
+applications know nothing but headers: curl sends one, and the server says what it was sent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,20 @@ from lab.collector import Span, read
 from lab.pod import PACKAGES
 from lab.process import Process
 from tests.e2e.conftest import Laboratory
-from tests.e2e.stage import ECHO, MAIL, WEB, Pair, counted, curl, echo_server, eventually, logged, prepare, say, web_server
+from tests.e2e.stage import (
+    ECHO,
+    MAIL,
+    WEB,
+    Pair,
+    counted,
+    curl,
+    echo_server,
+    eventually,
+    logged,
+    prepare,
+    say,
+    web_server,
+)
 
 pytestmark = [pytest.mark.lab, pytest.mark.real]
 
@@ -48,15 +61,17 @@ class Scene:
         return [span for span in read(self.file) if keep(span)]
 
     async def trace(self, trace: str, count: int | None = None) -> list[Span]:
-        """The spans of a trace, the first hop's first, once there are `count`; None: once there is a server's, and all that is
-        named by any."""
+        """The spans of a trace, the first hop's first, once there are `count`; None: once there is
+        a server's, and all that is named by any."""
 
         def all_of_them() -> list[Span]:
             spans = self.spans(lambda span: span.trace_id == trace)
             if count is not None:
                 return spans if len(spans) >= count else []
             known = {CALLER, *(span.span_id for span in spans)}
-            whole = any(span.kind == "server" for span in spans) and all({span.parent_id, *span.links} <= known for span in spans)
+            whole = any(span.kind == "server" for span in spans) and all(
+                {span.parent_id, *span.links} <= known for span in spans
+            )
             return spans if whole else []
 
         found: list[Span] = await eventually(all_of_them, f"{count} spans of {trace}", 30)
@@ -71,9 +86,17 @@ def scene(laboratory: Laboratory) -> Scene:
         pair = prepare(laboratory.lab, {WEB: "detect", MAIL: "opaque", ECHO: "opaque"})
         jaeger = pair.cluster.pod("collector")
         for sidecar in pair.both:
-            sidecar.settings["tracing"] = {"delay": "100ms", "endpoint": f"http://{jaeger.ipv4}:{OTLP}"}
+            sidecar.settings["tracing"] = {
+                "delay": "100ms",
+                "endpoint": f"http://{jaeger.ipv4}:{OTLP}",
+            }
         pair.near.settings["pod"] = {"namespace": "front", "node": "node-a"}
-        pair.far.settings["pod"] = {"name": "shop-7d4b9c6f5d-x2x9k", "namespace": "back", "uid": "u-1", "node": "node-b"}
+        pair.far.settings["pod"] = {
+            "name": "shop-7d4b9c6f5d-x2x9k",
+            "namespace": "back",
+            "uid": "u-1",
+            "node": "node-b",
+        }
         podinfo = pair.shop.directory / "podinfo"
         podinfo.mkdir()
         (podinfo / "labels").write_text(labels)
@@ -86,8 +109,12 @@ def scene(laboratory: Laboratory) -> Scene:
         file = jaeger.directory / "spans"
         command = [sys.executable, "-m", "lab.collector", str(OTLP), str(file)]
         collector = await jaeger.start("collector", command, port=OTLP, env=PACKAGES)
-        pair.mesh.join(pair.cluster.pod("leaver"), tracing={"delay": "5m", "endpoint": f"http://{jaeger.ipv4}:{OTLP}"})
-        # An endpoint that has not answered yet is expected to be quicker than any that has: so each is asked, whichever is the first.
+        pair.mesh.join(
+            pair.cluster.pod("leaver"),
+            tracing={"delay": "5m", "endpoint": f"http://{jaeger.ipv4}:{OTLP}"},
+        )
+        # An endpoint that has not answered yet is expected to be quicker than any that has: so each
+        # is asked, whichever is the first.
         curious = {"balancing": {"default_rtt": "0.1ms"}}
         pair.mesh.service("twice", [pair.shop, jaeger], {WEB: "http1"}, policy=curious)
         insistent = {"retries": {"statuses": [501], "limit": 2}, "breaker": {"failures": 0}}
@@ -102,19 +129,37 @@ def scene(laboratory: Laboratory) -> Scene:
 
 async def test_a_request_has_a_span_at_each_sidecar(scene: Scene) -> None:
     trace = new_trace()
-    answer = await curl(scene.pair.web, *context(trace), "-H", "tracestate: a=1", f"http://shop:{WEB}/path?token=hunter2")
+    answer = await curl(
+        scene.pair.web,
+        *context(trace),
+        "-H",
+        "tracestate: a=1",
+        f"http://shop:{WEB}/path?token=hunter2",
+    )
     assert answer.status == 200
     near, far = await scene.trace(trace, 2)
-    assert [(span.name, span.kind, span.status) for span in (near, far)] == [("GET", "client", "unset"), ("GET", "server", "unset")]
-    assert (near.parent_id, far.parent_id, near.remote, far.remote) == (CALLER, near.span_id, True, True)
+    assert [(span.name, span.kind, span.status) for span in (near, far)] == [
+        ("GET", "client", "unset"),
+        ("GET", "server", "unset"),
+    ]
+    assert (near.parent_id, far.parent_id, near.remote, far.remote) == (
+        CALLER,
+        near.span_id,
+        True,
+        True,
+    )
     assert (near.state, far.state) == ("a=1", "a=1")
-    assert near.start <= far.start <= near.end  # which of the two ends first is the scheduler's business
+    assert (
+        near.start <= far.start <= near.end
+    )  # which of the two ends first is the scheduler's business
     assert "hunter2" not in json.dumps([str(near), str(far)])
 
 
 async def told_of(scene: Scene, trace: str) -> dict[str, Any]:
     """What the application is sent of a request of this trace; its spans come too."""
-    answer = await curl(scene.pair.web, *context(trace), "-H", "tracestate: a=1", f"http://shop:{WEB}/head")
+    answer = await curl(
+        scene.pair.web, *context(trace), "-H", "tracestate: a=1", f"http://shop:{WEB}/head"
+    )
     found: dict[str, Any] = json.loads(answer.body)
     return found
 
@@ -140,7 +185,10 @@ async def test_a_span_says_which_pod_it_was_and_who_was_at_the_other_end(scene: 
     assert expected.items() <= far.resource.items()
     assert (near.pod, near.resource["k8s.node.name"]) == ("web", "node-a")
     identities = [str(sidecar.identity) for sidecar in pair.both]
-    assert [near.attributes["isthmus.peer.identity"], far.attributes["isthmus.peer.identity"]] == identities[::-1]
+    assert [
+        near.attributes["isthmus.peer.identity"],
+        far.attributes["isthmus.peer.identity"],
+    ] == identities[::-1]
     for span in (near, far):
         assert span.attributes["tls.protocol.version"] == "1.3"
         assert span.attributes["tls.curve"] == "X25519MLKEM768"
@@ -164,13 +212,17 @@ async def test_a_span_says_which_pod_it_was_and_who_was_at_the_other_end(scene: 
 )
 async def test_other_formats_join_the_spans_as_well(scene: Scene, headers: list[str]) -> None:
     trace = new_trace()
-    given = [part for header in headers for part in ("-H", header.format(trace=trace, caller=CALLER))]
+    given = [
+        part for header in headers for part in ("-H", header.format(trace=trace, caller=CALLER))
+    ]
     await curl(scene.pair.web, *given, f"http://shop:{WEB}/")
     near, far = await scene.trace(trace, 2)
     assert (near.parent_id, far.parent_id) == (CALLER, near.span_id)
 
 
-async def test_what_is_not_recorded_leaves_nothing_also_where_the_ratio_is_one(scene: Scene) -> None:
+async def test_what_is_not_recorded_leaves_nothing_also_where_the_ratio_is_one(
+    scene: Scene,
+) -> None:
     trace, marker = new_trace(), new_trace()
     await curl(scene.pair.web, *context(trace, "00"), f"http://shop:{WEB}/")
     await curl(scene.pair.web, *context(marker), f"http://shop:{WEB}/")
@@ -180,7 +232,9 @@ async def test_what_is_not_recorded_leaves_nothing_also_where_the_ratio_is_one(s
 
 async def test_a_request_without_a_trace_begins_one_where_the_ratio_says_so(scene: Scene) -> None:
     await curl(scene.pair.web, f"http://shop:{WEB}/begun-here")
-    (span,) = await eventually(lambda: scene.spans(lambda s: s.attributes.get("url.path") == "/begun-here"), "the span", 30)
+    (span,) = await eventually(
+        lambda: scene.spans(lambda s: s.attributes.get("url.path") == "/begun-here"), "the span", 30
+    )
     assert (span.kind, span.parent_id, span.pod) == ("server", "", "shop-7d4b9c6f5d-x2x9k")
 
 
@@ -199,22 +253,40 @@ async def test_a_failure_is_on_both_spans_with_its_reason(scene: Scene) -> None:
     answer = await curl(scene.pair.web, *context(trace), "http://dead:9/")
     assert answer.status == 502
     near, far = await scene.trace(trace, 2)
-    assert (far.status, far.attributes["error.type"], far.attributes["http.response.status_code"]) == ("error", "connect_refused", 502)
+    assert (
+        far.status,
+        far.attributes["error.type"],
+        far.attributes["http.response.status_code"],
+    ) == ("error", "connect_refused", 502)
     assert "error=connection_refused" in far.attributes["isthmus.proxy_status"]
-    assert (near.status, near.attributes["error.type"]) == ("error", "connect_refused")  # as the server's sidecar has told it
+    assert (near.status, near.attributes["error.type"]) == (
+        "error",
+        "connect_refused",
+    )  # as the server's sidecar has told it
 
 
 async def test_an_opaque_connection_is_a_span_where_the_ratio_says_so(scene: Scene) -> None:
     assert await say(scene.pair.web, scene.pair.service.ipv4, ECHO, b"hello", end=True) == b"hello"
-    (span,) = await eventually(lambda: scene.spans(lambda s: s.name == "TCP" and s.attributes["isthmus.bytes.read"] == 5), "the span", 30)
-    assert (span.kind, span.attributes["isthmus.bytes.written"], span.parent_id) == ("server", 5, "")
+    (span,) = await eventually(
+        lambda: scene.spans(lambda s: s.name == "TCP" and s.attributes["isthmus.bytes.read"] == 5),
+        "the span",
+        30,
+    )
+    assert (span.kind, span.attributes["isthmus.bytes.written"], span.parent_id) == (
+        "server",
+        5,
+        "",
+    )
     assert span.attributes["isthmus.peer.identity"] == str(scene.pair.near.identity)
     assert span.attributes["isthmus.destination"].endswith(f":{ECHO}")
     assert (await logged(scene.pair.far, span.trace_id))["span_id"] == span.span_id
 
 
-async def test_an_attempt_that_got_no_connection_has_a_span_beside_the_one_that_did(scene: Scene) -> None:
-    """Of the service `twice` one endpoint has no server. Which one is asked first is chance, but the other is the next."""
+async def test_an_attempt_that_got_no_connection_has_a_span_beside_the_one_that_did(
+    scene: Scene,
+) -> None:
+    """Of the service `twice` one endpoint has no server. Which one is asked first is chance, but
+    the other is the next."""
     dead = scene.pair.cluster.pods["collector"]
     for _ in range(3):
         trace = new_trace()
@@ -227,7 +299,11 @@ async def test_an_attempt_that_got_no_connection_has_a_span_beside_the_one_that_
     assert [first.kind, again.kind, far.kind] == ["client", "client", "server"]
     assert (first.status, first.attributes["error.type"]) == ("error", "connect_refused")
     assert first.attributes["network.peer.address"] in (dead.ipv4, dead.ipv6)
-    assert (again.status, again.attributes["http.request.resend_count"], again.links) == ("unset", 1, [first.span_id])
+    assert (again.status, again.attributes["http.request.resend_count"], again.links) == (
+        "unset",
+        1,
+        [first.span_id],
+    )
     assert (first.parent_id, again.parent_id, far.parent_id) == (CALLER, CALLER, again.span_id)
     assert first.end <= again.start
 
@@ -244,7 +320,11 @@ async def test_what_is_tried_again_for_its_status_has_a_span_for_each_attempt(sc
     assert [span.attributes.get("http.request.resend_count") for span in near] == [None, 1, 2]
     assert [span.links for span in near] == [[], [near[0].span_id], [near[1].span_id]]
     for span in spans:
-        assert (span.status, span.attributes["error.type"], span.attributes["http.response.status_code"]) == ("error", "501", 501)
+        assert (
+            span.status,
+            span.attributes["error.type"],
+            span.attributes["http.response.status_code"],
+        ) == ("error", "501", 501)
         assert span.attributes["isthmus.peer.identity"]
     assert all(before.end <= after.start for before, after in itertools.pairwise(near))
     assert {span.attributes["isthmus.service"] for span in near} == {"default/again"}
@@ -282,10 +362,14 @@ async def test_what_is_left_at_the_end_of_a_proxy_is_sent(scene: Scene) -> None:
 async def test_a_collector_that_dies_is_noticed_by_nobody_but_the_counters(scene: Scene) -> None:
     await scene.collector.aclose()
     for _ in range(5):
-        assert (await curl(scene.pair.web, *context(new_trace()), f"http://shop:{WEB}/")).status == 200
+        assert (
+            await curl(scene.pair.web, *context(new_trace()), f"http://shop:{WEB}/")
+        ).status == 200
 
     async def failing() -> bool:
-        return await counted(scene.pair.near, "isthmus_span_exports_total", result="unreachable") > 0
+        return (
+            await counted(scene.pair.near, "isthmus_span_exports_total", result="unreachable") > 0
+        )
 
     await eventually(failing, "exports that fail", 30)
     assert (await curl(scene.pair.web, *context(new_trace()), f"http://shop:{WEB}/")).status == 200

@@ -1,7 +1,8 @@
 """A request from one cluster to another as a trace: four spans of three pods, one tree.
 
-Rules: both clusters have a collector of their own, since they share nothing but the gateways; what is asserted was exported by running
-proxies, and decoded by lab/collector.py. The applications only forward headers, or not even that.
+Rules: both clusters have a collector of their own, since they share nothing but the gateways; what
+is asserted was exported by running proxies, and decoded by lab/collector.py. The applications only
+forward headers, or not even that.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ async def test_a_request_to_the_other_cluster_is_one_tree(scene: Scene) -> None:
         ("west", "web", "client"), ("east", "gateway", "server"), ("east", "gateway", "client"), ("east", "c", "server"),
     ]  # fmt: skip
     near, entry, leave, far = spans
-    assert [span.parent_id for span in spans] == [CALLER, near.span_id, entry.span_id, leave.span_id]
+    assert [span.parent_id for span in spans] == [
+        CALLER,
+        near.span_id,
+        entry.span_id,
+        leave.span_id,
+    ]
     assert [span.remote for span in spans] == [True, True, False, True]
     assert told["traceparent"] == f"00-{trace_id}-{far.span_id}-01"
     assert {span.attributes["http.response.status_code"] for span in spans} == {200}
@@ -42,35 +48,71 @@ async def test_each_span_says_who_was_at_its_other_end_and_where_it_was_sent(sce
     trace_id, headers = context()
     await curl(scene.web, *headers, f"http://c:{WEB}/")
     near, entry, leave, far = await scene.trace(trace_id, 4)
-    name = {pod: str(sidecar.identity) for mesh in (scene.west, scene.east) for pod, sidecar in mesh.sidecars.items()}
+    name = {
+        pod: str(sidecar.identity)
+        for mesh in (scene.west, scene.east)
+        for pod, sidecar in mesh.sidecars.items()
+    }
     identities = [span.attributes["isthmus.peer.identity"] for span in (near, entry, leave, far)]
     assert identities == [name["gateway"], name["web"], name["c"], name["gateway"]]
-    assert [span.attributes["isthmus.direction"] for span in (near, entry, leave, far)] == ["outbound", "gateway", "gateway", "inbound"]
-    assert (near.attributes["isthmus.cluster"], near.attributes["isthmus.gateway"]) == ("east", True)
-    assert (near.attributes["isthmus.service"], near.attributes["isthmus.split.backend"]) == ("default/c", "east/default/c")
+    assert [span.attributes["isthmus.direction"] for span in (near, entry, leave, far)] == [
+        "outbound",
+        "gateway",
+        "gateway",
+        "inbound",
+    ]
+    assert (near.attributes["isthmus.cluster"], near.attributes["isthmus.gateway"]) == (
+        "east",
+        True,
+    )
+    assert (near.attributes["isthmus.service"], near.attributes["isthmus.split.backend"]) == (
+        "default/c",
+        "east/default/c",
+    )
     assert leave.attributes["isthmus.service"] == "default/c"
-    assert {span.attributes["tls.curve"] for span in (near, entry, leave, far)} == {"X25519MLKEM768"}
+    assert {span.attributes["tls.curve"] for span in (near, entry, leave, far)} == {
+        "X25519MLKEM768"
+    }
 
 
 async def test_a_call_by_grpc_is_named_by_its_method_everywhere(scene: Scene) -> None:
     trace_id, headers = context()
     # A call as it is on the wire: an empty message behind its five bytes.
-    grpc = ["--http2-prior-knowledge", "-H", "content-type: application/grpc", "-H", "te: trailers", "--data-binary", "@-"]
+    grpc = [
+        "--http2-prior-knowledge",
+        "-H",
+        "content-type: application/grpc",
+        "-H",
+        "te: trailers",
+        "--data-binary",
+        "@-",
+    ]
     for method in ("Echo", "Missing"):
         url = f"http://stock:{GRPC}/isthmus.lab.Shop/{method}"
         await curl(scene.web, *grpc, *headers, url, stdin=bytes(5))
     spans = await scene.trace(trace_id, 8)
-    good, missing = ([span for span in spans if span.name == name] for name in ("isthmus.lab.Shop/Echo", "grpc"))
+    good, missing = (
+        [span for span in spans if span.name == name] for name in ("isthmus.lab.Shop/Echo", "grpc")
+    )
     assert [len(good), len(missing)] == [4, 4]
     assert {span.attributes["rpc.response.status_code"] for span in good} == {"OK"}
-    assert {(span.attributes["rpc.response.status_code"], span.attributes["error.type"]) for span in missing} == {("UNIMPLEMENTED",) * 2}
-    assert {span.attributes["rpc.method_original"] for span in missing} == {"isthmus.lab.Shop/Missing"}
+    assert {
+        (span.attributes["rpc.response.status_code"], span.attributes["error.type"])
+        for span in missing
+    } == {("UNIMPLEMENTED",) * 2}
+    assert {span.attributes["rpc.method_original"] for span in missing} == {
+        "isthmus.lab.Shop/Missing"
+    }
 
 
 async def test_an_opaque_connection_takes_its_context_through_the_tunnel(scene: Scene) -> None:
     done = await client(scene.west.cluster.pods["teller"], "mail", "mail", str(MAIL), "tangerine")
     assert "error" not in done, done
-    (near,) = await eventually(lambda: [span for span in scene.collectors["west"].all() if span.name == "TCP"], "the span", 30)
+    (near,) = await eventually(
+        lambda: [span for span in scene.collectors["west"].all() if span.name == "TCP"],
+        "the span",
+        30,
+    )
     _, entry, leave = await scene.trace(near.trace_id, 3)
     assert (near.pod, near.kind, near.parent_id) == ("teller", "client", "")
     assert [(span.name, span.kind, span.pod) for span in (entry, leave)] == [

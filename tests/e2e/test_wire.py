@@ -1,7 +1,7 @@
 """What somebody between the pods can see, and TLS that belongs to the application.
 
-Rules: a capture on the pod's link has every frame that leaves or reaches the pod; the same capture must also see a clear-text
-control, or it proves nothing.
+Rules: a capture on the pod's link has every frame that leaves or reaches the pod; the same capture
+must also see a clear-text control, or it proves nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,21 @@ import pytest
 from lab.capture import Capture
 from lab.process import Completed
 from tests.e2e.conftest import Laboratory
-from tests.e2e.stage import ECHO, MAIL, SOCKET, WEB, Pair, client, counted, curl, echo_server, eventually, prepare, serve, web_server
+from tests.e2e.stage import (
+    ECHO,
+    MAIL,
+    SOCKET,
+    WEB,
+    Pair,
+    client,
+    counted,
+    curl,
+    echo_server,
+    eventually,
+    prepare,
+    serve,
+    web_server,
+)
 from tests.kit.library import AWS_LC
 
 pytestmark = pytest.mark.lab
@@ -59,17 +73,32 @@ def pair(laboratory: Laboratory) -> Pair:
 
 
 async def own_certificate(pair: Pair) -> None:
-    """What the application itself shows: made by openssl, for the name `own.example`, and nothing to do with the mesh."""
-    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=own.example"]
+    """What the application itself shows: made by openssl, for the name `own.example`, and nothing
+    to do with the mesh."""
+    request = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "1",
+        "-subj",
+        "/CN=own.example",
+    ]
     files = ["-addext", "subjectAltName=DNS:own.example", "-keyout", "own.key", "-out", "own.pem"]
     done: Completed = await pair.shop.run([*request, *files])
     assert done.ok, done.stderr.decode()
 
 
 async def talk(pair: Pair, version: int) -> None:
-    """Some of everything, with the secret in it, to the service's address; and the control past the mesh."""
+    """Some of everything, with the secret in it, to the service's address; and the control past the
+    mesh."""
     address = pair.service.address(version)
-    host, plain = (f"[{address}]", f"[{pair.shop.ipv6}]") if version == 6 else (address, pair.shop.ipv4)
+    host, plain = (
+        (f"[{address}]", f"[{pair.shop.ipv6}]") if version == 6 else (address, pair.shop.ipv4)
+    )
     for _ in range(3):
         seen = await curl(pair.web, "-H", f"X-Secret: {SECRET}", f"http://{host}:{WEB}/")
         assert SECRET.encode() in seen.body
@@ -79,11 +108,14 @@ async def talk(pair: Pair, version: int) -> None:
     async with stream:
         await stream.send_all(SECRET.encode())
         assert await stream.receive_some() == SECRET.encode()
-    assert (await curl(pair.web, "-H", f"X-Secret: {CONTROL}", f"http://{plain}:{PLAIN}/")).status == 200
+    assert (
+        await curl(pair.web, "-H", f"X-Secret: {CONTROL}", f"http://{plain}:{PLAIN}/")
+    ).status == 200
 
 
 async def test_a_listener_on_the_link_sees_tls_1_3_and_nothing_else(pair: Pair) -> None:
-    """The first test of the file: of a connection that a pool has kept from before, the capture would not have the beginning."""
+    """The first test of the file: of a connection that a pool has kept from before, the capture
+    would not have the beginning."""
     async with Capture(pair.web) as wire:
         for version in (4, 6):
             await talk(pair, version)
@@ -91,11 +123,15 @@ async def test_a_listener_on_the_link_sees_tls_1_3_and_nothing_else(pair: Pair) 
     assert verdict.ok, verdict.problems
     assert verdict.flows >= 7
     assert {fact.version for fact in verdict.facts} == {"TLSv1.3"}
-    assert {fact.key_shares for fact in verdict.facts} == {2 if AWS_LC else 1}, "AWS-LC cannot be told"
+    assert {fact.key_shares for fact in verdict.facts} == {2 if AWS_LC else 1}, (
+        "AWS-LC cannot be told"
+    )
     groups = {fact.group for fact in verdict.facts}
     assert "X25519MLKEM768" in groups
     assert all("MLKEM768" in group for group in groups), groups
-    assert {fact.server_name for fact in verdict.facts} == {pair.far.identity.sni if pair.far.identity else ""}
+    assert {fact.server_name for fact in verdict.facts} == {
+        pair.far.identity.sni if pair.far.identity else ""
+    }
     assert wire.contains(CONTROL.encode())
     assert not wire.contains(SECRET.encode())
     assert not any(flow.carries(b"HTTP/1.1") for flow in wire.flows(WEB))
@@ -105,11 +141,24 @@ async def test_metrics_and_log_say_the_same(pair: Pair) -> None:
     for sidecar, side in ((pair.near, "client"), (pair.far, "server")):
         good = await counted(sidecar, "isthmus_tls_handshakes_total", side=side, result="ok")
         assert good >= 4
-        assert await counted(sidecar, "isthmus_tls_handshakes_total", side=side, result="ok", version="TLSv1.3") == good
-        assert await counted(sidecar, "isthmus_tls_handshakes_total", group="X25519MLKEM768") == good
+        assert (
+            await counted(
+                sidecar, "isthmus_tls_handshakes_total", side=side, result="ok", version="TLSv1.3"
+            )
+            == good
+        )
+        assert (
+            await counted(sidecar, "isthmus_tls_handshakes_total", group="X25519MLKEM768") == good
+        )
         assert await counted(sidecar, "isthmus_tls_failures_total") == 0
-    lines = [line for line in pair.far.logged() if line.get("message") == "connection" and line.get("tls")]
-    assert {(line["identity"], line["group"]) for line in lines} == {(str(pair.near.identity), "X25519MLKEM768")}
+    lines = [
+        line
+        for line in pair.far.logged()
+        if line.get("message") == "connection" and line.get("tls")
+    ]
+    assert {(line["identity"], line["group"]) for line in lines} == {
+        (str(pair.near.identity), "X25519MLKEM768")
+    }
 
 
 async def test_sessions_are_resumed(pair: Pair) -> None:
@@ -118,30 +167,54 @@ async def test_sessions_are_resumed(pair: Pair) -> None:
         async with stream:
             await stream.send_all(b"\0data")  # begins no request, so that it goes on at once
             assert await stream.receive_some() == b"\0data"
-    await eventually(lambda: counted(pair.far, "isthmus_tls_handshakes_total", resumed="true"), "a resumed session")
+    await eventually(
+        lambda: counted(pair.far, "isthmus_tls_handshakes_total", resumed="true"),
+        "a resumed session",
+    )
 
 
 @pytest.mark.real
 async def test_the_applications_own_tls_passes_through_untouched(pair: Pair) -> None:
-    """curl accepts the certificate of `own.example` only, whose key no proxy has; in the mesh its TLS travels inside the mesh's."""
+    """curl accepts the certificate of `own.example` only, whose key no proxy has; in the mesh its
+    TLS travels inside the mesh's."""
     authority = str(Path(pair.shop.directory) / "own.pem")
-    args = ("--cacert", authority, "--resolve", f"own.example:{HTTPS}:{pair.service.ipv4}", f"https://own.example:{HTTPS}/")
+    args = (
+        "--cacert",
+        authority,
+        "--resolve",
+        f"own.example:{HTTPS}:{pair.service.ipv4}",
+        f"https://own.example:{HTTPS}/",
+    )
     async with Capture(pair.web) as wire:
         seen = await curl(pair.web, *args)
     assert seen.body.startswith(b"the application's own TLS: TLSv1.3"), seen.errors
-    assert {fact.server_name for fact in wire.verdict(HTTPS).facts} == {pair.far.identity.sni if pair.far.identity else ""}
+    assert {fact.server_name for fact in wire.verdict(HTTPS).facts} == {
+        pair.far.identity.sni if pair.far.identity else ""
+    }
     assert await counted(pair.near, "isthmus_detections_total", result="tls") >= 1
 
 
 @pytest.mark.real
-async def test_the_applications_own_tls_from_outside_the_mesh_passes_through_untouched(pair: Pair) -> None:
+async def test_the_applications_own_tls_from_outside_the_mesh_passes_through_untouched(
+    pair: Pair,
+) -> None:
     stranger = pair.cluster.pods["stranger"]
     authority = str(Path(pair.shop.directory) / "own.pem")
-    before = await counted(pair.far, "isthmus_connections_opened_total", direction="inbound", tls="passthrough")
-    args = ("--cacert", authority, "--resolve", f"own.example:{HTTPS}:{pair.shop.ipv4}", f"https://own.example:{HTTPS}/")
+    before = await counted(
+        pair.far, "isthmus_connections_opened_total", direction="inbound", tls="passthrough"
+    )
+    args = (
+        "--cacert",
+        authority,
+        "--resolve",
+        f"own.example:{HTTPS}:{pair.shop.ipv4}",
+        f"https://own.example:{HTTPS}/",
+    )
     async with Capture(stranger) as wire:
         seen = await curl(stranger, *args)
     assert seen.body.startswith(b"the application's own TLS: TLSv1.3"), seen.errors
     assert {fact.server_name for fact in wire.verdict(HTTPS).facts} == {"own.example"}
-    after = await counted(pair.far, "isthmus_connections_opened_total", direction="inbound", tls="passthrough")
+    after = await counted(
+        pair.far, "isthmus_connections_opened_total", direction="inbound", tls="passthrough"
+    )
     assert after == before + 1

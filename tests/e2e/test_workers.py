@@ -1,7 +1,8 @@
-"""Sidecars of two workers each, under real redirection: both carry traffic, one may be killed, and the end is as orderly as ever.
+"""Sidecars of two workers each, under real redirection: both carry traffic, one may be killed, and
+the end is as orderly as ever.
 
-Rules: connections of a worker that dies are lost and no others, so the failures that clients see are at most as many as they have
-connections; what both sidecars of a pair have counted agrees.
+Rules: connections of a worker that dies are lost and no others, so the failures that clients see
+are at most as many as they have connections; what both sidecars of a pair have counted agrees.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def workers_seen(sidecar: Sidecar) -> set[int]:
 
 
 @pytest.mark.parametrize("version", [4, 6])
-async def test_both_workers_of_both_sidecars_carry_redirected_connections(pair: Pair, version: int) -> None:
+async def test_both_workers_of_both_sidecars_carry_redirected_connections(
+    pair: Pair, version: int
+) -> None:
     host = pair.service.address(version)
     for _ in range(24):
         assert (await say(pair.web, host, WEB, LAST_GET)).startswith(b"HTTP/1.1 200")
@@ -92,7 +95,9 @@ async def test_what_both_sidecars_count_agrees_and_is_all_of_it(pair: Pair) -> N
     assert await requests() == after
 
 
-async def _reached(numbers: Callable[[], Awaitable[tuple[float, float]]], goal: tuple[float, float]) -> bool:
+async def _reached(
+    numbers: Callable[[], Awaitable[tuple[float, float]]], goal: tuple[float, float]
+) -> bool:
     return all(number >= wanted for number, wanted in zip(await numbers(), goal, strict=True))
 
 
@@ -104,9 +109,14 @@ async def test_plain_exchanges_take_the_fast_path_in_workers_too(pair: Pair) -> 
 
 
 @pytest.mark.parametrize("side", ["near", "far"])
-async def test_a_worker_that_is_killed_under_load_costs_its_own_connections(pair: Pair, side: str) -> None:
+async def test_a_worker_that_is_killed_under_load_costs_its_own_connections(
+    pair: Pair, side: str
+) -> None:
     sidecar: Sidecar = getattr(pair, side)
-    ends, above = await counted(sidecar, "isthmus_worker_exits_total", how="signal"), supervisor(sidecar)
+    ends, above = (
+        await counted(sidecar, "isthmus_worker_exits_total", how="signal"),
+        supervisor(sidecar),
+    )
     async with Load(pair.web, pair.service.ipv4, WEB, clients=CLIENTS) as load:
         await load.more(100)
         victim = children(above)[0]
@@ -125,7 +135,8 @@ async def _well(sidecar: Sidecar, above: int, gone: int) -> bool:
 
 
 async def test_the_clients_sidecar_stops_under_load_and_loses_nothing(pair: Pair) -> None:
-    """The last test: it ends the sidecar. One connection stays open meanwhile, or a moment without requests would be the end of it."""
+    """The last test: it ends the sidecar. One connection stays open meanwhile, or a moment without
+    requests would be the end of it."""
     held = await pair.web.connect(pair.service.ipv4, ECHO)
     async with held, Load(pair.web, pair.service.ipv4, WEB, clients=CLIENTS) as load:
         await load.more(100)

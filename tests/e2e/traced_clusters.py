@@ -1,7 +1,9 @@
-"""Two clusters whose proxies trace, with a collector each: what is asked of traces across clusters is asked on it.
+"""Two clusters whose proxies trace, with a collector each: what is asked of traces across clusters
+is asked on it.
 
-West has clients (`web`, and `teller`, which begins traces itself); east has `c` (HTTP), `stock` (gRPC) and `mail` (opaque), exported, and a
-gateway. West's services of the same names are served there.
+West has clients (`web`, and `teller`, which begins traces itself); east has `c` (HTTP), `stock`
+(gRPC) and `mail` (opaque), exported, and a gateway. West's services of the same names are served
+there.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class Scene:
         """The spans of a trace from both clusters, the outermost first."""
 
         def whole() -> list[Span]:
-            spans = [span for collector in self.collectors.values() for span in collector.spans(trace_id)]
+            spans = [
+                span for collector in self.collectors.values() for span in collector.spans(trace_id)
+            ]
             return spans if len(spans) >= count else []
 
         found: list[Span] = await eventually(whole, f"{count} spans of {trace_id}", 30)
@@ -53,22 +57,32 @@ async def build(lab: Lab) -> Scene:
     east = Mesh(lab.cluster("east"), authority=west.authority)
     area = lab.wide_area()
     area.border(west.cluster)
-    collectors = {mesh.cluster.name: await TraceCollector.start(mesh.cluster) for mesh in (west, east)}
+    collectors = {
+        mesh.cluster.name: await TraceCollector.start(mesh.cluster) for mesh in (west, east)
+    }
     near, far = (collectors[name].settings() for name in ("west", "east"))
     pods = {name: east.cluster.pod(name) for name in ("c", "stock", "mail")}
     for pod in pods.values():
         east.join(pod, tracing=far)
     gateway = east.cluster.pod("gateway")
     east.gateway(gateway, area.attach(gateway), gateway={"allow": ["*"]}, tracing=far)
-    for name, port, protocol in (("c", WEB, "http1"), ("stock", GRPC, "http2"), ("mail", MAIL, "opaque")):
+    for name, port, protocol in (
+        ("c", WEB, "http1"),
+        ("stock", GRPC, "http2"),
+        ("mail", MAIL, "opaque"),
+    ):
         east.service(name, [pods[name]], {port: protocol}, export=True)
-        west.service(name, [], {port: protocol}, split=[{"service": name, "cluster": "east", "weight": 1}])
+        west.service(
+            name, [], {port: protocol}, split=[{"service": name, "cluster": "east", "weight": 1}]
+        )
     west.link(east)
     west.join(west.cluster.pod("web"), tracing=near)
     west.join(west.cluster.pod("teller"), tracing={**near, "outbound_ratio": 1.0})
     async with trio.open_nursery() as nursery:
         nursery.start_soon(web_server, pods["c"])
-        nursery.start_soon(lambda: serve(pods["stock"], "grpc_service", str(GRPC), "stock", port=GRPC))
+        nursery.start_soon(
+            lambda: serve(pods["stock"], "grpc_service", str(GRPC), "stock", port=GRPC)
+        )
         nursery.start_soon(lambda: serve(pods["mail"], "mail", str(MAIL), port=MAIL))
         nursery.start_soon(east.start)
         nursery.start_soon(west.start)
@@ -76,6 +90,7 @@ async def build(lab: Lab) -> Scene:
 
 
 def context() -> tuple[str, list[str]]:
-    """A trace id that is new, and the arguments with which curl says that a request belongs to it."""
+    """A trace id that is new, and the arguments with which curl says that a request belongs to
+    it."""
     trace_id = f"4bf92f3577b34da6a3ce929d0e0e{next(_traces):04x}"
     return trace_id, ["-H", f"traceparent: 00-{trace_id}-{CALLER}-01"]

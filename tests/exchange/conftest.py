@@ -1,4 +1,5 @@
-"""What is told of exchanges holds on both paths: every test of this room runs on the ordinary path and on the fast one."""
+"""What is told of exchanges holds on both paths: every test of this room runs on the ordinary path
+and on the fast one."""
 
 from __future__ import annotations
 

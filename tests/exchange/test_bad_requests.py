@@ -1,5 +1,6 @@
-"""A request that cannot be read is answered and counted, and never reaches a server; and its answer survives what the client still
-sends. What can be read means the same whether its form is usual or not.
+"""A request that cannot be read is answered and counted, and never reaches a server; and its answer
+survives what the client still sends. What can be read means the same whether its form is usual or
+not.
 """
 
 from __future__ import annotations
@@ -53,8 +54,14 @@ MALFORMED_REQUESTS = [
 TIGHT = Settings(server=ServerSettings(limits=Limits(head=4096, target=1024, fields=32)))
 
 
-@pytest.mark.parametrize(("request_bytes", "status"), MALFORMED_REQUESTS, ids=lambda v: repr(v[:70]) if isinstance(v, bytes) else str(v))
-async def test_a_request_that_cannot_be_read_is_answered_and_counted_and_goes_no_further(request_bytes: bytes, status: int) -> None:
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    MALFORMED_REQUESTS,
+    ids=lambda v: repr(v[:70]) if isinstance(v, bytes) else str(v),
+)
+async def test_a_request_that_cannot_be_read_is_answered_and_counted_and_goes_no_further(
+    request_bytes: bytes, status: int
+) -> None:
     async with origin(answering()) as server, hop(server.address, TIGHT) as proxy:
         client = await proxy.connect()
         await client.send(request_bytes + GET)
@@ -71,7 +78,9 @@ async def test_a_request_that_cannot_be_read_is_answered_and_counted_and_goes_no
 async def test_so_is_one_that_follows_a_good_one() -> None:
     heard: list[Message] = []
     async with through(answering(heard=heard)) as (client, proxy):
-        await client.send(b"HEAD / HTTP/1.1\r\nHost: a\r\n\r\n" + b"GET / HTTP/1.1\nHost: a\n\n" + GET)
+        await client.send(
+            b"HEAD / HTTP/1.1\r\nHost: a\r\n\r\n" + b"GET / HTTP/1.1\nHost: a\n\n" + GET
+        )
         assert (await client.response("HEAD")).status == 200
         answer = await client.response()
         assert answer.status == 400
@@ -83,7 +92,15 @@ async def test_so_is_one_that_follows_a_good_one() -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"zz\r\n", b"-1\r\n", b"5\r\nhelloX\r\n", b"5\nhello\n", b"0x5\r\nhello\r\n", b"5;" + b"x" * 3000, b"0\r\nBad Trailer: x\r\n\r\n"],
+    [
+        b"zz\r\n",
+        b"-1\r\n",
+        b"5\r\nhelloX\r\n",
+        b"5\nhello\n",
+        b"0x5\r\nhello\r\n",
+        b"5;" + b"x" * 3000,
+        b"0\r\nBad Trailer: x\r\n\r\n",
+    ],
     ids=lambda b: repr(b[:20]),
 )
 async def test_a_bad_chunk_in_a_request_is_a_400(body: bytes) -> None:
@@ -95,7 +112,9 @@ async def test_a_bad_chunk_in_a_request_is_a_400(body: bytes) -> None:
         assert proxy.ended[0].failure == "bad_request"
 
 
-async def test_a_bad_chunk_that_comes_late_is_a_400_too_and_the_server_sees_a_broken_request() -> None:
+async def test_a_bad_chunk_that_comes_late_is_a_400_too_and_the_server_sees_a_broken_request() -> (
+    None
+):
     broken = trio.Event()
 
     async def script(peer: Peer) -> None:
@@ -125,7 +144,8 @@ async def test_a_request_that_ends_early_is_a_400() -> None:
 
 
 async def test_an_answer_is_not_destroyed_by_what_the_client_still_sends() -> None:
-    """Closing with unread bytes would make the kernel send a reset, which takes the answer away from the client."""
+    """Closing with unread bytes would make the kernel send a reset, which takes the answer away
+    from the client."""
     async with origin(answering()) as server, hop(server.address, TIGHT) as proxy:
         for _ in range(10):
             client = await proxy.connect()
@@ -202,7 +222,9 @@ UNUSUAL = [
 
 
 @pytest.mark.parametrize("request_bytes", UNUSUAL, ids=repr)
-async def test_an_unusual_request_gives_the_bytes_that_a_usual_one_gives(request_bytes: bytes) -> None:
+async def test_an_unusual_request_gives_the_bytes_that_a_usual_one_gives(
+    request_bytes: bytes,
+) -> None:
     heads: list[bytes] = []
 
     async def script(peer: Peer) -> None:
@@ -221,7 +243,10 @@ async def test_an_unusual_response_gives_the_bytes_that_a_usual_one_gives() -> N
         b"HTTP/1.1 200 OK\r\nContent-Length: 2 \r\n\r\nok",
         b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
         b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
-        b"HTTP/1.1 200 OK\r\nKeep-Alive: timeout=5\r\nConnection: Keep-Alive\r\nContent-Length: 2\r\n\r\nok",
+        (
+            b"HTTP/1.1 200 OK\r\nKeep-Alive: timeout=5\r\nConnection: Keep-Alive\r\nContent-Length:"
+            b" 2\r\n\r\nok"
+        ),
     ):
         async with through(answering(response)) as (client, _):
             await client.send(GET)
@@ -236,5 +261,7 @@ async def test_chunk_extensions_end_at_this_hop() -> None:
         await peer.rest()
 
     async with through(script) as (client, _):
-        await client.send(BAD_BODY + b'Transfer-Encoding: Chunked\r\n\r\n2 ;a="b"\r\nab\r\n000;x\r\n\r\n')
+        await client.send(
+            BAD_BODY + b'Transfer-Encoding: Chunked\r\n\r\n2 ;a="b"\r\nab\r\n000;x\r\n\r\n'
+        )
         assert (await client.response()).body == b"ok"

@@ -1,8 +1,10 @@
-"""Both paths are one proxy: the same conversations, in any pieces, with exchanges handed over at any moment, end alike.
+"""Both paths are one proxy: the same conversations, in any pieces, with exchanges handed over at
+any moment, end alike.
 
-Each conversation is drawn from a seed, carried on the ordinary path, on the fast one, and on the fast one while exchanges are handed
-over at any moment. What the client got, what the server heard, and what is in the books is compared: messages, not bytes, for where a
-body is cut into chunks depends on what one read brings, on either path.
+Each conversation is drawn from a seed, carried on the ordinary path, on the fast one, and on the
+fast one while exchanges are handed over at any moment. What the client got, what the server heard,
+and what is in the books is compared: messages, not bytes, for where a body is cut into chunks
+depends on what one read brings, on either path.
 """
 
 from __future__ import annotations
@@ -31,12 +33,25 @@ def _request(rng: random.Random, number: int) -> bytes:
         fields, body = [*fields, b"Transfer-Encoding: chunked"], chunked(body)
     elif body or method == b"PUT":
         fields.append(b"Content-Length: %d" % len(body))
-    fields += rng.choice([[], [], [b"Connection: keep-alive"], [b"connection: Keep-Alive"], [b"isthmus-client-id: me"], [b"TE: trailers"]])
+    fields += rng.choice(
+        [
+            [],
+            [],
+            [b"Connection: keep-alive"],
+            [b"connection: Keep-Alive"],
+            [b"isthmus-client-id: me"],
+            [b"TE: trailers"],
+        ]
+    )
     return b"%b /%d HTTP/1.1\r\n%b\r\n\r\n%b" % (method, number, b"\r\n".join(fields), body)
 
 
 def _response(rng: random.Random, request: bytes) -> bytes:
-    body = b"" if request.startswith(b"HEAD") else rng.randbytes(rng.choice([0, 2, 1024, 1024, 16_384, 300_000]))
+    body = (
+        b""
+        if request.startswith(b"HEAD")
+        else rng.randbytes(rng.choice([0, 2, 1024, 1024, 16_384, 300_000]))
+    )
     kind = rng.random()
     if kind < 0.1:
         return b"HTTP/1.1 204 No Content\r\n\r\n"
@@ -45,10 +60,16 @@ def _response(rng: random.Random, request: bytes) -> bytes:
     if request.startswith(b"HEAD"):
         return b"HTTP/1.1 200 OK\r\nContent-Length: 4711\r\n\r\n"
     if kind < 0.3:
-        return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + (chunked(body) if body else chunked())
+        return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + (
+            chunked(body) if body else chunked()
+        )
     interim = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" if kind < 0.4 else b""
     kept = rng.choice([b"", b"Connection: keep-alive\r\n", b"Keep-Alive: timeout=5\r\n"])
-    return interim + b"HTTP/1.1 200 OK\r\nServer: x\r\n%bContent-Length: %d\r\n\r\n%b" % (kept, len(body), body)
+    return interim + b"HTTP/1.1 200 OK\r\nServer: x\r\n%bContent-Length: %d\r\n\r\n%b" % (
+        kept,
+        len(body),
+        body,
+    )
 
 
 @dataclass
@@ -100,7 +121,11 @@ async def carry(talk: Conversation, seed: int, *, fast: bool, disturbed: bool = 
             seen.heard.append(request)
             await _in_pieces(peer, talk.responses[int(request.start[1][1:])], rng)
 
-    async with origin(script) as server, hop(server.address, Settings(fast=fast)) as proxy, trio.open_nursery() as nursery:
+    async with (
+        origin(script) as server,
+        hop(server.address, Settings(fast=fast)) as proxy,
+        trio.open_nursery() as nursery,
+    ):
         if disturbed:
             nursery.start_soon(_disturb, proxy, rng)
         client = await connect(proxy.address)
@@ -122,12 +147,19 @@ async def carry(talk: Conversation, seed: int, *, fast: bool, disturbed: bool = 
 
 
 @pytest.mark.parametrize("seed", range(10))
-async def test_the_same_conversation_on_both_paths(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eligibility, "REST", 0)  # the fast path is tried again and again, although most of what is said is not plain
+async def test_the_same_conversation_on_both_paths(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        eligibility, "REST", 0
+    )  # the fast path is tried again and again, although most of what is said is not plain
     talk = Conversation.drawn(seed)
     ordinary = await carry(talk, seed, fast=False)
     assert len(ordinary.heard) == EXCHANGES + 1
-    for other in (await carry(talk, seed, fast=True), await carry(talk, seed, fast=True, disturbed=True)):
+    for other in (
+        await carry(talk, seed, fast=True),
+        await carry(talk, seed, fast=True, disturbed=True),
+    ):
         assert other.got == ordinary.got
         assert other.heard == ordinary.heard
         assert other.books == ordinary.books
@@ -136,8 +168,11 @@ async def test_the_same_conversation_on_both_paths(seed: int, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-async def test_a_connection_whose_server_has_closed_behind_its_response_is_not_used(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that may not be sent twice would fail. `at_once`: it comes in the turn that hears of the end."""
+async def test_a_connection_whose_server_has_closed_behind_its_response_is_not_used(
+    at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that may not be sent twice would fail. `at_once`: it comes in the turn that hears
+    of the end."""
     monkeypatch.setattr(eligibility, "REST", 0)
     served = ended = 0
 
@@ -146,7 +181,9 @@ async def test_a_connection_whose_server_has_closed_behind_its_response_is_not_u
         while True:
             await peer.request()
             served += 1
-            if served == 3:  # in one segment: the proxy cannot look in between, and the kernel cannot deliver one without the other
+            if (
+                served == 3
+            ):  # in one segment: the proxy cannot look in between, and the kernel cannot deliver one without the other
                 peer.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
                 os.write(peer.stream.socket.fileno(), OK)
                 peer.close()
@@ -185,9 +222,16 @@ async def test_an_answer_in_chunks_whose_end_the_client_has_not_taken_yet_ends_o
             assert fast_path is not None
             await until(lambda: bool(fast_path._connections))
             for connection in fast_path._connections:  # so that what one read gives does not fit
-                connection._client.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+                connection._client.stream.socket.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
+                )
             await client.send(GET)
-            await until(lambda: any(connection._client.unsent and not connection._remaining for connection in fast_path._connections))
+            await until(
+                lambda: any(
+                    connection._client.unsent and not connection._remaining
+                    for connection in fast_path._connections
+                )
+            )
             fast_path.give_up(math.inf)
             answer = await client.response()
             assert (answer.body, answer.trailers) == (body, [(b"x-sum", b"1")])

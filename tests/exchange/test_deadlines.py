@@ -1,4 +1,5 @@
-"""Every wait has a deadline, and each deadline its own answer. Time is trio's mock clock, the sockets are real.
+"""Every wait has a deadline, and each deadline its own answer. Time is trio's mock clock, the
+sockets are real.
 
 Also here: going down. Idle connections end at once, those in use after their response.
 """
@@ -31,7 +32,8 @@ UPLOAD = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
 
 @pytest.fixture
 def clock(mock_clock: MockClock) -> MockClock:
-    """Jumps as soon as nothing has happened for so many real seconds: the kernel delays acknowledgements by 40 ms."""
+    """Jumps as soon as nothing has happened for so many real seconds: the kernel delays
+    acknowledgements by 40 ms."""
     mock_clock.autojump_threshold = 0.06
     return mock_clock
 
@@ -48,7 +50,9 @@ def about(seconds: float) -> object:
 
 
 @pytest.mark.parametrize("sent", [b"", GET], ids=["new", "used"])
-async def test_a_connection_on_which_nothing_is_asked_is_closed_quietly(clock: MockClock, sent: bytes) -> None:
+async def test_a_connection_on_which_nothing_is_asked_is_closed_quietly(
+    clock: MockClock, sent: bytes
+) -> None:
     async with through(answering(), SETTINGS) as (client, proxy):
         if sent:
             await client.ask(sent)
@@ -67,7 +71,9 @@ class Moving:
 
 
 @interpreted
-async def test_a_connection_on_which_nothing_is_asked_is_closed_although_others_are_busy(clock: MockClock) -> None:
+async def test_a_connection_on_which_nothing_is_asked_is_closed_although_others_are_busy(
+    clock: MockClock,
+) -> None:
     settings = Settings(server=ServerSettings(idle_timeout=6), buffers=16384)
     async with through(answering(), settings) as (client, proxy):
         await client.ask()
@@ -80,7 +86,9 @@ async def test_a_connection_on_which_nothing_is_asked_is_closed_although_others_
 
 
 @pytest.mark.parametrize("first", [b"", GET], ids=["first", "second"])
-async def test_a_slow_head_is_cut_at_its_deadline_however_it_trickles(clock: MockClock, first: bytes) -> None:
+async def test_a_slow_head_is_cut_at_its_deadline_however_it_trickles(
+    clock: MockClock, first: bytes
+) -> None:
     async with through(answering(), SETTINGS) as (client, proxy):
         if first:
             await client.ask(first)
@@ -135,7 +143,9 @@ async def test_a_body_below_the_least_rate_is_cut(clock: MockClock) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_a_body_that_is_late_in_the_moment_of_the_response_still_gets_one_of_the_two_answers(clock: MockClock) -> None:
+async def test_a_body_that_is_late_in_the_moment_of_the_response_still_gets_one_of_the_two_answers(
+    clock: MockClock,
+) -> None:
     """Both are known at once; which is looked at first is trio's choice, so it is tried often."""
     servers: list[Peer] = []
 
@@ -171,14 +181,18 @@ async def test_a_slow_server_is_not_the_client_s_low_rate(clock: MockClock) -> N
         await peer.rest()
 
     server = ServerSettings(body_timeout=60, body_min_rate=1e6)
-    async with through(script, Settings(server=server, buffers=16384), buffers=16384) as (client, proxy):
+    async with through(script, Settings(server=server, buffers=16384), buffers=16384) as (
+        client,
+        proxy,
+    ):
         await client.send(UPLOAD % size + bytes(size))
         assert (await client.response()).status == 200
         await proxy.idle()
         assert proxy.ended[0].request_bytes == size
 
 
-# These two in real time: with clogged buffers the kernel waits for timers of its own, which a mock clock would jump over.
+# These two in real time: with clogged buffers the kernel waits for timers of its own, which a mock
+# clock would jump over.
 
 
 async def test_a_client_that_takes_nothing_loses_its_connection() -> None:
@@ -231,7 +245,9 @@ async def test_a_server_that_says_nothing_is_a_504(clock: MockClock, request_byt
         assert trio.current_time() - started == about(300)
         assert b"error=http_response_timeout" in (answer.get(b"proxy-status") or b"")
         assert proxy.pool.counts() == (0, 0)
-        assert (await client.ask(request_bytes)).status == 504  # the client's connection is still good
+        assert (
+            await client.ask(request_bytes)
+        ).status == 504  # the client's connection is still good
 
 
 async def test_the_time_for_the_response_begins_at_the_end_of_the_request(clock: MockClock) -> None:
@@ -257,7 +273,9 @@ async def test_interim_responses_do_not_move_the_deadline(clock: MockClock) -> N
         assert (answer.status, answer.interim) == (504, [102, 102, 102])
 
 
-async def test_a_server_that_stops_within_its_response_breaks_the_connection(clock: MockClock) -> None:
+async def test_a_server_that_stops_within_its_response_breaks_the_connection(
+    clock: MockClock,
+) -> None:
     async def script(peer: Peer) -> None:
         await peer.request()
         await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n01234")
@@ -275,7 +293,10 @@ async def test_a_server_that_takes_nothing_of_the_request_is_a_504(clock: MockCl
     async def script(peer: Peer) -> None:
         await trio.sleep_forever()
 
-    async with through(script, SETTINGS, buffers=16384) as (client, _), trio.open_nursery() as nursery:
+    async with (
+        through(script, SETTINGS, buffers=16384) as (client, _),
+        trio.open_nursery() as nursery,
+    ):
         await client.send(UPLOAD % 100_000_000)
         nursery.start_soon(client.flood)
         started = trio.current_time()
@@ -286,7 +307,9 @@ async def test_a_server_that_takes_nothing_of_the_request_is_a_504(clock: MockCl
         nursery.cancel_scope.cancel()
 
 
-async def test_a_server_that_stays_silent_after_100_continue_was_asked_for_is_not_waited_for_for_ever(clock: MockClock) -> None:
+async def test_a_server_that_stays_silent_after_100_continue_was_asked_for_is_not_waited_for_for_ever(
+    clock: MockClock,
+) -> None:
     async with through(_silent, SETTINGS) as (client, _):
         await client.send((UPLOAD % 5).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
         assert (await client.response()).status in (408, 504)
@@ -295,7 +318,9 @@ async def test_a_server_that_stays_silent_after_100_continue_was_asked_for_is_no
 async def test_a_tunnel_has_no_deadline_of_an_exchange(clock: MockClock) -> None:
     async def script(peer: Peer) -> None:
         await peer.head()
-        await peer.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n")
+        await peer.send(
+            b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
+        )
         assert await peer.exactly(1) == b"?"
         await peer.send(b"!")
         await peer.rest()
@@ -312,8 +337,14 @@ async def test_a_tunnel_has_no_deadline_of_an_exchange(clock: MockClock) -> None
 # Going down
 
 
-@pytest.mark.parametrize(("quiet", "wait"), [(0, 1), (0.7, 0.3), (30, 0)], ids=["just answered", "a moment ago", "long ago"])
-async def test_a_kept_connection_ends_when_it_has_been_quiet_for_a_moment(clock: MockClock, quiet: float, wait: float) -> None:
+@pytest.mark.parametrize(
+    ("quiet", "wait"),
+    [(0, 1), (0.7, 0.3), (30, 0)],
+    ids=["just answered", "a moment ago", "long ago"],
+)
+async def test_a_kept_connection_ends_when_it_has_been_quiet_for_a_moment(
+    clock: MockClock, quiet: float, wait: float
+) -> None:
     async with origin(answering()) as server, hop(server.address, SETTINGS) as proxy:
         client = await proxy.connect()
         await client.ask()
@@ -328,7 +359,9 @@ async def test_a_kept_connection_ends_when_it_has_been_quiet_for_a_moment(clock:
         assert not proxy.drain.idle
 
 
-async def test_a_request_that_was_on_its_way_to_a_kept_connection_is_served(clock: MockClock) -> None:
+async def test_a_request_that_was_on_its_way_to_a_kept_connection_is_served(
+    clock: MockClock,
+) -> None:
     heard: list[Message] = []
     async with through(answering(heard=heard), SETTINGS) as (client, proxy):
         await client.ask()
@@ -343,8 +376,11 @@ async def test_a_request_that_was_on_its_way_to_a_kept_connection_is_served(cloc
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["before", "after"])
-async def test_a_client_that_has_just_been_let_in_may_still_ask(clock: MockClock, early: bool) -> None:
-    """It is in the handshake, say, when the proxy is told to stop: its request is under way, and nothing says that it may be repeated."""
+async def test_a_client_that_has_just_been_let_in_may_still_ask(
+    clock: MockClock, early: bool
+) -> None:
+    """It is in the handshake, say, when the proxy is told to stop: its request is under way, and
+    nothing says that it may be repeated."""
     async with origin(answering()) as server, hop(server.address, SETTINGS) as proxy:
         if not early:
             proxy.drain.begin()
@@ -359,7 +395,9 @@ async def test_a_client_that_has_just_been_let_in_may_still_ask(clock: MockClock
         assert await client.ended()
 
 
-async def test_a_client_that_has_been_let_in_and_does_not_ask_holds_nobody_up(clock: MockClock) -> None:
+async def test_a_client_that_has_been_let_in_and_does_not_ask_holds_nobody_up(
+    clock: MockClock,
+) -> None:
     async with origin(answering()) as server, hop(server.address, SETTINGS) as proxy:
         client = await proxy.connect()
         await wait_all_tasks_blocked()

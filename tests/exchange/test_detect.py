@@ -1,4 +1,5 @@
-"""Detection meets a stream: what is there is judged at once, what comes is waited for, and nothing is consumed."""
+"""Detection meets a stream: what is there is judged at once, what comes is waited for, and nothing
+is consumed."""
 
 from __future__ import annotations
 
@@ -46,8 +47,13 @@ async def test_what_comes_in_pieces_is_waited_for() -> None:
     stream.close()
 
 
-@pytest.mark.parametrize(("said", "silence", "patience", "how"), [(b"", 0.02, 60, "silent"), (b"GET", 60, 0.02, "opaque")])
-async def test_a_client_has_its_time_to_begin_and_its_time_to_go_on(said: bytes, silence: float, patience: float, how: str) -> None:
+@pytest.mark.parametrize(
+    ("said", "silence", "patience", "how"),
+    [(b"", 0.02, 60, "silent"), (b"GET", 60, 0.02, "opaque")],
+)
+async def test_a_client_has_its_time_to_begin_and_its_time_to_go_on(
+    said: bytes, silence: float, patience: float, how: str
+) -> None:
     client, stream = pair()
     client.socket.sendall(said)
     with trio.fail_after(30):

@@ -1,8 +1,10 @@
-"""Responses that come before the end of their request: what the client is told of the connection holds, and nobody else pays for it.
+"""Responses that come before the end of their request: what the client is told of the connection
+holds, and nobody else pays for it.
 
-The rules (RFC 9112 §9.3, §9.6; RFC 9113 §8.1): where more of the request is to come than a proxy reads to keep the connection, or it is
-not known how much, the head says `Connection: close`, and the rest is read and dropped until the client has noticed. Otherwise the
-connection goes on, however slowly the rest comes. Of HTTP/2, the one stream ends.
+The rules (RFC 9112 §9.3, §9.6; RFC 9113 §8.1): where more of the request is to come than a proxy
+reads to keep the connection, or it is not known how much, the head says `Connection: close`, and
+the rest is read and dropped until the client has noticed. Otherwise the connection goes on, however
+slowly the rest comes. Of HTTP/2, the one stream ends.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ MEGABYTE = 1 << 20
 
 
 async def refusing(peer: Peer) -> None:
-    """A server that refuses uploads by their head, reads them to their end, and keeps its connections as long as its clients do."""
+    """A server that refuses uploads by their head, reads them to their end, and keeps its
+    connections as long as its clients do."""
     with contextlib.suppress(AssertionError):  # the client has ended the connection
         while True:
             head = await peer.head()
@@ -51,7 +54,9 @@ async def silent_refusal(peer: Peer) -> None:
 
 
 @pytest.mark.parametrize("kind", ["length", "chunks"])
-async def test_the_head_says_that_the_connection_ends_where_much_of_the_request_is_left(kind: str) -> None:
+async def test_the_head_says_that_the_connection_ends_where_much_of_the_request_is_left(
+    kind: str,
+) -> None:
     framing = b"Content-Length: 3145728" if kind == "length" else b"Transfer-Encoding: chunked"
     async with through(silent_refusal) as (client, proxy):
         await client.send(b"POST / HTTP/1.1\r\nHost: a\r\n%b\r\n\r\n" % framing)
@@ -93,8 +98,12 @@ async def test_a_short_rest_keeps_the_connection_however_slowly_it_comes() -> No
         assert (await client.response()).status == 200
 
 
-@pytest.mark.parametrize(("left", "connection"), [(0, None), (60_000, None), (3 * MEGABYTE, b"close")])
-async def test_the_same_holds_for_what_the_proxy_answers_itself(left: int, connection: bytes | None) -> None:
+@pytest.mark.parametrize(
+    ("left", "connection"), [(0, None), (60_000, None), (3 * MEGABYTE, b"close")]
+)
+async def test_the_same_holds_for_what_the_proxy_answers_itself(
+    left: int, connection: bytes | None
+) -> None:
     async with origin(answering()) as server, hop(server.address) as proxy:
         proxy.raises = NoEndpoint("nobody is there")
         client = await proxy.connect()
@@ -112,7 +121,12 @@ async def test_the_same_holds_for_what_the_proxy_answers_itself(left: int, conne
 async def test_other_clients_do_not_pay_for_refused_uploads_on_shared_connections() -> None:
     """Between two proxies, as between two sidecars."""
     statuses: list[int] = []
-    async with origin(refusing) as server, hop(server.address) as inner, hop(inner.address) as outer, trio.open_nursery() as nursery:
+    async with (
+        origin(refusing) as server,
+        hop(server.address) as inner,
+        hop(inner.address) as outer,
+        trio.open_nursery() as nursery,
+    ):
 
         async def uploads() -> None:
             for size in (100_000, 200_000, 400_000, MEGABYTE) * 5:
@@ -124,7 +138,9 @@ async def test_other_clients_do_not_pay_for_refused_uploads_on_shared_connection
         async def posts() -> None:
             client = await outer.connect()
             for _ in range(70):
-                answer = await client.ask(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello", "POST")
+                answer = await client.ask(
+                    b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello", "POST"
+                )
                 statuses.append(answer.status)
 
         nursery.start_soon(uploads)
@@ -135,10 +151,15 @@ async def test_other_clients_do_not_pay_for_refused_uploads_on_shared_connection
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closes", "resets"])
 @pytest.mark.parametrize("size", [100_000, 4 * MEGABYTE])
-async def test_the_answer_of_a_server_that_closes_within_the_upload_gets_through(size: int, reset: bool) -> None:
+async def test_the_answer_of_a_server_that_closes_within_the_upload_gets_through(
+    size: int, reset: bool
+) -> None:
     async def script(peer: Peer) -> None:
         await peer.head()
-        await peer.send(b"HTTP/1.1 413 Content Too Large\r\nConnection: close\r\nContent-Length: 30000\r\n\r\n" + b"x" * 30000)
+        await peer.send(
+            b"HTTP/1.1 413 Content Too Large\r\nConnection: close\r\nContent-Length: 30000\r\n\r\n"
+            + b"x" * 30000
+        )
         if reset:
             peer.reset()  # otherwise it closes with unread bytes, and the kernel resets
 
@@ -172,7 +193,9 @@ async def test_of_http2_the_one_stream_is_ended_without_an_error_and_the_others_
             answer = await client.message(number)
             assert (answer.status, answer.body) == (413, b"ok")
             if answer.reset is None:
-                answer.reset = int((await client.next(h2.events.StreamReset, number)).error_code or 0)
+                answer.reset = int(
+                    (await client.next(h2.events.StreamReset, number)).error_code or 0
+                )
             assert answer.reset == h2.errors.ErrorCodes.NO_ERROR
             assert (await client.ask()).status == 200
         assert client.goaway is None

@@ -1,4 +1,5 @@
-"""Whose fault it was is said in the same words everywhere: a status, a Proxy-Status field that can be parsed, a line of text.
+"""Whose fault it was is said in the same words everywhere: a status, a Proxy-Status field that can
+be parsed, a line of text.
 
 A response that breaks off reaches the client as a
 broken connection and never as a complete message.
@@ -37,7 +38,9 @@ from tests.kit.http import BROKEN, GET, OK, Message, Peer, answering, listen, or
 # A structured field's list of one item with parameters (RFC 8941 §3.1, RFC 9209 §2).
 TOKEN = rb"[A-Za-z*][-!#$%&'*+.^_`|~0-9A-Za-z:/]*"
 STRING = rb'"(?:[ !#-\[\]-~]|\\["\\])*"'
-PROXY_STATUS = re.compile(rb"(%b|%b)((?:;[a-z*][-_.*a-z0-9]*=(?:%b|%b))*)" % (TOKEN, STRING, TOKEN, STRING))
+PROXY_STATUS = re.compile(
+    rb"(%b|%b)((?:;[a-z*][-_.*a-z0-9]*=(?:%b|%b))*)" % (TOKEN, STRING, TOKEN, STRING)
+)
 
 WHERE = Address("10.0.0.1", 80)
 
@@ -77,17 +80,26 @@ def proxy_status(answer: Message) -> tuple[bytes, dict[bytes, bytes]]:
     return match[1], dict(pairs)
 
 
-@pytest.mark.parametrize(("error", "status", "kind"), ROWS, ids=lambda v: type(v).__name__ if isinstance(v, Exception) else str(v))
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    ROWS,
+    ids=lambda v: type(v).__name__ if isinstance(v, Exception) else str(v),
+)
 async def test_an_error_becomes_its_response(error: Exception, status: int, kind: str) -> None:
     async with hop(WHERE) as proxy:
         proxy.raises = error
         client = await proxy.connect()
         last = isinstance(error, NotAuthorised)
-        for _ in range(1 if last else 2):  # a response like any other: the connection goes on, unless all requests on it are refused
+        for _ in range(
+            1 if last else 2
+        ):  # a response like any other: the connection goes on, unless all requests on it are refused
             answer = await client.ask()
             assert answer.get(b"connection") == (b"close" if last else None)
             assert answer.status == status
-            assert proxy_status(answer) == (b"test", {b"error": kind.encode(), b"details": b'"%b"' % str(error).encode()})
+            assert proxy_status(answer) == (
+                b"test",
+                {b"error": kind.encode(), b"details": b'"%b"' % str(error).encode()},
+            )
             assert answer.body == f"{kind}: {error}\n".encode()
             assert answer.get(b"content-type") == b"text/plain; charset=utf-8"
             assert answer.get(b"date")
@@ -176,14 +188,21 @@ CUT = {
     "nothing of the body": b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n",
     "in a chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\na\r\n01234",
     "between chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n01234\r\n",
-    "before the end of trailers": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n01234\r\n0\r\nX: 1\r\n",
+    "before the end of trailers": (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n01234\r\n0\r\nX: 1\r\n"
+    ),
     "close-delimited": b"HTTP/1.1 200 OK\r\n\r\n01234",
 }
 
 
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
-@pytest.mark.parametrize(("cut", "reset"), [(cut, reset) for cut in CUT for reset in (True, False) if reset or cut != "close-delimited"])
-async def test_a_response_that_breaks_off_never_looks_complete(cut: str, reset: bool, version: bytes) -> None:
+@pytest.mark.parametrize(
+    ("cut", "reset"),
+    [(cut, reset) for cut in CUT for reset in (True, False) if reset or cut != "close-delimited"],
+)
+async def test_a_response_that_breaks_off_never_looks_complete(
+    cut: str, reset: bool, version: bytes
+) -> None:
     passed_on = trio.Event()
 
     async def script(peer: Peer) -> None:
@@ -197,7 +216,9 @@ async def test_a_response_that_breaks_off_never_looks_complete(cut: str, reset: 
         await client.send(b"GET / HTTP/%b\r\nHost: a\r\n\r\n" % version)
         await client.head()
         passed_on.set()
-        with pytest.raises(trio.BrokenResourceError):  # in HTTP/1.0 a clean end would be the end of the message
+        with pytest.raises(
+            trio.BrokenResourceError
+        ):  # in HTTP/1.0 a clean end would be the end of the message
             await client.rest()
         await proxy.gone()
         assert [(e.status, e.failure) for e in proxy.ended] == [(200, "upstream_closed")]
@@ -217,7 +238,9 @@ async def test_neither_does_one_that_breaks_off_at_once(cut: str) -> None:
 
 
 async def test_a_bad_chunk_in_a_response_breaks_the_connection() -> None:
-    async with through(answering(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n")) as (client, _):
+    async with through(
+        answering(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n")
+    ) as (client, _):
         with pytest.raises(BROKEN):
             await client.ask()
 
@@ -244,7 +267,9 @@ MALFORMED_RESPONSES = [
 
 
 @pytest.mark.parametrize("response", MALFORMED_RESPONSES, ids=lambda r: repr(r[:50]))
-async def test_a_response_that_is_not_http_is_a_502_and_its_connection_is_dropped(response: bytes) -> None:
+async def test_a_response_that_is_not_http_is_a_502_and_its_connection_is_dropped(
+    response: bytes,
+) -> None:
     async with through(answering(response)) as (client, proxy):
         answer = await client.ask()
         assert answer.status == 502
@@ -254,7 +279,10 @@ async def test_a_response_that_is_not_http_is_a_502_and_its_connection_is_droppe
 
 
 async def test_bytes_behind_a_response_are_not_taken_for_the_next_one() -> None:
-    async with origin(answering(OK + b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison")) as server, hop(server.address) as proxy:
+    async with (
+        origin(answering(OK + b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison")) as server,
+        hop(server.address) as proxy,
+    ):
         client = await proxy.connect()
         for _ in range(3):
             assert (await client.ask()).body == b"ok"

@@ -1,4 +1,5 @@
-"""What ends at this hop and what goes on: the version, the authority, and the fields that speak of one connection only."""
+"""What ends at this hop and what goes on: the version, the authority, and the fields that speak of
+one connection only."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ async def test_a_1_0_connection_is_kept_if_the_client_asks_for_it() -> None:
     heard: list[Message] = []
     async with through(answering(heard=heard)) as (client, _):
         for _ in range(3):
-            answer = await client.ask(b"GET / HTTP/1.0\r\nHost: a\r\nConnection: keep-alive\r\n\r\n")
+            answer = await client.ask(
+                b"GET / HTTP/1.0\r\nHost: a\r\nConnection: keep-alive\r\n\r\n"
+            )
             assert answer.get(b"connection") == b"keep-alive"
         await client.ask(b"GET / HTTP/1.0\r\nHost: a\r\n\r\n")
         assert await client.ended()
@@ -38,7 +41,9 @@ async def test_a_1_0_connection_is_kept_if_the_client_asks_for_it() -> None:
 
 
 async def test_a_1_0_client_gets_no_chunks() -> None:
-    response = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunked(b"ab", b"c", trailers=b"X-T: 1\r\n")
+    response = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunked(
+        b"ab", b"c", trailers=b"X-T: 1\r\n"
+    )
     async with through(answering(response)) as (client, _):
         await client.send(b"GET / HTTP/1.0\r\nHost: a\r\nConnection: keep-alive\r\n\r\n")
         head, _, body = (await client.rest()).partition(b"\r\n\r\n")
@@ -48,7 +53,10 @@ async def test_a_1_0_client_gets_no_chunks() -> None:
 
 
 async def test_a_1_0_client_gets_no_interim_responses() -> None:
-    async with through(answering(b"HTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n" + OK)) as (client, _):
+    async with through(answering(b"HTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n" + OK)) as (
+        client,
+        _,
+    ):
         await client.send(b"GET / HTTP/1.0\r\n\r\n")
         assert (await client.rest()).startswith(b"HTTP/1.1 200 OK\r\n")
 
@@ -56,7 +64,9 @@ async def test_a_1_0_client_gets_no_interim_responses() -> None:
 async def test_an_upgrade_in_a_1_0_request_is_no_offer() -> None:
     heard: list[Message] = []
     async with through(answering(heard=heard)) as (client, _):
-        await client.ask(b"GET / HTTP/1.0\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n")
+        await client.ask(
+            b"GET / HTTP/1.0\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+        )
     assert heard[0].headers == [(b"host", b"a")]
 
 
@@ -83,13 +93,14 @@ async def test_options_for_the_server_as_a_whole_pass() -> None:
 async def test_fields_of_the_hop_stay_on_it() -> None:
     heard: list[Message] = []
     response = (
-        b"HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Mine\r\nKeep-Alive: timeout=5\r\nX-Mine: 1\r\nX-Yours: 2\r\n"
-        b"Proxy-Connection: x\r\nUpgrade: h2c\r\nContent-Length: 0\r\n\r\n"
+        b"HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Mine\r\nKeep-Alive: timeout=5\r\nX-Mine:"
+        b" 1\r\nX-Yours: 2\r\nProxy-Connection: x\r\nUpgrade: h2c\r\nContent-Length: 0\r\n\r\n"
     )
     async with through(answering(response, heard)) as (client, _):
         answer = await client.ask(
-            b"GET / HTTP/1.1\r\nHost: a\r\nConnection: keep-alive, X-Secret\r\nConnection: x-other\r\nX-Secret: 1\r\nX-Other: 2\r\n"
-            b"Keep-Alive: 300\r\nProxy-Connection: keep-alive\r\nTE: gzip\r\nX-Kept: 3\r\n\r\n"
+            b"GET / HTTP/1.1\r\nHost: a\r\nConnection: keep-alive, X-Secret\r\nConnection:"
+            b" x-other\r\nX-Secret: 1\r\nX-Other: 2\r\nKeep-Alive: 300\r\nProxy-Connection:"
+            b" keep-alive\r\nTE: gzip\r\nX-Kept: 3\r\n\r\n"
         )
     assert heard[0].headers == [(b"host", b"a"), (b"x-kept", b"3")]
     assert answer.headers == [(b"x-yours", b"2"), (b"content-length", b"0")]
@@ -99,18 +110,29 @@ async def test_connection_cannot_name_away_what_the_message_means() -> None:
     heard: list[Message] = []
     async with through(answering(heard=heard)) as (client, _):
         await client.ask(
-            b"POST / HTTP/1.1\r\nHost: a\r\nConnection: Host, Content-Length, Authorization, X-Forwarded-For\r\nAuthorization: b\r\n"
-            b"X-Forwarded-For: c\r\nContent-Length: 2\r\n\r\nhi",
+            b"POST / HTTP/1.1\r\nHost: a\r\nConnection: Host, Content-Length, Authorization,"
+            b" X-Forwarded-For\r\nAuthorization: b\r\nX-Forwarded-For: c\r\nContent-Length:"
+            b" 2\r\n\r\nhi",
             "POST",
         )
     assert heard[0].body == b"hi"
-    assert [name for name, _ in heard[0].headers] == [b"host", b"authorization", b"x-forwarded-for", b"content-length"]
+    assert [name for name, _ in heard[0].headers] == [
+        b"host",
+        b"authorization",
+        b"x-forwarded-for",
+        b"content-length",
+    ]
 
 
-@pytest.mark.parametrize(("sent", "passed"), [(b"trailers", b"trailers"), (b"gzip, trailers;q=0.5", b"trailers"), (b"gzip", None)])
+@pytest.mark.parametrize(
+    ("sent", "passed"),
+    [(b"trailers", b"trailers"), (b"gzip, trailers;q=0.5", b"trailers"), (b"gzip", None)],
+)
 async def test_of_te_only_trailers_pass(sent: bytes, passed: bytes | None) -> None:
     heard: list[Message] = []
     async with through(answering(heard=heard)) as (client, _):
-        await client.ask(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: TE\r\nTE: " + sent + b"\r\n\r\n")
+        await client.ask(
+            b"GET / HTTP/1.1\r\nHost: a\r\nConnection: TE\r\nTE: " + sent + b"\r\n\r\n"
+        )
     assert heard[0].get(b"te") == passed
     assert heard[0].get(b"connection") == (b"TE" if passed else None)

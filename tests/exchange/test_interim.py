@@ -61,7 +61,9 @@ async def test_the_server_refuses_without_reading_and_the_connection_is_said_to_
     async with through(script) as (client, proxy):
         answer = await client.ask(EXPECTING, "POST")
         assert (answer.status, answer.body) == (417, b"no")
-        assert answer.get(b"connection") == b"close"  # nobody could tell a late body from the next request
+        assert (
+            answer.get(b"connection") == b"close"
+        )  # nobody could tell a late body from the next request
         assert await client.ended()
         assert proxy.pool.counts() == (0, 0)
 
@@ -86,10 +88,17 @@ async def test_a_server_that_ignores_expect_gets_the_body_that_the_client_sends_
 async def test_a_refusal_reaches_a_client_that_is_still_sending() -> None:
     async def script(peer: Peer) -> None:
         await peer.head()
-        await peer.send(b"HTTP/1.1 413 Content Too Large\r\nConnection: close\r\nContent-Length: 3\r\n\r\nbig")
+        await peer.send(
+            b"HTTP/1.1 413 Content Too Large\r\nConnection: close\r\nContent-Length: 3\r\n\r\nbig"
+        )
 
-    async with through(script, Settings(server=ServerSettings(linger_timeout=0.5))) as (client, proxy):
-        await client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n" + b"x" * 1000)
+    async with through(script, Settings(server=ServerSettings(linger_timeout=0.5))) as (
+        client,
+        proxy,
+    ):
+        await client.send(
+            b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n" + b"x" * 1000
+        )
         answer = await client.response("POST")
         assert (answer.status, answer.body) == (413, b"big")
         await client.flood()

@@ -1,6 +1,8 @@
-"""The guard layer: each request goes on with one token more, and one that has been here is answered 508 with the cycle.
+"""The guard layer: each request goes on with one token more, and one that has been here is answered
+508 with the cycle.
 
-A proxy that is its own target is the shortest loop there is; the tokens alone end it here, for nobody looks at addresses.
+A proxy that is its own target is the shortest loop there is; the tokens alone end it here, for
+nobody looks at addresses.
 """
 
 from __future__ import annotations
@@ -52,17 +54,26 @@ async def test_tokens_of_others_go_on_before_ours_in_one_line() -> None:
     heard: list[Message] = []
     others = b"o" + b"A" * 16 + b":east/a", b"g" + b"B" * 16
     async with through(answering(heard=heard), settings := Guarded()) as (client, _):
-        await client.ask(b"GET / HTTP/1.1\r\nHost: a\r\nIsthmus-Hops: %b\r\nX: 1\r\nISTHMUS-HOPS: %b\r\n\r\n" % others)
+        await client.ask(
+            b"GET / HTTP/1.1\r\nHost: a\r\nIsthmus-Hops: %b\r\nX: 1\r\nISTHMUS-HOPS: %b\r\n\r\n"
+            % others
+        )
     assert hops(heard[0])[:2] == list(others)
     assert len(hops(heard[0])) == 3
     assert settings.why == []
 
 
-@pytest.mark.parametrize(("junk", "why"), [(b"junk", "broken"), (b"o" * (LONGEST + 1), "oversized")], ids=["broken", "oversized"])
+@pytest.mark.parametrize(
+    ("junk", "why"),
+    [(b"junk", "broken"), (b"o" * (LONGEST + 1), "oversized")],
+    ids=["broken", "oversized"],
+)
 async def test_junk_is_dropped_and_counted_and_the_request_goes_on(junk: bytes, why: str) -> None:
     heard: list[Message] = []
     async with through(answering(heard=heard), settings := Guarded()) as (client, _):
-        assert (await client.ask(b"GET / HTTP/1.1\r\nHost: a\r\nIsthmus-Hops: %b\r\n\r\n" % junk)).status == 200
+        assert (
+            await client.ask(b"GET / HTTP/1.1\r\nHost: a\r\nIsthmus-Hops: %b\r\n\r\n" % junk)
+        ).status == 200
     assert len(hops(heard[0])) == 1
     assert settings.why == [why]
 
@@ -79,7 +90,9 @@ async def test_junk_is_dropped_and_counted_and_the_request_goes_on(junk: bytes, 
     ],
     ids=["get", "post", "connect", "1.0", "absolute"],
 )
-async def test_a_proxy_that_is_its_own_target_answers_508(request_: bytes, changes: int, returns: int) -> None:
+async def test_a_proxy_that_is_its_own_target_answers_508(
+    request_: bytes, changes: int, returns: int
+) -> None:
     async with hop(PEER, Guarded(returns)) as proxy:
         proxy.target = proxy.address
         client = await proxy.connect()
@@ -89,11 +102,20 @@ async def test_a_proxy_that_is_its_own_target_answers_508(request_: bytes, chang
     status = answer.get(b"proxy-status") or b""
     assert b"error=proxy_loop_detected" in status
     assert b"west/web-1 -> west/web-1" in status
-    assert len(proxy.ended) == 1 + changes + returns + 1, "it came, it came changed, it came back, and once too often"
+    assert len(proxy.ended) == 1 + changes + returns + 1, (
+        "it came, it came changed, it came back, and once too often"
+    )
 
 
 async def test_two_proxies_that_point_at_each_other_are_both_named() -> None:
-    other = Settings(layers=(guard(Waypoint("outbound", Who("east", "default", "shop-1"), b"x" * 32, HopLimits(0, 64)), lambda _: None),))
+    other = Settings(
+        layers=(
+            guard(
+                Waypoint("outbound", Who("east", "default", "shop-1"), b"x" * 32, HopLimits(0, 64)),
+                lambda _: None,
+            ),
+        )
+    )
     async with hop(PEER, Guarded()) as one, hop(one.address, other) as two:
         one.target = two.address
         answer = await (await one.connect()).ask()
@@ -137,7 +159,10 @@ async def test_names_from_a_peer_without_an_identity_are_not_believed() -> None:
 
 
 async def test_names_from_a_verified_peer_and_from_the_application_are() -> None:
-    for facts in (Facts("inbound", PEER, PEER, identity="spiffe://a/ns/b/sa/c"), Facts("outbound", PEER, PEER)):
+    for facts in (
+        Facts("inbound", PEER, PEER, identity="spiffe://a/ns/b/sa/c"),
+        Facts("outbound", PEER, PEER),
+    ):
         exchange = made(facts, NAMED)
         leave_token(exchange, INBOUND, ignored)
         assert went_on(exchange).startswith(NAMED)
@@ -171,23 +196,47 @@ async def test_a_layer_calls_the_next_one() -> None:
     assert called == [exchange]
 
 
-TOKENS = st.sampled_from([b"o" + b"A" * 16, b"i" + b"B" * 16 + b":east/a", b"junk", b"o" + b"A" * 16 + b", g" + b"C" * 16, b"x" * 17000])
-NAMES = st.sampled_from([b"isthmus-hops", b"Isthmus-Hops", b"ISTHMUS-HOPS", b"X-Isthmus-Hops", b"isthmus-hops-not"])
-OTHERS = st.sampled_from([(b"Accept", b"*/*"), (b"X-Note", b"isthmus-hops: a"), (b"X-Host", b"host: b"), (b"Cookie", b"a=b")])
+TOKENS = st.sampled_from(
+    [
+        b"o" + b"A" * 16,
+        b"i" + b"B" * 16 + b":east/a",
+        b"junk",
+        b"o" + b"A" * 16 + b", g" + b"C" * 16,
+        b"x" * 17000,
+    ]
+)
+NAMES = st.sampled_from(
+    [b"isthmus-hops", b"Isthmus-Hops", b"ISTHMUS-HOPS", b"X-Isthmus-Hops", b"isthmus-hops-not"]
+)
+OTHERS = st.sampled_from(
+    [
+        (b"Accept", b"*/*"),
+        (b"X-Note", b"isthmus-hops: a"),
+        (b"X-Host", b"host: b"),
+        (b"Cookie", b"a=b"),
+    ]
+)
 
 
 IDENTITIES = st.sampled_from(["spiffe://a/ns/b/sa/c", None])
 
 
 @given(st.lists(OTHERS | st.tuples(NAMES, TOKENS), max_size=3), st.integers(0, 3), IDENTITIES)
-def test_a_head_in_its_lines_and_one_in_fields_go_on_alike(fields: list[Field], host: int, identity: str | None) -> None:
+def test_a_head_in_its_lines_and_one_in_fields_go_on_alike(
+    fields: list[Field], host: int, identity: str | None
+) -> None:
     fields.insert(host, (b"hOST", b"shop:80"))
     lines = b"".join(b"%b: %b\r\n" % field for field in fields)
     found = recognise_request(b"GET /a HTTP/1.1\r\n%b\r\n" % lines, Limits())
     assert found is not None
     told: list[tuple[Headers, list[str]]] = []
     for headers in (found[0].headers, Headers(fields)):
-        exchange, why = unanswered(RequestHead(b"GET", b"/a", headers), Facts("inbound", PEER, PEER, identity=identity)), list[str]()
+        exchange, why = (
+            unanswered(
+                RequestHead(b"GET", b"/a", headers), Facts("inbound", PEER, PEER, identity=identity)
+            ),
+            list[str](),
+        )
         assert (headers.block is not None) is (headers is found[0].headers)
         leave_token(exchange, INBOUND, why.append)
         told.append((exchange.request.headers, why))

@@ -28,13 +28,21 @@ async def test_it_is_counted_down(method: str, came: bytes, goes: bytes) -> None
     assert [message.get(b"max-forwards") for message in heard] == [goes, goes]
 
 
-@pytest.mark.parametrize(("method", "values"), [("GET", [b"0"]), ("OPTIONS", [b"x"]), ("OPTIONS", [b"0", b"1"]), ("TRACE", [b"-1"])])
-async def test_other_methods_and_what_is_no_number_are_passed_on_as_they_are(method: str, values: list[bytes]) -> None:
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [("GET", [b"0"]), ("OPTIONS", [b"x"]), ("OPTIONS", [b"0", b"1"]), ("TRACE", [b"-1"])],
+)
+async def test_other_methods_and_what_is_no_number_are_passed_on_as_they_are(
+    method: str, values: list[bytes]
+) -> None:
     heard: list[Message] = []
     async with through(answering(heard=heard)) as (client, _):
         for _ in range(2):
             assert (await client.ask(request(method, *values), method)).body == b"ok"
-    assert [[v for n, v in message.headers if n == b"max-forwards"] for message in heard] == [values, values]
+    assert [[v for n, v in message.headers if n == b"max-forwards"] for message in heard] == [
+        values,
+        values,
+    ]
 
 
 async def test_at_0_options_is_answered_here() -> None:
@@ -51,7 +59,9 @@ async def test_at_0_options_is_answered_here() -> None:
 async def test_at_0_trace_is_answered_with_what_came_but_for_secrets_and_what_is_ours() -> None:
     async with through(answering()) as (client, proxy):
         head = b"TRACE /x HTTP/1.1\r\nHost: a\r\nX-Y: z\r\nMax-Forwards: 0\r\n"
-        answer = await client.ask(head + b"Cookie: a=b\r\nauthorization: c\r\nisthmus-hops: d\r\n\r\n", "TRACE")
+        answer = await client.ask(
+            head + b"Cookie: a=b\r\nauthorization: c\r\nisthmus-hops: d\r\n\r\n", "TRACE"
+        )
         assert (answer.status, answer.get(b"content-type")) == (200, b"message/http")
         assert answer.body == head + b"\r\n"
         assert proxy.dialled == 0

@@ -17,7 +17,9 @@ HELLO = b"hello, world"
 async def test_a_request_and_its_response_pass_unchanged() -> None:
     heard: list[Message] = []
     request = b"GET /a?b=c HTTP/1.1\r\nHost: example.org\r\nX-One: 1\r\nx-Two: 2\r\n\r\n"
-    async with through(answering(b"HTTP/1.1 200 Fine\r\nContent-Length: 2\r\nX-Back: yes\r\n\r\nok", heard)) as (client, proxy):
+    async with through(
+        answering(b"HTTP/1.1 200 Fine\r\nContent-Length: 2\r\nX-Back: yes\r\n\r\nok", heard)
+    ) as (client, proxy):
         answer = await client.ask(request)
     assert heard[0].start == (b"GET", b"/a?b=c")
     assert heard[0].headers == [(b"host", b"example.org"), (b"x-one", b"1"), (b"x-two", b"2")]
@@ -63,7 +65,10 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
         for i in range(10):
             requests.append(b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n" % i)
             requests.append(b"POST /p%d HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody" % i)
-            requests.append(b"PUT /c%d HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" % i + chunked(b"ab", b"c"))
+            requests.append(
+                b"PUT /c%d HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" % i
+                + chunked(b"ab", b"c")
+            )
         await client.send(b"".join(requests))
         await client.eof()
         for i in range(10):
@@ -103,38 +108,64 @@ async def test_bodies_arrive_in_both_directions(body: bytes, at_once: bool) -> N
     framing = b"content-length" if body.startswith(b"Content") else b"transfer-encoding"
     for message in (heard[0], answer):
         assert message.body == HELLO
-        assert {name for name, _ in message.headers} & {b"content-length", b"transfer-encoding"} == {framing}
+        assert {name for name, _ in message.headers} & {
+            b"content-length",
+            b"transfer-encoding",
+        } == {framing}
 
 
 async def test_trailers_pass_both_ways() -> None:
     heard: list[Message] = []
     body = chunked(b"x", trailers=b"X-Sum: 1\r\nX-More: 2\r\n")
-    async with through(answering(b"HTTP/1.1 200 OK\r\nTrailer: X-Sum\r\nTransfer-Encoding: chunked\r\n\r\n" + body, heard)) as (client, _):
-        answer = await client.ask(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + body, "POST")
+    async with through(
+        answering(
+            b"HTTP/1.1 200 OK\r\nTrailer: X-Sum\r\nTransfer-Encoding: chunked\r\n\r\n" + body, heard
+        )
+    ) as (client, _):
+        answer = await client.ask(
+            b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + body, "POST"
+        )
     assert heard[0].trailers == answer.trailers == [(b"x-sum", b"1"), (b"x-more", b"2")]
     assert answer.get(b"trailer") == b"X-Sum"
 
 
 async def test_trailers_cannot_smuggle_fields_that_frame_or_route() -> None:
     heard: list[Message] = []
-    body = chunked(b"x", trailers=b"Content-Length: 5\r\nHost: evil\r\nTransfer-Encoding: chunked\r\nX-Good: 1\r\n")
+    body = chunked(
+        b"x",
+        trailers=b"Content-Length: 5\r\nHost: evil\r\nTransfer-Encoding: chunked\r\nX-Good: 1\r\n",
+    )
     async with through(answering(heard=heard)) as (client, _):
-        await client.ask(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + body, "POST")
+        await client.ask(
+            b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + body, "POST"
+        )
     assert heard[0].trailers == [(b"x-good", b"1")]
 
 
 @pytest.mark.parametrize(
     ("method", "response", "kept"),
     [
-        ("HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", [(b"content-length", b"1000")]),
+        (
+            "HEAD",
+            b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n",
+            [(b"content-length", b"1000")],
+        ),
         ("HEAD", b"HTTP/1.1 200 OK\r\n\r\n", []),
         ("HEAD", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", []),
         ("GET", b"HTTP/1.1 204 No Content\r\n\r\n", []),
         ("GET", b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n", []),
         ("GET", b"HTTP/1.1 304 Not Modified\r\n\r\n", []),
-        ("GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 1000\r\n\r\n", [(b"content-length", b"1000")]),
+        (
+            "GET",
+            b"HTTP/1.1 304 Not Modified\r\nContent-Length: 1000\r\n\r\n",
+            [(b"content-length", b"1000")],
+        ),
         ("GET", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", [(b"content-length", b"0")]),
-        ("GET", b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", [(b"content-length", b"0")]),
+        (
+            "GET",
+            b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+            [(b"content-length", b"0")],
+        ),
     ],
 )
 async def test_a_response_without_a_body_gets_none_and_the_connection_goes_on(
@@ -197,7 +228,9 @@ async def test_a_server_of_http_1_0_is_understood() -> None:
 
 async def test_a_connection_that_the_server_wants_closed_is_not_used_again() -> None:
     async with (
-        origin(answering(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")) as server,
+        origin(
+            answering(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+        ) as server,
         hop(server.address) as proxy,
     ):
         client = await proxy.connect()

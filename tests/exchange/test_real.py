@@ -72,7 +72,12 @@ def _http_client(address: Address) -> None:
         for number in range(16):
             chunks = number % 2 == 1
             body = BODY[: number * 9000]
-            connection.request("POST", f"/{number}", iter([body[:5000], body[5000:]]) if chunks else body, encode_chunked=chunks)
+            connection.request(
+                "POST",
+                f"/{number}",
+                iter([body[:5000], body[5000:]]) if chunks else body,
+                encode_chunked=chunks,
+            )
             response = connection.getresponse()
             assert response.status == 200
             assert response.read() == body
@@ -84,7 +89,9 @@ def _httpx(address: Address) -> None:
     with httpx.Client(base_url=f"http://{address}", trust_env=False, timeout=60) as client:
         for number in range(20):
             body = BODY[: number * 10_000]
-            answer = client.post("/", content=iter([body[:100], body[100:]]) if number % 2 else body)
+            answer = client.post(
+                "/", content=iter([body[:100], body[100:]]) if number % 2 else body
+            )
             assert answer.status_code == 200
             assert answer.content == body
 
@@ -132,7 +139,18 @@ needs_nginx = pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is
 
 async def _curl(proxy: Hop, *arguments: str) -> bytes:
     run = partial(trio.run_process, capture_stdout=True, capture_stderr=True)
-    ended = await run(["curl", "-sS", "--noproxy", "*", "--max-time", "10", *arguments, f"http://{proxy.address}/"])
+    ended = await run(
+        [
+            "curl",
+            "-sS",
+            "--noproxy",
+            "*",
+            "--max-time",
+            "10",
+            *arguments,
+            f"http://{proxy.address}/",
+        ]
+    )
     return bytes(ended.stdout)
 
 
@@ -145,9 +163,14 @@ async def test_curl(mirror: Address, tmp_path: Path) -> None:
         assert await _curl(proxy) == b""
         assert await _curl(proxy, "--http1.0") == b""
         assert await _curl(proxy, "--http2") == b""  # it offers h2c, and is understood without
-        assert await _curl(proxy, "--data-binary", f"@{file}") == BODY * 10  # with Expect: 100-continue
+        assert (
+            await _curl(proxy, "--data-binary", f"@{file}") == BODY * 10
+        )  # with Expect: 100-continue
         assert await _curl(proxy, "-T", str(file)) == BODY * 10
-        assert await _curl(proxy, "-H", "Transfer-Encoding: chunked", "--data-binary", f"@{file}") == BODY * 10
+        assert (
+            await _curl(proxy, "-H", "Transfer-Encoding: chunked", "--data-binary", f"@{file}")
+            == BODY * 10
+        )
         assert {e.failure for e in proxy.ended} == {None}
 
 
@@ -164,7 +187,10 @@ def nginx(tmp_path: Path) -> Iterator[Address]:
                uwsgi_temp_path {tmp_path}/d; scgi_temp_path {tmp_path}/e; client_max_body_size 1m; default_type text/plain;
                server {{ listen {address.host}:{address.port}; root {tmp_path}/www; keepalive_requests 3; }} }}"""
     )
-    process = subprocess.Popen(["nginx", "-c", str(tmp_path / "nginx.conf"), "-p", str(tmp_path)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        ["nginx", "-c", str(tmp_path / "nginx.conf"), "-p", str(tmp_path)],
+        stderr=subprocess.DEVNULL,
+    )
     try:
         yield address
     finally:
@@ -194,9 +220,13 @@ async def test_nginx(nginx: Address) -> None:
             assert head.get(b"content-length") == b"%d" % len(BODY)
         etag = head.get(b"etag")
         assert etag
-        assert (await client.ask(b"GET / HTTP/1.1\r\nHost: a\r\nIf-None-Match: " + etag + b"\r\n\r\n")).status == 304
+        assert (
+            await client.ask(b"GET / HTTP/1.1\r\nHost: a\r\nIf-None-Match: " + etag + b"\r\n\r\n")
+        ).status == 304
         assert (await client.ask(b"GET / HTTP/1.0\r\n\r\n")).body == BODY
         too_large = await proxy.connect()
-        await too_large.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100000000\r\n\r\n" + bytes(50_000))
+        await too_large.send(
+            b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100000000\r\n\r\n" + bytes(50_000)
+        )
         assert (await too_large.response("POST")).status == 413
         assert {e.failure for e in proxy.ended} <= {None}

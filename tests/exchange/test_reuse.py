@@ -1,7 +1,7 @@
 """Connections to a server, as exchanges use them.
 
-What a server closes under us costs a safe request a second try, and any other a clear error; and nothing leaks, wherever an exchange
-is cancelled.
+What a server closes under us costs a safe request a second try, and any other a clear error; and
+nothing leaks, wherever an exchange is cancelled.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ async def test_a_pool_that_is_exhausted_answers_503() -> None:
         await peer.send(OK)
         await peer.rest()
 
-    async with origin(script) as server, hop(server.address, Settings(pool=PoolSettings(connections=1, wait_timeout=0.05))) as proxy:
+    async with (
+        origin(script) as server,
+        hop(server.address, Settings(pool=PoolSettings(connections=1, wait_timeout=0.05))) as proxy,
+    ):
         first, second = await proxy.connect(), await proxy.connect()
         await first.send(GET)
         await wait_all_tasks_blocked()
@@ -40,7 +43,9 @@ async def test_a_pool_that_is_exhausted_answers_503() -> None:
         assert proxy.ended[0].failure == "pool_exhausted"
 
 
-def closing_on_reuse(*, reset: bool = False, after: bytes = b"") -> Callable[[Peer], Awaitable[None]]:
+def closing_on_reuse(
+    *, reset: bool = False, after: bytes = b""
+) -> Callable[[Peer], Awaitable[None]]:
     """A server that closes its first connection as soon as a second request has come by it."""
     connections = 0
 
@@ -76,7 +81,9 @@ UNSAFE = [
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
 @pytest.mark.parametrize("request_bytes", SAFE, ids=lambda r: r[:6].decode())
-async def test_a_safe_request_that_was_never_answered_is_tried_once_more(request_bytes: bytes, reset: bool) -> None:
+async def test_a_safe_request_that_was_never_answered_is_tried_once_more(
+    request_bytes: bytes, reset: bool
+) -> None:
     async with origin(closing_on_reuse(reset=reset)) as server, hop(server.address) as proxy:
         client = await proxy.connect()
         await client.ask()
@@ -170,7 +177,9 @@ async def _half(peer: Peer) -> None:
 
 async def _switching(peer: Peer) -> None:
     await peer.head()
-    await peer.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n")
+    await peer.send(
+        b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
+    )
     await trio.sleep_forever()
 
 
@@ -183,7 +192,11 @@ async def _switching(peer: Peer) -> None:
         (_silent, UPLOAD, "waiting for the body"),
         (_half, GET, "reading the body"),
         (_half, UPLOAD, "both bodies"),
-        (_switching, b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n", "tunnel"),
+        (
+            _switching,
+            b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n",
+            "tunnel",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -191,7 +204,11 @@ async def test_cancelling_an_exchange_leaves_nothing_open(
     script: Callable[[Peer], Awaitable[None]], request_bytes: bytes, phase: str
 ) -> None:
     before = descriptors()
-    async with origin(script) as server, hop(server.address) as proxy, trio.open_nursery() as nursery:
+    async with (
+        origin(script) as server,
+        hop(server.address) as proxy,
+        trio.open_nursery() as nursery,
+    ):
         if phase == "dialling":
             proxy.hangs = trio.Event()
         client = await proxy.connect()
@@ -210,7 +227,10 @@ async def test_cancelling_an_exchange_leaves_nothing_open(
 
 async def test_cancelling_one_that_waits_for_a_connection_leaves_the_queue_in_order() -> None:
     before = descriptors()
-    async with origin(_silent) as server, hop(server.address, Settings(pool=PoolSettings(connections=1))) as proxy:
+    async with (
+        origin(_silent) as server,
+        hop(server.address, Settings(pool=PoolSettings(connections=1))) as proxy,
+    ):
         await _ask(proxy, 3)
         (slot,) = proxy.pool._slots.values()
         assert (slot.open, len(slot.waiting)) == (1, 2)

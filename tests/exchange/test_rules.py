@@ -1,4 +1,5 @@
-"""Single rules of RFC 9110 and RFC 9112 that a hop has to keep, each by what both sides see of it."""
+"""Single rules of RFC 9110 and RFC 9112 that a hop has to keep, each by what both sides see of
+it."""
 
 from __future__ import annotations
 
@@ -32,16 +33,24 @@ async def _heard2(request: bytes, method: str = "GET") -> Answer:
 
 
 @pytest.mark.parametrize("bad", [b"\x01", b"\x08", b"\x0b", b"\x1f", b"\x7f"])
-async def test_a_control_character_in_a_request_is_the_client_s_fault_at_the_first_hop(bad: bytes) -> None:
+async def test_a_control_character_in_a_request_is_the_client_s_fault_at_the_first_hop(
+    bad: bytes,
+) -> None:
     heard: list[Message] = []
     async with through(answering(heard=heard)) as (client, proxy):
         assert (await client.ask()).body == b"ok"
         answer = await client.ask(b"GET / HTTP/1.1\r\nHost: a\r\nX-Y: a" + bad + b"b\r\n\r\n")
         assert answer.status == 400
-        assert b"the value of the field X-Y, in line 3 of the head, has control characters" in answer.body
+        assert (
+            b"the value of the field X-Y, in line 3 of the head, has control characters"
+            in answer.body
+        )
         assert await client.ended()
     assert len(heard) == 1
-    assert [(e.status, e.failure, e.attempts) for e in proxy.ended] == [(200, None, 1), (400, "bad_request", 0)]
+    assert [(e.status, e.failure, e.attempts) for e in proxy.ended] == [
+        (200, None, 1),
+        (400, "bad_request", 0),
+    ]
 
 
 @pytest.mark.parametrize("line", [b"X: a\x01b\r\n", b"X: a\x7fb\r\n"])
@@ -98,9 +107,16 @@ async def test_a_long_target_passes() -> None:
         (b"GET http://b HTTP/1.1", b"/", b"b"),
     ],
 )
-async def test_the_absolute_form_and_the_star_have_their_places_in_http2(line: bytes, path: bytes, authority: bytes) -> None:
+async def test_the_absolute_form_and_the_star_have_their_places_in_http2(
+    line: bytes, path: bytes, authority: bytes
+) -> None:
     request = await _heard2(line + b"\r\nHost: a\r\n\r\n", line.split(b" ")[0].decode())
-    assert dict(request.headers) == {b":method": line.split(b" ")[0], b":scheme": b"http", b":authority": authority, b":path": path}
+    assert dict(request.headers) == {
+        b":method": line.split(b" ")[0],
+        b":scheme": b"http",
+        b":authority": authority,
+        b":path": path,
+    }
 
 
 # Lengths, expectations, TE
@@ -120,7 +136,10 @@ async def test_an_interim_response_has_no_length(status: bytes) -> None:
 
 
 async def test_a_switch_of_protocols_has_no_length() -> None:
-    switch = b"HTTP/1.1 101 Switching Protocols\r\nContent-Length: 5\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n"
+    switch = (
+        b"HTTP/1.1 101 Switching Protocols\r\nContent-Length: 5\r\nConnection: Upgrade\r\nUpgrade:"
+        b" x\r\n\r\n"
+    )
 
     async def script(peer: Peer) -> None:
         await peer.head()
@@ -134,9 +153,13 @@ async def test_a_switch_of_protocols_has_no_length() -> None:
 
 
 async def test_an_expectation_of_http_1_0_is_ignored() -> None:
-    """RFC 9110 §10.1.1. It does not go on either: the server behind us does not know that the client speaks HTTP/1.0."""
+    """RFC 9110 §10.1.1. It does not go on either: the server behind us does not know that the
+    client speaks HTTP/1.0."""
     heard: list[Message] = []
-    request = b"POST / HTTP/1.0\r\nHost: a\r\nConnection: keep-alive\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+    request = (
+        b"POST / HTTP/1.0\r\nHost: a\r\nConnection: keep-alive\r\nExpect:"
+        b" 100-continue\r\nContent-Length: 2\r\n\r\n"
+    )
 
     async with through(answering(heard=heard)) as (client, _):
         assert (await client.ask(request + b"hi", "POST")).interim == []
@@ -168,8 +191,12 @@ async def test_of_te_only_trailers_goes_on(fields: bytes, passed: bytes | None) 
 
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
 async def test_a_response_says_the_highest_version_that_this_proxy_speaks(version: bytes) -> None:
-    """RFC 9110 §6.2: also to a client of HTTP/1.0. What that cannot read (chunks, interim responses) it is not sent."""
-    response = b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunked(b"hello")
+    """RFC 9110 §6.2: also to a client of HTTP/1.0. What that cannot read (chunks, interim
+    responses) it is not sent."""
+    response = (
+        b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        + chunked(b"hello")
+    )
     async with through(answering(response)) as (client, _):
         await client.send(b"GET / HTTP/%b\r\nHost: a\r\nConnection: close\r\n\r\n" % version)
         heard = await client.rest()
@@ -199,11 +226,17 @@ _TRAILERS: list[Pair] = [
 _LEFT: list[Pair] = [(b"grpc-status", b"0"), (b"x-sum", b"1")]
 
 
-async def test_trailers_that_frame_route_or_authenticate_are_dropped_in_both_versions_and_directions() -> None:
+async def test_trailers_that_frame_route_or_authenticate_are_dropped_in_both_versions_and_directions() -> (
+    None
+):
     body = chunked(b"x", trailers=b"".join(b"%b: %b\r\n" % pair for pair in _TRAILERS))
     heard: list[Message] = []
-    async with through(answering(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body, heard)) as (client, _):
-        answer = await client.ask(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + body, "POST")
+    async with through(
+        answering(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body, heard)
+    ) as (client, _):
+        answer = await client.ask(
+            b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + body, "POST"
+        )
     assert heard[0].trailers == answer.trailers == _LEFT
 
     heard2: list[Answer] = []
@@ -239,7 +272,11 @@ async def test_a_fault_in_a_body_that_came_with_its_head_is_a_502_of_this_hop() 
 @pytest.mark.parametrize("at_once", [True, False])
 async def test_what_came_before_a_fault_in_a_body_reaches_the_client(at_once: bool) -> None:
     """Otherwise the next proxy would say that nobody had answered at all."""
-    head, good, bad = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"5\r\nhello\r\n", b"zz\r\n"
+    head, good, bad = (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"5\r\nhello\r\n",
+        b"zz\r\n",
+    )
 
     async def script(peer: Peer) -> None:
         while True:
@@ -262,4 +299,7 @@ async def test_what_came_before_a_fault_in_a_body_reaches_the_client(at_once: bo
         with pytest.raises(BROKEN):
             await client.response()
         await proxy.gone()
-        assert [(e.status, e.failure, e.response_bytes) for e in proxy.ended] == [(200, None, 2), (200, "upstream_closed", 5)]
+        assert [(e.status, e.failure, e.response_bytes) for e in proxy.ended] == [
+            (200, None, 2),
+            (200, "upstream_closed", 5),
+        ]

@@ -1,6 +1,8 @@
-"""Bodies pass through and are never held: whoever does not read makes the sender stop, and memory does not grow with the body.
+"""Bodies pass through and are never held: whoever does not read makes the sender stop, and memory
+does not grow with the body.
 
-Then the same as a crowd: many connections with all kinds of messages, byte for byte, and nothing left over at the end.
+Then the same as a crowd: many connections with all kinds of messages, byte for byte, and nothing
+left over at the end.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from tests.kit.http import GET, OK, Peer, chunked, descriptors, origin, until
 
 BUFFERS = 16384
 SMALL = Settings(buffers=BUFFERS)
-# Three hops' kernel buffers (the kernel doubles what is asked for, and may overdraw by a segment) and a read or two of ours.
+# Three hops' kernel buffers (the kernel doubles what is asked for, and may overdraw by a segment)
+# and a read or two of ours.
 HELD = 700_000
 
 
@@ -75,7 +78,10 @@ async def test_a_server_that_does_not_read_stops_the_client(chunks: bool) -> Non
             await peer.stream.receive_some(65536)
         await trio.sleep_forever()
 
-    async with through(script, SMALL, buffers=BUFFERS) as (client, _), trio.open_nursery() as nursery:
+    async with (
+        through(script, SMALL, buffers=BUFFERS) as (client, _),
+        trio.open_nursery() as nursery,
+    ):
         framing = b"Transfer-Encoding: chunked" if chunks else b"Content-Length: 1000000000"
         await client.send(b"POST / HTTP/1.1\r\nHost: a\r\n" + framing + b"\r\n\r\n")
         nursery.start_soon(counted.flood, client)
@@ -95,7 +101,10 @@ async def test_a_pipelining_client_that_does_not_read_is_not_read_either() -> No
             await peer.request()
             await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n" + bytes(10000))
 
-    async with through(script, SMALL, buffers=BUFFERS) as (client, _), trio.open_nursery() as nursery:
+    async with (
+        through(script, SMALL, buffers=BUFFERS) as (client, _),
+        trio.open_nursery() as nursery,
+    ):
         nursery.start_soon(counted.flood, client)
         assert await counted.settled() < HELD
         nursery.cancel_scope.cancel()
@@ -164,7 +173,9 @@ async def test_small_pieces_are_passed_on_as_they_come() -> None:
 
 
 def _bodies(source: random.Random) -> bytes:
-    return source.randbytes(source.choice([0, 1, 10, 1000, 5000, 70_000, source.randrange(200_000)]))
+    return source.randbytes(
+        source.choice([0, 1, 10, 1000, 5000, 70_000, source.randrange(200_000)])
+    )
 
 
 def _pieces(source: random.Random, body: bytes) -> list[bytes]:
@@ -183,7 +194,9 @@ def _framed(source: random.Random, body: bytes) -> bytes:
     if source.random() < 0.5:
         return b"Content-Length: %d\r\n\r\n" % len(body) + body
     trailers = b"X-Sum: %d\r\n" % len(body) if source.random() < 0.3 else b""
-    return b"Transfer-Encoding: chunked\r\n\r\n" + chunked(*_pieces(source, body), trailers=trailers)
+    return b"Transfer-Encoding: chunked\r\n\r\n" + chunked(
+        *_pieces(source, body), trailers=trailers
+    )
 
 
 async def _mirror(peer: Peer) -> None:
@@ -228,7 +241,9 @@ async def _converse(client: Peer, seed: int, count: int) -> None:
         framed = _framed(source, body) if body or method == "POST" else b"\r\n"
         request = method.encode() + b" " + target + b" HTTP/1.1\r\n" + b"".join(fields) + framed
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_send_in_pieces, client, request, source.choice([1 << 30, 1 << 30, 10_000, 777]))
+            nursery.start_soon(
+                _send_in_pieces, client, request, source.choice([1 << 30, 1 << 30, 10_000, 777])
+            )
             answer = await client.response(method)
         assert answer.status == 200
         assert answer.get(b"x-digest") == hashlib.sha256(body).hexdigest().encode()
@@ -264,7 +279,9 @@ async def test_a_crowd_of_connections_gets_every_byte_right_and_leaves_nothing()
         assert len(proxy.ended) > 1000
         assert proxy.pool.counts()[0] == 0
         proxy.pool.close()
-        await until(lambda: trio.lowlevel.current_statistics().tasks_living <= tasks)  # the server notices
+        await until(
+            lambda: trio.lowlevel.current_statistics().tasks_living <= tasks
+        )  # the server notices
         assert trio.lowlevel.current_statistics().tasks_living == tasks
     assert descriptors() <= before
 

@@ -1,4 +1,5 @@
-"""The trace layer around real exchanges: which spans there are, under which parents, and what the next hop is told."""
+"""The trace layer around real exchanges: which spans there are, under which parents, and what the
+next hop is told."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ from tracing.sampling import Sampling, Tracer
 from tracing.spans import HttpRecord, Record, describe
 
 TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-GET = f"GET /a?q=1 HTTP/1.1\r\nHost: shop\r\nUser-Agent: test\r\ntraceparent: 00-{TRACE}-{CALLER}-01\r\n\r\n".encode()
+GET = (
+    "GET /a?q=1 HTTP/1.1\r\nHost: shop\r\nUser-Agent: test\r\ntraceparent:"
+    f" 00-{TRACE}-{CALLER}-01\r\n\r\n".encode()
+)
 UNSAMPLED = GET.replace(b"-01\r\n", b"-00\r\n")
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -41,16 +45,24 @@ class Seen:
     @property
     def parents(self) -> list[str]:
         """The span in the traceparent of each request that the server got."""
-        found = [re.search(rb"(?i)traceparent: 00-[0-9a-f]{32}-([0-9a-f]{16})-", head) for head in self.heads]
+        found = [
+            re.search(rb"(?i)traceparent: 00-[0-9a-f]{32}-([0-9a-f]{16})-", head)
+            for head in self.heads
+        ]
         return [match[1].decode() if match is not None else "" for match in found]
 
 
 @asynccontextmanager
 async def traced(
-    side: Side, *answers: bytes, ratio: float = 0.0, on: bool = True, hold: trio.Event | None = None, layers: tuple[Layer, ...] = ()
+    side: Side,
+    *answers: bytes,
+    ratio: float = 0.0,
+    on: bool = True,
+    hold: trio.Event | None = None,
+    layers: tuple[Layer, ...] = (),
 ) -> AsyncIterator[tuple[Peer, Seen]]:
-    """A client, a hop that traces, and a server that gives these answers one after the other; b"": it closes the connection instead.
-    Behind the last one it closes too, when `hold` is set."""
+    """A client, a hop that traces, and a server that gives these answers one after the other; b"":
+    it closes the connection instead. Behind the last one it closes too, when `hold` is set."""
     left, heads, records = list(answers or (ANSWER,)), [], []
 
     async def script(peer: Peer) -> None:
@@ -68,7 +80,10 @@ async def traced(
         records.append(record)
 
     tracing = Tracing(Tracer(Sampling(ratio)), put) if on else None
-    async with origin(script) as server, hop(server.address, Settings(tracing=tracing, side=side, layers=layers)) as proxy:
+    async with (
+        origin(script) as server,
+        hop(server.address, Settings(tracing=tracing, side=side, layers=layers)) as proxy,
+    ):
         yield await proxy.connect(), Seen(proxy, heads, records)
 
 
@@ -77,9 +92,20 @@ async def test_a_servers_span_hangs_under_the_callers_and_the_next_hops_under_it
         await client.ask(GET)
         await until(lambda: len(seen.records) == 1, 10)
     (span,) = seen.records
-    assert (span.kind, span.trace_id.decode(), span.parent.decode(), span.remote) == ("server", TRACE, CALLER, True)
+    assert (span.kind, span.trace_id.decode(), span.parent.decode(), span.remote) == (
+        "server",
+        TRACE,
+        CALLER,
+        True,
+    )
     assert seen.parents == [span.span_id.decode()]
-    assert (span.method, span.target, span.authority, span.status, span.agent) == (b"GET", b"/a?q=1", b"shop", 200, b"test")
+    assert (span.method, span.target, span.authority, span.status, span.agent) == (
+        b"GET",
+        b"/a?q=1",
+        b"shop",
+        200,
+        b"test",
+    )
     assert span.peer is not None
     assert span.started <= span.head_at <= span.ended
     assert (span.response_bytes, span.failure, span.direction) == (2, None, "outbound")
@@ -90,7 +116,12 @@ async def test_a_clients_span_is_of_the_server_that_was_asked() -> None:
         await client.ask(GET)
         await until(lambda: len(seen.records) == 1, 10)
     (span,) = seen.records
-    assert (span.kind, span.parent.decode(), span.attempt, span.follows) == ("client", CALLER, 0, b"")
+    assert (span.kind, span.parent.decode(), span.attempt, span.follows) == (
+        "client",
+        CALLER,
+        0,
+        b"",
+    )
     assert span.peer == seen.proxy.target
     assert seen.parents == [span.span_id.decode()]
 
@@ -107,7 +138,9 @@ async def test_a_gateways_client_span_hangs_under_its_server_span() -> None:
 
 
 @pytest.mark.parametrize("side", ["client", "both"])
-async def test_what_is_sent_again_has_a_span_of_its_own_beside_the_first_and_linked_to_it(side: Side) -> None:
+async def test_what_is_sent_again_has_a_span_of_its_own_beside_the_first_and_linked_to_it(
+    side: Side,
+) -> None:
     async with traced(side, ANSWER, b"", ANSWER) as (client, seen):
         await client.ask(GET)
         answer = await client.ask(GET)  # the kept connection breaks: another one is tried
@@ -119,7 +152,12 @@ async def test_what_is_sent_again_has_a_span_of_its_own_beside_the_first_and_lin
     assert len({*seen.parents}) == 3
     assert first.parent == again.parent
     assert (first.failure, first.status, first.attempt, first.follows) == ("unanswered", 0, 0, b"")
-    assert (again.failure, again.status, again.attempt, again.follows) == (None, 200, 1, first.span_id)
+    assert (again.failure, again.status, again.attempt, again.follows) == (
+        None,
+        200,
+        1,
+        first.span_id,
+    )
     assert first.ended <= again.started
 
 
@@ -127,7 +165,9 @@ async def test_an_attempt_that_failed_shows_the_backend_and_the_bytes_that_it_ha
     def failed_over(handler: Handler) -> Handler:
         async def handle(exchange: Exchange) -> None:
             now = trio.current_time()
-            exchange.tried = [Attempt(exchange.facts.destination, now, now, 503, "status", "default/old", 7)]
+            exchange.tried = [
+                Attempt(exchange.facts.destination, now, now, 503, "status", "default/old", 7)
+            ]
             exchange.service, exchange.chosen = "default/shop", "default/new"
             await handler(exchange)
 
@@ -137,8 +177,20 @@ async def test_an_attempt_that_failed_shows_the_backend_and_the_bytes_that_it_ha
         await client.ask(GET)
         await until(lambda: len(seen.records) == 2, 10)
     old, new = seen.records
-    assert (old.service, old.chosen, old.status, old.request_bytes, old.failure) == ("default/shop", "default/old", 503, 7, None)
-    assert (new.service, new.chosen, new.status, new.request_bytes, new.follows) == ("default/shop", "default/new", 200, 0, old.span_id)
+    assert (old.service, old.chosen, old.status, old.request_bytes, old.failure) == (
+        "default/shop",
+        "default/old",
+        503,
+        7,
+        None,
+    )
+    assert (new.service, new.chosen, new.status, new.request_bytes, new.follows) == (
+        "default/shop",
+        "default/new",
+        200,
+        0,
+        old.span_id,
+    )
 
 
 @pytest.mark.parametrize("side", ["server", "client", "both"])
@@ -166,15 +218,23 @@ async def test_a_request_without_a_trace_begins_one_where_the_ratio_says_so() ->
     assert seen.parents == [seen.records[0].span_id.decode()]
 
 
-@pytest.mark.parametrize(("side", "kinds"), [("server", ["server"]), ("client", ["client"]), ("both", ["server"])])
-async def test_what_the_proxy_answers_itself_is_traced_with_its_reason(side: Side, kinds: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("side", "kinds"), [("server", ["server"]), ("client", ["client"]), ("both", ["server"])]
+)
+async def test_what_the_proxy_answers_itself_is_traced_with_its_reason(
+    side: Side, kinds: list[str]
+) -> None:
     async with traced(side) as (client, seen):
         seen.proxy.raises = NoEndpoint("none of the 3 endpoints of shop is ready")
         answer = await client.ask(GET)
         await until(lambda: len(seen.records) == len(kinds), 10)
     assert [record.kind for record in seen.records] == kinds
     (span,) = seen.records
-    assert (span.status, span.failure, span.words) == (503, "no_endpoint", "none of the 3 endpoints of shop is ready")
+    assert (span.status, span.failure, span.words) == (
+        503,
+        "no_endpoint",
+        "none of the 3 endpoints of shop is ready",
+    )
     assert span.proxy_status == answer.get(b"proxy-status")
     assert span.head_at
 
@@ -190,7 +250,10 @@ async def test_a_request_that_cannot_be_read_is_a_span_where_all_are() -> None:
 
 async def test_a_span_ends_with_the_body_and_not_with_the_head() -> None:
     hold = trio.Event()
-    async with traced("server", b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nab", hold=hold) as (client, seen):
+    async with traced("server", b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nab", hold=hold) as (
+        client,
+        seen,
+    ):
         await client.send(GET)
         await client.until(b"\r\n\r\nab")
         assert not seen.records  # the server still owes two bytes
@@ -204,7 +267,9 @@ async def test_a_span_ends_with_the_body_and_not_with_the_head() -> None:
 async def test_an_answer_before_the_end_of_the_request_ends_the_span() -> None:
     hold = trio.Event()
     async with traced("server", ANSWER, hold=hold) as (client, seen):
-        await client.send(GET.replace(b"GET", b"POST").replace(b"\r\n\r\n", b"\r\nContent-Length: 9\r\n\r\nab"))
+        await client.send(
+            GET.replace(b"GET", b"POST").replace(b"\r\n\r\n", b"\r\nContent-Length: 9\r\n\r\nab")
+        )
         await client.until(b"ok")
         await until(lambda: len(seen.records) == 1, 20)
         hold.set()
@@ -216,14 +281,22 @@ async def test_an_answer_before_the_end_of_the_request_ends_the_span() -> None:
     [
         (b"Host: a\r\nUSER-AGENT: one\r\nuser-agent: two\r\n", b"one"),
         (b"User-Agent: one\r\nHost: a\r\nUser-Agent: two\r\n", b"one"),
-        (b"Accept: user-agent: none\r\nHost: a\r\nX-User-Agent: none\r\nUser-Agent: one\r\n", b"one"),
+        (
+            b"Accept: user-agent: none\r\nHost: a\r\nX-User-Agent: none\r\nUser-Agent: one\r\n",
+            b"one",
+        ),
         (b"Host: a\r\nAccept: user-agent: none\r\n", None),
         (b"Host: a\r\nUser-Agent: %b\r\n" % (b"x" * 1000), b"x" * 256),
     ],
 )
-async def test_a_servers_span_has_the_first_user_agent_wherever_it_stands(lines: bytes, agent: bytes | None) -> None:
+async def test_a_servers_span_has_the_first_user_agent_wherever_it_stands(
+    lines: bytes, agent: bytes | None
+) -> None:
     async with traced("server") as (client, seen):
-        await client.ask(b"GET / HTTP/1.1\r\n%btraceparent: 00-%b-%b-01\r\n\r\n" % (lines, TRACE.encode(), CALLER.encode()))
+        await client.ask(
+            b"GET / HTTP/1.1\r\n%btraceparent: 00-%b-%b-01\r\n\r\n"
+            % (lines, TRACE.encode(), CALLER.encode())
+        )
         await until(lambda: len(seen.records) == 1, 10)
     assert (seen.records[0].agent, seen.records[0].authority) == (agent, b"a")
 
@@ -232,7 +305,8 @@ async def test_a_servers_span_has_the_first_user_agent_wherever_it_stands(lines:
 @pytest.mark.parametrize("side", ["server", "client", "both"])
 async def test_a_traced_exchange_is_gone_when_it_is_over_without_the_collector(side: Side) -> None:
     class Referred(Exchange):
-        """An exchange that can be asked whether it is still there. It is answered: nothing else is asked of it."""
+        """An exchange that can be asked whether it is still there. It is answered: nothing else is
+        asked of it."""
 
         __slots__ = ("__weakref__",)
 
@@ -256,7 +330,11 @@ async def test_a_traced_exchange_is_gone_when_it_is_over_without_the_collector(s
         await exchange.respond(ResponseHead(200), Whole())
 
     lines = b"Host: a\r\ntraceparent: 00-%b-%b-01\r\n" % (TRACE.encode(), CALLER.encode())
-    exchange = Referred(RequestHead(b"GET", b"/", Headers.canonical(lines, [])), Whole(), Facts("gateway", here, here))
+    exchange = Referred(
+        RequestHead(b"GET", b"/", Headers.canonical(lines, [])),
+        Whole(),
+        Facts("gateway", here, here),
+    )
     left = weakref.ref(exchange)
     gc.disable()
     try:

@@ -1,4 +1,5 @@
-"""Upgrade and CONNECT: from the switch on, bytes pass as they are, in both directions, with half-close; until then it is HTTP."""
+"""Upgrade and CONNECT: from the switch on, bytes pass as they are, in both directions, with
+half-close; until then it is HTTP."""
 
 from __future__ import annotations
 
@@ -8,15 +9,22 @@ import trio
 from tests.kit.hop import Settings, hop, through
 from tests.kit.http import GET, Message, Peer, answering, origin
 
-OFFER = b"GET /chat HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: k\r\n\r\n"
+OFFER = (
+    b"GET /chat HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade:"
+    b" websocket\r\nSec-WebSocket-Key: k\r\n\r\n"
+)
 SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
 CONNECT = b"CONNECT db.example:5432 HTTP/1.1\r\nHost: db.example:5432\r\n\r\n"
 CONNECTED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 
-@pytest.mark.parametrize(("request_bytes", "answer"), [(OFFER, SWITCH), (CONNECT, CONNECTED)], ids=["upgrade", "connect"])
+@pytest.mark.parametrize(
+    ("request_bytes", "answer"), [(OFFER, SWITCH), (CONNECT, CONNECTED)], ids=["upgrade", "connect"]
+)
 @pytest.mark.parametrize("same_segment", [True, False])
-async def test_after_the_switch_bytes_pass_as_they_are(request_bytes: bytes, answer: bytes, same_segment: bool) -> None:
+async def test_after_the_switch_bytes_pass_as_they_are(
+    request_bytes: bytes, answer: bytes, same_segment: bool
+) -> None:
     heads: list[bytes] = []
     raw = bytes(range(256)) * 40
 
@@ -63,12 +71,16 @@ async def test_a_server_that_declines_the_upgrade_answers_as_usual() -> None:
     assert heard[0].get(b"connection") == b"Upgrade"
 
 
-@pytest.mark.parametrize(("offer", "passed"), [(b"h2c", None), (b"H2C, websocket", b"websocket"), (b"websocket, h2c", b"websocket")])
+@pytest.mark.parametrize(
+    ("offer", "passed"),
+    [(b"h2c", None), (b"H2C, websocket", b"websocket"), (b"websocket, h2c", b"websocket")],
+)
 async def test_h2c_is_never_offered_onward(offer: bytes, passed: bytes | None) -> None:
     heard: list[Message] = []
     async with through(answering(heard=heard)) as (client, _):
         await client.ask(
-            b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AA\r\nUpgrade: " + offer + b"\r\n\r\n"
+            b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings:"
+            b" AA\r\nUpgrade: " + offer + b"\r\n\r\n"
         )
     assert heard[0].get(b"upgrade") == passed
     assert heard[0].get(b"http2-settings") is None
@@ -82,7 +94,10 @@ async def test_an_upgrade_that_connection_does_not_name_is_no_offer() -> None:
 
 
 async def test_a_switch_that_nobody_asked_for_is_a_502() -> None:
-    for request_bytes in (GET, b"GET / HTTP/1.0\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"):
+    for request_bytes in (
+        GET,
+        b"GET / HTTP/1.0\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+    ):
         async with through(answering(SWITCH)) as (client, _):
             assert (await client.ask(request_bytes)).status == 502
 
@@ -94,7 +109,10 @@ async def test_a_switch_before_the_request_was_complete_is_a_502() -> None:
         await peer.rest()
 
     async with through(script) as (client, _):
-        await client.send(OFFER.replace(b"GET", b"POST").replace(b"\r\n\r\n", b"\r\nContent-Length: 100\r\n\r\n") + b"x")
+        await client.send(
+            OFFER.replace(b"GET", b"POST").replace(b"\r\n\r\n", b"\r\nContent-Length: 100\r\n\r\n")
+            + b"x"
+        )
         assert (await client.response()).status == 502
 
 
@@ -166,6 +184,10 @@ async def test_an_idle_tunnel_ends_in_time() -> None:
 
 
 async def test_after_a_tunnel_was_refused_the_connection_still_speaks_http() -> None:
-    async with through(answering(b"HTTP/1.1 426 Upgrade Required\r\nUpgrade: websocket\r\nContent-Length: 0\r\n\r\n")) as (client, _):
+    async with through(
+        answering(
+            b"HTTP/1.1 426 Upgrade Required\r\nUpgrade: websocket\r\nContent-Length: 0\r\n\r\n"
+        )
+    ) as (client, _):
         for _ in range(2):
             assert (await client.ask()).status == 426

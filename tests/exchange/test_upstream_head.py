@@ -1,5 +1,5 @@
-"""Heads of HTTP/2 that take a short way, against the long one: a header block that comes again is read off, and a request that goes on by
-HTTP/2 becomes a header list in one pass."""
+"""Heads of HTTP/2 that take a short way, against the long one: a header block that comes again is
+read off, and a request that goes on by HTTP/2 becomes a header list in one pass."""
 
 from __future__ import annotations
 
@@ -9,17 +9,38 @@ from hypothesis import strategies as st
 from proxy.exchange.exchange import Facts
 from proxy.exchange.upstream_head import forwarded_request
 from proxy.net.address import Address
-from proxy.wire.h2.fields import Block, Pair, Secret, onward_pairs, request_head, request_pairs, response_head, response_pairs
-from proxy.wire.messages import CALLER, CALLER_FIELDS, HOP_BY_HOP, OVERRIDES, ProtocolError, RequestHead, ResponseHead, strip_hop_by_hop
+from proxy.wire.h2.fields import (
+    Block,
+    Pair,
+    Secret,
+    onward_pairs,
+    request_head,
+    request_pairs,
+    response_head,
+    response_pairs,
+)
+from proxy.wire.messages import (
+    CALLER,
+    CALLER_FIELDS,
+    HOP_BY_HOP,
+    OVERRIDES,
+    ProtocolError,
+    RequestHead,
+    ResponseHead,
+    strip_hop_by_hop,
+)
 from tests.kit.exchanges import unanswered
 
-# As peers send them: what ends at a hop, what stands for something else in HTTP/1, and what is nobody's business.
+# As peers send them: what ends at a hop, what stands for something else in HTTP/1, and what is
+# nobody's business.
 KNOWN: list[Pair] = [
     (b"te", b"trailers"), (b"te", b"Trailers"), (b"host", b"a"), (b"host", b"A:80"), (b"cookie", b"a=b"), (b"cookie", b"c=d"),
     (b"content-length", b"1"), (b"content-type", b"application/grpc"), (b"x-a", b""), (b"isthmus-hops", b"1"), (b"trailer", b"a"),
     *[(name, b"spiffe://evil/ns/a/sa/b") for name in sorted(CALLER_FIELDS | OVERRIDES)],
 ]  # fmt: skip
-ODD = st.tuples(st.sampled_from([name for name, _ in KNOWN]), st.sampled_from([b"", b"1", b"a", b"a, te"]))
+ODD = st.tuples(
+    st.sampled_from([name for name, _ in KNOWN]), st.sampled_from([b"", b"1", b"a", b"a, te"])
+)
 FIELD = st.one_of(st.sampled_from(KNOWN), st.sampled_from(KNOWN), ODD)
 FIELDS = st.lists(FIELD.flatmap(lambda field: st.sampled_from([field, Secret(field)])), max_size=6)
 PSEUDO = st.tuples(
@@ -50,7 +71,11 @@ def kinds(pairs: list[Pair]) -> list[tuple[type, Pair]]:
     return [(type(pair), pair) for pair in pairs]
 
 
-@given(pseudo=PSEUDO, fields=FIELDS, caller=st.sampled_from([None, b"spiffe://cluster.local/ns/a/sa/b"]))
+@given(
+    pseudo=PSEUDO,
+    fields=FIELDS,
+    caller=st.sampled_from([None, b"spiffe://cluster.local/ns/a/sa/b"]),
+)
 def test_the_short_way_onward_gives_the_header_list_of_the_long_one(
     pseudo: tuple[bytes, bytes, bytes | None, bytes], fields: list[Pair], caller: bytes | None
 ) -> None:
@@ -62,14 +87,23 @@ def test_the_short_way_onward_gives_the_header_list_of_the_long_one(
     exchange = unanswered(head, Facts("inbound", PEER, PEER))
     exchange.caller = caller
     assert kinds(short) == kinds(request_pairs(forwarded_request(exchange)))
-    assert [value for name, value in short if name == CALLER] == ([caller] if caller is not None else [])
+    assert [value for name, value in short if name == CALLER] == (
+        [caller] if caller is not None else []
+    )
     assert not {name for name, _ in short} & (HOP_BY_HOP - {b"te", CALLER})
 
 
 def test_the_short_way_is_taken() -> None:
     pairs = asked((b"POST", b"/", b"a", b"http"), [(b"te", b"trailers"), (b"x", b"1")])
-    assert onward_pairs(request_head(pairs), None) == [*pairs[:4], (b"x", b"1"), (b"te", b"trailers")]
-    assert onward_pairs(request_head([(b":method", b"CONNECT"), (b":authority", b"a:1")]), None) is None
+    assert onward_pairs(request_head(pairs), None) == [
+        *pairs[:4],
+        (b"x", b"1"),
+        (b"te", b"trailers"),
+    ]
+    assert (
+        onward_pairs(request_head([(b":method", b"CONNECT"), (b":authority", b"a:1")]), None)
+        is None
+    )
 
 
 @given(pseudo=PSEUDO, fields=FIELDS)
@@ -94,7 +128,9 @@ def test_a_request_that_is_read_off_again_is_the_same_and_independent(
 
 
 @given(status=st.sampled_from([b"200", b"103", b"101", b"99", b"500"]), fields=FIELDS)
-def test_a_response_that_is_read_off_again_is_the_same_and_independent(status: bytes, fields: list[Pair]) -> None:
+def test_a_response_that_is_read_off_again_is_the_same_and_independent(
+    status: bytes, fields: list[Pair]
+) -> None:
     pairs = [(b":status", status), *fields]
     block = Block(pairs)
 
@@ -117,7 +153,9 @@ def test_a_response_that_is_read_off_again_is_the_same_and_independent(status: b
 
 
 @given(pseudo=PSEUDO, fields=FIELDS)
-def test_a_block_may_be_read_as_one_thing_and_as_the_other(pseudo: tuple[bytes, bytes, bytes | None, bytes], fields: list[Pair]) -> None:
+def test_a_block_may_be_read_as_one_thing_and_as_the_other(
+    pseudo: tuple[bytes, bytes, bytes | None, bytes], fields: list[Pair]
+) -> None:
     """The same bytes may stand in a request and, wrongly, in a response."""
     block = Block(asked(pseudo, fields))
     first = read(block)

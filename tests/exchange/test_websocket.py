@@ -1,4 +1,5 @@
-"""WebSockets between clients and servers of either version of HTTP, and other offers to upgrade (RFC 9110 §7.8, RFC 6455, RFC 8441)."""
+"""WebSockets between clients and servers of either version of HTTP, and other offers to upgrade
+(RFC 9110 §7.8, RFC 6455, RFC 8441)."""
 
 from __future__ import annotations
 
@@ -24,12 +25,24 @@ from tests.kit.dispatch import mesh, policy
 from tests.kit.hop import through
 from tests.kit.http import GET, Message, Peer, answering, origin
 from tests.kit.http2_hop import Hop2, Settings2, hop2
-from tests.kit.http2_peers import EXTENDED, WEBSOCKET, Answer, Peer2, answering2, ok, only2, speaking
+from tests.kit.http2_peers import (
+    EXTENDED,
+    WEBSOCKET,
+    Answer,
+    Peer2,
+    answering2,
+    ok,
+    only2,
+    speaking,
+)
 from tests.kit.ports import free_port
 from tests.kit.websocket_servers import first_only, hypercorn, listening
 
 KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
-OFFER = b"GET /chat HTTP/1.1\r\nHost: shop\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: " + KEY + b"\r\n"
+OFFER = (
+    b"GET /chat HTTP/1.1\r\nHost: shop\r\nConnection: Upgrade\r\nUpgrade:"
+    b" websocket\r\nSec-WebSocket-Key: " + KEY + b"\r\n"
+)
 HANDSHAKE = OFFER + b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Protocol: chat\r\n\r\n"
 TO_HTTP1 = Settings2(up=b"1.1")
 TEXTS = ["hello", "ü" * 1000, "x" * 100_000]
@@ -54,7 +67,9 @@ async def _hop(server: tuple[bytes, Address]) -> AsyncIterator[Hop2]:
 
 async def test_a_client_of_http1(server: tuple[bytes, Address]) -> None:
     def run(address: Address) -> str | None:
-        with websockets.sync.client.connect(f"ws://{address}/chat", open_timeout=30, proxy=None) as connection:
+        with websockets.sync.client.connect(
+            f"ws://{address}/chat", open_timeout=30, proxy=None
+        ) as connection:
             for text in TEXTS:
                 connection.send(text)
                 assert connection.recv(timeout=30) == text
@@ -64,7 +79,9 @@ async def test_a_client_of_http1(server: tuple[bytes, Address]) -> None:
             return connection.response.headers.get("x-version")
 
     async with _hop(server) as proxy:
-        assert await trio.to_thread.run_sync(run, proxy.address) == (None if server[0] == b"1.1" else "2")
+        assert await trio.to_thread.run_sync(run, proxy.address) == (
+            None if server[0] == b"1.1" else "2"
+        )
         await proxy.idle()
         await proxy.gone()
         assert [(e.status, e.failure) for e in proxy.ended] == [(101, None)]
@@ -89,7 +106,11 @@ async def test_a_client_of_http2(server: tuple[bytes, Address]) -> None:
                     await client.flush()
                 frames.receive_data(answer.body)
                 answer.body = b""
-                heard += "".join(event.data for event in frames.events() if isinstance(event, wsproto.events.TextMessage))
+                heard += "".join(
+                    event.data
+                    for event in frames.events()
+                    if isinstance(event, wsproto.events.TextMessage)
+                )
         await _say(client, number, frames.send(wsproto.events.CloseConnection(1000)))
         await client.send(number, b"", end=True)
         await client.message(number)
@@ -122,10 +143,16 @@ listen {name}
 
 
 @contextlib.contextmanager
-def _haproxy(folder: Path, name: str, to: Address, *, bind: str = "", server: str = "") -> Iterator[Address]:
+def _haproxy(
+    folder: Path, name: str, to: Address, *, bind: str = "", server: str = ""
+) -> Iterator[Address]:
     port = free_port()
-    (folder / f"{name}.cfg").write_text(HAPROXY.format(name=name, port=port, bind=bind, to=to, server=server))
-    with subprocess.Popen([HAPROXY_PROGRAM or "haproxy", "-f", str(folder / f"{name}.cfg")], stderr=subprocess.DEVNULL) as process:
+    (folder / f"{name}.cfg").write_text(
+        HAPROXY.format(name=name, port=port, bind=bind, to=to, server=server)
+    )
+    with subprocess.Popen(
+        [HAPROXY_PROGRAM or "haproxy", "-f", str(folder / f"{name}.cfg")], stderr=subprocess.DEVNULL
+    ) as process:
         yield Address("127.0.0.1", port)
         process.terminate()
 
@@ -135,13 +162,18 @@ HAPROXY_PROGRAM = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin"
 
 @pytest.mark.real
 @pytest.mark.skipif(HAPROXY_PROGRAM is None, reason="haproxy is not installed")
-@pytest.mark.parametrize("near", [True, False], ids=["asked by haproxy", "asked by a client of HTTP/1"])
+@pytest.mark.parametrize(
+    "near", [True, False], ids=["asked by haproxy", "asked by a client of HTTP/1"]
+)
 @pytest.mark.parametrize("far", [True, False], ids=["to haproxy", "to a server of HTTP/1"])
 async def test_haproxy_s_extended_connect(near: bool, far: bool, tmp_path: Path) -> None:
-    """HAProxy translates, too: in front of the proxy from HTTP/1.1 to HTTP/2, and behind it back."""
+    """HAProxy translates, too: in front of the proxy from HTTP/1.1 to HTTP/2, and behind it
+    back."""
 
     def run(address: Address) -> None:
-        with websockets.sync.client.connect(f"ws://{address}/chat", open_timeout=30, proxy=None) as connection:
+        with websockets.sync.client.connect(
+            f"ws://{address}/chat", open_timeout=30, proxy=None
+        ) as connection:
             for text in TEXTS:
                 connection.send(text)
                 assert connection.recv(timeout=30) == text
@@ -149,11 +181,15 @@ async def test_haproxy_s_extended_connect(near: bool, far: bool, tmp_path: Path)
     with contextlib.ExitStack() as stack:
         up = stack.enter_context(first_only())
         if far:
-            up = stack.enter_context(_haproxy(tmp_path, "far", up, bind="proto h2", server="proto h1"))
+            up = stack.enter_context(
+                _haproxy(tmp_path, "far", up, bind="proto h2", server="proto h1")
+            )
         async with _hop((b"2" if far else b"1.1", up)) as proxy:
             down = proxy.address
             if near:
-                down = stack.enter_context(_haproxy(tmp_path, "near", down, server="proto h2 ws h2"))
+                down = stack.enter_context(
+                    _haproxy(tmp_path, "near", down, server="proto h2 ws h2")
+                )
                 await listening(down)
             await trio.to_thread.run_sync(run, down)
             await proxy.idle()
@@ -198,7 +234,9 @@ async def test_the_handshake_of_http1_becomes_an_extended_connect() -> None:
         await client.eof()
         assert await client.rest() == b"cba"
         await proxy.gone()
-    assert sorted(heard[0].headers) == sorted([*WEBSOCKET, (b"sec-websocket-version", b"13"), (b"sec-websocket-protocol", b"chat")])
+    assert sorted(heard[0].headers) == sorted(
+        [*WEBSOCKET, (b"sec-websocket-version", b"13"), (b"sec-websocket-protocol", b"chat")]
+    )
 
 
 async def test_an_extended_connect_becomes_the_handshake_of_http1() -> None:
@@ -206,10 +244,14 @@ async def test_an_extended_connect_becomes_the_handshake_of_http1() -> None:
 
     async def script(peer: Peer) -> None:
         heads.append(await peer.head())
-        key = next(line[19:] for line in heads[-1].split(b"\r\n") if line.startswith(b"Sec-WebSocket-Key: "))
+        key = next(
+            line[19:]
+            for line in heads[-1].split(b"\r\n")
+            if line.startswith(b"Sec-WebSocket-Key: ")
+        )
         await peer.send(
-            b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: WebSocket\r\nSec-WebSocket-Accept: %b\r\n\r\nserver first"
-            % accept(key)
+            b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade:"
+            b" WebSocket\r\nSec-WebSocket-Accept: %b\r\n\r\nserver first" % accept(key)
         )
         await peer.send((await peer.rest())[::-1])
 
@@ -219,7 +261,11 @@ async def test_an_extended_connect_becomes_the_handshake_of_http1() -> None:
             number = await client.request([*WEBSOCKET, (b"origin", b"http://a")], end=False)
             await client.send(number, b"abc", end=True)
             answer = await client.message(number)
-            assert (answer.headers, answer.body, answer.reset) == ([(b":status", b"200")], b"server firstcba", None)
+            assert (answer.headers, answer.body, answer.reset) == (
+                [(b":status", b"200")],
+                b"server firstcba",
+                None,
+            )
         await proxy.idle()
     keys = set()
     for head in heads:
@@ -247,7 +293,9 @@ SWITCHED = b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade:
         (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\nno", 403, None),
     ],
 )  # fmt: skip
-async def test_an_extended_connect_is_a_tunnel_only_behind_a_101_with_the_proof(response: bytes, status: int, reason: str | None) -> None:
+async def test_an_extended_connect_is_a_tunnel_only_behind_a_101_with_the_proof(
+    response: bytes, status: int, reason: str | None
+) -> None:
     async with origin(answering(response)) as up, hop2(up.address, settings=TO_HTTP1) as proxy:
         client = await proxy.connect2()
         number = await client.request(WEBSOCKET, end=False)
@@ -263,7 +311,10 @@ async def test_a_handshake_that_a_server_of_http2_refuses_is_an_ordinary_respons
         peer.h2.send_headers(number, [(b":status", b"403")])
         await peer.send(number, b"no", end=True)
 
-    async with origin(speaking(answering2(respond, early=True), EXTENDED)) as up, hop2(up.address) as proxy:
+    async with (
+        origin(speaking(answering2(respond, early=True), EXTENDED)) as up,
+        hop2(up.address) as proxy,
+    ):
         client = await proxy.connect()
         for _ in range(2):
             answer = await client.ask(HANDSHAKE)
@@ -305,7 +356,12 @@ async def test_a_server_that_takes_websockets_only_in_http1_gets_them_so() -> No
         assert (await second.ask()).body == b"ok"
         await first.stream.aclose()
         await proxy.idle()
-        assert [(e.status, e.failure, e.attempts) for e in proxy.ended] == [(200, None, 1), (200, None, 1), (101, None, 1), (200, None, 1)]
+        assert [(e.status, e.failure, e.attempts) for e in proxy.ended] == [
+            (200, None, 1),
+            (200, None, 1),
+            (101, None, 1),
+            (200, None, 1),
+        ]
 
 
 async def test_a_server_of_http1_behind_a_guess_of_http2_gets_its_websocket() -> None:
@@ -326,7 +382,9 @@ async def test_a_server_of_http1_behind_a_guess_of_http2_gets_its_websocket() ->
 
 
 @pytest.mark.parametrize("version", [1, 2])
-async def test_what_a_service_cannot_be_asked_for_says_nothing_against_its_endpoint(version: int) -> None:
+async def test_what_a_service_cannot_be_asked_for_says_nothing_against_its_endpoint(
+    version: int,
+) -> None:
     """Whatever a client offers, and as often as it likes."""
     async with mesh([only2(answering2())], policy(), up=b"2") as (world, _):
         for _ in range(20):
@@ -340,7 +398,11 @@ async def test_what_a_service_cannot_be_asked_for_says_nothing_against_its_endpo
             assert world.broken == 0
         client = await world.hop.connect()
         assert (await client.ask()).body == b"ok"
-        assert (await client.ask(GET.replace(b"\r\n\r\n", b"\r\nConnection: Upgrade\r\nUpgrade: TLS/1.2\r\n\r\n"))).body == b"ok"
+        assert (
+            await client.ask(
+                GET.replace(b"\r\n\r\n", b"\r\nConnection: Upgrade\r\nUpgrade: TLS/1.2\r\n\r\n")
+            )
+        ).body == b"ok"
 
 
 # Other offers
@@ -348,8 +410,13 @@ async def test_what_a_service_cannot_be_asked_for_says_nothing_against_its_endpo
 
 @pytest.mark.parametrize("offer", [b"TLS/1.2", b"TLS/1.2, HTTP/1.1", b"h2c", b"HTTP/2.0"])
 async def test_an_offer_of_what_would_carry_http_is_ignored(offer: bytes) -> None:
-    """Apache HttpClient 5.4 offers TLS with each GET. Behind such an upgrade this proxy would see no requests any more."""
-    request = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: keep-alive, Upgrade\r\nUpgrade: " + offer + b"\r\nX: y\r\n\r\n"
+    """Apache HttpClient 5.4 offers TLS with each GET. Behind such an upgrade this proxy would see
+    no requests any more."""
+    request = (
+        b"GET / HTTP/1.1\r\nHost: a\r\nConnection: keep-alive, Upgrade\r\nUpgrade: "
+        + offer
+        + b"\r\nX: y\r\n\r\n"
+    )
     heard: list[Message] = []
     async with through(answering(heard=heard)) as (client, _):
         for _ in range(2):
@@ -366,7 +433,11 @@ async def test_an_offer_that_http2_cannot_carry_is_ignored(offer: bytes) -> None
         heard.append(message)
         await ok(peer, number, message)
 
-    request = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: " + offer + b"\r\nX: y\r\n\r\n"
+    request = (
+        b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: "
+        + offer
+        + b"\r\nX: y\r\n\r\n"
+    )
     async with origin(speaking(answering2(note), EXTENDED)) as up, hop2(up.address) as proxy:
         client = await proxy.connect()
         for _ in range(2):

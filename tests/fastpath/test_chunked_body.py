@@ -1,4 +1,5 @@
-"""A body in chunks comes out as the ordinary path's reader and writer would have it, in whatever pieces it is read."""
+"""A body in chunks comes out as the ordinary path's reader and writer would have it, in whatever
+pieces it is read."""
 
 from __future__ import annotations
 
@@ -31,10 +32,19 @@ def test_byte_by_byte_each_byte_of_it_goes_on_at_once() -> None:
         out += chunks.out
         assert len(chunks.left) < 32
     assert (size, chunks.ended, chunks.left) == (305, True, b"")
-    assert out == b"".join(chunked(b"%c" % byte).removesuffix(b"0\r\n\r\n") for byte in b"hello" + b"x" * 300) + ONWARD[-15:]
+    assert (
+        out
+        == b"".join(
+            chunked(b"%c" % byte).removesuffix(b"0\r\n\r\n") for byte in b"hello" + b"x" * 300
+        )
+        + ONWARD[-15:]
+    )
 
 
-@pytest.mark.parametrize("spoiled", [b"5\r\nhello!\r\n", b"-1\r\n", b"5\nhello\r\n", b"0\r\nX: \x00\r\n\r\n", b"1" * 2000])
+@pytest.mark.parametrize(
+    "spoiled",
+    [b"5\r\nhello!\r\n", b"-1\r\n", b"5\nhello\r\n", b"0\r\nX: \x00\r\n\r\n", b"1" * 2000],
+)
 def test_what_is_no_chunk_is_refused_and_what_came_before_it_goes_on(spoiled: bytes) -> None:
     chunks = Chunks(Limits())
     chunks.pass_on(b"3\r\nabc\r\n")

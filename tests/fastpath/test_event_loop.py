@@ -1,4 +1,5 @@
-"""The loop beneath trio: what comes for the fast path is done where trio would wait, and nothing of trio's waits for it."""
+"""The loop beneath trio: what comes for the fast path is done where trio would wait, and nothing of
+trio's waits for it."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def clock(request: pytest.FixtureRequest) -> trio.abc.Clock | None:
 @asynccontextmanager
 async def running_loop() -> AsyncIterator[EventLoop]:
     """A fast path that has lent something, as far as its event loop knows."""
-    fast_path = FastPath(Drain(), 1_000_000, 1_000_000)  # so that it does not look up by itself meanwhile
+    fast_path = FastPath(
+        Drain(), 1_000_000, 1_000_000
+    )  # so that it does not look up by itself meanwhile
     await fast_path.open()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(fast_path.run)
@@ -58,7 +61,9 @@ class Passes(trio.abc.Instrument):
         self.steps += 1
 
 
-async def test_what_comes_for_the_fast_path_takes_no_pass_of_the_scheduler(clock: trio.abc.Clock | None) -> None:
+async def test_what_comes_for_the_fast_path_takes_no_pass_of_the_scheduler(
+    clock: trio.abc.Clock | None,
+) -> None:
     passes, heard, all_of_it = Passes(), bytearray(), trio.Event()
     with ends() as (here, there):
         async with running_loop() as event_loop:
@@ -80,13 +85,17 @@ async def test_what_comes_for_the_fast_path_takes_no_pass_of_the_scheduler(clock
     assert passes.steps < 100
 
 
-async def test_a_deadline_comes_although_the_fast_path_is_idle(clock: trio.abc.Clock | None) -> None:
+async def test_a_deadline_comes_although_the_fast_path_is_idle(
+    clock: trio.abc.Clock | None,
+) -> None:
     async with running_loop():
         with trio.fail_after(20):
             await trio.sleep(0.05)
 
 
-async def test_a_deadline_comes_although_the_fast_path_is_never_idle(clock: trio.abc.Clock | None) -> None:
+async def test_a_deadline_comes_although_the_fast_path_is_never_idle(
+    clock: trio.abc.Clock | None,
+) -> None:
     steps = 0
 
     def step(_: int) -> None:
@@ -103,9 +112,13 @@ async def test_a_deadline_comes_although_the_fast_path_is_never_idle(clock: trio
     assert steps > 10
 
 
-async def test_a_deadline_that_has_passed_while_a_task_ran_is_not_slept_over(clock: trio.abc.Clock | None) -> None:
+async def test_a_deadline_that_has_passed_while_a_task_ran_is_not_slept_over(
+    clock: trio.abc.Clock | None,
+) -> None:
     before = time.perf_counter()
-    waker = threading.Timer(20, trio.lowlevel.current_trio_token().run_sync_soon, [lambda: None])  # from a sleep that would have no end
+    waker = threading.Timer(
+        20, trio.lowlevel.current_trio_token().run_sync_soon, [lambda: None]
+    )  # from a sleep that would have no end
     waker.start()
     async with running_loop(), trio.open_nursery() as nursery:
         nursery.start_soon(trio.sleep, 0.02)
@@ -117,8 +130,11 @@ async def test_a_deadline_that_has_passed_while_a_task_ran_is_not_slept_over(clo
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["other connections stay", "it was the last"])
-async def test_a_task_that_a_step_has_made_runnable_runs_at_once(last: bool, clock: trio.abc.Clock | None) -> None:
-    """As does one whose connection leaves the fast path, in the midst of a wait, and leaves nothing on it."""
+async def test_a_task_that_a_step_has_made_runnable_runs_at_once(
+    last: bool, clock: trio.abc.Clock | None
+) -> None:
+    """As does one whose connection leaves the fast path, in the midst of a wait, and leaves nothing
+    on it."""
     event = trio.Event()
     with ends() as (here, there):
         async with running_loop() as event_loop:
@@ -139,7 +155,9 @@ async def test_a_task_that_a_step_has_made_runnable_runs_at_once(last: bool, clo
             event_loop.lent += last
 
 
-async def test_a_task_that_can_run_already_does_not_keep_the_fast_path_waiting(clock: trio.abc.Clock | None) -> None:
+async def test_a_task_that_can_run_already_does_not_keep_the_fast_path_waiting(
+    clock: trio.abc.Clock | None,
+) -> None:
     heard = bytearray()
     with ends() as (here, there):
         async with running_loop() as event_loop:
@@ -151,8 +169,11 @@ async def test_a_task_that_can_run_already_does_not_keep_the_fast_path_waiting(c
     assert heard == b"x"
 
 
-async def test_a_proxy_s_run_waits_on_the_ground_and_needs_no_waking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its own clock, trio does nothing for a task that a step has made runnable but to run it."""
+async def test_a_proxy_s_run_waits_on_the_ground_and_needs_no_waking(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By its own clock, trio does nothing for a task that a step has made runnable but to run
+    it."""
     clock, event, woken = Clock(), trio.Event(), []
 
     async def main() -> None:
@@ -165,7 +186,9 @@ async def test_a_proxy_s_run_waits_on_the_ground_and_needs_no_waking(monkeypatch
 
                 event_loop.steps[here.fileno()] = step
                 event_loop.watch(here.fileno(), 0, select.EPOLLIN)
-                monkeypatch.setattr(trio.lowlevel.TrioToken, "run_sync_soon", lambda *_, **__: woken.append(1))
+                monkeypatch.setattr(
+                    trio.lowlevel.TrioToken, "run_sync_soon", lambda *_, **__: woken.append(1)
+                )
                 there.send(b"x")
                 with trio.fail_after(20):
                     await event.wait()
@@ -176,7 +199,9 @@ async def test_a_proxy_s_run_waits_on_the_ground_and_needs_no_waking(monkeypatch
     assert not woken
 
 
-async def test_what_other_threads_and_other_sockets_say_is_heard(clock: trio.abc.Clock | None) -> None:
+async def test_what_other_threads_and_other_sockets_say_is_heard(
+    clock: trio.abc.Clock | None,
+) -> None:
     with ends() as (here, there):
         async with running_loop():
             with trio.fail_after(20):
@@ -184,7 +209,9 @@ async def test_what_other_threads_and_other_sockets_say_is_heard(clock: trio.abc
                 await trio.lowlevel.wait_readable(here)
 
 
-async def test_paths_of_one_run_share_their_loop_and_leave_nothing_open(clock: trio.abc.Clock | None) -> None:
+async def test_paths_of_one_run_share_their_loop_and_leave_nothing_open(
+    clock: trio.abc.Clock | None,
+) -> None:
     before = descriptors()
     async with running_loop() as one, running_loop() as other:
         assert one is other

@@ -1,4 +1,5 @@
-"""A relay on the fast path: what comes out, and how it ends, is what two tasks would have made of it."""
+"""A relay on the fast path: what comes out, and how it ends, is what two tasks would have made of
+it."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ IDLE = 60.0
 
 
 @asynccontextmanager
-async def paved(idle_timeout: float = 1_000_000, silence: float = 1_000_000) -> AsyncIterator[FastPath]:
+async def paved(
+    idle_timeout: float = 1_000_000, silence: float = 1_000_000
+) -> AsyncIterator[FastPath]:
     """A fast path that runs, and by default does not look up by itself meanwhile."""
     fast_path = FastPath(Drain(), idle_timeout, silence)
     await fast_path.open()
@@ -60,7 +63,8 @@ class Heard:
 
 @dataclass
 class Conversation:
-    """What each peer says, piece by piece, and how it ends; and after how many pieces in all the fast path gives the relay back."""
+    """What each peer says, piece by piece, and how it ends; and after how many pieces in all the
+    fast path gives the relay back."""
 
     pieces: list[tuple[int, int]]  # which peer, how many bytes
     last: tuple[str, str]  # of each: "eof", "reset"
@@ -69,14 +73,18 @@ class Conversation:
     peers: tuple[Heard, Heard] = field(default_factory=lambda: (Heard(), Heard()))
 
 
-async def held(talk: Conversation, kinds: tuple[bool, bool], fast_path: FastPath | None) -> Conversation:
+async def held(
+    talk: Conversation, kinds: tuple[bool, bool], fast_path: FastPath | None
+) -> Conversation:
     """Hold it by way of a relay between two connections (`kinds`: which of them is TLS)."""
     one, a = await ends(kinds[0])
     b, other = await ends(kinds[1])
     speakers = (one, other)
 
     async def run() -> None:
-        talk.outcome = await relay(a, b, idle=IDLE, carry=fast_path.join if fast_path is not None else None)
+        talk.outcome = await relay(
+            a, b, idle=IDLE, carry=fast_path.join if fast_path is not None else None
+        )
         a.close()
         b.close()
 
@@ -99,7 +107,9 @@ async def held(talk: Conversation, kinds: tuple[bool, bool], fast_path: FastPath
                     fast_relay.leave()
             await speakers[who].send_all(bytes([number % 256]) * size)
             said[who] += size
-            await until(lambda: all(len(talk.peers[1 - who].data) == said[who] for who in (0, 1)))  # so that a reset destroys nothing
+            await until(
+                lambda: all(len(talk.peers[1 - who].data) == said[who] for who in (0, 1))
+            )  # so that a reset destroys nothing
         for who, how in enumerate(talk.last):
             if how == "reset":
                 speakers[who].reset()
@@ -132,11 +142,15 @@ TALKS = st.builds(
 
 @settings(max_examples=60, deadline=None)
 @given(TALKS, st.tuples(st.booleans(), st.booleans()))
-def test_a_conversation_comes_out_as_it_does_with_tasks(talk: Conversation, kinds: tuple[bool, bool]) -> None:
+def test_a_conversation_comes_out_as_it_does_with_tasks(
+    talk: Conversation, kinds: tuple[bool, bool]
+) -> None:
     async def main() -> tuple[Conversation, Conversation]:
         with_tasks = await held(Conversation(talk.pieces, talk.last), kinds, None)
         async with paved() as fast_path:
-            on_fast_path = await held(Conversation(talk.pieces, talk.last, talk.given_back), kinds, fast_path)
+            on_fast_path = await held(
+                Conversation(talk.pieces, talk.last, talk.given_back), kinds, fast_path
+            )
             assert not fast_path._relays
             assert fast_path.event_loop.lent == 0
         return with_tasks, on_fast_path
@@ -154,7 +168,8 @@ async def test_an_end_that_was_read_behind_full_records_is_heard() -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(partial(relay, a, b, idle=IDLE, carry=fast_path.join))
                 await trio.testing.wait_all_tasks_blocked()
-                # In one step of this task, so that the relay finds all of it: two full records, and close_notify, without the end of TCP.
+                # In one step of this task, so that the relay finds all of it: two full records, and
+                # close_notify, without the end of TCP.
                 assert server.send_nowait(bytes(32768)) == 32768
                 assert server.send_eof_nowait()
                 assert await read_all(client) == bytes(32768)
@@ -181,7 +196,9 @@ async def test_no_task_waits_for_either_side() -> None:
 
 
 @pytest.mark.parametrize("tls", [False, True])
-async def test_what_was_not_taken_yet_goes_back_with_it_when_the_fast_path_is_closed(tls: bool) -> None:
+async def test_what_was_not_taken_yet_goes_back_with_it_when_the_fast_path_is_closed(
+    tls: bool,
+) -> None:
     client, a = pair()
     b, server = await ends(tls, buffers=16384)
     got = bytearray()
@@ -211,7 +228,9 @@ async def noted(found: list[Relayed], a: Either, b: Either, fast_path: FastPath)
     found.append(await relay(a, b, idle=IDLE, carry=fast_path.join))
 
 
-async def test_a_side_that_is_lost_while_the_other_takes_nothing_is_found_out_when_it_does() -> None:
+async def test_a_side_that_is_lost_while_the_other_takes_nothing_is_found_out_when_it_does() -> (
+    None
+):
     client, a = pair()
     b, server = pair(buffers=16384)
     found: list[Relayed] = []
@@ -233,7 +252,9 @@ async def test_a_side_that_is_lost_while_the_other_takes_nothing_is_found_out_wh
 
 @pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("clogged", [False, True])
-async def test_a_side_that_is_known_to_be_dead_ends_it_whoever_waits_for_that_side(tls: bool, clogged: bool) -> None:
+async def test_a_side_that_is_known_to_be_dead_ends_it_whoever_waits_for_that_side(
+    tls: bool, clogged: bool
+) -> None:
     client, a = pair()
     b, server = await ends(tls, buffers=16384)
     found: list[Relayed] = []
@@ -254,7 +275,9 @@ async def test_a_side_that_is_known_to_be_dead_ends_it_whoever_waits_for_that_si
         stream.close()
 
 
-async def test_silence_ends_it_although_exchanges_are_under_way(autojump_clock: trio.abc.Clock) -> None:
+async def test_silence_ends_it_although_exchanges_are_under_way(
+    autojump_clock: trio.abc.Clock,
+) -> None:
     client, a = pair()
     b, server = pair()
     async with paved(silence=IDLE) as fast_path:
@@ -267,7 +290,9 @@ async def test_silence_ends_it_although_exchanges_are_under_way(autojump_clock: 
 
 
 @interpreted
-async def test_a_relay_for_which_there_is_no_room_in_the_set_takes_the_ordinary_path(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_relay_for_which_there_is_no_room_in_the_set_takes_the_ordinary_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     client, a = pair()
     b, server = pair()
     async with paved() as fast_path:

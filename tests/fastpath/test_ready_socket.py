@@ -24,7 +24,9 @@ MESH = Mesh()
 class Turn:
     """Looks at a side in the first of the steps of a turn."""
 
-    def __init__(self, event_loop: EventLoop, side: Side, sock: socket.socket, other: socket.socket) -> None:
+    def __init__(
+        self, event_loop: EventLoop, side: Side, sock: socket.socket, other: socket.socket
+    ) -> None:
         self._side, self._sock, self._other = side, sock, other
         self._seen: list[bool] = []
         event_loop.steps[sock.fileno()] = self._look
@@ -44,7 +46,9 @@ class Turn:
 
 
 @asynccontextmanager
-async def resting(*, tls: bool = False, spoken: bool = True) -> AsyncIterator[tuple[Side, SocketStream | TLSStream, Turn]]:
+async def resting(
+    *, tls: bool = False, spoken: bool = True
+) -> AsyncIterator[tuple[Side, SocketStream | TLSStream, Turn]]:
     """A side that has read something and come to rest, the other end, and a look."""
     ours, theirs = await MESH.connect(pair()) if tls else pair()
     async with running_loop() as event_loop:
@@ -120,7 +124,9 @@ async def test_one_that_is_closed_at_rest_is_not_kept_by_the_loop(fast_path: str
     theirs.close()
 
 
-async def test_a_turn_that_could_not_be_told_all_knows_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_turn_that_could_not_be_told_all_knows_of_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async with resting() as (_, __, turn):
         assert await turn.quiet()
         monkeypatch.setattr(room, "EVENTS", 1)

@@ -1,8 +1,10 @@
-"""Who is let in when there is no room for all: whole proxies in this process, on loopback, with real sockets.
+"""Who is let in when there is no room for all: whole proxies in this process, on loopback, with
+real sockets.
 
-Rules: who has been refused is sent away; a client that has shown no identity keeps its connection for seconds only, unless it asks for
-something; whatever such clients do, a member of the mesh comes in within a second or two, at a sidecar and at a gateway, on both paths; and
-where there is room, a client without an identity is served like any other.
+Rules: who has been refused is sent away; a client that has shown no identity keeps its connection
+for seconds only, unless it asks for something; whatever such clients do, a member of the mesh comes
+in within a second or two, at a sidecar and at a gateway, on both paths; and where there is room, a
+client without an identity is served like any other.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from tests.kit.http2_peers import GET, GRPC, Gone, Peer2
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: c.default\r\n\r\n"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and SETTINGS
-PROMPTLY = 5.0  # seconds, on a busy machine; each wait that is tested would otherwise be longer than `SLOW`
+# seconds, on a busy machine; each wait that is tested would otherwise be longer than `SLOW`
+PROMPTLY = 5.0
 SLOW = "60s"
 SILENT: dict[str, Any] = {"detect_timeout": SLOW, "max_pending": 64}
 ATTACKERS = 100
@@ -74,7 +77,9 @@ class Stage:
 
 
 @asynccontextmanager
-async def sidecar(folder: Path, *, fast: bool = True, http: dict[str, Any] | None = None, **inbound: Any) -> AsyncIterator[Stage]:
+async def sidecar(
+    folder: Path, *, fast: bool = True, http: dict[str, Any] | None = None, **inbound: Any
+) -> AsyncIterator[Stage]:
     fleet = Fleet(folder)
 
     async def serve(stream: trio.SocketStream) -> None:
@@ -88,17 +93,29 @@ async def sidecar(folder: Path, *, fast: bool = True, http: dict[str, Any] | Non
 
 
 @asynccontextmanager
-async def gateway(folder: Path, *, fast: bool = True, http: dict[str, Any] | None = None, **rules: Any) -> AsyncIterator[Stage]:
-    """The gateway of a cluster in which `c` is exported, and has no endpoint: who is let in is answered 503."""
+async def gateway(
+    folder: Path, *, fast: bool = True, http: dict[str, Any] | None = None, **rules: Any
+) -> AsyncIterator[Stage]:
+    """The gateway of a cluster in which `c` is exported, and has no endpoint: who is let in is
+    answered 503."""
     fleet = Fleet(folder)
     c = {"name": "c", "ports": [{"port": 80, "protocol": "http1"}], "endpoints": [], "export": True}
     settings = {"enabled": True, **LISTEN, **rules}
-    async with whole(fleet, "gateway", fast, gateway=settings, http=http or {}, directory={"cluster": "east", "services": [c]}) as app:
+    async with whole(
+        fleet,
+        "gateway",
+        fast,
+        gateway=settings,
+        http=http or {},
+        directory={"cluster": "east", "services": [c]},
+    ) as app:
         yield Stage(fleet, app, "gateway")
 
 
 @asynccontextmanager
-async def whole(fleet: Fleet, name: str, fast: bool, directory: dict[str, Any] | None = None, **settings: Any) -> AsyncIterator[App]:
+async def whole(
+    fleet: Fleet, name: str, fast: bool, directory: dict[str, Any] | None = None, **settings: Any
+) -> AsyncIterator[App]:
     async with AsyncExitStack() as stack:
         if fast:
             yield await stack.enter_async_context(fleet.running(name, directory, **settings))
@@ -135,10 +152,16 @@ async def read_to_the_end(client: Peer2) -> None:
 
 
 @BOTH_PATHS
-@pytest.mark.parametrize("side", ["sidecar", "gateway", "gateway, not on the list", "sidecar, not on the list"])
-async def test_who_was_refused_over_http_1_is_sent_away(tmp_path: Path, side: str, fast: bool) -> None:
+@pytest.mark.parametrize(
+    "side", ["sidecar", "gateway", "gateway, not on the list", "sidecar, not on the list"]
+)
+async def test_who_was_refused_over_http_1_is_sent_away(
+    tmp_path: Path, side: str, fast: bool
+) -> None:
     listed = Fleet.identity("king")
-    rules: dict[str, Any] = {"sidecar": {"require_identity": True}, "gateway": {}}.get(side, {"allow": [listed]})
+    rules: dict[str, Any] = {"sidecar": {"require_identity": True}, "gateway": {}}.get(
+        side, {"allow": [listed]}
+    )
     if side.startswith("sidecar, not"):
         rules = {}
     make = gateway if side.startswith("gateway") else sidecar
@@ -156,7 +179,9 @@ async def test_who_was_refused_over_http_1_is_sent_away(tmp_path: Path, side: st
 @BOTH_PATHS
 @BOTH_SIDES
 @pytest.mark.parametrize("head", [GET, GRPC], ids=["http", "grpc"])
-async def test_who_was_refused_over_http_2_is_sent_away(tmp_path: Path, side: Side, fast: bool, head: Any) -> None:
+async def test_who_was_refused_over_http_2_is_sent_away(
+    tmp_path: Path, side: Side, fast: bool, head: Any
+) -> None:
     rules = {"require_identity": True} if side is sidecar else {}
     async with side(tmp_path, fast=fast, **rules) as stage:
         client = Peer2(await stage.plain(), client=True)
@@ -171,7 +196,9 @@ async def test_who_was_refused_over_http_2_is_sent_away(tmp_path: Path, side: Si
         client.peer.close()
 
 
-async def test_what_a_gateway_does_not_export_is_no_reason_to_send_a_member_away(tmp_path: Path) -> None:
+async def test_what_a_gateway_does_not_export_is_no_reason_to_send_a_member_away(
+    tmp_path: Path,
+) -> None:
     async with gateway(tmp_path) as stage:
         peer = await stage.member()
         for _ in range(2):
@@ -189,7 +216,9 @@ async def test_what_a_gateway_does_not_export_is_no_reason_to_send_a_member_away
 async def test_who_has_no_identity_keeps_a_quiet_connection_for_seconds_and_a_member_for_longer(
     tmp_path: Path, version: str, fast: bool
 ) -> None:
-    async with sidecar(tmp_path, fast=fast, http={"plain_idle_timeout": "1s", "idle_timeout": SLOW}) as stage:
+    async with sidecar(
+        tmp_path, fast=fast, http={"plain_idle_timeout": "1s", "idle_timeout": SLOW}
+    ) as stage:
         member = await stage.comes_in()
         plain = await stage.plain()
         began = trio.current_time()
@@ -213,7 +242,9 @@ async def test_who_has_no_identity_keeps_a_quiet_connection_for_seconds_and_a_me
 
 
 @asynccontextmanager
-async def flood(attack: Callable[[trio.SocketStream], Awaitable[None]], port: int, number: int) -> AsyncIterator[None]:
+async def flood(
+    attack: Callable[[trio.SocketStream], Awaitable[None]], port: int, number: int
+) -> AsyncIterator[None]:
     """So many clients, each of which comes again when it is sent away."""
 
     async def forever() -> None:
@@ -248,7 +279,9 @@ def stalled(name: str) -> Callable[[trio.SocketStream], Awaitable[None]]:
     """A ClientHello for this workload, and nothing behind it."""
     outgoing, context = ssl.MemoryBIO(), ssl.create_default_context()
     try:
-        context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=SpiffeId.parse(Fleet.identity(name)).sni).do_handshake()
+        context.wrap_bio(
+            ssl.MemoryBIO(), outgoing, server_hostname=SpiffeId.parse(Fleet.identity(name)).sni
+        ).do_handshake()
     except ssl.SSLWantReadError:
         greeting = outgoing.read()
 
@@ -283,9 +316,13 @@ ATTACKS = [silent, hello, stalled, request, part, preface, upload]
 @BOTH_PATHS
 @BOTH_SIDES
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
-async def test_a_member_comes_in_whatever_others_do(tmp_path: Path, side: Side, fast: bool, attack: Any) -> None:
+async def test_a_member_comes_in_whatever_others_do(
+    tmp_path: Path, side: Side, fast: bool, attack: Any
+) -> None:
     rules = {"max_connections": 20, "member_reserve": 0.25, **SILENT}
-    async with side(tmp_path, fast=fast, http={"head_timeout": SLOW, "plain_idle_timeout": SLOW}, **rules) as stage:
+    async with side(
+        tmp_path, fast=fast, http={"head_timeout": SLOW, "plain_idle_timeout": SLOW}, **rules
+    ) as stage:
         if attack is stalled:
             attack = stalled(stage.name)
         async with AsyncExitStack() as stack, flood(attack, way_in(stage.app), ATTACKERS):
@@ -312,7 +349,9 @@ async def test_members_who_come_in_stay_while_a_flood_goes_on(tmp_path: Path) ->
 
 
 @BOTH_PATHS
-async def test_clients_without_an_identity_are_served_while_there_is_room_and_take_turns_then(tmp_path: Path, fast: bool) -> None:
+async def test_clients_without_an_identity_are_served_while_there_is_room_and_take_turns_then(
+    tmp_path: Path, fast: bool
+) -> None:
     async with sidecar(tmp_path, fast=fast, max_connections=10, member_reserve=0.2) as stage:
         peers = [await stage.plain() for _ in range(8)]
         for peer in peers:
@@ -334,7 +373,9 @@ async def test_clients_without_an_identity_are_served_while_there_is_room_and_ta
             peer.close()
 
 
-async def test_what_a_client_without_an_identity_has_begun_is_not_cut_for_another_one(tmp_path: Path) -> None:
+async def test_what_a_client_without_an_identity_has_begun_is_not_cut_for_another_one(
+    tmp_path: Path,
+) -> None:
     async with sidecar(tmp_path, max_connections=10, member_reserve=0.2) as stage:
         peers = [await stage.plain() for _ in range(8)]
         for peer in peers:
@@ -352,13 +393,28 @@ async def test_what_a_client_without_an_identity_has_begun_is_not_cut_for_anothe
             peer.close()
 
 
-async def test_the_log_says_who_was_ended_and_why_once_a_second(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_log_says_who_was_ended_and_why_once_a_second(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO", "isthmus")
-    async with sidecar(tmp_path, max_connections=20, **SILENT) as stage, flood(silent, way_in(stage.app), ATTACKERS):
-        await until(lambda: stage.count("connections_evicted_total", listener="inbound", reason="pending") > 20)
+    async with (
+        sidecar(tmp_path, max_connections=20, **SILENT) as stage,
+        flood(silent, way_in(stage.app), ATTACKERS),
+    ):
+        await until(
+            lambda: (
+                stage.count("connections_evicted_total", listener="inbound", reason="pending") > 20
+            )
+        )
     lines = [record.getMessage() for record in caplog.records if "make room" in record.getMessage()]
     assert 1 <= len(lines) <= 5
-    assert lines[0].startswith(f"inbound: a connection from {HOST} was closed to make room for others: ")
-    ends = [line for record in caplog.records if (line := getattr(record, "line", None)) is not None and line.reason == "evicted"]
+    assert lines[0].startswith(
+        f"inbound: a connection from {HOST} was closed to make room for others: "
+    )
+    ends = [
+        line
+        for record in caplog.records
+        if (line := getattr(record, "line", None)) is not None and line.reason == "evicted"
+    ]
     assert ends, "and its own line has the reason"
     assert stage.count("errors_total", direction="inbound", reason="connection_lost") == 0

@@ -1,7 +1,9 @@
-"""An outsider's authority does not choose the service: whatever a request says of itself, it goes where the application dialled.
+"""An outsider's authority does not choose the service: whatever a request says of itself, it goes
+where the application dialled.
 
-Whole proxies on loopback. `shop` is a service of the directory behind a meshed sidecar; the application dials another server, which the
-directory does not know, as a reverse proxy does that keeps the Host of its client.
+Whole proxies on loopback. `shop` is a service of the directory behind a meshed sidecar; the
+application dials another server, which the directory does not know, as a reverse proxy does that
+keeps the Host of its client.
 """
 
 from __future__ import annotations
@@ -53,17 +55,36 @@ async def scene(folder: Path, fast_path: bool, **outbound: Any) -> AsyncIterator
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         inner, outer = await enter(application(shop)), await enter(application(outside, OUTSIDE))
-        far = await enter(fleet.running("shop", inbound={**LISTEN, "fixed_destination": f"{HOST}:{inner}"}))
-        endpoint = {"address": HOST, "identity": Fleet.identity("shop"), "ports": {"80": way_in(far)}}
-        directory = {"services": [{"name": "shop", "addresses": ["10.96.0.1"], "ports": [{"port": 80}], "endpoints": [endpoint]}]}
+        far = await enter(
+            fleet.running("shop", inbound={**LISTEN, "fixed_destination": f"{HOST}:{inner}"})
+        )
+        endpoint = {
+            "address": HOST,
+            "identity": Fleet.identity("shop"),
+            "ports": {"80": way_in(far)},
+        }
+        directory = {
+            "services": [
+                {
+                    "name": "shop",
+                    "addresses": ["10.96.0.1"],
+                    "ports": [{"port": 80}],
+                    "endpoints": [endpoint],
+                }
+            ]
+        }
         to = {**LISTEN, "fixed_destination": f"{OUTSIDE}:{outer}", **outbound}
         near = await enter(fleet.running("web", directory, outbound=to, fast_path=fast_path))
         yield Scene(Address(HOST, way_out(near)), reached)
 
 
 @FAST
-@pytest.mark.parametrize("authority", ["shop", "shop:80", "shop.default.svc.cluster.local", "SHOP.default."])
-async def test_a_host_field_does_not_lead_to_an_internal_service(tmp_path: Path, authority: str, fast_path: bool) -> None:
+@pytest.mark.parametrize(
+    "authority", ["shop", "shop:80", "shop.default.svc.cluster.local", "SHOP.default."]
+)
+async def test_a_host_field_does_not_lead_to_an_internal_service(
+    tmp_path: Path, authority: str, fast_path: bool
+) -> None:
     async with scene(tmp_path, fast_path) as made:
         for _ in range(2):  # the second one finds a kept connection
             answer = await made.ask(f"GET /a HTTP/1.1\r\nHost: {authority}\r\n\r\n".encode())
@@ -73,7 +94,9 @@ async def test_a_host_field_does_not_lead_to_an_internal_service(tmp_path: Path,
 
 
 @FAST
-async def test_a_request_to_a_forward_proxy_goes_there_in_absolute_form(tmp_path: Path, fast_path: bool) -> None:
+async def test_a_request_to_a_forward_proxy_goes_there_in_absolute_form(
+    tmp_path: Path, fast_path: bool
+) -> None:
     async with scene(tmp_path, fast_path) as made:
         for _ in range(2):
             answer = await made.ask(b"GET http://shop/a?b HTTP/1.1\r\nHost: elsewhere\r\n\r\n")
@@ -84,9 +107,13 @@ async def test_a_request_to_a_forward_proxy_goes_there_in_absolute_form(tmp_path
 
 @FAST
 @pytest.mark.parametrize(
-    "request_", [b"GET /a HTTP/1.1\r\nHost: shop\r\n\r\n", b"GET http://shop/a HTTP/1.1\r\nHost: shop\r\n\r\n"], ids=["path", "absolute"]
+    "request_",
+    [b"GET /a HTTP/1.1\r\nHost: shop\r\n\r\n", b"GET http://shop/a HTTP/1.1\r\nHost: shop\r\n\r\n"],
+    ids=["path", "absolute"],
 )
-async def test_it_does_where_the_operator_lets_it(tmp_path: Path, request_: bytes, fast_path: bool) -> None:
+async def test_it_does_where_the_operator_lets_it(
+    tmp_path: Path, request_: bytes, fast_path: bool
+) -> None:
     async with scene(tmp_path, fast_path, authority_networks=[f"{OUTSIDE}/32"]) as made:
         for _ in range(2):
             assert (await made.ask(request_)).status == 200
@@ -94,7 +121,9 @@ async def test_it_does_where_the_operator_lets_it(tmp_path: Path, request_: byte
 
 
 @FAST
-async def test_the_operators_fixed_destination_decides_like_any_address_of_the_directory(tmp_path: Path, fast_path: bool) -> None:
+async def test_the_operators_fixed_destination_decides_like_any_address_of_the_directory(
+    tmp_path: Path, fast_path: bool
+) -> None:
     async with scene(tmp_path, fast_path, fixed_destination="10.96.0.1:80") as made:
         assert (await made.ask(b"GET /a HTTP/1.1\r\nHost: elsewhere.example\r\n\r\n")).status == 200
         assert set(made.reached) == {"shop"}

@@ -1,6 +1,8 @@
-"""A connection ends with the certificates that it rests on: whole proxies, both paths, and a wall clock that the tests move.
+"""A connection ends with the certificates that it rests on: whole proxies, both paths, and a wall
+clock that the tests move.
 
-At the end of the certificate a connection takes no new request; `identity.expiry_grace` later it is cut, whatever is under way.
+At the end of the certificate a connection takes no new request; `identity.expiry_grace` later it is
+cut, whatever is under way.
 """
 
 from __future__ import annotations
@@ -51,12 +53,19 @@ def fast(request: pytest.FixtureRequest) -> bool:
 
 
 @asynccontextmanager
-async def served(folder: Path, serve: Application, fast: bool, **identity: Any) -> AsyncIterator[tuple[Fleet, App]]:
+async def served(
+    folder: Path, serve: Application, fast: bool, **identity: Any
+) -> AsyncIterator[tuple[Fleet, App]]:
     """A sidecar named `server` before an application."""
     fleet = Fleet(folder)
     async with application(serve) as port:
         inbound = {**LISTEN, "fixed_destination": f"{HOST}:{port}"}
-        async with fleet.running("server", inbound=inbound, fast_path=fast, identity={**fleet.material("server"), **identity}) as app:
+        async with fleet.running(
+            "server",
+            inbound=inbound,
+            fast_path=fast,
+            identity={**fleet.material("server"), **identity},
+        ) as app:
             yield fleet, app
 
 
@@ -88,8 +97,13 @@ async def received(stream: Stream) -> bytes:
         return b""
 
 
-async def test_an_idle_connection_is_closed_and_takes_no_request_any_more(tmp_path: Path, fast: bool) -> None:
-    async with served(tmp_path, mirror, fast) as (fleet, app), await fleet.meet(app, "peer", "server") as stream:
+async def test_an_idle_connection_is_closed_and_takes_no_request_any_more(
+    tmp_path: Path, fast: bool
+) -> None:
+    async with (
+        served(tmp_path, mirror, fast) as (fleet, app),
+        await fleet.meet(app, "peer", "server") as stream,
+    ):
         for _ in range(2):
             await stream.send_all(GET)
             assert (await received(stream)).startswith(b"HTTP/1.1 200 OK\r\n")
@@ -105,7 +119,10 @@ async def test_an_idle_connection_is_closed_and_takes_no_request_any_more(tmp_pa
 
 async def test_the_response_under_way_says_that_it_is_the_last(tmp_path: Path, fast: bool) -> None:
     slow = Slow()
-    async with served(tmp_path, slow, fast, expiry_grace="1d") as (fleet, app), await fleet.meet(app, "peer", "server") as stream:
+    async with (
+        served(tmp_path, slow, fast, expiry_grace="1d") as (fleet, app),
+        await fleet.meet(app, "peer", "server") as stream,
+    ):
         await stream.send_all(GET)
         await slow.asked.wait()
         later(app, DAYS / 2 + 60)
@@ -120,7 +137,10 @@ async def test_the_response_under_way_says_that_it_is_the_last(tmp_path: Path, f
 
 async def test_an_exchange_that_outlasts_the_grace_is_cut(tmp_path: Path, fast: bool) -> None:
     slow = Slow()
-    async with served(tmp_path, slow, fast) as (fleet, app), await fleet.meet(app, "peer", "server") as stream:
+    async with (
+        served(tmp_path, slow, fast) as (fleet, app),
+        await fleet.meet(app, "peer", "server") as stream,
+    ):
         await stream.send_all(GET)
         await slow.asked.wait()
         later(app, DAYS)
@@ -129,9 +149,14 @@ async def test_an_exchange_that_outlasts_the_grace_is_cut(tmp_path: Path, fast: 
         assert b'isthmus_certificate_ends_total{how="cut"} 1.0' in app.render()
 
 
-async def test_a_relay_is_cut_behind_the_grace_with_a_reason(tmp_path: Path, fast: bool, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_relay_is_cut_behind_the_grace_with_a_reason(
+    tmp_path: Path, fast: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO", "isthmus.connection")
-    async with served(tmp_path, echo, fast) as (fleet, app), await fleet.meet(app, "peer", "server", alpn="isthmus-tcp") as stream:
+    async with (
+        served(tmp_path, echo, fast) as (fleet, app),
+        await fleet.meet(app, "peer", "server", alpn="isthmus-tcp") as stream,
+    ):
         due = await end(app)
         for seconds in (0, due + 5):
             later(app, seconds)
@@ -148,7 +173,10 @@ async def test_a_relay_is_cut_behind_the_grace_with_a_reason(tmp_path: Path, fas
 
 async def test_where_it_is_switched_off_nothing_ends(tmp_path: Path, fast: bool) -> None:
     off = {"end_with_certificate": False}
-    async with served(tmp_path, mirror, fast, **off) as (fleet, app), await fleet.meet(app, "peer", "server") as stream:
+    async with (
+        served(tmp_path, mirror, fast, **off) as (fleet, app),
+        await fleet.meet(app, "peer", "server") as stream,
+    ):
         await stream.send_all(GET)
         assert await received(stream)
         later(app, DAYS)
@@ -157,22 +185,35 @@ async def test_where_it_is_switched_off_nothing_ends(tmp_path: Path, fast: bool)
         assert len(app.own.expiries) == 0
 
 
-async def test_a_removed_root_ends_what_it_vouched_for_and_nothing_else(tmp_path: Path, fast: bool) -> None:
-    """First a root is added, which ends nothing; then the old one is taken away, while a peer of each is connected."""
-    async with served(tmp_path, mirror, fast, reload_interval="50ms", expiry_grace="0s") as (fleet, app):
+async def test_a_removed_root_ends_what_it_vouched_for_and_nothing_else(
+    tmp_path: Path, fast: bool
+) -> None:
+    """First a root is added, which ends nothing; then the old one is taken away, while a peer of
+    each is connected."""
+    async with served(tmp_path, mirror, fast, reload_interval="50ms", expiry_grace="0s") as (
+        fleet,
+        app,
+    ):
         place, fresh = tmp_path / "server", make_root("cluster.local")
         leaf = issue(fresh, SpiffeId.parse(fleet.identity("server")))
         (place / "roots.pem").write_bytes(fleet.root.certificate_pem + fresh.certificate_pem)
         await until(lambda: app.identity is not None and len(app.identity.roots) == 2)
         renewed = Fleet(tmp_path / "renewed", root=fresh)
         renewed.folder.mkdir()
-        async with await fleet.meet(app, "old", "server") as old, await renewed.meet(app, "new", "server", roots=fleet) as new:
+        async with (
+            await fleet.meet(app, "old", "server") as old,
+            await renewed.meet(app, "new", "server", roots=fleet) as new,
+        ):
             for stream in (old, new):
                 await stream.send_all(GET)
                 assert await received(stream)
             assert app.identity is not None
             before = app.identity.generation
-            for name, pem in (("certificate", leaf.certificate_pem), ("key", leaf.key_pem), ("roots", fresh.certificate_pem)):
+            for name, pem in (
+                ("certificate", leaf.certificate_pem),
+                ("key", leaf.key_pem),
+                ("roots", fresh.certificate_pem),
+            ):
                 (place / f"{name}.pem").write_bytes(pem)
             await until(lambda: app.identity is not None and app.identity.generation > before)
             with trio.fail_after(20):
@@ -182,9 +223,11 @@ async def test_a_removed_root_ends_what_it_vouched_for_and_nothing_else(tmp_path
 
 
 async def frames(stream: Stream) -> AsyncIterator[int]:
-    """Ask one question by HTTP/2, and give the type of each frame that comes until the end. PINGs are answered; h2 would refuse those
-    behind a GOAWAY."""
-    client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding="ascii"))
+    """Ask one question by HTTP/2, and give the type of each frame that comes until the end. PINGs
+    are answered; h2 would refuse those behind a GOAWAY."""
+    client = h2.connection.H2Connection(
+        h2.config.H2Configuration(client_side=True, header_encoding="ascii")
+    )
     client.initiate_connection()
     head = [(":method", "GET"), (":scheme", "http"), (":authority", "a"), (":path", "/")]
     client.send_headers(1, head, end_stream=True)
@@ -204,7 +247,9 @@ HEADERS, PING, GOAWAY = 1, 6, 7
 
 async def answer2(stream: trio.SocketStream) -> None:
     """An HTTP/2 server that answers each stream with 200."""
-    connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding="ascii"))
+    connection = h2.connection.H2Connection(
+        h2.config.H2Configuration(client_side=False, header_encoding="ascii")
+    )
     connection.initiate_connection()
     await stream.send_all(connection.data_to_send())
     async for data in stream:
@@ -229,14 +274,25 @@ async def test_an_http2_connection_says_goaway_and_ends(tmp_path: Path, fast: bo
 
 
 @asynccontextmanager
-async def dialled(folder: Path, fast: bool, protocol: str, serve: Application) -> AsyncIterator[tuple[App, App]]:
+async def dialled(
+    folder: Path, fast: bool, protocol: str, serve: Application
+) -> AsyncIterator[tuple[App, App]]:
     """(near, far): the sidecars of a client and of the service `c`, which speaks `protocol`."""
     fleet = Fleet(folder)
     async with application(serve) as port:
         inbound = {**LISTEN, "fixed_destination": f"{HOST}:{port}"}
         async with fleet.running("server", inbound=inbound, fast_path=fast) as far:
-            endpoint = {"address": HOST, "identity": fleet.identity("server"), "ports": {"80": way_in(far)}}
-            service = {"name": "c", "addresses": ["192.0.2.7"], "ports": [{"port": 80, "protocol": protocol}], "endpoints": [endpoint]}
+            endpoint = {
+                "address": HOST,
+                "identity": fleet.identity("server"),
+                "ports": {"80": way_in(far)},
+            }
+            service = {
+                "name": "c",
+                "addresses": ["192.0.2.7"],
+                "ports": [{"port": 80, "protocol": protocol}],
+                "endpoints": [endpoint],
+            }
             outbound = {**LISTEN, "fixed_destination": "192.0.2.7:80"}
             directory = {"cluster": "west", "services": [service]}
             async with fleet.running("near", directory, outbound=outbound, fast_path=fast) as near:
@@ -244,9 +300,14 @@ async def dialled(folder: Path, fast: bool, protocol: str, serve: Application) -
 
 
 @pytest.mark.parametrize("protocol", ["http1", "http2"])
-async def test_a_kept_connection_to_a_peer_is_not_used_any_more(tmp_path: Path, fast: bool, protocol: str) -> None:
+async def test_a_kept_connection_to_a_peer_is_not_used_any_more(
+    tmp_path: Path, fast: bool, protocol: str
+) -> None:
     serve = mirror if protocol == "http1" else answer2
-    async with dialled(tmp_path, fast, protocol, serve) as (near, far), await trio.open_tcp_stream(HOST, way_out(near)) as client:
+    async with (
+        dialled(tmp_path, fast, protocol, serve) as (near, far),
+        await trio.open_tcp_stream(HOST, way_out(near)) as client,
+    ):
 
         async def ask() -> bytes:
             await client.send_all(GET)
@@ -263,7 +324,10 @@ async def test_a_kept_connection_to_a_peer_is_not_used_any_more(tmp_path: Path, 
 
 
 async def test_a_relay_to_a_peer_is_cut(tmp_path: Path, fast: bool) -> None:
-    async with dialled(tmp_path, fast, "opaque", echo) as (near, _), await trio.open_tcp_stream(HOST, way_out(near)) as client:
+    async with (
+        dialled(tmp_path, fast, "opaque", echo) as (near, _),
+        await trio.open_tcp_stream(HOST, way_out(near)) as client,
+    ):
         await client.send_all(b"hello")
         assert await client.receive_some() == b"hello"
         later(near, DAYS)
@@ -275,7 +339,11 @@ async def test_a_gateway_ends_connections_and_tunnels_too(tmp_path: Path) -> Non
     def tunnelled(all_: Clusters) -> Any:
         return all_.fleet.meet(all_.gateway, "west", "gateway")
 
-    async with clusters(tmp_path, echo) as all_, await tunnelled(all_) as stream, await tunnelled(all_) as idle:
+    async with (
+        clusters(tmp_path, echo) as all_,
+        await tunnelled(all_) as stream,
+        await tunnelled(all_) as idle,
+    ):
         await stream.send_all(b"CONNECT c.default:5432 HTTP/1.1\r\nHost: c.default:5432\r\n\r\n")
         assert (await received(stream)).startswith(b"HTTP/1.1 200")
         await stream.send_all(b"hello")

@@ -1,7 +1,8 @@
-"""No clear text to an address that had an identity, whatever the directory says now, or does not say any more.
+"""No clear text to an address that had an identity, whatever the directory says now, or does not
+say any more.
 
-A whole sidecar on loopback, and a listener that notes the first bytes of each connection: a TLS record, or what leaked. Requests, by the
-fast path and by the ordinary one, and opaque connections.
+A whole sidecar on loopback, and a listener that notes the first bytes of each connection: a TLS
+record, or what leaked. Requests, by the fast path and by the ordinary one, and opaque connections.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ HOW = pytest.mark.parametrize("how", ["fast", "ordinary", "opaque"])
 
 @dataclass
 class Scene:
-    """`to`: the address that the application dials is the operator's choice here, so it is one for each scene."""
+    """`to`: the address that the application dials is the operator's choice here, so it is one for
+    each scene."""
 
     fleet: Fleet
     app: App
@@ -41,8 +43,8 @@ class Scene:
     extra: dict[str, Any] = field(default_factory=dict)
 
     async def ask(self) -> tuple[int | None, bytes]:
-        """What a request, or an opaque connection with the same bytes, comes to: its status (None: closed without an answer), and its
-        Proxy-Status."""
+        """What a request, or an opaque connection with the same bytes, comes to: its status (None:
+        closed without an answer), and its Proxy-Status."""
         peer = await connect(Address(HOST, way_out(self.app)))
         await peer.send(SECRET)
         if self.how == "opaque":
@@ -63,7 +65,8 @@ class Scene:
         return next(result for result, count in before.items() if self.reloads(result) > count)
 
     async def ask_until(self, done: Callable[[int | None], bool]) -> None:
-        """Repeat the request until it gets this answer: after refused TLS, the circuit breaker is open for about a second."""
+        """Repeat the request until it gets this answer: after refused TLS, the circuit breaker is
+        open for about a second."""
         with trio.fail_after(30):
             while not done((await self.ask())[0]):  # noqa: ASYNC110  (it is asked, which is no event)
                 await trio.sleep(0.05)
@@ -73,24 +76,46 @@ class Scene:
         return self.app.metrics.registry.get_sample_value("isthmus_errors_total", labels) or 0.0
 
     def reloads(self, result: str) -> float:
-        return self.app.metrics.registry.get_sample_value("isthmus_directory_reloads_total", {"result": result}) or 0.0
+        return (
+            self.app.metrics.registry.get_sample_value(
+                "isthmus_directory_reloads_total", {"result": result}
+            )
+            or 0.0
+        )
 
 
 def shop(port: int, identity: bool = True, name: str = "shop", host: str = POD) -> dict[str, Any]:
-    endpoint = {"address": host, "ports": {"80": port}, **({"identity": Fleet.identity("shop")} if identity else {})}
-    at_once = {"queue": {"timeout": 0}}  # the listener ends no handshake, so that a request to it fails; it need not wait for that
-    service = {"name": name, "addresses": [f"10.96.0.{len(name)}"], "ports": [{"port": 80}], "endpoints": [endpoint]}
+    endpoint = {
+        "address": host,
+        "ports": {"80": port},
+        **({"identity": Fleet.identity("shop")} if identity else {}),
+    }
+    at_once = {
+        "queue": {"timeout": 0}
+    }  # the listener ends no handshake, so that a request to it fails; it need not wait for that
+    service = {
+        "name": name,
+        "addresses": [f"10.96.0.{len(name)}"],
+        "ports": [{"port": 80}],
+        "endpoints": [endpoint],
+    }
     return {**service, "policy": at_once}
 
 
 def others(port: int) -> list[dict[str, Any]]:
     """Two more services with identities, so that `shop` may leave."""
-    return [shop(port, name=name, host=f"127.0.0.{last}") for name, last in (("one", 21), ("seven77", 22))]
+    return [
+        shop(port, name=name, host=f"127.0.0.{last}")
+        for name, last in (("one", 21), ("seven77", 22))
+    ]
 
 
 @asynccontextmanager
-async def scene(folder: Path, how: str, to: str, *, identity: bool = True, **watching: Any) -> AsyncIterator[Scene]:
-    """The application's connections go to `to`: "pod" or "service". All services have identities at first."""
+async def scene(
+    folder: Path, how: str, to: str, *, identity: bool = True, **watching: Any
+) -> AsyncIterator[Scene]:
+    """The application's connections go to `to`: "pod" or "service". All services have identities at
+    first."""
     heard: list[bytes] = []
 
     async def listener(stream: trio.SocketStream) -> None:
@@ -108,8 +133,17 @@ async def scene(folder: Path, how: str, to: str, *, identity: bool = True, **wat
         port = await stack.enter_async_context(application(listener, POD))
         fleet = Fleet(folder, watching=watching)
         destination = f"{POD}:{port}" if to == "pod" else "10.96.0.4:80"
-        outbound = {**LISTEN, "fixed_destination": destination, "opaque_ports": [port, 80] if how == "opaque" else []}
-        settings = {"fast_path": how != "ordinary", "pool": {"idle_timeout": "1m"}, "http": {"idle_timeout": "2m"}, "outbound": outbound}
+        outbound = {
+            **LISTEN,
+            "fixed_destination": destination,
+            "opaque_ports": [port, 80] if how == "opaque" else [],
+        }
+        settings = {
+            "fast_path": how != "ordinary",
+            "pool": {"idle_timeout": "1m"},
+            "http": {"idle_timeout": "2m"},
+            "outbound": outbound,
+        }
         document = {"services": [shop(port, identity), *others(port)]}
         app = await stack.enter_async_context(fleet.running("web", document, **settings))
         yield Scene(fleet, app, heard, port, how)
@@ -117,7 +151,9 @@ async def scene(folder: Path, how: str, to: str, *, identity: bool = True, **wat
 
 @HOW
 @pytest.mark.parametrize("to", ["pod", "service"])
-async def test_an_address_that_has_left_the_directory_gets_no_clear_text(tmp_path: Path, to: str, how: str) -> None:
+async def test_an_address_that_has_left_the_directory_gets_no_clear_text(
+    tmp_path: Path, to: str, how: str
+) -> None:
     async with scene(tmp_path, how, to) as made:
         await made.ask()
         assert {data[:1] for data in made.heard} == {HANDSHAKE}
@@ -130,11 +166,15 @@ async def test_an_address_that_has_left_the_directory_gets_no_clear_text(tmp_pat
         assert made.heard == []
         assert made.refusals() == 2
         made.app.observe()
-        assert made.app.metrics.registry.get_sample_value("isthmus_former_identities") == 2  # the pod, and the cluster address
+        assert (
+            made.app.metrics.registry.get_sample_value("isthmus_former_identities") == 2
+        )  # the pod, and the cluster address
 
 
 @HOW
-async def test_an_address_that_comes_back_without_an_identity_gets_none_either(tmp_path: Path, how: str) -> None:
+async def test_an_address_that_comes_back_without_an_identity_gets_none_either(
+    tmp_path: Path, how: str
+) -> None:
     async with scene(tmp_path, how, "service") as made:
         await made.ask()
         assert await made.say(*others(made.port)) == "ok"
@@ -146,9 +186,13 @@ async def test_an_address_that_comes_back_without_an_identity_gets_none_either(t
 
 @HOW
 @pytest.mark.parametrize("left", ["nothing", "no identity"])
-async def test_a_directory_that_would_let_it_out_is_refused_and_the_old_one_stays(tmp_path: Path, left: str, how: str) -> None:
+async def test_a_directory_that_would_let_it_out_is_refused_and_the_old_one_stays(
+    tmp_path: Path, left: str, how: str
+) -> None:
     async with scene(tmp_path, how, "service") as made:
-        services = [] if left == "nothing" else [shop(made.port, identity=False), *others(made.port)]
+        services = (
+            [] if left == "nothing" else [shop(made.port, identity=False), *others(made.port)]
+        )
         assert await made.say(*services) == "refused"
         for _ in range(2):
             await made.ask()
@@ -157,18 +201,29 @@ async def test_a_directory_that_would_let_it_out_is_refused_and_the_old_one_stay
 
 
 @HOW
-async def test_what_the_file_allows_goes_over_to_clear_text_at_once(tmp_path: Path, how: str) -> None:
+async def test_what_the_file_allows_goes_over_to_clear_text_at_once(
+    tmp_path: Path, how: str
+) -> None:
     async with scene(tmp_path, how, "service") as made:
         await made.ask()
         made.heard.clear()
-        assert await made.say(shop(made.port, identity=False), *others(made.port), allow_identity_loss=["default/shop"]) == "ok"
+        assert (
+            await made.say(
+                shop(made.port, identity=False),
+                *others(made.port),
+                allow_identity_loss=["default/shop"],
+            )
+            == "ok"
+        )
         await made.ask_until(lambda status: status == 200)
         assert made.heard == [SECRET] or made.heard[0].startswith(b"GET / HTTP/1.1\r\n")
 
 
 @HOW
 @pytest.mark.parametrize("remember", ["300ms", "0s"])
-async def test_after_the_time_that_is_set_an_unknown_address_is_itself_again(tmp_path: Path, remember: str, how: str) -> None:
+async def test_after_the_time_that_is_set_an_unknown_address_is_itself_again(
+    tmp_path: Path, remember: str, how: str
+) -> None:
     async with scene(tmp_path, how, "pod", remember=remember) as made:
         assert await made.say(*others(made.port)) == "ok"
         await made.ask_until(lambda status: status == 200)
@@ -176,7 +231,9 @@ async def test_after_the_time_that_is_set_an_unknown_address_is_itself_again(tmp
 
 
 @pytest.mark.parametrize("how", ["fast", "ordinary"])
-async def test_a_connection_that_was_kept_from_before_the_identity_is_not_used_again(tmp_path: Path, how: str) -> None:
+async def test_a_connection_that_was_kept_from_before_the_identity_is_not_used_again(
+    tmp_path: Path, how: str
+) -> None:
     async with scene(tmp_path, how, "pod", identity=False) as made:
         assert (await made.ask())[0] == 200
         assert made.app.outbound_pools.counts() == (0, 1)
@@ -189,7 +246,8 @@ async def test_a_connection_that_was_kept_from_before_the_identity_is_not_used_a
 
 @pytest.mark.parametrize("own", [False, True])
 async def test_the_pod_itself_is_reached_by_its_own_address(tmp_path: Path, own: bool) -> None:
-    """Its own sidecar is told that it has left, as it is when the pod is going down; what goes there leaves no pod."""
+    """Its own sidecar is told that it has left, as it is when the pod is going down; what goes
+    there leaves no pod."""
     fleet, gone = Fleet(tmp_path), shop(80, name="gone", host="10.1.0.1")
     pod = {"addresses": ["10.1.0.1" if own else "10.1.0.2"]}
     async with fleet.running("web", {"services": [gone, *others(80)]}, pod=pod) as app:
@@ -197,7 +255,10 @@ async def test_the_pod_itself_is_reached_by_its_own_address(tmp_path: Path, own:
         assert await made.say(*others(80)) == "ok"
         assert app.runtime.clear_text_allowed(Address("10.1.0.1", 80)) is own
         if not own:
-            with pytest.raises(UpstreamTLSError, match=r"10\.1\.0\.1:80 had the identity .* for default/gone and has none"):
+            with pytest.raises(
+                UpstreamTLSError,
+                match=r"10\.1\.0\.1:80 had the identity .* for default/gone and has none",
+            ):
                 app.runtime.check_clear_text(Address("10.1.0.1", 80))
 
 
@@ -213,13 +274,18 @@ async def test_a_gateway_lets_nothing_out_either(tmp_path: Path) -> None:
         document = {"services": [exported, *others(port)]}
         async with fleet.running("gateway", document, gateway={**LISTEN, "enabled": True}) as gate:
             made = Scene(fleet, gate, heard, port, "fast")
-            gate_directory = {"services": [{**shop(port, identity=False), "export": True}, *others(port)]}
+            gate_directory = {
+                "services": [{**shop(port, identity=False), "export": True}, *others(port)]
+            }
             fleet.direct({"services": others(port)}, "gateway")
             await until(lambda: made.reloads("ok") == 1)
             fleet.direct(gate_directory, "gateway")
             await until(lambda: made.reloads("ok") == 2)
             stream = await fleet.meet(gate, "west", "gateway")
-            await stream.send_all(b"GET / HTTP/1.1\r\nHost: shop.default.svc.cluster.local\r\nX-Secret: tangerine\r\n\r\n")
+            await stream.send_all(
+                b"GET / HTTP/1.1\r\nHost: shop.default.svc.cluster.local\r\nX-Secret:"
+                b" tangerine\r\n\r\n"
+            )
             answer = await stream.receive_some()
             await trio.aclose_forcefully(stream)
             assert answer.startswith(b"HTTP/1.1 502")

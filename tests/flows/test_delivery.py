@@ -1,8 +1,10 @@
-"""What a sidecar reports about its application to the proxy before it, between whole proxies: west's sidecar -> two endpoints' sidecars.
+"""What a sidecar reports about its application to the proxy before it, between whole proxies:
+west's sidecar -> two endpoints' sidecars.
 
-The rules: where a verified sidecar could not connect to its application, the endpoint counts as one that cannot be connected to, and
-another one gets the request, whatever its method. Where the application has closed, it counts as a server that closes. No application,
-and no peer without a verified identity, can say either, and no client is shown how it is said.
+The rules: where a verified sidecar could not connect to its application, the endpoint counts as one
+that cannot be connected to, and another one gets the request, whatever its method. Where the
+application has closed, it counts as a server that closes. No application, and no peer without a
+verified identity, can say either, and no client is shown how it is said.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ BOTH_PATHS = pytest.mark.parametrize("fast", [True, False], ids=["fast", "ordina
 
 def post(body: bytes, chunked: bool = False) -> bytes:
     if chunked:
-        return b"POST / HTTP/1.1\r\nHost: shop\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        return (
+            b"POST / HTTP/1.1\r\nHost: shop\r\nTransfer-Encoding:"
+            b" chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        )
     return b"POST / HTTP/1.1\r\nHost: shop\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
@@ -80,7 +85,9 @@ class Shop:
 
     def count(self, name: str) -> float:
         """The sum of a metric's series; `name` is a beginning of their lines."""
-        found = re.findall(rf"^isthmus_{name}.* ([0-9.e+]+)$", self.west.render().decode(), re.MULTILINE)
+        found = re.findall(
+            rf"^isthmus_{name}.* ([0-9.e+]+)$", self.west.render().decode(), re.MULTILINE
+        )
         return sum(map(float, found))
 
     @property
@@ -90,7 +97,11 @@ class Shop:
 
 @asynccontextmanager
 async def shop(
-    folder: Path, *applications: Application | None, fast: bool = True, protocol: str = "http1", policy: dict[str, Any] | None = None
+    folder: Path,
+    *applications: Application | None,
+    fast: bool = True,
+    protocol: str = "http1",
+    policy: dict[str, Any] | None = None,
 ) -> AsyncIterator[Shop]:
     """A service of such applications; None: there is none at that endpoint, only its sidecar."""
     fleet, ports, gone = Fleet(folder), [], []
@@ -106,17 +117,32 @@ async def shop(
                 port = await stack.enter_async_context(application(serve))
             # An address of its own, as a pod has.
             inbound = {"listen": [f"127.0.1.{number + 1}:0"], "fixed_destination": f"{HOST}:{port}"}
-            sidecars.append(await stack.enter_async_context(fleet.running(f"server{number}", inbound=inbound, fast_path=fast)))
+            sidecars.append(
+                await stack.enter_async_context(
+                    fleet.running(f"server{number}", inbound=inbound, fast_path=fast)
+                )
+            )
             ports.append(way_in(sidecars[-1]))
         endpoints = [
-            {"address": f"127.0.1.{number + 1}", "identity": fleet.identity(f"server{number}"), "ports": {"80": port}}
+            {
+                "address": f"127.0.1.{number + 1}",
+                "identity": fleet.identity(f"server{number}"),
+                "ports": {"80": port},
+            }
             for number, port in enumerate(ports)
         ]
-        service = {"name": "shop", "addresses": [SERVICE], "ports": [{"port": 80, "protocol": protocol}], "endpoints": endpoints}
+        service = {
+            "name": "shop",
+            "addresses": [SERVICE],
+            "ports": [{"port": 80, "protocol": protocol}],
+            "endpoints": endpoints,
+        }
         if policy is not None:
             service["policy"] = policy
         outbound = {**LISTEN, "fixed_destination": f"{SERVICE}:80"}
-        west = await stack.enter_async_context(fleet.running("west", {"services": [service]}, outbound=outbound, fast_path=fast))
+        west = await stack.enter_async_context(
+            fleet.running("west", {"services": [service]}, outbound=outbound, fast_path=fast)
+        )
         world = Shop(west, sidecars, gone)
         try:
             yield world
@@ -136,27 +162,45 @@ async def test_an_endpoint_whose_application_is_away_counts_as_one_that_cannot_b
     tmp_path: Path, fast: bool, body: bytes, chunked: bool
 ) -> None:
     server = Server(well)
-    async with shop(tmp_path, None, server.serve, fast=fast, policy={"breaker": {"min_penalty": "1m", "connect_penalty": "1m"}}) as world:
+    async with shop(
+        tmp_path,
+        None,
+        server.serve,
+        fast=fast,
+        policy={"breaker": {"min_penalty": "1m", "connect_penalty": "1m"}},
+    ) as world:
         client = await world.client()
         for number in range(20):
             answer = await client.ask(post(b"%d" % number + body, chunked), "POST")
             assert (answer.status, answer.body) == (200, b"%d" % number + body)
             assert answer.get(FIELD) is None
-        assert [message.body for message in server.heard] == [b"%d" % number + body for number in range(20)], "each of them once"
+        assert [message.body for message in server.heard] == [
+            b"%d" % number + body for number in range(20)
+        ], "each of them once"
         assert world.opened == 1, "the endpoint has failed once, and is left alone"
 
 
 @BOTH_PATHS
-async def test_a_body_that_is_too_long_to_be_kept_is_not_sent_again(tmp_path: Path, fast: bool) -> None:
+async def test_a_body_that_is_too_long_to_be_kept_is_not_sent_again(
+    tmp_path: Path, fast: bool
+) -> None:
     server = Server(well)
-    async with shop(tmp_path, None, server.serve, fast=fast, policy={"breaker": {"min_penalty": "1m", "connect_penalty": "1m"}}) as world:
+    async with shop(
+        tmp_path,
+        None,
+        server.serve,
+        fast=fast,
+        policy={"breaker": {"min_penalty": "1m", "connect_penalty": "1m"}},
+    ) as world:
         seen = [(await ask(world, post(bytes(300_000)))).status for _ in range(20)]
         assert set(seen) <= {200, 502}
         assert seen.count(502) <= 1
         assert len(server.heard) == seen.count(200)
 
 
-def speaking2(respond: Callable[[Answer], list[tuple[bytes, bytes]]], heard: list[bytes]) -> Application:
+def speaking2(
+    respond: Callable[[Answer], list[tuple[bytes, bytes]]], heard: list[bytes]
+) -> Application:
     """An application of HTTP/2 that answers each request with a head and its own body."""
 
     async def script(peer: Peer2) -> None:
@@ -176,7 +220,9 @@ def speaking2(respond: Callable[[Answer], list[tuple[bytes, bytes]]], heard: lis
 
 @BOTH_PATHS
 @pytest.mark.parametrize("client", ["http1", "http2"])
-async def test_streams_of_http2_go_to_another_endpoint_too(tmp_path: Path, fast: bool, client: str) -> None:
+async def test_streams_of_http2_go_to_another_endpoint_too(
+    tmp_path: Path, fast: bool, client: str
+) -> None:
     heard: list[bytes] = []
     alive = speaking2(lambda _: OK, heard)
     policy = {"breaker": {"min_penalty": "1m", "connect_penalty": "1m"}}
@@ -187,7 +233,11 @@ async def test_streams_of_http2_go_to_another_endpoint_too(tmp_path: Path, fast:
         for number in range(20):
             if client == "http2":
                 answer = await peer2.ask(POST, b"%d" % number)
-                assert (answer.status, answer.body, answer.get(FIELD)) == (200, b"%d" % number, None)
+                assert (answer.status, answer.body, answer.get(FIELD)) == (
+                    200,
+                    b"%d" % number,
+                    None,
+                )
             else:
                 assert (await ask(world, post(b"%d" % number))).body == b"%d" % number
         assert heard == [b"%d" % number for number in range(20)]
@@ -195,13 +245,17 @@ async def test_streams_of_http2_go_to_another_endpoint_too(tmp_path: Path, fast:
 
 
 @BOTH_PATHS
-async def test_a_call_of_grpc_goes_to_another_endpoint_and_is_unavailable_where_none_is_left(tmp_path: Path, fast: bool) -> None:
+async def test_a_call_of_grpc_goes_to_another_endpoint_and_is_unavailable_where_none_is_left(
+    tmp_path: Path, fast: bool
+) -> None:
     def call(address: Address) -> str:
         with grpc.insecure_channel(str(address), [("grpc.enable_retries", 0)]) as channel:
             try:
                 channel.unary_unary("/t.T/t")(b"hello", timeout=30)
             except grpc.RpcError as error:
-                return f"{error.code().name} {error.details()} {dict(error.trailing_metadata() or ())}"
+                return (
+                    f"{error.code().name} {error.details()} {dict(error.trailing_metadata() or ())}"
+                )
         return "OK"
 
     async def script(peer: Peer2) -> None:
@@ -218,14 +272,18 @@ async def test_a_call_of_grpc_goes_to_another_endpoint_and_is_unavailable_where_
     async with shop(tmp_path, None, serve, fast=fast, protocol="http2") as world:
         address = Address(HOST, way_out(world.west))
         assert [await trio.to_thread.run_sync(call, address) for _ in range(10)] == ["OK"] * 10
-    async with shop(tmp_path, None, None, fast=fast, protocol="http2", policy={"queue": {"timeout": "0s"}}) as world:
+    async with shop(
+        tmp_path, None, None, fast=fast, protocol="http2", policy={"queue": {"timeout": "0s"}}
+    ) as world:
         said = await trio.to_thread.run_sync(call, Address(HOST, way_out(world.west)))
         assert said.startswith("UNAVAILABLE connection_refused: ")
         assert FIELD.decode() not in said
 
 
 @BOTH_PATHS
-async def test_where_no_endpoint_is_left_the_client_is_told_what_the_sidecar_said(tmp_path: Path, fast: bool) -> None:
+async def test_where_no_endpoint_is_left_the_client_is_told_what_the_sidecar_said(
+    tmp_path: Path, fast: bool
+) -> None:
     async with shop(tmp_path, None, fast=fast, policy={"queue": {"timeout": "0s"}}) as world:
         for data in (GET, post(b"hello")):
             answer = await ask(world, data)
@@ -233,12 +291,16 @@ async def test_where_no_endpoint_is_left_the_client_is_told_what_the_sidecar_sai
             assert answer.get(FIELD) is None
             if answer.status == 502:
                 said = answer.get(b"proxy-status") or b""
-                assert said.startswith(b"server0.default.inbound;error=connection_refused;"), "who noticed it comes first"
+                assert said.startswith(b"server0.default.inbound;error=connection_refused;"), (
+                    "who noticed it comes first"
+                )
                 assert b", west.default.outbound;error=connection_refused;" in said
 
 
 @BOTH_PATHS
-async def test_a_request_waits_for_the_only_endpoint_while_its_application_restarts(tmp_path: Path, fast: bool) -> None:
+async def test_a_request_waits_for_the_only_endpoint_while_its_application_restarts(
+    tmp_path: Path, fast: bool
+) -> None:
     server = Server(well)
     async with shop(tmp_path, None, fast=fast) as world, trio.open_nursery() as asking:
         statuses: list[int] = []
@@ -257,8 +319,13 @@ async def test_a_request_waits_for_the_only_endpoint_while_its_application_resta
 
 
 @BOTH_PATHS
-async def test_an_application_cannot_say_that_it_was_not_reached(tmp_path: Path, fast: bool) -> None:
-    lie = b"HTTP/1.1 502 Bad Gateway\r\nIsthmus-Failure: connect_refused\r\nContent-Length: 2\r\n\r\nno"
+async def test_an_application_cannot_say_that_it_was_not_reached(
+    tmp_path: Path, fast: bool
+) -> None:
+    lie = (
+        b"HTTP/1.1 502 Bad Gateway\r\nIsthmus-Failure: connect_refused\r\nContent-Length:"
+        b" 2\r\n\r\nno"
+    )
     liar, honest = Server(lambda _: lie), Server(well)
     async with shop(tmp_path, liar.serve, honest.serve, fast=fast) as world:
         for number in range(20):
@@ -274,7 +341,9 @@ async def test_an_application_cannot_say_that_it_was_not_reached(tmp_path: Path,
 async def test_an_application_of_http2_cannot_say_it_either(tmp_path: Path, fast: bool) -> None:
     heard: list[bytes] = []
     liar = speaking2(lambda _: [(b":status", b"503"), (FIELD, b"connect_refused")], heard)
-    async with shop(tmp_path, liar, liar, fast=fast, protocol="http2", policy={"breaker": {"failures": 0}}) as world:
+    async with shop(
+        tmp_path, liar, liar, fast=fast, protocol="http2", policy={"breaker": {"failures": 0}}
+    ) as world:
         client = Peer2(await world.client(), client=True)
         await client.start()
         for number in range(10):
@@ -285,14 +354,26 @@ async def test_an_application_of_http2_cannot_say_it_either(tmp_path: Path, fast
 
 
 @BOTH_PATHS
-async def test_a_peer_without_an_identity_is_not_believed_and_its_word_is_not_passed_on(tmp_path: Path, fast: bool) -> None:
-    lie = b"HTTP/1.1 502 Bad Gateway\r\nIsthmus-Failure: connect_refused\r\nContent-Length: 2\r\n\r\nno"
+async def test_a_peer_without_an_identity_is_not_believed_and_its_word_is_not_passed_on(
+    tmp_path: Path, fast: bool
+) -> None:
+    lie = (
+        b"HTTP/1.1 502 Bad Gateway\r\nIsthmus-Failure: connect_refused\r\nContent-Length:"
+        b" 2\r\n\r\nno"
+    )
     liar, fleet = Server(lambda _: lie), Fleet(tmp_path)
     async with application(liar.serve) as port:
         endpoints = [{"address": HOST, "ports": {"80": port}}]
-        service = {"name": "shop", "addresses": [SERVICE], "ports": [{"port": 80, "protocol": "http1"}], "endpoints": endpoints}
+        service = {
+            "name": "shop",
+            "addresses": [SERVICE],
+            "ports": [{"port": 80, "protocol": "http1"}],
+            "endpoints": endpoints,
+        }
         outbound = {**LISTEN, "fixed_destination": f"{SERVICE}:80"}
-        async with fleet.running("west", {"services": [service]}, outbound=outbound, fast_path=fast) as west:
+        async with fleet.running(
+            "west", {"services": [service]}, outbound=outbound, fast_path=fast
+        ) as west:
             client = await connect(Address(HOST, way_out(west)))
             for number in range(3):
                 answer = await client.ask(post(b"%d" % number), "POST")
@@ -302,7 +383,9 @@ async def test_a_peer_without_an_identity_is_not_believed_and_its_word_is_not_pa
 
 
 @BOTH_PATHS
-async def test_a_client_without_an_identity_is_not_shown_the_field(tmp_path: Path, fast: bool) -> None:
+async def test_a_client_without_an_identity_is_not_shown_the_field(
+    tmp_path: Path, fast: bool
+) -> None:
     async with shop(tmp_path, None, fast=fast) as world:
         client = await connect(Address("127.0.1.1", way_in(world.sidecars[0])))
         answer = await client.ask(GET)
@@ -311,7 +394,9 @@ async def test_a_client_without_an_identity_is_not_shown_the_field(tmp_path: Pat
 
 
 @BOTH_PATHS
-async def test_an_application_that_closes_without_an_answer_is_asked_again_as_a_plain_server_is(tmp_path: Path, fast: bool) -> None:
+async def test_an_application_that_closes_without_an_answer_is_asked_again_as_a_plain_server_is(
+    tmp_path: Path, fast: bool
+) -> None:
     closing, one, two = Server(lambda _: None), Server(well), Server(well)
     async with shop(tmp_path, closing.serve, one.serve, two.serve, fast=fast) as world:
         client = await world.client()
@@ -331,7 +416,9 @@ async def banner(stream: trio.SocketStream) -> None:
 
 
 @BOTH_PATHS
-async def test_an_opaque_connection_goes_to_another_endpoint_before_a_byte_of_it_is_sent(tmp_path: Path, fast: bool) -> None:
+async def test_an_opaque_connection_goes_to_another_endpoint_before_a_byte_of_it_is_sent(
+    tmp_path: Path, fast: bool
+) -> None:
     policy = {"breaker": {"min_penalty": "1m", "connect_penalty": "1m"}}
     async with shop(tmp_path, None, banner, fast=fast, protocol="opaque", policy=policy) as world:
         for _ in range(20):
@@ -342,7 +429,9 @@ async def test_an_opaque_connection_goes_to_another_endpoint_before_a_byte_of_it
 
 
 @BOTH_PATHS
-async def test_an_opaque_connection_waits_for_the_only_endpoint_while_its_application_restarts(tmp_path: Path, fast: bool) -> None:
+async def test_an_opaque_connection_waits_for_the_only_endpoint_while_its_application_restarts(
+    tmp_path: Path, fast: bool
+) -> None:
     async with shop(tmp_path, None, fast=fast, protocol="opaque") as world:
         clients = [await world.client() for _ in range(10)]
         for client in clients:
@@ -354,9 +443,16 @@ async def test_an_opaque_connection_waits_for_the_only_endpoint_while_its_applic
 
 
 @pytest.mark.parametrize("alpn", ["isthmus-tcp", "isthmus-tcp-confirmed"])
-async def test_a_peer_is_told_that_the_application_is_connected_if_it_knows_how(tmp_path: Path, alpn: str) -> None:
+async def test_a_peer_is_told_that_the_application_is_connected_if_it_knows_how(
+    tmp_path: Path, alpn: str
+) -> None:
     fleet = Fleet(tmp_path)
-    async with application(banner) as port, fleet.running("server", inbound={**LISTEN, "fixed_destination": f"{HOST}:{port}"}) as server:
+    async with (
+        application(banner) as port,
+        fleet.running(
+            "server", inbound={**LISTEN, "fixed_destination": f"{HOST}:{port}"}
+        ) as server,
+    ):
         stream = await fleet.meet(server, "west", "server", alpn=alpn)
         said = b""
         while not said.endswith(b"\n"):
@@ -369,7 +465,9 @@ async def test_a_peer_without_the_confirmation_is_connected_to_all_the_same(tmp_
     """A sidecar of an earlier version: it knows the older name only."""
     fleet = Fleet(tmp_path)
     old = fleet.material("server")
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cadata=fleet.root.certificate_pem.decode())
+    context = ssl.create_default_context(
+        ssl.Purpose.CLIENT_AUTH, cadata=fleet.root.certificate_pem.decode()
+    )
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_cert_chain(old["certificate"], old["key"])
     context.set_alpn_protocols(["isthmus-tcp"])
@@ -382,7 +480,12 @@ async def test_a_peer_without_the_confirmation_is_connected_to_all_the_same(tmp_
 
     async with application(serve) as port:
         endpoints = [{"address": HOST, "identity": fleet.identity("server"), "ports": {"80": port}}]
-        service = {"name": "shop", "addresses": [SERVICE], "ports": [{"port": 80, "protocol": "opaque"}], "endpoints": endpoints}
+        service = {
+            "name": "shop",
+            "addresses": [SERVICE],
+            "ports": [{"port": 80, "protocol": "opaque"}],
+            "endpoints": endpoints,
+        }
         outbound = {**LISTEN, "fixed_destination": f"{SERVICE}:80"}
         async with fleet.running("west", {"services": [service]}, outbound=outbound) as west:
             client = await connect(Address(HOST, way_out(west)))
@@ -391,12 +494,18 @@ async def test_a_peer_without_the_confirmation_is_connected_to_all_the_same(tmp_
 
 
 async def refusing(stream: trio.SocketStream) -> None:
-    """An application that refuses uploads by their head, reads them to their end, and keeps its connections."""
+    """An application that refuses uploads by their head, reads them to their end, and keeps its
+    connections."""
     peer = Peer(stream.socket)
-    with contextlib.suppress(AssertionError, trio.BrokenResourceError):  # the sidecar has ended the connection
+    with contextlib.suppress(
+        AssertionError, trio.BrokenResourceError
+    ):  # the sidecar has ended the connection
         while True:
             head = await peer.head()
-            upload, length = b"/upload" in head, int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+            upload, length = (
+                b"/upload" in head,
+                int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0]),
+            )
             if upload:
                 await peer.send(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\n\r\nbig")
             await peer.exactly(length)
@@ -405,13 +514,19 @@ async def refusing(stream: trio.SocketStream) -> None:
 
 
 @BOTH_PATHS
-async def test_uploads_that_are_refused_early_cost_no_other_client_a_request(tmp_path: Path, fast: bool) -> None:
+async def test_uploads_that_are_refused_early_cost_no_other_client_a_request(
+    tmp_path: Path, fast: bool
+) -> None:
     statuses: list[int] = []
     async with shop(tmp_path, refusing, fast=fast) as world, trio.open_nursery() as nursery:
 
         async def uploads() -> None:
             for size in (100_000, 200_000, 400_000, 1_000_000) * 3:
-                answer = await ask(world, b"POST /upload HTTP/1.1\r\nHost: shop\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
+                answer = await ask(
+                    world,
+                    b"POST /upload HTTP/1.1\r\nHost: shop\r\nContent-Length: %d\r\n\r\n" % size
+                    + bytes(size),
+                )
                 assert (answer.status, answer.body) == (413, b"big")
 
         async def posts() -> None:
@@ -428,7 +543,8 @@ def two_gateways(fleet: Fleet, first: App, second: App) -> dict[str, Any]:
     """West's directory, with east's two gateways."""
     document = west_directory(way_in(first))
     gateways = [
-        {"address": HOST, "port": way_in(app), "identity": fleet.identity(name)} for name, app in (("gateway", first), ("second", second))
+        {"address": HOST, "port": way_in(app), "identity": fleet.identity(name)}
+        for name, app in (("gateway", first), ("second", second))
     ]
     document["clusters"][0]["gateways"] = gateways
     return document
@@ -436,7 +552,9 @@ def two_gateways(fleet: Fleet, first: App, second: App) -> dict[str, Any]:
 
 @BOTH_PATHS
 @pytest.mark.parametrize("cut", ["application", "sidecar"])
-async def test_a_gateway_that_could_not_connect_is_followed_by_another_one(tmp_path: Path, fast: bool, cut: str) -> None:
+async def test_a_gateway_that_could_not_connect_is_followed_by_another_one(
+    tmp_path: Path, fast: bool, cut: str
+) -> None:
     """One of east's gateways knows an endpoint whose application, or whose sidecar, is away."""
     server, fleet = Server(well), Fleet(tmp_path)
     async with AsyncExitStack() as stack:
@@ -445,24 +563,52 @@ async def test_a_gateway_that_could_not_connect_is_followed_by_another_one(tmp_p
         stack.enter_context(taken)
         port = await enter(application(server.serve))
         trust = {"trusted_gateways": [fleet.identity("gateway"), fleet.identity("second")]}
-        well_off = await enter(fleet.running("server", inbound={**LISTEN, "fixed_destination": f"{HOST}:{port}", **trust}, fast_path=fast))
+        well_off = await enter(
+            fleet.running(
+                "server",
+                inbound={**LISTEN, "fixed_destination": f"{HOST}:{port}", **trust},
+                fast_path=fast,
+            )
+        )
         alone = await enter(
-            fleet.running("server", inbound={**LISTEN, "fixed_destination": f"{HOST}:{address.port}", **trust}, fast_path=fast)
+            fleet.running(
+                "server",
+                inbound={**LISTEN, "fixed_destination": f"{HOST}:{address.port}", **trust},
+                fast_path=fast,
+            )
         )
         settings = {**LISTEN, "enabled": True}
         patience = {"policy": {"queue": {"timeout": "0s"}}}
         way = way_in(alone) if cut == "application" else address.port
-        first = await enter(fleet.running("gateway", east_directory(way, **patience), gateway=settings, fast_path=fast))
-        second = await enter(fleet.running("second", east_directory(way_in(well_off)), gateway=settings, fast_path=fast))
+        first = await enter(
+            fleet.running(
+                "gateway", east_directory(way, **patience), gateway=settings, fast_path=fast
+            )
+        )
+        second = await enter(
+            fleet.running(
+                "second", east_directory(way_in(well_off)), gateway=settings, fast_path=fast
+            )
+        )
         outbound = {**LISTEN, "fixed_destination": f"{SERVICE}:80"}  # of `db`, which is east's `c`
         quick = {"probe_interval": "0s"}
-        west = await enter(fleet.running("west", two_gateways(fleet, first, second), outbound=outbound, clusters=quick, fast_path=fast))
+        west = await enter(
+            fleet.running(
+                "west",
+                two_gateways(fleet, first, second),
+                outbound=outbound,
+                clusters=quick,
+                fast_path=fast,
+            )
+        )
         client = await connect(Address(HOST, way_out(west)))
         for number in range(10):
             answer = await client.ask(post(b"%d" % number), "POST")
             assert (answer.status, answer.body, answer.get(FIELD)) == (200, b"%d" % number, None)
         assert len(server.heard) == 10
-        assert b'isthmus_errors_total{direction="gateway",reason="connect_refused"}' in first.render(), "it was asked"
+        assert (
+            b'isthmus_errors_total{direction="gateway",reason="connect_refused"}' in first.render()
+        ), "it was asked"
         client.close()
 
 

@@ -1,8 +1,10 @@
-"""A client that leaves is reported to the server at once, in every phase of an exchange, and a half-closed client gets its response.
+"""A client that leaves is reported to the server at once, in every phase of an exchange, and a
+half-closed client gets its response.
 
-Rules: whole proxies on loopback: a server's sidecar by itself, a pair with mutual TLS between them, and two clusters with a gateway; on the
-fast path and on the ordinary one. Clients leave in three ways: by RST, by close(2), and by shutdown(2), which looks the same as close(2)
-until something is sent to them. `AT_ONCE` is far below all timeouts, and above what a busy machine needs.
+Rules: whole proxies on loopback: a server's sidecar by itself, a pair with mutual TLS between them,
+and two clusters with a gateway; on the fast path and on the ordinary one. Clients leave in three
+ways: by RST, by close(2), and by shutdown(2), which looks the same as close(2) until something is
+sent to them. `AT_ONCE` is far below all timeouts, and above what a busy machine needs.
 """
 
 from __future__ import annotations
@@ -39,7 +41,10 @@ BOTH_PATHS = [pytest.param(True, id="fast"), pytest.param(False, id="ordinary")]
 PHASES = {
     "head": b"",
     "first piece": b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello",
-    "next chunk": b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+    "next chunk": (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding:"
+        b" chunked\r\n\r\n5\r\nhello\r\n"
+    ),
 }
 
 
@@ -55,8 +60,8 @@ class Heard:
 
 @dataclass
 class Application:
-    """A server that says `first` to each request, and `then` when it is told to; it notices the end of a connection while it is quiet.
-    `ends`: it closes its connection then, as many servers do."""
+    """A server that says `first` to each request, and `then` when it is told to; it notices the end
+    of a connection while it is quiet. `ends`: it closes its connection then, as many servers do."""
 
     first: bytes
     then: bytes = b""
@@ -107,7 +112,9 @@ class Clients:
 
 
 @asynccontextmanager
-async def proxied(shape: Shape, folder: Path, serve: Application, *, fast: bool = True) -> AsyncIterator[tuple[Clients, list[App]]]:
+async def proxied(
+    shape: Shape, folder: Path, serve: Application, *, fast: bool = True
+) -> AsyncIterator[tuple[Clients, list[App]]]:
     """How a client connects, and the proxies on its way."""
     async with _proxied(shape, folder, serve, fast=fast) as (address, apps):
         clients = Clients(address)
@@ -119,7 +126,9 @@ async def proxied(shape: Shape, folder: Path, serve: Application, *, fast: bool 
 
 
 @asynccontextmanager
-async def _proxied(shape: Shape, folder: Path, serve: Application, *, fast: bool) -> AsyncIterator[tuple[Address, list[App]]]:
+async def _proxied(
+    shape: Shape, folder: Path, serve: Application, *, fast: bool
+) -> AsyncIterator[tuple[Address, list[App]]]:
     if shape == "gateway":
         async with clusters(folder, serve.serve) as all_:
             yield Address(HOST, way_out(all_.west)), [all_.west, all_.gateway, all_.server]
@@ -133,9 +142,13 @@ async def _proxied(shape: Shape, folder: Path, serve: Application, *, fast: bool
                 return
             endpoint = {"address": HOST, "identity": fleet.identity("server")}
             ports = [{"port": way_in(server), "protocol": "detect"}]
-            services = [{"name": "c", "addresses": ["10.96.0.1"], "ports": ports, "endpoints": [endpoint]}]
+            services = [
+                {"name": "c", "addresses": ["10.96.0.1"], "ports": ports, "endpoints": [endpoint]}
+            ]
             outbound = {**listen, "fixed_destination": f"10.96.0.1:{way_in(server)}"}
-            async with fleet.running("client", {"services": services}, outbound=outbound, fast_path=fast) as client:
+            async with fleet.running(
+                "client", {"services": services}, outbound=outbound, fast_path=fast
+            ) as client:
                 yield Address(HOST, way_out(client)), [client, server]
 
 
@@ -157,7 +170,13 @@ async def leave(client: Peer, way: Way) -> None:
 
 def counted(apps: list[App], reason: str) -> int:
     lines = [line for app in apps for line in app.render().decode().splitlines()]
-    return int(sum(float(line.split()[-1]) for line in lines if line.startswith("isthmus_errors_total") and f'reason="{reason}"' in line))
+    return int(
+        sum(
+            float(line.split()[-1])
+            for line in lines
+            if line.startswith("isthmus_errors_total") and f'reason="{reason}"' in line
+        )
+    )
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -189,9 +208,12 @@ async def test_the_server_hears_of_it_while_it_is_quiet(
 
 
 @pytest.mark.parametrize(
-    ("shape", "fast"), [("server", True), ("server", False), ("pair", True), ("pair", False), ("gateway", True)]
+    ("shape", "fast"),
+    [("server", True), ("server", False), ("pair", True), ("pair", False), ("gateway", True)],
 )
-async def test_a_half_closed_client_gets_its_response_however_late(tmp_path: Path, shape: Shape, *, fast: bool) -> None:
+async def test_a_half_closed_client_gets_its_response_however_late(
+    tmp_path: Path, shape: Shape, *, fast: bool
+) -> None:
     """The server has heard of its end, and has gone on. Its connection is not used again."""
     serve = Application(b"", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
     async with proxied(shape, tmp_path, serve, fast=fast) as (dial, apps):
@@ -216,7 +238,9 @@ async def test_a_half_closed_client_gets_its_response_however_late(tmp_path: Pat
 
 @pytest.mark.parametrize("fast", BOTH_PATHS)
 @pytest.mark.parametrize("way", ["close", "reset"])
-async def test_what_is_written_to_a_client_that_has_closed_ends_the_exchange(tmp_path: Path, way: Way, *, fast: bool) -> None:
+async def test_what_is_written_to_a_client_that_has_closed_ends_the_exchange(
+    tmp_path: Path, way: Way, *, fast: bool
+) -> None:
     """A server that takes no notice of the end, until it writes."""
     piece = b"5\r\nhello\r\n"
     serve = Application(PHASES["next chunk"], piece * 3)
@@ -235,7 +259,9 @@ async def test_what_is_written_to_a_client_that_has_closed_ends_the_exchange(tmp
 
 @pytest.mark.parametrize("fast", BOTH_PATHS)
 @pytest.mark.parametrize("phase", PHASES)
-async def test_a_server_that_ends_its_connection_then_is_not_asked_again_and_not_blamed(tmp_path: Path, phase: str, *, fast: bool) -> None:
+async def test_a_server_that_ends_its_connection_then_is_not_asked_again_and_not_blamed(
+    tmp_path: Path, phase: str, *, fast: bool
+) -> None:
     serve = Application(PHASES[phase], ends=True)
     async with proxied("pair", tmp_path, serve, fast=fast) as (dial, apps):
         client = await dial()
@@ -256,7 +282,9 @@ async def test_a_server_that_ends_its_connection_then_is_not_asked_again_and_not
 
 @pytest.mark.parametrize("fast", BOTH_PATHS)
 @pytest.mark.parametrize("shape", ["server", "pair"])
-async def test_a_client_that_is_reset_within_its_upload(tmp_path: Path, shape: Shape, *, fast: bool) -> None:
+async def test_a_client_that_is_reset_within_its_upload(
+    tmp_path: Path, shape: Shape, *, fast: bool
+) -> None:
     serve = Application(b"")
     async with proxied(shape, tmp_path, serve, fast=fast) as (dial, apps):
         client = await dial()
@@ -283,7 +311,9 @@ async def test_a_client_that_half_closes_behind_its_upload(tmp_path: Path, *, fa
 
 
 @pytest.mark.parametrize("fast", BOTH_PATHS)
-async def test_a_client_that_half_closes_behind_several_requests(tmp_path: Path, *, fast: bool) -> None:
+async def test_a_client_that_half_closes_behind_several_requests(
+    tmp_path: Path, *, fast: bool
+) -> None:
     """The first is answered on a connection that stays open: there is more to come."""
     serve = Application(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
     async with proxied("server", tmp_path, serve, fast=fast) as (dial, _):
@@ -299,7 +329,9 @@ async def test_a_client_that_half_closes_behind_several_requests(tmp_path: Path,
 
 
 @pytest.mark.parametrize("fast", BOTH_PATHS)
-async def test_a_stream_that_its_client_resets_ends_at_an_http1_server(tmp_path: Path, *, fast: bool) -> None:
+async def test_a_stream_that_its_client_resets_ends_at_an_http1_server(
+    tmp_path: Path, *, fast: bool
+) -> None:
     """HTTP/2 from the client to its sidecar, which translates."""
     serve = Application(PHASES["next chunk"])
     fleet, listen = Fleet(tmp_path), {"listen": [f"{HOST}:0"]}
@@ -308,9 +340,13 @@ async def test_a_stream_that_its_client_resets_ends_at_an_http1_server(tmp_path:
         async with fleet.running("server", inbound=inbound, fast_path=fast) as server:
             endpoint = {"address": HOST, "identity": fleet.identity("server")}
             ports = [{"port": way_in(server), "protocol": "http1"}]
-            services = [{"name": "c", "addresses": ["10.96.0.1"], "ports": ports, "endpoints": [endpoint]}]
+            services = [
+                {"name": "c", "addresses": ["10.96.0.1"], "ports": ports, "endpoints": [endpoint]}
+            ]
             outbound = {**listen, "fixed_destination": f"10.96.0.1:{way_in(server)}"}
-            async with fleet.running("client", {"services": services}, outbound=outbound, fast_path=fast) as app:
+            async with fleet.running(
+                "client", {"services": services}, outbound=outbound, fast_path=fast
+            ) as app:
                 peer = await connect(Address(HOST, way_out(app)))
                 client = Peer2(peer, client=True)
                 await client.start()
@@ -340,7 +376,9 @@ async def test_whoever_is_forgotten_is_not_told(tmp_path: Path) -> None:
         forgotten = tell("forgotten")
         for name, (ours, _) in ends.items():
             disconnects.watch(ours.fileno(), forgotten if name == "forgotten" else tell(name))
-        disconnects.forget(ends["forgotten"][0].fileno(), tell("forgotten"))  # not the one that was given
+        disconnects.forget(
+            ends["forgotten"][0].fileno(), tell("forgotten")
+        )  # not the one that was given
         ends["open"][1].send(b"data wakes nobody")
         ends["fails"][1].close()
         await until(lambda: len(told) == 1)

@@ -1,4 +1,5 @@
-"""Floods of clients without an identity, beside a member of the mesh: real proxies, and how much memory and time they take.
+"""Floods of clients without an identity, beside a member of the mesh: real proxies, and how much
+memory and time they take.
 
 What took seconds takes milliseconds now; the bounds leave room for a busy machine.
 """
@@ -76,9 +77,14 @@ def test_uploads_that_are_not_taken_cannot_take_the_memory(tmp_path: Path, fast:
             assert budget // 2 < used <= budget * 3 // 4 + MIB
             assert most - before < budget * 3 // 2
             uploads.close()
-            assert eventually(lambda: proxy.metric('isthmus_memory_used_bytes{clients="others"}') == 0)
+            assert eventually(
+                lambda: proxy.metric('isthmus_memory_used_bytes{clients="others"}') == 0
+            )
             assert eventually(lambda: proxy.metric('isthmus_streams_open{clients="others"}') == 0)
-            assert eventually(lambda: proxy.resident() < before + 64 * MIB), (before / MIB, proxy.resident() / MIB)
+            assert eventually(lambda: proxy.resident() < before + 64 * MIB), (
+                before / MIB,
+                proxy.resident() / MIB,
+            )
             assert proxy.metric("isthmus_memory_trims_total") > 0
         seen.was_served(WITHIN)
         assert proxy.process.poll() is None
@@ -87,16 +93,27 @@ def test_uploads_that_are_not_taken_cannot_take_the_memory(tmp_path: Path, fast:
 def test_a_connection_that_holds_too_much_for_too_long_is_closed(tmp_path: Path) -> None:
     with flooded(tmp_path, "hold", {"memory": {"budget": 32 * MIB, "patience": "1s"}}) as proxy:
         uploads = Uploads(proxy.port, 20, 40)
-        assert uploads.send_until(lambda: acted(proxy, 'isthmus_memory_short_total{action="close"}'))
-        assert eventually(lambda: proxy.metric('isthmus_memory_used_bytes{clients="others"}') < 20 * MIB)
+        assert uploads.send_until(
+            lambda: acted(proxy, 'isthmus_memory_short_total{action="close"}')
+        )
+        assert eventually(
+            lambda: proxy.metric('isthmus_memory_used_bytes{clients="others"}') < 20 * MIB
+        )
         uploads.close()
 
 
 def test_when_memory_is_short_new_clients_are_refused_and_members_are_not(tmp_path: Path) -> None:
-    with flooded(tmp_path, "hold", {"memory": {"budget": 16 * MIB, "patience": "1m"}}) as proxy, member(proxy) as seen:
+    with (
+        flooded(tmp_path, "hold", {"memory": {"budget": 16 * MIB, "patience": "1m"}}) as proxy,
+        member(proxy) as seen,
+    ):
         uploads = Uploads(proxy.port, 300, 4)
-        assert uploads.send_until(lambda: acted(proxy, 'isthmus_memory_short_total{action="connection"}'))
-        assert eventually(lambda: _refused(proxy.port)), "one may still fit in when the member's request has ended"
+        assert uploads.send_until(
+            lambda: acted(proxy, 'isthmus_memory_short_total{action="connection"}')
+        )
+        assert eventually(lambda: _refused(proxy.port)), (
+            "one may still fit in when the member's request has ended"
+        )
         uploads.close()
     seen.was_served(WITHIN)
 
@@ -107,10 +124,14 @@ def test_a_sidecar_keeps_within_the_limit_of_its_container(tmp_path: Path, cgrou
         assert proxy.metric("isthmus_memory_limit_bytes") == (256 - 88) * MIB * 4 // 5
         with member(proxy) as seen:
             uploads = Uploads(proxy.port, 120, 40)
-            assert uploads.send_until(lambda: acted(proxy, 'isthmus_memory_short_total{action="read"}'))
+            assert uploads.send_until(
+                lambda: acted(proxy, 'isthmus_memory_short_total{action="read"}')
+            )
             assert proxy.process.poll() is None
             uploads.close()
-            assert eventually(lambda: proxy.metric('isthmus_memory_used_bytes{clients="others"}') == 0)
+            assert eventually(
+                lambda: proxy.metric('isthmus_memory_used_bytes{clients="others"}') == 0
+            )
         seen.was_served(WITHIN)
         assert proxy.process.poll() is None
     assert int((cgroup / "memory.failcnt").read_text("ascii")) == 0
@@ -137,8 +158,14 @@ def _answers(socks: list[socket.socket], quiet: float) -> int:
     return total
 
 
-@pytest.mark.parametrize(("fast", "protected"), [(True, False), (False, True)], ids=["open, fast path", "protected, ordinary path"])
-def test_thousands_of_streams_at_once_do_not_stop_the_others(tmp_path: Path, fast: bool, protected: bool) -> None:
+@pytest.mark.parametrize(
+    ("fast", "protected"),
+    [(True, False), (False, True)],
+    ids=["open, fast path", "protected, ordinary path"],
+)
+def test_thousands_of_streams_at_once_do_not_stop_the_others(
+    tmp_path: Path, fast: bool, protected: bool
+) -> None:
     with flooded(tmp_path, "answer", {"fast_path": fast}, require_identity=protected) as proxy:
         with member(proxy) as seen:
             socks = [socket.create_connection((HOST, proxy.port)) for _ in range(60)]
@@ -147,7 +174,8 @@ def test_thousands_of_streams_at_once_do_not_stop_the_others(tmp_path: Path, fas
             burst = b"".join(headers(1 + 2 * number, GET) for number in range(200))
             for sock in socks:
                 sock.sendall(burst)
-            # Each is answered: nothing is lost in a queue. On a protected port the first refusal ends the connection.
+            # Each is answered: nothing is lost in a queue. On a protected port the first refusal
+            # ends the connection.
             assert _answers(socks, 2.0) > (0 if protected else 60 * 200 * 10)
             for sock in socks:
                 with suppress(OSError):
@@ -160,10 +188,17 @@ def test_thousands_of_streams_at_once_do_not_stop_the_others(tmp_path: Path, fas
 
 
 def test_no_more_streams_are_open_than_may_be_and_members_have_a_reserve(tmp_path: Path) -> None:
-    with flooded(tmp_path, "hold", {"memory": {"max_streams": 400}}) as proxy, member(proxy) as seen:
+    with (
+        flooded(tmp_path, "hold", {"memory": {"max_streams": 400}}) as proxy,
+        member(proxy) as seen,
+    ):
         socks = [socket.create_connection((HOST, proxy.port)) for _ in range(20)]
         for sock in socks:
-            sock.sendall(PREFACE + settings() + b"".join(headers(1 + 2 * number, GET) for number in range(100)))
+            sock.sendall(
+                PREFACE
+                + settings()
+                + b"".join(headers(1 + 2 * number, GET) for number in range(100))
+            )
         assert eventually(lambda: proxy.metric('isthmus_streams_open{clients="others"}') == 300)
         assert eventually(lambda: proxy.metric("isthmus_streams_refused_total") == 1700)
         for sock in socks:
@@ -173,7 +208,9 @@ def test_no_more_streams_are_open_than_may_be_and_members_have_a_reserve(tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["http1", "http2", "silent"])
-def test_thousands_of_clients_that_leave_at_once_do_not_stop_the_others(tmp_path: Path, kind: str) -> None:
+def test_thousands_of_clients_that_leave_at_once_do_not_stop_the_others(
+    tmp_path: Path, kind: str
+) -> None:
     with flooded(tmp_path, "answer") as proxy, member(proxy) as seen:
         socks: list[socket.socket] = []
         for _ in range(1500):

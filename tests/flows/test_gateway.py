@@ -1,7 +1,9 @@
-"""The gateway, between whole proxies: west's sidecar -> east's gateway -> the sidecar of `c` in east -> an application.
+"""The gateway, between whole proxies: west's sidecar -> east's gateway -> the sidecar of `c` in
+east -> an application.
 
-It serves identities that are on its list, names that are exported, and endpoints of its own cluster, and nothing else. Who the caller is
-gets to the application, whatever anybody writes into a header.
+It serves identities that are on its list, names that are exported, and endpoints of its own
+cluster, and nothing else. Who the caller is gets to the application, whatever anybody writes into a
+header.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ def said(message: Message, name: str) -> list[str]:
     return [value for field, _, value in lines if field.lower() == name]
 
 
-async def test_a_request_by_name_gets_to_the_other_cluster_under_its_name_there(tmp_path: Path) -> None:
+async def test_a_request_by_name_gets_to_the_other_cluster_under_its_name_there(
+    tmp_path: Path,
+) -> None:
     async with clusters(tmp_path) as all_:
         answer = await all_.ask("c.east")
     assert answer.status == 200
@@ -47,8 +51,12 @@ async def test_a_request_by_name_gets_to_the_other_cluster_under_its_name_there(
     assert said(answer, "host") == ["c.default.svc.cluster.local"]
 
 
-@pytest.mark.parametrize("name", ["isthmus-client-id", "Isthmus_Client_Id", "Isthmus.Client+Id", "l5d-client-id"])
-async def test_the_application_learns_who_the_caller_is_and_no_header_can_say_otherwise(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["isthmus-client-id", "Isthmus_Client_Id", "Isthmus.Client+Id", "l5d-client-id"]
+)
+async def test_the_application_learns_who_the_caller_is_and_no_header_can_say_otherwise(
+    tmp_path: Path, name: str
+) -> None:
     async with clusters(tmp_path) as all_:
         answer = await all_.ask("c.east", f"{name}: spiffe://cluster.local/ns/default/sa/king")
         assert said(answer, "isthmus-client-id") == [all_.fleet.identity("west")]
@@ -56,8 +64,14 @@ async def test_the_application_learns_who_the_caller_is_and_no_header_can_say_ot
 
 
 async def test_a_peer_of_the_gateway_cannot_say_that_it_is_somebody_else(tmp_path: Path) -> None:
-    async with clusters(tmp_path) as all_, await all_.fleet.meet(all_.gateway, "mallory", "gateway") as stream:
-        await stream.send_all(b"GET / HTTP/1.1\r\nHost: c.default\r\nIsthmus-Client-Id: spiffe://cluster.local/ns/default/sa/king\r\n\r\n")
+    async with (
+        clusters(tmp_path) as all_,
+        await all_.fleet.meet(all_.gateway, "mallory", "gateway") as stream,
+    ):
+        await stream.send_all(
+            b"GET / HTTP/1.1\r\nHost: c.default\r\nIsthmus-Client-Id:"
+            b" spiffe://cluster.local/ns/default/sa/king\r\n\r\n"
+        )
         answer = bytes(await stream.receive_some())
     assert b"king" not in answer
     assert b"isthmus-client-id: spiffe://cluster.local/ns/default/sa/mallory" in answer
@@ -66,7 +80,10 @@ async def test_a_peer_of_the_gateway_cannot_say_that_it_is_somebody_else(tmp_pat
 async def test_a_peer_that_is_no_trusted_gateway_is_the_caller_itself(tmp_path: Path) -> None:
     async with clusters(tmp_path, trusted=False) as all_:
         async with await all_.fleet.meet(all_.server, "mallory", "server") as stream:
-            await stream.send_all(b"GET / HTTP/1.1\r\nHost: c\r\nIsthmus-Client-Id: spiffe://cluster.local/ns/default/sa/king\r\n\r\n")
+            await stream.send_all(
+                b"GET / HTTP/1.1\r\nHost: c\r\nIsthmus-Client-Id:"
+                b" spiffe://cluster.local/ns/default/sa/king\r\n\r\n"
+            )
             direct = bytes(await stream.receive_some())
         by_gateway = await all_.ask("c.east")
     assert b"king" not in direct
@@ -76,8 +93,15 @@ async def test_a_peer_that_is_no_trusted_gateway_is_the_caller_itself(tmp_path: 
 
 async def test_the_way_is_noted_in_forwarded_behind_what_was_there(tmp_path: Path) -> None:
     async with clusters(tmp_path) as all_:
-        answer = await all_.ask("c.east", 'Forwarded: for="[2001:db8::1]:80"', 'Forwarded: for="open', "Forwarded: by=_x;BY=_y")
-        assert b'isthmus_forwarded_dropped_total{reason="broken"} 1.0' in all_.gateway.render(), "requests are counted, not lines"
+        answer = await all_.ask(
+            "c.east",
+            'Forwarded: for="[2001:db8::1]:80"',
+            'Forwarded: for="open',
+            "Forwarded: by=_x;BY=_y",
+        )
+        assert b'isthmus_forwarded_dropped_total{reason="broken"} 1.0' in all_.gateway.render(), (
+            "requests are counted, not lines"
+        )
     assert said(answer, "forwarded") == [
         'for="[2001:db8::1]:80"',
         "by=_local.gateway.default.sa.cluster.local;for=_west.default.sa.cluster.local;host=c.default.svc.cluster.local;proto=https",
@@ -85,17 +109,38 @@ async def test_the_way_is_noted_in_forwarded_behind_what_was_there(tmp_path: Pat
 
 
 @pytest.mark.parametrize("host", ["hidden.east", "missing.east"])
-async def test_what_is_not_exported_is_not_found_whether_it_exists_or_not(tmp_path: Path, host: str) -> None:
+async def test_what_is_not_exported_is_not_found_whether_it_exists_or_not(
+    tmp_path: Path, host: str
+) -> None:
     async with clusters(tmp_path) as all_:
         answer = await all_.ask(host)
-        assert b'isthmus_errors_total{direction="gateway",reason="not_exported"} 1.0' in all_.gateway.render()
+        assert (
+            b'isthmus_errors_total{direction="gateway",reason="not_exported"} 1.0'
+            in all_.gateway.render()
+        )
     assert answer.status == 404
-    assert b"gateway.default.gateway;error=destination_not_found" in (answer.get(b"proxy-status") or b"")
+    assert b"gateway.default.gateway;error=destination_not_found" in (
+        answer.get(b"proxy-status") or b""
+    )
 
 
-@pytest.mark.parametrize("host", ["example.com", f"{HOST}:80", "c.default.north", "c-north.default", "c", "c.default:81", "localhost:4191"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "example.com",
+        f"{HOST}:80",
+        "c.default.north",
+        "c-north.default",
+        "c",
+        "c.default:81",
+        "localhost:4191",
+    ],
+)
 async def test_a_gateway_is_no_way_to_anywhere_else(tmp_path: Path, host: str) -> None:
-    async with clusters(tmp_path) as all_, await all_.fleet.meet(all_.gateway, "west", "gateway") as stream:
+    async with (
+        clusters(tmp_path) as all_,
+        await all_.fleet.meet(all_.gateway, "west", "gateway") as stream,
+    ):
         await stream.send_all(f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
         assert bytes(await stream.receive_some()).startswith(b"HTTP/1.1 404 ")
         await stream.send_all(f"GET http://{host}/ HTTP/1.1\r\nHost: c.default\r\n\r\n".encode())
@@ -115,7 +160,9 @@ async def test_without_tls_nobody_gets_in_and_http_is_told_why(tmp_path: Path) -
                 assert await raw.receive_some()
 
 
-async def test_an_identity_that_is_not_on_the_list_is_refused_and_learns_no_names(tmp_path: Path) -> None:
+async def test_an_identity_that_is_not_on_the_list_is_refused_and_learns_no_names(
+    tmp_path: Path,
+) -> None:
     allow = {"allow": [Fleet.identity("somebody")]}
     async with clusters(tmp_path, gateway=allow) as all_:
         for host in ("c.east", "hidden.east", "missing.east"):
@@ -124,11 +171,14 @@ async def test_an_identity_that_is_not_on_the_list_is_refused_and_learns_no_name
             assert b"error=http_request_denied" in (answer.get(b"proxy-status") or b"")
 
 
-async def test_a_certificate_of_another_root_does_not_get_past_the_handshake(tmp_path: Path) -> None:
+async def test_a_certificate_of_another_root_does_not_get_past_the_handshake(
+    tmp_path: Path,
+) -> None:
     async with clusters(tmp_path) as all_:
         stranger = Fleet(tmp_path / "strange")
         stranger.folder.mkdir()
-        # In TLS 1.3 the client is done before the server has judged it: the refusal is what comes instead of an answer.
+        # In TLS 1.3 the client is done before the server has judged it: the refusal is what comes
+        # instead of an answer.
         stream = await stranger.meet(all_.gateway, "west", "gateway", roots=all_.fleet)
         with pytest.raises(trio.BrokenResourceError):
             await ask_over(stream)
@@ -136,21 +186,30 @@ async def test_a_certificate_of_another_root_does_not_get_past_the_handshake(tmp
 
 
 async def test_a_gateway_does_not_split_nor_fail_over_what_it_has_received(tmp_path: Path) -> None:
-    """Both clusters may share their requests out to each other: the one who sends is the one who chooses."""
+    """Both clusters may share their requests out to each other: the one who sends is the one who
+    chooses."""
     split = [{"service": "c", "weight": 0}, {"service": "c", "cluster": "north", "weight": 100}]
-    async with clusters(tmp_path, split=split, failover={"clusters": ["north"], "below": 100}) as all_:
+    async with clusters(
+        tmp_path, split=split, failover={"clusters": ["north"], "below": 100}
+    ) as all_:
         statuses = {(await all_.ask("c.east")).status for _ in range(20)}
     assert statuses == {200}
 
 
-async def test_a_service_without_endpoints_there_fails_at_once_and_says_where(tmp_path: Path) -> None:
+async def test_a_service_without_endpoints_there_fails_at_once_and_says_where(
+    tmp_path: Path,
+) -> None:
     async with clusters(tmp_path, endpoints=[]) as all_:
         answer = await all_.ask("c.east")
     assert answer.status == 503
-    assert b"gateway.default.gateway;error=destination_unavailable" in (answer.get(b"proxy-status") or b"")
+    assert b"gateway.default.gateway;error=destination_unavailable" in (
+        answer.get(b"proxy-status") or b""
+    )
 
 
-async def test_bytes_that_are_not_http_go_through_a_tunnel_whoever_speaks_first(tmp_path: Path) -> None:
+async def test_bytes_that_are_not_http_go_through_a_tunnel_whoever_speaks_first(
+    tmp_path: Path,
+) -> None:
     async with clusters(tmp_path, echo, to="192.0.2.7:5432") as all_:
         peer = await all_.client()
         assert await peer.until(b"\r\n") == b"220 ready\r\n"
@@ -163,13 +222,21 @@ async def test_bytes_that_are_not_http_go_through_a_tunnel_whoever_speaks_first(
         peer.close()
 
 
-async def test_a_tunnel_that_is_refused_closes_the_connection_and_says_why_in_the_metrics(tmp_path: Path) -> None:
+async def test_a_tunnel_that_is_refused_closes_the_connection_and_says_why_in_the_metrics(
+    tmp_path: Path,
+) -> None:
     async with clusters(tmp_path, echo, to="192.0.2.7:5432", export=False) as all_:
         peer = await all_.client()
         with pytest.raises((trio.BrokenResourceError, AssertionError)):
             await peer.exactly(1)
         peer.close()
-        await until(lambda: b'isthmus_errors_total{direction="outbound",reason="tunnel_refused"} 1.0' in all_.west.render(), 20)
+        await until(
+            lambda: (
+                b'isthmus_errors_total{direction="outbound",reason="tunnel_refused"} 1.0'
+                in all_.west.render()
+            ),
+            20,
+        )
 
 
 async def test_a_tunnel_that_stands_ends_the_probation_of_its_endpoint(tmp_path: Path) -> None:
@@ -184,7 +251,9 @@ async def test_a_tunnel_that_stands_ends_the_probation_of_its_endpoint(tmp_path:
         work.finished()
         assert fleet.broken
         peer = await all_.client()
-        assert await peer.until(b"\r\n") == b"220 ready\r\n", "it waited, and is the one on probation"
+        assert await peer.until(b"\r\n") == b"220 ready\r\n", (
+            "it waited, and is the one on probation"
+        )
         assert not fleet.broken, "though the tunnel goes on"
         await peer.stream.send_eof()
         assert await peer.rest() == b""
@@ -195,29 +264,47 @@ async def test_two_clients_at_once_over_http_2(tmp_path: Path) -> None:
     async with clusters(tmp_path) as all_:
         peer = Peer2(await all_.client(), client=True)
         await peer.start()
-        pseudo = [(b":method", b"GET"), (b":scheme", b"http"), (b":authority", b"c.east"), (b":path", b"/two")]
+        pseudo = [
+            (b":method", b"GET"),
+            (b":scheme", b"http"),
+            (b":authority", b"c.east"),
+            (b":path", b"/two"),
+        ]
         streams = [await peer.request(pseudo, end=True) for _ in range(2)]
         answers = [await peer.message(stream) for stream in streams]
         peer.peer.close()
     assert [answer.status for answer in answers] == [200, 200]
-    assert all(b"isthmus-client-id: spiffe://cluster.local/ns/default/sa/west" in answer.body for answer in answers)
+    assert all(
+        b"isthmus-client-id: spiffe://cluster.local/ns/default/sa/west" in answer.body
+        for answer in answers
+    )
 
 
 async def test_a_gateway_says_that_it_is_alive_to_who_has_an_identity(tmp_path: Path) -> None:
-    async with clusters(tmp_path) as all_, await all_.fleet.meet(all_.gateway, "west", "gateway") as stream:
+    async with (
+        clusters(tmp_path) as all_,
+        await all_.fleet.meet(all_.gateway, "west", "gateway") as stream,
+    ):
         await stream.send_all(b"GET /.well-known/isthmus/live HTTP/1.1\r\nHost: gateway\r\n\r\n")
         assert bytes(await stream.receive_some()).startswith(b"HTTP/1.1 200 ")
 
 
-async def test_the_logs_of_the_three_proxies_name_the_identities_of_all_hops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_logs_of_the_three_proxies_name_the_identities_of_all_hops(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO", "isthmus.access")
     async with clusters(tmp_path) as all_:
         for app in (all_.west, all_.gateway, all_.server):
             app.ledger.access = True
         await all_.ask("c.east")
-        lines = [record.__dict__["line"] for record in caplog.records if record.name == "isthmus.access"]
+        lines = [
+            record.__dict__["line"] for record in caplog.records if record.name == "isthmus.access"
+        ]
     west, gateway, server = (all_.fleet.identity(name) for name in ("west", "gateway", "server"))
-    seen = {line.direction: (line.identity, line.caller, line.upstream_identity, line.authority) for line in lines}
+    seen = {
+        line.direction: (line.identity, line.caller, line.upstream_identity, line.authority)
+        for line in lines
+    }
     name = b"c.default.svc.cluster.local"
     assert seen == {
         "outbound": ("", "", gateway, b"c.east"),
@@ -226,7 +313,9 @@ async def test_the_logs_of_the_three_proxies_name_the_identities_of_all_hops(tmp
     }
 
 
-async def test_connect_of_an_application_to_a_proxy_elsewhere_is_told_what_to_do(tmp_path: Path) -> None:
+async def test_connect_of_an_application_to_a_proxy_elsewhere_is_told_what_to_do(
+    tmp_path: Path,
+) -> None:
     async with clusters(tmp_path, to="192.0.2.7:80") as all_:
         peer = await all_.client()
         await peer.send(b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com:443\r\n\r\n")
@@ -243,7 +332,9 @@ HERE = f"Forwarded: by={BY};host=c.default;proto=https"
 async def straight(all_: Clusters, *fields: str) -> bytes:
     """What the gateway answers to west, which says what it likes."""
     async with await all_.fleet.meet(all_.gateway, "west", "gateway") as stream:
-        await stream.send_all("\r\n".join(["GET / HTTP/1.1", "Host: c.default", *fields, "", ""]).encode("latin-1"))
+        await stream.send_all(
+            "\r\n".join(["GET / HTTP/1.1", "Host: c.default", *fields, "", ""]).encode("latin-1")
+        )
         return bytes(await stream.receive_some())
 
 
@@ -257,7 +348,9 @@ async def straight(all_: Clusters, *fields: str) -> bytes:
     ],
     ids=["lines", "commas", "quotes-and-case", "other-tokens"],
 )
-async def test_a_gateway_that_stands_in_forwarded_too_often_refuses(tmp_path: Path, fields: list[str]) -> None:
+async def test_a_gateway_that_stands_in_forwarded_too_often_refuses(
+    tmp_path: Path, fields: list[str]
+) -> None:
     async with clusters(tmp_path) as all_:
         answer = await straight(all_, *fields)
         assert b'isthmus_loops_total{kind="forwarded"} 1.0' in all_.gateway.render()
@@ -277,9 +370,19 @@ async def test_a_gateway_that_stands_in_forwarded_too_often_refuses(tmp_path: Pa
         [f'Forwarded: for="a, by={BY};host=c.default"'] * 30,
         [f'{HERE};x="open'] * 30,
     ],
-    ids=["as-often-as-allowed", "another-host", "another-cluster", "no-cluster", "for", "within-quotes", "broken"],
+    ids=[
+        "as-often-as-allowed",
+        "another-host",
+        "another-cluster",
+        "no-cluster",
+        "for",
+        "within-quotes",
+        "broken",
+    ],
 )
-async def test_what_looks_a_little_like_it_is_not_refused(tmp_path: Path, fields: list[str]) -> None:
+async def test_what_looks_a_little_like_it_is_not_refused(
+    tmp_path: Path, fields: list[str]
+) -> None:
     async with clusters(tmp_path) as all_:
         assert (await straight(all_, *fields)).startswith(b"HTTP/1.1 200 ")
 
@@ -296,8 +399,8 @@ async def test_a_field_that_is_too_long_to_read_is_dropped(tmp_path: Path) -> No
 
 @dataclass
 class Callback:
-    """An application in east that answers a request by making it again at the gateway, with its Forwarded, if `kept` also with its tokens,
-    for so many `rounds`. `seen` counts its requests."""
+    """An application in east that answers a request by making it again at the gateway, with its
+    Forwarded, if `kept` also with its tokens, for so many `rounds`. `seen` counts its requests."""
 
     fleet: Fleet | None = None
     gateway: App | None = None
@@ -318,7 +421,14 @@ class Callback:
             names = (b"forwarded:", b"isthmus-hops:") if self.kept else (b"forwarded:",)
             passed = [line for line in lines if line.lower().startswith(names)]
             async with await self.fleet.meet(self.gateway, "server", "gateway") as onward:
-                again = [b"GET / HTTP/1.1", b"Host: c.default.svc.cluster.local", *passed, b"Connection: close", b"", b""]
+                again = [
+                    b"GET / HTTP/1.1",
+                    b"Host: c.default.svc.cluster.local",
+                    *passed,
+                    b"Connection: close",
+                    b"",
+                    b"",
+                ]
                 await onward.send_all(b"\r\n".join(again))
                 answer = b"".join([bytes(piece) async for piece in onward])
         await stream.send_all(answer)
@@ -337,7 +447,9 @@ async def test_a_loop_is_cut_by_forwarded_where_the_tokens_are_lost_and_by_the_t
     assert app.seen == seen
 
 
-async def test_an_application_that_calls_back_with_forwarded_copied_is_not_refused(tmp_path: Path) -> None:
+async def test_an_application_that_calls_back_with_forwarded_copied_is_not_refused(
+    tmp_path: Path,
+) -> None:
     app = Callback(rounds=4)
     async with clusters(tmp_path, app) as all_:
         app.fleet, app.gateway = all_.fleet, all_.gateway

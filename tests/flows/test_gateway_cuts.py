@@ -1,8 +1,11 @@
-"""The way between a sidecar and the gateway of another cluster breaks, and servers behind a gateway answer before they have read.
+"""The way between a sidecar and the gateway of another cluster breaks, and servers behind a gateway
+answer before they have read.
 
-Rules: what has begun is told to the client as broken, by the same signs as without proxies: a connection that ends within the response.
-What has not begun is 502. What has not been delivered, or may be repeated, is delivered on another connection. Early responses get through
-a gateway as they do through one proxy, and cost no other client anything. (A gateway that falls silent is in test_remote_gateways.py.)
+Rules: what has begun is told to the client as broken, by the same signs as without proxies: a
+connection that ends within the response. What has not begun is 502. What has not been delivered, or
+may be repeated, is delivered on another connection. Early responses get through a gateway as they
+do through one proxy, and cost no other client anything. (A gateway that falls silent is in
+test_remote_gateways.py.)
 """
 
 from __future__ import annotations
@@ -35,12 +38,16 @@ class App:
 
     async def serve(self, stream: trio.SocketStream) -> None:
         peer = Peer(stream.socket)
-        with contextlib.suppress(AssertionError, trio.BrokenResourceError):  # its client has ended the connection
+        with contextlib.suppress(
+            AssertionError, trio.BrokenResourceError
+        ):  # its client has ended the connection
             while True:
                 head = await peer.head()
                 method, path = head.split(b" ")[:2]
                 self.heard.append(method + b" " + path)
-                length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0] or b"0")
+                length = int(
+                    head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0] or b"0"
+                )
                 if path == b"/upload":
                     await peer.send(FULL)
                 await peer.exactly(length)
@@ -75,7 +82,10 @@ class World:
 @asynccontextmanager
 async def linked(folder: Path, *, fast: bool, **how: Any) -> AsyncIterator[World]:
     app = App()
-    async with Link.opened() as link, clusters(folder, app.serve, link=link, everywhere={"fast_path": fast}, **how) as all_:
+    async with (
+        Link.opened() as link,
+        clusters(folder, app.serve, link=link, everywhere={"fast_path": fast}, **how) as all_,
+    ):
         world = World(all_, app, link)
         yield world
         world.app.release.set()
@@ -89,7 +99,9 @@ def request(method: str, path: str, length: int | None = None) -> bytes:
 
 
 @BOTH_PATHS
-async def test_a_link_that_breaks_within_a_response_breaks_the_clients_response(tmp_path: Path, fast: bool) -> None:
+async def test_a_link_that_breaks_within_a_response_breaks_the_clients_response(
+    tmp_path: Path, fast: bool
+) -> None:
     async with linked(tmp_path, fast=fast) as world:
         assert await world.works()
         client = await world.client()
@@ -105,9 +117,11 @@ async def test_a_link_that_breaks_within_a_response_breaks_the_clients_response(
 
 @BOTH_PATHS
 @pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_a_link_that_breaks_before_the_response_is_a_502(tmp_path: Path, fast: bool, method: str) -> None:
-    """The request may have been carried out. The connection was new or had carried it alone: it says nothing against repeating, but a POST
-    is not repeated in any case."""
+async def test_a_link_that_breaks_before_the_response_is_a_502(
+    tmp_path: Path, fast: bool, method: str
+) -> None:
+    """The request may have been carried out. The connection was new or had carried it alone: it
+    says nothing against repeating, but a POST is not repeated in any case."""
     async with linked(tmp_path, fast=fast) as world:
         assert await world.works()
         client = await world.client()
@@ -119,12 +133,16 @@ async def test_a_link_that_breaks_before_the_response_is_a_502(tmp_path: Path, f
             world.app.release.set()
         with trio.fail_after(20):
             answer = await client.response(method)
-        assert (answer.status, world.app.heard.count(f"{method} /wait".encode())) == ((200, 2) if method == "GET" else (502, 1))
+        assert (answer.status, world.app.heard.count(f"{method} /wait".encode())) == (
+            (200, 2) if method == "GET" else (502, 1)
+        )
         assert await world.works()
 
 
 @BOTH_PATHS
-async def test_a_link_that_breaks_within_an_upload_is_a_502_and_the_server_gets_no_whole_request(tmp_path: Path, fast: bool) -> None:
+async def test_a_link_that_breaks_within_an_upload_is_a_502_and_the_server_gets_no_whole_request(
+    tmp_path: Path, fast: bool
+) -> None:
     async with linked(tmp_path, fast=fast) as world:
         assert await world.works()
         client = await world.client()
@@ -148,7 +166,11 @@ async def test_an_early_response_says_at_once_whether_the_connection_goes_on(
         with trio.fail_after(40):
             await client.send(request("POST", "/upload", left))
             answer = await client.response("POST")
-            assert (answer.status, answer.body, answer.get(b"connection")) == (413, b"big", connection)
+            assert (answer.status, answer.body, answer.get(b"connection")) == (
+                413,
+                b"big",
+                connection,
+            )
             if connection is None:
                 await client.send(bytes(left) + request("GET", "/ok"))
                 assert (await client.response()).status == 200
@@ -159,7 +181,9 @@ async def test_an_early_response_says_at_once_whether_the_connection_goes_on(
 
 
 @BOTH_PATHS
-async def test_uploads_refused_early_behind_a_gateway_cost_no_other_client_a_request(tmp_path: Path, fast: bool) -> None:
+async def test_uploads_refused_early_behind_a_gateway_cost_no_other_client_a_request(
+    tmp_path: Path, fast: bool
+) -> None:
     statuses: list[int] = []
     async with linked(tmp_path, fast=fast) as world:
 
@@ -173,7 +197,12 @@ async def test_uploads_refused_early_behind_a_gateway_cost_no_other_client_a_req
 
         async def posts() -> None:
             client = await world.client()
-            statuses.extend([(await client.ask(request("POST", "/ok", 5) + b"hello", "POST")).status for _ in range(30)])
+            statuses.extend(
+                [
+                    (await client.ask(request("POST", "/ok", 5) + b"hello", "POST")).status
+                    for _ in range(30)
+                ]
+            )
 
         with trio.fail_after(60):
             async with trio.open_nursery() as both:

@@ -1,6 +1,7 @@
-"""gRPC calls that end badly, from grpcio through three proxies (a sidecar, the gateway of another cluster, a sidecar) to a server of which
-each frame is known. What the server itself says of a stream reaches the client as its code; what has become of the server is a status,
-said by the proxy that noticed. docs/decisions/29-interrupted-grpc-calls.md has the reasons.
+"""gRPC calls that end badly, from grpcio through three proxies (a sidecar, the gateway of another
+cluster, a sidecar) to a server of which each frame is known. What the server itself says of a
+stream reaches the client as its code; what has become of the server is a status, said by the proxy
+that noticed. docs/decisions/29-interrupted-grpc-calls.md has the reasons.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ End = Callable[[Peer2, int], Awaitable[None]]
 
 
 def server(end: End, *, begun: bool) -> Callable[[trio.SocketStream], Awaitable[None]]:
-    """A server that sends, if the call is to have `begun`, a head and a message, and then does `end`."""
+    """A server that sends, if the call is to have `begun`, a head and a message, and then does
+    `end`."""
 
     async def script(peer: Peer2) -> None:
         number = (await peer.next(h2.events.StreamEnded)).stream_id
@@ -58,7 +60,9 @@ def call(address: Address, on_message: Callable[[], None]) -> tuple[int, str, st
         return count, "OK", "", {}
 
 
-async def calling(all_: Clusters, on_message: Callable[[], None]) -> tuple[int, str, str, dict[str, str]]:
+async def calling(
+    all_: Clusters, on_message: Callable[[], None]
+) -> tuple[int, str, str, dict[str, str]]:
     return await trio.to_thread.run_sync(call, Address(HOST, way_out(all_.west)), on_message)
 
 
@@ -78,12 +82,20 @@ def resetting(code: int) -> End:
 
 
 # As grpcio reads them (github.com/grpc/grpc, doc/PROTOCOL-HTTP2.md, "Errors").
-CODES = {2: "INTERNAL", 7: "UNAVAILABLE", 8: "CANCELLED", 11: "RESOURCE_EXHAUSTED", 12: "PERMISSION_DENIED"}
+CODES = {
+    2: "INTERNAL",
+    7: "UNAVAILABLE",
+    8: "CANCELLED",
+    11: "RESOURCE_EXHAUSTED",
+    12: "PERMISSION_DENIED",
+}
 
 
 @pytest.mark.parametrize("begun", [False, True], ids=["before the head", "behind the head"])
 @pytest.mark.parametrize(("code", "status"), CODES.items(), ids=CODES.values())
-async def test_a_servers_own_reset_means_to_the_client_what_it_meant(tmp_path: Path, code: int, status: str, begun: bool) -> None:
+async def test_a_servers_own_reset_means_to_the_client_what_it_meant(
+    tmp_path: Path, code: int, status: str, begun: bool
+) -> None:
     _, found, details, _ = await ended(tmp_path, resetting(code), begun=begun)
     assert found == status
     assert f"RST_STREAM with error code {code}" in details
@@ -106,13 +118,17 @@ ENDS = {"cut": (cut, "connection_terminated"), "GOAWAY": (goes_away, "connection
 
 
 @pytest.mark.parametrize(("end", "kind"), ENDS.values(), ids=ENDS)
-async def test_a_server_that_goes_in_the_middle_of_a_call_is_unavailable(tmp_path: Path, end: End, kind: str) -> None:
+async def test_a_server_that_goes_in_the_middle_of_a_call_is_unavailable(
+    tmp_path: Path, end: End, kind: str
+) -> None:
     count, found, details, _ = await ended(tmp_path, end, begun=True)
     assert (count, found) == (1, "UNAVAILABLE")
     assert details.startswith(kind), details
 
 
-async def test_a_server_that_goes_before_it_answers_is_unavailable_and_proxy_status_says_who_noticed(tmp_path: Path) -> None:
+async def test_a_server_that_goes_before_it_answers_is_unavailable_and_proxy_status_says_who_noticed(
+    tmp_path: Path,
+) -> None:
     count, found, details, metadata = await ended(tmp_path, cut, begun=False)
     assert (count, found) == (0, "UNAVAILABLE")
     assert details.startswith("connection_terminated")
@@ -127,7 +143,10 @@ async def test_a_proxy_on_the_way_that_goes_is_unavailable_too(tmp_path: Path, w
     async def end(_: Peer2, __: int) -> None:
         await trio.sleep_forever()
 
-    async with clusters(tmp_path, server(end, begun=True), ports=HTTP2) as all_, trio.open_nursery() as nursery:
+    async with (
+        clusters(tmp_path, server(end, begun=True), ports=HTTP2) as all_,
+        trio.open_nursery() as nursery,
+    ):
 
         async def cut_off() -> None:
             await begun.wait()

@@ -1,7 +1,8 @@
-"""Loops and tunnels: the CONNECT by which opaque bytes get into another cluster has the token of the proxy that sent it, and one that comes
-back to a gateway is refused.
+"""Loops and tunnels: the CONNECT by which opaque bytes get into another cluster has the token of
+the proxy that sent it, and one that comes back to a gateway is refused.
 
-A gateway of ours ends each CONNECT, so only another make's passes one on. It is played here by a TLS server that says what it was asked.
+A gateway of ours ends each CONNECT, so only another make's passes one on. It is played here by a
+TLS server that says what it was asked.
 """
 
 from __future__ import annotations
@@ -51,13 +52,17 @@ async def test_a_tunnels_connect_has_the_token_of_its_sender(tmp_path: Path) -> 
             tunnelled = head.startswith(b"CONNECT ")
             if tunnelled:
                 heads.append(head)
-            await stream.send_all(b"HTTP/1.1 200 OK\r\n%b\r\n" % (b"" if tunnelled else b"Content-Length: 0\r\n"))
+            await stream.send_all(
+                b"HTTP/1.1 200 OK\r\n%b\r\n" % (b"" if tunnelled else b"Content-Length: 0\r\n")
+            )
             async for piece in stream:
                 await stream.send_all(piece)
 
     async with application(entry) as port:
         outbound = {**LISTEN, "fixed_destination": DB}
-        async with fleet.running("west", west_directory(port), outbound=outbound, clusters=QUICK) as west:
+        async with fleet.running(
+            "west", west_directory(port), outbound=outbound, clusters=QUICK
+        ) as west:
             peer = await connect(Address(HOST, way_out(west)))
             await peer.send(b"\x00\x01\x02")
             assert await peer.exactly(3) == b"\x00\x01\x02"
@@ -74,7 +79,9 @@ async def tunnel(all_: Clusters, field: bytes) -> bytes:
     """What the gateway answers to a CONNECT with these tokens."""
     name = b"c.default.svc.cluster.local:5432"
     async with await all_.fleet.meet(all_.gateway, "west", "gateway") as stream:
-        await stream.send_all(b"CONNECT %b HTTP/1.1\r\nHost: %b\r\nIsthmus-Hops: %b\r\n\r\n" % (name, name, field))
+        await stream.send_all(
+            b"CONNECT %b HTTP/1.1\r\nHost: %b\r\nIsthmus-Hops: %b\r\n\r\n" % (name, name, field)
+        )
         return bytes(await stream.receive_some())
 
 
@@ -85,24 +92,35 @@ async def greet(stream: trio.SocketStream) -> None:
 
 
 @pytest.mark.parametrize("came_back", [False, True])
-async def test_a_connect_that_comes_back_to_a_gateway_is_cut_with_its_way(tmp_path: Path, came_back: bool) -> None:
+async def test_a_connect_that_comes_back_to_a_gateway_is_cut_with_its_way(
+    tmp_path: Path, came_back: bool
+) -> None:
     async with clusters(tmp_path, greet) as all_:
         name = b"c.default.svc.cluster.local:5432"
         mine = all_.gateway.runtime.loops.waypoint("gateway")
         ours = mine.named(mine.token(b"CONNECT" if came_back else b"GET", name, name))
-        answer = await tunnel(all_, b"o%b:local/west, %b, g%b:east/other" % (b"A" * 16, ours, b"B" * 16))
+        answer = await tunnel(
+            all_, b"o%b:local/west, %b, g%b:east/other" % (b"A" * 16, ours, b"B" * 16)
+        )
         assert (b'isthmus_loops_total{kind="request"} 1.0' in all_.gateway.render()) == came_back
     if not came_back:
         assert answer.startswith(b"HTTP/1.1 200 ")
         return
     assert answer.startswith(b"HTTP/1.1 508 ")
-    assert b"the same request has been here already: local/gateway -> east/other -> local/gateway" in answer
+    assert (
+        b"the same request has been here already: local/gateway -> east/other -> local/gateway"
+        in answer
+    )
 
 
 async def test_a_tunnel_that_has_been_through_too_many_proxies_is_cut(tmp_path: Path) -> None:
     async with clusters(tmp_path, greet) as all_:
-        assert (await tunnel(all_, b", ".join([b"g" + b"A" * 16] * 63))).startswith(b"HTTP/1.1 200 ")
-        assert (await tunnel(all_, b", ".join([b"g" + b"A" * 16] * 64))).startswith(b"HTTP/1.1 508 ")
+        assert (await tunnel(all_, b", ".join([b"g" + b"A" * 16] * 63))).startswith(
+            b"HTTP/1.1 200 "
+        )
+        assert (await tunnel(all_, b", ".join([b"g" + b"A" * 16] * 64))).startswith(
+            b"HTTP/1.1 508 "
+        )
 
 
 async def test_the_time_that_a_policy_gives_a_request_does_not_end_a_tunnel(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-"""Bytes that are relayed before it is certain that they are no HTTP. What turns out to be HTTP is served as such: no client gets by with a
-field that only a proxy may set, by waiting, by speaking slowly, or by a tunnel. Other protocols work as they do without a proxy."""
+"""Bytes that are relayed before it is certain that they are no HTTP. What turns out to be HTTP is
+served as such: no client gets by with a field that only a proxy may set, by waiting, by speaking
+slowly, or by a tunnel. Other protocols work as they do without a proxy."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ async def head_of(stream: trio.abc.ReceiveStream) -> bytes:
 
 
 class App:
-    """An application that answers HTTP, or sends back what it gets (`echo`); it notes all that it hears, by connection."""
+    """An application that answers HTTP, or sends back what it gets (`echo`); it notes all that it
+    hears, by connection."""
 
     def __init__(self, *, echo: bool = False) -> None:
         self.heard: list[bytearray] = []
@@ -76,7 +78,12 @@ class App:
 async def inbound(tmp_path: Path, app: App, **settings: Any) -> AsyncIterator[tuple[Fleet, Any]]:
     fleet = Fleet(tmp_path)
     async with application(app.serve) as port:
-        section = {"listen": [f"{HOST}:0"], "fixed_destination": f"{HOST}:{port}", "detect_timeout": SOON, **settings}
+        section = {
+            "listen": [f"{HOST}:0"],
+            "fixed_destination": f"{HOST}:{port}",
+            "detect_timeout": SOON,
+            **settings,
+        }
         for name in ("opaque_ports", "http_ports"):
             section[name] = [port] if section.get(name) else []
         async with fleet.running("shop", inbound=section) as proxy:
@@ -91,26 +98,38 @@ async def dial(proxy: Any) -> trio.SocketStream:
     (b"GET / HTTP/1.1\r\n" + FORGED,), (b"GE", b"T / HTTP/1.1\r\n" + FORGED), (b"FO", b"O / HTTP/1.1\r\n" + FORGED),
     (b"\r\n", b"GET / HTTP/1.1\r\n" + FORGED), (b"X" * 30, b" / HTTP/1.1\r\n" + FORGED),
 ])  # fmt: skip
-async def test_a_client_that_waits_and_then_speaks_http_is_served_as_one(tmp_path: Path, pieces: tuple[bytes, ...]) -> None:
+async def test_a_client_that_waits_and_then_speaks_http_is_served_as_one(
+    tmp_path: Path, pieces: tuple[bytes, ...]
+) -> None:
     app = App()
     async with inbound(tmp_path, app) as (_, proxy), await dial(proxy) as client:
         for piece in pieces:
-            await trio.sleep(0.3)  # three times what is taken for a client that waits for the server
+            await trio.sleep(
+                0.3
+            )  # three times what is taken for a client that waits for the server
             await client.send_all(piece)
         assert (await head_of(client)).startswith(b"HTTP/1.1 200 ")
     assert b"/ HTTP/1.1\r\nHost: a\r\n" in app.all
     assert b"king" not in app.all
 
 
-@pytest.mark.parametrize(("pieces", "connections"), [((b"GET / HTTP/1.1\r\n" + FORGED,), 1), ((b"X" * 30, b" / HTTP/1.1\r\n" + FORGED), 2)])
+@pytest.mark.parametrize(
+    ("pieces", "connections"),
+    [((b"GET / HTTP/1.1\r\n" + FORGED,), 1), ((b"X" * 30, b" / HTTP/1.1\r\n" + FORGED), 2)],
+)
 @pytest.mark.parametrize("how", ["plain", "tunnel"])
 async def test_the_connection_to_the_application_is_used_for_late_http_if_it_is_as_new(
     tmp_path: Path, how: str, pieces: tuple[bytes, ...], connections: int
 ) -> None:
-    """The application of a relay opens another connection for each that it gets, so one too many would double a loop's."""
+    """The application of a relay opens another connection for each that it gets, so one too many
+    would double a loop's."""
     app = App()
     async with inbound(tmp_path, app) as (fleet, proxy):
-        client = await fleet.meet(proxy, "web", "shop", alpn="isthmus-tcp") if how == "tunnel" else await dial(proxy)
+        client = (
+            await fleet.meet(proxy, "web", "shop", alpn="isthmus-tcp")
+            if how == "tunnel"
+            else await dial(proxy)
+        )
         for piece in pieces:
             await trio.sleep(0.3)
             await client.send_all(piece)
@@ -127,10 +146,16 @@ async def test_the_connection_to_the_application_is_used_for_late_http_if_it_is_
     (b"(GET /" + b"a" * 5000, b"a" * 5000 + b" HTTP", b"/1.1 ", b" " * 100, b"\r\n"),
 ])  # fmt: skip
 @pytest.mark.parametrize("how", ["plain", "tunnel"])
-async def test_malformed_http_is_refused_however_slowly_it_comes(tmp_path: Path, pieces: tuple[bytes, ...], how: str) -> None:
+async def test_malformed_http_is_refused_however_slowly_it_comes(
+    tmp_path: Path, pieces: tuple[bytes, ...], how: str
+) -> None:
     app = App()
     async with inbound(tmp_path, app) as (fleet, proxy):
-        client = await fleet.meet(proxy, "mallory", "shop", alpn="isthmus-tcp") if how == "tunnel" else await dial(proxy)
+        client = (
+            await fleet.meet(proxy, "mallory", "shop", alpn="isthmus-tcp")
+            if how == "tunnel"
+            else await dial(proxy)
+        )
         with suppress(trio.BrokenResourceError):
             for piece in pieces:
                 await trio.sleep(0.2)
@@ -145,7 +170,9 @@ async def test_malformed_http_is_refused_however_slowly_it_comes(tmp_path: Path,
 
 
 @pytest.mark.parametrize("trusted", [False, True])
-async def test_http_in_a_tunnel_is_served_as_its_peer_s_whatever_it_says_of_itself(tmp_path: Path, trusted: bool) -> None:
+async def test_http_in_a_tunnel_is_served_as_its_peer_s_whatever_it_says_of_itself(
+    tmp_path: Path, trusted: bool
+) -> None:
     """A gateway that is trusted to name a caller names none of the bytes that it carries."""
     app = App()
     gateways = [Fleet.identity("gateway")] if trusted else []
@@ -168,12 +195,25 @@ async def test_a_port_that_is_declared_opaque_is_relayed_as_it_is(tmp_path: Path
     assert b"king" in app.all
 
 
-@pytest.mark.parametrize("first", [b"\x05\x01\x00", b"\x00\x00\x00\x08\x04\xd2\x16\x2f", b"PING\r\n", b"x" * 30, b"*1\r\n$4\r\nPING\r\n"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"\x05\x01\x00",
+        b"\x00\x00\x00\x08\x04\xd2\x16\x2f",
+        b"PING\r\n",
+        b"x" * 30,
+        b"*1\r\n$4\r\nPING\r\n",
+    ],
+)
 @pytest.mark.parametrize("how", ["plain", "tunnel"])
 async def test_other_protocols_are_relayed_at_once(tmp_path: Path, first: bytes, how: str) -> None:
     app = App(echo=True)
     async with inbound(tmp_path, app, detect_timeout="60s") as (fleet, proxy):
-        client = await fleet.meet(proxy, "web", "shop", alpn="isthmus-tcp") if how == "tunnel" else await dial(proxy)
+        client = (
+            await fleet.meet(proxy, "web", "shop", alpn="isthmus-tcp")
+            if how == "tunnel"
+            else await dial(proxy)
+        )
         with trio.fail_after(30):
             for piece in (first, b"and more", bytes(100_000)):
                 await client.send_all(piece)
@@ -186,7 +226,9 @@ async def test_other_protocols_are_relayed_at_once(tmp_path: Path, first: bytes,
 
 
 @pytest.mark.parametrize("how", ["plain", "tunnel"])
-async def test_a_server_that_speaks_first_is_heard_and_what_the_client_says_then_is_not_looked_at(tmp_path: Path, how: str) -> None:
+async def test_a_server_that_speaks_first_is_heard_and_what_the_client_says_then_is_not_looked_at(
+    tmp_path: Path, how: str
+) -> None:
     heard = bytearray()
 
     async def greet(stream: trio.SocketStream) -> None:
@@ -199,7 +241,11 @@ async def test_a_server_that_speaks_first_is_heard_and_what_the_client_says_then
     app = App()
     app.serve = greet  # type: ignore[method-assign]
     async with inbound(tmp_path, app) as (fleet, proxy):
-        client = await fleet.meet(proxy, "web", "shop", alpn="isthmus-tcp") if how == "tunnel" else await dial(proxy)
+        client = (
+            await fleet.meet(proxy, "web", "shop", alpn="isthmus-tcp")
+            if how == "tunnel"
+            else await dial(proxy)
+        )
         with trio.fail_after(30):
             assert await client.receive_some() == b"220 ready\r\n"
             await client.send_all(b"GET / HTTP/1.1 is what a mail may say\r\n")
@@ -222,12 +268,24 @@ async def test_a_port_for_http_only_waits_for_a_request_as_a_server_does(tmp_pat
 
 
 @pytest.mark.parametrize("protocol", ["http1", "detect"])
-async def test_the_first_request_may_come_late_on_the_way_out_too(tmp_path: Path, protocol: str) -> None:
+async def test_the_first_request_may_come_late_on_the_way_out_too(
+    tmp_path: Path, protocol: str
+) -> None:
     fleet = Fleet(tmp_path)
     async with application(mirror) as port:
         ports = [{"port": 80, "target_port": port, "protocol": protocol}]
-        service = {"name": "s", "namespace": "default", "addresses": ["10.1.2.3"], "ports": ports, "endpoints": [{"address": HOST}]}
-        section = {"listen": [f"{HOST}:0"], "fixed_destination": "10.1.2.3:80", "detect_timeout": SOON}
+        service = {
+            "name": "s",
+            "namespace": "default",
+            "addresses": ["10.1.2.3"],
+            "ports": ports,
+            "endpoints": [{"address": HOST}],
+        }
+        section = {
+            "listen": [f"{HOST}:0"],
+            "fixed_destination": "10.1.2.3:80",
+            "detect_timeout": SOON,
+        }
         async with fleet.running("web", {"services": [service]}, outbound=section) as proxy:
             client = await trio.open_tcp_stream(HOST, way_out(proxy))
             async with client:

@@ -1,7 +1,9 @@
-"""Odd beginnings of connections, at all three listeners: an inbound side, a gateway, an outbound side.
+"""Odd beginnings of connections, at all three listeners: an inbound side, a gateway, an outbound
+side.
 
-Rules: a ClientHello and a request may come in pieces of any size. A connection that says nothing, half of something, or something and goes,
-by FIN or by RST, ends; it costs no other connection anything, and is no fault of the proxy's.
+Rules: a ClientHello and a request may come in pieces of any size. A connection that says nothing,
+half of something, or something and goes, by FIN or by RST, ends; it costs no other connection
+anything, and is no fault of the proxy's.
 """
 
 from __future__ import annotations
@@ -58,19 +60,26 @@ async def server(stream: trio.SocketStream) -> None:
 
 
 @asynccontextmanager
-async def listener(folder: Path, kind: str, patience: str = SOON) -> AsyncIterator[tuple[Fleet, App, int]]:
-    """A proxy with one listener of this kind, in front of an application that mirrors requests, and the listener's port. It waits for
-    `patience` for whatever has begun."""
+async def listener(
+    folder: Path, kind: str, patience: str = SOON
+) -> AsyncIterator[tuple[Fleet, App, int]]:
+    """A proxy with one listener of this kind, in front of an application that mirrors requests, and
+    the listener's port. It waits for `patience` for whatever has begun."""
     fleet = Fleet(folder)
     async with application(server) as port:
         to = {**LISTEN, "fixed_destination": f"{HOST}:{port}", "detect_timeout": patience}
-        settings: dict[str, Any] = {"tcp": {"handshake_timeout": patience}, "http": {"head_timeout": patience, "plain_idle_timeout": "1s"}}
+        settings: dict[str, Any] = {
+            "tcp": {"handshake_timeout": patience},
+            "http": {"head_timeout": patience, "plain_idle_timeout": "1s"},
+        }
         directory = None
         if kind == "gateway":
             settings["gateway"] = {**LISTEN, "enabled": True, "detect_timeout": patience}
             ports = [{"port": 80, "protocol": "http1"}]
             endpoint = {"address": HOST, "ports": {"80": port}}
-            directory = {"services": [{"name": "c", "ports": ports, "endpoints": [endpoint], "export": True}]}
+            directory = {
+                "services": [{"name": "c", "ports": ports, "endpoints": [endpoint], "export": True}]
+            }
         else:
             settings[kind] = to
         async with fleet.running("shop", directory, **settings) as proxy:
@@ -149,7 +158,9 @@ async def test_connections_that_begin_oddly_end_and_cost_nobody_else_anything(
             if end == "half-close":
                 for name, client in clients.items():
                     assert not (await left(client)).startswith(b"HTTP/1.1 2"), name
-            elif end == "silence" and kind == "gateway":  # nobody without an identity is connected to anything
+            elif (
+                end == "silence" and kind == "gateway"
+            ):  # nobody without an identity is connected to anything
                 for client in clients.values():
                     await left(client)
             elif end == "silence":  # others may wait for the server to speak
@@ -166,12 +177,17 @@ async def test_connections_that_begin_oddly_end_and_cost_nobody_else_anything(
 
 @KINDS
 async def test_requests_may_come_byte_by_byte(tmp_path: Path, kind: str) -> None:
-    """By mutual TLS, with the ClientHello too, where peers are met; by clear text, where the application is."""
+    """By mutual TLS, with the ClientHello too, where peers are met; by clear text, where the
+    application is."""
     async with listener(tmp_path, kind, "20s") as (fleet, _, port):
-        stream: trio.abc.HalfCloseableStream | trio.SSLStream[Bytewise] = Bytewise(await trio.open_tcp_stream(HOST, port))
+        stream: trio.abc.HalfCloseableStream | trio.SSLStream[Bytewise] = Bytewise(
+            await trio.open_tcp_stream(HOST, port)
+        )
         if kind != "outbound":
             context, name = fleet.tls("web", "shop")
-            stream = trio.SSLStream(cast("Bytewise", stream), context, server_hostname=name, https_compatible=True)
+            stream = trio.SSLStream(
+                cast("Bytewise", stream), context, server_hostname=name, https_compatible=True
+            )
             await stream.do_handshake()
         for _ in range(2):
             await stream.send_all(REQUEST)

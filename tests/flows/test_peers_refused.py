@@ -1,7 +1,8 @@
-"""A peer that shows an authority's certificate, to each of the flows: nobody is a workload by it (X.509-SVID, section 5.2).
+"""A peer that shows an authority's certificate, to each of the flows: nobody is a workload by it
+(X.509-SVID, section 5.2).
 
-The table of all deviations is in tests/identity/test_certificate_verdicts.py; here is that the flows go by it, and what both sides are
-told.
+The table of all deviations is in tests/identity/test_certificate_verdicts.py; here is that the
+flows go by it, and what both sides are told.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
 def shown(folder: Path, who: str) -> tuple[Path, Made]:
-    """A file with an authority's certificate that names a workload, and its key; and the root that has signed it."""
+    """A file with an authority's certificate that names a workload, and its key; and the root that
+    has signed it."""
     name = x509.UniformResourceIdentifier(Fleet.identity(who))
     usage = frozenset({"digital_signature", "key_cert_sign"})
     root, leaf = make([authority("root"), Profile(ca=True, usage=usage, names=(name,))])
@@ -57,7 +59,9 @@ async def refused(app: App, file: Path) -> ssl.SSLError:
     context.load_cert_chain(file)
     context.set_alpn_protocols(["http/1.1"])
     raw = await trio.open_tcp_stream(HOST, way_in(app))
-    stream = trio.SSLStream(raw, context, server_hostname="server.default.sa.cluster.local", https_compatible=True)
+    stream = trio.SSLStream(
+        raw, context, server_hostname="server.default.sa.cluster.local", https_compatible=True
+    )
     await stream.do_handshake()
     with pytest.raises(trio.BrokenResourceError) as caught:
         await stream.receive_some()  # in TLS 1.3 it is only here that a client hears of it
@@ -71,13 +75,20 @@ async def test_it_is_no_client(tmp_path: Path, side: str, caplog: pytest.LogCapt
     caplog.set_level("INFO", "isthmus.connection")
     file, root = shown(tmp_path, "mallory")
     fleet = Trusting(tmp_path, other=root.pem)
-    settings = {"gateway": {**LISTEN, "enabled": True}} if side == "gateway" else {"inbound": {**LISTEN, "fixed_destination": f"{HOST}:9"}}
+    settings = (
+        {"gateway": {**LISTEN, "enabled": True}}
+        if side == "gateway"
+        else {"inbound": {**LISTEN, "fixed_destination": f"{HOST}:9"}}
+    )
     directory = {"cluster": "east", "services": []} if side == "gateway" else None
     async with fleet.running("server", directory, **settings) as app:
         error = await refused(app, file)
         assert "BAD_CERTIFICATE" in str(error)
         await until(lambda: bool(caplog.records))
-        assert f'isthmus_tls_failures_total{{direction="{side}",kind="certificate"}} 1.0'.encode() in app.render()
+        assert (
+            f'isthmus_tls_failures_total{{direction="{side}",kind="certificate"}} 1.0'.encode()
+            in app.render()
+        )
     assert WORDS in caplog.records[-1].__dict__["line"].words
 
 
@@ -100,9 +111,16 @@ async def test_it_is_no_server(tmp_path: Path) -> None:
 
     async with application(serve) as port:
         endpoint = {"address": HOST, "identity": fleet.identity("server"), "ports": {"80": port}}
-        service = {"name": "c", "addresses": ["192.0.2.7"], "ports": [{"port": 80}], "endpoints": [endpoint]}
+        service = {
+            "name": "c",
+            "addresses": ["192.0.2.7"],
+            "ports": [{"port": 80}],
+            "endpoints": [endpoint],
+        }
         outbound = {**LISTEN, "fixed_destination": "192.0.2.7:80"}
-        async with fleet.running("near", {"cluster": "west", "services": [service]}, outbound=outbound) as near:
+        async with fleet.running(
+            "near", {"cluster": "west", "services": [service]}, outbound=outbound
+        ) as near:
             peer = await connect(Address(HOST, way_out(near)))
             await peer.send(GET)
             answer = await peer.response()

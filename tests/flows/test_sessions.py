@@ -20,7 +20,12 @@ DB = "192.0.2.7:5432"
 def directory(port: int) -> dict[str, object]:
     endpoint = {"address": HOST, "identity": Fleet.identity("server"), "ports": {"5432": port}}
     ports = [{"port": 5432, "protocol": "opaque"}]
-    return {"cluster": "west", "services": [{"name": "db", "addresses": ["192.0.2.7"], "ports": ports, "endpoints": [endpoint]}]}
+    return {
+        "cluster": "west",
+        "services": [
+            {"name": "db", "addresses": ["192.0.2.7"], "ports": ports, "endpoints": [endpoint]}
+        ],
+    }
 
 
 async def echo(stream: trio.SocketStream) -> None:
@@ -37,14 +42,25 @@ def handshakes(app: App, resumed: str) -> float:
     return sum(sample.value for sample in counted if wanted.items() <= sample.labels.items())
 
 
-@pytest.mark.parametrize(("west", "server", "resumed"), [("1h", "1h", 2), ("0s", "1h", 0), ("1h", "0s", 0)])
-async def test_a_session_is_resumed_unless_one_side_gives_it_no_lifetime(tmp_path: Path, west: str, server: str, resumed: int) -> None:
+@pytest.mark.parametrize(
+    ("west", "server", "resumed"), [("1h", "1h", 2), ("0s", "1h", 0), ("1h", "0s", 0)]
+)
+async def test_a_session_is_resumed_unless_one_side_gives_it_no_lifetime(
+    tmp_path: Path, west: str, server: str, resumed: int
+) -> None:
     fleet = Fleet(tmp_path)
     async with application(echo) as port:
         inbound = {**LISTEN, "fixed_destination": f"{HOST}:{port}"}
-        async with fleet.running("server", inbound=inbound, identity={"session_lifetime": server}) as far:
+        async with fleet.running(
+            "server", inbound=inbound, identity={"session_lifetime": server}
+        ) as far:
             outbound = {**LISTEN, "fixed_destination": DB}
-            async with fleet.running("west", directory(way_in(far)), outbound=outbound, identity={"session_lifetime": west}) as near:
+            async with fleet.running(
+                "west",
+                directory(way_in(far)),
+                outbound=outbound,
+                identity={"session_lifetime": west},
+            ) as near:
                 for _ in range(3):
                     peer = await connect(Address(HOST, way_out(near)))
                     await peer.send(b"\0data")  # no beginning of a request: it goes on at once

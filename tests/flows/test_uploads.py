@@ -1,6 +1,8 @@
-"""Large uploads through a proxy, of either version and on both paths: every byte arrives, and the proxy's memory does not grow.
+"""Large uploads through a proxy, of either version and on both paths: every byte arrives, and the
+proxy's memory does not grow.
 
-On each path one version carries 2 GiB, more than a signed 32-bit number can count; 256 MiB show that memory does not grow.
+On each path one version carries 2 GiB, more than a signed 32-bit number can count; 256 MiB show
+that memory does not grow.
 """
 
 from __future__ import annotations
@@ -60,7 +62,10 @@ def take1(sock: socket.socket) -> None:
             return
         seen += piece
     head, _, rest = seen.partition(b"\r\n\r\n")
-    length, total = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]), len(rest)
+    length, total = (
+        int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]),
+        len(rest),
+    )
     while total < length and (size := sock.recv_into(buffer)):
         total += size
     answer = b"%d" % total
@@ -87,7 +92,11 @@ class Frames:
             size = int.from_bytes(buffer[at : at + 3], "big")
             if len(buffer) - at < 9 + size:
                 break
-            kind, flags, stream = buffer[at + 3], buffer[at + 4], int.from_bytes(buffer[at + 5 : at + 9], "big")
+            kind, flags, stream = (
+                buffer[at + 3],
+                buffer[at + 4],
+                int.from_bytes(buffer[at + 5 : at + 9], "big"),
+            )
             if kind == Kind.DATA:
                 self.body += size
                 self.last = buffer[at + 9 : at + 9 + size]
@@ -95,10 +104,15 @@ class Frames:
                 self.credit[stream != 0] += int.from_bytes(buffer[at + 9 : at + 13], "big")
             elif kind == Kind.SETTINGS and not flags:
                 for value in range(at + 9, at + 9 + size, 6):
-                    if int.from_bytes(buffer[value : value + 2], "big") == Setting.INITIAL_WINDOW_SIZE:
+                    if (
+                        int.from_bytes(buffer[value : value + 2], "big")
+                        == Setting.INITIAL_WINDOW_SIZE
+                    ):
                         self.credit[1] += int.from_bytes(buffer[value + 2 : value + 6], "big")
             assert kind not in (Kind.RST_STREAM, Kind.GOAWAY), buffer[at : at + 60]
-            self.ended = self.ended or (kind in (Kind.DATA, Kind.HEADERS) and bool(flags & END_STREAM))
+            self.ended = self.ended or (
+                kind in (Kind.DATA, Kind.HEADERS) and bool(flags & END_STREAM)
+            )
             at += 9 + size
         self._buffer = buffer[at:]
         return bool(more)
@@ -107,7 +121,10 @@ class Frames:
 def take2(sock: socket.socket) -> None:
     """HTTP/2, with a window of 4 MiB that is refilled when half of it is used."""
     window = 4 * MIB
-    sock.sendall(settings((Setting.INITIAL_WINDOW_SIZE, window)) + long(Kind.WINDOW_UPDATE, 0, window - 65535))
+    sock.sendall(
+        settings((Setting.INITIAL_WINDOW_SIZE, window))
+        + long(Kind.WINDOW_UPDATE, 0, window - 65535)
+    )
     if sock.recv(len(PREFACE), socket.MSG_WAITALL) != PREFACE:
         return
     frames, given = Frames(sock), 0
@@ -124,10 +141,13 @@ def proxied(folder: Path, app: int, *, fast: bool) -> Iterator[Flooded]:
     """A sidecar in clear text before `app`."""
     port, admin = free_port(), free_port()
     (folder / "isthmus.yaml").write_text(
-        f'{{"inbound": {{"listen": ["{HOST}:{port}"], "fixed_destination": "{HOST}:{app}"}}, "outbound": {{"listen": []}},'
-        f' "admin": {{"listen": ["{HOST}:{admin}"]}}, "log": {{"level": "error"}}, "fast_path": {str(fast).lower()}}}'
+        f'{{"inbound": {{"listen": ["{HOST}:{port}"], "fixed_destination": "{HOST}:{app}"}},'
+        f' "outbound": {{"listen": []}}, "admin": {{"listen": ["{HOST}:{admin}"]}}, "log":'
+        f' {{"level": "error"}}, "fast_path": {str(fast).lower()}}}'
     )
-    with program("proxy.cli", "run", "--config", str(folder / "isthmus.yaml"), port=admin) as process:
+    with program(
+        "proxy.cli", "run", "--config", str(folder / "isthmus.yaml"), port=admin
+    ) as process:
         yield Flooded(process, port, admin, 0)
 
 
@@ -158,7 +178,12 @@ def send2(sock: socket.socket, size: int, watch: Callable[[], None]) -> bytes:
     return frames.last
 
 
-VERSIONS: dict[str, tuple[Callable[[socket.socket], None], Callable[[socket.socket, int, Callable[[], None]], bytes]]] = {
+VERSIONS: dict[
+    str,
+    tuple[
+        Callable[[socket.socket], None], Callable[[socket.socket, int, Callable[[], None]], bytes]
+    ],
+] = {
     "HTTP/1": (take1, send1),
     "HTTP/2": (take2, send2),
 }
@@ -166,13 +191,28 @@ VERSIONS: dict[str, tuple[Callable[[socket.socket], None], Callable[[socket.sock
 
 @pytest.mark.parametrize(
     ("version", "fast", "size"),
-    [("HTTP/1", True, LONG), ("HTTP/1", False, SHORT), ("HTTP/2", True, SHORT), ("HTTP/2", False, LONG)],
-    ids=["HTTP/1, fast path", "HTTP/1, ordinary path", "HTTP/2, fast path", "HTTP/2, ordinary path"],
+    [
+        ("HTTP/1", True, LONG),
+        ("HTTP/1", False, SHORT),
+        ("HTTP/2", True, SHORT),
+        ("HTTP/2", False, LONG),
+    ],
+    ids=[
+        "HTTP/1, fast path",
+        "HTTP/1, ordinary path",
+        "HTTP/2, fast path",
+        "HTTP/2, ordinary path",
+    ],
 )
-def test_a_large_upload_arrives_in_bounded_memory(tmp_path: Path, version: str, fast: bool, size: int) -> None:
+def test_a_large_upload_arrives_in_bounded_memory(
+    tmp_path: Path, version: str, fast: bool, size: int
+) -> None:
     take, send = VERSIONS[version]
     server = Server(take)
-    with proxied(tmp_path, server.port, fast=fast) as proxy, socket.create_connection((HOST, proxy.port)) as sock:
+    with (
+        proxied(tmp_path, server.port, fast=fast) as proxy,
+        socket.create_connection((HOST, proxy.port)) as sock,
+    ):
         sock.settimeout(PATIENCE)
         before, most, next_look = proxy.resident(), 0, 0.0
 

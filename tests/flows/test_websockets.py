@@ -1,7 +1,9 @@
-"""WebSockets through whole proxies, with mutual TLS between them: sidecar to sidecar, and by the gateway of another cluster.
+"""WebSockets through whole proxies, with mutual TLS between them: sidecar to sidecar, and by the
+gateway of another cluster.
 
-The client is the package websockets (HTTP/1.1), or an HTTP/2 client that asks by extended CONNECT. The server is Hypercorn, which takes
-WebSockets by either version and says which it was asked in, or one that takes only HTTP/1.1. The directory says what the service speaks.
+The client is the package websockets (HTTP/1.1), or an HTTP/2 client that asks by extended CONNECT.
+The server is Hypercorn, which takes WebSockets by either version and says which it was asked in, or
+one that takes only HTTP/1.1. The directory says what the service speaks.
 """
 
 from __future__ import annotations
@@ -42,26 +44,53 @@ def first_only_port() -> Iterator[int]:
 
 
 @asynccontextmanager
-async def pair(folder: Path, port: int, protocol: Protocol | None, *, by_gateway: bool = False) -> AsyncIterator[App]:
-    """The sidecar of a client of a service with an endpoint at `port`, behind its own sidecar; with a gateway between them, if so."""
+async def pair(
+    folder: Path, port: int, protocol: Protocol | None, *, by_gateway: bool = False
+) -> AsyncIterator[App]:
+    """The sidecar of a client of a service with an endpoint at `port`, behind its own sidecar; with
+    a gateway between them, if so."""
     fleet, listen = Fleet(folder), {"listen": [f"{HOST}:0"]}
     await listening(Address(HOST, port))
     said: dict[str, Any] = {} if protocol is None else {"protocol": protocol}
-    async with fleet.running("server", inbound={**listen, "fixed_destination": f"{HOST}:{port}"}) as server:
-        endpoint = {"address": HOST, "identity": fleet.identity("server"), "ports": {"80": way_in(server)}}
-        service = {"name": "chat", "addresses": ["10.96.0.1"], "ports": [{"port": 80, **said}], "endpoints": [endpoint]}
+    async with fleet.running(
+        "server", inbound={**listen, "fixed_destination": f"{HOST}:{port}"}
+    ) as server:
+        endpoint = {
+            "address": HOST,
+            "identity": fleet.identity("server"),
+            "ports": {"80": way_in(server)},
+        }
+        service = {
+            "name": "chat",
+            "addresses": ["10.96.0.1"],
+            "ports": [{"port": 80, **said}],
+            "endpoints": [endpoint],
+        }
         outbound = {**listen, "fixed_destination": "10.96.0.1:80"}
         if not by_gateway:
-            async with fleet.running("client", {"services": [service]}, outbound=outbound) as client:
+            async with fleet.running(
+                "client", {"services": [service]}, outbound=outbound
+            ) as client:
                 yield client
             return
         east = {"cluster": "east", "services": [{**service, "export": True}]}
         async with fleet.running("gateway", east, gateway={**listen, "enabled": True}) as gateway:
             way = {"address": HOST, "port": way_in(gateway), "identity": fleet.identity("gateway")}
-            east = {"name": "east", "gateways": [way], "services": [{"name": "chat", "ports": [{"port": 80, **said}]}]}
-            mine = {"name": "chat", "addresses": ["10.96.0.1"], "ports": [{"port": 80}], "split": [{**SPLIT}]}
+            east = {
+                "name": "east",
+                "gateways": [way],
+                "services": [{"name": "chat", "ports": [{"port": 80, **said}]}],
+            }
+            mine = {
+                "name": "chat",
+                "addresses": ["10.96.0.1"],
+                "ports": [{"port": 80}],
+                "split": [{**SPLIT}],
+            }
             west = {"cluster": "west", "services": [mine], "clusters": [east]}
-            async with fleet.running("client", west, outbound=outbound, clusters={"probe_interval": "100ms"}) as client:
+            async with fleet.running(
+                "client", west, outbound=outbound, clusters={"probe_interval": "100ms"}
+            ) as client:
                 yield client
 
 
@@ -70,7 +99,9 @@ SPLIT = {"service": "chat", "cluster": "east", "weight": 1}
 
 def _talk1(address: Address) -> str | None:
     """A few messages; the version that the server was asked in."""
-    with websockets.sync.client.connect(f"ws://{address}/chat", open_timeout=30, proxy=None) as connection:
+    with websockets.sync.client.connect(
+        f"ws://{address}/chat", open_timeout=30, proxy=None
+    ) as connection:
         for text in ("hello", "x" * 200_000):
             connection.send(text)
             assert connection.recv(timeout=30) == text
@@ -92,7 +123,9 @@ async def _talk2(address: Address) -> str | None:
     while heard != "hello":
         frames.receive_data(answer.body)
         answer.body = b""
-        heard += "".join(event.data for event in frames.events() if isinstance(event, wsproto.events.TextMessage))
+        heard += "".join(
+            event.data for event in frames.events() if isinstance(event, wsproto.events.TextMessage)
+        )
         if heard != "hello":
             client.credit(await client.read())
     peer.close()
@@ -108,7 +141,9 @@ async def _talk(app: App, version: int) -> str | None:
 @pytest.mark.parametrize("by_gateway", [False, True], ids=["sidecars", "gateway"])
 @pytest.mark.parametrize("protocol", ["http1", "http2"])
 @pytest.mark.parametrize("version", [1, 2])
-async def test_between_both_versions(version: int, protocol: Protocol, by_gateway: bool, hypercorn: int, tmp_path: Path) -> None:
+async def test_between_both_versions(
+    version: int, protocol: Protocol, by_gateway: bool, hypercorn: int, tmp_path: Path
+) -> None:
     async with pair(tmp_path, hypercorn, protocol, by_gateway=by_gateway) as app:
         assert await _talk(app, version) == {"http1": "1.1", "http2": "2"}[protocol]
 
@@ -122,20 +157,29 @@ async def test_a_service_of_which_the_directory_does_not_say_what_it_speaks_is_a
 
 
 @pytest.mark.parametrize("version", [1, 2])
-async def test_a_server_that_takes_it_only_in_http1_gets_it_so_behind_two_proxies(version: int, first_only: int, tmp_path: Path) -> None:
+async def test_a_server_that_takes_it_only_in_http1_gets_it_so_behind_two_proxies(
+    version: int, first_only: int, tmp_path: Path
+) -> None:
     """The sidecar of the server takes it by HTTP/2, and finds out that the application does not."""
     async with pair(tmp_path, first_only, "http2") as app:
         assert await _talk(app, version) is None
 
 
-async def test_an_offer_of_tls_to_a_service_of_http2_is_no_fault_of_its_endpoint(hypercorn: int, tmp_path: Path) -> None:
+async def test_an_offer_of_tls_to_a_service_of_http2_is_no_fault_of_its_endpoint(
+    hypercorn: int, tmp_path: Path
+) -> None:
     """What Apache HttpClient 5.4 sends with every GET."""
-    request = b"GET / HTTP/1.1\r\nHost: chat\r\nConnection: keep-alive, Upgrade\r\nUpgrade: TLS/1.2\r\n\r\n"
+    request = (
+        b"GET / HTTP/1.1\r\nHost: chat\r\nConnection: keep-alive, Upgrade\r\nUpgrade:"
+        b" TLS/1.2\r\n\r\n"
+    )
     async with pair(tmp_path, hypercorn, "http2") as app:
         client = await connect(Address(HOST, way_out(app)))
         for _ in range(20):
             answer = await client.ask(request)
             assert (answer.status, answer.body) == (200, b"2  ")
-        assert not app.metrics.registry.get_sample_value("isthmus_breaker_changes_total", {"state": "open"})
+        assert not app.metrics.registry.get_sample_value(
+            "isthmus_breaker_changes_total", {"state": "open"}
+        )
         assert not any(b"isthmus_errors_total{" in line for line in app.render().splitlines())
         client.close()

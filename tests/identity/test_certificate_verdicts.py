@@ -1,8 +1,10 @@
-"""One verdict on certificates, whichever TLS library shakes hands: each deviation at each place of a chain, in real handshakes.
+"""One verdict on certificates, whichever TLS library shakes hands: each deviation at each place of
+a chain, in real handshakes.
 
-Each case is a chain with one thing wrong (or allowed). It is shown by a client to a server and by a server to a client, both with contexts
-and verification as a proxy has them. The judging side says why, the judged one hears the alert that fits, and a proxy whose own chain it is
-refuses to start with it. The table holds for OpenSSL and for AWS-LC, in the same words.
+Each case is a chain with one thing wrong (or allowed). It is shown by a client to a server and by a
+server to a client, both with contexts and verification as a proxy has them. The judging side says
+why, the judged one hears the alert that fits, and a proxy whose own chain it is refuses to start
+with it. The table holds for OpenSSL and for AWS-LC, in the same words.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ DNS, URIS, MAIL = x509.DNSName, x509.UniformResourceIdentifier, x509.RFC822Name
 
 @dataclass(frozen=True)
 class No:
-    """A refusal: words of it, and the alert for the peer. `by_presenter`: with such a key it does not come to a signature."""
+    """A refusal: words of it, and the alert for the peer. `by_presenter`: with such a key it does
+    not come to a signature."""
 
     words: str
     alert: str = "bad certificate"
@@ -52,7 +55,8 @@ BAD_CA = partial(No, alert="unknown ca")
 
 @dataclass(frozen=True)
 class Deviation:
-    """What is different, and the verdict if it is so in the leaf, in the authority between, or in the root."""
+    """What is different, and the verdict if it is so in the leaf, in the authority between, or in
+    the root."""
 
     name: str
     change: dict[str, Any]
@@ -61,7 +65,14 @@ class Deviation:
     root: No | type | None = int
 
 
-def d(what: str, leaf: No | type | None, middle: No | type | None, root: No | type | None, /, **change: Any) -> Deviation:
+def d(
+    what: str,
+    leaf: No | type | None,
+    middle: No | type | None,
+    root: No | type | None,
+    /,
+    **change: Any,
+) -> Deviation:
     return Deviation(what, change, leaf, middle, root)
 
 
@@ -73,13 +84,32 @@ SERVER, CLIENT, ANY, CODE = (
     ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE,
     ExtendedKeyUsageOID.CODE_SIGNING,
 )  # fmt: skip
-SIGNS, NO_SIGNATURE = r"may sign certificates or revocation lists \(key usage\)", r"is not meant for this use \(key usage\)"
-AUTHORITY_LEAF, NO_AUTHORITY = r"is an authority's \(CA\)", "is not an authority's, and has signed one"
-MAY_NOT, OUTSIDE = "is not signed by a trust root", r"names what its authority may not \(name constraints\)"
-CRITICAL, REFUSED_EXTENSION = "has a critical extension that is not known here", "has an extension that is not accepted here"
+SIGNS, NO_SIGNATURE = (
+    r"may sign certificates or revocation lists \(key usage\)",
+    r"is not meant for this use \(key usage\)",
+)
+AUTHORITY_LEAF, NO_AUTHORITY = (
+    r"is an authority's \(CA\)",
+    "is not an authority's, and has signed one",
+)
+MAY_NOT, OUTSIDE = (
+    "is not signed by a trust root",
+    r"names what its authority may not \(name constraints\)",
+)
+CRITICAL, REFUSED_EXTENSION = (
+    "has a critical extension that is not known here",
+    "has an extension that is not accepted here",
+)
 ROLE = r"is not meant for TLS %s \(extended key usage\)"
-WEAK_KEY, WEAK_SIGNATURE, CURVE = "has a key that is too weak", r"is signed with an algorithm that is too weak.*\(sha1\)", "on the curve"
-UNKNOWN_SIGNATURE = r"is signed with an algorithm that is too weak, or not known here \(1.3.101.113\)|carries a signature that is not"
+WEAK_KEY, WEAK_SIGNATURE, CURVE = (
+    "has a key that is too weak",
+    r"is signed with an algorithm that is too weak.*\(sha1\)",
+    "on the curve",
+)
+UNKNOWN_SIGNATURE = (
+    r"is signed with an algorithm that is too weak, or not known here \(1.3.101.113\)|carries a"
+    r" signature that is not"
+)
 UNNAMED = "does not name a workload of the mesh"
 SHOWN = URIS(URI)
 NULL = b"\x05\x00"
@@ -198,19 +228,32 @@ Case = tuple[str, list[Profile], No | None]
 
 
 def cases() -> Iterator[Case]:
-    """A chain for each deviation at each place: the leaf below a root, the leaf below an authority, the authority, the root."""
+    """A chain for each deviation at each place: the leaf below a root, the leaf below an authority,
+    the authority, the root."""
     root, middle, leaf = authority("root"), authority("middle"), Profile()
     for deviation in [*LEAVES, *ANYWHERE, *AUTHORITIES]:
         change = deviation.change
         if not isinstance(deviation.leaf, type):
             yield f"leaf: {deviation.name}", [root, replace(leaf, **change)], deviation.leaf
-            yield f"leaf below two: {deviation.name}", [root, middle, replace(leaf, **change)], deviation.leaf
+            yield (
+                f"leaf below two: {deviation.name}",
+                [root, middle, replace(leaf, **change)],
+                deviation.leaf,
+            )
         if not isinstance(deviation.middle, type):
-            yield f"middle: {deviation.name}", [root, replace(middle, **change), leaf], deviation.middle
+            yield (
+                f"middle: {deviation.name}",
+                [root, replace(middle, **change), leaf],
+                deviation.middle,
+            )
         if not isinstance(deviation.root, type):
             short = OK if deviation.name == "path length 0" else deviation.root
             yield f"root: {deviation.name}", [replace(root, **change), leaf], short
-            yield f"root of three: {deviation.name}", [replace(root, **change), middle, leaf], deviation.root
+            yield (
+                f"root of three: {deviation.name}",
+                [replace(root, **change), middle, leaf],
+                deviation.root,
+            )
     yield from lengths()
     yield from limited_names()
 
@@ -226,8 +269,14 @@ def lengths() -> Iterator[Case]:
             for most in range(3):
                 limits = replace(chain[limited], path_length=most)
                 below = count - limited - 1
-                verdict = long or (BAD_CA("has a longer chain than its authority allows") if below > most else None)
-                yield f"{count} authorities, at {limited} path length {most}", [*chain[:limited], limits, *chain[limited + 1 :]], verdict
+                verdict = long or (
+                    BAD_CA("has a longer chain than its authority allows") if below > most else None
+                )
+                yield (
+                    f"{count} authorities, at {limited} path length {most}",
+                    [*chain[:limited], limits, *chain[limited + 1 :]],
+                    verdict,
+                )
 
 
 def limited_names() -> Iterator[Case]:
@@ -239,7 +288,10 @@ def limited_names() -> Iterator[Case]:
     for what, (name, good, evil) in others.items():
         leaf = Profile(names=(SHOWN, name))
         unknown = isinstance(name, x509.RFC822Name)
-        strange = No(r"on which its authority's name constraints are not understood here", "certificate unknown")
+        strange = No(
+            r"on which its authority's name constraints are not understood here",
+            "certificate unknown",
+        )
         for limit, permit, verdict in (
             (good, True, strange if unknown else OK),
             (evil, True, strange if unknown else No(OUTSIDE, "certificate unknown")),
@@ -248,8 +300,16 @@ def limited_names() -> Iterator[Case]:
         ):
             change = {"permitted" if permit else "excluded": (limit,)}
             word = "permitted" if permit else "excluded"
-            yield f"root: {what} with {limit.value} {word}", [replace(authority("root"), **change), leaf], verdict
-            yield f"middle: {what} with {limit.value} {word}", [authority("root"), authority("middle", **change), leaf], verdict
+            yield (
+                f"root: {what} with {limit.value} {word}",
+                [replace(authority("root"), **change), leaf],
+                verdict,
+            )
+            yield (
+                f"middle: {what} with {limit.value} {word}",
+                [authority("root"), authority("middle", **change), leaf],
+                verdict,
+            )
 
 
 def possible(case: Case) -> bool:
@@ -269,7 +329,9 @@ class Judge:
         self.issued = issue.issue(self.own, SpiffeId("mesh.test", "shop", "judge"))
 
     def identity(self, root: Made) -> Identity:
-        found = MaterialFiles(self.folder / "certificate.pem", self.folder / "key.pem", (self.folder / "roots.pem",))
+        found = MaterialFiles(
+            self.folder / "certificate.pem", self.folder / "key.pem", (self.folder / "roots.pem",)
+        )
         files.write_private(found.key, self.issued.key_pem)
         files.write_public(found.certificate, self.issued.certificate_pem)
         files.write_public(found.roots[0], self.own.certificate_pem + root.pem)
@@ -277,7 +339,9 @@ class Judge:
 
     def own_material(self, chain: list[Made]) -> Identity:
         """The same for a workload whose own chain this is."""
-        found = MaterialFiles(self.folder / "own.pem", self.folder / "own.key", (self.folder / "own-roots.pem",))
+        found = MaterialFiles(
+            self.folder / "own.pem", self.folder / "own.key", (self.folder / "own-roots.pem",)
+        )
         files.write_private(found.key, chain[-1].key_pem)
         files.write_public(found.certificate, b"".join(made.pem for made in reversed(chain[1:])))
         files.write_public(found.roots[0], chain[0].pem)
@@ -319,10 +383,15 @@ def presenting(method: int, chain: list[Made], trusted: x509.Certificate) -> SSL
     return made
 
 
-async def shown_to(identity: Identity, context: SSL.Context, *, dialling: bool) -> tuple[TLSStream | Exception, TLSStream | Exception]:
-    """(the judge's end, the other end) of a handshake in which the other shows what `context` has. `dialling`: it is the client."""
+async def shown_to(
+    identity: Identity, context: SSL.Context, *, dialling: bool
+) -> tuple[TLSStream | Exception, TLSStream | Exception]:
+    """(the judge's end, the other end) of a handshake in which the other shows what `context` has.
+    `dialling`: it is the client."""
     left, right = pair()
-    verify: Verify = identity.verify_chain if dialling else partial(identity.verify_chain, expected=PEER)
+    verify: Verify = (
+        identity.verify_chain if dialling else partial(identity.verify_chain, expected=PEER)
+    )
     offer = TLSOffer(PEER.sni, (b"h2",))
 
     async def judges() -> TLSStream:
@@ -330,7 +399,9 @@ async def shown_to(identity: Identity, context: SSL.Context, *, dialling: bool) 
             stream = await tls_server(right, identity.server_context, verify=verify, timeout=20)
             await stream.send_all(b"welcome")
         else:
-            stream = await tls_client(right, identity.client_context, offer, verify=verify, timeout=20)
+            stream = await tls_client(
+                right, identity.client_context, offer, verify=verify, timeout=20
+            )
         return stream
 
     async def shows() -> TLSStream:
@@ -354,7 +425,9 @@ async def test_a_chain_is_judged_in_the_handshake(judge: Judge, case: Case, show
     name, profiles, verdict = case
     dialling = shows == "client"
     chain = make(profiles)
-    if name.startswith("root") and isinstance(refused := loading(partial(judge.identity, chain[0])), MaterialError):
+    if name.startswith("root") and isinstance(
+        refused := loading(partial(judge.identity, chain[0])), MaterialError
+    ):
         assert verdict is not None  # a root that is not taken in the first place
         assert re.search(f"{verdict.words}|weak trust root", str(refused))
         return
@@ -372,16 +445,23 @@ async def test_a_chain_is_judged_in_the_handshake(judge: Judge, case: Case, show
         assert isinstance(theirs, TLSStream), theirs
         assert ours.info.peer_identity == URI
         return
-    if verdict.by_presenter:  # we offer no signature that its key can make: it says so itself, or shows nothing
+    if (
+        verdict.by_presenter
+    ):  # we offer no signature that its key can make: it says so itself, or shows nothing
         assert isinstance(ours, TLSFailed), ours
         assert isinstance(theirs, TLSFailed), theirs
-        assert ours.kind != "certificate" or re.search(f"(has shown|presented) no certificate|{verdict.words}", str(ours)), ours
+        assert ours.kind != "certificate" or re.search(
+            f"(has shown|presented) no certificate|{verdict.words}", str(ours)
+        ), ours
         return
     assert isinstance(ours, TLSFailed | PeerRefused), ours
     assert not isinstance(ours, TLSFailed) or ours.kind == "certificate", ours
     assert re.search(verdict.words, str(ours)), ours
     assert isinstance(theirs, TLSFailed), theirs
-    assert (theirs.kind, theirs.kind and verdict.alert in str(theirs)) == ("alert", True), (str(theirs), str(ours))
+    assert (theirs.kind, theirs.kind and verdict.alert in str(theirs)) == ("alert", True), (
+        str(theirs),
+        str(ours),
+    )
 
 
 UNSIGNING = [case for case in CASES if case[2] is not None and case[2].words == NO_SIGNATURE]
@@ -389,14 +469,18 @@ UNSIGNING = [case for case in CASES if case[2] is not None and case[2].words == 
 
 @pytest.mark.parametrize("shows", ["client", "server"])
 @pytest.mark.parametrize("case", UNSIGNING, ids=name_of)
-async def test_a_key_that_may_not_sign_proves_nothing(judge: Judge, tmp_path: Path, case: Case, shows: str) -> None:
+async def test_a_key_that_may_not_sign_proves_nothing(
+    judge: Judge, tmp_path: Path, case: Case, shows: str
+) -> None:
     """Shown by a peer that shares no library with us."""
     chain = make(case[1])
     assert case[2] is not None
     identity = judge.identity(chain[0])
     shown = tmp_path / "shown.pem"
     shown.write_bytes(chain[-1].key_pem + b"".join(made.pem for made in reversed(chain[1:])))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if shows == "client" else ssl.PROTOCOL_TLS_SERVER)
+    context = ssl.SSLContext(
+        ssl.PROTOCOL_TLS_CLIENT if shows == "client" else ssl.PROTOCOL_TLS_SERVER
+    )
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.load_cert_chain(shown)
     if shows == "server":
@@ -405,7 +489,11 @@ async def test_a_key_that_may_not_sign_proves_nothing(judge: Judge, tmp_path: Pa
     near, far = sockets()
 
     def show() -> None:
-        with far, contextlib.suppress(ssl.SSLError, OSError), context.wrap_socket(far, server_side=shows == "server") as tls:
+        with (
+            far,
+            contextlib.suppress(ssl.SSLError, OSError),
+            context.wrap_socket(far, server_side=shows == "server") as tls,
+        ):
             tls.recv(1)
 
     async with trio.open_nursery() as nursery:
@@ -419,7 +507,9 @@ async def test_a_key_that_may_not_sign_proves_nothing(judge: Judge, tmp_path: Pa
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_a_proxy_does_not_start_with_a_chain_that_its_peers_refuse(judge: Judge, case: Case) -> None:
+def test_a_proxy_does_not_start_with_a_chain_that_its_peers_refuse(
+    judge: Judge, case: Case
+) -> None:
     name, profiles, verdict = case
     if verdict is not None and verdict.words.startswith("which is not of the trust domain"):
         return  # which one is ours is a matter of the configuration

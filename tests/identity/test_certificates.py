@@ -1,6 +1,8 @@
-"""Issuing and describing: the profile of an X.509-SVID, lifetimes that make sense, and keys that only their owner can read.
+"""Issuing and describing: the profile of an X.509-SVID, lifetimes that make sense, and keys that
+only their owner can read.
 
-What is issued is what our own loading and OpenSSL accept; a root vouches for its trust domain only; nothing outlives its root.
+What is issued is what our own loading and OpenSSL accept; a root vouches for its trust domain only;
+nothing outlives its root.
 """
 
 import argparse
@@ -57,10 +59,15 @@ def test_a_workload_has_the_profile_of_an_x509_svid():
     assert critical
     assert usage.digital_signature
     assert not usage.key_cert_sign
-    assert set(extension(leaf, x509.ExtendedKeyUsage)[0]) == {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH}
+    assert set(extension(leaf, x509.ExtendedKeyUsage)[0]) == {
+        ExtendedKeyUsageOID.SERVER_AUTH,
+        ExtendedKeyUsageOID.CLIENT_AUTH,
+    }
     names, critical = extension(leaf, x509.SubjectAlternativeName)
     assert critical
-    assert [(type(name), name.value) for name in names] == [(x509.UniformResourceIdentifier, str(spiffe("cart")))]
+    assert [(type(name), name.value) for name in names] == [
+        (x509.UniformResourceIdentifier, str(spiffe("cart")))
+    ]
     assert not list(leaf.subject)
     assert isinstance(leaf.public_key().curve, ec.SECP256R1)
     assert isinstance(leaf.signature_hash_algorithm, hashes.SHA256)
@@ -118,15 +125,23 @@ def test_openssl_holds_a_root_to_its_trust_domain():
     lying = issue.Issued(issue.make_root("other.test").certificate, root.key)
     forged = issue.issue(lying, spiffe("cart", "other.test")).certificate
     # Signed with the key of mesh.test's root, and made to look as if that root had issued it.
-    builder = x509.CertificateBuilder().subject_name(x509.Name([])).issuer_name(root.certificate.subject)
+    builder = (
+        x509.CertificateBuilder().subject_name(x509.Name([])).issuer_name(root.certificate.subject)
+    )
     builder = builder.public_key(forged.public_key()).serial_number(1)
-    builder = builder.not_valid_before(forged.not_valid_before_utc).not_valid_after(forged.not_valid_after_utc)
-    builder = builder.add_extension(extension(forged, x509.SubjectAlternativeName)[0], critical=True)
+    builder = builder.not_valid_before(forged.not_valid_before_utc).not_valid_after(
+        forged.not_valid_after_utc
+    )
+    builder = builder.add_extension(
+        extension(forged, x509.SubjectAlternativeName)[0], critical=True
+    )
     stranger = builder.sign(root.key, hashes.SHA256())
     now = credentials.utc_now()
     with pytest.raises(ValueError, match="permitted subtree violation"):
         credentials.verify_chain(stranger, [], [root.certificate], now)
-    credentials.verify_chain(issue.issue(root, spiffe("cart")).certificate, [], [root.certificate], now)
+    credentials.verify_chain(
+        issue.issue(root, spiffe("cart")).certificate, [], [root.certificate], now
+    )
 
 
 @pytest.mark.parametrize("umask", [0, 0o077])
@@ -197,9 +212,24 @@ def run(*arguments):
 def test_the_commands_make_an_identity_that_a_proxy_loads(tmp_path, capsys):
     trust, out = tmp_path / "trust", tmp_path / "cart"
     assert run("root", "--trust-domain", DOMAIN, "--out", trust) == 0
-    assert run("issue", "--root", trust, "--namespace", "shop", "--service-account", "cart", "--out", out) == 0
+    assert (
+        run(
+            "issue",
+            "--root",
+            trust,
+            "--namespace",
+            "shop",
+            "--service-account",
+            "cart",
+            "--out",
+            out,
+        )
+        == 0
+    )
     assert "ends in 23 hours 59 minutes" in capsys.readouterr().out
-    identity = Identity(MaterialFiles(out / command.CERTIFICATE, out / command.KEY, (out / command.ROOTS,)))
+    identity = Identity(
+        MaterialFiles(out / command.CERTIFICATE, out / command.KEY, (out / command.ROOTS,))
+    )
     assert identity.id == spiffe("cart")
     assert identity.warnings == ()
     assert stat.S_IMODE((trust / command.ROOT_KEY).stat().st_mode) == 0o600
@@ -213,7 +243,9 @@ def test_the_commands_make_an_identity_that_a_proxy_loads(tmp_path, capsys):
 def test_issuing_again_renews_and_an_id_may_be_given_in_full(tmp_path, capsys):
     trust, out = tmp_path / "trust", tmp_path / "cart"
     run("root", "--trust-domain", DOMAIN, "--out", trust, "--lifetime", "2h")
-    assert run("issue", "--root", trust, "--id", spiffe("cart"), "--out", out, "--lifetime", "1h") == 0
+    assert (
+        run("issue", "--root", trust, "--id", spiffe("cart"), "--out", out, "--lifetime", "1h") == 0
+    )
     first = (out / command.CERTIFICATE).read_bytes()
     assert run("issue", "--root", trust, "--id", spiffe("cart"), "--out", out) == 0
     assert "shortened" in capsys.readouterr().out
@@ -258,7 +290,10 @@ def test_show_warns_before_the_end(tmp_path, capsys):
     [
         (["show", "missing.pem"], "missing.pem: cannot be read: No such file"),
         (["root", "--trust-domain", "Bad", "--out", "x"], "trust domain 'Bad'"),
-        (["issue", "--root", "nowhere", "--id", "spiffe://mesh.test/ns/a/sa/b", "--out", "x"], "nowhere/root.pem: cannot be read"),
+        (
+            ["issue", "--root", "nowhere", "--id", "spiffe://mesh.test/ns/a/sa/b", "--out", "x"],
+            "nowhere/root.pem: cannot be read",
+        ),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(tmp_path, monkeypatch, capsys, arguments, complaint):
@@ -273,8 +308,26 @@ def test_who_the_certificate_is_for_must_be_said_once(tmp_path, capsys):
     run("root", "--trust-domain", DOMAIN, "--out", tmp_path)
     assert run("issue", "--root", tmp_path, "--namespace", "shop", "--out", tmp_path) == 64
     assert "--service-account" in capsys.readouterr().err
-    assert run("issue", "--root", tmp_path, "--id", spiffe("a"), "--namespace", "shop", "--out", tmp_path) == 64
-    assert run("issue", "--root", tmp_path, "--id", SpiffeId("other.test", "a", "b"), "--out", tmp_path) == 64
+    assert (
+        run(
+            "issue",
+            "--root",
+            tmp_path,
+            "--id",
+            spiffe("a"),
+            "--namespace",
+            "shop",
+            "--out",
+            tmp_path,
+        )
+        == 64
+    )
+    assert (
+        run(
+            "issue", "--root", tmp_path, "--id", SpiffeId("other.test", "a", "b"), "--out", tmp_path
+        )
+        == 64
+    )
 
 
 @pytest.mark.parametrize("text", ["", "24", "h", "1y", "-1h", "1.5h", "24 h"])

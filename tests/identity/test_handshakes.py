@@ -1,4 +1,5 @@
-"""Handshakes on real sockets between contexts of real identities: what is agreed, who gets nowhere, and what is resumed.
+"""Handshakes on real sockets between contexts of real identities: what is agreed, who gets nowhere,
+and what is resumed.
 
 A ticket never outlives the trust under which it was issued.
 """
@@ -23,10 +24,16 @@ from tests.kit.workloads import DOMAIN, authority, handshake, refusal, resumed, 
 def test_contexts_keep_idle_connections_small_and_chains_short(cart):
     identity = cart.identity()
     for context in (identity.server_context, identity.client_context):
-        assert context.set_mode(0) & SSL.MODE_RELEASE_BUFFERS or AWS_LC, "AWS-LC keeps no buffers, and has no name for it"
+        assert context.set_mode(0) & SSL.MODE_RELEASE_BUFFERS or AWS_LC, (
+            "AWS-LC keeps no buffers, and has no name for it"
+        )
         assert context.set_mode(0) & NO_AUTO_CHAIN
         assert context.get_verify_depth() == 3
-        kept = SSL.SESS_CACHE_OFF if context is identity.server_context else SSL.SESS_CACHE_CLIENT | SSL.SESS_CACHE_NO_INTERNAL
+        kept = (
+            SSL.SESS_CACHE_OFF
+            if context is identity.server_context
+            else SSL.SESS_CACHE_CLIENT | SSL.SESS_CACHE_NO_INTERNAL
+        )
         assert context.get_session_cache_mode() == kept, "nothing in the library's own store"
 
 
@@ -37,7 +44,10 @@ def test_a_chain_with_an_intermediate_is_sent_whole(cart, checkout, root):
     with cart.files.certificate.open("ab") as file:
         # Some issuers add the root as well: it is not sent, each peer has it.
         file.write(middle.certificate_pem + root.certificate_pem)
-    with handshake(checkout.identity().client_context, cart.identity().server_context) as (client, _server):
+    with handshake(checkout.identity().client_context, cart.identity().server_context) as (
+        client,
+        _server,
+    ):
         assert len(client.get_peer_cert_chain()) == 2
 
 
@@ -48,46 +58,71 @@ def test_a_handshake_is_tls_1_3_with_post_quantum_exchange_and_both_names(cart, 
         assert client.get_group_name() == "X25519MLKEM768"
         assert client.get_cipher_name() == "TLS_AES_128_GCM_SHA256"
         assert len(client.get_peer_cert_chain()) == 1
-        assert ours.verify_peer(client.get_peer_certificate(as_cryptography=True), spiffe("checkout")) == spiffe("checkout")
-        assert theirs.verify_peer(server.get_peer_certificate(as_cryptography=True)) == spiffe("cart")
+        assert ours.verify_peer(
+            client.get_peer_certificate(as_cryptography=True), spiffe("checkout")
+        ) == spiffe("checkout")
+        assert theirs.verify_peer(server.get_peer_certificate(as_cryptography=True)) == spiffe(
+            "cart"
+        )
 
 
 @pytest.mark.parametrize(
     ("offers", "chosen"),
-    [((b"h2",), b"h2"), ((b"isthmus-tcp", b"h2"), b"isthmus-tcp"), ((b"spdy/3", b"http/1.1"), b"http/1.1"), ((), b"")],
+    [
+        ((b"h2",), b"h2"),
+        ((b"isthmus-tcp", b"h2"), b"isthmus-tcp"),
+        ((b"spdy/3", b"http/1.1"), b"http/1.1"),
+        ((), b""),
+    ],
 )
 def test_the_first_offer_that_the_server_knows_is_chosen(cart, checkout, offers, chosen):
-    with handshake(cart.identity().client_context, checkout.identity().server_context, alpn=offers) as (client, server):
+    with handshake(
+        cart.identity().client_context, checkout.identity().server_context, alpn=offers
+    ) as (client, server):
         assert client.get_alpn_proto_negotiated() == server.get_alpn_proto_negotiated() == chosen
 
 
 def test_unknown_offers_end_the_handshake(cart, checkout):
     with (
         pytest.raises(NoCommonProtocol, match="spdy/3"),
-        handshake(cart.identity().client_context, checkout.identity().server_context, alpn=[b"spdy/3"]),
+        handshake(
+            cart.identity().client_context, checkout.identity().server_context, alpn=[b"spdy/3"]
+        ),
     ):
         pass
 
 
 def test_a_client_without_a_certificate_gets_nowhere(checkout):
     anonymous = SSL.Context(SSL.TLS_CLIENT_METHOD)
-    with pytest.raises(SSL.Error, match=r"(?i)peer.did.not.return.a.certificate"), handshake(anonymous, checkout.identity().server_context):
+    with (
+        pytest.raises(SSL.Error, match=r"(?i)peer.did.not.return.a.certificate"),
+        handshake(anonymous, checkout.identity().server_context),
+    ):
         pass
 
 
 def test_tls_1_2_gets_nowhere(checkout):
     old = SSL.Context(SSL.TLS_CLIENT_METHOD)
     old.set_max_proto_version(SSL.TLS1_2_VERSION)
-    with pytest.raises(SSL.Error, match=r"(?i)unsupported.protocol"), handshake(old, checkout.identity().server_context):
+    with (
+        pytest.raises(SSL.Error, match=r"(?i)unsupported.protocol"),
+        handshake(old, checkout.identity().server_context),
+    ):
         pass
 
 
 def test_strangers_do_not_get_in_and_are_not_called(cart, tmp_path):
     stranger = workload(tmp_path, "checkout", issue.make_root(DOMAIN)).identity()
     ours = cart.identity()
-    with pytest.raises(SSL.Error, match=r"(?i)certificate.verify.failed"), handshake(stranger.client_context, ours.server_context):
+    with (
+        pytest.raises(SSL.Error, match=r"(?i)certificate.verify.failed"),
+        handshake(stranger.client_context, ours.server_context),
+    ):
         pass
-    with pytest.raises(SSL.Error, match=r"(?i)certificate.verify.failed"), handshake(ours.client_context, stranger.server_context):
+    with (
+        pytest.raises(SSL.Error, match=r"(?i)certificate.verify.failed"),
+        handshake(ours.client_context, stranger.server_context),
+    ):
         pass
 
 
@@ -96,7 +131,9 @@ def test_a_session_is_resumed_and_the_peer_still_has_a_name(cart, checkout):
     with handshake(ours.client_context, theirs.server_context) as (client, _server):
         assert not resumed(client)
         ours.sessions.put(theirs.id, "10.0.0.1", client.get_session())
-    with handshake(ours.client_context, theirs.server_context, session=ours.sessions.get(theirs.id, "10.0.0.1")) as (client, server):
+    with handshake(
+        ours.client_context, theirs.server_context, session=ours.sessions.get(theirs.id, "10.0.0.1")
+    ) as (client, server):
         assert resumed(client)
         assert resumed(server)
         assert ours.verify_peer(client.get_peer_certificate(as_cryptography=True)) == theirs.id
@@ -109,7 +146,10 @@ def test_a_ticket_dies_with_the_material_and_open_connections_go_on(cart, checko
         session = client.get_session()
         checkout.write_roots(root, issue.make_root(DOMAIN))
         assert theirs.reload()
-        with handshake(ours.client_context, theirs.server_context, session=session) as (again, _server):
+        with handshake(ours.client_context, theirs.server_context, session=session) as (
+            again,
+            _server,
+        ):
             assert not resumed(again)
         client.send(b"still here")
         assert server.recv(100) == b"still here"
@@ -128,7 +168,10 @@ def test_a_session_is_not_resumed_for_longer_than_its_lifetime(cart, checkout):
         session = client.get_session()
     began, times = time.monotonic(), 0
     while True:
-        with handshake(ours.client_context, theirs.server_context, session=session) as (client, _server):
+        with handshake(ours.client_context, theirs.server_context, session=session) as (
+            client,
+            _server,
+        ):
             if not resumed(client):
                 break
         times += 1
@@ -141,7 +184,10 @@ def test_sessions_can_be_switched_off(cart, checkout):
     ours, theirs = cart.identity(), checkout.identity(TLSSettings(session_lifetime=0))
     with handshake(ours.client_context, theirs.server_context) as (client, _server):
         session = client.get_session()
-    with handshake(ours.client_context, theirs.server_context, session=session) as (client, _server):
+    with handshake(ours.client_context, theirs.server_context, session=session) as (
+        client,
+        _server,
+    ):
         assert not resumed(client)
     assert ours.resumes
     assert not theirs.resumes, "and as a client it does not try"
@@ -149,7 +195,10 @@ def test_sessions_can_be_switched_off(cart, checkout):
 
 def test_the_session_cache_is_bounded_and_forgets_the_longest_unused(cart, checkout):
     cache = SessionCache(2)
-    with handshake(cart.identity().client_context, checkout.identity().server_context) as (client, _server):
+    with handshake(cart.identity().client_context, checkout.identity().server_context) as (
+        client,
+        _server,
+    ):
         session = client.get_session()
     cache.put(spiffe("a"), "10.0.0.1", session)
     cache.put(spiffe("a"), "10.0.0.2", session)
@@ -169,7 +218,10 @@ def test_a_session_cache_holds_something():
 
 def test_a_session_is_not_offered_when_its_peers_certificate_has_ended(cart, checkout):
     cache = SessionCache(2)
-    with handshake(cart.identity().client_context, checkout.identity().server_context) as (client, _server):
+    with handshake(cart.identity().client_context, checkout.identity().server_context) as (
+        client,
+        _server,
+    ):
         session = client.get_session()
     kept = KeptSession(cache, spiffe("a"), "10.0.0.1")
     kept.end = 100.0

@@ -1,4 +1,5 @@
-"""The living identity: loading checks everything, reloading is all or nothing, peers are judged on every connection.
+"""The living identity: loading checks everything, reloading is all or nothing, peers are judged on
+every connection.
 
 Broken material keeps what was there, and is reported once a change.
 """
@@ -27,19 +28,44 @@ from proxy.identity.identity import (
     watch,
 )
 from tests.kit.certs import signed_with_sha1
-from tests.kit.workloads import DAY, DOMAIN, Clock, Log, authority, handshake, refusal, spiffe, workload
+from tests.kit.workloads import (
+    DAY,
+    DOMAIN,
+    Clock,
+    Log,
+    authority,
+    handshake,
+    refusal,
+    spiffe,
+    workload,
+)
 
 
-def custom(root, *, uris=(), key=None, usages=None, key_usage=None, digest=None, ca=False, dns=(), subject=None):
+def custom(
+    root,
+    *,
+    uris=(),
+    key=None,
+    usages=None,
+    key_usage=None,
+    digest=None,
+    ca=False,
+    dns=(),
+    subject=None,
+):
     """A certificate signed by the root with a profile that `issue` would not make."""
     key = key or ec.generate_private_key(ec.SECP256R1())
     now = datetime.now(UTC)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, subject)] if subject else [])
     builder = x509.CertificateBuilder().subject_name(name).issuer_name(root.certificate.subject)
     builder = builder.public_key(key.public_key()).serial_number(x509.random_serial_number())
-    builder = builder.not_valid_before(now - timedelta(minutes=1)).not_valid_after(now + timedelta(hours=1))
+    builder = builder.not_valid_before(now - timedelta(minutes=1)).not_valid_after(
+        now + timedelta(hours=1)
+    )
     builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-    names = [x509.UniformResourceIdentifier(uri) for uri in uris] + [x509.DNSName(name) for name in dns]
+    names = [x509.UniformResourceIdentifier(uri) for uri in uris] + [
+        x509.DNSName(name) for name in dns
+    ]
     if names:
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=True)
     if usages is not None:
@@ -54,7 +80,12 @@ def test_a_complete_set_loads(cart, root):
     assert identity.roots == (root.certificate,)
     assert identity.not_after == identity.certificate.not_valid_after_utc
     assert identity.roots_not_after == root.certificate.not_valid_after_utc
-    assert (identity.generation, identity.failures, identity.last_error, identity.warnings) == (1, 0, None, ())
+    assert (identity.generation, identity.failures, identity.last_error, identity.warnings) == (
+        1,
+        0,
+        None,
+        (),
+    )
     assert timedelta(hours=23) < identity.time_left < DAY
 
 
@@ -69,7 +100,11 @@ def test_a_complete_set_loads(cart, root):
         ("roots.pem", b"", "is empty"),
         ("certificate.pem", b"hello", "no PEM certificate"),
         ("key.pem", b"hello", "no PEM private key"),
-        ("certificate.pem", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "cannot be parsed"),
+        (
+            "certificate.pem",
+            b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+            "cannot be parsed",
+        ),
         ("roots.pem", b"-----BEGIN CERTIFICATE-----\n", "ends inside a PEM block"),
         ("key.pem", b"x" * (contents.MAX_FILE_BYTES + 1), "larger than 4 MiB"),
     ],
@@ -123,7 +158,9 @@ def test_a_key_of_another_certificate_is_refused(cart, root):
 def test_an_encrypted_key_is_refused_in_words(cart, root):
     issued = cart.renew(root)
     encryption = serialization.BestAvailableEncryption(b"secret")
-    data = issued.key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+    data = issued.key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption
+    )
     files.write_private(cart.files.key, data)
     assert "encrypted" in refusal(cart)[1]
 
@@ -168,10 +205,16 @@ SERVER, CLIENT = ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUT
         ({"uris": [URI], "ca": True}, "put the leaf first"),
         ({"uris": [URI], "usages": [CLIENT]}, "not meant for TLS servers"),
         ({"uris": [URI], "usages": [SERVER]}, "not meant for TLS clients"),
-        ({"uris": [URI], "usages": [ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE]}, "servers and clients"),
+        (
+            {"uris": [URI], "usages": [ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE]},
+            "servers and clients",
+        ),
         ({"uris": [URI], "key": rsa.generate_private_key(65537, 1024)}, "RSA with 1024 bits"),  # noqa: S505 -- the weak key is the case
         ({"uris": [URI], "key": ec.generate_private_key(ec.SECP256K1())}, "secp256k1"),
-        ({"uris": [URI], "key_usage": issue._key_usage(authority=True)}, "not meant for this use (key usage)"),
+        (
+            {"uris": [URI], "key_usage": issue._key_usage(authority=True)},
+            "not meant for this use (key usage)",
+        ),
     ],
 )
 def test_a_certificate_that_peers_would_refuse_is_refused_here(cart, root, profile, complaint):
@@ -192,13 +235,21 @@ def test_other_keys_of_tls_1_3_are_welcome(cart, checkout, root, key):
     cart.write(custom(root, uris=[URI], key=key), [root])
     ours, theirs = cart.identity(), checkout.identity()
     with handshake(ours.client_context, theirs.server_context) as (_client, server):
-        assert theirs.verify_peer(server.get_peer_certificate(as_cryptography=True)) == spiffe("cart")
+        assert theirs.verify_peer(server.get_peer_certificate(as_cryptography=True)) == spiffe(
+            "cart"
+        )
 
 
 @pytest.mark.parametrize("weak", ["key", "signature"])
 def test_a_weak_intermediate_is_refused_by_its_owner(cart, root, weak):
-    key = rsa.generate_private_key(65537, 1024) if weak == "key" else ec.generate_private_key(ec.SECP256R1())  # noqa: S505 -- the case
-    middle = custom(root, key=key, ca=True, key_usage=issue._key_usage(authority=True), subject="middle")
+    key = (
+        rsa.generate_private_key(65537, 1024)  # noqa: S505
+        if weak == "key"
+        else ec.generate_private_key(ec.SECP256R1())
+    )
+    middle = custom(
+        root, key=key, ca=True, key_usage=issue._key_usage(authority=True), subject="middle"
+    )
     if weak == "signature":
         middle = issue.Issued(signed_with_sha1(middle.certificate, root.key), key)
     leaf = custom(middle, uris=[URI])
@@ -222,7 +273,9 @@ def test_several_roots_in_several_files_are_trusted_each_once(cart, root, tmp_pa
     cart.write_roots(root, second)
     more = tmp_path / "more.pem"
     files.write_public(more, root.certificate_pem)
-    identity = Identity(MaterialFiles(cart.files.certificate, cart.files.key, (cart.files.roots[0], more)))
+    identity = Identity(
+        MaterialFiles(cart.files.certificate, cart.files.key, (cart.files.roots[0], more))
+    )
     assert identity.roots == (root.certificate, second.certificate)
 
 
@@ -237,7 +290,8 @@ def test_an_expired_root_among_valid_ones_is_left_out_with_a_warning(cart, root)
 
 
 def test_a_root_handed_out_ahead_of_its_time_counts_when_it_begins(cart, root):
-    """The files do not change on that day, so the root must be there from the start; OpenSSL looks at its dates in each handshake."""
+    """The files do not change on that day, so the root must be there from the start; OpenSSL looks
+    at its dates in each handshake."""
     coming = issue.make_root(DOMAIN, now=datetime.now(UTC) + DAY)
     cart.write_roots(coming, root)
     identity = cart.identity()
@@ -252,7 +306,10 @@ def test_an_authority_that_is_not_self_signed_may_be_a_trust_root(cart, checkout
     middle = authority(root)
     for member in (cart, checkout):
         member.write(issue.issue(middle, member.id), [middle])
-    with handshake(cart.identity().client_context, checkout.identity().server_context) as (client, _server):
+    with handshake(cart.identity().client_context, checkout.identity().server_context) as (
+        client,
+        _server,
+    ):
         assert len(client.get_peer_cert_chain()) == 1
 
 
@@ -270,7 +327,9 @@ def test_a_peer_is_refused_for_its_reason(cart, root):
     assert refused(identity, None)[0] == "no_certificate"
     assert refused(identity, custom(root, dns=["x.test"]).certificate)[0] == "no_identity"
     assert refused(identity, custom(root, uris=[URI, URI]).certificate)[0] == "no_identity"
-    reason, message = refused(identity, custom(root, uris=["spiffe://other.test/ns/a/sa/b"]).certificate)
+    reason, message = refused(
+        identity, custom(root, uris=["spiffe://other.test/ns/a/sa/b"]).certificate
+    )
     assert reason == "trust_domain"
     assert "spiffe://other.test/ns/a/sa/b" in message
     assert DOMAIN in message
@@ -289,7 +348,9 @@ def test_another_trust_domain_is_accepted_only_when_configured(cart):
     assert refused(cart.identity(), other)[0] == "trust_domain"
     identity = cart.identity(TLSSettings(trust_domains=frozenset({"other.test"})))
     assert identity.verify_peer(other) == spiffe("cart", "other.test")
-    assert verify_peer(other, None, {"other.test"}, datetime.now(UTC)) == spiffe("cart", "other.test")
+    assert verify_peer(other, None, {"other.test"}, datetime.now(UTC)) == spiffe(
+        "cart", "other.test"
+    )
 
 
 def test_unchanged_files_are_not_taken_anew(cart):
@@ -303,10 +364,20 @@ def test_unchanged_files_are_not_taken_anew(cart):
 
 def test_new_material_replaces_everything_at_once(cart, root):
     identity = cart.identity()
-    before = (identity.server_context, identity.client_context, identity.sessions, identity.certificate)
+    before = (
+        identity.server_context,
+        identity.client_context,
+        identity.sessions,
+        identity.certificate,
+    )
     cart.renew(root)
     assert identity.reload() is True
-    after = (identity.server_context, identity.client_context, identity.sessions, identity.certificate)
+    after = (
+        identity.server_context,
+        identity.client_context,
+        identity.sessions,
+        identity.certificate,
+    )
     assert all(new is not old for new, old in zip(after, before, strict=True))
     assert identity.generation == 2
 
@@ -388,14 +459,17 @@ def test_a_root_that_ends_soon_is_warned_about_too(tmp_path):
 
 
 async def test_the_watcher_follows_a_swapped_symbolic_link(tmp_path, root, autojump_clock, nursery):
-    """As Kubernetes does it: the files are links into ..data, which is a link that is swapped in one step."""
+    """As Kubernetes does it: the files are links into ..data, which is a link that is swapped in
+    one step."""
     versions = [workload(tmp_path / f"..v{number}", "cart", root) for number in (1, 2)]
     mount = tmp_path / "mount"
     mount.mkdir()
     (mount / "..data").symlink_to(versions[0].directory)
     for name in ("certificate.pem", "key.pem", "roots.pem"):
         (mount / name).symlink_to(f"..data/{name}")
-    identity = Identity(MaterialFiles(mount / "certificate.pem", mount / "key.pem", (mount / "roots.pem",)))
+    identity = Identity(
+        MaterialFiles(mount / "certificate.pem", mount / "key.pem", (mount / "roots.pem",))
+    )
     log = Log()
     nursery.start_soon(watch, identity, 10, log.changed, log.failed, log.warned)
     await trio.sleep(35)
@@ -407,7 +481,9 @@ async def test_the_watcher_follows_a_swapped_symbolic_link(tmp_path, root, autoj
     nursery.cancel_scope.cancel()
 
 
-async def test_the_watcher_reports_broken_files_once_and_takes_up_mended_ones(cart, root, autojump_clock, nursery):
+async def test_the_watcher_reports_broken_files_once_and_takes_up_mended_ones(
+    cart, root, autojump_clock, nursery
+):
     identity = cart.identity()
     log = Log()
     nursery.start_soon(watch, identity, 10, log.changed, log.failed, log.warned)
@@ -420,7 +496,9 @@ async def test_the_watcher_reports_broken_files_once_and_takes_up_mended_ones(ca
     nursery.cancel_scope.cancel()
 
 
-async def test_the_watcher_takes_up_material_that_becomes_valid_by_itself(cart, root, autojump_clock, nursery):
+async def test_the_watcher_takes_up_material_that_becomes_valid_by_itself(
+    cart, root, autojump_clock, nursery
+):
     clock = Clock()
     identity = cart.identity(clock=clock)
     log = Log()

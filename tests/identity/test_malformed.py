@@ -1,8 +1,10 @@
-"""Malformed files: whatever bytes stand in a certificate, key or root file, they are refused in words and nothing stops.
+"""Malformed files: whatever bytes stand in a certificate, key or root file, they are refused in
+words and nothing stops.
 
-A parser is lazy, two libraries read the same certificate with different strictness, and an error that neither of them is known to
-raise would end the process that looks at the files. So bytes of good files are changed, singly and at random but with a seed, and
-the outcome is a MaterialError or success, and nothing else; what was in use stays in use.
+A parser is lazy, two libraries read the same certificate with different strictness, and an error
+that neither of them is known to raise would end the process that looks at the files. So bytes of
+good files are changed, singly and at random but with a seed, and the outcome is a MaterialError or
+success, and nothing else; what was in use stays in use.
 """
 
 import base64
@@ -25,11 +27,16 @@ CERTIFICATE, KEY = "CERTIFICATE", "PRIVATE KEY"
 
 
 def armoured(der, label=CERTIFICATE):
-    return f"-----BEGIN {label}-----\n".encode() + base64.encodebytes(der) + f"-----END {label}-----\n".encode()
+    return (
+        f"-----BEGIN {label}-----\n".encode()
+        + base64.encodebytes(der)
+        + f"-----END {label}-----\n".encode()
+    )
 
 
 def edited(issued, old, new):
-    """The certificate in PEM with some of its bytes replaced; its signature is wrong then, which nobody has looked at yet."""
+    """The certificate in PEM with some of its bytes replaced; its signature is wrong then, which
+    nobody has looked at yet."""
     der = issued.certificate.public_bytes(Encoding.DER)
     assert old in der
     assert len(old) == len(new)
@@ -47,8 +54,9 @@ class Damage(NamedTuple):
         return edited(root, self.old, self.new)
 
 
-# OpenSSL refuses the first, the library that shows certificates the second, with an error of its own kind. Then subjects whose text is of
-# another type, or of a type that only one attribute may have; a date; and extensions, which are parsed when they are asked for.
+# OpenSSL refuses the first, the library that shows certificates the second, with an error of its
+# own kind. Then subjects whose text is of another type, or of a type that only one attribute may
+# have; a date; and extensions, which are parsed when they are asked for.
 DAMAGES = [
     Damage(b"mesh.test root", b"\xff\xfesh.test root", "invalid utf8string"),
     Damage(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x2b", "43 is not a valid X509 version"),
@@ -85,18 +93,23 @@ def test_a_malformed_root_beside_good_ones_is_refused_in_words(cart, damage):
 
 def test_the_malformed_one_of_several_is_counted_out(cart, root):
     good = root.certificate_pem
-    files.write_public(cart.files.roots[0], good + edited(root, b"mesh.test root", b"\xff\xfesh.test root") + good)
+    files.write_public(
+        cart.files.roots[0], good + edited(root, b"mesh.test root", b"\xff\xfesh.test root") + good
+    )
     with pytest.raises(MaterialError, match=r"number 2 of 3.*invalid utf8string"):
         cart.identity()
 
 
 def test_an_odd_root_that_is_well_formed_is_taken_without_a_word(cart, root):
-    """The library warns that it will refuse a negative serial number one day; a warning would be lines on standard error."""
+    """The library warns that it will refuse a negative serial number one day; a warning would be
+    lines on standard error."""
     number = root.certificate.serial_number
     written = number.to_bytes(number.bit_length() // 8 + 1, "big")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (found,) = credentials.parse_certificates(cart.files.roots[0], edited(root, written, b"\x80" + written[1:]))
+        (found,) = credentials.parse_certificates(
+            cart.files.roots[0], edited(root, written, b"\x80" + written[1:])
+        )
         assert dict(describe(found, credentials.utc_now()))["serial"].startswith("-")
 
 
@@ -115,7 +128,8 @@ def mutated(rng, data):
 
 
 def attempt(identity):
-    """Takes up what is in the files, or gives the error that says why not; then reads what the process reads of what is in use."""
+    """Takes up what is in the files, or gives the error that says why not; then reads what the
+    process reads of what is in use."""
     refusal = None
     try:
         identity.reload()
@@ -134,7 +148,9 @@ def attempt(identity):
 def test_any_bytes_are_material_or_a_material_error(cart, root, which, form, rounds):
     """Seeded; the keys are fresh, so what fails is shown with the error."""
     issued = cart.renew(root)
-    path = {"certificate": cart.files.certificate, "key": cart.files.key}.get(which, cart.files.roots[0])
+    path = {"certificate": cart.files.certificate, "key": cart.files.key}.get(
+        which, cart.files.roots[0]
+    )
     good = path.read_bytes()
     kept = good if which == "further root" else b""
     label = KEY if which == "key" else CERTIFICATE
@@ -146,7 +162,9 @@ def test_any_bytes_are_material_or_a_material_error(cart, root, which, form, rou
     identity = cart.identity()
     refused = 0
     for _ in range(rounds):
-        damaged = kept + (armoured(mutated(rng, der), label) if form == "DER" else mutated(rng, good))
+        damaged = kept + (
+            armoured(mutated(rng, der), label) if form == "DER" else mutated(rng, good)
+        )
         path.write_bytes(damaged)
         before = identity.server_context
         try:
@@ -164,7 +182,9 @@ def test_any_bytes_are_material_or_a_material_error(cart, root, which, form, rou
     assert identity.last_error is None
 
 
-async def test_a_running_watch_survives_a_malformed_root(cart, root, damage, autojump_clock, nursery):
+async def test_a_running_watch_survives_a_malformed_root(
+    cart, root, damage, autojump_clock, nursery
+):
     identity, log = cart.identity(), Log()
     nursery.start_soon(watch, identity, 10, log.changed, log.failed, log.said.append)
     await trio.sleep(15)
@@ -181,7 +201,9 @@ async def test_a_running_watch_survives_a_malformed_root(cart, root, damage, aut
 
 
 @pytest.mark.parametrize("name", ["certificate.pem", "roots.pem"])
-def test_a_proxy_does_not_start_with_a_malformed_file_and_says_so_in_one_line(cart, root, name, monkeypatch, capsys):
+def test_a_proxy_does_not_start_with_a_malformed_file_and_says_so_in_one_line(
+    cart, root, name, monkeypatch, capsys
+):
     broken = edited(root, b"mesh.test root", b"\xff\xfesh.test root")
     (cart.directory / name).write_bytes(broken)
     names = cart.files
@@ -216,8 +238,24 @@ def test_a_name_cannot_give_orders_to_a_terminal_or_begin_a_line(tmp_path, root,
 
 def test_a_root_whose_parts_are_malformed_issues_nothing(tmp_path, root, capsys):
     files.write_private(tmp_path / "root.key", root.key_pem)
-    (tmp_path / "root.pem").write_bytes(edited(root, b"\x06\x03\x55\x1d\x1e\x01\x01\xff", b"\x06\x03\x55\x1d\x11\x01\x01\xff"))
-    assert cli.main(["identity", "issue", "--root", str(tmp_path), "--id", str(spiffe("a")), "--out", str(tmp_path / "out")]) == 64
+    (tmp_path / "root.pem").write_bytes(
+        edited(root, b"\x06\x03\x55\x1d\x1e\x01\x01\xff", b"\x06\x03\x55\x1d\x11\x01\x01\xff")
+    )
+    assert (
+        cli.main(
+            [
+                "identity",
+                "issue",
+                "--root",
+                str(tmp_path),
+                "--id",
+                str(spiffe("a")),
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 64
+    )
     assert "root.pem: holds a certificate that cannot be parsed" in capsys.readouterr().err
 
 
@@ -227,11 +265,17 @@ def test_lifetimes_far_beyond_a_hundred_years_are_described(cart, root):
     start = der.index(b"\x17\x0d", der.index(b"\x17\x0d") + 1)
     longer = b"\x18\x0f99991231235959Z"
     grown = bytearray(der[:start] + longer + der[start + 15 :])
-    for place in (2, 6, start - 16):  # the lengths around it: certificate, its signed part, validity
+    for place in (
+        2,
+        6,
+        start - 16,
+    ):  # the lengths around it: certificate, its signed part, validity
         if place == start - 16:
             grown[place] += 2
         else:
-            grown[place : place + 2] = (int.from_bytes(grown[place : place + 2], "big") + 2).to_bytes(2, "big")
+            grown[place : place + 2] = (
+                int.from_bytes(grown[place : place + 2], "big") + 2
+            ).to_bytes(2, "big")
     (certificate,) = credentials.parse_certificates(cart.files.roots[0], armoured(bytes(grown)))
     words = dict(describe(certificate, credentials.utc_now() + timedelta(days=1)))
     assert "9999-12-31" in words["valid until"]

@@ -1,7 +1,9 @@
-"""SPIFFE IDs and patterns: what is read is exactly one name, and every refusal says which part is wrong.
+"""SPIFFE IDs and patterns: what is read is exactly one name, and every refusal says which part is
+wrong.
 
-A text is accepted only if it is the canonical form of an identity of this mesh; parsing and printing are inverse; each accepted
-identity has a legal DNS form. A pattern matches what it says and nothing beside it.
+A text is accepted only if it is the canonical form of an identity of this mesh; parsing and
+printing are inverse; each accepted identity has a legal DNS form. A pattern matches what it says
+and nothing beside it.
 """
 
 import re
@@ -16,12 +18,18 @@ from proxy.identity.identity import IdentityPattern, SpiffeId, SpiffeIdError
 GOOD = "spiffe://mesh.test/ns/shop/sa/checkout"
 
 labels = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
-identities = st.builds(SpiffeId, st.lists(labels, min_size=1, max_size=3).map(".".join), labels, labels)
+identities = st.builds(
+    SpiffeId, st.lists(labels, min_size=1, max_size=3).map(".".join), labels, labels
+)
 
 
 def test_an_identity_is_read_and_printed_unchanged():
     identity = SpiffeId.parse(GOOD)
-    assert (identity.trust_domain, identity.namespace, identity.service_account) == ("mesh.test", "shop", "checkout")
+    assert (identity.trust_domain, identity.namespace, identity.service_account) == (
+        "mesh.test",
+        "shop",
+        "checkout",
+    )
     assert str(identity) == GOOD
     assert identity.sni == "checkout.shop.sa.mesh.test"
     assert {identity: 1}[SpiffeId("mesh.test", "shop", "checkout")] == 1
@@ -150,14 +158,23 @@ def test_a_pattern_that_can_never_match_is_refused(text, complaint):
 @pytest.mark.parametrize(
     ("text", "instead"),
     [
-        ("spiffe://mesh.test/ns/prod*", "write spiffe://mesh.test/ns/prod/* for the namespace prod"),
-        ("spiffe://mesh.test/ns/Prod*", "write spiffe://mesh.test/ns/Prod/* for the namespace Prod"),
+        (
+            "spiffe://mesh.test/ns/prod*",
+            "write spiffe://mesh.test/ns/prod/* for the namespace prod",
+        ),
+        (
+            "spiffe://mesh.test/ns/Prod*",
+            "write spiffe://mesh.test/ns/Prod/* for the namespace Prod",
+        ),
         ("spiffe://mesh.test/n*", "write spiffe://mesh.test/*"),
         ("spiffe://mesh.test/ns*", "write spiffe://mesh.test/*"),
         ("spiffe://mesh.test/ns/prod/sa*", "write spiffe://mesh.test/ns/prod/*"),
         (
             "spiffe://mesh.test/ns/prod/sa/web*",
-            "write spiffe://mesh.test/ns/prod/sa/web for the one service account, or spiffe://mesh.test/ns/prod/sa/* for all",
+            (
+                "write spiffe://mesh.test/ns/prod/sa/web for the one service account, or"
+                " spiffe://mesh.test/ns/prod/sa/* for all"
+            ),
         ),
     ],
 )

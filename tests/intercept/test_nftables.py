@@ -1,7 +1,8 @@
 """The interception ruleset as text.
 
-Rules: the text depends on the settings only; whatever valid settings produce, nft accepts; whatever is invalid is refused with
-all mistakes at once.  What the kernel does with the rules is shown in tests/lab/test_interception.py.
+Rules: the text depends on the settings only; whatever valid settings produce, nft accepts; whatever
+is invalid is refused with all mistakes at once.  What the kernel does with the rules is shown in
+tests/lab/test_interception.py.
 """
 
 import argparse
@@ -129,11 +130,17 @@ table inet isthmus {
 RESOLVERS = (Captured("10.96.0.10", 53, 4153), Captured("fd00::a", 5353, 4154))
 ports = st.one_of(
     st.integers(1, 65535),
-    st.tuples(st.integers(1, 65535), st.integers(1, 65535)).map(lambda pair: f"{min(pair)}-{max(pair)}"),
+    st.tuples(st.integers(1, 65535), st.integers(1, 65535)).map(
+        lambda pair: f"{min(pair)}-{max(pair)}"
+    ),
 )
 subnets = st.one_of(
-    st.tuples(st.ip_addresses(v=4), st.integers(0, 32)).map(lambda pair: str(ipaddress.ip_network(pair, strict=False))),
-    st.tuples(st.ip_addresses(v=6), st.integers(0, 128)).map(lambda pair: str(ipaddress.ip_network(pair, strict=False))),
+    st.tuples(st.ip_addresses(v=4), st.integers(0, 32)).map(
+        lambda pair: str(ipaddress.ip_network(pair, strict=False))
+    ),
+    st.tuples(st.ip_addresses(v=6), st.integers(0, 128)).map(
+        lambda pair: str(ipaddress.ip_network(pair, strict=False))
+    ),
     st.ip_addresses().map(str),
 )
 port_lists = st.lists(ports, max_size=6).map(tuple)
@@ -181,21 +188,36 @@ REFUSED = """\
 """
 
 
-def test_questions_to_the_pods_resolvers_are_captured_before_all_exceptions_but_the_proxys_own() -> None:
-    chosen = InterceptSettings(dns_port=4153, resolvers=RESOLVERS, skip_outbound_ports=(53,), skip_outbound_subnets=("10.0.0.0/8",))
+def test_questions_to_the_pods_resolvers_are_captured_before_all_exceptions_but_the_proxys_own() -> (
+    None
+):
+    chosen = InterceptSettings(
+        dns_port=4153,
+        resolvers=RESOLVERS,
+        skip_outbound_ports=(53,),
+        skip_outbound_subnets=("10.0.0.0/8",),
+    )
     text = nftables.render(chosen)
     assert f"\t\tmeta skuid 2102 return\n{QUESTIONS}" in text
     assert REFUSED in text
     without = nftables.render(dataclasses.replace(chosen, dns_port=None))
     assert "udp" not in without
-    added = {line.strip() for line in (QUESTIONS + REFUSED).splitlines()} - {line.strip() for line in without.splitlines()}
-    assert [line for line in text.splitlines() if line.strip() not in added] == without.splitlines(), "nothing else is different"
+    added = {line.strip() for line in (QUESTIONS + REFUSED).splitlines()} - {
+        line.strip() for line in without.splitlines()
+    }
+    assert [
+        line for line in text.splitlines() if line.strip() not in added
+    ] == without.splitlines(), "nothing else is different"
 
 
 def test_names_without_an_outbound_port_and_odd_resolvers_are_mistakes() -> None:
     with pytest.raises(SettingsInvalid, match="dns_port: DNS answers lead to the outbound port"):
         nftables.render(InterceptSettings(outbound_port=None, dns_port=4153))
-    for captured in (Captured("dns.example", 53, 4153), Captured("10.0.0.1", 0, 4153), Captured("10.0.0.1", 53, 70000)):
+    for captured in (
+        Captured("dns.example", 53, 4153),
+        Captured("10.0.0.1", 0, 4153),
+        Captured("10.0.0.1", 53, 70000),
+    ):
         with pytest.raises(SettingsInvalid, match="resolvers: "):
             nftables.render(InterceptSettings(dns_port=4153, resolvers=(captured,)))
     with pytest.raises(SettingsInvalid, match="dns_port"):
@@ -218,9 +240,17 @@ def test_rendering_is_pure_and_verdicts_come_last(chosen: InterceptSettings) -> 
     assert list(chains) == ["output", "guard_output", "prerouting", "guard_input"]
     for name, found in chains.items():
         # Those for DNS stand before them, see above.
-        rules = [rule for rule in found if not any(f"daddr {resolver.host} " in rule for resolver in RESOLVERS)]
-        assert {"output": "4140", "prerouting": "4143"}.get(name, "reset") in rules[-2 if name == "guard_input" else -1]
-        exceptions = [rule for rule in rules if not re.search(r"redirect to|reject with|drop", rule)]
+        rules = [
+            rule
+            for rule in found
+            if not any(f"daddr {resolver.host} " in rule for resolver in RESOLVERS)
+        ]
+        assert {"output": "4140", "prerouting": "4143"}.get(name, "reset") in rules[
+            -2 if name == "guard_input" else -1
+        ]
+        exceptions = [
+            rule for rule in rules if not re.search(r"redirect to|reject with|drop", rule)
+        ]
         assert exceptions == rules[: len(exceptions)]
         assert all(rule.endswith(" return") for rule in exceptions)
 
@@ -228,8 +258,12 @@ def test_rendering_is_pure_and_verdicts_come_last(chosen: InterceptSettings) -> 
 @settings(max_examples=200)
 @given(all_settings)
 def test_a_guard_makes_the_same_exceptions_as_its_redirection(chosen: InterceptSettings) -> None:
-    chains = {name: {rule for rule in rules if rule.endswith(" return")} for name, rules in _rules(nftables.render(chosen)).items()}
-    # Where these differ: the guards stand behind NAT, so what was redirected is an exception of theirs.
+    chains = {
+        name: {rule for rule in rules if rule.endswith(" return")}
+        for name, rules in _rules(nftables.render(chosen)).items()
+    }
+    # Where these differ: the guards stand behind NAT, so what was redirected is an exception of
+    # theirs.
     assert chains["output"] - chains["guard_output"] == {'oifname "lo" return'}
     assert chains["guard_output"] - chains["output"] == {"fib daddr type local return"}
     assert chains["prerouting"] - chains["guard_input"] == {"fib daddr type != local return"}
@@ -249,7 +283,12 @@ def _rules(text: str) -> dict[str, list[str]]:
 @given(port_lists)
 def test_merged_ports_are_the_same_ports_without_overlap(specs: tuple[int | str, ...]) -> None:
     def covered(items: object) -> set[int]:
-        return {port for spec in items for low, high in [nftables.parse_ports(spec)] for port in range(low, high + 1)}  # type: ignore[attr-defined]
+        return {
+            port
+            for spec in items
+            for low, high in [nftables.parse_ports(spec)]
+            for port in range(low, high + 1)
+        }  # type: ignore[attr-defined]
 
     merged = nftables.merge_ports(specs)
     assert covered(merged) == covered(specs)
@@ -260,14 +299,22 @@ def test_merged_ports_are_the_same_ports_without_overlap(specs: tuple[int | str,
 def _nft_check(script: str) -> subprocess.CompletedProcess[str]:
     # `nft --check` asks the kernel too, and so needs a namespace in which it may.
     prefix = ["unshare", "--user", "--map-root-user", "--net"]
-    return subprocess.run([*prefix, "nft", "--check", "-f", "-"], input=script, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*prefix, "nft", "--check", "-f", "-"],
+        input=script,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def _nft_works() -> bool:
     return bool(shutil.which("nft") and shutil.which("unshare")) and _nft_check("").returncode == 0
 
 
-needs_nft = pytest.mark.skipif(not _nft_works(), reason="nft is not installed, or user namespaces are forbidden")
+needs_nft = pytest.mark.skipif(
+    not _nft_works(), reason="nft is not installed, or user namespaces are forbidden"
+)
 
 
 @needs_nft
@@ -321,9 +368,21 @@ def test_odd_port_texts_are_refused(spec: str) -> None:
     [
         ("netlink: Error: cache initialization failed: Operation not permitted\n", "NET_ADMIN"),
         ("Operation not permitted (you must be root)\n", "NET_ADMIN"),
-        ("/dev/stdin:5:1-2: Error: Could not process rule: No such file or directory\nfib daddr\n^^\n", "kernel lacks"),
-        ("/dev/stdin:5:1-2: Error: Could not process rule: Operation not supported\n", "kernel lacks"),
-        ("/dev/stdin:1:1-2: Error: syntax error\nfoo\n", "rejected the rules: /dev/stdin:1:1-2: Error: syntax error"),
+        (
+            (
+                "/dev/stdin:5:1-2: Error: Could not process rule: No such file or directory\nfib"
+                " daddr\n^^\n"
+            ),
+            "kernel lacks",
+        ),
+        (
+            "/dev/stdin:5:1-2: Error: Could not process rule: Operation not supported\n",
+            "kernel lacks",
+        ),
+        (
+            "/dev/stdin:1:1-2: Error: syntax error\nfoo\n",
+            "rejected the rules: /dev/stdin:1:1-2: Error: syntax error",
+        ),
         ("", "no reason given"),
     ],
 )
@@ -341,10 +400,23 @@ def _run(*arguments: str) -> int:
     return code
 
 
-def test_dry_run_prints_the_rules_that_the_flags_ask_for(capsys: pytest.CaptureFixture[str]) -> None:
-    code = _run("--dry-run", "--no-uid", "--mark", "0x2102", "--skip-inbound-ports", "22,9000-9010", "--outbound-port", "5140")
+def test_dry_run_prints_the_rules_that_the_flags_ask_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code = _run(
+        "--dry-run",
+        "--no-uid",
+        "--mark",
+        "0x2102",
+        "--skip-inbound-ports",
+        "22,9000-9010",
+        "--outbound-port",
+        "5140",
+    )
     assert code == 0
-    expected = InterceptSettings(uid=None, mark=0x2102, skip_inbound_ports=("22", "9000-9010"), outbound_port=5140)
+    expected = InterceptSettings(
+        uid=None, mark=0x2102, skip_inbound_ports=("22", "9000-9010"), outbound_port=5140
+    )
     assert capsys.readouterr().out == nftables.render(expected)
 
 
@@ -356,7 +428,9 @@ def test_wrong_flags_end_with_64_and_one_line(capsys: pytest.CaptureFixture[str]
     assert "skip_outbound_ports" in error
 
 
-def test_a_missing_nft_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_nft_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(nftables, "SYSTEM_PATH", "")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert _run() == 1

@@ -1,6 +1,8 @@
-"""Datagrams as a Jaeger agent receives them, decoded with the Thrift code of the exporter's own package.
+"""Datagrams as a Jaeger agent receives them, decoded with the Thrift code of the exporter's own
+package.
 
-Runs in the environment of the extra (`make jaeger`), whose OpenTelemetry is older than everybody else's. The proxies here are real ones.
+Runs in the environment of the extra (`make jaeger`), whose OpenTelemetry is older than everybody
+else's. The proxies here are real ones.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("opentelemetry.exporter.jaeger.thrift", reason="the extra isthmus[jaeger] has an environment of its own: make jaeger")
+pytest.importorskip(
+    "opentelemetry.exporter.jaeger.thrift",
+    reason="the extra isthmus[jaeger] has an environment of its own: make jaeger",
+)
 
 from opentelemetry.exporter.jaeger.thrift.gen.agent import Agent
 from thrift.protocol.TCompactProtocol import TCompactProtocolFactory
@@ -31,7 +36,9 @@ from tracing import export
 from tracing.queue import QueueSettings, SpanQueue
 from tracing.resource import About, Resource
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # it has been retired, and says so
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # it has been retired, and says so
 
 
 class JaegerAgent:
@@ -49,7 +56,10 @@ class JaegerAgent:
     def wait(self, count: int, seconds: float = 30.0) -> list[tuple[Any, Any]]:
         """Wait for spans; (process, span) of each. Raises TimeoutError."""
         until = time.monotonic() + seconds
-        while len(found := [(batch.process, span) for batch in self.batches for span in batch.spans]) < count:
+        while (
+            len(found := [(batch.process, span) for batch in self.batches for span in batch.spans])
+            < count
+        ):
             self.socket.settimeout(max(0.01, until - time.monotonic()))
             protocol = TCompactProtocolFactory().getProtocol(TMemoryBuffer(self.socket.recv(65536)))
             Agent.Processor(self).process(protocol, protocol)
@@ -65,7 +75,10 @@ def agent() -> Iterator[JaegerAgent]:
 
 def tags(thing: Any) -> dict[str, object]:
     """The tags of a span or process; each has its value in the field of its type."""
-    return {tag.key: next(v for v in (tag.vStr, tag.vBool, tag.vLong, tag.vDouble) if v is not None) for tag in thing.tags or ()}
+    return {
+        tag.key: next(v for v in (tag.vStr, tag.vBool, tag.vLong, tag.vDouble) if v is not None)
+        for tag in thing.tags or ()
+    }
 
 
 def identifier(number: int, digits: int) -> str:
@@ -88,7 +101,9 @@ class Counts:
 
 
 def test_an_agent_receives_the_whole_span(agent: JaegerAgent) -> None:
-    spans = export.Spans(Resource(About({"POD_NAME": "web-7d4b9c6f5d-x2x9k"}, cluster="east"), print), "9")
+    spans = export.Spans(
+        Resource(About({"POD_NAME": "web-7d4b9c6f5d-x2x9k"}, cluster="east"), print), "9"
+    )
     exporter, counts = export.jaeger(spans, HOST, agent.port), Counts()
     queue = SpanQueue(lambda: exporter, QueueSettings(), counts, print)
     queue.put(record_of("client", tls=Agreed(), status=503, follows=b"1" * 16))
@@ -99,14 +114,26 @@ def test_an_agent_receives_the_whole_span(agent: JaegerAgent) -> None:
     assert process.serviceName == "web"
     assert (span.operationName, call.operationName) == ("GET", "shop.Stock/Get")
     assert identifier(span.traceIdHigh, 16) + identifier(span.traceIdLow, 16) == TRACE.decode()
-    assert (identifier(span.spanId, 16), identifier(span.parentSpanId, 16)) == (SPAN.decode(), PARENT.decode())
+    assert (identifier(span.spanId, 16), identifier(span.parentSpanId, 16)) == (
+        SPAN.decode(),
+        PARENT.decode(),
+    )
     assert [identifier(reference.spanId, 16) for reference in span.references] == ["1" * 16]
     found = tags(span)
     assert (found["span.kind"], found["error"], found["error.type"]) == ("client", True, "503")
-    assert (found["http.response.status_code"], found["tls.curve"], found["url.full"]) == (503, "X25519MLKEM768", "http://shop:8080/a")
+    assert (found["http.response.status_code"], found["tls.curve"], found["url.full"]) == (
+        503,
+        "X25519MLKEM768",
+        "http://shop:8080/a",
+    )
     resource = {**tags(process), **found}  # this exporter puts the resource on the span
-    assert (resource["k8s.pod.name"], resource["k8s.cluster.name"]) == ("web-7d4b9c6f5d-x2x9k", "east")
-    assert [[field.vStr for field in log.fields if field.key == "message"] for log in span.logs] == [["isthmus.response.head"]]
+    assert (resource["k8s.pod.name"], resource["k8s.cluster.name"]) == (
+        "web-7d4b9c6f5d-x2x9k",
+        "east",
+    )
+    assert [
+        [field.vStr for field in log.fields if field.key == "message"] for log in span.logs
+    ] == [["isthmus.response.head"]]
 
 
 @contextmanager
@@ -136,7 +163,9 @@ def test_the_spans_of_two_proxies_are_one_tree(agent: JaegerAgent) -> None:
         make_identities(folder)
         with isthmus_pair(folder, port, {"settings": settings}) as pair:
             context = {"traceparent": f"00-{TRACE.decode()}-{PARENT.decode()}-01"}
-            request = urllib.request.Request(f"http://{HOST}:{pair.outbound.port}/path?t=hunter2", headers=context)
+            request = urllib.request.Request(
+                f"http://{HOST}:{pair.outbound.port}/path?t=hunter2", headers=context
+            )
             with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310  (of our own making)
                 assert answer.read() == b"ok"
             found = {tags(span)["span.kind"]: (process, span) for process, span in agent.wait(2)}

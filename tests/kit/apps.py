@@ -1,6 +1,8 @@
-"""Whole proxies in this process, each with an identity of its own, and applications behind them: on loopback, with real sockets.
+"""Whole proxies in this process, each with an identity of its own, and applications behind them: on
+loopback, with real sockets.
 
-Ports are drawn by the kernel, so what points at a proxy is written down when that one runs already: servers first, clients last.
+Ports are drawn by the kernel, so what points at a proxy is written down when that one runs already:
+servers first, clients last.
 """
 
 from __future__ import annotations
@@ -42,12 +44,15 @@ async def mirror(stream: trio.SocketStream) -> None:
         data += piece
         while b"\r\n\r\n" in data:
             head, _, data = data.partition(b"\r\n\r\n")
-            await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(head), head))
+            await stream.send_all(
+                b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(head), head)
+            )
 
 
 @dataclass
 class Fleet:
-    """Proxies of one trust domain, whose files lie in `folder`. `watching`: further settings of the section `directory`."""
+    """Proxies of one trust domain, whose files lie in `folder`. `watching`: further settings of the
+    section `directory`."""
 
     folder: Path
     root: Any = field(default_factory=lambda: make_root("cluster.local"))
@@ -62,7 +67,11 @@ class Fleet:
         leaf = issue(self.root, SpiffeId.parse(self.identity(name)))
         place = self.folder / name
         place.mkdir(exist_ok=True)
-        for kind, pem in (("certificate", leaf.certificate_pem), ("key", leaf.key_pem), ("roots", self.root.certificate_pem)):
+        for kind, pem in (
+            ("certificate", leaf.certificate_pem),
+            ("key", leaf.key_pem),
+            ("roots", self.root.certificate_pem),
+        ):
             (place / f"{kind}.pem").write_bytes(pem)
             (place / f"{kind}.pem").chmod(0o600)
         return {
@@ -80,7 +89,9 @@ class Fleet:
         (place / "new.yaml").rename(place / "directory.yaml")
 
     @asynccontextmanager
-    async def running(self, name: str, directory: dict[str, Any] | None = None, **settings: Any) -> AsyncIterator[App]:
+    async def running(
+        self, name: str, directory: dict[str, Any] | None = None, **settings: Any
+    ) -> AsyncIterator[App]:
         """A proxy with these settings; other listeners than those that are named are off."""
         async with self.running_from(self.configure(name, directory, **settings)) as app:
             yield app
@@ -94,7 +105,9 @@ class Fleet:
             yield app
             nursery.cancel_scope.cancel()
 
-    def configure(self, name: str, directory: dict[str, Any] | None = None, **settings: Any) -> Path:
+    def configure(
+        self, name: str, directory: dict[str, Any] | None = None, **settings: Any
+    ) -> Path:
         """The same as a file."""
         document: dict[str, Any] = {
             "outbound": {"listen": []},
@@ -106,15 +119,25 @@ class Fleet:
         if directory is not None:
             self.direct(directory, name)
             file = str(self.folder / name / "directory.yaml")
-            document["directory"] = {"file": file, "poll_interval": "100ms", "settle": "0s", **self.watching}
+            document["directory"] = {
+                "file": file,
+                "poll_interval": "100ms",
+                "settle": "0s",
+                **self.watching,
+            }
         for section, values in settings.items():
-            document[section] = {**document.get(section, {}), **values} if isinstance(values, dict) else values
+            document[section] = (
+                {**document.get(section, {}), **values} if isinstance(values, dict) else values
+            )
         path = self.folder / name / "isthmus.yaml"
         path.write_text(json.dumps(document))
         return path
 
-    def tls(self, me: str, them: str, *, roots: Fleet | None = None, alpn: str = "http/1.1") -> tuple[ssl.SSLContext, str]:
-        """What `me` opens mutual TLS to `them` with: a context, and the server's name. `roots`: whom it trusts, if not its own root."""
+    def tls(
+        self, me: str, them: str, *, roots: Fleet | None = None, alpn: str = "http/1.1"
+    ) -> tuple[ssl.SSLContext, str]:
+        """What `me` opens mutual TLS to `them` with: a context, and the server's name. `roots`:
+        whom it trusts, if not its own root."""
         paths = self.material(me)
         context = ssl.create_default_context(cadata=(roots or self).root.certificate_pem.decode())
         context.check_hostname = False  # the mesh's names are URIs, which ssl does not compare
@@ -125,8 +148,8 @@ class Fleet:
     async def meet(
         self, app: App, me: str, them: str, *, roots: Fleet | None = None, alpn: str = "http/1.1"
     ) -> trio.SSLStream[trio.SocketStream]:
-        """A connection by mutual TLS, as `me`, to the inbound side of `app`, which is `them`: what a peer says there is up to the test.
-        `roots`: whom it trusts, if not its own root."""
+        """A connection by mutual TLS, as `me`, to the inbound side of `app`, which is `them`: what
+        a peer says there is up to the test. `roots`: whom it trusts, if not its own root."""
         context, name = self.tls(me, them, roots=roots, alpn=alpn)
         raw = await trio.open_tcp_stream(HOST, way_in(app))
         stream = trio.SSLStream(raw, context, server_hostname=name, https_compatible=True)

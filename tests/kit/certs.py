@@ -1,6 +1,8 @@
-"""A small certificate authority for tests: right certificates, and wrong ones in every way that matters.
+"""A small certificate authority for tests: right certificates, and wrong ones in every way that
+matters.
 
-Everything is ECDSA P-256 and made in memory; `Credential.write` puts it on disk for peers that want files (openssl, ssl).
+Everything is ECDSA P-256 and made in memory; `Credential.write` puts it on disk for peers that want
+files (openssl, ssl).
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from proxy.net.tls.handshake import demand_certificate
 HOUR = timedelta(hours=1)
 
 
-def spiffe(service_account: str, namespace: str = "default", trust_domain: str = "test.local") -> str:
+def spiffe(
+    service_account: str, namespace: str = "default", trust_domain: str = "test.local"
+) -> str:
     return f"spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}"
 
 
@@ -39,7 +43,9 @@ class Credential:
     @property
     def key_pem(self) -> bytes:
         return self.key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
         )
 
     def write(self, folder: Path, name: str) -> tuple[Path, Path]:
@@ -52,30 +58,47 @@ class Credential:
 
 @dataclass(frozen=True)
 class Authority:
-    """A trust root. `issue` makes leaves: with a `uri` (None: without any name), and valid from `since` to `until` from now."""
+    """A trust root. `issue` makes leaves: with a `uri` (None: without any name), and valid from
+    `since` to `until` from now."""
 
     name: str = "test root"
     root: Credential = field(init=False)
 
     def __post_init__(self) -> None:
         key = ec.generate_private_key(ec.SECP256R1())
-        builder = _builder(_common_name(self.name), _common_name(self.name), key, (-HOUR, 24 * HOUR))
-        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        builder = _builder(
+            _common_name(self.name), _common_name(self.name), key, (-HOUR, 24 * HOUR)
+        )
+        builder = builder.add_extension(
+            x509.BasicConstraints(ca=True, path_length=0), critical=True
+        )
         builder = builder.add_extension(_usage(sign=True), critical=True)
         object.__setattr__(self, "root", Credential(builder.sign(key, hashes.SHA256()), key))
 
     def issue(
-        self, uri: str | None, *, since: timedelta = -HOUR, until: timedelta = HOUR, names: tuple[x509.GeneralName, ...] = ()
+        self,
+        uri: str | None,
+        *,
+        since: timedelta = -HOUR,
+        until: timedelta = HOUR,
+        names: tuple[x509.GeneralName, ...] = (),
     ) -> Credential:
         key = ec.generate_private_key(ec.SECP256R1())
         builder = _builder(x509.Name([]), self.root.certificate.subject, key, (since, until))
         alternatives = [*([x509.UniformResourceIdentifier(uri)] if uri is not None else []), *names]
         if alternatives:
-            builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=True)
-        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            builder = builder.add_extension(
+                x509.SubjectAlternativeName(alternatives), critical=True
+            )
+        builder = builder.add_extension(
+            x509.BasicConstraints(ca=False, path_length=None), critical=True
+        )
         builder = builder.add_extension(_usage(sign=False), critical=True)
         builder = builder.add_extension(
-            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
+            x509.ExtendedKeyUsage(
+                [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+            ),
+            critical=False,
         )
         return Credential(builder.sign(self.root.key, hashes.SHA256()), key)
 
@@ -84,12 +107,16 @@ def self_signed(uri: str) -> Credential:
     """A leaf that nobody vouches for but itself."""
     key = ec.generate_private_key(ec.SECP256R1())
     builder = _builder(_common_name("nobody"), _common_name("nobody"), key, (-HOUR, HOUR))
-    builder = builder.add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)]), critical=True)
+    builder = builder.add_extension(
+        x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)]), critical=True
+    )
     builder = builder.add_extension(_usage(sign=False), critical=True)
     return Credential(builder.sign(key, hashes.SHA256()), key)
 
 
-def signed_with_sha1(certificate: x509.Certificate, issuer: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+def signed_with_sha1(
+    certificate: x509.Certificate, issuer: ec.EllipticCurvePrivateKey
+) -> x509.Certificate:
     """The same, with a signature that can be forged. cryptography does not make such any more."""
     forgeable = crypto.X509.from_cryptography(certificate)
     with warnings.catch_warnings():
@@ -99,7 +126,10 @@ def signed_with_sha1(certificate: x509.Certificate, issuer: ec.EllipticCurvePriv
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, validity: tuple[timedelta, timedelta]
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePrivateKey,
+    validity: tuple[timedelta, timedelta],
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
@@ -124,8 +154,14 @@ def _usage(*, sign: bool) -> x509.KeyUsage:
     )  # fmt: skip
 
 
-def context(method: int, credential: Credential | None, roots: tuple[x509.Certificate, ...], alpn: tuple[bytes, ...] = ()) -> SSL.Context:
-    """A context such as the mesh uses: TLS 1.3 only, mutual, tickets on; `alpn` is what a server takes, by its own preference."""
+def context(
+    method: int,
+    credential: Credential | None,
+    roots: tuple[x509.Certificate, ...],
+    alpn: tuple[bytes, ...] = (),
+) -> SSL.Context:
+    """A context such as the mesh uses: TLS 1.3 only, mutual, tickets on; `alpn` is what a server
+    takes, by its own preference."""
     made = SSL.Context(method)
     made.set_min_proto_version(SSL.TLS1_3_VERSION)
     if credential is not None:
@@ -138,8 +174,12 @@ def context(method: int, credential: Credential | None, roots: tuple[x509.Certif
     demand_certificate(made, always=True)
     made.set_session_id(b"test")
     client = method == SSL.TLS_CLIENT_METHOD
-    made.set_session_cache_mode(SSL.SESS_CACHE_CLIENT | SSL.SESS_CACHE_NO_INTERNAL if client else SSL.SESS_CACHE_OFF)
+    made.set_session_cache_mode(
+        SSL.SESS_CACHE_CLIENT | SSL.SESS_CACHE_NO_INTERNAL if client else SSL.SESS_CACHE_OFF
+    )
     made.set_mode(SSL.MODE_RELEASE_BUFFERS)
     if method == SSL.TLS_SERVER_METHOD and alpn:
-        made.set_alpn_select_callback(lambda _, offered: next((p for p in alpn if p in offered), SSL.NO_OVERLAPPING_PROTOCOLS))
+        made.set_alpn_select_callback(
+            lambda _, offered: next((p for p in alpn if p in offered), SSL.NO_OVERLAPPING_PROTOCOLS)
+        )
     return made

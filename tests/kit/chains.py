@@ -1,4 +1,5 @@
-"""Chains of certificates with one thing wrong: a profile for each certificate, and what is made of it."""
+"""Chains of certificates with one thing wrong: a profile for each certificate, and what is made of
+it."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def key_of(kind: str) -> Any:
     if kind.startswith("RSA"):
         return rsa.generate_private_key(65537, int(kind[3:]))
     if kind in ("Ed25519", "Ed448"):
-        return (ed25519.Ed25519PrivateKey if kind == "Ed25519" else ed448.Ed448PrivateKey).generate()
+        return (
+            ed25519.Ed25519PrivateKey if kind == "Ed25519" else ed448.Ed448PrivateKey
+        ).generate()
     return ec.generate_private_key(getattr(ec, kind)())
 
 
@@ -62,7 +65,14 @@ class Profile:
 
 def authority(name: str, **changes: Any) -> Profile:
     """A profile of a certificate authority."""
-    usual = Profile(name=name, key=f"SECP256R1 {name}", ca=True, usage=frozenset({"key_cert_sign", "crl_sign"}), extended=None, names=())
+    usual = Profile(
+        name=name,
+        key=f"SECP256R1 {name}",
+        ca=True,
+        usage=frozenset({"key_cert_sign", "crl_sign"}),
+        extended=None,
+        names=(),
+    )
     return replace(usual, **changes)
 
 
@@ -92,16 +102,32 @@ def make(profiles: Sequence[Profile]) -> list[Made]:
 def _make(profile: Profile, issuer: Made | None) -> Made:
     key = key_of(profile.key)
     now = datetime.now(UTC)
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, profile.name)] if profile.name else [])
-    builder = x509.CertificateBuilder().subject_name(subject).public_key(key.public_key()).serial_number(x509.random_serial_number())
+    subject = x509.Name(
+        [x509.NameAttribute(x509.NameOID.COMMON_NAME, profile.name)] if profile.name else []
+    )
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+    )
     builder = builder.issuer_name(issuer.certificate.subject if issuer is not None else subject)
     builder = builder.not_valid_before(now + profile.since).not_valid_after(now + profile.until)
     for extension, critical in _extensions(profile):
         builder = builder.add_extension(extension, critical=critical)
-    signing = key_of("SECP256R1 forger") if profile.forged else issuer.key if issuer is not None else key
+    signing = (
+        key_of("SECP256R1 forger") if profile.forged else issuer.key if issuer is not None else key
+    )
     pure = isinstance(signing, ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey)
     certificate = builder.sign(
-        signing, None if pure else hashes.SHA256() if profile.digest == "SHA1" else getattr(hashes, profile.digest)()
+        signing,
+        (
+            None
+            if pure
+            else hashes.SHA256()
+            if profile.digest == "SHA1"
+            else getattr(hashes, profile.digest)()
+        ),
     )
     if profile.digest == "SHA1":
         certificate = signed_with_sha1(certificate, signing)
@@ -110,7 +136,9 @@ def _make(profile: Profile, issuer: Made | None) -> Made:
     return Made(certificate, key)
 
 
-def _altered(certificate: x509.Certificate, signing: ec.EllipticCurvePrivateKey, profile: Profile) -> x509.Certificate:
+def _altered(
+    certificate: x509.Certificate, signing: ec.EllipticCurvePrivateKey, profile: Profile
+) -> x509.Certificate:
     """The same with other bytes in it, and a signature that is right for them."""
     body = certificate.tbs_certificate_bytes
     assert profile.bad in body
@@ -118,7 +146,9 @@ def _altered(certificate: x509.Certificate, signing: ec.EllipticCurvePrivateKey,
     body = body.replace(profile.bad, profile.by, 1)
     signature = signing.sign(body, ec.ECDSA(hashes.SHA256()))
     algorithm = bytes.fromhex("300a06082a8648ce3d040302")
-    return x509.load_der_x509_certificate(_tlv(0x30, body + algorithm + _tlv(0x03, b"\0" + signature)))
+    return x509.load_der_x509_certificate(
+        _tlv(0x30, body + algorithm + _tlv(0x03, b"\0" + signature))
+    )
 
 
 def _tlv(tag: int, value: bytes) -> bytes:
@@ -130,16 +160,28 @@ def _tlv(tag: int, value: bytes) -> bytes:
 def _extensions(profile: Profile) -> list[tuple[x509.ExtensionType, bool]]:
     found: list[tuple[x509.ExtensionType, bool]] = []
     if profile.ca is not None:
-        found.append((x509.BasicConstraints(profile.ca, profile.path_length), profile.constraints_critical))
+        found.append(
+            (x509.BasicConstraints(profile.ca, profile.path_length), profile.constraints_critical)
+        )
     if profile.usage is not None:
-        found.append((x509.KeyUsage(**{name: name in profile.usage for name in _USAGES}), profile.usage_critical))
+        found.append(
+            (
+                x509.KeyUsage(**{name: name in profile.usage for name in _USAGES}),
+                profile.usage_critical,
+            )
+        )
     if profile.extended is not None:
         found.append((x509.ExtendedKeyUsage(profile.extended), False))
     if profile.names:
         found.append((x509.SubjectAlternativeName(profile.names), not profile.name))
     if profile.permitted or profile.excluded:
-        found.append((x509.NameConstraints(profile.permitted or None, profile.excluded or None), True))
-    found += [(x509.UnrecognizedExtension(x509.ObjectIdentifier(number), value), critical) for number, critical, value in profile.extra]
+        found.append(
+            (x509.NameConstraints(profile.permitted or None, profile.excluded or None), True)
+        )
+    found += [
+        (x509.UnrecognizedExtension(x509.ObjectIdentifier(number), value), critical)
+        for number, critical, value in profile.extra
+    ]
     return found
 
 

@@ -1,4 +1,5 @@
-"""The ways in which one stream of bytes can arrive. A reader that gives another answer for another way is wrong."""
+"""The ways in which one stream of bytes can arrive. A reader that gives another answer for another
+way is wrong."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ def byte_by_byte(data: bytes) -> list[bytes]:
 
 
 def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
-    """`data` in pieces, cut at the given places (any order, taken modulo the length); no piece is empty."""
+    """`data` in pieces, cut at the given places (any order, taken modulo the length); no piece is
+    empty."""
     at = sorted({place % len(data) for place in places} - {0}) if data else []
     return [data[a:b] for a, b in zip([0, *at], [*at, len(data)], strict=True) if a < b]
 
@@ -31,7 +33,8 @@ def at_random(data: bytes, seed: int, pieces: int = 8) -> list[bytes]:
 
 
 def every_way(data: bytes, run: Callable[[list[bytes]], T]) -> T:
-    """What `run` makes of `data` in pieces; asserts that it is the same whole, byte by byte, and cut at random."""
+    """What `run` makes of `data` in pieces; asserts that it is the same whole, byte by byte, and
+    cut at random."""
     whole = run([data] if data else [])
     assert run(byte_by_byte(data)) == whole, "byte by byte"
     for seed in range(4):

@@ -1,4 +1,5 @@
-"""Two clusters of whole proxies in this process: west's sidecar -> east's gateway -> the sidecar of `c` in east -> an application."""
+"""Two clusters of whole proxies in this process: west's sidecar -> east's gateway -> the sidecar of
+`c` in east -> an application."""
 
 from __future__ import annotations
 
@@ -38,7 +39,11 @@ class Clusters:
 
 async def ask(peer: Peer, host: str, *fields: str, target: str = "/") -> Message:
     try:
-        await peer.send("\r\n".join([f"GET {target} HTTP/1.1", f"Host: {host}", *fields, "", ""]).encode("latin-1"))
+        await peer.send(
+            "\r\n".join([f"GET {target} HTTP/1.1", f"Host: {host}", *fields, "", ""]).encode(
+                "latin-1"
+            )
+        )
         return await peer.response()
     finally:
         peer.close()
@@ -46,7 +51,11 @@ async def ask(peer: Peer, host: str, *fields: str, target: str = "/") -> Message
 
 def east_directory(port: int, **service: Any) -> dict[str, Any]:
     """What the gateway of east knows: `c`, which it exports, and `hidden`, which it does not."""
-    endpoint = {"address": HOST, "identity": Fleet.identity("server"), "ports": {"80": port, "5432": port}}
+    endpoint = {
+        "address": HOST,
+        "identity": Fleet.identity("server"),
+        "ports": {"80": port, "5432": port},
+    }
     ports = [{"port": 80, "protocol": "http1"}, {"port": 5432, "protocol": "opaque"}]
     c = {"name": "c", "ports": ports, "endpoints": [endpoint], "export": True, **service}
     hidden = {"name": "hidden", "ports": ports, "endpoints": [endpoint]}
@@ -55,13 +64,18 @@ def east_directory(port: int, **service: Any) -> dict[str, Any]:
 
 
 def west_directory(port: int, **way: Any) -> dict[str, Any]:
-    """What west knows: the gateway of east, and `db`, a service of its own that has no endpoint, and is east's `c` therefore."""
+    """What west knows: the gateway of east, and `db`, a service of its own that has no endpoint,
+    and is east's `c` therefore."""
     ports = [{"port": 80}, {"port": 5432, "protocol": "opaque"}]
     names = [{"name": name, "ports": ports} for name in ("c", "hidden", "missing", "db")]
     gateway = {**(way or {"address": HOST}), "port": port, "identity": Fleet.identity("gateway")}
     east = {"name": "east", "gateways": [gateway], "services": names}
     split = [{"service": "c", "cluster": "east", "weight": 1}]
-    return {"cluster": "west", "services": [{"name": "db", "addresses": ["192.0.2.7"], "ports": ports, "split": split}], "clusters": [east]}
+    return {
+        "cluster": "west",
+        "services": [{"name": "db", "addresses": ["192.0.2.7"], "ports": ports, "split": split}],
+        "clusters": [east],
+    }
 
 
 @asynccontextmanager
@@ -77,20 +91,33 @@ async def clusters(
     everywhere: dict[str, Any] | None = None,
     **service: Any,
 ) -> AsyncIterator[Clusters]:
-    """All of it, for west connections that go to `to`. `way`: how west's directory names the gateway, if not by its address. `link`: what
-    lies between the two. `everywhere`: settings of all three. `service`: more of `c` in the directory of east."""
+    """All of it, for west connections that go to `to`. `way`: how west's directory names the
+    gateway, if not by its address. `link`: what lies between the two. `everywhere`: settings of all
+    three. `service`: more of `c` in the directory of east."""
     fleet, common = Fleet(folder), everywhere or {}
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         port = await enter(application(serve))
         trust = {"trusted_gateways": [fleet.identity("gateway")] if trusted else []}
-        server = await enter(fleet.running("server", inbound={**LISTEN, "fixed_destination": f"{HOST}:{port}", **trust}, **common))
+        server = await enter(
+            fleet.running(
+                "server",
+                inbound={**LISTEN, "fixed_destination": f"{HOST}:{port}", **trust},
+                **common,
+            )
+        )
         settings = {**LISTEN, "enabled": True, **(gateway or {})}
-        entry = await enter(fleet.running("gateway", east_directory(way_in(server), **service), gateway=settings, **common))
+        entry = await enter(
+            fleet.running(
+                "gateway", east_directory(way_in(server), **service), gateway=settings, **common
+            )
+        )
         gate = way_in(entry)
         if link is not None:
             link.to, gate = gate, link.port
         outbound = {**LISTEN, **NAMED, "fixed_destination": to}
         directory = west_directory(gate, **(way or {}))
-        west = await enter(fleet.running("west", directory, outbound=outbound, clusters=QUICK, **common))
+        west = await enter(
+            fleet.running("west", directory, outbound=outbound, clusters=QUICK, **common)
+        )
         yield Clusters(fleet, west, entry, server)

@@ -1,4 +1,5 @@
-"""A proxy that balances between real servers, and servers that do what they are told, one request after the other."""
+"""A proxy that balances between real servers, and servers that do what they are told, one request
+after the other."""
 
 from __future__ import annotations
 
@@ -25,9 +26,16 @@ from tests.kit.http2_peers import reserve
 PUT = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi"
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\n\r\nbusy"
 # Of a sidecar whose application has closed, and of one that quotes somebody.
-CLOSED = b'HTTP/1.1 502 x\r\nProxy-Status: a;error=connection_terminated;details="b;error=connection_refused"\r\nContent-Length: 0\r\n\r\n'
+CLOSED = (
+    b"HTTP/1.1 502 x\r\nProxy-Status:"
+    b' a;error=connection_terminated;details="b;error=connection_refused"\r\nContent-Length:'
+    b" 0\r\n\r\n"
+)
 # Of a sidecar whose application does not listen.
-UNHEARD = b"HTTP/1.1 502 Bad Gateway\r\nProxy-Status: web-1.default.inbound;error=connection_refused\r\nContent-Length: 4\r\n\r\nnone"
+UNHEARD = (
+    b"HTTP/1.1 502 Bad Gateway\r\nProxy-Status:"
+    b" web-1.default.inbound;error=connection_refused\r\nContent-Length: 4\r\n\r\nnone"
+)
 
 
 def policy(text: str = "") -> Policy:
@@ -43,7 +51,9 @@ class Mesh:
 
     target: Target
     metrics: Metrics = field(default_factory=Metrics)
-    balancer: Balancer = field(default_factory=lambda: Balancer(trio.current_time, random.Random(5)))
+    balancer: Balancer = field(
+        default_factory=lambda: Balancer(trio.current_time, random.Random(5))
+    )
     tried: list[list[Attempt]] = field(default_factory=list)
     hop: Hop2 = field(init=False)
 
@@ -69,7 +79,9 @@ class Mesh:
 
 
 @asynccontextmanager
-async def mesh(scripts: list[Script], rules: Policy, *, dead: int = 0, up: bytes = b"1.1") -> AsyncIterator[tuple[Mesh, list[Address]]]:
+async def mesh(
+    scripts: list[Script], rules: Policy, *, dead: int = 0, up: bytes = b"1.1"
+) -> AsyncIterator[tuple[Mesh, list[Address]]]:
     """A proxy to servers that run `scripts`, and to so many addresses where nobody listens."""
     async with AsyncExitStack() as stack:
         places = [(await stack.enter_async_context(origin(script))).address for script in scripts]
@@ -77,8 +89,12 @@ async def mesh(scripts: list[Script], rules: Policy, *, dead: int = 0, up: bytes
             taken, place = reserve()  # so that nobody else comes to listen there
             stack.enter_context(taken)
             places.append(place)
-        world = Mesh(Target("default/web", tuple(Endpoint(place) for place in places), policy=rules))
-        world.hop = await stack.enter_async_context(hop2(*places, settings=Settings2(up=up, steer=world.steer)))
+        world = Mesh(
+            Target("default/web", tuple(Endpoint(place) for place in places), policy=rules)
+        )
+        world.hop = await stack.enter_async_context(
+            hop2(*places, settings=Settings2(up=up, steer=world.steer))
+        )
         yield world, places
 
 
@@ -102,7 +118,8 @@ async def silent(_: Peer, __: Message) -> None:
 
 
 def taking(steps: list[Step], heard: list[Message]) -> Script:
-    """A server that answers its requests one after the other as `steps` say, which all its connections, and other servers, use up."""
+    """A server that answers its requests one after the other as `steps` say, which all its
+    connections, and other servers, use up."""
 
     async def script(peer: Peer) -> None:
         while True:
@@ -123,7 +140,8 @@ class Told:
 
 
 async def told(request: bytes, steps: list[Step], rules: str = "", *, servers: int = 2) -> Told:
-    """What a client is told if the servers, whichever is asked, do these things one after the other."""
+    """What a client is told if the servers, whichever is asked, do these things one after the
+    other."""
     heard: list[Message] = []
     async with mesh([taking(steps, heard)] * servers, policy(rules)) as (world, _):
         client = await world.hop.connect()

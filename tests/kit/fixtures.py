@@ -1,4 +1,5 @@
-"""A trust root, and two workloads of it, as fixtures for the tests that begin with those: their conftest.py imports them."""
+"""A trust root, and two workloads of it, as fixtures for the tests that begin with those: their
+conftest.py imports them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The application behind a proxy that is flooded, as a process: `python -m tests.kit.flood_app PORT WHAT`.
+"""The application behind a proxy that is flooded, as a process: `python -m tests.kit.flood_app PORT
+WHAT`.
 
-HTTP/1 is answered at once. HTTP/2 is `answer`ed when a request has ended, or `hold`s what comes: streams are taken, as many as are
-opened, and nothing is consumed or answered.
+HTTP/1 is answered at once. HTTP/2 is `answer`ed when a request has ended, or `hold`s what comes:
+streams are taken, as many as are opened, and nothing is consumed or answered.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""A well-behaved member beside a flood, as a process: `python -m tests.kit.flood_member PORT ADMIN`.
+"""A well-behaved member beside a flood, as a process: `python -m tests.kit.flood_member PORT
+ADMIN`.
 
-Asks through its own sidecar (PORT), on kept and on new connections, and asks the flooded proxy (ADMIN) whether it is alive, until its
-input ends. Then it says how often, how long the slowest answers took (seconds), and what failed, as JSON.
+Asks through its own sidecar (PORT), on kept and on new connections, and asks the flooded proxy
+(ADMIN) whether it is alive, until its input ends. Then it says how often, how long the slowest
+answers took (seconds), and what failed, as JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ class Asked:
 
     def ask(self) -> None:
         began = time.monotonic()
-        connection = self._connection or http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        connection = self._connection or http.client.HTTPConnection(
+            "127.0.0.1", self.port, timeout=PATIENCE
+        )
         self._connection = None
         try:
             connection.request("GET", self.path)
@@ -44,11 +48,19 @@ class Asked:
         self.seconds.append(time.monotonic() - began)
 
     def told(self) -> dict[str, object]:
-        return {"count": len(self.seconds), "slowest": max(self.seconds, default=0.0), "failed": self.failed[:10]}
+        return {
+            "count": len(self.seconds),
+            "slowest": max(self.seconds, default=0.0),
+            "failed": self.failed[:10],
+        }
 
 
 def main(port: int, admin: int) -> None:
-    asked = {"kept": Asked(port, "/", kept=True), "new": Asked(port, "/", kept=False), "live": Asked(admin, "/live", kept=False)}
+    asked = {
+        "kept": Asked(port, "/", kept=True),
+        "new": Asked(port, "/", kept=False),
+        "live": Asked(admin, "/live", kept=False),
+    }
     first = True
     while True:
         for one in asked.values():

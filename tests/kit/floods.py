@@ -1,4 +1,5 @@
-"""Real proxies as processes under a flood: a sidecar that is flooded, the sidecar of a member, and what they say of themselves."""
+"""Real proxies as processes under a flood: a sidecar that is flooded, the sidecar of a member, and
+what they say of themselves."""
 
 from __future__ import annotations
 
@@ -35,15 +36,21 @@ def eventually(probe: Callable[[], bool], seconds: float = _PATIENCE) -> bool:
 
 
 @contextmanager
-def program(*command: str, port: int | None = None, cgroup: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+def program(
+    *command: str, port: int | None = None, cgroup: Path | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """Run a Python module; it listens on `port` when this begins, and is in `cgroup`."""
 
     whole = [sys.executable, "-m", *command]
     if cgroup is not None:
         whole = ["sh", "-c", f'echo $$ > "{cgroup}/cgroup.procs" && exec "$@"', "sh", *whole]
-    with subprocess.Popen(whole, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        whole, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
-            if port is not None and not eventually(lambda: _listens(port) or process.poll() is not None):
+            if port is not None and not eventually(
+                lambda: _listens(port) or process.poll() is not None
+            ):
                 raise AssertionError(f"{command}: port {port} was not opened")
             yield process
         finally:
@@ -67,11 +74,15 @@ class Flooded:
 
     def resident(self) -> int:
         """Bytes."""
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(
+            Path(f"/proc/{self.process.pid}/statm").read_text("ascii").split()[1]
+        ) * os.sysconf("SC_PAGE_SIZE")
 
     def metric(self, name: str) -> float:
         """The value of one series."""
-        with urllib.request.urlopen(f"http://{HOST}:{self.admin}/metrics", timeout=_PATIENCE) as response:
+        with urllib.request.urlopen(
+            f"http://{HOST}:{self.admin}/metrics", timeout=_PATIENCE
+        ) as response:
             text = response.read().decode()
         found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
         assert found is not None, f"{name} is not in\n{text}"
@@ -80,41 +91,83 @@ class Flooded:
 
 @contextmanager
 def flooded(
-    folder: Path, app: str, settings: Mapping[str, Any] | None = None, cgroup: Path | None = None, *, require_identity: bool = False
+    folder: Path,
+    app: str,
+    settings: Mapping[str, Any] | None = None,
+    cgroup: Path | None = None,
+    *,
+    require_identity: bool = False,
 ) -> Iterator[Flooded]:
-    """A member's sidecar, before it one that is to be flooded (`settings` are laid over its configuration), and before that the
-    application, which knows what to do with HTTP/2 (see flood_app)."""
+    """A member's sidecar, before it one that is to be flooded (`settings` are laid over its
+    configuration), and before that the application, which knows what to do with HTTP/2 (see
+    flood_app)."""
     ports = {name: free_port() for name in ("app", "in", "in-admin", "out", "out-admin")}
     _identities(folder)
     directory = folder / "directory.yaml"
     endpoint = {"address": HOST, "identity": "spiffe://flood.test/ns/a/sa/far"}
-    directory.write_text(json.dumps({"services": [{"name": "far", "ports": [{"port": ports["in"]}], "endpoints": [endpoint]}]}))
-    far = _config("far", folder, ports["in-admin"], inbound=f"{HOST}:{ports['in']}", destination=f"{HOST}:{ports['app']}")
-    near = _config("near", folder, ports["out-admin"], outbound=f"{HOST}:{ports['out']}", destination=f"{HOST}:{ports['in']}")
+    directory.write_text(
+        json.dumps(
+            {
+                "services": [
+                    {"name": "far", "ports": [{"port": ports["in"]}], "endpoints": [endpoint]}
+                ]
+            }
+        )
+    )
+    far = _config(
+        "far",
+        folder,
+        ports["in-admin"],
+        inbound=f"{HOST}:{ports['in']}",
+        destination=f"{HOST}:{ports['app']}",
+    )
+    near = _config(
+        "near",
+        folder,
+        ports["out-admin"],
+        outbound=f"{HOST}:{ports['out']}",
+        destination=f"{HOST}:{ports['in']}",
+    )
     far["inbound"]["require_identity"] = require_identity
     (folder / "far.yaml").write_text(json.dumps(far | dict(settings or {})))
     (folder / "near.yaml").write_text(json.dumps(near | {"directory": {"file": str(directory)}}))
     with ExitStack() as stack:
-        stack.enter_context(program("tests.kit.flood_app", str(ports["app"]), app, port=ports["app"]))
+        stack.enter_context(
+            program("tests.kit.flood_app", str(ports["app"]), app, port=ports["app"])
+        )
         run = ("proxy.cli", "run", "--config")
-        process = stack.enter_context(program(*run, str(folder / "far.yaml"), port=ports["in-admin"], cgroup=cgroup))
+        process = stack.enter_context(
+            program(*run, str(folder / "far.yaml"), port=ports["in-admin"], cgroup=cgroup)
+        )
         stack.enter_context(program(*run, str(folder / "near.yaml"), port=ports["out-admin"]))
         yield Flooded(process, ports["in"], ports["in-admin"], ports["out"])
 
 
 def _identities(folder: Path) -> None:
     command = [sys.executable, "-m", "proxy.cli", "identity"]
-    subprocess.run([*command, "root", "--trust-domain", "flood.test", "--out", folder / "root"], check=True, capture_output=True)
+    subprocess.run(
+        [*command, "root", "--trust-domain", "flood.test", "--out", folder / "root"],
+        check=True,
+        capture_output=True,
+    )
     for name in ("near", "far"):
         who = ["--namespace", "a", "--service-account", name, "--out", folder / name]
-        subprocess.run([*command, "issue", "--root", folder / "root", *who], check=True, capture_output=True)
+        subprocess.run(
+            [*command, "issue", "--root", folder / "root", *who], check=True, capture_output=True
+        )
 
 
-def _config(name: str, folder: Path, admin: int, *, destination: str, inbound: str = "", outbound: str = "") -> dict[str, Any]:
+def _config(
+    name: str, folder: Path, admin: int, *, destination: str, inbound: str = "", outbound: str = ""
+) -> dict[str, Any]:
     return {
         "trust_domain": "flood.test",
-        "inbound": {"listen": [inbound], "fixed_destination": destination} if inbound else {"listen": []},
-        "outbound": {"listen": [outbound], "fixed_destination": destination} if outbound else {"listen": []},
+        "inbound": {"listen": [inbound], "fixed_destination": destination}
+        if inbound
+        else {"listen": []},
+        "outbound": {"listen": [outbound], "fixed_destination": destination}
+        if outbound
+        else {"listen": []},
         "admin": {"listen": [f"{HOST}:{admin}"]},
         "log": {"level": "error"},
         "identity": {
@@ -155,13 +208,20 @@ def member(proxy: Flooded) -> Iterator[Member]:
 
 
 class Uploads:
-    """Connections of HTTP/2 that send as much as the windows let them, on `streams` streams each."""
+    """Connections of HTTP/2 that send as much as the windows let them, on `streams` streams
+    each."""
 
     def __init__(self, port: int, connections: int, streams: int) -> None:
         payload = bytes(16384)
-        begin = PREFACE + settings() + b"".join(headers(1 + 2 * number, POST, END_HEADERS) for number in range(streams))
+        begin = (
+            PREFACE
+            + settings()
+            + b"".join(headers(1 + 2 * number, POST, END_HEADERS) for number in range(streams))
+        )
         # Less than a stream's window on each, and all that the connection's lets through.
-        bodies = b"".join(data(1 + 2 * number, payload) for _ in range(6) for number in range(streams))
+        bodies = b"".join(
+            data(1 + 2 * number, payload) for _ in range(6) for number in range(streams)
+        )
         self._left = memoryview(begin + bodies)
         self.socks = [socket.create_connection((HOST, port)) for _ in range(connections)]
         self._at = [0] * connections
@@ -169,8 +229,8 @@ class Uploads:
             sock.setblocking(False)
 
     def send_until(self, probe: Callable[[], bool], watch: Callable[[], object] = int) -> bool:
-        """Send what is taken until `probe`, which is asked twice a second, says that it is so; False: it does not for long. `watch` is
-        called all the time."""
+        """Send what is taken until `probe`, which is asked twice a second, says that it is so;
+        False: it does not for long. `watch` is called all the time."""
         next_look, until = 0.0, time.monotonic() + _PATIENCE
         while time.monotonic() < until:
             for number, sock in enumerate(self.socks):

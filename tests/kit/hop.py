@@ -1,4 +1,5 @@
-"""A proxy made of the parts of the exchange room, between real clients and servers, and what it has seen."""
+"""A proxy made of the parts of the exchange room, between real clients and servers, and what it has
+seen."""
 
 from __future__ import annotations
 
@@ -72,7 +73,9 @@ class Hop:
     acceptor: Acceptor = field(init=False)
     drain: Drain = field(default_factory=Drain)
     ended: list[Ended] = field(default_factory=list)
-    errors: list[BaseException] = field(default_factory=list)  # that reached the connection boundary
+    errors: list[BaseException] = field(
+        default_factory=list
+    )  # that reached the connection boundary
     dialled: int = 0
     closed: int = 0
     hangs: trio.Event | None = None  # dialling waits for it
@@ -98,7 +101,8 @@ class Hop:
 
 @dataclass
 class Settings:
-    """How a hop is set up. `open_to`: whether clients are told details; `buffers`: of the proxy's own sockets, in bytes."""
+    """How a hop is set up. `open_to`: whether clients are told details; `buffers`: of the proxy's
+    own sockets, in bytes."""
 
     server: ServerSettings = field(default_factory=ServerSettings)
     client: ClientSettings = field(default_factory=ClientSettings)
@@ -114,7 +118,8 @@ class Settings:
     fast: bool | None = None  # None: as FAST says
 
 
-# Whether hops have a fast path: set for the tests that are run on both paths (tests/exchange/conftest.py).
+# Whether hops have a fast path: set for the tests that are run on both paths
+# (tests/exchange/conftest.py).
 FAST: ContextVar[bool] = ContextVar("FAST", default=False)
 
 
@@ -136,8 +141,14 @@ class _Plan:
         raise AssertionError("a hop speaks HTTP/1 only")
 
 
-def _pave(proxy: Hop, settings: Settings, book: Callable[[Exchange], AbstractContextManager[None]]) -> None:
-    if FAST.get() and not settings.layers and settings.tracing is None if settings.fast is None else settings.fast:
+def _pave(
+    proxy: Hop, settings: Settings, book: Callable[[Exchange], AbstractContextManager[None]]
+) -> None:
+    if (
+        FAST.get() and not settings.layers and settings.tracing is None
+        if settings.fast is None
+        else settings.fast
+    ):
         proxy.fast_path = FastPath(proxy.drain, settings.server.idle_timeout, settings.tunnel_idle)
         proxy.carry = partial(proxy.fast_path.carry, _Plan(proxy, book))
 
@@ -151,7 +162,8 @@ async def _serve(nursery: trio.Nursery, proxy: Hop, listener: socket.socket) -> 
 
 @asynccontextmanager
 async def hop(target: Address, settings: Settings | None = None) -> AsyncIterator[Hop]:
-    """A running proxy to `target`. At its end all its connections must have been given back and closed, each once."""
+    """A running proxy to `target`. At its end all its connections must have been given back and
+    closed, each once."""
     settings = settings or Settings()
     proxy = Hop(target=target)
     dialer = Dialer(timeout=settings.dial_timeout)
@@ -168,7 +180,12 @@ async def hop(target: Address, settings: Settings | None = None) -> AsyncIterato
         return Life(proxy)
 
     async def bridge(_: Exchange, client: Stream, server: Stream) -> None:
-        await relay(client, server, idle=settings.tunnel_idle, carry=proxy.fast_path.join if proxy.fast_path is not None else None)
+        await relay(
+            client,
+            server,
+            idle=settings.tunnel_idle,
+            carry=proxy.fast_path.join if proxy.fast_path is not None else None,
+        )
 
     @contextmanager
     def book(exchange: Exchange) -> Iterator[None]:
@@ -201,11 +218,15 @@ async def hop(target: Address, settings: Settings | None = None) -> AsyncIterato
     async def serve(connection: Connection) -> None:
         assert isinstance(connection.stream, SocketStream)
         facts = Facts("outbound", connection.peer, proxy.target)
-        await Http1Server(connection.stream, facts, settings.server, proxy.drain, proxy.carry).run(handler)
+        await Http1Server(connection.stream, facts, settings.server, proxy.drain, proxy.carry).run(
+            handler
+        )
 
     listener = listen(settings.buffers)
     proxy.address = Address.of(listener.getsockname())
-    proxy.acceptor = Acceptor(serve, limit=4096, on_error=lambda _, error: proxy.errors.append(error))
+    proxy.acceptor = Acceptor(
+        serve, limit=4096, on_error=lambda _, error: proxy.errors.append(error)
+    )
     async with trio.open_nursery() as nursery:
         await _serve(nursery, proxy, listener)
         try:
@@ -221,7 +242,9 @@ async def hop(target: Address, settings: Settings | None = None) -> AsyncIterato
 
 
 @asynccontextmanager
-async def through(script: Script, settings: Settings | None = None, *, buffers: int | None = None) -> AsyncIterator[tuple[Peer, Hop]]:
+async def through(
+    script: Script, settings: Settings | None = None, *, buffers: int | None = None
+) -> AsyncIterator[tuple[Peer, Hop]]:
     """A client connected by a hop to a server that runs `script`."""
     async with origin(script, buffers=buffers) as server, hop(server.address, settings) as proxy:
         yield await proxy.connect(buffers), proxy

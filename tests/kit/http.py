@@ -1,6 +1,7 @@
 """HTTP/1 over real loopback sockets: raw clients and scripted raw servers.
 
-What a test says on the wire it says in bytes; what it hears is read by h11, which knows nothing of this project.
+What a test says on the wire it says in bytes; what it hears is read by h11, which knows nothing of
+this project.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ class Peer:
         return data
 
     async def response(self, method: str = "GET") -> Message:
-        """The next response to a request of this method. Raises one of BROKEN if it is not whole."""
+        """The next response to a request of this method. Raises one of BROKEN if it is not
+        whole."""
         reader = h11.Connection(h11.CLIENT)
         reader.send(h11.Request(method=method, target="/", headers=[("Host", "a")]))
         reader.send(h11.EndOfMessage())
@@ -116,7 +118,9 @@ class Peer:
             elif isinstance(event, h11.InformationalResponse):
                 interim.append(event.status_code)
             elif isinstance(event, h11.Request):
-                message = Message((event.method, event.target), list(event.headers), event.http_version)
+                message = Message(
+                    (event.method, event.target), list(event.headers), event.http_version
+                )
             elif isinstance(event, h11.Response):
                 start = (b"%d" % event.status_code, event.reason)
                 message = Message(start, list(event.headers), event.http_version, interim=interim)
@@ -195,10 +199,14 @@ Script = Callable[[Peer], Awaitable[None]]
 
 @asynccontextmanager
 async def origin(
-    script: Script, *, buffers: int | None = None, port: int = 0, listener: socket.socket | None = None
+    script: Script,
+    *,
+    buffers: int | None = None,
+    port: int = 0,
+    listener: socket.socket | None = None,
 ) -> AsyncIterator[Origin]:
-    """Runs `script` for each connection. What a script raises fails the test, but for a connection that the proxy ended. `listener`: a
-    bound socket to listen on."""
+    """Runs `script` for each connection. What a script raises fails the test, but for a connection
+    that the proxy ended. `listener`: a bound socket to listen on."""
     if listener is None:
         listener = listen(buffers, port)
     else:
@@ -213,7 +221,9 @@ async def origin(
         except trio.BrokenResourceError:
             pass
         except h11.RemoteProtocolError as error:
-            if "the connection ended" not in str(error) and "peer unexpectedly closed" not in str(error):
+            if "the connection ended" not in str(error) and "peer unexpectedly closed" not in str(
+                error
+            ):
                 raise
         finally:
             peer.close()
@@ -256,14 +266,22 @@ async def echo(peer: Peer) -> None:
     while True:
         request = await peer.request()
         if request.get(b"transfer-encoding"):
-            body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(request.body), request.body) if request.body else b"0\r\n\r\n"
+            body = (
+                b"%x\r\n%b\r\n0\r\n\r\n" % (len(request.body), request.body)
+                if request.body
+                else b"0\r\n\r\n"
+            )
             await peer.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body)
         else:
-            await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(request.body), request.body))
+            await peer.send(
+                b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b"
+                % (len(request.body), request.body)
+            )
 
 
 async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    """Wait for something that happens elsewhere, on sockets and in other tasks, and tells nobody."""
+    """Wait for something that happens elsewhere, on sockets and in other tasks, and tells
+    nobody."""
     with trio.fail_after(seconds):
         while not condition():  # noqa: ASYNC110
             await trio.sleep(0.002)
@@ -275,4 +293,9 @@ def descriptors() -> int:
 
 
 def chunked(*pieces: bytes, trailers: bytes = b"") -> bytes:
-    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n" + trailers + b"\r\n"
+    return (
+        b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+        + b"0\r\n"
+        + trailers
+        + b"\r\n"
+    )

@@ -1,4 +1,5 @@
-"""HTTP/2 for tests: frames made by hand, header blocks that touch no table, an engine with its other half, and a small server."""
+"""HTTP/2 for tests: frames made by hand, header blocks that touch no table, an engine with its
+other half, and a small server."""
 
 from __future__ import annotations
 
@@ -11,19 +12,34 @@ from proxy.net.exceptions import NetError
 from proxy.net.socket_stream import SocketStream
 from proxy.wire.h1.connection import Role
 from proxy.wire.h2.connection import Http2Connection
-from proxy.wire.h2.events import DataReceived, Event, HeadReceived, Http2Limits, StreamBroken, StreamGone, TrailersReceived, WindowOpened
+from proxy.wire.h2.events import (
+    DataReceived,
+    Event,
+    HeadReceived,
+    Http2Limits,
+    StreamBroken,
+    StreamGone,
+    TrailersReceived,
+    WindowOpened,
+)
 from proxy.wire.h2.flood_budget import BUDGET
 from proxy.wire.h2.frames import END_HEADERS, END_STREAM, PREFACE, Code, Kind, frame
 from proxy.wire.messages import Headers, ProtocolError, RequestHead, ResponseHead
 
 Pair = tuple[bytes, bytes]
-GET: list[Pair] = [(b":method", b"GET"), (b":scheme", b"http"), (b":path", b"/"), (b":authority", b"a")]
+GET: list[Pair] = [
+    (b":method", b"GET"),
+    (b":scheme", b"http"),
+    (b":path", b"/"),
+    (b":authority", b"a"),
+]
 POST: list[Pair] = [(b":method", b"POST"), *GET[1:]]
 OK: list[Pair] = [(b":status", b"200")]
 
 
 def literal(pairs: Iterable[Pair], kind: int = 0) -> bytes:
-    """A header block of literals without indexing: it means the same whatever was sent before. Strings of up to 16 KiB."""
+    """A header block of literals without indexing: it means the same whatever was sent before.
+    Strings of up to 16 KiB."""
     return b"".join(bytes([kind]) + _string(name) + _string(value) for name, value in pairs)
 
 
@@ -35,10 +51,14 @@ def _string(text: bytes) -> bytes:
 
 
 def settings(*values: tuple[int, int], flags: int = 0, stream: int = 0) -> bytes:
-    return frame(Kind.SETTINGS, flags, stream, b"".join(struct.pack(">HL", *value) for value in values))
+    return frame(
+        Kind.SETTINGS, flags, stream, b"".join(struct.pack(">HL", *value) for value in values)
+    )
 
 
-def headers(stream: int, pairs: Iterable[Pair] = GET, flags: int = END_HEADERS | END_STREAM) -> bytes:
+def headers(
+    stream: int, pairs: Iterable[Pair] = GET, flags: int = END_HEADERS | END_STREAM
+) -> bytes:
     return frame(Kind.HEADERS, flags, stream, literal(pairs))
 
 
@@ -57,7 +77,14 @@ def frames_in(stream: bytes) -> list[tuple[int, int, int, bytes]]:
     while at < len(stream):
         size = int.from_bytes(stream[at : at + 3], "big")
         assert at + 9 + size <= len(stream), "half a frame"
-        found.append((stream[at + 3], stream[at + 4], int.from_bytes(stream[at + 5 : at + 9], "big"), stream[at + 9 : at + 9 + size]))
+        found.append(
+            (
+                stream[at + 3],
+                stream[at + 4],
+                int.from_bytes(stream[at + 5 : at + 9], "big"),
+                stream[at + 9 : at + 9 + size],
+            )
+        )
         at += 9 + size
     return found
 
@@ -66,17 +93,25 @@ class Ours:
     """An engine behind its greeting, with everything that it says taken down."""
 
     def __init__(
-        self, role: Role = Role.SERVER, limits: Http2Limits | None = None, *, greeted: bool = True, budget: float = BUDGET
+        self,
+        role: Role = Role.SERVER,
+        limits: Http2Limits | None = None,
+        *,
+        greeted: bool = True,
+        budget: float = BUDGET,
     ) -> None:
         self.engine = Http2Connection(role, limits or Http2Limits(), budget)
         self.now = 1.0
         self.said: list[tuple[int, int, int, bytes]] = []
         if greeted:
-            self.engine.receive_data((PREFACE if role is Role.SERVER else b"") + settings(), self.now)
+            self.engine.receive_data(
+                (PREFACE if role is Role.SERVER else b"") + settings(), self.now
+            )
             self.engine.data_to_send()
 
     def hear(self, *pieces: bytes) -> list[Event]:
-        """All events of the pieces. Raises ProtocolError; what was said in answer is in `said` in any case."""
+        """All events of the pieces. Raises ProtocolError; what was said in answer is in `said` in
+        any case."""
         events: list[Event] = []
         for piece in pieces:
             try:
@@ -92,13 +127,19 @@ class Ours:
 
     def request(self, method: bytes = b"GET", *, end: bool = True) -> int:
         """Open a stream (client)."""
-        return self.engine.send_request(RequestHead(method, b"/", Headers([(b"Host", b"a")])), end=end)
+        return self.engine.send_request(
+            RequestHead(method, b"/", Headers([(b"Host", b"a")])), end=end
+        )
 
     def codes(self, kind: Kind) -> list[tuple[int, Code]]:
         """(stream, code) of the RST_STREAM frames said, or (last stream, code) of the GOAWAYs."""
         if kind is Kind.RST_STREAM:
             return [(s, Code(int.from_bytes(p, "big"))) for k, _, s, p in self.said if k == kind]
-        return [(int.from_bytes(p[:4], "big"), Code(int.from_bytes(p[4:8], "big"))) for k, _, _, p in self.said if k == kind]
+        return [
+            (int.from_bytes(p[:4], "big"), Code(int.from_bytes(p[4:8], "big")))
+            for k, _, _, p in self.said
+            if k == kind
+        ]
 
 
 class _Answer:
@@ -168,7 +209,9 @@ class Server:
             if not answer.started:
                 answer.started = True
                 length = Headers([(b"content-length", b"%d" % len(answer.body))])
-                self._engine.send_response(number, ResponseHead(200, length), end=answer.bodiless or not answer.body)
+                self._engine.send_response(
+                    number, ResponseHead(200, length), end=answer.bodiless or not answer.body
+                )
                 answer.body = b"" if answer.bodiless else answer.body
             while answer.body and (room := self._engine.window(number)):
                 piece, answer.body = answer.body[:room], answer.body[room:]

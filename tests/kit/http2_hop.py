@@ -1,4 +1,5 @@
-"""A proxy for both versions of HTTP, made of the parts of the exchange room, between real clients and servers."""
+"""A proxy for both versions of HTTP, made of the parts of the exchange room, between real clients
+and servers."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ class Settings2:
     up: bytes = b"2"
     buffers: int | None = None
     account: Callable[[Exchange], AbstractContextManager[object]] | None = None
-    steer: Callable[[Exchange, Callable[[Address], Awaitable[None]]], Awaitable[None]] | None = None  # instead of taking turns
+    steer: Callable[[Exchange, Callable[[Address], Awaitable[None]]], Awaitable[None]] | None = (
+        None  # instead of taking turns
+    )
     around: Callable[[Exchange], AbstractContextManager[object]] = _nothing  # inside of `rescue`
     fast: bool | None = None  # whether there is a fast path; None: as FAST says
 
@@ -84,7 +87,13 @@ class Hop2:
         self.clients.append(await connect(self.address, buffers))
         return self.clients[-1]
 
-    async def connect2(self, buffers: int | None = None, settings: dict[int, int] | None = None, *, checked: bool = True) -> Peer2:
+    async def connect2(
+        self,
+        buffers: int | None = None,
+        settings: dict[int, int] | None = None,
+        *,
+        checked: bool = True,
+    ) -> Peer2:
         peer = Peer2(await self.connect(buffers), client=True, settings=settings, checked=checked)
         await peer.start()
         return peer
@@ -92,7 +101,9 @@ class Hop2:
     @property
     def exchanges(self) -> int:
         """Streams open in all muxes."""
-        return sum(server.mux.exchanges for server in self.servers) + sum(mux.exchanges for mux in self.muxes())
+        return sum(server.mux.exchanges for server in self.servers) + sum(
+            mux.exchanges for mux in self.muxes()
+        )
 
     def muxes(self) -> list[Mux]:
         return [mux for slot in self.pool2._slots.values() for mux in slot.muxes]
@@ -185,13 +196,17 @@ def _serving(proxy: Hop2, settings: Settings2) -> Callable[[Connection], Awaitab
 
     async def send(exchange: Exchange) -> None:
         if settings.steer is not None:
-            await settings.steer(exchange, lambda address: carry(client, exchange, address, leases_by_protocol, up))
+            await settings.steer(
+                exchange, lambda address: carry(client, exchange, address, leases_by_protocol, up)
+            )
             return
         with settings.around(exchange):
             await carry(client, exchange, proxy.next_target(), leases_by_protocol, up)
 
     account = settings.account or (lambda exchange: _book(proxy, exchange))
-    handler = stack(measure(account), rescue(lambda _: b"test", lambda _: True), deadline, endpoint=send)
+    handler = stack(
+        measure(account), rescue(lambda _: b"test", lambda _: True), deadline, endpoint=send
+    )
 
     async def serve(connection: Connection) -> None:
         assert isinstance(connection.stream, SocketStream)
@@ -200,7 +215,9 @@ def _serving(proxy: Hop2, settings: Settings2) -> Callable[[Connection], Awaitab
         if await connection.stream.peek(4, 4) != b"PRI ":
             await Http1Server(connection.stream, facts, settings.server, proxy.drain).run(handler)
             return
-        server = Http2Server(connection.stream, facts, settings.server, settings.downstream, proxy.drain)
+        server = Http2Server(
+            connection.stream, facts, settings.server, settings.downstream, proxy.drain
+        )
         if proxy.fast_path is not None:
             server.fork = partial(proxy.fast_path.fork, _Plan(proxy, account))
         proxy.servers.append(server)
@@ -219,7 +236,8 @@ def _start(nursery: trio.Nursery, *tasks: Callable[[], Awaitable[None]]) -> None
 
 @asynccontextmanager
 async def hop2(*targets: Address, settings: Settings2 | None = None) -> AsyncIterator[Hop2]:
-    """A running proxy to `targets`, which take turns. At its end everything must have been given back and closed, once."""
+    """A running proxy to `targets`, which take turns. At its end everything must have been given
+    back and closed, once."""
     settings = settings or Settings2()
     proxy = Hop2(list(targets))
     plain = settings.up == b"2" and settings.steer is None and settings.around is _nothing
@@ -228,7 +246,9 @@ async def hop2(*targets: Address, settings: Settings2 | None = None) -> AsyncIte
     serve = _serving(proxy, settings)
     listener = listen(settings.buffers)
     proxy.address = Address.of(listener.getsockname())
-    proxy.acceptor = Acceptor(serve, limit=4096, on_error=lambda _, error: proxy.errors.append(error))
+    proxy.acceptor = Acceptor(
+        serve, limit=4096, on_error=lambda _, error: proxy.errors.append(error)
+    )
     async with trio.open_nursery() as nursery:
         pooled = trio.CancelScope()
 
@@ -250,14 +270,23 @@ async def hop2(*targets: Address, settings: Settings2 | None = None) -> AsyncIte
     assert proxy.pool1.counts() == (0, 0)
     assert not proxy.pool2._slots, "what the pool should have forgotten"
     assert proxy.dialled == proxy.closed, "connections that nobody closed"
-    assert all(isinstance(s, SocketStream) and s.closed for s in proxy.streams), "sockets that nobody closed"
+    assert all(isinstance(s, SocketStream) and s.closed for s in proxy.streams), (
+        "sockets that nobody closed"
+    )
     assert not proxy.errors, proxy.errors
 
 
 @asynccontextmanager
 async def through2(
-    script: Script2, settings: Settings2 | None = None, *, server: dict[int, int] | None = None, buffers: int | None = None
+    script: Script2,
+    settings: Settings2 | None = None,
+    *,
+    server: dict[int, int] | None = None,
+    buffers: int | None = None,
 ) -> AsyncIterator[tuple[Peer2, Hop2]]:
     """An HTTP/2 client connected by a hop to an HTTP/2 server that runs `script`."""
-    async with origin(speaking(script, server), buffers=buffers) as up, hop2(up.address, settings=settings) as proxy:
+    async with (
+        origin(speaking(script, server), buffers=buffers) as up,
+        hop2(up.address, settings=settings) as proxy,
+    ):
         yield await proxy.connect2(buffers), proxy

@@ -1,6 +1,8 @@
-"""HTTP/2 over real loopback sockets, spoken by python-hyper's h2, which knows nothing of this project.
+"""HTTP/2 over real loopback sockets, spoken by python-hyper's h2, which knows nothing of this
+project.
 
-A peer reads only when it is asked to, and gives no window back by itself, so that a test decides who is slow.
+A peer reads only when it is asked to, and gives no window back by itself, so that a test decides
+who is slow.
 """
 
 from __future__ import annotations
@@ -25,7 +27,12 @@ from tests.kit.http import Peer
 Pair = tuple[bytes, bytes]
 E = TypeVar("E", bound=h2.events.Event)
 
-GET: list[Pair] = [(b":method", b"GET"), (b":scheme", b"http"), (b":authority", b"a"), (b":path", b"/")]
+GET: list[Pair] = [
+    (b":method", b"GET"),
+    (b":scheme", b"http"),
+    (b":authority", b"a"),
+    (b":path", b"/"),
+]
 POST: list[Pair] = [(b":method", b"POST"), *GET[1:]]
 GRPC: list[Pair] = [*POST, (b"content-type", b"application/grpc"), (b"te", b"trailers")]
 OK: list[Pair] = [(b":status", b"200")]
@@ -62,7 +69,14 @@ class Answer:
 class Peer2:
     """One end of an HTTP/2 connection."""
 
-    def __init__(self, peer: Peer, *, client: bool, settings: dict[int, int] | None = None, checked: bool = True) -> None:
+    def __init__(
+        self,
+        peer: Peer,
+        *,
+        client: bool,
+        settings: dict[int, int] | None = None,
+        checked: bool = True,
+    ) -> None:
         self.peer = peer
         config = h2.config.H2Configuration(client_side=client, header_encoding=None)
         if not checked:  # for what h2 itself would not send
@@ -133,7 +147,9 @@ class Peer2:
         """The next event of a kind; those before it are passed over. Raises Gone."""
         while True:
             for at, event in enumerate(self.events):
-                if isinstance(event, kind) and (stream is None or getattr(event, "stream_id", None) == stream):
+                if isinstance(event, kind) and (
+                    stream is None or getattr(event, "stream_id", None) == stream
+                ):
                     del self.events[: at + 1]
                     return event
             await self.read()
@@ -173,7 +189,8 @@ class Peer2:
         await self.flush()
 
     async def message(self, number: int) -> Answer:
-        """The whole message of a stream, or what there was of it before it was reset; windows are given back. Raises Gone."""
+        """The whole message of a stream, or what there was of it before it was reset; windows are
+        given back. Raises Gone."""
         while number not in self.ended:
             self.credit(await self.read())
             await self.flush()
@@ -195,8 +212,9 @@ class Peer2:
             return
 
     async def last_call(self) -> Callable[[], Awaitable[None]]:
-        """Wait for a server's first GOAWAY, which refuses nothing, and the PING behind it; what answers that. By hand, and so is whatever
-        is read from here on: h2 takes GOAWAY for the end."""
+        """Wait for a server's first GOAWAY, which refuses nothing, and the PING behind it; what
+        answers that. By hand, and so is whatever is read from here on: h2 takes GOAWAY for the
+        end."""
         assert frames_goaway(2**31 - 1) in await self.peer.until(b"goodbye\0")
         return lambda: self.peer.send(b"\0\0\x08\x06\x01\0\0\0\0goodbye\0")
 
@@ -212,7 +230,9 @@ Script2 = Callable[[Peer2], Awaitable[None]]
 Respond = Callable[[Peer2, int, Answer], Awaitable[None]]
 
 
-def speaking(script: Script2, settings: dict[int, int] | None = None) -> Callable[[Peer], Awaitable[None]]:
+def speaking(
+    script: Script2, settings: dict[int, int] | None = None
+) -> Callable[[Peer], Awaitable[None]]:
     """A script of an HTTP/2 server's connection for `origin`."""
 
     async def run(peer: Peer) -> None:
@@ -224,7 +244,9 @@ def speaking(script: Script2, settings: dict[int, int] | None = None) -> Callabl
     return run
 
 
-def only2(script: Script2, settings: dict[int, int] | None = None) -> Callable[[Peer], Awaitable[None]]:
+def only2(
+    script: Script2, settings: dict[int, int] | None = None
+) -> Callable[[Peer], Awaitable[None]]:
     """The same for a server that closes a connection on which somebody speaks something else."""
 
     async def run(peer: Peer) -> None:
@@ -248,11 +270,14 @@ async def echo2(peer: Peer2, number: int, message: Answer) -> None:
 
 
 def answering2(respond: Respond = ok, *, early: bool = False) -> Script2:
-    """Answer every stream in a task of its own, as soon as its request is whole; or, if `early`, as soon as it has begun."""
+    """Answer every stream in a task of its own, as soon as its request is whole; or, if `early`, as
+    soon as it has begun."""
 
     async def script(peer: Peer2) -> None:
         async def one(number: int) -> None:
-            with contextlib.suppress(h2.exceptions.ProtocolError, trio.BrokenResourceError, KeyError):
+            with contextlib.suppress(
+                h2.exceptions.ProtocolError, trio.BrokenResourceError, KeyError
+            ):
                 await respond(peer, number, peer.messages[number])
             peer.messages.pop(number, None)
             peer.events.clear()

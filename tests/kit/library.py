@@ -13,8 +13,8 @@ AWS_LC = "AWS-LC" in LIBRARY
 
 
 def send_tickets(server: TLSStream) -> None:
-    """Have a server's session tickets lie in its client's socket. OpenSSL has sent them with the handshake; AWS-LC keeps them for its next
-    write, and one of nothing is enough."""
+    """Have a server's session tickets lie in its client's socket. OpenSSL has sent them with the
+    handshake; AWS-LC keeps them for its next write, and one of nothing is enough."""
     if AWS_LC:
         with suppress(SSL.Error):
             server._connection.send(b"")

@@ -1,8 +1,9 @@
 """Ports for programs that have to be told one.
 
-A port from the range from which the kernel serves whoever asks for none in particular (net.ipv4.ip_local_port_range) may be gone a moment
-after it was found to be free: the other worker of pytest-xdist makes connections, too. Ports from below that range nobody gets by chance,
-and each worker has some of its own.
+A port from the range from which the kernel serves whoever asks for none in particular
+(net.ipv4.ip_local_port_range) may be gone a moment after it was found to be free: the other worker
+of pytest-xdist makes connections, too. Ports from below that range nobody gets by chance, and each
+worker has some of its own.
 """
 
 from __future__ import annotations

@@ -56,9 +56,12 @@ def first_only() -> Iterator[Address]:
 
 @contextmanager
 def hypercorn() -> Iterator[Address]:
-    """Hypercorn: WebSockets by either version, of which the one that it reports is the proof. It sends everything back. See `listening`."""
+    """Hypercorn: WebSockets by either version, of which the one that it reports is the proof. It
+    sends everything back. See `listening`."""
     port = free_port()
-    process = subprocess.Popen([sys.executable, "-c", HYPERCORN, str(port)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HYPERCORN, str(port)], stderr=subprocess.DEVNULL
+    )
     yield Address(HOST, port)
     process.terminate()
     process.wait(60)

@@ -1,4 +1,5 @@
-"""Workloads for tests: real certificates in real files, and handshakes between them over a real socket pair."""
+"""Workloads for tests: real certificates in real files, and handshakes between them over a real
+socket pair."""
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -29,14 +30,19 @@ def spiffe(name: str, trust_domain: str = DOMAIN) -> SpiffeId:
 
 @dataclass
 class Workload:
-    """A directory with certificate, key and roots, whose contents a test replaces as an issuer would."""
+    """A directory with certificate, key and roots, whose contents a test replaces as an issuer
+    would."""
 
     directory: Path
     id: SpiffeId
 
     @property
     def files(self) -> MaterialFiles:
-        return MaterialFiles(self.directory / "certificate.pem", self.directory / "key.pem", (self.directory / "roots.pem",))
+        return MaterialFiles(
+            self.directory / "certificate.pem",
+            self.directory / "key.pem",
+            (self.directory / "roots.pem",),
+        )
 
     def write(self, issued: Issued, roots: Sequence[Issued]) -> None:
         files.make_private_directory(self.directory)
@@ -47,26 +53,43 @@ class Workload:
     def write_roots(self, *roots: Issued) -> None:
         files.write_public(self.files.roots[0], b"".join(root.certificate_pem for root in roots))
 
-    def renew(self, root: Issued, lifetime: timedelta = issue.WORKLOAD_LIFETIME, *, now: datetime | None = None) -> Issued:
+    def renew(
+        self,
+        root: Issued,
+        lifetime: timedelta = issue.WORKLOAD_LIFETIME,
+        *,
+        now: datetime | None = None,
+    ) -> Issued:
         issued = issue.issue(root, self.id, lifetime, now=now)
         self.write(issued, [root])
         return issued
 
-    def identity(self, settings: TLSSettings | None = None, clock: Callable[[], datetime] | None = None) -> Identity:
-        return Identity(self.files, settings, clock=clock) if clock else Identity(self.files, settings)
+    def identity(
+        self, settings: TLSSettings | None = None, clock: Callable[[], datetime] | None = None
+    ) -> Identity:
+        return (
+            Identity(self.files, settings, clock=clock) if clock else Identity(self.files, settings)
+        )
 
 
 def workload(directory: Path, name: str, root: Issued) -> Workload:
-    made = Workload(directory / name, spiffe(name, issue.root_trust_domain(root.certificate) or DOMAIN))
+    made = Workload(
+        directory / name, spiffe(name, issue.root_trust_domain(root.certificate) or DOMAIN)
+    )
     made.renew(root)
     return made
 
 
 @contextmanager
 def handshake(
-    client: SSL.Context, server: SSL.Context, *, alpn: Sequence[bytes] = (b"h2",), session: SSL.Session | None = None
+    client: SSL.Context,
+    server: SSL.Context,
+    *,
+    alpn: Sequence[bytes] = (b"h2",),
+    session: SSL.Session | None = None,
 ) -> Iterator[tuple[SSL.Connection, SSL.Connection]]:
-    """A client and a server that have shaken hands and exchanged one byte each way; closes the sockets. Raises SSL.Error."""
+    """A client and a server that have shaken hands and exchanged one byte each way; closes the
+    sockets. Raises SSL.Error."""
     left, right = socket.socketpair()
     with left, right:
         left.setblocking(False)
@@ -83,7 +106,8 @@ def handshake(
         for _round in range(10):
             waiting = [connection for connection in waiting if not _shaken(connection)]
         assert not waiting
-        # In TLS 1.3 a client learns only here that the server refused its certificate, and only here it gets its tickets.
+        # In TLS 1.3 a client learns only here that the server refused its certificate, and only
+        # here it gets its tickets.
         accepted.send(b"a")
         assert dialled.recv(1) == b"a"
         yield dialled, accepted
@@ -98,14 +122,18 @@ def _shaken(connection: SSL.Connection) -> bool:
 
 
 def resumed(connection: SSL.Connection) -> bool:
-    """Whether the handshake went by a ticket, by the library's own word, for which pyOpenSSL has no name."""
+    """Whether the handshake went by a ticket, by the library's own word, for which pyOpenSSL has no
+    name."""
     reused = bool(SSL._lib.SSL_session_reused(connection._ssl))
-    assert reused is (connection.get_app_data() is None), "and then no certificate has been verified in it"
+    assert reused is (connection.get_app_data() is None), (
+        "and then no certificate has been verified in it"
+    )
     return reused
 
 
 class Clock:
-    """A wall clock that a test moves; it begins at the real present, since OpenSSL's handshake looks at the real one."""
+    """A wall clock that a test moves; it begins at the real present, since OpenSSL's handshake
+    looks at the real one."""
 
     def __init__(self) -> None:
         self.now = datetime.now(UTC)
@@ -118,8 +146,14 @@ def authority(root: Issued) -> Issued:
     """An intermediate authority, signed by the root."""
     key = ec.generate_private_key(ec.SECP256R1())
     now = datetime.now(UTC)
-    builder = x509.CertificateBuilder().subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "middle")]))
-    builder = builder.issuer_name(root.certificate.subject).public_key(key.public_key()).serial_number(x509.random_serial_number())
+    builder = x509.CertificateBuilder().subject_name(
+        x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "middle")])
+    )
+    builder = (
+        builder.issuer_name(root.certificate.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+    )
     builder = builder.not_valid_before(now - DAY / 24).not_valid_after(now + DAY)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     return issue.Issued(builder.sign(root.key, hashes.SHA256()), key)

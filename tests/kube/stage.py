@@ -45,20 +45,29 @@ ROLES, BINDINGS = Resource(RBAC, "roles", Role), Resource(RBAC, "rolebindings", 
 @dataclass
 class RealStage(Stage):
     async def old_version(self) -> str:
-        """The first version. A server that has been started with its data knows less; a new one remembers it all."""
+        """The first version. A server that has been started with its data knows less; a new one
+        remembers it all."""
         query = {"resourceVersion": "1", "timeoutSeconds": "5"}
         try:
             async with await self.client.watch(CONFIG_MAPS, self.here, query) as answer:
                 if b'"type":"ERROR"' not in await answer.read():
-                    pytest.skip("this API server remembers everything: it was started with an empty store")
+                    pytest.skip(
+                        "this API server remembers everything: it was started with an empty store"
+                    )
         except Refused:
             pass  # at once: the test says whether it is a 410
         return "1"
 
     async def token(self, audience: str) -> tuple[str, str]:
         path = ACCOUNTS.path(self.namespace, "default", "token")
-        body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"audiences": [audience]}}
-        request = Request("POST", path, [("Content-Type", "application/json")], msgspec.json.encode(body))
+        body = {
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenRequest",
+            "spec": {"audiences": [audience]},
+        }
+        request = Request(
+            "POST", path, [("Content-Type", "application/json")], msgspec.json.encode(body)
+        )
         answer = msgspec.json.decode(await self.client.call(request))
         return answer["status"]["token"], f"system:serviceaccount:{self.namespace}:default"
 
@@ -66,12 +75,18 @@ class RealStage(Stage):
         group = "rbac.authorization.k8s.io"
         meta = {"name": "reader", "namespace": self.namespace}
         rules = [{"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get"]}]
-        await self.client.apply(ROLES, {"apiVersion": RBAC, "kind": "Role", "metadata": meta, "rules": rules}, "tests")
+        await self.client.apply(
+            ROLES, {"apiVersion": RBAC, "kind": "Role", "metadata": meta, "rules": rules}, "tests"
+        )
         binding = {
             "roleRef": {"apiGroup": group, "kind": "Role", "name": "reader"},
             "subjects": [{"apiGroup": group, "kind": "User", "name": user}],
         }
-        await self.client.apply(BINDINGS, {"apiVersion": RBAC, "kind": "RoleBinding", "metadata": meta, **binding}, "tests")
+        await self.client.apply(
+            BINDINGS,
+            {"apiVersion": RBAC, "kind": "RoleBinding", "metadata": meta, **binding},
+            "tests",
+        )
 
     async def account_is_there(self) -> None:
         """A controller makes it, and pods need it."""

@@ -1,5 +1,5 @@
-"""Discovery of a real cluster's objects. Slices are written by its controllers; pods are not started, and their status is written by the
-test."""
+"""Discovery of a real cluster's objects. Slices are written by its controllers; pods are not
+started, and their status is written by the test."""
 
 from __future__ import annotations
 
@@ -31,30 +31,51 @@ class Told:
         with trio.fail_after(60):
             while True:
                 entry = self.discovery.catalog.services.get(self._key)
-                if entry is not None and {found.address: (found.identity, found.state) for found in entry.endpoints} == endpoints:
+                if (
+                    entry is not None
+                    and {found.address: (found.identity, found.state) for found in entry.endpoints}
+                    == endpoints
+                ):
                     return entry
                 await self._more.wait()
 
 
 async def run_pod(stage: RealStage, name: str, ip: str, **labels: str) -> Pod:
     """A pod that is ready, as far as anybody can tell."""
-    container = {"name": "c", "image": "web:1.0", "ports": [{"name": "http", "containerPort": 8080}]}
+    container = {
+        "name": "c",
+        "image": "web:1.0",
+        "ports": [{"name": "http", "containerPort": 8080}],
+    }
     spec = {"nodeName": stage.namespace, "containers": [container]}
     meta = {"name": name, "namespace": stage.namespace, "labels": {"app": "web", **labels}}
-    made = await stage.client.apply(PODS, {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec}, "tests")
+    made = await stage.client.apply(
+        PODS, {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec}, "tests"
+    )
     conditions = [{"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}]
     status = {"phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}], "conditions": conditions}
     return await stage.client.patch(PODS, made, {"status": status}, "status")
 
 
 async def test_a_service_follows_its_pods(stage: RealStage, nursery: trio.Nursery) -> None:
-    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": stage.namespace, "labels": {"topology.kubernetes.io/zone": "west-1"}}}
-    made = await stage.client.apply(REAL_NODES, node, "tests")  # a slice has pods of nodes that exist only
+    node = {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": stage.namespace, "labels": {"topology.kubernetes.io/zone": "west-1"}},
+    }
+    made = await stage.client.apply(
+        REAL_NODES, node, "tests"
+    )  # a slice has pods of nodes that exist only
     told = Told(stage)
     nursery.start_soon(told.discovery.run)
-    spec = {"selector": {"app": "web"}, "ports": [{"name": "http", "port": 80, "targetPort": "http", "appProtocol": "http"}]}
+    spec = {
+        "selector": {"app": "web"},
+        "ports": [{"name": "http", "port": 80, "targetPort": "http", "appProtocol": "http"}],
+    }
     meta = {"name": "web", "namespace": stage.namespace}
-    await stage.client.apply(SERVICES, {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": spec}, "tests")
+    await stage.client.apply(
+        SERVICES, {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": spec}, "tests"
+    )
     await told.until({})
     ours = SpiffeId("test.local", stage.namespace, "default")
     meshed = await run_pod(stage, "a", "10.244.77.1", **{"isthmus.dev/meshed": "true"})

@@ -1,4 +1,5 @@
-"""Laboratory tests run inside the sandbox only: `python -m lab.sandbox -- pytest`, which `make test` does."""
+"""Laboratory tests run inside the sandbox only: `python -m lab.sandbox -- pytest`, which `make
+test` does."""
 
 from collections.abc import AsyncIterator
 
@@ -11,7 +12,9 @@ from lab.sandbox import inside
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if inside():
         return
-    skip = pytest.mark.skip(reason="not in the sandbox: run `make test`, or `python -m lab.sandbox -- pytest`")
+    skip = pytest.mark.skip(
+        reason="not in the sandbox: run `make test`, or `python -m lab.sandbox -- pytest`"
+    )
     for item in items:
         if item.get_closest_marker("lab"):
             item.add_marker(skip)

@@ -1,4 +1,5 @@
-"""A memory cgroup bounds what a process may use, counts what the kernel has killed for it, and leaves nothing behind."""
+"""A memory cgroup bounds what a process may use, counts what the kernel has killed for it, and
+leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -11,15 +12,24 @@ import pytest
 from lab.cgroup import memory_cgroup
 
 MIB = 2**20
-TAKES = "import sys; sys.stdin.readline(); data = bytearray(int(sys.argv[1])); print(len(data), flush=True)"
+TAKES = (
+    "import sys; sys.stdin.readline(); data = bytearray(int(sys.argv[1])); print(len(data),"
+    " flush=True)"
+)
 
-pytestmark = [pytest.mark.lab, pytest.mark.skipif(os.geteuid() != 0, reason="cgroups are made by root")]
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.skipif(os.geteuid() != 0, reason="cgroups are made by root"),
+]
 
 
 def take(size: int, limit: int) -> tuple[int, int, int]:
-    """A process in a cgroup takes `size` bytes: its return code, the kernel's kills, and the peak in bytes."""
+    """A process in a cgroup takes `size` bytes: its return code, the kernel's kills, and the peak
+    in bytes."""
     with memory_cgroup("isthmus-test", limit) as cgroup:
-        with subprocess.Popen([sys.executable, "-c", TAKES, str(size)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            [sys.executable, "-c", TAKES, str(size)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
             cgroup.add(process.pid)
             process.communicate(b"\n", timeout=60)
         found = process.returncode, cgroup.kills(), cgroup.peak()

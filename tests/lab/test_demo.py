@@ -16,7 +16,16 @@ def test_the_demonstration_holds() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All proofs held" in done.stdout
     assert "FAIL" not in done.stdout
-    for label in ("WebSocket", "SMTP", "bidirectional", "balanced by call", "deadline", "cancellation", "servers stopped", "gRPC: from"):
+    for label in (
+        "WebSocket",
+        "SMTP",
+        "bidirectional",
+        "balanced by call",
+        "deadline",
+        "cancellation",
+        "servers stopped",
+        "gRPC: from",
+    ):
         assert f" ok   {label} " in done.stdout
     assert "the client had 1 TCP connection" in " ".join(done.stdout.split())
     assert "UNAVAILABLE, Proxy-Status: " in " ".join(done.stdout.split())
@@ -25,7 +34,11 @@ def test_the_demonstration_holds() -> None:
 
 def test_a_size_that_makes_no_sense_is_refused() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "proxy.cli", "demo", "--size", "0"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "proxy.cli", "demo", "--size", "0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 64
     assert "--size 0" in done.stderr

@@ -1,6 +1,8 @@
-"""Looking at frames: flows are put together right, TLS is told from clear text, and damage is never taken for proof.
+"""Looking at frames: flows are put together right, TLS is told from clear text, and damage is never
+taken for proof.
 
-Rules: frames are built here from scratch; TLS comes from the standard library talking to itself in memory.
+Rules: frames are built here from scratch; TLS comes from the standard library talking to itself in
+memory.
 """
 
 import ipaddress
@@ -19,20 +21,43 @@ CLIENT, SERVER = ("10.0.0.1", 40000), ("10.0.0.2", 443)
 SYN, ACK = 0x02, 0x10
 
 
-def frame(source: tuple[str, int], target: tuple[str, int], sequence: int, payload: bytes = b"", flags: int = ACK) -> bytes:
+def frame(
+    source: tuple[str, int],
+    target: tuple[str, int],
+    sequence: int,
+    payload: bytes = b"",
+    flags: int = ACK,
+) -> bytes:
     hosts = [ipaddress.ip_address(host) for host in (source[0], target[0])]
-    tcp = struct.pack("!HHIIBBHHH", source[1], target[1], sequence % 2**32, 0, 5 << 4, flags, 1000, 0, 0) + payload
+    tcp = (
+        struct.pack(
+            "!HHIIBBHHH", source[1], target[1], sequence % 2**32, 0, 5 << 4, flags, 1000, 0, 0
+        )
+        + payload
+    )
     if hosts[0].version == 4:
-        network = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(tcp), 0, 0, 64, 6, 0) + hosts[0].packed + hosts[1].packed
+        network = (
+            struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(tcp), 0, 0, 64, 6, 0)
+            + hosts[0].packed
+            + hosts[1].packed
+        )
         return bytes(12) + b"\x08\x00" + network + tcp
     network = struct.pack("!IHBB", 6 << 28, len(tcp), 6, 64) + hosts[0].packed + hosts[1].packed
     return bytes(12) + b"\x86\xdd" + network + tcp
 
 
-def conversation(to_server: bytes, to_client: bytes, piece: int = 1000, start: int = 1000) -> list[bytes]:
-    frames = [frame(CLIENT, SERVER, start, flags=SYN), frame(SERVER, CLIENT, start, flags=SYN | ACK)]
+def conversation(
+    to_server: bytes, to_client: bytes, piece: int = 1000, start: int = 1000
+) -> list[bytes]:
+    frames = [
+        frame(CLIENT, SERVER, start, flags=SYN),
+        frame(SERVER, CLIENT, start, flags=SYN | ACK),
+    ]
     for source, target, data in ((CLIENT, SERVER, to_server), (SERVER, CLIENT, to_client)):
-        frames += [frame(source, target, start + 1 + at, data[at : at + piece]) for at in range(0, len(data), piece)]
+        frames += [
+            frame(source, target, start + 1 + at, data[at : at + piece])
+            for at in range(0, len(data), piece)
+        ]
     return frames
 
 
@@ -99,7 +124,9 @@ def test_older_tls_is_a_problem(tmp_path_factory: pytest.TempPathFactory) -> Non
 
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("where", ["first", "last"])
-def test_clear_text_anywhere_is_a_problem(tls13: tuple[bytes, bytes], side: int, where: str) -> None:
+def test_clear_text_anywhere_is_a_problem(
+    tls13: tuple[bytes, bytes], side: int, where: str
+) -> None:
     halves = list(tls13)
     clear = b"GET / HTTP/1.1\r\n\r\n"
     halves[side] = clear + halves[side] if where == "first" else halves[side] + clear
@@ -116,8 +143,15 @@ def test_a_hole_is_a_problem_and_does_not_hide_clear_text(tls13: tuple[bytes, by
     assert flow.carries(b"the clear")
 
 
-@given(st.binary(min_size=1, max_size=300), st.integers(1, 50), st.randoms(use_true_random=False), st.integers(0, 2**32 - 1))
-def test_order_repetition_and_wrapping_numbers_do_not_matter(data: bytes, piece: int, random: object, start: int) -> None:
+@given(
+    st.binary(min_size=1, max_size=300),
+    st.integers(1, 50),
+    st.randoms(use_true_random=False),
+    st.integers(0, 2**32 - 1),
+)
+def test_order_repetition_and_wrapping_numbers_do_not_matter(
+    data: bytes, piece: int, random: object, start: int
+) -> None:
     first, *rest = conversation(data, b"", piece=piece, start=start)
     shuffled = [*rest, *rest[:3]]
     random.shuffle(shuffled)  # type: ignore[attr-defined]
@@ -134,7 +168,11 @@ def test_a_needle_across_segments_is_found() -> None:
 def test_ipv6_and_padding_are_understood() -> None:
     segment = parse_frame(frame(("fd00::1", 1), ("fd00::2", 2), 7, b"hello") + bytes(20))
     assert segment is not None
-    assert (segment.source, segment.destination, segment.payload) == ("fd00::1", "fd00::2", b"hello")
+    assert (segment.source, segment.destination, segment.payload) == (
+        "fd00::1",
+        "fd00::2",
+        b"hello",
+    )
 
 
 def test_a_reused_port_is_a_new_flow() -> None:

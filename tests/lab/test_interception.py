@@ -1,9 +1,11 @@
-"""The interception rules in a real kernel: what is redirected, what is not, and that nothing stays behind.
+"""The interception rules in a real kernel: what is redirected, what is not, and that nothing stays
+behind.
 
-Rules: a listener on a proxy's port stands for the proxy and asks the kernel for the original destination; a listener on any
-other port stands for an application.  Each thing that must stay untouched is shown by a connection that reaches the application,
-next to one that is redirected, so that a ruleset which does nothing cannot pass.  Each trick that must not reach the application
-is shown to reach it as soon as the guard is taken out of the rules.
+Rules: a listener on a proxy's port stands for the proxy and asks the kernel for the original
+destination; a listener on any other port stands for an application.  Each thing that must stay
+untouched is shown by a connection that reaches the application, next to one that is redirected, so
+that a ruleset which does nothing cannot pass.  Each trick that must not reach the application is
+shown to reach it as soon as the guard is taken out of the rules.
 """
 
 import ipaddress
@@ -20,7 +22,17 @@ import trio
 
 from lab import network
 from lab.cluster import Cluster
-from lab.pod import APP, OPERATOR, PACKAGES, PROXY_MARK, SIDECAR, Pod, User, exemption, exemption_flags
+from lab.pod import (
+    APP,
+    OPERATOR,
+    PACKAGES,
+    PROXY_MARK,
+    SIDECAR,
+    Pod,
+    User,
+    exemption,
+    exemption_flags,
+)
 from lab.sandbox import rootless
 from proxy.intercept import nftables
 
@@ -38,7 +50,8 @@ SOURCE_PORTS = itertools.count(20000)  # below those that the kernel chooses
 
 @pytest.fixture
 async def close_accepted() -> AsyncIterator[None]:
-    """Asked for by the fixture `a`, which every test has: pytest-trio runs what somebody asks for, and passes over autouse."""
+    """Asked for by the fixture `a`, which every test has: pytest-trio runs what somebody asks for,
+    and passes over autouse."""
     yield
     for stream in ACCEPTED:
         stream.socket.close()
@@ -55,7 +68,8 @@ def original_destination(stream: trio.SocketStream) -> tuple[str, int]:
 
 
 def install(pod: Pod) -> None:
-    """What the command does, without starting an interpreter for it; tests of the command and of its flags start it."""
+    """What the command does, without starting an interpreter for it; tests of the command and of
+    its flags start it."""
     pod.inside(lambda: nftables.apply(exemption()))
 
 
@@ -68,7 +82,9 @@ async def accept(listener: trio.SocketListener) -> trio.SocketStream:
 
 async def dial_as(pod: Pod, user: User, host: str, port: int) -> bool:
     """Connect from a process of this user; whether it worked."""
-    code = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=2)"
+    code = (
+        "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=2)"
+    )
     return (await pod.run([sys.executable, "-c", code, host, str(port)], user=user)).ok
 
 
@@ -83,7 +99,9 @@ def b(west: Cluster) -> Pod:
 
 
 @VERSIONS
-async def test_what_the_pod_sends_reaches_the_outbound_port_with_its_destination(west: Cluster, a: Pod, version: int) -> None:
+async def test_what_the_pod_sends_reaches_the_outbound_port_with_its_destination(
+    west: Cluster, a: Pod, version: int
+) -> None:
     install(a)
     listener = await a.listen(4140, version)
     target = west.service_addresses("shop")[version == 6]
@@ -96,7 +114,9 @@ async def test_what_the_pod_sends_reaches_the_outbound_port_with_its_destination
 
 
 @VERSIONS
-async def test_what_arrives_from_outside_reaches_the_inbound_port_with_its_destination(a: Pod, b: Pod, version: int) -> None:
+async def test_what_arrives_from_outside_reaches_the_inbound_port_with_its_destination(
+    a: Pod, b: Pod, version: int
+) -> None:
     install(b)
     listener = await b.listen(4143, version)
     client = await a.connect(b.address(version), 80)
@@ -108,16 +128,24 @@ async def test_what_arrives_from_outside_reaches_the_inbound_port_with_its_desti
 
 
 @VERSIONS
-async def test_a_connection_to_the_inbound_port_itself_arrives_with_the_proxy_as_its_destination(a: Pod, b: Pod, version: int) -> None:
+async def test_a_connection_to_the_inbound_port_itself_arrives_with_the_proxy_as_its_destination(
+    a: Pod, b: Pod, version: int
+) -> None:
     install(b)
     listener = await b.listen(4143, version)
     await a.connect(b.address(version), 4143)
     accepted = await accept(listener)
-    assert original_destination(accepted) == accepted.socket.getsockname()[:2] == (b.address(version), 4143)
+    assert (
+        original_destination(accepted)
+        == accepted.socket.getsockname()[:2]
+        == (b.address(version), 4143)
+    )
 
 
 @VERSIONS
-async def test_a_connection_from_outside_to_the_outbound_port_never_reaches_it(a: Pod, b: Pod, version: int) -> None:
+async def test_a_connection_from_outside_to_the_outbound_port_never_reaches_it(
+    a: Pod, b: Pod, version: int
+) -> None:
     install(b)
     inbound, outbound = await b.listen(4143, version), await b.listen(4140, version)
     await a.connect(b.address(version), 4140)
@@ -128,7 +156,9 @@ async def test_a_connection_from_outside_to_the_outbound_port_never_reaches_it(a
 
 
 @VERSIONS
-@pytest.mark.skipif(rootless(), reason="one user id only: the mark stands for it, see the next test")
+@pytest.mark.skipif(
+    rootless(), reason="one user id only: the mark stands for it, see the next test"
+)
 async def test_the_sidecars_user_is_exempt_and_others_are_not(a: Pod, b: Pod, version: int) -> None:
     await a.intercept("--uid", "2102")
     await b.listen(80, version)
@@ -157,7 +187,9 @@ async def test_loopback_and_the_pods_own_address_are_untouched(a: Pod, version: 
 
 
 @VERSIONS
-async def test_the_admin_port_is_reached_directly_from_outside(a: Pod, b: Pod, version: int) -> None:
+async def test_the_admin_port_is_reached_directly_from_outside(
+    a: Pod, b: Pod, version: int
+) -> None:
     install(b)
     listener = await b.listen(4191, version)
     await a.connect(b.address(version), 4191)
@@ -165,9 +197,17 @@ async def test_the_admin_port_is_reached_directly_from_outside(a: Pod, b: Pod, v
 
 
 @VERSIONS
-async def test_skipped_outbound_ports_and_subnets_are_reached_directly(west: Cluster, a: Pod, b: Pod, version: int) -> None:
+async def test_skipped_outbound_ports_and_subnets_are_reached_directly(
+    west: Cluster, a: Pod, b: Pod, version: int
+) -> None:
     other = west.pod("other")
-    await a.intercept(*exemption_flags(), "--skip-outbound-ports", "5000,6000-6010", "--skip-outbound-subnets", other.address(version))
+    await a.intercept(
+        *exemption_flags(),
+        "--skip-outbound-ports",
+        "5000,6000-6010",
+        "--skip-outbound-subnets",
+        other.address(version),
+    )
     listeners = {port: await b.listen(port, version) for port in (5000, 6005, 6011)}
     skipped = await other.listen(80, version)
     for port in (5000, 6005):
@@ -180,9 +220,17 @@ async def test_skipped_outbound_ports_and_subnets_are_reached_directly(west: Clu
 
 
 @VERSIONS
-async def test_skipped_inbound_ports_and_subnets_reach_the_application_directly(west: Cluster, a: Pod, b: Pod, version: int) -> None:
+async def test_skipped_inbound_ports_and_subnets_reach_the_application_directly(
+    west: Cluster, a: Pod, b: Pod, version: int
+) -> None:
     prober = west.pod("prober")
-    await b.intercept(*exemption_flags(), "--skip-inbound-ports", "22", "--skip-inbound-subnets", prober.address(version))
+    await b.intercept(
+        *exemption_flags(),
+        "--skip-inbound-ports",
+        "22",
+        "--skip-inbound-subnets",
+        prober.address(version),
+    )
     direct, application = await b.listen(22, version), await b.listen(80, version)
     await a.connect(b.address(version), 22)
     await accept(direct)
@@ -202,10 +250,15 @@ async def test_redirect_lists_leave_all_other_ports_alone(a: Pod, b: Pod, versio
         await a.connect(b.address(version), 80)
 
 
-def segment(source: tuple[str, int], target: tuple[str, int], flags: int, options: bytes = b"") -> bytes:
+def segment(
+    source: tuple[str, int], target: tuple[str, int], flags: int, options: bytes = b""
+) -> bytes:
     """A TCP segment without data, with its checksum."""
     offset = (5 + len(options) // 4) << 4
-    head = struct.pack("!HHIIBBHHH", source[1], target[1], 1000, 2000, offset, flags, 1024, 0, 0) + options
+    head = (
+        struct.pack("!HHIIBBHHH", source[1], target[1], 1000, 2000, offset, flags, 1024, 0, 0)
+        + options
+    )
     addresses = ipaddress.ip_address(source[0]).packed + ipaddress.ip_address(target[0]).packed
     pseudo = addresses + struct.pack("!II", len(head), socket.IPPROTO_TCP)
     total = sum(struct.unpack(f"!{len(pseudo + head) // 2}H", pseudo + head))
@@ -222,15 +275,21 @@ def send_raw(pod: Pod, target: str, packet: bytes, protocol: int = socket.IPPROT
 
 
 def send_stray_ack(pod: Pod, port: int, target: tuple[str, int]) -> None:
-    """After it, connection tracking at the target believes in a connection that was never opened and is not redirected."""
+    """After it, connection tracking at the target believes in a connection that was never opened
+    and is not redirected."""
     version = ipaddress.ip_address(target[0]).version
     send_raw(pod, target[0], segment((pod.address(version), port), target, ACK, MD5))
 
 
 def answer(
-    pod: Pod, packets: list[bytes], source: tuple[str, int], target: tuple[str, int], protocol: int = socket.IPPROTO_TCP
+    pod: Pod,
+    packets: list[bytes],
+    source: tuple[str, int],
+    target: tuple[str, int],
+    protocol: int = socket.IPPROTO_TCP,
 ) -> int | None:
-    """Send packets and say with which flags the target answers; None when it is silent for two seconds."""
+    """Send packets and say with which flags the target answers; None when it is silent for two
+    seconds."""
     version = ipaddress.ip_address(target[0]).version
     family = socket.AF_INET6 if version == 6 else socket.AF_INET
     with network.open_socket(pod.netns, family, socket.SOCK_RAW, socket.IPPROTO_TCP) as replies:
@@ -264,7 +323,9 @@ def nft(pod: Pod, script: str) -> None:
 
 
 @VERSIONS
-async def test_a_stray_ack_before_the_syn_opens_no_way_past_the_inbound_proxy(a: Pod, b: Pod, version: int) -> None:
+async def test_a_stray_ack_before_the_syn_opens_no_way_past_the_inbound_proxy(
+    a: Pod, b: Pod, version: int
+) -> None:
     install(b)
     application, proxy = await b.listen(80, version), await b.listen(4143, version)
     target = (b.address(version), 80)
@@ -283,8 +344,11 @@ async def test_a_stray_ack_before_the_syn_opens_no_way_past_the_inbound_proxy(a:
 
 
 @VERSIONS
-async def test_a_stray_ack_from_outside_opens_no_way_past_the_outbound_proxy(a: Pod, b: Pod, version: int) -> None:
-    """The application of `a` and its friend at `b` act in concert; the application needs no privileges for it."""
+async def test_a_stray_ack_from_outside_opens_no_way_past_the_outbound_proxy(
+    a: Pod, b: Pod, version: int
+) -> None:
+    """The application of `a` and its friend at `b` act in concert; the application needs no
+    privileges for it."""
     install(a)
     friend, proxy = await b.listen(443, version), await a.listen(4140, version)
     target = (b.address(version), 443)
@@ -310,8 +374,12 @@ async def test_a_stray_ack_from_outside_opens_no_way_past_the_outbound_proxy(a: 
 
 
 @VERSIONS
-async def test_what_connection_tracking_never_sees_is_refused_in_both_directions(a: Pod, b: Pod, version: int) -> None:
-    untracked = "table inet theirs {{ chain untracked {{ type filter hook {} priority -300; notrack; }}; }}"
+async def test_what_connection_tracking_never_sees_is_refused_in_both_directions(
+    a: Pod, b: Pod, version: int
+) -> None:
+    untracked = (
+        "table inet theirs {{ chain untracked {{ type filter hook {} priority -300; notrack; }}; }}"
+    )
     for pod, hook, guard in ((b, "prerouting", "guard_input"), (a, "output", "guard_output")):
         listener = await b.listen(80, version)
         install(pod)
@@ -326,10 +394,16 @@ async def test_what_connection_tracking_never_sees_is_refused_in_both_directions
         await listener.aclose()
 
 
-def disguises(source: tuple[str, int], target: tuple[str, int]) -> dict[str, tuple[list[bytes], int]]:
-    """First SYNs that the kernel accepts, in various forms, as packets and the protocol of the raw socket that sends them."""
+def disguises(
+    source: tuple[str, int], target: tuple[str, int]
+) -> dict[str, tuple[list[bytes], int]]:
+    """First SYNs that the kernel accepts, in various forms, as packets and the protocol of the raw
+    socket that sends them."""
     plain = segment(source, target, SYN)
-    found = {"plain": [plain], "urgent, pushed, congestion": [segment(source, target, SYN | 0x08 | 0x20 | 0x40 | 0x80)]}
+    found = {
+        "plain": [plain],
+        "urgent, pushed, congestion": [segment(source, target, SYN | 0x08 | 0x20 | 0x40 | 0x80)],
+    }
     if ipaddress.ip_address(target[0]).version == 4:
         return {name: (packets, socket.IPPROTO_TCP) for name, packets in found.items()}
     addresses = ipaddress.ip_address(source[0]).packed + ipaddress.ip_address(target[0]).packed
@@ -344,10 +418,13 @@ def disguises(source: tuple[str, int], target: tuple[str, int]) -> dict[str, tup
     padding = bytes([1, 4, 0, 0, 0, 0])  # PadN: a header of eight bytes that says nothing
     found = {name: [packet(tcp, one) for one in packets] for name, packets in found.items()}
     found["hop-by-hop options"] = [packet(0, bytes([tcp, 0]) + padding + plain)]
-    found["destination options, twice"] = [packet(options, bytes([options, 0]) + padding + bytes([tcp, 0]) + padding + plain)]
+    found["destination options, twice"] = [
+        packet(options, bytes([options, 0]) + padding + bytes([tcp, 0]) + padding + plain)
+    ]
     found["a fragment that is all"] = [packet(fragmented, fragment(tcp, 0, False, plain))]
     longer = segment(source, target, SYN, b"\x01" * 12)
-    # Less than the whole TCP header in the first fragment is dropped by newer kernels themselves (RFC 7112).
+    # Less than the whole TCP header in the first fragment is dropped by newer kernels themselves
+    # (RFC 7112).
     found["two fragments"] = [
         packet(fragmented, fragment(tcp, 0, True, longer[:24])),
         packet(fragmented, fragment(tcp, 24, False, longer[24:])),
@@ -356,7 +433,9 @@ def disguises(source: tuple[str, int], target: tuple[str, int]) -> dict[str, tup
 
 
 @VERSIONS
-async def test_while_no_proxy_runs_no_form_of_syn_reaches_the_application(a: Pod, b: Pod, version: int) -> None:
+async def test_while_no_proxy_runs_no_form_of_syn_reaches_the_application(
+    a: Pod, b: Pod, version: int
+) -> None:
     target = (b.address(version), 80)
     await b.listen(80, version)
 
@@ -378,14 +457,24 @@ async def test_while_no_proxy_runs_no_form_of_syn_reaches_the_application(a: Pod
     assert SYN | ACK in answers(stray_ack=True).values()
 
 
-async def test_a_neighbour_reaches_the_application_by_no_link_local_address_but_the_pod_reaches_others(a: Pod, b: Pod) -> None:
+async def test_a_neighbour_reaches_the_application_by_no_link_local_address_but_the_pod_reaches_others(
+    a: Pod, b: Pod
+) -> None:
     application, proxy = await b.listen(80, 6), await b.listen(4143, 6)
     address = b.inside(
         lambda: subprocess.run(
-            ["ip", "-6", "-brief", "address", "show", "dev", "eth0", "scope", "link"], capture_output=True, text=True, check=True
+            ["ip", "-6", "-brief", "address", "show", "dev", "eth0", "scope", "link"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
     )
-    target = (address.stdout.split()[2].partition("/")[0], 80, 0, a.inside(lambda: socket.if_nametoindex("eth0")))
+    target = (
+        address.stdout.split()[2].partition("/")[0],
+        80,
+        0,
+        a.inside(lambda: socket.if_nametoindex("eth0")),
+    )
 
     async def dial() -> None:
         sock = a.socket(6)
@@ -411,7 +500,9 @@ async def test_udp_is_never_touched(a: Pod, b: Pod) -> None:
 
 
 @VERSIONS
-async def test_connections_that_are_open_when_the_rules_come_or_go_stay_open(a: Pod, b: Pod, version: int) -> None:
+async def test_connections_that_are_open_when_the_rules_come_or_go_stay_open(
+    a: Pod, b: Pod, version: int
+) -> None:
     listener = await b.listen(80, version)
     client = await a.connect(b.address(version), 80)
     server = await accept(listener)
@@ -424,7 +515,11 @@ async def test_connections_that_are_open_when_the_rules_come_or_go_stay_open(a: 
             assert await client.receive_some() == word
 
     await still_talks(b"before")
-    for change in (lambda: nftables.apply(exemption()), lambda: nftables.apply(exemption()), nftables.remove):
+    for change in (
+        lambda: nftables.apply(exemption()),
+        lambda: nftables.apply(exemption()),
+        nftables.remove,
+    ):
         for pod in (a, b):
             pod.inside(change)
         await still_talks(b"still here")
@@ -442,7 +537,12 @@ async def test_a_redirected_connection_survives_new_rules(west: Cluster, a: Pod)
 
 
 def rules(pod: Pod) -> str:
-    done = subprocess.run(["ip", "netns", "exec", pod.netns, "nft", "list", "ruleset"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["ip", "netns", "exec", pod.netns, "nft", "list", "ruleset"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return done.stdout
 
 
@@ -467,7 +567,9 @@ async def test_refused_settings_leave_the_old_rules_in_place(a: Pod) -> None:
 
 
 async def test_other_tables_of_the_pod_are_left_alone(a: Pod) -> None:
-    network.in_namespace(a.netns, lambda: subprocess.run(["nft", "add", "table", "inet", "theirs"], check=True))
+    network.in_namespace(
+        a.netns, lambda: subprocess.run(["nft", "add", "table", "inet", "theirs"], check=True)
+    )
     install(a)
     await a.intercept("--remove")
     assert "table inet theirs" in rules(a)

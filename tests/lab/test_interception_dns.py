@@ -1,7 +1,9 @@
-"""Interception of DNS in a real kernel: which questions are captured, which are not, and what happens when nobody is there.
+"""Interception of DNS in a real kernel: which questions are captured, which are not, and what
+happens when nobody is there.
 
-Rules: a socket on a proxy's port stands for the proxy, one in another pod for a resolver. Each capture is shown next to a question that is
-left alone, so that neither a ruleset which does nothing can pass nor one that takes everything.
+Rules: a socket on a proxy's port stands for the proxy, one in another pod for a resolver. Each
+capture is shown next to a question that is left alone, so that neither a ruleset which does nothing
+can pass nor one that takes everything.
 """
 
 from __future__ import annotations
@@ -39,8 +41,12 @@ def resolvers(west: Cluster) -> list[Pod]:
 
 def install(pod: Pod, resolvers: list[Pod]) -> None:
     ports = list(zip(resolvers, (FIRST, SECOND), strict=True))
-    captured = [Captured(one.address(version), 53, port) for version in (4, 6) for one, port in ports]
-    settings = dataclasses.replace(exemption(), mark=PROXY_MARK, dns_port=TCP, resolvers=tuple(captured))
+    captured = [
+        Captured(one.address(version), 53, port) for version in (4, 6) for one, port in ports
+    ]
+    settings = dataclasses.replace(
+        exemption(), mark=PROXY_MARK, dns_port=TCP, resolvers=tuple(captured)
+    )
     pod.inside(lambda: nftables.apply(settings))
 
 
@@ -51,7 +57,8 @@ async def bound(pod: Pod, host: str, port: int, version: int) -> trio.socket.Soc
 
 
 async def arrives(asking: trio.socket.SocketType, at: trio.socket.SocketType) -> bool:
-    """Whether a datagram arrives there, and what is answered comes back as if from where it was sent to."""
+    """Whether a datagram arrives there, and what is answered comes back as if from where it was
+    sent to."""
     await asking.send(b"question")
     with trio.fail_after(30):
         data, client = await at.recvfrom(100)
@@ -59,7 +66,9 @@ async def arrives(asking: trio.socket.SocketType, at: trio.socket.SocketType) ->
         return (data, await asking.recv(100)) == (b"question", b"answer")
 
 
-async def asking(pod: Pod, whom: Pod, version: int, mark: int | None = None) -> trio.socket.SocketType:
+async def asking(
+    pod: Pod, whom: Pod, version: int, mark: int | None = None
+) -> trio.socket.SocketType:
     sock = pod.socket(version, socket.SOCK_DGRAM)
     if mark is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
@@ -79,14 +88,18 @@ async def test_questions_to_each_of_the_pods_resolvers_arrive_at_its_port_and_ot
 
 
 @VERSIONS
-async def test_the_proxys_own_questions_reach_the_resolver(pod: Pod, resolvers: list[Pod], version: int) -> None:
+async def test_the_proxys_own_questions_reach_the_resolver(
+    pod: Pod, resolvers: list[Pod], version: int
+) -> None:
     install(pod, resolvers[:2])
     there = await bound(resolvers[0], resolvers[0].address(version), 53, version)
     assert await arrives(await asking(pod, resolvers[0], version, mark=PROXY_MARK), there)
 
 
 @VERSIONS
-async def test_connections_for_dns_arrive_at_their_port_with_their_destination(pod: Pod, resolvers: list[Pod], version: int) -> None:
+async def test_connections_for_dns_arrive_at_their_port_with_their_destination(
+    pod: Pod, resolvers: list[Pod], version: int
+) -> None:
     install(pod, resolvers[:2])
     names, outbound = await pod.listen(TCP, version), await pod.listen(4140, version)
     for resolver, listener in ((resolvers[1], names), (resolvers[2], outbound)):
@@ -94,13 +107,18 @@ async def test_connections_for_dns_arrive_at_their_port_with_their_destination(p
         with trio.fail_after(30):
             accepted = await listener.accept()
         async with accepted:
-            # trio's type does not say that a socket of its own wraps one of the standard library's, which is what a proxy asks.
-            found = original_destination(accepted.socket._sock, Address.of(accepted.socket.getsockname()))  # type: ignore[attr-defined]
+            # trio's type does not say that a socket of its own wraps one of the standard library's,
+            # which is what a proxy asks.
+            found = original_destination(
+                accepted.socket._sock, Address.of(accepted.socket.getsockname())
+            )  # type: ignore[attr-defined]
             assert found == (resolver.address(version), 53)
 
 
 @VERSIONS
-async def test_without_a_proxy_programs_are_told_at_once(pod: Pod, resolvers: list[Pod], version: int) -> None:
+async def test_without_a_proxy_programs_are_told_at_once(
+    pod: Pod, resolvers: list[Pod], version: int
+) -> None:
     install(pod, resolvers[:2])
     sock = await asking(pod, resolvers[0], version)
     await sock.send(b"question")
@@ -111,7 +129,9 @@ async def test_without_a_proxy_programs_are_told_at_once(pod: Pod, resolvers: li
 
 
 @VERSIONS
-async def test_a_flow_from_before_the_rules_is_refused_and_the_next_one_is_captured(pod: Pod, resolvers: list[Pod], version: int) -> None:
+async def test_a_flow_from_before_the_rules_is_refused_and_the_next_one_is_captured(
+    pod: Pod, resolvers: list[Pod], version: int
+) -> None:
     there = await bound(resolvers[0], resolvers[0].address(version), 53, version)
     # Connection tracking has to know the flow: it begins with the first NAT chain.
     pod.inside(lambda: nftables.apply(exemption()))
@@ -130,9 +150,13 @@ async def test_a_flow_from_before_the_rules_is_refused_and_the_next_one_is_captu
 
 
 @VERSIONS
-async def test_a_resolver_on_the_loopback_interface_is_captured_and_reached_by_the_proxy(pod: Pod, version: int) -> None:
+async def test_a_resolver_on_the_loopback_interface_is_captured_and_reached_by_the_proxy(
+    pod: Pod, version: int
+) -> None:
     host = LOOPBACK[version]
-    settings = dataclasses.replace(exemption(), mark=PROXY_MARK, dns_port=TCP, resolvers=(Captured(host, 53, FIRST),))
+    settings = dataclasses.replace(
+        exemption(), mark=PROXY_MARK, dns_port=TCP, resolvers=(Captured(host, 53, FIRST),)
+    )
     pod.inside(lambda: nftables.apply(settings))
     proxy, resolver = await bound(pod, host, FIRST, version), await bound(pod, host, 53, version)
     for mark, where in ((None, proxy), (PROXY_MARK, resolver)):

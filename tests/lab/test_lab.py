@@ -1,6 +1,7 @@
 """Clusters, pods, programs, faults and captures.
 
-Rules: everything is real; every test gets a laboratory of its own, and what it leaves is looked for after its end.
+Rules: everything is real; every test gets a laboratory of its own, and what it leaves is looked for
+after its end.
 """
 
 from pathlib import Path
@@ -29,7 +30,9 @@ socketserver.ThreadingTCPServer(("", int(sys.argv[1])), Handler).serve_forever()
 
 
 @pytest.mark.parametrize("version", [4, 6])
-async def test_pods_of_a_cluster_reach_each_other_by_address_and_name(west: Cluster, version: int) -> None:
+async def test_pods_of_a_cluster_reach_each_other_by_address_and_name(
+    west: Cluster, version: int
+) -> None:
     a, b = west.pod("a"), west.pod("b")
     listener = await b.listen(80, version)
     stream = await a.connect(b.address(version), 80)
@@ -37,12 +40,16 @@ async def test_pods_of_a_cluster_reach_each_other_by_address_and_name(west: Clus
     await accepted.send_all(b"hello")
     assert await stream.receive_some() == b"hello"
     await accepted.aclose()
-    found = await a.run_python("import socket; print(sorted({entry[4][0] for entry in socket.getaddrinfo('b', 80)}))")
+    found = await a.run_python(
+        "import socket; print(sorted({entry[4][0] for entry in socket.getaddrinfo('b', 80)}))"
+    )
     assert found.text.strip() == str(sorted([b.ipv4, b.ipv6]))
 
 
 @pytest.mark.skipif(rootless(), reason="one user id only")
-@pytest.mark.parametrize(("user", "uid"), [(APP, 65534), (SIDECAR, 2102), (User(uid=1234), 1234), (OPERATOR, 0)])
+@pytest.mark.parametrize(
+    ("user", "uid"), [(APP, 65534), (SIDECAR, 2102), (User(uid=1234), 1234), (OPERATOR, 0)]
+)
 async def test_programs_run_as_who_they_should_be(west: Cluster, user: User, uid: int) -> None:
     done = await west.pod("a").run(["id", "-u"], user=user)
     assert done.text.strip() == str(uid)
@@ -53,12 +60,21 @@ async def test_a_program_that_refuses_root_finds_itself_somebody_else(west: Clus
     assert done.text.strip() != "0"
 
 
-async def test_a_program_that_ends_before_it_listens_is_an_error_with_its_output(west: Cluster) -> None:
-    with pytest.raises(LabError, match=r"a/broken ended \(return code 3\) before it listened on port 80(.|\n)*the last words"):
+async def test_a_program_that_ends_before_it_listens_is_an_error_with_its_output(
+    west: Cluster,
+) -> None:
+    with pytest.raises(
+        LabError,
+        match=(
+            r"a/broken ended \(return code 3\) before it listened on port 80(.|\n)*the last words"
+        ),
+    ):
         await west.pod("a").start("broken", ["sh", "-c", "echo the last words; exit 3"], port=80)
 
 
-async def test_a_program_that_never_gets_ready_is_an_error_after_its_deadline(west: Cluster) -> None:
+async def test_a_program_that_never_gets_ready_is_an_error_after_its_deadline(
+    west: Cluster,
+) -> None:
     sleeper = await west.pod("a").start("sleeper", ["sleep", "60"])
     with pytest.raises(LabError, match=r"did not listen on port 80 within 0\.1 s"):
         await west.pods["a"].wait_port(sleeper, 80, timeout=0.1)
@@ -106,7 +122,9 @@ async def test_a_cut_link_loses_packets_until_it_is_mended(west: Cluster) -> Non
         assert await stream.receive_some() == b"hello"
 
 
-async def test_a_capture_sees_clear_text_and_says_that_it_is_not_tls(west: Cluster, tmp_path: Path) -> None:
+async def test_a_capture_sees_clear_text_and_says_that_it_is_not_tls(
+    west: Cluster, tmp_path: Path
+) -> None:
     a, b = west.pod("a"), west.pod("b")
     await b.python("echo", ECHO, "80", port=80)
     async with Capture(a) as wire:
@@ -145,7 +163,11 @@ async def test_two_laboratories_in_one_sandbox_do_not_meet(lab: Lab, west: Clust
 
 async def test_nothing_is_left_when_a_laboratory_ends(lab: Lab) -> None:
     def traces() -> set[str]:
-        return {str(path) for directory in ("/run/netns", "/run/isthmus-lab") for path in Path(directory).iterdir()}
+        return {
+            str(path)
+            for directory in ("/run/netns", "/run/isthmus-lab")
+            for path in Path(directory).iterdir()
+        }
 
     async def fail() -> None:
         async with Lab() as doomed:

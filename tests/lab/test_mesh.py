@@ -1,6 +1,7 @@
 """What the laboratory tells its proxies is what the product documents.
 
-Rules: the documents are read by the product's own reader, and they are those of laboratories that other tests build in the same way.
+Rules: the documents are read by the product's own reader, and they are those of laboratories that
+other tests build in the same way.
 """
 
 from typing import Any
@@ -24,7 +25,9 @@ def read(mesh: Mesh) -> Directory:
     return parse(yaml.safe_dump(document), mesh.cluster.name)
 
 
-async def test_linked_meshes_know_each_others_gateways_and_exports_and_nothing_else(lab: Lab) -> None:
+async def test_linked_meshes_know_each_others_gateways_and_exports_and_nothing_else(
+    lab: Lab,
+) -> None:
     area = lab.wide_area()
     west = Mesh(lab.cluster("west"))
     east, south = (Mesh(lab.cluster(name), west.authority) for name in ("east", "south"))
@@ -40,24 +43,41 @@ async def test_linked_meshes_know_each_others_gateways_and_exports_and_nothing_e
     south.service("c", [south.cluster.pod("server")], {80: "http1", 5432: "opaque"}, export=True)
     west.link(east, south)
     split = [{"service": "c", "weight": 90}, {"service": "c", "cluster": "east", "weight": 10}]
-    local = west.service("c", [west.cluster.pod("c")], {80: "http1", 5432: "opaque"}, split=split, failover={"clusters": ["east", "south"]})
+    local = west.service(
+        "c",
+        [west.cluster.pod("c")],
+        {80: "http1", 5432: "opaque"},
+        split=split,
+        failover={"clusters": ["east", "south"]},
+    )
 
     found = read(west)
     assert found.name == "west"
     remote = found.named("c.east", "default")
     assert remote is not None
     (way,) = remote.targets[80].endpoints
-    assert (way.address, str(way.identity)) == (Address(leg.ipv4, 4143), "spiffe://cluster.local/ns/isthmus/sa/gateway")
+    assert (way.address, str(way.identity)) == (
+        Address(leg.ipv4, 4143),
+        "spiffe://cluster.local/ns/isthmus/sa/gateway",
+    )
     assert found.named("secret.east", "default") is None
     other = found.named("c.south", "default")
     assert other is not None
     assert other.targets[80].endpoints[0].address == Address(border.leg.ipv4, 14143)
     plan = found.resolve(Address(local.ipv4, 80)).plan
     assert plan is not None
-    assert [(backend.weight, backend.target.service) for backend in plan.backends] == [(90, "default/c"), (10, "east/default/c")]
-    assert [each.service for each in plan.backends[0].elsewhere] == ["east/default/c", "south/default/c"]
+    assert [(backend.weight, backend.target.service) for backend in plan.backends] == [
+        (90, "default/c"),
+        (10, "east/default/c"),
+    ]
+    assert [each.service for each in plan.backends[0].elsewhere] == [
+        "east/default/c",
+        "south/default/c",
+    ]
     text = yaml.safe_dump(west.document())
-    assert not any(address in text for pod in east.cluster.pods.values() for address in (pod.ipv4, pod.ipv6))
+    assert not any(
+        address in text for pod in east.cluster.pods.values() for address in (pod.ipv4, pod.ipv6)
+    )
 
     own = read(east)
     assert own.exported(b"c.default.svc.cluster.local") is not None

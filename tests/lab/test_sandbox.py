@@ -1,7 +1,8 @@
 """The sandbox: what is inside stays inside, and nothing stays behind.
 
-Rules: the sandbox is run as a user runs it, as a command; what it leaves is looked for from outside, after its end or its death.
-These tests make sandboxes of their own, so they run outside of one as well as inside (namespaces nest).
+Rules: the sandbox is run as a user runs it, as a command; what it leaves is looked for from
+outside, after its end or its death. These tests make sandboxes of their own, so they run outside of
+one as well as inside (namespaces nest).
 """
 
 import os
@@ -22,7 +23,9 @@ COMMAND = [sys.executable, "-m", "lab.sandbox", "--"]
 
 
 def run(script: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, "sh", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [*COMMAND, "sh", "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
@@ -46,14 +49,19 @@ def processes_with(marker: str) -> list[str]:
 
 
 @needs_sandbox
-@pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 128 + 9), ("kill -TERM $$", 128 + 15)])
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 128 + 9), ("kill -TERM $$", 128 + 15)],
+)
 def test_the_exit_code_is_that_of_the_command(script: str, code: int) -> None:
     assert run(script).returncode == code
 
 
 @needs_sandbox
 def test_a_command_that_does_not_exist_is_named() -> None:
-    done = subprocess.run([*COMMAND, "no-such-program"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [*COMMAND, "no-such-program"], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 64
     assert "no-such-program" in done.stderr
     assert "Traceback" not in done.stderr
@@ -62,15 +70,26 @@ def test_a_command_that_does_not_exist_is_named() -> None:
 @needs_sandbox
 def test_inside_is_known_inside_only() -> None:
     code = "from lab.sandbox import inside; import sys; sys.exit(0 if inside() else 1)"
-    assert subprocess.run([*COMMAND, sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+    assert (
+        subprocess.run([*COMMAND, sys.executable, "-c", code], timeout=60, check=False).returncode
+        == 0
+    )
     environment = {**os.environ, sandbox.ENV_INSIDE: "pid:[1]"}
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False, env=environment).returncode == 1
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], timeout=60, check=False, env=environment
+        ).returncode
+        == 1
+    )
 
 
 @needs_sandbox
 def test_namespaces_links_and_rules_work_inside_and_cannot_be_seen_outside() -> None:
     before = subprocess.run(["ip", "link"], capture_output=True, text=True, check=True).stdout
-    make = "ip netns add sandboxed && ip link add sandboxed0 type veth peer name sandboxed1 && nft add table inet sandboxed"
+    make = (
+        "ip netns add sandboxed && ip link add sandboxed0 type veth peer name sandboxed1 && nft add"
+        " table inet sandboxed"
+    )
     done = run(f"{make} && ip netns && ip link && nft list tables")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("sandboxed") >= 3
@@ -103,7 +122,8 @@ def test_kill_9_of_the_outer_process_ends_everything_inside() -> None:
 @needs_sandbox
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_reach_the_command_exactly_once(number: signal.Signals) -> None:
-    # Blocked and waited for: a handler could be run within the very `print` before it, or before the `pause` that is to wait for it.
+    # Blocked and waited for: a handler could be run within the very `print` before it, or before
+    # the `pause` that is to wait for it.
     code = (
         "import signal, sys\n"
         f"signal.pthread_sigmask(signal.SIG_BLOCK, [{number:d}])\n"
@@ -124,13 +144,16 @@ def test_signals_reach_the_command_exactly_once(number: signal.Signals) -> None:
 
 @needs_sandbox
 def test_orphans_are_collected() -> None:
-    # Living or dead: one that has ended, and that nobody has collected, is shown as `sleep <defunct>`.
+    # Living or dead: one that has ended, and that nobody has collected, is shown as `sleep
+    # <defunct>`.
     wait = "for i in $(seq 400); do ps -eo comm | grep -q sleep || { echo none left; break; }; done"
     done = run(f"for i in 1 2 3; do (sleep 0.05 &) ; done; sleep 0.3; {wait}")
     assert done.stdout.strip() == "none left"
 
 
-def test_missing_programs_are_named_with_their_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_programs_are_named_with_their_packages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(sandbox, "SYSTEM_PATH", ())
     monkeypatch.setenv("PATH", str(tmp_path))
     reason = sandbox.available()

@@ -1,4 +1,5 @@
-"""The collector of the laboratory and the tree that it shows, and the way that spans take out of the sandbox."""
+"""The collector of the laboratory and the tree that it shows, and the way that spans take out of
+the sandbox."""
 
 from __future__ import annotations
 
@@ -19,7 +20,12 @@ from tests.tracing.test_export import FAST, otlp, queue
 def span(name: str, kind: str, ids: str, start: int, **attributes: object) -> Span:
     own, _, parent = ids.partition("<")
     resource = {"k8s.pod.name": name, "k8s.cluster.name": "west"}
-    known = {"network.peer.address": "10.0.0.1", "network.peer.port": 80, "tls.established": False, **attributes}
+    known = {
+        "network.peer.address": "10.0.0.1",
+        "network.peer.port": 80,
+        "tls.established": False,
+        **attributes,
+    }
     return Span("GET", kind, "t", own, parent, start, start + 1_000_000, known, resource)
 
 
@@ -29,12 +35,22 @@ def test_the_tree_has_each_span_under_its_parent_in_the_order_of_time() -> None:
         span("e", "client", "6<3", 6, **{"isthmus.service": "default/x"}),
     ]  # fmt: skip
     heads = [line for line in tree(spans) if re.search("west/[a-e]", line)]
-    assert [(line.index("GET"), line.split("west/")[1][0]) for line in heads] == [(0, "a"), (3, "c"), (6, "b"), (9, "d"), (6, "e")]
+    assert [(line.index("GET"), line.split("west/")[1][0]) for line in heads] == [
+        (0, "a"),
+        (3, "c"),
+        (6, "b"),
+        (9, "d"),
+        (6, "e"),
+    ]
     assert any(line.strip(" |`-") == "service: default/x" for line in tree(spans))
 
 
 def test_spans_whose_parent_is_not_there_stand_at_the_left() -> None:
-    assert [line[:3] for line in tree([span("a", "client", "1<9", 1), span("b", "client", "2<8", 2)]) if "west/" in line] == ["GET", "GET"]
+    assert [
+        line[:3]
+        for line in tree([span("a", "client", "1<9", 1), span("b", "client", "2<8", 2)])
+        if "west/" in line
+    ] == ["GET", "GET"]
 
 
 def test_the_program_writes_what_it_receives_and_keeps_it_as_it_came(tmp_path: Path) -> None:
@@ -59,11 +75,17 @@ def test_the_program_writes_what_it_receives_and_keeps_it_as_it_came(tmp_path: P
 
 def test_what_is_handed_over_arrives_outside() -> None:
     program = (
-        "import sys\nfrom lab.traces import forward_outside, hand_over\nforward_outside(sys.argv[1])\n"
-        "assert hand_over(iter([b'', b'']))\nassert not hand_over(iter([]))\n"
+        "import sys\nfrom lab.traces import forward_outside,"
+        " hand_over\nforward_outside(sys.argv[1])\nassert hand_over(iter([b'', b'']))\nassert not"
+        " hand_over(iter([]))\n"
     )
     with Collector() as receiver:
-        subprocess.run([sys.executable, "-c", program, receiver.endpoint], check=True, timeout=60, env={**os.environ})
+        subprocess.run(
+            [sys.executable, "-c", program, receiver.endpoint],
+            check=True,
+            timeout=60,
+            env={**os.environ},
+        )
         until = time.monotonic() + 30
         while len(receiver.requests) < 2 and time.monotonic() < until:
             time.sleep(0.02)

@@ -1,7 +1,8 @@
 """Clusters apart, joined by their gateways only.
 
-Rules: real packets; both IP versions; each way that must be closed is tried in earnest, with a route that an attacker might add; and each
-fault is shown by what both sides see of it, during it and after it.
+Rules: real packets; both IP versions; each way that must be closed is tried in earnest, with a
+route that an attacker might add; and each fault is shown by what both sides see of it, during it
+and after it.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ GATE = 4143
 
 
 class Clusters:
-    """West's gateway is behind NAT, east's has an address of its own in the wide area; each cluster has a pod besides."""
+    """West's gateway is behind NAT, east's has an address of its own in the wide area; each cluster
+    has a pod besides."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
@@ -44,7 +46,9 @@ async def clusters(lab: Lab) -> Clusters:
     return Clusters(lab)
 
 
-async def talk(pod: Pod, address: str, listener: trio.SocketListener, port: int = GATE) -> tuple[str, str]:
+async def talk(
+    pod: Pod, address: str, listener: trio.SocketListener, port: int = GATE
+) -> tuple[str, str]:
     """A byte there and back: the addresses by which the server knows the client and itself."""
     with trio.fail_after(30):
         stream = await pod.connect(address, port)
@@ -73,7 +77,9 @@ async def silent(connect: Callable[[], Awaitable[trio.SocketStream]]) -> None:
 
 
 @versions
-async def test_a_pod_reaches_the_gateway_of_the_other_cluster_and_is_known_there_by_its_border(clusters: Clusters, version: int) -> None:
+async def test_a_pod_reaches_the_gateway_of_the_other_cluster_and_is_known_there_by_its_border(
+    clusters: Clusters, version: int
+) -> None:
     listener = await clusters.east_gateway.listen(GATE, version)
     client, server = await talk(clusters.web, clusters.leg.address(version), listener)
     assert client == clusters.west_border.leg.address(version)
@@ -81,7 +87,9 @@ async def test_a_pod_reaches_the_gateway_of_the_other_cluster_and_is_known_there
 
 
 @versions
-async def test_a_gateway_behind_nat_has_another_address_outside_than_its_own(clusters: Clusters, version: int) -> None:
+async def test_a_gateway_behind_nat_has_another_address_outside_than_its_own(
+    clusters: Clusters, version: int
+) -> None:
     listener = await clusters.west_gateway.listen(GATE, version)
     outside = clusters.west_border.leg.address(version)
     client, server = await talk(clusters.shop, outside, listener)
@@ -96,13 +104,21 @@ async def test_pods_of_another_cluster_cannot_be_reached(clusters: Clusters, ver
 
 
 @versions
-async def test_not_even_when_everybody_on_the_way_routes_to_them(clusters: Clusters, version: int) -> None:
+async def test_not_even_when_everybody_on_the_way_routes_to_them(
+    clusters: Clusters, version: int
+) -> None:
     await clusters.shop.listen(80, version)
     target, area = clusters.shop.address(version), clusters.lab.wide_area()
     async with Capture(clusters.shop) as heard:
-        for way in (clusters.east_border.leg, clusters.leg):  # over the border of their cluster, and over its gateway
+        for way in (
+            clusters.east_border.leg,
+            clusters.leg,
+        ):  # over the border of their cluster, and over its gateway
             network.batch(f"route replace {target} via {way.address(version)}", netns=area.netns)
-            network.batch(f"route replace {target} via {clusters.west_border.leg.near(version)}", netns=clusters.west.netns)
+            network.batch(
+                f"route replace {target} via {clusters.west_border.leg.near(version)}",
+                netns=clusters.west.netns,
+            )
             with trio.move_on_after(0.5), contextlib.suppress(OSError):
                 await clusters.web.connect(target, 80)
                 pytest.fail(f"reached over {way.name}")
@@ -121,7 +137,10 @@ async def test_a_border_lets_in_only_what_was_published(clusters: Clusters, vers
 
 
 async def test_a_published_port_can_move_to_another_gateway(clusters: Clusters) -> None:
-    first, second = await clusters.west_gateway.listen(GATE), await clusters.west.pod("second").listen(GATE)
+    first, second = (
+        await clusters.west_gateway.listen(GATE),
+        await clusters.west.pod("second").listen(GATE),
+    )
     outside = clusters.west_border.leg.ipv4
     _, server = await talk(clusters.shop, outside, first)
     clusters.west_border.publish(GATE, clusters.west.pods["second"])
@@ -130,13 +149,21 @@ async def test_a_published_port_can_move_to_another_gateway(clusters: Clusters) 
 
 
 async def test_a_border_leads_to_pods_of_its_own_cluster_only(clusters: Clusters) -> None:
-    with pytest.raises(LabError, match="border of cluster west cannot lead to pod shop of cluster east"):
+    with pytest.raises(
+        LabError, match="border of cluster west cannot lead to pod shop of cluster east"
+    ):
         clusters.west_border.publish(GATE, clusters.shop)
 
 
-async def test_three_clusters_reach_each_others_gateways_in_every_direction(clusters: Clusters) -> None:
+async def test_three_clusters_reach_each_others_gateways_in_every_direction(
+    clusters: Clusters,
+) -> None:
     south = clusters.lab.cluster("south")
-    border, gateway, pod = clusters.lab.wide_area().border(south), south.pod("gateway"), south.pod("web")
+    border, gateway, pod = (
+        clusters.lab.wide_area().border(south),
+        south.pod("gateway"),
+        south.pod("web"),
+    )
     border.publish(GATE, gateway)
     ways = {
         "west": (clusters.west_border.leg, clusters.west_gateway, clusters.web),
@@ -162,7 +189,9 @@ SEEN = {Fault.SILENCE: silent, Fault.REFUSAL: refused, Fault.UNPLUGGED: unreache
 
 @versions
 @pytest.mark.parametrize("fault", Fault)
-async def test_a_fault_of_the_wide_area_ends_with_its_block(clusters: Clusters, fault: Fault, version: int) -> None:
+async def test_a_fault_of_the_wide_area_ends_with_its_block(
+    clusters: Clusters, fault: Fault, version: int
+) -> None:
     listener = await clusters.east_gateway.listen(GATE, version)
     address = clusters.leg.address(version)
     await talk(clusters.web, address, listener)
@@ -172,7 +201,9 @@ async def test_a_fault_of_the_wide_area_ends_with_its_block(clusters: Clusters, 
 
 
 @pytest.mark.parametrize("fault", Fault)
-async def test_a_fault_stops_what_is_under_way_and_leaves_the_cluster_alone(clusters: Clusters, fault: Fault) -> None:
+async def test_a_fault_stops_what_is_under_way_and_leaves_the_cluster_alone(
+    clusters: Clusters, fault: Fault
+) -> None:
     listener = await clusters.east_gateway.listen(GATE)
     stream = await clusters.web.connect(clusters.leg.ipv4, GATE)
     accepted = await listener.accept()

@@ -1,7 +1,8 @@
-"""Loops that only `Forwarded` shows: a gateway that stands there more often than an application may call back, for the same host.
+"""Loops that only `Forwarded` shows: a gateway that stands there more often than an application may
+call back, for the same host.
 
-Rules: others' hops, other clusters' gateways and other hosts never count; whatever stands in the field never raises, and is not read aloud
-unless it is harmless.
+Rules: others' hops, other clusters' gateways and other hosts never count; whatever stands in the
+field never raises, and is not read aloud unless it is harmless.
 """
 
 from __future__ import annotations
@@ -37,10 +38,18 @@ def test_case_is_nothing() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [(BACK[0], OWN[1]), (OWN[0], b"shop"), (b"", OWN[1]), (OWN[0], b""), (b"_gateway.isthmus.sa.cluster.local", OWN[1])],
+    [
+        (BACK[0], OWN[1]),
+        (OWN[0], b"shop"),
+        (b"", OWN[1]),
+        (OWN[0], b""),
+        (b"_gateway.isthmus.sa.cluster.local", OWN[1]),
+    ],
     ids=["another-cluster", "another-host", "no-by", "no-host", "no-cluster"],
 )
-def test_what_is_not_the_same_place_for_the_same_host_does_not_count(other: tuple[bytes, bytes]) -> None:
+def test_what_is_not_the_same_place_for_the_same_host_does_not_count(
+    other: tuple[bytes, bytes],
+) -> None:
     assert noted([other] * 100, OWN, NAME, 0) is None
 
 
@@ -51,12 +60,16 @@ def test_what_is_no_harmless_name_is_not_read_aloud(by: bytes) -> None:
     assert loop.cycle == "east/gateway -> ? -> east/gateway"
 
 
-hops = st.sampled_from([OWN, BACK, (OWN[0], BACK[1]), (BACK[0], OWN[1])]) | st.tuples(st.binary(max_size=20), st.binary(max_size=20))
+hops = st.sampled_from([OWN, BACK, (OWN[0], BACK[1]), (BACK[0], OWN[1])]) | st.tuples(
+    st.binary(max_size=20), st.binary(max_size=20)
+)
 
 
 @settings(max_examples=200)
 @given(st.lists(hops, max_size=60), st.integers(0, 5))
-def test_exactly_the_number_of_own_hops_for_the_host_decides(way: list[tuple[bytes, bytes]], returns: int) -> None:
+def test_exactly_the_number_of_own_hops_for_the_host_decides(
+    way: list[tuple[bytes, bytes]], returns: int
+) -> None:
     loop = noted(way, OWN, NAME, returns)
     assert (loop is not None) == (way.count(OWN) > returns)
     if loop is not None:

@@ -1,4 +1,5 @@
-"""Loops that are written down: one cycle for each group of nodes that reach each other, the shortest, and none where there is none."""
+"""Loops that are written down: one cycle for each group of nodes that reach each other, the
+shortest, and none where there is none."""
 
 from __future__ import annotations
 
@@ -21,19 +22,28 @@ from loopguard.graph import cycles
         ({"a": ["b", "c"], "b": ["d"], "c": ["d"], "d": []}, []),
         ({"c": ["a"], "b": ["c"], "a": ["b"], "x": ["a"]}, [("a", "b", "c", "a")]),
         ({"a": ["b"], "b": ["c", "a"], "c": ["a"]}, [("a", "b", "a")]),
-        ({"a": ["b"], "b": ["a"], "c": ["d"], "d": ["c"], "b2": ["a"]}, [("a", "b", "a"), ("c", "d", "c")]),
+        (
+            {"a": ["b"], "b": ["a"], "c": ["d"], "d": ["c"], "b2": ["a"]},
+            [("a", "b", "a"), ("c", "d", "c")],
+        ),
         ({"a": ["nowhere"]}, []),
     ],
 )
-def test_the_shortest_cycle_of_each_group(graph: dict[str, list[str]], found: list[tuple[str, ...]]) -> None:
+def test_the_shortest_cycle_of_each_group(
+    graph: dict[str, list[str]], found: list[tuple[str, ...]]
+) -> None:
     assert cycles(graph) == found
 
 
-_GRAPHS = st.dictionaries(st.sampled_from("abcdefg"), st.lists(st.sampled_from("abcdefg"), max_size=3), max_size=7)
+_GRAPHS = st.dictionaries(
+    st.sampled_from("abcdefg"), st.lists(st.sampled_from("abcdefg"), max_size=3), max_size=7
+)
 
 
 @given(_GRAPHS)
-def test_what_is_found_is_a_cycle_and_what_is_not_found_is_none(graph: dict[str, list[str]]) -> None:
+def test_what_is_found_is_a_cycle_and_what_is_not_found_is_none(
+    graph: dict[str, list[str]],
+) -> None:
     found = cycles(graph)
     for cycle in found:
         assert cycle[0] == cycle[-1] == min(cycle)
@@ -45,10 +55,15 @@ def test_what_is_found_is_a_cycle_and_what_is_not_found_is_none(graph: dict[str,
 
 
 def _peeled(graph: dict[str, list[str]]) -> set[str]:
-    """The nodes that are left when those that nobody leads to, or that lead nowhere, are taken away, again and again."""
+    """The nodes that are left when those that nobody leads to, or that lead nowhere, are taken
+    away, again and again."""
     nodes = {*graph, *(child for nexts in graph.values() for child in nexts)}
     while True:
-        kept = {n for n in nodes if set(graph.get(n, ())) & nodes and any(n in graph.get(other, ()) for other in nodes)}
+        kept = {
+            n
+            for n in nodes
+            if set(graph.get(n, ())) & nodes and any(n in graph.get(other, ()) for other in nodes)
+        }
         if kept == nodes:
             return nodes
         nodes = kept

@@ -1,4 +1,5 @@
-"""Loops that addresses show: (own or loopback address) x (own listener port), in every spelling, and nothing else."""
+"""Loops that addresses show: (own or loopback address) x (own listener port), in every spelling,
+and nothing else."""
 
 import ipaddress
 
@@ -16,7 +17,18 @@ PORTS = st.integers(1, 65535)
 
 @pytest.mark.parametrize(
     "host",
-    ["127.0.0.1", "127.8.9.10", "::1", "0.0.0.0", "::", "10.1.0.5", "fd00:1::5", "fd00:0001:0:0::5", "::ffff:10.1.0.5", "::ffff:127.0.0.1"],
+    [
+        "127.0.0.1",
+        "127.8.9.10",
+        "::1",
+        "0.0.0.0",
+        "::",
+        "10.1.0.5",
+        "fd00:1::5",
+        "fd00:0001:0:0::5",
+        "::ffff:10.1.0.5",
+        "::ffff:127.0.0.1",
+    ],
 )
 @pytest.mark.parametrize("port", [4140, 4143])
 def test_own_listener_is_a_loop_in_every_spelling(host: str, port: int) -> None:
@@ -51,7 +63,9 @@ def test_words_name_an_ipv6_address_in_brackets() -> None:
 
 
 @given(host=ADDRESSES, port=PORTS)
-def test_verdict_is_exactly_the_product_of_own_addresses_and_own_ports(host: str, port: int) -> None:
+def test_verdict_is_exactly_the_product_of_own_addresses_and_own_ports(
+    host: str, port: int
+) -> None:
     address = ipaddress.ip_address(host)
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     plain = mapped or address

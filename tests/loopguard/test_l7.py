@@ -1,7 +1,9 @@
-"""Loops that requests show: a proxy that meets its own token for the same request has a loop, and nothing else is one.
+"""Loops that requests show: a proxy that meets its own token for the same request has a loop, and
+nothing else is one.
 
-Rules: whatever round a request is on, it ends within the hop limit; without a cycle nothing is refused; nobody can make a token but the
-proxy whose it is; whatever stands in the field is read in bounded time and never raises.
+Rules: whatever round a request is on, it ends within the hop limit; without a cycle nothing is
+refused; nobody can make a token but the proxy whose it is; whatever stands in the field is read in
+bounded time and never raises.
 """
 
 from __future__ import annotations
@@ -21,14 +23,20 @@ SECRET = bytes(range(32))
 LIMITS = HopLimits(max_returns=2, max_hops=16)
 REQUEST = (b"GET", b"/items?page=2", b"shop:8080")
 # The grammar of the module's docstring, written down once more.
-GRAMMAR = re.compile(rb"[oieg][A-Za-z0-9+/]{8}[A-Za-z0-9+/]{8}(:[-._A-Za-z0-9]{1,63}/[-._A-Za-z0-9]{1,63})?")
+GRAMMAR = re.compile(
+    rb"[oieg][A-Za-z0-9+/]{8}[A-Za-z0-9+/]{8}(:[-._A-Za-z0-9]{1,63}/[-._A-Za-z0-9]{1,63})?"
+)
 
 
-def waypoint(pod: str = "web-1", side: Side = "outbound", limits: HopLimits = LIMITS, secret: bytes = SECRET) -> Waypoint:
+def waypoint(
+    pod: str = "web-1", side: Side = "outbound", limits: HopLimits = LIMITS, secret: bytes = SECRET
+) -> Waypoint:
     return Waypoint(side, Who("west", "default", pod), secret, limits)
 
 
-def carried(place: Waypoint, field: bytes, request: tuple[bytes, bytes, bytes] = REQUEST) -> bytes | Loop:
+def carried(
+    place: Waypoint, field: bytes, request: tuple[bytes, bytes, bytes] = REQUEST
+) -> bytes | Loop:
     """What a proxy does with a request that came with `field`."""
     token = place.token(*request)
     if not field:
@@ -68,7 +76,9 @@ def test_the_cycle_is_once_round_in_the_order_of_the_way() -> None:
 def test_a_gateway_refuses_at_the_first_return_and_names_the_clusters() -> None:
     gateways = HopLimits(0, 64)
     west = Waypoint("gateway", Who("west", "isthmus", "gateway"), SECRET, gateways)
-    east = Waypoint("gateway", Who("east", "isthmus", "gateway"), b"another secret of 32 bytes or so", gateways)
+    east = Waypoint(
+        "gateway", Who("east", "isthmus", "gateway"), b"another secret of 32 bytes or so", gateways
+    )
     passed, loop = round_and_round(waypoint(), east, west)
     assert passed == 4
     assert loop.cycle == "east/gateway -> west/gateway -> west/web-1 -> east/gateway"
@@ -83,7 +93,11 @@ def test_what_comes_before_the_cycle_is_not_a_part_of_it() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [(b"POST", *REQUEST[1:]), (b"GET", b"/items?page=3", b"shop:8080"), (b"GET", b"/items?page=2", b"stock:8080")],
+    [
+        (b"POST", *REQUEST[1:]),
+        (b"GET", b"/items?page=3", b"shop:8080"),
+        (b"GET", b"/items?page=2", b"stock:8080"),
+    ],
     ids=["method", "target", "authority"],
 )
 def test_another_request_is_no_return(other: tuple[bytes, bytes, bytes]) -> None:
@@ -164,7 +178,9 @@ def test_a_field_that_grows_too_long_loses_its_names_and_not_its_tokens() -> Non
 
 
 @given(st.text(max_size=80), st.text(max_size=80), st.text(max_size=80))
-def test_whatever_a_pod_is_called_its_token_is_of_the_grammar(cluster: str, namespace: str, pod: str) -> None:
+def test_whatever_a_pod_is_called_its_token_is_of_the_grammar(
+    cluster: str, namespace: str, pod: str
+) -> None:
     place = Waypoint("inbound", Who(cluster, namespace, pod), SECRET, LIMITS)
     assert GRAMMAR.fullmatch(place.named(place.token(*REQUEST)))
 
@@ -213,13 +229,17 @@ def test_a_token_of_ours_for_another_request_is_of_no_use_to_anybody() -> None:
         ([b"o" + b"A" * 16] * (LONGEST // 17 + 1), 0, "oversized"),
     ],
 )
-def test_what_is_not_of_the_grammar_is_dropped_and_the_rest_kept(lines: list[bytes], kept: int, why: str) -> None:
+def test_what_is_not_of_the_grammar_is_dropped_and_the_rest_kept(
+    lines: list[bytes], kept: int, why: str
+) -> None:
     field, dropped = read(lines)
     assert dropped == why
     assert len(field.split(b", ")) == kept if kept else field == b""
 
 
-MEMBERS = st.lists(st.one_of(st.binary(max_size=60), st.from_regex(GRAMMAR, fullmatch=True)), max_size=6)
+MEMBERS = st.lists(
+    st.one_of(st.binary(max_size=60), st.from_regex(GRAMMAR, fullmatch=True)), max_size=6
+)
 
 
 @given(MEMBERS, st.sampled_from([b",", b", ", b" "]))
@@ -240,8 +260,9 @@ def test_anything_may_stand_in_the_field(members: list[bytes], separator: bytes)
 
 @dataclass(frozen=True)
 class Topology:
-    """Applications that forward to others, each with a sidecar or behind a gateway. `routes[n]`: where node n sends what it gets, and
-    whether it changes the path on the way; None: it answers."""
+    """Applications that forward to others, each with a sidecar or behind a gateway. `routes[n]`:
+    where node n sends what it gets, and whether it changes the path on the way; None: it
+    answers."""
 
     routes: tuple[tuple[int, bool] | None, ...]
     gateways: frozenset[int]
@@ -263,22 +284,35 @@ class Topology:
 def topologies(draw: st.DrawFn) -> Topology:
     count = draw(st.integers(1, 9))
     nodes = st.integers(0, count - 1)
-    routes = tuple(draw(st.one_of(st.none(), st.tuples(nodes, st.booleans()))) for _ in range(count))
+    routes = tuple(
+        draw(st.one_of(st.none(), st.tuples(nodes, st.booleans()))) for _ in range(count)
+    )
     return Topology(routes, frozenset(draw(st.sets(nodes, max_size=3))))
 
 
-def sent(topology: Topology, start: int, max_returns: int, max_hops: int) -> tuple[int, Loop | None]:
-    """Send a request into a topology whose applications copy the field: (proxies that it has passed, the verdict against it)."""
+def sent(
+    topology: Topology, start: int, max_returns: int, max_hops: int
+) -> tuple[int, Loop | None]:
+    """Send a request into a topology whose applications copy the field: (proxies that it has
+    passed, the verdict against it)."""
     sides: dict[tuple[int, Side], Waypoint] = {}
     for node in range(len(topology.routes)):
         who = Who("west", "default", f"pod-{node}")
         for side in ("inbound", "outbound", "gateway"):
             limits = HopLimits(0 if side == "gateway" else max_returns, max_hops)
-            sides[node, side] = Waypoint(side, who, b"secret of node %d, or so......" % node, limits)  # type: ignore[index,arg-type]
+            sides[node, side] = Waypoint(
+                side, who, b"secret of node %d, or so......" % node, limits
+            )  # type: ignore[index,arg-type]
     field, path, node, passed = b"", b"/", start, 0
     while True:
         route = topology.routes[node]
-        ways: tuple[Side, ...] = ("gateway",) if node in topology.gateways else ("inbound", "outbound") if route else ("inbound",)
+        ways: tuple[Side, ...] = (
+            ("gateway",)
+            if node in topology.gateways
+            else ("inbound", "outbound")
+            if route
+            else ("inbound",)
+        )
         for side in ways:
             found = carried(sides[node, side], field, (b"GET", path, b"svc"))
             if isinstance(found, Loop):
@@ -293,7 +327,9 @@ def sent(topology: Topology, start: int, max_returns: int, max_hops: int) -> tup
 
 @settings(max_examples=200)
 @given(topologies(), st.integers(0, 5), st.integers(18, 40))
-def test_every_request_ends_within_the_hop_limit_and_is_refused_only_in_a_cycle(topology: Topology, returns: int, hops: int) -> None:
+def test_every_request_ends_within_the_hop_limit_and_is_refused_only_in_a_cycle(
+    topology: Topology, returns: int, hops: int
+) -> None:
     for start in range(len(topology.routes)):
         passed, loop = sent(topology, start, returns, hops)
         assert passed <= hops
@@ -301,6 +337,12 @@ def test_every_request_ends_within_the_hop_limit_and_is_refused_only_in_a_cycle(
         if loop is not None and loop.kind == "request":
             stops = loop.cycle.split(" -> ")
             assert stops[0] == stops[-1]
-            edges = {(f"west/pod-{node}", f"west/pod-{route[0]}") for node, route in enumerate(topology.routes) if route}
+            edges = {
+                (f"west/pod-{node}", f"west/pod-{route[0]}")
+                for node, route in enumerate(topology.routes)
+                if route
+            }
             if not any("more" in stop for stop in stops):
-                assert set(pairwise(stops)) <= edges, "the cycle that is told is one of the topology"
+                assert set(pairwise(stops)) <= edges, (
+                    "the cycle that is told is one of the topology"
+                )

@@ -1,4 +1,5 @@
-"""Connections of a pod to itself: our own that come back are recognised by both ends, the application's are bounded by their answers."""
+"""Connections of a pod to itself: our own that come back are recognised by both ends, the
+application's are bounded by their answers."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def test_as_many_calls_of_a_pod_to_itself_may_wait_as_configured(most: int) -> N
 
 
 class Calls(RuleBasedStateMachine):
-    """An application that calls itself at will: it is refused exactly while as many as allowed wait, and answered calls do not count."""
+    """An application that calls itself at will: it is refused exactly while as many as allowed
+    wait, and answered calls do not count."""
 
     waiting: list[int]
 

@@ -43,7 +43,9 @@ def small(sock: socket.socket, buffers: int) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffers)
 
 
-def sockets(host: str = "127.0.0.1", buffers: int | None = None) -> tuple[socket.socket, socket.socket]:
+def sockets(
+    host: str = "127.0.0.1", buffers: int | None = None
+) -> tuple[socket.socket, socket.socket]:
     """The two ends of a TCP connection, as blocking sockets."""
     with listen(host, buffers) as listener:
         ours = socket.socket(listener.family)
@@ -67,7 +69,8 @@ async def clogged_pair() -> tuple[SocketStream, SocketStream]:
 
 
 async def clog(*clogging: socket.socket) -> None:
-    """Send until nothing more is taken, for longer than acknowledgements are delayed (40 ms), however seldom this task gets its turn."""
+    """Send until nothing more is taken, for longer than acknowledgements are delayed (40 ms),
+    however seldom this task gets its turn."""
     quiet_since, quiet_rounds = trio.current_time(), 0
     while trio.current_time() < quiet_since + 0.06 or quiet_rounds < 10:
         quiet_rounds += 1
@@ -95,10 +98,19 @@ class Mesh:
         self.client_context = self.dialling(self.client)
 
     def accepting(self, credential: Credential, *, root: Authority | None = None) -> SSL.Context:
-        return context(SSL.TLS_SERVER_METHOD, credential, ((root or self.authority).root.certificate,), self.alpn)
+        return context(
+            SSL.TLS_SERVER_METHOD,
+            credential,
+            ((root or self.authority).root.certificate,),
+            self.alpn,
+        )
 
-    def dialling(self, credential: Credential | None, *, root: Authority | None = None) -> SSL.Context:
-        return context(SSL.TLS_CLIENT_METHOD, credential, ((root or self.authority).root.certificate,))
+    def dialling(
+        self, credential: Credential | None, *, root: Authority | None = None
+    ) -> SSL.Context:
+        return context(
+            SSL.TLS_CLIENT_METHOD, credential, ((root or self.authority).root.certificate,)
+        )
 
     async def connect(
         self,
@@ -112,7 +124,9 @@ class Mesh:
         dialled, accepted = raw or pair()
         offer = offer or TLSOffer("server.default.sa.test.local", (b"h2",))
         client, server = await both(
-            partial(tls_client, dialled, self.client_context, offer, verify=verify, timeout=timeout),
+            partial(
+                tls_client, dialled, self.client_context, offer, verify=verify, timeout=timeout
+            ),
             partial(tls_server, accepted, self.server_context, verify=verify, timeout=timeout),
         )
         assert isinstance(client, TLSStream), client
@@ -152,11 +166,14 @@ def name_of(chain: Chain) -> str:
 async def attempt(
     mesh: Mesh, *, server: SSL.Context | None = None, client: SSL.Context | None = None
 ) -> tuple[TLSStream | Exception, TLSStream | Exception]:
-    """A handshake of which one side may fail; the client then reads, because in TLS 1.3 that is where it hears of a refusal."""
+    """A handshake of which one side may fail; the client then reads, because in TLS 1.3 that is
+    where it hears of a refusal."""
     dialled, accepted = pair()
 
     async def dial() -> TLSStream:
-        stream = await tls_client(dialled, client or mesh.client_context, OFFER, verify=None, timeout=20)
+        stream = await tls_client(
+            dialled, client or mesh.client_context, OFFER, verify=None, timeout=20
+        )
         await stream.receive_some()
         return stream
 

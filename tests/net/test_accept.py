@@ -1,4 +1,5 @@
-"""Accepting never dies: not of a handler's error, not of a flood, not of missing descriptors; and it stops when it is told to."""
+"""Accepting never dies: not of a handler's error, not of a flood, not of missing descriptors; and
+it stops when it is told to."""
 
 from __future__ import annotations
 
@@ -109,7 +110,9 @@ async def test_an_error_ends_its_connection_only_and_is_reported() -> None:
         raise problems[int(number)]
 
     listener = bind(Address("127.0.0.1", 0))
-    acceptor = Acceptor(handler, limit=10, on_error=lambda connection, error: errors.append((connection, error)))
+    acceptor = Acceptor(
+        handler, limit=10, on_error=lambda connection, error: errors.append((connection, error))
+    )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(acceptor.serve, [listener])
         for number in b"0123":
@@ -118,7 +121,12 @@ async def test_an_error_ends_its_connection_only_and_is_reported() -> None:
             assert await read_all(client) == b""
             client.close()
         acceptor.drain(0)
-    assert [type(error) for _, error in errors] == [ValueError, ConnectionLost, KeyError, ExceptionGroup]
+    assert [type(error) for _, error in errors] == [
+        ValueError,
+        ConnectionLost,
+        KeyError,
+        ExceptionGroup,
+    ]
     assert all(connection.stream.closed for connection, _ in errors)
 
 
@@ -134,7 +142,9 @@ async def test_an_error_beside_a_cancellation_is_reported_and_the_cancellation_g
                 raise ValueError("while being cancelled")
 
     listener = bind(Address("127.0.0.1", 0))
-    acceptor = Acceptor(handler, limit=10, on_error=lambda connection, error: errors.append((connection, error)))
+    acceptor = Acceptor(
+        handler, limit=10, on_error=lambda connection, error: errors.append((connection, error))
+    )
     with trio.move_on_after(60) as scope:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(acceptor.serve, [listener])
@@ -146,7 +156,9 @@ async def test_an_error_beside_a_cancellation_is_reported_and_the_cancellation_g
     client.close()
 
 
-async def test_a_reporter_that_fails_does_not_end_the_service(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_reporter_that_fails_does_not_end_the_service(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def handler(_: Connection) -> None:
         raise ValueError("first")
 

@@ -1,5 +1,6 @@
-"""Our streams keep trio's stream contract, but for the one deviation that proxy.net.socket_stream states: not every operation makes a
-scheduler pass. With a pass in every operation (BURST = 1) trio's own conformance suite must hold to the letter."""
+"""Our streams keep trio's stream contract, but for the one deviation that proxy.net.socket_stream
+states: not every operation makes a scheduler pass. With a pass in every operation (BURST = 1)
+trio's own conformance suite must hold to the letter."""
 
 from __future__ import annotations
 
@@ -27,8 +28,9 @@ async def test_the_socket_stream_conforms() -> None:
 
 @pytest.mark.usefixtures("_every_operation_yields")
 async def test_the_tls_stream_conforms(mesh: Mesh) -> None:
-    # Without the suite's clogged streams: a TLS record that was begun must be finished, so TLS cannot be clogged and then used
-    # as if nothing had happened. tls/test_handshake.py has those cases.
+    # Without the suite's clogged streams: a TLS record that was begun must be finished, so TLS
+    # cannot be clogged and then used as if nothing had happened. tls/test_handshake.py has those
+    # cases.
     await trio.testing.check_half_closeable_stream(mesh.connect, None)
 
 
@@ -66,7 +68,9 @@ class Passes(trio.abc.Instrument):
 
 @pytest.mark.parametrize("kind", ["socket", "tls"])
 async def test_a_read_counts_by_its_size(mesh: Mesh, kind: str) -> None:
-    ours, theirs = pair(buffers=1 << 20) if kind == "socket" else await mesh.connect(pair(buffers=1 << 20))
+    ours, theirs = (
+        pair(buffers=1 << 20) if kind == "socket" else await mesh.connect(pair(buffers=1 << 20))
+    )
     await theirs.send_all(bytes(160 * 1024))
     await ours.receive_some(16384)  # which may have to wait
     trio.lowlevel.add_instrument(passes := Passes())

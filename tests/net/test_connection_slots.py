@@ -1,7 +1,9 @@
-"""A full listener ends the connection that is cheapest to lose, and never a member's for a client that has shown no identity.
+"""A full listener ends the connection that is cheapest to lose, and never a member's for a client
+that has shown no identity.
 
-Rules: the bounds hold whatever comes in whatever order; a member comes in unless members have everything; half of the pending slots is for
-those that have said nothing yet, half for handshakes; who waits longest for a request goes first.
+Rules: the bounds hold whatever comes in whatever order; a member comes in unless members have
+everything; half of the pending slots is for those that have said nothing yet, half for handshakes;
+who waits longest for a request goes first.
 """
 
 from __future__ import annotations
@@ -97,13 +99,17 @@ def test_silent_ones_cannot_push_out_handshakes() -> None:
 
 def test_a_plain_connection_takes_the_place_of_the_one_that_has_waited_longest() -> None:
     world = World(Bounds(4, pending=2, reserved=1))
-    first, second, third = (world.settled(member=False, since=since) for since in (30.0, 10.0, 20.0))
+    first, second, third = (
+        world.settled(member=False, since=since) for since in (30.0, 10.0, 20.0)
+    )
     world.settled(member=False)
     assert (first.evicted, second.evicted, third.evicted) == (False, True, False)
     assert world.evicted == ["idle"]
 
 
-def test_a_plain_connection_takes_no_place_that_is_reserved_and_ends_none_that_does_something() -> None:
+def test_a_plain_connection_takes_no_place_that_is_reserved_and_ends_none_that_does_something() -> (
+    None
+):
     world = World(Bounds(4, pending=2, reserved=1))
     busy = [world.settled(member=False) for _ in range(3)]
     with pytest.raises(NoRoom, match="reserved"):
@@ -190,7 +196,8 @@ def test_or_ends_the_oldest_if_a_new_one_is_worth_more() -> None:
 
 
 def test_and_one_that_has_just_come_is_not_ended_for_waiting() -> None:
-    """Its request is on its way. The first to go would otherwise be a probe, where all others are busy on purpose."""
+    """Its request is on its way. The first to go would otherwise be a probe, where all others are
+    busy on purpose."""
     world = World(Bounds(3, cut_busy=True))
     busy = [world.take() for _ in range(2)]
     probe = world.take()

@@ -1,4 +1,5 @@
-"""Dialling: one attempt, an exact reason when it fails, nothing left open, and the loop guard is asked first."""
+"""Dialling: one attempt, an exact reason when it fails, nothing left open, and the loop guard is
+asked first."""
 
 from __future__ import annotations
 
@@ -68,7 +69,9 @@ async def test_a_connection_that_takes_a_while_is_waited_for() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(dial)
             await wait_all_tasks_blocked()
-            assert not connected, "the backlog is full: its packet is dropped, and sent again after a second"
+            assert not connected, (
+                "the backlog is full: its packet is dropped, and sent again after a second"
+            )
             busy.accept()[0].close()
         connected[0].close()
 
@@ -147,7 +150,8 @@ async def test_the_guard_is_asked_before_a_packet_is_sent() -> None:
 
 
 async def test_a_connection_to_itself_is_a_refusal() -> None:
-    """What happens when the kernel picks, for our end, the very port that is dialled: here it is made to."""
+    """What happens when the kernel picks, for our end, the very port that is dialled: here it is
+    made to."""
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     sock.connect(sock.getsockname())
@@ -203,7 +207,9 @@ class Seen:
 
 @pytest.mark.parametrize("host", LOOPBACKS)
 @pytest.mark.parametrize("end", ["close", "reset", "aclose"])
-async def test_a_watch_hears_of_a_connection_from_its_first_packet_to_its_end(host: str, end: str) -> None:
+async def test_a_watch_hears_of_a_connection_from_its_first_packet_to_its_end(
+    host: str, end: str
+) -> None:
     seen = Seen()
     with listen(host) as listener:
         stream = await Dialer(watch=seen).dial(address_of(listener), 3)

@@ -1,4 +1,5 @@
-"""Streams that always have something to read take turns, so a pass of the scheduler does not take longer with each of them."""
+"""Streams that always have something to read take turns, so a pass of the scheduler does not take
+longer with each of them."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ WORK = 0.0003  # seconds of processor time for each read
 
 
 async def reads_in_a_pass() -> int:
-    """The median of how often BUSY streams, which always have something to read, read between two turns of another task."""
+    """The median of how often BUSY streams, which always have something to read, read between two
+    turns of another task."""
     reads = 0
 
     async def upload(ours: SocketStream) -> None:
@@ -71,8 +73,11 @@ async def test_with_one_a_pass_has_as_many_as_it_has_time_for() -> None:
 
 
 @pytest.mark.parametrize("kind", ["socket", "tls"])
-async def test_no_stream_waits_for_a_turn_for_ever(kind: str, mesh: Mesh, autojump_clock: trio.testing.MockClock) -> None:
-    """64 transfers at once, some of them cancelled on the way. If all tasks waited, the clock would jump to the time limit."""
+async def test_no_stream_waits_for_a_turn_for_ever(
+    kind: str, mesh: Mesh, autojump_clock: trio.testing.MockClock
+) -> None:
+    """64 transfers at once, some of them cancelled on the way. If all tasks waited, the clock would
+    jump to the time limit."""
     autojump_clock.autojump_threshold = 1.0
     pacer = Pacer()
     PACER.set(pacer)

@@ -1,6 +1,7 @@
 """Dead peers are found out by TCP, and a peer that reads slowly is not taken for one.
 
-The kernel is what is tested, so time is real here; the link that is cut is in tests/e2e/test_dead_peers.py.
+The kernel is what is tested, so time is real here; the link that is cut is in
+tests/e2e/test_dead_peers.py.
 """
 
 from __future__ import annotations
@@ -25,21 +26,32 @@ LONG = 4 * TIMEOUT
 
 
 def options(sock: socket.socket) -> dict[str, int]:
-    tcp = {"idle": socket.TCP_KEEPIDLE, "interval": socket.TCP_KEEPINTVL, "timeout": TCP_USER_TIMEOUT}
+    tcp = {
+        "idle": socket.TCP_KEEPIDLE,
+        "interval": socket.TCP_KEEPINTVL,
+        "timeout": TCP_USER_TIMEOUT,
+    }
     found = {name: sock.getsockopt(socket.IPPROTO_TCP, number) for name, number in tcp.items()}
     return {**found, "keepalive": sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)}
 
 
 @pytest.mark.parametrize("host", LOOPBACKS)
 @pytest.mark.parametrize(("keepalive", "interval"), [(3, 3), (40, 10)])
-def test_accepted_sockets_have_what_was_set_on_the_listening_one(host: str, keepalive: int, interval: int) -> None:
+def test_accepted_sockets_have_what_was_set_on_the_listening_one(
+    host: str, keepalive: int, interval: int
+) -> None:
     with ExitStack() as stack:
         listener = stack.enter_context(bind(Address(host, 0)))
         Liveness(20, keepalive).prepare(listener)
         client = stack.enter_context(socket.socket(listener.family))
         client.connect(listener.getsockname()[:2])
         accepted = stack.enter_context(listener.accept()[0])
-        assert options(accepted) == {"idle": keepalive, "interval": interval, "timeout": 20_000, "keepalive": 1}
+        assert options(accepted) == {
+            "idle": keepalive,
+            "interval": interval,
+            "timeout": 20_000,
+            "keepalive": 1,
+        }
 
 
 def test_zero_leaves_a_socket_as_it_is() -> None:
@@ -49,7 +61,8 @@ def test_zero_leaves_a_socket_as_it_is() -> None:
 
 
 def fill(sock: socket.socket) -> int:
-    """Send until the peer's window is closed, and the send buffer is full; how many bytes that was."""
+    """Send until the peer's window is closed, and the send buffer is full; how many bytes that
+    was."""
     sock.setblocking(False)
     sent = 0
     try:
@@ -73,7 +86,10 @@ async def test_the_kernel_ends_a_closed_window_and_the_watch_prevents_it() -> No
     liveness = Liveness(TIMEOUT, 0)
     with listen() as listener:
         address = Address(*listener.getsockname()[:2])
-        unwatched, dialled = await Dialer().dial(address), await Dialer(liveness=liveness).dial(address)
+        unwatched, dialled = (
+            await Dialer().dial(address),
+            await Dialer(liveness=liveness).dial(address),
+        )
         peers = [listener.accept()[0] for _ in range(2)]
     liveness.prepare(unwatched.socket)
     async with trio.open_nursery() as nursery:
@@ -88,7 +104,9 @@ async def test_the_kernel_ends_a_closed_window_and_the_watch_prevents_it() -> No
         assert await trio.to_thread.run_sync(drain, peers[1], sent) == sent
         await dialled.send_all(b"on")
         await trio.sleep(TIMEOUT)  # the window is open: the option is back
-        assert dialled.socket.getsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT) == round(TIMEOUT * 1000)
+        assert dialled.socket.getsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT) == round(
+            TIMEOUT * 1000
+        )
         nursery.cancel_scope.cancel()
     for sock in (unwatched, dialled, *peers):
         sock.close()

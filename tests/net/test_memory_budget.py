@@ -1,4 +1,5 @@
-"""The memory budget: what is charged is released, thresholds follow what is free, and members keep a reserve."""
+"""The memory budget: what is charged is released, thresholds follow what is free, and members keep
+a reserve."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def test_nothing_is_limited_while_half_of_the_budget_is_free() -> None:
 
 @pytest.mark.parametrize("connections", [30, 120, 1000])
 def test_connections_that_take_all_they_may_leave_some_for_others(connections: int) -> None:
-    """Each connection without an identity takes 64 KiB at a time until it is above its threshold, with 4 MiB wanted by each."""
+    """Each connection without an identity takes 64 KiB at a time until it is above its threshold,
+    with 4 MiB wanted by each."""
     budget = Budget(345 * MIB)
     shares = [budget.share() for _ in range(connections)]
     moved = True
@@ -61,7 +63,10 @@ def test_new_work_is_refused_to_clients_without_an_identity_first() -> None:
     member.charge(1)
     assert member.refuses("request")
     assert heard == ["stream", "request"]
-    assert {action: count for action, count in budget.counts.items() if count} == {"stream": 1, "request": 1}
+    assert {action: count for action, count in budget.counts.items() if count} == {
+        "stream": 1,
+        "request": 1,
+    }
 
 
 def test_a_client_that_shows_an_identity_is_counted_as_a_member() -> None:
@@ -201,7 +206,9 @@ def test_without_a_budget_nothing_is_limited() -> None:
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["open", "member", "charge", "release", "keep", "admit", "close"]), st.integers(0, 9), st.integers(0, 5 * MIB)
+        st.sampled_from(["open", "member", "charge", "release", "keep", "admit", "close"]),
+        st.integers(0, 9),
+        st.integers(0, 5 * MIB),
     ),
     max_size=60,
 )
@@ -236,7 +243,9 @@ def test_the_sums_are_those_of_the_shares(steps: list[tuple[str, int, int]]) -> 
             known[0].close()
             del shares[number], held[number], kept[number]
         assert budget.used == sum(held.values()) + sum(kept.values())
-        assert budget.open_used == sum(held[n] + kept[n] for n, (share, _) in shares.items() if not share.member)
+        assert budget.open_used == sum(
+            held[n] + kept[n] for n, (share, _) in shares.items() if not share.member
+        )
         for share, _ in shares.values():
             assert 0 <= share.threshold <= budget.limit
             assert share.over == (budget.used > budget.half and share.held > share.threshold)

@@ -1,4 +1,5 @@
-"""Steps of connections: at once while there are few, in turns and no more than a pass may have when there are many."""
+"""Steps of connections: at once while there are few, in turns and no more than a pass may have when
+there are many."""
 
 from __future__ import annotations
 
@@ -93,7 +94,9 @@ async def test_members_come_first_and_others_still_get_their_turns() -> None:
 async def test_a_pass_gets_fewer_steps_when_they_are_dear() -> None:
     async with running() as pacer:
         pacer.left = 0
-        sizes: list[int] = []  # of the passes, one entry for each step: a pass is no single checkpoint of this task
+        sizes: list[
+            int
+        ] = []  # of the passes, one entry for each step: a pass is no single checkpoint of this task
         done = trio.Event()
 
         def dear() -> None:
@@ -105,7 +108,9 @@ async def test_a_pass_gets_fewer_steps_when_they_are_dear() -> None:
         for _ in range(1500):
             pacer.take(Line(), dear)
         await done.wait()
-        assert sizes.count(_FIRST) == _FIRST == sizes.index(_FIRST // 2), "one pass, and the next one is half as large"
+        assert sizes.count(_FIRST) == _FIRST == sizes.index(_FIRST // 2), (
+            "one pass, and the next one is half as large"
+        )
         assert sizes[-1] <= 64  # 10 ms, which is 50 of them, is what a pass may take
         assert pacer._steps >= _LEAST
 
@@ -155,17 +160,26 @@ async def test_nothing_that_waits_is_lost_at_the_end(by: str) -> None:
 
 
 @settings(max_examples=100)
-@given(st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(1, 40)), max_size=120), st.integers(1, 64))
-def test_each_step_is_taken_once_in_the_order_of_its_line(steps: list[tuple[int, bool, int]], quota: int) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(1, 40)), max_size=120),
+    st.integers(1, 64),
+)
+def test_each_step_is_taken_once_in_the_order_of_its_line(
+    steps: list[tuple[int, bool, int]], quota: int
+) -> None:
     pacer = Pacer()
     pacer._running, pacer.left = True, 0
-    lines = {(number, member): Line(member=member) for number in range(6) for member in (False, True)}
+    lines = {
+        (number, member): Line(member=member) for number in range(6) for member in (False, True)
+    }
     done: dict[tuple[int, bool], list[int]] = {key: [] for key in lines}
     wanted: dict[tuple[int, bool], list[int]] = {key: [] for key in lines}
     counts: list[int] = []
     for index, (number, member, count) in enumerate(steps):
 
-        def step(key: tuple[int, bool] = (number, member), index: int = index, count: int = count) -> None:
+        def step(
+            key: tuple[int, bool] = (number, member), index: int = index, count: int = count
+        ) -> None:
             done[key].append(index)
             counts.append(count)
 
@@ -179,5 +193,3 @@ def test_each_step_is_taken_once_in_the_order_of_its_line(steps: list[tuple[int,
         assert sum(counts[:-1]) < quota  # the last one may go beyond: it is taken whole
     assert done == wanted
     assert not any(line.steps for line in lines.values())
-
-

@@ -1,4 +1,5 @@
-"""Readiness: any number of tasks may wait for the same direction, and none is forgotten, whatever happens to the others."""
+"""Readiness: any number of tasks may wait for the same direction, and none is forgotten, whatever
+happens to the others."""
 
 from __future__ import annotations
 

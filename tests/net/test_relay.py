@@ -1,4 +1,5 @@
-"""The relay keeps half-closes, passes every byte on, and never lets a broken connection look like a finished one."""
+"""The relay keeps half-closes, passes every byte on, and never lets a broken connection look like a
+finished one."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def plain(buffers: int | None = None) -> Joined:
 
 
 @pytest.fixture(params=["plain-plain", "plain-tls", "tls-plain", "tls-tls", "piped-piped"])
-async def joined(request: pytest.FixtureRequest, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> Joined:
+async def joined(
+    request: pytest.FixtureRequest, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> Joined:
     left, _, right = request.param.partition("-")
     if left == "piped":  # from the first byte
         monkeypatch.setattr("proxy.net.relay.BULK", 0)
@@ -55,7 +58,12 @@ async def joined(request: pytest.FixtureRequest, mesh: Mesh, monkeypatch: pytest
 
 class Relaying(Protocol):
     async def __call__(
-        self, a: Stream, b: Stream, *, idle: float, on_bytes: Callable[[int, int], None] | None = None
+        self,
+        a: Stream,
+        b: Stream,
+        *,
+        idle: float,
+        on_bytes: Callable[[int, int], None] | None = None,
     ) -> Relayed: ...
 
 
@@ -70,7 +78,9 @@ async def relayed(request: pytest.FixtureRequest, nursery: trio.Nursery) -> Rela
     return partial(relay, carry=fast_path.join)
 
 
-async def test_a_conversation_with_half_closes_passes_whole(relayed: Relaying, joined: Joined) -> None:
+async def test_a_conversation_with_half_closes_passes_whole(
+    relayed: Relaying, joined: Joined
+) -> None:
     question, answer = b"q" * 300_000, b"a" * 500_000
 
     async def ask() -> bytes:
@@ -116,7 +126,9 @@ async def test_both_directions_run_at_once(relayed: Relaying, joined: Joined) ->
 
 
 @pytest.mark.parametrize("how", ["reset", "truncated"])
-async def test_a_side_that_is_lost_resets_the_other(relayed: Relaying, joined: Joined, how: str) -> None:
+async def test_a_side_that_is_lost_resets_the_other(
+    relayed: Relaying, joined: Joined, how: str
+) -> None:
     async def break_off() -> None:
         await joined.client.send_all(b"half a mess")
         await joined.server.receive_some()
@@ -139,7 +151,9 @@ async def test_a_side_that_is_lost_resets_the_other(relayed: Relaying, joined: J
     joined.close()
 
 
-async def test_the_answer_of_a_side_that_takes_no_more_still_arrives(relayed: Relaying, joined: Joined) -> None:
+async def test_the_answer_of_a_side_that_takes_no_more_still_arrives(
+    relayed: Relaying, joined: Joined
+) -> None:
     async def pour() -> None:
         with suppress(ConnectionLost):
             while True:
@@ -170,7 +184,9 @@ async def test_the_answer_of_a_side_that_takes_no_more_still_arrives(relayed: Re
     joined.close()
 
 
-async def test_silence_on_both_sides_ends_it_with_resets(relayed: Relaying, autojump_clock: trio.abc.Clock) -> None:
+async def test_silence_on_both_sides_ends_it_with_resets(
+    relayed: Relaying, autojump_clock: trio.abc.Clock
+) -> None:
     joined = plain()
     began = trio.current_time()
     outcome = await relayed(joined.a, joined.b, idle=60)
@@ -182,14 +198,18 @@ async def test_silence_on_both_sides_ends_it_with_resets(relayed: Relaying, auto
     joined.close()
 
 
-async def test_a_word_in_either_direction_keeps_it_open(relayed: Relaying, autojump_clock: trio.abc.Clock) -> None:
+async def test_a_word_in_either_direction_keeps_it_open(
+    relayed: Relaying, autojump_clock: trio.abc.Clock
+) -> None:
     joined = plain()
     began = trio.current_time()
 
     async def chat() -> None:
         for number in range(6):
             await trio.sleep(50)
-            speaker, hearer = (joined.client, joined.server) if number % 2 else (joined.server, joined.client)
+            speaker, hearer = (
+                (joined.client, joined.server) if number % 2 else (joined.server, joined.client)
+            )
             await speaker.send_all(b"x")
             assert await hearer.receive_some() == b"x"
 
@@ -201,7 +221,9 @@ async def test_a_word_in_either_direction_keeps_it_open(relayed: Relaying, autoj
     joined.close()
 
 
-async def test_a_half_closed_silence_ends_too(relayed: Relaying, autojump_clock: trio.abc.Clock) -> None:
+async def test_a_half_closed_silence_ends_too(
+    relayed: Relaying, autojump_clock: trio.abc.Clock
+) -> None:
     joined = plain()
     await joined.client.send_eof()
     outcome = await relayed(joined.a, joined.b, idle=60)
@@ -211,7 +233,9 @@ async def test_a_half_closed_silence_ends_too(relayed: Relaying, autojump_clock:
     joined.close()
 
 
-async def test_a_side_that_is_lost_after_the_other_has_ended_cleanly_is_not_forgotten(relayed: Relaying) -> None:
+async def test_a_side_that_is_lost_after_the_other_has_ended_cleanly_is_not_forgotten(
+    relayed: Relaying,
+) -> None:
     joined = plain()
 
     async def end() -> None:
@@ -292,8 +316,12 @@ async def test_bulk_goes_by_a_pipe_which_is_given_back_when_it_is_over(relayed: 
     joined.close()
 
 
-async def test_bulk_is_copied_where_no_pipe_is_to_be_had(relayed: Relaying, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.net.splice.PIPE_SIZE", (1 << 31) + 4096)  # more than the kernel can say: not even root has it
+async def test_bulk_is_copied_where_no_pipe_is_to_be_had(
+    relayed: Relaying, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "proxy.net.splice.PIPE_SIZE", (1 << 31) + 4096
+    )  # more than the kernel can say: not even root has it
     joined, before = plain(), pipes()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(partial(relayed, joined.a, joined.b, idle=60))

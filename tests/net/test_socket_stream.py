@@ -1,4 +1,5 @@
-"""SocketStream: peeking takes nothing and never spins, a lost connection never looks like a clean end, closing wakes everyone."""
+"""SocketStream: peeking takes nothing and never spins, a lost connection never looks like a clean
+end, closing wakes everyone."""
 
 from __future__ import annotations
 
@@ -15,7 +16,15 @@ from trio.testing import wait_all_tasks_blocked
 
 from proxy.net.linger import linger
 from proxy.net.socket_stream import Address, ConnectionLost, SocketStream
-from tests.net.conftest import LOOPBACKS, both, clogged_pair, pair, read_all, send_until_it_fails, sockets
+from tests.net.conftest import (
+    LOOPBACKS,
+    both,
+    clogged_pair,
+    pair,
+    read_all,
+    send_until_it_fails,
+    sockets,
+)
 
 
 @pytest.mark.parametrize("host", LOOPBACKS)
@@ -55,7 +64,10 @@ async def test_a_large_transfer_both_ways_at_once_arrives_whole() -> None:
         await stream.send_eof()
 
     results = await both(
-        partial(send, ours), partial(send, theirs), partial(read_all, ours), partial(read_all, theirs)
+        partial(send, ours),
+        partial(send, theirs),
+        partial(read_all, ours),
+        partial(read_all, theirs),
     )
     assert results == [None, None, data, data]
     ours.close()
@@ -354,7 +366,8 @@ async def test_lingering_is_bounded_in_time_and_ends_when_the_peer_is_quiet() ->
         before = theirs.bytes_read
         with trio.fail_after(30):
             await linger(theirs, seconds=0.5, quiet=10)
-        # 1 MiB at full speed, and 4 MiB/s for half a second: a flood is not read as fast as it comes.
+        # 1 MiB at full speed, and 4 MiB/s for half a second: a flood is not read as fast as it
+        # comes.
         assert 1 << 20 < theirs.bytes_read - before < 4 << 20
         nursery.cancel_scope.cancel()
     ours.close()

@@ -1,4 +1,5 @@
-"""The tables of docs/reliability.md: what is written replaces what stood between the marks, and a row says what did not hold."""
+"""The tables of docs/reliability.md: what is written replaces what stood between the marks, and a
+row says what did not hold."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from perf.reliability.report import Row, table, write
 MARKED = "before\n<!-- floods: written by `make soak` -->\nold\n<!-- end of floods -->\nbehind\n"
 
 
-def test_a_table_replaces_what_stood_between_its_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_replaces_what_stood_between_its_marks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     document = tmp_path / "reliability.md"
     document.write_text(MARKED)
     monkeypatch.setattr(report, "DOCUMENT", document)
@@ -21,7 +24,9 @@ def test_a_table_replaces_what_stood_between_its_marks(tmp_path: Path, monkeypat
     assert document.read_text() == MARKED.replace("old\n", "| a \\1 |\n")
 
 
-def test_a_table_without_a_place_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_without_a_place_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     document = tmp_path / "reliability.md"
     document.write_text(MARKED)
     monkeypatch.setattr(report, "DOCUMENT", document)
@@ -38,11 +43,19 @@ def test_the_document_has_a_place_for_each_table() -> None:
 
 
 def test_a_row_says_whether_it_held() -> None:
-    good, bad = Row("floods", "a", ("title", "1")), Row("floods", "b", ("other", "2"), ("too slow", "killed"))
+    good, bad = (
+        Row("floods", "a", ("title", "1")),
+        Row("floods", "b", ("other", "2"), ("too slow", "killed")),
+    )
     assert good.held
     assert not bad.held
     lines = table(("flood", "n", ""), [good, bad]).splitlines()
-    assert lines == ["| flood | n |  |", "| --- | --- | --- |", "| title | 1 | passed |", "| other | 2 | failed: too slow; killed |"]
+    assert lines == [
+        "| flood | n |  |",
+        "| --- | --- | --- |",
+        "| title | 1 | passed |",
+        "| other | 2 | failed: too slow; killed |",
+    ]
     assert bad.line().startswith("FAIL b")
     assert "too slow; killed" in bad.line()
 
@@ -57,8 +70,14 @@ def test_a_half_can_be_measured_and_written_alone() -> None:
     assert list(program.texts([*rows, Row("floods", "churn", ("churn",))])) == ["faults"]
 
 
-@pytest.mark.parametrize("wrong", [["--only", "flods"], ["--only", "churn,sidecar-killed", "--write"]])
-def test_a_wrong_name_and_a_part_that_cannot_be_written_are_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "wrong", [["--only", "flods"], ["--only", "churn,sidecar-killed", "--write"]]
+)
+def test_a_wrong_name_and_a_part_that_cannot_be_written_are_refused(
+    wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         program.main(wrong)
-    assert ("flods" if "flods" in wrong else "--write needs a whole table") in capsys.readouterr().err
+    assert (
+        "flods" if "flods" in wrong else "--write needs a whole table"
+    ) in capsys.readouterr().err

@@ -15,7 +15,13 @@ from proxy.config.load import Config
 from proxy.config.schema import MemoryConfig
 from proxy.exchange.h2.stream_limit import StreamLimit
 from proxy.net.memory_budget import UNLIMITED
-from proxy.process.memory import MemoryWatch, budget_of, forget_ended_scopes, limit_of_container, resident
+from proxy.process.memory import (
+    MemoryWatch,
+    budget_of,
+    forget_ended_scopes,
+    limit_of_container,
+    resident,
+)
 from proxy.telemetry.metrics import Metrics
 
 MIB = 2**20
@@ -32,19 +38,44 @@ def write(path: Path, text: str) -> None:
         ("0::/\n", {"cgroup.controllers": "memory", "memory.max": "536870912\n"}, 512 * MIB),
         ("0::/\n", {"cgroup.controllers": "memory", "memory.max": "max\n"}, None),
         ("0::/\n", {"cgroup.controllers": "memory"}, None),  # the root has none
-        ("0::/a/b\n", {"cgroup.controllers": "", "a/memory.max": "268435456\n", "a/b/memory.max": "max\n"}, 256 * MIB),
-        ("0::/a/b\n", {"cgroup.controllers": "", "a/memory.max": "99\n", "a/b/memory.max": "77\n"}, 77),
+        (
+            "0::/a/b\n",
+            {"cgroup.controllers": "", "a/memory.max": "268435456\n", "a/b/memory.max": "max\n"},
+            256 * MIB,
+        ),
+        (
+            "0::/a/b\n",
+            {"cgroup.controllers": "", "a/memory.max": "99\n", "a/b/memory.max": "77\n"},
+            77,
+        ),
         ("5:memory:/\n0::/\n", {"memory/memory.limit_in_bytes": "536870912\n"}, 512 * MIB),
-        ("5:cpu,memory:/pod/x\n", {"memory/pod/x/memory.limit_in_bytes": "1000\n", "memory/memory.limit_in_bytes": "2000\n"}, 1000),
+        (
+            "5:cpu,memory:/pod/x\n",
+            {
+                "memory/pod/x/memory.limit_in_bytes": "1000\n",
+                "memory/memory.limit_in_bytes": "2000\n",
+            },
+            1000,
+        ),
         # The path of the host, in a container that sees its own group at the root of the mount.
-        ("5:memory:/kubepods/pod7/c1\n", {"memory/memory.limit_in_bytes": "536870912\n"}, 512 * MIB),
+        (
+            "5:memory:/kubepods/pod7/c1\n",
+            {"memory/memory.limit_in_bytes": "536870912\n"},
+            512 * MIB,
+        ),
         ("0::/../../pod7/c1\n", {"cgroup.controllers": "", "memory.max": "536870912\n"}, 512 * MIB),
-        ("5:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712\n"}, None),  # cgroup v1 has no word for "no limit"
+        (
+            "5:memory:/\n",
+            {"memory/memory.limit_in_bytes": "9223372036854771712\n"},
+            None,
+        ),  # cgroup v1 has no word for "no limit"
         ("3:cpu:/\n", {"cpu/memory.limit_in_bytes": "5\n"}, None),
         ("", {}, None),
     ],
 )
-def test_the_limit_is_the_lowest_of_the_control_groups(tmp_path: Path, proc: str, files: dict[str, str], limit: int | None) -> None:
+def test_the_limit_is_the_lowest_of_the_control_groups(
+    tmp_path: Path, proc: str, files: dict[str, str], limit: int | None
+) -> None:
     write(tmp_path / "proc", proc)
     for name, text in files.items():
         write(tmp_path / "sys" / name, text)
@@ -65,7 +96,9 @@ def test_no_control_groups_are_no_limit(tmp_path: Path) -> None:
         (1, None, UNLIMITED),
     ],
 )
-def test_the_budget_is_what_is_left_of_the_limit_for_each_worker(workers: int, limit: int | None, budget: int) -> None:
+def test_the_budget_is_what_is_left_of_the_limit_for_each_worker(
+    workers: int, limit: int | None, budget: int
+) -> None:
     assert budget_of(Config(workers=workers), limit) == budget
 
 
@@ -89,7 +122,9 @@ print(start >> 20, high >> 20, resident() >> 20, freed)
 @pytest.mark.real
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
 def test_freed_memory_goes_back_to_the_system_with_living_objects_in_between() -> None:
-    start, high, after, freed = subprocess.run([sys.executable, "-c", TRIM], check=True, capture_output=True, text=True).stdout.split()
+    start, high, after, freed = subprocess.run(
+        [sys.executable, "-c", TRIM], check=True, capture_output=True, text=True
+    ).stdout.split()
     assert int(high) - int(start) > 100
     if freed == "True":
         assert int(after) - int(start) < 25
@@ -127,7 +162,14 @@ class Watched:
     @property
     def trims(self) -> float:
         lines = self.metrics.render().decode().splitlines()
-        return next((float(line.split()[1]) for line in lines if line.startswith("isthmus_memory_trims_total ")), 0.0)
+        return next(
+            (
+                float(line.split()[1])
+                for line in lines
+                if line.startswith("isthmus_memory_trims_total ")
+            ),
+            0.0,
+        )
 
     async def looks(self, seconds: int, clock: trio.testing.MockClock) -> float:
         """Look once a second; how often memory was given back meanwhile."""
@@ -138,7 +180,9 @@ class Watched:
         return self.trims - before
 
 
-async def test_memory_is_given_back_until_that_does_not_help(mock_clock: trio.testing.MockClock) -> None:
+async def test_memory_is_given_back_until_that_does_not_help(
+    mock_clock: trio.testing.MockClock,
+) -> None:
     watched = Watched()
     assert await watched.looks(20, mock_clock) == 0
     start = resident()
@@ -156,7 +200,9 @@ async def test_memory_is_given_back_until_that_does_not_help(mock_clock: trio.te
     assert resident() < start + 24 * MIB
 
 
-async def test_memory_is_given_back_at_once_after_it_did_not_help_for_long(mock_clock: trio.testing.MockClock) -> None:
+async def test_memory_is_given_back_at_once_after_it_did_not_help_for_long(
+    mock_clock: trio.testing.MockClock,
+) -> None:
     watched = Watched()
     kept = [bytes(16384) for _ in range(4000)]
     await watched.looks(1000, mock_clock)

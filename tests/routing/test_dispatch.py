@@ -1,7 +1,8 @@
 """From a target to one of its endpoints, with real servers behind it.
 
-What must hold: another attempt is made only if nothing of a response has been passed on, if the request may be sent twice (or was not
-sent), if its body can be sent again, and within limit, budget and deadline; the server of a dropped response keeps its connection.
+What must hold: another attempt is made only if nothing of a response has been passed on, if the
+request may be sent twice (or was not sent), if its body can be sent again, and within limit, budget
+and deadline; the server of a dropped response keeps its connection.
 """
 
 from __future__ import annotations
@@ -20,12 +21,19 @@ from tests.kit.http2_peers import Answer, Peer2, answering2, speaking
 
 
 @pytest.mark.parametrize("request_bytes", [GET, POST], ids=["GET", "POST"])
-async def test_a_request_goes_to_another_endpoint_if_the_first_cannot_be_connected_to(request_bytes: bytes) -> None:
+async def test_a_request_goes_to_another_endpoint_if_the_first_cannot_be_connected_to(
+    request_bytes: bytes,
+) -> None:
     heard: list[Message] = []
-    async with mesh([taking([saying(OK)] * 20, heard)], policy("retries: {limit: 0}"), dead=2) as (world, places):
+    async with mesh([taking([saying(OK)] * 20, heard)], policy("retries: {limit: 0}"), dead=2) as (
+        world,
+        places,
+    ):
         client = await world.hop.connect()
         for _ in range(10):
-            assert (await client.ask(request_bytes, request_bytes.split()[0].decode())).status == 200
+            assert (
+                await client.ask(request_bytes, request_bytes.split()[0].decode())
+            ).status == 200
         attempts = [attempt for tried in world.tried for attempt in tried]
         assert len(attempts) == 2, "each of the dead ones is found to be dead once"
         assert {attempt.upstream for attempt in attempts} == set(places[1:])
@@ -37,7 +45,9 @@ async def test_if_none_can_be_connected_to_the_client_is_told_so() -> None:
     async with mesh([], policy("queue: {timeout: 500ms}"), dead=2) as (world, _):
         began = trio.current_time()
         answer = await (await world.hop.connect()).ask()
-        assert trio.current_time() - began >= 0.5, "they were tried again as long as the request may wait"
+        assert trio.current_time() - began >= 0.5, (
+            "they were tried again as long as the request may wait"
+        )
         assert answer.status == 502
         assert b"error=connection_refused" in (answer.get(b"proxy-status") or b"")
 
@@ -62,7 +72,9 @@ async def test_the_last_answer_is_passed_on_as_it_is() -> None:
     assert found.world.count("retries_refused_total", reason="limit") == 1
 
 
-@pytest.mark.parametrize("rules", ["", "retries: {statuses: [500]}", "retries: {statuses: [503], limit: 0}"])
+@pytest.mark.parametrize(
+    "rules", ["", "retries: {statuses: [500]}", "retries: {statuses: [503], limit: 0}"]
+)
 async def test_a_status_that_it_does_not_name_is_not(rules: str) -> None:
     found = await told(GET, [saying(BUSY)], rules)
     assert (found.status, len(found.heard)) == (503, 1)
@@ -70,7 +82,9 @@ async def test_a_status_that_it_does_not_name_is_not(rules: str) -> None:
 
 async def test_a_method_that_is_not_idempotent_is_tried_again_only_if_the_policy_says_so() -> None:
     assert (await told(POST, [saying(BUSY)], "retries: {statuses: [503]}")).status == 503
-    found = await told(POST, [saying(BUSY), saying(OK)], "retries: {statuses: [503], all_methods: true}")
+    found = await told(
+        POST, [saying(BUSY), saying(OK)], "retries: {statuses: [503], all_methods: true}"
+    )
     assert found.status == 200
     assert [message.body for message in found.heard] == [b"hi", b"hi"]
 
@@ -79,8 +93,16 @@ async def test_a_dropped_response_leaves_its_connection_for_the_next_request() -
     heard: list[Message] = []
     steps = [saying(BUSY), saying(OK), saying(OK)]
     async with origin(taking(steps, heard)) as server:
-        world = Mesh(Target("default/web", (Endpoint(server.address),), policy=policy("retries: {statuses: [503]}")))
-        async with hop2(server.address, settings=Settings2(up=b"1.1", steer=world.steer)) as world.hop:
+        world = Mesh(
+            Target(
+                "default/web",
+                (Endpoint(server.address),),
+                policy=policy("retries: {statuses: [503]}"),
+            )
+        )
+        async with hop2(
+            server.address, settings=Settings2(up=b"1.1", steer=world.steer)
+        ) as world.hop:
             client = await world.hop.connect()
             assert (await client.ask()).status == 200, "the only endpoint is asked again"
             assert (await client.ask()).status == 200
@@ -140,7 +162,9 @@ async def test_a_body_that_is_still_coming_is_sent_again_from_its_beginning() ->
 
     async with mesh([either, either], policy()) as (world, _):
         client = await world.hop.connect()
-        await client.send(b"PUT / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n")
+        await client.send(
+            b"PUT / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n"
+        )
         await until(lambda: len(heard) == 1 and not scripts)
         await client.send(b"6\r\nsecond\r\n0\r\n\r\n")
         assert (await client.response("PUT")).status == 200
@@ -173,7 +197,9 @@ async def test_an_attempt_that_takes_too_long_is_given_up_for_another() -> None:
     assert found.world.tried[0][0].reason == "upstream_timeout"
 
 
-async def test_the_time_of_an_attempt_ends_with_the_head_of_its_response(mock_clock: MockClock) -> None:
+async def test_the_time_of_an_attempt_ends_with_the_head_of_its_response(
+    mock_clock: MockClock,
+) -> None:
     mock_clock.autojump_threshold = 0.06  # longer than the kernel delays anything
 
     async def slow(peer: Peer, _: Message) -> None:
@@ -201,7 +227,9 @@ async def test_a_request_that_takes_longer_than_its_policy_allows_is_answered_50
     ],
     ids=["upgrade", "connect"],
 )  # fmt: skip
-async def test_the_time_of_a_request_ends_with_its_upgrade(request_bytes: bytes, answer: bytes, mock_clock: MockClock) -> None:
+async def test_the_time_of_a_request_ends_with_its_upgrade(
+    request_bytes: bytes, answer: bytes, mock_clock: MockClock
+) -> None:
     """A WebSocket lives for hours; what follows the switch is no request any more."""
     mock_clock.autojump_threshold = 0.06  # longer than the kernel delays anything
 
@@ -232,9 +260,13 @@ async def test_the_time_of_a_connect_on_a_stream_ends_with_its_2xx(mock_clock: M
         await trio.sleep(8)
         await peer.send(number, b"late", end=True)
 
-    async with mesh([speaking(answering2(respond, early=True))], policy("timeouts: {request: 2s}"), up=b"2") as (world, _):
+    async with mesh(
+        [speaking(answering2(respond, early=True))], policy("timeouts: {request: 2s}"), up=b"2"
+    ) as (world, _):
         client = await world.hop.connect2()
-        number = await client.request([(b":method", b"CONNECT"), (b":authority", b"a:80")], end=False)
+        number = await client.request(
+            [(b":method", b"CONNECT"), (b":authority", b"a:80")], end=False
+        )
         answer = await client.message(number)
         assert (answer.body, answer.reset) == (b"late", None)
 
@@ -252,8 +284,15 @@ def asking(*fields: bytes) -> bytes:
     return b"GET / HTTP/1.1\r\nHost: a\r\n" + b"".join(f + b"\r\n" for f in fields) + b"\r\n"
 
 
-async def test_limits_of_the_request_hold_where_the_policy_allows_them_and_are_never_passed_on() -> None:
-    request = asking(b"isthmus-retry-limit: 3", b"Isthmus-Retry-Statuses: 503, 5xx", b"isthmus-timeout: 10s", b"x-kept: 1")
+async def test_limits_of_the_request_hold_where_the_policy_allows_them_and_are_never_passed_on() -> (
+    None
+):
+    request = asking(
+        b"isthmus-retry-limit: 3",
+        b"Isthmus-Retry-Statuses: 503, 5xx",
+        b"isthmus-timeout: 10s",
+        b"x-kept: 1",
+    )
     found = await told(request, [saying(BUSY)] * 3 + [saying(OK)], "overrides: true")
     assert (found.status, len(found.heard)) == (200, 4)
     found = await told(request, [saying(BUSY)])
@@ -285,9 +324,13 @@ async def test_a_limit_that_cannot_be_read_is_answered_400() -> None:
     ],
     ids=["the client's limit", "the policy's", "an attempt's"],
 )
-async def test_an_endpoint_that_does_not_answer_in_time_does_not_look_idle(rules: str, line: bytes, status: int) -> None:
+async def test_an_endpoint_that_does_not_answer_in_time_does_not_look_idle(
+    rules: str, line: bytes, status: int
+) -> None:
     ignored: list[Message] = []
-    async with mesh([taking([silent] * 20, ignored), taking([saying(OK)] * 20, [])], policy(rules)) as (world, _):
+    async with mesh(
+        [taking([silent] * 20, ignored), taking([saying(OK)] * 20, [])], policy(rules)
+    ) as (world, _):
         client, seen = await world.hop.connect(), []
         for _ in range(20):
             seen.append((await client.ask(asking(line))).status)

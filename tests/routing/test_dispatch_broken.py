@@ -1,7 +1,9 @@
-"""Endpoints that are broken, with real servers behind them: who is left alone, who waits, who is told at once, and who is sent to try.
+"""Endpoints that are broken, with real servers behind them: who is left alone, who waits, who is
+told at once, and who is sent to try.
 
-What must hold: where nothing can be used the client is told why, at once if waiting is in vain; those who wait are served in order, and
-there are never more than may wait. Connections are treated as requests are.
+What must hold: where nothing can be used the client is told why, at once if waiting is in vain;
+those who wait are served in order, and there are never more than may wait. Connections are treated
+as requests are.
 """
 
 from __future__ import annotations
@@ -15,14 +17,31 @@ from proxy.errors import AllBroken, NoEndpoint, QueueFull
 from proxy.net.dial import Dialer
 from proxy.net.exceptions import ConnectFailed
 from proxy.net.socket_stream import Stream
-from tests.kit.dispatch import BUSY, CLOSED, PUT, UNHEARD, Step, breaking, mesh, policy, saying, silent, taking
+from tests.kit.dispatch import (
+    BUSY,
+    CLOSED,
+    PUT,
+    UNHEARD,
+    Step,
+    breaking,
+    mesh,
+    policy,
+    saying,
+    silent,
+    taking,
+)
 from tests.kit.http import GET, OK, Message, Peer, answering, origin, until
 from tests.kit.http2_peers import Answer, Peer2, answering2, reserve, speaking
 
 
-async def test_an_endpoint_that_fails_in_a_row_is_left_alone_and_used_again_when_it_has_recovered() -> None:
+async def test_an_endpoint_that_fails_in_a_row_is_left_alone_and_used_again_when_it_has_recovered() -> (
+    None
+):
     heard: list[Message] = []
-    rules = policy("{retries: {limit: 0}, breaker: {failures: 3, min_penalty: 50ms, jitter: 0}, queue: {timeout: 20s}}")
+    rules = policy(
+        "{retries: {limit: 0}, breaker: {failures: 3, min_penalty: 50ms, jitter: 0}, queue:"
+        " {timeout: 20s}}"
+    )
     steps = [saying(UNHEARD), saying(UNHEARD), saying(UNHEARD), saying(OK), saying(OK)]
     async with mesh([taking(steps, heard)], rules) as (world, _):
         client = await world.hop.connect()
@@ -31,7 +50,10 @@ async def test_an_endpoint_that_fails_in_a_row_is_left_alone_and_used_again_when
         assert (await client.ask()).status == 200, "it waited, and was the one on probation"
         assert world.broken == 0
         assert world.count("queued_total", result="served") == 1
-        assert [world.count("breaker_changes_total", state=state) for state in ("open", "probation", "closed")] == [1, 1, 1]
+        assert [
+            world.count("breaker_changes_total", state=state)
+            for state in ("open", "probation", "closed")
+        ] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +65,9 @@ async def test_an_endpoint_that_fails_in_a_row_is_left_alone_and_used_again_when
     ],
     ids=["closing", "by 503", "closing, as its sidecar says"],
 )
-async def test_requests_that_the_only_endpoint_answers_badly_do_not_take_it_from_others(poison: Step, status: int) -> None:
+async def test_requests_that_the_only_endpoint_answers_badly_do_not_take_it_from_others(
+    poison: Step, status: int
+) -> None:
     async def script(peer: Peer) -> None:
         while True:
             request = await peer.request()
@@ -57,11 +81,16 @@ async def test_requests_that_the_only_endpoint_answers_badly_do_not_take_it_from
         assert [(await other.ask()).status for _ in range(3)] == [200] * 3
         assert world.broken == 0
         assert world.count("queued_total", result="served") == 0
-        assert world.count("breaker_changes_total", state="open") <= 2, "and it does not flap with each of them"
+        assert world.count("breaker_changes_total", state="open") <= 2, (
+            "and it does not flap with each of them"
+        )
 
 
 async def test_an_endpoint_that_answers_nobody_is_left_alone_although_it_is_the_only_one() -> None:
-    rules = policy("{timeouts: {response_head: 50ms}, breaker: {failures: 3, min_penalty: 1m}, queue: {timeout: 1s}, retries: {limit: 0}}")
+    rules = policy(
+        "{timeouts: {response_head: 50ms}, breaker: {failures: 3, min_penalty: 1m}, queue:"
+        " {timeout: 1s}, retries: {limit: 0}}"
+    )
     heard: list[Message] = []
     async with mesh([taking([silent] * 5, heard)], rules) as (world, _):
         seen = [(await (await world.hop.connect()).ask()).status for _ in range(5)]
@@ -70,7 +99,10 @@ async def test_an_endpoint_that_answers_nobody_is_left_alone_although_it_is_the_
 
 
 async def test_statuses_that_are_the_requests_own_fault_do_not_count() -> None:
-    steps = [saying(b"HTTP/1.1 %d x\r\nContent-Length: 0\r\n\r\n" % status) for status in (400, 404, 500, 501)] * 5
+    steps = [
+        saying(b"HTTP/1.1 %d x\r\nContent-Length: 0\r\n\r\n" % status)
+        for status in (400, 404, 500, 501)
+    ] * 5
     async with mesh([taking(steps, [])], policy()) as (world, _):
         client = await world.hop.connect()
         for _ in range(20):
@@ -78,9 +110,13 @@ async def test_statuses_that_are_the_requests_own_fault_do_not_count() -> None:
         assert world.broken == 0
 
 
-@pytest.mark.parametrize("code", [h2.errors.ErrorCodes.PROTOCOL_ERROR, h2.errors.ErrorCodes.ENHANCE_YOUR_CALM])
+@pytest.mark.parametrize(
+    "code", [h2.errors.ErrorCodes.PROTOCOL_ERROR, h2.errors.ErrorCodes.ENHANCE_YOUR_CALM]
+)
 @pytest.mark.parametrize("version", [1, 2])
-async def test_a_request_that_a_server_of_http2_does_not_accept_is_sent_once_and_does_not_count(version: int, code: int) -> None:
+async def test_a_request_that_a_server_of_http2_does_not_accept_is_sent_once_and_does_not_count(
+    version: int, code: int
+) -> None:
     """RFC 9113 §8.1.1: it is malformed, or too large. Only the client can do better."""
     heard: list[Answer] = []
 
@@ -88,7 +124,10 @@ async def test_a_request_that_a_server_of_http2_does_not_accept_is_sent_once_and
         heard.append(message)
         await peer.reset(number, code)
 
-    async with mesh([speaking(answering2(resets))] * 2, policy("retries: {limit: 3}"), up=b"2") as (world, _):
+    async with mesh([speaking(answering2(resets))] * 2, policy("retries: {limit: 3}"), up=b"2") as (
+        world,
+        _,
+    ):
         first, second = await world.hop.connect(), await world.hop.connect2()
         for _ in range(20):
             if version == 1:
@@ -103,7 +142,9 @@ async def test_a_client_that_is_too_slow_for_the_deadline_of_its_request_does_no
     async def reads(peer: Peer) -> None:
         await peer.rest()
 
-    rules = policy("{timeouts: {request: 50ms}, breaker: {failures: 3, min_penalty: 1m}, queue: {timeout: 0s}}")
+    rules = policy(
+        "{timeouts: {request: 50ms}, breaker: {failures: 3, min_penalty: 1m}, queue: {timeout: 0s}}"
+    )
     async with mesh([reads], rules) as (world, _):
         for _ in range(6):
             client = await world.hop.connect()
@@ -116,24 +157,45 @@ async def test_a_client_that_is_too_slow_for_the_deadline_of_its_request_does_no
         assert world.broken == 1
 
 
-async def test_a_request_waits_for_an_early_trial_while_the_outage_is_young_and_is_told_at_once_when_it_is_not() -> None:
-    rules = policy("{breaker: {failures: 1, min_penalty: 50ms, jitter: 0}, queue: {timeout: 20s}, retries: {limit: 0}}")
-    async with mesh([taking([saying(UNHEARD), saying(UNHEARD), saying(OK)], [])], rules) as (world, _):
+async def test_a_request_waits_for_an_early_trial_while_the_outage_is_young_and_is_told_at_once_when_it_is_not() -> (
+    None
+):
+    rules = policy(
+        "{breaker: {failures: 1, min_penalty: 50ms, jitter: 0}, queue: {timeout: 20s}, retries:"
+        " {limit: 0}}"
+    )
+    async with mesh([taking([saying(UNHEARD), saying(UNHEARD), saying(OK)], [])], rules) as (
+        world,
+        _,
+    ):
         client, endpoint_set = await world.hop.connect(), world.balancer.endpoint_set("default/web")
         assert (await client.ask()).status == 502
         (breaker,) = endpoint_set.broken.values()
-        breaker.until = trio.current_time() + 10  # it has failed more often: less than anybody may wait
+        breaker.until = (
+            trio.current_time() + 10
+        )  # it has failed more often: less than anybody may wait
         endpoint_set._changes += 1
-        assert [(await client.ask()).status for _ in range(2)] == [502, 200], "the second one waited, and not for 10 s"
+        assert [(await client.ask()).status for _ in range(2)] == [
+            502,
+            200,
+        ], "the second one waited, and not for 10 s"
         assert world.count("queued_total", result="served") == 2
         assert not endpoint_set.broken
 
 
 async def test_after_a_long_outage_all_wait_for_one_trial_and_are_told_if_it_was_in_vain() -> None:
     heard: list[Message] = []
-    rules = policy("{breaker: {failures: 1, min_penalty: 1s, jitter: 0}, queue: {timeout: 10s}, retries: {limit: 0}}")
-    async with mesh([taking([saying(UNHEARD), saying(UNHEARD)] + [saying(OK)] * 9, heard)], rules) as (world, _):
-        clients, endpoint_set = [await world.hop.connect() for _ in range(4)], world.balancer.endpoint_set("default/web")
+    rules = policy(
+        "{breaker: {failures: 1, min_penalty: 1s, jitter: 0}, queue: {timeout: 10s}, retries:"
+        " {limit: 0}}"
+    )
+    async with mesh(
+        [taking([saying(UNHEARD), saying(UNHEARD)] + [saying(OK)] * 9, heard)], rules
+    ) as (world, _):
+        clients, endpoint_set = (
+            [await world.hop.connect() for _ in range(4)],
+            world.balancer.endpoint_set("default/web"),
+        )
         assert (await clients[0].ask()).status == 502
         (breaker,) = endpoint_set.broken.values()
         breaker.until = trio.current_time() + 3600
@@ -152,7 +214,8 @@ async def test_after_a_long_outage_all_wait_for_one_trial_and_are_told_if_it_was
 
 
 async def test_no_request_fails_because_of_a_trial_from_before_the_service_came_back() -> None:
-    """Those whose time is over between the return and the next trial wait for that one, and so do those who come in between."""
+    """Those whose time is over between the return and the next trial wait for that one, and so do
+    those who come in between."""
     rules = policy("{breaker: {connect_penalty: 600ms, jitter: 0}, queue: {timeout: 2s}}")
     taken, place = reserve()
     async with mesh([], rules, dead=1) as (world, _):
@@ -181,15 +244,24 @@ async def test_no_request_fails_because_of_a_trial_from_before_the_service_came_
         assert not world.broken
 
 
-async def test_if_all_are_broken_for_longer_than_anybody_may_wait_the_client_is_told_at_once() -> None:
-    async with mesh([], policy("{breaker: {min_penalty: 1m, connect_penalty: 1m}, queue: {timeout: 30s}}"), dead=2) as (world, _):
+async def test_if_all_are_broken_for_longer_than_anybody_may_wait_the_client_is_told_at_once() -> (
+    None
+):
+    async with mesh(
+        [],
+        policy("{breaker: {min_penalty: 1m, connect_penalty: 1m}, queue: {timeout: 30s}}"),
+        dead=2,
+    ) as (world, _):
         client = await world.hop.connect()
         assert (await client.ask()).status == 502
         with trio.fail_after(20):  # and not for 30 s
             answer = await client.ask()
         assert answer.status == 503
         assert b"error=destination_unavailable" in (answer.get(b"proxy-status") or b"")
-        words = b"the circuit breakers of all 2 endpoints of default/web are open (last failure: connect_refused); the next trial is in"
+        words = (
+            b"the circuit breakers of all 2 endpoints of default/web are open (last failure:"
+            b" connect_refused); the next trial is in"
+        )
         assert words in (answer.get(b"proxy-status") or b"")
         assert world.hop.ended[-1].failure == "all_broken"
 
@@ -209,7 +281,10 @@ async def test_only_so_many_wait_and_they_are_told_when_it_was_in_vain() -> None
         await release.wait()
         await peer.send(UNHEARD)
 
-    rules = policy("{breaker: {failures: 1, min_penalty: 1m, jitter: 0}, queue: {size: 1, timeout: 2500ms}, retries: {limit: 0}}")
+    rules = policy(
+        "{breaker: {failures: 1, min_penalty: 1m, jitter: 0}, queue: {size: 1, timeout: 2500ms},"
+        " retries: {limit: 0}}"
+    )
     async with mesh([taking([saying(UNHEARD), probed], heard)], rules) as (world, _):
         clients = [await world.hop.connect() for _ in range(3)]
         assert (await clients[0].ask()).status == 502
@@ -247,7 +322,10 @@ async def test_who_waits_is_served_when_the_directory_has_something_new() -> Non
 
 async def test_those_who_wait_are_served_in_order_once_the_endpoint_has_recovered() -> None:
     heard: list[Message] = []
-    rules = policy("{breaker: {failures: 1, min_penalty: 100ms, jitter: 0}, queue: {timeout: 20s}, retries: {limit: 0}}")
+    rules = policy(
+        "{breaker: {failures: 1, min_penalty: 100ms, jitter: 0}, queue: {timeout: 20s}, retries:"
+        " {limit: 0}}"
+    )
     async with mesh([taking([saying(UNHEARD)] + [saying(OK)] * 20, heard)], rules) as (world, _):
         first = await world.hop.connect()
         assert (await first.ask()).status == 502
@@ -255,7 +333,9 @@ async def test_those_who_wait_are_served_in_order_once_the_endpoint_has_recovere
         for number, client in enumerate(clients):
             await client.send(b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n" % number)
             if world.broken:
-                await until(lambda number=number: world.balancer.waiting() > number or not world.broken)  # type: ignore[misc]
+                await until(
+                    lambda number=number: world.balancer.waiting() > number or not world.broken
+                )  # type: ignore[misc]
         for client in clients:
             assert (await client.response()).status == 200
 
@@ -278,7 +358,11 @@ async def test_a_connection_goes_to_another_endpoint_if_the_first_cannot_be_conn
     async def connect(_: Target, endpoint: Endpoint) -> Stream:
         return await dialer.dial(endpoint.address)
 
-    async with mesh([taking([saying(OK)] * 9, [])], policy("breaker: {min_penalty: 1m, connect_penalty: 1m}"), dead=1) as (world, places):
+    async with mesh(
+        [taking([saying(OK)] * 9, [])],
+        policy("breaker: {min_penalty: 1m, connect_penalty: 1m}"),
+        dead=1,
+    ) as (world, places):
         for _ in range(8):
             async with world.dispatcher.connection(lambda: world.target, connect) as stream:
                 assert stream.peer == places[0]
@@ -299,7 +383,9 @@ async def test_connections_wait_in_the_same_queue() -> None:
     async def refused(_: Target, endpoint: Endpoint) -> Stream:
         raise ConnectFailed(endpoint.address, "refused", "refused")
 
-    async with mesh([], policy("{queue: {size: 0, timeout: 10s}, breaker: {min_penalty: 1s}}"), dead=1) as (world, _):
+    async with mesh(
+        [], policy("{queue: {size: 0, timeout: 10s}, breaker: {min_penalty: 1s}}"), dead=1
+    ) as (world, _):
         with pytest.raises(ConnectFailed):
             async with world.dispatcher.connection(lambda: world.target, refused):
                 pass

@@ -1,7 +1,9 @@
-"""Attempts at gRPC calls: a status may be at the head or at the end of a response, and a deadline is the client's own.
+"""Attempts at gRPC calls: a status may be at the head or at the end of a response, and a deadline
+is the client's own.
 
-What must hold: a call is tried again only for a status that its policy names and that came before anything was passed on; a status behind
-messages counts for the breaker; no attempt outlives the deadline of the call.
+What must hold: a call is tried again only for a status that its policy names and that came before
+anything was passed on; a status behind messages counts for the breaker; no attempt outlives the
+deadline of the call.
 """
 
 from __future__ import annotations
@@ -37,12 +39,20 @@ async def unavailable_by_trailers(peer: Peer2, number: int, _: Answer) -> None:
 async def fine(peer: Peer2, number: int, message: Answer) -> None:
     peer.h2.send_headers(number, [(b":status", b"200"), (b"content-type", b"application/grpc")])
     await peer.send(number, message.body)
-    await peer.trailers(number, [(b"grpc-status", b"0"), (b"left", message.get(b"grpc-timeout") or b"none")])
+    await peer.trailers(
+        number, [(b"grpc-status", b"0"), (b"left", message.get(b"grpc-timeout") or b"none")]
+    )
 
 
-@pytest.mark.parametrize("first", [unavailable, unavailable_by_trailers], ids=["by its head", "by trailers"])
-async def test_a_call_that_ends_with_a_status_of_the_policys_is_tried_again(first: Callable[[Peer2, int, Answer], Awaitable[None]]) -> None:
-    async with mesh([calls(steps := [first, fine])] * 2, policy("retries: {grpc: [unavailable]}"), up=b"2") as (world, _):
+@pytest.mark.parametrize(
+    "first", [unavailable, unavailable_by_trailers], ids=["by its head", "by trailers"]
+)
+async def test_a_call_that_ends_with_a_status_of_the_policys_is_tried_again(
+    first: Callable[[Peer2, int, Answer], Awaitable[None]],
+) -> None:
+    async with mesh(
+        [calls(steps := [first, fine])] * 2, policy("retries: {grpc: [unavailable]}"), up=b"2"
+    ) as (world, _):
         client = await world.hop.connect2()
         answer = await client.ask([*GRPC, (b"grpc-timeout", b"20S")], b"message")
         assert (answer.body, answer.trailers[0]) == (b"message", (b"grpc-status", b"0"))
@@ -54,7 +64,10 @@ async def test_a_call_that_ends_with_a_status_of_the_policys_is_tried_again(firs
 
 
 async def test_a_call_is_not_tried_again_for_another_status() -> None:
-    async with mesh([calls([unavailable])] * 2, policy("retries: {grpc: [aborted]}"), up=b"2") as (world, _):
+    async with mesh([calls([unavailable])] * 2, policy("retries: {grpc: [aborted]}"), up=b"2") as (
+        world,
+        _,
+    ):
         answer = await (await world.hop.connect2()).ask(GRPC, b"message")
         assert answer.get(b"grpc-status") == b"14"
         assert not world.tried[0]
@@ -75,12 +88,18 @@ async def aborted_at_the_end(peer: Peer2, number: int, message: Answer) -> None:
 Ends = Callable[[Peer2, int, Answer], Awaitable[None]]
 
 
-async def statuses(steps: list[Ends], fields: list[tuple[bytes, bytes]] = GRPC) -> tuple[list[bytes], int]:
-    """What calls that end so, one after the other, are told, and how many endpoints are broken then."""
+async def statuses(
+    steps: list[Ends], fields: list[tuple[bytes, bytes]] = GRPC
+) -> tuple[list[bytes], int]:
+    """What calls that end so, one after the other, are told, and how many endpoints are broken
+    then."""
     rules = policy("{breaker: {failures: 3}, retries: {grpc: [unavailable]}}")
     async with mesh([calls(list(steps))], rules, up=b"2") as (world, _):
         client = await world.hop.connect2()
-        seen = [dict((await client.ask(fields, b"message")).trailers).get(b"grpc-status", b"") for _ in steps]
+        seen = [
+            dict((await client.ask(fields, b"message")).trailers).get(b"grpc-status", b"")
+            for _ in steps
+        ]
         assert not any(world.tried), "what has been passed on is not tried again"
         return seen, world.broken
 
@@ -102,7 +121,9 @@ async def test_such_trailers_of_what_is_not_grpc_say_nothing() -> None:
     assert (seen, broken) == ([b"14"] * 4, 0)
 
 
-async def test_a_call_that_is_under_way_neither_ends_a_row_nor_keeps_an_endpoint_on_probation() -> None:
+async def test_a_call_that_is_under_way_neither_ends_a_row_nor_keeps_an_endpoint_on_probation() -> (
+    None
+):
     rules = policy("{breaker: {failures: 3, min_penalty: 50ms, jitter: 0}, queue: {timeout: 20s}}")
     release = trio.Event()
 
@@ -112,7 +133,10 @@ async def test_a_call_that_is_under_way_neither_ends_a_row_nor_keeps_an_endpoint
         await release.wait()
         await peer.trailers(number, [(b"grpc-status", b"0")])
 
-    async with mesh([calls([unavailable_at_the_end] * 3 + [streaming])], rules, up=b"2") as (world, _):
+    async with mesh([calls([unavailable_at_the_end] * 3 + [streaming])], rules, up=b"2") as (
+        world,
+        _,
+    ):
         client = await world.hop.connect2()
         for _ in range(3):
             await client.ask(GRPC, b"message")
@@ -129,7 +153,9 @@ async def test_no_attempt_outlives_the_deadline_of_the_call() -> None:
         await trio.sleep_forever()
 
     async with mesh([calls([late])], policy(), up=b"2") as (world, _):
-        answer = await (await world.hop.connect2()).ask([*GRPC, (b"grpc-timeout", b"100m")], b"message")
+        answer = await (await world.hop.connect2()).ask(
+            [*GRPC, (b"grpc-timeout", b"100m")], b"message"
+        )
         assert answer.get(b"grpc-status") == b"4"
         assert b"http_response_timeout" in (answer.get(b"grpc-message") or b"")
         assert world.broken == 0, "the client's impatience says nothing against the endpoint"
@@ -138,6 +164,8 @@ async def test_no_attempt_outlives_the_deadline_of_the_call() -> None:
 async def test_a_call_that_has_no_time_left_for_another_attempt_gets_its_answer() -> None:
     rules = policy("retries: {grpc: [unavailable], backoff: 30s, max_backoff: 30s}")
     async with mesh([calls([unavailable])], rules, up=b"2") as (world, _):
-        answer = await (await world.hop.connect2()).ask([*GRPC, (b"grpc-timeout", b"20S")], b"message")
+        answer = await (await world.hop.connect2()).ask(
+            [*GRPC, (b"grpc-timeout", b"20S")], b"message"
+        )
         assert answer.get(b"grpc-status") == b"14"
         assert world.count("retries_refused_total", reason="deadline") == 1

@@ -1,7 +1,8 @@
 """Requests that a server has not looked at, with real servers behind the proxy.
 
-What must hold: a refused stream is a retry of the policy's, within limit and budget, and of nobody else's; a connection that goes away
-under a request costs one attempt more for all of it; so two proxies in a row do not multiply what the server sees.
+What must hold: a refused stream is a retry of the policy's, within limit and budget, and of nobody
+else's; a connection that goes away under a request costs one attempt more for all of it; so two
+proxies in a row do not multiply what the server sees.
 """
 
 from __future__ import annotations
@@ -24,10 +25,17 @@ async def refused(peer: Peer2, number: int, _: Answer) -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2])
-async def test_a_stream_that_is_refused_again_and_again_is_sent_once_and_as_often_as_the_policy_allows(limit: int) -> None:
-    async with mesh([calls([refused] * 20)], policy(f"retries: {{limit: {limit}}}"), up=b"2") as (world, _):
+async def test_a_stream_that_is_refused_again_and_again_is_sent_once_and_as_often_as_the_policy_allows(
+    limit: int,
+) -> None:
+    async with mesh([calls([refused] * 20)], policy(f"retries: {{limit: {limit}}}"), up=b"2") as (
+        world,
+        _,
+    ):
         answer = await (await world.hop.connect2()).ask(GRPC, b"message")
-        assert answer.reset == h2.errors.ErrorCodes.REFUSED_STREAM, "it may be sent again by whoever asked"
+        assert answer.reset == h2.errors.ErrorCodes.REFUSED_STREAM, (
+            "it may be sent again by whoever asked"
+        )
         assert world.hop.ended[0].attempts == 1 + limit
         assert world.count("retries_total", cause="refused") == limit
         assert world.count("retries_refused_total", reason="limit") == (1 if limit else 0)
@@ -37,7 +45,9 @@ async def test_a_stream_that_is_refused_again_and_again_is_sent_once_and_as_ofte
 async def test_a_refused_stream_is_a_retry_of_the_budgets() -> None:
     rules = policy("retries: {limit: 5, budget: {ratio: 0, min_per_second: 0}}")
     async with mesh([calls([refused] * 20)], rules, up=b"2") as (world, _):
-        assert (await (await world.hop.connect2()).ask(GRPC, b"message")).reset == h2.errors.ErrorCodes.REFUSED_STREAM
+        assert (
+            await (await world.hop.connect2()).ask(GRPC, b"message")
+        ).reset == h2.errors.ErrorCodes.REFUSED_STREAM
         assert world.hop.ended[0].attempts == 1
         assert world.count("retries_refused_total", reason="budget") == 1
 
@@ -49,7 +59,10 @@ async def test_connections_that_always_go_away_cost_one_attempt_more_in_all(limi
         peer.h2.close_connection(last_stream_id=0)
         await peer.flush()
 
-    async with mesh([speaking(leaves)] * 2, policy(f"retries: {{limit: {limit}}}"), up=b"2") as (world, _):
+    async with mesh([speaking(leaves)] * 2, policy(f"retries: {{limit: {limit}}}"), up=b"2") as (
+        world,
+        _,
+    ):
         answer = await (await world.hop.connect2()).ask()
         assert answer.reset == h2.errors.ErrorCodes.REFUSED_STREAM
         assert world.hop.ended[0].attempts == limit + 2
@@ -84,7 +97,9 @@ async def test_kept_connections_that_always_break_cost_one_attempt_more_in_all(l
 
 @pytest.mark.parametrize("limit", [0, 1])
 @pytest.mark.parametrize("how", ["reset", "goaway"])
-async def test_what_a_server_refuses_is_not_multiplied_by_the_proxies_on_its_way(how: str, limit: int) -> None:
+async def test_what_a_server_refuses_is_not_multiplied_by_the_proxies_on_its_way(
+    how: str, limit: int
+) -> None:
     seen = 0
 
     async def application(peer: Peer2) -> None:
@@ -99,7 +114,13 @@ async def test_what_a_server_refuses_is_not_multiplied_by_the_proxies_on_its_way
             await peer.reset(number, h2.errors.ErrorCodes.REFUSED_STREAM)
 
     async with origin(speaking(application)) as server, hop2(server.address) as inner:
-        world = Mesh(Target("default/web", (Endpoint(inner.address),), policy=policy(f"retries: {{limit: {limit}}}")))
+        world = Mesh(
+            Target(
+                "default/web",
+                (Endpoint(inner.address),),
+                policy=policy(f"retries: {{limit: {limit}}}"),
+            )
+        )
         async with hop2(inner.address, settings=Settings2(steer=world.steer)) as world.hop:
             answer = await (await world.hop.connect2()).ask()
             assert answer.reset == h2.errors.ErrorCodes.REFUSED_STREAM

@@ -1,7 +1,8 @@
-"""Endpoints with which mutual TLS fails, or which refuse a connection: the client is told at once, and waits for no one.
+"""Endpoints with which mutual TLS fails, or which refuse a connection: the client is told at once,
+and waits for no one.
 
-What must hold: other endpoints are tried first; a request waits only if one of the endpoints may come back; the client gets the reason of
-its own attempt.
+What must hold: other endpoints are tried first; a request waits only if one of the endpoints may
+come back; the client gets the reason of its own attempt.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from tests.kit.clusters import LISTEN
 from tests.kit.dispatch import Mesh, mesh, policy
 from tests.kit.http import GET, connect, until
 
-PATIENT = policy("{queue: {timeout: 30s}, breaker: {min_penalty: 200ms, connect_penalty: 20ms, jitter: 0}}")
+PATIENT = policy(
+    "{queue: {timeout: 30s}, breaker: {min_penalty: 200ms, connect_penalty: 20ms, jitter: 0}}"
+)
 SERVICE = "192.0.2.1"
 
 
@@ -46,12 +49,19 @@ class Endpoints:
 
 
 def rejections() -> list[Exception]:
-    by_tls = [UpstreamTLSError("why", kind) for kind in ("certificate", "alert", "protocol", "clear_text")]
-    reported = [Undelivered("why", reason) for reason in ("tls_certificate", "tls_alert", "clear_text_refused")]
+    by_tls = [
+        UpstreamTLSError("why", kind) for kind in ("certificate", "alert", "protocol", "clear_text")
+    ]
+    reported = [
+        Undelivered("why", reason)
+        for reason in ("tls_certificate", "tls_alert", "clear_text_refused")
+    ]
     return [*by_tls, *reported, TunnelRefused("why")]
 
 
-async def fails(world: Mesh, endpoints: Endpoints, expected: type[Exception]) -> tuple[Exception, float]:
+async def fails(
+    world: Mesh, endpoints: Endpoints, expected: type[Exception]
+) -> tuple[Exception, float]:
     """What a connection is told, and after how many seconds."""
     since = trio.current_time()
     with pytest.raises(expected) as caught:
@@ -59,7 +69,11 @@ async def fails(world: Mesh, endpoints: Endpoints, expected: type[Exception]) ->
     return caught.value, trio.current_time() - since
 
 
-@pytest.mark.parametrize("rejection", rejections(), ids=lambda error: f"{type(error).__name__}-{getattr(error, 'kind', '')}")
+@pytest.mark.parametrize(
+    "rejection",
+    rejections(),
+    ids=lambda error: f"{type(error).__name__}-{getattr(error, 'kind', '')}",
+)
 @pytest.mark.parametrize("number", [1, 2])
 async def test_a_rejected_connection_fails_at_once_behind_all_endpoints(
     autojump_clock: trio.testing.MockClock, rejection: Exception, number: int
@@ -93,8 +107,11 @@ async def test_a_connection_waits_for_an_endpoint_that_may_come_back(
         assert endpoints.tried.count(1) > 5
 
 
-async def test_who_finds_the_breaker_open_is_refused_behind_the_first_trial(autojump_clock: trio.testing.MockClock) -> None:
-    """A certificate was refused: the next ones wait for one trial, not for the whole of their timeout."""
+async def test_who_finds_the_breaker_open_is_refused_behind_the_first_trial(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A certificate was refused: the next ones wait for one trial, not for the whole of their
+    timeout."""
     async with mesh([], PATIENT) as (world, _):
         endpoints = Endpoints(UpstreamTLSError("why", "certificate"))
         world.target = endpoints.target(1)
@@ -110,7 +127,9 @@ async def test_who_finds_the_breaker_open_is_refused_behind_the_first_trial(auto
             for _ in range(10):
                 nursery.start_soon(one)
         assert told.count("rejected") == 1
-        assert all("tls_certificate" in words for words in told if words != "rejected"), "the others are told the reason"
+        assert all("tls_certificate" in words for words in told if words != "rejected"), (
+            "the others are told the reason"
+        )
         assert len(endpoints.tried) == 2
 
 
@@ -122,23 +141,36 @@ def fast(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
 
 
-async def _hears(folder: Path, fast: bool, name: str, protocol: str, allow: str = "") -> tuple[bytes, float]:
-    """What a client hears whose proxy connects to a sidecar as `name`, and after how many seconds. The queue's timeout is 20 s."""
+async def _hears(
+    folder: Path, fast: bool, name: str, protocol: str, allow: str = ""
+) -> tuple[bytes, float]:
+    """What a client hears whose proxy connects to a sidecar as `name`, and after how many seconds.
+    The queue's timeout is 20 s."""
     fleet = Fleet(folder)
 
     async def greet(stream: trio.SocketStream) -> None:
         await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 
     async with application(greet) as port:
-        settings = {**LISTEN, "fixed_destination": f"{HOST}:{port}"} | ({"allow": {port: [fleet.identity(allow)]}} if allow else {})
+        settings = {**LISTEN, "fixed_destination": f"{HOST}:{port}"} | (
+            {"allow": {port: [fleet.identity(allow)]}} if allow else {}
+        )
         async with fleet.running("server", inbound=settings, fast_path=fast) as server:
             place = way_in(server)
             endpoint = {"address": HOST, "identity": fleet.identity(name), "ports": {"80": place}}
             ports = [{"port": 80, "protocol": protocol}]
             rules = {"queue": {"timeout": "20s"}}
-            service = {"name": "shop", "addresses": [SERVICE], "ports": ports, "endpoints": [endpoint], "policy": rules}
+            service = {
+                "name": "shop",
+                "addresses": [SERVICE],
+                "ports": ports,
+                "endpoints": [endpoint],
+                "policy": rules,
+            }
             outbound = {**LISTEN, "fixed_destination": f"{SERVICE}:80"}
-            async with fleet.running("west", {"services": [service]}, outbound=outbound, fast_path=fast) as west:
+            async with fleet.running(
+                "west", {"services": [service]}, outbound=outbound, fast_path=fast
+            ) as west:
                 client, since = await connect(Address(HOST, way_out(west))), trio.current_time()
                 await client.send(GET)
                 if protocol == "opaque":
@@ -153,7 +185,9 @@ async def _hears(folder: Path, fast: bool, name: str, protocol: str, allow: str 
 
 
 @pytest.mark.parametrize("protocol", ["http1", "http2", "opaque"])
-async def test_a_server_with_another_identity_is_reported_at_once(tmp_path: Path, fast: bool, protocol: str) -> None:
+async def test_a_server_with_another_identity_is_reported_at_once(
+    tmp_path: Path, fast: bool, protocol: str
+) -> None:
     heard, seconds = await _hears(tmp_path, fast, "bank", protocol)
     if protocol == "opaque":
         assert heard == b""
@@ -163,13 +197,17 @@ async def test_a_server_with_another_identity_is_reported_at_once(tmp_path: Path
     assert seconds < 5
 
 
-async def test_an_opaque_connection_that_the_policy_does_not_allow_is_closed_at_once(tmp_path: Path, fast: bool) -> None:
+async def test_an_opaque_connection_that_the_policy_does_not_allow_is_closed_at_once(
+    tmp_path: Path, fast: bool
+) -> None:
     heard, seconds = await _hears(tmp_path, fast, "server", "opaque", allow="other")
     assert heard == b""
     assert seconds < 5
 
 
-async def test_a_connection_that_is_lost_in_the_handshake_is_tried_again(tmp_path: Path, fast: bool) -> None:
+async def test_a_connection_that_is_lost_in_the_handshake_is_tried_again(
+    tmp_path: Path, fast: bool
+) -> None:
     """As by a sidecar that is stopped within a handshake, and comes back."""
     fleet, seen = Fleet(tmp_path), 0
 
@@ -182,12 +220,22 @@ async def test_a_connection_that_is_lost_in_the_handshake_is_tried_again(tmp_pat
         endpoint = {"address": HOST, "identity": fleet.identity("server"), "ports": {"80": port}}
         ports = [{"port": 80, "protocol": "http1"}]
         rules = {"queue": {"timeout": "1s"}}
-        service = {"name": "shop", "addresses": [SERVICE], "ports": ports, "endpoints": [endpoint], "policy": rules}
+        service = {
+            "name": "shop",
+            "addresses": [SERVICE],
+            "ports": ports,
+            "endpoints": [endpoint],
+            "policy": rules,
+        }
         outbound = {**LISTEN, "fixed_destination": f"{SERVICE}:80"}
-        async with fleet.running("west", {"services": [service]}, outbound=outbound, fast_path=fast) as west:
+        async with fleet.running(
+            "west", {"services": [service]}, outbound=outbound, fast_path=fast
+        ) as west:
             client, since = await connect(Address(HOST, way_out(west))), trio.current_time()
             answer = await client.ask()
             assert (answer.status, trio.current_time() - since >= 1) == (502, True)
-            assert b'isthmus_errors_total{direction="outbound",reason="tls_lost"} 1.0' in west.render()
+            assert (
+                b'isthmus_errors_total{direction="outbound",reason="tls_lost"} 1.0' in west.render()
+            )
             await until(lambda: seen >= 3)
             client.close()

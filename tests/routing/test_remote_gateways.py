@@ -1,4 +1,5 @@
-"""The ways into other clusters: which gateways are used, found out by their names and by asking them, over the real thing."""
+"""The ways into other clusters: which gateways are used, found out by their names and by asking
+them, over the real thing."""
 
 from __future__ import annotations
 
@@ -26,7 +27,16 @@ from proxy.net.exceptions import ConnectFailed, ConnectionLost
 from proxy.net.socket_stream import SocketStream
 from proxy.routing.remote_gateways import RemoteGateways
 from tests.kit.apps import HOST, Fleet, application, mirror, way_in, way_out
-from tests.kit.clusters import LISTEN, NAMED, NOWHERE, Clusters, ask, clusters, east_directory, west_directory
+from tests.kit.clusters import (
+    LISTEN,
+    NAMED,
+    NOWHERE,
+    Clusters,
+    ask,
+    clusters,
+    east_directory,
+    west_directory,
+)
 from tests.kit.http import BROKEN, Peer, connect, until
 
 GATEWAY = "spiffe://cluster.local/ns/isthmus/sa/gateway"
@@ -39,7 +49,9 @@ def counted(all_: Clusters, line: str) -> bool:
 
 async def test_a_gateway_that_is_given_by_a_name_is_found(tmp_path: Path) -> None:
     async with clusters(tmp_path, way={"host": "localhost"}) as all_:
-        await until(lambda: bool(all_.west.remote_gateways.through(remote(all_)).endpoints), PATIENCE)
+        await until(
+            lambda: bool(all_.west.remote_gateways.through(remote(all_)).endpoints), PATIENCE
+        )
         for _ in range(5):  # it may have another address, at which nobody is
             assert (await all_.ask("c.east")).status == 200
 
@@ -50,7 +62,9 @@ def remote(all_: Clusters) -> Target:
     return service.targets[80]
 
 
-async def test_a_name_that_does_not_resolve_fails_requests_at_once_and_says_so(tmp_path: Path) -> None:
+async def test_a_name_that_does_not_resolve_fails_requests_at_once_and_says_so(
+    tmp_path: Path,
+) -> None:
     async with clusters(tmp_path, way={"host": "gateway.invalid"}) as all_:
         await until(lambda: "resolve" in all_.west.remote_gateways.why("east"), PATIENCE)
         answer = await all_.ask("c.east")
@@ -69,7 +83,9 @@ async def test_a_gateway_that_does_not_answer_is_left_out_until_it_does(tmp_path
         assert answer.status == 503
         assert f"no gateway of east is usable: {HOST}:{port}: ".encode() in answer.body
         settings = {"enabled": True, "listen": [f"{HOST}:{port}"]}
-        async with all_.fleet.running("gateway", east_directory(way_in(all_.server)), gateway=settings):
+        async with all_.fleet.running(
+            "gateway", east_directory(way_in(all_.server)), gateway=settings
+        ):
             await until(lambda: counted(all_, 'gateways_usable{cluster="east"} 1.0'), PATIENCE)
             assert (await all_.ask("c.east")).status == 200
 
@@ -78,7 +94,9 @@ async def test_a_gateway_that_is_shutting_down_gets_no_new_requests(tmp_path: Pa
     async with clusters(tmp_path) as all_:
         assert (await all_.ask("c.east")).status == 200
         all_.gateway.drain.draining = True
-        await until(lambda: "shutting down (503)" in all_.west.remote_gateways.why("east"), PATIENCE)
+        await until(
+            lambda: "shutting down (503)" in all_.west.remote_gateways.why("east"), PATIENCE
+        )
         await until(lambda: counted(all_, 'gateways_usable{cluster="east"} 0.0'), PATIENCE)
 
 
@@ -90,7 +108,13 @@ async def test_a_gateway_with_another_identity_is_none(tmp_path: Path) -> None:
             "clusters": [
                 {
                     "name": "east",
-                    "gateways": [{"address": HOST, "port": way_in(all_.gateway), "identity": Fleet.identity("other")}],
+                    "gateways": [
+                        {
+                            "address": HOST,
+                            "port": way_in(all_.gateway),
+                            "identity": Fleet.identity("other"),
+                        }
+                    ],
                     "services": [{"name": "c", "ports": [{"port": 80}]}],
                 }
             ],
@@ -99,7 +123,9 @@ async def test_a_gateway_with_another_identity_is_none(tmp_path: Path) -> None:
         await until(lambda: not all_.west.runtime.directory.current.services, PATIENCE)
         answer = await all_.ask("c.east")
         assert answer.status in (502, 503)
-        await until(lambda: counted(all_, 'gateway_probes_total{cluster="east",result="failed"}'), PATIENCE)
+        await until(
+            lambda: counted(all_, 'gateway_probes_total{cluster="east",result="failed"}'), PATIENCE
+        )
 
 
 # What a gateway that stands still does to what is under way...
@@ -107,7 +133,8 @@ async def test_a_gateway_with_another_identity_is_none(tmp_path: Path) -> None:
 
 @dataclass
 class Stopped:
-    """A gateway that is a process of its own, so that it can be made to stand still, and the sidecar that goes through it."""
+    """A gateway that is a process of its own, so that it can be made to stand still, and the
+    sidecar that goes through it."""
 
     west: App
     process: trio.Process
@@ -124,13 +151,16 @@ class Stopped:
 
 
 async def unmoved(stream: trio.SocketStream) -> None:
-    """The application: a gateway that is killed at the end of a test takes its connections along."""
+    """The application: a gateway that is killed at the end of a test takes its connections
+    along."""
     with suppress(trio.BrokenResourceError):
         await mirror(stream)
 
 
 @asynccontextmanager
-async def stoppable(folder: Path, *, to: str = NOWHERE, protocol: str = "http1") -> AsyncIterator[Stopped]:
+async def stoppable(
+    folder: Path, *, to: str = NOWHERE, protocol: str = "http1"
+) -> AsyncIterator[Stopped]:
     fleet = Fleet(folder)
     with socket.socket() as free:
         free.bind((HOST, 0))
@@ -141,12 +171,19 @@ async def stoppable(folder: Path, *, to: str = NOWHERE, protocol: str = "http1")
         async with fleet.running("server", inbound=inside) as server:
             entry = {"enabled": True, "listen": [f"{HOST}:{port}"]}
             file = fleet.configure("gateway", east_directory(way_in(server)), gateway=entry)
-            process = await trio.lowlevel.open_process([sys.executable, "-m", "proxy.cli", "run", "--config", str(file)])
+            process = await trio.lowlevel.open_process(
+                [sys.executable, "-m", "proxy.cli", "run", "--config", str(file)]
+            )
             try:
                 directory = west_directory(port)
                 directory["clusters"][0]["services"][0]["ports"][0]["protocol"] = protocol
                 probes = {"probe_interval": "100ms", "probe_timeout": "1500ms"}
-                async with fleet.running("west", directory, outbound={**LISTEN, **NAMED, "fixed_destination": to}, clusters=probes) as west:
+                async with fleet.running(
+                    "west",
+                    directory,
+                    outbound={**LISTEN, **NAMED, "fixed_destination": to},
+                    clusters=probes,
+                ) as west:
                     yield Stopped(west, process, port)
             finally:
                 process.kill()
@@ -162,7 +199,9 @@ async def answered(stopped: Stopped) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["http1", "http2"])
-async def test_what_is_under_way_to_a_gateway_that_stands_still_fails_in_the_time_of_its_probes(tmp_path: Path, protocol: str) -> None:
+async def test_what_is_under_way_to_a_gateway_that_stands_still_fails_in_the_time_of_its_probes(
+    tmp_path: Path, protocol: str
+) -> None:
     async with stoppable(tmp_path, protocol=protocol) as stopped:
         await answered(stopped)
         stopped.stand_still()
@@ -170,14 +209,20 @@ async def test_what_is_under_way_to_a_gateway_that_stands_still_fails_in_the_tim
             answer = await ask(await stopped.client(), "c.east")
         assert answer.status == 502
         said = answer.get(b"proxy-status") or b""
-        assert f"the gateway {HOST}:{stopped.port} of east does not answer its probes (no answer within 1.5 s)".encode() in said
+        assert (
+            f"the gateway {HOST}:{stopped.port} of east does not answer its probes (no answer"
+            " within 1.5 s)".encode()
+            in said
+        )
         assert b"error=connection_terminated" in said
         assert (await ask(await stopped.client(), "c.east")).status == 503  # at once
         stopped.go_on()
         await answered(stopped)
 
 
-async def test_a_quiet_tunnel_through_a_gateway_that_stands_still_is_cut_off(tmp_path: Path) -> None:
+async def test_a_quiet_tunnel_through_a_gateway_that_stands_still_is_cut_off(
+    tmp_path: Path,
+) -> None:
     async with stoppable(tmp_path, to="192.0.2.7:5432") as stopped:
         peer = None
         with trio.fail_after(2 * PATIENCE):
@@ -195,7 +240,9 @@ async def test_a_quiet_tunnel_through_a_gateway_that_stands_still_is_cut_off(tmp
         peer.close()
 
 
-async def test_a_gateway_that_is_shutting_down_lets_what_is_under_way_finish(tmp_path: Path) -> None:
+async def test_a_gateway_that_is_shutting_down_lets_what_is_under_way_finish(
+    tmp_path: Path,
+) -> None:
     asked, go = trio.Event(), trio.Event()
 
     async def slow(stream: trio.SocketStream) -> None:
@@ -214,14 +261,20 @@ async def test_a_gateway_that_is_shutting_down_lets_what_is_under_way_finish(tmp
             nursery.start_soon(request)
             await asked.wait()
             all_.gateway.drain.draining = True
-            await until(lambda: failed_probes(all_) >= 6, PATIENCE)  # three times as many as it takes
+            await until(
+                lambda: failed_probes(all_) >= 6, PATIENCE
+            )  # three times as many as it takes
             go.set()
     assert statuses == [200]
 
 
 def failed_probes(all_: Clusters) -> float:
     name = b'isthmus_gateway_probes_total{cluster="east",result="failed"} '
-    return sum(float(line.removeprefix(name)) for line in all_.west.render().splitlines() if line.startswith(name))
+    return sum(
+        float(line.removeprefix(name))
+        for line in all_.west.render().splitlines()
+        if line.startswith(name)
+    )
 
 
 class Quiet:
@@ -271,14 +324,18 @@ clusters:
 """
 
 
-async def test_clusters_that_nobody_asks_for_are_left_in_peace(autojump_clock: trio.testing.MockClock) -> None:
+async def test_clusters_that_nobody_asks_for_are_left_in_peace(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     remote_gateways, _ = still(TEXT)
     with trio.move_on_after(3600):
         await remote_gateways.watch()
     assert remote_gateways.why("north").endswith("(gw.invalid)")
 
 
-async def test_where_nothing_has_happened_the_snapshot_is_the_truth(autojump_clock: trio.testing.MockClock) -> None:
+async def test_where_nothing_has_happened_the_snapshot_is_the_truth(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     remote_gateways, known = still(TEXT)
     east = known.current.clusters["east"].services[0].targets[80]
     assert remote_gateways.through(east) is east
@@ -322,9 +379,14 @@ async def test_a_connection_that_moves_outlives_its_gateways_silence_and_a_quiet
             assert await moving.receive_some() == b"."
             await trio.sleep(2)
         assert ended == ["timeout"]
-        with pytest.raises(ConnectionLost, match=r"the gateway 203\.0\.113\.7:\d+ of east does not answer its probes"):
+        with pytest.raises(
+            ConnectionLost,
+            match=r"the gateway 203\.0\.113\.7:\d+ of east does not answer its probes",
+        ):
             await quiet.send_all(b"?")
-        with pytest.raises(ConnectionLost, match="does not answer its probes"):  # as soon as it falls quiet too
+        with pytest.raises(
+            ConnectionLost, match="does not answer its probes"
+        ):  # as soon as it falls quiet too
             await moving.receive_some()
         nursery.cancel_scope.cancel()
     for each in (quiet, moving, its_peer, sender):

@@ -1,5 +1,5 @@
-"""Where requests go: the address decides, and the authority only where it may; splits by weight, around what cannot be used; failover, and
-back without flapping.
+"""Where requests go: the address decides, and the authority only where it may; splits by weight,
+around what cannot be used; failover, and back without flapping.
 
 Health is the real balancer's, on a clock of the test's.
 """
@@ -76,7 +76,14 @@ class World:
         self.balancer = Balancer(lambda: self.now)
         chance = random.Random(seed)
         self.router = Router(
-            self.known, self.balancer, self.books, "default", SETTLE, lambda: self.now, chance, networks=[ip_network("192.0.2.0/24")]
+            self.known,
+            self.balancer,
+            self.books,
+            "default",
+            SETTLE,
+            lambda: self.now,
+            chance,
+            networks=[ip_network("192.0.2.0/24")],
         )
 
     def to(self, address: str = "10.96.0.1:80", authority: bytes | None = None) -> Target:
@@ -94,8 +101,12 @@ class World:
             for target in service.targets.values():
                 for endpoint in target.endpoints:
                     if endpoint.address.host in hosts:
-                        for _ in range(1 if how is Failure.UNREACHABLE else target.policy.breaker.failures):
-                            work = self.balancer.endpoint_set(target.service or "").begin(target.policy, endpoint, alone=False)
+                        for _ in range(
+                            1 if how is Failure.UNREACHABLE else target.policy.breaker.failures
+                        ):
+                            work = self.balancer.endpoint_set(target.service or "").begin(
+                                target.policy, endpoint, alone=False
+                            )
                             work.failed("test", how=how)
                             work.finished()
 
@@ -106,13 +117,18 @@ class World:
             for target in service.targets.values():
                 for endpoint in target.endpoints:
                     if endpoint.address.host in hosts:
-                        work = self.balancer.endpoint_set(target.service or "").begin(target.policy, endpoint, alone=False)
+                        work = self.balancer.endpoint_set(target.service or "").begin(
+                            target.policy, endpoint, alone=False
+                        )
                         work.answered(None)
                         work.finished()
 
     def services(self) -> list[Service]:
         directory = self.known.current
-        return [*directory.services, *(service for cluster in directory.clusters.values() for service in cluster.services)]
+        return [
+            *directory.services,
+            *(service for cluster in directory.clusters.values() for service in cluster.services),
+        ]
 
 
 # What was meant?
@@ -140,7 +156,9 @@ class World:
         ("127.0.0.1:80", b"c", None),
     ],
 )
-def test_the_address_decides_and_the_authority_only_where_the_operator_lets_it(address: str, authority: bytes | None, service: str) -> None:
+def test_the_address_decides_and_the_authority_only_where_the_operator_lets_it(
+    address: str, authority: bytes | None, service: str
+) -> None:
     target = World(text()).to(address, authority)
     assert target.service == service
     if service is None:
@@ -158,8 +176,14 @@ def test_the_authority_is_not_even_looked_at_where_it_may_not_choose() -> None:
     assert router.meant(Address("192.0.2.1", 80), ask).service is None
 
 
-@given(st.ip_addresses().map(str), st.sampled_from([80, 81, 4143, 8080]), st.sampled_from([b"c", b"new", b"c.east", b"c-east", b"c:80"]))
-def test_an_address_outside_of_the_mesh_is_itself_whatever_the_authority(host: str, port: int, authority: bytes) -> None:
+@given(
+    st.ip_addresses().map(str),
+    st.sampled_from([80, 81, 4143, 8080]),
+    st.sampled_from([b"c", b"new", b"c.east", b"c-east", b"c:80"]),
+)
+def test_an_address_outside_of_the_mesh_is_itself_whatever_the_authority(
+    host: str, port: int, authority: bytes
+) -> None:
     original = Address(host, port)
     router = World(text()).router
     router.networks = ()
@@ -168,10 +192,13 @@ def test_an_address_outside_of_the_mesh_is_itself_whatever_the_authority(host: s
 
 
 class Gates:
-    """203.0.113.7, port 4143, is the gateway of east, and 203.0.113.8 that of north; all of them can be used."""
+    """203.0.113.7, port 4143, is the gateway of east, and 203.0.113.8 that of north; all of them
+    can be used."""
 
     def cluster(self, address: Address) -> str | None:
-        return {Address("203.0.113.7", 4143): "east", Address("203.0.113.8", 4143): "north"}.get(address)
+        return {Address("203.0.113.7", 4143): "east", Address("203.0.113.8", 4143): "north"}.get(
+            address
+        )
 
     def through(self, target: Target) -> Target:
         return target
@@ -192,7 +219,9 @@ class Gates:
         ("203.0.113.8:4143", b"c.north", "north/default/c"),
     ],
 )
-def test_at_a_gateway_the_authority_chooses_among_the_services_of_its_cluster(address: str, authority: bytes, service: str | None) -> None:
+def test_at_a_gateway_the_authority_chooses_among_the_services_of_its_cluster(
+    address: str, authority: bytes, service: str | None
+) -> None:
     world = World(text())
     world.router.remote_gateways = Gates()
     assert world.to(address, authority).service == service
@@ -219,19 +248,26 @@ services:
         ("192.0.2.1:80", b"six", {"fd00::6"}),
     ],
 )
-def test_a_name_leads_to_endpoints_of_the_family_that_was_dialled(address: str, authority: bytes, hosts: set[str]) -> None:
+def test_a_name_leads_to_endpoints_of_the_family_that_was_dialled(
+    address: str, authority: bytes, hosts: set[str]
+) -> None:
     world = World(DUAL)
     world.router.networks = [ip_network("192.0.2.0/24"), ip_network("2001:db8::/32")]
     target = world.to(address, authority)
     assert {endpoint.address.host for endpoint in target.endpoints} == hosts
-    assert world.to(address, authority) is target, "what is known of a target's endpoints hangs on it"
+    assert world.to(address, authority) is target, (
+        "what is known of a target's endpoints hangs on it"
+    )
 
 
 class OneAddress:
     """Virtual addresses: 240.0.0.1 is c of east, 240.0.0.2 was something that is gone."""
 
     def lookup(self, host: str) -> tuple[str, str, str] | None:
-        return {"240.0.0.1": ("east", "default", "c"), "240.0.0.2": ("east", "default", "gone")}.get(host)
+        return {
+            "240.0.0.1": ("east", "default", "c"),
+            "240.0.0.2": ("east", "default", "gone"),
+        }.get(host)
 
     def covers(self, host: str) -> bool:
         return host.startswith("240.")
@@ -246,7 +282,9 @@ class OneAddress:
         ("240.0.0.3:80", None, 0),
     ],
 )
-def test_a_virtual_address_is_its_service_or_nobody_but_never_itself(address: str, service: str | None, gateways: int) -> None:
+def test_a_virtual_address_is_its_service_or_nobody_but_never_itself(
+    address: str, service: str | None, gateways: int
+) -> None:
     world = World(text())
     world.router.virtual = OneAddress()
     target = world.to(address, b"new")
@@ -262,7 +300,12 @@ def within(seen: int, share: float, count: int) -> bool:
 
 
 def test_requests_are_split_by_weight() -> None:
-    world = World(text("{service: c, weight: 90}, {service: c, cluster: east, weight: 10}, {service: new, weight: 0}"))
+    world = World(
+        text(
+            "{service: c, weight: 90}, {service: c, cluster: east, weight: 10}, {service: new,"
+            " weight: 0}"
+        )
+    )
     seen = world.many(20_000)
     assert set(seen) == {"default/c", "east/default/c"}
     assert within(seen["default/c"], 0.9, 20_000)
@@ -273,7 +316,10 @@ def test_requests_are_split_by_weight() -> None:
 @given(st.lists(st.integers(0, 1000), min_size=3, max_size=3).filter(any), st.integers(0, 2**32))
 def test_any_weights_are_kept_to(weights: list[int], seed: int) -> None:
     one, two, three = weights
-    shares = f"{{service: c, weight: {one}}}, {{service: c, cluster: east, weight: {two}}}, {{service: new, weight: {three}}}"
+    shares = (
+        f"{{service: c, weight: {one}}}, {{service: c, cluster: east, weight: {two}}}, {{service:"
+        f" new, weight: {three}}}"
+    )
     world = World(text(shares), seed)
     seen = world.many(2000)
     for name, weight in (("default/c", one), ("east/default/c", two), ("default/new", three)):
@@ -282,7 +328,12 @@ def test_any_weights_are_kept_to(weights: list[int], seed: int) -> None:
 
 
 def test_the_share_of_a_backend_that_cannot_be_used_goes_to_the_others_in_proportion() -> None:
-    world = World(text("{service: c, weight: 50}, {service: c, cluster: east, weight: 10}, {service: new, weight: 40}"))
+    world = World(
+        text(
+            "{service: c, weight: 50}, {service: c, cluster: east, weight: 10}, {service: new,"
+            " weight: 40}"
+        )
+    )
     world.breaks("10.1.0.1", "10.1.0.2")
     seen = world.many(10_000)
     assert set(seen) == {"east/default/c", "default/new"}
@@ -296,14 +347,19 @@ def test_a_backend_without_endpoints_gets_nothing() -> None:
 
 def test_a_backend_of_weight_0_gets_nothing_even_if_it_is_the_last_one() -> None:
     world = World(text("{service: empty, weight: 1}, {service: new, weight: 0}"))
-    with pytest.raises(NoEndpoint, match=r"no backend of default/c has a usable endpoint: default/empty none of 0$"):
+    with pytest.raises(
+        NoEndpoint, match=r"no backend of default/c has a usable endpoint: default/empty none of 0$"
+    ):
         world.to()
 
 
 def test_without_any_backend_that_can_be_used_the_error_names_them_all() -> None:
     world = World(text("{service: c, weight: 1}, {service: c, cluster: east, weight: 1}"))
     world.breaks("10.1.0.1", "10.1.0.2", "203.0.113.7")
-    with pytest.raises(NoEndpoint, match=r"no backend of default/c .*: default/c none of 2, east/default/c none of 1"):
+    with pytest.raises(
+        NoEndpoint,
+        match=r"no backend of default/c .*: default/c none of 2, east/default/c none of 1",
+    ):
         world.to()
 
 
@@ -365,8 +421,9 @@ def test_it_comes_back_when_it_has_been_usable_for_long_enough_and_not_before() 
 
 
 class Client:
-    """Asks ten times a second, by the router and the balancer, as proxy/routing/dispatch.py does: up to three endpoints, each time of what
-    is chosen then. `dead` are hosts that cannot be connected to."""
+    """Asks ten times a second, by the router and the balancer, as proxy/routing/dispatch.py does:
+    up to three endpoints, each time of what is chosen then. `dead` are hosts that cannot be
+    connected to."""
 
     def __init__(self, world: World, *dead: str) -> None:
         self.world, self.dead = world, set(dead)
@@ -407,14 +464,18 @@ HOME, EAST, NORTH = ("10.1.0.1", "10.1.0.2"), "203.0.113.7", "203.0.113.8"
 
 
 @pytest.mark.parametrize("below", [1, 2])
-def test_a_home_that_stays_dead_for_minutes_is_tried_now_and_then_and_the_service_moves_once_there_and_once_back(below: int) -> None:
+def test_a_home_that_stays_dead_for_minutes_is_tried_now_and_then_and_the_service_moves_once_there_and_once_back(
+    below: int,
+) -> None:
     world = failing_over(below)
     client = Client(world)
     assert set(client.ask_for(60)) == {"default/c"}
     client.dead = set(HOME)
     assert set(client.ask_for(600)) == {"east/default/c"}, "each request was served, in the end"
     assert world.books.states == [("default/c", True)]
-    assert 10 <= sum(client.wasted.values()) <= 2 * (8 + 600 / 60), "by one attempt of one request in each penalty of each endpoint"
+    assert 10 <= sum(client.wasted.values()) <= 2 * (8 + 600 / 60), (
+        "by one attempt of one request in each penalty of each endpoint"
+    )
     client.dead.clear()
     seen = client.ask_for(90 + SETTLE)
     assert set(seen) == {"east/default/c", "default/c"}
@@ -452,7 +513,9 @@ def test_if_nothing_is_left_anywhere_each_place_is_tried_in_about_a_second() -> 
         client.dead -= set(back)
         seen = client.ask_for(5)
         assert seen[None] <= 35, f"{back}: {seen}"
-        assert len(set(seen) - {None}) == 1, f"{back}: {seen}"  # the first trial may be the lucky one: then nobody is refused
+        assert len(set(seen) - {None}) == 1, (
+            f"{back}: {seen}"
+        )  # the first trial may be the lucky one: then nobody is refused
         assert world.books.states == [("default/c", True)]
 
 
@@ -465,13 +528,17 @@ def test_a_split_of_which_nothing_was_left_is_served_within_seconds_of_its_recov
     assert set(client.ask_for(90)) == {"default/c", "east/default/c"}
 
 
-def test_a_home_that_only_answers_badly_is_left_for_another_cluster_and_used_if_there_is_none() -> None:
+def test_a_home_that_only_answers_badly_is_left_for_another_cluster_and_used_if_there_is_none() -> (
+    None
+):
     world = failing_over()
     world.breaks(*HOME, how=Failure.RESPONSE)
     assert set(world.many(50)) == {"east/default/c"}
     world.breaks(EAST, NORTH)
     assert set(world.many(50)) == {"default/c"}
-    assert all(world.balancer.endpoint_set("default/c").pick(world.to()) is not None for _ in range(50)), "without a pause"
+    assert all(
+        world.balancer.endpoint_set("default/c").pick(world.to()) is not None for _ in range(50)
+    ), "without a pause"
 
 
 def test_backends_of_a_split_that_all_answer_badly_keep_their_shares() -> None:

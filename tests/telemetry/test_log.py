@@ -49,7 +49,15 @@ CONNECTION = ConnectionLine(
     destination="10.0.0.2:80",
     protocol="http/1.1",
     identity="spiffe://t/ns/a/sa/b",
-    tls=TLSInfo("TLSv1.3", "TLS_AES_256_GCM_SHA384", "X25519MLKEM768", b"http/1.1", False, "spiffe://t/ns/a/sa/b", "b.a.sa.t"),
+    tls=TLSInfo(
+        "TLSv1.3",
+        "TLS_AES_256_GCM_SHA384",
+        "X25519MLKEM768",
+        b"http/1.1",
+        False,
+        "spiffe://t/ns/a/sa/b",
+        "b.a.sa.t",
+    ),
     read=1,
     written=0,
     seconds=0.25,
@@ -60,7 +68,11 @@ CONNECTION = ConnectionLine(
 def test_a_connection_is_one_json_object() -> None:
     (line,) = written(lambda: log_connection(CONNECTION), format="json")
     found = json.loads(line)
-    assert (found["level"], found["message"], found["logger"]) == ("info", "connection", "isthmus.connection")
+    assert (found["level"], found["message"], found["logger"]) == (
+        "info",
+        "connection",
+        "isthmus.connection",
+    )
     assert (found["identity"], found["tls"], found["group"], found["resumed"]) == (
         "spiffe://t/ns/a/sa/b",
         "TLSv1.3",
@@ -72,9 +84,19 @@ def test_a_connection_is_one_json_object() -> None:
 
 
 def test_a_request_is_one_line_of_text() -> None:
-    line = RequestLine("outbound", "10.0.0.1:5", method=b"GET", target=b"/a b", authority=b"c", status=200, seconds=0.1)
+    line = RequestLine(
+        "outbound",
+        "10.0.0.1:5",
+        method=b"GET",
+        target=b"/a b",
+        authority=b"c",
+        status=200,
+        seconds=0.1,
+    )
     (text,) = written(lambda: log_request(line))
-    assert 'direction=outbound peer=10.0.0.1:5 method=GET target="/a b" authority=c status=200' in text
+    assert (
+        'direction=outbound peer=10.0.0.1:5 method=GET target="/a b" authority=c status=200' in text
+    )
 
 
 def test_lines_below_the_level_are_not_written() -> None:
@@ -85,7 +107,14 @@ def test_lines_below_the_level_are_not_written() -> None:
 @given(st.text(), st.binary())
 def test_nothing_that_a_peer_sends_makes_a_second_line_or_a_field(text: str, octets: bytes) -> None:
     record = LOGGER.makeRecord(
-        "isthmus", logging.INFO, "f", 1, text, (), None, extra={"line": RequestLine(text, text, target=octets, status=7)}
+        "isthmus",
+        logging.INFO,
+        "f",
+        1,
+        text,
+        (),
+        None,
+        extra={"line": RequestLine(text, text, target=octets, status=7)},
     )
     plain = TextFormatter().format(record)
     assert plain.isprintable()
@@ -150,7 +179,9 @@ def test_a_stuck_reader_holds_nobody_up_and_losses_are_counted_and_confessed(stu
     assert "984 log lines were dropped: the reader is too slow" in stuck.getvalue()
 
 
-def test_the_process_ends_although_the_reader_is_stuck(stuck: Stuck, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_ends_although_the_reader_is_stuck(
+    stuck: Stuck, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("proxy.telemetry.log.CLOSING", 0.05)
     close = configure(LogConfig(), stuck)
     LOGGER.warning("x")
@@ -179,7 +210,9 @@ def test_a_message_that_does_not_fit_its_arguments_ends_nothing() -> None:
     stream = io.StringIO()
     handler = QueueHandler(stream, TextFormatter(), 16, lambda *_: None)
     for message in ("%d", "%s"):
-        handler.handle(LOGGER.makeRecord("isthmus", logging.INFO, "file.py", 7, message, ("x",), None))
+        handler.handle(
+            LOGGER.makeRecord("isthmus", logging.INFO, "file.py", 7, message, ("x",), None)
+        )
     handler.close()
     first, second = stream.getvalue().splitlines()
     assert first == "a log line could not be formatted: TypeError (file.py:7)"
@@ -210,7 +243,11 @@ def test_a_limit_lets_some_through_each_second_and_says_how_many_it_kept() -> No
         (b"/a?token=secret", "/a", "/a?token=secret"),
         (b"/a?b?c=d", "/a", "/a?b?c=d"),
         (b"/?X-Amz-Signature=secret&a=b", "/", "/?X-Amz-Signature=REDACTED&a=b"),
-        (b"http://user:word@host:80/a?token=secret", "http://host:80/a", "http://host:80/a?token=secret"),
+        (
+            b"http://user:word@host:80/a?token=secret",
+            "http://host:80/a",
+            "http://host:80/a?token=secret",
+        ),
         (b"http://host?token=secret", "http://host", "http://host?token=secret"),
         (b"/a://b@c/d?e", "/a://b@c/d", "/a://b@c/d?e"),
         (b"host:443", "host:443", "host:443"),
@@ -218,8 +255,17 @@ def test_a_limit_lets_some_through_each_second_and_says_how_many_it_kept() -> No
     ],
 )
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_a_query_is_not_written_unless_that_is_wanted_and_secrets_never_are(target: bytes, hidden: str, shown: str, form: str) -> None:
-    line = RequestLine("outbound", "10.0.0.1:5", method=b"GET", target=target, authority=b"user:secret@host", status=200)
+def test_a_query_is_not_written_unless_that_is_wanted_and_secrets_never_are(
+    target: bytes, hidden: str, shown: str, form: str
+) -> None:
+    line = RequestLine(
+        "outbound",
+        "10.0.0.1:5",
+        method=b"GET",
+        target=target,
+        authority=b"user:secret@host",
+        status=200,
+    )
     for query, expected in ((False, hidden), (True, shown)):
         (text,) = written(lambda: log_request(line), format=form, query=query)
         assert (f'"target": "{expected}",' if form == "json" else f"{expected}") in text
@@ -285,7 +331,10 @@ def test_a_pipe_that_does_not_block_is_waited_for_and_loses_nothing() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     drops, got = Drops(), bytearray()
-    with os.fdopen(writer, "w", buffering=1) as stream, os.fdopen(reader, "rb", buffering=0) as other:
+    with (
+        os.fdopen(writer, "w", buffering=1) as stream,
+        os.fdopen(reader, "rb", buffering=0) as other,
+    ):
         close = configure(LogConfig(queue=100_000), stream, drops)
         for number in range(2000):
             LOGGER.warning("%d %s", number, "x" * 200)
@@ -293,7 +342,9 @@ def test_a_pipe_that_does_not_block_is_waited_for_and_loses_nothing() -> None:
             got += other.read(100_000)
         close()
     assert drops.found == []
-    assert [line.split()[3] for line in got.decode().splitlines()] == [str(number) for number in range(2000)]
+    assert [line.split()[3] for line in got.decode().splitlines()] == [
+        str(number) for number in range(2000)
+    ]
 
 
 @pytest.mark.lab
@@ -317,7 +368,9 @@ def test_a_line_that_a_full_disk_has_cut_is_ended_before_the_next_one(tmp_path: 
         after = (folder / "log").read_text().splitlines()
         assert after[: len(lines)] == lines, "what was cut there stays as it is"
         assert after[len(lines)].endswith("isthmus.test: room"), "on a line of its own"
-        assert after[-1].endswith(f"isthmus: {drops.total()} log lines were dropped: the disk was full")
+        assert after[-1].endswith(
+            f"isthmus: {drops.total()} log lines were dropped: the disk was full"
+        )
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
 

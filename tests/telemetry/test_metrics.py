@@ -1,4 +1,5 @@
-"""Metrics: recorded exactly once on every path, bounded label sets, and text that Prometheus reads."""
+"""Metrics: recorded exactly once on every path, bounded label sets, and text that Prometheus
+reads."""
 
 from __future__ import annotations
 
@@ -44,14 +45,27 @@ def test_a_request_is_counted_timed_and_classified() -> None:
 
 @pytest.mark.parametrize(
     ("status", "status_class", "classification"),
-    [(404, "4xx", "success"), (503, "5xx", "failure"), (0, "none", "failure"), (999, "none", "failure"), (101, "1xx", "success")],
+    [
+        (404, "4xx", "success"),
+        (503, "5xx", "failure"),
+        (0, "none", "failure"),
+        (999, "none", "failure"),
+        (101, "1xx", "success"),
+    ],
 )
-def test_a_server_error_and_no_response_are_failures(status: int, status_class: str, classification: str) -> None:
+def test_a_server_error_and_no_response_are_failures(
+    status: int, status_class: str, classification: str
+) -> None:
     metrics = Metrics()
     with metrics.http["inbound"].request(b"GET") as record:
         if status:
             record.head(status)
-    assert request(metrics, "responses_total", status_class=status_class, classification=classification) == 1
+    assert (
+        request(
+            metrics, "responses_total", status_class=status_class, classification=classification
+        )
+        == 1
+    )
 
 
 def test_a_request_that_raises_is_a_failure_and_recorded_once() -> None:
@@ -67,7 +81,10 @@ async def test_a_cancelled_request_and_connection_are_recorded() -> None:
     metrics = Metrics()
     with trio.CancelScope() as scope:
         scope.cancel()
-        with metrics.connections["inbound"].connection("src", "mutual"), metrics.http["inbound"].request(b"GET"):
+        with (
+            metrics.connections["inbound"].connection("src", "mutual"),
+            metrics.http["inbound"].request(b"GET"),
+        ):
             await trio.sleep_forever()
     assert request(metrics, "responses_total", status_class="none", classification="cancelled") == 1
     assert request(metrics, "connections_open", peer="src", tls="mutual") == 0
@@ -137,7 +154,10 @@ def test_the_books_of_a_connection_in_prometheus_words() -> None:
         metrics.heads_declined("outbound", "request", 0)
         lines = metrics.render().decode().splitlines()
     for line in (
-        "# HELP isthmus_connections_opened_total Connections opened (src: from the client, dst: to the server).",
+        (
+            "# HELP isthmus_connections_opened_total Connections opened (src: from the client, dst:"
+            " to the server)."
+        ),
         "# TYPE isthmus_connections_opened_total counter",
         'isthmus_connections_opened_total{direction="outbound",peer="dst",tls="mutual"} 1.0',
         "# TYPE isthmus_connections_open gauge",
@@ -155,7 +175,13 @@ def test_the_books_of_a_connection_in_prometheus_words() -> None:
         'isthmus_detection_seconds_sum{direction="outbound"} 11.0005',
     ):
         assert line in lines, line
-    facts = {"side": "client", "result": "ok", "version": "TLSv1.3", "group": "X25519MLKEM768", "resumed": "false"}
+    facts = {
+        "side": "client",
+        "result": "ok",
+        "version": "TLSv1.3",
+        "group": "X25519MLKEM768",
+        "resumed": "false",
+    }
     assert value(metrics, "tls_handshakes_total", direction="outbound", **facts) == 1
 
 
@@ -173,7 +199,9 @@ def test_the_text_is_what_prometheus_reads_and_has_every_family() -> None:
     metrics.validity(50.0, 100.0, 200.0)
     metrics.pool("idle").inc()
     metrics.logs_dropped(3, "slow_reader")
-    found = {family.name: family for family in text_string_to_metric_families(metrics.render().decode())}
+    found = {
+        family.name: family for family in text_string_to_metric_families(metrics.render().decode())
+    }
     for name in (
         "requests", "responses", "response_latency_seconds", "connections_opened", "connections_open", "connections_closed", "bytes",
         "tls_handshakes", "tls_failures", "detections", "detection_seconds", "loops", "errors", "heads_declined", "fast_path_exchanges",

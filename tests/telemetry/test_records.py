@@ -1,4 +1,5 @@
-"""What the log says of a relay that did not end cleanly names the side that it happened to, as a reader of the log knows it."""
+"""What the log says of a relay that did not end cleanly names the side that it happened to, as a
+reader of the log knows it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from tests.net.conftest import both, pair
 
 @pytest.mark.parametrize("lost", ["client", "server"])
 @pytest.mark.parametrize("fast", [False, True])
-async def test_a_side_that_is_lost_is_named(lost: str, nursery: trio.Nursery, *, fast: bool) -> None:
+async def test_a_side_that_is_lost_is_named(
+    lost: str, nursery: trio.Nursery, *, fast: bool
+) -> None:
     fast_path = FastPath(Drain(), 60, 60)
     if fast:
         await fast_path.open()
@@ -30,7 +33,9 @@ async def test_a_side_that_is_lost_is_named(lost: str, nursery: trio.Nursery, *,
         (client if lost == "client" else server).reset()
 
     with trio.fail_after(30):
-        outcome, _ = await both(partial(relay, accepted, dialled, idle=60, carry=fast_path.join if fast else None), lose)
+        outcome, _ = await both(
+            partial(relay, accepted, dialled, idle=60, carry=fast_path.join if fast else None), lose
+        )
     assert isinstance(outcome, Relayed)
     assert said(outcome).startswith(f"{lost}: ")
     for stream in (client, accepted, dialled, server):

@@ -28,21 +28,43 @@ def http(kind: str = "server", **changes: Any) -> HttpRecord:
     record.direction = "inbound" if kind == "server" else "outbound"
     record.started, record.head_at, record.ended = 1_000, 2_000, 3_000
     record.peer, record.destination = At("10.0.0.1", 40000), At("10.0.0.2", 8080)
-    record.method, record.target, record.authority, record.version, record.status = b"GET", b"/a", b"shop:8080", b"1.1", 200
+    record.method, record.target, record.authority, record.version, record.status = (
+        b"GET",
+        b"/a",
+        b"shop:8080",
+        b"1.1",
+        200,
+    )
     for name, value in changes.items():
         setattr(record, name, value)
     return record
 
 
 def grpc(kind: str = "server", **changes: Any) -> HttpRecord:
-    given = {"method": b"POST", "target": b"/shop.Stock/Get", "version": b"2", "grpc": True, "grpc_status": b"0"}
+    given = {
+        "method": b"POST",
+        "target": b"/shop.Stock/Get",
+        "version": b"2",
+        "grpc": True,
+        "grpc_status": b"0",
+    }
     return http(kind, **(given | changes))
 
 
 def connection(**changes: Any) -> StreamRecord:
     record = StreamRecord("server", TRACE, SPAN)
-    record.direction, record.peer, record.destination = "inbound", At("::1", 40000), At("fd00::2", 5432)
-    record.started, record.ended, record.protocol, record.read, record.written = 1, 2, "silent", 10, 20
+    record.direction, record.peer, record.destination = (
+        "inbound",
+        At("::1", 40000),
+        At("fd00::2", 5432),
+    )
+    record.started, record.ended, record.protocol, record.read, record.written = (
+        1,
+        2,
+        "silent",
+        10,
+        20,
+    )
     for name, value in changes.items():
         setattr(record, name, value)
     return record

@@ -1,4 +1,5 @@
-"""The names are those of the installed OpenTelemetry conventions, and docs/tracing.md has all of ours."""
+"""The names are those of the installed OpenTelemetry conventions, and docs/tracing.md has all of
+ours."""
 
 from __future__ import annotations
 
@@ -23,7 +24,11 @@ def known(package: object) -> dict[str, bool]:
     found = {}
     for info in pkgutil.iter_modules(package.__path__):  # type: ignore[attr-defined]
         module = importlib.import_module(f"{package.__name__}.{info.name}")  # type: ignore[attr-defined]
-        found |= {value: True for name, value in vars(module).items() if name.isupper() and isinstance(value, str)}
+        found |= {
+            value: True
+            for name, value in vars(module).items()
+            if name.isupper() and isinstance(value, str)
+        }
     return found
 
 
@@ -32,14 +37,21 @@ CONVENTIONS = {**known(stable), **known(incubating)}
 
 def test_names_that_are_not_ours_are_the_conventions() -> None:
     assert len(CONVENTIONS) > 500
-    assert not [name for name in Name if not name.startswith("isthmus.") and name not in CONVENTIONS]
+    assert not [
+        name for name in Name if not name.startswith("isthmus.") and name not in CONVENTIONS
+    ]
 
 
 def test_the_resources_names_are_the_conventions() -> None:
     names = [*VARIABLES.values(), *(prefix.rstrip(".") for prefix in FILES.values())]
-    names += [*owner("web-7d4b9c6f5d-x2x9k", {}), *owner("db-0", {}), *owner("a-x2x9k", {"controller-revision-hash": "1"})]
+    names += [
+        *owner("web-7d4b9c6f5d-x2x9k", {}),
+        *owner("db-0", {}),
+        *owner("a-x2x9k", {"controller-revision-hash": "1"}),
+    ]
     names += owner("r-28371960-x2x9k", {"job-name": "r-28371960"})
-    # The service account is not in the conventions yet: https://opentelemetry.io/docs/specs/semconv/registry/attributes/k8s/
+    # The service account is not in the conventions yet:
+    # https://opentelemetry.io/docs/specs/semconv/registry/attributes/k8s/
     assert {name for name in names if name not in CONVENTIONS} <= {"k8s.service_account.name"}
 
 

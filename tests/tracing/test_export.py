@@ -1,6 +1,8 @@
-"""Spans as a collector receives them: really exported, over HTTP, and decoded with OpenTelemetry's own messages.
+"""Spans as a collector receives them: really exported, over HTTP, and decoded with OpenTelemetry's
+own messages.
 
-Collectors that are slow, full, dead, or no collectors at all: nothing waits for them, and every span is counted once.
+Collectors that are slow, full, dead, or no collectors at all: nothing waits for them, and every
+span is counted once.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTracePartialSuccess, ExportTraceServiceResponse
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTracePartialSuccess,
+    ExportTraceServiceResponse,
+)
 
 from lab.collector import Collector as Receiver
 from tests.tracing.records import PARENT, SPAN, TRACE, At, connection, grpc, http
@@ -64,12 +69,18 @@ def eventually(probe: Callable[[], Any], seconds: float = 60) -> Any:
 
 
 def otlp(endpoint: str, **collector: Any) -> export.OtlpExporter:
-    about = About({"POD_NAME": "web-7d4b9c6f5d-x2x9k", "POD_NAMESPACE": "shop"}, cluster="east", version="9")
-    return export.OtlpExporter(export.Spans(Resource(about, print), "9"), Collector(f"{endpoint}/v1/traces", **collector))
+    about = About(
+        {"POD_NAME": "web-7d4b9c6f5d-x2x9k", "POD_NAMESPACE": "shop"}, cluster="east", version="9"
+    )
+    return export.OtlpExporter(
+        export.Spans(Resource(about, print), "9"), Collector(f"{endpoint}/v1/traces", **collector)
+    )
 
 
 @contextmanager
-def queue(build: Callable[[], Exporter], settings: QueueSettings = FAST) -> Iterator[tuple[SpanQueue, Book]]:
+def queue(
+    build: Callable[[], Exporter], settings: QueueSettings = FAST
+) -> Iterator[tuple[SpanQueue, Book]]:
     book = Book()
     spans = SpanQueue(build, settings, book, book.said.append)
     try:
@@ -109,14 +120,41 @@ def strange(behave: Callable[[socket.socket], None]) -> Iterator[str]:
 
 
 def test_a_collector_receives_the_whole_span() -> None:
-    with Receiver() as receiver, queue(lambda: otlp(receiver.endpoint, headers={"authorization": "Bearer x"})) as (spans, book):
-        spans.put(http("client", state=(b"a=1,b=2",), follows=b"1" * 16, attempt=1, status=503, peer=At("10.0.0.9", 8080)))
+    with (
+        Receiver() as receiver,
+        queue(lambda: otlp(receiver.endpoint, headers={"authorization": "Bearer x"})) as (
+            spans,
+            book,
+        ),
+    ):
+        spans.put(
+            http(
+                "client",
+                state=(b"a=1,b=2",),
+                follows=b"1" * 16,
+                attempt=1,
+                status=503,
+                peer=At("10.0.0.9", 8080),
+            )
+        )
         (span,) = receiver.wait(1)
         eventually(lambda: book.taken == 1)
-    assert (span.name, span.kind, span.scope, span.status, span.message) == ("GET", "client", "isthmus 9", "error", "")
+    assert (span.name, span.kind, span.scope, span.status, span.message) == (
+        "GET",
+        "client",
+        "isthmus 9",
+        "error",
+        "",
+    )
     ids = (span.trace_id, span.span_id, span.parent_id)
     assert ids == (TRACE.decode(), SPAN.decode(), PARENT.decode())
-    assert (span.start, span.end, span.state, span.remote, span.links) == (1_000, 3_000, "a=1,b=2", True, ["1" * 16])
+    assert (span.start, span.end, span.state, span.remote, span.links) == (
+        1_000,
+        3_000,
+        "a=1,b=2",
+        True,
+        ["1" * 16],
+    )
     assert [(event.name, event.at) for event in span.events] == [("isthmus.response.head", 2_000)]
     assert span.attributes["network.peer.address"] == "10.0.0.9"
     assert (span.pod, span.cluster) == ("web-7d4b9c6f5d-x2x9k", "east")
@@ -170,7 +208,9 @@ def test_a_collector_that_comes_back_gets_what_has_waited() -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_nobody_at_the_address_is_tried_again_and_then_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_at_the_address_is_tried_again_and_then_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(spans_queue, "MOST_TRIES", 3)
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
         port = listener.getsockname()[1]
@@ -193,7 +233,9 @@ def test_a_refusal_that_will_not_change_is_not_repeated(status: int) -> None:
 
 
 def test_a_collector_that_takes_a_part_is_believed() -> None:
-    answer = ExportTraceServiceResponse(partial_success=ExportTracePartialSuccess(rejected_spans=2, error_message="too old"))
+    answer = ExportTraceServiceResponse(
+        partial_success=ExportTracePartialSuccess(rejected_spans=2, error_message="too old")
+    )
     with Receiver() as receiver, queue(lambda: otlp(receiver.endpoint)) as (spans, book):
         receiver.answer = (200, {}, answer.SerializeToString())
         for _ in range(10):
@@ -252,9 +294,16 @@ def _reset(sock: socket.socket) -> None:
 
 @pytest.mark.parametrize(
     ("behave", "timeout", "reason"),
-    [(_rubbish, 30, "garbage"), (_silence, 0.3, "timeout"), (_trickle, 0.3, "timeout"), (_reset, 30, "unreachable|garbage")],
+    [
+        (_rubbish, 30, "garbage"),
+        (_silence, 0.3, "timeout"),
+        (_trickle, 0.3, "timeout"),
+        (_reset, 30, "unreachable|garbage"),
+    ],
 )
-def test_what_is_no_collector_costs_no_more_than_the_timeout(behave: Callable[[socket.socket], None], timeout: float, reason: str) -> None:
+def test_what_is_no_collector_costs_no_more_than_the_timeout(
+    behave: Callable[[socket.socket], None], timeout: float, reason: str
+) -> None:
     with strange(behave) as endpoint:
         post = Post(Collector(f"{endpoint}/v1/traces"))
         began = time.monotonic()
@@ -283,7 +332,10 @@ def test_a_kept_connection_that_has_died_is_replaced() -> None:
 
 
 def test_the_end_sends_what_is_left() -> None:
-    with Receiver() as receiver, queue(lambda: otlp(receiver.endpoint), QueueSettings(delay=3600)) as (spans, book):
+    with (
+        Receiver() as receiver,
+        queue(lambda: otlp(receiver.endpoint), QueueSettings(delay=3600)) as (spans, book),
+    ):
         for _ in range(100):
             spans.put(http())
         spans.close(20)
@@ -328,7 +380,8 @@ def test_the_packet_mark_is_set_or_its_lack_is_an_error_of_the_connection() -> N
         post = Post(Collector(f"{receiver.endpoint}/v1/traces", mark=77))
         outcome = post.send(b"", 10)
         post.close()
-    # CAP_NET_ADMIN, which the sandbox has: without it the collector is not reached past the redirection, and that is said
+    # CAP_NET_ADMIN, which the sandbox has: without it the collector is not reached past the
+    # redirection, and that is said
     assert not isinstance(outcome, Outcome) or "not permitted" in outcome.words
 
 
@@ -337,9 +390,19 @@ def test_a_collector_in_tls_is_believed_by_its_certificate_only(tmp_path: Path) 
     files = []
     for name in ("right", "wrong"):
         key, certificate = tmp_path / f"{name}.key", tmp_path / f"{name}.pem"
-        subject = ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2", "-nodes"]
+        subject = [
+            "-subj",
+            f"/CN={name}",
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+            "-days",
+            "2",
+            "-nodes",
+        ]
         new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
-        subprocess.run([*new, *subject, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+        subprocess.run(
+            [*new, *subject, "-keyout", key, "-out", certificate], check=True, capture_output=True
+        )
         files.append((str(certificate), str(key)))
     (right, key), (wrong, _) = files
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -361,7 +424,16 @@ def test_a_collector_in_tls_is_believed_by_its_certificate_only(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
-    [(None, 0), ("", 0), ("x", 0), ("7", 7), ("-1", 0), ("nan", 0), ("1e9", 300), ("Thu, 01 Jan 1970 00:00:00 GMT", 0)],
+    [
+        (None, 0),
+        ("", 0),
+        ("x", 0),
+        ("7", 7),
+        ("-1", 0),
+        ("nan", 0),
+        ("1e9", 300),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
+    ],
 )
 def test_retry_after_is_seconds_or_a_date_within_reason(value: str | None, seconds: float) -> None:
     assert retry_after(value) == seconds
@@ -369,12 +441,15 @@ def test_retry_after_is_seconds_or_a_date_within_reason(value: str | None, secon
 
 def test_the_console_has_a_line_of_json_for_each_span() -> None:
     program = (
-        "from tests.tracing.records import http\nfrom tests.tracing.test_export import Book\nfrom tracing import export\n"
-        "from tracing.queue import QueueSettings, SpanQueue\nfrom tracing.resource import About, Resource\n"
-        "spans = export.Spans(Resource(About({}), print), '9')\n"
-        "queue = SpanQueue(lambda: export.console(spans), QueueSettings(), Book(), print)\nqueue.put(http())\nqueue.close(20)\n"
+        "from tests.tracing.records import http\nfrom tests.tracing.test_export import Book\nfrom"
+        " tracing import export\nfrom tracing.queue import QueueSettings, SpanQueue\nfrom"
+        " tracing.resource import About, Resource\nspans = export.Spans(Resource(About({}), print),"
+        " '9')\nqueue = SpanQueue(lambda: export.console(spans), QueueSettings(), Book(),"
+        " print)\nqueue.put(http())\nqueue.close(20)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
     (line,) = done.stdout.splitlines()
     assert TRACE.decode() in line
 

@@ -1,4 +1,5 @@
-"""Pod metadata: what the downward API writes is read as it was meant, and nothing that is wrong with it is an error."""
+"""Pod metadata: what the downward API writes is read as it was meant, and nothing that is wrong
+with it is an error."""
 
 from __future__ import annotations
 
@@ -16,15 +17,34 @@ def go_quote(text: str) -> str:
     simple = {"\n": "\\n", "\t": "\\t", '"': '\\"', "\\": "\\\\", "\a": "\\a"}
     return (
         '"'
-        + "".join(simple.get(c) or (c if " " <= c <= "~" else f"\\u{ord(c):04x}" if ord(c) < 65536 else f"\\U{ord(c):08x}") for c in text)
+        + "".join(
+            simple.get(c)
+            or (
+                c
+                if " " <= c <= "~"
+                else f"\\u{ord(c):04x}"
+                if ord(c) < 65536
+                else f"\\U{ord(c):08x}"
+            )
+            for c in text
+        )
         + '"'
     )
 
 
 def test_labels_annotations_and_variables_become_attributes(tmp_path: Path) -> None:
     (tmp_path / "labels").write_text('app="web"\napp.kubernetes.io/part-of="shop"\n')
-    (tmp_path / "annotations").write_text('note="two\\nlines \\"quoted\\""\nkubectl.kubernetes.io/last-applied-configuration="{}"')
-    environ = {"POD_NAME": "web-1", "POD_NAMESPACE": "shop", "POD_UID": "u", "NODE_NAME": "n", "POD_IP": "", "PATH": "/bin"}
+    (tmp_path / "annotations").write_text(
+        'note="two\\nlines \\"quoted\\""\nkubectl.kubernetes.io/last-applied-configuration="{}"'
+    )
+    environ = {
+        "POD_NAME": "web-1",
+        "POD_NAMESPACE": "shop",
+        "POD_UID": "u",
+        "NODE_NAME": "n",
+        "POD_IP": "",
+        "PATH": "/bin",
+    }
     assert pod_attributes(environ, tmp_path) == (
         {
             "k8s.pod.name": "web-1",
@@ -48,7 +68,10 @@ def test_what_cannot_be_read_is_one_warning_and_the_rest_is_kept(tmp_path: Path)
     found, warning = pod_attributes({"POD_NAME": "a"}, tmp_path)
     assert found == {"k8s.pod.name": "a"}
     assert warning is not None
-    assert "labels: line 1: the value is not in double quotes; annotations: No such file or directory" in warning
+    assert (
+        "labels: line 1: the value is not in double quotes; annotations: No such file or directory"
+        in warning
+    )
     assert "\n" not in warning
 
 
@@ -76,15 +99,25 @@ def test_go_strings_are_unescaped_as_go_does(quoted: str, text: str) -> None:
     assert unquote(quoted) == text
 
 
-@pytest.mark.parametrize("quoted", ["", '"', "a", '"a', r'"\q"', r'"\"', '"a"b"', r'"\x4"', r'"\777"'])
+@pytest.mark.parametrize(
+    "quoted", ["", '"', "a", '"a', r'"\q"', r'"\"', '"a"b"', r'"\x4"', r'"\777"']
+)
 def test_what_is_no_go_string_is_refused(quoted: str) -> None:
     with pytest.raises(ValueError):
         unquote(quoted)
 
 
-@given(st.dictionaries(st.from_regex(r"[a-z./-]{1,20}", fullmatch=True), st.text(st.characters(exclude_categories=["Cs"]))))
+@given(
+    st.dictionaries(
+        st.from_regex(r"[a-z./-]{1,20}", fullmatch=True),
+        st.text(st.characters(exclude_categories=["Cs"])),
+    )
+)
 def test_every_value_is_read_back(pairs: dict[str, str]) -> None:
-    assert parse_downward("".join(f"{key}={go_quote(value)}\n" for key, value in pairs.items())) == pairs
+    assert (
+        parse_downward("".join(f"{key}={go_quote(value)}\n" for key, value in pairs.items()))
+        == pairs
+    )
 
 
 @given(st.text())

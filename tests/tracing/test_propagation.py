@@ -1,7 +1,7 @@
 """The laws of propagation, for every format:
 
-what was written is read back; our span takes the caller's place, and nothing else changes; any bytes are a context or none, never an
-error; whatever was not valid stays as it was.
+what was written is read back; our span takes the caller's place, and nothing else changes; any
+bytes are a context or none, never an error; whatever was not valid stays as it was.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ def grpc(trace: bytes, span: bytes, options: bytes = b"\x02\x01", *, padded: boo
     return base64.b64encode(raw) if padded else base64.b64encode(raw).rstrip(b"=")
 
 
-def child(context: TraceContext, span: bytes = OURS, *, sampled: bool | None = True) -> TraceContext:
-    return TraceContext(context.trace_id, span, sampled, context.random, context.debug, parent=context.span_id)
+def child(
+    context: TraceContext, span: bytes = OURS, *, sampled: bool | None = True
+) -> TraceContext:
+    return TraceContext(
+        context.trace_id, span, sampled, context.random, context.debug, parent=context.span_id
+    )
 
 
 def passed_on(fields: list[Field], span: bytes = OURS, *, sampled: bool = True) -> list[Field]:
@@ -44,10 +48,34 @@ def passed_on(fields: list[Field], span: bytes = OURS, *, sampled: bool = True) 
 
 # name, fields as they come, sampled, debug, fields as they go on
 CASES: list[tuple[str, list[Field], bool | None, bool, list[Field]]] = [
-    ("w3c", [(b"traceparent", b"00-%b-%b-01" % (TRACE, SPAN))], True, False, [(b"traceparent", b"00-%b-%b-01" % (TRACE, OURS))]),
-    ("w3c random", [(b"traceparent", b"00-%b-%b-03" % (TRACE, SPAN))], True, False, [(b"traceparent", b"00-%b-%b-03" % (TRACE, OURS))]),
-    ("single, sampled", [(b"b3", b"%b-%b-1" % (TRACE, SPAN))], True, False, [(b"b3", b"%b-%b-1" % (TRACE, OURS))]),
-    ("single, debug", [(b"B3", b"%b-%b-d" % (SHORT, SPAN))], True, True, [(b"B3", b"%b-%b-d" % (SHORT, OURS))]),
+    (
+        "w3c",
+        [(b"traceparent", b"00-%b-%b-01" % (TRACE, SPAN))],
+        True,
+        False,
+        [(b"traceparent", b"00-%b-%b-01" % (TRACE, OURS))],
+    ),
+    (
+        "w3c random",
+        [(b"traceparent", b"00-%b-%b-03" % (TRACE, SPAN))],
+        True,
+        False,
+        [(b"traceparent", b"00-%b-%b-03" % (TRACE, OURS))],
+    ),
+    (
+        "single, sampled",
+        [(b"b3", b"%b-%b-1" % (TRACE, SPAN))],
+        True,
+        False,
+        [(b"b3", b"%b-%b-1" % (TRACE, OURS))],
+    ),
+    (
+        "single, debug",
+        [(b"B3", b"%b-%b-d" % (SHORT, SPAN))],
+        True,
+        True,
+        [(b"B3", b"%b-%b-d" % (SHORT, OURS))],
+    ),
     (
         "single, with a parent",
         [(b"b3", b"%b-%b-1-%b" % (SHORT, SPAN, PARENT))],
@@ -55,13 +83,29 @@ CASES: list[tuple[str, list[Field], bool | None, bool, list[Field]]] = [
         False,
         [(b"b3", b"%b-%b-1-%b" % (SHORT, OURS, SPAN))],
     ),
-    ("single, undecided", [(b"b3", b"%b-%b" % (TRACE, SPAN))], None, False, [(b"b3", b"%b-%b-1" % (TRACE, OURS))]),
+    (
+        "single, undecided",
+        [(b"b3", b"%b-%b" % (TRACE, SPAN))],
+        None,
+        False,
+        [(b"b3", b"%b-%b-1" % (TRACE, OURS))],
+    ),
     (
         "several, as Envoy sends them",
-        [(b"X-B3-TraceId", TRACE), (b"X-B3-SpanId", SPAN), (b"X-B3-ParentSpanId", PARENT), (b"X-B3-Sampled", b"1")],
+        [
+            (b"X-B3-TraceId", TRACE),
+            (b"X-B3-SpanId", SPAN),
+            (b"X-B3-ParentSpanId", PARENT),
+            (b"X-B3-Sampled", b"1"),
+        ],
         True,
         False,
-        [(b"X-B3-TraceId", TRACE), (b"X-B3-SpanId", OURS), (b"X-B3-ParentSpanId", SPAN), (b"X-B3-Sampled", b"1")],
+        [
+            (b"X-B3-TraceId", TRACE),
+            (b"X-B3-SpanId", OURS),
+            (b"X-B3-ParentSpanId", SPAN),
+            (b"X-B3-Sampled", b"1"),
+        ],
     ),
     (
         "several, without a parent, an old sender",
@@ -79,10 +123,20 @@ CASES: list[tuple[str, list[Field], bool | None, bool, list[Field]]] = [
     ),
     (
         "several, debug beside a no",
-        [(b"x-b3-traceid", SHORT), (b"x-b3-spanid", SPAN), (b"x-b3-sampled", b"0"), (b"x-b3-flags", b"1")],
+        [
+            (b"x-b3-traceid", SHORT),
+            (b"x-b3-spanid", SPAN),
+            (b"x-b3-sampled", b"0"),
+            (b"x-b3-flags", b"1"),
+        ],
         True,
         True,
-        [(b"x-b3-traceid", SHORT), (b"x-b3-spanid", OURS), (b"x-b3-sampled", b"0"), (b"x-b3-flags", b"1")],
+        [
+            (b"x-b3-traceid", SHORT),
+            (b"x-b3-spanid", OURS),
+            (b"x-b3-sampled", b"0"),
+            (b"x-b3-flags", b"1"),
+        ],
     ),
     (
         "several, undecided",
@@ -91,7 +145,13 @@ CASES: list[tuple[str, list[Field], bool | None, bool, list[Field]]] = [
         False,
         [(b"x-b3-traceid", SHORT), (b"x-b3-spanid", OURS), (b"x-b3-sampled", b"1")],
     ),
-    ("jaeger", [(b"uber-trace-id", b"%b:%b:0:1" % (TRACE, SPAN))], True, False, [(b"uber-trace-id", b"%b:%b:%b:1" % (TRACE, OURS, SPAN))]),
+    (
+        "jaeger",
+        [(b"uber-trace-id", b"%b:%b:0:1" % (TRACE, SPAN))],
+        True,
+        False,
+        [(b"uber-trace-id", b"%b:%b:%b:1" % (TRACE, OURS, SPAN))],
+    ),
     (
         "jaeger, 64 bits, a parent",
         [(b"Uber-Trace-Id", b"%b:%b:%b:01" % (SHORT, SPAN, PARENT))],
@@ -120,7 +180,13 @@ CASES: list[tuple[str, list[Field], bool | None, bool, list[Field]]] = [
         False,
         [(b"uber-trace-id", b"%b%%3A%b%%3A%b%%3A1" % (TRACE.upper(), OURS, SPAN))],
     ),
-    ("grpc", [(b"grpc-trace-bin", grpc(TRACE, SPAN))], True, False, [(b"grpc-trace-bin", grpc(TRACE, OURS))]),
+    (
+        "grpc",
+        [(b"grpc-trace-bin", grpc(TRACE, SPAN))],
+        True,
+        False,
+        [(b"grpc-trace-bin", grpc(TRACE, OURS))],
+    ),
     (
         "grpc, padded",
         [(b"grpc-trace-bin", grpc(TRACE, SPAN, padded=True))],
@@ -138,16 +204,28 @@ CASES: list[tuple[str, list[Field], bool | None, bool, list[Field]]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "sampled", "debug", "expected"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    ("fields", "sampled", "debug", "expected"),
+    [case[1:] for case in CASES],
+    ids=[case[0] for case in CASES],
+)
 def test_our_span_takes_the_callers_place_and_nothing_else_changes(
     fields: list[Field], sampled: bool | None, debug: bool, expected: list[Field]
 ) -> None:
     around: list[Field] = [(b"Host", b"a"), *fields, (b"baggage", b"k=v"), (b"x-b3-other", b"1")]
     found = extract(around)
     assert found is not None
-    assert (found.context.span_id, found.context.sampled, found.context.debug) == (SPAN, sampled, debug)
+    assert (found.context.span_id, found.context.sampled, found.context.debug) == (
+        SPAN,
+        sampled,
+        debug,
+    )
     assert found.context.trace_id in (TRACE, SHORT.rjust(32, b"0"))
-    assert passed_on(around) == [(b"Host", b"a"), *expected, *around[len(fields) + 1 :]] or passed_on(around)[1:] == [
+    assert passed_on(around) == [
+        (b"Host", b"a"),
+        *expected,
+        *around[len(fields) + 1 :],
+    ] or passed_on(around)[1:] == [
         *expected[: len(fields)],
         *around[len(fields) + 1 :],
         *expected[len(fields) :],
@@ -172,14 +250,22 @@ def test_a_decision_without_ids_is_a_decision(fields: list[Field], sampled: bool
     assert (found.context.trace_id, found.context.sampled) == (b"", sampled)
 
 
-@pytest.mark.parametrize("fields", [[(b"b3", b"1")], [(b"x-b3-sampled", b"1")], [(b"x-b3-flags", b"1")]])
-def test_a_trace_that_such_a_decision_begins_is_written_in_the_same_format(fields: list[Field]) -> None:
+@pytest.mark.parametrize(
+    "fields", [[(b"b3", b"1")], [(b"x-b3-sampled", b"1")], [(b"x-b3-flags", b"1")]]
+)
+def test_a_trace_that_such_a_decision_begins_is_written_in_the_same_format(
+    fields: list[Field],
+) -> None:
     found = extract(fields)
     assert found is not None
     replace(fields, found, TraceContext(TRACE, OURS, sampled=True, debug=found.context.debug))
     again = extract(fields)
     assert again is not None
-    assert (again.context.trace_id, again.context.span_id, again.context.sampled) == (TRACE, OURS, True)
+    assert (again.context.trace_id, again.context.span_id, again.context.sampled) == (
+        TRACE,
+        OURS,
+        True,
+    )
     assert {name for name, _ in fields} <= NAMES - {b"traceparent"}
 
 
@@ -229,7 +315,9 @@ def test_the_ids_of_jaeger_may_lack_their_zeros(value: bytes, trace: bytes, span
     found = extract(fields)
     assert found is not None
     assert (found.context.trace_id, found.context.span_id) == (trace, span)
-    assert passed_on(fields) == [(b"uber-trace-id", value.split(b":")[0] + b":%b:%b:1" % (OURS, span))]
+    assert passed_on(fields) == [
+        (b"uber-trace-id", value.split(b":")[0] + b":%b:%b:1" % (OURS, span))
+    ]
 
 
 @pytest.mark.parametrize(("flags", "sampled"), [
@@ -248,20 +336,34 @@ def test_the_flags_of_jaeger(flags: bytes, sampled: bool) -> None:
 def test_all_formats_of_the_same_trace_are_given_our_span() -> None:
 
     def fields(span: bytes, parent: bytes) -> list[Field]:
-        standard, jaeger = (b"traceparent", b"00-%b-%b-01" % (TRACE, span)), (b"uber-trace-id", b"%b:%b:%b:1" % (TRACE, span, parent))
-        return [standard, (b"b3", b"%b-%b-1" % (SHORT, span)), (b"grpc-trace-bin", grpc(TRACE, span)), jaeger]
+        standard, jaeger = (
+            (b"traceparent", b"00-%b-%b-01" % (TRACE, span)),
+            (b"uber-trace-id", b"%b:%b:%b:1" % (TRACE, span, parent)),
+        )
+        return [
+            standard,
+            (b"b3", b"%b-%b-1" % (SHORT, span)),
+            (b"grpc-trace-bin", grpc(TRACE, span)),
+            jaeger,
+        ]
 
     assert passed_on(fields(SPAN, b"0")) == fields(OURS, SPAN)
 
 
 def test_the_standard_wins_and_headers_of_another_trace_stay_as_they_are() -> None:
     other = (b"b3", b"%b-%b-1" % (TRACE[::-1], SPAN))
-    assert passed_on([other, (b"traceparent", b"00-%b-%b-01" % (TRACE, SPAN))]) == [other, (b"traceparent", b"00-%b-%b-01" % (TRACE, OURS))]
+    assert passed_on([other, (b"traceparent", b"00-%b-%b-01" % (TRACE, SPAN))]) == [
+        other,
+        (b"traceparent", b"00-%b-%b-01" % (TRACE, OURS)),
+    ]
 
 
 def test_an_invalid_header_does_not_hide_a_valid_one_of_another_format() -> None:
     broken = (b"traceparent", b"00-zz")
-    assert passed_on([broken, (b"b3", b"%b-%b-1" % (TRACE, SPAN))]) == [broken, (b"b3", b"%b-%b-1" % (TRACE, OURS))]
+    assert passed_on([broken, (b"b3", b"%b-%b-1" % (TRACE, SPAN))]) == [
+        broken,
+        (b"b3", b"%b-%b-1" % (TRACE, OURS)),
+    ]
 
 
 def test_fields_that_others_have_added_in_between_do_not_mislead_us() -> None:
@@ -274,7 +376,12 @@ def test_fields_that_others_have_added_in_between_do_not_mislead_us() -> None:
 
 
 def test_a_trace_that_begins_here_takes_the_place_of_what_was_not_valid() -> None:
-    fields = [(b"Traceparent", b"rubbish"), (b"Host", b"a"), (b"tracestate", b"a=1"), (b"tracestate", b"b=1")]
+    fields = [
+        (b"Traceparent", b"rubbish"),
+        (b"Host", b"a"),
+        (b"tracestate", b"a=1"),
+        (b"tracestate", b"b=1"),
+    ]
     begin(fields, TraceContext(TRACE, OURS, sampled=True, random=True))
     assert fields == [(b"Host", b"a"), (b"traceparent", b"00-%b-%b-03" % (TRACE, OURS))]
 
@@ -284,25 +391,45 @@ WRITERS: list[Writer] = [
     lambda trace, span, sampled: [(b"traceparent", b"00-%b-%b-0%d" % (trace, span, sampled))],
     lambda trace, span, sampled: [(b"b3", b"%b-%b-%d" % (trace, span, sampled))],
     lambda trace, span, sampled: [(b"b3", b"%b-%b-%d-%b" % (trace, span, sampled, PARENT))],
-    lambda trace, span, sampled: [(b"X-B3-TraceId", trace), (b"X-B3-SpanId", span), (b"X-B3-Sampled", b"%d" % sampled)],
+    lambda trace, span, sampled: [
+        (b"X-B3-TraceId", trace),
+        (b"X-B3-SpanId", span),
+        (b"X-B3-Sampled", b"%d" % sampled),
+    ],
     lambda trace, span, sampled: [(b"grpc-trace-bin", grpc(trace, span, b"\2" + bytes([sampled])))],
     lambda trace, span, sampled: [(b"uber-trace-id", b"%b:%b:0:%d" % (trace, span, sampled))],
-    lambda trace, span, sampled: [(b"uber-trace-id", b"%b:%b:0:0%d" % (trace.lstrip(b"0"), span.lstrip(b"0"), sampled))],
+    lambda trace, span, sampled: [
+        (b"uber-trace-id", b"%b:%b:0:0%d" % (trace.lstrip(b"0"), span.lstrip(b"0"), sampled))
+    ],
 ]
 
 
 @given(st.sampled_from(WRITERS), trace_ids, short_ids, short_ids, st.tuples(sampling, sampling))
-def test_what_is_written_is_read_back(write: Writer, trace: bytes, span: bytes, ours: bytes, sampled: tuple[bool, bool]) -> None:
+def test_what_is_written_is_read_back(
+    write: Writer, trace: bytes, span: bytes, ours: bytes, sampled: tuple[bool, bool]
+) -> None:
     fields = write(trace, span, sampled[0])
     found = extract(fields)
     assert found is not None
-    assert (found.context.trace_id, found.context.span_id, found.context.sampled) == (trace, span, sampled[0])
+    assert (found.context.trace_id, found.context.span_id, found.context.sampled) == (
+        trace,
+        span,
+        sampled[0],
+    )
     again = extract(passed_on(fields, ours, sampled=sampled[1]))
     assert again is not None
-    assert (again.context.trace_id, again.context.span_id, again.context.sampled) == (trace, ours, sampled[1])
+    assert (again.context.trace_id, again.context.span_id, again.context.sampled) == (
+        trace,
+        ours,
+        sampled[1],
+    )
 
 
-values = st.one_of(st.binary(max_size=80), st.from_regex(rb"[0-9a-f-]{16,70}[01d]?"), st.from_regex(rb"[0-9a-f]{1,33}(:[0-9a-f]{1,17}){3}"))
+values = st.one_of(
+    st.binary(max_size=80),
+    st.from_regex(rb"[0-9a-f-]{16,70}[01d]?"),
+    st.from_regex(rb"[0-9a-f]{1,33}(:[0-9a-f]{1,17}){3}"),
+)
 
 
 @given(st.lists(st.tuples(st.sampled_from(sorted(NAMES)), values), max_size=8))
@@ -311,7 +438,13 @@ def test_any_headers_are_a_context_or_none_and_can_be_written_over(fields: list[
     if found is None:
         return
     before = list(fields)
-    replace(fields, found, TraceContext(found.context.trace_id or TRACE, OURS, sampled=True, debug=found.context.debug))
+    replace(
+        fields,
+        found,
+        TraceContext(
+            found.context.trace_id or TRACE, OURS, sampled=True, debug=found.context.debug
+        ),
+    )
     again = extract(fields)
     assert again is not None
     assert again.context.span_id == OURS

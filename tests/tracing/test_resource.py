@@ -1,4 +1,5 @@
-"""The resource: who owns a pod and what its service is called, by labels and by name; changes while running; troubles said once."""
+"""The resource: who owns a pod and what its service is called, by labels and by name; changes while
+running; troubles said once."""
 
 from __future__ import annotations
 
@@ -11,7 +12,11 @@ from tracing.resource import About, Resource
 from tracing.workload import owner, service
 
 REPLICA = {"pod-template-hash": "7d4b9c6f5d"}
-SET = {"statefulset.kubernetes.io/pod-name": "db-0", "controller-revision-hash": "db-5f6d", "apps.kubernetes.io/pod-index": "0"}
+SET = {
+    "statefulset.kubernetes.io/pod-name": "db-0",
+    "controller-revision-hash": "db-5f6d",
+    "apps.kubernetes.io/pod-index": "0",
+}
 DEPLOYMENT = {"k8s.deployment.name": "web", "k8s.replicaset.name": "web-7d4b9c6f5d"}
 
 
@@ -19,11 +24,19 @@ DEPLOYMENT = {"k8s.deployment.name": "web", "k8s.replicaset.name": "web-7d4b9c6f
     ("name", "labels", "found"),
     [
         ("web-7d4b9c6f5d-x2x9k", REPLICA, DEPLOYMENT),
-        ("a-b-c-7d4b9c6f5d-x2x9k", REPLICA, {"k8s.deployment.name": "a-b-c", "k8s.replicaset.name": "a-b-c-7d4b9c6f5d"}),
+        (
+            "a-b-c-7d4b9c6f5d-x2x9k",
+            REPLICA,
+            {"k8s.deployment.name": "a-b-c", "k8s.replicaset.name": "a-b-c-7d4b9c6f5d"},
+        ),
         ("renamed", REPLICA, {}),
         ("db-0", SET, {"k8s.statefulset.name": "db"}),
         ("agent-8kq2z", {"controller-revision-hash": "6b5f"}, {"k8s.daemonset.name": "agent"}),
-        ("report-28371960-k4m2c", {"job-name": "report-28371960"}, {"k8s.job.name": "report-28371960", "k8s.cronjob.name": "report"}),
+        (
+            "report-28371960-k4m2c",
+            {"job-name": "report-28371960"},
+            {"k8s.job.name": "report-28371960", "k8s.cronjob.name": "report"},
+        ),
         ("once-k4m2c", {"batch.kubernetes.io/job-name": "once"}, {"k8s.job.name": "once"}),
         ("web-7d4b9c6f5d-x2x9k", {}, DEPLOYMENT),
         ("db-12", {"app": "db"}, {"k8s.statefulset.name": "db"}),
@@ -32,17 +45,26 @@ DEPLOYMENT = {"k8s.deployment.name": "web", "k8s.replicaset.name": "web-7d4b9c6f
         ("", {}, {}),
     ],
 )
-def test_the_owner_is_read_from_labels_or_from_the_name(name: str, labels: dict[str, str], found: dict[str, str]) -> None:
+def test_the_owner_is_read_from_labels_or_from_the_name(
+    name: str, labels: dict[str, str], found: dict[str, str]
+) -> None:
     assert owner(name, labels) == found
 
 
-INSTANCE = {"k8s.pod.label.app.kubernetes.io/instance": "release", "k8s.pod.label.app.kubernetes.io/version": "3"}
+INSTANCE = {
+    "k8s.pod.label.app.kubernetes.io/instance": "release",
+    "k8s.pod.label.app.kubernetes.io/version": "3",
+}
 
 
 @pytest.mark.parametrize(
     ("attributes", "labels", "name"),
     [
-        ({"k8s.pod.annotation.resource.opentelemetry.io/service.name": "said", **DEPLOYMENT}, True, "said"),
+        (
+            {"k8s.pod.annotation.resource.opentelemetry.io/service.name": "said", **DEPLOYMENT},
+            True,
+            "said",
+        ),
         ({**INSTANCE, **DEPLOYMENT}, True, "release"),
         ({**INSTANCE, **DEPLOYMENT}, False, "web"),
         ({"k8s.statefulset.name": "db", "k8s.pod.name": "db-0"}, False, "db"),
@@ -51,12 +73,20 @@ INSTANCE = {"k8s.pod.label.app.kubernetes.io/instance": "release", "k8s.pod.labe
         ({}, False, "unknown_service:isthmus"),
     ],
 )
-def test_the_service_is_named_in_the_order_of_the_conventions(attributes: dict[str, str], labels: bool, name: str) -> None:
+def test_the_service_is_named_in_the_order_of_the_conventions(
+    attributes: dict[str, str], labels: bool, name: str
+) -> None:
     assert service(attributes, labels=labels)["service.name"] == name
 
 
 def attributes(**about: Any) -> dict[str, str | int]:
-    environ = {"POD_NAME": "web-7d4b9c6f5d-x2x9k", "POD_NAMESPACE": "shop", "NODE_NAME": "n1", "POD_UID": "u", "POD_IP": "10.0.0.1"}
+    environ = {
+        "POD_NAME": "web-7d4b9c6f5d-x2x9k",
+        "POD_NAMESPACE": "shop",
+        "NODE_NAME": "n1",
+        "POD_UID": "u",
+        "POD_IP": "10.0.0.1",
+    }
     return dict(Resource(About(environ, **about), print).attributes())
 
 
@@ -68,11 +98,19 @@ def test_everything_that_the_downward_api_says_is_there() -> None:
         "service.instance.id": "shop.web-7d4b9c6f5d-x2x9k", "telemetry.distro.name": "isthmus", "telemetry.distro.version": "9",
     }  # fmt: skip
     assert expected.items() <= found.items()
-    assert {"host.name", "host.arch", "process.pid", "process.executable.name", "process.runtime.version"} <= set(found)
+    assert {
+        "host.name",
+        "host.arch",
+        "process.pid",
+        "process.executable.name",
+        "process.runtime.version",
+    } <= set(found)
 
 
 def test_what_was_configured_wins_over_what_was_found() -> None:
-    found = attributes(given={"k8s.node.name": "mine", "team": "a", "service.name": "b"}, service_name="c")
+    found = attributes(
+        given={"k8s.node.name": "mine", "team": "a", "service.name": "b"}, service_name="c"
+    )
     assert (found["k8s.node.name"], found["team"], found["service.name"]) == ("mine", "a", "c")
 
 
@@ -86,7 +124,11 @@ def test_labels_that_change_are_seen_and_what_cannot_be_read_is_said_once(tmp_pa
     (tmp_path / "annotations").write_text('resource.opentelemetry.io/service.name="said"\nnote="x"')
     (tmp_path / "labels").write_text('app="one"')
     second = resource.attributes()
-    assert (second["k8s.pod.label.app"], second["service.name"], second["k8s.pod.annotation.note"]) == ("one", "said", "x")
+    assert (
+        second["k8s.pod.label.app"],
+        second["service.name"],
+        second["k8s.pod.annotation.note"],
+    ) == ("one", "said", "x")
     assert not [name for name in second if "resource.opentelemetry.io" in name]
     # as Kubernetes does it: new files behind a link that is renamed
     (tmp_path / "new").write_text('app="two"')

@@ -1,4 +1,5 @@
-"""Who decides whether a trace is recorded: its beginner; where nobody has, the ratio; and what is not recorded is not changed."""
+"""Who decides whether a trace is recorded: its beginner; where nobody has, the ratio; and what is
+not recorded is not changed."""
 
 from __future__ import annotations
 
@@ -25,8 +26,17 @@ def test_a_recorded_trace_goes_on_with_our_span() -> None:
     fields = [HOST, w3c(), (b"tracestate", b"a=1")]
     found = Tracer(Sampling()).begin(fields)
     assert found is not None
-    assert (found.sampled, found.trace_id, found.parent, found.state) == (True, TRACE, SPAN, (b"a=1",))
-    assert fields == [HOST, (b"traceparent", b"00-%b-%b-01" % (TRACE, found.span_id)), (b"tracestate", b"a=1")]
+    assert (found.sampled, found.trace_id, found.parent, found.state) == (
+        True,
+        TRACE,
+        SPAN,
+        (b"a=1",),
+    )
+    assert fields == [
+        HOST,
+        (b"traceparent", b"00-%b-%b-01" % (TRACE, found.span_id)),
+        (b"tracestate", b"a=1"),
+    ]
     assert found.span_id != SPAN
 
 
@@ -42,10 +52,31 @@ def test_what_the_caller_does_not_record_is_passed_on_as_it_came(ratio: float) -
 _hex = st.sampled_from([TRACE, SPAN, TRACE.upper(), b"0" * 32, b"0" * 16, b"b3", b""])
 _values = st.one_of(
     st.builds(
-        lambda *parts: b"-".join(parts), st.sampled_from([b"00", b"01", b"ff"]), _hex, _hex, st.sampled_from([b"00", b"01", b"02", b"0x"])
+        lambda *parts: b"-".join(parts),
+        st.sampled_from([b"00", b"01", b"ff"]),
+        _hex,
+        _hex,
+        st.sampled_from([b"00", b"01", b"02", b"0x"]),
     ),
-    st.sampled_from([b"1", b"0", b"", b"00-%b-%b-00" % (TRACE, SPAN), b"00-%b-%b-00-x" % (TRACE, SPAN), b"%b-%b-0" % (TRACE, SPAN)]),
-    st.sampled_from([TRACE, SPAN, b"00-%b-%b-01" % (TRACE, SPAN), b"%b-%b-1-%b" % (TRACE, SPAN, PARENT), b"%b-%b-d" % (TRACE[16:], SPAN)]),
+    st.sampled_from(
+        [
+            b"1",
+            b"0",
+            b"",
+            b"00-%b-%b-00" % (TRACE, SPAN),
+            b"00-%b-%b-00-x" % (TRACE, SPAN),
+            b"%b-%b-0" % (TRACE, SPAN),
+        ]
+    ),
+    st.sampled_from(
+        [
+            TRACE,
+            SPAN,
+            b"00-%b-%b-01" % (TRACE, SPAN),
+            b"%b-%b-1-%b" % (TRACE, SPAN, PARENT),
+            b"%b-%b-d" % (TRACE[16:], SPAN),
+        ]
+    ),
 )
 _names = st.sampled_from(
     [
@@ -65,7 +96,11 @@ _several = st.lists(
     ),
     max_size=5,
 )  # fmt: skip
-_fields = st.one_of(st.lists(st.tuples(_names, _values), max_size=4), _several, _several.map(lambda fields: [HOST, *fields]))
+_fields = st.one_of(
+    st.lists(st.tuples(_names, _values), max_size=4),
+    _several,
+    _several.map(lambda fields: [HOST, *fields]),
+)
 
 
 def lined(fields: list[Field]) -> bytes:
@@ -73,11 +108,15 @@ def lined(fields: list[Field]) -> bytes:
 
 
 def fields_of(lines: bytes) -> list[Field]:
-    return [(name, value) for name, _, value in (line.partition(b": ") for line in lines.split(b"\r\n")[:-1])]
+    return [
+        (name, value)
+        for name, _, value in (line.partition(b": ") for line in lines.split(b"\r\n")[:-1])
+    ]
 
 
 def agree(fields: list[Field], sampling: Sampling, seed: int) -> bool:
-    """Whether it is seen at a glance; then it is what a longer look finds, and the next attempt is the same too."""
+    """Whether it is seen at a glance; then it is what a longer look finds, and the next attempt is
+    the same too."""
     tracer = Tracer(sampling)
     tracer._bits = random.Random(seed).getrandbits
     seen = tracer.glance(lined(fields))
@@ -101,7 +140,9 @@ def agree(fields: list[Field], sampling: Sampling, seed: int) -> bool:
 
 
 @given(_fields, st.sampled_from([0.0, 1.0]), st.booleans(), st.integers(0, 2**32))
-def test_what_is_seen_at_a_glance_is_what_a_longer_look_finds(fields: list[Field], ratio: float, follow: bool, seed: int) -> None:
+def test_what_is_seen_at_a_glance_is_what_a_longer_look_finds(
+    fields: list[Field], ratio: float, follow: bool, seed: int
+) -> None:
     agree(fields, Sampling(ratio, follow), seed)
 
 
@@ -123,7 +164,10 @@ def test_the_usual_header_is_seen_at_a_glance(name: bytes) -> None:
     assert Tracer(Sampling()).glance(yes + b"tracestate: a=1\r\n" * 2) is None
 
 
-PARENTS, B3 = b"X-B3-ParentSpanId: %b\r\n" % PARENT, b"X-B3-TraceId: %b\r\nX-B3-SpanId: %b\r\nX-B3-Sampled: " % (TRACE[16:], SPAN)
+PARENTS, B3 = (
+    b"X-B3-ParentSpanId: %b\r\n" % PARENT,
+    b"X-B3-TraceId: %b\r\nX-B3-SpanId: %b\r\nX-B3-Sampled: " % (TRACE[16:], SPAN),
+)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +202,10 @@ def test_what_comes_in_one_format_is_seen_at_a_glance(lines: bytes) -> None:
         b"traceparent: 01-%(trace)b-%(span)b-01\r\n",
         b"traceparent: 00-%(trace)b-%(span)b-01-\r\n",
         b"traceparent: 00-%(trace)b-%(span)b-01\r\nb3: 1\r\n",
-        b"traceparent: 00-%(trace)b-%(span)b-01\r\nX-B3-TraceId: %(trace)b\r\nX-B3-SpanId: %(span)b\r\n",
+        (
+            b"traceparent: 00-%(trace)b-%(span)b-01\r\nX-B3-TraceId: %(trace)b\r\nX-B3-SpanId:"
+            b" %(span)b\r\n"
+        ),
         b"traceparent: 00-%(trace)b-%(span)b-01\r\ngrpc-trace-bin: AA\r\n",
         b"traceparent: 00-%(trace)b-%(span)b-01\r\nuber-trace-id: %(trace)b:%(span)b:0:1\r\n",
         b"traceparent: 00-%(trace)b-%(span)b-01\r\ntraceparent: 00-%(trace)b-%(span)b-01\r\n",
@@ -176,19 +223,32 @@ def test_what_comes_in_one_format_is_seen_at_a_glance(lines: bytes) -> None:
         b"b3: %(trace)b-%(span)b-1\r\nX-B3-Sampled: 1\r\n",
         b"X-B3-TraceId: %(trace)b\r\nX-B3-SpanId: %(span)b\r\n",
         b"X-B3-TraceId: %(trace)b\r\nX-B3-SpanId: %(span)b\r\nX-B3-Sampled: 1\r\nX-B3-Flags: 1\r\n",
-        b"X-B3-TraceId: %(trace)b\r\nX-B3-SpanId: %(span)b\r\nX-B3-Sampled: 1\r\nX-B3-ParentSpanId: x\r\n",
+        (
+            b"X-B3-TraceId: %(trace)b\r\nX-B3-SpanId: %(span)b\r\nX-B3-Sampled:"
+            b" 1\r\nX-B3-ParentSpanId: x\r\n"
+        ),
         b"X-B3-TraceId: %(trace)b\r\nX-B3-SpanId: 0000000000000000\r\nX-B3-Sampled: 1\r\n",
     ],
 )
 def test_what_is_unusual_is_looked_at_longer(lines: bytes) -> None:
-    assert Tracer(Sampling()).glance(b"Host: a\r\n" + lines % {b"trace": TRACE, b"span": SPAN}) is None
+    assert (
+        Tracer(Sampling()).glance(b"Host: a\r\n" + lines % {b"trace": TRACE, b"span": SPAN}) is None
+    )
 
 
-TWICE = [(b"Traceparent", b"00-%b-%b-01" % (TRACE, SPAN)), (b"traceparent", b"00-%b-%b-01" % (TRACE[::-1], SPAN)), (b"tracestate", b"a=1")]
+TWICE = [
+    (b"Traceparent", b"00-%b-%b-01" % (TRACE, SPAN)),
+    (b"traceparent", b"00-%b-%b-01" % (TRACE[::-1], SPAN)),
+    (b"tracestate", b"a=1"),
+]
 
 
-@pytest.mark.parametrize(("ratio", "follow"), [(0.0, True), (1.0, True), (0.0, False), (1.0, False)])
-def test_of_several_traceparents_none_is_believed_and_one_goes_on(ratio: float, follow: bool) -> None:
+@pytest.mark.parametrize(
+    ("ratio", "follow"), [(0.0, True), (1.0, True), (0.0, False), (1.0, False)]
+)
+def test_of_several_traceparents_none_is_believed_and_one_goes_on(
+    ratio: float, follow: bool
+) -> None:
     """W3C, section 3.2."""
     fields = [HOST, *TWICE, (b"x", b"y")]
     assert Tracer(Sampling(ratio, follow)).glance(lined(fields)) is None
@@ -197,7 +257,11 @@ def test_of_several_traceparents_none_is_believed_and_one_goes_on(ratio: float, 
     assert (trace.sampled, trace.parent, trace.state) == (ratio == 1, b"", ())
     assert trace.trace_id not in (TRACE, TRACE[::-1])
     flags = b"03" if ratio else b"02"
-    assert fields == [HOST, (b"x", b"y"), (b"traceparent", b"00-%b-%b-%b" % (trace.trace_id, trace.span_id, flags))]
+    assert fields == [
+        HOST,
+        (b"x", b"y"),
+        (b"traceparent", b"00-%b-%b-%b" % (trace.trace_id, trace.span_id, flags)),
+    ]
 
 
 def test_beside_several_traceparents_another_format_says_what_the_trace_is() -> None:
@@ -205,9 +269,17 @@ def test_beside_several_traceparents_another_format_says_what_the_trace_is() -> 
         fields = [*TWICE, HOST, (b"b3", b"%b-%b-%d" % (TRACE, PARENT, sampled))]
         trace = Tracer(Sampling()).begin(fields)
         assert trace is not None
-        assert (trace.sampled, trace.trace_id, trace.parent) == (bool(sampled), TRACE, PARENT if sampled else b"")
+        assert (trace.sampled, trace.trace_id, trace.parent) == (
+            bool(sampled),
+            TRACE,
+            PARENT if sampled else b"",
+        )
         span = trace.span_id
-        assert fields == [HOST, (b"b3", b"%b-%b-%d" % (TRACE, span, sampled)), (b"traceparent", b"00-%b-%b-0%d" % (TRACE, span, sampled))]
+        assert fields == [
+            HOST,
+            (b"b3", b"%b-%b-%d" % (TRACE, span, sampled)),
+            (b"traceparent", b"00-%b-%b-0%d" % (TRACE, span, sampled)),
+        ]
 
 
 @pytest.mark.parametrize("sampled", [True, False])
@@ -250,7 +322,9 @@ def test_a_decision_that_was_left_open_is_made_and_passed_on() -> None:
         found = Tracer(Sampling(ratio)).begin(fields)
         assert found is not None
         assert found.sampled is sampled
-        assert fields == [(b"b3", b"%b-%b%b" % (TRACE, found.span_id, b"-" + state if state else b""))]
+        assert fields == [
+            (b"b3", b"%b-%b%b" % (TRACE, found.span_id, b"-" + state if state else b""))
+        ]
 
 
 def test_b3s_bare_yes_begins_a_trace_and_its_bare_no_prevents_one() -> None:
@@ -286,7 +360,9 @@ def test_a_sampler_that_does_not_follow_decides_by_itself() -> None:
         ),
     ],
 )  # fmt: skip
-def test_where_nobody_is_followed_a_strangers_yes_goes_no_further(asked: list[Field], told: list[Field]) -> None:
+def test_where_nobody_is_followed_a_strangers_yes_goes_no_further(
+    asked: list[Field], told: list[Field]
+) -> None:
     fields = list(asked)
     found = Tracer(Sampling(0, follow=False)).begin(fields)
     words = {b"trace": TRACE, b"span": SPAN, b"ours": found.span_id if found is not None else b""}
@@ -300,7 +376,12 @@ def test_where_nobody_is_followed_a_strangers_yes_goes_no_further(asked: list[Fi
     "first",
     [
         [(b"b3", b"%b-%b-1-%b" % (TRACE, SPAN, PARENT))],
-        [(b"x-b3-traceid", TRACE), (b"x-b3-spanid", SPAN), (b"x-b3-sampled", b"1"), (b"x-b3-parentspanid", PARENT)],
+        [
+            (b"x-b3-traceid", TRACE),
+            (b"x-b3-spanid", SPAN),
+            (b"x-b3-sampled", b"1"),
+            (b"x-b3-parentspanid", PARENT),
+        ],
     ],
 )
 def test_every_attempt_hangs_under_the_same_span(first: list[Field]) -> None:
@@ -331,7 +412,11 @@ def test_an_attempt_has_a_span_of_its_own_in_the_same_trace() -> None:
         carried = extract(fields)
         assert carried is not None
         assert carried.context.span_id == found.span_id != before
-        assert (carried.context.trace_id, found.trace_id, carried.context.debug) == (ids, ids, first[0][0] == b"b3")
+        assert (carried.context.trace_id, found.trace_id, carried.context.debug) == (
+            ids,
+            ids,
+            first[0][0] == b"b3",
+        )
 
 
 @given(st.floats(0, 1), st.binary(min_size=8, max_size=8))
@@ -354,4 +439,7 @@ def test_ids_are_valid_and_distinct() -> None:
     found = [tracer.begin([]) for _ in range(1000)]
     assert len({trace.trace_id for trace in found if trace is not None}) == 1000
     assert len({trace.span_id for trace in found if trace is not None}) == 1000
-    assert all(trace is not None and len(trace.trace_id) == 32 and len(trace.span_id) == 16 for trace in found)
+    assert all(
+        trace is not None and len(trace.trace_id) == 32 and len(trace.span_id) == 16
+        for trace in found
+    )

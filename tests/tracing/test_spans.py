@@ -1,5 +1,5 @@
-"""What a record gives a span: names and attributes by the conventions; nothing in it that may be a secret; an error where the conventions
-see one."""
+"""What a record gives a span: names and attributes by the conventions; nothing in it that may be a
+secret; an error where the conventions see one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from tracing.spans import LONGEST, Record, describe, redacted
 
 
 def test_a_servers_span_has_what_the_conventions_ask_for() -> None:
-    found = describe(http(agent=b"curl/8", identity="spiffe://a/ns/b/sa/c", tls=Agreed(), request_bytes=5, response_bytes=7))
+    found = describe(
+        http(
+            agent=b"curl/8",
+            identity="spiffe://a/ns/b/sa/c",
+            tls=Agreed(),
+            request_bytes=5,
+            response_bytes=7,
+        )
+    )
     assert (found.name, found.error) == ("GET", None)
     assert found.events == [("isthmus.response.head", 2_000, {"http.response.status_code": 200})]
     assert found.attributes == {
@@ -31,7 +39,9 @@ def test_a_servers_span_has_what_the_conventions_ask_for() -> None:
 
 
 def test_a_clients_span_has_the_url_and_the_endpoint() -> None:
-    found = describe(http("client", attempt=2, service="default/shop", chosen="east/default/shop-v2"))
+    found = describe(
+        http("client", attempt=2, service="default/shop", chosen="east/default/shop-v2")
+    )
     assert found.attributes["url.full"] == "http://shop:8080/a"
     assert found.attributes["http.request.resend_count"] == 2
     assert found.attributes["network.peer.address"] == "10.0.0.1"
@@ -44,8 +54,13 @@ def test_a_clients_span_has_the_url_and_the_endpoint() -> None:
     assert not {"url.path", "client.address", "user_agent.original"} & set(found.attributes)
 
 
-@pytest.mark.parametrize(("kind", "alpn", "version"), [("client", b"h2", "2"), ("client", b"", "1.1"), ("server", b"h2", "1.1")])
-def test_a_clients_span_has_the_version_of_its_own_connection(kind: str, alpn: bytes, version: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "alpn", "version"),
+    [("client", b"h2", "2"), ("client", b"", "1.1"), ("server", b"h2", "1.1")],
+)
+def test_a_clients_span_has_the_version_of_its_own_connection(
+    kind: str, alpn: bytes, version: str
+) -> None:
     found = describe(http(kind, version=b"1.1", tls=Agreed(alpn=alpn)))
     assert found.attributes["network.protocol.version"] == version
 
@@ -65,35 +80,62 @@ SECRETS = ("hunter2", "tok3n")
         (b"https://tok3n@[::1]:8/a", b"tok3n@[::1]:8"),
     ],
 )
-def test_queries_and_user_information_do_not_leak(kind: str, target: bytes, authority: bytes) -> None:
-    for record in (http(kind, target=target, authority=authority), grpc(kind, target=target, authority=authority)):
+def test_queries_and_user_information_do_not_leak(
+    kind: str, target: bytes, authority: bytes
+) -> None:
+    for record in (
+        http(kind, target=target, authority=authority),
+        grpc(kind, target=target, authority=authority),
+    ):
         shown = repr(describe(record))
         assert not [secret for secret in SECRETS if secret in shown]
 
 
-def test_the_query_is_shown_where_that_is_configured_but_not_what_is_known_to_be_a_signature() -> None:
+def test_the_query_is_shown_where_that_is_configured_but_not_what_is_known_to_be_a_signature() -> (
+    None
+):
     target = b"/a?color=blue&sig=hunter2&X-Amz-Signature=hunter2"
-    assert describe(http(target=target), query=True).attributes["url.query"] == "color=blue&sig=REDACTED&X-Amz-Signature=REDACTED"
+    assert (
+        describe(http(target=target), query=True).attributes["url.query"]
+        == "color=blue&sig=REDACTED&X-Amz-Signature=REDACTED"
+    )
     url = describe(http("client", target=target), query=True).attributes["url.full"]
     assert url == "http://shop:8080/a?color=blue&sig=REDACTED&X-Amz-Signature=REDACTED"
 
 
 @given(st.text())
 def test_a_query_without_secrets_is_shown_as_it_is(query: str) -> None:
-    assert redacted(query) == query or "sig" in query or "Signature" in query or "AWSAccessKeyId" in query or "X-Amz" in query
+    assert (
+        redacted(query) == query
+        or "sig" in query
+        or "Signature" in query
+        or "AWSAccessKeyId" in query
+        or "X-Amz" in query
+    )
 
 
 def test_an_unknown_method_does_not_become_a_name() -> None:
     found = describe(http(method=b"BREW"))
-    shown = found.attributes["http.request.method"], found.attributes["http.request.method_original"]
+    shown = (
+        found.attributes["http.request.method"],
+        found.attributes["http.request.method_original"],
+    )
     assert (found.name, *shown) == ("HTTP", "_OTHER", "BREW")
 
 
 @pytest.mark.parametrize(
     ("kind", "status", "error"),
-    [("server", 200, None), ("server", 404, None), ("server", 500, "500"), ("client", 302, None), ("client", 404, "404")],
+    [
+        ("server", 200, None),
+        ("server", 404, None),
+        ("server", 500, "500"),
+        ("client", 302, None),
+        ("client", 404, "404"),
+    ],
 )
-def test_which_statuses_are_errors_depends_on_the_side(kind: str, status: int, error: str | None) -> None:
+def test_which_statuses_are_errors_depends_on_the_side(
+    kind: str, status: int, error: str | None
+) -> None:
     found = describe(http(kind, status=status))
     assert found.attributes.get("error.type") == error
     assert (found.error is None) == (error is None)
@@ -102,17 +144,32 @@ def test_which_statuses_are_errors_depends_on_the_side(kind: str, status: int, e
 
 @pytest.mark.parametrize("kind", ["server", "client"])
 @pytest.mark.parametrize("number", range(17))
-def test_a_grpc_call_is_named_by_its_method_and_judged_by_its_status(kind: str, number: int) -> None:
+def test_a_grpc_call_is_named_by_its_method_and_judged_by_its_status(
+    kind: str, number: int
+) -> None:
     code = GRPC_CODES[number]
     found = describe(grpc(kind, grpc_status=b"%d" % number))
     assert found.attributes["rpc.system.name"] == "grpc"
     assert found.attributes["rpc.response.status_code"] == code
-    servers = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
+    servers = {
+        "UNKNOWN",
+        "DEADLINE_EXCEEDED",
+        "UNIMPLEMENTED",
+        "INTERNAL",
+        "UNAVAILABLE",
+        "DATA_LOSS",
+    }
     failed = code != "OK" if kind == "client" else code in servers
     assert found.attributes.get("error.type") == (code if failed else None)
-    assert not {"http.request.method", "url.path", "http.response.status_code"} & set(found.attributes)
+    assert not {"http.request.method", "url.path", "http.response.status_code"} & set(
+        found.attributes
+    )
     if code == "UNIMPLEMENTED":  # any text can be called
-        assert (found.name, found.attributes["rpc.method"], found.attributes["rpc.method_original"]) == ("grpc", "_OTHER", "shop.Stock/Get")
+        assert (
+            found.name,
+            found.attributes["rpc.method"],
+            found.attributes["rpc.method_original"],
+        ) == ("grpc", "_OTHER", "shop.Stock/Get")
     else:
         assert (found.name, found.attributes["rpc.method"]) == ("shop.Stock/Get", "shop.Stock/Get")
 
@@ -123,13 +180,26 @@ def test_a_grpc_status_that_is_none_is_unknown(status: bytes) -> None:
 
 
 def test_a_grpc_call_that_something_else_answered_shows_the_http_status() -> None:
-    assert describe(grpc(grpc_status=None, status=502)).attributes["http.response.status_code"] == 502
+    assert (
+        describe(grpc(grpc_status=None, status=502)).attributes["http.response.status_code"] == 502
+    )
 
 
 def test_a_failure_of_the_proxys_own_is_an_error_with_its_reason_and_words() -> None:
     status = b"web.default.outbound;error=connection_refused"
-    found = describe(http("client", status=502, failure="connect_refused", words="10.0.0.1:80 refused", proxy_status=status))
-    assert (found.attributes["error.type"], found.error) == ("connect_refused", "10.0.0.1:80 refused")
+    found = describe(
+        http(
+            "client",
+            status=502,
+            failure="connect_refused",
+            words="10.0.0.1:80 refused",
+            proxy_status=status,
+        )
+    )
+    assert (found.attributes["error.type"], found.error) == (
+        "connect_refused",
+        "10.0.0.1:80 refused",
+    )
     assert found.attributes["isthmus.proxy_status"] == status.decode()
 
 
@@ -140,8 +210,16 @@ def test_words_that_may_quote_a_peer_are_not_shown() -> None:
 
 
 def test_a_loop_is_an_event_with_its_cycle() -> None:
-    found = describe(http(status=508, failure="loop", loop="token", words="x", cycle="west/a -> east/b -> west/a"))
-    assert ("isthmus.loop", 3_000, {"isthmus.loop.kind": "token", "isthmus.loop.cycle": "west/a -> east/b -> west/a"}) in found.events
+    found = describe(
+        http(
+            status=508, failure="loop", loop="token", words="x", cycle="west/a -> east/b -> west/a"
+        )
+    )
+    assert (
+        "isthmus.loop",
+        3_000,
+        {"isthmus.loop.kind": "token", "isthmus.loop.cycle": "west/a -> east/b -> west/a"},
+    ) in found.events
     assert found.error == "x"
 
 
@@ -149,9 +227,15 @@ def test_a_connection_has_its_bytes_and_what_it_looked_like() -> None:
     found = describe(connection())
     assert found.name == "TCP"
     assert found.attributes["isthmus.destination"] == "[fd00::2]:5432"
-    assert (found.attributes["isthmus.bytes.read"], found.attributes["isthmus.bytes.written"]) == (10, 20)
+    assert (found.attributes["isthmus.bytes.read"], found.attributes["isthmus.bytes.written"]) == (
+        10,
+        20,
+    )
     assert found.attributes["isthmus.detected"] == "silent"
-    assert describe(connection(failure="loop", loop="own_port", words="w")).events[0][0] == "isthmus.loop"
+    assert (
+        describe(connection(failure="loop", loop="own_port", words="w")).events[0][0]
+        == "isthmus.loop"
+    )
 
 
 def test_an_address_of_ip_version_6_is_written_as_in_a_url() -> None:
@@ -160,8 +244,28 @@ def test_an_address_of_ip_version_6_is_written_as_in_a_url() -> None:
     assert (found.attributes["server.address"], found.attributes["server.port"]) == ("fd00::1", 81)
 
 
-@given(st.sampled_from(["server", "client"]), st.sampled_from([http, grpc]), st.binary(max_size=3000), st.binary(max_size=3000))
-def test_any_request_has_a_description_and_no_value_of_it_is_long(kind: str, make: Callable[..., Record], text: bytes, host: bytes) -> None:
-    found = describe(make(kind, target=text, authority=host or None, method=text, agent=text, status=len(text) % 1000), query=True)
+@given(
+    st.sampled_from(["server", "client"]),
+    st.sampled_from([http, grpc]),
+    st.binary(max_size=3000),
+    st.binary(max_size=3000),
+)
+def test_any_request_has_a_description_and_no_value_of_it_is_long(
+    kind: str, make: Callable[..., Record], text: bytes, host: bytes
+) -> None:
+    found = describe(
+        make(
+            kind,
+            target=text,
+            authority=host or None,
+            method=text,
+            agent=text,
+            status=len(text) % 1000,
+        ),
+        query=True,
+    )
     assert found.name
-    assert all(value <= 2**63 if isinstance(value, int) else len(str(value)) <= 2 * LONGEST + 300 for value in found.attributes.values())
+    assert all(
+        value <= 2**63 if isinstance(value, int) else len(str(value)) <= 2 * LONGEST + 300
+        for value in found.attributes.values()
+    )

@@ -1,4 +1,5 @@
-"""W3C trace context: what is valid is understood, also from the future; what is not is as if it were not there; what is made is valid."""
+"""W3C trace context: what is valid is understood, also from the future; what is not is as if it
+were not there; what is made is valid."""
 
 from __future__ import annotations
 
@@ -24,7 +25,12 @@ def test_a_valid_header_is_understood() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [b"01-" + VALID[3:], b"cc-" + VALID[3:] + b"-what-the-future-will-be-like", b"fe-" + VALID[3:] + b"-", b" " + VALID + b"\t"],
+    [
+        b"01-" + VALID[3:],
+        b"cc-" + VALID[3:] + b"-what-the-future-will-be-like",
+        b"fe-" + VALID[3:] + b"-",
+        b" " + VALID + b"\t",
+    ],
 )
 def test_a_higher_version_is_understood_as_far_as_we_know_it(value: bytes) -> None:
     found = parse(value)
@@ -62,7 +68,11 @@ def test_the_tracestate_is_passed_on_byte_for_byte_also_where_it_makes_no_sense(
     assert found is not None
     assert found.context.state == (b"a=1,", b"!!")
     replace(fields, found, TraceContext(TRACE, b"1" * 16, sampled=True))
-    assert fields == [(b"TraceState", b"a=1,"), (b"TraceParent", b"00-%b-%b-01" % (TRACE, b"1" * 16)), (b"tracestate", b"!!")]
+    assert fields == [
+        (b"TraceState", b"a=1,"),
+        (b"TraceParent", b"00-%b-%b-01" % (TRACE, b"1" * 16)),
+        (b"tracestate", b"!!"),
+    ]
 
 
 def test_several_tracestate_headers_are_one_list() -> None:
@@ -71,7 +81,20 @@ def test_several_tracestate_headers_are_one_list() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [b"a", b"A=1", b"a=1,a=2", b"=1", b"a=1=2", b"a=\x80", b"a@=1", b"@a=1", b"a=" + b"x" * 257, b"a b=1", b"a" * 257 + b"=1", b"a="],
+    [
+        b"a",
+        b"A=1",
+        b"a=1,a=2",
+        b"=1",
+        b"a=1=2",
+        b"a=\x80",
+        b"a@=1",
+        b"@a=1",
+        b"a=" + b"x" * 257,
+        b"a b=1",
+        b"a" * 257 + b"=1",
+        b"a=",
+    ],
 )
 def test_a_malformed_tracestate_is_dropped_whole(value: bytes) -> None:
     assert parse_state([b"ok=1", value]) == ()
@@ -90,7 +113,9 @@ def test_a_long_tracestate_loses_its_long_members_first_and_then_the_last() -> N
 
 
 _KEY = st.from_regex(r"[a-z][a-z0-9_*/-]{0,30}(@[a-z]{1,5})?", fullmatch=True)
-_VALUE = st.from_regex(r"[ !#-+.-<>-~]{0,40}[!#-+.-;>-~]", fullmatch=True).filter(lambda text: "=" not in text)
+_VALUE = st.from_regex(r"[ !#-+.-<>-~]{0,40}[!#-+.-;>-~]", fullmatch=True).filter(
+    lambda text: "=" not in text
+)
 
 
 @given(st.dictionaries(_KEY, _VALUE, max_size=MOST_MEMBERS))
@@ -101,10 +126,19 @@ def test_a_valid_tracestate_is_read_as_it_was_written(state: dict[str, str]) -> 
     assert set(read) <= set(state.items())
 
 
-@given(st.one_of(st.binary(max_size=80), st.from_regex(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")), st.lists(st.binary()))
+@given(
+    st.one_of(
+        st.binary(max_size=80),
+        st.from_regex(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"),
+    ),
+    st.lists(st.binary()),
+)
 def test_any_bytes_are_a_valid_context_or_none(value: bytes, state: list[bytes]) -> None:
     found = parse(value)
     if found is not None:
         assert re.fullmatch(rb"00-[0-9a-f]{32}-[0-9a-f]{16}-0[0-3]", traceparent(found))
         assert parse(traceparent(found)) == found
-    assert sum(len(key) + len(content) + 2 for key, content in parse_state(state)) <= MOST_CHARACTERS + 1
+    assert (
+        sum(len(key) + len(content) + 2 for key, content in parse_state(state))
+        <= MOST_CHARACTERS + 1
+    )

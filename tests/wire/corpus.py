@@ -73,7 +73,8 @@ RESPONSES = (
     head("HTTP/1.1 502 Bad Gateway", "Server: openresty", "Content-Length: 150", "Proxy-Status: isthmus; error=connection_refused"),
 )  # fmt: skip
 
-# What is put into a head to spoil it: framing said twice, or in an unusual way, and lines that other readers are known to stumble over.
+# What is put into a head to spoil it: framing said twice, or in an unusual way, and lines that
+# other readers are known to stumble over.
 LINES = (
     b"Content-Length: 5\r\n", b"Content-Length: 0\r\n", b"content-length: 5\r\n", b"Content-Length: 05\r\n", b"Content-Length: +5\r\n",
     b"Content-Length: -1\r\n", b"Content-Length: 0x10\r\n", b"Content-Length: 5, 5\r\n", b"Content-Length: 5,6\r\n", b"Content-Length:\r\n",
@@ -121,7 +122,8 @@ ODD = (
 
 
 def spoil(source: random.Random, head: bytes) -> bytes:
-    """`head` with one to three things changed; half of the changes are harmless, so that many of the results are still good."""
+    """`head` with one to three things changed; half of the changes are harmless, so that many of
+    the results are still good."""
     for _ in range(source.choice((1, 1, 2, 3))):
         head = _CHANGES[source.randrange(len(_CHANGES))](source, head)
     return head
@@ -167,11 +169,17 @@ def _case(source: random.Random, head: bytes) -> bytes:
 def _letter(source: random.Random, head: bytes) -> bytes:
     """One visible byte for another: mostly harmless."""
     at = source.randrange(len(head))
-    return head[:at] + bytes([source.randrange(0x21, 0x7F)]) + head[at + 1 :] if head[at] > 0x20 else head
+    return (
+        head[:at] + bytes([source.randrange(0x21, 0x7F)]) + head[at + 1 :]
+        if head[at] > 0x20
+        else head
+    )
 
 
 def _version(source: random.Random, head: bytes) -> bytes:
-    other = source.choice((b"HTTP/1.0", b"HTTP/2.0", b"HTTP/1.2", b"HTTP/11", b"http/1.1", b"HTTP/1.1 ", b" HTTP/1.1"))
+    other = source.choice(
+        (b"HTTP/1.0", b"HTTP/2.0", b"HTTP/1.2", b"HTTP/11", b"http/1.1", b"HTTP/1.1 ", b" HTTP/1.1")
+    )
     return head.replace(b"HTTP/1.1", other, 1)
 
 

@@ -1,4 +1,5 @@
-"""Forwarded (RFC 7239): the examples of the RFC, everything that quoting can hide, and nothing that a line leaves open for the next."""
+"""Forwarded (RFC 7239): the examples of the RFC, everything that quoting can hide, and nothing that
+a line leaves open for the next."""
 
 from __future__ import annotations
 
@@ -79,7 +80,19 @@ def test_nodes(value: bytes, found: Node) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [b"", b"256.1.1.1", b"2001:db8::17", b"[::1", b"[1.2.3.4]", b"[::1]x", b"host", b"_", b"_a:", b"_a:x", b"1.1.1.1:999999"],
+    [
+        b"",
+        b"256.1.1.1",
+        b"2001:db8::17",
+        b"[::1",
+        b"[1.2.3.4]",
+        b"[::1]x",
+        b"host",
+        b"_",
+        b"_a:",
+        b"_a:x",
+        b"1.1.1.1:999999",
+    ],
 )
 def test_what_is_no_node(value: bytes) -> None:
     with pytest.raises(ProtocolError):
@@ -87,14 +100,24 @@ def test_what_is_no_node(value: bytes) -> None:
 
 
 def test_an_identity_in_its_dns_form_is_an_obfuscated_node() -> None:
-    assert node(obfuscated("gateway.isthmus.sa.cluster.local")).name == "_gateway.isthmus.sa.cluster.local"
+    assert (
+        node(obfuscated("gateway.isthmus.sa.cluster.local")).name
+        == "_gateway.isthmus.sa.cluster.local"
+    )
     with pytest.raises(ValueError, match="cannot be a node"):
         obfuscated("spiffe://cluster.local")
 
 
-_VALUES = st.text(st.characters(codec="latin-1", exclude_characters=[chr(c) for c in (*range(9), *range(10, 32), 127)]), max_size=20)
+_VALUES = st.text(
+    st.characters(
+        codec="latin-1", exclude_characters=[chr(c) for c in (*range(9), *range(10, 32), 127)]
+    ),
+    max_size=20,
+)
 _NAMES = st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True)
-_ELEMENTS = st.dictionaries(_NAMES, _VALUES.map(lambda text: text.encode("latin-1")), min_size=1, max_size=4)
+_ELEMENTS = st.dictionaries(
+    _NAMES, _VALUES.map(lambda text: text.encode("latin-1")), min_size=1, max_size=4
+)
 
 
 @given(st.lists(_ELEMENTS, max_size=5))
@@ -108,7 +131,9 @@ def test_what_is_written_is_read_again_alone_and_joined(elements: list[dict[str,
 
 @given(st.binary(max_size=40), _ELEMENTS)
 @example(b'for="', {"by": b"x"})
-def test_behind_a_well_formed_line_the_next_one_always_means_the_same(line: bytes, element: dict[str, bytes]) -> None:
+def test_behind_a_well_formed_line_the_next_one_always_means_the_same(
+    line: bytes, element: dict[str, bytes]
+) -> None:
     """That is why only well-formed lines stay."""
     if well_formed(line):
         assert parse([line + b", " + encode(element)])[-1] == element

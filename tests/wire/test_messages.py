@@ -1,4 +1,5 @@
-"""Fields and their lookup, whom a request is for, and what of a message ends at a hop (RFC 9110 §7.6.1)."""
+"""Fields and their lookup, whom a request is for, and what of a message ends at a hop (RFC 9110
+§7.6.1)."""
 
 from __future__ import annotations
 
@@ -63,7 +64,9 @@ def test_fields_are_equal_as_a_recipient_sees_them() -> None:
     ([b" Keep-Alive ,\tX-A,, "], [b"keep-alive", b"x-a"]),
     ([b"a", b"b,c"], [b"a", b"b", b"c"]),
 ])  # fmt: skip
-def test_the_members_of_a_list_are_collected_over_its_lines(lines: list[bytes], tokens: list[bytes]) -> None:
+def test_the_members_of_a_list_are_collected_over_its_lines(
+    lines: list[bytes], tokens: list[bytes]
+) -> None:
     assert Headers([(b"Connection", line) for line in lines]).tokens(b"connection") == tokens
 
 
@@ -99,14 +102,18 @@ def test_two_messages_do_not_share_their_fields() -> None:
     (b"http://a:80:81", None),
     (b"http://a b", None), (b"http://a:123456", None),
 ])  # fmt: skip
-def test_an_absolute_target_names_whom_it_is_for_or_nobody(target: bytes, authority: bytes | None) -> None:
+def test_an_absolute_target_names_whom_it_is_for_or_nobody(
+    target: bytes, authority: bytes | None
+) -> None:
     assert absolute_authority(target) == authority
 
 
 @pytest.mark.parametrize(("method", "target", "authority"), [
     (b"GET", b"/x", b"host"), (b"OPTIONS", b"*", b"host"), (b"GET", b"http://other:1/x", b"other:1"), (b"CONNECT", b"db:5432", b"db:5432"),
 ])  # fmt: skip
-def test_a_request_is_for_its_target_before_its_host(method: bytes, target: bytes, authority: bytes) -> None:
+def test_a_request_is_for_its_target_before_its_host(
+    method: bytes, target: bytes, authority: bytes
+) -> None:
     assert RequestHead(method, target, Headers([(b"Host", b"host")])).authority == authority
 
 
@@ -115,9 +122,12 @@ def test_a_request_without_a_host_is_for_nobody_in_particular() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "informational"), [(99, False), (100, True), (101, False), (103, True), (199, True), (200, False), (304, False)]
+    ("status", "informational"),
+    [(99, False), (100, True), (101, False), (103, True), (199, True), (200, False), (304, False)],
 )
-def test_an_informational_response_is_one_that_another_one_follows(status: int, informational: bool) -> None:
+def test_an_informational_response_is_one_that_another_one_follows(
+    status: int, informational: bool
+) -> None:
     assert ResponseHead(status).informational is informational
 
 
@@ -129,35 +139,53 @@ def test_a_refusal_is_the_clients_fault_unless_it_says_otherwise() -> None:
 # The end of a hop...
 
 
-@pytest.mark.parametrize("name", [b"Connection", b"KEEP-ALIVE", b"proxy-connection", b"TE", b"Transfer-Encoding", b"Upgrade"])
+@pytest.mark.parametrize(
+    "name",
+    [b"Connection", b"KEEP-ALIVE", b"proxy-connection", b"TE", b"Transfer-Encoding", b"Upgrade"],
+)
 def test_what_speaks_of_one_connection_does_not_go_on(name: bytes) -> None:
-    assert stripped((b"A", b"1"), (name, b"x"), (b"B", b"2"), (name.lower(), b"y")) == [(b"A", b"1"), (b"B", b"2")]
+    assert stripped((b"A", b"1"), (name, b"x"), (b"B", b"2"), (name.lower(), b"y")) == [
+        (b"A", b"1"),
+        (b"B", b"2"),
+    ]
     assert name.lower() in HOP_BY_HOP
 
 
-@pytest.mark.parametrize("connection", [b"X-Secret", b"x-secret, close", b"close , X-SECRET,", b",,x-secret"])
+@pytest.mark.parametrize(
+    "connection", [b"X-Secret", b"x-secret, close", b"close , X-SECRET,", b",,x-secret"]
+)
 def test_what_connection_names_does_not_go_on(connection: bytes) -> None:
-    assert stripped((b"Host", b"a"), (b"Connection", connection), (b"X-Secret", b"1"), (b"X-Secret-2", b"2")) == [
+    assert stripped(
+        (b"Host", b"a"), (b"Connection", connection), (b"X-Secret", b"1"), (b"X-Secret-2", b"2")
+    ) == [
         (b"Host", b"a"),
         (b"X-Secret-2", b"2"),
     ]
 
 
 def test_all_connection_lines_count() -> None:
-    assert stripped((b"A", b"1"), (b"Connection", b"a"), (b"B", b"2"), (b"connection", b"b"), (b"C", b"3")) == [(b"C", b"3")]
+    assert stripped(
+        (b"A", b"1"), (b"Connection", b"a"), (b"B", b"2"), (b"connection", b"b"), (b"C", b"3")
+    ) == [(b"C", b"3")]
 
 
 @pytest.mark.parametrize("name", sorted(NEVER_NOMINATED))
 def test_what_a_message_means_cannot_be_taken_from_it_by_naming_it(name: bytes) -> None:
-    assert stripped((name.title(), b"x"), (b"Connection", b"close, " + name.upper())) == [(name.title(), b"x")]
+    assert stripped((name.title(), b"x"), (b"Connection", b"close, " + name.upper())) == [
+        (name.title(), b"x")
+    ]
 
 
 @pytest.mark.parametrize("name", [HEADER, b"isthmus-of-the-future"])
 def test_no_field_of_ours_can_be_taken_off_by_naming_it(name: bytes) -> None:
-    assert stripped((b"Host", b"a"), (name, b"x"), (b"Connection", name + b", x-y"), (b"X-Y", b"1")) == [(b"Host", b"a"), (name, b"x")]
+    assert stripped(
+        (b"Host", b"a"), (name, b"x"), (b"Connection", name + b", x-y"), (b"X-Y", b"1")
+    ) == [(b"Host", b"a"), (name, b"x")]
 
 
-def test_all_fields_of_ours_are_told_by_their_names_and_no_trace_can_be_cut_by_naming_its_header() -> None:
+def test_all_fields_of_ours_are_told_by_their_names_and_no_trace_can_be_cut_by_naming_its_header() -> (
+    None
+):
     assert HEADER.startswith(OWN)
     assert CALLER.startswith(OWN)
     assert all(name.startswith(OWN) for name in OVERRIDES)
@@ -165,7 +193,14 @@ def test_all_fields_of_ours_are_told_by_their_names_and_no_trace_can_be_cut_by_n
 
 
 def test_the_framing_cannot_be_kept_by_naming_it() -> None:
-    assert stripped((b"Connection", b"transfer-encoding, connection, te"), (b"Transfer-Encoding", b"chunked"), (b"TE", b"gzip")) == []
+    assert (
+        stripped(
+            (b"Connection", b"transfer-encoding, connection, te"),
+            (b"Transfer-Encoding", b"chunked"),
+            (b"TE", b"gzip"),
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize(("te", "wanted"), [
@@ -209,12 +244,22 @@ def test_an_upgrade_is_offered_on_when_it_was_asked_for_and_is_not_http2(
         (b"OPTIONS", b"*", b"*"),
     ],
 )
-def test_the_origin_form_is_what_is_left_without_scheme_and_authority(method: bytes, target: bytes, origin: bytes) -> None:
+def test_the_origin_form_is_what_is_left_without_scheme_and_authority(
+    method: bytes, target: bytes, origin: bytes
+) -> None:
     assert origin_form(RequestHead(method, target, Headers())) == origin
 
 
 @pytest.mark.parametrize(
-    "name", [b"isthmus-client-id", b"Isthmus-Client-Id", b"l5d-client-id", b"isthmus_client_id", b"L5D_client-ID", b"Isthmus.Client+Id"]
+    "name",
+    [
+        b"isthmus-client-id",
+        b"Isthmus-Client-Id",
+        b"l5d-client-id",
+        b"isthmus_client_id",
+        b"L5D_client-ID",
+        b"Isthmus.Client+Id",
+    ],
 )
 def test_who_the_caller_is_does_not_pass_a_hop_in_any_spelling(name: bytes) -> None:
     headers = Headers([(name, b"forged"), (b"X-Other", b"kept")])

@@ -1,5 +1,6 @@
-"""The first bytes of a connection. A verdict, once given, is never changed by more bytes. What a lenient server would serve as HTTP is
-HTTP, and the openings of other protocols go on at once. The ClientHellos are those of real TLS implementations."""
+"""The first bytes of a connection. A verdict, once given, is never changed by more bytes. What a
+lenient server would serve as HTTP is HTTP, and the openings of other protocols go on at once. The
+ClientHellos are those of real TLS implementations."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ Verdict = Protocol | ClientHello | NotTLS | Undecided
 
 
 def first(data: bytes, sniff: object = protocol) -> tuple[Verdict, int]:
-    """The verdict on `data`, and after how many bytes it was certain; asserts that no later byte changes it, and that what is unlikely once
-    is never waited for again."""
+    """The verdict on `data`, and after how many bytes it was certain; asserts that no later byte
+    changes it, and that what is unlikely once is never waited for again."""
     assert callable(sniff)
     verdict: Verdict = UNDECIDED
     certain = len(data)
@@ -62,7 +63,9 @@ def test_http1_is_known_in_its_first_line_and_never_taken_for_anything_else(data
     verdict, certain = first(data)
     assert verdict is Protocol.HTTP1
     assert certain <= data.index(b"\n", start) + 1
-    assert all(protocol(data[:length]) is UNDECIDED for length in range(certain)), "it is waited for"
+    assert all(protocol(data[:length]) is UNDECIDED for length in range(certain)), (
+        "it is waited for"
+    )
 
 
 def test_http2_is_known_by_its_preface() -> None:
@@ -108,7 +111,9 @@ OTHERS = {
     "STOMP": b"CONNECT\naccept-version:1.2\nhost:a\n\n\x00",
     "STOMP, the newer word": b"STOMP\naccept-version:1.2\nhost:a\n\n\x00",
     "Kafka": b"\x00\x00\x00\x2f\x00\x12\x00\x03\x00\x00\x00\x01\x00\x0aproducer-1",
-    "Kafka, of the length of a letter": b"\x00\x00\x00G\x00\x12\x00\x03\x00\x00\x00\x01\x00\x0aproducer-1",
+    "Kafka, of the length of a letter": (
+        b"\x00\x00\x00G\x00\x12\x00\x03\x00\x00\x00\x01\x00\x0aproducer-1"
+    ),
     "MongoDB": b"\x3b\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\xd4\x07\x00\x00",
     "Cassandra": b"\x04\x00\x00\x00\x01\x00\x00\x00\x16\x00\x01\x00\x0bCQL_VERSION\x00\x053.0.0",
     "Thrift": b"\x00\x00\x00\x1b\x80\x01\x00\x01\x00\x00\x00\x04ping\x00\x00\x00\x00\x00",
@@ -194,7 +199,9 @@ LENIENT = {
     "a control character in a method, for wsgiref": b"G\x01T / HTTP/1.1\r\n",
     "a NUL in a method, for wsgiref": b"G\x00T / HTTP/1.1\r\n",
     "a target without a slash that is long, for wsgiref": b"x " + b"y" * 5000 + b" HTTP/1.1\r\n",
-    "a version behind many blanks": b"G(T /" + b"y" * 5000 + b" " * 500 + b"HTTP/1.1" + b" " * 500 + b"\r\n",
+    "a version behind many blanks": (
+        b"G(T /" + b"y" * 5000 + b" " * 500 + b"HTTP/1.1" + b" " * 500 + b"\r\n"
+    ),
 }
 
 
@@ -227,31 +234,65 @@ class _PythonServer(BaseHTTPRequestHandler):
         pass
 
 
-WORDS = [b"GET", b"POST", b"get", b"FOO", b"(GET", b"G\x01", b"/", b"/a b", b"*", b"http://a/", b"x"]
+WORDS = [
+    b"GET",
+    b"POST",
+    b"get",
+    b"FOO",
+    b"(GET",
+    b"G\x01",
+    b"/",
+    b"/a b",
+    b"*",
+    b"http://a/",
+    b"x",
+]
 VERSIONS = [b"HTTP/1.1", b"HTTP/1.0", b"HTTP/1.10", b"http/1.1", b"HTTP/0.9"]
-BETWEEN = [b" ", b"  ", b"\t", b"\x0b", b"\x0c", b"\x85", b"\xa0", b"\x00", b"\r", b"\n", b"\r\n", b"\r\r\n", b"\x1c", b"\xff"]
+BETWEEN = [
+    b" ",
+    b"  ",
+    b"\t",
+    b"\x0b",
+    b"\x0c",
+    b"\x85",
+    b"\xa0",
+    b"\x00",
+    b"\r",
+    b"\n",
+    b"\r\n",
+    b"\r\r\n",
+    b"\x1c",
+    b"\xff",
+]
 PIECES = st.sampled_from([*WORDS, *VERSIONS, *BETWEEN])
 
 
 @settings(max_examples=1500, deadline=None)
 @given(st.lists(PIECES, max_size=9).map(b"".join), st.booleans())
 def test_what_python_would_serve_is_http(line: bytes, plain: bool) -> None:
-    """Python's http.server is the most lenient of the common ones. What it reads as a request with our field in it is none that goes on as
-    opaque, but for HTTP/0.9 without a path, which is Redis to others."""
+    """Python's http.server is the most lenient of the common ones. What it reads as a request with
+    our field in it is none that goes on as opaque, but for HTTP/0.9 without a path, which is Redis
+    to others."""
     data = (b"GET" + line if plain else line) + b" HTTP/1.1\r\n" * plain + HEAD
     server = _PythonServer(data)
-    if server.serves() and not (server.request_version == "HTTP/0.9" and not server.path.startswith("/")):
+    if server.serves() and not (
+        server.request_version == "HTTP/0.9" and not server.path.startswith("/")
+    ):
         event("served")
         assert first(data)[0] is Protocol.HTTP1
 
 
 VARIATION = st.tuples(
     st.text("\r\n \t\x0b\x0c\x00\x1c", max_size=20),
-    st.sampled_from(["GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "HEAD", "PROPFIND", "X-ANY", "get"]),
+    st.sampled_from(
+        ["GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "HEAD", "PROPFIND", "X-ANY", "get"]
+    ),
     st.text(" \t", min_size=1, max_size=3),
     st.sampled_from(["/", "/a?b=c", "*", "http://a/b", "/\x7f", "a", "//"]),
     st.text(" \t", min_size=1, max_size=3),
-    st.sampled_from(["HTTP/1.1", "HTTP/1.0", "HTTP/1.10", "http/1.1", "Http/1.1", "HTTP/1", "HTTP/9.9"]),
+    st.sampled_from(
+        ["HTTP/1.1", "HTTP/1.0", "HTTP/1.10", "http/1.1", "Http/1.1", "HTTP/1", "HTTP/9.9"]
+    ),
     st.sampled_from(["\r\n", "\n", "\r\r\n", " \r\n", "\t\n"]),
 )
 
@@ -263,7 +304,9 @@ def test_no_variation_of_a_request_line_is_opaque(parts: tuple[str, ...]) -> Non
     assert first(data + HEAD)[0] is Protocol.HTTP1
 
 
-@pytest.mark.parametrize("data", [b"PUT key\x00\x01\x02", b"FOO  ", b"FOO x", b"GET  ", b"\x05", b" GET", b"x" * 30])
+@pytest.mark.parametrize(
+    "data", [b"PUT key\x00\x01\x02", b"FOO  ", b"FOO x", b"GET  ", b"\x05", b" GET", b"x" * 30]
+)
 def test_what_may_still_be_one_and_falls_silent_goes_on_and_is_looked_at(data: bytes) -> None:
     assert isinstance(protocol(data), Undecided)
     assert settle(data) is Protocol.OPAQUE
@@ -272,7 +315,9 @@ def test_what_may_still_be_one_and_falls_silent_goes_on_and_is_looked_at(data: b
 @pytest.mark.parametrize(("start", "verdict"), [
     (b"GET x", Protocol.HTTP1), (b"REPORT /", Protocol.HTTP1), (b"foo /", Protocol.HTTP1), (b"FOO http://a", Protocol.HTTP1),
 ])  # fmt: skip
-def test_a_first_line_that_does_not_end_is_judged_by_its_beginning(start: bytes, verdict: Protocol) -> None:
+def test_a_first_line_that_does_not_end_is_judged_by_its_beginning(
+    start: bytes, verdict: Protocol
+) -> None:
     data = start + b"x" * 5000 + b" HTTP/1.1\r\n"
     assert first(data) == (verdict, 4096)
 
@@ -297,14 +342,30 @@ def test_white_space_without_end_is_no_way_around_the_verdict() -> None:
 
 
 LINE_PIECES = st.sampled_from(
-    [b"x", b"x" * 70, b" ", b" " * 70, b"\xa0", b"HTTP/1.1", b"/1.1", b"HTTP", b"HTTP/1." + b"0" * 70, b"\0", b"\n"]
+    [
+        b"x",
+        b"x" * 70,
+        b" ",
+        b" " * 70,
+        b"\xa0",
+        b"HTTP/1.1",
+        b"/1.1",
+        b"HTTP",
+        b"HTTP/1." + b"0" * 70,
+        b"\0",
+        b"\n",
+    ]
 )
-LINE_PARTS = st.lists(st.lists(LINE_PIECES, min_size=1, max_size=4).map(b"".join), min_size=1, max_size=4)
+LINE_PARTS = st.lists(
+    st.lists(LINE_PIECES, min_size=1, max_size=4).map(b"".join), min_size=1, max_size=4
+)
 
 
 @settings(max_examples=500, deadline=None)
 @given(st.sampled_from([b"(GET /", b"x ", b"\0"]), LINE_PARTS)
-def test_what_is_kept_of_a_long_line_leads_to_the_same_verdict(start: bytes, parts: list[bytes]) -> None:
+def test_what_is_kept_of_a_long_line_leads_to_the_same_verdict(
+    start: bytes, parts: list[bytes]
+) -> None:
     whole = kept = start + b"x" * (LINE_LIMIT - 50)
     for part in parts:
         whole, kept = whole + part, kept + part
@@ -322,7 +383,9 @@ def test_what_is_kept_of_a_long_line_leads_to_the_same_verdict(start: bytes, par
     (b"", Protocol.OPAQUE), (b"GET", Protocol.OPAQUE), (b"OPTIONS *", Protocol.HTTP1), (b"GET k", Protocol.HTTP1),
     (b"get key", Protocol.OPAQUE), (b"PRI", Protocol.OPAQUE), (b"\r\n", Protocol.OPAQUE), (b"GETTING /", Protocol.OPAQUE),
 ])  # fmt: skip
-def test_a_client_that_falls_silent_is_judged_by_what_it_said(data: bytes, verdict: Protocol) -> None:
+def test_a_client_that_falls_silent_is_judged_by_what_it_said(
+    data: bytes, verdict: Protocol
+) -> None:
     assert protocol(data) is UNDECIDED
     assert settle(data) is verdict
 
@@ -351,7 +414,9 @@ SNIPPETS = [
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.lists(st.one_of(st.sampled_from(SNIPPETS), st.binary(max_size=3)), max_size=10).map(b"".join))
+@given(
+    st.lists(st.one_of(st.sampled_from(SNIPPETS), st.binary(max_size=3)), max_size=10).map(b"".join)
+)
 def test_no_verdict_on_a_protocol_is_ever_taken_back(data: bytes) -> None:
     event(str(first(data)[0]))
 
@@ -388,14 +453,26 @@ def openssl_hello(name: str | None, alpn: list[bytes]) -> bytes:
 
 SPIFFE_NAME = "web.shop.sa.cluster.local"
 HELLOS = {
-    "Python": (python_hello("Example.ORG", ["h2", "http/1.1"]), ClientHello("example.org", (b"h2", b"http/1.1"))),
+    "Python": (
+        python_hello("Example.ORG", ["h2", "http/1.1"]),
+        ClientHello("example.org", (b"h2", b"http/1.1")),
+    ),
     "Python without a name": (python_hello(None, ["http/1.1"]), ClientHello(None, (b"http/1.1",))),
     "Python without ALPN": (python_hello("a.b", []), ClientHello("a.b", ())),
     "Python to an address": (python_hello("10.0.0.1", []), ClientHello(None, ())),
-    "Python with few ciphers": (python_hello("a", [], "ECDHE-RSA-AES128-GCM-SHA256"), ClientHello("a", ())),
-    "OpenSSL": (openssl_hello(SPIFFE_NAME, [b"isthmus-tcp"]), ClientHello(SPIFFE_NAME, (b"isthmus-tcp",))),
+    "Python with few ciphers": (
+        python_hello("a", [], "ECDHE-RSA-AES128-GCM-SHA256"),
+        ClientHello("a", ()),
+    ),
+    "OpenSSL": (
+        openssl_hello(SPIFFE_NAME, [b"isthmus-tcp"]),
+        ClientHello(SPIFFE_NAME, (b"isthmus-tcp",)),
+    ),
     "OpenSSL bare": (openssl_hello(None, []), ClientHello(None, ())),
-    "OpenSSL with a long name": (openssl_hello("x" * 63 + ".shop", [b"h2"]), ClientHello("x" * 63 + ".shop", (b"h2",))),
+    "OpenSSL with a long name": (
+        openssl_hello("x" * 63 + ".shop", [b"h2"]),
+        ClientHello("x" * 63 + ".shop", (b"h2",)),
+    ),
 }
 
 
@@ -410,14 +487,20 @@ def test_a_hello_is_known_at_its_last_byte_and_not_before(data: bytes, hello: Cl
 
 
 def test_a_hello_with_a_post_quantum_key_share_is_larger_than_a_segment() -> None:
-    assert len(HELLOS["OpenSSL"][0]) > 1400, "the bundled OpenSSL no longer offers X25519MLKEM768 by itself"
+    assert len(HELLOS["OpenSSL"][0]) > 1400, (
+        "the bundled OpenSSL no longer offers X25519MLKEM768 by itself"
+    )
 
 
 @pytest.mark.parametrize("size", [1, 3, 100, 1000])
 @pytest.mark.parametrize(("data", "hello"), HELLOS.values(), ids=HELLOS)
-def test_a_hello_may_be_cut_over_several_records(data: bytes, hello: ClientHello, size: int) -> None:
+def test_a_hello_may_be_cut_over_several_records(
+    data: bytes, hello: ClientHello, size: int
+) -> None:
     message = data[5:]
-    data = b"".join(record(message[i : i + size], b"\x03\x03") for i in range(0, len(message), size))
+    data = b"".join(
+        record(message[i : i + size], b"\x03\x03") for i in range(0, len(message), size)
+    )
     if len(data) <= HELLO_LIMIT:
         assert client_hello(data) == hello
         assert client_hello(data[:-1]) is UNDECIDED
@@ -427,7 +510,9 @@ def extension(kind: int, content: bytes) -> bytes:
     return kind.to_bytes(2, "big") + len(content).to_bytes(2, "big") + content
 
 
-def hello_with(extensions: bytes | None, *, version: bytes = b"\x03\x03", record_version: bytes = b"\x03\x01") -> bytes:
+def hello_with(
+    extensions: bytes | None, *, version: bytes = b"\x03\x03", record_version: bytes = b"\x03\x01"
+) -> bytes:
     body = version + bytes(32) + b"\x00" + b"\x00\x02\x13\x01" + b"\x01\x00"
     body += b"" if extensions is None else len(extensions).to_bytes(2, "big") + extensions
     return record(b"\x01" + len(body).to_bytes(3, "big") + body, record_version)
@@ -462,8 +547,14 @@ NOT_HELLOS = {
     "another record in the middle": (record(b"\x01\x00\x00\x20abc") + b"\x17\x03\x03\x00\x01x", 13),
     "no record in the middle": (record(b"\x01\x00\x00\x20abc") + b"\x16\x04", 14),
     "a hello beyond all bounds": (record(b"\x01\x01\x00\x00" + bytes(100)), 9),
-    "a hello beyond our bounds": (b"\x16\x03\x01\x40\x00\x01\x00\x3f\xff" + bytes(HELLO_LIMIT), HELLO_LIMIT),
-    "a good hello beyond our bounds": (hello_with(extension(21, bytes(HELLO_LIMIT - 50))), HELLO_LIMIT),
+    "a hello beyond our bounds": (
+        b"\x16\x03\x01\x40\x00\x01\x00\x3f\xff" + bytes(HELLO_LIMIT),
+        HELLO_LIMIT,
+    ),
+    "a good hello beyond our bounds": (
+        hello_with(extension(21, bytes(HELLO_LIMIT - 50))),
+        HELLO_LIMIT,
+    ),
     "a hello in too many records": (
         record(b"\x01") + record(b"\x00") + record(b"\x2f") + record(b"\x00") + record(b"x") * 4000,
         HELLO_LIMIT,
@@ -503,7 +594,18 @@ def test_a_spoiled_hello_is_a_hello_or_none_and_its_verdict_stands() -> None:
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(
-        st.sampled_from([b"\x16\x03\x01", b"\x16\x03\x03", b"\x00\x05", b"\x01\x00\x00", b"\x00", b"\x05hello", b"\x16", b"\x17"]),
+        st.sampled_from(
+            [
+                b"\x16\x03\x01",
+                b"\x16\x03\x03",
+                b"\x00\x05",
+                b"\x01\x00\x00",
+                b"\x00",
+                b"\x05hello",
+                b"\x16",
+                b"\x17",
+            ]
+        ),
         max_size=12,
     )
 )

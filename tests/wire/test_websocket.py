@@ -1,4 +1,5 @@
-"""A WebSocket's handshake, translated: what one version says the other has to say, and nothing that belongs to one version is left."""
+"""A WebSocket's handshake, translated: what one version says the other has to say, and nothing that
+belongs to one version is left."""
 
 from __future__ import annotations
 
@@ -16,7 +17,11 @@ from proxy.wire.websocket import accept, asks, extends, key_of, to_101, to_200, 
 KEY = b"dGhlIHNhbXBsZSBub25jZQ=="  # RFC 6455 §1.3
 ACCEPT = b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
 CONNECTION: list[Field] = [(b"Connection", b"keep-alive, Upgrade"), (b"Upgrade", b"WebSocket")]
-REST: list[Field] = [(b"Sec-WebSocket-Version", b"13"), (b"Sec-WebSocket-Protocol", b"chat"), (b"Origin", b"http://a")]
+REST: list[Field] = [
+    (b"Sec-WebSocket-Version", b"13"),
+    (b"Sec-WebSocket-Protocol", b"chat"),
+    (b"Origin", b"http://a"),
+]
 
 
 def get(*fields: Field, method: bytes = b"GET", version: bytes = b"1.1") -> RequestHead:
@@ -38,13 +43,21 @@ def test_the_proof_is_that_of_the_standard_and_of_another_implementation(raw: by
 HANDSHAKE: list[Field] = [*CONNECTION, (b"Sec-WebSocket-Key", KEY)]
 NONE = {
     "no offer": get((b"Sec-WebSocket-Key", KEY)),
-    "an offer that Connection does not name": get((b"Upgrade", b"websocket"), (b"Sec-WebSocket-Key", KEY)),
-    "another offer": get((b"Connection", b"upgrade"), (b"Upgrade", b"spdy/3.1"), (b"Sec-WebSocket-Key", KEY)),
-    "a longer name": get((b"Connection", b"upgrade"), (b"Upgrade", b"websockets"), (b"Sec-WebSocket-Key", KEY)),
+    "an offer that Connection does not name": get(
+        (b"Upgrade", b"websocket"), (b"Sec-WebSocket-Key", KEY)
+    ),
+    "another offer": get(
+        (b"Connection", b"upgrade"), (b"Upgrade", b"spdy/3.1"), (b"Sec-WebSocket-Key", KEY)
+    ),
+    "a longer name": get(
+        (b"Connection", b"upgrade"), (b"Upgrade", b"websockets"), (b"Sec-WebSocket-Key", KEY)
+    ),
     "no key": get(*CONNECTION),
     "two keys": get(*HANDSHAKE, (b"sec-websocket-key", KEY)),
     "a short key": get(*CONNECTION, (b"Sec-WebSocket-Key", KEY[4:])),
-    "a key that is no base64 of 16 bytes": get(*CONNECTION, (b"Sec-WebSocket-Key", b"dGhlIHNhbXBsZSBub25jZR==")),
+    "a key that is no base64 of 16 bytes": get(
+        *CONNECTION, (b"Sec-WebSocket-Key", b"dGhlIHNhbXBsZSBub25jZR==")
+    ),
     "a key that would end the field": get(*CONNECTION, (b"Sec-WebSocket-Key", KEY + b"\r\nx: y")),
     "another method": get(*HANDSHAKE, method=b"POST"),
     "HTTP/1.0": get(*HANDSHAKE, version=b"1.0"),
@@ -79,7 +92,12 @@ def test_connect_becomes_get() -> None:
     assert asks(request)
     assert extends(request)
     made = to_get(request, KEY)
-    assert (made.method, made.target, made.version, made.protocol) == (b"GET", b"/chat?x", b"1.1", None)
+    assert (made.method, made.target, made.version, made.protocol) == (
+        b"GET",
+        b"/chat?x",
+        b"1.1",
+        None,
+    )
     assert made.headers.items == [
         (b"host", b"a"), *REST, (b"Connection", b"Upgrade"), (b"Upgrade", b"websocket"), (b"Sec-WebSocket-Key", KEY)
     ]  # fmt: skip
@@ -87,13 +105,24 @@ def test_connect_becomes_get() -> None:
     assert to_get(connect(), KEY).headers.get(b"sec-websocket-version") == b"13"
 
 
-@pytest.mark.parametrize(("protocol", "does"), [(b"websocket", True), (b"WebSocket", True), (b"connect-udp", False), (b"", False)])
+@pytest.mark.parametrize(
+    ("protocol", "does"),
+    [(b"websocket", True), (b"WebSocket", True), (b"connect-udp", False), (b"", False)],
+)
 def test_only_a_websocket_is_one(protocol: bytes, does: bool) -> None:
     assert asks(connect(protocol=protocol)) is does
 
 
 def test_a_2xx_becomes_a_101_with_the_proof_for_the_client_s_key() -> None:
-    head = to_101(ResponseHead(200, Headers([(b"sec-websocket-protocol", b"chat"), (b"content-length", b"0")]), b"", b"2"), KEY)
+    head = to_101(
+        ResponseHead(
+            200,
+            Headers([(b"sec-websocket-protocol", b"chat"), (b"content-length", b"0")]),
+            b"",
+            b"2",
+        ),
+        KEY,
+    )
     assert (head.status, head.reason) == (101, b"Switching Protocols")
     assert head.headers.items == [
         (b"sec-websocket-protocol", b"chat"), (b"Connection", b"Upgrade"), (b"Upgrade", b"websocket"), (b"Sec-WebSocket-Accept", ACCEPT)
@@ -105,7 +134,14 @@ def switched(*fields: Field, upgrade: bytes = b"websocket") -> ResponseHead:
 
 
 def test_a_101_becomes_a_200_if_it_has_the_proof() -> None:
-    head = to_200(switched((b"Sec-WebSocket-Accept", ACCEPT), (b"Sec-WebSocket-Protocol", b"chat"), upgrade=b"WebSocket"), KEY)
+    head = to_200(
+        switched(
+            (b"Sec-WebSocket-Accept", ACCEPT),
+            (b"Sec-WebSocket-Protocol", b"chat"),
+            upgrade=b"WebSocket",
+        ),
+        KEY,
+    )
     assert (head.status, field_pairs(head.headers)) == (200, [(b"sec-websocket-protocol", b"chat")])
 
 

@@ -1,4 +1,5 @@
-"""Several workers' metrics as one proxy's. Rules: counters are added and never go backwards, gauges each have their meaning."""
+"""Several workers' metrics as one proxy's. Rules: counters are added and never go backwards, gauges
+each have their meaning."""
 
 from __future__ import annotations
 
@@ -15,7 +16,11 @@ def samples(text: bytes) -> dict[str, float]:
     """The samples by name and labels."""
     return {
         name: float(value)
-        for name, _, value in (line.rpartition(" ") for line in text.decode().splitlines() if line and not line.startswith("#"))
+        for name, _, value in (
+            line.rpartition(" ")
+            for line in text.decode().splitlines()
+            if line and not line.startswith("#")
+        )
     }
 
 
@@ -32,8 +37,16 @@ def test_one_worker_alone_reads_as_it_would_by_itself() -> None:
     metrics.error("outbound", 'a "quoted"\nreason')
     mine = reading(metrics.registry)
     assert Totals().render(mine) == Totals().render(mine)
-    ours = {name: value for name, value in samples(Totals().render(mine)).items() if name.startswith("isthmus_")}
-    assert ours == {name: value for name, value in samples(metrics.render()).items() if name.startswith("isthmus_")}
+    ours = {
+        name: value
+        for name, value in samples(Totals().render(mine)).items()
+        if name.startswith("isthmus_")
+    }
+    assert ours == {
+        name: value
+        for name, value in samples(metrics.render()).items()
+        if name.startswith("isthmus_")
+    }
 
 
 def test_counters_and_every_part_of_a_histogram_are_added() -> None:
@@ -54,7 +67,9 @@ def test_counters_and_every_part_of_a_histogram_are_added() -> None:
 
 def test_gauges_are_added_or_follow_their_rule() -> None:
     totals = Totals()
-    for place, (connections, expiry, addresses, away) in enumerate([(3, 500.0, 7, True), (4, 400.0, 7, False)], 1):
+    for place, (connections, expiry, addresses, away) in enumerate(
+        [(3, 500.0, 7, True), (4, 400.0, 7, False)], 1
+    ):
         metrics = Metrics()
         metrics.pool("idle").set(connections)
         metrics.validity(expiry - 10, expiry, expiry + 1)
@@ -67,7 +82,9 @@ def test_gauges_are_added_or_follow_their_rule() -> None:
     assert found["isthmus_root_expiry_timestamp_seconds"] == 401
     assert found['isthmus_virtual_addresses{state="existing"}'] == 7
     assert found['isthmus_failover_active{service="shop"}'] == 1
-    assert next(value for name, value in found.items() if name.startswith("isthmus_build_info")) == 1
+    assert (
+        next(value for name, value in found.items() if name.startswith("isthmus_build_info")) == 1
+    )
 
 
 def test_a_gauge_that_only_the_workers_have_is_not_drawn_down_by_the_supervisor() -> None:
@@ -76,7 +93,12 @@ def test_a_gauge_that_only_the_workers_have_is_not_drawn_down_by_the_supervisor(
     worker.validity(400.0, 500.0, 600.0)
     totals = Totals()
     totals.take(1, reading(worker.registry))
-    assert samples(totals.render(reading(Metrics().registry)))["isthmus_certificate_expiry_timestamp_seconds"] == 500
+    assert (
+        samples(totals.render(reading(Metrics().registry)))[
+            "isthmus_certificate_expiry_timestamp_seconds"
+        ]
+        == 500
+    )
 
 
 def test_a_worker_that_is_gone_leaves_its_counters_and_takes_its_gauges_along() -> None:
@@ -113,7 +135,9 @@ def test_the_text_is_one_that_prometheus_reads() -> None:
     metrics = Metrics()
     metrics.error("outbound", 'a "quoted"\nreason')
     totals.take(1, reading(metrics.registry))
-    families = {family.name: family for family in text_string_to_metric_families(totals.render([]).decode())}
+    families = {
+        family.name: family for family in text_string_to_metric_families(totals.render([]).decode())
+    }
     assert families["isthmus_errors"].samples[0].labels["reason"] == 'a "quoted"\nreason'
     assert families["isthmus_response_latency_seconds"].type == "histogram"
 

@@ -21,7 +21,16 @@ from proxy.net.liveness import Liveness
 from proxy.process.listeners import listen
 from proxy.telemetry.metrics import Metrics
 from proxy.workers.connection_table import SharedConnectionTable, make, wipe
-from proxy.workers.protocol import ProcessGone, Start, WorkerInfo, read_start, receive, send, share, start_message
+from proxy.workers.protocol import (
+    ProcessGone,
+    Start,
+    WorkerInfo,
+    read_start,
+    receive,
+    send,
+    share,
+    start_message,
+)
 
 
 def configured(**environ: str) -> Config:
@@ -29,7 +38,12 @@ def configured(**environ: str) -> Config:
 
 
 def test_what_bounds_the_whole_proxy_is_divided_and_rounded_up() -> None:
-    whole = configured(WORKERS="3", OUTBOUND__MAX_CONNECTIONS="10", POOL__MAX_IDLE_PER_ENDPOINT="0", DNS__MAX_IN_FLIGHT="512")
+    whole = configured(
+        WORKERS="3",
+        OUTBOUND__MAX_CONNECTIONS="10",
+        POOL__MAX_IDLE_PER_ENDPOINT="0",
+        DNS__MAX_IN_FLIGHT="512",
+    )
     part = share(whole)
     assert part.outbound.max_connections == 4
     assert part.inbound.max_connections == 3334
@@ -62,7 +76,9 @@ def test_a_worker_is_told_all_that_the_configuration_says() -> None:
 
 
 @pytest.mark.parametrize("setting", ["OUTBOUND__LISTEN", "INBOUND__LISTEN", "DNS__LISTEN"])
-def test_a_port_that_anybody_may_choose_is_a_mistake_where_all_workers_need_the_same(setting: str) -> None:
+def test_a_port_that_anybody_may_choose_is_a_mistake_where_all_workers_need_the_same(
+    setting: str,
+) -> None:
     listen = {setting: "['127.0.0.1:0']"}
     assert configured(**listen).workers == 1
     with pytest.raises(ConfigError, match="another port for each of the 2 workers"):
@@ -91,12 +107,19 @@ def test_a_token_that_one_worker_has_made_is_known_to_the_others_and_to_no_other
 
 def two_tables() -> tuple[SharedConnectionTable, SharedConnectionTable]:
     memory = make(2)
-    tables = SharedConnectionTable(memory, 1, b"s" * 32), SharedConnectionTable(memory, 2, b"s" * 32)
+    tables = (
+        SharedConnectionTable(memory, 1, b"s" * 32),
+        SharedConnectionTable(memory, 2, b"s" * 32),
+    )
     os.close(memory)
     return tables
 
 
-HERE, THERE, ELSEWHERE = Address("10.1.0.5", 40000), Address("10.1.0.9", 8080), Address("fd00::9", 8080)
+HERE, THERE, ELSEWHERE = (
+    Address("10.1.0.5", 40000),
+    Address("10.1.0.9", 8080),
+    Address("fd00::9", 8080),
+)
 
 
 def test_a_connection_that_one_worker_has_opened_is_known_to_the_others() -> None:
@@ -122,9 +145,14 @@ def test_own_connections_are_nested_whichever_worker_they_come_back_to() -> None
         assert (met.accepted(depth, "there") is None) == (port < 3)
 
 
-def test_a_connection_that_comes_back_before_its_worker_has_entered_it_is_recognised_at_its_first_bytes() -> None:
+def test_a_connection_that_comes_back_before_its_worker_has_entered_it_is_recognised_at_its_first_bytes() -> (
+    None
+):
     tables = two_tables()
-    config, listeners = configured(LOOPS__MAX_NESTING="0"), OwnListeners(frozenset({4140}), frozenset({"10.1.0.5"}))
+    config, listeners = (
+        configured(LOOPS__MAX_NESTING="0"),
+        OwnListeners(frozenset({4140}), frozenset({"10.1.0.5"})),
+    )
     guard = LoopGuard(config, listeners, Metrics(), WorkerInfo(1, b"a" * 32, tables[0]))
     opener = OwnConnections(0, "west/web-1", tables[1])
     about = Facts("outbound", HERE, THERE)
@@ -172,7 +200,10 @@ def test_siblings_may_forget_a_connection_and_never_mistake_one(opened: dict[int
         one[Address("10.1.0.5", port), THERE] = depth
     for port in range(1, 400):
         assert one.get((Address("10.1.0.5", port), THERE), 0) == opened.get(port, 0)
-        assert other.get((Address("10.1.0.5", port), THERE), 0) in (0, min(opened.get(port, 0), 127))
+        assert other.get((Address("10.1.0.5", port), THERE), 0) in (
+            0,
+            min(opened.get(port, 0), 127),
+        )
 
 
 async def test_messages_arrive_whole_whatever_pieces_they_come_in() -> None:
@@ -194,7 +225,9 @@ async def test_a_length_that_cannot_be_is_not_waited_for() -> None:
 
 
 def test_a_proxy_of_one_process_shares_its_ports_with_nobody() -> None:
-    config = configured(OUTBOUND__LISTEN="['127.0.0.1:0']", INBOUND__LISTEN="[]", ADMIN__LISTEN="[]")
+    config = configured(
+        OUTBOUND__LISTEN="['127.0.0.1:0']", INBOUND__LISTEN="[]", ADMIN__LISTEN="[]"
+    )
     (sock,) = listen(config, Liveness()).outbound
     with sock, socket.socket() as other:
         assert not sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)

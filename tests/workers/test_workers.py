@@ -1,7 +1,8 @@
 """Several workers as one proxy, with real processes on loopback.
 
-Rules: the ports, the admin view and the exit code are those of one proxy; a worker that dies takes its own connections along and nothing
-else; what was counted is not forgotten. Connections are spread by a hash of their ports, so tests open them until both workers have some.
+Rules: the ports, the admin view and the exit code are those of one proxy; a worker that dies takes
+its own connections along and nothing else; what was counted is not forgotten. Connections are
+spread by a hash of their ports, so tests open them until both workers have some.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def eventually(look: Callable[[], Any], what: str) -> Any:
 
 
 class Application(BaseHTTPRequestHandler):
-    """Answers at once; a request for /slow when `go` is set; one for /loop by asking the proxy the very same again."""
+    """Answers at once; a request for /slow when `go` is set; one for /loop by asking the proxy the
+    very same again."""
 
     protocol_version = "HTTP/1.1"
     go: threading.Event
@@ -94,10 +96,18 @@ def application(proxy: int) -> Iterator[tuple[int, Any]]:
 
 
 class Proxy:
-    """A proxy with two workers in front of an application. `rules`: more of the sections that are there in any case."""
+    """A proxy with two workers in front of an application. `rules`: more of the sections that are
+    there in any case."""
 
     def __init__(
-        self, folder: Path, settings: dict[str, Any], back: int, port: int, side: str = "outbound", *, rules: dict[str, Any] | None = None
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        back: int,
+        port: int,
+        side: str = "outbound",
+        *,
+        rules: dict[str, Any] | None = None,
     ) -> None:
         self.port, self.admin_port = port, free_port()
         self.config, self.log = folder / "isthmus.yaml", folder / "log"
@@ -106,7 +116,11 @@ class Proxy:
             "workers": 2,
             side: {"listen": [f"{HOST}:{port}"], "fixed_destination": f"{HOST}:{back}"},
             other: {"listen": []},
-            "admin": {"listen": [f"{HOST}:{self.admin_port}"], "stall_timeout": "4s", "metrics_max_age": 0},
+            "admin": {
+                "listen": [f"{HOST}:{self.admin_port}"],
+                "stall_timeout": "4s",
+                "metrics_max_age": 0,
+            },
             "log": {"format": "json"},
             "shutdown": {"grace": "60s"},
             **settings,
@@ -211,14 +225,18 @@ def owner(proxy: Proxy, port: int) -> int:
         if (fields[1].rpartition(":")[2], fields[2].rpartition(":")[2]) == ends:
             link = f"socket:[{fields[9]}]"
             for pid in proxy.workers():
-                if link in {str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()}:
+                if link in {
+                    str(entry.readlink())
+                    for entry in Path(f"/proc/{pid}/fd").iterdir()
+                    if entry.is_symlink()
+                }:
                     return pid
     raise AssertionError("no worker has it")
 
 
 def counted(proxy: Proxy, requests: int) -> dict[str, float]:
-    """The metrics, once so many requests have been counted, and no more: a worker may have to be waited for, its last answer is gone before
-    it has counted that."""
+    """The metrics, once so many requests have been counted, and no more: a worker may have to be
+    waited for, its last answer is gone before it has counted that."""
 
     def enough() -> dict[str, float] | None:
         found = proxy.metrics()
@@ -251,15 +269,28 @@ def test_both_workers_serve_and_read_as_one_proxy(stage: tuple[Proxy, Any]) -> N
     with ExitStack() as stack:
         kept = kept_by_both(proxy, stack)
         found = counted(proxy, len(kept))
-        assert found['isthmus_connections_open{direction="outbound",peer="src",tls="none"}'] == len(kept)
+        assert found['isthmus_connections_open{direction="outbound",peer="src",tls="none"}'] == len(
+            kept
+        )
         eventually(lambda: workers_counted(proxy) == (2, 2), "both workers are alive and ready")
         assert not any(name.startswith("isthmus_worker_exits_total") for name in found)
     assert proxy.admin("/live") == (200, b"live\n")
-    lines = eventually(lambda: re.findall(r'"message": "connection", "worker": (\d)', proxy.logged()), "lines of connections")
-    eventually(lambda: set(re.findall(r'"message": "connection", "worker": (\d)', proxy.logged())) == {"1", "2"}, f"both in {lines}")
+    lines = eventually(
+        lambda: re.findall(r'"message": "connection", "worker": (\d)', proxy.logged()),
+        "lines of connections",
+    )
+    eventually(
+        lambda: (
+            set(re.findall(r'"message": "connection", "worker": (\d)', proxy.logged()))
+            == {"1", "2"}
+        ),
+        f"both in {lines}",
+    )
 
 
-def test_a_worker_that_is_killed_takes_its_own_connections_along_and_nothing_else(stage: tuple[Proxy, Any]) -> None:
+def test_a_worker_that_is_killed_takes_its_own_connections_along_and_nothing_else(
+    stage: tuple[Proxy, Any],
+) -> None:
     proxy, _ = stage
     before = proxy.workers()
     with ExitStack() as stack:
@@ -292,7 +323,9 @@ def test_a_worker_that_is_killed_takes_its_own_connections_along_and_nothing_els
 def test_sigterm_lets_the_requests_of_all_workers_finish(stage: tuple[Proxy, Any]) -> None:
     proxy, app = stage
     answers: list[int] = []
-    threads = [threading.Thread(target=lambda: answers.append(get(proxy.port, "/slow"))) for _ in range(12)]
+    threads = [
+        threading.Thread(target=lambda: answers.append(get(proxy.port, "/slow"))) for _ in range(12)
+    ]
     for thread in threads:
         thread.start()
     for _ in threads:
@@ -331,7 +364,9 @@ def _cut(port: int) -> None:
         get(port, "/slow")
 
 
-def test_a_worker_that_stands_still_is_named_and_one_that_goes_on_is_well_again(stage: tuple[Proxy, Any]) -> None:
+def test_a_worker_that_stands_still_is_named_and_one_that_goes_on_is_well_again(
+    stage: tuple[Proxy, Any],
+) -> None:
     proxy, _ = stage
     victim = proxy.workers()[1]
     took: list[float] = []
@@ -349,7 +384,9 @@ def test_a_worker_that_stands_still_is_named_and_one_that_goes_on_is_well_again(
         status, body = eventually(lambda: (found := probe("/live"))[0] == 503 and found, "not live")
         assert status == 503
         assert re.fullmatch(rb"not live: worker 2 has not answered for [4-6] s\n", body)
-        assert re.fullmatch(rb"not ready: worker 2: has not answered for [4-6] s\n", probe("/ready")[1])
+        assert re.fullmatch(
+            rb"not ready: worker 2: has not answered for [4-6] s\n", probe("/ready")[1]
+        )
         assert REQUESTS in proxy.metrics(), "what it said last still counts"
     finally:
         os.kill(victim, signal.SIGCONT)
@@ -369,11 +406,23 @@ def test_workers_end_when_their_supervisor_is_gone(stage: tuple[Proxy, Any]) -> 
     eventually(proxy.ready, "its ports are free again")
 
 
-def test_a_second_proxy_on_the_same_ports_is_refused_and_takes_nothing(stage: tuple[Proxy, Any]) -> None:
+def test_a_second_proxy_on_the_same_ports_is_refused_and_takes_nothing(
+    stage: tuple[Proxy, Any],
+) -> None:
     proxy, _ = stage
-    for environ, words in (({}, f"port {proxy.port} is in use by another proxy"), ({"ISTHMUS_WORKERS": "1"}, "another process listens")):
+    for environ, words in (
+        ({}, f"port {proxy.port} is in use by another proxy"),
+        ({"ISTHMUS_WORKERS": "1"}, "another process listens"),
+    ):
         command = [sys.executable, "-m", "proxy.cli", "run", "--config", str(proxy.config)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, env={**os.environ, **environ})
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+            env={**os.environ, **environ},
+        )
         assert done.returncode == 69
         assert words in done.stderr
         assert len([line for line in done.stderr.splitlines() if line.startswith("isthmus: ")]) == 1
@@ -382,7 +431,9 @@ def test_a_second_proxy_on_the_same_ports_is_refused_and_takes_nothing(stage: tu
     counted(proxy, 20)
 
 
-def test_tokens_of_one_worker_stop_a_loop_that_goes_through_the_other(stage: tuple[Proxy, Any]) -> None:
+def test_tokens_of_one_worker_stop_a_loop_that_goes_through_the_other(
+    stage: tuple[Proxy, Any],
+) -> None:
     """As soon as one proxy would: the request is recognised on whichever worker it comes back."""
     proxy, app = stage
     assert get(proxy.port, "/loop") == 508
@@ -413,7 +464,12 @@ def test_questions_of_many_programs_are_answered_by_both_workers(tmp_path: Path)
                 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
                     client.settimeout(PATIENCE)
                     client.connect((HOST, names))
-                    question = bytes([7, number]) + b"\1\0\0\1\0\0\0\0\0\0" + b"\4shop\7invalid\0" + b"\0\1\0\1"
+                    question = (
+                        bytes([7, number])
+                        + b"\1\0\0\1\0\0\0\0\0\0"
+                        + b"\4shop\7invalid\0"
+                        + b"\0\1\0\1"
+                    )
                     client.send(question)
                     assert client.recv(512)[:4] == question[:2] + b"\x81\x83"
             name = 'isthmus_dns_queries_total{result="forwarded",transport="udp"}'
@@ -442,7 +498,9 @@ def test_what_is_wrong_is_said_once_and_by_the_exit_code(tmp_path: Path) -> None
 
 def test_a_listener_of_somebody_else_is_not_joined(tmp_path: Path) -> None:
     with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # which would let the workers in
+        taken.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEPORT, 1
+        )  # which would let the workers in
         taken.bind((HOST, 0))
         taken.listen()
         proxy = Proxy(tmp_path, {}, 1, taken.getsockname()[1])
@@ -451,7 +509,8 @@ def test_a_listener_of_somebody_else_is_not_joined(tmp_path: Path) -> None:
 
 
 def test_a_client_that_resumes_on_another_worker_makes_a_full_handshake(tmp_path: Path) -> None:
-    """Tickets are sealed by the worker that has made them. To the other one they are noise, and the handshake goes on without."""
+    """Tickets are sealed by the worker that has made them. To the other one they are noise, and the
+    handshake goes on without."""
     settings, context = identity(tmp_path)
     with application(0) as (back, _):
         proxy = Proxy(tmp_path, settings, back, free_port(), side="inbound")
@@ -464,7 +523,10 @@ def test_a_client_that_resumes_on_another_worker_makes_a_full_handshake(tmp_path
                     resumed.append(tls.session_reused)
                     session = session or tls.session  # always that of the first worker
             assert set(resumed[1:]) == {True, False}
-            eventually(lambda: _handshakes(proxy) == (resumed.count(True), resumed.count(False)), "as counted by the workers")
+            eventually(
+                lambda: _handshakes(proxy) == (resumed.count(True), resumed.count(False)),
+                "as counted by the workers",
+            )
             assert not any("isthmus_tls_failures_total{" in name for name in proxy.metrics())
         finally:
             proxy.end()
@@ -477,7 +539,11 @@ def identity(folder: Path) -> tuple[dict[str, Any], ssl.SSLContext]:
     """The settings of a proxy with an identity, and what a client with the same one connects by."""
     root = make_root("cluster.local")
     leaf = issue(root, WHO)
-    for name, pem in (("certificate", leaf.certificate_pem), ("key", leaf.key_pem), ("roots", root.certificate_pem)):
+    for name, pem in (
+        ("certificate", leaf.certificate_pem),
+        ("key", leaf.key_pem),
+        ("roots", root.certificate_pem),
+    ):
         (folder / f"{name}.pem").write_bytes(pem)
         (folder / f"{name}.pem").chmod(0o600)
     files = {name: str(folder / f"{name}.pem") for name in ("certificate", "key", "roots")}
@@ -491,7 +557,10 @@ def identity(folder: Path) -> tuple[dict[str, Any], ssl.SSLContext]:
 
 @contextmanager
 def member(
-    proxy: Proxy, context: ssl.SSLContext, session: ssl.SSLSession | None = None, patience: float = PATIENCE
+    proxy: Proxy,
+    context: ssl.SSLContext,
+    session: ssl.SSLSession | None = None,
+    patience: float = PATIENCE,
 ) -> Iterator[ssl.SSLSocket]:
     """A connection by mutual TLS, on which a request has been sent."""
     with (
@@ -510,7 +579,16 @@ def test_members_come_in_at_all_workers_whatever_others_do(tmp_path: Path, attac
         proxy = Proxy(tmp_path, settings, back, free_port(), side="inbound", rules=rules)
         stack.callback(proxy.end)
         eventually(proxy.ready, "ready")
-        command = [sys.executable, "-m", "perf.reliability.attacker", attack, HOST, str(proxy.port), "60", "300"]
+        command = [
+            sys.executable,
+            "-m",
+            "perf.reliability.attacker",
+            attack,
+            HOST,
+            str(proxy.port),
+            "60",
+            "300",
+        ]
         attacker = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         stack.callback(attacker.wait)
         stack.callback(attacker.kill)

@@ -134,7 +134,9 @@ def _retire(upstream: Upstream) -> None:
     upstream.until = -math.inf
 
 
-async def patiently(given: trio.Event, timeout: float, limit: float, moved: Callable[[], float]) -> None:
+async def patiently(
+    given: trio.Event, timeout: float, limit: float, moved: Callable[[], float]
+) -> None:
     """Wait for `given`. With a deadline (`limit`, trio's time), wait until then; the deadline layer
     enforces it. Without one, wait until there was no progress (`moved`) for `timeout` seconds: a
     pool that is opening connections, or whose queue moves, is not exhausted."""
@@ -156,7 +158,11 @@ class Pool(Generic[K]):
     `account` records it."""
 
     def __init__(
-        self, connect: Callable[[K], Awaitable[Stream]], account: Callable[[Stream], Account], settings: PoolSettings, limits: Limits
+        self,
+        connect: Callable[[K], Awaitable[Stream]],
+        account: Callable[[Stream], Account],
+        settings: PoolSettings,
+        limits: Limits,
     ) -> None:
         self._connect = connect
         self._account = account
@@ -203,7 +209,9 @@ class Pool(Generic[K]):
     def _good(self, upstream: Upstream, now: float) -> bool:
         """Neither too old, nor closed by its server."""
         side = upstream.side
-        return self._fresh(upstream, now) and ((side is not None and side.is_quiet()) or upstream.stream.is_idle())
+        return self._fresh(upstream, now) and (
+            (side is not None and side.is_quiet()) or upstream.stream.is_idle()
+        )
 
     def take(self, key: K, now: float) -> Upstream | None:
         """Take an idle connection to `key`, if there is one. `now`: trio's time. End the lease with
@@ -231,7 +239,13 @@ class Pool(Generic[K]):
             self._keep(key, slot, upstream)
 
     def _upstream(self, stream: Stream, account: Account, now: float) -> Upstream:
-        return Upstream(stream, Http1Connection(Role.CLIENT, self._limits), now, account, until=now + self._settings.max_age)
+        return Upstream(
+            stream,
+            Http1Connection(Role.CLIENT, self._limits),
+            now,
+            account,
+            until=now + self._settings.max_age,
+        )
 
     def give_back(self, key: K, upstream: Upstream, *, usable: bool) -> None:
         """End a lease. A connection that is not `usable`, or not reusable, is closed, which frees
@@ -341,10 +355,18 @@ class Pool(Generic[K]):
     async def _wait(self, key: K, slot: _Slot, turn: _Turn, limit: float) -> Upstream | None:
         """Wait for a connection, or for capacity to open one (None)."""
         if len(slot.waiting) >= self._settings.waiting:
-            raise PoolExhausted(f"{slot.open} connections to {key} are in use, and {len(slot.waiting)} requests wait for one")
+            raise PoolExhausted(
+                f"{slot.open} connections to {key} are in use, and {len(slot.waiting)} requests"
+                " wait for one"
+            )
         slot.waiting[turn] = None
         try:
-            await patiently(turn.given, self._settings.wait_timeout, limit, lambda: _now() if slot.opening else slot.moved)
+            await patiently(
+                turn.given,
+                self._settings.wait_timeout,
+                limit,
+                lambda: _now() if slot.opening else slot.moved,
+            )
         except BaseException:
             # Cancelled at the same moment at which it was served: pass on to the next one.
             slot.waiting.pop(turn, None)
@@ -358,5 +380,6 @@ class Pool(Generic[K]):
         if turn.given.is_set():
             return turn.upstream
         raise PoolExhausted(
-            f"none of the {self._settings.connections} connections to {key} became free within {self._settings.wait_timeout} s"
+            f"none of the {self._settings.connections} connections to {key} became free within"
+            f" {self._settings.wait_timeout} s"
         )

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from proxy.exchange.server_settings import ServerSettings
 
 
-async def rest_of_head(connection: Http1Connection, stream: Stream, share: Share) -> RequestHead | Signal:
+async def rest_of_head(
+    connection: Http1Connection, stream: Stream, share: Share
+) -> RequestHead | Signal:
     """Read the rest of a head that has begun to arrive. The incomplete head is charged to `share`.
     CLOSED: the client has closed the connection. Raises ProtocolError, and the errors of `stream`.
     """
@@ -41,7 +43,9 @@ class RequestBody:
 
     __slots__ = ("_connection", "_received", "_settings", "_share", "_stream", "_waited")
 
-    def __init__(self, connection: Http1Connection, stream: Stream, settings: ServerSettings, share: Share) -> None:
+    def __init__(
+        self, connection: Http1Connection, stream: Stream, settings: ServerSettings, share: Share
+    ) -> None:
         self._connection = connection
         self._stream = stream
         self._settings = settings
@@ -71,9 +75,13 @@ class RequestBody:
             started = trio.current_time()
             with trio.move_on_after(self._patience()) as scope:
                 try:
-                    self._connection.receive_data(await self._stream.receive_some(self._share.read_size(READ_SIZE)))
+                    self._connection.receive_data(
+                        await self._stream.receive_some(self._share.read_size(READ_SIZE))
+                    )
                 except NetError as error:
-                    raise ClientGone(f"the client's connection broke during the request body: {error}") from error
+                    raise ClientGone(
+                        f"the client's connection broke during the request body: {error}"
+                    ) from error
             if scope.cancelled_caught:
                 self._connection.keep_alive = False
                 raise RequestTimeout(f"the request's body stopped after {self._received} bytes")

@@ -25,7 +25,14 @@ from proxy.net.linger import linger
 from proxy.net.socket_stream import Stream
 from proxy.wire.h1.body import Framing, Length
 from proxy.wire.h1.connection import At, Http1Connection, Role
-from proxy.wire.messages import EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead, Signal
+from proxy.wire.messages import (
+    EndOfMessage,
+    Headers,
+    ProtocolError,
+    RequestHead,
+    ResponseHead,
+    Signal,
+)
 
 # Bytes per write: a head with the first piece of its body, or several small chunks. More would only
 # add delay.
@@ -69,7 +76,12 @@ class Http1Exchange(Exchange):
     __slots__ = ("_continued", "_on_half_close", "_server", "started")
 
     def __init__(
-        self, server: Http1Server, request: RequestHead, body: Body, malformed: ProtocolError | None = None, now: float | None = None
+        self,
+        server: Http1Server,
+        request: RequestHead,
+        body: Body,
+        malformed: ProtocolError | None = None,
+        now: float | None = None,
     ) -> None:
         """`now`: trio's time, if the caller has it."""
         super().__init__(request, body, server.facts, malformed)
@@ -87,7 +99,13 @@ class Http1Exchange(Exchange):
         """The client's connection is lost, or the client has ended its direction. After a complete
         request, the end is a half-close, which is passed on."""
         server, tell = self._server, self._on_half_close
-        how = "lost" if server.lost else "open" if server.connection.buffered else server.stream.ended()
+        how = (
+            "lost"
+            if server.lost
+            else "open"
+            if server.connection.buffered
+            else server.stream.ended()
+        )
         if how == "lost" and not server.tunnelled:
             self.give_up()
         elif how == "half" and tell is not None and server.connection.reading is At.DONE:
@@ -103,7 +121,9 @@ class Http1Exchange(Exchange):
         length = body.length
         piece = body.receive_nowait()  # may raise; an error response can still be sent here
         length = self.answer(head, length)
-        await self._stream([self._server.connection.send_response(head, length)], body, length, piece)
+        await self._stream(
+            [self._server.connection.send_response(head, length)], body, length, piece
+        )
 
     def answer(self, head: ResponseHead, length: Length) -> Length:
         """Set the response to `head` and add the fields of this hop. Returns how a body of `length`
@@ -123,7 +143,13 @@ class Http1Exchange(Exchange):
     async def go_on(self, unsent: bytes, body: Body) -> None:
         await self._stream([unsent], body, body.length)
 
-    async def _stream(self, out: list[bytes], body: Body, length: Length, piece: bytes | EndOfMessage | None = None) -> None:
+    async def _stream(
+        self,
+        out: list[bytes],
+        body: Body,
+        length: Length,
+        piece: bytes | EndOfMessage | None = None,
+    ) -> None:
         """Send `out`, `piece`, and the rest of `body`. If the source of the body fails, all data
         that came before the error is sent first."""
         server = self._server
@@ -162,7 +188,9 @@ class Http1Exchange(Exchange):
             self.clock.rest()
 
     def _client_stalls(self) -> Exception:
-        return ClientGone(f"the client accepted no data for {self._server.settings.write_timeout} s")
+        return ClientGone(
+            f"the client accepted no data for {self._server.settings.write_timeout} s"
+        )
 
     def _frame(self, head: ResponseHead, length: Length) -> Length:
         connection, headers = self._server.connection, head.headers
@@ -179,7 +207,12 @@ class Http1Exchange(Exchange):
             length = Framing.CLOSE if connection.peer_version == b"1.0" else Framing.CHUNKED
             if length is Framing.CHUNKED:
                 headers.append(b"Transfer-Encoding", b"chunked")
-        if not connection.keep_alive or self._server.leaving or length is Framing.CLOSE or self._ends_behind():
+        if (
+            not connection.keep_alive
+            or self._server.leaving
+            or length is Framing.CLOSE
+            or self._ends_behind()
+        ):
             connection.keep_alive = False
             headers.add(b"Connection", b"close")
         elif connection.peer_version == b"1.0":
@@ -226,7 +259,14 @@ class Http1Server:
     """One downstream connection. `run` returns when the connection cannot be used any more. The
     caller closes the stream."""
 
-    def __init__(self, stream: Stream, facts: Facts, settings: ServerSettings, drain: Drain, carry: Carry | None = None) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        facts: Facts,
+        settings: ServerSettings,
+        drain: Drain,
+        carry: Carry | None = None,
+    ) -> None:
         self.stream = stream
         self.facts = facts
         self.settings = settings
@@ -258,7 +298,9 @@ class Http1Server:
         finally:
             self.lent = None  # breaks a reference cycle
         if self._scope.cancelled_caught and self.connection.buffered:
-            await self._refuse(handler, ProtocolError("the request's head was not complete in time", 408))
+            await self._refuse(
+                handler, ProtocolError("the request's head was not complete in time", 408)
+            )
 
     @property
     def leaving(self) -> bool:
@@ -334,7 +376,11 @@ class Http1Server:
             await self.drain.pacer.turn(member=self.facts.share.member)
         if head is not None:
             self.facts.declined_requests = self.connection.declined
-            exchange = Http1Exchange(self, head, RequestBody(self.connection, self.stream, self.settings, self.facts.share))
+            exchange = Http1Exchange(
+                self,
+                head,
+                RequestBody(self.connection, self.stream, self.settings, self.facts.share),
+            )
         return exchange
 
     async def _next_request(self) -> RequestHead | None:
@@ -354,7 +400,9 @@ class Http1Server:
                 self.drain.idle.discard(self)
         head = connection.next_request()
         if head is Signal.NEED_DATA:
-            scope.deadline = min(trio.current_time() + self.settings.head_timeout, self._first_deadline)
+            scope.deadline = min(
+                trio.current_time() + self.settings.head_timeout, self._first_deadline
+            )
             head = await rest_of_head(connection, self.stream, self.facts.share)
         scope.deadline = math.inf
         return None if isinstance(head, Signal) else head
@@ -369,7 +417,14 @@ class Http1Server:
         connection = self.connection
         connection.keep_alive = False
         connection.reading = At.DONE
-        await handler(Http1Exchange(self, _NOTHING_READ, RequestBody(connection, self.stream, self.settings, self.facts.share), error))
+        await handler(
+            Http1Exchange(
+                self,
+                _NOTHING_READ,
+                RequestBody(connection, self.stream, self.settings, self.facts.share),
+                error,
+            )
+        )
         await self._linger(_QUIET)
 
     async def _finish_reading(self) -> None:
@@ -395,7 +450,9 @@ class Http1Server:
             await self.stream.send_all(data)
         except NetError as error:
             self.connection.keep_alive = False
-            raise ClientGone(f"the client's connection broke during the response: {error}") from error
+            raise ClientGone(
+                f"the client's connection broke during the response: {error}"
+            ) from error
 
     def abort(self) -> None:
         """Reset the connection, so that the client cannot take a partial response for a complete

@@ -35,7 +35,9 @@ class StreamBody:
         """The length from the head. It is computed on first use, because the end of a request
         without a body may have arrived in the same read."""
         if self._length is None:
-            headers = self._stream.request.headers if self._stream.request is not None else Headers()
+            headers = (
+                self._stream.request.headers if self._stream.request is not None else Headers()
+            )
             self._length = body_length(headers, ended=self._stream.empty)
         return self._length
 
@@ -55,7 +57,9 @@ class StreamBody:
                 except StreamLost as error:
                     raise ClientGone(f"during the request: {error}") from error
             if self._stream.sent == sent:
-                raise RequestTimeout(f"the request's body paused for {self._patience} s, and so did the response")
+                raise RequestTimeout(
+                    f"the request's body paused for {self._patience} s, and so did the response"
+                )
             piece = self.receive_nowait()
         return piece
 

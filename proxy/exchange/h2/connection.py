@@ -68,7 +68,9 @@ class Mux:
     """An HTTP/2 connection. `run` serves it until it ends. `broken`: why it cannot be used any
     more."""
 
-    def __init__(self, stream: Stream, role: Role, settings: MuxSettings, share: Share = UNCOUNTED) -> None:
+    def __init__(
+        self, stream: Stream, role: Role, settings: MuxSettings, share: Share = UNCOUNTED
+    ) -> None:
         """`share`: of the client's connection. Buffers of a connection to a server are charged to
         the clients that they are for."""
         self.stream = stream
@@ -76,7 +78,9 @@ class Mux:
         self._pacer = settings.streams.pacer
         self.client = role is Role.CLIENT
         verified = isinstance(stream, TLSStream)
-        self.http = Http2Connection(role, settings.limits, settings.mesh_budget if verified else settings.budget)
+        self.http = Http2Connection(
+            role, settings.limits, settings.mesh_budget if verified else settings.budget
+        )
         self._intake = Intake(self.http, share, settings)
         self._line = self._intake.line
         self.settings = settings
@@ -110,7 +114,12 @@ class Mux:
         if isinstance(stream, TLSStream) and stream.expiry is not None:
             stream.expiry.retire = self.retire
         self._nursery: trio.Nursery | None = None  # set while `run` runs
-        self._resets = Resets(self.http, settings.resets, OF_AGE * 1.5 if verified else settings.resets.hold, self._have_reset)
+        self._resets = Resets(
+            self.http,
+            settings.resets,
+            OF_AGE * 1.5 if verified else settings.resets.hold,
+            self._have_reset,
+        )
 
     async def run(self, on_request: Callable[[MuxStream], None] | None = None) -> None:
         """Read and write until the connection ends. `on_request` is called for each stream that the
@@ -241,12 +250,20 @@ class Mux:
         for number, stream in list(self._streams.items()):
             # For a server, `last` in a client's GOAWAY concerns pushed streams, and we push none.
             if self.client and number > event.last:
-                stream.lose(StreamLost("the peer is going away (GOAWAY) and did not accept the stream", Code.REFUSED_STREAM, refused=True))
+                stream.lose(
+                    StreamLost(
+                        "the peer is going away (GOAWAY) and did not accept the stream",
+                        Code.REFUSED_STREAM,
+                        refused=True,
+                    )
+                )
         self.on_room()
         self.touch()
 
     async def _write(self) -> None:
-        failure = await self.writer.run(lambda: self.going_away and not self._streams and self._last_call is None)
+        failure = await self.writer.run(
+            lambda: self.going_away and not self._streams and self._last_call is None
+        )
         if failure is not None:
             self._end(failure)
         self._scope.cancel()  # otherwise all frames have been sent
@@ -301,7 +318,10 @@ class Mux:
             self.going_away = True
             kind = StreamLost
             if self.client and self._farewell is not None:
-                kind, words = ConnectionLeft, f"the server was going away (GOAWAY, {self._farewell}): {words}"
+                kind, words = (
+                    ConnectionLeft,
+                    f"the server was going away (GOAWAY, {self._farewell}): {words}",
+                )
             for stream in list(self._streams.values()):
                 self._pacer.take(self._line, partial(stream.lose, kind(words, Code.CANCEL)))
             self.greeted.set()
@@ -351,7 +371,9 @@ class Mux:
         limit."""
         if not self.usable or self.clogged:
             return 0
-        free = self.http.room if self.greeted.is_set() else min(self.http.room, 1 - len(self._streams))
+        free = (
+            self.http.room if self.greeted.is_set() else min(self.http.room, 1 - len(self._streams))
+        )
         return max(0, free - self.reserved)
 
     def open(self, head: RequestHead, *, end: bool) -> MuxStream:

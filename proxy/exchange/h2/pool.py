@@ -74,14 +74,22 @@ class _Slot:
     def moved(self) -> float:
         """The time (trio's) of the last progress: a connection was opened, or a waiting request got
         a stream. Now, while a connection is being opened."""
-        return trio.current_time() if self.opening else max(self.served, max((mux.opened for mux in self.muxes), default=-inf))
+        return (
+            trio.current_time()
+            if self.opening
+            else max(self.served, max((mux.opened for mux in self.muxes), default=-inf))
+        )
 
     @property
     def may_open(self) -> bool:
         """Whether to open another connection. Connections that accept no new streams do not count,
         because their last streams may take hours."""
         usable = [mux for mux in self.muxes if mux.usable]
-        return not self.opening and len(usable) < _CONNECTIONS and all(mux.greeted.is_set() for mux in usable)
+        return (
+            not self.opening
+            and len(usable) < _CONNECTIONS
+            and all(mux.greeted.is_set() for mux in usable)
+        )
 
 
 class MuxPool(Generic[K]):
@@ -89,7 +97,11 @@ class MuxPool(Generic[K]):
     `account` records it."""
 
     def __init__(
-        self, connect: Callable[[K], Awaitable[Stream]], account: Callable[[Stream], Account], settings: PoolSettings, mux: MuxSettings
+        self,
+        connect: Callable[[K], Awaitable[Stream]],
+        account: Callable[[Stream], Account],
+        settings: PoolSettings,
+        mux: MuxSettings,
     ) -> None:
         self._connect = connect
         self._account = account
@@ -156,7 +168,9 @@ class MuxPool(Generic[K]):
             raise
         slot.waiting.pop(turn, None)
         if not turn.given.is_set():
-            raise PoolExhausted(f"no stream to {key} became free within {self._settings.wait_timeout} s")
+            raise PoolExhausted(
+                f"no stream to {key} became free within {self._settings.wait_timeout} s"
+            )
         if turn.failure is not None:
             # all waiting requests raise this error object, so its traceback would grow with each
             raise turn.failure.with_traceback(None)
@@ -224,7 +238,9 @@ class MuxPool(Generic[K]):
             await mux.run()
         # error boundary: a bug in one connection must not affect the others
         except Exception as error:
-            _log.error("internal error on the HTTP/2 connection to %s", mux.stream.peer, exc_info=error)
+            _log.error(
+                "internal error on the HTTP/2 connection to %s", mux.stream.peer, exc_info=error
+            )
         finally:
             account.close()
             slot.muxes.remove(mux)

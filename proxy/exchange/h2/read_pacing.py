@@ -30,7 +30,17 @@ def _begin(streams: list[MuxStream], on_request: Callable[[MuxStream], None]) ->
 class Intake:
     """The reading side of one connection."""
 
-    __slots__ = ("_http", "_limit", "_rest", "_share", "_streams", "_tight", "_window", "line", "window")
+    __slots__ = (
+        "_http",
+        "_limit",
+        "_rest",
+        "_share",
+        "_streams",
+        "_tight",
+        "_window",
+        "line",
+        "window",
+    )
 
     def __init__(self, http: Http2Connection, share: Share, settings: MuxSettings) -> None:
         self._http = http
@@ -60,7 +70,11 @@ class Intake:
             http.resize(window)
         left = max(0, self._limit.left(share))
         self._tight = window < self.window or left < self._streams
-        http.stream_limit = self._streams if left >= self._streams else min(self._streams, http.opened_by_peer + left)
+        http.stream_limit = (
+            self._streams
+            if left >= self._streams
+            else min(self._streams, http.opened_by_peer + left)
+        )
 
     def note(self) -> None:
         """Call after a read was parsed."""
@@ -86,7 +100,11 @@ class Intake:
     def full(self) -> bool:
         """Whether to call `ready` before the next read."""
         budget = self._share.budget
-        return self._http.paused or bool(self.line.steps) or (budget.used > budget.half and self._share.over)
+        return (
+            self._http.paused
+            or bool(self.line.steps)
+            or (budget.used > budget.half and self._share.over)
+        )
 
     async def ready(self, go_on: Callable[[], None]) -> None:
         """Wait until the connection may be read. `go_on` parses the rest of the last read."""

@@ -52,7 +52,9 @@ class Resets:
 
     __slots__ = ("_credit", "_hold", "_http", "_pace", "_refilled", "_running", "_sent", "_waiting")
 
-    def __init__(self, http: Http2Connection, pace: ResetPace, hold: float, sent: Callable[[], object]) -> None:
+    def __init__(
+        self, http: Http2Connection, pace: ResetPace, hold: float, sent: Callable[[], object]
+    ) -> None:
         self._http = http
         self._pace = pace
         self._hold = hold
@@ -90,7 +92,9 @@ class Resets:
             while self._waiting:
                 now = trio.current_time()
                 self._refill(now)
-                while self._waiting and (self._credit >= 1 or next(iter(self._waiting.values())) <= now):
+                while self._waiting and (
+                    self._credit >= 1 or next(iter(self._waiting.values())) <= now
+                ):
                     self._reset(self._waiting.popitem(last=False)[0])
                 self._sent()
                 if self._waiting:
@@ -105,7 +109,9 @@ class Resets:
         self._sent = _nothing
 
     def _refill(self, now: float) -> None:
-        self._credit = min(self._pace.burst, self._credit + (now - self._refilled) * self._pace.rate)
+        self._credit = min(
+            self._pace.burst, self._credit + (now - self._refilled) * self._pace.rate
+        )
         self._refilled = now
 
     def _reset(self, number: int) -> None:

@@ -98,7 +98,12 @@ class Http2Exchange(Exchange):
         bodiless = self.request.method == b"HEAD" or head.status in (204, 304)
         if head.status == 204:
             head.headers.remove(b"content-length")
-        elif isinstance(length, int) and not bodiless and b"content-length" not in head.headers and not self.is_grpc:
+        elif (
+            isinstance(length, int)
+            and not bodiless
+            and b"content-length" not in head.headers
+            and not self.is_grpc
+        ):
             head.headers.add(b"content-length", b"%d" % length)
         return bodiless
 
@@ -147,7 +152,9 @@ class Http2Exchange(Exchange):
             raise ClientGone(str(error)) from error
         except HeadTooLarge as error:
             if self.failure is not None:  # it is already an error response of the proxy
-                raise ClientGone(f"the client does not accept the error response: {error}") from error
+                raise ClientGone(
+                    f"the client does not accept the error response: {error}"
+                ) from error
             raise too_large(error) from error
 
     def _client_stalls(self) -> Exception:
@@ -191,7 +198,9 @@ class Http2Server:
     """One downstream connection. `run` returns when it has ended. `mux.fault`: the protocol error
     of the client, if that ended it."""
 
-    def __init__(self, stream: Stream, facts: Facts, settings: ServerSettings, mux: MuxSettings, drain: Drain) -> None:
+    def __init__(
+        self, stream: Stream, facts: Facts, settings: ServerSettings, mux: MuxSettings, drain: Drain
+    ) -> None:
         self.facts = facts
         self.settings = settings
         self.drain = drain

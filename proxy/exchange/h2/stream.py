@@ -14,7 +14,13 @@ from proxy.exchange.h2.writer import Writer
 from proxy.net.memory_budget import Share
 from proxy.net.socket_stream import Stream
 from proxy.wire.h2.connection import Http2Connection
-from proxy.wire.h2.events import DataReceived, HeadReceived, StreamBroken, StreamGone, TrailersReceived
+from proxy.wire.h2.events import (
+    DataReceived,
+    HeadReceived,
+    StreamBroken,
+    StreamGone,
+    TrailersReceived,
+)
 from proxy.wire.h2.frames import Code
 from proxy.wire.messages import END, EndOfMessage, Headers, RequestHead, ResponseHead
 
@@ -39,7 +45,15 @@ class StreamLost(Exception):
     ending.
     """
 
-    def __init__(self, message: str, code: int, *, refused: bool = False, fault: bool = False, reset: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        code: int,
+        *,
+        refused: bool = False,
+        fault: bool = False,
+        reset: bool = False,
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.refused = refused
@@ -129,7 +143,13 @@ class MuxStream:
             case HeadReceived(head=ResponseHead() as head):
                 if len(self._heads) == _HEADS:
                     self.mux.http.reset(self.number, Code.ENHANCE_YOUR_CALM)
-                    self.lose(StreamLost(f"more than {_HEADS} interim responses at once", Code.ENHANCE_YOUR_CALM, fault=True))
+                    self.lose(
+                        StreamLost(
+                            f"more than {_HEADS} interim responses at once",
+                            Code.ENHANCE_YOUR_CALM,
+                            fault=True,
+                        )
+                    )
                     return
                 self._heads.append(head)
                 if event.ended:
@@ -140,7 +160,15 @@ class MuxStream:
                 self._end = EndOfMessage(event.trailers)
             case StreamBroken():
                 refused = event.by_peer and event.code == Code.REFUSED_STREAM
-                self.lose(StreamLost(event.words, event.code, refused=refused, fault=not event.by_peer, reset=event.by_peer))
+                self.lose(
+                    StreamLost(
+                        event.words,
+                        event.code,
+                        refused=refused,
+                        fault=not event.by_peer,
+                        reset=event.by_peer,
+                    )
+                )
         if self.on_news is not None:
             self.mux.news.append(self)
         elif self._news is not None:
@@ -291,7 +319,12 @@ class MuxStream:
     def takes(self, size: int) -> bool:
         """Return whether `size` bytes can be `put` now, without overtaking another sender."""
         mux = self.mux
-        if self._lost is not None or mux.broken is not None or mux.writer.behind or mux.scheduler.waiting:
+        if (
+            self._lost is not None
+            or mux.broken is not None
+            or mux.writer.behind
+            or mux.scheduler.waiting
+        ):
             return False
         try:
             return mux.http.window(self.number) >= size

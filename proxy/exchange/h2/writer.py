@@ -11,7 +11,15 @@ import math
 from collections.abc import Callable
 
 import trio
-from trio.lowlevel import Abort, ParkingLot, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
+from trio.lowlevel import (
+    Abort,
+    ParkingLot,
+    RaiseCancelT,
+    Task,
+    current_task,
+    reschedule,
+    wait_task_rescheduled,
+)
 
 from proxy.net.exceptions import NetError
 from proxy.net.memory_budget import UNCOUNTED, Share
@@ -31,7 +39,9 @@ class Writer:
 
     __slots__ = ("_ahead", "_http", "_patience", "_sent", "_share", "_stopped", "_stream", "_task")
 
-    def __init__(self, stream: Stream, http: Http2Connection, patience: float, share: Share = UNCOUNTED) -> None:
+    def __init__(
+        self, stream: Stream, http: Http2Connection, patience: float, share: Share = UNCOUNTED
+    ) -> None:
         """`share`: pending output is charged to it."""
         self._stream = stream
         self._http = http

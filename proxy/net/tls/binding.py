@@ -24,7 +24,12 @@ _lib: Any = SSL._lib  # type: ignore[attr-defined]
 _ffi: Any = SSL._ffi  # type: ignore[attr-defined]
 _CONNECTIONS: Any = SSL.Connection._reverse_mapping
 _STORE_INDEX: int = _lib.SSL_get_ex_data_X509_STORE_CTX_idx()
-_PARTS = _lib.X509_STORE_CTX_get1_chain, _lib.X509_verify_cert_error_string, _lib.SSL_session_reused, _lib.SSL_CTX_set1_sigalgs_list
+_PARTS = (
+    _lib.X509_STORE_CTX_get1_chain,
+    _lib.X509_verify_cert_error_string,
+    _lib.SSL_session_reused,
+    _lib.SSL_CTX_set1_sigalgs_list,
+)
 _FALLBACK: int = SSL.X509VerificationCodes.ERR_CERT_REJECTED
 
 
@@ -37,7 +42,9 @@ class Verification:
         self._store = store
         self.depth = depth
         self.code: int = _lib.X509_STORE_CTX_get_error(store)
-        self.connection: SSL.Connection = _CONNECTIONS[_lib.X509_STORE_CTX_get_ex_data(store, _STORE_INDEX)]
+        self.connection: SSL.Connection = _CONNECTIONS[
+            _lib.X509_STORE_CTX_get_ex_data(store, _STORE_INDEX)
+        ]
 
     def certificate(self) -> crypto.X509 | None:
         """The certificate at `depth`."""
@@ -119,4 +126,8 @@ def was_resumed(connection: SSL.Connection) -> bool:
 def code_in_words(code: int) -> str:
     """The library's text for a verification code."""
     text = _lib.X509_verify_cert_error_string(code)
-    return str(_ffi.string(text).decode("ascii", "replace")) if text != _ffi.NULL else f"X.509 verification error {code}"
+    return (
+        str(_ffi.string(text).decode("ascii", "replace"))
+        if text != _ffi.NULL
+        else f"X.509 verification error {code}"
+    )

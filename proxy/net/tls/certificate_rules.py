@@ -33,10 +33,21 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, ObjectIdentifier, SignatureAlgorithmOID
+from cryptography.x509.oid import (
+    ExtendedKeyUsageOID,
+    ExtensionOID,
+    ObjectIdentifier,
+    SignatureAlgorithmOID,
+)
 
 # The alert for the refused side (RFC 8446, section 6.2).
-Alert = Literal["bad_certificate", "unsupported_certificate", "certificate_expired", "certificate_unknown", "unknown_ca"]
+Alert = Literal[
+    "bad_certificate",
+    "unsupported_certificate",
+    "certificate_expired",
+    "certificate_unknown",
+    "unknown_ca",
+]
 
 # The exceptions that parsing a malformed certificate raises. Most parts are parsed on access and
 # converted to objects whose constructors may raise anything; the library documents only a few.
@@ -71,7 +82,10 @@ _DIVISIVE = {
     ObjectIdentifier("1.3.6.1.5.5.7.1.14"): "proxy certificate",
     ObjectIdentifier("2.16.840.1.113730.1.1"): "Netscape certificate type",
 }
-_BOTH_ROLES = ((ExtendedKeyUsageOID.SERVER_AUTH, "servers"), (ExtendedKeyUsageOID.CLIENT_AUTH, "clients"))
+_BOTH_ROLES = (
+    (ExtendedKeyUsageOID.SERVER_AUTH, "servers"),
+    (ExtendedKeyUsageOID.CLIENT_AUTH, "clients"),
+)
 
 _UNSIGNED = "is not signed by a trust root"  # about the certificate below the checked one
 
@@ -108,7 +122,9 @@ def find_flaw(chain: Sequence[x509.Certificate]) -> Flaw | None:
     return None
 
 
-def certificate_flaw(certificate: x509.Certificate, depth: int, *, anchor: bool = False) -> Flaw | None:
+def certificate_flaw(
+    certificate: x509.Certificate, depth: int, *, anchor: bool = False
+) -> Flaw | None:
     """Return the violation of one certificate by itself: a leaf at depth 0, an authority above.
 
     The signature of an `anchor` proves nothing, so its algorithm is not checked.
@@ -118,12 +134,18 @@ def certificate_flaw(certificate: x509.Certificate, depth: int, *, anchor: bool 
         try:
             words = strength_flaw(certificate, anchor=anchor)
             if words is None:
-                words = _extensions_flaw(certificate) or (_authority_flaw(certificate) if depth else _leaf_flaw(certificate))
+                words = _extensions_flaw(certificate) or (
+                    _authority_flaw(certificate) if depth else _leaf_flaw(certificate)
+                )
         except UNREADABLE as error:
             return Flaw(depth, f"cannot be parsed: {_visible(str(error))[:200]}")
     if words is None:
         return None
-    return Flaw(depth - 1 if words.startswith(_UNSIGNED) else depth, words, "unknown_ca" if depth else "bad_certificate")
+    return Flaw(
+        depth - 1 if words.startswith(_UNSIGNED) else depth,
+        words,
+        "unknown_ca" if depth else "bad_certificate",
+    )
 
 
 def strength_flaw(certificate: x509.Certificate, *, anchor: bool = False) -> str | None:
@@ -142,10 +164,17 @@ def key_flaw(key: object) -> str | None:
     match key:
         case ec.EllipticCurvePublicKey():
             if not isinstance(key.curve, CURVES):
-                return f"a key on the curve {key.curve.name}, which is not one of P-256, P-384 and P-521"
+                return (
+                    f"a key on the curve {key.curve.name}, which is not one of P-256, P-384 and"
+                    " P-521"
+                )
             return None
         case rsa.RSAPublicKey():
-            return None if key.key_size >= MIN_RSA_BITS else f"a key that is too weak (RSA with {key.key_size} bits, not {MIN_RSA_BITS})"
+            return (
+                None
+                if key.key_size >= MIN_RSA_BITS
+                else f"a key that is too weak (RSA with {key.key_size} bits, not {MIN_RSA_BITS})"
+            )
         case ed25519.Ed25519PublicKey():
             return None
         case _:
@@ -159,10 +188,17 @@ def signature_flaw(certificate: x509.Certificate) -> str | None:
     try:
         algorithm = certificate.signature_hash_algorithm
     except UNREADABLE:
-        return f"is signed with an algorithm that is not known here ({certificate.signature_algorithm_oid.dotted_string})"
+        return (
+            "is signed with an algorithm that is not known here"
+            f" ({certificate.signature_algorithm_oid.dotted_string})"
+        )
     if isinstance(algorithm, _HASHES):
         return None
-    name = algorithm.name if algorithm is not None else certificate.signature_algorithm_oid.dotted_string
+    name = (
+        algorithm.name
+        if algorithm is not None
+        else certificate.signature_algorithm_oid.dotted_string
+    )
     return f"is signed with an algorithm that is too weak, or not known here ({name})"
 
 
@@ -171,7 +207,9 @@ def _extensions_flaw(certificate: x509.Certificate) -> str | None:
         if extension.oid in _DIVISIVE:
             return f"has an extension that is not accepted here ({_DIVISIVE[extension.oid]})"
         if extension.critical and extension.oid not in _READ:
-            return f"has a critical extension that is not known here ({extension.oid.dotted_string})"
+            return (
+                f"has a critical extension that is not known here ({extension.oid.dotted_string})"
+            )
     return None
 
 
@@ -218,7 +256,9 @@ def _path_flaw(chain: Sequence[x509.Certificate], depth: int) -> Flaw | None:
     constraints, _ = _extension(authority, x509.BasicConstraints)
     if constraints is not None and constraints.path_length is not None:
         # RFC 5280, section 4.2.1.9: certificates that are not self-issued, without the leaf.
-        below = sum(1 for certificate in chain[1:depth] if certificate.subject != certificate.issuer)
+        below = sum(
+            1 for certificate in chain[1:depth] if certificate.subject != certificate.issuer
+        )
         if below > constraints.path_length:
             return Flaw(0, "has a longer chain than its authority allows", "unknown_ca")
     limits, _ = _extension(authority, x509.NameConstraints)
@@ -233,7 +273,10 @@ _OUTSIDE = "names what its authority may not (name constraints)"
 def _names_flaw(leaf: x509.Certificate, limits: x509.NameConstraints) -> str | None:
     """Check the names of a leaf by RFC 5280, section 4.2.1.10."""
     names, _ = _extension(leaf, x509.SubjectAlternativeName)
-    permitted, excluded = list(limits.permitted_subtrees or ()), list(limits.excluded_subtrees or ())
+    permitted, excluded = (
+        list(limits.permitted_subtrees or ()),
+        list(limits.excluded_subtrees or ()),
+    )
     found: list[x509.GeneralName] = list(names or ())
     if list(leaf.subject):
         found.append(x509.DirectoryName(leaf.subject))
@@ -244,7 +287,10 @@ def _names_flaw(leaf: x509.Certificate, limits: x509.NameConstraints) -> str | N
         if not allowing and not forbidding:
             continue
         if not isinstance(name, x509.UniformResourceIdentifier | x509.DNSName):
-            return f"has a name of a kind ({kind.__name__}) for which name constraints are not supported"
+            return (
+                f"has a name of a kind ({kind.__name__}) for which name constraints are not"
+                " supported"
+            )
         if allowing and not _within(name, allowing):
             return _OUTSIDE
         if _within(name, forbidding):
@@ -252,12 +298,22 @@ def _names_flaw(leaf: x509.Certificate, limits: x509.NameConstraints) -> str | N
     return None
 
 
-def _within(name: x509.UniformResourceIdentifier | x509.DNSName, limits: Iterable[x509.GeneralName]) -> bool:
+def _within(
+    name: x509.UniformResourceIdentifier | x509.DNSName, limits: Iterable[x509.GeneralName]
+) -> bool:
     if isinstance(name, x509.UniformResourceIdentifier):
         host = _host(name.value)
-        return any(_uri_host_within(host, limit.value) for limit in limits if isinstance(limit, x509.UniformResourceIdentifier))
+        return any(
+            _uri_host_within(host, limit.value)
+            for limit in limits
+            if isinstance(limit, x509.UniformResourceIdentifier)
+        )
     text = name.value.lower()
-    return any(_domain_within(text, limit.value.lower()) for limit in limits if isinstance(limit, x509.DNSName))
+    return any(
+        _domain_within(text, limit.value.lower())
+        for limit in limits
+        if isinstance(limit, x509.DNSName)
+    )
 
 
 def _host(uri: str) -> str:
@@ -268,14 +324,18 @@ def _host(uri: str) -> str:
 def _uri_host_within(host: str, limit: str) -> bool:
     """Whether a host is within a limit. A limit with a leading dot covers the names below it."""
     limit = limit.lower()
-    return bool(host) and (host.endswith(limit) and len(host) > len(limit) if limit.startswith(".") else host == limit)
+    return bool(host) and (
+        host.endswith(limit) and len(host) > len(limit) if limit.startswith(".") else host == limit
+    )
 
 
 def _domain_within(name: str, limit: str) -> bool:
     return not limit or name == limit or name.endswith("." + limit.removeprefix("."))
 
 
-def _extension(certificate: x509.Certificate, kind: type[_Extension]) -> tuple[_Extension | None, bool]:
+def _extension(
+    certificate: x509.Certificate, kind: type[_Extension]
+) -> tuple[_Extension | None, bool]:
     """Return an extension, and whether it is critical."""
     try:
         found = certificate.extensions.get_extension_for_class(kind)
@@ -286,4 +346,8 @@ def _extension(certificate: x509.Certificate, kind: type[_Extension]) -> tuple[_
 
 def _visible(text: str) -> str:
     """Escape line breaks and control characters for terminals."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    )

@@ -51,7 +51,12 @@ class Expiries:
     """
 
     def __init__(
-        self, grace: float, on_end: Callable[[How], None], clock: Callable[[], float] = time.time, *, enabled: bool = True
+        self,
+        grace: float,
+        on_end: Callable[[How], None],
+        clock: Callable[[], float] = time.time,
+        *,
+        enabled: bool = True,
     ) -> None:
         self._enabled = enabled
         self._grace = grace

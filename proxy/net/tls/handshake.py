@@ -27,9 +27,26 @@ from proxy.net.tls.binding import was_resumed
 from proxy.net.tls.info import TLSInfo
 from proxy.net.tls.openssl_errors import explain
 from proxy.net.tls.tls_stream import TLSStream
-from proxy.net.tls.verify import Chain, Verdict, Verify, chain_end, demand_certificate, remembered_chain, verdict_of
+from proxy.net.tls.verify import (
+    Chain,
+    Verdict,
+    Verify,
+    chain_end,
+    demand_certificate,
+    remembered_chain,
+    verdict_of,
+)
 
-__all__ = ["Chain", "TLSInfo", "TLSOffer", "TLSStream", "Verify", "demand_certificate", "tls_client", "tls_server"]
+__all__ = [
+    "Chain",
+    "TLSInfo",
+    "TLSOffer",
+    "TLSStream",
+    "Verify",
+    "demand_certificate",
+    "tls_client",
+    "tls_server",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +63,9 @@ class TLSOffer:
     on_session: Callable[[SSL.Session], None] | None = None
 
 
-async def tls_server(stream: SocketStream, context: SSL.Context, *, verify: Verify | None, timeout: float) -> TLSStream:
+async def tls_server(
+    stream: SocketStream, context: SSL.Context, *, verify: Verify | None, timeout: float
+) -> TLSStream:
     """Handshake as the server on `stream`, from which nothing may have been read (peeks are fine).
 
     `verify` gets the peer's verified chain (see verify.Verify), also if a session was resumed, and
@@ -60,14 +79,23 @@ async def tls_server(stream: SocketStream, context: SSL.Context, *, verify: Veri
         connection.set_app_data(Verdict(verify))
         connection.set_accept_state()
         await _handshake(connection, stream, timeout)
-        info = _info(connection, (connection.get_servername() or b"").decode("ascii", "replace"), verify)
+        info = _info(
+            connection, (connection.get_servername() or b"").decode("ascii", "replace"), verify
+        )
     except BaseException:
         stream.close()
         raise
     return TLSStream(stream, connection, info, None)
 
 
-async def tls_client(stream: SocketStream, context: SSL.Context, offer: TLSOffer, *, verify: Verify | None, timeout: float) -> TLSStream:
+async def tls_client(
+    stream: SocketStream,
+    context: SSL.Context,
+    offer: TLSOffer,
+    *,
+    verify: Verify | None,
+    timeout: float,
+) -> TLSStream:
     """Handshake as the client on `stream`. Ownership and errors as in `tls_server`.
 
     In TLS 1.3 the client completes before the server has checked its certificate. So a refusal is
@@ -105,11 +133,15 @@ async def _handshake(connection: SSL.Connection, stream: SocketStream, timeout: 
                 await trio.lowlevel.wait_writable(stream.socket)
             except SSL.Error as error:
                 discard_unread(stream.socket)  # otherwise a reset would destroy our alert
-                raise _refusal(connection) or explain(error, connection, "during the TLS handshake") from error
+                raise _refusal(connection) or explain(
+                    error, connection, "during the TLS handshake"
+                ) from error
             else:
                 return
     if scope.cancelled_caught:
-        raise TLSFailed("timeout", f"the TLS handshake with {stream.peer} timed out after {timeout:g} s")
+        raise TLSFailed(
+            "timeout", f"the TLS handshake with {stream.peer} timed out after {timeout:g} s"
+        )
 
 
 def _refusal(connection: SSL.Connection) -> Exception | None:

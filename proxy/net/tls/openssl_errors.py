@@ -39,8 +39,12 @@ _UNFIT = {
     "ecc cert not for signing": "the peer's certificate is not meant for this use (key usage)",
     "cannot parse leaf cert": "the peer's certificate is malformed",
     "bad ecc cert": "the peer's certificate has a key of a kind that is not accepted here",
-    "unknown certificate type": "the peer's certificate has a key of a kind that is not accepted here",
-    "wrong certificate type": "the peer's certificate has a key of a kind that is not accepted here",
+    "unknown certificate type": (
+        "the peer's certificate has a key of a kind that is not accepted here"
+    ),
+    "wrong certificate type": (
+        "the peer's certificate has a key of a kind that is not accepted here"
+    ),
 }
 
 # What the peer sent, if it is not the TLS that we support.
@@ -49,7 +53,9 @@ _NOT_TLS = {
     "https proxy request": "the peer speaks HTTP in clear text (CONNECT), not TLS",
     "wrong version number": "the peer does not speak TLS (or a version too old to be recognised)",
     "packet length too long": "the peer does not speak TLS (its first bytes are not a TLS record)",
-    "encrypted length too long": "the peer does not speak TLS, or violates it (a record is too long)",
+    "encrypted length too long": (
+        "the peer does not speak TLS, or violates it (a record is too long)"
+    ),
     "unsupported protocol": "the peer does not support a TLS version that is accepted here",
     "version too low": "the peer does not support a TLS version that is accepted here",
     "no protocols available": "no TLS version is available",
@@ -58,8 +64,12 @@ _NOT_TLS = {
     "no suitable key share": "the peer supports none of our key-exchange groups",
     "no suitable groups": "the peer supports none of our key-exchange groups",
     "no shared group": "the peer supports none of our key-exchange groups",
-    "no suitable signature algorithm": "the peer supports none of our certificate's signature algorithms",
-    "no common signature algorithms": "the peer supports none of our certificate's signature algorithms",
+    "no suitable signature algorithm": (
+        "the peer supports none of our certificate's signature algorithms"
+    ),
+    "no common signature algorithms": (
+        "the peer supports none of our certificate's signature algorithms"
+    ),
     "no application protocol": "the peer offers none of our inner protocols (ALPN)",
     "decryption failed or bad record mac": "a record was altered in transit",
     "bad record type": "the peer violated the TLS protocol (a record of unknown type)",
@@ -79,7 +89,10 @@ def explain(error: SSL.Error, connection: SSL.Connection, doing: str) -> NetErro
         if AWS_LC and code in (-1, errno.EPIPE):
             code = _loss(connection) or code
         if code == -1:
-            return ConnectionLost(f"the peer closed the connection {doing} without ending TLS (truncated)", "truncated")
+            return ConnectionLost(
+                f"the peer closed the connection {doing} without ending TLS (truncated)",
+                "truncated",
+            )
         return lost(code)
     if isinstance(error, SSL.ZeroReturnError):
         return ConnectionLost(f"the peer ended TLS {doing}", "closed")
@@ -87,13 +100,24 @@ def explain(error: SSL.Error, connection: SSL.Connection, doing: str) -> NetErro
         return TLSFailed("protocol", f"{arguments[0]} ({doing})")
     told = reasons(error)
     kind, words = _judge(told, connection)
-    return TLSFailed(kind, f"{words} ({doing})" if words else f"TLS failed {doing}: {', '.join(told) or 'no reason given'}")
+    return TLSFailed(
+        kind,
+        (
+            f"{words} ({doing})"
+            if words
+            else f"TLS failed {doing}: {', '.join(told) or 'no reason given'}"
+        ),
+    )
 
 
 def reasons(error: SSL.Error | crypto.Error) -> list[str]:
     """The reasons in the error queue in OpenSSL's style (`unknown ca`), the most general last."""
     queue = error.args[0] if error.args and isinstance(error.args[0], list) else []
-    return [reason.lower().replace("_", " ") if reason.isupper() else reason for _library, _function, reason in queue if reason]
+    return [
+        reason.lower().replace("_", " ") if reason.isupper() else reason
+        for _library, _function, reason in queue
+        if reason
+    ]
 
 
 def _loss(connection: SSL.Connection) -> int:
@@ -107,14 +131,20 @@ def _loss(connection: SSL.Connection) -> int:
         return 0
     if about[_STATE] != _CLOSE:
         return 0
-    return errno.ETIMEDOUT if max(about[_RETRANSMITS], about[_PROBES]) >= _UNANSWERED else errno.ECONNRESET
+    return (
+        errno.ETIMEDOUT
+        if max(about[_RETRANSMITS], about[_PROBES]) >= _UNANSWERED
+        else errno.ECONNRESET
+    )
 
 
 def _judge(told: list[str], connection: SSL.Connection) -> tuple[TLSKind, str]:
     for reason in told:
         if reason == _CERTIFICATE_REFUSED:
             words = getattr(connection.get_app_data(), "refusal", None)  # see verify.Verdict
-            return "certificate", words if isinstance(words, str) else "the peer's certificate was refused"
+            return "certificate", (
+                words if isinstance(words, str) else "the peer's certificate was refused"
+            )
         if reason in _UNFIT:
             return "certificate", _UNFIT[reason]
         protocol, alert, said = reason.partition(" alert ")

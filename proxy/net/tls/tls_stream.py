@@ -78,7 +78,11 @@ class TLSStream(trio.abc.HalfCloseableStream):
     )  # fmt: skip
 
     def __init__(
-        self, raw: SocketStream, connection: SSL.Connection, info: TLSInfo, on_session: Callable[[SSL.Session], None] | None
+        self,
+        raw: SocketStream,
+        connection: SSL.Connection,
+        info: TLSInfo,
+        on_session: Callable[[SSL.Session], None] | None,
     ) -> None:
         self._raw = raw
         self.socket = raw.socket
@@ -96,7 +100,10 @@ class TLSStream(trio.abc.HalfCloseableStream):
         self._reading = self._writing = self._eof_sent = self._torn = False
 
     def __repr__(self) -> str:
-        return f"<TLSStream {self.local} -> {self.peer} {self.info.peer_identity or ''}{' closed' if self._raw.closed else ''}>"
+        return (
+            f"<TLSStream {self.local} -> {self.peer}"
+            f" {self.info.peer_identity or ''}{' closed' if self._raw.closed else ''}>"
+        )
 
     # Reading
 
@@ -278,7 +285,9 @@ class TLSStream(trio.abc.HalfCloseableStream):
                 raise self._refused(lost(code))
             sound = False  # the peer may close before the next record
             try:
-                sent += self._send(data if size <= _RECORD else memoryview(data)[sent : sent + _RECORD])
+                sent += self._send(
+                    data if size <= _RECORD else memoryview(data)[sent : sent + _RECORD]
+                )
             except (SSL.WantWriteError, SSL.WantReadError):
                 break
             except SSL.Error as error:
@@ -405,7 +414,9 @@ class TLSStream(trio.abc.HalfCloseableStream):
         failure = self._failure
         if isinstance(failure, ConnectionLost) and failure.reason in ("timeout", "expired"):
             return again(failure)
-        return ConnectionLost("an earlier operation on this connection failed or was cancelled half-way", "torn")
+        return ConnectionLost(
+            "an earlier operation on this connection failed or was cancelled half-way", "torn"
+        )
 
     async def _pass(self) -> None:
         self._streak += 1

@@ -25,7 +25,13 @@ from functools import lru_cache
 from cryptography.x509 import Certificate, load_der_x509_certificate
 from OpenSSL import SSL, crypto
 
-from proxy.net.tls.binding import Verification, code_in_words, set_signature_algorithms, set_verification, verification_callback
+from proxy.net.tls.binding import (
+    Verification,
+    code_in_words,
+    set_signature_algorithms,
+    set_verification,
+    verification_callback,
+)
 from proxy.net.tls.certificate_rules import UNREADABLE, Alert, Flaw, find_flaw
 from proxy.net.tls.openssl_errors import AWS_LC
 
@@ -44,11 +50,20 @@ _REFUSALS: dict[int, tuple[str, Alert]] = {
     _ISSUER_MISSING: (_UNTRUSTED, "unknown_ca"),
     _V.ERR_UNABLE_TO_GET_ISSUER_CERT: (_UNTRUSTED, "unknown_ca"),
     _V.ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE: (_UNTRUSTED, "unknown_ca"),
-    _V.ERR_SELF_SIGNED_CERT_IN_CHAIN: (f"{_UNTRUSTED} (its own root is not trusted here)", "unknown_ca"),
+    _V.ERR_SELF_SIGNED_CERT_IN_CHAIN: (
+        f"{_UNTRUSTED} (its own root is not trusted here)",
+        "unknown_ca",
+    ),
     _V.ERR_DEPTH_ZERO_SELF_SIGNED_CERT: (f"{_UNTRUSTED} (it is self-signed)", "unknown_ca"),
     _V.ERR_CERT_CHAIN_TOO_LONG: ("has too long a chain", "unknown_ca"),
-    _V.ERR_CERT_SIGNATURE_FAILURE: ("carries a signature that is not its issuer's", "bad_certificate"),
-    _V.ERR_UNABLE_TO_DECRYPT_CERT_SIGNATURE: ("carries a signature that is not its issuer's", "bad_certificate"),
+    _V.ERR_CERT_SIGNATURE_FAILURE: (
+        "carries a signature that is not its issuer's",
+        "bad_certificate",
+    ),
+    _V.ERR_UNABLE_TO_DECRYPT_CERT_SIGNATURE: (
+        "carries a signature that is not its issuer's",
+        "bad_certificate",
+    ),
     _V.ERR_CERT_HAS_EXPIRED: ("has expired (not after {end})", "certificate_expired"),
     _V.ERR_CERT_NOT_YET_VALID: ("is not valid yet (not before {begin})", "certificate_expired"),
 }
@@ -58,9 +73,18 @@ _OF_THE_CHAIN: dict[int, tuple[str, Alert]] = {
     _V.ERR_INVALID_CA: ("is signed by a certificate that is not an authority's", "unknown_ca"),
     _V.ERR_INVALID_PURPOSE: ("is not meant for this use", "unsupported_certificate"),
     _V.ERR_PATH_LENGTH_EXCEEDED: ("has a longer chain than its authority allows", "unknown_ca"),
-    _V.ERR_PERMITTED_VIOLATION: ("names what its authority may not (name constraints)", "certificate_unknown"),
-    _V.ERR_EXCLUDED_VIOLATION: ("names what its authority may not (name constraints)", "certificate_unknown"),
-    _V.ERR_UNHANDLED_CRITICAL_EXTENSION: ("has a critical extension that is not known here", "bad_certificate"),
+    _V.ERR_PERMITTED_VIOLATION: (
+        "names what its authority may not (name constraints)",
+        "certificate_unknown",
+    ),
+    _V.ERR_EXCLUDED_VIOLATION: (
+        "names what its authority may not (name constraints)",
+        "certificate_unknown",
+    ),
+    _V.ERR_UNHANDLED_CRITICAL_EXTENSION: (
+        "has a critical extension that is not known here",
+        "bad_certificate",
+    ),
 }
 _ANY_OTHER: tuple[str, Alert] = ("was refused by the TLS library: {code}", "bad_certificate")
 
@@ -187,7 +211,9 @@ def _why_too_early(connection: SSL.Connection, depth: int, certificate: crypto.X
 
 
 def _owner(depth: int) -> str:
-    return "the peer's certificate" if depth == 0 else "an authority's certificate in the peer's chain"
+    return (
+        "the peer's certificate" if depth == 0 else "an authority's certificate in the peer's chain"
+    )
 
 
 @lru_cache(maxsize=256)
@@ -234,4 +260,6 @@ def chain_end(chain: Chain) -> float:
 
     Infinity for an empty chain.
     """
-    return min((certificate.not_valid_after_utc.timestamp() for certificate in chain), default=math.inf)
+    return min(
+        (certificate.not_valid_after_utc.timestamp() for certificate in chain), default=math.inf
+    )

@@ -17,7 +17,16 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from proxy.wire.grammar import FIELD_VALUE, TOKEN
-from proxy.wire.messages import END, EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead, Signal, may_trail
+from proxy.wire.messages import (
+    END,
+    EndOfMessage,
+    Headers,
+    ProtocolError,
+    RequestHead,
+    ResponseHead,
+    Signal,
+    may_trail,
+)
 
 Read = tuple[bytes | EndOfMessage | Signal, int]
 
@@ -52,7 +61,12 @@ def request_length(head: RequestHead) -> Length:
 
 def response_length(method: bytes, head: ResponseHead) -> Length:
     """The framing of the body of a response to `method`."""
-    if method == b"HEAD" or head.status in (204, 304) or head.status < 200 or (method == b"CONNECT" and head.status < 300):
+    if (
+        method == b"HEAD"
+        or head.status in (204, 304)
+        or head.status < 200
+        or (method == b"CONNECT" and head.status < 300)
+    ):
         return 0
     if b"transfer-encoding" in head.headers:
         return Framing.CHUNKED
@@ -78,7 +92,9 @@ class FixedReader:
 
     def end(self) -> EndOfMessage:
         if self.remaining:
-            raise ProtocolError(f"the connection ended {self.remaining} bytes before the end of the body")
+            raise ProtocolError(
+                f"the connection ended {self.remaining} bytes before the end of the body"
+            )
         return END
 
 
@@ -138,7 +154,9 @@ class ChunkedReader:
             start = end + 2
 
     def end(self) -> EndOfMessage:
-        raise ProtocolError(f"the connection ended in the middle of a chunked body ({self.at.value})")
+        raise ProtocolError(
+            f"the connection ended in the middle of a chunked body ({self.at.value})"
+        )
 
     def _line_limit(self) -> int:
         return self.limit if self.at is _At.TRAILERS else _CHUNK_LINE_LIMIT
@@ -154,7 +172,9 @@ class ChunkedReader:
         # The CR may belong to the CRLF. It must not count, so the limit does not depend on how the
         # line is split into reads.
         if len(line.removesuffix(b"\r")) > self._line_limit():
-            raise ProtocolError("a line of the chunked framing is too long", 431 if self.at is _At.TRAILERS else 400)
+            raise ProtocolError(
+                "a line of the chunked framing is too long", 431 if self.at is _At.TRAILERS else 400
+            )
 
     def _line(self, line: bytes) -> None:
         if b"\n" in line or b"\r" in line:

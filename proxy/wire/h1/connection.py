@@ -30,9 +30,29 @@ from proxy.wire.h1.body import (
     response_length,
     writer,
 )
-from proxy.wire.h1.fast_head import encode_request, encode_response, recognise_request, recognise_response
-from proxy.wire.h1.strict_head import check_bytes, check_lines, check_size, decide_request, decide_response
-from proxy.wire.messages import END, EndOfMessage, Headers, Limits, ProtocolError, RequestHead, ResponseHead, Signal
+from proxy.wire.h1.fast_head import (
+    encode_request,
+    encode_response,
+    recognise_request,
+    recognise_response,
+)
+from proxy.wire.h1.strict_head import (
+    check_bytes,
+    check_lines,
+    check_size,
+    decide_request,
+    decide_response,
+)
+from proxy.wire.messages import (
+    END,
+    EndOfMessage,
+    Headers,
+    Limits,
+    ProtocolError,
+    RequestHead,
+    ResponseHead,
+    Signal,
+)
 
 _HEAD_END = b"\r\n\r\n"
 # Empty lines before a request line are skipped (RFC 9112 §2.2). A peer that sends more than these
@@ -159,7 +179,9 @@ class Http1Connection:
             self._reader = self._body_reader(response_length(self.method, response))
             self._note_connection(response.headers, response.version)
         self.peer_version = response.version
-        tunnel = response.status == 101 or (self.method == b"CONNECT" and 200 <= response.status < 300)
+        tunnel = response.status == 101 or (
+            self.method == b"CONNECT" and 200 <= response.status < 300
+        )
         self.reading = At.TUNNEL if tunnel else At.BODY
         return response
 
@@ -216,7 +238,8 @@ class Http1Connection:
         new = max(self._start, self._searched - 2)
         last_line = self._buffer.rfind(b"\r\n", new)
         long_first_line = (
-            self.buffered > self._limits.target and self._buffer.find(b"\r\n", self._start, self._start + self._limits.target) < 0
+            self.buffered > self._limits.target
+            and self._buffer.find(b"\r\n", self._start, self._start + self._limits.target) < 0
         )
         if last_line >= 0 or long_first_line or self.buffered > self._limits.head:
             check_size(self._buffer[self._start :], self._limits, request=request)
@@ -280,7 +303,9 @@ class Http1Connection:
 
     # Between two exchanges, and between two drivers...
 
-    def take_over(self, method: bytes, reading: tuple[At, int | ChunkedReader], writing: tuple[At, Length]) -> None:
+    def take_over(
+        self, method: bytes, reading: tuple[At, int | ChunkedReader], writing: tuple[At, Length]
+    ) -> None:
         """Continue an exchange that another driver (proxy/fastpath) has begun.
 
         `reading`, `writing`: the state of each half, and the rest of its body.
@@ -288,7 +313,10 @@ class Http1Connection:
         self.method = method
         self.reading, to_read = reading
         self.writing, to_write = writing
-        self._reader, self._writer = FixedReader(to_read) if isinstance(to_read, int) else to_read, writer(to_write)
+        self._reader, self._writer = (
+            FixedReader(to_read) if isinstance(to_read, int) else to_read,
+            writer(to_write),
+        )
 
     @property
     def reusable(self) -> bool:
@@ -300,7 +328,11 @@ class Http1Connection:
         """
         if not self.keep_alive or self.reading is not At.DONE or self.writing is not At.DONE:
             return False
-        return not self.buffered and not self._eof if self._role is Role.CLIENT else bool(self.buffered) or not self._eof
+        return (
+            not self.buffered and not self._eof
+            if self._role is Role.CLIENT
+            else bool(self.buffered) or not self._eof
+        )
 
     def next_cycle(self) -> None:
         """Prepare for the next exchange. Call it only if `reusable`."""

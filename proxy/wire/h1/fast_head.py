@@ -28,7 +28,17 @@ from typing import Final
 
 from proxy.wire.grammar import PLAIN_VALUE, TARGET_CHAR, TOKEN
 from proxy.wire.h1.body import Framing, Length
-from proxy.wire.messages import AUTHORITY, CALLER_FIELDS, CALLER_PATTERN, FAILURE, OVERRIDES, Headers, Limits, RequestHead, ResponseHead
+from proxy.wire.messages import (
+    AUTHORITY,
+    CALLER_FIELDS,
+    CALLER_PATTERN,
+    FAILURE,
+    OVERRIDES,
+    Headers,
+    Limits,
+    RequestHead,
+    ResponseHead,
+)
 
 _REQUEST = re.compile(rb"([A-Z]{1,24}) (/" + TARGET_CHAR + rb"*+) HTTP/1\.1\r\n")
 _RESPONSE = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) ((?:" + PLAIN_VALUE + rb")?)\r\n")
@@ -37,7 +47,17 @@ _FIELDS = re.compile(rb"(?:" + TOKEN + rb": " + PLAIN_VALUE + rb"\r\n)*+\r\n")
 # Fields that affect a decision: each is accepted in one form only. Lines with FAILURE or one of
 # _STRIPPED always end at this hop.
 _JUDGED = frozenset(
-    {b"host", b"connection", b"content-length", b"transfer-encoding", b"upgrade", b"expect", b"te", b"trailer", b"keep-alive"}
+    {
+        b"host",
+        b"connection",
+        b"content-length",
+        b"transfer-encoding",
+        b"upgrade",
+        b"expect",
+        b"te",
+        b"trailer",
+        b"keep-alive",
+    }
     | {b"proxy-connection", b"http2-settings", b"max-forwards", FAILURE}
 )
 _STRIPPED = CALLER_FIELDS | OVERRIDES
@@ -47,7 +67,11 @@ _STRIPPED = CALLER_FIELDS | OVERRIDES
 _DECISIVE = re.compile(
     rb"\n(?=[%b])(((?i:%b)): ([^\r]*)\r)"
     % (
-        bytes(sorted({letter for name in _JUDGED | _STRIPPED for letter in (name[0], name.upper()[0])})),
+        bytes(
+            sorted(
+                {letter for name in _JUDGED | _STRIPPED for letter in (name[0], name.upper()[0])}
+            )
+        ),
         b"|".join([*map(re.escape, sorted(_JUDGED | OVERRIDES)), CALLER_PATTERN]),
     )
 )
@@ -72,7 +96,9 @@ class _Fields:
 
     __slots__ = ("ending", "hosts", "length", "lines")
 
-    def __init__(self, lines: bytes, hosts: int, length: Length | None, ending: list[bytes]) -> None:
+    def __init__(
+        self, lines: bytes, hosts: int, length: Length | None, ending: list[bytes]
+    ) -> None:
         self.lines = lines
         self.hosts = hosts
         self.length = length
@@ -134,7 +160,13 @@ def recognise_request(head: bytes, limits: Limits) -> tuple[RequestHead, int] | 
         return None
     method, target = match.groups()
     fields = _fields(head[match.end() :])
-    if fields is None or fields.hosts != 1 or fields.exceed(limits.fields) or len(target) > limits.target or method == b"CONNECT":
+    if (
+        fields is None
+        or fields.hosts != 1
+        or fields.exceed(limits.fields)
+        or len(target) > limits.target
+        or method == b"CONNECT"
+    ):
         return None
     length = fields.length or 0
     if not isinstance(length, int):
@@ -158,7 +190,9 @@ def recognise_response(head: bytes, limits: Limits) -> tuple[ResponseHead, Lengt
     length = fields.length
     if not isinstance(length, int) and (length is None) is not (status in _BODILESS):
         return None
-    return ResponseHead(int(status), Headers.canonical(fields.lines, fields.ending), reason), length or 0
+    return ResponseHead(
+        int(status), Headers.canonical(fields.lines, fields.ending), reason
+    ), length or 0
 
 
 def encode_request(head: RequestHead) -> bytes:

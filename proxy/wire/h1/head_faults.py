@@ -71,7 +71,10 @@ def field_line(number: int, line: bytes) -> str | None:
     if not _TOKEN.fullmatch(name):
         return f"the name of the field in line {number} of the head has invalid characters"
     if _CONTROL.search(value):
-        return f"the value of the field {name[:_QUOTED].decode('ascii')}, in line {number} of the head, has control characters"
+        return (
+            f"the value of the field {name[:_QUOTED].decode('ascii')}, in line {number} of the"
+            " head, has control characters"
+        )
     return None
 
 
@@ -94,7 +97,9 @@ def hosts(headers: Headers, version: bytes) -> str | None:
     count = len(headers.all(b"host"))
     if count > 1:
         return f"the head has {count} Host fields: it must have one"
-    return "the head has no Host field: it must have one" if not count and version == b"1.1" else None
+    return (
+        "the head has no Host field: it must have one" if not count and version == b"1.1" else None
+    )
 
 
 def fields(head: bytes) -> Headers:

@@ -15,13 +15,23 @@ import h11
 
 from proxy.wire.grammar import CONTROL, TARGET_CHAR, TOKEN
 from proxy.wire.h1 import head_faults
-from proxy.wire.messages import AUTHORITY, HOST, Headers, Limits, ProtocolError, RequestHead, ResponseHead
+from proxy.wire.messages import (
+    AUTHORITY,
+    HOST,
+    Headers,
+    Limits,
+    ProtocolError,
+    RequestHead,
+    ResponseHead,
+)
 
 # Line ends other than CRLF (RFC 9112 §2.2), folded lines (§5.2), and NUL: readers are known to
 # treat each of them differently. And the other control characters: h11 accepts them, but HTTP/2
 # peers do not.
 _AMBIGUOUS = re.compile(
-    rb"(?P<lf>(?<!\r)\n)|(?P<cr>\r(?!\n))|(?P<fold>\r\n[ \t])|(?P<nul>\x00)|(?P<control>(?![\r\n])" + CONTROL + rb")"
+    rb"(?P<lf>(?<!\r)\n)|(?P<cr>\r(?!\n))|(?P<fold>\r\n[ \t])|(?P<nul>\x00)|(?P<control>(?![\r\n])"
+    + CONTROL
+    + rb")"
 )
 _REASONS = {
     "lf": "a line in the head ends with a bare LF",
@@ -35,8 +45,12 @@ _BLANKS_BEHIND_NAME = re.compile(rb"(\r\n[^\r\n: \t]+)[ \t]+:")
 
 # The complete lines of an incomplete head. Accepts all that h11 could still accept, and slightly
 # more.
-_REQUEST_SO_FAR = re.compile(TOKEN + rb" " + TARGET_CHAR + rb"++ HTTP/[0-9]\.[0-9]\r\n(?:" + TOKEN + rb":[^\r\n]*+\r\n)*+")
-_RESPONSE_SO_FAR = re.compile(rb"HTTP/[0-9]\.[0-9] [0-9]{3}(?: [^\r\n]*+)?\r\n(?:" + TOKEN + rb"[ \t]*+:[^\r\n]*+\r\n)*+")
+_REQUEST_SO_FAR = re.compile(
+    TOKEN + rb" " + TARGET_CHAR + rb"++ HTTP/[0-9]\.[0-9]\r\n(?:" + TOKEN + rb":[^\r\n]*+\r\n)*+"
+)
+_RESPONSE_SO_FAR = re.compile(
+    rb"HTTP/[0-9]\.[0-9] [0-9]{3}(?: [^\r\n]*+)?\r\n(?:" + TOKEN + rb"[ \t]*+:[^\r\n]*+\r\n)*+"
+)
 
 _HOST = re.compile(AUTHORITY)
 # transfer-coding (RFC 9112 §7), its parameters included.
@@ -45,7 +59,9 @@ _CONNECT_TARGET = re.compile(rb"(?!:)" + HOST + rb":[0-9]{1,5}")
 
 # A response is parsed without its request. With this one sent first, h11 accepts any status,
 # including 101.
-_ANY_REQUEST = h11.Request(method="GET", target="/", headers=[("Host", "h"), ("Connection", "upgrade"), ("Upgrade", "any")])
+_ANY_REQUEST = h11.Request(
+    method="GET", target="/", headers=[("Host", "h"), ("Connection", "upgrade"), ("Upgrade", "any")]
+)
 
 
 def check_bytes(head: bytes, start: int = 0, *, complete: bool) -> None:
@@ -77,7 +93,9 @@ def check_lines(lines: bytes, *, request: bool) -> None:
     if request:
         _check_blanks(lines)
     if not (_REQUEST_SO_FAR if request else _RESPONSE_SO_FAR).fullmatch(lines):
-        raise ProtocolError(head_faults.lines(lines, request=request) or "a line of the head cannot be parsed")
+        raise ProtocolError(
+            head_faults.lines(lines, request=request) or "a line of the head cannot be parsed"
+        )
 
 
 def check_size(head: bytes, limits: Limits, *, request: bool) -> None:
@@ -119,7 +137,9 @@ def check_framing(headers: Headers, version: bytes) -> None:
 
 def _refuse_codings(names: list[bytes]) -> NoReturn:
     if names[-1] != b"chunked":
-        raise ProtocolError("Transfer-Encoding does not end with chunked, so the body has no known end")
+        raise ProtocolError(
+            "Transfer-Encoding does not end with chunked, so the body has no known end"
+        )
     if names.count(b"chunked") > 1:
         raise ProtocolError("Transfer-Encoding has chunked more than once")
     if not all(_CODING.fullmatch(name) for name in names[:-1]):
@@ -132,11 +152,19 @@ def _check_lengths(head: bytes) -> None:
 
     h11 merges equal ones silently.
     """
-    if sum(1 + values.count(b",") for values in re.findall(rb"(?i)\r\ncontent-length:([^\r]*)", head)) > 1:
+    if (
+        sum(
+            1 + values.count(b",")
+            for values in re.findall(rb"(?i)\r\ncontent-length:([^\r]*)", head)
+        )
+        > 1
+    ):
         raise ProtocolError("more than one Content-Length")
 
 
-def _read(connection: h11.Connection, head: bytes, *, request: bool) -> h11.Request | h11.Response | h11.InformationalResponse:
+def _read(
+    connection: h11.Connection, head: bytes, *, request: bool
+) -> h11.Request | h11.Response | h11.InformationalResponse:
     try:
         connection.receive_data(head)
         event = connection.next_event()
@@ -151,7 +179,10 @@ def _refused(head: bytes, error: h11.RemoteProtocolError, *, request: bool) -> P
     """Translate h11's error about a head into our own message."""
     words = head_faults.lines(head.removesuffix(b"\r\n"), request=request)
     if words is None:
-        headers, version = head_faults.fields(head), head.partition(b"\r\n")[0][-3:] if request else head[5:8]
+        headers, version = (
+            head_faults.fields(head),
+            head.partition(b"\r\n")[0][-3:] if request else head[5:8],
+        )
         words = head_faults.hosts(headers, version) if request else None
         try:
             _check_lengths(head)
@@ -174,12 +205,16 @@ def decide_request(head: bytes, limits: Limits) -> RequestHead:
     check_size(head, limits, request=True)
     check_bytes(head, complete=True)
     _check_blanks(head)
-    event = _read(h11.Connection(h11.SERVER, max_incomplete_event_size=limits.head), head, request=True)
+    event = _read(
+        h11.Connection(h11.SERVER, max_incomplete_event_size=limits.head), head, request=True
+    )
     if not isinstance(event, h11.Request):  # a server connection returns nothing else first
         raise ProtocolError("a request was expected")
     if event.http_version not in (b"1.0", b"1.1"):
         raise ProtocolError(f"HTTP/{event.http_version.decode('ascii')} is not supported", 505)
-    request = RequestHead(bytes(event.method), bytes(event.target), _checked(event, head), bytes(event.http_version))
+    request = RequestHead(
+        bytes(event.method), bytes(event.target), _checked(event, head), bytes(event.http_version)
+    )
     _check_target(request)
     return request
 
@@ -193,11 +228,15 @@ def _check_target(request: RequestHead) -> None:
     if request.method == b"CONNECT":
         if not _CONNECT_TARGET.fullmatch(request.target):
             raise ProtocolError("the target of CONNECT is not host:port")
-        if b"transfer-encoding" in request.headers or int(request.headers.get(b"content-length") or 0):
+        if b"transfer-encoding" in request.headers or int(
+            request.headers.get(b"content-length") or 0
+        ):
             raise ProtocolError("CONNECT with a body")
     elif request.target[:1] not in (b"/", b"*") and request.authority is None:
         raise ProtocolError("the request target is neither a path nor an absolute URI")
-    elif request.target.startswith(b"*") and (request.target != b"*" or request.method != b"OPTIONS"):
+    elif request.target.startswith(b"*") and (
+        request.target != b"*" or request.method != b"OPTIONS"
+    ):
         raise ProtocolError("the request target * is valid with OPTIONS only")
 
 
@@ -217,4 +256,6 @@ def decide_response(head: bytes, limits: Limits) -> ResponseHead:
         raise ProtocolError("a response was expected")
     if event.http_version not in (b"1.0", b"1.1"):
         raise ProtocolError(f"a response in HTTP/{event.http_version.decode('ascii')}")
-    return ResponseHead(event.status_code, _checked(event, head), bytes(event.reason), bytes(event.http_version))
+    return ResponseHead(
+        event.status_code, _checked(event, head), bytes(event.reason), bytes(event.http_version)
+    )

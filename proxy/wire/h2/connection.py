@@ -130,7 +130,12 @@ class Http2Connection(Streams):
             if len(buffer) < end:
                 break
             try:
-                self._read_frame(kind, flags, stream & frames.LARGEST_WINDOW, buffer[at + frames.HEADER_SIZE : end])
+                self._read_frame(
+                    kind,
+                    flags,
+                    stream & frames.LARGEST_WINDOW,
+                    buffer[at + frames.HEADER_SIZE : end],
+                )
             except StreamFault as fault:
                 self._break(fault)
             at = end
@@ -205,8 +210,12 @@ class Http2Connection(Streams):
         if stream.headless or stream.window < 0 or not self._promised(stream, len(data), ended):
             self.consumed(0, credit)
             if stream.window < 0:
-                raise StreamFault(number, Code.FLOW_CONTROL_ERROR, "more DATA than the stream's window")
-            raise StreamFault(number, Code.PROTOCOL_ERROR, "DATA before the head, or against Content-Length")
+                raise StreamFault(
+                    number, Code.FLOW_CONTROL_ERROR, "more DATA than the stream's window"
+                )
+            raise StreamFault(
+                number, Code.PROTOCOL_ERROR, "DATA before the head, or against Content-Length"
+            )
         self._events.append(DataReceived(number, data, credit, ended))
         if ended:
             self._received_end(stream)
@@ -247,8 +256,14 @@ class Http2Connection(Streams):
     def _add(self, block: _Block, fragment: bytes, flags: int) -> None:
         block.pieces.append(fragment)
         block.size += len(fragment)
-        if block.size > self._largest_block or len(block.pieces) > _MOST_CONTINUATIONS + block.size // frames.DEFAULT_FRAME_SIZE:
-            raise ConnectionFault(Code.ENHANCE_YOUR_CALM, f"a header block of more than {self._largest_block} bytes, or in too many pieces")
+        if (
+            block.size > self._largest_block
+            or len(block.pieces) > _MOST_CONTINUATIONS + block.size // frames.DEFAULT_FRAME_SIZE
+        ):
+            raise ConnectionFault(
+                Code.ENHANCE_YOUR_CALM,
+                f"a header block of more than {self._largest_block} bytes, or in too many pieces",
+            )
         if flags & frames.END_HEADERS:
             self._block = None
             whole = block.pieces[0] if len(block.pieces) == 1 else b"".join(block.pieces)
@@ -266,7 +281,11 @@ class Http2Connection(Streams):
         if flags & _SELF_DEPENDENT:
             raise StreamFault(number, Code.PROTOCOL_ERROR, "a stream that depends on itself")
         if pairs is None:
-            raise StreamFault(number, Code.ENHANCE_YOUR_CALM, f"a header list of more than {self._limits.head} bytes")
+            raise StreamFault(
+                number,
+                Code.ENHANCE_YOUR_CALM,
+                f"a header list of more than {self._limits.head} bytes",
+            )
         try:
             if stream.headless:
                 self._on_head(stream, pairs, ended)
@@ -320,7 +339,9 @@ class Http2Connection(Streams):
             self._send_window += increment
             if not increment or self._send_window > frames.LARGEST_WINDOW:
                 code = Code.FLOW_CONTROL_ERROR if increment else Code.PROTOCOL_ERROR
-                raise ConnectionFault(code, f"the connection's window changed by {increment}, to {self._send_window}")
+                raise ConnectionFault(
+                    code, f"the connection's window changed by {increment}, to {self._send_window}"
+                )
         else:
             self._check_not_idle(number, "WINDOW_UPDATE")
             stream = self._streams.get(number)
@@ -329,7 +350,11 @@ class Http2Connection(Streams):
             stream.send_window += increment
             if not increment or stream.send_window > frames.LARGEST_WINDOW:
                 code = Code.FLOW_CONTROL_ERROR if increment else Code.PROTOCOL_ERROR
-                raise StreamFault(number, code, f"the stream's window changed by {increment}, to {stream.send_window}")
+                raise StreamFault(
+                    number,
+                    code,
+                    f"the stream's window changed by {increment}, to {stream.send_window}",
+                )
         self._events.append(WindowOpened(number))
 
     def _on_reset(self, number: int, payload: bytes) -> None:
@@ -343,7 +368,11 @@ class Http2Connection(Streams):
         if not self._client and stream.sends and self._refilled - stream.opened < OF_AGE:
             self._spend(COST_RESET)
         self._forget(stream)
-        self._events.append(StreamBroken(number, code, True, f"the peer reset the stream ({frames.code_name(code)})"))
+        self._events.append(
+            StreamBroken(
+                number, code, True, f"the peer reset the stream ({frames.code_name(code)})"
+            )
+        )
 
     def _on_settings(self, number: int, flags: int, payload: bytes) -> None:
         if number:
@@ -351,13 +380,17 @@ class Http2Connection(Streams):
         self._settings_pending = False
         if flags & frames.ACK:
             if payload:
-                raise ConnectionFault(Code.FRAME_SIZE_ERROR, "a SETTINGS acknowledgement with a payload")
+                raise ConnectionFault(
+                    Code.FRAME_SIZE_ERROR, "a SETTINGS acknowledgement with a payload"
+                )
             self._spend(COST_CONTROL)
             return
         self._spend(COST_RESET)
         values = frames.read_settings(payload)
         if len(values) > _MOST_SETTINGS:
-            raise ConnectionFault(Code.ENHANCE_YOUR_CALM, f"{len(values)} parameters in a SETTINGS frame")
+            raise ConnectionFault(
+                Code.ENHANCE_YOUR_CALM, f"{len(values)} parameters in a SETTINGS frame"
+            )
         for key, value in values:
             self._set(key, value)
         self._out.append(frames.frame(Kind.SETTINGS, frames.ACK, 0, b""))

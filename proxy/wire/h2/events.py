@@ -97,7 +97,16 @@ class Exhausted:
     words: str
 
 
-Event = HeadReceived | DataReceived | TrailersReceived | StreamBroken | GoingAway | WindowOpened | PingAnswered | Exhausted
+Event = (
+    HeadReceived
+    | DataReceived
+    | TrailersReceived
+    | StreamBroken
+    | GoingAway
+    | WindowOpened
+    | PingAnswered
+    | Exhausted
+)
 
 
 class HeadTooLarge(Exception):

@@ -60,7 +60,9 @@ _AUTHORITY = re.compile(rb"(?!:|\Z)" + AUTHORITY)
 _STATUS = re.compile(rb"[1-5][0-9][0-9]")
 
 # §8.2.2: fields of an HTTP/1 connection are forbidden.
-_CONNECTION_FIELDS = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
+_CONNECTION_FIELDS = frozenset(
+    {b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"}
+)
 _SCHEME = (b":scheme", b"http")
 _TE = (b"te", b"trailers")  # the only value that HTTP/2 allows
 _REQUEST_PSEUDO = frozenset({b":method", b":scheme", b":authority", b":path", b":protocol"})
@@ -101,7 +103,9 @@ def _request_head(pairs: Iterable[Pair]) -> RequestHead:
     protocol = pseudo.get(b":protocol")
     if method == b"CONNECT" and protocol is None:
         if authority is None or b":path" in pseudo or b":scheme" in pseudo:
-            raise ProtocolError("a CONNECT request must have :authority, and neither :path nor :scheme")
+            raise ProtocolError(
+                "a CONNECT request must have :authority, and neither :path nor :scheme"
+            )
         target = authority
     else:
         target = _target(method, pseudo, protocol)
@@ -167,8 +171,14 @@ def _split(pairs: Iterable[Pair], allowed: frozenset[bytes]) -> tuple[dict[bytes
             if name not in allowed or name in pseudo or fields:
                 raise ProtocolError("a pseudo-field is unknown, repeated, or after other fields")
             pseudo[name] = value
-        elif not _NAME.fullmatch(name) or name in _CONNECTION_FIELDS or (name == b"te" and value.lower() != b"trailers"):
-            raise ProtocolError(f"the field {name[:64].decode('latin-1')!r} is not allowed in HTTP/2")
+        elif (
+            not _NAME.fullmatch(name)
+            or name in _CONNECTION_FIELDS
+            or (name == b"te" and value.lower() != b"trailers")
+        ):
+            raise ProtocolError(
+                f"the field {name[:64].decode('latin-1')!r} is not allowed in HTTP/2"
+            )
         else:
             if name in _NOTED:
                 noted.append(pair)
@@ -188,7 +198,9 @@ def _look_again(headers: Headers, noted: list[Pair]) -> None:
     if len(lengths) > 1 or (lengths and not (lengths[0].isdigit() and len(lengths[0]) < 19)):
         raise ProtocolError("the Content-Length is repeated, or not a number")
     if lengths and lengths[0][:1] == b"0" != lengths[0]:  # as in HTTP/1: Headers.write_length
-        headers.items = [_shortened(pair) if pair[0] == b"content-length" else pair for pair in headers.items]
+        headers.items = [
+            _shortened(pair) if pair[0] == b"content-length" else pair for pair in headers.items
+        ]
 
 
 def _shortened(pair: Pair) -> Pair:
@@ -231,9 +243,19 @@ def onward_pairs(head: RequestHead, caller: bytes | None) -> list[Pair] | None:
     simple enough; use `request_pairs`.
     """
     items = head.headers.items
-    if not items or items[0][0] != b"host" or not head.target.startswith(b"/") or head.protocol is not None:
+    if (
+        not items
+        or items[0][0] != b"host"
+        or not head.target.startswith(b"/")
+        or head.protocol is not None
+    ):
         return None
-    pairs = [(b":method", head.method), _SCHEME, (b":authority", items[0][1]), (b":path", head.target)]
+    pairs = [
+        (b":method", head.method),
+        _SCHEME,
+        (b":authority", items[0][1]),
+        (b":path", head.target),
+    ]
     trailers = False
     if head.headers.clean:
         pairs += items[1:]

@@ -107,7 +107,9 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
 
 def settings(values: dict[int, int]) -> bytes:
     """A SETTINGS frame (§6.5)."""
-    return frame(Kind.SETTINGS, 0, 0, b"".join(_SETTING.pack(key, value) for key, value in values.items()))
+    return frame(
+        Kind.SETTINGS, 0, 0, b"".join(_SETTING.pack(key, value) for key, value in values.items())
+    )
 
 
 def window_update(stream: int, increment: int) -> bytes:
@@ -125,7 +127,9 @@ def goaway(last: int, code: int, words: str = "") -> bytes:
 
     `last`: the highest stream that was or will be processed. `words`: debug data, cut to 256 bytes.
     """
-    return frame(Kind.GOAWAY, 0, 0, _GOAWAY.pack(last, code) + words.encode("ascii", "replace")[:256])
+    return frame(
+        Kind.GOAWAY, 0, 0, _GOAWAY.pack(last, code) + words.encode("ascii", "replace")[:256]
+    )
 
 
 def headers(stream: int, block: bytes, size: int, *, end: bool) -> list[bytes]:

@@ -48,12 +48,37 @@ _BOMB_FROM = 256 * 1024
 _NEVER = frozenset({b"authorization", b"proxy-authorization"})
 _SHORT_COOKIE = 20
 _WITHOUT = frozenset(
-    {b":path", b"age", b"content-length", b"etag", b"if-modified-since", b"if-none-match", b"location", b"set-cookie"}
-    | {b"grpc-timeout", b"traceparent", b"tracestate", b"uber-trace-id", b"x-b3-spanid", b"x-b3-traceid", b"x-request-id"}
+    {
+        b":path",
+        b"age",
+        b"content-length",
+        b"etag",
+        b"if-modified-since",
+        b"if-none-match",
+        b"location",
+        b"set-cookie",
+    }
+    | {
+        b"grpc-timeout",
+        b"traceparent",
+        b"tracestate",
+        b"uber-trace-id",
+        b"x-b3-spanid",
+        b"x-b3-traceid",
+        b"x-request-id",
+    }
 )
 # Those that differ in every message are not cached either.
 _FLEETING = frozenset(
-    {b"grpc-timeout", b"traceparent", b"tracestate", b"uber-trace-id", b"x-b3-spanid", b"x-b3-traceid", b"x-request-id"}
+    {
+        b"grpc-timeout",
+        b"traceparent",
+        b"tracestate",
+        b"uber-trace-id",
+        b"x-b3-spanid",
+        b"x-b3-traceid",
+        b"x-request-id",
+    }
 )
 # The longest block for `_recognise`. So its result cannot become huge, whatever the table holds.
 _SHORT_BLOCK = 2048
@@ -98,7 +123,9 @@ def _recognise(block: bytes, table: HeaderTable) -> list[Pair] | None:
                 index = first & 0x7F
                 if index == 0x7F or not 0 < index <= known:
                     return None
-                pairs.append(static[index - 1] if index <= len(static) else dynamic[index - len(static) - 1])
+                pairs.append(
+                    static[index - 1] if index <= len(static) else dynamic[index - len(static) - 1]
+                )
                 continue
             if first >= 0x20:
                 return None
@@ -184,10 +211,17 @@ class Decoder:
         try:
             decoded = self._hpack.decode(block, raw=True)
         except hpack.OversizedHeaderListError as error:
-            raise ConnectionFault(Code.ENHANCE_YOUR_CALM, f"a header list far over the limit: {error}") from error
+            raise ConnectionFault(
+                Code.ENHANCE_YOUR_CALM, f"a header list far over the limit: {error}"
+            ) from error
         except hpack.HPACKError as error:
-            raise ConnectionFault(Code.COMPRESSION_ERROR, f"a header block that cannot be decoded: {error}") from error
-        return [(bytes(f[0]), bytes(f[1])) if f.indexable else Secret((bytes(f[0]), bytes(f[1]))) for f in decoded]
+            raise ConnectionFault(
+                Code.COMPRESSION_ERROR, f"a header block that cannot be decoded: {error}"
+            ) from error
+        return [
+            (bytes(f[0]), bytes(f[1])) if f.indexable else Secret((bytes(f[0]), bytes(f[1])))
+            for f in decoded
+        ]
 
     def _remember(self, block: bytes, pairs: Sequence[Pair], listed: int) -> None:
         # Huffman coding at most doubles (nearly) a literal's bytes. Indexed values belong to the
@@ -243,7 +277,11 @@ class Encoder:
     def _field(self, pair: Pair) -> bytes:
         name, value = pair
         static = _STATIC.get(name)
-        if isinstance(pair, Secret) or name in _NEVER or (name == b"cookie" and len(value) < _SHORT_COOKIE):
+        if (
+            isinstance(pair, Secret)
+            or name in _NEVER
+            or (name == b"cookie" and len(value) < _SHORT_COOKIE)
+        ):
             piece = _literal(_LITERAL_NEVER, static[0] if static else 0, name, value)
         elif (static is None or value not in static[1]) and self._not_worth_it(name, value):
             piece = _literal(_LITERAL_WITHOUT, static[0] if static else 0, name, value)
@@ -261,7 +299,10 @@ class Encoder:
 
     def _not_worth_it(self, name: bytes, value: bytes) -> bool:
         """Whether the field is rarely sent twice, or would fill most of the table."""
-        return name in _WITHOUT or (len(name) + len(value) + 32) * 4 > self._hpack.header_table_size * 3
+        return (
+            name in _WITHOUT
+            or (len(name) + len(value) + 32) * 4 > self._hpack.header_table_size * 3
+        )
 
     def _remember(self, pair: Pair, piece: bytes) -> None:
         size = len(pair[0]) + len(pair[1]) + len(piece) + _OVERHEAD

@@ -17,9 +17,24 @@ from collections import OrderedDict
 
 from proxy.wire.h1.connection import Role
 from proxy.wire.h2 import frames
-from proxy.wire.h2.events import Event, Exhausted, Http2Limits, StreamBroken, StreamGone, WindowOpened
+from proxy.wire.h2.events import (
+    Event,
+    Exhausted,
+    Http2Limits,
+    StreamBroken,
+    StreamGone,
+    WindowOpened,
+)
 from proxy.wire.h2.fields import Pair, field_pairs, request_pairs, response_pairs
-from proxy.wire.h2.flood_budget import BUDGET, COST_CONTROL, COST_RESET, FLOOD, PER_FRAME, PER_STREAM, FrameBudget
+from proxy.wire.h2.flood_budget import (
+    BUDGET,
+    COST_CONTROL,
+    COST_RESET,
+    FLOOD,
+    PER_FRAME,
+    PER_STREAM,
+    FrameBudget,
+)
 from proxy.wire.h2.frames import Code, ConnectionFault, Kind, Setting, StreamFault
 from proxy.wire.h2.hpack import UNLIMITED, Encoder
 from proxy.wire.h2.late_frames import Late
@@ -38,7 +53,18 @@ class Stream:
     announced by the head and have not arrived; None: the head announces no length.
     """
 
-    __slots__ = ("expected", "headless", "method", "number", "opened", "receives", "send_window", "sends", "taken", "window")
+    __slots__ = (
+        "expected",
+        "headless",
+        "method",
+        "number",
+        "opened",
+        "receives",
+        "send_window",
+        "sends",
+        "taken",
+        "window",
+    )
 
     def __init__(self, number: int, send_window: int, window: int, opened: float = 0.0) -> None:
         self.number = number
@@ -117,7 +143,9 @@ class Streams(FrameBudget):
                 self._peer_streams = value
             case Setting.INITIAL_WINDOW_SIZE:
                 if value > frames.LARGEST_WINDOW:
-                    raise ConnectionFault(Code.FLOW_CONTROL_ERROR, f"INITIAL_WINDOW_SIZE of {value}")
+                    raise ConnectionFault(
+                        Code.FLOW_CONTROL_ERROR, f"INITIAL_WINDOW_SIZE of {value}"
+                    )
                 self._set_window(value)
             case Setting.MAX_FRAME_SIZE:
                 if not frames.DEFAULT_FRAME_SIZE <= value <= frames.LARGEST_FRAME_SIZE:
@@ -127,16 +155,23 @@ class Streams(FrameBudget):
                 self._peer_head = value
             case Setting.ENABLE_CONNECT_PROTOCOL:
                 if value > 1 or (self.extended_connect and not value):
-                    raise ConnectionFault(Code.PROTOCOL_ERROR, f"ENABLE_CONNECT_PROTOCOL of {value}")
+                    raise ConnectionFault(
+                        Code.PROTOCOL_ERROR, f"ENABLE_CONNECT_PROTOCOL of {value}"
+                    )
                 self.extended_connect = value == 1
 
     def _set_window(self, value: int) -> None:
         for stream in self._streams.values():
-            before, stream.send_window = stream.send_window, stream.send_window + value - self._peer_window
+            before, stream.send_window = (
+                stream.send_window,
+                stream.send_window + value - self._peer_window,
+            )
             if before <= 0 < stream.send_window:  # wake a sender that waits for this window
                 self._events.append(WindowOpened(stream.number))
             if stream.send_window > frames.LARGEST_WINDOW:
-                raise ConnectionFault(Code.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE opens a window too far")
+                raise ConnectionFault(
+                    Code.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE opens a window too far"
+                )
         self._peer_window = value
 
     # The states of streams...
@@ -148,7 +183,9 @@ class Streams(FrameBudget):
 
     def _check_not_idle(self, number: int, what: str) -> None:
         if number == 0 or self._idle(number):
-            raise ConnectionFault(Code.PROTOCOL_ERROR, f"{what} on stream {number}, which was never opened")
+            raise ConnectionFault(
+                Code.PROTOCOL_ERROR, f"{what} on stream {number}, which was never opened"
+            )
 
     def _late(self, number: int, what: str, stream: Stream | None, credit: int = 0) -> None:
         """Handle a frame for a stream that does not receive any more (§5.1).
@@ -182,7 +219,9 @@ class Streams(FrameBudget):
             self._forgive(number, None)
             self._out.append(frames.rst_stream(number, Code.REFUSED_STREAM))
             return None
-        stream = self._streams[number] = Stream(number, self._peer_window, self._limits.stream_window, self._refilled)
+        stream = self._streams[number] = Stream(
+            number, self._peer_window, self._limits.stream_window, self._refilled
+        )
         self._open_theirs += 1
         return stream
 
@@ -225,7 +264,9 @@ class Streams(FrameBudget):
 
     def _forgive(self, number: int, stream: Stream | None) -> None:
         if number not in self._forgiven:
-            self._forgiven[number] = Late(self._limits.stream_window if stream is None else max(0, stream.window))
+            self._forgiven[number] = Late(
+                self._limits.stream_window if stream is None else max(0, stream.window)
+            )
         if len(self._forgiven) > _FORGIVEN:
             self._forgotten = max(self._forgotten, self._forgiven.popitem(last=False)[0])
 
@@ -283,7 +324,9 @@ class Streams(FrameBudget):
         block = self._encoder.encode(pairs, self._peer_head)
         number = self._next_ours
         self._next_ours += 2
-        stream = self._streams[number] = Stream(number, self._peer_window, self._limits.stream_window)
+        stream = self._streams[number] = Stream(
+            number, self._peer_window, self._limits.stream_window
+        )
         stream.method = method
         self._open_ours += 1
         self._send_block(stream, block, end)
@@ -296,7 +339,9 @@ class Streams(FrameBudget):
 
     def send_trailers(self, number: int, fields: Headers) -> None:
         stream = self._sending(number)
-        self._send_block(stream, self._encoder.encode(field_pairs(fields), self._peer_head), end=True)
+        self._send_block(
+            stream, self._encoder.encode(field_pairs(fields), self._peer_head), end=True
+        )
 
     def _send_block(self, stream: Stream, block: bytes, end: bool) -> None:
         self._out += frames.headers(stream.number, block, self._peer_frame_size, end=end)
@@ -327,14 +372,18 @@ class Streams(FrameBudget):
         stream = self._sending(number)
         size, largest = len(data), min(self._peer_frame_size, _LARGEST_SENT)
         if size <= largest:
-            self._out.append(frames.header(size, Kind.DATA, frames.END_STREAM if end else 0, number))
+            self._out.append(
+                frames.header(size, Kind.DATA, frames.END_STREAM if end else 0, number)
+            )
             if data:
                 self._out.append(data)
         else:
             for at in range(0, size, largest):
                 piece = data[at : at + largest]
                 last = end and at + largest >= size
-                self._out.append(frames.header(len(piece), Kind.DATA, frames.END_STREAM if last else 0, number))
+                self._out.append(
+                    frames.header(len(piece), Kind.DATA, frames.END_STREAM if last else 0, number)
+                )
                 self._out.append(piece)
         stream.send_window -= size
         self._send_window -= size

@@ -1,4 +1,5 @@
-"""The pool by itself: connections are used again while they are good, bounded in number, and waited for in order and not for long."""
+"""The pool by itself: connections are used again while they are good, bounded in number, and waited
+for in order and not for long."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ class Bench:
         self.listener = listen()
         self.address = Address.of(self.listener.getsockname())
         self.opened = self.closed = 0
-        self.pool: Pool[str] = Pool(self.dial, lambda _: self.account(), PoolSettings(**settings), Limits())  # type: ignore[arg-type]
+        self.pool: Pool[str] = Pool(
+            self.dial, lambda _: self.account(), PoolSettings(**settings), Limits()
+        )  # type: ignore[arg-type]
         self.dials: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
 
     async def dial(self, _: str) -> trio.abc.Stream:
@@ -74,7 +77,9 @@ async def test_the_last_connection_given_back_is_the_first_to_be_used_again() ->
     bench.end()
 
 
-async def test_one_that_was_given_back_at_this_very_moment_comes_behind_those_of_earlier_moments() -> None:
+async def test_one_that_was_given_back_at_this_very_moment_comes_behind_those_of_earlier_moments() -> (
+    None
+):
     bench = Bench()
     kept = [await bench.pool.acquire(KEY) for _ in range(5)]
     now = trio.current_time()
@@ -245,18 +250,24 @@ async def test_a_connection_that_breaks_leaves_its_room_to_who_waits() -> None:
     bench.end()
 
 
-async def test_waiting_has_a_deadline_that_overtaking_cannot_move(autojump_clock: MockClock) -> None:
+async def test_waiting_has_a_deadline_that_overtaking_cannot_move(
+    autojump_clock: MockClock,
+) -> None:
     bench = Bench(connections=1, wait_timeout=5)
     held = await bench.pool.acquire(KEY)
     started = trio.current_time()
-    with pytest.raises(PoolExhausted, match="none of the 1 connections to endpoint became free within 5"):
+    with pytest.raises(
+        PoolExhausted, match="none of the 1 connections to endpoint became free within 5"
+    ):
         await bench.pool.acquire(KEY)
     assert trio.current_time() - started == pytest.approx(5)
     bench.give_back(held)
     bench.end()
 
 
-async def test_while_a_connection_is_being_opened_nobody_is_told_that_the_pool_is_exhausted(autojump_clock: MockClock) -> None:
+async def test_while_a_connection_is_being_opened_nobody_is_told_that_the_pool_is_exhausted(
+    autojump_clock: MockClock,
+) -> None:
     bench, served = Bench(connections=1, wait_timeout=5), 0
 
     async def slow() -> None:
@@ -276,7 +287,9 @@ async def test_while_a_connection_is_being_opened_nobody_is_told_that_the_pool_i
     bench.end()
 
 
-async def test_one_that_waits_is_patient_as_long_as_others_are_served_before_it(autojump_clock: MockClock) -> None:
+async def test_one_that_waits_is_patient_as_long_as_others_are_served_before_it(
+    autojump_clock: MockClock,
+) -> None:
     bench, served = Bench(connections=1, wait_timeout=5), 0
 
     async def ask() -> None:
@@ -318,7 +331,9 @@ async def test_the_queue_is_bounded() -> None:
         nursery.start_soon(bench.pool.acquire, KEY)
         nursery.start_soon(bench.pool.acquire, KEY)
         await wait_all_tasks_blocked()
-        with pytest.raises(PoolExhausted, match="1 connections to endpoint are in use, and 2 requests wait"):
+        with pytest.raises(
+            PoolExhausted, match="1 connections to endpoint are in use, and 2 requests wait"
+        ):
             await bench.pool.acquire(KEY)
         nursery.cancel_scope.cancel()
     bench.give_back(held)
@@ -326,7 +341,9 @@ async def test_the_queue_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("usable", [True, False], ids=["a connection", "room"])
-async def test_what_is_given_to_one_who_was_cancelled_in_that_moment_goes_to_the_next(usable: bool) -> None:
+async def test_what_is_given_to_one_who_was_cancelled_in_that_moment_goes_to_the_next(
+    usable: bool,
+) -> None:
     bench = Bench(connections=1)
     held = await bench.pool.acquire(KEY)
     served = False

@@ -1,4 +1,5 @@
-"""What is special about a stream without a task: its faults are nobody else's, and what does not move has its deadlines all the same."""
+"""What is special about a stream without a task: its faults are nobody else's, and what does not
+move has its deadlines all the same."""
 
 from __future__ import annotations
 
@@ -69,7 +70,9 @@ async def test_a_fault_of_ours_ends_its_stream_and_no_other(
         assert sorted(proxy.outcomes) == ([] if where == "account" else ["done", "done", "raised"])
         assert (await client.ask()).body == b"ok" * 5000
     assert [
-        record.exc_text is not None for record in caplog.records if "internal error while carrying an HTTP/2 stream" in record.message
+        record.exc_text is not None
+        for record in caplog.records
+        if "internal error while carrying an HTTP/2 stream" in record.message
     ] == [True]
     assert heard in ([], [Code.CANCEL])
 

@@ -1,4 +1,5 @@
-"""How streams and connections end: each end reaches the other side as what it was, and what was not looked at is tried again."""
+"""How streams and connections end: each end reaches the other side as what it was, and what was not
+looked at is tried again."""
 
 from __future__ import annotations
 
@@ -15,7 +16,20 @@ from proxy.exchange.h1.pool import PoolSettings
 from proxy.exchange.h2.settings import MuxSettings
 from tests.kit.http import Peer, origin, until
 from tests.kit.http2_hop import Settings2, hop2, through2
-from tests.kit.http2_peers import GET, GRPC, OK, POST, Answer, Pair, Peer2, answering2, frames_goaway, ok, reserve, speaking
+from tests.kit.http2_peers import (
+    GET,
+    GRPC,
+    OK,
+    POST,
+    Answer,
+    Pair,
+    Peer2,
+    answering2,
+    frames_goaway,
+    ok,
+    reserve,
+    speaking,
+)
 
 CANCEL = h2.errors.ErrorCodes.CANCEL
 REFUSED = h2.errors.ErrorCodes.REFUSED_STREAM
@@ -48,7 +62,9 @@ async def test_a_client_that_cancels_cancels_at_the_server() -> None:
 @pytest.mark.parametrize("code", [0, 2, 8, 11, 13, 4242])
 @pytest.mark.parametrize("headers", [GET, GRPC], ids=["plain", "grpc"])
 @pytest.mark.parametrize("begun", [False, True], ids=["before the head", "behind the head"])
-async def test_a_server_s_code_reaches_the_client(code: int, headers: list[Pair], begun: bool) -> None:
+async def test_a_server_s_code_reaches_the_client(
+    code: int, headers: list[Pair], begun: bool
+) -> None:
     async def respond(peer: Peer2, number: int, _: Answer) -> None:
         if begun:
             peer.h2.send_headers(number, OK)
@@ -87,7 +103,9 @@ async def test_a_server_that_dies_within_a_grpc_call_leaves_a_grpc_status() -> N
         assert dict(answer.trailers)[b"grpc-status"] == b"14"
 
 
-async def test_a_server_that_goes_away_within_a_grpc_call_leaves_a_grpc_status_and_does_not_refuse_it() -> None:
+async def test_a_server_that_goes_away_within_a_grpc_call_leaves_a_grpc_status_and_does_not_refuse_it() -> (
+    None
+):
     """REFUSED_STREAM would tell the client that nobody has looked at what was half answered."""
 
     async def respond(peer: Peer2, number: int, _: Answer) -> None:
@@ -109,7 +127,9 @@ async def test_a_server_that_falls_silent_within_a_grpc_call_is_as_good_as_gone(
         peer.h2.send_headers(number, OK)
         await peer.flush()
 
-    async with through2(answering2(respond), Settings2(client=ClientSettings(stream_timeout=0.1))) as (client, proxy):
+    async with through2(
+        answering2(respond), Settings2(client=ClientSettings(stream_timeout=0.1))
+    ) as (client, proxy):
         answer = await client.ask(GRPC)
         assert (answer.status, answer.reset) == (200, None)
         assert dict(answer.trailers)[b"grpc-status"] == b"14"
@@ -128,7 +148,9 @@ async def test_a_reset_and_the_end_of_the_connection_behind_it_are_a_reset() -> 
             assert (await client.ask(GRPC)).reset == CALM
 
 
-async def test_a_server_that_dies_within_a_response_breaks_the_stream_and_not_the_connection() -> None:
+async def test_a_server_that_dies_within_a_response_breaks_the_stream_and_not_the_connection() -> (
+    None
+):
     async with through2(lambda peer: _dies(peer, begun=True)) as (client, _):
         assert (await client.ask()).reset is not None
         assert (await client.ask()).reset is not None
@@ -165,7 +187,9 @@ async def _refuses(peer: Peer2, *, how: str, after_body: bool = False) -> None:
 
 
 @pytest.mark.parametrize("headers", [GET, POST])
-async def test_what_was_on_its_way_to_a_connection_that_goes_away_is_sent_again_on_another(headers: list[Pair]) -> None:
+async def test_what_was_on_its_way_to_a_connection_that_goes_away_is_sent_again_on_another(
+    headers: list[Pair],
+) -> None:
     first = True
 
     async def script(peer: Peer2) -> None:
@@ -202,7 +226,10 @@ async def test_a_stream_that_a_server_refuses_is_refused_to_the_client_at_once()
 
 
 async def test_what_is_refused_behind_its_body_is_the_client_s_to_repeat() -> None:
-    async with through2(lambda peer: _refuses(peer, how="reset", after_body=True)) as (client, proxy):
+    async with through2(lambda peer: _refuses(peer, how="reset", after_body=True)) as (
+        client,
+        proxy,
+    ):
         number = await client.request(POST, end=False)
         await client.send(number, b"body", end=True)
         assert (await client.message(number)).reset == REFUSED
@@ -243,7 +270,9 @@ async def test_a_response_that_is_no_http2_message_is_the_server_s_fault() -> No
     async def respond(peer: Peer2, number: int, _: Answer) -> None:
         peer.h2.send_headers(number, [*OK, (b"content-length", b"10")])
         await peer.send(number, b"short")
-        await peer.peer.send(bytes((0, 0, 0, 0, 1)) + number.to_bytes(4, "big"))  # END_STREAM too early
+        await peer.peer.send(
+            bytes((0, 0, 0, 0, 1)) + number.to_bytes(4, "big")
+        )  # END_STREAM too early
 
     async with through2(answering2(respond)) as (client, proxy):
         assert (await client.ask()).reset is not None
@@ -288,7 +317,9 @@ async def test_a_request_waits_for_a_stream_so_long_and_no_longer() -> None:
     async with through2(_silent, settings, server={MAX_STREAMS: 1}) as (client, proxy):
         for number in range(1, 17):
             await client.request(GET)
-            await until(lambda most=2 * number: proxy.exchanges == most)  # each has a connection before the next one asks for one
+            await until(
+                lambda most=2 * number: proxy.exchanges == most
+            )  # each has a connection before the next one asks for one
         with trio.fail_after(20):
             answer = await client.ask()
         assert answer.status == 503
@@ -297,7 +328,10 @@ async def test_a_request_waits_for_a_stream_so_long_and_no_longer() -> None:
 
 async def test_while_a_connection_is_being_opened_no_stream_is_refused_for_want_of_it() -> None:
     settings = Settings2(pool=PoolSettings(wait_timeout=0.05))
-    async with origin(speaking(answering2(), {MAX_STREAMS: 10})) as server, hop2(server.address, settings=settings) as proxy:
+    async with (
+        origin(speaking(answering2(), {MAX_STREAMS: 10})) as server,
+        hop2(server.address, settings=settings) as proxy,
+    ):
         client = await proxy.connect2()
         proxy.hangs = trio.Event()
         numbers = [await client.request(GET) for _ in range(90)]
@@ -357,19 +391,25 @@ async def test_trimming_retires_connections_without_a_stream() -> None:
         await until(lambda: not proxy.pool2._slots)
 
 
-async def test_a_fault_of_ours_in_one_exchange_ends_its_stream_only(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_fault_of_ours_in_one_exchange_ends_its_stream_only(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def account(exchange: Exchange) -> object:
         if exchange.request.target == b"/bug":
             raise RuntimeError("a bug")
         return trio.CancelScope()
 
     async with through2(answering2(), Settings2(account=account)) as (client, _):  # type: ignore[arg-type]
-        assert (await client.ask([*GET[:3], (b":path", b"/bug")])).reset == h2.errors.ErrorCodes.INTERNAL_ERROR
+        assert (
+            await client.ask([*GET[:3], (b":path", b"/bug")])
+        ).reset == h2.errors.ErrorCodes.INTERNAL_ERROR
         assert (await client.ask()).body == b"ok"
     assert "a bug" in caplog.text
 
 
-async def test_draining_says_goaway_serves_what_crosses_with_it_and_takes_nothing_behind_it() -> None:
+async def test_draining_says_goaway_serves_what_crosses_with_it_and_takes_nothing_behind_it() -> (
+    None
+):
     release = trio.Event()
 
     async def respond(peer: Peer2, number: int, message: Answer) -> None:
@@ -386,15 +426,20 @@ async def test_draining_says_goaway_serves_what_crosses_with_it_and_takes_nothin
         await answer()
         await client.peer.until(frames_goaway(crossing[-1]))
         late = await client.request(GET)
-        await client.peer.until(b"\0\0\x04\x03\0" + late.to_bytes(4, "big") + REFUSED.to_bytes(4, "big"))
+        await client.peer.until(
+            b"\0\0\x04\x03\0" + late.to_bytes(4, "big") + REFUSED.to_bytes(4, "big")
+        )
         release.set()
         assert (await client.peer.rest()).count(b"ok") == 6
         client.peer.close()
         await proxy.gone()
 
 
-async def test_a_new_connection_while_draining_has_all_served_that_was_sent_before_it_could_know() -> None:
-    """Not its first request alone: a client sends its calls together, and repeats a refused one only once."""
+async def test_a_new_connection_while_draining_has_all_served_that_was_sent_before_it_could_know() -> (
+    None
+):
+    """Not its first request alone: a client sends its calls together, and repeats a refused one
+    only once."""
     async with through2(answering2()) as (client, proxy):
         proxy.drain.begin()
         for _ in range(5):
@@ -408,7 +453,9 @@ async def test_a_new_connection_while_draining_has_all_served_that_was_sent_befo
         assert [each.failure for each in proxy.ended] == [None] * 5
 
 
-async def test_a_silent_server_is_given_up_and_an_idle_client_told_to_go(autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_silent_server_is_given_up_and_an_idle_client_told_to_go(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     autojump_clock.autojump_threshold = 0.06
     settings = Settings2(upstream=MuxSettings(ping_interval=20, ping_timeout=10))
     settings.downstream = MuxSettings(idle_timeout=90, ping_interval=1e6)
@@ -460,15 +507,24 @@ async def test_a_client_that_takes_nothing_is_given_up() -> None:
     [
         ([*GET, (b"connection", b"close")], "the field 'connection' is not allowed in HTTP/2"),
         (GET[:3], "a request without a valid :path"),
-        ([*POST, (b"content-length", b"1")], "a message has no body, but its Content-Length is not 0"),
+        (
+            [*POST, (b"content-length", b"1")],
+            "a message has no body, but its Content-Length is not 0",
+        ),
     ],
 )
-async def test_a_request_that_cannot_be_read_is_reset_counted_and_named(head: list[Pair], words: str) -> None:
+async def test_a_request_that_cannot_be_read_is_reset_counted_and_named(
+    head: list[Pair], words: str
+) -> None:
     async with through2(answering2()) as (_, proxy):
         broken = await proxy.connect2(checked=False)
         assert (await broken.ask(head)).reset == h2.errors.ErrorCodes.PROTOCOL_ERROR
         await until(lambda: bool(proxy.ended))
-        assert (proxy.ended[0].status, proxy.ended[0].failure, proxy.ended[0].words) == (None, "bad_request", words)
+        assert (proxy.ended[0].status, proxy.ended[0].failure, proxy.ended[0].words) == (
+            None,
+            "bad_request",
+            words,
+        )
         assert proxy.outcomes == ["done"]
         assert (await broken.ask()).body == b"ok"  # the connection goes on
         broken.peer.close()
@@ -486,8 +542,11 @@ async def test_a_body_that_breaks_its_promise_is_what_became_of_the_request() ->
         broken.peer.close()
 
 
-async def test_a_client_that_never_answers_the_goodbye_cannot_hold_its_connection(autojump_clock: trio.testing.MockClock) -> None:
-    """It goes on sending, so it is not silent; and new streams are as many as it likes, until we have said GOAWAY for good."""
+async def test_a_client_that_never_answers_the_goodbye_cannot_hold_its_connection(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """It goes on sending, so it is not silent; and new streams are as many as it likes, until we
+    have said GOAWAY for good."""
     autojump_clock.autojump_threshold = 0.06
     settings = Settings2(downstream=MuxSettings(idle_timeout=5, ping_interval=20, ping_timeout=10))
     async with through2(answering2(), settings) as (client, proxy):

@@ -1,4 +1,5 @@
-"""Back-pressure from end to end: who is slow stops the one who sends to it, and nobody else; nothing is buffered without a bound."""
+"""Back-pressure from end to end: who is slow stops the one who sends to it, and nobody else;
+nothing is buffered without a bound."""
 
 from __future__ import annotations
 
@@ -16,7 +17,18 @@ from proxy.exchange.server_settings import ServerSettings
 from proxy.wire.h2.events import Http2Limits
 from tests.kit.http import Peer, origin, until
 from tests.kit.http2_hop import Settings2, hop2, through2
-from tests.kit.http2_peers import GET, GRPC, OK, POST, Answer, Peer2, answering2, echo2, ok, speaking
+from tests.kit.http2_peers import (
+    GET,
+    GRPC,
+    OK,
+    POST,
+    Answer,
+    Peer2,
+    answering2,
+    echo2,
+    ok,
+    speaking,
+)
 
 WINDOW = 65536
 # Small windows and small socket buffers, so that a few hundred KiB are much.
@@ -26,7 +38,8 @@ INITIAL = h2.settings.SettingCodes.INITIAL_WINDOW_SIZE
 
 
 class Source:
-    """A server that sends for ever, as fast as it may, on streams whose path is /flood, and counts."""
+    """A server that sends for ever, as fast as it may, on streams whose path is /flood, and
+    counts."""
 
     def __init__(self) -> None:
         self.sent: dict[int, int] = {}
@@ -56,10 +69,14 @@ async def still(value: object, get: object) -> int:
                 return int(before)
 
 
-async def test_a_client_that_does_not_take_its_response_stops_the_server_and_no_other_stream() -> None:
+async def test_a_client_that_does_not_take_its_response_stops_the_server_and_no_other_stream() -> (
+    None
+):
     source = Source()
     async with through2(answering2(source.respond), SLOW) as (client, proxy):
-        client.h2.increment_flow_control_window(2**30)  # the connection's: what is short is the stream's
+        client.h2.increment_flow_control_window(
+            2**30
+        )  # the connection's: what is short is the stream's
         number = await client.request(FLOOD)
         while not client.messages.get(number, Answer()).headers:
             await client.read()
@@ -96,7 +113,8 @@ async def test_a_client_that_reads_nothing_at_all_stops_the_server() -> None:
         assert sent > 0
         assert proxy.servers[0].mux.writer._ahead <= 256 * 1024 + WINDOW
         assert sent <= 2_000_000  # a few windows and the kernel's buffers
-        # Of the connection to the server slow consumers hold the window, so it has no room for others.
+        # Of the connection to the server slow consumers hold the window, so it has no room for
+        # others.
         await until(lambda: proxy.muxes()[0].clogged)
         # Another client is served meanwhile.
         other = await proxy.connect2()
@@ -145,7 +163,10 @@ async def test_a_server_that_does_not_take_an_upload_stops_its_client_and_no_oth
 
 async def test_an_http1_client_that_reads_nothing_stops_an_http2_server() -> None:
     source = Source()
-    async with origin(speaking(answering2(source.respond))) as up, hop2(up.address, settings=SLOW) as proxy:
+    async with (
+        origin(speaking(answering2(source.respond))) as up,
+        hop2(up.address, settings=SLOW) as proxy,
+    ):
         slow = await proxy.connect(16384)
         await slow.send(b"GET /flood HTTP/1.1\r\nHost: a\r\n\r\n")
         await slow.head()
@@ -178,7 +199,9 @@ async def test_an_http1_server_that_floods_waits_for_an_http2_client() -> None:
 async def test_streams_take_turns_where_the_connection_s_window_is_short() -> None:
     source = Source()
     async with through2(answering2(source.respond), server={INITIAL: 2**24}) as (client, proxy):
-        client.h2.update_settings({INITIAL: 2**24})  # each stream may have much: what is short is the 65535 bytes of all
+        client.h2.update_settings(
+            {INITIAL: 2**24}
+        )  # each stream may have much: what is short is the 65535 bytes of all
         await client.flush()
         numbers = [await client.request(FLOOD) for _ in range(12)]
         got = dict.fromkeys(numbers, 0)
@@ -198,11 +221,15 @@ async def test_streams_take_turns_where_the_connection_s_window_is_short() -> No
 
 async def test_many_uploads_at_once_arrive_whole() -> None:
     async with through2(answering2(echo2), SLOW) as (client, proxy):
-        bodies = {await client.request(POST, end=False): bytes([n]) * (n * 13_001) for n in range(16)}
+        bodies = {
+            await client.request(POST, end=False): bytes([n]) * (n * 13_001) for n in range(16)
+        }
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client.pump)
             for number, body in bodies.items():
-                nursery.start_soon(lambda number=number, body=body: client.send(number, body, end=True))
+                nursery.start_soon(
+                    lambda number=number, body=body: client.send(number, body, end=True)
+                )
             with trio.fail_after(60):
                 while not client.ended.issuperset(bodies):
                     async with client.moved:
@@ -215,7 +242,10 @@ async def test_many_uploads_at_once_arrive_whole() -> None:
 
 async def test_a_cancelled_exchange_in_a_large_send_does_not_harm_the_others() -> None:
     """Why no exchange sends by itself: a send that is cancelled half-way has torn a frame."""
-    async with through2(answering2(echo2), Settings2(buffers=16384), server={INITIAL: 2**20}) as (client, proxy):
+    async with through2(answering2(echo2), Settings2(buffers=16384), server={INITIAL: 2**20}) as (
+        client,
+        proxy,
+    ):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client.pump)
             body = bytes(range(256)) * 1500
@@ -225,7 +255,9 @@ async def test_a_cancelled_exchange_in_a_large_send_does_not_harm_the_others() -
                 async with trio.open_nursery() as uploads:
                     for number in doomed:
                         uploads.start_soon(client.send, number, body[: 60_000 - round_ * 100])
-                    uploads.start_soon(lambda number=healthy: client.send(number, body[:100_000], end=True))
+                    uploads.start_soon(
+                        lambda number=healthy: client.send(number, body[:100_000], end=True)
+                    )
                 for number in doomed:
                     await client.reset(number)
                 with trio.fail_after(30):
@@ -260,8 +292,11 @@ async def test_small_pieces_take_no_more_memory_than_large_ones(size: int) -> No
         assert mux._held == 0
 
 
-async def test_a_client_that_only_listens_is_not_silent_while_it_is_answered(mock_clock: MockClock) -> None:
-    """A watch by a bidirectional call: what the client said first is all that it has to say. Time moves when the test says so."""
+async def test_a_client_that_only_listens_is_not_silent_while_it_is_answered(
+    mock_clock: MockClock,
+) -> None:
+    """A watch by a bidirectional call: what the client said first is all that it has to say. Time
+    moves when the test says so."""
     more = [trio.Event() for _ in range(4)]
 
     async def respond(peer: Peer2, number: int, _: Answer) -> None:
@@ -273,7 +308,12 @@ async def test_a_client_that_only_listens_is_not_silent_while_it_is_answered(moc
 
     quiet = MuxSettings(ping_interval=math.inf)
     client_settings = ClientSettings(stream_timeout=math.inf)
-    settings = Settings2(server=ServerSettings(stream_timeout=1000), client=client_settings, downstream=quiet, upstream=quiet)
+    settings = Settings2(
+        server=ServerSettings(stream_timeout=1000),
+        client=client_settings,
+        downstream=quiet,
+        upstream=quiet,
+    )
     async with through2(answering2(respond, early=True), settings) as (client, proxy):
         number = await client.request(GRPC, end=False)
         for event in more:

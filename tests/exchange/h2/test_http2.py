@@ -1,4 +1,5 @@
-"""HTTP is the same on both sides, whatever version each of them speaks: what belongs to a connection stays with it, and all else arrives.
+"""HTTP is the same on both sides, whatever version each of them speaks: what belongs to a
+connection stays with it, and all else arrives.
 
 Peers are python-hyper's h2 and h11.
 """
@@ -11,7 +12,18 @@ import trio
 from tests.kit.http import OK as OK1
 from tests.kit.http import Message, Peer, answering, chunked, echo, origin
 from tests.kit.http2_hop import Settings2, hop2, through2
-from tests.kit.http2_peers import GET, OK, POST, Answer, Pair, Peer2, answering2, echo2, ok, speaking
+from tests.kit.http2_peers import (
+    GET,
+    OK,
+    POST,
+    Answer,
+    Pair,
+    Peer2,
+    answering2,
+    echo2,
+    ok,
+    speaking,
+)
 
 TO_HTTP1 = Settings2(up=b"1.1")
 
@@ -20,7 +32,9 @@ def fields(*pairs: Pair, base: list[Pair] = GET) -> list[Pair]:
     return [*base, *pairs]
 
 
-async def _heard1(request: list[Pair], body: bytes | None = None, trailers: list[Pair] | None = None) -> Message:
+async def _heard1(
+    request: list[Pair], body: bytes | None = None, trailers: list[Pair] | None = None
+) -> Message:
     """The request as an HTTP/1 server gets it from an HTTP/2 client."""
     heard: list[Message] = []
     async with origin(answering(OK1, heard)) as up, hop2(up.address, settings=TO_HTTP1) as proxy:
@@ -77,7 +91,9 @@ async def test_te_trailers_is_said_by_the_rules_of_http1() -> None:
 @pytest.mark.parametrize("length", [True, False], ids=["content-length", "chunked"])
 async def test_a_body_of_http2_is_framed_as_http1_has_it(length: bool) -> None:
     body = b"x" * 40_000
-    request = await _heard1(fields(*([(b"content-length", b"40000")] if length else []), base=POST), body)
+    request = await _heard1(
+        fields(*([(b"content-length", b"40000")] if length else []), base=POST), body
+    )
     assert request.body == body
     assert request.get(b"content-length") == (b"40000" if length else None)
     assert request.get(b"transfer-encoding") == (None if length else b"chunked")
@@ -90,7 +106,10 @@ async def test_a_request_s_trailers_reach_http1() -> None:
 
 
 async def test_options_of_the_whole_server() -> None:
-    assert (await _heard1([(b":method", b"OPTIONS"), *GET[1:3], (b":path", b"*")])).start == (b"OPTIONS", b"*")
+    assert (await _heard1([(b":method", b"OPTIONS"), *GET[1:3], (b":path", b"*")])).start == (
+        b"OPTIONS",
+        b"*",
+    )
 
 
 async def _answer(response: bytes, request: list[Pair] = GET) -> Answer:
@@ -105,7 +124,8 @@ async def _answer(response: bytes, request: list[Pair] = GET) -> Answer:
 
 async def test_what_http1_says_of_its_connection_stays_there() -> None:
     answer = await _answer(
-        b"HTTP/1.1 200 Fine\r\nConnection: keep-alive, X-Hop\r\nX-Hop: 1\r\nKeep-Alive: timeout=5\r\nContent-Length: 2\r\nX-A: B\r\n\r\nok"
+        b"HTTP/1.1 200 Fine\r\nConnection: keep-alive, X-Hop\r\nX-Hop: 1\r\nKeep-Alive:"
+        b" timeout=5\r\nContent-Length: 2\r\nX-A: B\r\n\r\nok"
     )
     assert answer.headers == [(b":status", b"200"), (b"content-length", b"2"), (b"x-a", b"B")]
 
@@ -137,7 +157,9 @@ async def test_a_response_that_ends_with_its_connection_ends_its_stream() -> Non
         (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"GET", b"0"),
     ],
 )
-async def test_a_response_without_a_body(response: bytes, method: bytes, length: bytes | None) -> None:
+async def test_a_response_without_a_body(
+    response: bytes, method: bytes, length: bytes | None
+) -> None:
     answer = await _answer(response, [(b":method", method), *GET[1:]])
     assert (answer.body, answer.reset, answer.get(b"content-length")) == (b"", None, length)
 
@@ -150,7 +172,10 @@ async def test_interim_responses_come_first() -> None:
 
 
 async def test_a_switch_of_protocols_that_nobody_asked_for_is_an_error() -> None:
-    answer = await _answer(b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade, close\r\nUpgrade: websocket\r\n\r\n")
+    answer = await _answer(
+        b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade, close\r\nUpgrade:"
+        b" websocket\r\n\r\n"
+    )
     assert answer.status == 502
 
 
@@ -159,12 +184,22 @@ async def test_a_switch_of_protocols_that_nobody_asked_for_is_an_error() -> None
 
 async def test_host_becomes_authority_and_connection_fields_go() -> None:
     request = await _heard2(
-        b"GET /p?q HTTP/1.1\r\nHost: shop:80\r\nConnection: keep-alive, X-Hop, TE\r\nX-Hop: 1\r\nKeep-Alive: 5\r\nTE: trailers, gzip\r\n"
-        b"Proxy-Connection: x\r\nCookie: a=1; b=2\r\nX-Case: Kept\r\n\r\n"
+        b"GET /p?q HTTP/1.1\r\nHost: shop:80\r\nConnection: keep-alive, X-Hop, TE\r\nX-Hop:"
+        b" 1\r\nKeep-Alive: 5\r\nTE: trailers, gzip\r\nProxy-Connection: x\r\nCookie: a=1;"
+        b" b=2\r\nX-Case: Kept\r\n\r\n"
     )
-    pseudo = {(b":method", b"GET"), (b":scheme", b"http"), (b":authority", b"shop:80"), (b":path", b"/p?q")}
+    pseudo = {
+        (b":method", b"GET"),
+        (b":scheme", b"http"),
+        (b":authority", b"shop:80"),
+        (b":path", b"/p?q"),
+    }
     assert set(request.headers[:4]) == pseudo
-    assert sorted(request.headers[4:]) == [(b"cookie", b"a=1; b=2"), (b"te", b"trailers"), (b"x-case", b"Kept")]
+    assert sorted(request.headers[4:]) == [
+        (b"cookie", b"a=1; b=2"),
+        (b"te", b"trailers"),
+        (b"x-case", b"Kept"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +227,11 @@ async def test_an_offer_of_h2c_is_not_passed_on() -> None:
 @pytest.mark.parametrize("length", [True, False], ids=["content-length", "chunked"])
 async def test_a_body_of_http1_and_its_trailers_reach_http2(length: bool) -> None:
     chunks = chunked(b"bo", b"dy", trailers=b"X-Sum: 1\r\n")
-    framing = b"Content-Length: 4\r\n\r\nbody" if length else b"Transfer-Encoding: chunked\r\n\r\n" + chunks
+    framing = (
+        b"Content-Length: 4\r\n\r\nbody"
+        if length
+        else b"Transfer-Encoding: chunked\r\n\r\n" + chunks
+    )
     request = await _heard2(b"POST / HTTP/1.1\r\nHost: a\r\n" + framing)
     assert request.body == b"body"
     assert request.get(b"content-length") == (b"4" if length else None)
@@ -200,7 +239,12 @@ async def test_a_body_of_http1_and_its_trailers_reach_http2(length: bool) -> Non
     assert request.trailers == ([] if length else [(b"x-sum", b"1")])
 
 
-async def _answer1(response: list[Pair], body: bytes = b"", trailers: list[Pair] | None = None, method: bytes = b"GET") -> Message:
+async def _answer1(
+    response: list[Pair],
+    body: bytes = b"",
+    trailers: list[Pair] | None = None,
+    method: bytes = b"GET",
+) -> Message:
     async def respond(peer: Peer2, number: int, _: Answer) -> None:
         peer.h2.send_headers(number, [(b":status", b"103"), (b"link", b"x")])
         peer.h2.send_headers(number, response, end_stream=not body and not trailers)
@@ -214,7 +258,9 @@ async def _answer1(response: list[Pair], body: bytes = b"", trailers: list[Pair]
         client = await proxy.connect()
         request = b"%b / HTTP/1.1\r\nHost: a\r\n\r\n" % method
         answer = await client.ask(request, method.decode())
-        assert (await client.ask(request, method.decode())).start == answer.start  # the client's connection is kept
+        assert (
+            await client.ask(request, method.decode())
+        ).start == answer.start  # the client's connection is kept
         assert up.opened == 1
     assert answer.interim == [103]
     return answer
@@ -222,7 +268,11 @@ async def _answer1(response: list[Pair], body: bytes = b"", trailers: list[Pair]
 
 async def test_http1_gets_the_usual_reason_a_length_or_chunks_and_trailers() -> None:
     answer = await _answer1([(b":status", b"404"), (b"content-length", b"4")], b"gone")
-    assert (answer.start, answer.body, answer.get(b"content-length")) == ((b"404", b"Not Found"), b"gone", b"4")
+    assert (answer.start, answer.body, answer.get(b"content-length")) == (
+        (b"404", b"Not Found"),
+        b"gone",
+        b"4",
+    )
     answer = await _answer1([(b":status", b"299")], b"x" * 100_000, [(b"x-sum", b"1")])
     assert answer.start == (b"299", b"")
     assert answer.get(b"transfer-encoding") == b"chunked"
@@ -239,9 +289,15 @@ async def test_http1_gets_the_usual_reason_a_length_or_chunks_and_trailers() -> 
         ([(b":status", b"200")], b"GET", b"0"),
     ],
 )
-async def test_http1_gets_a_response_without_a_body(response: list[Pair], method: bytes, length: bytes | None) -> None:
+async def test_http1_gets_a_response_without_a_body(
+    response: list[Pair], method: bytes, length: bytes | None
+) -> None:
     answer = await _answer1(response, method=method)
-    assert (answer.body, answer.get(b"content-length"), answer.get(b"transfer-encoding")) == (b"", length, None)
+    assert (answer.body, answer.get(b"content-length"), answer.get(b"transfer-encoding")) == (
+        b"",
+        length,
+        None,
+    )
 
 
 # HTTP/2 on both sides
@@ -261,7 +317,11 @@ async def test_a_body_goes_there_and_back_with_its_trailers(size: int) -> None:
                     await client.moved.wait()
             nursery.cancel_scope.cancel()
         answer = client.messages[number]
-        assert (answer.status, answer.body == body[:size], answer.trailers) == (200, True, [(b"x-sum", b"1")])
+        assert (answer.status, answer.body == body[:size], answer.trailers) == (
+            200,
+            True,
+            [(b"x-sum", b"1")],
+        )
         assert (proxy.ended[0].request_bytes, proxy.ended[0].response_bytes) == (size, size)
 
 
@@ -284,7 +344,9 @@ async def test_expect_100_is_answered_by_the_server() -> None:
         assert (await client.message(number)).body == b"now"
 
 
-async def test_requests_of_one_connection_go_to_different_endpoints_and_share_theirs_with_others() -> None:
+async def test_requests_of_one_connection_go_to_different_endpoints_and_share_theirs_with_others() -> (
+    None
+):
     def named(name: bytes) -> object:
         async def respond(peer: Peer2, number: int, _: Answer) -> None:
             peer.h2.send_headers(number, OK)
@@ -307,5 +369,7 @@ async def test_an_echo_of_http1_through_http2_clients() -> None:
     async with origin(echo) as up, hop2(up.address, settings=TO_HTTP1) as proxy:
         client = await proxy.connect2()
         assert (await client.ask(POST, b"x" * 10_000)).body == b"x" * 10_000
-        assert (await client.ask(fields((b"content-length", b"5"), base=POST), b"12345")).body == b"12345"
+        assert (
+            await client.ask(fields((b"content-length", b"5"), base=POST), b"12345")
+        ).body == b"12345"
         assert up.opened == 1

@@ -29,15 +29,22 @@ BODY = os.urandom(300_000)
 
 
 def needs(program: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin") is None, reason=f"{program} is not installed")
+    return pytest.mark.skipif(
+        shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin") is None,
+        reason=f"{program} is not installed",
+    )
 
 
 async def test_httpx() -> None:
     def run(address: Address) -> None:
-        with httpx.Client(http1=False, http2=True, trust_env=False, base_url=f"http://{address}", timeout=60) as client:
+        with httpx.Client(
+            http1=False, http2=True, trust_env=False, base_url=f"http://{address}", timeout=60
+        ) as client:
             for number in range(20):
                 body = BODY[: number * 10_000]
-                answer = client.post("/", content=iter([body[:100], body[100:]]) if number % 2 else body)
+                answer = client.post(
+                    "/", content=iter([body[:100], body[100:]]) if number % 2 else body
+                )
                 assert (answer.http_version, answer.status_code) == ("HTTP/2", 200)
                 assert answer.content == body
 
@@ -90,9 +97,16 @@ async def test_every_kind_of_grpc_call(grpc_server: Address) -> None:
     def run(address: Address) -> None:
         with grpc.insecure_channel(str(address)) as channel:
             assert channel.unary_unary("/t.T/unary")(b"x" * 100_000, timeout=60) == b"x" * 200_000
-            assert list(channel.unary_stream("/t.T/server")(b"a", timeout=60)) == [b"a%d" % n for n in range(5)]
-            assert channel.stream_unary("/t.T/client")(iter([b"a", b"b", b"c"]), timeout=60) == b"abc"
-            assert list(channel.stream_stream("/t.T/both")(iter([b"a", b"b"]), timeout=60)) == [b"a!", b"b!"]
+            assert list(channel.unary_stream("/t.T/server")(b"a", timeout=60)) == [
+                b"a%d" % n for n in range(5)
+            ]
+            assert (
+                channel.stream_unary("/t.T/client")(iter([b"a", b"b", b"c"]), timeout=60) == b"abc"
+            )
+            assert list(channel.stream_stream("/t.T/both")(iter([b"a", b"b"]), timeout=60)) == [
+                b"a!",
+                b"b!",
+            ]
             with pytest.raises(grpc.RpcError) as error:
                 channel.unary_unary("/t.T/abort")(b"", timeout=60)
             assert (error.value.code(), error.value.details()) == (grpc.StatusCode.NOT_FOUND, "nö")
@@ -107,19 +121,28 @@ async def test_every_kind_of_grpc_call(grpc_server: Address) -> None:
 
 
 async def test_a_call_that_is_quiet_for_long_survives_our_pings(grpc_server: Address) -> None:
-    """gRPC servers end connections on which they are pinged more often than they like, counted from their last DATA."""
+    """gRPC servers end connections on which they are pinged more often than they like, counted from
+    their last DATA."""
 
     def run(address: Address) -> None:
         with grpc.insecure_channel(str(address)) as channel:
             assert list(channel.unary_stream("/t.T/quiet")(b"x", timeout=60)) == [b"x", b"x"]
 
-    async with hop2(grpc_server, settings=Settings2(upstream=MuxSettings(ping_interval=0.15, ping_timeout=30))) as proxy:
+    async with hop2(
+        grpc_server, settings=Settings2(upstream=MuxSettings(ping_interval=0.15, ping_timeout=30))
+    ) as proxy:
         await trio.to_thread.run_sync(run, proxy.address)
 
 
 async def _run(*command: str) -> bytes:
     environment = {**os.environ, "PATH": os.environ["PATH"] + ":/usr/sbin"}
-    return bytes((await trio.run_process(list(command), capture_stdout=True, capture_stderr=True, env=environment)).stdout)
+    return bytes(
+        (
+            await trio.run_process(
+                list(command), capture_stdout=True, capture_stderr=True, env=environment
+            )
+        ).stdout
+    )
 
 
 @pytest.fixture
@@ -127,7 +150,9 @@ def nghttpd(tmp_path: Path) -> Iterator[Address]:
     address = Address("127.0.0.1", free_port())
     (tmp_path / "index.html").write_bytes(BODY)
     program = shutil.which("nghttpd", path=os.environ["PATH"] + ":/usr/sbin") or "nghttpd"
-    process = subprocess.Popen([program, "--no-tls", "-a", address.host, "-d", str(tmp_path), str(address.port)])
+    process = subprocess.Popen(
+        [program, "--no-tls", "-a", address.host, "-d", str(tmp_path), str(address.port)]
+    )
     yield address
     process.terminate()
     process.wait(60)
@@ -139,7 +164,18 @@ def nghttpd(tmp_path: Path) -> Iterator[Address]:
 @needs("h2load")
 @needs("nghttp")
 async def test_nghttp2_s_programs_and_curl(nghttpd: Address) -> None:
-    curl = partial(_run, "curl", "-sS", "--noproxy", "*", "--max-time", "60", "--retry-connrefused", "--retry", "10")
+    curl = partial(
+        _run,
+        "curl",
+        "-sS",
+        "--noproxy",
+        "*",
+        "--max-time",
+        "60",
+        "--retry-connrefused",
+        "--retry",
+        "10",
+    )
     async with hop2(nghttpd) as proxy:
         url = f"http://{proxy.address}/"
         with trio.fail_after(120):
@@ -156,12 +192,16 @@ async def test_nghttp2_s_programs_and_curl(nghttpd: Address) -> None:
 @pytest.mark.real
 @needs("nghttpd")
 @needs("h2load")
-async def test_thousands_of_concurrent_requests_to_a_cold_pool_are_all_answered(nghttpd: Address) -> None:
+async def test_thousands_of_concurrent_requests_to_a_cold_pool_are_all_answered(
+    nghttpd: Address,
+) -> None:
     """More than the 16 connections to the server have streams for, which is 100 each."""
     async with hop2(nghttpd) as proxy:
         await until(lambda: listens(nghttpd))
         with trio.fail_after(120):
-            out = await _run("h2load", "-n", "3072", "-c", "48", "-m", "64", f"http://{proxy.address}/")
+            out = await _run(
+                "h2load", "-n", "3072", "-c", "48", "-m", "64", f"http://{proxy.address}/"
+            )
         assert b"3072 succeeded, 0 failed, 0 errored" in out, out
         assert b"status codes: 3072 2xx" in out, out
         assert proxy.dialled <= 16

@@ -1,5 +1,6 @@
-"""One connection carries the requests of many clients, and no client can end it for the others: not by cancelling, not by heads or trailers
-that are too large, in either direction. What is not taken is answered for its own stream."""
+"""One connection carries the requests of many clients, and no client can end it for the others: not
+by cancelling, not by heads or trailers that are too large, in either direction. What is not taken
+is answered for its own stream."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ LARGE = [(b"x%d" % number, b"v" * 7000) for number in range(10)]
 
 @pytest.mark.parametrize("headers", [POST, GRPC])
 @pytest.mark.parametrize("what", ["head", "trailers"])
-async def test_seventy_kilobytes_from_a_server_end_their_stream_and_no_other(headers: list[tuple[bytes, bytes]], what: str) -> None:
+async def test_seventy_kilobytes_from_a_server_end_their_stream_and_no_other(
+    headers: list[tuple[bytes, bytes]], what: str
+) -> None:
     async def respond(peer: Peer2, number: int, message: Answer) -> None:
         if message.get(b":path") == b"/slow":
             peer.h2.send_headers(number, OK)
@@ -85,7 +88,9 @@ async def test_seventy_kilobytes_from_a_client_end_their_stream_and_no_other() -
 
 
 @pytest.mark.parametrize("headers", [GET, GRPC])
-async def test_a_request_that_is_larger_than_the_server_takes_is_answered_431(headers: list[tuple[bytes, bytes]]) -> None:
+async def test_a_request_that_is_larger_than_the_server_takes_is_answered_431(
+    headers: list[tuple[bytes, bytes]],
+) -> None:
     async with shared(answering2(), up=SMALL_HEADS) as (client, proxy):
         assert (await client.ask()).status == 200
         answer = await client.ask([*headers, (b"x", b"v" * 17000)])
@@ -98,7 +103,9 @@ async def test_a_request_that_is_larger_than_the_server_takes_is_answered_431(he
         assert proxy.ended[1].failure == "bad_request"
 
 
-async def test_trailers_of_a_request_that_are_larger_than_the_server_takes_are_answered_431() -> None:
+async def test_trailers_of_a_request_that_are_larger_than_the_server_takes_are_answered_431() -> (
+    None
+):
     async with shared(answering2(), up=SMALL_HEADS) as (client, proxy):
         assert (await client.ask()).status == 200
         number = await client.request(POST, end=False)
@@ -113,12 +120,18 @@ async def test_trailers_of_a_request_that_are_larger_than_the_server_takes_are_a
 
 @pytest.mark.parametrize("headers", [POST, GRPC])
 @pytest.mark.parametrize("what", ["head", "trailers"])
-async def test_a_response_that_is_larger_than_the_client_takes_is_not_sent(headers: list[tuple[bytes, bytes]], what: str) -> None:
+async def test_a_response_that_is_larger_than_the_client_takes_is_not_sent(
+    headers: list[tuple[bytes, bytes]], what: str
+) -> None:
     async def respond(peer: Peer2, number: int, message: Answer) -> None:
         large = [(b"x", b"v" * 17000)] if message.get(b"large") else []
         peer.h2.send_headers(number, [*OK, *(large if what == "head" else [])])
         peer.h2.send_data(number, b"body")
-        peer.h2.send_headers(number, [(b"grpc-status", b"0"), *(large if what == "trailers" else [])], end_stream=True)
+        peer.h2.send_headers(
+            number,
+            [(b"grpc-status", b"0"), *(large if what == "trailers" else [])],
+            end_stream=True,
+        )
         await peer.flush()
 
     async with shared(answering2(respond), down=SMALL_HEADS) as (client, proxy):
@@ -140,7 +153,10 @@ async def test_a_response_that_is_larger_than_the_client_takes_is_not_sent(heade
 
 
 async def test_a_client_that_takes_no_head_at_all_has_its_stream_reset() -> None:
-    async with shared(answering2(), down={h2.settings.SettingCodes.MAX_HEADER_LIST_SIZE: 20}) as (client, _):
+    async with shared(answering2(), down={h2.settings.SettingCodes.MAX_HEADER_LIST_SIZE: 20}) as (
+        client,
+        _,
+    ):
         assert (await client.ask()).reset is not None
 
 
@@ -153,9 +169,16 @@ async def never(peer: Peer2, number: int, message: Answer) -> None:
 
 @asynccontextmanager
 async def shared(
-    script: Script2, *, up: dict[int, int] | None = None, down: dict[int, int] | None = None, settings: Settings2 | None = None
+    script: Script2,
+    *,
+    up: dict[int, int] | None = None,
+    down: dict[int, int] | None = None,
+    settings: Settings2 | None = None,
 ) -> AsyncIterator[tuple[Peer2, Hop2]]:
-    async with origin(speaking(script, up)) as server, hop2(server.address, settings=settings) as proxy:
+    async with (
+        origin(speaking(script, up)) as server,
+        hop2(server.address, settings=settings) as proxy,
+    ):
         yield await proxy.connect2(settings=down), proxy
 
 
@@ -192,7 +215,9 @@ async def test_a_client_that_resets_too_fast_is_told_to_go_and_its_open_streams_
         assert proxy.dialled == 1, "the connection to the server has not been touched"
 
 
-async def test_cancellations_reach_the_server_no_faster_than_it_bears_and_none_is_lost(autojump_clock: trio.testing.MockClock) -> None:
+async def test_cancellations_reach_the_server_no_faster_than_it_bears_and_none_is_lost(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     seen: list[tuple[float, int]] = []
     servers: list[Peer2] = []
 
@@ -201,9 +226,15 @@ async def test_cancellations_reach_the_server_no_faster_than_it_bears_and_none_i
         with contextlib.suppress(Exception):
             while True:
                 events = await peer.read()
-                seen.extend((trio.current_time(), event.stream_id) for event in events if isinstance(event, h2.events.StreamReset))
+                seen.extend(
+                    (trio.current_time(), event.stream_id)
+                    for event in events
+                    if isinstance(event, h2.events.StreamReset)
+                )
 
-    pace = MuxSettings(resets=ResetPace(rate=10, burst=20, hold=1.0), budget=10**6, ping_interval=10**5)
+    pace = MuxSettings(
+        resets=ResetPace(rate=10, burst=20, hold=1.0), budget=10**6, ping_interval=10**5
+    )
     settings = Settings2(upstream=pace, downstream=MuxSettings(budget=10**6, ping_interval=10**5))
     allow = {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: 100}
     async with shared(script, up=allow, settings=settings) as (client, proxy):
@@ -221,13 +252,20 @@ async def test_cancellations_reach_the_server_no_faster_than_it_bears_and_none_i
         await until(lambda: len(seen) == 41)
         at_once = [at for at, _ in seen[1:] if at - began < 0.05]
         assert 15 <= len(at_once) <= 21
-        assert all(at - began <= 1.1 for at, _ in seen[1:]), "no stream is held for longer than it may"
+        assert all(at - began <= 1.1 for at, _ in seen[1:]), (
+            "no stream is held for longer than it may"
+        )
         assert len({number for _, number in seen}) == 41
         assert proxy.dialled == 1
 
 
-async def test_streams_that_wait_for_their_reset_never_take_more_than_half_of_what_the_server_allows() -> None:
-    settings = Settings2(upstream=MuxSettings(resets=ResetPace(rate=1, burst=1, hold=1000)), downstream=MuxSettings(budget=10**6))
+async def test_streams_that_wait_for_their_reset_never_take_more_than_half_of_what_the_server_allows() -> (
+    None
+):
+    settings = Settings2(
+        upstream=MuxSettings(resets=ResetPace(rate=1, burst=1, hold=1000)),
+        downstream=MuxSettings(budget=10**6),
+    )
     allow = {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: 10}
     async with shared(answering2(never), up=allow, settings=settings) as (client, proxy):
         for _ in range(50):
@@ -247,7 +285,14 @@ async def test_a_goaway_with_an_error_lets_the_open_streams_end() -> None:
     async def respond(peer: Peer2, number: int, message: Answer) -> None:
         peer.h2.send_headers(number, OK)
         await peer.flush()
-        await peer.peer.send(frame(Kind.GOAWAY, 0, 0, number.to_bytes(4, "big") + int(Code.ENHANCE_YOUR_CALM).to_bytes(4, "big")))
+        await peer.peer.send(
+            frame(
+                Kind.GOAWAY,
+                0,
+                0,
+                number.to_bytes(4, "big") + int(Code.ENHANCE_YOUR_CALM).to_bytes(4, "big"),
+            )
+        )
         await release.wait()
         await peer.send(number, b"slow", end=True)
 
@@ -260,7 +305,14 @@ async def test_a_goaway_with_an_error_lets_the_open_streams_end() -> None:
 
 async def test_a_server_that_says_goaway_and_does_not_wait_for_its_streams_has_left() -> None:
     async def respond(peer: Peer2, number: int, _: Answer) -> None:
-        await peer.peer.send(frame(Kind.GOAWAY, 0, 0, number.to_bytes(4, "big") + int(Code.ENHANCE_YOUR_CALM).to_bytes(4, "big")))
+        await peer.peer.send(
+            frame(
+                Kind.GOAWAY,
+                0,
+                0,
+                number.to_bytes(4, "big") + int(Code.ENHANCE_YOUR_CALM).to_bytes(4, "big"),
+            )
+        )
         await peer.peer.stream.send_eof()
 
     async with through2(answering2(respond)) as (client, proxy):

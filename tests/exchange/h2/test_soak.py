@@ -1,4 +1,5 @@
-"""Much of everything at once, and attacks: afterwards nothing is left, and memory is what it was."""
+"""Much of everything at once, and attacks: afterwards nothing is left, and memory is what it
+was."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ async def test_mixed_requests_cancelled_at_any_moment_leave_nothing_behind() -> 
                     for _ in range(40):
                         client, ends = dice.choice(clients), dice.randrange(20)
                         number = await client.request(POST, end=False)
-                        uploads.start_soon(one, client, number, dice.choice([0, 1, 500, 30_000]), ends)
+                        uploads.start_soon(
+                            one, client, number, dice.choice([0, 1, 500, 30_000]), ends
+                        )
                         if ends >= 4:
                             wanted.append((client, number))
                 with trio.fail_after(60):
@@ -100,9 +103,14 @@ async def test_more_streams_than_allowed_are_refused_and_the_others_go_on() -> N
             numbers.append(number)
         await client.flush()
         with trio.fail_after(30):
-            while sum(client.messages[n].reset is not None for n in numbers if n in client.messages) < 144:
+            while (
+                sum(client.messages[n].reset is not None for n in numbers if n in client.messages)
+                < 144
+            ):
                 await client.read()
-        refused = [n for n in numbers if n in client.messages and client.messages[n].reset is not None]
+        refused = [
+            n for n in numbers if n in client.messages and client.messages[n].reset is not None
+        ]
         assert {client.messages[n].reset for n in refused} == {h2.errors.ErrorCodes.REFUSED_STREAM}
         await client.send(1, b"", end=True)
         assert (await client.message(1)).body == b"ok"
@@ -111,10 +119,15 @@ async def test_more_streams_than_allowed_are_refused_and_the_others_go_on() -> N
 
 async def test_a_peer_that_asks_and_does_not_read_holds_no_more_than_its_streams() -> None:
     async def respond(peer: object, number: int, _: object) -> None:
-        peer.h2.send_headers(number, [(b":status", b"204"), (b"x-fill", b"y" * 900)], end_stream=True)  # type: ignore[attr-defined]
+        peer.h2.send_headers(
+            number, [(b":status", b"204"), (b"x-fill", b"y" * 900)], end_stream=True
+        )  # type: ignore[attr-defined]
         await peer.flush()  # type: ignore[attr-defined]
 
-    async with through2(answering2(respond), Settings2(buffers=4096), buffers=4096) as (client, proxy):  # type: ignore[arg-type]
+    async with through2(answering2(respond), Settings2(buffers=4096), buffers=4096) as (
+        client,
+        proxy,
+    ):  # type: ignore[arg-type]
         client.h2.remote_settings.max_concurrent_streams = 10_000_000
         client.h2.config.logger = client.h2.config.logger
         sent = 0
@@ -122,7 +135,9 @@ async def test_a_peer_that_asks_and_does_not_read_holds_no_more_than_its_streams
         async def ask() -> None:
             nonlocal sent
             while sent < 6000:
-                client.h2.send_headers(client.h2.get_next_available_stream_id(), GET, end_stream=True)
+                client.h2.send_headers(
+                    client.h2.get_next_available_stream_id(), GET, end_stream=True
+                )
                 sent += 1
                 if sent % 20 == 0:
                     await client.flush()

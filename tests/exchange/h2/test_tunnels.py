@@ -1,4 +1,5 @@
-"""Tunnels within streams: CONNECT (RFC 9113 §8.5) and extended CONNECT (RFC 8441), with each direction ending for itself."""
+"""Tunnels within streams: CONNECT (RFC 9113 §8.5) and extended CONNECT (RFC 8441), with each
+direction ending for itself."""
 
 from __future__ import annotations
 
@@ -7,7 +8,17 @@ import trio
 
 from tests.kit.http import Peer, origin
 from tests.kit.http2_hop import Settings2, hop2, through2
-from tests.kit.http2_peers import EXTENDED, OK, WEBSOCKET, Answer, Pair, Peer2, answering2, only2, speaking
+from tests.kit.http2_peers import (
+    EXTENDED,
+    OK,
+    WEBSOCKET,
+    Answer,
+    Pair,
+    Peer2,
+    answering2,
+    only2,
+    speaking,
+)
 
 CONNECT: list[Pair] = [(b":method", b"CONNECT"), (b":authority", b"far:443")]
 

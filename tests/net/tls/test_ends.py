@@ -46,7 +46,9 @@ async def test_each_direction_ends_by_itself(mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize("unread", [b"", b"ers"])
-async def test_a_reset_is_told_as_one_whoever_has_heard_of_it_first(mesh: Mesh, unread: bytes) -> None:
+async def test_a_reset_is_told_as_one_whoever_has_heard_of_it_first(
+    mesh: Mesh, unread: bytes
+) -> None:
     client, server = await mesh.connect()
     await server.send_all(b"answ" + unread)
     assert await client.receive_some(4) == b"answ"
@@ -61,14 +63,18 @@ async def test_a_reset_is_told_as_one_whoever_has_heard_of_it_first(mesh: Mesh, 
     client.close()
 
 
-async def test_last_words_can_be_read_when_a_read_has_taken_the_sockets_error_from_a_send(mesh: Mesh) -> None:
+async def test_last_words_can_be_read_when_a_read_has_taken_the_sockets_error_from_a_send(
+    mesh: Mesh,
+) -> None:
     client, server = await mesh.connect()
     await server.send_all(b"a")
     assert await client.receive_some() == b"a"
     await server.send_all(b"enough")
     await server.send_all(b"of that")
     await wait_all_tasks_blocked(0.01)
-    assert client.receive_nowait(1000) == b"enough"  # AWS-LC asks the socket for its error before it reads
+    assert (
+        client.receive_nowait(1000) == b"enough"
+    )  # AWS-LC asks the socket for its error before it reads
     server.close()
     client.send_nowait(b"more")
     await wait_all_tasks_blocked(0.01)
@@ -125,7 +131,9 @@ async def test_full_records_are_read_together_within_the_bound(mesh: Mesh) -> No
 
 
 @pytest.mark.parametrize("prompt", [False, True])
-async def test_what_is_wrong_behind_a_full_record_is_told_to_who_asks_next(mesh: Mesh, prompt: bool) -> None:
+async def test_what_is_wrong_behind_a_full_record_is_told_to_who_asks_next(
+    mesh: Mesh, prompt: bool
+) -> None:
     client, server = await mesh.connect()
     await server.send_all(bytes(16384))
     server.socket.send(b"\x17\x03\x03\x00\x20" + bytes(32))
@@ -139,7 +147,9 @@ async def test_what_is_wrong_behind_a_full_record_is_told_to_who_asks_next(mesh:
 
 
 @pytest.mark.parametrize("sound", [False, True])
-async def test_a_lost_connection_is_told_in_the_same_words_asked_or_not(mesh: Mesh, sound: bool) -> None:
+async def test_a_lost_connection_is_told_in_the_same_words_asked_or_not(
+    mesh: Mesh, sound: bool
+) -> None:
     client, server = await mesh.connect()
     server.reset()
     await trio.lowlevel.wait_readable(client.socket)
@@ -154,18 +164,24 @@ async def test_a_lost_connection_is_told_in_the_same_words_asked_or_not(mesh: Me
 
 
 @pytest.mark.parametrize("sound", [False, True])
-async def test_the_last_words_of_a_peer_that_takes_no_more_can_be_read(mesh: Mesh, sound: bool) -> None:
+async def test_the_last_words_of_a_peer_that_takes_no_more_can_be_read(
+    mesh: Mesh, sound: bool
+) -> None:
     client, server = await mesh.connect()
     await server.send_all(b"enough")
     server.close()
-    # The kernels of both ends are this one: the answer to the first record is here before the second.
+    # The kernels of both ends are this one: the answer to the first record is here before the
+    # second.
     with pytest.raises(ConnectionLost):
         client.send_nowait(bytes(20_000), sound=sound)
     assert client.receive_nowait() == b"enough"
     client.close()
 
 
-@pytest.mark.parametrize(("size", "sound", "asked"), [(1000, False, 1), (1000, True, 0), (20_000, False, 2), (20_000, True, 1)])
+@pytest.mark.parametrize(
+    ("size", "sound", "asked"),
+    [(1000, False, 1), (1000, True, 0), (20_000, False, 2), (20_000, True, 1)],
+)
 async def test_the_socket_is_asked_before_each_record_but_a_first_one_that_need_not(
     mesh: Mesh, size: int, sound: bool, asked: int
 ) -> None:
@@ -184,7 +200,9 @@ async def test_the_socket_is_asked_before_each_record_but_a_first_one_that_need_
 
 
 @pytest.mark.parametrize("polite", [False, True])
-async def test_an_end_behind_a_full_record_is_told_to_who_asks_next(mesh: Mesh, polite: bool) -> None:
+async def test_an_end_behind_a_full_record_is_told_to_who_asks_next(
+    mesh: Mesh, polite: bool
+) -> None:
     client, server = await mesh.connect()
     await server.send_all(bytes(16384))
     if polite:
@@ -201,7 +219,9 @@ async def test_an_end_behind_a_full_record_is_told_to_who_asks_next(mesh: Mesh, 
     server.close()
 
 
-async def test_aclose_says_goodbye_and_does_not_wait_for_the_answer(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_aclose_says_goodbye_and_does_not_wait_for_the_answer(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tls_stream, "_CLOSE_TIMEOUT", 60)
     client, server = await mesh.connect()
     await server.send_all(b"last words")
@@ -226,12 +246,16 @@ async def test_aclose_with_unread_tickets_does_not_reset(mesh: Mesh) -> None:
     await client.send_all(b"fire and forget")
     await client.aclose()
     await wait_all_tasks_blocked(0.01)
-    assert server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0  # no RST has come, only FIN
+    assert (
+        server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+    )  # no RST has come, only FIN
     assert await read_all(server) == b"fire and forget"
     server.close()
 
 
-async def test_aclose_gives_up_on_a_peer_that_takes_nothing(mesh: Mesh, autojump_clock: trio.abc.Clock) -> None:
+async def test_aclose_gives_up_on_a_peer_that_takes_nothing(
+    mesh: Mesh, autojump_clock: trio.abc.Clock
+) -> None:
     client, server = await mesh.connect(pair(buffers=8192))
     sender_done = trio.Event()
     while True:  # fill with whole records until not even the first byte of another is taken
@@ -248,7 +272,9 @@ async def test_aclose_gives_up_on_a_peer_that_takes_nothing(mesh: Mesh, autojump
     server.close()
 
 
-async def test_a_send_cancelled_in_a_record_tears_the_stream_and_the_peer_hears_no_goodbye(mesh: Mesh) -> None:
+async def test_a_send_cancelled_in_a_record_tears_the_stream_and_the_peer_hears_no_goodbye(
+    mesh: Mesh,
+) -> None:
     client, server = await mesh.connect(pair(buffers=8192))
     with trio.move_on_after(0.03) as scope:
         await client.send_all(bytes(1 << 20))

@@ -1,4 +1,5 @@
-"""Connections that end with certificates: real TLS connections, and a wall clock that the test sets."""
+"""Connections that end with certificates: real TLS connections, and a wall clock that the test
+sets."""
 
 from __future__ import annotations
 
@@ -82,9 +83,14 @@ async def test_one_that_waits_to_read_is_woken(mesh: Mesh) -> None:
     server.close()
 
 
-async def test_one_that_we_have_opened_is_retired_a_little_early_and_ends_with_our_own_certificate_too(mesh: Mesh) -> None:
+async def test_one_that_we_have_opened_is_retired_a_little_early_and_ends_with_our_own_certificate_too(
+    mesh: Mesh,
+) -> None:
     client, server = await mesh.connect()
-    cases = ((end_of(client) - 500, "with which this connection was opened"), (end_of(client) + 500, "the peer's certificate has expired"))
+    cases = (
+        (end_of(client) - 500, "with which this connection was opened"),
+        (end_of(client) + 500, "the peer's certificate has expired"),
+    )
     for own_end, words in cases:
         end = min(own_end, end_of(client))
         watched = Watched(end - 1000)
@@ -125,14 +131,18 @@ async def test_a_root_that_is_removed_ends_what_it_vouched_for(mesh: Mesh) -> No
     watched.all.untrust((other,))
     assert watched.at(watched.now) == []
     assert watched.at(watched.now + GRACE) == ["cut"]
-    with pytest.raises(ConnectionLost, match="the trust root of the peer's certificate was removed"):
+    with pytest.raises(
+        ConnectionLost, match="the trust root of the peer's certificate was removed"
+    ):
         await server.receive_some()
     client.close()
     server.close()
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["chain remembered", "chain forgotten"])
-async def test_a_resumed_session_ends_no_later_than_the_certificate_that_it_was_made_with(mesh: Mesh, known: bool) -> None:
+async def test_a_resumed_session_ends_no_later_than_the_certificate_that_it_was_made_with(
+    mesh: Mesh, known: bool
+) -> None:
     sessions: list[object] = []
     client, server = await mesh.connect(offer=TLSOffer("a", (b"h2",), on_session=sessions.append))
     first = end_of(server)
@@ -149,6 +159,8 @@ async def test_a_resumed_session_ends_no_later_than_the_certificate_that_it_was_
     watched = Watched(first - 1000)
     watched.all.watch(server)
     watched.all.untrust((mesh.authority.root.certificate,))
-    assert watched.at(watched.now + GRACE) == ([] if known else ["cut"]), "what is not known is not trusted"
+    assert watched.at(watched.now + GRACE) == ([] if known else ["cut"]), (
+        "what is not known is not trusted"
+    )
     client.close()
     server.close()

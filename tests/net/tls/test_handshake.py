@@ -47,7 +47,9 @@ async def test_a_session_is_resumed_and_its_peer_is_still_verified(mesh: Mesh) -
 
     def verify(chain: Chain) -> str:
         seen.append(name_of(chain))
-        assert chain[1:] == (mesh.authority.root.certificate,), "what was verified with that leaf before"
+        assert chain[1:] == (mesh.authority.root.certificate,), (
+            "what was verified with that leaf before"
+        )
         return seen[-1]
 
     client, server = await mesh.connect(offer=TLSOffer("a", session=sessions[0]), verify=verify)
@@ -75,7 +77,9 @@ async def test_a_session_of_another_context_is_not_offered(mesh: Mesh) -> None:
     server.close()
 
 
-async def test_a_server_whose_keys_are_new_makes_a_full_handshake_with_an_old_session(mesh: Mesh) -> None:
+async def test_a_server_whose_keys_are_new_makes_a_full_handshake_with_an_old_session(
+    mesh: Mesh,
+) -> None:
     sessions: list[SSL.Session] = []
     client, server = await mesh.connect(offer=TLSOffer("a", on_session=sessions.append))
     await server.send_all(b"1")
@@ -84,7 +88,14 @@ async def test_a_server_whose_keys_are_new_makes_a_full_handshake_with_an_old_se
     server.close()
     dialled, accepted = pair()
     ends = await both(
-        partial(tls_client, dialled, mesh.client_context, TLSOffer("a", session=sessions[0]), verify=None, timeout=20),
+        partial(
+            tls_client,
+            dialled,
+            mesh.client_context,
+            TLSOffer("a", session=sessions[0]),
+            verify=None,
+            timeout=20,
+        ),
         partial(tls_server, accepted, mesh.accepting(mesh.server), verify=None, timeout=20),
     )
     for end in ends:
@@ -103,7 +114,9 @@ async def test_a_hello_that_was_peeked_at_is_still_there(mesh: Mesh) -> None:
         assert (await accepted.peek(1024, at_least=6))[:1] == b"\x16"
         return await tls_server(accepted, mesh.server_context, verify=None, timeout=20)
 
-    results = await both(partial(tls_client, dialled, mesh.client_context, OFFER, verify=None, timeout=20), serve)
+    results = await both(
+        partial(tls_client, dialled, mesh.client_context, OFFER, verify=None, timeout=20), serve
+    )
     for end in results:
         assert isinstance(end, TLSStream)
         end.close()
@@ -119,7 +132,10 @@ async def test_large_transfers_both_ways_at_once_do_not_lock_each_other(mesh: Me
 
     with trio.fail_after(30):
         results = await both(
-            partial(send, client), partial(send, server), partial(read_all, client), partial(read_all, server)
+            partial(send, client),
+            partial(send, server),
+            partial(read_all, client),
+            partial(read_all, server),
         )
     assert results == [None, None, data, data]
     assert client.bytes_written == client.bytes_read == len(data)
@@ -127,7 +143,9 @@ async def test_large_transfers_both_ways_at_once_do_not_lock_each_other(mesh: Me
     server.close()
 
 
-async def test_what_openssl_holds_already_is_read_without_waiting_for_the_socket(mesh: Mesh) -> None:
+async def test_what_openssl_holds_already_is_read_without_waiting_for_the_socket(
+    mesh: Mesh,
+) -> None:
     client, server = await mesh.connect()
     await server.send_all(b"0123456789")
     with trio.fail_after(30):
@@ -138,7 +156,9 @@ async def test_what_openssl_holds_already_is_read_without_waiting_for_the_socket
     server.close()
 
 
-async def test_what_is_behind_a_record_stays_in_the_socket_whose_readiness_tells_of_it(mesh: Mesh) -> None:
+async def test_what_is_behind_a_record_stays_in_the_socket_whose_readiness_tells_of_it(
+    mesh: Mesh,
+) -> None:
     client, server = await mesh.connect()
     await server.send_all(b"0")
     assert await client.receive_some() == b"0"
@@ -147,13 +167,17 @@ async def test_what_is_behind_a_record_stays_in_the_socket_whose_readiness_tells
     await wait_all_tasks_blocked(0.01)
     assert client.receive_nowait() == b"one"
     assert not client._connection.pending()
-    assert len(client.socket.recv(1000, socket.MSG_PEEK)) == 5 + len(b"another") + 1 + 16  # header, data, type, authentication
+    assert (
+        len(client.socket.recv(1000, socket.MSG_PEEK)) == 5 + len(b"another") + 1 + 16
+    )  # header, data, type, authentication
     assert client.receive_nowait() == b"another"
     client.close()
     server.close()
 
 
-async def test_who_looks_at_a_connection_takes_nothing_from_the_one_who_reads_it(mesh: Mesh) -> None:
+async def test_who_looks_at_a_connection_takes_nothing_from_the_one_who_reads_it(
+    mesh: Mesh,
+) -> None:
     """The look comes when the record is in the socket and its reader has not been woken yet."""
     client, server = await mesh.connect()
     heard: list[bytes] = []
@@ -195,7 +219,9 @@ async def test_a_connection_whose_end_came_with_the_last_data_is_not_idle(mesh: 
     client, server = await mesh.connect()
     await server.send_all(bytes(16384))
     await server.send_eof()
-    assert len(await client.receive_some(65536)) == 16384  # a whole record: what is behind it is read with it
+    assert (
+        len(await client.receive_some(65536)) == 16384
+    )  # a whole record: what is behind it is read with it
     assert client.end_met
     assert not client.is_idle()
     client.close()

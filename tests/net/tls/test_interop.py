@@ -1,4 +1,5 @@
-"""TLSStream against peers that share no code with it: the standard library's ssl, and the openssl command."""
+"""TLSStream against peers that share no code with it: the standard library's ssl, and the openssl
+command."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def stdlib_context(side: str, files: dict[str, tuple[Path, Path]]) -> ssl.SSLCon
     return made
 
 
-def converse(sock: socket.socket, context: ssl.SSLContext, *, server_side: bool) -> tuple[bytes, str | None, str | None]:
+def converse(
+    sock: socket.socket, context: ssl.SSLContext, *, server_side: bool
+) -> tuple[bytes, str | None, str | None]:
     """A blocking peer: read to the end, then send the same back, then end."""
     with sock, context.wrap_socket(sock, server_side=server_side) as tls:
         received = bytearray()
@@ -51,21 +54,29 @@ def converse(sock: socket.socket, context: ssl.SSLContext, *, server_side: bool)
 
 
 @pytest.mark.parametrize("ours", ["client", "server"])
-async def test_the_standard_library_understands_us(mesh: Mesh, files: dict[str, tuple[Path, Path]], ours: str) -> None:
+async def test_the_standard_library_understands_us(
+    mesh: Mesh, files: dict[str, tuple[Path, Path]], ours: str
+) -> None:
     near, far = sockets()
     theirs = "server" if ours == "client" else "client"
     context = stdlib_context(theirs, files)
     result: list[tuple[bytes, str | None, str | None]] = []
 
     async def peer() -> None:
-        result.append(await trio.to_thread.run_sync(partial(converse, far, context, server_side=theirs == "server")))
+        result.append(
+            await trio.to_thread.run_sync(
+                partial(converse, far, context, server_side=theirs == "server")
+            )
+        )
 
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(peer)
             stream = SocketStream(near)
             if ours == "client":
-                tls = await tls_client(stream, mesh.client_context, TLSOffer("a.b", (b"h2",)), verify=None, timeout=20)
+                tls = await tls_client(
+                    stream, mesh.client_context, TLSOffer("a.b", (b"h2",)), verify=None, timeout=20
+                )
             else:
                 tls = await tls_server(stream, mesh.server_context, verify=None, timeout=20)
             await tls.send_all(BIG)
@@ -76,7 +87,9 @@ async def test_the_standard_library_understands_us(mesh: Mesh, files: dict[str, 
     assert tls.info.alpn == b"h2"
 
 
-def s_client(listener: socket.socket, files: dict[str, tuple[Path, Path]], *options: str) -> list[str]:
+def s_client(
+    listener: socket.socket, files: dict[str, tuple[Path, Path]], *options: str
+) -> list[str]:
     program = shutil.which("openssl")
     if program is None:
         pytest.skip("the openssl command is not installed")
@@ -95,7 +108,8 @@ async def accepted(listener: socket.socket) -> SocketStream:
 async def test_key_updates_of_the_peer_are_answered_while_both_directions_are_busy(
     mesh: Mesh, files: dict[str, tuple[Path, Path]]
 ) -> None:
-    """`K` makes openssl s_client update its keys and ask for ours: the answer must be written by our reader."""
+    """`K` makes openssl s_client update its keys and ask for ours: the answer must be written by
+    our reader."""
     with listen(buffers=8192) as listener:
         command = s_client(listener, files)
         async with trio.open_nursery() as nursery:
@@ -115,8 +129,12 @@ async def test_key_updates_of_the_peer_are_answered_while_both_directions_are_bu
                         complete.set()
 
             with trio.fail_after(30):
-                tls = await tls_server(await accepted(listener), mesh.server_context, verify=None, timeout=20)
-                nursery.start_soon(tls.send_all, b"y" * 2_000_000)  # blocks: nobody reads s_client's output yet
+                tls = await tls_server(
+                    await accepted(listener), mesh.server_context, verify=None, timeout=20
+                )
+                nursery.start_soon(
+                    tls.send_all, b"y" * 2_000_000
+                )  # blocks: nobody reads s_client's output yet
                 await trio.testing.wait_all_tasks_blocked(0.05)
                 received = bytearray()
                 for number in range(5):
@@ -136,15 +154,21 @@ async def test_key_updates_of_the_peer_are_answered_while_both_directions_are_bu
             nursery.cancel_scope.cancel()
 
 
-async def test_openssl_resumes_a_session_with_us(mesh: Mesh, files: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+async def test_openssl_resumes_a_session_with_us(
+    mesh: Mesh, files: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
     saved = tmp_path / "session.pem"
     with listen() as listener, trio.fail_after(30):
         for number, option in enumerate(("-sess_out", "-sess_in")):
             command = s_client(listener, files, "-servername", "a.b", option, str(saved))
-            process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            process = await trio.lowlevel.open_process(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
             assert process.stdin is not None
             assert process.stdout is not None
-            tls = await tls_server(await accepted(listener), mesh.server_context, verify=None, timeout=20)
+            tls = await tls_server(
+                await accepted(listener), mesh.server_context, verify=None, timeout=20
+            )
             await tls.send_all(b"hello from us")
             output = b""
             while b"hello from us" not in output:  # so it has read the ticket, too

@@ -1,4 +1,5 @@
-"""What OpenSSL is told before it begins, seen in what it sends. It reads that once, so each look is a process of its own."""
+"""What OpenSSL is told before it begins, seen in what it sends. It reads that once, so each look is
+a process of its own."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from tests.kit.library import AWS_LC
 
 told = pytest.mark.skipif(AWS_LC, reason="AWS-LC reads no configuration")
 
-# Handshakes in memory, between a client of ours and a server; says how many key shares there were, which group it was, and how many records
-# the server has sent behind its handshake.
+# Handshakes in memory, between a client of ours and a server; says how many key shares there were,
+# which group it was, and how many records the server has sent behind its handshake.
 _LOOK = """
 import sys
 from OpenSSL import SSL
@@ -82,7 +83,13 @@ def server(tmp_path: Path) -> Path:
 
 def look(server: Path, *words: str, **environment: str) -> list[str]:
     bare = {key: value for key, value in os.environ.items() if key != "OPENSSL_CONF"}
-    done = subprocess.run([sys.executable, "-c", _LOOK, server, *words], env=bare | environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _LOOK, server, *words],
+        env=bare | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return done.stdout.split()
 
 

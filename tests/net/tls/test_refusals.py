@@ -1,4 +1,5 @@
-"""Handshakes that come to nothing: who is refused and in which words, what is not TLS, and what does not come to an end."""
+"""Handshakes that come to nothing: who is refused and in which words, what is not TLS, and what
+does not come to an end."""
 
 from __future__ import annotations
 
@@ -17,7 +18,18 @@ from proxy.net.exceptions import NetError
 from proxy.net.socket_stream import ConnectionLost, TLSFailed
 from proxy.net.tls.handshake import Chain, TLSOffer, TLSStream, tls_client, tls_server
 from tests.kit.certs import Authority, Credential, self_signed, signed_with_sha1, spiffe
-from tests.net.conftest import DAY, OFFER, Mesh, Refused, attempt, both, name_of, pair, read_all, send_until_it_fails
+from tests.net.conftest import (
+    DAY,
+    OFFER,
+    Mesh,
+    Refused,
+    attempt,
+    both,
+    name_of,
+    pair,
+    read_all,
+    send_until_it_fails,
+)
 
 # Who is refused
 
@@ -43,7 +55,9 @@ def _forgeable(mesh: Mesh) -> Credential:
     return Credential(signed_with_sha1(issued.certificate, mesh.authority.root.key), issued.key)
 
 
-def refuses(judge: TLSStream | Exception, judged: TLSStream | Exception, words: str, alert: str) -> None:
+def refuses(
+    judge: TLSStream | Exception, judged: TLSStream | Exception, words: str, alert: str
+) -> None:
     """One side says why in `words`, the other one was told by an `alert`."""
     assert isinstance(judge, TLSFailed)
     assert judge.kind == "certificate"
@@ -54,7 +68,11 @@ def refuses(judge: TLSStream | Exception, judged: TLSStream | Exception, words: 
 
 
 REFUSALS = [
-    (_expired, r"has expired \(not after 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC\)", "certificate expired"),
+    (
+        _expired,
+        r"has expired \(not after 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC\)",
+        "certificate expired",
+    ),
     (_early, r"is not valid yet \(not before 20", "certificate expired"),
     (_stranger, "is not signed by a trust root", "unknown ca"),
     (_self_signed, r"is not signed by a trust root \(it is self-signed\)", "unknown ca"),
@@ -105,14 +123,29 @@ async def test_a_client_that_only_sends_hears_of_its_refusal_too(mesh: Mesh) -> 
 
 
 @pytest.mark.parametrize("refusing", ["client", "server"])
-async def test_a_refusal_by_the_caller_is_told_the_peer_and_closes_with_no_byte_given_or_taken(mesh: Mesh, refusing: str) -> None:
+async def test_a_refusal_by_the_caller_is_told_the_peer_and_closes_with_no_byte_given_or_taken(
+    mesh: Mesh, refusing: str
+) -> None:
     def refuse(_: Chain) -> None:
         raise Refused("not you")
 
     dialled, accepted = pair()
     results = await both(
-        partial(tls_client, dialled, mesh.client_context, OFFER, verify=refuse if refusing == "client" else None, timeout=20),
-        partial(tls_server, accepted, mesh.server_context, verify=refuse if refusing == "server" else None, timeout=20),
+        partial(
+            tls_client,
+            dialled,
+            mesh.client_context,
+            OFFER,
+            verify=refuse if refusing == "client" else None,
+            timeout=20,
+        ),
+        partial(
+            tls_server,
+            accepted,
+            mesh.server_context,
+            verify=refuse if refusing == "server" else None,
+            timeout=20,
+        ),
     )
     refused, other = results if refusing == "client" else results[::-1]
     assert isinstance(refused, Refused)
@@ -141,7 +174,14 @@ async def test_a_session_does_not_save_anyone_from_the_callers_verification(mesh
 
     dialled, accepted = pair()
     results = await both(
-        partial(tls_client, dialled, mesh.client_context, TLSOffer("a", session=sessions[0]), verify=None, timeout=20),
+        partial(
+            tls_client,
+            dialled,
+            mesh.client_context,
+            TLSOffer("a", session=sessions[0]),
+            verify=None,
+            timeout=20,
+        ),
         partial(tls_server, accepted, mesh.server_context, verify=refuse, timeout=20),
     )
     assert isinstance(results[0], TLSStream)
@@ -185,10 +225,18 @@ async def test_a_clear_text_server_is_called_by_its_name(mesh: Mesh) -> None:
 async def test_no_common_inner_protocol_is_said_on_both_sides(mesh: Mesh) -> None:
     dialled, accepted = pair()
     client, server = await both(
-        partial(tls_client, dialled, mesh.client_context, TLSOffer("a", (b"spdy/1",)), verify=None, timeout=20),
+        partial(
+            tls_client,
+            dialled,
+            mesh.client_context,
+            TLSOffer("a", (b"spdy/1",)),
+            verify=None,
+            timeout=20,
+        ),
         partial(tls_server, accepted, mesh.server_context, verify=None, timeout=20),
     )
-    # pyOpenSSL's NO_OVERLAPPING_PROTOCOLS lets the handshake go on without one; a context may refuse instead.
+    # pyOpenSSL's NO_OVERLAPPING_PROTOCOLS lets the handshake go on without one; a context may
+    # refuse instead.
     for end in (client, server):
         assert isinstance(end, TLSStream)
         assert end.info.alpn == b""
@@ -212,10 +260,14 @@ async def test_what_a_callback_of_the_context_raises_is_said_in_its_own_words(me
 
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=300), st.booleans())
-def test_whatever_bytes_come_a_handshake_fails_as_a_net_error_only(mesh: Mesh, sent: bytes, as_record: bool) -> None:
+def test_whatever_bytes_come_a_handshake_fails_as_a_net_error_only(
+    mesh: Mesh, sent: bytes, as_record: bool
+) -> None:
     async def run() -> None:
         dialled, accepted = pair()
-        await dialled.send_all(b"\x16\x03\x01" + len(sent).to_bytes(2, "big") + sent if as_record else sent)
+        await dialled.send_all(
+            b"\x16\x03\x01" + len(sent).to_bytes(2, "big") + sent if as_record else sent
+        )
         await dialled.send_eof()
         with pytest.raises(NetError):
             await tls_server(accepted, mesh.server_context, verify=None, timeout=20)
@@ -261,7 +313,9 @@ async def test_a_cancelled_handshake_closes_its_stream(mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "reset"])
-async def test_a_peer_that_goes_away_in_the_handshake_is_a_lost_connection(mesh: Mesh, how: str) -> None:
+async def test_a_peer_that_goes_away_in_the_handshake_is_a_lost_connection(
+    mesh: Mesh, how: str
+) -> None:
     dialled, accepted = pair()
     async with trio.open_nursery() as nursery:
 

@@ -1,4 +1,5 @@
-"""What a verdict is by itself: keys and signatures as the openssl command makes them, chains that are remembered, and faults of our own."""
+"""What a verdict is by itself: keys and signatures as the openssl command makes them, chains that
+are remembered, and faults of our own."""
 
 from __future__ import annotations
 
@@ -39,25 +40,38 @@ def ec(curve: str) -> list[str]:
     return ["-algorithm", "EC", "-pkeyopt", f"ec_paramgen_curve:{curve}"]
 
 
-STRONG = {"P-256": ec("P-256"), "P-384": ec("P-384"), "RSA": rsa(2048), "PSS": rsa(2048, "RSA-PSS"), "Ed25519": ["-algorithm", "ED25519"]}
+STRONG = {
+    "P-256": ec("P-256"),
+    "P-384": ec("P-384"),
+    "RSA": rsa(2048),
+    "PSS": rsa(2048, "RSA-PSS"),
+    "Ed25519": ["-algorithm", "ED25519"],
+}
 
 
 @needs_openssl
 @pytest.mark.parametrize("kind", STRONG)
 def test_what_is_strong_enough_passes(kind: str, tmp_path: Path) -> None:
-    assert strength_flaw(certificate(tmp_path, STRONG[kind], "" if kind == "Ed25519" else "sha256")) is None
+    assert (
+        strength_flaw(certificate(tmp_path, STRONG[kind], "" if kind == "Ed25519" else "sha256"))
+        is None
+    )
 
 
 @needs_openssl
 @pytest.mark.parametrize("bits", [1024, 2040])
 @pytest.mark.parametrize("algorithm", ["RSA", "RSA-PSS"])
-def test_a_short_key_is_weak_however_it_is_written(algorithm: str, bits: int, tmp_path: Path) -> None:
+def test_a_short_key_is_weak_however_it_is_written(
+    algorithm: str, bits: int, tmp_path: Path
+) -> None:
     words = f"has a key that is too weak (RSA with {bits} bits, not 2048)"
     assert strength_flaw(certificate(tmp_path, rsa(bits, algorithm), "sha256")) == words
 
 
 @needs_openssl
-@pytest.mark.parametrize("kind", [ec("P-256"), rsa(2048), rsa(2048, "RSA-PSS")], ids=["P-256", "RSA", "RSA-PSS"])
+@pytest.mark.parametrize(
+    "kind", [ec("P-256"), rsa(2048), rsa(2048, "RSA-PSS")], ids=["P-256", "RSA", "RSA-PSS"]
+)
 def test_a_signature_with_sha_1_is_weak(kind: list[str], tmp_path: Path) -> None:
     made = certificate(tmp_path, kind, "sha1")
     assert "is signed with an algorithm that is too weak" in (strength_flaw(made) or "")
@@ -66,7 +80,9 @@ def test_a_signature_with_sha_1_is_weak(kind: list[str], tmp_path: Path) -> None
 
 def test_what_cannot_be_read_is_a_flaw_and_no_error(mesh: Mesh) -> None:
     der = mesh.server.certificate.public_bytes(Encoding.DER)
-    broken = x509.load_der_x509_certificate(der.replace(b"\x06\x03\x55\x1d\x0f\x01\x01\xff", b"\x06\x03\x55\x1d\x13\x01\x01\xff"))
+    broken = x509.load_der_x509_certificate(
+        der.replace(b"\x06\x03\x55\x1d\x0f\x01\x01\xff", b"\x06\x03\x55\x1d\x13\x01\x01\xff")
+    )
     for depth in (0, 1):
         flaw = certificate_flaw(broken, depth)
         assert flaw is not None
@@ -74,7 +90,9 @@ def test_what_cannot_be_read_is_a_flaw_and_no_error(mesh: Mesh) -> None:
     assert find_flaw((broken, mesh.authority.root.certificate)) is not None
 
 
-async def test_a_fault_of_the_verification_refuses(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_fault_of_the_verification_refuses(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(_: Chain) -> None:
         raise ZeroDivisionError
 
@@ -88,13 +106,18 @@ async def test_a_fault_of_the_verification_refuses(mesh: Mesh, monkeypatch: pyte
     assert all(isinstance(result, TLSFailed) for result in results)
 
 
-async def test_chains_for_resumed_sessions_are_remembered_up_to_a_number(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_chains_for_resumed_sessions_are_remembered_up_to_a_number(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(verify, "_REMEMBERED", 1)
     verify._chains.clear()
     client, server = await mesh.connect()
     assert len(verify._chains) == 1
     ends = {end.info.peer_not_after for end in (client, server)}
-    assert ends == {mesh.server.certificate.not_valid_after_utc.timestamp(), mesh.client.certificate.not_valid_after_utc.timestamp()}
+    assert ends == {
+        mesh.server.certificate.not_valid_after_utc.timestamp(),
+        mesh.client.certificate.not_valid_after_utc.timestamp(),
+    }
     leaf = mesh.server.certificate.public_bytes(Encoding.DER)
     verify._chains.clear()
     assert verify.remembered_chain(leaf) == (mesh.server.certificate,), "the leaf alone is left"

@@ -1,5 +1,6 @@
-"""Readers and writers of bodies. Each case is read whole, byte by byte, and with the next message right behind it; none of these may
-change what is read. What h11 and we both accept we read alike. The intended differences:
+"""Readers and writers of bodies. Each case is read whole, byte by byte, and with the next message
+right behind it; none of these may change what is read. What h11 and we both accept we read alike.
+The intended differences:
 
 stricter    a bare CR or LF anywhere, control characters in extensions and trailers, folded trailers, more than 16 digits of a size,
             chunk-size lines over 1024 bytes, the trailer section's limits
@@ -47,7 +48,8 @@ from tests.kit.chunkings import byte_by_byte, cut, every_way
 
 LIMIT, FIELDS = 200, 4
 
-# (body, trailers, what is left over), or None as long as the end is missing, or the status of a refusal
+# (body, trailers, what is left over), or None as long as the end is missing, or the status of a
+# refusal
 Outcome = tuple[bytes, list[Field], bytes] | None | int
 
 
@@ -56,7 +58,8 @@ def chunked() -> ChunkedReader:
 
 
 def drain(reader: BodyReader, pieces: list[bytes]) -> Outcome:
-    """Read to the end of the body, never looking at more than has arrived; what comes behind it is left over."""
+    """Read to the end of the body, never looking at more than has arrived; what comes behind it is
+    left over."""
     body, buffer = b"", b""
     for number, piece in enumerate(pieces):
         buffer += piece
@@ -83,7 +86,11 @@ GOOD = {
     "nothing": (b"0\r\n\r\n", b"", []),
     "one chunk": (b"5\r\nhello\r\n0\r\n\r\n", b"hello", []),
     "two chunks": (b"5\r\nhello\r\n6\r\n world\r\n0\r\n\r\n", b"hello world", []),
-    "sizes in either case": (b"A\r\n0123456789\r\na\r\n0123456789\r\n0\r\n\r\n", b"01234567890123456789", []),
+    "sizes in either case": (
+        b"A\r\n0123456789\r\na\r\n0123456789\r\n0\r\n\r\n",
+        b"01234567890123456789",
+        [],
+    ),
     "leading zeros": (b"0005\r\nhello\r\n000\r\n\r\n", b"hello", []),
     "sixteen digits": (b"0000000000000005\r\nhello\r\n0\r\n\r\n", b"hello", []),
     "line ends in the data": (b"4\r\n\r\n\r\n\r\n1\r\n\n\r\n0\r\n\r\n", b"\r\n\r\n\n", []),
@@ -91,10 +98,22 @@ GOOD = {
     "an extension with quotes and bytes": (b'5;a="b;c \xe9"\r\nhello\r\n0\r\n\r\n', b"hello", []),
     "blanks around extensions": (b"5 ; a = b \r\nhello\r\n0 \t\r\n\r\n", b"hello", []),
     "a trailer": (b"0\r\nGrpc-Status: 0\r\n\r\n", b"", [(b"Grpc-Status", b"0")]),
-    "trailers with odd blanks": (b"0\r\nA:b\r\nC: \t d e \t\r\nF:\r\n\r\n", b"", [(b"A", b"b"), (b"C", b"d e"), (b"F", b"")]),
-    "trailers that are dropped": (b"0\r\nContent-Length: 9\r\nHost: b\r\nTransfer-Encoding: x\r\nX: y\r\n\r\n", b"", [(b"X", b"y")]),
+    "trailers with odd blanks": (
+        b"0\r\nA:b\r\nC: \t d e \t\r\nF:\r\n\r\n",
+        b"",
+        [(b"A", b"b"), (b"C", b"d e"), (b"F", b"")],
+    ),
+    "trailers that are dropped": (
+        b"0\r\nContent-Length: 9\r\nHost: b\r\nTransfer-Encoding: x\r\nX: y\r\n\r\n",
+        b"",
+        [(b"X", b"y")],
+    ),
     "a long extension": (b"5;" + b"x" * 1022 + b"\r\nhello\r\n0\r\n\r\n", b"hello", []),
-    "a trailer just within the limit": (b"0\r\nX: " + b"y" * (LIMIT - 5) + b"\r\n\r\n", b"", [(b"X", b"y" * (LIMIT - 5))]),
+    "a trailer just within the limit": (
+        b"0\r\nX: " + b"y" * (LIMIT - 5) + b"\r\n\r\n",
+        b"",
+        [(b"X", b"y" * (LIMIT - 5))],
+    ),
 }
 
 BAD = {
@@ -142,12 +161,20 @@ BAD = {
 
 @pytest.mark.parametrize("behind", [b"", NEXT, b"\r\n", b"\x00"])
 @pytest.mark.parametrize(("data", "body", "trailers"), GOOD.values(), ids=GOOD)
-def test_good_chunks_are_read_however_they_come(data: bytes, body: bytes, trailers: list[Field], behind: bytes) -> None:
-    assert every_way(data + behind, lambda pieces: drain(chunked(), pieces)) == (body, trailers, behind)
+def test_good_chunks_are_read_however_they_come(
+    data: bytes, body: bytes, trailers: list[Field], behind: bytes
+) -> None:
+    assert every_way(data + behind, lambda pieces: drain(chunked(), pieces)) == (
+        body,
+        trailers,
+        behind,
+    )
 
 
 @pytest.mark.parametrize(("data", "body", "trailers"), GOOD.values(), ids=GOOD)
-def test_chunks_are_not_at_their_end_before_the_last_byte(data: bytes, body: bytes, trailers: list[Field]) -> None:
+def test_chunks_are_not_at_their_end_before_the_last_byte(
+    data: bytes, body: bytes, trailers: list[Field]
+) -> None:
     for length in range(len(data)):
         reader = chunked()
         assert drain(reader, [data[:length]]) is None
@@ -166,7 +193,11 @@ def test_bad_chunks_are_refused_however_they_come(data: bytes, status: int) -> N
     (b"0\r\na\rb", b"0\r\na\rb"), (b"0\r\na\nb", b"0\r\na\n"), (b"123456789abcdef01", b"123456789abcdef01"),
 ])  # fmt: skip
 def test_bad_chunks_are_refused_as_soon_as_it_is_certain(data: bytes, refused_at: bytes) -> None:
-    refused = [length for length in range(len(data) + 1) if drain(chunked(), byte_by_byte(data[:length])) == 400]
+    refused = [
+        length
+        for length in range(len(data) + 1)
+        if drain(chunked(), byte_by_byte(data[:length])) == 400
+    ]
     assert refused[0] == len(refused_at)
 
 
@@ -179,7 +210,11 @@ def test_what_a_chunk_holds_goes_on_before_the_chunk_is_complete() -> None:
 
 @pytest.mark.parametrize("behind", [b"", NEXT])
 def test_a_counted_body_ends_where_it_was_said_to(behind: bytes) -> None:
-    assert every_way(b"hello" + behind, lambda pieces: drain(FixedReader(5), pieces)) == (b"hello", [], behind)
+    assert every_way(b"hello" + behind, lambda pieces: drain(FixedReader(5), pieces)) == (
+        b"hello",
+        [],
+        behind,
+    )
     assert FixedReader(0).read(behind, 0) == (END, 0)
     short = FixedReader(5)
     assert drain(short, [b"hell"]) is None
@@ -216,7 +251,8 @@ def h11_reads(pieces: list[bytes]) -> Outcome:
     return None
 
 
-# What frames, routes, authenticates or describes a message, or changes what is asked: RFC 9110 §6.5.1, and all that is ours.
+# What frames, routes, authenticates or describes a message, or changes what is asked: RFC 9110
+# §6.5.1, and all that is ours.
 FORBIDDEN = [
     b"content-length", b"host", b"trailer", b"authorization", b"proxy-authorization", b"cookie", b"set-cookie", b"www-authenticate",
     b"cache-control", b"expect", b"max-forwards", b"range", b"if-match", b"content-type", b"content-encoding", b"content-range",
@@ -225,7 +261,15 @@ FORBIDDEN = [
 ]  # fmt: skip
 # What only HTTP/1 may say at all.
 CONNECTION = [b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"]
-ALLOWED = [b"grpc-status", b"grpc-message", b"grpc-status-details-bin", b"digest", b"etag", b"server-timing", b"x-checksum"]
+ALLOWED = [
+    b"grpc-status",
+    b"grpc-message",
+    b"grpc-status-details-bin",
+    b"digest",
+    b"etag",
+    b"server-timing",
+    b"x-checksum",
+]
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)
@@ -234,11 +278,16 @@ def test_a_field_that_has_no_business_in_trailers_is_dropped_in_both_versions(na
     for spelled in (name, name.title(), name.upper()):
         found = drain(chunked(), [b"0\r\nA: b\r\n%b: %b\r\nC: d\r\n\r\n" % (spelled, value)])
         assert found == (b"", [(b"A", b"b"), (b"C", b"d")], b"")
-    assert trailers2([(b"a", b"b"), (name, value), (name, value), (b"c", b"d")]).items == [(b"a", b"b"), (b"c", b"d")]
+    assert trailers2([(b"a", b"b"), (name, value), (name, value), (b"c", b"d")]).items == [
+        (b"a", b"b"),
+        (b"c", b"d"),
+    ]
 
 
 @pytest.mark.parametrize("name", CONNECTION)
-def test_a_field_of_the_connection_is_dropped_from_trailers_or_makes_them_malformed(name: bytes) -> None:
+def test_a_field_of_the_connection_is_dropped_from_trailers_or_makes_them_malformed(
+    name: bytes,
+) -> None:
     assert drain(chunked(), [b"0\r\nA: b\r\n%b: x\r\n\r\n" % name]) == (b"", [(b"A", b"b")], b"")
     with pytest.raises(ProtocolError):  # RFC 9113 §8.2.2
         trailers2([(b"a", b"b"), (name, b"x")])
@@ -257,7 +306,8 @@ def test_a_dropped_trailer_is_still_read_by_the_grammar(value: bytes) -> None:
         trailers2([(b"host", value)])
 
 
-# Pieces of the chunked grammar, right and wrong ones, so that random sequences of them often mean something.
+# Pieces of the chunked grammar, right and wrong ones, so that random sequences of them often mean
+# something.
 PIECES = [
     b"0",
     b"1",
@@ -294,7 +344,10 @@ PIECES += [
 
 
 @settings(max_examples=1500, deadline=None)
-@given(st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join), st.lists(st.integers(0, 100), max_size=5))
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join),
+    st.lists(st.integers(0, 100), max_size=5),
+)
 @example(b"1\r\nx\r\n0\r\n\r\n", [3])
 def test_what_h11_accepts_too_it_reads_alike(data: bytes, places: list[int]) -> None:
     ours = drain(chunked(), [data])
@@ -306,7 +359,8 @@ def test_what_h11_accepts_too_it_reads_alike(data: bytes, places: list[int]) -> 
         body, trailers, rest = theirs
         assert ours == (body, [t for t in trailers if may_trail(t[0].lower())], rest)
     elif isinstance(ours, tuple):
-        # The two things that we take and h11 does not: blanks before an extension, and a length among the trailers that we drop.
+        # The two things that we take and h11 does not: blanks before an extension, and a length
+        # among the trailers that we drop.
         event("only we accept")
         assert b" ;" in data or b"\t;" in data or b"Content-Length" in data
     else:
@@ -381,7 +435,9 @@ def test_nothing_written_is_not_the_end_of_chunks() -> None:
 
 
 NAME = st.text("abcXYZ09-_.", min_size=1, max_size=8).map(lambda t: b"X-" + t.encode())
-VALUE = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=10).map(lambda t: t.strip().encode())
+VALUE = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=10).map(
+    lambda t: t.strip().encode()
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -390,7 +446,9 @@ VALUE = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=
     st.lists(st.tuples(NAME, VALUE), max_size=FIELDS),
     st.lists(st.integers(0, 400), max_size=6),
 )
-def test_what_is_written_in_chunks_is_read_back_by_us_and_by_h11(pieces: list[bytes], trailers: list[Field], places: list[int]) -> None:
+def test_what_is_written_in_chunks_is_read_back_by_us_and_by_h11(
+    pieces: list[bytes], trailers: list[Field], places: list[int]
+) -> None:
     w = ChunkedWriter()
     data = b"".join([w.data(piece) for piece in pieces]) + w.end(Headers(trailers))
     expected = (b"".join(pieces), trailers, NEXT)

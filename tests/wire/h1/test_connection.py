@@ -1,5 +1,6 @@
-"""One HTTP/1 connection in either role. The events of a stream do not depend on how it is cut; whatever bytes come, there are events or
-a ProtocolError and nothing else; and what we write h11 reads as the same messages."""
+"""One HTTP/1 connection in either role. The events of a stream do not depend on how it is cut;
+whatever bytes come, there are events or a ProtocolError and nothing else; and what we write h11
+reads as the same messages."""
 
 from __future__ import annotations
 
@@ -13,7 +14,17 @@ from hypothesis import strategies as st
 
 from proxy.wire.h1.body import Framing, Length, WriteError
 from proxy.wire.h1.connection import At, Http1Connection, Role
-from proxy.wire.messages import END, EndOfMessage, Field, Headers, Limits, ProtocolError, RequestHead, ResponseHead, Signal
+from proxy.wire.messages import (
+    END,
+    EndOfMessage,
+    Field,
+    Headers,
+    Limits,
+    ProtocolError,
+    RequestHead,
+    ResponseHead,
+    Signal,
+)
 from tests.kit.chunkings import byte_by_byte, cut, every_way, halves
 from tests.wire.corpus import REQUESTS, RESPONSES, head, spoil
 
@@ -51,7 +62,8 @@ def answer(connection: Http1Connection) -> bool:
 
 
 def events(role: Role, pieces: list[bytes], method: bytes = b"GET") -> list[Event]:
-    """Everything that is read from the pieces and the end behind them; adjacent pieces of a body are one."""
+    """Everything that is read from the pieces and the end behind them; adjacent pieces of a body
+    are one."""
     connection = server() if role is Role.SERVER else client(method)
     found: list[Event] = []
     for piece in [*pieces, b""]:
@@ -87,7 +99,9 @@ def merged(found: list[Event]) -> list[Event]:
     return out
 
 
-def req(method: bytes = b"GET", target: bytes = b"/", *headers: Field, version: bytes = b"1.1") -> RequestHead:
+def req(
+    method: bytes = b"GET", target: bytes = b"/", *headers: Field, version: bytes = b"1.1"
+) -> RequestHead:
     return RequestHead(method, target, Headers([(b"Host", b"a"), *headers]), version)
 
 
@@ -167,7 +181,11 @@ def test_an_early_answer_does_not_end_the_request() -> None:
 
 
 def test_how_long_the_body_is_can_be_asked() -> None:
-    for lines, length in ((["Content-Length: 5"], 5), (["Transfer-Encoding: chunked"], Framing.CHUNKED), ([], 0)):
+    for lines, length in (
+        (["Content-Length: 5"], 5),
+        (["Transfer-Encoding: chunked"], Framing.CHUNKED),
+        ([], 0),
+    ):
         connection = server()
         connection.receive_data(head("POST / HTTP/1.1", "Host: a", *lines))
         connection.next_request()
@@ -180,7 +198,9 @@ def test_how_long_the_body_is_can_be_asked() -> None:
 
 def test_only_heads_that_need_judgement_take_the_longer_way() -> None:
     connection = server()
-    connection.receive_data(head("GET / HTTP/1.1", "Host: a") + head("GET / HTTP/1.1", "Host: a", "X: \xe9"))
+    connection.receive_data(
+        head("GET / HTTP/1.1", "Host: a") + head("GET / HTTP/1.1", "Host: a", "X: \xe9")
+    )
     for declined in (0, 1):
         connection.next_request()
         assert connection.declined == declined
@@ -218,7 +238,13 @@ def test_a_refused_connect_is_an_exchange_like_any_other() -> None:
 def test_empty_lines_before_a_request_are_skipped_up_to_a_few() -> None:
     one = head("GET / HTTP/1.1", "Host: a")
     assert every_way(b"\r\n" * 4 + one, lambda p: events(Role.SERVER, p)) == [req(), END, "closed"]
-    assert every_way((b"\r\n" * 3 + one) * 2, lambda p: events(Role.SERVER, p)) == [req(), END, req(), END, "closed"]
+    assert every_way((b"\r\n" * 3 + one) * 2, lambda p: events(Role.SERVER, p)) == [
+        req(),
+        END,
+        req(),
+        END,
+        "closed",
+    ]
     assert every_way(b"\r\n" * 5 + one, lambda p: events(Role.SERVER, p)) == ["refused with 400"]
     assert every_way(b"\r\n" * 1000, lambda p: events(Role.SERVER, p)) == ["refused with 400"]
 
@@ -233,14 +259,18 @@ def test_empty_lines_before_a_request_are_skipped_up_to_a_few() -> None:
     (head("POST / HTTP/1.1", "Host: a", "Transfer-Encoding: chunked") + b"5\r\nhello\r\n",
      [req(b"POST", b"/", (b"Transfer-Encoding", b"chunked")), b"hello", "refused with 400"]),
 ])  # fmt: skip
-def test_the_end_of_the_connection_is_told_from_a_request_cut_off(data: bytes, expected: list[Event]) -> None:
+def test_the_end_of_the_connection_is_told_from_a_request_cut_off(
+    data: bytes, expected: list[Event]
+) -> None:
     assert every_way(data, lambda pieces: events(Role.SERVER, pieces)) == expected
 
 
 # Responses, seen by a client...
 
 
-def resp(status: int, *headers: Field, reason: bytes = b"OK", version: bytes = b"1.1") -> ResponseHead:
+def resp(
+    status: int, *headers: Field, reason: bytes = b"OK", version: bytes = b"1.1"
+) -> ResponseHead:
     return ResponseHead(status, Headers(headers), reason, version)
 
 
@@ -275,8 +305,12 @@ TE: Field = (b"Transfer-Encoding", b"chunked")
     (b"GET", head("HTTP/1.1 200 OK", "Content-Length: 5") + b"hell", [resp(200, CL5), b"hell", "refused with 400"]),
     (b"GET", head("HTTP/1.1 200 OK", "Transfer-Encoding: chunked") + b"5\r\nhello\r\n0\r\n", [resp(200, TE), b"hello", "refused with 400"]),
 ])  # fmt: skip
-def test_a_response_is_read_however_it_comes(method: bytes, data: bytes, expected: list[Event]) -> None:
-    assert every_way(data, lambda pieces: events(Role.CLIENT, pieces, method)) == [e for e in expected if e != b""]
+def test_a_response_is_read_however_it_comes(
+    method: bytes, data: bytes, expected: list[Event]
+) -> None:
+    assert every_way(data, lambda pieces: events(Role.CLIENT, pieces, method)) == [
+        e for e in expected if e != b""
+    ]
 
 
 @pytest.mark.parametrize(("data", "again"), [
@@ -292,7 +326,9 @@ def test_a_response_is_read_however_it_comes(method: bytes, data: bytes, expecte
     (head("HTTP/1.1 304 Not Modified", "Transfer-Encoding: chunked") + b"0\r\n\r\n", False),
     (head("HTTP/1.1 200 OK", "Transfer-Encoding: chunked") + b"0\r\n\r\n\r\n", False),
 ])  # fmt: skip
-def test_a_server_that_sent_more_than_its_answer_is_not_asked_again(data: bytes, again: bool) -> None:
+def test_a_server_that_sent_more_than_its_answer_is_not_asked_again(
+    data: bytes, again: bool
+) -> None:
     connection = client()
     connection.receive_data(data)
     connection.next_response()
@@ -326,7 +362,14 @@ def test_one_connection_serves_many_exchanges_and_keeps_nothing_of_them() -> Non
         connection.send_end(END)
         connection.receive_data(head("HTTP/1.1 200 OK", "Content-Length: 5") + body)
         connection.next_response()
-        assert b"".join(iter(lambda: data if isinstance(data := connection.next_body(), bytes) else b"", b"")) == body
+        assert (
+            b"".join(
+                iter(
+                    lambda: data if isinstance(data := connection.next_body(), bytes) else b"", b""
+                )
+            )
+            == body
+        )
         assert connection.reusable
         connection.next_cycle()
         assert connection._buffer == b""
@@ -335,8 +378,14 @@ def test_one_connection_serves_many_exchanges_and_keeps_nothing_of_them() -> Non
 # Writing...
 
 
-def written(connection: Http1Connection, first: bytes, pieces: list[bytes], end: EndOfMessage) -> bytes:
-    return first + b"".join([connection.send_data(piece) for piece in pieces]) + connection.send_end(end)
+def written(
+    connection: Http1Connection, first: bytes, pieces: list[bytes], end: EndOfMessage
+) -> bytes:
+    return (
+        first
+        + b"".join([connection.send_data(piece) for piece in pieces])
+        + connection.send_end(end)
+    )
 
 
 @dataclass
@@ -348,7 +397,9 @@ class Message:
 
 
 NAMES = st.sampled_from([b"X-A", b"accept", b"Digest", b"etag", b"X_b"])
-VALUES = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=8).map(lambda t: t.strip().encode())
+VALUES = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=8).map(
+    lambda t: t.strip().encode()
+)
 FIELDS = st.lists(st.tuples(NAMES, VALUES), max_size=3)
 BODIES = st.lists(st.binary(min_size=1, max_size=30), max_size=3)
 
@@ -364,21 +415,46 @@ def messages(draw: st.DrawFn, role: Role) -> Message:
     headers = Headers([framing, *fields])
     if role is Role.SERVER:
         headers.items.insert(draw(st.sampled_from([0, 1])), (b"Host", b"a"))
-        return Message(RequestHead(draw(st.sampled_from([b"GET", b"POST", b"X"])), b"/x?y", headers), length, pieces, end)
-    return Message(ResponseHead(draw(st.sampled_from([200, 404, 599])), headers, b"Some Reason"), length, pieces, end)
+        return Message(
+            RequestHead(draw(st.sampled_from([b"GET", b"POST", b"X"])), b"/x?y", headers),
+            length,
+            pieces,
+            end,
+        )
+    return Message(
+        ResponseHead(draw(st.sampled_from([200, 404, 599])), headers, b"Some Reason"),
+        length,
+        pieces,
+        end,
+    )
 
 
 def sent(message: Message) -> bytes:
     if isinstance(message.head, RequestHead):
         connection = Http1Connection(Role.CLIENT, LIMITS)
-        return written(connection, connection.send_request(message.head, message.length), message.pieces, message.end)
+        return written(
+            connection,
+            connection.send_request(message.head, message.length),
+            message.pieces,
+            message.end,
+        )
     connection = server()
-    return written(connection, connection.send_response(message.head, message.length), message.pieces, message.end)
+    return written(
+        connection,
+        connection.send_response(message.head, message.length),
+        message.pieces,
+        message.end,
+    )
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(messages(Role.SERVER), min_size=1, max_size=4), st.lists(st.integers(0, 1000), max_size=8))
-def test_any_row_of_requests_is_read_as_it_was_written(row: list[Message], places: list[int]) -> None:
+@given(
+    st.lists(messages(Role.SERVER), min_size=1, max_size=4),
+    st.lists(st.integers(0, 1000), max_size=8),
+)
+def test_any_row_of_requests_is_read_as_it_was_written(
+    row: list[Message], places: list[int]
+) -> None:
     expected: list[Event] = []
     for m in row:
         expected += [m.head, *([b"".join(m.pieces)] if m.pieces else []), m.end]
@@ -424,8 +500,14 @@ def test_h11_reads_what_we_write(m: Message) -> None:
 def test_an_informational_response_changes_nothing() -> None:
     seen = []
     connection = server()
-    for status, reason in ((100, b"Continue"), (103, b"Early Hints"), (101, b"Switching Protocols")):
-        assert connection.send_response(ResponseHead(status, reason=reason), 0) == head(f"HTTP/1.1 {status} {reason.decode()}")
+    for status, reason in (
+        (100, b"Continue"),
+        (103, b"Early Hints"),
+        (101, b"Switching Protocols"),
+    ):
+        assert connection.send_response(ResponseHead(status, reason=reason), 0) == head(
+            f"HTTP/1.1 {status} {reason.decode()}"
+        )
         seen.append(connection.writing)
     assert seen == [At.HEAD, At.HEAD, At.TUNNEL]
 
@@ -445,19 +527,30 @@ def test_a_body_of_another_length_than_announced_is_not_written() -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(Role), st.binary(max_size=200), st.lists(st.integers(0, 200), max_size=6))
 def test_any_bytes_give_events_or_a_refusal(role: Role, data: bytes, places: list[int]) -> None:
-    assert events(role, cut(data, places)) == events(role, byte_by_byte(data)) == events(role, [data] if data else [])
+    assert (
+        events(role, cut(data, places))
+        == events(role, byte_by_byte(data))
+        == events(role, [data] if data else [])
+    )
 
 
 @pytest.mark.parametrize(("role", "corpus"), [(Role.SERVER, REQUESTS), (Role.CLIENT, RESPONSES)])
-def test_spoiled_streams_give_events_or_a_refusal_and_the_same_however_they_come(role: Role, corpus: tuple[bytes, ...]) -> None:
+def test_spoiled_streams_give_events_or_a_refusal_and_the_same_however_they_come(
+    role: Role, corpus: tuple[bytes, ...]
+) -> None:
     source = random.Random(7)
     bodies = [b"", b"hello world!!", b"5\r\nhello\r\n0\r\n\r\n", b"0\r\nX: y\r\n\r\n"]
     seen = {"refused": 0, "read": 0}
     for _ in range(400):
-        data = b"".join(spoil(source, source.choice(corpus)) + source.choice(bodies) for _ in range(source.randrange(1, 4)))
+        data = b"".join(
+            spoil(source, source.choice(corpus)) + source.choice(bodies)
+            for _ in range(source.randrange(1, 4))
+        )
         whole = events(role, [data])
         assert events(role, byte_by_byte(data)) == whole, data
-        assert events(role, cut(data, [source.randrange(len(data)) for _ in range(5)])) == whole, data
+        assert events(role, cut(data, [source.randrange(len(data)) for _ in range(5)])) == whole, (
+            data
+        )
         seen["refused" if "refused" in str(whole[-1:]) else "read"] += 1
     assert min(seen.values()) > 20, seen
 

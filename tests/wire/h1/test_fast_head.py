@@ -1,7 +1,8 @@
-"""The law of the recogniser: what it accepts, h11 accepts and means the same, and so does the longer way of wire/h1/strict_head.py.
+"""The law of the recogniser: what it accepts, h11 accepts and means the same, and so does the
+longer way of wire/h1/strict_head.py.
 
-The heads are those of real programs, and spoiled ones. A law that is never put to the test holds trivially: how many heads were
-accepted is asserted too.
+The heads are those of real programs, and spoiled ones. A law that is never put to the test holds
+trivially: how many heads were accepted is asserted too.
 """
 
 from __future__ import annotations
@@ -19,17 +20,34 @@ from hypothesis import strategies as st
 
 from proxy.wire.h1 import fast_head
 from proxy.wire.h1.body import Framing, Length
-from proxy.wire.h1.fast_head import encode_request, encode_response, recognise_request, recognise_response
+from proxy.wire.h1.fast_head import (
+    encode_request,
+    encode_response,
+    recognise_request,
+    recognise_response,
+)
 from proxy.wire.h1.strict_head import decide_request, decide_response
-from proxy.wire.messages import CALLER_FIELDS, OVERRIDES, Headers, Limits, ProtocolError, RequestHead, ResponseHead, strip_hop_by_hop
+from proxy.wire.messages import (
+    CALLER_FIELDS,
+    OVERRIDES,
+    Headers,
+    Limits,
+    ProtocolError,
+    RequestHead,
+    ResponseHead,
+    strip_hop_by_hop,
+)
 from tests.wire.corpus import REQUESTS, RESPONSES, head, spoil
 
 LIMITS = Limits(head=4096, target=256, fields=24)
-ANY = h11.Request(method="GET", target="/", headers=[("Host", "a"), ("Connection", "upgrade"), ("Upgrade", "any")])
+ANY = h11.Request(
+    method="GET", target="/", headers=[("Host", "a"), ("Connection", "upgrade"), ("Upgrade", "any")]
+)
 
 
 def h11_length(connection: h11.Connection) -> Length | None:
-    """How h11 holds the body to be delimited that follows; None: until the end of the connection."""
+    """How h11 holds the body to be delimited that follows; None: until the end of the
+    connection."""
     reader = connection._reader
     if reader is None:
         return 0
@@ -38,7 +56,9 @@ def h11_length(connection: h11.Connection) -> Length | None:
     return getattr(reader, "_length", None)
 
 
-def strips_alike(found: tuple[RequestHead | ResponseHead, Length] | None, items: list[tuple[bytes, bytes]]) -> None:
+def strips_alike(
+    found: tuple[RequestHead | ResponseHead, Length] | None, items: list[tuple[bytes, bytes]]
+) -> None:
     """Assert that a block of lines loses the same fields as the list of them."""
     assert found is not None
     block, split = found[0].headers, Headers(items)
@@ -59,7 +79,11 @@ def request_holds(data: bytes) -> bool:
     connection.receive_data(data)
     theirs = connection.next_event()
     assert isinstance(theirs, h11.Request), data
-    assert (theirs.method, theirs.target, theirs.http_version) == (ours.method, ours.target, ours.version), data
+    assert (theirs.method, theirs.target, theirs.http_version) == (
+        ours.method,
+        ours.target,
+        ours.version,
+    ), data
     assert theirs.headers.raw_items() == ours.headers.items, data
     assert h11_length(connection) == length, data
     assert connection.trailing_data == (b"", False), data
@@ -81,7 +105,11 @@ def response_holds(data: bytes) -> bool:
     connection.receive_data(data)
     theirs = connection.next_event()
     assert isinstance(theirs, h11.Response), data
-    assert (theirs.status_code, theirs.reason, theirs.http_version) == (ours.status, ours.reason, ours.version), data
+    assert (theirs.status_code, theirs.reason, theirs.http_version) == (
+        ours.status,
+        ours.reason,
+        ours.version,
+    ), data
     assert theirs.headers.raw_items() == ours.headers.items, data
     assert h11_length(connection) == (0 if ours.status in (204, 304) else length), data
     assert connection.trailing_data == (b"", False), data
@@ -90,15 +118,21 @@ def response_holds(data: bytes) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("corpus", "holds", "least"), [(REQUESTS, request_holds, 10), (RESPONSES, response_holds, 8)])
+@pytest.mark.parametrize(
+    ("corpus", "holds", "least"), [(REQUESTS, request_holds, 10), (RESPONSES, response_holds, 8)]
+)
 def test_of_the_heads_of_real_programs_the_canonical_ones_are_accepted(
     corpus: tuple[bytes, ...], holds: Callable[[bytes], bool], least: int
 ) -> None:
     assert sum(map(holds, corpus)) >= least
 
 
-@pytest.mark.parametrize(("corpus", "holds"), [(REQUESTS, request_holds), (RESPONSES, response_holds)])
-def test_the_law_holds_for_many_spoiled_heads(corpus: tuple[bytes, ...], holds: Callable[[bytes], bool]) -> None:
+@pytest.mark.parametrize(
+    ("corpus", "holds"), [(REQUESTS, request_holds), (RESPONSES, response_holds)]
+)
+def test_the_law_holds_for_many_spoiled_heads(
+    corpus: tuple[bytes, ...], holds: Callable[[bytes], bool]
+) -> None:
     source = random.Random(20)
     rounds = 20_000
     accepted = sum(holds(spoil(source, source.choice(corpus))) for _ in range(rounds))
@@ -121,17 +155,31 @@ def test_the_law_holds_for_any_response(data: bytes) -> None:
     event("accepted" if response_holds(data) else "declined")
 
 
-TOKEN = st.text(st.sampled_from("!#$%&'*+-.^_`|~09AZaz:"), min_size=1, max_size=6).map(lambda t: t.encode())
+TOKEN = st.text(st.sampled_from("!#$%&'*+-.^_`|~09AZaz:"), min_size=1, max_size=6).map(
+    lambda t: t.encode()
+)
 LINE = st.one_of(
-    st.tuples(TOKEN, st.sampled_from([b": ", b":", b" : ", b":\t"]), st.binary(max_size=6)).map(b"".join),
+    st.tuples(TOKEN, st.sampled_from([b": ", b":", b" : ", b":\t"]), st.binary(max_size=6)).map(
+        b"".join
+    ),
     st.sampled_from(
-        [b"Host: a", b"Host:", b"Content-Length: 5", b"Content-Length: 00", b"Transfer-Encoding: chunked", b"Connection: keep-alive"]
+        [
+            b"Host: a",
+            b"Host:",
+            b"Content-Length: 5",
+            b"Content-Length: 00",
+            b"Transfer-Encoding: chunked",
+            b"Connection: keep-alive",
+        ]
     ),
 )
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.sampled_from([b"GET / HTTP/1.1", b"A /\xff HTTP/1.1", b"HTTP/1.1 200 OK", b"HTTP/1.1 299"]), st.lists(LINE, max_size=5))
+@given(
+    st.sampled_from([b"GET / HTTP/1.1", b"A /\xff HTTP/1.1", b"HTTP/1.1 200 OK", b"HTTP/1.1 299"]),
+    st.lists(LINE, max_size=5),
+)
 def test_the_law_holds_for_heads_of_arbitrary_lines(first: bytes, lines: list[bytes]) -> None:
     data = b"\r\n".join([first, b"Host: h", *lines, b"", b""])
     event("accepted" if request_holds(data) or response_holds(data) else "declined")
@@ -188,8 +236,13 @@ def test_of_two_responses_without_a_length_only_the_one_that_can_have_no_body_is
 
 @pytest.mark.parametrize("name", sorted(CALLER_FIELDS | OVERRIDES))
 @pytest.mark.parametrize("case", [bytes.lower, bytes.upper, bytes.title])
-def test_what_is_said_to_this_proxy_alone_is_not_passed_on(name: bytes, case: Callable[[bytes], bytes]) -> None:
-    data = b"GET / HTTP/1.1\r\nHost: a\r\n%b: spiffe://a/ns/b/sa/c\r\nA: b\r\nConnection: Keep-Alive\r\n\r\n" % case(name)
+def test_what_is_said_to_this_proxy_alone_is_not_passed_on(
+    name: bytes, case: Callable[[bytes], bytes]
+) -> None:
+    data = (
+        b"GET / HTTP/1.1\r\nHost: a\r\n%b: spiffe://a/ns/b/sa/c\r\nA: b\r\nConnection:"
+        b" Keep-Alive\r\n\r\n" % case(name)
+    )
     assert request_holds(data)
     found = recognise_request(data, LIMITS)
     assert found is not None
@@ -210,7 +263,9 @@ def test_heads_with_the_same_fields_are_heads_of_their_own() -> None:
         strip_hop_by_hop(found[0].headers)
         found[0].headers.append(b"B", b"c")
         found[0].headers.items.reverse()
-    assert recognise_request(data, Limits(fields=len(fields) - 1)) is None, "limits are the caller's own"
+    assert recognise_request(data, Limits(fields=len(fields) - 1)) is None, (
+        "limits are the caller's own"
+    )
     assert response_holds(head("HTTP/1.1 200 OK", *fields))
     for _ in range(2):
         assert recognise_request(head("GET / HTTP/1.1", "Host: a", "Expect: x"), LIMITS) is None
@@ -234,13 +289,18 @@ def test_what_is_written_is_what_was_read() -> None:
     for data in RESPONSES:
         if (found := recognise_response(data, LIMITS)) and found[0].reason:
             assert encode_response(found[0]) == data
-    assert encode_request(RequestHead(b"GET", b"/", Headers([(b"Host", b"a")]))) == head("GET / HTTP/1.1", "Host: a")
-    assert encode_response(ResponseHead(200, Headers([(b"X", b"y")]), b"OK")) == head("HTTP/1.1 200 OK", "X: y")
+    assert encode_request(RequestHead(b"GET", b"/", Headers([(b"Host", b"a")]))) == head(
+        "GET / HTTP/1.1", "Host: a"
+    )
+    assert encode_response(ResponseHead(200, Headers([(b"X", b"y")]), b"OK")) == head(
+        "HTTP/1.1 200 OK", "X: y"
+    )
 
 
 @pytest.fixture
 def no_hanging() -> Iterator[None]:
-    """A regular expression that backtracks for ever cannot be interrupted: end the process and show where it stood."""
+    """A regular expression that backtracks for ever cannot be interrupted: end the process and show
+    where it stood."""
     faulthandler.dump_traceback_later(60, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
@@ -251,20 +311,28 @@ ADVERSARIAL = {
     "tabs and blanks": lambda n: b"GET / HTTP/1.1\r\nX: a" + b" \t" * (n // 2) + b"\x01\r\n\r\n",
     "words": lambda n: b"GET / HTTP/1.1\r\nX: " + b"a " * (n // 2) + b"\r\n\r\n",
     "a name without an end": lambda n: b"GET / HTTP/1.1\r\n" + b"a" * n + b"\r\n\r\n",
-    "many fields, the last one bad": lambda n: b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * (n // 6) + b"\x00: b\r\n\r\n",
-    "many lengths": lambda n: b"GET / HTTP/1.1\r\n" + b"Content-Length: 5\r\n" * (n // 19) + b"\r\n",
+    "many fields, the last one bad": lambda n: (
+        b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * (n // 6) + b"\x00: b\r\n\r\n"
+    ),
+    "many lengths": lambda n: (
+        b"GET / HTTP/1.1\r\n" + b"Content-Length: 5\r\n" * (n // 19) + b"\r\n"
+    ),
     "a method without an end": lambda n: b"A" * n + b"\r\n\r\n",
     "a target without an end": lambda n: b"GET /" + b"a" * n + b"\r\n\r\n",
     "a reason without an end": lambda n: b"HTTP/1.1 200 " + b"a " * (n // 2) + b"\x01\r\n\r\n",
     "colons": lambda n: b"GET / HTTP/1.1\r\nX: " + b": " * (n // 2) + b"\r\n\r\n",
-    "blanks before a colon that does not come": lambda n: b"GET / HTTP/1.1\r\nX" + b" " * n + b"\r\n\r\n",
+    "blanks before a colon that does not come": lambda n: (
+        b"GET / HTTP/1.1\r\nX" + b" " * n + b"\r\n\r\n"
+    ),
     "carriage returns": lambda n: b"GET / HTTP/1.1\r\nX: " + b"\r" * n + b"\r\n\r\n",
     "a host of dots": lambda n: b"GET / HTTP/1.1\r\nHost: " + b"." * n + b"@\r\n\r\n",
 }
 
 
 @pytest.mark.parametrize("make", ADVERSARIAL.values(), ids=ADVERSARIAL)
-def test_no_head_takes_more_than_linear_time(make: Callable[[int], bytes], no_hanging: None) -> None:
+def test_no_head_takes_more_than_linear_time(
+    make: Callable[[int], bytes], no_hanging: None
+) -> None:
     limits = Limits(head=1 << 20, target=1 << 20, fields=1 << 20)
 
     def seconds(size: int) -> float:
@@ -280,6 +348,7 @@ def test_no_head_takes_more_than_linear_time(make: Callable[[int], bytes], no_ha
             best = min(best, time.process_time() - began)
         return best
 
-    # Eight times the bytes: linear is 8, quadratic 64. What takes no time at all is not worth a ratio.
+    # Eight times the bytes: linear is 8, quadratic 64. What takes no time at all is not worth a
+    # ratio.
     small, large = seconds(1 << 13), seconds(1 << 16)
     assert large < max(24 * small, 0.02)

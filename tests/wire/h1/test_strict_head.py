@@ -1,5 +1,6 @@
-"""Heads on which two readers could disagree are refused, with the status that names the fault: whole, byte by byte, and as soon as it is
-certain. Every way to smuggle a request that is known to us is a line in a table here."""
+"""Heads on which two readers could disagree are refused, with the status that names the fault:
+whole, byte by byte, and as soon as it is certain. Every way to smuggle a request that is known to
+us is a line in a table here."""
 
 from __future__ import annotations
 
@@ -25,12 +26,14 @@ from tests.wire.corpus import LINES, REQUESTS, RESPONSES, head, spoil
 LIMITS = Limits(head=4096, target=256, fields=24)
 
 GET, POST = "GET / HTTP/1.1", "POST / HTTP/1.1"
-# All but NUL, LF and CR, which end lines for some readers and stand in the table below, and the tab, which is none.
+# All but NUL, LF and CR, which end lines for some readers and stand in the table below, and the
+# tab, which is none.
 CONTROLS = [*range(1, 9), *range(14, 32), 127]
 
 
 def read(role: Role, pieces: list[bytes]) -> RequestHead | ResponseHead | Signal | int:
-    """The head that a connection makes of the pieces, or the status of its refusal; CLOSED, if it ended with nothing but empty lines."""
+    """The head that a connection makes of the pieces, or the status of its refusal; CLOSED, if it
+    ended with nothing but empty lines."""
     connection = Http1Connection(role, LIMITS)
     for piece in [*pieces, b""]:
         connection.receive_data(piece)
@@ -67,7 +70,8 @@ REFUSED_REQUESTS = {
     "chunks and a length": (head(POST, "Host: a", "Transfer-Encoding: chunked", "Content-Length: 5"), 400),
     "chunks and a length of 0": (head(POST, "Host: a", "Transfer-Encoding: chunked", "Content-Length: 0"), 400),
     "chunks in HTTP/1.0": (head("POST / HTTP/1.0", "Host: a", "Transfer-Encoding: chunked"), 400),
-    # Codings (RFC 9112 §6.1, §6.3): without an end of the body, or with one below which there is something that we do not know.
+    # Codings (RFC 9112 §6.1, §6.3): without an end of the body, or with one below which there is
+    # something that we do not know.
     "another coding": (head(POST, "Host: a", "Transfer-Encoding: gzip"), 400),
     "another coding below chunks": (head(POST, "Host: a", "Transfer-Encoding: gzip, chunked"), 501),
     "another coding below chunks, in two lines": (head(POST, "Host: a", "Transfer-Encoding: gzip", "Transfer-Encoding: Chunked"), 501),
@@ -186,7 +190,9 @@ REFUSED_RESPONSES = {
     "two lengths": head("HTTP/1.1 200 OK", "Content-Length: 5", "Content-Length: 6"),
     "one length twice": head("HTTP/1.1 200 OK", "Content-Length: 5", "Content-Length: 5"),
     "a list of equal lengths": head("HTTP/1.1 200 OK", "Content-Length: 5,5"),
-    "a length and chunks": head("HTTP/1.1 200 OK", "Content-Length: 5", "Transfer-Encoding: chunked"),
+    "a length and chunks": head(
+        "HTTP/1.1 200 OK", "Content-Length: 5", "Transfer-Encoding: chunked"
+    ),
     "another coding": head("HTTP/1.1 200 OK", "Transfer-Encoding: gzip, chunked"),
     "chunks in HTTP/1.0": head("HTTP/1.0 200 OK", "Transfer-Encoding: chunked"),
     "a folded line": head("HTTP/1.1 200 OK", "X: y", " z", "Content-Length: 0"),
@@ -198,8 +204,12 @@ REFUSED_RESPONSES = {
     "a control character in a value": head("HTTP/1.1 200 OK", "X: a\x01b", "Content-Length: 0"),
     "DEL in a value": head("HTTP/1.1 200 OK", "X: a\x7fb", "Content-Length: 0"),
     "a control character in the reason": head("HTTP/1.1 200 O\x1bK", "Content-Length: 0"),
-    "a length twice, once with a blank before the colon": head("HTTP/1.1 200 OK", "Content-Length : 5", "Content-Length: 5"),
-    "a length, and chunks with a blank before the colon": head("HTTP/1.1 200 OK", "Content-Length: 5", "Transfer-Encoding : chunked"),
+    "a length twice, once with a blank before the colon": head(
+        "HTTP/1.1 200 OK", "Content-Length : 5", "Content-Length: 5"
+    ),
+    "a length, and chunks with a blank before the colon": head(
+        "HTTP/1.1 200 OK", "Content-Length: 5", "Transfer-Encoding : chunked"
+    ),
     "a line without a colon": head("HTTP/1.1 200 OK", "Content-Length"),
     "HTTP/2.0": head("HTTP/2.0 200 OK", "Content-Length: 0"),
     "no version": head("200 OK", "Content-Length: 0"),
@@ -262,7 +272,9 @@ def test_a_refusal_says_in_plain_words_what_is_wrong_and_where(data: bytes, word
     assert str(refusal.value) == words
 
 
-@pytest.mark.parametrize("data", [*(data for data, _ in REFUSED_REQUESTS.values()), *REFUSED_RESPONSES.values()])
+@pytest.mark.parametrize(
+    "data", [*(data for data, _ in REFUSED_REQUESTS.values()), *REFUSED_RESPONSES.values()]
+)
 def test_no_refusal_repeats_what_was_sent_or_leaves_the_words_to_a_library(data: bytes) -> None:
     for decide in (decide_request, decide_response):
         words = ""
@@ -335,7 +347,14 @@ def test_a_good_request_says_whom_it_is_for(data: bytes, authority: bytes | None
     assert read(Role.SERVER, byte_by_byte(data)) == whole
 
 
-@pytest.mark.parametrize("data", [*REQUESTS, head(POST, "Host: a", "X: \xe9 \t\xff"), head(POST, "Host: a", "X:", "Content-Length:\t7 ")])
+@pytest.mark.parametrize(
+    "data",
+    [
+        *REQUESTS,
+        head(POST, "Host: a", "X: \xe9 \t\xff"),
+        head(POST, "Host: a", "X:", "Content-Length:\t7 "),
+    ],
+)
 def test_a_good_request_is_read_as_h11_reads_it(data: bytes) -> None:
     found = read(Role.SERVER, byte_by_byte(data))
     connection = h11.Connection(h11.SERVER)
@@ -343,7 +362,11 @@ def test_a_good_request_is_read_as_h11_reads_it(data: bytes) -> None:
     theirs = connection.next_event()
     assert isinstance(theirs, h11.Request)
     assert isinstance(found, RequestHead)
-    assert (found.method, found.target, found.version) == (theirs.method, theirs.target, theirs.http_version)
+    assert (found.method, found.target, found.version) == (
+        theirs.method,
+        theirs.target,
+        theirs.http_version,
+    )
     assert found.headers.items == theirs.headers.raw_items()
 
 
@@ -354,12 +377,19 @@ def test_a_good_response_is_read_byte_by_byte(data: bytes) -> None:
     assert found == read(Role.CLIENT, [data]) == decide_response(data, LIMITS)
 
 
-@pytest.mark.parametrize(("sent", "written"), [("05", b"5"), ("00", b"0"), ("007", b"7"), ("0", b"0"), ("10", b"10")])
-def test_a_content_length_goes_on_without_leading_zeros_in_both_versions(sent: str, written: bytes) -> None:
-    """It is a number by the grammar (RFC 9110 §8.6), and one that other readers may take for an octal number."""
+@pytest.mark.parametrize(
+    ("sent", "written"), [("05", b"5"), ("00", b"0"), ("007", b"7"), ("0", b"0"), ("10", b"10")]
+)
+def test_a_content_length_goes_on_without_leading_zeros_in_both_versions(
+    sent: str, written: bytes
+) -> None:
+    """It is a number by the grammar (RFC 9110 §8.6), and one that other readers may take for an
+    octal number."""
     request = decide_request(head(POST, "Host: a", f"content-LENGTH: {sent}"), LIMITS)
     assert request.headers.items[1] == (b"content-LENGTH", written)
-    assert decide_response(head("HTTP/1.1 200 OK", f"Content-Length: {sent}"), LIMITS).headers.items == [(b"Content-Length", written)]
+    assert decide_response(
+        head("HTTP/1.1 200 OK", f"Content-Length: {sent}"), LIMITS
+    ).headers.items == [(b"Content-Length", written)]
     field = Secret((b"content-length", sent.encode()))
     assert request_head([*POST2, field]).headers.items[1] == (b"content-length", written)
     assert response_head([*OK2, field]).headers.items == [(b"content-length", written)]
@@ -378,13 +408,20 @@ def test_white_space_before_the_colon_of_a_response_is_removed(name: str) -> Non
 
 @given(st.binary(max_size=6).filter(lambda value: b"\r\n" not in value))
 def test_a_field_value_is_one_in_both_versions_or_in_neither(value: bytes) -> None:
-    """In heads by either way, in trailers, and in HTTP/2. White space at the ends of a value belongs to the line in HTTP/1."""
+    """In heads by either way, in trailers, and in HTTP/2. White space at the ends of a value
+    belongs to the line in HTTP/1."""
     lines = b"X: " + value + b"\r\n\r\n"
     inner = value.strip(b" \t")
     takes = re.fullmatch(rb"[\t\x20-\x7e\x80-\xff]*", value) is not None
     for request in (True, False):
-        data = (b"GET / HTTP/1.1\r\nHost: a\r\n" if request else b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n") + lines
-        recognised = recognise_request(data, LIMITS) if request else recognise_response(data, LIMITS)
+        data = (
+            b"GET / HTTP/1.1\r\nHost: a\r\n"
+            if request
+            else b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n"
+        ) + lines
+        recognised = (
+            recognise_request(data, LIMITS) if request else recognise_response(data, LIMITS)
+        )
         found = read(Role.SERVER if request else Role.CLIENT, [data])
         assert isinstance(found, RequestHead | ResponseHead) is takes
         assert takes or recognised is None
@@ -412,7 +449,9 @@ def outcome(data: bytes) -> RequestHead | int:
 
 @settings(max_examples=300, deadline=None)
 @given(st.randoms(use_true_random=False), st.sampled_from(REQUESTS))
-def test_both_paths_and_all_chunkings_say_the_same_of_a_spoiled_request(source: object, data: bytes) -> None:
+def test_both_paths_and_all_chunkings_say_the_same_of_a_spoiled_request(
+    source: object, data: bytes
+) -> None:
     data = spoil(source, data)  # type: ignore[arg-type]  # hypothesis' own Random
     whole = read(Role.SERVER, [data])
     assert read(Role.SERVER, byte_by_byte(data)) == whole
@@ -426,6 +465,10 @@ def test_both_paths_and_all_chunkings_say_the_same_of_a_spoiled_request(source: 
 def test_no_mixture_of_framing_lines_gets_two_lengths_through(lines: list[bytes]) -> None:
     found = outcome(b"POST / HTTP/1.1\r\nHost: a\r\n" + b"".join(lines) + b"\r\n")
     if isinstance(found, RequestHead):
-        said = [n.lower() for n, _ in found.headers if n.lower() in (b"content-length", b"transfer-encoding", b"host")]
+        said = [
+            n.lower()
+            for n, _ in found.headers
+            if n.lower() in (b"content-length", b"transfer-encoding", b"host")
+        ]
         assert len(said) == len(set(said))
         assert not {b"content-length", b"transfer-encoding"} <= set(said)

@@ -1,6 +1,7 @@
-"""Frames that cost us more than they cost the peer. Each flood is answered by GOAWAY with ENHANCE_YOUR_CALM within a bounded number of
-frames. A peer that goes on loses the connection, and one that does not keeps its open streams. What a connection holds stays small
-meanwhile. A peer that works hard and honestly is never taken for an attacker. Time is the test's own."""
+"""Frames that cost us more than they cost the peer. Each flood is answered by GOAWAY with
+ENHANCE_YOUR_CALM within a bounded number of frames. A peer that goes on loses the connection, and
+one that does not keeps its open streams. What a connection holds stays small meanwhile. A peer that
+works hard and honestly is never taken for an attacker. Time is the test's own."""
 
 from __future__ import annotations
 
@@ -12,7 +13,14 @@ import hpack
 import pytest
 
 from proxy.wire.h1.connection import Role
-from proxy.wire.h2.events import DataReceived, Exhausted, HeadTooLarge, Http2Limits, StreamBroken, TrailersReceived
+from proxy.wire.h2.events import (
+    DataReceived,
+    Exhausted,
+    HeadTooLarge,
+    Http2Limits,
+    StreamBroken,
+    TrailersReceived,
+)
 from proxy.wire.h2.frames import ACK, END_HEADERS, END_STREAM, PADDED, Code, Kind, frame
 from proxy.wire.messages import Headers, ProtocolError, RequestHead, ResponseHead
 from tests.kit.http2 import GET, OK, POST, Ours, data, headers, literal, long, settings
@@ -26,10 +34,13 @@ def odd() -> Iterator[int]:
 
 
 def padded_reset(number: int) -> bytes:
-    return frame(Kind.HEADERS, END_HEADERS | END_STREAM | PADDED, number, b"\xff" + BLOCK + bytes(255)) + long(Kind.RST_STREAM, number, 8)
+    return frame(
+        Kind.HEADERS, END_HEADERS | END_STREAM | PADDED, number, b"\xff" + BLOCK + bytes(255)
+    ) + long(Kind.RST_STREAM, number, 8)
 
 
-# What is sent first, and then without end. The number: of pieces that may go by until we say GOAWAY, and as many until the connection ends.
+# What is sent first, and then without end. The number: of pieces that may go by until we say
+# GOAWAY, and as many until the connection ends.
 FLOODS: dict[str, tuple[bytes, Callable[[], Iterator[bytes]], int]] = {
     "rapid reset (CVE-2023-44487)": (b"", lambda: (headers(n) + long(Kind.RST_STREAM, n, 8) for n in odd()), 501),
     "rapid reset of requests with a body": (
@@ -87,13 +98,23 @@ def test_a_flood_ends_the_connection(
         assert ours.engine.open_streams <= 256
         assert len(ours.engine._forgiven) <= 1024
         assert len(ours.engine._buffer) == 0
-        assert sum(map(len, ours.engine._block.pieces if ours.engine._block is not None else [])) <= 256 * 1024
+        assert (
+            sum(map(len, ours.engine._block.pieces if ours.engine._block is not None else []))
+            <= 256 * 1024
+        )
     goaways = ours.codes(Kind.GOAWAY)
     assert {code for _, code in goaways} == {Code.ENHANCE_YOUR_CALM}
     assert len(goaways) == (1 if "CONTINUATION" in request.node.name else 2)
 
 
-@pytest.mark.parametrize("name", ["rapid reset (CVE-2023-44487)", "PING (CVE-2019-9512)", "WINDOW_UPDATE by the byte (CVE-2019-9517)"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rapid reset (CVE-2023-44487)",
+        "PING (CVE-2019-9512)",
+        "WINDOW_UPDATE by the byte (CVE-2019-9517)",
+    ],
+)
 def test_a_flood_that_is_slow_enough_to_be_borne_goes_on_and_memory_stays_flat(name: str) -> None:
     first, flood, _ = FLOODS[name]
     ours = Ours()
@@ -124,7 +145,9 @@ def test_the_streams_that_are_open_go_on_behind_the_goaway_that_answers_a_flood(
     assert ours.codes(Kind.GOAWAY) == [(number, Code.ENHANCE_YOUR_CALM)]
     ours.hear(headers(number + 2))
     assert ours.codes(Kind.RST_STREAM)[-1] == (number + 2, Code.REFUSED_STREAM)
-    assert ours.hear(data(1, b"still here", END_STREAM)) == [DataReceived(1, b"still here", 10, True)]
+    assert ours.hear(data(1, b"still here", END_STREAM)) == [
+        DataReceived(1, b"still here", 10, True)
+    ]
     ours.engine.send_response(1, ResponseHead(200), end=True)
     assert ours.engine.open_streams == 0
 
@@ -141,15 +164,22 @@ def test_a_larger_budget_bears_more() -> None:
     assert [code for _, code in ours.codes(Kind.GOAWAY)] == [Code.ENHANCE_YOUR_CALM]
 
 
-def test_resets_that_one_client_of_a_proxy_can_cause_are_free_where_they_cost_us_no_more_than_a_request() -> None:
-    """Of streams that we have answered, and such as cross with a reset of ours, each with what was under way behind it."""
+def test_resets_that_one_client_of_a_proxy_can_cause_are_free_where_they_cost_us_no_more_than_a_request() -> (
+    None
+):
+    """Of streams that we have answered, and such as cross with a reset of ours, each with what was
+    under way behind it."""
     ours = Ours()
     before = ours.engine._patience
     for number in range(1, 20000, 4):
         ours.hear(headers(number, POST, END_HEADERS), headers(number + 2, POST, END_HEADERS))
         ours.engine.send_response(number, ResponseHead(200), end=True)
         ours.engine.reset(number + 2, Code.NO_ERROR)
-        ours.hear(long(Kind.RST_STREAM, number, 8), data(number + 2, b"under way"), long(Kind.RST_STREAM, number + 2, 8))
+        ours.hear(
+            long(Kind.RST_STREAM, number, 8),
+            data(number + 2, b"under way"),
+            long(Kind.RST_STREAM, number + 2, 8),
+        )
     assert ours.codes(Kind.GOAWAY) == []
     assert ours.engine._patience == before
 
@@ -160,12 +190,18 @@ def test_a_server_s_answers_that_cross_with_cancellations_cost_nothing() -> None
     for _ in range(5000):
         number = ours.request()
         ours.engine.reset(number, Code.CANCEL)
-        ours.hear(headers(number, OK, END_HEADERS), data(number, b"late"), headers(number, [(b"grpc-status", b"0")]))
+        ours.hear(
+            headers(number, OK, END_HEADERS),
+            data(number, b"late"),
+            headers(number, [(b"grpc-status", b"0")]),
+        )
     assert ours.codes(Kind.GOAWAY) == []
     assert ours.engine._patience == before
 
 
-def test_responses_that_are_malformed_too_large_or_interim_are_their_streams_fault_however_many_they_are() -> None:
+def test_responses_that_are_malformed_too_large_or_interim_are_their_streams_fault_however_many_they_are() -> (
+    None
+):
     ours = Ours(Role.CLIENT, Http2Limits(head=8192))
     large = [(b"x%d" % n, b"v" * 4000) for n in range(3)]
     kept = ours.request()
@@ -174,14 +210,20 @@ def test_responses_that_are_malformed_too_large_or_interim_are_their_streams_fau
         number = ours.request()
         ours.hear(headers(number, GET))
         number = ours.request()
-        ours.hear(*[headers(number, [(b":status", b"103")], END_HEADERS)] * 3, headers(number, OK, END_HEADERS), headers(number, large))
+        ours.hear(
+            *[headers(number, [(b":status", b"103")], END_HEADERS)] * 3,
+            headers(number, OK, END_HEADERS),
+            headers(number, large),
+        )
         ours.engine.reset(number, Code.CANCEL)
     assert ours.codes(Kind.GOAWAY) == []
     assert ours.hear(data(kept, b"fine", END_STREAM)) == [DataReceived(kept, b"fine", 4, True)]
 
 
 @pytest.mark.parametrize("role", Role)
-def test_seventy_kilobytes_of_trailers_reset_their_stream_and_the_table_stays_in_step(role: Role) -> None:
+def test_seventy_kilobytes_of_trailers_reset_their_stream_and_the_table_stays_in_step(
+    role: Role,
+) -> None:
     ours = Ours(role)
     first = ours.request() if role is Role.CLIENT else 1
     other = ours.request() if role is Role.CLIENT else 3
@@ -197,9 +239,12 @@ def test_seventy_kilobytes_of_trailers_reset_their_stream_and_the_table_stays_in
         return out
 
     ours.hear(pieces(first, head), pieces(other, head))
-    # What is in the table behind the large values is used by the next block: it reads wrongly if the block was not decoded.
+    # What is in the table behind the large values is used by the next block: it reads wrongly if
+    # the block was not decoded.
     large = [(b"x%d" % n, b"~" * 7000) for n in range(10)]
-    events = ours.hear(pieces(first, [(b"x-small", b"kept"), *large, (b"x-last", b"kept")], END_STREAM))
+    events = ours.hear(
+        pieces(first, [(b"x-small", b"kept"), *large, (b"x-last", b"kept")], END_STREAM)
+    )
     assert [type(event) for event in events] == [StreamBroken]
     assert ours.codes(Kind.RST_STREAM) == [(first, Code.ENHANCE_YOUR_CALM)]
     (end,) = ours.hear(pieces(other, [(b"x-last", b"kept")], END_STREAM))
@@ -214,7 +259,9 @@ def test_we_send_no_header_list_that_the_peer_does_not_take() -> None:
     size = 16384 - (32 + 7 + 3) - (32 + 1)
     ours.engine.send_response(1, ResponseHead(200, Headers([(b"x", b"v" * size)])), end=False)
     with pytest.raises(HeadTooLarge, match="16385 bytes"):
-        ours.engine.send_response(3, ResponseHead(200, Headers([(b"x", b"v" * (size + 1))])), end=False)
+        ours.engine.send_response(
+            3, ResponseHead(200, Headers([(b"x", b"v" * (size + 1))])), end=False
+        )
     with pytest.raises(HeadTooLarge):
         ours.engine.send_trailers(1, Headers([(b"x", b"v" * 16384)]))
     ours.engine.send_response(3, ResponseHead(502), end=True)  # the stream is as it was
@@ -222,7 +269,9 @@ def test_we_send_no_header_list_that_the_peer_does_not_take() -> None:
     sender = Ours(Role.CLIENT)
     sender.hear(settings((6, 1000)))
     with pytest.raises(HeadTooLarge):
-        sender.engine.send_request(RequestHead(b"GET", b"/" + b"x" * 1000, Headers([(b"Host", b"a")])), end=True)
+        sender.engine.send_request(
+            RequestHead(b"GET", b"/" + b"x" * 1000, Headers([(b"Host", b"a")])), end=True
+        )
     assert sender.engine.open_streams == 0
     assert sender.request() == 1, "no number was used up"
 
@@ -259,7 +308,9 @@ def test_more_streams_than_allowed_are_refused_and_the_others_go_on() -> None:
     for number in range(1, 61, 2):
         ours.hear(headers(number))
     assert ours.engine.open_streams == 10
-    assert ours.codes(Kind.RST_STREAM) == [(number, Code.REFUSED_STREAM) for number in range(21, 61, 2)]
+    assert ours.codes(Kind.RST_STREAM) == [
+        (number, Code.REFUSED_STREAM) for number in range(21, 61, 2)
+    ]
     ours.engine.send_response(1, ResponseHead(200), end=True)
     ours.hear(headers(61))
     assert ours.engine.open_streams == 10
@@ -280,7 +331,9 @@ def test_a_hundred_thousand_exchanges_half_of_them_cancelled() -> None:
     for number in range(1, 200000, 2):
         ours.now += 0.01
         wire = number.to_bytes(4, "big")
-        ours.engine.receive_data(request[:5] + wire + request[9:-14] + request[-14:-9] + wire + request[-5:], ours.now)
+        ours.engine.receive_data(
+            request[:5] + wire + request[9:-14] + request[-14:-9] + wire + request[-5:], ours.now
+        )
         ours.engine.consumed(number, 5)
         if number % 4 == 1:
             ours.engine.receive_data(long(Kind.RST_STREAM, number, 8), ours.now)
@@ -340,7 +393,11 @@ def test_keepalive_pings_and_a_priority_for_every_request() -> None:
     ours = Ours()
     for number in range(1, 20000, 2):
         ours.now += 0.001
-        ours.hear(frame(Kind.PRIORITY, 0, number, bytes(5)), headers(number), long(Kind.WINDOW_UPDATE, number, 1000))
+        ours.hear(
+            frame(Kind.PRIORITY, 0, number, bytes(5)),
+            headers(number),
+            long(Kind.WINDOW_UPDATE, number, 1000),
+        )
         answer(ours, number)
         if number % 100 == 1:
             ours.hear(frame(Kind.PING, 0, 0, bytes(8)))

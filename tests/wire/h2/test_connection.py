@@ -1,8 +1,10 @@
-"""Our engine against the h2 library, in both roles: whatever the two say to each other, in any order and any pieces, both understand the
-same messages. h2 keeps watch over our flow control, our frame sizes and our use of its header table: it raises if we go wrong.
+"""Our engine against the h2 library, in both roles: whatever the two say to each other, in any
+order and any pieces, both understand the same messages. h2 keeps watch over our flow control, our
+frame sizes and our use of its header table: it raises if we go wrong.
 
-What one side says stands in a script, one per stream: a head, perhaps informational ones before it, data, trailers, the end, or a
-reset. What the other side makes of it has to be the same script, or the beginning of it where a reset has cut it short.
+What one side says stands in a script, one per stream: a head, perhaps informational ones before it,
+data, trailers, the end, or a reset. What the other side makes of it has to be the same script, or
+the beginning of it where a reset has cut it short.
 """
 
 from __future__ import annotations
@@ -88,7 +90,11 @@ class Engine(Side):
             for event in self.http.receive_data(piece, self.now):
                 match event:
                     case HeadReceived(stream=number, head=head):
-                        pairs = request_pairs(head) if isinstance(head, RequestHead) else response_pairs(head)
+                        pairs = (
+                            request_pairs(head)
+                            if isinstance(head, RequestHead)
+                            else response_pairs(head)
+                        )
                         self.heard[number].append(("head", pairs))
                         self.hears_data(number, b"", ended=event.ended)
                         if isinstance(head, RequestHead):
@@ -149,7 +155,8 @@ class Engine(Side):
 
 
 class _H2(h2.connection.H2Connection):
-    """h2 counts trailers on a stream that it has reset as a new stream, and raises if as many as it allows are open."""
+    """h2 counts trailers on a stream that it has reset as a new stream, and raises if as many as it
+    allows are open."""
 
     _late = False
 
@@ -157,8 +164,13 @@ class _H2(h2.connection.H2Connection):
     def open_inbound_streams(self) -> int:
         return 0 if self._late else super().open_inbound_streams
 
-    def _receive_headers_frame(self, frame: HeadersFrame) -> tuple[list[Frame], list[h2.events.Event]]:
-        self._late = frame.stream_id not in self.streams and frame.stream_id <= self.highest_inbound_stream_id
+    def _receive_headers_frame(
+        self, frame: HeadersFrame
+    ) -> tuple[list[Frame], list[h2.events.Event]]:
+        self._late = (
+            frame.stream_id not in self.streams
+            and frame.stream_id <= self.highest_inbound_stream_id
+        )
         try:
             return super()._receive_headers_frame(frame)
         finally:
@@ -166,8 +178,9 @@ class _H2(h2.connection.H2Connection):
 
 
 class Library(Side):
-    """h2, spared what it does not do right: it hears whole frames (a new MAX_FRAME_SIZE has no effect within a piece of bytes), and has one
-    SETTINGS under way at a time (an acknowledgement makes it believe that later ones have been read, too)."""
+    """h2, spared what it does not do right: it hears whole frames (a new MAX_FRAME_SIZE has no
+    effect within a piece of bytes), and has one SETTINGS under way at a time (an acknowledgement
+    makes it believe that later ones have been read, too)."""
 
     def __init__(self, *, client: bool) -> None:
         super().__init__()
@@ -195,7 +208,10 @@ class Library(Side):
             case h2.events.RequestReceived(stream_id=number):
                 self.heard[number].append(("head", [tuple(pair) for pair in event.headers]))
                 self.hears_request(number)
-            case h2.events.ResponseReceived(stream_id=number) | h2.events.InformationalResponseReceived(stream_id=number):
+            case (
+                h2.events.ResponseReceived(stream_id=number)
+                | h2.events.InformationalResponseReceived(stream_id=number)
+            ):
                 self.heard[number].append(("head", [tuple(pair) for pair in event.headers]))
             case h2.events.DataReceived(stream_id=number):
                 self.hears_data(number, event.data, ended=False)
@@ -230,7 +246,9 @@ class Library(Side):
         number = self.h2.get_next_available_stream_id()
         # h2 does not leave room for the priority in a HEADERS frame that is full.
         if number % 3 == 0 and len(pairs[-1][1]) < 10000:
-            self.h2.send_headers(number, pairs, end_stream=end, priority_weight=7, priority_depends_on=0)
+            self.h2.send_headers(
+                number, pairs, end_stream=end, priority_weight=7, priority_depends_on=0
+            )
         else:
             self.h2.send_headers(number, pairs, end_stream=end)
         return number
@@ -260,7 +278,8 @@ class Library(Side):
         self.h2.ping(payload)
 
     def odd_thing(self, source: random.Random) -> None:
-        """What only h2 can be made to say: new settings, a priority, more window than anybody needs."""
+        """What only h2 can be made to say: new settings, a priority, more window than anybody
+        needs."""
         match source.randrange(8):
             case 0 | 1 | 2 | 3 | 4 if not self.settling:
                 values = {
@@ -270,10 +289,14 @@ class Library(Side):
                 }
                 if not self.client:
                     values[SettingCodes.MAX_CONCURRENT_STREAMS] = source.choice([3, 10, 50])
-                self.h2.update_settings(dict(source.sample(sorted(values.items()), source.randrange(len(values) + 1))))
+                self.h2.update_settings(
+                    dict(source.sample(sorted(values.items()), source.randrange(len(values) + 1)))
+                )
                 self.settling = True
             case 5 if self.client:
-                self.h2.prioritize(source.choice([1, 3, 5, 101]), weight=16, depends_on=0, exclusive=False)
+                self.h2.prioritize(
+                    source.choice([1, 3, 5, 101]), weight=16, depends_on=0, exclusive=False
+                )
             case _:
                 self.h2.increment_flow_control_window(source.randrange(1, 5000))
 
@@ -286,11 +309,16 @@ FIELDS: list[Pair] = [
 
 
 class Conversation:
-    """A client and a server, one of them ours, that say random things; what is said arrives now, or later, in pieces."""
+    """A client and a server, one of them ours, that say random things; what is said arrives now, or
+    later, in pieces."""
 
     def __init__(self, seed: int, *, ours_is_client: bool) -> None:
         self.source = source = random.Random(seed)
-        limits = Http2Limits(streams=source.choice([5, 100]), stream_window=source.choice([65535, 262144]), connection_window=2**20)
+        limits = Http2Limits(
+            streams=source.choice([5, 100]),
+            stream_window=source.choice([65535, 262144]),
+            connection_window=2**20,
+        )
         self.engine = Engine(client=ours_is_client, limits=limits)
         self.library = Library(client=not ours_is_client)
         self.client: Engine | Library = self.engine if ours_is_client else self.library
@@ -313,7 +341,8 @@ class Conversation:
             pass
 
     def fields(self) -> list[Pair]:
-        # Now and then one that does not fit into a frame; seldom, because to compress it takes h2 long.
+        # Now and then one that does not fit into a frame; seldom, because to compress it takes h2
+        # long.
         large = [(b"x-largest", b"z" * 17000)] if self.source.random() < 0.03 else []
         return self.source.sample(FIELDS, self.source.randrange(4)) + large
 
@@ -369,7 +398,14 @@ class Conversation:
             early = [] if number in self.client.cut else [b"103"]
             status = source.choice([*early, b"200", b"200", b"404", b"500"])
             end = source.random() < 0.2 and status != b"103"
-            pairs = [(b":status", status), *[pair for pair in self.fields() if pair[0] not in (b"te", b"cookie", b"authorization")]]
+            pairs = [
+                (b":status", status),
+                *[
+                    pair
+                    for pair in self.fields()
+                    if pair[0] not in (b"te", b"cookie", b"authorization")
+                ],
+            ]
             side.head(number, pairs, end=end)
             script.append(("head", pairs))
             if status != b"103":
@@ -377,7 +413,10 @@ class Conversation:
             else:
                 self.carry(side)  # h2 takes offence at one that comes too late for its reset
         elif source.random() < 0.2 or side.blocked(number):
-            pairs = [(b"grpc-status", b"%d" % source.randrange(17)), (b"x-t", b"t" * source.choice([1, 100]))]
+            pairs = [
+                (b"grpc-status", b"%d" % source.randrange(17)),
+                (b"x-t", b"t" * source.choice([1, 100])),
+            ]
             side.trailers(number, pairs)
             script.append(("trailers", pairs))
             end = True
@@ -419,7 +458,9 @@ def compare(teller: Side, hearer: Side, cut: set[int]) -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**32), ours_is_client=st.booleans(), steps=st.integers(20, 150))
-@example(seed=34470, ours_is_client=True, steps=94)  # trailers on a stream that has been reset, when all others are in use
+@example(
+    seed=34470, ours_is_client=True, steps=94
+)  # trailers on a stream that has been reset, when all others are in use
 def test_both_sides_understand_the_same(seed: int, ours_is_client: bool, steps: int) -> None:
     conversation = Conversation(seed, ours_is_client=ours_is_client)
     client, server, engine = conversation.client, conversation.server, conversation.engine
@@ -432,7 +473,8 @@ def test_both_sides_understand_the_same(seed: int, ours_is_client: bool, steps: 
     for side, other in ((client, server), (server, client)):
         assert [payload for _, payload in side.said[0]] == side.pongs
         assert not other.gone
-    # Everything is taken: the windows are whole again, but for what is kept back to be given in one piece.
+    # Everything is taken: the windows are whole again, but for what is kept back to be given in one
+    # piece.
     engine.give_back()
     conversation.carry_all()
     http = engine.http
@@ -448,7 +490,9 @@ def test_both_sides_understand_the_same(seed: int, ours_is_client: bool, steps: 
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32), ours_is_client=st.booleans(), ours_goes=st.booleans())
-def test_goaway_is_understood_by_the_other(seed: int, ours_is_client: bool, ours_goes: bool) -> None:
+def test_goaway_is_understood_by_the_other(
+    seed: int, ours_is_client: bool, ours_goes: bool
+) -> None:
     conversation = Conversation(seed, ours_is_client=ours_is_client)
     for _ in range(30):
         conversation.step()
@@ -468,7 +512,9 @@ def test_h2_would_have_said_so() -> None:
     """The watch that the other tests rely on: h2 raises for DATA over its window."""
     conversation = Conversation(1, ours_is_client=True)
     conversation.ask()
-    number = conversation.engine.http.send_request(request_head([(b":method", b"PUT"), *PUT]), end=False)
+    number = conversation.engine.http.send_request(
+        request_head([(b":method", b"PUT"), *PUT]), end=False
+    )
     for _ in range(5):
         conversation.engine.http.send_data(number, bytes(16384), end=False)
     with pytest.raises(h2.exceptions.FlowControlError):
@@ -481,7 +527,9 @@ PUT: list[Pair] = [(b":scheme", b"http"), (b":path", b"/"), (b":authority", b"a"
 @pytest.mark.parametrize("size", [16384, 16385, 65536, 2**24 - 1])
 def test_frames_are_as_large_as_the_peer_allows_and_no_larger_than_is_sensible(size: int) -> None:
     conversation = Conversation(1, ours_is_client=False)
-    conversation.library.h2.update_settings({SettingCodes.MAX_FRAME_SIZE: size, SettingCodes.INITIAL_WINDOW_SIZE: 2**20})
+    conversation.library.h2.update_settings(
+        {SettingCodes.MAX_FRAME_SIZE: size, SettingCodes.INITIAL_WINDOW_SIZE: 2**20}
+    )
     conversation.library.h2.increment_flow_control_window(2**20)
     number = conversation.library.request([(b":method", b"GET"), *PUT], end=True)
     conversation.carry_all()

@@ -1,5 +1,6 @@
-"""What RFC 9113 calls an error, one by one: what is wrong with a stream ends that stream, with its code, and the next request is
-answered as if nothing had been; what is wrong with the connection ends it, with its code in GOAWAY and not a word behind."""
+"""What RFC 9113 calls an error, one by one: what is wrong with a stream ends that stream, with its
+code, and the next request is answered as if nothing had been; what is wrong with the connection
+ends it, with its code in GOAWAY and not a word behind."""
 
 from __future__ import annotations
 
@@ -19,7 +20,19 @@ from proxy.wire.h2.events import (
     TrailersReceived,
     WindowOpened,
 )
-from proxy.wire.h2.frames import ACK, END_HEADERS, END_STREAM, PADDED, PREFACE, PRIORITY, Code, Kind, Setting, frame, goaway
+from proxy.wire.h2.frames import (
+    ACK,
+    END_HEADERS,
+    END_STREAM,
+    PADDED,
+    PREFACE,
+    PRIORITY,
+    Code,
+    Kind,
+    Setting,
+    frame,
+    goaway,
+)
 from proxy.wire.messages import Headers, ProtocolError, RequestHead, ResponseHead
 from tests.kit.chunkings import every_way
 from tests.kit.http2 import GET, OK, POST, Ours, Pair, data, headers, literal, long, settings
@@ -99,7 +112,9 @@ CONNECTION_ERRORS: dict[str, tuple[Code, bytes]] = {
 }  # fmt: skip
 
 
-def outcome(pieces: list[bytes]) -> tuple[list[Event], list[tuple[int, Code]], list[tuple[int, Code]], bool]:
+def outcome(
+    pieces: list[bytes],
+) -> tuple[list[Event], list[tuple[int, Code]], list[tuple[int, Code]], bool]:
     """Events, resets and GOAWAYs of a server, and whether the connection was ended."""
     ours = Ours(Role.SERVER, LIMITS)
     events: list[Event] = []
@@ -127,7 +142,10 @@ def test_an_error_of_the_connection_ends_it(code: Code, sent: bytes) -> None:
 
 STREAM_ERRORS: dict[str, tuple[Code, bytes]] = {
     "PRIORITY of 4 bytes": (Code.FRAME_SIZE_ERROR, OPEN + frame(Kind.PRIORITY, 0, 1, bytes(4))),
-    "a stream that depends on itself": (Code.PROTOCOL_ERROR, OPEN + frame(Kind.PRIORITY, 0, 1, b"\0\0\0\1\0")),
+    "a stream that depends on itself": (
+        Code.PROTOCOL_ERROR,
+        OPEN + frame(Kind.PRIORITY, 0, 1, b"\0\0\0\1\0"),
+    ),
     "HEADERS that depend on themselves": (
         Code.PROTOCOL_ERROR,
         frame(Kind.HEADERS, END_HEADERS | END_STREAM | PRIORITY, 1, b"\0\0\0\1\0" + literal(GET)),
@@ -135,7 +153,10 @@ STREAM_ERRORS: dict[str, tuple[Code, bytes]] = {
     "DATA behind END_STREAM": (Code.STREAM_CLOSED, DONE + data(1, b"x")),
     "HEADERS behind END_STREAM": (Code.STREAM_CLOSED, DONE + headers(1, TRAILER)),
     "WINDOW_UPDATE of 0": (Code.PROTOCOL_ERROR, OPEN + long(Kind.WINDOW_UPDATE, 1, 0)),
-    "a window over 2^31-1": (Code.FLOW_CONTROL_ERROR, OPEN + long(Kind.WINDOW_UPDATE, 1, 2**31 - 1)),
+    "a window over 2^31-1": (
+        Code.FLOW_CONTROL_ERROR,
+        OPEN + long(Kind.WINDOW_UPDATE, 1, 2**31 - 1),
+    ),
     "a malformed head": (Code.PROTOCOL_ERROR, headers(1, BAD)),
     "less DATA than Content-Length": (
         Code.PROTOCOL_ERROR,
@@ -143,19 +164,31 @@ STREAM_ERRORS: dict[str, tuple[Code, bytes]] = {
     ),
     "more DATA than Content-Length": (
         Code.PROTOCOL_ERROR,
-        headers(1, [*POST, (b"content-length", b"3")], END_HEADERS) + data(1, b"ab") + data(1, b"cd"),
+        headers(1, [*POST, (b"content-length", b"3")], END_HEADERS)
+        + data(1, b"ab")
+        + data(1, b"cd"),
     ),
-    "no DATA, and Content-Length": (Code.PROTOCOL_ERROR, headers(1, [*POST, (b"content-length", b"3")])),
+    "no DATA, and Content-Length": (
+        Code.PROTOCOL_ERROR,
+        headers(1, [*POST, (b"content-length", b"3")]),
+    ),
     "trailers before the end of Content-Length": (
         Code.PROTOCOL_ERROR,
-        headers(1, [*POST, (b"content-length", b"3")], END_HEADERS) + data(1, b"ab") + headers(1, TRAILER),
+        headers(1, [*POST, (b"content-length", b"3")], END_HEADERS)
+        + data(1, b"ab")
+        + headers(1, TRAILER),
     ),
     "trailers without END_STREAM": (Code.PROTOCOL_ERROR, OPEN + headers(1, TRAILER, END_HEADERS)),
     "a pseudo-field in trailers": (Code.PROTOCOL_ERROR, OPEN + headers(1, [(b":path", b"/")])),
-    "a header list over the limit": (Code.ENHANCE_YOUR_CALM, headers(1, [*GET, *[(b"x", b"")] * 130])),
+    "a header list over the limit": (
+        Code.ENHANCE_YOUR_CALM,
+        headers(1, [*GET, *[(b"x", b"")] * 130]),
+    ),
     "a fifth stream": (
         Code.REFUSED_STREAM,
-        b"".join(headers(n, POST, END_HEADERS) for n in (11, 13, 15, 17)) + headers(19) + long(Kind.RST_STREAM, 17, 8),
+        b"".join(headers(n, POST, END_HEADERS) for n in (11, 13, 15, 17))
+        + headers(19)
+        + long(Kind.RST_STREAM, 17, 8),
     ),
 }
 
@@ -199,7 +232,9 @@ def test_the_first_frame_has_to_be_settings(sent: bytes, code: Code) -> None:
     assert ours.codes(Kind.GOAWAY) == [(0, code)]
 
 
-@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n\r\n", PREFACE[:-1] + b"x", b"\0\0\0\4\0\0\0\0\0", b"P\0"])
+@pytest.mark.parametrize(
+    "sent", [b"GET / HTTP/1.1\r\n\r\n", PREFACE[:-1] + b"x", b"\0\0\0\4\0\0\0\0\0", b"P\0"]
+)
 def test_a_client_begins_with_the_preface(sent: bytes) -> None:
     def fails(pieces: list[bytes]) -> list[tuple[int, Code]]:
         ours = Ours(greeted=False)
@@ -304,7 +339,9 @@ def test_a_response_that_is_not_ends_its_stream(method: bytes, sent: bytes) -> N
     assert ours.codes(Kind.RST_STREAM) == [(1, Code.PROTOCOL_ERROR)]
 
 
-@pytest.mark.parametrize("sent", [headers(2, OK), headers(3, OK), data(3), settings((Setting.ENABLE_PUSH, 1))])
+@pytest.mark.parametrize(
+    "sent", [headers(2, OK), headers(3, OK), data(3), settings((Setting.ENABLE_PUSH, 1))]
+)
 def test_a_server_neither_opens_streams_nor_pushes(sent: bytes) -> None:
     ours = Ours(Role.CLIENT)
     ours.request()
@@ -322,14 +359,24 @@ def test_late_frames_of_a_stream_that_we_reset_are_forgiven_and_their_credit_giv
         ours.hear(headers(number, POST, END_HEADERS), data(number, bytes(8000)))
         ours.engine.consumed(number, 8000)
         ours.engine.reset(number, Code.CANCEL)
-        assert ours.hear(data(number, bytes(8000)), headers(number, TRAILER), long(Kind.RST_STREAM, number, 8)) == []
+        assert (
+            ours.hear(
+                data(number, bytes(8000)),
+                headers(number, TRAILER),
+                long(Kind.RST_STREAM, number, 8),
+            )
+            == []
+        )
     assert ours.engine._window + ours.engine._grant == 65535
     assert ours.codes(Kind.GOAWAY) == []
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_what_is_left_of_the_window_is_not_kept_back_from_streams_that_are_still_to_come(early: bool) -> None:
-    """Slow consumers hold most of the connection's window. What others have taken goes back to the peer before that is short of it."""
+def test_what_is_left_of_the_window_is_not_kept_back_from_streams_that_are_still_to_come(
+    early: bool,
+) -> None:
+    """Slow consumers hold most of the connection's window. What others have taken goes back to the
+    peer before that is short of it."""
     ours = Ours(limits=Http2Limits(stream_window=65536, connection_window=4 * 65536))
     fills = {number: [data(number, bytes(16384))] * 4 for number in (1, 3, 5, 7)}
     for number in fills:
@@ -400,7 +447,9 @@ def test_padding_and_priority_are_taken_off() -> None:
     ours = Ours()
     block = b"\4" + b"\0\0\0\3\xff" + literal(POST) + bytes(4)
     events = ours.hear(
-        frame(Kind.HEADERS, END_HEADERS | PADDED | PRIORITY, 1, block), data(1, b"\2ab\0\0", PADDED), data(1, b"\0", PADDED | END_STREAM)
+        frame(Kind.HEADERS, END_HEADERS | PADDED | PRIORITY, 1, block),
+        data(1, b"\2ab\0\0", PADDED),
+        data(1, b"\0", PADDED | END_STREAM),
     )
     assert isinstance(events[0], HeadReceived)
     assert events[1:] == [DataReceived(1, b"ab", 5, False), DataReceived(1, b"", 1, True)]
@@ -449,7 +498,9 @@ def test_behind_the_peers_goaway_open_streams_go_on_and_there_is_no_room_for_new
     ours = Ours(Role.CLIENT)
     first, second = ours.request(), ours.request()
     assert ours.engine.room == 98
-    events = ours.hear(goaway(2**31 - 1, 0) + goaway(first, 0), headers(first, OK), goaway(2**31 - 1, 0))
+    events = ours.hear(
+        goaway(2**31 - 1, 0) + goaway(first, 0), headers(first, OK), goaway(2**31 - 1, 0)
+    )
     assert [event for event in events if isinstance(event, GoingAway)] == [
         GoingAway(2**31 - 1, 0),
         GoingAway(first, 0),
@@ -478,7 +529,10 @@ def test_numbers_are_used_up_one_day() -> None:
     ours = Ours(Role.CLIENT)
     ours.engine._next_ours = 2**31 - 1
     assert ours.engine.room == 100
-    assert ours.engine.send_request(RequestHead(b"GET", b"/", Headers([(b"host", b"a")])), end=True) == 2**31 - 1
+    assert (
+        ours.engine.send_request(RequestHead(b"GET", b"/", Headers([(b"host", b"a")])), end=True)
+        == 2**31 - 1
+    )
     assert ours.engine.room == 0
 
 

@@ -1,5 +1,5 @@
-"""The fields of HTTP/2 messages. A header list is a head in canonical form or a ProtocolError; what we make of a head, h2's own rules
-accept; and there and back nothing is lost."""
+"""The fields of HTTP/2 messages. A header list is a head in canonical form or a ProtocolError; what
+we make of a head, h2's own rules accept; and there and back nothing is lost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.wire.h2.fields import Secret, field_pairs, request_head, request_pairs, response_head, response_pairs, trailers
+from proxy.wire.h2.fields import (
+    Secret,
+    field_pairs,
+    request_head,
+    request_pairs,
+    response_head,
+    response_pairs,
+    trailers,
+)
 from proxy.wire.messages import Headers, ProtocolError, RequestHead, ResponseHead
 from tests.kit.http2 import GET, OK, POST, Pair
 
@@ -25,7 +33,9 @@ def replaced(pairs: list[Pair], name: bytes, value: bytes) -> list[Pair]:
 
 def test_the_authority_becomes_the_host_field_in_front_of_the_others() -> None:
     head = request_head([*GET, (b"x", b"1"), (b"y", b"")])
-    assert head == RequestHead(b"GET", b"/", Headers([(b"host", b"a"), (b"x", b"1"), (b"y", b"")]), b"2")
+    assert head == RequestHead(
+        b"GET", b"/", Headers([(b"host", b"a"), (b"x", b"1"), (b"y", b"")]), b"2"
+    )
 
 
 def test_a_host_field_that_agrees_with_the_authority_stays_where_it_is() -> None:
@@ -50,11 +60,18 @@ def test_connect_has_the_authority_for_its_target() -> None:
 
 def test_an_extended_connect_has_a_path_and_a_protocol() -> None:
     head = request_head(WEBSOCKET)
-    assert (head.method, head.target, head.protocol, head.headers.get(b"host")) == (b"CONNECT", b"/", b"websocket", b"a")
+    assert (head.method, head.target, head.protocol, head.headers.get(b"host")) == (
+        b"CONNECT",
+        b"/",
+        b"websocket",
+        b"a",
+    )
 
 
 def test_options_may_ask_for_everything() -> None:
-    assert request_head(replaced(replaced(GET, b":method", b"OPTIONS"), b":path", b"*")).target == b"*"
+    assert (
+        request_head(replaced(replaced(GET, b":method", b"OPTIONS"), b":path", b"*")).target == b"*"
+    )
 
 
 def test_cookies_are_joined_and_a_secret_one_makes_all_secret() -> None:
@@ -147,7 +164,9 @@ def test_te_may_ask_for_trailers() -> None:
 
 
 def test_a_response_has_a_status_and_nothing_else_in_front() -> None:
-    assert response_head([*OK, (b"x", b"1")]) == ResponseHead(200, Headers([(b"x", b"1")]), b"", b"2")
+    assert response_head([*OK, (b"x", b"1")]) == ResponseHead(
+        200, Headers([(b"x", b"1")]), b"", b"2"
+    )
     assert response_head([(b":status", b"103")]).informational
 
 
@@ -157,13 +176,19 @@ def test_a_response_with_another_status_is_refused(status: bytes) -> None:
         response_head([(b":status", status)])
 
 
-@pytest.mark.parametrize("pairs", [[], [*OK, *OK], [*OK, (b":path", b"/")], [(b"x", b"1"), *OK], [*OK, (b"upgrade", b"x")]])
+@pytest.mark.parametrize(
+    "pairs",
+    [[], [*OK, *OK], [*OK, (b":path", b"/")], [(b"x", b"1"), *OK], [*OK, (b"upgrade", b"x")]],
+)
 def test_a_malformed_response_is_refused(pairs: list[Pair]) -> None:
     with pytest.raises(ProtocolError):
         response_head(pairs)
 
 
-@pytest.mark.parametrize("pair", [(b":status", b"200"), (b":path", b"/"), (b"connection", b"x"), (b"X", b"1"), (b"x", b"\0")])
+@pytest.mark.parametrize(
+    "pair",
+    [(b":status", b"200"), (b":path", b"/"), (b"connection", b"x"), (b"X", b"1"), (b"x", b"\0")],
+)
 def test_malformed_trailers_are_refused(pair: Pair) -> None:
     with pytest.raises(ProtocolError):
         trailers([(b"a", b"b"), pair])
@@ -173,13 +198,25 @@ def test_trailers_are_fields() -> None:
     assert trailers([(b"grpc-status", b"0")]) == Headers([(b"grpc-status", b"0")])
 
 
-NAME = st.text("abcxyz-_0", min_size=1, max_size=8).map(str.encode).filter(lambda n: n not in (b"te", b"host", b"cookie"))
-VALUE = st.binary(max_size=12).filter(lambda v: not any(b < 32 or b == 127 for b in v) and v == v.strip())
+NAME = (
+    st.text("abcxyz-_0", min_size=1, max_size=8)
+    .map(str.encode)
+    .filter(lambda n: n not in (b"te", b"host", b"cookie"))
+)
+VALUE = st.binary(max_size=12).filter(
+    lambda v: not any(b < 32 or b == 127 for b in v) and v == v.strip()
+)
 FIELDS = st.lists(st.tuples(NAME, VALUE), max_size=5)
 
 
-@given(method=st.sampled_from([b"GET", b"POST", b"M-SEARCH"]), path=st.sampled_from([b"/", b"/a?b=c", b"//x"]), fields=FIELDS)
-def test_a_request_is_the_same_there_and_back(method: bytes, path: bytes, fields: list[Pair]) -> None:
+@given(
+    method=st.sampled_from([b"GET", b"POST", b"M-SEARCH"]),
+    path=st.sampled_from([b"/", b"/a?b=c", b"//x"]),
+    fields=FIELDS,
+)
+def test_a_request_is_the_same_there_and_back(
+    method: bytes, path: bytes, fields: list[Pair]
+) -> None:
     head = RequestHead(method, path, Headers([(b"host", b"a:80"), *fields]), b"2")
     assert request_head(request_pairs(head)) == head
 
@@ -197,7 +234,13 @@ def test_a_response_is_the_same_there_and_back(status: int, fields: list[Pair]) 
 
 @pytest.mark.parametrize(
     ("target", "path"),
-    [(b"http://b/x?y", b"/x?y"), (b"http://b", b"/"), (b"http://b?y", b"/?y"), (b"/x", b"/x"), (b"http://b?c://d/e", b"/?c://d/e")],
+    [
+        (b"http://b/x?y", b"/x?y"),
+        (b"http://b", b"/"),
+        (b"http://b?y", b"/?y"),
+        (b"/x", b"/x"),
+        (b"http://b?c://d/e", b"/?c://d/e"),
+    ],
 )
 def test_an_absolute_target_is_taken_apart(target: bytes, path: bytes) -> None:
     pairs = dict(request_pairs(RequestHead(b"GET", target, Headers([(b"Host", b"a")]))))
@@ -205,7 +248,10 @@ def test_an_absolute_target_is_taken_apart(target: bytes, path: bytes) -> None:
     assert pairs[b":authority"] == (b"b" if target.startswith(b"http") else b"a")
 
 
-@pytest.mark.parametrize(("target", "path"), [(b"*", b"*"), (b"http://b", b"*"), (b"http://b/", b"/"), (b"http://b?y", b"/?y")])
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [(b"*", b"*"), (b"http://b", b"*"), (b"http://b/", b"/"), (b"http://b?y", b"/?y")],
+)
 def test_options_for_the_whole_server_asks_for_a_star(target: bytes, path: bytes) -> None:
     """RFC 9113 §8.3.1, and RFC 9112 §3.2.4 for the absolute form."""
     pairs = dict(request_pairs(RequestHead(b"OPTIONS", target, Headers([(b"Host", b"a")]))))
@@ -215,5 +261,12 @@ def test_options_for_the_whole_server_asks_for_a_star(target: bytes, path: bytes
 
 
 def test_what_belongs_to_an_http1_connection_does_not_go_out() -> None:
-    headers = Headers([(b"Connection", b"x"), (b"X-A", b"1"), (b"Transfer-Encoding", b"chunked"), (b"Upgrade", b"u")])
+    headers = Headers(
+        [
+            (b"Connection", b"x"),
+            (b"X-A", b"1"),
+            (b"Transfer-Encoding", b"chunked"),
+            (b"Upgrade", b"u"),
+        ]
+    )
     assert field_pairs(headers) == [(b"x-a", b"1")]

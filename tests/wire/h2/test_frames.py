@@ -1,9 +1,18 @@
-"""HTTP/2 frames: what we write, hyperframe reads as the same; what cannot be read is a fault with the code of RFC 9113."""
+"""HTTP/2 frames: what we write, hyperframe reads as the same; what cannot be read is a fault with
+the code of RFC 9113."""
 
 from __future__ import annotations
 
 import pytest
-from hyperframe.frame import ContinuationFrame, Frame, GoAwayFrame, HeadersFrame, RstStreamFrame, SettingsFrame, WindowUpdateFrame
+from hyperframe.frame import (
+    ContinuationFrame,
+    Frame,
+    GoAwayFrame,
+    HeadersFrame,
+    RstStreamFrame,
+    SettingsFrame,
+    WindowUpdateFrame,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +35,9 @@ def parsed(data: bytes) -> list[Frame]:
 
 
 @given(stream=LONG, number=st.integers(0, 2**32 - 1), increment=st.integers(1, 2**31 - 1))
-def test_frames_of_one_number_are_read_back_by_hyperframe(stream: int, number: int, increment: int) -> None:
+def test_frames_of_one_number_are_read_back_by_hyperframe(
+    stream: int, number: int, increment: int
+) -> None:
     (update,) = parsed(frames.window_update(stream, increment))
     assert isinstance(update, WindowUpdateFrame)
     assert (update.stream_id, update.window_increment) == (stream, increment)
@@ -35,7 +46,11 @@ def test_frames_of_one_number_are_read_back_by_hyperframe(stream: int, number: i
     assert (reset.stream_id, reset.error_code) == (stream or 1, number)
     (goaway,) = parsed(frames.goaway(stream, number, "why \u00e4"))
     assert isinstance(goaway, GoAwayFrame)
-    assert (goaway.last_stream_id, goaway.error_code, goaway.additional_data) == (stream, number, b"why ?")
+    assert (goaway.last_stream_id, goaway.error_code, goaway.additional_data) == (
+        stream,
+        number,
+        b"why ?",
+    )
 
 
 @given(values=st.dictionaries(st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1), max_size=8))
@@ -48,16 +63,22 @@ def test_settings_are_read_back_by_hyperframe_and_by_us(values: dict[int, int]) 
 
 
 @given(block=st.binary(max_size=300), size=st.integers(1, 100), end=st.booleans())
-def test_a_header_block_is_cut_into_frames_of_the_peers_size(block: bytes, size: int, end: bool) -> None:
+def test_a_header_block_is_cut_into_frames_of_the_peers_size(
+    block: bytes, size: int, end: bool
+) -> None:
     first, *rest = parsed(b"".join(frames.headers(5, block, size, end=end)))
     assert isinstance(first, HeadersFrame)
     assert all(isinstance(frame, ContinuationFrame) for frame in rest)
-    pieces = [payload for *_, payload in frames_in(b"".join(frames.headers(5, block, size, end=end)))]
+    pieces = [
+        payload for *_, payload in frames_in(b"".join(frames.headers(5, block, size, end=end)))
+    ]
     assert b"".join(pieces) == block
     assert all(len(piece) <= size for piece in pieces)
     assert {frame.stream_id for frame in [first, *rest]} == {5}
     assert ("END_STREAM" in first.flags) == end
-    assert ["END_HEADERS" in frame.flags for frame in [first, *rest]] == [False] * len(rest) + [True]
+    assert ["END_HEADERS" in frame.flags for frame in [first, *rest]] == [False] * len(rest) + [
+        True
+    ]
 
 
 def test_a_frame_of_the_largest_size_says_so() -> None:

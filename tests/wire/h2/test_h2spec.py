@@ -1,7 +1,8 @@
 """The conformance suite h2spec against a small server over our engine, on the loopback interface.
 
-It runs when there is an h2spec: in PATH, or named by ISTHMUS_TEST_H2SPEC. All of its cases are expected to pass: those of RFC 7540 that
-RFC 9113 has made a matter of choice (a stream that depends on itself) are read here as RFC 7540 has them.
+It runs when there is an h2spec: in PATH, or named by ISTHMUS_TEST_H2SPEC. All of its cases are
+expected to pass: those of RFC 7540 that RFC 9113 has made a matter of choice (a stream that depends
+on itself) are read here as RFC 7540 has them.
 """
 
 from __future__ import annotations
@@ -35,9 +36,23 @@ async def test_h2spec_finds_nothing_wrong() -> None:
     port = str(listener.socket.getsockname()[1])
     async with trio.open_nursery() as nursery:
         nursery.start_soon(serve, listener)
-        command = [str(H2SPEC), "generic", "http2", "hpack", "--strict", "-h", "127.0.0.1", "-p", port, "-o", "1"]
+        command = [
+            str(H2SPEC),
+            "generic",
+            "http2",
+            "hpack",
+            "--strict",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            port,
+            "-o",
+            "1",
+        ]
         with trio.fail_after(60):
-            done = await trio.run_process(command, capture_stdout=True, stderr=subprocess.STDOUT, check=False)
+            done = await trio.run_process(
+                command, capture_stdout=True, stderr=subprocess.STDOUT, check=False
+            )
         nursery.cancel_scope.cancel()
     report = done.stdout.decode()
     assert done.returncode == 0, report

@@ -1,5 +1,6 @@
-"""HPACK with a memory in front. It never differs from the library alone: what we encode a plain decoder reads, what a plain encoder
-writes we read, over any sequence of blocks, table sizes and evictions; and the memory stays small."""
+"""HPACK with a memory in front. It never differs from the library alone: what we encode a plain
+decoder reads, what a plain encoder writes we read, over any sequence of blocks, table sizes and
+evictions; and the memory stays small."""
 
 from __future__ import annotations
 
@@ -17,11 +18,36 @@ from proxy.wire.h2.frames import Code, ConnectionFault
 from proxy.wire.h2.hpack import _REMEMBERED, Decoder, Encoder
 from tests.kit.http2 import literal
 
-# Few names and values, so that blocks repeat; some so large that the table holds few of them, or none.
+# Few names and values, so that blocks repeat; some so large that the table holds few of them, or
+# none.
 NAMES = st.sampled_from(
-    [b":method", b":path", b"authorization", b"cookie", b"content-length", b"x-a", b"x-b", b"accept", b"traceparent", b"x-request-id"]
+    [
+        b":method",
+        b":path",
+        b"authorization",
+        b"cookie",
+        b"content-length",
+        b"x-a",
+        b"x-b",
+        b"accept",
+        b"traceparent",
+        b"x-request-id",
+    ]
 )
-VALUES = st.sampled_from([b"", b"1", b"2", b"GET", b"/", b"gzip, deflate", b"v" * 30, b"w" * 900, b"x" * 3000, b"y" * 5000])
+VALUES = st.sampled_from(
+    [
+        b"",
+        b"1",
+        b"2",
+        b"GET",
+        b"/",
+        b"gzip, deflate",
+        b"v" * 30,
+        b"w" * 900,
+        b"x" * 3000,
+        b"y" * 5000,
+    ]
+)
 FIELD = st.tuples(NAMES, VALUES)
 BLOCK = st.lists(FIELD, max_size=6)
 SIZES = st.sampled_from([0, 31, 64, 100, 1000, 3000, 4096, 10000])
@@ -54,11 +80,19 @@ def test_a_plain_decoder_and_our_own_read_what_we_encode(steps: list[list[Pair] 
 
 @settings(max_examples=300)
 @given(steps=st.lists(st.one_of(BLOCK, SIZES, st.tuples(BLOCK, st.booleans())), max_size=25))
-def test_we_read_what_a_plain_encoder_writes_as_a_plain_decoder_does(steps: list[list[Pair] | int | tuple[list[Pair], bool]]) -> None:
-    encoder, ours, theirs = hpack.Encoder(), Decoder(10**5), hpack.Decoder(max_header_list_size=10**6)
+def test_we_read_what_a_plain_encoder_writes_as_a_plain_decoder_does(
+    steps: list[list[Pair] | int | tuple[list[Pair], bool]],
+) -> None:
+    encoder, ours, theirs = (
+        hpack.Encoder(),
+        Decoder(10**5),
+        hpack.Decoder(max_header_list_size=10**6),
+    )
     for step in steps:
         if isinstance(step, int):
-            if min(step, 4096) != encoder.header_table_size:  # the same size twice, and the library forgets to tell the other
+            if (
+                min(step, 4096) != encoder.header_table_size
+            ):  # the same size twice, and the library forgets to tell the other
                 encoder.header_table_size = min(step, 4096)
             continue
         pairs, secret = step if isinstance(step, tuple) else (step, False)
@@ -71,7 +105,8 @@ def test_we_read_what_a_plain_encoder_writes_as_a_plain_decoder_does(steps: list
 
 
 def representation(first: int, more: bytes, name: bytes, value: bytes) -> bytes:
-    """Of any kind; `more` continues an index that does not fit into `first`, and strings have lengths that need one, two or three bytes."""
+    """Of any kind; `more` continues an index that does not fit into `first`, and strings have
+    lengths that need one, two or three bytes."""
     if first >= 0x80 or first & 0xE0 == 0x20:
         return bytes([first]) + more
     index = first & (0x3F if first & 0x40 else 0x0F)
@@ -81,15 +116,26 @@ def representation(first: int, more: bytes, name: bytes, value: bytes) -> bytes:
 
 REPRESENTATION = st.builds(
     representation,
-    st.one_of(st.integers(0, 255), st.sampled_from([0x00, 0x10, 0x0F, 0x1F, 0x01, 0x40, 0x82, 0xBE, 0xBF, 0xFF])),
+    st.one_of(
+        st.integers(0, 255),
+        st.sampled_from([0x00, 0x10, 0x0F, 0x1F, 0x01, 0x40, 0x82, 0xBE, 0xBF, 0xFF]),
+    ),
     st.one_of(st.just(b""), st.binary(max_size=2)),
     st.sampled_from([b"", b"a", b"cookie"]),
-    st.one_of(st.binary(max_size=4), st.sampled_from([126, 127, 128, 254, 255, 300, 16509, 16512]).map(bytes)),
+    st.one_of(
+        st.binary(max_size=4),
+        st.sampled_from([126, 127, 128, 254, 255, 300, 16509, 16512]).map(bytes),
+    ),
 )
 
 
 @settings(max_examples=600, deadline=None)
-@given(blocks=st.lists(st.one_of(st.binary(max_size=12), st.lists(REPRESENTATION, max_size=4).map(b"".join)), max_size=12))
+@given(
+    blocks=st.lists(
+        st.one_of(st.binary(max_size=12), st.lists(REPRESENTATION, max_size=4).map(b"".join)),
+        max_size=12,
+    )
+)
 def test_any_bytes_are_read_as_a_plain_decoder_reads_them(blocks: list[bytes]) -> None:
     ours, theirs = Decoder(10**6), hpack.Decoder(max_header_list_size=4 * 10**6)
     for block in blocks * 2:
@@ -103,11 +149,15 @@ def test_any_bytes_are_read_as_a_plain_decoder_reads_them(blocks: list[bytes]) -
         read = ours.decode(block)
         assert read is not None
         assert list(read) == plain(expected)
-        assert [isinstance(field, Secret) for field in read] == [not field.indexable for field in expected]
+        assert [isinstance(field, Secret) for field in read] == [
+            not field.indexable for field in expected
+        ]
         assert table(ours._hpack) == table(theirs)
 
 
-def test_a_field_that_came_as_a_secret_goes_on_as_one_also_if_the_same_one_is_remembered_as_none() -> None:
+def test_a_field_that_came_as_a_secret_goes_on_as_one_also_if_the_same_one_is_remembered_as_none() -> (
+    None
+):
     encoder, decoder = Encoder(), Decoder(1000)
     for _ in range(3):
         encoder.encode([(b"x-a", b"1")])
@@ -119,7 +169,12 @@ def test_a_field_that_came_as_a_secret_goes_on_as_one_also_if_the_same_one_is_re
 
 
 @pytest.mark.parametrize(
-    "field", [(b"authorization", b"Bearer " + b"t" * 800), (b"proxy-authorization", b"Basic YTpi"), (b"cookie", b"id=0123456789")]
+    "field",
+    [
+        (b"authorization", b"Bearer " + b"t" * 800),
+        (b"proxy-authorization", b"Basic YTpi"),
+        (b"cookie", b"id=0123456789"),
+    ],
 )
 def test_what_could_be_guessed_is_never_put_into_a_table(field: Pair) -> None:
     encoder, decoder = Encoder(), hpack.Decoder()
@@ -146,7 +201,10 @@ def test_what_is_hardly_ever_sent_twice_leaves_the_table_alone(name: bytes) -> N
 
 
 def test_the_path_of_the_static_table_is_an_index() -> None:
-    assert Encoder().encode([(b":path", b"/"), (b":method", b"POST"), (b":status", b"404")]) == b"\x84\x83\x8d"
+    assert (
+        Encoder().encode([(b":path", b"/"), (b":method", b"POST"), (b":status", b"404")])
+        == b"\x84\x83\x8d"
+    )
 
 
 def test_the_smallest_and_the_last_table_size_are_told_however_many_came() -> None:
@@ -202,7 +260,8 @@ def test_a_list_over_the_limit_is_none_and_the_table_goes_on() -> None:
 
 
 def test_a_bomb_ends_before_it_has_grown() -> None:
-    # One entry of nearly the whole table, then a reference to it in every byte: 64 KiB that would be 256 MiB.
+    # One entry of nearly the whole table, then a reference to it in every byte: 64 KiB that would
+    # be 256 MiB.
     decoder = Decoder(65536)
     decoder.decode(b"\x40\1a" + bytes(encode_integer(4000, 7)) + b"v" * 4000)
     with pytest.raises(ConnectionFault) as caught:
@@ -215,18 +274,30 @@ def test_a_list_that_is_refused_leaves_encoder_and_decoder_in_step() -> None:
     encoder, decoder = Encoder(), Decoder(65536)
     assert decoder.decode(encoder.encode([(b"x-one", b"1" * 40)])) is not None
     with pytest.raises(HeadTooLarge, match=f"of {3 * 47 + 32 + 1 + 5000} bytes"):
-        encoder.encode([(b"x-one", b"1" * 10), (b"x-two", b"2" * 10), (b"x-new", b"3" * 10), (b"y", b"v" * 5000)], 4096)
+        encoder.encode(
+            [
+                (b"x-one", b"1" * 10),
+                (b"x-two", b"2" * 10),
+                (b"x-new", b"3" * 10),
+                (b"y", b"v" * 5000),
+            ],
+            4096,
+        )
     for _ in range(2):
         pairs = [(b"x-two", b"2" * 10), (b"x-one", b"1" * 40), (b"x-new", b"3" * 10)]
         assert decoder.decode(encoder.encode(pairs)) == pairs
 
 
-SIZED = st.tuples(st.sampled_from([b"a", b"cookie", b"x-long", b":path", b"age"]), st.integers(0, 3000))
+SIZED = st.tuples(
+    st.sampled_from([b"a", b"cookie", b"x-long", b":path", b"age"]), st.integers(0, 3000)
+)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.lists(SIZED, max_size=12), st.integers(0, 12000)), max_size=12))
-def test_no_list_over_the_limit_is_encoded_and_none_below_it_is_refused(blocks: list[tuple[list[tuple[bytes, int]], int]]) -> None:
+def test_no_list_over_the_limit_is_encoded_and_none_below_it_is_refused(
+    blocks: list[tuple[list[tuple[bytes, int]], int]],
+) -> None:
     encoder, decoder = Encoder(), Decoder(2**20)
     for fields, limit in blocks:
         pairs = [(name, b"%d" % length * (length // 4)) for name, length in fields]

@@ -1,4 +1,5 @@
-"""Windows and numbers of streams that change while a connection lives, and reads that bring more streams than are begun at a time."""
+"""Windows and numbers of streams that change while a connection lives, and reads that bring more
+streams than are begun at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def test_a_stream_whose_window_is_opened_by_settings_hears_of_it() -> None:
 
 def test_streams_of_one_read_are_begun_some_at_a_time() -> None:
     engine = Ours().engine
-    begun = [len(engine.receive_data(b"".join(headers(number) for number in range(1, 201, 2)), 1.0))]
+    begun = [
+        len(engine.receive_data(b"".join(headers(number) for number in range(1, 201, 2)), 1.0))
+    ]
     while engine.paused:
         begun.append(len(engine.receive_data(b"", 1.0)))
     assert begun == [32, 32, 32, 4]
@@ -38,7 +41,9 @@ def test_streams_of_one_read_are_begun_some_at_a_time() -> None:
 
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=40))
 def test_however_a_read_is_divided_the_same_streams_are_begun(sizes: list[int]) -> None:
-    whole = b"".join(headers(number, POST, END_HEADERS) + data(number, b"x" * 10) for number in range(1, 301, 2))
+    whole = b"".join(
+        headers(number, POST, END_HEADERS) + data(number, b"x" * 10) for number in range(1, 301, 2)
+    )
     engine, seen, at = Ours().engine, list[tuple[str, int]](), 0
     pieces = []
     for size in sizes:
@@ -53,7 +58,9 @@ def test_however_a_read_is_divided_the_same_streams_are_begun(sizes: list[int]) 
             if not engine.paused:
                 break
             more = b""
-    assert seen == [(kind, number) for number in range(1, 301, 2) for kind in ("HeadReceived", "DataReceived")]
+    assert seen == [
+        (kind, number) for number in range(1, 301, 2) for kind in ("HeadReceived", "DataReceived")
+    ]
 
 
 def test_more_streams_than_may_be_open_are_refused_and_counted() -> None:
@@ -69,7 +76,11 @@ def test_more_streams_than_may_be_open_are_refused_and_counted() -> None:
 
 def given_back(ours: Ours) -> int:
     """Bytes that the connection's window was moved by."""
-    return sum(int.from_bytes(payload, "big") for kind, _, stream, payload in ours.said if kind == Kind.WINDOW_UPDATE and stream == 0)
+    return sum(
+        int.from_bytes(payload, "big")
+        for kind, _, stream, payload in ours.said
+        if kind == Kind.WINDOW_UPDATE and stream == 0
+    )
 
 
 def upload(ours: Ours, size: int, first: int = 1) -> None:
