@@ -180,17 +180,14 @@ NEVER = [
     ("proxy.flows.gateway", "proxy.flows.outbound"),
 ]
 
-MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 400, 50, 5
-# Longer files that hold one thing. A list of settings has one entry for each setting. The others
-# are one connection, or one exchange, whose steps use the same private state.
-LONGER = {
-    "proxy/config/schema.py": 600,
-    "proxy/exchange/client.py": 450,
-    "proxy/exchange/exchange.py": 450,
-    "proxy/exchange/h1/server.py": 450,
-    "proxy/exchange/h2/connection.py": 450,
-    "proxy/exchange/upstream.py": 450,
-    "proxy/fastpath/h1_connection.py": 500,
+MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 500, 60, 5
+# What is longer and holds one thing: a list of settings, a list of metrics, and the start of the
+# process, which builds each part once.
+LONGER = {"proxy/config/schema.py": 900, "proxy/telemetry/metrics.py": 550}
+LONGER_FUNCTIONS = {
+    ("proxy/app.py", "__init__"): 70,
+    ("proxy/telemetry/metrics.py", "_events"): 75,
+    ("proxy/telemetry/metrics.py", "_states"): 75,
 }
 
 
@@ -364,12 +361,13 @@ def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 def test_no_module_no_function_and_no_parameter_list_holds_two_things() -> None:
     wrong = []
     for _, path, tree in SOURCES:
-        length = len(path.read_text("utf-8").splitlines())
-        if length > LONGER.get(str(path.relative_to(ROOT)), MOST_LINES):
+        length, file = len(path.read_text("utf-8").splitlines()), str(path.relative_to(ROOT))
+        if length > LONGER.get(file, MOST_LINES):
             wrong.append(f"{path.relative_to(ROOT)} has {length} lines")
         for function in functions(tree):
             where = f"{path.relative_to(ROOT)}:{function.lineno} {function.name}"
-            if body_lines(function) > MOST_FUNCTION_LINES:
+            most = LONGER_FUNCTIONS.get((file, function.name), MOST_FUNCTION_LINES)
+            if body_lines(function) > most:
                 wrong.append(f"{where} has {body_lines(function)} lines")
             arguments = function.args
             names = [

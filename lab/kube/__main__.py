@@ -24,7 +24,12 @@ def build() -> dict[str, str]:
     found = programs(version)
     store = images(programs(VERSIONS[0]))
     path = f"{found}:{os.environ['PATH']}"
-    return {cluster.ENV_PROGRAMS: str(found), cluster.ENV_IMAGES: str(store), "PATH": path, ENV_VERSION: version}
+    return {
+        cluster.ENV_PROGRAMS: str(found),
+        cluster.ENV_IMAGES: str(store),
+        "PATH": path,
+        ENV_VERSION: version,
+    }
 
 
 def run(command: Sequence[str], names: Sequence[str], logs: Path) -> int:
@@ -32,7 +37,16 @@ def run(command: Sequence[str], names: Sequence[str], logs: Path) -> int:
     os.environ.update(build())
     os.environ[cluster.ENV_LOGS] = str(logs.resolve())
     if names:
-        inside = [sys.executable, "-m", "lab.kube", "inside", "--clusters", ",".join(names), "--", *command]
+        inside = [
+            sys.executable,
+            "-m",
+            "lab.kube",
+            "inside",
+            "--clusters",
+            ",".join(names),
+            "--",
+            *command,
+        ]
         return guard.run(inside)
     return guard.run(command)
 
@@ -57,18 +71,36 @@ def inside(command: Sequence[str], names: Sequence[str]) -> int:
 def enter(name: str, command: Sequence[str]) -> int:
     """Run a command on a node, in the terminal."""
     running = cluster.attach(name)
-    return subprocess.run([*running.prefix(), *(command or ["bash"])], env={**os.environ, **cluster.ON_THE_NODE}, check=False).returncode
+    return subprocess.run(
+        [*running.prefix(), *(command or ["bash"])],
+        env={**os.environ, **cluster.ON_THE_NODE},
+        check=False,
+    ).returncode
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m lab.kube", description="Real Kubernetes clusters for tests.")
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.kube", description="Real Kubernetes clusters for tests."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("build", help="build programs and images, where something has changed")
     # `inside` is the second half of `run`, and is not called by hand.
-    for one in (verbs.add_parser("run", help="run a command that can start clusters"), verbs.add_parser("inside")):
-        one.add_argument("--clusters", default="", help="clusters that run already, with commas between: west,east")
-        one.add_argument("--logs", type=Path, default=CHECKOUT / "build" / "kube", help="where the logs of nodes go (build/kube)")
+    for one in (
+        verbs.add_parser("run", help="run a command that can start clusters"),
+        verbs.add_parser("inside"),
+    ):
+        one.add_argument(
+            "--clusters",
+            default="",
+            help="clusters that run already, with commas between: west,east",
+        )
+        one.add_argument(
+            "--logs",
+            type=Path,
+            default=CHECKOUT / "build" / "kube",
+            help="where the logs of nodes go (build/kube)",
+        )
         one.add_argument("command", nargs=argparse.REMAINDER)
     one = verbs.add_parser("enter", help="run a command on a node, within a run")
     one.add_argument("name")

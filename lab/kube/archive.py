@@ -15,9 +15,12 @@ _CREATED = "1970-01-01T00:00:00Z"
 
 
 def archive(images: Mapping[str, Built], directory: Path) -> Path:
-    """One archive of all these images by their tags, with each layer once. The name of the file follows from what is in it."""
+    """One archive of all these images by their tags, with each layer once. The name of the file
+    follows from what is in it."""
     directory.mkdir(parents=True, exist_ok=True)
-    parts = (f"{tag} {built.key} {json.dumps(built.settings())}" for tag, built in sorted(images.items()))
+    parts = (
+        f"{tag} {built.key} {json.dumps(built.settings())}" for tag, built in sorted(images.items())
+    )
     target = directory / f"{fingerprint(*parts)}.tar"
     if not target.exists():
         part = target.with_suffix(".part")
@@ -34,7 +37,10 @@ def described(built: Built) -> bytes:
         "os": "linux",
         "created": _CREATED,
         "config": built.settings(),
-        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{layer.digest()}" for layer in built.layers]},
+        "rootfs": {
+            "type": "layers",
+            "diff_ids": [f"sha256:{layer.digest()}" for layer in built.layers],
+        },
         "history": [{"created": _CREATED} for _ in built.layers],
     }
     return json.dumps(whole).encode()

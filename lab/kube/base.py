@@ -1,7 +1,9 @@
-"""The base of images, in place of `python:X.Y-slim-SUITE`, which only a registry has: the same Debian, with Debian's own Python X.Y.
+"""The base of images, in place of `python:X.Y-slim-SUITE`, which only a registry has: the same
+Debian, with Debian's own Python X.Y.
 
-What differs from the image of that name: Python is Debian's build of the same minor version and lives in /usr (a link in /usr/local/bin
-keeps the path), its pip is the version that Debian has, and packages come from this machine's mirror, without the suite's updates.
+What differs from the image of that name: Python is Debian's build of the same minor version and
+lives in /usr (a link in /usr/local/bin keeps the path), its pip is the version that Debian has, and
+packages come from this machine's mirror, without the suite's updates.
 """
 
 import re
@@ -40,7 +42,8 @@ rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/*.bin "$root"/var/log/*
 
 
 def layer(store: Store, name: str, log: Path) -> Layer:
-    """The layer in place of the image `name`. Raises LabError for any other image, or when it cannot be made."""
+    """The layer in place of the image `name`. Raises LabError for any other image, or when it
+    cannot be made."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise LabError(f"{name}: only python:X.Y-slim-SUITE can be put together here")
@@ -49,10 +52,34 @@ def layer(store: Store, name: str, log: Path) -> Layer:
     def make(tree: Path) -> None:
         print(f"  base: {suite} with Python {version}, by debootstrap", flush=True)
         script = _SCRIPT.format(packages=_PACKAGES)
-        namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]
+        namespaces = [
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--propagation",
+            "private",
+        ]
         with log.open("wb") as file:
-            command = [*namespaces, "sh", "-c", script, "base", str(tree), suite, _mirror(), version]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False)
+            command = [
+                *namespaces,
+                "sh",
+                "-c",
+                script,
+                "base",
+                str(tree),
+                suite,
+                _mirror(),
+                version,
+            ]
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
         if done.returncode != 0:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
             raise LabError(f"the base cannot be made; the output ({log}) ends with:\n{tail}")
@@ -63,9 +90,13 @@ def layer(store: Store, name: str, log: Path) -> Layer:
 
 def _check(tree: Path, version: str) -> None:
     code = "import sys; print('%d.%d' % sys.version_info[:2])"
-    done = subprocess.run(["chroot", str(tree), "python", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["chroot", str(tree), "python", "-c", code], capture_output=True, text=True, check=False
+    )
     if done.stdout.strip() != version:
-        raise LabError(f"the base has Python {done.stdout.strip() or done.stderr.strip()}, not {version}")
+        raise LabError(
+            f"the base has Python {done.stdout.strip() or done.stderr.strip()}, not {version}"
+        )
 
 
 def _mirror() -> str:

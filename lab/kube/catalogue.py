@@ -11,7 +11,8 @@ ISTHMUS, WEB, PAUSE, COREDNS = "isthmus:0.1.0", "web:1.0", "pause:1", "coredns:1
 
 
 def images(programs: Path) -> Path:
-    """All images, unpacked for containerd, built where something has changed. `programs` has pause and coredns. Raises LabError."""
+    """All images, unpacked for containerd, built where something has changed. `programs` has pause
+    and coredns. Raises LabError."""
     builder = Builder(cache() / "images")
     with builder.store.locked():
         built = {}

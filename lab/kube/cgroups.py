@@ -1,6 +1,8 @@
-"""The part of each cgroup hierarchy that a run of the test cluster has: made for a node, and removed when its processes have ended.
+"""The part of each cgroup hierarchy that a run of the test cluster has: made for a node, and
+removed when its processes have ended.
 
-With cgroups of version 1 there is one hierarchy for each controller below /sys/fs/cgroup; with version 2 it is /sys/fs/cgroup itself.
+With cgroups of version 1 there is one hierarchy for each controller below /sys/fs/cgroup; with
+version 2 it is /sys/fs/cgroup itself.
 """
 
 import contextlib
@@ -28,11 +30,16 @@ def hierarchies() -> list[Path]:
     """The roots of all hierarchies."""
     if unified():
         return [ROOT]
-    return sorted(path for path in ROOT.iterdir() if not path.is_symlink() and (path / "cgroup.procs").exists())
+    return sorted(
+        path
+        for path in ROOT.iterdir()
+        if not path.is_symlink() and (path / "cgroup.procs").exists()
+    )
 
 
 def make(run: str, node: str) -> str:
-    """The cgroup of a node, with `system` in it for the node's own programs; its path from the root. Raises LabError."""
+    """The cgroup of a node, with `system` in it for the node's own programs; its path from the
+    root. Raises LabError."""
     path = f"{name(run)}/{node}"
     try:
         for root in hierarchies():
@@ -40,7 +47,9 @@ def make(run: str, node: str) -> str:
             for part in (*path.split("/"), "system"):
                 if unified():
                     controllers = (folder / "cgroup.controllers").read_text().split()
-                    (folder / "cgroup.subtree_control").write_text(" ".join(f"+{one}" for one in controllers))
+                    (folder / "cgroup.subtree_control").write_text(
+                        " ".join(f"+{one}" for one in controllers)
+                    )
                 folder /= part
                 folder.mkdir(exist_ok=True)
                 _inherit_cpuset(folder)
@@ -66,7 +75,8 @@ def join(path: str, pid: int) -> None:
 
 
 def remove(run: str, patience: float) -> bool:
-    """Remove the cgroups of a run; waits up to `patience` seconds for processes that are about to end. Whether nothing is left."""
+    """Remove the cgroups of a run; waits up to `patience` seconds for processes that are about to
+    end. Whether nothing is left."""
     end = time.monotonic() + patience
     while True:
         left = [root / name(run) for root in hierarchies() if not _removed(root / name(run))]

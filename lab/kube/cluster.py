@@ -4,8 +4,9 @@
     await clusters["west"].kubectl("apply", "-f", "-", stdin=manifest)
     await clusters["west"].aclose()
 
-A `Cluster` holds no open file and no task, so it can be used from any event loop, and from another process by `attach`. The code
-that starts a cluster closes it. A cluster that is left open ends with the run.
+A `Cluster` holds no open file and no task, so it can be used from any event loop, and from another
+process by `attach`. The code that starts a cluster closes it. A cluster that is left open ends with
+the run.
 """
 
 import contextlib
@@ -34,7 +35,8 @@ ENV_PROGRAMS = "ISTHMUS_KUBE_PROGRAMS"  # the directory of the programs
 ENV_IMAGES = "ISTHMUS_KUBE_IMAGES"  # the images, unpacked for containerd
 ENV_LOGS = "ISTHMUS_KUBE_LOGS"  # the directory that has the logs of each cluster; they stay
 ENV_RUNNING = "ISTHMUS_KUBE_CLUSTERS"  # the names of clusters that run already, with commas between
-START_TIMEOUT = 240.0  # seconds until a cluster is ready, on a slow and busy machine; about 20 s are usual
+# seconds until a cluster is ready, on a slow and busy machine; about 20 s are usual
+START_TIMEOUT = 240.0
 COMMAND_TIMEOUT = 120.0
 _NODE_TIMEOUT = 60.0
 _PAUSE = 0.2  # seconds between two looks at something that Kubernetes does in its own time
@@ -59,21 +61,37 @@ class Cluster:
     state: Path = field(repr=False)
     logs: Path = field(repr=False)
 
-    async def kubectl(self, *arguments: str, stdin: str = "", timeout: float = COMMAND_TIMEOUT, check: bool = True) -> Completed:
-        """Run kubectl. Raises LabError when it fails and `check` is set, or takes more than `timeout` seconds."""
+    async def kubectl(
+        self, *arguments: str, stdin: str = "", timeout: float = COMMAND_TIMEOUT, check: bool = True
+    ) -> Completed:
+        """Run kubectl. Raises LabError when it fails and `check` is set, or takes more than
+        `timeout` seconds."""
         launch = Launch(env=self.environment())
-        done = await run_program(["kubectl", *arguments], launch, stdin=stdin.encode(), timeout=timeout)
+        done = await run_program(
+            ["kubectl", *arguments], launch, stdin=stdin.encode(), timeout=timeout
+        )
         if check and not done.ok:
-            raise LabError(f"{self.name}: kubectl {' '.join(arguments)}: {done.stderr.decode(errors='replace').strip()}")
+            raise LabError(
+                f"{self.name}: kubectl {' '.join(arguments)}: {done.stderr.decode(errors='replace').strip()}"
+            )
         return done
 
     def environment(self) -> dict[str, str]:
-        """What kubectl and helm find the cluster by. Their caches are in the cluster's directory, not in that of the user."""
-        caches = {"KUBECACHEDIR": str(self.state / "kubectl"), "HELM_CACHE_HOME": str(self.state / "helm")} if self.state.exists() else {}
+        """What kubectl and helm find the cluster by. Their caches are in the cluster's directory,
+        not in that of the user."""
+        caches = (
+            {
+                "KUBECACHEDIR": str(self.state / "kubectl"),
+                "HELM_CACHE_HOME": str(self.state / "helm"),
+            }
+            if self.state.exists()
+            else {}
+        )
         return {"KUBECONFIG": str(self.kubeconfig), **caches}
 
     async def apply(self, manifest: str, namespace: str | None = None) -> None:
-        """Apply a manifest of one or more documents, by server-side apply. With `namespace`, no document may name another one."""
+        """Apply a manifest of one or more documents, by server-side apply. With `namespace`, no
+        document may name another one."""
         where = () if namespace is None else ("--namespace", namespace)
         await self.kubectl(*where, "apply", "--server-side", "-f", "-", stdin=manifest)
 
@@ -86,11 +104,18 @@ class Cluster:
         """`kubectl wait`: for instance `wait("deployment/web", "--for=condition=Available")`."""
         await self.kubectl("wait", *arguments, f"--timeout={timeout:g}s", timeout=timeout + 10)
 
-    async def enter(self, *command: str, timeout: float = COMMAND_TIMEOUT, check: bool = True) -> Completed:
-        """Run a command on the node, with crictl and ctr set up. Raises LabError as `kubectl` does."""
-        done = await run_program(command, Launch(prefix=self.prefix(), env=ON_THE_NODE), timeout=timeout)
+    async def enter(
+        self, *command: str, timeout: float = COMMAND_TIMEOUT, check: bool = True
+    ) -> Completed:
+        """Run a command on the node, with crictl and ctr set up. Raises LabError as `kubectl`
+        does."""
+        done = await run_program(
+            command, Launch(prefix=self.prefix(), env=ON_THE_NODE), timeout=timeout
+        )
         if check and not done.ok:
-            raise LabError(f"{self.name}: {' '.join(command)}: {done.stderr.decode(errors='replace').strip()}")
+            raise LabError(
+                f"{self.name}: {' '.join(command)}: {done.stderr.decode(errors='replace').strip()}"
+            )
         return done
 
     def prefix(self) -> tuple[str, ...]:
@@ -119,14 +144,17 @@ class Cluster:
         return answer.removeprefix("ok ")
 
     async def until(self, what: str, *command: str, timeout: float = COMMAND_TIMEOUT) -> None:
-        """Run kubectl with these arguments until it succeeds. Raises LabError with the last answer after `timeout` seconds."""
+        """Run kubectl with these arguments until it succeeds. Raises LabError with the last answer
+        after `timeout` seconds."""
         end = trio.current_time() + timeout
         while True:
             done = await self.kubectl(*command, check=False)
             if done.ok:
                 return
             if trio.current_time() > end or (self.state.exists() and not running(self.state)):
-                raise LabError(f"{self.name}: {what}: not so after {timeout:g} s: {done.stderr.decode().strip()}; logs: {self.logs}")
+                raise LabError(
+                    f"{self.name}: {what}: not so after {timeout:g} s: {done.stderr.decode().strip()}; logs: {self.logs}"
+                )
             await trio.sleep(_PAUSE)
 
     async def aclose(self) -> None:
@@ -142,7 +170,8 @@ ON_THE_NODE = {
 
 
 def attach(name: str) -> Cluster:
-    """A cluster that another process of this run has started. Raises LabError when there is none."""
+    """A cluster that another process of this run has started. Raises LabError when there is
+    none."""
     state = guard.directory() / name
     if not running(state):
         raise LabError(f"the cluster {name} does not run")
@@ -150,26 +179,37 @@ def attach(name: str) -> Cluster:
 
 
 def foreign(kubeconfig: Path) -> Cluster:
-    """A cluster that was not started here. Only what is done by kubectl works; the methods about the node raise LabError."""
+    """A cluster that was not started here. Only what is done by kubectl works; the methods about
+    the node raise LabError."""
     return Cluster("foreign", kubeconfig, Addresses(0), Path("/nonexistent"), Path("/nonexistent"))
 
 
 def _cluster(name: str) -> Cluster:
     state = guard.directory() / name
-    return Cluster(name, state / "pki" / "admin.conf", Addresses.of(name), state, Path(_required(ENV_LOGS), name))
+    return Cluster(
+        name,
+        state / "pki" / "admin.conf",
+        Addresses.of(name),
+        state,
+        Path(_required(ENV_LOGS), name),
+    )
 
 
 def _required(name: str) -> str:
     value = os.environ.get(name)
     if not value:
-        raise LabError(f"{name} is not set: a test cluster is started within a run only (python -m lab.kube run -- COMMAND)")
+        raise LabError(
+            f"{name} is not set: a test cluster is started within a run only (python -m lab.kube run -- COMMAND)"
+        )
     return value
 
 
 def running(state: Path) -> bool:
     """Whether a node with this state directory runs."""
     try:
-        return Path("/proc", str(_pid(state)), "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return (
+            Path("/proc", str(_pid(state)), "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        )
     except (OSError, LabError):
         return False
 
@@ -199,7 +239,9 @@ async def start(name: str, options: Options | None = None) -> Cluster:
     return cluster
 
 
-async def start_all(names: Sequence[str] = NAMES, options: Options | None = None) -> dict[str, Cluster]:
+async def start_all(
+    names: Sequence[str] = NAMES, options: Options | None = None
+) -> dict[str, Cluster]:
     """Start several clusters side by side, and join west and east when both are there."""
     clusters: dict[str, Cluster] = {}
 
@@ -227,7 +269,9 @@ def _begin(cluster: Cluster, options: Options) -> None:
         log.unlink()
     pki.write(cluster.state / "pki", cluster.name)
     network.build(cluster.name)
-    imagestore.copy(Path(_required(ENV_IMAGES)), cluster.state / "root" / "var" / "lib" / "containerd")
+    imagestore.copy(
+        Path(_required(ENV_IMAGES)), cluster.state / "root" / "var" / "lib" / "containerd"
+    )
     own = Settings(
         name=cluster.name,
         state=cluster.state,
@@ -240,7 +284,15 @@ def _begin(cluster: Cluster, options: Options) -> None:
     )
     settings = cluster.state / "settings.json"
     settings.write_bytes(msgspec.json.encode(own, enc_hook=str))
-    namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]
+    namespaces = [
+        "unshare",
+        "--mount",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--propagation",
+        "private",
+    ]
     command = ["nsenter", f"--net=/run/netns/{network.namespace(cluster.name)}", *namespaces]
     with (cluster.logs / "node.log").open("wb") as output:
         outer = subprocess.Popen(
@@ -268,7 +320,9 @@ def _child(outer: "subprocess.Popen[bytes]", cluster: Cluster) -> int:
 
 async def _become_ready(cluster: Cluster) -> None:
     await cluster.until("the API is ready", "get", "--raw", "/readyz")
-    await cluster.until("the node is ready", "wait", f"node/{cluster.name}", "--for=condition=Ready", "--timeout=5s")
+    await cluster.until(
+        "the node is ready", "wait", f"node/{cluster.name}", "--for=condition=Ready", "--timeout=5s"
+    )
     await cluster.until("pods can be made", "get", "serviceaccount", "default")
     await cluster.apply((HERE / "manifests" / "coredns.yaml").read_text())
     await cluster.wait("--namespace=kube-system", "deployment/coredns", "--for=condition=Available")
@@ -278,7 +332,8 @@ def _end(name: str, state: Path) -> None:
     node.control(name).unlink(missing_ok=True)
     if (state / "outer").exists():
         outer = int((state / "outer").read_text())
-        # The first of its namespace, so that the kernel ends all others, pods too. `outer` ends when they have.
+        # The first of its namespace, so that the kernel ends all others, pods too. `outer` ends
+        # when they have.
         with contextlib.suppress(ProcessLookupError):
             os.kill(_pid(state) if running(state) else outer, signal.SIGKILL)
         _wait(outer)

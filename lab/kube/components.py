@@ -20,8 +20,8 @@ CNI_PLUGINS = "/usr/lib/cni"  # where Debian has them
 class Settings:
     """What a node is told when it starts.
 
-    `state` is its directory, `programs` that of the binaries, `logs` that of the logs, `cgroup` its cgroup from the root of each hierarchy.
-    The flags are added to those of the components.
+    `state` is its directory, `programs` that of the binaries, `logs` that of the logs, `cgroup` its
+    cgroup from the root of each hierarchy. The flags are added to those of the components.
     """
 
     name: str
@@ -43,23 +43,61 @@ def commands(own: Settings) -> dict[str, list[str]]:
     """The command of each component, by its name."""
     programs = {
         "etcd": _etcd(own),
-        "containerd": ["containerd", "--config", str(own.state / "containerd.toml"), "--log-level", "warn"],
+        "containerd": [
+            "containerd",
+            "--config",
+            str(own.state / "containerd.toml"),
+            "--log-level",
+            "warn",
+        ],
         "kube-apiserver": _apiserver(own),
         "kube-controller-manager": _controllers(own),
-        "kube-scheduler": ["kube-scheduler", "--kubeconfig", str(own.pki / "kube-scheduler.conf"), "--leader-elect=false"],
+        "kube-scheduler": [
+            "kube-scheduler",
+            "--kubeconfig",
+            str(own.pki / "kube-scheduler.conf"),
+            "--leader-elect=false",
+        ],
         "kubelet": _kubelet(own),
         "kube-proxy": ["kube-proxy", "--config", str(own.state / "kube-proxy.json")],
     }
-    found = {name: [str(own.programs / name) if (own.programs / name).exists() else name, *rest] for name, (_, *rest) in programs.items()}
+    found = {
+        name: [str(own.programs / name) if (own.programs / name).exists() else name, *rest]
+        for name, (_, *rest) in programs.items()
+    }
     # A kubelet that does not find containerd waits for seconds, and then ends.
-    found["kubelet"] = ["sh", "-c", 'until [ -S "$0" ]; do sleep 0.1; done; exec "$@"', CONTAINERD, *found["kubelet"]]
+    found["kubelet"] = [
+        "sh",
+        "-c",
+        'until [ -S "$0" ]; do sleep 0.1; done; exec "$@"',
+        CONTAINERD,
+        *found["kubelet"],
+    ]
     return found
 
 
 def _etcd(own: Settings) -> list[str]:
     listen = ["--listen-client-urls", ETCD, "--advertise-client-urls", ETCD]
-    peers = ["--listen-peer-urls", ETCD_PEERS, "--initial-advertise-peer-urls", ETCD_PEERS, "--initial-cluster", f"{own.name}={ETCD_PEERS}"]
-    return ["etcd", "--name", own.name, "--data-dir", str(own.state / "etcd"), *listen, *peers, "--unsafe-no-fsync", "--log-level", "warn"]
+    peers = [
+        "--listen-peer-urls",
+        ETCD_PEERS,
+        "--initial-advertise-peer-urls",
+        ETCD_PEERS,
+        "--initial-cluster",
+        f"{own.name}={ETCD_PEERS}",
+    ]
+    return [
+        "etcd",
+        "--name",
+        own.name,
+        "--data-dir",
+        str(own.state / "etcd"),
+        *listen,
+        *peers,
+        "--unsafe-no-fsync",
+        "--log-level",
+        "warn",
+    ]
 
 
 def _apiserver(own: Settings) -> list[str]:
@@ -90,7 +128,11 @@ def _apiserver(own: Settings) -> list[str]:
         "proxy-client-cert-file": pki / "front-proxy.crt",
         "proxy-client-key-file": pki / "front-proxy.key",
     }
-    return ["kube-apiserver", *(f"--{flag}={value}" for flag, value in flags.items()), *own.apiserver]
+    return [
+        "kube-apiserver",
+        *(f"--{flag}={value}" for flag, value in flags.items()),
+        *own.apiserver,
+    ]
 
 
 def _controllers(own: Settings) -> list[str]:
@@ -109,18 +151,37 @@ def _controllers(own: Settings) -> list[str]:
         "node-cidr-mask-size-ipv6": 64,
         "service-cluster-ip-range": f"{SERVICES4},{SERVICES6}",
     }
-    return ["kube-controller-manager", *(f"--{flag}={value}" for flag, value in flags.items()), *own.controllers]
+    return [
+        "kube-controller-manager",
+        *(f"--{flag}={value}" for flag, value in flags.items()),
+        *own.controllers,
+    ]
 
 
 def _kubelet(own: Settings) -> list[str]:
     addresses = Addresses.of(own.name)
     labels = f"topology.kubernetes.io/zone={own.name}-a,topology.kubernetes.io/region={own.name}"
-    where = ["--config", str(own.state / "kubelet.json"), "--kubeconfig", str(own.pki / "kubelet.conf")]
-    return ["kubelet", *where, "--hostname-override", own.name, "--node-ip", f"{addresses.node},{addresses.node6}", "--node-labels", labels]
+    where = [
+        "--config",
+        str(own.state / "kubelet.json"),
+        "--kubeconfig",
+        str(own.pki / "kubelet.conf"),
+    ]
+    return [
+        "kubelet",
+        *where,
+        "--hostname-override",
+        own.name,
+        "--node-ip",
+        f"{addresses.node},{addresses.node6}",
+        "--node-labels",
+        labels,
+    ]
 
 
 def write(own: Settings) -> None:
-    """The configuration files, into the state directory, and the CNI's where containerd reads it."""
+    """The configuration files, into the state directory, and the CNI's where containerd reads
+    it."""
     (own.state / "containerd.toml").write_text(_CONTAINERD)
     (own.state / "kubelet.json").write_text(json.dumps(_kubelet_file(own)))
     (own.state / "kube-proxy.json").write_text(json.dumps(_proxy_file(own)))
@@ -150,7 +211,12 @@ def _kubelet_file(own: Settings) -> dict[str, object]:
         "clusterDNS": [DNS],
         "clusterDomain": "cluster.local",
         "resolvConf": str(own.state / "resolv.conf"),
-        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "nodefs.inodesFree": "1%", "imagefs.available": "1%"},
+        "evictionHard": {
+            "memory.available": "100Mi",
+            "nodefs.available": "1%",
+            "nodefs.inodesFree": "1%",
+            "imagefs.available": "1%",
+        },
         "imageGCHighThresholdPercent": 100,
         "imageGCLowThresholdPercent": 99,
     }
@@ -165,12 +231,17 @@ def _proxy_file(own: Settings) -> dict[str, object]:
         "clusterCIDR": f"{PODS4},{PODS6}",
         "hostnameOverride": own.name,
         # Zero leaves the settings of the machine alone.
-        "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
+        "conntrack": {
+            "maxPerCore": 0,
+            "min": 0,
+            "tcpEstablishedTimeout": "0s",
+            "tcpCloseWaitTimeout": "0s",
+        },
     }
 
 
-# Pods are routed rather than bridged. Bridged ones on one node answer each other past the packet filter, so that a Service's address works
-# only where the kernel has br_netfilter.
+# Pods are routed rather than bridged. Bridged ones on one node answer each other past the packet
+# filter, so that a Service's address works only where the kernel has br_netfilter.
 _CNI = {
     "cniVersion": "1.0.0",
     "name": "routed",
@@ -187,7 +258,8 @@ _CNI = {
         {"type": "portmap", "capabilities": {"portMappings": True}},
     ],
 }
-# restrict_oom_score_adj: a root without CAP_SYS_RESOURCE cannot put a process before others for the kernel's memory killer.
+# restrict_oom_score_adj: a root without CAP_SYS_RESOURCE cannot put a process before others for the
+# kernel's memory killer.
 _CONTAINERD = f"""version = 2
 root = '/var/lib/containerd'
 state = '/run/containerd'

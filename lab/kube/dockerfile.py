@@ -1,7 +1,8 @@
 """Dockerfiles and ignore files, read: text in, steps out. Pure; images.py runs the steps.
 
-The part of the language that this project's Dockerfiles use: https://docs.docker.com/reference/dockerfile/. An instruction or an option
-that is not known here is an error that names its line, so an image is never built with a step left out.
+The part of the language that this project's Dockerfiles use:
+https://docs.docker.com/reference/dockerfile/. An instruction or an option that is not known here is
+an error that names its line, so an image is never built with a step left out.
 """
 
 import json
@@ -10,7 +11,20 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-INSTRUCTIONS = ("FROM", "ARG", "ENV", "WORKDIR", "RUN", "COPY", "LABEL", "USER", "EXPOSE", "STOPSIGNAL", "ENTRYPOINT", "CMD")
+INSTRUCTIONS = (
+    "FROM",
+    "ARG",
+    "ENV",
+    "WORKDIR",
+    "RUN",
+    "COPY",
+    "LABEL",
+    "USER",
+    "EXPOSE",
+    "STOPSIGNAL",
+    "ENTRYPOINT",
+    "CMD",
+)
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
 
@@ -20,7 +34,8 @@ class DockerfileError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One instruction: its name in capitals, what follows it with continuation lines joined, and the number of its first line."""
+    """One instruction: its name in capitals, what follows it with continuation lines joined, and
+    the number of its first line."""
 
     name: str
     text: str
@@ -66,7 +81,8 @@ def steps(text: str) -> Iterator[Step]:
 
 
 def stages(text: str, arguments: Mapping[str, str] | None = None) -> list[Stage]:
-    """The stages of a Dockerfile, the last one being the image. `arguments` replace the defaults of ARG. Raises DockerfileError."""
+    """The stages of a Dockerfile, the last one being the image. `arguments` replace the defaults of
+    ARG. Raises DockerfileError."""
     found: list[Stage] = []
     values: dict[str, str] = {}
     for step in steps(text):
@@ -124,12 +140,15 @@ def copied(step: Step) -> Copy:
     if len(words) < 2:
         raise DockerfileError(f"line {step.line}: COPY needs a source and a target")
     if any(character in word for word in words for character in "*?[$"):
-        raise DockerfileError(f"line {step.line}: COPY with patterns or variables is not supported here")
+        raise DockerfileError(
+            f"line {step.line}: COPY with patterns or variables is not supported here"
+        )
     return Copy(tuple(words[:-1]), words[-1], stage)
 
 
 def arguments(step: Step) -> list[str]:
-    """The list of ENTRYPOINT, CMD or RUN: of its JSON form as it is, of its shell form a call of the shell."""
+    """The list of ENTRYPOINT, CMD or RUN: of its JSON form as it is, of its shell form a call of
+    the shell."""
     if step.text.startswith("["):
         try:
             words = json.loads(step.text)
@@ -142,14 +161,20 @@ def arguments(step: Step) -> list[str]:
 
 
 class Ignore:
-    """A .dockerignore: which paths of the context, relative to it, do not go to the build. The last pattern that matches decides."""
+    """A .dockerignore: which paths of the context, relative to it, do not go to the build. The last
+    pattern that matches decides."""
 
     def __init__(self, text: str) -> None:
         self._rules: list[tuple[bool, re.Pattern[str]]] = []
         for raw in text.splitlines():
             line = raw.strip()
             if line and not line.startswith("#"):
-                self._rules.append((not line.startswith("!"), re.compile(_pattern(line.removeprefix("!").strip("/")))))
+                self._rules.append(
+                    (
+                        not line.startswith("!"),
+                        re.compile(_pattern(line.removeprefix("!").strip("/"))),
+                    )
+                )
 
     def __call__(self, path: str) -> bool:
         """Whether `path` is left out. A pattern that matches a directory matches all in it."""

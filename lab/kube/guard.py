@@ -1,9 +1,11 @@
-"""A run of the test cluster: one directory, one sandbox, and a process that removes what a sandbox leaves.
+"""A run of the test cluster: one directory, one sandbox, and a process that removes what a sandbox
+leaves.
 
-Everything runs in the sandbox (lab/sandbox.py), so the kernel removes processes, mounts, network namespaces, interfaces and packet filters,
-however the run ends. Two things do not belong to a namespace: cgroups, and files on the disk. A separate small process, the janitor, waits
-until the sandbox is gone, by a pipe that only the sandbox holds, and removes both. If the janitor was killed too, the next
-run does it (`sweep`).
+Everything runs in the sandbox (lab/sandbox.py), so the kernel removes processes, mounts, network
+namespaces, interfaces and packet filters, however the run ends. Two things do not belong to a
+namespace: cgroups, and files on the disk. A separate small process, the janitor, waits until the
+sandbox is gone, by a pipe that only the sandbox holds, and removes both. If the janitor was killed
+too, the next run does it (`sweep`).
 """
 
 import contextlib
@@ -37,12 +39,15 @@ def directory() -> Path:
     """The directory of this run. Raises LabError outside of one."""
     place = os.environ.get(ENV_RUN)
     if not place or not sandbox.inside():
-        raise LabError("a test cluster is started within a run only: python -m lab.kube run -- COMMAND")
+        raise LabError(
+            "a test cluster is started within a run only: python -m lab.kube run -- COMMAND"
+        )
     return Path(place)
 
 
 def run(command: Sequence[str]) -> int:
-    """Run a command in a sandbox in which clusters can be started; its exit code. Raises LabError, SandboxError."""
+    """Run a command in a sandbox in which clusters can be started; its exit code. Raises LabError,
+    SandboxError."""
     if os.geteuid() != 0:
         raise LabError("a Kubernetes node needs root: run this as root")
     sweep()
@@ -72,7 +77,9 @@ def run(command: Sequence[str]) -> int:
                 os.close(reader)
                 process.wait()
                 if place.exists():
-                    print(f"isthmus lab: the run's directory is still there: {place}", file=sys.stderr)
+                    print(
+                        f"isthmus lab: the run's directory is still there: {place}", file=sys.stderr
+                    )
 
 
 @contextlib.contextmanager
@@ -92,7 +99,8 @@ def _claimed() -> Iterator[tuple[Path, int]]:
 
 
 def sweep() -> list[str]:
-    """Remove what runs have left whose processes and janitor were all killed; their names. Raises LabError."""
+    """Remove what runs have left whose processes and janitor were all killed; their names. Raises
+    LabError."""
     runs().mkdir(parents=True, exist_ok=True)
     swept = []
     with (runs() / ".lock").open("w") as gate:
@@ -113,7 +121,8 @@ def sweep() -> list[str]:
 
 
 def clean(run: str) -> None:
-    """Remove the cgroups and the directory of a run whose processes have ended or are about to. Raises LabError."""
+    """Remove the cgroups and the directory of a run whose processes have ended or are about to.
+    Raises LabError."""
     if not cgroups.remove(run, PATIENCE):
         raise LabError(f"the cgroup {cgroups.name(run)} still has processes after {PATIENCE:g} s")
     place = runs() / run

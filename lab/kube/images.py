@@ -1,7 +1,8 @@
 """Images, built from Dockerfiles without Docker and without a registry.
 
-`isthmus:0.1.0` is built by the steps of the project's own Dockerfile, as they stand there. The others are in lab/kube/docker. What differs
-from a build by Docker is the base alone: `python:3.13-slim-trixie` comes from a registry, and is put together here from Debian's packages
+`isthmus:0.1.0` is built by the steps of the project's own Dockerfile, as they stand there. The
+others are in lab/kube/docker. What differs from a build by Docker is the base alone:
+`python:3.13-slim-trixie` comes from a registry, and is put together here from Debian's packages
 (base.py).
 """
 
@@ -19,8 +20,18 @@ from lab.kube.dockerfile import DockerfileError, Ignore, Step
 from lab.kube.layers import Layer, Store, merged
 from lab.process import LabError
 
-# What a step sees of the machine, so that it reaches the same mirrors: none of it stays in the layer.
-_PASSED = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "PIP_INDEX_URL", "PIP_DEFAULT_TIMEOUT")
+# What a step sees of the machine, so that it reaches the same mirrors: none of it stays in the
+# layer.
+_PASSED = (
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "PIP_INDEX_URL",
+    "PIP_DEFAULT_TIMEOUT",
+)
 _BOUND = ("/etc/resolv.conf", "/etc/hosts")
 _AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
 _SHOWN = "/mnt/authorities.crt"  # where a step finds it, and who reads it
@@ -29,7 +40,8 @@ _TRUSTING = ("SSL_CERT_FILE", "PIP_CERT", "CARGO_HTTP_CAINFO", "CURL_CA_BUNDLE")
 
 @dataclass(slots=True)
 class Built:
-    """An image, or what a stage has of one: its layers, lowest first, and the configuration (OCI image specification, config.md)."""
+    """An image, or what a stage has of one: its layers, lowest first, and the configuration (OCI
+    image specification, config.md)."""
 
     key: str
     layers: list[Layer] = field(default_factory=list)
@@ -44,12 +56,17 @@ class Built:
 
     def settings(self) -> dict[str, object]:
         """The configuration as an archive has it."""
-        found = {**self.config, "WorkingDir": self.workdir, "Env": [f"{name}={value}" for name, value in self.env.items()]}
+        found = {
+            **self.config,
+            "WorkingDir": self.workdir,
+            "Env": [f"{name}={value}" for name, value in self.env.items()],
+        }
         return {**found, "User": self.user} if self.user else found
 
 
 class Builder:
-    """Builds the images of Dockerfiles. `root` is a directory of the cache; root's rights are needed."""
+    """Builds the images of Dockerfiles. `root` is a directory of the cache; root's rights are
+    needed."""
 
     def __init__(self, root: Path) -> None:
         self.store = Store(root / "layers")
@@ -57,14 +74,21 @@ class Builder:
         self._log.mkdir(parents=True, exist_ok=True)
 
     def build(self, file: Path, context: Path) -> Built:
-        """The image of a Dockerfile. Raises DockerfileError for one that is not understood, LabError when a step fails."""
+        """The image of a Dockerfile. Raises DockerfileError for one that is not understood,
+        LabError when a step fails."""
         ignore_file = context / ".dockerignore"
         ignore = Ignore(ignore_file.read_text() if ignore_file.exists() else "")
         made: dict[str, Built] = {}
         built = Built("")
         for number, stage in enumerate(dockerfile.stages(file.read_text())):
             built = self._from(stage.base, made)
-            build = _Stage(self, built, made, Context(context, ignore), self._log / f"{context.name}-{number}.log")
+            build = _Stage(
+                self,
+                built,
+                made,
+                Context(context, ignore),
+                self._log / f"{context.name}-{number}.log",
+            )
             build.log.unlink(missing_ok=True)
             for step in stage.steps:
                 build.run(step)
@@ -76,7 +100,14 @@ class Builder:
     def _from(self, name: str, made: Mapping[str, Built]) -> Built:
         if name in made:
             other = made[name]
-            return Built(other.key, list(other.layers), dict(other.env), dict(other.config), other.workdir, other.user)
+            return Built(
+                other.key,
+                list(other.layers),
+                dict(other.env),
+                dict(other.config),
+                other.workdir,
+                other.user,
+            )
         if name == "scratch":
             return Built("scratch")
         layer = base.layer(self.store, name, self._log / "base.log")
@@ -91,10 +122,13 @@ class Context:
     ignore: Ignore
 
     def files(self, source: str) -> list[Path]:
-        """All files and directories of a source, relative to the context, sorted. Raises LabError when there is none."""
+        """All files and directories of a source, relative to the context, sorted. Raises LabError
+        when there is none."""
         start = self.root / source
         inside = sorted(start.rglob("*")) if start.is_dir() else [start]
-        found = [path.relative_to(self.root) for path in inside if path.is_symlink() or path.exists()]
+        found = [
+            path.relative_to(self.root) for path in inside if path.is_symlink() or path.exists()
+        ]
         found = [path for path in found if not self.ignore(str(path))]
         if not found:
             raise LabError(f"{start}: nothing to copy, or the ignore file leaves it out")
@@ -104,7 +138,9 @@ class Context:
 class _Stage:
     """One stage while its steps run."""
 
-    def __init__(self, builder: Builder, built: Built, made: Mapping[str, Built], context: Context, log: Path) -> None:
+    def __init__(
+        self, builder: Builder, built: Built, made: Mapping[str, Built], context: Context, log: Path
+    ) -> None:
         self._store = builder.store
         self._built = built
         self._made = made
@@ -120,9 +156,14 @@ class _Stage:
             case "ENV":
                 built.env |= dockerfile.pairs(step, built.env)
             case "LABEL":
-                built.config["Labels"] = {**_dict(built.config.get("Labels")), **dockerfile.pairs(step, built.env)}
+                built.config["Labels"] = {
+                    **_dict(built.config.get("Labels")),
+                    **dockerfile.pairs(step, built.env),
+                }
             case "EXPOSE":
-                ports: dict[str, object] = {port if "/" in port else f"{port}/tcp": {} for port in step.text.split()}
+                ports: dict[str, object] = {
+                    port if "/" in port else f"{port}/tcp": {} for port in step.text.split()
+                }
                 built.config["ExposedPorts"] = {**_dict(built.config.get("ExposedPorts")), **ports}
             case "STOPSIGNAL":
                 built.config["StopSignal"] = step.text
@@ -150,7 +191,8 @@ class _Stage:
             self._execute(" ".join(shlex.quote(word) for word in dockerfile.arguments(step)))
 
     def _execute(self, command: str, prepare: str = "", *, plain: bool = False) -> None:
-        """A layer of what a command changes, run by chroot in the merged tree: as the stage has it, or `plain`, as root in /."""
+        """A layer of what a command changes, run by chroot in the merged tree: as the stage has it,
+        or `plain`, as root in /."""
         built = self._built
         if not built.layers:
             raise LabError("nothing can be run in an image that begins empty")
@@ -180,21 +222,38 @@ class _Stage:
 
     def _copy(self, step: Step) -> None:
         copy = dockerfile.copied(step)
-        target = str(Path(self._built.workdir, copy.target)) + ("/" if copy.target.endswith("/") else "")
+        target = str(Path(self._built.workdir, copy.target)) + (
+            "/" if copy.target.endswith("/") else ""
+        )
         if copy.stage is not None:
             self._copy_stage(step, copy, copy.stage, target)
             return
         files = [path for source in copy.sources for path in self._context.files(source)]
-        self._built.next(step.name, step.text, *(_fingerprint(self._context.root, path) for path in files))
+        self._built.next(
+            step.name, step.text, *(_fingerprint(self._context.root, path) for path in files)
+        )
         if not self._built.layers:
-            self._built.layers.append(self._store.layer(self._built.key, lambda upper: self._stage_files(copy.sources, upper, target)))
+            self._built.layers.append(
+                self._store.layer(
+                    self._built.key, lambda upper: self._stage_files(copy.sources, upper, target)
+                )
+            )
             return
-        staged = self._store.layer(fingerprint(self._built.key, "context"), lambda upper: self._stage_files(copy.sources, upper, "/"))
-        # Copied by a program within the image, so that its symbolic links mean what they mean there.
-        self._execute(_copying(self._context.root, copy.sources, target), f'mount --bind {staged.key}/tree "$ROOT/mnt"', plain=True)
+        staged = self._store.layer(
+            fingerprint(self._built.key, "context"),
+            lambda upper: self._stage_files(copy.sources, upper, "/"),
+        )
+        # Copied by a program within the image, so that its symbolic links mean what they mean
+        # there.
+        self._execute(
+            _copying(self._context.root, copy.sources, target),
+            f'mount --bind {staged.key}/tree "$ROOT/mnt"',
+            plain=True,
+        )
 
     def _stage_files(self, sources: Sequence[str], upper: Path, target: str) -> None:
-        """The sources of the context below `upper`: at their own paths, or, in an image that begins empty, at the target."""
+        """The sources of the context below `upper`: at their own paths, or, in an image that begins
+        empty, at the target."""
         for source in sources:
             for path in self._context.files(source):
                 if target == "/":
@@ -202,7 +261,11 @@ class _Stage:
                 elif (self._context.root / source).is_dir():
                     place = upper / target.strip("/") / path.relative_to(source)
                 else:
-                    place = upper / target.strip("/") / (path.name if target.endswith("/") or len(sources) > 1 else "")
+                    place = (
+                        upper
+                        / target.strip("/")
+                        / (path.name if target.endswith("/") or len(sources) > 1 else "")
+                    )
                 place.parent.mkdir(parents=True, exist_ok=True)
                 origin = self._context.root / path
                 if origin.is_dir() and not origin.is_symlink():
@@ -217,7 +280,9 @@ class _Stage:
         other = self._made[stage]
         self._built.next(step.name, step.text, other.key)
         if not self._built.layers:
-            raise DockerfileError(f"line {step.line}: COPY --from into an empty image is not supported here")
+            raise DockerfileError(
+                f"line {step.line}: COPY --from into an empty image is not supported here"
+            )
         commands = []
         for source in copy.sources:
             place = shlex.quote("/mnt" + source)
@@ -229,12 +294,15 @@ def _copying(context: Path, sources: Sequence[str], target: str) -> str:
     commands = []
     for source in sources:
         name = "/mnt/" + os.path.normpath(source)
-        commands.append(_cp(shlex.quote(name), target, "true" if (context / source).is_dir() else "false"))
+        commands.append(
+            _cp(shlex.quote(name), target, "true" if (context / source).is_dir() else "false")
+        )
     return "\n".join(commands)
 
 
 def _cp(source: str, target: str, is_directory: str) -> str:
-    """The content of a directory, or a file itself, with root as the owner of what came from the context."""
+    """The content of a directory, or a file itself, with root as the owner of what came from the
+    context."""
     place = shlex.quote(target)
     parent = shlex.quote(target if target.endswith("/") else str(Path(target).parent))
     return (

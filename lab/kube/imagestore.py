@@ -1,7 +1,8 @@
-"""The directory of containerd with all images unpacked: made once for an archive, and given to each node as a copy of hard links.
+"""The directory of containerd with all images unpacked: made once for an archive, and given to each
+node as a copy of hard links.
 
-Unpacking takes most of the time of a node's start. What is unpacked never changes: containers write to layers of their own. Only databases
-are copied.
+Unpacking takes most of the time of a node's start. What is unpacked never changes: containers write
+to layers of their own. Only databases are copied.
 """
 
 import os
@@ -31,11 +32,24 @@ def unpacked(archive: Path) -> Path:
         print("  unpack the images", flush=True)
         work = archive.with_suffix(".new")
         shutil.rmtree(work, ignore_errors=True)
-        namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private", "--mount-proc"]
+        namespaces = [
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--propagation",
+            "private",
+            "--mount-proc",
+        ]
         command = [*namespaces, "sh", "-c", _SCRIPT, "unpack", str(work), str(archive)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
         if done.returncode != 0:
-            raise LabError(f"containerd cannot unpack {archive}: {(done.stdout + done.stderr).strip()[-2000:]}")
+            raise LabError(
+                f"containerd cannot unpack {archive}: {(done.stdout + done.stderr).strip()[-2000:]}"
+            )
         work.rename(final)
     os.utime(final)
     prune(archive.parent)
@@ -43,9 +57,12 @@ def unpacked(archive: Path) -> Path:
 
 
 def copy(store: Path, target: Path) -> None:
-    """Give a node its own directory: `target`, which does not exist yet, on the same file system. Raises LabError."""
+    """Give a node its own directory: `target`, which does not exist yet, on the same file system.
+    Raises LabError."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(["cp", "-al", str(store), str(target)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["cp", "-al", str(store), str(target)], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise LabError(f"{store} cannot be linked to {target}: {done.stderr.strip()[-2000:]}")
     for database in target.glob("*/*.db"):

@@ -1,8 +1,9 @@
-"""Layers of images: directories, made by running something on top of others, kept by a key, and written as archives.
+"""Layers of images: directories, made by running something on top of others, kept by a key, and
+written as archives.
 
-A layer is the upper directory of an overlay mount. What runs does so in mount and process-id namespaces of its own, so a build that is
-killed leaves no mount behind. Needs root, and a file system that an overlay can have its upper directory on (ext4, xfs, tmpfs; not another
-overlay).
+A layer is the upper directory of an overlay mount. What runs does so in mount and process-id
+namespaces of its own, so a build that is killed leaves no mount behind. Needs root, and a file
+system that an overlay can have its upper directory on (ext4, xfs, tmpfs; not another overlay).
 """
 
 import contextlib
@@ -44,7 +45,8 @@ class Layer:
         return self.path / "tree"
 
     def archive(self) -> Path:
-        """The layer as a tar archive (OCI image specification, layer.md). Written at the first call."""
+        """The layer as a tar archive (OCI image specification, layer.md). Written at the first
+        call."""
         file = self.path / "layer.tar"
         if not file.exists():
             part = file.with_suffix(".part")
@@ -79,7 +81,8 @@ class Store:
             yield
 
     def layer(self, key: str, make: Callable[[Path], None]) -> Layer:
-        """The layer with this key. `make` fills an empty directory with its files if the layer is not there yet."""
+        """The layer with this key. `make` fills an empty directory with its files if the layer is
+        not there yet."""
         final = self._root / key
         if not final.exists():
             work = self._root / f".{key}.new"
@@ -91,7 +94,8 @@ class Store:
         return Layer(final)
 
     def run(self, under: Sequence[Layer], upper: Path, script: str, log: Path) -> None:
-        """Run a shell script with the merged tree of `under` and `upper` at $ROOT. Raises LabError with the end of its output."""
+        """Run a shell script with the merged tree of `under` and `upper` at $ROOT. Raises LabError
+        with the end of its output."""
         work, root = upper.with_name("work"), upper.with_name("root")
         for directory in (work, root):
             directory.mkdir(exist_ok=True)
@@ -100,26 +104,42 @@ class Store:
         places = f"lowerdir={lower},upperdir={upper.relative_to(self._root)},workdir={work.relative_to(self._root)}"
         mount = f"mount -t overlay overlay -o {_OVERLAY},{places} {shlex.quote(str(root))}"
         whole = f"set -e\ncd {shlex.quote(str(self._root))}\n{mount}\nROOT={shlex.quote(str(root))}\n{script}"
-        namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]
+        namespaces = [
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--propagation",
+            "private",
+        ]
         with log.open("ab") as file:
             done = subprocess.run(
-                [*namespaces, "sh", "-c", whole], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False
+                [*namespaces, "sh", "-c", whole],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                check=False,
             )
         if done.returncode != 0:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
-            raise LabError(f"a step of the image failed with {done.returncode}; its output ({log}) ends with:\n{tail}")
+            raise LabError(
+                f"a step of the image failed with {done.returncode}; its output ({log}) ends with:\n{tail}"
+            )
         _remove(work)
         _remove(root)
 
     def prune(self) -> None:
-        """Remove layers that were not used for UNUSED seconds, and unfinished ones of builds that were killed."""
+        """Remove layers that were not used for UNUSED seconds, and unfinished ones of builds that
+        were killed."""
         for unfinished in self._root.glob(".*.new"):
             _remove(unfinished)
         prune(self._root)
 
 
 def prune(directory: Path) -> None:
-    """Remove what is in a directory and was not used for UNUSED seconds, by its time of modification."""
+    """Remove what is in a directory and was not used for UNUSED seconds, by its time of
+    modification."""
     for entry in directory.iterdir():
         if not entry.name.startswith(".") and time.time() - entry.stat().st_mtime > UNUSED:
             if entry.is_dir():
@@ -129,7 +149,8 @@ def prune(directory: Path) -> None:
 
 
 def merged(layers: Sequence[Layer], root: str) -> str:
-    """The commands that show the merged tree of `layers`, read-only, at `root`, which is quoted for the shell already."""
+    """The commands that show the merged tree of `layers`, read-only, at `root`, which is quoted for
+    the shell already."""
     lower = ":".join(f"{layer.key}/tree" for layer in reversed(layers))
     if len(layers) == 1:
         return f"mount --bind {lower} {root}\nmount -o remount,ro,bind {root}"

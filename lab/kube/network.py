@@ -1,7 +1,8 @@
 """Addresses of the clusters, and their links.
 
-Each cluster's node is a network namespace with a link to the one that the test runs in. Pods and services have the same ranges in all
-clusters: clusters share nothing but the link between their nodes, as two networks of different owners would.
+Each cluster's node is a network namespace with a link to the one that the test runs in. Pods and
+services have the same ranges in all clusters: clusters share nothing but the link between their
+nodes, as two networks of different owners would.
 
     the test 172.31.1.1 ---- 172.31.1.2 node of west 198.51.100.10 ---- 198.51.100.20 node of east 172.31.2.2 ---- 172.31.2.1 the test
 """
@@ -102,7 +103,8 @@ def build(cluster: str) -> None:
 def remove(cluster: str) -> None:
     """Undo `build`; good too when there is nothing."""
     inside = namespace(cluster)
-    # The link first: a namespace is freed some time after its name is gone, and a link of this name would be in the way of the next one.
+    # The link first: a namespace is freed some time after its name is gone, and a link of this name
+    # would be in the way of the next one.
     for command in (["link", "delete", inside], ["netns", "delete", inside]):
         subprocess.run(["ip", *command], capture_output=True, check=False)
 
@@ -110,7 +112,9 @@ def remove(cluster: str) -> None:
 def join(west: str, east: str) -> None:
     """A link between two nodes."""
     inside = [namespace(name) for name in (west, east)]
-    network.batch(f"link add {_LINK} netns {inside[0]} type veth peer name {_LINK} netns {inside[1]}")
+    network.batch(
+        f"link add {_LINK} netns {inside[0]} type veth peer name {_LINK} netns {inside[1]}"
+    )
     for name, netns in zip((west, east), inside, strict=True):
         own = Addresses.of(name)
         lines = [f"address add {address}/24 dev {_LINK}" for address in (own.wan, *own.balanced)]

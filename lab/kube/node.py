@@ -1,10 +1,12 @@
-"""The first process of a node: gives the node its own places, starts the components, starts again what ends, and collects orphans.
+"""The first process of a node: gives the node its own places, starts the components, starts again
+what ends, and collects orphans.
 
-`python -m lab.kube.node SETTINGS` (a JSON file), in new mount and process-id namespaces and in the node's network namespace. When it ends
-the kernel ends everything else on the node, pods too. It is plain synchronous code: the first process of a namespace has to collect every
-child there is.
+`python -m lab.kube.node SETTINGS` (a JSON file), in new mount and process-id namespaces and in the
+node's network namespace. When it ends the kernel ends everything else on the node, pods too. It is
+plain synchronous code: the first process of a namespace has to collect every child there is.
 
-Tests stop and start components by a socket (`ask`): one line, `stop NAME`, `start NAME` or `pid NAME`, and one line in answer.
+Tests stop and start components by a socket (`ask`): one line, `stop NAME`, `start NAME` or `pid
+NAME`, and one line in answer.
 """
 
 import contextlib
@@ -35,7 +37,8 @@ _OWN = (
     "/run/containerd",
     "/run/netns",
 )
-# What a kubelet sets for the whole machine. It reads first, and leaves alone what is as it wants it: so it finds files with these values.
+# What a kubelet sets for the whole machine. It reads first, and leaves alone what is as it wants
+# it: so it finds files with these values.
 WANTED = {
     "vm/overcommit_memory": "1",
     "vm/panic_on_oom": "0",
@@ -71,13 +74,19 @@ class Node:
         self._due.pop(name, None)
         with (self._logs / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                self._commands[name], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment, start_new_session=True
+                self._commands[name],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                start_new_session=True,
             )
         process.returncode = 0  # it is collected here, not by the module
         self._running[process.pid] = name
 
     def collect(self) -> None:
-        """Take the status of every process that has ended; a component is due again, unless it was stopped."""
+        """Take the status of every process that has ended; a component is due again, unless it was
+        stopped."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -187,7 +196,9 @@ def _serve(node: Node, listener: socket.socket) -> None:
 
 def main() -> None:
     """The command."""
-    own = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Settings, dec_hook=lambda kind, value: kind(value))
+    own = msgspec.json.decode(
+        Path(sys.argv[1]).read_bytes(), type=Settings, dec_hook=lambda kind, value: kind(value)
+    )
     cgroups.join(own.cgroup, os.getpid())
     prepare(own)
     write(own)

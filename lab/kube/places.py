@@ -20,7 +20,8 @@ def cache() -> Path:
 
 
 def chosen() -> str:
-    """The version of Kubernetes that the environment asks for; the newest by default. Raises LabError for one that there is not."""
+    """The version of Kubernetes that the environment asks for; the newest by default. Raises
+    LabError for one that there is not."""
     version = os.environ.get(ENV_VERSION) or VERSIONS[0]
     if version not in VERSIONS:
         raise LabError(f"{ENV_VERSION}={version}: there are {' and '.join(VERSIONS)}")
@@ -29,7 +30,8 @@ def chosen() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Modules:
-    """The list of Go modules that a version is built from: go.mod for the newest, VERSION.mod for others."""
+    """The list of Go modules that a version is built from: go.mod for the newest, VERSION.mod for
+    others."""
 
     version: str
 
@@ -39,9 +41,14 @@ class Modules:
         return HERE / "go" / ("go.mod" if self.version == VERSIONS[0] else f"{self.version}.mod")
 
     def key(self, flags: str) -> str:
-        """A hash of all that a build depends on: the modules with their hashes, our own sources, and the flags of the compiler."""
+        """A hash of all that a build depends on: the modules with their hashes, our own sources,
+        and the flags of the compiler."""
         digest = hashlib.sha256(flags.encode())
-        for file in (self.file, self.file.with_suffix(".sum"), *sorted((HERE / "go").rglob("*.go"))):
+        for file in (
+            self.file,
+            self.file.with_suffix(".sum"),
+            *sorted((HERE / "go").rglob("*.go")),
+        ):
             digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
         return digest.hexdigest()[:16]
 

@@ -1,8 +1,9 @@
 """Tests on real Kubernetes clusters: `make test-kube`.
 
-`west` and `east` are started once for all tests, in namespaces of their own, or are those that run already (`python -m lab.kube run
---clusters west,east -- bash`). With KUBECONFIG set to any other cluster, the tests with the mark `own_cluster` are skipped. Each test has
-its own namespace, which is deleted afterwards.
+`west` and `east` are started once for all tests, in namespaces of their own, or are those that run
+already (`python -m lab.kube run --clusters west,east -- bash`). With KUBECONFIG set to any other
+cluster, the tests with the mark `own_cluster` are skipped. Each test has its own namespace, which
+is deleted afterwards.
 """
 
 from __future__ import annotations
@@ -31,14 +32,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     foreign = os.environ.get("KUBECONFIG") and not _OURS
     for item in items:
         if foreign and item.get_closest_marker("own_cluster"):
-            item.add_marker(pytest.mark.skip(reason="needs the clusters of the laboratory, and KUBECONFIG names another one"))
+            item.add_marker(
+                pytest.mark.skip(
+                    reason="needs the clusters of the laboratory, and KUBECONFIG names another one"
+                )
+            )
         elif not foreign and not _OURS:
-            item.add_marker(pytest.mark.skip(reason="no cluster: run `make test-kube`, or set KUBECONFIG"))
+            item.add_marker(
+                pytest.mark.skip(reason="no cluster: run `make test-kube`, or set KUBECONFIG")
+            )
 
 
 @pytest.fixture(scope="session")
 def clusters() -> Iterator[dict[str, Cluster]]:
-    """Both clusters of the laboratory, joined. They hold nothing of an event loop, so every test can use them."""
+    """Both clusters of the laboratory, joined. They hold nothing of an event loop, so every test
+    can use them."""
     if running := os.environ.get(ENV_RUNNING):
         yield {name: kube.attach(name) for name in running.split(",")}
         return
@@ -70,7 +78,9 @@ async def namespace(west: Cluster) -> AsyncIterator[str]:
     name = f"test-{secrets.token_hex(4)}"
     await west.kubectl("create", "namespace", name)
     try:
-        await west.until("service accounts are there", "--namespace", name, "get", "serviceaccount", "default")
+        await west.until(
+            "service accounts are there", "--namespace", name, "get", "serviceaccount", "default"
+        )
         yield name
     finally:
         with trio.CancelScope(shield=True):

@@ -43,25 +43,47 @@ async def deploy(cluster: Cluster, namespace: str, name: str = "web", replicas: 
     """Deploy `web` and wait until every replica is ready, and the Service has them as endpoints."""
     await cluster.apply(web(name, replicas), namespace)
     await cluster.wait("--namespace", namespace, f"deployment/{name}", "--for=condition=Available")
-    await cluster.wait("--namespace", namespace, "pod", "--selector", f"app={name}", "--for=condition=Ready")
+    await cluster.wait(
+        "--namespace", namespace, "pod", "--selector", f"app={name}", "--for=condition=Ready"
+    )
 
 
-async def inside(cluster: Cluster, namespace: str, pod: str, *command: str, check: bool = True) -> str:
-    """What a command prints in a pod (`pod/NAME`, `deployment/NAME`, or with a container: `pod/NAME --container=NAME` as two words)."""
-    done = await cluster.kubectl("--namespace", namespace, "exec", *pod.split(), "--", *command, check=check)
+async def inside(
+    cluster: Cluster, namespace: str, pod: str, *command: str, check: bool = True
+) -> str:
+    """What a command prints in a pod (`pod/NAME`, `deployment/NAME`, or with a container: `pod/NAME
+    --container=NAME` as two words)."""
+    done = await cluster.kubectl(
+        "--namespace", namespace, "exec", *pod.split(), "--", *command, check=check
+    )
     return done.text if done.ok else done.text + done.stderr.decode(errors="replace")
 
 
 async def ask(cluster: Cluster, namespace: str, pod: str, url: str) -> dict[str, Any]:
-    """What the image `web` answers to a GET by curl in a pod. Raises LabError for anything but a 200."""
-    text = await inside(cluster, namespace, pod, "curl", "--silent", "--show-error", "--fail", "--max-time", "10", url)
+    """What the image `web` answers to a GET by curl in a pod. Raises LabError for anything but a
+    200."""
+    text = await inside(
+        cluster,
+        namespace,
+        pod,
+        "curl",
+        "--silent",
+        "--show-error",
+        "--fail",
+        "--max-time",
+        "10",
+        url,
+    )
     answer = json.loads(text)
     assert isinstance(answer, dict)
     return answer
 
 
-async def eventually(cluster: Cluster, namespace: str, pod: str, url: str, timeout: float = 30.0) -> dict[str, Any]:
-    """`ask` until it is answered: the rules of kube-proxy follow the endpoints a moment later. Raises LabError after `timeout` seconds."""
+async def eventually(
+    cluster: Cluster, namespace: str, pod: str, url: str, timeout: float = 30.0
+) -> dict[str, Any]:
+    """`ask` until it is answered: the rules of kube-proxy follow the endpoints a moment later.
+    Raises LabError after `timeout` seconds."""
     end = trio.current_time() + timeout
     while True:
         try:

@@ -1,6 +1,8 @@
-"""A run leaves nothing behind: no process, mount, interface, packet filter, cgroup, file or setting, however it ends.
+"""A run leaves nothing behind: no process, mount, interface, packet filter, cgroup, file or
+setting, however it ends.
 
-Each case starts a separate run with one cluster, which has the pod of its DNS. The test looks from outside of that run.
+Each case starts a separate run with one cluster, which has the pod of its DNS. The test looks from
+outside of that run.
 """
 
 from __future__ import annotations
@@ -38,8 +40,16 @@ class Machine:
 
     @classmethod
     def now(cls) -> Machine:
-        settings = {name: Path("/proc/sys", name).read_text() for name in WANTED if Path("/proc/sys", name).exists()}
-        shown = (output("ip", "-oneline", "link"), output("nft", "list", "ruleset"), output("ip", "netns"))
+        settings = {
+            name: Path("/proc/sys", name).read_text()
+            for name in WANTED
+            if Path("/proc/sys", name).exists()
+        }
+        shown = (
+            output("ip", "-oneline", "link"),
+            output("nft", "list", "ruleset"),
+            output("ip", "netns"),
+        )
         return cls(settings, *shown, Path("/proc/self/mounts").read_text())
 
 
@@ -48,7 +58,8 @@ def output(*command: str) -> str:
 
 
 def processes(run: str) -> list[str]:
-    """The processes of a run: by their cgroup, or by the run's directory in their command line or environment."""
+    """The processes of a run: by their cgroup, or by the run's directory in their command line or
+    environment."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -64,7 +75,10 @@ def processes(run: str) -> list[str]:
 def remains(run: str) -> list[str]:
     """Everything that has the name of the run: processes, cgroups, files."""
     folders = [root / cgroups.name(run) for root in cgroups.hierarchies()]
-    return [*processes(run), *(str(path) for path in (*folders, guard.runs() / run) if path.exists())]
+    return [
+        *processes(run),
+        *(str(path) for path in (*folders, guard.runs() / run) if path.exists()),
+    ]
 
 
 def until(what: str, seconds: float, condition: Callable[[], object]) -> None:
@@ -81,19 +95,41 @@ class Run:
 
     @property
     def janitor(self) -> int:
-        (found,) = [int(line.split()[0]) for line in processes(self.name) if "lab.kube.guard" in line]
+        (found,) = [
+            int(line.split()[0]) for line in processes(self.name) if "lab.kube.guard" in line
+        ]
         return found
 
 
 @contextmanager
 def running(tmp_path: Path, script: str) -> Iterator[Run]:
-    """A run with a cluster, whose command prints the run's directory when the cluster is ready, and then runs a script."""
-    command = [sys.executable, "-m", "lab.kube", "run", "--clusters", "west", "--logs", str(tmp_path), "--"]
+    """A run with a cluster, whose command prints the run's directory when the cluster is ready, and
+    then runs a script."""
+    command = [
+        sys.executable,
+        "-m",
+        "lab.kube",
+        "run",
+        "--clusters",
+        "west",
+        "--logs",
+        str(tmp_path),
+        "--",
+    ]
     shell = f'echo "$ISTHMUS_KUBE_RUN"; {script}'
     # Within the clusters of the other tests, which it does not need to know.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ISTHMUS_KUBE_") and name != "KUBECONFIG"}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("ISTHMUS_KUBE_") and name != "KUBECONFIG"
+    }
     outer = subprocess.Popen(
-        [*command, "sh", "-c", shell], cwd=CHECKOUT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        [*command, "sh", "-c", shell],
+        cwd=CHECKOUT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert outer.stdout is not None
     with outer:
@@ -121,7 +157,11 @@ def test_when_it_is_killed(tmp_path: Path, number: signal.Signals) -> None:
     with running(tmp_path, "exec sleep 1000") as run:
         # What is looked for afterwards is there before: a pod's cgroup, and what the node runs.
         assert any("kube-apiserver" in line for line in processes(run.name))
-        assert any(path.name.startswith("pod") for root in cgroups.hierarchies() for path in (root / cgroups.name(run.name)).rglob("pod*"))
+        assert any(
+            path.name.startswith("pod")
+            for root in cgroups.hierarchies()
+            for path in (root / cgroups.name(run.name)).rglob("pod*")
+        )
         assert Machine.now() == before
         run.outer.send_signal(number)
         run.outer.wait(END)
@@ -129,7 +169,9 @@ def test_when_it_is_killed(tmp_path: Path, number: signal.Signals) -> None:
         assert Machine.now() == before
 
 
-def test_when_the_test_run_and_its_janitor_are_killed_the_next_run_removes_it(tmp_path: Path) -> None:
+def test_when_the_test_run_and_its_janitor_are_killed_the_next_run_removes_it(
+    tmp_path: Path,
+) -> None:
     before = Machine.now()
     with running(tmp_path, "exec sleep 1000") as run:
         other = run.name

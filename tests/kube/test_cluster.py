@@ -1,4 +1,5 @@
-"""The test cluster is a Kubernetes as others have it: nodes, names, Services, and two clusters that see each other's nodes only."""
+"""The test cluster is a Kubernetes as others have it: nodes, names, Services, and two clusters that
+see each other's nodes only."""
 
 from __future__ import annotations
 
@@ -17,7 +18,12 @@ from tests.kube.kit import ask, deploy, eventually, inside
 
 async def conditions(cluster: Cluster) -> dict[str, str]:
     nodes = (await cluster.get("nodes"))["items"]
-    return {node["metadata"]["name"]: one["status"] for node in nodes for one in node["status"]["conditions"] if one["type"] == "Ready"}
+    return {
+        node["metadata"]["name"]: one["status"]
+        for node in nodes
+        for one in node["status"]["conditions"]
+        if one["type"] == "Ready"
+    }
 
 
 async def test_every_node_is_ready(west: Cluster) -> None:
@@ -27,7 +33,9 @@ async def test_every_node_is_ready(west: Cluster) -> None:
 
 
 @pytest.mark.own_cluster
-async def test_both_clusters_have_their_node_and_the_version_that_was_asked_for(west: Cluster, east: Cluster) -> None:
+async def test_both_clusters_have_their_node_and_the_version_that_was_asked_for(
+    west: Cluster, east: Cluster
+) -> None:
     for cluster in (west, east):
         assert await conditions(cluster) == {cluster.name: "True"}
         version = (await cluster.get("--raw", "/version"))["gitVersion"]
@@ -36,25 +44,48 @@ async def test_both_clusters_have_their_node_and_the_version_that_was_asked_for(
         assert node["nodeInfo"]["kubeletVersion"] == version
 
 
-async def test_a_service_is_served_by_its_name_by_all_its_pods(west: Cluster, namespace: str) -> None:
+async def test_a_service_is_served_by_its_name_by_all_its_pods(
+    west: Cluster, namespace: str
+) -> None:
     await deploy(west, namespace, replicas=2)
-    pods = {pod["metadata"]["name"] for pod in (await west.get("--namespace", namespace, "pods"))["items"]}
+    pods = {
+        pod["metadata"]["name"]
+        for pod in (await west.get("--namespace", namespace, "pods"))["items"]
+    }
     assert len(pods) == 2
     await eventually(west, namespace, "deployment/web", "http://web/")
     # Each new connection goes to a random pod: all 64 to the same one has a chance of one in 2^63.
     urls = [f"http://web.{namespace}.svc.cluster.local/{number}" for number in range(64)]
-    lines = await inside(west, namespace, "deployment/web", "curl", "--silent", "--fail", "-H", "Connection: close", "-w", "\\n", *urls)
+    lines = await inside(
+        west,
+        namespace,
+        "deployment/web",
+        "curl",
+        "--silent",
+        "--fail",
+        "-H",
+        "Connection: close",
+        "-w",
+        "\\n",
+        *urls,
+    )
     assert {json.loads(line)["pod"] for line in lines.split("\n") if line} == pods
 
 
 async def test_names_are_resolved(west: Cluster, namespace: str) -> None:
     await deploy(west, namespace)
     address = (await west.get("--namespace", namespace, "service", "web"))["spec"]["clusterIP"]
-    assert (await inside(west, namespace, "deployment/web", "dig", "+short", f"web.{namespace}.svc.cluster.local")).split() == [address]
+    assert (
+        await inside(
+            west, namespace, "deployment/web", "dig", "+short", f"web.{namespace}.svc.cluster.local"
+        )
+    ).split() == [address]
     unknown = await inside(west, namespace, "deployment/web", "dig", "nothing.svc.cluster.local")
     assert "status: NXDOMAIN" in unknown
     if west.name == "west":
-        assert f"nameserver {DNS}" in await inside(west, namespace, "deployment/web", "cat", "/etc/resolv.conf")
+        assert f"nameserver {DNS}" in await inside(
+            west, namespace, "deployment/web", "cat", "/etc/resolv.conf"
+        )
 
 
 async def test_pods_have_both_families(west: Cluster, namespace: str) -> None:
@@ -62,13 +93,17 @@ async def test_pods_have_both_families(west: Cluster, namespace: str) -> None:
     pod = (await west.get("--namespace", namespace, "pods"))["items"][0]
     for address in (one["ip"] for one in pod["status"]["podIPs"]):
         host = f"[{address}]" if ":" in address else address
-        assert (await ask(west, namespace, "deployment/web", f"http://{host}:8080/"))["pod"] == pod["metadata"]["name"]
+        assert (await ask(west, namespace, "deployment/web", f"http://{host}:8080/"))["pod"] == pod[
+            "metadata"
+        ]["name"]
     if west.name == "west":
         assert len(pod["status"]["podIPs"]) == 2
 
 
 @pytest.mark.own_cluster
-async def test_a_pod_reaches_the_other_clusters_node_and_nothing_behind_it(west: Cluster, east: Cluster, namespace: str) -> None:
+async def test_a_pod_reaches_the_other_clusters_node_and_nothing_behind_it(
+    west: Cluster, east: Cluster, namespace: str
+) -> None:
     await deploy(west, namespace)
 
     async def ask_api(address: str) -> str:
@@ -118,7 +153,9 @@ async def test_a_component_that_is_stopped_stays_away_until_it_is_started(east: 
         with trio.move_on_after(30, shield=True):
             await east.start("kube-apiserver")
     await east.until("the API is ready", "get", "--raw", "/readyz")
-    assert (await east.get("--namespace", "kube-system", "deployment", "coredns"))["metadata"]["name"] == "coredns"
+    assert (await east.get("--namespace", "kube-system", "deployment", "coredns"))["metadata"][
+        "name"
+    ] == "coredns"
 
 
 @pytest.mark.own_cluster

@@ -1,4 +1,5 @@
-"""Dockerfiles are read as Docker reads them, and what is not understood is refused: an image is never built with a step left out."""
+"""Dockerfiles are read as Docker reads them, and what is not understood is refused: an image is
+never built with a step left out."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def test_every_line_of_the_image_belongs_to_a_step() -> None:
     text = (ROOT / "Dockerfile").read_text()
     lines = [line.strip() for line in text.splitlines() if not line.strip().startswith("#")]
     expected = " ".join(lines).replace("\\", " ").split()
-    assert [word for step in dockerfile.steps(text) for word in (step.name, *step.text.split())] == expected
+    assert [
+        word for step in dockerfile.steps(text) for word in (step.name, *step.text.split())
+    ] == expected
 
 
 def test_the_image_has_two_stages_of_one_pinned_base() -> None:
@@ -44,7 +47,11 @@ def test_the_image_has_two_stages_of_one_pinned_base() -> None:
 
 def test_a_comment_within_an_instruction_is_no_part_of_it() -> None:
     text = "FROM a\nRUN one \\\n    # why\n\n    && two\nCMD x\n"
-    assert list(dockerfile.steps(text)) == [Step("FROM", "a", 1), Step("RUN", "one && two", 2), Step("CMD", "x", 6)]
+    assert list(dockerfile.steps(text)) == [
+        Step("FROM", "a", 1),
+        Step("RUN", "one && two", 2),
+        Step("CMD", "x", 6),
+    ]
 
 
 @pytest.mark.parametrize(

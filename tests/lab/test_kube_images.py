@@ -1,4 +1,5 @@
-"""Layers hold what a step has changed, as image archives say it; a step whose input is the same is not run again."""
+"""Layers hold what a step has changed, as image archives say it; a step whose input is the same is
+not run again."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ from lab.kube.images import Builder
 from lab.kube.layers import UNUSED, Layer, Store
 from lab.process import LabError
 
-pytestmark = [pytest.mark.lab, pytest.mark.skipif(os.geteuid() != 0, reason="layers are made by root")]
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.skipif(os.geteuid() != 0, reason="layers are made by root"),
+]
 
 
 @pytest.fixture
@@ -37,8 +41,16 @@ def names(layer: Layer) -> set[str]:
 def test_a_layer_says_what_was_added_replaced_and_deleted(store: Store, tmp_path: Path) -> None:
     log = tmp_path / "log"
     first = store.layer("1", _first)
-    second = step(store, "2", [first], 'cd "$ROOT"; test -e a; rm a; rm -r d; mkdir d; echo c >d/c', log)
-    third = step(store, "3", [first, second], 'cd "$ROOT"; test ! -e a; test ! -e d/b; test -e hard; echo more >>d/c', log)
+    second = step(
+        store, "2", [first], 'cd "$ROOT"; test -e a; rm a; rm -r d; mkdir d; echo c >d/c', log
+    )
+    third = step(
+        store,
+        "3",
+        [first, second],
+        'cd "$ROOT"; test ! -e a; test ! -e d/b; test -e hard; echo more >>d/c',
+        log,
+    )
     assert names(first) == {"a", "hard", "link", "d", "d/b"}
     assert names(second) == {".wh.a", "d", "d/.wh..wh..opq", "d/c"}
     assert names(third) == {"d", "d/c"}
@@ -62,7 +74,9 @@ def test_owners_times_and_links_are_kept(store: Store) -> None:
         assert file.getmember("hard").linkname == "a"
 
 
-def test_a_step_that_fails_shows_its_output_and_leaves_no_layer(store: Store, tmp_path: Path) -> None:
+def test_a_step_that_fails_shows_its_output_and_leaves_no_layer(
+    store: Store, tmp_path: Path
+) -> None:
     under = store.layer("1", _first)
     with pytest.raises(LabError, match=r"(?s)failed with 3.*why not"):
         step(store, "2", [under], "echo why not >&2; exit 3", tmp_path / "log")
@@ -84,7 +98,11 @@ def test_layers_that_are_not_used_and_unfinished_ones_are_removed(store: Store) 
 def test_a_file_with_capabilities_is_refused(store: Store) -> None:
     def make(tree: Path) -> None:
         (tree / "ping").touch()
-        os.setxattr(tree / "ping", "security.capability", bytes.fromhex("0100000200200000000000000000000000000000"))
+        os.setxattr(
+            tree / "ping",
+            "security.capability",
+            bytes.fromhex("0100000200200000000000000000000000000000"),
+        )
 
     layer = store.layer("1", make)
     with pytest.raises(LabError, match="/ping has file capabilities"):
@@ -120,7 +138,9 @@ def test_an_image_is_what_its_steps_say(tmp_path: Path, context: Path) -> None:
     assert (layer.tree / "bin" / "program").stat().st_mode & 0o777 == 0o755
 
 
-def test_a_changed_file_makes_another_image_and_an_ignored_one_does_not(tmp_path: Path, context: Path) -> None:
+def test_a_changed_file_makes_another_image_and_an_ignored_one_does_not(
+    tmp_path: Path, context: Path
+) -> None:
     (context / "Dockerfile").write_text("FROM scratch\nCOPY data /data\n")
     builder = Builder(tmp_path / "cache")
     first = builder.build(context / "Dockerfile", context)
@@ -145,7 +165,9 @@ def test_a_base_that_cannot_be_put_together_is_named(tmp_path: Path, context: Pa
         Builder(tmp_path / "cache").build(context / "Dockerfile", context)
 
 
-def test_an_archive_has_each_layer_once_and_names_what_it_has_by_its_hash(tmp_path: Path, context: Path) -> None:
+def test_an_archive_has_each_layer_once_and_names_what_it_has_by_its_hash(
+    tmp_path: Path, context: Path
+) -> None:
     builder = Builder(tmp_path / "cache")
     one = builder.build(context / "Dockerfile", context)
     (context / "Dockerfile").write_text('FROM scratch\nCOPY program /bin/\nCMD ["y"]\n')

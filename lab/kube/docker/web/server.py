@@ -1,5 +1,5 @@
-"""Answers every GET with what it was asked, as JSON: `pod` (the host's name), `path`, `headers` (names in lower case), `peer` (the
-address)."""
+"""Answers every GET with what it was asked, as JSON: `pod` (the host's name), `path`, `headers`
+(names in lower case), `peer` (the address)."""
 
 import json
 import signal
@@ -13,7 +13,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
-        body = json.dumps({"pod": socket.gethostname(), "path": self.path, "headers": headers, "peer": self.client_address[0]}).encode()
+        body = json.dumps(
+            {
+                "pod": socket.gethostname(),
+                "path": self.path,
+                "headers": headers,
+                "peer": self.client_address[0],
+            }
+        ).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
