@@ -1,2 +1,3 @@
-"""The control plane: what discovers and tells. docs/control-plane.md has the flow of data and the
-contract."""
+"""The control plane: it watches a Kubernetes cluster and makes directory entries for proxies.
+docs/control-plane.md describes the data flow and the contract.
+"""

@@ -1,7 +1,7 @@
 """The admin listener of the control plane: /live, /ready and /metrics over HTTP/1.1.
 
-It runs in the loop of everything else, so that /live answers only if that does. One request a
-connection, few connections, little time.
+It runs in the same trio loop as everything else, so /live answers only if the loop runs. Each
+connection gets one request. The number of connections and their time are limited.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import h11
 import trio
 
 MOST_CONNECTIONS = 64
-# Seconds for a request and its answer.
+# Seconds for one request and its response.
 PATIENCE = 5.0
 _HEAD = 8192
 
@@ -21,7 +21,7 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Admin:
-    """`not_ready` says why we are not, or ""; `metrics` gives their text."""
+    """`not_ready` returns why this replica is not ready, or "". `metrics` returns their text."""
 
     def __init__(self, not_ready: Callable[[], str], metrics: Callable[[], bytes]) -> None:
         self._not_ready = not_ready
@@ -41,7 +41,7 @@ class Admin:
                 with trio.move_on_after(PATIENCE):
                     await self._answer(stream)
         except (trio.BrokenResourceError, trio.ClosedResourceError, h11.ProtocolError):
-            pass  # whoever asked has gone, or does not speak HTTP
+            pass  # the client has closed the connection, or does not speak HTTP
         finally:
             self._open -= 1
             await trio.aclose_forcefully(stream)

@@ -1,12 +1,12 @@
-"""The process of the control plane: discovery, and an admin listener, in one trio loop.
+"""The control plane process: discovery and an admin listener in one trio loop.
 
     run
-    ├── signals         SIGTERM and SIGINT end it
+    ├── signals         stops on SIGTERM or SIGINT
     ├── admin           /live, /ready, /metrics
     ├── discovery       in every replica
-    └── election        of one replica the leader, which writes events about services that have a problem
+    └── election        one replica leads; it writes events about services that have a problem
 
-It holds no state: a replica that starts reads everything anew, and is ready when it has.
+The process is stateless. A replica reads everything again when it starts, and is then ready.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ LEASE = "isthmus-control"
 
 @dataclass(frozen=True, slots=True)
 class ControlConfig:
-    """`namespace`: that of the lease. `identity`: this replica's name, which no other one has.
-    `admin`: host and port; None: none."""
+    """`namespace`: where the lease is. `identity`: the unique name of this replica. `admin`: host
+    and port of the admin listener; None: no listener.
+    """
 
     trust_domain: str = "cluster.local"
     namespace: str = "isthmus"
@@ -49,7 +50,7 @@ class Control:
     """One replica. Owns `client`."""
 
     def __init__(self, config: ControlConfig, client: Client) -> None:
-        """Raises SpiffeIdError, if the trust domain is none."""
+        """Raises SpiffeIdError if the trust domain is not valid."""
         self.config = config
         self.client = client
         self.discovery = Discovery(client, config.trust_domain, self._tell)
@@ -58,7 +59,7 @@ class Control:
         self._said: dict[Key, tuple[str, ...]] = {}
 
     async def run(self, listeners: Sequence[trio.SocketListener]) -> None:
-        """Run until SIGTERM or SIGINT, and give the lease back. Owns `listeners`."""
+        """Run until SIGTERM or SIGINT, then release the lease. Owns `listeners`."""
         admin = Admin(
             self.not_ready,
             lambda: render(self.discovery, self.election, self.recorder, self.client),
@@ -77,7 +78,8 @@ class Control:
             await self.client.aclose()
 
     async def _take_part(self) -> None:
-        await self.discovery.ready.wait()  # a leader that knows nothing would be of no use
+        # A leader without data has nothing to report.
+        await self.discovery.ready.wait()
         await self.election.run(self._lead)
 
     async def _lead(self) -> None:
@@ -86,7 +88,7 @@ class Control:
         await self.recorder.run()
 
     def not_ready(self) -> str:
-        """Why this replica cannot answer yet; "": it can."""
+        """Why this replica is not ready; "": it is ready."""
         missing = [
             reflector for reflector in self.discovery.reflectors if not reflector.synced.is_set()
         ]
@@ -103,7 +105,7 @@ class Control:
             self._say()
 
     def _say(self) -> None:
-        """Tell people of problems that are new."""
+        """Write events about new problems."""
         problems = self.discovery.catalog.problems
         for key, found in problems.items():
             entry = self.discovery.catalog.services.get(key)

@@ -17,7 +17,7 @@ from control.kube.access import Access, in_cluster, kubeconfig_file
 from control.kube.client import Client
 from control.kube.errors import AccessError
 
-# sysexits.h: the command, or a file it was given, is not usable.
+# EX_USAGE of sysexits.h: the command line or a file that it names is not usable.
 USAGE = 64
 
 
@@ -84,7 +84,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 after SIGTERM; 64 if the settings cannot be used."""
+    """Run the command. Returns 0 after SIGTERM or SIGINT, 64 if the settings are not usable."""
     logging.basicConfig(
         level=args.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -109,14 +109,13 @@ async def _main(config: ControlConfig, access: Access) -> None:
     listeners = []
     if config.admin is not None:
         host, port = config.admin
-        listeners = await trio.open_tcp_listeners(
-            port, host=host if host != "::" else None
-        )  # None: all addresses of both families
+        # host None: all addresses of both families.
+        listeners = await trio.open_tcp_listeners(port, host=host if host != "::" else None)
     await control.run(listeners)
 
 
 def _address(text: str) -> tuple[str, int] | None:
-    """`[::]:4191`, `127.0.0.1:0`; None of "". Raises ValueError."""
+    """Parse an address such as `[::]:4191` or `127.0.0.1:0`. "" gives None. Raises ValueError."""
     if not text:
         return None
     host, colon, port = text.rpartition(":")

@@ -1,7 +1,8 @@
-"""What the control plane has in common with the proxies: the one place that imports from them.
+"""What the control plane shares with the proxies. Only this module imports from `proxy`.
 
-The names of identities, the hints of a directory, and the form of its document are a contract
-between both sides. Nothing else of `proxy` is used here, and nothing of `control` there.
+The names of identities, the protocol hints of a directory and the format of its document are the
+contract between the two. The control plane uses nothing else of `proxy`, and `proxy` uses nothing
+of `control`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The metrics of the control plane, read from what its parts count when somebody asks for them."""
+"""The metrics of the control plane. They are read from the parts' counters on each scrape."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class _Parts:
 
 
 def render(discovery: Discovery, election: Election, recorder: Recorder, client: Client) -> bytes:
-    """The text of all metrics."""
+    """All metrics in the Prometheus text format."""
     registry = CollectorRegistry()
     registry.register(_Parts(discovery, election, recorder, client))
     return generate_latest(registry)

@@ -1,15 +1,15 @@
-"""From the cluster's objects to the directory.
+"""Discovery: makes directory entries from the cluster's objects.
 
     marks.py      labels and annotations, and what they mean
-    facts.py      what is kept of each object: API objects -> facts
-    entries.py    what proxies are told: services, their ports and endpoints; pods
-    judge.py      whom an endpoint's address belongs to, and so who is expected there
+    facts.py      API objects -> facts: the fields that discovery needs
+    entries.py    the entries for proxies: services with ports and endpoints, and pods
+    judge.py      which identity is expected at an endpoint's address
     resolve.py    a service and its slices -> its entry
-    catalog.py    all facts, and the entries that a change of them changes
-    views.py      an entry as it is seen from a node and a zone
+    catalog.py    all facts; recomputes the entries that a changed fact affects
+    views.py      an entry as seen from a node and a zone
     document.py   entries -> the document of a directory file
-    discovery.py  reflectors -> catalog -> whoever wants to know
+    discovery.py  reflectors -> catalog -> a callback with the changes
 
-All but the last are pure and synchronous: the same facts give the same entries, in whichever order
-they came.
+All modules but the last are pure and synchronous. The same facts give the same entries, in any
+order of arrival.
 """

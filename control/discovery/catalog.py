@@ -1,14 +1,14 @@
-"""All facts, and the entries that they make: incremental, by key.
+"""All facts and the entries that they make, updated incrementally by key.
 
-A fact that comes, changes or goes makes some services stale: its own one, those whose endpoints
-have its address, those that share an address with it. `flush` makes the entries of stale services
-anew, and says which of them are different now. Nothing depends on the order in which facts come: a
-slice may be there before its service, an endpoint before its pod.
+A fact that comes, changes or goes makes some services stale: its own service, the services with
+endpoints at its addresses, and the services that share an address with it. `flush` recomputes the
+entries of stale services and returns those that are different now. The order in which facts come
+does not matter: a slice may come before its service, and an endpoint before its pod.
 
-Addresses are looked up by what has them: pods by their addresses (pods of the host network have
-that of their node, and are nobody there), services by their cluster addresses, slices by the
-addresses of their endpoints. Where two have one address, while one goes and the other comes, the
-newer one has it.
+Addresses are indexed by their holders: pods by their addresses, services by their cluster
+addresses, slices by the addresses of their endpoints. Pods on the host network have the address of
+their node and do not count as its holder. While an address moves, two objects may have it. Then the
+newer one is its holder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ K = TypeVar("K")
 
 
 class Index(Generic[K]):
-    """Which keys have an address. There is nearly always one."""
+    """Which keys have an address. It is nearly always one key."""
 
     __slots__ = ("_of",)
 
@@ -36,7 +36,7 @@ class Index(Generic[K]):
         self._of: dict[str, tuple[K, ...]] = {}
 
     def move(self, key: K, before: Iterable[str], after: Iterable[str]) -> set[str]:
-        """`key` has other addresses now. Returns those for which that makes a difference."""
+        """Replace the addresses of `key`. Returns the addresses that were added or removed."""
         old, new = set(before), set(after)
         for address in old - new:
             left = tuple(other for other in self._of[address] if other != key)
@@ -49,13 +49,13 @@ class Index(Generic[K]):
         return old ^ new
 
     def at(self, address: str) -> tuple[K, ...]:
-        """Who has it."""
+        """The keys that have `address`."""
         return self._of.get(address, ())
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What has become different: services (None: there is none any more), and addresses of pods."""
+    """What has changed: services by key, and pods by address. None: it is gone."""
 
     services: dict[Key, ServiceEntry | None] = field(default_factory=dict)
     pods: dict[str, PodEntry | None] = field(default_factory=dict)
@@ -65,11 +65,12 @@ class Changes:
 
 
 class Catalog:
-    """See above. `services`, `pods`: the entries as of the last `flush`. `problems`: what is wrong
-    with services, for people."""
+    """Holds all facts and entries. `services` and `pods` are the entries as of the last `flush`.
+    `problems`: what is wrong with services, as texts for people.
+    """
 
     def __init__(self, trust_domain: str) -> None:
-        """Raises SpiffeIdError, if that is no trust domain."""
+        """Raises SpiffeIdError if `trust_domain` is not a valid trust domain."""
         check_trust_domain(trust_domain)
         self.services: dict[Key, ServiceEntry] = {}
         self.pods: dict[str, PodEntry] = {}
@@ -79,16 +80,16 @@ class Catalog:
         )
         self._services: dict[Key, ServiceFact] = {}
         self._slices: dict[Key, SliceFact] = {}
-        self._parts: dict[
-            Key, dict[Key, None]
-        ] = {}  # the slices of a service, in the order in which they came
+        # The slices of a service, in order of arrival.
+        self._parts: dict[Key, dict[Key, None]] = {}
         self._pods: dict[Key, PodFact] = {}
         self._zones: dict[str, str] = {}
         self._holders: Index[Key] = Index()
         self._hosts: Index[Key] = Index()  # pods of the host network
         self._owners: Index[Key] = Index()
         self._listed: Index[Key] = Index()  # slices
-        self._unplaced: Index[Key] = Index()  # slices, by the nodes whose zone they do not say
+        # Slices, by the nodes of their endpoints that have no zone.
+        self._unplaced: Index[Key] = Index()
         self._stale: dict[Key, None] = {}
         self._moved: dict[str, None] = {}
 
@@ -97,10 +98,10 @@ class Catalog:
         """Whether `flush` has something to do."""
         return bool(self._stale or self._moved)
 
-    # Facts that come, change (`before` is known here) and go (None)...
+    # Facts that come, change or go (None). The old value is looked up here.
 
     def service(self, key: Key, fact: ServiceFact | None) -> None:
-        """A service."""
+        """Set or remove a service."""
         before = _swap(self._services, key, fact)
         old, new = (
             before.addresses if before is not None else (),
@@ -128,7 +129,7 @@ class Catalog:
         self._stale[key] = None
 
     def slice(self, key: Key, fact: SliceFact | None) -> None:
-        """A part of a service's endpoints."""
+        """Set or remove a slice: a part of a service's endpoints."""
         before = _swap(self._slices, key, fact)
         if before is not None and (fact is None or fact.service != before.service):
             del self._parts[before.service][key]
@@ -145,7 +146,7 @@ class Catalog:
                 self._touch_shared(part)
 
     def pod(self, key: Key, fact: PodFact | None) -> None:
-        """A pod."""
+        """Set or remove a pod."""
         before = _swap(self._pods, key, fact)
         self._holders.move(key, _held(before), _held(fact))
         self._hosts.move(key, _held(before, host=True), _held(fact, host=True))
@@ -155,7 +156,7 @@ class Catalog:
                 self._moved[address] = None
 
     def node(self, name: str, zone: str | None) -> None:
-        """A node's zone."""
+        """Set or remove a node's zone."""
         if zone is None:
             self._zones.pop(name, None)
         else:
@@ -167,19 +168,19 @@ class Catalog:
         )
 
     def _touch(self, address: str) -> None:
-        """Services that list `address` are stale."""
+        """Mark the services that list `address` as stale."""
         for part in self._listed.at(address):
             self._stale[self._slices[part].service] = None
 
     def _touch_shared(self, part: SliceFact) -> None:
-        """So are those that share one of these addresses."""
+        """Mark the services that list one of the slice's addresses as stale."""
         for address in _addresses(part):
             self._touch(address)
 
-    # What is made of them...
+    # Entries
 
     def flush(self) -> Changes:
-        """Make anew what is stale, and return what is different now."""
+        """Recompute stale entries. Returns the entries that are different now."""
         changes = Changes()
         stale, self._stale = self._stale, {}
         moved, self._moved = self._moved, {}
@@ -219,14 +220,14 @@ class Catalog:
         )
 
     def _owner(self, address: str) -> Key | None:
-        """The service whose cluster address this is: of those that claim it the newest one."""
+        """The service that has this cluster address. If several have it, the newest one."""
         return max(
             self._owners.at(address),
             key=lambda key: (self._services[key].created, self._services[key].uid),
             default=None,
         )
 
-    # What judge.py asks...
+    # Lookups for judge.py (the World protocol)
 
     def pod_of(self, key: Key) -> PodFact | None:
         """See judge.World."""
@@ -292,7 +293,7 @@ V = TypeVar("V")
 
 
 def _swap(into: dict[K, V], key: K, value: V | None) -> V | None:
-    """Put a value in, or take it out; returns what was there."""
+    """Set or remove a value. Returns the old one."""
     before = into.get(key)
     if value is not None:
         into[key] = value

@@ -1,13 +1,13 @@
-"""Reflectors of services, slices, pods and nodes; the catalog; and whoever wants to know what has
-changed.
+"""Runs the reflectors of services, slices, pods and nodes, and reports changes of the catalog.
 
-Pods are read whole, and not as metadata: the service account of a pod and its addresses are what
-identities are derived from, and of these metadata says nothing that its owner could not have
-written. Pods that have ended are left out by the server.
+Pods are read whole, not as metadata. Identities are derived from a pod's service account and
+addresses. Metadata holds only what the pod's owner can write. The API server leaves out pods that
+have ended.
 
-Nothing is told before all four lists are complete: without its pod an endpoint would be no
-endpoint. After that changes are collected for a moment (`settle`), and for no longer than `delay`,
-and told together. What API servers do is no reason to take anything back: see reflector.py.
+No change is reported before all four lists are complete: an endpoint whose pod is unknown would be
+missing. Afterwards, changes are collected until none has come for `settle` seconds, for at most
+`delay` seconds, and are reported together. A fault of the API server never removes anything: see
+reflector.py.
 """
 
 from __future__ import annotations
@@ -32,15 +32,18 @@ RUNNING = Selection(fields="status.phase!=Succeeded,status.phase!=Failed")
 
 @dataclass(frozen=True, slots=True)
 class DiscoveryRules:
-    """In seconds: quiet that is waited for, and the longest wait for it."""
+    """In seconds. `settle`: how long no change may come before changes are reported. `delay`: the
+    longest wait for that.
+    """
 
     settle: float = 0.05
     delay: float = 0.5
 
 
 class Discovery:
-    """Keeps a catalog up to date. `tell` is called with each set of changes, and must not wait; the
-    first has everything."""
+    """Keeps a catalog up to date. Calls `tell` with each set of changes. The first set has
+    everything. `tell` must not block.
+    """
 
     def __init__(
         self,
@@ -50,7 +53,7 @@ class Discovery:
         rules: DiscoveryRules | None = None,
     ) -> None:
         self.catalog = Catalog(trust_domain)
-        self.ready = trio.Event()  # everything was told once
+        self.ready = trio.Event()  # set after the first report, which has everything
         self._tell = tell
         self._rules = rules or DiscoveryRules()
         self._stale = trio.Event()
@@ -72,7 +75,7 @@ class Discovery:
         return heard
 
     async def run(self) -> None:
-        """Discover, until cancelled."""
+        """Run until cancelled."""
         async with trio.open_nursery() as nursery:
             for reflector in self.reflectors:
                 nursery.start_soon(reflector.run)
@@ -92,7 +95,7 @@ class Discovery:
                 self._flush()
 
     async def _settle(self) -> None:
-        """Wait until nothing has come for a moment."""
+        """Wait until no change has come for `settle` seconds, for at most `delay` seconds."""
         with trio.move_on_after(self._rules.delay):
             while self._stale.is_set():
                 self._stale = trio.Event()

@@ -1,8 +1,8 @@
-"""Entries as the document of a directory file (docs/configuration.md, "The directory"), as it is
-seen from one place.
+"""Writes entries as the document of a directory file, as seen from one place.
 
-An endpoint that may not be used from there stands in the document all the same, and is not ready:
-who dials its address still meets its identity. A service without ports has no place in it.
+docs/configuration.md, "The directory", describes the format. An endpoint that clients at this place
+may not use is in the document too, with `ready: false`: a client that connects to its address
+directly still expects its identity. A service without ports is left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from control.discovery.views import NOWHERE, Place, usable
 def document(
     entries: Iterable[ServiceEntry], place: Place = NOWHERE, *, domain: str = "cluster.local"
 ) -> dict[str, Any]:
-    """The document, as plain values."""
+    """The document as plain values. It is sorted by namespace and name."""
     services = [
         _service(entry, place)
         for entry in sorted(entries, key=lambda entry: entry.key)

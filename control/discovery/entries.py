@@ -1,4 +1,4 @@
-"""What proxies are told: services with their ports and endpoints, and pods by their address."""
+"""The entries that proxies get: services with their ports and endpoints, and pods by address."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from control.kube.resources import Key
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
-    """The base of all. Equal entries mean the same to a proxy."""
+    """The base of all entries. Equal entries mean the same to a proxy."""
 
 
 class EndpointEntry(Entry, frozen=True):
-    """A place that serves. `identity` None: clear text; else only this peer is accepted there,
-    except on `skip_ports`. `ports`: for each port of the service that it serves, its own one. The
-    rest is for views.py."""
+    """An endpoint of a service.
+
+    `identity`: the only peer that is accepted there, except on `skip_ports`; None: clear text.
+    `ports`: pairs of a service port and the endpoint's own port for it. views.py uses the other
+    fields.
+    """
 
     address: str
     identity: SpiffeId | None
@@ -31,7 +34,7 @@ class EndpointEntry(Entry, frozen=True):
 
 
 class PortEntry(Entry, frozen=True):
-    """A port of a service."""
+    """A port of a service. `target`: the usual port of its endpoints."""
 
     port: int
     target: int
@@ -39,8 +42,9 @@ class PortEntry(Entry, frozen=True):
 
 
 class ServiceEntry(Entry, frozen=True):
-    """A service, which is this one only as long as `uid` is the same: names and addresses are used
-    again. `local`: it is served on the client's node only."""
+    """A service. Names and addresses are reused: it is the same service only while `uid` is the
+    same. `local`: clients may use only endpoints on their own node.
+    """
 
     key: Key
     uid: str
@@ -51,7 +55,7 @@ class ServiceEntry(Entry, frozen=True):
 
 
 class PodEntry(Entry, frozen=True):
-    """A pod that is meshed, at one of its addresses."""
+    """A meshed pod, at one of its addresses."""
 
     address: str
     identity: SpiffeId

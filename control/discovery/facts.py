@@ -1,7 +1,7 @@
-"""What is kept of each object: the fields that decide something, in a compact form.
+"""Facts: the fields of API objects that discovery needs, in a compact form.
 
-Two objects with equal facts are the same to discovery, so a change of anything else is none.
-Addresses are canonical here, and ports are those of TCP: nothing else is carried by proxies.
+Objects with equal facts are the same to discovery: a change of any other field is ignored.
+Addresses are in their canonical form. Only TCP ports are kept, because proxies carry only TCP.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from control.kube.resources import Key
 
 
 class Fact(msgspec.Struct, frozen=True, gc=False):
-    """The base of all."""
+    """The base of all facts."""
 
 
 class PodFact(Fact, frozen=True):
     """A pod that may be running. `account`: its service account, which the API server has checked.
-    `skip_ports`: see marks.py. `problems`: what could not be read, for people."""
+    `skip_ports`: see marks.py. `problems`: values that cannot be read, as texts for people.
+    """
 
     uid: str
     account: str
@@ -38,8 +39,9 @@ class PodFact(Fact, frozen=True):
 
 
 class PortFact(Fact, frozen=True):
-    """A port of a service. `target`: the port of its endpoints, as far as the service says it as a
-    number."""
+    """A port of a service. `target`: the port of its endpoints, if the service gives a number for
+    it; else `port`.
+    """
 
     name: str
     port: int
@@ -48,8 +50,10 @@ class PortFact(Fact, frozen=True):
 
 
 class ServiceFact(Fact, frozen=True):
-    """A service. `local`: only endpoints of the client's own node serve it. `identity`: of
-    endpoints that are no pods; `careful`: it should have said one, which could not be read."""
+    """A service. `local`: clients may use only endpoints on their own node. `identity`: the
+    identity of endpoints that are not pods. `careful`: the annotation for it is set but cannot be
+    read.
+    """
 
     uid: str
     created: str
@@ -61,14 +65,15 @@ class ServiceFact(Fact, frozen=True):
     problems: tuple[str, ...] = ()
 
 
-# Whom an endpoint names: a pod by namespace, name and uid ("": not said).
+# The pod that an endpoint names: namespace, name and uid ("": not given).
 Target = tuple[str, str, str]
 State = Literal["ready", "draining", "unready"]
 
 
 class EndpointFact(Fact, frozen=True):
-    """An endpoint as a slice has it. `target`: the pod that it names; None: it names none. `zones`,
-    `nodes`: the clients that it is meant for. "draining": it is terminating, and still serves."""
+    """An endpoint of a slice. `target`: the pod that it names; None: it names no pod. `zones` and
+    `nodes`: the clients that it is meant for. State "draining": terminating, but still serving.
+    """
 
     address: str
     state: State
@@ -81,8 +86,9 @@ class EndpointFact(Fact, frozen=True):
 
 
 class SliceFact(Fact, frozen=True):
-    """Some endpoints of a service. `ports`: name and number (None: the one that is dialled).
-    `order`: a newer slice has a higher one."""
+    """Some endpoints of a service. `ports`: name and number (None: the port that the client
+    connects to). `order`: higher for newer slices.
+    """
 
     service: Key
     order: tuple[int, str]
@@ -95,7 +101,7 @@ _NONE: frozenset[str] = frozenset()
 
 
 def pod_fact(pod: Pod) -> PodFact | None:
-    """None: it runs no more, and its address may be another one's already."""
+    """The fact of a pod. None: it has ended, and its address may already belong to another pod."""
     if pod.status.phase in ("Succeeded", "Failed"):
         return None
     meta, spec = pod.metadata, pod.spec
@@ -125,7 +131,9 @@ def pod_fact(pod: Pod) -> PodFact | None:
 
 
 def service_fact(service: Service) -> ServiceFact | None:
-    """None: its name leads somewhere else (ExternalName), where an application goes by itself."""
+    """The fact of a service. None: it is an ExternalName. Applications connect to its target name
+    themselves.
+    """
     meta, spec = service.metadata, service.spec
     if spec.type == "ExternalName":
         return None
@@ -169,7 +177,7 @@ def service_fact(service: Service) -> ServiceFact | None:
 
 
 def slice_fact(found: EndpointSlice) -> SliceFact | None:
-    """None: it belongs to no service, or has names instead of addresses."""
+    """The fact of a slice. None: it belongs to no service, or has names instead of addresses."""
     meta = found.metadata
     name = (meta.labels or {}).get(marks.SERVICE_NAME, "")
     if not name or found.address_type not in ("IPv4", "IPv6"):
@@ -202,11 +210,12 @@ def slice_fact(found: EndpointSlice) -> SliceFact | None:
 
 
 def node_zone(node: PartialObjectMetadata) -> str | None:
-    """The zone of a node; None: it has none."""
+    """The zone of a node. None: it has no zone label."""
     return (node.metadata.labels or {}).get(marks.ZONE) or None
 
 
-# Of one object. More would not help people, and fills events.
+# The most problems that are reported of one slice. More would not help a reader, and would fill
+# events.
 _MOST_PROBLEMS = 5
 
 
@@ -239,8 +248,9 @@ def _endpoint(endpoint: SliceEndpoint, namespace: str) -> EndpointFact | None:
 
 @functools.lru_cache(maxsize=65536)
 def canonical(text: str) -> str | None:
-    """An IP address in its one form; None: it is none, or not the address of one place that a
-    connection could go to."""
+    """An IP address in its canonical form. None: not an IP address, or not a unicast address that a
+    connection can go to (such as loopback or link-local).
+    """
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -261,7 +271,9 @@ def canonical(text: str) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _same(ports: frozenset[int]) -> frozenset[int]:
-    """Equal sets as one object: nearly all pods have the same."""
+    """Return the same object for equal sets. Nearly all pods have the same set, so this saves
+    memory.
+    """
     return ports
 
 

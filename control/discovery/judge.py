@@ -1,27 +1,30 @@
-"""Whom an endpoint's address belongs to, and so who is expected there.
+"""Decides which identity is expected at an endpoint's address.
 
-An EndpointSlice is written by controllers, and by anybody with the right to write slices in a
-namespace, who may put any address into it (CVE-2021-25740). So a slice says where a service is
-served, and never who is there. That is said by pods: their service account is checked by the API
-server, their addresses are written by kubelets, and their mark by the injector.
+Controllers write EndpointSlices, but so can every tenant with the right to write slices in a
+namespace. A slice may contain any address (CVE-2021-25740). So a slice says where a service is
+served, but never which identity is there. Pods say that: the API server checks their service
+account, kubelets write their addresses, and the injector writes their label.
 
-    the address is      the endpoint names                 then
-    ------------------  ---------------------------------  -------------------------------------------------
-    a cluster address   anything                           refused: the kernel would send it on, in clear text
-    a pod's             that pod, of the same namespace    the pod's own identity, or clear text
-    a pod's             another pod                        refused
-    a pod's             no pod                             the pod's own, if it is of the same namespace; else refused
-    nobody's            a pod that has another address     refused
-    nobody's            a pod that is not known (yet)      not used until it is
-    nobody's            no pod                             what the service says of it (isthmus.dev/endpoint-identity), or clear text
-    a node's            no pod                             the same, but no identity: pods of the host network have none
+    address of  endpoint names              result
+    ----------  --------------------------  ---------------------------------------------------
+    a Service   anything                    refused: the kernel would forward it in clear text
+    a pod       that pod, same namespace    the pod's identity, or clear text if it is unmeshed
+    a pod       another pod                 refused
+    a pod       no pod                      the same namespace: as above; another one: refused
+    unknown     a pod with other addresses  refused
+    unknown     a pod not known (yet)       not used until the pod is known
+    unknown     no pod                      the Service's identity annotation, or clear text
+    a node      no pod                      clear text; refused if the Service has the annotation
 
-One address means one identity, whoever lists it. Where services disagree about an address that is
-no pod's, the oldest one is right: nobody can take an address from a service that uses it already,
-and the others' endpoints are refused.
+The annotation is isthmus.dev/endpoint-identity. Pods on the host network have no identity, so a
+node's address has none either.
 
-A refused endpoint is none: it gets no connection, neither in clear text nor otherwise, and nothing
-else takes its place.
+An address has one identity, no matter which slice lists it. Services may disagree about an address
+that belongs to no pod. Then the oldest service wins, and the endpoints of the others are refused.
+So no tenant can take an address from a service that uses it already.
+
+A refused endpoint is not used: it gets no connection, neither in clear text nor with mTLS, and no
+other endpoint replaces it.
 """
 
 from __future__ import annotations
@@ -36,8 +39,9 @@ _NO_PORTS: frozenset[int] = frozenset()
 
 
 class World(Protocol):
-    """All that is known of the cluster. `holder`: the pod that has an address, and the network
-    namespace behind it, for itself."""
+    """All that is known of the cluster. `holder` gives the pod that has an address in its own
+    network namespace, so never a pod on the host network.
+    """
 
     def pod_of(self, key: Key) -> PodFact | None: ...
     def holder(self, address: str) -> tuple[Key, PodFact] | None: ...
@@ -49,15 +53,16 @@ class World(Protocol):
 
 
 class Who(NamedTuple):
-    """Who is expected at an address (None: nobody in particular, in clear text), but for
-    `skip_ports`."""
+    """The identity that is expected at an address, except on `skip_ports`. None: clear text, any
+    peer.
+    """
 
     identity: SpiffeId | None
     skip_ports: frozenset[int]
 
 
 class Refusal(NamedTuple):
-    """The endpoint is not used. `why`, for people; "": it is only not known yet."""
+    """The endpoint is not used. `why` is the reason for people; "": only not known yet."""
 
     why: str
 
@@ -65,7 +70,7 @@ class Refusal(NamedTuple):
 def judge(
     endpoint: EndpointFact, namespace: str, service: ServiceFact, world: World
 ) -> Who | Refusal:
-    """Who is expected at an endpoint of a service of `namespace`."""
+    """Return which identity is expected at an endpoint of a service of `namespace`."""
     address = endpoint.address
     if world.is_cluster_address(address):
         return Refusal(f"{address} is the cluster address of a service")
@@ -89,16 +94,15 @@ def judge(
 def _named(
     endpoint: EndpointFact, namespace: str, holder: tuple[Key, PodFact] | None, world: World
 ) -> Who | Refusal:
-    """Of an endpoint that names a pod."""
+    """Judge an endpoint that names a pod."""
     address = endpoint.address
     space, name, uid = endpoint.target or ("", "", "")
     if space != namespace:
         return Refusal(f"{address} names a pod of another namespace, {space}/{name}")
     pod = world.pod_of((space, name))
     if pod is None or (uid and uid != pod.uid):
-        return Refusal(
-            ""
-        )  # not seen yet, or seen no more: the slice, or the pod, is a moment behind
+        # Not seen yet, or gone already: the slice or the pod is slightly out of date.
+        return Refusal("")
     if address not in pod.ips:
         return Refusal(f"{address} is not an address of the pod {name}" if pod.ips else "")
     if not pod.host_network and (holder is None or holder[0] != (space, name)):

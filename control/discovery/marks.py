@@ -1,9 +1,9 @@
 """Labels and annotations that discovery reads, and their values.
 
-The injector marks a pod that it has given a sidecar by a label, and writes beside it which ports
-the sidecar does not stand before. A mark that cannot be read is taken for the more careful thing: a
-pod with an odd mark is meshed, a list of ports with a mistake is no list. So a typing error makes a
-connection fail, and does not send it in clear text.
+The injector adds a sidecar to a pod and marks the pod with a label. An annotation lists the ports
+that the sidecar does not intercept. If a value cannot be read, the safer meaning is used: a pod
+with an unknown label value is meshed, and a list of ports with a mistake is ignored. So a typing
+error makes a connection fail, and never sends it in clear text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from control.contract import ADMIN_PORT, MOST_PORTS, Hint
 
-# Of pods. Written by the injector, or by hand beside a sidecar that is written by hand.
+# Of pods. The injector writes them. A manifest that has its own sidecar can also set them.
 MESHED = "isthmus.dev/meshed"  # label: "true"
 SKIP_INBOUND_PORTS = (
     "isthmus.dev/skip-inbound-ports"  # annotation: ports and ranges, "4567,4568,5000-5010"
@@ -21,14 +21,14 @@ ADMIN = "isthmus.dev/admin-port"  # annotation: "4191"
 
 # Of services.
 OPAQUE_PORTS = "isthmus.dev/opaque-ports"  # annotation: ports and ranges that clients connect to
-# annotation: a SPIFFE ID, of endpoints that are no pods of this cluster
+# annotation: the SPIFFE ID of endpoints that are not pods of this cluster
 ENDPOINT_IDENTITY = "isthmus.dev/endpoint-identity"
 
 ZONE = "topology.kubernetes.io/zone"
 SERVICE_NAME = "kubernetes.io/service-name"
 
-# appProtocol: the names of IANA and of Kubernetes (KEP-3726), and what other meshes have made
-# usual. Everything else is found out by detection.
+# appProtocol: the names of IANA and Kubernetes (KEP-3726), and names that other meshes use.
+# Everything else is detected.
 _PROTOCOLS: Mapping[str, Hint] = {
     "http": Hint.HTTP1,
     "kubernetes.io/ws": Hint.HTTP1,
@@ -48,7 +48,7 @@ _PROTOCOLS: Mapping[str, Hint] = {
 
 
 class MarkError(ValueError):
-    """A value cannot be read; the message says why, for people."""
+    """A value cannot be read. The message gives the reason for people."""
 
 
 def is_meshed(labels: Mapping[str, str]) -> bool:
@@ -57,12 +57,12 @@ def is_meshed(labels: Mapping[str, str]) -> bool:
 
 
 def hint(app_protocol: str | None) -> Hint:
-    """What `appProtocol` says of a port."""
+    """The protocol hint for a port's `appProtocol`."""
     return _PROTOCOLS.get((app_protocol or "").lower(), Hint.DETECT)
 
 
 def port_list(text: str) -> frozenset[int]:
-    """Ports and ranges, separated by commas. Raises MarkError."""
+    """Parse ports and ranges, separated by commas. Raises MarkError."""
     found: set[int] = set()
     for part in text.split(","):
         if not part.strip():
@@ -79,7 +79,7 @@ def port_list(text: str) -> frozenset[int]:
 
 
 def skipped_ports(annotations: Mapping[str, str]) -> frozenset[int]:
-    """The ports of a meshed pod that its sidecar does not stand before. Raises MarkError."""
+    """The ports of a meshed pod that its sidecar does not intercept. Raises MarkError."""
     admin = annotations.get(ADMIN)
     return port_list(annotations.get(SKIP_INBOUND_PORTS, "")) | {
         _port(admin.strip(), admin) if admin is not None else ADMIN_PORT

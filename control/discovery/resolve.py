@@ -1,8 +1,9 @@
-"""A service and its slices, and what is known of pods: the service's entry.
+"""Makes the entry of a service from the service, its slices and the known pods.
 
-An endpoint may stand in two slices, while it is moved between them, or because each has some of its
-ports: it is one, and where they disagree the newer slice is right. A port of the service is looked
-for by its name in each slice, since a named target port may have another number in each pod.
+An endpoint may be in two slices: while it moves between them, or because each slice has some of its
+ports. The entry has it once. Where the slices disagree, the newer one wins. A port of the service
+is looked up by name in each slice, because a named target port may have a different number in each
+pod.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from control.discovery.facts import EndpointFact, ServiceFact, SliceFact
 from control.discovery.judge import Refusal, Who, World, judge
 from control.kube.resources import Key
 
-# Of one service. More would not help people.
+# The most problems that are reported of one service. More would not help a reader.
 _MOST_PROBLEMS = 10
 
 
@@ -25,8 +26,10 @@ def resolve(
     slices: Iterable[SliceFact],
     world: World,
 ) -> tuple[ServiceEntry, tuple[str, ...]]:
-    """The entry of a service, and what is wrong with it, for people. `addresses`: those of its own
-    that are no other service's."""
+    """Return the entry of a service and its problems, as texts for people.
+
+    `addresses`: the cluster addresses of the service that belong to no other service.
+    """
     problems = list(service.problems)
     newest: dict[str, tuple[EndpointFact, Who]] = {}
     ports: dict[str, dict[int, int]] = {}
@@ -50,7 +53,7 @@ def resolve(
 
 
 def _ports(service: ServiceFact, part: SliceFact) -> Iterator[tuple[int, int]]:
-    """The service's ports that the endpoints of a slice serve, and which ones these are there."""
+    """Pairs of a service port that the slice's endpoints serve, and their own port for it."""
     numbers = dict(part.ports)
     for port in service.ports:
         if port.name in numbers:

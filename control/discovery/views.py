@@ -1,14 +1,17 @@
-"""An entry as a client sees it: which endpoints may be used from where.
+"""An entry as a client sees it: which endpoints it may use, by its node and zone.
 
-The rules are kube-proxy's (KEP-1669, KEP-2433, KEP-3015), so that a service means the same with the
-mesh and without it:
+The rules are those of kube-proxy (KEP-1669, KEP-2433, KEP-3015). So a service means the same with
+and without the mesh:
 
-* Endpoints that are ready are used. If there is none, those are that are terminating and still serve.
-* With internalTrafficPolicy Local only those of the client's own node are, ready or, if none is, terminating; hints do not matter then.
-* Hints are used only if each endpoint that is ready has one and one of them is for the client: hints for nodes before hints for zones.
+* Ready endpoints are used. If there are none, endpoints that are terminating but still serve are
+  used.
+* With internalTrafficPolicy Local, only endpoints on the client's own node are used: the ready
+  ones, or the terminating ones if none is ready. Hints are ignored then.
+* Hints are used only if every ready endpoint has one and at least one of them is for the client.
+  Hints for nodes come before hints for zones.
 
-Both address families are served apart, as if they were two services. Clients of one node and zone
-see the same, and so do clients of all places where nothing of this matters.
+IPv4 and IPv6 endpoints are handled separately, as if they were two services. Clients of the same
+node and zone see the same endpoints.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from control.discovery.entries import EndpointEntry, ServiceEntry
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a client is. "": that is not known, and then no hint is for it."""
+    """Where a client is. "": not known, so no hint is for it."""
 
     node: str = ""
     zone: str = ""
@@ -31,8 +34,9 @@ NOWHERE = Place()
 
 
 def usable(entry: ServiceEntry, place: Place = NOWHERE) -> frozenset[str]:
-    """The addresses of the endpoints that a client at `place` may use. One that does not say its
-    node may use all of a service that is served locally."""
+    """The addresses of the endpoints that a client at `place` may use. A client without a node may
+    use all endpoints of a service with internalTrafficPolicy Local.
+    """
     found: set[str] = set()
     for six in (False, True):
         family = [endpoint for endpoint in entry.endpoints if (":" in endpoint.address) == six]

@@ -1,13 +1,13 @@
-"""Where the API server is, whom to trust there, and who we are.
+"""The API server's address, the trust in it, and our credentials.
 
-In a pod that is the service account's folder: a token and the authority's certificate, both
-replaced while we run, and both read again each minute. Elsewhere it is a kubeconfig, with
-certificates and tokens as data or as files. What a kubeconfig may do beyond that, it may not here:
-it runs no program (`exec`), names no files if it comes out of a Secret, and cannot switch off
-verification.
+In a pod, these come from the service account's folder: a token and the CA certificate. Both are
+replaced at run time, so they are read again every minute. Elsewhere they come from a kubeconfig,
+with certificates and tokens as data or as files. Some features of kubeconfigs are not supported: it
+runs no program (`exec`) and cannot switch off verification. A kubeconfig from a Secret cannot name
+files.
 
-Keys that come as data are never written to a disk: the TLS library wants a path, and gets one of an
-anonymous file in memory.
+Keys that come as data are never written to disk. The TLS library needs a path, so it gets the path
+of an anonymous file in memory.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ import trio
 from control.kube.errors import AccessError
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-# How long (seconds) what was read from a file holds. A kubelet renews a token when 80 % of its life
-# are over, which is an hour or more.
+# Seconds before a file is read again. A kubelet renews a token after 80 % of its lifetime, which is
+# an hour or more.
 FRESH = 60.0
-# Of a kubeconfig, and of each file that it names.
+# Bytes of a kubeconfig, and of each file that it names.
 MOST_BYTES = 1024 * 1024
 
 
 @dataclass(slots=True)
 class Secret:
-    """A text or a file with one. A file is read again when it was read `FRESH` seconds ago."""
+    """A secret as data or in a file. A file is read again `FRESH` seconds after the last read."""
 
     text: bytes = b""
     path: Path | None = None
@@ -48,8 +48,9 @@ class Secret:
         return f"<Secret {self.path or 'given as data'}>"
 
     def current(self) -> bytes:
-        """What it is now. A file that cannot be read any more is what it was. Raises AccessError if
-        it never was readable."""
+        """The current value. If a file is not readable any more, its last value is used. Raises
+        AccessError if it was never readable.
+        """
         if self.path is not None and trio.current_time() - self._read_at >= FRESH:
             try:
                 self.text = _read(self.path)
@@ -60,13 +61,13 @@ class Secret:
         return self.text
 
     def forget(self) -> bool:
-        """Read it again the next time. Returns whether that can make a difference."""
+        """Read the file again on the next use. Returns False for data, which cannot change."""
         self._read_at = float("-inf")
         return self.path is not None
 
 
 class Trust:
-    """Makes the TLS contexts: whom we trust, and the certificate that we show, if there is one."""
+    """Makes the TLS contexts from the CA certificate and an optional client certificate."""
 
     def __init__(
         self, authority: Secret, certificate: Secret | None = None, key: Secret | None = None
@@ -76,8 +77,9 @@ class Trust:
         self._of: tuple[bytes, ...] = ()
 
     def context(self) -> ssl.SSLContext:
-        """The context for a new connection: another one when a file has changed. Raises
-        AccessError."""
+        """The context for a new connection. It is made again when a file has changed. Raises
+        AccessError.
+        """
         current = tuple(part.current() if part is not None else b"" for part in self._parts)
         if self._made is None or current != self._of:
             self._made, self._of = _context(*current), current
@@ -86,8 +88,9 @@ class Trust:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """An API server, and how to speak to it. `host` is an IP literal or a name; `prefix` stands
-    before every path. Without `trust` there is no TLS, which only loopback addresses may have."""
+    """How to connect to an API server. `host` is an IP literal or a name. `prefix` is put before
+    every path. Without `trust` there is no TLS, which only loopback addresses may use.
+    """
 
     host: str
     port: int
@@ -98,12 +101,12 @@ class Access:
 
     @property
     def authority(self) -> str:
-        """For the Host field."""
+        """The value of the Host field."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def in_cluster(environment: Mapping[str, str], folder: Path = SERVICE_ACCOUNT) -> Access:
-    """How a pod reaches its own cluster's API server. Raises AccessError."""
+    """The access of a pod to its own cluster's API server. Raises AccessError."""
     host, port = (
         environment.get("KUBERNETES_SERVICE_HOST", ""),
         environment.get("KUBERNETES_SERVICE_PORT", ""),
@@ -123,7 +126,7 @@ def in_cluster(environment: Mapping[str, str], folder: Path = SERVICE_ACCOUNT) -
     )
 
 
-# A kubeconfig...
+# kubeconfig
 
 
 class _Struct(msgspec.Struct, frozen=True, rename="kebab"):
@@ -184,16 +187,18 @@ def kubeconfig_file(path: Path, context: str = "") -> Access:
 
 
 def kubeconfig(data: bytes, context: str = "", *, folder: Path | None = None) -> Access:
-    """The access in a kubeconfig; `context` is the current one, if it is not said. `folder` is
-    where relative paths begin; None: it may name no files at all. Raises AccessError."""
+    """The access that a kubeconfig describes.
+
+    `context` "": the current context. `folder` is the base of relative paths; None: files are not
+    allowed. Raises AccessError.
+    """
     if len(data) > MOST_BYTES:
         raise AccessError(f"kubeconfig: larger than {MOST_BYTES} bytes")
     try:
         found = msgspec.yaml.decode(data, type=_Kubeconfig)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise AccessError(
-            f"kubeconfig: {error}"
-        ) from None  # not `from error`: it may show the text
+        # Not `from error`: the error may contain a secret.
+        raise AccessError(f"kubeconfig: {error}") from None
     contexts = {entry.name: entry.context for entry in found.contexts or ()}
     name = context or found.current_context
     chosen = contexts.get(name)
@@ -259,7 +264,7 @@ class _Reader:
         if (certificate is None) != (key is None):
             raise AccessError("kubeconfig: client-certificate and client-key belong together")
         parts = [part.text if part is not None else b"" for part in (authority, certificate, key)]
-        _context(*parts)  # so that a mistake is found now
+        _context(*parts)  # to find a mistake now, not at the first connection
         return Access(
             host, port, Trust(authority, certificate, key), token, cluster.tls_server_name, prefix
         )
@@ -325,7 +330,7 @@ def _loopback(host: str) -> bool:
 
 
 def _context(authority: bytes, certificate: bytes, key: bytes) -> ssl.SSLContext:
-    made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which verifies the chain and the name
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies the chain and the name
     made.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         made.load_verify_locations(cadata=authority.decode("ascii"))
@@ -339,7 +344,7 @@ def _context(authority: bytes, certificate: bytes, key: bytes) -> ssl.SSLContext
 
 @contextmanager
 def _in_memory(data: bytes) -> Iterator[str]:
-    """The path of a file that has no name in any file system."""
+    """The path of an anonymous file with `data`. It exists only in memory."""
     descriptor = os.memfd_create("isthmus", os.MFD_CLOEXEC)
     try:
         view = memoryview(data)

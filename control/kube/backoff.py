@@ -1,8 +1,8 @@
 """How long to wait before the next attempt.
 
-Delays double from `first` to `most`, and each is stretched by a random part of itself: clients that
-have lost one server together do not come back together. After a time without failures the next one
-is a first one again. The figures are those of client-go's reflector.
+Delays double from `first` to `most`. A random part is added to each, so that clients that lost the
+same server do not all reconnect at the same time. After `healthy` seconds without a failure the
+delays start again at `first`. The numbers are those of client-go's reflector.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class BackoffRules:
-    """In seconds; `jitter` is the largest part of a delay that chance adds to it."""
+    """In seconds, but for `jitter`: the largest random part of a delay, as a fraction of it."""
 
     first: float = 0.8
     most: float = 30.0
     jitter: float = 1.0
-    healthy: float = 120.0  # without a failure, after which the delays begin anew
+    healthy: float = 120.0  # without a failure; then the delays start again at `first`
 
 
 class Backoff:
@@ -35,7 +35,7 @@ class Backoff:
         self._failed = float("-inf")
 
     def failed(self, now: float) -> float:
-        """Something has failed at `now`: the seconds to wait."""
+        """Record a failure at time `now`. Returns the seconds to wait."""
         rules = self._rules
         if now - self._failed > rules.healthy:
             self._next = rules.first

@@ -1,11 +1,12 @@
 """Requests to the API server.
 
-Every request has limits: of time for connecting, for the head of the answer and for all of it, and
-of bytes. What fails is tried again where that is harmless: reading and applying always, everything
-else only if the server says that it has done nothing (429). The server's Retry-After is obeyed; a
-server that asks for more than `Limits.patience` gets its answer passed on to the caller.
+Every request has limits: for the time to connect, the time to the response head, the total time and
+the bytes of the response. Failed requests are retried where that is safe: always for requests that
+can be repeated, such as reads and applies. Other requests are retried only if the server reports
+that it has done nothing (429). Retry-After is obeyed up to `Limits.patience`. If the server asks
+for more, the caller gets the error.
 
-There are connections for requests, of which a few are kept, and one of its own for each watch.
+A few connections for requests are kept open. Each watch has a connection of its own.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from control.kube.resources import Resource, decode
 
 T = TypeVar("T", bound=objects.Object)
 
-# Bytes of the body of a refusal that are read.
+# Bytes that are read of the body of an error response.
 _MOST_REFUSAL = 65536
-# Characters of a server's message that are passed on.
+# Characters that are kept of a server's message.
 _MOST_SAID = 500
-# Statuses of a server, or of a balancer before it, that cannot answer now.
+# Statuses of a server, or of a load balancer in front of it, that cannot answer now.
 _PASSING = frozenset({500, 502, 503, 504})
 
 _AGENT = ("User-Agent", "isthmus")
@@ -44,8 +45,9 @@ _status = msgspec.json.Decoder(Status)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """In seconds, bytes and numbers. `body` is that of one answer, which is a page of a list at
-    most; `line` of one line of a watch."""
+    """Times are in seconds, `body` and `line` in bytes. `body` limits one response, so a page of a
+    list. `line` limits one line of a watch.
+    """
 
     connect: float = 10.0
     head: float = 30.0
@@ -61,15 +63,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Some objects of a kind: in a namespace ("": in all), with labels and fields as selectors
-    say."""
+    """A selection of objects: by namespace ("": all), label selector and field selector."""
 
     namespace: str = ""
     labels: str = ""
     fields: str = ""
 
     def query(self) -> dict[str, str]:
-        """The parameters of a request."""
+        """The selectors as query parameters."""
         given = {"labelSelector": self.labels, "fieldSelector": self.fields}
         return {name: value for name, value in given.items() if value}
 
@@ -78,8 +79,9 @@ Dial = Callable[[Access], Awaitable[trio.abc.Stream]]
 
 
 async def connect(access: Access) -> trio.abc.Stream:
-    """A connection to the API server, with TLS if it has any. Raises OSError, Unreachable,
-    AccessError."""
+    """Connect to the API server, with TLS if `access` has trust. Raises OSError, Unreachable,
+    AccessError.
+    """
     tcp = await trio.open_tcp_stream(access.host, access.port)
     if access.trust is None:
         return tcp
@@ -100,14 +102,14 @@ async def connect(access: Access) -> trio.abc.Stream:
 
 
 class Answer:
-    """The answer to a watch: an asynchronous context manager that owns the connection."""
+    """The response to a watch. An async context manager that owns the connection."""
 
     def __init__(self, connection: Connection, head: Head) -> None:
         self._connection = connection
         self.head = head
 
     async def read(self) -> bytes:
-        """The next piece; b"" is the end. Raises Unreachable, InvalidAnswer."""
+        """The next part of the body; b"" is the end. Raises Unreachable, InvalidAnswer."""
         return await self._connection.read()
 
     async def __aenter__(self) -> Self:
@@ -127,8 +129,7 @@ class Answer:
 
 
 class Client:
-    """Speaks to one API server. `requests` counts what was sent, `refusals` what was answered by an
-    error."""
+    """A client of one API server. `requests` counts requests, `refusals` error responses."""
 
     def __init__(
         self,
@@ -146,10 +147,10 @@ class Client:
         self._room = trio.CapacityLimiter(self.limits.connections)
         self._kept: list[tuple[Connection, float]] = []
 
-    # Objects...
+    # Objects
 
     async def get(self, resource: Resource[T], namespace: str, name: str) -> T:
-        """One object. Raises KubeError; Refused with 404 if there is none."""
+        """Get one object. Raises KubeError; Refused with 404 if it does not exist."""
         request = Request(
             "GET",
             self._target(resource.path(namespace, name)),
@@ -165,7 +166,7 @@ class Client:
         *,
         attempts: int = 0,
     ) -> Page[T]:
-        """A page of a list; `query` has `limit`, `continue` and the like. Raises KubeError."""
+        """Get a page of a list. `query` has `limit`, `continue` and the like. Raises KubeError."""
         target = self._target(resource.path(selection.namespace), {**selection.query(), **query})
         request = Request("GET", target, [("Accept", resource.accept(listed=True))])
         return resource.page(await self.call(request, attempts=attempts))
@@ -173,8 +174,9 @@ class Client:
     async def create(
         self, resource: Resource[T], item: T, namespace: str = "", *, stored: bool = True
     ) -> T:
-        """Make an object, and return it as it was stored. A review is answered, and not `stored`.
-        Raises KubeError."""
+        """Create an object and return it as stored. `stored` False: the object is a review, which
+        the server answers but does not store. Raises KubeError.
+        """
         request = Request(
             "POST", self._target(resource.path(namespace)), [_JSON], self._body(resource, item)
         )
@@ -183,9 +185,10 @@ class Client:
     async def apply(
         self, resource: Resource[T], item: Mapping[str, Any], manager: str, *, force: bool = True
     ) -> T:
-        """Server-side apply: own exactly the fields of `item`, which names apiVersion, kind and
-        metadata. `force` takes fields that somebody else has set; without it that is a 409. Raises
-        KubeError."""
+        """Server-side apply: own exactly the fields of `item`, which must have apiVersion, kind and
+        metadata. `force` takes over fields that another manager owns; without it they cause a 409.
+        Raises KubeError.
+        """
         meta = item["metadata"]
         path = resource.path(meta.get("namespace", ""), meta["name"])
         target = self._target(
@@ -205,10 +208,12 @@ class Client:
         *,
         attempts: int = 0,
     ) -> T:
-        """Merge `changes` (RFC 7386) into a stored object, or into its `subresource`, such as its
-        status. If they have the resourceVersion of `item`, an object that has changed since is
-        Refused with 409. An object is never stored whole: what these structs do not know of it
-        would be lost. Raises KubeError."""
+        """Merge `changes` (RFC 7386) into a stored object or its `subresource`, such as its status.
+
+        If `changes` has the resourceVersion of `item`, and the object has changed since, Refused
+        with 409 is raised. Objects are never replaced as a whole: the structs lack some fields,
+        which would be lost. Raises KubeError.
+        """
         target = self._target(
             resource.path(item.metadata.namespace, item.metadata.name, subresource)
         )
@@ -220,8 +225,9 @@ class Client:
         )
 
     async def delete(self, resource: Resource[T], item: T) -> None:
-        """Delete exactly this object, and not another one of the same name. That it is gone already
-        is no error. Raises KubeError."""
+        """Delete this object, by uid, so never another one with the same name. It is not an error
+        if it does not exist any more. Raises KubeError.
+        """
         target = self._target(resource.path(item.metadata.namespace, item.metadata.name))
         body = msgspec.json.encode({"preconditions": {"uid": item.metadata.uid}})
         try:
@@ -233,7 +239,7 @@ class Client:
     async def watch(
         self, resource: Resource[T], selection: Selection, query: Mapping[str, str]
     ) -> Answer:
-        """Begin a watch. Raises KubeError. Close what is returned."""
+        """Start a watch. The caller closes the result. Raises KubeError."""
         target = self._target(
             resource.path(selection.namespace), {**selection.query(), **query, "watch": "1"}
         )
@@ -249,11 +255,14 @@ class Client:
             msgspec.structs.replace(item, kind=resource.kind, api_version=resource.api)
         )
 
-    # Requests...
+    # Requests
 
     async def call(self, request: Request, *, repeat: bool = True, attempts: int = 0) -> bytes:
-        """The body of the answer to `request`. `repeat`: to do it twice is the same as once.
-        `attempts` 0: as many as the limits say. Raises KubeError."""
+        """Send a request and return the response body, with retries.
+
+        `repeat`: the request can safely be sent twice. `attempts` 0: the number in the limits.
+        Raises KubeError.
+        """
         backoff = Backoff(BackoffRules(most=self.limits.patience / 2), self._chance)
         left = attempts or self.limits.attempts
         while True:
@@ -272,8 +281,9 @@ class Client:
                 await trio.sleep(max(wait, asked or 0.0))
 
     async def open(self, request: Request) -> Answer:
-        """The answer to `request`, of which only the head has been read, on a connection of its
-        own. Raises KubeError."""
+        """Send a request on a new connection and return once the response head has come. The caller
+        closes the result. Raises KubeError.
+        """
         for last in (False, True):
             connection = await self._connect()
             good = False
@@ -298,7 +308,7 @@ class Client:
                 except Refused as error:
                     if error.code != 401 or not self._forget_token():
                         raise
-                return await self._exchange(request)  # with a token that was read just now
+                return await self._exchange(request)  # with the token that was just read again
         raise Unreachable(f"no whole answer within {self.limits.total:g} s")
 
     async def _exchange(self, request: Request) -> bytes:
@@ -306,8 +316,8 @@ class Client:
             try:
                 return await self._on(connection, request)
             except Unreachable:
-                # A kept connection that the server had closed meanwhile. A POST may have been read
-                # before: it does not come again.
+                # The server closed this kept connection. Only idempotent requests are sent again:
+                # the server may already have read a POST.
                 if connection.begun or request.method not in ("GET", "PUT", "DELETE"):
                     raise
         return await self._on(await self._connect(), request)
@@ -355,7 +365,7 @@ class Client:
                     head.headers.get("retry-after", ""),
                 )
         except KubeError:
-            pass  # the status says enough
+            pass  # the status is enough
         return refusal(b"", head.status, head.headers.get("retry-after", ""))
 
     async def _connect(self) -> Connection:
@@ -380,14 +390,14 @@ class Client:
         return self.access.token is not None and self.access.token.forget()
 
     async def aclose(self) -> None:
-        """Close the connections that are kept."""
+        """Close the kept connections."""
         kept, self._kept = self._kept, []
         for connection, _ in kept:
             await connection.aclose()
 
 
 def refusal(body: bytes | msgspec.Raw, code: int, retry_after: str = "") -> Refused:
-    """What a Status says, from the body of an answer with an error, or from an ERROR event."""
+    """Make a Refused from the Status in an error response or in an ERROR event."""
     try:
         status = decode(_status, body)
     except InvalidAnswer:
@@ -413,7 +423,7 @@ def refusal(body: bytes | msgspec.Raw, code: int, retry_after: str = "") -> Refu
 
 
 def _again(error: KubeError, *, repeat: bool) -> bool:
-    """Whether another attempt is harmless, and could help."""
+    """Whether another attempt is safe and may help."""
     if isinstance(error, Refused):
         return error.code == 429 or (repeat and error.code in _PASSING)
     return repeat and isinstance(error, Unreachable)

@@ -1,36 +1,43 @@
-"""What can go wrong with a request to the API server. Nothing else leaves this package for what the
-server or the network does."""
+"""Errors of requests to the API server. The package raises no other errors for what the server or
+the network does.
+"""
 
 from __future__ import annotations
 
 
 class KubeError(Exception):
-    """All errors of this package."""
+    """The base of all errors of this package."""
 
 
 class AccessError(KubeError):
-    """The configuration cannot be used: a kubeconfig, a token, a certificate. The message says
-    which, and why; never a secret's text."""
+    """The configuration is not usable: a kubeconfig, a token or a certificate. The message says
+    which and why. It never contains a secret.
+    """
 
 
 class Unreachable(KubeError):
-    """There was no whole answer: no connection, no TLS, no time left, or the connection was lost.
-    Whether the server has acted is not known."""
+    """There was no complete response: no connection, no TLS, a timeout, or a lost connection. The
+    server may or may not have acted.
+    """
 
 
 class InvalidAnswer(KubeError):
-    """The answer breaks the protocol: no HTTP, no JSON, another kind of object, or larger than the
-    limit."""
+    """The response breaks the protocol: not HTTP, not JSON, the wrong kind of object, or larger
+    than the limit.
+    """
 
 
 class TooLarge(InvalidAnswer):
-    """The answer is larger than the limit for it. A smaller page may fit."""
+    """The response is larger than its limit. A smaller page may fit."""
 
 
 class Refused(KubeError):
-    """The server said no. `code` is the HTTP status, `reason` the API's word for it ("NotFound",
-    "Conflict"; "" if there is none), `retry_after` the seconds that the server asks to wait (None:
-    it does not say), `causes` the API's words for details."""
+    """The server refused the request, or answered with an error.
+
+    `code` is the HTTP status. `reason` is the API's reason, such as "NotFound" or "Conflict" ("":
+    not given). `retry_after` is how many seconds the server asks to wait (None: not given).
+    `causes` are the reasons in the details of the Status.
+    """
 
     def __init__(
         self,
@@ -49,12 +56,14 @@ class Refused(KubeError):
 
     @property
     def expired(self) -> bool:
-        """The resourceVersion, or the continue token, is older than what the server still knows:
-        only a new list helps."""
+        """The resourceVersion or the continue token is too old for the server. Only a new list
+        helps.
+        """
         return self.code == 410 or self.reason in ("Expired", "Gone")
 
     @property
     def from_the_future(self) -> bool:
-        """The resourceVersion is newer than the server's state: it was restored from a backup, or
-        another replica answers."""
+        """The resourceVersion is newer than the server's state: the server was restored from a
+        backup, or another replica answers.
+        """
         return "ResourceVersionTooLarge" in self.causes

@@ -1,8 +1,7 @@
 """One HTTP/1.1 connection to the API server: h11 on a stream.
 
-It carries one request after the other; a watch keeps it for itself. h11 decides what is HTTP:
-everything that it refuses is InvalidAnswer, and everything that happens to the stream is
-Unreachable.
+It carries one request at a time. A watch has a connection to itself. h11 decides what is valid
+HTTP: what it refuses raises InvalidAnswer. Failures of the stream raise Unreachable.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ import trio
 
 from control.kube.errors import InvalidAnswer, Unreachable
 
-# What one read asks for.
+# The largest read in bytes.
 _RECEIVE = 65536
-# The longest head of an answer. The API server's are some hundred bytes.
+# The largest response head in bytes. The API server's heads have some hundred bytes.
 _HEAD = 32768
 
 
@@ -35,7 +34,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The head of an answer; names of fields in lower case."""
+    """The head of a response. Field names are in lower case."""
 
     status: int
     headers: dict[str, str]
@@ -48,11 +47,10 @@ class Connection:
         self._stream = stream
         self._authority = authority
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEAD)
-        self.begun = False  # some of the answer to the current request has come
+        self.begun = False  # whether a part of the current response has come
 
     async def request(self, request: Request, *fields: tuple[str, str]) -> Head:
-        """Send a request, and wait for the head of the answer. Raises Unreachable,
-        InvalidAnswer."""
+        """Send a request. Returns the response head. Raises Unreachable, InvalidAnswer."""
         self.begun = False
         headers = [("Host", self._authority), *request.headers, *fields]
         if request.body or request.method in ("POST", "PUT", "PATCH"):
@@ -82,8 +80,7 @@ class Connection:
                 raise InvalidAnswer(f"expected the head of an answer, found {type(event).__name__}")
 
     async def read(self) -> bytes:
-        """The next piece of the answer's body; b"" is its end. Raises Unreachable,
-        InvalidAnswer."""
+        """The next part of the response body; b"" is its end. Raises Unreachable, InvalidAnswer."""
         while True:
             event = await self._next()
             if isinstance(event, h11.Data):
@@ -113,15 +110,16 @@ class Connection:
             raise Unreachable("the connection was lost") from error
 
     def is_quiet(self) -> bool:
-        """Whether a connection that waits for the next request can have it: the server has neither
-        closed it nor said anything."""
+        """Whether an idle connection can take the next request: the server has neither closed it
+        nor sent anything.
+        """
         below = (
             self._stream.transport_stream
             if isinstance(self._stream, trio.SSLStream)
             else self._stream
         )
         if not isinstance(below, trio.SocketStream):
-            return True  # one in memory, of which nothing is known before it is tried
+            return True  # an in-memory stream: only its use shows whether it still works
         descriptor = socket.socket(fileno=os.dup(below.socket.fileno()))
         try:
             descriptor.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
@@ -134,12 +132,12 @@ class Connection:
         return False
 
     def reuse(self) -> bool:
-        """Get ready for the next request. False: it is of no further use."""
+        """Prepare for the next request. False: the connection cannot be reused."""
         if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
             self._http.start_next_cycle()
             return True
         return False
 
     async def aclose(self) -> None:
-        """Close, without a word to the other side."""
+        """Close at once, without a TLS close_notify."""
         await trio.aclose_forcefully(self._stream)

@@ -1,10 +1,11 @@
-"""Leader election: of several replicas the one that holds a Lease does what must happen once.
+"""Leader election: the replica that holds a Lease does what must happen once.
 
-The holder renews the lease every `retry` seconds. Another one takes it when it has not changed for
-as long as the holder has said (`duration`), by the clock of the one who looks: the times in the
-lease are for people. The holder stops to lead when it has not renewed for `renew` seconds, which is
-earlier; so that two never lead at once, as long as their clocks run at about the same speed. The
-figures, and the use of the fields, are client-go's.
+The holder renews the lease every `retry` seconds. Another replica takes the lease when it has not
+changed for the duration that the holder has written into it. That replica measures the time with
+its own clock. The times in the lease are only for people. The holder stops leading when it has not
+renewed for `renew` seconds, which is shorter than the duration. So two replicas never lead at the
+same time, if their clocks run at about the same speed. The numbers and the use of the fields are
+those of client-go.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from control.kube.resources import LEASES
 
 _log = logging.getLogger("isthmus.control")
 
-# Seconds that giving the lease back may take, when all is over.
+# Seconds to release the lease at the end.
 _RELEASE = 2.0
 
 
@@ -38,7 +39,7 @@ class LeaseRules:
 
 
 class Election:
-    """Takes part in the election for one lease, as `identity`, which no other replica has."""
+    """Takes part in the election for one lease. `identity` must be unique among the replicas."""
 
     def __init__(
         self, client: Client, name: tuple[str, str], identity: str, rules: LeaseRules | None = None
@@ -46,19 +47,19 @@ class Election:
         """`name`: namespace and name of the lease."""
         self.leading = False
         self.identity = identity
-        self.terms = 0  # how often we have been elected
+        self.terms = 0  # how often this replica was elected
         self._client = client
         self._namespace, self._name = name
         self._rules = rules or LeaseRules()
-        self._seen: tuple[str, float] = (
-            "",
-            0.0,
-        )  # the version of the lease, and since when it is that one
+        # The version of the lease, and when this replica first saw it.
+        self._seen: tuple[str, float] = ("", 0.0)
         self._renewed = 0.0
 
     async def run(self, lead: Callable[[], Awaitable[None]]) -> None:
-        """Run `lead` whenever we are the leader, and cancel it when we are not any more. Returns
-        when `lead` does; the lease is given back then, and when we are cancelled."""
+        """Run `lead` whenever this replica is the leader. Cancel it when leadership is lost.
+
+        Returns when `lead` returns. The lease is released then, and also on cancellation.
+        """
         while True:
             held = await self._acquire()
             self.leading, self.terms = True, self.terms + 1
@@ -97,7 +98,7 @@ class Election:
             await trio.sleep(self._rules.retry)
 
     async def _take(self) -> Lease | None:
-        """The lease, if it could be had."""
+        """Take the lease. Returns None if another replica holds it."""
         try:
             found = await self._client.get(LEASES, self._namespace, self._name)
         except Refused as error:
@@ -119,24 +120,22 @@ class Election:
         return await self._store(found, self._spec(spec))
 
     async def _store(self, found: Lease, spec: LeaseSpec) -> Lease:
-        """Raises Refused with 409, if it has changed since it was `found`."""
+        """Write the lease. Raises Refused with 409 if it has changed since `found` was read."""
         changes = {
             "metadata": {"resourceVersion": found.metadata.resource_version},
             "spec": msgspec.to_builtins(spec),
         }
-        return await self._client.patch(
-            LEASES, found, changes, attempts=1
-        )  # the next one comes soon
+        # One attempt only: the next renewal comes soon.
+        return await self._client.patch(LEASES, found, changes, attempts=1)
 
     async def _renew(self, held: Lease, scope: trio.CancelScope) -> None:
-        """Renew until that fails for too long."""
+        """Renew the lease regularly. Cancels `scope` when that has failed for too long."""
         rules = self._rules
         while True:
             await trio.sleep(rules.retry)
             asked = trio.current_time()
-            limit = min(
-                self._renewed + rules.renew, asked + rules.renew / 2
-            )  # one that hangs is not waited for until it is too late
+            # A request that hangs must leave time for another attempt.
+            limit = min(self._renewed + rules.renew, asked + rules.renew / 2)
             with trio.move_on_at(limit):
                 try:
                     held = await self._store(held, self._spec(held.spec))
@@ -151,7 +150,9 @@ class Election:
                 scope.cancel()
 
     async def _changed(self, held: Lease, scope: trio.CancelScope) -> Lease:
-        """Somebody has written to the lease: be it a label, it is ours still."""
+        """The lease was changed by another client. If only a label or the like has changed, this
+        replica still holds it; else cancel `scope`.
+        """
         try:
             found = await self._client.get(LEASES, self._namespace, self._name)
         except KubeError:
@@ -168,7 +169,9 @@ class Election:
         return LeaseSpec(self.identity, self._rules.duration, acquired, now, turns)
 
     async def _release(self) -> None:
-        """Let another one have it at once, if it is still ours."""
+        """Release the lease, if this replica still holds it, so that another one can take it at
+        once.
+        """
         try:
             found = await self._client.get(LEASES, self._namespace, self._name)
             if found.spec.holder_identity == self.identity:

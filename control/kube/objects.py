@@ -1,8 +1,8 @@
-"""The API's objects, with the fields that are needed here. Everything else in an answer is skipped
-while it is decoded.
+"""The API objects, with only the fields that are needed here. Other fields are skipped while
+decoding.
 
-Go writes an empty list as null, or leaves it out; so lists and maps are `| None`. Structs are
-frozen: a watcher's copy is shared.
+Go writes an empty list as null or leaves it out. So lists and maps are `| None`. Structs are
+frozen, because several readers share one copy.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ T = TypeVar("T")
 
 
 class Struct(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, rename="camel"):
-    """The base of all: field names in Python's way, JSON names in Kubernetes'."""
+    """The base of all structs: snake_case field names in Python, camelCase names in JSON."""
 
 
 class OwnerReference(Struct, frozen=True):
-    """Who an object belongs to."""
+    """The owner of an object."""
 
     kind: str
     name: str
@@ -43,8 +43,7 @@ class Meta(Struct, frozen=True):
 
 
 class Object(Struct, frozen=True):
-    """What every object has. It is all that is known of one of which only the metadata was asked
-    for."""
+    """The fields of every object."""
 
     kind: str = ""
     api_version: str = ""
@@ -52,7 +51,7 @@ class Object(Struct, frozen=True):
 
 
 class PartialObjectMetadata(Object, frozen=True):
-    """Any object, of which only the metadata was asked for."""
+    """Any object of which only the metadata was requested."""
 
 
 class ListMeta(Struct, frozen=True):
@@ -63,7 +62,7 @@ class ListMeta(Struct, frozen=True):
 
 
 class Page(msgspec.Struct, Generic[T], frozen=True):
-    """A list, or a part of it."""
+    """A list, or one page of it."""
 
     items: list[T] | None
     kind: str = ""
@@ -85,7 +84,7 @@ class StatusDetails(Struct, frozen=True):
 
 
 class Status(Struct, frozen=True):
-    """What the server says of a request that it refuses."""
+    """The body of an error response."""
 
     kind: str = ""
     message: str = ""
@@ -95,13 +94,13 @@ class Status(Struct, frozen=True):
 
 
 class WatchEvent(msgspec.Struct, frozen=True):
-    """One line of a watch. What `object` is depends on `type`."""
+    """One line of a watch. `type` determines the kind of `object`."""
 
     type: str
     object: msgspec.Raw
 
 
-# Services and their endpoints...
+# Services and their endpoints
 
 
 class ServicePort(Struct, frozen=True):
@@ -126,7 +125,7 @@ class ServiceSpec(Struct, frozen=True):
 
 
 class Service(Object, frozen=True):
-    """v1."""
+    """A Service (v1)."""
 
     spec: ServiceSpec = ServiceSpec()
 
@@ -142,7 +141,7 @@ class ObjectReference(Struct, frozen=True):
 
 
 class Conditions(Struct, frozen=True):
-    """conditions of an endpoint. None: true of ready and serving, false of terminating."""
+    """conditions of an endpoint. None means true for ready and serving, false for terminating."""
 
     ready: bool | None = None
     serving: bool | None = None
@@ -183,14 +182,14 @@ class SlicePort(Struct, frozen=True):
 
 
 class EndpointSlice(Object, frozen=True):
-    """discovery.k8s.io/v1."""
+    """An EndpointSlice (discovery.k8s.io/v1)."""
 
     address_type: str = ""
     endpoints: tuple[SliceEndpoint, ...] | None = None
     ports: tuple[SlicePort, ...] | None = None
 
 
-# Pods and nodes...
+# Pods and nodes
 
 
 class PodSpec(Struct, frozen=True):
@@ -215,13 +214,13 @@ class PodStatus(Struct, frozen=True):
 
 
 class Pod(Object, frozen=True):
-    """v1."""
+    """A Pod (v1)."""
 
     spec: PodSpec = PodSpec()
     status: PodStatus = PodStatus()
 
 
-# What the control plane writes...
+# Objects that the control plane writes
 
 
 class LeaseSpec(Struct, frozen=True):
@@ -235,20 +234,20 @@ class LeaseSpec(Struct, frozen=True):
 
 
 class Lease(Object, frozen=True):
-    """coordination.k8s.io/v1."""
+    """A Lease (coordination.k8s.io/v1)."""
 
     spec: LeaseSpec = LeaseSpec()
 
 
 class EventSeries(Struct, frozen=True):
-    """How often the same has happened."""
+    """How often an event has happened."""
 
     count: int
     last_observed_time: str
 
 
 class Event(Object, frozen=True):
-    """events.k8s.io/v1."""
+    """An Event (events.k8s.io/v1)."""
 
     event_time: str = ""
     type: str = ""
@@ -262,7 +261,7 @@ class Event(Object, frozen=True):
 
 
 class UserInfo(Struct, frozen=True):
-    """Who a token belongs to."""
+    """The user of a token."""
 
     username: str = ""
     uid: str = ""
@@ -287,14 +286,14 @@ class TokenReviewStatus(Struct, frozen=True):
 
 
 class TokenReview(Object, frozen=True):
-    """authentication.k8s.io/v1."""
+    """A TokenReview (authentication.k8s.io/v1)."""
 
     spec: TokenReviewSpec = TokenReviewSpec()
     status: TokenReviewStatus = TokenReviewStatus()
 
 
 class ResourceAttributes(Struct, frozen=True):
-    """What somebody wants to do. "" for `name` or `namespace`: all of them."""
+    """An action on a resource. `name` or `namespace` "": all of them."""
 
     verb: str
     resource: str
@@ -324,7 +323,7 @@ class AccessReviewStatus(Struct, frozen=True):
 
 
 class SubjectAccessReview(Object, frozen=True):
-    """authorization.k8s.io/v1."""
+    """A SubjectAccessReview (authorization.k8s.io/v1)."""
 
     spec: AccessReviewSpec = AccessReviewSpec()
     status: AccessReviewStatus = AccessReviewStatus()

@@ -1,9 +1,9 @@
-"""Events: what is said to people about an object, where `kubectl describe` shows it.
+"""Kubernetes Events: messages about an object, which `kubectl describe` shows.
 
-Saying something never waits and never fails: it is put into a queue, of which the oldest is dropped
-when it is full. The same said again is one event with a count (events.k8s.io/v1, `series`), which
-is written once in a while. Writing is paced, so that a fault of ten thousand objects is no load for
-the API server.
+`say` never waits and never fails. It puts the event into a queue. When the queue is full, the
+oldest event is dropped. Repetitions of an event become one event with a count (events.k8s.io/v1,
+`series`), which is written at intervals. Writes are paced, so that a fault of ten thousand objects
+does not load the API server.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from control.kube.resources import EVENTS
 
 _log = logging.getLogger("isthmus.control")
 
-# What the API server accepts (validation of events.k8s.io/v1).
+# Limits of the API server (validation of events.k8s.io/v1).
 _MOST_NOTE = 1024
 _MOST_WORD = 128
-# A name is a DNS subdomain; the last part of an event's is ours.
+# A name is a DNS subdomain. The last part of an event's name is added here.
 _MOST_NAME = 230
 
 
 @dataclass(frozen=True, slots=True)
 class RecorderRules:
-    """`waiting`: events that have not been written; `remembered`: those that may happen again, for
-    `forget` seconds; `series`: seconds between two counts of one; `pace`: seconds between two
-    writes."""
+    """`waiting`: the most events in the queue. `remembered`: the most events that are kept to count
+    repetitions, for `forget` seconds each. `series`: seconds between two writes of the same event.
+    `pace`: seconds between any two writes.
+    """
 
     waiting: int = 256
     remembered: int = 1024
@@ -45,7 +46,7 @@ class RecorderRules:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What is said: `reason` in one word, `note` in a sentence, `action`: what was tried."""
+    """An event. `reason`: a CamelCase identifier. `note`: a sentence. `action`: what was tried."""
 
     regarding: ObjectReference
     reason: str
@@ -58,13 +59,13 @@ class Said:
 class _Series:
     count: int = 1
     last: float = 0.0
-    written: int = 0  # of `count`
+    written: int = 0  # how much of `count` has been written
     written_at: float = float("-inf")
     stored: Event | None = None
 
 
 class Recorder:
-    """Writes events as `controller`, of which this process is `instance`."""
+    """Writes events as `controller`. `instance` is the name of this process."""
 
     def __init__(
         self, client: Client, controller: str, instance: str, rules: RecorderRules | None = None
@@ -79,7 +80,7 @@ class Recorder:
         self._something = trio.Event()
 
     def say(self, said: Said) -> None:
-        """Say something about an object."""
+        """Queue an event about an object."""
         now = trio.current_time()
         series = self._series.get(said)
         if series is None or now - series.last > self._rules.forget:
@@ -102,7 +103,7 @@ class Recorder:
             self.dropped += 1
 
     async def run(self) -> None:
-        """Write what is said, until cancelled."""
+        """Write queued events, until cancelled."""
         while True:
             if not self._waiting:
                 await self._something.wait()
@@ -120,7 +121,7 @@ class Recorder:
                 ):
                     await self._write(said, series)
                     await trio.sleep(self._rules.pace)
-            if self._waiting and not due:  # repetitions, whose time has not come
+            if self._waiting and not due:  # only repetitions, and no count is due yet
                 first = (
                     min(self._series[said].written_at for said in self._waiting)
                     + self._rules.series
@@ -141,14 +142,14 @@ class Recorder:
             series.written = count
             self.written += 1
         except KubeError as error:
-            series.stored = None  # it may be gone
+            series.stored = None  # the stored event may no longer exist
             self.dropped += 1
             _log.debug("an event could not be written: %s", error)
         series.written_at = trio.current_time()
 
     def _event(self, said: Said) -> Event:
         controller, instance = self._reporter
-        unique = f"{random.getrandbits(64):016x}"  # a name
+        unique = f"{random.getrandbits(64):016x}"  # part of a name, not a secret
         name = f"{said.regarding.name[:_MOST_NAME].rstrip('.-')}.{unique}"
         return Event(
             metadata=Meta(name=name, namespace=said.regarding.namespace or "default"),

@@ -1,25 +1,30 @@
 """List and watch: a local copy of the objects of one kind, kept up to date.
 
-    LIST  --complete-->  WATCH  --410, backwards, from the future, twice silent-->  LIST
-                           |  ^
-                           +--+  ended by the server, connection lost, 429, 5xx: watch again from the last version
+    LIST  -- complete -->  WATCH  -- 410, or another reason for a new list (below) -->  LIST
+                           |   ^
+                           +---+  ended by the server, connection lost, 429, 5xx:
+                                  watch again from the last version
 
 The rules:
 
-* A fault never deletes anything. The copy is what was told last; a new list is collected beside it, and takes its place when it is
-  complete. A list that is refused (403), cut off, or of the wrong kind is none.
-* A new list is asked for as a stream (`sendInitialEvents`), which costs the server the least. A server that refuses that (422, 400), or
-  that does not know it and never says that it is complete, is asked in pages.
-* A watch goes on from the last version. When that is too old (410, as a status or within the stream) the list is made anew; so it is when
-  versions run backwards, or are from the future to the server: its state was restored from a backup.
-* Bookmarks come about once a minute. A connection on which nothing comes for longer is dead. If nothing comes on the next one either, the
-  version may be one that the server does not know, and the list is made anew.
-* A watch from a version of the future is silent, and later tells some changes and not others. So after a connection was lost the server is
-  asked for its version first.
-* Between two attempts there is a pause, by backoff.py, after the one that Retry-After asks for. Only a watch that the server ends cleanly
-  after some time is begun again at once.
+* A fault never deletes anything. The copy keeps its last state. A new list is collected separately
+  and replaces the copy when it is complete. A list that is refused (403), cut off or of the wrong
+  kind is not used.
+* A new list is requested as a stream (`sendInitialEvents`), which costs the server the least. If
+  the server refuses that (400, 422), or ignores it and never reports that the list is complete, the
+  list is requested in pages.
+* A watch continues from the last version. A new list is made if that version is too old (410, as a
+  status or within the stream). The same happens if versions run backwards, or if the version is
+  newer than the server's state: the server was restored from a backup.
+* Bookmarks come about once a minute. A connection that is silent for longer (`silence`) is dead. If
+  the next one is silent too, the server may not know the version, and a new list is made.
+* A watch from a version in the future is silent, and later misses some changes. So after a lost
+  connection, the server's version is requested first.
+* There is a pause between two attempts: the Retry-After of the server, plus the delay of
+  backoff.py. Only a watch that ran for some time and that the server ended cleanly is restarted at
+  once.
 
-What is told are differences: an object whose needed fields are what they were is not told again.
+Only differences are reported: an object whose needed fields are unchanged is not reported again.
 """
 
 from __future__ import annotations
@@ -46,11 +51,14 @@ State = Literal["listing", "watching", "waiting"]
 
 @dataclass(frozen=True, slots=True)
 class WatchRules:
-    """In seconds and numbers. `page`: objects of a page; `most`: of all; `silence`: without a word
-    on a watch; `initial`: without a new object in a list that comes as a stream, after which the
-    server is taken not to know that; `listing`: for a whole list; `shortest`, `longest`: a watch,
-    as it is asked for; `short`: a watch that ends sooner is a fault; `patience`: the longest
-    Retry-After that is obeyed."""
+    """Times are in seconds.
+
+    `page`: objects in a page. `most`: objects in all. `silence`: the longest time without data on a
+    watch. `initial`: the longest time without a new object in a streamed list; after it the server
+    is assumed not to support streamed lists. `listing`: the longest time for a whole list.
+    `shortest` and `longest`: the range of the requested watch timeout. `short`: a watch that ends
+    sooner counts as a fault. `patience`: the longest Retry-After that is obeyed.
+    """
 
     page: int = 500
     most: int = 500_000
@@ -66,8 +74,9 @@ class WatchRules:
 
 @dataclass(slots=True)
 class Counts:
-    """What has happened: complete lists, watches that were begun, events, failures, and lists that
-    a 410 or the like made necessary."""
+    """Counters: complete lists, started watches, events, failures, and lists that were made again
+    because the last version was not usable.
+    """
 
     lists: int = 0
     watches: int = 0
@@ -77,14 +86,16 @@ class Counts:
 
 
 class _Relist(Exception):
-    """The last version is of no further use."""
+    """The last version is not usable any more."""
 
 
 class Reflector(Generic[S, T]):
-    """A copy of the objects that `selection` says, each as `keep` makes it (None: it is of no
-    interest). `tell` is called for each difference: with a key, and what is there now (None:
-    nothing). It must not wait. Between `run` and the first complete list nothing is told; `synced`
-    is set after that."""
+    """A copy of the objects of `selection`.
+
+    `keep` makes the stored value of each object (None: ignore the object). `tell` is called for
+    each difference, with the key and the new value (None: gone). `tell` must not block. Before the
+    first complete list nothing is reported. `synced` is set after it.
+    """
 
     def __init__(
         self,
@@ -99,8 +110,8 @@ class Reflector(Generic[S, T]):
         self.synced = trio.Event()
         self.state: State = "listing"
         self.counts = Counts()
-        self.error = ""  # the last one; "" when all is well
-        self.heard = float("-inf")  # when the server said something last
+        self.error = ""  # the last error; "" if all is well
+        self.heard = float("-inf")  # when data last came from the server
         self.rules = WatchRules()
         self.chance = random.Random()  # noqa: S311  # it spreads load
         self._client = client
@@ -109,8 +120,8 @@ class Reflector(Generic[S, T]):
         self._selection = selection or Selection()
         self._version = ""
         self._streaming = True
-        self._silent = 0  # watches in a row on which nothing came
-        self._doubt = False  # whether the server still knows our version
+        self._silent = 0  # watches in a row without any data
+        self._doubt = False  # the server may not know our version any more
         self._page = 0
 
     async def run(self) -> None:
@@ -144,7 +155,9 @@ class Reflector(Generic[S, T]):
         self.error = why
 
     async def _once(self) -> None:
-        """One watch, or one list. Returns when the server has ended it without an error."""
+        """Run one watch, or one list and its watch. Returns when the server ends it without an
+        error.
+        """
         if self._version:
             if self._doubt:
                 await self._ask_version()
@@ -155,7 +168,7 @@ class Reflector(Generic[S, T]):
             await self._paged_list()
             await self._watch()
 
-    # Lists...
+    # Lists
 
     async def _paged_list(self) -> None:
         found: dict[Key, T] = {}
@@ -173,9 +186,8 @@ class Reflector(Generic[S, T]):
                     self._page = max(1, self._page // 4)
                     continue
                 except Refused as error:
-                    if (
-                        token and error.expired
-                    ):  # the list took too long: larger pages, and fewer of them
+                    # The list took too long: use larger pages, so fewer of them.
+                    if token and error.expired:
                         self._page *= 2
                     raise
                 self.heard = trio.current_time()
@@ -191,7 +203,9 @@ class Reflector(Generic[S, T]):
         self._complete(found, version)
 
     async def _stream_list(self) -> bool:
-        """The list as a stream, which goes on as a watch. False: this server does not do that."""
+        """Request the list as a stream that continues as a watch. False: the server does not
+        support that.
+        """
         query = {"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}
         found: dict[Key, T] = {}
         limit = trio.current_time() + self.rules.listing
@@ -214,7 +228,7 @@ class Reflector(Generic[S, T]):
         )
 
     def _collect(self, found: dict[Key, T], item: S) -> bool:
-        """Returns whether it is one more."""
+        """Add an object to `found`. Returns whether its key is new."""
         kept = self._keep(item)
         key = key_of(item)
         new = key not in found
@@ -227,7 +241,7 @@ class Reflector(Generic[S, T]):
         return new
 
     def _complete(self, found: dict[Key, T], version: str) -> None:
-        """A whole list is there: it is the truth."""
+        """Replace the copy with a complete list."""
         self._check(version)
         for key in [key for key in self.known if key not in found]:
             del self.known[key]
@@ -241,7 +255,7 @@ class Reflector(Generic[S, T]):
         self.error = ""
         self.synced.set()
 
-    # Watches...
+    # Watches
 
     async def _ask_version(self) -> None:
         page = await self._client.page(self.resource, self._selection, {"limit": "1"}, attempts=1)
@@ -258,8 +272,9 @@ class Reflector(Generic[S, T]):
     async def _follow(
         self, query: dict[str, str], found: dict[Key, T] | None, progress: Callable[[], None]
     ) -> None:
-        """A watch until its end. As long as `found` collects a list, nothing is told; `progress` is
-        called when it grows or is complete."""
+        """Run a watch until it ends. While `found` collects a list, no changes are reported.
+        `progress` is called when the list grows or is complete.
+        """
         seconds = (
             self.rules.shortest + (self.rules.longest - self.rules.shortest) * self.chance.random()
         )
@@ -310,7 +325,7 @@ class Reflector(Generic[S, T]):
         if isinstance(event, Change):
             self.counts.events += 1
             self._differ(key_of(event.item), None if event.gone else self._keep(event.item))
-        self._version = version  # last: what could not be taken comes again
+        self._version = version  # set last: after a failure, the change comes again
 
     def _differ(self, key: Key, kept: T | None) -> None:
         if self.known.get(key) == kept:
@@ -329,7 +344,7 @@ class Reflector(Generic[S, T]):
 
 
 def older(version: str, than: str) -> bool:
-    """Whether one resourceVersion is older than another; False if they cannot be compared."""
+    """Whether one resourceVersion is older than another. False if they cannot be compared."""
     return (
         version.isascii()
         and than.isascii()

@@ -1,7 +1,7 @@
-"""Where each kind of object is found, and how its answers are read.
+"""The API path of each kind of object, and how responses are decoded.
 
-An answer is believed only if it is of the kind that was asked for: a list of pods that comes for a
-list of services is a fault, however well it decodes.
+A response is accepted only if its kind is the requested one. A list of pods in response to a
+request for services is a fault, even if it decodes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _METADATA = "PartialObjectMetadata"
 
 
 class Resource(Generic[T]):
-    """A kind of objects: `Resource("discovery.k8s.io/v1", "endpointslices", EndpointSlice)`. The
-    core group is "v1".
+    """A kind of objects, such as `Resource("discovery.k8s.io/v1", "endpointslices",
+    EndpointSlice)`. The core group is "v1".
 
-    With the type PartialObjectMetadata only metadata is asked for, and `kind` says of what.
+    With the type PartialObjectMetadata, only metadata is requested, and `kind` is that type's name.
     """
 
     def __init__(self, api: str, plural: str, type_: type[T], *, namespaced: bool = True) -> None:
@@ -47,26 +47,28 @@ class Resource(Generic[T]):
         return f"<{self.plural}.{self.api}>"
 
     def path(self, namespace: str = "", name: str = "", subresource: str = "") -> str:
-        """The path of an object, or, without `name`, of all of them (in `namespace`)."""
+        """The path of one object, or without `name` of all objects (in `namespace`)."""
         where = f"/namespaces/{quote(namespace, safe='')}" if namespace else ""
         parts = [self._prefix + where, self.plural, quote(name, safe=""), subresource]
         return "/".join(part for part in parts if part)
 
     def accept(self, *, listed: bool) -> str:
-        """What to ask for."""
+        """The value of the Accept field."""
         if not self.metadata_only:
             return _JSON
         return _PARTIAL.format(kind=_METADATA + "List" if listed else _METADATA)
 
     def one(self, data: bytes | msgspec.Raw, *, stored: bool = True) -> T:
-        """An object. One that is not stored (a review) has no name. Raises InvalidAnswer."""
+        """Decode an object. An object that is not stored (a review) has no name. Raises
+        InvalidAnswer.
+        """
         found = decode(self._one, data)
         if found.kind != self.kind:
             raise InvalidAnswer(f"expected {self.kind}, found {found.kind!r}")
         return self.check(found) if stored else found
 
     def page(self, data: bytes) -> Page[T]:
-        """A page of a list. Raises InvalidAnswer."""
+        """Decode a page of a list. Raises InvalidAnswer."""
         found = decode(self._page, data)
         if found.kind != f"{self.kind}List":
             raise InvalidAnswer(f"expected {self.kind}List, found {found.kind!r}")
@@ -75,7 +77,9 @@ class Resource(Generic[T]):
         return found
 
     def check(self, found: T) -> T:
-        """Of a list's objects the kind may be left out, but not the names. Raises InvalidAnswer."""
+        """Check an object. In a list its kind may be missing, but not its name. Raises
+        InvalidAnswer.
+        """
         meta = found.metadata
         if (
             not meta.name
@@ -90,7 +94,7 @@ class Resource(Generic[T]):
 
 
 def decode(decoder: msgspec.json.Decoder[D], data: bytes | msgspec.Raw) -> D:
-    """Raises InvalidAnswer."""
+    """Decode JSON. Raises InvalidAnswer."""
     try:
         return decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -98,7 +102,7 @@ def decode(decoder: msgspec.json.Decoder[D], data: bytes | msgspec.Raw) -> D:
 
 
 def key_of(found: objects.Object) -> Key:
-    """The name that is unique among objects of one kind."""
+    """Namespace and name: unique among objects of one kind."""
     return found.metadata.namespace, found.metadata.name
 
 

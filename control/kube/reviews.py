@@ -1,4 +1,4 @@
-"""Questions to the API server: who is this, and may they do that?"""
+"""Token reviews and access reviews: whose token this is, and what a user may do."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from control.kube.resources import ACCESS_REVIEWS, TOKEN_REVIEWS
 
 
 async def review_token(client: Client, token: str, audience: str) -> UserInfo | None:
-    """Whose token this is; None: of nobody, or it is not for `audience`. Raises KubeError.
+    """The user of a token. None: the token is not valid, or not for `audience`. Raises KubeError.
 
-    A server that does not know audiences names none in its answer: then the token may be for
-    anybody, and is not good enough.
+    A server that does not support audiences returns none. The token may then be for any audience,
+    so it is refused.
     """
     review = TokenReview(spec=TokenReviewSpec(token, (audience,)))
     answer = await client.create(TOKEN_REVIEWS, review, stored=False)
@@ -35,14 +35,14 @@ async def review_token(client: Client, token: str, audience: str) -> UserInfo | 
 
 
 async def may(client: Client, user: UserInfo, wish: ResourceAttributes) -> bool:
-    """Whether `user` has the right to do `wish`. Raises KubeError."""
+    """Whether `user` is allowed to do `wish`. Raises KubeError."""
     spec = AccessReviewSpec(wish, user.username, user.groups, user.uid, user.extra)
     answer = await client.create(ACCESS_REVIEWS, SubjectAccessReview(spec=spec), stored=False)
     return answer.status.allowed and not answer.status.denied
 
 
 def service_account(user: UserInfo) -> tuple[str, str] | None:
-    """Namespace and name of a service account; None: the user is none."""
+    """Namespace and name of a service account. None: the user is not a service account."""
     parts: Sequence[str] = user.username.split(":")
     if (
         len(parts) == 4

@@ -1,4 +1,4 @@
-"""The body of a watch: lines of JSON, each an event. Bytes in, events out; no sockets."""
+"""Parses the body of a watch: lines of JSON, one event each. It has no I/O."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _object = msgspec.json.Decoder(Object)
 
 
 class Lines:
-    """Splits what comes into lines, of which none may be longer than `most` bytes."""
+    """Splits data into lines. A line may have at most `most` bytes."""
 
     __slots__ = ("_most", "_parts", "_size")
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._parts: list[bytes] = []  # of the line that has not ended
+        self._parts: list[bytes] = []  # of the incomplete line
         self._size = 0
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The lines that end in `data`. Raises TooLarge."""
+        """The lines that `data` completes. Raises TooLarge."""
         start = 0
         while (end := data.find(b"\n", start)) >= 0:
             self._keep(data[start:end])
@@ -52,13 +52,13 @@ class Lines:
 
     @property
     def pending(self) -> int:
-        """Bytes of a line that has not ended."""
+        """Bytes of the incomplete line."""
         return self._size
 
 
 @dataclass(frozen=True, slots=True)
 class Change(Generic[T]):
-    """An object has come, has changed, or (`gone`) is no more, or is not selected any more."""
+    """A change of an object. `gone`: deleted, or no longer selected. `added`: it is new."""
 
     item: T
     gone: bool
@@ -67,15 +67,14 @@ class Change(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Bookmark:
-    """Everything up to `version` has been told. `complete`: that ends the initial events."""
+    """All changes up to `version` have been sent. `complete`: the initial events end here."""
 
     version: str
     complete: bool
 
 
 def event_of(line: bytes, resource: Resource[T]) -> Change[T] | Bookmark:
-    """What a line says. Raises Refused, if it says that the watch has ended by an error;
-    InvalidAnswer."""
+    """Parse a line. Raises Refused for an ERROR event (the watch has ended), and InvalidAnswer."""
     event = decode(_event, line)
     if event.type == "ERROR":
         raise refusal(event.object, 0)

@@ -16,7 +16,7 @@ from lab.kube_api.store import Json, Problem
 Path = tuple[str, ...]
 
 _IN = re.compile(r"\s*([^\s!=()]+)\s+(in|notin)\s+\(([^)]*)\)\s*\Z")
-_OWNERS = "x-owners"  # beside the object's own keys, and never shown
+_OWNERS = "x-owners"  # stored next to the object's own keys, never shown to clients
 
 
 def matches_labels(selector: str, labels: dict[str, str]) -> bool:
@@ -42,7 +42,7 @@ _FIELDS = {"metadata.name", "metadata.namespace", "spec.nodeName", "status.phase
 
 
 def check_fields(selector: str) -> None:
-    """Raises Problem, if objects cannot be selected by these fields."""
+    """Raises Problem if objects cannot be selected by these fields."""
     for part in selector.split(",") if selector else ():
         path = part.partition("=")[0].rstrip("!")
         if path not in _FIELDS:
@@ -64,7 +64,7 @@ def matches_fields(selector: str, item: Json) -> bool:
 
 
 def merge(into: Any, patch: Any) -> Any:
-    """RFC 7386."""
+    """Merge a patch (RFC 7386)."""
     if not isinstance(patch, dict):
         return patch
     made = dict(into) if isinstance(into, dict) else {}
@@ -124,7 +124,7 @@ def apply(item: Json, wanted: Json, manager: str, *, force: bool) -> Json:
 
 
 def shown(item: Json) -> Json:
-    """An object as others see it."""
+    """An object as clients see it, without its field owners."""
     return {name: value for name, value in item.items() if name != _OWNERS}
 
 

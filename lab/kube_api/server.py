@@ -1,7 +1,7 @@
-"""The server's HTTP side, its watches, and its faults.
+"""The server's HTTP side, its watches and its faults.
 
-Each connection is a task. `ApiServer.dial` opens one in memory, so that a test can use trio's
-MockClock; `serve` answers on any stream.
+Each connection is a task. `ApiServer.dial` opens an in-memory connection, so that a test can use
+trio's MockClock. `serve` answers on any stream.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class ApiServer:
 
     @property
     def connections(self) -> int:
-        """How many there are."""
+        """The number of open connections."""
         return len(self._scopes)
 
     async def serve(self, stream: trio.abc.Stream) -> None:
-        """One connection, from its first byte to its end."""
+        """Serve one connection until it ends. Closes `stream`."""
         with trio.CancelScope() as scope:
             self._scopes.add(scope)
             try:

@@ -47,7 +47,7 @@ KINDS = {
 }
 
 
-class Problem(Exception):  # it is an answer
+class Problem(Exception):  # a response, so its name has no Error suffix
     """An error response of the server."""
 
     def __init__(self, code: int, reason: str, message: str, **details: Any) -> None:
@@ -66,7 +66,7 @@ class Problem(Exception):  # it is an answer
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One change. `old` is None of what was created, `new` of what was deleted."""
+    """One change. `old` is None for a created object, `new` is None for a deleted one."""
 
     version: int
     kind: Kind
@@ -96,14 +96,14 @@ class Store:
     # Reading
 
     def get(self, kind: Kind, key: Key) -> Json:
-        """Raises Problem 404."""
+        """Get an object. Raises Problem 404."""
         found = self.objects[kind].get(key)
         if found is None:
             raise Problem(404, "NotFound", f'{kind.plural} "{key[1]}" not found')
         return found
 
     def sorted(self, kind: Kind, namespace: str) -> list[Json]:
-        """All objects, in the order of their keys."""
+        """All objects of a kind (in `namespace`; "": in all), sorted by key."""
         return [
             item for key, item in sorted(self.objects[kind].items()) if namespace in ("", key[0])
         ]
@@ -114,7 +114,7 @@ class Store:
         return (record for record in self.history if record.version > version)
 
     def check_version(self, version: int) -> None:
-        """Raises Problem 410."""
+        """Raises Problem 410 if `version` is older than the history."""
         if version < self.compacted:
             raise Problem(410, "Expired", f"too old resource version: {version} ({self.compacted})")
 
@@ -155,7 +155,7 @@ class Store:
     def update(
         self, kind: Kind, key: Key, change: Callable[[Json], Json], *, status: bool = False
     ) -> Json:
-        """Store what `change` makes of the object. Raises Problem."""
+        """Store what `change` returns for the object. Raises Problem."""
         old = self.get(kind, key)
         new = change(copy.deepcopy(old))
         meta = new.setdefault("metadata", {})
@@ -194,7 +194,7 @@ class Store:
         return self._store(kind, key, new)
 
     def delete(self, kind: Kind, key: Key, uid: str = "") -> Json:
-        """Raises Problem."""
+        """Delete an object. `uid`, if given, must be the object's. Raises Problem."""
         old = self.get(kind, key)
         if uid and old["metadata"]["uid"] != uid:
             raise Problem(
@@ -233,7 +233,7 @@ class Store:
         self.wake()
 
     def backup(self) -> tuple[int, dict[Kind, dict[Key, Json]]]:
-        """All that there is now."""
+        """The version and all objects, for `restore`."""
         return self.version, {kind: dict(items) for kind, items in self.objects.items()}
 
     def restore(self, backup: tuple[int, dict[Kind, dict[Key, Json]]]) -> None:

@@ -12,11 +12,11 @@ import trio
 from lab.kube_api.requests import Asked, Behaviour, selected, view
 from lab.kube_api.store import Json, Kind, Problem, Record, Store
 
-BOOKMARKS = 60.0  # seconds from one to the next
+BOOKMARKS = 60.0  # seconds between two bookmarks
 
 
 class Send(Protocol):
-    """Sends events of HTTP."""
+    """Sends HTTP events."""
 
     def __call__(self, *events: h11.Event) -> Awaitable[None]: ...
 
@@ -35,7 +35,7 @@ class Watch:
         self._bookmarks = asked.query.get("allowWatchBookmarks") in ("1", "true")
 
     async def run(self, send: Send) -> None:
-        """Send the answer, until its end. Raises Problem before that has begun."""
+        """Send the response until it ends. Raises Problem before the response has begun."""
         self._send = send
         query, store = self._asked.query, self._store
         streaming = (
@@ -114,7 +114,7 @@ class Watch:
             return
         name = "MODIFIED" if before and now else "ADDED" if now else "DELETED"
         item = (record.new if now else record.old) or {}
-        if name == "DELETED":  # with the version of its end
+        if name == "DELETED":  # with the version of the deletion
             item = {
                 **item,
                 "metadata": {**item["metadata"], "resourceVersion": str(record.version)},

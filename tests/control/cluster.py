@@ -1,4 +1,4 @@
-"""Objects of a cluster as JSON, as a manifest has them, and a catalog of them."""
+"""Objects of a cluster as JSON, as in a manifest, and a catalog of them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""An API server in memory, and a client of it. Time is trio's MockClock, which jumps when nothing
-is left to do."""
+"""An in-memory API server and a client of it. Time is trio's MockClock, which jumps when all tasks
+wait.
+"""
 
 from __future__ import annotations
 

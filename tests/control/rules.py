@@ -1,9 +1,9 @@
-"""How the API behaves, and what the client makes of it: held by the server in memory, and by a real
-one.
+"""How the API behaves, and what the client makes of it.
 
-Each test names `clock`, since a clock has to be named by the test itself: MockClock here, the
-machine's there. tests/control/test_rules.py runs these against the first, tests/kube against the
-second: that is how the first is known to be right.
+The same tests run against the in-memory server (tests/control/test_rules.py) and against a real API
+server (tests/kube). So a wrong in-memory server is noticed. Each test requests the fixture `clock`,
+because a test must name a clock itself: MockClock for the in-memory server, real time for the real
+one.
 """
 
 from __future__ import annotations

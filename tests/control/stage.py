@@ -1,7 +1,6 @@
-"""What tests of the client need of an API server, whichever it is: the one in memory, or a real
-one.
+"""What tests of the client need of an API server, in memory or real.
 
-A stage has a namespace that the test may fill. `Told` keeps what a reflector tells.
+A stage has a namespace that the test may fill. `Told` keeps what a reflector reports.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Where the API server is and who we are: in a pod and by kubeconfig. Nothing unsafe is accepted,
-and no secret is in a message."""
+"""The API server's address and our credentials, in a pod and by kubeconfig. Unsafe settings are
+refused, and no message contains a secret.
+"""
 
 from __future__ import annotations
 

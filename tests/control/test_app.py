@@ -1,4 +1,4 @@
-"""The process: when it is ready, what it says of itself, who leads, and how it ends."""
+"""The process: readiness, metrics, leadership and shutdown."""
 
 from __future__ import annotations
 

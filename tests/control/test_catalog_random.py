@@ -1,7 +1,9 @@
-"""Random histories of services, slices, pods and nodes: whatever has come in whichever order, with
-a flush anywhere in between, the entries are those of a catalog that was given the last state at
-once; what was told, change by change, is that too; and every state is a directory that a proxy
-accepts."""
+"""Random histories of services, slices, pods and nodes.
+
+The order of the facts and of the flushes does not matter: the entries are those of a catalog that
+gets only the last state. The sum of the reported changes gives the same entries. A proxy accepts
+every state as a directory.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Requests: what is tried again and what is not, and that nothing a server does makes a request
-endless."""
+"""Requests: which ones are retried, and that no behaviour of a server makes a request endless."""
 
 from __future__ import annotations
 

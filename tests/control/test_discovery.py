@@ -1,5 +1,6 @@
-"""From an API server to entries: nothing is told before everything is known, faults take nothing
-back, and in the end it is the truth."""
+"""From an API server to entries: nothing is reported before all lists are complete, faults remove
+nothing, and the final state is correct.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What each kind of service becomes: the rows of Kubernetes' own rules, each as the objects that a
-cluster has, and what proxies read."""
+"""What each kind of service becomes. Each case has the objects of a cluster, by the rules of
+Kubernetes, and what proxies read.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Tenants who write slices, and point them at what is not theirs (CVE-2021-25740): no traffic of
-the mesh gets there, neither in clear text nor otherwise, no identity is made of what they write,
-and nobody else's services change.
+"""Tenants write slices with addresses that are not theirs (CVE-2021-25740).
 
-The tenant's namespace is `evil`; the victim's `shop`.
+No traffic of the mesh goes to these addresses, neither in clear text nor with mTLS. No identity is
+derived from such a slice. Services of other tenants do not change. The attacker's namespace is
+`evil`, the victim's is `shop`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Leader election when things go wrong: two never lead at once, and somebody does again in the
-end."""
+"""Leader election under faults: there are never two leaders, and in the end there is one again."""
 
 from __future__ import annotations
 

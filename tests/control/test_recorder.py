@@ -1,5 +1,6 @@
-"""Events under load: saying something never waits, what is kept and what is written is bounded, and
-what is dropped is counted."""
+"""Events under load: `say` never waits, memory and writes are limited, and dropped events are
+counted.
+"""
 
 from __future__ import annotations
 

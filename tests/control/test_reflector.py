@@ -1,5 +1,6 @@
-"""What a reflector makes of faults: a fault deletes nothing, requests to a server in trouble are
-few, and the truth is back in the end."""
+"""A reflector under faults: nothing is deleted, a server in trouble gets few requests, and the
+final state is correct.
+"""
 
 from __future__ import annotations
 

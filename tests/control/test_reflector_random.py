@@ -1,6 +1,8 @@
-"""Random histories: whatever happens, in whatever order, the copy is the server's state when things
-have calmed down, and nothing was ever told to be gone that was not deleted, or replaced by an older
-state of the server."""
+"""Random histories: the copy finally equals the server's state.
+
+The reflector never reports an object as deleted that was not deleted, and never reports an older
+state of the server.
+"""
 
 from __future__ import annotations
 

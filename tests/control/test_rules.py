@@ -1,3 +1,3 @@
-"""The rules of the API, held by the server in memory: see rules.py."""
+"""Runs rules.py, the rules of the API, against the in-memory server."""
 
 from tests.control.rules import *  # noqa: F403
