@@ -36,6 +36,18 @@ _BOUND = ("/etc/resolv.conf", "/etc/hosts")
 _AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
 _SHOWN = "/mnt/authorities.crt"  # where a step finds it, and who reads it
 _TRUSTING = ("SSL_CERT_FILE", "PIP_CERT", "CARGO_HTTP_CAINFO", "CURL_CA_BUNDLE")
+# Devices of its own, as in a container, so that a step that runs as root cannot remove those of the
+# machine.
+_DEVICES = """mount -t tmpfs -o mode=755 tmpfs "$ROOT/dev"
+for node in null:3 zero:5 full:7 random:8 urandom:9; do
+    mknod -m 666 "$ROOT/dev/${node%:*}" c 1 "${node#*:}"
+done
+ln -s /proc/self/fd "$ROOT/dev/fd"
+ln -s fd/0 "$ROOT/dev/stdin"
+ln -s fd/1 "$ROOT/dev/stdout"
+ln -s fd/2 "$ROOT/dev/stderr"
+mkdir -m 1777 "$ROOT/dev/shm"
+"""
 
 
 @dataclass(slots=True)
@@ -206,7 +218,8 @@ class _Stage:
         enter = f"cd {shlex.quote('/' if plain else built.workdir)}\n{command}"
         script = "\n".join(
             [
-                'mount -t proc proc "$ROOT/proc"\nmount --rbind /dev "$ROOT/dev"',
+                'mount -t proc proc "$ROOT/proc"',
+                _DEVICES,
                 *(f'mount --bind {path} "$ROOT{path}"' for path in _BOUND),
                 prepare,
                 f'exec env -i {words} chroot {account}"$ROOT" /bin/sh -ec {shlex.quote(enter)}',
