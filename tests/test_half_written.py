@@ -269,7 +269,9 @@ async def test_a_file_that_would_exceed_the_memory_is_refused_until_there_is_roo
     assert watched.reports == [None]
     put(file, WITHOUT_A_POD)
     await watched.passes(5)
-    assert "more than 2 addresses would have lost their identity" in str(watched.reports[-1])
+    assert "more than 2 addresses would be remembered as former identities" in str(
+        watched.reports[-1]
+    )
     assert len(watched.reports) == 2
     await watched.passes(100)
     assert watched.reports[-1] is None

@@ -223,7 +223,7 @@ class Catalog:
         """The service that has this cluster address. If several have it, the newest one."""
         return max(
             self._owners.at(address),
-            key=lambda key: (self._services[key].created, self._services[key].uid),
+            key=lambda key: (self._services[key].created, self._services[key].uid, key),
             default=None,
         )
 
@@ -241,7 +241,7 @@ class Catalog:
         key = (
             keys[0]
             if len(keys) == 1
-            else max(keys, key=lambda key: (self._pods[key].created, self._pods[key].uid))
+            else max(keys, key=lambda key: (self._pods[key].created, self._pods[key].uid, key))
         )
         return key, self._pods[key]
 
@@ -256,7 +256,9 @@ class Catalog:
     def external(self, address: str) -> SpiffeId | None:
         """See judge.World."""
         oldest = min(
-            self._claims(address), key=lambda service: (service.created, service.uid), default=None
+            self._claims(address),
+            key=lambda service: (service.created, service.uid, str(service.identity)),
+            default=None,
         )
         return oldest.identity if oldest is not None else None
 

@@ -215,7 +215,7 @@ async def test_a_request_that_takes_longer_than_its_policy_allows_is_answered_50
     found = await told(GET, [silent], "timeouts: {request: 100ms}")
     assert found.status == 504
     assert b"error=http_response_timeout" in found.proxy_status
-    assert b"not over within 0.1 s" in found.proxy_status
+    assert b"did not finish within 0.1 s" in found.proxy_status
 
 
 @pytest.mark.parametrize(
