@@ -195,15 +195,16 @@ async def test_nghttp2_s_programs_and_curl(nghttpd: Address) -> None:
 async def test_thousands_of_concurrent_requests_to_a_cold_pool_are_all_answered(
     nghttpd: Address,
 ) -> None:
-    """More than the 16 connections to the server have streams for, which is 100 each."""
+    """More than the 16 connections to the server have streams for, which is 100 each. They wait for
+    `pool.wait_timeout` at most, so a busy machine must be able to serve all of them in that time."""
     async with hop2(nghttpd) as proxy:
         await until(lambda: listens(nghttpd))
         with trio.fail_after(120):
             out = await _run(
-                "h2load", "-n", "3072", "-c", "48", "-m", "64", f"http://{proxy.address}/"
+                "h2load", "-n", "2048", "-c", "32", "-m", "64", f"http://{proxy.address}/"
             )
-        assert b"3072 succeeded, 0 failed, 0 errored" in out, out
-        assert b"status codes: 3072 2xx" in out, out
+        assert b"2048 succeeded, 0 failed, 0 errored" in out, out
+        assert b"status codes: 2048 2xx" in out, out
         assert proxy.dialled <= 16
         assert {e.failure for e in proxy.ended} == {None}
 
