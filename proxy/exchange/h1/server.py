@@ -340,6 +340,7 @@ class Http1Server:
         try:
             exchange = await self._next_exchange()
         except ProtocolError as error:
+            self._scope.deadline = math.inf  # the response, and lingering, have limits of their own
             await self._refuse(handler, error)
             return False
         if exchange is None:
