@@ -356,7 +356,9 @@ async def test_a_gateway_that_stands_in_forwarded_too_often_refuses(
         assert b'isthmus_loops_total{kind="forwarded"} 1.0' in all_.gateway.render()
     assert answer.startswith(b"HTTP/1.1 508 ")
     assert b"error=proxy_loop_detected" in answer
-    assert b"Forwarded has this gateway 5 times already for the same host: local/gateway -> " in answer
+    assert (
+        b"Forwarded has this gateway 5 times already for the same host: local/gateway -> " in answer
+    )
 
 
 @pytest.mark.parametrize(
