@@ -185,6 +185,7 @@ def _forward(url: str, data: bytes) -> None:
     while len(data) >= _LENGTH.size:
         (size,) = _LENGTH.unpack_from(data)
         body, data = data[_LENGTH.size : _LENGTH.size + size], data[_LENGTH.size + size :]
+        # The user gave this URL.
         request = urllib.request.Request(  # noqa: S310
             traces_url(url), body, {"Content-Type": "application/x-protobuf"}
         )  # the user named it

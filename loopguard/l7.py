@@ -181,7 +181,7 @@ class Waypoint:
         return told(stops)
 
     def lost(self, field: bytes) -> bool:
-        """Whether a request that is forwarded with `field` arrived without a token of ours.
+        """Whether a request that is forwarded with `field` arrived without a token of this mesh.
 
         It is either new here, or has lost its tokens.
         """

@@ -136,7 +136,7 @@ class OwnConnections:
         self._open.stop((peer, destination))
 
     def stopped(self, local: End, remote: End) -> Loop | None:
-        """Return the verdict on a connection of ours that has failed. Call it before `closed`."""
+        """Return the verdict on a connection that this proxy opened and that failed. Call it before `closed`."""
         return (
             self._loop(remote, "and was refused") if self._open.stopped((local, remote)) else None
         )

@@ -1,4 +1,4 @@
-"""The same work through this proxy and through others, interleaved in one run.
+"""Compare this proxy with others: all do equal work, in turns, in one run.
 
     python -m perf [--quick] [--only WORK,...] [--peers NAME,...] [--rounds N] [--seconds S]
 

@@ -91,6 +91,7 @@ def websocket(host: str, port: int, secret: str) -> Result:
     """Text messages back and forth, and a binary one of 1 MiB; uncompressed, so that only
     encryption can hide them.
     """
+    # Imported here: only this command needs it.
     from websockets.sync.client import (  # noqa: PLC0415
         connect,
     )  # only this client needs the package
@@ -168,6 +169,7 @@ CLIENTS: dict[str, Callable[..., Result]] = {
 def find(what: str) -> Callable[..., Result]:
     """The client of this name."""
     if what.startswith("grpc-"):
+        # Imported here: only this command needs grpcio.
         from lab.apps.grpc_client import (  # noqa: PLC0415
             CALLS,
         )  # only these clients need the package, which takes a while to load

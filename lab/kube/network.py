@@ -49,7 +49,7 @@ class Addresses:
 
     @property
     def node6(self) -> str:
-        """The same of IPv6."""
+        """The IPv6 counterpart of the IPv4 property above it."""
         return f"fd31:{self.number}::2"
 
     @property
@@ -59,7 +59,7 @@ class Addresses:
 
     @property
     def test6(self) -> str:
-        """The same of IPv6."""
+        """The IPv6 counterpart of the IPv4 property above it."""
         return f"fd31:{self.number}::1"
 
     @property
