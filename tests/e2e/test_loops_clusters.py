@@ -226,7 +226,8 @@ async def test_a_loop_through_software_that_drops_the_tokens_is_found_in_forward
         seen.body.decode()
         .strip()
         .endswith(
-            f"has been here 5 times for the same host: east/gateway -> {node} -> east/gateway"
+            "Forwarded has this gateway 5 times already for the same host:"
+            f" east/gateway -> {node} -> east/gateway"
         )
     )
     assert await counted(scene.gateway("east"), "isthmus_loops_total", kind="forwarded") == 1

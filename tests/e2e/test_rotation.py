@@ -198,7 +198,7 @@ async def test_broken_new_material_keeps_the_old_and_says_so(pair: Pair, name: s
         broken = pair.mesh.authority.issue(pair.far.identity).key_pem if data is None else data
         await change(pair.far, lambda: pair.far.write(path, broken, mode=0o600), "error")
         await load.more(200)
-        line = await logged(pair.far, "the old ones stay", level="error")
+        line = await logged(pair.far, "keeping the old ones", level="error")
         assert str(pair.far.directory) in line["message"]
         assert (await pair.far.admin("/ready"))[0] == 200
         pair.far.write(path, before, mode=0o600)
