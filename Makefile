@@ -51,7 +51,9 @@ lint: $(VENV)/.dev
 # or about TLS, run as in the image (docs/decisions/30-compiled.md, 36-aws-lc.md). Then the tests
 # with the most HTTP/1.1 run again with the sources, without the fast path
 # (docs/decisions/21-fast-path.md).
-SANDBOXED = PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 3 --dist loadfile -q
+# The order of the tests is random (pytest-randomly), and the same in all runs of a commit.
+ORDER ?= $(shell git rev-list --count HEAD)
+SANDBOXED = PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q --randomly-seed $(ORDER)
 WHOLE := tests/e2e tests/flows tests/lab
 # Of HTTP/2, only the server is compiled (docs/decisions/30-compiled.md). Tests of whole proxies,
 # and tests/both_paths, check that it works beside the modules that are not compiled.

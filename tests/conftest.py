@@ -20,6 +20,25 @@ settings.register_profile("isthmus", deadline=None, suppress_health_check=[Healt
 settings.load_profile("isthmus")
 
 
+# Modules that take longer than ten seconds for each of their tests, or that need more time than a
+# third of the others. A process that started one of them last would run alone for minutes.
+LONG = (
+    "both_paths/test_plays.py",
+    "both_paths/test_h2_plays.py",
+    "workers/test_workers.py",
+    "exchange/h2/test_soak.py",
+    "exchange/h2/test_real.py",
+    "exchange/test_deadlines.py",
+    "wire/h2/test_hpack.py",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the long modules first. Otherwise the random order of the modules stays."""
+    items.sort(key=lambda item: not item.nodeid.partition("::")[0].endswith(LONG))
+
+
 def pytest_configure() -> None:
     if os.environ.get("ISTHMUS_TEST_COMPILED") and not COMPILED:
         pytest.exit("what was found is not compiled", 1)

@@ -20,13 +20,12 @@ from trio.testing import MockClock
 from proxy.app import App
 from proxy.config.load import load
 from proxy.identity.credentials import utc_now
-from proxy.identity.issue import issue, make_root
-from proxy.identity.spiffe import SpiffeId
 from proxy.telemetry.metrics import Metrics
 from proxy.wire.h1 import fast_head
 from proxy.wire.messages import Limits
 from tests.kit.apps import HOST, Fleet, application
 from tests.kit.http import until
+from tests.kit.own_identity import identity, port_of
 
 
 @asynccontextmanager
@@ -46,31 +45,6 @@ async def running(tmp_path: Path, **settings: Any) -> AsyncIterator[App]:
         nursery.start_soon(app.run)
         yield app
         nursery.cancel_scope.cancel()
-
-
-def identity(tmp_path: Path) -> tuple[dict[str, Any], SpiffeId]:
-    """Settings for a proxy with a certificate of its own, and its identity."""
-    root, who = make_root("cluster.local"), SpiffeId("cluster.local", "shop", "web")
-    leaf = issue(root, who)
-    for name, pem in (
-        ("certificate", leaf.certificate_pem),
-        ("key", leaf.key_pem),
-        ("roots", root.certificate_pem),
-    ):
-        (tmp_path / f"{name}.pem").write_bytes(pem)
-        (tmp_path / f"{name}.pem").chmod(0o600)
-    paths = {
-        "certificate": str(tmp_path / "certificate.pem"),
-        "key": str(tmp_path / "key.pem"),
-        "roots": [str(tmp_path / "roots.pem")],
-    }
-    paths["settle"] = "0s"
-    return paths, who
-
-
-def port_of(listeners: list[socket.socket]) -> int:
-    port: int = listeners[0].getsockname()[1]
-    return port
 
 
 def inbound_to(port: int, **more: Any) -> dict[str, Any]:

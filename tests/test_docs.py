@@ -31,8 +31,8 @@ from proxy.intercept.nftables import InterceptSettings
 from proxy.telemetry import metrics
 from proxy.telemetry.counters import Spread, Tally
 from proxy.telemetry.request_metrics import HttpCollector
+from tests.kit.documents import ROOT, table
 
-ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PICTURES = sorted((ROOT / "docs").rglob("*.svg"))
 MANIFESTS = sorted((ROOT / "deploy" / "kubernetes").rglob("*.yaml"))
@@ -53,15 +53,6 @@ _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
-
-
-def table(document: str, what: str) -> list[list[str]]:
-    """The rows of the table between the marks `what`, without its head; the cells without
-    backquotes."""
-    text = (ROOT / "docs" / document).read_text("utf-8")
-    inner = text.split(f"<!-- {what} -->")[1].split(f"<!-- /{what} -->")[0].strip()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in inner.splitlines()]
-    return [[cell.strip("`") for cell in row] for row in rows[2:]]
 
 
 def answers() -> Iterator[Answer]:

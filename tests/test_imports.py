@@ -328,6 +328,18 @@ def test_the_proxy_does_not_know_the_laboratory() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_test_module_imports_another() -> None:
+    """What several test modules need has a module of its own, without tests."""
+    wrong = [
+        f"{path.relative_to(ROOT)}: {node.module}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").rpartition(".")[2].startswith("test_")
+    ]
+    assert wrong == []
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph: dict[str, set[str]] = {}
     for name, _, tree in SOURCES:

@@ -24,8 +24,9 @@ from proxy.exchange.trace_layer import Tracing
 from proxy.net.address import Address
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.tracing_setup import Spans
+from tests.kit.apps import HOST
 from tests.kit.http import listen, until
-from tests.test_app import HOST, identity, port_of
+from tests.kit.own_identity import identity, port_of
 from tracing.sampling import Sampling, Tracer
 from tracing.spans import HttpRecord, Record
 

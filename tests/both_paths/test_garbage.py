@@ -23,7 +23,7 @@ from tests.both_paths.h2_ends import Client2, Server2
 from tests.both_paths.h2_server import serve as serve2
 from tests.both_paths.server import serve
 from tests.both_paths.stage import Cast, Theatre, WhichPath
-from tests.fastpath.test_fast_relay import Conversation, held, paved
+from tests.fastpath.conversations import Conversation, held, paved
 
 OURS = (Exchange, FastRelay, FastConnection, SocketStream, TLSStream, SSL.Connection)
 

@@ -155,7 +155,12 @@ async def test_many_clients_at_once_are_served_alike(
     for other in others:
         for left in (ordinary, other):
             left.clients.sort(key=str)
+            # Bytes are counted when a connection to the server is closed, and a pool that is full
+            # of idle connections closes one sooner or later.
             left.metrics = {
-                name: count for name, count in left.metrics.items() if "_connections" not in name
+                name: count
+                for name, count in left.metrics.items()
+                if "_connections" not in name
+                and not ("isthmus_bytes_total" in name and 'peer="dst"' in name)
             }
         same(ordinary, other, ("requests", "clients", "spans", "metrics"))

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 from proxy.cli import CUT_SHORT, main
-from tests.directory.test_clusters import SPLITS, TEXT, WRONG
+from tests.directory.splits import SPLITS, TEXT, WRONG
 
 
 def test_a_good_file_is_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from lab.kube_api.store import KINDS
 from proxy.cli import main
 from tests.control.cluster import endpoint, pod, service, slice_of
 from tests.control.conftest import AT
-from tests.control.test_discovery import ONE, store
+from tests.control.records import ONE, store
 
 EVENTS = KINDS["events.k8s.io/v1", "events"]
 LEASES = KINDS["coordination.k8s.io/v1", "leases"]

@@ -20,60 +20,16 @@ from control.discovery.discovery import Discovery, DiscoveryRules
 from control.kube.client import Client
 from control.kube.resources import Key
 from lab.kube_api.server import ApiServer, refuse
-from lab.kube_api.store import KINDS, Kind, Problem
 from tests.control.cluster import (
     TRUST_DOMAIN,
     Cluster,
     Json,
-    endpoint,
     identity,
-    node,
     pod,
-    service,
-    slice_of,
 )
 from tests.control.conftest import AT
-from tests.control.test_catalog_random import ITEMS, kind
-
-KIND_OF = {
-    "addressType": KINDS["discovery.k8s.io/v1", "endpointslices"],
-    "status": KINDS["v1", "pods"],
-    "spec": KINDS["v1", "services"],
-    "node": KINDS["v1", "nodes"],
-}
-
-
-def name_of(item: Json) -> tuple[Kind, Key]:
-    return KIND_OF[kind(item)], (item["metadata"].get("namespace", ""), item["metadata"]["name"])
-
-
-def store(server: ApiServer, *items: Json) -> None:
-    """As the API server has them: versions and uids are its own, and references to pods have these
-    uids."""
-    for item in items:
-        of, key = name_of(item)
-        data = {name: value for name, value in item.items() if name != "metadata"}
-        meta = {
-            name: value
-            for name, value in item["metadata"].items()
-            if name in ("name", "namespace", "labels", "annotations")
-        }
-        for found in data.get("endpoints") or ():
-            if "targetRef" in found:
-                found["targetRef"] = {**found["targetRef"], "uid": ""}
-        made = {"metadata": {**meta, "namespace": key[0]}, **data}
-        try:
-            current = server.store.get(of, key)
-        except Problem:
-            server.store.create(of, key[0], made)
-            continue
-        kept = {
-            **current["metadata"],
-            "labels": meta.get("labels") or {},
-            "annotations": meta.get("annotations") or {},
-        }
-        server.store.objects[of][key] = current  # as it is, so that status is taken too
-        server.store._store(of, key, {**made, "metadata": kept})
+from tests.control.random_objects import ITEMS
+from tests.control.records import KIND_OF, ONE, name_of, store
 
 
 def remove(server: ApiServer, item: Json) -> None:
@@ -119,14 +75,6 @@ class Stage:
         assert {
             key: entry for key, entry in services.items() if entry is not None
         } == fresh.services
-
-
-ONE = [
-    service(),
-    slice_of("web", endpoint("10.1.0.1", "a", nodeName="node-1")),
-    pod("a", "10.1.0.1"),
-    node("node-1", "west-1"),
-]
 
 
 async def test_a_cluster_is_discovered(

@@ -26,6 +26,7 @@ from proxy.directory import (
 )
 from proxy.identity.spiffe import SpiffeId
 from proxy.net.address import Address
+from tests.directory.documents import large
 
 ONE = "spiffe://cluster.local/ns/shop/sa/one"
 TEXT = f"""
@@ -305,23 +306,6 @@ def test_the_schema_takes_the_document_and_refuses_the_wrong_one() -> None:
     validator = jsonschema.Draft202012Validator(schema)
     assert validator.is_valid(yaml.safe_load(TEXT.replace("80: 9090", '"80": 9090')))
     assert not validator.is_valid(yaml.safe_load(WRONG.replace("81: 9", '"81": 9')))
-
-
-def large(services: int) -> str:
-    """A directory of that many services with five endpoints each."""
-    lines = ["services:"]
-    for number in range(services):
-        lines.append(
-            f"- {{name: s-{number}, addresses: [10.64.{number >> 8}.{number & 255}], ports:"
-            " [{port: 80}], endpoints: ["
-        )
-        lines += [
-            f"  {{address: 10.128.{pod >> 8}.{pod & 255}, identity:"
-            f" spiffe://cluster.local/ns/default/sa/s-{number}}},"
-            for pod in range(number * 5, number * 5 + 5)
-        ]
-        lines.append("]}")
-    return "\n".join(lines)
 
 
 def test_a_thousand_services_are_read_quickly_and_a_lookup_does_not_depend_on_their_number() -> (

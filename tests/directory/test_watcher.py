@@ -18,7 +18,7 @@ from trio.testing import MockClock
 from proxy.directory import DirectoryError
 from proxy.directory.watcher import MOST_BYTES, Acceptance, DirectorySource
 from proxy.net.address import Address
-from tests.directory.test_directory import large
+from tests.directory.documents import large
 
 A = "services: [{name: a, addresses: [10.0.0.1], ports: [{port: 80}]}]\n"
 B = A.replace("name: a", "name: b")

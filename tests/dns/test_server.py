@@ -25,7 +25,7 @@ from proxy.net.accept import Acceptor, BindFailed, bind, bind_datagrams
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
 from proxy.telemetry.metrics import Metrics
-from tests.dns.test_answers import FOUR, SIX, made
+from tests.dns.stage import FOUR, SIX, made
 from tests.kit.http import until
 
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}

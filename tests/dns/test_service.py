@@ -13,7 +13,7 @@ from proxy.dns.virtual_addresses import RemoteName
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
 from proxy.telemetry.metrics import Metrics
-from tests.dns.test_zone import document
+from tests.dns.documents import document
 from tests.kit.http import until
 
 ONE, TWO = RemoteName("east", "default", "one"), RemoteName("east", "default", "two")

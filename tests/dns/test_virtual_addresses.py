@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from proxy.dns.virtual_addresses import RemoteName, VirtualAddresses
+from tests.dns.ranges import RANGES
 
-RANGES = (ipaddress.ip_network("240.0.0.0/4"), ipaddress.ip_network("fd69:7374:686d:7573::/64"))
 SMALL = (
     ipaddress.ip_network("240.0.0.0/25"),
     ipaddress.ip_network("fd00::/121"),

@@ -258,3 +258,67 @@ asyncio.run(main())
 
 async def echo_server(pod: Pod, port: int = ECHO) -> Process:
     return await pod.python(f"echo-{port}", ECHO_SERVER, str(port), port=port)
+
+
+@dataclass
+class Health:
+    """What a pair's proxies have counted and logged before a test, and the check afterwards.
+
+    The check is the teardown of each test, so the tests of a module can run in any order.
+    """
+
+    pair: Pair
+    clear: dict[str, float]
+    errors: dict[str, float]
+    lines: dict[str, int]
+
+    @classmethod
+    async def of(cls, pair: Pair) -> Health:
+        return cls(
+            pair,
+            {kind: await _clear(pair, kind) for kind in _CLEAR},
+            {
+                sidecar.pod.name: await counted(sidecar, "isthmus_errors_total")
+                for sidecar in pair.both
+            },
+            {sidecar.pod.name: len(sidecar.logged()) for sidecar in pair.both},
+        )
+
+    async def only_mutual_tls(self) -> None:
+        """Check that the server's sidecar has accepted connections by mutual TLS only."""
+        assert {kind: await _clear(self.pair, kind) for kind in _CLEAR} == self.clear
+
+    async def no_errors(self) -> None:
+        """Check that the proxies have counted no errors at all."""
+        for sidecar in self.pair.both:
+            errors = await counted(sidecar, "isthmus_errors_total")
+            assert errors == self.errors[sidecar.pod.name]
+
+    async def nothing_wrong(self, *levels: str) -> None:
+        """Check that there was no internal error, no exception in the log and no line of one of
+        these levels, and wait until no connection of a pool is in use."""
+        for sidecar in self.pair.both:
+            assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0
+            new = sidecar.logged()[self.lines[sidecar.pod.name] :]
+            assert [line for line in new if line["level"] in levels or "exception" in line] == []
+            await eventually(
+                lambda sidecar=sidecar: _nothing_active(sidecar),
+                f"no connection of a pool is in use in {sidecar.pod.name}",
+            )
+
+
+_CLEAR = ("none", "passthrough", "unknown")
+
+
+async def _clear(pair: Pair, kind: str) -> float:
+    return await counted(
+        pair.far,
+        "isthmus_connections_opened_total",
+        direction="inbound",
+        peer="src",
+        tls=kind,
+    )
+
+
+async def _nothing_active(sidecar: Sidecar) -> bool:
+    return await counted(sidecar, "isthmus_pool_connections", state="active") == 0

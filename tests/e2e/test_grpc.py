@@ -7,11 +7,13 @@ connections there were, from what the proxies counted.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.e2e.calls import GRPC, build, calling, server, speaking, start
 from tests.e2e.conftest import Laboratory
-from tests.e2e.stage import Pair, client, counted, eventually
+from tests.e2e.stage import Health, Pair, client, counted, eventually
 
 pytestmark = pytest.mark.lab
 
@@ -29,6 +31,14 @@ def pair(laboratory: Laboratory) -> Pair:
         return pair
 
     return laboratory.run(prepare)
+
+
+@pytest.fixture(autouse=True)
+def healthy(laboratory: Laboratory, pair: Pair) -> Iterator[None]:
+    """After each test: nothing is left open, without an error or a warning."""
+    health = laboratory.run(Health.of, pair)
+    yield
+    laboratory.run(health.nothing_wrong, "error", "warning")
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -276,44 +286,16 @@ async def test_a_caller_without_a_sidecar_is_served_too(pair: Pair) -> None:
     )
 
 
-async def test_between_the_sidecars_all_of_it_was_http_2_in_mutual_tls_and_nothing_is_left_open(
-    pair: Pair,
-) -> None:
-    """Run last in this file."""
-    await calling(pair.web, "print(json.dumps(shop.unary_unary('Name')(b'', timeout=10).decode()))")
-    assert (
-        await counted(
-            pair.far,
-            "isthmus_connections_opened_total",
-            direction="inbound",
-            peer="src",
-            tls="mutual",
-        )
-        >= 1
+async def test_between_the_sidecars_a_call_is_http_2_in_mutual_tls(pair: Pair) -> None:
+    health = await Health.of(pair)
+    code = "print(json.dumps(shop.unary_unary('Name')(b'', timeout=10).decode()))"
+    await calling(pair.web, code)
+    mutual = await counted(
+        pair.far,
+        "isthmus_connections_opened_total",
+        direction="inbound",
+        peer="src",
+        tls="mutual",
     )
-    # The stranger's is the only one in clear text.
-    assert (
-        await counted(
-            pair.far,
-            "isthmus_connections_opened_total",
-            direction="inbound",
-            peer="src",
-            tls="none",
-        )
-        == 1
-    )
-    for sidecar in pair.both:
-        await eventually(
-            lambda sidecar=sidecar: _nothing_active(sidecar),
-            f"nothing is active in {sidecar.pod.name}",
-        )
-        assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0
-        assert [
-            line
-            for line in sidecar.logged()
-            if line["level"] in ("error", "warning") or "exception" in line
-        ] == []
-
-
-async def _nothing_active(sidecar: object) -> bool:
-    return await counted(sidecar, "isthmus_pool_connections", state="active") == 0  # type: ignore[arg-type]
+    assert mutual >= 1
+    await health.only_mutual_tls()

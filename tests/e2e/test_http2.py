@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,10 +22,10 @@ from tests.e2e.conftest import Laboratory
 from tests.e2e.stage import (
     PROGRAMS,
     WEB,
+    Health,
     Pair,
     counted,
     curl,
-    eventually,
     prepare,
     python,
     web_server,
@@ -113,6 +114,15 @@ def pair(laboratory: Laboratory) -> Pair:
         return pair
 
     return laboratory.run(build)
+
+
+@pytest.fixture(autouse=True)
+def healthy(laboratory: Laboratory, pair: Pair) -> Iterator[None]:
+    """After each test: all of it went by mutual TLS, and the proxies are well."""
+    health = laboratory.run(Health.of, pair)
+    yield
+    laboratory.run(health.only_mutual_tls)
+    laboratory.run(health.nothing_wrong, "error")
 
 
 async def servers(pair: Pair) -> None:
@@ -454,28 +464,3 @@ async def test_an_http_2_client_of_an_http_1_server_that_nobody_declared_is_told
     answer = await curl(pair.web, PRIOR, url("/digits", NGINX))
     assert answer.status == 502
     assert answer.headers["proxy-status"][0].startswith("shop.default.inbound;error=")
-
-
-async def test_all_of_it_went_by_mutual_tls_and_the_proxies_are_well(pair: Pair) -> None:
-    """Run last in this file."""
-    for kind in ("none", "passthrough", "unknown"):
-        assert (
-            await counted(
-                pair.far,
-                "isthmus_connections_opened_total",
-                direction="inbound",
-                peer="src",
-                tls=kind,
-            )
-            == 0
-        )
-    for sidecar in pair.both:
-        assert await counted(sidecar, "isthmus_errors_total", reason="internal") == 0
-        assert [
-            line for line in sidecar.logged() if line["level"] == "error" or "exception" in line
-        ] == []
-
-        async def quiet(sidecar: Any = sidecar) -> bool:
-            return await counted(sidecar, "isthmus_pool_connections", state="active") == 0
-
-        await eventually(quiet, f"nothing is active in {sidecar.pod.name}")

@@ -10,7 +10,7 @@ else goes on.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -103,6 +103,18 @@ def pair(laboratory: Laboratory) -> Pair:
         return pair
 
     return laboratory.run(build)
+
+
+@pytest.fixture(autouse=True)
+def no_storm(laboratory: Laboratory, pair: Pair) -> Iterator[None]:
+    """After each test, nothing is left under way."""
+    yield
+    for each in pair.mesh.sidecars.values():
+        laboratory.run(
+            eventually,
+            lambda each=each: quiet(each),
+            f"nothing is under way in {each.pod.name}",
+        )
 
 
 @asynccontextmanager
@@ -314,8 +326,3 @@ async def test_a_proxy_that_its_own_redirection_does_not_exempt_is_no_storm(
         with trio.move_on_after(20, shield=True):
             await astray.intercept("--config", str(its.config_file))
     assert HELLO in (await curl(astray, f"http://shop:{WEB}/")).body
-
-
-async def test_no_storm_is_left_behind(pair: Pair) -> None:
-    for each in pair.mesh.sidecars.values():
-        await eventually(lambda each=each: quiet(each), f"nothing is under way in {each.pod.name}")

@@ -33,7 +33,7 @@ from tests.e2e.stage import (
     say,
     web_server,
 )
-from tests.workers.test_workers import children
+from tests.workers.processes import children
 
 pytestmark = pytest.mark.lab
 

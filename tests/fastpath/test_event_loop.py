@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import logging
 import select
-import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
 
 import pytest
 import trio
@@ -18,6 +15,7 @@ from proxy.exchange.server_settings import Drain
 from proxy.fastpath import event_loop as room
 from proxy.fastpath.event_loop import Clock, EventLoop
 from proxy.fastpath.fast_path import FastPath
+from tests.fastpath.stage import ends, running_loop
 from tests.kit.build import interpreted
 from tests.kit.http import descriptors
 
@@ -26,29 +24,6 @@ from tests.kit.http import descriptors
 def clock(request: pytest.FixtureRequest) -> trio.abc.Clock | None:
     """By which the test is run: a proxy has the one, a test the other."""
     return Clock() if request.param == "on its own clock" else None
-
-
-@asynccontextmanager
-async def running_loop() -> AsyncIterator[EventLoop]:
-    """A fast path that has lent something, as far as its event loop knows."""
-    fast_path = FastPath(
-        Drain(), 1_000_000, 1_000_000
-    )  # so that it does not look up by itself meanwhile
-    await fast_path.open()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(fast_path.run)
-        fast_path.event_loop.lent += 1
-        yield fast_path.event_loop
-        fast_path.event_loop.lent -= 1
-        nursery.cancel_scope.cancel()
-
-
-@contextmanager
-def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
-    one, other = socket.socketpair()
-    with one, other:
-        one.setblocking(False)
-        yield one, other
 
 
 class Passes(trio.abc.Instrument):

@@ -4,9 +4,6 @@ it."""
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
@@ -15,122 +12,18 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.exchange.server_settings import Drain
 from proxy.fastpath.fast_path import FastPath
 from proxy.net.exceptions import ConnectionLost, NetError
 from proxy.net.relay import Relayed, relay
-from proxy.net.socket_stream import SocketStream
-from proxy.net.tls.handshake import TLSStream
+from tests.fastpath.conversations import IDLE, MESH, Conversation, Either, ends, held, paved
 from tests.kit.build import interpreted
 from tests.kit.http import descriptors, until
-from tests.net.conftest import Mesh, both, pair, read_all
-
-Either = SocketStream | TLSStream
-MESH = Mesh()
-IDLE = 60.0
-
-
-@asynccontextmanager
-async def paved(
-    idle_timeout: float = 1_000_000, silence: float = 1_000_000
-) -> AsyncIterator[FastPath]:
-    """A fast path that runs, and by default does not look up by itself meanwhile."""
-    fast_path = FastPath(Drain(), idle_timeout, silence)
-    await fast_path.open()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(fast_path.run)
-        yield fast_path
-        nursery.cancel_scope.cancel()
+from tests.net.conftest import both, pair, read_all
 
 
 def waits(fast_path: FastPath) -> bool:
     """Whether a relay on `fast_path` has bytes that nobody takes."""
     return any(fast_relay._joint.held[0] for fast_relay in fast_path._relays)
-
-
-async def ends(tls: bool, buffers: int | None = None) -> tuple[Either, Either]:
-    """The two ends of a connection."""
-    return await MESH.connect(pair(buffers=buffers)) if tls else pair(buffers=buffers)
-
-
-@dataclass
-class Heard:
-    """What one of the two peers has to say of it."""
-
-    data: bytes = b""
-    end: str = ""
-
-
-@dataclass
-class Conversation:
-    """What each peer says, piece by piece, and how it ends; and after how many pieces in all the
-    fast path gives the relay back."""
-
-    pieces: list[tuple[int, int]]  # which peer, how many bytes
-    last: tuple[str, str]  # of each: "eof", "reset"
-    given_back: int | None = None
-    outcome: Relayed | None = None
-    peers: tuple[Heard, Heard] = field(default_factory=lambda: (Heard(), Heard()))
-
-
-async def held(
-    talk: Conversation, kinds: tuple[bool, bool], fast_path: FastPath | None
-) -> Conversation:
-    """Hold it by way of a relay between two connections (`kinds`: which of them is TLS)."""
-    one, a = await ends(kinds[0])
-    b, other = await ends(kinds[1])
-    speakers = (one, other)
-
-    async def run() -> None:
-        talk.outcome = await relay(
-            a, b, idle=IDLE, carry=fast_path.join if fast_path is not None else None
-        )
-        a.close()
-        b.close()
-
-    async def listen(who: int) -> None:
-        heard = talk.peers[who]
-        try:
-            while data := await speakers[who].receive_some():
-                heard.data += data
-            heard.end = "eof"
-        except NetError:
-            heard.end = "lost"
-        except trio.ClosedResourceError:  # by ourselves
-            heard.end = ""
-
-    async def speak() -> None:
-        said = [0, 0]
-        for number, (who, size) in enumerate(talk.pieces):
-            if number == talk.given_back and fast_path is not None:
-                for fast_relay in list(fast_path._relays):
-                    fast_relay.leave()
-            await speakers[who].send_all(bytes([number % 256]) * size)
-            said[who] += size
-            await until(
-                lambda: all(len(talk.peers[1 - who].data) == said[who] for who in (0, 1))
-            )  # so that a reset destroys nothing
-        for who, how in enumerate(talk.last):
-            if how == "reset":
-                speakers[who].reset()
-                return
-            await speakers[who].send_eof()
-            await until(partial(_has_heard, talk.peers[1 - who]))
-
-    with trio.fail_after(60):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(run)
-            nursery.start_soon(listen, 0)
-            nursery.start_soon(listen, 1)
-            await trio.testing.wait_all_tasks_blocked()
-            await speak()
-    for stream in speakers:
-        stream.close()
-    return talk
-
-
-def _has_heard(peer: Heard) -> bool:
-    return bool(peer.end)
 
 
 ENDS = st.tuples(st.sampled_from(["eof", "eof", "reset"]), st.sampled_from(["eof", "reset"]))

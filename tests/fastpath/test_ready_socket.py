@@ -13,7 +13,7 @@ from proxy.fastpath.event_loop import EventLoop
 from proxy.fastpath.ready_socket import IN, Side
 from proxy.net.socket_stream import SocketStream
 from proxy.net.tls.handshake import TLSStream
-from tests.fastpath.test_event_loop import ends, running_loop
+from tests.fastpath.stage import ends, running_loop
 from tests.kit.http import until
 from tests.kit.library import send_tickets
 from tests.net.conftest import Mesh, pair

@@ -24,7 +24,7 @@ from proxy.net.address import Address
 from tests.kit.apps import HOST, Fleet, application, mirror, way_in, way_out
 from tests.kit.clusters import LISTEN
 from tests.kit.http import connect, until
-from tests.wire.test_sniff import python_hello
+from tests.wire.hellos import python_hello
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: c.default\r\n\r\n"
 SOON = "300ms"

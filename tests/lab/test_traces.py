@@ -13,8 +13,8 @@ from pathlib import Path
 from lab.collector import RAW, Collector, Span, read
 from lab.traces import tree
 from tests.kit.ports import free_port
+from tests.tracing.exports import FAST, otlp, queue
 from tests.tracing.records import Agreed, At, http
-from tests.tracing.test_export import FAST, otlp, queue
 
 
 def span(name: str, kind: str, ids: str, start: int, **attributes: object) -> Span:

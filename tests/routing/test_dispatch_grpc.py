@@ -14,15 +14,9 @@ import pytest
 import trio
 
 from tests.kit.dispatch import mesh, policy
-from tests.kit.http import Script, until
-from tests.kit.http2_peers import GRPC, Answer, Peer2, answering2, speaking
-
-
-def calls(respond: list[Callable[[Peer2, int, Answer], Awaitable[None]]]) -> Script:
-    async def one(peer: Peer2, number: int, message: Answer) -> None:
-        await respond.pop(0)(peer, number, message)
-
-    return speaking(answering2(one))
+from tests.kit.http import until
+from tests.kit.http2_peers import GRPC, Answer, Peer2
+from tests.routing.grpc_calls import calls
 
 
 async def unavailable(peer: Peer2, number: int, _: Answer) -> None:

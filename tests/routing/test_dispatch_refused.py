@@ -17,7 +17,7 @@ from tests.kit.dispatch import Mesh, mesh, policy
 from tests.kit.http import GET, OK, Peer, origin, until
 from tests.kit.http2_hop import Settings2, hop2
 from tests.kit.http2_peers import GRPC, Answer, Peer2, speaking
-from tests.routing.test_dispatch_grpc import calls
+from tests.routing.grpc_calls import calls
 
 
 async def refused(peer: Peer2, number: int, _: Answer) -> None:

@@ -12,7 +12,7 @@ from opentelemetry.semconv._incubating.attributes.rpc_attributes import RpcSyste
 from opentelemetry.semconv.attributes.http_attributes import HttpRequestMethodValues
 from opentelemetry.semconv.schemas import Schemas
 
-from tests.test_docs import table
+from tests.kit.documents import table
 from tracing import export
 from tracing.attributes import METHODS, Name
 from tracing.pod import FILES, VARIABLES

@@ -26,37 +26,13 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 )
 
 from lab.collector import Collector as Receiver
+from tests.tracing.exports import FAST, Book, otlp, queue
 from tests.tracing.records import PARENT, SPAN, TRACE, At, connection, grpc, http
 from tracing import export
 from tracing import queue as spans_queue
 from tracing.otlp import Collector, Post, retry_after
 from tracing.queue import Exporter, Outcome, QueueSettings, SpanQueue
 from tracing.resource import About, Resource
-
-FAST = QueueSettings(limit=100, batch=10, delay=0.02, timeout=10)
-
-
-class Book:
-    """Who counts. Every span has to be in it once."""
-
-    def __init__(self) -> None:
-        self.taken = 0
-        self.lost: Counter[str] = Counter()
-        self.results: Counter[str] = Counter()
-        self.said: list[str] = []
-
-    def exported(self, spans: int) -> None:
-        self.taken += spans
-
-    def dropped(self, reason: str, spans: int) -> None:
-        self.lost[reason] += spans
-
-    def attempted(self, result: str) -> None:
-        self.results[result] += 1
-
-    @property
-    def all(self) -> int:
-        return self.taken + sum(self.lost.values())
 
 
 def eventually(probe: Callable[[], Any], seconds: float = 60) -> Any:
@@ -66,27 +42,6 @@ def eventually(probe: Callable[[], Any], seconds: float = 60) -> Any:
             return found
         time.sleep(0.01)
     raise AssertionError("it did not happen")
-
-
-def otlp(endpoint: str, **collector: Any) -> export.OtlpExporter:
-    about = About(
-        {"POD_NAME": "web-7d4b9c6f5d-x2x9k", "POD_NAMESPACE": "shop"}, cluster="east", version="9"
-    )
-    return export.OtlpExporter(
-        export.Spans(Resource(about, print), "9"), Collector(f"{endpoint}/v1/traces", **collector)
-    )
-
-
-@contextmanager
-def queue(
-    build: Callable[[], Exporter], settings: QueueSettings = FAST
-) -> Iterator[tuple[SpanQueue, Book]]:
-    book = Book()
-    spans = SpanQueue(build, settings, book, book.said.append)
-    try:
-        yield spans, book
-    finally:
-        spans.close(5)
 
 
 @pytest.fixture
@@ -441,7 +396,7 @@ def test_retry_after_is_seconds_or_a_date_within_reason(value: str | None, secon
 
 def test_the_console_has_a_line_of_json_for_each_span() -> None:
     program = (
-        "from tests.tracing.records import http\nfrom tests.tracing.test_export import Book\nfrom"
+        "from tests.tracing.records import http\nfrom tests.tracing.exports import Book\nfrom"
         " tracing import export\nfrom tracing.queue import QueueSettings, SpanQueue\nfrom"
         " tracing.resource import About, Resource\nspans = export.Spans(Resource(About({}), print),"
         " '9')\nqueue = SpanQueue(lambda: export.console(spans), QueueSettings(), Book(),"

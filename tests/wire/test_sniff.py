@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import io
 import random
-import ssl
 from http.server import BaseHTTPRequestHandler
 
 import pytest
@@ -33,6 +32,7 @@ from proxy.wire.sniff import (
     settle,
 )
 from tests.wire.corpus import REQUESTS, head
+from tests.wire.hellos import python_hello
 
 Verdict = Protocol | ClientHello | NotTLS | Undecided
 
@@ -422,20 +422,6 @@ def test_no_verdict_on_a_protocol_is_ever_taken_back(data: bytes) -> None:
 
 
 # Around it...
-
-
-def python_hello(name: str | None, alpn: list[str], ciphers: str | None = None) -> bytes:
-    context = ssl.create_default_context()
-    context.check_hostname = False
-    if alpn:
-        context.set_alpn_protocols(alpn)
-    if ciphers:
-        context.set_ciphers(ciphers)
-    out = ssl.MemoryBIO()
-    connection = context.wrap_bio(ssl.MemoryBIO(), out, server_hostname=name)
-    with pytest.raises(ssl.SSLWantReadError):
-        connection.do_handshake()
-    return out.read()
 
 
 def openssl_hello(name: str | None, alpn: list[bytes]) -> bytes:

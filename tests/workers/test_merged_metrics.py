@@ -10,18 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.telemetry.metrics import Metrics
 from proxy.workers.merged_metrics import RULES, Family, Totals, reading
-
-
-def samples(text: bytes) -> dict[str, float]:
-    """The samples by name and labels."""
-    return {
-        name: float(value)
-        for name, _, value in (
-            line.rpartition(" ")
-            for line in text.decode().splitlines()
-            if line and not line.startswith("#")
-        )
-    }
+from tests.workers.exposition import samples
 
 
 def counted(value: float) -> list[Family]:

@@ -29,7 +29,8 @@ import yaml
 from proxy.identity.issue import issue, make_root
 from proxy.identity.spiffe import SpiffeId
 from tests.kit.ports import free_port
-from tests.workers.test_merged_metrics import samples
+from tests.workers.exposition import samples
+from tests.workers.processes import children
 
 HOST = "127.0.0.1"
 PATIENCE = 60.0
@@ -164,16 +165,6 @@ class Proxy:
             self.process.send_signal(signal.SIGTERM)
             self.process.send_signal(signal.SIGTERM)
         self.process.wait(PATIENCE)
-
-
-def children(parent: int) -> list[int]:
-    """Processes whose parent is this one."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            if int(path.read_text("ascii", "replace").rpartition(")")[2].split()[1]) == parent:
-                found.append(int(path.parent.name))
-    return sorted(found)
 
 
 @pytest.fixture
