@@ -23,6 +23,9 @@ from tests.kit.http import Message, Peer, Script, origin
 from tests.kit.http2_hop import Hop2, Settings2, hop2
 from tests.kit.http2_peers import reserve
 
+# Seconds of real time without an event after which a MockClock jumps. It is longer than the kernel
+# delays anything between two ends of this process.
+AUTOJUMP = 0.06
 PUT = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi"
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\n\r\nbusy"
 # Of a sidecar whose application has closed, and of one that quotes somebody.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import h2.errors
 import pytest
 import trio
+from trio.testing import MockClock
 
 from proxy.directory import Endpoint, Target
 from proxy.errors import AllBroken, NoEndpoint, QueueFull
@@ -18,6 +19,7 @@ from proxy.net.dial import Dialer
 from proxy.net.exceptions import ConnectFailed
 from proxy.net.socket_stream import Stream
 from tests.kit.dispatch import (
+    AUTOJUMP,
     BUSY,
     CLOSED,
     PUT,
@@ -86,9 +88,12 @@ async def test_requests_that_the_only_endpoint_answers_badly_do_not_take_it_from
         )
 
 
-async def test_an_endpoint_that_answers_nobody_is_left_alone_although_it_is_the_only_one() -> None:
+async def test_an_endpoint_that_answers_nobody_is_left_alone_although_it_is_the_only_one(
+    mock_clock: MockClock,
+) -> None:
+    mock_clock.autojump_threshold = AUTOJUMP
     rules = policy(
-        "{timeouts: {response_head: 50ms}, breaker: {failures: 3, min_penalty: 1m}, queue:"
+        "{timeouts: {response_head: 5s}, breaker: {failures: 3, min_penalty: 1m}, queue:"
         " {timeout: 1s}, retries: {limit: 0}}"
     )
     heard: list[Message] = []
@@ -138,12 +143,16 @@ async def test_a_request_that_a_server_of_http2_does_not_accept_is_sent_once_and
         assert world.broken == 0
 
 
-async def test_a_client_that_is_too_slow_for_the_deadline_of_its_request_does_not_count() -> None:
+async def test_a_client_that_is_too_slow_for_the_deadline_of_its_request_does_not_count(
+    mock_clock: MockClock,
+) -> None:
+    mock_clock.autojump_threshold = AUTOJUMP
+
     async def reads(peer: Peer) -> None:
         await peer.rest()
 
     rules = policy(
-        "{timeouts: {request: 50ms}, breaker: {failures: 3, min_penalty: 1m}, queue: {timeout: 0s}}"
+        "{timeouts: {request: 5s}, breaker: {failures: 3, min_penalty: 1m}, queue: {timeout: 0s}}"
     )
     async with mesh([reads], rules) as (world, _):
         for _ in range(6):
