@@ -19,7 +19,7 @@ import trio
 from proxy.balancing.balancer import Balancer
 from proxy.directory import Endpoint, Target
 from proxy.exchange.client_settings import ClientSettings
-from proxy.exchange.exchange import Clock, Exchange, Facts, Whole
+from proxy.exchange.exchange import ConnectionInfo, Exchange, ExchangeTimer, Whole
 from proxy.net.address import Address
 from proxy.routing.dispatch import Dispatcher
 from proxy.telemetry.metrics import Metrics
@@ -36,7 +36,7 @@ class _Exchange(Exchange):
 _Exchange.__abstractmethods__ = frozenset()
 
 _REQUEST = RequestHead(b"GET", b"/api/items/123", Headers([(b"Host", b"shop")]))
-_FACTS = Facts("outbound", Address("10.0.0.1", 1), Address("10.0.0.2", 2))
+_FACTS = ConnectionInfo("outbound", Address("10.0.0.1", 1), Address("10.0.0.2", 2))
 _HEAD = ResponseHead(200, Headers([(b"Content-Length", b"0")]))
 
 
@@ -70,8 +70,8 @@ async def _measure() -> None:
             balancer.endpoint_set("default/shop"),
         )
         exchange = _Exchange(_REQUEST, Whole(), _FACTS)
-        exchange.clock = Clock(trio.CancelScope())
-        exchange.clock.since = trio.current_time()
+        exchange.timer = ExchangeTimer(trio.CancelScope())
+        exchange.timer.since = trio.current_time()
 
         async def send(exchange: Exchange, _: Target, __: Endpoint) -> None:
             if exchange.judge is not None:

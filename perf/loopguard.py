@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from loopguard import HopLimits, Waypoint, Who
 from loopguard.l7 import HEADER
-from proxy.exchange.exchange import Exchange, Facts, Whole
+from proxy.exchange.exchange import ConnectionInfo, Exchange, Whole
 from proxy.exchange.loop_layer import leave_token
 from proxy.net.address import Address
 from proxy.wire.messages import Headers, RequestHead
@@ -43,7 +43,10 @@ def microseconds(call: Callable[[], object]) -> float:
 def main() -> None:
     who, limits = Who("west", "default", "web-6d4cf56db6-abcde"), HopLimits(4, 64)
     places = [Waypoint("outbound", who, bytes([number]) * 32, limits) for number in range(13)]
-    here, facts = places[0], Facts("outbound", Address("10.0.0.1", 1), Address("10.0.0.2", 2))
+    here, facts = (
+        places[0],
+        ConnectionInfo("outbound", Address("10.0.0.1", 1), Address("10.0.0.2", 2)),
+    )
     request = RequestHead(b"GET", b"/api/items/123?expand=all", Headers(FIELDS))
     exchange = _Exchange(request, Whole(), facts)
 

@@ -28,7 +28,7 @@ from perf.pair import (
     running,
     server,
 )
-from proxy.exchange.exchange import Body, Exchange, Facts, Handler, Whole
+from proxy.exchange.exchange import Body, ConnectionInfo, Exchange, Handler, Whole
 from proxy.exchange.trace_layer import Side, Tracing, trace
 from proxy.net.address import Address
 from proxy.net.socket_stream import Stream
@@ -180,7 +180,7 @@ def spans() -> None:
     """
     here = Address(HOST, 1)
     facts, answer = (
-        Facts("inbound", here, here),
+        ConnectionInfo("inbound", here, here),
         ResponseHead(200, Headers([(b"Content-Length", b"2")])),
     )
 

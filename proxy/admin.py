@@ -33,7 +33,7 @@ from typing import Final
 import trio
 
 from proxy.config.schema import AdminConfig
-from proxy.exchange.exchange import Exchange, Facts, Handler, Whole, stack
+from proxy.exchange.exchange import ConnectionInfo, Exchange, Handler, Whole, stack
 from proxy.exchange.h1.server import Http1Server
 from proxy.exchange.layers import deadline, rescue
 from proxy.exchange.server_settings import Drain, ServerSettings
@@ -165,7 +165,7 @@ class Admin:
         drain = Drain(disconnects=Disconnects().open())
 
         async def accept(connection: Connection) -> None:
-            about = Facts("inbound", connection.peer, connection.local)
+            about = ConnectionInfo("inbound", connection.peer, connection.local)
             server = Http1Server(connection.stream, about, settings, drain)
             connection.slot.activity = server
             await server.run(handler)

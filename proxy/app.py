@@ -47,7 +47,7 @@ from proxy.directory import Directory, DirectoryError, Endpoint
 from proxy.directory.watcher import IdentityLoss
 from proxy.dns.service import Names, pod_resolvers
 from proxy.exchange.server_settings import Drain
-from proxy.fastpath.event_loop import Clock
+from proxy.fastpath.event_loop import EventLoopClock
 from proxy.fastpath.fast_path import FastPath
 from proxy.flows.gateway import gateway
 from proxy.flows.inbound import inbound, inbound_pools
@@ -74,8 +74,8 @@ from proxy.routing.remote_gateways import RemoteGateways
 from proxy.routing.router import Router
 from proxy.telemetry.log import configure
 from proxy.telemetry.metrics import Metrics
-from proxy.telemetry.records import Ledger
-from proxy.telemetry.tracing_setup import OFF, Spans, build
+from proxy.telemetry.records import Recorder
+from proxy.telemetry.tracing_setup import OFF, FlowTracing, build
 from proxy.wire.h1 import fast_head
 from proxy.wire.sniff import Protocol
 from proxy.workers.protocol import WorkerInfo
@@ -113,7 +113,7 @@ def start(config: Config, worker: WorkerInfo | None = None, beside: Beside | Non
     spans = OFF
     try:
         spans = build(config, metrics, os.environ)
-        trio.run(App(config, metrics, spans, worker).run, beside, clock=Clock())
+        trio.run(App(config, metrics, spans, worker).run, beside, clock=EventLoopClock())
     finally:
         spans.close()
         close_logs()
@@ -135,13 +135,17 @@ class App:
     """
 
     def __init__(
-        self, config: Config, metrics: Metrics, spans: Spans = OFF, worker: WorkerInfo | None = None
+        self,
+        config: Config,
+        metrics: Metrics,
+        spans: FlowTracing = OFF,
+        worker: WorkerInfo | None = None,
     ) -> None:
         self.config, self.spans, self.metrics = config, spans, metrics
         self.drain = Drain(disconnects=Disconnects().open())
         settings = Settings.of(config, self.drain.pacer)
         self.memory = MemoryWatch(config, settings.downstream.streams, metrics)
-        self.ledger = Ledger(
+        self.recorder = Recorder(
             metrics, access=config.log.access, tracing=spans.flows(), budget=self.memory.budget
         )
         self.own = OwnIdentity(config, metrics)
@@ -168,7 +172,7 @@ class App:
             dispatcher=Dispatcher(balancer, metrics, settings.client),
             dialer=dialer,
             former=self.source.former if self.source is not None else None,
-            ledger=self.ledger,
+            recorder=self.recorder,
             spans=spans,
             drain=self.drain,
             expiries=self.own.expiries,

@@ -47,7 +47,7 @@ class Attributes(Protocol):
 
 
 @dataclass(slots=True)
-class Spans:
+class SpanFactory:
     """Creates spans from records. `query`: whether query strings may be shown."""
 
     resource: Attributes
@@ -107,7 +107,7 @@ class Spans:
 class OtlpExporter:
     """Exports to a collector by OTLP over HTTP."""
 
-    def __init__(self, spans: Spans, collector: Collector) -> None:
+    def __init__(self, spans: SpanFactory, collector: Collector) -> None:
         # Protocol buffers take memory that the other exporters do not need.
         from opentelemetry.exporter.otlp.proto.common.trace_encoder import (  # noqa: PLC0415
             encode_spans,
@@ -152,7 +152,7 @@ class OtlpExporter:
 class SdkExporter:
     """Exports by an exporter of the SDK."""
 
-    def __init__(self, spans: Spans, exporter: SpanExporter) -> None:
+    def __init__(self, spans: SpanFactory, exporter: SpanExporter) -> None:
         self._spans = spans
         self._exporter = exporter
         self._batch: list[ReadableSpan] = []
@@ -178,7 +178,7 @@ class SdkExporter:
         self._exporter.shutdown()
 
 
-def console(spans: Spans) -> Exporter:
+def console(spans: SpanFactory) -> Exporter:
     """Writes spans to standard output: one line of JSON each."""
     return SdkExporter(
         spans,
@@ -188,7 +188,7 @@ def console(spans: Spans) -> Exporter:
     )
 
 
-def jaeger(spans: Spans, host: str, port: int) -> Exporter:
+def jaeger(spans: SpanFactory, host: str, port: int) -> Exporter:
     """Exports datagrams in Thrift to a Jaeger agent.
 
     Needs the extra `isthmus[jaeger]`. Without it, raises ImportError that explains what to do.

@@ -126,7 +126,7 @@ class Client(Generic[K]):
             if exchange.fresh or not (error.again and harmless):
                 raise _told(error) from error
             exchange.fresh = True
-            exchange.clock.rest()  # no timeout until the request is sent again
+            exchange.timer.rest()  # no timeout until the request is sent again
             try:
                 await self._attempt(exchange, endpoint, leases)
             except Unanswered as second:
@@ -147,7 +147,7 @@ class Client(Generic[K]):
 
     async def _attempt(self, exchange: Exchange, endpoint: K, leases: Leases[K]) -> None:
         async with leases.carrier(
-            endpoint, fresh=exchange.fresh, limit=exchange.clock.limit
+            endpoint, fresh=exchange.fresh, limit=exchange.timer.limit
         ) as carrier:
             if websocket.extends(exchange.request):
                 await carrier.admit()
@@ -239,7 +239,7 @@ class _Attempt:
         if handoff.to_server:
             carrier.put(handoff.to_server)
             carrier.finish(END)
-            exchange.clock.expect(self._stalls, self._settings.stream_timeout)
+            exchange.timer.expect(self._stalls, self._settings.stream_timeout)
             with suppress(ConnectionLost):  # the response may say why: read it
                 await carrier.flush()
         self._sent()
@@ -249,7 +249,7 @@ class _Attempt:
         """The whole request has been sent."""
         exchange = self._exchange
         if exchange.response is None:
-            exchange.clock.expect(self._silent, self._settings.response_timeout)
+            exchange.timer.expect(self._silent, self._settings.response_timeout)
         if exchange.request.method != b"CONNECT":
             exchange.pass_half_close(self._carrier.half_close)
 
@@ -293,7 +293,7 @@ class _Attempt:
                 gathered += len(piece)
                 carrier.put(piece)
         exchange.request_bytes += gathered
-        exchange.clock.expect(self._stalls, self._settings.stream_timeout)
+        exchange.timer.expect(self._stalls, self._settings.stream_timeout)
         try:
             await carrier.flush()
         except ConnectionLost:
@@ -307,9 +307,9 @@ class _Attempt:
         exchange, carrier = self._exchange, self._carrier
         try:
             while True:
-                exchange.clock.await_client()
+                exchange.timer.await_client()
                 piece = await exchange.body.receive()
-                exchange.clock.expect(self._stalls, self._settings.stream_timeout)
+                exchange.timer.expect(self._stalls, self._settings.stream_timeout)
                 if isinstance(piece, EndOfMessage):
                     carrier.finish(piece)
                     await carrier.flush()
@@ -320,7 +320,7 @@ class _Attempt:
                 await carrier.flush()
         except ConnectionLost:
             # The server accepts no more data. Its response may say why: read it.
-            exchange.clock.expect(self._silent, self._settings.response_timeout)
+            exchange.timer.expect(self._silent, self._settings.response_timeout)
         except Exception as error:  # the attempt raises it
             self._fault = error
             attempt.cancel()
@@ -350,10 +350,10 @@ class _Attempt:
         await trio.lowlevel.checkpoint_if_cancelled()
         if failure is not None:
             self.reported = failure
-            exchange.clock.rest()
+            exchange.timer.rest()
             return False
         if exchange.judge is not None and exchange.judge(head, carrier.bare_end()):
-            exchange.clock.rest()
+            exchange.timer.rest()
             return False
         tunnel = carrier.tunnel()
         if tunnel is None:
@@ -366,7 +366,7 @@ class _Attempt:
             head.headers.add(b"Upgrade", protocol)
         exchange.pass_half_close(None)
         client = await exchange.switch(head)
-        exchange.clock.unlimit()
+        exchange.timer.unlimit()
         await self._bridge(exchange, client, tunnel)
         return True
 
@@ -408,13 +408,13 @@ class _Failed:
 
 
 class _ResponseBody:
-    """The response body as an exchange.Body, with the timeouts of the exchange's clock."""
+    """The response body as an exchange.Body, with the timeouts of the exchange's timer."""
 
-    __slots__ = ("_carrier", "_clock", "_patience", "length")
+    __slots__ = ("_carrier", "_patience", "_timer", "length")
 
     def __init__(self, settings: ClientSettings, exchange: Exchange, carrier: Carrier) -> None:
         self._carrier = carrier
-        self._clock = exchange.clock
+        self._timer = exchange.timer
         self._patience = settings.stream_timeout
         self.length: Length = carrier.length
 
@@ -424,9 +424,9 @@ class _ResponseBody:
     async def receive(self) -> bytes | EndOfMessage:
         piece = self._carrier.body_nowait()
         if piece is None:
-            self._clock.expect(self._stops, self._patience)
+            self._timer.expect(self._stops, self._patience)
             piece = await self._carrier.body()
-            self._clock.rest()
+            self._timer.rest()
         return piece
 
     def _stops(self) -> Exception:

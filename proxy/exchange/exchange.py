@@ -82,7 +82,7 @@ Direction = Literal["inbound", "outbound", "gateway"]
 
 
 @dataclass(slots=True)
-class Facts:
+class ConnectionInfo:
     """What is known about the downstream connection of an exchange or a relayed stream."""
 
     direction: Direction
@@ -115,7 +115,7 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
+class FailedAttempt:
     """A failed attempt at an exchange, which was followed by another one. Times in trio's time."""
 
     upstream: Address
@@ -150,7 +150,6 @@ class Exchange(ABC):
         "body",
         "caller",
         "chosen",
-        "clock",
         "cycle",
         "facts",
         "failure",
@@ -173,6 +172,7 @@ class Exchange(ABC):
         "response",
         "response_bytes",
         "service",
+        "timer",
         "times",
         "trace",
         "tried",
@@ -181,7 +181,11 @@ class Exchange(ABC):
     )  # fmt: skip
 
     def __init__(
-        self, request: RequestHead, body: Body, facts: Facts, malformed: ProtocolError | None = None
+        self,
+        request: RequestHead,
+        body: Body,
+        facts: ConnectionInfo,
+        malformed: ProtocolError | None = None,
     ) -> None:
         self.request = request
         # the error in an unreadable request, which only gets an error response
@@ -216,14 +220,14 @@ class Exchange(ABC):
         # a connection was closed during the exchange; it is repeated once, on a new one only
         self.fresh = False
         self.attempts = 0  # number of connections that it was sent on
-        self.tried: list[Attempt] | None = None  # earlier attempts; None: none
+        self.tried: list[FailedAttempt] | None = None  # earlier attempts; None: none
         self.judge: Judge | None = None  # decides whether to drop the response and try again
         self.informed = False  # an interim response was sent to the client
         self.times: ClientSettings | None = None  # overrides of the client's settings
         self.request_bytes = 0
         self.response_bytes = 0
         self.left = False  # the client has disconnected
-        self.clock = NO_CLOCK
+        self.timer = NO_TIMER
 
     def carried(self, stream: Stream) -> None:
         """Record the connection to the endpoint that now carries this exchange."""
@@ -242,7 +246,7 @@ class Exchange(ABC):
         """The client has disconnected: end the exchange with ClientGone, in whichever state it
         is."""
         self.left = True
-        self.clock.give_up(self._client_went)
+        self.timer.give_up(self._client_went)
 
     def _client_went(self) -> Exception:
         return ClientGone(
@@ -308,7 +312,7 @@ class Exchange(ABC):
         return kind.startswith(b"application/grpc") and kind[16:17] in (b"", b"+", b";", b" ")
 
 
-class Clock:
+class ExchangeTimer:
     """The deadline of one exchange. Each step moves it, because moving the deadline of one cancel
     scope costs 2 µs, and a new scope 6 to 11 µs.
 
@@ -376,8 +380,8 @@ class Clock:
         return self.scope.cancel_called and not self.stopped
 
 
-class _NoClock(Clock):
-    """The clock of an exchange outside the deadline layer. It limits nothing."""
+class _NoTimer(ExchangeTimer):
+    """The timer of an exchange outside the deadline layer. It limits nothing."""
 
     def expect(self, late: Callable[[], Exception], seconds: float) -> None:
         pass
@@ -398,7 +402,7 @@ class _NoClock(Clock):
         pass
 
 
-NO_CLOCK: Clock = _NoClock(trio.CancelScope())
+NO_TIMER: ExchangeTimer = _NoTimer(trio.CancelScope())
 
 Handler = Callable[[Exchange], Awaitable[None]]
 Layer = Callable[[Handler], Handler]

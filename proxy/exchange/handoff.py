@@ -5,7 +5,7 @@ between two exchanges too. If an exchange turns out to need the ordinary path, t
 back with that exchange in its current state. An HTTP/2 exchange comes back alone, because its
 connection is never lent.
 
-The exchange passes the same layers as all others. They find its account already open and its clock
+The exchange passes the same layers as all others. They find its account already open and its timer
 not set. At the end of the layers, the client continues the exchange. The fast path's attempt counts
 as the first attempt and may be followed by another, like any first attempt.
 """

@@ -4,7 +4,7 @@ them from the outermost to the innermost.
     measure   outermost: counts, times and logs every request, including failed and unreadable ones
     rescue    the only place where an error becomes a response
     admit     refuses requests when memory is short
-    deadline  gives the exchange its clock
+    deadline  gives the exchange its timer
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from proxy.errors import (
     broken_off,
     describe,
 )
-from proxy.exchange.exchange import NO_CLOCK, Clock, Exchange, Handler, Layer, Whole
+from proxy.exchange.exchange import NO_TIMER, Exchange, ExchangeTimer, Handler, Layer, Whole
 from proxy.exchange.reports import report
 from proxy.wire.messages import Headers, ResponseHead
 
@@ -217,18 +217,18 @@ def sf_string(text: str) -> bytes:
 
 
 def deadline(handler: Handler) -> Handler:
-    """Give the exchange its clock. Raises the error of a step that timed out."""
+    """Give the exchange its timer. Raises the error of a step that timed out."""
 
     async def handle(exchange: Exchange) -> None:
         with trio.CancelScope() as scope:
-            exchange.clock = clock = Clock(scope)
+            exchange.timer = timer = ExchangeTimer(scope)
             if exchange.left:
                 exchange.give_up()
             try:
                 await handler(exchange)
             finally:
-                exchange.clock = NO_CLOCK
-        if scope.cancelled_caught and clock.late is not None:
-            raise clock.late()
+                exchange.timer = NO_TIMER
+        if scope.cancelled_caught and timer.late is not None:
+            raise timer.late()
 
     return handle

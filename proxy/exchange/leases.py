@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Generic
 
 from proxy.exchange.h1.pool import K, Pool, Upstream
-from proxy.exchange.h2.pool import MuxPool
+from proxy.exchange.h2.pool import Http2Pool
 from proxy.exchange.upstream import Carrier, Http1Carrier, Http2Carrier
 
 
@@ -51,7 +51,7 @@ class _Http1Lease(Generic[K]):
 class Http2Leases(Generic[K]):
     """One stream for each exchange, on a shared connection. A stream is always new."""
 
-    def __init__(self, pool: MuxPool[K]) -> None:
+    def __init__(self, pool: Http2Pool[K]) -> None:
         self.pool = pool
 
     def carrier(
@@ -67,7 +67,7 @@ class Http2Leases(Generic[K]):
 class _Http2Lease(Generic[K]):
     __slots__ = ("_carrier", "_endpoint", "_limit", "_pool")
 
-    def __init__(self, pool: MuxPool[K], endpoint: K, limit: float) -> None:
+    def __init__(self, pool: Http2Pool[K], endpoint: K, limit: float) -> None:
         self._limit = limit
         self._pool = pool
         self._endpoint = endpoint

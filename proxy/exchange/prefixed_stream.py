@@ -10,7 +10,7 @@ from proxy.net.socket_stream import End, Stream
 READ_SIZE = 65536
 
 
-class Resumed:
+class PrefixedStream:
     """`stream`, preceded by the bytes `first`, which were already read from it."""
 
     __slots__ = ("_first", "_stream")

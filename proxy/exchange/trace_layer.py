@@ -19,7 +19,7 @@ from typing import Literal
 
 import trio
 
-from proxy.exchange.exchange import Attempt, Exchange, Handler, Layer
+from proxy.exchange.exchange import Exchange, FailedAttempt, Handler, Layer
 from proxy.wire.messages import Headers
 from tracing.sampling import Trace, Tracer
 from tracing.spans import HttpRecord, Kind, Record
@@ -250,7 +250,7 @@ class _ClientSpans:
             record.attempt, record.follows = self._last.attempt + 1, self._last.span_id
         return record
 
-    def _catch_up(self, exchange: Exchange, tried: Sequence[Attempt]) -> None:
+    def _catch_up(self, exchange: Exchange, tried: Sequence[FailedAttempt]) -> None:
         """Queue the records of the attempts that have failed since the last call."""
         for attempt in tried[self._seen :]:
             record = self._record or self._open(exchange)

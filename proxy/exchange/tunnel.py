@@ -10,7 +10,7 @@ from __future__ import annotations
 import trio
 
 from proxy.errors import TunnelRefused, Undelivered, UpstreamProtocolError
-from proxy.exchange.prefixed_stream import READ_SIZE, Resumed
+from proxy.exchange.prefixed_stream import READ_SIZE, PrefixedStream
 from proxy.exchange.reports import reported
 from proxy.net.exceptions import ConnectionLost
 from proxy.net.socket_stream import Stream
@@ -66,7 +66,7 @@ async def open_tunnel(
             f" {_said(why)}"
         )
     rest = http.take_rest()
-    return Resumed(stream, rest) if rest else stream
+    return PrefixedStream(stream, rest) if rest else stream
 
 
 async def _final(stream: Stream, http: Http1Connection) -> ResponseHead:

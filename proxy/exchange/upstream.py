@@ -36,9 +36,9 @@ from proxy.errors import (
 )
 from proxy.exchange.h1.pool import Upstream
 from proxy.exchange.h2.body import Tunnel, body_length
-from proxy.exchange.h2.connection import Mux
-from proxy.exchange.h2.stream import ConnectionLeft, MuxStream, StreamLost
-from proxy.exchange.prefixed_stream import READ_SIZE, Resumed
+from proxy.exchange.h2.connection import MultiplexedConnection
+from proxy.exchange.h2.stream import ConnectionLeft, Http2Stream, StreamLost
+from proxy.exchange.prefixed_stream import READ_SIZE, PrefixedStream
 from proxy.net.exceptions import ConnectionLost, NetError
 from proxy.net.memory_budget import UNCOUNTED, Share
 from proxy.net.socket_stream import SocketStream, Stream
@@ -299,18 +299,18 @@ class Http1Carrier(Carrier):
                 "the server switched protocols before it received the whole request"
             )
         self._http.keep_alive = False
-        return Resumed(self.stream, self._http.take_rest())
+        return PrefixedStream(self.stream, self._http.take_rest())
 
 
 class Http2Carrier(Carrier):
     """A stream of an HTTP/2 connection. A request without a body ends with its head. A CONNECT does
     not end, because its stream is the tunnel."""
 
-    def __init__(self, mux: Mux) -> None:
+    def __init__(self, mux: MultiplexedConnection) -> None:
         self.stream = mux.stream
         self._mux = mux
         self._request: RequestHead | None = None
-        self._stream: MuxStream | None = None
+        self._stream: Http2Stream | None = None
         self._response: ResponseHead | None = None
         self._pieces: list[bytes] = []
         self._end: EndOfMessage | None = None
@@ -319,7 +319,11 @@ class Http2Carrier(Carrier):
 
     @classmethod
     def begun(
-        cls, mux: Mux, stream: MuxStream, request: RequestHead, response: ResponseHead | None
+        cls,
+        mux: MultiplexedConnection,
+        stream: Http2Stream,
+        request: RequestHead,
+        response: ResponseHead | None,
     ) -> Http2Carrier:
         """Return a carrier for an open stream. `response`: the head that was already received from
         it."""
@@ -374,7 +378,7 @@ class Http2Carrier(Carrier):
         except StreamLost as error:
             raise ConnectionLost(str(error), "reset") from error
 
-    def _opened(self) -> MuxStream:
+    def _opened(self) -> Http2Stream:
         if self._stream is None:
             raise RuntimeError("begin was not called")
         return self._stream

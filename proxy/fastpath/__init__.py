@@ -26,9 +26,9 @@ on immediately (a window is closed, a writer is behind, other senders wait for t
 leaves the data in the stream's buffer and hands the exchange over to the ordinary path.
 
 *Relays.* The task that waits for the end of a byte relay lends both of its connections together. A
-`FastRelay` passes the bytes on and reports the ends to the relay's `Joint`, as the two tasks of the
-ordinary path do. Connections that were HTTP before (tunnels) stay on the ordinary path, because
-bytes that were read ahead have to be sent first.
+`FastRelay` passes the bytes on and reports the ends to the relay's `RelayState`, as the two tasks
+of the ordinary path do. Connections that were HTTP before (tunnels) stay on the ordinary path,
+because bytes that were read ahead have to be sent first.
 
 *Unusual work goes to the ordinary path.* This is by design: each unusual case has one
 implementation, on the ordinary path. Between two exchanges, the fast path returns the connection

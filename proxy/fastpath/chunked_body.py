@@ -7,7 +7,7 @@ from proxy.wire.h1.body import ChunkedReader, ChunkedWriter
 from proxy.wire.messages import EndOfMessage, Limits, ProtocolError
 
 
-class Chunks:
+class ChunkedTranscoder:
     """The state of one chunked body.
 
     `ended`: the whole body has passed. `left`: bytes that were read but are not used: an incomplete

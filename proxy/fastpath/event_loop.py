@@ -2,11 +2,11 @@
 epoll_wait, this loop polls instead.
 
 When no task can run, trio waits in one place: epoll_wait, until the next deadline at the latest.
-Just before, it asks its clock how long to wait. At that point this loop waits instead (`Clock`),
-for the descriptors of the fast path and for trio's own epoll set, which is a descriptor like any
-other. The loop handles events of the fast path immediately. A pass of the scheduler would cost more
-than most steps: with one connection, one request used 71 µs of processor time at a hop when the
-fast path was a trio task, and uses 57 µs now.
+Just before, it asks its clock how long to wait. At that point this loop waits instead
+(`EventLoopClock`), for the descriptors of the fast path and for trio's own epoll set, which is a
+descriptor like any other. The loop handles events of the fast path immediately. A pass of the
+scheduler would cost more than most steps: with one connection, one request used 71 µs of processor
+time at a hop when the fast path was a trio task, and uses 57 µs now.
 
 The wait ends when an event for trio arrives, when a step makes a task runnable (`task_scheduled`
 reports this), or when a deadline has passed. The clock then answers that there is no time to wait.
@@ -198,7 +198,7 @@ class EventLoop(trio.abc.Instrument):
         self._epoll.close()
 
 
-class Clock(trio.abc.Clock):
+class EventLoopClock(trio.abc.Clock):
     """The system's clock, for a trio run with a fast path: trio waits in the event loop. While a
     connection is on the fast path, trio.testing.wait_all_tasks_blocked does not return."""
 
@@ -235,7 +235,7 @@ async def enter(fast_path: Closable) -> EventLoop | None:
             return None
         event_loop = EventLoop(trios)
         clock = current_clock()
-        if isinstance(clock, Clock):
+        if isinstance(clock, EventLoopClock):
             clock.event_loop = event_loop
         _HERE.set(event_loop)
         add_instrument(event_loop)
@@ -249,7 +249,7 @@ def leave(fast_path: Closable, event_loop: EventLoop) -> None:
     if not event_loop.fast_paths:
         remove_instrument(event_loop)
         clock = current_clock()
-        if isinstance(clock, Clock):
+        if isinstance(clock, EventLoopClock):
             clock.event_loop = None
         _HERE.set(None)
         event_loop.close()

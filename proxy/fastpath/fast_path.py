@@ -17,7 +17,7 @@ from proxy.fastpath.h1_connection import FastConnection
 from proxy.fastpath.h2_exchange import begin
 from proxy.fastpath.host import Carried, Connection, Host, Relay
 from proxy.fastpath.plan import ExchangePlan
-from proxy.net.relay import Joint
+from proxy.net.relay import RelayState
 from proxy.net.socket_stream import SocketStream
 from proxy.net.tls.handshake import TLSStream
 
@@ -74,8 +74,8 @@ class FastPath(Host):
             fast_relay.leave()
 
     async def carry(self, plan: ExchangePlan, server: Http1Server) -> Http1Exchange | None:
-        """Implements exchange.h1.server.Carry. If it is cancelled within an exchange, the account
-        of the exchange closes as cancelled."""
+        """Implements exchange.h1.server.Http1FastPath. If it is cancelled within an exchange, the
+        account of the exchange closes as cancelled."""
         stream = server.stream
         event_loop = self._event_loop
         ends = server.leaving or server.client_ended
@@ -98,19 +98,19 @@ class FastPath(Host):
         return await connection.carry()
 
     def fork(self, plan: ExchangePlan, server: Http2Server, exchange: Http2Exchange) -> bool:
-        """Implements exchange.h2.server.Fork."""
+        """Implements exchange.h2.server.Http2FastPath."""
         return self.running and not server.drain.draining and begin(self, plan, server, exchange)
 
-    async def join(self, joint: Joint) -> None:
-        """Implements net.relay.Carry."""
-        client, server = joint.sides
+    async def join(self, state: RelayState) -> None:
+        """Implements net.relay.RelayFastPath."""
+        client, server = state.sides
         event_loop = self._event_loop
         if not self.running or event_loop is None:
             return
         if isinstance(client, SocketStream | TLSStream) and isinstance(
             server, SocketStream | TLSStream
         ):
-            fast_relay = FastRelay(self, joint, client, server)
+            fast_relay = FastRelay(self, state, client, server)
             self._relays.add(fast_relay)
             event_loop.lends()
             await fast_relay.carry()

@@ -2,8 +2,8 @@
 
 The task of the relay waits in `carry`, like the task of a lent connection. The bytes of one read of
 a side are sent to the other side. If the other side does not accept all of them, the rest is kept,
-and nothing more is read until it is sent. The relay reports ends and errors to the `Joint`, by the
-same rules as the ordinary path. It returns to the ordinary path for plain TCP in bulk, because
+and nothing more is read until it is sent. The relay reports ends and errors to the `RelayState`, by
+the same rules as the ordinary path. It returns to the ordinary path for plain TCP in bulk, because
 splice(2) moves those bytes within the kernel.
 """
 
@@ -14,10 +14,10 @@ from functools import partial
 from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
 
 from proxy.fastpath.host import Host
-from proxy.fastpath.ready_socket import IN, OUT, Side
+from proxy.fastpath.ready_socket import IN, OUT, ReadySocket
 from proxy.net.exceptions import NetError
-from proxy.net.nonblocking import Prompt
-from proxy.net.relay import BULK, Joint
+from proxy.net.nonblocking import NonblockingStream
+from proxy.net.relay import BULK, RelayState
 from proxy.net.socket_stream import RECEIVE_SIZE
 
 
@@ -30,18 +30,27 @@ class FastRelay:
         "_fast_path",
         "_fault",
         "_full",
-        "_joint",
         "_lent",
         "_pipes",
         "_sides",
+        "_state",
         "_task",
     )
 
-    def __init__(self, fast_path: Host, joint: Joint, client: Prompt, server: Prompt) -> None:
+    def __init__(
+        self,
+        fast_path: Host,
+        state: RelayState,
+        client: NonblockingStream,
+        server: NonblockingStream,
+    ) -> None:
         self._fast_path = fast_path
         self._event_loop = fast_path.event_loop
-        self._joint = joint
-        self._sides = (Side(fast_path.event_loop, client), Side(fast_path.event_loop, server))
+        self._state = state
+        self._sides = (
+            ReadySocket(fast_path.event_loop, client),
+            ReadySocket(fast_path.event_loop, server),
+        )
         # both are plain TCP, so the kernel could splice them
         self._pipes = self._sides[0].tls is None and self._sides[1].tls is None
         self._full = [0, 0]  # by side: consecutive reads that filled the buffer
@@ -50,9 +59,9 @@ class FastRelay:
         self._fault: Exception | None = None
 
     async def carry(self) -> None:
-        """Pass bytes until the relay has ended or the ordinary path has to continue. The joint then
+        """Pass bytes until the relay has ended or the ordinary path has to continue. The state then
         has the state."""
-        self._lent, self._joint.quiet_since = True, self._event_loop.now
+        self._lent, self._state.quiet_since = True, self._event_loop.now
         try:
             for side in (0, 1):
                 self._sides[side].belongs(partial(self._on, side))
@@ -93,9 +102,9 @@ class FastRelay:
     def expire(self, now: float) -> float:
         """End the relay if it has been silent for its idle timeout. Returns the seconds that are
         left until then. `now`: trio's time."""
-        left = self._joint.quiet_since + self._joint.idle - now
+        left = self._state.quiet_since + self._state.idle - now
         if left <= 0:
-            self._joint.silent()
+            self._state.silent()
             self.leave()
         return left
 
@@ -105,14 +114,14 @@ class FastRelay:
         """The socket of this side is ready."""
         if not self._lent:
             return  # it was returned earlier in this turn
-        joint = self._joint
-        joint.quiet_since = self._event_loop.now
+        state = self._state
+        state.quiet_since = self._event_loop.now
         try:
-            if mask & OUT and joint.held[1 - side]:
-                self._send(1 - side, joint.held[1 - side])
+            if mask & OUT and state.held[1 - side]:
+                self._send(1 - side, state.held[1 - side])
             if not mask & ~OUT or not self._lent:
                 return
-            if joint.going(side) and not joint.held[side]:
+            if state.going(side) and not state.held[side]:
                 self._receive(side)
             elif not mask & IN:
                 # a hang-up or an error, which epoll always reports; nothing reads from this side
@@ -123,11 +132,11 @@ class FastRelay:
             self.leave()
 
     def _receive(self, side: int) -> None:
-        joint, source = self._joint, self._sides[side]
+        state, source = self._state, self._sides[side]
         try:
-            data = source.take(joint.share, bulk=self._full[side] > 0)
+            data = source.take(state.share, bulk=self._full[side] > 0)
         except NetError as error:
-            joint.lost(side, error)
+            state.lost(side, error)
             self.leave()
             return
         if data:
@@ -136,45 +145,45 @@ class FastRelay:
             if self._pipes and self._full[side] >= BULK and self._lent:
                 self.leave()
         elif data is not None:
-            joint.ended(side)
+            state.ended(side)
             self._end(side)
 
     def _send(self, side: int, data: bytes) -> None:
         """Send data that was read from `side` to the other side."""
-        joint = self._joint
+        state = self._state
         try:
             sent = self._sides[1 - side].send(data)
         except NetError as error:
-            joint.hold(side, b"")
-            joint.refused(side, error)
+            state.hold(side, b"")
+            state.refused(side, error)
             self._watch_both()
             return
-        joint.passed(side, sent)
-        if sent < len(data) or joint.held[side]:
-            joint.hold(side, data[sent:])
+        state.passed(side, sent)
+        if sent < len(data) or state.held[side]:
+            state.hold(side, data[sent:])
             self._watch_both()
         if sent == len(data) and self._sides[side].stream.end_met:
             self._receive(side)
 
     def _end(self, side: int) -> None:
         """Pass the end of this side's data on to the other side."""
-        joint = self._joint
+        state = self._state
         try:
             told = self._sides[1 - side].send_eof()
         except NetError as error:
-            joint.refused(side, error)
+            state.refused(side, error)
         else:
             if not told:
                 self.leave()
                 return
-            joint.told(side)
+            state.end_forwarded(side)
         self._watch_both()
 
     def _watch_both(self) -> None:
-        joint = self._joint
-        if joint.over:
+        state = self._state
+        if state.over:
             self.leave()
             return
         for side in (0, 1):
-            reading = IN if joint.going(side) and not joint.held[side] else 0
-            self._sides[side].watch(reading | (OUT if joint.held[1 - side] else 0))
+            reading = IN if state.going(side) and not state.held[side] else 0
+            self._sides[side].watch(reading | (OUT if state.held[1 - side] else 0))

@@ -26,15 +26,15 @@ from proxy.exchange.h1.server import Http1Exchange, Http1Server
 from proxy.exchange.handoff import Handoff
 from proxy.exchange.upstream import unreadable
 from proxy.exchange.upstream_head import forwarded_request
-from proxy.fastpath.chunked_body import Chunks
+from proxy.fastpath.chunked_body import ChunkedTranscoder
 from proxy.fastpath.eligibility import Eligibility
 from proxy.fastpath.h1_handoff import hand_off
 from proxy.fastpath.host import Host
 from proxy.fastpath.plan import ConnectionLease, ExchangePlan
-from proxy.fastpath.ready_socket import IN, OUT, Side, side_of
+from proxy.fastpath.ready_socket import IN, OUT, ReadySocket, ready_socket_of
 from proxy.net.exceptions import NetError
 from proxy.net.memory_budget import SMALL, Charge
-from proxy.net.nonblocking import Prompt
+from proxy.net.nonblocking import NonblockingStream
 from proxy.wire.h1.connection import At
 from proxy.wire.h1.fast_head import (
     encode_request,
@@ -58,13 +58,13 @@ class FastConnection:
     )  # fmt: skip
 
     def __init__(
-        self, fast_path: Host, plan: ExchangePlan, server: Http1Server, stream: Prompt
+        self, fast_path: Host, plan: ExchangePlan, server: Http1Server, stream: NonblockingStream
     ) -> None:
         self._fast_path = fast_path
         self._plan = plan
         self._server = server
         self._event_loop = fast_path.event_loop
-        self._client = Side(fast_path.event_loop, stream)
+        self._client = ReadySocket(fast_path.event_loop, stream)
         # unsent bytes to the client, and bytes that it sent ahead
         self._kept = Charge(server.facts.share)
         self._lent = False
@@ -79,9 +79,9 @@ class FastConnection:
         self._exchange: Http1Exchange | None = None
         self._account: AbstractContextManager[object] | None = None
         self._lease: ConnectionLease | None = None
-        self._endpoint: Side | None = None
+        self._endpoint: ReadySocket | None = None
         self._remaining = 0  # bytes of the response body still to be read; chunked: 1 until the end
-        self._chunks: Chunks | None = None
+        self._chunks: ChunkedTranscoder | None = None
         self._spare = False  # the server has sent bytes after its response
 
     def busy(self) -> bool:
@@ -93,7 +93,7 @@ class FastConnection:
         return self._server.idle_since + self._server.settings.idle_timeout / 2
 
     async def carry(self) -> Http1Exchange | None:
-        """Implements exchange.h1.server.Carry."""
+        """Implements exchange.h1.server.Http1FastPath."""
         self._lent, self._server.on_client_end = True, self.leave
         self._client.belongs(self._on_client)
         self._client.watch(IN)
@@ -296,7 +296,7 @@ class FastConnection:
         if rest or self._kept.size:
             self._kept.become(len(rest))
         self._remaining = 0
-        self._endpoint = endpoint = side_of(lease.upstream, self._event_loop)
+        self._endpoint = endpoint = ready_socket_of(lease.upstream, self._event_loop)
         endpoint.belongs(self._on_server)
         exchange.carried_by(endpoint.peer, endpoint.tls)
         exchange.request_bytes = length
@@ -304,7 +304,7 @@ class FastConnection:
         self._fast_path.begins(self)
         self._ask(endpoint, encode_request(forwarded_request(exchange)) + body)
 
-    def _ask(self, endpoint: Side, data: bytes) -> None:
+    def _ask(self, endpoint: ReadySocket, data: bytes) -> None:
         try:
             # the first send: the connection was just found quiet
             sent = endpoint.send(data, sound=not endpoint.unsent)
@@ -360,7 +360,7 @@ class FastConnection:
         bodiless = head.status in (204, 304) or exchange.request.method == b"HEAD"
         length = 0 if bodiless else length
         if not isinstance(length, int):
-            chunks = Chunks(self._server.settings.limits)
+            chunks = ChunkedTranscoder(self._server.settings.limits)
             chunks.pass_on(data[end:])
             if chunks.error is not None and not chunks.size:
                 # the client has received nothing yet, so the ordinary path can send an error

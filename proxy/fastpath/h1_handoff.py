@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from proxy.exchange.h1.server import Http1Exchange
 from proxy.exchange.handoff import Handoff
-from proxy.fastpath.chunked_body import Chunks
+from proxy.fastpath.chunked_body import ChunkedTranscoder
 from proxy.fastpath.plan import ConnectionLease
 from proxy.wire.h1.body import Framing, Length
 from proxy.wire.h1.connection import At, Http1Connection
@@ -15,7 +15,7 @@ def hand_off(
     connection: Http1Connection,
     exchange: Http1Exchange,
     lease: ConnectionLease,
-    body: Chunks | int,
+    body: ChunkedTranscoder | int,
     bytes_left: tuple[bytes, bytes, bytes],
 ) -> Handoff:
     """Set the protocol state of the client's `connection` and of the leased one, and return the

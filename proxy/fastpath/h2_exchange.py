@@ -21,7 +21,7 @@ import trio
 from proxy.exchange import max_forwards
 from proxy.exchange.h2.body import body_length, too_large
 from proxy.exchange.h2.server import Http2Exchange, Http2Server
-from proxy.exchange.h2.stream import MuxStream
+from proxy.exchange.h2.stream import Http2Stream
 from proxy.exchange.handoff import Handoff
 from proxy.exchange.reports import is_report
 from proxy.exchange.upstream import oversized
@@ -40,7 +40,7 @@ _UNOPENED = nullcontext()
 def begin(
     fast_path: Host, plan: ExchangePlan, server: Http2Server, exchange: Http2Exchange
 ) -> bool:
-    """Implements exchange.h2.server.Fork."""
+    """Implements exchange.h2.server.Http2FastPath."""
     request = exchange.request
     method = request.method
     if method == b"CONNECT" or (
@@ -105,7 +105,7 @@ class FastExchange:
         self._lease = lease
         self._client = exchange.stream
         # replaced when the stream to the endpoint is open
-        self._endpoint: MuxStream = exchange.stream
+        self._endpoint: Http2Stream = exchange.stream
         self._account: AbstractContextManager[object] = _UNOPENED
         self._asked = False  # the whole request has been sent
         self.began = 0.0  # trio's time
@@ -203,7 +203,11 @@ class FastExchange:
         self._pass_on(exchange, client, endpoint)
 
     def _send_head(
-        self, exchange: Http2Exchange, client: MuxStream, endpoint: MuxStream, head: ResponseHead
+        self,
+        exchange: Http2Exchange,
+        client: Http2Stream,
+        endpoint: Http2Stream,
+        head: ResponseHead,
     ) -> bool:
         """Send the response head. Returns True if it was the whole response."""
         endpoint.head_nowait()
@@ -220,7 +224,7 @@ class FastExchange:
             self._end(None)
         return ended
 
-    def _pass_on(self, exchange: Http2Exchange, client: MuxStream, endpoint: MuxStream) -> None:
+    def _pass_on(self, exchange: Http2Exchange, client: Http2Stream, endpoint: Http2Stream) -> None:
         """Pass on the response body that has arrived, if the client accepts it."""
         while True:
             if not client.takes(endpoint.next_size):

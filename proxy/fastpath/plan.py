@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from proxy.exchange.exchange import Exchange
 from proxy.exchange.h1.pool import Pool, Upstream
-from proxy.exchange.h2.connection import Mux
-from proxy.exchange.h2.stream import MuxStream
+from proxy.exchange.h2.connection import MultiplexedConnection
+from proxy.exchange.h2.stream import Http2Stream
 from proxy.exchange.upstream import Http1Carrier, Http2Carrier
 from proxy.exchange.upstream_head import forwarded_request
 from proxy.wire.h2.fields import onward_pairs
@@ -88,18 +88,18 @@ class StreamLease:
     """A connection that can open a stream for one exchange. Implements exchange.handoff.Lease. Open
     the stream before the next await; the capacity is not reserved."""
 
-    mux: Mux
+    mux: MultiplexedConnection
     on_end: Callable[[], None] = nothing
     attempt: Any = None
     on_begin: Callable[[Exchange], None] | None = None
     limit: float = inf
     declines: Callable[[ResponseHead], bool] = never
     on_answer: Callable[[], None] = nothing  # called when the head of the response has arrived
-    stream: MuxStream | None = None  # set by `open`
+    stream: Http2Stream | None = None  # set by `open`
     request: RequestHead | None = None  # the head that was sent on it
     response: ResponseHead | None = None  # the head that was received on it
 
-    def open(self, exchange: Exchange, *, end: bool) -> MuxStream:
+    def open(self, exchange: Exchange, *, end: bool) -> Http2Stream:
         """Open a stream and send the head of the request. `end`: the request has no body. Raises
         HeadTooLarge."""
         request = self.request = exchange.request

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from proxy.exchange.h1.pool import Upstream
 from proxy.net.memory_budget import Share
-from proxy.net.nonblocking import Prompt
+from proxy.net.nonblocking import NonblockingStream
 from proxy.net.socket_stream import RECEIVE_SIZE, SocketStream
 from proxy.net.tls.handshake import TLSStream
 
@@ -23,7 +23,7 @@ BULK, BULK_TLS = 262144, 131072
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
 
 
-class Side:
+class ReadySocket:
     """A stream on the fast path, with the events that it waits for and the bytes that it did not
     accept yet."""
 
@@ -31,7 +31,7 @@ class Side:
         "_event_loop", "_read", "_step", "_watched", "bulk", "descriptor", "peer", "receive", "send", "send_eof", "stream", "tls", "unsent",
     )  # fmt: skip
 
-    def __init__(self, event_loop: EventLoop, stream: Prompt) -> None:
+    def __init__(self, event_loop: EventLoop, stream: NonblockingStream) -> None:
         self._event_loop = event_loop
         self._step: Callable[[int], None] | None = None
         self._watched = 0
@@ -85,9 +85,9 @@ class Side:
             self.watch(0)
 
     def is_quiet(self) -> bool:
-        """Implements exchange.h1.pool.Watch. True only if this turn's poll reported no event. An
-        event in this turn may be the end of the connection. It may also be the last response, but
-        the end may have arrived after that. If the ordinary path has read from the connection
+        """Implements exchange.h1.pool.IdleWatch. True only if this turn's poll reported no event.
+        An event in this turn may be the end of the connection. It may also be the last response,
+        but the end may have arrived after that. If the ordinary path has read from the connection
         since, OpenSSL may hold data that arrived later."""
         heard, stream = self._event_loop.heard, self.stream
         silent = heard is not None and self._watched == IN and self.descriptor not in heard
@@ -97,14 +97,14 @@ class Side:
         self.watch(0)
 
 
-def side_of(upstream: Upstream, event_loop: EventLoop) -> Side:
-    """Return the `Side` of a pooled connection. It is created once and stays with the
+def ready_socket_of(upstream: Upstream, event_loop: EventLoop) -> ReadySocket:
+    """Return the `ReadySocket` of a pooled connection. It is created once and stays with the
     connection."""
     side = upstream.side
-    if isinstance(side, Side):
+    if isinstance(side, ReadySocket):
         return side
     stream = upstream.stream
     if not isinstance(stream, SocketStream | TLSStream):
         raise TypeError(f"{type(stream).__name__} has no operations that do not wait")
-    upstream.side = side = Side(event_loop, stream)
+    upstream.side = side = ReadySocket(event_loop, stream)
     return side

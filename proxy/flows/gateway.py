@@ -28,7 +28,7 @@ from proxy.directory import Endpoint, Target
 from proxy.errors import NotAuthorised, NotExported
 from proxy.exchange.client import Client
 from proxy.exchange.detect import Opening
-from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, Whole, stack
+from proxy.exchange.exchange import ConnectionInfo, Direction, Exchange, Handler, Whole, stack
 from proxy.exchange.layers import admit, deadline, measure, rescue
 from proxy.exchange.trace_layer import trace
 from proxy.exchange.upgrade import carry
@@ -55,7 +55,7 @@ def gateway(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Await
     """The handler of a gateway's connections."""
     patience = rt.config.gateway.detect_timeout
     handler = stack(
-        measure(rt.ledger.exchange),
+        measure(rt.recorder.exchange),
         trace(rt.spans.gateway, "both"),
         rescue(rt.name, rt.tells, rt.reports),
         admit,
@@ -65,8 +65,8 @@ def gateway(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Await
     )
 
     async def accept(connection: Connection) -> None:
-        about = Facts(DIRECTION, connection.peer, connection.local, slot=connection.slot)
-        with rt.ledger.connection(connection.stream, about) as account:
+        about = ConnectionInfo(DIRECTION, connection.peer, connection.local, slot=connection.slot)
+        with rt.recorder.connection(connection.stream, about) as account:
             opening = await account.detect(connection.stream, patience, patience)
             if opening.how == "closed":
                 return
@@ -99,7 +99,7 @@ def inside(stream: Stream, opening: Opening, account: ConnectionAccount) -> Prot
 def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
     """The endpoint of the layer stack: sends each request to an endpoint of the exported service
     that the request names."""
-    bridge = rt.ledger.bridge(rt.relay)
+    bridge = rt.recorder.bridge(rt.relay)
     client: Client[Endpoint] = Client(rt.settings.client, bridge)
 
     def choose(exchange: Exchange) -> Target:
@@ -122,7 +122,7 @@ def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
     async def tunnel(exchange: Exchange, target: Target, endpoint: Endpoint) -> None:
         exchange.service = target.service
         async with closing(await rt.connect_opaque(endpoint)) as upstream:
-            account = rt.ledger.upstream(DIRECTION, upstream)
+            account = rt.recorder.upstream(DIRECTION, upstream)
             established = ResponseHead(200, Headers(), b"Connection established")
             if exchange.judge is not None:
                 exchange.judge(
@@ -131,7 +131,7 @@ def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
             try:
                 exchange.carried(upstream)
                 stream = await exchange.switch(established)
-                exchange.clock.unlimit()
+                exchange.timer.unlimit()
                 await bridge(exchange, stream, upstream)
             finally:
                 account.close()
@@ -158,7 +158,7 @@ def is_allowed(rt: Runtime, identity: str | None) -> bool:
     return identity is not None and rt.config.gateway.admits(identity)
 
 
-def authorised(rt: Runtime, about: Facts) -> SpiffeId:
+def authorised(rt: Runtime, about: ConnectionInfo) -> SpiffeId:
     """The identity of the peer. Raises NotAuthorised if it is unknown or not on the allow-list."""
     if about.identity is None:
         raise NotAuthorised(_PLAIN)
@@ -200,7 +200,7 @@ def note_way(rt: Runtime, exchange: Exchange, caller: SpiffeId) -> None:
             if item[0].lower() != b"forwarded" or (few and read_way(item[1], way))
         ]
         if len(headers.items) < came:
-            rt.ledger.metrics.way_dropped("broken" if few else "oversized")
+            rt.recorder.metrics.way_dropped("broken" if few else "oversized")
         if way:
             rt.loops.noted(exchange, way, (by, host))
     element = {"by": by, "for": forwarded.obfuscated(caller.sni), "host": host, "proto": b"https"}

@@ -17,10 +17,10 @@ from collections.abc import Awaitable, Callable
 
 from proxy.errors import NotAuthorised, RequestError
 from proxy.exchange.client import Client
-from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
+from proxy.exchange.exchange import ConnectionInfo, Direction, Exchange, Handler, stack
 from proxy.exchange.layers import admit, deadline, measure, rescue
 from proxy.exchange.loop_layer import unguarded
-from proxy.exchange.prefixed_stream import Resumed
+from proxy.exchange.prefixed_stream import PrefixedStream
 from proxy.exchange.trace_layer import trace, untraced
 from proxy.exchange.upgrade import carry
 from proxy.fastpath.plan import ConnectionLease, StreamLease
@@ -46,9 +46,9 @@ DIRECTION: Direction = "inbound"
 def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaitable[None]]:
     """The handler of the inbound listeners' connections."""
     config = rt.config.inbound
-    client: Client[Address] = Client(rt.settings.client, rt.ledger.bridge(rt.relay))
+    client: Client[Address] = Client(rt.settings.client, rt.recorder.bridge(rt.relay))
     handler = stack(
-        measure(rt.ledger.exchange),
+        measure(rt.recorder.exchange),
         trace(rt.spans.inbound, "server"),
         rescue(rt.name, rt.tells, rt.reports),
         admit,
@@ -60,13 +60,13 @@ def inbound(rt: Runtime, pools: Pools[Address]) -> Callable[[Connection], Awaita
 
     async def accept(connection: Connection) -> None:
         slot = connection.slot
-        about = Facts(
+        about = ConnectionInfo(
             DIRECTION,
             connection.peer,
             rt.destination(connection, config.fixed_destination),
             slot=slot,
         )
-        with rt.ledger.connection(connection.stream, about) as account:
+        with rt.recorder.connection(connection.stream, about) as account:
             rt.loops.accepted(connection, about)
             port = about.destination.port
             opaque = port in config.opaque_ports
@@ -117,7 +117,7 @@ def silence(rt: Runtime, port: int) -> float | None:
     return None if rt.identity is None else config.hello_timeout
 
 
-def authorise(rt: Runtime, about: Facts) -> None:
+def authorise(rt: Runtime, about: ConnectionInfo) -> None:
     """Raises NotAuthorised if the policy of the port does not admit this peer."""
     port = about.destination.port
     if rt.config.inbound.allows(port, about.identity):
@@ -163,7 +163,7 @@ class InboundPlan:
 
     def __init__(self, rt: Runtime, pools: Pools[Address]) -> None:
         self._rt = rt
-        self.account = rt.ledger.exchange
+        self.account = rt.recorder.exchange
         self._allows = rt.config.inbound.allows
         self._tracing = rt.spans.inbound
         self._pools = pools
@@ -187,7 +187,11 @@ class InboundPlan:
 
 
 async def to_listener(
-    rt: Runtime, stream: Stream, about: Facts, account: ConnectionAccount, pools: Pools[Address]
+    rt: Runtime,
+    stream: Stream,
+    about: ConnectionInfo,
+    account: ConnectionAccount,
+    pools: Pools[Address],
 ) -> Stream | None:
     """Relay `stream` to the application, byte for byte. Raises RequestError on a port for HTTP
     only.
@@ -226,10 +230,10 @@ async def to_listener(
                 owner.release()
             elif found.passed:  # a FIN would mean that the data was complete
                 application.reset()
-            return Resumed(stream, found.said)
+            return PrefixedStream(stream, found.said)
 
 
-async def dialled(rt: Runtime, stream: Stream, about: Facts) -> Stream:
+async def dialled(rt: Runtime, stream: Stream, about: ConnectionInfo) -> Stream:
     """Connect to the application. If that fails, report it to the peer of `stream`, and raise the
     dialler's error."""
     failure: ConnectFailed | None = None

@@ -16,7 +16,7 @@ from loopguard.l7 import HEADER, Side, from_outside
 from loopguard.nesting import ConnectionTable, LocalConnectionTable
 from proxy.config.load import Config
 from proxy.errors import LoopDetected
-from proxy.exchange.exchange import Exchange, Facts, Layer
+from proxy.exchange.exchange import ConnectionInfo, Exchange, Layer
 from proxy.exchange.loop_layer import guard
 from proxy.net.accept import Connection
 from proxy.net.address import Address
@@ -95,7 +95,7 @@ class LoopGuard:
         (several proxies on one machine)."""
         return self.listeners.own(host) and not (host.startswith("127.") or host == "::1")
 
-    def accepted(self, connection: Connection, about: Facts) -> None:
+    def accepted(self, connection: Connection, about: ConnectionInfo) -> None:
         """Check an accepted connection. Raises LoopDetected in these cases: it was made to one of
         the proxy's own listeners without redirection and without another configured destination; it
         was redirected although its destination was the proxy; or the proxy itself opened it, and it
@@ -105,21 +105,21 @@ class LoopGuard:
         _judge(self.listeners.accepted(destination.host, destination.port, ours=ours))
         self._nested(about)
 
-    def begun(self, about: Facts) -> None:
+    def begun(self, about: ConnectionInfo) -> None:
         """Check again after the client has had time to send its first bytes. Raises LoopDetected. A
         worker enters a connection in the table after the first packet and before the first byte, so
         another worker on another core may accept the connection before the entry exists."""
         if not about.depth:
             self._nested(about)
 
-    def _nested(self, about: Facts) -> None:
+    def _nested(self, about: ConnectionInfo) -> None:
         about.depth = self.connections.depth(about.peer, about.destination)
         loop = self.connections.accepted(about.depth, about.destination)
         if loop is not None:
             self.stop(about)
             _judge(loop)
 
-    def stop(self, about: Facts) -> None:
+    def stop(self, about: ConnectionInfo) -> None:
         """Record that an accepted connection is refused because of a loop. If this proxy opened it,
         the opener finds the record. Call this before the connection is closed."""
         if about.depth:

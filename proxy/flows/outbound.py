@@ -24,10 +24,10 @@ from proxy.directory import Endpoint, Hint, Target, itself
 from proxy.directory.policy import DEFAULT_POLICY, Policy
 from proxy.errors import LoopDetected, RequestError
 from proxy.exchange.client import Client
-from proxy.exchange.exchange import Direction, Exchange, Facts, Handler, stack
+from proxy.exchange.exchange import ConnectionInfo, Direction, Exchange, Handler, stack
 from proxy.exchange.layers import admit, deadline, measure, rescue
 from proxy.exchange.loop_layer import hide_names, unguarded
-from proxy.exchange.prefixed_stream import Resumed
+from proxy.exchange.prefixed_stream import PrefixedStream
 from proxy.exchange.replay import Replay
 from proxy.exchange.trace_layer import trace, untraced
 from proxy.exchange.tunnel import open_tunnel
@@ -55,9 +55,9 @@ Lease = TypeVar("Lease", ConnectionLease, StreamLease)
 def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awaitable[None]]:
     """The handler of the outbound listeners' connections."""
     config = rt.config.outbound
-    client: Client[Endpoint] = Client(rt.settings.client, rt.ledger.bridge(rt.relay))
+    client: Client[Endpoint] = Client(rt.settings.client, rt.recorder.bridge(rt.relay))
     handler = stack(
-        measure(rt.ledger.exchange),
+        measure(rt.recorder.exchange),
         trace(rt.spans.outbound, "client"),
         rescue(rt.name, rt.tells),
         admit,
@@ -68,14 +68,14 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
     plan = OutboundPlan(rt, pools)
 
     async def accept(connection: Connection) -> None:
-        about = Facts(
+        about = ConnectionInfo(
             DIRECTION,
             connection.peer,
             rt.destination(connection, config.fixed_destination),
             slot=connection.slot,
         )
         with (
-            rt.ledger.connection(connection.stream, about) as account,
+            rt.recorder.connection(connection.stream, about) as account,
             rt.router.holding(about.destination),
         ):
             rt.loops.accepted(connection, about)
@@ -170,7 +170,7 @@ class OutboundPlan:
     policies."""
 
     def __init__(self, rt: Runtime, pools: Pools[Endpoint]) -> None:
-        self.account = rt.ledger.exchange
+        self.account = rt.recorder.exchange
         self._rt = rt
         self._pools = pools
         self._waypoint = rt.loops.waypoint(DIRECTION)
@@ -255,7 +255,7 @@ def _plain(policy: Policy, exchange: Exchange) -> bool:
 
 
 async def to_endpoint(
-    rt: Runtime, target: Target, client: Stream, about: Facts, account: ConnectionAccount
+    rt: Runtime, target: Target, client: Stream, about: ConnectionInfo, account: ConnectionAccount
 ) -> Stream | None:
     """Relay `client` to an endpoint, byte for byte. If `about` is unsure and the client turns out
     to speak HTTP, relay nothing, and return the stream to serve, from its first byte."""
@@ -288,7 +288,7 @@ async def to_endpoint(
                     if found.passed:  # a FIN would mean that the data was complete
                         upstream.reset()
                     about.protocol = found.protocol
-                    return Resumed(client, found.said)
+                    return PrefixedStream(client, found.said)
                 account.relayed(
                     SILENT if found.silent else await rt.relay(client, upstream, about, heard)
                 )
@@ -301,7 +301,9 @@ async def to_endpoint(
             call.answered()
 
 
-async def to_its_port(rt: Runtime, target: Target, endpoint: Endpoint, about: Facts) -> Stream:
+async def to_its_port(
+    rt: Runtime, target: Target, endpoint: Endpoint, about: ConnectionInfo
+) -> Stream:
     """Connect to the target's port at an endpoint, through a tunnel if the endpoint is a
     gateway."""
     remote = target.remote

@@ -15,10 +15,10 @@ from proxy.directory import Endpoint, Former
 from proxy.directory.former_identities import FormerIdentities
 from proxy.errors import UpstreamTLSError
 from proxy.exchange.client_settings import ClientSettings
-from proxy.exchange.exchange import Exchange, Facts
+from proxy.exchange.exchange import ConnectionInfo, Exchange
 from proxy.exchange.h1.pool import PoolSettings
-from proxy.exchange.h2.reset_pacing import ResetPace
-from proxy.exchange.h2.settings import MuxSettings
+from proxy.exchange.h2.reset_pacing import ResetLimits
+from proxy.exchange.h2.settings import Http2Settings
 from proxy.exchange.h2.stream_limit import StreamLimit
 from proxy.exchange.server_settings import Drain, ServerSettings
 from proxy.fastpath.fast_path import FastPath
@@ -32,14 +32,14 @@ from proxy.net.address import Address
 from proxy.net.dial import Dialer
 from proxy.net.exceptions import ConnectionLost, TLSFailed
 from proxy.net.pacing import Pacer
-from proxy.net.relay import Joint, Relayed, relay
+from proxy.net.relay import Relayed, RelayState, relay
 from proxy.net.socket_stream import Stream
 from proxy.net.tls.expiry import Expiries
 from proxy.net.tls.handshake import TLSOffer, tls_client
 from proxy.routing.dispatch import Dispatcher
 from proxy.routing.router import Router, Source
-from proxy.telemetry.records import Ledger
-from proxy.telemetry.tracing_setup import Spans
+from proxy.telemetry.records import Recorder
+from proxy.telemetry.tracing_setup import FlowTracing
 from proxy.wire.h2.events import Http2Limits
 from proxy.wire.messages import Limits
 
@@ -56,9 +56,9 @@ class Settings:
     client: ClientSettings
     pool: PoolSettings
     limits: Limits
-    downstream: MuxSettings  # HTTP/2 connections from clients
-    plain_downstream: MuxSettings  # HTTP/2 connections from peers without an identity
-    upstream: MuxSettings  # HTTP/2 connections to servers
+    downstream: Http2Settings  # HTTP/2 connections from clients
+    plain_downstream: Http2Settings  # HTTP/2 connections from peers without an identity
+    upstream: Http2Settings  # HTTP/2 connections to servers
 
     @classmethod
     def of(cls, config: Config, pacer: Pacer) -> Settings:
@@ -69,12 +69,12 @@ class Settings:
         windows = Http2Limits(
             http2.max_streams, http.max_head_bytes, http2.stream_window, http2.connection_window
         )
-        mux = MuxSettings(
+        mux = Http2Settings(
             windows,
             streams=StreamLimit(config.memory.max_streams, pacer),
             budget=http2.frame_budget,
             mesh_budget=http2.mesh_frame_budget,
-            resets=ResetPace(http2.reset_rate, 4 * http2.reset_rate),
+            resets=ResetLimits(http2.reset_rate, 4 * http2.reset_rate),
             write_timeout=http.write_timeout,
             ping_interval=http2.ping_interval,
             ping_timeout=http2.ping_timeout,
@@ -130,8 +130,8 @@ class Runtime:
     router: Router
     dispatcher: Dispatcher
     dialer: Dialer
-    ledger: Ledger
-    spans: Spans
+    recorder: Recorder
+    spans: FlowTracing
     drain: Drain
     expiries: Expiries
     former: FormerIdentities | None = None
@@ -151,16 +151,16 @@ class Runtime:
         self,
         client: Stream,
         server: Stream,
-        about: Facts,
+        about: ConnectionInfo,
         on_bytes: Callable[[int, int], None] | None = None,
     ) -> Relayed:
         """net.relay, on the fast path as far as possible. `about` describes the client's
         connection."""
 
-        async def carry(joint: Joint) -> None:
-            joint.share = about.share
+        async def carry(state: RelayState) -> None:
+            state.share = about.share
             if self.fast_path is not None:
-                await self.fast_path.join(joint)
+                await self.fast_path.join(state)
 
         return await relay(
             client, server, idle=self.config.tcp.idle_timeout, on_bytes=on_bytes, carry=carry
@@ -235,7 +235,7 @@ class Runtime:
                 if isinstance(error, PeerRefused)
                 else "lost"
             )
-            self.ledger.tls_failed("outbound", kind)
+            self.recorder.tls_failed("outbound", kind)
             followed.check()
             raise UpstreamTLSError(
                 f"mutual TLS with {endpoint.address} as {expected}: {error}", kind
@@ -243,7 +243,7 @@ class Runtime:
         followed.end()
         kept.end = tls.info.peer_not_after
         self.expiries.watch(tls, own_end)
-        self.ledger.tls_established("outbound", tls.info)
+        self.recorder.tls_established("outbound", tls.info)
         if self.router.remote_gateways is not None:
             self.router.remote_gateways.connected(endpoint, tls)
         return tls

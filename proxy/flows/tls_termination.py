@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from proxy.exchange.detect import Opening
-from proxy.exchange.exchange import Facts
+from proxy.exchange.exchange import ConnectionInfo
 from proxy.flows.runtime import Runtime
 from proxy.identity.identity import PeerRefused
 from proxy.identity.tls_contexts import ALPN_HTTP1, ALPN_HTTP2
@@ -18,7 +18,9 @@ from proxy.wire.sniff import Protocol
 INNER = {ALPN_HTTP1: Protocol.HTTP1, ALPN_HTTP2: Protocol.HTTP2}
 
 
-async def terminate(rt: Runtime, stream: SocketStream, opening: Opening, about: Facts) -> Stream:
+async def terminate(
+    rt: Runtime, stream: SocketStream, opening: Opening, about: ConnectionInfo
+) -> Stream:
     """Terminate mutual TLS if the ClientHello asks for a workload of the mesh, and record the
     peer's identity in `about`. Any other TLS belongs to the application: returns `stream`
     unchanged. Raises TLSFailed, ConnectionLost.
@@ -43,17 +45,17 @@ async def terminate(rt: Runtime, stream: SocketStream, opening: Opening, about: 
             timeout=rt.config.tcp.handshake_timeout,
         )
     except PeerRefused as error:
-        rt.ledger.tls_failed(about.direction, "certificate")
+        rt.recorder.tls_failed(about.direction, "certificate")
         raise TLSFailed("certificate", str(error)) from error
     except NetError as error:
         if about.slot is not None and about.slot.evicted:
             raise  # the peer's TLS is not the cause
-        rt.ledger.tls_failed(
+        rt.recorder.tls_failed(
             about.direction, error.kind if isinstance(error, TLSFailed) else "lost"
         )
         raise
     rt.expiries.watch(tls)
-    rt.ledger.tls_established(about.direction, tls.info)
+    rt.recorder.tls_established(about.direction, tls.info)
     about.tls, about.identity = tls.info, tls.info.peer_identity
     about.share.admit()
     about.share.charge(TLS_BYTES)

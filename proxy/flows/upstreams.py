@@ -11,10 +11,10 @@ from typing import Generic, TypeVar
 from proxy.directory import Endpoint, Hint, Target
 from proxy.errors import RequestError
 from proxy.exchange.client import Leases
-from proxy.exchange.exchange import Direction, Exchange, Facts, Handler
+from proxy.exchange.exchange import ConnectionInfo, Direction, Exchange, Handler
 from proxy.exchange.h1.pool import Pool
 from proxy.exchange.h1.server import Http1Server
-from proxy.exchange.h2.pool import MuxPool
+from proxy.exchange.h2.pool import Http2Pool
 from proxy.exchange.h2.server import Http2Server
 from proxy.exchange.leases import Http1Leases, Http2Leases
 from proxy.fastpath.plan import ConnectionLease, ExchangePlan, StreamLease
@@ -36,11 +36,11 @@ class Pools(Generic[K]):
     def __init__(
         self, rt: Runtime, direction: Direction, connect: Callable[[K, bytes], Awaitable[Stream]]
     ) -> None:
-        account = partial(rt.ledger.upstream, direction)
+        account = partial(rt.recorder.upstream, direction)
         self._http1: Pool[K] = Pool(
             lambda key: connect(key, ALPN_HTTP1), account, rt.settings.pool, rt.settings.limits
         )
-        self._http2: MuxPool[K] = MuxPool(
+        self._http2: Http2Pool[K] = Http2Pool(
             lambda key: connect(key, ALPN_HTTP2), account, rt.settings.pool, rt.settings.upstream
         )
         self._clients: Counter[K] = Counter()
@@ -135,7 +135,11 @@ def upstream_protocol(exchange: Exchange, target: Target) -> Protocol:
 
 
 async def serve(
-    rt: Runtime, stream: Stream, about: Facts, handler: Handler, plan: ExchangePlan | None = None
+    rt: Runtime,
+    stream: Stream,
+    about: ConnectionInfo,
+    handler: Handler,
+    plan: ExchangePlan | None = None,
 ) -> None:
     """Serve a downstream HTTP connection of either version until it ends. If there is a `plan`,
     simple exchanges take the fast path."""

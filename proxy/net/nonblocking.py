@@ -8,7 +8,7 @@ from typing import Protocol
 from proxy.net.socket_stream import Stream
 
 
-class Prompt(Stream, Protocol):
+class NonblockingStream(Stream, Protocol):
     """A stream with calls that never wait.
 
     For an owner that observes the readiness of the socket itself (proxy/fastpath).

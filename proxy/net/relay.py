@@ -22,8 +22,8 @@ the kernel, in a pipe of 1 MiB.
 Two ways to move the bytes
 ==========================
 
-A `Joint` is the state of a relay and the way in which it ends. In this module, two tasks move the
-bytes, one for each direction, in all cases. Before them, the fast path may move the bytes
+A `RelayState` is the state of a relay and the way in which it ends. In this module, two tasks move
+the bytes, one for each direction, in all cases. Before them, the fast path may move the bytes
 (`carry`). The two tasks continue where it stopped.
 """
 
@@ -102,7 +102,7 @@ class Relayed:
 SILENT = Relayed(0, 0, None, "idle", None)
 
 
-class Joint:
+class RelayState:
     """The state of a relay in progress. The code that moves the bytes reports all events to it.
 
     `over`: the relay has ended.
@@ -160,7 +160,7 @@ class Joint:
         """
         self._note(side, "eof")
 
-    def told(self, side: int) -> None:
+    def end_forwarded(self, side: int) -> None:
         """Report that the end of `side` has been forwarded."""
         self._end(side)
 
@@ -197,7 +197,7 @@ class Joint:
         return Relayed(self.moved[0], self.moved[1], self.first, self.how, self.error, self.side)
 
 
-Carry = Callable[[Joint], Awaitable[None]]
+RelayFastPath = Callable[[RelayState], Awaitable[None]]
 
 
 async def relay(
@@ -206,7 +206,7 @@ async def relay(
     *,
     idle: float,
     on_bytes: Callable[[int, int], None] | None = None,
-    carry: Carry | None = None,
+    carry: RelayFastPath | None = None,
 ) -> Relayed:
     """Join `client` and `server` until both directions end, a side is lost, or the relay is idle.
 
@@ -215,51 +215,51 @@ async def relay(
     `on_bytes(forward, backward)` is called with the numbers of bytes that were forwarded. `carry`
     moves the bytes first, as long as it can.
     """
-    joint = Joint(client, server, idle, on_bytes)
+    state = RelayState(client, server, idle, on_bytes)
     clean = False
     try:
         if carry is not None:
-            await carry(joint)
-        if not joint.over:
-            await _Pumps(joint).run()
-        clean = joint.how in ("eof", "unread")
-        if clean and joint.unread is not None:
-            await linger(joint.unread, seconds=_LINGER)
+            await carry(state)
+        if not state.over:
+            await _Pumps(state).run()
+        clean = state.how in ("eof", "unread")
+        if clean and state.unread is not None:
+            await linger(state.unread, seconds=_LINGER)
     finally:
         if not clean:
             client.reset()
             server.reset()
-    return joint.result()
+    return state.result()
 
 
 class _Pumps:
     """The two tasks of a relay, with one idle deadline."""
 
-    def __init__(self, joint: Joint) -> None:
-        self._joint = joint
+    def __init__(self, state: RelayState) -> None:
+        self._state = state
         self._renew_at = 0.0
         self._scope = trio.CancelScope()
-        self._alive(joint.quiet_since or trio.current_time())
+        self._alive(state.quiet_since or trio.current_time())
 
     def _alive(self, now: float) -> None:
         if now >= self._renew_at:
-            self._renew_at = now + self._joint.idle * _STALENESS
-            self._scope.deadline = self._renew_at + self._joint.idle
+            self._renew_at = now + self._state.idle * _STALENESS
+            self._scope.deadline = self._renew_at + self._state.idle
 
     async def run(self) -> None:
-        joint = self._joint
+        state = self._state
         with self._scope:
             async with trio.open_nursery() as nursery:
                 for side in (0, 1):
-                    if joint.going(side):
+                    if state.going(side):
                         nursery.start_soon(self._pump, side)
-        if self._scope.cancelled_caught and joint.how != "lost":
-            joint.silent()
+        if self._scope.cancelled_caught and state.how != "lost":
+            state.silent()
 
     async def _pump(self, side: int) -> None:
         """Move the bytes of sides[side] to the other side until this direction ends."""
-        source, sink = self._joint.sides[side], self._joint.sides[1 - side]
-        share = self._joint.share
+        source, sink = self._state.sides[side], self._state.sides[1 - side]
+        share = self._state.share
         copying = _Way(lambda: source.receive_some(share.read_size(RECEIVE_SIZE)), sink.send_all)
         if isinstance(source, SocketStream) and isinstance(sink, SocketStream):
             copying.enough = BULK
@@ -284,33 +284,33 @@ class _Pumps:
 
     async def _carry(self, side: int, way: _Way[Any]) -> bool:
         """Move bytes. True: continue in another way. False: this direction has ended."""
-        joint, row = self._joint, 0
+        state, row = self._state, 0
         while row != way.enough:
-            held = joint.held[side]
-            joint.hold(side, b"")
+            held = state.held[side]
+            state.hold(side, b"")
             try:
                 data = held or await way.receive()
             except NetError as error:
-                joint.lost(side, error)
+                state.lost(side, error)
                 self._scope.cancel()
                 return False
             self._alive(trio.current_time())
             size = len(data)
             if not size:
-                joint.ended(side)
-            joint.share.charge(size)
+                state.ended(side)
+            state.share.charge(size)
             try:
                 if not size:
-                    await joint.sides[1 - side].send_eof()
-                    joint.told(side)
+                    await state.sides[1 - side].send_eof()
+                    state.end_forwarded(side)
                     return False
-                await (joint.sides[1 - side].send_all(held) if held else way.send(data))
+                await (state.sides[1 - side].send_all(held) if held else way.send(data))
             except NetError as error:
-                joint.refused(side, error)
+                state.refused(side, error)
                 return False
             finally:
-                joint.share.release(size)
+                state.share.release(size)
             self._alive(trio.current_time())
-            joint.passed(side, size)
+            state.passed(side, size)
             row = row + 1 if (size >= RECEIVE_SIZE) is way.full else 0
         return True

@@ -52,7 +52,7 @@ from proxy.errors import (
 )  # fmt: skip
 from proxy.exchange.client import IDEMPOTENT, Declined
 from proxy.exchange.client_settings import ClientSettings
-from proxy.exchange.exchange import Attempt, Exchange
+from proxy.exchange.exchange import Exchange, FailedAttempt
 from proxy.exchange.replay import Replay
 from proxy.net.exceptions import ConnectFailed
 from proxy.routing.request_overrides import overridden
@@ -148,7 +148,7 @@ class Attempts:
         self._begun = False  # the response has started; its end is not known
         self._started = 0.0
         self._since: float | None = (
-            None  # when it was sent, if the exchange's clock does not have it
+            None  # when it was sent, if the exchange's timer does not have it
         )
         self._work: Work | None = None
         self.endpoint_set = endpoint_set
@@ -183,7 +183,7 @@ class Attempts:
             limit = (begun or trio.current_time()) + whole
             if whole != allowed:
                 self._client_limit = limit
-            exchange.clock.limit_to(
+            exchange.timer.limit_to(
                 limit, lambda: DeadlineExceeded(f"the request did not finish within {whole:g} s")
             )
 
@@ -194,7 +194,7 @@ class Attempts:
         if seconds is not None:
             begun = exchange.handoff.since if exchange.handoff is not None else None
             self._client_limit = min(self._client_limit, (begun or trio.current_time()) + seconds)
-            exchange.clock.limit_to(
+            exchange.timer.limit_to(
                 self._client_limit,
                 lambda: DeadlineExceeded(f"the call's deadline of {seconds:g} s has passed"),
             )
@@ -267,7 +267,7 @@ class Attempts:
         if self._client_limit < inf and self._exchange.is_grpc and b"grpc-timeout" in headers:
             headers.replace(
                 b"grpc-timeout",
-                grpc.write_timeout(self._exchange.clock.limit - trio.current_time()),
+                grpc.write_timeout(self._exchange.timer.limit - trio.current_time()),
             )
 
     def waited(self) -> None:
@@ -298,7 +298,7 @@ class Attempts:
 
     def _elapsed(self, work: Work) -> float | None:
         """Seconds since the request was sent. None: not known, or not needed."""
-        since = self._exchange.clock.since if self._since is None else self._since
+        since = self._exchange.timer.since if self._since is None else self._since
         return trio.current_time() - since if since and work.load is not None else None
 
     def _judge_error(
@@ -341,8 +341,8 @@ class Attempts:
             self._judge_end(work, grpc.code(self._exchange.grpc_status))
         if (
             not work.told
-            and self._exchange.clock.ran_out
-            and not self._exchange.clock.client_awaited
+            and self._exchange.timer.ran_out
+            and not self._exchange.timer.client_awaited
         ):
             if trio.current_time() < self._client_limit:
                 work.failed("upstream_timeout", self._elapsed(work), Failure.SILENCE)
@@ -424,7 +424,7 @@ class Attempts:
             why = "begun"
         elif not self._sendable:
             why = "body"
-        elif now + self._pause(self._retries) >= exchange.clock.limit:
+        elif now + self._pause(self._retries) >= exchange.timer.limit:
             why = "deadline"
         elif not self.endpoint_set.budget.withdraw(now, retries.budget):
             why = "budget"
@@ -446,7 +446,7 @@ class Attempts:
             exchange.tried = []
         elif len(exchange.tried) >= _MOST_NOTED:
             return
-        attempt = Attempt(
+        attempt = FailedAttempt(
             endpoint.address,
             self._started,
             now,

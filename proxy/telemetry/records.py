@@ -18,7 +18,7 @@ import trio
 
 from proxy.errors import LoopDetected, MemoryShort, describe
 from proxy.exchange.detect import Opening, detect
-from proxy.exchange.exchange import Exchange, Facts
+from proxy.exchange.exchange import ConnectionInfo, Exchange
 from proxy.exchange.replay import Replay
 from proxy.exchange.trace_layer import Tracing
 from proxy.net.exceptions import ConnectionLost
@@ -46,10 +46,10 @@ _LOOPS = logging.getLogger("isthmus.loopguard")
 
 # Relays between two streams until they have ended, and reports the bytes of each direction
 # (net.relay).
-Relay = Callable[[Stream, Stream, Facts, Callable[[int, int], None]], Awaitable[Relayed]]
+Relay = Callable[[Stream, Stream, ConnectionInfo, Callable[[int, int], None]], Awaitable[Relayed]]
 
 
-class Ledger:
+class Recorder:
     """Creates all records of one proxy. `access`: whether each request is logged."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Ledger:
         self.tracing = tracing or {}  # for connections, by direction; a layer traces requests
         self._loops: dict[str, RateLimit] = {}
 
-    def connection(self, stream: SocketStream, facts: Facts) -> ConnectionAccount:
+    def connection(self, stream: SocketStream, facts: ConnectionInfo) -> ConnectionAccount:
         facts.share = self.budget.share(CONNECTION_BYTES, member=facts.direction == "outbound")
         facts.share.on_exhausted, facts.share.gone = stream.cut, partial(peer_ended, stream)
         return ConnectionAccount(self, stream, facts)
@@ -157,23 +157,23 @@ class ConnectionAccount:
         "_account",
         "_began",
         "_facts",
-        "_ledger",
+        "_recorder",
         "_relayed",
         "_started",
         "_tracing",
         "detection",
     )
 
-    def __init__(self, ledger: Ledger, stream: SocketStream, facts: Facts) -> None:
-        self._ledger = ledger
+    def __init__(self, recorder: Recorder, stream: SocketStream, facts: ConnectionInfo) -> None:
+        self._recorder = recorder
         self._facts = facts
         self._started = time.perf_counter()
         self._account = StreamAccount(
-            ledger.metrics.connections[facts.direction].connection("src"), stream
+            recorder.metrics.connections[facts.direction].connection("src"), stream
         )
         self._relayed: Relayed | None = None
         self.detection = "none"
-        self._tracing = ledger.tracing.get(facts.direction)
+        self._tracing = recorder.tracing.get(facts.direction)
         if self._tracing is not None:
             facts.trace = self._tracing.tracer.connection()
             self._began = time.time_ns()
@@ -189,11 +189,11 @@ class ConnectionAccount:
     ) -> None:
         self._account.close()
         self._facts.share.close()
-        metrics, facts = self._ledger.metrics, self._facts
+        metrics, facts = self._recorder.metrics, self._facts
         metrics.heads_declined(facts.direction, "request", facts.declined_requests)
         metrics.heads_declined(facts.direction, "response", facts.declined_responses)
         if isinstance(error, LoopDetected):
-            self._ledger.loop(facts.direction, error.kind, str(error))
+            self._recorder.loop(facts.direction, error.kind, str(error))
         # an eviction is already counted, and it is the cause of any error
         evicted = facts.slot is not None and facts.slot.evicted
         if error is not None and not isinstance(error, trio.Cancelled) and not evicted:
@@ -217,7 +217,7 @@ class ConnectionAccount:
             else await detect(stream, silence, patience)
         )
         self.detection = opening.how
-        self._ledger.metrics.detected(
+        self._recorder.metrics.detected(
             self._facts.direction, opening.how, time.perf_counter() - started
         )
         return opening
@@ -245,7 +245,7 @@ class ConnectionAccount:
         """The record of the connection to a server that this one is relayed to; use it with
         `with`."""
         self._facts.carried(stream)
-        return self._ledger.upstream(self._facts.direction, stream)
+        return self._recorder.upstream(self._facts.direction, stream)
 
     def relayed(self, ended: Relayed) -> None:
         self._relayed = ended
@@ -323,13 +323,13 @@ class ConnectionAccount:
 class ExchangeAccount:
     """The record of one request and its response."""
 
-    __slots__ = ("_exchange", "_ledger", "_record", "_started")
+    __slots__ = ("_exchange", "_record", "_recorder", "_started")
 
-    def __init__(self, ledger: Ledger, exchange: Exchange) -> None:
-        self._ledger = ledger
+    def __init__(self, recorder: Recorder, exchange: Exchange) -> None:
+        self._recorder = recorder
         self._exchange = exchange
         self._started = time.perf_counter()
-        self._record: RequestRecord = ledger.metrics.http[exchange.facts.direction].request(
+        self._record: RequestRecord = recorder.metrics.http[exchange.facts.direction].request(
             exchange.request.method
         )
         exchange.on_response = self._record.head
@@ -353,10 +353,10 @@ class ExchangeAccount:
         if isinstance(exchange.body, Replay):
             exchange.body.drop()
         if exchange.failure is not None:
-            self._ledger.metrics.error(exchange.facts.direction, exchange.failure)
+            self._recorder.metrics.error(exchange.facts.direction, exchange.failure)
         if exchange.loop is not None:
-            self._ledger.loop(exchange.facts.direction, exchange.loop, exchange.failure_words)
-        if self._ledger.access:
+            self._recorder.loop(exchange.facts.direction, exchange.loop, exchange.failure_words)
+        if self._recorder.access:
             log_request(self._line())
 
     def _line(self) -> RequestLine:

@@ -31,7 +31,7 @@ _LOCAL = "http://localhost:4318"
 
 
 @dataclass(frozen=True, slots=True)
-class Spans:
+class FlowTracing:
     """The tracing of each flow; None if it is off. Call `close` when no flow can end a span any
     more.
     """
@@ -54,10 +54,10 @@ class Spans:
             self.queue.close(CLOSING)
 
 
-OFF = Spans()
+OFF = FlowTracing()
 
 
-def build(config: Config, metrics: Metrics, environ: Mapping[str, str]) -> Spans:
+def build(config: Config, metrics: Metrics, environ: Mapping[str, str]) -> FlowTracing:
     """Set up tracing as configured; its thread starts here. Raises StartError."""
     settings = config.tracing
     if settings.exports == "none":
@@ -74,7 +74,7 @@ def build(config: Config, metrics: Metrics, environ: Mapping[str, str]) -> Spans
         Tracing(Tracer(Sampling(ratio, settings.follow)), queue.put)
         for ratio in (settings.inbound_ratio, settings.outbound_ratio, settings.gateway_ratio)
     )
-    return Spans(one, two, three, queue)
+    return FlowTracing(one, two, three, queue)
 
 
 def _exporter(config: Config, environ: Mapping[str, str]) -> Callable[[], Exporter]:
@@ -86,7 +86,7 @@ def _exporter(config: Config, environ: Mapping[str, str]) -> Callable[[], Export
     )
 
     settings = config.tracing
-    spans = export.Spans(
+    spans = export.SpanFactory(
         Resource(_about(config, environ), _complain), own_version(), settings.query
     )
     if settings.exports == "console":

@@ -23,7 +23,7 @@ from proxy.config.load import load
 from proxy.exchange.trace_layer import Tracing
 from proxy.net.address import Address
 from proxy.telemetry.metrics import Metrics
-from proxy.telemetry.tracing_setup import Spans
+from proxy.telemetry.tracing_setup import FlowTracing
 from tests.kit.apps import HOST
 from tests.kit.http import listen, until
 from tests.kit.own_identity import identity, port_of
@@ -250,7 +250,7 @@ async def sidecar(tmp_path: Path, spans: list[Record], **document: Any) -> Async
     off |= {"log": {"access": True}, "loops": {"max_hops": 8}}
     file.write_text(yaml.safe_dump({**off, **document}))
     tracing = Tracing(Tracer(Sampling()), spans.append)
-    app = App(load(file, {}), Metrics(), Spans(tracing, tracing))
+    app = App(load(file, {}), Metrics(), FlowTracing(tracing, tracing))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(app.run)
         yield app

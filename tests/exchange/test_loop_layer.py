@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from loopguard import HopLimits, Waypoint, Who
 from loopguard.l7 import LONGEST
 from proxy.errors import LoopDetected
-from proxy.exchange.exchange import Exchange, Facts, Handler
+from proxy.exchange.exchange import ConnectionInfo, Exchange, Handler
 from proxy.exchange.loop_layer import guard, hide_names, leave_token
 from proxy.net.address import Address
 from proxy.wire.h1.fast_head import recognise_request
@@ -133,7 +133,7 @@ async def test_the_same_request_again_and_again_is_no_loop() -> None:
 # What is said to whom...
 
 
-def made(facts: Facts, field: bytes | None = None) -> Exchange:
+def made(facts: ConnectionInfo, field: bytes | None = None) -> Exchange:
     headers = Headers([(b"Host", b"a"), *([(HEADER, field)] if field is not None else [])])
     return unanswered(RequestHead(b"GET", b"/", headers), facts)
 
@@ -152,7 +152,7 @@ def ignored(_: str) -> None:
 
 
 async def test_names_from_a_peer_without_an_identity_are_not_believed() -> None:
-    exchange = made(Facts("inbound", PEER, PEER), NAMED)
+    exchange = made(ConnectionInfo("inbound", PEER, PEER), NAMED)
     leave_token(exchange, INBOUND, ignored)
     assert b"east/secret" not in went_on(exchange)
     assert went_on(exchange).split(b", ")[1].startswith(b"e")
@@ -160,8 +160,8 @@ async def test_names_from_a_peer_without_an_identity_are_not_believed() -> None:
 
 async def test_names_from_a_verified_peer_and_from_the_application_are() -> None:
     for facts in (
-        Facts("inbound", PEER, PEER, identity="spiffe://a/ns/b/sa/c"),
-        Facts("outbound", PEER, PEER),
+        ConnectionInfo("inbound", PEER, PEER, identity="spiffe://a/ns/b/sa/c"),
+        ConnectionInfo("outbound", PEER, PEER),
     ):
         exchange = made(facts, NAMED)
         leave_token(exchange, INBOUND, ignored)
@@ -174,8 +174,8 @@ async def test_names_from_a_verified_peer_and_from_the_application_are() -> None
 
 @pytest.mark.parametrize("outside", [False, True])
 async def test_a_loop_that_began_outside_is_not_explained_to_the_outside(outside: bool) -> None:
-    verified = Facts("inbound", PEER, PEER, identity="spiffe://a/ns/b/sa/c")
-    first = made(Facts("inbound", PEER, PEER) if outside else verified)
+    verified = ConnectionInfo("inbound", PEER, PEER, identity="spiffe://a/ns/b/sa/c")
+    first = made(ConnectionInfo("inbound", PEER, PEER) if outside else verified)
     leave_token(first, INBOUND, ignored)
     second = made(verified, went_on(first))
     with pytest.raises(LoopDetected) as caught:
@@ -191,7 +191,7 @@ async def test_a_layer_calls_the_next_one() -> None:
         called.append(exchange)
 
     wrapped: Handler = guard(INBOUND, ignored)(handler)
-    exchange = made(Facts("outbound", PEER, PEER))
+    exchange = made(ConnectionInfo("outbound", PEER, PEER))
     await wrapped(exchange)
     assert called == [exchange]
 
@@ -233,7 +233,8 @@ def test_a_head_in_its_lines_and_one_in_fields_go_on_alike(
     for headers in (found[0].headers, Headers(fields)):
         exchange, why = (
             unanswered(
-                RequestHead(b"GET", b"/a", headers), Facts("inbound", PEER, PEER, identity=identity)
+                RequestHead(b"GET", b"/a", headers),
+                ConnectionInfo("inbound", PEER, PEER, identity=identity),
             ),
             list[str](),
         )

@@ -14,7 +14,15 @@ import pytest
 import trio
 
 from proxy.errors import NoEndpoint
-from proxy.exchange.exchange import Attempt, Body, Exchange, Facts, Handler, Layer, Whole
+from proxy.exchange.exchange import (
+    Body,
+    ConnectionInfo,
+    Exchange,
+    FailedAttempt,
+    Handler,
+    Layer,
+    Whole,
+)
 from proxy.exchange.trace_layer import Side, Tracing, trace
 from proxy.net.address import Address
 from proxy.net.socket_stream import Stream
@@ -166,7 +174,7 @@ async def test_an_attempt_that_failed_shows_the_backend_and_the_bytes_that_it_ha
         async def handle(exchange: Exchange) -> None:
             now = trio.current_time()
             exchange.tried = [
-                Attempt(exchange.facts.destination, now, now, 503, "status", "default/old", 7)
+                FailedAttempt(exchange.facts.destination, now, now, 503, "status", "default/old", 7)
             ]
             exchange.service, exchange.chosen = "default/shop", "default/new"
             await handler(exchange)
@@ -333,7 +341,7 @@ async def test_a_traced_exchange_is_gone_when_it_is_over_without_the_collector(s
     exchange = Referred(
         RequestHead(b"GET", b"/", Headers.canonical(lines, [])),
         Whole(),
-        Facts("gateway", here, here),
+        ConnectionInfo("gateway", here, here),
     )
     left = weakref.ref(exchange)
     gc.disable()

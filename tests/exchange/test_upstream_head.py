@@ -6,7 +6,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.exchange.exchange import Facts
+from proxy.exchange.exchange import ConnectionInfo
 from proxy.exchange.upstream_head import forwarded_request
 from proxy.net.address import Address
 from proxy.wire.h2.fields import (
@@ -84,7 +84,7 @@ def test_the_short_way_onward_gives_the_header_list_of_the_long_one(
     if head is None or short is None:
         return
     assert head.target.startswith(b"/")
-    exchange = unanswered(head, Facts("inbound", PEER, PEER))
+    exchange = unanswered(head, ConnectionInfo("inbound", PEER, PEER))
     exchange.caller = caller
     assert kinds(short) == kinds(request_pairs(forwarded_request(exchange)))
     assert [value for name, value in short if name == CALLER] == (

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.fastpath.chunked_body import Chunks
+from proxy.fastpath.chunked_body import ChunkedTranscoder
 from proxy.wire.messages import Limits, ProtocolError
 from tests.kit.http import chunked
 
@@ -14,7 +14,7 @@ ONWARD = chunked(b"hello", b"x" * 300, trailers=b"X-Sum: 1\r\n")
 
 
 def test_whole_with_what_lies_behind_it() -> None:
-    chunks = Chunks(Limits())
+    chunks = ChunkedTranscoder(Limits())
     chunks.pass_on(BODY + b"behind")
     assert chunks.error is None
     assert (chunks.size, chunks.out) == (305, ONWARD)
@@ -22,7 +22,7 @@ def test_whole_with_what_lies_behind_it() -> None:
 
 
 def test_byte_by_byte_each_byte_of_it_goes_on_at_once() -> None:
-    chunks = Chunks(Limits())
+    chunks = ChunkedTranscoder(Limits())
     out, size = b"", 0
     for number in range(len(BODY)):
         assert not chunks.ended
@@ -46,7 +46,7 @@ def test_byte_by_byte_each_byte_of_it_goes_on_at_once() -> None:
     [b"5\r\nhello!\r\n", b"-1\r\n", b"5\nhello\r\n", b"0\r\nX: \x00\r\n\r\n", b"1" * 2000],
 )
 def test_what_is_no_chunk_is_refused_and_what_came_before_it_goes_on(spoiled: bytes) -> None:
-    chunks = Chunks(Limits())
+    chunks = ChunkedTranscoder(Limits())
     chunks.pass_on(b"3\r\nabc\r\n")
     assert (chunks.out, chunks.error) == (b"3\r\nabc\r\n", None)
     chunks.pass_on(b"3\r\ndef\r\n" + spoiled)

@@ -13,7 +13,7 @@ import trio
 
 from proxy.exchange.server_settings import Drain
 from proxy.fastpath import event_loop as room
-from proxy.fastpath.event_loop import Clock, EventLoop
+from proxy.fastpath.event_loop import EventLoop, EventLoopClock
 from proxy.fastpath.fast_path import FastPath
 from tests.fastpath.stage import ends, running_loop
 from tests.kit.build import interpreted
@@ -23,7 +23,7 @@ from tests.kit.http import descriptors
 @pytest.fixture(params=["on its own clock", "on another's"])
 def clock(request: pytest.FixtureRequest) -> trio.abc.Clock | None:
     """By which the test is run: a proxy has the one, a test the other."""
-    return Clock() if request.param == "on its own clock" else None
+    return EventLoopClock() if request.param == "on its own clock" else None
 
 
 class Passes(trio.abc.Instrument):
@@ -149,7 +149,7 @@ async def test_a_proxy_s_run_waits_on_the_ground_and_needs_no_waking(
 ) -> None:
     """By its own clock, trio does nothing for a task that a step has made runnable but to run
     it."""
-    clock, event, woken = Clock(), trio.Event(), []
+    clock, event, woken = EventLoopClock(), trio.Event(), []
 
     async def main() -> None:
         with ends() as (here, there):

@@ -23,7 +23,7 @@ from tests.net.conftest import both, pair, read_all
 
 def waits(fast_path: FastPath) -> bool:
     """Whether a relay on `fast_path` has bytes that nobody takes."""
-    return any(fast_relay._joint.held[0] for fast_relay in fast_path._relays)
+    return any(fast_relay._state.held[0] for fast_relay in fast_path._relays)
 
 
 ENDS = st.tuples(st.sampled_from(["eof", "eof", "reset"]), st.sampled_from(["eof", "reset"]))

@@ -10,7 +10,7 @@ import pytest
 
 from proxy.fastpath import event_loop as room
 from proxy.fastpath.event_loop import EventLoop
-from proxy.fastpath.ready_socket import IN, Side
+from proxy.fastpath.ready_socket import IN, ReadySocket
 from proxy.net.socket_stream import SocketStream
 from proxy.net.tls.handshake import TLSStream
 from tests.fastpath.stage import ends, running_loop
@@ -25,7 +25,7 @@ class Turn:
     """Looks at a side in the first of the steps of a turn."""
 
     def __init__(
-        self, event_loop: EventLoop, side: Side, sock: socket.socket, other: socket.socket
+        self, event_loop: EventLoop, side: ReadySocket, sock: socket.socket, other: socket.socket
     ) -> None:
         self._side, self._sock, self._other = side, sock, other
         self._seen: list[bool] = []
@@ -48,11 +48,11 @@ class Turn:
 @asynccontextmanager
 async def resting(
     *, tls: bool = False, spoken: bool = True
-) -> AsyncIterator[tuple[Side, SocketStream | TLSStream, Turn]]:
+) -> AsyncIterator[tuple[ReadySocket, SocketStream | TLSStream, Turn]]:
     """A side that has read something and come to rest, the other end, and a look."""
     ours, theirs = await MESH.connect(pair()) if tls else pair()
     async with running_loop() as event_loop:
-        side = Side(event_loop, ours)
+        side = ReadySocket(event_loop, ours)
         side.belongs(lambda _: None)
         side.watch(IN)
         if spoken:
@@ -111,7 +111,7 @@ async def test_one_that_is_closed_at_rest_is_not_kept_by_the_loop(fast_path: str
     """A pool may be closed behind the last path."""
     ours, theirs = await MESH.connect(pair())
     async with running_loop() as event_loop:
-        side = Side(event_loop, ours)
+        side = ReadySocket(event_loop, ours)
         side.belongs(lambda _: None)
         side.watch(IN)
         side.rest()

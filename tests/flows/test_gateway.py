@@ -295,7 +295,7 @@ async def test_the_logs_of_the_three_proxies_name_the_identities_of_all_hops(
     caplog.set_level("INFO", "isthmus.access")
     async with clusters(tmp_path) as all_:
         for app in (all_.west, all_.gateway, all_.server):
-            app.ledger.access = True
+            app.recorder.access = True
         await all_.ask("c.east")
         lines = [
             record.__dict__["line"] for record in caplog.records if record.name == "isthmus.access"

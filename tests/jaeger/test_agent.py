@@ -101,7 +101,7 @@ class Counts:
 
 
 def test_an_agent_receives_the_whole_span(agent: JaegerAgent) -> None:
-    spans = export.Spans(
+    spans = export.SpanFactory(
         Resource(About({"POD_NAME": "web-7d4b9c6f5d-x2x9k"}, cluster="east"), print), "9"
     )
     exporter, counts = export.jaeger(spans, HOST, agent.port), Counts()

@@ -15,7 +15,7 @@ from proxy.config.document import Mistakes, load
 from proxy.directory import Endpoint, Target
 from proxy.directory.policy import Policy, read_policy
 from proxy.exchange.client_settings import ClientSettings
-from proxy.exchange.exchange import Attempt, Exchange
+from proxy.exchange.exchange import Exchange, FailedAttempt
 from proxy.net.address import Address
 from proxy.routing.dispatch import Dispatcher
 from proxy.telemetry.metrics import Metrics
@@ -57,7 +57,7 @@ class Mesh:
     balancer: Balancer = field(
         default_factory=lambda: Balancer(trio.current_time, random.Random(5))
     )
-    tried: list[list[Attempt]] = field(default_factory=list)
+    tried: list[list[FailedAttempt]] = field(default_factory=list)
     hop: Hop2 = field(init=False)
 
     def __post_init__(self) -> None:

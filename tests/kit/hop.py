@@ -15,9 +15,9 @@ import trio
 
 from proxy.exchange.client import Client
 from proxy.exchange.client_settings import ClientSettings
-from proxy.exchange.exchange import Exchange, Facts, Layer, stack
+from proxy.exchange.exchange import ConnectionInfo, Exchange, Layer, stack
 from proxy.exchange.h1.pool import Pool, PoolSettings
-from proxy.exchange.h1.server import Carry, Http1Server
+from proxy.exchange.h1.server import Http1FastPath, Http1Server
 from proxy.exchange.layers import deadline, measure, rescue
 from proxy.exchange.leases import Http1Leases
 from proxy.exchange.server_settings import Drain, ServerSettings
@@ -80,7 +80,7 @@ class Hop:
     closed: int = 0
     hangs: trio.Event | None = None  # dialling waits for it
     fast_path: FastPath | None = None
-    carry: Carry | None = None
+    carry: Http1FastPath | None = None
     fast: int = 0  # exchanges begun on the fast path
     raises: Exception | None = None  # by the endpoint, instead of an exchange
     clients: list[Peer] = field(default_factory=list)
@@ -217,7 +217,7 @@ async def hop(target: Address, settings: Settings | None = None) -> AsyncIterato
 
     async def serve(connection: Connection) -> None:
         assert isinstance(connection.stream, SocketStream)
-        facts = Facts("outbound", connection.peer, proxy.target)
+        facts = ConnectionInfo("outbound", connection.peer, proxy.target)
         await Http1Server(connection.stream, facts, settings.server, proxy.drain, proxy.carry).run(
             handler
         )

@@ -13,13 +13,13 @@ import trio
 
 from proxy.exchange.client import Client, Leases
 from proxy.exchange.client_settings import ClientSettings
-from proxy.exchange.exchange import Exchange, Facts, stack
+from proxy.exchange.exchange import ConnectionInfo, Exchange, stack
 from proxy.exchange.h1.pool import Pool, PoolSettings
 from proxy.exchange.h1.server import Http1Server
-from proxy.exchange.h2.connection import Mux
-from proxy.exchange.h2.pool import MuxPool
+from proxy.exchange.h2.connection import MultiplexedConnection
+from proxy.exchange.h2.pool import Http2Pool
 from proxy.exchange.h2.server import Http2Server
-from proxy.exchange.h2.settings import MuxSettings
+from proxy.exchange.h2.settings import Http2Settings
 from proxy.exchange.layers import deadline, measure, rescue
 from proxy.exchange.leases import Http1Leases, Http2Leases
 from proxy.exchange.server_settings import Drain, ServerSettings
@@ -48,8 +48,8 @@ class Settings2:
     server: ServerSettings = field(default_factory=ServerSettings)
     client: ClientSettings = field(default_factory=ClientSettings)
     pool: PoolSettings = field(default_factory=PoolSettings)
-    downstream: MuxSettings = field(default_factory=MuxSettings)
-    upstream: MuxSettings = field(default_factory=MuxSettings)
+    downstream: Http2Settings = field(default_factory=Http2Settings)
+    upstream: Http2Settings = field(default_factory=Http2Settings)
     up: bytes = b"2"
     buffers: int | None = None
     account: Callable[[Exchange], AbstractContextManager[object]] | None = None
@@ -66,7 +66,7 @@ class Hop2:
 
     targets: list[Address]
     pool1: Pool[Address] = field(init=False)
-    pool2: MuxPool[Address] = field(init=False)
+    pool2: Http2Pool[Address] = field(init=False)
     address: Address = field(init=False)
     acceptor: Acceptor = field(init=False)
     drain: Drain = field(default_factory=Drain)
@@ -105,7 +105,7 @@ class Hop2:
             mux.exchanges for mux in self.muxes()
         )
 
-    def muxes(self) -> list[Mux]:
+    def muxes(self) -> list[MultiplexedConnection]:
         return [mux for slot in self.pool2._slots.values() for mux in slot.muxes]
 
     async def idle(self, seconds: float = 20) -> None:
@@ -182,7 +182,7 @@ def _pools(proxy: Hop2, settings: Settings2) -> dict[Protocol, Leases[Address]]:
         return Life(proxy)
 
     proxy.pool1 = Pool(dial, account, settings.pool, settings.server.limits)
-    proxy.pool2 = MuxPool(dial, account, settings.pool, settings.upstream)
+    proxy.pool2 = Http2Pool(dial, account, settings.pool, settings.upstream)
     return {Protocol.HTTP1: Http1Leases(proxy.pool1), Protocol.HTTP2: Http2Leases(proxy.pool2)}
 
 
@@ -211,7 +211,7 @@ def _serving(proxy: Hop2, settings: Settings2) -> Callable[[Connection], Awaitab
     async def serve(connection: Connection) -> None:
         assert isinstance(connection.stream, SocketStream)
         small(connection.stream.socket, settings.buffers)
-        facts = Facts("outbound", connection.peer, proxy.targets[0])
+        facts = ConnectionInfo("outbound", connection.peer, proxy.targets[0])
         if await connection.stream.peek(4, 4) != b"PRI ":
             await Http1Server(connection.stream, facts, settings.server, proxy.drain).run(handler)
             return

@@ -398,7 +398,7 @@ def test_the_console_has_a_line_of_json_for_each_span() -> None:
     program = (
         "from tests.tracing.records import http\nfrom tests.tracing.exports import Book\nfrom"
         " tracing import export\nfrom tracing.queue import QueueSettings, SpanQueue\nfrom"
-        " tracing.resource import About, Resource\nspans = export.Spans(Resource(About({}), print),"
+        " tracing.resource import About, Resource\nspans = export.SpanFactory(Resource(About({}), print),"
         " '9')\nqueue = SpanQueue(lambda: export.console(spans), QueueSettings(), Book(),"
         " print)\nqueue.put(http())\nqueue.close(20)\n"
     )
@@ -410,6 +410,6 @@ def test_the_console_has_a_line_of_json_for_each_span() -> None:
 
 
 def test_jaegers_exporter_says_what_to_do_where_it_is_not_installed() -> None:
-    spans = export.Spans(Resource(About({}), print), "9")
+    spans = export.SpanFactory(Resource(About({}), print), "9")
     with pytest.raises(ImportError, match=r"install isthmus\[jaeger\]"):
         export.jaeger(spans, "127.0.0.1", 6831)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from loopguard import OwnConnections, OwnListeners
 from proxy.config.load import Config, ConfigError, load
 from proxy.errors import LoopDetected
-from proxy.exchange.exchange import Facts
+from proxy.exchange.exchange import ConnectionInfo
 from proxy.flows.loop_guard import LoopGuard
 from proxy.net.address import Address
 from proxy.net.liveness import Liveness
@@ -155,7 +155,7 @@ def test_a_connection_that_comes_back_before_its_worker_has_entered_it_is_recogn
     )
     guard = LoopGuard(config, listeners, Metrics(), WorkerInfo(1, b"a" * 32, tables[0]))
     opener = OwnConnections(0, "west/web-1", tables[1])
-    about = Facts("outbound", HERE, THERE)
+    about = ConnectionInfo("outbound", HERE, THERE)
     guard.begun(about)
     assert about.depth == 0, "an application's"
     opener.opened(HERE, THERE, 1)

@@ -15,7 +15,7 @@ The pool closes them before a server would: most servers keep an idle connection
 and a request that crosses with the server's close may fail.
 
 So before each use, the pool checks whether the server has closed the connection: with a peek, or by
-asking its `Watch`. The fast path takes and returns several connections in one turn. It has no
+asking its `IdleWatch`. The fast path takes and returns several connections in one turn. It has no
 information yet about those that came back in the same turn, so it prefers connections that came
 back earlier.
 """
@@ -57,7 +57,7 @@ class Account(Protocol):
     def close(self) -> None: ...
 
 
-class Watch(Protocol):
+class IdleWatch(Protocol):
     """Watches an idle connection for events."""
 
     def is_quiet(self) -> bool:
@@ -80,7 +80,7 @@ class Upstream:
     account: Account
     idle_since: float = 0.0
     reused: bool = False  # True for its current or next exchange: an earlier exchange has used it
-    side: Watch | None = None  # the fast path's state, kept from one lease to the next
+    side: IdleWatch | None = None  # the fast path's state, kept from one lease to the next
     until: float = math.inf  # maximum age, in trio's time
 
 
@@ -117,7 +117,7 @@ _DEPTH = 16
 
 def _last(idle: deque[Upstream], now: float) -> Upstream:
     """Take the last idle connection that did not come back at this very moment; usually it is known
-    to be quiet (`Watch`). If all came back just now, take the last one."""
+    to be quiet (`IdleWatch`). If all came back just now, take the last one."""
     last = idle.pop()
     if last.idle_since < now:
         return last

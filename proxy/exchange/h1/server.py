@@ -2,7 +2,7 @@
 
 The connection's task reads a head, calls the handler with the exchange, and cleans up when the
 handler has returned. It waits for heads under one cancel scope whose deadline it moves; within an
-exchange, the exchange's own clock applies. Bodies are read and written on demand, one piece for
+exchange, the exchange's own timer applies. Bodies are read and written on demand, one piece for
 each call. So nothing is read before it is needed, and the client's TCP window provides
 backpressure.
 """
@@ -16,9 +16,9 @@ from typing import Protocol
 import trio
 
 from proxy.errors import ClientGone, IsthmusError, RequestTimeout
-from proxy.exchange.exchange import Body, Exchange, Facts, Handler
+from proxy.exchange.exchange import Body, ConnectionInfo, Exchange, Handler
 from proxy.exchange.h1.request_body import RequestBody, rest_of_head
-from proxy.exchange.prefixed_stream import READ_SIZE, Resumed
+from proxy.exchange.prefixed_stream import READ_SIZE, PrefixedStream
 from proxy.exchange.server_settings import Drain, ServerSettings
 from proxy.net.exceptions import NetError
 from proxy.net.linger import linger
@@ -52,7 +52,7 @@ _FIRST_REQUEST, _NEXT_REQUEST = 5.0, 1.0
 _NOTHING_READ = RequestHead(b"-", b"-", Headers())
 
 
-class Carry(Protocol):
+class Http1FastPath(Protocol):
     """The fast path, as seen by an HTTP/1 server."""
 
     async def __call__(self, server: Http1Server) -> Http1Exchange | None:
@@ -182,10 +182,10 @@ class Http1Exchange(Exchange):
         data = out[0] if len(out) == 1 else b"".join(out)
         out.clear()
         if data:
-            self.clock.expect(self._client_stalls, self._server.settings.write_timeout)
+            self.timer.expect(self._client_stalls, self._server.settings.write_timeout)
             with self.facts.share.holding(len(data)):
                 await self._server.send(data)
-            self.clock.rest()
+            self.timer.rest()
 
     def _client_stalls(self) -> Exception:
         return ClientGone(
@@ -246,7 +246,7 @@ class Http1Exchange(Exchange):
             head.headers.remove(b"content-length", b"transfer-encoding")
         await server.send(server.connection.send_response(head, 0))
         server.tunnelled = True
-        return Resumed(server.stream, server.connection.take_rest())
+        return PrefixedStream(server.stream, server.connection.take_rest())
 
     def retire(self) -> None:
         self._server.retire()
@@ -262,10 +262,10 @@ class Http1Server:
     def __init__(
         self,
         stream: Stream,
-        facts: Facts,
+        facts: ConnectionInfo,
         settings: ServerSettings,
         drain: Drain,
-        carry: Carry | None = None,
+        carry: Http1FastPath | None = None,
     ) -> None:
         self.stream = stream
         self.facts = facts

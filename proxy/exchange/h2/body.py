@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 
 from proxy.errors import ClientGone, RequestTimeout, ResponseTooLarge
-from proxy.exchange.h2.stream import MuxStream, StreamLost
+from proxy.exchange.h2.stream import Http2Stream, StreamLost
 from proxy.net.address import Address
 from proxy.net.exceptions import ConnectionLost
 from proxy.net.socket_stream import End
@@ -25,7 +25,7 @@ class StreamBody:
 
     __slots__ = ("_length", "_patience", "_stream")
 
-    def __init__(self, stream: MuxStream, patience: float) -> None:
+    def __init__(self, stream: Http2Stream, patience: float) -> None:
         self._stream = stream
         self._patience = patience
         self._length: Length | None = None
@@ -81,7 +81,7 @@ def too_large(error: HeadTooLarge) -> ResponseTooLarge:
 class Tunnel:
     """The bytes of a stream after the head of a CONNECT, as a Stream for a relay."""
 
-    def __init__(self, stream: MuxStream) -> None:
+    def __init__(self, stream: Http2Stream) -> None:
         self._stream = stream
         self._rest = b""
         self._ended = False

@@ -7,7 +7,7 @@ one write. An exchange never writes to the socket itself, so cancelling an excha
 record that all exchanges share. Code that adds frames calls `touch`.
 
     exchange task --add frames--> Http2Connection --data_to_send--> writer --> socket
-    socket --> reader --> Http2Connection --events--> MuxStream buffers --receive--> exchange task
+    socket --> reader --> Http2Connection --events--> Http2Stream buffers --receive--> exchange
 
 The writer limits the pending output. The peer's windows limit DATA. When the connection window is
 used up, the streams take turns.
@@ -21,11 +21,11 @@ from functools import partial
 import trio
 
 from proxy.exchange.h2.goaway import say_goodbye
-from proxy.exchange.h2.read_pacing import Intake
-from proxy.exchange.h2.reset_pacing import Resets
+from proxy.exchange.h2.read_pacing import ReadPacer
+from proxy.exchange.h2.reset_pacing import ResetQueue
 from proxy.exchange.h2.send_scheduler import SendScheduler
-from proxy.exchange.h2.settings import MuxSettings
-from proxy.exchange.h2.stream import ConnectionLeft, Filed, MuxStream, StreamLost
+from proxy.exchange.h2.settings import Http2Settings
+from proxy.exchange.h2.stream import ConnectionLeft, Http2Stream, StreamEvent, StreamLost
 from proxy.exchange.h2.writer import Writer
 from proxy.net.exceptions import NetError
 from proxy.net.memory_budget import UNCOUNTED, Share
@@ -64,12 +64,12 @@ def _nobody() -> None:
     pass
 
 
-class Mux:
+class MultiplexedConnection:
     """An HTTP/2 connection. `run` serves it until it ends. `broken`: why it cannot be used any
     more."""
 
     def __init__(
-        self, stream: Stream, role: Role, settings: MuxSettings, share: Share = UNCOUNTED
+        self, stream: Stream, role: Role, settings: Http2Settings, share: Share = UNCOUNTED
     ) -> None:
         """`share`: of the client's connection. Buffers of a connection to a server are charged to
         the clients that they are for."""
@@ -81,7 +81,7 @@ class Mux:
         self.http = Http2Connection(
             role, settings.limits, settings.mesh_budget if verified else settings.budget
         )
-        self._intake = Intake(self.http, share, settings)
+        self._intake = ReadPacer(self.http, share, settings)
         self._line = self._intake.line
         self.settings = settings
         self.opened = self.idle_since = trio.current_time()
@@ -95,13 +95,13 @@ class Mux:
         # set when the peer's SETTINGS have arrived, or the connection is broken
         self.greeted = trio.Event()
         self.reserved = 0  # streams that are reserved for requests that have not opened them yet
-        self._streams: dict[int, MuxStream] = {}
+        self._streams: dict[int, Http2Stream] = {}
         self.writer = Writer(stream, self.http, settings.write_timeout, share)
         self._held = 0  # received bytes of the connection window that were not consumed
         self.scheduler = SendScheduler(self.http)
-        self._opened: list[MuxStream] = []  # opened by the peer in this read
+        self._opened: list[Http2Stream] = []  # opened by the peer in this read
         # streams with events for `on_news` from this read; may contain duplicates
-        self.news: list[MuxStream] = []
+        self.news: list[Http2Stream] = []
         # called when the number of possible streams may have changed
         self.on_room: Callable[[], object] = _nobody
         self.heard = self.opened  # trio's time of the last read
@@ -114,14 +114,14 @@ class Mux:
         if isinstance(stream, TLSStream) and stream.expiry is not None:
             stream.expiry.retire = self.retire
         self._nursery: trio.Nursery | None = None  # set while `run` runs
-        self._resets = Resets(
+        self._resets = ResetQueue(
             self.http,
             settings.resets,
             OF_AGE * 1.5 if verified else settings.resets.hold,
             self._have_reset,
         )
 
-    async def run(self, on_request: Callable[[MuxStream], None] | None = None) -> None:
+    async def run(self, on_request: Callable[[Http2Stream], None] | None = None) -> None:
         """Read and write until the connection ends. `on_request` is called for each stream that the
         peer opens, after the data of the same read is stored, also for streams that are already
         lost (server).
@@ -158,7 +158,7 @@ class Mux:
             if isinstance(self.stream, TLSStream) and self.stream.expiry is not None:
                 self.stream.expiry.retire = None  # breaks a reference cycle
 
-    async def _read(self, on_request: Callable[[MuxStream], None] | None) -> str:
+    async def _read(self, on_request: Callable[[Http2Stream], None] | None) -> str:
         """Read until the connection ends. Returns the reason."""
         intake = self._intake
         try:
@@ -177,7 +177,7 @@ class Mux:
             return str(error)
         return "the peer closed the connection"
 
-    def _take(self, data: bytes, on_request: Callable[[MuxStream], None] | None) -> None:
+    def _take(self, data: bytes, on_request: Callable[[Http2Stream], None] | None) -> None:
         """Process the data of one read."""
         if not self.client:
             self._intake.prepare()
@@ -188,7 +188,7 @@ class Mux:
         self._tell(on_request)
         self.touch()
 
-    def _tell(self, on_request: Callable[[MuxStream], None] | None) -> None:
+    def _tell(self, on_request: Callable[[Http2Stream], None] | None) -> None:
         """All data of one read is stored: call the callbacks of streams without a waiting task."""
         if self._opened:
             opened, self._opened = self._opened, []
@@ -202,7 +202,7 @@ class Mux:
     def _dispatch(self, event: Event) -> None:
         match event:
             case HeadReceived(head=RequestHead() as head):
-                stream = self._streams[event.stream] = MuxStream(self, event.stream)
+                stream = self._streams[event.stream] = Http2Stream(self, event.stream)
                 stream.request = head
                 self.settings.streams.opens(self.share)
                 stream.file(event)
@@ -229,7 +229,7 @@ class Mux:
                 if event.payload == _GOODBYE:
                     self._close_door()
 
-    def _file(self, event: Filed) -> None:
+    def _file(self, event: StreamEvent) -> None:
         self._ping_next = self.heard
         if (known := self._streams.get(event.stream)) is not None:
             if isinstance(event, DataReceived):
@@ -238,7 +238,7 @@ class Mux:
         elif isinstance(event, DataReceived):
             self.http.consumed(0, event.credit)
         elif isinstance(event, StreamBroken) and not event.by_peer and not self.client:
-            known = MuxStream(self, event.stream)
+            known = Http2Stream(self, event.stream)
             known.file(event)
             self._opened.append(known)
         if known is None and self._resets.waiting:
@@ -376,21 +376,21 @@ class Mux:
         )
         return max(0, free - self.reserved)
 
-    def open(self, head: RequestHead, *, end: bool) -> MuxStream:
+    def open(self, head: RequestHead, *, end: bool) -> Http2Stream:
         """Open a stream with this head. Only while there is `room`, with no await in between.
         Raises HeadTooLarge."""
         return self._open(self.http.send_request(head, end=end))
 
-    def open_fields(self, method: bytes, pairs: list[Pair], *, end: bool) -> MuxStream:
+    def open_fields(self, method: bytes, pairs: list[Pair], *, end: bool) -> Http2Stream:
         """Open a stream with a head that is already a list of fields. Otherwise like `open`."""
         return self._open(self.http.send_request_fields(method, pairs, end=end))
 
-    def _open(self, number: int) -> MuxStream:
-        stream = self._streams[number] = MuxStream(self, number)
+    def _open(self, number: int) -> Http2Stream:
+        stream = self._streams[number] = Http2Stream(self, number)
         self.touch()
         return stream
 
-    def forget(self, stream: MuxStream) -> None:
+    def forget(self, stream: Http2Stream) -> None:
         """The exchange of `stream` has ended."""
         if self._streams.pop(stream.number, None) is None:
             return

@@ -29,8 +29,8 @@ import trio
 
 from proxy.errors import PoolExhausted
 from proxy.exchange.h1.pool import Account, PoolSettings, patiently
-from proxy.exchange.h2.connection import Mux
-from proxy.exchange.h2.settings import MuxSettings
+from proxy.exchange.h2.connection import MultiplexedConnection
+from proxy.exchange.h2.settings import Http2Settings
 from proxy.net.socket_stream import Stream
 from proxy.wire.h1.connection import Role
 
@@ -51,7 +51,7 @@ class _Turn:
     itself, which is already recorded in `_Slot.opening`."""
 
     given: trio.Event = field(default_factory=trio.Event)
-    mux: Mux | None = None
+    mux: MultiplexedConnection | None = None
     failure: Exception | None = None
 
 
@@ -59,12 +59,12 @@ class _Turn:
 class _Slot:
     """The state of one endpoint."""
 
-    muxes: list[Mux] = field(default_factory=list)
+    muxes: list[MultiplexedConnection] = field(default_factory=list)
     opening: bool = False
     served: float = -inf  # trio's time when a waiting request last got a stream
     waiting: OrderedDict[_Turn, None] = field(default_factory=OrderedDict)
 
-    def with_room(self) -> Mux | None:
+    def with_room(self) -> MultiplexedConnection | None:
         for mux in self.muxes:
             if mux.room > 0:
                 return mux
@@ -92,7 +92,7 @@ class _Slot:
         )
 
 
-class MuxPool(Generic[K]):
+class Http2Pool(Generic[K]):
     """Connections by endpoint. `connect` opens one, and raises the errors of the dial and of TLS.
     `account` records it."""
 
@@ -101,7 +101,7 @@ class MuxPool(Generic[K]):
         connect: Callable[[K], Awaitable[Stream]],
         account: Callable[[Stream], Account],
         settings: PoolSettings,
-        mux: MuxSettings,
+        mux: Http2Settings,
     ) -> None:
         self._connect = connect
         self._account = account
@@ -123,13 +123,13 @@ class MuxPool(Generic[K]):
         active = sum(1 for mux in muxes if mux.exchanges)
         return active, len(muxes) - active
 
-    def ready(self, key: K) -> Mux | None:
+    def ready(self, key: K) -> MultiplexedConnection | None:
         """Return a connection with capacity for a stream, if there is one without waiting. The
         stream must be opened with no await in between."""
         slot = self._slots.get(key)
         return None if slot is None or slot.waiting else slot.with_room()
 
-    async def acquire(self, key: K, limit: float = inf) -> Mux:
+    async def acquire(self, key: K, limit: float = inf) -> MultiplexedConnection:
         """Return a connection with capacity for a stream. The caller must open the stream with no
         await in between. `limit`: the request's deadline in trio's time; with it, the request waits
         until then instead of for `wait_timeout`.
@@ -149,7 +149,7 @@ class MuxPool(Generic[K]):
             if mux.usable:
                 return mux
 
-    async def _wait(self, key: K, slot: _Slot, limit: float) -> Mux:
+    async def _wait(self, key: K, slot: _Slot, limit: float) -> MultiplexedConnection:
         if len(slot.waiting) >= self._settings.waiting:
             raise PoolExhausted(f"{len(slot.waiting)} requests wait for a stream to {key}")
         turn = _Turn()
@@ -201,7 +201,7 @@ class MuxPool(Generic[K]):
                 if mux.unused:
                     mux.retire()
 
-    async def _open(self, key: K, slot: _Slot) -> Mux:
+    async def _open(self, key: K, slot: _Slot) -> MultiplexedConnection:
         """Open a connection; `slot.opening` is already set. An error also ends the requests that
         wait for this connection."""
         try:
@@ -219,12 +219,12 @@ class MuxPool(Generic[K]):
         mux.reserved -= 1
         return mux
 
-    def _start(self, key: K, slot: _Slot, stream: Stream) -> Mux:
-        mux = Mux(stream, Role.CLIENT, self._mux)
+    def _start(self, key: K, slot: _Slot, stream: Stream) -> MultiplexedConnection:
+        mux = MultiplexedConnection(stream, Role.CLIENT, self._mux)
         mux.on_room = lambda: self._share(key, slot)
         try:
             if self._nursery is None:
-                raise RuntimeError("MuxPool.serve is not running")
+                raise RuntimeError("Http2Pool.serve is not running")
             self._nursery.start_soon(self._run, key, slot, mux)
         except BaseException:
             stream.close()
@@ -232,7 +232,7 @@ class MuxPool(Generic[K]):
         slot.muxes.append(mux)
         return mux
 
-    async def _run(self, key: K, slot: _Slot, mux: Mux) -> None:
+    async def _run(self, key: K, slot: _Slot, mux: MultiplexedConnection) -> None:
         account = self._account(mux.stream)
         try:
             await mux.run()

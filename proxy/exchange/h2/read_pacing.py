@@ -13,21 +13,21 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from proxy.exchange.h2.settings import MuxSettings
+from proxy.exchange.h2.settings import Http2Settings
 from proxy.net.memory_budget import SMALL, Charge, Share
 from proxy.net.pacing import Line
 from proxy.wire.h2.connection import Http2Connection
 
 if TYPE_CHECKING:
-    from proxy.exchange.h2.stream import MuxStream
+    from proxy.exchange.h2.stream import Http2Stream
 
 
-def _begin(streams: list[MuxStream], on_request: Callable[[MuxStream], None]) -> None:
+def _begin(streams: list[Http2Stream], on_request: Callable[[Http2Stream], None]) -> None:
     for stream in streams:
         on_request(stream)
 
 
-class Intake:
+class ReadPacer:
     """The reading side of one connection."""
 
     __slots__ = (
@@ -42,7 +42,7 @@ class Intake:
         "window",
     )
 
-    def __init__(self, http: Http2Connection, share: Share, settings: MuxSettings) -> None:
+    def __init__(self, http: Http2Connection, share: Share, settings: Http2Settings) -> None:
         self._http = http
         self._share = share
         self._streams = settings.limits.streams
@@ -87,7 +87,7 @@ class Intake:
         if rest > SMALL or self._rest.size:
             self._rest.become(rest)
 
-    def begin(self, streams: list[MuxStream], on_request: Callable[[MuxStream], None]) -> None:
+    def begin(self, streams: list[Http2Stream], on_request: Callable[[Http2Stream], None]) -> None:
         """Call `on_request` for the streams that a read has opened, now or in a later pass of the
         scheduler."""
         pacer, count = self._limit.pacer, len(streams)

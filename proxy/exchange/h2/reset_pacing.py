@@ -33,7 +33,7 @@ _SOONEST = 0.001
 
 
 @dataclass(frozen=True, slots=True)
-class ResetPace:
+class ResetLimits:
     """`rate`: resets a second that are sent immediately. `burst`: how many at once. `hold`: seconds
     after which a reset is sent in any case."""
 
@@ -46,14 +46,14 @@ def _nothing() -> None:
     pass
 
 
-class Resets:
+class ResetQueue:
     """The resets of one connection. The caller must start `run` when `add` returns True. `sent` is
     called when streams have been reset."""
 
     __slots__ = ("_credit", "_hold", "_http", "_pace", "_refilled", "_running", "_sent", "_waiting")
 
     def __init__(
-        self, http: Http2Connection, pace: ResetPace, hold: float, sent: Callable[[], object]
+        self, http: Http2Connection, pace: ResetLimits, hold: float, sent: Callable[[], object]
     ) -> None:
         self._http = http
         self._pace = pace

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from proxy.exchange.h2.stream import MuxStream
+    from proxy.exchange.h2.stream import Http2Stream
     from proxy.wire.h2.connection import Http2Connection
 
 
@@ -19,14 +19,14 @@ class SendScheduler:
 
     def __init__(self, http: Http2Connection) -> None:
         self._http = http
-        self._waiting: dict[MuxStream, None] = {}
+        self._waiting: dict[Http2Stream, None] = {}
 
     @property
     def waiting(self) -> bool:
         """Whether a sender waits."""
         return bool(self._waiting)
 
-    async def wait(self, stream: MuxStream) -> None:
+    async def wait(self, stream: Http2Stream) -> None:
         """Wait for the windows. After this returns or is cancelled, the sender calls `next` once it
         has used its share of the window."""
         if self._http.stream_window(stream.number) > 0:
@@ -36,7 +36,7 @@ class SendScheduler:
         finally:
             self._waiting.pop(stream, None)
 
-    def leave(self, stream: MuxStream) -> None:
+    def leave(self, stream: Http2Stream) -> None:
         """Remove a stream: it does not wait any more, because its own window has opened."""
         self._waiting.pop(stream, None)
 

@@ -1,8 +1,8 @@
 """One downstream HTTP/2 connection. Each of its streams is an exchange: in a task of its own, or on
 the fast path.
 
-The reader and the writer belong to the `Mux`. A stream that the peer resets cancels its own
-exchange only.
+The reader and the writer belong to the `MultiplexedConnection`. A stream that the peer resets
+cancels its own exchange only.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Protocol
 import trio
 
 from proxy.errors import ClientGone, IsthmusError, ResponseTooLarge, describe
-from proxy.exchange.exchange import Body, Exchange, Facts, Handler
+from proxy.exchange.exchange import Body, ConnectionInfo, Exchange, Handler
 from proxy.exchange.h2.body import StreamBody, Tunnel, too_large
-from proxy.exchange.h2.connection import Mux
-from proxy.exchange.h2.settings import MuxSettings
-from proxy.exchange.h2.stream import MuxStream, StreamLost
+from proxy.exchange.h2.connection import MultiplexedConnection
+from proxy.exchange.h2.settings import Http2Settings
+from proxy.exchange.h2.stream import Http2Stream, StreamLost
 from proxy.exchange.server_settings import Drain, ServerSettings
 from proxy.net.socket_stream import Stream
 from proxy.wire.h1.body import Length
@@ -34,7 +34,7 @@ _log = logging.getLogger("isthmus.exchange")
 _NOTHING_READ = RequestHead(b"-", b"-", Headers(), b"2")
 
 
-class Fork(Protocol):
+class Http2FastPath(Protocol):
     """The fast path, as seen by an HTTP/2 server. The connection is not lent; each of its streams
     takes one of the two paths."""
 
@@ -49,7 +49,9 @@ class Http2Exchange(Exchange):
 
     __slots__ = ("_settings", "last", "stream")
 
-    def __init__(self, stream: MuxStream, facts: Facts, settings: ServerSettings) -> None:
+    def __init__(
+        self, stream: Http2Stream, facts: ConnectionInfo, settings: ServerSettings
+    ) -> None:
         request = stream.request or _NOTHING_READ
         malformed = ProtocolError(str(stream.lost)) if stream.lost is not None else None
         super().__init__(request, StreamBody(stream, settings.stream_timeout), facts, malformed)
@@ -77,9 +79,9 @@ class Http2Exchange(Exchange):
         bodiless = self.frame(head, body.length)
         piece = body.receive_nowait()  # may raise; an error response can still be sent here
         if self.stream.mux.writer.behind:
-            self.clock.expect(self._client_stalls, self._settings.write_timeout)
+            self.timer.expect(self._client_stalls, self._settings.write_timeout)
             await self.stream.mux.writer.paced()
-            self.clock.rest()
+            self.timer.rest()
         ended = bodiless or (isinstance(piece, EndOfMessage) and not len(piece.trailers))
         self._send_head(head, end=ended)
         self.response = head
@@ -128,9 +130,9 @@ class Http2Exchange(Exchange):
                 following = None
             last = isinstance(following, EndOfMessage) and not len(following.trailers)
             self.response_bytes += len(piece)
-            self.clock.expect(self._client_stalls, self._settings.write_timeout)
+            self.timer.expect(self._client_stalls, self._settings.write_timeout)
             await self.stream.send(piece, end=last)
-            self.clock.rest()
+            self.timer.rest()
             if last:
                 return
             piece = following
@@ -199,15 +201,20 @@ class Http2Server:
     of the client, if that ended it."""
 
     def __init__(
-        self, stream: Stream, facts: Facts, settings: ServerSettings, mux: MuxSettings, drain: Drain
+        self,
+        stream: Stream,
+        facts: ConnectionInfo,
+        settings: ServerSettings,
+        mux: Http2Settings,
+        drain: Drain,
     ) -> None:
         self.facts = facts
         self.settings = settings
         self.drain = drain
-        self.mux = Mux(stream, Role.SERVER, mux, facts.share)
+        self.mux = MultiplexedConnection(stream, Role.SERVER, mux, facts.share)
         # starts an exchange on the ordinary path, while `run` runs
         self.serve: Callable[[Http2Exchange], None] = _nobody
-        self.fork: Fork | None = None  # the fast path, if there is one
+        self.fork: Http2FastPath | None = None  # the fast path, if there is one
 
     @property
     def waiting_since(self) -> float | None:
@@ -237,7 +244,7 @@ class Http2Server:
             await trio.lowlevel.checkpoint_if_cancelled()
             raise group
 
-    def _accept(self, stream: MuxStream) -> None:
+    def _accept(self, stream: Http2Stream) -> None:
         # the client cancelled it before it was processed
         if stream.lost is not None and not stream.lost.fault:
             stream.close()

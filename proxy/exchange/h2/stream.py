@@ -33,7 +33,7 @@ _HEAD = 1024
 _HEADS = 64
 
 
-Filed = HeadReceived | DataReceived | TrailersReceived | StreamBroken
+StreamEvent = HeadReceived | DataReceived | TrailersReceived | StreamBroken
 
 
 class StreamLost(Exception):
@@ -65,18 +65,18 @@ class ConnectionLeft(StreamLost):
     """The connection has ended, after the peer had announced it (GOAWAY)."""
 
 
-class Senders(Protocol):
+class SendOrder(Protocol):
     """The order in which streams send (send_scheduler.py)."""
 
     @property
     def waiting(self) -> bool: ...
 
-    async def wait(self, stream: MuxStream) -> None: ...
+    async def wait(self, stream: Http2Stream) -> None: ...
 
     def next(self) -> bool: ...
 
 
-class Connection(Protocol):
+class StreamOwner(Protocol):
     """The parts of a connection (connection.py) that its streams use."""
 
     client: bool  # which of the two ends this is
@@ -84,12 +84,12 @@ class Connection(Protocol):
     stream: Stream
     share: Share
     writer: Writer
-    news: list[MuxStream]
+    news: list[Http2Stream]
     broken: str | None
     heard: float
 
     @property
-    def scheduler(self) -> Senders: ...
+    def scheduler(self) -> SendOrder: ...
 
     def put(self, size: int) -> None:
         """Count `size` bytes that `http` has to write."""
@@ -99,12 +99,12 @@ class Connection(Protocol):
         """`credit` bytes of stream `number` were consumed."""
         ...
 
-    def forget(self, stream: MuxStream) -> None:
+    def forget(self, stream: Http2Stream) -> None:
         """`stream` is closed."""
         ...
 
 
-class MuxStream:
+class Http2Stream:
     """One stream: received data that was not consumed yet, and its end."""
 
     __slots__ = (
@@ -112,7 +112,7 @@ class MuxStream:
         "share",
     )  # fmt: skip
 
-    def __init__(self, mux: Connection, number: int) -> None:
+    def __init__(self, mux: StreamOwner, number: int) -> None:
         self.mux = mux
         self.number = number
         self.share = mux.share  # buffers are charged to it
@@ -130,7 +130,7 @@ class MuxStream:
 
     # Called by the reader...
 
-    def file(self, event: Filed) -> None:
+    def file(self, event: StreamEvent) -> None:
         match event:
             case DataReceived():
                 if event.data:

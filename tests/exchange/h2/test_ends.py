@@ -13,7 +13,7 @@ import trio
 from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.exchange import Exchange
 from proxy.exchange.h1.pool import PoolSettings
-from proxy.exchange.h2.settings import MuxSettings
+from proxy.exchange.h2.settings import Http2Settings
 from tests.kit.http import Peer, origin, until
 from tests.kit.http2_hop import Settings2, hop2, through2
 from tests.kit.http2_peers import (
@@ -457,8 +457,8 @@ async def test_a_silent_server_is_given_up_and_an_idle_client_told_to_go(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     autojump_clock.autojump_threshold = 0.06
-    settings = Settings2(upstream=MuxSettings(ping_interval=20, ping_timeout=10))
-    settings.downstream = MuxSettings(idle_timeout=90, ping_interval=1e6)
+    settings = Settings2(upstream=Http2Settings(ping_interval=20, ping_timeout=10))
+    settings.downstream = Http2Settings(idle_timeout=90, ping_interval=1e6)
 
     async def deaf(peer: Peer2) -> None:
         await peer.next(h2.events.RequestReceived)
@@ -548,7 +548,9 @@ async def test_a_client_that_never_answers_the_goodbye_cannot_hold_its_connectio
     """It goes on sending, so it is not silent; and new streams are as many as it likes, until we
     have said GOAWAY for good."""
     autojump_clock.autojump_threshold = 0.06
-    settings = Settings2(downstream=MuxSettings(idle_timeout=5, ping_interval=20, ping_timeout=10))
+    settings = Settings2(
+        downstream=Http2Settings(idle_timeout=5, ping_interval=20, ping_timeout=10)
+    )
     async with through2(answering2(), settings) as (client, proxy):
         await client.ask()
         await client.last_call()

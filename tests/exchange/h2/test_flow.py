@@ -12,7 +12,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from proxy.exchange.client_settings import ClientSettings
-from proxy.exchange.h2.settings import MuxSettings
+from proxy.exchange.h2.settings import Http2Settings
 from proxy.exchange.server_settings import ServerSettings
 from proxy.wire.h2.events import Http2Limits
 from tests.kit.http import Peer, origin, until
@@ -32,7 +32,7 @@ from tests.kit.http2_peers import (
 
 WINDOW = 65536
 # Small windows and small socket buffers, so that a few hundred KiB are much.
-LIMITS = MuxSettings(Http2Limits(stream_window=WINDOW, connection_window=4 * WINDOW))
+LIMITS = Http2Settings(Http2Limits(stream_window=WINDOW, connection_window=4 * WINDOW))
 SLOW = Settings2(downstream=LIMITS, upstream=LIMITS, buffers=16384)
 INITIAL = h2.settings.SettingCodes.INITIAL_WINDOW_SIZE
 
@@ -306,7 +306,7 @@ async def test_a_client_that_only_listens_is_not_silent_while_it_is_answered(
             await event.wait()
         await trio.sleep_forever()
 
-    quiet = MuxSettings(ping_interval=math.inf)
+    quiet = Http2Settings(ping_interval=math.inf)
     client_settings = ClientSettings(stream_timeout=math.inf)
     settings = Settings2(
         server=ServerSettings(stream_timeout=1000),

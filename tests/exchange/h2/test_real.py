@@ -17,7 +17,7 @@ import pytest
 import trio
 
 from proxy.exchange.h1.pool import PoolSettings
-from proxy.exchange.h2.settings import MuxSettings
+from proxy.exchange.h2.settings import Http2Settings
 from proxy.net.address import Address
 from tests.kit.http import origin, until
 from tests.kit.http2_hop import Settings2, hop2
@@ -130,7 +130,7 @@ async def test_a_call_that_is_quiet_for_long_survives_our_pings(grpc_server: Add
             assert list(channel.unary_stream("/t.T/quiet")(b"x", timeout=60)) == [b"x", b"x"]
 
     async with hop2(
-        grpc_server, settings=Settings2(upstream=MuxSettings(ping_interval=0.15, ping_timeout=30))
+        grpc_server, settings=Settings2(upstream=Http2Settings(ping_interval=0.15, ping_timeout=30))
     ) as proxy:
         await trio.to_thread.run_sync(run, proxy.address)
 

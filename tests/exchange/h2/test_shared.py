@@ -14,8 +14,8 @@ import pytest
 import trio
 import trio.lowlevel
 
-from proxy.exchange.h2.reset_pacing import ResetPace
-from proxy.exchange.h2.settings import MuxSettings
+from proxy.exchange.h2.reset_pacing import ResetLimits
+from proxy.exchange.h2.settings import Http2Settings
 from proxy.wire.h2.frames import END_HEADERS, END_STREAM, Code, Kind, frame
 from tests.kit.http import origin, until
 from tests.kit.http2 import literal
@@ -232,10 +232,10 @@ async def test_cancellations_reach_the_server_no_faster_than_it_bears_and_none_i
                     if isinstance(event, h2.events.StreamReset)
                 )
 
-    pace = MuxSettings(
-        resets=ResetPace(rate=10, burst=20, hold=1.0), budget=10**6, ping_interval=10**5
+    pace = Http2Settings(
+        resets=ResetLimits(rate=10, burst=20, hold=1.0), budget=10**6, ping_interval=10**5
     )
-    settings = Settings2(upstream=pace, downstream=MuxSettings(budget=10**6, ping_interval=10**5))
+    settings = Settings2(upstream=pace, downstream=Http2Settings(budget=10**6, ping_interval=10**5))
     allow = {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: 100}
     async with shared(script, up=allow, settings=settings) as (client, proxy):
         first = await client.request(GET)
@@ -263,8 +263,8 @@ async def test_streams_that_wait_for_their_reset_never_take_more_than_half_of_wh
     None
 ):
     settings = Settings2(
-        upstream=MuxSettings(resets=ResetPace(rate=1, burst=1, hold=1000)),
-        downstream=MuxSettings(budget=10**6),
+        upstream=Http2Settings(resets=ResetLimits(rate=1, burst=1, hold=1000)),
+        downstream=Http2Settings(budget=10**6),
     )
     allow = {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: 10}
     async with shared(answering2(never), up=allow, settings=settings) as (client, proxy):
