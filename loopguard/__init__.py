@@ -8,16 +8,16 @@ graph.py            loops in a configuration (a directory)
 """
 
 from loopguard.l4 import Loop, OwnListeners, loopback
-from loopguard.l7 import HopLimits, Waypoint, Who
+from loopguard.l7 import HopLimits, HopTokens, ProxyName
 from loopguard.nesting import OwnConnections, SelfCalls
 
 __all__ = [
     "HopLimits",
+    "HopTokens",
     "Loop",
     "OwnConnections",
     "OwnListeners",
+    "ProxyName",
     "SelfCalls",
-    "Waypoint",
-    "Who",
     "loopback",
 ]

@@ -23,12 +23,12 @@ import re
 from collections.abc import Sequence
 
 from loopguard.l4 import Loop
-from loopguard.l7 import UNNAMED, told
+from loopguard.l7 import UNNAMED, describe_path
 
 _NODE = re.compile(rb"_[-A-Za-z0-9._]{1,320}")
 
 
-def noted(
+def check_forwarded(
     way: Sequence[tuple[bytes, bytes]], own: tuple[bytes, bytes], name: str, max_returns: int
 ) -> Loop | None:
     """Return the verdict on a request; None: no loop.
@@ -57,7 +57,7 @@ def noted(
             stops.append(stop)
     if len(stops) == 1 or stops[-1] != name:
         stops.append(name)
-    cycle = told(stops)
+    cycle = describe_path(stops)
     often = f"{len(mine)} times" if len(mine) > 1 else "once"
     return Loop(
         "forwarded", f"Forwarded has this gateway {often} already for the same host: {cycle}", cycle

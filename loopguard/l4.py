@@ -71,7 +71,7 @@ class OwnListeners:
         """Whether a connection to `host` stays in this pod."""
         return loopback(host) or _plain(host) in self.addresses
 
-    def accepted(self, host: str, port: int, *, ours: bool = False) -> Loop | None:
+    def check_accept(self, host: str, port: int, *, ours: bool = False) -> Loop | None:
         """Return the verdict on a connection with the original destination (host, port).
 
         `ours`: the host is known to be an address of this pod, even if it is not in the list,
@@ -85,7 +85,7 @@ class OwnListeners:
             )
         return None
 
-    def dialled(self, host: str, port: int) -> Loop | None:
+    def check_dial(self, host: str, port: int) -> Loop | None:
         """Return the verdict on a connection that is about to be made to (host, port)."""
         if port in self.ports and self.own(host):
             return Loop(

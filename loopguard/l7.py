@@ -74,7 +74,7 @@ HEADER = b"isthmus-hops"
 LONGEST = 16384  # bytes; a longer field is not read
 LONGEST_NAMED = 4096  # bytes; a longer field is sent without names (servers accept 8 KiB a line)
 
-Side = Literal["outbound", "inbound", "gateway"]
+Direction = Literal["outbound", "inbound", "gateway"]
 
 _DIGEST = 6  # bytes; 8 characters in base64
 _BARE = 17  # characters of a token without a name
@@ -90,7 +90,7 @@ _TOLD = 8  # names in a description of a cycle
 
 
 @dataclass(frozen=True, slots=True)
-class Who:
+class ProxyName:
     """A proxy, by the names in its configuration."""
 
     cluster: str
@@ -115,12 +115,12 @@ class HopLimits:
     max_hops: int
 
 
-class Waypoint:
+class HopTokens:
     """One side of one proxy. `secret`: the secret of this process, 16 to 64 random bytes."""
 
     __slots__ = ("_limits", "_name", "_own", "_prefix", "_what", "name")
 
-    def __init__(self, side: Side, who: Who, secret: bytes, limits: HopLimits) -> None:
+    def __init__(self, side: Direction, who: ProxyName, secret: bytes, limits: HopLimits) -> None:
         self.name = who.name
         self._name = b":" + who.name.encode("ascii")
         self._limits = limits
@@ -136,35 +136,35 @@ class Waypoint:
         digest.update(b"%b %b %b" % (method, target, authority))
         return self._prefix + b2a_base64(digest.digest(), newline=False)
 
-    def named(self, token: bytes) -> bytes:
+    def with_name(self, token: bytes) -> bytes:
         return token + self._name
 
-    def met(self, field: bytes, token: bytes) -> Loop | None:
+    def check(self, field: bytes, token: bytes) -> Loop | None:
         """Return the verdict on a request with `field` (from `read`) and our `token`.
 
         None: no loop.
         """
-        if self._own in field and (loop := self._returned(field, token)) is not None:
+        if self._own in field and (loop := self._check_returns(field, token)) is not None:
             return loop
         if field.count(b",") + 1 < self._limits.max_hops:
             return None
-        names = self._words(field.split(b", "))
+        names = self._describe(field.split(b", "))
         words = (
             f"the request has passed {self._limits.max_hops} proxies, the limit (loops.max_hops):"
             f" {names}"
         )
         return Loop("hops", words, names)
 
-    def _returned(self, field: bytes, token: bytes) -> Loop | None:
+    def _check_returns(self, field: bytes, token: bytes) -> Loop | None:
         hops = field.split(b", ")
         mine = [index for index, hop in enumerate(hops) if hop[1:_BARE] == token[1:]]
         if len(mine) <= self._limits.max_returns:
             return None
-        names = self._words(hops[mine[-1] :])  # one cycle: from our last token to now
+        names = self._describe(hops[mine[-1] :])  # one cycle: from our last token to now
         often = f" {len(mine)} times" if len(mine) > 1 else ""
         return Loop("request", f"the same request has been here{often} already: {names}", names)
 
-    def _words(self, hops: list[bytes]) -> str:
+    def _describe(self, hops: list[bytes]) -> str:
         """Describe the path of a request from `hops` to this proxy.
 
         The two sides of a proxy, and adjacent hops without names, count as one stop.
@@ -178,22 +178,22 @@ class Waypoint:
                 stops.append(name)
         if len(stops) == 1 or stops[-1] != self.name:
             stops.append(self.name)
-        return told(stops)
+        return describe_path(stops)
 
-    def lost(self, field: bytes) -> bool:
+    def is_first_hop(self, field: bytes) -> bool:
         """Whether a request that is forwarded with `field` arrived without a token of this mesh.
 
         It is either new here, or has lost its tokens.
         """
         return field.count(self._own) <= 1
 
-    def extended(self, field: bytes, token: bytes) -> bytes:
+    def append(self, field: bytes, token: bytes) -> bytes:
         """The field with our token added. Without names if it would be too long with them."""
         longer = b"%b, %b%b" % (field, token, self._name)
-        return longer if len(longer) <= LONGEST_NAMED else nameless(longer)
+        return longer if len(longer) <= LONGEST_NAMED else strip_names(longer)
 
 
-def told(stops: list[str]) -> str:
+def describe_path(stops: list[str]) -> str:
     """Describe a path in a text of limited length."""
     if len(stops) > _TOLD:
         stops = [*stops[: _TOLD // 2], f"({len(stops) - _TOLD} more)", *stops[-_TOLD // 2 :]]
@@ -222,12 +222,12 @@ def read(lines: list[bytes]) -> tuple[bytes, Dropped]:
     return b", ".join(hops), "broken" if len(hops) < len(members) else ""
 
 
-def nameless(field: bytes) -> bytes:
+def strip_names(field: bytes) -> bytes:
     """The field without names, for peers outside the mesh."""
     return _NAMES.sub(b"", field) if b":" in field else field
 
 
-def outsiders(token: bytes) -> bytes:
+def mark_outside(token: bytes) -> bytes:
     """The inbound token for a request whose sender has no identity."""
     return b"e" + token[1:]
 

@@ -105,14 +105,14 @@ class OwnConnections:
     name: str
     _open: ConnectionTable = field(default_factory=LocalConnectionTable)
 
-    def opened(self, local: End, remote: End, depth: int) -> None:
+    def add(self, local: End, remote: End, depth: int) -> None:
         """Record that we are connecting to `remote` for a connection of depth `depth - 1`.
 
         Call it before a packet can have come back.
         """
         self._open[local, remote] = depth
 
-    def closed(self, local: End, remote: End) -> None:
+    def remove(self, local: End, remote: End) -> None:
         self._open.pop((local, remote), None)
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ class OwnConnections:
         """The depth of the connection from `peer` to `destination`. 0: it is not our own."""
         return self._open.get((peer, destination), 0)
 
-    def accepted(self, depth: int, destination: End) -> Loop | None:
+    def check_depth(self, depth: int, destination: End) -> Loop | None:
         """Return the verdict on a connection of this depth. None: no loop."""
         if depth <= self.max_nesting:
             return None
@@ -136,7 +136,8 @@ class OwnConnections:
         self._open.stop((peer, destination))
 
     def stopped(self, local: End, remote: End) -> Loop | None:
-        """Return the verdict on a connection that this proxy opened and that failed. Call it before `closed`."""
+        """Return the verdict on a connection that this proxy opened and that failed. Call it before
+        `remove`."""
         return (
             self._loop(remote, "and was refused") if self._open.stopped((local, remote)) else None
         )

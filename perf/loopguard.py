@@ -10,7 +10,7 @@ from __future__ import annotations
 import timeit
 from collections.abc import Callable
 
-from loopguard import HopLimits, Waypoint, Who
+from loopguard import HopLimits, HopTokens, ProxyName
 from loopguard.l7 import HEADER
 from proxy.exchange.exchange import ConnectionInfo, Exchange, Whole
 from proxy.exchange.loop_layer import leave_token
@@ -41,8 +41,8 @@ def microseconds(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    who, limits = Who("west", "default", "web-6d4cf56db6-abcde"), HopLimits(4, 64)
-    places = [Waypoint("outbound", who, bytes([number]) * 32, limits) for number in range(13)]
+    who, limits = ProxyName("west", "default", "web-6d4cf56db6-abcde"), HopLimits(4, 64)
+    places = [HopTokens("outbound", who, bytes([number]) * 32, limits) for number in range(13)]
     here, facts = (
         places[0],
         ConnectionInfo("outbound", Address("10.0.0.1", 1), Address("10.0.0.2", 2)),
@@ -52,7 +52,7 @@ def main() -> None:
 
     def field(count: int) -> bytes:
         return b", ".join(
-            place.named(place.token(b"GET", request.target, b"shop"))
+            place.with_name(place.token(b"GET", request.target, b"shop"))
             for place in places[1 : count + 1]
         )
 

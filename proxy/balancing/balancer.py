@@ -40,7 +40,7 @@ from proxy.directory import Target
 from proxy.net.address import Address
 
 
-def _unheard(_: Change) -> None:
+def _ignore(_: Change) -> None:
     pass
 
 
@@ -52,7 +52,7 @@ class Balancer:
     ) -> None:
         """`clock` returns seconds (trio.current_time). `chance`: a random generator, for tests that
         need repeatable draws. `zone`: the proxy's own."""
-        self._around = Surroundings(clock, chance or random.Random(), zone, _unheard)  # noqa: S311  (no secret depends on it)
+        self._around = Surroundings(clock, chance or random.Random(), zone, _ignore)  # noqa: S311  (no secret depends on it)
         self._endpoint_sets: dict[str, EndpointSet] = {}
 
     def on_change(self, tell: Callable[[Change], None]) -> None:

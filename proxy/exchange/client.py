@@ -151,7 +151,7 @@ class Client(Generic[K]):
         ) as carrier:
             if websocket.extends(exchange.request):
                 await carrier.admit()
-            exchange.carried(carrier.stream)
+            exchange.record_upstream(carrier.stream)
             attempt = _Attempt(exchange.times or self._settings, exchange, carrier, self._bridge)
             try:
                 taken = await attempt.run()

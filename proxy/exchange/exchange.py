@@ -108,7 +108,7 @@ class ConnectionInfo:
     unnamed: bool = False
     share: Share = UNCOUNTED  # buffers of the connection are charged to it
 
-    def carried(self, stream: Stream) -> None:
+    def record_upstream(self, stream: Stream) -> None:
         """Record the upstream connection of this connection."""
         self.upstream = stream.peer
         self.upstream_tls = stream.info if isinstance(stream, TLSStream) else None
@@ -132,11 +132,11 @@ class FailedAttempt:
 Judge = Callable[[ResponseHead, Headers | None], bool]
 
 
-def _unheard(_: int) -> None:
+def _ignore_status(_: int) -> None:
     pass
 
 
-def _untold(_: Exchange) -> None:
+def _ignore_attempt(_: Exchange) -> None:
     pass
 
 
@@ -193,9 +193,9 @@ class Exchange(ABC):
         self.body = body
         self.facts = facts
         self.response: ResponseHead | None = None  # the final head, once sending has begun
-        self.on_response: Callable[[int], None] = _unheard  # called with the final status
+        self.on_response: Callable[[int], None] = _ignore_status  # called with the final status
         # called before each attempt, when `upstream` is set
-        self.on_attempt: Callable[[Exchange], None] = _untold
+        self.on_attempt: Callable[[Exchange], None] = _ignore_attempt
         self.grpc_status: bytes | None = None  # from the trailers
         self.trace: Trace | None = None
         self.service: str | None = None  # the requested service, as the directory names it
@@ -229,11 +229,13 @@ class Exchange(ABC):
         self.left = False  # the client has disconnected
         self.timer = NO_TIMER
 
-    def carried(self, stream: Stream) -> None:
+    def record_upstream(self, stream: Stream) -> None:
         """Record the connection to the endpoint that now carries this exchange."""
-        self.carried_by(stream.peer, stream.info if isinstance(stream, TLSStream) else None)
+        self.record_upstream_address(
+            stream.peer, stream.info if isinstance(stream, TLSStream) else None
+        )
 
-    def carried_by(self, peer: Address, tls: TLSInfo | None) -> None:
+    def record_upstream_address(self, peer: Address, tls: TLSInfo | None) -> None:
         """Record the address and the TLS information of the connection that now carries this
         exchange."""
         facts = self.facts

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from loopguard.l7 import HEADER, Dropped, Waypoint, from_outside, nameless, outsiders, read
+from loopguard.l7 import HEADER, Dropped, HopTokens, from_outside, mark_outside, read, strip_names
 from proxy.errors import LoopDetected
 from proxy.exchange.exchange import Exchange, Handler, Layer
 from proxy.wire.messages import place
 
 
-def guard(waypoint: Waypoint, dropped: Callable[[Dropped], None]) -> Layer:
+def guard(hop_tokens: HopTokens, dropped: Callable[[Dropped], None]) -> Layer:
     """Return the layer. `dropped` is called with the reason for each token that was not
     accepted."""
 
     def layer(handler: Handler) -> Handler:
         async def handle(exchange: Exchange) -> None:
             if not exchange.guarded:
-                leave_token(exchange, waypoint, dropped)
+                leave_token(exchange, hop_tokens, dropped)
             await handler(exchange)
 
         return handle
@@ -34,34 +34,36 @@ def guard(waypoint: Waypoint, dropped: Callable[[Dropped], None]) -> Layer:
 _HOST, _HOPS = b"\nhost: ", b"\n" + HEADER + b": "
 
 
-def leave_token(exchange: Exchange, waypoint: Waypoint, dropped: Callable[[Dropped], None]) -> None:
+def leave_token(
+    exchange: Exchange, hop_tokens: HopTokens, dropped: Callable[[Dropped], None]
+) -> None:
     """Add our token to the request. Raises LoopDetected."""
     headers = exchange.request.headers
     block = headers.block
     if block is None:
-        _among_fields(exchange, waypoint, dropped)
+        _among_fields(exchange, hop_tokens, dropped)
         return
     lower = block.lower()
     came = lower.count(HEADER)
     start = place(lower, _HOPS) if came else 0
     if came > 1 or (came and not start):  # several such fields, or the name occurs within a value
-        _among_fields(exchange, waypoint, dropped)
+        _among_fields(exchange, hop_tokens, dropped)
         return
     host = place(lower, _HOST)
-    token = _token(exchange, waypoint, block[host : block.index(b"\r", host)])
+    token = _token(exchange, hop_tokens, block[host : block.index(b"\r", host)])
     if came:
         end = block.index(b"\r", start)
-        field = _extended(exchange, waypoint, token, [block[start:end]], dropped)
+        field = _extended(exchange, hop_tokens, token, [block[start:end]], dropped)
         headers.block = b"%b%b%b" % (block[:start], field, block[end:])
     else:
-        headers.append(HEADER, waypoint.named(token))
+        headers.append(HEADER, hop_tokens.with_name(token))
 
 
-def _token(exchange: Exchange, waypoint: Waypoint, authority: bytes) -> bytes:
+def _token(exchange: Exchange, hop_tokens: HopTokens, authority: bytes) -> bytes:
     """Our token for this request."""
     request = exchange.request
-    token = waypoint.token(request.method, request.target, authority)
-    return outsiders(token) if _from_outsider(exchange) else token
+    token = hop_tokens.token(request.method, request.target, authority)
+    return mark_outside(token) if _from_outsider(exchange) else token
 
 
 def _from_outsider(exchange: Exchange) -> bool:
@@ -70,7 +72,7 @@ def _from_outsider(exchange: Exchange) -> bool:
 
 def _extended(
     exchange: Exchange,
-    waypoint: Waypoint,
+    hop_tokens: HopTokens,
     token: bytes,
     came: list[bytes],
     dropped: Callable[[Dropped], None],
@@ -82,16 +84,16 @@ def _extended(
         dropped(why)
     outsider = _from_outsider(exchange)
     if outsider:
-        field = nameless(field)
-    loop = waypoint.met(field, token) if field else None
+        field = strip_names(field)
+    loop = hop_tokens.check(field, token) if field else None
     if loop is not None:
         exchange.outside = outsider or from_outside(field)
         raise LoopDetected(loop.words, loop.kind, loop.cycle)
-    return waypoint.extended(field, token) if field else waypoint.named(token)
+    return hop_tokens.append(field, token) if field else hop_tokens.with_name(token)
 
 
 def _among_fields(
-    exchange: Exchange, waypoint: Waypoint, dropped: Callable[[Dropped], None]
+    exchange: Exchange, hop_tokens: HopTokens, dropped: Callable[[Dropped], None]
 ) -> None:
     items = exchange.request.headers.items
     authority, came = b"", None
@@ -102,21 +104,21 @@ def _among_fields(
                 authority = item[1]
         elif size == 12 and item[0].lower() == HEADER:
             came = [item] if came is None else [*came, item]
-    token = _token(exchange, waypoint, authority)
+    token = _token(exchange, hop_tokens, authority)
     if came is None:
-        items.append((HEADER, waypoint.named(token)))
+        items.append((HEADER, hop_tokens.with_name(token)))
         return
-    field = _extended(exchange, waypoint, token, [value for _, value in came], dropped)
+    field = _extended(exchange, hop_tokens, token, [value for _, value in came], dropped)
     items[items.index(came[0])] = (HEADER, field)
     for item in came[1:]:
         items.remove(item)
 
 
-def unguarded(exchange: Exchange, waypoint: Waypoint) -> bool:
+def unguarded(exchange: Exchange, hop_tokens: HopTokens) -> bool:
     """Add our token on the fast path. Returns False if the ordinary path has to run the guard (a
     loop, or a dropped token). Nothing was counted then; the ordinary path will find the same."""
     try:
-        leave_token(exchange, waypoint, _more)
+        leave_token(exchange, hop_tokens, _more)
     except (LoopDetected, _More):
         return False
     exchange.guarded = True
@@ -135,4 +137,4 @@ def hide_names(exchange: Exchange) -> None:
     """Remove the proxies' names from the request, before it leaves the trust domain."""
     for index, (name, value) in enumerate(exchange.request.headers.items):
         if len(name) == 12 and name.lower() == HEADER:
-            exchange.request.headers.items[index] = (HEADER, nameless(value))
+            exchange.request.headers.items[index] = (HEADER, strip_names(value))

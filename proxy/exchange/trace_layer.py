@@ -156,11 +156,11 @@ def _accepted(exchange: Exchange, trace: Trace) -> HttpRecord:
     record.peer, record.tls, record.identity = facts.peer, facts.tls, facts.identity
     agent = _agent(exchange.request.headers)
     record.agent = agent and agent[:_AGENT]
-    heard = exchange.on_response
+    before = exchange.on_response
 
     def on_response(status: int) -> None:
         record.head_at = time_ns()
-        heard(status)
+        before(status)
 
     exchange.on_response = on_response
     return record

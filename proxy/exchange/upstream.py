@@ -333,12 +333,12 @@ class Http2Carrier(Carrier):
 
     async def admit(self) -> None:
         mux = self._mux
-        await mux.greeted.wait()
+        await mux.settings_received.wait()
         # also if the connection ended without SETTINGS: servers without HTTP/2 close it after our
         # preface
         if not mux.http.extended_connect:
             raise NoExtendedConnect
-        if not mux.room:
+        if not mux.capacity:
             raise Unanswered("the connection accepted no more streams", again=True, untouched=True)
 
     def begin(self, head: RequestHead, length: Length) -> None:
@@ -446,7 +446,7 @@ class Http2Carrier(Carrier):
         if self._stream is not None:
             self._stream.close()
         else:
-            self._mux.on_room()  # the unused capacity is free for another request
+            self._mux.on_capacity()  # the unused capacity is free for another request
 
 
 def _reason(status: int) -> bytes:

@@ -88,7 +88,7 @@ class EventLoop(trio.abc.Instrument):
         self.steps: dict[int, Callable[[int], None]] = {trios: self._on_trio}
         # The event masks of this turn by descriptor, handled or not. None: outside a turn, or when
         # the poll returned the maximum number of events and may have missed some.
-        self.heard: dict[int, int] | None = None
+        self.last_events: dict[int, int] | None = None
         # connections that have already read bytes of the next request
         self._again: list[Stepping] = []
         self._epoll = select.epoll()
@@ -166,7 +166,7 @@ class EventLoop(trio.abc.Instrument):
                     )
             return True
         finally:
-            self.heard = None
+            self.last_events = None
 
     def _wait(self, timeout: float) -> bool:
         epoll, steps = self._epoll, self.steps
@@ -176,7 +176,7 @@ class EventLoop(trio.abc.Instrument):
             again, self._again = self._again, []
             events = epoll.poll(0 if again else timeout, EVENTS)
             self.now = trio.current_time()
-            self.heard = dict(events) if len(events) < EVENTS else None
+            self.last_events = dict(events) if len(events) < EVENTS else None
             for connection in again:
                 connection.next()
             for descriptor, mask in events:

@@ -157,14 +157,14 @@ class FastPath(Host):
         return PATIENCE
 
     def begins(self, carried: Carried) -> None:
-        """An exchange of `carried` has begun."""
+        """An exchange of `record_upstream` has begun."""
         self._busy.add(carried)
         if self._doze is not None:
             self._doze.set()
 
     def rests(self, carried: Carried, *, finished: bool = True) -> None:
-        """The exchange of `carried` is no longer on the fast path. `finished`: it ended here
-        without an error."""
+        """The exchange of `record_upstream` is no longer on the fast path. `finished`: it ended
+        here without an error."""
         self._busy.discard(carried)
         self._finished += finished
 

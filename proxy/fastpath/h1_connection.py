@@ -298,7 +298,7 @@ class FastConnection:
         self._remaining = 0
         self._endpoint = endpoint = ready_socket_of(lease.upstream, self._event_loop)
         endpoint.belongs(self._on_server)
-        exchange.carried_by(endpoint.peer, endpoint.tls)
+        exchange.record_upstream_address(endpoint.peer, endpoint.tls)
         exchange.request_bytes = length
         self.moved, self.limit = now, lease.limit
         self._fast_path.begins(self)

@@ -129,10 +129,10 @@ class FastExchange:
         exchange, lease, client = self._exchange, self._lease, self._client
         if lease.on_begin is not None:
             lease.on_begin(exchange)
-        exchange.carried(lease.mux.stream)
+        exchange.record_upstream(lease.mux.stream)
         self._asked = exchange.body.length == 0
         self._endpoint = endpoint = lease.open(exchange, end=self._asked)
-        client.on_news, endpoint.on_news = self._on_client, self._on_endpoint
+        client.on_events, endpoint.on_events = self._on_client, self._on_endpoint
         # If the client has reset the stream, the ordinary path sees a cancelled exchange and cleans
         # up.
         client.on_lost = endpoint.on_lost = self.hand_over
@@ -172,7 +172,7 @@ class FastExchange:
             piece = exchange.body.receive_nowait()
             if piece is None:
                 return
-            self.moved = client.mux.heard
+            self.moved = client.mux.last_read
             if isinstance(piece, EndOfMessage):
                 self._asked = True
                 if len(piece.trailers):
@@ -211,7 +211,7 @@ class FastExchange:
     ) -> bool:
         """Send the response head. Returns True if it was the whole response."""
         endpoint.head_nowait()
-        self.moved = endpoint.mux.heard
+        self.moved = endpoint.mux.last_read
         self._lease.response = head
         self._lease.on_answer()
         strip_hop_by_hop(head.headers)
@@ -233,7 +233,7 @@ class FastExchange:
             piece = endpoint.receive_nowait()
             if piece is None:
                 return
-            self.moved = endpoint.mux.heard
+            self.moved = endpoint.mux.last_read
             if isinstance(piece, EndOfMessage):
                 if len(piece.trailers):
                     exchange.grpc_status = piece.trailers.get(b"grpc-status")
@@ -253,7 +253,7 @@ class FastExchange:
 
     def _forget_streams(self) -> None:
         client, endpoint = self._client, self._endpoint
-        client.on_news = client.on_lost = endpoint.on_news = endpoint.on_lost = None
+        client.on_events = client.on_lost = endpoint.on_events = endpoint.on_lost = None
 
     def _end(self, kind: type[BaseException] | None) -> None:
         """End the exchange. `kind`: the type of the error that ended it; None: it ended well."""

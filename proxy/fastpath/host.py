@@ -63,11 +63,11 @@ class Host(ABC):
 
     @abstractmethod
     def begins(self, carried: Carried) -> None:
-        """An exchange of `carried` has begun."""
+        """An exchange of `record_upstream` has begun."""
 
     @abstractmethod
     def rests(self, carried: Carried, *, finished: bool = True) -> None:
-        """The exchange of `carried` is no longer here. `finished`: it ended here without an
+        """The exchange of `record_upstream` is no longer here. `finished`: it ended here without an
         error."""
 
     @abstractmethod

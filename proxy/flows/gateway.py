@@ -129,7 +129,7 @@ def to_exported(rt: Runtime, pools: Pools[Endpoint]) -> Handler:
                     established, None
                 )  # for bytes, a connection is all that an endpoint can prove
             try:
-                exchange.carried(upstream)
+                exchange.record_upstream(upstream)
                 stream = await exchange.switch(established)
                 exchange.timer.unlimit()
                 await bridge(exchange, stream, upstream)
@@ -202,7 +202,7 @@ def note_way(rt: Runtime, exchange: Exchange, caller: SpiffeId) -> None:
         if len(headers.items) < came:
             rt.recorder.metrics.way_dropped("broken" if few else "oversized")
         if way:
-            rt.loops.noted(exchange, way, (by, host))
+            rt.loops.check_forwarded(exchange, way, (by, host))
     element = {"by": by, "for": forwarded.obfuscated(caller.sni), "host": host, "proto": b"https"}
     headers.add(b"Forwarded", forwarded.encode(element))
 

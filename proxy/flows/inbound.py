@@ -167,7 +167,7 @@ class InboundPlan:
         self._allows = rt.config.inbound.allows
         self._tracing = rt.spans.inbound
         self._pools = pools
-        self._waypoint = rt.loops.waypoint(DIRECTION)
+        self._hop_tokens = rt.loops.hop_tokens(DIRECTION)
 
     def take(self, exchange: Exchange, now: float) -> ConnectionLease | None:
         return self._pools.take(exchange.facts.destination, now) if self._plain(exchange) else None
@@ -179,7 +179,7 @@ class InboundPlan:
         facts = exchange.facts
         if not self._allows(facts.destination.port, facts.identity):
             return False
-        if not untraced(exchange, self._tracing) or not unguarded(exchange, self._waypoint):
+        if not untraced(exchange, self._tracing) or not unguarded(exchange, self._hop_tokens):
             return False
         exchange.caller = caller(self._rt, exchange)
         exchange.upstream = facts.destination

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from secrets import token_bytes
 
-from loopguard import HopLimits, Loop, OwnConnections, OwnListeners, SelfCalls, Waypoint, Who
-from loopguard.forwarded_loops import noted
-from loopguard.l7 import HEADER, Side, from_outside
+from loopguard import HopLimits, HopTokens, Loop, OwnConnections, OwnListeners, ProxyName, SelfCalls
+from loopguard.forwarded_loops import check_forwarded
+from loopguard.l7 import HEADER, Direction, from_outside
 from loopguard.nesting import ConnectionTable, LocalConnectionTable
 from proxy.config.load import Config
 from proxy.errors import LoopDetected
@@ -38,7 +38,7 @@ class LoopGuard:
         metrics: Metrics,
         worker: WorkerInfo | None = None,
     ) -> None:
-        who, limits = Who(config.cluster, config.pod.namespace, config.pod.name), config.loops
+        who, limits = ProxyName(config.cluster, config.pod.namespace, config.pod.name), config.loops
         self.listeners = listeners
         table: ConnectionTable = (
             worker.connection_table if worker is not None else LocalConnectionTable()
@@ -47,40 +47,40 @@ class LoopGuard:
         self._self_calls = SelfCalls(limits.max_self_calls, who.name)
         self._who = who
         self._hops = limits.max_hops
-        self._returns: dict[Side, int] = {
+        self._returns: dict[Direction, int] = {
             "outbound": limits.max_returns,
             "inbound": limits.max_returns,
             "gateway": 0,
         }
         self._secret = worker.secret if worker is not None else token_bytes(32)
-        self._outbound = self.waypoint("outbound")
-        self._gateway = self.waypoint("gateway")
+        self._outbound = self.hop_tokens("outbound")
+        self._gateway = self.hop_tokens("gateway")
         self._notes = limits.max_returns
         self._metrics = metrics
 
-    def layer(self, side: Side) -> Layer:
+    def layer(self, side: Direction) -> Layer:
         """The layer that guards the exchanges of a flow."""
-        return guard(self.waypoint(side), self._metrics.hops_dropped)
+        return guard(self.hop_tokens(side), self._metrics.hops_dropped)
 
-    def waypoint(self, side: Side) -> Waypoint:
-        """The waypoint with which the tokens of a flow name this proxy."""
-        return Waypoint(side, self._who, self._secret, HopLimits(self._returns[side], self._hops))
+    def hop_tokens(self, side: Direction) -> HopTokens:
+        """The object that creates and checks the tokens of a flow."""
+        return HopTokens(side, self._who, self._secret, HopLimits(self._returns[side], self._hops))
 
     def fields(self, method: bytes, target: bytes) -> list[Field]:
         """The token field of a request that the outbound side creates itself, for a peer of the
         trust domain."""
-        return [(HEADER, self._outbound.named(self._outbound.token(method, target, target)))]
+        return [(HEADER, self._outbound.with_name(self._outbound.token(method, target, target)))]
 
-    def noted(
+    def check_forwarded(
         self, exchange: Exchange, way: Sequence[tuple[bytes, bytes]], own: tuple[bytes, bytes]
     ) -> None:
         """Check the path that a gateway reads from Forwarded: (by, host) of each element. The
         request already has its token. Raises LoopDetected if the request has passed this gateway
         too often, and no older token of the gateway is present to give the exact count."""
         field = exchange.request.headers.get(HEADER) or b""
-        if not self._gateway.lost(field):
+        if not self._gateway.is_first_hop(field):
             return
-        loop = noted(way, own, self._who.name, self._notes)
+        loop = check_forwarded(way, own, self._who.name, self._notes)
         if loop is not None:
             exchange.outside = from_outside(field)
         _judge(loop)
@@ -102,7 +102,7 @@ class LoopGuard:
         is nested deeper than `loops.max_nesting`."""
         destination = about.destination
         ours = destination == connection.local or about.direction == "inbound"
-        _judge(self.listeners.accepted(destination.host, destination.port, ours=ours))
+        _judge(self.listeners.check_accept(destination.host, destination.port, ours=ours))
         self._nested(about)
 
     def begun(self, about: ConnectionInfo) -> None:
@@ -114,7 +114,7 @@ class LoopGuard:
 
     def _nested(self, about: ConnectionInfo) -> None:
         about.depth = self.connections.depth(about.peer, about.destination)
-        loop = self.connections.accepted(about.depth, about.destination)
+        loop = self.connections.check_depth(about.depth, about.destination)
         if loop is not None:
             self.stop(about)
             _judge(loop)
@@ -132,7 +132,7 @@ class LoopGuard:
 
     def dialled(self, address: Address) -> None:
         """Raises LoopDetected if the proxy would connect to itself."""
-        _judge(self.listeners.dialled(address.host, address.port))
+        _judge(self.listeners.check_dial(address.host, address.port))
 
     @contextmanager
     def self_call(self, port: int) -> Iterator[SelfCall]:

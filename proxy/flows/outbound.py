@@ -173,7 +173,7 @@ class OutboundPlan:
         self.account = rt.recorder.exchange
         self._rt = rt
         self._pools = pools
-        self._waypoint = rt.loops.waypoint(DIRECTION)
+        self._hop_tokens = rt.loops.hop_tokens(DIRECTION)
 
     def take(self, exchange: Exchange, now: float) -> ConnectionLease | None:
         return self._leased(exchange, Hint.HTTP2, lambda endpoint: self._pools.take(endpoint, now))
@@ -209,7 +209,7 @@ class OutboundPlan:
         if (
             endpoint is None
             or (endpoint.identity is None and not rt.clear_text_allowed(endpoint.address))
-            or not unguarded(exchange, self._waypoint)
+            or not unguarded(exchange, self._hop_tokens)
         ):
             return None
         lease = lend(endpoint)

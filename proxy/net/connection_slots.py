@@ -136,7 +136,7 @@ class Slot:
         )
 
 
-def _unheard(_: str, __: str) -> None:
+def _ignore(_: str, __: str) -> None:
     pass
 
 
@@ -148,8 +148,8 @@ class Slots:
         self._clock = clock
         self.leaving = 0  # evicted connections that are still closing
         # Called with the reason and the client's address. They are synchronous and must not raise.
-        self.on_evict: Callable[[Eviction, str], None] = _unheard
-        self.on_refuse: Callable[[Refusal, str], None] = _unheard
+        self.on_evict: Callable[[Eviction, str], None] = _ignore
+        self.on_refuse: Callable[[Refusal, str], None] = _ignore
         self._of: dict[Kind, OrderedDict[Slot, None]] = {
             "silent": OrderedDict(), "handshake": OrderedDict(), "plain": OrderedDict(), "member": OrderedDict(),
         }  # fmt: skip

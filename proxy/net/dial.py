@@ -70,12 +70,12 @@ def _allow(_: Address) -> None:
     pass
 
 
-class Watch(Protocol):
+class OpenConnections(Protocol):
     """Observes our own connections: when the first packet is sent, and when they close."""
 
-    def opened(self, local: Address, remote: Address, depth: int) -> None: ...
+    def add(self, local: Address, remote: Address, depth: int) -> None: ...
 
-    def closed(self, local: Address, remote: Address) -> None: ...
+    def remove(self, local: Address, remote: Address) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Dialer:
     timeout: float = 10.0
     liveness: Liveness = field(default_factory=Liveness)
     refuse: Callable[[Address], None] = _allow
-    watch: Watch | None = None
+    watch: OpenConnections | None = None
 
     async def dial(self, address: Address, depth: int = 1) -> SocketStream:
         """Connect to `address`. The caller owns the stream.
@@ -160,8 +160,8 @@ class Dialer:
         """
         if self.watch is None:
             return None
-        self.watch.opened(local, address, depth)
-        return partial(self.watch.closed, local, address)
+        self.watch.add(local, address, depth)
+        return partial(self.watch.remove, local, address)
 
     async def _finish(self, sock: socket.socket, address: Address) -> None:
         with trio.move_on_after(self.timeout) as scope:

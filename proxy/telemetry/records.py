@@ -244,7 +244,7 @@ class ConnectionAccount:
     def upstream(self, stream: Stream) -> StreamAccount:
         """The record of the connection to a server that this one is relayed to; use it with
         `with`."""
-        self._facts.carried(stream)
+        self._facts.record_upstream(stream)
         return self._recorder.upstream(self._facts.direction, stream)
 
     def relayed(self, ended: Relayed) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopguard import HopLimits, Waypoint, Who
+from loopguard import HopLimits, HopTokens, ProxyName
 from loopguard.l7 import LONGEST
 from proxy.errors import LoopDetected
 from proxy.exchange.exchange import ConnectionInfo, Exchange, Handler
@@ -23,7 +23,7 @@ from tests.kit.exchanges import unanswered
 from tests.kit.hop import Settings, hop, through
 from tests.kit.http import GET, Message, answering, origin
 
-WHO = Who("west", "default", "web-1")
+WHO = ProxyName("west", "default", "web-1")
 PEER = Address("127.0.0.1", 1)
 HEADER = b"isthmus-hops"
 
@@ -33,8 +33,8 @@ class Guarded(Settings):
 
     def __init__(self, max_returns: int = 0, max_hops: int = 64) -> None:
         self.why: list[str] = []
-        waypoint = Waypoint("outbound", WHO, bytes(32), HopLimits(max_returns, max_hops))
-        super().__init__(layers=(guard(waypoint, self.why.append),))
+        hop_tokens = HopTokens("outbound", WHO, bytes(32), HopLimits(max_returns, max_hops))
+        super().__init__(layers=(guard(hop_tokens, self.why.append),))
 
 
 def hops(message: Message) -> list[bytes]:
@@ -111,7 +111,9 @@ async def test_two_proxies_that_point_at_each_other_are_both_named() -> None:
     other = Settings(
         layers=(
             guard(
-                Waypoint("outbound", Who("east", "default", "shop-1"), b"x" * 32, HopLimits(0, 64)),
+                HopTokens(
+                    "outbound", ProxyName("east", "default", "shop-1"), b"x" * 32, HopLimits(0, 64)
+                ),
                 lambda _: None,
             ),
         )
@@ -143,7 +145,7 @@ def went_on(exchange: Exchange) -> bytes:
     return value
 
 
-INBOUND = Waypoint("inbound", WHO, bytes(32), HopLimits(0, 8))
+INBOUND = HopTokens("inbound", WHO, bytes(32), HopLimits(0, 8))
 NAMED = b"o" + b"A" * 16 + b":east/secret"
 
 

@@ -334,7 +334,7 @@ async def test_a_traced_exchange_is_gone_when_it_is_over_without_the_collector(s
     here, records = Address("127.0.0.1", 1), list[Record]()
 
     async def answer(exchange: Exchange) -> None:
-        exchange.carried_by(here, None)
+        exchange.record_upstream_address(here, None)
         await exchange.respond(ResponseHead(200), Whole())
 
     lines = b"Host: a\r\ntraceparent: 00-%b-%b-01\r\n" % (TRACE.encode(), CALLER.encode())

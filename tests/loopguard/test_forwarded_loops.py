@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopguard import Loop
-from loopguard.forwarded_loops import noted
+from loopguard.forwarded_loops import check_forwarded
 
 OWN = (b"_east.gateway.isthmus.sa.cluster.local", b"pong.default.svc.cluster.local")
 BACK = (b"_west.gateway.isthmus.sa.cluster.local", b"ping.default.svc.cluster.local")
@@ -24,7 +24,7 @@ NAME = "east/gateway"
 @pytest.mark.parametrize("returns", [0, 1, 4])
 def test_it_may_stand_there_as_often_as_configured_and_no_more(returns: int) -> None:
     way: list[tuple[bytes, bytes]] = []
-    while not isinstance(loop := noted(way, OWN, NAME, returns), Loop):
+    while not isinstance(loop := check_forwarded(way, OWN, NAME, returns), Loop):
         way += [OWN, BACK]
     assert len(way) == 2 * (returns + 1)
     assert loop.kind == "forwarded"
@@ -33,7 +33,7 @@ def test_it_may_stand_there_as_often_as_configured_and_no_more(returns: int) -> 
 
 
 def test_case_is_nothing() -> None:
-    assert noted([(OWN[0].upper(), OWN[1].title())], OWN, NAME, 0) is not None
+    assert check_forwarded([(OWN[0].upper(), OWN[1].title())], OWN, NAME, 0) is not None
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def test_case_is_nothing() -> None:
 def test_what_is_not_the_same_place_for_the_same_host_does_not_count(
     other: tuple[bytes, bytes],
 ) -> None:
-    assert noted([other] * 100, OWN, NAME, 0) is None
+    assert check_forwarded([other] * 100, OWN, NAME, 0) is None
 
 
 @pytest.mark.parametrize("by", [b"192.0.2.1", b'_a" b', b"\xff", b"", b"_", b"_" + b"a" * 400])
 def test_what_is_no_harmless_name_is_not_read_aloud(by: bytes) -> None:
-    loop = noted([OWN, (by, b"x")], OWN, NAME, 0)
+    loop = check_forwarded([OWN, (by, b"x")], OWN, NAME, 0)
     assert loop is not None
     assert loop.cycle == "east/gateway -> ? -> east/gateway"
 
@@ -70,7 +70,7 @@ hops = st.sampled_from([OWN, BACK, (OWN[0], BACK[1]), (BACK[0], OWN[1])]) | st.t
 def test_exactly_the_number_of_own_hops_for_the_host_decides(
     way: list[tuple[bytes, bytes]], returns: int
 ) -> None:
-    loop = noted(way, OWN, NAME, returns)
+    loop = check_forwarded(way, OWN, NAME, returns)
     assert (loop is not None) == (way.count(OWN) > returns)
     if loop is not None:
         assert re.fullmatch(r"[-A-Za-z0-9._/?> ()]+", loop.cycle)

@@ -16,8 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopguard import HopLimits, Loop, Waypoint, Who
-from loopguard.l7 import LONGEST, LONGEST_NAMED, Side, from_outside, nameless, outsiders, read
+from loopguard import HopLimits, HopTokens, Loop, ProxyName
+from loopguard.l7 import (
+    LONGEST,
+    LONGEST_NAMED,
+    Direction,
+    from_outside,
+    mark_outside,
+    read,
+    strip_names,
+)
 
 SECRET = bytes(range(32))
 LIMITS = HopLimits(max_returns=2, max_hops=16)
@@ -28,28 +36,31 @@ GRAMMAR = re.compile(
 )
 
 
-def waypoint(
-    pod: str = "web-1", side: Side = "outbound", limits: HopLimits = LIMITS, secret: bytes = SECRET
-) -> Waypoint:
-    return Waypoint(side, Who("west", "default", pod), secret, limits)
+def hop_tokens(
+    pod: str = "web-1",
+    side: Direction = "outbound",
+    limits: HopLimits = LIMITS,
+    secret: bytes = SECRET,
+) -> HopTokens:
+    return HopTokens(side, ProxyName("west", "default", pod), secret, limits)
 
 
-def carried(
-    place: Waypoint, field: bytes, request: tuple[bytes, bytes, bytes] = REQUEST
+def pass_through(
+    place: HopTokens, field: bytes, request: tuple[bytes, bytes, bytes] = REQUEST
 ) -> bytes | Loop:
     """What a proxy does with a request that came with `field`."""
     token = place.token(*request)
     if not field:
-        return place.named(token)
-    return place.met(field, token) or place.extended(field, token)
+        return place.with_name(token)
+    return place.check(field, token) or place.append(field, token)
 
 
-def round_and_round(*places: Waypoint, first: bytes = b"") -> tuple[int, Loop]:
+def round_and_round(*places: HopTokens, first: bytes = b"") -> tuple[int, Loop]:
     """(how many proxies have passed the request on, the verdict that ended it)"""
     field, passed = first, 0
     while True:
         for place in places:
-            found = carried(place, field)
+            found = pass_through(place, field)
             if isinstance(found, Loop):
                 return passed, found
             field, passed = found, passed + 1
@@ -60,7 +71,7 @@ def round_and_round(*places: Waypoint, first: bytes = b"") -> tuple[int, Loop]:
 
 @pytest.mark.parametrize("returns", [0, 1, 2, 5])
 def test_the_same_request_may_come_back_as_often_as_configured_and_no_more(returns: int) -> None:
-    passed, loop = round_and_round(waypoint(limits=HopLimits(returns, 64)))
+    passed, loop = round_and_round(hop_tokens(limits=HopLimits(returns, 64)))
     assert passed == returns + 1
     assert loop.kind == "request"
     assert loop.cycle == "west/web-1 -> west/web-1"
@@ -68,26 +79,31 @@ def test_the_same_request_may_come_back_as_often_as_configured_and_no_more(retur
 
 
 def test_the_cycle_is_once_round_in_the_order_of_the_way() -> None:
-    sides = [waypoint(pod, side) for pod in ("web-1", "shop-7") for side in ("inbound", "outbound")]  # type: ignore[arg-type]
+    sides = [
+        hop_tokens(pod, side) for pod in ("web-1", "shop-7") for side in ("inbound", "outbound")
+    ]  # type: ignore[arg-type]
     _, loop = round_and_round(*sides)
     assert loop.cycle == "west/web-1 -> west/shop-7 -> west/web-1"
 
 
 def test_a_gateway_refuses_at_the_first_return_and_names_the_clusters() -> None:
     gateways = HopLimits(0, 64)
-    west = Waypoint("gateway", Who("west", "isthmus", "gateway"), SECRET, gateways)
-    east = Waypoint(
-        "gateway", Who("east", "isthmus", "gateway"), b"another secret of 32 bytes or so", gateways
+    west = HopTokens("gateway", ProxyName("west", "isthmus", "gateway"), SECRET, gateways)
+    east = HopTokens(
+        "gateway",
+        ProxyName("east", "isthmus", "gateway"),
+        b"another secret of 32 bytes or so",
+        gateways,
     )
-    passed, loop = round_and_round(waypoint(), east, west)
+    passed, loop = round_and_round(hop_tokens(), east, west)
     assert passed == 4
     assert loop.cycle == "east/gateway -> west/gateway -> west/web-1 -> east/gateway"
 
 
 def test_what_comes_before_the_cycle_is_not_a_part_of_it() -> None:
-    before = carried(waypoint("client"), b"")
+    before = pass_through(hop_tokens("client"), b"")
     assert isinstance(before, bytes)
-    _, loop = round_and_round(waypoint("web-1"), waypoint("shop-7"), first=before)
+    _, loop = round_and_round(hop_tokens("web-1"), hop_tokens("shop-7"), first=before)
     assert "client" not in loop.cycle
 
 
@@ -101,37 +117,37 @@ def test_what_comes_before_the_cycle_is_not_a_part_of_it() -> None:
     ids=["method", "target", "authority"],
 )
 def test_another_request_is_no_return(other: tuple[bytes, bytes, bytes]) -> None:
-    place, field = waypoint(limits=HopLimits(0, 64)), b""
+    place, field = hop_tokens(limits=HopLimits(0, 64)), b""
     for request in (REQUEST, other):
-        found = carried(place, field, request)
+        found = pass_through(place, field, request)
         assert isinstance(found, bytes)
         field = found
 
 
 def test_parts_of_a_request_do_not_run_into_each_other() -> None:
-    place = waypoint()
+    place = hop_tokens()
     assert place.token(b"GET", b"/a", b"b") != place.token(b"GET", b"/", b"ab")
     assert place.token(b"GE", b"T/a", b"b") != place.token(b"GET", b"/a", b"b")
 
 
 def test_the_two_sides_of_a_proxy_are_two_places() -> None:
     inside = HopLimits(0, 64)
-    field = carried(waypoint(side="inbound", limits=inside), b"")
+    field = pass_through(hop_tokens(side="inbound", limits=inside), b"")
     assert isinstance(field, bytes)
-    assert isinstance(carried(waypoint(side="outbound", limits=inside), field), bytes)
+    assert isinstance(pass_through(hop_tokens(side="outbound", limits=inside), field), bytes)
 
 
 def test_a_token_from_outside_is_recognised_when_the_request_comes_back_from_inside() -> None:
-    place = waypoint(side="inbound", limits=HopLimits(0, 64))
-    field = outsiders(place.token(*REQUEST))
-    assert isinstance(carried(place, field), Loop)
+    place = hop_tokens(side="inbound", limits=HopLimits(0, 64))
+    field = mark_outside(place.token(*REQUEST))
+    assert isinstance(pass_through(place, field), Loop)
 
 
 @pytest.mark.parametrize("hops", [4, 16, 255])
 def test_a_request_that_changes_on_each_round_ends_at_the_hop_limit(hops: int) -> None:
-    place, field, passed = waypoint(limits=HopLimits(0, hops)), b"", 0
+    place, field, passed = hop_tokens(limits=HopLimits(0, hops)), b"", 0
     while True:
-        found = carried(place, field, (b"GET", b"/" + b"x" * passed, b"shop"))
+        found = pass_through(place, field, (b"GET", b"/" + b"x" * passed, b"shop"))
         if isinstance(found, Loop):
             break
         field, passed = found, passed + 1
@@ -143,7 +159,7 @@ def test_a_request_that_changes_on_each_round_ends_at_the_hop_limit(hops: int) -
 def test_long_ways_are_told_shortly() -> None:
     field, found = b"", None
     for number in range(40):
-        found = carried(waypoint(f"pod-{number}", limits=HopLimits(0, 32)), field)
+        found = pass_through(hop_tokens(f"pod-{number}", limits=HopLimits(0, 32)), field)
         if isinstance(found, Loop):
             break
         field = found
@@ -156,13 +172,13 @@ def test_long_ways_are_told_shortly() -> None:
 
 
 def test_without_names_the_cycle_is_still_recognised_and_ourselves_are_named() -> None:
-    field, round_ = b"", (waypoint("web-1", limits=HopLimits(0, 64)), waypoint("shop-7"))
+    field, round_ = b"", (hop_tokens("web-1", limits=HopLimits(0, 64)), hop_tokens("shop-7"))
     for place in round_:
-        found = carried(place, field)
+        found = pass_through(place, field)
         assert isinstance(found, bytes)
-        field = nameless(found)
+        field = strip_names(found)
     assert b":" not in field
-    found = carried(round_[0], field)
+    found = pass_through(round_[0], field)
     assert isinstance(found, Loop)
     assert found.cycle == "west/web-1 -> ? -> west/web-1"
 
@@ -170,7 +186,9 @@ def test_without_names_the_cycle_is_still_recognised_and_ourselves_are_named() -
 def test_a_field_that_grows_too_long_loses_its_names_and_not_its_tokens() -> None:
     field = b""
     for number in range(60):
-        found = carried(waypoint(f"pod-{number}-" + "n" * 80, limits=HopLimits(0, 64)), field)
+        found = pass_through(
+            hop_tokens(f"pod-{number}-" + "n" * 80, limits=HopLimits(0, 64)), field
+        )
         assert isinstance(found, bytes)
         assert len(found) <= LONGEST_NAMED
         field = found
@@ -181,15 +199,15 @@ def test_a_field_that_grows_too_long_loses_its_names_and_not_its_tokens() -> Non
 def test_whatever_a_pod_is_called_its_token_is_of_the_grammar(
     cluster: str, namespace: str, pod: str
 ) -> None:
-    place = Waypoint("inbound", Who(cluster, namespace, pod), SECRET, LIMITS)
-    assert GRAMMAR.fullmatch(place.named(place.token(*REQUEST)))
+    place = HopTokens("inbound", ProxyName(cluster, namespace, pod), SECRET, LIMITS)
+    assert GRAMMAR.fullmatch(place.with_name(place.token(*REQUEST)))
 
 
 def test_who_was_outside_is_remembered() -> None:
-    place = waypoint(side="inbound")
-    assert not from_outside(place.named(place.token(*REQUEST)))
-    assert from_outside(outsiders(place.token(*REQUEST)))
-    assert from_outside(place.extended(outsiders(place.token(*REQUEST)), place.token(*REQUEST)))
+    place = hop_tokens(side="inbound")
+    assert not from_outside(place.with_name(place.token(*REQUEST)))
+    assert from_outside(mark_outside(place.token(*REQUEST)))
+    assert from_outside(place.append(mark_outside(place.token(*REQUEST)), place.token(*REQUEST)))
 
 
 # Trust...
@@ -197,18 +215,18 @@ def test_who_was_outside_is_remembered() -> None:
 
 @pytest.mark.parametrize("field", [b"", b"o" + b"A" * 16])
 def test_no_token_is_a_return_without_the_secret(field: bytes) -> None:
-    place = waypoint(limits=HopLimits(0, 64))
-    stranger = waypoint(limits=HopLimits(0, 64), secret=b"x" * 32)
+    place = hop_tokens(limits=HopLimits(0, 64))
+    stranger = hop_tokens(limits=HopLimits(0, 64), secret=b"x" * 32)
     forged = stranger.token(*REQUEST)
     assert forged[1:9] != place.token(*REQUEST)[1:9]
     assert forged[9:] != place.token(*REQUEST)[9:]
-    assert isinstance(carried(place, b", ".join(filter(None, [field, forged]))), bytes)
+    assert isinstance(pass_through(place, b", ".join(filter(None, [field, forged]))), bytes)
 
 
 def test_a_token_of_ours_for_another_request_is_of_no_use_to_anybody() -> None:
-    place = waypoint(limits=HopLimits(0, 64))
+    place = hop_tokens(limits=HopLimits(0, 64))
     stolen = place.token(b"GET", b"/", b"shop")
-    assert isinstance(carried(place, stolen, (b"GET", b"/login", b"shop")), bytes)
+    assert isinstance(pass_through(place, stolen, (b"GET", b"/login", b"shop")), bytes)
 
 
 @pytest.mark.parametrize(
@@ -246,13 +264,13 @@ MEMBERS = st.lists(
 def test_anything_may_stand_in_the_field(members: list[bytes], separator: bytes) -> None:
     field, _ = read([separator.join(members)])
     assert all(GRAMMAR.fullmatch(hop) for hop in field.split(b", ")) if field else True
-    place = waypoint()
-    found = carried(place, field)
+    place = hop_tokens()
+    found = pass_through(place, field)
     if isinstance(found, bytes):
         assert read([found]) == (found, ""), "what goes on is of the grammar"
     else:
         assert found.words.isascii()
-    assert b":" not in nameless(field)
+    assert b":" not in strip_names(field)
 
 
 # Ways through a mesh...
@@ -295,18 +313,18 @@ def sent(
 ) -> tuple[int, Loop | None]:
     """Send a request into a topology whose applications copy the field: (proxies that it has
     passed, the verdict against it)."""
-    sides: dict[tuple[int, Side], Waypoint] = {}
+    sides: dict[tuple[int, Direction], HopTokens] = {}
     for node in range(len(topology.routes)):
-        who = Who("west", "default", f"pod-{node}")
+        who = ProxyName("west", "default", f"pod-{node}")
         for side in ("inbound", "outbound", "gateway"):
             limits = HopLimits(0 if side == "gateway" else max_returns, max_hops)
-            sides[node, side] = Waypoint(
+            sides[node, side] = HopTokens(
                 side, who, b"secret of node %d, or so......" % node, limits
             )  # type: ignore[index,arg-type]
     field, path, node, passed = b"", b"/", start, 0
     while True:
         route = topology.routes[node]
-        ways: tuple[Side, ...] = (
+        ways: tuple[Direction, ...] = (
             ("gateway",)
             if node in topology.gateways
             else ("inbound", "outbound")
@@ -314,7 +332,7 @@ def sent(
             else ("inbound",)
         )
         for side in ways:
-            found = carried(sides[node, side], field, (b"GET", path, b"svc"))
+            found = pass_through(sides[node, side], field, (b"GET", path, b"svc"))
             if isinstance(found, Loop):
                 return passed, found
             field, passed = found, passed + 1

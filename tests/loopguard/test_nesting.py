@@ -19,9 +19,9 @@ def test_our_own_connection_may_come_back_as_often_as_configured(most: int) -> N
     while True:
         rounds += 1
         port = 40000 + rounds
-        own.opened(("10.1.0.5", port), THERE, depth + 1)
+        own.add(("10.1.0.5", port), THERE, depth + 1)
         depth = own.depth(("10.1.0.5", port), THERE)
-        if (loop := own.accepted(depth, "10.1.0.9:8080")) is not None:
+        if (loop := own.check_depth(depth, "10.1.0.9:8080")) is not None:
             break
     assert rounds == most + 1
     assert loop.kind == "own_connection"
@@ -31,17 +31,17 @@ def test_our_own_connection_may_come_back_as_often_as_configured(most: int) -> N
 
 def test_an_application_may_have_the_same_local_port_towards_another_place() -> None:
     own = OwnConnections(0, "west/web-1")
-    own.opened(HERE, THERE, 1)
+    own.add(HERE, THERE, 1)
     assert own.depth(HERE, ("10.1.0.7", 8080)) == 0
     assert own.depth(HERE, THERE) == 1
-    assert own.accepted(0, "anywhere") is None
+    assert own.check_depth(0, "anywhere") is None
 
 
 def test_what_is_closed_is_forgotten() -> None:
     own = OwnConnections(0, "west/web-1")
-    own.opened(HERE, THERE, 1)
-    own.closed(HERE, THERE)
-    own.closed(HERE, THERE)
+    own.add(HERE, THERE, 1)
+    own.remove(HERE, THERE)
+    own.remove(HERE, THERE)
     assert own.depth(HERE, THERE) == 0
     assert len(own) == 0
 
@@ -49,14 +49,14 @@ def test_what_is_closed_is_forgotten() -> None:
 def test_what_was_stopped_is_known_until_it_is_closed() -> None:
     own = OwnConnections(0, "west/web-1")
     own.stop(HERE, THERE)
-    own.opened(HERE, THERE, 1)
+    own.add(HERE, THERE, 1)
     assert own.stopped(HERE, THERE) is None, "there was no such connection to stop"
     own.stop(HERE, THERE)
     loop = own.stopped(HERE, THERE)
     assert loop is not None
     assert loop.kind == "own_connection"
-    own.closed(HERE, THERE)
-    own.opened(HERE, THERE, 1)
+    own.remove(HERE, THERE)
+    own.add(HERE, THERE, 1)
     assert own.stopped(HERE, THERE) is None
 
 

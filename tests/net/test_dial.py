@@ -197,11 +197,11 @@ class Seen:
         self.open: dict[tuple[Address, Address], int] = {}
         self.all: list[tuple[Address, Address, int]] = []
 
-    def opened(self, local: Address, remote: Address, depth: int) -> None:
+    def add(self, local: Address, remote: Address, depth: int) -> None:
         self.open[local, remote] = depth
         self.all.append((local, remote, depth))
 
-    def closed(self, local: Address, remote: Address) -> None:
+    def remove(self, local: Address, remote: Address) -> None:
         del self.open[local, remote]  # a KeyError if it is said twice
 
 

@@ -139,10 +139,10 @@ def test_own_connections_are_nested_whichever_worker_they_come_back_to() -> None
     depth = 0
     for port in range(1, 4):
         opener, met = workers[port % 2], workers[(port + 1) % 2]
-        opener.opened(Address("10.1.0.5", port), THERE, depth + 1)
+        opener.add(Address("10.1.0.5", port), THERE, depth + 1)
         depth = met.depth(Address("10.1.0.5", port), THERE)
         assert depth == port
-        assert (met.accepted(depth, "there") is None) == (port < 3)
+        assert (met.check_depth(depth, "there") is None) == (port < 3)
 
 
 def test_a_connection_that_comes_back_before_its_worker_has_entered_it_is_recognised_at_its_first_bytes() -> (
@@ -158,7 +158,7 @@ def test_a_connection_that_comes_back_before_its_worker_has_entered_it_is_recogn
     about = ConnectionInfo("outbound", HERE, THERE)
     guard.begun(about)
     assert about.depth == 0, "an application's"
-    opener.opened(HERE, THERE, 1)
+    opener.add(HERE, THERE, 1)
     with pytest.raises(LoopDetected, match="has come back to it 1 times"):
         guard.begun(about)
     assert opener.stopped(HERE, THERE) is not None
@@ -166,8 +166,8 @@ def test_a_connection_that_comes_back_before_its_worker_has_entered_it_is_recogn
 
 def test_that_a_connection_was_stopped_is_told_to_the_worker_that_opened_it() -> None:
     one, other = (OwnConnections(0, "west/web-1", table) for table in two_tables())
-    one.opened(HERE, THERE, 1)
-    other.opened(HERE, ELSEWHERE, 1)
+    one.add(HERE, THERE, 1)
+    other.add(HERE, ELSEWHERE, 1)
     other.stop(HERE, THERE)
     other.stop(THERE, HERE)  # no connection of this proxy
     loop = one.stopped(HERE, THERE)
@@ -175,9 +175,9 @@ def test_that_a_connection_was_stopped_is_told_to_the_worker_that_opened_it() ->
     assert (loop.kind, loop.cycle) == ("own_connection", "west/web-1 -> west/web-1")
     assert other.depth(HERE, THERE) == 1, "the mark is no part of the depth"
     assert other.stopped(HERE, ELSEWHERE) is None
-    one.closed(HERE, THERE)
+    one.remove(HERE, THERE)
     assert other.depth(HERE, THERE) == 0
-    one.opened(HERE, THERE, 1)
+    one.add(HERE, THERE, 1)
     assert one.stopped(HERE, THERE) is None, "the mark was of the connection before"
 
 

@@ -20,7 +20,7 @@ from functools import partial
 
 import trio
 
-from proxy.exchange.h2.goaway import say_goodbye
+from proxy.exchange.h2.goaway import close_after_goaway
 from proxy.exchange.h2.read_pacing import ReadPacer
 from proxy.exchange.h2.reset_pacing import ResetQueue
 from proxy.exchange.h2.send_scheduler import SendScheduler
@@ -52,7 +52,7 @@ from proxy.wire.messages import ProtocolError, RequestHead
 # Bytes per read. A TLS record has up to 16 KiB; larger reads would let one connection delay the
 # others.
 _READ = 16384
-_PING, _GOODBYE = b"isthmus\0", b"goodbye\0"
+_PING, _GOAWAY_PING = b"isthmus\0", b"goodbye\0"
 # Seconds between PINGs to an application's server that sends nothing. gRPC servers close a
 # connection that sends more than a few PINGs within this time while they send no data themselves
 # (gRFC A8, GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS). That would break the quiet
@@ -60,7 +60,7 @@ _PING, _GOODBYE = b"isthmus\0", b"goodbye\0"
 _SELDOM = 300.0
 
 
-def _nobody() -> None:
+def _ignore() -> None:
     pass
 
 
@@ -81,30 +81,30 @@ class MultiplexedConnection:
         self.http = Http2Connection(
             role, settings.limits, settings.mesh_budget if verified else settings.budget
         )
-        self._intake = ReadPacer(self.http, share, settings)
-        self._line = self._intake.line
+        self._read_pacer = ReadPacer(self.http, share, settings)
+        self._line = self._read_pacer.line
         self.settings = settings
         self.opened = self.idle_since = trio.current_time()
         self.broken: str | None = None
         # a protocol error of the peer, which ended the connection or ends it after its last stream
         self.fault: ProtocolError | None = None
-        self._farewell: str | None = None  # the error code of the peer's GOAWAY
+        self._goaway_code: str | None = None  # the error code of the peer's GOAWAY
         self.going_away = False  # no new streams; either side has announced the end
         # server: accepts until then the streams that the client opened before it got the GOAWAY
-        self._last_call: float | None = None
+        self._goaway_deadline: float | None = None
         # set when the peer's SETTINGS have arrived, or the connection is broken
-        self.greeted = trio.Event()
+        self.settings_received = trio.Event()
         self.reserved = 0  # streams that are reserved for requests that have not opened them yet
         self._streams: dict[int, Http2Stream] = {}
         self.writer = Writer(stream, self.http, settings.write_timeout, share)
         self._held = 0  # received bytes of the connection window that were not consumed
         self.scheduler = SendScheduler(self.http)
         self._opened: list[Http2Stream] = []  # opened by the peer in this read
-        # streams with events for `on_news` from this read; may contain duplicates
-        self.news: list[Http2Stream] = []
+        # streams with events for `on_events` from this read; may contain duplicates
+        self.with_events: list[Http2Stream] = []
         # called when the number of possible streams may have changed
-        self.on_room: Callable[[], object] = _nobody
-        self.heard = self.opened  # trio's time of the last read
+        self.on_capacity: Callable[[], object] = _ignore
+        self.last_read = self.opened  # trio's time of the last read
         self._pinged: float | None = None
         # the earliest next PING to an application's server, which may object; another proxy does
         # not
@@ -118,7 +118,7 @@ class MultiplexedConnection:
             self.http,
             settings.resets,
             OF_AGE * 1.5 if verified else settings.resets.hold,
-            self._have_reset,
+            self._on_resets_sent,
         )
 
     async def run(self, on_request: Callable[[Http2Stream], None] | None = None) -> None:
@@ -145,7 +145,7 @@ class MultiplexedConnection:
             self._nursery = None
             self._end("the connection was closed")
             await self._line.emptied()
-            await say_goodbye(self.stream, self.http, lingers=not self.client)
+            await close_after_goaway(self.stream, self.http, lingers=not self.client)
         finally:
             self._nursery = None
             self._resets.stop()
@@ -160,18 +160,18 @@ class MultiplexedConnection:
 
     async def _read(self, on_request: Callable[[Http2Stream], None] | None) -> str:
         """Read until the connection ends. Returns the reason."""
-        intake = self._intake
+        pacer = self._read_pacer
         try:
             while data := await self.stream.receive_some(_READ):
                 self._take(data, on_request)
-                if intake.full:
-                    await intake.ready(partial(self._take, b"", on_request))
+                if pacer.full:
+                    await pacer.ready(partial(self._take, b"", on_request))
         except ProtocolError as error:
             self.fault = error
             if self.client:  # responses that were complete before the error are valid
                 for event in self.http.before_fault:
                     self._dispatch(event)
-                self._tell(on_request)
+                self._notify(on_request)
             return str(error)
         except (NetError, trio.ClosedResourceError) as error:
             return str(error)
@@ -180,24 +180,24 @@ class MultiplexedConnection:
     def _take(self, data: bytes, on_request: Callable[[Http2Stream], None] | None) -> None:
         """Process the data of one read."""
         if not self.client:
-            self._intake.prepare()
-        self.heard = trio.current_time()
-        for event in self.http.receive_data(data, self.heard):
+            self._read_pacer.prepare()
+        self.last_read = trio.current_time()
+        for event in self.http.receive_data(data, self.last_read):
             self._dispatch(event)
-        self._intake.note()
-        self._tell(on_request)
+        self._read_pacer.note()
+        self._notify(on_request)
         self.touch()
 
-    def _tell(self, on_request: Callable[[Http2Stream], None] | None) -> None:
+    def _notify(self, on_request: Callable[[Http2Stream], None] | None) -> None:
         """All data of one read is stored: call the callbacks of streams without a waiting task."""
         if self._opened:
             opened, self._opened = self._opened, []
             if on_request is not None:
-                self._intake.begin(opened, on_request)
-        news, self.news = self.news, []
-        for stream in news:
-            if stream.on_news is not None:
-                stream.on_news()
+                self._read_pacer.begin(opened, on_request)
+        with_events, self.with_events = self.with_events, []
+        for stream in with_events:
+            if stream.on_events is not None:
+                stream.on_events()
 
     def _dispatch(self, event: Event) -> None:
         match event:
@@ -205,48 +205,48 @@ class MultiplexedConnection:
                 stream = self._streams[event.stream] = Http2Stream(self, event.stream)
                 stream.request = head
                 self.settings.streams.opens(self.share)
-                stream.file(event)
+                stream.on_event(event)
                 self._opened.append(stream)
             case HeadReceived() | DataReceived() | TrailersReceived() | StreamBroken():
-                self._file(event)
+                self._on_stream_event(event)
             case WindowOpened(stream=0):
                 # this event comes with SETTINGS, which is always the peer's first frame
-                self.greeted.set()
+                self.settings_received.set()
                 self.scheduler.next()
-                self.on_room()
+                self.on_capacity()
             case WindowOpened():
                 if (known := self._streams.get(event.stream)) is not None:
                     self.scheduler.leave(known)
                     known.wake()
             case GoingAway():
-                self._peer_goes(event)
+                self._on_goaway(event)
             case Exhausted():
                 self.going_away = True
                 self.fault = ProtocolError(event.words)
-                self.on_room()
+                self.on_capacity()
             case PingAnswered():
                 self._pinged = None
-                if event.payload == _GOODBYE:
-                    self._close_door()
+                if event.payload == _GOAWAY_PING:
+                    self._send_final_goaway()
 
-    def _file(self, event: StreamEvent) -> None:
-        self._ping_next = self.heard
+    def _on_stream_event(self, event: StreamEvent) -> None:
+        self._ping_next = self.last_read
         if (known := self._streams.get(event.stream)) is not None:
             if isinstance(event, DataReceived):
                 self._held += event.credit
-            known.file(event)
+            known.on_event(event)
         elif isinstance(event, DataReceived):
             self.http.consumed(0, event.credit)
         elif isinstance(event, StreamBroken) and not event.by_peer and not self.client:
             known = Http2Stream(self, event.stream)
-            known.file(event)
+            known.on_event(event)
             self._opened.append(known)
         if known is None and self._resets.waiting:
-            self.on_room()  # an abandoned stream may have ended
+            self.on_capacity()  # an abandoned stream may have ended
 
-    def _peer_goes(self, event: GoingAway) -> None:
+    def _on_goaway(self, event: GoingAway) -> None:
         self.going_away = True
-        self._farewell = code_name(event.code)
+        self._goaway_code = code_name(event.code)
         for number, stream in list(self._streams.items()):
             # For a server, `last` in a client's GOAWAY concerns pushed streams, and we push none.
             if self.client and number > event.last:
@@ -257,12 +257,12 @@ class MultiplexedConnection:
                         refused=True,
                     )
                 )
-        self.on_room()
+        self.on_capacity()
         self.touch()
 
     async def _write(self) -> None:
         failure = await self.writer.run(
-            lambda: self.going_away and not self._streams and self._last_call is None
+            lambda: self.going_away and not self._streams and self._goaway_deadline is None
         )
         if failure is not None:
             self._end(failure)
@@ -273,13 +273,13 @@ class MultiplexedConnection:
         for too long."""
         while True:
             now = trio.current_time()
-            if self._pinged is not None and self.heard >= self._pinged:
+            if self._pinged is not None and self.last_read >= self._pinged:
                 self._pinged = None
             if self._pinged is not None and now >= self._pinged + self.settings.ping_timeout:
                 self._end(f"the peer did not answer a PING within {self.settings.ping_timeout} s")
                 return
-            if self._last_call is not None and now >= self._last_call:
-                self._close_door()
+            if self._goaway_deadline is not None and now >= self._goaway_deadline:
+                self._send_final_goaway()
             elif not self._streams and now >= self.idle_since + self.settings.idle_timeout:
                 self.retire()
             elif self._streams and self._pinged is None and now >= self._next_ping:
@@ -291,23 +291,23 @@ class MultiplexedConnection:
 
     @property
     def _next_ping(self) -> float:
-        return max(self.heard + self.settings.ping_interval, self._ping_next)
+        return max(self.last_read + self.settings.ping_interval, self._ping_next)
 
     def _next_look(self, now: float) -> float:
         if self._pinged is not None:
             return self._pinged + self.settings.ping_timeout
-        if self._last_call is not None:
-            return self._last_call
+        if self._goaway_deadline is not None:
+            return self._goaway_deadline
         if self._streams:
             return min(self._next_ping, now + self.settings.ping_interval)
         # Without a stream: one may be opened at any time.
         soon = now + self.settings.ping_interval / 4
         return soon if self.going_away else min(soon, self.idle_since + self.settings.idle_timeout)
 
-    def _close_door(self) -> None:
+    def _send_final_goaway(self) -> None:
         """The client has received our first GOAWAY, or did not confirm it in time: send the final
         one."""
-        self._last_call = None
+        self._goaway_deadline = None
         self.http.go_away()
         self.touch()
 
@@ -317,16 +317,16 @@ class MultiplexedConnection:
             self.broken = words
             self.going_away = True
             kind = StreamLost
-            if self.client and self._farewell is not None:
+            if self.client and self._goaway_code is not None:
                 kind, words = (
                     ConnectionLeft,
-                    f"the server was going away (GOAWAY, {self._farewell}): {words}",
+                    f"the server was going away (GOAWAY, {self._goaway_code}): {words}",
                 )
             for stream in list(self._streams.values()):
                 self._pacer.take(self._line, partial(stream.lose, kind(words, Code.CANCEL)))
-            self.greeted.set()
+            self.settings_received.set()
             self.writer.stop()
-            self.on_room()
+            self.on_capacity()
         self._scope.cancel()
 
     # For the exchanges...
@@ -342,15 +342,15 @@ class MultiplexedConnection:
         self.touch()
 
     def consumed(self, number: int, credit: int) -> None:
-        clogged = self.clogged
+        congested = self.congested
         self._held -= credit
         self.http.consumed(number, credit)
         self.touch()
-        if clogged and not self.clogged:
-            self.on_room()
+        if congested and not self.congested:
+            self.on_capacity()
 
     @property
-    def clogged(self) -> bool:
+    def congested(self) -> bool:
         """Whether slow consumers hold so much of the connection window that another stream might
         not get its share."""
         limits = self.settings.limits
@@ -366,18 +366,20 @@ class MultiplexedConnection:
         return self.usable and not self._streams and not self.reserved
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         """The number of exchanges that it can accept now. One, until the server has sent its
         limit."""
-        if not self.usable or self.clogged:
+        if not self.usable or self.congested:
             return 0
         free = (
-            self.http.room if self.greeted.is_set() else min(self.http.room, 1 - len(self._streams))
+            self.http.capacity
+            if self.settings_received.is_set()
+            else min(self.http.capacity, 1 - len(self._streams))
         )
         return max(0, free - self.reserved)
 
     def open(self, head: RequestHead, *, end: bool) -> Http2Stream:
-        """Open a stream with this head. Only while there is `room`, with no await in between.
+        """Open a stream with this head. Only while there is `capacity`, with no await in between.
         Raises HeadTooLarge."""
         return self._open(self.http.send_request(head, end=end))
 
@@ -404,15 +406,15 @@ class MultiplexedConnection:
             self._nursery.start_soon(self._resets.run)
         stream.give_back()
         self.idle_since = trio.current_time()
-        self.on_room()
+        self.on_capacity()
         self.touch()
 
     def retire_now(self) -> None:
         """End the connection after its last stream, and refuse streams that the client opens from
         now on. Unlike `retire`, there is no grace time for streams that are on their way."""
         self.going_away = True
-        self._close_door()
-        self.on_room()
+        self._send_final_goaway()
+        self.on_capacity()
 
     def exhaust(self) -> None:
         """End the connection, because its client has held too much memory for too long."""
@@ -420,8 +422,8 @@ class MultiplexedConnection:
         self.http.close(Code.ENHANCE_YOUR_CALM, words)
         self._end(words)
 
-    def _have_reset(self) -> None:
-        self.on_room()
+    def _on_resets_sent(self) -> None:
+        self.on_capacity()
         self.touch()
 
     @property
@@ -441,8 +443,8 @@ class MultiplexedConnection:
             if self.client:
                 self.http.go_away()
             else:
-                self._last_call = trio.current_time() + self.settings.last_call
+                self._goaway_deadline = trio.current_time() + self.settings.last_call
                 self.http.announce_end()
-                self.http.ping(_GOODBYE)
-            self.on_room()
+                self.http.ping(_GOAWAY_PING)
+            self.on_capacity()
             self.touch()

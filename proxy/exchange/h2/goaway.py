@@ -11,7 +11,7 @@ from proxy.wire.h2.connection import Http2Connection
 from proxy.wire.h2.frames import Code
 
 
-async def say_goodbye(stream: Stream, http: Http2Connection, *, lingers: bool) -> None:
+async def close_after_goaway(stream: Stream, http: Http2Connection, *, lingers: bool) -> None:
     """Send the last frames (GOAWAY), if possible within a second, and close `stream`. `lingers`:
     meanwhile, read what the peer still sends. Closing with unread bytes would destroy responses
     that are on their way to the peer."""

@@ -64,9 +64,9 @@ class _Slot:
     served: float = -inf  # trio's time when a waiting request last got a stream
     waiting: OrderedDict[_Turn, None] = field(default_factory=OrderedDict)
 
-    def with_room(self) -> MultiplexedConnection | None:
+    def with_capacity(self) -> MultiplexedConnection | None:
         for mux in self.muxes:
-            if mux.room > 0:
+            if mux.capacity > 0:
                 return mux
         return None
 
@@ -88,7 +88,7 @@ class _Slot:
         return (
             not self.opening
             and len(usable) < _CONNECTIONS
-            and all(mux.greeted.is_set() for mux in usable)
+            and all(mux.settings_received.is_set() for mux in usable)
         )
 
 
@@ -127,7 +127,7 @@ class Http2Pool(Generic[K]):
         """Return a connection with capacity for a stream, if there is one without waiting. The
         stream must be opened with no await in between."""
         slot = self._slots.get(key)
-        return None if slot is None or slot.waiting else slot.with_room()
+        return None if slot is None or slot.waiting else slot.with_capacity()
 
     async def acquire(self, key: K, limit: float = inf) -> MultiplexedConnection:
         """Return a connection with capacity for a stream. The caller must open the stream with no
@@ -140,7 +140,7 @@ class Http2Pool(Generic[K]):
             slot = self._slots.get(key)
             if slot is None:
                 slot = self._slots[key] = _Slot()
-            mux = None if slot.waiting else slot.with_room()
+            mux = None if slot.waiting else slot.with_capacity()
             if mux is None and not slot.waiting and slot.may_open:
                 slot.opening = True
                 mux = await self._open(key, slot)
@@ -183,7 +183,7 @@ class Http2Pool(Generic[K]):
         """Give the free capacity to the waiting requests, in order. Remove a slot without
         connections."""
         while slot.waiting:
-            mux = slot.with_room()
+            mux = slot.with_capacity()
             if mux is None and not slot.may_open:
                 return
             turn, _ = slot.waiting.popitem(last=False)
@@ -221,7 +221,7 @@ class Http2Pool(Generic[K]):
 
     def _start(self, key: K, slot: _Slot, stream: Stream) -> MultiplexedConnection:
         mux = MultiplexedConnection(stream, Role.CLIENT, self._mux)
-        mux.on_room = lambda: self._share(key, slot)
+        mux.on_capacity = lambda: self._share(key, slot)
         try:
             if self._nursery is None:
                 raise RuntimeError("Http2Pool.serve is not running")

@@ -187,7 +187,7 @@ class Http2Exchange(Exchange):
         self.stream.close(Code.INTERNAL_ERROR if code is None else code)
 
 
-def _nobody(_: Http2Exchange) -> None:
+def _ignore(_: Http2Exchange) -> None:
     raise RuntimeError("this connection is not served")
 
 
@@ -213,7 +213,7 @@ class Http2Server:
         self.drain = drain
         self.mux = MultiplexedConnection(stream, Role.SERVER, mux, facts.share)
         # starts an exchange on the ordinary path, while `run` runs
-        self.serve: Callable[[Http2Exchange], None] = _nobody
+        self.serve: Callable[[Http2Exchange], None] = _ignore
         self.fork: Http2FastPath | None = None  # the fast path, if there is one
 
     @property
@@ -238,7 +238,7 @@ class Http2Server:
             group = error
         finally:
             self.drain.on_begin.discard(self.mux.retire)
-            self.serve = _nobody  # breaks a reference cycle
+            self.serve = _ignore  # breaks a reference cycle
         if group is not None:
             # Cancelled in every task: raise a single Cancelled, not a group.
             await trio.lowlevel.checkpoint_if_cancelled()

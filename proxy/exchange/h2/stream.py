@@ -84,9 +84,9 @@ class StreamOwner(Protocol):
     stream: Stream
     share: Share
     writer: Writer
-    news: list[Http2Stream]
+    with_events: list[Http2Stream]
     broken: str | None
-    heard: float
+    last_read: float
 
     @property
     def scheduler(self) -> SendOrder: ...
@@ -108,7 +108,18 @@ class Http2Stream:
     """One stream: received data that was not consumed yet, and its end."""
 
     __slots__ = (
-        "_chunks", "_end", "_heads", "_lost", "_news", "_window", "mux", "number", "on_lost", "on_news", "request", "sent",
+        "_chunks",
+        "_end",
+        "_heads",
+        "_lost",
+        "_receivers",
+        "_senders",
+        "mux",
+        "number",
+        "on_events",
+        "on_lost",
+        "request",
+        "sent",
         "share",
     )  # fmt: skip
 
@@ -120,17 +131,17 @@ class Http2Stream:
         self.request: RequestHead | None = None
         self.on_lost: Callable[[], None] | None = None  # called when the stream is lost
         # called when the data of one read is stored; used instead of waiting
-        self.on_news: Callable[[], None] | None = None
+        self.on_events: Callable[[], None] | None = None
         self._heads: deque[ResponseHead] = deque()
         self._chunks: deque[tuple[bytes, int]] = deque()
         self._end: EndOfMessage | None = None
         self._lost: StreamLost | None = None
-        self._news: ParkingLot | None = None  # receivers wait here; created for the first one
-        self._window: ParkingLot | None = None  # senders wait here
+        self._receivers: ParkingLot | None = None  # receivers wait here; created for the first one
+        self._senders: ParkingLot | None = None  # senders wait here
 
     # Called by the reader...
 
-    def file(self, event: StreamEvent) -> None:
+    def on_event(self, event: StreamEvent) -> None:
         match event:
             case DataReceived():
                 if event.data:
@@ -169,10 +180,10 @@ class Http2Stream:
                         reset=event.by_peer,
                     )
                 )
-        if self.on_news is not None:
-            self.mux.news.append(self)
-        elif self._news is not None:
-            self._news.unpark_all()
+        if self.on_events is not None:
+            self.mux.with_events.append(self)
+        elif self._receivers is not None:
+            self._receivers.unpark_all()
 
     def _append(self, data: bytes, credit: int) -> None:
         if self._chunks and len(self._chunks[-1][0]) + len(data) <= _PIECE:
@@ -187,25 +198,25 @@ class Http2Stream:
             self._lost = error
             if self.on_lost is not None:
                 self.on_lost()
-        if self._news is not None:
-            self._news.unpark_all()
+        if self._receivers is not None:
+            self._receivers.unpark_all()
         self.wake()
 
     def wake(self) -> None:
         """The windows have opened."""
-        if self._window is not None:
-            self._window.unpark_all()
+        if self._senders is not None:
+            self._senders.unpark_all()
 
     async def window_opens(self) -> None:
-        if self._window is None:
-            self._window = ParkingLot()
-        await self._window.park()
+        if self._senders is None:
+            self._senders = ParkingLot()
+        await self._senders.park()
 
     async def _more(self) -> None:
         """Wait until something was received, or the stream is lost."""
-        if self._news is None:
-            self._news = ParkingLot()
-        await self._news.park()
+        if self._receivers is None:
+            self._receivers = ParkingLot()
+        await self._receivers.park()
 
     # Called by the exchange...
 

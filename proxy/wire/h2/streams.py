@@ -291,7 +291,7 @@ class Streams(FrameBudget):
         return bool(self._out)
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         """The number of streams that we may open now.
 
         It is 0 after the peer's GOAWAY, and when all stream numbers are used.
@@ -312,14 +312,14 @@ class Streams(FrameBudget):
     def send_request(self, head: RequestHead, *, end: bool) -> int:
         """Open a stream and return its number. Raises HeadTooLarge.
 
-        Call it only if `room` is above 0.
+        Call it only if `capacity` is above 0.
         """
         return self.send_request_fields(head.method, request_pairs(head), end=end)
 
     def send_request_fields(self, method: bytes, pairs: list[Pair], *, end: bool) -> int:
         """Open a stream for a head that is already a header list, and return its number.
 
-        Raises HeadTooLarge. Call it only if `room` is above 0.
+        Raises HeadTooLarge. Call it only if `capacity` is above 0.
         """
         block = self._encoder.encode(pairs, self._peer_head)
         number = self._next_ours

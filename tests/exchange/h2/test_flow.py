@@ -115,7 +115,7 @@ async def test_a_client_that_reads_nothing_at_all_stops_the_server() -> None:
         assert sent <= 2_000_000  # a few windows and the kernel's buffers
         # Of the connection to the server slow consumers hold the window, so it has no room for
         # others.
-        await until(lambda: proxy.muxes()[0].clogged)
+        await until(lambda: proxy.muxes()[0].congested)
         # Another client is served meanwhile.
         other = await proxy.connect2()
         with trio.fail_after(30):

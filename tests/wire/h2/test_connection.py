@@ -122,8 +122,8 @@ class Engine(Side):
     def take_out(self) -> bytes:
         return self.http.data_to_send()
 
-    def room(self) -> int:
-        return self.http.room
+    def capacity(self) -> int:
+        return self.http.capacity
 
     def request(self, pairs: list[Pair], *, end: bool) -> int:
         return self.http.send_request(request_head(pairs), end=end)
@@ -239,7 +239,7 @@ class Library(Side):
     def take_out(self) -> bytes:
         return self.h2.data_to_send()
 
-    def room(self) -> int:
+    def capacity(self) -> int:
         return self.h2.remote_settings.max_concurrent_streams - self.h2.open_outbound_streams
 
     def request(self, pairs: list[Pair], *, end: bool) -> int:
@@ -351,7 +351,7 @@ class Conversation:
         side = source.choice([self.client, self.server])
         choice = source.randrange(12)
         if choice < 2:
-            if self.client.room() > 0:
+            if self.client.capacity() > 0:
                 self.ask()
         elif choice < 7:
             if side.open:
@@ -505,7 +505,7 @@ def test_goaway_is_understood_by_the_other(
         conversation.library.h2.close_connection(2)
         conversation.carry(conversation.library)
         assert conversation.engine.gone == [2]
-        assert conversation.engine.room() == 0
+        assert conversation.engine.capacity() == 0
 
 
 def test_h2_would_have_said_so() -> None:

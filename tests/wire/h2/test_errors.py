@@ -264,7 +264,7 @@ def test_behind_the_end_nothing_is_said_or_heard() -> None:
         ours.hear(headers(3))
     assert engine.data_to_send() == b""
     assert len(ours.said) == said
-    assert engine.room == 0
+    assert engine.capacity == 0
 
 
 def test_what_was_read_before_a_fault_is_not_lost() -> None:
@@ -497,7 +497,7 @@ def test_behind_our_goaway_new_streams_are_refused_and_old_ones_go_on() -> None:
 def test_behind_the_peers_goaway_open_streams_go_on_and_there_is_no_room_for_new_ones() -> None:
     ours = Ours(Role.CLIENT)
     first, second = ours.request(), ours.request()
-    assert ours.engine.room == 98
+    assert ours.engine.capacity == 98
     events = ours.hear(
         goaway(2**31 - 1, 0) + goaway(first, 0), headers(first, OK), goaway(2**31 - 1, 0)
     )
@@ -507,33 +507,33 @@ def test_behind_the_peers_goaway_open_streams_go_on_and_there_is_no_room_for_new
         GoingAway(first, 0),
     ]
     assert any(isinstance(event, HeadReceived) for event in events)
-    assert ours.engine.room == 0
+    assert ours.engine.capacity == 0
     ours.engine.reset(second, Code.CANCEL)
     assert ours.engine.open_streams == 0
 
 
-@pytest.mark.parametrize(("allowed", "room"), [(0, 0), (5, 4), (1, 0), (2**32 - 1, 2**32 - 2)])
-def test_the_peer_says_how_many_streams_it_takes(allowed: int, room: int) -> None:
+@pytest.mark.parametrize(("allowed", "capacity"), [(0, 0), (5, 4), (1, 0), (2**32 - 1, 2**32 - 2)])
+def test_the_peer_says_how_many_streams_it_takes(allowed: int, capacity: int) -> None:
     ours = Ours(Role.CLIENT)
     number = ours.request(end=False)
     ours.hear(settings((Setting.MAX_CONCURRENT_STREAMS, allowed)))
-    assert ours.engine.room == room
+    assert ours.engine.capacity == capacity
     ours.engine.send_trailers(number, Headers([(b"x", b"1")]))
     with pytest.raises(StreamGone):
         ours.engine.send_data(number, b"", end=True)
     ours.hear(headers(number, OK))
-    assert ours.engine.room == allowed
+    assert ours.engine.capacity == allowed
 
 
 def test_numbers_are_used_up_one_day() -> None:
     ours = Ours(Role.CLIENT)
     ours.engine._next_ours = 2**31 - 1
-    assert ours.engine.room == 100
+    assert ours.engine.capacity == 100
     assert (
         ours.engine.send_request(RequestHead(b"GET", b"/", Headers([(b"host", b"a")])), end=True)
         == 2**31 - 1
     )
-    assert ours.engine.room == 0
+    assert ours.engine.capacity == 0
 
 
 def test_trailers_are_told_as_the_end() -> None:
