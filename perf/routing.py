@@ -30,10 +30,10 @@ class Fixed:
 
 
 class Uncounted:
-    def sent_away(self, cluster: str, why: str) -> None:
+    def count_remote_attempt(self, cluster: str, why: str) -> None:
         pass
 
-    def failed_over(self, service: str, away: bool) -> None:
+    def set_failover(self, service: str, away: bool) -> None:
         pass
 
 

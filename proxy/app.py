@@ -45,7 +45,7 @@ from proxy.config.load import Config
 from proxy.config.schema import GatewayConfig, InboundConfig, OutboundConfig
 from proxy.directory import Directory, DirectoryError, Endpoint
 from proxy.directory.watcher import IdentityLoss
-from proxy.dns.service import Names, pod_resolvers
+from proxy.dns.service import DnsService, pod_resolvers
 from proxy.exchange.server_settings import Drain
 from proxy.fastpath.event_loop import EventLoopClock
 from proxy.fastpath.fast_path import FastPath
@@ -107,7 +107,7 @@ def start(config: Config, worker: WorkerInfo | None = None, beside: Beside | Non
     metrics = Metrics()
     close_logs = configure(
         config.log,
-        on_drop=metrics.logs_dropped,
+        on_drop=metrics.count_dropped_logs,
         worker=worker.number if worker is not None else None,
     )
     spans = OFF
@@ -160,7 +160,7 @@ class App:
         dialer = Dialer(
             config.mark, config.tcp.connect_timeout, self.liveness, loops.dialled, loops.connections
         )
-        self.names = Names(config, resolvers, dialer, metrics) if resolvers is not None else None
+        self.names = None if resolvers is None else DnsService(config, resolvers, dialer, metrics)
         self.runtime = Runtime(
             config=config,
             settings=settings,
@@ -217,7 +217,7 @@ class App:
         """
         config = self.config
         if config.gateway.enabled:
-            self.metrics.measure("gateway")
+            self.metrics.add_direction("gateway")
             return self._acceptor(
                 "gateway", gateway(self.runtime, self.outbound_pools), config.gateway, reserved
             )
@@ -313,7 +313,7 @@ class App:
             await self.source.watch(self.config.directory.poll_interval, self._directory_changed)
 
     def _directory_changed(self, error: DirectoryError | None) -> None:
-        self.metrics.directory_reloaded(
+        self.metrics.count_directory_reload(
             "ok" if error is None else "refused" if isinstance(error, IdentityLoss) else "error"
         )
         if error is None:
@@ -375,18 +375,18 @@ class App:
         used = [pool.counts() for pool in (self.outbound_pools, self.inbound_pools)]
         self.metrics.pool("active").set(sum(active for active, _ in used))
         self.metrics.pool("idle").set(sum(idle for _, idle in used))
-        self.metrics.endpoints.broken(
+        self.metrics.endpoints.set_open_breakers(
             (service, str(address), state)
             for service, address, state in self.runtime.balancer.broken()
         )
         self.memory.observe()
         if self.runtime.fast_path is not None:
-            self.metrics.on_fast_path(*self.runtime.fast_path.counts())
+            self.metrics.set_fast_path_exchanges(*self.runtime.fast_path.counts())
         if self.names is not None:
             self.names.observe()
         if self.source is not None:
             self.metrics.former_identities.at().set(len(self.source.former))
-        self.metrics.spans_waiting(self.spans.waiting())
+        self.metrics.set_waiting_spans(self.spans.waiting())
         self.metrics.self_calls_waiting.at().set(self.runtime.loops.waiting)
 
     def render(self) -> bytes:

@@ -61,7 +61,7 @@ from proxy.process.listeners import has_family
 from proxy.telemetry.log import configure
 from proxy.telemetry.metrics import Metrics
 from proxy.workers.connection_table import make, wipe
-from proxy.workers.merged_metrics import Totals, reading
+from proxy.workers.merged_metrics import MergedMetrics, reading
 from proxy.workers.protocol import (
     QUESTION,
     ProcessGone,
@@ -92,7 +92,7 @@ _HOPELESS = frozenset({64, 69})
 def supervise(config: Config) -> int:
     """Run the workers until a signal stops them; returns the exit code. Raises StartError."""
     metrics = Metrics()
-    close_logs = configure(config.log, on_drop=metrics.logs_dropped, worker=0)
+    close_logs = configure(config.log, on_drop=metrics.count_dropped_logs, worker=0)
     try:
         with claimed(config):
             return trio.run(Supervisor(config, metrics).run)
@@ -221,7 +221,7 @@ class Supervisor:
         self.config = config
         self.workers = [Worker(number) for number in range(1, config.workers + 1)]
         self._metrics = metrics
-        self._totals = Totals()
+        self._totals = MergedMetrics()
         self._share = share(config)
         self._secret = token_bytes(32)
         self._memory = make(config.workers)  # open as long as this process

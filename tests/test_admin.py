@@ -254,10 +254,10 @@ async def test_metrics_are_compressed_for_who_can_read_that(tmp_path: Path) -> N
 async def test_one_text_is_given_to_all_within_its_age(tmp_path: Path) -> None:
     async with running(tmp_path, metrics_max_age="1m") as (app, port):
         before = (await elsewhere(ask, port, "/metrics"))[1]
-        app.metrics.error("inbound", "test")
+        app.metrics.count_error("inbound", "test")
         assert (await elsewhere(ask, port, "/metrics"))[1] == before
     async with running(tmp_path, metrics_max_age=0) as (app, port):
-        app.metrics.error("inbound", "test")
+        app.metrics.count_error("inbound", "test")
         assert b'reason="test"' in (await elsewhere(ask, port, "/metrics"))[1]
 
 

@@ -29,7 +29,7 @@ from proxy.directory.clusters import GATEWAY_PORT
 from proxy.errors import Answer
 from proxy.intercept.nftables import InterceptSettings
 from proxy.telemetry import metrics
-from proxy.telemetry.counters import Spread, Tally
+from proxy.telemetry.counters import DataPathCounter, DataPathHistogram
 from proxy.telemetry.request_metrics import HttpCollector
 from tests.kit.documents import ROOT, table
 
@@ -69,7 +69,7 @@ def families() -> Iterator[tuple[str, str, tuple[str, ...]]]:
         if isinstance(family, MetricWrapperBase):
             suffix = "_total" if family._type == "counter" else ""
             yield f"{family._name}{suffix}", family._type, tuple(family._labelnames)
-        elif isinstance(family, Tally | Spread):
+        elif isinstance(family, DataPathCounter | DataPathHistogram):
             for described in family.describe():
                 suffix = "_total" if described.type == "counter" else ""
                 yield f"{described.name}{suffix}", described.type, described._labelnames

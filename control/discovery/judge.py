@@ -38,7 +38,7 @@ from control.kube.resources import Key
 _NO_PORTS: frozenset[int] = frozenset()
 
 
-class World(Protocol):
+class ClusterView(Protocol):
     """All that is known of the cluster. `holder` gives the pod that has an address in its own
     network namespace, so never a pod on the host network.
     """
@@ -52,7 +52,7 @@ class World(Protocol):
     def zone(self, node: str) -> str: ...
 
 
-class Who(NamedTuple):
+class ExpectedPeer(NamedTuple):
     """The identity that is expected at an address, except on `skip_ports`. None: clear text, any
     peer.
     """
@@ -68,8 +68,8 @@ class Refusal(NamedTuple):
 
 
 def judge(
-    endpoint: EndpointFact, namespace: str, service: ServiceFact, world: World
-) -> Who | Refusal:
+    endpoint: EndpointFact, namespace: str, service: ServiceFact, world: ClusterView
+) -> ExpectedPeer | Refusal:
     """Return which identity is expected at an endpoint of a service of `namespace`."""
     address = endpoint.address
     if world.is_cluster_address(address):
@@ -88,12 +88,12 @@ def judge(
         return Refusal(f"{address} is the address of a node, whose pods have no identity there")
     if world.external(address) != service.identity:
         return Refusal(f"{address} has another identity in another service")
-    return Who(service.identity, _NO_PORTS)
+    return ExpectedPeer(service.identity, _NO_PORTS)
 
 
 def _named(
-    endpoint: EndpointFact, namespace: str, holder: tuple[Key, PodFact] | None, world: World
-) -> Who | Refusal:
+    endpoint: EndpointFact, namespace: str, holder: tuple[Key, PodFact] | None, world: ClusterView
+) -> ExpectedPeer | Refusal:
     """Judge an endpoint that names a pod."""
     address = endpoint.address
     space, name, uid = endpoint.target or ("", "", "")
@@ -110,13 +110,13 @@ def _named(
     return _of(pod, space, world)
 
 
-def _of(pod: PodFact, namespace: str, world: World) -> Who | Refusal:
+def _of(pod: PodFact, namespace: str, world: ClusterView) -> ExpectedPeer | Refusal:
     if not pod.meshed:
-        return Who(None, _NO_PORTS)
+        return ExpectedPeer(None, _NO_PORTS)
     identity = world.identity(namespace, pod.account)
     if identity is None:
         return Refusal(
             f"a pod of the service account {pod.account} cannot have an identity: its name is too"
             " long"
         )
-    return Who(identity, pod.skip_ports)
+    return ExpectedPeer(identity, pod.skip_ports)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from control.discovery.entries import EndpointEntry, PortEntry, ServiceEntry
 from control.discovery.facts import EndpointFact, ServiceFact, SliceFact
-from control.discovery.judge import Refusal, Who, World, judge
+from control.discovery.judge import ClusterView, ExpectedPeer, Refusal, judge
 from control.kube.resources import Key
 
 # The most problems that are reported of one service. More would not help a reader.
@@ -24,14 +24,14 @@ def resolve(
     service: ServiceFact,
     addresses: tuple[str, ...],
     slices: Iterable[SliceFact],
-    world: World,
+    world: ClusterView,
 ) -> tuple[ServiceEntry, tuple[str, ...]]:
     """Return the entry of a service and its problems, as texts for people.
 
     `addresses`: the cluster addresses of the service that belong to no other service.
     """
     problems = list(service.problems)
-    newest: dict[str, tuple[EndpointFact, Who]] = {}
+    newest: dict[str, tuple[EndpointFact, ExpectedPeer]] = {}
     ports: dict[str, dict[int, int]] = {}
     for part in sorted(slices, key=lambda part: part.order):
         problems += part.problems
@@ -60,7 +60,9 @@ def _ports(service: ServiceFact, part: SliceFact) -> Iterator[tuple[int, int]]:
             yield port.port, numbers[port.name] or port.port
 
 
-def _entry(endpoint: EndpointFact, who: Who, ports: dict[int, int], world: World) -> EndpointEntry:
+def _entry(
+    endpoint: EndpointFact, who: ExpectedPeer, ports: dict[int, int], world: ClusterView
+) -> EndpointEntry:
     return EndpointEntry(
         endpoint.address,
         who.identity,

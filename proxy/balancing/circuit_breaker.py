@@ -1,12 +1,12 @@
 """The circuit breaker of an endpoint. Only endpoints that have failed have one.
 
     CLOSED    -> OPEN         too many failures
-    OPEN      -> PROBATION    a request is sent after the penalty, or because all breakers are open
-    PROBATION -> OPEN         the trial failed: the penalty doubles
+    OPEN      -> HALF_OPEN    a request is sent after the penalty, or because all breakers are open
+    HALF_OPEN -> OPEN         the trial failed: the penalty doubles
                               the trial had no outcome: another trial is due at once
-    PROBATION -> CLOSED       the trial was answered
+    HALF_OPEN -> CLOSED       the trial was answered
 
-PROBATION is the half-open state: one trial request decides.
+While a breaker is half-open, one trial request decides.
 
 A failure to connect is conclusive: no request can reach the endpoint, so one failure opens the
 breaker. A bad response may be caused by its request. So only a number of consecutive bad responses
@@ -45,12 +45,11 @@ _STEP = 0.1
 
 
 class State(enum.StrEnum):
-    """The state of a circuit breaker: closed, open, or half-open (`PROBATION`: one trial request
-    decides)."""
+    """The state of a circuit breaker. Half-open: one trial request decides."""
 
     CLOSED = "closed"
     OPEN = "open"
-    PROBATION = "probation"
+    HALF_OPEN = "probation"
 
 
 class Failure(enum.Enum):
@@ -75,8 +74,20 @@ class Breaker:
     did."""
 
     __slots__ = (
-        "early", "failures", "in_vain", "opened", "refused", "rejected", "responds", "seen", "silences", "since", "state", "unreachable",
-        "until", "why",
+        "early",
+        "failures",
+        "last_failed_trial",
+        "last_failure",
+        "opened",
+        "refused",
+        "rejected",
+        "responds",
+        "silences",
+        "since",
+        "state",
+        "unreachable",
+        "until",
+        "why",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -91,23 +102,24 @@ class Breaker:
         self.rejected = False  # the last failure: mutual TLS failed
         self.responds = True  # even if not correctly; False: no connection, or no responses
         self.since = 0.0  # when it opened after it had been closed
-        self.seen = 0.0  # time of the last failure
-        self.in_vain = 0.0  # time of the last failed trial
+        self.last_failure = 0.0  # time of the last failure
+        self.last_failed_trial = 0.0  # time of the last failed trial
         self.why = ""  # short reason of the last failure
 
     def due(self, now: float) -> bool:
         """Whether the penalty is over, so that the next request is the trial."""
         return self.state is State.OPEN and now >= self.until
 
-    def probe(self, now: float, rules: Rules, chance: float) -> bool:
+    def begin_trial(self, now: float, rules: Rules, chance: float) -> bool:
         """A trial request is sent to an endpoint whose breaker is not closed. The caller must
-        report its outcome with `failed` or `succeeded` (with `probe`), or with `abandoned`."""
+        report its outcome with `record_failure` or `record_success` (with `probe`), or with
+        `record_no_outcome`."""
         self.early = now + self._step(now, rules) * (1 + rules.jitter * chance)
-        changed = self.state is not State.PROBATION
-        self.state = State.PROBATION
+        changed = self.state is not State.HALF_OPEN
+        self.state = State.HALF_OPEN
         return changed
 
-    def failed(
+    def record_failure(
         self,
         now: float,
         rules: Rules,
@@ -118,13 +130,13 @@ class Breaker:
     ) -> bool:
         """A request failed. `chance`: from 0 to 1, for the jitter. `probe`: the request was sent
         while the breaker was not closed."""
-        self.seen = now
+        self.last_failure = now
         responds = self._responds(how, rules.failures)
         over = True  # the last penalty, if there was one
-        if probe and self.state is State.PROBATION:
+        if probe and self.state is State.HALF_OPEN:
             over = now >= self.until
             self.opened += over
-            self.in_vain = now
+            self.last_failed_trial = now
         elif self.state is State.CLOSED:
             self.failures += 1
             if how not in _NOT_CONNECTED and (not rules.failures or self.failures < rules.failures):
@@ -169,7 +181,7 @@ class Breaker:
             how is Failure.SILENCE and self.responds and not 0 < row <= self.silences
         )
 
-    def succeeded(self, *, probe: bool = False, begun: bool = False) -> bool:
+    def record_success(self, *, probe: bool = False, begun: bool = False) -> bool:
         """A request was answered. `begun`: the response has started, and may still fail. That does
         not reset the count of consecutive failures, but it shows that the endpoint responds."""
         self.silences = 0
@@ -184,15 +196,15 @@ class Breaker:
         self.unreachable, self.responds = False, True
         return True
 
-    def abandoned(self, now: float) -> bool:
+    def record_no_outcome(self, now: float) -> bool:
         """The trial request ended without an outcome for the endpoint."""
-        if self.state is not State.PROBATION:
+        if self.state is not State.HALF_OPEN:
             return False
         self.state = State.OPEN
         self.early = now
         return True
 
-    def hasten(self, now: float, rules: Rules, chance: float) -> None:
+    def shorten_penalty(self, now: float, rules: Rules, chance: float) -> None:
         """Another endpoint of the service has recovered: limit the rest of the penalty to one
         step."""
         self.until = min(self.until, now + self._step(now, rules) * (1 + rules.jitter * chance))

@@ -2,7 +2,8 @@
 age.
 
 balancer.py explains the method. All decisions are synchronous. `pick` selects an endpoint and
-changes nothing. `begin` starts a request at it, and returns a `Work` that takes the outcome."""
+changes nothing. `begin` starts a request at it, and returns a `ActiveRequest` that takes the
+outcome."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ class Surroundings:
 
 
 class EndpointSet:
-    """The endpoints of one service. The `Work` of each request reports the outcome."""
+    """The endpoints of one service. The `ActiveRequest` of each request reports the outcome."""
 
     def __init__(self, around: Surroundings, service: str) -> None:
         self.service = service
@@ -65,7 +66,9 @@ class EndpointSet:
         self.broken: dict[Address, Breaker] = {}  # the breakers that are not closed
         self._around = around
         self._changes = 0  # count of breaker changes
-        self._dark = False  # all breakers of a target were open, so one endpoint got an early trial
+        self._all_open = (
+            False  # all breakers of a target were open, so one endpoint got an early trial
+        )
         self._failed: dict[Address, Breaker] = {}  # all breakers
         self._loads: dict[Address, PeakEwma] = {}
         self._joined: dict[Address, float] = {}  # new endpoints, and the time when they joined
@@ -169,7 +172,7 @@ class EndpointSet:
     def _will_do(self, endpoint: Endpoint, exclude: Collection[Endpoint]) -> bool:
         return endpoint.address not in self.broken and endpoint not in exclude
 
-    def sound(self, endpoint: Endpoint, target: Target) -> bool:
+    def is_usable(self, endpoint: Endpoint, target: Target) -> bool:
         """Whether `endpoint` belongs to `target` and is usable."""
         return (
             endpoint in target.endpoints and endpoint.ready and endpoint.address not in self.broken
@@ -177,7 +180,7 @@ class EndpointSet:
 
     def usable(self, target: Target) -> int:
         """The number of endpoints of `target` that are ready and whose breaker is closed."""
-        return self._usable(self._laid_out(target).all)
+        return self._usable(self._view_of(target).all)
 
     def _usable(self, weighted: WeightedEndpoints) -> int:
         return (
@@ -195,14 +198,14 @@ class EndpointSet:
         due = (
             self.next_probe(target)
             if alone
-            else self._laid_out(target).all.next_probe(self.broken, self._changes)
+            else self._view_of(target).all.next_probe(self.broken, self._changes)
         )
         return self._around.clock() >= due
 
-    def opens(self, target: Target) -> float:
+    def penalty_ends(self, target: Target) -> float:
         """The earliest end of a penalty of `target`'s endpoints, or -inf if endpoints respond
         although all breakers are open. The expected end of the outage."""
-        weighted = self._laid_out(target).all
+        weighted = self._view_of(target).all
         if weighted.last(self.broken, self._changes):
             return -inf
         return min(
@@ -212,7 +215,7 @@ class EndpointSet:
     def next_probe(self, target: Target) -> float:
         """The earliest time when one of `target`'s endpoints with an open breaker may get a
         request."""
-        weighted = self._laid_out(target).all
+        weighted = self._view_of(target).all
         if weighted.last(self.broken, self._changes):
             return -inf
         return min(
@@ -220,30 +223,30 @@ class EndpointSet:
             weighted.early_probe(self.broken, self._changes),
         )
 
-    def trying(self, target: Target) -> bool:
+    def trial_in_progress(self, target: Target) -> bool:
         """Whether a trial request is in progress at one of `target`'s endpoints."""
         return any(
-            breaker.state is State.PROBATION
-            for breaker in self._laid_out(target).all.broken(self.broken, self._changes)
+            breaker.state is State.HALF_OPEN
+            for breaker in self._view_of(target).all.broken(self.broken, self._changes)
         )
 
     def may_return(self, target: Target) -> bool:
         """Whether one of `target`'s endpoints does not respond for a reason that may end with time,
         for example a restart. False: all of them respond, or mutual TLS with them fails."""
-        broken = self._laid_out(target).all.broken(self.broken, self._changes)
+        broken = self._view_of(target).all.broken(self.broken, self._changes)
         return any(not breaker.responds and not breaker.rejected for breaker in broken)
 
-    def in_vain(self, target: Target) -> float:
+    def last_failed_trial(self, target: Target) -> float:
         """The time of the last failed trial at one of `target`'s endpoints. 0: there was none."""
         return max(
             (
-                breaker.in_vain
-                for breaker in self._laid_out(target).all.broken(self.broken, self._changes)
+                breaker.last_failed_trial
+                for breaker in self._view_of(target).all.broken(self.broken, self._changes)
             ),
             default=0.0,
         )
 
-    def _laid_out(self, target: Target) -> View:
+    def _view_of(self, target: Target) -> View:
         return self._views.get(id(target)) or self._view(target)
 
     def _view(self, target: Target) -> View:
@@ -268,9 +271,9 @@ class EndpointSet:
 
     # Outcomes.
 
-    def begin(self, policy: Policy, endpoint: Endpoint, *, alone: bool) -> Work:
-        """Record that a request or connection goes to `endpoint`. The caller must call `finished`
-        on the work in any case. `alone`: the service has no other endpoint to compare with."""
+    def begin(self, policy: Policy, endpoint: Endpoint, *, alone: bool) -> ActiveRequest:
+        """Record that a request or connection goes to `endpoint`. The caller must call `end`
+        on the result in any case. `alone`: the service has no other endpoint to compare with."""
         load = None
         if not alone:
             load = self._loads.get(endpoint.address)
@@ -282,51 +285,51 @@ class EndpointSet:
         breaker = self.broken.get(endpoint.address) if self.broken else None
         if breaker is not None:
             self._probe(policy, endpoint, breaker)
-        return Work(self, policy, endpoint, load, breaker is not None)
+        return ActiveRequest(self, policy, endpoint, load, breaker is not None)
 
     def _probe(self, policy: Policy, endpoint: Endpoint, breaker: Breaker) -> None:
         now = self._around.clock()
-        self._dark = self._dark or now < breaker.until
+        self._all_open = self._all_open or now < breaker.until
         if breaker.responds and not breaker.due(now):
             return  # used because all breakers are open, not as a trial
-        if breaker.probe(now, policy.breaker, self._around.chance.random()):
-            self._changed(endpoint.address, breaker)
+        if breaker.begin_trial(now, policy.breaker, self._around.chance.random()):
+            self._on_breaker_change(endpoint.address, breaker)
         else:
             self._changes += 1
 
-    def note(self, work: Work, seconds: float | None, *, bad: bool) -> None:
-        """Called by `Work`: record the response time in seconds (None: no response), and whether
-        the response was bad."""
-        if work.load is None or seconds is None:
+    def record_latency(self, active: ActiveRequest, seconds: float | None, *, bad: bool) -> None:
+        """Called by `ActiveRequest`: record the response time in seconds (None: no response), and
+        whether the response was bad."""
+        if active.load is None or seconds is None:
             return
-        now, decay = self._around.clock(), work.policy.balancing.decay
+        now, decay = self._around.clock(), active.policy.balancing.decay
         if bad:  # a quick error must not make an endpoint attractive, nor let its known load decay
-            seconds = max(seconds, work.load.rtt)
-        work.load.observe(seconds, now, decay)
+            seconds = max(seconds, active.load.rtt)
+        active.load.observe(seconds, now, decay)
 
     @property
     def failing(self) -> bool:
         """Whether an endpoint failed recently."""
         return bool(self._failed)
 
-    def succeeded(self, work: Work, *, begun: bool) -> None:
+    def record_success(self, active: ActiveRequest, *, begun: bool) -> None:
         if self._failed:
-            breaker = self._failed.get(work.endpoint.address)
-            if breaker is not None and breaker.succeeded(probe=work.probe, begun=begun):
-                if self._dark:
-                    self._dawn(work.policy)
-                self._changed(work.endpoint.address, breaker)
+            breaker = self._failed.get(active.endpoint.address)
+            if breaker is not None and breaker.record_success(probe=active.probe, begun=begun):
+                if self._all_open:
+                    self._shorten_penalties(active.policy)
+                self._on_breaker_change(active.endpoint.address, breaker)
 
-    def _dawn(self, policy: Policy) -> None:
+    def _shorten_penalties(self, policy: Policy) -> None:
         """All breakers were open, and one endpoint has recovered. The others may have recovered
         too. Shorten their penalties, so that the first one does not take all the load for long."""
-        self._dark = False
+        self._all_open = False
         now, chance = self._around.clock(), self._around.chance
         for breaker in self.broken.values():
-            breaker.hasten(now, policy.breaker, chance.random())
+            breaker.shorten_penalty(now, policy.breaker, chance.random())
 
-    def failed(self, work: Work, why: str, how: Failure) -> None:
-        address = work.endpoint.address
+    def record_failure(self, active: ActiveRequest, why: str, how: Failure) -> None:
+        address = active.endpoint.address
         breaker = self._failed.get(address)
         if breaker is None:
             breaker = Breaker()
@@ -335,16 +338,16 @@ class EndpointSet:
             self._failed[address] = breaker
         breaker.why = why
         chance, now = self._around.chance.random(), self._around.clock()
-        if breaker.failed(now, work.policy.breaker, chance, how, probe=work.probe):
-            self._changed(address, breaker)
+        if breaker.record_failure(now, active.policy.breaker, chance, how, probe=active.probe):
+            self._on_breaker_change(address, breaker)
 
-    def abandoned(self, work: Work) -> None:
+    def record_no_outcome(self, active: ActiveRequest) -> None:
         """A trial ended without an outcome."""
-        breaker = self.broken.get(work.endpoint.address)
-        if breaker is not None and breaker.abandoned(self._around.clock()):
-            self._changed(work.endpoint.address, breaker)
+        breaker = self.broken.get(active.endpoint.address)
+        if breaker is not None and breaker.record_no_outcome(self._around.clock()):
+            self._on_breaker_change(active.endpoint.address, breaker)
 
-    def _changed(self, address: Address, breaker: Breaker) -> None:
+    def _on_breaker_change(self, address: Address, breaker: Breaker) -> None:
         self._changes += 1
         penalty = 0.0
         if breaker.state is State.CLOSED:
@@ -353,15 +356,15 @@ class EndpointSet:
         else:
             self.broken[address] = breaker
             penalty = max(0.0, breaker.until - self._around.clock())
-        if breaker.state is not State.PROBATION:
+        if breaker.state is not State.HALF_OPEN:
             self.queue.wake()
         self._around.on_change(Change(self.service, address, breaker.state, penalty, breaker.why))
 
     def why(self, target: Target) -> str:
         """The reason of the last failure of `target`'s endpoints with open breakers. "": none is
         open."""
-        broken = self._laid_out(target).all.broken(self.broken, self._changes)
-        return max(broken, key=lambda breaker: breaker.seen).why if broken else ""
+        broken = self._view_of(target).all.broken(self.broken, self._changes)
+        return max(broken, key=lambda breaker: breaker.last_failure).why if broken else ""
 
     def outstanding(self, address: Address) -> int:
         """The number of requests and connections in progress at `address`. 0 if the endpoint is
@@ -377,7 +380,7 @@ class EndpointSet:
         for address in [
             address
             for address, breaker in self._failed.items()
-            if now - max(breaker.seen, breaker.until) > _FORGET
+            if now - max(breaker.last_failure, breaker.until) > _FORGET
         ]:
             del self._failed[address]
             if self.broken.pop(address, None) is not None:
@@ -390,12 +393,12 @@ class EndpointSet:
         return bool(used or self._loads or self._failed or self.queue)
 
 
-class Work:
+class ActiveRequest:
     """One request or connection at an endpoint. The caller reports the outcome once, or when the
-    response starts and again at its end, and then calls `finished`. It may call `finished` without
+    response starts and again at its end, and then calls `end`. It may call `end` without
     an outcome."""
 
-    __slots__ = ("_endpoint_set", "_told", "endpoint", "load", "policy", "probe")
+    __slots__ = ("_endpoint_set", "_has_outcome", "endpoint", "load", "policy", "probe")
 
     def __init__(
         self,
@@ -406,42 +409,44 @@ class Work:
         probe: bool,
     ) -> None:
         self._endpoint_set = endpoint_set
-        self._told = False
+        self._has_outcome = False
         self.policy = policy
         self.endpoint = endpoint
         self.load = load
         self.probe = probe  # the breaker was not closed, so the outcome decides its state
 
     @property
-    def told(self) -> bool:
-        return self._told
+    def has_outcome(self) -> bool:
+        return self._has_outcome
 
-    def answered(self, seconds: float | None, *, bad: bool = False, begun: bool = False) -> None:
+    def record_response(
+        self, seconds: float | None, *, bad: bool = False, begun: bool = False
+    ) -> None:
         """The endpoint answered after `seconds` (None: not measured). `bad`: with an error that
         does not count against the endpoint. `begun`: the response has started, and may still
         fail."""
-        self._told = True
+        self._has_outcome = True
         if self.load is not None:
-            self._endpoint_set.note(self, seconds, bad=bad)
-        self._endpoint_set.succeeded(self, begun=begun)
+            self._endpoint_set.record_latency(self, seconds, bad=bad)
+        self._endpoint_set.record_success(self, begun=begun)
 
-    def failed(
+    def record_failure(
         self, why: str, seconds: float | None = None, how: Failure = Failure.RESPONSE
     ) -> None:
         """The endpoint failed, or answered with a failure. `why`: a short reason."""
-        self._told = True
-        self._endpoint_set.note(self, seconds, bad=True)
-        self._endpoint_set.failed(self, why, how)
+        self._has_outcome = True
+        self._endpoint_set.record_latency(self, seconds, bad=True)
+        self._endpoint_set.record_failure(self, why, how)
 
-    def silent(self, seconds: float | None) -> None:
+    def record_no_response(self, seconds: float | None) -> None:
         """The request was given up after `seconds` without a response. The endpoint is at least
         that slow, but this does not count as a failure."""
-        self._endpoint_set.note(self, seconds, bad=True)
+        self._endpoint_set.record_latency(self, seconds, bad=True)
 
-    def finished(self) -> None:
+    def end(self) -> None:
         """The request or connection has ended, whatever the result."""
         if self.load is not None:
             self.load.pending -= 1
             self.load = None
-        if self.probe and not self._told:
-            self._endpoint_set.abandoned(self)
+        if self.probe and not self._has_outcome:
+            self._endpoint_set.record_no_outcome(self)

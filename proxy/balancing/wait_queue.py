@@ -16,10 +16,10 @@ import trio
 class Place:
     """The place of one waiting request."""
 
-    __slots__ = ("news",)
+    __slots__ = ("wakeup",)
 
     def __init__(self) -> None:
-        self.news = trio.Event()
+        self.wakeup = trio.Event()
 
 
 class WaitQueue:
@@ -52,10 +52,10 @@ class WaitQueue:
         """Wait until `wake` reaches `place` (only if it is the first), or until the time `latest`.
         The first place waits until the time `until` at most."""
         with trio.move_on_at(min(until, latest) if self.first(place) else latest):
-            await place.news.wait()
-        place.news = trio.Event()
+            await place.wakeup.wait()
+        place.wakeup = trio.Event()
 
     def wake(self) -> None:
         """Something has changed: wake the first place."""
         if self._places:
-            next(iter(self._places)).news.set()
+            next(iter(self._places)).wakeup.set()

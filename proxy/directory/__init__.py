@@ -11,7 +11,7 @@ downgrades.py          what a new snapshot would send in clear text instead of m
 former_identities.py   addresses that recently had an identity
 """
 
-from proxy.directory.downgrades import Former, Losses, compare
+from proxy.directory.downgrades import Downgrades, Former, compare
 from proxy.directory.json_schema import directory_schema
 from proxy.directory.reader import DirectoryError, parse
 from proxy.directory.snapshot import (
@@ -35,11 +35,11 @@ __all__ = [
     "Cluster",
     "Directory",
     "DirectoryError",
+    "Downgrades",
     "Endpoint",
     "Former",
     "Gateway",
     "Hint",
-    "Losses",
     "Plan",
     "Port",
     "Remote",

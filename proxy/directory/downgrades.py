@@ -43,7 +43,7 @@ class Former:
 
 
 @dataclass(frozen=True, slots=True)
-class Losses:
+class Downgrades:
     """The result of a comparison. `refusals`: reasons to refuse the new directory, as sentences. If
     there are none, it is accepted. `former`: addresses that are missing in the new directory, or
     have lost their identity without permission: pods by host, services by cluster address."""
@@ -52,13 +52,13 @@ class Losses:
     former: Mapping[str | Address, Former] = field(default_factory=dict)
 
 
-def compare(old: Directory, new: Directory, max_loss: float) -> Losses:
+def compare(old: Directory, new: Directory, max_loss: float) -> Downgrades:
     """Compare two directories. `max_loss`: refuse if this fraction of the services with identities
     is missing. The time is proportional to the size of both."""
     comparison = _Comparison(old, new)
     refusals = comparison.refusals(max_loss) if not new.allowance.everything else []
     more = [f"and {len(refusals) - _MOST_SAID} more"] if len(refusals) > _MOST_SAID else []
-    return Losses((*refusals[:_MOST_SAID], *more), comparison.former() if not refusals else {})
+    return Downgrades((*refusals[:_MOST_SAID], *more), comparison.former() if not refusals else {})
 
 
 class _Comparison:

@@ -22,7 +22,7 @@ from proxy.config.document import (
 )
 from proxy.directory.clusters import read_clusters
 from proxy.directory.policy import DEFAULT_POLICY, Policy, read_policy
-from proxy.directory.service_names import Names
+from proxy.directory.service_names import ServiceNames
 from proxy.directory.snapshot import (
     ADMIN_PORT,
     Allowance,
@@ -36,7 +36,7 @@ from proxy.directory.snapshot import (
     Target,
     of_family,
 )
-from proxy.directory.splits import Wish, World, plan
+from proxy.directory.splits import PlanContext, RawPlan, plan
 from proxy.directory.values import Values
 from proxy.net.address import Address
 
@@ -99,7 +99,7 @@ def _read(root: Mapping[str, Plain], mistakes: Mistakes) -> Directory:
         builder.service(item, f"services[{index}]")
     clusters = read_clusters(root.get("clusters"), name, values)
     names = _names(builder.services, clusters, domain, mistakes)
-    plan(builder.wishes, World(name, tuple(builder.services), clusters, names), mistakes)
+    plan(builder.raw_plans, PlanContext(name, tuple(builder.services), clusters, names), mistakes)
     for service, address in builder.addresses:
         builder.clustered[address] = of_family(service.targets[address.port], address.host)
     allowance = (
@@ -121,8 +121,8 @@ def _read(root: Mapping[str, Plain], mistakes: Mistakes) -> Directory:
 
 def _names(
     services: list[Service], clusters: Mapping[str, Cluster], domain: str, mistakes: Mistakes
-) -> Names[Service]:
-    names: Names[Service] = Names(domain)
+) -> ServiceNames[Service]:
+    names: ServiceNames[Service] = ServiceNames(domain)
     for service in services:
         names.add(service.name, service.namespace, service)
     for cluster in clusters.values():
@@ -155,7 +155,7 @@ class _Builder:
         self.skip_ports = skip_ports
         self.mistakes = values.mistakes
         self.services: list[Service] = []
-        self.wishes: list[Wish] = []
+        self.raw_plans: list[RawPlan] = []
         self.addresses: list[tuple[Service, Address]] = []
         self.clustered: dict[Address, Target] = {}
         self.served: dict[Address, Target] = {}
@@ -195,8 +195,8 @@ class _Builder:
                 self._claim(service, Address(host, port.port), f"{path}.addresses[{index}]")
         self.services.append(service)
         if "split" in given or "failover" in given:
-            self.wishes.append(
-                Wish(service, targets, path, given.get("split"), given.get("failover"))
+            self.raw_plans.append(
+                RawPlan(service, targets, path, given.get("split"), given.get("failover"))
             )
 
     def _claim(self, service: Service, address: Address, path: str) -> None:

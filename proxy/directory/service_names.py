@@ -49,7 +49,7 @@ def full_name(name: str, namespace: str, domain: str) -> str:
     return f"{name}.{namespace}.svc.{domain}"
 
 
-class Names(Generic[T]):
+class ServiceNames(Generic[T]):
     """The names of one snapshot. Add the services of this cluster first. `find` never raises."""
 
     def __init__(self, domain: str = "cluster.local") -> None:

@@ -29,7 +29,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from proxy.directory.policy import DEFAULT_POLICY, Policy
-from proxy.directory.service_names import Names, split_authority
+from proxy.directory.service_names import ServiceNames, split_authority
 from proxy.identity.spiffe import SpiffeId
 from proxy.net.address import Address
 
@@ -210,7 +210,7 @@ class Directory:
     clustered: Mapping[Address, Target] = field(default_factory=dict, repr=False)
     served: Mapping[Address, Target] = field(default_factory=dict, repr=False)
     pods: Mapping[str, Pod] = field(default_factory=dict, repr=False)
-    _names: Names[Service] = field(default_factory=Names, repr=False)
+    _names: ServiceNames[Service] = field(default_factory=ServiceNames, repr=False)
     allowance: Allowance = Allowance()
     _by_family: dict[tuple[int, bool], Target] = field(
         default_factory=dict, repr=False, compare=False

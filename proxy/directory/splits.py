@@ -28,7 +28,7 @@ from proxy.config.document import (
     sequence,
     unknown_keys,
 )
-from proxy.directory.service_names import Names
+from proxy.directory.service_names import ServiceNames
 from proxy.directory.snapshot import Backend, Cluster, Plan, Service, Target
 
 MAX_SHARE = 1_000_000
@@ -39,7 +39,7 @@ FAILOVER = ("clusters", "below")
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class RawPlan:
     """The unread `split` and `failover` of one service. `targets` belong to the service, and get
     the plans."""
 
@@ -51,14 +51,14 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class PlanContext:
     """All services that a plan may name. `name`: of this cluster, "" if the document does not give
     it."""
 
     name: str
     services: tuple[Service, ...]
     clusters: Mapping[str, Cluster]
-    names: Names[Service]
+    names: ServiceNames[Service]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +67,16 @@ class _Failover:
     below: int = 1
 
 
-def plan(wishes: list[Wish], world: World, mistakes: Mistakes) -> None:
+def plan(raw_plans: list[RawPlan], context: PlanContext, mistakes: Mistakes) -> None:
     """Put the plans into the targets of these services. Add a mistake for each invalid plan and
     each cycle."""
-    reader = _Reader(world, mistakes)
-    failovers = {wish.service.qualified: reader.failover(wish) for wish in wishes}
-    splits = {wish.service.qualified: reader.split(wish) for wish in wishes}
-    for wish in wishes:
-        name = wish.service.qualified
-        shares = splits[name] or [(1, wish.service, wish.path)]
-        for port in wish.targets:
+    reader = _Reader(context, mistakes)
+    failovers = {raw.service.qualified: reader.failover(raw) for raw in raw_plans}
+    splits = {raw.service.qualified: reader.split(raw) for raw in raw_plans}
+    for raw in raw_plans:
+        name = raw.service.qualified
+        shares = splits[name] or [(1, raw.service, raw.path)]
+        for port in raw.targets:
             backends = [
                 backend
                 for weight, service, path in shares
@@ -91,13 +91,13 @@ def plan(wishes: list[Wish], world: World, mistakes: Mistakes) -> None:
                 )
                 is not None
             ]
-            wish.targets[port] = replace(wish.targets[port], plan=Plan(tuple(backends)))
+            raw.targets[port] = replace(raw.targets[port], plan=Plan(tuple(backends)))
     graph = _graph(
-        world,
+        context,
         {name: [service for _, service, _ in shares] for name, shares in splits.items()},
         failovers,
     )
-    paths = {wish.service.qualified: wish.path for wish in wishes}
+    paths = {raw.service.qualified: raw.path for raw in raw_plans}
     for cycle in cycles(graph):
         where = next((paths[node] for node in cycle if node in paths), "clusters")
         mistakes.add(where, f"its requests would go in a cycle: {' -> '.join(cycle)}")
@@ -118,24 +118,27 @@ def _backend(
 
 
 class _Reader:
-    def __init__(self, world: World, mistakes: Mistakes) -> None:
-        self._world = world
+    def __init__(self, context: PlanContext, mistakes: Mistakes) -> None:
+        self._context = context
         self._mistakes = mistakes
-        everywhere = [world.services, *(cluster.services for cluster in world.clusters.values())]
+        everywhere = [
+            context.services,
+            *(cluster.services for cluster in context.clusters.values()),
+        ]
         self._services = {
             service.qualified: service for services in everywhere for service in services
         }
 
-    def split(self, wish: Wish) -> list[tuple[int, Service, str]]:
+    def split(self, raw: RawPlan) -> list[tuple[int, Service, str]]:
         """(weight, service, path) of each backend."""
-        path = child(wish.path, "split")
-        items = sequence(wish.split, path, self._mistakes)
+        path = child(raw.path, "split")
+        items = sequence(raw.split, path, self._mistakes)
         if len(items) > MOST_BACKENDS:
             self._mistakes.add(path, f"at most {MOST_BACKENDS} backends, found {len(items)}")
         found: dict[str, tuple[int, Service, str]] = {}
         for index, item in enumerate(items):
             here = f"{path}[{index}]"
-            if (backend := self._share(item, wish.service, here)) is None:
+            if (backend := self._share(item, raw.service, here)) is None:
                 continue
             if backend[1].qualified in found:
                 self._mistakes.add(here, f"{backend[1].qualified} is listed twice")
@@ -171,9 +174,9 @@ class _Reader:
         )
         return (weight, service) if service is not None else None
 
-    def failover(self, wish: Wish) -> _Failover:
-        path = child(wish.path, "failover")
-        if wish.failover is None or (given := mapping(wish.failover, path, self._mistakes)) is None:
+    def failover(self, raw: RawPlan) -> _Failover:
+        path = child(raw.path, "failover")
+        if raw.failover is None or (given := mapping(raw.failover, path, self._mistakes)) is None:
             return _Failover()
         unknown_keys(given, FAILOVER, path, self._mistakes)
         below = given.get("below", 1)
@@ -195,17 +198,17 @@ class _Reader:
                 self._mistakes.add(
                     here, f"{said(item)} is {'listed twice' if cluster else 'this cluster itself'}"
                 )
-            elif (service := self._find(wish.service.qualified, cluster, here)) is not None:
+            elif (service := self._find(raw.service.qualified, cluster, here)) is not None:
                 found[cluster] = service
         return _Failover(tuple(found.values()), below)
 
     def _cluster(self, value: Plain, path: str) -> str | None:
         """The name of a known cluster, "" for this cluster. None: not known."""
-        if isinstance(value, str) and value and value == self._world.name:
+        if isinstance(value, str) and value and value == self._context.name:
             return ""
-        if isinstance(value, str) and value in self._world.clusters:
+        if isinstance(value, str) and value in self._context.clusters:
             return value
-        near = closest(value, self._world.clusters) if isinstance(value, str) else ""
+        near = closest(value, self._context.clusters) if isinstance(value, str) else ""
         self._mistakes.add(
             path, f"expected the name of a cluster in `clusters`, found {said(value)}{near}"
         )
@@ -222,7 +225,9 @@ class _Reader:
 
 
 def _graph(
-    world: World, splits: Mapping[str, Iterable[Service]], failovers: Mapping[str, _Failover]
+    context: PlanContext,
+    splits: Mapping[str, Iterable[Service]],
+    failovers: Mapping[str, _Failover],
 ) -> dict[str, list[str]]:
     """The graph of forwarded requests, by service name."""
     graph: dict[str, list[str]] = defaultdict(list)
@@ -231,12 +236,12 @@ def _graph(
     for name, failover in failovers.items():
         graph[name] += [service.qualified for service in failover.services]
     exported = {
-        service.qualified for cluster in world.clusters.values() for service in cluster.services
+        service.qualified for cluster in context.clusters.values() for service in cluster.services
     }
-    exported |= {service.qualified for service in world.services}
-    for cluster in world.clusters.values():
+    exported |= {service.qualified for service in context.services}
+    for cluster in context.clusters.values():
         behind = [
-            world.names.find(gateway.host, "")
+            context.names.find(gateway.host, "")
             for gateway in cluster.gateways
             if not gateway.literal
         ]
@@ -244,18 +249,18 @@ def _graph(
             graph[service.qualified] += [
                 gateway.qualified for gateway in behind if gateway is not None
             ]
-            if (mirrored := _mirrored(service, world, exported)) is not None:
+            if (mirrored := _mirrored(service, context, exported)) is not None:
                 graph[service.qualified].append(mirrored)
     return graph
 
 
-def _mirrored(service: Service, world: World, exported: set[str]) -> str | None:
+def _mirrored(service: Service, context: PlanContext, exported: set[str]) -> str | None:
     """The service that an exported service of another cluster only mirrors there, as its name
     shows. None: it is not a mirror."""
-    for other in (world.name, *world.clusters):
+    for other in (context.name, *context.clusters):
         if other and other != service.cluster and service.name.endswith(f"-{other}"):
             local = f"{service.namespace}/{service.name.removesuffix(f'-{other}')}"
-            name = local if other == world.name else f"{other}/{local}"
+            name = local if other == context.name else f"{other}/{local}"
             if name in exported:
                 return name
     return None

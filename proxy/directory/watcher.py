@@ -33,7 +33,7 @@ from pathlib import Path
 import trio
 
 from proxy import files
-from proxy.directory import Directory, DirectoryError, Losses, compare, parse
+from proxy.directory import Directory, DirectoryError, Downgrades, compare, parse
 from proxy.directory.former_identities import FormerIdentities
 
 # A directory of 10,000 services with five endpoints each has 6 MB.
@@ -214,7 +214,7 @@ def ended(text: str) -> bool:
 
 def _understand(
     data: bytes, path: Path, current: Directory, rules: Acceptance
-) -> tuple[Directory, Losses]:
+) -> tuple[Directory, Downgrades]:
     """Parse the new directory, and compare it with the current one. Runs in a thread. Raises
     DirectoryError, IdentityLoss."""
     found = _parse(data, path, rules.require_end)

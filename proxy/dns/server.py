@@ -46,7 +46,7 @@ _TROUBLES = RateLimit(1)
 
 
 @dataclass(slots=True)
-class Resolver:
+class DnsServer:
     """Answers and forwards queries. `answers` is replaced with each new directory. `upstreams`: the
     pod's resolvers, at least one."""
 
@@ -177,7 +177,7 @@ class _Conversation:
     One task reads each side. `life` limits the silence: the resolver's while responses are pending,
     otherwise the client's."""
 
-    def __init__(self, resolver: Resolver, client: Stream, upstream: Address) -> None:
+    def __init__(self, resolver: DnsServer, client: Stream, upstream: Address) -> None:
         self._resolver = resolver
         self._client = client
         self._address = upstream

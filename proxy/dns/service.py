@@ -20,7 +20,7 @@ from proxy.config.resolv_conf import Resolvers
 from proxy.config.schema import Config, DnsConfig
 from proxy.directory import Directory
 from proxy.dns.answers import Answers
-from proxy.dns.server import Resolver
+from proxy.dns.server import DnsServer
 from proxy.dns.virtual_addresses import VirtualAddresses
 from proxy.dns.zone import Zone
 from proxy.errors import StartError
@@ -43,7 +43,7 @@ def pod_resolvers(config: Config) -> Resolvers | None:
         raise StartError(str(error), 64) from error
 
 
-class Names:
+class DnsService:
     """Built by app.py if the section `dns` is configured."""
 
     def __init__(
@@ -59,7 +59,7 @@ class Names:
         self._metrics = metrics
         self._directory = Directory()
         self._without = 0  # services without an address, because the limit is reached
-        self.resolver = Resolver(settings, resolvers.upstreams, self._answers(), dialer, metrics)
+        self.resolver = DnsServer(settings, resolvers.upstreams, self._answers(), dialer, metrics)
         _log.info(
             "answering DNS queries; the pod's resolvers: %s",
             ", ".join(map(str, resolvers.upstreams)),
@@ -89,7 +89,7 @@ class Names:
 
     def observe(self) -> None:
         """Update the gauges."""
-        self._metrics.virtual_addresses(*self.virtual.counts)
+        self._metrics.set_virtual_addresses(*self.virtual.counts)
         self._metrics.dns_in_flight.at().set(self.resolver.in_flight)
 
     async def serve(

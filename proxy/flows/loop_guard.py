@@ -60,7 +60,7 @@ class LoopGuard:
 
     def layer(self, side: Direction) -> Layer:
         """The layer that guards the exchanges of a flow."""
-        return guard(self.hop_tokens(side), self._metrics.hops_dropped)
+        return guard(self.hop_tokens(side), self._metrics.count_dropped_tokens)
 
     def hop_tokens(self, side: Direction) -> HopTokens:
         """The object that creates and checks the tokens of a flow."""

@@ -76,12 +76,12 @@ def admission(name: str, slots: Slots, metrics: Metrics) -> None:
     evictions, refusals = RateLimit(1), RateLimit(1)
 
     def evicted(reason: str, source: str) -> None:
-        metrics.evicted(name, reason)
+        metrics.count_eviction(name, reason)
         words = "%s: a connection from %s was closed to make room for others: %s (%s)"
         warn(_log, evictions, words, name, source, _EVICTED[reason], reason)
 
     def refused(reason: str, source: str) -> None:
-        metrics.refused(name, reason)
+        metrics.count_refusal(name, reason)
         warn(
             _log,
             refusals,

@@ -54,7 +54,7 @@ class OwnIdentity:
         self._interval = section.reload_interval if section is not None else 0.0
         self._bounded = section is not None and section.end_with_certificate
         grace = section.expiry_grace if section is not None else 0.0
-        self.expiries = Expiries(grace, metrics.certificate_ended, enabled=self._bounded)
+        self.expiries = Expiries(grace, metrics.count_certificate_end, enabled=self._bounded)
         if self.current is not None:
             self._note(self.current)
 
@@ -78,7 +78,7 @@ class OwnIdentity:
         )
 
     def _changed(self, identity: Identity) -> None:
-        self._metrics.identity_reloaded("ok")
+        self._metrics.count_identity_reload("ok")
         self._note(identity)
         self.expiries.untrust(identity.roots)
         _log.info(
@@ -88,13 +88,13 @@ class OwnIdentity:
         )
 
     def _broken(self, error: MaterialError) -> None:
-        self._metrics.identity_reloaded("error")
+        self._metrics.count_identity_reload("error")
         _log.error(
             "cannot use the changed certificate, key or roots, keeping the old ones: %s", error
         )
 
     def _note(self, identity: Identity) -> None:
-        self._metrics.validity(
+        self._metrics.set_validity(
             identity.not_before.timestamp(),
             identity.not_after.timestamp(),
             identity.roots_not_after.timestamp(),

@@ -27,7 +27,7 @@ import trio
 
 from proxy.balancing.balancer import Balancer
 from proxy.balancing.circuit_breaker import Failure, State
-from proxy.balancing.endpoint_set import Change, EndpointSet, Work
+from proxy.balancing.endpoint_set import ActiveRequest, Change, EndpointSet
 from proxy.config.units import within
 from proxy.directory import Endpoint, Target
 from proxy.errors import (
@@ -44,7 +44,7 @@ from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.exchange import Exchange
 from proxy.net.exceptions import ConnectFailed
 from proxy.net.socket_stream import Stream
-from proxy.routing.endpoint_wait import Found, Patience
+from proxy.routing.endpoint_wait import EndpointWait, Found
 from proxy.routing.retries import (
     ENDPOINTS_TRIED,
     FAILURES,
@@ -95,7 +95,7 @@ class Dispatcher:
         endpoint_set = self._balancer.endpoint_set(target.service)
         endpoint_set.budget.requests += handoff is None
         attempts = Attempts(exchange, endpoint_set, target.policy, self._metrics, self._client)
-        patience: Patience | None = None
+        patience: EndpointWait | None = None
         while True:
             if handoff is not None:
                 endpoint, handoff = handoff.go_on(attempts), None
@@ -149,8 +149,8 @@ class Dispatcher:
         # service, which has no history.
         return self._balancer.endpoint_set(target.service or "")
 
-    def _patience(self, choose: Callable[[], Target]) -> Patience:
-        return Patience(self._balancer, self._metrics, choose)
+    def _patience(self, choose: Callable[[], Target]) -> EndpointWait:
+        return EndpointWait(self._balancer, self._metrics, choose)
 
     # Requests on the fast path.
 
@@ -187,10 +187,10 @@ class Dispatcher:
 
     async def connected(
         self, choose: Callable[[], Target], connect: Connect
-    ) -> tuple[Stream, Work | None]:
+    ) -> tuple[Stream, ActiveRequest | None]:
         """Open a stream to an endpoint of the target that `choose` returns. Tries another
-        endpoint if a connection fails. The caller must call `finished` on the returned work. An
-        address without a service has no work. Raises what `connection` raises."""
+        endpoint if a connection fails. The caller must call `end` on the returned request. An
+        address without a service has no request. Raises what `connection` raises."""
         target = choose()
         if target.service is None:
             return await connect(target, _only(target)), None
@@ -198,10 +198,10 @@ class Dispatcher:
 
     async def _connected(
         self, target: Target, choose: Callable[[], Target], connect: Connect
-    ) -> tuple[Stream, Work]:
+    ) -> tuple[Stream, ActiveRequest]:
         endpoint_set, failure = self._endpoint_set(target), None
         tried: tuple[Endpoint, ...] = ()
-        patience: Patience | None = None
+        patience: EndpointWait | None = None
         while True:
             endpoint = endpoint_set.pick(target, tried)
             if endpoint is None and failure is not None and not endpoint_set.may_return(target):
@@ -212,26 +212,26 @@ class Dispatcher:
                 tried = ()
             elif len(tried) >= ENDPOINTS_TRIED and failure is not None:
                 raise failure
-            work = endpoint_set.begin(target.policy, endpoint, alone=len(target.endpoints) == 1)
+            active = endpoint_set.begin(target.policy, endpoint, alone=len(target.endpoints) == 1)
             started = trio.current_time()
             try:
                 stream = await connect(target, endpoint)
             except _NOT_CONNECTED as error:
                 if isinstance(error, ConnectFailed) and error.reason == "local":
-                    work.finished()
+                    active.end()
                     raise
                 gone = isinstance(error, NOT_CONNECTED)
-                work.failed(
+                active.record_failure(
                     describe(error).reason, how=unreachable(error) if gone else Failure.RESPONSE
                 )
-                work.finished()
+                active.end()
                 failure, tried = error, (*tried, endpoint)
             except BaseException:
-                work.finished()
+                active.end()
                 raise
             else:
-                work.answered(trio.current_time() - started)
-                return stream, work
+                active.record_response(trio.current_time() - started)
+                return stream, active
             target, endpoint_set = self._choose_again(choose, failure)
 
     def changed(self) -> None:
@@ -240,7 +240,7 @@ class Dispatcher:
 
     def _changed(self, change: Change) -> None:
         """A circuit breaker has changed its state: count it and log it."""
-        self._metrics.breaker_changed(change.state)
+        self._metrics.count_breaker_change(change.state)
         if change.state is State.OPEN:
             warn(
                 _log,
@@ -259,7 +259,7 @@ class Dispatcher:
 class Connected:
     """The context manager that Dispatcher.connection returns."""
 
-    __slots__ = ("_choose", "_connect", "_dispatcher", "_work")
+    __slots__ = ("_active", "_choose", "_connect", "_dispatcher")
 
     def __init__(
         self, dispatcher: Dispatcher, choose: Callable[[], Target], connect: Connect
@@ -267,10 +267,10 @@ class Connected:
         self._dispatcher = dispatcher
         self._choose = choose
         self._connect = connect
-        self._work: Work | None = None
+        self._active: ActiveRequest | None = None
 
     async def __aenter__(self) -> Stream:
-        stream, self._work = await self._dispatcher.connected(self._choose, self._connect)
+        stream, self._active = await self._dispatcher.connected(self._choose, self._connect)
         return stream
 
     async def __aexit__(
@@ -279,11 +279,11 @@ class Connected:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._work is not None:
-            self._work.finished()
+        if self._active is not None:
+            self._active.end()
 
 
-async def _wait(patience: Patience, failure: Exception | None) -> Found:
+async def _wait(patience: EndpointWait, failure: Exception | None) -> Found:
     """Wait for an endpoint. If the wait fails, raises the `failure` of the last attempt to connect,
     if there is one, because it tells the client more."""
     try:
@@ -308,14 +308,16 @@ class Underway:
     """An exchange on the fast path, as its first attempt. The fast path calls `ended`. If it hands
     the exchange over to the ordinary path, `go_on` passes the attempt to `Attempts`."""
 
-    __slots__ = ("_exchange", "_seconds", "_started", "_work", "endpoint", "target")
+    __slots__ = ("_active", "_exchange", "_seconds", "_started", "endpoint", "target")
 
     def __init__(
-        self, exchange: Exchange, target: Target, endpoint: Endpoint, work: Work | None
+        self, exchange: Exchange, target: Target, endpoint: Endpoint, active: ActiveRequest | None
     ) -> None:
         self._exchange = exchange
-        self._work = work
-        self._started = trio.current_time() if work is not None and work.load is not None else 0.0
+        self._active = active
+        self._started = (
+            trio.current_time() if active is not None and active.load is not None else 0.0
+        )
         self._seconds: float | None = None  # until the response head arrived, if that was reported
         self.target = target
         self.endpoint = endpoint
@@ -326,24 +328,24 @@ class Underway:
             self._seconds = trio.current_time() - self._started
 
     def ended(self) -> None:
-        work = self._work
-        if work is None:
+        active = self._active
+        if active is None:
             return
         response = self._exchange.response
         if response is not None:
-            breaker, seconds = work.policy.breaker, self._waited()
+            breaker, seconds = active.policy.breaker, self._waited()
             code = _grpc_code(self._exchange, response)
             if code is not None and code in breaker.grpc:
-                work.failed(f"gRPC status {code}", seconds)
+                active.record_failure(f"gRPC status {code}", seconds)
             elif within(response.status, breaker.statuses):
                 how = Failure.SILENCE if unanswered(response.headers) else Failure.RESPONSE
-                work.failed(f"status {response.status}", seconds, how)
+                active.record_failure(f"status {response.status}", seconds, how)
             else:
-                work.answered(
+                active.record_response(
                     seconds,
                     bad=response.status >= 500 or bool(code and self._exchange.grpc_status is None),
                 )
-        work.finished()
+        active.end()
 
     def _waited(self) -> float | None:
         """Seconds until the response. Without a measurement for a long response: None, because its
@@ -355,9 +357,9 @@ class Underway:
     def go_on(self, attempts: Attempts) -> Endpoint:
         """The fast path has handed the exchange over: pass the attempt to `attempts`. Returns its
         endpoint."""
-        work, self._work = self._work, None
-        if work is not None:
-            attempts.go_on(work, self._started)
+        active, self._active = self._active, None
+        if active is not None:
+            attempts.go_on(active, self._started)
         return self.endpoint
 
 
@@ -381,7 +383,7 @@ def _pick(
 ) -> Endpoint | None:
     """The endpoint of the next attempt. None: no endpoint can be used now."""
     first, exchange.first = exchange.first, None
-    if isinstance(first, Endpoint) and endpoint_set.sound(first, target):
+    if isinstance(first, Endpoint) and endpoint_set.is_usable(first, target):
         return first
     endpoint = endpoint_set.pick(target, attempts.tried)
     return (

@@ -37,11 +37,11 @@ _TRIAL = 0.25
 Found = tuple[Target, EndpointSet, Endpoint]
 
 
-class Patience:
+class EndpointWait:
     """The patience of one request or connection, over all its attempts: how long it waits for an
     endpoint of the target that `choose` returns."""
 
-    __slots__ = ("_balancer", "_choose", "_metrics", "_patient_until", "_told_at")
+    __slots__ = ("_balancer", "_choose", "_fail_at", "_metrics", "_patient_until")
 
     def __init__(
         self, balancer: Balancer, metrics: EndpointMetrics, choose: Callable[[], Target]
@@ -52,7 +52,7 @@ class Patience:
         self._patient_until: float | None = (
             None  # trio's time; the first failed trial after it decides. None: not waited yet
         )
-        self._told_at = inf  # fail at this time in any case
+        self._fail_at = inf  # fail at this time in any case
 
     async def wait(self) -> Found:
         """Wait until an endpoint may be tried. Raises NoEndpoint, AllBroken, QueueFull, and what
@@ -65,7 +65,7 @@ class Patience:
                 f"{len(endpoint_set.queue)} requests already wait for an endpoint of"
                 f" {target.service}"
             )
-        with endpoint_set.queue.place() as place, self._metrics.queued() as record:
+        with endpoint_set.queue.place() as place, self._metrics.record_wait() as record:
             while True:
                 soon = trio.current_time() + _LOOK_AGAIN
                 await endpoint_set.queue.turn(
@@ -88,7 +88,7 @@ class Patience:
     def _next_check(self) -> float:
         """When to check although nothing has changed (trio's time)."""
         until = self._patient_until
-        return until if until is not None and until > trio.current_time() else self._told_at
+        return until if until is not None and until > trio.current_time() else self._fail_at
 
     def _check(self, endpoint_set: EndpointSet, target: Target) -> None:
         """Raises NoEndpoint or AllBroken if it makes no sense to wait any longer."""
@@ -105,13 +105,15 @@ class Patience:
             return
         usable = endpoint_set.usable(target)
         if usable:  # all waiting requests will be served in a moment
-            self._told_at = until + timeout + _TRIAL
-        elif self._told_at == inf:
+            self._fail_at = until + timeout + _TRIAL
+        elif self._fail_at == inf:
             trial = (
-                now if endpoint_set.trying(target) else max(now, endpoint_set.next_probe(target))
+                now
+                if endpoint_set.trial_in_progress(target)
+                else max(now, endpoint_set.next_probe(target))
             )
-            self._told_at = trial + _TRIAL if trial <= now + timeout else now
-        if now >= self._told_at or (not usable and endpoint_set.in_vain(target) > until):
+            self._fail_at = trial + _TRIAL if trial <= now + timeout else now
+        if now >= self._fail_at or (not usable and endpoint_set.last_failed_trial(target) > until):
             raise AllBroken(f"{self._broken(target)}, and none became usable within {timeout:g} s")
 
     def _begin(self, endpoint_set: EndpointSet, target: Target, now: float) -> float:
@@ -121,14 +123,14 @@ class Patience:
         if endpoint_set.usable(target):
             self._patient_until = latest
             return latest
-        if endpoint_set.next_probe(target) > latest and not endpoint_set.trying(target):
+        if endpoint_set.next_probe(target) > latest and not endpoint_set.trial_in_progress(target):
             raise AllBroken(
                 f"{self._broken(target)}; the next trial is in"
                 f" {endpoint_set.next_probe(target) - now:.1f} s"
             )
         self._patient_until = (
             now
-            if endpoint_set.opens(target) > latest or not endpoint_set.may_return(target)
+            if endpoint_set.penalty_ends(target) > latest or not endpoint_set.may_return(target)
             else latest
         )
         return self._patient_until

@@ -76,11 +76,11 @@ _LOOKUP_TIMEOUT = 5.0
 _MOST_PIECES = 16
 
 
-class Books(Protocol):
+class GatewayMetrics(Protocol):
     """The metrics of gateways."""
 
-    def gateway_probed(self, cluster: str, result: str) -> None: ...
-    def gateways_usable(self, cluster: str, count: int) -> None: ...
+    def count_gateway_probe(self, cluster: str, result: str) -> None: ...
+    def set_usable_gateways(self, cluster: str, count: int) -> None: ...
 
 
 @dataclass(slots=True)
@@ -115,7 +115,7 @@ class RemoteGateways:
     source: Source
     settings: ClustersConfig
     leases: Leases[Endpoint]
-    books: Books
+    metrics: GatewayMetrics
     chance: random.Random = field(default_factory=random.Random)
     _seen: Directory | None = field(default=None, init=False)
     _names: dict[str, _Name] = field(default_factory=dict, init=False)
@@ -230,7 +230,7 @@ class RemoteGateways:
                 gateway.literal for gateway in directory.clusters[name].gateways
             ):
                 self._changed[name] = alive
-            self.books.gateways_usable(name, len(alive))
+            self.metrics.set_usable_gateways(name, len(alive))
 
     # Updates.
 
@@ -311,7 +311,7 @@ class RemoteGateways:
                 failure, silent = "it is shutting down (503)" if status == 503 else None, False
             except (NetError, IsthmusError, Unanswered) as error:
                 failure, silent = str(error), _says_nothing(error)
-        self.books.gateway_probed(cluster, "ok" if failure is None else "failed")
+        self.metrics.count_gateway_probe(cluster, "ok" if failure is None else "failed")
         pulse = self._pulses.get(endpoint)
         if pulse is None:  # the gateway has left the directory
             return

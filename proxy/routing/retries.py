@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from proxy.balancing.circuit_breaker import Failure
-from proxy.balancing.endpoint_set import EndpointSet, Work
+from proxy.balancing.endpoint_set import ActiveRequest, EndpointSet
 from proxy.config.units import within
 from proxy.directory import Endpoint
 from proxy.directory.policy import DEFAULT_POLICY, Policy
@@ -107,6 +107,7 @@ class Attempts:
     `judge`."""
 
     __slots__ = (
+        "_active",
         "_begun",
         "_body",
         "_cause",
@@ -118,7 +119,6 @@ class Attempts:
         "_since",
         "_started",
         "_status",
-        "_work",
         "endpoint_set",
         "failure",
         "policy",
@@ -150,7 +150,7 @@ class Attempts:
         self._since: float | None = (
             None  # when it was sent, if the exchange's timer does not have it
         )
-        self._work: Work | None = None
+        self._active: ActiveRequest | None = None
         self.endpoint_set = endpoint_set
         self.policy = policy
         self.failure: Exception | None = None  # why the last endpoint could not be connected to
@@ -226,7 +226,7 @@ class Attempts:
         """Begin an attempt at `endpoint`. The caller must call `end`. `alone`: the service has no
         other endpoint."""
         self._exchange.judge = self.judge
-        self._work = self.endpoint_set.begin(self.policy, endpoint, alone=alone)
+        self._active = self.endpoint_set.begin(self.policy, endpoint, alone=alone)
         self._since = None
         self._status = 0
         self._begun = False
@@ -237,11 +237,11 @@ class Attempts:
             if self._body is not None:
                 self._body.rewind()
 
-    def go_on(self, work: Work, since: float) -> None:
+    def go_on(self, active: ActiveRequest, since: float) -> None:
         """Continue the first attempt, which the fast path began at `since` (trio's time). The
         caller must call `end`."""
         self._exchange.judge = self.judge
-        self._work, self._since = work, since
+        self._active, self._since = active, since
         self._started = since or trio.current_time()
         response = self._exchange.response
         if response is not None:
@@ -283,26 +283,32 @@ class Attempts:
         return declined
 
     def _judge(self, head: ResponseHead, trailers: Headers | None) -> bool:
-        work = self._work
-        if work is None:
+        active = self._active
+        if active is None:
             return False
         if self.scope is not None:
             self.scope.deadline = inf
-        seconds = self._elapsed(work)
+        seconds = self._elapsed(active)
         if head.status < 400 and trailers is None:
             # A gRPC call has its status at the end. While nothing fails, do not wait for it.
             self._begun = True
-            work.answered(seconds, begun=self.endpoint_set.failing and self._exchange.is_grpc)
+            active.record_response(
+                seconds, begun=self.endpoint_set.failing and self._exchange.is_grpc
+            )
             return False
-        return self._judge_error(work, head, trailers, seconds)
+        return self._judge_error(active, head, trailers, seconds)
 
-    def _elapsed(self, work: Work) -> float | None:
+    def _elapsed(self, active: ActiveRequest) -> float | None:
         """Seconds since the request was sent. None: not known, or not needed."""
         since = self._exchange.timer.since if self._since is None else self._since
-        return trio.current_time() - since if since and work.load is not None else None
+        return trio.current_time() - since if since and active.load is not None else None
 
     def _judge_error(
-        self, work: Work, head: ResponseHead, trailers: Headers | None, seconds: float | None
+        self,
+        active: ActiveRequest,
+        head: ResponseHead,
+        trailers: Headers | None,
+        seconds: float | None,
     ) -> bool:
         status, retries, breaker = head.status, self.policy.retries, self.policy.breaker
         code = (
@@ -312,11 +318,11 @@ class Attempts:
         )
         if within(status, breaker.statuses) or code in breaker.grpc:
             why = f"status {status}" if code is None else f"gRPC status {code}"
-            work.failed(
+            active.record_failure(
                 why, seconds, Failure.SILENCE if unanswered(head.headers) else Failure.RESPONSE
             )
         else:
-            work.answered(seconds, bad=status >= 500 or bool(code))
+            active.record_response(seconds, bad=status >= 500 or bool(code))
         if code in retries.grpc:
             cause = "grpc_status"
         elif (
@@ -334,58 +340,58 @@ class Attempts:
         """End the attempt, whatever its result. Clears the exchange's reference to this object: the
         cycle would keep both in memory until the next garbage collection."""
         self._exchange.judge = None
-        work, self._work = self._work, None
-        if work is None:
+        active, self._active = self._active, None
+        if active is None:
             return
         if self._begun and self._exchange.grpc_status is not None and self._exchange.is_grpc:
-            self._judge_end(work, grpc.code(self._exchange.grpc_status))
+            self._judge_end(active, grpc.code(self._exchange.grpc_status))
         if (
-            not work.told
+            not active.has_outcome
             and self._exchange.timer.ran_out
             and not self._exchange.timer.client_awaited
         ):
             if trio.current_time() < self._client_limit:
-                work.failed("upstream_timeout", self._elapsed(work), Failure.SILENCE)
+                active.record_failure("upstream_timeout", self._elapsed(active), Failure.SILENCE)
             else:
-                work.silent(
-                    self._elapsed(work)
+                active.record_no_response(
+                    self._elapsed(active)
                 )  # the client's short limit does not count against the endpoint
-        work.finished()
+        active.end()
 
-    def _judge_end(self, work: Work, code: int | None) -> None:
+    def _judge_end(self, active: ActiveRequest, code: int | None) -> None:
         """Judge a gRPC call that ended after its response had started: too late for another
         attempt, but it counts for the circuit breaker."""
         if code in self.policy.breaker.grpc:
-            work.failed(f"gRPC status {code}")
+            active.record_failure(f"gRPC status {code}")
         else:
-            work.answered(None)
+            active.record_response(None)
 
     # The next attempt.
 
     def another(self, error: Exception) -> float:
         """Handle the error that ended an attempt. Returns the pause (seconds) before the next
         attempt, or raises the error for the client."""
-        work = self._work
-        if work is None:
+        active = self._active
+        if active is None:
             raise error
-        endpoint = work.endpoint
+        endpoint = active.endpoint
         if isinstance(error, NOT_CONNECTED):
             if isinstance(error, ConnectFailed) and error.reason == "local":
                 raise error  # another endpoint does not help, and this endpoint is not the cause
-            work.failed(describe(error).reason, how=unreachable(error))
+            active.record_failure(describe(error).reason, how=unreachable(error))
             if not self._sendable:
                 raise error
             self.unreached += (endpoint,)
             self.failure = error
             pause, reason = 0.0, describe(error).reason
         else:
-            reason = self._sort(work, error)
+            reason = self._sort(active, error)
             pause = self._pause(self._retries - 1) * (0.5 + 0.5 * random.random())  # noqa: S311  (no secret depends on it)
         self.tried += (endpoint,)
         self._note(endpoint, reason)
         return pause
 
-    def _sort(self, work: Work, error: Exception) -> str:
+    def _sort(self, active: ActiveRequest, error: Exception) -> str:
         """Decide whether to retry after `error`. Returns the reason for the attempt's record, or
         raises the error for the client."""
         if isinstance(error, Declined):
@@ -393,11 +399,11 @@ class Attempts:
         if isinstance(error, UpstreamReset) and error.code in _UNACCEPTABLE:
             raise error  # a retry would fail too: the client caused the error
         refused = isinstance(error, UpstreamReset) and error.code == Code.REFUSED_STREAM
-        if not refused and not work.told and not isinstance(error, _BLAMELESS):
+        if not refused and not active.has_outcome and not isinstance(error, _BLAMELESS):
             if isinstance(error, AttemptTimeout):
-                work.failed("attempt_timeout", self._elapsed(work), Failure.SILENCE)
+                active.record_failure("attempt_timeout", self._elapsed(active), Failure.SILENCE)
             else:
-                work.failed(describe(error).reason)
+                active.record_failure(describe(error).reason)
         cause = (
             "refused" if refused else "timeout" if isinstance(error, AttemptTimeout) else "broken"
         )
@@ -431,9 +437,9 @@ class Attempts:
         else:
             self._retries += 1
             self._cause = cause
-            self._metrics.retried(cause)
+            self._metrics.count_retry(cause)
             return True
-        self._metrics.not_retried(why)
+        self._metrics.count_skipped_retry(why)
         return False
 
     def _pause(self, before: int) -> float:

@@ -109,14 +109,14 @@ class Health(Protocol):
         ...
 
 
-class Books(Protocol):
+class RouterMetrics(Protocol):
     """The metrics of the router."""
 
-    def sent_away(self, cluster: str, why: str) -> None:
+    def count_remote_attempt(self, cluster: str, why: str) -> None:
         """Count a request or connection that goes through the gateway of another cluster."""
         ...
 
-    def failed_over(self, service: str, away: bool) -> None:
+    def set_failover(self, service: str, away: bool) -> None:
         """Count that a service now fails over to another cluster, or has returned."""
         ...
 
@@ -142,7 +142,7 @@ class Router:
 
     source: Source
     health: Health
-    books: Books
+    metrics: RouterMetrics
     namespace: str
     settle: float
     clock: Callable[[], float]
@@ -229,7 +229,7 @@ class Router:
     def _sent(self, target: Target, cluster: str, why: str) -> Target:
         """A target in another cluster, with its usable gateways. Raises NoEndpoint if there is
         none."""
-        self.books.sent_away(cluster, why)
+        self.metrics.count_remote_attempt(cluster, why)
         found = self._through(target)
         if not found.endpoints and self.remote_gateways is not None:
             raise NoEndpoint(self.remote_gateways.why(cluster))
@@ -297,7 +297,7 @@ class Router:
         if self._usable(home) < backend.below:
             if absence is None:
                 self._absences[key] = _Absence()
-                self.books.failed_over(home.service or "", True)
+                self.metrics.set_failover(home.service or "", True)
             else:
                 absence.back = None
             return True
@@ -309,7 +309,7 @@ class Router:
         if now - absence.back < self.settle:
             return True
         del self._absences[key]
-        self.books.failed_over(home.service or "", False)
+        self.metrics.set_failover(home.service or "", False)
         return False
 
     def _usable(self, target: Target) -> int:

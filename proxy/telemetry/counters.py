@@ -26,7 +26,7 @@ from prometheus_client.utils import floatToGoString
 MOST_SERIES = 256
 
 
-class Tally(Collector):
+class DataPathCounter(Collector):
     """A family of counters or gauges by label values. A series exists from its first `add`, even of
     0.
     """
@@ -65,7 +65,7 @@ class Tally(Collector):
         yield found
 
 
-class Spread(Collector):
+class DataPathHistogram(Collector):
     """A histogram with one label. `bounds`: the upper bounds of its buckets, ascending; +Inf is
     added.
     """

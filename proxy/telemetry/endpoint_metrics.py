@@ -60,22 +60,22 @@ class EndpointMetrics:
             registry=registry,
         )
 
-    def retried(self, cause: str) -> None:
+    def count_retry(self, cause: str) -> None:
         """A request is retried because of `cause`: status, grpc_status, broken, refused,
         timeout."""
         self._retries.at(cause).inc()
 
-    def not_retried(self, reason: str) -> None:
+    def count_skipped_retry(self, reason: str) -> None:
         """A failed request is not retried because of `reason`: limit, begun, body, deadline,
         budget.
         """
         self._no_retries.at(reason).inc()
 
-    def breaker_changed(self, state: str) -> None:
+    def count_breaker_change(self, state: str) -> None:
         self._breakers.at(state).inc()
 
     @contextmanager
-    def queued(self) -> Iterator[QueueRecord]:
+    def record_wait(self) -> Iterator[QueueRecord]:
         """Record a request that waits for an endpoint. Set `served` of the result if it gets
         one."""
         record = QueueRecord()
@@ -86,7 +86,7 @@ class EndpointMetrics:
             self._waiting.at().dec()
             self._queue.at("served" if record.served else "failed").inc()
 
-    def broken(self, endpoints: Iterable[tuple[str, str, str]]) -> None:
+    def set_open_breakers(self, endpoints: Iterable[tuple[str, str, str]]) -> None:
         """All endpoints with an open or half-open circuit breaker: service, address, state. Shows
         the first 256.
         """

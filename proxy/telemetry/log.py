@@ -29,7 +29,7 @@ from typing import Final, TextIO
 
 from proxy.config.schema import LogConfig
 from proxy.net.tls.handshake import TLSInfo
-from proxy.telemetry.log_output import Drop, Losses, Output, Why, told
+from proxy.telemetry.log_output import Drop, LostLines, Output, Why, describe_losses
 from tracing.spans import redacted
 
 ROOT: Final = "isthmus"
@@ -171,7 +171,7 @@ class QueueHandler(logging.Handler):
         self._form = formatter
         self._queue: queue.Queue[logging.LogRecord | None] = queue.Queue(size)
         self._on_drop = on_drop
-        self._lost = Losses()
+        self._lost = LostLines()
         self._lost_lock = threading.Lock()
         self._ending = threading.Event()
         # A daemon thread: one that is blocked in a write would otherwise keep the process from
@@ -235,7 +235,9 @@ class QueueHandler(logging.Handler):
     def _report_losses(self) -> None:
         with self._lost_lock:
             lost = self._lost.take()
-        record = logging.LogRecord(ROOT, logging.WARNING, __file__, 0, "%s", (told(lost),), None)
+        record = logging.LogRecord(
+            ROOT, logging.WARNING, __file__, 0, "%s", (describe_losses(lost),), None
+        )
         if not self._output.write([self._text(record)]):
             with self._lost_lock:
                 for why, count in lost.items():

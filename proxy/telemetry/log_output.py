@@ -99,7 +99,7 @@ class Output:
         return _REASONS.get(self.error, "write_error")
 
 
-class Losses:
+class LostLines:
     """Lost lines that were not reported yet, by reason. Not thread-safe."""
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class Losses:
         return lost
 
 
-def told(lost: dict[Why, int]) -> str:
+def describe_losses(lost: dict[Why, int]) -> str:
     """The log message that reports lost lines."""
     count = sum(lost.values())
     if len(lost) == 1:

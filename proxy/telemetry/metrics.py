@@ -31,10 +31,10 @@ from prometheus_client import (
     generate_latest,
 )
 
-from proxy.telemetry.counters import Spread, Tally
+from proxy.telemetry.counters import DataPathCounter, DataPathHistogram
 from proxy.telemetry.endpoint_metrics import EndpointMetrics
 from proxy.telemetry.log_output import Why
-from proxy.telemetry.request_metrics import LATENCY_BUCKETS, Direction, HttpCollector, HttpMeasures
+from proxy.telemetry.request_metrics import LATENCY_BUCKETS, Direction, HttpCollector, HttpMetrics
 from proxy.telemetry.series import Series
 from proxy.wire.h1 import fast_head
 
@@ -52,10 +52,10 @@ class ConnectionRecord:
     is called. If it ends before that, its label is "unknown".
     """
 
-    __slots__ = ("_labels", "_measures", "_peer", "_read", "_tls", "_written")
+    __slots__ = ("_labels", "_metrics", "_peer", "_read", "_tls", "_written")
 
-    def __init__(self, measures: ConnectionMeasures, peer: Peer, tls: Tls | None) -> None:
-        self._measures = measures
+    def __init__(self, measures: ConnectionMetrics, peer: Peer, tls: Tls | None) -> None:
+        self._metrics = measures
         self._peer: Peer = peer
         self._tls: Tls | None = tls
         self._labels: tuple[str, ...] | None = None  # set once the connection counts as open
@@ -67,14 +67,14 @@ class ConnectionRecord:
         effect.
         """
         if self._labels is None:
-            measures = self._measures
+            measures = self._metrics
             self._labels = labels = measures.direction, self._peer, tls
             measures.opened.add(labels)
             measures.open.add(labels)
 
     def transferred(self, read: int, written: int) -> None:
         """Set the connection's totals so far, in bytes. May be called any number of times."""
-        measures = self._measures
+        measures = self._metrics
         if read > self._read:
             measures.bytes.add((measures.direction, self._peer, "read"), read - self._read)
             self._read = read
@@ -95,11 +95,11 @@ class ConnectionRecord:
     ) -> None:
         self.secured("unknown")
         if self._labels is not None:
-            self._measures.open.add(self._labels, -1)
-            self._measures.closed.add(self._labels)
+            self._metrics.open.add(self._labels, -1)
+            self._metrics.closed.add(self._labels)
 
 
-class ConnectionMeasures:
+class ConnectionMetrics:
     """Connections of one direction: from the client (peer "src") and to the server (peer "dst")."""
 
     __slots__ = ("bytes", "closed", "direction", "open", "opened")
@@ -157,16 +157,16 @@ class Metrics:
         self._states()
         self._names()
         self._clock = clock
-        self.http: dict[Direction, HttpMeasures] = {}
+        self.http: dict[Direction, HttpMetrics] = {}
         self.registry.register(HttpCollector(self.http))
-        self.connections: dict[Direction, ConnectionMeasures] = {}
+        self.connections: dict[Direction, ConnectionMetrics] = {}
         for way in ("inbound", "outbound"):
-            self.measure(way)
+            self.add_direction(way)
 
-    def measure(self, direction: Direction) -> None:
+    def add_direction(self, direction: Direction) -> None:
         """Create the series of a direction. Those of a sidecar exist from the start."""
-        self.http[direction] = HttpMeasures(self._clock)
-        self.connections[direction] = ConnectionMeasures(self, direction)
+        self.http[direction] = HttpMetrics(self._clock)
+        self.connections[direction] = ConnectionMetrics(self, direction)
 
     def _counter(self, name: str, text: str, *labels: str) -> Series[Counter]:
         return Series(Counter(f"isthmus_{name}", text, labels, registry=self.registry), len(labels))
@@ -182,22 +182,24 @@ class Metrics:
             len(labels),
         )
 
-    def _tally(self, name: str, text: str, *labels: str) -> Tally:
-        return Tally(name, text, labels, self.registry)
+    def _data_path_counter(self, name: str, text: str, *labels: str) -> DataPathCounter:
+        return DataPathCounter(name, text, labels, self.registry)
 
     def _data_path(self) -> None:
         which = ("direction", "peer", "tls")
-        self.opened = self._tally(
+        self.opened = self._data_path_counter(
             "connections_opened_total",
             "Connections opened (src: from the client, dst: to the server).",
             *which,
         )
-        self.open = self._tally("connections_open", "Connections open now.", *which)
-        self.closed = self._tally("connections_closed_total", "Connections closed.", *which)
-        self.bytes = self._tally(
+        self.open = self._data_path_counter("connections_open", "Connections open now.", *which)
+        self.closed = self._data_path_counter(
+            "connections_closed_total", "Connections closed.", *which
+        )
+        self.bytes = self._data_path_counter(
             "bytes_total", "Bytes read from and written to peers.", "direction", "peer", "way"
         )
-        self._handshakes = self._tally(
+        self._handshakes = self._data_path_counter(
             "tls_handshakes_total",
             "Finished TLS handshakes.",
             "direction",
@@ -207,17 +209,17 @@ class Metrics:
             "group",
             "resumed",
         )
-        self._detections = self._tally(
+        self._detections = self._data_path_counter(
             "detections_total", "Protocol detections by result.", "direction", "result"
         )
-        self._detection_time = Spread(
+        self._detection_time = DataPathHistogram(
             "detection_seconds",
             "Time from the start of protocol detection to its result.",
             DETECTION_BUCKETS,
             "direction",
             self.registry,
         )
-        self._declined = self._tally(
+        self._declined = self._data_path_counter(
             "heads_declined_total",
             "HTTP/1 heads that the fast parser left to h11.",
             "direction",
@@ -235,7 +237,7 @@ class Metrics:
         self._dropped_hops = self._counter(
             "hop_tokens_dropped_total", "Requests of which loop tokens were dropped.", "reason"
         )
-        self._dropped_way = self._counter(
+        self._dropped_forwarded = self._counter(
             "forwarded_dropped_total",
             "Requests to a gateway of which Forwarded values were dropped.",
             "reason",
@@ -257,7 +259,7 @@ class Metrics:
             "cluster",
             "result",
         )
-        self._sent_away = self._counter(
+        self._remote_attempts = self._counter(
             "sent_away_total",
             "Requests and connections sent to other clusters' gateways.",
             "cluster",
@@ -392,11 +394,11 @@ class Metrics:
             "state",
         )
 
-    def virtual_addresses(self, existing: int, quarantined: int) -> None:
+    def set_virtual_addresses(self, existing: int, quarantined: int) -> None:
         self._virtual.at("existing").set(existing)
         self._virtual.at("quarantined").set(quarantined)
 
-    def handshake(
+    def count_handshake(
         self, direction: Direction, side: Literal["client", "server"], facts: tuple[str, str, bool]
     ) -> None:
         """A TLS handshake succeeded. `facts`: the version, the key-exchange group, and whether the
@@ -407,82 +409,82 @@ class Metrics:
             (direction, side, "ok", tls_version, group, "true" if resumed else "false")
         )
 
-    def handshake_failed(
+    def count_failed_handshake(
         self, direction: Direction, side: Literal["client", "server"], kind: str
     ) -> None:
         """A TLS handshake failed; `kind` is that of TLSFailed."""
         self._handshakes.add((direction, side, "failed", "", "", "false"))
         self._tls_failures.at(direction, kind).inc()
 
-    def detected(self, direction: Direction, result: str, seconds: float) -> None:
+    def count_detection(self, direction: Direction, result: str, seconds: float) -> None:
         """Detection ended with `result` (http1, http2, opaque, tls, silent, closed, declared) after
         `seconds`.
         """
         self._detections.add((direction, result))
         self._detection_time.observe(direction, seconds)
 
-    def sent_away(self, cluster: str, why: str) -> None:
+    def count_remote_attempt(self, cluster: str, why: str) -> None:
         """A request or connection goes to another cluster's gateway: by its name, a split, or a
         failover.
         """
-        self._sent_away.at(cluster, why).inc()
+        self._remote_attempts.at(cluster, why).inc()
 
-    def gateway_probed(self, cluster: str, result: str) -> None:
+    def count_gateway_probe(self, cluster: str, result: str) -> None:
         """A gateway was probed; `result` is `ok` or `failed`."""
         self._probes.at(cluster, result).inc()
 
-    def gateways_usable(self, cluster: str, count: int) -> None:
+    def set_usable_gateways(self, cluster: str, count: int) -> None:
         """Set how many gateways of a cluster can get requests."""
         self._gateways.at(cluster).set(count)
 
-    def failed_over(self, service: str, away: bool) -> None:
+    def set_failover(self, service: str, away: bool) -> None:
         """Set whether another cluster serves a service (failover), or the local one again."""
         self._failovers.at(service).set(1 if away else 0)
 
-    def hops_dropped(self, reason: str) -> None:
+    def count_dropped_tokens(self, reason: str) -> None:
         """Loop tokens of a request were dropped: the `broken` ones, or all because they were
         `oversized`.
         """
         self._dropped_hops.at(reason).inc()
 
-    def way_dropped(self, reason: Literal["broken", "oversized"]) -> None:
+    def count_dropped_forwarded(self, reason: Literal["broken", "oversized"]) -> None:
         """Forwarded values of a request were dropped: the `broken` ones, or all because they were
         `oversized`.
         """
-        self._dropped_way.at(reason).inc()
+        self._dropped_forwarded.at(reason).inc()
 
-    def loop(self, kind: str) -> None:
+    def count_loop(self, kind: str) -> None:
         self._loops.at(kind).inc()
 
-    def error(self, direction: Direction, reason: str) -> None:
+    def count_error(self, direction: Direction, reason: str) -> None:
         self._errors.at(direction, reason).inc()
 
-    def evicted(self, listener: str, reason: str) -> None:
+    def count_eviction(self, listener: str, reason: str) -> None:
         """A connection was closed to make room for others (reasons: see net.connection_slots)."""
         self._evicted.at(listener, reason).inc()
 
-    def refused(self, listener: str, reason: str) -> None:
+    def count_refusal(self, listener: str, reason: str) -> None:
         """A connection was refused because a limit was reached (reasons: see
         net.connection_slots)."""
         self._refused.at(listener, reason).inc()
 
-    def heads_declined(
+    def count_declined_heads(
         self, direction: Direction, role: Literal["request", "response"], count: int
     ) -> None:
         self._declined.add((direction, role), count)
 
-    def on_fast_path(self, finished: int, handed_over: int) -> None:
+    def set_fast_path_exchanges(self, finished: int, handed_over: int) -> None:
         """Add exchanges that ended on the fast path, and those that moved to the ordinary path."""
         self._fast.at("finished").inc(finished)
         self._fast.at("handed_over").inc(handed_over)
 
-    def directory_reloaded(self, result: Literal["ok", "error", "refused"]) -> None:
+    def count_directory_reload(self, result: Literal["ok", "error", "refused"]) -> None:
         self._directory.at(result).inc()
 
-    def identity_reloaded(self, result: Literal["ok", "error"]) -> None:
+    def count_identity_reload(self, result: Literal["ok", "error"]) -> None:
         self._identity.at(result).inc()
 
-    def validity(self, begin: float, end: float, first_root: float) -> None:
+    def set_validity(self, begin: float, end: float, first_root: float) -> None:
         """Set when the certificate becomes valid and expires, and when the first root expires, as
         Unix times.
         """
@@ -490,17 +492,17 @@ class Metrics:
         self._certificate.at().set(end)
         self._roots.at().set(first_root)
 
-    def certificate_ended(self, how: Literal["retired", "cut"]) -> None:
+    def count_certificate_end(self, how: Literal["retired", "cut"]) -> None:
         self._ended.at(how).inc()
 
     def pool(self, state: Literal["active", "idle"]) -> Gauge:
         """The gauge of pooled connections; the pools of both directions share it."""
         return self._pool.at(state)
 
-    def spans_waiting(self, count: int) -> None:
+    def set_waiting_spans(self, count: int) -> None:
         self._span_queue.at().set(count)
 
-    def logs_dropped(self, count: int, reason: Why) -> None:
+    def count_dropped_logs(self, count: int, reason: Why) -> None:
         self._dropped_logs.at(reason).inc(count)
 
     def render(self) -> bytes:

@@ -81,16 +81,16 @@ class Recorder:
 
     def tls_established(self, direction: Direction, info: TLSInfo) -> None:
         side: Literal["client", "server"] = "client" if direction == "outbound" else "server"
-        self.metrics.handshake(direction, side, (info.version, info.group, info.resumed))
+        self.metrics.count_handshake(direction, side, (info.version, info.group, info.resumed))
 
     def tls_failed(self, direction: Direction, kind: str) -> None:
-        self.metrics.handshake_failed(
+        self.metrics.count_failed_handshake(
             direction, "client" if direction == "outbound" else "server", kind
         )
 
     def loop(self, direction: Direction, kind: str, words: str) -> None:
         """A loop was stopped. Counts each; logs at most one of each kind per second."""
-        self.metrics.loop(kind)
+        self.metrics.count_loop(kind)
         # bounded: one for each kind of loopguard
         limit = self._loops.setdefault(kind, RateLimit(1))
         warn(_LOOPS, limit, "a loop was stopped (%s, %s): %s", kind, direction, words)
@@ -190,14 +190,14 @@ class ConnectionAccount:
         self._account.close()
         self._facts.share.close()
         metrics, facts = self._recorder.metrics, self._facts
-        metrics.heads_declined(facts.direction, "request", facts.declined_requests)
-        metrics.heads_declined(facts.direction, "response", facts.declined_responses)
+        metrics.count_declined_heads(facts.direction, "request", facts.declined_requests)
+        metrics.count_declined_heads(facts.direction, "response", facts.declined_responses)
         if isinstance(error, LoopDetected):
             self._recorder.loop(facts.direction, error.kind, str(error))
         # an eviction is already counted, and it is the cause of any error
         evicted = facts.slot is not None and facts.slot.evicted
         if error is not None and not isinstance(error, trio.Cancelled) and not evicted:
-            metrics.error(facts.direction, describe(error).reason)
+            metrics.count_error(facts.direction, describe(error).reason)
         reason, words = self._ending(error)
         # Only an opaque connection has its own span; other connections have one span per request.
         traced = facts.trace if facts.protocol is Spoken.OPAQUE else None
@@ -217,7 +217,7 @@ class ConnectionAccount:
             else await detect(stream, silence, patience)
         )
         self.detection = opening.how
-        self._recorder.metrics.detected(
+        self._recorder.metrics.count_detection(
             self._facts.direction, opening.how, time.perf_counter() - started
         )
         return opening
@@ -353,7 +353,7 @@ class ExchangeAccount:
         if isinstance(exchange.body, Replay):
             exchange.body.drop()
         if exchange.failure is not None:
-            self._recorder.metrics.error(exchange.facts.direction, exchange.failure)
+            self._recorder.metrics.count_error(exchange.facts.direction, exchange.failure)
         if exchange.loop is not None:
             self._recorder.loop(exchange.facts.direction, exchange.loop, exchange.failure_words)
         if self._recorder.access:

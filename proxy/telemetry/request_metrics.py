@@ -55,10 +55,10 @@ class RequestRecord:
     arrived.
     """
 
-    __slots__ = ("_measures", "_started", "failed", "status")
+    __slots__ = ("_metrics", "_started", "failed", "status")
 
-    def __init__(self, measures: HttpMeasures, started: float) -> None:
-        self._measures = measures
+    def __init__(self, metrics: HttpMetrics, started: float) -> None:
+        self._metrics = metrics
         self._started = started
         self.status = 0
         self.failed = False
@@ -68,7 +68,7 @@ class RequestRecord:
         call counts, so do not call it for 1xx.
         """
         if self.status == 0:
-            self._measures.waited(self._measures.clock() - self._started)
+            self._metrics.waited(self._metrics.clock() - self._started)
         self.status = status
 
     def __enter__(self) -> Self:
@@ -80,10 +80,10 @@ class RequestRecord:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._measures.finished(self, kind)
+        self._metrics.finished(self, kind)
 
 
-class HttpMeasures:
+class HttpMetrics:
     """Requests and responses of one direction."""
 
     __slots__ = ("clock", "latency", "requests", "responses", "seconds")
@@ -99,7 +99,7 @@ class HttpMeasures:
         self.seconds = 0.0  # the sum of all latencies
 
     def request(self, method: bytes) -> RequestRecord:
-        """Count a request and open its record: `with measures.request(b"GET") as record: ...
+        """Count a request and open its record: `with metrics.request(b"GET") as record: ...
         record.head(200)`.
         """
         requests = self.requests
@@ -126,8 +126,8 @@ class HttpMeasures:
 class HttpCollector(Collector):
     """Reports the numbers of all directions to Prometheus; directions may be added later."""
 
-    def __init__(self, measures: Mapping[Direction, HttpMeasures]) -> None:
-        self._measures = measures
+    def __init__(self, metrics: Mapping[Direction, HttpMetrics]) -> None:
+        self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(
@@ -144,11 +144,11 @@ class HttpCollector(Collector):
             labels=("direction",),
         )
         # one atomic copy: other threads read this too
-        for direction, measures in list(self._measures.items()):
-            for method, count in measures.requests.items():
+        for direction, metrics in list(self._metrics.items()):
+            for method, count in metrics.requests.items():
                 requests.add_metric((direction, method.decode()), count)
-            for (status, outcome), count in measures.responses.items():
+            for (status, outcome), count in metrics.responses.items():
                 responses.add_metric((direction, _CLASSES[status], outcome), count)
-            buckets = zip(_BOUNDS, accumulate(list(measures.latency)), strict=True)
-            latency.add_metric((direction,), list(buckets), measures.seconds)
+            buckets = zip(_BOUNDS, accumulate(list(metrics.latency)), strict=True)
+            latency.add_metric((direction,), list(buckets), metrics.seconds)
         yield from (requests, responses, latency)

@@ -71,7 +71,7 @@ def reading(registry: CollectorRegistry) -> Reading:
     ]
 
 
-class Totals:
+class MergedMetrics:
     """The current readings by worker, and the counters of workers that have ended."""
 
     def __init__(self) -> None:

@@ -51,10 +51,10 @@ class World:
     ) -> None:
         for _ in range(times):
             work = self.endpoint_set.begin(where.policy, endpoint, alone=False)
-            work.failed("test", how=how)
-            work.finished()
+            work.record_failure("test", how=how)
+            work.end()
 
     def succeed(self, where: Target, endpoint: Endpoint, seconds: float = 0.01) -> None:
         work = self.endpoint_set.begin(where.policy, endpoint, alone=False)
-        work.answered(seconds)
-        work.finished()
+        work.record_response(seconds)
+        work.end()

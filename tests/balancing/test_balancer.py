@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.balancing.endpoint_set import Work
+from proxy.balancing.endpoint_set import ActiveRequest
 from proxy.balancing.ewma import PeakEwma
 from proxy.directory import Endpoint, Target
 from proxy.directory.policy import Balancing, Policy
@@ -56,7 +56,7 @@ def test_of_two_the_one_with_less_to_do_is_picked() -> None:
     where = target(one, two)
     work = world.endpoint_set.begin(where.policy, one, alone=False)
     assert set(world.picks(where)) == {two}
-    work.finished()
+    work.end()
     assert set(world.picks(where)) == {one, two}
 
 
@@ -89,8 +89,8 @@ def test_a_quick_error_does_not_make_an_endpoint_attractive() -> None:
         world.now += 5
         world.succeed(where, two, 0.05)
         work = world.endpoint_set.begin(where.policy, one, alone=False)
-        work.answered(0.0001, bad=True)
-        work.finished()
+        work.record_response(0.0001, bad=True)
+        work.end()
     assert world.picks(where, 1000)[one] < 600
 
 
@@ -130,14 +130,14 @@ def simulate(
         (world.now + 0.001 * client, client) for client in range(clients)
     ]
     heapq.heapify(events)
-    out: dict[int, tuple[float, Work]] = {}
+    out: dict[int, tuple[float, ActiveRequest]] = {}
     end = world.now + seconds
     while events[0][0] < end:
         world.now, client = heapq.heappop(events)
         if client in out:
             started, work = out.pop(client)
-            work.answered(world.now - started)
-            work.finished()
+            work.record_response(world.now - started)
+            work.end()
         endpoint = world.endpoint_set.pick(where)
         assert endpoint is not None
         counts[index[endpoint]] += 1

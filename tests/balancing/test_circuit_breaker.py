@@ -19,7 +19,7 @@ RULES = Rules(failures=3, min_penalty=1.0, max_penalty=8.0, jitter=0.5)
 def opened(now: float = 0.0) -> Breaker:
     breaker = Breaker()
     for _ in range(RULES.failures):
-        breaker.failed(now, RULES, 0.0)
+        breaker.record_failure(now, RULES, 0.0)
     assert breaker.state is State.OPEN
     return breaker
 
@@ -27,23 +27,23 @@ def opened(now: float = 0.0) -> Breaker:
 def test_only_a_row_of_failures_opens() -> None:
     breaker = Breaker()
     for _ in range(10):
-        breaker.failed(0, RULES, 0)
-        breaker.failed(0, RULES, 0)
-        breaker.succeeded()
+        breaker.record_failure(0, RULES, 0)
+        breaker.record_failure(0, RULES, 0)
+        breaker.record_success()
     assert breaker.state is State.CLOSED
-    assert [breaker.failed(0, RULES, 0) for _ in range(3)] == [False, False, True]
+    assert [breaker.record_failure(0, RULES, 0) for _ in range(3)] == [False, False, True]
 
 
 def test_a_failure_to_connect_opens_at_once() -> None:
     breaker = Breaker()
-    assert breaker.failed(0, RULES, 0, GONE)
+    assert breaker.record_failure(0, RULES, 0, GONE)
     assert breaker.state is State.OPEN
 
 
 def test_responses_do_not_count_where_the_policy_says_so() -> None:
     breaker, rules = Breaker(), Rules(failures=0)
-    assert not any(breaker.failed(0, rules, 0) for _ in range(100))
-    assert breaker.failed(0, rules, 0, GONE)
+    assert not any(breaker.record_failure(0, rules, 0) for _ in range(100))
+    assert breaker.record_failure(0, rules, 0, GONE)
 
 
 def test_penalties_double_up_to_the_limit_and_begin_anew_after_a_recovery() -> None:
@@ -51,39 +51,39 @@ def test_penalties_double_up_to_the_limit_and_begin_anew_after_a_recovery() -> N
     for _ in range(6):
         penalties.append(breaker.until - now)
         now = breaker.until
-        assert breaker.probe(now, RULES, 0.0)
-        assert breaker.failed(now, RULES, 0.0, probe=True)
+        assert breaker.begin_trial(now, RULES, 0.0)
+        assert breaker.record_failure(now, RULES, 0.0, probe=True)
     assert penalties == [1, 2, 4, 8, 8, 8]
-    assert breaker.probe(now, RULES, 0.0)
-    assert breaker.succeeded(probe=True)
+    assert breaker.begin_trial(now, RULES, 0.0)
+    assert breaker.record_success(probe=True)
     for _ in range(3):
-        breaker.failed(now, RULES, 0.0)
+        breaker.record_failure(now, RULES, 0.0)
     assert breaker.until - now == 1
 
 
 def test_chance_adds_a_part_of_the_penalty() -> None:
     low, high = Breaker(), Breaker()
-    low.failed(0, RULES, 0.0, GONE)
-    high.failed(0, RULES, 1.0, GONE)
+    low.record_failure(0, RULES, 0.0, GONE)
+    high.record_failure(0, RULES, 1.0, GONE)
     assert (low.until, high.until) == (1.0, 1.5)
 
 
 def test_what_was_sent_before_it_opened_says_nothing_new() -> None:
     breaker = opened()
     until = breaker.until
-    assert not breaker.failed(0.5, RULES, 1.0)
-    assert not breaker.succeeded()
+    assert not breaker.record_failure(0.5, RULES, 1.0)
+    assert not breaker.record_success()
     assert (breaker.state, breaker.until) == (State.OPEN, until)
-    breaker.probe(1.0, RULES, 0.0)
-    assert not breaker.failed(1.5, RULES, 1.0)
-    assert not breaker.succeeded()
-    assert breaker.state is State.PROBATION
+    breaker.begin_trial(1.0, RULES, 0.0)
+    assert not breaker.record_failure(1.5, RULES, 1.0)
+    assert not breaker.record_success()
+    assert breaker.state is State.HALF_OPEN
 
 
 def test_an_answer_shows_that_an_endpoint_can_be_connected_to_after_all() -> None:
     breaker = Breaker()
-    breaker.failed(0, RULES, 0, GONE)
-    assert breaker.succeeded()
+    breaker.record_failure(0, RULES, 0, GONE)
+    assert breaker.record_success()
     assert breaker.state is State.CLOSED
 
 
@@ -93,16 +93,16 @@ def test_an_early_probe_that_fails_leaves_the_penalty_as_it_was_and_another_may_
     breaker, now = opened(), 0.0
     for _ in range(5):
         now = breaker.until
-        breaker.probe(now, RULES, 0.0)
-        breaker.failed(now, RULES, 0.0, probe=True)
+        breaker.begin_trial(now, RULES, 0.0)
+        breaker.record_failure(now, RULES, 0.0, probe=True)
     until = breaker.until
     assert (until, breaker.early) == (now + 8, now + 1)
     for _ in range(3):
         now = breaker.early
-        assert breaker.probe(now, RULES, 1.0)
+        assert breaker.begin_trial(now, RULES, 1.0)
         assert breaker.early == now + 1.5, "without an answer"
         now += 0.5
-        assert breaker.failed(now, RULES, 0.0, probe=True)
+        assert breaker.record_failure(now, RULES, 0.0, probe=True)
         assert (breaker.until, breaker.early) == (until, now + 1)
 
 
@@ -110,14 +110,14 @@ def test_one_that_refuses_connections_is_tried_soon_and_in_steps_that_grow_with_
     None
 ):
     breaker, now, gaps = Breaker(), 100.0, []
-    assert breaker.failed(now, RULES, 0.0, REFUSED)
+    assert breaker.record_failure(now, RULES, 0.0, REFUSED)
     assert breaker.until == pytest.approx(now + 0.2)
     while now < 120:
         step = min(breaker.until, breaker.early)
         gaps.append((now - 100, step - now))
         now = step
-        breaker.probe(now, RULES, 0.0)
-        breaker.failed(now, RULES, 0.0, REFUSED, probe=True)
+        breaker.begin_trial(now, RULES, 0.0)
+        breaker.record_failure(now, RULES, 0.0, REFUSED, probe=True)
     assert [gap for _, gap in gaps[:4]] == pytest.approx([0.2] * 4)
     assert all(gap <= max(0.2, age * 0.1) + 1e-9 for age, gap in gaps)
     assert max(gap for _, gap in gaps) == pytest.approx(1.0)
@@ -126,17 +126,17 @@ def test_one_that_refuses_connections_is_tried_soon_and_in_steps_that_grow_with_
 
 def test_a_penalty_that_ends_while_an_early_probe_is_out_has_not_ended_well() -> None:
     breaker = opened()
-    breaker.probe(0.5, RULES, 0.0)
-    assert breaker.failed(3.0, RULES, 0.0, probe=True)
+    breaker.begin_trial(0.5, RULES, 0.0)
+    assert breaker.record_failure(3.0, RULES, 0.0, probe=True)
     assert breaker.until == 5.0
 
 
 def test_a_penalty_can_be_cut_short_but_not_prolonged() -> None:
     breaker = opened()
     breaker.until = 60.0
-    breaker.hasten(10.0, RULES, 1.0)
+    breaker.shorten_penalty(10.0, RULES, 1.0)
     assert breaker.until == 11.5
-    breaker.hasten(11.0, RULES, 1.0)
+    breaker.shorten_penalty(11.0, RULES, 1.0)
     assert breaker.until == 11.5
 
 
@@ -163,7 +163,7 @@ def test_one_that_fails_responds_until_it_is_unreachable_or_silent_in_a_row(
 ) -> None:
     breaker = Breaker()
     for how in row:
-        breaker.failed(0, RULES, 0, how, probe=breaker.state is not State.CLOSED)
+        breaker.record_failure(0, RULES, 0, how, probe=breaker.state is not State.CLOSED)
     assert breaker.state is State.OPEN
     assert breaker.responds is responds
 
@@ -171,16 +171,16 @@ def test_one_that_fails_responds_until_it_is_unreachable_or_silent_in_a_row(
 def test_one_that_is_used_for_want_of_better_ones_is_closed_by_the_first_good_answer() -> None:
     breaker = opened()
     until = breaker.until
-    assert not breaker.failed(0.5, RULES, 1.0, probe=True)
+    assert not breaker.record_failure(0.5, RULES, 1.0, probe=True)
     assert breaker.until == until, "its penalty has not become longer"
-    assert breaker.succeeded(probe=True)
+    assert breaker.record_success(probe=True)
     assert breaker.state is State.CLOSED
 
 
 @pytest.mark.parametrize("state", ["closed", "open"])
 def test_a_probe_can_only_be_given_up_while_there_is_one(state: str) -> None:
     breaker = Breaker() if state == "closed" else opened()
-    assert not breaker.abandoned(5.0)
+    assert not breaker.record_no_outcome(5.0)
     assert breaker.state.value == state
 
 
@@ -206,7 +206,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(chance=st.floats(0, 1), how=st.sampled_from(Failure))
     def a_request_fails(self, chance: float, how: Failure) -> None:
-        changed = self.breaker.failed(self.now, RULES, chance, how)
+        changed = self.breaker.record_failure(self.now, RULES, chance, how)
         unreachable = how in NOT_CONNECTED
         self.heard(how)
         if self.out:
@@ -222,7 +222,7 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def a_request_is_answered(self) -> None:
-        changed = self.breaker.succeeded()
+        changed = self.breaker.record_success()
         assert changed == (self.out and self.unreached)
         self.quiet = 0
         if not self.out:
@@ -234,7 +234,7 @@ class Life(RuleBasedStateMachine):
     @rule(chance=st.floats(0, 1))
     def a_probe_is_sent(self, chance: float) -> None:
         """When the penalty is over, or early; maybe a second one."""
-        assert self.breaker.probe(self.now, RULES, chance) == (not self.probing)
+        assert self.breaker.begin_trial(self.now, RULES, chance) == (not self.probing)
         assert self.breaker.early >= self.now + (RULES.connect_penalty if self.unreached else 1)
         self.probing = True
 
@@ -242,7 +242,7 @@ class Life(RuleBasedStateMachine):
     @rule(chance=st.floats(0, 1), how=st.sampled_from(Failure))
     def the_probe_fails(self, chance: float, how: Failure) -> None:
         until = self.breaker.until
-        assert self.breaker.failed(self.now, RULES, chance, how, probe=True)
+        assert self.breaker.record_failure(self.now, RULES, chance, how, probe=True)
         self.probing, self.unreached = False, how in NOT_CONNECTED
         self.heard(how)
         self.judged(how)
@@ -256,7 +256,7 @@ class Life(RuleBasedStateMachine):
     @rule(chance=st.floats(0, 1), how=st.sampled_from(Failure))
     def one_that_is_used_for_want_of_better_ones_fails(self, chance: float, how: Failure) -> None:
         until = self.breaker.until
-        changed = self.breaker.failed(self.now, RULES, chance, how, probe=True)
+        changed = self.breaker.record_failure(self.now, RULES, chance, how, probe=True)
         self.heard(how)
         self.judged(how)
         assert changed != self.responds
@@ -267,20 +267,20 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.out and self.responds)
     @rule()
     def one_that_is_used_for_want_of_better_ones_is_answered(self) -> None:
-        assert self.breaker.succeeded(probe=True)
+        assert self.breaker.record_success(probe=True)
         self.recovered()
 
     @precondition(lambda self: self.probing)
     @rule()
     def the_probe_is_answered(self) -> None:
-        assert self.breaker.succeeded(probe=True)
+        assert self.breaker.record_success(probe=True)
         self.recovered()
 
     @precondition(lambda self: self.probing)
     @rule()
     def the_probe_is_given_up(self) -> None:
         due = self.now >= self.breaker.until
-        assert self.breaker.abandoned(self.now)
+        assert self.breaker.record_no_outcome(self.now)
         self.probing = False
         assert self.breaker.due(self.now) == due
         assert self.breaker.early <= self.now
@@ -305,7 +305,7 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def the_states_agree(self) -> None:
-        expected = State.PROBATION if self.probing else State.OPEN if self.out else State.CLOSED
+        expected = State.HALF_OPEN if self.probing else State.OPEN if self.out else State.CLOSED
         assert self.breaker.state is expected
         assert self.breaker.responds is self.responds
         assert not self.breaker.due(self.now) or (self.out and not self.probing)

@@ -32,9 +32,9 @@ def test_an_endpoint_that_cannot_be_connected_to_is_left_alone_and_then_tried_on
     assert not world.balancer.trial(where)
     world.now += 1000
     assert set(world.picks(where)) == {two}, "by one request"
-    probe.answered(0.01)
-    probe.finished()
-    assert [change.state for change in world.told] == [State.OPEN, State.PROBATION, State.CLOSED]
+    probe.record_response(0.01)
+    probe.end()
+    assert [change.state for change in world.told] == [State.OPEN, State.HALF_OPEN, State.CLOSED]
     assert one in world.picks(where)
     assert not list(world.balancer.broken())
 
@@ -44,7 +44,7 @@ def test_a_probe_that_says_nothing_leaves_the_next_request_to_decide() -> None:
     where = target(one, two)
     world.fail(where, one)
     world.now += 2
-    world.endpoint_set.begin(where.policy, one, alone=False).finished()
+    world.endpoint_set.begin(where.policy, one, alone=False).end()
     assert world.endpoint_set.pick(where) == one
 
 
@@ -55,13 +55,13 @@ def test_if_all_are_broken_nothing_is_picked_and_it_is_known_when() -> None:
         world.fail(where, endpoint)
     assert world.endpoint_set.pick(where) is None
     assert world.balancer.usable(where) == 0
-    opens = world.endpoint_set.opens(where)
+    opens = world.endpoint_set.penalty_ends(where)
     assert world.now + 1 <= opens <= world.now + 1.5
     world.now = opens
     chosen = world.endpoint_set.pick(where)
     assert chosen is not None
     world.endpoint_set.begin(where.policy, chosen, alone=False)
-    assert world.endpoint_set.opens(where) <= world.now, "one is being tried"
+    assert world.endpoint_set.penalty_ends(where) <= world.now, "one is being tried"
 
 
 def test_endpoints_that_respond_badly_are_used_if_there_is_nobody_better_and_balanced_as_ever() -> (
@@ -157,7 +157,7 @@ def test_early_trials_do_not_make_a_penalty_longer() -> None:
     outage = Outage(*endpoints(1))
     for seconds, expected in ((1.6, 2), (4, 4), (8, 8)):
         outage.ask_for(seconds)
-        left = outage.world.endpoint_set.opens(outage.where) - outage.world.now
+        left = outage.world.endpoint_set.penalty_ends(outage.where) - outage.world.now
         assert left <= expected * 1.5, f"after {seconds} s more"
 
 
@@ -204,12 +204,12 @@ def test_a_probe_that_gets_no_answer_does_not_keep_others_from_trying() -> None:
     assert not world.balancer.trial(where), "but not if another cluster could have the request"
     assert world.endpoint_set.pick(where) is one
     second = world.endpoint_set.begin(where.policy, one, alone=True)
-    assert [change.state for change in world.told] == [State.OPEN, State.PROBATION]
-    second.answered(0.01)
-    second.finished()
+    assert [change.state for change in world.told] == [State.OPEN, State.HALF_OPEN]
+    second.record_response(0.01)
+    second.end()
     assert not world.endpoint_set.broken
-    hanging.failed("late")
-    hanging.finished()
+    hanging.record_failure("late")
+    hanging.end()
     assert not world.endpoint_set.broken, "one failure of a response"
 
 
@@ -218,5 +218,5 @@ def test_a_trial_that_says_nothing_is_followed_by_another_at_once() -> None:
     outage.ask_for(60)
     world, where = outage.world, outage.where
     world.now = max(world.now, world.endpoint_set.next_probe(where))
-    world.endpoint_set.begin(where.policy, outage.places[0], alone=True).finished()
+    world.endpoint_set.begin(where.policy, outage.places[0], alone=True).end()
     assert world.endpoint_set.pick(where) is outage.places[0]

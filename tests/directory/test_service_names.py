@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.directory.service_names import LABEL, Names, split_authority
+from proxy.directory.service_names import LABEL, ServiceNames, split_authority
 
 _LABELS = st.from_regex(LABEL, fullmatch=True).filter(lambda label: label != "svc")
 
 
-def names() -> Names[str]:
-    found: Names[str] = Names("cluster.local")
+def names() -> ServiceNames[str]:
+    found: ServiceNames[str] = ServiceNames("cluster.local")
     found.add("c", "default", "west c")
     found.add("c", "shop", "west c of shop")
     found.add("d-east", "default", "west d-east")
@@ -72,7 +72,7 @@ def test_a_service_in_a_namespace_called_like_a_cluster_wins() -> None:
 
 
 def test_two_clusters_whose_mirrors_have_one_name_are_noticed() -> None:
-    found: Names[str] = Names()
+    found: ServiceNames[str] = ServiceNames()
     assert found.add_remote("c-a", "default", "b", "one") is None
     assert found.add_remote("c", "default", "a-b", "two") == "one"
     assert (found.find("c-a-b", "default"), found.find("c.a-b", "default")) == ("one", "two")
@@ -86,7 +86,7 @@ def test_every_way_to_write_a_service_leads_to_it(
         mixed = "".join(chance.choice((c, c.upper())) for c in host)
         return f"{mixed}." if dot else mixed
 
-    found: Names[str] = Names("a.example")
+    found: ServiceNames[str] = ServiceNames("a.example")
     found.add_remote(name, namespace, cluster, "remote")
     mirror = f"{name}-{cluster}.{namespace}"
     for host in (

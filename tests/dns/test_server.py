@@ -20,7 +20,7 @@ import pytest
 import trio
 
 from proxy.config.schema import DnsConfig
-from proxy.dns.server import Resolver
+from proxy.dns.server import DnsServer
 from proxy.net.accept import Acceptor, BindFailed, bind, bind_datagrams
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
@@ -68,7 +68,7 @@ class Upstream:
 class Setup:
     """A resolver of ours, its clients' sockets, and what it has counted."""
 
-    resolver: Resolver
+    resolver: DnsServer
     metrics: Metrics
     udp: Address
     tcp: Address
@@ -169,7 +169,7 @@ async def upstream(
 async def running(to: Address, version: int = 4, **settings: float) -> AsyncIterator[Setup]:
     config = DnsConfig(**{"timeout": 30.0, **settings})  # type: ignore[arg-type]
     metrics = Metrics()
-    resolver = Resolver(config, (to,), made(), Dialer(timeout=5.0), metrics)
+    resolver = DnsServer(config, (to,), made(), Dialer(timeout=5.0), metrics)
     sock, listener = (
         bind_datagrams(Address(LOOPBACK[version], 0)),
         bind(Address(LOOPBACK[version], 0)),

@@ -8,7 +8,7 @@ import dns.rcode
 from proxy.config.resolv_conf import Resolvers
 from proxy.config.schema import Config, DnsConfig
 from proxy.dns.answers import Reply
-from proxy.dns.service import Names
+from proxy.dns.service import DnsService
 from proxy.dns.virtual_addresses import RemoteName
 from proxy.net.address import Address
 from proxy.net.dial import Dialer
@@ -19,12 +19,12 @@ from tests.kit.http import until
 ONE, TWO = RemoteName("east", "default", "one"), RemoteName("east", "default", "two")
 
 
-def names(metrics: Metrics, **settings: float) -> Names:
+def names(metrics: Metrics, **settings: float) -> DnsService:
     config = Config(dns=DnsConfig(ttl=1.0, **settings))  # type: ignore[arg-type]
-    return Names(config, Resolvers((Address("127.0.0.1", 1),), ()), Dialer(), metrics)
+    return DnsService(config, Resolvers((Address("127.0.0.1", 1),), ()), Dialer(), metrics)
 
 
-def ask(asked: Names, name: str) -> dns.message.Message:
+def ask(asked: DnsService, name: str) -> dns.message.Message:
     reply = asked.resolver.answers.answer(dns.message.make_query(name, "A").to_wire())
     assert isinstance(reply, Reply)
     return dns.message.from_wire(reply.wire)

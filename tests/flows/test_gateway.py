@@ -247,8 +247,8 @@ async def test_a_tunnel_that_stands_ends_the_probation_of_its_endpoint(tmp_path:
         fleet = runtime.balancer.endpoint_set(target.service or "")
         work = fleet.begin(target.policy, target.endpoints[0], alone=True)
         for _ in range(target.policy.breaker.failures):
-            work.failed("test")
-        work.finished()
+            work.record_failure("test")
+        work.end()
         assert fleet.broken
         peer = await all_.client()
         assert await peer.until(b"\r\n") == b"220 ready\r\n", (

@@ -70,7 +70,7 @@ async def test_a_tunnels_connect_has_the_token_of_its_sender(tmp_path: Path) -> 
             ours = west.runtime.loops.hop_tokens("outbound")
     (head,) = heads
     tunnel = head.split(b" ")[1]
-    assert fields(head) == [ours.named(ours.token(b"CONNECT", tunnel, tunnel))]
+    assert fields(head) == [ours.with_name(ours.token(b"CONNECT", tunnel, tunnel))]
     assert fields(head)[0].startswith(b"o")
     assert fields(head)[0].endswith(b":local/west")
 
@@ -98,7 +98,7 @@ async def test_a_connect_that_comes_back_to_a_gateway_is_cut_with_its_way(
     async with clusters(tmp_path, greet) as all_:
         name = b"c.default.svc.cluster.local:5432"
         mine = all_.gateway.runtime.loops.hop_tokens("gateway")
-        ours = mine.named(mine.token(b"CONNECT" if came_back else b"GET", name, name))
+        ours = mine.with_name(mine.token(b"CONNECT" if came_back else b"GET", name, name))
         answer = await tunnel(
             all_, b"o%b:local/west, %b, g%b:east/other" % (b"A" * 16, ours, b"B" * 16)
         )

@@ -278,10 +278,10 @@ def failed_probes(all_: Clusters) -> float:
 
 
 class Quiet:
-    def gateway_probed(self, cluster: str, result: str) -> None:
+    def count_gateway_probe(self, cluster: str, result: str) -> None:
         pass
 
-    def gateways_usable(self, cluster: str, count: int) -> None:
+    def set_usable_gateways(self, cluster: str, count: int) -> None:
         pass
 
 

@@ -54,15 +54,15 @@ class Known:
         self.current: Directory = parse(document, "test")
 
 
-class Books:
+class Counted:
     def __init__(self) -> None:
         self.away: Counter[tuple[str, str]] = Counter()
         self.states: list[tuple[str, bool]] = []
 
-    def sent_away(self, cluster: str, why: str) -> None:
+    def count_remote_attempt(self, cluster: str, why: str) -> None:
         self.away[cluster, why] += 1
 
-    def failed_over(self, service: str, away: bool) -> None:
+    def set_failover(self, service: str, away: bool) -> None:
         self.states.append((service, away))
 
 
@@ -72,13 +72,13 @@ class World:
     def __init__(self, document: str, seed: int = 1) -> None:
         self.now = 1000.0
         self.known = Known(document)
-        self.books = Books()
+        self.metrics = Counted()
         self.balancer = Balancer(lambda: self.now)
         chance = random.Random(seed)
         self.router = Router(
             self.known,
             self.balancer,
-            self.books,
+            self.metrics,
             "default",
             SETTLE,
             lambda: self.now,
@@ -107,8 +107,8 @@ class World:
                             work = self.balancer.endpoint_set(target.service or "").begin(
                                 target.policy, endpoint, alone=False
                             )
-                            work.failed("test", how=how)
-                            work.finished()
+                            work.record_failure("test", how=how)
+                            work.end()
 
     def recovers(self, *hosts: str) -> None:
         """When the penalties of these are over, a request on probation is answered."""
@@ -120,8 +120,8 @@ class World:
                         work = self.balancer.endpoint_set(target.service or "").begin(
                             target.policy, endpoint, alone=False
                         )
-                        work.answered(None)
-                        work.finished()
+                        work.record_response(None)
+                        work.end()
 
     def services(self) -> list[Service]:
         directory = self.known.current
@@ -309,7 +309,7 @@ def test_requests_are_split_by_weight() -> None:
     seen = world.many(20_000)
     assert set(seen) == {"default/c", "east/default/c"}
     assert within(seen["default/c"], 0.9, 20_000)
-    assert world.books.away["east", "split"] == seen["east/default/c"]
+    assert world.metrics.away["east", "split"] == seen["east/default/c"]
 
 
 @settings(max_examples=25, deadline=None)
@@ -381,7 +381,7 @@ def test_a_service_is_served_at_home_while_enough_of_its_endpoints_can_be_used()
     world = failing_over()
     world.breaks("10.1.0.1")
     assert set(world.many(50)) == {"default/c"}
-    assert not world.books.states
+    assert not world.metrics.states
 
 
 def test_without_them_it_is_served_by_the_first_cluster_in_order_that_can() -> None:
@@ -390,8 +390,8 @@ def test_without_them_it_is_served_by_the_first_cluster_in_order_that_can() -> N
     assert world.where() == "east/default/c"
     world.breaks("203.0.113.7")
     assert world.where() == "north/default/c"
-    assert world.books.away == {("east", "failover"): 1, ("north", "failover"): 1}
-    assert world.books.states == [("default/c", True)]
+    assert world.metrics.away == {("east", "failover"): 1, ("north", "failover"): 1}
+    assert world.metrics.states == [("default/c", True)]
 
 
 def test_a_threshold_sends_it_away_earlier() -> None:
@@ -417,7 +417,7 @@ def test_it_comes_back_when_it_has_been_usable_for_long_enough_and_not_before() 
         assert world.where() == "east/default/c"
     world.now += 1
     assert world.where() == "default/c"
-    assert world.books.states == [("default/c", True), ("default/c", False)]
+    assert world.metrics.states == [("default/c", True), ("default/c", False)]
 
 
 class Client:
@@ -446,12 +446,12 @@ class Client:
             work = endpoint_set.begin(target.policy, endpoint, alone=len(target.endpoints) == 1)
             bad = endpoint.address.host in self.dead
             if bad:
-                work.failed("test", how=Failure.UNREACHABLE)
+                work.record_failure("test", how=Failure.UNREACHABLE)
                 self.wasted[endpoint.address.host] += 1
                 tried = *tried, endpoint
             else:
-                work.answered(0.01)
-            work.finished()
+                work.record_response(0.01)
+            work.end()
             if not bad:
                 return target.service
         return None
@@ -472,7 +472,7 @@ def test_a_home_that_stays_dead_for_minutes_is_tried_now_and_then_and_the_servic
     assert set(client.ask_for(60)) == {"default/c"}
     client.dead = set(HOME)
     assert set(client.ask_for(600)) == {"east/default/c"}, "each request was served, in the end"
-    assert world.books.states == [("default/c", True)]
+    assert world.metrics.states == [("default/c", True)]
     assert 10 <= sum(client.wasted.values()) <= 2 * (8 + 600 / 60), (
         "by one attempt of one request in each penalty of each endpoint"
     )
@@ -480,7 +480,7 @@ def test_a_home_that_stays_dead_for_minutes_is_tried_now_and_then_and_the_servic
     seen = client.ask_for(90 + SETTLE)
     assert set(seen) == {"east/default/c", "default/c"}
     assert set(client.ask_for(60)) == {"default/c"}
-    assert world.books.states == [("default/c", True), ("default/c", False)]
+    assert world.metrics.states == [("default/c", True), ("default/c", False)]
 
 
 def test_a_trial_of_a_dead_home_is_one_request_however_many_ask_at_once() -> None:
@@ -499,10 +499,10 @@ def test_a_trial_of_a_dead_home_is_one_request_however_many_ask_at_once() -> Non
     assert {work.endpoint.address.host for work in works} == set(HOME)
     assert set(world.many(100)) == {"east/default/c"}, "while both are being tried"
     for work in works:
-        work.failed("test", how=Failure.UNREACHABLE)
-        work.finished()
+        work.record_failure("test", how=Failure.UNREACHABLE)
+        work.end()
     assert set(world.many(100)) == {"east/default/c"}
-    assert world.books.states == [("default/c", True)]
+    assert world.metrics.states == [("default/c", True)]
 
 
 def test_if_nothing_is_left_anywhere_each_place_is_tried_in_about_a_second() -> None:
@@ -516,7 +516,7 @@ def test_if_nothing_is_left_anywhere_each_place_is_tried_in_about_a_second() -> 
         assert len(set(seen) - {None}) == 1, (
             f"{back}: {seen}"
         )  # the first trial may be the lucky one: then nobody is refused
-        assert world.books.states == [("default/c", True)]
+        assert world.metrics.states == [("default/c", True)]
 
 
 def test_a_split_of_which_nothing_was_left_is_served_within_seconds_of_its_recovery() -> None:
@@ -572,4 +572,4 @@ def test_what_is_addressed_in_another_cluster_is_sent_there_and_nowhere_else() -
     world = failing_over()
     world.breaks("203.0.113.7")
     assert world.to("192.0.2.1:80", b"c.east").service == "east/default/c"
-    assert world.books.away == {("east", "name"): 1}
+    assert world.metrics.away == {("east", "name"): 1}

@@ -30,7 +30,7 @@ from proxy.telemetry.log import (
     log_request,
     warn,
 )
-from proxy.telemetry.log_output import told
+from proxy.telemetry.log_output import describe_losses
 
 LOGGER = logging.getLogger("isthmus.test")
 
@@ -376,6 +376,6 @@ def test_a_line_that_a_full_disk_has_cut_is_ended_before_the_next_one(tmp_path: 
 
 
 def test_losses_for_several_reasons_are_told_apart() -> None:
-    assert told({"slow_reader": 2, "disk_full": 1}) == (
+    assert describe_losses({"slow_reader": 2, "disk_full": 1}) == (
         "3 log lines were dropped: the disk was full (1), the reader is too slow (2)"
     )

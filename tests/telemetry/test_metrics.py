@@ -127,7 +127,7 @@ def test_what_a_client_chooses_does_not_become_a_label() -> None:
 def test_a_family_stops_growing_and_counts_on_as_other() -> None:
     metrics = Metrics()
     for number in range(MOST_SERIES + 44):
-        metrics.error("inbound", f"reason-{number}")
+        metrics.count_error("inbound", f"reason-{number}")
     assert value(metrics, "errors_total", direction="other", reason="other") == 44
     assert value(metrics, "errors_total", direction="inbound", reason="reason-0") == 1
 
@@ -146,12 +146,12 @@ def test_a_gauge_of_many_series_comes_back_to_nothing() -> None:
 
 def test_the_books_of_a_connection_in_prometheus_words() -> None:
     metrics = Metrics()
-    metrics.detected("outbound", "tls", 0.0005)
-    metrics.detected("outbound", "tls", 11)
+    metrics.count_detection("outbound", "tls", 0.0005)
+    metrics.count_detection("outbound", "tls", 11)
     with metrics.connections["outbound"].connection("dst", "mutual") as record:
-        metrics.handshake("outbound", "client", ("TLSv1.3", "X25519MLKEM768", False))
+        metrics.count_handshake("outbound", "client", ("TLSv1.3", "X25519MLKEM768", False))
         record.transferred(10, 4)
-        metrics.heads_declined("outbound", "request", 0)
+        metrics.count_declined_heads("outbound", "request", 0)
         lines = metrics.render().decode().splitlines()
     for line in (
         (
@@ -187,18 +187,18 @@ def test_the_books_of_a_connection_in_prometheus_words() -> None:
 
 def test_the_text_is_what_prometheus_reads_and_has_every_family() -> None:
     metrics = Metrics()
-    metrics.handshake("inbound", "server", ("TLSv1.3", "X25519MLKEM768", True))
-    metrics.handshake_failed("outbound", "client", "certificate")
-    metrics.detected("inbound", "http1", 0.01)
-    metrics.loop("own-port")
-    metrics.error("inbound", "connection_refused")
-    metrics.heads_declined("inbound", "request", 1)
-    metrics.on_fast_path(2, 1)
-    metrics.directory_reloaded("error")
-    metrics.identity_reloaded("ok")
-    metrics.validity(50.0, 100.0, 200.0)
+    metrics.count_handshake("inbound", "server", ("TLSv1.3", "X25519MLKEM768", True))
+    metrics.count_failed_handshake("outbound", "client", "certificate")
+    metrics.count_detection("inbound", "http1", 0.01)
+    metrics.count_loop("own-port")
+    metrics.count_error("inbound", "connection_refused")
+    metrics.count_declined_heads("inbound", "request", 1)
+    metrics.set_fast_path_exchanges(2, 1)
+    metrics.count_directory_reload("error")
+    metrics.count_identity_reload("ok")
+    metrics.set_validity(50.0, 100.0, 200.0)
     metrics.pool("idle").inc()
-    metrics.logs_dropped(3, "slow_reader")
+    metrics.count_dropped_logs(3, "slow_reader")
     found = {
         family.name: family for family in text_string_to_metric_families(metrics.render().decode())
     }
@@ -216,5 +216,5 @@ def test_the_text_is_what_prometheus_reads_and_has_every_family() -> None:
 
 def test_two_proxies_in_one_process_do_not_share_their_metrics() -> None:
     one, two = Metrics(), Metrics()
-    one.loop("own-port")
+    one.count_loop("own-port")
     assert value(two, "loops_total", kind="own-port") is None

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.telemetry.metrics import Metrics
-from proxy.workers.merged_metrics import RULES, Family, Totals, reading
+from proxy.workers.merged_metrics import RULES, Family, MergedMetrics, reading
 from tests.workers.exposition import samples
 
 
@@ -23,12 +23,12 @@ def counted(value: float) -> list[Family]:
 def test_one_worker_alone_reads_as_it_would_by_itself() -> None:
     metrics = Metrics()
     metrics.http["inbound"].waited(0.2)
-    metrics.error("outbound", 'a "quoted"\nreason')
+    metrics.count_error("outbound", 'a "quoted"\nreason')
     mine = reading(metrics.registry)
-    assert Totals().render(mine) == Totals().render(mine)
+    assert MergedMetrics().render(mine) == MergedMetrics().render(mine)
     ours = {
         name: value
-        for name, value in samples(Totals().render(mine)).items()
+        for name, value in samples(MergedMetrics().render(mine)).items()
         if name.startswith("isthmus_")
     }
     assert ours == {
@@ -39,7 +39,7 @@ def test_one_worker_alone_reads_as_it_would_by_itself() -> None:
 
 
 def test_counters_and_every_part_of_a_histogram_are_added() -> None:
-    totals = Totals()
+    totals = MergedMetrics()
     for place, seconds in ((1, 0.2), (2, 0.002), (3, 100.0)):
         metrics = Metrics()
         with metrics.http["inbound"].request(b"GET") as record:
@@ -55,15 +55,15 @@ def test_counters_and_every_part_of_a_histogram_are_added() -> None:
 
 
 def test_gauges_are_added_or_follow_their_rule() -> None:
-    totals = Totals()
+    totals = MergedMetrics()
     for place, (connections, expiry, addresses, away) in enumerate(
         [(3, 500.0, 7, True), (4, 400.0, 7, False)], 1
     ):
         metrics = Metrics()
         metrics.pool("idle").set(connections)
-        metrics.validity(expiry - 10, expiry, expiry + 1)
-        metrics.virtual_addresses(addresses, 0)
-        metrics.failed_over("shop", away)
+        metrics.set_validity(expiry - 10, expiry, expiry + 1)
+        metrics.set_virtual_addresses(addresses, 0)
+        metrics.set_failover("shop", away)
         totals.take(place, reading(metrics.registry))
     found = samples(totals.render([]))
     assert found['isthmus_pool_connections{state="idle"}'] == 7
@@ -79,8 +79,8 @@ def test_gauges_are_added_or_follow_their_rule() -> None:
 def test_a_gauge_that_only_the_workers_have_is_not_drawn_down_by_the_supervisor() -> None:
     """Its own registry has never heard of a certificate, and 0 would be the least."""
     worker = Metrics()
-    worker.validity(400.0, 500.0, 600.0)
-    totals = Totals()
+    worker.set_validity(400.0, 500.0, 600.0)
+    totals = MergedMetrics()
     totals.take(1, reading(worker.registry))
     assert (
         samples(totals.render(reading(Metrics().registry)))[
@@ -91,7 +91,7 @@ def test_a_gauge_that_only_the_workers_have_is_not_drawn_down_by_the_supervisor(
 
 
 def test_a_worker_that_is_gone_leaves_its_counters_and_takes_its_gauges_along() -> None:
-    totals = Totals()
+    totals = MergedMetrics()
     totals.take(1, counted(5))
     totals.take(2, counted(7))
     totals.gone(1)
@@ -106,7 +106,7 @@ def test_a_worker_that_is_gone_leaves_its_counters_and_takes_its_gauges_along() 
 @settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(1, 3), st.one_of(st.none(), st.integers(0, 9)))))
 def test_a_total_never_goes_backwards_whoever_dies(events: list[tuple[int, int | None]]) -> None:
-    totals, workers, before = Totals(), {1: 0, 2: 0, 3: 0}, 0.0
+    totals, workers, before = MergedMetrics(), {1: 0, 2: 0, 3: 0}, 0.0
     for place, more in events:
         if more is None:
             totals.gone(place)
@@ -120,9 +120,9 @@ def test_a_total_never_goes_backwards_whoever_dies(events: list[tuple[int, int |
 
 
 def test_the_text_is_one_that_prometheus_reads() -> None:
-    totals = Totals()
+    totals = MergedMetrics()
     metrics = Metrics()
-    metrics.error("outbound", 'a "quoted"\nreason')
+    metrics.count_error("outbound", 'a "quoted"\nreason')
     totals.take(1, reading(metrics.registry))
     families = {
         family.name: family for family in text_string_to_metric_families(totals.render([]).decode())

@@ -85,9 +85,9 @@ class Upstream:
 
 
 @dataclass(slots=True, eq=False)
-class _Turn:
+class _Waiter:
     """A waiting request. When `given` is set, it has got the connection `upstream`. If that is
-    None, it may open a new connection, which is already counted in `_Slot.open`."""
+    None, it may open a new connection, which is already counted in `_EndpointState.open`."""
 
     fresh: bool
     given: trio.Event = field(default_factory=trio.Event)
@@ -95,7 +95,7 @@ class _Turn:
 
 
 @dataclass(slots=True)
-class _Slot:
+class _EndpointState:
     """The state of one endpoint."""
 
     open: int = 0  # connections, including those being opened
@@ -103,7 +103,7 @@ class _Slot:
     # trio's time when a connection was last opened or given to a waiting request
     moved: float = -inf
     idle: deque[Upstream] = field(default_factory=deque)
-    waiting: OrderedDict[_Turn, None] = field(default_factory=OrderedDict)
+    waiting: OrderedDict[_Waiter, None] = field(default_factory=OrderedDict)
 
 
 K = TypeVar("K", bound=Hashable)
@@ -168,7 +168,7 @@ class Pool(Generic[K]):
         self._account = account
         self._settings = settings
         self._limits = limits
-        self._slots: dict[K, _Slot] = {}
+        self._slots: dict[K, _EndpointState] = {}
         self.closed = False
 
     # Synchronous decisions...
@@ -178,13 +178,13 @@ class Pool(Generic[K]):
         idle = sum(len(slot.idle) for slot in self._slots.values())
         return sum(slot.open for slot in self._slots.values()) - idle, idle
 
-    def _slot(self, key: K) -> _Slot:
+    def _slot(self, key: K) -> _EndpointState:
         slot = self._slots.get(key)
         if slot is None:
-            slot = self._slots[key] = _Slot()
+            slot = self._slots[key] = _EndpointState()
         return slot
 
-    def _take_idle(self, slot: _Slot, now: float) -> Upstream | None:
+    def _take_idle(self, slot: _EndpointState, now: float) -> Upstream | None:
         while slot.idle:
             upstream = _last(slot.idle, now)
             if self._good(upstream, now):
@@ -193,7 +193,7 @@ class Pool(Generic[K]):
         return None
 
     @staticmethod
-    def _close(slot: _Slot, upstream: Upstream) -> None:
+    def _close(slot: _EndpointState, upstream: Upstream) -> None:
         slot.open -= 1
         if upstream.side is not None:
             upstream.side.forget()
@@ -260,7 +260,7 @@ class Pool(Generic[K]):
             self._close(slot, upstream)
             self._freed(key, slot)
 
-    def _keep(self, key: K, slot: _Slot, upstream: Upstream) -> None:
+    def _keep(self, key: K, slot: _EndpointState, upstream: Upstream) -> None:
         """Give the connection to the first waiting request. If none waits, keep it idle."""
         first = next(iter(slot.waiting), None)
         if first is not None and not first.fresh and self._good(upstream, trio.current_time()):
@@ -274,7 +274,7 @@ class Pool(Generic[K]):
             self._close(slot, upstream)
             self._freed(key, slot)
 
-    def _freed(self, key: K, slot: _Slot) -> None:
+    def _freed(self, key: K, slot: _EndpointState) -> None:
         """Capacity is free in `slot`: give it to the first waiting request."""
         if slot.waiting:
             slot.open += 1
@@ -332,7 +332,7 @@ class Pool(Generic[K]):
             # a new connection is required: close the oldest idle one
             self._close(slot, slot.idle.popleft())
         if upstream is None and slot.open >= self._settings.connections:
-            upstream = await self._wait(key, slot, _Turn(fresh), limit)
+            upstream = await self._wait(key, slot, _Waiter(fresh), limit)
         elif upstream is None:
             slot.open += 1
         if upstream is not None:
@@ -352,33 +352,35 @@ class Pool(Generic[K]):
             stream.expiry.retire = partial(_retire, upstream)
         return upstream
 
-    async def _wait(self, key: K, slot: _Slot, turn: _Turn, limit: float) -> Upstream | None:
+    async def _wait(
+        self, key: K, slot: _EndpointState, waiter: _Waiter, limit: float
+    ) -> Upstream | None:
         """Wait for a connection, or for capacity to open one (None)."""
         if len(slot.waiting) >= self._settings.waiting:
             raise PoolExhausted(
                 f"{slot.open} connections to {key} are in use, and {len(slot.waiting)} requests"
                 " wait for one"
             )
-        slot.waiting[turn] = None
+        slot.waiting[waiter] = None
         try:
             await patiently(
-                turn.given,
+                waiter.given,
                 self._settings.wait_timeout,
                 limit,
                 lambda: _now() if slot.opening else slot.moved,
             )
         except BaseException:
             # Cancelled at the same moment at which it was served: pass on to the next one.
-            slot.waiting.pop(turn, None)
-            if turn.upstream is not None:
-                self._keep(key, slot, turn.upstream)
-            elif turn.given.is_set():
+            slot.waiting.pop(waiter, None)
+            if waiter.upstream is not None:
+                self._keep(key, slot, waiter.upstream)
+            elif waiter.given.is_set():
                 slot.open -= 1
                 self._freed(key, slot)
             raise
-        slot.waiting.pop(turn, None)
-        if turn.given.is_set():
-            return turn.upstream
+        slot.waiting.pop(waiter, None)
+        if waiter.given.is_set():
+            return waiter.upstream
         raise PoolExhausted(
             f"none of the {self._settings.connections} connections to {key} became free within"
             f" {self._settings.wait_timeout} s"

@@ -45,10 +45,10 @@ _CONNECTIONS = 16
 
 
 @dataclass(slots=True, eq=False)
-class _Turn:
+class _Waiter:
     """A waiting request. When `given` is set, `mux` has a stream reserved for it, or `failure` is
     the error of the connection that it waited for. If both are None, it must open a connection
-    itself, which is already recorded in `_Slot.opening`."""
+    itself, which is already recorded in `_EndpointState.opening`."""
 
     given: trio.Event = field(default_factory=trio.Event)
     mux: MultiplexedConnection | None = None
@@ -56,13 +56,13 @@ class _Turn:
 
 
 @dataclass(slots=True, eq=False)
-class _Slot:
+class _EndpointState:
     """The state of one endpoint."""
 
     muxes: list[MultiplexedConnection] = field(default_factory=list)
     opening: bool = False
     served: float = -inf  # trio's time when a waiting request last got a stream
-    waiting: OrderedDict[_Turn, None] = field(default_factory=OrderedDict)
+    waiting: OrderedDict[_Waiter, None] = field(default_factory=OrderedDict)
 
     def with_capacity(self) -> MultiplexedConnection | None:
         for mux in self.muxes:
@@ -107,7 +107,7 @@ class Http2Pool(Generic[K]):
         self._account = account
         self._settings = settings
         self._mux = mux
-        self._slots: dict[K, _Slot] = {}
+        self._slots: dict[K, _EndpointState] = {}
         self._nursery: trio.Nursery | None = None
         self.closed = False
 
@@ -139,7 +139,7 @@ class Http2Pool(Generic[K]):
         while True:
             slot = self._slots.get(key)
             if slot is None:
-                slot = self._slots[key] = _Slot()
+                slot = self._slots[key] = _EndpointState()
             mux = None if slot.waiting else slot.with_capacity()
             if mux is None and not slot.waiting and slot.may_open:
                 slot.opening = True
@@ -149,51 +149,51 @@ class Http2Pool(Generic[K]):
             if mux.usable:
                 return mux
 
-    async def _wait(self, key: K, slot: _Slot, limit: float) -> MultiplexedConnection:
+    async def _wait(self, key: K, slot: _EndpointState, limit: float) -> MultiplexedConnection:
         if len(slot.waiting) >= self._settings.waiting:
             raise PoolExhausted(f"{len(slot.waiting)} requests wait for a stream to {key}")
-        turn = _Turn()
-        slot.waiting[turn] = None
+        waiter = _Waiter()
+        slot.waiting[waiter] = None
         try:
-            await patiently(turn.given, self._settings.wait_timeout, limit, lambda: slot.moved)
+            await patiently(waiter.given, self._settings.wait_timeout, limit, lambda: slot.moved)
         except BaseException:
             # Cancelled, possibly at the same moment at which it was served: pass on to the next
             # one.
-            slot.waiting.pop(turn, None)
-            if turn.mux is not None:
-                turn.mux.reserved -= 1
-            elif turn.given.is_set() and turn.failure is None:
+            slot.waiting.pop(waiter, None)
+            if waiter.mux is not None:
+                waiter.mux.reserved -= 1
+            elif waiter.given.is_set() and waiter.failure is None:
                 slot.opening = False
             self._share(key, slot)
             raise
-        slot.waiting.pop(turn, None)
-        if not turn.given.is_set():
+        slot.waiting.pop(waiter, None)
+        if not waiter.given.is_set():
             raise PoolExhausted(
                 f"no stream to {key} became free within {self._settings.wait_timeout} s"
             )
-        if turn.failure is not None:
+        if waiter.failure is not None:
             # all waiting requests raise this error object, so its traceback would grow with each
-            raise turn.failure.with_traceback(None)
-        if turn.mux is None:
+            raise waiter.failure.with_traceback(None)
+        if waiter.mux is None:
             return await self._open(key, slot)
-        turn.mux.reserved -= 1
-        return turn.mux
+        waiter.mux.reserved -= 1
+        return waiter.mux
 
-    def _share(self, key: K, slot: _Slot) -> None:
+    def _share(self, key: K, slot: _EndpointState) -> None:
         """Give the free capacity to the waiting requests, in order. Remove a slot without
         connections."""
         while slot.waiting:
             mux = slot.with_capacity()
             if mux is None and not slot.may_open:
                 return
-            turn, _ = slot.waiting.popitem(last=False)
-            turn.mux = mux
+            waiter, _ = slot.waiting.popitem(last=False)
+            waiter.mux = mux
             if mux is not None:
                 mux.reserved += 1
                 slot.served = trio.current_time()
             else:
                 slot.opening = True
-            turn.given.set()
+            waiter.given.set()
         if not slot.muxes and not slot.opening and self._slots.get(key) is slot:
             del self._slots[key]
         if self.closed:
@@ -201,7 +201,7 @@ class Http2Pool(Generic[K]):
                 if mux.unused:
                     mux.retire()
 
-    async def _open(self, key: K, slot: _Slot) -> MultiplexedConnection:
+    async def _open(self, key: K, slot: _EndpointState) -> MultiplexedConnection:
         """Open a connection; `slot.opening` is already set. An error also ends the requests that
         wait for this connection."""
         try:
@@ -209,9 +209,9 @@ class Http2Pool(Generic[K]):
             mux.reserved += 1  # for this request: the waiting ones come after it
         except Exception as error:
             while slot.waiting and not any(mux.usable for mux in slot.muxes):
-                turn, _ = slot.waiting.popitem(last=False)
-                turn.failure = error
-                turn.given.set()
+                waiter, _ = slot.waiting.popitem(last=False)
+                waiter.failure = error
+                waiter.given.set()
             raise
         finally:
             slot.opening = False
@@ -219,7 +219,7 @@ class Http2Pool(Generic[K]):
         mux.reserved -= 1
         return mux
 
-    def _start(self, key: K, slot: _Slot, stream: Stream) -> MultiplexedConnection:
+    def _start(self, key: K, slot: _EndpointState, stream: Stream) -> MultiplexedConnection:
         mux = MultiplexedConnection(stream, Role.CLIENT, self._mux)
         mux.on_capacity = lambda: self._share(key, slot)
         try:
@@ -232,7 +232,7 @@ class Http2Pool(Generic[K]):
         slot.muxes.append(mux)
         return mux
 
-    async def _run(self, key: K, slot: _Slot, mux: MultiplexedConnection) -> None:
+    async def _run(self, key: K, slot: _EndpointState, mux: MultiplexedConnection) -> None:
         account = self._account(mux.stream)
         try:
             await mux.run()
