@@ -200,7 +200,7 @@ def describe_path(stops: list[str]) -> str:
     return " -> ".join(stops)
 
 
-Dropped = Literal["", "broken", "oversized"]
+Dropped = Literal["", "malformed", "oversized"]
 
 
 def read(lines: list[bytes]) -> tuple[bytes, Dropped]:
@@ -219,7 +219,7 @@ def read(lines: list[bytes]) -> tuple[bytes, Dropped]:
         if member
     ]
     hops = [member for member in members if _ONE.fullmatch(member)]
-    return b", ".join(hops), "broken" if len(hops) < len(members) else ""
+    return b", ".join(hops), "malformed" if len(hops) < len(members) else ""
 
 
 def strip_names(field: bytes) -> bytes:

@@ -216,7 +216,9 @@ def _broken(error: Exception, endpoint: str) -> Outcome:
         return Outcome("tls", True, words=f"{endpoint}: {error.verify_message}")
     if isinstance(error, http.client.HTTPException):
         return Outcome(
-            "garbage", True, words=f"{endpoint} did not answer in HTTP: {type(error).__name__}"
+            "invalid_response",
+            True,
+            words=f"{endpoint} did not answer in HTTP: {type(error).__name__}",
         )
     return Outcome("unreachable", True, words=f"{endpoint}: {error}")
 

@@ -49,7 +49,7 @@ class State(enum.StrEnum):
 
     CLOSED = "closed"
     OPEN = "open"
-    HALF_OPEN = "probation"
+    HALF_OPEN = "half_open"
 
 
 class Failure(enum.Enum):

@@ -161,7 +161,7 @@ class Breaker(_Part, frozen=True):
 
     The circuit breaker opens after `failures` consecutive failures, or after one failure to
     connect. While it is open, the endpoint gets no requests for a penalty. The penalty doubles each
-    time. Then the breaker is half-open (the state `probation`): one trial request decides whether
+    time. Then the breaker is half-open: one trial request decides whether
     it closes or opens again. If `failures` is 0, only failures to connect count. If the circuit
     breakers of all endpoints are open, the proxy still uses the endpoints that respond, even if
     they respond with errors or close the connection. If no endpoint responds, the proxy sends one

@@ -200,7 +200,7 @@ def note_way(rt: Runtime, exchange: Exchange, caller: SpiffeId) -> None:
             if item[0].lower() != b"forwarded" or (few and read_way(item[1], way))
         ]
         if len(headers.items) < came:
-            rt.recorder.metrics.count_dropped_forwarded("broken" if few else "oversized")
+            rt.recorder.metrics.count_dropped_forwarded("malformed" if few else "oversized")
         if way:
             rt.loops.check_forwarded(exchange, way, (by, host))
     element = {"by": by, "for": forwarded.obfuscated(caller.sni), "host": host, "proto": b"https"}

@@ -405,7 +405,11 @@ class Attempts:
             else:
                 active.record_failure(describe(error).reason)
         cause = (
-            "refused" if refused else "timeout" if isinstance(error, AttemptTimeout) else "broken"
+            "refused"
+            if refused
+            else "timeout"
+            if isinstance(error, AttemptTimeout)
+            else "connection_lost"
         )
         safe = (
             refused or self._repeatable or (cause == "timeout" and self.policy.retries.all_methods)
@@ -427,7 +431,7 @@ class Attempts:
         if self._retries >= retries.limit:
             why = "limit"
         elif exchange.response is not None or exchange.informed:
-            why = "begun"
+            why = "response_started"
         elif not self._sendable:
             why = "body"
         elif now + self._pause(self._retries) >= exchange.timer.limit:

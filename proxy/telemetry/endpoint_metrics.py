@@ -54,19 +54,19 @@ class EndpointMetrics:
             "queue_waiting", "Requests and connections that wait for an endpoint now."
         )
         self._broken = Gauge(
-            "isthmus_endpoint_broken",
+            "isthmus_endpoint_breaker_state",
             "Endpoints whose circuit breaker is open or half-open (1 each; others are not listed).",
             ("service", "endpoint", "state"),
             registry=registry,
         )
 
     def count_retry(self, cause: str) -> None:
-        """A request is retried because of `cause`: status, grpc_status, broken, refused,
+        """A request is retried because of `cause`: status, grpc_status, connection_lost, refused,
         timeout."""
         self._retries.at(cause).inc()
 
     def count_skipped_retry(self, reason: str) -> None:
-        """A failed request is not retried because of `reason`: limit, begun, body, deadline,
+        """A failed request is not retried because of `reason`: limit, response_started, body, deadline,
         budget.
         """
         self._no_retries.at(reason).inc()

@@ -76,10 +76,12 @@ class ConnectionRecord:
         """Set the connection's totals so far, in bytes. May be called any number of times."""
         measures = self._metrics
         if read > self._read:
-            measures.bytes.add((measures.direction, self._peer, "read"), read - self._read)
+            measures.bytes.add((measures.direction, self._peer, "receive"), read - self._read)
             self._read = read
         if written > self._written:
-            measures.bytes.add((measures.direction, self._peer, "written"), written - self._written)
+            measures.bytes.add(
+                (measures.direction, self._peer, "transmit"), written - self._written
+            )
             self._written = written
 
     def __enter__(self) -> Self:
@@ -113,8 +115,8 @@ class ConnectionMetrics:
             metrics.bytes,
         )
         for peer in ("src", "dst"):
-            for way in ("read", "written"):
-                self.bytes.add((direction, peer, way), 0)
+            for io_direction in ("receive", "transmit"):
+                self.bytes.add((direction, peer, io_direction), 0)
 
     def connection(self, peer: Peer, tls: Tls | None = None) -> ConnectionRecord:
         """Create a record: `with measures.connection("src") as record: ...
@@ -197,7 +199,11 @@ class Metrics:
             "connections_closed_total", "Connections closed.", *which
         )
         self.bytes = self._data_path_counter(
-            "bytes_total", "Bytes read from and written to peers.", "direction", "peer", "way"
+            "bytes_total",
+            "Bytes read from and written to peers.",
+            "direction",
+            "peer",
+            "io_direction",
         )
         self._handshakes = self._data_path_counter(
             "tls_handshakes_total",
@@ -260,10 +266,10 @@ class Metrics:
             "result",
         )
         self._remote_attempts = self._counter(
-            "sent_away_total",
+            "remote_attempts_total",
             "Requests and connections sent to other clusters' gateways.",
             "cluster",
-            "why",
+            "reason",
         )
         what = ("listener", "reason")
         self._evicted = self._counter(
@@ -442,13 +448,13 @@ class Metrics:
         self._failovers.at(service).set(1 if away else 0)
 
     def count_dropped_tokens(self, reason: str) -> None:
-        """Loop tokens of a request were dropped: the `broken` ones, or all because they were
+        """Loop tokens of a request were dropped: the `malformed` ones, or all because they were
         `oversized`.
         """
         self._dropped_hops.at(reason).inc()
 
-    def count_dropped_forwarded(self, reason: Literal["broken", "oversized"]) -> None:
-        """Forwarded values of a request were dropped: the `broken` ones, or all because they were
+    def count_dropped_forwarded(self, reason: Literal["malformed", "oversized"]) -> None:
+        """Forwarded values of a request were dropped: the `malformed` ones, or all because they were
         `oversized`.
         """
         self._dropped_forwarded.at(reason).inc()

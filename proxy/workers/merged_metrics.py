@@ -29,7 +29,7 @@ def _first(one: float, two: float) -> float:
 # Gauges that are not added.
 RULES: Mapping[str, Callable[[float, float], float]] = {
     "isthmus_build_info": max,
-    "isthmus_endpoint_broken": max,  # as for failover
+    "isthmus_endpoint_breaker_state": max,  # as for failover
     # each worker decides for itself; report it if one of them sends requests away
     "isthmus_failover_active": max,
     "isthmus_virtual_addresses": max,  # derived from names: the same in all workers

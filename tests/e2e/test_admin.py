@@ -183,7 +183,7 @@ async def _numbers(sidecar: object, direction: str) -> dict[str, float]:
             {"status_class": "2xx", "classification": "success"},
         ),
         "latency": ("isthmus_response_latency_seconds_count", {}),
-        "written": ("isthmus_bytes_total", {"peer": "src", "way": "written"}),
+        "written": ("isthmus_bytes_total", {"peer": "src", "io_direction": "transmit"}),
         "opened": ("isthmus_connections_opened_total", {}),
         "closed": ("isthmus_connections_closed_total", {}),
     }

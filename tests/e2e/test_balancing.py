@@ -242,7 +242,7 @@ async def test_an_endpoint_that_fails_is_left_alone_and_used_again_when_it_has_r
 
     await eventually(recovered, "the endpoint is used again")
     await logged(pair.near, f"{pair.shop.ipv4}:{WEB} of default/fuse: circuit breaker closed")
-    assert await counted(pair.near, "isthmus_endpoint_broken", service="default/fuse") == 0
+    assert await counted(pair.near, "isthmus_endpoint_breaker_state", service="default/fuse") == 0
 
 
 async def test_a_grpc_call_is_sent_again(pair: Pair) -> None:
@@ -368,7 +368,9 @@ async def test_connections_go_to_the_endpoint_that_is_left_when_the_other_pod_di
 
     async def to_one() -> bool:
         assert await connected(pair, 40) == [{"shop": 40}] * 2, "no client noticed"
-        return await counted(pair.near, "isthmus_endpoint_broken", service="default/raw") == 1
+        return (
+            await counted(pair.near, "isthmus_endpoint_breaker_state", service="default/raw") == 1
+        )
 
     await eventually(to_both, "connections go to both", 120)
     held = await pair.web.python("held", RAW_ASK, pair.mesh.services["raw"].ipv4, "20", str(go))

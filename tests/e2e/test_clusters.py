@@ -398,9 +398,12 @@ async def test_a_gateway_that_is_somebody_else_is_not_spoken_to(made: Clusters) 
 
 async def test_what_went_away_is_counted(made: Clusters) -> None:
     near = made.sidecar("west", "web")
-    before = await counted(near, "isthmus_sent_away_total", cluster="east", why="name")
+    before = await counted(near, "isthmus_remote_attempts_total", cluster="east", reason="name")
     await ask(web(made), f"http://c.east:{WEB}/head")
-    assert await counted(near, "isthmus_sent_away_total", cluster="east", why="name") == before + 1
+    assert (
+        await counted(near, "isthmus_remote_attempts_total", cluster="east", reason="name")
+        == before + 1
+    )
 
 
 async def test_a_name_stands_for_a_virtual_address_of_each_family(made: Clusters) -> None:

@@ -65,8 +65,8 @@ async def test_tokens_of_others_go_on_before_ours_in_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("junk", "why"),
-    [(b"junk", "broken"), (b"o" * (LONGEST + 1), "oversized")],
-    ids=["broken", "oversized"],
+    [(b"junk", "malformed"), (b"o" * (LONGEST + 1), "oversized")],
+    ids=["malformed", "oversized"],
 )
 async def test_junk_is_dropped_and_counted_and_the_request_goes_on(junk: bytes, why: str) -> None:
     heard: list[Message] = []

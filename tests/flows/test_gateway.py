@@ -99,9 +99,9 @@ async def test_the_way_is_noted_in_forwarded_behind_what_was_there(tmp_path: Pat
             'Forwarded: for="open',
             "Forwarded: by=_x;BY=_y",
         )
-        assert b'isthmus_forwarded_dropped_total{reason="broken"} 1.0' in all_.gateway.render(), (
-            "requests are counted, not lines"
-        )
+        assert (
+            b'isthmus_forwarded_dropped_total{reason="malformed"} 1.0' in all_.gateway.render()
+        ), "requests are counted, not lines"
     assert said(answer, "forwarded") == [
         'for="[2001:db8::1]:80"',
         "by=_local.gateway.default.sa.cluster.local;for=_west.default.sa.cluster.local;host=c.default.svc.cluster.local;proto=https",

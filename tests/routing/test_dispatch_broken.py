@@ -54,7 +54,7 @@ async def test_an_endpoint_that_fails_in_a_row_is_left_alone_and_used_again_when
         assert world.count("queued_total", result="served") == 1
         assert [
             world.count("breaker_changes_total", state=state)
-            for state in ("open", "probation", "closed")
+            for state in ("open", "half_open", "closed")
         ] == [1, 1, 1]
 
 

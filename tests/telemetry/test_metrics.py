@@ -103,8 +103,8 @@ def test_a_connection_counts_once_it_is_known_whether_it_is_tls() -> None:
     assert request(metrics, "connections_open", peer="src", tls="mutual") == 0
     assert request(metrics, "connections_opened_total", peer="src", tls="mutual") == 1
     assert request(metrics, "connections_opened_total", peer="src", tls="none") is None
-    assert request(metrics, "bytes_total", peer="src", way="read") == 15
-    assert request(metrics, "bytes_total", peer="src", way="written") == 4
+    assert request(metrics, "bytes_total", peer="src", io_direction="receive") == 15
+    assert request(metrics, "bytes_total", peer="src", io_direction="transmit") == 4
 
 
 def test_a_connection_that_ends_before_is_unknown() -> None:
@@ -163,8 +163,8 @@ def test_the_books_of_a_connection_in_prometheus_words() -> None:
         "# TYPE isthmus_connections_open gauge",
         'isthmus_connections_open{direction="outbound",peer="dst",tls="mutual"} 1.0',
         "# TYPE isthmus_connections_closed_total counter",
-        'isthmus_bytes_total{direction="outbound",peer="dst",way="read"} 10.0',
-        'isthmus_bytes_total{direction="outbound",peer="src",way="read"} 0.0',
+        'isthmus_bytes_total{direction="outbound",io_direction="receive",peer="dst"} 10.0',
+        'isthmus_bytes_total{direction="outbound",io_direction="receive",peer="src"} 0.0',
         'isthmus_heads_declined_total{direction="outbound",role="request"} 0.0',
         'isthmus_detections_total{direction="outbound",result="tls"} 2.0',
         "# TYPE isthmus_detection_seconds histogram",

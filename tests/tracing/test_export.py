@@ -250,10 +250,10 @@ def _reset(sock: socket.socket) -> None:
 @pytest.mark.parametrize(
     ("behave", "timeout", "reason"),
     [
-        (_rubbish, 30, "garbage"),
+        (_rubbish, 30, "invalid_response"),
         (_silence, 0.3, "timeout"),
         (_trickle, 0.3, "timeout"),
-        (_reset, 30, "unreachable|garbage"),
+        (_reset, 30, "unreachable|invalid_response"),
     ],
 )
 def test_what_is_no_collector_costs_no_more_than_the_timeout(
