@@ -70,9 +70,8 @@ def run(args: argparse.Namespace) -> int:
         return 64
     if not inside():
         if args.jaeger is not None:
-            from lab.traces import (  # noqa: PLC0415
-                forward_outside,
-            )  # its imports are rarely needed here
+            # its imports are rarely needed here
+            from lab.traces import forward_outside  # noqa: PLC0415
 
             forward_outside(args.jaeger)
         command = [

@@ -185,10 +185,10 @@ def _forward(url: str, data: bytes) -> None:
     while len(data) >= _LENGTH.size:
         (size,) = _LENGTH.unpack_from(data)
         body, data = data[_LENGTH.size : _LENGTH.size + size], data[_LENGTH.size + size :]
-        # The user gave this URL.
+        # S310: the user gave this URL
         request = urllib.request.Request(  # noqa: S310
             traces_url(url), body, {"Content-Type": "application/x-protobuf"}
-        )  # the user named it
+        )
         try:
             urllib.request.urlopen(request, timeout=10).close()  # noqa: S310  (the user has named it)
         except (OSError, urllib.error.URLError) as error:

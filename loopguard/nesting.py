@@ -18,7 +18,7 @@ it dialled. So the refusal moves outwards level by level, and no level retries.
 
 Both ends are compared, because one is not enough: Linux may use the same local port for connections
 to different destinations. So a connection of the application may have the local address and port of
-one of ours.
+a connection of this proxy.
 
 *The application connects to itself.* A pod calls its own service, and we forward the call to the
 application. This is legitimate (a worker posts to its own API). But a relay whose target is itself

@@ -10,6 +10,7 @@ holds two things.
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -389,4 +390,23 @@ def test_no_module_no_function_and_no_parameter_list_holds_two_things() -> None:
             ]
             if len(names) > MOST_PARAMETERS:
                 wrong.append(f"{where} has {len(names)} parameters")
+    assert not wrong, "\n".join(wrong)
+
+
+# A rule is switched off with its code, and with the reason: behind it, or as the comment above it.
+_SUPPRESSED = re.compile(r"#\snoqa(?P<codes>: [A-Z0-9]+(?:, [A-Z0-9]+)*)?(?P<reason>.*)$")
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "perf", "tests"])
+def test_each_rule_that_is_switched_off_has_its_reason(package: str) -> None:
+    wrong = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        above = ""
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+            found = _SUPPRESSED.search(line)
+            if found and not (
+                found["codes"] and (found["reason"].strip(" #()") or above.startswith(("#", '"""')))
+            ):
+                wrong.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+            above = line.strip()
     assert not wrong, "\n".join(wrong)

@@ -108,15 +108,12 @@ class OtlpExporter:
     """Exports to a collector by OTLP over HTTP."""
 
     def __init__(self, spans: SpanFactory, collector: Collector) -> None:
-        # Protocol buffers take memory that the other exporters do not need.
-        from opentelemetry.exporter.otlp.proto.common.trace_encoder import (  # noqa: PLC0415
-            encode_spans,
-        )  # as said above
-        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (  # noqa: PLC0415
-            ExportTraceServiceResponse,
-        )  # the same
+        # Imported here: protocol buffers take memory that the other exporters do not need.
+        from opentelemetry.exporter.otlp.proto.common import trace_encoder  # noqa: PLC0415
+        from opentelemetry.proto.collector.trace.v1 import trace_service_pb2  # noqa: PLC0415  # as above
 
-        self._encode, self._response = encode_spans, ExportTraceServiceResponse
+        self._encode = trace_encoder.encode_spans
+        self._response = trace_service_pb2.ExportTraceServiceResponse
         self._spans = spans
         self._post = Post(collector)
         self._batch: list[bytes] = []
@@ -133,7 +130,8 @@ class OtlpExporter:
             return found
         try:
             answer = self._response.FromString(found.body)
-        except Exception as error:  # noqa: BLE001, RUF100  (google.protobuf's DecodeError, not in the type stubs; taken is taken)
+        # google.protobuf's DecodeError, which the type stubs lack. The collector has the spans.
+        except Exception as error:  # noqa: BLE001, RUF100
             return Outcome(words=f"the answer cannot be parsed: {error}")
         partial = answer.partial_success
         return (
@@ -160,10 +158,12 @@ class SdkExporter:
     def prepare(self, records: Sequence[Record]) -> None:
         self._batch += [self._spans.make(record) for record in records]
 
-    def send(self, seconds: float) -> Outcome:  # noqa: ARG002  (these know no deadline; the queue's end does not wait for them)
+    # The SDK's exporters take no deadline. `SpanQueue.close` does not wait for them.
+    def send(self, seconds: float) -> Outcome:  # noqa: ARG002
         try:
             result = self._exporter.export(self._batch)
-        except Exception as error:  # noqa: BLE001, RUF100  (they are other people's: whatever they raise is a batch that was not sent)
+        # Third-party code: whatever it raises, the batch was not sent.
+        except Exception as error:  # noqa: BLE001, RUF100
             return Outcome("failed", words=f"{type(error).__name__}: {error}")
         return (
             TAKEN
@@ -194,7 +194,10 @@ def jaeger(spans: SpanFactory, host: str, port: int) -> Exporter:
     Needs the extra `isthmus[jaeger]`. Without it, raises ImportError that explains what to do.
     """
     try:
-        from opentelemetry.exporter.jaeger.thrift import JaegerExporter  # type: ignore[import-not-found]  # noqa: PLC0415  # an extra
+        # of an extra
+        from opentelemetry.exporter.jaeger.thrift import (  # type: ignore[import-not-found]  # noqa: PLC0415
+            JaegerExporter,
+        )
     except ImportError as error:
         raise ImportError(
             f"the Jaeger exporter cannot be imported ({error}): install isthmus[jaeger], which"

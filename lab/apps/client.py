@@ -91,10 +91,7 @@ def websocket(host: str, port: int, secret: str) -> Result:
     """Text messages back and forth, and a binary one of 1 MiB; uncompressed, so that only
     encryption can hide them.
     """
-    # Imported here: only this command needs it.
-    from websockets.sync.client import (  # noqa: PLC0415
-        connect,
-    )  # only this client needs the package
+    from websockets.sync.client import connect  # noqa: PLC0415  # only this client needs it
 
     with connect(
         f"ws://{host}:{port}/", max_size=4 * 1024 * 1024, open_timeout=10, compression=None
@@ -169,10 +166,8 @@ CLIENTS: dict[str, Callable[..., Result]] = {
 def find(what: str) -> Callable[..., Result]:
     """The client of this name."""
     if what.startswith("grpc-"):
-        # Imported here: only this command needs grpcio.
-        from lab.apps.grpc_client import (  # noqa: PLC0415
-            CALLS,
-        )  # only these clients need the package, which takes a while to load
+        # only these clients need grpcio, which takes a while to load
+        from lab.apps.grpc_client import CALLS  # noqa: PLC0415
 
         return CALLS[what]
     return CLIENTS[what]

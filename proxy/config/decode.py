@@ -91,9 +91,10 @@ def shape(annotation: Any) -> Shape:
             annotation
         ):
             optional = True
+            # `X | Y` cannot be written for the parts of a tuple
             annotation = Union[  # noqa: UP007
                 tuple(part for part in get_args(annotation) if part is not type(None))
-            ]  # made of a tuple
+            ]
         else:
             return Shape(annotation, optional, meta)
 

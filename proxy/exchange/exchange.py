@@ -256,6 +256,7 @@ class Exchange(ABC):
             " got its response"
         )
 
+    # Not abstract: only HTTP/1 has half-closed connections.
     def pass_half_close(self, tell: Callable[[], None] | None) -> None:  # noqa: B027
         """The whole request has been sent: from now on, call `tell` once if the client ends its
         direction of the connection. None: stop.

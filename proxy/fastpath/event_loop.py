@@ -204,7 +204,7 @@ class EventLoopClock(trio.abc.Clock):
 
     def __init__(self) -> None:
         self.event_loop: EventLoop | None = None
-        # Like trio's own clock: times of two runs must not be mixed.
+        # Like trio's own clock: times of two runs must not be mixed. It is no secret (S311).
         self._from = random.uniform(10_000, 200_000)  # noqa: S311
 
     def start_clock(self) -> None:

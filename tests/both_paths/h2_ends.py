@@ -66,8 +66,8 @@ class Message:
 
 
 class End2(End):
-    """Sends what it is told to, right or wrong; what nobody takes any more is the other side's
-    matter."""
+    """Sends what the test asks for, right or wrong. If the other side no longer reads, the rest is
+    not sent."""
 
     client = False
 

@@ -261,8 +261,8 @@ async def wrong_frame(stage: Stage, _: random.Random) -> None:
 
 
 async def late(stage: Stage, rng: random.Random) -> None:
-    """A call whose deadline passes, which is the matter of a proxy that goes out; of two that stand
-    behind each other nobody could tell whether the second will say so before it is told."""
+    """A call whose deadline passes. Only a single outbound proxy enforces it: of two proxies in a
+    row, either may be the first to answer, so the result would not be certain."""
     end = await line(stage)
     if len(stage.apps) == 1 and stage.apps[0].listeners.outbound:
         kind = rng.choice(["never", "half-never"])

@@ -29,6 +29,7 @@ async def serve(stage: Stage, end: End) -> None:
     async with trio.open_nursery() as nursery:
         while end.ended is None and not end.closed:
             await stage.until(
+                # B023: called before the loop goes on
                 lambda: len(end.told) > done or end.ended is not None or end.closed,  # noqa: B023
                 100,
             )
@@ -260,6 +261,7 @@ async def _echo(asked: Asked) -> None:
     over, sent = False, 0
     while not over:
         await asked.stage.until(
+            # B023: called before the loop goes on
             lambda: len(message.body) > sent or message.over or end.ended is not None,  # noqa: B023
             100,
         )

@@ -49,6 +49,7 @@ class _Mirror(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.do_POST()
 
+    # the signature of the standard library
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         pass
 

@@ -243,7 +243,7 @@ def test_other_keys_of_tls_1_3_are_welcome(cart, checkout, root, key):
 @pytest.mark.parametrize("weak", ["key", "signature"])
 def test_a_weak_intermediate_is_refused_by_its_owner(cart, root, weak):
     key = (
-        rsa.generate_private_key(65537, 1024)  # noqa: S505
+        rsa.generate_private_key(65537, 1024)  # noqa: S505  # the weak key that must be refused
         if weak == "key"
         else ec.generate_private_key(ec.SECP256R1())
     )

@@ -283,7 +283,7 @@ async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
     """Wait for something that happens elsewhere, on sockets and in other tasks, and tells
     nobody."""
     with trio.fail_after(seconds):
-        while not condition():  # noqa: ASYNC110
+        while not condition():  # noqa: ASYNC110  # there is no event to wait for
             await trio.sleep(0.002)
 
 

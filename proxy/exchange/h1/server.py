@@ -251,8 +251,9 @@ class Http1Exchange(Exchange):
     def retire(self) -> None:
         self._server.retire()
 
+    # HTTP/1 has no error code; it can only cut the connection
     def abort(self, code: int | None = None, trailers: Headers | None = None) -> None:  # noqa: ARG002
-        self._server.abort()  # HTTP/1 has no error code; it can only cut the connection
+        self._server.abort()
 
 
 class Http1Server:

@@ -109,8 +109,9 @@ class Http2Exchange(Exchange):
             head.headers.add(b"content-length", b"%d" % length)
         return bodiless
 
+    # frames are added whole, so `unsent` is empty
     async def go_on(self, unsent: bytes, body: Body) -> None:  # noqa: ARG002
-        try:  # frames are added whole, so `unsent` is empty
+        try:
             await self._send_body(body.receive_nowait(), body)
         except StreamLost as error:
             raise ClientGone(f"during the response: {error}") from error

@@ -180,6 +180,7 @@ async def test_nghttp2_s_programs_and_curl(nghttpd: Address) -> None:
     async with hop2(nghttpd) as proxy:
         url = f"http://{proxy.address}/"
         with trio.fail_after(120):
+            # the server is another process: there is no event to wait for
             while await curl("--http2-prior-knowledge", url) != BODY:  # noqa: ASYNC110
                 await trio.sleep(0.02)
         assert await curl("--http1.1", url) == BODY
