@@ -45,29 +45,29 @@ lint: $(VENV)/.dev
 	git ls-files -coz --exclude-standard "*.py" | xargs -0 -n 50 -P 2 $(BIN)/flake8-async --enable ASYNC1,ASYNC2 --disable ASYNC109,ASYNC124
 	$(BIN)/mypy
 
-# The whole suite runs in its own network namespaces, so that tests and the machine cannot affect
-# each other. There are three pytest processes for two cores, because many tests wait. The parts run
-# with the sources and the TLS library of the wheel. Whole proxies, and the parts that are compiled
-# or about TLS, run as in the image (docs/decisions/30-compiled.md, 36-aws-lc.md). Then the tests
-# with the most HTTP/1.1 run again with the sources, without the fast path
-# (docs/decisions/21-fast-path.md).
+# The suite runs in its own network namespaces, so that tests and the machine cannot affect each
+# other. There are more pytest processes than cores, because many tests wait.
 # The order of the tests is random (pytest-randomly), and the same in all runs of a commit.
 ORDER ?= $(shell git rev-list --count HEAD)
-SANDBOXED = PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q --randomly-seed $(ORDER)
-WHOLE := tests/e2e tests/flows tests/lab
-# Of HTTP/2, only the server is compiled (docs/decisions/30-compiled.md). Tests of whole proxies,
-# and tests/both_paths, check that it works beside the modules that are not compiled.
-AS_COMPILED := $(wildcard tests/exchange/test_*.py) tests/exchange/h1 \
-	$(addprefix tests/,balancing both_paths directory fastpath identity loopguard net routing tracing wire) \
-	tests/telemetry/test_metrics.py
+SANDBOXED = PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m lab.sandbox -- $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -q --randomly-seed $(ORDER)
+# Most of what is compiled, and all tests of whole proxies, run in the form of the image only: with
+# the compiled request path, on AWS-LC (docs/decisions/30-compiled.md, 36-aws-lc.md).
+IN_THE_IMAGE := $(addprefix tests/,balancing both_paths e2e exchange flows lab routing)
+# What is compiled or about TLS, and quick, runs in both forms.
+IN_BOTH := $(addprefix tests/,directory fastpath identity loopguard net tracing wire/h1) \
+	$(wildcard tests/wire/test_*.py) tests/telemetry/test_metrics.py
+# Whole proxies from the sources, on OpenSSL: with the fast path, and without it
+# (docs/decisions/21-fast-path.md).
+WITH_FAST_PATH := tests/e2e/test_clients.py tests/both_paths/test_h2_plays.py
 ORDINARY := $(addprefix tests/e2e/test_,clients.py failures.py shutdown.py tracing.py)
 parts: $(VENV)/.dev
 	@./scripts/system-packages "$(NEEDED)" "$(PEERS)"
-	$(SANDBOXED) $(addprefix --ignore=,$(WHOLE) tests/kube)
+	$(SANDBOXED) $(filter-out $(IN_THE_IMAGE) tests/kube tests/kit,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py)
+	$(SANDBOXED) $(WITH_FAST_PATH)
 
 whole: $(VENV)/.dev $(READY) $(AWS_LC)/.ready
 	@./scripts/system-packages "$(NEEDED)" "$(PEERS)"
-	$(AS_IN_THE_IMAGE) $(SANDBOXED) $(WHOLE) $(AS_COMPILED)
+	$(AS_IN_THE_IMAGE) $(SANDBOXED) $(IN_THE_IMAGE) $(IN_BOTH)
 	ISTHMUS_FAST_PATH=false $(SANDBOXED) $(ORDINARY)
 
 # The compiled packages, installed from a wheel. No extension module lies beside the sources, where

@@ -20,16 +20,23 @@ settings.register_profile("isthmus", deadline=None, suppress_health_check=[Healt
 settings.load_profile("isthmus")
 
 
-# Modules that take longer than ten seconds for each of their tests, or that need more time than a
-# third of the others. A process that started one of them last would run alone for minutes.
+# The modules that take longest, of each run of `make test`. They start first: a process that started
+# one of them last would run alone for minutes.
 LONG = (
-    "both_paths/test_plays.py",
     "both_paths/test_h2_plays.py",
-    "workers/test_workers.py",
-    "exchange/h2/test_soak.py",
+    "both_paths/test_plays.py",
+    "e2e/test_grpc_faults.py",
+    "e2e/test_rolling.py",
+    "e2e/test_size.py",
     "exchange/h2/test_real.py",
+    "exchange/h2/test_soak.py",
     "exchange/test_deadlines.py",
+    "flows/test_admission.py",
+    "flows/test_floods.py",
+    "flows/test_uploads.py",
+    "lab/test_demo.py",
     "wire/h2/test_hpack.py",
+    "workers/test_workers.py",
 )
 
 

@@ -154,7 +154,8 @@ async def test_many_clients_at_once_are_served_alike(
     assert others[0].finished >= 50
     for other in others:
         for left in (ordinary, other):
-            left.clients.sort(key=str)
+            # Whether a client sees the server's close before it closes itself is a matter of time.
+            left.clients = sorted((heard, None) for heard, _ in left.clients)
             # Bytes are counted when a connection to the server is closed, and a pool that is full
             # of idle connections closes one sooner or later.
             left.metrics = {

@@ -43,7 +43,8 @@ def otlp(endpoint: str, **collector: Any) -> export.OtlpExporter:
         {"POD_NAME": "web-7d4b9c6f5d-x2x9k", "POD_NAMESPACE": "shop"}, cluster="east", version="9"
     )
     return export.OtlpExporter(
-        export.SpanFactory(Resource(about, print), "9"), Collector(f"{endpoint}/v1/traces", **collector)
+        export.SpanFactory(Resource(about, print), "9"),
+        Collector(f"{endpoint}/v1/traces", **collector),
     )
 
 
