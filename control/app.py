@@ -1,9 +1,12 @@
-"""The control plane process: discovery and an admin listener in one trio loop.
+"""The control plane process: discovery, the directory for proxies and an admin listener in one trio
+loop.
 
     run
     ├── signals         stops on SIGTERM or SIGINT
     ├── admin           /live, /ready, /metrics
     ├── discovery       in every replica
+    ├── channel         the directory for proxies, in every replica, when discovery is complete
+    ├── credentials     loads a changed certificate, key or trust roots
     └── election        one replica leads; it writes events about services that have a problem
 
 The process is stateless. A replica reads everything again when it starts, and is then ready.
@@ -13,12 +16,14 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
 from control.admin import Admin
+from control.channel.server import About, Channel, ChannelLimits
 from control.discovery.catalog import Changes
 from control.discovery.discovery import Discovery
 from control.kube.client import Client
@@ -26,50 +31,89 @@ from control.kube.leases import Election
 from control.kube.objects import ObjectReference
 from control.kube.recorder import Recorder, Said
 from control.kube.resources import Key
-from control.metrics import render
+from control.metrics import Parts, render
+from proxy.directory.channel.messages import ALPN
+from proxy.identity.identity import Identity, MaterialError, MaterialFiles, TLSSettings, watch
 
 _log = logging.getLogger("isthmus.control")
 
 CONTROLLER = "isthmus.dev/control"
 LEASE = "isthmus-control"
+# Seconds between two checks of the certificate, key and trust roots.
+RELOAD = 10.0
+# Seconds between two reads of changed ones, which must agree.
+SETTLE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelConfig:
+    """The listener for proxies. `listen`: host and port. `networks`: of the cluster, as CIDR.
+    `domain`: of the cluster."""
+
+    files: MaterialFiles
+    listen: tuple[str, int] = ("::", 4190)
+    networks: tuple[str, ...] = ()
+    domain: str = "cluster.local"
+    limits: ChannelLimits = field(default_factory=ChannelLimits)
 
 
 @dataclass(frozen=True, slots=True)
 class ControlConfig:
     """`namespace`: where the lease is. `identity`: the unique name of this replica. `admin`: host
-    and port of the admin listener; None: no listener.
+    and port of the admin listener; None: no listener. `channel`: the listener for proxies; None:
+    no listener.
     """
 
     trust_domain: str = "cluster.local"
     namespace: str = "isthmus"
     identity: str = "control"
     admin: tuple[str, int] | None = ("::", 4191)
+    channel: ChannelConfig | None = None
 
 
 class Control:
     """One replica. Owns `client`."""
 
     def __init__(self, config: ControlConfig, client: Client) -> None:
-        """Raises SpiffeIdError if the trust domain is not valid."""
+        """Raises SpiffeIdError if the trust domain is not valid, MaterialError if the certificate,
+        key and roots of the channel are not."""
         self.config = config
         self.client = client
         self.discovery = Discovery(client, config.trust_domain, self._tell)
         self.election = Election(client, (config.namespace, LEASE), config.identity)
         self.recorder = Recorder(client, CONTROLLER, config.identity)
+        self.identity: Identity | None = None
+        self.channel: Channel | None = None
+        if config.channel is not None:
+            self.identity = Identity(
+                config.channel.files,
+                TLSSettings(session_lifetime=0.0, settle=SETTLE, protocols=frozenset((ALPN,))),
+            )
+            self.channel = Channel(
+                self.discovery.catalog,
+                self.identity,
+                config.channel.limits,
+                About(config.identity, config.channel.networks, config.channel.domain),
+            )
         self._said: dict[Key, tuple[str, ...]] = {}
 
-    async def run(self, listeners: Sequence[trio.SocketListener]) -> None:
-        """Run until SIGTERM or SIGINT, then release the lease. Owns `listeners`."""
-        admin = Admin(
-            self.not_ready,
-            lambda: render(self.discovery, self.election, self.recorder, self.client),
-        )
+    async def run(
+        self,
+        listeners: Sequence[trio.SocketListener],
+        channel_listeners: Sequence[socket.socket] = (),
+    ) -> None:
+        """Run until SIGTERM or SIGINT, then release the lease. Owns the listeners of the admin
+        pages and of the channel."""
+        parts = Parts(self.discovery, self.election, self.recorder, self.client, self.channel)
+        admin = Admin(self.not_ready, lambda: render(parts))
         try:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(admin.serve, listeners)
                     nursery.start_soon(self.discovery.run)
                     nursery.start_soon(self._take_part)
+                    nursery.start_soon(self._serve_proxies, channel_listeners)
+                    nursery.start_soon(self._watch_identity)
                     async for number in signals:
                         _log.info("ending, by %s", signal.Signals(number).name)
                         break
@@ -81,6 +125,29 @@ class Control:
         # A leader without data has nothing to report.
         await self.discovery.ready.wait()
         await self.election.run(self._lead)
+
+    async def _serve_proxies(self, listeners: Sequence[socket.socket]) -> None:
+        if self.channel is None:
+            return
+        # Before that, an entry that is missing would be taken for one that does not exist. The
+        # kernel keeps connections of proxies until then.
+        await self.discovery.ready.wait()
+        await self.channel.serve(listeners)
+
+    async def _watch_identity(self) -> None:
+        if self.identity is not None:
+            await watch(self.identity, RELOAD, self._renewed, self._broken, self._warn)
+
+    def _renewed(self, identity: Identity) -> None:
+        _log.info(
+            "new certificate or trust roots in use: valid until %s", identity.not_after.isoformat()
+        )
+
+    def _broken(self, error: MaterialError) -> None:
+        _log.error("cannot use the changed certificate, key or roots: %s", error)
+
+    def _warn(self, words: str) -> None:
+        _log.warning("%s", words)
 
     async def _lead(self) -> None:
         self._said.clear()
@@ -101,6 +168,8 @@ class Control:
         _log.debug(
             "%d services and %d addresses have changed", len(changes.services), len(changes.pods)
         )
+        if self.channel is not None:
+            self.channel.changed(changes)
         if self.election.leading:
             self._say()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import logging
 import os
 import socket
@@ -11,11 +12,15 @@ from pathlib import Path
 
 import trio
 
-from control.app import Control, ControlConfig
+from control.app import ChannelConfig, Control, ControlConfig
+from control.channel.server import ChannelLimits
 from control.contract import SpiffeIdError
 from control.kube.access import Access, in_cluster, kubeconfig_file
 from control.kube.client import Client
 from control.kube.errors import AccessError
+from proxy.identity.identity import MaterialError, MaterialFiles
+from proxy.net.accept import BindFailed, bind
+from proxy.net.address import Address
 
 # EX_USAGE of sysexits.h: the command line or a file that it names is not usable.
 USAGE = 64
@@ -74,6 +79,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="ADDRESS",
         help='/live, /ready and /metrics (default: [::]:4191; "": none)',
     )
+    _add_channel(parser)
     parser.add_argument(
         "--log-level",
         default="info",
@@ -81,6 +87,59 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="(default: info)",
     )
     parser.set_defaults(run=run)
+
+
+def _add_channel(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "directory for proxies",
+        "Proxies connect with mutual TLS. Without --certificate there is no listener for them.",
+    )
+    group.add_argument(
+        "--listen",
+        default="[::]:4190",
+        metavar="ADDRESS",
+        help="for proxies (default: [::]:4190)",
+    )
+    for name, text in (
+        ("certificate", "PEM file with the certificate of this control plane"),
+        ("key", "PEM file with its key"),
+    ):
+        group.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
+    group.add_argument(
+        "--roots",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="PEM files with the trust roots",
+    )
+    group.add_argument(
+        "--cluster-networks",
+        nargs="+",
+        default=[],
+        metavar="CIDR",
+        help="networks of pods and services, which proxies are told (default: not told)",
+    )
+    group.add_argument(
+        "--cluster-domain",
+        default="cluster.local",
+        metavar="NAME",
+        help="DNS domain of the cluster (default: cluster.local)",
+    )
+    default = ChannelLimits()
+    for option, value, text in (
+        ("connections", default.connections, "proxies that may be connected"),
+        ("per-identity", default.per_identity, "of them, of one identity"),
+        ("subscriptions", default.subscriptions, "entries that one proxy may follow"),
+        ("message", default.message, "bytes of a message to a proxy"),
+    ):
+        group.add_argument(
+            f"--max-{option}",
+            type=int,
+            default=value,
+            metavar="N",
+            help=f"{text} (default: {value})",
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,9 +155,15 @@ def run(args: argparse.Namespace) -> int:
             if args.kubeconfig is not None
             else in_cluster(os.environ)
         )
-        config = ControlConfig(args.trust_domain, args.namespace, args.name, _address(args.admin))
+        config = ControlConfig(
+            args.trust_domain,
+            args.namespace,
+            args.name,
+            _address(args.admin),
+            _channel(args) if args.certificate is not None else None,
+        )
         trio.run(_main, config, access)
-    except (AccessError, SpiffeIdError, ValueError, OSError) as error:
+    except (AccessError, SpiffeIdError, MaterialError, BindFailed, ValueError, OSError) as error:
         print(f"isthmus: {error}", file=sys.stderr)
         return USAGE
     return 0
@@ -106,12 +171,43 @@ def run(args: argparse.Namespace) -> int:
 
 async def _main(config: ControlConfig, access: Access) -> None:
     control = Control(config, Client(access))
+    proxies = _bind(config.channel.listen) if config.channel is not None else []
     listeners = []
     if config.admin is not None:
         host, port = config.admin
         # host None: all addresses of both families.
         listeners = await trio.open_tcp_listeners(port, host=host if host != "::" else None)
-    await control.run(listeners)
+    await control.run(listeners, proxies)
+
+
+def _channel(args: argparse.Namespace) -> ChannelConfig:
+    """Raises ValueError."""
+    listen = _address(args.listen)
+    if listen is None or args.key is None or not args.roots:
+        raise ValueError("--certificate needs --key, --roots and --listen")
+    limits = ChannelLimits(
+        connections=args.max_connections,
+        per_identity=args.max_per_identity,
+        subscriptions=args.max_subscriptions,
+        message=args.max_message,
+    )
+    networks = tuple(str(ipaddress.ip_network(network)) for network in args.cluster_networks)
+    return ChannelConfig(
+        MaterialFiles(args.certificate, args.key, tuple(args.roots)),
+        listen,
+        networks,
+        args.cluster_domain,
+        limits,
+    )
+
+
+def _bind(listen: tuple[str, int]) -> list[socket.socket]:
+    """Listeners for proxies. "::" means both families. Raises BindFailed."""
+    host, port = listen
+    bound = [bind(Address(host, port))]
+    if host == "::":
+        bound.append(bind(Address("0.0.0.0", bound[0].getsockname()[1])))
+    return bound
 
 
 def _address(text: str) -> tuple[str, int] | None:

@@ -1,8 +1,8 @@
-"""What the control plane shares with the proxies. Only this module imports from `proxy`.
+"""What discovery shares with the proxies: names of identities, protocol hints, and the format of a
+directory's document.
 
-The names of identities, the protocol hints of a directory and the format of its document are the
-contract between the two. The control plane uses nothing else of `proxy`, and `proxy` uses nothing
-of `control`.
+Discovery uses nothing else of `proxy`. The channel to proxies also uses the proxies' TLS, listeners
+and messages. `proxy` uses nothing of `control`.
 """
 
 from __future__ import annotations

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import trio
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from control.channel.server import Channel, ChannelCounts
 from control.discovery.discovery import Discovery
 from control.kube.client import Client
 from control.kube.leases import Election
@@ -16,19 +18,30 @@ from control.kube.recorder import Recorder
 PREFIX = "isthmus_control_"
 
 
-class _Parts:
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of the process whose counters are read."""
+
+    discovery: Discovery
+    election: Election
+    recorder: Recorder
+    client: Client
+    channel: Channel | None = None
+
+
+class _Collector:
     """A collector of prometheus_client."""
 
-    def __init__(
-        self, discovery: Discovery, election: Election, recorder: Recorder, client: Client
-    ) -> None:
-        self._discovery = discovery
-        self._election = election
-        self._recorder = recorder
-        self._client = client
+    def __init__(self, parts: Parts) -> None:
+        self._discovery = parts.discovery
+        self._election = parts.election
+        self._recorder = parts.recorder
+        self._client = parts.client
+        self._channel = parts.channel
 
     def collect(self) -> Iterator[Metric]:
         yield from self._reflectors()
+        yield from self._proxies(self._channel)
         catalog = self._discovery.catalog
         for name, text, value in (
             ("services", "Services that proxies are told of", len(catalog.services)),
@@ -48,6 +61,39 @@ class _Parts:
             ("events_dropped", "Events of Kubernetes that were not", self._recorder.dropped),
         ):
             yield CounterMetricFamily(PREFIX + name, text, value=value)
+
+    @staticmethod
+    def _proxies(channel: Channel | None) -> Iterator[Metric]:
+        """All zero if there is no listener for proxies."""
+        counts = channel.counts if channel is not None else ChannelCounts()
+        views = channel.views if channel is not None else None
+        open_, subscriptions, updates = (
+            (channel.connections, channel.subscriptions, channel.updates)
+            if channel is not None
+            else (0, 0, 0)
+        )
+        for name, text, value in (
+            ("proxies", "Proxies that are connected", open_),
+            ("subscriptions", "Entries that proxies follow, for each proxy", subscriptions),
+            ("topics", "Different entries that proxies follow", len(views.topics) if views else 0),
+        ):
+            yield GaugeMetricFamily(PREFIX + name, text, value=value)
+        for name, text, value in (
+            ("proxies_accepted", "Connections of proxies that were accepted", counts.accepted),
+            ("updates", "Entries that were sent to proxies", updates),
+            (
+                "contents_computed",
+                "Contents that were computed and encoded",
+                views.computed if views else 0,
+            ),
+        ):
+            yield CounterMetricFamily(PREFIX + name, text, value=value)
+        ended = CounterMetricFamily(
+            PREFIX + "proxies_ended", "Connections of proxies that have ended", labels=["reason"]
+        )
+        for reason, count in counts.ended.items():
+            ended.add_metric([reason], count)
+        yield ended
 
     def _reflectors(self) -> Iterator[Metric]:
         now = trio.current_time()
@@ -76,8 +122,8 @@ class _Parts:
         yield from (objects, synced, silence, counted)
 
 
-def render(discovery: Discovery, election: Election, recorder: Recorder, client: Client) -> bytes:
+def render(parts: Parts) -> bytes:
     """All metrics in the Prometheus text format."""
     registry = CollectorRegistry()
-    registry.register(_Parts(discovery, election, recorder, client))
+    registry.register(_Collector(parts))
     return generate_latest(registry)

@@ -8,7 +8,7 @@ which are bound early and served late. Then the tasks start:
     run
     ├── admin                    probes and metrics, in a separate thread, from the start to the end
     ├── identity.watch           loads new certificates and roots without a restart
-    ├── directory.watch          loads new snapshots of the directory
+    ├── directory.run            keeps the directory current, from its file or from the control plane
     ├── sweep                    closes idle connections that are too old, and drops old cache entries
     ├── liveness                 keeps TCP_USER_TIMEOUT from ending connections of slow readers
     ├── disconnects              detects clients that disconnect while the proxy waits for a response
@@ -34,7 +34,6 @@ import resource
 import signal
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 import trio
 
@@ -43,7 +42,8 @@ from proxy.admin import Admin, Status
 from proxy.balancing.balancer import Balancer
 from proxy.config.load import Config
 from proxy.config.schema import GatewayConfig, InboundConfig, OutboundConfig
-from proxy.directory import Directory, DirectoryError, Endpoint
+from proxy.directory import DirectoryError, Endpoint
+from proxy.directory.channel.source import ControlSource
 from proxy.directory.watcher import IdentityLoss
 from proxy.dns.service import DnsService, pod_resolvers
 from proxy.exchange.server_settings import Drain
@@ -63,6 +63,7 @@ from proxy.net.disconnects import Disconnects
 from proxy.net.fairness import PACER
 from proxy.net.interfaces import local_addresses
 from proxy.net.liveness import Liveness
+from proxy.net.socket_stream import SocketStream
 from proxy.process.acceptors import acceptor, bounds_of, report
 from proxy.process.listeners import listen
 from proxy.process.load_directory import load_directory
@@ -88,13 +89,6 @@ _SELDOM = 20  # one in this many sweeps also does the rarely needed work
 
 Beside = Callable[["App"], Awaitable[None]]
 Handler = Callable[[Connection], Awaitable[None]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """The source of an empty directory, for a proxy without one."""
-
-    current: Directory
 
 
 def start(config: Config, worker: WorkerInfo | None = None, beside: Beside | None = None) -> int:
@@ -149,7 +143,7 @@ class App:
             metrics, access=config.log.access, tracing=spans.flows(), budget=self.memory.budget
         )
         self.own = OwnIdentity(config, metrics)
-        self.source = load_directory(config)
+        self.source = load_directory(config, self.own.current, self._dial)
         resolvers = pod_resolvers(config)
         self.liveness = Liveness(config.tcp.user_timeout, config.tcp.keepalive)
         self.listeners = listen(config, self.liveness, resolvers)
@@ -166,12 +160,12 @@ class App:
             settings=settings,
             loops=loops,
             identity=self.own.current,
-            directory=self.source or _Known(Directory()),
+            directory=self.source,
             balancer=balancer,
             router=self._router(balancer),
             dispatcher=Dispatcher(balancer, metrics, settings.client),
             dialer=dialer,
-            former=self.source.former if self.source is not None else None,
+            former=self.source.former,
             recorder=self.recorder,
             spans=spans,
             drain=self.drain,
@@ -205,10 +199,10 @@ class App:
         )
 
     def _router(self, balancer: Balancer) -> Router:
-        config, source = self.config, self.source or _Known(Directory())
+        config = self.config
         networks = config.outbound.authority_networks
         return Router(
-            source, balancer, self.metrics, config.pod.namespace, config.clusters.settle, trio.current_time, networks=networks
+            self.source, balancer, self.metrics, config.pod.namespace, config.clusters.settle, trio.current_time, networks=networks
         )  # fmt: skip
 
     def _way_in(self, reserved: int) -> Acceptor:
@@ -257,7 +251,7 @@ class App:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(admin.run)
                 nursery.start_soon(self.own.watch)
-                nursery.start_soon(self._watch_directory)
+                nursery.start_soon(self.source.run, self._directory_changed)
                 nursery.start_soon(self._sweep)
                 nursery.start_soon(self.liveness.run)
                 nursery.start_soon(self.drain.disconnects.run)
@@ -308,11 +302,11 @@ class App:
 
     # Background tasks
 
-    async def _watch_directory(self) -> None:
-        if self.source is not None and self.config.directory is not None:
-            await self.source.watch(self.config.directory.poll_interval, self._directory_changed)
-
     def _directory_changed(self, error: DirectoryError | None) -> None:
+        if self.source.asks:  # the answer for one or more entries
+            self.runtime.dispatcher.changed()
+            self._publish()
+            return
         self.metrics.count_directory_reload(
             "ok" if error is None else "refused" if isinstance(error, IdentityLoss) else "error"
         )
@@ -351,10 +345,12 @@ class App:
                 if self.names is not None:
                     self.names.sweep()
                 self.runtime.balancer.sweep()
-                if self.source is not None:
-                    self.source.former.sweep(trio.current_time())
+                self.source.former.sweep(trio.current_time())
             self.outbound_pools.sweep()
             self.inbound_pools.sweep()
+
+    async def _dial(self, address: Address) -> SocketStream:
+        return await self.runtime.dialer.dial(address)
 
     @property
     def identity(self) -> Identity | None:
@@ -367,6 +363,8 @@ class App:
         if self.drain.draining:
             reasons.append("shutting down")
         if (problem := self.own.not_ready()) is not None:
+            reasons.append(problem)
+        if (problem := self.source.not_ready()) is not None:
             reasons.append(problem)
         return reasons
 
@@ -384,8 +382,9 @@ class App:
             self.metrics.set_fast_path_exchanges(*self.runtime.fast_path.counts())
         if self.names is not None:
             self.names.observe()
-        if self.source is not None:
-            self.metrics.former_identities.at().set(len(self.source.former))
+        self.metrics.former_identities.at().set(len(self.source.former))
+        if isinstance(self.source, ControlSource):
+            self.metrics.directory.observe(self.source)
         self.metrics.set_waiting_spans(self.spans.waiting())
         self.metrics.self_calls_waiting.at().set(self.runtime.loops.waiting)
 

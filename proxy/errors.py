@@ -67,6 +67,10 @@ class NoEndpoint(IsthmusError):
     """The directory has the service, but no endpoint of it is ready."""
 
 
+class DirectoryUnavailable(IsthmusError):
+    """The control plane did not answer where an address of the cluster leads."""
+
+
 class NotExported(IsthmusError):
     """The request asked a gateway for a service that its cluster does not export."""
 
@@ -176,6 +180,7 @@ TABLE: dict[type[BaseException], Answer] = {
     NotAuthorised: Answer(403, 7, "http_request_denied", "identity_required"),
     LoopDetected: Answer(508, 10, "proxy_loop_detected", "loop"),
     NoEndpoint: Answer(503, 14, "destination_unavailable", "no_endpoint"),
+    DirectoryUnavailable: Answer(503, 14, "destination_unavailable", "directory_unavailable"),
     AllBroken: Answer(503, 14, "destination_unavailable", "all_broken"),
     QueueFull: Answer(503, 8, "connection_limit_reached", "queue_full"),
     DeadlineExceeded: Answer(504, 4, "http_response_timeout", "deadline_exceeded"),

@@ -40,13 +40,45 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "control.contract": ({"proxy.directory", "proxy.identity"}, set()),
     "control.discovery": ({"control.kube", "control.contract"}, {"trio", "msgspec"}),
-    "control.metrics": ({"control.kube", "control.discovery"}, {"trio", "prometheus_client"}),
-    "control.admin": (set(), {"trio", "h11"}),
-    "control.app": (
-        {"control.kube", "control.discovery", "control.admin", "control.metrics"},
+    "control.channel": (
+        {
+            "control.kube",
+            "control.discovery",
+            "control.contract",
+            "proxy.directory",
+            "proxy.identity",
+            "proxy.net",
+        },
         {"trio"},
     ),
-    "control.command": ({"control.app", "control.kube", "control.contract"}, {"trio"}),
+    "control.metrics": (
+        {"control.kube", "control.discovery", "control.channel"},
+        {"trio", "prometheus_client"},
+    ),
+    "control.admin": (set(), {"trio", "h11"}),
+    "control.app": (
+        {
+            "control.kube",
+            "control.discovery",
+            "control.channel",
+            "control.admin",
+            "control.metrics",
+            "proxy.directory",
+            "proxy.identity",
+        },
+        {"trio"},
+    ),
+    "control.command": (
+        {
+            "control.app",
+            "control.channel",
+            "control.kube",
+            "control.contract",
+            "proxy.identity",
+            "proxy.net",
+        },
+        {"trio"},
+    ),
     "proxy.balancing": ({"proxy.directory", "proxy.net"}, {"trio"}),
     "proxy.exchange": (
         {"proxy.wire", "proxy.net", "proxy.errors", "loopguard", "tracing"},

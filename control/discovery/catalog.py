@@ -227,6 +227,24 @@ class Catalog:
             default=None,
         )
 
+    # Lookups by address, in the entries as of the last `flush`
+
+    def owner(self, address: str) -> ServiceEntry | None:
+        """The service with this cluster address."""
+        for key in self._owners.at(address):
+            entry = self.services.get(key)
+            if entry is not None and address in entry.addresses:
+                return entry
+        return None
+
+    def listing(self, address: str) -> Iterator[ServiceEntry]:
+        """The services with an endpoint at this address, each once, in the order of their keys."""
+        keys = {self._slices[part].service for part in self._listed.at(address)}
+        for key in sorted(keys):
+            entry = self.services.get(key)
+            if entry is not None and any(end.address == address for end in entry.endpoints):
+                yield entry
+
     # Lookups for judge.py (the World protocol)
 
     def pod_of(self, key: Key) -> PodFact | None:

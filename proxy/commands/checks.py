@@ -230,6 +230,9 @@ def check_directory(settings: Config) -> tuple[list[Result], Directory | None]:
         )
         return [Result(name, "skipped", what, "configure directory.file")], None
     path = settings.directory.file
+    if path is None:
+        what = "the directory comes from the control plane, so there is no file to check"
+        return [Result(name, "skipped", what, "see isthmus_directory_connected")], None
     try:
         text = watcher.read(path)
         found = directory.parse(text, str(path))

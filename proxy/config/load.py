@@ -24,7 +24,7 @@ from proxy.config.document import load as load_document
 from proxy.config.reference import schema
 from proxy.config.schema import Config, LogConfig
 from proxy.config.schema_tracing import TracingConfig
-from proxy.identity.spiffe import SpiffeIdError, check_trust_domain
+from proxy.identity.spiffe import SpiffeId, SpiffeIdError, check_trust_domain
 from proxy.net.address import Address
 
 __all__ = ["Config", "ConfigError", "LogConfig", "config_schema", "load", "variable"]
@@ -205,6 +205,7 @@ def _contradictions(config: Config, mistakes: Mistakes) -> None:
     _listeners(config, mistakes)
     _workers(config, mistakes)
     _gateway(config, mistakes)
+    _directory(config, mistakes)
     inbound = config.inbound
     if config.identity is None:
         if inbound.require_identity.default or any(inbound.require_identity.ports.values()):
@@ -314,6 +315,39 @@ def _tracing(tracing: TracingConfig, mistakes: Mistakes) -> None:
         mistakes.add(
             "tracing.client_key",
             "is the key of a certificate, but tracing.client_certificate names none",
+        )
+
+
+def _directory(config: Config, mistakes: Mistakes) -> None:
+    section = config.directory
+    if section is None:
+        return
+    if (section.file is None) == (section.control is None):
+        mistakes.add("directory", "expected either `file` or `control`")
+    control = section.control
+    if control is None:
+        return
+    if not _AGENT.fullmatch(control.address):
+        mistakes.add("directory.control.address", f"expected host:port, found {control.address!r}")
+    try:
+        expected = SpiffeId.parse(control.identity)
+    except SpiffeIdError as error:
+        mistakes.add("directory.control.identity", str(error))
+    else:
+        if expected.trust_domain != config.trust_domain:
+            mistakes.add(
+                "directory.control.identity",
+                f"is not of the trust domain {config.trust_domain}",
+            )
+    if control.max_pause < control.min_pause:
+        mistakes.add("directory.control.max_pause", "is below directory.control.min_pause")
+    if config.identity is None:
+        mistakes.add(
+            "directory.control", "needs an `identity` section: the connection uses mutual TLS"
+        )
+    if config.gateway.enabled:
+        mistakes.add(
+            "directory.control", "a gateway needs `directory.file`, with its exported services"
         )
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from proxy.config.decode import Section, described, number, ratio, seconds
+from proxy.config.decode import Section, described, number, octets, ratio, seconds
+from proxy.config.units import Network
 
 _HOUR, _DAY, _WEEK = 3600, 86400, 7 * 86400
 
@@ -48,15 +49,62 @@ class IdentityConfig(Section, frozen=True):
     ] = 10.0
 
 
+# An application's first connection to a service may wait as long as a slow DNS lookup. A service
+# with 10,000 endpoints has about 600 KiB.
+class ControlPlaneConfig(Section, frozen=True):
+    """The control plane as the source of the directory: see directory-channel.md."""
+
+    address: Annotated[
+        str,
+        described("host:port of the control plane; a name with several addresses is allowed", 259),
+    ]
+    identity: Annotated[str, described("SPIFFE ID that the control plane must have", 2048)]
+    networks: Annotated[
+        tuple[Network, ...],
+        described(
+            "networks of the cluster: without an answer, connections to addresses in them fail, and"
+            " others go to their original destination; empty: the control plane reports them; until"
+            " then, private networks (RFC 1918, RFC 6598, RFC 4193)",
+            256,
+        ),
+    ] = ()
+    first_use_timeout: Annotated[
+        float, seconds(0, 60, "how long a first connection or request waits for the entry")
+    ] = 3.0
+    unused: Annotated[
+        float,
+        seconds(1, _DAY, "how long an entry that no connection uses stays subscribed"),
+    ] = 300.0
+    max_subscriptions: Annotated[
+        int, number(16, 1_000_000, "maximum entries that are followed", "entries")
+    ] = 4096
+    max_message: Annotated[
+        int, octets(64 * 1024, 1024 * 1024 * 1024, "longest message of the control plane")
+    ] = 8 * 1024 * 1024
+    connect_timeout: Annotated[
+        float,
+        seconds(0.1, 60, "maximum time for resolving, connecting, TLS and the first message"),
+    ] = 5.0
+    write_timeout: Annotated[float, seconds(0.1, 300, "maximum time for sending a message")] = 10.0
+    min_pause: Annotated[
+        float,
+        seconds(
+            0.01, _HOUR, "pause before the second attempt to connect; doubled, and varied at random"
+        ),
+    ] = 0.5
+    max_pause: Annotated[float, seconds(0.01, _HOUR, "longest pause between two attempts")] = 30.0
+
+
 # Writing a file of 6 MB takes tens of milliseconds. Half a second also covers a writer that waits
 # for the CPU. An operator notices an error in the log within ten minutes. The address of a removed
 # pod is rarely reused sooner.
 class DirectoryConfig(Section, frozen=True):
-    """The file that lists the services. Without this section, connections go to their original
-    destination in clear text.
+    """The source of the directory: either a file that lists the services, or the control plane.
+    Without this section, connections go to their original destination in clear text.
     """
 
-    file: Annotated[Path, described("path of the directory file")]
+    file: Annotated[Path | None, described("path of the directory file")] = None
+    control: ControlPlaneConfig | None = None
     poll_interval: Annotated[
         float, seconds(0.05, _HOUR, "interval between checks of the file for changes")
     ] = 1.0

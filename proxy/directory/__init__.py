@@ -6,7 +6,9 @@ reader.py              YAML document -> snapshot, or all its mistakes (with valu
 policy.py              how clients use the endpoints of a service
 service_names.py       the names that an application may use, and the service that each one means
 json_schema.py         the JSON schema of the document
+source.py              the interface of a source, which is the file or the control plane
 watcher.py             reads the file again when it changes, and replaces the snapshot
+channel/               asks the control plane for what the proxy uses
 downgrades.py          what a new snapshot would send in clear text instead of mutual TLS
 former_identities.py   addresses that recently had an identity
 """
@@ -15,6 +17,8 @@ from proxy.directory.downgrades import Downgrades, Former, compare
 from proxy.directory.json_schema import directory_schema
 from proxy.directory.reader import DirectoryError, parse
 from proxy.directory.snapshot import (
+    UNANSWERED,
+    Asked,
     Backend,
     Cluster,
     Directory,
@@ -31,6 +35,8 @@ from proxy.directory.snapshot import (
 )
 
 __all__ = [
+    "UNANSWERED",
+    "Asked",
     "Backend",
     "Cluster",
     "Directory",

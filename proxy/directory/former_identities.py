@@ -61,6 +61,10 @@ class FormerIdentities:
         if self.keep:
             self._known.update({what: (now + self.keep, entry) for what, entry in former.items()})
 
+    def release(self, host: str) -> None:
+        """The host is known to have no identity now: clear text is right."""
+        self._known.pop(host, None)
+
     def sweep(self, now: float) -> None:
         """Drop expired entries."""
         if self._known:

@@ -93,6 +93,20 @@ class ServiceNames(Generic[T]):
             return found
         return self._found.get(short) if dots == 2 else None
 
+    def local(self, host: str, namespace: str) -> str | None:
+        """The name of the only service of this cluster that `host` can mean, as "name.namespace".
+        None: it cannot mean one."""
+        if len(host) > LONGEST + 1:
+            return None
+        host = host.lower().removesuffix(".")
+        short = host.removesuffix(self._svc)
+        if len(short) == len(host):
+            short = host.removesuffix(".svc")
+        name, dot, of = short.partition(".")
+        if not dot and len(short) == len(host):
+            of = namespace
+        return f"{name}.{of}" if LABEL.match(name) and LABEL.match(of) else None
+
 
 def split_authority(authority: bytes) -> tuple[str, int | None] | None:
     """(host, port) of an authority (RFC 3986 §3.2) that may be a service name. None: an IP literal,

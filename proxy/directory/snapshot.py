@@ -1,7 +1,8 @@
 """The directory as an immutable snapshot, and its lookups by address and by name.
 
-reader.py builds a snapshot from one document, with all indexes. The next snapshot replaces it as a
-whole (proxy/directory/watcher.py). So each lookup sees consistent data, without a lock.
+reader.py builds a snapshot from one document, with all indexes; channel/assembly.py builds one from
+the entries that the control plane sent. The next snapshot replaces it as a whole. So each lookup
+sees consistent data, without a lock.
 
 Three kinds of address are known. The lookup tries them in this order:
 
@@ -200,9 +201,27 @@ class Allowance:
         return self.everything or not self.names.isdisjoint(names)
 
 
+@dataclass(slots=True)
+class Asked:
+    """What a directory has of the control plane's answers. Unlike a snapshot it changes: all
+    snapshots of one source share it."""
+
+    hosts: set[str] = field(default_factory=set)  # asked for, and not answered
+    names: set[str] = field(default_factory=set)  # "name.namespace", answered
+    used: set[str] = field(default_factory=set)  # names that were looked up; the source clears it
+
+    def answered(self, name: str | None) -> bool:
+        """Whether the meaning of a name is known. None: it cannot be the name of a service."""
+        if name is None:
+            return True
+        self.used.add(name)
+        return name in self.names
+
+
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """A snapshot, made by `parse`. `Directory()` is empty, and resolves every address to itself."""
+    """A snapshot, made by `parse`. `Directory()` is empty, and resolves every address to itself.
+    `asked`: set if it has only what the proxy asked for (proxy/directory/channel)."""
 
     services: tuple[Service, ...] = ()
     clusters: Mapping[str, Cluster] = field(default_factory=dict)
@@ -212,13 +231,14 @@ class Directory:
     pods: Mapping[str, Pod] = field(default_factory=dict, repr=False)
     _names: ServiceNames[Service] = field(default_factory=ServiceNames, repr=False)
     allowance: Allowance = Allowance()
+    asked: Asked | None = field(default=None, repr=False, compare=False)
     _by_family: dict[tuple[int, bool], Target] = field(
         default_factory=dict, repr=False, compare=False
     )
 
     def known(self, original: Address) -> Target | None:
-        """The target of an address. None: the directory does not have it. The time does not depend
-        on the size of the directory."""
+        """The target of an address. None: the directory does not have it. UNANSWERED: whether it
+        has the address is not known. The time does not depend on the size of the directory."""
         target = self.clustered.get(original) or self.served.get(original)
         if target is not None:
             return target
@@ -226,6 +246,8 @@ class Directory:
         if pod is None:
             if original.host.startswith("::ffff:"):
                 return self.known(Address(normalised(original.host), original.port))
+            if self.asked is not None and original.host in self.asked.hosts:
+                return UNANSWERED
             return None
         return Target(None, (pod.at(original),))
 
@@ -245,8 +267,15 @@ class Directory:
     def authority(self, authority: bytes, namespace: str, dialled: str) -> Target | None:
         """The target that a request's authority names, if it names a port of a known service
         exactly. It has the endpoints of the address family of `dialled` (an IP literal), if there
-        are any. Returns the same object for the same service, port and family."""
+        are any. Returns the same object for the same service, port and family. UNANSWERED: the
+        meaning of the name is not known."""
         parts = split_authority(authority)
+        if (
+            parts is not None
+            and self.asked is not None
+            and not self.asked.answered(self._names.local(parts[0], namespace))
+        ):
+            return UNANSWERED
         service = self._names.find(parts[0], namespace) if parts is not None else None
         target = (
             service.targets.get(parts[1] or HTTP_PORT)
@@ -280,6 +309,10 @@ class Directory:
     def endpoint_count(self) -> int:
         """The number of known pods."""
         return len(self.pods)
+
+
+# The control plane has not said yet where this goes.
+UNANSWERED = Target(None, ())
 
 
 def itself(original: Address) -> Target:

@@ -26,20 +26,22 @@ from __future__ import annotations
 import gc
 import hashlib
 import time
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import trio
 
 from proxy import files
 from proxy.directory import Directory, DirectoryError, Downgrades, compare, parse
 from proxy.directory.former_identities import FormerIdentities
+from proxy.directory.source import NOTHING_HELD, Report
+from proxy.net.address import Address
 
 # A directory of 10,000 services with five endpoints each has 6 MB.
 MOST_BYTES = 64 * 1024 * 1024
 
-Outcome = Callable[[DirectoryError | None], None]
 _Stat = tuple[int, int, int, int]
 # A file's time has the resolution of the kernel's tick, so two writes in one tick may look the
 # same. A file younger than this (seconds) is read again at the next check.
@@ -55,19 +57,23 @@ class IdentityLoss(DirectoryError):
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """When a changed file is used. `settle` and `remember` in seconds; `remember` 0: remembers
-    nothing."""
+    """When a changed file is used. `settle`, `remember` and `interval` (between two checks) in
+    seconds; `remember` 0: remembers nothing."""
 
     settle: float = 0.5
     require_end: bool = False
     max_loss: float = 0.5
     remember: float = 600.0
     max_remembered: int = 65536
+    interval: float = 1.0
 
 
 class DirectorySource:
     """The current directory. `watch` replaces `current` as a whole, so read it once per decision.
-    `former` has the addresses that recently had an identity."""
+    `former` has the addresses that recently had an identity. The file has the whole directory, so
+    no lookup waits (proxy/directory/source.py)."""
+
+    asks: ClassVar[bool] = False
 
     def __init__(self, path: Path, acceptance: Acceptance | None = None) -> None:
         """Reads the file. Raises DirectoryError if it is missing or invalid: a proxy does not start
@@ -86,7 +92,29 @@ class DirectorySource:
         self._refused: bytes | None = None  # digest of a content that cannot be used
         self._reported: str | None = None
 
-    async def watch(self, interval: float, report: Outcome) -> None:
+    async def run(self, report: Report) -> None:
+        """See Source."""
+        await self.watch(self.acceptance.interval, report)
+
+    def holding(self, original: Address) -> AbstractContextManager[None]:  # noqa: ARG002
+        """See Source."""
+        return NOTHING_HELD
+
+    async def learn(self, original: Address) -> None:
+        """See Source."""
+
+    async def learn_name(self, authority: bytes, namespace: str) -> None:
+        """See Source."""
+
+    def inside(self, host: str) -> bool:  # noqa: ARG002
+        """See Source."""
+        return False
+
+    def not_ready(self) -> str | None:
+        """See Source."""
+        return None
+
+    async def watch(self, interval: float, report: Report) -> None:
         """Check the file every `interval` seconds, until cancelled. Calls `report(None)` after a
         replacement, and `report(error)` for a new error."""
         while True:
@@ -95,7 +123,7 @@ class DirectorySource:
             )
             await self.look(report)
 
-    async def look(self, report: Outcome) -> None:
+    async def look(self, report: Report) -> None:
         """Check the file once."""
         try:
             if (seen := _stat(self.path)) == self._seen:
@@ -124,7 +152,7 @@ class DirectorySource:
         if digest not in (self._digest, self._refused):
             await self._take(data, digest, report)
 
-    async def _take(self, data: bytes, digest: bytes, report: Outcome) -> None:
+    async def _take(self, data: bytes, digest: bytes, report: Report) -> None:
         """Use the new content if it is acceptable."""
         try:
             found, losses = await trio.to_thread.run_sync(
@@ -148,7 +176,7 @@ class DirectorySource:
         self._reported = self._refused = None
         report(None)
 
-    def _complain(self, error: DirectoryError, report: Outcome) -> None:
+    def _complain(self, error: DirectoryError, report: Report) -> None:
         if str(error) != self._reported:
             self._reported = str(error)
             report(error)

@@ -20,7 +20,7 @@ from typing import TypeVar
 import trio
 
 from proxy.config.units import within
-from proxy.directory import Endpoint, Hint, Target, itself
+from proxy.directory import UNANSWERED, Endpoint, Hint, Target, itself
 from proxy.directory.policy import DEFAULT_POLICY, Policy
 from proxy.errors import LoopDetected, RequestError
 from proxy.exchange.client import Client
@@ -77,8 +77,11 @@ def outbound(rt: Runtime, pools: Pools[Endpoint]) -> Callable[[Connection], Awai
         with (
             rt.recorder.connection(connection.stream, about) as account,
             rt.router.holding(about.destination),
+            rt.directory.holding(about.destination),
         ):
             rt.loops.accepted(connection, about)
+            if rt.directory.asks:
+                await rt.directory.learn(about.destination)
             target = rt.router.known(about.destination) or itself(about.destination)
             about.service = target.service
             opaque = target.protocol is Hint.OPAQUE or about.destination.port in config.opaque_ports
@@ -117,7 +120,10 @@ def to_service(rt: Runtime, pools: Pools[Endpoint], client: Client[Endpoint]) ->
 
     def choose(exchange: Exchange) -> Target:
         request = exchange.request
-        meant = rt.router.meant(exchange.facts.destination, lambda: whom(request))
+        destination = exchange.facts.destination
+        meant = rt.router.meant(destination, lambda: whom(request))
+        if meant is UNANSWERED and not rt.directory.inside(destination.host):
+            meant = itself(destination)
         exchange.service = meant.service
         return rt.router.choose(meant)
 
@@ -136,9 +142,22 @@ def to_service(rt: Runtime, pools: Pools[Endpoint], client: Client[Endpoint]) ->
             await carry(client, exchange, endpoint, pools, protocol)
 
     async def handle(exchange: Exchange) -> None:
+        if rt.directory.asks:
+            await _learn(rt, exchange)
         await rt.dispatcher.exchange(exchange, choose, send)
 
     return handle
+
+
+async def _learn(rt: Runtime, exchange: Exchange) -> None:
+    """Wait until the directory can tell where the request goes, or the limit is reached. It is
+    known for all but the first requests."""
+    destination, request = exchange.facts.destination, exchange.request
+    if rt.router.meant(destination, lambda: whom(request)) is not UNANSWERED:
+        return
+    await rt.directory.learn(destination)
+    if rt.router.known(destination) is None and (name := whom(request)):
+        await rt.directory.learn_name(name, rt.router.namespace)
 
 
 def whom(request: RequestHead) -> bytes | None:

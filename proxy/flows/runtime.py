@@ -13,6 +13,7 @@ from proxy.balancing.balancer import Balancer
 from proxy.config.load import Config
 from proxy.directory import Endpoint, Former
 from proxy.directory.former_identities import FormerIdentities
+from proxy.directory.source import Source
 from proxy.errors import UpstreamTLSError
 from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.exchange import ConnectionInfo, Exchange
@@ -37,7 +38,7 @@ from proxy.net.socket_stream import Stream
 from proxy.net.tls.expiry import Expiries
 from proxy.net.tls.handshake import TLSOffer, tls_client
 from proxy.routing.dispatch import Dispatcher
-from proxy.routing.router import Router, Source
+from proxy.routing.router import Router
 from proxy.telemetry.records import Recorder
 from proxy.telemetry.tracing_setup import FlowTracing
 from proxy.wire.h2.events import Http2Limits

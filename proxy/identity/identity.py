@@ -109,6 +109,8 @@ class TLSSettings:
     session_limit: int = tls_contexts.DEFAULT_SESSIONS
     # seconds between two reads of changed files, which must agree; 0: one read is enough
     settle: float = 0.0
+    # the ALPN names of which a client must offer one
+    protocols: frozenset[bytes] = tls_contexts.INNER_PROTOCOLS
 
 
 class Identity:
@@ -146,7 +148,9 @@ class Identity:
         nothing has changed.
         """
         try:
-            server = tls_contexts.server_context(new, self.settings.session_lifetime)
+            server = tls_contexts.server_context(
+                new, self.settings.session_lifetime, self.settings.protocols
+            )
             client = tls_contexts.client_context(new, self.settings.session_lifetime)
         except (SSL.Error, crypto.Error) as error:
             raise MaterialError(

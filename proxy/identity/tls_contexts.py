@@ -15,6 +15,7 @@ to the context they started with, so they are not affected by a change.
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 
 from OpenSSL import SSL, crypto
 
@@ -137,14 +138,18 @@ class KeptSession:
         self._cache.put(self._expected, self._host, session, self.end)
 
 
-def server_context(material: Material, session_lifetime: float) -> SSL.Context:
+def server_context(
+    material: Material,
+    session_lifetime: float,
+    protocols: frozenset[bytes] = INNER_PROTOCOLS,
+) -> SSL.Context:
     """A new context for accepting. `session_lifetime`: seconds in which a ticket can be resumed; 0:
-    never.
+    never. `protocols`: the ALPN names of which one must be offered.
     """
     context = _context(SSL.TLS_SERVER_METHOD, material, session_lifetime)
     demand_certificate(context, always=True)
     context.set_session_id(SESSION_ID_CONTEXT)
-    context.set_alpn_select_callback(_select_protocol)
+    context.set_alpn_select_callback(partial(_select_protocol, protocols))
     return context
 
 
@@ -194,12 +199,14 @@ def _context(method: int, material: Material, session_lifetime: float) -> SSL.Co
     return context
 
 
-def _select_protocol(_connection: SSL.Connection, offers: Sequence[bytes]) -> bytes:
+def _select_protocol(
+    protocols: frozenset[bytes], _connection: SSL.Connection, offers: Sequence[bytes]
+) -> bytes:
     """The first of the client's offers that we support. The client has already seen the traffic, so
     its order counts.
     """
     for offer in offers:
-        if offer in INNER_PROTOCOLS:
+        if offer in protocols:
             return offer
     # Only an exception makes pyOpenSSL send the fatal alert no_application_protocol (RFC 7301,
     # section 3.2). Its sentinel for "no overlap" would let the handshake continue without ALPN.

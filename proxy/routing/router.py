@@ -43,8 +43,8 @@ from functools import lru_cache
 from typing import Protocol
 
 from proxy.config.units import Network
-from proxy.directory import Backend, Directory, Endpoint, Plan, Target, itself
-from proxy.errors import NoEndpoint
+from proxy.directory import UNANSWERED, Backend, Directory, Endpoint, Plan, Target, itself
+from proxy.errors import DirectoryUnavailable, NoEndpoint
 from proxy.net.address import Address
 from proxy.net.socket_stream import SocketStream
 from proxy.net.tls.handshake import TLSStream
@@ -155,7 +155,8 @@ class Router:
     # The destination.
 
     def known(self, original: Address) -> Target | None:
-        """The target of an address. None: the directory does not have the address."""
+        """The target of an address. None: the directory does not have the address. UNANSWERED: that
+        is not known."""
         directory = self.source.current
         target = directory.known(original)
         virtual = self.virtual
@@ -208,9 +209,13 @@ class Router:
     def choose(self, target: Target) -> Target:
         """The target to send a request for `target` to. Raises NoEndpoint if the service is split
         and no backend is usable, or if it is in another cluster and no gateway of that cluster is
-        usable."""
+        usable. Raises DirectoryUnavailable for UNANSWERED."""
         plan = target.plan
         if plan is None:
+            if target is UNANSWERED:
+                raise DirectoryUnavailable(
+                    "the directory is unavailable: the control plane has not answered"
+                )
             return (
                 target
                 if target.remote is None

@@ -32,6 +32,7 @@ from prometheus_client import (
 )
 
 from proxy.telemetry.counters import DataPathCounter, DataPathHistogram
+from proxy.telemetry.directory_metrics import DirectoryMetrics
 from proxy.telemetry.endpoint_metrics import EndpointMetrics
 from proxy.telemetry.log_output import Why
 from proxy.telemetry.request_metrics import LATENCY_BUCKETS, Direction, HttpCollector, HttpMetrics
@@ -301,6 +302,7 @@ class Metrics:
             "dropped_logs_total", "Log lines that were not written, by reason.", "reason"
         )
         self.endpoints = EndpointMetrics(self._counter, self._gauge, self.registry)
+        self.directory = DirectoryMetrics(self._counter, self._gauge)
 
     def _states(self) -> None:
         self._gateways = self._gauge(

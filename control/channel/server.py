@@ -1,0 +1,293 @@
+"""The connections of proxies.
+
+Each connection has two tasks. One reads messages; the other sends what has changed. A connection
+ends when the proxy violates the protocol, is silent for three heartbeats, or reads nothing for
+`write_timeout`. It also ends after `max_age` (varied at random), and when the proxy's certificate
+expires: the proxy returns at once, and loses nothing. So the proxies spread over the replicas again
+after one of them was restarted, and a proxy whose certificate is not renewed is not served.
+
+Only clients with a certificate of the trust domain are accepted. Where a proxy runs is what
+discovery knows of the pod at its address, if that pod has the identity of the certificate.
+Otherwise it is what the proxy says; a wrong place gives it the endpoints of that place.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import socket
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import trio
+
+from control.channel.session import Session
+from control.channel.views import Views
+from control.discovery.catalog import Catalog, Changes
+from control.discovery.views import Place
+from proxy.directory.channel.messages import (
+    MOST_FROM_PROXY,
+    ChannelError,
+    Frames,
+    Goodbye,
+    Hello,
+    Ping,
+    Welcome,
+    frame,
+    from_proxy,
+)
+from proxy.identity.identity import Identity, PeerRefused
+from proxy.net.accept import Acceptor, Connection
+from proxy.net.connection_slots import Bounds
+from proxy.net.exceptions import NetError
+from proxy.net.tls.handshake import TLSStream, tls_server
+
+_log = logging.getLogger("isthmus.control")
+
+# Heartbeats that may be missing before a connection counts as dead.
+SILENCE = 3
+# Bytes that are encoded and sent at once; a longer frame is sent alone.
+_BATCH = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelLimits:
+    """Limits of the channel. `connections`: in all, and `per_identity`. `handshakes`: further ones
+    whose peer is not known yet. `subscriptions`: of one proxy. `message`: the longest one to a
+    proxy, in bytes. Times in seconds."""
+
+    connections: int = 5000
+    per_identity: int = 2000
+    handshakes: int = 256
+    subscriptions: int = 4096
+    message: int = 8 * 1024 * 1024
+    handshake_timeout: float = 10.0
+    write_timeout: float = 10.0
+    heartbeat: float = 15.0
+    max_age: float = 3600.0
+
+
+@dataclass(slots=True)
+class ChannelCounts:
+    """For metrics. `ended` by reason."""
+
+    accepted: int = 0
+    updates: int = 0
+    ended: Counter[str] = field(default_factory=Counter)
+
+
+class Ended(Exception):
+    """A connection ends. `reason` is a label for metrics."""
+
+    def __init__(self, reason: str, words: str) -> None:
+        super().__init__(words)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What proxies are told. `replica`: the name of this one. `networks` (CIDR) and `domain` of the
+    cluster."""
+
+    replica: str = ""
+    networks: tuple[str, ...] = ()
+    domain: str = "cluster.local"
+
+
+class Channel:
+    """Serves the entries of `catalog`."""
+
+    def __init__(
+        self, catalog: Catalog, identity: Identity, limits: ChannelLimits, about: About
+    ) -> None:
+        self.limits = limits
+        self.counts = ChannelCounts()
+        self.views = Views(catalog)
+        self.about = about
+        self.chance = random.Random()  # noqa: S311  # spreads reconnects
+        self._catalog = catalog
+        self._identity = identity
+        self._identities: Counter[str] = Counter()
+        self._open: set[Session] = set()
+
+    def changed(self, changes: Changes) -> None:
+        """Discovery has new entries."""
+        self.views.changed(changes)
+
+    @property
+    def connections(self) -> int:
+        """The number of proxies that are connected."""
+        return len(self._open)
+
+    @property
+    def updates(self) -> int:
+        """The number of entries that were sent."""
+        return self.counts.updates + sum(session.updates for session in self._open)
+
+    @property
+    def subscriptions(self) -> int:
+        """The number of topics that proxies follow, each counted for each proxy."""
+        return sum(map(len, self._open))
+
+    async def serve(self, listeners: Sequence[socket.socket]) -> None:
+        """Serve until cancelled. Closes `listeners`."""
+        bounds = Bounds(self.limits.connections, self.limits.handshakes)
+        acceptor = Acceptor(self._accept, limit=bounds, on_error=self._failed)
+        await acceptor.serve(listeners)
+
+    def _failed(self, connection: Connection, error: BaseException) -> None:
+        if isinstance(error, Ended):
+            reason = error.reason
+        elif isinstance(error, PeerRefused):
+            reason = "identity"
+        elif isinstance(error, ChannelError):
+            reason = "protocol"
+        elif isinstance(error, NetError):
+            reason = "lost"
+        else:
+            reason = "internal"
+            _log.error("internal error on the connection from %s", connection.peer, exc_info=error)
+        self.counts.ended[reason] += 1
+        _log.debug("the connection from %s has ended: %s", connection.peer, error)
+
+    async def _accept(self, connection: Connection) -> None:
+        identity = self._identity
+        connection.slot.speaks()
+        stream = await tls_server(
+            connection.stream,
+            identity.server_context,
+            verify=identity.verify_chain,
+            timeout=self.limits.handshake_timeout,
+        )
+        try:
+            connection.slot.settle(member=True)
+            await self._admitted(stream, stream.info.peer_identity or "")
+        finally:
+            stream.close()
+
+    async def _admitted(self, stream: TLSStream, peer: str) -> None:
+        if self._identities[peer] >= self.limits.per_identity:
+            await self.say_goodbye(stream, f"more than {self.limits.per_identity} connections")
+            raise Ended("limit", f"{peer} has too many connections")
+        self._identities[peer] += 1
+        self.counts.accepted += 1
+        session = Session(self.views, self.limits.subscriptions, self.limits.message)
+        self._open.add(session)
+        try:
+            await _Link(self, stream, session, peer).run()
+        finally:
+            self._open.discard(session)
+            session.close()
+            self.counts.updates += session.updates
+            self._identities[peer] -= 1
+            if not self._identities[peer]:
+                del self._identities[peer]
+
+    async def say_goodbye(self, stream: TLSStream, reason: str) -> None:
+        """Tell the proxy why the connection ends. Closes it."""
+        with trio.move_on_after(self.limits.write_timeout):
+            await stream.send_all(frame(Goodbye(reason)))
+            await stream.aclose()
+
+    def welcome(self) -> Welcome:
+        """The first message to a proxy."""
+        limits, about = self.limits, self.about
+        return Welcome(
+            about.replica, about.domain, about.networks, limits.subscriptions, limits.heartbeat
+        )
+
+    def place(self, host: str, peer: str, hello: Hello) -> Place:
+        """Where the proxy with the identity `peer` at the address `host` runs."""
+        held = self._catalog.holder(host)
+        node = hello.node
+        if held is not None:
+            (namespace, _), pod = held
+            if str(self._catalog.identity(namespace, pod.account)) == peer:
+                node = pod.node
+        return Place(node, self._catalog.zone(node) or (hello.zone if node == hello.node else ""))
+
+
+class _Link:
+    """One connection."""
+
+    def __init__(self, channel: Channel, stream: TLSStream, session: Session, peer: str) -> None:
+        self._channel = channel
+        self._stream = stream
+        self._session = session
+        self._peer = peer
+        self._wake = trio.Event()
+        self._end: Exception | None = None
+        session.on_stale = self._notify
+
+    def _notify(self) -> None:
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Serve until it ends. Raises the reason."""
+        frames = Frames(MOST_FROM_PROXY)
+        session = self._session
+        with trio.move_on_after(self._channel.limits.handshake_timeout):
+            while session.hello is None:
+                await self._receive(frames)
+        if session.hello is None:
+            raise Ended("timeout", "no Hello")
+        host = self._stream.peer.host
+        session.place = self._channel.place(host, self._peer, session.hello)
+        _log.debug("%s at %s is at %s", self._peer, host, session.place)
+        await self._send(frame(self._channel.welcome()))
+        async with trio.open_nursery() as nursery:
+            nursery.cancel_scope.deadline = trio.current_time() + self._lifetime()
+            nursery.start_soon(self._until_failure, nursery.cancel_scope, self._write)
+            await self._until_failure(nursery.cancel_scope, lambda: self._read(frames))
+        if self._end is not None:
+            raise self._end
+        await self._channel.say_goodbye(self._stream, "it is time to connect again")
+        raise Ended("age", "the connection is old")
+
+    def _lifetime(self) -> float:
+        age = self._channel.limits.max_age * (0.75 + self._channel.chance.random() / 2)
+        return max(0.0, min(age, self._stream.info.peer_not_after - time.time()))
+
+    async def _until_failure(
+        self, scope: trio.CancelScope, half: Callable[[], Awaitable[None]]
+    ) -> None:
+        try:
+            await half()
+        except (NetError, ChannelError, Ended) as error:
+            self._end = self._end or error
+            scope.cancel()
+
+    async def _read(self, frames: Frames) -> None:
+        limit = SILENCE * self._channel.limits.heartbeat
+        while True:
+            with trio.move_on_after(limit):
+                await self._receive(frames)
+                continue
+            raise Ended("silent", f"no message for {limit:g} s")
+
+    async def _receive(self, frames: Frames) -> None:
+        data = await self._stream.receive_some()
+        if not data:
+            raise Ended("closed", "the proxy has closed the connection")
+        for part in frames.feed(data):
+            self._session.received(from_proxy(part))
+
+    async def _write(self) -> None:
+        while True:
+            with trio.move_on_after(self._channel.limits.heartbeat):
+                await self._wake.wait()
+            self._wake = trio.Event()
+            sent = False
+            while data := self._session.take(_BATCH):
+                await self._send(data)
+                sent = True
+            if not sent:
+                await self._send(frame(Ping()))
+
+    async def _send(self, data: bytes) -> None:
+        with trio.move_on_after(self._channel.limits.write_timeout):
+            await self._stream.send_all(data)
+            return
+        raise Ended("slow", "the proxy does not read")

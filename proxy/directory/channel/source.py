@@ -1,0 +1,471 @@
+"""The control plane as the source of the directory: one mutual-TLS connection, and what it tells.
+
+The connection is opened again whenever it ends, with pauses that grow and are varied at random, so
+that the proxies of a cluster do not return at the same moment. What is known stays in use meanwhile
+(subscriptions.py), and unused entries are kept too. So a control plane that is unavailable matters
+only to the first use of an address or name.
+
+The addresses behind a name are tried in random order, so the proxies spread over the replicas. The
+peer must have the configured identity.
+
+`current` is replaced after each answer. An address is in use while a connection to it is open
+(`holding`), so requests on an open connection never wait, and cost nothing here.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import random
+import socket
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import ClassVar
+
+import trio
+
+from proxy.config.schema_files import ControlPlaneConfig
+from proxy.config.units import Network
+from proxy.directory.channel.assembly import Assembly
+from proxy.directory.channel.messages import (
+    ALPN,
+    ChannelError,
+    Frames,
+    FromControl,
+    Goodbye,
+    Hello,
+    Ping,
+    Update,
+    Welcome,
+    frame,
+    from_control,
+)
+from proxy.directory.channel.subscriptions import (
+    Entry,
+    Subscriptions,
+    address_key,
+    service_key,
+)
+from proxy.directory.channel.views import Content, decode
+from proxy.directory.former_identities import FormerIdentities
+from proxy.directory.service_names import ServiceNames, split_authority
+from proxy.directory.snapshot import Directory
+from proxy.directory.source import Report
+from proxy.identity.identity import Identity, PeerRefused
+from proxy.identity.spiffe import SpiffeId
+from proxy.net.address import Address
+from proxy.net.exceptions import NetError, TLSFailed
+from proxy.net.socket_stream import SocketStream
+from proxy.net.tls.handshake import TLSOffer, TLSStream, tls_client
+
+_log = logging.getLogger("isthmus.directory")
+
+Dial = Callable[[Address], Awaitable[SocketStream]]
+
+# Used until the control plane has reported the networks of the cluster.
+PRIVATE: tuple[Network, ...] = tuple(
+    map(
+        ipaddress.ip_network,
+        ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"),
+    )
+)
+# Heartbeats that may be missing before the connection counts as dead.
+SILENCE = 3
+# The shortest and longest interval (seconds) between heartbeats that is accepted.
+_HEARTBEATS = 0.05, 300.0
+# Seconds between two looks for unused entries.
+_SWEEP = 5.0
+# Addresses of the control plane's name that one attempt tries.
+_TRIED = 3
+_MOST_NETWORKS = 256
+
+
+class ChannelEnded(Exception):
+    """The control plane has closed the connection, or no longer answers."""
+
+
+class ControlSource:
+    """See proxy/directory/source.py. `dial` opens a connection to an address. Attributes for
+    metrics: `connects` by result, `updates`, `unanswered`, `since` (Unix time of the connection)
+    and `heard` (trio's time of the last message)."""
+
+    asks: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        settings: ControlPlaneConfig,
+        hello: Hello,
+        identity: Identity,
+        dial: Dial,
+        former: FormerIdentities,
+    ) -> None:
+        self.settings = settings
+        self.former = former
+        self.subscriptions = Subscriptions(settings.max_subscriptions)
+        self.connects: Counter[str] = Counter()
+        self.updates = self.unanswered = 0
+        self.since: float | None = None
+        self.heard: float | None = None
+        self.replica = ""
+        self.chance = random.Random()  # noqa: S311  # spreads reconnects
+        self._reached = False
+        self._why = "connecting"
+        self._hello = hello
+        self._identity = identity
+        self._expected = SpiffeId.parse(settings.identity)
+        self._dial = dial
+        self._networks: tuple[Network, ...] = settings.networks or PRIVATE
+        self._assembly = Assembly()
+        self._heartbeat = _HEARTBEATS[1]
+        self._wake = trio.Event()  # the writer has something to send
+        self._answers: dict[str, trio.Event] = {}  # by key
+        self._report: Report = lambda _: None
+        self._frames = Frames(settings.max_message)
+
+    # For the flows
+
+    @property
+    def current(self) -> Directory:
+        """See Source."""
+        return self._assembly.current
+
+    def holding(self, original: Address) -> _Held:
+        """See Source."""
+        return _Held(self, original.host)
+
+    def inside(self, host: str) -> bool:
+        """See Source."""
+        literal = ipaddress.ip_address(host)
+        return any(literal in network for network in self._networks)
+
+    async def learn(self, original: Address) -> None:
+        """See Source."""
+        host = original.host
+        if host in self._assembly.asked.hosts:
+            inside = self.inside(host)
+            await self._answer(address_key(host), inside=inside)
+            if not inside:
+                self._assembly.asked.hosts.discard(host)
+
+    async def learn_name(self, authority: bytes, namespace: str) -> None:
+        """See Source."""
+        parts = split_authority(authority)
+        name = (
+            ServiceNames[object](self._assembly.domain).local(parts[0], namespace)
+            if parts
+            else None
+        )
+        if name is None or name in self._assembly.asked.names:
+            return
+        key = service_key(name)
+        entry = self.use(key)
+        try:
+            await self._answer(key, inside=True)
+        finally:
+            self.release(entry)
+
+    async def _answer(self, key: str, *, inside: bool) -> None:
+        """Wait until the entry is known. Outside the cluster, only while there is a connection."""
+        entry = self.subscriptions.entries.get(key)
+        if entry is None:
+            return
+        with trio.move_on_after(self.settings.first_use_timeout):
+            while entry.state == "waiting" and (inside or self.subscriptions.connected):
+                await self._answers.setdefault(key, trio.Event()).wait()
+        if entry.state != "known":
+            self.unanswered += 1
+
+    def use(self, key: str) -> Entry:
+        """Use an entry; `release` ends the use."""
+        entry = self.subscriptions.want(key)
+        self._tidy()
+        if self.subscriptions.unsent:
+            self._wake.set()
+        return entry
+
+    def await_host(self, host: str) -> None:
+        """The host's entry is in use, and may be unknown."""
+        self._assembly.asked.hosts.add(host)
+
+    def release(self, entry: Entry) -> None:
+        """End a use."""
+        self.subscriptions.release(entry, trio.current_time())
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Entries that were dropped leave the snapshot."""
+        dropped = self.subscriptions.dropped
+        if dropped:
+            self._assembly.drop(dropped)
+            for key in dropped:
+                self._answered(key)
+            dropped.clear()
+            if self.subscriptions.unsent:
+                self._wake.set()
+
+    def _answered(self, key: str) -> None:
+        event = self._answers.pop(key, None)
+        if event is not None:
+            event.set()
+
+    def states(self) -> Mapping[str, int]:
+        """The number of entries by state."""
+        found = Counter({"waiting": 0, "known": 0, "refused": 0})
+        found.update(entry.state for entry in self.subscriptions.entries.values())
+        return found
+
+    def not_ready(self) -> str | None:
+        """See Source."""
+        if self._reached:
+            return None
+        return f"the directory has never been reached: {self._why}"
+
+    # The connection
+
+    async def run(self, report: Report) -> None:
+        """See Source."""
+        self._report = report
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._sweep)
+            pause = 0.0
+            while True:
+                await self._connect_once()
+                low, high = self.settings.min_pause, self.settings.max_pause
+                # After a connection that worked, the next attempt comes soon.
+                pause = min(high, pause * 2 if pause else low)
+                if self.since is not None:
+                    self.since, pause = None, 0.0
+                wait = (pause or low) * (0.5 + self.chance.random() / 2)
+                _log.warning(
+                    "no connection to the control plane at %s: %s; %d entries stay in use; next"
+                    " attempt in %.1f s",
+                    self.settings.address,
+                    self._why,
+                    len(self.subscriptions.entries),
+                    wait,
+                )
+                await trio.sleep(wait)
+
+    async def _sweep(self) -> None:
+        asked = self._assembly.asked
+        while True:
+            await trio.sleep(min(_SWEEP, self.settings.unused / 2))
+            for name in asked.used:
+                if name in asked.names:
+                    self.release(self.use(service_key(name)))
+            asked.used.clear()
+            self.subscriptions.expire(trio.current_time() - self.settings.unused)
+            self._tidy()
+
+    async def _connect_once(self) -> None:
+        """Open a connection and use it until it ends. `_why` is the reason."""
+        stream: TLSStream | None = None
+        result = "unreachable"
+        try:
+            with trio.fail_after(self.settings.connect_timeout):
+                stream = await self._open()
+                result = "protocol"
+                await self._greet(stream)
+            result = "ok"
+            self.connects[result] += 1
+            await self._talk(stream)
+        except trio.TooSlowError:
+            self._why = f"no answer within {self.settings.connect_timeout:g} s"
+            result = "timeout" if result != "ok" else result
+        except (TLSFailed, PeerRefused) as error:
+            self._why = str(error)
+            result = "tls" if result != "ok" else result
+        except (NetError, ChannelError, ChannelEnded, OSError) as error:
+            self._why = str(error) or type(error).__name__
+        finally:
+            if result != "ok":
+                self.connects[result] += 1
+            self._lost()
+            if stream is not None:
+                stream.close()
+
+    async def _open(self) -> TLSStream:
+        """Connect to one of the addresses. Raises OSError, NetError, PeerRefused, ChannelError."""
+        error: Exception = ChannelError("the name has no address")
+        addresses = (await self._resolve())[:_TRIED]
+        for address in addresses:
+            with trio.move_on_after(self.settings.connect_timeout / len(addresses)):
+                try:
+                    stream = await self._dial(address)
+                except NetError as failed:
+                    error = failed
+                    continue
+                return await self._secure(stream)
+            error = ChannelError(f"{address} does not answer")
+        raise error
+
+    async def _secure(self, stream: SocketStream) -> TLSStream:
+        identity, expected = self._identity, self._expected
+        tls = await tls_client(
+            stream,
+            identity.client_context,
+            TLSOffer(expected.sni, (ALPN,)),
+            verify=lambda chain: identity.verify_chain(chain, expected),
+            timeout=self.settings.connect_timeout,
+        )
+        if tls.info.alpn != ALPN:
+            tls.close()
+            raise ChannelError("the peer does not speak the protocol of the directory channel")
+        return tls
+
+    async def _resolve(self) -> Sequence[Address]:
+        host, _, port = self.settings.address.rpartition(":")
+        name = host.removeprefix("[").removesuffix("]")
+        found = await trio.to_thread.run_sync(
+            partial(socket.getaddrinfo, name, int(port), 0, socket.SOCK_STREAM),
+            abandon_on_cancel=True,
+        )
+        addresses = list(dict.fromkeys(Address(str(info[4][0]), int(port)) for info in found))
+        self.chance.shuffle(addresses)
+        return addresses
+
+    async def _greet(self, stream: TLSStream) -> None:
+        self._frames = Frames(self.settings.max_message)
+        await stream.send_all(frame(self._hello))
+        while not self.subscriptions.connected:
+            await self._receive(stream)
+        self.since, self._reached = time.time(), True
+        _log.info(
+            "connected to the control plane at %s, replica %s: %d entries",
+            stream.peer,
+            self.replica,
+            len(self.subscriptions.entries),
+        )
+
+    async def _talk(self, stream: TLSStream) -> None:
+        async with trio.open_nursery() as nursery:
+            scope = nursery.cancel_scope
+            nursery.start_soon(self._until_failure, scope, self._write, stream)
+            await self._until_failure(scope, self._read, stream)
+
+    async def _until_failure(
+        self,
+        scope: trio.CancelScope,
+        half: Callable[[TLSStream], Awaitable[None]],
+        stream: TLSStream,
+    ) -> None:
+        try:
+            await half(stream)
+        except (NetError, ChannelError, ChannelEnded) as error:
+            if not scope.cancel_called:
+                self._why = str(error)
+            scope.cancel()
+
+    async def _read(self, stream: TLSStream) -> None:
+        limit = SILENCE * self._heartbeat
+        while True:
+            with trio.move_on_after(limit):
+                await self._receive(stream)
+                continue
+            raise ChannelEnded(f"no message for {limit:g} s")
+
+    async def _write(self, stream: TLSStream) -> None:
+        while True:
+            with trio.move_on_after(self._heartbeat):
+                await self._wake.wait()
+            self._wake = trio.Event()
+            messages = self.subscriptions.take() or [Ping()]
+            with trio.move_on_after(self.settings.write_timeout):
+                await stream.send_all(b"".join(map(frame, messages)))
+                continue
+            raise ChannelEnded(
+                f"the control plane has read nothing for {self.settings.write_timeout:g} s"
+            )
+
+    async def _receive(self, stream: TLSStream) -> None:
+        """Receive and apply some messages."""
+        data = await stream.receive_some()
+        if not data:
+            raise ChannelEnded("the control plane has closed the connection")
+        self.heard = trio.current_time()
+        contents: dict[str, Content | None] = {}
+        try:
+            for part in self._frames.feed(data):
+                self._apply(from_control(part), contents)
+        finally:
+            # What was valid before a mistake counts: its version is noted already.
+            self._use(contents)
+
+    def _apply(self, message: FromControl, contents: dict[str, Content | None]) -> None:
+        # Decoded first: a content that cannot be used must not count as known.
+        view = decode(message.content) if isinstance(message, Update) else None
+        for key in self.subscriptions.received(message):
+            self._answered(key)
+            if isinstance(message, Update):
+                self.updates += 1
+                contents[key] = view
+        if isinstance(message, Welcome):
+            self._welcome(message)
+        elif isinstance(message, Goodbye):
+            raise ChannelEnded(f"the control plane has closed the connection: {message.reason}")
+
+    def _welcome(self, message: Welcome) -> None:
+        low, high = _HEARTBEATS
+        self._heartbeat = min(max(message.heartbeat, low), high)
+        self.replica = message.replica
+        try:
+            told = tuple(map(ipaddress.ip_network, message.networks[:_MOST_NETWORKS]))
+        except ValueError as error:
+            raise ChannelError(f"Welcome has an invalid network: {error}") from None
+        self._networks = self.settings.networks or told or PRIVATE
+        self._assembly.rename(message.domain)
+        self._tidy()
+        self._wake.set()
+
+    def _use(self, contents: dict[str, Content | None]) -> None:
+        if not contents:
+            return
+        now = trio.current_time()
+        kept = self._assembly.removed_identities(contents)
+        self.former.sweep(now)
+        if self.former.keep and len(self.former) + len(kept) > self.former.most:
+            _log.error(
+                "%d entries with identities were removed and stay in use: more than %d addresses"
+                " would be remembered (directory.max_remembered)",
+                len(kept),
+                self.former.most,
+            )
+            contents = {key: view for key, view in contents.items() if key not in kept}
+        losses = self._assembly.apply(contents)
+        for host in losses.plain:
+            self.former.release(host)
+        self.former.take(self.current, losses.former, now)
+        self._report(None)
+
+    def _lost(self) -> None:
+        self.subscriptions.lost()
+        for key in list(self._answers):
+            self._answered(key)
+
+
+class _Held:
+    """The context manager that ControlSource.holding returns."""
+
+    __slots__ = ("_entry", "_host", "_source")
+
+    def __init__(self, source: ControlSource, host: str) -> None:
+        self._source = source
+        self._host = host
+        self._entry: Entry | None = None
+
+    def __enter__(self) -> None:
+        self._entry = self._source.use(address_key(self._host))
+        if self._entry.state != "known":
+            self._source.await_host(self._host)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._entry is not None:
+            self._source.release(self._entry)

@@ -1,0 +1,221 @@
+"""What a proxy has asked the control plane for, and what it knows: a state machine without I/O.
+
+An entry is wanted while connections use it, and stays subscribed for a while after the last one.
+Its content is kept when the connection to the control plane is lost. After a reconnect, the proxy
+subscribes to all entries with the versions that it knows, and gets what has changed since. Only an
+answer for an entry changes it: no error, and nothing that is missing, makes a known entry unknown.
+
+The number of entries that are followed is limited. If it is reached, the entry that has been unused
+longest is dropped. If all are in use, a new one is not followed (`refused`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from proxy.directory.channel.messages import (
+    MOST_KEYS,
+    ChannelError,
+    Current,
+    Goodbye,
+    Message,
+    Ping,
+    Refused,
+    Subscribe,
+    Unsubscribe,
+    Update,
+    Welcome,
+)
+
+State = Literal["waiting", "known", "refused"]
+
+
+def address_key(host: str) -> str:
+    """The key of an IP address, in its canonical form."""
+    return f"a/{host}"
+
+
+def service_key(name: str) -> str:
+    """The key of a service, given as "name.namespace"."""
+    service, _, namespace = name.partition(".")
+    return f"s/{namespace}/{service}"
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One entry. `waiting`: no answer yet. `known`: it has a content, which may be that the mesh
+    does not have it. `users`: open connections that use it; `unused`: since when there are none."""
+
+    key: str
+    state: State = "waiting"
+    version: bytes = b""
+    users: int = 0
+    unused: float = 0.0
+    sent: bool = False  # the control plane has the subscription
+
+
+class Subscriptions:
+    """All entries of a proxy. `most`: how many are followed at once. Times are of the caller's
+    clock, in seconds. `dropped` has the keys that were dropped; the caller clears it."""
+
+    def __init__(self, most: int) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.dropped: list[str] = []
+        self.connected = False
+        self._most = self._limit = most
+        self._unused: OrderedDict[str, Entry] = OrderedDict()
+        self._add: dict[str, None] = {}
+        self._remove: dict[str, None] = {}
+        self._refused = 0
+
+    # What the proxy uses
+
+    def want(self, key: str) -> Entry:
+        """Use an entry. The caller must `release` it."""
+        entry = self.entries.get(key)
+        if entry is None:
+            entry = self.entries[key] = Entry(key)
+            if len(self.entries) - self._refused > self._limit and not self._make_room(key):
+                entry.state = "refused"
+                self._refused += 1
+            else:
+                self._follow(entry)
+        elif not entry.users:
+            self._unused.pop(key, None)
+        entry.users += 1
+        return entry
+
+    def release(self, entry: Entry, now: float) -> None:
+        """A use of the entry has ended."""
+        entry.users -= 1
+        if not entry.users:
+            if entry.state == "refused":
+                self._drop(entry)
+            else:
+                entry.unused = now
+                self._unused[entry.key] = entry
+
+    def expire(self, before: float) -> None:
+        """Drop the entries that have been unused since `before` or longer. Nothing is dropped while
+        the control plane is unavailable."""
+        while self.connected and self._unused:
+            entry = next(iter(self._unused.values()))
+            if entry.unused > before:
+                return
+            self._drop(entry)
+
+    def _make_room(self, key: str) -> bool:
+        entry = next(iter(self._unused.values()), None)
+        if entry is None or entry.key == key:
+            return False
+        self._drop(entry)
+        return True
+
+    def _drop(self, entry: Entry) -> None:
+        key = entry.key
+        del self.entries[key]
+        self._unused.pop(key, None)
+        self._add.pop(key, None)
+        if entry.state == "refused":
+            self._refused -= 1
+        if entry.sent:
+            self._remove[key] = None
+        self.dropped.append(key)
+
+    def _follow(self, entry: Entry) -> None:
+        self._remove.pop(entry.key, None)
+        if self.connected:
+            self._add[entry.key] = None
+
+    # The connection
+
+    def lost(self) -> None:
+        """The connection has ended. What is known stays."""
+        self.connected = False
+        self._add.clear()
+        self._remove.clear()
+        for entry in self.entries.values():
+            entry.sent = False
+
+    @property
+    def unsent(self) -> bool:
+        """Whether `take` has messages."""
+        return bool(self._add or self._remove)
+
+    def received(self, message: Message) -> list[str]:
+        """Apply a message. Returns the entries that have an answer now: a new content, or a
+        refusal. Raises ChannelError."""
+        if isinstance(message, Welcome):
+            self._welcome(message)
+        elif not self.connected:
+            raise ChannelError(f"{type(message).__name__} before Welcome")
+        elif isinstance(message, Update):
+            entry = self.entries.get(message.key)
+            if entry is not None and entry.sent:
+                self._set(entry, "known")
+                entry.version = message.version
+                return [message.key]
+        elif isinstance(message, Current):
+            for entry in self._sent(message.keys):
+                if entry.state != "known":
+                    raise ChannelError(f"Current for {entry.key}, which has no content")
+        elif isinstance(message, Refused):
+            refused = self._sent(message.keys)
+            for entry in refused:
+                entry.sent = False
+                if entry.state == "waiting":
+                    self._set(entry, "refused")
+            return [entry.key for entry in refused]
+        elif not isinstance(message, Goodbye | Ping):
+            raise ChannelError(f"{type(message).__name__} from the control plane")
+        return []
+
+    def _sent(self, keys: Iterable[str]) -> list[Entry]:
+        found = (self.entries.get(key) for key in keys)
+        return [entry for entry in found if entry is not None and entry.sent]
+
+    def _set(self, entry: Entry, state: State) -> None:
+        self._refused += (state == "refused") - (entry.state == "refused")
+        entry.state = state
+
+    def _welcome(self, message: Welcome) -> None:
+        if self.connected:
+            raise ChannelError("a second Welcome")
+        self.connected = True
+        self._limit = max(0, min(self._most, message.subscriptions))
+        # Those in use first. Of the others, the ones used last.
+        ordered = [
+            *(entry for entry in self.entries.values() if entry.users),
+            *reversed(self._unused.values()),
+        ]
+        for entry in ordered[: self._limit]:
+            if entry.state == "refused":
+                self._set(entry, "waiting")
+            self._add[entry.key] = None
+        for entry in ordered[self._limit :]:
+            if not entry.users:
+                self._drop(entry)
+            elif entry.state == "waiting":
+                self._set(entry, "refused")
+
+    def take(self) -> list[Message]:
+        """The messages to send now."""
+        messages: list[Message] = [Unsubscribe(tuple(keys)) for keys in _parts(self._remove)]
+        self._remove.clear()
+        for keys in _parts(self._add):
+            entries = [self.entries[key] for key in keys]
+            messages.append(Subscribe(tuple((entry.key, entry.version) for entry in entries)))
+            for entry in entries:
+                entry.sent = True
+        self._add.clear()
+        return messages
+
+
+def _parts(keys: Iterable[str]) -> Iterator[list[str]]:
+    rest = iter(keys)
+    while part := list(itertools.islice(rest, MOST_KEYS)):
+        yield part

@@ -1,0 +1,267 @@
+"""Both ends of the channel without I/O, against a model: whatever happens in between, the proxy
+knows at the end what the control plane knows, of the entries that it uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from control.channel.session import Session
+from control.channel.views import Views
+from control.contract import Hint, SpiffeId
+from control.discovery.catalog import Catalog, Changes
+from control.discovery.entries import EndpointEntry, PodEntry, PortEntry, ServiceEntry
+from control.discovery.views import Place
+from proxy.directory.channel.assembly import Assembly
+from proxy.directory.channel.messages import (
+    MOST_FROM_PROXY,
+    Frames,
+    Hello,
+    Update,
+    Welcome,
+    frame,
+    from_control,
+    from_proxy,
+)
+from proxy.directory.channel.subscriptions import Entry, Subscriptions, address_key, service_key
+from proxy.directory.channel.views import Content, decode
+from proxy.net.address import Address
+
+PODS = ("10.1.0.1", "10.1.0.2", "10.1.0.3")
+VIPS = ("10.96.0.1", "10.96.0.2")
+NAMES = ("web", "db", "mail")
+KEYS = (*map(address_key, (*PODS, *VIPS)), *(service_key(f"{name}.shop") for name in NAMES))
+WEB = SpiffeId("cluster.local", "shop", "web")
+MOST = 4
+
+
+class World(Catalog):
+    """A catalog whose entries the test sets."""
+
+    def __init__(self) -> None:
+        super().__init__("cluster.local")
+
+    def owner(self, address: str) -> ServiceEntry | None:
+        return next((s for s in self.services.values() if address in s.addresses), None)
+
+    def listing(self, address: str) -> list[ServiceEntry]:  # type: ignore[override]
+        return [
+            self.services[key]
+            for key in sorted(self.services)
+            if any(end.address == address for end in self.services[key].endpoints)
+        ]
+
+
+def service(name: str, vip: str | None, pods: frozenset[str], port: int) -> ServiceEntry:
+    endpoints = tuple(
+        EndpointEntry(pod, WEB, frozenset({4191}), ((80, port),), "ready", f"node-{pod[-1]}")
+        for pod in sorted(pods)
+    )
+    addresses = (vip,) if vip is not None else ()
+    ports = (PortEntry(80, 8080, Hint.DETECT),)
+    return ServiceEntry(("shop", name), f"uid-{name}", addresses, ports, endpoints)
+
+
+class Machine(RuleBasedStateMachine):
+    """One proxy and the replicas that it connects to one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.catalog = World()
+        self.views = Views(self.catalog)
+        self.proxy = Subscriptions(MOST)
+        self.assembly = Assembly()
+        self.known: dict[str, Content | None] = {}
+        self.held: list[Entry] = []
+        self.session: Session | None = None
+        self.there, self.back = b"", b""
+        self.now = 0.0
+
+    @initialize()
+    def begin(self) -> None:
+        self.connect()
+
+    # The cluster
+
+    @rule(
+        name=st.sampled_from(NAMES),
+        vip=st.sampled_from((None, *VIPS)),
+        pods=st.frozensets(st.sampled_from(PODS)),
+        port=st.sampled_from((8080, 9090)),
+    )
+    def set_service(self, name: str, vip: str | None, pods: frozenset[str], port: int) -> None:
+        changes = Changes()
+        for key, other in list(self.catalog.services.items()):
+            if vip in other.addresses and key[1] != name:  # an address has one owner
+                taken = without_addresses(other)
+                self.catalog.services[key] = changes.services[key] = taken
+        entry = service(name, vip, pods, port)
+        self.catalog.services[entry.key] = changes.services[entry.key] = entry
+        self.views.changed(changes)
+
+    @rule(name=st.sampled_from(NAMES))
+    def remove_service(self, name: str) -> None:
+        if self.catalog.services.pop(("shop", name), None) is not None:
+            self.views.changed(Changes({("shop", name): None}))
+
+    @rule(pod=st.sampled_from(PODS), there=st.booleans())
+    def set_pod(self, pod: str, there: bool) -> None:
+        entry = PodEntry(pod, WEB, frozenset({4191})) if there else None
+        if entry is not None:
+            self.catalog.pods[pod] = entry
+        else:
+            self.catalog.pods.pop(pod, None)
+        self.views.changed(Changes({}, {pod: entry}))
+
+    # The proxy
+
+    @rule(key=st.sampled_from(KEYS))
+    def use(self, key: str) -> None:
+        self.held.append(self.proxy.want(key))
+        self.tidy()
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        entry = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.now += 1
+        self.proxy.release(entry, self.now)
+        self.tidy()
+
+    @rule()
+    def expire(self) -> None:
+        self.proxy.expire(self.now - 1)
+        self.tidy()
+
+    def tidy(self) -> None:
+        self.assembly.drop(self.proxy.dropped)
+        for key in self.proxy.dropped:
+            self.known.pop(key, None)
+        self.proxy.dropped.clear()
+
+    # The connection
+
+    @rule(most=st.sampled_from((2, MOST, 9)))
+    def restart(self, most: int) -> None:
+        """The connection breaks with what is on its way, and another replica answers."""
+        self.disconnect()
+        self.views = Views(self.catalog)
+        self.connect(most)
+
+    @rule()
+    def disconnect(self) -> None:
+        self.proxy.lost()
+        if self.session is not None:
+            self.session.close()
+        self.session = None
+        self.there, self.back = b"", b""
+
+    @rule()
+    def connect(self, most: int = MOST) -> None:
+        if self.session is None:
+            self.session = Session(self.views, most, 1 << 20)
+            self.frames = Frames(MOST_FROM_PROXY), Frames(1 << 20)
+            self.there = frame(Hello())
+            self.back = frame(Welcome("r", "cluster.local", (), most, 1.0))
+
+    @rule(size=st.integers(1, 400))
+    def to_control(self, size: int) -> None:
+        if self.session is not None:
+            if self.proxy.connected:
+                self.there += b"".join(map(frame, self.proxy.take()))
+            part, self.there = self.there[:size], self.there[size:]
+            for message in self.frames[0].feed(part):
+                self.session.received(from_proxy(message))
+
+    @rule(size=st.integers(1, 400))
+    def to_proxy(self, size: int) -> None:
+        if self.session is not None:
+            self.back += self.session.take(100)
+            part, self.back = self.back[:size], self.back[size:]
+            contents: dict[str, Content | None] = {}
+            for data in self.frames[1].feed(part):
+                message = from_control(data)
+                view = decode(message.content) if isinstance(message, Update) else None
+                for key in self.proxy.received(message):
+                    if isinstance(message, Update):
+                        contents[key] = view
+                self.tidy()
+            contents = {key: view for key, view in contents.items() if key in self.proxy.entries}
+            self.known |= contents
+            self.assembly.apply(contents)
+
+    def settle(self) -> None:
+        if self.session is None:
+            self.views = Views(self.catalog)
+            self.connect()
+        for _ in range(20):
+            self.to_control(1 << 20)
+            self.to_proxy(1 << 20)
+
+    # What must be true
+
+    @invariant()
+    def nothing_is_followed_beyond_the_limit(self) -> None:
+        followed = [e for e in self.proxy.entries.values() if e.sent]
+        assert len(followed) <= MOST
+        assert self.session is None or len(self.session) <= max(MOST, 9)
+
+    @invariant()
+    def what_is_known_stays_known(self) -> None:
+        for key, entry in self.proxy.entries.items():
+            assert (entry.state == "known") == (key in self.known)
+
+    @invariant()
+    def topics_are_those_that_somebody_follows(self) -> None:
+        followed = set(self.session._followed) if self.session is not None else set()
+        assert set(self.views.topics) == followed
+        assert {t.key for topics in self.views._of.values() for t in topics} <= followed
+
+    def teardown(self) -> None:
+        self.settle()
+        fresh = Views(self.catalog)
+        for key, entry in self.proxy.entries.items():
+            if not entry.sent:
+                continue
+            topic = fresh.follow(key, _Nobody())
+            content, _ = fresh._content(topic, Place())
+            assert entry.version == fresh.variant(topic, Place()).version
+            assert self.known[key] == content
+        self.compare_snapshot(fresh)
+
+    def compare_snapshot(self, fresh: Views) -> None:
+        """The snapshot says the same as one that is made at once of what is known."""
+        whole = Assembly()
+        whole.apply(self.known)
+        one, two = self.assembly.current, whole.current
+        assert one.clustered == two.clustered
+        assert one.served == two.served
+        assert one.pods == two.pods
+        assert {s.qualified for s in one.services} == {s.qualified for s in two.services}
+        for vip in VIPS:
+            owner = self.catalog.owner(vip)
+            entry = self.proxy.entries.get(address_key(vip))
+            if entry is not None and entry.sent:
+                target = one.known(Address(vip, 80))
+                assert (target.service if target else None) == (
+                    "/".join(owner.key) if owner else None
+                )
+                if owner is not None and target is not None:
+                    assert {end.address.host for end in target.endpoints} == {
+                        end.address for end in owner.endpoints
+                    }
+
+
+class _Nobody:
+    def stale(self, topic: object) -> None: ...
+
+
+def without_addresses(entry: ServiceEntry) -> ServiceEntry:
+    return ServiceEntry(entry.key, entry.uid, (), entry.ports, entry.endpoints)
+
+
+TestMachine: Callable[[], None] = Machine.TestCase
+TestMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)  # type: ignore[attr-defined]
