@@ -23,10 +23,10 @@ from typing import Any, cast
 
 HOST = "127.0.0.1"
 BODY = b"x" * 1024
-_BUILD = Path(__file__).parents[1] / "build"
 # What the image adds to a checkout: its TLS library and compiled modules. Created by `make aws-lc
-# compiled`.
-IMAGE = (_BUILD / "aws-lc" / "site", _BUILD / "compiled")
+# compiled`, in the folder `build`.
+PACKAGES = (Path("aws-lc", "site"), Path("compiled"))
+IMAGE = tuple(Path(__file__).parents[1] / "build" / package for package in PACKAGES)
 # And the environment of the programs in it (Dockerfile), but for its path.
 IMAGE_ENVIRONMENT = {"PYTHONSAFEPATH": "1", "PYTHONMALLOC": "malloc"}
 _START_SECONDS = 20.0
@@ -173,10 +173,12 @@ def isthmus_pair(
 ) -> Iterator[Pair]:
     """Two proxies of this project in front of the server at port `back`. `folder` holds the
     identities from make_identities. `wishes`: the directory's `protocol`, whether sessions may
-    `resume`, `settings` that override both configurations, and `image`: run the image's build or
-    the sources.
+    `resume`, `settings` that override both configurations, and `environment`: that of the proxies,
+    over this process's own.
     """
-    wishes = {"protocol": "detect", "resume": True, "settings": {}, "image": False} | (wishes or {})
+    wishes = {"protocol": "detect", "resume": True, "settings": {}, "environment": {}} | (
+        wishes or {}
+    )
     ports = {
         name: free_port() for name in ("inbound", "outbound", "inbound-admin", "outbound-admin")
     }
@@ -196,19 +198,17 @@ def isthmus_pair(
         },
     }
     commands = {}
-    image = IMAGE_ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(map(str, IMAGE))}
+    environment = cast("dict[str, str]", wishes["environment"])
     for name, config in configs.items():
         if not wishes["resume"]:
             config["identity"]["session_lifetime"] = 0
         config.update(cast("dict[str, Any]", wishes["settings"]))
         path = folder / f"{name}.yaml"
         path.write_text(json.dumps(config))
-        build = (
-            ["env", *(f"{name}={value}" for name, value in image.items())]
-            if wishes["image"]
-            else []
-        )
-        commands[name] = [*build, sys.executable, "-m", "proxy.cli", "run", "--config", str(path)]
+        commands[name] = [
+            *("env", *(f"{name}={value}" for name, value in environment.items())),
+            *(sys.executable, "-m", "proxy.cli", "run", "--config", str(path)),
+        ]
     with pair_of("isthmus", commands, ports, folder) as found:
         yield found
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from html import escape
 
 _COLOURS = {
-    "isthmus": "#0b7a75", "checkout": "#2f958c", "ordinary path": "#4fb3a5", "envoy": "#9a4f96", "meshed envoy": "#c48bc0",
+    "isthmus": "#0b7a75", "before": "#8a8f94", "checkout": "#2f958c", "ordinary path": "#4fb3a5",
+    "envoy": "#9a4f96", "meshed envoy": "#c48bc0",
     "haproxy": "#4a7fb5", "nginx": "#7a9a3a", "nghttpx": "#b5762f",
 }  # fmt: skip
 _WIDTH, _LEFT, _RIGHT, _BAR, _GAP = 790, 120, 80, 16, 5

@@ -18,6 +18,7 @@ __all__ = ["PEERS", "Kind", "Order", "Peer"]
 
 PEERS = (
     isthmus.PEER,
+    isthmus.ANOTHER,
     isthmus.SOURCES,
     isthmus.ORDINARY,
     envoy.PEER,
