@@ -79,6 +79,7 @@ class NoSource:
     current: Directory = field(default_factory=Directory)
     former: FormerIdentities = field(default_factory=lambda: FormerIdentities(0.0, 1))
 
+    # The three take what Source passes, and need none of it: this directory never changes.
     def holding(self, original: Address) -> AbstractContextManager[None]:  # noqa: ARG002
         """See Source."""
         return NOTHING_HELD
@@ -89,10 +90,12 @@ class NoSource:
     async def learn_name(self, authority: bytes, namespace: str) -> None:
         """See Source."""
 
+    # as above
     def inside(self, host: str) -> bool:  # noqa: ARG002
         """See Source."""
         return False
 
+    # as above
     async def run(self, report: Report) -> None:  # noqa: ARG002
         """See Source."""
         await trio.sleep_forever()

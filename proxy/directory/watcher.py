@@ -96,6 +96,7 @@ class DirectorySource:
         """See Source."""
         await self.watch(self.acceptance.interval, report)
 
+    # Both take what Source passes, and need none of it: the file is always read as a whole.
     def holding(self, original: Address) -> AbstractContextManager[None]:  # noqa: ARG002
         """See Source."""
         return NOTHING_HELD
@@ -106,6 +107,7 @@ class DirectorySource:
     async def learn_name(self, authority: bytes, namespace: str) -> None:
         """See Source."""
 
+    # as above
     def inside(self, host: str) -> bool:  # noqa: ARG002
         """See Source."""
         return False
