@@ -3,6 +3,7 @@ traffic.
 
     schema.py          every setting, typed; schema_files.py and schema_tracing.py have two sections of it
     load.py            file and environment -> Config, or all mistakes at once
+    sources.py         the file and the environment variables of any settings
     decode.py          plain values -> frozen structs, with all mistakes
     units.py           parsing durations, sizes, addresses
     document.py        YAML, with the place of each mistake

@@ -11,27 +11,39 @@ The settings are defined in schema.py.
 from __future__ import annotations
 
 import re
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from proxy import files
 from proxy.config import otel_env
-from proxy.config.decode import decode, fields, is_struct
-from proxy.config.document import DocumentError, Mistakes, Plain, closest, said
-from proxy.config.document import load as load_document
+from proxy.config.decode import decode
+from proxy.config.document import Mistakes, Plain
 from proxy.config.reference import schema
 from proxy.config.schema import Config, LogConfig
 from proxy.config.schema_tracing import TracingConfig
+from proxy.config.sources import (
+    PREFIX,
+    SETTLE,
+    ConfigError,
+    override,
+    read_file,
+    readable,
+    variable,
+)
 from proxy.identity.spiffe import SpiffeId, SpiffeIdError, check_trust_domain
 from proxy.net.address import Address
 
-__all__ = ["Config", "ConfigError", "LogConfig", "config_schema", "load", "variable"]
+__all__ = [
+    "PREFIX",
+    "SETTLE",
+    "Config",
+    "ConfigError",
+    "LogConfig",
+    "config_schema",
+    "load",
+    "variable",
+]
 
-PREFIX = "ISTHMUS_"
-# Seconds, for `isthmus run`: a truncated file can be valid and ask for less.
-SETTLE = 0.5
 # The variables that the downward API usually sets, and the pod settings they provide.
 DOWNWARD = {
     "name": "POD_NAME",
@@ -43,27 +55,11 @@ DOWNWARD = {
     "service_account": "SERVICE_ACCOUNT",
 }
 DOWNWARD_ADDRESSES = "POD_IPS"
-# Large enough for every setting and an allow-list of ten thousand identities.
-MOST_BYTES = 4 * 1024 * 1024
 # Virtual addresses are hashes of names. In a sparsely used range, hashes rarely collide.
 _LEAST_ADDRESSES = 4096
-# The variables that Kubernetes sets in each container for each Service of the namespace
-# (`enableServiceLinks`), as `name=value`. A Service may have any name, so the value must also match
-# what Kubernetes writes.
-_SERVICE_LINK = re.compile(
-    r"[A-Z](?:[A-Z0-9_]*[A-Z0-9])?_"
-    r"(?:SERVICE_HOST=[0-9A-Fa-f.:]+"
-    r"|SERVICE_PORT(?:_[A-Z0-9_]+)?=[0-9]+"
-    r"|PORT(?:_[0-9]+_(?:TCP|UDP|SCTP))?=(?:tcp|udp|sctp)://[^/\s]+:[0-9]+"
-    r"|PORT_[0-9]+_(?:TCP|UDP|SCTP)_(?:PROTO=(?:tcp|udp|sctp)|PORT=[0-9]+|ADDR=[0-9A-Fa-f.:]+))"
-)
 _URL = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[^\s@/?#:\[\]]+)(:[0-9]{1,5})?(/[^\s]*)?")
 _AGENT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s@/?#:\[\]]+):[0-9]{1,5}")
 _CLUSTER = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
-
-
-class ConfigError(DocumentError):
-    """The configuration is invalid. `.mistakes` has one line per mistake, with its path."""
 
 
 def load(path: Path | None, environ: Mapping[str, str], settle: float = 0.0) -> Config:
@@ -75,14 +71,14 @@ def load(path: Path | None, environ: Mapping[str, str], settle: float = 0.0) -> 
     file.
     """
     mistakes = Mistakes()
-    environ = _ours(environ, mistakes)
+    environ = readable(environ, _is_ours, mistakes, shared=otel_env.PREFIX)
     if path is None and (named := environ.get(f"{PREFIX}CONFIG")):
         path = Path(named)
     source = str(path) if path is not None else "the environment"
-    values = _file(path, source, settle) if path is not None else {}
+    values = read_file(path, source, settle) if path is not None else {}
     _pod_defaults(values, environ)
     _tracing_defaults(values, environ)
-    _overrides(values, environ, mistakes)
+    override(values, environ, Config, mistakes)
     config: Config | None = decode(values, Config, "", mistakes)
     if config is not None:
         _contradictions(config, mistakes)
@@ -91,43 +87,12 @@ def load(path: Path | None, environ: Mapping[str, str], settle: float = 0.0) -> 
     return config
 
 
-def _file(path: Path, source: str, settle: float) -> dict[str, Plain]:
-    def read() -> tuple[str, bytes]:
-        text = files.read_text(path, MOST_BYTES)
-        return text, text.encode()
-
-    try:
-        values = load_document(files.read_settled(read, [path], settle)[0], source)
-    except files.FileUnusable as error:
-        raise ConfigError(source, [error.reason]) from error
-    except DocumentError as error:
-        raise ConfigError(source, error.mistakes) from error
-    if not isinstance(values, dict | None):
-        raise ConfigError(source, [f"expected a mapping of sections, found {said(values)}"])
-    return values or {}
-
-
-def _ours(environ: Mapping[str, str], mistakes: Mistakes) -> dict[str, str]:
-    """The variables that the configuration uses, without those that Kubernetes sets for Services. A
-    value that is not UTF-8 is a mistake and left out.
-    """
-    found = {}
-    for name, text in sorted(environ.items()):
-        ours = (
-            name.startswith((PREFIX, otel_env.PREFIX))
-            or name in DOWNWARD.values()
-            or name == DOWNWARD_ADDRESSES
-        )
-        if ours and not _SERVICE_LINK.fullmatch(f"{name}={text}"):
-            try:
-                f"{name}{text}".encode()
-            except UnicodeEncodeError:
-                if name.startswith(otel_env.PREFIX):
-                    continue  # not only for this proxy, so it must not prevent the start
-                mistakes.add(name.encode("ascii", "backslashreplace").decode(), "not UTF-8")
-            else:
-                found[name] = text
-    return found
+def _is_ours(name: str) -> bool:
+    return (
+        name.startswith((PREFIX, otel_env.PREFIX))
+        or name in DOWNWARD.values()
+        or name == DOWNWARD_ADDRESSES
+    )
 
 
 def _pod_defaults(values: dict[str, Plain], environ: Mapping[str, str]) -> None:
@@ -149,47 +114,6 @@ def _tracing_defaults(values: dict[str, Plain], environ: Mapping[str, str]) -> N
     given = values.get("tracing")
     if isinstance(given, dict | None) and (found := otel_env.standard(environ)):
         values["tracing"] = {**found, **(given or {})}
-
-
-def _overrides(values: dict[str, Plain], environ: Mapping[str, str], mistakes: Mistakes) -> None:
-    """Apply ISTHMUS_<SECTION>__<FIELD> over the file's values."""
-    known = {variable(section, field): (section, field) for section, field in _names()}
-    for name, text in environ.items():
-        if not name.startswith(PREFIX) or name == f"{PREFIX}CONFIG":
-            continue
-        if name not in known:
-            # A variable without `__` may belong to another program, unless it looks like a typo.
-            near = closest(
-                name.removeprefix(PREFIX), (other.removeprefix(PREFIX) for other in known)
-            )
-            if "__" in name or near:
-                mistakes.add(name, f"no such setting{near.replace(chr(39), chr(39) + PREFIX, 1)}")
-            continue
-        section, field = known[name]
-        try:
-            value = load_document(text, name)
-        except DocumentError as error:
-            mistakes.add(name, "; ".join(error.mistakes))
-            continue
-        place = values
-        if section:
-            if not isinstance(values.get(section), dict):
-                values[section] = {}
-            place = typing.cast("dict[str, Plain]", values[section])
-        place[field] = value
-
-
-def variable(section: str, field: str) -> str:
-    """The environment variable of a setting; `section` is "" for top-level settings."""
-    return PREFIX + (f"{section}__{field}" if section else field).upper()
-
-
-def _names() -> Iterator[tuple[str, str]]:
-    for name, _, form in fields(Config):
-        if is_struct(form.type):
-            yield from ((name, field) for field, _, _ in fields(form.type))
-        else:
-            yield "", name
 
 
 def _contradictions(config: Config, mistakes: Mistakes) -> None:

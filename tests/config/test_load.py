@@ -20,7 +20,6 @@ from proxy.config.document import load as load_document
 from proxy.config.load import (
     DOWNWARD,
     DOWNWARD_ADDRESSES,
-    MOST_BYTES,
     Config,
     ConfigError,
     config_schema,
@@ -28,6 +27,7 @@ from proxy.config.load import (
     variable,
 )
 from proxy.config.reference import tables
+from proxy.config.sources import MOST_BYTES
 from proxy.config.units import parse_duration, parse_size, show_duration, show_size
 from proxy.directory import parse
 from proxy.identity.spiffe import SpiffeId
