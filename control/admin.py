@@ -7,23 +7,36 @@ connection gets one request. The number of connections and their time are limite
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import h11
 import trio
-
-MOST_CONNECTIONS = 64
-# Seconds for one request and its response.
-PATIENCE = 5.0
-_HEAD = 8192
 
 _TEXT = "text/plain; charset=utf-8"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
+@dataclass(frozen=True, slots=True)
+class AdminLimits:
+    """`max_connections`: open connections; others are closed at once. `timeout`: seconds for one
+    request and its response. The settings `admin.*` have the same names.
+    """
+
+    max_connections: int = 64
+    timeout: float = 5.0
+    max_head_bytes: int = 8 * 1024
+
+
 class Admin:
     """`not_ready` returns why this replica is not ready, or "". `metrics` returns their text."""
 
-    def __init__(self, not_ready: Callable[[], str], metrics: Callable[[], bytes]) -> None:
+    def __init__(
+        self,
+        not_ready: Callable[[], str],
+        metrics: Callable[[], bytes],
+        limits: AdminLimits | None = None,
+    ) -> None:
+        self._limits = limits or AdminLimits()
         self._not_ready = not_ready
         self._metrics = metrics
         self._open = 0
@@ -37,8 +50,8 @@ class Admin:
         """Answer one request. Closes `stream`."""
         self._open += 1
         try:
-            if self._open <= MOST_CONNECTIONS:
-                with trio.move_on_after(PATIENCE):
+            if self._open <= self._limits.max_connections:
+                with trio.move_on_after(self._limits.timeout):
                     await self._answer(stream)
         except (trio.BrokenResourceError, trio.ClosedResourceError, h11.ProtocolError):
             pass  # the client has closed the connection, or does not speak HTTP
@@ -47,7 +60,7 @@ class Admin:
             await trio.aclose_forcefully(stream)
 
     async def _answer(self, stream: trio.abc.Stream) -> None:
-        http = h11.Connection(h11.SERVER, max_incomplete_event_size=_HEAD)
+        http = h11.Connection(h11.SERVER, max_incomplete_event_size=self._limits.max_head_bytes)
         while not isinstance(event := http.next_event(), h11.Request):
             if event is not h11.NEED_DATA:
                 return
@@ -65,7 +78,7 @@ class Admin:
 
     def _page(self, method: bytes, path: bytes) -> tuple[int, str, bytes]:
         if method not in (b"GET", b"HEAD"):
-            return 405, _TEXT, b"only GET\n"
+            return 405, _TEXT, b"only GET and HEAD\n"
         if path == b"/live":
             return 200, _TEXT, b"live\n"
         if path == b"/ready":

@@ -24,6 +24,7 @@ import trio
 
 from control.admin import Admin
 from control.channel.server import About, Channel, ChannelLimits
+from control.config import Settings
 from control.discovery.catalog import Changes
 from control.discovery.discovery import Discovery
 from control.kube.client import Client
@@ -38,7 +39,6 @@ from proxy.identity.identity import Identity, MaterialError, MaterialFiles, TLSS
 _log = logging.getLogger("isthmus.control")
 
 CONTROLLER = "isthmus.dev/control"
-LEASE = "isthmus-control"
 # Seconds between two checks of the certificate, key and trust roots.
 RELOAD = 10.0
 # Seconds between two reads of changed ones, which must agree.
@@ -61,7 +61,7 @@ class ChannelConfig:
 class ControlConfig:
     """`namespace`: where the lease is. `identity`: the unique name of this replica. `admin`: host
     and port of the admin listener; None: no listener. `channel`: the listener for proxies; None:
-    no listener.
+    no listener. `settings`: limits, waits and queues.
     """
 
     trust_domain: str = "cluster.local"
@@ -69,6 +69,7 @@ class ControlConfig:
     identity: str = "control"
     admin: tuple[str, int] | None = ("::", 4191)
     channel: ChannelConfig | None = None
+    settings: Settings = field(default_factory=Settings)
 
 
 class Control:
@@ -79,9 +80,13 @@ class Control:
         key and roots of the channel are not."""
         self.config = config
         self.client = client
-        self.discovery = Discovery(client, config.trust_domain, self._tell)
-        self.election = Election(client, (config.namespace, LEASE), config.identity)
-        self.recorder = Recorder(client, CONTROLLER, config.identity)
+        settings = config.settings
+        self.discovery = Discovery(
+            client, config.trust_domain, self._tell, settings.changes(), settings.watching()
+        )
+        lease = config.namespace, settings.lease.name
+        self.election = Election(client, lease, config.identity, settings.leadership())
+        self.recorder = Recorder(client, CONTROLLER, config.identity, settings.recording())
         self.identity: Identity | None = None
         self.channel: Channel | None = None
         if config.channel is not None:
@@ -105,7 +110,7 @@ class Control:
         """Run until SIGTERM or SIGINT, then release the lease. Owns the listeners of the admin
         pages and of the channel."""
         parts = Parts(self.discovery, self.election, self.recorder, self.client, self.channel)
-        admin = Admin(self.not_ready, lambda: render(parts))
+        admin = Admin(self.not_ready, lambda: render(parts), self.config.settings.listener())
         try:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 async with trio.open_nursery() as nursery:
@@ -115,7 +120,7 @@ class Control:
                     nursery.start_soon(self._serve_proxies, channel_listeners)
                     nursery.start_soon(self._watch_identity)
                     async for number in signals:
-                        _log.info("ending, by %s", signal.Signals(number).name)
+                        _log.info("received %s: shutting down", signal.Signals(number).name)
                         break
                     nursery.cancel_scope.cancel()
         finally:
@@ -160,13 +165,13 @@ class Control:
             reflector for reflector in self.discovery.reflectors if not reflector.synced.is_set()
         ]
         return "; ".join(
-            f"{reflector.resource.plural}: {reflector.error or 'being listed'}"
+            f"{reflector.resource.plural}: {reflector.error or 'the list is not complete yet'}"
             for reflector in missing
         )
 
     def _tell(self, changes: Changes) -> None:
         _log.debug(
-            "%d services and %d addresses have changed", len(changes.services), len(changes.pods)
+            "changed: %d services, %d addresses of pods", len(changes.services), len(changes.pods)
         )
         if self.channel is not None:
             self.channel.changed(changes)

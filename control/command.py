@@ -14,6 +14,7 @@ import trio
 
 from control.app import ChannelConfig, Control, ControlConfig
 from control.channel.server import ChannelLimits
+from control.config import ConfigError, load
 from control.contract import SpiffeIdError
 from control.kube.access import Access, in_cluster, kubeconfig_file
 from control.kube.client import Client
@@ -32,30 +33,29 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "control",
         help="run the control plane of a Kubernetes cluster",
         description=(
-            "Watch the Services, EndpointSlices, pods and nodes of a cluster. In a pod its service"
-            " account says where the API server is; elsewhere a kubeconfig does. Of several"
-            " replicas one leads. SIGTERM ends it."
+            "Run a replica of the control plane. It watches the Services, EndpointSlices, pods and"
+            " nodes of a cluster, and makes the directory of the proxies. In a pod, it uses the"
+            " pod's service account to access the API server; elsewhere it needs a kubeconfig. One"
+            " of the replicas is the leader. SIGTERM ends the process."
         ),
-        epilog="docs/control-plane.md describes what it does, and its limits.",
+        epilog=(
+            "docs/control-plane.md describes every setting; ISTHMUS_<SECTION>__<FIELD>=value in the"
+            " environment overrides the file."
+        ),
     )
     environment = os.environ
     parser.add_argument(
-        "--kubeconfig",
+        "--config",
         type=Path,
         metavar="FILE",
-        help="a kubeconfig (default: the service account of this pod)",
+        help="a file with settings, in YAML (default: $ISTHMUS_CONFIG, or no file)",
     )
-    parser.add_argument(
-        "--context",
-        default="",
-        metavar="NAME",
-        help="a context of the kubeconfig (default: its current one)",
-    )
+    _add_access(parser)
     parser.add_argument(
         "--trust-domain",
         default="cluster.local",
         metavar="NAME",
-        help="of identities (default: cluster.local)",
+        help="the trust domain of all identities (default: cluster.local)",
     )
     namespace, name = (
         environment.get("POD_NAMESPACE", "isthmus"),
@@ -65,26 +65,26 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--namespace",
         default=namespace,
         metavar="NAME",
-        help="of the lease (default: $POD_NAMESPACE, or isthmus)",
+        help="the namespace of the Lease (default: $POD_NAMESPACE, or isthmus)",
     )
     parser.add_argument(
         "--name",
         default=name,
         metavar="NAME",
-        help="of this replica (default: $POD_NAME, or the host's)",
+        help="the unique name of this replica (default: $POD_NAME, or the host name)",
     )
     parser.add_argument(
         "--admin",
         default="[::]:4191",
         metavar="ADDRESS",
-        help='/live, /ready and /metrics (default: [::]:4191; "": none)',
+        help='address of /live, /ready and /metrics (default: [::]:4191; "": no listener)',
     )
     _add_channel(parser)
     parser.add_argument(
         "--log-level",
         default="info",
         choices=["debug", "info", "warning", "error"],
-        help="(default: info)",
+        help="the least severe messages to log (default: info)",
     )
     parser.set_defaults(run=run)
 
@@ -142,6 +142,22 @@ def _add_channel(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def _add_access(parser: argparse.ArgumentParser) -> None:
+    """The options that say where the API server is."""
+    parser.add_argument(
+        "--kubeconfig",
+        type=Path,
+        metavar="FILE",
+        help="the kubeconfig (default: none; use the service account of the pod)",
+    )
+    parser.add_argument(
+        "--context",
+        default="",
+        metavar="NAME",
+        help="the context in the kubeconfig (default: its current context)",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command. Returns 0 after SIGTERM or SIGINT, 64 if the settings are not usable."""
     logging.basicConfig(
@@ -150,10 +166,12 @@ def run(args: argparse.Namespace) -> int:
         stream=sys.stderr,
     )
     try:
+        settings = load(args.config, os.environ)
+        interval = settings.api.credentials_interval
         access = (
-            kubeconfig_file(args.kubeconfig, args.context)
+            kubeconfig_file(args.kubeconfig, args.context, interval)
             if args.kubeconfig is not None
-            else in_cluster(os.environ)
+            else in_cluster(os.environ, interval=interval)
         )
         config = ControlConfig(
             args.trust_domain,
@@ -161,16 +179,25 @@ def run(args: argparse.Namespace) -> int:
             args.name,
             _address(args.admin),
             _channel(args) if args.certificate is not None else None,
+            settings,
         )
         trio.run(_main, config, access)
-    except (AccessError, SpiffeIdError, MaterialError, BindFailed, ValueError, OSError) as error:
+    except (
+        ConfigError,
+        AccessError,
+        SpiffeIdError,
+        MaterialError,
+        BindFailed,
+        ValueError,
+        OSError,
+    ) as error:
         print(f"isthmus: {error}", file=sys.stderr)
         return USAGE
     return 0
 
 
 async def _main(config: ControlConfig, access: Access) -> None:
-    control = Control(config, Client(access))
+    control = Control(config, Client(access, config.settings.limits()))
     proxies = _bind(config.channel.listen) if config.channel is not None else []
     listeners = []
     if config.admin is not None:

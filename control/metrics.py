@@ -44,11 +44,11 @@ class _Collector:
         yield from self._proxies(self._channel)
         catalog = self._discovery.catalog
         for name, text, value in (
-            ("services", "Services that proxies are told of", len(catalog.services)),
+            ("services", "Services in the directory", len(catalog.services)),
             ("meshed_addresses", "Addresses of pods that have a sidecar", len(catalog.pods)),
             (
                 "services_with_problems",
-                "Services of which something is not used",
+                "Services with a problem, such as a refused endpoint",
                 len(catalog.problems),
             ),
             ("leading", "Whether this replica is the leader", int(self._election.leading)),
@@ -56,9 +56,17 @@ class _Collector:
             yield GaugeMetricFamily(PREFIX + name, text, value=value)
         for name, text, value in (
             ("api_requests", "Requests to the API server", self._client.requests),
-            ("api_refusals", "Requests that it has answered by an error", self._client.refusals),
-            ("events_written", "Events of Kubernetes that were written", self._recorder.written),
-            ("events_dropped", "Events of Kubernetes that were not", self._recorder.dropped),
+            (
+                "api_refusals",
+                "Requests that the API server answered with an error",
+                self._client.refusals,
+            ),
+            ("events_written", "Kubernetes events that were written", self._recorder.written),
+            (
+                "events_dropped",
+                "Kubernetes events that were dropped or could not be written",
+                self._recorder.dropped,
+            ),
         ):
             yield CounterMetricFamily(PREFIX + name, text, value=value)
 
@@ -97,19 +105,19 @@ class _Collector:
 
     def _reflectors(self) -> Iterator[Metric]:
         now = trio.current_time()
-        objects = GaugeMetricFamily(
-            PREFIX + "objects", "Objects that are known", labels=["resource"]
-        )
+        objects = GaugeMetricFamily(PREFIX + "objects", "Known objects", labels=["resource"])
         synced = GaugeMetricFamily(
             PREFIX + "synced", "Whether a list was complete once", labels=["resource"]
         )
         silence = GaugeMetricFamily(
             PREFIX + "silence_seconds",
-            "Since the API server last said something",
+            "Seconds since the API server last sent data",
             labels=["resource"],
         )
         counted = CounterMetricFamily(
-            PREFIX + "watch", "What has happened to a watch", labels=["resource", "what"]
+            PREFIX + "watch",
+            "Lists, watches, events, failures and relists",
+            labels=["resource", "what"],
         )
         for reflector in self._discovery.reflectors:
             name, counts = [reflector.resource.plural], reflector.counts

@@ -56,6 +56,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"trio", "prometheus_client"},
     ),
     "control.admin": (set(), {"trio", "h11"}),
+    "control.config": (
+        {"control.kube", "control.discovery", "control.admin", "proxy.config"},
+        {"msgspec"},
+    ),
     "control.app": (
         {
             "control.kube",
@@ -63,6 +67,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "control.channel",
             "control.admin",
             "control.metrics",
+            "control.config",
             "proxy.directory",
             "proxy.identity",
         },
@@ -72,6 +77,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {
             "control.app",
             "control.channel",
+            "control.config",
             "control.kube",
             "control.contract",
             "proxy.identity",

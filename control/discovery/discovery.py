@@ -5,8 +5,8 @@ addresses. Metadata holds only what the pod's owner can write. The API server le
 have ended.
 
 No change is reported before all four lists are complete: an endpoint whose pod is unknown would be
-missing. Afterwards, changes are collected until none has come for `settle` seconds, for at most
-`delay` seconds, and are reported together. A fault of the API server never removes anything: see
+missing. Afterwards, changes are collected until none has come for `settle_time` seconds, for at
+most `max_delay` seconds, and are reported together. A fault of the API server never removes anything: see
 reflector.py.
 """
 
@@ -22,7 +22,7 @@ import trio
 from control.discovery.catalog import Catalog, Changes
 from control.discovery.facts import node_zone, pod_fact, service_fact, slice_fact
 from control.kube.client import Client, Selection
-from control.kube.reflector import Reflector
+from control.kube.reflector import Reflector, WatchRules
 from control.kube.resources import NODES, PODS, SERVICES, SLICES, Key
 
 _log = logging.getLogger("isthmus.control")
@@ -32,12 +32,12 @@ RUNNING = Selection(fields="status.phase!=Succeeded,status.phase!=Failed")
 
 @dataclass(frozen=True, slots=True)
 class DiscoveryRules:
-    """In seconds. `settle`: how long no change may come before changes are reported. `delay`: the
-    longest wait for that.
+    """In seconds. `settle_time`: how long no change may come before changes are reported.
+    `max_delay`: the longest wait for that. The settings `discovery.*` have the same names.
     """
 
-    settle: float = 0.05
-    delay: float = 0.5
+    settle_time: float = 0.05
+    max_delay: float = 0.5
 
 
 class Discovery:
@@ -51,6 +51,7 @@ class Discovery:
         trust_domain: str,
         tell: Callable[[Changes], None],
         rules: DiscoveryRules | None = None,
+        watching: WatchRules | None = None,
     ) -> None:
         self.catalog = Catalog(trust_domain)
         self.ready = trio.Event()  # set after the first report, which has everything
@@ -59,13 +60,13 @@ class Discovery:
         self._stale = trio.Event()
         catalog = self.catalog
         self.reflectors: Sequence[Reflector[Any, Any]] = (
-            Reflector(
-                client, NODES, node_zone, self._heard(lambda key, zone: catalog.node(key[1], zone))
-            ),
+            Reflector(client, NODES, node_zone, self._heard(self._node)),
             Reflector(client, PODS, pod_fact, self._heard(catalog.pod), RUNNING),
             Reflector(client, SERVICES, service_fact, self._heard(catalog.service)),
             Reflector(client, SLICES, slice_fact, self._heard(catalog.slice)),
         )
+        for reflector in self.reflectors:
+            reflector.rules = watching or WatchRules()
 
     def _heard(self, put: Callable[[Key, Any], None]) -> Callable[[Key, Any], None]:
         def heard(key: Key, fact: Any) -> None:
@@ -73,6 +74,9 @@ class Discovery:
             self._stale.set()
 
         return heard
+
+    def _node(self, key: Key, zone: str | None) -> None:
+        self.catalog.node(key[1], zone)
 
     async def run(self) -> None:
         """Run until cancelled."""
@@ -85,7 +89,7 @@ class Discovery:
             self.ready.set()
             catalog = self.catalog
             _log.info(
-                "discovery is complete: %d services, %d meshed addresses",
+                "discovery is complete: %d services, %d addresses of pods with a sidecar",
                 len(catalog.services),
                 len(catalog.pods),
             )
@@ -95,11 +99,12 @@ class Discovery:
                 self._flush()
 
     async def _settle(self) -> None:
-        """Wait until no change has come for `settle` seconds, for at most `delay` seconds."""
-        with trio.move_on_after(self._rules.delay):
+        """Wait until no change has come for `settle_time` seconds, for at most `max_delay`
+        seconds."""
+        with trio.move_on_after(self._rules.max_delay):
             while self._stale.is_set():
                 self._stale = trio.Event()
-                await trio.sleep(self._rules.settle)
+                await trio.sleep(self._rules.settle_time)
 
     def _flush(self) -> None:
         self._stale = trio.Event()

@@ -192,7 +192,7 @@ def slice_fact(found: EndpointSlice) -> SliceFact | None:
         fact = _endpoint(endpoint, meta.namespace)
         if fact is None:
             said = endpoint.addresses[0] if endpoint.addresses else ""
-            problems.append(f"slice {meta.name}: {said[:60]!r} is not the address of one place")
+            problems.append(f"slice {meta.name}: {said[:60]!r} is not a usable unicast address")
         else:
             endpoints.append(fact)
     version = (

@@ -83,11 +83,11 @@ def judge(
             return Refusal(f"{address} is the address of a pod of another namespace, {owner}")
         return _of(pod, owner, world)
     if service.careful:
-        return Refusal(f"{address} should have an identity, which cannot be read")
+        return Refusal(f"{address} needs the identity of an annotation that cannot be parsed")
     if service.identity is not None and world.is_host(address):
         return Refusal(f"{address} is the address of a node, whose pods have no identity there")
     if world.external(address) != service.identity:
-        return Refusal(f"{address} has another identity in another service")
+        return Refusal(f"an older service expects another identity at {address}")
     return ExpectedPeer(service.identity, _NO_PORTS)
 
 

@@ -71,7 +71,7 @@ def port_list(text: str) -> frozenset[int]:
         low = _port(first, part)
         high = _port(last, part) if dash else low
         if high < low:
-            raise MarkError(f"{part.strip()[:40]!r} ends before it begins")
+            raise MarkError(f"{part.strip()[:40]!r} is a range whose end is below its start")
         if len(found) + high - low >= MOST_PORTS:
             raise MarkError(f"more than {MOST_PORTS} ports")
         found.update(range(low, high + 1))

@@ -29,8 +29,8 @@ import trio
 from control.kube.errors import AccessError
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-# Seconds before a file is read again. A kubelet renews a token after 80 % of its lifetime, which is
-# an hour or more.
+# Seconds before a file is read again: the default of the setting `api.credentials_interval`. A
+# kubelet renews a token after 80 % of its lifetime, which is an hour or more.
 FRESH = 60.0
 # Bytes of a kubeconfig, and of each file that it names.
 MOST_BYTES = 1024 * 1024
@@ -38,10 +38,11 @@ MOST_BYTES = 1024 * 1024
 
 @dataclass(slots=True)
 class Secret:
-    """A secret as data or in a file. A file is read again `FRESH` seconds after the last read."""
+    """A secret as data or in a file. A file is read again `interval` seconds after the last read."""
 
     text: bytes = b""
     path: Path | None = None
+    interval: float = FRESH
     _read_at: float = field(default=float("-inf"), repr=False)
 
     def __repr__(self) -> str:
@@ -51,7 +52,7 @@ class Secret:
         """The current value. If a file is not readable any more, its last value is used. Raises
         AccessError if it was never readable.
         """
-        if self.path is not None and trio.current_time() - self._read_at >= FRESH:
+        if self.path is not None and trio.current_time() - self._read_at >= self.interval:
             try:
                 self.text = _read(self.path)
                 self._read_at = trio.current_time()
@@ -105,8 +106,12 @@ class Access:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def in_cluster(environment: Mapping[str, str], folder: Path = SERVICE_ACCOUNT) -> Access:
-    """The access of a pod to its own cluster's API server. Raises AccessError."""
+def in_cluster(
+    environment: Mapping[str, str], folder: Path = SERVICE_ACCOUNT, interval: float = FRESH
+) -> Access:
+    """The access of a pod to its own cluster's API server. The files in `folder` are read again
+    every `interval` seconds. Raises AccessError.
+    """
     host, port = (
         environment.get("KUBERNETES_SERVICE_HOST", ""),
         environment.get("KUBERNETES_SERVICE_PORT", ""),
@@ -121,8 +126,8 @@ def in_cluster(environment: Mapping[str, str], folder: Path = SERVICE_ACCOUNT) -
     return Access(
         host.strip("[]"),
         _port(port, "KUBERNETES_SERVICE_PORT"),
-        Trust(Secret(path=authority)),
-        Secret(path=token),
+        Trust(Secret(path=authority, interval=interval)),
+        Secret(path=token, interval=interval),
     )
 
 
@@ -181,16 +186,18 @@ class _Kubeconfig(_Struct, frozen=True):
     contexts: list[_NamedContext] | None = None
 
 
-def kubeconfig_file(path: Path, context: str = "") -> Access:
+def kubeconfig_file(path: Path, context: str = "", interval: float = FRESH) -> Access:
     """The access that a kubeconfig file describes. Raises AccessError."""
-    return kubeconfig(_read(path), context, folder=path.parent)
+    return kubeconfig(_read(path), context, folder=path.parent, interval=interval)
 
 
-def kubeconfig(data: bytes, context: str = "", *, folder: Path | None = None) -> Access:
+def kubeconfig(
+    data: bytes, context: str = "", *, folder: Path | None = None, interval: float = FRESH
+) -> Access:
     """The access that a kubeconfig describes.
 
     `context` "": the current context. `folder` is the base of relative paths; None: files are not
-    allowed. Raises AccessError.
+    allowed. Files are read again every `interval` seconds. Raises AccessError.
     """
     if len(data) > MOST_BYTES:
         raise AccessError(f"kubeconfig: larger than {MOST_BYTES} bytes")
@@ -210,9 +217,9 @@ def kubeconfig(data: bytes, context: str = "", *, folder: Path | None = None) ->
     user = users.get(chosen.user) if chosen.user else _User()
     if cluster is None or user is None:
         raise AccessError(
-            f"kubeconfig: the context {name!r} names a cluster or a user that is not there"
+            f"kubeconfig: the context {name!r} names a cluster or a user that does not exist"
         )
-    return _Reader(folder).access(cluster, user)
+    return _Reader(folder, interval).access(cluster, user)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +227,7 @@ class _Reader:
     """Reads the parts of a kubeconfig."""
 
     folder: Path | None
+    interval: float
 
     def access(self, cluster: _Cluster, user: _User) -> Access:
         self._check(cluster, user)
@@ -280,8 +288,8 @@ class _Reader:
         for name, used in forbidden.items():
             if used:
                 raise AccessError(
-                    f"kubeconfig: {name} is not supported: give a token, or a client certificate,"
-                    " and the authority"
+                    f"kubeconfig: {name} is not supported: use a token or a client certificate,"
+                    " with the certificate authority"
                 )
 
     def _secret(self, name: str, data: str, path: str, *, encoded: bool = True) -> Secret | None:
@@ -299,9 +307,11 @@ class _Reader:
         if not path:
             return None
         if self.folder is None:
-            raise AccessError(f"kubeconfig: {name} names a file, which it may not here: give data")
+            raise AccessError(
+                f"kubeconfig: {name} names a file, which is not allowed here: use data instead"
+            )
         where = self.folder / path
-        return Secret(_read(where), where)
+        return Secret(_read(where), where, self.interval)
 
 
 def _read(path: Path) -> bytes:

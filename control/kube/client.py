@@ -3,7 +3,7 @@
 Every request has limits: for the time to connect, the time to the response head, the total time and
 the bytes of the response. Failed requests are retried where that is safe: always for requests that
 can be repeated, such as reads and applies. Other requests are retried only if the server reports
-that it has done nothing (429). Retry-After is obeyed up to `Limits.patience`. If the server asks
+that it has done nothing (429). Retry-After is obeyed up to `api.max_retry_after`. If the server asks
 for more, the caller gets the error.
 
 A few connections for requests are kept open. Each watch has a connection of its own.
@@ -31,8 +31,6 @@ from control.kube.resources import Resource, decode
 
 T = TypeVar("T", bound=objects.Object)
 
-# Bytes that are read of the body of an error response.
-_MOST_REFUSAL = 65536
 # Characters that are kept of a server's message.
 _MOST_SAID = 500
 # Statuses of a server, or of a load balancer in front of it, that cannot answer now.
@@ -45,20 +43,22 @@ _status = msgspec.json.Decoder(Status)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Times are in seconds, `body` and `line` in bytes. `body` limits one response, so a page of a
-    list. `line` limits one line of a watch.
+    """Times are in seconds, sizes in bytes. `max_response_bytes` limits one response, so a page of
+    a list. `max_error_bytes` is how much is read of the body of an error response. `idle_timeout`:
+    how long an idle connection is kept. The settings `api.*` have the same names.
     """
 
-    connect: float = 10.0
-    head: float = 30.0
-    total: float = 60.0
-    body: int = 32 * 1024 * 1024
-    line: int = 8 * 1024 * 1024
-    attempts: int = 4
-    patience: float = 30.0
-    connections: int = 8
-    kept: int = 2
-    idle: float = 30.0
+    connect_timeout: float = 10.0
+    response_timeout: float = 30.0
+    request_timeout: float = 60.0
+    max_response_bytes: int = 32 * 1024 * 1024
+    max_head_bytes: int = 32 * 1024
+    max_error_bytes: int = 64 * 1024
+    max_attempts: int = 4
+    max_retry_after: float = 30.0
+    max_connections: int = 8
+    max_idle_connections: int = 2
+    idle_timeout: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,9 @@ async def connect(access: Access) -> trio.abc.Stream:
         await secured.do_handshake()
         done = True
     except trio.BrokenResourceError as error:
-        raise Unreachable(f"no TLS with {access.authority}: {error.__cause__ or error}") from error
+        raise Unreachable(
+            f"TLS handshake failed with {access.authority}: {error.__cause__ or error}"
+        ) from error
     finally:
         if not done:
             await trio.aclose_forcefully(tcp)
@@ -144,7 +146,7 @@ class Client:
         self.refusals = 0
         self._dial = dial
         self._chance = chance
-        self._room = trio.CapacityLimiter(self.limits.connections)
+        self._room = trio.CapacityLimiter(self.limits.max_connections)
         self._kept: list[tuple[Connection, float]] = []
 
     # Objects
@@ -263,8 +265,8 @@ class Client:
         `repeat`: the request can safely be sent twice. `attempts` 0: the number in the limits.
         Raises KubeError.
         """
-        backoff = Backoff(BackoffRules(most=self.limits.patience / 2), self._chance)
-        left = attempts or self.limits.attempts
+        backoff = Backoff(BackoffRules(max_delay=self.limits.max_retry_after / 2), self._chance)
+        left = attempts or self.limits.max_attempts
         while True:
             left -= 1
             try:
@@ -275,7 +277,7 @@ class Client:
                 if (
                     left <= 0
                     or not _again(error, repeat=repeat)
-                    or (asked or 0) > self.limits.patience
+                    or (asked or 0) > self.limits.max_retry_after
                 ):
                     raise
                 await trio.sleep(max(wait, asked or 0.0))
@@ -301,7 +303,7 @@ class Client:
         raise AssertionError("unreachable")
 
     async def _attempt(self, request: Request) -> bytes:
-        with trio.move_on_after(self.limits.total):
+        with trio.move_on_after(self.limits.request_timeout):
             async with self._room:
                 try:
                     return await self._exchange(request)
@@ -309,7 +311,9 @@ class Client:
                     if error.code != 401 or not self._forget_token():
                         raise
                 return await self._exchange(request)  # with the token that was just read again
-        raise Unreachable(f"no whole answer within {self.limits.total:g} s")
+        raise Unreachable(
+            f"no complete response within {self.limits.request_timeout:g} s (api.request_timeout)"
+        )
 
     async def _exchange(self, request: Request) -> bytes:
         while (connection := await self._take()) is not None:
@@ -330,11 +334,11 @@ class Client:
                 refused = await self._refusal(connection, head)
                 good = connection.reuse()
                 raise refused
-            body = await _whole(connection, self.limits.body)
+            body = await _whole(connection, self.limits.max_response_bytes)
             good = connection.reuse()
             return body
         finally:
-            if good and len(self._kept) < self.limits.kept:
+            if good and len(self._kept) < self.limits.max_idle_connections:
                 self._kept.append((connection, trio.current_time()))
             else:
                 await connection.aclose()
@@ -347,20 +351,22 @@ class Client:
             else []
         )
         self.requests += 1
-        with trio.move_on_after(self.limits.head):
+        with trio.move_on_after(self.limits.response_timeout):
             head = await connection.request(request, _AGENT, *fields)
             if head.status >= 400:
                 self.refusals += 1
             elif head.status >= 300:
                 raise InvalidAnswer(f"{head.status}: redirects are not followed")
             return head
-        raise Unreachable(f"no answer within {self.limits.head:g} s")
+        raise Unreachable(
+            f"no response within {self.limits.response_timeout:g} s (api.response_timeout)"
+        )
 
     async def _refusal(self, connection: Connection, head: Head) -> Refused:
         try:
-            with trio.move_on_after(self.limits.head):
+            with trio.move_on_after(self.limits.response_timeout):
                 return refusal(
-                    await _whole(connection, _MOST_REFUSAL),
+                    await _whole(connection, self.limits.max_error_bytes),
                     head.status,
                     head.headers.get("retry-after", ""),
                 )
@@ -369,19 +375,21 @@ class Client:
         return refusal(b"", head.status, head.headers.get("retry-after", ""))
 
     async def _connect(self) -> Connection:
-        with trio.move_on_after(self.limits.connect):
+        with trio.move_on_after(self.limits.connect_timeout):
             try:
-                return Connection(await self._dial(self.access), self.access.authority)
+                stream = await self._dial(self.access)
+                return Connection(stream, self.access.authority, self.limits.max_head_bytes)
             except OSError as error:
                 raise Unreachable(f"cannot connect to {self.access.authority}: {error}") from error
         raise Unreachable(
-            f"no connection to {self.access.authority} within {self.limits.connect:g} s"
+            f"no connection to {self.access.authority} within {self.limits.connect_timeout:g} s"
+            " (api.connect_timeout)"
         )
 
     async def _take(self) -> Connection | None:
         while self._kept:
             connection, since = self._kept.pop()
-            if trio.current_time() - since <= self.limits.idle and connection.is_quiet():
+            if trio.current_time() - since <= self.limits.idle_timeout and connection.is_quiet():
                 return connection
             await connection.aclose()
         return None
@@ -434,6 +442,6 @@ async def _whole(connection: Connection, most: int) -> bytes:
     while piece := await connection.read():
         size += len(piece)
         if size > most:
-            raise TooLarge(f"the answer is larger than {most} bytes")
+            raise TooLarge(f"the response is larger than {most} bytes (api.max_response_bytes)")
         parts.append(piece)
     return b"".join(parts)

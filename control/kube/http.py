@@ -18,8 +18,6 @@ from control.kube.errors import InvalidAnswer, Unreachable
 
 # The largest read in bytes.
 _RECEIVE = 65536
-# The largest response head in bytes. The API server's heads have some hundred bytes.
-_HEAD = 32768
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +39,13 @@ class Head:
 
 
 class Connection:
-    """A connection. Owns `stream`."""
+    """A connection. Owns `stream`. A response head may have at most `max_head_bytes`."""
 
-    def __init__(self, stream: trio.abc.Stream, authority: str) -> None:
+    def __init__(self, stream: trio.abc.Stream, authority: str, max_head_bytes: int) -> None:
         self._stream = stream
         self._authority = authority
-        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEAD)
+        self._max_head_bytes = max_head_bytes
+        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=max_head_bytes)
         self.begun = False  # whether a part of the current response has come
 
     async def request(self, request: Request, *fields: tuple[str, str]) -> Head:
@@ -77,7 +76,7 @@ class Connection:
                     },
                 )
             if not isinstance(event, h11.InformationalResponse) or event.status_code == 101:
-                raise InvalidAnswer(f"expected the head of an answer, found {type(event).__name__}")
+                raise InvalidAnswer(f"expected a response head, found {type(event).__name__}")
 
     async def read(self) -> bytes:
         """The next part of the response body; b"" is its end. Raises Unreachable, InvalidAnswer."""
@@ -89,7 +88,7 @@ class Connection:
             elif isinstance(event, h11.EndOfMessage):
                 return b""
             else:
-                raise InvalidAnswer(f"expected the body of an answer, found {type(event).__name__}")
+                raise InvalidAnswer(f"expected a response body, found {type(event).__name__}")
 
     async def _next(self) -> h11.Event | type[h11.PAUSED]:
         try:
@@ -100,11 +99,16 @@ class Connection:
                 data = await self._stream.receive_some(_RECEIVE)
                 self.begun = self.begun or bool(data)
                 if not data and self._http.their_state is h11.SEND_RESPONSE:
-                    raise Unreachable("the connection was closed before the answer")
+                    raise Unreachable("the connection was closed before the response")
                 self._http.receive_data(bytes(data))
         except h11.RemoteProtocolError as error:
+            if error.error_status_hint == 431:
+                raise InvalidAnswer(
+                    f"the response head is larger than {self._max_head_bytes} bytes"
+                    " (api.max_head_bytes)"
+                ) from error
             if self._http.trailing_data[1]:
-                raise Unreachable("the connection was closed within the answer") from error
+                raise Unreachable("the connection was closed within the response") from error
             raise InvalidAnswer(f"not HTTP: {error}") from error
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise Unreachable("the connection was lost") from error

@@ -1,9 +1,9 @@
 """Leader election: the replica that holds a Lease does what must happen once.
 
-The holder renews the lease every `retry` seconds. Another replica takes the lease when it has not
+The holder renews the lease every `retry_interval` seconds. Another replica takes the lease when it has not
 changed for the duration that the holder has written into it. That replica measures the time with
 its own clock. The times in the lease are only for people. The holder stops leading when it has not
-renewed for `renew` seconds, which is shorter than the duration. So two replicas never lead at the
+renewed for `renew_timeout` seconds, which is shorter than the duration. So two replicas never lead at the
 same time, if their clocks run at about the same speed. The numbers and the use of the fields are
 those of client-go.
 """
@@ -19,23 +19,24 @@ import msgspec
 import trio
 
 from control.kube.client import Client
+from control.kube.error_log import ErrorLog
 from control.kube.errors import KubeError, Refused
 from control.kube.objects import Lease, LeaseSpec, Meta
 from control.kube.resources import LEASES
 
 _log = logging.getLogger("isthmus.control")
 
-# Seconds to release the lease at the end.
-_RELEASE = 2.0
-
 
 @dataclass(frozen=True, slots=True)
 class LeaseRules:
-    """In seconds."""
+    """In seconds. `release_timeout`: for the request that releases the lease at the end. The
+    settings `lease.*` have the same names.
+    """
 
     duration: int = 15
-    renew: float = 10.0
-    retry: float = 2.0
+    renew_timeout: float = 10.0
+    retry_interval: float = 2.0
+    release_timeout: float = 2.0
 
 
 class Election:
@@ -53,6 +54,7 @@ class Election:
         self._rules = rules or LeaseRules()
         # The version of the lease, and when this replica first saw it.
         self._seen: tuple[str, float] = ("", 0.0)
+        self._errors = ErrorLog(f"the lease {self._namespace}/{self._name}")
         self._renewed = 0.0
 
     async def run(self, lead: Callable[[], Awaitable[None]]) -> None:
@@ -63,7 +65,12 @@ class Election:
         while True:
             held = await self._acquire()
             self.leading, self.terms = True, self.terms + 1
-            _log.info("elected: %s holds %s/%s", self.identity, self._namespace, self._name)
+            _log.info(
+                "%s is the leader: it holds the lease %s/%s",
+                self.identity,
+                self._namespace,
+                self._name,
+            )
             done = False
             try:
                 async with trio.open_nursery() as nursery:
@@ -73,12 +80,14 @@ class Election:
                     nursery.cancel_scope.cancel()
             finally:
                 self.leading = False
-                with trio.move_on_after(_RELEASE, shield=True):
+                with trio.move_on_after(self._rules.release_timeout, shield=True):
                     await self._release()
             if done:
                 return
             _log.warning(
-                "not the leader any more: %s/%s could not be renewed", self._namespace, self._name
+                "no longer the leader: the lease %s/%s was lost or could not be renewed",
+                self._namespace,
+                self._name,
             )
 
     async def _acquire(self) -> Lease:
@@ -89,13 +98,13 @@ class Election:
             except KubeError as error:
                 taken = None
                 if not isinstance(error, Refused) or error.code != 409:
-                    _log.debug(
-                        "the lease %s/%s cannot be had: %s", self._namespace, self._name, error
-                    )
+                    self._errors.failed(str(error))
+            else:
+                self._errors.works()
             if taken is not None:
                 self._renewed = asked
                 return taken
-            await trio.sleep(self._rules.retry)
+            await trio.sleep(self._rules.retry_interval)
 
     async def _take(self) -> Lease | None:
         """Take the lease. Returns None if another replica holds it."""
@@ -132,21 +141,20 @@ class Election:
         """Renew the lease regularly. Cancels `scope` when that has failed for too long."""
         rules = self._rules
         while True:
-            await trio.sleep(rules.retry)
+            await trio.sleep(rules.retry_interval)
             asked = trio.current_time()
             # A request that hangs must leave time for another attempt.
-            limit = min(self._renewed + rules.renew, asked + rules.renew / 2)
+            limit = min(self._renewed + rules.renew_timeout, asked + rules.renew_timeout / 2)
             with trio.move_on_at(limit):
                 try:
                     held = await self._store(held, self._spec(held.spec))
                     self._renewed = asked
+                    self._errors.works()
                 except KubeError as error:
-                    _log.debug(
-                        "the lease %s/%s was not renewed: %s", self._namespace, self._name, error
-                    )
+                    self._errors.failed(str(error))
                     if isinstance(error, Refused) and error.code == 409:
                         held = await self._changed(held, scope)
-            if trio.current_time() >= self._renewed + rules.renew:
+            if trio.current_time() >= self._renewed + rules.renew_timeout:
                 scope.cancel()
 
     async def _changed(self, held: Lease, scope: trio.CancelScope) -> Lease:
@@ -181,4 +189,4 @@ class Election:
                 )
                 await self._store(found, spec)
         except KubeError as error:
-            _log.debug("the lease %s/%s was not given back: %s", self._namespace, self._name, error)
+            self._errors.failed(str(error))

@@ -8,7 +8,6 @@ does not load the API server.
 
 from __future__ import annotations
 
-import logging
 import random
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -17,11 +16,10 @@ from datetime import UTC, datetime
 import trio
 
 from control.kube.client import Client
+from control.kube.error_log import ErrorLog
 from control.kube.errors import KubeError
 from control.kube.objects import Event, Meta, ObjectReference
 from control.kube.resources import EVENTS
-
-_log = logging.getLogger("isthmus.control")
 
 # Limits of the API server (validation of events.k8s.io/v1).
 _MOST_NOTE = 1024
@@ -32,16 +30,17 @@ _MOST_NAME = 230
 
 @dataclass(frozen=True, slots=True)
 class RecorderRules:
-    """`waiting`: the most events in the queue. `remembered`: the most events that are kept to count
-    repetitions, for `forget` seconds each. `series`: seconds between two writes of the same event.
-    `pace`: seconds between any two writes.
+    """`max_queued`: events in the queue. `max_remembered`: events that are kept to count
+    repetitions, for `forget_after` seconds each. `repeat_interval`: seconds between two writes of
+    the same event. `interval`: seconds between any two writes. The settings `events.*` have the
+    same names.
     """
 
-    waiting: int = 256
-    remembered: int = 1024
-    forget: float = 360.0
-    series: float = 60.0
-    pace: float = 0.2
+    max_queued: int = 256
+    max_remembered: int = 1024
+    forget_after: float = 360.0
+    repeat_interval: float = 60.0
+    interval: float = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +77,23 @@ class Recorder:
         self._series: OrderedDict[Said, _Series] = OrderedDict()
         self._waiting: OrderedDict[Said, None] = OrderedDict()
         self._something = trio.Event()
+        self._errors = ErrorLog("Kubernetes events")
 
     def say(self, said: Said) -> None:
         """Queue an event about an object."""
         now = trio.current_time()
         series = self._series.get(said)
-        if series is None or now - series.last > self._rules.forget:
+        if series is None or now - series.last > self._rules.forget_after:
             series = self._series[said] = _Series()
         else:
             series.count += 1
         series.last = now
         self._series.move_to_end(said)
-        while len(self._series) > self._rules.remembered:
+        while len(self._series) > self._rules.max_remembered:
             old, _ = self._series.popitem(last=False)
             self._drop(old)
         self._waiting[said] = None
-        while len(self._waiting) > self._rules.waiting:
+        while len(self._waiting) > self._rules.max_queued:
             self._drop(next(iter(self._waiting)))
         self._something.set()
 
@@ -112,7 +112,7 @@ class Recorder:
             due = [
                 said
                 for said in self._waiting
-                if now - self._series[said].written_at >= self._rules.series
+                if now - self._series[said].written_at >= self._rules.repeat_interval
             ]
             for said in due:
                 if (
@@ -120,13 +120,13 @@ class Recorder:
                     and (series := self._series.get(said)) is not None
                 ):
                     await self._write(said, series)
-                    await trio.sleep(self._rules.pace)
+                    await trio.sleep(self._rules.interval)
             if self._waiting and not due:  # only repetitions, and no count is due yet
                 first = (
                     min(self._series[said].written_at for said in self._waiting)
-                    + self._rules.series
+                    + self._rules.repeat_interval
                 )
-                with trio.move_on_at(max(first, now + self._rules.pace)):
+                with trio.move_on_at(max(first, now + self._rules.interval)):
                     await self._something.wait()
 
     async def _write(self, said: Said, series: _Series) -> None:
@@ -141,10 +141,11 @@ class Recorder:
                 await self._client.patch(EVENTS, series.stored, changes)
             series.written = count
             self.written += 1
+            self._errors.works()
         except KubeError as error:
             series.stored = None  # the stored event may no longer exist
             self.dropped += 1
-            _log.debug("an event could not be written: %s", error)
+            self._errors.failed(str(error))
         series.written_at = trio.current_time()
 
     def _event(self, said: Said) -> Event:

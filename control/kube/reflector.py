@@ -16,7 +16,7 @@ The rules:
 * A watch continues from the last version. A new list is made if that version is too old (410, as a
   status or within the stream). The same happens if versions run backwards, or if the version is
   newer than the server's state: the server was restored from a backup.
-* Bookmarks come about once a minute. A connection that is silent for longer (`silence`) is dead. If
+* Bookmarks come about once a minute. A connection that is silent for longer is dead. If
   the next one is silent too, the server may not know the version, and a new list is made.
 * A watch from a version in the future is silent, and later misses some changes. So after a lost
   connection, the server's version is requested first.
@@ -39,6 +39,7 @@ import trio
 from control.kube import objects
 from control.kube.backoff import Backoff, BackoffRules
 from control.kube.client import Answer, Client, Selection
+from control.kube.error_log import ErrorLog
 from control.kube.errors import InvalidAnswer, KubeError, Refused, TooLarge, Unreachable
 from control.kube.resources import Key, Resource, key_of
 from control.kube.watching import Bookmark, Change, Lines, event_of
@@ -51,24 +52,27 @@ State = Literal["listing", "watching", "waiting"]
 
 @dataclass(frozen=True, slots=True)
 class WatchRules:
-    """Times are in seconds.
+    """Times are in seconds, sizes in bytes. The settings `watch.*` have the same names.
 
-    `page`: objects in a page. `most`: objects in all. `silence`: the longest time without data on a
-    watch. `initial`: the longest time without a new object in a streamed list; after it the server
-    is assumed not to support streamed lists. `listing`: the longest time for a whole list.
-    `shortest` and `longest`: the range of the requested watch timeout. `short`: a watch that ends
-    sooner counts as a fault. `patience`: the longest Retry-After that is obeyed.
+    `page_size`: objects in a page. `max_objects`: objects in all. `max_event_bytes`: one line of a
+    watch, so one object. `silence_timeout`: the longest time without data on a watch.
+    `stream_timeout`: the longest time without a new object in a streamed list; after it the server
+    is assumed not to support streamed lists. `list_timeout`: the longest time for a whole list.
+    `min_duration` and `max_duration`: the range of the requested watch timeout. `min_healthy`: a
+    watch that ends sooner counts as a fault. `max_retry_after`: the longest Retry-After that is
+    obeyed.
     """
 
-    page: int = 500
-    most: int = 500_000
-    silence: float = 150.0
-    initial: float = 60.0
-    listing: float = 600.0
-    shortest: float = 300.0
-    longest: float = 600.0
-    short: float = 5.0
-    patience: float = 300.0
+    page_size: int = 500
+    max_objects: int = 500_000
+    max_event_bytes: int = 8 * 1024 * 1024
+    silence_timeout: float = 150.0
+    stream_timeout: float = 60.0
+    list_timeout: float = 600.0
+    min_duration: float = 300.0
+    max_duration: float = 600.0
+    min_healthy: float = 5.0
+    max_retry_after: float = 300.0
     backoff: BackoffRules = field(default_factory=BackoffRules)
 
 
@@ -111,6 +115,7 @@ class Reflector(Generic[S, T]):
         self.state: State = "listing"
         self.counts = Counts()
         self.error = ""  # the last error; "" if all is well
+        self._log = ErrorLog(f"list and watch of {resource.plural}")
         self.heard = float("-inf")  # when data last came from the server
         self.rules = WatchRules()
         self.chance = random.Random()  # noqa: S311  # it spreads load
@@ -127,13 +132,13 @@ class Reflector(Generic[S, T]):
     async def run(self) -> None:
         """Keep the copy up to date, until cancelled."""
         backoff = Backoff(self.rules.backoff, self.chance)
-        self._page = self.rules.page
+        self._page = self.rules.page_size
         while True:
             began = trio.current_time()
             asked = 0.0
             try:
                 await self._once()
-                if trio.current_time() - began >= self.rules.short:
+                if trio.current_time() - began >= self.rules.min_healthy:
                     continue
             except _Relist as relist:
                 self._failed(str(relist))
@@ -143,7 +148,7 @@ class Reflector(Generic[S, T]):
                 self._failed(str(error))
                 self._doubt = True
                 if isinstance(error, Refused):
-                    asked = min(error.retry_after or 0.0, self.rules.patience)
+                    asked = min(error.retry_after or 0.0, self.rules.max_retry_after)
                     if error.expired or error.from_the_future:
                         self._version = ""
                         self.counts.relists += 1
@@ -153,6 +158,11 @@ class Reflector(Generic[S, T]):
     def _failed(self, why: str) -> None:
         self.counts.failures += 1
         self.error = why
+        self._log.failed(why)
+
+    def _works(self) -> None:
+        self._log.works()
+        self.error = ""
 
     async def _once(self) -> None:
         """Run one watch, or one list and its watch. Returns when the server ends it without an
@@ -173,7 +183,7 @@ class Reflector(Generic[S, T]):
     async def _paged_list(self) -> None:
         found: dict[Key, T] = {}
         version = token = ""
-        with trio.move_on_after(self.rules.listing) as scope:
+        with trio.move_on_after(self.rules.list_timeout) as scope:
             while True:
                 query = {"limit": str(self._page)} | ({"continue": token} if token else {})
                 try:
@@ -197,9 +207,13 @@ class Reflector(Generic[S, T]):
                 if not token:
                     break
                 if not any(grown):
-                    raise InvalidAnswer("a page of a list has nothing new, and is not the last one")
+                    raise InvalidAnswer(
+                        "a page of a list has no new object, and is not the last one"
+                    )
         if scope.cancelled_caught:
-            raise Unreachable(f"no complete list within {self.rules.listing:g} s")
+            raise Unreachable(
+                f"no complete list within {self.rules.list_timeout:g} s (watch.list_timeout)"
+            )
         self._complete(found, version)
 
     async def _stream_list(self) -> bool:
@@ -208,9 +222,11 @@ class Reflector(Generic[S, T]):
         """
         query = {"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}
         found: dict[Key, T] = {}
-        limit = trio.current_time() + self.rules.listing
+        limit = trio.current_time() + self.rules.list_timeout
         try:
-            with trio.CancelScope(deadline=trio.current_time() + self.rules.initial) as scope:
+            with trio.CancelScope(
+                deadline=trio.current_time() + self.rules.stream_timeout
+            ) as scope:
                 await self._follow(query, found, lambda: self._extend(scope, limit))
         except Refused as error:
             if error.code not in (400, 422) or self._version:
@@ -224,7 +240,9 @@ class Reflector(Generic[S, T]):
 
     def _extend(self, scope: trio.CancelScope, limit: float) -> None:
         scope.deadline = (
-            float("inf") if self._version else min(limit, trio.current_time() + self.rules.initial)
+            float("inf")
+            if self._version
+            else min(limit, trio.current_time() + self.rules.stream_timeout)
         )
 
     def _collect(self, found: dict[Key, T], item: S) -> bool:
@@ -236,8 +254,10 @@ class Reflector(Generic[S, T]):
             found.pop(key, None)
         else:
             found[key] = kept
-        if len(found) > self.rules.most:
-            raise InvalidAnswer(f"more than {self.rules.most} {self.resource.plural}")
+        if len(found) > self.rules.max_objects:
+            raise InvalidAnswer(
+                f"more than {self.rules.max_objects} {self.resource.plural} (watch.max_objects)"
+            )
         return new
 
     def _complete(self, found: dict[Key, T], version: str) -> None:
@@ -252,7 +272,7 @@ class Reflector(Generic[S, T]):
                 self._tell(key, kept)
         self._version, self._doubt = version, False
         self.counts.lists += 1
-        self.error = ""
+        self._works()
         self.synced.set()
 
     # Watches
@@ -276,15 +296,16 @@ class Reflector(Generic[S, T]):
         `progress` is called when the list grows or is complete.
         """
         seconds = (
-            self.rules.shortest + (self.rules.longest - self.rules.shortest) * self.chance.random()
+            self.rules.min_duration
+            + (self.rules.max_duration - self.rules.min_duration) * self.chance.random()
         )
         query |= {"allowWatchBookmarks": "true", "timeoutSeconds": str(int(seconds))}
         self.counts.watches += 1
-        lines = Lines(self._client.limits.line)
+        lines = Lines(self.rules.max_event_bytes)
         async with await self._client.watch(self.resource, self._selection, query) as answer:
             if found is None:
                 self.state = "watching"
-                self.error = ""
+                self._works()
             while data := await self._receive(answer, listing=found is not None):
                 self.heard, self._silent = trio.current_time(), 0
                 for line in lines.feed(data):
@@ -304,16 +325,16 @@ class Reflector(Generic[S, T]):
         if lines.pending:
             raise Unreachable("a watch ended within a line")
         if found is not None:
-            raise Unreachable("a list that came as a stream ended before it was complete")
+            raise Unreachable("a streamed list ended before it was complete")
 
     async def _receive(self, answer: Answer, *, listing: bool) -> bytes:
-        with trio.move_on_after(self.rules.silence):
+        with trio.move_on_after(self.rules.silence_timeout):
             return await answer.read()
         self._silent += 1
         if self._silent > 1 and not listing:
             self._silent = 0
-            raise _Relist("nothing came on two watches in a row")
-        raise Unreachable(f"nothing came for {self.rules.silence:g} s")
+            raise _Relist("two watches in a row were silent")
+        raise Unreachable(f"no data for {self.rules.silence_timeout:g} s (watch.silence_timeout)")
 
     def _take(self, event: Change[S] | Bookmark) -> None:
         version = (
@@ -332,15 +353,17 @@ class Reflector(Generic[S, T]):
             return
         if kept is None:
             del self.known[key]
-        elif len(self.known) >= self.rules.most and key not in self.known:
-            raise InvalidAnswer(f"more than {self.rules.most} {self.resource.plural}")
+        elif len(self.known) >= self.rules.max_objects and key not in self.known:
+            raise InvalidAnswer(
+                f"more than {self.rules.max_objects} {self.resource.plural} (watch.max_objects)"
+            )
         else:
             self.known[key] = kept
         self._tell(key, kept)
 
     def _check(self, version: str) -> None:
         if not version or version == "0" or len(version) > 100:
-            raise InvalidAnswer(f"{version[:100]!r} is no resourceVersion to go on from")
+            raise InvalidAnswer(f"{version[:100]!r} is not a usable resourceVersion")
 
 
 def older(version: str, than: str) -> bool:

@@ -46,7 +46,9 @@ class Lines:
     def _keep(self, part: bytes) -> None:
         self._size += len(part)
         if self._size > self._most:
-            raise TooLarge(f"a line of a watch is longer than {self._most} bytes")
+            raise TooLarge(
+                f"an event of a watch is larger than {self._most} bytes (watch.max_event_bytes)"
+            )
         if part:
             self._parts.append(part)
 

@@ -394,7 +394,7 @@ async def test_a_reflector_reads_pages(clock: object, stage: Stage, nursery: tri
     told: Told[dict[str, str]] = Told()
     reflector = follow(stage, told)
     reflector._streaming = False
-    reflector.rules = type(reflector.rules)(page=3)
+    reflector.rules = type(reflector.rules)(page_size=3)
     nursery.start_soon(reflector.run)
     with trio.fail_after(30):
         await reflector.synced.wait()
@@ -405,7 +405,7 @@ async def test_a_reflector_reads_pages(clock: object, stage: Stage, nursery: tri
 
 # Leases...
 
-QUICK = LeaseRules(duration=3, renew=2.0, retry=0.5)
+QUICK = LeaseRules(duration=3, renew_timeout=2.0, retry_interval=0.5)
 
 
 async def test_one_leads_and_the_next_one_does_when_it_stops(clock: object, stage: Stage) -> None:
@@ -466,7 +466,9 @@ async def test_a_lease_keeps_what_others_have_written_to_it(clock: object, stage
 async def test_an_event_is_written_once_with_a_count(
     clock: object, stage: Stage, nursery: trio.Nursery
 ) -> None:
-    recorder = Recorder(stage.client, "isthmus.dev/test", "test-1", RecorderRules(series=2.0))
+    recorder = Recorder(
+        stage.client, "isthmus.dev/test", "test-1", RecorderRules(repeat_interval=2.0)
+    )
     service = await stage.service("web")
     about = ObjectReference("Service", stage.namespace, "web", service.metadata.uid, "v1")
     said = Said(about, "Refused", "an endpoint is not used", "Discover", warning=True)

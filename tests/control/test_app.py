@@ -13,7 +13,7 @@ import trio
 import trio.testing
 from trio.abc import Clock
 
-from control.admin import MOST_CONNECTIONS
+from control.admin import Admin, AdminLimits
 from control.app import Control, ControlConfig
 from control.kube.client import Client
 from lab.kube_api.server import ApiServer
@@ -100,9 +100,20 @@ async def test_a_client_that_is_none_holds_nobody_up(
     await streams[0].send_all(b"\x16\x03\x01hello\r\n\r\n")
     await streams[1].send_all(b"GET /" + b"x" * 20_000)
     assert await replica.ask("GET /live") == (200, "live\n")
-    assert MOST_CONNECTIONS == 64
     for stream in streams:
         await stream.aclose()
+
+
+async def test_connections_above_the_limit_are_closed(nursery: trio.Nursery) -> None:
+    admin = Admin(lambda: "", lambda: b"", AdminLimits(max_connections=1))
+    first, first_server = trio.testing.memory_stream_pair()
+    second, second_server = trio.testing.memory_stream_pair()
+    nursery.start_soon(admin.answer, first_server)
+    await trio.testing.wait_all_tasks_blocked()
+    nursery.start_soon(admin.answer, second_server)
+    assert await second.receive_some() == b""
+    await first.send_all(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert (await first.receive_some()).startswith(b"HTTP/1.1 200 ")
 
 
 async def test_the_page_of_the_control_plane_has_every_metric(
@@ -174,6 +185,7 @@ async def test_the_leader_tells_of_problems_and_others_do_not(
         (["--kubeconfig", "/nowhere/config"], "No such file"),
         ([], "not in a cluster"),
         (["--admin", "x"], "not in a cluster"),
+        (["--config", "/nowhere/control.yaml"], "No such file"),
     ],
 )
 def test_settings_that_cannot_be_used_are_told_in_one_line(

@@ -120,7 +120,7 @@ async def test_a_change_is_told_after_a_moment_and_many_together(
     clock: Clock, server: ApiServer, nursery: trio.Nursery
 ) -> None:
     store(server, *ONE)
-    stage = Stage(server, DiscoveryRules(settle=0.05, delay=0.5))
+    stage = Stage(server, DiscoveryRules(settle_time=0.05, max_delay=0.5))
     nursery.start_soon(stage.discovery.run)
     await stage.discovery.ready.wait()
     await trio.sleep(1)

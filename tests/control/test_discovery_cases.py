@@ -391,7 +391,7 @@ def test_an_identity_that_cannot_be_read_is_not_clear_text() -> None:
         slice_of("web", endpoint("203.0.113.7")),
     )
     assert cluster.endpoints() == {}
-    assert "cannot be read" in " ".join(cluster.problems())
+    assert "cannot be parsed" in " ".join(cluster.problems())
 
 
 def test_an_external_name_is_dialled_by_the_application() -> None:
@@ -446,7 +446,7 @@ def test_names_addresses_are_no_endpoints() -> None:
 def test_an_address_that_is_not_that_of_one_place_is_no_endpoint(address: str) -> None:
     cluster = Cluster().put(service(), slice_of("web", endpoint(address), endpoint("192.0.2.1")))
     assert list(cluster.endpoints()) == ["192.0.2.1"]
-    assert "is not the address of one place" in cluster.problems()[0]
+    assert "is not a usable unicast address" in cluster.problems()[0]
 
 
 # Protocols...
@@ -494,7 +494,9 @@ def test_opaque_ports_that_cannot_be_read_are_told_and_hint_at_nothing() -> None
         service(metadata={"annotations": {"isthmus.dev/opaque-ports": "80-70"}})
     )
     assert cluster.entry().ports[0].protocol is Hint.DETECT
-    assert cluster.problems() == ("isthmus.dev/opaque-ports: '80-70' ends before it begins",)
+    assert cluster.problems() == (
+        "isthmus.dev/opaque-ports: '80-70' is a range whose end is below its start",
+    )
 
 
 # Slices that overlap...

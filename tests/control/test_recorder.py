@@ -33,7 +33,7 @@ def events(server: ApiServer) -> list[Json]:
 async def test_writes_are_paced(
     clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
 ) -> None:
-    recorder = Recorder(client, "isthmus.dev/control", "c-1", RecorderRules(pace=0.2))
+    recorder = Recorder(client, "isthmus.dev/control", "c-1", RecorderRules(interval=0.2))
     nursery.start_soon(recorder.run)
     for number in range(100):
         recorder.say(said(f"s{number}"))
@@ -48,7 +48,7 @@ async def test_more_than_may_wait_is_dropped_and_counted(
     clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
 ) -> None:
     recorder = Recorder(
-        client, "isthmus.dev/control", "c-1", RecorderRules(waiting=10, remembered=5)
+        client, "isthmus.dev/control", "c-1", RecorderRules(max_queued=10, max_remembered=5)
     )
     for number in range(1000):
         recorder.say(said(f"s{number}"))
@@ -106,7 +106,7 @@ async def test_a_server_that_takes_no_events_is_no_trouble(
 async def test_an_event_that_was_deleted_is_written_again(
     clock: Clock, server: ApiServer, client: Client, nursery: trio.Nursery
 ) -> None:
-    recorder = Recorder(client, "isthmus.dev/control", "c-1", RecorderRules(series=1.0))
+    recorder = Recorder(client, "isthmus.dev/control", "c-1", RecorderRules(repeat_interval=1.0))
     nursery.start_soon(recorder.run)
     recorder.say(said())
     await trio.sleep(2)

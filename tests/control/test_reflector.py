@@ -239,7 +239,7 @@ async def test_a_server_without_streaming_lists_is_asked_in_pages(
     scene = Scene(stage, nursery)
     for number in range(5):
         await stage.config_map(f"m{number}")
-    scene.reflector.rules = WatchRules(page=2)
+    scene.reflector.rules = WatchRules(page_size=2)
     with trio.fail_after(patience):
         nursery.start_soon(scene.reflector.run)
         await scene.reflector.synced.wait()
@@ -293,7 +293,7 @@ async def test_a_continue_token_that_is_too_old_begins_the_list_again(
     stage.server.faults.append(refuse(410, "Expired", only="continue="))
     scene = Scene(stage, nursery)
     scene.reflector._streaming = False
-    scene.reflector.rules = WatchRules(page=2)
+    scene.reflector.rules = WatchRules(page_size=2)
     nursery.start_soon(scene.reflector.run)
     await scene.reflector.synced.wait()
     assert len(scene.now()) == 6
@@ -305,13 +305,13 @@ async def test_a_continue_token_that_is_too_old_begins_the_list_again(
 async def test_a_page_that_is_too_large_is_asked_for_in_smaller_ones(
     clock: Clock, server: ApiServer, nursery: trio.Nursery
 ) -> None:
-    client = Client(AT, Limits(body=20_000), server.dial)
+    client = Client(AT, Limits(max_response_bytes=20_000), server.dial)
     stage = FakeStage(client, "default", server)
     for number in range(9):
         await stage.config_map(f"m{number}", text="x" * 6000)
     scene = Scene(stage, nursery)
     scene.reflector._streaming = False
-    scene.reflector.rules = WatchRules(page=64)
+    scene.reflector.rules = WatchRules(page_size=64)
     nursery.start_soon(scene.reflector.run)
     await scene.reflector.synced.wait()
     assert len(scene.now()) == 9
@@ -370,8 +370,9 @@ HOSTILE = {
 async def test_what_a_hostile_server_says_deletes_nothing(
     clock: Clock, server: ApiServer, nursery: trio.Nursery, what: str, streaming: bool
 ) -> None:
-    stage = FakeStage(Client(AT, Limits(line=50_000), server.dial), "default", server)
+    stage = FakeStage(Client(AT, dial=server.dial), "default", server)
     scene = Scene(stage, nursery)
+    scene.reflector.rules = WatchRules(max_event_bytes=50_000)
     scene.reflector._streaming = streaming
     await scene.begin()
     server.faults.extend(Fault(raw=HOSTILE[what]) for _ in range(20))
@@ -436,7 +437,7 @@ async def test_more_objects_than_the_limit_are_not_kept(
 ) -> None:
     stage = FakeStage(Client(AT, dial=server.dial), "default", server)
     scene = Scene(stage, nursery)
-    scene.reflector.rules = WatchRules(most=3)
+    scene.reflector.rules = WatchRules(max_objects=3)
     await scene.begin()
     for number in range(5):
         await stage.config_map(f"m{number}")

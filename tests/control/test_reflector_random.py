@@ -119,7 +119,7 @@ async def play(steps: list[tuple[Any, ...]], streaming: str, page: int) -> None:
         world = World(server)
         told: Told[dict[str, str]] = Told()
         reflector = follow(stage, told)
-        reflector.rules = WatchRules(page=page)
+        reflector.rules = WatchRules(page_size=page)
         reflector.chance = random.Random(2)
         nursery.start_soon(reflector.run)
         for step in steps:
