@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import trio
 
 from control.admin import Admin
-from control.channel.server import About, Channel, ChannelLimits
+from control.channel.server import About, Channel
 from control.config import Settings
 from control.discovery.catalog import Changes
 from control.discovery.discovery import Discovery
@@ -39,8 +39,6 @@ from proxy.identity.identity import Identity, MaterialError, MaterialFiles, TLSS
 _log = logging.getLogger("isthmus.control")
 
 CONTROLLER = "isthmus.dev/control"
-# Seconds between two checks of the certificate, key and trust roots.
-RELOAD = 10.0
 # Seconds between two reads of changed ones, which must agree.
 SETTLE = 0.5
 
@@ -54,7 +52,6 @@ class ChannelConfig:
     listen: tuple[str, int] = ("::", 4190)
     networks: tuple[str, ...] = ()
     domain: str = "cluster.local"
-    limits: ChannelLimits = field(default_factory=ChannelLimits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +94,7 @@ class Control:
             self.channel = Channel(
                 self.discovery.catalog,
                 self.identity,
-                config.channel.limits,
+                settings.proxies(),
                 About(config.identity, config.channel.networks, config.channel.domain),
             )
         self._said: dict[Key, tuple[str, ...]] = {}
@@ -141,7 +138,13 @@ class Control:
 
     async def _watch_identity(self) -> None:
         if self.identity is not None:
-            await watch(self.identity, RELOAD, self._renewed, self._broken, self._warn)
+            await watch(
+                self.identity,
+                self.config.settings.channel.reload_interval,
+                self._renewed,
+                self._broken,
+                self._warn,
+            )
 
     def _renewed(self, identity: Identity) -> None:
         _log.info(

@@ -13,7 +13,6 @@ from pathlib import Path
 import trio
 
 from control.app import ChannelConfig, Control, ControlConfig
-from control.channel.server import ChannelLimits
 from control.config import ConfigError, load
 from control.contract import SpiffeIdError
 from control.kube.access import Access, in_cluster, kubeconfig_file
@@ -98,7 +97,7 @@ def _add_channel(parser: argparse.ArgumentParser) -> None:
         "--listen",
         default="[::]:4190",
         metavar="ADDRESS",
-        help="for proxies (default: [::]:4190)",
+        help="address for proxies (default: [::]:4190)",
     )
     for name, text in (
         ("certificate", "PEM file with the certificate of this control plane"),
@@ -118,7 +117,7 @@ def _add_channel(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="CIDR",
-        help="networks of pods and services, which proxies are told (default: not told)",
+        help="networks of pods and services, which proxies receive (default: none)",
     )
     group.add_argument(
         "--cluster-domain",
@@ -126,20 +125,6 @@ def _add_channel(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="DNS domain of the cluster (default: cluster.local)",
     )
-    default = ChannelLimits()
-    for option, value, text in (
-        ("connections", default.connections, "proxies that may be connected"),
-        ("per-identity", default.per_identity, "of them, of one identity"),
-        ("subscriptions", default.subscriptions, "entries that one proxy may follow"),
-        ("message", default.message, "bytes of a message to a proxy"),
-    ):
-        group.add_argument(
-            f"--max-{option}",
-            type=int,
-            default=value,
-            metavar="N",
-            help=f"{text} (default: {value})",
-        )
 
 
 def _add_access(parser: argparse.ArgumentParser) -> None:
@@ -212,19 +197,12 @@ def _channel(args: argparse.Namespace) -> ChannelConfig:
     listen = _address(args.listen)
     if listen is None or args.key is None or not args.roots:
         raise ValueError("--certificate needs --key, --roots and --listen")
-    limits = ChannelLimits(
-        connections=args.max_connections,
-        per_identity=args.max_per_identity,
-        subscriptions=args.max_subscriptions,
-        message=args.max_message,
-    )
     networks = tuple(str(ipaddress.ip_network(network)) for network in args.cluster_networks)
     return ChannelConfig(
         MaterialFiles(args.certificate, args.key, tuple(args.roots)),
         listen,
         networks,
         args.cluster_domain,
-        limits,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import msgspec
 
 from control.admin import AdminLimits
+from control.channel.server import ChannelLimits
 from control.discovery.discovery import DiscoveryRules
 from control.kube.access import FRESH
 from control.kube.backoff import BackoffRules
@@ -31,7 +32,8 @@ _KIB, _MIB, _GIB = 2**10, 2**20, 2**30
 _HOUR = 3600.0
 
 _api, _watch, _backoff = Limits(), WatchRules(), BackoffRules()
-_discovery, _lease, _events, _admin = DiscoveryRules(), LeaseRules(), RecorderRules(), AdminLimits()
+_discovery, _lease, _events = DiscoveryRules(), LeaseRules(), RecorderRules()
+_channel, _admin = ChannelLimits(), AdminLimits()
 
 
 class ApiConfig(Section, frozen=True):
@@ -241,6 +243,61 @@ class EventsConfig(Section, frozen=True):
     )
 
 
+class ChannelConfig(Section, frozen=True):
+    """The connections of proxies."""
+
+    max_connections: Annotated[
+        int, number(1, 1_000_000, "maximum proxies that are connected; above: new ones are closed")
+    ] = _channel.max_connections
+    max_connections_per_identity: Annotated[
+        int,
+        number(1, 1_000_000, "maximum connections of one identity; above: new ones are closed"),
+    ] = _channel.max_connections_per_identity
+    max_handshakes: Annotated[
+        int,
+        number(
+            1,
+            100_000,
+            "maximum connections whose peer is not known yet, in addition to `max_connections`",
+        ),
+    ] = _channel.max_handshakes
+    max_subscriptions: Annotated[
+        int, number(16, 1_000_000, "maximum entries that one proxy follows; above: it is refused")
+    ] = _channel.max_subscriptions
+    max_message_bytes: Annotated[
+        int,
+        octets(
+            64 * _KIB,
+            _GIB,
+            "maximum size of a message to a proxy; above: the proxy does not get the entry",
+        ),
+    ] = _channel.max_message_bytes
+    handshake_timeout: Annotated[
+        float, seconds(0.1, 300, "maximum time for the TLS handshake, and for the first message")
+    ] = _channel.handshake_timeout
+    write_timeout: Annotated[
+        float,
+        seconds(0.1, 300, "maximum time for sending to a proxy; above: the connection is closed"),
+    ] = _channel.write_timeout
+    heartbeat_interval: Annotated[
+        float, seconds(1, 300, "time without a message after which both sides send one")
+    ] = _channel.heartbeat_interval
+    max_missed_heartbeats: Annotated[
+        int, number(2, 100, "a connection is dead when so many heartbeats are missing")
+    ] = _channel.max_missed_heartbeats
+    max_age: Annotated[
+        float,
+        seconds(
+            10,
+            7 * 86400,
+            "maximum age of a connection, varied by a quarter; then the proxy connects again",
+        ),
+    ] = _channel.max_age
+    reload_interval: Annotated[
+        float, seconds(0.1, _HOUR, "time between two checks of the certificate, key and roots")
+    ] = 10.0
+
+
 class AdminConfig(Section, frozen=True):
     """The admin listener."""
 
@@ -264,6 +321,7 @@ class Settings(Section, frozen=True):
     discovery: DiscoveryConfig = DiscoveryConfig()
     lease: LeaseConfig = LeaseConfig()
     events: EventsConfig = EventsConfig()
+    channel: ChannelConfig = ChannelConfig()
     admin: AdminConfig = AdminConfig()
 
     def limits(self) -> Limits:
@@ -285,6 +343,10 @@ class Settings(Section, frozen=True):
     def recording(self) -> RecorderRules:
         """The limits of Kubernetes events."""
         return RecorderRules(**_values(self.events))
+
+    def proxies(self) -> ChannelLimits:
+        """The limits of the connections of proxies."""
+        return ChannelLimits(**_values(self.channel, "reload_interval"))
 
     def listener(self) -> AdminLimits:
         """The limits of the admin listener."""

@@ -57,7 +57,13 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "control.admin": (set(), {"trio", "h11"}),
     "control.config": (
-        {"control.kube", "control.discovery", "control.admin", "proxy.config"},
+        {
+            "control.kube",
+            "control.discovery",
+            "control.channel",
+            "control.admin",
+            "proxy.config",
+        },
         {"msgspec"},
     ),
     "control.app": (

@@ -46,26 +46,27 @@ from proxy.net.tls.handshake import TLSStream, tls_server
 
 _log = logging.getLogger("isthmus.control")
 
-# Heartbeats that may be missing before a connection counts as dead.
-SILENCE = 3
 # Bytes that are encoded and sent at once; a longer frame is sent alone.
 _BATCH = 65536
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelLimits:
-    """Limits of the channel. `connections`: in all, and `per_identity`. `handshakes`: further ones
-    whose peer is not known yet. `subscriptions`: of one proxy. `message`: the longest one to a
-    proxy, in bytes. Times in seconds."""
+    """Limits of the channel. `max_handshakes`: connections whose peer is not known yet, in addition
+    to `max_connections`. `max_subscriptions`: of one proxy. `max_message_bytes`: the longest message
+    to a proxy. `heartbeat_interval`: a connection is dead when `max_missed_heartbeats` are missing.
+    `max_age`: of a connection, varied by a quarter. Times in seconds. The settings `channel.*` have
+    the same names."""
 
-    connections: int = 5000
-    per_identity: int = 2000
-    handshakes: int = 256
-    subscriptions: int = 4096
-    message: int = 8 * 1024 * 1024
+    max_connections: int = 5000
+    max_connections_per_identity: int = 2000
+    max_handshakes: int = 256
+    max_subscriptions: int = 4096
+    max_message_bytes: int = 8 * 1024 * 1024
     handshake_timeout: float = 10.0
     write_timeout: float = 10.0
-    heartbeat: float = 15.0
+    heartbeat_interval: float = 15.0
+    max_missed_heartbeats: int = 3
     max_age: float = 3600.0
 
 
@@ -133,7 +134,7 @@ class Channel:
 
     async def serve(self, listeners: Sequence[socket.socket]) -> None:
         """Serve until cancelled. Closes `listeners`."""
-        bounds = Bounds(self.limits.connections, self.limits.handshakes)
+        bounds = Bounds(self.limits.max_connections, self.limits.max_handshakes)
         acceptor = Acceptor(self._accept, limit=bounds, on_error=self._failed)
         await acceptor.serve(listeners)
 
@@ -168,12 +169,14 @@ class Channel:
             stream.close()
 
     async def _admitted(self, stream: TLSStream, peer: str) -> None:
-        if self._identities[peer] >= self.limits.per_identity:
-            await self.say_goodbye(stream, f"more than {self.limits.per_identity} connections")
-            raise Ended("limit", f"{peer} has too many connections")
+        most = self.limits.max_connections_per_identity
+        if self._identities[peer] >= most:
+            words = f"more than {most} connections (channel.max_connections_per_identity)"
+            await self.say_goodbye(stream, words)
+            raise Ended("limit", f"{peer} has {words}")
         self._identities[peer] += 1
         self.counts.accepted += 1
-        session = Session(self.views, self.limits.subscriptions, self.limits.message)
+        session = Session(self.views, self.limits.max_subscriptions, self.limits.max_message_bytes)
         self._open.add(session)
         try:
             await _Link(self, stream, session, peer).run()
@@ -195,7 +198,11 @@ class Channel:
         """The first message to a proxy."""
         limits, about = self.limits, self.about
         return Welcome(
-            about.replica, about.domain, about.networks, limits.subscriptions, limits.heartbeat
+            about.replica,
+            about.domain,
+            about.networks,
+            limits.max_subscriptions,
+            limits.heartbeat_interval,
         )
 
     def place(self, host: str, peer: str, hello: Hello) -> Place:
@@ -232,7 +239,7 @@ class _Link:
             while session.hello is None:
                 await self._receive(frames)
         if session.hello is None:
-            raise Ended("timeout", "no Hello")
+            raise Ended("timeout", "no Hello in time (channel.handshake_timeout)")
         host = self._stream.peer.host
         session.place = self._channel.place(host, self._peer, session.hello)
         _log.debug("%s at %s is at %s", self._peer, host, session.place)
@@ -260,7 +267,8 @@ class _Link:
             scope.cancel()
 
     async def _read(self, frames: Frames) -> None:
-        limit = SILENCE * self._channel.limits.heartbeat
+        limits = self._channel.limits
+        limit = limits.max_missed_heartbeats * limits.heartbeat_interval
         while True:
             with trio.move_on_after(limit):
                 await self._receive(frames)
@@ -276,7 +284,7 @@ class _Link:
 
     async def _write(self) -> None:
         while True:
-            with trio.move_on_after(self._channel.limits.heartbeat):
+            with trio.move_on_after(self._channel.limits.heartbeat_interval):
                 await self._wake.wait()
             self._wake = trio.Event()
             sent = False
@@ -290,4 +298,4 @@ class _Link:
         with trio.move_on_after(self._channel.limits.write_timeout):
             await self._stream.send_all(data)
             return
-        raise Ended("slow", "the proxy does not read")
+        raise Ended("slow", "the proxy does not read (channel.write_timeout)")

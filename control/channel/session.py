@@ -80,7 +80,7 @@ class Session:
         followed = self._followed.get(key)
         if followed is None:
             if len(self._followed) >= self._most:
-                self._refuse(key, f"more than {self._most} entries")
+                self._refuse(key, f"more than {self._most} entries (channel.max_subscriptions)")
                 return
             try:
                 followed = self._followed[key] = _Followed(self._views.follow(key, self))
@@ -121,7 +121,9 @@ class Session:
                     size += len(key)
             elif len(variant.frame) > self._most_bytes:
                 self._unsubscribe(key)
-                self._refuse(key, f"longer than {self._most_bytes} bytes")
+                self._refuse(
+                    key, f"longer than {self._most_bytes} bytes (channel.max_message_bytes)"
+                )
             else:
                 followed.version = variant.version
                 self.updates += 1

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from control.admin import AdminLimits
+from control.channel.server import ChannelLimits
 from control.config import Settings, load
 from control.discovery.discovery import DiscoveryRules
 from control.kube.backoff import BackoffRules
@@ -30,6 +31,7 @@ USERS = {
     "discovery": (DiscoveryRules, set(), set()),
     "lease": (LeaseRules, set(), {"name"}),
     "events": (RecorderRules, set(), set()),
+    "channel": (ChannelLimits, set(), {"reload_interval"}),
     "admin": (AdminLimits, set(), set()),
 }
 
@@ -66,6 +68,7 @@ def test_the_defaults_are_those_of_the_classes() -> None:
     assert found.changes() == DiscoveryRules()
     assert found.leadership() == LeaseRules()
     assert found.recording() == RecorderRules()
+    assert found.proxies() == ChannelLimits()
     assert found.listener() == AdminLimits()
 
 
