@@ -21,6 +21,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import ClassVar
@@ -317,8 +318,11 @@ class ControlSource:
         return tls
 
     async def _resolve(self) -> Sequence[Address]:
+        """The addresses of the control plane, in random order. Raises OSError."""
         host, _, port = self.settings.address.rpartition(":")
         name = host.removeprefix("[").removesuffix("]")
+        with suppress(ValueError):
+            return [Address(str(ipaddress.ip_address(name)), int(port))]
         found = await trio.to_thread.run_sync(
             partial(socket.getaddrinfo, name, int(port), 0, socket.SOCK_STREAM),
             abandon_on_cancel=True,
