@@ -226,9 +226,14 @@ NEVER = [
 ]
 
 MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 500, 60, 5
-# What is longer and holds one thing: a list of settings, a list of metrics, and the start of the
-# process, which builds each part once.
-LONGER = {"proxy/config/schema.py": 900, "proxy/telemetry/metrics.py": 550}
+# What is longer and holds one thing: a list of settings, a list of metrics, the start of the
+# process, which builds each part once, and the state of an HTTP/2 connection, which all frames of
+# both directions change.
+LONGER = {
+    "proxy/config/schema.py": 900,
+    "proxy/telemetry/metrics.py": 550,
+    "proxy/wire/h2/connection.py": 900,
+}
 LONGER_FUNCTIONS = {
     ("proxy/app.py", "__init__"): 70,
     ("proxy/telemetry/metrics.py", "_events"): 75,

@@ -1,7 +1,7 @@
 """HTTP/2: one connection, as client or server.
 
-connection.py     reads the peer's frames and returns events of streams
-streams.py        the streams: their states, flow control windows, and what we send
+connection.py     the connection: reads the peer's frames, returns events, and what we send
+stream_state.py   the state of one stream
 frames.py         frames, and the errors that end a stream or a connection
 fields.py         header lists to heads and back, with checks
 hpack.py          header compression by the hpack library, with a cache in front of it
