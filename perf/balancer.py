@@ -19,7 +19,8 @@ import trio
 from proxy.balancing.balancer import Balancer
 from proxy.directory import Endpoint, Target
 from proxy.exchange.client_settings import ClientSettings
-from proxy.exchange.exchange import ConnectionInfo, Exchange, ExchangeTimer, Whole
+from proxy.exchange.exchange import ConnectionInfo, Exchange, Whole
+from proxy.exchange.timer import ExchangeTimer
 from proxy.net.address import Address
 from proxy.routing.dispatch import Dispatcher
 from proxy.telemetry.metrics import Metrics

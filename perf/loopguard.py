@@ -13,7 +13,7 @@ from collections.abc import Callable
 from loopguard import HopLimits, HopTokens, ProxyName
 from loopguard.l7 import HEADER
 from proxy.exchange.exchange import ConnectionInfo, Exchange, Whole
-from proxy.exchange.loop_layer import leave_token
+from proxy.exchange.loop_layer import add_token
 from proxy.net.address import Address
 from proxy.wire.messages import Headers, RequestHead
 
@@ -65,7 +65,7 @@ def main() -> None:
 
         def guarded(fields: list[tuple[bytes, bytes]] = fields) -> None:
             request.headers.items = fields.copy()
-            leave_token(exchange, here, print)
+            add_token(exchange, here, print)
 
         baseline, whole = microseconds(fresh), microseconds(guarded)
         print(

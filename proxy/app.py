@@ -50,11 +50,11 @@ from proxy.exchange.server_settings import Drain
 from proxy.fastpath.event_loop import EventLoopClock
 from proxy.fastpath.fast_path import FastPath
 from proxy.flows.gateway import gateway
-from proxy.flows.inbound import inbound, inbound_pools
+from proxy.flows.inbound import inbound
 from proxy.flows.loop_guard import LoopGuard
 from proxy.flows.outbound import outbound
 from proxy.flows.runtime import Runtime, Settings
-from proxy.flows.upstreams import Pools, endpoint_pools
+from proxy.flows.upstreams import Pools, application_pools, endpoint_pools
 from proxy.identity.identity import Identity
 from proxy.net.accept import Acceptor, Connection
 from proxy.net.address import Address
@@ -151,9 +151,8 @@ class App:
         self._ports = self.listeners.ports()
         loops = LoopGuard(config, self._own(), metrics, worker)
         balancer = Balancer(trio.current_time, zone=config.pod.zone)
-        dialer = Dialer(
-            config.mark, config.tcp.connect_timeout, self.liveness, loops.dialled, loops.connections
-        )
+        timeout = config.tcp.connect_timeout
+        dialer = Dialer(config.mark, timeout, self.liveness, loops.check_dial, loops.connections)
         self.names = None if resolvers is None else DnsService(config, resolvers, dialer, metrics)
         self.runtime = Runtime(
             config=config,
@@ -187,7 +186,7 @@ class App:
             self.metrics,
         )
         self.runtime.router.remote_gateways = self.remote_gateways
-        self.inbound_pools: Pools[Address] = inbound_pools(self.runtime)
+        self.inbound_pools: Pools[Address] = application_pools(self.runtime)
         reserved = _RESERVED + (
             config.dns.max_in_flight + 2 * config.dns.max_connections
             if config.dns is not None

@@ -10,7 +10,7 @@ decide which peers are allowed or where services are.
     upstream.py         what carries it: an HTTP/1 connection, or a stream of an HTTP/2 connection
     leases.py           leases of connections and streams from the pools
     upstream_head.py    the request head for the next hop; max_forwards.py, reports.py: fields
-    handoff.py          exchanges that begin on the fast path and end on the ordinary path
+    timer.py            the deadline of one exchange, which its steps move
     replay.py           a request body that can be sent again
     tunnel.py           CONNECT through a gateway; upgrade.py: WebSockets over HTTP/2 or HTTP/1.1
     prefixed_stream.py  a stream whose first bytes were already read

@@ -43,8 +43,7 @@ from proxy.errors import (
 )
 from proxy.exchange import max_forwards
 from proxy.exchange.client_settings import ClientSettings
-from proxy.exchange.exchange import Exchange
-from proxy.exchange.handoff import Handoff, Lease
+from proxy.exchange.exchange import Exchange, Handoff, Lease
 from proxy.exchange.reports import reported
 from proxy.exchange.upstream import Carrier, Unanswered
 from proxy.exchange.upstream_head import forwarded_request, offered

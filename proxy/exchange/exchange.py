@@ -15,7 +15,6 @@ call.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
@@ -25,11 +24,13 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import trio
 
 from proxy.errors import ClientGone
+from proxy.exchange.timer import NO_TIMER
 from proxy.net.address import Address
 from proxy.net.connection_slots import Slot
 from proxy.net.memory_budget import UNCOUNTED, Share
 from proxy.net.socket_stream import Stream
 from proxy.net.tls.handshake import TLSInfo, TLSStream
+from proxy.wire import grpc
 from proxy.wire.h1.body import Length
 from proxy.wire.messages import END, EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead
 from proxy.wire.sniff import Protocol as Spoken
@@ -37,7 +38,7 @@ from tracing.sampling import Trace
 
 if TYPE_CHECKING:
     from proxy.exchange.client_settings import ClientSettings
-    from proxy.exchange.handoff import Handoff
+    from proxy.exchange.upstream import Carrier
 
 
 class Body(Protocol):
@@ -154,7 +155,6 @@ class Exchange(ABC):
         "facts",
         "failure",
         "failure_words",
-        "first",
         "fresh",
         "grpc_status",
         "guarded",
@@ -215,7 +215,6 @@ class Exchange(ABC):
         self.caller: bytes | None = None
         self.account: ExitStack | None = None  # closes the account that the fast path has opened
         self.handoff: Handoff | None = None  # set if the fast path has handed the exchange over
-        self.first: object = None  # the endpoint to try first, drawn at random on the fast path
         self.guarded = False  # the loop guard has run on the fast path
         # a connection was closed during the exchange; it is repeated once, on a new one only
         self.fresh = False
@@ -306,6 +305,14 @@ class Exchange(ABC):
         message with it."""
 
     @property
+    def call_timeout(self) -> float | None:
+        """Seconds until the deadline that the client of a gRPC call sets. None: there is none."""
+        if self.request.version != b"2":
+            return None
+        value = self.request.headers.get(b"grpc-timeout")
+        return grpc.parse_timeout(value) if value is not None and self.is_grpc else None
+
+    @property
     def is_grpc(self) -> bool:
         """Whether the request is gRPC, so that errors must be gRPC errors. These use trailers,
         which require HTTP/2."""
@@ -315,97 +322,73 @@ class Exchange(ABC):
         return kind.startswith(b"application/grpc") and kind[16:17] in (b"", b"+", b";", b" ")
 
 
-class ExchangeTimer:
-    """The deadline of one exchange. Each step moves it, because moving the deadline of one cancel
-    scope costs 2 µs, and a new scope 6 to 11 µs.
-
-    `expect` sets what is awaited now and for how long. When the time is up, the deadline layer
-    raises the error. In addition, the exchange as a whole may have a limit.
-    """
-
-    __slots__ = ("_overdue", "client_awaited", "late", "limit", "scope", "since", "stopped")
-
-    def __init__(self, scope: trio.CancelScope) -> None:
-        self.scope = scope
-        self.late: Callable[[], Exception] | None = None
-        self.limit = math.inf  # of the whole exchange, in trio's time
-        self.since = 0.0  # trio's time when the last step began
-        self.stopped = False  # by `give_up`
-        # the awaited peer is the client: a timeout is not the server's fault
-        self.client_awaited = False
-        self._overdue: Callable[[], Exception] | None = None
-
-    def expect(self, late: Callable[[], Exception], seconds: float) -> None:
-        """Allow at most `seconds` until the next step. `late()` creates the error for the
-        timeout."""
-        self.since = now = trio.current_time()
-        deadline = now + seconds
-        self.client_awaited = False
-        if deadline < self.limit:
-            self.late = late
-            self.scope.deadline = deadline
-        else:
-            self.rest()
-
-    def rest(self) -> None:
-        """Only the limit of the whole exchange applies."""
-        self.late = self._overdue
-        self.scope.deadline = self.limit
-
-    def await_client(self) -> None:
-        """The rest of the request is awaited. Only the limit of the whole exchange applies here;
-        the body has its own timeouts for the client."""
-        self.rest()
-        self.client_awaited = True
-
-    def limit_to(self, limit: float, overdue: Callable[[], Exception]) -> None:
-        """Limit the whole exchange to `limit` (trio's time), unless it already has an earlier
-        limit."""
-        if limit < self.limit:
-            self.limit, self._overdue = limit, overdue
-            if limit < self.scope.deadline:
-                self.rest()
-
-    def unlimit(self) -> None:
-        """The exchange has become a tunnel (101, or 2xx to CONNECT), which has no deadline."""
-        self.limit, self._overdue = math.inf, None
-        self.rest()
-
-    def give_up(self, late: Callable[[], Exception]) -> None:
-        """End the exchange now, with the error that `late()` creates."""
-        self.late = late
-        self.stopped = True
-        self.scope.cancel()
-
-    @property
-    def ran_out(self) -> bool:
-        """Whether a timeout has ended the exchange."""
-        return self.scope.cancel_called and not self.stopped
+# Exchanges that begin on the fast path (proxy/fastpath) and end on the ordinary path. A server may
+# lend its HTTP/1 connection between two exchanges, and usually gets it back between two exchanges.
+# If an exchange turns out to need the ordinary path, the connection comes back with that exchange
+# in its current state. An HTTP/2 exchange comes back alone, because its connection is never lent.
+#
+# The exchange passes the same layers as all others. They find its account already open and its
+# timer not set. At the end of the layers, its plan and the client continue it. The fast path's
+# attempt counts as the first attempt and may be followed by another, like any first attempt.
 
 
-class _NoTimer(ExchangeTimer):
-    """The timer of an exchange outside the deadline layer. It limits nothing."""
+class ExchangePlan(Protocol):
+    """A flow's decisions for one exchange: where it goes, and what its outcome means. Both paths
+    use it. If the fast path hands the exchange over, the ordinary path continues with its plan."""
 
-    def expect(self, late: Callable[[], Exception], seconds: float) -> None:
-        pass
+    # The fast path...
 
-    def rest(self) -> None:
-        pass
+    def begin(self, exchange: Exchange) -> None:
+        """The account of the exchange is open. Called before the request is sent."""
+        ...
 
-    def await_client(self) -> None:
-        pass
+    def answered(self) -> None:
+        """The head of the response has arrived. Called for HTTP/2 only."""
+        ...
 
-    def limit_to(self, limit: float, overdue: Callable[[], Exception]) -> None:
-        pass
+    def declines(self, head: ResponseHead) -> bool:
+        """Whether the ordinary path has to decide about this response, before a byte of it is
+        passed on."""
+        ...
 
-    def unlimit(self) -> None:
-        pass
+    def end(self, exchange: Exchange) -> None:
+        """The exchange has ended on the fast path. Not called after a handoff."""
+        ...
 
-    def give_up(self, late: Callable[[], Exception]) -> None:
-        pass
+    # The ordinary path...
+
+    def carry(self, exchange: Exchange) -> Awaitable[None]:
+        """Carry the exchange to its end, from its current state. Raises what the client is told."""
+        ...
 
 
-NO_TIMER: ExchangeTimer = _NoTimer(trio.CancelScope())
+class Lease(Protocol):
+    """A connection or stream to an endpoint, leased for one exchange."""
+
+    def carrier(self) -> Carrier:
+        """Return a carrier that continues in the current state."""
+        ...
+
+    def end(self, *, usable: bool) -> None:
+        """End the lease. `usable`: the exchange ended well, so the connection can be reused."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Handoff:
+    """The state of an exchange that the fast path has begun. The protocol states of both
+    connections are already set."""
+
+    plan: ExchangePlan | None = None  # None: the flow needs no plan of its own for an exchange
+    # None: the request was read and the loop guard has run, nothing was sent
+    lease: Lease | None = None
+    since: float | None = None  # trio's time when it began, if known
+    # the whole request has been sent, except `to_server`; False: the rest is in the exchange's body
+    asked: bool = True
+    to_server: bytes = b""  # unsent bytes of the request
+    to_client: bytes = b""  # unsent bytes of the response
+    failure: Exception | None = None  # the error that has ended the exchange
+
 
 Handler = Callable[[Exchange], Awaitable[None]]
 Layer = Callable[[Handler], Handler]

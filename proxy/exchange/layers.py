@@ -29,8 +29,9 @@ from proxy.errors import (
     broken_off,
     describe,
 )
-from proxy.exchange.exchange import NO_TIMER, Exchange, ExchangeTimer, Handler, Layer, Whole
+from proxy.exchange.exchange import Exchange, Handler, Layer, Whole
 from proxy.exchange.reports import report
+from proxy.exchange.timer import NO_TIMER, ExchangeTimer
 from proxy.wire.messages import Headers, ResponseHead
 
 _log = logging.getLogger("isthmus.exchange")

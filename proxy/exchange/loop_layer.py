@@ -23,7 +23,7 @@ def guard(hop_tokens: HopTokens, dropped: Callable[[Dropped], None]) -> Layer:
     def layer(handler: Handler) -> Handler:
         async def handle(exchange: Exchange) -> None:
             if not exchange.guarded:
-                leave_token(exchange, hop_tokens, dropped)
+                add_token(exchange, hop_tokens, dropped)
             await handler(exchange)
 
         return handle
@@ -34,26 +34,26 @@ def guard(hop_tokens: HopTokens, dropped: Callable[[Dropped], None]) -> Layer:
 _HOST, _HOPS = b"\nhost: ", b"\n" + HEADER + b": "
 
 
-def leave_token(
+def add_token(
     exchange: Exchange, hop_tokens: HopTokens, dropped: Callable[[Dropped], None]
 ) -> None:
     """Add our token to the request. Raises LoopDetected."""
     headers = exchange.request.headers
     block = headers.block
     if block is None:
-        _among_fields(exchange, hop_tokens, dropped)
+        _add_among_fields(exchange, hop_tokens, dropped)
         return
     lower = block.lower()
     came = lower.count(HEADER)
     start = place(lower, _HOPS) if came else 0
     if came > 1 or (came and not start):  # several such fields, or the name occurs within a value
-        _among_fields(exchange, hop_tokens, dropped)
+        _add_among_fields(exchange, hop_tokens, dropped)
         return
     host = place(lower, _HOST)
     token = _token(exchange, hop_tokens, block[host : block.index(b"\r", host)])
     if came:
         end = block.index(b"\r", start)
-        field = _extended(exchange, hop_tokens, token, [block[start:end]], dropped)
+        field = _extend(exchange, hop_tokens, token, [block[start:end]], dropped)
         headers.block = b"%b%b%b" % (block[:start], field, block[end:])
     else:
         headers.append(HEADER, hop_tokens.with_name(token))
@@ -70,7 +70,7 @@ def _from_outsider(exchange: Exchange) -> bool:
     return exchange.facts.identity is None and exchange.facts.direction != "outbound"
 
 
-def _extended(
+def _extend(
     exchange: Exchange,
     hop_tokens: HopTokens,
     token: bytes,
@@ -92,7 +92,7 @@ def _extended(
     return hop_tokens.append(field, token) if field else hop_tokens.with_name(token)
 
 
-def _among_fields(
+def _add_among_fields(
     exchange: Exchange, hop_tokens: HopTokens, dropped: Callable[[Dropped], None]
 ) -> None:
     items = exchange.request.headers.items
@@ -108,17 +108,17 @@ def _among_fields(
     if came is None:
         items.append((HEADER, hop_tokens.with_name(token)))
         return
-    field = _extended(exchange, hop_tokens, token, [value for _, value in came], dropped)
+    field = _extend(exchange, hop_tokens, token, [value for _, value in came], dropped)
     items[items.index(came[0])] = (HEADER, field)
     for item in came[1:]:
         items.remove(item)
 
 
-def unguarded(exchange: Exchange, hop_tokens: HopTokens) -> bool:
+def try_add_token(exchange: Exchange, hop_tokens: HopTokens) -> bool:
     """Add our token on the fast path. Returns False if the ordinary path has to run the guard (a
     loop, or a dropped token). Nothing was counted then; the ordinary path will find the same."""
     try:
-        leave_token(exchange, hop_tokens, _more)
+        add_token(exchange, hop_tokens, _more)
     except (LoopDetected, _More):
         return False
     exchange.guarded = True

@@ -54,7 +54,7 @@ def trace(tracing: Tracing | None, side: Side) -> Layer:
 
         async def handle(exchange: Exchange) -> None:
             if exchange.handoff is None:  # otherwise the fast path has already done this
-                exchange.trace = _found(exchange, tracer)
+                exchange.trace = _begin(exchange, tracer)
             found = exchange.trace
             if found is None or not found.sampled:
                 await handler(exchange)
@@ -88,17 +88,19 @@ def trace(tracing: Tracing | None, side: Side) -> Layer:
     return layer
 
 
-def untraced(exchange: Exchange, tracing: Tracing | None) -> bool:
-    """Find the trace of an exchange on the fast path. Returns False if the exchange is sampled; the
-    ordinary path has to record its spans."""
+def begin_trace(exchange: Exchange, tracing: Tracing | None) -> bool:
+    """Begin the trace of an exchange on the fast path, and write our span's id into the head of the
+    request. Returns whether the trace is sampled; then the ordinary path has to record its
+    spans."""
     if tracing is None:
-        return True
-    exchange.trace = _found(exchange, tracing.tracer)
-    return exchange.trace is None or not exchange.trace.sampled
+        return False
+    exchange.trace = _begin(exchange, tracing.tracer)
+    return exchange.trace is not None and exchange.trace.sampled
 
 
-def _found(exchange: Exchange, tracer: Tracer) -> Trace | None:
-    """Return the trace of the request. In most cases, the header block is not split into fields."""
+def _begin(exchange: Exchange, tracer: Tracer) -> Trace | None:
+    """Begin the trace of the request, and write our span's id into its head. In most cases, the
+    header block is not split into fields."""
     headers = exchange.request.headers
     if headers.block is not None:
         seen = tracer.glance(headers.block)

@@ -12,7 +12,7 @@ socket is ready, it calls a plain function: no task, no cancel scope, no await. 
 task either. It runs where trio would wait (`event_loop.py`).
 
 *One owner.* A connection belongs to its task. Between two exchanges, the task may lend it: it calls
-`FastPath.carry` and is suspended there. Until that call returns, the fast path owns the connection
+`FastConnection.carry` and is suspended there. Until that call returns, the fast path owns the connection
 (`h1_connection.py` is one lent connection), reads from it and writes to it. The fast path also
 takes connections to endpoints from the pool that the ordinary path uses, but a pooled connection is
 used by one of the two at a time. The task wakes when the fast path returns the connection. When the
@@ -35,7 +35,7 @@ implementation, on the ordinary path. Between two exchanges, the fast path retur
 with the bytes that it has read. It does so for a head that is not recognised or not complete, a
 body that is not complete, an endpoint without an idle connection, a decision that the flow reserves
 for the ordinary path, and a shutdown of the proxy. Within an exchange, it hands the exchange over
-in its current state (`exchange/handoff.py`). It does so for a response head that is not recognised
+in its current state (`exchange/exchange.py`). It does so for a response head that is not recognised
 (interim, without a length, ...), a server that closes without an answer, and a client that has
 disconnected. The fast path does not interpret ends and errors of connections: a stream reports them
 again on the next call, so the ordinary path sees them as if it had made the first call.

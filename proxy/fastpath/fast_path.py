@@ -8,7 +8,7 @@ import math
 
 import trio
 
-from proxy.exchange.h1.server import Http1Exchange, Http1Server
+from proxy.exchange.h1.server import Http1Server
 from proxy.exchange.h2.server import Http2Exchange, Http2Server
 from proxy.exchange.server_settings import Drain
 from proxy.fastpath.event_loop import EventLoop, enter, leave
@@ -16,7 +16,7 @@ from proxy.fastpath.fast_relay import FastRelay
 from proxy.fastpath.h1_connection import FastConnection
 from proxy.fastpath.h2_exchange import begin
 from proxy.fastpath.host import Carried, Connection, Host, Relay
-from proxy.fastpath.plan import ExchangePlan
+from proxy.fastpath.plan import Planner
 from proxy.net.relay import RelayState
 from proxy.net.socket_stream import SocketStream
 from proxy.net.tls.handshake import TLSStream
@@ -73,33 +73,16 @@ class FastPath(Host):
         for fast_relay in list(self._relays):
             fast_relay.leave()
 
-    async def carry(self, plan: ExchangePlan, server: Http1Server) -> Http1Exchange | None:
-        """Implements exchange.h1.server.Http1FastPath. If it is cancelled within an exchange, the
-        account of the exchange closes as cancelled."""
+    def prepare(self, planner: Planner, server: Http1Server) -> FastConnection | None:
+        """Implements exchange.h1.server.Http1FastPath."""
         stream = server.stream
-        event_loop = self._event_loop
-        ends = server.leaving or server.client_ended
-        if (
-            not self.running
-            or event_loop is None
-            or ends
-            or not isinstance(stream, SocketStream | TLSStream)
-        ):
+        if self._event_loop is None or not isinstance(stream, SocketStream | TLSStream):
             return None
-        connection = server.lent
-        if not isinstance(connection, FastConnection):
-            server.lent = connection = FastConnection(self, plan, server, stream)
-        if not connection.eligibility.willing():
-            return None
-        self._connections.add(connection)
-        event_loop.lends()
-        if self._doze is not None:
-            self._doze.set()
-        return await connection.carry()
+        return FastConnection(self, planner, server, stream)
 
-    def fork(self, plan: ExchangePlan, server: Http2Server, exchange: Http2Exchange) -> bool:
+    def fork(self, planner: Planner, server: Http2Server, exchange: Http2Exchange) -> bool:
         """Implements exchange.h2.server.Http2FastPath."""
-        return self.running and not server.drain.draining and begin(self, plan, server, exchange)
+        return self.running and not server.drain.draining and begin(self, planner, server, exchange)
 
     async def join(self, state: RelayState) -> None:
         """Implements net.relay.RelayFastPath."""
@@ -120,12 +103,6 @@ class FastPath(Host):
         counts, self._finished, self._handed_over = (self._finished, self._handed_over), 0, 0
         return counts
 
-    @staticmethod
-    def recall(server: Http1Server) -> None:
-        """Return the connection of `server` to the ordinary path if it is between two exchanges."""
-        if isinstance(server.lent, FastConnection):
-            server.lent.recall()
-
     def _recall(self) -> None:
         """The proxy is shutting down: return the connections that are between two exchanges. The
         others return after their exchange."""
@@ -140,6 +117,15 @@ class FastPath(Host):
         if self._event_loop is None:
             raise RuntimeError("the fast path is not running")
         return self._event_loop
+
+    def lend(self, connection: Connection) -> bool:
+        if not self.running:
+            return False
+        self._connections.add(connection)
+        self.event_loop.lends()
+        if self._doze is not None:
+            self._doze.set()
+        return True
 
     def released(self, connection: Connection) -> None:
         self._connections.discard(connection)

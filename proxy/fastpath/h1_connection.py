@@ -15,6 +15,7 @@ and this is always its last action.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, ExitStack
 from math import inf
 
@@ -23,14 +24,13 @@ from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, w
 from proxy.errors import ClientGone
 from proxy.exchange.exchange import Whole
 from proxy.exchange.h1.server import Http1Exchange, Http1Server
-from proxy.exchange.handoff import Handoff
 from proxy.exchange.upstream import unreadable
 from proxy.exchange.upstream_head import forwarded_request
 from proxy.fastpath.chunked_body import ChunkedTranscoder
 from proxy.fastpath.eligibility import Eligibility
 from proxy.fastpath.h1_handoff import hand_off
 from proxy.fastpath.host import Host
-from proxy.fastpath.plan import ConnectionLease, ExchangePlan
+from proxy.fastpath.plan import ConnectionLease, Planner
 from proxy.fastpath.ready_socket import IN, OUT, ReadySocket, ready_socket_of
 from proxy.net.exceptions import NetError
 from proxy.net.memory_budget import SMALL, Charge
@@ -53,15 +53,16 @@ class FastConnection:
     `hand_over`. The fast path calls the rest."""
 
     __slots__ = (
-        "_account", "_chunks", "_client", "_endpoint", "_event_loop", "_exchange", "_fast_path", "_fault", "_kept", "_lease", "_lent",
-        "_plan", "_remaining", "_rest", "_result", "_server", "_spare", "_task", "eligibility", "limit", "moved",
+        "_account", "_chunks", "_client", "_eligibility", "_endpoint", "_event_loop", "_exchange", "_fast_path", "_fault",
+        "_kept", "_lease", "_lent", "_planner", "_remaining", "_rest", "_result", "_server", "_spare", "_task", "limit",
+        "moved",
     )  # fmt: skip
 
     def __init__(
-        self, fast_path: Host, plan: ExchangePlan, server: Http1Server, stream: NonblockingStream
+        self, fast_path: Host, planner: Planner, server: Http1Server, stream: NonblockingStream
     ) -> None:
         self._fast_path = fast_path
-        self._plan = plan
+        self._planner = planner
         self._server = server
         self._event_loop = fast_path.event_loop
         self._client = ReadySocket(fast_path.event_loop, stream)
@@ -73,12 +74,12 @@ class FastConnection:
         self._result: Http1Exchange | None = None
         self._fault: Exception | None = None
         self._rest = b""  # bytes that were read after the current exchange
-        self.eligibility = Eligibility()
+        self._eligibility = Eligibility()
         self.moved = 0.0  # trio's time at the last step of an exchange
         self.limit = inf  # trio's time when the exchange must have ended
         self._exchange: Http1Exchange | None = None
         self._account: AbstractContextManager[object] | None = None
-        self._lease: ConnectionLease | None = None
+        self._lease: ConnectionLease[Hashable] | None = None
         self._endpoint: ReadySocket | None = None
         self._remaining = 0  # bytes of the response body still to be read; chunked: 1 until the end
         self._chunks: ChunkedTranscoder | None = None
@@ -93,11 +94,16 @@ class FastConnection:
         return self._server.idle_since + self._server.settings.idle_timeout / 2
 
     async def carry(self) -> Http1Exchange | None:
-        """Implements exchange.h1.server.Http1FastPath."""
-        self._lent, self._server.on_client_end = True, self.leave
+        """Implements exchange.h1.server.LentConnection. If it is cancelled within an exchange, the
+        account of the exchange closes as cancelled."""
+        server = self._server
+        ended = server.leaving or server.client_ended
+        if ended or not self._eligibility.willing() or not self._fast_path.lend(self):
+            return None
+        self._lent, server.on_client_end = True, self.leave
         self._client.belongs(self._on_client)
         self._client.watch(IN)
-        connection = self._server.connection
+        connection = server.connection
         # the fast path handles HTTP/1.1 only; the last request may have been another version
         connection.peer_version = b"1.1"
         self._rest = connection.take_rest()
@@ -123,9 +129,12 @@ class FastConnection:
         return Abort.SUCCEEDED
 
     def _drop(self, error: BaseException) -> None:
-        if self._account is not None and self._lease is not None:
-            self._account.__exit__(type(error), error, error.__traceback__)
-            self._lease.end(usable=False)
+        exchange, account, lease = self._exchange, self._account, self._lease
+        if exchange is not None and account is not None and lease is not None:
+            account.__exit__(type(error), error, error.__traceback__)
+            lease.end(usable=False)
+            if lease.plan is not None:
+                lease.plan.end(exchange)
             self._forget_exchange()
 
     def _let_go(self) -> None:
@@ -145,7 +154,7 @@ class FastConnection:
     def give_back(self, data: bytes = b"") -> None:
         """Give the connection back between two exchanges. `data`: bytes of the next request that
         were read."""
-        self.eligibility.declined()
+        self._eligibility.declined()
         if data:
             self._server.connection.receive_data(data)
         self._wake()
@@ -153,7 +162,7 @@ class FastConnection:
     def recall(self) -> None:
         """Give the connection back if it is between two exchanges. Called when the proxy shuts down
         or the connection has been idle for long; the ordinary path handles both."""
-        if not self.busy():
+        if self._lent and not self.busy():
             self._wake()
 
     def leave(self) -> None:
@@ -176,7 +185,7 @@ class FastConnection:
         if exchange is None or account is None or lease is None or endpoint is None:
             raise RuntimeError("there is no exchange to hand over")
         self._fast_path.hands_over()
-        self.eligibility.declined()
+        self._eligibility.declined()
         http = self._server.connection
         exchange.handoff = hand_off(
             http,
@@ -195,11 +204,10 @@ class FastConnection:
     def _pass_over(self, exchange: Http1Exchange, rest: bytes) -> None:
         """Give the connection back with a request for which decisions have been made, but nothing
         was sent."""
-        self.eligibility.declined()
+        self._eligibility.declined()
         connection = self._server.connection
         connection.take_over(exchange.request.method, (At.DONE, 0), (At.HEAD, 0))
         connection.receive_data_if(rest)
-        exchange.handoff = Handoff()
         self._wake(exchange)
 
     def fail(self, error: Exception) -> None:
@@ -279,18 +287,17 @@ class FastConnection:
         # The exchange's body is only read if the request has to be sent again.
         exchange = Http1Exchange(server, request, Whole(body) if body else _NOTHING, now=now)
         rest = data[end + length :]
-        lease = self._plan.take(exchange, now)
-        if lease is None and (exchange.first is not None or exchange.trace is not None):
-            # Keep the random decisions (endpoint, sampling): drawing again would change the odds.
-            self._pass_over(exchange, rest)
-            return
+        lease = self._planner.take(exchange, now)
         if lease is None:
-            self.give_back(data)
+            if exchange.handoff is not None:
+                self._pass_over(exchange, rest)
+            else:
+                self.give_back(data)
             return
-        account = self._plan.account(exchange)
+        account = self._planner.account(exchange)
         account.__enter__()
-        if lease.on_begin is not None:
-            lease.on_begin(exchange)
+        if lease.plan is not None:
+            lease.plan.begin(exchange)
         self._exchange, self._account, self._lease = exchange, account, lease
         self._rest = rest
         if rest or self._kept.size:
@@ -348,11 +355,8 @@ class FastConnection:
         """ASKED: process the response head, and the part of the body that arrived with it."""
         end = data.find(b"\r\n\r\n") + 4
         found = recognise_response(data[:end], self._server.settings.limits) if end > 3 else None
-        if (
-            found is None
-            or self._server.leaving
-            or (self._lease is not None and self._lease.declines(found[0]))
-        ):
+        plan = self._lease.plan if self._lease is not None else None
+        if found is None or self._server.leaving or (plan is not None and plan.declines(found[0])):
             self.hand_over(data)
             return
         head, length = found
@@ -428,8 +432,9 @@ class FastConnection:
 
     def _finish(self) -> None:
         """ANSWERED: the whole response has been sent to the client."""
-        account, lease, endpoint, rest = self._account, self._lease, self._endpoint, self._rest
-        if account is None or lease is None or endpoint is None:
+        exchange, account, lease = self._exchange, self._account, self._lease
+        endpoint, rest = self._endpoint, self._rest
+        if exchange is None or account is None or lease is None or endpoint is None:
             return
         endpoint.rest()
         account.__exit__(None, None, None)
@@ -437,8 +442,10 @@ class FastConnection:
             lease.end(usable=False)
         else:
             lease.done(self._event_loop.now)
+        if lease.plan is not None:
+            lease.plan.end(exchange)
         self._forget_exchange()
-        self.eligibility.row = 0
+        self._eligibility.row = 0
         server = self._server
         server.served = True
         server.idle_since = self._event_loop.now

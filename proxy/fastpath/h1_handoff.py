@@ -3,8 +3,10 @@ that the ordinary path expects."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
+from proxy.exchange.exchange import Handoff
 from proxy.exchange.h1.server import Http1Exchange
-from proxy.exchange.handoff import Handoff
 from proxy.fastpath.chunked_body import ChunkedTranscoder
 from proxy.fastpath.plan import ConnectionLease
 from proxy.wire.h1.body import Framing, Length
@@ -14,7 +16,7 @@ from proxy.wire.h1.connection import At, Http1Connection
 def hand_off(
     connection: Http1Connection,
     exchange: Http1Exchange,
-    lease: ConnectionLease,
+    lease: ConnectionLease[Hashable],
     body: ChunkedTranscoder | int,
     bytes_left: tuple[bytes, bytes, bytes],
 ) -> Handoff:
@@ -39,4 +41,4 @@ def hand_off(
     writing: tuple[At, Length] = (At.BODY, len(to_server)) if to_server else (At.DONE, 0)
     http.take_over(method, (reading, body if isinstance(body, int) else body.reader), writing)
     http.receive_data_if(received if isinstance(body, int) else body.left + received)
-    return Handoff(lease, exchange.started, to_server=to_server, to_client=to_client)
+    return Handoff(lease.plan, lease, exchange.started, to_server=to_server, to_client=to_client)

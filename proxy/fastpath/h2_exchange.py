@@ -19,15 +19,14 @@ from math import inf
 import trio
 
 from proxy.exchange import max_forwards
+from proxy.exchange.exchange import Handoff
 from proxy.exchange.h2.body import body_length, too_large
 from proxy.exchange.h2.server import Http2Exchange, Http2Server
 from proxy.exchange.h2.stream import Http2Stream
-from proxy.exchange.handoff import Handoff
 from proxy.exchange.reports import is_report
 from proxy.exchange.upstream import oversized
 from proxy.fastpath.host import Host
-from proxy.fastpath.plan import ExchangePlan, StreamLease
-from proxy.wire import grpc
+from proxy.fastpath.plan import Planner, StreamLease
 from proxy.wire.h2.events import HeadTooLarge
 from proxy.wire.h2.frames import Code
 from proxy.wire.messages import EndOfMessage, ResponseHead, strip_hop_by_hop
@@ -37,9 +36,7 @@ _log = logging.getLogger("isthmus.exchange")
 _UNOPENED = nullcontext()
 
 
-def begin(
-    fast_path: Host, plan: ExchangePlan, server: Http2Server, exchange: Http2Exchange
-) -> bool:
+def begin(fast_path: Host, planner: Planner, server: Http2Server, exchange: Http2Exchange) -> bool:
     """Implements exchange.h2.server.Http2FastPath."""
     request = exchange.request
     method = request.method
@@ -48,11 +45,12 @@ def begin(
     ):
         return False
     now = trio.current_time()
-    limit = _limit(exchange, now)
+    seconds = exchange.call_timeout
+    limit = inf if seconds is None else now + seconds
     if limit < now + fast_path.patience:
         return False
     try:
-        lease = plan.share(exchange)
+        lease = planner.share(exchange)
         if lease is not None:
             fast_exchange = FastExchange(fast_path, server, exchange, lease)
             fast_exchange.moved, fast_exchange.limit, fast_exchange.began = (
@@ -60,23 +58,13 @@ def begin(
                 min(limit, lease.limit),
                 now,
             )
-            fast_exchange.begin(plan)
+            fast_exchange.begin(planner)
             return True
     except Exception as error:  # error boundary, as in `_on_client`
         _log.error("internal error while carrying an HTTP/2 stream", exc_info=error)
         exchange.stream.close(Code.INTERNAL_ERROR)
         return True
-    if exchange.first is not None or exchange.trace is not None:
-        # keep the random decisions (endpoint, sampling): drawing again would change the odds
-        exchange.handoff = Handoff()
     return False
-
-
-def _limit(exchange: Http2Exchange, now: float) -> float:
-    """Return the deadline of a gRPC call in trio's time; inf: none."""
-    value = exchange.request.headers.get(b"grpc-timeout")
-    seconds = grpc.parse_timeout(value) if value is not None and exchange.is_grpc else None
-    return inf if seconds is None else now + seconds
 
 
 class FastExchange:
@@ -112,23 +100,23 @@ class FastExchange:
         self.moved = 0.0  # trio's time when data was last passed on
         self.limit = inf  # trio's time by which the exchange must have ended
 
-    def begin(self, plan: ExchangePlan) -> None:
+    def begin(self, planner: Planner) -> None:
         """Send the head of the request."""
         try:
-            account = plan.account(self._exchange)
+            account = planner.account(self._exchange)
             account.__enter__()
             self._account = account
             self._set_out()
         except HeadTooLarge:  # nothing has been sent; the ordinary path reports the error
-            self._lease.end()
+            self._end_lease()
             self._give(Handoff())
         except Exception as error:  # error boundary, as in `_on_client`
             self._fail(error)
 
     def _set_out(self) -> None:
         exchange, lease, client = self._exchange, self._lease, self._client
-        if lease.on_begin is not None:
-            lease.on_begin(exchange)
+        if lease.plan is not None:
+            lease.plan.begin(exchange)
         exchange.record_upstream(lease.mux.stream)
         self._asked = exchange.body.length == 0
         self._endpoint = endpoint = lease.open(exchange, end=self._asked)
@@ -193,7 +181,7 @@ class FastExchange:
             if (
                 head.informational
                 or not client.takes(0)
-                or self._lease.declines(head)
+                or (self._lease.plan is not None and self._lease.plan.declines(head))
                 or is_report(head)
             ):
                 self.hand_over()
@@ -213,7 +201,8 @@ class FastExchange:
         endpoint.head_nowait()
         self.moved = endpoint.mux.last_read
         self._lease.response = head
-        self._lease.on_answer()
+        if self._lease.plan is not None:
+            self._lease.plan.answered()
         strip_hop_by_hop(head.headers)
         bodiless = exchange.frame(head, body_length(head.headers, ended=endpoint.empty))
         ended = bodiless or endpoint.empty
@@ -255,10 +244,15 @@ class FastExchange:
         client, endpoint = self._client, self._endpoint
         client.on_events = client.on_lost = endpoint.on_events = endpoint.on_lost = None
 
+    def _end_lease(self) -> None:
+        self._lease.end()
+        if self._lease.plan is not None:
+            self._lease.plan.end(self._exchange)
+
     def _end(self, kind: type[BaseException] | None) -> None:
         """End the exchange. `kind`: the type of the error that ended it; None: it ended well."""
         self._forget_streams()
-        self._lease.end()
+        self._end_lease()
         self._account.__exit__(kind, None, None)
         self._client.close()
         self._fast_path.rests(self, finished=kind is None)
@@ -271,7 +265,8 @@ class FastExchange:
 
     def hand_over(self, failure: Exception | None = None) -> None:
         """Let the ordinary path continue the exchange, or report `failure`."""
-        self._give(Handoff(self._lease, self.began, self._asked, failure=failure))
+        plan, lease = self._lease.plan, self._lease
+        self._give(Handoff(plan, lease, self.began, self._asked, failure=failure))
 
     def _give(self, handoff: Handoff) -> None:
         self._forget_streams()

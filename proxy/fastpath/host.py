@@ -75,6 +75,10 @@ class Host(ABC):
         """Count one exchange that was handed over."""
 
     @abstractmethod
+    def lend(self, connection: Connection) -> bool:
+        """`connection` is lent from now on. False: the fast path accepts nothing."""
+
+    @abstractmethod
     def released(self, connection: Connection) -> None:
         """`connection` is back at its server."""
 

@@ -1,12 +1,20 @@
 """The flows: the path of a connection from accept to the relay or the exchange. Used by app.py.
 
-inbound.py           traffic from the mesh to the application
-outbound.py          traffic from the application to the mesh
-gateway.py           traffic from other clusters to exported services
+Each flow is the steps of one connection, the plan of its exchanges, and the relay of bytes that are
+not HTTP:
+
+outbound.py, outbound_plan.py, outbound_relay.py    from the application to the mesh
+inbound.py, inbound_plan.py, inbound_relay.py       from the mesh to the application
+gateway.py, gateway_plan.py                         from other clusters to exported services
+
+What the flows share:
+
 runtime.py           the objects that every flow needs, and the steps that the flows share
+serving.py           the layers around exchanges, for both paths, and the servers of connections
 upstreams.py         the connection pools of a flow, one per protocol
 tls_termination.py   mutual TLS with peers of the mesh
 late_detection.py    relayed connections that may still turn out to be HTTP
 confirmation.py      the inbound side confirms to the outbound side that the application accepted
 loop_guard.py        the facts that loopguard's verdicts need
+forwarded_path.py    the path of a request in the field Forwarded, at a gateway
 """

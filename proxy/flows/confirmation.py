@@ -34,7 +34,7 @@ def _agreed(stream: Stream) -> TypeGuard[TLSStream]:
     return isinstance(stream, TLSStream) and stream.info.alpn == ALPN_TCP_CONFIRMED
 
 
-async def confirmed(stream: Stream, timeout: float) -> None:
+async def await_confirmation(stream: Stream, timeout: float) -> None:
     """Wait until the peer of `stream` has connected to its application, if ALPN agreed on a
     confirmation. `timeout` in seconds. Raises Undelivered, TunnelRefused, UpstreamTLSError. The
     caller keeps ownership of `stream`."""

@@ -6,8 +6,7 @@ ports, and the secret of its tokens. It turns a verdict into an error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from secrets import token_bytes
 
 from loopguard import HopLimits, HopTokens, Loop, OwnConnections, OwnListeners, ProxyName, SelfCalls
@@ -72,7 +71,7 @@ class LoopGuard:
         return [(HEADER, self._outbound.with_name(self._outbound.token(method, target, target)))]
 
     def check_forwarded(
-        self, exchange: Exchange, way: Sequence[tuple[bytes, bytes]], own: tuple[bytes, bytes]
+        self, exchange: Exchange, path: Sequence[tuple[bytes, bytes]], own: tuple[bytes, bytes]
     ) -> None:
         """Check the path that a gateway reads from Forwarded: (by, host) of each element. The
         request already has its token. Raises LoopDetected if the request has passed this gateway
@@ -80,10 +79,10 @@ class LoopGuard:
         field = exchange.request.headers.get(HEADER) or b""
         if not self._gateway.is_first_hop(field):
             return
-        loop = check_forwarded(way, own, self._who.name, self._notes)
+        loop = check_forwarded(path, own, self._who.name, self._notes)
         if loop is not None:
             exchange.outside = from_outside(field)
-        _judge(loop)
+        _raise_for(loop)
 
     def own(self, host: str) -> bool:
         """Whether connecting to `host` stays in this pod."""
@@ -95,29 +94,29 @@ class LoopGuard:
         (several proxies on one machine)."""
         return self.listeners.own(host) and not (host.startswith("127.") or host == "::1")
 
-    def accepted(self, connection: Connection, about: ConnectionInfo) -> None:
+    def check_accepted(self, connection: Connection, about: ConnectionInfo) -> None:
         """Check an accepted connection. Raises LoopDetected in these cases: it was made to one of
         the proxy's own listeners without redirection and without another configured destination; it
         was redirected although its destination was the proxy; or the proxy itself opened it, and it
         is nested deeper than `loops.max_nesting`."""
         destination = about.destination
         ours = destination == connection.local or about.direction == "inbound"
-        _judge(self.listeners.check_accept(destination.host, destination.port, ours=ours))
-        self._nested(about)
+        _raise_for(self.listeners.check_accept(destination.host, destination.port, ours=ours))
+        self._check_nesting(about)
 
-    def begun(self, about: ConnectionInfo) -> None:
+    def check_again(self, about: ConnectionInfo) -> None:
         """Check again after the client has had time to send its first bytes. Raises LoopDetected. A
         worker enters a connection in the table after the first packet and before the first byte, so
         another worker on another core may accept the connection before the entry exists."""
         if not about.depth:
-            self._nested(about)
+            self._check_nesting(about)
 
-    def _nested(self, about: ConnectionInfo) -> None:
+    def _check_nesting(self, about: ConnectionInfo) -> None:
         about.depth = self.connections.depth(about.peer, about.destination)
         loop = self.connections.check_depth(about.depth, about.destination)
         if loop is not None:
             self.stop(about)
-            _judge(loop)
+            _raise_for(loop)
 
     def stop(self, about: ConnectionInfo) -> None:
         """Record that an accepted connection is refused because of a loop. If this proxy opened it,
@@ -130,24 +129,14 @@ class LoopGuard:
         used."""
         return Followed(self.connections, stream, address)
 
-    def dialled(self, address: Address) -> None:
+    def check_dial(self, address: Address) -> None:
         """Raises LoopDetected if the proxy would connect to itself."""
-        _judge(self.listeners.check_dial(address.host, address.port))
-
-    @contextmanager
-    def self_call(self, port: int) -> Iterator[SelfCall]:
-        """A call of this pod to its own `port`, for a block. It counts as waiting until it is
-        `answered` or the block ends. Raises LoopDetected."""
-        call = self.call_self(port)
-        try:
-            yield call
-        finally:
-            call.answered()
+        _raise_for(self.listeners.check_dial(address.host, address.port))
 
     def call_self(self, port: int) -> SelfCall:
-        """Begin a call of this pod to its own `port`. The caller must call `answered` on the
+        """Begin a call of this pod to its own `port`. The caller must call `end` on the
         result. Raises LoopDetected."""
-        _judge(self._self_calls.begin(port))
+        _raise_for(self._self_calls.begin(port))
         self._metrics.self_calls.at().inc()
         return SelfCall(self._self_calls, port)
 
@@ -179,7 +168,7 @@ class Followed:
     def check(self) -> None:
         """Call this after the connection failed and was closed. Raises LoopDetected if it was
         refused because of a loop."""
-        _judge(self._loop)
+        _raise_for(self._loop)
 
     def end(self) -> None:
         """The connection can be used. Stop watching it."""
@@ -196,38 +185,28 @@ class SelfCall:
         self._port = port
         self._waits = True
 
-    def answered(self) -> None:
-        """The first part of an answer has arrived. Further calls have no effect."""
+    def end(self) -> None:
+        """The first part of an answer has arrived, or none will. Further calls have no effect."""
         if self._waits:
             self._waits = False
             self._calls.end(self._port)
 
-    def then(self, ends: Callable[[], None]) -> Callable[[], None]:
-        """Wrap the callback `ends`, so that this call counts as answered when it runs, if not
-        before."""
-
-        def both() -> None:
-            self.answered()
-            ends()
-
-        return both
-
-    def moved(self, _: int, backward: int) -> None:
+    def end_at_bytes(self, _: int, backward: int) -> None:
         """The relay's callback: bytes have been forwarded."""
         if backward:
-            self.answered()
+            self.end()
 
-    def follow(self, exchange: Exchange) -> None:
-        """Count as answered when the exchange gets its response."""
-        told = exchange.on_response
+    def end_at_response(self, exchange: Exchange) -> None:
+        """End when the exchange gets its response, if not before."""
+        heard = exchange.on_response
 
         def on_response(status: int) -> None:
-            self.answered()
-            told(status)
+            self.end()
+            heard(status)
 
         exchange.on_response = on_response
 
 
-def _judge(loop: Loop | None) -> None:
+def _raise_for(loop: Loop | None) -> None:
     if loop is not None:
         raise LoopDetected(loop.words, loop.kind, loop.cycle)

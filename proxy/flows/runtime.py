@@ -23,7 +23,7 @@ from proxy.exchange.h2.settings import Http2Settings
 from proxy.exchange.h2.stream_limit import StreamLimit
 from proxy.exchange.server_settings import Drain, ServerSettings
 from proxy.fastpath.fast_path import FastPath
-from proxy.flows.confirmation import confirmed
+from proxy.flows.confirmation import await_confirmation
 from proxy.flows.late_detection import Found, look
 from proxy.flows.loop_guard import LoopGuard
 from proxy.identity.identity import Identity, PeerRefused
@@ -179,7 +179,7 @@ class Runtime:
         Undelivered and TunnelRefused, and what `connect` raises."""
         stream = await self.connect(endpoint, ALPN_TCP, depth)
         try:
-            await confirmed(stream, self.config.tcp.connect_timeout)
+            await await_confirmation(stream, self.config.tcp.connect_timeout)
         except BaseException:
             stream.close()
             raise

@@ -1,4 +1,4 @@
-"""The connection pools of a flow, one per protocol, and the server for the client's protocol."""
+"""The connection pools of a flow, one per protocol, and the protocol for an upstream."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from typing import Generic, TypeVar
 from proxy.directory import Endpoint, Hint, Target
 from proxy.errors import RequestError
 from proxy.exchange.client import Leases
-from proxy.exchange.exchange import ConnectionInfo, Direction, Exchange, Handler
+from proxy.exchange.exchange import Direction, Exchange
 from proxy.exchange.h1.pool import Pool
-from proxy.exchange.h1.server import Http1Server
 from proxy.exchange.h2.pool import Http2Pool
-from proxy.exchange.h2.server import Http2Server
 from proxy.exchange.leases import Http1Leases, Http2Leases
-from proxy.fastpath.plan import ConnectionLease, ExchangePlan, StreamLease
+from proxy.fastpath.plan import ConnectionLease, StreamLease
 from proxy.flows.runtime import Runtime
 from proxy.identity.tls_contexts import ALPN_HTTP1, ALPN_HTTP2
+from proxy.net.address import Address
 from proxy.net.socket_stream import Stream
-from proxy.net.tls.handshake import TLSStream
 from proxy.telemetry.records import StreamAccount
 from proxy.wire import websocket
 from proxy.wire.sniff import Protocol
@@ -50,7 +48,7 @@ class Pools(Generic[K]):
             Protocol.HTTP2: Http2Leases(self._http2),
         }
 
-    def take(self, key: K, now: float) -> ConnectionLease | None:
+    def take(self, key: K, now: float) -> ConnectionLease[K] | None:
         """An idle HTTP/1 connection for the fast path, if there is one. `now` is trio's time."""
         upstream = self._http1.take(key, now)
         return None if upstream is None else ConnectionLease(self._http1, key, upstream)
@@ -124,9 +122,12 @@ def upstream_protocol(exchange: Exchange, target: Target) -> Protocol:
     """The protocol that the directory declares for the service, otherwise the client's protocol.
     Raises RequestError (501) for an extended CONNECT that has no form in HTTP/1."""
     request = exchange.request
-    protocol = {Hint.HTTP1: Protocol.HTTP1, Hint.HTTP2: Protocol.HTTP2}.get(
-        target.protocol
-    ) or spoken(request.version)
+    if target.protocol is Hint.HTTP1:
+        protocol = Protocol.HTTP1
+    elif target.protocol is Hint.HTTP2:
+        protocol = Protocol.HTTP2
+    else:
+        protocol = spoken(request.version)
     if protocol is Protocol.HTTP1 and request.protocol is not None and not websocket.asks(request):
         raise RequestError(
             "CONNECT with a :protocol other than websocket, to a server that speaks HTTP/1", 501
@@ -134,58 +135,15 @@ def upstream_protocol(exchange: Exchange, target: Target) -> Protocol:
     return protocol
 
 
-async def serve(
-    rt: Runtime,
-    stream: Stream,
-    about: ConnectionInfo,
-    handler: Handler,
-    plan: ExchangePlan | None = None,
-) -> None:
-    """Serve a downstream HTTP connection of either version until it ends. If there is a `plan`,
-    simple exchanges take the fast path."""
-    plain = about.identity is None and about.direction != "outbound"
-    settings = rt.settings.plain_server if plain else rt.settings.server
-    if about.protocol is Protocol.HTTP2:
-        server = Http2Server(
-            stream,
-            about,
-            settings,
-            rt.settings.plain_downstream if plain else rt.settings.downstream,
-            rt.drain,
-        )
-        if rt.fast_path is not None and plan is not None:
-            server.fork = partial(rt.fast_path.fork, plan)
-        if about.slot is not None:
-            about.slot.activity = server
-        await server.run(handler)
-        if server.mux.fault is not None:  # the client got a GOAWAY; raise it for the log
-            raise server.mux.fault
-    else:
-        carry = (
-            partial(rt.fast_path.carry, plan)
-            if rt.fast_path is not None and plan is not None
-            else None
-        )
-        one = Http1Server(stream, about, settings, rt.drain, carry)
-        if about.slot is not None:
-            about.slot.activity = one
-        expiry = stream.expiry if isinstance(stream, TLSStream) else None
-        if expiry is None:
-            await one.run(handler)
-            return
-        expiry.retire = partial(_retire, rt, one)
-        try:
-            await one.run(handler)
-        finally:
-            expiry.retire = None  # it refers to the stream: break the reference cycle
-
-
-def _retire(rt: Runtime, server: Http1Server) -> None:
-    server.retire()
-    if rt.fast_path is not None:
-        rt.fast_path.recall(server)
-
-
 def endpoint_pools(rt: Runtime, direction: Direction) -> Pools[Endpoint]:
     """The connection pools to endpoints."""
     return Pools(rt, direction, rt.connect)
+
+
+def application_pools(rt: Runtime) -> Pools[Address]:
+    """The connection pools to the application."""
+
+    async def connect(address: Address, _: bytes) -> Stream:
+        return await rt.dialer.dial(address)
+
+    return Pools(rt, "inbound", connect)

@@ -28,7 +28,6 @@ import trio
 from proxy.balancing.balancer import Balancer
 from proxy.balancing.circuit_breaker import Failure, State
 from proxy.balancing.endpoint_set import ActiveRequest, Change, EndpointSet
-from proxy.config.units import within
 from proxy.directory import Endpoint, Target
 from proxy.errors import (
     AllBroken,
@@ -38,12 +37,12 @@ from proxy.errors import (
     UpstreamClosed,
     UpstreamProtocolError,
     describe,
-    unanswered,
-)  # fmt: skip
+)
 from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.exchange import Exchange
 from proxy.net.exceptions import ConnectFailed
 from proxy.net.socket_stream import Stream
+from proxy.routing.attempt import Attempt
 from proxy.routing.endpoint_wait import EndpointWait, Found
 from proxy.routing.retries import (
     ENDPOINTS_TRIED,
@@ -55,15 +54,11 @@ from proxy.routing.retries import (
 )
 from proxy.telemetry.log import RateLimit, warn
 from proxy.telemetry.metrics import Metrics
-from proxy.wire import grpc
-from proxy.wire.messages import ResponseHead
 
 _log = logging.getLogger("isthmus.endpoints")
 
 # What `connect` raises if there is no connection and nothing was sent.
 _NOT_CONNECTED = (*NOT_CONNECTED, TunnelRefused, UpstreamProtocolError)
-# The size in bytes of a response that arrives almost at once.
-_SHORT = 65536
 
 Choose = Callable[[Exchange], Target]
 Send = Callable[[Exchange, Target, Endpoint], Awaitable[None]]
@@ -83,24 +78,32 @@ class Dispatcher:
 
     # Requests.
 
-    async def exchange(self, exchange: Exchange, choose: Choose, send: Send) -> None:
+    async def exchange(
+        self,
+        exchange: Exchange,
+        choose: Choose,
+        send: Send,
+        begun: Attempt | None = None,
+        first: Endpoint | None = None,
+    ) -> None:
         """Send `exchange` with `send` to an endpoint of the target that `choose` returns. Repeats
-        this as often as necessary and as the policy allows. Raises NoEndpoint, AllBroken,
-        QueueFull, RequestError, and what `choose` and `send` raise."""
-        handoff = _underway(exchange)
-        target = choose(exchange) if handoff is None else handoff.target
+        this as often as necessary and as the policy allows. `begun`: an attempt of the fast path,
+        which continues. `first`: the endpoint to try first, if it is still usable. Raises
+        NoEndpoint, AllBroken, QueueFull, RequestError, and what `choose` and `send` raise."""
+        target = choose(exchange) if begun is None else begun.target
         if target.service is None:
-            await send(exchange, target, _only(target) if handoff is None else handoff.endpoint)
+            await send(exchange, target, _only(target) if begun is None else begun.endpoint)
             return
         endpoint_set = self._balancer.endpoint_set(target.service)
-        endpoint_set.budget.requests += handoff is None
+        endpoint_set.budget.requests += begun is None
         attempts = Attempts(exchange, endpoint_set, target.policy, self._metrics, self._client)
         patience: EndpointWait | None = None
         while True:
-            if handoff is not None:
-                endpoint, handoff = handoff.go_on(attempts), None
+            if begun is not None:
+                attempts.go_on(begun)
+                endpoint, begun = begun.endpoint, None
             else:
-                picked = _pick(exchange, endpoint_set, target, attempts)
+                picked, first = _pick(endpoint_set, target, attempts, first), None
                 if (
                     picked is None
                     and attempts.failure is not None
@@ -114,7 +117,7 @@ class Dispatcher:
                 elif len(attempts.unreached) >= ENDPOINTS_TRIED and attempts.failure is not None:
                     raise attempts.failure
                 endpoint, attempts.endpoint_set = picked, endpoint_set
-                attempts.begin(endpoint, alone=len(target.endpoints) == 1)
+                attempts.begin(target, endpoint)
             try:
                 if attempts.timeout is None:
                     await send(exchange, target, endpoint)
@@ -154,7 +157,7 @@ class Dispatcher:
 
     # Requests on the fast path.
 
-    def sound(self, target: Target) -> Endpoint | None:
+    def pick_healthy(self, target: Target) -> Endpoint | None:
         """An endpoint for a request on the fast path. None: no endpoint is ready, or a circuit
         breaker of the service is not closed, or requests wait."""
         if target.service is None:
@@ -162,19 +165,15 @@ class Dispatcher:
         endpoint_set = self._balancer.endpoint_set(target.service)
         return None if endpoint_set.broken or endpoint_set.queue else endpoint_set.pick(target)
 
-    def watch(self, exchange: Exchange, target: Target, endpoint: Endpoint) -> Underway:
-        """Record that `exchange` is being sent to `endpoint`. The caller must call `ended` on the
-        result."""
+    def begin(self, target: Target, endpoint: Endpoint) -> Attempt:
+        """Begin the first attempt of an exchange on the fast path. The caller must call `end` on
+        it, or pass it to `exchange`."""
         if target.service is None:
-            return Underway(exchange, target, endpoint, None)
+            return Attempt.on_fast_path(target, endpoint, None)
         endpoint_set = self._balancer.endpoint_set(target.service)
         endpoint_set.budget.requests += 1
-        return Underway(
-            exchange,
-            target,
-            endpoint,
-            endpoint_set.begin(target.policy, endpoint, alone=len(target.endpoints) == 1),
-        )
+        active = endpoint_set.begin(target.policy, endpoint, alone=len(target.endpoints) == 1)
+        return Attempt.on_fast_path(target, endpoint, active)
 
     # Opaque connections.
 
@@ -304,86 +303,11 @@ async def _timed(attempts: Attempts, sending: Awaitable[None]) -> None:
         raise AttemptTimeout
 
 
-class Underway:
-    """An exchange on the fast path, as its first attempt. The fast path calls `ended`. If it hands
-    the exchange over to the ordinary path, `go_on` passes the attempt to `Attempts`."""
-
-    __slots__ = ("_active", "_exchange", "_seconds", "_started", "endpoint", "target")
-
-    def __init__(
-        self, exchange: Exchange, target: Target, endpoint: Endpoint, active: ActiveRequest | None
-    ) -> None:
-        self._exchange = exchange
-        self._active = active
-        self._started = (
-            trio.current_time() if active is not None and active.load is not None else 0.0
-        )
-        self._seconds: float | None = None  # until the response head arrived, if that was reported
-        self.target = target
-        self.endpoint = endpoint
-
-    def answered(self) -> None:
-        """The response head has arrived."""
-        if self._started:
-            self._seconds = trio.current_time() - self._started
-
-    def ended(self) -> None:
-        active = self._active
-        if active is None:
-            return
-        response = self._exchange.response
-        if response is not None:
-            breaker, seconds = active.policy.breaker, self._waited()
-            code = _grpc_code(self._exchange, response)
-            if code is not None and code in breaker.grpc:
-                active.record_failure(f"gRPC status {code}", seconds)
-            elif within(response.status, breaker.statuses):
-                how = Failure.SILENCE if unanswered(response.headers) else Failure.RESPONSE
-                active.record_failure(f"status {response.status}", seconds, how)
-            else:
-                active.record_response(
-                    seconds,
-                    bad=response.status >= 500 or bool(code and self._exchange.grpc_status is None),
-                )
-        active.end()
-
-    def _waited(self) -> float | None:
-        """Seconds until the response. Without a measurement for a long response: None, because its
-        total time says little about when it began."""
-        if self._seconds is None and self._started and self._exchange.response_bytes <= _SHORT:
-            return trio.current_time() - self._started
-        return self._seconds
-
-    def go_on(self, attempts: Attempts) -> Endpoint:
-        """The fast path has handed the exchange over: pass the attempt to `attempts`. Returns its
-        endpoint."""
-        active, self._active = self._active, None
-        if active is not None:
-            attempts.go_on(active, self._started)
-        return self.endpoint
-
-
-def _grpc_code(exchange: Exchange, response: ResponseHead) -> int | None:
-    """The gRPC status of a call, as far as the server has sent it. None: not a gRPC call, or not
-    known."""
-    if exchange.request.version != b"2" or not exchange.is_grpc:
-        return None
-    said = exchange.grpc_status or response.headers.get(b"grpc-status")
-    return None if said is None else grpc.code(said)
-
-
-def _underway(exchange: Exchange) -> Underway | None:
-    handoff = exchange.handoff
-    attempt = handoff.lease.attempt if handoff is not None and handoff.lease is not None else None
-    return attempt if isinstance(attempt, Underway) else None
-
-
 def _pick(
-    exchange: Exchange, endpoint_set: EndpointSet, target: Target, attempts: Attempts
+    endpoint_set: EndpointSet, target: Target, attempts: Attempts, first: Endpoint | None
 ) -> Endpoint | None:
     """The endpoint of the next attempt. None: no endpoint can be used now."""
-    first, exchange.first = exchange.first, None
-    if isinstance(first, Endpoint) and endpoint_set.is_usable(first, target):
+    if first is not None and endpoint_set.is_usable(first, target):
         return first
     endpoint = endpoint_set.pick(target, attempts.tried)
     return (

@@ -33,9 +33,9 @@ from typing import TYPE_CHECKING
 import trio
 
 from proxy.balancing.circuit_breaker import Failure
-from proxy.balancing.endpoint_set import ActiveRequest, EndpointSet
+from proxy.balancing.endpoint_set import EndpointSet
 from proxy.config.units import within
-from proxy.directory import Endpoint
+from proxy.directory import Endpoint, Target
 from proxy.directory.policy import DEFAULT_POLICY, Policy
 from proxy.errors import (
     DeadlineExceeded,
@@ -48,13 +48,13 @@ from proxy.errors import (
     UpstreamTimeout,
     UpstreamTLSError,
     describe,
-    unanswered,
 )  # fmt: skip
 from proxy.exchange.client import IDEMPOTENT, Declined
 from proxy.exchange.client_settings import ClientSettings
 from proxy.exchange.exchange import Exchange, FailedAttempt
 from proxy.exchange.replay import Replay
 from proxy.net.exceptions import ConnectFailed
+from proxy.routing.attempt import Attempt, keep_body
 from proxy.routing.request_overrides import overridden
 from proxy.wire import grpc
 from proxy.wire.h2.frames import Code
@@ -107,8 +107,7 @@ class Attempts:
     `judge`."""
 
     __slots__ = (
-        "_active",
-        "_begun",
+        "_attempt",
         "_body",
         "_cause",
         "_client",
@@ -116,7 +115,6 @@ class Attempts:
         "_exchange",
         "_metrics",
         "_retries",
-        "_since",
         "_started",
         "_status",
         "endpoint_set",
@@ -145,12 +143,8 @@ class Attempts:
         self._client_limit = inf
         self._body: Replay | None = None
         self._status = 0
-        self._begun = False  # the response has started; its end is not known
         self._started = 0.0
-        self._since: float | None = (
-            None  # when it was sent, if the exchange's timer does not have it
-        )
-        self._active: ActiveRequest | None = None
+        self._attempt: Attempt | None = None  # the current one
         self.endpoint_set = endpoint_set
         self.policy = policy
         self.failure: Exception | None = None  # why the last endpoint could not be connected to
@@ -159,10 +153,9 @@ class Attempts:
         self.unreached: tuple[Endpoint, ...] = ()
         if policy is not DEFAULT_POLICY:
             self._limits()
-        if exchange.request.version == b"2":
-            self._call_deadline()
+        self._call_deadline()
         if exchange.body.length != 0:
-            self._keep_body()
+            self._body = keep_body(exchange, self.policy)
 
     # Before the first attempt.
 
@@ -189,8 +182,7 @@ class Attempts:
 
     def _call_deadline(self) -> None:
         exchange = self._exchange
-        value = exchange.request.headers.get(b"grpc-timeout")
-        seconds = grpc.parse_timeout(value) if value is not None and exchange.is_grpc else None
+        seconds = exchange.call_timeout
         if seconds is not None:
             begun = exchange.handoff.since if exchange.handoff is not None else None
             self._client_limit = min(self._client_limit, (begun or trio.current_time()) + seconds)
@@ -198,16 +190,6 @@ class Attempts:
                 self._client_limit,
                 lambda: DeadlineExceeded(f"the call's deadline of {seconds:g} s has passed"),
             )
-
-    def _keep_body(self) -> None:
-        """Keep the sent part of the body until the response starts: a sidecar may report that it
-        could not connect to its application."""
-        exchange = self._exchange
-        if not isinstance(exchange.body, Replay):  # otherwise the fast path has started to send it
-            exchange.body = Replay(
-                exchange.body, self.policy.retries.max_body, exchange.facts.share
-            )
-        self._body = exchange.body
 
     @property
     def _repeatable(self) -> bool:
@@ -222,14 +204,13 @@ class Attempts:
 
     # One attempt.
 
-    def begin(self, endpoint: Endpoint, *, alone: bool) -> None:
-        """Begin an attempt at `endpoint`. The caller must call `end`. `alone`: the service has no
-        other endpoint."""
+    def begin(self, target: Target, endpoint: Endpoint) -> None:
+        """Begin an attempt at `endpoint`, which belongs to `target`. The caller must call `end`."""
         self._exchange.judge = self.judge
-        self._active = self.endpoint_set.begin(self.policy, endpoint, alone=alone)
-        self._since = None
+        alone = len(target.endpoints) == 1
+        active = self.endpoint_set.begin(self.policy, endpoint, alone=alone)
+        self._attempt = Attempt(target, endpoint, active)
         self._status = 0
-        self._begun = False
         self.failure = None
         self._started = trio.current_time()
         if self._exchange.tried:
@@ -237,15 +218,14 @@ class Attempts:
             if self._body is not None:
                 self._body.rewind()
 
-    def go_on(self, active: ActiveRequest, since: float) -> None:
-        """Continue the first attempt, which the fast path began at `since` (trio's time). The
-        caller must call `end`."""
+    def go_on(self, attempt: Attempt) -> None:
+        """Continue the first attempt, which the fast path began. The caller must call `end`."""
         self._exchange.judge = self.judge
-        self._active, self._since = active, since
-        self._started = since or trio.current_time()
+        self._attempt = attempt
+        self._started = attempt.sent or trio.current_time()
         response = self._exchange.response
         if response is not None:
-            self._since = 0.0  # the time of the response is not known
+            attempt.judge_late()
             self.judge(response, None)
 
     @property
@@ -283,115 +263,72 @@ class Attempts:
         return declined
 
     def _judge(self, head: ResponseHead, trailers: Headers | None) -> bool:
-        active = self._active
-        if active is None:
+        attempt = self._attempt
+        if attempt is None:
             return False
         if self.scope is not None:
             self.scope.deadline = inf
-        seconds = self._elapsed(active)
-        if head.status < 400 and trailers is None:
-            # A gRPC call has its status at the end. While nothing fails, do not wait for it.
-            self._begun = True
-            active.record_response(
-                seconds, begun=self.endpoint_set.failing and self._exchange.is_grpc
-            )
+        code = attempt.judge_head(self._exchange, head, trailers, failing=self.endpoint_set.failing)
+        if attempt.began(head, trailers):
             return False
-        return self._judge_error(active, head, trailers, seconds)
-
-    def _elapsed(self, active: ActiveRequest) -> float | None:
-        """Seconds since the request was sent. None: not known, or not needed."""
-        since = self._exchange.timer.since if self._since is None else self._since
-        return trio.current_time() - since if since and active.load is not None else None
-
-    def _judge_error(
-        self,
-        active: ActiveRequest,
-        head: ResponseHead,
-        trailers: Headers | None,
-        seconds: float | None,
-    ) -> bool:
-        status, retries, breaker = head.status, self.policy.retries, self.policy.breaker
-        code = (
-            grpc.status(head.headers, trailers)
-            if trailers is not None and self._exchange.is_grpc
-            else None
-        )
-        if within(status, breaker.statuses) or code in breaker.grpc:
-            why = f"status {status}" if code is None else f"gRPC status {code}"
-            active.record_failure(
-                why, seconds, Failure.SILENCE if unanswered(head.headers) else Failure.RESPONSE
-            )
-        else:
-            active.record_response(seconds, bad=status >= 500 or bool(code))
+        retries = self.policy.retries
         if code in retries.grpc:
             cause = "grpc_status"
         elif (
             retries.statuses
-            and within(status, retries.statuses)
+            and within(head.status, retries.statuses)
             and (self._repeatable or retries.all_methods)
         ):
             cause = "status"
         else:
             return False
-        self._status = status
+        self._status = head.status
         return self._again(cause)
 
     def end(self) -> None:
         """End the attempt, whatever its result. Clears the exchange's reference to this object: the
         cycle would keep both in memory until the next garbage collection."""
-        self._exchange.judge = None
-        active, self._active = self._active, None
-        if active is None:
+        exchange = self._exchange
+        exchange.judge = None
+        attempt, self._attempt = self._attempt, None
+        if attempt is None:
             return
-        if self._begun and self._exchange.grpc_status is not None and self._exchange.is_grpc:
-            self._judge_end(active, grpc.code(self._exchange.grpc_status))
-        if (
-            not active.has_outcome
-            and self._exchange.timer.ran_out
-            and not self._exchange.timer.client_awaited
-        ):
+        attempt.judge_trailers(exchange)
+        if not attempt.has_outcome and exchange.timer.ran_out and not exchange.timer.client_awaited:
             if trio.current_time() < self._client_limit:
-                active.record_failure("upstream_timeout", self._elapsed(active), Failure.SILENCE)
-            else:
-                active.record_no_response(
-                    self._elapsed(active)
-                )  # the client's short limit does not count against the endpoint
-        active.end()
-
-    def _judge_end(self, active: ActiveRequest, code: int | None) -> None:
-        """Judge a gRPC call that ended after its response had started: too late for another
-        attempt, but it counts for the circuit breaker."""
-        if code in self.policy.breaker.grpc:
-            active.record_failure(f"gRPC status {code}")
-        else:
-            active.record_response(None)
+                attempt.record_failure(
+                    "upstream_timeout", attempt.elapsed(exchange), Failure.SILENCE
+                )
+            else:  # the client's short limit does not count against the endpoint
+                attempt.record_no_response(attempt.elapsed(exchange))
+        attempt.finish()
 
     # The next attempt.
 
     def another(self, error: Exception) -> float:
         """Handle the error that ended an attempt. Returns the pause (seconds) before the next
         attempt, or raises the error for the client."""
-        active = self._active
-        if active is None:
+        attempt = self._attempt
+        if attempt is None:
             raise error
-        endpoint = active.endpoint
+        endpoint = attempt.endpoint
         if isinstance(error, NOT_CONNECTED):
             if isinstance(error, ConnectFailed) and error.reason == "local":
                 raise error  # another endpoint does not help, and this endpoint is not the cause
-            active.record_failure(describe(error).reason, how=unreachable(error))
+            attempt.record_failure(describe(error).reason, how=unreachable(error))
             if not self._sendable:
                 raise error
             self.unreached += (endpoint,)
             self.failure = error
             pause, reason = 0.0, describe(error).reason
         else:
-            reason = self._sort(active, error)
+            reason = self._sort(attempt, error)
             pause = self._pause(self._retries - 1) * (0.5 + 0.5 * random.random())  # noqa: S311  (no secret depends on it)
         self.tried += (endpoint,)
         self._note(endpoint, reason)
         return pause
 
-    def _sort(self, active: ActiveRequest, error: Exception) -> str:
+    def _sort(self, attempt: Attempt, error: Exception) -> str:
         """Decide whether to retry after `error`. Returns the reason for the attempt's record, or
         raises the error for the client."""
         if isinstance(error, Declined):
@@ -399,11 +336,12 @@ class Attempts:
         if isinstance(error, UpstreamReset) and error.code in _UNACCEPTABLE:
             raise error  # a retry would fail too: the client caused the error
         refused = isinstance(error, UpstreamReset) and error.code == Code.REFUSED_STREAM
-        if not refused and not active.has_outcome and not isinstance(error, _BLAMELESS):
+        if not refused and not attempt.has_outcome and not isinstance(error, _BLAMELESS):
             if isinstance(error, AttemptTimeout):
-                active.record_failure("attempt_timeout", self._elapsed(active), Failure.SILENCE)
+                elapsed = attempt.elapsed(self._exchange)
+                attempt.record_failure("attempt_timeout", elapsed, Failure.SILENCE)
             else:
-                active.record_failure(describe(error).reason)
+                attempt.record_failure(describe(error).reason)
         cause = (
             "refused"
             if refused

@@ -15,7 +15,7 @@ from loopguard import HopLimits, HopTokens, ProxyName
 from loopguard.l7 import LONGEST
 from proxy.errors import LoopDetected
 from proxy.exchange.exchange import ConnectionInfo, Exchange, Handler
-from proxy.exchange.loop_layer import guard, hide_names, leave_token
+from proxy.exchange.loop_layer import add_token, guard, hide_names
 from proxy.net.address import Address
 from proxy.wire.h1.fast_head import recognise_request
 from proxy.wire.messages import Field, Headers, Limits, RequestHead
@@ -155,7 +155,7 @@ def ignored(_: str) -> None:
 
 async def test_names_from_a_peer_without_an_identity_are_not_believed() -> None:
     exchange = made(ConnectionInfo("inbound", PEER, PEER), NAMED)
-    leave_token(exchange, INBOUND, ignored)
+    add_token(exchange, INBOUND, ignored)
     assert b"east/secret" not in went_on(exchange)
     assert went_on(exchange).split(b", ")[1].startswith(b"e")
 
@@ -166,7 +166,7 @@ async def test_names_from_a_verified_peer_and_from_the_application_are() -> None
         ConnectionInfo("outbound", PEER, PEER),
     ):
         exchange = made(facts, NAMED)
-        leave_token(exchange, INBOUND, ignored)
+        add_token(exchange, INBOUND, ignored)
         assert went_on(exchange).startswith(NAMED)
         hide_names(exchange)
         assert b"secret" not in went_on(exchange)
@@ -178,10 +178,10 @@ async def test_names_from_a_verified_peer_and_from_the_application_are() -> None
 async def test_a_loop_that_began_outside_is_not_explained_to_the_outside(outside: bool) -> None:
     verified = ConnectionInfo("inbound", PEER, PEER, identity="spiffe://a/ns/b/sa/c")
     first = made(ConnectionInfo("inbound", PEER, PEER) if outside else verified)
-    leave_token(first, INBOUND, ignored)
+    add_token(first, INBOUND, ignored)
     second = made(verified, went_on(first))
     with pytest.raises(LoopDetected) as caught:
-        leave_token(second, INBOUND, ignored)
+        add_token(second, INBOUND, ignored)
     assert second.outside == outside
     assert caught.value.cycle == "west/web-1 -> west/web-1"
 
@@ -241,6 +241,6 @@ def test_a_head_in_its_lines_and_one_in_fields_go_on_alike(
             list[str](),
         )
         assert (headers.block is not None) is (headers is found[0].headers)
-        leave_token(exchange, INBOUND, why.append)
+        add_token(exchange, INBOUND, why.append)
         told.append((exchange.request.headers, why))
     assert told[0] == told[1]

@@ -130,7 +130,7 @@ class _Plan:
     hop: Hop
     account: Callable[[Exchange], AbstractContextManager[None]]
 
-    def take(self, _: Exchange, now: float) -> ConnectionLease | None:
+    def take(self, _: Exchange, now: float) -> ConnectionLease[Address] | None:
         upstream = self.hop.pool.take(self.hop.target, now) if self.hop.raises is None else None
         if upstream is None:
             return None
@@ -150,7 +150,7 @@ def _pave(
         else settings.fast
     ):
         proxy.fast_path = FastPath(proxy.drain, settings.server.idle_timeout, settings.tunnel_idle)
-        proxy.carry = partial(proxy.fast_path.carry, _Plan(proxy, book))
+        proxy.carry = partial(proxy.fast_path.prepare, _Plan(proxy, book))
 
 
 async def _serve(nursery: trio.Nursery, proxy: Hop, listener: socket.socket) -> None:

@@ -127,7 +127,7 @@ class _Plan:
     hop: Hop2
     account: Callable[[Exchange], AbstractContextManager[object]]
 
-    def take(self, _: Exchange, now: float) -> ConnectionLease | None:
+    def take(self, _: Exchange, now: float) -> ConnectionLease[Address] | None:
         return None
 
     def share(self, _: Exchange) -> StreamLease | None:

@@ -52,21 +52,29 @@ _FIRST_REQUEST, _NEXT_REQUEST = 5.0, 1.0
 _NOTHING_READ = RequestHead(b"-", b"-", Headers())
 
 
-class Http1FastPath(Protocol):
-    """The fast path, as seen by an HTTP/1 server."""
+class LentConnection(Protocol):
+    """A connection as the fast path sees it. The server lends it between two exchanges."""
 
-    async def __call__(self, server: Http1Server) -> Http1Exchange | None:
-        """Carry exchanges of an idle connection for as long as the fast path supports them. After
-        this returns, the server owns the connection again. Bytes that were read but not used are in
+    async def carry(self) -> Http1Exchange | None:
+        """Carry exchanges for as long as the fast path supports them. After this returns, the
+        server owns the connection again. Bytes that were read but not used are in
         `server.connection`. Returns an exchange that has begun, or None."""
         ...
 
-
-class LentConnection(Protocol):
-    """A connection on the fast path, as seen by its server."""
-
     def busy(self) -> bool:
         """Whether it is in an exchange, or has read a part of the next request."""
+        ...
+
+    def recall(self) -> None:
+        """Return it to its server if it is lent, and between two exchanges."""
+        ...
+
+
+class Http1FastPath(Protocol):
+    """The fast path, as seen by an HTTP/1 server."""
+
+    def __call__(self, server: Http1Server) -> LentConnection | None:
+        """Prepare the connection of `server` for the fast path. None: it cannot be lent now."""
         ...
 
 
@@ -266,7 +274,7 @@ class Http1Server:
         facts: ConnectionInfo,
         settings: ServerSettings,
         drain: Drain,
-        carry: Http1FastPath | None = None,
+        fast_path: Http1FastPath | None = None,
     ) -> None:
         self.stream = stream
         self.facts = facts
@@ -285,7 +293,7 @@ class Http1Server:
         # the client has ended its direction; the connection is lost
         self.client_ended = self.lost = False
         self._exchange: Http1Exchange | None = None  # the current one
-        self._carry = carry
+        self._fast_path = fast_path
         # for the whole connection; its deadline is that of the awaited head
         self._scope = trio.CancelScope()
 
@@ -314,6 +322,8 @@ class Http1Server:
         self._retired = True
         if self in self.drain.idle:
             self._scope.deadline = trio.current_time()
+        if self.lent is not None:
+            self.lent.recall()
 
     @property
     def waiting_since(self) -> float | None:
@@ -370,7 +380,9 @@ class Http1Server:
     async def _next_exchange(self) -> Http1Exchange | None:
         """Return the next exchange. None: the client has closed, or no request arrived in time."""
         self.idle_since, self._waiting = trio.current_time(), True
-        exchange = await self._carry(self) if self._carry is not None else None
+        if self._fast_path is not None and self.lent is None:
+            self.lent = self._fast_path(self)
+        exchange = await self.lent.carry() if self.lent is not None else None
         head = await self._next_request() if exchange is None else None
         self._waiting = False
         if exchange is None:

@@ -1,0 +1,91 @@
+"""What an attempt says about its endpoint: the same, whichever path judges it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from proxy.balancing.balancer import Balancer
+from proxy.balancing.endpoint_set import EndpointSet
+from proxy.directory import Endpoint, Target
+from proxy.exchange.exchange import ConnectionInfo, Exchange
+from proxy.net.address import Address
+from proxy.routing.attempt import Attempt
+from proxy.wire.messages import Field, Headers, RequestHead, ResponseHead
+from tests.kit.dispatch import policy
+from tests.kit.exchanges import unanswered
+
+ENDPOINT = Endpoint(Address("10.1.0.5", 8080))
+CALL = RequestHead(b"POST", b"/web/Get", Headers([(b"content-type", b"application/grpc")]), b"2")
+UNREACHABLE: Field = (b"proxy-status", b"edge;error=connection_refused")
+# Each judges a response that has ended with its head.
+Judge = Callable[[Attempt, Exchange, ResponseHead], None]
+
+
+def on_fast_path(attempt: Attempt, exchange: Exchange, head: ResponseHead) -> None:
+    exchange.response = head
+    attempt.end(exchange)
+
+
+def on_ordinary_path(attempt: Attempt, exchange: Exchange, head: ResponseHead) -> None:
+    attempt.judge_head(exchange, head, Headers(), failing=False)
+    attempt.finish()
+
+
+def judged(judge: Judge, status: int, *fields: Field) -> tuple[EndpointSet, Target]:
+    """The endpoint set after one response, where one failure opens the circuit breaker."""
+    target = Target("default/web", (ENDPOINT,), policy=policy("breaker: {failures: 1}"))
+    endpoint_set = Balancer(lambda: 100.0, random.Random(1)).endpoint_set("default/web")
+    work = endpoint_set.begin(target.policy, ENDPOINT, alone=True)
+    exchange = unanswered(
+        CALL, ConnectionInfo("outbound", Address("10.1.0.9", 9), ENDPOINT.address)
+    )
+    judge(Attempt(target, ENDPOINT, work, 0.0), exchange, ResponseHead(status, Headers([*fields])))
+    return endpoint_set, target
+
+
+both_paths = pytest.mark.parametrize("judge", [on_fast_path, on_ordinary_path])
+
+
+@both_paths
+@pytest.mark.parametrize(
+    ("status", "code", "why"),
+    [
+        (200, b"14", "gRPC status 14"),
+        (503, b"14", "gRPC status 14"),
+        (503, b"3", "status 503"),
+        (200, b"3", ""),
+        (200, b"0", ""),
+    ],
+)
+def test_a_failure_is_named_for_what_the_policy_names(
+    judge: Judge, status: int, code: bytes, why: str
+) -> None:
+    endpoint_set, target = judged(judge, status, (b"grpc-status", code))
+    assert endpoint_set.why(target) == why
+
+
+@both_paths
+@pytest.mark.parametrize("silent", [True, False])
+def test_an_error_by_a_proxy_that_did_not_reach_the_service_is_no_response_of_it(
+    judge: Judge, silent: bool
+) -> None:
+    endpoint_set, target = judged(
+        judge, 200, (b"grpc-status", b"14"), *([UNREACHABLE] if silent else [])
+    )
+    assert endpoint_set.why(target) == "gRPC status 14"
+    assert endpoint_set.may_return(target) == silent
+
+
+def test_an_attempt_without_a_service_says_nothing() -> None:
+    attempt = Attempt.on_fast_path(Target(None, (ENDPOINT,)), ENDPOINT, None)
+    exchange = unanswered(
+        CALL, ConnectionInfo("outbound", Address("10.1.0.9", 9), ENDPOINT.address)
+    )
+    attempt.answered()
+    attempt.record_failure("upstream_timeout")
+    exchange.response = ResponseHead(503)
+    attempt.end(exchange)
+    assert not attempt.has_outcome
