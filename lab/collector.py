@@ -1,7 +1,7 @@
 """A trace collector: receives spans by OTLP over HTTP, decodes them with OpenTelemetry's own
 messages, and shows them.
 
-    python -m lab.collector PORT FILE      as a program in a pod; appends spans to FILE, one JSON object per line
+    python -m lab.collector PORT FILE      in a pod; appends spans to FILE, a JSON object per line
     with Collector() as collector: ...     in a test, on its own port
 
 It uses the standard library's HTTP server and shares no code with the proxies.

@@ -12,13 +12,14 @@ from lab.sandbox import SandboxError, inside, reexecute
 
 DESCRIPTION = """\
 Builds pods with sidecars on this machine and runs unmodified programs through them: HTTP/1.1,
-large streamed bodies, a WebSocket, SMTP (the server speaks first), and gRPC, whose calls are balanced over two
-pods. Then two clusters, connected only by their gateways: names, a split, a failover, an outage, a stopped loop, and
-the trace of a request. Prints what was proven: which identities and ciphers were used, what an eavesdropper on
-the wire sees, what the mesh costs, and that intruders are rejected. The exit code is 0 only if all proofs held.
+large streamed bodies, a WebSocket, SMTP (the server speaks first), and gRPC, whose calls are
+balanced over two pods. Then two clusters, connected only by their gateways: names, a split, a
+failover, an outage, a stopped loop, and the trace of a request. Prints what was proven: which
+identities and ciphers were used, what an eavesdropper on the wire sees, what the mesh costs, and
+that intruders are rejected. The exit code is 0 only if all proofs held.
 
-Everything runs in separate namespaces. The kernel removes them when the command ends for any reason. Root is not
-needed where user namespaces are allowed."""
+Everything runs in separate namespaces. The kernel removes them when the command ends for any
+reason. Root is not needed where user namespaces are allowed."""
 
 EPILOG = """\
 examples:

@@ -9,8 +9,10 @@ When its first process ends for any reason, the kernel kills the others and free
 
 There are three processes:
 
-    outer   stays in the old process-id namespace; passes signals on; exits with the exit code of COMMAND
-    init    the first process of the new namespace; dies with `outer` (PR_SET_PDEATHSIG, also after kill -9); reaps orphans
+    outer   stays in the old process-id namespace; passes signals on; exits with the exit code of
+            COMMAND
+    init    the first process of the new namespace; dies with `outer` (PR_SET_PDEATHSIG, also after
+            kill -9); reaps orphans
     COMMAND keeps the terminal
 
 Signals from the terminal (Ctrl-C) reach all three, since they share a process group. Only other

@@ -61,14 +61,10 @@ class Stage:
 
 def why(answer: dict[str, Any], held: bool) -> str:
     """What the client saw, if the proof did not hold."""
-    return (
-        ""
-        if held
-        else (
-            "- the client saw"
-            f" {json.dumps({key: value for key, value in answer.items() if key != 'peak_rss'})[:200]}"
-        )
-    )
+    if held:
+        return ""
+    shown = {key: value for key, value in answer.items() if key != "peak_rss"}
+    return f"- the client saw {json.dumps(shown)[:200]}"
 
 
 def error_type(proxy_status: str) -> str:

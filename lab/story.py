@@ -412,13 +412,13 @@ def explain_how_to_enter(stage: Stage) -> None:
         say(f"  {name:<9} {stage.west.pods[name].enter_command(pid)}")
     say(f"""
 and there, for example:
-  in web        curl -v http://shop:{HTTP}/            through both sidecars; curl is an ordinary client
+  in web        curl -v http://shop:{HTTP}/            through both sidecars
                 curl -v http://shop.plain:{PLAIN}/      without them
                 {sys.executable} -m lab.apps.client grpc-spread stock {GRPC} 600
-                                                     gRPC calls over one connection, answered by two pods
+                                                     gRPC calls of one connection, on two pods
                 curl http://localhost:4191/metrics   what the sidecar counts
                 nft list table inet isthmus          the interception rules
                 tcpdump -ni eth0 -X                  what an eavesdropper on the wire sees
   in stranger   curl -v http://{stage.shop.ipv4}:{HTTP}/      a pod without an identity is refused
-  anywhere      ls {stage.lab.directory}/west/*/sidecar   configuration, certificates, directory; logs are beside it
+  anywhere      ls {stage.lab.directory}/west/*/sidecar   configuration, certificates, directory
                 tcpdump -nr {stage.lab.directory}/wire.pcap     the capture""")

@@ -2,7 +2,7 @@
 
     area = lab.wide_area()
     west, east = lab.cluster("west"), lab.cluster("east")
-    area.border(west).publish(4143, gateway_of_west)     # behind NAT: out here it has the border's address
+    area.border(west).publish(4143, gateway_of_west)     # behind NAT, with the border's address
     area.border(east)
     area.attach(gateway_of_east)                         # with its own address out here
 

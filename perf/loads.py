@@ -90,8 +90,9 @@ def h2load(pair: Pair, seconds: float, connections: int, streams: int) -> Done:
         body.write("x" * 100)
         body.flush()
         command = [
-            "h2load", "-D", f"{max(1, round(seconds))}", "-c", str(connections), "-m", str(streams), "-d", body.name,
-            "-H", "content-type: application/grpc", "-H", "te: trailers", f"http://{HOST}:{pair.outbound.port}/perf.Echo/Call",
+            "h2load", "-D", f"{max(1, round(seconds))}", "-c", str(connections), "-m", str(streams),
+            "-d", body.name, "-H", "content-type: application/grpc", "-H", "te: trailers",
+            f"http://{HOST}:{pair.outbound.port}/perf.Echo/Call",
         ]  # fmt: skip
         text = _output(command, seconds)
     counts = re.search(r"(\d+) succeeded, (\d+) failed, (\d+) errored", text)

@@ -22,10 +22,13 @@ REPEATS = 5
 
 # Ten fields, like a request of a browser or a gRPC client.
 FIELDS = [
-    (b"Host", b"shop.default.svc.cluster.local:8080"), (b"User-Agent", b"python-httpx/0.27"), (b"Accept", b"*/*"),
-    (b"Accept-Encoding", b"gzip, deflate, br"), (b"Content-Type", b"application/json"), (b"Content-Length", b"0"),
-    (b"Authorization", b"Bearer " + b"x" * 200), (b"traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
-    (b"X-Request-Id", b"3f1c2d4e-0000-4000-8000-123456789abc"), (b"Cookie", b"session=" + b"y" * 64),
+    (b"Host", b"shop.default.svc.cluster.local:8080"), (b"User-Agent", b"python-httpx/0.27"),
+    (b"Accept", b"*/*"), (b"Accept-Encoding", b"gzip, deflate, br"),
+    (b"Content-Type", b"application/json"), (b"Content-Length", b"0"),
+    (b"Authorization", b"Bearer " + b"x" * 200),
+    (b"traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
+    (b"X-Request-Id", b"3f1c2d4e-0000-4000-8000-123456789abc"),
+    (b"Cookie", b"session=" + b"y" * 64),
 ]  # fmt: skip
 
 

@@ -32,8 +32,8 @@ def bars(title: str, groups: dict[str, dict[str, float]]) -> str:
             y += _BAR + _GAP
         y += 12
     style = (
-        "text{font:13px"
-        " system-ui,sans-serif;fill:#222}.title{font-size:16px;font-weight:600}.label{font-weight:600}"
+        "text{font:13px system-ui,sans-serif;fill:#222}"
+        ".title{font-size:16px;font-weight:600}.label{font-weight:600}"
         ".name{text-anchor:end}.value{font-variant-numeric:tabular-nums}"
     )
     words = "; ".join(

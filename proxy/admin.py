@@ -134,7 +134,8 @@ class Admin:
     def _in_thread(self, main: trio.lowlevel.TrioToken) -> None:
         try:
             trio.run(self._serve, main)
-        except Exception:  # the thread's boundary: traffic continues, and unanswered probes show that the thread has ended
+        # the thread's boundary: traffic continues, and unanswered probes show that the thread ended
+        except Exception:
             _log.exception("internal error: the administration listener has stopped")
         finally:
             for sock in self._listeners:

@@ -8,15 +8,15 @@ which are bound early and served late. Then the tasks start:
     run
     ├── admin                    probes and metrics, in a separate thread, from the start to the end
     ├── identity.watch           loads new certificates and roots without a restart
-    ├── directory.run            keeps the directory current, from its file or from the control plane
-    ├── sweep                    closes idle connections that are too old, and drops old cache entries
+    ├── directory.run            keeps the directory current, from its file or the control plane
+    ├── sweep                    closes old idle connections, and drops old cache entries
     ├── liveness                 keeps TCP_USER_TIMEOUT from ending connections of slow readers
-    ├── disconnects              detects clients that disconnect while the proxy waits for a response
+    ├── disconnects              detects clients that disconnect before their response
     ├── remote_gateways.watch    resolves and probes the gateways of other clusters
-    ├── pacer                    limits how many streams and connections start and end in one scheduler pass
+    ├── pacer                    limits how many streams and connections start in one scheduler pass
     ├── dns                      answers DNS queries, if `dns` is configured
-    ├── fast path                its watchdog, if `fast_path` is on; its event loop runs in trio's idle wait
-    ├── pools.serve (twice)      HTTP/2 connections to endpoints and to the application, which many exchanges share
+    ├── fast path                if `fast_path` is on; its event loop runs in trio's idle wait
+    ├── pools.serve (twice)      HTTP/2 connections to servers, which many exchanges share
     └── serve                    the flows; ends at SIGTERM, and drains first
         ├── inbound, or gateway  one task for each connection
         └── outbound             one task for each connection
@@ -201,7 +201,8 @@ class App:
         config = self.config
         networks = config.outbound.authority_networks
         return Router(
-            self.source, balancer, self.metrics, config.pod.namespace, config.clusters.settle, trio.current_time, networks=networks
+            self.source, balancer, self.metrics, config.pod.namespace, config.clusters.settle,
+            trio.current_time, networks=networks
         )  # fmt: skip
 
     def _way_in(self, reserved: int) -> Acceptor:

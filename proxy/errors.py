@@ -268,9 +268,13 @@ def broken_off(answer: Answer) -> Answer:
 # The error types that another proxy sends in Proxy-Status if the destination did not answer at all.
 _UNANSWERED = frozenset(
     {
-        b"connection_refused", b"connection_timeout", b"destination_ip_unroutable", b"destination_unavailable", b"http_response_timeout"
+        b"connection_refused",
+        b"connection_timeout",
+        b"destination_ip_unroutable",
+        b"destination_unavailable",
+        b"http_response_timeout",
     }
-)  # fmt: skip
+)
 _QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _ERROR = re.compile(rb";[ ]*error=([a-z_]+)")
 _MOST_READ = 4096

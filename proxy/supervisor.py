@@ -8,7 +8,7 @@ kernel gives it no new ones. It is restarted after a pause, which doubles while 
 
     supervise
     ├── admin                /live, /ready and /metrics of all workers together
-    ├── look                 asks every worker for its state regularly, so that a crash loses few counts
+    ├── look                 asks every worker for its state, so that a crash loses few counts
     ├── keep(1) ... keep(N)  runs one worker's process and restarts it
     └── stop                 passes SIGTERM and SIGINT on
 

@@ -1,9 +1,12 @@
 """The workload of a pod and the name of its service, by Kubernetes' labels and the pod's name.
 
-    Deployment   web-7d4b9c6f5d-x2x9k    label pod-template-hash: 7d4b9c6f5d; its ReplicaSet is web-7d4b9c6f5d
-    StatefulSet  db-0                    labels statefulset.kubernetes.io/pod-name, apps.kubernetes.io/pod-index
-    DaemonSet    agent-8kq2z             label controller-revision-hash, and none of a StatefulSet's
-    Job          report-28371960-k4m2c   label batch.kubernetes.io/job-name (before 1.27: job-name); of a CronJob if it ends in minutes
+    Deployment   web-7d4b9c6f5d-x2x9k   label pod-template-hash: 7d4b9c6f5d; its ReplicaSet is
+                                        web-7d4b9c6f5d
+    StatefulSet  db-0                   labels statefulset.kubernetes.io/pod-name,
+                                        apps.kubernetes.io/pod-index
+    DaemonSet    agent-8kq2z            label controller-revision-hash, and none of a StatefulSet's
+    Job          report-28371960-k4m2c  label batch.kubernetes.io/job-name (before 1.27: job-name);
+                                        of a CronJob if its name ends in minutes
 
 Without labels, only the name is used. The alphabet of generated suffixes (no vowels, none of 0, 1,
 3) makes mistakes rare.
@@ -55,8 +58,8 @@ def _named(attribute: str, pattern: re.Pattern[str], name: str) -> dict[str, str
 # The default service name: OpenTelemetry's order for Kubernetes (semantic conventions, "Specify
 # resource attributes using Kubernetes annotations").
 _OWNERS = (
-    "k8s.deployment.name", "k8s.replicaset.name", "k8s.statefulset.name", "k8s.daemonset.name", "k8s.cronjob.name", "k8s.job.name",
-    "k8s.pod.name", "k8s.container.name",
+    "k8s.deployment.name", "k8s.replicaset.name", "k8s.statefulset.name", "k8s.daemonset.name",
+    "k8s.cronjob.name", "k8s.job.name", "k8s.pod.name", "k8s.container.name",
 )  # fmt: skip
 
 

@@ -53,10 +53,10 @@ _BATCH = 65536
 @dataclass(frozen=True, slots=True)
 class ChannelLimits:
     """Limits of the channel. `max_handshakes`: connections whose peer is not known yet, in addition
-    to `max_connections`. `max_subscriptions`: of one proxy. `max_message_bytes`: the longest message
-    to a proxy. `heartbeat_interval`: a connection is dead when `max_missed_heartbeats` are missing.
-    `max_age`: of a connection, varied by a quarter. Times in seconds. The settings `channel.*` have
-    the same names."""
+    to `max_connections`. `max_subscriptions`: of one proxy. `max_message_bytes`: the longest
+    message to a proxy. `heartbeat_interval`: a connection is dead when `max_missed_heartbeats` are
+    missing. `max_age`: of a connection, varied by a quarter. Times in seconds. The settings
+    `channel.*` have the same names."""
 
     max_connections: int = 5000
     max_connections_per_identity: int = 2000

@@ -6,8 +6,8 @@ have ended.
 
 No change is reported before all four lists are complete: an endpoint whose pod is unknown would be
 missing. Afterwards, changes are collected until none has come for `settle_time` seconds, for at
-most `max_delay` seconds, and are reported together. A fault of the API server never removes anything: see
-reflector.py.
+most `max_delay` seconds, and are reported together. A fault of the API server never removes
+anything: see reflector.py.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ MOST_BYTES = 1024 * 1024
 
 @dataclass(slots=True)
 class Secret:
-    """A secret as data or in a file. A file is read again `interval` seconds after the last read."""
+    """A secret as data or in a file. A file is read again `interval` seconds after the last
+    read."""
 
     text: bytes = b""
     path: Path | None = None

@@ -1,8 +1,8 @@
 """How long to wait before the next attempt.
 
-Delays double from `min_delay` to `max_delay`. A random part is added to each, so that clients that lost the
-same server do not all reconnect at the same time. After `reset_after` seconds
-without a failure the delays start again at `min_delay`. The numbers are those of client-go's reflector.
+Delays double from `min_delay` to `max_delay`. A random part is added to each, so that clients that
+lost the same server do not all reconnect at the same time. After `reset_after` seconds without a
+failure the delays start again at `min_delay`. The numbers are those of client-go's reflector.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Every request has limits: for the time to connect, the time to the response head, the total time and
 the bytes of the response. Failed requests are retried where that is safe: always for requests that
 can be repeated, such as reads and applies. Other requests are retried only if the server reports
-that it has done nothing (429). Retry-After is obeyed up to `api.max_retry_after`. If the server asks
-for more, the caller gets the error.
+that it has done nothing (429). Retry-After is obeyed up to `api.max_retry_after`. If the server
+asks for more, the caller gets the error.
 
 A few connections for requests are kept open. Each watch has a connection of its own.
 """

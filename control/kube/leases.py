@@ -1,11 +1,11 @@
 """Leader election: the replica that holds a Lease does what must happen once.
 
-The holder renews the lease every `retry_interval` seconds. Another replica takes the lease when it has not
-changed for the duration that the holder has written into it. That replica measures the time with
-its own clock. The times in the lease are only for people. The holder stops leading when it has not
-renewed for `renew_timeout` seconds, which is shorter than the duration. So two replicas never lead at the
-same time, if their clocks run at about the same speed. The numbers and the use of the fields are
-those of client-go.
+The holder renews the lease every `retry_interval` seconds. Another replica takes the lease when it
+has not changed for the duration that the holder has written into it. That replica measures the time
+with its own clock. The times in the lease are only for people. The holder stops leading when it has
+not renewed for `renew_timeout` seconds, which is shorter than the duration. So two replicas never
+lead at the same time, if their clocks run at about the same speed. The numbers and the use of the
+fields are those of client-go.
 """
 
 from __future__ import annotations

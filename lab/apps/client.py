@@ -158,8 +158,8 @@ def latency(host: str, port: int, other_port: str, count: str) -> Result:
 
 
 CLIENTS: dict[str, Callable[..., Result]] = {
-    "get": get, "once": once, "forged": forged, "download": download, "upload": upload, "websocket": websocket, "mail": mail,
-    "latency": latency,
+    "get": get, "once": once, "forged": forged, "download": download, "upload": upload,
+    "websocket": websocket, "mail": mail, "latency": latency,
 }  # fmt: skip
 
 

@@ -7,11 +7,11 @@ Count   server streaming         b"3" -> b"1", b"2", b"3"
 Sum     client streaming         how many messages and bytes came, and the SHA-256 of all, as JSON
 Chat    bidirectional streaming  each message comes back at once
 Flood   server streaming         b"COUNT SIZE" -> that many messages of that many bytes
-Wait    server streaming         one message, then nothing until the call ends; says on standard output what it was told of the end
+Wait    server streaming         one message, then nothing until the call ends; prints how it ended
 Fail    unary                    b"NUMBER words" -> that status, with binary details in the trailers
 Sleep   unary                    after b"SECONDS"; says nothing
 Trail   unary                    with trailing metadata of b"SIZE" bytes, in fields of 1000
-Tell    unary                    the caller's metadata, as JSON; the x- ones go back as initial and as trailing metadata too
+Tell    unary                    the caller's metadata, as JSON; x- ones also as the answer's
 """
 
 import hashlib

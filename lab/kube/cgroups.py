@@ -55,7 +55,8 @@ def make(run: str, node: str) -> str:
                 _inherit_cpuset(folder)
     except OSError as error:
         raise LabError(
-            f"a cgroup for the node cannot be made ({error}): this needs root, and a root cgroup that may have others below it"
+            f"a cgroup for the node cannot be made ({error}): this needs root, and a root"
+            " cgroup that may have others below it"
         ) from error
     return "/" + path
 

@@ -72,7 +72,8 @@ class Cluster:
         )
         if check and not done.ok:
             raise LabError(
-                f"{self.name}: kubectl {' '.join(arguments)}: {done.stderr.decode(errors='replace').strip()}"
+                f"{self.name}: kubectl {' '.join(arguments)}:"
+                f" {done.stderr.decode(errors='replace').strip()}"
             )
         return done
 
@@ -153,7 +154,8 @@ class Cluster:
                 return
             if trio.current_time() > end or (self.state.exists() and not running(self.state)):
                 raise LabError(
-                    f"{self.name}: {what}: not so after {timeout:g} s: {done.stderr.decode().strip()}; logs: {self.logs}"
+                    f"{self.name}: {what}: not so after {timeout:g} s:"
+                    f" {done.stderr.decode().strip()}; logs: {self.logs}"
                 )
             await trio.sleep(_PAUSE)
 
@@ -199,7 +201,8 @@ def _required(name: str) -> str:
     value = os.environ.get(name)
     if not value:
         raise LabError(
-            f"{name} is not set: a test cluster is started within a run only (python -m lab.kube run -- COMMAND)"
+            f"{name} is not set: a test cluster is started within a run only"
+            " (python -m lab.kube run -- COMMAND)"
         )
     return value
 

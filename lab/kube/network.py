@@ -4,7 +4,9 @@ Each cluster's node is a network namespace with a link to the one that the test 
 services have the same ranges in all clusters: clusters share nothing but the link between their
 nodes, as two networks of different owners would.
 
-    the test 172.31.1.1 ---- 172.31.1.2 node of west 198.51.100.10 ---- 198.51.100.20 node of east 172.31.2.2 ---- 172.31.2.1 the test
+    the test 172.31.1.1 ---- 172.31.1.2 node of west 198.51.100.10
+                                                          |
+    the test 172.31.2.1 ---- 172.31.2.2 node of east 198.51.100.20
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """The measured proxies: two of a kind in front of one server, with mutual TLS 1.3 between them.
 
-    client -> outbound (clear text in, mutual TLS out) -> inbound (mutual TLS in, clear text out) -> server
+    client -> outbound -> inbound -> server      mutual TLS between outbound and inbound only
 
 All are configured for the same work with one worker: both sides present a certificate of the same
 root and verify the other's chain. Only Envoy and this proxy also match the peer's SPIFFE identity;

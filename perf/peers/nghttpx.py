@@ -30,14 +30,16 @@ def start(order: Order) -> Iterator[Pair]:
     serving, calling = order.material("inbound"), order.material("outbound")
     commands = {
         "inbound": [
-            *common, f"--frontend={HOST},{ports['inbound']}", f"--backend={HOST},{order.server};;proto={protocol}",
-            "--tls-min-proto-version=TLSv1.3", "--verify-client", f"--verify-client-cacert={serving / 'roots.pem'}",
+            *common, f"--frontend={HOST},{ports['inbound']}",
+            f"--backend={HOST},{order.server};;proto={protocol}", "--tls-min-proto-version=TLSv1.3",
+            "--verify-client", f"--verify-client-cacert={serving / 'roots.pem'}",
             str(serving / "key.pem"), str(serving / "certificate.pem"),
         ],
         "outbound": [
-            *common, f"--frontend={HOST},{ports['outbound']};no-tls", f"--backend={HOST},{ports['inbound']};;proto={protocol};tls",
-            "--insecure",
-            f"--client-private-key-file={calling / 'key.pem'}", f"--client-cert-file={calling / 'certificate.pem'}",
+            *common, f"--frontend={HOST},{ports['outbound']};no-tls",
+            f"--backend={HOST},{ports['inbound']};;proto={protocol};tls", "--insecure",
+            f"--client-private-key-file={calling / 'key.pem'}",
+            f"--client-cert-file={calling / 'certificate.pem'}",
         ],
     }  # fmt: skip
     with pair_of("nghttpx", commands, ports, order.folder) as found:

@@ -34,17 +34,18 @@ Check that this pod is set up correctly, and say what is wrong and how to fix it
   clock           this machine's time is plausible
   directory       the directory file is valid
   redirection     a connection to an unused address arrives at the proxy (it carries no data)
-  names           if the section `dns` is configured: queries to the pod's resolvers arrive at the proxy
+  names           if `dns` is configured: queries to the pod's resolvers arrive at the proxy
   peers           the directory's endpoints and gateways answer and have the expected identities
 
-Run it as root, preferably in an init container after `isthmus intercept`. The proxy's own user is exempt from
-redirection, so it cannot test it. Other users cannot bypass it to reach the peers directly.
+Run it as root, preferably in an init container after `isthmus intercept`. The proxy's own user is
+exempt from redirection, so it cannot test it. Other users cannot bypass it to reach the peers
+directly.
 The exit code is 0 if no check failed, else 1. Warnings do not count as failures."""
 
 EPILOG = """\
 examples:
   isthmus check --config /etc/isthmus/isthmus.yaml
-  isthmus check --only configuration --only redirection      in an init container, when peers may not be up yet
+  isthmus check --only configuration --only redirection   in an init container: no peers needed
   isthmus check --only certificates --only clock
   isthmus check --json | jq '.checks[] | select(.status != "ok")'"""
 

@@ -12,8 +12,8 @@ from proxy.directory import Cluster, Directory, DirectoryError, directory_schema
 from proxy.directory.watcher import read
 
 DESCRIPTION = """\
-The directory file lists the services, their endpoints and identities, and the other clusters. It defines how requests
-are distributed among them. docs/configuration.md describes it."""
+The directory file lists the services, their endpoints and identities, and the other clusters. It
+defines how requests are distributed among them. docs/configuration.md describes it."""
 
 EPILOG = """\
 examples:

@@ -38,7 +38,8 @@ Create a new trust root: the key pair that signs the certificates of the mesh's 
 
 Writes into the directory:
   {ROOT_CERTIFICATE}   the root certificate: give it to every proxy
-  {ROOT_KEY}   its private key (mode 0600): only `isthmus identity issue` needs it; keep it off the machines of the mesh
+  {ROOT_KEY}   its private key (mode 0600): only `isthmus identity issue` needs it. Keep it off
+             the machines of the mesh
 
 example:
   isthmus identity root --trust-domain mesh.example --out ./trust
@@ -56,14 +57,15 @@ A running proxy loads the new files by itself, so repeating the command renews a
 
 examples:
   isthmus identity issue --root ./trust --namespace shop --service-account checkout --out ./checkout
-  isthmus identity issue --root ./trust --id spiffe://mesh.example/ns/shop/sa/checkout --lifetime 12h --out ./checkout
+  isthmus identity issue --root ./trust --id spiffe://mesh.example/ns/shop/sa/checkout \\
+      --lifetime 12h --out ./checkout
 """
 
 _SHOW_HELP = """\
 Describe every certificate in PEM files. Private keys in the same file are ignored and never shown.
 
-The exit code is 1 if a certificate is malformed, expired or not yet valid; with --roots also if a workload's certificate is not
-signed by one of these trust roots.
+The exit code is 1 if a certificate is malformed, expired or not yet valid; with --roots also if a
+workload's certificate is not signed by one of these trust roots.
 
 examples:
   isthmus identity show ./checkout/certificate.pem --roots ./checkout/roots.pem

@@ -20,24 +20,26 @@ from proxy.intercept.nftables import Captured, InterceptError, InterceptSettings
 from proxy.net.address import Address
 
 DESCRIPTION = """\
-Redirects the TCP traffic of this network namespace (a pod) to the proxy, with one nftables table `inet isthmus`:
-connections of the pod's programs go to the outbound port (4140), and connections from outside go to the inbound
-port (4143).
-Not redirected: the proxy's own connections (by user id or packet mark), the loopback interface, UDP, the admin port
-(4191), connections that are already open, link-local IPv6 destinations, and the skipped ports and subnets.
-If the configuration has a section `dns`, queries to the pod's resolvers (/etc/resolv.conf) also go to the proxy,
-over UDP and TCP, even if their ports or subnets are skipped.
+Redirects the TCP traffic of this network namespace (a pod) to the proxy, with one nftables table
+`inet isthmus`: connections of the pod's programs go to the outbound port (4140), and connections
+from outside go to the inbound port (4143).
+Not redirected: the proxy's own connections (by user id or packet mark), the loopback interface,
+UDP, the admin port (4191), connections that are already open, link-local IPv6 destinations, and the
+skipped ports and subnets.
+If the configuration has a section `dns`, queries to the pod's resolvers (/etc/resolv.conf) also go
+to the proxy, over UDP and TCP, even if their ports or subnets are skipped.
 A new TCP connection that evades the redirection, in either direction, is rejected.
 
-Running it again replaces the rules in one step. It needs the capability NET_ADMIN and the program nft."""
+Running it again replaces the rules in one step. It needs the capability NET_ADMIN and the program
+nft."""
 
 EPILOG = """\
 examples:
-  isthmus intercept --dry-run                          show the rules, change nothing (any user may)
+  isthmus intercept --dry-run               show the rules, change nothing (any user may)
   isthmus intercept --skip-outbound-ports 5432,6000-6010
   isthmus intercept --skip-outbound-subnets 10.0.0.0/8,fd00::/8
-  isthmus intercept --no-uid --mark 0x2102             where the proxy cannot have a user id of its own
-  isthmus intercept --remove                           remove the rules; succeeds also if there are none"""
+  isthmus intercept --no-uid --mark 0x2102  where the proxy cannot have a user id of its own
+  isthmus intercept --remove                remove the rules; succeeds also if there are none"""
 
 # flag, field of InterceptSettings, help text
 _LISTS = (

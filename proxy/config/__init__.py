@@ -1,7 +1,7 @@
 """The configuration: the settings, their sources and their notation. It knows nothing about
 traffic.
 
-    schema.py          every setting, typed; schema_files.py and schema_tracing.py have two sections of it
+    schema.py          every setting, typed; two sections are in schema_files.py, schema_tracing.py
     load.py            file and environment -> Config, or all mistakes at once
     sources.py         the file and the environment variables of any settings
     decode.py          plain values -> frozen structs, with all mistakes

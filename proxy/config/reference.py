@@ -127,7 +127,8 @@ def tables(struct: type[msgspec.Struct], section: str = "") -> str:
             f"| `{label}` | {form.meta.description} | {kind(form)} | {given} |"
             f" {limits(form) or '-'} |"
         )
-    title = f"### {section or 'Top level'}\n\n{inspect.getdoc(struct) if section else 'Settings of the whole proxy.'}\n\n"
+    words = inspect.getdoc(struct) if section else "Settings of the whole proxy."
+    title = f"### {section or 'Top level'}\n\n{words}\n\n"
     head = (
         "| Setting | Meaning | Unit or kind | Default | Limit |\n| --- | --- | --- | --- | --- |\n"
     )

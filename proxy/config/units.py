@@ -224,7 +224,11 @@ LEAVES: Mapping[object, tuple[Callable[[Plain], object], str, Callable[[Any], st
     IP: (_ip, "IP address", str),
     Network: (_network, "subnet", str),
     Path: (_path, "path", str),
-    PortSwitch: (_port_switch, "true, false or ports", lambda switch: "true" if switch.default else "false"),
+    PortSwitch: (
+        _port_switch,
+        "true, false or ports",
+        lambda switch: "true" if switch.default else "false",
+    ),
     StatusRange: (_statuses, "HTTP statuses", str),
     GrpcCode: (_grpc_code, "gRPC status", lambda code: str(code.name)),
     IdentityPattern: (lambda value: IdentityPattern.parse(_text(value)), "identity pattern", str),

@@ -47,9 +47,10 @@ _ANSWER_SECONDS = 5.0
 _DETAIL = 512
 
 _REASONS = {
-    400: b"Bad Request", 403: b"Forbidden", 404: b"Not Found", 408: b"Request Timeout", 414: b"URI Too Long",
-    431: b"Request Header Fields Too Large", 500: b"Internal Server Error", 501: b"Not Implemented", 502: b"Bad Gateway",
-    503: b"Service Unavailable", 504: b"Gateway Timeout", 505: b"HTTP Version Not Supported", 508: b"Loop Detected",
+    400: b"Bad Request", 403: b"Forbidden", 404: b"Not Found", 408: b"Request Timeout",
+    414: b"URI Too Long", 431: b"Request Header Fields Too Large", 500: b"Internal Server Error",
+    501: b"Not Implemented", 502: b"Bad Gateway", 503: b"Service Unavailable",
+    504: b"Gateway Timeout", 505: b"HTTP Version Not Supported", 508: b"Loop Detected",
 }  # fmt: skip
 
 

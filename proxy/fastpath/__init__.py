@@ -12,11 +12,11 @@ socket is ready, it calls a plain function: no task, no cancel scope, no await. 
 task either. It runs where trio would wait (`event_loop.py`).
 
 *One owner.* A connection belongs to its task. Between two exchanges, the task may lend it: it calls
-`FastConnection.carry` and is suspended there. Until that call returns, the fast path owns the connection
-(`h1_connection.py` is one lent connection), reads from it and writes to it. The fast path also
-takes connections to endpoints from the pool that the ordinary path uses, but a pooled connection is
-used by one of the two at a time. The task wakes when the fast path returns the connection. When the
-task is cancelled, the fast path releases the connection immediately.
+`FastConnection.carry` and is suspended there. Until that call returns, the fast path owns the
+connection (`h1_connection.py` is one lent connection), reads from it and writes to it. The fast
+path also takes connections to endpoints from the pool that the ordinary path uses, but a pooled
+connection is used by one of the two at a time. The task wakes when the fast path returns the
+connection. When the task is cancelled, the fast path releases the connection immediately.
 
 *Streams.* An HTTP/2 connection is never lent, because many exchanges share it. Its reader and its
 writer are tasks on both paths (exchange/h2/connection.py). The ordinary path adds one task for each

@@ -53,9 +53,9 @@ class FastConnection:
     `hand_over`. The fast path calls the rest."""
 
     __slots__ = (
-        "_account", "_chunks", "_client", "_eligibility", "_endpoint", "_event_loop", "_exchange", "_fast_path", "_fault",
-        "_kept", "_lease", "_lent", "_planner", "_remaining", "_rest", "_result", "_server", "_spare", "_task", "limit",
-        "moved",
+        "_account", "_chunks", "_client", "_eligibility", "_endpoint", "_event_loop", "_exchange",
+        "_fast_path", "_fault", "_kept", "_lease", "_lent", "_planner", "_remaining", "_rest",
+        "_result", "_server", "_spare", "_task", "limit", "moved",
     )  # fmt: skip
 
     def __init__(

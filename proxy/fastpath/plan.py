@@ -79,8 +79,8 @@ class ConnectionLease(Generic[K_co]):
 
 
 class StreamLease:
-    """A connection that can open a stream for one exchange. Implements exchange.exchange.Lease. Open
-    the stream before the next await; the capacity is not reserved. `plan`, `limit`: as for a
+    """A connection that can open a stream for one exchange. Implements exchange.exchange.Lease.
+    Open the stream before the next await; the capacity is not reserved. `plan`, `limit`: as for a
     `ConnectionLease`."""
 
     __slots__ = ("_request", "_stream", "limit", "mux", "plan", "response")

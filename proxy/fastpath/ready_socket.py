@@ -28,7 +28,8 @@ class ReadySocket:
     accept yet."""
 
     __slots__ = (
-        "_event_loop", "_read", "_step", "_watched", "bulk", "descriptor", "peer", "receive", "send", "send_eof", "stream", "tls", "unsent",
+        "_event_loop", "_read", "_step", "_watched", "bulk", "descriptor", "peer", "receive",
+        "send", "send_eof", "stream", "tls", "unsent",
     )  # fmt: skip
 
     def __init__(self, event_loop: EventLoop, stream: NonblockingStream) -> None:

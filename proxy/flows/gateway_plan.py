@@ -94,7 +94,8 @@ def is_allowed(rt: Runtime, identity: str | None) -> bool:
 
 
 def authorise_peer(rt: Runtime, about: ConnectionInfo) -> SpiffeId:
-    """Returns the identity of the peer. Raises NotAuthorised if it is unknown or not on the allow-list."""
+    """Returns the identity of the peer. Raises NotAuthorised if it is unknown or not on the
+    allow-list."""
     if about.identity is None:
         raise NotAuthorised(NO_IDENTITY)
     who = SpiffeId.parse(about.identity)

@@ -151,7 +151,8 @@ class Slots:
         self.on_evict: Callable[[Eviction, str], None] = _ignore
         self.on_refuse: Callable[[Refusal, str], None] = _ignore
         self._of: dict[Kind, OrderedDict[Slot, None]] = {
-            "silent": OrderedDict(), "handshake": OrderedDict(), "plain": OrderedDict(), "member": OrderedDict(),
+            "silent": OrderedDict(), "handshake": OrderedDict(), "plain": OrderedDict(),
+            "member": OrderedDict(),
         }  # fmt: skip
         self._sources: dict[str, OrderedDict[Slot, None]] = {}
         self._plain_waiting = _Waiting(self._of["plain"], clock)

@@ -109,7 +109,8 @@ class RelayState:
     """
 
     __slots__ = (
-        "_ended", "_on_bytes", "error", "first", "held", "how", "idle", "moved", "over", "quiet_since", "share", "side", "sides", "unread",
+        "_ended", "_on_bytes", "error", "first", "held", "how", "idle", "moved", "over",
+        "quiet_since", "share", "side", "sides", "unread",
     )  # fmt: skip
 
     def __init__(

@@ -52,7 +52,8 @@ from proxy.net.fairness import let_others_run
 from proxy.net.splice import Pipe
 
 __all__ = [
-    "BURST", "RECEIVE_SIZE", "Address", "ConnectFailed", "ConnectionLost", "End", "NetError", "SocketStream", "Stream", "TLSFailed",
+    "BURST", "RECEIVE_SIZE", "Address", "ConnectFailed", "ConnectionLost", "End", "NetError",
+    "SocketStream", "Stream", "TLSFailed",
 ]  # fmt: skip
 
 # Operations that may succeed in a row before a stream lets other tasks run. A scheduler pass costs
@@ -82,8 +83,8 @@ class SocketStream(trio.abc.HalfCloseableStream):
     """
 
     __slots__ = (
-        "__weakref__", "_closed", "_eof_sent", "_loss", "_reading", "_recv", "_send", "_streak", "_torn", "_writing",
-        "bytes_read", "bytes_written", "local", "on_close", "peer", "socket",
+        "__weakref__", "_closed", "_eof_sent", "_loss", "_reading", "_recv", "_send", "_streak",
+        "_torn", "_writing", "bytes_read", "bytes_written", "local", "on_close", "peer", "socket",
     )  # fmt: skip
     end_met = False  # see nonblocking.py
 

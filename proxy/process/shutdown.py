@@ -5,11 +5,13 @@ later, after the application has ended. The proxy cannot know which case it is i
 application gets what it would have without a proxy:
 
     inbound   New connections are refused. Accepted ones are served to their end.
-    pools     From now on the application has no more connections from the proxy than the proxy has from clients: an
-              application that waits for its open connections then waits only for those of its clients. Open
-              connections serve the last requests. A new one may meet a closing listener, which resets it.
-    outbound  The application's connections are served until inbound is empty and the application has been quiet for
-              a moment, but for at least `shutdown.outbound_minimum`: its last requests may come after a pause.
+    pools     From now on the application has no more connections from the proxy than the proxy has
+              from clients: an application that waits for its open connections then waits only for
+              those of its clients. Open connections serve the last requests. A new one may meet a
+              closing listener, which resets it.
+    outbound  The application's connections are served until inbound is empty and the application
+              has been quiet for a moment, but for at least `shutdown.outbound_minimum`: its last
+              requests may come after a pause.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ class EndpointMetrics:
         self._retries.at(cause).inc()
 
     def count_skipped_retry(self, reason: str) -> None:
-        """A failed request is not retried because of `reason`: limit, response_started, body, deadline,
-        budget.
+        """A failed request is not retried because of `reason`: limit, response_started, body,
+        deadline, budget.
         """
         self._no_retries.at(reason).inc()
 

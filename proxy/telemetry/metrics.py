@@ -456,8 +456,8 @@ class Metrics:
         self._dropped_hops.at(reason).inc()
 
     def count_dropped_forwarded(self, reason: Literal["malformed", "oversized"]) -> None:
-        """Forwarded values of a request were dropped: the `malformed` ones, or all because they were
-        `oversized`.
+        """Forwarded values of a request were dropped: the `malformed` ones, or all because they
+        were `oversized`.
         """
         self._dropped_forwarded.at(reason).inc()
 

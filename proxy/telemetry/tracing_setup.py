@@ -126,8 +126,8 @@ def _about(config: Config, environ: Mapping[str, str]) -> About:
     values = {name: getattr(pod, name) for name in DOWNWARD}
     known = {variable: str(values[name]) for name, variable in DOWNWARD.items() if values[name]}
     return About(
-        {**environ, **known}, config.cluster, settings.podinfo, settings.service_name, _pairs(settings.resource),
-        settings.well_known_labels, own_version(),
+        {**environ, **known}, config.cluster, settings.podinfo, settings.service_name,
+        _pairs(settings.resource), settings.well_known_labels, own_version(),
     )  # fmt: skip
 
 

@@ -71,8 +71,8 @@ MAX_INTERMEDIATES = 3
 
 # Extensions that are checked here, so they may be critical.
 _READ = frozenset({
-    ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_USAGE, ExtensionOID.EXTENDED_KEY_USAGE, ExtensionOID.SUBJECT_ALTERNATIVE_NAME,
-    ExtensionOID.NAME_CONSTRAINTS,
+    ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_USAGE, ExtensionOID.EXTENDED_KEY_USAGE,
+    ExtensionOID.SUBJECT_ALTERNATIVE_NAME, ExtensionOID.NAME_CONSTRAINTS,
 })  # fmt: skip
 # Extensions that only one library enforces, whether they are critical or not.
 _DIVISIVE = {

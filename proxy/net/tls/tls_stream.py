@@ -73,8 +73,9 @@ class TLSStream(trio.abc.HalfCloseableStream):
     """
 
     __slots__ = (
-        "__weakref__", "_connection", "_eof_sent", "_failure", "_on_session", "_option", "_raw", "_readiness", "_reading", "_recv", "_send",
-        "_streak", "_torn", "_writing", "bytes_read", "bytes_written", "end_met", "expiry", "info", "local", "peer", "socket",
+        "__weakref__", "_connection", "_eof_sent", "_failure", "_on_session", "_option", "_raw",
+        "_readiness", "_reading", "_recv", "_send", "_streak", "_torn", "_writing", "bytes_read",
+        "bytes_written", "end_met", "expiry", "info", "local", "peer", "socket",
     )  # fmt: skip
 
     def __init__(

@@ -80,8 +80,9 @@ class Http1Connection:
     """One connection, from its first byte. `next_cycle` begins the next exchange on it."""
 
     __slots__ = (
-        "_buffer", "_empty_lines", "_eof", "_limits", "_reader", "_role", "_searched", "_start", "_writer",
-        "declined", "head_size", "keep_alive", "method", "peer_version", "reading", "writing",
+        "_buffer", "_empty_lines", "_eof", "_limits", "_reader", "_role", "_searched", "_start",
+        "_writer", "declined", "head_size", "keep_alive", "method", "peer_version", "reading",
+        "writing",
     )  # fmt: skip
 
     def __init__(self, role: Role, limits: Limits) -> None:
