@@ -17,7 +17,7 @@ from proxy.balancing.circuit_breaker import Breaker, Failure, State
 from proxy.balancing.ewma import PeakEwma
 from proxy.balancing.retry_budget import RetryBudget
 from proxy.balancing.wait_queue import WaitQueue
-from proxy.balancing.weighted import View, WeightedEndpoints
+from proxy.balancing.weighted import TargetView, WeightedEndpoints
 from proxy.directory import Endpoint, Target
 from proxy.directory.policy import Policy
 from proxy.net.address import Address
@@ -72,8 +72,8 @@ class EndpointSet:
         self._failed: dict[Address, Breaker] = {}  # all breakers
         self._loads: dict[Address, PeakEwma] = {}
         self._joined: dict[Address, float] = {}  # new endpoints, and the time when they joined
-        self._views: dict[int, View] = {}
-        self._older: dict[int, View] = {}  # views from before the last sweep
+        self._views: dict[int, TargetView] = {}
+        self._older: dict[int, TargetView] = {}  # views from before the last sweep
         self._known: dict[tuple[int, bool], frozenset[Address]] = {}
         self._swept = 0  # requests at the last sweep
 
@@ -246,13 +246,13 @@ class EndpointSet:
             default=0.0,
         )
 
-    def _view_of(self, target: Target) -> View:
+    def _view_of(self, target: Target) -> TargetView:
         return self._views.get(id(target)) or self._view(target)
 
-    def _view(self, target: Target) -> View:
+    def _view(self, target: Target) -> TargetView:
         view = self._older.pop(id(target), None)
         if view is None:
-            view = View(target, self._around.zone)
+            view = TargetView(target, self._around.zone)
             self._notice_new(view.all)
         self._views[id(target)] = view
         return view

@@ -107,7 +107,7 @@ class WeightedEndpoints:
         return self._last
 
 
-class View:
+class TargetView:
     """A target, prepared for the draw. It keeps the target alive, so that the target's id stays
     unique."""
 
