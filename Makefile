@@ -1,6 +1,7 @@
 # make demo      two clusters of pods on this machine, and a table of the results
 # make test      everything that CI runs
 # make perf      what a hop costs, beside other proxies
+# make bench-control  the directory channel in a large cluster
 # make soak      floods, attacks and faults beside a member of the mesh, and their effect on it (as root)
 # make compiled  the packages as in the image, with the request path compiled, in build/compiled
 # make aws-lc    cryptography as in the image, on AWS-LC, in build/aws-lc
@@ -24,7 +25,7 @@ READY := $(COMPILED)/.ready-$(shell echo $(SOURCES) | cksum | cut -d ' ' -f 1)
 NEEDED := nft:nftables ip:iproute2 unshare:util-linux setpriv:util-linux venv:python3-venv
 PEERS := curl:curl wrk:wrk h2load:nghttp2-client nghttpd:nghttp2-server nginx:nginx-light psql:postgresql-client postgres:postgresql openssl:openssl socat:socat haproxy:haproxy dig:bind9-dnsutils kdig:knot-dnsutils dnsmasq:dnsmasq-base musl-gcc:musl-tools gcc:gcc
 
-.PHONY: demo test lint parts whole compiled aws-lc jaeger kube test-kube perf soak lock base clean
+.PHONY: demo test lint parts whole compiled aws-lc jaeger kube test-kube perf bench-control soak lock base clean
 
 demo: $(VENV)/.demo
 	$(BIN)/isthmus demo
@@ -121,6 +122,10 @@ endif
 perf: $(VENV)/.dev $(READY) $(AWS_LC)/.ready
 	@./scripts/system-packages "wrk:wrk nginx:nginx-light h2load:nghttp2-client nghttpd:nghttp2-server curl:curl" "haproxy:haproxy nghttpx:nghttp2-proxy"
 	PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m perf $(PERF)
+
+# BENCH="--proxies 100 --seconds 20": another size.
+bench-control: $(VENV)/.dev
+	$(BIN)/python -m perf.control $(BENCH)
 
 # The tables go into docs/reliability.md. SOAK="--only floods --write", or faults, measures one table and keeps the other.
 # SOAK="--only NAME,..." measures a part, and writes nothing.

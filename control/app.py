@@ -35,6 +35,7 @@ from control.kube.resources import Key
 from control.metrics import Parts, render
 from proxy.directory.channel.messages import ALPN
 from proxy.identity.identity import Identity, MaterialError, MaterialFiles, TLSSettings, watch
+from proxy.net.address import Address
 
 _log = logging.getLogger("isthmus.control")
 
@@ -131,6 +132,8 @@ class Control:
     async def _serve_proxies(self, listeners: Sequence[socket.socket]) -> None:
         if self.channel is None:
             return
+        for listener in listeners:
+            _log.info("proxies connect to %s", Address.of(listener.getsockname()))
         # Before that, an entry that is missing would be taken for one that does not exist. The
         # kernel keeps connections of proxies until then.
         await self.discovery.ready.wait()

@@ -76,6 +76,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "control.config",
             "proxy.directory",
             "proxy.identity",
+            "proxy.net",
         },
         {"trio"},
     ),

@@ -205,6 +205,9 @@ def test_the_downward_api_fills_what_the_file_leaves_open(tmp_path: Path) -> Non
     assert [str(address) for address in pod.addresses] == ["10.0.0.1", "fd00::1"]
 
 
+CONTROL_ID = "spiffe://cluster.local/ns/isthmus/sa/isthmus-control"
+CONTROL = f"address: 'control.isthmus:4190', identity: '{CONTROL_ID}'"
+
 WRONG = """
 cluter: x
 mark: 0
@@ -262,6 +265,29 @@ def test_all_mistakes_are_reported_together_with_their_paths(tmp_path: Path) -> 
         ("dns: {ranges: [240.0.0.0/8, 241.0.0.0/8]}", "dns.ranges"),
         ("dns: {ttl: 1h}", "dns.quarantine"),
         ("dns: {upstreams: ['127.0.0.1:4153']}", "dns.upstreams[0]"),
+        ("directory: {poll_interval: 1s}", "directory"),
+        (IDENTITY + f"directory: {{file: f, control: {{{CONTROL}}}}}", "directory"),
+        (f"directory: {{control: {{{CONTROL}}}}}", "directory.control"),
+        (
+            IDENTITY + f"directory: {{control: {{{CONTROL}}}}}\ngateway: {{enabled: true}}",
+            "directory.control",
+        ),
+        (
+            IDENTITY + "directory: {control: {address: control, identity: " + CONTROL_ID + "}}",
+            "directory.control.address",
+        ),
+        (
+            IDENTITY + "directory: {control: {address: 'c:1', identity: control}}",
+            "directory.control.identity",
+        ),
+        (
+            IDENTITY + f"trust_domain: other\ndirectory: {{control: {{{CONTROL}}}}}",
+            "directory.control.identity",
+        ),
+        (
+            IDENTITY + f"directory: {{control: {{{CONTROL}, min_pause: 1m}}}}",
+            "directory.control.max_pause",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_mistakes(
